@@ -1,0 +1,220 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The compiled tables: what the kernel's maps hold, as plain Python values, and the change from one state to the next.
+
+A packet becomes a verdict in four steps, each one lookup (`netpol_ebpf.compiler.interpreter` is the executable
+description, `bpf/np_classify.h` the fast one):
+
+    1. peer address  -> identity        addresses (exact), else cidrs (longest prefix), else WORLD_V4/WORLD_V6
+    2. identity      -> peer class      peer_classes[(set, identity)], else the set's default class
+       own address   -> own class       the same, through ``own_set``; only where a rule's own side is not constant
+    3. (protocol, destination port | ICMP type and code) -> atom -> L4 class of the set (``l4_columns``)
+       source port   -> atom -> source class; only where a rule of the set uses source ports
+    4. verdicts[verdict_base + ((peer class * own_classes + own class) * l4_classes + L4 class) * source_classes
+       + source class]
+
+Invariants: rows are immutable; a published policy set's meaning never changes (it may gain classes); every number that
+a row mentions is defined before the row is (make before break: `Change` keeps the order).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar
+
+from netpol_ebpf.policy.types import (
+    ICMP,
+    ICMPV6,
+    SCTP,
+    TCP,
+    UDP,
+    Cause,
+    Direction,
+    EndpointKey,
+    IPAddress,
+    IPNetwork,
+    Outcome,
+    Stage,
+)
+
+K = TypeVar("K", bound=Hashable)
+V = TypeVar("V")
+
+UNKNOWN = 0
+WORLD_V4 = 1
+WORLD_V6 = 2
+FIRST_IDENTITY = 16
+"""Identities below this are reserved: 0 never used by a packet, 1 and 2 an address that nothing describes."""
+
+ATOM_BLOCK = 256
+"""Atoms are kept in blocks of 256: the low byte of a port, or an ICMP code, is the index in the block."""
+
+COLUMN_BLOCK = 64
+"""L4 columns are kept in blocks of 64 classes; a set's column starts at a block boundary."""
+
+PROTOCOL_SLOT: Mapping[int, int] = {TCP: 0, UDP: 1, SCTP: 2, ICMP: 3, ICMPV6: 4}
+"""Atom blocks slot*256 + (port >> 8), or slot*256 + ICMP type, for these protocols."""
+SOURCE_SLOT = 5
+"""Atom blocks SOURCE_SLOT*256 + (source port >> 8): source-port atoms, whatever the protocol."""
+OTHER_BLOCK = 6 * 256
+"""The one block of all other protocols, indexed by protocol number."""
+ATOM_BLOCKS = OTHER_BLOCK + 1
+
+
+@dataclass(frozen=True, slots=True)
+class SetRow:
+    """One policy set: the ordered list of everything that applies to an endpoint in one direction and stage.
+
+    ``number``: the ``set`` of peer_classes.  ``own_set``: its counterpart for the endpoint's own side, 0 when the own
+    side is constant (then own_classes is 1).  ``l4_base``: first block in l4_columns for destination atoms;
+    ``source_base``: the same for source-port atoms, unused when source_classes is 1.  ``peer_classes``: how many peer
+    classes have verdicts (for bounds).
+    """
+
+    number: int
+    default_class: int
+    peer_classes: int
+    own_set: int
+    own_default_class: int
+    own_classes: int
+    l4_base: int
+    l4_classes: int
+    source_base: int
+    source_classes: int
+    verdict_base: int
+
+
+@dataclass(frozen=True, slots=True)
+class EndpointRow:
+    """What an endpoint's packets are judged by. ``number``: stable, unique on the node, never 0.
+
+    ``sets`` has (Direction, Stage) for each policy set; a workload always has both directions of NORMAL.
+    """
+
+    number: int
+    sets: Mapping[tuple[Direction, Stage], SetRow] = field(hash=False)
+
+
+@dataclass(frozen=True, slots=True)
+class AddressRow:
+    """A known address. ``endpoint``: number of the local endpoint that owns it (anti-spoofing), 0 for a remote one."""
+
+    identity: int
+    endpoint: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class VerdictRow:
+    """One verdict. Rule numbers are keys of ``Tables.rules``.
+
+    ``log_list``: key of ``Tables.log_lists`` (the Log rules that matched on the way), 0 for none.
+    """
+
+    outcome: Outcome
+    rule: int
+    staged_outcome: Outcome
+    staged_rule: int
+    log_list: int = 0
+
+
+@dataclass(slots=True)
+class Delta(Generic[K, V]):
+    """Pending writes to one table; a key is in one of the two at most."""
+
+    upserts: dict[K, V] = field(default_factory=dict)
+    deletes: set[K] = field(default_factory=set)
+
+    def __bool__(self) -> bool:
+        return bool(self.upserts or self.deletes)
+
+
+class Table(Generic[K, V]):
+    """Desired content of one map, with the writes that were not handed out yet. Cost of each call: constant."""
+
+    __slots__ = ("_pending", "_rows", "name")
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._rows: dict[K, V] = {}
+        self._pending: Delta[K, V] = Delta()
+
+    def __getitem__(self, key: K) -> V:
+        return self._rows[key]
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __iter__(self) -> Iterator[K]:
+        return iter(self._rows)
+
+    def get(self, key: K) -> V | None:
+        """The row, or None."""
+        return self._rows.get(key)
+
+    def items(self) -> Iterator[tuple[K, V]]:
+        """All rows."""
+        return iter(self._rows.items())
+
+    def set(self, key: K, row: V) -> None:
+        """Insert or replace; an equal row is no change."""
+        if self._rows.get(key) != row:
+            self._rows[key] = row
+            self._pending.upserts[key] = row
+            self._pending.deletes.discard(key)
+
+    def delete(self, key: K) -> None:
+        """Remove; an absent key is no change."""
+        if self._rows.pop(key, None) is not None:
+            self._pending.upserts.pop(key, None)
+            self._pending.deletes.add(key)
+
+    def take(self) -> Delta[K, V]:
+        """The pending writes; they are then no longer pending."""
+        pending, self._pending = self._pending, Delta()
+        return pending
+
+
+@dataclass(slots=True)
+class Tables:
+    """All tables of one node. Keys and rows as the kernel sees them, before packing.
+
+    l4_atoms: block -> 256 atom numbers; l4_columns: block -> 64 class numbers; verdicts: index -> row.
+    cidrs holds no entry for the two default routes: WORLD_V4/WORLD_V6 stand for a miss.
+    """
+
+    endpoints: Table[EndpointKey, EndpointRow] = field(default_factory=lambda: Table("endpoints"))
+    addresses: Table[IPAddress, AddressRow] = field(default_factory=lambda: Table("addresses"))
+    cidrs: Table[IPNetwork, int] = field(default_factory=lambda: Table("cidrs"))
+    peer_classes: Table[tuple[int, int], int] = field(default_factory=lambda: Table("peer_classes"))
+    l4_atoms: Table[int, tuple[int, ...]] = field(default_factory=lambda: Table("l4_atoms"))
+    l4_columns: Table[int, tuple[int, ...]] = field(default_factory=lambda: Table("l4_columns"))
+    verdicts: Table[int, VerdictRow] = field(default_factory=lambda: Table("verdicts"))
+    rules: Table[int, Cause] = field(default_factory=lambda: Table("rules"))
+    log_lists: Table[int, tuple[int, ...]] = field(default_factory=lambda: Table("log_lists"))
+    identities: Table[int, str] = field(default_factory=lambda: Table("identities"))
+
+    def all(self) -> tuple[Table[object, object], ...]:
+        """Every table, in an order in which rows may be written (what is referred to comes first)."""
+        return (
+            self.rules, self.log_lists, self.identities, self.verdicts, self.l4_columns, self.l4_atoms,
+            self.peer_classes, self.addresses, self.cidrs, self.endpoints,
+        )  # type: ignore[return-value]  # fmt: skip
+
+
+@dataclass(slots=True)
+class Change:
+    """One transition, as three batches to be written in this order, each as ``{table name: delta}``.
+
+    grow: new rows and neutral re-labellings; no packet's verdict changes.
+    flip: endpoint rows, and the address rows of endpoints that appeared, changed labels or went.
+    shrink: rows nothing refers to any more; to be written after a grace period.
+    ``revokes``: an allow may have become a deny, so the generation is to be bumped after the flip.
+    """
+
+    grow: dict[str, Delta] = field(default_factory=dict)  # type: ignore[type-arg]
+    flip: dict[str, Delta] = field(default_factory=dict)  # type: ignore[type-arg]
+    shrink: dict[str, Delta] = field(default_factory=dict)  # type: ignore[type-arg]
+    revokes: bool = False

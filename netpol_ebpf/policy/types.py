@@ -1,0 +1,430 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The internal policy model: tiers of ordered policies with ordered rules, and the endpoints they act on.
+
+Every policy kind a user can write (Kubernetes, Calico, SIG-network, staged) is translated into these types by
+`netpol_ebpf.policy.translate`; the reference model and the compiler read nothing else.
+
+Invariants: values are immutable and hashable; selectors are *effective* (namespace confinement, prefixes and inherited
+labels are already folded in, SEMANTICS 2.6), so a selector is evaluated on an owner's labels and needs no context.
+This module knows nothing of files, kinds' schemas, tables or the kernel.
+"""
+
+from __future__ import annotations
+
+import enum
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
+from typing import Union
+
+from netpol_ebpf.errors import Location
+from netpol_ebpf.selector import Selector
+
+IPAddress = Union[IPv4Address, IPv6Address]
+IPNetwork = Union[IPv4Network, IPv6Network]
+
+TCP, UDP, SCTP, UDPLITE, ICMP, ICMPV6 = 6, 17, 132, 136, 1, 58
+PORT_PROTOCOLS = frozenset({TCP, UDP, SCTP})
+"""Protocols whose ports the dataplane parses and rules may match."""
+
+
+class Direction(enum.Enum):
+    """The policy's view: from the endpoint's side. Where a program sits is a *hook*, a different type."""
+
+    INGRESS = "ingress"
+    EGRESS = "egress"
+
+
+class Action(enum.Enum):
+    """What a rule (or the end of a tier) says."""
+
+    ALLOW = "allow"
+    DENY = "deny"
+    PASS = "pass"
+    LOG = "log"
+
+
+class Stage(enum.Enum):
+    """Which list of policies of an endpoint is consulted. Workloads have NORMAL only; hosts have all four."""
+
+    NORMAL = "normal"  # a workload's policy; a host's policy for local traffic (failsafes first)
+    FORWARD = "forward"  # applyOnForward policies, for traffic through the host
+    PRE_DNAT = "pre-dnat"  # host ingress before service DNAT; no match: continue
+    UNTRACKED = "untracked"  # doNotTrack, stateless; no match: continue
+
+
+@dataclass(frozen=True, slots=True)
+class Ports:
+    """Numeric inclusive ranges OR names; names resolve through the named ports of the entity's own side."""
+
+    ranges: tuple[tuple[int, int], ...] = ()
+    names: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class IcmpType:
+    """ICMP (or ICMPv6, by the rule's protocol) type; ``code`` None: any."""
+
+    type: int
+    code: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ServiceMatch:
+    """Backends of a service; with ``match_ports`` the (address, protocol, port) triple must match, else the address."""
+
+    namespace: str
+    name: str
+    match_ports: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Entity:
+    """One side (source or destination) of a rule; all given parts are ANDed. None or () is: no constraint.
+
+    An address *matches a selector* when some endpoint or network set that owns or contains it has labels that match
+    (SEMANTICS 2.6 e); it matches ``not_selector`` when no owner's labels match it.  ``nodes`` is evaluated on the
+    labels of Node objects owning the address, and only on those.  ``impossible`` marks an entity nothing matches
+    (an unknown peer of an Accept rule, an ipBlock that cannot be read).
+    """
+
+    nets: tuple[IPNetwork, ...] = ()
+    not_nets: tuple[IPNetwork, ...] = ()
+    selector: Selector | None = None
+    not_selector: Selector | None = None
+    nodes: Selector | None = None
+    ports: Ports | None = None
+    not_ports: Ports | None = None
+    service: ServiceMatch | None = None
+    impossible: bool = False
+
+
+ANY_ENTITY = Entity()
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """One internal rule. Several may stem from one rule of the user (a port list, a peer list): they share ``index``.
+
+    ``index``: position in the user's own list for that direction, from 0.  ``protocol``/``not_protocol``: IANA numbers.
+    ``unsupported``: non-empty names what this rule needs and this build lacks ("http", "domains"); such a rule matches
+    nothing (only Allow rules can have it, so this never widens access).
+    """
+
+    action: Action
+    index: int
+    ip_version: int | None = None
+    protocol: int | None = None
+    not_protocol: int | None = None
+    icmp: IcmpType | None = None
+    not_icmp: IcmpType | None = None
+    source: Entity = ANY_ENTITY
+    destination: Entity = ANY_ENTITY
+    unsupported: str = ""
+    name: str = ""
+    location: Location | None = field(default=None, compare=False)
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class PolicyKey:
+    """Identifies a policy. ``kind`` disambiguates: KubernetesNetworkPolicy, NetworkPolicy (Calico), ...
+
+    Kinds: KubernetesNetworkPolicy, StagedKubernetesNetworkPolicy, NetworkPolicy, StagedNetworkPolicy,
+    GlobalNetworkPolicy, StagedGlobalNetworkPolicy, ClusterNetworkPolicy, AdminNetworkPolicy,
+    BaselineAdminNetworkPolicy.
+    """
+
+    kind: str
+    namespace: str
+    name: str
+
+    def __str__(self) -> str:
+        return f"{self.kind}/{self.namespace}/{self.name}" if self.namespace else f"{self.kind}/{self.name}"
+
+
+class Staged(enum.Enum):
+    """How a policy takes part: enforced, or only in the pending evaluation."""
+
+    NO = "enforced"
+    SET = "set"
+    DELETE = "delete"
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """A policy of any kind. ``order`` is +inf when the user gave none; ties: the string ``name/namespace/kind``.
+
+    ``subject`` selects endpoints (workloads and hosts) by effective labels.  ``replaces``: for a staged policy, the key
+    of the enforced policy it stands for in the pending evaluation.
+    """
+
+    key: PolicyKey
+    tier: str
+    order: float
+    subject: Selector
+    types: frozenset[Direction]
+    ingress: tuple[Rule, ...] = ()
+    egress: tuple[Rule, ...] = ()
+    staged: Staged = Staged.NO
+    replaces: PolicyKey | None = None
+    do_not_track: bool = False
+    pre_dnat: bool = False
+    apply_on_forward: bool = False
+    location: Location | None = field(default=None, compare=False)
+
+    @property
+    def sort_key(self) -> tuple[float, str]:
+        """Position in the tier: order, then ``name/namespace/kind`` compared as a string."""
+        return (self.order, f"{self.key.name}/{self.key.namespace}/{self.key.kind}")
+
+    def rules(self, direction: Direction) -> tuple[Rule, ...]:
+        """The rule list of one direction."""
+        return self.ingress if direction is Direction.INGRESS else self.egress
+
+
+@dataclass(frozen=True, slots=True)
+class Tier:
+    """A tier. ``exists`` is False for one that policies name but nobody created: sorted last, ends in deny."""
+
+    name: str
+    order: float = math.inf
+    default_action: Action = Action.DENY
+    exists: bool = True
+
+    @property
+    def sort_key(self) -> tuple[bool, float, str]:
+        """Existing tiers first, then order (nil last), then name."""
+        return (not self.exists, self.order, self.name)
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """Rules consulted when no tier decided; ``kns.<namespace>`` allows everything. A missing profile denies."""
+
+    name: str
+    ingress: tuple[Rule, ...] = ()
+    egress: tuple[Rule, ...] = ()
+
+    def rules(self, direction: Direction) -> tuple[Rule, ...]:
+        """The rule list of one direction."""
+        return self.ingress if direction is Direction.INGRESS else self.egress
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class NamedPort:
+    """A port that an endpoint declares by name. ``protocol``: IANA number."""
+
+    name: str
+    protocol: int
+    port: int
+
+
+class EndpointKind(enum.Enum):
+    """What an endpoint is."""
+
+    WORKLOAD = "workload"
+    HOST = "host"
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class EndpointKey:
+    """Identifies an endpoint: ``kind`` is "Pod", "WorkloadEndpoint" or "HostEndpoint"; namespace "" for a host."""
+
+    kind: str
+    namespace: str
+    name: str
+
+    def __str__(self) -> str:
+        return f"{self.kind}/{self.namespace}/{self.name}" if self.namespace else f"{self.kind}/{self.name}"
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """A workload or host endpoint with its *effective* labels (own, then inherited from its profiles).
+
+    ``addresses``: what rules of others select it by (a host with no expectedIPs has none).  ``interface``: "*" for a
+    wildcard host endpoint.  ``allowed_sources``: prefixes it may use as a source although it does not own them.
+    """
+
+    key: EndpointKey
+    kind: EndpointKind
+    labels: Mapping[str, str] = field(hash=False)
+    addresses: tuple[IPAddress, ...]
+    ports: tuple[NamedPort, ...] = ()
+    profiles: tuple[str, ...] = ()
+    node: str | None = None
+    interface: str | None = None
+    allowed_sources: tuple[IPNetwork, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class NetworkSet:
+    """Labelled nets; ``key`` is ``namespace/name`` or ``name``."""
+
+    key: str
+    labels: Mapping[str, str] = field(hash=False)
+    nets: tuple[IPNetwork, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """A node: its addresses, and its labels for ``Entity.nodes``."""
+
+    name: str
+    labels: Mapping[str, str] = field(hash=False)
+    addresses: tuple[IPAddress, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Backend:
+    """One backend of a service; ``port`` 0 when the slice names none (matches as an address only)."""
+
+    address: IPAddress
+    protocol: int
+    port: int
+
+
+@dataclass(frozen=True, slots=True)
+class Service:
+    """Backends of a service, from all its slices."""
+
+    namespace: str
+    name: str
+    backends: frozenset[Backend] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class Failsafe:
+    """A port that host policy never blocks for local traffic; ``net`` None: any remote address."""
+
+    protocol: int
+    port: int
+    net: IPNetwork | None = None
+
+
+FAILSAFE_INBOUND = (
+    Failsafe(TCP, 22), Failsafe(UDP, 68), Failsafe(TCP, 179), Failsafe(TCP, 2379), Failsafe(TCP, 2380),
+    Failsafe(TCP, 5473), Failsafe(TCP, 6443), Failsafe(TCP, 6666), Failsafe(TCP, 6667),
+)  # fmt: skip
+FAILSAFE_OUTBOUND = (
+    Failsafe(UDP, 53), Failsafe(UDP, 67), Failsafe(TCP, 179), Failsafe(TCP, 2379), Failsafe(TCP, 2380),
+    Failsafe(TCP, 5473), Failsafe(TCP, 6443), Failsafe(TCP, 6666), Failsafe(TCP, 6667),
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """Cluster-wide settings that change verdicts (SEMANTICS 4.5, 4.6)."""
+
+    failsafe_inbound: tuple[Failsafe, ...] = FAILSAFE_INBOUND
+    failsafe_outbound: tuple[Failsafe, ...] = FAILSAFE_OUTBOUND
+    workload_to_host: Action = Action.ALLOW  # DENY (drop), PASS (host policy decides), ALLOW
+
+
+@dataclass(slots=True)
+class World:
+    """Everything the engines judge by: the internal objects of one cluster state. Mutable; owned by its maker."""
+
+    tiers: dict[str, Tier] = field(default_factory=dict)
+    policies: dict[PolicyKey, Policy] = field(default_factory=dict)
+    profiles: dict[str, Profile] = field(default_factory=dict)
+    endpoints: dict[EndpointKey, Endpoint] = field(default_factory=dict)
+    network_sets: dict[str, NetworkSet] = field(default_factory=dict)
+    nodes: dict[str, Node] = field(default_factory=dict)
+    services: dict[tuple[str, str], Service] = field(default_factory=dict)
+    settings: Settings = field(default_factory=Settings)
+
+    def sorted_tiers(self) -> Iterator[Tier]:
+        """Tiers in evaluation order, missing ones (named by a policy only) last."""
+        missing = {policy.tier for policy in self.policies.values()} - self.tiers.keys()
+        tiers = [*self.tiers.values(), *(Tier(name, exists=False) for name in missing)]
+        return iter(sorted(tiers, key=lambda tier: tier.sort_key))
+
+
+# --- packets and verdicts -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Packet:
+    """The first packet of a connection, as policy sees it. For ICMP, ports are 0 and type/code are given.
+
+    Addresses are of one family.  ``protocol``: IANA number.  Ports are 0 for protocols without ports.
+    """
+
+    source: IPAddress
+    destination: IPAddress
+    protocol: int
+    source_port: int = 0
+    destination_port: int = 0
+    icmp_type: int = 0
+    icmp_code: int = 0
+
+
+class Outcome(enum.Enum):
+    """What policy decides for a packet. CONTINUE only from stages that never drop by default."""
+
+    ALLOW = "allow"
+    DENY = "deny"
+    CONTINUE = "continue"
+
+
+class CauseKind(enum.Enum):
+    """What sort of thing decided."""
+
+    RULE = "rule"  # tier, policy, index
+    TIER_END = "end of tier"  # tier (policy: the last policy of the tier that applied)
+    PROFILE = "profile"  # profile name in ``tier``-less ``profile``, index
+    NO_MATCH = "no match"  # nothing decided: the implicit deny (or continue) after the profiles
+    FAILSAFE = "failsafe"  # index into the failsafe list
+
+
+@dataclass(frozen=True, slots=True)
+class Cause:
+    """Which rule made a verdict. ``index`` is -1 where no rule did (end of tier, no match).
+
+    ``policy`` at the end of a tier is the last applying policy of that tier in evaluation order.
+    """
+
+    kind: CauseKind
+    direction: Direction
+    tier: str = ""
+    policy: PolicyKey | None = None
+    profile: str = ""
+    index: int = -1
+    action: Action = Action.DENY
+
+    def __str__(self) -> str:
+        if self.kind is CauseKind.RULE:
+            return f"{self.tier}|{self.policy}|{self.direction.value}|{self.index}|{self.action.value}"
+        if self.kind is CauseKind.TIER_END:
+            return f"{self.tier}|end of tier|{self.direction.value}|{self.policy}|{self.action.value}"
+        if self.kind is CauseKind.PROFILE:
+            return f"profile|{self.profile}|{self.direction.value}|{self.index}|{self.action.value}"
+        return f"{self.kind.value}|{self.direction.value}|{self.index}|{self.action.value}"
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """An engine's answer for one endpoint, direction, stage and packet.
+
+    ``logs``: the causes of Log rules that matched before the verdict, in order (of the enforced evaluation).
+    ``staged_outcome``/``staged_cause``: the pending evaluation, in which staged policies take part; equal to the
+    enforced pair where nothing is staged.
+    """
+
+    outcome: Outcome
+    cause: Cause
+    staged_outcome: Outcome
+    staged_cause: Cause
+    logs: tuple[Cause, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """What an engine is asked: one endpoint's policy of one direction and stage, for one packet."""
+
+    endpoint: EndpointKey
+    direction: Direction
+    stage: Stage
+    packet: Packet
