@@ -1,0 +1,224 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Selectors as values: `Selector` and the combinators that build one from others or from plain values.
+
+Invariant: a selector is immutable; two are equal exactly when their canonical texts are.  Composition serves SEMANTICS 2.6,
+but the rules of that section (which namespace, which prefix) belong to the caller: this module knows nothing of namespaces,
+kinds or files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+
+from netpol_ebpf.errors import SelectorError
+from netpol_ebpf.selector.lexer import LABEL_NAME
+from netpol_ebpf.selector.requirements import Cover, cheapest_cover, covers, is_contradiction
+from netpol_ebpf.selector.tree import (
+    All,
+    And,
+    Contains,
+    EndsWith,
+    Equals,
+    Global,
+    Has,
+    In,
+    Node,
+    Not,
+    NotEquals,
+    NotIn,
+    Or,
+    StartsWith,
+    negated,
+    walk,
+)
+
+
+class Selector:
+    """A selector expression. Hashable; equal by canonical text, which is also ``str()``."""
+
+    __slots__ = ("_hash", "_root", "_text")
+
+    _hash: int
+    _root: Node
+    _text: str
+
+    def __init__(self, root: Node) -> None:
+        text = str(root)
+        object.__setattr__(self, "_root", root)
+        object.__setattr__(self, "_text", text)
+        object.__setattr__(self, "_hash", hash(text))
+
+    def matches(self, labels: Mapping[str, str]) -> bool:
+        """Whether labels satisfy it. Cost: linear in the length of the expression; nothing is allocated."""
+        return self._root.matches(labels)
+
+    @property
+    def root(self) -> Node:
+        """The expression tree (`netpol_ebpf.selector.tree`)."""
+        return self._root
+
+    @property
+    def is_everything(self) -> bool:
+        """Exactly ``all()``, which is also what empty text means."""
+        return isinstance(self._root, All)
+
+    @property
+    def is_global(self) -> bool:
+        """Exactly ``global()``."""
+        return isinstance(self._root, Global)
+
+    @property
+    def mentions_global(self) -> bool:
+        """``global()`` occurs anywhere in it."""
+        return any(isinstance(node, Global) for node in walk(self._root))
+
+    def label_keys(self) -> frozenset[str]:
+        """Names of all labels it looks at; other labels never change its answer."""
+        return frozenset(node.key for node in walk(self._root) if not isinstance(node, (All, Global, Not, And, Or)))
+
+    def prefixed(self, prefix: str) -> Selector:
+        """The same expression on labels with ``prefix`` before each name, under ``has`` and negation too.
+
+        Raises SelectorError when the prefix has characters that no label name has.
+        """
+        _check_key(prefix)
+        return Selector(_rewritten(self._root, lambda leaf: _with_prefix(leaf, prefix)))
+
+    def with_all_as(self, replacement: Selector) -> Selector:
+        """The same expression with each ``all()`` in it replaced."""
+        root = replacement.root
+        return Selector(_rewritten(self._root, lambda leaf: root if isinstance(leaf, All) else leaf))
+
+    def required(self) -> Cover | None:
+        """Restrictions one of which holds for all labels that match; (): nothing matches; None: anything may match.
+
+        Of several candidates (the arms of an AND) the one that looks most selective.
+        """
+        return cheapest_cover(self.requirements())
+
+    def requirements(self) -> tuple[Cover, ...]:
+        """All covers known, each necessary; see `required`."""
+        return covers(self._root)
+
+    def is_unsatisfiable(self) -> bool:
+        """True when surely no labels match (``a == 'x' && a == 'y'``); False says nothing."""
+        return is_contradiction(self._root)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        raise AttributeError(f"a Selector is immutable; {name} cannot be set")
+
+    def __delattr__(self, name: str) -> None:
+        raise AttributeError(f"a Selector is immutable; {name} cannot be deleted")
+
+    def __reduce__(self) -> tuple[type[Selector], tuple[Node]]:
+        return (Selector, (self._root,))
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Selector):
+            return NotImplemented
+        return self is other or self._text == other._text
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __str__(self) -> str:
+        return self._text
+
+    def __repr__(self) -> str:
+        return f"<Selector {self._text}>"
+
+
+def _with_prefix(leaf: Node, prefix: str) -> Node:
+    if isinstance(leaf, (All, Global, Not, And, Or)):
+        return leaf
+    if isinstance(leaf, Has):
+        return Has(prefix + leaf.key)
+    if isinstance(leaf, In):
+        return In(prefix + leaf.key, leaf.values)
+    if isinstance(leaf, NotIn):
+        return NotIn(prefix + leaf.key, leaf.values)
+    if isinstance(leaf, Equals):
+        return Equals(prefix + leaf.key, leaf.value)
+    if isinstance(leaf, NotEquals):
+        return NotEquals(prefix + leaf.key, leaf.value)
+    if isinstance(leaf, Contains):
+        return Contains(prefix + leaf.key, leaf.value)
+    if isinstance(leaf, StartsWith):
+        return StartsWith(prefix + leaf.key, leaf.value)
+    return EndsWith(prefix + leaf.key, leaf.value)
+
+
+def _rewritten(node: Node, change: Callable[[Node], Node]) -> Node:
+    """A copy of the tree with ``change`` applied to each leaf."""
+    if isinstance(node, Not):
+        return negated(_rewritten(node.operand, change))
+    if isinstance(node, And):
+        return And(tuple(_rewritten(operand, change) for operand in node.operands))
+    if isinstance(node, Or):
+        return Or(tuple(_rewritten(operand, change) for operand in node.operands))
+    return change(node)
+
+
+EVERYTHING = Selector(All())
+"""``all()``."""
+
+
+def all_of(*selectors: Selector) -> Selector:
+    """AND. Nested ANDs are flattened and repetitions dropped; one operand is itself, none is `EVERYTHING`.
+
+    An ``all()`` among the operands stays, for `Selector.with_all_as` gives it a meaning.
+    """
+    operands: dict[Node, None] = {}
+    for selector in selectors:
+        operands.update(dict.fromkeys(selector.root.operands if isinstance(selector.root, And) else (selector.root,)))
+    if not operands:
+        return EVERYTHING
+    return Selector(next(iter(operands)) if len(operands) == 1 else And(tuple(operands)))
+
+
+def any_of(first: Selector, *others: Selector) -> Selector:
+    """OR. Nested ORs are flattened and repetitions dropped; one operand is itself."""
+    operands: dict[Node, None] = {}
+    for selector in (first, *others):
+        operands.update(dict.fromkeys(selector.root.operands if isinstance(selector.root, Or) else (selector.root,)))
+    return Selector(next(iter(operands)) if len(operands) == 1 else Or(tuple(operands)))
+
+
+def negate(selector: Selector) -> Selector:
+    """NOT; two cancel out."""
+    return Selector(negated(selector.root))
+
+
+def has(key: str) -> Selector:
+    """``has(key)``. This and the others below raise SelectorError when ``key`` is no label name."""
+    return Selector(Has(_check_key(key)))
+
+
+def equals(key: str, value: str) -> Selector:
+    """``key == "value"``: false on an absent label."""
+    return Selector(Equals(_check_key(key), value))
+
+
+def not_equals(key: str, value: str) -> Selector:
+    """``key != "value"``: true on an absent label."""
+    return Selector(NotEquals(_check_key(key), value))
+
+
+def is_in(key: str, values: Iterable[str]) -> Selector:
+    """``key in {...}``: false on an absent label, and for no values at all."""
+    return Selector(In(_check_key(key), values))
+
+
+def not_in(key: str, values: Iterable[str]) -> Selector:
+    """``key not in {...}``: true on an absent label, and for no values at all."""
+    return Selector(NotIn(_check_key(key), values))
+
+
+def _check_key(key: str) -> str:
+    name = LABEL_NAME.match(key)
+    end = name.end() if name else 0
+    if end != len(key) or not key:
+        raise SelectorError(
+            "not a label name", text=key, offset=end, hint="Label names have letters, digits and _ . / -"
+        )
+    return key

@@ -1,0 +1,281 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Many selectors against many label sets, kept exact while both change.
+
+Invariant: after any sequence of calls the answers are those of testing every selector on every label set; what `covers` says of a
+selector only narrows which pairs are tested.  Equal selectors and equal label sets are stored and tested once, whatever
+the number of ids.  No pair is stored: memory is the sum of both sides, never their product, and an answer is worked out
+when asked for.
+
+Two inverted indexes do the narrowing.  A selector waits under the (label, value) pairs of one of its covers, the one that
+fewest other selectors could be found by (so not under the namespace's label when all the selectors have that); a new label
+set tests those that wait under its own pairs, and those with no cover.  Label sets are found by every pair they have; a
+new selector tests those of its cover with the fewest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable, Iterator, Mapping
+from itertools import chain
+from typing import Generic, TypeVar
+
+from netpol_ebpf.selector.expression import Selector
+from netpol_ebpf.selector.requirements import Cover
+
+S = TypeVar("S", bound=Hashable)
+L = TypeVar("L", bound=Hashable)
+T = TypeVar("T", bound=Hashable)
+
+_Pair = tuple[str, "str | None"]
+"""A label with a value, or (None) with any."""
+
+
+class _SelectorGroup(Generic[S]):
+    """One distinct selector: its ids, and the pairs it waits under (None: it has no cover, and is always tested)."""
+
+    __slots__ = ("ids", "pairs", "selector")
+
+    def __init__(self, selector: Selector) -> None:
+        self.selector = selector
+        self.ids: set[S] = set()
+        self.pairs: tuple[_Pair, ...] | None = None
+
+
+class _LabelGroup(Generic[L]):
+    """One distinct label set and its ids."""
+
+    __slots__ = ("ids", "labels")
+
+    def __init__(self, labels: dict[str, str]) -> None:
+        self.labels = labels
+        self.ids: set[L] = set()
+
+
+class _Bag(Generic[T]):
+    """Key to set of members. A lone member is stored without a set, as most pairs of a large index have one."""
+
+    __slots__ = ("_members",)
+
+    def __init__(self) -> None:
+        self._members: dict[Hashable, T | set[T]] = {}
+
+    def add(self, key: Hashable, member: T) -> None:
+        known = self._members.get(key)
+        if known is None:
+            self._members[key] = member
+        elif isinstance(known, set):
+            known.add(member)
+        else:
+            self._members[key] = {known, member}
+
+    def remove(self, key: Hashable, member: T) -> None:
+        known = self._members[key]
+        if isinstance(known, set):
+            known.remove(member)
+            if len(known) == 1:
+                self._members[key] = known.pop()
+        else:
+            del self._members[key]
+
+    def get(self, key: Hashable) -> Iterable[T]:
+        known = self._members.get(key)
+        if known is None:
+            return ()
+        return known if isinstance(known, set) else (known,)
+
+    def count(self, key: Hashable) -> int:
+        known = self._members.get(key)
+        if known is None:
+            return 0
+        return len(known) if isinstance(known, set) else 1
+
+    def __iter__(self) -> Iterator[Hashable]:
+        return iter(self._members)
+
+    def __len__(self) -> int:
+        return len(self._members)
+
+
+class SelectorIndex(Generic[S, L]):
+    """Selectors by ids of type S, label sets by ids of type L, and which match which."""
+
+    def __init__(self) -> None:
+        self._selectors: dict[S, _SelectorGroup[S]] = {}
+        self._selector_groups: dict[Selector, _SelectorGroup[S]] = {}
+        self._waiting: _Bag[_SelectorGroup[S]] = _Bag()
+        self._uncovered: set[_SelectorGroup[S]] = set()
+        self._mentions: dict[_Pair, int] = {}
+        self._labels: dict[L, _LabelGroup[L]] = {}
+        self._label_groups: dict[tuple[str, ...], _LabelGroup[L]] = {}
+        self._having: dict[str, _Bag[_LabelGroup[L]]] = {}
+        self._key_counts: dict[str, int] = {}
+
+    # --- changes ----------------------------------------------------------------------------------------------------
+
+    def add_selector(self, selector_id: S, selector: Selector) -> set[L]:
+        """Add it, in place of one with that id. Returns the ids of the label sets that match."""
+        known = self._selectors.get(selector_id)
+        if known is None or known.selector != selector:
+            self.remove_selector(selector_id)
+            group = self._selector_groups.get(selector)
+            if group is None:
+                group = self._new_selector_group(selector)
+            group.ids.add(selector_id)
+            self._selectors[selector_id] = group
+        return self.matching_labels(selector_id)
+
+    def remove_selector(self, selector_id: S) -> None:
+        """Remove it; an unknown id is no change."""
+        group = self._selectors.pop(selector_id, None)
+        if group is None:
+            return
+        group.ids.remove(selector_id)
+        if not group.ids:
+            self._drop_selector_group(group)
+
+    def add_labels(self, labels_id: L, labels: Mapping[str, str]) -> set[S]:
+        """Add a copy of them, in place of those with that id. Returns the ids of the selectors that match."""
+        known = self._labels.get(labels_id)
+        if known is None or known.labels != labels:
+            self.remove_labels(labels_id)
+            signature = tuple(chain.from_iterable(sorted(labels.items())))
+            group = self._label_groups.get(signature)
+            if group is None:
+                group = self._new_label_group(signature, labels)
+            group.ids.add(labels_id)
+            self._labels[labels_id] = group
+        return self.matching_selectors(labels_id)
+
+    def remove_labels(self, labels_id: L) -> None:
+        """Remove them; an unknown id is no change."""
+        group = self._labels.pop(labels_id, None)
+        if group is None:
+            return
+        group.ids.remove(labels_id)
+        if not group.ids:
+            self._drop_label_group(group)
+
+    # --- answers ----------------------------------------------------------------------------------------------------
+
+    def matching_labels(self, selector_id: S) -> set[L]:
+        """Ids of the label sets that the selector matches, a new set. KeyError for an unknown id."""
+        selector = self._selectors[selector_id].selector
+        found: set[L] = set()
+        for group in self._label_candidates(selector.requirements()):
+            if selector.matches(group.labels):
+                found |= group.ids
+        return found
+
+    def matching_selectors(self, labels_id: L) -> set[S]:
+        """Ids of the selectors that match the label set, a new set. KeyError for an unknown id."""
+        labels = self._labels[labels_id].labels
+        found: set[S] = set()
+        for group in self._selector_candidates(labels):
+            if group.selector.matches(labels):
+                found |= group.ids
+        return found
+
+    def selector(self, selector_id: S) -> Selector:
+        """The selector of that id. KeyError for an unknown one."""
+        return self._selectors[selector_id].selector
+
+    def labels(self, labels_id: L) -> Mapping[str, str]:
+        """The labels of that id, not to be changed. KeyError for an unknown one."""
+        return self._labels[labels_id].labels
+
+    # --- selectors, found by labels ---------------------------------------------------------------------------------
+
+    def _selector_candidates(self, labels: Mapping[str, str]) -> Iterator[_SelectorGroup[S]]:
+        """Groups that may match; a group may come more than once."""
+        yield from self._uncovered
+        if len(self._waiting):
+            for key, value in labels.items():
+                yield from self._waiting.get((key, value))
+                yield from self._waiting.get((key, None))
+
+    def _new_selector_group(self, selector: Selector) -> _SelectorGroup[S]:
+        group: _SelectorGroup[S] = _SelectorGroup(selector)
+        candidates = [tuple(_pairs(cover)) for cover in selector.requirements()]
+        for pair in chain.from_iterable(candidates):
+            self._mentions[pair] = self._mentions.get(pair, 0) + 1
+        if candidates:
+            group.pairs = min(candidates, key=self._popularity)
+        if group.pairs is None:
+            self._uncovered.add(group)
+        else:
+            for pair in group.pairs:
+                self._waiting.add(pair, group)
+        self._selector_groups[selector] = group
+        return group
+
+    def _popularity(self, pairs: tuple[_Pair, ...]) -> tuple[int, int, int]:
+        """How many tests are to be expected of a selector that waits under these pairs; smaller is better."""
+        present = sum(value is None for _, value in pairs)
+        labelled = sum(self._labels_having(pair) for pair in pairs)
+        return (sum(self._mentions[pair] for pair in pairs) + labelled, present, len(pairs))
+
+    def _drop_selector_group(self, group: _SelectorGroup[S]) -> None:
+        del self._selector_groups[group.selector]
+        if group.pairs is None:
+            self._uncovered.remove(group)
+        else:
+            for pair in group.pairs:
+                self._waiting.remove(pair, group)
+        for pair in chain.from_iterable(_pairs(cover) for cover in group.selector.requirements()):
+            self._mentions[pair] -= 1
+            if not self._mentions[pair]:
+                del self._mentions[pair]
+
+    # --- label sets, found by selectors -----------------------------------------------------------------------------
+
+    def _label_candidates(self, candidates: tuple[Cover, ...]) -> Iterable[_LabelGroup[L]]:
+        """Groups that may match, each once."""
+        if not candidates:
+            return self._label_groups.values()
+        sizes = [sum(self._labels_having(pair) for pair in _pairs(cover)) for cover in candidates]
+        cover = candidates[sizes.index(min(sizes))]
+        if len(cover) == 1:
+            return self._groups_having(cover[0].key, cover[0].one_of)
+        # Under two keys a group may be found twice.
+        return set(chain.from_iterable(self._groups_having(part.key, part.one_of) for part in cover))
+
+    def _groups_having(self, key: str, values: frozenset[str] | None) -> Iterator[_LabelGroup[L]]:
+        bag = self._having.get(key)
+        if bag is not None:
+            for value in bag if values is None else values:
+                yield from bag.get(value)
+
+    def _labels_having(self, pair: _Pair) -> int:
+        key, value = pair
+        bag = self._having.get(key)
+        if bag is None:
+            return 0
+        return self._key_counts[key] if value is None else bag.count(value)
+
+    def _new_label_group(self, signature: tuple[str, ...], labels: Mapping[str, str]) -> _LabelGroup[L]:
+        group: _LabelGroup[L] = _LabelGroup(dict(labels))
+        for key, value in group.labels.items():
+            bag = self._having.get(key)
+            if bag is None:
+                bag = self._having[key] = _Bag()
+            bag.add(value, group)
+            self._key_counts[key] = self._key_counts.get(key, 0) + 1
+        self._label_groups[signature] = group
+        return group
+
+    def _drop_label_group(self, group: _LabelGroup[L]) -> None:
+        del self._label_groups[tuple(chain.from_iterable(sorted(group.labels.items())))]
+        for key, value in group.labels.items():
+            self._having[key].remove(value, group)
+            self._key_counts[key] -= 1
+            if not self._key_counts[key]:
+                del self._having[key], self._key_counts[key]
+
+
+def _pairs(cover: Cover) -> Iterator[_Pair]:
+    """The pairs one of which labels under this cover have."""
+    for part in cover:
+        if part.one_of is None:
+            yield (part.key, None)
+        else:
+            for value in part.one_of:
+                yield (part.key, value)

@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tokens of the selector language (SEMANTICS 2.1).
+
+Invariant: every token knows the offset, in characters, at which it starts, so that each error can point at it; white
+space is space and tab only.  Word operators (`in`, `not in`, `contains`, ...) are looked for right after a label and
+nowhere else, so labels may bear these names.  This module knows nothing of grammar or meaning.
+"""
+
+from __future__ import annotations
+
+import enum
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from netpol_ebpf.errors import SelectorError
+
+MAX_LABEL_CHARS = 512
+"""Longest label name an expression may contain (the limit of the Calico parser)."""
+
+LABEL_NAME = re.compile(r"[A-Za-z0-9_./-]+")
+
+
+class Kind(enum.Enum):
+    """What a token is; the value is how an error message calls it."""
+
+    LABEL = "a label name"
+    STRING = "a quoted string"
+    HAS = "has("
+    ALL = "all("
+    GLOBAL = "global("
+    EQ = "=="
+    NE = "!="
+    IN = "in"
+    NOT_IN = "not in"
+    CONTAINS = "contains"
+    STARTS_WITH = "starts with"
+    ENDS_WITH = "ends with"
+    NOT = "!"
+    AND = "&&"
+    OR = "||"
+    LPAREN = "("
+    RPAREN = ")"
+    LBRACE = "{"
+    RBRACE = "}"
+    COMMA = ","
+    END = "the end of the selector"
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """One token; ``text`` is the label name, or the content of a string without its quotes."""
+
+    kind: Kind
+    text: str
+    offset: int
+
+
+_BLANK = re.compile(r"[ \t]*")
+# The word must end where a label would end: `a inside` is no `in`.
+_WORD_OPERATOR = re.compile(
+    r"(?:(?P<IN>in)|(?P<NOT_IN>not[ \t]*in)|(?P<CONTAINS>contains)"
+    r"|(?P<STARTS_WITH>starts[ \t]*with)|(?P<ENDS_WITH>ends[ \t]*with))(?![A-Za-z0-9_./-])"
+)
+_PUNCTUATION = {
+    "==": Kind.EQ,
+    "!=": Kind.NE,
+    "&&": Kind.AND,
+    "||": Kind.OR,
+    "!": Kind.NOT,
+    "(": Kind.LPAREN,
+    ")": Kind.RPAREN,
+    "{": Kind.LBRACE,
+    "}": Kind.RBRACE,
+    ",": Kind.COMMA,
+}
+_HALF_OPERATORS = {"=": "==", "&": "&&", "|": "||"}
+_CALLS = {"has": Kind.HAS, "all": Kind.ALL, "global": Kind.GLOBAL}
+
+
+def scan_tokens(text: str) -> Iterator[Token]:
+    """All tokens of ``text``, the last one END.
+
+    Raises SelectorError at the first character that can start no token, at an unterminated string, at a line break
+    (also inside a string) and at a label name over MAX_LABEL_CHARS.
+    """
+    _refuse_line_breaks(text)
+    position = 0
+    after_label = False
+    while True:
+        position = _BLANK.match(text, position).end()  # type: ignore[union-attr]  # matches the empty string too
+        if position == len(text):
+            yield Token(Kind.END, "", position)
+            return
+        token, position = _scan_one(text, position, after_label=after_label)
+        after_label = token.kind is Kind.LABEL
+        yield token
+
+
+def _refuse_line_breaks(text: str) -> None:
+    for offset, character in enumerate(text):
+        if character in "\n\r":
+            raise SelectorError(
+                "line break inside a selector",
+                text=text.replace("\n", " ").replace("\r", " "),
+                offset=offset,
+                hint="Write the selector on one line; a folded YAML scalar (>-) joins lines with spaces.",
+            )
+
+
+def _scan_one(text: str, position: int, *, after_label: bool) -> tuple[Token, int]:
+    """The token that starts at ``position`` (no white space there) and the offset behind it."""
+    character = text[position]
+    if character in "'\"":
+        return _scan_string(text, position)
+    for length in (2, 1):
+        kind = _PUNCTUATION.get(text[position : position + length])
+        if kind is not None:
+            return Token(kind, kind.value, position), position + length
+    if character in _HALF_OPERATORS:
+        whole = _HALF_OPERATORS[character]
+        raise SelectorError(f"{character!r} is no operator; write {whole!r}", text=text, offset=position)
+    if after_label:
+        word = _WORD_OPERATOR.match(text, position)
+        if word is None:
+            raise SelectorError(
+                "expected an operator after the label name",
+                text=text,
+                offset=position,
+                hint="Operators are ==, !=, in, not in, contains, starts with, ends with.",
+            )
+        kind = Kind[str(word.lastgroup)]
+        return Token(kind, kind.value, position), word.end()
+    name = LABEL_NAME.match(text, position)
+    if name is None:
+        raise SelectorError(f"unexpected character {character!r}", text=text, offset=position)
+    end = name.end()
+    if end - position > MAX_LABEL_CHARS:
+        raise SelectorError(
+            f"label name of {end - position} characters; at most {MAX_LABEL_CHARS} are allowed",
+            text=text,
+            offset=position,
+        )
+    call = _CALLS.get(name.group())
+    if call is not None and text.startswith("(", end):
+        return Token(call, call.value, position), end + 1
+    return Token(Kind.LABEL, name.group(), position), end
+
+
+def _scan_string(text: str, position: int) -> tuple[Token, int]:
+    """A string literal: up to the next quote of the same sort; there is no escape."""
+    end = text.find(text[position], position + 1)
+    if end < 0:
+        raise SelectorError(
+            "string is not closed",
+            text=text,
+            offset=position,
+            hint="A string ends at the next quote of the sort that opened it; there are no escapes.",
+        )
+    return Token(Kind.STRING, text[position + 1 : end], position), end + 1

@@ -1,0 +1,175 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Recursive descent over the grammar of SEMANTICS 2.2: text to `Selector`.
+
+Invariant: what is not in the grammar is refused with its offset; nothing is skipped or guessed.  Precedence is
+``!`` > ``&&`` > ``||``; ``!`` binds to one primary.  Evaluation and canonical text belong to `expression`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from netpol_ebpf.errors import SelectorError
+from netpol_ebpf.selector.expression import Selector
+from netpol_ebpf.selector.lexer import Kind, Token, scan_tokens
+from netpol_ebpf.selector.tree import (
+    All,
+    And,
+    Contains,
+    EndsWith,
+    Equals,
+    Global,
+    Has,
+    In,
+    Node,
+    NotEquals,
+    NotIn,
+    Or,
+    StartsWith,
+    negated,
+)
+
+MAX_DEPTH = 64
+"""Deepest nesting of parentheses; arbitrary, far beyond what people write, and far below Python's recursion limit."""
+
+_COMPARISONS: dict[Kind, Callable[[str, str], Node]] = {
+    Kind.EQ: Equals,
+    Kind.NE: NotEquals,
+    Kind.CONTAINS: Contains,
+    Kind.STARTS_WITH: StartsWith,
+    Kind.ENDS_WITH: EndsWith,
+}
+_MEMBERSHIPS: dict[Kind, Callable[[str, tuple[str, ...]], Node]] = {Kind.IN: In, Kind.NOT_IN: NotIn}
+
+
+def parse(text: str) -> Selector:
+    """The selector that ``text`` denotes; empty or blank text is ``all()``.
+
+    Raises SelectorError with the offset of the first character that does not fit.
+    """
+    parser = _Parser(text)
+    return Selector(parser.selector())
+
+
+class _Parser:
+    """One pass over one text."""
+
+    def __init__(self, text: str) -> None:
+        self._text = text
+        self._tokens = list(scan_tokens(text))
+        self._next = 0
+        self._depth = 0
+
+    def selector(self) -> Node:
+        """Selector = [ or ]."""
+        if self._peek().kind is Kind.END:
+            return All()
+        node = self._or()
+        self._expect(Kind.END)
+        return node
+
+    def _or(self) -> Node:
+        """Or = and , { "||" , and }."""
+        operands = [self._and()]
+        while self._accept(Kind.OR):
+            operands.append(self._and())
+        return operands[0] if len(operands) == 1 else Or(tuple(operands))
+
+    def _and(self) -> Node:
+        """And = unary , { "&&" , unary }."""
+        operands = [self._unary()]
+        while self._accept(Kind.AND):
+            operands.append(self._unary())
+        return operands[0] if len(operands) == 1 else And(tuple(operands))
+
+    def _unary(self) -> Node:
+        """Unary = { "!" } , primary."""
+        negate = False
+        while self._accept(Kind.NOT):
+            negate = not negate
+        primary = self._primary()
+        return negated(primary) if negate else primary
+
+    def _primary(self) -> Node:
+        token = self._take()
+        if token.kind is Kind.HAS:
+            label = self._expect(Kind.LABEL)
+            self._expect(Kind.RPAREN)
+            return Has(label.text)
+        if token.kind is Kind.ALL:
+            self._expect(Kind.RPAREN)
+            return All()
+        if token.kind is Kind.GLOBAL:
+            self._expect(Kind.RPAREN)
+            return Global()
+        if token.kind is Kind.LABEL:
+            return self._comparison(token)
+        if token.kind is Kind.LPAREN:
+            return self._group(token)
+        raise self._unexpected(token, "a label name, has(...), all(), global(), '!' or '('")
+
+    def _group(self, opening: Token) -> Node:
+        """ "(" or ")"."""
+        self._depth += 1
+        if self._depth > MAX_DEPTH:
+            raise SelectorError(f"parentheses nested deeper than {MAX_DEPTH}", text=self._text, offset=opening.offset)
+        node = self._or()
+        self._expect(Kind.RPAREN)
+        self._depth -= 1
+        return node
+
+    def _comparison(self, label: Token) -> Node:
+        operator = self._take()
+        comparison = _COMPARISONS.get(operator.kind)
+        if comparison is not None:
+            return comparison(label.text, self._expect(Kind.STRING).text)
+        membership = _MEMBERSHIPS.get(operator.kind)
+        if membership is not None:
+            return membership(label.text, self._set())
+        if operator.kind is Kind.LPAREN and label.text in {"has", "all", "global"}:
+            raise SelectorError(
+                f"{label.text}( must be written without a space before the parenthesis",
+                text=self._text,
+                offset=operator.offset,
+            )
+        raise self._unexpected(operator, f"an operator after the label name {label.text}")
+
+    def _set(self) -> tuple[str, ...]:
+        """Set = "{" [ string { "," string } [ "," ] ] "}"; may be empty, may end in a comma."""
+        self._expect(Kind.LBRACE)
+        values: list[str] = []
+        while self._peek().kind is Kind.STRING:
+            values.append(self._take().text)
+            if not self._accept(Kind.COMMA):
+                break
+        self._expect(Kind.RBRACE)
+        return tuple(values)
+
+    def _peek(self) -> Token:
+        return self._tokens[self._next]
+
+    def _take(self) -> Token:
+        token = self._tokens[self._next]
+        if token.kind is not Kind.END:
+            self._next += 1
+        return token
+
+    def _accept(self, kind: Kind) -> bool:
+        if self._tokens[self._next].kind is not kind:
+            return False
+        self._next += 1
+        return True
+
+    def _expect(self, kind: Kind) -> Token:
+        token = self._take()
+        if token.kind is not kind:
+            raise self._unexpected(token, kind.value if kind in _NAMED else f"'{kind.value}'")
+        return token
+
+    def _unexpected(self, token: Token, wanted: str) -> SelectorError:
+        seen = token.kind.value if token.kind in _NAMED else f"'{token.kind.value}'"
+        return SelectorError(f"expected {wanted}, found {seen}", text=self._text, offset=token.offset)
+
+
+_NAMED = frozenset({Kind.LABEL, Kind.STRING, Kind.END})
+"""Kinds whose value is a description, not the token itself."""

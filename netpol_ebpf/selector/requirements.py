@@ -1,0 +1,230 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a selector demands of any labels it matches: the grounds for indexing it and for calling it contradictory.
+
+Invariant: both answers err to one side only.  A cover never leaves out labels that match; `is_contradiction` is True only
+when no labels at all can match.  Negative terms never narrow anything (SEMANTICS 2.4), absent labels satisfy them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import Union
+
+from netpol_ebpf.selector.tree import (
+    And,
+    Contains,
+    EndsWith,
+    Equals,
+    Has,
+    In,
+    Node,
+    Not,
+    NotEquals,
+    NotIn,
+    Or,
+    StartsWith,
+)
+
+MAX_CONJUNCTIONS = 256
+"""How many arms of the disjunctive form are tried before a contradiction is given up on; arbitrary."""
+
+
+@dataclass(frozen=True, slots=True)
+class Restriction:
+    """``key`` must be present and, unless ``one_of`` is None, have one of those values."""
+
+    key: str
+    one_of: frozenset[str] | None = None
+
+    def matches_value(self, value: str | None) -> bool:
+        """Whether a label of that value (None: absent) satisfies it."""
+        return value is not None and (self.one_of is None or value in self.one_of)
+
+
+Cover = tuple[Restriction, ...]
+"""Labels that match satisfy at least one of these; () is: nothing can match. One restriction for each key at most."""
+
+
+def covers(node: Node) -> tuple[Cover, ...]:
+    """Every cover found; all of them hold at once. Empty: the selector demands nothing that an index could use."""
+    if isinstance(node, Equals):
+        return ((Restriction(node.key, frozenset((node.value,))),),)
+    if isinstance(node, In):
+        return ((Restriction(node.key, node.members),) if node.members else (),)
+    if isinstance(node, (Has, Contains, StartsWith, EndsWith)):
+        return ((Restriction(node.key),),)
+    if isinstance(node, And):
+        return _covers_of_all([covers(operand) for operand in node.operands])
+    if isinstance(node, Or):
+        return _covers_of_any([covers(operand) for operand in node.operands])
+    if isinstance(node, Not):
+        return _covers_of_not(node.operand)
+    return ()
+
+
+def cheapest_cover(candidates: tuple[Cover, ...]) -> Cover | None:
+    """The one that looks most selective without knowing any labels: fewest values, presence counting as many."""
+    return min(candidates, key=_cost) if candidates else None
+
+
+_PRESENCE_COST = 1000
+"""A present key is taken for less selective than any set of values of usual length; arbitrary."""
+
+
+def _cost(cover: Cover) -> int:
+    return sum(_PRESENCE_COST if part.one_of is None else len(part.one_of) for part in cover)
+
+
+def _covers_of_not(operand: Node) -> tuple[Cover, ...]:
+    """De Morgan, and the two negative comparisons, whose negations are positive."""
+    if isinstance(operand, NotEquals):
+        return covers(Equals(operand.key, operand.value))
+    if isinstance(operand, NotIn):
+        return covers(In(operand.key, operand.values))
+    if isinstance(operand, Or):
+        return _covers_of_all([covers(_complement(part)) for part in operand.operands])
+    if isinstance(operand, And):
+        return _covers_of_any([covers(_complement(part)) for part in operand.operands])
+    return ()
+
+
+def _complement(node: Node) -> Node:
+    return node.operand if isinstance(node, Not) else Not(node)
+
+
+def _covers_of_all(arms: list[tuple[Cover, ...]]) -> tuple[Cover, ...]:
+    """Each arm's covers hold; single restrictions on one key are narrowed to their intersection."""
+    by_key: dict[str, frozenset[str] | None] = {}
+    others: list[Cover] = []
+    for cover in (cover for arm in arms for cover in arm):
+        if not cover:
+            return ((),)
+        if len(cover) > 1:
+            others.append(cover)
+            continue
+        (part,) = cover
+        known = by_key.get(part.key)
+        by_key[part.key] = part.one_of if known is None else known if part.one_of is None else known & part.one_of
+    if any(values is not None and not values for values in by_key.values()):
+        return ((),)
+    return (*((Restriction(key, values),) for key, values in by_key.items()), *others)
+
+
+def _covers_of_any(arms: list[tuple[Cover, ...]]) -> tuple[Cover, ...]:
+    """One cover, the union of each arm's cheapest; where all arms restrict one key, that union alone as well."""
+    if not all(arms):
+        return ()
+    chosen = [min(arm, key=_cost) for arm in arms]
+    merged = _union([part for cover in chosen for part in cover])
+    result = [merged]
+    if len(merged) > 1:
+        for key in (part.key for part in merged):
+            parts = [next((cover[0] for cover in arm if len(cover) == 1 and cover[0].key == key), None) for arm in arms]
+            if all(part is not None for part in parts):
+                result.append(_union([part for part in parts if part is not None]))
+    return tuple(result)
+
+
+def _union(parts: list[Restriction]) -> Cover:
+    by_key: dict[str, frozenset[str] | None] = {}
+    for part in parts:
+        known = by_key.get(part.key, frozenset())
+        by_key[part.key] = None if known is None or part.one_of is None else known | part.one_of
+    return tuple(Restriction(key, values) for key, values in by_key.items())
+
+
+# --- contradictions -------------------------------------------------------------------------------------------------
+
+_Positive = Union[Has, Equals, In, Contains, StartsWith, EndsWith]
+_Literal = tuple[_Positive, bool]
+"""A comparison and whether it must be true; all these comparisons are false on an absent label."""
+
+
+def is_contradiction(node: Node) -> bool:
+    """True when no labels can match: each arm of the disjunctive form asks for the impossible of some key.
+
+    Best effort: False where that form has more than MAX_CONJUNCTIONS arms.  Texts to contain are not combined with each
+    other, so some contradictions among `contains` are not seen.
+    """
+    arms = list(islice(_conjunctions(node, wanted=True), MAX_CONJUNCTIONS + 1))
+    return len(arms) <= MAX_CONJUNCTIONS and all(map(_is_impossible, arms))
+
+
+def _conjunctions(node: Node, *, wanted: bool) -> Iterator[tuple[_Literal, ...]]:
+    """The arms of the disjunctive normal form of ``node`` (or of its negation, without ``wanted``), lazily."""
+    if isinstance(node, Not):
+        yield from _conjunctions(node.operand, wanted=not wanted)
+    elif isinstance(node, (And, Or)):
+        if isinstance(node, And) is wanted:
+            yield from _product(node.operands, wanted=wanted)
+        else:
+            for operand in node.operands:
+                yield from _conjunctions(operand, wanted=wanted)
+    elif isinstance(node, NotEquals):
+        yield ((Equals(node.key, node.value), not wanted),)
+    elif isinstance(node, NotIn):
+        yield ((In(node.key, node.values), not wanted),)
+    elif isinstance(node, (Has, Equals, In, Contains, StartsWith, EndsWith)):
+        yield ((node, wanted),)
+    elif wanted:  # all() and global() are true
+        yield ()
+
+
+def _product(operands: tuple[Node, ...], *, wanted: bool) -> Iterator[tuple[_Literal, ...]]:
+    """One arm of each operand, in every combination."""
+    if not operands:
+        yield ()
+        return
+    for first in _conjunctions(operands[0], wanted=wanted):
+        for rest in _product(operands[1:], wanted=wanted):
+            yield first + rest
+
+
+def _is_impossible(literals: tuple[_Literal, ...]) -> bool:
+    by_key: dict[str, tuple[list[_Positive], list[_Positive]]] = {}
+    for comparison, wanted in literals:
+        by_key.setdefault(comparison.key, ([], []))[not wanted].append(comparison)
+    return any(_is_key_impossible(required, refused) for required, refused in by_key.values())
+
+
+def _is_key_impossible(required: list[_Positive], refused: list[_Positive]) -> bool:
+    """Whether no value of one label satisfies all of ``required`` and none of ``refused``."""
+    if not required:
+        return False  # an absent label does
+    key = required[0].key
+    candidates = [
+        frozenset((part.value,)) if isinstance(part, Equals) else part.members
+        for part in required
+        if isinstance(part, (Equals, In))
+    ]
+    if candidates:
+        return not any(
+            all(part.matches({key: value}) for part in required)
+            and not any(part.matches({key: value}) for part in refused)
+            for value in frozenset.intersection(*candidates)
+        )
+    if any(_is_implied(part, required) for part in refused):
+        return True
+    starts = sorted((part.value for part in required if isinstance(part, StartsWith)), key=len)
+    ends = sorted((part.value for part in required if isinstance(part, EndsWith)), key=len)
+    return not (
+        all(starts[-1].startswith(value) for value in starts) and all(ends[-1].endswith(value) for value in ends)
+    )
+
+
+def _is_implied(comparison: _Positive, required: list[_Positive]) -> bool:
+    """Whether values with all of ``required`` (none of them a finite set) surely satisfy ``comparison``."""
+    if isinstance(comparison, Has):
+        return True
+    if isinstance(comparison, (Equals, In)):
+        return False
+    if not comparison.value:
+        return True
+    return any(
+        comparison.matches({comparison.key: part.value})
+        for part in required
+        if isinstance(part, (StartsWith, EndsWith, Contains))
+        and (type(part) is type(comparison) or isinstance(comparison, Contains))
+    )

@@ -1,0 +1,254 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The tree of a selector expression: evaluation on labels (SEMANTICS 2.3) and canonical text (2.4).
+
+Invariants: nodes are immutable and hold no more than their meaning; a doubled negation never exists in a tree and sets are sorted
+without repetition, so canonical text parses back to an equal tree.
+
+Two things the syntax cannot write may still arrive through the combinators of `expression`, for example from a Kubernetes
+LabelSelector: a value with both sorts of quotes, and a value with a line break.  A value with both quotes is rendered between
+double quotes with each inner double quote doubled (`k == "a""b'c"`): no parsable text reads so, hence it is still unique.
+These two, and label names that a prefix makes longer than the parser's limit, are the only canonical texts that the
+parser refuses.  This module knows nothing of parsing, composition or context.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Union
+
+
+def render_string(value: str) -> str:
+    """A string literal: double quotes; single ones around a value with double quotes; see the module for both."""
+    if '"' not in value:
+        return f'"{value}"'
+    if "'" not in value:
+        return f"'{value}'"
+    return '"' + value.replace('"', '""') + '"'
+
+
+def _render_set(values: tuple[str, ...]) -> str:
+    return "{" + ", ".join(render_string(value) for value in values) + "}"
+
+
+@dataclass(frozen=True, slots=True)
+class All:
+    """all()."""
+
+    def matches(self, labels: Mapping[str, str]) -> bool:  # noqa: ARG002  # one signature for all nodes
+        """Always."""
+        return True
+
+    def __str__(self) -> str:
+        return "all()"
+
+
+@dataclass(frozen=True, slots=True)
+class Global:
+    """global(): true on any labels; only a namespace selector gives it another meaning, by rewriting."""
+
+    def matches(self, labels: Mapping[str, str]) -> bool:  # noqa: ARG002  # one signature for all nodes
+        """Always."""
+        return True
+
+    def __str__(self) -> str:
+        return "global()"
+
+
+@dataclass(frozen=True, slots=True)
+class Has:
+    """has(key): the label is present, be its value empty."""
+
+    key: str
+
+    def matches(self, labels: Mapping[str, str]) -> bool:
+        """Key present."""
+        return self.key in labels
+
+    def __str__(self) -> str:
+        return f"has({self.key})"
+
+
+@dataclass(frozen=True, slots=True)
+class Equals:
+    """Key == value; absent: false."""
+
+    key: str
+    value: str
+
+    def matches(self, labels: Mapping[str, str]) -> bool:
+        """Key present with this very value."""
+        return labels.get(self.key) == self.value
+
+    def __str__(self) -> str:
+        return f"{self.key} == {render_string(self.value)}"
+
+
+@dataclass(frozen=True, slots=True)
+class NotEquals:
+    """Key != value; absent: true."""
+
+    key: str
+    value: str
+
+    def matches(self, labels: Mapping[str, str]) -> bool:
+        """Key absent or with another value."""
+        return labels.get(self.key) != self.value
+
+    def __str__(self) -> str:
+        return f"{self.key} != {render_string(self.value)}"
+
+
+@dataclass(frozen=True, slots=True, init=False)
+class _Membership:
+    """A key and a set of values, kept sorted and without repetition; ``members`` is the same for fast look-up."""
+
+    key: str
+    values: tuple[str, ...]
+    members: frozenset[str]
+
+    def __init__(self, key: str, values: Iterable[str]) -> None:
+        members = frozenset(values)
+        object.__setattr__(self, "key", key)
+        object.__setattr__(self, "values", tuple(sorted(members)))
+        object.__setattr__(self, "members", members)
+
+
+@dataclass(frozen=True, slots=True, init=False)
+class In(_Membership):
+    """Key in {values}; absent: false."""
+
+    def matches(self, labels: Mapping[str, str]) -> bool:
+        """Key present with one of the values."""
+        return labels.get(self.key) in self.members
+
+    def __str__(self) -> str:
+        return f"{self.key} in {_render_set(self.values)}"
+
+
+@dataclass(frozen=True, slots=True, init=False)
+class NotIn(_Membership):
+    """Key not in {values}; absent: true."""
+
+    def matches(self, labels: Mapping[str, str]) -> bool:
+        """Key absent or with none of the values."""
+        return labels.get(self.key) not in self.members
+
+    def __str__(self) -> str:
+        return f"{self.key} not in {_render_set(self.values)}"
+
+
+@dataclass(frozen=True, slots=True)
+class Contains:
+    """Key contains text; absent: false; the empty text is in every present value."""
+
+    key: str
+    value: str
+
+    def matches(self, labels: Mapping[str, str]) -> bool:
+        """Key present and its value has the text somewhere."""
+        actual = labels.get(self.key)
+        return actual is not None and self.value in actual
+
+    def __str__(self) -> str:
+        return f"{self.key} contains {render_string(self.value)}"
+
+
+@dataclass(frozen=True, slots=True)
+class StartsWith:
+    """Key starts with text; absent: false."""
+
+    key: str
+    value: str
+
+    def matches(self, labels: Mapping[str, str]) -> bool:
+        """Key present and its value begins with the text."""
+        actual = labels.get(self.key)
+        return actual is not None and actual.startswith(self.value)
+
+    def __str__(self) -> str:
+        return f"{self.key} starts with {render_string(self.value)}"
+
+
+@dataclass(frozen=True, slots=True)
+class EndsWith:
+    """Key ends with text; absent: false."""
+
+    key: str
+    value: str
+
+    def matches(self, labels: Mapping[str, str]) -> bool:
+        """Key present and its value ends in the text."""
+        actual = labels.get(self.key)
+        return actual is not None and actual.endswith(self.value)
+
+    def __str__(self) -> str:
+        return f"{self.key} ends with {render_string(self.value)}"
+
+
+@dataclass(frozen=True, slots=True)
+class Not:
+    """Boolean NOT. Built by `negated` only, which never stacks two."""
+
+    operand: Node
+
+    def matches(self, labels: Mapping[str, str]) -> bool:
+        """The operand does not match."""
+        return not self.operand.matches(labels)
+
+    def __str__(self) -> str:
+        return f"!{self.operand}"
+
+
+@dataclass(frozen=True, slots=True)
+class And:
+    """All of two or more operands."""
+
+    operands: tuple[Node, ...]
+
+    def matches(self, labels: Mapping[str, str]) -> bool:
+        """Every operand matches."""
+        for operand in self.operands:  # noqa: SIM110  # all() would build a generator for each call
+            if not operand.matches(labels):
+                return False
+        return True
+
+    def __str__(self) -> str:
+        return "(" + " && ".join(map(str, self.operands)) + ")"
+
+
+@dataclass(frozen=True, slots=True)
+class Or:
+    """Any of two or more operands."""
+
+    operands: tuple[Node, ...]
+
+    def matches(self, labels: Mapping[str, str]) -> bool:
+        """Some operand matches."""
+        for operand in self.operands:  # noqa: SIM110  # any() would build a generator for each call
+            if operand.matches(labels):
+                return True
+        return False
+
+    def __str__(self) -> str:
+        return "(" + " || ".join(map(str, self.operands)) + ")"
+
+
+Node = Union[
+    All, Global, Has, Equals, NotEquals, In, NotIn, Contains, StartsWith, EndsWith, Not, And, Or
+]  # fmt: skip
+
+
+def negated(node: Node) -> Node:
+    """NOT ``node``; two cancel out."""
+    return node.operand if isinstance(node, Not) else Not(node)
+
+
+def walk(node: Node) -> Iterator[Node]:
+    """``node`` and every node below it, in text order."""
+    yield node
+    if isinstance(node, Not):
+        yield from walk(node.operand)
+    elif isinstance(node, (And, Or)):
+        for operand in node.operands:
+            yield from walk(operand)
