@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is tried between two hosts of a laboratory, and what came of it.
+
+Invariant: an outcome says what was observed, never what was concluded: a refusal or an unreachable is not a denial by
+policy, and is kept apart from silence.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+
+from netpol_ebpf.lab.topology import IPAddress
+
+
+class Outcome(enum.Enum):
+    """What was seen at the source."""
+
+    REACHED = "reached"  # an echo came back, over the same connection
+    SILENT = "silent"  # nothing came back before the deadline
+    REFUSED = "refused"  # the destination answered that nobody listens there
+    UNREACHABLE = "unreachable"  # a router, or the source itself, reported that there is no way
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """One new connection from a host to an address.
+
+    ``protocol``: TCP, UDP, ICMP or ICMPv6 by IANA number; ``port`` is 0 for the last two, which are echo requests.
+    ``source_port`` 0: the kernel chooses.
+    """
+
+    source: str
+    destination: IPAddress
+    protocol: int
+    port: int = 0
+    source_port: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """Outcome of an attempt, after ``seconds``."""
+
+    attempt: Attempt
+    outcome: Outcome
+    seconds: float
+
+    @property
+    def reached(self) -> bool:
+        """Whether the echo came back."""
+        return self.outcome is Outcome.REACHED

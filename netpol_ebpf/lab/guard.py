@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Removal of a laboratory, by a process that outlives whoever built it.
+
+The builder starts this module as a child in a session of its own and writes one JSON line for each thing it is about
+to create.  When the pipe ends, because the builder closed it or because it died in any way, SIGKILL included, the
+guard ends every process inside the recorded namespaces, deletes them and the recorded directories, and exits.
+
+Invariant: only what was recorded is removed, and there is this one way of removing it.  Standard library only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+NETNS_DIR = Path("/run/netns")
+KILL_DEADLINE_S = 5.0
+POLL_S = 0.01
+
+
+def processes_in(namespace: str) -> list[int]:
+    """Process ids whose network namespace is the named one; [] when there is no such namespace."""
+    try:
+        wanted = (NETNS_DIR / namespace).stat()
+    except FileNotFoundError:
+        return []
+    found = []
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit():
+            continue
+        try:
+            seen = (entry / "ns" / "net").stat()
+        except (FileNotFoundError, ProcessLookupError, PermissionError):
+            continue  # ended meanwhile, or a kernel thread
+        if (seen.st_dev, seen.st_ino) == (wanted.st_dev, wanted.st_ino):
+            found.append(int(entry.name))
+    return found
+
+
+def _kill_all(namespace: str) -> None:
+    deadline = time.monotonic() + KILL_DEADLINE_S
+    while remaining := processes_in(namespace):
+        for pid in remaining:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"processes {remaining} in namespace {namespace} do not end")
+        time.sleep(POLL_S)
+
+
+def remove(namespaces: Iterable[str], directories: Iterable[Path] = ()) -> list[str]:
+    """Remove namespaces (with the processes inside) and directories; what does not exist is passed over.
+
+    Everything is tried; the returned list has one line for each thing that could not be removed.
+    """
+    failures = []
+    for namespace in namespaces:
+        if not (NETNS_DIR / namespace).exists():
+            continue
+        try:
+            _kill_all(namespace)
+            subprocess.run(["ip", "netns", "delete", namespace], check=True, capture_output=True, text=True)
+        except subprocess.CalledProcessError as error:
+            failures.append(f"namespace {namespace}: {error.stderr.strip()}")
+        except OSError as error:
+            failures.append(f"namespace {namespace}: {error}")
+    for directory in directories:
+        if not directory.exists():
+            continue
+        shutil.rmtree(directory, onerror=lambda _, path, error: failures.append(f"{path}: {error[1]}"))
+    return failures
+
+
+def main() -> int:
+    """Read records from standard input until it ends, then remove them. 0: all gone; 5: something is left."""
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        signal.signal(getattr(signal, name), signal.SIG_IGN)
+    namespaces: list[str] = []
+    directories: list[Path] = []
+    for line in sys.stdin:
+        record = json.loads(line)
+        namespaces += record.get("namespaces", [])
+        directories += [Path(text) for text in record.get("directories", [])]
+    failures = remove(namespaces, directories)
+    for failure in failures:
+        print(f"netpol lab: cannot remove {failure}", file=sys.stderr)
+    return 5 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,225 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Build a planned network out of namespaces, run processes and connections in it, take it away again.
+
+Invariants: names carry a random token, so laboratories do not meet; every interface is born inside a namespace of the
+laboratory, so the machine's own are never touched; what is created was recorded with the guard process first, so it
+goes away however this process ends.  Needs root.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Union
+
+from netpol_ebpf.errors import PlatformError, PrivilegeError
+from netpol_ebpf.lab import guard
+from netpol_ebpf.lab.attempt import Attempt, Result
+from netpol_ebpf.lab.probe import DEADLINE_S, Prober
+from netpol_ebpf.lab.topology import Batch, Host, Plan
+
+STOP_DEADLINE_S = 3.0
+GUARD_DEADLINE_S = 15.0
+TOOLS = {"ip": "iproute2", "nsenter": "util-linux"}
+_File = Union[int, IO[bytes], IO[str], None]
+
+# Written before any interface exists, so that "default" reaches all of them.
+SETTINGS_ALL = (
+    ("ipv6/conf/all/disable_ipv6", "0"),
+    ("ipv6/conf/default/disable_ipv6", "0"),
+    ("ipv6/conf/default/accept_dad", "0"),  # an address is usable at once
+    ("ipv6/conf/default/dad_transmits", "0"),
+    ("ipv6/conf/default/accept_ra", "0"),
+    ("ipv6/conf/default/router_solicitations", "0"),
+    ("ipv4/ping_group_range", "0 2147483647"),  # echo requests from datagram sockets
+    # What is dropped, the program under test drops: no second judge of source addresses.
+    ("ipv4/conf/all/rp_filter", "0"),
+    ("ipv4/conf/default/rp_filter", "0"),
+)
+SETTINGS_ROUTER = (("ipv4/ip_forward", "1"), ("ipv6/conf/all/forwarding", "1"))
+
+
+class Lab:
+    """A running laboratory; use it as a context manager.
+
+    ``directories`` are removed with it, such as a pin directory of the dataplane under test.  Raises PrivilegeError
+    without root, PlatformError when a tool is missing or a step fails; nothing is left in either case.
+    """
+
+    def __init__(self, hosts: Iterable[Host] | Plan, *, directories: Sequence[Path] = ()) -> None:
+        self.plan = hosts if isinstance(hosts, Plan) else Plan(hosts)
+        self.token = f"np{secrets.token_hex(3)}"
+        self.directories = tuple(directories)
+        self.namespace_of = {name: f"{self.token}-{name.replace('/', '.')}" for name in self.plan.hosts}
+        self._guard: subprocess.Popen[str] | None = None
+        self._prober: Prober | None = None
+        self._processes: list[subprocess.Popen[bytes]] = []
+
+    def __enter__(self) -> Lab:  # noqa: PYI034 - typing.Self comes with Python 3.11
+        self.build()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # --- building and removing ------------------------------------------------------------------------------------
+
+    def build(self) -> None:
+        """Create the namespaces, links, addresses and routes, and start the echo servers."""
+        if os.geteuid() != 0:
+            raise PrivilegeError("the laboratory makes network namespaces, which needs root")
+        for tool, package in TOOLS.items():
+            if shutil.which(tool) is None:
+                raise PlatformError(f"{tool} is not installed", hint=f"Install the package {package}.")
+        try:
+            self._build()
+        except BaseException:
+            self.close()
+            raise
+
+    def _build(self) -> None:
+        self._guard = subprocess.Popen(
+            [sys.executable, "-m", guard.__name__], stdin=subprocess.PIPE, text=True, start_new_session=True
+        )
+        self.record(namespaces=self.namespace_of.values(), directories=self.directories)
+        _run_ip(["-batch", "-"], "".join(f"netns add {name}\n" for name in self.namespace_of.values()))
+        self._prober = Prober(self.namespace_of)
+        for host in self.plan.hosts.values():
+            router = SETTINGS_ROUTER if self.plan.children(host.name) else ()
+            self._prober.write_settings(host.name, SETTINGS_ALL + router)
+        for batch in self.plan.render_batches(self.namespace_of):
+            self._run_batch(batch)
+        for host in self.plan.hosts.values():
+            self._prober.listen(host.name, host.addresses, host.listens)
+
+    def _run_batch(self, batch: Batch) -> None:
+        # A batch applies one family option to all its lines, so neighbouring lines of one family go together.
+        runs: list[tuple[str, list[str]]] = []
+        for line in batch.lines:
+            family, text = (line[:2], line[3:]) if line.startswith("-") else ("", line)
+            if not runs or runs[-1][0] != family:
+                runs.append((family, []))
+            runs[-1][1].append(text)
+        for family, lines in runs:
+            options = [family] if family else []
+            _run_ip(["-n", self.namespace_of[batch.host], *options, "-batch", "-"], "\n".join(lines) + "\n")
+
+    def record(self, *, namespaces: Iterable[str] = (), directories: Iterable[Path] = ()) -> None:
+        """Have the guard remove these as well, whatever happens. To be called before they are created."""
+        if self._guard is None or self._guard.stdin is None:
+            raise PlatformError("the laboratory is not running")
+        record = {"namespaces": list(namespaces), "directories": [str(path) for path in directories]}
+        self._guard.stdin.write(json.dumps(record) + "\n")
+        self._guard.stdin.flush()
+
+    def close(self) -> None:
+        """End all processes, remove all namespaces and directories. Harmless when repeated.
+
+        Raises PlatformError naming what could not be removed.
+        """
+        for process in reversed(self._processes):
+            _stop(process)
+        self._processes.clear()
+        if self._prober is not None:
+            self._prober.close()
+            self._prober = None
+        warden, self._guard = self._guard, None
+        if warden is None:
+            return
+        if warden.stdin is not None:
+            with contextlib.suppress(BrokenPipeError):  # it was killed: its return code tells, below
+                warden.stdin.close()
+        try:
+            code = warden.wait(GUARD_DEADLINE_S)
+        except subprocess.TimeoutExpired:
+            warden.kill()
+            code = warden.wait()
+        if code != 0 and (failures := guard.remove(self.namespace_of.values(), self.directories)):
+            raise PlatformError("the laboratory could not be removed: " + "; ".join(failures))
+
+    # --- using it ---------------------------------------------------------------------------------------------------
+
+    @property
+    def prober(self) -> Prober:
+        """The owner of the laboratory's sockets."""
+        if self._prober is None:
+            raise PlatformError("the laboratory is not running")
+        return self._prober
+
+    def attempt(self, attempts: Sequence[Attempt], *, deadline_s: float = DEADLINE_S, rounds: int = 2) -> list[Result]:
+        """Make real connections, all at once; see `Prober.attempt`."""
+        return self.prober.attempt(attempts, deadline_s=deadline_s, rounds=rounds)
+
+    def command(self, host: str, argv: Sequence[str]) -> list[str]:
+        """``argv`` to be run inside a host's network namespace.
+
+        `nsenter`, because `ip netns exec` mounts a new /sys over the one that holds the BPF file system.
+        """
+        return ["nsenter", f"--net={guard.NETNS_DIR / self.namespace_of[host]}", "--", *argv]
+
+    def run(
+        self, host: str, argv: Sequence[str], *, timeout_s: float = 30.0, check: bool = True
+    ) -> subprocess.CompletedProcess[str]:
+        """Run a command inside a host to its end. Raises CalledProcessError (with ``check``) or TimeoutExpired."""
+        return subprocess.run(
+            self.command(host, argv), check=check, timeout=timeout_s, capture_output=True, text=True, errors="replace"
+        )
+
+    def start(
+        self,
+        host: str,
+        argv: Sequence[str],
+        *,
+        stdout: _File = subprocess.DEVNULL,
+        stderr: _File = subprocess.DEVNULL,
+        env: Mapping[str, str] | None = None,
+    ) -> subprocess.Popen[bytes]:
+        """Start a process inside a host; it is ended with the laboratory.
+
+        It gets a session of its own: a Ctrl-C at the terminal is for the one who built the laboratory to act on.
+        """
+        process = subprocess.Popen(
+            self.command(host, argv),
+            stdin=subprocess.DEVNULL,
+            stdout=stdout,
+            stderr=stderr,
+            env=None if env is None else dict(env),
+            start_new_session=True,
+        )
+        self._processes.append(process)
+        return process
+
+    def stop(self, process: subprocess.Popen[bytes]) -> int:
+        """End a process begun with `start`, by SIGTERM and, if need be, SIGKILL; its return code."""
+        if process in self._processes:
+            self._processes.remove(process)
+        return _stop(process)
+
+
+def _stop(process: subprocess.Popen[bytes]) -> int:
+    if process.poll() is None:
+        process.terminate()
+        try:
+            process.wait(STOP_DEADLINE_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+    return process.wait()
+
+
+def _run_ip(arguments: Sequence[str], text: str) -> None:
+    done = subprocess.run(["ip", *arguments], input=text, check=False, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise PlatformError(
+            f"`ip {' '.join(arguments)}` failed: {done.stderr.strip()}",
+            hint="The laboratory needs network namespaces and veth interfaces; is this a container without them?",
+        )

@@ -1,0 +1,326 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Real sockets in the namespaces of a laboratory: echo servers, attempts with a deadline, connections held open.
+
+A socket belongs for ever to the network namespace its thread was in when it was made.  So one thread with one event
+loop serves every host: it enters a host's namespace, makes the socket, and that is all.  The rejected alternative, a
+helper process per host, costs a tenth of a second of CPU each and an exchange of messages.
+
+Invariant: only the prober's own thread ever changes namespace, and it makes no socket without having entered one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import errno
+import os
+import secrets
+import socket
+import struct
+import threading
+import time
+from collections.abc import Callable, Coroutine, Iterable, Sequence
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any, TypeVar
+
+from netpol_ebpf.errors import PlatformError, PrivilegeError, UsageError
+from netpol_ebpf.lab.attempt import Attempt, Outcome, Result
+from netpol_ebpf.lab.guard import NETNS_DIR
+from netpol_ebpf.lab.topology import ICMP, ICMPV6, TCP, UDP, IPAddress, Listen
+
+T = TypeVar("T")
+
+SETTINGS_DIR = Path("/proc/sys/net")
+CLONE_NEWNET = 0x40000000  # linux/sched.h; os.setns comes with Python 3.12
+DEADLINE_S = 0.4
+RESENDS = 4  # datagrams per deadline: one lost on a busy machine is no denial
+JOIN_DEADLINE_S = 5.0
+ANSWER_DEADLINE_S = 120.0  # for a whole batch; only a bug exceeds it
+_UNREACHABLE = {errno.EHOSTUNREACH, errno.ENETUNREACH, errno.EACCES, errno.EPERM, errno.EHOSTDOWN}
+
+
+class Held:
+    """A TCP connection kept open from a host to an echo server."""
+
+    def __init__(self, prober: Prober, sock: socket.socket) -> None:
+        self._prober = prober
+        self._sock = sock
+
+    @property
+    def source_port(self) -> int:
+        """The local port of the connection."""
+        port: int = self._sock.getsockname()[1]
+        return port
+
+    def exchange(self, deadline_s: float = DEADLINE_S) -> bool:
+        """Whether fresh bytes sent now come back before the deadline."""
+        return self._prober.call(self._prober.echo_stream(self._sock, deadline_s))
+
+    def close(self) -> None:
+        """Close the socket; the peer's reply to that may never be delivered."""
+        self._sock.close()
+
+
+class Prober:
+    """A thread with an event loop that owns the servers and clients of all hosts.
+
+    ``namespace_of`` maps a host's name to its network namespace's name.  To be closed.
+    """
+
+    def __init__(self, namespace_of: dict[str, str]) -> None:
+        self._libc = ctypes.CDLL(None, use_errno=True)
+        self._namespace_of = namespace_of
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._sockets: set[socket.socket] = set()
+        self._failure: BaseException | None = None
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="lab-prober", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """End all servers, close all sockets, end the thread. Harmless when repeated."""
+        if self._loop.is_closed():
+            return
+        asyncio.run_coroutine_threadsafe(self._shut(), self._loop).result(JOIN_DEADLINE_S)
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(JOIN_DEADLINE_S)
+        self._loop.close()
+
+    def call(self, work: Coroutine[Any, Any, T]) -> T:
+        """Run a coroutine on the prober's thread and wait for its result. Raises what ended a server, if one ended."""
+        if self._failure is not None:
+            work.close()
+            raise self._failure
+        future: Future[T] = asyncio.run_coroutine_threadsafe(work, self._loop)
+        return future.result(ANSWER_DEADLINE_S)
+
+    def write_settings(self, host: str, settings: Iterable[tuple[str, str]]) -> None:
+        """Write files below /proc/sys/net of the host's namespace: (``ipv4/ip_forward``, ``1``)."""
+
+        def write() -> None:
+            for path, value in settings:
+                # The kernel looks such a file up in the namespace of the thread that opens it.
+                (SETTINGS_DIR / path).write_text(value)
+
+        self.call(self._inside(host, write))
+
+    def open_socket(self, host: str, family: int, kind: int, protocol: int = 0) -> socket.socket:
+        """A blocking socket in the host's namespace, for the caller to use and close."""
+        return self.call(self._inside(host, lambda: socket.socket(family, kind, protocol)))
+
+    def listen(self, host: str, addresses: Iterable[IPAddress], listens: Iterable[Listen]) -> None:
+        """Start echo servers on these addresses and ports; they are ready when this returns."""
+        for address in addresses:
+            for listen in listens:
+                self.call(self._serve(host, address, listen))
+
+    def attempt(self, attempts: Sequence[Attempt], *, deadline_s: float = DEADLINE_S, rounds: int = 2) -> list[Result]:
+        """Make all attempts at once and return their results in the same order.
+
+        What stayed silent is tried again, up to ``rounds`` times in all, because the first SYN of a connection is sent
+        once a second and may be lost on a busy machine.  Takes at most ``rounds`` times ``deadline_s``, roughly.
+        """
+        results = self.call(self._attempt_all(attempts, deadline_s))
+        for _ in range(rounds - 1):
+            silent = [place for place, result in enumerate(results) if result.outcome is Outcome.SILENT]
+            if not silent:
+                break
+            again = self.call(self._attempt_all([attempts[place] for place in silent], deadline_s))
+            for place, result in zip(silent, again, strict=True):
+                results[place] = result
+        return results
+
+    def hold(self, attempt: Attempt, deadline_s: float = DEADLINE_S) -> Held | None:
+        """Open a TCP connection and keep it; None when it cannot be opened before the deadline."""
+        return self.call(self._hold(attempt, deadline_s))
+
+    # --- on the prober's thread -----------------------------------------------------------------------------------
+
+    async def _shut(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        for sock in self._sockets:
+            sock.close()
+
+    async def _inside(self, host: str, work: Callable[[], T]) -> T:
+        self._enter(host)
+        return work()
+
+    def _enter(self, host: str) -> None:
+        handle = os.open(NETNS_DIR / self._namespace_of[host], os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            if self._libc.setns(handle, CLONE_NEWNET) != 0:
+                number = ctypes.get_errno()
+                kind = PrivilegeError if number == errno.EPERM else PlatformError
+                raise kind(f"lab: cannot enter the namespace of {host}: {os.strerror(number)}")
+        finally:
+            os.close(handle)
+
+    def _make(self, host: str, family: int, kind: int, protocol: int = 0) -> socket.socket:
+        self._enter(host)
+        sock = socket.socket(family, kind, protocol)
+        sock.settimeout(0)
+        return sock
+
+    def _start(self, work: Coroutine[Any, Any, None]) -> None:
+        task = self._loop.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self._failure = error
+
+    async def _serve(self, host: str, address: IPAddress, listen: Listen) -> None:
+        kinds = {TCP: socket.SOCK_STREAM, UDP: socket.SOCK_DGRAM}
+        if listen.protocol not in kinds:
+            raise UsageError(f"lab: {host} cannot listen on protocol {listen.protocol}, only TCP and UDP")
+        sock = self._make(host, _family(address), kinds[listen.protocol])
+        self._sockets.add(sock)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind((str(address), listen.port))
+        if listen.protocol == TCP:
+            sock.listen(128)
+            self._start(self._accept(sock))
+        else:
+            self._start(self._echo_datagrams(sock))
+
+    async def _accept(self, listener: socket.socket) -> None:
+        while True:
+            sock, _ = await self._loop.sock_accept(listener)
+            self._start(self._echo(sock))
+
+    async def _echo(self, sock: socket.socket) -> None:
+        with sock:
+            sock.settimeout(0)
+            try:
+                while data := await self._loop.sock_recv(sock, 4096):
+                    await self._loop.sock_sendall(sock, data)
+            except OSError:
+                return  # the client is gone, or policy cut the connection: nothing is left to serve
+
+    async def _echo_datagrams(self, sock: socket.socket) -> None:
+        while True:
+            await _readable(self._loop, sock)
+            try:
+                data, peer = sock.recvfrom(4096)
+                sock.sendto(data, peer)
+            except BlockingIOError:
+                continue
+            except OSError as error:
+                if error.errno not in _UNREACHABLE | {errno.ECONNREFUSED}:
+                    raise  # the others report an earlier answer's fate, which is the client's to see
+
+    async def _attempt_all(self, attempts: Sequence[Attempt], deadline_s: float) -> list[Result]:
+        return await asyncio.gather(*(self._attempt(attempt, deadline_s) for attempt in attempts))
+
+    async def _attempt(self, attempt: Attempt, deadline_s: float) -> Result:
+        began = time.monotonic()
+        try:
+            done = await asyncio.wait_for(self._try(attempt, deadline_s), deadline_s)
+            outcome = Outcome.REACHED if done else Outcome.SILENT
+        except asyncio.TimeoutError:
+            outcome = Outcome.SILENT
+        except ConnectionRefusedError:
+            outcome = Outcome.REFUSED
+        except OSError as error:
+            if error.errno not in _UNREACHABLE:
+                raise
+            outcome = Outcome.UNREACHABLE
+        return Result(attempt, outcome, time.monotonic() - began)
+
+    async def _try(self, attempt: Attempt, deadline_s: float) -> bool:
+        if attempt.protocol == TCP:
+            with await self._connected(attempt, socket.SOCK_STREAM) as sock:
+                return await self.echo_stream(sock, deadline_s)
+        token = secrets.token_bytes(16)
+        if attempt.protocol == UDP:
+            with await self._connected(attempt, socket.SOCK_DGRAM) as sock:
+                return await self._ask(sock, token, deadline_s)
+        if attempt.protocol in {ICMP, ICMPV6}:
+            with await self._connected(attempt, socket.SOCK_DGRAM, attempt.protocol) as sock:
+                request = 8 if attempt.protocol == ICMP else 128
+                # The kernel fills in checksum and identifier of its ping sockets.
+                return await self._ask(sock, struct.pack("!BBHHH", request, 0, 0, 0, 1) + token, deadline_s, token)
+        raise UsageError(f"lab: cannot try protocol {attempt.protocol}, only TCP, UDP, ICMP and ICMPv6")
+
+    async def _connected(self, attempt: Attempt, kind: int, protocol: int = 0) -> socket.socket:
+        sock = self._make(attempt.source, _family(attempt.destination), kind, protocol)
+        try:
+            if attempt.source_port:
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                sock.bind(("", attempt.source_port))
+            peer = (str(attempt.destination), attempt.port)
+            if kind == socket.SOCK_STREAM:
+                await self._loop.sock_connect(sock, peer)
+            else:
+                sock.connect(peer)  # only sets the peer; the event loop would look up what kind of socket pings
+        except BaseException:
+            sock.close()
+            raise
+        return sock
+
+    async def _ask(self, sock: socket.socket, message: bytes, deadline_s: float, token: bytes | None = None) -> bool:
+        """Send a datagram, again when there is no answer; True when its token comes back."""
+        token = message if token is None else token
+        deadline = self._loop.time() + deadline_s
+        while (left := deadline - self._loop.time()) > 0:
+            await self._loop.sock_sendall(sock, message)
+            try:
+                answer = await asyncio.wait_for(self._loop.sock_recv(sock, 4096), min(left, deadline_s / RESENDS))
+            except asyncio.TimeoutError:
+                continue
+            if answer.endswith(token):
+                return True
+        return False
+
+    async def echo_stream(self, sock: socket.socket, deadline_s: float) -> bool:
+        """Whether bytes sent on a connected stream come back; False at the deadline or at the end of the stream."""
+        token = secrets.token_bytes(16)
+
+        async def exchange() -> bool:
+            await self._loop.sock_sendall(sock, token)
+            received = b""
+            # Answers to earlier exchanges that timed out may come first.
+            while not received.endswith(token):
+                data = await self._loop.sock_recv(sock, 4096)
+                if not data:
+                    return False
+                received += data
+            return True
+
+        try:
+            return await asyncio.wait_for(exchange(), deadline_s)
+        except (asyncio.TimeoutError, ConnectionResetError, BrokenPipeError):
+            return False
+
+    async def _hold(self, attempt: Attempt, deadline_s: float) -> Held | None:
+        try:
+            sock = await asyncio.wait_for(self._connected(attempt, socket.SOCK_STREAM), deadline_s)
+        except asyncio.TimeoutError:
+            return None
+        self._sockets.add(sock)
+        held = Held(self, sock)
+        return held if await self.echo_stream(sock, deadline_s) else None
+
+
+def _family(address: IPAddress) -> int:
+    return socket.AF_INET if address.version == 4 else socket.AF_INET6  # noqa: PLR2004 - the IP version
+
+
+async def _readable(loop: asyncio.AbstractEventLoop, sock: socket.socket) -> None:
+    """Wait until a socket can be read: sock_recvfrom comes with Python 3.11 only."""
+    ready: asyncio.Future[None] = loop.create_future()
+
+    def wake() -> None:
+        if not ready.done():
+            ready.set_result(None)
+
+    loop.add_reader(sock, wake)
+    try:
+        await ready
+    finally:
+        loop.remove_reader(sock)
