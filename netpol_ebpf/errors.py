@@ -61,7 +61,9 @@ class SelectorError(InvalidInputError):
     slug = "selector"
 
     def __init__(self, message: str, *, text: str, offset: int, hint: str | None = None) -> None:
-        super().__init__(f"{message}\n  {text}\n  {' ' * offset}^", hint=hint)
+        # One character a column: a tab or a line break would put the caret elsewhere.
+        line = "".join(character if character.isprintable() else " " for character in text)
+        super().__init__(f"{message}\n  {line}\n  {' ' * offset}^", hint=hint)
         self.reason = message
         self.text = text
         self.offset = offset

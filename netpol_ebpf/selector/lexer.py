@@ -102,7 +102,7 @@ def _refuse_line_breaks(text: str) -> None:
         if character in "\n\r":
             raise SelectorError(
                 "line break inside a selector",
-                text=text.replace("\n", " ").replace("\r", " "),
+                text=text,
                 offset=offset,
                 hint="Write the selector on one line; a folded YAML scalar (>-) joins lines with spaces.",
             )

@@ -56,12 +56,13 @@ class _Parser:
 
     def __init__(self, text: str) -> None:
         self._text = text
-        self._tokens = list(scan_tokens(text))
-        self._next = 0
+        # Scanned on demand, so that the first error in the text is the one reported, be it of a token or of grammar.
+        self._tokens = scan_tokens(text)
+        self._ahead: Token | None = None
         self._depth = 0
 
     def selector(self) -> Node:
-        """Selector = [ or ]."""
+        """Grammar: selector = [ or ]."""
         if self._peek().kind is Kind.END:
             return All()
         node = self._or()
@@ -69,21 +70,21 @@ class _Parser:
         return node
 
     def _or(self) -> Node:
-        """Or = and , { "||" , and }."""
+        """Grammar: or = and , { "||" , and }."""
         operands = [self._and()]
         while self._accept(Kind.OR):
             operands.append(self._and())
         return operands[0] if len(operands) == 1 else Or(tuple(operands))
 
     def _and(self) -> Node:
-        """And = unary , { "&&" , unary }."""
+        """Grammar: and = unary , { "&&" , unary }."""
         operands = [self._unary()]
         while self._accept(Kind.AND):
             operands.append(self._unary())
         return operands[0] if len(operands) == 1 else And(tuple(operands))
 
     def _unary(self) -> Node:
-        """Unary = { "!" } , primary."""
+        """Grammar: unary = { "!" } , primary."""
         negate = False
         while self._accept(Kind.NOT):
             negate = not negate
@@ -109,7 +110,7 @@ class _Parser:
         raise self._unexpected(token, "a label name, has(...), all(), global(), '!' or '('")
 
     def _group(self, opening: Token) -> Node:
-        """ "(" or ")"."""
+        """The rest of "(" or ")"."""
         self._depth += 1
         if self._depth > MAX_DEPTH:
             raise SelectorError(f"parentheses nested deeper than {MAX_DEPTH}", text=self._text, offset=opening.offset)
@@ -135,7 +136,7 @@ class _Parser:
         raise self._unexpected(operator, f"an operator after the label name {label.text}")
 
     def _set(self) -> tuple[str, ...]:
-        """Set = "{" [ string { "," string } [ "," ] ] "}"; may be empty, may end in a comma."""
+        """Grammar: set = "{" [ string { "," string } [ "," ] ] "}"; may be empty, may end in a comma."""
         self._expect(Kind.LBRACE)
         values: list[str] = []
         while self._peek().kind is Kind.STRING:
@@ -146,18 +147,20 @@ class _Parser:
         return tuple(values)
 
     def _peek(self) -> Token:
-        return self._tokens[self._next]
+        if self._ahead is None:
+            self._ahead = next(self._tokens)
+        return self._ahead
 
     def _take(self) -> Token:
-        token = self._tokens[self._next]
+        token = self._peek()
         if token.kind is not Kind.END:
-            self._next += 1
+            self._ahead = None
         return token
 
     def _accept(self, kind: Kind) -> bool:
-        if self._tokens[self._next].kind is not kind:
+        if self._peek().kind is not kind:
             return False
-        self._next += 1
+        self._ahead = None
         return True
 
     def _expect(self, kind: Kind) -> Token:

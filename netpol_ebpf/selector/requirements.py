@@ -116,14 +116,13 @@ def _covers_of_any(arms: list[tuple[Cover, ...]]) -> tuple[Cover, ...]:
     """One cover, the union of each arm's cheapest; where all arms restrict one key, that union alone as well."""
     if not all(arms):
         return ()
-    chosen = [min(arm, key=_cost) for arm in arms]
-    merged = _union([part for cover in chosen for part in cover])
-    result = [merged]
-    if len(merged) > 1:
-        for key in (part.key for part in merged):
-            parts = [next((cover[0] for cover in arm if len(cover) == 1 and cover[0].key == key), None) for arm in arms]
-            if all(part is not None for part in parts):
-                result.append(_union([part for part in parts if part is not None]))
+    result = [_union([part for arm in arms for part in min(arm, key=_cost)])]
+    singles = [{cover[0].key: cover[0] for cover in arm if len(cover) == 1} for arm in arms]
+    for key in singles[0]:
+        if all(key in single for single in singles[1:]):
+            shared = _union([single[key] for single in singles])
+            if shared not in result:
+                result.append(shared)
     return tuple(result)
 
 
