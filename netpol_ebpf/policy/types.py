@@ -16,13 +16,16 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
-from typing import Union
+from typing import TypeVar, Union
 
 from netpol_ebpf.errors import Location
 from netpol_ebpf.selector import Selector
 
 IPAddress = Union[IPv4Address, IPv6Address]
 IPNetwork = Union[IPv4Network, IPv6Network]
+
+K = TypeVar("K")
+V = TypeVar("V")
 
 TCP, UDP, SCTP, UDPLITE, ICMP, ICMPV6 = 6, 17, 132, 136, 1, 58
 PORT_PROTOCOLS = frozenset({TCP, UDP, SCTP})
@@ -342,6 +345,42 @@ class World:
         return iter(sorted(tiers, key=lambda tier: tier.sort_key))
 
 
+@dataclass(slots=True)
+class Changes:
+    """What became of internal objects: the new one, or None where it went. The tables have `World`'s names and keys."""
+
+    tiers: dict[str, Tier | None] = field(default_factory=dict)
+    policies: dict[PolicyKey, Policy | None] = field(default_factory=dict)
+    profiles: dict[str, Profile | None] = field(default_factory=dict)
+    endpoints: dict[EndpointKey, Endpoint | None] = field(default_factory=dict)
+    network_sets: dict[str, NetworkSet | None] = field(default_factory=dict)
+    nodes: dict[str, Node | None] = field(default_factory=dict)
+    services: dict[tuple[str, str], Service | None] = field(default_factory=dict)
+
+    def __bool__(self) -> bool:
+        return any((
+            self.tiers, self.policies, self.profiles, self.endpoints, self.network_sets, self.nodes, self.services,
+        ))  # fmt: skip
+
+    def apply_to(self, world: World) -> None:
+        """Make ``world`` what it is after these changes. Cost: linear in the changes."""
+        _apply(self.tiers, world.tiers)
+        _apply(self.policies, world.policies)
+        _apply(self.profiles, world.profiles)
+        _apply(self.endpoints, world.endpoints)
+        _apply(self.network_sets, world.network_sets)
+        _apply(self.nodes, world.nodes)
+        _apply(self.services, world.services)
+
+
+def _apply(changes: Mapping[K, V | None], table: dict[K, V]) -> None:
+    for key, value in changes.items():
+        if value is None:
+            table.pop(key, None)
+        else:
+            table[key] = value
+
+
 # --- packets and verdicts -------------------------------------------------------------------------------------------
 
 
@@ -383,7 +422,8 @@ class CauseKind(enum.Enum):
 class Cause:
     """Which rule made a verdict. ``index`` is -1 where no rule did (end of tier, no match).
 
-    ``policy`` at the end of a tier is the last applying policy of that tier in evaluation order.
+    ``policy`` at the end of a tier is the last applying policy of that tier in evaluation order.  MATCHING.md beside
+    this module says for each kind exactly which fields hold what: engines must produce identical causes.
     """
 
     kind: CauseKind
