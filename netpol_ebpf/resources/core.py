@@ -1,0 +1,243 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Namespace, ServiceAccount, Pod, Node, Service and EndpointSlice: what the cluster says of itself.
+
+Real objects of these kinds are large and grow with every release: unknown fields are ignored, the fields read here are
+checked.  Which of several sources of an address counts follows SEMANTICS 1.3.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import replace
+
+from netpol_ebpf.resources.kind import Kind
+from netpol_ebpf.resources.reader import Reader, describe
+from netpol_ebpf.resources.syntax import MAX_PORT, PROTOCOLS, check_port_name, parse_address, parse_network
+from netpol_ebpf.resources.types import (
+    ContainerPort,
+    EndpointSlice,
+    IPAddress,
+    IPNetwork,
+    Meta,
+    Namespace,
+    Node,
+    Pod,
+    Service,
+    ServiceAccount,
+    ServicePort,
+    SlicePort,
+)
+from netpol_ebpf.resources.yamltree import Path
+
+NAMESPACE_NAME_LABEL = "kubernetes.io/metadata.name"
+SERVICE_NAME_LABEL = "kubernetes.io/service-name"
+
+_POD_IPS = "cni.projectcalico.org/podIPs"
+_POD_IP = "cni.projectcalico.org/podIP"
+_AWS_POD_IPS = "vpc.amazonaws.com/pod-ips"
+_SOURCE_PREFIXES = "cni.projectcalico.org/allowedSourcePrefixes"
+
+# The addresses Calico gives a node: its own (with a prefix length) and those of its tunnel devices, from which traffic
+# of the node to a remote pod may come.
+_NODE_ADDRESS_ANNOTATIONS = (
+    "projectcalico.org/IPv4Address",
+    "projectcalico.org/IPv6Address",
+    "projectcalico.org/IPv4IPIPTunnelAddr",
+    "projectcalico.org/IPv4VXLANTunnelAddr",
+    "projectcalico.org/IPv6VXLANTunnelAddr",
+    "projectcalico.org/IPv4WireguardInterfaceAddr",
+    "projectcalico.org/IPv6WireguardInterfaceAddr",
+)
+
+
+def _namespace(obj: Reader, meta: Meta) -> Namespace:
+    seen = meta.labels.get(NAMESPACE_NAME_LABEL)
+    if seen is None:
+        meta = replace(meta, labels={**meta.labels, NAMESPACE_NAME_LABEL: meta.name})
+    elif seen != meta.name:
+        path = ("metadata", "labels", NAMESPACE_NAME_LABEL)
+        obj.report.error(path, f'must be the namespace\'s own name "{meta.name}", is "{seen}"; remove the label')
+    return Namespace(meta)
+
+
+def _service_account(obj: Reader, meta: Meta) -> ServiceAccount:
+    del obj
+    return ServiceAccount(meta)
+
+
+def _pod(obj: Reader, meta: Meta) -> Pod:
+    metadata = obj.mapping("metadata")
+    deleting = metadata is not None and metadata.has("deletionTimestamp")
+    status = obj.mapping("status")
+    phase = status.string("phase") if status is not None else None
+    finished = phase in ("Succeeded", "Failed") or (deleting and meta.annotations.get(_POD_IP) == "")
+    addresses = _pod_addresses(obj, meta, status)
+    spec = obj.mapping("spec") or Reader({}, (*obj.path, "spec"), obj.report)
+    ports: list[ContainerPort] = []
+    for containers in ("initContainers", "containers"):
+        for container in spec.mappings(containers):
+            ports.extend(_container_ports(container))
+    account = spec.string("serviceAccountName") or spec.string("serviceAccount") or "default"
+    return Pod(
+        meta=meta,
+        node=spec.string("nodeName") or None,
+        service_account=account,
+        host_network=spec.boolean("hostNetwork"),
+        finished=finished,
+        addresses=() if finished else addresses,
+        ports=tuple(ports),
+        allowed_source_prefixes=_source_prefixes(obj, meta),
+    )
+
+
+def _container_ports(container: Reader) -> Iterable[ContainerPort]:
+    for port in container.mappings("ports"):
+        name = port.string("name") or ""
+        if name and (message := check_port_name(name)) is not None:
+            port.error("name", message)
+        number = port.integer("containerPort", 1, MAX_PORT)
+        protocol = _protocol(port)
+        if number is None:
+            if not port.has("containerPort"):
+                port.missing("containerPort")
+            continue
+        yield ContainerPort(name, protocol, number)
+
+
+def _protocol(port: Reader) -> int:
+    return PROTOCOLS[port.enum("protocol", tuple(PROTOCOLS)) or "TCP"]
+
+
+def _pod_addresses(obj: Reader, meta: Meta, status: Reader | None) -> tuple[IPAddress, ...]:
+    """The first source that names an address: status.podIPs, status.podIP, then the annotations of the CNI plugins."""
+    if status is not None:
+        entries = [(entry.path, entry.string("ip")) for entry in status.mappings("podIPs")]
+        found = _addresses(obj, [((*path, "ip"), ip) for path, ip in entries if ip])
+        single = status.string("podIP")
+        if not found and single:
+            found = _addresses(obj, [((*status.path, "podIP"), single)])
+        if found:
+            return found
+    for annotation in (_POD_IPS, _POD_IP, _AWS_POD_IPS):
+        path = ("metadata", "annotations", annotation)
+        texts = [text.strip().partition("/")[0] for text in meta.annotations.get(annotation, "").split(",")]
+        found = _addresses(obj, [(path, text) for text in texts if text])
+        if found:
+            return found
+    return ()
+
+
+def _addresses(obj: Reader, texts: Iterable[tuple[Path, str]]) -> tuple[IPAddress, ...]:
+    """The addresses, each once, in the order given."""
+    found: dict[IPAddress, None] = {}
+    for path, text in texts:
+        try:
+            found[parse_address(text)] = None
+        except ValueError as error:  # noqa: PERF203 - every wrong address is to be reported
+            obj.report.error(path, str(error), slug="address")
+    return tuple(found)
+
+
+def _source_prefixes(obj: Reader, meta: Meta) -> tuple[IPNetwork, ...]:
+    """The annotation that lifts anti-spoofing: a JSON list of CIDRs (a bare address is its /32 or /128)."""
+    text = meta.annotations.get(_SOURCE_PREFIXES)
+    if not text:
+        return ()
+    path = ("metadata", "annotations", _SOURCE_PREFIXES)
+    try:
+        prefixes = json.loads(text)
+    except (ValueError, RecursionError):
+        prefixes = None
+    if not isinstance(prefixes, list) or not all(isinstance(prefix, str) for prefix in prefixes):
+        obj.report.error(path, f'must be a JSON list of CIDRs such as ["192.0.2.0/24"]; is {describe(text)}')
+        return ()
+    found = []
+    for prefix in prefixes:
+        bare = "/" not in prefix
+        try:
+            found.append(parse_network(prefix + ("/128" if ":" in prefix else "/32") if bare else prefix)[0])
+        except ValueError as error:
+            obj.report.error(path, str(error), slug="cidr")
+    return tuple(found)
+
+
+def _node(obj: Reader, meta: Meta) -> Node:
+    texts: list[tuple[Path, str]] = []
+    status = obj.mapping("status")
+    if status is not None:
+        for entry in status.mappings("addresses"):
+            address = entry.string("address")
+            if entry.string("type") in ("InternalIP", "ExternalIP") and address:
+                texts.append(((*entry.path, "address"), address))
+    for annotation in _NODE_ADDRESS_ANNOTATIONS:
+        address = meta.annotations.get(annotation, "").partition("/")[0]
+        if address:
+            texts.append((("metadata", "annotations", annotation), address))
+    return Node(meta, _addresses(obj, texts))
+
+
+def _service(obj: Reader, meta: Meta) -> Service:
+    spec = obj.mapping("spec") or Reader({}, (*obj.path, "spec"), obj.report)
+    cluster = [((*spec.path, "clusterIP"), spec.string("clusterIP") or ""), *spec.indexed_strings("clusterIPs")]
+    external = list(spec.indexed_strings("externalIPs"))
+    status = obj.mapping("status")
+    balancer = status.mapping("loadBalancer") if status is not None else None
+    if balancer is not None:
+        external += [((*entry.path, "ip"), entry.string("ip") or "") for entry in balancer.mappings("ingress")]
+    ports = []
+    for port in spec.mappings("ports"):
+        number = port.integer("port", 1, MAX_PORT)
+        target = port.raw("targetPort")
+        if isinstance(target, bool) or not isinstance(target, (int, str, type(None))):
+            port.error("targetPort", f"must be a port number or name, is {describe(target)}", slug="type")
+            target = None
+        node_port = port.integer("nodePort", 0, MAX_PORT)
+        protocol = _protocol(port)
+        if number is not None:
+            ports.append(ServicePort(port.string("name") or "", protocol, number, target or None, node_port or None))
+        elif not port.has("port"):
+            port.missing("port")
+    return Service(
+        meta=meta,
+        selector=spec.string_map("selector") if spec.has("selector") else None,
+        cluster_ips=_addresses(obj, [(path, text) for path, text in cluster if text and text != "None"]),
+        external_ips=_addresses(obj, [(path, text) for path, text in external if text]),
+        ports=tuple(ports),
+    )
+
+
+def _endpoint_slice(obj: Reader, meta: Meta) -> EndpointSlice:
+    family = obj.enum("addressType", ("IPv4", "IPv6", "FQDN"))
+    texts: list[tuple[Path, str]] = []
+    for endpoint in obj.mappings("endpoints"):
+        texts.extend(endpoint.indexed_strings("addresses"))
+    ports = tuple(
+        SlicePort(port.string("name") or "", _protocol(port), port.integer("port", 1, MAX_PORT))
+        for port in obj.mappings("ports")
+    )
+    addresses = () if family == "FQDN" else _addresses(obj, texts)
+    return EndpointSlice(meta, meta.labels.get(SERVICE_NAME_LABEL), addresses, ports)
+
+
+def _any_name(name: str) -> str | None:
+    """The cluster made these objects: whatever it called them is their name."""
+    del name
+    return None
+
+
+KINDS = (
+    Kind("v1", "Namespace", namespaced=False, parse=_namespace, check_name=_any_name, strict=False),
+    Kind("v1", "ServiceAccount", namespaced=True, parse=_service_account, check_name=_any_name, strict=False),
+    Kind("v1", "Pod", namespaced=True, parse=_pod, check_name=_any_name, strict=False),
+    Kind("v1", "Node", namespaced=False, parse=_node, check_name=_any_name, strict=False),
+    Kind("v1", "Service", namespaced=True, parse=_service, check_name=_any_name, strict=False),
+    Kind(
+        "discovery.k8s.io/v1",
+        "EndpointSlice",
+        namespaced=True,
+        parse=_endpoint_slice,
+        check_name=_any_name,
+        strict=False,
+    ),
+)

@@ -1,0 +1,295 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The way in: text, files or parsed objects to typed resources and the problems found on the way.
+
+Invariant: nothing stops at the first problem.  `LoadResult.problems` holds everything wrong with everything given, in
+file and line order; `LoadResult.resources` holds only valid objects, in the order they were written.  A caller that
+needs all or nothing uses `LoadResult.check`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path as FilePath
+from typing import Any
+
+from netpol_ebpf.errors import Location, Problem, ValidationError
+from netpol_ebpf.resources import core, kubernetes
+from netpol_ebpf.resources.kind import Kind
+from netpol_ebpf.resources.reader import Reader, Report, describe, suggestion
+from netpol_ebpf.resources.syntax import check_dns_label, check_label
+from netpol_ebpf.resources.types import Meta, Resource
+from netpol_ebpf.resources.yamltree import Path, Positions, read_documents
+
+SUFFIXES = (".yaml", ".yml", ".json")
+
+KINDS: dict[tuple[str, str], Kind] = {
+    (kind.api_version, kind.kind): kind for module in (core, kubernetes) for kind in module.KINDS
+}
+
+_META_FIELDS = ("name", "namespace", "labels", "annotations")
+_META_WRITTEN_BY_SERVER = (
+    "uid",
+    "resourceVersion",
+    "generation",
+    "creationTimestamp",
+    "deletionTimestamp",
+    "deletionGracePeriodSeconds",
+    "generateName",
+    "finalizers",
+    "managedFields",
+    "ownerReferences",
+    "selfLink",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class LoadResult:
+    """What was read: the valid resources, and all problems (errors and warnings)."""
+
+    resources: list[Resource]
+    problems: list[Problem]
+
+    @property
+    def errors(self) -> list[Problem]:
+        """The problems that make the input invalid."""
+        return [problem for problem in self.problems if problem.severity == "error"]
+
+    def check(self) -> list[Resource]:
+        """The resources; raises ValidationError with all errors when there is one."""
+        if errors := self.errors:
+            raise ValidationError(errors)
+        return self.resources
+
+
+def parse_documents(text: str, file: str) -> LoadResult:
+    """The objects of a multi-document YAML or JSON text; ``file`` is the name that locations carry."""
+    loader = _Loader()
+    loader.text(text, file)
+    return loader.result()
+
+
+def parse_object(obj: Mapping[str, Any], file: str, positions: Positions | None = None) -> LoadResult:
+    """One object that is parsed already (a List counts as its items).
+
+    ``positions`` are those of ``obj`` itself, as from ``Document.positions.child(path)``; without them locations name
+    only the file.
+    """
+    return parse_objects([(obj, positions or Positions(file))])
+
+
+def parse_objects(objects: Iterable[tuple[Any, Positions]]) -> LoadResult:
+    """Several parsed objects, each with its positions; duplicates among them are found."""
+    loader = _Loader()
+    for obj, positions in objects:
+        loader.value(obj, (), positions)
+    return loader.result()
+
+
+def load_paths(paths: Sequence[FilePath]) -> LoadResult:
+    """All objects of files and directories (searched recursively for *.yaml, *.yml and *.json; hidden ones left out)."""
+    loader = _Loader()
+    for path in _files(paths, loader):
+        loader.file(path)
+    return loader.result()
+
+
+def _files(paths: Sequence[FilePath], loader: _Loader) -> list[FilePath]:
+    """The files to read, each once, in the order given and sorted within a directory."""
+    found: dict[FilePath, FilePath] = {}
+    for path in paths:
+        try:
+            if path.is_dir():
+                candidates = [file for file in sorted(path.rglob("*")) if _is_manifest(file, path)]
+            elif path.exists():
+                candidates = [path]
+            else:
+                loader.problems.append(Problem(Location(str(path)), "", "no such file or directory", slug="file"))
+                continue
+            for file in candidates:
+                found.setdefault(file.resolve(), file)
+        except (OSError, ValueError, RuntimeError) as error:  # unreadable, a NUL in the name, a loop of links
+            loader.problems.append(Problem(Location(str(path)), "", f"cannot be read: {error}", slug="file"))
+    return list(found.values())
+
+
+def _is_manifest(file: FilePath, top: FilePath) -> bool:
+    hidden = any(part.startswith(".") for part in file.relative_to(top).parts)
+    return file.suffix.lower() in SUFFIXES and not hidden and file.is_file()
+
+
+class _Loader:
+    """Collects resources and problems over all inputs of one call."""
+
+    def __init__(self) -> None:
+        self.resources: list[Resource] = []
+        self.problems: list[Problem] = []
+        self._files: dict[str, int] = {}
+        self._seen: dict[tuple[str, str, str, str], Location] = {}
+
+    def result(self) -> LoadResult:
+        """All that was read, the problems in the order of files and lines."""
+        order = self._files
+        self.problems.sort(key=lambda problem: (order.get(problem.location.file, -1), problem.location.line))
+        return LoadResult(self.resources, self.problems)
+
+    def file(self, path: FilePath) -> None:
+        """Read one file."""
+        name = str(path)
+        try:
+            data = path.read_bytes()
+        except (OSError, ValueError) as error:
+            reason = error.strerror if isinstance(error, OSError) else str(error)
+            self.problems.append(Problem(Location(name), "", f"cannot be read: {reason}", slug="file"))
+            return
+        try:
+            text = data.decode("utf-8")
+        except UnicodeDecodeError as error:
+            line = data.count(b"\n", 0, error.start) + 1
+            message = f"not UTF-8 text: byte 0x{data[error.start]:02x}; save the file as UTF-8"
+            self._order(name)
+            self.problems.append(Problem(Location(name, line), "", message, slug="encoding"))
+            return
+        self.text(text, name)
+
+    def _order(self, file: str) -> None:
+        self._files.setdefault(file, len(self._files))
+
+    def text(self, text: str, file: str) -> None:
+        """Read the documents of one text."""
+        self._order(file)
+        for document in read_documents(text, file, self.problems):
+            self.value(document.value, (), document.positions)
+
+    def value(self, value: Any, path: Path, positions: Positions, default: tuple[str, str] = ("", "")) -> None:
+        """Read one object, or the items of a List; ``default`` is the apiVersion and kind that a typed List implies."""
+        self._order(positions.file)
+        report = Report(positions.child(path), problems=self.problems)
+        if not isinstance(value, Mapping):
+            report.error(
+                (),
+                f"must be a Kubernetes object (a mapping with apiVersion and kind), is {describe(value)}",
+                slug="type",
+            )
+            return
+        obj = Reader(value, (), report)
+        api_version, kind_name = obj.string("apiVersion") or default[0], obj.string("kind") or default[1]
+        if kind_name.endswith("List") and (isinstance(value.get("items"), (list, tuple)) or kind_name == "List"):
+            implied = (api_version, kind_name[: -len("List")]) if kind_name != "List" else ("", "")
+            for index, item in enumerate(obj.list("items")):
+                self.value(item, (*path, "items", index), positions, implied)
+            return
+        if report.failed or not _is_typed(obj, api_version, kind_name):
+            return
+        kind = KINDS.get((api_version, kind_name))
+        if kind is None:
+            report.obj = "/".join(part for part in (kind_name, _name_of(value)) if part)
+            _unknown_kind(obj, api_version, kind_name)
+            return
+        resource = _parse(kind, obj)
+        if resource is not None and self._is_first(kind, resource):
+            self.resources.append(resource)
+
+    def _is_first(self, kind: Kind, resource: Resource) -> bool:
+        """Record the object; False, with a problem, when the same one was given before."""
+        meta = resource.meta
+        key = (kind.api_version.rpartition("/")[0], kind.kind, meta.namespace, meta.name)
+        first = self._seen.setdefault(key, meta.location)
+        if first is meta.location:
+            return True
+        name = _object_name(kind.kind, meta.namespace, meta.name)
+        message = f"the same object is given twice: first at {first}, again here; remove one of them"
+        self.problems.append(Problem(meta.location, "", message, obj=name, slug="duplicate"))
+        return False
+
+
+def _parse(kind: Kind, obj: Reader) -> Resource | None:
+    report = obj.report
+    report.obj = kind.kind
+    meta = _metadata(kind, obj)
+    resource = kind.parse(obj, meta)
+    if kind.strict:
+        obj.ignore("apiVersion", "kind", "metadata", "status")
+        obj.done({"selector": "unknown field `selector`; it belongs inside `spec:`"})
+    return None if report.failed else resource
+
+
+def _metadata(kind: Kind, obj: Reader) -> Meta:
+    location = obj.report.location(())
+    metadata = obj.mapping("metadata")
+    if metadata is None:
+        if not obj.has("metadata"):
+            obj.missing("metadata")
+        return Meta("", "", {}, {}, location)
+    report = obj.report
+    name = metadata.required_string("name")
+    namespace = metadata.string("namespace") or ""
+    report.obj = _object_name(kind.kind, (namespace or "default") if kind.namespaced else "", name)
+    if name and (message := kind.check_name(name)) is not None:
+        metadata.error("name", message, slug="name")
+    if not kind.namespaced:
+        if namespace:
+            metadata.warning(
+                "namespace", f"a {kind.kind} belongs to no namespace; this field has no effect", slug="inert-namespace"
+            )
+        namespace = ""
+    else:
+        namespace = namespace or "default"
+        if kind.strict and (message := check_dns_label(namespace)) is not None:
+            metadata.error("namespace", message, slug="name")
+    labels = metadata.string_map("labels", check_label if kind.strict else None)
+    annotations = metadata.string_map("annotations")
+    _check_meta_fields(kind, metadata)
+    return Meta(name, namespace, labels, annotations, location)
+
+
+def _check_meta_fields(kind: Kind, metadata: Reader) -> None:
+    """Unknown metadata: an error in a policy; in the cluster's own objects only what looks like a misspelling."""
+    metadata.ignore(*_META_WRITTEN_BY_SERVER)
+    if kind.strict:
+        metadata.done()
+        return
+    for key in metadata.fields():
+        if key not in _META_FIELDS and key not in _META_WRITTEN_BY_SERVER and (near := suggestion(key, _META_FIELDS)):
+            metadata.error(key, f"unknown field `{key}`{near}", slug="unknown-field")
+
+
+def _object_name(kind: str, namespace: str, name: str) -> str:
+    return "/".join(part for part in (kind, namespace, name) if part)
+
+
+def _name_of(value: Mapping[str, Any]) -> str:
+    metadata = value.get("metadata")
+    name = metadata.get("name") if isinstance(metadata, Mapping) else None
+    return name if isinstance(name, str) else ""
+
+
+def _is_typed(obj: Reader, api_version: str, kind: str) -> bool:
+    if api_version and kind:
+        return True
+    for field, value in (("apiVersion", api_version), ("kind", kind)):
+        if not value:
+            obj.missing(field)
+    return False
+
+
+def _unknown_kind(obj: Reader, api_version: str, kind: str) -> None:
+    """An object this project does not read: say which it does, nearest first."""
+    versions = [version for version, name in KINDS if name == kind]
+    if versions:
+        message = f'unknown apiVersion "{api_version}" of {kind}; write {" or ".join(versions)}'
+        obj.error("apiVersion", message, slug="unknown-kind")
+        return
+    in_version = [name for version, name in KINDS if version == api_version]
+    near = suggestion(kind, in_version or [name for _, name in KINDS])
+    message = f"unknown kind {kind} of {api_version}{near}; supported are: {_supported()}"
+    obj.error("kind", message, slug="unknown-kind")
+
+
+@lru_cache(maxsize=1)
+def _supported() -> str:
+    by_version: dict[str, list[str]] = {}
+    for version, name in KINDS:
+        by_version.setdefault(version, []).append(name)
+    return "; ".join(f"{version}: {', '.join(names)}" for version, names in by_version.items())

@@ -1,0 +1,307 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A strict reader over one object: typed access to fields, and a problem with its path for each that is wrong.
+
+A `Reader` is a cursor over one mapping.  Each accessor returns the field's value, or a harmless stand-in (None, empty)
+after recording a problem, so that a parser reads on and all problems of an object come out at once; `Report.failed`
+then says that the result must be thrown away.  Absent and null are the same, as in the Kubernetes API.
+
+Invariant: an accessor never raises for any value YAML or JSON can hold.  This module knows no particular kind.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from typing import Any
+
+from netpol_ebpf.errors import Location, Problem
+from netpol_ebpf.resources.yamltree import Path, Positions
+
+
+@dataclass(slots=True)
+class Report:
+    """Collects the problems of one object; ``failed`` is True once one of them is an error."""
+
+    positions: Positions
+    obj: str = ""
+    problems: list[Problem] = field(default_factory=list)
+    failed: bool = False
+
+    def error(self, path: Path, message: str, *, slug: str = "invalid") -> None:
+        """Record an error at ``path``."""
+        self.failed = True
+        self._add(path, message, slug, "error")
+
+    def warning(self, path: Path, message: str, *, slug: str) -> None:
+        """Record a warning at ``path``: legal, but probably not what was meant."""
+        self._add(path, message, slug, "warning")
+
+    def _add(self, path: Path, message: str, slug: str, severity: str) -> None:
+        self.problems.append(
+            Problem(
+                self.positions.location(path), render_path(path), message, obj=self.obj, severity=severity, slug=slug
+            )
+        )
+
+    def location(self, path: Path) -> Location:
+        """Where ``path`` stands."""
+        return self.positions.location(path)
+
+
+def render_path(path: Path) -> str:
+    """``spec.ingress[0].from``; a key that holds other characters than a field name is put in brackets."""
+    text = ""
+    for step in path:
+        if isinstance(step, int):
+            text += f"[{step}]"
+        elif step.replace("_", "").isalnum():
+            text += f".{step}" if text else step
+        else:
+            text += f"[{step}]"
+    return text
+
+
+def describe(value: Any) -> str:
+    """What was seen, for a message: text in quotes, other scalars as written, containers by name."""
+    if value is None:
+        return "nothing"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        return f'"{value}"' if len(value) <= 60 else f'"{value[:57]}..."'  # noqa: PLR2004 - arbitrary: fits a line
+    if isinstance(value, Mapping):
+        return "a mapping"
+    if isinstance(value, (list, tuple)):
+        return "a list"
+    return str(value)
+
+
+def suggestion(word: str, known: Sequence[str]) -> str:
+    """`` (did you mean `x`?)``, or nothing when no known word is near."""
+    near = next((one for one in known if one.lower() == word.lower()), None)
+    if near is None:
+        near = next(iter(get_close_matches(word, known, n=1, cutoff=0.7)), None)
+    return f" (did you mean `{near}`?)" if near is not None else ""
+
+
+class Reader:
+    """A cursor over one mapping of an object.
+
+    The fields asked for are the known ones; `done` reports every other.
+    """
+
+    __slots__ = ("_known", "_value", "path", "report")
+
+    def __init__(self, value: Mapping[Any, Any], path: Path, report: Report) -> None:
+        self._value = value
+        self._known: list[str] = []
+        self.path = path
+        self.report = report
+
+    def raw(self, key: str) -> Any:
+        """The value as written; None when absent or null."""
+        self._known.append(key)
+        return self._value.get(key)
+
+    def has(self, key: str) -> bool:
+        """Whether the field is given, with a value other than null."""
+        return self._value.get(key) is not None
+
+    def given(self, key: str) -> bool:
+        """Whether the field is given at all, be it as null."""
+        return key in self._value
+
+    def is_empty(self) -> bool:
+        """Whether the mapping has no field at all."""
+        return not self._value
+
+    def fields(self) -> list[str]:
+        """The names of all fields given."""
+        return [str(key) for key in self._value]
+
+    def error(self, key: str | None, message: str, *, slug: str = "invalid") -> None:
+        """Record an error about a field, or about the mapping itself (None)."""
+        self.report.error(self.path if key is None else (*self.path, key), message, slug=slug)
+
+    def warning(self, key: str | None, message: str, *, slug: str) -> None:
+        """Record a warning about a field, or about the mapping itself (None)."""
+        self.report.warning(self.path if key is None else (*self.path, key), message, slug=slug)
+
+    def ignore(self, *keys: str) -> None:
+        """Accept fields without reading them."""
+        self._known.extend(keys)
+
+    def missing(self, key: str) -> None:
+        """Record that a required field is absent."""
+        self.error(None, f"the field `{key}` is required", slug="required")
+
+    def _wrong_type(self, key: str, wanted: str) -> None:
+        self.error(key, f"must be {wanted}, is {describe(self._value.get(key))}", slug="type")
+
+    # --- scalars ----------------------------------------------------------------------------------------------------
+
+    def string(self, key: str) -> str | None:
+        """A string field; None when absent or of another type."""
+        value = self.raw(key)
+        if value is None or isinstance(value, str):
+            return value
+        self._wrong_string(key, value)
+        return None
+
+    def _wrong_string(self, key: str, value: Any) -> None:
+        if isinstance(value, (bool, int, float)):
+            self.error(
+                key, f'must be text, is the value {describe(value)}; put it in quotes: "{describe(value)}"', slug="type"
+            )
+        else:
+            self._wrong_type(key, "text")
+
+    def required_string(self, key: str) -> str:
+        """A string field that must be given and not empty; "" after a problem."""
+        if not self.has(key) or self._value[key] == "":
+            self._known.append(key)
+            self.missing(key)
+            return ""
+        return self.string(key) or ""
+
+    def enum(self, key: str, allowed: Sequence[str], *, required: bool = False) -> str | None:
+        """A string field with a fixed set of values."""
+        value = self.required_string(key) if required else self.string(key)
+        if value is None or value in allowed:
+            return value
+        if value or not required:
+            self.error(key, not_one_of(value, allowed), slug="enum")
+        return None
+
+    def boolean(self, key: str) -> bool:
+        """A true/false field; False when absent."""
+        value = self.raw(key)
+        if value is None or isinstance(value, bool):
+            return bool(value)
+        self._wrong_type(key, "true or false (without quotes)")
+        return False
+
+    def integer(self, key: str, low: int, high: int) -> int | None:
+        """A whole number between two bounds (inclusive)."""
+        value = self.raw(key)
+        if value is None:
+            return None
+        if not isinstance(value, int) or isinstance(value, bool):
+            quotes = " (without quotes)" if isinstance(value, str) else ""
+            self._wrong_type(key, f"a whole number from {low} to {high}{quotes}")
+            return None
+        if not low <= value <= high:
+            self.error(key, f"must be from {low} to {high}, is {value}", slug="range")
+            return None
+        return int(value)
+
+    def number(self, key: str) -> float | None:
+        """A finite number."""
+        value = self.raw(key)
+        if value is None:
+            return None
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not _is_finite(value):
+            self._wrong_type(key, "a number (without quotes)")
+            return None
+        return float(value)
+
+    # --- containers -------------------------------------------------------------------------------------------------
+
+    def mapping(self, key: str) -> Reader | None:
+        """A cursor over a nested mapping; None when absent or of another type."""
+        value = self.raw(key)
+        if value is None:
+            return None
+        if not isinstance(value, Mapping):
+            self._wrong_type(key, "a mapping")
+            return None
+        return Reader(value, (*self.path, key), self.report)
+
+    def list(self, key: str) -> Sequence[Any]:
+        """A list as written; empty when absent or of another type."""
+        value = self.raw(key)
+        if value is None:
+            return ()
+        if not isinstance(value, (list, tuple)):
+            self._wrong_type(key, "a list (each item begins with `- `)")
+            return ()
+        return value
+
+    def mappings(self, key: str) -> Iterator[Reader]:
+        """Cursors over a list of mappings; items of another type are reported and left out."""
+        for index, value in enumerate(self.list(key)):
+            path = (*self.path, key, index)
+            if isinstance(value, Mapping):
+                yield Reader(value, path, self.report)
+            else:
+                self.report.error(path, f"must be a mapping, is {describe(value)}", slug="type")
+
+    def strings(self, key: str) -> tuple[str, ...]:
+        """A list of strings; items of another type are reported and left out."""
+        return tuple(text for _, text in self.indexed_strings(key))
+
+    def indexed_strings(self, key: str) -> Iterator[tuple[Path, str]]:
+        """A list of strings, each with its path."""
+        for index, value in enumerate(self.list(key)):
+            path = (*self.path, key, index)
+            if isinstance(value, str):
+                yield path, value
+            elif isinstance(value, (bool, int, float)):
+                self.report.error(
+                    path,
+                    f'must be text, is the value {describe(value)}; put it in quotes: "{describe(value)}"',
+                    slug="type",
+                )
+            else:
+                self.report.error(path, f"must be text, is {describe(value)}", slug="type")
+
+    def string_map(self, key: str, check: Callable[[str, str], str | None] | None = None) -> dict[str, str]:
+        """A mapping of text to text; ``check`` may object to an entry by returning a message."""
+        value = self.raw(key)
+        if value is None:
+            return {}
+        if not isinstance(value, Mapping):
+            self._wrong_type(key, "a mapping of names to text")
+            return {}
+        result = {}
+        nested: Reader | None = None
+        for name, text in value.items():
+            if not isinstance(text, str) or not isinstance(name, str):
+                nested = nested or Reader(value, (*self.path, key), self.report)
+                nested._wrong_string(name, text)  # noqa: SLF001 - its own class
+                continue
+            result[name] = text
+            if check is not None and (message := check(name, text)) is not None:
+                self.report.error((*self.path, key, name), message, slug="label")
+        return result
+
+    # --- the end ----------------------------------------------------------------------------------------------------
+
+    def done(self, hints: Mapping[str, str] | None = None) -> None:
+        """Report every field that was never asked for; ``hints`` holds messages for well-known misplacements."""
+        if len(self._value) <= len(self._known) and self._value.keys() <= set(self._known):
+            return
+        known = list(dict.fromkeys(self._known))
+        for key in self._value:
+            if key in known:
+                continue
+            if hints is not None and key in hints:
+                self.error(key, hints[key], slug="wrong-depth" if "wrong depth" in hints[key] else "unknown-field")
+                continue
+            near = suggestion(str(key), known)
+            what = near or f"; the fields here are {', '.join(known)}"
+            self.error(str(key), f"unknown field `{key}`{what}", slug="unknown-field")
+
+
+def not_one_of(value: str, allowed: Sequence[str]) -> str:
+    """The message for a value outside a fixed set."""
+    return f"must be one of {', '.join(allowed)}; is {describe(value)}{suggestion(value, allowed)}"
+
+
+def _is_finite(value: float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an int beyond any float
+        return False

@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The small syntaxes inside fields: names, labels, port names, addresses and CIDRs.
+
+``check_*`` return a message that says what is wrong and what is allowed, or None; ``parse_*`` raise ValueError with
+such a message.  The rules are those of Kubernetes' apimachinery validation unless a docstring names another source.
+Nothing here knows where a value stands: callers add path and position.
+"""
+
+from __future__ import annotations
+
+import re
+from functools import lru_cache
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
+
+from netpol_ebpf.resources.types import IPAddress, IPNetwork
+
+MAX_NAME = 253
+MAX_LABEL = 63
+MAX_PORT = 65535
+
+_DNS_LABEL = re.compile(r"[a-z0-9](?:[-a-z0-9]*[a-z0-9])?\Z")
+_DNS_SUBDOMAIN = re.compile(r"[a-z0-9](?:[-a-z0-9]*[a-z0-9])?(?:\.[a-z0-9](?:[-a-z0-9]*[a-z0-9])?)*\Z")
+_QUALIFIED = re.compile(r"[A-Za-z0-9](?:[-A-Za-z0-9_.]*[A-Za-z0-9])?\Z")
+_SERVICE_NAME = re.compile(r"(?=.*[a-z])[a-z0-9](?:-?[a-z0-9])*\Z")
+
+PROTOCOLS = {"TCP": 6, "UDP": 17, "SCTP": 132}
+
+
+def check_dns_label(text: str) -> str | None:
+    """RFC 1123 label: what a namespace is called."""
+    if len(text) > MAX_LABEL:
+        return f"must have at most {MAX_LABEL} characters, has {len(text)}"
+    if not _DNS_LABEL.match(text):
+        return (
+            f'must hold only lower-case letters, digits and "-", and begin and end with a letter or digit; is "{text}"'
+        )
+    return None
+
+
+def check_dns_subdomain(text: str) -> str | None:
+    """RFC 1123 subdomain: what most objects are called."""
+    if len(text) > MAX_NAME:
+        return f"must have at most {MAX_NAME} characters, has {len(text)}"
+    if not _DNS_SUBDOMAIN.match(text):
+        return (
+            'must hold only lower-case letters, digits, "-" and ".", and each part between dots must begin and end '
+            f'with a letter or digit; is "{text}"'
+        )
+    return None
+
+
+@lru_cache(maxsize=4096)
+def check_label_key(key: str) -> str | None:
+    """A qualified name: an optional DNS prefix and "/", then a name."""
+    prefix, slash, name = key.rpartition("/")
+    if slash and (not prefix or check_dns_subdomain(prefix) is not None):
+        return f'the part before "/" of the label name "{key}" must be a DNS name such as example.com'
+    if not name or len(name) > MAX_LABEL or not _QUALIFIED.match(name):
+        return (
+            f'"{key}" is no label name: at most {MAX_LABEL} letters, digits, "-", "_" and ".", beginning and ending with '
+            'a letter or digit, and optionally a DNS prefix and "/" before it'
+        )
+    return None
+
+
+@lru_cache(maxsize=4096)
+def check_label_value(value: str) -> str | None:
+    """A label value: empty, or up to 63 characters."""
+    if value and (len(value) > MAX_LABEL or not _QUALIFIED.match(value)):
+        return (
+            f'"{value}" is no label value: at most {MAX_LABEL} letters, digits, "-", "_" and ".", beginning and ending '
+            "with a letter or digit (or empty)"
+        )
+    return None
+
+
+def check_label(key: str, value: str) -> str | None:
+    """A label's name and value."""
+    return check_label_key(key) or check_label_value(value)
+
+
+def check_port_name(name: str) -> str | None:
+    """An IANA service name, as Kubernetes requires of port names."""
+    if len(name) <= 15 and _SERVICE_NAME.match(name) and not name.isdigit():  # noqa: PLR2004 - RFC 6335
+        return None
+    if name.isascii() and name.isdigit():
+        return f'is the text "{name}"; write the number without quotes: {name}'
+    return (
+        "must be a port number, or a port name: at most 15 lower-case letters, digits and single dashes, with at least "
+        f'one letter, beginning and ending with a letter or digit; is "{name}"'
+    )
+
+
+def _strip_zeros(text: str) -> str:
+    """IPv4 octets without leading zeros (read as decimal, as Kubernetes reads objects stored before it refused them)."""
+    return re.sub(r"(?<![0-9a-fA-F:])0+(?=[0-9]+(?:\.|\Z))", "", text) if "." in text else text
+
+
+def parse_address(text: str) -> IPAddress:
+    """A bare address; an IPv4-mapped IPv6 address is the IPv4 address. Raises ValueError."""
+    try:
+        address = IPv6Address(text) if ":" in text else IPv4Address(text)
+    except ValueError:
+        raise ValueError(f'must be an IP address such as 10.0.0.1 or fd00::1; is "{text}"') from None
+    if isinstance(address, IPv6Address):
+        if address.scope_id is not None:
+            raise ValueError(f'must be an IP address without a zone; is "{text}"')
+        if address.ipv4_mapped is not None:
+            return address.ipv4_mapped
+    return address
+
+
+def parse_network(text: str, *, lenient: bool = False) -> tuple[IPNetwork, bool]:
+    """A CIDR as its masked network, and whether host bits had to be cleared.
+
+    ``lenient`` accepts leading zeros in IPv4 octets.  Raises ValueError for anything else, a bare address included.
+    """
+    address, slash, length = text.partition("/")
+    if lenient:
+        address = _strip_zeros(address)
+    if not slash:
+        bits = 128 if ":" in text else 32
+        try:
+            parse_address(address)
+        except ValueError:
+            pass
+        else:
+            raise ValueError(f'must be a CIDR; for the single address write "{text}/{bits}"')
+    if slash and length.isascii() and length.isdigit() and len(length) <= 3 and "%" not in address:  # noqa: PLR2004
+        try:
+            if ":" in address:
+                network: IPNetwork = IPv6Network((address, int(length)), strict=False)
+                return network, IPv6Address(address) != network.network_address
+            network = IPv4Network((address, int(length)), strict=False)
+            return network, IPv4Address(address) != network.network_address
+        except ValueError:
+            pass
+    raise ValueError(f'must be a CIDR such as 10.0.0.0/8 or fd00::/64; is "{text}"')
