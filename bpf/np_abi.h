@@ -1,0 +1,411 @@
+// SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause
+//
+// What the packet path and the control plane share: limits, numbers, keys and values of every map.  Declared here once;
+// scripts/generate_abi.py derives loader/netpol_loader/abi.py from this text (comments included), and the sizes are
+// compared again with what the kernel reports when the program is loaded.
+//
+// Rules of this file.  Fixed-width types, explicit zeroed padding, a size assert per struct.  Field names are user
+// interface: `bpftool map dump` prints them.  Host byte order unless the name ends in _be; addresses are byte arrays in
+// network order, so that a dump reads 10, 0, 0, 1.  Numbers that leave this machine's memory (reasons, kinds, states)
+// are never reused.  A change of any layout raises NP_SCHEMA_VERSION.
+#pragma once
+
+#include <linux/types.h>
+
+#define NP_SCHEMA_VERSION 1 // part of the pin directory's name
+
+// --- limits ----------------------------------------------------------------------------------------------------------
+
+#define NP_RULE_NAME_BYTES 120 // longest readable rule name, with its terminating zero
+#define NP_ATOM_BLOCK 256 // atoms per row of np_l4_atom
+#define NP_ATOM_BLOCKS 1537 // 6 slots of 256 blocks, and the block of the other protocols
+#define NP_COLUMN_BLOCK 64 // L4 classes per row of np_l4_col
+#define NP_IP6_HEADERS 8 // IPv6 extension headers walked; a packet with more is dropped
+#define NP_VLAN_TAGS 2 // VLAN tags skipped; a packet with more counts as non-IP
+#define NP_PULL_BYTES 256 // bytes from the Ethernet header on that are made linear when they are not
+
+// Slots of 256 blocks in np_l4_atom: block slot * 256 + (port >> 8), index port & 255; for ICMP block slot * 256 + type,
+// index code.
+#define NP_SLOT_TCP 0 // by destination port
+#define NP_SLOT_UDP 1 // by destination port
+#define NP_SLOT_SCTP 2 // by destination port
+#define NP_SLOT_ICMP 3 // by type and code
+#define NP_SLOT_ICMPV6 4 // by type and code
+#define NP_SLOT_SOURCE 5 // by source port, whatever the protocol
+#define NP_OTHER_BLOCK 1536 // the one block indexed by protocol number
+
+#define NP_CHECK_SEED 2166136261 // FNV-1a's own 32-bit offset basis and prime
+#define NP_CHECK_PRIME 16777619
+
+#define NP_IDENTITY_UNKNOWN 0 // no packet has it
+#define NP_IDENTITY_WORLD_V4 1 // an IPv4 address that no table describes
+#define NP_IDENTITY_WORLD_V6 2 // an IPv6 address that no table describes
+
+// --- numbers ---------------------------------------------------------------------------------------------------------
+
+// The policy's view, from the endpoint's side. Where a program sits is a hook, another type.
+enum np_direction {
+    NP_DIRECTION_INGRESS = 0, // towards the endpoint
+    NP_DIRECTION_EGRESS = 1, // from the endpoint
+};
+
+// What a verdict says. 0 is an unwritten entry, which denies.
+enum np_action {
+    NP_ACTION_NONE = 0, // nothing was written here
+    NP_ACTION_ALLOW = 1, // let the packet pass and remember the connection
+    NP_ACTION_DENY = 2, // drop
+    NP_ACTION_CONTINUE = 3, // no opinion (stages of host endpoints that never drop by default): pass
+};
+
+// Flags of an endpoint.
+enum np_endpoint_flag {
+    NP_ENDPOINT_HOST = 1, // a host interface: directions agree with hooks, non-IP passes, no anti-spoofing
+    NP_ENDPOINT_SOURCES = 2, // has rows in np_source4 or np_source6
+};
+
+// Flags of the configuration.
+enum np_config_flag {
+    NP_CONFIG_ALLOW_EVENTS = 1, // an event for each new allowed flow
+    NP_CONFIG_STAGED_EVENTS = 2, // an event for each new allowed flow whose staged action differs
+    NP_CONFIG_KEEP_REVOKED = 4, // flows that policy no longer allows live on until they end
+};
+
+// Where a connection stands. Each state has its own time-out, np_config.timeout_jiffies[state].
+enum np_conn_state {
+    NP_CONN_TCP_NEW = 0, // TCP, no reply seen
+    NP_CONN_TCP_OPEN = 1, // TCP, both sides seen
+    NP_CONN_TCP_CLOSING = 2, // TCP, FIN seen from both sides
+    NP_CONN_TCP_RESET = 3, // TCP, RST seen
+    NP_CONN_UDP = 4, // UDP
+    NP_CONN_ICMP = 5, // ICMP echo and other queries
+    NP_CONN_OTHER = 6, // any other protocol
+    NP_CONN_FRAGMENT = 7, // not a connection: the memory of a first fragment
+    NP_CONN_STATES = 8, // how many there are
+};
+
+// Flags of a connection.
+enum np_conn_flag {
+    NP_CONN_FIN_ORIGINAL = 1, // FIN seen from the side that opened
+    NP_CONN_FIN_REPLY = 2, // FIN seen from the other side
+    NP_CONN_EXEMPT = 4, // opened by the host itself or by the workload to itself: no policy applies
+};
+
+// Kinds of events.
+enum np_event_kind {
+    NP_EVENT_DENY = 1, // a packet was dropped
+    NP_EVENT_ALLOW = 2, // a new flow was allowed
+    NP_EVENT_LOG = 3, // Log rules matched a new flow; the verdict is in `action`
+};
+
+// Why a packet passed or was dropped; index of np_reason_count. Below 32: passed. From 32: dropped. From 96: not a
+// verdict but something worth counting. Numbers are never reused.
+enum np_reason {
+    NP_REASON_NONE = 0, // never counted
+    NP_REASON_POLICY_ALLOW = 1, // a new flow that policy allows
+    NP_REASON_ESTABLISHED = 2, // belongs to an allowed connection (counted by rule, not here)
+    NP_REASON_RELATED = 3, // an ICMP error about an allowed connection
+    NP_REASON_HOST = 4, // from the host itself to its workload
+    NP_REASON_SELF = 5, // from a workload to itself
+    NP_REASON_ARP = 6, // ARP
+    NP_REASON_NEIGHBOUR = 7, // IPv6 neighbour discovery or multicast listener discovery
+    NP_REASON_CONTINUE = 8, // no stage of the host endpoint decided
+    NP_REASON_HOST_NON_IP = 9, // not IP, on a host interface
+    NP_REASON_POLICY_DENY = 32, // policy denies the flow
+    NP_REASON_REVOKED = 33, // policy no longer allows an open connection
+    NP_REASON_UNKNOWN_ENDPOINT = 34, // the interface has no endpoint row
+    NP_REASON_SPOOFED = 35, // the workload does not own the source address
+    NP_REASON_NON_IP = 36, // neither IP nor ARP, on a workload interface
+    NP_REASON_SHORT = 37, // the frame ends inside a header
+    NP_REASON_BAD_IP = 38, // the IP header contradicts itself
+    NP_REASON_BAD_L4 = 39, // the transport header ends early or contradicts itself
+    NP_REASON_IP6_HEADERS = 40, // more IPv6 extension headers than are walked
+    NP_REASON_NO_NEXT_HEADER = 41, // IPv6 packet without any payload protocol
+    NP_REASON_FRAGMENT = 42, // a later fragment whose first one was not seen or not allowed
+    NP_REASON_ICMP_UNRELATED = 43, // an ICMP error about no connection that is known
+    NP_REASON_CONN_FULL = 44, // the connection could not be recorded
+    NP_REASON_FRAGMENT_FULL = 45, // the fragment could not be recorded
+    NP_REASON_TORN_ENDPOINT = 46, // the endpoint row changed while it was read, again and again
+    NP_REASON_CLASS_RANGE = 47, // a peer class beyond the policy set's verdicts
+    NP_REASON_L4_RANGE = 48, // an atom or L4 class outside its table
+    NP_REASON_VERDICT_RANGE = 49, // a verdict outside its table
+    NP_REASON_VERDICT_EMPTY = 50, // a verdict entry that was never written
+    NP_REASON_NO_CONFIG = 51, // the configuration is missing (cannot happen)
+    NP_REASON_EVENT_LOST = 96, // the ring buffer had no room for an event
+    NP_REASON_LOG_LIMITED = 97, // a log event held back by the rate limit
+    NP_REASON_RULE_RANGE = 98, // a rule number beyond np_rule_count
+    NP_REASON_COUNT = 128, // size of np_reason_count
+};
+
+// --- policy tables ---------------------------------------------------------------------------------------------------
+
+// A policy set: the ordered list of everything that applies to an endpoint in one direction. The verdict is at
+// verdict_base + ((peer class * own_classes + own class) * l4_classes + L4 class) * source_classes + source class.
+struct np_set {
+    __u32 number; // key part of np_peer_class
+    __u32 default_class; // class of identities without a row
+    __u32 peer_classes; // bound of the peer class
+    __u32 own_set; // the same for the endpoint's own side; 0: constant
+    __u32 own_default_class;
+    __u32 own_classes; // 1 when own_set is 0
+    __u32 l4_base; // first row in np_l4_col for destination atoms
+    __u32 l4_classes; // 1: the L4 dimension is constant
+    __u32 source_base; // first row in np_l4_col for source port atoms
+    __u32 source_classes; // 1: no rule uses source ports
+    __u32 verdict_base;
+    __u32 check; // see struct np_endpoint
+};
+_Static_assert(sizeof(struct np_set) == 48, "np_set");
+
+struct np_endpoint_key {
+    __u32 ifindex;
+};
+_Static_assert(sizeof(struct np_endpoint_key) == 4, "np_endpoint_key");
+
+// One element holds both policy sets, so that one update flips both. The kernel may reuse the memory of a replaced
+// element while a packet still reads it; a set's `check` tells: it is the FNV-1a fold, word by word, of number, ifindex,
+// flags and the set's other words. The loader's seal_endpoint() fills it in.
+struct np_endpoint {
+    __u32 number; // stable, unique on the node, never 0
+    __u32 ifindex; // the key again
+    __u32 flags; // enum np_endpoint_flag
+    __u32 pad;
+    struct np_set ingress;
+    struct np_set egress;
+};
+_Static_assert(sizeof(struct np_endpoint) == 112, "np_endpoint");
+
+struct np_addr4_key {
+    __u8 address[4];
+};
+_Static_assert(sizeof(struct np_addr4_key) == 4, "np_addr4_key");
+
+struct np_addr6_key {
+    __u8 address[16];
+};
+_Static_assert(sizeof(struct np_addr6_key) == 16, "np_addr6_key");
+
+struct np_addr {
+    __u32 identity;
+    __u32 endpoint; // number of the local endpoint that owns the address, else 0
+};
+_Static_assert(sizeof(struct np_addr) == 8, "np_addr");
+
+struct np_cidr4_key {
+    __u32 prefix_bits;
+    __u8 address[4];
+};
+_Static_assert(sizeof(struct np_cidr4_key) == 8, "np_cidr4_key");
+
+struct np_cidr6_key {
+    __u32 prefix_bits;
+    __u8 address[16];
+};
+_Static_assert(sizeof(struct np_cidr6_key) == 20, "np_cidr6_key");
+
+struct np_cidr {
+    __u32 identity;
+};
+_Static_assert(sizeof(struct np_cidr) == 4, "np_cidr");
+
+struct np_source4_key {
+    __u32 prefix_bits; // 32 for the endpoint, then the prefix
+    __u32 endpoint;
+    __u8 address[4];
+};
+_Static_assert(sizeof(struct np_source4_key) == 12, "np_source4_key");
+
+struct np_source6_key {
+    __u32 prefix_bits; // 32 for the endpoint, then the prefix
+    __u32 endpoint;
+    __u8 address[16];
+};
+_Static_assert(sizeof(struct np_source6_key) == 24, "np_source6_key");
+
+struct np_source {
+    __u32 allowed; // always 1
+};
+_Static_assert(sizeof(struct np_source) == 4, "np_source");
+
+struct np_peer_class_key {
+    __u32 set;
+    __u32 identity;
+};
+_Static_assert(sizeof(struct np_peer_class_key) == 8, "np_peer_class_key");
+
+struct np_peer_class {
+    __u32 peer_class;
+};
+_Static_assert(sizeof(struct np_peer_class) == 4, "np_peer_class");
+
+struct np_l4_atom {
+    __u16 atom[NP_ATOM_BLOCK];
+};
+_Static_assert(sizeof(struct np_l4_atom) == 512, "np_l4_atom");
+
+struct np_l4_col {
+    __u16 l4_class[NP_COLUMN_BLOCK];
+};
+_Static_assert(sizeof(struct np_l4_col) == 128, "np_l4_col");
+
+struct np_verdict {
+    __u32 rule; // key of np_rule
+    __u32 staged_rule; // the same for the evaluation with staged policies
+    __u32 log_list; // the Log rules that matched on the way; 0: none
+    __u8 action; // enum np_action
+    __u8 staged_action; // enum np_action
+    __u16 flags; // none defined yet; 0
+};
+_Static_assert(sizeof(struct np_verdict) == 16, "np_verdict");
+
+struct np_rule_key {
+    __u32 rule;
+};
+_Static_assert(sizeof(struct np_rule_key) == 4, "np_rule_key");
+
+struct np_rule {
+    char name[NP_RULE_NAME_BYTES]; // tier|policy|direction|index|action
+};
+_Static_assert(sizeof(struct np_rule) == 120, "np_rule");
+
+// --- counters --------------------------------------------------------------------------------------------------------
+
+struct np_count {
+    __u64 packets;
+    __u64 bytes; // of the frames, Ethernet header included
+};
+_Static_assert(sizeof(struct np_count) == 16, "np_count");
+
+// --- connections -----------------------------------------------------------------------------------------------------
+
+// One key for both directions of a leg: local is the endpoint's side, whoever sent the packet. ICMP queries have their
+// identifier in both ports; protocols without ports have 0.
+struct np_conn4_key {
+    __u32 endpoint; // number, not ifindex: an interface may be replaced
+    __u8 local[4];
+    __u8 remote[4];
+    __u16 local_port;
+    __u16 remote_port;
+    __u8 protocol;
+    __u8 pad[3];
+};
+_Static_assert(sizeof(struct np_conn4_key) == 20, "np_conn4_key");
+
+struct np_conn6_key {
+    __u32 endpoint; // number, not ifindex: an interface may be replaced
+    __u8 local[16];
+    __u8 remote[16];
+    __u16 local_port;
+    __u16 remote_port;
+    __u8 protocol;
+    __u8 pad[3];
+};
+_Static_assert(sizeof(struct np_conn6_key) == 44, "np_conn6_key");
+
+struct np_conn {
+    __u64 seen_jiffies; // written at most once a second
+    __u32 generation; // the one under which policy allowed the flow
+    __u32 rule; // the rule that allowed it; 0: exempt
+    __u8 direction; // of its first packet, enum np_direction
+    __u8 state; // enum np_conn_state
+    __u8 flags; // enum np_conn_flag
+    __u8 icmp_type; // of its first packet
+    __u8 icmp_code; // of its first packet
+    __u8 pad[3];
+};
+_Static_assert(sizeof(struct np_conn) == 24, "np_conn");
+
+struct np_frag4_key {
+    __u32 endpoint;
+    __u8 source[4];
+    __u8 destination[4];
+    __u32 id; // the fragments' common identification, as on the wire
+    __u8 protocol;
+    __u8 pad[3];
+};
+_Static_assert(sizeof(struct np_frag4_key) == 20, "np_frag4_key");
+
+struct np_frag6_key {
+    __u32 endpoint;
+    __u8 source[16];
+    __u8 destination[16];
+    __u32 id; // the fragments' common identification, as on the wire
+    __u8 protocol;
+    __u8 pad[3];
+};
+_Static_assert(sizeof(struct np_frag6_key) == 44, "np_frag6_key");
+
+struct np_frag {
+    __u64 seen_jiffies;
+    __u16 source_port;
+    __u16 destination_port;
+    __u8 icmp_type;
+    __u8 icmp_code;
+    __u8 pad[2];
+};
+_Static_assert(sizeof(struct np_frag) == 16, "np_frag");
+
+// --- events ----------------------------------------------------------------------------------------------------------
+
+// Always carries what was enforced and what staged policies would have done. Addresses of IPv4 packets are in the first
+// four bytes. Source and destination are those of the flow's first packet as policy sees it.
+struct np_event {
+    __u64 time_jiffies;
+    __u32 rule;
+    __u32 staged_rule;
+    __u32 log_list;
+    __u32 endpoint;
+    __u32 ifindex;
+    __u32 own_identity; // 0 where it was not looked up
+    __u32 peer_identity; // 0 where it was not looked up
+    __u32 peer_class;
+    __u32 set; // number of the policy set, 0 where none was asked
+    __u32 frame_bytes; // Ethernet header included
+    __u8 source[16];
+    __u8 destination[16];
+    __u16 source_port;
+    __u16 destination_port;
+    __u16 reason; // enum np_reason
+    __u16 ethertype;
+    __u8 kind; // enum np_event_kind
+    __u8 direction; // enum np_direction
+    __u8 action; // enum np_action
+    __u8 staged_action; // enum np_action
+    __u8 ip_version; // 4, 6, or 0 when the packet is not IP or malformed
+    __u8 protocol;
+    __u8 icmp_type;
+    __u8 icmp_code;
+};
+_Static_assert(sizeof(struct np_event) == 96, "np_event");
+
+struct np_log_limit {
+    __u64 last_jiffies; // when the last event of this log list was let through
+};
+_Static_assert(sizeof(struct np_log_limit) == 8, "np_log_limit");
+
+// --- configuration ---------------------------------------------------------------------------------------------------
+
+struct np_config {
+    __u32 generation; // raised when an allow may have become a deny
+    __u32 flags; // enum np_config_flag
+    __u32 jiffies_per_second;
+    __u32 pad;
+    __u64 timeout_jiffies[NP_CONN_STATES];
+};
+_Static_assert(sizeof(struct np_config) == 80, "np_config");
+
+struct np_schema {
+    __u32 version; // NP_SCHEMA_VERSION
+    __u32 jiffies_per_second; // as measured when the maps were made
+    __u8 source_digest[32]; // SHA-256 of the sources and options of the program that is pinned
+};
+_Static_assert(sizeof(struct np_schema) == 40, "np_schema");
+
+// An endpoint's number by interface, remembered per CPU and direct-mapped, so that a packet of an open connection needs
+// no hash lookup for it. Valid for one generation.
+struct np_near {
+    __u32 ifindex;
+    __u32 generation;
+    __u32 number;
+    __u32 flags;
+};
+_Static_assert(sizeof(struct np_near) == 16, "np_near");

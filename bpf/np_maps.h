@@ -1,0 +1,192 @@
+// SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause
+//
+// Every map, its facts, and the typed accessors through which the rest of the program reaches it.  This is the one file
+// in BCC's dialect (a method call on a map); BCC rewrites such calls only outside macros, hence one accessor per family.
+//
+// All maps are pinned in one directory whose name carries NP_SCHEMA_VERSION; they survive the agent and every program.
+// Sizes: the second part of each declaration's default; the loader overrides NP_MAX_* at compile time.
+// Above each map, in this order: what it maps; who writes, who reads; looked up per packet?; size, and what happens when
+// it is full; byte order of the key; lifetime.
+#pragma once
+
+#include "np_abi.h"
+
+#ifndef NP_MAX_ENDPOINT
+#define NP_MAX_ENDPOINT 4096
+#endif
+#ifndef NP_MAX_NEAR
+#define NP_MAX_NEAR 256 // a power of two
+#endif
+#ifndef NP_MAX_ADDR4
+#define NP_MAX_ADDR4 262144
+#endif
+#ifndef NP_MAX_ADDR6
+#define NP_MAX_ADDR6 262144
+#endif
+#ifndef NP_MAX_CIDR4
+#define NP_MAX_CIDR4 262144
+#endif
+#ifndef NP_MAX_CIDR6
+#define NP_MAX_CIDR6 262144
+#endif
+#ifndef NP_MAX_SOURCE4
+#define NP_MAX_SOURCE4 4096
+#endif
+#ifndef NP_MAX_SOURCE6
+#define NP_MAX_SOURCE6 4096
+#endif
+#ifndef NP_MAX_PEER_CLASS
+#define NP_MAX_PEER_CLASS 1048576
+#endif
+#ifndef NP_MAX_L4_ATOM
+#define NP_MAX_L4_ATOM 1537 // NP_ATOM_BLOCKS
+#endif
+#ifndef NP_MAX_L4_COL
+#define NP_MAX_L4_COL 16384
+#endif
+#ifndef NP_MAX_VERDICT
+#define NP_MAX_VERDICT 1048576
+#endif
+#ifndef NP_MAX_RULE
+#define NP_MAX_RULE 65536
+#endif
+#ifndef NP_MAX_RULE_COUNT
+#define NP_MAX_RULE_COUNT 65536
+#endif
+#ifndef NP_MAX_REASON_COUNT
+#define NP_MAX_REASON_COUNT 128 // NP_REASON_COUNT
+#endif
+#ifndef NP_MAX_CONN4
+#define NP_MAX_CONN4 262144
+#endif
+#ifndef NP_MAX_CONN6
+#define NP_MAX_CONN6 131072
+#endif
+#ifndef NP_MAX_YOUNG4
+#define NP_MAX_YOUNG4 65536
+#endif
+#ifndef NP_MAX_YOUNG6
+#define NP_MAX_YOUNG6 32768
+#endif
+#ifndef NP_MAX_FRAG4
+#define NP_MAX_FRAG4 4096
+#endif
+#ifndef NP_MAX_FRAG6
+#define NP_MAX_FRAG6 4096
+#endif
+#ifndef NP_MAX_LOG_LIMIT
+#define NP_MAX_LOG_LIMIT 4096
+#endif
+#ifndef NP_MAX_EVENT
+#define NP_MAX_EVENT 1048576 // bytes; a power of two
+#endif
+#ifndef NP_MAX_CONFIG
+#define NP_MAX_CONFIG 1
+#endif
+#ifndef NP_MAX_SCHEMA
+#define NP_MAX_SCHEMA 1
+#endif
+
+// Pinned by declaration: BCC opens NP_PIN_DIR/<name> when it exists, else creates the map and pins it there.
+#define NP_MAP(type, name, key_type, value_type, size, flags) \
+    BPF_F_TABLE(type ":" NP_PIN_DIR "/" #name, key_type, value_type, name, size, flags)
+
+// The same for the ring buffer, for which BCC has no pinned form. Its size is in bytes.
+#define NP_MAP_RINGBUF(name, size)                                                                                    \
+    struct name##_table_t {                                                                                            \
+        int key;                                                                                                       \
+        __u32 leaf;                                                                                                    \
+        int (*ringbuf_output)(void *, __u64, __u64);                                                                   \
+        void *(*ringbuf_reserve)(__u64);                                                                               \
+        void (*ringbuf_discard)(void *, __u64);                                                                        \
+        void (*ringbuf_submit)(void *, __u64);                                                                         \
+        __u32 max_entries;                                                                                             \
+    };                                                                                                                 \
+    __attribute__((section("maps/ringbuf:" NP_PIN_DIR "/" #name))) struct name##_table_t name = {.max_entries = (size)}
+
+// Interface to endpoint, with both policy sets.  The agent writes, the program reads.  Looked up per packet only when
+// np_near misses.  When full: the agent refuses the endpoint, its packets are dropped as unknown.  Key: host order.
+// Lives until the endpoint goes.  A deletion, and a change of number or flags, needs a new generation (np_near).
+NP_MAP("hash", np_endpoint, struct np_endpoint_key, struct np_endpoint, NP_MAX_ENDPOINT, BPF_F_NO_PREALLOC);
+
+// Interface to endpoint number, direct-mapped.  The program writes and reads.  Looked up per packet.  A collision
+// overwrites.  Key: ifindex modulo size.  Valid for one generation.
+NP_MAP("percpu_array", np_near, __u32, struct np_near, NP_MAX_NEAR, 0);
+
+// Known address to identity and owner.  The agent writes, the program reads.  Looked up for a new flow.  When full: the
+// agent refuses the change.  Key: network order.  Lives as long as the address is known.
+NP_MAP("hash", np_addr4, struct np_addr4_key, struct np_addr, NP_MAX_ADDR4, BPF_F_NO_PREALLOC);
+NP_MAP("hash", np_addr6, struct np_addr6_key, struct np_addr, NP_MAX_ADDR6, BPF_F_NO_PREALLOC);
+
+// Longest prefix to identity, for addresses not in np_addr.  The agent writes, the program reads.  Looked up for a new
+// flow.  When full: the agent refuses the change.  Key: prefix length in host order, address in network order.  Lives
+// as long as something names the prefix.
+NP_MAP("lpm_trie", np_cidr4, struct np_cidr4_key, struct np_cidr, NP_MAX_CIDR4, BPF_F_NO_PREALLOC);
+NP_MAP("lpm_trie", np_cidr6, struct np_cidr6_key, struct np_cidr, NP_MAX_CIDR6, BPF_F_NO_PREALLOC);
+
+// Prefixes an endpoint may send from although it does not own them.  The agent writes, the program reads.  Looked up
+// for a new flow whose source is not its own, if the endpoint has the flag.  When full: the agent refuses the change.
+// Key: prefix length (32 + bits) and endpoint in host order, address in network order.  Lives as long as the endpoint.
+NP_MAP("lpm_trie", np_source4, struct np_source4_key, struct np_source, NP_MAX_SOURCE4, BPF_F_NO_PREALLOC);
+NP_MAP("lpm_trie", np_source6, struct np_source6_key, struct np_source, NP_MAX_SOURCE6, BPF_F_NO_PREALLOC);
+
+// (Policy set, identity) to peer class, where it is not the set's default.  The agent writes, the program reads.  Looked
+// up for a new flow.  When full: the agent refuses the change.  Key: host order.  Lives as long as the set.
+NP_MAP("hash", np_peer_class, struct np_peer_class_key, struct np_peer_class, NP_MAX_PEER_CLASS, BPF_F_NO_PREALLOC);
+
+// (Protocol, port or ICMP type and code) to atom, in blocks.  The agent writes, the program reads.  Looked up for a new
+// flow.  Fixed size.  Key: host order.  Lives always; atoms are renumbered only when nothing refers to the old number.
+NP_MAP("array", np_l4_atom, __u32, struct np_l4_atom, NP_MAX_L4_ATOM, 0);
+
+// (Policy set's base + atom / 64, atom % 64) to L4 class.  The agent writes, the program reads.  Looked up for a new
+// flow.  When full: the agent refuses the change.  Key: host order.  A row is reused only after a grace period.
+NP_MAP("array", np_l4_col, __u32, struct np_l4_col, NP_MAX_L4_COL, 0);
+
+// Index made of the classes to verdict.  The agent writes, the program reads.  Looked up for a new flow.  When full: the
+// agent refuses the change.  Key: host order.  A range is reused only after a grace period; 0 denies.
+NP_MAP("array", np_verdict, __u32, struct np_verdict, NP_MAX_VERDICT, 0);
+
+// Rule number to readable name.  The agent writes, people and tools read.  Never looked up for a packet.  When full: the
+// agent refuses the change.  Key: host order.  Lives as long as a verdict or a connection may name the rule.
+NP_MAP("hash", np_rule, struct np_rule_key, struct np_rule, NP_MAX_RULE, BPF_F_NO_PREALLOC);
+
+// Rule number to packets and bytes it decided, per CPU; slot 0 counts exempt traffic.  The program writes, the agent
+// reads.  Looked up per packet.  A number beyond its size is counted as NP_REASON_RULE_RANGE.  Key: host order.  Lives
+// across agents and programs; the agent zeroes a slot before it gives the number away again.
+NP_MAP("percpu_array", np_rule_count, __u32, struct np_count, NP_MAX_RULE_COUNT, 0);
+
+// enum np_reason to packets and bytes, per CPU.  The program writes, the agent reads.  Looked up for every packet that is
+// not part of an open connection.  Fixed size.  Key: host order.  Lives across agents and programs.
+NP_MAP("percpu_array", np_reason_count, __u32, struct np_count, NP_MAX_REASON_COUNT, 0);
+
+// A leg's canonical tuple to its connection, both sides seen.  The program writes and reads.  Looked up per packet.  When
+// full: the least recently used goes, and its flow is judged as a new one.  Key: ports in host order, addresses in network
+// order.  Lives across agents and programs; expiry is checked when a packet meets the entry.
+NP_MAP("lru_hash", np_conn4, struct np_conn4_key, struct np_conn, NP_MAX_CONN4, 0);
+NP_MAP("lru_hash", np_conn6, struct np_conn6_key, struct np_conn, NP_MAX_CONN6, 0);
+
+// The same for connections that saw no reply yet, so that a flood of new flows evicts only young ones.  The program
+// writes and reads.  Looked up per packet that is not in np_conn.  When full, key, lifetime: as np_conn.
+NP_MAP("lru_hash", np_young4, struct np_conn4_key, struct np_conn, NP_MAX_YOUNG4, 0);
+NP_MAP("lru_hash", np_young6, struct np_conn6_key, struct np_conn, NP_MAX_YOUNG6, 0);
+
+// Identification of a fragmented packet to its ports.  The program writes (allowed first fragments) and reads.  Looked up
+// per later fragment.  When full: the least recently used goes, and its later fragments are dropped.  Key: as on the wire.
+// Lives for the time-out of NP_CONN_FRAGMENT.
+NP_MAP("lru_hash", np_frag4, struct np_frag4_key, struct np_frag, NP_MAX_FRAG4, 0);
+NP_MAP("lru_hash", np_frag6, struct np_frag6_key, struct np_frag, NP_MAX_FRAG6, 0);
+
+// Log list (modulo size) to the time of its last event.  The program writes and reads.  Looked up for a new flow whose
+// verdict has a log list.  Fixed size; lists that share a slot share the limit.  Key: host order.  Lives always.
+NP_MAP("array", np_log_limit, __u32, struct np_log_limit, NP_MAX_LOG_LIMIT, 0);
+
+// Generation, flags, time-outs.  The agent writes, the program reads.  Looked up per packet.  One row.  Lives always.
+NP_MAP("array", np_config, __u32, struct np_config, NP_MAX_CONFIG, 0);
+
+// What the pin directory holds.  The loader writes and reads; never looked up for a packet.  One row.  Lives always.
+NP_MAP("array", np_schema, __u32, struct np_schema, NP_MAX_SCHEMA, 0);
+
+// Events for the agent: denies always, the rest as np_config says.  The program writes, one reader consumes.  Written for
+// a drop and where asked for.  When full: the event is lost and counted as NP_REASON_EVENT_LOST.  No wake-up per event:
+// the reader looks by itself.  Lives across agents.
+NP_MAP_RINGBUF(np_event, NP_MAX_EVENT);
