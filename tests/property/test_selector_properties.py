@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 import hypothesis.strategies as st
 from hypothesis import given, settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+from strategies import selector_trees
 
 from netpol_ebpf.selector import EVERYTHING, Selector, SelectorError, SelectorIndex, negate, parse
 from netpol_ebpf.selector.tree import (
@@ -17,7 +18,6 @@ from netpol_ebpf.selector.tree import (
     EndsWith,
     Equals,
     Global,
-    Has,
     In,
     Node,
     Not,
@@ -25,37 +25,14 @@ from netpol_ebpf.selector.tree import (
     NotIn,
     Or,
     StartsWith,
-    negated,
 )  # fmt: skip
 
 KEYS = ("a", "b", "in", "p.a/x")
 VALUES = ("", "x", "y", "xy", "yx", 'a"b', "a'b")
 
-_keys = st.sampled_from(KEYS)
-_values = st.sampled_from(VALUES)
-_sets = st.lists(_values, max_size=4)
-_leaves: st.SearchStrategy[Node] = st.one_of(
-    st.builds(Equals, _keys, _values),
-    st.builds(In, _keys, _sets),
-    st.builds(Has, _keys),
-    st.builds(NotEquals, _keys, _values),
-    st.builds(NotIn, _keys, _sets),
-    st.builds(Contains, _keys, _values),
-    st.builds(StartsWith, _keys, _values),
-    st.builds(EndsWith, _keys, _values),
-    st.just(All()),
-    st.just(Global()),
-)
-
-
-def _grow(inner: st.SearchStrategy[Node]) -> st.SearchStrategy[Node]:
-    operands = st.lists(inner, min_size=2, max_size=3).map(tuple)
-    return st.one_of(st.builds(And, operands), st.builds(Or, operands), st.builds(negated, inner))
-
-
-trees: st.SearchStrategy[Node] = st.recursive(_leaves, _grow, max_leaves=8)
+trees: st.SearchStrategy[Node] = selector_trees(KEYS, VALUES)
 selectors: st.SearchStrategy[Selector] = trees.map(Selector)
-labels: st.SearchStrategy[dict[str, str]] = st.dictionaries(_keys, _values, max_size=3)
+labels: st.SearchStrategy[dict[str, str]] = st.dictionaries(st.sampled_from(KEYS), st.sampled_from(VALUES), max_size=3)
 
 
 def _evaluate(node: Node, given_labels: Mapping[str, str]) -> bool:
