@@ -1,0 +1,321 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Objects from a directory of manifests, followed as it changes: the source behind ``--manifests DIR``.
+
+The directory is looked at by polling (name, inode, size and times of every file), not by inotify: polling sees atomic renames,
+symlink swaps of mounted ConfigMaps and network file systems alike, and has no queue that can overflow.
+
+Invariants: one look yields one batch, so objects that change together arrive together; a file that cannot be read or is not
+valid keeps the objects of its last good state (also over a restart, when a directory for copies is given) and is reported
+until it is mended; of an object that is written twice the first by file name counts and the others are reported.
+
+A directory is taken up when two looks in a row saw the same, so neither a half-written file nor the moment between the removal
+of a file and the appearance of its successor becomes policy.  This module runs no loop and keeps no clock of its own for that:
+`ManifestDirectory.step` is one look.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Union
+
+from netpol_ebpf.errors import Location, Problem
+from netpol_ebpf.resources.load import SUFFIXES, LoadResult, parse_documents
+from netpol_ebpf.resources.types import Resource
+
+INTERVAL_S = 0.2
+"""Recommended time between two looks: a change is taken up after one to two of them, well within a second."""
+
+MAX_UNSETTLED_LOOKS = 3
+"""A directory that never stops changing is taken up as it is after this many looks."""
+
+RACY_S = 2.0
+"""A file younger than this when read may change again without its times or size showing it; it is compared by content."""
+
+Signature = tuple[int, int, int, int, int]
+"""Device, inode, size in bytes, modification time, change time (ns)."""
+UNREAD: Signature = (0, 0, 0, 0, 0)
+"""Equals the signature of no file."""
+
+
+@dataclass(frozen=True, slots=True)
+class ObjectKey:
+    """Identifies an object of the user: ``kind`` is the name of its resource type."""
+
+    kind: str
+    namespace: str
+    name: str
+
+    @classmethod
+    def of(cls, resource: Resource) -> ObjectKey:
+        """The key of a resource."""
+        return cls(type(resource).__name__, resource.meta.namespace, resource.meta.name)
+
+    def __str__(self) -> str:
+        return "/".join(part for part in (self.kind, self.namespace, self.name) if part)
+
+
+@dataclass(frozen=True, slots=True)
+class Upsert:
+    """An object appeared, changed, or moved to another place of the manifests."""
+
+    resource: Resource
+
+
+@dataclass(frozen=True, slots=True)
+class Remove:
+    """An object went; ``resource`` is its last state."""
+
+    resource: Resource
+
+
+Event = Union[Upsert, Remove]
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """What one look brought: events to be applied together, and all problems there are now, in file and line order."""
+
+    events: tuple[Event, ...]
+    problems: tuple[Problem, ...]
+
+
+@dataclass(slots=True)
+class _File:
+    """What is known of one file. ``digest`` is of the text last read, good or not; ``problems`` are of that text."""
+
+    signature: Signature
+    read_at_s: float
+    digest: bytes = b""
+    resources: tuple[Resource, ...] = ()
+    problems: tuple[Problem, ...] = ()
+
+    @property
+    def is_racy(self) -> bool:
+        return self.read_at_s - self.signature[3] / 1e9 < RACY_S
+
+
+@dataclass(slots=True)
+class LastGoodCopies:
+    """Texts of the last good state of each file, so that a restart with a broken file changes no policy.
+
+    ``directory`` is made when the first copy is stored. Names are hashed: a manifest may have any name.
+    """
+
+    directory: Path
+
+    def _path(self, name: str) -> Path:
+        return self.directory / hashlib.sha256(name.encode(errors="surrogateescape")).hexdigest()
+
+    def load(self, name: str) -> str | None:
+        """The copy, or None when there is none."""
+        try:
+            return self._path(name).read_text(encoding="utf-8")
+        except FileNotFoundError:
+            return None
+
+    def store(self, name: str, text: str) -> None:
+        """Replace the copy in one step."""
+        self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        path = self._path(name)
+        draft = path.with_suffix(".draft")
+        draft.write_text(text, encoding="utf-8")
+        draft.replace(path)
+
+    def keep_only(self, names: Mapping[str, object]) -> None:
+        """Forget the copies of all other files."""
+        if not self.directory.is_dir():
+            return
+        wanted = {self._path(name).name for name in names}
+        for path in self.directory.iterdir():
+            if path.name not in wanted:
+                path.unlink()
+
+
+@dataclass(slots=True)
+class ManifestDirectory:
+    """Follows one directory (or one file) of manifests.
+
+    ``copies``: where last good states outlive the process; None keeps them in memory only.  ``clock``: wall-clock seconds,
+    comparable with file times.
+    """
+
+    root: Path
+    copies: LastGoodCopies | None = None
+    clock: Callable[[], float] = time.time
+    _files: dict[str, _File] = field(default_factory=dict)
+    _objects: dict[ObjectKey, Resource] = field(default_factory=dict)
+    _duplicates: tuple[Problem, ...] = ()
+    _directory_problems: tuple[Problem, ...] = ()
+    _seen: dict[str, Signature] | None = None
+    _unsettled_looks: int = 0
+    _started: bool = False
+    _reported: tuple[Problem, ...] = ()
+
+    @property
+    def problems(self) -> tuple[Problem, ...]:
+        """Everything wrong with the manifests as they were last taken up, in file and line order."""
+        found = [*self._directory_problems, *self._duplicates]
+        for entry in self._files.values():
+            found.extend(entry.problems)
+        return tuple(sorted(found, key=lambda p: (p.location.file, p.location.line, p.location.column, p.message)))
+
+    def step(self) -> Batch | None:
+        """Look once. None: nothing to take up (yet). The first look is taken up at once.
+
+        Never raises for the state of the manifests; that is in ``Batch.problems``.
+        """
+        try:
+            snapshot = dict(_look(self.root))
+        except OSError as error:
+            self._directory_problems = (_unreadable(self.root, error),)
+            self._seen = None
+            return self._batch(()) if self.problems != self._reported or not self._started else None
+        self._directory_problems = ()
+        if not self._is_due(snapshot):
+            return None
+        self._take_up(snapshot)
+        return self._batch(self._merge())
+
+    def _is_due(self, snapshot: dict[str, Signature]) -> bool:
+        """Whether the directory differs from what was taken up and has settled."""
+        taken = {name: entry.signature for name, entry in self._files.items()}
+        racy = any(entry.is_racy for entry in self._files.values())
+        if self._started and snapshot == taken and not racy and self.problems == self._reported:
+            self._seen, self._unsettled_looks = None, 0
+            return False
+        settled = snapshot in (taken, self._seen)
+        if self._started and not settled and self._unsettled_looks < MAX_UNSETTLED_LOOKS:
+            self._seen = snapshot
+            self._unsettled_looks += 1
+            return False
+        self._seen, self._unsettled_looks = None, 0
+        return True
+
+    def _take_up(self, snapshot: dict[str, Signature]) -> None:
+        """Read what changed and forget what went."""
+        for name in self._files.keys() - snapshot.keys():
+            del self._files[name]
+        for name, signature in snapshot.items():
+            entry = self._files.get(name)
+            if entry is None or entry.signature != signature or entry.is_racy:
+                self._read(name, signature, entry)
+        if self.copies is not None and not self._started:
+            self.copies.keep_only(snapshot)
+
+    def _read(self, name: str, signature: Signature, before: _File | None) -> None:
+        """Bring one file up to date; a file that is not valid keeps its objects."""
+        path = self._path(name)
+        entry = _File(signature, self.clock())
+        if before is not None:
+            entry.digest, entry.resources, entry.problems = before.digest, before.resources, before.problems
+        try:
+            raw = path.read_bytes()
+        except FileNotFoundError:
+            return  # it went after the look; the next look shows that
+        except OSError as error:
+            entry.problems, entry.digest = (_unreadable(path, error),), b""
+            entry.signature = UNREAD  # whatever the reason, the next look tries again
+            self._files[name] = self._or_last_good(name, entry, before)
+            return
+        digest = hashlib.sha256(raw).digest()
+        if before is None or digest != before.digest:
+            entry.digest = digest
+            result = _parse(raw, path)
+            entry.problems = tuple(result.problems)
+            if result.errors:
+                entry = self._or_last_good(name, entry, before)
+            else:
+                entry.resources = tuple(result.resources)
+                if self.copies is not None:
+                    self.copies.store(name, raw.decode("utf-8"))
+        self._files[name] = entry
+
+    def _or_last_good(self, name: str, entry: _File, before: _File | None) -> _File:
+        """For a file that this process has never seen good: the state a predecessor stored."""
+        if before is None and self.copies is not None:
+            text = self.copies.load(name)
+            if text is not None:
+                entry.resources = tuple(parse_documents(text, str(self._path(name))).resources)
+        return entry
+
+    def _path(self, name: str) -> Path:
+        return self.root / name if name else self.root
+
+    def _merge(self) -> tuple[Event, ...]:
+        """Objects of all files, first file first, as events against what was there before."""
+        objects: dict[ObjectKey, Resource] = {}
+        duplicates: list[Problem] = []
+        for name in sorted(self._files):
+            for resource in self._files[name].resources:
+                key = ObjectKey.of(resource)
+                first = objects.setdefault(key, resource)
+                if first is not resource:
+                    duplicates.append(_duplicate(key, resource, first))
+        self._duplicates = tuple(duplicates)
+        events: list[Event] = [Remove(old) for key, old in self._objects.items() if key not in objects]
+        events += [Upsert(resource) for key, resource in objects.items() if self._objects.get(key) != resource]
+        self._objects = objects
+        return tuple(events)
+
+    def _batch(self, events: tuple[Event, ...]) -> Batch | None:
+        problems = self.problems
+        if self._started and not events and problems == self._reported:
+            return None
+        self._started, self._reported = True, problems
+        return Batch(events, problems)
+
+
+def _parse(raw: bytes, path: Path) -> LoadResult:
+    try:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        message = f"is not UTF-8 text (byte {error.start}: {error.reason}); save it as UTF-8"
+        return LoadResult(resources=[], problems=[Problem(Location(str(path), line), "", message, slug="encoding")])
+    return parse_documents(text, str(path))
+
+
+def _look(root: Path) -> Iterator[tuple[str, Signature]]:
+    """Names relative to ``root`` ("" for a root that is a file) and signatures of all manifests. Raises OSError."""
+    status = root.stat()
+    if not root.is_dir():
+        yield "", _signature(status)
+        return
+    yield from _look_in(root, "", {(status.st_dev, status.st_ino)})
+
+
+def _look_in(directory: Path, prefix: str, above: set[tuple[int, int]]) -> Iterator[tuple[str, Signature]]:
+    """One directory and those under it; ``above`` stops at links that lead back up."""
+    with os.scandir(directory) as entries:
+        for entry in entries:
+            if entry.name.startswith("."):  # also the ..data and timestamp directories of mounted ConfigMaps
+                continue
+            name = f"{prefix}{entry.name}"
+            with contextlib.suppress(FileNotFoundError):  # went during the look, or a dangling link: not there
+                status = entry.stat()
+                here = (status.st_dev, status.st_ino)
+                if entry.is_dir():
+                    if here not in above:
+                        yield from _look_in(directory / entry.name, f"{name}/", above | {here})
+                elif Path(entry.name).suffix.lower() in SUFFIXES:
+                    yield name, _signature(status)
+
+
+def _signature(status: os.stat_result) -> Signature:
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
+def _unreadable(path: Path, error: OSError) -> Problem:
+    message = f"cannot be read ({error.strerror}); its last good state stays in force"
+    return Problem(Location(str(path)), "", message, slug="unreadable")
+
+
+def _duplicate(key: ObjectKey, resource: Resource, first: Resource) -> Problem:
+    message = f"the same object is given twice: first at {first.meta.location}, which counts; remove one of them"
+    return Problem(resource.meta.location, "", message, obj=str(key), slug="duplicate")

@@ -1,0 +1,294 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The directory of manifests: what is taken up, when, and what stays when something is wrong."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from netpol_ebpf.sources.files import (
+    MAX_UNSETTLED_LOOKS,
+    Batch,
+    LastGoodCopies,
+    ManifestDirectory,
+    ObjectKey,
+    Remove,
+    Upsert,
+)
+
+POD = "apiVersion: v1\nkind: Pod\nmetadata: {{name: {name}, namespace: shop, labels: {{app: {app}}}}}\nstatus: {{podIP: 10.0.0.1}}\n"
+
+
+def pod(name: str, app: str = "web") -> str:
+    return POD.format(name=name, app=app)
+
+
+def settled(source: ManifestDirectory) -> Batch | None:
+    """What the directory brings once it has settled: the second of two looks."""
+    first = source.step()
+    assert first is None, "a change was taken up before it had settled"
+    return source.step()
+
+
+def names(batch: Batch | None) -> dict[str, str]:
+    """Events as {object name: kind of event}."""
+    assert batch is not None
+    return {event.resource.meta.name: type(event).__name__ for event in batch.events}
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> ManifestDirectory:
+    return ManifestDirectory(tmp_path / "manifests")
+
+
+def write(source: ManifestDirectory, name: str, text: str) -> Path:
+    path = source.root / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_first_look_takes_up_everything(source: ManifestDirectory) -> None:
+    """The first look yields all objects of all documents and subdirectories, and leaves other files alone."""
+    write(source, "a.yaml", pod("one") + "---\n" + pod("two"))
+    write(source, "deep/b.yml", pod("three"))
+    write(source, "notes.txt", "not: [yaml")
+    write(source, ".hidden.yaml", pod("hidden"))
+    batch = source.step()
+    assert names(batch) == {"one": "Upsert", "two": "Upsert", "three": "Upsert"}
+    assert batch is not None
+    assert batch.problems == ()
+
+
+def test_nothing_changed_yields_nothing(source: ManifestDirectory) -> None:
+    """Looks at an unchanged directory bring no batch."""
+    write(source, "a.yaml", pod("one"))
+    source.step()
+    assert [source.step() for _ in range(4)] == [None] * 4
+
+
+def test_changed_object_alone_is_an_event(source: ManifestDirectory) -> None:
+    """Of a file that changed, only the objects that differ are reported."""
+    write(source, "a.yaml", pod("one") + "---\n" + pod("two"))
+    source.step()
+    write(source, "a.yaml", pod("one") + "---\n" + pod("two", app="db"))
+    assert names(settled(source)) == {"two": "Upsert"}
+
+
+def test_same_size_and_time_is_still_seen(source: ManifestDirectory) -> None:
+    """A change that keeps size and modification time right after the first read is found by content."""
+    path = write(source, "a.yaml", pod("one", app="web"))
+    status = path.stat()
+    source.step()
+    path.write_text(pod("one", app="sql"), encoding="utf-8")
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert names(settled(source)) == {"one": "Upsert"}
+
+
+def test_moved_object_is_no_removal(source: ManifestDirectory) -> None:
+    """Renaming a file leaves its objects in place; only where they are written changes."""
+    path = write(source, "a.yaml", pod("one"))
+    source.step()
+    path.rename(source.root / "b.yaml")
+    batch = settled(source)
+    assert names(batch) == {"one": "Upsert"}
+    assert batch is not None
+    assert batch.events[0].resource.meta.location.file.endswith("b.yaml")
+
+
+def test_deleted_file_removes_its_objects(source: ManifestDirectory) -> None:
+    """A file that went takes its objects with it, once two looks agree that it is gone."""
+    path = write(source, "a.yaml", pod("one"))
+    write(source, "b.yaml", pod("two"))
+    source.step()
+    path.unlink()
+    batch = settled(source)
+    assert names(batch) == {"one": "Remove"}
+    assert batch is not None
+    assert isinstance(batch.events[0], Remove)
+
+
+def test_file_replaced_between_looks_is_never_absent(source: ManifestDirectory) -> None:
+    """An editor that removes and writes anew causes no removal, even when a look falls between the two."""
+    path = write(source, "a.yaml", pod("one"))
+    source.step()
+    path.unlink()
+    assert source.step() is None
+    write(source, "a.yaml", pod("one", app="db"))
+    assert names(settled(source)) == {"one": "Upsert"}
+
+
+def test_atomic_rename_is_taken_up(source: ManifestDirectory) -> None:
+    """A file renamed over another is taken up as its new content."""
+    write(source, "a.yaml", pod("one"))
+    source.step()
+    write(source, "draft", pod("two")).rename(source.root / "a.yaml")
+    assert names(settled(source)) == {"one": "Remove", "two": "Upsert"}
+
+
+def test_configmap_swap_changes_all_files_in_one_batch(source: ManifestDirectory) -> None:
+    """A mounted ConfigMap that swaps its ..data link yields one batch with all changes, and no object twice."""
+    root = source.root
+    for version, app in (("..v1", "web"), ("..v2", "db")):
+        write(source, f"{version}/a.yaml", pod("one", app=app))
+        write(source, f"{version}/b.yaml", pod("two", app=app))
+    (root / "..data").symlink_to("..v1")
+    for name in ("a.yaml", "b.yaml"):
+        (root / name).symlink_to(f"..data/{name}")
+    assert names(source.step()) == {"one": "Upsert", "two": "Upsert"}
+    (root / "..tmp").symlink_to("..v2")
+    (root / "..tmp").rename(root / "..data")
+    assert names(settled(source)) == {"one": "Upsert", "two": "Upsert"}
+    assert source.problems == ()
+
+
+def test_broken_file_keeps_its_last_good_objects(source: ManifestDirectory) -> None:
+    """A file that no longer parses changes nothing, is reported with its line, and counts again when mended."""
+    write(source, "a.yaml", pod("one") + "---\n" + pod("two"))
+    source.step()
+    write(source, "a.yaml", pod("one", app="db") + "---\nkind: [")
+    batch = settled(source)
+    assert batch is not None
+    assert batch.events == ()
+    assert [problem.location.file for problem in batch.problems] == [str(source.root / "a.yaml")]
+    assert batch.problems[0].location.line > 4
+    write(source, "a.yaml", pod("one", app="db"))
+    mended = settled(source)
+    assert names(mended) == {"one": "Upsert", "two": "Remove"}
+    assert mended is not None
+    assert mended.problems == ()
+
+
+def test_invalid_object_makes_its_whole_file_broken(source: ManifestDirectory) -> None:
+    """One invalid object keeps the whole file at its last good state: objects of a file belong together."""
+    write(source, "a.yaml", pod("one"))
+    source.step()
+    write(source, "a.yaml", pod("one", app="db") + "---\napiVersion: v1\nkind: Nonsense\nmetadata: {name: x}\n")
+    batch = settled(source)
+    assert batch is not None
+    assert batch.events == ()
+    assert [problem.slug for problem in batch.problems] == ["unknown-kind"]
+
+
+def test_file_that_was_never_good_contributes_nothing(source: ManifestDirectory) -> None:
+    """A broken file without a last good state is reported and adds no object; the others count."""
+    write(source, "a.yaml", pod("one"))
+    write(source, "b.yaml", pod("two") + "---\nkind: [")
+    batch = source.step()
+    assert names(batch) == {"one": "Upsert"}
+    assert batch is not None
+    assert len(batch.problems) == 1
+
+
+def test_not_text_is_reported_with_its_line(source: ManifestDirectory) -> None:
+    """Bytes that are not UTF-8 are a problem of the line they stand on."""
+    source.root.mkdir()
+    (source.root / "a.yaml").write_bytes(b"a: 1\nb: \xff\n")
+    batch = source.step()
+    assert batch is not None
+    assert [(problem.slug, problem.location.line) for problem in batch.problems] == [("encoding", 2)]
+
+
+def test_first_of_two_files_wins(source: ManifestDirectory) -> None:
+    """Of an object in two files the one in the first file counts, the other is reported, and succeeds it."""
+    first = write(source, "a.yaml", pod("one", app="first"))
+    write(source, "b.yaml", pod("one", app="second"))
+    batch = source.step()
+    assert batch is not None
+    (event,) = batch.events
+    assert isinstance(event, Upsert)
+    assert event.resource.meta.labels["app"] == "first"
+    (problem,) = batch.problems
+    assert problem.slug == "duplicate"
+    assert problem.location.file == str(source.root / "b.yaml")
+    assert f"{first}:1" in problem.message
+    first.unlink()
+    batch = settled(source)
+    assert batch is not None
+    assert [event.resource.meta.labels["app"] for event in batch.events] == ["second"]
+    assert batch.problems == ()
+
+
+def test_vanished_directory_keeps_everything(source: ManifestDirectory) -> None:
+    """A directory that cannot be read removes nothing and is reported once, until it is back."""
+    write(source, "a.yaml", pod("one"))
+    source.step()
+    source.root.rename(source.root.with_name("elsewhere"))
+    batch = source.step()
+    assert batch is not None
+    assert batch.events == ()
+    assert [problem.slug for problem in batch.problems] == ["unreadable"]
+    assert source.step() is None
+    source.root.with_name("elsewhere").rename(source.root)
+    back = source.step()
+    assert back is not None
+    assert (back.events, back.problems) == ((), ())
+
+
+def test_directory_that_never_settles_is_taken_up(source: ManifestDirectory) -> None:
+    """Constant change delays a batch by a bounded number of looks."""
+    write(source, "a.yaml", pod("one"))
+    source.step()
+    for look in range(MAX_UNSETTLED_LOOKS):
+        write(source, f"b{look}.yaml", pod(f"p{look}"))
+        assert source.step() is None
+    write(source, "c.yaml", pod("last"))
+    assert "last" in names(source.step())
+
+
+def test_single_file_is_a_source_too(tmp_path: Path) -> None:
+    """The root may be one file, whatever its name."""
+    path = tmp_path / "all"
+    path.write_text(pod("one"), encoding="utf-8")
+    source = ManifestDirectory(path)
+    assert names(source.step()) == {"one": "Upsert"}
+    path.write_text(pod("two"), encoding="utf-8")
+    assert names(settled(source)) == {"one": "Remove", "two": "Upsert"}
+
+
+def test_links_in_a_circle_end(source: ManifestDirectory) -> None:
+    """A link to a directory above is not followed again."""
+    write(source, "deep/a.yaml", pod("one"))
+    (source.root / "deep" / "up").symlink_to(source.root)
+    assert names(source.step()) == {"one": "Upsert"}
+    assert source.problems == ()
+
+
+def test_copies_outlive_a_restart_with_a_broken_file(tmp_path: Path) -> None:
+    """A source that starts with a broken file uses what its predecessor last saw good, and reports the file."""
+    copies = LastGoodCopies(tmp_path / "copies")
+    before = ManifestDirectory(tmp_path / "manifests", copies)
+    path = write(before, "a.yaml", pod("one"))
+    before.step()
+    path.write_text("kind: [", encoding="utf-8")
+    after = ManifestDirectory(before.root, copies)
+    batch = after.step()
+    assert names(batch) == {"one": "Upsert"}
+    assert batch is not None
+    assert len(batch.problems) == 1
+    assert batch.events[0].resource.meta.location.file == str(path)
+    path.write_text(pod("two"), encoding="utf-8")
+    assert names(settled(after)) == {"one": "Remove", "two": "Upsert"}
+
+
+def test_copies_of_files_that_went_are_forgotten(tmp_path: Path) -> None:
+    """A file that went while nobody looked does not come back through its copy."""
+    copies = LastGoodCopies(tmp_path / "copies")
+    before = ManifestDirectory(tmp_path / "manifests", copies)
+    path = write(before, "a.yaml", pod("one"))
+    before.step()
+    path.unlink()
+    ManifestDirectory(before.root, copies).step()
+    path.write_text("kind: [", encoding="utf-8")
+    batch = ManifestDirectory(before.root, copies).step()
+    assert names(batch) == {}
+
+
+def test_key_names_kind_namespace_and_name(source: ManifestDirectory) -> None:
+    """An object's key is what a user calls it."""
+    write(source, "a.yaml", pod("one"))
+    batch = source.step()
+    assert batch is not None
+    assert str(ObjectKey.of(batch.events[0].resource)) == "Pod/shop/one"
