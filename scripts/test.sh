@@ -1,0 +1,67 @@
+#!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
+# Set up what is missing, then run every check and every test, those that load the program and make namespaces included.
+#
+# Usage: scripts/test.sh [PYTEST-ARGUMENT...]     the arguments narrow the pytest step only
+#
+# All steps are run whatever fails; the summary comes last and the exit code is 0 only when all passed. With CI=true a
+# skipped test is a failure too.
+set -uo pipefail
+
+readonly ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+readonly VENV="${NETPOL_VENV:-$ROOT/.venv}"
+
+"$ROOT/scripts/setup.sh" --dev || exit
+cd "$ROOT" || exit
+export PATH="$VENV/bin:$PATH"
+reports="$(mktemp -d)"
+trap 'rm -rf "$reports"' EXIT
+
+summary=()
+failed=0
+step() { # NAME COMMAND...
+    local name="$1" began=$SECONDS outcome=passed
+    shift
+    printf '\n==> %s\n' "$name"
+    "$@" || { outcome=FAILED; failed=$((failed + 1)); }
+    summary+=("$(printf '%-7s %4ds  %s' "$outcome" $((SECONDS - began)) "$name")")
+}
+
+# Coverage needs the tests' own exit code first and the report whatever it was.
+run_pytest() {
+    local code=0
+    coverage run -m pytest --junit-xml="$reports/pytest.xml" "$@" || code=$?
+    coverage report || code=$?
+    return "$code"
+}
+
+forbid_skips() {
+    python - "$reports/pytest.xml" <<'EOF'
+import sys
+from xml.etree import ElementTree
+
+skipped = [
+    f"{case.get('classname')}.{case.get('name')}: {mark.get('message')}"
+    for case in ElementTree.parse(sys.argv[1]).iter("testcase")
+    for mark in case.iter("skipped")
+]
+print("\n".join(skipped) or "no test was skipped")
+sys.exit(1 if skipped else 0)
+EOF
+}
+
+step "ruff check" ruff check .
+step "ruff format" ruff format --check .
+step "mypy" mypy
+step "import contracts" lint-imports
+step "codespell" codespell
+step "generated files are fresh" python scripts/generate_abi.py --check
+step "C sources" scripts/check_c.sh
+step "wheel" scripts/check_wheel.sh
+step "tests" run_pytest "$@"
+[[ "${CI:-}" != true ]] || step "no test skipped" forbid_skips
+step "case files, all engines" netpolctl test tests/cases examples/cases --engine all
+
+printf '\n%s\n' "==> summary"
+printf '%s\n' "${summary[@]}"
+exit $((failed > 0))
