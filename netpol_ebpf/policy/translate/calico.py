@@ -1,0 +1,211 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Calico policies, tiers and profiles: composition of effective selectors exactly as SEMANTICS 2.6, quirks included.
+
+Invariant: one internal rule for each rule of the user, in the user's order.  A rule with ``http`` or ``domains`` is marked
+unsupported and so matches nothing; such rules are Allow rules, hence nothing is ever widened by that.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Union
+
+from netpol_ebpf.policy.translate.composition import (
+    HAS_NAMESPACE,
+    NAMESPACE_PREFIX,
+    NO_NAMESPACE,
+    SERVICE_ACCOUNT,
+    in_namespace,
+    make_ports,
+    namespace_selector,
+    service_account_selector,
+)
+from netpol_ebpf.policy.types import (
+    Action,
+    Direction,
+    Entity,
+    IcmpType,
+    Policy,
+    PolicyKey,
+    Ports,
+    Profile,
+    Rule,
+    ServiceMatch,
+    Staged,
+    Tier,
+)
+from netpol_ebpf.resources import types as resources
+from netpol_ebpf.resources.types import CalicoPolicySpec, CalicoRule, EntityRule, PortSpec, ServiceAccountMatch
+from netpol_ebpf.selector import EVERYTHING, Selector, all_of, is_in
+
+NETWORK_POLICY = "NetworkPolicy"
+GLOBAL_NETWORK_POLICY = "GlobalNetworkPolicy"
+STAGED_NETWORK_POLICY = "StagedNetworkPolicy"
+STAGED_GLOBAL_NETWORK_POLICY = "StagedGlobalNetworkPolicy"
+
+UNORDERED_TIER = 1_000_000.0
+"""The order of a user's tier without one: what the origin stores, though its documentation says last (SEMANTICS 1.8)."""
+
+_DIRECTIONS = {"Ingress": Direction.INGRESS, "Egress": Direction.EGRESS}
+_ACTIONS = {"Allow": Action.ALLOW, "Deny": Action.DENY, "Pass": Action.PASS, "Log": Action.LOG}
+
+EnforcedPolicy = Union[resources.CalicoNetworkPolicy, resources.GlobalNetworkPolicy]
+StagedPolicy = Union[resources.StagedNetworkPolicy, resources.StagedGlobalNetworkPolicy]
+
+
+def translate_policy(policy: EnforcedPolicy) -> Policy:
+    """NetworkPolicy or GlobalNetworkPolicy."""
+    kind = NETWORK_POLICY if isinstance(policy, resources.CalicoNetworkPolicy) else GLOBAL_NETWORK_POLICY
+    return _policy(kind, policy.meta, policy.spec, Staged.NO, None)
+
+
+def translate_staged_policy(policy: StagedPolicy) -> Policy | None:
+    """StagedNetworkPolicy or StagedGlobalNetworkPolicy; None for Learn and Ignore, which take no part anywhere."""
+    if isinstance(policy, resources.StagedNetworkPolicy):
+        kind, enforced = STAGED_NETWORK_POLICY, NETWORK_POLICY
+    else:
+        kind, enforced = STAGED_GLOBAL_NETWORK_POLICY, GLOBAL_NETWORK_POLICY
+    replaces = PolicyKey(enforced, policy.meta.namespace, policy.meta.name)
+    if policy.staged_action == "Delete":
+        return _policy(kind, policy.meta, policy.spec, Staged.DELETE, replaces)
+    if policy.staged_action != "Set":
+        return None
+    return _policy(kind, policy.meta, policy.spec, Staged.SET, replaces)
+
+
+def translate_tier(tier: resources.Tier) -> Tier:
+    """A user's tier."""
+    return Tier(
+        name=tier.meta.name,
+        order=UNORDERED_TIER if tier.order is None else tier.order,
+        default_action=Action.PASS if tier.default_action == "Pass" else Action.DENY,
+    )
+
+
+def translate_profile(profile: resources.Profile) -> Profile:
+    """A user's profile; its rules are read like those of a global policy."""
+    return Profile(
+        name=profile.meta.name,
+        ingress=tuple(_rules(profile.ingress, "", Direction.INGRESS)),
+        egress=tuple(_rules(profile.egress, "", Direction.EGRESS)),
+    )
+
+
+def _policy(
+    kind: str, meta: resources.Meta, spec: CalicoPolicySpec, staged: Staged, replaces: PolicyKey | None
+) -> Policy:
+    return Policy(
+        key=PolicyKey(kind, meta.namespace, meta.name),
+        tier=spec.tier,
+        order=math.inf if spec.order is None else spec.order,
+        subject=_subject(spec, meta.namespace),
+        types=frozenset(_DIRECTIONS[name] for name in spec.types),
+        ingress=tuple(_rules(spec.ingress, meta.namespace, Direction.INGRESS)),
+        egress=tuple(_rules(spec.egress, meta.namespace, Direction.EGRESS)),
+        staged=staged,
+        replaces=replaces,
+        do_not_track=spec.do_not_track,
+        pre_dnat=spec.pre_dnat,
+        apply_on_forward=spec.apply_on_forward,
+        location=meta.location,
+    )
+
+
+def _subject(spec: CalicoPolicySpec, namespace: str) -> Selector:
+    """SEMANTICS 2.6 a."""
+    selector = spec.selector or EVERYTHING
+    if namespace:
+        selector = all_of(selector, in_namespace(namespace))
+    elif spec.namespace_selector is not None:
+        # The origin replaces all() in the combined text, so the one in the policy's own selector changes as well.
+        selector = all_of(selector, spec.namespace_selector.prefixed(NAMESPACE_PREFIX)).with_all_as(HAS_NAMESPACE)
+    if spec.service_account_selector is not None:
+        selector = all_of(selector, service_account_selector(spec.service_account_selector))
+    return selector
+
+
+def _rules(rules: tuple[CalicoRule, ...], namespace: str, direction: Direction) -> Iterator[Rule]:
+    for index, rule in enumerate(rules):
+        action = _ACTIONS[rule.action]
+        yield Rule(
+            action=action,
+            index=index,
+            ip_version=_ip_version(rule),
+            protocol=rule.protocol,
+            not_protocol=rule.not_protocol,
+            icmp=None if rule.icmp is None else IcmpType(rule.icmp.type, rule.icmp.code),
+            not_icmp=None if rule.not_icmp is None else IcmpType(rule.not_icmp.type, rule.not_icmp.code),
+            source=_entity(rule.source, namespace, service_ports=False),
+            destination=_entity(rule.destination, namespace, service_ports=direction is Direction.EGRESS),
+            unsupported=_unsupported(rule) if action is Action.ALLOW else "",
+            name=rule.annotations.get("name", ""),
+            location=rule.location,
+        )
+
+
+def _unsupported(rule: CalicoRule) -> str:
+    """What the rule needs and no engine has. Only asked of Allow rules: another action must not match less than it says."""
+    needs = []
+    if rule.http is not None:
+        needs.append("http")
+    if rule.destination.domains or rule.source.domains:
+        needs.append("domains")
+    return ",".join(needs)
+
+
+def _ip_version(rule: CalicoRule) -> int | None:
+    """The one family the rule is for (SEMANTICS 1.4): as it says, or that of its CIDRs, negated ones too."""
+    if rule.ip_version is not None:
+        return rule.ip_version
+    nets = (*rule.source.nets, *rule.source.not_nets, *rule.destination.nets, *rule.destination.not_nets)
+    versions = {net.version for net in nets}
+    return versions.pop() if len(versions) == 1 else None
+
+
+def _entity(entity: EntityRule, namespace: str, *, service_ports: bool) -> Entity:
+    """``namespace``: that of the policy, "" for a global one."""
+    service = None
+    if entity.services is not None:
+        service = ServiceMatch(entity.services.namespace, entity.services.name, service_ports)
+    return Entity(
+        nets=entity.nets,
+        not_nets=entity.not_nets,
+        selector=_positive_selector(entity, namespace),
+        not_selector=entity.not_selector,
+        ports=_ports(entity.ports),
+        not_ports=_ports(entity.not_ports),
+        service=service,
+    )
+
+
+def _positive_selector(entity: EntityRule, namespace: str) -> Selector | None:
+    """SEMANTICS 2.6 b. ``not_selector`` stays as it is (2.6 c), but confines the positive side of a namespaced policy."""
+    parts: list[Selector] = []
+    if entity.service_accounts is not None:
+        parts += _service_accounts(entity.service_accounts)
+    if entity.selector is not None:
+        parts.append(entity.selector)
+    if entity.namespace_selector is not None:
+        if entity.namespace_selector.is_global:
+            parts.insert(0, NO_NAMESPACE)
+        else:
+            parts.insert(0, namespace_selector(entity.namespace_selector))
+    elif namespace and (parts or entity.not_selector is not None):
+        parts.insert(0, in_namespace(namespace))
+    return all_of(*parts) if parts else None
+
+
+def _service_accounts(match: ServiceAccountMatch) -> Iterator[Selector]:
+    if match.names:
+        yield is_in(SERVICE_ACCOUNT, match.names)
+    if match.selector is not None:
+        yield service_account_selector(match.selector)
+
+
+def _ports(specs: tuple[PortSpec, ...]) -> Ports | None:
+    if not specs:
+        return None
+    return make_ports(
+        ((spec.first, spec.last) for spec in specs if not spec.name), (spec.name for spec in specs if spec.name)
+    )

@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The words in which selectors of all kinds are made effective: well-known labels, prefixes, selector and port forms.
+
+Invariant: what comes out needs no context any more; an effective selector is evaluated on an owner's labels alone
+(SEMANTICS 2.5, 2.6).  Which parts are combined for which kind is the affair of the kind's own module.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from netpol_ebpf.policy.types import Ports
+from netpol_ebpf.resources.types import LabelSelector, Requirement
+from netpol_ebpf.selector import EVERYTHING, Selector, all_of, equals, has, is_in, negate, not_in
+
+NAMESPACE = "projectcalico.org/namespace"
+ORCHESTRATOR = "projectcalico.org/orchestrator"
+SERVICE_ACCOUNT = "projectcalico.org/serviceaccount"
+NAME = "projectcalico.org/name"
+"""Inherited with a prefix: the name of the namespace or of the service account."""
+
+NAMESPACE_PREFIX = "pcns."
+SERVICE_ACCOUNT_PREFIX = "pcsa."
+INHERITED_PREFIXES = (NAMESPACE_PREFIX, SERVICE_ACCOUNT_PREFIX)
+
+HAS_NAMESPACE = has(NAMESPACE)
+NO_NAMESPACE = negate(HAS_NAMESPACE)
+HAS_SERVICE_ACCOUNT = has(SERVICE_ACCOUNT)
+IS_POD = equals(ORCHESTRATOR, "k8s")
+"""What keeps Kubernetes' own selectors from matching network sets, hosts and foreign workloads."""
+
+
+def in_namespace(namespace: str) -> Selector:
+    """Objects of one namespace."""
+    return equals(NAMESPACE, namespace)
+
+
+def from_label_selector(selector: LabelSelector) -> Selector:
+    """A Kubernetes label selector; empty is ``all()``."""
+    terms = [equals(key, selector.match_labels[key]) for key in sorted(selector.match_labels)]
+    terms += [_from_requirement(requirement) for requirement in selector.match_expressions]
+    return all_of(*terms) if terms else EVERYTHING
+
+
+def _from_requirement(requirement: Requirement) -> Selector:
+    if requirement.operator == "In":
+        return is_in(requirement.key, requirement.values)
+    if requirement.operator == "NotIn":
+        return not_in(requirement.key, requirement.values)
+    if requirement.operator == "Exists":
+        return has(requirement.key)
+    return negate(has(requirement.key))
+
+
+def namespace_selector(selector: Selector) -> Selector:
+    """Of namespaces' labels, to be evaluated on what endpoints inherit; each ``all()`` in it is "has a namespace"."""
+    return selector.prefixed(NAMESPACE_PREFIX).with_all_as(HAS_NAMESPACE)
+
+
+def service_account_selector(selector: Selector) -> Selector:
+    """Of service accounts' labels; each ``all()`` in it is "has a service account"."""
+    return selector.prefixed(SERVICE_ACCOUNT_PREFIX).with_all_as(HAS_SERVICE_ACCOUNT)
+
+
+def pods(namespaces: Selector, pod_selector: LabelSelector | None) -> Selector:
+    """Pods of Kubernetes in ``namespaces`` (an effective selector) that match; None and empty: all of them."""
+    if pod_selector is None or pod_selector == LabelSelector():
+        return all_of(IS_POD, namespaces)
+    return all_of(IS_POD, namespaces, from_label_selector(pod_selector))
+
+
+def merged_ranges(ranges: Iterable[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
+    """Sorted, with overlapping and adjacent ranges made one."""
+    merged: list[tuple[int, int]] = []
+    for first, last in sorted(ranges):
+        if merged and first <= merged[-1][1] + 1:
+            merged[-1] = (merged[-1][0], max(last, merged[-1][1]))
+        else:
+            merged.append((first, last))
+    return tuple(merged)
+
+
+def make_ports(ranges: Iterable[tuple[int, int]], names: Iterable[str]) -> Ports:
+    """Ports in canonical form, so that equal meanings are equal values."""
+    return Ports(ranges=merged_ranges(ranges), names=tuple(sorted(set(names))))

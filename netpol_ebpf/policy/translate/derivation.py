@@ -1,0 +1,326 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The incremental translation of a cluster's resources into a `World`.
+
+Invariants: state, not history: after any sequence of calls the world is that of the resources now held, whatever the order in
+which they came.  Cost of a call: what it affects (the object, the heirs of a profile whose labels changed, the slices of
+one service), never the cluster.  An object derived equal to what it was is not a change.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple, TypeVar
+
+from netpol_ebpf.policy.translate import calico, endpoints, kubernetes, signetwork
+from netpol_ebpf.policy.types import (
+    Action,
+    Backend,
+    Changes,
+    EndpointKey,
+    Policy,
+    PolicyKey,
+    Profile,
+    Service,
+    Settings,
+    Tier,
+    World,
+)
+from netpol_ebpf.resources import types as resources
+from netpol_ebpf.resources.types import Resource
+
+K = TypeVar("K")
+V = TypeVar("V")
+
+
+class ResourceKey(NamedTuple):
+    """Identifies a resource. ``kind`` is as in `PolicyKey` for policies, else the API's; namespace "" for cluster scope."""
+
+    kind: str
+    namespace: str
+    name: str
+
+
+GLOBAL_NETWORK_SET = "GlobalNetworkSet"
+
+_KINDS: Mapping[type, str] = {
+    resources.Namespace: "Namespace",
+    resources.ServiceAccount: "ServiceAccount",
+    resources.Pod: endpoints.POD,
+    resources.Node: "Node",
+    resources.Service: "Service",
+    resources.EndpointSlice: "EndpointSlice",
+    resources.KubernetesNetworkPolicy: kubernetes.KIND,
+    resources.StagedKubernetesNetworkPolicy: kubernetes.STAGED_KIND,
+    resources.CalicoNetworkPolicy: calico.NETWORK_POLICY,
+    resources.GlobalNetworkPolicy: calico.GLOBAL_NETWORK_POLICY,
+    resources.StagedNetworkPolicy: calico.STAGED_NETWORK_POLICY,
+    resources.StagedGlobalNetworkPolicy: calico.STAGED_GLOBAL_NETWORK_POLICY,
+    resources.Tier: "Tier",
+    resources.NetworkSet: "NetworkSet",
+    resources.HostEndpoint: endpoints.HOST_ENDPOINT,
+    resources.WorkloadEndpoint: endpoints.WORKLOAD_ENDPOINT,
+    resources.Profile: "Profile",
+    resources.ClusterNetworkPolicy: signetwork.CLUSTER,
+    resources.AdminNetworkPolicy: signetwork.ADMIN,
+    resources.BaselineAdminNetworkPolicy: signetwork.BASELINE,
+}
+
+BUILT_IN_TIERS: Mapping[str, Tier] = {
+    tier.name: tier
+    for tier in (
+        signetwork.KUBE_ADMIN,
+        signetwork.OLD_ADMIN,
+        Tier(kubernetes.TIER, calico.UNORDERED_TIER, Action.DENY),
+        signetwork.KUBE_BASELINE,
+        signetwork.OLD_BASELINE,
+    )
+}
+"""They always exist, and no Tier object changes them."""
+
+
+def key_of(resource: Resource) -> ResourceKey:
+    """The key under which `Derivation` holds a resource."""
+    kind = _KINDS[type(resource)]
+    if isinstance(resource, resources.NetworkSet) and not resource.meta.namespace:
+        kind = GLOBAL_NETWORK_SET
+    return ResourceKey(kind, resource.meta.namespace, resource.meta.name)
+
+
+def derive(objects: Iterable[Resource], settings: Settings | None = None) -> World:
+    """The world of these resources; of two with one key the later counts."""
+    derivation = Derivation(settings)
+    for resource in objects:
+        derivation.upsert(resource)
+    return derivation.world
+
+
+class Derivation:
+    """Holds resources and keeps ``world`` their translation. ``world`` is to be read only; it changes with each call."""
+
+    def __init__(self, settings: Settings | None = None) -> None:
+        self.world = World(settings=settings or Settings())
+        self.world.tiers.update(BUILT_IN_TIERS)
+        self._changes = Changes()
+        self._changes.tiers.update(BUILT_IN_TIERS)
+        self._resources: dict[ResourceKey, Resource] = {}
+        self._profile_labels: dict[str, Mapping[str, str]] = {}
+        self._heirs: defaultdict[str, set[ResourceKey]] = defaultdict(set)
+        self._slices: defaultdict[tuple[str, str], dict[ResourceKey, frozenset[Backend]]] = defaultdict(dict)
+        self._namespace_values: dict[tuple[str, ...], Counter[signetwork.LabelValues]] = {}
+        self._related: defaultdict[tuple[str, ...], set[ResourceKey]] = defaultdict(set)
+        self._derive_profile(endpoints.DEFAULT_ALLOW)
+
+    def upsert(self, resource: Resource) -> None:
+        """Add a resource, or put it in the place of the one with its key."""
+        key = key_of(resource)
+        old = self._resources.get(key)
+        self._resources[key] = resource
+        self._derive(key, old, resource)
+
+    def remove(self, kind: str, namespace: str, name: str) -> None:
+        """Forget a resource; one that is not held is no change. ``kind`` as in `ResourceKey`."""
+        key = ResourceKey(kind, namespace, name)
+        old = self._resources.pop(key, None)
+        if old is not None:
+            self._derive(key, old, None)
+
+    def get(self, key: ResourceKey) -> Resource | None:
+        """The resource held under a key."""
+        return self._resources.get(key)
+
+    def take_changes(self) -> Changes:
+        """What changed in ``world`` since the last call (at first: everything, built-in objects too)."""
+        changes, self._changes = self._changes, Changes()
+        return changes
+
+    # --- one resource ---------------------------------------------------------------------------------------------------
+
+    def _derive(self, key: ResourceKey, old: Resource | None, new: Resource | None) -> None:
+        """Bring the world in line with one resource that changed from ``old`` to ``new`` (None: absent)."""
+        kind = type(new if new is not None else old)
+        if kind in (resources.Pod, resources.WorkloadEndpoint, resources.HostEndpoint, resources.NetworkSet):
+            self._inherit(key, old, new)
+            self._derive_heir(key)
+        elif kind is resources.Namespace:
+            self._derive_profile(endpoints.namespace_profile(key.name))
+            self._count_values(old, new)
+        elif kind is resources.ServiceAccount:
+            self._derive_profile(endpoints.service_account_profile(key.namespace, key.name))
+        elif kind is resources.Profile:
+            self._derive_profile(key.name)
+        elif kind is resources.EndpointSlice:
+            self._derive_slice(key, old, new)
+        elif kind is resources.Node:
+            node = endpoints.node(new) if isinstance(new, resources.Node) else None
+            _put(self.world.nodes, self._changes.nodes, key.name, node)
+        elif kind is resources.Tier:
+            tier = calico.translate_tier(new) if isinstance(new, resources.Tier) else None
+            if key.name not in BUILT_IN_TIERS:
+                _put(self.world.tiers, self._changes.tiers, key.name, tier)
+        elif kind is not resources.Service:  # of a service only its slices say who is behind it
+            self._relate(key, old, new)
+            self._derive_policy(key)
+
+    def _derive_policy(self, key: ResourceKey) -> None:
+        policy = self._policy(self._resources.get(key))
+        _put(self.world.policies, self._changes.policies, PolicyKey(*key), policy)
+
+    def _policy(self, resource: Resource | None) -> Policy | None:
+        if isinstance(resource, resources.KubernetesNetworkPolicy):
+            return kubernetes.translate_network_policy(resource)
+        if isinstance(resource, resources.StagedKubernetesNetworkPolicy):
+            return kubernetes.translate_staged_network_policy(resource)
+        if isinstance(resource, (resources.CalicoNetworkPolicy, resources.GlobalNetworkPolicy)):
+            return calico.translate_policy(resource)
+        if isinstance(resource, (resources.StagedNetworkPolicy, resources.StagedGlobalNetworkPolicy)):
+            return calico.translate_staged_policy(resource)
+        if isinstance(
+            resource,
+            (resources.ClusterNetworkPolicy, resources.AdminNetworkPolicy, resources.BaselineAdminNetworkPolicy),
+        ):
+            return signetwork.translate(resource, lambda keys: self._namespace_values[keys])
+        return None
+
+    def _derive_slice(self, key: ResourceKey, old: Resource | None, new: Resource | None) -> None:
+        touched = set()
+        if isinstance(old, resources.EndpointSlice) and old.service:
+            touched.add((key.namespace, old.service))
+            del self._slices[key.namespace, old.service][key]
+        if isinstance(new, resources.EndpointSlice) and new.service:
+            touched.add((key.namespace, new.service))
+            self._slices[key.namespace, new.service][key] = endpoints.backends(new)
+        for name in touched:
+            slices = self._slices[name]
+            service = Service(*name, frozenset().union(*slices.values())) if slices else None
+            if not slices:
+                del self._slices[name]
+            _put(self.world.services, self._changes.services, name, service)
+
+    # --- inheritance ----------------------------------------------------------------------------------------------------
+
+    def _inherit(self, key: ResourceKey, old: Resource | None, new: Resource | None) -> None:
+        """Note from which profiles a resource inherits labels."""
+        for profile in _profiles(old):
+            self._heirs[profile].discard(key)
+            if not self._heirs[profile]:
+                del self._heirs[profile]
+        for profile in _profiles(new):
+            self._heirs[profile].add(key)
+
+    def _derive_heir(self, key: ResourceKey) -> None:
+        """An endpoint or a network set, from its resource and the labels of its profiles."""
+        resource = self._resources.get(key)
+        if key.kind in ("NetworkSet", GLOBAL_NETWORK_SET):
+            held = (
+                endpoints.network_set(resource, self._labels_of) if isinstance(resource, resources.NetworkSet) else None
+            )
+            name = endpoints.network_set_key(key.namespace, key.name)
+            _put(self.world.network_sets, self._changes.network_sets, name, held)
+            return
+        endpoint = None
+        if isinstance(resource, resources.Pod):
+            endpoint = endpoints.pod_endpoint(resource, self._labels_of)
+        elif isinstance(resource, resources.WorkloadEndpoint):
+            endpoint = endpoints.workload_endpoint(resource, self._labels_of)
+        elif isinstance(resource, resources.HostEndpoint):
+            endpoint = endpoints.host_endpoint(resource, self._labels_of)
+        _put(self.world.endpoints, self._changes.endpoints, EndpointKey(*key), endpoint)
+
+    def _labels_of(self, profile: str) -> Mapping[str, str]:
+        return self._profile_labels.get(profile, {})
+
+    def _derive_profile(self, name: str) -> None:
+        """A profile and, when the labels it hands down changed, all its heirs."""
+        profile, labels = self._profile(name)
+        _put(self.world.profiles, self._changes.profiles, name, profile)
+        if labels == self._labels_of(name):
+            return
+        self._profile_labels[name] = labels
+        if not labels:
+            del self._profile_labels[name]
+        for key in self._heirs.get(name, ()):
+            self._derive_heir(key)
+
+    def _profile(self, name: str) -> tuple[Profile | None, Mapping[str, str]]:
+        """What stands behind a profile's name: the built-in, else a namespace or account, else a Profile object."""
+        if name == endpoints.DEFAULT_ALLOW:
+            return endpoints.allow_all(name), {}
+        derived = self._profile_source(name)
+        if isinstance(derived, resources.Namespace):
+            return endpoints.allow_all(name), endpoints.namespace_labels(derived.meta)
+        if isinstance(derived, resources.ServiceAccount):
+            return Profile(name), endpoints.service_account_labels(derived.meta)
+        written = self._resources.get(ResourceKey("Profile", "", name))
+        if isinstance(written, resources.Profile):
+            return calico.translate_profile(written), dict(written.labels_to_apply)
+        return None, {}
+
+    def _profile_source(self, name: str) -> Resource | None:
+        """The Namespace or ServiceAccount that a profile's name speaks of."""
+        family, _, rest = name.partition(".")
+        if family == "kns":
+            return self._resources.get(ResourceKey("Namespace", "", rest))
+        if family == "ksa":
+            namespace, _, account = rest.partition(".")  # a namespace's name has no dots, an account's may
+            return self._resources.get(ResourceKey("ServiceAccount", namespace, account))
+        return None
+
+    # --- policies that compare namespaces -------------------------------------------------------------------------------
+
+    def _relate(self, key: ResourceKey, old: Resource | None, new: Resource | None) -> None:
+        """Note on which namespace labels' values a policy depends, and count those values from then on."""
+        for keys in _related_keys(old):
+            self._related[keys].discard(key)
+        for keys in _related_keys(new):
+            self._related[keys].add(key)
+            if keys not in self._namespace_values:
+                namespaces = (one for one in self._resources.values() if isinstance(one, resources.Namespace))
+                self._namespace_values[keys] = Counter(_values(one, keys) for one in namespaces)
+        for keys in _related_keys(old):
+            if not self._related[keys]:
+                del self._related[keys], self._namespace_values[keys]
+
+    def _count_values(self, old: Resource | None, new: Resource | None) -> None:
+        """Keep the counts of label values over namespaces; derive again the policies that depend on a new set of values."""
+        for keys, counts in self._namespace_values.items():
+            before = set(counts)
+            if isinstance(old, resources.Namespace):
+                counts[_values(old, keys)] -= 1
+            if isinstance(new, resources.Namespace):
+                counts[_values(new, keys)] += 1
+            self._namespace_values[keys] = +counts
+            if self._namespace_values[keys].keys() != before:
+                for key in self._related[keys]:
+                    self._derive_policy(key)
+
+
+def _profiles(resource: Resource | None) -> tuple[str, ...]:
+    """The profiles whose labels a resource inherits."""
+    if isinstance(resource, resources.Pod):
+        return endpoints.pod_profiles(resource)
+    if isinstance(resource, resources.NetworkSet):
+        return endpoints.network_set_profiles(resource)
+    if isinstance(resource, (resources.WorkloadEndpoint, resources.HostEndpoint)):
+        return resource.profiles
+    return ()
+
+
+def _related_keys(resource: Resource | None) -> frozenset[tuple[str, ...]]:
+    if isinstance(resource, (resources.AdminNetworkPolicy, resources.BaselineAdminNetworkPolicy)):
+        return signetwork.related_keys(resource)
+    return frozenset()
+
+
+def _values(namespace: resources.Namespace, keys: tuple[str, ...]) -> signetwork.LabelValues:
+    return tuple(namespace.meta.labels.get(key) for key in keys)
+
+
+def _put(table: dict[K, V], changes: dict[K, V | None], key: K, value: V | None) -> None:
+    """Write one object of the world, or take it out (None), and note it if that is a change."""
+    if table.get(key) != value:
+        changes[key] = value
+    if value is None:
+        table.pop(key, None)
+    else:
+        table[key] = value

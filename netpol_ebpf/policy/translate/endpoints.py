@@ -1,0 +1,198 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Endpoints, network sets, nodes, services and the profiles that namespaces and service accounts stand for (SEMANTICS 1.3).
+
+Invariants: labels are effective: own ones first, then those inherited from the profiles in their order; what a tenant writes can
+never take the place of an inherited label.  A host-network or finished pod is no endpoint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+
+from netpol_ebpf.policy.translate.composition import (
+    INHERITED_PREFIXES,
+    NAME,
+    NAMESPACE,
+    NAMESPACE_PREFIX,
+    ORCHESTRATOR,
+    SERVICE_ACCOUNT,
+    SERVICE_ACCOUNT_PREFIX,
+)
+from netpol_ebpf.policy.types import (
+    Action,
+    Backend,
+    Endpoint,
+    EndpointKey,
+    EndpointKind,
+    NamedPort,
+    NetworkSet,
+    Node,
+    Profile,
+    Rule,
+)
+from netpol_ebpf.resources import types as resources
+
+POD = "Pod"
+WORKLOAD_ENDPOINT = "WorkloadEndpoint"
+HOST_ENDPOINT = "HostEndpoint"
+
+ProfileLabels = Callable[[str], Mapping[str, str]]
+"""The labels that a profile hands down; none for one that does not exist."""
+
+_ALLOW = (Rule(Action.ALLOW, 0),)
+
+DEFAULT_ALLOW = "projectcalico-default-allow"
+"""The built-in profile that automatic host endpoints have."""
+
+
+def allow_all(name: str) -> Profile:
+    """A profile that allows everything: what a namespace stands for."""
+    return Profile(name, _ALLOW, _ALLOW)
+
+
+def namespace_profile(namespace: str) -> str:
+    """Name of the profile a namespace stands for."""
+    return f"kns.{namespace}"
+
+
+def service_account_profile(namespace: str, name: str) -> str:
+    """Name of the profile a service account stands for; it has labels and no rules."""
+    return f"ksa.{namespace}.{name}"
+
+
+def namespace_labels(meta: resources.Meta) -> dict[str, str]:
+    """What a namespace hands down."""
+    return _prefixed(meta, NAMESPACE_PREFIX)
+
+
+def service_account_labels(meta: resources.Meta) -> dict[str, str]:
+    """What a service account hands down."""
+    return _prefixed(meta, SERVICE_ACCOUNT_PREFIX)
+
+
+def _prefixed(meta: resources.Meta, prefix: str) -> dict[str, str]:
+    return {**{prefix + key: value for key, value in meta.labels.items()}, prefix + NAME: meta.name}
+
+
+def pod_profiles(pod: resources.Pod) -> tuple[str, ...]:
+    """In order: the namespace's, then the service account's."""
+    namespace = pod.meta.namespace
+    if not pod.service_account:
+        return (namespace_profile(namespace),)
+    return (namespace_profile(namespace), service_account_profile(namespace, pod.service_account))
+
+
+def pod_endpoint(pod: resources.Pod, labels_of: ProfileLabels) -> Endpoint | None:
+    """The workload endpoint of a pod; None for a pod of the host's network and for one that has ended."""
+    if pod.host_network or pod.finished:
+        return None
+    profiles = pod_profiles(pod)
+    own = _without_inherited(pod.meta.labels) | {NAMESPACE: pod.meta.namespace, ORCHESTRATOR: "k8s"}
+    if pod.service_account:
+        own[SERVICE_ACCOUNT] = pod.service_account
+    else:
+        own.pop(SERVICE_ACCOUNT, None)
+    return Endpoint(
+        key=EndpointKey(POD, pod.meta.namespace, pod.meta.name),
+        kind=EndpointKind.WORKLOAD,
+        labels=_effective(own, profiles, labels_of),
+        addresses=pod.addresses,
+        ports=_named_ports(pod.ports),
+        profiles=profiles,
+        node=pod.node,
+        allowed_sources=pod.allowed_source_prefixes,
+    )
+
+
+def workload_endpoint(workload: resources.WorkloadEndpoint, labels_of: ProfileLabels) -> Endpoint:
+    """A WorkloadEndpoint object; profiles are those it names."""
+    own = _without_inherited(workload.meta.labels)
+    own |= {NAMESPACE: workload.meta.namespace, ORCHESTRATOR: workload.orchestrator}
+    if workload.service_account:
+        own[SERVICE_ACCOUNT] = workload.service_account
+    else:
+        own.pop(SERVICE_ACCOUNT, None)
+    return Endpoint(
+        key=EndpointKey(WORKLOAD_ENDPOINT, workload.meta.namespace, workload.meta.name),
+        kind=EndpointKind.WORKLOAD,
+        labels=_effective(own, workload.profiles, labels_of),
+        addresses=workload.addresses,
+        ports=_named_ports(workload.ports),
+        profiles=workload.profiles,
+        node=workload.node,
+        interface=workload.interface,
+        allowed_sources=workload.allowed_source_prefixes,
+    )
+
+
+def host_endpoint(host: resources.HostEndpoint, labels_of: ProfileLabels) -> Endpoint:
+    """A HostEndpoint object."""
+    return Endpoint(
+        key=EndpointKey(HOST_ENDPOINT, "", host.meta.name),
+        kind=EndpointKind.HOST,
+        labels=_effective(_without_reserved(host.meta.labels), host.profiles, labels_of),
+        addresses=host.expected_ips,
+        ports=_named_ports(host.ports),
+        profiles=host.profiles,
+        node=host.node,
+        interface=host.interface,
+    )
+
+
+def network_set_profiles(network_set: resources.NetworkSet) -> tuple[str, ...]:
+    """The namespace's profile; none for a global set."""
+    return (namespace_profile(network_set.meta.namespace),) if network_set.meta.namespace else ()
+
+
+def network_set(resource: resources.NetworkSet, labels_of: ProfileLabels) -> NetworkSet:
+    """A NetworkSet or (without namespace) a GlobalNetworkSet."""
+    meta = resource.meta
+    own = _without_reserved(meta.labels)
+    if meta.namespace:
+        own = _without_inherited(own) | {NAMESPACE: meta.namespace}
+    return NetworkSet(
+        key=network_set_key(meta.namespace, meta.name),
+        labels=_effective(own, network_set_profiles(resource), labels_of),
+        nets=resource.nets,
+    )
+
+
+def network_set_key(namespace: str, name: str) -> str:
+    """`NetworkSet.key`."""
+    return f"{namespace}/{name}" if namespace else name
+
+
+def node(resource: resources.Node) -> Node:
+    """A node; its labels are for peers that select nodes only."""
+    return Node(resource.meta.name, dict(resource.meta.labels), resource.addresses)
+
+
+def backends(endpoint_slice: resources.EndpointSlice) -> frozenset[Backend]:
+    """Each address with each numbered port; an address without any is a backend by address alone."""
+    ports = [(port.protocol, port.port) for port in endpoint_slice.ports if port.port is not None] or [(0, 0)]
+    return frozenset(
+        Backend(address, protocol, port) for address in endpoint_slice.addresses for protocol, port in ports
+    )
+
+
+def _without_inherited(labels: Mapping[str, str]) -> dict[str, str]:
+    """Own labels without those that claim to be inherited: only namespaces and accounts may say what they are."""
+    return {key: value for key, value in labels.items() if not key.startswith(INHERITED_PREFIXES)}
+
+
+def _without_reserved(labels: Mapping[str, str]) -> dict[str, str]:
+    """Labels of a host or a network set without those that would make it look like a pod."""
+    return {key: value for key, value in labels.items() if key not in (NAMESPACE, ORCHESTRATOR, SERVICE_ACCOUNT)}
+
+
+def _effective(own: Mapping[str, str], profiles: Iterable[str], labels_of: ProfileLabels) -> dict[str, str]:
+    """Own labels before the first profile's before the later ones'."""
+    effective: dict[str, str] = {}
+    for profile in reversed(tuple(profiles)):
+        effective.update(labels_of(profile))
+    effective.update(own)
+    return effective
+
+
+def _named_ports(ports: Iterable[resources.ContainerPort | resources.EndpointPort]) -> tuple[NamedPort, ...]:
+    return tuple(dict.fromkeys(NamedPort(port.name, port.protocol, port.port) for port in ports if port.name))

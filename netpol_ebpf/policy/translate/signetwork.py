@@ -1,0 +1,194 @@
+# SPDX-License-Identifier: Apache-2.0
+"""ClusterNetworkPolicy, AdminNetworkPolicy and BaselineAdminNetworkPolicy as policies of tiers that end in Pass.
+
+The newer kind uses tiers kube-admin and kube-baseline; the older kinds have tiers of their own directly after those, for
+their order relative to each other is not defined upstream (SEMANTICS 3.5) and the newer one goes first here.
+
+Invariants: a direction without rules has no effect.  Subjects and peers by namespaces or pods are pods of Kubernetes
+only.  What this build does not know fails closed (SEMANTICS 1.14): in a rule that allows, the unknown peer or port
+matches nothing; a rule that denies or passes and has one becomes a Deny of everything.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from typing import Union
+
+from netpol_ebpf.policy.translate.composition import (
+    IS_POD,
+    NAMESPACE_PREFIX,
+    from_label_selector,
+    make_ports,
+    namespace_selector,
+    pods,
+)
+from netpol_ebpf.policy.types import ANY_ENTITY, Action, Direction, Entity, Policy, PolicyKey, Ports, Rule, Tier
+from netpol_ebpf.resources.types import (
+    AdminNetworkPolicy,
+    BaselineAdminNetworkPolicy,
+    ClusterNetworkPolicy,
+    LabelSelector,
+    SigPeer,
+    SigPort,
+    SigRule,
+    SigSubject,
+)
+from netpol_ebpf.selector import Selector, all_of, equals, has, negate
+
+CLUSTER = "ClusterNetworkPolicy"
+ADMIN = "AdminNetworkPolicy"
+BASELINE = "BaselineAdminNetworkPolicy"
+
+KUBE_ADMIN = Tier("kube-admin", 1000.0, Action.PASS)
+KUBE_BASELINE = Tier("kube-baseline", 10_000_000.0, Action.PASS)
+OLD_ADMIN = Tier("adminnetworkpolicy", math.nextafter(KUBE_ADMIN.order, math.inf), Action.PASS)
+OLD_BASELINE = Tier("baselineadminnetworkpolicy", math.nextafter(KUBE_BASELINE.order, math.inf), Action.PASS)
+
+BASELINE_ORDER = 1000.0
+"""The order of the singleton in its tier (SEMANTICS 1.8)."""
+
+_ACTIONS = {"Allow": Action.ALLOW, "Deny": Action.DENY, "Pass": Action.PASS}
+
+SigPolicy = Union[ClusterNetworkPolicy, AdminNetworkPolicy, BaselineAdminNetworkPolicy]
+
+LabelValues = tuple[Union[str, None], ...]
+"""Values of some label keys on one namespace, None where it lacks the label."""
+
+DistinctValues = Callable[[tuple[str, ...]], Iterable[LabelValues]]
+"""For label keys: the distinct combinations of values that existing namespaces have."""
+
+
+def translate(policy: SigPolicy, distinct_values: DistinctValues) -> Policy:
+    """Any of the three kinds. ``distinct_values`` is asked only for the keys that `related_keys` names."""
+    if isinstance(policy, ClusterNetworkPolicy):
+        kind, order = CLUSTER, float(policy.priority)
+        tier = KUBE_BASELINE if policy.tier == "Baseline" else KUBE_ADMIN
+    elif isinstance(policy, AdminNetworkPolicy):
+        kind, order, tier = ADMIN, float(policy.priority), OLD_ADMIN
+    else:
+        kind, order, tier = BASELINE, BASELINE_ORDER, OLD_BASELINE
+    types = {Direction.INGRESS: policy.ingress, Direction.EGRESS: policy.egress}
+    return Policy(
+        key=PolicyKey(kind, "", policy.meta.name),
+        tier=tier.name,
+        order=order,
+        subject=_subject(policy.subject),
+        types=frozenset(direction for direction, rules in types.items() if rules),
+        ingress=tuple(_rules(policy.ingress, Direction.INGRESS, distinct_values)),
+        egress=tuple(_rules(policy.egress, Direction.EGRESS, distinct_values)),
+        location=policy.meta.location,
+    )
+
+
+def related_keys(policy: SigPolicy) -> frozenset[tuple[str, ...]]:
+    """The label keys of the peers that compare a namespace with the subject's own: the policy depends on their values."""
+    peers = [peer for rule in (*policy.ingress, *policy.egress) for peer in rule.peers]
+    return frozenset(peer.same_labels or peer.not_same_labels for peer in peers if _is_related(peer))
+
+
+def _subject(subject: SigSubject) -> Selector:
+    if subject.pods is not None:
+        return pods(_namespaces(subject.pods.namespace_selector), subject.pods.pod_selector)
+    if subject.namespaces is None:
+        raise AssertionError("a subject has one of its two fields")  # the parser sees to it
+    return pods(_namespaces(subject.namespaces), None)
+
+
+def _namespaces(selector: LabelSelector) -> Selector:
+    return namespace_selector(from_label_selector(selector))
+
+
+def _rules(rules: tuple[SigRule, ...], direction: Direction, distinct_values: DistinctValues) -> Iterator[Rule]:
+    for index, rule in enumerate(rules):
+        action = _ACTIONS[rule.action]
+        base = Rule(action, index, name=rule.name, location=rule.location)
+        unknown = any(peer.unknown for peer in rule.peers) or any(port.unknown for port in rule.ports or ())
+        if action is not Action.ALLOW and (unknown or any(peer.domain_names for peer in rule.peers)):
+            yield replace(base, action=Action.DENY)
+            continue
+        for own, peer, unsupported in _sides(rule.peers, distinct_values):
+            for protocol, ports in _protocols(rule.ports):
+                rule_of_both = replace(base, protocol=protocol, unsupported=unsupported)
+                if direction is Direction.INGRESS:
+                    yield replace(rule_of_both, source=peer, destination=replace(own, ports=ports))
+                else:
+                    yield replace(rule_of_both, source=own, destination=replace(peer, ports=ports))
+
+
+def _sides(peers: Sequence[SigPeer], distinct_values: DistinctValues) -> Iterator[tuple[Entity, Entity, str]]:
+    """For each peer (or each value it depends on): own side, peer's side, what is unsupported about it."""
+    for peer in peers:
+        if peer.unknown:
+            yield ANY_ENTITY, Entity(impossible=True), ""
+        elif peer.domain_names:
+            yield ANY_ENTITY, ANY_ENTITY, "domains"
+        elif _is_related(peer):
+            yield from _related_sides(peer, distinct_values)
+        elif peer.nodes is not None:
+            yield ANY_ENTITY, Entity(nodes=from_label_selector(peer.nodes)), ""
+        elif peer.networks:
+            yield ANY_ENTITY, Entity(nets=peer.networks), ""
+        elif peer.pods is not None:
+            selector = pods(_namespaces(peer.pods.namespace_selector), peer.pods.pod_selector)
+            yield ANY_ENTITY, Entity(selector=selector), ""
+        elif peer.namespaces is not None:
+            yield ANY_ENTITY, Entity(selector=pods(_namespaces(peer.namespaces), None)), ""
+        else:
+            yield ANY_ENTITY, Entity(impossible=True), ""
+
+
+def _is_related(peer: SigPeer) -> bool:
+    return bool(peer.same_labels or peer.not_same_labels)
+
+
+def _related_sides(peer: SigPeer, distinct_values: DistinctValues) -> Iterator[tuple[Entity, Entity, str]]:
+    """The older peers that compare namespaces: one pair of sides for each combination of values a namespace has.
+
+    sameLabels: the peer's namespace has all the labels, with the subject's values.  notSameLabels: it has all of them, and
+    one at least differs from the subject's (a label that the subject lacks differs).
+    """
+    keys = peer.same_labels or peer.not_same_labels
+    pod_selector = peer.pods.pod_selector if peer.pods is not None else None
+    labels = [NAMESPACE_PREFIX + key for key in keys]
+    for values in sorted(
+        distinct_values(keys), key=lambda values: tuple((value is not None, value or "") for value in values)
+    ):
+        same = all_of(*map(_has_value, labels, values))
+        if peer.same_labels:
+            if None in values:
+                continue
+            other = same
+        else:
+            other = all_of(*map(has, labels))
+            if None not in values:
+                other = all_of(other, negate(same))
+        yield Entity(selector=all_of(IS_POD, same)), Entity(selector=pods(other, pod_selector)), ""
+
+
+def _has_value(label: str, value: str | None) -> Selector:
+    return negate(has(label)) if value is None else equals(label, value)
+
+
+def _protocols(ports: tuple[SigPort, ...] | None) -> list[tuple[int | None, Ports | None]]:
+    """Each protocol with its ports; ports None: all of it. A named port is of any protocol. Unknown entries match nothing."""
+    if ports is None:
+        return [(None, None)]
+    ranges: dict[int, list[tuple[int, int]]] = {}
+    whole: set[int] = set()
+    names: list[str] = []
+    for port in ports:
+        if port.unknown:
+            continue
+        if port.named_port is not None or port.protocol is None:
+            names.append(port.named_port or "")
+        elif (port.first, port.last) == (0, 0):
+            whole.add(port.protocol)
+        else:
+            ranges.setdefault(port.protocol, []).append((port.first, port.last))
+    found: list[tuple[int | None, Ports | None]] = [
+        (protocol, None if protocol in whole else make_ports(ranges[protocol], ()))
+        for protocol in sorted(whole | ranges.keys())
+    ]
+    return [*found, (None, make_ports((), names))] if names else found
