@@ -1,2 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The reference model: plain, slow, obviously right; imports nothing of the compiler."""
+"""The reference model: slow, plain, and the authority on every verdict."""
+
+from netpol_ebpf.model.reference import ReferenceModel
+
+__all__ = ["ReferenceModel"]

@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whether a rule matches a packet: section 1 of policy/MATCHING.md in plain loops.
+
+Invariant: every answer follows from the `World` and the packet alone; nothing is cached and nothing is remembered.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from netpol_ebpf.policy.types import (
+    ICMP,
+    ICMPV6,
+    PORT_PROTOCOLS,
+    Endpoint,
+    Entity,
+    IcmpType,
+    IPAddress,
+    NetworkSet,
+    Packet,
+    Ports,
+    Rule,
+    ServiceMatch,
+    World,
+)
+from netpol_ebpf.selector import Selector
+
+
+@dataclass(frozen=True, slots=True)
+class Side:
+    """One side of a packet, with everything in the world that owns or contains its address."""
+
+    address: IPAddress
+    port: int
+    endpoints: tuple[Endpoint, ...]
+    network_sets: tuple[NetworkSet, ...]
+
+
+def source_side(world: World, packet: Packet) -> Side:
+    """Where the packet comes from."""
+    return _side(world, packet.source, packet.source_port)
+
+
+def destination_side(world: World, packet: Packet) -> Side:
+    """Where the packet goes to."""
+    return _side(world, packet.destination, packet.destination_port)
+
+
+def _side(world: World, address: IPAddress, port: int) -> Side:
+    return Side(
+        address=address,
+        port=port,
+        endpoints=tuple(endpoint for endpoint in world.endpoints.values() if address in endpoint.addresses),
+        network_sets=tuple(held for held in world.network_sets.values() if any(address in net for net in held.nets)),
+    )
+
+
+def rule_matches(world: World, rule: Rule, packet: Packet, source: Side, destination: Side) -> bool:
+    """Whether all parts of the rule hold. ``source`` and ``destination`` are the packet's sides."""
+    version = packet.source.version
+    if rule.unsupported:
+        return False
+    if rule.ip_version is not None and rule.ip_version != version:
+        return False
+    if rule.protocol is not None and rule.protocol != packet.protocol:
+        return False
+    if (rule.protocol, version) in ((ICMP, 6), (ICMPV6, 4)):
+        return False
+    if rule.not_protocol is not None and rule.not_protocol == packet.protocol:
+        return False
+    if rule.icmp is not None and not _icmp_matches(rule.icmp, packet):
+        return False
+    if rule.not_icmp is not None and _icmp_matches(rule.not_icmp, packet):
+        return False
+    return _entity_matches(world, rule.source, packet, source) and _entity_matches(
+        world, rule.destination, packet, destination
+    )
+
+
+def _icmp_matches(icmp: IcmpType, packet: Packet) -> bool:
+    if packet.protocol not in (ICMP, ICMPV6):
+        return False
+    return icmp.type == packet.icmp_type and icmp.code in (None, packet.icmp_code)
+
+
+def _entity_matches(world: World, entity: Entity, packet: Packet, side: Side) -> bool:
+    address = side.address
+    if entity.impossible:
+        return False
+    if entity.nets and not any(address in net for net in entity.nets):
+        return False
+    if any(address in net for net in entity.not_nets):
+        return False
+    if entity.selector is not None and not _is_selected(entity.selector, side):
+        return False
+    if entity.not_selector is not None and _is_selected(entity.not_selector, side):
+        return False
+    if entity.nodes is not None and not _is_node(world, entity.nodes, address):
+        return False
+    if entity.ports is not None and not _ports_match(entity.ports, entity.selector, packet.protocol, side):
+        return False
+    if entity.not_ports is not None and _ports_match(entity.not_ports, entity.selector, packet.protocol, side):
+        return False
+    return entity.service is None or _is_backend(world, entity.service, packet.protocol, side)
+
+
+def _is_selected(selector: Selector, side: Side) -> bool:
+    """Whether the labels of some owner of the address match."""
+    owners = [*(endpoint.labels for endpoint in side.endpoints), *(held.labels for held in side.network_sets)]
+    return any(selector.matches(labels) for labels in owners)
+
+
+def _is_node(world: World, selector: Selector, address: IPAddress) -> bool:
+    return any(address in node.addresses and selector.matches(node.labels) for node in world.nodes.values())
+
+
+def _ports_match(ports: Ports, selector: Selector | None, protocol: int, side: Side) -> bool:
+    """By number, or by a name that an endpoint of the address (a matching one, if there is a selector) has declared."""
+    if protocol not in PORT_PROTOCOLS:
+        return False
+    if any(first <= side.port <= last for first, last in ports.ranges):
+        return True
+    return any(
+        named.name in ports.names and named.protocol == protocol and named.port == side.port
+        for endpoint in side.endpoints
+        if selector is None or selector.matches(endpoint.labels)
+        for named in endpoint.ports
+    )
+
+
+def _is_backend(world: World, match: ServiceMatch, protocol: int, side: Side) -> bool:
+    service = world.services.get((match.namespace, match.name))
+    if service is None:
+        return False
+    if not match.match_ports:
+        return any(backend.address == side.address for backend in service.backends)
+    return any(
+        (backend.address, backend.protocol, backend.port) == (side.address, protocol, side.port) and backend.port != 0
+        for backend in service.backends
+    )

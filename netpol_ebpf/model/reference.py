@@ -1,0 +1,198 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`ReferenceModel`: what policy says about one packet at one endpoint, straight from SEMANTICS 3.2 to 3.4, 1.12 and 4.
+
+This is the authority the other engines are held against, so it is written to be read: no caches, no compiled forms, no code
+shared with them.  The exact content of each `Cause` is section 4 of policy/MATCHING.md; each function below says which
+of its lines it makes.
+"""
+
+from __future__ import annotations
+
+from netpol_ebpf.model.matching import Side, destination_side, rule_matches, source_side
+from netpol_ebpf.policy.types import (
+    Action,
+    Cause,
+    CauseKind,
+    Direction,
+    Endpoint,
+    EndpointKind,
+    Failsafe,
+    Outcome,
+    Policy,
+    Question,
+    Rule,
+    Stage,
+    Staged,
+    Tier,
+    Verdict,
+    World,
+)
+
+_OTHER = {Direction.INGRESS: Direction.EGRESS, Direction.EGRESS: Direction.INGRESS}
+
+
+class ReferenceModel:
+    """Answers questions about one world, which it reads each time anew. Cost: linear in the world."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+
+    def decide(self, question: Question) -> Verdict:
+        """The verdict, of the enforced policies and (``staged_*``) with the staged ones taking part."""
+        endpoint = self._world.endpoints.get(question.endpoint)
+        if endpoint is None:
+            outcome, cause = _nothing_decided(question.direction, Stage.NORMAL)
+            return Verdict(outcome, cause, outcome, cause)
+        packet = question.packet
+        sides = (source_side(self._world, packet), destination_side(self._world, packet))
+        enforced = [policy for policy in self._world.policies.values() if policy.staged is Staged.NO]
+        run = _Run(self._world, endpoint, question, sides)
+        outcome, cause = run.evaluate(enforced)
+        logs = tuple(dict.fromkeys(run.logs))
+        pending = _Run(self._world, endpoint, question, sides)
+        staged_outcome, staged_cause = pending.evaluate(pending_policies(self._world))
+        return Verdict(outcome, cause, staged_outcome, staged_cause, logs)
+
+
+def pending_policies(world: World) -> list[Policy]:
+    """What would be enforced if all staged policies were: each takes the place of its namesake, Delete leaves none."""
+    replaced = {policy.replaces for policy in world.policies.values() if policy.staged is not Staged.NO}
+    return [
+        policy
+        for policy in world.policies.values()
+        if policy.staged is not Staged.DELETE and policy.key not in replaced
+    ]
+
+
+class _Run:
+    """One evaluation: of the enforced or of the pending policies. ``logs``: Log rules that matched, as they did."""
+
+    def __init__(self, world: World, endpoint: Endpoint, question: Question, sides: tuple[Side, Side]) -> None:
+        self.world = world
+        self.endpoint = endpoint
+        self.direction = question.direction
+        self.stage = question.stage
+        self.packet = question.packet
+        self.source, self.destination = sides
+        self.logs: list[Cause] = []
+
+    def evaluate(self, policies: list[Policy]) -> tuple[Outcome, Cause]:
+        """Failsafes, tiers, profiles, and what is left when none of them decides."""
+        return (
+            self._failsafes()
+            or self._tiers([policy for policy in policies if self._takes_part(policy)])
+            or self._profiles()
+            or _nothing_decided(self.direction, self.stage)
+        )
+
+    def _failsafes(self) -> tuple[Outcome, Cause] | None:
+        """Of hosts: allow in NORMAL; in UNTRACKED leave the packet (or the reply to one) to the later stages."""
+        if self.endpoint.kind is not EndpointKind.HOST or self.stage not in (Stage.NORMAL, Stage.UNTRACKED):
+            return None
+        own = _failsafe_list(self.world, self.direction)
+        for index, failsafe in enumerate(own):
+            if self._is_failsafe(failsafe, self.packet.destination_port):
+                outcome = Outcome.ALLOW if self.stage is Stage.NORMAL else Outcome.CONTINUE
+                return outcome, Cause(CauseKind.FAILSAFE, self.direction, index=index, action=Action.ALLOW)
+        if self.stage is Stage.UNTRACKED:
+            for index, failsafe in enumerate(_failsafe_list(self.world, _OTHER[self.direction]), start=len(own)):
+                if self._is_failsafe(failsafe, self.packet.source_port):
+                    cause = Cause(CauseKind.FAILSAFE, self.direction, index=index, action=Action.ALLOW)
+                    return Outcome.CONTINUE, cause
+        return None
+
+    def _is_failsafe(self, failsafe: Failsafe, port: int) -> bool:
+        remote = self.packet.source if self.direction is Direction.INGRESS else self.packet.destination
+        return (
+            failsafe.protocol == self.packet.protocol
+            and failsafe.port == port
+            and (failsafe.net is None or remote in failsafe.net)
+        )
+
+    def _takes_part(self, policy: Policy) -> bool:
+        """Whether a policy is of this stage and direction and selects the endpoint."""
+        return (
+            _is_of_stage(policy, self.stage, self.endpoint.kind)
+            and self.direction in policy.types
+            and policy.subject.matches(self.endpoint.labels)
+        )
+
+    def _tiers(self, policies: list[Policy]) -> tuple[Outcome, Cause] | None:
+        """Each tier that has policies here: its first deciding rule, else its default action."""
+        for tier in self.world.sorted_tiers():
+            applied = sorted((policy for policy in policies if policy.tier == tier.name), key=lambda one: one.sort_key)
+            if not applied:
+                continue
+            decision = self._tier(tier, applied)
+            if decision is not None:
+                return decision
+        return None
+
+    def _tier(self, tier: Tier, policies: list[Policy]) -> tuple[Outcome, Cause] | None:
+        """None: the tier was left by a Pass rule, or ends in Pass."""
+        for policy in policies:
+            for rule in policy.rules(self.direction):
+                if not self._matches(rule):
+                    continue
+                cause = Cause(
+                    CauseKind.RULE, self.direction, tier.name, policy.key, index=rule.index, action=rule.action
+                )
+                if rule.action is Action.LOG:
+                    self.logs.append(cause)
+                elif rule.action is Action.PASS:
+                    return None
+                else:
+                    return _outcome(rule.action), cause
+        if tier.default_action is Action.PASS or self.stage in (Stage.PRE_DNAT, Stage.UNTRACKED):
+            return None
+        return Outcome.DENY, Cause(CauseKind.TIER_END, self.direction, tier.name, policies[-1].key)
+
+    def _profiles(self) -> tuple[Outcome, Cause] | None:
+        """In NORMAL only. Pass means deny here, and so does a profile that is missing."""
+        if self.stage is not Stage.NORMAL:
+            return None
+        for name in self.endpoint.profiles:
+            profile = self.world.profiles.get(name)
+            if profile is None:
+                return Outcome.DENY, Cause(CauseKind.PROFILE, self.direction, profile=name)
+            for rule in profile.rules(self.direction):
+                if not self._matches(rule):
+                    continue
+                action = Action.DENY if rule.action is Action.PASS else rule.action
+                cause = Cause(CauseKind.PROFILE, self.direction, profile=name, index=rule.index, action=action)
+                if action is not Action.LOG:
+                    return _outcome(action), cause
+                self.logs.append(cause)
+        return None
+
+    def _matches(self, rule: Rule) -> bool:
+        return rule_matches(self.world, rule, self.packet, self.source, self.destination)
+
+
+def _is_of_stage(policy: Policy, stage: Stage, kind: EndpointKind) -> bool:
+    """Workloads have NORMAL policy only; a policy of another stage of hosts never acts on a workload."""
+    if stage is Stage.UNTRACKED:
+        return kind is EndpointKind.HOST and policy.do_not_track
+    if stage is Stage.PRE_DNAT:
+        return kind is EndpointKind.HOST and policy.pre_dnat
+    if policy.do_not_track or policy.pre_dnat:
+        return False
+    if stage is Stage.FORWARD:
+        return kind is EndpointKind.HOST and policy.apply_on_forward
+    return True
+
+
+def _failsafe_list(world: World, direction: Direction) -> tuple[Failsafe, ...]:
+    settings = world.settings
+    return settings.failsafe_inbound if direction is Direction.INGRESS else settings.failsafe_outbound
+
+
+def _outcome(action: Action) -> Outcome:
+    return Outcome.ALLOW if action is Action.ALLOW else Outcome.DENY
+
+
+def _nothing_decided(direction: Direction, stage: Stage) -> tuple[Outcome, Cause]:
+    """NORMAL denies what nothing allows; the other stages leave it to what comes after."""
+    if stage is Stage.NORMAL:
+        return Outcome.DENY, Cause(CauseKind.NO_MATCH, direction, action=Action.DENY)
+    return Outcome.CONTINUE, Cause(CauseKind.NO_MATCH, direction, action=Action.PASS)
