@@ -1,0 +1,195 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Who reaches whom: a table of real attempts, its rendering, and its comparison with a prediction.
+
+Invariant: a cell shows what was observed in every address family that both ends have; where families differ, or where
+an attempt ended in anything but an echo or silence, the cell says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from netpol_ebpf.lab.attempt import Attempt, Outcome, Result
+from netpol_ebpf.lab.laboratory import Lab
+from netpol_ebpf.lab.topology import ICMP, ICMPV6, UDP, Plan
+
+GREEN, RED, YELLOW, BOLD, DIM, RESET = "\033[32m", "\033[31m", "\033[33m", "\033[1m", "\033[2m", "\033[0m"
+CELL_WIDTH = 4
+GAP = "  "
+
+
+@dataclass(frozen=True, slots=True)
+class Service:
+    """What is tried at one host. ``protocol``: TCP or UDP with a port, or ICMP for an echo request of either family."""
+
+    host: str
+    protocol: int
+    port: int = 0
+
+    @property
+    def label(self) -> str:
+        """``8080``, ``53/u`` or ``ping``."""
+        if self.protocol == ICMP:
+            return "ping"
+        return f"{self.port}/u" if self.protocol == UDP else str(self.port)
+
+
+@dataclass(frozen=True, slots=True)
+class Mismatch:
+    """An attempt whose outcome is not what was predicted."""
+
+    result: Result
+    expected_reached: bool
+
+    def __str__(self) -> str:
+        attempt = self.result.attempt
+        port = f" port {attempt.port}" if attempt.port else ""
+        expected = "reached" if self.expected_reached else "silent"
+        return (
+            f"{attempt.source} to {attempt.destination} protocol {attempt.protocol}{port}: "
+            f"{self.result.outcome.value}, expected {expected}"
+        )
+
+
+class Matrix:
+    """Sources by services of one plan; ``names`` shortens host names for display."""
+
+    def __init__(
+        self, plan: Plan, sources: Sequence[str], services: Sequence[Service], names: Mapping[str, str] | None = None
+    ) -> None:
+        self.plan = plan
+        self.sources = tuple(sources)
+        self.services = tuple(services)
+        self.names = dict(names or {})
+
+    def attempts(self) -> list[Attempt]:
+        """One attempt for each source, service and common address family; none from a host to itself."""
+        return [
+            attempt
+            for source in self.sources
+            for service in self.services
+            for attempt in self.attempts_of(source, service)
+        ]
+
+    def attempts_of(self, source: str, service: Service) -> list[Attempt]:
+        """The attempts of one cell."""
+        if source == service.host:
+            return []
+        families = {address.version for address in self.plan.hosts[source].addresses}
+        return [
+            Attempt(source, address, _protocol(service.protocol, address.version), service.port)
+            for address in self.plan.hosts[service.host].addresses
+            if address.version in families
+        ]
+
+    def observe(self, lab: Lab) -> Observation:
+        """Try everything, for real."""
+        results = lab.attempt(self.attempts())
+        return Observation(self, {result.attempt: result for result in results})
+
+
+class Observation:
+    """What came of all attempts of a matrix at one time."""
+
+    def __init__(self, matrix: Matrix, results: Mapping[Attempt, Result]) -> None:
+        self.matrix = matrix
+        self.results = dict(results)
+
+    @property
+    def reached(self) -> int:
+        """How many attempts were answered."""
+        return sum(result.reached for result in self.results.values())
+
+    def mismatches(self, predict: Callable[[Attempt], bool]) -> list[Mismatch]:
+        """The attempts that did not end as predicted; anything but an echo or silence never did."""
+        found = []
+        for attempt, result in self.results.items():
+            expected = predict(attempt)
+            if result.outcome is not (Outcome.REACHED if expected else Outcome.SILENT):
+                found.append(Mismatch(result, expected))
+        return found
+
+    def cell(self, source: str, service: Service) -> tuple[Outcome, ...]:
+        """The outcomes of a cell, IPv4 before IPv6; () for a host and itself."""
+        return tuple(self.results[attempt].outcome for attempt in self.matrix.attempts_of(source, service))
+
+    def changed(self, earlier: Observation) -> list[tuple[str, Service]]:
+        """The cells that are not as they were."""
+        return [
+            (source, service)
+            for source in self.matrix.sources
+            for service in self.matrix.services
+            if self.cell(source, service) != earlier.cell(source, service)
+        ]
+
+    def as_rows(self) -> dict[str, dict[str, str]]:
+        """For JSON: source to ``host:label`` to reached, silent, or the outcome of each family."""
+        rows: dict[str, dict[str, str]] = {}
+        for source in self.matrix.sources:
+            row = rows[source] = {}
+            for service in self.matrix.services:
+                outcomes = self.cell(source, service)
+                words = [outcome.value for outcome in outcomes if outcome is not None]
+                if words:
+                    row[f"{service.host}:{service.label}"] = words[0] if len(set(words)) == 1 else "/".join(words)
+        return rows
+
+    def render(self, *, colour: bool, earlier: Observation | None = None, ascii_only: bool = False) -> str:
+        """The table. Cells that changed since ``earlier`` are marked with an asterisk."""
+        changed = set(self.changed(earlier)) if earlier is not None else set()
+        names = self.matrix.names
+        groups = _groups(self.matrix.services)
+        label_width = max(
+            len(text) for text in ("from", *(names.get(source, source) for source in self.matrix.sources))
+        )
+        widths = [max(len(names.get(host, host)), (CELL_WIDTH + 1) * len(services) - 1) for host, services in groups]
+        head = " " * label_width
+        ports = "from".ljust(label_width)
+        for (host, services), width in zip(groups, widths, strict=True):
+            head += GAP + names.get(host, host).ljust(width)
+            ports += GAP + " ".join(service.label.rjust(CELL_WIDTH) for service in services).ljust(width)
+        lines = [_paint(head.rstrip(), BOLD, on=colour), _paint(ports.rstrip(), DIM, on=colour)]
+        for source in self.matrix.sources:
+            line = names.get(source, source).ljust(label_width)
+            for (_, services), width in zip(groups, widths, strict=True):
+                cells = []
+                for service in services:
+                    sign, paint = _sign(self.cell(source, service), ascii_only=ascii_only)
+                    sign += "*" if (source, service) in changed else " "
+                    cells.append(_paint(sign.rjust(CELL_WIDTH), paint, on=colour))
+                padding = " " * (width - (CELL_WIDTH + 1) * len(services) + 1)
+                line += GAP + " ".join(cells) + padding
+            lines.append(line.rstrip())
+        return "\n".join(lines)
+
+
+def _protocol(protocol: int, version: int) -> int:
+    return ICMPV6 if protocol == ICMP and version == 6 else protocol  # noqa: PLR2004 - the IP version
+
+
+def _groups(services: Iterable[Service]) -> list[tuple[str, list[Service]]]:
+    """Neighbouring services of one host together."""
+    groups: list[tuple[str, list[Service]]] = []
+    for service in services:
+        if not groups or groups[-1][0] != service.host:
+            groups.append((service.host, []))
+        groups[-1][1].append(service)
+    return groups
+
+
+def _sign(outcomes: tuple[Outcome, ...], *, ascii_only: bool) -> tuple[str, str]:
+    """One character, and its colour."""
+    if not outcomes:
+        return ("." if ascii_only else "·"), DIM
+    if any(outcome not in {Outcome.REACHED, Outcome.SILENT} for outcome in outcomes):
+        return "?", YELLOW
+    if all(outcome is Outcome.REACHED for outcome in outcomes):
+        return ("o" if ascii_only else "✓"), GREEN
+    if all(outcome is Outcome.SILENT for outcome in outcomes):
+        return ("x" if ascii_only else "✗"), RED
+    return ("4" if outcomes[0] is Outcome.REACHED else "6"), YELLOW
+
+
+def _paint(text: str, code: str, *, on: bool) -> str:
+    return f"{code}{text}{RESET}" if on else text
