@@ -118,12 +118,28 @@ ICMP_CODES = (0, 1, 255)
 labels: Strategy[dict[str, str]] = st.dictionaries(
     st.sampled_from(LABEL_KEYS), st.sampled_from(LABEL_VALUES), max_size=3
 )
-selectors: Strategy[Selector] = selector_trees(LABEL_KEYS, LABEL_VALUES, max_leaves=3).map(Selector)
+_plain_trees: tuple[tree.Node, ...] = (
+    tree.All(),
+    tree.Has("app"),
+    tree.NotEquals("app", "a"),
+    tree.Equals("app", "a"),
+)
+selectors: Strategy[Selector] = st.one_of(
+    st.sampled_from(_plain_trees),
+    selector_trees(LABEL_KEYS, LABEL_VALUES, max_leaves=3),
+).map(Selector)
 directions = st.sampled_from(Direction)
 
 
 def _tuples(elements: Strategy[T], *, min_size: int = 0, max_size: int = 2) -> Strategy[tuple[T, ...]]:
     return st.lists(elements, min_size=min_size, max_size=max_size).map(tuple)
+
+
+@st.composite
+def _several(draw: st.DrawFn, elements: Strategy[T], least: int, most: int, by: Callable[[T], Any] = id) -> list[T]:
+    """A list of any length with equal chance; `hypothesis` left to itself prefers short ones."""
+    size = draw(st.integers(least, most))
+    return draw(st.lists(elements, min_size=size, max_size=size, unique_by=by))
 
 
 def _distinct(values: tuple[T, ...], *, max_size: int) -> Strategy[tuple[T, ...]]:
@@ -197,7 +213,7 @@ def rules(draw: st.DrawFn) -> Rule:
 @st.composite
 def rule_lists(draw: st.DrawFn) -> tuple[Rule, ...]:
     """Rules as translated: one or two internal rules for each entry of the user's list."""
-    drawn = draw(st.lists(rules(), max_size=3))
+    drawn = draw(_several(rules(), 0, 3))
     index, indexed = 0, []
     for rule in drawn:
         indexed.append(replace(rule, index=index))
@@ -295,8 +311,8 @@ services = st.dictionaries(st.sampled_from(SERVICES), st.frozensets(backends, ma
 @st.composite
 def worlds(draw: st.DrawFn, *, max_policies: int = 4) -> World:
     """A cluster state with at least one endpoint; profile kns.n1 allows all unless it is drawn otherwise or missing."""
-    keys = draw(st.lists(st.sampled_from((*WORKLOADS, *HOSTS)), unique=True, min_size=1, max_size=4))
-    enforced = draw(st.lists(policy_keys, unique=True, max_size=max_policies))
+    keys = draw(_several(st.sampled_from((*HOSTS, *WORKLOADS)), 1, 4, by=str))
+    enforced = draw(_several(policy_keys, 0, max_policies, by=str))
     every = [draw(policies(key)) for key in enforced]
     every += draw(st.lists(staged_policies(tuple(enforced)), max_size=2, unique_by=lambda policy: policy.key))
     custom = draw(profiles)
@@ -335,12 +351,13 @@ def packets(draw: st.DrawFn) -> Packet:
 
 
 def questions_about(world: World, drawn: list[Packet]) -> list[Question]:
-    """Every endpoint (and one that is not there) in every direction and stage, for each packet."""
-    keys = [*world.endpoints, EndpointKey("Pod", "n1", "unknown")]
-    return [
-        Question(key, direction, stage, packet)
-        for packet in drawn
-        for key in keys
-        for direction in Direction
-        for stage in Stage
+    """Every endpoint in every direction and, for hosts, every stage, for each packet; and some that have no policy."""
+    hosts = [key for key, endpoint in world.endpoints.items() if endpoint.kind is EndpointKind.HOST]
+    pairs = [(key, Stage.NORMAL) for key in world.endpoints]
+    pairs += [(key, stage) for key in hosts for stage in Stage if stage is not Stage.NORMAL]
+    questions = [
+        Question(key, direction, stage, packet) for packet in drawn for key, stage in pairs for direction in Direction
     ]
+    odd = [(EndpointKey("Pod", "n1", "unknown"), Stage.NORMAL)]
+    odd += [(key, Stage.FORWARD) for key in world.endpoints if key not in hosts]
+    return questions + [Question(key, Direction.INGRESS, stage, drawn[0]) for key, stage in odd if drawn]
