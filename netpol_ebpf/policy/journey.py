@@ -1,0 +1,450 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A packet's way through the cluster: which endpoints are asked, in which direction and stage, and what their answers mean.
+
+`Topology.plan` turns a `Flow` (the first packet of a connection) into a `Journey`: hops in the order the packet meets them.
+`walk` asks an engine and combines the answers.  All engines take the same journey; only ``decide`` differs.
+
+Sources: SEMANTICS 3.3 (no policy at all), 4.2 to 4.5 (which policy of a host applies where), 4.6 (failsafes), 4.8
+(untracked), 5.4 (services and hairpins), 5.6 (neighbour discovery).
+
+Invariant: a hop allows unless one of its questions is answered with DENY or its reason refuses; the journey allows when
+every hop does.  Nothing here evaluates a rule.
+
+Which interface a packet uses is not in any manifest, so a node is taken to have one interface to everything beyond it, and
+one for each of its workloads.  A workload without a node is on a node of its own that has no host endpoint.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+from netpol_ebpf.policy.types import (
+    ICMPV6,
+    Action,
+    Cause,
+    Direction,
+    Endpoint,
+    EndpointKey,
+    EndpointKind,
+    Failsafe,
+    IPAddress,
+    Outcome,
+    Packet,
+    Question,
+    Stage,
+    Verdict,
+    World,
+)
+
+WILDCARD = "*"
+
+NEIGHBOUR_DISCOVERY_TYPES = frozenset({130, 131, 132, 133, 135, 136})
+"""ICMPv6 types that pass before any policy; 134, a router's advertisement, is not among them (SEMANTICS 5.6)."""
+
+
+class Reason(enum.Enum):
+    """Why a hop is decided without asking policy. All but WORKLOAD_TO_HOST_DROPPED allow."""
+
+    NEIGHBOUR_DISCOVERY = "IPv6 neighbour discovery always passes"
+    TO_ITSELF = "traffic of a workload to itself is never policed"
+    LOOPBACK = "traffic of a host to itself is never policed"
+    HOST_TO_LOCAL_WORKLOAD = "a host always reaches its own workloads"
+    HAIRPIN = "a workload that reaches itself through a service looks like its host"
+    WORKLOAD_TO_HOST_ACCEPTED = "traffic of a workload to its own host is allowed by the setting workload_to_host"
+    WORKLOAD_TO_HOST_DROPPED = "traffic of a workload to its own host is dropped by the setting workload_to_host"
+    NO_HOST_ENDPOINT = "the interface has no host endpoint, so nothing is policed there"
+    NOT_OURS = "neither end is known, so nothing is policed"
+
+    @property
+    def allows(self) -> bool:
+        """False where the hop is refused."""
+        return self is not Reason.WORKLOAD_TO_HOST_DROPPED
+
+
+class PlaceKind(enum.Enum):
+    """What is at an end of a flow."""
+
+    WORKLOAD = "workload"
+    HOST = "host"
+    OUTSIDE = "outside"
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """An end of a flow. ``endpoint`` is given for a workload only; ``node`` is None outside, or for a workload without."""
+
+    kind: PlaceKind
+    endpoint: EndpointKey | None = None
+    node: str | None = None
+
+
+OUTSIDE = Place(PlaceKind.OUTSIDE)
+
+
+@dataclass(frozen=True, slots=True)
+class Flow:
+    """The first packet of a connection, as its sender wrote it.
+
+    ``dnat_to``: the address and port that a node on the way translates the destination to.  ``source`` and
+    ``destination`` say what is at the ends (the destination: after translation) where the addresses alone do not, for
+    example for a pod of the host's network; None: by address.
+    """
+
+    packet: Packet
+    dnat_to: tuple[IPAddress, int] | None = None
+    source: Place | None = None
+    destination: Place | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Hop:
+    """One endpoint's (or interface's) say.
+
+    Either ``reason`` decides, or ``questions`` are asked in order until one is not answered with CONTINUE; if all are, the
+    hop allows.  ``reply``: when an UNTRACKED question was what allowed, the connection has no state here, and these
+    questions, about the first reply, must allow as well.
+    """
+
+    endpoint: EndpointKey | None = None
+    direction: Direction | None = None
+    questions: tuple[Question, ...] = ()
+    reply: tuple[Question, ...] = ()
+    reason: Reason | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Journey:
+    """All hops of a flow, in the order the packet meets them."""
+
+    flow: Flow
+    hops: tuple[Hop, ...]
+
+    def questions(self) -> Iterator[Question]:
+        """Every question that could be asked."""
+        for hop in self.hops:
+            yield from hop.questions
+            yield from hop.reply
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """What became of a flow, and why: ``question`` and ``cause`` are those of the answer that decided.
+
+    Of a refused flow that is the first refusal; of an allowed one, the last word said.  ``question`` is None when a
+    `Reason` decided.  ``answers``: all that was asked, in order.  ``staged_allowed``: the same flow if all staged policies
+    were enforced.
+    """
+
+    allowed: bool
+    question: Question | None
+    cause: Cause | Reason
+    staged_allowed: bool
+    answers: tuple[tuple[Question, Verdict], ...]
+
+    def __str__(self) -> str:
+        where = f"{self.question.endpoint}: " if self.question is not None else ""
+        return where + (self.cause.value if isinstance(self.cause, Reason) else str(self.cause))
+
+
+Decide = Callable[[Question], Verdict]
+
+
+def walk(journey: Journey, decide: Decide) -> Finding:
+    """Ask until the flow is refused or has arrived. ``decide`` is asked each question once at most."""
+    known: dict[Question, Verdict] = {}
+
+    def ask(question: Question) -> Verdict:
+        if question not in known:
+            known[question] = decide(question)
+        return known[question]
+
+    allowed, question, cause = _walk(journey, lambda asked: (ask(asked).outcome, ask(asked).cause))
+    answers = tuple(known.items())
+    staged_allowed, _, _ = _walk(journey, lambda asked: (ask(asked).staged_outcome, ask(asked).staged_cause))
+    return Finding(allowed, question, cause, staged_allowed, answers)
+
+
+_Ask = Callable[[Question], "tuple[Outcome, Cause]"]
+
+
+def _walk(journey: Journey, ask: _Ask) -> tuple[bool, Question | None, Cause | Reason]:
+    question: Question | None = None
+    cause: Cause | Reason = Reason.NOT_OURS
+    for hop in journey.hops:
+        if hop.reason is not None:
+            question, cause = None, hop.reason
+            if not hop.reason.allows:
+                return False, question, cause
+            continue
+        outcome, question, cause = _first_word(hop.questions, ask)
+        if outcome is Outcome.ALLOW and question.stage is Stage.UNTRACKED:
+            outcome, question, cause = _first_word(hop.reply, ask)
+        if outcome is Outcome.DENY:
+            return False, question, cause
+    return True, question, cause
+
+
+def _first_word(questions: tuple[Question, ...], ask: _Ask) -> tuple[Outcome, Question, Cause]:
+    """The first answer other than CONTINUE, or the last one."""
+    for question in questions:
+        outcome, cause = ask(question)
+        if outcome is not Outcome.CONTINUE:
+            break
+    return outcome, question, cause
+
+
+class Topology:
+    """Who is where in a world: a snapshot for planning journeys. Cost to build: linear in endpoints and nodes."""
+
+    def __init__(self, world: World) -> None:
+        self._settings = world.settings
+        self._workloads: dict[IPAddress, Place] = {}
+        self._hosts: dict[IPAddress, Place] = {}
+        self._node_addresses: dict[str, tuple[IPAddress, ...]] = {}
+        self._host_endpoints: dict[str, list[Endpoint]] = {}
+        for node in world.nodes.values():
+            self._node_addresses[node.name] = node.addresses
+            for address in node.addresses:
+                self._hosts.setdefault(address, Place(PlaceKind.HOST, node=node.name))
+        for endpoint in sorted(world.endpoints.values(), key=lambda endpoint: endpoint.key):
+            if endpoint.kind is EndpointKind.WORKLOAD:
+                place = Place(PlaceKind.WORKLOAD, endpoint.key, endpoint.node)
+                known = self._workloads
+            else:
+                place = Place(PlaceKind.HOST, node=endpoint.node)
+                known = self._hosts
+                self._host_endpoints.setdefault(endpoint.node or "", []).append(endpoint)
+            for address in endpoint.addresses:
+                known.setdefault(address, place)
+
+    def locate(self, address: IPAddress) -> Place:
+        """What an address belongs to: a workload, else a host (by its Node or a host endpoint), else nothing of ours."""
+        return self._workloads.get(address) or self._hosts.get(address) or OUTSIDE
+
+    def plan(self, flow: Flow) -> Journey:
+        """The journey of a flow."""
+        return Journey(flow, tuple(_Planner(self, flow).hops()))
+
+    def wildcard(self, node: str | None) -> Endpoint | None:
+        """The host endpoint that covers all interfaces of a node, and so those of its workloads."""
+        found = (one for one in self._host_endpoints.get(node or "", ()) if one.interface == WILDCARD)
+        return next(found, None)
+
+    def uplink(self, node: str, address: IPAddress | None, version: int) -> Endpoint | None:
+        """The host endpoint of a node's interface to the world, by name the first of the most specific ones.
+
+        ``address``: that of the node in the packet, None for a packet that only passes (then the node's own first
+        address of the packet's family stands for the interface).  The most specific is a named one with the address, then a named one
+        without any, then the wildcard; a named one with other addresses only is better than none.
+        """
+        if address is None:
+            own = self._node_addresses.get(node, ())
+            address = next((one for one in own if one.version == version), None)
+        candidates = self._host_endpoints.get(node, [])
+        named = [one for one in candidates if one.interface != WILDCARD]
+        wildcards = [one for one in candidates if one.interface == WILDCARD]
+        if address is None:
+            ranked = [*named, *wildcards]
+        else:
+            owners = [one for one in named if address in one.addresses]
+            unplaced = [one for one in named if not one.addresses]
+            ranked = [*owners, *unplaced, *wildcards, *named]
+        return ranked[0] if ranked else None
+
+    def is_failsafe(self, packet: Packet, direction: Direction) -> bool:
+        """Whether a failsafe port protects a packet to (ingress) or from (egress) a host's own process."""
+        settings = self._settings
+        inbound = direction is Direction.INGRESS
+        failsafes = settings.failsafe_inbound if inbound else settings.failsafe_outbound
+        remote = packet.source if inbound else packet.destination
+        return any(_is_covered(packet, failsafe, remote) for failsafe in failsafes)
+
+    @property
+    def workload_to_host(self) -> Action:
+        """The setting of that name."""
+        return self._settings.workload_to_host
+
+
+def _is_covered(packet: Packet, failsafe: Failsafe, remote: IPAddress) -> bool:
+    return (failsafe.protocol, failsafe.port) == (packet.protocol, packet.destination_port) and (
+        failsafe.net is None or remote in failsafe.net
+    )
+
+
+class _Planner:
+    """Plans one journey. ``original`` is the packet before, ``final`` the packet after destination translation."""
+
+    def __init__(self, topology: Topology, flow: Flow) -> None:
+        self.topology = topology
+        self.original = flow.packet
+        self.final = flow.packet
+        self.is_translated = flow.dnat_to is not None
+        if flow.dnat_to is not None:
+            address, port = flow.dnat_to
+            self.final = replace(flow.packet, destination=address, destination_port=port)
+        self.source = flow.source or topology.locate(self.original.source)
+        self.destination = flow.destination or topology.locate(self.final.destination)
+        self.translating_node = self._translating_node()
+
+    def _translating_node(self) -> str | None:
+        """The node whose address the sender wrote, else the sender's own, else the receiver's; None: not translated."""
+        if not self.is_translated:
+            return None
+        written = self.topology.locate(self.original.destination)
+        if written.kind is PlaceKind.HOST:
+            return written.node
+        return self.source.node or self.destination.node
+
+    def hops(self) -> Iterator[Hop]:
+        """All of them, in order."""
+        reason = self._whole()
+        if reason is not None:
+            yield Hop(reason=reason)
+            return
+        yield from self._leave_workload()
+        yield from self._cross_nodes()
+        yield from self._enter_workload()
+
+    def _whole(self) -> Reason | None:
+        """Why nobody has a say at all."""
+        packet = self.original
+        if packet.protocol == ICMPV6 and packet.source.version == 6 and packet.icmp_type in NEIGHBOUR_DISCOVERY_TYPES:  # noqa: PLR2004 - the IP version
+            return Reason.NEIGHBOUR_DISCOVERY
+        if self._is_to_itself() and not self.is_translated:
+            return Reason.TO_ITSELF
+        kinds = {self.source.kind, self.destination.kind}
+        if kinds == {PlaceKind.HOST} and self.source.node == self.destination.node:
+            return Reason.LOOPBACK
+        if kinds == {PlaceKind.OUTSIDE} and self.translating_node is None:
+            return Reason.NOT_OURS
+        return None
+
+    def _is_to_itself(self) -> bool:
+        return self.source.kind is PlaceKind.WORKLOAD and self.source.endpoint == self.destination.endpoint
+
+    def _is_local(self) -> bool:
+        """Both ends are on one node and the packet does not leave it in between."""
+        if self._is_to_itself():
+            return True
+        return self.source.node is not None and self._nodes() == [self.source.node] == [self.destination.node]
+
+    # --- the sender's own interface ---------------------------------------------------------------------------------------
+
+    def _leave_workload(self) -> Iterator[Hop]:
+        source = self.source
+        if source.kind is not PlaceKind.WORKLOAD or source.endpoint is None:
+            return
+        yield _ask(source.endpoint, Direction.EGRESS, ((Stage.NORMAL, self.final),))
+        to_own_host = self._is_local() and self.destination.kind is PlaceKind.HOST
+        wildcard = self.topology.wildcard(source.node)
+        action = self.topology.workload_to_host
+        if wildcard is not None:
+            # What leaves the workload enters the host: the host's view of the direction.
+            stages = [(Stage.PRE_DNAT, self.original)]
+            if not to_own_host:
+                stages.append((Stage.FORWARD, self.final))
+            elif action is Action.PASS:
+                stages.append((Stage.NORMAL, self.final))
+            yield _ask(wildcard.key, Direction.INGRESS, tuple(stages))
+        if to_own_host and action is Action.DENY:
+            yield Hop(reason=Reason.WORKLOAD_TO_HOST_DROPPED)
+        elif to_own_host and action is not Action.PASS:
+            yield Hop(reason=Reason.WORKLOAD_TO_HOST_ACCEPTED)
+        elif to_own_host and wildcard is None:
+            yield Hop(reason=Reason.NO_HOST_ENDPOINT)
+
+    # --- the nodes' interfaces to each other and the world ------------------------------------------------------------------
+
+    def _nodes(self) -> list[str]:
+        """The nodes that the packet visits, in order."""
+        nodes = [self.source.node, self.translating_node, self.destination.node]
+        visited: list[str] = []
+        for node in nodes:
+            if node is not None and visited[-1:] != [node]:
+                visited.append(node)
+        return visited
+
+    def _cross_nodes(self) -> Iterator[Hop]:
+        nodes = self._nodes()
+        translated = False
+        for position, node in enumerate(nodes):
+            starts = position == 0 and self.source.node is not None
+            ends = position == len(nodes) - 1 and self.destination.node is not None
+            if not starts:
+                is_local = ends and self.destination.kind is PlaceKind.HOST
+                arriving = self.final if translated else self.original
+                yield from self._interface(node, Direction.INGRESS, arriving, is_local=is_local)
+            translated = translated or node == self.translating_node
+            if not ends:
+                is_local = starts and self.source.kind is PlaceKind.HOST
+                yield from self._interface(node, Direction.EGRESS, self.final, is_local=is_local)
+
+    def _interface(self, node: str, direction: Direction, wire: Packet, *, is_local: bool) -> Iterator[Hop]:
+        """A node's interface to the world. ``wire``: the packet as it is there; ``is_local``: a process ends it here."""
+        address = None
+        if is_local:
+            address = wire.destination if direction is Direction.INGRESS else wire.source
+        host = self.topology.uplink(node, address, wire.source.version)
+        if host is None:
+            if is_local:
+                yield Hop(direction=direction, reason=Reason.NO_HOST_ENDPOINT)
+            return
+        if is_local and self.topology.is_failsafe(self.final, direction):
+            yield _ask(host.key, direction, ((Stage.NORMAL, self.final),))
+            return
+        stages = _stages(host, direction, wire, self.final, is_local=is_local)
+        other = Direction.EGRESS if direction is Direction.INGRESS else Direction.INGRESS
+        back = _reversed(wire)
+        reply = _stages(host, other, back, back, is_local=is_local)
+        hop = _ask(host.key, direction, stages)
+        if stages[0][0] is Stage.UNTRACKED:
+            hop = replace(hop, reply=_ask(host.key, other, reply).questions)
+        yield hop
+
+    # --- the receiver's own interface -----------------------------------------------------------------------------------------
+
+    def _enter_workload(self) -> Iterator[Hop]:
+        destination = self.destination
+        if destination.kind is not PlaceKind.WORKLOAD or destination.endpoint is None:
+            return
+        if self._is_to_itself():
+            yield Hop(reason=Reason.HAIRPIN)
+            return
+        if self.source.kind is PlaceKind.HOST and self._is_local():
+            yield Hop(reason=Reason.HOST_TO_LOCAL_WORKLOAD)
+            return
+        wildcard = self.topology.wildcard(destination.node)
+        if wildcard is not None:
+            yield _ask(wildcard.key, Direction.EGRESS, ((Stage.FORWARD, self.final),))
+        yield _ask(destination.endpoint, Direction.INGRESS, ((Stage.NORMAL, self.final),))
+
+
+def _stages(
+    host: Endpoint, direction: Direction, wire: Packet, final: Packet, *, is_local: bool
+) -> tuple[tuple[Stage, Packet], ...]:
+    """The lists of a host endpoint that a packet meets: untracked policy not on a wildcard, preDNAT inwards only."""
+    stages = []
+    if host.interface != WILDCARD:
+        stages.append((Stage.UNTRACKED, wire))
+    if direction is Direction.INGRESS:
+        stages.append((Stage.PRE_DNAT, wire))
+    stages.append((Stage.NORMAL if is_local else Stage.FORWARD, final))
+    return tuple(stages)
+
+
+def _ask(endpoint: EndpointKey, direction: Direction, stages: tuple[tuple[Stage, Packet], ...]) -> Hop:
+    questions = tuple(Question(endpoint, direction, stage, packet) for stage, packet in stages)
+    return Hop(endpoint, direction, questions)
+
+
+def _reversed(packet: Packet) -> Packet:
+    """The first reply. An ICMP reply is taken to have the request's type: which one answers it is not for policy."""
+    return replace(
+        packet,
+        source=packet.destination,
+        destination=packet.source,
+        source_port=packet.destination_port,
+        destination_port=packet.source_port,
+    )
