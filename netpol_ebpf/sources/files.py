@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Union
 
 from netpol_ebpf.errors import Location, Problem
+from netpol_ebpf.policy.translate import ResourceKey, key_of
 from netpol_ebpf.resources.load import SUFFIXES, LoadResult, parse_documents
 from netpol_ebpf.resources.types import Resource
 
@@ -41,23 +42,6 @@ Signature = tuple[int, int, int, int, int]
 """Device, inode, size in bytes, modification time, change time (ns)."""
 UNREAD: Signature = (0, 0, 0, 0, 0)
 """Equals the signature of no file."""
-
-
-@dataclass(frozen=True, slots=True)
-class ObjectKey:
-    """Identifies an object of the user: ``kind`` is the name of its resource type."""
-
-    kind: str
-    namespace: str
-    name: str
-
-    @classmethod
-    def of(cls, resource: Resource) -> ObjectKey:
-        """The key of a resource."""
-        return cls(type(resource).__name__, resource.meta.namespace, resource.meta.name)
-
-    def __str__(self) -> str:
-        return "/".join(part for part in (self.kind, self.namespace, self.name) if part)
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +133,7 @@ class ManifestDirectory:
     copies: LastGoodCopies | None = None
     clock: Callable[[], float] = time.time
     _files: dict[str, _File] = field(default_factory=dict)
-    _objects: dict[ObjectKey, Resource] = field(default_factory=dict)
+    _objects: dict[ResourceKey, Resource] = field(default_factory=dict)
     _duplicates: tuple[Problem, ...] = ()
     _directory_problems: tuple[Problem, ...] = ()
     _seen: dict[str, Signature] | None = None
@@ -249,11 +233,11 @@ class ManifestDirectory:
 
     def _merge(self) -> tuple[Event, ...]:
         """Objects of all files, first file first, as events against what was there before."""
-        objects: dict[ObjectKey, Resource] = {}
+        objects: dict[ResourceKey, Resource] = {}
         duplicates: list[Problem] = []
         for name in sorted(self._files):
             for resource in self._files[name].resources:
-                key = ObjectKey.of(resource)
+                key = key_of(resource)
                 first = objects.setdefault(key, resource)
                 if first is not resource:
                     duplicates.append(_duplicate(key, resource, first))
@@ -316,6 +300,7 @@ def _unreadable(path: Path, error: OSError) -> Problem:
     return Problem(Location(str(path)), "", message, slug="unreadable")
 
 
-def _duplicate(key: ObjectKey, resource: Resource, first: Resource) -> Problem:
+def _duplicate(key: ResourceKey, resource: Resource, first: Resource) -> Problem:
     message = f"the same object is given twice: first at {first.meta.location}, which counts; remove one of them"
-    return Problem(resource.meta.location, "", message, obj=str(key), slug="duplicate")
+    obj = "/".join(part for part in key if part)
+    return Problem(resource.meta.location, "", message, obj=obj, slug="duplicate")

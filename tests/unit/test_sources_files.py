@@ -13,7 +13,6 @@ from netpol_ebpf.sources.files import (
     Batch,
     LastGoodCopies,
     ManifestDirectory,
-    ObjectKey,
     Remove,
     Upsert,
 )
@@ -201,7 +200,7 @@ def test_first_of_two_files_wins(source: ManifestDirectory) -> None:
     assert isinstance(event, Upsert)
     assert event.resource.meta.labels["app"] == "first"
     (problem,) = batch.problems
-    assert problem.slug == "duplicate"
+    assert (problem.slug, problem.obj) == ("duplicate", "Pod/shop/one")
     assert problem.location.file == str(source.root / "b.yaml")
     assert f"{first}:1" in problem.message
     first.unlink()
@@ -284,11 +283,3 @@ def test_copies_of_files_that_went_are_forgotten(tmp_path: Path) -> None:
     path.write_text("kind: [", encoding="utf-8")
     batch = ManifestDirectory(before.root, copies).step()
     assert names(batch) == {}
-
-
-def test_key_names_kind_namespace_and_name(source: ManifestDirectory) -> None:
-    """An object's key is what a user calls it."""
-    write(source, "a.yaml", pod("one"))
-    batch = source.step()
-    assert batch is not None
-    assert str(ObjectKey.of(batch.events[0].resource)) == "Pod/shop/one"
