@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What should come of an attempt: the reference model's answer for the packet that the attempt would send.
+
+Invariant: nothing here is shared with the compiler, the tables or the kernel; a laboratory that agrees with this agrees
+with the plain reading of the manifests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from netpol_ebpf.lab.attempt import Attempt
+from netpol_ebpf.lab.topology import ICMP, ICMPV6, Plan
+from netpol_ebpf.model.reference import ReferenceModel
+from netpol_ebpf.policy.journey import Finding, Flow, Topology, walk
+from netpol_ebpf.policy.translate import derive
+from netpol_ebpf.policy.types import Packet
+from netpol_ebpf.resources.types import Resource
+
+SOURCE_PORT = 40000  # arbitrary: the kernel chooses one; no rule of a manifest for which that matters can be predicted
+ECHO_REQUEST = {ICMP: 8, ICMPV6: 128}
+
+
+class Prediction:
+    """Answers for one set of manifests and one plan."""
+
+    def __init__(self, resources: Iterable[Resource], plan: Plan) -> None:
+        world = derive(resources)
+        self._plan = plan
+        self._model = ReferenceModel(world)
+        self._topology = Topology(world)
+
+    def reached(self, attempt: Attempt) -> bool:
+        """Whether policy lets the attempt through, at every endpoint on its way."""
+        return self.finding(attempt).allowed
+
+    def finding(self, attempt: Attempt) -> Finding:
+        """The same with its cause. Raises StopIteration when the source lacks an address of the destination's family."""
+        return walk(self._topology.plan(Flow(self._packet(attempt))), self._model.decide)
+
+    def _packet(self, attempt: Attempt) -> Packet:
+        destination = attempt.destination
+        addresses = self._plan.hosts[attempt.source].addresses
+        source = next(address for address in addresses if address.version == destination.version)
+        if attempt.protocol in ECHO_REQUEST:
+            return Packet(source, destination, attempt.protocol, icmp_type=ECHO_REQUEST[attempt.protocol])
+        source_port = attempt.source_port or SOURCE_PORT
+        return Packet(source, destination, attempt.protocol, source_port, attempt.port)
