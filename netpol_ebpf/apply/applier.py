@@ -1,0 +1,343 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Writing the compiled tables to the kernel's maps: whole at first, then change by change.
+
+Invariants: rows are written before anything refers to them and deleted after nothing does (a kernel grace period lies
+between); an endpoint's policy flips in one element update; a change that does not fit is refused before its first write,
+and one that fails on the way is taken back, so what was in force stays in force.
+
+Must not decide anything: it holds no policy, and an endpoint's interface is told to it (`bind`).
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from netpol_ebpf.apply.encode import (
+    Element,
+    EndpointFlag,
+    EndpointSets,
+    elements,
+    endpoint_element,
+    map_and_key,
+    source_element,
+)
+from netpol_ebpf.apply.grace import wait_for_readers
+from netpol_ebpf.compiler.tables import Change, EndpointRow, Tables
+from netpol_ebpf.errors import MapFullError
+from netpol_ebpf.policy.types import EndpointKey, EndpointKind, IPNetwork
+from netpol_loader import abi
+
+ARRAYS = frozenset(name for name, spec in abi.MAP_SPECS.items() if spec.kind in ("array", "percpu_array"))
+"""Maps whose elements always exist: a deleted row is written as zeros, which deny."""
+
+
+class KernelMap(Protocol):
+    """What is needed of `netpol_loader.maps.Map`."""
+
+    @property
+    def name(self) -> str: ...  # noqa: D102 - the same in all maps
+    @property
+    def max_entries(self) -> int: ...  # noqa: D102
+    @property
+    def value_size(self) -> int: ...  # noqa: D102
+
+    def get(self, key: bytes) -> bytes | None: ...  # noqa: D102
+    def put(self, key: bytes, value: bytes) -> None: ...  # noqa: D102
+    def delete(self, key: bytes) -> bool: ...  # noqa: D102
+    def items(self) -> Iterator[tuple[bytes, bytes]]: ...  # noqa: D102
+    def put_many(self, pairs: Sequence[tuple[bytes, bytes]]) -> None: ...  # noqa: D102
+    def delete_many(self, keys: Sequence[bytes]) -> None: ...  # noqa: D102
+
+
+@dataclass(frozen=True, slots=True)
+class Binding:
+    """Where an endpoint is found. ``allowed_sources``: prefixes it may send from although it does not own them."""
+
+    ifindex: int
+    kind: EndpointKind = EndpointKind.WORKLOAD
+    allowed_sources: tuple[IPNetwork, ...] = ()
+
+
+@dataclass(slots=True)
+class _Step:
+    """Writes to be done together: upserts in order of first use, then deletions."""
+
+    puts: dict[str, dict[bytes, bytes]] = field(default_factory=dict)
+    deletes: dict[str, list[bytes]] = field(default_factory=dict)
+
+    def put(self, element: Element) -> None:
+        name, key, value = element
+        self.puts.setdefault(name, {})[key] = value
+
+    def delete(self, name: str, key: bytes) -> None:
+        self.deletes.setdefault(name, []).append(key)
+
+    def __bool__(self) -> bool:
+        return bool(self.puts or self.deletes)
+
+
+class _Undo:
+    """Values as they were before each write, to be put back last first."""
+
+    def __init__(self, maps: Mapping[str, KernelMap]) -> None:
+        self._maps = maps
+        self._before: list[tuple[str, bytes, bytes | None]] = []
+
+    def note(self, name: str, keys: Iterable[bytes]) -> int:
+        """Remember the present values; the number of keys that are new to the map."""
+        one = self._maps[name]
+        values = [(name, key, one.get(key)) for key in keys]
+        self._before += values
+        return sum(value is None for _, _, value in values)
+
+    def roll_back(self) -> None:
+        """Put everything back."""
+        while self._before:
+            name, key, value = self._before.pop()
+            if value is None:
+                self._maps[name].delete(key)
+            else:
+                self._maps[name].put(key, value)
+
+
+class Applier:
+    """The one writer of a dataplane's policy maps.
+
+    ``maps`` must hold nothing but what `fill` writes, or be empty.  ``wait`` is the grace period.  Not thread-safe.
+    """
+
+    def __init__(self, maps: Mapping[str, KernelMap], wait: Callable[[], None] = wait_for_readers) -> None:
+        self._maps = maps
+        self._wait = wait
+        self._rows: dict[EndpointKey, EndpointRow] = {}
+        self._bindings: dict[EndpointKey, Binding] = {}
+        self._counts: Counter[str] = Counter()
+
+    # --- state ----------------------------------------------------------------------------------------------------
+
+    @property
+    def bindings(self) -> Mapping[EndpointKey, Binding]:
+        """Endpoints whose interface is known."""
+        return self._bindings
+
+    @property
+    def counts(self) -> Mapping[str, int]:
+        """Elements per policy map that is not an array, as written by this applier."""
+        return self._counts
+
+    @property
+    def generation(self) -> int:
+        """The generation in force."""
+        return self._config().generation
+
+    def is_enforced(self, key: EndpointKey) -> bool:
+        """Whether the endpoint's row is in the kernel: it has both tables and an interface."""
+        return key in self._rows and key in self._bindings
+
+    # --- whole tables ---------------------------------------------------------------------------------------------
+
+    def fill(self, tables: Tables) -> None:
+        """Write all rows into empty maps, endpoints of known interfaces last. Raises MapFullError before the first write.
+
+        Nothing may be attached yet, or nothing that refers to these maps.
+        """
+        step = _Step()
+        for table in tables.all():
+            for element in elements(table.name, dict(table.items())):
+                step.put(element)
+        self._rows = dict(tables.endpoints.items())
+        for key in self._bindings:
+            self._put_endpoint(step, key)
+        self._check_room(step)
+        for name, rows in step.puts.items():
+            self._maps[name].put_many(list(rows.items()))
+            if name not in ARRAYS:
+                self._counts[name] += len(rows)
+
+    # --- one change -----------------------------------------------------------------------------------------------
+
+    def apply(self, change: Change) -> None:
+        """Make a change take effect: grow, flip, a new generation when something is revoked, and after a grace period shrink.
+
+        Raises MapFullError when it does not fit; then nothing has changed for any packet, and the tables that the change
+        came from are ahead of the kernel.
+        """
+        grow, flip, shrink = (self._step(part) for part in (change.grow, change.flip, change.shrink))
+        rows, counts = dict(self._rows), self._counts.copy()
+        renewed = self._flip_endpoints(flip, change.flip.get("endpoints"))
+        undo = _Undo(self._maps)
+        try:
+            self._check_room(grow, flip)
+            self._write(grow, undo)
+            self._write(flip, undo)
+        except MapFullError:
+            undo.roll_back()
+            self._rows, self._counts = rows, counts
+            raise
+        if change.revokes or renewed:
+            self.bump_generation()
+        if shrink:
+            self._wait()
+            self._write(shrink, None)
+
+    def _step(self, part: Mapping[str, Any]) -> _Step:
+        """One batch of a change as map writes. ``part``: table name to Delta."""
+        step = _Step()
+        names = [table.name for table in Tables().all()]
+        for name in sorted(part, key=names.index):
+            if name == "endpoints":
+                continue
+            for element in elements(name, part[name].upserts):
+                step.put(element)
+        for name in sorted(part, key=names.index, reverse=True):
+            if name in _IN_KERNEL:
+                for key in part[name].deletes:
+                    step.delete(*map_and_key(name, key))
+        return step
+
+    def _flip_endpoints(self, step: _Step, delta: Any) -> bool:
+        """Add endpoint rows to a step; whether a row goes or changes its number, which the program remembers per generation."""
+        renewed = False
+        if delta is None:
+            return renewed
+        for key, row in delta.upserts.items():
+            before, old = self._rows.get(key), self._keys(key)
+            renewed |= before is not None and before.number != row.number
+            self._rows[key] = row
+            self._put_endpoint(step, key)
+            self._delete_all(step, old - self._keys(key))
+        for key in delta.deletes:
+            old = self._keys(key)
+            renewed |= bool(old)
+            self._delete_all(step, old)
+            self._rows.pop(key, None)
+        return renewed
+
+    def _put_endpoint(self, step: _Step, key: EndpointKey) -> None:
+        for element in self._elements(key):
+            step.put(element)
+
+    def _keys(self, key: EndpointKey) -> set[tuple[str, bytes]]:
+        return {(name, map_key) for name, map_key, _ in self._elements(key)}
+
+    @staticmethod
+    def _delete_all(step: _Step, keys: Iterable[tuple[str, bytes]]) -> None:
+        for name, key in sorted(keys):
+            step.delete(name, key)
+
+    def _elements(self, key: EndpointKey) -> Iterator[Element]:
+        """Everything in the kernel that says what the endpoint's interface is judged by, the row itself last.
+
+        Nothing while the tables have no row for it or its interface is unknown.
+        """
+        row, binding = self._rows.get(key), self._bindings.get(key)
+        if row is None or binding is None:
+            return
+        for net in binding.allowed_sources:
+            yield source_element(row.number, net)
+        flags = EndpointFlag.SOURCES if binding.allowed_sources else EndpointFlag.NONE
+        if binding.kind is EndpointKind.HOST:
+            flags |= EndpointFlag.HOST
+        yield endpoint_element(binding.ifindex, row.number, EndpointSets.of(row), flags)
+
+    # --- interfaces -----------------------------------------------------------------------------------------------
+
+    def bind(self, key: EndpointKey, binding: Binding) -> None:
+        """Say where an endpoint is; its row, if the tables have one, is written at once. Raises MapFullError.
+
+        A row on the same interface is replaced, one on another interface is deleted afterwards.
+        """
+        before, old = self._bindings.get(key), self._keys(key)
+        if before == binding:
+            return
+        self._bindings[key] = binding
+        step = _Step()
+        self._put_endpoint(step, key)
+        self._delete_all(step, old - self._keys(key))
+        undo, counts = _Undo(self._maps), self._counts.copy()
+        try:
+            self._check_room(step)
+            self._write(step, undo)
+        except MapFullError:
+            undo.roll_back()
+            self._counts = counts
+            if before is None:
+                del self._bindings[key]
+            else:
+                self._bindings[key] = before
+            raise
+        if before is not None:
+            self.bump_generation()
+
+    def unbind(self, key: EndpointKey) -> None:
+        """Forget an endpoint's interface: packets there are from an unknown endpoint from now on."""
+        old = self._keys(key)
+        self._bindings.pop(key, None)
+        if old:
+            step = _Step()
+            self._delete_all(step, old)
+            self._write(step, None)
+            self.bump_generation()
+
+    # --- the kernel -----------------------------------------------------------------------------------------------
+
+    def _config(self) -> abi.np_config:
+        value = self._maps["np_config"].get(_FIRST)
+        if value is None:  # an array element always exists
+            raise AssertionError("np_config has no element 0")
+        return abi.np_config.from_buffer_copy(value)
+
+    def bump_generation(self) -> int:
+        """Every open connection is judged again at its next packet; the new generation."""
+        config = self._config()
+        config.generation = config.generation % 0xFFFF_FFFF + 1  # never 0
+        self._maps["np_config"].put(_FIRST, bytes(config))
+        return config.generation
+
+    def set_flags(self, *, on: int = 0, off: int = 0) -> None:
+        """Switch flags of the configuration (``abi.NP_CONFIG_*``)."""
+        config = self._config()
+        config.flags = (config.flags | on) & ~off
+        self._maps["np_config"].put(_FIRST, bytes(config))
+
+    def _check_room(self, *steps: _Step) -> None:
+        """Raises MapFullError, naming map, size and need, when the steps together do not fit."""
+        keys: dict[str, dict[bytes, None]] = {}
+        for step in steps:
+            for name, rows in step.puts.items():
+                keys.setdefault(name, {}).update(dict.fromkeys(rows))
+        for name, wanted in keys.items():
+            one = self._maps[name]
+            if name in ARRAYS:
+                last = max(int.from_bytes(key, sys.byteorder) for key in wanted)
+                if last >= one.max_entries:
+                    raise MapFullError(f"map {name} has {one.max_entries} rows; the change needs {last + 1}")
+            elif self._counts[name] + len(wanted) > one.max_entries:
+                present = {key for key, _ in one.items()}  # exact, and only where it is getting tight
+                need = len(present | wanted.keys())
+                if need > one.max_entries:
+                    raise MapFullError(f"map {name} has room for {one.max_entries} rows; the change needs {need}")
+
+    def _write(self, step: _Step, undo: _Undo | None) -> None:
+        for name, rows in step.puts.items():
+            new = undo.note(name, rows) if undo is not None else 0
+            self._maps[name].put_many(list(rows.items()))
+            if name not in ARRAYS:
+                self._counts[name] += new
+        for name, keys in step.deletes.items():
+            if undo is not None:
+                undo.note(name, keys)
+            if name in ARRAYS:
+                zeros = bytes(self._maps[name].value_size)
+                self._maps[name].put_many([(key, zeros) for key in keys])
+            else:
+                self._maps[name].delete_many(keys)
+                self._counts[name] -= len(keys)
+
+
+_FIRST = bytes(4)
+_IN_KERNEL = frozenset({"addresses", "cidrs", "peer_classes", "l4_atoms", "l4_columns", "verdicts", "rules"})

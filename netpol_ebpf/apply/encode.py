@@ -1,0 +1,246 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rows of the compiled tables as the bytes of map keys and values: the one place where policy meets the kernel's layout.
+
+Invariants: sizes, offsets and field names come from `netpol_loader.abi`, and a field that is renamed there fails at import
+here; one row is one element of one map; nothing is shortened without a visible mark.
+
+Must not write anything: `netpol_ebpf.apply.applier` does.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import enum
+import hashlib
+import struct
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from ipaddress import IPv4Address, IPv4Network
+from typing import Any
+
+from netpol_ebpf.compiler.tables import AddressRow, EndpointRow, SetRow, VerdictRow
+from netpol_ebpf.errors import NetpolError
+from netpol_ebpf.policy.types import Cause, Direction, IPAddress, IPNetwork, Outcome, Stage
+from netpol_loader import abi
+from netpol_loader.seal import seal_endpoint
+
+Element = tuple[str, bytes, bytes]
+"""Map name, key, value."""
+
+ACTION: Mapping[Outcome, int] = {
+    Outcome.ALLOW: abi.NP_ACTION_ALLOW,
+    Outcome.DENY: abi.NP_ACTION_DENY,
+    Outcome.CONTINUE: abi.NP_ACTION_CONTINUE,
+}
+OUTCOME: Mapping[int, Outcome] = {number: outcome for outcome, number in ACTION.items()}
+
+DIRECTION: Mapping[int, Direction] = {
+    abi.NP_DIRECTION_INGRESS: Direction.INGRESS,
+    abi.NP_DIRECTION_EGRESS: Direction.EGRESS,
+}
+
+_CODES: Mapping[Any, str] = {
+    ctypes.c_uint8: "B",
+    ctypes.c_uint16: "H",
+    ctypes.c_uint32: "I",
+    ctypes.c_uint64: "Q",
+}
+
+
+def layout(structure: type[ctypes.Structure], *names: str) -> struct.Struct:
+    """A packer for a flat structure whose fields are exactly ``names``, in this order; byte arrays take ``bytes``.
+
+    ``pad`` fields are not named. Raises NetpolError when the structure is not as named: the layout changed under us.
+    """
+    codes, found = "=", []
+    for name, kind, *_ in structure._fields_:
+        length = getattr(kind, "_length_", 0)
+        element = getattr(kind, "_type_", None) if length else kind
+        if name == "pad":
+            codes += f"{ctypes.sizeof(kind)}x"
+            continue
+        found.append(name)
+        if not length:
+            codes += _CODES[element]
+        elif element in (ctypes.c_uint8, ctypes.c_char):
+            codes += f"{length}s"
+        else:
+            codes += f"{length}{_CODES[element]}"
+    packer = struct.Struct(codes)
+    if tuple(found) != names or packer.size != ctypes.sizeof(structure):
+        raise NetpolError(f"{structure.__name__} has the fields {', '.join(found)}; expected {', '.join(names)}")
+    return packer
+
+
+_INDEX = struct.Struct("=I")
+_ADDR4_KEY = layout(abi.np_addr4_key, "address")
+_ADDR6_KEY = layout(abi.np_addr6_key, "address")
+_ADDR = layout(abi.np_addr, "identity", "endpoint")
+_CIDR4_KEY = layout(abi.np_cidr4_key, "prefix_bits", "address")
+_CIDR6_KEY = layout(abi.np_cidr6_key, "prefix_bits", "address")
+_CIDR = layout(abi.np_cidr, "identity")
+_SOURCE4_KEY = layout(abi.np_source4_key, "prefix_bits", "endpoint", "address")
+_SOURCE6_KEY = layout(abi.np_source6_key, "prefix_bits", "endpoint", "address")
+_SOURCE = layout(abi.np_source, "allowed")
+_PEER_CLASS_KEY = layout(abi.np_peer_class_key, "set", "identity")
+_PEER_CLASS = layout(abi.np_peer_class, "peer_class")
+_L4_ATOM = layout(abi.np_l4_atom, "atom")
+_L4_COL = layout(abi.np_l4_col, "l4_class")
+_VERDICT = layout(abi.np_verdict, "rule", "staged_rule", "log_list", "action", "staged_action", "flags")
+_RULE_KEY = layout(abi.np_rule_key, "rule")
+_RULE = layout(abi.np_rule, "name")
+_ENDPOINT_KEY = layout(abi.np_endpoint_key, "ifindex")
+
+
+def render_rule_name(cause: Cause) -> bytes:
+    """What `bpftool` shows for a rule. A name too long for the map loses its middle, marked by ``~`` and a hash of the whole."""
+    name = str(cause).encode()
+    room = abi.NP_RULE_NAME_BYTES - 1
+    if len(name) <= room:
+        return name
+    mark = b"~" + hashlib.sha256(name).hexdigest()[:8].encode() + b"~"
+    tail = room // 2
+    head = room - tail - len(mark)
+    # Cutting may halve a character, but names in policies are ASCII: the API allows nothing else.
+    return name[:head] + mark + name[-tail:]
+
+
+def _address(address: IPAddress, row: AddressRow) -> Element:
+    name, key = address_key(address)
+    return name, key, _ADDR.pack(row.identity, row.endpoint)
+
+
+def address_key(address: IPAddress) -> tuple[str, bytes]:
+    """Map and key of a known address."""
+    if isinstance(address, IPv4Address):
+        return "np_addr4", _ADDR4_KEY.pack(address.packed)
+    return "np_addr6", _ADDR6_KEY.pack(address.packed)
+
+
+def cidr_key(net: IPNetwork) -> tuple[str, bytes]:
+    """Map and key of a prefix."""
+    if isinstance(net, IPv4Network):
+        return "np_cidr4", _CIDR4_KEY.pack(net.prefixlen, net.network_address.packed)
+    return "np_cidr6", _CIDR6_KEY.pack(net.prefixlen, net.network_address.packed)
+
+
+def _cidr(net: IPNetwork, identity: int) -> Element:
+    name, key = cidr_key(net)
+    return name, key, _CIDR.pack(identity)
+
+
+def source_element(endpoint: int, net: IPNetwork) -> Element:
+    """A prefix that an endpoint (by number) may send from although it does not own it."""
+    bits = 32 + net.prefixlen  # the endpoint comes first in the key
+    if isinstance(net, IPv4Network):
+        return "np_source4", _SOURCE4_KEY.pack(bits, endpoint, net.network_address.packed), _SOURCE.pack(1)
+    return "np_source6", _SOURCE6_KEY.pack(bits, endpoint, net.network_address.packed), _SOURCE.pack(1)
+
+
+def _peer_class(key: tuple[int, int], peer_class: int) -> Element:
+    return "np_peer_class", _PEER_CLASS_KEY.pack(*key), _PEER_CLASS.pack(peer_class)
+
+
+def _l4_atoms(block: int, atoms: tuple[int, ...]) -> Element:
+    return "np_l4_atom", _INDEX.pack(block), _L4_ATOM.pack(*atoms)
+
+
+def _l4_columns(block: int, classes: tuple[int, ...]) -> Element:
+    return "np_l4_col", _INDEX.pack(block), _L4_COL.pack(*classes)
+
+
+def _verdict(index: int, row: VerdictRow) -> Element:
+    value = _VERDICT.pack(
+        row.rule, row.staged_rule, row.log_list, ACTION[row.outcome], ACTION[row.staged_outcome], 0
+    )  # fmt: skip
+    return "np_verdict", _INDEX.pack(index), value
+
+
+def _rule(number: int, cause: Cause) -> Element:
+    return "np_rule", _RULE_KEY.pack(number), _RULE.pack(render_rule_name(cause))
+
+
+ENCODERS: Mapping[str, Callable[[Any, Any], Element]] = {
+    "addresses": _address,
+    "cidrs": _cidr,
+    "peer_classes": _peer_class,
+    "l4_atoms": _l4_atoms,
+    "l4_columns": _l4_columns,
+    "verdicts": _verdict,
+    "rules": _rule,
+}
+"""Table name to the element of one row. Endpoints need an interface (`endpoint_element`); log lists and identities stay
+with the agent: no packet needs them."""
+
+
+def map_and_key(table: str, key: Any) -> tuple[str, bytes]:
+    """Where a row of a table is kept, without its value: for deletions."""
+    if table == "addresses":
+        return address_key(key)
+    if table == "cidrs":
+        return cidr_key(key)
+    if table == "peer_classes":
+        return "np_peer_class", _PEER_CLASS_KEY.pack(*key)
+    return {"l4_atoms": "np_l4_atom", "l4_columns": "np_l4_col", "verdicts": "np_verdict", "rules": "np_rule"}[
+        table
+    ], _INDEX.pack(key)
+
+
+class EndpointFlag(enum.IntFlag):
+    """Flags of an endpoint row."""
+
+    NONE = 0
+    HOST = abi.NP_ENDPOINT_HOST
+    SOURCES = abi.NP_ENDPOINT_SOURCES
+
+
+@dataclass(frozen=True, slots=True)
+class EndpointSets:
+    """The two policy sets that an endpoint row carries; None: every packet of that direction is denied."""
+
+    ingress: SetRow | None
+    egress: SetRow | None
+
+    @classmethod
+    def of(cls, row: EndpointRow, stage: Stage = Stage.NORMAL) -> EndpointSets:
+        """The sets of one stage."""
+        return cls(row.sets.get((Direction.INGRESS, stage)), row.sets.get((Direction.EGRESS, stage)))
+
+
+def endpoint_key(ifindex: int) -> bytes:
+    """Key of an endpoint row."""
+    return _ENDPOINT_KEY.pack(ifindex)
+
+
+def endpoint_element(ifindex: int, number: int, sets: EndpointSets, flags: EndpointFlag) -> Element:
+    """The row of an endpoint on an interface."""
+    row = abi.np_endpoint(number=number, ifindex=ifindex, flags=int(flags))
+    _fill_set(row.ingress, sets.ingress)
+    _fill_set(row.egress, sets.egress)
+    return "np_endpoint", endpoint_key(ifindex), bytes(seal_endpoint(row))
+
+
+_SET_FIELDS = (
+    "number", "default_class", "peer_classes", "own_set", "own_default_class", "own_classes", "l4_base", "l4_classes",
+    "source_base", "source_classes", "verdict_base",
+)  # fmt: skip
+
+
+def _fill_set(target: Any, row: SetRow | None) -> None:
+    """A missing set stays all zeros: no class is in range of it, so the program denies and counts that."""
+    if row is not None:
+        for name in _SET_FIELDS:
+            setattr(target, name, getattr(row, name))
+
+
+def decode_endpoint(value: bytes) -> abi.np_endpoint:
+    """An endpoint row as the kernel holds it."""
+    return abi.np_endpoint.from_buffer_copy(value)
+
+
+def elements(table: str, rows: Mapping[Any, Any]) -> Iterator[Element]:
+    """The elements of rows of one table; none for tables the kernel has no map for."""
+    encoder = ENCODERS.get(table)
+    if encoder is not None:
+        for key, row in rows.items():
+            yield encoder(key, row)

@@ -1,0 +1,346 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The writer of the kernel's maps, against maps in memory that keep the order of writes and can be full."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from ipaddress import ip_address, ip_network
+
+import pytest
+
+from netpol_ebpf.apply import encode
+from netpol_ebpf.apply.applier import ARRAYS, Applier, Binding
+from netpol_ebpf.compiler.tables import AddressRow, Change, Delta, EndpointRow, SetRow, Tables, VerdictRow
+from netpol_ebpf.errors import MapFullError
+from netpol_ebpf.policy.types import (
+    Cause,
+    CauseKind,
+    Direction,
+    EndpointKey,
+    EndpointKind,
+    Outcome,
+    Stage,
+)
+from netpol_loader import abi
+
+WEB = EndpointKey("Pod", "shop", "web")
+DB = EndpointKey("Pod", "shop", "db")
+
+
+@dataclass
+class MemoryMap:
+    """A map in memory. ``hard_limit``: what the kernel would refuse at, where that is less than ``max_entries``."""
+
+    name: str
+    max_entries: int
+    value_size: int
+    log: list[tuple[str, str, bytes]]
+    rows: dict[bytes, bytes] = field(default_factory=dict)
+    hard_limit: int | None = None
+
+    def get(self, key: bytes) -> bytes | None:
+        if self.name in ARRAYS:
+            return self.rows.get(key, bytes(self.value_size))
+        return self.rows.get(key)
+
+    def put(self, key: bytes, value: bytes) -> None:
+        assert len(value) == self.value_size
+        limit = self.max_entries if self.hard_limit is None else self.hard_limit
+        if key not in self.rows and len(self.rows) >= limit:
+            raise MapFullError(f"map {self.name} is full")
+        self.log.append(("put", self.name, key))
+        self.rows[key] = value
+
+    def delete(self, key: bytes) -> bool:
+        assert self.name not in ARRAYS
+        self.log.append(("delete", self.name, key))
+        return self.rows.pop(key, None) is not None
+
+    def items(self) -> Iterator[tuple[bytes, bytes]]:
+        return iter(self.rows.items())
+
+    def put_many(self, pairs: Sequence[tuple[bytes, bytes]]) -> None:
+        for key, value in pairs:
+            self.put(key, value)
+
+    def delete_many(self, keys: Sequence[bytes]) -> None:
+        for key in keys:
+            assert self.delete(key), f"{self.name} has no {key!r} to delete"
+
+
+@dataclass
+class Kernel:
+    """All maps, the order of writes to them, and an applier whose grace periods are in that order too."""
+
+    log: list[tuple[str, str, bytes]] = field(default_factory=list)
+    maps: dict[str, MemoryMap] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, spec in abi.MAP_SPECS.items():
+            self.maps[name] = MemoryMap(name, spec.max_entries, spec.value_size, self.log)
+        self.applier = Applier(self.maps, lambda: self.log.append(("grace", "", b"")))
+
+    @property
+    def content(self) -> dict[str, dict[bytes, bytes]]:
+        return {name: dict(one.rows) for name, one in self.maps.items() if one.rows}
+
+    @property
+    def generation(self) -> int:
+        value = self.maps["np_config"].get(bytes(4))
+        assert value is not None
+        return abi.np_config.from_buffer_copy(value).generation
+
+    def order(self, *names: str) -> list[str]:
+        """Which of these maps (or "grace") were touched, in order, repetitions left out."""
+        found: list[str] = []
+        for operation, name, _ in self.log:
+            what = name or operation
+            if what in names and (not found or found[-1] != what):
+                found.append(what)
+        return found
+
+
+@pytest.fixture
+def kernel() -> Kernel:
+    return Kernel()
+
+
+def policy_set(base: int) -> SetRow:
+    return SetRow(base + 1, 0, 1, 0, 0, 1, 0, 1, 0, 1, base)
+
+
+def endpoint(number: int, base: int = 0) -> EndpointRow:
+    sets = {(direction, Stage.NORMAL): policy_set(base) for direction in Direction}
+    return EndpointRow(number, sets)
+
+
+def some_tables() -> Tables:
+    tables = Tables()
+    tables.rules.set(1, Cause(CauseKind.NO_MATCH, Direction.INGRESS))
+    tables.verdicts.set(0, VerdictRow(Outcome.DENY, 1, Outcome.DENY, 1))
+    tables.l4_columns.set(0, (0,) * abi.NP_COLUMN_BLOCK)
+    tables.peer_classes.set((1, 16), 0)
+    tables.addresses.set(ip_address("10.0.0.1"), AddressRow(16, 5))
+    tables.addresses.set(ip_address("fd00::1"), AddressRow(17, 5))
+    tables.cidrs.set(ip_network("10.0.0.0/8"), 18)
+    tables.log_lists.set(1, (1,))
+    tables.identities.set(16, "web")
+    tables.endpoints.set(WEB, endpoint(5))
+    return tables
+
+
+def delta(upserts: dict[object, object] | None = None, deletes: set[object] | None = None) -> Delta[object, object]:
+    return Delta(upserts or {}, deletes or set())
+
+
+def row_of(kernel: Kernel, ifindex: int) -> abi.np_endpoint | None:
+    value = kernel.maps["np_endpoint"].rows.get(encode.endpoint_key(ifindex))
+    return None if value is None else encode.decode_endpoint(value)
+
+
+def test_fill_writes_what_is_referred_to_first(kernel: Kernel) -> None:
+    """A first fill writes every table, verdicts before addresses before endpoints."""
+    kernel.applier.bind(WEB, Binding(42))
+    kernel.applier.fill(some_tables())
+    assert kernel.order("np_rule", "np_verdict", "np_addr4", "np_endpoint") == [
+        "np_rule", "np_verdict", "np_addr4", "np_endpoint",
+    ]  # fmt: skip
+    row = row_of(kernel, 42)
+    assert row is not None
+    assert row.number == 5
+    assert kernel.applier.is_enforced(WEB)
+    assert kernel.applier.counts["np_addr6"] == 1
+
+
+def test_endpoint_without_interface_is_written_when_it_is_found(kernel: Kernel) -> None:
+    """An endpoint's row waits for its interface, and for the tables, whichever comes last."""
+    kernel.applier.fill(some_tables())
+    assert row_of(kernel, 42) is None
+    assert not kernel.applier.is_enforced(WEB)
+    kernel.applier.bind(WEB, Binding(42))
+    assert row_of(kernel, 42) is not None
+    kernel.applier.bind(DB, Binding(43))
+    assert row_of(kernel, 43) is None
+    kernel.applier.apply(Change(flip={"endpoints": delta({DB: endpoint(6)})}))
+    row = row_of(kernel, 43)
+    assert row is not None
+    assert row.number == 6
+
+
+def test_moved_endpoint_leaves_no_row_behind(kernel: Kernel) -> None:
+    """A new interface gets the row before the old one loses it, and the program is told to look again."""
+    kernel.applier.fill(some_tables())
+    kernel.applier.bind(WEB, Binding(42, allowed_sources=(ip_network("192.0.2.0/24"),)))
+    before = kernel.generation
+    kernel.log.clear()
+    kernel.applier.bind(WEB, Binding(43))
+    assert row_of(kernel, 42) is None
+    assert row_of(kernel, 43) is not None
+    assert kernel.maps["np_source4"].rows == {}
+    assert [operation for operation, name, _ in kernel.log if name == "np_endpoint"] == ["put", "delete"]
+    assert kernel.generation != before
+
+
+def test_unbound_endpoint_is_unknown_again(kernel: Kernel) -> None:
+    """An interface that went leaves no row; the endpoint's tables stay for when it is found again."""
+    kernel.applier.fill(some_tables())
+    kernel.applier.bind(WEB, Binding(42))
+    before = kernel.generation
+    kernel.applier.unbind(WEB)
+    assert row_of(kernel, 42) is None
+    assert kernel.generation != before
+    kernel.applier.unbind(DB)
+    kernel.applier.bind(WEB, Binding(44))
+    assert row_of(kernel, 44) is not None
+
+
+def test_flags_tell_hosts_and_allowed_sources(kernel: Kernel) -> None:
+    """What an interface is, and whether other sources are allowed there, is in its row."""
+    kernel.applier.fill(some_tables())
+    kernel.applier.bind(WEB, Binding(42, EndpointKind.HOST, (ip_network("192.0.2.0/24"),)))
+    row = row_of(kernel, 42)
+    assert row is not None
+    assert row.flags == abi.NP_ENDPOINT_HOST | abi.NP_ENDPOINT_SOURCES
+    assert len(kernel.maps["np_source4"].rows) == 1
+
+
+def a_change() -> Change:
+    """The web pod gets another policy set: a new verdict range and a new rule; the old ones go."""
+    return Change(
+        grow={
+            "verdicts": delta({100: VerdictRow(Outcome.ALLOW, 2, Outcome.ALLOW, 2)}),
+            "rules": delta({2: Cause(CauseKind.NO_MATCH, Direction.EGRESS)}),
+            "peer_classes": delta({(101, 16): 0}),
+        },
+        flip={
+            "endpoints": delta({WEB: endpoint(5, 100)}),
+            "addresses": delta({ip_address("10.0.0.1"): AddressRow(20, 5)}),
+        },
+        shrink={"verdicts": delta(deletes={0}), "peer_classes": delta(deletes={(1, 16)}), "rules": delta(deletes={1})},
+        revokes=True,
+    )
+
+
+def test_change_grows_flips_and_shrinks_after_a_grace_period(kernel: Kernel) -> None:
+    """New rows first, then the flip, then the new generation, then a grace period, then what nothing refers to."""
+    kernel.applier.bind(WEB, Binding(42))
+    kernel.applier.fill(some_tables())
+    before = kernel.generation
+    kernel.log.clear()
+    kernel.applier.apply(a_change())
+    assert kernel.order("np_rule", "np_verdict", "np_addr4", "np_endpoint", "np_config", "grace") == [
+        "np_rule", "np_verdict", "np_addr4", "np_endpoint", "np_config", "grace", "np_verdict", "np_rule",
+    ]  # fmt: skip
+    row = row_of(kernel, 42)
+    assert row is not None
+    assert row.ingress.verdict_base == 100
+    assert kernel.generation != before
+    assert kernel.maps["np_verdict"].rows[bytes(4)] == bytes(abi.MAP_SPECS["np_verdict"].value_size)
+    assert len(kernel.maps["np_peer_class"].rows) == len(kernel.maps["np_rule"].rows) == 1
+
+
+def test_change_that_revokes_nothing_keeps_the_generation(kernel: Kernel) -> None:
+    """Open connections are not judged again without need, and there is no grace period for nothing."""
+    kernel.applier.bind(WEB, Binding(42))
+    kernel.applier.fill(some_tables())
+    before = kernel.generation
+    change = a_change()
+    change.revokes, change.shrink = False, {}
+    kernel.applier.apply(change)
+    assert kernel.generation == before
+    assert "grace" not in kernel.order("grace")
+
+
+def test_endpoint_that_goes_or_is_renumbered_needs_a_new_generation(kernel: Kernel) -> None:
+    """The program remembers an interface's number for a generation."""
+    kernel.applier.bind(WEB, Binding(42))
+    kernel.applier.fill(some_tables())
+    first = kernel.generation
+    kernel.applier.apply(Change(flip={"endpoints": delta({WEB: endpoint(9)})}))
+    second = kernel.generation
+    kernel.applier.apply(Change(flip={"endpoints": delta(deletes={WEB})}))
+    assert len({first, second, kernel.generation}) == 3
+    assert row_of(kernel, 42) is None
+
+
+def test_generation_is_never_zero(kernel: Kernel) -> None:
+    """After the largest number comes 1."""
+    kernel.maps["np_config"].put(bytes(4), bytes(abi.np_config(generation=0xFFFF_FFFF)))
+    assert kernel.applier.bump_generation() == 1
+
+
+def test_flags_of_the_configuration_are_switched_alone(kernel: Kernel) -> None:
+    """Switching a flag leaves the generation and the other flags."""
+    kernel.applier.bump_generation()
+    kernel.applier.set_flags(on=abi.NP_CONFIG_ALLOW_EVENTS | abi.NP_CONFIG_KEEP_REVOKED)
+    kernel.applier.set_flags(off=abi.NP_CONFIG_ALLOW_EVENTS)
+    config = abi.np_config.from_buffer_copy(kernel.maps["np_config"].rows[bytes(4)])
+    assert (config.flags, config.generation) == (abi.NP_CONFIG_KEEP_REVOKED, 1)
+
+
+def test_change_beyond_a_map_is_refused_before_any_write(kernel: Kernel) -> None:
+    """A change that does not fit names the map, its size and the need, and writes nothing."""
+    kernel.applier.bind(WEB, Binding(42))
+    kernel.applier.fill(some_tables())
+    kernel.maps["np_peer_class"].max_entries = 1
+    content = kernel.content
+    kernel.log.clear()
+    with pytest.raises(MapFullError, match=r"np_peer_class has room for 1 rows; the change needs 2"):
+        kernel.applier.apply(a_change())
+    assert kernel.log == []
+    assert kernel.content == content
+
+
+def test_room_counts_rows_that_are_there_already_once(kernel: Kernel) -> None:
+    """Replacing a row in a full map is no need for room."""
+    kernel.applier.fill(some_tables())
+    kernel.maps["np_addr4"].max_entries = 1
+    address = ip_address("10.0.0.1")
+    kernel.applier.apply(Change(flip={"addresses": delta({address: AddressRow(99, 5)})}))
+    ((_, value),) = kernel.maps["np_addr4"].items()
+    assert abi.np_addr.from_buffer_copy(value).identity == 99
+
+
+def test_row_beyond_an_array_is_refused(kernel: Kernel) -> None:
+    """An index past the end of an array map is a map that is full."""
+    row = VerdictRow(Outcome.ALLOW, 2, Outcome.ALLOW, 2)
+    size = kernel.maps["np_verdict"].max_entries
+    with pytest.raises(MapFullError, match=f"np_verdict has {size} rows; the change needs {size + 1}"):
+        kernel.applier.apply(Change(grow={"verdicts": delta({size: row})}))
+
+
+@pytest.mark.parametrize("full", ["np_peer_class", "np_rule", "np_endpoint", "np_addr4"])
+def test_kernel_that_refuses_midway_is_as_before(kernel: Kernel, full: str) -> None:
+    """When the kernel has no memory for a row in the middle of a change, all that was written is taken back."""
+    kernel.applier.bind(WEB, Binding(42))
+    kernel.applier.bind(DB, Binding(43))
+    kernel.applier.fill(some_tables())
+    change = a_change()
+    change.flip["endpoints"].upserts[DB] = endpoint(6)
+    change.flip["addresses"].upserts[ip_address("10.0.0.2")] = AddressRow(21, 6)
+    kernel.maps[full].hard_limit = len(kernel.maps[full].rows)
+    content, counts = kernel.content, dict(kernel.applier.counts)
+    with pytest.raises(MapFullError):
+        kernel.applier.apply(change)
+    # An array element that was never written reads as zeros: the same to the program as one that is.
+    zeros = bytes(abi.MAP_SPECS["np_verdict"].value_size)
+    assert {key: row for key, row in kernel.content["np_verdict"].items() if row != zeros} == content["np_verdict"]
+    assert {**kernel.content, "np_verdict": {}} == {**content, "np_verdict": {}}
+    assert dict(kernel.applier.counts) == counts
+    assert not kernel.applier.is_enforced(DB)
+    kernel.maps[full].hard_limit = None
+    kernel.applier.apply(change)
+    assert kernel.applier.is_enforced(DB)
+
+
+def test_interface_that_does_not_fit_is_not_bound(kernel: Kernel) -> None:
+    """An endpoint whose row has no room stays unknown, and what it was bound to stays."""
+    kernel.applier.fill(some_tables())
+    kernel.applier.apply(Change(flip={"endpoints": delta({DB: endpoint(6)})}))
+    kernel.applier.bind(WEB, Binding(42))
+    kernel.maps["np_endpoint"].max_entries = 1
+    with pytest.raises(MapFullError):
+        kernel.applier.bind(DB, Binding(43))
+    assert set(kernel.applier.bindings) == {WEB}
+    assert row_of(kernel, 42) is not None

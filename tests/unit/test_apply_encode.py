@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rows as the bytes of the kernel's maps: read back through the declared structures, not through the packers."""
+
+from __future__ import annotations
+
+import ctypes
+from ipaddress import ip_address, ip_network
+
+import pytest
+
+from netpol_ebpf.apply import encode
+from netpol_ebpf.compiler.tables import AddressRow, EndpointRow, SetRow, VerdictRow
+from netpol_ebpf.errors import NetpolError
+from netpol_ebpf.policy.types import Action, Cause, CauseKind, Direction, Outcome, PolicyKey, Stage
+from netpol_loader import abi
+from netpol_loader.seal import seal_endpoint
+
+SET = SetRow(
+    number=3, default_class=1, peer_classes=5, own_set=9, own_default_class=2, own_classes=4, l4_base=6, l4_classes=7,
+    source_base=8, source_classes=10, verdict_base=4096,
+)  # fmt: skip
+
+
+def read(structure: type[ctypes.Structure], raw: bytes) -> dict[str, object]:
+    """A structure's fields as plain values, arrays as lists."""
+    assert len(raw) == ctypes.sizeof(structure)
+    value = structure.from_buffer_copy(raw)
+    plain: dict[str, object] = {}
+    for name, *_ in structure._fields_:
+        one = getattr(value, name)
+        plain[name] = list(one) if isinstance(one, ctypes.Array) else one
+    return plain
+
+
+def encoded(table: str, key: object, row: object) -> tuple[str, dict[str, object], dict[str, object]]:
+    """Map, key and value of one row, as the structures read them."""
+    ((name, raw_key, raw_value),) = encode.elements(table, {key: row})
+    spec = abi.MAP_SPECS[name]
+    assert (len(raw_key), len(raw_value)) == (spec.key_size, spec.value_size)
+    assert encode.map_and_key(table, key) == (name, raw_key)
+    assert spec.value is not None
+    fields = read(spec.key, raw_key) if spec.key else {"index": int.from_bytes(raw_key, "little")}
+    return name, fields, read(spec.value, raw_value)
+
+
+def test_addresses_go_to_the_map_of_their_family() -> None:
+    """A known address is a key in network order, with identity and owner."""
+    name, key, value = encoded("addresses", ip_address("10.1.2.3"), AddressRow(77, 5))
+    assert (name, key, value) == ("np_addr4", {"address": [10, 1, 2, 3]}, {"identity": 77, "endpoint": 5})
+    name, key, value = encoded("addresses", ip_address("fd00::7"), AddressRow(78))
+    assert (name, key["address"]) == ("np_addr6", [0xFD, *[0] * 14, 7])
+    assert value == {"identity": 78, "endpoint": 0}
+
+
+def test_prefixes_go_to_the_trie_of_their_family() -> None:
+    """A prefix is its length in bits and its address."""
+    name, key, value = encoded("cidrs", ip_network("10.1.0.0/16"), 30)
+    assert (name, key, value) == ("np_cidr4", {"prefix_bits": 16, "address": [10, 1, 0, 0]}, {"identity": 30})
+    name, key, _ = encoded("cidrs", ip_network("fd00::/8"), 31)
+    assert (name, key["prefix_bits"], key["address"]) == ("np_cidr6", 8, [0xFD, *[0] * 15])
+
+
+def test_allowed_source_has_the_endpoint_before_the_prefix() -> None:
+    """A prefix an endpoint may send from is matched after the endpoint's own 32 bits."""
+    name, key, value = encode.source_element(5, ip_network("192.0.2.0/24"))
+    assert name == "np_source4"
+    assert read(abi.np_source4_key, key) == {"prefix_bits": 56, "endpoint": 5, "address": [192, 0, 2, 0]}
+    assert read(abi.np_source, value) == {"allowed": 1}
+    name, key, _ = encode.source_element(5, ip_network("fd00::/16"))
+    assert (name, read(abi.np_source6_key, key)["prefix_bits"]) == ("np_source6", 48)
+
+
+def test_peer_class_is_keyed_by_set_and_identity() -> None:
+    """The key's parts keep their order."""
+    assert encoded("peer_classes", (3, 77), 2) == ("np_peer_class", {"set": 3, "identity": 77}, {"peer_class": 2})
+
+
+def test_blocks_keep_their_cells_in_order() -> None:
+    """Atom and column blocks are arrays of 16-bit numbers."""
+    atoms = tuple(range(abi.NP_ATOM_BLOCK))
+    name, key, value = encoded("l4_atoms", 1536, atoms)
+    assert (name, key, value) == ("np_l4_atom", {"index": 1536}, {"atom": list(atoms)})
+    classes = tuple(range(65000, 65000 + abi.NP_COLUMN_BLOCK))
+    name, key, value = encoded("l4_columns", 4, classes)
+    assert (name, key, value) == ("np_l4_col", {"index": 4}, {"l4_class": list(classes)})
+
+
+def test_verdict_tells_actions_and_rules_of_both_evaluations() -> None:
+    """No outcome is encoded as 0, which is an unwritten entry."""
+    row = VerdictRow(Outcome.ALLOW, 11, Outcome.DENY, 12, 13)
+    name, key, value = encoded("verdicts", 70000, row)
+    assert (name, key) == ("np_verdict", {"index": 70000})
+    assert value == {
+        "rule": 11, "staged_rule": 12, "log_list": 13, "flags": 0,
+        "action": abi.NP_ACTION_ALLOW, "staged_action": abi.NP_ACTION_DENY,
+    }  # fmt: skip
+    assert set(encode.ACTION) == set(Outcome)
+    assert abi.NP_ACTION_NONE not in encode.ACTION.values()
+
+
+def test_rule_is_readable() -> None:
+    """A rule's name is the text of its cause."""
+    cause = Cause(CauseKind.RULE, Direction.INGRESS, "default", PolicyKey("NetworkPolicy", "shop", "web"), index=2)
+    name, key, value = encoded("rules", 11, cause)
+    assert (name, key) == ("np_rule", {"rule": 11})
+    assert value["name"] == b"default|NetworkPolicy/shop/web|ingress|2|deny"
+
+
+def test_long_rule_name_shows_that_it_was_shortened() -> None:
+    """A name beyond the map's room keeps both ends and is marked with a hash, so that two long names stay apart."""
+    causes = [
+        Cause(CauseKind.RULE, Direction.EGRESS, "t", PolicyKey("NetworkPolicy", "n" * 63, "a" * 100 + middle), index=7)
+        for middle in ("x" * 40, "y" * 40)
+    ]
+    names = [encode.render_rule_name(cause) for cause in causes]
+    assert names[0] != names[1]
+    for name in names:
+        assert len(name) == abi.NP_RULE_NAME_BYTES - 1
+        assert b"~" in name
+        assert name.startswith(b"t|NetworkPolicy/nnn")
+        assert name.endswith(b"|egress|7|deny")
+
+
+def test_exact_fit_of_a_rule_name_is_not_shortened() -> None:
+    """The longest name that fits, with its terminating zero, is kept whole."""
+    cause = Cause(CauseKind.PROFILE, Direction.EGRESS, profile="p" * 96, index=0, action=Action.ALLOW)
+    assert encode.render_rule_name(cause) == str(cause).encode()
+    assert len(str(cause)) == abi.NP_RULE_NAME_BYTES - 1
+
+
+def test_endpoint_carries_both_sets_and_their_check() -> None:
+    """An endpoint row names its interface twice, has both sets in their places, and is sealed."""
+    row = EndpointRow(5, {(Direction.EGRESS, Stage.NORMAL): SET})
+    sets = encode.EndpointSets.of(row)
+    name, key, value = encode.endpoint_element(42, 5, sets, encode.EndpointFlag.SOURCES)
+    assert (name, read(abi.np_endpoint_key, key)) == ("np_endpoint", {"ifindex": 42})
+    endpoint = encode.decode_endpoint(value)
+    assert (endpoint.number, endpoint.ifindex, endpoint.flags) == (5, 42, abi.NP_ENDPOINT_SOURCES)
+    for field in SET.__slots__:
+        assert getattr(endpoint.egress, field) == getattr(SET, field)
+        assert getattr(endpoint.ingress, field) == 0
+    assert bytes(seal_endpoint(encode.decode_endpoint(value))) == value
+
+
+def test_stage_selects_the_sets_of_a_host() -> None:
+    """The sets of another stage are taken when that stage is asked for."""
+    row = EndpointRow(5, {(Direction.INGRESS, Stage.PRE_DNAT): SET})
+    assert encode.EndpointSets.of(row, Stage.PRE_DNAT) == encode.EndpointSets(SET, None)
+    assert encode.EndpointSets.of(row) == encode.EndpointSets(None, None)
+
+
+@pytest.mark.parametrize("table", ["log_lists", "identities", "endpoints"])
+def test_tables_without_a_map_yield_no_element(table: str) -> None:
+    """What the kernel has no map for, or needs an interface for, is not written by table."""
+    assert list(encode.elements(table, {1: object()})) == []
+
+
+def test_changed_layout_is_an_error() -> None:
+    """A structure whose fields are not as expected is refused, rather than filled in another order."""
+    assert encode.layout(abi.np_addr, "identity", "endpoint").size == 8
+    with pytest.raises(NetpolError, match="np_addr has the fields identity, endpoint"):
+        encode.layout(abi.np_addr, "endpoint", "identity")
