@@ -273,7 +273,7 @@ def _port(port: Reader) -> KubernetesPort:
             port.error("port", message, slug="port")
     elif value is not None:
         number = port.integer("port", 1, MAX_PORT)
-    end = port.integer("endPort", 1, MAX_PORT)
+    end = _end_port(port)
     if port.has("endPort"):
         if value is None:
             port.error("endPort", "needs a `port` to begin the range", slug="port")
@@ -283,6 +283,15 @@ def _port(port: Reader) -> KubernetesPort:
             port.error("endPort", f"must not be less than `port`; {end} is less than {number}", slug="port")
     port.done()
     return KubernetesPort(protocol, number, end)
+
+
+def _end_port(port: Reader) -> int | None:
+    """The last port of a range; one beyond the last possible port is refused, and read as that one if tolerated."""
+    end = port.integer("endPort", 1, 2**31 - 1)
+    if end is not None and end > MAX_PORT:
+        port.error("endPort", f"must be at most {MAX_PORT}, is {end}", slug="end-port")
+        return MAX_PORT
+    return end
 
 
 KINDS = (

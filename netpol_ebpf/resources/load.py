@@ -15,18 +15,20 @@ from pathlib import Path as FilePath
 from typing import Any
 
 from netpol_ebpf.errors import Location, Problem, ValidationError
-from netpol_ebpf.resources import core, kubernetes
+from netpol_ebpf.resources import calico, core, kubernetes, signetwork
 from netpol_ebpf.resources.kind import Kind
 from netpol_ebpf.resources.reader import Reader, Report, describe, suggestion
-from netpol_ebpf.resources.syntax import check_dns_label, check_label
+from netpol_ebpf.resources.syntax import check_annotations, check_dns_label, check_label
 from netpol_ebpf.resources.types import Meta, Resource
 from netpol_ebpf.resources.yamltree import Path, Positions, read_documents
 
 SUFFIXES = (".yaml", ".yml", ".json")
 
 KINDS: dict[tuple[str, str], Kind] = {
-    (kind.api_version, kind.kind): kind for module in (core, kubernetes) for kind in module.KINDS
+    (kind.api_version, kind.kind): kind for module in (core, kubernetes, calico, signetwork) for kind in module.KINDS
 }
+
+SERVICE_ACCOUNT_LABEL = "projectcalico.org/serviceaccount"
 
 _META_FIELDS = ("name", "namespace", "labels", "annotations")
 _META_WRITTEN_BY_SERVER = (
@@ -79,9 +81,13 @@ def parse_object(obj: Mapping[str, Any], file: str, positions: Positions | None 
     return parse_objects([(obj, positions or Positions(file))])
 
 
-def parse_objects(objects: Iterable[tuple[Any, Positions]]) -> LoadResult:
-    """Several parsed objects, each with its positions; duplicates among them are found."""
-    loader = _Loader()
+def parse_objects(objects: Iterable[tuple[Any, Positions]], *, lenient: bool = False) -> LoadResult:
+    """Several parsed objects, each with its positions; duplicates among them are found.
+
+    ``lenient`` is for objects that no API server has seen, as in case files: names, labels and sizes that it would
+    refuse are then warnings.
+    """
+    loader = _Loader(lenient=lenient)
     for obj, positions in objects:
         loader.value(obj, (), positions)
     return loader.result()
@@ -122,7 +128,8 @@ def _is_manifest(file: FilePath, top: FilePath) -> bool:
 class _Loader:
     """Collects resources and problems over all inputs of one call."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, lenient: bool = False) -> None:
+        self.lenient = lenient
         self.resources: list[Resource] = []
         self.problems: list[Problem] = []
         self._files: dict[str, int] = {}
@@ -165,7 +172,7 @@ class _Loader:
     def value(self, value: Any, path: Path, positions: Positions, default: tuple[str, str] = ("", "")) -> None:
         """Read one object, or the items of a List; ``default`` is the apiVersion and kind that a typed List implies."""
         self._order(positions.file)
-        report = Report(positions.child(path), problems=self.problems)
+        report = Report(positions.child(path), problems=self.problems, lenient=self.lenient)
         if not isinstance(value, Mapping):
             report.error(
                 (),
@@ -238,10 +245,17 @@ def _metadata(kind: Kind, obj: Reader) -> Meta:
         namespace = namespace or "default"
         if kind.strict and (message := check_dns_label(namespace)) is not None:
             metadata.error("namespace", message, slug="name")
-    labels = metadata.string_map("labels", check_label if kind.strict else None)
+    labels = metadata.string_map("labels", _check_meta_label if kind.strict else None)
     annotations = metadata.string_map("annotations")
+    if kind.strict and (message := check_annotations(annotations)) is not None:
+        metadata.error("annotations", message, slug="annotation")
     _check_meta_fields(kind, metadata)
     return Meta(name, namespace, labels, annotations, location)
+
+
+def _check_meta_label(key: str, value: str) -> str | None:
+    """A label; the one that holds a service account's name may be longer, since such a name may."""
+    return None if key == SERVICE_ACCOUNT_LABEL else check_label(key, value)
 
 
 def _check_meta_fields(kind: Kind, metadata: Reader) -> None:

@@ -19,18 +19,29 @@ from typing import Any
 from netpol_ebpf.errors import Location, Problem
 from netpol_ebpf.resources.yamltree import Path, Positions
 
+TOLERATED = frozenset({"name", "label", "limit", "end-port", "excludes-all", "built-in-order"})
+
 
 @dataclass(slots=True)
 class Report:
-    """Collects the problems of one object; ``failed`` is True once one of them is an error."""
+    """Collects the problems of one object; ``failed`` is True once one of them is an error.
+
+    ``lenient`` is for objects that no API server has seen, such as the fixtures of unit tests: what an API server
+    refuses although its meaning is clear (`TOLERATED`) is then a warning.
+    """
 
     positions: Positions
     obj: str = ""
     problems: list[Problem] = field(default_factory=list)
     failed: bool = False
+    lenient: bool = False
+    _seen: set[tuple[Path, str]] = field(default_factory=set)
 
     def error(self, path: Path, message: str, *, slug: str = "invalid") -> None:
-        """Record an error at ``path``."""
+        """Record an error at ``path``; a tolerated one is a warning when the reading is lenient."""
+        if self.lenient and slug in TOLERATED:
+            self._add(path, message, slug, "warning")
+            return
         self.failed = True
         self._add(path, message, slug, "error")
 
@@ -39,6 +50,9 @@ class Report:
         self._add(path, message, slug, "warning")
 
     def _add(self, path: Path, message: str, slug: str, severity: str) -> None:
+        if (path, message) in self._seen:  # a field read twice is reported once
+            return
+        self._seen.add((path, message))
         self.problems.append(
             Problem(
                 self.positions.location(path), render_path(path), message, obj=self.obj, severity=severity, slug=slug
@@ -103,6 +117,10 @@ class Reader:
     def raw(self, key: str) -> Any:
         """The value as written; None when absent or null."""
         self._known.append(key)
+        return self._value.get(key)
+
+    def peek(self, key: str) -> Any:
+        """The value as written, without making the field a known one."""
         return self._value.get(key)
 
     def has(self, key: str) -> bool:

@@ -9,6 +9,7 @@ Nothing here knows where a value stands: callers add path and position.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from functools import lru_cache
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 
@@ -136,3 +137,42 @@ def parse_network(text: str, *, lenient: bool = False) -> tuple[IPNetwork, bool]
         except ValueError:
             pass
     raise ValueError(f'must be a CIDR such as 10.0.0.0/8 or fd00::/64; is "{text}"')
+
+
+_DOMAIN_LABEL = re.compile(r"[A-Za-z0-9_](?:[-A-Za-z0-9_]*[A-Za-z0-9_])?\Z")
+
+
+def check_domain(text: str) -> str | None:
+    """A domain name of SEMANTICS 6.1: one whole label other than the last may be ``*``; a trailing dot is ignored."""
+    labels = text.removesuffix(".").split(".")
+    usual = 'such as "example.com" or "*.example.com"'
+    if text.count("*") > 1 or labels[-1] == "*":
+        return f'must be a domain name {usual}: one "*" at most, and not as the last part; is "{text}"'
+    if any("*" in label and label != "*" for label in labels):
+        return f'must be a domain name {usual}: "*" stands for whole parts between dots; is "{text}"'
+    if len(text) > MAX_NAME or any(
+        label != "*" and (len(label) > MAX_LABEL or not _DOMAIN_LABEL.match(label)) for label in labels
+    ):
+        return f'must be a domain name {usual}; is "{text[:MAX_NAME]}"'
+    return None
+
+
+def normal_domain(text: str) -> str:
+    """The form in which domain names are compared: lower case, no trailing dot."""
+    return text.removesuffix(".").lower()
+
+
+MAX_ANNOTATIONS_BYTES = 256 * 1024
+
+
+def check_annotations(annotations: Mapping[str, str]) -> str | None:
+    """Annotation names are label names in any case; all together are limited in size."""
+    for key in annotations:
+        if (message := check_label_key(key.lower())) is not None:
+            return message.replace("label name", "annotation name")
+    size = sum(
+        len(key.encode(errors="replace")) + len(text.encode(errors="replace")) for key, text in annotations.items()
+    )
+    if size > MAX_ANNOTATIONS_BYTES:
+        return f"must be at most {MAX_ANNOTATIONS_BYTES} bytes together, are {size}"
+    return None
