@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Case files: policies, probes and expected verdicts, run on the three engines."""
+"""Case files: unit tests of policies, and the project's own conformance set."""

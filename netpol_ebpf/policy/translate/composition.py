@@ -19,6 +19,8 @@ SERVICE_ACCOUNT = "projectcalico.org/serviceaccount"
 NAME = "projectcalico.org/name"
 """Inherited with a prefix: the name of the namespace or of the service account."""
 
+MAX_PORT = 65535
+
 NAMESPACE_PREFIX = "pcns."
 SERVICE_ACCOUNT_PREFIX = "pcsa."
 INHERITED_PREFIXES = (NAMESPACE_PREFIX, SERVICE_ACCOUNT_PREFIX)
@@ -81,5 +83,6 @@ def merged_ranges(ranges: Iterable[tuple[int, int]]) -> tuple[tuple[int, int], .
 
 
 def make_ports(ranges: Iterable[tuple[int, int]], names: Iterable[str]) -> Ports:
-    """Ports in canonical form, so that equal meanings are equal values."""
-    return Ports(ranges=merged_ranges(ranges), names=tuple(sorted(set(names))))
+    """Ports in canonical form, so that equal meanings are equal values. A range may end beyond the last port."""
+    clipped = ((first, min(last, MAX_PORT)) for first, last in ranges)
+    return Ports(ranges=merged_ranges(clipped), names=tuple(sorted(set(names))))

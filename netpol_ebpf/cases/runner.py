@@ -1,0 +1,263 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Run cases on one engine or several, and say which probes did not go as expected.
+
+Invariants: every probe of every valid case is judged, by every engine asked for; engines that disagree on any question of a
+probe's journey are a failure, whatever the expectation.  Steps of one sequence are loaded one after the other, in order.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from netpol_ebpf.cases.case import Case, InvalidCase, LoadedCases, Probe
+from netpol_ebpf.cases.engines import ENGINES, Engine, open_engine
+from netpol_ebpf.errors import InvalidInputError
+from netpol_ebpf.policy.journey import Finding, Flow, Journey, Place, PlaceKind, Topology, walk
+from netpol_ebpf.policy.translate import derive
+from netpol_ebpf.policy.types import (
+    ICMP,
+    ICMPV6,
+    PORT_PROTOCOLS,
+    IPAddress,
+    Packet,
+    Question,
+    Settings,
+    Verdict,
+    World,
+)
+from netpol_ebpf.resources.types import Pod, Resource, WorkloadEndpoint
+
+DEFAULT_SOURCE_PORT = 40000
+"""An ephemeral port like any other, where a probe names none; arbitrary."""
+
+ECHO_REQUEST = {ICMP: 8, ICMPV6: 128}
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """One probe that did not go as expected, or on which engines disagree."""
+
+    case: str
+    probe: Mapping[str, Any]
+    expected: str
+    got: str
+    rule: str
+    location: str
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """One probe and what became of it."""
+
+    case: str
+    probe: Mapping[str, Any]
+    got: str
+    rule: str
+
+
+@dataclass(slots=True)
+class Report:
+    """``cases`` and ``probes`` count what was run."""
+
+    cases: int = 0
+    probes: int = 0
+    failed: list[Failure] = field(default_factory=list)
+    invalid: list[InvalidCase] = field(default_factory=list)
+    judged: list[Judged] = field(default_factory=list)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The stable JSON form."""
+        return {
+            "cases": self.cases,
+            "probes": self.probes,
+            "failed": [
+                {
+                    "case": failure.case,
+                    "probe": dict(failure.probe),
+                    "expected": failure.expected,
+                    "got": failure.got,
+                    "rule": failure.rule,
+                }
+                for failure in self.failed
+            ],
+            "invalid": [{"case": invalid.case, "error": invalid.error} for invalid in self.invalid],
+        }
+
+
+def run_cases(loaded: LoadedCases, engine: str = "model", settings: Settings | None = None) -> Report:
+    """Run all cases on an engine of `ENGINES`, or on "all" of them."""
+    report = Report(invalid=list(loaded.invalid))
+    names = ENGINES if engine == "all" else (engine,)
+    with contextlib.ExitStack() as stack:
+        engines = {name: stack.enter_context(open_engine(name)) for name in names}
+        for case in in_order(loaded.cases):
+            _run_case(case, engines, settings, report)
+    return report
+
+
+def in_order(cases: Sequence[Case]) -> Iterator[Case]:
+    """Cases as given, but all steps of a sequence, by step, in the place of the first one met."""
+    groups: dict[str, list[Case]] = {}
+    for case in cases:
+        if case.sequence is not None:
+            groups.setdefault(case.sequence[0], []).append(case)
+    for case in cases:
+        if case.sequence is None:
+            yield case
+        else:
+            yield from sorted(groups.pop(case.sequence[0], ()), key=_step)
+
+
+def _step(case: Case) -> int:
+    return case.sequence[1] if case.sequence is not None else 0
+
+
+def _run_case(case: Case, engines: Mapping[str, Engine], settings: Settings | None, report: Report) -> None:
+    world = derive(case.resources, settings)
+    cast = Cast(case.resources, world)
+    try:
+        journeys = [(probe, list(cast.journeys(probe))) for probe in case.probes]
+        for engine in engines.values():
+            engine.load(world)
+    except InvalidInputError as error:
+        report.invalid.append(InvalidCase(case.name, error.message))
+        return
+    report.cases += 1
+    for probe, variants in journeys:
+        report.probes += 1
+        outcomes = [_judge(journey, engines) for journey in variants]
+        expected = "allow" if probe.expect_allow else "deny"
+        got, rule = next((outcome for outcome in outcomes if outcome[0] != expected), outcomes[0])
+        report.judged.append(Judged(case.name, probe.written, got, rule))
+        if got != expected:
+            report.failed.append(Failure(case.name, probe.written, expected, got, rule, str(probe.location)))
+
+
+def _judge(journey: Journey, engines: Mapping[str, Engine]) -> tuple[str, str]:
+    """What became of one flow, and why; several answers where the engines do not agree."""
+    findings: dict[str, Finding] = {}
+    verdicts: dict[str, list[Verdict]] = {}
+    questions = list(dict.fromkeys(journey.questions()))
+    for name, engine in engines.items():
+        answers = {question: engine.decide(question) for question in questions}
+        findings[name] = walk(journey, answers.__getitem__)
+        verdicts[name] = list(answers.values())
+    first = next(iter(engines))
+    if all(answers == verdicts[first] for answers in verdicts.values()):
+        return _word(findings[first]), str(findings[first])
+    got = ", ".join(f"{name}: {_word(finding)}" for name, finding in findings.items())
+    return f"engines disagree ({got})", _disagreement(questions, verdicts)
+
+
+def _word(finding: Finding) -> str:
+    return "allow" if finding.allowed else "deny"
+
+
+def _disagreement(questions: list[Question], verdicts: dict[str, list[Verdict]]) -> str:
+    """The first question on which the engines differ, with each answer in full."""
+    for index, question in enumerate(questions):
+        answers = {name: given[index] for name, given in verdicts.items()}
+        if len({*answers.values()}) > 1:
+            where = f"{question.endpoint} {question.direction.value} {question.stage.value}"
+            return f"{where}: " + "; ".join(f"{name}: {_in_full(verdict)}" for name, verdict in answers.items())
+    raise AssertionError("called only where engines differ")
+
+
+def _in_full(verdict: Verdict) -> str:
+    text = f"{verdict.outcome.value} by {verdict.cause}"
+    if (verdict.staged_outcome, verdict.staged_cause) != (verdict.outcome, verdict.cause):
+        text += f", staged {verdict.staged_outcome.value} by {verdict.staged_cause}"
+    if verdict.logs:
+        text += ", logged by " + " and ".join(map(str, verdict.logs))
+    return text
+
+
+# --- from a probe's words to packets ------------------------------------------------------------------------------------
+
+
+class Cast:
+    """Who the names and addresses of a case's probes stand for."""
+
+    def __init__(self, resources: Iterable[Resource], world: World) -> None:
+        self._topology = Topology(world)
+        self._named: dict[tuple[str, str], tuple[IPAddress, ...]] = {}
+        self._host_network: dict[tuple[str, str], Place] = {}
+        self._host_addresses: dict[IPAddress, Place] = {}
+        for resource in resources:
+            if not isinstance(resource, (Pod, WorkloadEndpoint)):
+                continue
+            key = (resource.meta.namespace, resource.meta.name)
+            if isinstance(resource, Pod) and resource.host_network:
+                place = Place(PlaceKind.HOST, node=resource.node or f"(the node of pod {key[0]}/{key[1]})")
+                self._host_network[key] = place
+                for address in resource.addresses:
+                    self._host_addresses.setdefault(address, place)
+            if isinstance(resource, Pod) or key not in self._named:
+                self._named[key] = resource.addresses
+
+    def journeys(self, probe: Probe) -> Iterator[Journey]:
+        """One for each address family that both ends have. Raises InvalidInputError when a name or a family is missing."""
+        sources, destinations = self._addresses(probe.source, probe), self._addresses(probe.destination, probe)
+        versions = sorted({address.version for address in sources} & {address.version for address in destinations})
+        if probe.dnat_to is not None:
+            versions = [version for version in versions if version == probe.dnat_to[0].version]
+        if len(versions) > 1 and probe.protocol in (ICMP, ICMPV6):
+            versions = [version for version in versions if (version == 4) == (probe.protocol == ICMP)]  # noqa: PLR2004
+        if not versions:
+            raise InvalidInputError(f"{probe.location}: the two ends of the probe have no address family in common")
+        for version in versions:
+            source = next(address for address in sources if address.version == version)
+            destination = next(address for address in destinations if address.version == version)
+            packet = _packet(probe, source, destination)
+            flow = Flow(
+                packet, _translation(probe, packet), self._place(probe.source, source), self._end(probe, destination)
+            )
+            yield self._topology.plan(flow)
+
+    def _addresses(self, end: IPAddress | tuple[str, str], probe: Probe) -> tuple[IPAddress, ...]:
+        if not isinstance(end, tuple):
+            return (end,)
+        addresses = self._named.get(end)
+        if addresses is None:
+            raise InvalidInputError(
+                f"{probe.location}: the probe names the pod {end[0]}/{end[1]}, which does not exist"
+            )
+        if not addresses:
+            raise InvalidInputError(
+                f"{probe.location}: the probe names the pod {end[0]}/{end[1]}, which has no address"
+            )
+        return addresses
+
+    def _end(self, probe: Probe, destination: IPAddress) -> Place | None:
+        """What is at the far end: that of the translated destination, where there is one."""
+        if probe.dnat_to is not None:
+            return self._place(probe.dnat_to[0], probe.dnat_to[0])
+        return self._place(probe.destination, destination)
+
+    def _place(self, end: IPAddress | tuple[str, str], address: IPAddress) -> Place | None:
+        """Only what the address alone does not tell."""
+        if isinstance(end, tuple):
+            return self._host_network.get(end)
+        if self._topology.locate(address).kind is PlaceKind.OUTSIDE:
+            return self._host_addresses.get(address)
+        return None
+
+
+def _packet(probe: Probe, source: IPAddress, destination: IPAddress) -> Packet:
+    if probe.protocol in PORT_PROTOCOLS:
+        source_port = DEFAULT_SOURCE_PORT if probe.source_port is None else probe.source_port
+        return Packet(source, destination, probe.protocol, source_port, probe.port or 0)
+    if probe.protocol in ECHO_REQUEST:
+        icmp_type = ECHO_REQUEST[probe.protocol] if probe.icmp_type is None else probe.icmp_type
+        return Packet(source, destination, probe.protocol, icmp_type=icmp_type, icmp_code=probe.icmp_code or 0)
+    return Packet(source, destination, probe.protocol)
+
+
+def _translation(probe: Probe, packet: Packet) -> tuple[IPAddress, int] | None:
+    if probe.dnat_to is None:
+        return None
+    address, port = probe.dnat_to
+    return address, port or packet.destination_port

@@ -1,0 +1,28 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The compiled tables as an engine: compile a world, ask the interpreter.
+
+Invariant: a world is taken as a change to the one before, by the same compiler that an agent uses, so successive worlds test
+incremental compilation as well.
+"""
+
+from __future__ import annotations
+
+from netpol_ebpf.compiler import Compiler
+from netpol_ebpf.compiler.interpreter import Interpreter
+from netpol_ebpf.policy.types import Question, Verdict, World
+
+
+class TablesEngine:
+    """See `netpol_ebpf.cases.engines.Engine`."""
+
+    def __init__(self) -> None:
+        self._compiler = Compiler()
+
+    def load(self, world: World) -> None:
+        """See `Engine`."""
+        self._compiler.replace(world)
+        self._compiler.commit()
+
+    def decide(self, question: Question) -> Verdict:
+        """See `Engine`."""
+        return Interpreter(self._compiler.tables).decide(question)

@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`netpolctl`: the command line. Finds the subcommands, runs one, and turns every ending into an exit code.
+
+Exit codes: 0 yes or done, 1 the answer is no, 2 usage, 3 invalid input, 4 agent or API not reachable, 5 kernel or permission,
+70 a bug; 130 interrupted, 141 the reader of the output went away.
+
+Invariant: a user sees a traceback only with ``--debug``.  Nothing imported here or by a subcommand's ``register`` needs root,
+BCC or a kernel: those are imported when a command runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.util
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+
+from netpol_ebpf import __version__
+from netpol_ebpf.errors import NetpolError
+
+EXIT_BUG = 70
+EXIT_INTERRUPTED = 130
+EXIT_BROKEN_PIPE = 141
+
+COMMANDS = (
+    "netpol_ebpf.cli.test",
+    "netpol_ebpf.cli.check",
+    "netpol_ebpf.cli.explain",
+    "netpol_ebpf.cli.plan",
+    "netpol_ebpf.cli.who_can",
+    "netpol_ebpf.cli.get",
+    "netpol_ebpf.cli.status",
+    "netpol_ebpf.cli.flows",
+    "netpol_ebpf.cli.bpf",
+    "netpol_ebpf.cli.bench",
+    "netpol_ebpf.cli.demo",
+    "netpol_ebpf.cli.cleanup",
+    "netpol_ebpf.cli.doctor",
+)
+"""Modules with ``register(subparsers)``, in the order of the help. One that is not part of this build is left out."""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser with every subcommand of this build; each sets ``run``, a function of the arguments to an exit code."""
+    parser = argparse.ArgumentParser(
+        prog="netpolctl",
+        description="Network policy enforced with eBPF: test policies, look into the dataplane, ask why.",
+    )
+    parser.add_argument("--version", action="version", version=f"netpolctl {__version__}")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks of errors")
+    subparsers = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND", required=True)
+    for name in COMMANDS:
+        if importlib.util.find_spec(name) is None:
+            continue
+        register = getattr(importlib.import_module(name), "register", None)
+        if register is not None:
+            register(subparsers)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point: returns the exit code (argparse exits by itself with 2 on wrong usage)."""
+    arguments = build_parser().parse_args(argv)
+    return run(arguments.run, arguments)
+
+
+def run(command: Callable[[argparse.Namespace], int], arguments: argparse.Namespace) -> int:
+    """Run a command and report its failure, if any, on standard error."""
+    try:
+        code = command(arguments)
+        sys.stdout.flush()
+    except NetpolError as error:
+        _report(f"error: {error.message}", error.hint, debug=arguments.debug)
+        return error.exit_code
+    except BrokenPipeError:
+        # Python flushes standard output once more at exit; give it something that takes it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_BROKEN_PIPE
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    except Exception as error:  # noqa: BLE001 - the one place where a bug becomes a line and an exit code
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        message = f"bug: {type(error).__name__}: {error} ({os.path.relpath(where.filename)}:{where.lineno})"
+        hint = NetpolError.default_hint + ("" if arguments.debug else " Run it with --debug for the traceback.")
+        _report(message, hint, debug=arguments.debug)
+        return EXIT_BUG
+    return code
+
+
+def _report(message: str, hint: str, *, debug: bool) -> None:
+    if debug:
+        traceback.print_exc()
+    print(f"netpolctl: {message}", file=sys.stderr)
+    if hint:
+        print(f"netpolctl: hint: {hint}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

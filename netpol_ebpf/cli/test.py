@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`netpolctl test`: run case files.
+
+Exit codes: 0 every probe went as expected, 1 some did not, 3 some input is not valid (be there failures or not).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from netpol_ebpf.cases.case import load_cases
+from netpol_ebpf.cases.engines import ENGINES
+from netpol_ebpf.cases.runner import Report, run_cases
+
+EXIT_FAILED = 1
+EXIT_INVALID = 3
+
+
+def register(subparsers: Any) -> None:
+    """Add the command to the parser of `netpolctl`."""
+    parser: argparse.ArgumentParser = subparsers.add_parser(
+        "test",
+        help="run case files: manifests, probes, and what should become of them",
+        description="Run case files: manifests, probes, and what should become of them.",
+        epilog="exit codes: 0 all as expected, 1 some probes failed, 3 some input is not valid",
+    )
+    parser.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="a case file, or a directory of them")
+    parser.add_argument(
+        "--engine",
+        choices=(*ENGINES, "all"),
+        default="model",
+        help="what judges the probes: the reference model (default), the compiled tables, the program in the kernel "
+        "(needs root), or all three, which must agree in verdict and rule",
+    )
+    parser.add_argument(
+        "-o",
+        "--output",
+        choices=("text", "wide", "json", "yaml"),
+        default="text",
+        help="wide: every probe, not only failures",
+    )
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the command; returns the exit code."""
+    loaded = load_cases(arguments.paths)
+    report = run_cases(loaded, arguments.engine)
+    if arguments.output == "json":
+        print(json.dumps(report.as_dict(), indent=2))
+    elif arguments.output == "yaml":
+        print(yaml.safe_dump(report.as_dict(), sort_keys=False), end="")
+    else:
+        _print_text(report, wide=arguments.output == "wide")
+    for file in loaded.skipped:
+        print(f"note: {file} holds no case (neither manifests nor probes); skipped", file=sys.stderr)
+    if not report.cases and not report.invalid:
+        print("error: no case found", file=sys.stderr)
+        return EXIT_INVALID
+    return EXIT_INVALID if report.invalid else EXIT_FAILED if report.failed else 0
+
+
+def _print_text(report: Report, *, wide: bool) -> None:
+    if wide:
+        for judged in report.judged:
+            print(f"{judged.got:<6} {_render_probe(judged.probe)}  [{judged.case}]  {judged.rule}")
+    for failure in report.failed:
+        print(f"FAILED {failure.case}")
+        print(f"  {failure.location}: {_render_probe(failure.probe)}")
+        print(f"  expected {failure.expected}, got {failure.got}")
+        print(f"  rule: {failure.rule}")
+    for invalid in report.invalid:
+        print(f"INVALID {invalid.case}")
+        for line in invalid.error.splitlines():
+            print(f"  {line}")
+    print(
+        f"{report.cases} cases, {report.probes} probes: {report.probes - len(report.failed)} as expected, "
+        f"{len(report.failed)} failed; {len(report.invalid)} cases not valid"
+    )
+
+
+def _render_probe(probe: Any) -> str:
+    """The probe as one reads it: ends, protocol and port first, then whatever else was written."""
+    text = f"{probe['from']} -> {probe['to']} {probe['protocol']}"
+    if "port" in probe:
+        text += f" {probe['port']}"
+    extras = {key: value for key, value in probe.items() if key not in ("from", "to", "protocol", "port", "expect")}
+    return text + (f" {json.dumps(extras)}" if extras else "")
