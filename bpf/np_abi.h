@@ -24,8 +24,8 @@
 #define NP_VLAN_TAGS 2 // VLAN tags skipped; a packet with more counts as non-IP
 #define NP_PULL_BYTES 256 // bytes from the Ethernet header on that are made linear when they are not
 
-// Slots of 256 blocks in np_l4_atom: block slot * 256 + (port >> 8), index port & 255; for ICMP block slot * 256 + type,
-// index code.
+// Slots of 256 blocks in np_l4_atom: block slot * 256 + (port >> 8), index port & 255; for ICMP block slot * 256 +
+// type, index code.
 #define NP_SLOT_TCP 0 // by destination port
 #define NP_SLOT_UDP 1 // by destination port
 #define NP_SLOT_SCTP 2 // by destination port
@@ -162,8 +162,8 @@ struct np_endpoint_key {
 _Static_assert(sizeof(struct np_endpoint_key) == 4, "np_endpoint_key");
 
 // One element holds both policy sets, so that one update flips both. The kernel may reuse the memory of a replaced
-// element while a packet still reads it; a set's `check` tells: it is the FNV-1a fold, word by word, of number, ifindex,
-// flags and the set's other words. The loader's seal_endpoint() fills it in.
+// element while a packet still reads it; a set's `check` tells: it is the FNV-1a fold, word by word, of number,
+// ifindex, flags and the set's other words. The loader's seal_endpoint() fills it in.
 struct np_endpoint {
     __u32 number; // stable, unique on the node, never 0
     __u32 ifindex; // the key again
@@ -277,8 +277,8 @@ _Static_assert(sizeof(struct np_count) == 16, "np_count");
 
 // --- connections -----------------------------------------------------------------------------------------------------
 
-// One key for both directions of a leg: local is the endpoint's side, whoever sent the packet. ICMP queries have their
-// identifier in both ports; protocols without ports have 0.
+// One key for both directions of a leg: local is the endpoint's side, whoever sent the packet. An ICMP query has its
+// identifier in the port of the side that asks, 0 in the other; protocols without ports have 0 in both.
 struct np_conn4_key {
     __u32 endpoint; // number, not ifindex: an interface may be replaced
     __u8 local[4];
@@ -329,18 +329,17 @@ struct np_frag6_key {
     __u8 source[16];
     __u8 destination[16];
     __u32 id; // the fragments' common identification, as on the wire
-    __u8 protocol;
-    __u8 pad[3];
 };
-_Static_assert(sizeof(struct np_frag6_key) == 44, "np_frag6_key");
+_Static_assert(sizeof(struct np_frag6_key) == 40, "np_frag6_key");
 
 struct np_frag {
     __u64 seen_jiffies;
     __u16 source_port;
     __u16 destination_port;
+    __u8 protocol; // of the payload, after any IPv6 extension headers
     __u8 icmp_type;
     __u8 icmp_code;
-    __u8 pad[2];
+    __u8 pad;
 };
 _Static_assert(sizeof(struct np_frag) == 16, "np_frag");
 

@@ -1,15 +1,17 @@
 // SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause
 //
 // Every map, its facts, and the typed accessors through which the rest of the program reaches it.  This is the one file
-// in BCC's dialect (a method call on a map); BCC rewrites such calls only outside macros, hence one accessor per family.
+// in BCC's dialect (a method call on a map); BCC rewrites such calls only outside macros, hence one accessor per
+// family.
 //
 // All maps are pinned in one directory whose name carries NP_SCHEMA_VERSION; they survive the agent and every program.
 // Sizes: the second part of each declaration's default; the loader overrides NP_MAX_* at compile time.
-// Above each map, in this order: what it maps; who writes, who reads; looked up per packet?; size, and what happens when
-// it is full; byte order of the key; lifetime.
+// Above each map, in this order: what it maps; who writes, who reads; looked up per packet?; size, and what happens
+// when it is full; byte order of the key; lifetime.
 #pragma once
 
 #include "np_abi.h"
+#include "np_lang.h"
 
 #ifndef NP_MAX_ENDPOINT
 #define NP_MAX_ENDPOINT 4096
@@ -88,11 +90,11 @@
 #endif
 
 // Pinned by declaration: BCC opens NP_PIN_DIR/<name> when it exists, else creates the map and pins it there.
-#define NP_MAP(type, name, key_type, value_type, size, flags) \
+#define NP_MAP(type, name, key_type, value_type, size, flags)                                                          \
     BPF_F_TABLE(type ":" NP_PIN_DIR "/" #name, key_type, value_type, name, size, flags)
 
 // The same for the ring buffer, for which BCC has no pinned form. Its size is in bytes.
-#define NP_MAP_RINGBUF(name, size)                                                                                    \
+#define NP_MAP_RINGBUF(name, size)                                                                                     \
     struct name##_table_t {                                                                                            \
         int key;                                                                                                       \
         __u32 leaf;                                                                                                    \
@@ -130,7 +132,7 @@ NP_MAP("lpm_trie", np_cidr6, struct np_cidr6_key, struct np_cidr, NP_MAX_CIDR6, 
 NP_MAP("lpm_trie", np_source4, struct np_source4_key, struct np_source, NP_MAX_SOURCE4, BPF_F_NO_PREALLOC);
 NP_MAP("lpm_trie", np_source6, struct np_source6_key, struct np_source, NP_MAX_SOURCE6, BPF_F_NO_PREALLOC);
 
-// (Policy set, identity) to peer class, where it is not the set's default.  The agent writes, the program reads.  Looked
+// (Policy set, identity) to peer class, where it is not the set's default.  The agent writes, the program reads. Looked
 // up for a new flow.  When full: the agent refuses the change.  Key: host order.  Lives as long as the set.
 NP_MAP("hash", np_peer_class, struct np_peer_class_key, struct np_peer_class, NP_MAX_PEER_CLASS, BPF_F_NO_PREALLOC);
 
@@ -142,12 +144,12 @@ NP_MAP("array", np_l4_atom, __u32, struct np_l4_atom, NP_MAX_L4_ATOM, 0);
 // flow.  When full: the agent refuses the change.  Key: host order.  A row is reused only after a grace period.
 NP_MAP("array", np_l4_col, __u32, struct np_l4_col, NP_MAX_L4_COL, 0);
 
-// Index made of the classes to verdict.  The agent writes, the program reads.  Looked up for a new flow.  When full: the
-// agent refuses the change.  Key: host order.  A range is reused only after a grace period; 0 denies.
+// Index made of the classes to verdict.  The agent writes, the program reads.  Looked up for a new flow.  When full:
+// the agent refuses the change.  Key: host order.  A range is reused only after a grace period; 0 denies.
 NP_MAP("array", np_verdict, __u32, struct np_verdict, NP_MAX_VERDICT, 0);
 
-// Rule number to readable name.  The agent writes, people and tools read.  Never looked up for a packet.  When full: the
-// agent refuses the change.  Key: host order.  Lives as long as a verdict or a connection may name the rule.
+// Rule number to readable name.  The agent writes, people and tools read.  Never looked up for a packet.  When full:
+// the agent refuses the change.  Key: host order.  Lives as long as a verdict or a connection may name the rule.
 NP_MAP("hash", np_rule, struct np_rule_key, struct np_rule, NP_MAX_RULE, BPF_F_NO_PREALLOC);
 
 // Rule number to packets and bytes it decided, per CPU; slot 0 counts exempt traffic.  The program writes, the agent
@@ -155,13 +157,13 @@ NP_MAP("hash", np_rule, struct np_rule_key, struct np_rule, NP_MAX_RULE, BPF_F_N
 // across agents and programs; the agent zeroes a slot before it gives the number away again.
 NP_MAP("percpu_array", np_rule_count, __u32, struct np_count, NP_MAX_RULE_COUNT, 0);
 
-// enum np_reason to packets and bytes, per CPU.  The program writes, the agent reads.  Looked up for every packet that is
-// not part of an open connection.  Fixed size.  Key: host order.  Lives across agents and programs.
+// enum np_reason to packets and bytes, per CPU.  The program writes, the agent reads.  Looked up for every packet that
+// is not part of an open connection.  Fixed size.  Key: host order.  Lives across agents and programs.
 NP_MAP("percpu_array", np_reason_count, __u32, struct np_count, NP_MAX_REASON_COUNT, 0);
 
-// A leg's canonical tuple to its connection, both sides seen.  The program writes and reads.  Looked up per packet.  When
-// full: the least recently used goes, and its flow is judged as a new one.  Key: ports in host order, addresses in network
-// order.  Lives across agents and programs; expiry is checked when a packet meets the entry.
+// A leg's canonical tuple to its connection, both sides seen.  The program writes and reads.  Looked up per packet.
+// When full: the least recently used goes, and its flow is judged as a new one.  Key: ports in host order, addresses in
+// network order.  Lives across agents and programs; expiry is checked when a packet meets the entry.
 NP_MAP("lru_hash", np_conn4, struct np_conn4_key, struct np_conn, NP_MAX_CONN4, 0);
 NP_MAP("lru_hash", np_conn6, struct np_conn6_key, struct np_conn, NP_MAX_CONN6, 0);
 
@@ -170,9 +172,9 @@ NP_MAP("lru_hash", np_conn6, struct np_conn6_key, struct np_conn, NP_MAX_CONN6, 
 NP_MAP("lru_hash", np_young4, struct np_conn4_key, struct np_conn, NP_MAX_YOUNG4, 0);
 NP_MAP("lru_hash", np_young6, struct np_conn6_key, struct np_conn, NP_MAX_YOUNG6, 0);
 
-// Identification of a fragmented packet to its ports.  The program writes (allowed first fragments) and reads.  Looked up
-// per later fragment.  When full: the least recently used goes, and its later fragments are dropped.  Key: as on the wire.
-// Lives for the time-out of NP_CONN_FRAGMENT.
+// Identification of a fragmented packet to its ports.  The program writes (allowed first fragments) and reads.  Looked
+// up per later fragment.  When full: the least recently used goes, and its later fragments are dropped.  Key: as on the
+// wire. Lives for the time-out of NP_CONN_FRAGMENT.
 NP_MAP("lru_hash", np_frag4, struct np_frag4_key, struct np_frag, NP_MAX_FRAG4, 0);
 NP_MAP("lru_hash", np_frag6, struct np_frag6_key, struct np_frag, NP_MAX_FRAG6, 0);
 
@@ -186,7 +188,179 @@ NP_MAP("array", np_config, __u32, struct np_config, NP_MAX_CONFIG, 0);
 // What the pin directory holds.  The loader writes and reads; never looked up for a packet.  One row.  Lives always.
 NP_MAP("array", np_schema, __u32, struct np_schema, NP_MAX_SCHEMA, 0);
 
-// Events for the agent: denies always, the rest as np_config says.  The program writes, one reader consumes.  Written for
-// a drop and where asked for.  When full: the event is lost and counted as NP_REASON_EVENT_LOST.  No wake-up per event:
-// the reader looks by itself.  Lives across agents.
+// Events for the agent: denies always, the rest as np_config says.  The program writes, one reader consumes.  Written
+// for a drop and where asked for.  When full: the event is lost and counted as NP_REASON_EVENT_LOST.  No wake-up per
+// event: the reader looks by itself.  Lives across agents.
 NP_MAP_RINGBUF(np_event, NP_MAX_EVENT);
+
+// --- accessors -------------------------------------------------------------------------------------------------------
+// `version` is 4 or 6 and always a constant. A look-up returns NULL when there is no such row.
+
+union np_addr_key {
+    struct np_addr4_key v4;
+    struct np_addr6_key v6;
+};
+
+union np_cidr_key {
+    struct np_cidr4_key v4;
+    struct np_cidr6_key v6;
+};
+
+union np_source_key {
+    struct np_source4_key v4;
+    struct np_source6_key v6;
+};
+
+union np_conn_key {
+    struct np_conn4_key v4;
+    struct np_conn6_key v6;
+};
+
+union np_frag_key {
+    struct np_frag4_key v4;
+    struct np_frag6_key v6;
+};
+
+NP_INLINE struct np_endpoint *np_endpoint_lookup(__u32 ifindex)
+{
+    struct np_endpoint_key key = {.ifindex = ifindex};
+    return np_endpoint.lookup(&key);
+}
+
+NP_INLINE struct np_near *np_near_lookup(__u32 ifindex)
+{
+    __u32 slot = ifindex & (NP_MAX_NEAR - 1);
+    return np_near.lookup(&slot);
+}
+
+NP_INLINE struct np_addr *np_addr_lookup(union np_addr_key *key, const int version)
+{
+    if (version == 4)
+        return np_addr4.lookup(&key->v4);
+    return np_addr6.lookup(&key->v6);
+}
+
+NP_INLINE struct np_cidr *np_cidr_lookup(union np_cidr_key *key, const int version)
+{
+    if (version == 4)
+        return np_cidr4.lookup(&key->v4);
+    return np_cidr6.lookup(&key->v6);
+}
+
+NP_INLINE struct np_source *np_source_lookup(union np_source_key *key, const int version)
+{
+    if (version == 4)
+        return np_source4.lookup(&key->v4);
+    return np_source6.lookup(&key->v6);
+}
+
+NP_INLINE struct np_peer_class *np_peer_class_lookup(__u32 set, __u32 identity)
+{
+    struct np_peer_class_key key = {.set = set, .identity = identity};
+    return np_peer_class.lookup(&key);
+}
+
+NP_INLINE struct np_l4_atom *np_l4_atom_lookup(__u32 block)
+{
+    return np_l4_atom.lookup(&block);
+}
+
+NP_INLINE struct np_l4_col *np_l4_col_lookup(__u32 block)
+{
+    return np_l4_col.lookup(&block);
+}
+
+NP_INLINE struct np_verdict *np_verdict_lookup(__u32 index)
+{
+    return np_verdict.lookup(&index);
+}
+
+NP_INLINE struct np_count *np_rule_count_lookup(__u32 rule)
+{
+    return np_rule_count.lookup(&rule);
+}
+
+NP_INLINE struct np_count *np_reason_count_lookup(__u32 reason)
+{
+    return np_reason_count.lookup(&reason);
+}
+
+NP_INLINE struct np_conn *np_conn_lookup(union np_conn_key *key, const int version)
+{
+    if (version == 4)
+        return np_conn4.lookup(&key->v4);
+    return np_conn6.lookup(&key->v6);
+}
+
+NP_INLINE long np_conn_update(union np_conn_key *key, struct np_conn *conn, const int version)
+{
+    if (version == 4)
+        return np_conn4.update(&key->v4, conn);
+    return np_conn6.update(&key->v6, conn);
+}
+
+NP_INLINE void np_conn_delete(union np_conn_key *key, const int version)
+{
+    if (version == 4)
+        np_conn4.delete(&key->v4);
+    else
+        np_conn6.delete(&key->v6);
+}
+
+NP_INLINE struct np_conn *np_young_lookup(union np_conn_key *key, const int version)
+{
+    if (version == 4)
+        return np_young4.lookup(&key->v4);
+    return np_young6.lookup(&key->v6);
+}
+
+NP_INLINE long np_young_update(union np_conn_key *key, struct np_conn *conn, const int version)
+{
+    if (version == 4)
+        return np_young4.update(&key->v4, conn);
+    return np_young6.update(&key->v6, conn);
+}
+
+NP_INLINE void np_young_delete(union np_conn_key *key, const int version)
+{
+    if (version == 4)
+        np_young4.delete(&key->v4);
+    else
+        np_young6.delete(&key->v6);
+}
+
+NP_INLINE struct np_frag *np_frag_lookup(union np_frag_key *key, const int version)
+{
+    if (version == 4)
+        return np_frag4.lookup(&key->v4);
+    return np_frag6.lookup(&key->v6);
+}
+
+NP_INLINE long np_frag_update(union np_frag_key *key, struct np_frag *fragment, const int version)
+{
+    if (version == 4)
+        return np_frag4.update(&key->v4, fragment);
+    return np_frag6.update(&key->v6, fragment);
+}
+
+NP_INLINE struct np_log_limit *np_log_limit_lookup(__u32 log_list)
+{
+    __u32 slot = log_list % NP_MAX_LOG_LIMIT;
+    return np_log_limit.lookup(&slot);
+}
+
+NP_INLINE const struct np_config *np_config_lookup(void)
+{
+    __u32 only = 0;
+    return np_config.lookup(&only);
+}
+
+NP_INLINE struct np_event *np_event_reserve(void)
+{
+    return np_event.ringbuf_reserve(sizeof(struct np_event));
+}
+
+NP_INLINE void np_event_submit(struct np_event *event)
+{
+    np_event.ringbuf_submit(event, BPF_RB_NO_WAKEUP);
+}

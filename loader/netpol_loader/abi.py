@@ -415,7 +415,8 @@ class np_count(ctypes.Structure):
 class np_conn4_key(ctypes.Structure):
     """One key for both directions of a leg: local is the endpoint's side, whoever sent the packet.
 
-    ICMP queries have their identifier in both ports; protocols without ports have 0.
+    An ICMP query has its identifier in the port of the side that asks, 0 in the other; protocols without ports have 0
+    in both.
     """
 
     endpoint: int  # number, not ifindex: an interface may be replaced
@@ -512,16 +513,12 @@ class np_frag6_key(ctypes.Structure):
     source: ctypes.Array[ctypes.c_uint8]
     destination: ctypes.Array[ctypes.c_uint8]
     id: int  # the fragments' common identification, as on the wire
-    protocol: int
-    pad: ctypes.Array[ctypes.c_uint8]
 
     _fields_ = (
         ("endpoint", ctypes.c_uint32),
         ("source", ctypes.c_uint8 * 16),
         ("destination", ctypes.c_uint8 * 16),
         ("id", ctypes.c_uint32),
-        ("protocol", ctypes.c_uint8),
-        ("pad", ctypes.c_uint8 * 3),
     )
 
 
@@ -531,17 +528,19 @@ class np_frag(ctypes.Structure):
     seen_jiffies: int
     source_port: int
     destination_port: int
+    protocol: int  # of the payload, after any IPv6 extension headers
     icmp_type: int
     icmp_code: int
-    pad: ctypes.Array[ctypes.c_uint8]
+    pad: int
 
     _fields_ = (
         ("seen_jiffies", ctypes.c_uint64),
         ("source_port", ctypes.c_uint16),
         ("destination_port", ctypes.c_uint16),
+        ("protocol", ctypes.c_uint8),
         ("icmp_type", ctypes.c_uint8),
         ("icmp_code", ctypes.c_uint8),
-        ("pad", ctypes.c_uint8 * 2),
+        ("pad", ctypes.c_uint8),
     )
 
 

@@ -1,0 +1,185 @@
+// SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause
+//
+// Policy: from a leg (local and remote address, ports, protocol) to a verdict, in four steps, each one look-up whatever
+// the number of rules:
+//
+//   1. peer address -> identity     np_addr (exact), else np_cidr (longest prefix), else the world of its family
+//   2. identity     -> peer class   np_peer_class, else the set's default; the same for the own side where it varies
+//   3. protocol and destination port, or ICMP type and code -> atom (np_l4_atom) -> L4 class (np_l4_col); the same for
+//   the
+//      source port where a rule of the set uses source ports
+//   4. the classes  -> verdict      np_verdict
+//
+// A look-up that finds nothing where something must be denies, with a reason of its own.
+#pragma once
+
+#include "np_endpoint.h"
+#include "np_flow.h"
+#include "np_maps.h"
+
+// A field of a connection key of either family.
+#define NP_KEY(key, version, field) ((version) == 4 ? (key)->v4.field : (key)->v6.field)
+
+// What is asked: a leg, the direction of its first packet, and that packet's ICMP type and code.
+struct np_question {
+    const union np_conn_key *key;
+    __u8 direction;
+    __u8 icmp_type;
+    __u8 icmp_code;
+};
+
+NP_INLINE __u32 np_identity_of(const void *address, __u32 *endpoint, const int version)
+{
+    struct np_addr *addr = np_addr_of(address, version);
+    if (NP_LIKELY(addr)) {
+        *endpoint = addr->endpoint;
+        return addr->identity;
+    }
+    *endpoint = 0;
+    union np_cidr_key key;
+    if (version == 4) {
+        key.v4.prefix_bits = 32;
+        __builtin_memcpy(key.v4.address, address, sizeof(key.v4.address));
+    } else {
+        key.v6.prefix_bits = 128;
+        __builtin_memcpy(key.v6.address, address, sizeof(key.v6.address));
+    }
+    struct np_cidr *cidr = np_cidr_lookup(&key, version);
+    if (cidr)
+        return cidr->identity;
+    return version == 4 ? NP_IDENTITY_WORLD_V4 : NP_IDENTITY_WORLD_V6;
+}
+
+NP_INLINE __u32 np_class_of(__u32 set, __u32 identity, __u32 default_class)
+{
+    struct np_peer_class *row = np_peer_class_lookup(set, identity);
+    return row ? row->peer_class : default_class;
+}
+
+// Class of one atom in one column, or -1 outside the tables.
+NP_INLINE int np_column_class(__u32 block, __u32 index, __u32 column_base)
+{
+    struct np_l4_atom *atoms = np_l4_atom_lookup(block);
+    if (!atoms)
+        return -1;
+    __u32 atom = atoms->atom[index & (NP_ATOM_BLOCK - 1)];
+    struct np_l4_col *column = np_l4_col_lookup(column_base + atom / NP_COLUMN_BLOCK);
+    if (!column)
+        return -1;
+    return column->l4_class[atom % NP_COLUMN_BLOCK];
+}
+
+NP_INLINE int np_l4_class_of(const struct np_question *question, const struct np_set *set, const int version)
+{
+    __u8 protocol = NP_KEY(question->key, version, protocol);
+    __u16 port = question->direction == NP_DIRECTION_EGRESS ? NP_KEY(question->key, version, remote_port)
+                                                            : NP_KEY(question->key, version, local_port);
+    __u32 slot;
+    __u32 high = port >> 8;
+    __u32 low = port & 255;
+    switch (protocol) {
+    case NP_PROTOCOL_TCP:
+        slot = NP_SLOT_TCP;
+        break;
+    case NP_PROTOCOL_UDP:
+        slot = NP_SLOT_UDP;
+        break;
+    case NP_PROTOCOL_SCTP:
+        slot = NP_SLOT_SCTP;
+        break;
+    case NP_PROTOCOL_ICMP:
+    case NP_PROTOCOL_ICMPV6:
+        slot = protocol == NP_PROTOCOL_ICMP ? NP_SLOT_ICMP : NP_SLOT_ICMPV6;
+        high = question->icmp_type;
+        low = question->icmp_code;
+        break;
+    default:
+        return np_column_class(NP_OTHER_BLOCK, protocol, set->l4_base);
+    }
+    return np_column_class(slot * 256 + high, low, set->l4_base);
+}
+
+// Source ports are those of TCP, UDP and SCTP; 0 stands for all else.
+NP_INLINE int np_source_class_of(const struct np_question *question, const struct np_set *set, const int version)
+{
+    __u8 protocol = NP_KEY(question->key, version, protocol);
+    __u16 port = question->direction == NP_DIRECTION_EGRESS ? NP_KEY(question->key, version, local_port)
+                                                            : NP_KEY(question->key, version, remote_port);
+    if (protocol != NP_PROTOCOL_TCP && protocol != NP_PROTOCOL_UDP && protocol != NP_PROTOCOL_SCTP)
+        port = 0;
+    return np_column_class(NP_SLOT_SOURCE * 256 + (port >> 8), port & 255, set->source_base);
+}
+
+// Steps 2 to 4, with the peer's identity known. Fills in the decision; returns NP_REASON_NONE or why it denies.
+NP_INLINE int np_classify(struct np_flow *flow, const struct np_question *question, const struct np_set *set,
+                          const int version)
+{
+    struct np_decision *decision = &flow->decision;
+    decision->set = set->number;
+    __u32 class = np_class_of(set->number, decision->peer_identity, set->default_class);
+    decision->peer_class = class;
+    if (NP_UNLIKELY(class >= set->peer_classes))
+        return NP_REASON_CLASS_RANGE;
+
+    __u32 index = class * set->own_classes;
+    if (NP_UNLIKELY(set->own_set)) {
+        __u32 endpoint;
+        flow->own_identity = np_identity_of(NP_KEY(question->key, version, local), &endpoint, version);
+        __u32 own_class = np_class_of(set->own_set, flow->own_identity, set->own_default_class);
+        if (own_class >= set->own_classes)
+            return NP_REASON_CLASS_RANGE;
+        index += own_class;
+    }
+
+    index *= set->l4_classes;
+    if (set->l4_classes > 1) {
+        int l4_class = np_l4_class_of(question, set, version);
+        if (l4_class < 0 || (__u32)l4_class >= set->l4_classes)
+            return NP_REASON_L4_RANGE;
+        index += l4_class;
+    }
+
+    index *= set->source_classes;
+    if (NP_UNLIKELY(set->source_classes > 1)) {
+        int source_class = np_source_class_of(question, set, version);
+        if (source_class < 0 || (__u32)source_class >= set->source_classes)
+            return NP_REASON_L4_RANGE;
+        index += source_class;
+    }
+
+    struct np_verdict *verdict = np_verdict_lookup(set->verdict_base + index);
+    if (!verdict)
+        return NP_REASON_VERDICT_RANGE;
+    decision->rule = verdict->rule;
+    decision->staged_rule = verdict->staged_rule;
+    decision->log_list = verdict->log_list;
+    decision->action = verdict->action;
+    decision->staged_action = verdict->staged_action;
+    return decision->action == NP_ACTION_NONE ? NP_REASON_VERDICT_EMPTY : NP_REASON_NONE;
+}
+
+// The whole question: a workload to itself passes, everything else is classified.  Afterwards the decision holds an
+// action other than NP_ACTION_NONE, and its reason.
+NP_INLINE void np_decide(struct np_flow *flow, const struct np_question *question, const int version)
+{
+    struct np_decision *decision = &flow->decision;
+    struct np_owner owner;
+    __u32 peer;
+    decision->peer_identity = np_identity_of(NP_KEY(question->key, version, remote), &peer, version);
+    if (peer == flow->endpoint && !(flow->endpoint_flags & NP_ENDPOINT_HOST)) {
+        decision->action = decision->staged_action = NP_ACTION_ALLOW;
+        decision->reason = NP_REASON_SELF;
+        return;
+    }
+    int reason = np_owner_load(flow, question->direction, &owner);
+    if (!reason)
+        reason = np_classify(flow, question, &owner.set, version);
+    if (NP_UNLIKELY(reason)) {
+        decision->action = decision->staged_action = NP_ACTION_DENY;
+        decision->reason = reason;
+        return;
+    }
+    decision->reason = decision->action == NP_ACTION_ALLOW      ? NP_REASON_POLICY_ALLOW
+                       : decision->action == NP_ACTION_CONTINUE ? NP_REASON_CONTINUE
+                                                                : NP_REASON_POLICY_DENY;
+}

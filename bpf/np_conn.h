@@ -1,0 +1,240 @@
+// SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause
+//
+// Connections: which one a packet belongs to, whether that is still alive, how it moves on.  Knows nothing of policy: a
+// connection only says under which generation policy allowed it, and who may re-judge it with the first packet's tuple.
+//
+// Two tables.  np_young holds connections without a reply, np_conn those with one: a flood of new flows evicts only
+// young ones.  The first reply moves an entry; until then each packet pays two look-ups.
+#pragma once
+
+#include "np_flow.h"
+#include "np_maps.h"
+
+#define NP_ICMP_HEADER_BYTES 8
+
+// A packet's connection, as found.
+struct np_found {
+    struct np_conn *conn; // NULL: none that is alive and covers the packet
+    struct np_conn *stale_open; // an entry of np_conn that is not `conn`
+    struct np_conn *young; // an entry of np_young, alive or not
+    __u8 is_young; // conn is in np_young
+};
+
+// The leg's key for a pair of addresses and ports; `from_endpoint`: the source is the endpoint's side.
+NP_INLINE void np_conn_key_set(union np_conn_key *key, const struct np_flow *flow, const __u32 *source,
+                               const __u32 *destination, __u16 source_port, __u16 destination_port, __u8 protocol,
+                               int from_endpoint, const int version)
+{
+    __u16 local_port = from_endpoint ? source_port : destination_port;
+    __u16 remote_port = from_endpoint ? destination_port : source_port;
+    __u8 *local;
+    __u8 *remote;
+    int words;
+    if (version == 4) {
+        key->v4 = (struct np_conn4_key){
+            .endpoint = flow->endpoint, .local_port = local_port, .remote_port = remote_port, .protocol = protocol};
+        local = key->v4.local;
+        remote = key->v4.remote;
+        words = 1;
+    } else {
+        key->v6 = (struct np_conn6_key){
+            .endpoint = flow->endpoint, .local_port = local_port, .remote_port = remote_port, .protocol = protocol};
+        local = key->v6.local;
+        remote = key->v6.remote;
+        words = 4;
+    }
+#pragma unroll
+    for (int word = 0; word < words; word++) { // selects words, not pointers: the verifier loses track of those
+        __u32 ours = from_endpoint ? source[word] : destination[word];
+        __u32 theirs = from_endpoint ? destination[word] : source[word];
+        __builtin_memcpy(local + word * 4, &ours, 4);
+        __builtin_memcpy(remote + word * 4, &theirs, 4);
+    }
+}
+
+NP_INLINE void np_conn_key_of(union np_conn_key *key, const struct np_flow *flow, const int version)
+{
+    const struct np_packet *packet = &flow->packet;
+    np_conn_key_set(key, flow, packet->source, packet->destination, packet->source_port, packet->destination_port,
+                    packet->protocol, flow->direction == NP_DIRECTION_EGRESS, version);
+}
+
+// For an ICMP error: the leg of the packet it is about.  That packet went the other way, so its source is the
+// endpoint's side when the error comes towards the endpoint.  Returns 0 when the error carries no readable header (then
+// it is about nothing, and policy judges it like any other message).  Extension headers inside are not walked.
+NP_INLINE int np_conn_key_inner(struct __sk_buff *skb, union np_conn_key *key, const struct np_flow *flow,
+                                const int version)
+{
+    __u32 offset = flow->packet.l4_offset + NP_ICMP_HEADER_BYTES;
+    __u32 source[4] = {};
+    __u32 destination[4] = {};
+    __u8 protocol;
+    if (version == 4) {
+        struct np_ip4_header ip;
+        if (bpf_skb_load_bytes(skb, offset, &ip, sizeof(ip)) || ip.version_words >> 4 != 4 ||
+            ip.fragment_be & np_net16(0x1fff))
+            return 0;
+        source[0] = ip.source;
+        destination[0] = ip.destination;
+        protocol = ip.protocol;
+        offset += (ip.version_words & 15) * 4;
+    } else {
+        struct np_ip6_header ip;
+        if (bpf_skb_load_bytes(skb, offset, &ip, sizeof(ip)) || ip.version_class >> 4 != 6)
+            return 0;
+        __builtin_memcpy(source, ip.source, sizeof(source));
+        __builtin_memcpy(destination, ip.destination, sizeof(destination));
+        protocol = ip.next;
+        offset += sizeof(ip);
+    }
+
+    __u16 source_port = 0;
+    __u16 destination_port = 0;
+    struct np_icmp_header l4; // eight bytes: of any protocol, the most an error must carry
+    if (bpf_skb_load_bytes(skb, offset, &l4, sizeof(l4)))
+        return 0;
+    if (protocol == NP_PROTOCOL_TCP || protocol == NP_PROTOCOL_UDP || protocol == NP_PROTOCOL_SCTP) {
+        struct np_ports ports;
+        __builtin_memcpy(&ports, &l4, sizeof(ports));
+        source_port = np_host16(ports.source_be);
+        destination_port = np_host16(ports.destination_be);
+    } else if (protocol == (version == 4 ? NP_PROTOCOL_ICMP : NP_PROTOCOL_ICMPV6)) {
+        __u8 kind = np_icmp_kind_of(l4.type, version);
+        if (kind == NP_ICMP_QUERY)
+            source_port = np_host16(l4.id_be);
+        else if (kind == NP_ICMP_ANSWER)
+            destination_port = np_host16(l4.id_be);
+    }
+    np_conn_key_set(key, flow, source, destination, source_port, destination_port, protocol,
+                    flow->direction == NP_DIRECTION_INGRESS, version);
+    return 1;
+}
+
+NP_INLINE int np_conn_is_alive(const struct np_conn *conn, const struct np_flow *flow)
+{
+    // seen_jiffies may be a tick ahead of us when another CPU wrote it; the difference is then negative, and small
+    return (long long)(flow->now_jiffies - conn->seen_jiffies) <=
+           (long long)flow->config->timeout_jiffies[conn->state & (NP_CONN_STATES - 1)];
+}
+
+// Whether the connection speaks for the packet.  An initial SYN never belongs to one: policy decides it each time.  An
+// ICMP query must ask what the first one asked.
+NP_INLINE int np_conn_covers(const struct np_conn *conn, const struct np_flow *flow)
+{
+    const struct np_packet *packet = &flow->packet;
+    if (packet->protocol == NP_PROTOCOL_TCP && (packet->tcp_flags & (NP_TCP_SYN | NP_TCP_ACK)) == NP_TCP_SYN)
+        return 0;
+    if (packet->icmp_kind == NP_ICMP_QUERY)
+        return packet->icmp_type == conn->icmp_type && packet->icmp_code == conn->icmp_code;
+    return 1;
+}
+
+// Find the packet's connection in both tables. `open`: what np_conn holds under the key, NULL when nothing.
+NP_INLINE void np_conn_find(struct np_found *found, union np_conn_key *key, struct np_conn *open,
+                            const struct np_flow *flow, const int version)
+{
+    if (open && np_conn_is_alive(open, flow) && np_conn_covers(open, flow)) {
+        found->conn = open;
+        return;
+    }
+    found->stale_open = open;
+    found->young = np_young_lookup(key, version);
+    if (found->young && np_conn_is_alive(found->young, flow) && np_conn_covers(found->young, flow)) {
+        found->conn = found->young;
+        found->is_young = 1;
+    }
+}
+
+// Note that the connection lives, at most once a second: the entry is shared by all CPUs.
+NP_INLINE void np_conn_touch(struct np_conn *conn, const struct np_flow *flow)
+{
+    if (flow->now_jiffies - conn->seen_jiffies >= flow->config->jiffies_per_second)
+        conn->seen_jiffies = flow->now_jiffies;
+}
+
+NP_INLINE __u8 np_conn_first_state(__u8 protocol)
+{
+    switch (protocol) {
+    case NP_PROTOCOL_TCP:
+        return NP_CONN_TCP_NEW;
+    case NP_PROTOCOL_UDP:
+        return NP_CONN_UDP;
+    case NP_PROTOCOL_ICMP:
+    case NP_PROTOCOL_ICMPV6:
+        return NP_CONN_ICMP;
+    default:
+        return NP_CONN_OTHER;
+    }
+}
+
+// Whether a packet that policy allowed opens a connection.  A RST and an ICMP answer end or follow something; ICMP
+// messages that are no queries stand alone; borrowed sources are not remembered.
+NP_INLINE int np_conn_opens(const struct np_flow *flow)
+{
+    const struct np_packet *packet = &flow->packet;
+    if (flow->untracked || packet->tcp_flags & NP_TCP_RST)
+        return 0;
+    if (packet->protocol == NP_PROTOCOL_ICMP || packet->protocol == NP_PROTOCOL_ICMPV6)
+        return packet->icmp_kind == NP_ICMP_QUERY;
+    return 1;
+}
+
+// Record the packet as the first of a connection. What the tables held under the key is replaced.
+NP_INLINE int np_conn_open(const struct np_flow *flow, union np_conn_key *key, const struct np_found *found, __u8 flags,
+                           const int version)
+{
+    const struct np_packet *packet = &flow->packet;
+    struct np_conn conn = {
+        .seen_jiffies = flow->now_jiffies,
+        .generation = flow->config->generation,
+        .rule = flow->decision.rule,
+        .direction = flow->direction,
+        .state = np_conn_first_state(packet->protocol),
+        .flags = flags,
+        .icmp_type = packet->icmp_type,
+        .icmp_code = packet->icmp_code,
+    };
+    if (found->stale_open)
+        np_conn_delete(key, version);
+    if (found->young) { // a repeated SYN, a port used again: no second insertion
+        *found->young = conn;
+        return NP_REASON_NONE;
+    }
+    return np_young_update(key, &conn, version) ? NP_REASON_CONN_FULL : NP_REASON_NONE;
+}
+
+// Move the connection on by one of its packets: time, TCP flags, and into np_conn with the first reply.
+NP_INLINE int np_conn_advance(const struct np_flow *flow, union np_conn_key *key, const struct np_found *found,
+                              const int version)
+{
+    const struct np_packet *packet = &flow->packet;
+    struct np_conn *conn = found->conn;
+    np_conn_touch(conn, flow);
+    if (packet->tcp_flags & NP_TCP_RST) {
+        conn->state = NP_CONN_TCP_RESET;
+        return NP_REASON_NONE;
+    }
+    if (packet->tcp_flags & NP_TCP_FIN) {
+        conn->flags |= flow->reply ? NP_CONN_FIN_REPLY : NP_CONN_FIN_ORIGINAL;
+        if ((conn->flags & (NP_CONN_FIN_ORIGINAL | NP_CONN_FIN_REPLY)) == (NP_CONN_FIN_ORIGINAL | NP_CONN_FIN_REPLY))
+            conn->state = NP_CONN_TCP_CLOSING;
+    }
+    if (!found->is_young || !flow->reply)
+        return NP_REASON_NONE;
+    struct np_conn open = *conn;
+    if (open.state == NP_CONN_TCP_NEW)
+        open.state = NP_CONN_TCP_OPEN;
+    open.seen_jiffies = flow->now_jiffies;
+    if (np_conn_update(key, &open, version))
+        return NP_REASON_CONN_FULL;
+    np_young_delete(key, version);
+    return NP_REASON_NONE;
+}
+
+NP_INLINE void np_conn_remove(union np_conn_key *key, const struct np_found *found, const int version)
+{
+    if (found->is_young)
+        np_young_delete(key, version);
+    else
+        np_conn_delete(key, version);
+}

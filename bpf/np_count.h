@@ -1,0 +1,28 @@
+// SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause
+//
+// Counters per rule and per reason.  Per CPU, so no atomics.  Never decides anything.
+#pragma once
+
+#include "np_maps.h"
+
+NP_INLINE void np_count_add(struct np_count *count, __u32 bytes)
+{
+    count->packets++;
+    count->bytes += bytes;
+}
+
+NP_INLINE void np_count_reason(__u32 reason, __u32 bytes)
+{
+    struct np_count *count = np_reason_count_lookup(reason);
+    if (count) // always: reasons are below NP_REASON_COUNT
+        np_count_add(count, bytes);
+}
+
+NP_INLINE void np_count_rule(__u32 rule, __u32 bytes)
+{
+    struct np_count *count = np_rule_count_lookup(rule);
+    if (NP_LIKELY(count))
+        np_count_add(count, bytes);
+    else
+        np_count_reason(NP_REASON_RULE_RANGE, bytes);
+}

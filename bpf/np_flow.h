@@ -1,0 +1,42 @@
+// SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause
+//
+// What the steps tell each other about the packet at hand: the packet, whose it is, what was decided.  No behaviour.
+#pragma once
+
+#include "np_abi.h"
+#include "np_parse.h"
+
+// Where the program sits. Not a direction: for a workload the two are opposite.
+enum np_hook {
+    NP_HOOK_INGRESS = 0, // TC ingress of the host-side interface
+    NP_HOOK_EGRESS = 1, // TC egress of it
+};
+
+// What policy says, and what it looked at.
+struct np_decision {
+    __u32 rule;
+    __u32 staged_rule;
+    __u32 log_list;
+    __u32 set;
+    __u32 peer_identity;
+    __u32 peer_class;
+    __u16 reason; // enum np_reason
+    __u8 action; // enum np_action
+    __u8 staged_action; // enum np_action
+};
+
+struct np_flow {
+    struct np_packet packet;
+    struct np_decision decision;
+    const struct np_config *config;
+    __u64 now_jiffies;
+    __u32 ifindex;
+    __u32 ingress_ifindex; // 0: sent by the host itself
+    __u32 frame_bytes;
+    __u32 endpoint; // number
+    __u32 endpoint_flags;
+    __u32 own_identity; // 0: not looked up
+    __u8 direction; // of this packet, enum np_direction
+    __u8 reply; // goes against its connection's first packet
+    __u8 untracked; // from a borrowed source address: policy applies to every packet
+};

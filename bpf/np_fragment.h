@@ -1,0 +1,60 @@
+// SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause
+//
+// Fragments: only the first has ports.  An allowed first fragment is remembered by the packet's identification; later
+// ones take their ports from there and are then judged like any packet.  Later ones that come before it are dropped: to
+// keep them would be a table an attacker fills.
+#pragma once
+
+#include "np_flow.h"
+#include "np_maps.h"
+
+NP_INLINE void np_fragment_key(union np_frag_key *key, const struct np_flow *flow, const int version)
+{
+    const struct np_packet *packet = &flow->packet;
+    if (version == 4) {
+        key->v4 =
+            (struct np_frag4_key){.endpoint = flow->endpoint, .id = packet->fragment_id, .protocol = packet->protocol};
+        __builtin_memcpy(key->v4.source, packet->source, sizeof(key->v4.source));
+        __builtin_memcpy(key->v4.destination, packet->destination, sizeof(key->v4.destination));
+    } else { // the protocol is no part: behind the fragment header may stand another extension header
+        key->v6 = (struct np_frag6_key){.endpoint = flow->endpoint, .id = packet->fragment_id};
+        __builtin_memcpy(key->v6.source, packet->source, sizeof(key->v6.source));
+        __builtin_memcpy(key->v6.destination, packet->destination, sizeof(key->v6.destination));
+    }
+}
+
+// Give a later fragment the transport header's fields of its first one.
+NP_INLINE int np_fragment_recall(struct np_flow *flow, const int version)
+{
+    struct np_packet *packet = &flow->packet;
+    union np_frag_key key;
+    np_fragment_key(&key, flow, version);
+    struct np_frag *first = np_frag_lookup(&key, version);
+    if (!first || flow->now_jiffies - first->seen_jiffies > flow->config->timeout_jiffies[NP_CONN_FRAGMENT])
+        return NP_REASON_FRAGMENT;
+    packet->source_port = first->source_port;
+    packet->destination_port = first->destination_port;
+    packet->protocol = first->protocol;
+    packet->icmp_type = first->icmp_type;
+    packet->icmp_code = first->icmp_code;
+    if (packet->protocol == (version == 4 ? NP_PROTOCOL_ICMP : NP_PROTOCOL_ICMPV6))
+        packet->icmp_kind = np_icmp_kind_of(first->icmp_type, version);
+    return NP_REASON_NONE;
+}
+
+// Remember a first fragment that was allowed.
+NP_INLINE int np_fragment_remember(const struct np_flow *flow, const int version)
+{
+    const struct np_packet *packet = &flow->packet;
+    union np_frag_key key;
+    np_fragment_key(&key, flow, version);
+    struct np_frag first = {
+        .seen_jiffies = flow->now_jiffies,
+        .source_port = packet->source_port,
+        .destination_port = packet->destination_port,
+        .protocol = packet->protocol,
+        .icmp_type = packet->icmp_type,
+        .icmp_code = packet->icmp_code,
+    };
+    return np_frag_update(&key, &first, version) ? NP_REASON_FRAGMENT_FULL : NP_REASON_NONE;
+}

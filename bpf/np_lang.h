@@ -1,0 +1,28 @@
+// SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause
+//
+// The few words this program adds to C: inlining (BCC knows no other functions), branch hints, byte order, and the one
+// load of bytes at any alignment.  Nothing about packets or policy.
+#pragma once
+
+#include <linux/types.h>
+
+#define NP_INLINE static inline __attribute__((always_inline))
+#define NP_LIKELY(condition) __builtin_expect(!!(condition), 1)
+#define NP_UNLIKELY(condition) __builtin_expect(!!(condition), 0)
+
+#if __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
+#define np_host16(value) __builtin_bswap16(value)
+#define np_host32(value) __builtin_bswap32(value)
+#define np_net16(value) __builtin_bswap16(value) // of a constant the compiler makes a constant
+#else
+#define np_host16(value) (value)
+#define np_host32(value) (value)
+#define np_net16(value) (value)
+#endif
+
+// The compiler may not move memory accesses across this, nor keep what it read before.
+#define np_barrier() __asm__ __volatile__("" ::: "memory")
+
+// What the pointer points to lives in memory from here on. Left alone, the compiler takes a large struct apart into
+// more registers than there are, and their spill slots overflow the 512 bytes of stack.
+#define np_keep_in_memory(pointer) __asm__ __volatile__("" : : "r"(pointer) : "memory")

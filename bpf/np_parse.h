@@ -1,0 +1,361 @@
+// SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause
+//
+// From a frame to what policy and connections need of it: addresses, protocol, ports, flags, place in a fragmented
+// packet. Reads bytes and nothing else; each function returns NP_REASON_NONE or the reason to drop.  One source for
+// both families: `version` is 4 or 6, always a constant, so the compiler drops the other half.
+//
+// Every read is behind a check against the end of the linear part.  np_parse_frame made the first NP_PULL_BYTES linear,
+// so a header beyond that (worst case: 2 VLAN tags, 40 bytes of IPv6, 8 extension headers) makes the packet
+// NP_REASON_SHORT.
+#pragma once
+
+#include "np_abi.h"
+#include "np_lang.h"
+
+#define NP_ETHERTYPE_IP4 0x0800
+#define NP_ETHERTYPE_ARP 0x0806
+#define NP_ETHERTYPE_VLAN 0x8100
+#define NP_ETHERTYPE_IP6 0x86dd
+#define NP_ETHERTYPE_QINQ 0x88a8
+
+#define NP_PROTOCOL_HOP_BY_HOP 0
+#define NP_PROTOCOL_ICMP 1
+#define NP_PROTOCOL_TCP 6
+#define NP_PROTOCOL_UDP 17
+#define NP_PROTOCOL_ROUTING 43
+#define NP_PROTOCOL_FRAGMENT 44
+#define NP_PROTOCOL_AUTHENTICATION 51
+#define NP_PROTOCOL_ICMPV6 58
+#define NP_PROTOCOL_NONE 59
+#define NP_PROTOCOL_DESTINATION 60
+#define NP_PROTOCOL_SCTP 132
+#define NP_PROTOCOL_MOBILITY 135
+
+#define NP_TCP_FIN 1
+#define NP_TCP_SYN 2
+#define NP_TCP_RST 4
+#define NP_TCP_ACK 16
+
+struct np_eth_header {
+    __u8 destination[6];
+    __u8 source[6];
+    __be16 type_be;
+};
+
+struct np_vlan_header {
+    __be16 tag_be;
+    __be16 type_be;
+};
+
+struct np_ip4_header {
+    __u8 version_words; // version in the high half, header length in 32-bit words in the low one
+    __u8 traffic_class;
+    __be16 total_bytes_be;
+    __be16 id_be;
+    __be16 fragment_be; // flags and offset
+    __u8 ttl;
+    __u8 protocol;
+    __be16 checksum_be;
+    __u32 source;
+    __u32 destination;
+};
+
+struct np_ip6_header {
+    __u8 version_class;
+    __u8 class_label;
+    __be16 label_be;
+    __be16 payload_bytes_be;
+    __u8 next;
+    __u8 hop_limit;
+    __u32 source[4];
+    __u32 destination[4];
+};
+
+struct np_ip6_extension {
+    __u8 next;
+    __u8 length; // in units of 8 bytes beyond the first (AH: of 4 bytes beyond the second)
+};
+
+struct np_ip6_fragment {
+    __u8 next;
+    __u8 reserved;
+    __be16 offset_be; // offset in the high 13 bits, "more follow" in the lowest
+    __u32 id;
+};
+
+struct np_ports {
+    __be16 source_be;
+    __be16 destination_be;
+};
+
+struct np_tcp_header {
+    struct np_ports ports;
+    __u32 sequence;
+    __u32 acknowledgement;
+    __u8 words; // header length in 32-bit words in the high half
+    __u8 flags;
+    __be16 window_be;
+    __be16 checksum_be;
+    __be16 urgent_be;
+};
+
+struct np_icmp_header {
+    __u8 type;
+    __u8 code;
+    __be16 checksum_be;
+    __be16 id_be;
+    __be16 sequence_be;
+};
+
+// Where in a fragmented packet a frame is.
+enum np_fragment {
+    NP_FRAGMENT_WHOLE = 0, // not a fragment
+    NP_FRAGMENT_FIRST = 1, // has the transport header
+    NP_FRAGMENT_LATER = 2, // has none: its ports are those of the first
+};
+
+// What kind of ICMP message this is, for connections.
+enum np_icmp_kind {
+    NP_ICMP_PLAIN = 0, // neither of the others, or no ICMP
+    NP_ICMP_QUERY = 1, // asks; opens a connection under its identifier
+    NP_ICMP_ANSWER = 2, // answers a query
+    NP_ICMP_ERROR = 3, // about another packet, whose header it carries
+};
+
+// A parsed packet. Addresses in network order, IPv4 in the first word; ports in host order.
+struct np_packet {
+    __u32 source[4];
+    __u32 destination[4];
+    __u16 source_port; // ICMP query: the identifier
+    __u16 destination_port; // ICMP answer: the identifier
+    __u16 ethertype;
+    __u16 l4_offset; // from the Ethernet header
+    __u32 fragment_id; // as on the wire
+    __u8 fragment; // enum np_fragment
+    __u8 protocol;
+    __u8 tcp_flags;
+    __u8 icmp_type;
+    __u8 icmp_code;
+    __u8 icmp_kind; // enum np_icmp_kind
+    __u8 version; // 4, 6; 0: not IP or not known
+    __u8 special; // never takes the short way: SYN, FIN, RST, ICMP, fragments
+};
+
+// The linear part of the frame, as far as the verifier lets us look.
+struct np_bytes {
+    void *start;
+    void *end;
+};
+
+// Ethernet and VLAN tags. Sets the packet's ethertype, and l4_offset to where the network header begins.
+NP_INLINE int np_parse_frame(struct __sk_buff *skb, struct np_bytes *bytes, struct np_packet *packet)
+{
+    __u32 linear = skb->data_end - skb->data;
+    if (NP_UNLIKELY(linear < NP_PULL_BYTES && linear < skb->len))
+        bpf_skb_pull_data(skb, skb->len < NP_PULL_BYTES ? skb->len : NP_PULL_BYTES); // failure shows as NP_REASON_SHORT
+    bytes->start = (void *)(long)skb->data;
+    bytes->end = (void *)(long)skb->data_end;
+
+    struct np_eth_header *eth = bytes->start;
+    if ((void *)(eth + 1) > bytes->end)
+        return NP_REASON_SHORT;
+    __u16 type = np_host16(eth->type_be);
+    __u32 offset = sizeof(*eth);
+#pragma unroll
+    for (int tag = 0; tag < NP_VLAN_TAGS; tag++) {
+        if (NP_LIKELY(type != NP_ETHERTYPE_VLAN && type != NP_ETHERTYPE_QINQ))
+            break;
+        struct np_vlan_header *vlan = bytes->start + offset;
+        if ((void *)(vlan + 1) > bytes->end)
+            return NP_REASON_SHORT;
+        type = np_host16(vlan->type_be);
+        offset += sizeof(*vlan);
+    }
+    packet->ethertype = type;
+    packet->l4_offset = offset;
+    return NP_REASON_NONE;
+}
+
+NP_INLINE int np_parse_ip4(const struct np_bytes *bytes, struct np_packet *packet)
+{
+    struct np_ip4_header *ip = bytes->start + packet->l4_offset;
+    if ((void *)(ip + 1) > bytes->end)
+        return NP_REASON_SHORT;
+    __u32 header_bytes = (ip->version_words & 15) * 4;
+    __u32 total_bytes = np_host16(ip->total_bytes_be); // 0 in packets beyond 64 kB that the kernel has yet to cut
+    if (ip->version_words >> 4 != 4 || header_bytes < sizeof(*ip) || (total_bytes && total_bytes < header_bytes))
+        return NP_REASON_BAD_IP;
+    packet->version = 4;
+    packet->source[0] = ip->source;
+    packet->destination[0] = ip->destination;
+    packet->protocol = ip->protocol;
+    packet->l4_offset += header_bytes;
+    __u32 place = ip->fragment_be & np_net16(0x3fff); // "more follow" and the offset
+    if (NP_UNLIKELY(place)) {
+        packet->fragment = place & np_net16(0x1fff) ? NP_FRAGMENT_LATER : NP_FRAGMENT_FIRST;
+        packet->fragment_id = ip->id_be;
+        packet->special = 1;
+    }
+    return NP_REASON_NONE;
+}
+
+// The extension headers, at most NP_IP6_HEADERS. AH is walked like the others, ESP ends the walk as a protocol.
+NP_INLINE int np_parse_ip6_headers(const struct np_bytes *bytes, struct np_packet *packet, __u8 next)
+{
+    __u32 offset = packet->l4_offset;
+#pragma unroll
+    for (int header = 0; header <= NP_IP6_HEADERS; header++) {
+        if (next == NP_PROTOCOL_NONE)
+            return NP_REASON_NO_NEXT_HEADER;
+        if (next != NP_PROTOCOL_HOP_BY_HOP && next != NP_PROTOCOL_ROUTING && next != NP_PROTOCOL_FRAGMENT &&
+            next != NP_PROTOCOL_AUTHENTICATION && next != NP_PROTOCOL_DESTINATION && next != NP_PROTOCOL_MOBILITY) {
+            packet->protocol = next;
+            packet->l4_offset = offset;
+            return NP_REASON_NONE;
+        }
+        if (header == NP_IP6_HEADERS || packet->fragment == NP_FRAGMENT_LATER)
+            break;
+        struct np_ip6_extension *extension = bytes->start + offset;
+        if ((void *)extension + sizeof(struct np_ip6_fragment) > bytes->end)
+            return NP_REASON_SHORT;
+        if (next == NP_PROTOCOL_FRAGMENT) {
+            struct np_ip6_fragment *fragment = (void *)extension;
+            __u32 place = fragment->offset_be & np_net16(0xfff9);
+            packet->fragment_id = fragment->id;
+            if (place) { // else an "atomic" fragment, which is whole
+                packet->fragment = place & np_net16(0xfff8) ? NP_FRAGMENT_LATER : NP_FRAGMENT_FIRST;
+                packet->special = 1;
+            }
+            offset += sizeof(*fragment);
+        } else if (next == NP_PROTOCOL_AUTHENTICATION) {
+            offset += (extension->length + 2) * 4;
+        } else {
+            offset += (extension->length + 1) * 8;
+        }
+        next = extension->next;
+        if (packet->fragment ==
+            NP_FRAGMENT_LATER) { // what follows is payload; `next` is the whole packet's first header
+            packet->protocol = next;
+            packet->l4_offset = offset;
+            return NP_REASON_NONE;
+        }
+        if (offset > NP_PULL_BYTES)
+            return NP_REASON_SHORT;
+    }
+    return NP_REASON_IP6_HEADERS;
+}
+
+NP_INLINE int np_parse_ip6(const struct np_bytes *bytes, struct np_packet *packet)
+{
+    struct np_ip6_header *ip = bytes->start + packet->l4_offset;
+    if ((void *)(ip + 1) > bytes->end)
+        return NP_REASON_SHORT;
+    if (ip->version_class >> 4 != 6)
+        return NP_REASON_BAD_IP;
+    packet->version = 6;
+    __builtin_memcpy(packet->source, ip->source, sizeof(packet->source));
+    __builtin_memcpy(packet->destination, ip->destination, sizeof(packet->destination));
+    packet->l4_offset += sizeof(*ip);
+    if (NP_LIKELY(ip->next == NP_PROTOCOL_TCP || ip->next == NP_PROTOCOL_UDP)) {
+        packet->protocol = ip->next;
+        return NP_REASON_NONE;
+    }
+    return np_parse_ip6_headers(bytes, packet, ip->next);
+}
+
+// The kind of an ICMP message by its type. Types that are not listed are judged by policy packet by packet.
+NP_INLINE __u8 np_icmp_kind_of(__u8 type, const int version)
+{
+    if (version == 6) {
+        if (type == 128)
+            return NP_ICMP_QUERY;
+        if (type == 129)
+            return NP_ICMP_ANSWER;
+        return type >= 1 && type <= 4 ? NP_ICMP_ERROR : NP_ICMP_PLAIN; // unreachable, too big, time, parameter
+    }
+    switch (type) {
+    case 8: // echo
+    case 13: // timestamp
+    case 15: // information
+    case 17: // address mask
+        return NP_ICMP_QUERY;
+    case 0:
+    case 14:
+    case 16:
+    case 18:
+        return NP_ICMP_ANSWER;
+    case 3: // unreachable
+    case 4: // source quench
+    case 5: // redirect
+    case 11: // time exceeded
+    case 12: // parameter problem
+        return NP_ICMP_ERROR;
+    default:
+        return NP_ICMP_PLAIN;
+    }
+}
+
+// Ports and flags. A later fragment has none; np_conn.h recalls them.
+NP_INLINE int np_parse_l4(const struct np_bytes *bytes, struct np_packet *packet, const int version)
+{
+    if (packet->fragment == NP_FRAGMENT_LATER)
+        return NP_REASON_NONE;
+    void *l4 = bytes->start + packet->l4_offset;
+    __u8 protocol = packet->protocol;
+    if (NP_LIKELY(protocol == NP_PROTOCOL_TCP)) {
+        struct np_tcp_header *tcp = l4;
+        if ((void *)(tcp + 1) > bytes->end || tcp->words >> 4 < 5)
+            return NP_REASON_BAD_L4;
+        packet->tcp_flags = tcp->flags;
+        if (tcp->flags & (NP_TCP_SYN | NP_TCP_FIN | NP_TCP_RST))
+            packet->special = 1;
+    } else if (protocol == NP_PROTOCOL_UDP || protocol == NP_PROTOCOL_SCTP) {
+        if (l4 + 8 > bytes->end) // a whole UDP header, the shortest that is of any use for SCTP
+            return NP_REASON_BAD_L4;
+    } else if (protocol == (version == 4 ? NP_PROTOCOL_ICMP : NP_PROTOCOL_ICMPV6)) {
+        struct np_icmp_header *icmp = l4;
+        if ((void *)(icmp + 1) > bytes->end)
+            return NP_REASON_BAD_L4;
+        packet->icmp_type = icmp->type;
+        packet->icmp_code = icmp->code;
+        packet->icmp_kind = np_icmp_kind_of(icmp->type, version);
+        packet->special = 1;
+        if (packet->icmp_kind == NP_ICMP_QUERY)
+            packet->source_port = np_host16(icmp->id_be);
+        else if (packet->icmp_kind == NP_ICMP_ANSWER)
+            packet->destination_port = np_host16(icmp->id_be);
+        return NP_REASON_NONE;
+    } else {
+        return NP_REASON_NONE;
+    }
+    struct np_ports *ports = l4;
+    packet->source_port = np_host16(ports->source_be);
+    packet->destination_port = np_host16(ports->destination_be);
+    return NP_REASON_NONE;
+}
+
+NP_INLINE int np_parse_ip(const struct np_bytes *bytes, struct np_packet *packet, const int version)
+{
+    int reason = version == 4 ? np_parse_ip4(bytes, packet) : np_parse_ip6(bytes, packet);
+    if (reason)
+        return reason;
+    return np_parse_l4(bytes, packet, version);
+}
+
+// IPv6 neighbour and listener discovery, which always passes: queries, reports, solicitations, advertisements.
+NP_INLINE int np_is_neighbour(const struct np_packet *packet)
+{
+    if (NP_LIKELY(packet->protocol != NP_PROTOCOL_ICMPV6) || packet->fragment != NP_FRAGMENT_WHOLE)
+        return 0;
+    switch (packet->icmp_type) {
+    case 130: // listener query
+    case 131: // listener report
+    case 132: // listener done
+    case 133: // router solicitation
+    case 135: // neighbour solicitation
+    case 136: // neighbour advertisement
+        return 1;
+    default: // 134, router advertisement, is for policy to decide
+        return 0;
+    }
+}
