@@ -44,18 +44,22 @@ class Cluster:
 
     def is_allowed(self, pod: Manifest, direction: str, probe: tuple[str, str, str, int]) -> bool:
         """Whether policies let ``pod`` send (Egress) or receive (Ingress) this first packet."""
-        selecting = [policy for policy in self.policies if self._selects(policy, pod, direction)]
+        selecting = [policy for policy in self.policies if self.selects(policy, pod, direction)]
         if not selecting:
             return True
-        source, destination, protocol, port = probe
-        return any(
-            self._has_peer(rule, policy, source if direction == "Ingress" else destination)
-            and self._has_port(rule, destination, protocol, port)
-            for policy in selecting
-            for rule in policy["spec"].get(direction.lower(), [])
-        )
+        return any(self.matching_rule(policy, direction, probe) is not None for policy in selecting)
 
-    def _selects(self, policy: Manifest, pod: Manifest, direction: str) -> bool:
+    def matching_rule(self, policy: Manifest, direction: str, probe: tuple[str, str, str, int]) -> Optional[int]:
+        """Index of the first rule of the policy that matches."""
+        source, destination, protocol, port = probe
+        for index, rule in enumerate(policy["spec"].get(direction.lower(), [])):
+            peer = source if direction == "Ingress" else destination
+            if self._has_peer(rule, policy, peer) and self._has_port(rule, destination, protocol, port):
+                return index
+        return None
+
+    def selects(self, policy: Manifest, pod: Manifest, direction: str) -> bool:
+        """Whether the policy isolates the pod in that direction."""
         spec = policy["spec"]
         types = spec.get("policyTypes") or ["Ingress", *(["Egress"] if spec.get("egress") else [])]
         return (
@@ -96,13 +100,19 @@ class Cluster:
             return True
         if isinstance(wanted, int):
             return bool(wanted <= port <= entry.get("endPort", wanted))
-        pod = self.pod_at(destination)
-        return pod is not None and any(
-            declared["name"] == wanted and declared["protocol"] == protocol and declared["containerPort"] == port
+        return (wanted, protocol, port) in self.declared_ports(destination)
+
+    def declared_ports(self, address: str) -> list[tuple[str, str, int]]:
+        """Name, protocol and number of what the owner of the address declares; init containers count."""
+        pod = self.pod_at(address)
+        if pod is None:
+            return []
+        return [
+            (declared["name"], declared["protocol"], declared["containerPort"])
             for containers in (pod["spec"]["containers"], pod["spec"].get("initContainers", []))
             for container in containers
             for declared in container.get("ports", [])
-        )
+        ]
 
 
 def _selected(selector: Manifest, labels: Manifest) -> bool:
