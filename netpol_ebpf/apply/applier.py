@@ -27,7 +27,7 @@ from netpol_ebpf.apply.encode import (
 )
 from netpol_ebpf.apply.grace import wait_for_readers
 from netpol_ebpf.compiler.tables import Change, EndpointRow, Tables
-from netpol_ebpf.errors import MapFullError
+from netpol_ebpf.errors import MapFullError, PlatformError
 from netpol_ebpf.policy.types import EndpointKey, EndpointKind, IPNetwork
 from netpol_loader import abi
 
@@ -174,7 +174,7 @@ class Applier:
             self._check_room(grow, flip)
             self._write(grow, undo)
             self._write(flip, undo)
-        except MapFullError:
+        except PlatformError:
             undo.roll_back()
             self._rows, self._counts = rows, counts
             raise
@@ -262,7 +262,7 @@ class Applier:
         try:
             self._check_room(step)
             self._write(step, undo)
-        except MapFullError:
+        except PlatformError:
             undo.roll_back()
             self._counts = counts
             if before is None:

@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the program reports, in the policy's words: records of the ring buffer with their numbers resolved.
+
+Invariant: everything in a `FlowEvent` was reported by the program; a number that cannot be resolved stays a number and is never
+guessed at.  One decoder for the kernel engine, the agent and the command line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from ipaddress import IPv4Address, IPv6Address
+from typing import Any
+
+from netpol_ebpf.apply.encode import DIRECTION, OUTCOME
+from netpol_ebpf.policy.types import ICMP, ICMPV6, PORT_PROTOCOLS, Cause, Direction, EndpointKey, Outcome, Packet
+from netpol_loader import abi
+
+KIND: Mapping[int, str] = {abi.NP_EVENT_DENY: "deny", abi.NP_EVENT_ALLOW: "allow", abi.NP_EVENT_LOG: "log"}
+
+
+@dataclass(slots=True)
+class Names:
+    """What numbers stand for: rules, lists of Log rules, endpoints."""
+
+    rules: Mapping[int, Cause] = field(default_factory=dict)
+    log_lists: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
+    endpoints: Mapping[int, EndpointKey] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class FlowEvent:
+    """One packet that the program reported.
+
+    ``kind``: deny, allow or log.  ``reason``: slug of the registry in bpf/np_abi.h.  ``packet``: of the flow's first packet,
+    None where there is no IP header to speak of.  ``cause`` and ``staged_cause`` are None where no rule decided (spoofing, say)
+    or the rule is no longer known; ``rule`` and ``staged_rule`` are the numbers.  ``time_jiffies``: the kernel's clock.
+    """
+
+    kind: str
+    reason: str
+    direction: Direction
+    endpoint: EndpointKey | None
+    ifindex: int
+    packet: Packet | None
+    outcome: Outcome | None
+    cause: Cause | None
+    staged_outcome: Outcome | None
+    staged_cause: Cause | None
+    logs: tuple[Cause, ...]
+    rule: int
+    staged_rule: int
+    own_identity: int
+    peer_identity: int
+    frame_bytes: int
+    time_jiffies: int
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON. Ports and ICMP fields only where the protocol has them."""
+        plain: dict[str, Any] = {
+            "kind": self.kind,
+            "reason": self.reason,
+            "direction": self.direction.value,
+            "endpoint": None if self.endpoint is None else str(self.endpoint),
+            "ifindex": self.ifindex,
+            "verdict": None if self.outcome is None else self.outcome.value,
+            "rule": None if self.cause is None else str(self.cause),
+            "staged_verdict": None if self.staged_outcome is None else self.staged_outcome.value,
+            "staged_rule": None if self.staged_cause is None else str(self.staged_cause),
+            "logs": [str(cause) for cause in self.logs],
+            "peer_identity": self.peer_identity,
+            "frame_bytes": self.frame_bytes,
+            "time_jiffies": self.time_jiffies,
+        }
+        if self.packet is not None:
+            plain |= {
+                "source": str(self.packet.source),
+                "destination": str(self.packet.destination),
+                "protocol": self.packet.protocol,
+            }
+            if self.packet.protocol in PORT_PROTOCOLS:
+                plain |= {"source_port": self.packet.source_port, "destination_port": self.packet.destination_port}
+            elif self.packet.protocol in (ICMP, ICMPV6):
+                plain |= {"icmp_type": self.packet.icmp_type, "icmp_code": self.packet.icmp_code}
+        return plain
+
+
+def decode_event(event: abi.np_event, names: Names) -> FlowEvent:
+    """An event with its numbers resolved."""
+    return FlowEvent(
+        kind=KIND[event.kind],
+        reason=abi.REASONS[event.reason].slug,
+        direction=DIRECTION[event.direction],
+        endpoint=names.endpoints.get(event.endpoint),
+        ifindex=event.ifindex,
+        packet=_packet(event),
+        outcome=OUTCOME.get(event.action),
+        cause=names.rules.get(event.rule),
+        staged_outcome=OUTCOME.get(event.staged_action),
+        staged_cause=names.rules.get(event.staged_rule),
+        logs=tuple(
+            names.rules[rule] for rule in names.log_lists.get(event.log_list, ()) if rule in names.rules
+        ),
+        rule=event.rule,
+        staged_rule=event.staged_rule,
+        own_identity=event.own_identity,
+        peer_identity=event.peer_identity,
+        frame_bytes=event.frame_bytes,
+        time_jiffies=event.time_jiffies,
+    )  # fmt: skip
+
+
+def _packet(event: abi.np_event) -> Packet | None:
+    source: IPv4Address | IPv6Address
+    destination: IPv4Address | IPv6Address
+    if event.ip_version == 4:  # noqa: PLR2004 - the IP version
+        source, destination = IPv4Address(bytes(event.source)[:4]), IPv4Address(bytes(event.destination)[:4])
+    elif event.ip_version == 6:  # noqa: PLR2004 - the IP version
+        source, destination = IPv6Address(bytes(event.source)), IPv6Address(bytes(event.destination))
+    else:
+        return None
+    has_ports = event.protocol in PORT_PROTOCOLS  # of ICMP queries the program keeps the identifier there
+    is_icmp = event.protocol in (ICMP, ICMPV6)
+    return Packet(
+        source,
+        destination,
+        event.protocol,
+        event.source_port if has_ports else 0,
+        event.destination_port if has_ports else 0,
+        event.icmp_type if is_icmp else 0,
+        event.icmp_code if is_icmp else 0,
+    )

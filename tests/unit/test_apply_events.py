@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Records of the ring buffer in the policy's words."""
+
+from __future__ import annotations
+
+import json
+from ipaddress import ip_address
+
+from netpol_ebpf.apply.events import FlowEvent, Names, decode_event
+from netpol_ebpf.policy.types import (
+    ICMP,
+    TCP,
+    Action,
+    Cause,
+    CauseKind,
+    Direction,
+    EndpointKey,
+    Outcome,
+    Packet,
+    PolicyKey,
+)
+from netpol_loader import abi
+
+WEB = EndpointKey("Pod", "shop", "web")
+KEY = PolicyKey("NetworkPolicy", "shop", "p")
+DENY = Cause(CauseKind.TIER_END, Direction.INGRESS, "default", KEY)
+ALLOW = Cause(CauseKind.RULE, Direction.INGRESS, "default", KEY, index=1, action=Action.ALLOW)
+LOG = Cause(CauseKind.RULE, Direction.INGRESS, "default", KEY, index=0, action=Action.LOG)
+NAMES = Names({1: DENY, 2: ALLOW, 3: LOG}, {4: (3,)}, {5: WEB})
+
+
+def raw(**fields: object) -> abi.np_event:
+    event = abi.np_event(
+        kind=abi.NP_EVENT_DENY, reason=abi.NP_REASON_POLICY_DENY, direction=abi.NP_DIRECTION_INGRESS, endpoint=5,
+        ifindex=42, rule=1, staged_rule=2, log_list=4, action=abi.NP_ACTION_DENY, staged_action=abi.NP_ACTION_ALLOW,
+        ip_version=4, protocol=TCP, source_port=40000, destination_port=443, peer_identity=16, frame_bytes=74,
+    )  # fmt: skip
+    event.source[0:4] = list(ip_address("10.0.0.9").packed)
+    event.destination[0:4] = list(ip_address("10.0.0.1").packed)
+    for name, value in fields.items():
+        setattr(event, name, value)
+    return event
+
+
+def decoded(**fields: object) -> FlowEvent:
+    return decode_event(raw(**fields), NAMES)
+
+
+def test_denied_flow_is_told_in_full() -> None:
+    """Endpoint, packet, the rule that decided, what staged policy would have done, and the Log rules on the way."""
+    event = decoded()
+    assert (event.kind, event.reason, event.direction) == ("deny", "policy-deny", Direction.INGRESS)
+    assert (event.endpoint, event.ifindex, event.peer_identity) == (WEB, 42, 16)
+    assert event.packet == Packet(ip_address("10.0.0.9"), ip_address("10.0.0.1"), TCP, 40000, 443)
+    assert (event.outcome, event.cause) == (Outcome.DENY, DENY)
+    assert (event.staged_outcome, event.staged_cause) == (Outcome.ALLOW, ALLOW)
+    assert event.logs == (LOG,)
+
+
+def test_addresses_of_the_other_family() -> None:
+    """IPv6 addresses take all sixteen bytes."""
+    event = raw(ip_version=6)
+    event.source[:] = list(ip_address("fd00::9").packed)
+    event.destination[:] = list(ip_address("fd00::1").packed)
+    packet = decode_event(event, NAMES).packet
+    assert packet is not None
+    assert (packet.source, packet.destination) == (ip_address("fd00::9"), ip_address("fd00::1"))
+
+
+def test_icmp_has_type_and_code_and_no_ports() -> None:
+    """The identifier that the program keeps in the ports of an echo request is not shown as a port."""
+    event = decoded(protocol=ICMP, icmp_type=8, icmp_code=0, destination_port=0)
+    assert event.packet == Packet(ip_address("10.0.0.9"), ip_address("10.0.0.1"), ICMP, icmp_type=8)
+    assert "source_port" not in event.as_dict()
+    assert event.as_dict()["icmp_type"] == 8
+
+
+def test_what_is_not_known_is_not_guessed() -> None:
+    """Without an IP header there is no packet, and unknown numbers resolve to nothing."""
+    event = decoded(ip_version=0, rule=99, endpoint=98, log_list=97, action=abi.NP_ACTION_NONE)
+    assert (event.packet, event.cause, event.endpoint, event.logs, event.outcome) == (None, None, None, (), None)
+    assert event.rule == 99
+    assert event.as_dict()["rule"] is None
+
+
+def test_dictionary_is_json() -> None:
+    """The plain form can be written as JSON and names things as people do."""
+    plain = json.loads(json.dumps(decoded().as_dict()))
+    assert plain["endpoint"] == "Pod/shop/web"
+    assert plain["rule"] == str(DENY)
+    assert (plain["source"], plain["destination_port"], plain["verdict"]) == ("10.0.0.9", 443, "deny")
+
+
+def test_every_kind_and_reason_of_the_registry_is_known() -> None:
+    """No record the program can write is without a name here."""
+    for kind in (abi.NP_EVENT_DENY, abi.NP_EVENT_ALLOW, abi.NP_EVENT_LOG):
+        for reason in abi.REASONS:
+            assert decoded(kind=kind, reason=reason).reason == abi.REASONS[reason].slug
