@@ -131,7 +131,7 @@ def _policy_types(spec: Reader, *, has_egress: bool) -> tuple[str, ...]:
         return DIRECTIONS if has_egress else DIRECTIONS[:1]
     for direction in DIRECTIONS:
         field = direction.lower()
-        if direction not in types and spec.list(field):
+        if len(types) == len(spec.list("policyTypes")) and direction not in types and spec.list(field):
             spec.warning(field, f"has no effect, because `policyTypes` does not list {direction}", slug="inert-rules")
     return tuple(one for one in DIRECTIONS if one in types)
 

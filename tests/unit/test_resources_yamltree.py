@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: Apache-2.0
+"""YAML and JSON to values with positions: scalars, anchors, limits, and what is said of broken text."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from netpol_ebpf.errors import Problem
+from netpol_ebpf.resources import yamltree
+from netpol_ebpf.resources.yamltree import Document, read_documents
+
+
+def _read(text: str) -> tuple[list[Document], list[Problem]]:
+    problems: list[Problem] = []
+    return list(read_documents(text, "f.yaml", problems)), problems
+
+
+def _value(text: str) -> Any:
+    documents, problems = _read(text)
+    assert problems == []
+    assert len(documents) == 1
+    return documents[0].value
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("80", 80),
+        ("-1", -1),
+        ("0x1F", 31),
+        ("0o17", 15),
+        ("017", 15),
+        ("0b11", 3),
+        ("1.5", 1.5),
+        ("1e3", 1000.0),
+        ("true", True),
+        ("yes", True),
+        ("off", False),
+        ("~", None),
+        ("8000:8080", "8000:8080"),
+        ("1:30", "1:30"),
+        ("2024-01-01", "2024-01-01"),
+        ("10.0.0.1", "10.0.0.1"),
+        ("1_000", "1_000"),
+        ("089", "089"),
+        ('"80"', "80"),
+        ("'true'", "true"),
+        ("!!str 80", "80"),
+        ("! 80", "80"),
+        ("!!int 80", 80),
+        ("n", "n"),
+        ("9" * 50, "9" * 50),
+    ],
+)
+def test_scalars_are_read_as_kubectl_reads_them(text: str, value: object) -> None:
+    """Words and numbers of YAML 1.1, without timestamps and base-60 numbers."""
+    seen = _value(f"a: {text}\n")["a"]
+    assert seen == value
+    assert type(seen) is type(value)
+
+
+def test_documents_and_empty_ones() -> None:
+    """Runs of separators, comments and null documents yield nothing."""
+    documents, problems = _read("---\n---\n# nothing\n---\na: 1\n---\nnull\n---\nb: 2\n...\n")
+    assert [document.value for document in documents] == [{"a": 1}, {"b": 2}]
+    assert problems == []
+
+
+def test_positions_of_keys_items_and_missing_fields() -> None:
+    """A field stands where its key does, an item where it begins, a missing one where its parent does."""
+    text = "kind: X\nspec:\n  rules:\n  - name: a\n  - name: b\n    ports: [1,\n      2]\n"
+    documents, _ = _read("# first\n---\n" + text)
+    positions = documents[0].positions
+
+    def at(*path: str | int) -> tuple[int, int]:
+        location = positions.location(path)
+        return location.line, location.column
+
+    assert at() == (3, 1)
+    assert at("spec", "rules") == (5, 3)
+    assert at("spec", "rules", 1) == (7, 5)
+    assert at("spec", "rules", 1, "ports", 1) == (9, 7)
+    assert at("spec", "rules", 1, "absent", "deeper") == (7, 5)
+    assert at("spec", "rules", 7) == (5, 3)
+    child = positions.child(("spec", "rules", 0))
+    assert child.location(("name",)).line == 6
+    assert str(child.location()) == "f.yaml:6"
+
+
+def test_anchors_aliases_and_merge_keys() -> None:
+    """Aliases repeat values; merge keys give defaults that the mapping itself overrides."""
+    text = "base: &b {x: 1, y: [1, 2]}\nname: &n web\none: *b\ntwo:\n  <<: *b\n  x: 3\nthree: {<<: [*b, {z: 4}]}\nfour: {*n : 5}\n"
+    value = _value(text)
+    assert value["one"] == {"x": 1, "y": [1, 2]}
+    assert value["two"] == {"x": 3, "y": [1, 2]}
+    assert value["three"] == {"x": 1, "y": [1, 2], "z": 4}
+    assert value["four"] == {"web": 5}
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "words"),
+    [
+        ("a: 1\nb:\n  c: 1\n  c: 2\n", 4, "the key `c` is given twice (first in line 3)"),
+        ("a: *nope\n", 1, "refers to no anchor"),
+        ("a: &x [*x]\n", 1, "refers to no anchor"),
+        ("? [1]\n: 2\n", 1, "a key must be a plain word"),
+        ("? {a: 1}\n: 2\n", 1, "a key must be a plain word"),
+        ("a: !!binary aGk=\n", 1, "the tag tag:yaml.org,2002:binary is not supported"),
+        ("a: !!int abc\n", 1, "is not a value of the type its tag names"),
+        ("a: !mine {b: 1}\n", 1, "the tag !mine is not supported"),
+        ("<<: 3\n", 1, "`<<` takes a mapping"),
+        ("a: [1, 2\nb: 3\n", 2, "not valid YAML"),
+        ("a:\n\tb: 1\n", 2, "indent with spaces"),
+        ("a: b: c\n", 1, "quote text that contains `: `"),
+        ("a: 'x\n", 2, "not valid YAML"),
+        ("a: {{ .Values.x }}\n", 1, "render it first"),
+        ("a: 1\nb: \x07\n", 2, "not valid YAML"),
+        ("a: 1\nb: \ud800\n", 2, "not valid YAML"),
+        ("a: " + "[" * 101 + "]" * 101, 1, "nested deeper than 100 levels"),
+    ],
+)
+def test_broken_text_is_a_problem_with_its_line(text: str, line: int, words: str) -> None:
+    """Whatever is wrong with the text is said with file and line."""
+    _, problems = _read(text)
+    assert len(problems) == 1
+    assert problems[0].location.line == line
+    assert words in problems[0].message
+    assert problems[0].severity == "error"
+
+
+def test_reading_goes_on_after_a_broken_document() -> None:
+    """A syntax error costs its own document; those before and after are read, with their true lines."""
+    documents, problems = _read("a: 1\n---\nb: [\n---\nc: 3\n---\nd: }\n---\ne: 5\n")
+    assert [document.value for document in documents] == [{"a": 1}, {"c": 3}, {"e": 5}]
+    assert [problem.location.line for problem in problems] == [4, 7]
+    assert documents[-1].positions.location(("e",)).line == 9
+
+
+def test_alias_expansion_is_limited(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A text whose aliases multiply beyond all bounds is refused."""
+    monkeypatch.setattr(yamltree, "MAX_ALIAS_NODES", 1000)
+    text = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n"
+    for level in range(1, 9):
+        text += f"a{level}: &a{level} [{', '.join([f'*a{level - 1}'] * 10)}]\n"
+    _, problems = _read(text)
+    assert [problem.location.line for problem in problems] == [3]
+    assert "expand to more than 1000 values" in problems[0].message
+
+
+def test_json_is_read_like_yaml() -> None:
+    """JSON with tabs, escapes and long lines gives the values that a JSON parser gives, with positions."""
+    value = {"a": [1, 2.5, None, True, "x\ty/"], "b": {"c": "ü"}, "": ""}
+    documents, problems = _read(json.dumps(value, indent="\t"))
+    assert problems == []
+    assert documents[0].value == value
+    assert documents[0].positions.location(("b", "c")).line == 10
+
+
+def test_json_that_yaml_cannot_read() -> None:
+    """Surrogate pairs in escapes are legal JSON; the values are read, duplicates in them are still found."""
+    documents, problems = _read('{"a": "\\ud83d\\ude00", "b": 1, "b": 2}')
+    assert documents[0].value == {"a": "\U0001f600", "b": 2}
+    assert [problem.message for problem in problems] == ["the key `b` is given twice; keep one of them"]
+
+
+def test_byte_order_mark_is_ignored() -> None:
+    """Editors of some systems write one."""
+    assert _value("\ufeffa: 1\n") == {"a": 1}
