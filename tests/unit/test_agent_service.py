@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The agent's socket, both sides in one process: the agent's side is polled between the reader's steps."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from netpol_ebpf.agent import service as module
+from netpol_ebpf.agent.service import Service, ask, connect
+from netpol_ebpf.errors import InvalidInputError, PlatformError, UnreachableError
+
+
+def refuse(_request: Any) -> Any:
+    raise InvalidInputError("no such pod", hint="Look again.")
+
+
+@pytest.fixture
+def agent(tmp_path: Path) -> Iterator[Service]:
+    service = Service(tmp_path / "agent.sock", {"echo": lambda request: {"you": request["word"]}, "refuse": refuse})
+    service.open()
+    yield service
+    service.close()
+
+
+def answers(agent: Service, request: dict[str, Any]) -> list[Any]:
+    """All lines of an answer; the agent is polled by another thread meanwhile."""
+    done = threading.Event()
+
+    def serve() -> None:
+        while not done.wait(0.001):
+            agent.poll()
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    try:
+        return list(ask(agent.path, request))
+    finally:
+        done.set()
+        thread.join()
+
+
+def test_question_is_answered(agent: Service) -> None:
+    """A request gets its answer, as one value."""
+    assert answers(agent, {"op": "echo", "word": "hello"}) == [{"you": "hello"}]
+
+
+def test_error_is_told_with_its_hint(agent: Service) -> None:
+    """What an operation refuses arrives as an error with message and hint."""
+    with pytest.raises(UnreachableError, match="the agent refused: no such pod") as caught:
+        answers(agent, {"op": "refuse"})
+    assert caught.value.hint == "Look again."
+
+
+def test_unknown_operation_names_the_known_ones(agent: Service) -> None:
+    """A request that is not understood is an error that says what would be."""
+    with pytest.raises(UnreachableError, match="known are flows, echo, refuse"):
+        answers(agent, {"op": "nonsense"})
+
+
+@pytest.mark.parametrize("line", [b"{\n", b"[]\n", b"\xff\n", b"x" * 5000])
+def test_garbage_is_an_error_and_harms_nobody(agent: Service, line: bytes) -> None:
+    """A line that is no request is answered as such, and the next reader is served."""
+    with connect(agent.path) as channel:
+        channel.sendall(line)
+        agent.poll()
+        agent.poll()
+        assert b"not a request" in channel.recv(4096)
+    assert answers(agent, {"op": "echo", "word": "still here"}) == [{"you": "still here"}]
+
+
+def test_flows_are_those_before_and_those_that_follow(agent: Service) -> None:
+    """A follower gets recent flows and then each new one; others get only the recent ones."""
+    agent.publish([{"n": 1}, {"n": 2}])
+    assert answers(agent, {"op": "flows"}) == [{"n": 1}, {"n": 2}]
+    with connect(agent.path) as channel, channel.makefile("rb") as lines:
+        channel.sendall(b'{"op": "flows", "follow": true}\n')
+        agent.poll()
+        agent.publish([{"n": 3}])
+        agent.poll()
+        assert [json.loads(lines.readline()) for _ in range(3)] == [{"n": 1}, {"n": 2}, {"n": 3}]
+
+
+def test_follower_that_went_is_forgotten(agent: Service) -> None:
+    """A reader that closed is dropped at the next look."""
+    with connect(agent.path) as channel:
+        channel.sendall(b'{"op": "flows", "follow": true}\n')
+        agent.poll()
+        assert len(agent.descriptors()[0]) == 2
+    agent.poll()
+    assert len(agent.descriptors()[0]) == 1
+
+
+def test_reader_that_does_not_read_is_dropped(agent: Service) -> None:
+    """A follower that lags too far behind is cut off, and the agent does not wait for it."""
+    with connect(agent.path) as channel:
+        channel.sendall(b'{"op": "flows", "follow": true}\n')
+        agent.poll()
+        agent.publish({"n": "x" * 1000} for _ in range(module.BACKLOG_BYTES // 500))
+        assert agent.descriptors()[1] != []
+        agent.poll()
+        assert len(agent.descriptors()[0]) == 1
+
+
+def test_stranger_is_refused(agent: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A user who is neither root nor the agent's own is told so, whatever is asked."""
+    monkeypatch.setattr(module, "peer_user", lambda _channel: 12345)
+    with pytest.raises(UnreachableError, match="only root may ask"):
+        answers(agent, {"op": "echo", "word": "hello"})
+
+
+def test_socket_is_private_and_goes_with_the_agent(agent: Service) -> None:
+    """Nobody else may connect, and a closed agent leaves no socket."""
+    assert agent.path.stat().st_mode & 0o077 == 0
+    agent.close()
+    assert not agent.path.exists()
+    with pytest.raises(UnreachableError, match="no agent answers"):
+        list(ask(agent.path, {"op": "echo"}))
+
+
+def test_second_agent_is_refused_and_a_dead_one_s_socket_is_replaced(agent: Service) -> None:
+    """A socket somebody answers at is not taken over; one that was left behind is."""
+    with pytest.raises(PlatformError, match="another agent answers"):
+        Service(agent.path, {}).open()
+    dead = agent.path.with_name("dead.sock")
+    with socket.socket(socket.AF_UNIX) as left:
+        left.bind(str(dead))
+    heir = Service(dead, {})
+    heir.open()
+    heir.close()
