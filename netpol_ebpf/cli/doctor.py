@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`netpolctl doctor`: whether this machine can enforce, thing by thing, and what to do about what is missing.
+
+Exit codes: 0 everything is there, 5 something is missing.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from netpol_ebpf.cli.output import add_output_option, print_value
+from netpol_ebpf.errors import PlatformError
+
+
+def register(subparsers: Any) -> None:
+    """Add the command to the parser of `netpolctl`."""
+    parser: argparse.ArgumentParser = subparsers.add_parser(
+        "doctor",
+        help="check what this machine has and lacks",
+        description="Check what this machine has of all that enforcement needs. Changes nothing.",
+        epilog="exit codes: 0 everything is there, 5 something is missing",
+    )
+    parser.add_argument(
+        "--pin-root",
+        type=Path,
+        default=None,
+        metavar="DIR",
+        help="where the agent would keep its maps (a BPF file system)",
+    )
+    add_output_option(parser)
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the command; returns the exit code."""
+    from netpol_loader import doctor
+
+    checks = doctor.check_all(arguments.pin_root or doctor.BPFFS)
+    plain = [
+        {
+            "check": check.name,
+            "ok": check.error is None,
+            "detail": check.detail,
+            "hint": None if check.error is None else check.error.hint,
+        }
+        for check in checks
+    ]
+    if not print_value(arguments.output, plain):
+        for check in checks:
+            print(f"{'ok' if check.error is None else 'MISSING':<8}{check.name:<10} {check.detail}")
+            if check.error is not None and check.error.hint:
+                print(f"{'':<19}-> {check.error.hint}")
+    return 0 if all(check.error is None for check in checks) else PlatformError.exit_code
