@@ -1,0 +1,214 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Putting the programs on interfaces, finding where they are, taking them off.
+
+Two mechanisms.  *tcx* (kernel 6.6 and newer): a link pinned under the dataplane's ``links``, so it outlives the process and
+its program can be exchanged in one step.  *clsact*: a filter on a queueing discipline, through `netpol_loader.netlink`; the
+kernel keeps it with the interface, and its name says which program it is.  Invariants: attaching twice is attaching once; at no moment of an exchange is an
+interface without a program; only what is ours is ever taken off.  Must not choose interfaces.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import errno
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from netpol_ebpf.errors import PlatformError
+from netpol_loader import netlink, syscall
+from netpol_loader.hook import Hook
+
+if TYPE_CHECKING:
+    from netpol_loader.dataplane import Dataplane
+
+ATTACH_TYPES: Mapping[Hook, int] = {Hook.TC_INGRESS: syscall.TCX_INGRESS, Hook.TC_EGRESS: syscall.TCX_EGRESS}
+SUFFIXES: Mapping[Hook, str] = {Hook.TC_INGRESS: "_in", Hook.TC_EGRESS: "_out"}
+
+LINKS = "links"
+CLSACT_MARK = "_clsact"
+NO_INTERFACE = 0x7FFF_FFFF
+"""An interface number that cannot exist: asks a kernel whether it knows tcx without attaching anything."""
+
+
+class Mechanism(enum.Enum):
+    """How a program is attached."""
+
+    TCX = "tcx"
+    CLSACT = "clsact"
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Attachment:
+    """One program on one interface. ``prog_id``: the kernel's number of the program."""
+
+    ifindex: int
+    hook: Hook
+    mechanism: Mechanism
+    prog_id: int
+
+
+def preferred_mechanism(dataplane: Dataplane) -> Mechanism:
+    """The better one that this kernel has: tcx, else clsact."""
+    try:
+        fd = syscall.link_create(dataplane.program_fd(Hook.TC_INGRESS), NO_INTERFACE, syscall.TCX_INGRESS)
+    except OSError as error:
+        return Mechanism.TCX if error.errno == errno.ENODEV else Mechanism.CLSACT
+    os.close(fd)
+    raise AssertionError("attached to an interface that cannot exist")
+
+
+def attach(ifindex: int, dataplane: Dataplane, mechanism: Mechanism | None = None) -> None:
+    """Put both programs on an interface; what is there already stays. Raises PlatformError when the interface is gone.
+
+    ``mechanism`` None: what is there already, else the preferred one.
+    """
+    present = {one.hook: one for one in attached(ifindex, dataplane)}
+    for hook in Hook:
+        if hook in present:
+            continue
+        chosen = mechanism or preferred_mechanism(dataplane)
+        if chosen is Mechanism.TCX:
+            _attach_tcx(ifindex, dataplane, hook)
+        else:
+            _attach_clsact(ifindex, dataplane, hook)
+
+
+def detach(ifindex: int, dataplane: Dataplane) -> bool:
+    """Take both programs off an interface; False when there was nothing."""
+    found = attached(ifindex, dataplane)
+    for one in found:
+        if one.mechanism is Mechanism.TCX:
+            _link_path(dataplane, ifindex, one.hook).unlink()
+        else:
+            netlink.delete_clsact_filter(ifindex, one.hook)
+    if _clsact_mark(dataplane, ifindex).exists():
+        netlink.delete_clsact_if_unused(ifindex)
+    _forget_dead(dataplane, ifindex)
+    return bool(found)
+
+
+def attached(ifindex: int, dataplane: Dataplane) -> tuple[Attachment, ...]:
+    """What of ours is on an interface, by both mechanisms."""
+    return tuple(sorted(_tcx_attachments(dataplane, ifindex) | _clsact_attachments(dataplane, ifindex), key=_order))
+
+
+def attachments(dataplane: Dataplane) -> tuple[Attachment, ...]:
+    """Everything of ours on all interfaces of this network namespace."""
+    found = set(_tcx_attachments(dataplane))
+    for link in netlink.links():
+        found |= _clsact_attachments(dataplane, link.ifindex)
+    return tuple(sorted(found, key=_order))
+
+
+def detach_all(dataplane: Dataplane) -> None:
+    """Take everything off every interface."""
+    for ifindex in {one.ifindex for one in attachments(dataplane)}:
+        detach(ifindex, dataplane)
+    prune(dataplane)
+
+
+def prune(dataplane: Dataplane) -> None:
+    """Remove what is kept about interfaces that are gone."""
+    for ifindex in {int(path.name.partition("_")[0]) for path in (dataplane.pin_dir / LINKS).iterdir()}:
+        _forget_dead(dataplane, ifindex)
+
+
+def replace(dataplane: Dataplane, old: Mapping[Hook, int]) -> None:
+    """Exchange the program everywhere; ``old``: program ids that count as ours on clsact, besides the current ones."""
+    for path in _link_paths(dataplane):
+        with _opened(path) as fd:
+            info = syscall.link_info(fd)
+            if info.ifindex:
+                hook = next(hook for hook, kind in ATTACH_TYPES.items() if kind == info.attach_type)
+                syscall.link_update(fd, dataplane.program_fd(hook))
+    for link in netlink.links():
+        for one in netlink.clsact_filters(link.ifindex):
+            if one.prog_id == old[one.hook]:
+                _put_filter(link.ifindex, dataplane, one.hook)
+
+
+def _order(one: Attachment) -> tuple[int, str, str]:
+    return (one.ifindex, one.hook.value, one.mechanism.value)
+
+
+def _attach_tcx(ifindex: int, dataplane: Dataplane, hook: Hook) -> None:
+    path = _link_path(dataplane, ifindex, hook)
+    path.unlink(missing_ok=True)  # of a former interface with this number; a live one was found before
+    try:
+        fd = syscall.link_create(dataplane.program_fd(hook), ifindex, ATTACH_TYPES[hook])
+    except OSError as error:
+        raise PlatformError(f"cannot attach {hook.value} to interface {ifindex}: {error.strerror}") from error
+    try:
+        syscall.obj_pin(fd, path)
+    finally:
+        os.close(fd)
+
+
+def _attach_clsact(ifindex: int, dataplane: Dataplane, hook: Hook) -> None:
+    if netlink.add_clsact(ifindex):
+        _clsact_mark(dataplane, ifindex).mkdir(exist_ok=True)
+    _put_filter(ifindex, dataplane, hook)
+
+
+def _put_filter(ifindex: int, dataplane: Dataplane, hook: Hook) -> None:
+    prog_fd = dataplane.program_fd(hook)
+    netlink.put_clsact_filter(ifindex, hook, prog_fd, syscall.prog_info(prog_fd).id)
+
+
+def _clsact_mark(dataplane: Dataplane, ifindex: int) -> Path:
+    """A directory that says that the interface's clsact is ours to remove; bpffs has no plain files."""
+    return dataplane.pin_dir / LINKS / f"{ifindex}{CLSACT_MARK}"
+
+
+def _link_path(dataplane: Dataplane, ifindex: int, hook: Hook) -> Path:
+    return dataplane.pin_dir / LINKS / f"{ifindex}{SUFFIXES[hook]}"
+
+
+def _link_paths(dataplane: Dataplane, ifindex: int | None = None) -> list[Path]:
+    if ifindex is not None:
+        return [path for hook in Hook if (path := _link_path(dataplane, ifindex, hook)).exists()]
+    return sorted(path for path in (dataplane.pin_dir / LINKS).iterdir() if not path.name.endswith(CLSACT_MARK))
+
+
+def _tcx_attachments(dataplane: Dataplane, ifindex: int | None = None) -> set[Attachment]:
+    found = set()
+    for path in _link_paths(dataplane, ifindex):
+        with _opened(path) as fd:
+            info = syscall.link_info(fd)
+        if info.ifindex:
+            hook = next(hook for hook, kind in ATTACH_TYPES.items() if kind == info.attach_type)
+            found.add(Attachment(info.ifindex, hook, Mechanism.TCX, info.prog_id))
+    return found
+
+
+def _clsact_attachments(dataplane: Dataplane, ifindex: int) -> set[Attachment]:
+    ours = {syscall.prog_info(dataplane.program_fd(hook)).id for hook in Hook}
+    return {
+        Attachment(ifindex, one.hook, Mechanism.CLSACT, one.prog_id)
+        for one in netlink.clsact_filters(ifindex)
+        if one.prog_id in ours
+    }
+
+
+def _forget_dead(dataplane: Dataplane, ifindex: int) -> None:
+    for path in _link_paths(dataplane, ifindex):
+        with _opened(path) as fd:
+            alive = syscall.link_info(fd).ifindex
+        if not alive:
+            path.unlink()
+    mark = _clsact_mark(dataplane, ifindex)
+    if mark.exists() and not netlink.has_clsact(ifindex):
+        mark.rmdir()
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[int]:
+    fd = syscall.obj_get(path)
+    try:
+        yield fd
+    finally:
+        os.close(fd)

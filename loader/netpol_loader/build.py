@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From the C sources to pinned maps and programs, in a child process that exits afterwards.
+
+BCC never gives back the memory of its compiler, so the process that enforces policy never compiles.  The child opens or
+creates every map by its pin (np_maps.h declares the paths), loads the two programs and pins them; the parent only reads
+its exit code and its last lines.  No kernel headers: the shim directory beside the sources is all BCC gets.
+
+Invariants: this is the one module that imports bcc.  It writes into the directory it is given and nowhere else.  Must not
+know what is in the maps, nor attach anything.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import netpol_ebpf.errors
+from netpol_ebpf.errors import LoadError, PlatformError
+from netpol_loader import abi, syscall
+from netpol_loader.hook import Hook
+
+ENTRY = "netpol.c"
+NEW_SUFFIX = "_new"
+"""Programs are pinned under this suffix; the caller renames them when it is satisfied."""
+
+BUILD_TIMEOUT_S = 120.0
+"""Compile and load take half a second here; arbitrary beyond that."""
+
+ERROR_LINES = 25
+"""How much of clang's or the verifier's output an error carries; the end says what failed."""
+
+INCLUDE = re.compile(r'#include "(\w+\.h)"$')
+
+
+def source_dir() -> Path:
+    """The C sources: inside the installed package, else in the repository."""
+    package = Path(__file__).resolve().parent
+    for candidate in (package / "bpf", package.parent.parent / "bpf"):
+        if (candidate / ENTRY).is_file():
+            return candidate
+    raise PlatformError(
+        f"the C sources of the packet path are neither in {package / 'bpf'} nor in {package.parent.parent / 'bpf'}",
+        hint="The installation is incomplete; install netpol-ebpf again.",
+    )
+
+
+def merged_source(directory: Path, entry: str = ENTRY) -> str:
+    """One text of the entry file and its headers, each once, with line directives.
+
+    BCC rewrites map accesses in the main file only, so the headers have to become part of it.
+    """
+    seen: set[str] = set()
+
+    def merge(name: str) -> list[str]:
+        seen.add(name)
+        lines = [f'#line 1 "{name}"']
+        for number, line in enumerate((directory / name).read_text().splitlines(), 1):
+            include = INCLUDE.match(line)
+            if include and include[1] not in seen:
+                lines += [*merge(include[1]), f'#line {number + 1} "{name}"']
+            else:
+                lines.append("" if include or line == "#pragma once" else line)
+        return lines
+
+    return "\n".join(merge(entry)) + "\n"
+
+
+def source_digest(directory: Path) -> bytes:
+    """SHA-256 of everything that makes the program, but for the maps' sizes, which are fixed when they are created."""
+    digest = hashlib.sha256(merged_source(directory).encode())
+    for path in sorted((directory / "shim").rglob("*.h")):
+        digest.update(path.read_bytes())
+    return digest.digest()
+
+
+def build(pin_dir: Path, sizes: Mapping[str, int]) -> None:
+    """Make the maps that are missing in ``pin_dir`` and pin both programs there, with NEW_SUFFIX.
+
+    ``sizes``: max_entries by map name, for maps that are created (and for the two whose size the program knows).
+    Raises LoadError with the last lines of what clang or the verifier said, PlatformError when BCC is missing.
+    """
+    unknown = sizes.keys() - abi.MAP_SPECS.keys()
+    if unknown:
+        raise PlatformError(f"no such map: {', '.join(sorted(unknown))}", hint="See netpol_loader.abi.MAP_SPECS.")
+    command = [sys.executable, "-m", __name__, str(pin_dir), *(f"{name}={size}" for name, size in sizes.items())]
+    environment = dict(os.environ)
+    roots = [str(Path(module).resolve().parent.parent) for module in (__file__, netpol_ebpf.errors.__file__)]
+    environment["PYTHONPATH"] = os.pathsep.join([*roots, environment.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+    try:
+        done = subprocess.run(
+            command, env=environment, capture_output=True, text=True, errors="replace", check=False,
+            timeout=BUILD_TIMEOUT_S,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired as error:
+        raise LoadError(f"compiling and loading took longer than {BUILD_TIMEOUT_S:.0f} s") from error
+    if done.returncode == PlatformError.exit_code:
+        raise PlatformError(done.stderr.strip().splitlines()[-1])
+    if done.returncode != 0:
+        tail = "\n  ".join((done.stdout + done.stderr).strip().splitlines()[-ERROR_LINES:])
+        raise LoadError(f"the packet path does not compile or load (exit code {done.returncode}):\n  {tail}")
+
+
+def _compile_and_pin(pin_dir: Path, sizes: Mapping[str, int]) -> None:
+    """The child's work. bcc prints what clang and the verifier say to stderr by itself."""
+    directory = source_dir()
+    os.environ["BCC_KERNEL_SOURCE"] = str(directory / "shim")
+    try:
+        from bcc import BPF
+    except ImportError as error:
+        raise PlatformError(
+            f"Python's bcc module is missing ({error}): install the distribution's python3-bpfcc, and make the "
+            "virtual environment with --system-site-packages (PyPI's bcc is an unrelated package)"
+        ) from error
+    flags = [f'-DNP_PIN_DIR="{pin_dir}"', "-Wno-unknown-pragmas", "-Wno-pass-failed"]
+    flags += [f"-DNP_MAX_{name.removeprefix('np_').upper()}={size}" for name, size in sizes.items()]
+    module = BPF(text=merged_source(directory), cflags=flags)
+    for hook in Hook:
+        function = module.load_func(hook.value, BPF.SCHED_CLS)
+        syscall.obj_pin(function.fd, pin_dir / (hook.value + NEW_SUFFIX))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry of the child: DIRECTORY [MAP=SIZE]..."""
+    parser = argparse.ArgumentParser(prog="netpol_loader.build", description="Compile, load and pin the packet path.")
+    parser.add_argument("pin_dir", type=Path)
+    parser.add_argument("sizes", nargs="*", metavar="MAP=SIZE")
+    arguments = parser.parse_args(argv)
+    sizes = {name: int(size) for name, _, size in (text.partition("=") for text in arguments.sizes)}
+    try:
+        _compile_and_pin(arguments.pin_dir, sizes)
+    except PlatformError as error:
+        print(error.message, file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

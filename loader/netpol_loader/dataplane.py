@@ -1,0 +1,324 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The pinned maps and programs of one node, as a whole: made, adopted, replaced, removed.
+
+All state lives in bpffs (whose names may have no dots); a process that holds a `Dataplane` is disposable.  Invariants:
+the pin directory appears whole, by one rename; what is pinned is never replaced by something that did not load; maps are
+kept when the program changes; a directory of another schema is never touched.  Must not know what the maps mean, apart
+from configuration and schema.
+
+    PIN_ROOT/v1/np_<map>             maps
+    PIN_ROOT/v1/np_tc_ingress        programs
+    PIN_ROOT/v1/links/<ifindex>_in   tcx links (netpol_loader.attach)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import fcntl
+import logging
+import os
+import shutil
+import struct
+import types
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from netpol_ebpf.errors import PlatformError
+from netpol_loader import abi, build, clock, doctor, syscall
+from netpol_loader.events import EventReader
+from netpol_loader.hook import Hook
+from netpol_loader.maps import Map
+
+log = logging.getLogger(__name__)
+
+DEFAULT_PIN_ROOT = Path("/sys/fs/bpf/netpol")
+LINKS = "links"
+
+FIRST_GENERATION = 1
+TIMEOUTS_S: Mapping[int, float] = types.MappingProxyType(
+    {
+        abi.NP_CONN_TCP_NEW: 20,
+        abi.NP_CONN_TCP_OPEN: 3600,
+        abi.NP_CONN_TCP_CLOSING: 30,
+        abi.NP_CONN_TCP_RESET: 40,
+        abi.NP_CONN_UDP: 60,
+        abi.NP_CONN_ICMP: 5,
+        abi.NP_CONN_OTHER: 600,
+        abi.NP_CONN_FRAGMENT: 30,
+    }
+)
+"""Seconds by enum np_conn_state. The connections' are those of Calico's BPF dataplane; the fragments' is Linux's own."""
+
+SKB_BYTES = 192
+SKB_INGRESS_IFINDEX = 36
+SKB_IFINDEX = 40
+"""Offsets in struct __sk_buff, a kernel interface that never changes."""
+
+
+@dataclass(frozen=True, slots=True)
+class TestRun:
+    """What a program said of a frame: -1 pass, 2 drop; and the mean duration of a run."""
+
+    __test__ = False
+
+    verdict: int
+    duration_ns: int
+
+    @property
+    def passed(self) -> bool:
+        """Whether the packet would go on."""
+        return self.verdict == -1
+
+
+class Dataplane:
+    """Open file descriptors of everything pinned in one directory. Get one by `open`; a context manager."""
+
+    def __init__(self, pin_root: Path, maps: Mapping[str, Map], programs: Mapping[Hook, int]) -> None:
+        self.pin_root = pin_root
+        self.pin_dir = schema_dir(pin_root)
+        self.maps = maps
+        self._programs = programs
+
+    @classmethod
+    def open(cls, pin_root: Path = DEFAULT_PIN_ROOT, *, sizes: Mapping[str, int] | None = None) -> Dataplane:
+        """Make what is missing under ``pin_root``, adopt what is there.
+
+        ``sizes`` (max_entries by map name; the ring buffer's in bytes) matters only where maps are created: existing maps
+        keep theirs, with a warning when another was asked for.  Raises PlatformError (no bpffs, other schema, no BCC),
+        PrivilegeError, LoadError.
+        """
+        doctor.require_bpffs(pin_root)
+        pin_root.mkdir(parents=True, exist_ok=True)
+        with _locked(pin_root):
+            _refuse_other_schemas(pin_root)
+            _remove_leftovers(pin_root)
+            if schema_dir(pin_root).exists():
+                return cls._adopt(pin_root, sizes or {})
+            return cls._create(pin_root, sizes or {})
+
+    @classmethod
+    def _create(cls, pin_root: Path, sizes: Mapping[str, int]) -> Dataplane:
+        staging = pin_root / f"new-{os.getpid()}"
+        (staging / LINKS).mkdir(parents=True)
+        try:
+            build.build(staging, sizes)
+            _promote_programs(staging)
+            maps = _open_maps(staging)
+            jiffies_per_second = clock.measure_jiffies_per_second()
+            maps["np_config"].put(_index(0), bytes(default_config(jiffies_per_second)))
+            _write_schema(maps["np_schema"], jiffies_per_second)
+            staging.rename(schema_dir(pin_root))
+        except BaseException:
+            shutil.rmtree(staging, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                pin_root.rmdir()
+            raise
+        log.info("created %s", schema_dir(pin_root))
+        return cls(pin_root, maps, _open_programs(schema_dir(pin_root)))
+
+    @classmethod
+    def _adopt(cls, pin_root: Path, sizes: Mapping[str, int]) -> Dataplane:
+        pin_dir = schema_dir(pin_root)
+        maps = _open_maps(pin_dir)
+        for name, size in sizes.items():
+            if name in maps and maps[name].max_entries != size:
+                log.warning("map %s keeps its size of %d; %d was asked for", name, maps[name].max_entries, size)
+        schema = abi.np_schema.from_buffer_copy(maps["np_schema"].get(_index(0)) or b"")
+        if schema.version != abi.SCHEMA_VERSION:
+            raise PlatformError(f"{pin_dir} holds schema {schema.version}, not {abi.SCHEMA_VERSION}")
+        dataplane = cls(pin_root, maps, _open_programs(pin_dir))
+        if bytes(schema.source_digest) != build.source_digest(build.source_dir()):
+            dataplane.replace_programs(schema.jiffies_per_second)
+        return dataplane
+
+    def replace_programs(self, jiffies_per_second: int) -> None:
+        """Load the program of these sources beside the pinned one and, if it differs, put it in its place everywhere."""
+        from netpol_loader import attach
+
+        for hook in Hook:
+            (self.pin_dir / (hook.value + build.NEW_SUFFIX)).unlink(missing_ok=True)
+        build.build(self.pin_dir, {name: one.max_entries for name, one in self.maps.items()})
+        new = {hook: syscall.obj_get(self.pin_dir / (hook.value + build.NEW_SUFFIX)) for hook in Hook}
+        if all(syscall.prog_info(new[hook]).tag == self.program_tag(hook) for hook in Hook):
+            log.info("the pinned program is the one of these sources already")
+            for hook, fd in new.items():
+                (self.pin_dir / (hook.value + build.NEW_SUFFIX)).unlink()
+                os.close(fd)
+        else:
+            old = {hook: syscall.prog_info(fd).id for hook, fd in self._programs.items()}
+            previous, self._programs = self._programs, new
+            attach.replace(self, old)
+            _promote_programs(self.pin_dir)
+            for fd in previous.values():
+                os.close(fd)
+            log.info("replaced the programs of %s; all maps are kept", self.pin_dir)
+        _write_schema(self.maps["np_schema"], jiffies_per_second)
+
+    def program_fd(self, hook: Hook) -> int:
+        """The program for a hook; the descriptor stays this object's."""
+        return self._programs[hook]
+
+    def program_tag(self, hook: Hook) -> str:
+        """Digest of the program's instructions, as bpftool prints it."""
+        return syscall.prog_info(self._programs[hook]).tag
+
+    def test_run(
+        self, hook: Hook, frame: bytes, *, ingress_ifindex: int = 0, ifindex: int = 1, repeat: int = 1
+    ) -> TestRun:
+        """Run a hook's program on a frame that starts with its Ethernet header.
+
+        ``ifindex``: the interface it passes, which must exist (1: lo).  ``ingress_ifindex``: where it entered the node;
+        0 at TC_EGRESS means that the node itself sent it.  Maps change as they would for a real packet.
+        """
+        context = bytearray(SKB_BYTES)
+        struct.pack_into("=I", context, SKB_INGRESS_IFINDEX, ingress_ifindex)
+        struct.pack_into("=I", context, SKB_IFINDEX, ifindex)
+        try:
+            verdict, duration_ns = syscall.prog_test_run(self._programs[hook], frame, bytes(context), repeat)
+        except OSError as error:
+            raise PlatformError(
+                f"cannot run {hook.value} on a frame of {len(frame)} bytes at interface {ifindex}: {error.strerror}"
+            ) from error
+        return TestRun(verdict, duration_ns)
+
+    def events(self, callback: Callable[[abi.np_event], None]) -> EventReader:
+        """A reader of the event ring; one at a time."""
+        return EventReader(self.maps["np_event"].fd, callback)
+
+    def config(self) -> abi.np_config:
+        """The configuration in force."""
+        return abi.np_config.from_buffer_copy(self.maps["np_config"].get(_index(0)) or b"")
+
+    def set_config(self, config: abi.np_config) -> None:
+        """Put a configuration in force. Each word changes at once; the whole not necessarily."""
+        self.maps["np_config"].put(_index(0), bytes(config))
+
+    def bump_generation(self) -> int:
+        """Make every open flow take the policy step once more; returns the new generation.
+
+        Also needed after an endpoint row was deleted, or its number or flags changed: the program remembers those per
+        generation.
+        """
+        config = self.config()
+        config.generation = config.generation % 0xFFFF_FFFF + 1  # never 0: that is an unused slot of np_near
+        self.set_config(config)
+        return int(config.generation)
+
+    def remove(self) -> None:
+        """Detach every interface and unpin everything of this directory; the parent goes when it is empty."""
+        from netpol_loader import attach
+
+        attach.detach_all(self)
+        self.close()
+        shutil.rmtree(self.pin_dir)
+        with contextlib.suppress(OSError):  # another schema's directory may be there
+            self.pin_root.rmdir()
+
+    def close(self) -> None:
+        """Close all descriptors. Enforcement goes on."""
+        for one in self.maps.values():
+            one.close()
+        for fd in self._programs.values():
+            os.close(fd)
+        self._programs = {}
+
+    def __enter__(self) -> Dataplane:  # noqa: PYI034  # typing.Self is newer than Python 3.10
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def schema_dir(pin_root: Path) -> Path:
+    """The directory of this schema."""
+    return pin_root / f"v{abi.SCHEMA_VERSION}"
+
+
+def default_config(jiffies_per_second: int) -> abi.np_config:
+    """The configuration of a new dataplane: first generation, no flags, TIMEOUTS_S."""
+    config = abi.np_config(generation=FIRST_GENERATION, jiffies_per_second=jiffies_per_second)
+    for state, seconds in TIMEOUTS_S.items():
+        config.timeout_jiffies[state] = int(seconds * jiffies_per_second)
+    return config
+
+
+def _index(number: int) -> bytes:
+    return struct.pack("=I", number)
+
+
+def _write_schema(schema_map: Map, jiffies_per_second: int) -> None:
+    digest = build.source_digest(build.source_dir())
+    row = abi.np_schema(version=abi.SCHEMA_VERSION, jiffies_per_second=jiffies_per_second)
+    ctypes.memmove(row.source_digest, digest, len(digest))
+    schema_map.put(_index(0), bytes(row))
+
+
+def _open_maps(pin_dir: Path) -> dict[str, Map]:
+    """Open every map of MAP_SPECS and compare its layout with ours. Raises PlatformError."""
+    maps = {}
+    for spec in abi.MAP_SPECS.values():
+        try:
+            one = Map(syscall.obj_get(pin_dir / spec.name))
+        except OSError as error:
+            raise PlatformError(
+                f"{pin_dir / spec.name} cannot be opened: {error.strerror}",
+                hint="The pin directory is damaged; `netpolctl cleanup` removes it.",
+            ) from error
+        maps[spec.name] = one
+        seen = (one.type, one.key_size, one.value_size)
+        wanted = (spec.kind, spec.key_size, spec.value_size)
+        if seen != wanted:
+            raise PlatformError(f"map {spec.name} in {pin_dir} is (type, key, value) {seen}; this build needs {wanted}")
+    return maps
+
+
+def _open_programs(pin_dir: Path) -> dict[Hook, int]:
+    try:
+        return {hook: syscall.obj_get(pin_dir / hook.value) for hook in Hook}
+    except OSError as error:
+        raise PlatformError(
+            f"a program in {pin_dir} cannot be opened: {error.strerror}",
+            hint="The pin directory is damaged; `netpolctl cleanup` removes it.",
+        ) from error
+
+
+def _promote_programs(pin_dir: Path) -> None:
+    for hook in Hook:
+        (pin_dir / (hook.value + build.NEW_SUFFIX)).rename(pin_dir / hook.value)
+
+
+def _refuse_other_schemas(pin_root: Path) -> None:
+    ours = schema_dir(pin_root)
+    others = sorted(path.name for path in pin_root.glob("v*") if path != ours)
+    if others:
+        raise PlatformError(
+            f"{pin_root} holds the maps of another version ({', '.join(others)}); this one needs {ours.name}",
+            hint="Run `netpolctl cleanup` of the version that made them, or give another pin directory.",
+        )
+
+
+def _remove_leftovers(pin_root: Path) -> None:
+    """What builders that died left behind. We hold the lock, so none of them is still at work."""
+    for path in pin_root.glob("new-*"):
+        log.warning("removing %s, left by a process that died", path)
+        shutil.rmtree(path)
+
+
+@contextlib.contextmanager
+def _locked(pin_root: Path) -> Iterator[None]:
+    """One process at a time makes or changes what is pinned under a root."""
+    fd = os.open(pin_root, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno != errno.EWOULDBLOCK:
+                raise
+            log.info("waiting for another process that builds in %s", pin_root)
+            fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)

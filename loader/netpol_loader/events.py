@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reading the event ring, through libbpf (the one thing it is used for: its reader keeps the memory order right).
+
+Invariant: every record is handed to the callback once, in order.  The program wakes nobody up, so the reader has to look:
+`poll` waits at most the time it is given and then consumes whatever is there.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+from collections.abc import Callable
+
+from netpol_ebpf.errors import PlatformError
+from netpol_loader import abi
+
+LIBRARIES = ("libbpf.so.1", "libbpf.so.0")
+
+_SAMPLE = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
+
+
+@functools.cache
+def _libbpf() -> ctypes.CDLL:
+    for name in LIBRARIES:
+        try:
+            library = ctypes.CDLL(name, use_errno=True)
+        except OSError:
+            continue
+        library.ring_buffer__new.restype = ctypes.c_void_p
+        library.ring_buffer__new.argtypes = [ctypes.c_int, _SAMPLE, ctypes.c_void_p, ctypes.c_void_p]
+        library.ring_buffer__poll.argtypes = [ctypes.c_void_p, ctypes.c_int]
+        library.ring_buffer__consume.argtypes = [ctypes.c_void_p]
+        library.ring_buffer__free.argtypes = [ctypes.c_void_p]
+        return library
+    raise PlatformError(
+        f"none of {', '.join(LIBRARIES)} can be loaded",
+        hint="Install the distribution's libbpf (Debian and Ubuntu: apt install libbpf1 or libbpf0).",
+    )
+
+
+class EventReader:
+    """A consumer of the ring buffer behind ``map_fd``. One reader at a time; close it."""
+
+    def __init__(self, map_fd: int, callback: Callable[[abi.np_event], None]) -> None:
+        self._callback = callback
+        self._failure: BaseException | None = None
+        self._sample = _SAMPLE(self._on_sample)  # kept: the library has only its address
+        self._ring: int | None = _libbpf().ring_buffer__new(map_fd, self._sample, None, None)
+        if not self._ring:
+            raise PlatformError(f"cannot open the event ring: {os.strerror(ctypes.get_errno())}")
+
+    def poll(self, timeout_ms: int) -> int:
+        """Wait for events, at most ``timeout_ms``; returns how many were handed over."""
+        waited = self._check(_libbpf().ring_buffer__poll(self._ring, timeout_ms))
+        return waited + self.consume()
+
+    def consume(self) -> int:
+        """Hand over what is there; returns how many. What the callback raised is raised here."""
+        return self._check(_libbpf().ring_buffer__consume(self._ring))
+
+    def close(self) -> None:
+        """Give the ring back."""
+        if self._ring:
+            _libbpf().ring_buffer__free(self._ring)
+            self._ring = None
+
+    def __enter__(self) -> EventReader:  # noqa: PYI034  # typing.Self is newer than Python 3.10
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _on_sample(self, _context: int, data: int, size: int) -> int:
+        try:
+            self._callback(abi.np_event.from_buffer_copy(ctypes.string_at(data, size)))
+        except BaseException as error:  # noqa: BLE001  # must not pass through C; raised again by _check
+            self._failure = error
+            return -1
+        return 0
+
+    def _check(self, result: int) -> int:
+        if self._failure is not None:
+            failure, self._failure = self._failure, None
+            raise failure
+        if result < 0:
+            raise PlatformError(f"cannot read the event ring: {os.strerror(-result)}")
+        return result

@@ -1,0 +1,392 @@
+# SPDX-License-Identifier: Apache-2.0
+"""rtnetlink: interfaces, addresses, routes, clsact filters, the other ends of veth pairs, news about interfaces.
+
+The one module that imports pyroute2.  Invariant: everything is about the network namespace the caller is in, except
+`find_workload_interfaces`, which looks into all of them from threads of its own.  Must not know of programs' contents
+or of policy.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import os
+import select
+import socket
+import struct
+import threading
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from ipaddress import IPv4Address, IPv6Address, ip_address
+from pathlib import Path
+from typing import Any, Union
+
+from netpol_ebpf.errors import PlatformError
+from netpol_loader.hook import Hook
+
+IPAddress = Union[IPv4Address, IPv6Address]
+
+CLSACT_PARENTS: Mapping[Hook, int] = {Hook.TC_INGRESS: 0xFFFF_FFF2, Hook.TC_EGRESS: 0xFFFF_FFF3}
+FILTER_PRIORITY = 1
+"""First of all: a filter of others that ends the chain must not come before policy."""
+FILTER_HANDLE = 0x4E50
+"""Ours among filters of the same priority; arbitrary ("NP")."""
+
+RTM_NEWLINK, RTM_DELLINK = 16, 17
+RTM_NEWADDR, RTM_DELADDR = 20, 21
+RTM_NEWROUTE, RTM_DELROUTE = 24, 25
+GROUPS = 0x1 | 0x10 | 0x40 | 0x100 | 0x400
+"""RTMGRP_LINK, _IPV4_IFADDR, _IPV4_ROUTE, _IPV6_IFADDR, _IPV6_ROUTE."""
+IFLA_IFNAME = 3
+NETLINK_HEADER = struct.Struct("=IHHII")
+LINK_HEADER = struct.Struct("=BBHiII")
+CLONE_NEWNET = 0x4000_0000
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """An interface. ``peer_ifindex``: the other end's number (of a veth pair, maybe in another namespace), 0: none.
+
+    ``peer_nsid``: that namespace's number in this one, None when it is this one.
+    """
+
+    ifindex: int
+    name: str
+    kind: str
+    is_up: bool
+    mac: str
+    master: int
+    peer_ifindex: int
+    peer_nsid: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class ClsactFilter:
+    """One of our filters. ``prog_id`` as written in its name."""
+
+    hook: Hook
+    prog_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class News:
+    """Something changed. ``ifindex`` 0 for routes: look again."""
+
+    kind: str  # link, address, route
+    is_gone: bool
+    ifindex: int
+    name: str
+
+
+@contextlib.contextmanager
+def _route() -> Iterator[Any]:
+    """An rtnetlink socket of the calling thread's namespace; its errors become PlatformErrors."""
+    from pyroute2 import IPRoute
+    from pyroute2.netlink.exceptions import NetlinkError
+
+    try:
+        with IPRoute() as route:
+            yield route
+    except NetlinkError as error:
+        raise _NetlinkError(error.code) from error
+
+
+class _NetlinkError(PlatformError):
+    """An answer of the kernel; ``code`` is its errno."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__(f"rtnetlink: {os.strerror(code)}")
+        self.code = code
+
+
+def _link(message: Any) -> Link:
+    info = message.get_attr("IFLA_LINKINFO")
+    return Link(
+        ifindex=message["index"],
+        name=message.get_attr("IFLA_IFNAME"),
+        kind=(info.get_attr("IFLA_INFO_KIND") if info else None) or "",
+        is_up=bool(message["flags"] & 1),
+        mac=message.get_attr("IFLA_ADDRESS") or "",
+        master=message.get_attr("IFLA_MASTER") or 0,
+        peer_ifindex=message.get_attr("IFLA_LINK") or 0,
+        peer_nsid=message.get_attr("IFLA_LINK_NETNSID"),
+    )
+
+
+def links() -> list[Link]:
+    """All interfaces."""
+    with _route() as route:
+        return [_link(message) for message in route.get_links()]
+
+
+def link(name_or_ifindex: str | int) -> Link | None:
+    """One interface by name or number, or None."""
+    return next((one for one in links() if name_or_ifindex in (one.name, one.ifindex)), None)
+
+
+def addresses() -> dict[IPAddress, int]:
+    """The addresses of this namespace and the interface each is on."""
+    with _route() as route:
+        return dict(_addresses(route))
+
+
+def _addresses(route: Any) -> Iterator[tuple[IPAddress, int]]:
+    for message in route.get_addr():
+        text = message.get_attr("IFA_LOCAL") or message.get_attr("IFA_ADDRESS")
+        if text:
+            yield ip_address(text), message["index"]
+
+
+def host_routes() -> dict[IPAddress, int]:
+    """Routes to a single address (/32, /128) through an interface, of the main table."""
+    found: dict[IPAddress, int] = {}
+    with _route() as route:
+        for family, bits in ((socket.AF_INET, 32), (socket.AF_INET6, 128)):
+            for message in route.get_routes(family=family):
+                destination, interface = message.get_attr("RTA_DST"), message.get_attr("RTA_OIF")
+                is_main = message["table"] == 254 and message["type"] == 1  # noqa: PLR2004  # RT_TABLE_MAIN, unicast
+                if message["dst_len"] == bits and destination and interface and is_main:
+                    found[ip_address(destination)] = interface
+    return found
+
+
+def find_workload_interfaces(wanted: Collection[IPAddress]) -> dict[IPAddress, int]:
+    """The host-side interface of each address that is on a veth whose other end is in this namespace.
+
+    Looks into every network namespace that a process is in or that /run/netns names: costs a few ms each. Needs root.
+    """
+    ours = Path("/proc/self/ns/net").stat().st_ino
+    own_links = {one.ifindex: one for one in links()}
+    found: dict[IPAddress, int] = {}
+    missing = set(wanted)
+    own_fd = os.open("/proc/self/ns/net", os.O_RDONLY)
+    try:
+        for path in _namespaces(ours):
+            if not missing:
+                break
+            for address, peer in _peers_in(path, own_fd, missing).items():
+                if peer in own_links and own_links[peer].kind == "veth":
+                    found[address] = peer
+                    missing.discard(address)
+    finally:
+        os.close(own_fd)
+    return found
+
+
+def _namespaces(ours: int) -> list[Path]:
+    """One path for each network namespace but this one; named ones first."""
+    seen = {ours}
+    paths = []
+    for folder, pattern in ((Path("/run/netns"), "*"), (Path("/proc"), "[0-9]*/ns/net")):
+        for path in sorted(folder.glob(pattern)):
+            with contextlib.suppress(OSError):  # a process that ended meanwhile
+                inode = path.stat().st_ino
+                if inode not in seen:
+                    seen.add(inode)
+                    paths.append(path)
+    return paths
+
+
+def _peers_in(path: Path, own_fd: int, wanted: set[IPAddress]) -> dict[IPAddress, int]:
+    """Of the wanted addresses those on veths in another namespace, with the peer's number in the namespace ``own_fd``."""
+    result: dict[IPAddress, int] = {}
+    failures: list[BaseException] = []
+
+    def look() -> None:
+        try:
+            with _route() as route:
+                present = {address: index for address, index in _addresses(route) if address in wanted}
+                if not present:
+                    return
+                nsid = _nsid(route, own_fd)
+                peers = {one.ifindex: one for one in map(_link, route.get_links()) if one.peer_nsid == nsid}
+            result.update({a: peers[i].peer_ifindex for a, i in present.items() if i in peers})
+        except BaseException as error:  # noqa: BLE001  # raised again in the caller's thread
+            failures.append(error)
+
+    try:
+        fd = os.open(path, os.O_RDONLY)
+    except OSError:
+        return {}  # it ended since we listed it
+    try:
+        run_in_namespace(fd, look)
+    finally:
+        os.close(fd)
+    if failures:
+        raise failures[0]
+    return result
+
+
+def _nsid(route: Any, namespace_fd: int) -> int | None:
+    """The number that the socket's namespace has given another one; None: none, or the kernel's "not assigned"."""
+    answer = route.get_netnsid(fd=namespace_fd)
+    number = answer.get("nsid") if isinstance(answer, dict) else None
+    return number if isinstance(number, int) and number not in {-1, 0xFFFF_FFFF} else None
+
+
+def run_in_namespace(namespace_fd: int, work: Any) -> None:
+    """Call ``work()`` in a thread of its own that has entered a network namespace; the caller's thread stays."""
+    failures: list[OSError] = []
+
+    def body() -> None:
+        libc = ctypes.CDLL(None, use_errno=True)
+        if libc.setns(namespace_fd, CLONE_NEWNET) != 0:
+            failures.append(OSError(ctypes.get_errno(), "setns"))
+            return
+        work()
+
+    thread = threading.Thread(target=body, name="netns")
+    thread.start()
+    thread.join()
+    if failures:
+        raise PlatformError(f"cannot enter a network namespace: {os.strerror(failures[0].errno or 0)}")
+
+
+# --- clsact ---------------------------------------------------------------------------------------------------------
+
+
+def add_clsact(ifindex: int) -> bool:
+    """Give an interface the clsact discipline; False when it has one."""
+    try:
+        with _route() as route:
+            route.tc("add", "clsact", index=ifindex)
+    except _NetlinkError as error:
+        if error.code == errno.EEXIST:
+            return False
+        raise PlatformError(f"cannot add clsact to interface {ifindex}: {os.strerror(error.code)}") from error
+    return True
+
+
+def has_clsact(ifindex: int) -> bool:
+    """Whether an interface exists and has the discipline."""
+    try:
+        with _route() as route:
+            return any(message.get_attr("TCA_KIND") == "clsact" for message in route.get_qdiscs(index=ifindex))
+    except _NetlinkError as error:
+        if error.code == errno.ENODEV:
+            return False
+        raise
+
+
+def delete_clsact_if_unused(ifindex: int) -> None:
+    """Remove the clsact discipline of an interface, unless somebody else's filters are on it."""
+    with contextlib.suppress(_NetlinkError), _route() as route:  # no interface, no discipline
+        if any(list(route.get_filters(index=ifindex, parent=parent)) for parent in CLSACT_PARENTS.values()):
+            return
+        route.tc("del", "clsact", index=ifindex)
+
+
+def put_clsact_filter(ifindex: int, hook: Hook, prog_fd: int, prog_id: int) -> None:
+    """Put a program on a hook, in the place of one that we put there before; in one step, no packet sees neither."""
+    try:
+        with _route() as route:
+            route.tc(
+                "replace-filter", "bpf", index=ifindex, parent=CLSACT_PARENTS[hook], prio=FILTER_PRIORITY,
+                handle=FILTER_HANDLE, fd=prog_fd, name=f"{hook.value}#{prog_id}", direct_action=True,
+            )  # fmt: skip
+    except _NetlinkError as error:
+        raise PlatformError(
+            f"cannot put {hook.value} on clsact of interface {ifindex}: {os.strerror(error.code)}"
+        ) from error
+
+
+def delete_clsact_filter(ifindex: int, hook: Hook) -> None:
+    """Take our filter off a hook."""
+    with _route() as route:
+        route.tc(
+            "del-filter", "bpf", index=ifindex, parent=CLSACT_PARENTS[hook], prio=FILTER_PRIORITY, handle=FILTER_HANDLE
+        )
+
+
+def clsact_filters(ifindex: int) -> list[ClsactFilter]:
+    """Filters on an interface that bear our programs' names; none when the interface has no clsact, or is gone."""
+    found = []
+    for hook, parent in CLSACT_PARENTS.items():
+        try:
+            with _route() as route:
+                messages = list(route.get_filters(index=ifindex, parent=parent))
+        except _NetlinkError:  # ENODEV, or no such parent
+            continue
+        for message in messages:
+            options = message.get_attr("TCA_OPTIONS")
+            name, _, number = ((options.get_attr("TCA_BPF_NAME") if options else None) or "").partition("#")
+            if name == hook.value and number.isdecimal():
+                found.append(ClsactFilter(hook, int(number)))
+    return found
+
+
+# --- news -----------------------------------------------------------------------------------------------------------
+
+
+class Monitor:
+    """News about interfaces, addresses and routes of this namespace, from the moment it is made.
+
+    A plain netlink socket: it has to live in a select loop, and losing messages must be noticed.
+    """
+
+    KINDS: Mapping[int, tuple[str, bool]] = {
+        RTM_NEWLINK: ("link", False), RTM_DELLINK: ("link", True),
+        RTM_NEWADDR: ("address", False), RTM_DELADDR: ("address", True),
+        RTM_NEWROUTE: ("route", False), RTM_DELROUTE: ("route", True),
+    }  # fmt: skip
+
+    def __init__(self) -> None:
+        self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, socket.NETLINK_ROUTE)
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)
+        self._socket.bind((0, GROUPS))
+        self._socket.settimeout(0)
+
+    def fileno(self) -> int:
+        """For select: readable when there is news."""
+        return self._socket.fileno()
+
+    def wait(self, timeout_s: float) -> list[News] | None:
+        """News, waiting at most ``timeout_s`` for the first. None: some were lost, look at everything again."""
+        if not select.select([self._socket], [], [], timeout_s)[0]:
+            return []
+        news: list[News] = []
+        while True:
+            try:
+                datagram = self._socket.recv(1 << 16)
+            except BlockingIOError:
+                return news
+            except OSError as error:
+                if error.errno == errno.ENOBUFS:
+                    return None
+                raise
+            news += self._parse(datagram)
+
+    def close(self) -> None:
+        """Stop listening."""
+        self._socket.close()
+
+    def __enter__(self) -> Monitor:  # noqa: PYI034  # typing.Self is newer than Python 3.10
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _parse(self, datagram: bytes) -> Iterator[News]:
+        at = 0
+        while at + NETLINK_HEADER.size <= len(datagram):
+            length, kind, *_ = NETLINK_HEADER.unpack_from(datagram, at)
+            if kind in self.KINDS:
+                what, is_gone = self.KINDS[kind]
+                yield self._news(what, is_gone, datagram[at + NETLINK_HEADER.size : at + length])
+            at += max((length + 3) & ~3, NETLINK_HEADER.size)
+
+    @staticmethod
+    def _news(what: str, is_gone: bool, body: bytes) -> News:  # noqa: FBT001  # private
+        if what == "route":
+            return News(what, is_gone, ifindex=0, name="")
+        if what == "address":
+            return News(what, is_gone, struct.unpack_from("=I", body, 4)[0], "")
+        _, _, _, ifindex, _, _ = LINK_HEADER.unpack_from(body)
+        name, at = "", LINK_HEADER.size
+        while at + 4 <= len(body):
+            size, attribute = struct.unpack_from("=HH", body, at)
+            if attribute == IFLA_IFNAME:
+                name = body[at + 4 : at + size].split(b"\0")[0].decode()
+            at += max((size + 3) & ~3, 4)
+        return News(what, is_gone, ifindex, name)

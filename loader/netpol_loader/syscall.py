@@ -1,0 +1,390 @@
+# SPDX-License-Identifier: Apache-2.0
+"""bpf(2) by its number: the commands the loader needs, each as one function over file descriptors and bytes.
+
+Works on any distribution, since it needs no library but libc.  Invariant: every function either succeeds or raises
+OSError with the kernel's errno; nothing is retried or interpreted here.  Must not know which maps or programs exist.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+
+SYSCALL_NUMBERS = {"x86_64": 321, "aarch64": 280, "riscv64": 280, "armv7l": 386, "s390x": 351, "ppc64le": 361}
+
+# enum bpf_cmd
+MAP_LOOKUP_ELEM = 1
+MAP_UPDATE_ELEM = 2
+MAP_DELETE_ELEM = 3
+MAP_GET_NEXT_KEY = 4
+PROG_LOAD = 5
+OBJ_PIN = 6
+OBJ_GET = 7
+PROG_TEST_RUN = 10
+OBJ_GET_INFO_BY_FD = 15
+MAP_LOOKUP_BATCH = 24
+MAP_UPDATE_BATCH = 26
+MAP_DELETE_BATCH = 27
+LINK_CREATE = 28
+LINK_UPDATE = 29
+LINK_DETACH = 34
+
+ATTR_BYTES = 152
+"""Room for union bpf_attr of every kernel known; what a kernel does not know must be zero, and is."""
+
+MAP_KINDS = {
+    1: "hash", 2: "array", 5: "percpu_hash", 6: "percpu_array", 9: "lru_hash", 11: "lpm_trie", 27: "ringbuf",
+}  # fmt: skip
+PER_CPU_KINDS = frozenset({"percpu_hash", "percpu_array"})
+
+PROG_TYPE_SCHED_CLS = 3
+TCX_INGRESS = 46
+TCX_EGRESS = 47
+
+
+class _Attr(ctypes.Structure):
+    """Base of the command attributes; each is copied into ATTR_BYTES of zeros."""
+
+
+class _ElementAttr(_Attr):
+    _fields_ = (
+        ("map_fd", ctypes.c_uint32),
+        ("pad", ctypes.c_uint32),
+        ("key", ctypes.c_uint64),
+        ("value", ctypes.c_uint64),
+        ("flags", ctypes.c_uint64),
+    )
+
+
+class _BatchAttr(_Attr):
+    _fields_ = (
+        ("in_batch", ctypes.c_uint64),
+        ("out_batch", ctypes.c_uint64),
+        ("keys", ctypes.c_uint64),
+        ("values", ctypes.c_uint64),
+        ("count", ctypes.c_uint32),
+        ("map_fd", ctypes.c_uint32),
+        ("elem_flags", ctypes.c_uint64),
+        ("flags", ctypes.c_uint64),
+    )
+
+
+class _ObjAttr(_Attr):
+    _fields_ = (
+        ("pathname", ctypes.c_uint64),
+        ("bpf_fd", ctypes.c_uint32),
+        ("file_flags", ctypes.c_uint32),
+    )
+
+
+class _InfoAttr(_Attr):
+    _fields_ = (
+        ("bpf_fd", ctypes.c_uint32),
+        ("info_len", ctypes.c_uint32),
+        ("info", ctypes.c_uint64),
+    )
+
+
+class _ProgLoadAttr(_Attr):
+    _fields_ = (
+        ("prog_type", ctypes.c_uint32),
+        ("insn_cnt", ctypes.c_uint32),
+        ("insns", ctypes.c_uint64),
+        ("license", ctypes.c_uint64),
+    )
+
+
+class _TestRunAttr(_Attr):
+    _fields_ = (
+        ("prog_fd", ctypes.c_uint32),
+        ("retval", ctypes.c_uint32),
+        ("data_size_in", ctypes.c_uint32),
+        ("data_size_out", ctypes.c_uint32),
+        ("data_in", ctypes.c_uint64),
+        ("data_out", ctypes.c_uint64),
+        ("repeat", ctypes.c_uint32),
+        ("duration", ctypes.c_uint32),
+        ("ctx_size_in", ctypes.c_uint32),
+        ("ctx_size_out", ctypes.c_uint32),
+        ("ctx_in", ctypes.c_uint64),
+        ("ctx_out", ctypes.c_uint64),
+    )
+
+
+class _LinkCreateAttr(_Attr):
+    _fields_ = (
+        ("prog_fd", ctypes.c_uint32),
+        ("target_ifindex", ctypes.c_uint32),
+        ("attach_type", ctypes.c_uint32),
+        ("flags", ctypes.c_uint32),
+    )
+
+
+class _LinkUpdateAttr(_Attr):
+    _fields_ = (
+        ("link_fd", ctypes.c_uint32),
+        ("new_prog_fd", ctypes.c_uint32),
+        ("flags", ctypes.c_uint32),
+    )
+
+
+class _LinkDetachAttr(_Attr):
+    _fields_ = (("link_fd", ctypes.c_uint32),)
+
+
+class _MapInfo(ctypes.Structure):
+    _fields_ = (
+        ("kind", ctypes.c_uint32),
+        ("id", ctypes.c_uint32),
+        ("key_size", ctypes.c_uint32),
+        ("value_size", ctypes.c_uint32),
+        ("max_entries", ctypes.c_uint32),
+        ("flags", ctypes.c_uint32),
+        ("name", ctypes.c_char * 16),
+        ("ifindex", ctypes.c_uint32),
+        ("btf_vmlinux_value_type_id", ctypes.c_uint32),
+        ("netns_dev", ctypes.c_uint64),
+        ("netns_ino", ctypes.c_uint64),
+        ("btf_id", ctypes.c_uint32),
+        ("btf_key_type_id", ctypes.c_uint32),
+        ("btf_value_type_id", ctypes.c_uint32),
+        ("pad", ctypes.c_uint32),
+    )
+
+
+class _ProgInfo(ctypes.Structure):
+    _fields_ = (
+        ("kind", ctypes.c_uint32),
+        ("id", ctypes.c_uint32),
+        ("tag", ctypes.c_uint8 * 8),
+        ("jited_len", ctypes.c_uint32),
+        ("xlated_len", ctypes.c_uint32),
+        ("jited_insns", ctypes.c_uint64),
+        ("xlated_insns", ctypes.c_uint64),
+        ("load_time", ctypes.c_uint64),
+        ("created_by_uid", ctypes.c_uint32),
+        ("nr_map_ids", ctypes.c_uint32),
+        ("map_ids", ctypes.c_uint64),
+        ("name", ctypes.c_char * 16),
+    )
+
+
+class _LinkInfo(ctypes.Structure):
+    _fields_ = (
+        ("kind", ctypes.c_uint32),
+        ("id", ctypes.c_uint32),
+        ("prog_id", ctypes.c_uint32),
+        ("pad", ctypes.c_uint32),
+        ("ifindex", ctypes.c_uint32),
+        ("attach_type", ctypes.c_uint32),
+        ("rest", ctypes.c_uint64 * 4),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class MapInfo:
+    """What the kernel says of a map. Sizes in bytes; ``kind`` as in MAP_KINDS, else the number as text."""
+
+    id: int
+    name: str
+    kind: str
+    key_size: int
+    value_size: int
+    max_entries: int
+    has_btf: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ProgInfo:
+    """What the kernel says of a program. ``tag``: hex digest of its instructions. Sizes in bytes."""
+
+    id: int
+    name: str
+    tag: str
+    xlated_bytes: int
+    jited_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class LinkInfo:
+    """What the kernel says of a tcx link. ``ifindex`` 0: its interface is gone."""
+
+    id: int
+    prog_id: int
+    ifindex: int
+    attach_type: int
+
+
+@functools.cache
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None, use_errno=True)
+
+
+@functools.cache
+def _syscall_number() -> int:
+    machine = platform.machine()
+    if machine not in SYSCALL_NUMBERS:
+        raise OSError(0, f"the number of bpf(2) on {machine} is not known here")
+    return SYSCALL_NUMBERS[machine]
+
+
+def _bpf(command: int, attr: _Attr) -> int:
+    """Call bpf(2); ``attr`` holds afterwards what the kernel wrote. Raises OSError."""
+    room = ctypes.create_string_buffer(ATTR_BYTES)
+    size = ctypes.sizeof(attr)
+    ctypes.memmove(room, ctypes.byref(attr), size)
+    result: int = _libc().syscall(_syscall_number(), command, room, ATTR_BYTES)
+    error = ctypes.get_errno()
+    ctypes.memmove(ctypes.byref(attr), room, size)
+    if result < 0:
+        raise OSError(error, os.strerror(error))
+    return result
+
+
+Buffer = ctypes.Array[ctypes.c_char]
+
+
+def buffer(content: bytes) -> Buffer:
+    """Bytes at an address the kernel can read."""
+    return (ctypes.c_char * max(len(content), 1)).from_buffer_copy(content or b"\0")
+
+
+def empty(size: int) -> Buffer:
+    """Room for ``size`` bytes that the kernel can write."""
+    return ctypes.create_string_buffer(max(size, 1))
+
+
+def _element(map_fd: int, key: Buffer | None, value: Buffer | None, flags: int = 0) -> _ElementAttr:
+    return _ElementAttr(
+        map_fd=map_fd,
+        key=ctypes.addressof(key) if key is not None else 0,
+        value=ctypes.addressof(value) if value is not None else 0,
+        flags=flags,
+    )
+
+
+def map_lookup(map_fd: int, key: Buffer, value: Buffer) -> None:
+    """Read one element into ``value``."""
+    _bpf(MAP_LOOKUP_ELEM, _element(map_fd, key, value))
+
+
+def map_update(map_fd: int, key: Buffer, value: Buffer) -> None:
+    """Insert or replace one element."""
+    _bpf(MAP_UPDATE_ELEM, _element(map_fd, key, value))
+
+
+def map_delete(map_fd: int, key: Buffer) -> None:
+    """Remove one element."""
+    _bpf(MAP_DELETE_ELEM, _element(map_fd, key, None))
+
+
+def map_next_key(map_fd: int, key: Buffer | None, following: Buffer) -> None:
+    """Write the key after ``key`` (None: the first) into ``following``. ENOENT at the end."""
+    _bpf(MAP_GET_NEXT_KEY, _element(map_fd, key, following))
+
+
+def map_batch(
+    command: int, map_fd: int, keys: Buffer, values: Buffer | None, count: int,
+    *, start: Buffer | None = None, position: Buffer | None = None,
+) -> tuple[int, int]:  # fmt: skip
+    """One batch command. Returns (elements done, errno or 0): a partial result is no exception."""
+    attr = _BatchAttr(
+        in_batch=ctypes.addressof(start) if start is not None else 0,
+        out_batch=ctypes.addressof(position) if position is not None else 0,
+        keys=ctypes.addressof(keys),
+        values=ctypes.addressof(values) if values is not None else 0,
+        count=count,
+        map_fd=map_fd,
+    )
+    try:
+        _bpf(command, attr)
+    except OSError as error:
+        return attr.count, error.errno or 0
+    return attr.count, 0
+
+
+def obj_pin(fd: int, path: Path) -> None:
+    """Give an object a name in bpffs."""
+    name = buffer(bytes(path) + b"\0")
+    _bpf(OBJ_PIN, _ObjAttr(pathname=ctypes.addressof(name), bpf_fd=fd))
+
+
+def obj_get(path: Path) -> int:
+    """A new file descriptor of a pinned object."""
+    name = buffer(bytes(path) + b"\0")
+    return _bpf(OBJ_GET, _ObjAttr(pathname=ctypes.addressof(name)))
+
+
+def _info(fd: int, info: ctypes.Structure) -> None:
+    _bpf(OBJ_GET_INFO_BY_FD, _InfoAttr(bpf_fd=fd, info_len=ctypes.sizeof(info), info=ctypes.addressof(info)))
+
+
+def map_info(fd: int) -> MapInfo:
+    """What the kernel says of a map."""
+    info = _MapInfo()
+    _info(fd, info)
+    kind = MAP_KINDS.get(info.kind, str(info.kind))
+    name = info.name.decode("ascii")
+    return MapInfo(info.id, name, kind, info.key_size, info.value_size, info.max_entries, bool(info.btf_id))
+
+
+def prog_info(fd: int) -> ProgInfo:
+    """What the kernel says of a program."""
+    info = _ProgInfo()
+    _info(fd, info)
+    return ProgInfo(info.id, info.name.decode("ascii"), bytes(info.tag).hex(), info.xlated_len, info.jited_len)
+
+
+def link_info(fd: int) -> LinkInfo:
+    """What the kernel says of a tcx link."""
+    info = _LinkInfo()
+    _info(fd, info)
+    return LinkInfo(info.id, info.prog_id, info.ifindex, info.attach_type)
+
+
+def prog_load(instructions: bytes, program_type: int = PROG_TYPE_SCHED_CLS) -> int:
+    """Load a program given as raw instructions of 8 bytes each."""
+    code, license_text = buffer(instructions), buffer(b"Dual BSD/GPL\0")
+    return _bpf(
+        PROG_LOAD,
+        _ProgLoadAttr(
+            prog_type=program_type,
+            insn_cnt=len(instructions) // 8,
+            insns=ctypes.addressof(code),
+            license=ctypes.addressof(license_text),
+        ),
+    )
+
+
+def prog_test_run(prog_fd: int, frame: bytes, context: bytes, repeat: int) -> tuple[int, int]:
+    """Run a program on a frame. Returns (verdict as a signed number, mean duration in ns)."""
+    data, ctx = buffer(frame), buffer(context)
+    attr = _TestRunAttr(
+        prog_fd=prog_fd,
+        data_size_in=len(frame),
+        data_in=ctypes.addressof(data),
+        repeat=repeat,
+        ctx_size_in=len(context),
+        ctx_in=ctypes.addressof(ctx) if context else 0,
+    )
+    _bpf(PROG_TEST_RUN, attr)
+    return ctypes.c_int32(attr.retval).value, attr.duration
+
+
+def link_create(prog_fd: int, ifindex: int, attach_type: int) -> int:
+    """Attach a program to an interface as a tcx link; it lives as long as the descriptor or a pin of it."""
+    return _bpf(LINK_CREATE, _LinkCreateAttr(prog_fd=prog_fd, target_ifindex=ifindex, attach_type=attach_type))
+
+
+def link_update(link_fd: int, prog_fd: int) -> None:
+    """Replace a link's program; no packet sees neither."""
+    _bpf(LINK_UPDATE, _LinkUpdateAttr(link_fd=link_fd, new_prog_fd=prog_fd))
+
+
+def link_detach(link_fd: int) -> None:
+    """Detach a link although descriptors or pins of it remain."""
+    _bpf(LINK_DETACH, _LinkDetachAttr(link_fd=link_fd))
