@@ -88,7 +88,8 @@ class SetRow:
 class EndpointRow:
     """What an endpoint's packets are judged by. ``number``: stable, unique on the node, never 0.
 
-    ``sets`` has (Direction, Stage) for each policy set; a workload always has both directions of NORMAL.
+    ``sets`` has (Direction, Stage) for each policy set; NORMAL is always there in both directions.  A host's other stage
+    that is missing says nothing: the packet continues.
     """
 
     number: int
@@ -131,10 +132,12 @@ class Delta(Generic[K, V]):
 class Table(Generic[K, V]):
     """Desired content of one map, with the writes that were not handed out yet. Cost of each call: constant."""
 
-    __slots__ = ("_pending", "_rows", "name")
+    __slots__ = ("_pending", "_rows", "name", "version")
 
     def __init__(self, name: str) -> None:
         self.name = name
+        self.version = 0
+        """Raised by every change, so that who derives something from the rows knows when it is stale."""
         self._rows: dict[K, V] = {}
         self._pending: Delta[K, V] = Delta()
 
@@ -161,6 +164,7 @@ class Table(Generic[K, V]):
     def set(self, key: K, row: V) -> None:
         """Insert or replace; an equal row is no change."""
         if self._rows.get(key) != row:
+            self.version += 1
             self._rows[key] = row
             self._pending.upserts[key] = row
             self._pending.deletes.discard(key)
@@ -168,6 +172,7 @@ class Table(Generic[K, V]):
     def delete(self, key: K) -> None:
         """Remove; an absent key is no change."""
         if self._rows.pop(key, None) is not None:
+            self.version += 1
             self._pending.upserts.pop(key, None)
             self._pending.deletes.add(key)
 
@@ -182,7 +187,8 @@ class Tables:
     """All tables of one node. Keys and rows as the kernel sees them, before packing.
 
     l4_atoms: block -> 256 atom numbers; l4_columns: block -> 64 class numbers; verdicts: index -> row.
-    cidrs holds no entry for the two default routes: WORLD_V4/WORLD_V6 stand for a miss.
+    cidrs: a default route has a row only while a network set contains it; without one, a miss is WORLD_V4/WORLD_V6.
+    l4_atoms: a block without a row is all zeros.
     """
 
     endpoints: Table[EndpointKey, EndpointRow] = field(default_factory=lambda: Table("endpoints"))
@@ -206,15 +212,31 @@ class Tables:
 
 @dataclass(slots=True)
 class Change:
-    """One transition, as three batches to be written in this order, each as ``{table name: delta}``.
+    """One transition, as batches to be written in this order, each as ``{table name: delta}``.
 
+    Within a batch, upserts in the order of `Tables.all`, then deletes in the reverse order.  A change is written to its
+    end (grace period and shrink included) before the next one is begun: numbers and ranges are used again then.
+
+    prepare: policy sets that need more room, copied to a larger range, and the endpoint rows that point at them; no
+    packet's verdict changes.
     grow: new rows and neutral re-labellings; no packet's verdict changes.
     flip: endpoint rows, and the address rows of endpoints that appeared, changed labels or went.
     shrink: rows nothing refers to any more; to be written after a grace period.
     ``revokes``: an allow may have become a deny, so the generation is to be bumped after the flip.
     """
 
+    prepare: dict[str, Delta] = field(default_factory=dict)  # type: ignore[type-arg]
     grow: dict[str, Delta] = field(default_factory=dict)  # type: ignore[type-arg]
     flip: dict[str, Delta] = field(default_factory=dict)  # type: ignore[type-arg]
     shrink: dict[str, Delta] = field(default_factory=dict)  # type: ignore[type-arg]
     revokes: bool = False
+
+    def batches(self) -> Iterator[tuple[str, dict[str, Delta]]]:  # type: ignore[type-arg]
+        """(name, batch) in the order to be written; after "flip" comes the generation's bump, then the grace period."""
+        yield "prepare", self.prepare
+        yield "grow", self.grow
+        yield "flip", self.flip
+        yield "shrink", self.shrink
+
+    def __bool__(self) -> bool:
+        return any(batch for _, batch in self.batches())

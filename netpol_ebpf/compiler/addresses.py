@@ -1,0 +1,362 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which identity each known address and prefix has: the tables ``addresses`` and ``cidrs``.
+
+An address has the owners at the address itself and everything that its containing prefixes have; a prefix has its own and
+that of the prefixes around it.  So the longest match alone answers for an address that has no row of its own.
+
+Invariants: a prefix is stored exactly while an owner or an atom is at it, an address likewise; after `Addresses.settle`
+each has the identity of its content, and the rows that changed are in the draft.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from netpol_ebpf.compiler.draft import DELETED, Draft, Phase
+from netpol_ebpf.compiler.identities import IdentityIndex
+from netpol_ebpf.compiler.journal import Journal
+from netpol_ebpf.compiler.tables import WORLD_V4, WORLD_V6, AddressRow
+from netpol_ebpf.policy.types import EndpointKey, IPAddress, IPNetwork
+
+_LENGTH_BITS = 8  # a prefix sorts by (network, length): network << 8 | length
+_EMPTY: frozenset[int] = frozenset()
+
+
+@dataclass(slots=True, eq=False)
+class _Context:
+    """What an address has from the prefixes around it. Interned, so that equal ones are the same object."""
+
+    owners: frozenset[int]
+    atoms: frozenset[int]
+
+
+@dataclass(slots=True, eq=False)
+class PrefixEntry:
+    """A stored prefix. ``owners``, ``atoms``: at this very prefix, with repetitions."""
+
+    network: IPNetwork
+    owners: tuple[int, ...] = ()
+    atoms: tuple[int, ...] = ()
+    context: _Context | None = None
+    identity: int = 0
+
+
+Claim = tuple[int, EndpointKey, int]
+"""(0 for a workload, 1 for a host; key; number) of a local endpoint: the smallest owns the address."""
+
+
+@dataclass(slots=True, eq=False)
+class AddressEntry:
+    """A stored address. ``claims``: local endpoints that have it."""
+
+    address: IPAddress
+    owners: tuple[int, ...] = ()
+    atoms: tuple[int, ...] = ()
+    claims: tuple[Claim, ...] = ()
+    identity: int = 0
+    row: AddressRow | None = None
+
+
+class _SortedKeys:
+    """Integers by range. Additions and removals are cheap, sorting is put off until a range is asked for."""
+
+    def __init__(self) -> None:
+        self._keys: list[int] = []
+        self._sorted = True
+
+    def add(self, key: int) -> None:
+        """Note a key; one that is there twice is reported twice."""
+        if self._sorted and self._keys and key <= self._keys[-1]:
+            self._sorted = False
+        self._keys.append(key)
+
+    def between(self, first: int, last: int) -> list[int]:
+        """Keys in the inclusive range, ascending, some of which may have been removed since."""
+        if not self._sorted:
+            self._keys.sort()
+            self._sorted = True
+        begin = bisect_left(self._keys, first)
+        return self._keys[begin : bisect_left(self._keys, last + 1, begin)]
+
+    def tidy(self, live: Iterable[int], count: int) -> None:
+        """Drop keys that are not live any more, when they have become many."""
+        if len(self._keys) > 2 * count + 64:
+            self._keys = sorted(live)
+            self._sorted = True
+
+
+class _Family:
+    """The addresses and prefixes of one IP version."""
+
+    def __init__(self, version: int) -> None:
+        self.version = version
+        self.bits = 32 if version == 4 else 128  # noqa: PLR2004  # the family
+        self.world = WORLD_V4 if version == 4 else WORLD_V6  # noqa: PLR2004  # the family
+        self.addresses: dict[int, AddressEntry] = {}
+        self.prefixes: dict[int, PrefixEntry] = {}
+        self.lengths: dict[int, dict[int, PrefixEntry]] = {}  # length -> network >> (bits - length) -> entry
+        self.address_keys = _SortedKeys()
+        self.prefix_keys = _SortedKeys()
+        self.nowhere = _Context(_EMPTY, _EMPTY)
+        self.contexts: dict[tuple[frozenset[int], frozenset[int]], _Context] = {(_EMPTY, _EMPTY): self.nowhere}
+        self.dirty_prefixes: set[int] = set()
+        self.dirty_addresses: set[int] = set()
+
+    @staticmethod
+    def key(network: IPNetwork) -> int:
+        return int(network.network_address) << _LENGTH_BITS | network.prefixlen
+
+    def context_at(self, value: int, longest: int) -> _Context:
+        """Of the longest stored prefix around a network or address, of at most that length."""
+        for length in self.ordered_lengths():
+            if length <= longest:
+                entry = self.lengths[length].get(value >> (self.bits - length))
+                if entry is not None and entry.context is not None:
+                    return entry.context
+        return self.nowhere
+
+    def tidy(self) -> None:
+        """Drop contexts and keys that nothing has any more, when they have become many."""
+        self.prefix_keys.tidy(self.prefixes, len(self.prefixes))
+        if len(self.contexts) > 2 * len(self.prefixes) + 64:
+            live = [entry.context for entry in self.prefixes.values() if entry.context is not None]
+            self.contexts = {(context.owners, context.atoms): context for context in (self.nowhere, *live)}
+
+    def ordered_lengths(self) -> list[int]:
+        """Lengths in use, the longest first."""
+        return sorted(self.lengths, reverse=True)
+
+    def context(self, owners: frozenset[int], atoms: frozenset[int]) -> _Context:
+        """The interned context of that content."""
+        known = self.contexts.get((owners, atoms))
+        if known is None:
+            known = self.contexts[(owners, atoms)] = _Context(owners, atoms)
+        return known
+
+
+class Addresses:
+    """All addresses and prefixes that anything is known of."""
+
+    def __init__(self, identities: IdentityIndex) -> None:
+        self._identities = identities
+        self._families = {4: _Family(4), 6: _Family(6)}
+        self.address_count = 0
+        self.prefix_count = 0
+
+    # --- content ----------------------------------------------------------------------------------------------------
+
+    def add_owner(self, address: IPAddress, owner: int, journal: Journal) -> None:
+        """An object that is this owner has the address."""
+        entry = self._address(address, journal)
+        journal.assign(entry, "owners", (*entry.owners, owner))
+
+    def remove_owner(self, address: IPAddress, owner: int, journal: Journal) -> None:
+        """It has it no more."""
+        entry = self._address(address, journal)
+        journal.assign(entry, "owners", _without(entry.owners, owner))
+
+    def add_atom(self, address: IPAddress, atom: int, journal: Journal) -> None:
+        """The address itself is in an atom (a service)."""
+        entry = self._address(address, journal)
+        journal.assign(entry, "atoms", (*entry.atoms, atom))
+
+    def remove_atom(self, address: IPAddress, atom: int, journal: Journal) -> None:
+        """It is in it no more."""
+        entry = self._address(address, journal)
+        journal.assign(entry, "atoms", _without(entry.atoms, atom))
+
+    def add_prefix_owner(self, network: IPNetwork, owner: int, journal: Journal) -> None:
+        """A network set that is this owner contains the prefix."""
+        entry = self._prefix(network, journal)
+        journal.assign(entry, "owners", (*entry.owners, owner))
+
+    def remove_prefix_owner(self, network: IPNetwork, owner: int, journal: Journal) -> None:
+        """It contains it no more."""
+        entry = self._prefix(network, journal)
+        journal.assign(entry, "owners", _without(entry.owners, owner))
+
+    def add_prefix_atom(self, network: IPNetwork, atom: int, journal: Journal) -> None:
+        """A nets list contains the prefix."""
+        entry = self._prefix(network, journal)
+        journal.assign(entry, "atoms", (*entry.atoms, atom))
+
+    def remove_prefix_atom(self, network: IPNetwork, atom: int, journal: Journal) -> None:
+        """It contains it no more."""
+        entry = self._prefix(network, journal)
+        journal.assign(entry, "atoms", _without(entry.atoms, atom))
+
+    def claim(self, address: IPAddress, claim: Claim, journal: Journal) -> None:
+        """A local endpoint has the address. It must also be added as an owner."""
+        entry = self._address(address, journal)
+        journal.assign(entry, "claims", tuple(sorted((*entry.claims, claim))))
+
+    def disclaim(self, address: IPAddress, claim: Claim, journal: Journal) -> None:
+        """It has it no more."""
+        entry = self._address(address, journal)
+        journal.assign(entry, "claims", tuple(each for each in entry.claims if each != claim))
+
+    def identity_of(self, address: IPAddress) -> int:
+        """The identity of any address, known or not."""
+        family = self._families[address.version]
+        entry = family.addresses.get(int(address))
+        if entry is not None:
+            return entry.identity
+        value = int(address)
+        for length in family.ordered_lengths():
+            prefix = family.lengths[length].get(value >> (family.bits - length))
+            if prefix is not None:
+                return prefix.identity
+        return family.world
+
+    # --- identities -------------------------------------------------------------------------------------------------
+
+    def settle(self, phase: Phase, draft: Draft, journal: Journal) -> list[tuple[AddressEntry, int]]:
+        """Give every touched prefix and address its identity. Returns addresses that changed, with the old identity.
+
+        Cost: linear in what was touched and in the addresses inside touched prefixes.
+        """
+        changed: list[tuple[AddressEntry, int]] = []
+        for family in self._families.values():
+            if family.dirty_prefixes:
+                self._settle_prefixes(family, phase, draft, journal)
+            if family.dirty_addresses:
+                changed.extend(self._settle_addresses(family, phase, draft, journal))
+        return changed
+
+    def forget_dirt(self) -> None:
+        """After a rollback."""
+        for family in self._families.values():
+            family.dirty_prefixes.clear()
+            family.dirty_addresses.clear()
+
+    def _settle_prefixes(self, family: _Family, phase: Phase, draft: Draft, journal: Journal) -> None:
+        rows = draft.rows(phase, "cidrs")
+        for first, last in _ranges(family, family.dirty_prefixes):
+            stack: list[tuple[int, _Context]] = []  # (last address, context) of the prefixes around the current one
+            for key in dict.fromkeys(family.prefix_keys.between(first << _LENGTH_BITS, last << _LENGTH_BITS | 255)):
+                entry = family.prefixes.get(key)
+                if entry is None:
+                    continue
+                start, length = key >> _LENGTH_BITS, key & 255
+                while stack and stack[-1][0] < start:
+                    stack.pop()
+                if not entry.owners and not entry.atoms:
+                    self._drop_prefix(family, key, entry, journal)
+                    rows[entry.network] = DELETED
+                    continue
+                around = stack[-1][1] if stack else family.context_at(start, length - 1)
+                context = family.context(around.owners.union(entry.owners), around.atoms.union(entry.atoms))
+                stack.append((start + (1 << (family.bits - length)) - 1, context))
+                if context is not entry.context:
+                    journal.assign(entry, "context", context)
+                    identity = self._identities.acquire(family.version, context.owners, context.atoms, journal)
+                    if entry.identity:
+                        self._identities.release(entry.identity, journal)
+                    journal.assign(entry, "identity", identity)
+                    rows[entry.network] = identity
+            family.dirty_addresses.update(family.address_keys.between(first, last))
+        family.dirty_prefixes.clear()
+        family.tidy()
+
+    def _drop_prefix(self, family: _Family, key: int, entry: PrefixEntry, journal: Journal) -> None:
+        journal.pop(family.prefixes, key)
+        # A re-used key may be in the list twice after a rollback; `between` is read through a set of keys.
+        journal.on_rollback(lambda: family.prefix_keys.add(key))
+        start, length = key >> _LENGTH_BITS, key & 255
+        table = family.lengths[length]
+        journal.pop(table, start >> (family.bits - length))
+        if not table:
+            journal.pop(family.lengths, length)
+        if entry.identity:
+            self._identities.release(entry.identity, journal)
+        journal.assign(self, "prefix_count", self.prefix_count - 1)
+
+    def _settle_addresses(
+        self, family: _Family, phase: Phase, draft: Draft, journal: Journal
+    ) -> Iterator[tuple[AddressEntry, int]]:
+        rows = draft.rows(phase, "addresses")
+        acquire, release = self._identities.acquire, self._identities.release
+        lengths = [(family.bits - length, family.lengths[length]) for length in family.ordered_lengths()]
+        for value in sorted(family.dirty_addresses):
+            entry = family.addresses.get(value)
+            if entry is None:
+                continue
+            before = entry.identity
+            if not entry.owners and not entry.atoms:
+                journal.pop(family.addresses, value)
+                journal.on_rollback(lambda value=value: family.address_keys.add(value))  # type: ignore[misc]
+                journal.assign(self, "address_count", self.address_count - 1)
+                if before:
+                    release(before, journal)
+                    rows[entry.address] = DELETED
+                    yield entry, before
+                continue
+            context = family.nowhere
+            for shift, table in lengths:
+                prefix = table.get(value >> shift)
+                if prefix is not None and prefix.context is not None:
+                    context = prefix.context
+                    break
+            identity = acquire(
+                family.version, context.owners.union(entry.owners), context.atoms.union(entry.atoms), journal
+            )
+            if before:
+                release(before, journal)
+            row = AddressRow(identity, entry.claims[0][2] if entry.claims else 0)
+            if row != entry.row:
+                journal.assign(entry, "identity", identity)
+                journal.assign(entry, "row", row)
+                rows[entry.address] = row
+                yield entry, before
+        family.dirty_addresses.clear()
+        family.address_keys.tidy(family.addresses, len(family.addresses))
+
+    # --- entries ----------------------------------------------------------------------------------------------------
+
+    def _address(self, address: IPAddress, journal: Journal) -> AddressEntry:
+        family = self._families[address.version]
+        value = int(address)
+        family.dirty_addresses.add(value)
+        entry = family.addresses.get(value)
+        if entry is None:
+            entry = AddressEntry(address)
+            journal.put(family.addresses, value, entry)
+            journal.assign(self, "address_count", self.address_count + 1)
+            family.address_keys.add(value)
+        return entry
+
+    def _prefix(self, network: IPNetwork, journal: Journal) -> PrefixEntry:
+        family = self._families[network.version]
+        key = family.key(network)
+        family.dirty_prefixes.add(key)
+        entry = family.prefixes.get(key)
+        if entry is None:
+            entry = PrefixEntry(network)
+            journal.put(family.prefixes, key, entry)
+            journal.assign(self, "prefix_count", self.prefix_count + 1)
+            table = family.lengths.get(network.prefixlen)
+            if table is None:
+                table = {}
+                journal.put(family.lengths, network.prefixlen, table)
+            journal.put(table, int(network.network_address) >> (family.bits - network.prefixlen), entry)
+            family.prefix_keys.add(key)
+        return entry
+
+
+def _without(members: tuple[int, ...], member: int) -> tuple[int, ...]:
+    """One occurrence less; ValueError when there is none."""
+    at = members.index(member)
+    return members[:at] + members[at + 1 :]
+
+
+def _ranges(family: _Family, keys: Iterable[int]) -> list[tuple[int, int]]:
+    """The address ranges of prefixes, without those inside others."""
+    merged: list[tuple[int, int]] = []
+    for key in sorted(keys):
+        start = key >> _LENGTH_BITS
+        last = start + (1 << (family.bits - (key & 255))) - 1
+        if not merged or start > merged[-1][1]:
+            merged.append((start, last))
+    return merged

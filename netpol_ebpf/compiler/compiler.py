@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`Compiler`: objects in, tables and changes out.
+
+Objects are handed over one by one (`upsert`, `remove`) or as a whole world (`replace`); nothing happens until `commit`,
+which applies all of it or, with an error, none of it.  What a commit costs depends on what changed.
+
+Invariants: the tables depend on the present objects alone, up to the numbers in them (`netpol_ebpf.compiler.canonical`);
+numbers of what stays do not change; the order of arrival means nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Union
+
+from netpol_ebpf.compiler.commit import Commit, State
+from netpol_ebpf.compiler.draft import Draft
+from netpol_ebpf.compiler.journal import Journal
+from netpol_ebpf.compiler.limits import Limits
+from netpol_ebpf.compiler.tables import Change, Tables
+from netpol_ebpf.policy.types import (
+    Endpoint,
+    NetworkSet,
+    Node,
+    Policy,
+    Profile,
+    Service,
+    Settings,
+    Tier,
+    World,
+)
+
+PolicyObject = Union[Tier, Policy, Profile, Endpoint, NetworkSet, Node, Service, Settings]
+
+
+def everything(_: Endpoint) -> bool:
+    """Every endpoint is local."""
+    return True
+
+
+def key_of(obj: PolicyObject) -> Any:
+    """What an object is known by within its type; None for the settings."""
+    if isinstance(obj, (Policy, Endpoint, NetworkSet)):
+        return obj.key
+    if isinstance(obj, Service):
+        return (obj.namespace, obj.name)
+    return None if isinstance(obj, Settings) else obj.name
+
+
+class Compiler:
+    """Compiles for the endpoints that ``local`` says are on this node; all others count as peers only.
+
+    ``known_identities``: identity numbers by digest (table ``identities``) that an earlier run left in force.
+    """
+
+    def __init__(
+        self,
+        local: Callable[[Endpoint], bool] = everything,
+        *,
+        limits: Limits | None = None,
+        known_identities: Mapping[str, int] | None = None,
+    ) -> None:
+        self._local = local
+        self._state = State(limits or Limits(), known_identities or {})
+        self._staged: dict[tuple[type, Any], PolicyObject | None] = {}
+        self.tables = Tables()
+
+    @property
+    def world(self) -> World:
+        """The objects in force, not to be changed."""
+        return self._state.world
+
+    def upsert(self, obj: PolicyObject) -> None:
+        """Add an object or put it in place of the one with its key, at the next commit."""
+        self._staged[(type(obj), key_of(obj))] = obj
+
+    def remove(self, kind: type[PolicyObject], key: Any) -> None:
+        """Remove the object of that type and key at the next commit, if there is one; settings go back to the defaults."""
+        self._staged[(kind, key)] = Settings() if kind is Settings else None
+
+    def replace(self, world: World) -> None:
+        """Make these the objects, at the next commit. What was handed over before and not committed is dropped."""
+        self._staged.clear()
+        ours = self._state.world
+        kinds: tuple[tuple[type, Mapping[Any, Any], Mapping[Any, Any]], ...] = (
+            (Tier, ours.tiers, world.tiers),
+            (Policy, ours.policies, world.policies),
+            (Profile, ours.profiles, world.profiles),
+            (Endpoint, ours.endpoints, world.endpoints),
+            (NetworkSet, ours.network_sets, world.network_sets),
+            (Node, ours.nodes, world.nodes),
+            (Service, ours.services, world.services),
+        )
+        for kind, have, want in kinds:
+            for key in have.keys() - want.keys():
+                self._staged[(kind, key)] = None
+            for key, obj in want.items():
+                if have.get(key) is not obj:
+                    self._staged[(kind, key)] = obj
+        self._staged[(Settings, None)] = world.settings
+
+    def commit(self) -> Change:
+        """Apply everything handed over since the last commit. Returns the rows to write; empty when nothing changed.
+
+        Raises LimitError when a limit would be exceeded; then the tables and the objects in force are as before, and
+        what was handed over is dropped.
+        """
+        staged, self._staged = self._staged, {}
+        draft, journal = Draft(), Journal()
+        self._state.stores.verdicts.begin(journal)
+        self._state.stores.columns.begin(journal)
+        try:
+            work = Commit(self._state, staged, self._local, draft, journal)
+            work.run()
+            work.check_sizes(self.tables)
+        except BaseException:
+            journal.rollback()
+            raise
+        finally:
+            self._state.settle()
+        return draft.publish(self.tables)

@@ -1,0 +1,304 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A rule as entries in product form: (peer address) x (own address) x (protocol, port or type) x (source port).
+
+A rule whose ports are names, or that matches a service's ports, is no such product, for which ports match depends on the
+address; it becomes one entry for each distinct resolution.  Entries of one rule share its cause, so overlap is harmless.
+
+Invariant: a packet matches a rule exactly when it matches one of the rule's entries (the definition of a match is
+section 1 of policy/MATCHING.md).  Nothing here looks at endpoints or services: a `Resolver` does, and knows what was asked.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from ipaddress import IPv4Network, IPv6Network, collapse_addresses
+from itertools import chain, product
+from typing import Protocol
+
+from netpol_ebpf.compiler.intervals import Intervals, difference, intersection, normalise
+from netpol_ebpf.compiler.l4 import ANY_L4, ANY_SOURCE, WITH_PORTS, WITHOUT_PORTS, icmp, ports, protocol
+from netpol_ebpf.compiler.terms import (
+    AddressMatch,
+    NamedPortTerm,
+    NetsTerm,
+    NodeTerm,
+    SelectorTerm,
+    ServiceTerm,
+    Term,
+)
+from netpol_ebpf.policy.types import (
+    ICMP,
+    ICMPV6,
+    PORT_PROTOCOLS,
+    Action,
+    Cause,
+    Direction,
+    Entity,
+    IcmpType,
+    IPNetwork,
+    Ports,
+    Rule,
+)
+from netpol_ebpf.selector import Selector
+
+PortPair = tuple[int, int]
+"""(protocol, port)."""
+
+
+class Resolver(Protocol):
+    """Knows which ports names and services stand for at present."""
+
+    def named(self, selector: Selector | None, name: str) -> Iterable[PortPair]:
+        """Every (protocol, port) that an endpoint matching the selector declares by that name."""
+
+    def service(self, namespace: str, name: str) -> Iterable[PortPair]:
+        """Every (protocol, port) among the backends of a service."""
+
+
+class Effect(enum.Enum):
+    """What an entry does to a packet that matches it."""
+
+    ALLOW = "allow"
+    DENY = "deny"
+    CONTINUE = "continue"  # ends the evaluation, too: the later stages decide
+    PASS = "pass"  # on with the next tier
+    LOG = "log"  # noted, on with the next entry
+
+
+EFFECTS = {Action.ALLOW: Effect.ALLOW, Action.DENY: Effect.DENY, Action.PASS: Effect.PASS, Action.LOG: Effect.LOG}
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One line of a flattened policy. ``family``: 4, 6 or 0 for both; ``peer`` repeats it where its terms do not imply it."""
+
+    effect: Effect
+    cause: Cause
+    peer: AddressMatch
+    own: AddressMatch
+    l4: Intervals
+    source: Intervals
+    family: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """A conjunction in the making: what one clause of a rule adds. Families 4 and 6 at once are a contradiction."""
+
+    l4: Intervals = ANY_L4
+    source: Intervals = ANY_SOURCE
+    family: int = 0
+    positive: frozenset[Term] = frozenset()
+    negative: frozenset[Term] = frozenset()
+
+
+_NO_CLAUSE = (_Part(),)
+
+
+def expand(rule: Rule, direction: Direction, effect: Effect, cause: Cause, resolver: Resolver) -> tuple[Entry, ...]:
+    """The entries of a rule for one direction; none when nothing can match it."""
+    if rule.unsupported or rule.source.impossible or rule.destination.impossible:
+        return ()
+    whole = _rule_part(rule)
+    found: dict[Entry, None] = {}
+    sources = tuple(_side(rule.source, rule.protocol, resolver, is_source=True))
+    destinations = tuple(_side(rule.destination, rule.protocol, resolver, is_source=False))
+    for source, destination in product(sources, destinations):
+        l4 = intersection(intersection(whole.l4, source.l4), destination.l4)
+        ports_ = intersection(source.source, destination.source)
+        families = {whole.family, source.family, destination.family} - {0}
+        if not l4 or not ports_ or len(families) > 1:
+            continue
+        family = families.pop() if families else 0
+        peer, own = (source, destination) if direction is Direction.INGRESS else (destination, source)
+        entry = Entry(
+            effect,
+            cause,
+            AddressMatch(0 if _implies_family(peer.positive) else family, peer.positive, peer.negative),
+            AddressMatch(0, own.positive, own.negative),
+            l4,
+            ports_,
+            family,
+        )
+        found[entry] = None
+    return tuple(found)
+
+
+def _rule_part(rule: Rule) -> _Part:
+    """Family, protocol and ICMP clauses."""
+    l4 = ANY_L4 if rule.protocol is None else protocol(rule.protocol)
+    family = rule.ip_version or 0
+    if rule.not_protocol is not None:
+        l4 = difference(l4, protocol(rule.not_protocol))
+    if rule.protocol in (ICMP, ICMPV6):
+        own = 4 if rule.protocol == ICMP else 6
+        if family not in (0, own):
+            return _Part(l4=())
+        family = own
+    if rule.icmp is not None:
+        l4 = intersection(l4, _icmp(rule.icmp))
+    if rule.not_icmp is not None:
+        l4 = difference(l4, _icmp(rule.not_icmp))
+    return _Part(l4=l4, family=family)
+
+
+def _icmp(wanted: IcmpType) -> Intervals:
+    """A type, and a code, of either ICMP."""
+    return normalise(chain.from_iterable(icmp(number, wanted.type, wanted.code) for number in (ICMP, ICMPV6)))
+
+
+def _implies_family(positive: frozenset[Term]) -> bool:
+    """Nets of one family only: no address of the other matches anyway."""
+    return any(isinstance(term, NetsTerm) and len({net.version for net in term.nets}) == 1 for term in positive)
+
+
+def _side(entity: Entity, number: int | None, resolver: Resolver, *, is_source: bool) -> Iterator[_Part]:
+    """Alternatives that together are what an entity says; ``number``: the rule's protocol."""
+    clauses = (
+        (_labels(entity),),
+        tuple(_nets(entity.nets)) if entity.nets else _NO_CLAUSE,
+        _not_nets(entity.not_nets),
+        tuple(_ports(entity, number, resolver, is_source=is_source)) if entity.ports is not None else _NO_CLAUSE,
+        tuple(_not_ports(entity, number, resolver, is_source=is_source))
+        if entity.not_ports is not None
+        else _NO_CLAUSE,
+        tuple(_service(entity, resolver, is_source=is_source)) if entity.service is not None else _NO_CLAUSE,
+    )
+    for parts in product(*clauses):
+        joined = _join(parts)
+        if joined is not None:
+            yield joined
+
+
+def _join(parts: tuple[_Part, ...]) -> _Part | None:
+    """The conjunction, or None when it is a contradiction."""
+    l4, source = ANY_L4, ANY_SOURCE
+    for part in parts:
+        l4 = intersection(l4, part.l4)
+        source = intersection(source, part.source)
+    families = {part.family for part in parts} - {0}
+    positive = frozenset(chain.from_iterable(part.positive for part in parts))
+    negative = frozenset(chain.from_iterable(part.negative for part in parts))
+    if not l4 or not source or len(families) > 1 or positive & negative:
+        return None
+    return _Part(l4, source, families.pop() if families else 0, positive, negative)
+
+
+def _labels(entity: Entity) -> _Part:
+    positive: set[Term] = set()
+    if entity.selector is not None:
+        positive.add(SelectorTerm(entity.selector))
+    if entity.nodes is not None:
+        positive.add(NodeTerm(entity.nodes))
+    negative: set[Term] = set() if entity.not_selector is None else {SelectorTerm(entity.not_selector)}
+    return _Part(positive=frozenset(positive), negative=frozenset(negative))
+
+
+def _nets(nets: tuple[IPNetwork, ...]) -> Iterator[_Part]:
+    """A default route is a family; other nets are one term, shared by all rules that list the same."""
+    lists: dict[int, list[IPNetwork]] = {
+        4: list(collapse_addresses(net for net in nets if isinstance(net, IPv4Network))),
+        6: list(collapse_addresses(net for net in nets if isinstance(net, IPv6Network))),
+    }
+    whole = [version for version, found in lists.items() if found and found[0].prefixlen == 0]
+    if len(whole) == len(lists):
+        yield _Part()
+        return
+    for version in whole:
+        yield _Part(family=version)
+    rest = [net for version, found in lists.items() if version not in whole for net in found]
+    if rest:
+        versions = {net.version for net in rest}
+        yield _Part(
+            family=versions.pop() if len(versions) == 1 else 0, positive=frozenset((NetsTerm(frozenset(rest)),))
+        )
+
+
+def _not_nets(nets: tuple[IPNetwork, ...]) -> tuple[_Part, ...]:
+    if not nets:
+        return _NO_CLAUSE
+    excluded = tuple(_nets(nets))
+    families = {part.family for part in excluded if not part.positive}
+    if 0 in families:
+        return ()
+    negative = frozenset(chain.from_iterable(part.positive for part in excluded))
+    return (_Part(family=10 - families.pop() if families else 0, negative=negative),)
+
+
+def _named(entity: Entity, names: Ports, number: int | None, resolver: Resolver) -> dict[PortPair, set[str]]:
+    """(protocol, port) to the names that stand for it on this side, where the rule's protocol allows it."""
+    found: dict[PortPair, set[str]] = {}
+    for name in names.names:
+        for pair in resolver.named(entity.selector, name):
+            if pair[0] in PORT_PROTOCOLS and number in (None, pair[0]):
+                found.setdefault(pair, set()).add(name)
+    return found
+
+
+def _numeric(ranges: tuple[tuple[int, int], ...], *, is_source: bool) -> _Part:
+    if is_source:
+        return _Part(l4=WITH_PORTS, source=intersection(normalise(ranges), ANY_SOURCE))
+    return _Part(l4=ports(PORT_PROTOCOLS, ranges))
+
+
+def _point(pair: PortPair, *, is_source: bool) -> _Part:
+    number, port = pair
+    if is_source:
+        return _Part(l4=protocol(number), source=((port, port),))
+    return _Part(l4=ports((number,), ((port, port),)))
+
+
+def _ports(entity: Entity, number: int | None, resolver: Resolver, *, is_source: bool) -> Iterator[_Part]:
+    """A range, or a name that an owner of the address declares."""
+    wanted = entity.ports
+    if wanted is None:
+        return
+    if wanted.ranges:
+        yield _numeric(wanted.ranges, is_source=is_source)
+    for pair, names in sorted(_named(entity, wanted, number, resolver).items()):
+        point = _point(pair, is_source=is_source)
+        for name in sorted(names):
+            term = NamedPortTerm(entity.selector, name, *pair)
+            yield _Part(point.l4, point.source, positive=frozenset((term,)))
+
+
+def _not_ports(entity: Entity, number: int | None, resolver: Resolver, *, is_source: bool) -> Iterator[_Part]:
+    """Disjoint parts: packets on a port that a name stands for somewhere, and all the others."""
+    unwanted = entity.not_ports
+    if unwanted is None:
+        return
+    named = _named(entity, unwanted, number, resolver)
+    if is_source:
+        yield _Part(l4=WITHOUT_PORTS)
+        allowed = difference(ANY_SOURCE, normalise(unwanted.ranges))
+        for each in sorted(PORT_PROTOCOLS):
+            taken = normalise((port, port) for protocol_, port in named if protocol_ == each)
+            yield _Part(l4=protocol(each), source=difference(allowed, taken))
+    else:
+        taken = normalise(chain.from_iterable(ports((pair[0],), ((pair[1], pair[1]),)) for pair in named))
+        allowed = difference(ANY_L4, ports(PORT_PROTOCOLS, unwanted.ranges))
+        yield _Part(l4=difference(allowed, taken))
+    for pair, names in sorted(named.items()):
+        point = _point(pair, is_source=is_source)
+        negative = frozenset(NamedPortTerm(entity.selector, name, *pair) for name in names)
+        if is_source:
+            yield _Part(point.l4, intersection(point.source, allowed), negative=negative)
+        else:
+            yield _Part(intersection(point.l4, allowed), point.source, negative=negative)
+
+
+def _service(entity: Entity, resolver: Resolver, *, is_source: bool) -> Iterator[_Part]:
+    wanted = entity.service
+    if wanted is None:
+        return
+    if not wanted.match_ports:
+        yield _Part(positive=frozenset((ServiceTerm(wanted.namespace, wanted.name),)))
+        return
+    for number, port in sorted(resolver.service(wanted.namespace, wanted.name)):
+        if number not in PORT_PROTOCOLS or not port:
+            continue
+        point = _point((number, port), is_source=is_source)
+        term = ServiceTerm(wanted.namespace, wanted.name, number, port)
+        yield _Part(point.l4, point.source, positive=frozenset((term,)))

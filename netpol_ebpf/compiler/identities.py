@@ -1,0 +1,325 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Identities (what can be said of an address, numbered) and address matches, each found from the other.
+
+An identity is (family, set of owners, set of atoms): atoms are the nets lists and services in use that contain the
+address.  A match in use knows how to find its identities by its most telling term; a new identity finds the matches that
+concern it by its own terms.  Nothing here is a product of identities and matches.
+
+Invariants: WORLD_V4 and WORLD_V6 are the identities without owners and atoms and always exist; an identity whose last
+reference goes stays until `collect`, so that everything in use during a change has its rows.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from netpol_ebpf.compiler.journal import Journal
+from netpol_ebpf.compiler.limits import Limits, exceeded
+from netpol_ebpf.compiler.numbers import Numbers
+from netpol_ebpf.compiler.owners import OwnerIndex, OwnerValue
+from netpol_ebpf.compiler.tables import FIRST_IDENTITY, WORLD_V4, WORLD_V6
+from netpol_ebpf.compiler.terms import AddressMatch, Atom, NetsTerm, ServiceTerm, Term
+
+IdentityKey = tuple[int, frozenset[int], frozenset[int]]
+"""(family, owner ids, atom ids)."""
+
+
+@dataclass(slots=True)
+class IdentityRecord:
+    """One identity. ``references``: addresses and prefixes that have it."""
+
+    number: int
+    family: int
+    owners: frozenset[int]
+    atoms: frozenset[int]
+    digest: str
+    references: int = 0
+
+
+@dataclass(slots=True)
+class AtomRecord:
+    """A nets list or service in use."""
+
+    atom: Atom
+    references: int = 0
+    identities: set[int] = field(default_factory=set)
+
+
+@dataclass(slots=True, eq=False)
+class MatchRecord:
+    """An address match in use. Terms by id, owner terms positive, atoms negative (so that the two never meet)."""
+
+    number: int
+    match: AddressMatch
+    positive: frozenset[int]
+    negative: frozenset[int]
+    references: int = 0
+
+    @property
+    def is_floating(self) -> bool:
+        """It holds of whatever its negative terms do not exclude."""
+        return not self.positive
+
+    def holds(self, family: int, terms: set[int]) -> bool:
+        """Whether it holds of an identity of that family with exactly these terms."""
+        return (
+            self.match.family in (0, family)
+            and self.positive <= terms
+            and (not self.negative or self.negative.isdisjoint(terms))
+        )
+
+
+def digest(family: int, owners: Iterable[OwnerValue], atoms: Iterable[Atom]) -> str:
+    """A name for what an identity stands for that is the same in every run: 32 hexadecimal digits of SHA-256."""
+    lines = [str(family)]
+    for kind, labels, ports in owners:
+        lines.append(f"{kind.value} {sorted(labels)} {[(port.name, port.protocol, port.port) for port in ports]}")
+    for atom in atoms:
+        if isinstance(atom, NetsTerm):
+            lines.append("nets " + " ".join(sorted(str(net) for net in atom.nets)))
+        else:
+            lines.append(f"service {atom.namespace}/{atom.name} {atom.protocol} {atom.port}")
+    return hashlib.sha256("\n".join([lines[0], *sorted(lines[1:])]).encode()).hexdigest()[:32]
+
+
+class IdentityIndex:
+    """The registers of identities, atoms and matches. ``known``: numbers to keep, by digest, from an earlier run."""
+
+    def __init__(self, owners: OwnerIndex, limits: Limits, known: Mapping[str, int] | None = None) -> None:
+        self._owners = owners
+        self._limits = limits
+        self._known = {text: number for text, number in (known or {}).items() if number >= FIRST_IDENTITY}
+        self._numbers = Numbers(FIRST_IDENTITY, limits.identities)
+        for number in self._known.values():
+            self._numbers.reserve(number)
+        self.identities: dict[int, IdentityRecord] = {}
+        self._keys: dict[IdentityKey, int] = {}
+        for number, family in ((WORLD_V4, 4), (WORLD_V6, 6)):
+            key: IdentityKey = (family, frozenset(), frozenset())
+            self._keys[key] = number
+            self.identities[number] = IdentityRecord(number, *key, digest=digest(family, (), ()), references=1)
+        self.v4: set[int] = {WORLD_V4}
+        self.v6: set[int] = {WORLD_V6}
+        self.atoms: dict[int, AtomRecord] = {}
+        self._atom_ids: dict[Atom, int] = {}
+        self._next_atom = 1
+        self._matches: dict[AddressMatch, MatchRecord] = {}
+        self._next_match = 1
+        self._by_positive: dict[int, set[MatchRecord]] = {}  # one positive term of a match -> matches
+        self._by_negative: dict[int, set[MatchRecord]] = {}  # each negative term of a floating match -> matches
+        self.atoms_added: list[int] = []
+        self.atoms_removed: list[tuple[int, Atom]] = []
+        """Atoms whose first use came, and whose last one went, since these were last cleared."""
+        self.created: list[int] = []
+        """Identities made since this was last cleared (by the compiler, at the end of a commit)."""
+        self._unreferenced: set[int] = set()
+        self._found: dict[int, frozenset[int]] = {}  # match number -> identities, while neither side changes
+
+    # --- identities -------------------------------------------------------------------------------------------------
+
+    def acquire(self, family: int, owners: frozenset[int], atoms: frozenset[int], journal: Journal) -> int:
+        """Count a use of the identity with this content. Returns its number."""
+        key = (family, owners, atoms)
+        number = self._keys.get(key)
+        if number is None:
+            number = self._new_identity(key, journal)
+        record = self.identities[number]
+        journal.assign(record, "references", record.references + 1)
+        return number
+
+    def release(self, number: int, journal: Journal) -> None:
+        """Count one use less; `collect` removes identities without uses."""
+        record = self.identities[number]
+        journal.assign(record, "references", record.references - 1)
+        if not record.references:
+            journal.add(self._unreferenced, number)
+
+    def collect(self, journal: Journal) -> tuple[list[int], set[int]]:
+        """Forget identities without uses. Returns their numbers, and the owners they had."""
+        gone = [number for number in self._unreferenced if not self.identities[number].references]
+        owners: set[int] = set()
+        for number in gone:
+            record = journal.pop(self.identities, number)
+            journal.pop(self._keys, (record.family, record.owners, record.atoms))
+            journal.discard(self.v4 if record.family == 4 else self.v6, number)  # noqa: PLR2004  # the family
+            for owner in record.owners:
+                journal.discard(self._owners.owners[owner].identities, number)
+            for atom in record.atoms:
+                if atom in self.atoms:
+                    journal.discard(self.atoms[atom].identities, number)
+            owners |= record.owners
+            self._numbers.give_back(number, journal)
+        for number in list(self._unreferenced):
+            journal.discard(self._unreferenced, number)
+        if gone:
+            self._found.clear()
+        return gone, owners
+
+    def family_members(self, family: int) -> set[int]:
+        """All identities of a family, not to be changed."""
+        return self.v4 if family == 4 else self.v6  # noqa: PLR2004  # the family
+
+    def terms_of(self, number: int) -> set[int]:
+        """Ids of the terms in use that hold of an identity: owner terms positive, atoms negative."""
+        record = self.identities[number]
+        terms = {-atom for atom in record.atoms}
+        for owner in record.owners:
+            terms |= self._owners.owners[owner].terms
+        return terms
+
+    def _new_identity(self, key: IdentityKey, journal: Journal) -> int:
+        family, owners, atoms = key
+        text = digest(
+            family,
+            [self._owners.owners[owner].value for owner in owners],
+            [self.atoms[atom].atom for atom in atoms],
+        )
+        number = self._known.get(text)
+        if number is not None and number not in self.identities:
+            # Kept from an earlier run once; later on it is a number like all others.
+            journal.pop(self._known, text)
+        else:
+            number = self._numbers.take(journal)
+        if number is None or len(self.identities) > self._limits.identities:
+            raise exceeded("label sets and nets", "identities", self._limits.identities, len(self.identities) + 1)
+        journal.put(self._keys, key, number)
+        journal.put(self.identities, number, IdentityRecord(number, family, owners, atoms, text))
+        journal.add(self.family_members(family), number)
+        for owner in owners:
+            journal.add(self._owners.owners[owner].identities, number)
+        for atom in atoms:
+            journal.add(self.atoms[atom].identities, number)
+        self.created.append(number)
+        self._found.clear()
+        return number
+
+    # --- atoms ------------------------------------------------------------------------------------------------------
+
+    def atom_id(self, atom: Atom) -> int | None:
+        """The id of an atom in use, or None."""
+        return self._atom_ids.get(atom)
+
+    def _acquire_atom(self, atom: Atom, journal: Journal) -> int:
+        atom_id = self._atom_ids.get(atom)
+        if atom_id is None:
+            atom_id = self._next_atom
+            journal.assign(self, "_next_atom", atom_id + 1)
+            journal.put(self._atom_ids, atom, atom_id)
+            journal.put(self.atoms, atom_id, AtomRecord(atom))
+            self.atoms_added.append(atom_id)
+        record = self.atoms[atom_id]
+        journal.assign(record, "references", record.references + 1)
+        return atom_id
+
+    def _release_atom(self, atom_id: int, journal: Journal) -> None:
+        record = self.atoms[atom_id]
+        journal.assign(record, "references", record.references - 1)
+        if not record.references:
+            journal.pop(self.atoms, atom_id)
+            journal.pop(self._atom_ids, record.atom)
+            self.atoms_removed.append((atom_id, record.atom))
+
+    # --- matches ----------------------------------------------------------------------------------------------------
+
+    def acquire_match(self, match: AddressMatch, journal: Journal) -> MatchRecord:
+        """Count a use of a match, and so of its terms."""
+        record = self._matches.get(match)
+        if record is None:
+            positive = frozenset(self._acquire_term(term, journal) for term in match.positive)
+            negative = frozenset(self._acquire_term(term, journal) for term in match.negative)
+            record = MatchRecord(self._next_match, match, positive, negative)
+            journal.assign(self, "_next_match", self._next_match + 1)
+            journal.put(self._matches, match, record)
+            for index, term in self._places(record):
+                self._file(index, term, record, journal)
+        journal.assign(record, "references", record.references + 1)
+        return record
+
+    def release_match(self, record: MatchRecord, journal: Journal) -> None:
+        """Count one use less; a match without uses is forgotten, and so are terms without uses."""
+        journal.assign(record, "references", record.references - 1)
+        if record.references:
+            return
+        journal.pop(self._matches, record.match)
+        self._found.pop(record.number, None)
+        for index, term in self._places(record):
+            journal.discard(index[term], record)
+            if not index[term]:
+                journal.pop(index, term)
+        for term in (*record.positive, *record.negative):
+            if term > 0:
+                self._owners.release(term, journal)
+            else:
+                self._release_atom(-term, journal)
+
+    def match(self, match: AddressMatch) -> MatchRecord:
+        """The record of a match in use. KeyError for another."""
+        return self._matches[match]
+
+    def members(self, record: MatchRecord) -> frozenset[int]:
+        """Identities a match with positive terms holds of. Cost: the smallest of the terms, once until something changes."""
+        found = self._found.get(record.number)
+        if found is None:
+            sets = sorted((self._identities_of(term) for term in record.positive), key=len)
+            result = set(sets[0]).intersection(*sets[1:])
+            for term in record.negative:
+                result -= self._identities_of(term)
+            if record.match.family:
+                result &= self.family_members(record.match.family)
+            found = self._found[record.number] = frozenset(result)
+        return found
+
+    def excluded(self, record: MatchRecord) -> set[int]:
+        """Identities that a floating match's negative terms exclude."""
+        result: set[int] = set()
+        for term in record.negative:
+            result |= self._identities_of(term)
+        return result
+
+    def concerning(self, number: int) -> tuple[list[MatchRecord], list[MatchRecord]]:
+        """For an identity: matches with positive terms that hold of it, floating matches that would but for a term."""
+        record = self.identities[number]
+        terms = self.terms_of(number)
+        holding: list[MatchRecord] = []
+        excluded: set[MatchRecord] = set()
+        for term in terms:
+            waiting = self._by_positive.get(term, ())
+            holding.extend(found for found in waiting if found.holds(record.family, terms))
+            excluded |= self._by_negative.get(term, set())
+        return holding, list(excluded)
+
+    def _places(self, record: MatchRecord) -> list[tuple[dict[int, set[MatchRecord]], int]]:
+        """Where a match waits for identities: under one positive term, or under each negative one if it floats."""
+        if record.positive:
+            return [(self._by_positive, min(record.positive))]
+        return [(self._by_negative, term) for term in record.negative]
+
+    @staticmethod
+    def _file(index: dict[int, set[MatchRecord]], term: int, record: MatchRecord, journal: Journal) -> None:
+        known = index.get(term)
+        if known is None:
+            known = set()
+            journal.put(index, term, known)
+        journal.add(known, record)
+
+    def _acquire_term(self, term: Term, journal: Journal) -> int:
+        if isinstance(term, (NetsTerm, ServiceTerm)):
+            return -self._acquire_atom(term, journal)
+        return self._owners.acquire(term, journal)
+
+    def _identities_of(self, term: int) -> set[int]:
+        if term < 0:
+            return self.atoms[-term].identities
+        found: set[int] = set()
+        for owner in self._owners.terms[term].owners:
+            found |= self._owners.owners[owner].identities
+        return found
+
+    def settle(self) -> None:
+        """A commit is over, one way or the other: forget what was noted for it."""
+        self._found.clear()
+        self.created.clear()
+        self.atoms_added.clear()
+        self.atoms_removed.clear()

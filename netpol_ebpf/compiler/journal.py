@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The undo journal of one commit: every change to the compiler's state is made through it and can be taken back.
+
+Invariant: after `Journal.rollback` each container and attribute that was changed through the journal is as it was
+before.  The journal knows nothing of what the state means.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, MutableMapping
+from typing import Any, TypeVar
+
+K = TypeVar("K")
+V = TypeVar("V")
+
+_ABSENT: Any = object()
+_MAPPING, _ADDED, _DISCARDED, _ATTRIBUTE, _CALL = range(5)
+
+
+class Journal:
+    """Changes in the order they were made. Cost of each call: constant."""
+
+    __slots__ = ("_entries",)
+
+    def __init__(self) -> None:
+        self._entries: list[tuple[int, Any, Any, Any]] = []
+
+    def put(self, mapping: MutableMapping[K, V], key: K, value: V) -> None:
+        """``mapping[key] = value``."""
+        self._entries.append((_MAPPING, mapping, key, mapping.get(key, _ABSENT)))
+        mapping[key] = value
+
+    def pop(self, mapping: MutableMapping[K, V], key: K) -> V:
+        """``mapping.pop(key)``; KeyError when it is absent."""
+        value = mapping.pop(key)
+        self._entries.append((_MAPPING, mapping, key, value))
+        return value
+
+    def add(self, members: set[K], member: K) -> None:
+        """``members.add(member)``."""
+        if member not in members:
+            self._entries.append((_ADDED, members, member, None))
+            members.add(member)
+
+    def discard(self, members: set[K], member: K) -> None:
+        """``members.discard(member)``."""
+        if member in members:
+            self._entries.append((_DISCARDED, members, member, None))
+            members.remove(member)
+
+    def assign(self, thing: object, name: str, value: object) -> None:
+        """``setattr(thing, name, value)``."""
+        self._entries.append((_ATTRIBUTE, thing, name, getattr(thing, name)))
+        setattr(thing, name, value)
+
+    def on_rollback(self, undo: Callable[[], object]) -> None:
+        """Call this on the way back, in its turn."""
+        self._entries.append((_CALL, undo, None, None))
+
+    def rollback(self) -> None:
+        """Take every change back, the last one first."""
+        while self._entries:
+            kind, thing, key, value = self._entries.pop()
+            if kind == _MAPPING:
+                if value is _ABSENT:
+                    del thing[key]
+                else:
+                    thing[key] = value
+            elif kind == _ADDED:
+                thing.remove(key)
+            elif kind == _DISCARDED:
+                thing.add(key)
+            elif kind == _ATTRIBUTE:
+                setattr(thing, key, value)
+            else:
+                thing()

@@ -1,0 +1,219 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Protocol and port predicates, and the atoms they cut the space of packets into.
+
+The space is a line of integers that follows the atom blocks of `netpol_ebpf.compiler.tables`: position
+``block * 256 + index``.  A predicate is an interval set on that line; an *atom* is the set of all positions that the
+same predicates contain.  Source ports are a line of their own, from 0 to 65535.
+
+Invariants: atom 0 is what no predicate contains; positions with one number are contained in the same predicates; a number
+that stays in use across a change stands for positions that every predicate in use before *and* after treats alike, so
+columns of sets that are not concerned need no rewriting.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+from netpol_ebpf.compiler.intervals import Intervals, difference, normalise
+from netpol_ebpf.compiler.journal import Journal
+from netpol_ebpf.compiler.limits import Limits, exceeded
+from netpol_ebpf.compiler.tables import ATOM_BLOCK, OTHER_BLOCK, PROTOCOL_SLOT, SOURCE_SLOT
+from netpol_ebpf.policy.types import PORT_PROTOCOLS
+
+_SLOT = 256 * ATOM_BLOCK
+_OTHER = OTHER_BLOCK * ATOM_BLOCK
+_SLOTTED = {slot: protocol for protocol, slot in PROTOCOL_SLOT.items()}
+
+ANY_L4: Intervals = ((0, SOURCE_SLOT * _SLOT - 1), (_OTHER, _OTHER + 255))
+ANY_SOURCE: Intervals = ((0, 65535),)
+SOURCE_BLOCK = SOURCE_SLOT * 256
+"""First atom block of the source-port line."""
+
+
+def protocol(number: int) -> Intervals:
+    """Every packet of a protocol."""
+    slot = PROTOCOL_SLOT.get(number)
+    if slot is None:
+        return ((_OTHER + number, _OTHER + number),)
+    return ((slot * _SLOT, slot * _SLOT + 65535),)
+
+
+def ports(protocols: Iterable[int], ranges: Iterable[tuple[int, int]]) -> Intervals:
+    """Packets of these protocols (of those with ports) with a destination port in one of the ranges."""
+    pairs = tuple(ranges)
+    bases = [PROTOCOL_SLOT[number] * _SLOT for number in protocols]
+    return normalise((base + max(first, 0), base + min(last, 65535)) for base in bases for first, last in pairs)
+
+
+def icmp(number: int, type_: int, code: int | None) -> Intervals:
+    """ICMP or ICMPv6 packets of a type, and a code unless that is None."""
+    base = PROTOCOL_SLOT[number] * _SLOT + type_ * 256
+    return ((base, base + 255),) if code is None else ((base + code, base + code),)
+
+
+WITH_PORTS: Intervals = normalise(pair for number in PORT_PROTOCOLS for pair in protocol(number))
+WITHOUT_PORTS: Intervals = difference(ANY_L4, WITH_PORTS)
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """What a re-partition did: new atom numbers, each with the number its positions had before (or one of them)."""
+
+    parents: Mapping[int, int]
+    blocks: Mapping[int, tuple[int, ...]]  # atom blocks whose content changed
+
+
+class AtomSpace:
+    """The atoms of one line for the predicates in use. ``first_block``: where the line is in the atom table."""
+
+    def __init__(self, whole: Intervals, first_block: int, blocks: int, limits: Limits) -> None:
+        self._whole = whole
+        self._first_block = first_block
+        self._blocks_total = blocks
+        self._limits = limits
+        self._predicates: dict[Intervals, int] = {}  # predicate -> references
+        self._starts: list[int] = [0]
+        self._atoms: list[int] = [0]
+        self._blocks: dict[int, tuple[int, ...]] = {}
+        self._members: dict[Intervals, tuple[int, ...]] = {}
+        self._capacity = 1
+        self._stale = False
+
+    @property
+    def size(self) -> int:
+        """One more than the largest atom number in use."""
+        return self._capacity
+
+    @property
+    def is_stale(self) -> bool:
+        """Predicates were added or removed since the last partition."""
+        return self._stale
+
+    def acquire(self, predicate: Intervals, journal: Journal) -> None:
+        """Count a use of a predicate; a first use makes the partition stale."""
+        if predicate == self._whole:
+            return
+        count = self._predicates.get(predicate, 0)
+        journal.put(self._predicates, predicate, count + 1)
+        if not count:
+            journal.assign(self, "_stale", value=True)
+
+    def release(self, predicate: Intervals, journal: Journal) -> None:
+        """Count one use less; the last one makes the partition stale."""
+        if predicate == self._whole:
+            return
+        count = self._predicates[predicate]
+        if count > 1:
+            journal.put(self._predicates, predicate, count - 1)
+        else:
+            journal.pop(self._predicates, predicate)
+            journal.assign(self, "_stale", value=True)
+
+    def atoms_of(self, predicate: Intervals) -> Iterable[int]:
+        """Numbers of the atoms a predicate consists of. KeyError when it is not in use."""
+        return range(self._capacity) if predicate == self._whole else self._members[predicate]
+
+    def atoms(self) -> set[int]:
+        """Numbers in use."""
+        return {0, *self._atoms}
+
+    def partition(self, journal: Journal) -> Split:
+        """Cut the line anew for the predicates in use. Cost: linear in the number of their boundaries.
+
+        Raises LimitError when there are too many atoms.
+        """
+        starts, signatures, order = self._sweep()
+        numbers, parents = self._number(starts, signatures)
+        atoms = [numbers[signature] for signature in signatures]
+        members: dict[Intervals, tuple[int, ...]] = {}
+        distinct = list(dict.fromkeys(signatures))
+        for bit, predicate in enumerate(order):
+            mask = 1 << bit
+            members[predicate] = tuple(numbers[signature] for signature in distinct if signature & mask)
+        blocks = dict(self._fill(starts, atoms))
+        changed = {block: row for block, row in blocks.items() if self._blocks.get(block) != row}
+        changed.update((block, (0,) * ATOM_BLOCK) for block in self._blocks if block not in blocks)
+        for name, value in (
+            ("_starts", starts), ("_atoms", atoms), ("_members", members), ("_blocks", blocks),
+            ("_capacity", max(atoms) + 1), ("_stale", False),
+        ):  # fmt: skip
+            journal.assign(self, name, value)
+        return Split(parents, changed)
+
+    def atom_at(self, position: int) -> int:
+        """The atom at a position of the line."""
+        return self._atoms[bisect_right(self._starts, position) - 1]
+
+    def _sweep(self) -> tuple[list[int], list[int], list[Intervals]]:
+        """Segment starts, the signature (bit vector of predicates) of each segment, the predicates by bit."""
+        order = list(self._predicates)
+        toggles: dict[int, int] = {0: 0}
+        for bit, predicate in enumerate(order):
+            mask = 1 << bit
+            for first, last in predicate:
+                toggles[first] = toggles.get(first, 0) ^ mask
+                toggles[last + 1] = toggles.get(last + 1, 0) ^ mask
+        starts: list[int] = []
+        signatures: list[int] = []
+        signature = 0
+        for position in sorted(toggles):
+            signature ^= toggles[position]
+            if not signatures or signature != signatures[-1]:
+                starts.append(position)
+                signatures.append(signature)
+        return starts, signatures, order
+
+    def _number(self, starts: list[int], signatures: list[int]) -> tuple[dict[int, int], dict[int, int]]:
+        """A number for each signature, keeping old ones where positions overlap; and the parents of new numbers."""
+        numbers: dict[int, int] = {0: 0}
+        taken = {0}
+        for start, signature in zip(starts, signatures, strict=True):
+            if signature not in numbers:
+                known = self.atom_at(start)
+                if known not in taken:
+                    numbers[signature] = known
+                    taken.add(known)
+        # Second round: a signature may keep an old number through a later segment of its own.
+        parents: dict[int, int] = {}
+        fresh = 0
+        in_use = self.atoms()
+        for start, signature in zip(starts, signatures, strict=True):
+            if signature in numbers:
+                continue
+            while fresh in taken or fresh in in_use:
+                fresh += 1
+            numbers[signature] = fresh
+            taken.add(fresh)
+            parents[fresh] = self.atom_at(start)
+        if len(numbers) > self._limits.atoms or fresh >= self._limits.atoms:
+            raise exceeded("protocol and port predicates", "atoms", self._limits.atoms, len(numbers))
+        return numbers, parents
+
+    def _fill(self, starts: list[int], atoms: list[int]) -> Iterator[tuple[int, tuple[int, ...]]]:
+        """Blocks that are not all zeros."""
+        constant: dict[int, tuple[int, ...]] = {}
+        segment = 0
+        for index in range(self._blocks_total):
+            begin = index * ATOM_BLOCK
+            end = begin + ATOM_BLOCK
+            while segment + 1 < len(starts) and starts[segment + 1] <= begin:
+                segment += 1
+            if segment + 1 >= len(starts) or starts[segment + 1] >= end:
+                atom = atoms[segment]
+                if atom:
+                    row = constant.get(atom)
+                    if row is None:
+                        row = constant[atom] = (atom,) * ATOM_BLOCK
+                    yield self._first_block + index, row
+                continue
+            cells: list[int] = []
+            cursor, at = begin, segment
+            while cursor < end:
+                stop = min(end, starts[at + 1]) if at + 1 < len(starts) else end
+                cells.extend([atoms[at]] * (stop - cursor))
+                cursor = stop
+                at += 1
+            if any(cells):
+                yield self._first_block + index, tuple(cells)

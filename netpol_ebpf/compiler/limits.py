@@ -1,0 +1,37 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The limits of the compiled tables, checked before anything is published.
+
+Invariant: a commit that would exceed one raises `LimitError` naming the object, the limit and the figure, and changes
+nothing; nothing is ever truncated.  The agent gives the figures of the maps it opened.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from netpol_ebpf.errors import LimitError
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """How much there may be. The defaults are those of the maps' default sizes, or arbitrary where no map is behind."""
+
+    rules_per_policy: int = 65_536  # arbitrary: internal rules of one direction, after port and peer lists are split
+    entries_per_set: int = 65_536  # arbitrary: width of the bit vectors
+    classes_per_set: int = 65_535  # a class number has 16 bits
+    verdicts_per_set: int = 1 << 22  # arbitrary
+    atoms: int = 65_535  # an atom number has 16 bits
+    identities: int = 1 << 20
+    peer_classes: int = 1 << 22
+    addresses: int = 1 << 20
+    cidrs: int = 1 << 20
+    column_blocks: int = 1 << 18
+    verdicts: int = 1 << 24
+    rules: int = 1 << 20
+    log_lists: int = 1 << 16
+    endpoints: int = 1 << 16
+
+
+def exceeded(what: str, limit: str, maximum: int, seen: int) -> LimitError:
+    """The error for an object that exceeds a limit; ``limit`` is the field of `Limits`."""
+    return LimitError(f"{what}: {limit.replace('_', ' ')}: needs {seen}, the limit is {maximum}")

@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Numbers and ranges that rows are known by: handed out, taken back, not handed out again at once.
+
+Invariants: nothing is handed out twice; what is given back within a commit is not handed out in it; a freed single number
+is reused last, so that a reader with a stale number is not soon shown another thing under it.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections import deque
+
+from netpol_ebpf.compiler.journal import Journal
+
+QUARANTINE = 1024
+"""Freed numbers that are kept back while fresh ones are to be had; arbitrary."""
+
+
+class Numbers:
+    """Single numbers from ``first`` on, at most ``count`` in use."""
+
+    def __init__(self, first: int, count: int) -> None:
+        self._next = first
+        self._end = first + count
+        self._freed: deque[int] = deque()
+        self._skip: set[int] = set()
+
+    def reserve(self, number: int) -> None:
+        """Never hand this one out by itself; `give_back` makes it an ordinary one."""
+        self._skip.add(number)
+
+    def take(self, journal: Journal) -> int | None:
+        """A number, or None when all are in use."""
+        while self._next in self._skip:
+            self._next += 1
+        if self._freed and (len(self._freed) > QUARANTINE or self._next >= self._end):
+            number = self._freed.popleft()
+            journal.on_rollback(lambda: self._freed.appendleft(number))
+            return number
+        if self._next >= self._end:
+            return None
+        number = self._next
+        journal.assign(self, "_next", number + 1)
+        return number
+
+    def give_back(self, number: int, journal: Journal) -> None:
+        """To be called at the end of a commit, when nothing refers to the number any more."""
+        self._freed.append(number)
+        journal.on_rollback(self._freed.pop)
+
+
+class Ranges:
+    """Runs of consecutive numbers from 0 to ``size`` - 1, first fit."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self._free: list[tuple[int, int]] = [(0, size)]  # (start, length), ascending, never adjacent
+
+    def begin(self, journal: Journal) -> None:
+        """To be called at the start of a commit: what follows can be taken back."""
+        before = self._free.copy()
+        journal.on_rollback(lambda: self._free.__setitem__(slice(None), before))
+
+    def take(self, length: int) -> int | None:
+        """Start of a run, or None when no gap is large enough."""
+        for index, (start, room) in enumerate(self._free):
+            if room >= length:
+                if room == length:
+                    del self._free[index]
+                else:
+                    self._free[index] = (start + length, room - length)
+                return start
+        return None
+
+    def give_back(self, start: int, length: int) -> None:
+        """Take a run back. To be called at the end of a commit."""
+        insort(self._free, (start, length))
+        index = self._free.index((start, length))
+        for at in (index, index - 1):
+            if 0 <= at < len(self._free) - 1:
+                (left, left_length), (right, right_length) = self._free[at], self._free[at + 1]
+                if left + left_length == right:
+                    self._free[at : at + 2] = [(left, left_length + right_length)]
+
+    @property
+    def in_use(self) -> int:
+        """How many numbers are handed out."""
+        return self.size - sum(length for _, length in self._free)

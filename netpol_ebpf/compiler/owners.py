@@ -1,0 +1,302 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Owners of addresses (endpoints, network sets, nodes, each known by labels and named ports) and which terms hold of them.
+
+Objects with the same labels and ports are one owner.  The selector index keeps the question "which selectors match which
+labels" from becoming a product of both.
+
+Invariants: every owner knows exactly the owner terms in use that hold of it, and every term its owners; an owner exists
+while an object *is* it (presence) or an identity has it (between two steps of a change).  `NamedPorts.of` counts
+present owners only: it speaks of the state after the change.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from netpol_ebpf.compiler.entries import PortPair
+from netpol_ebpf.compiler.journal import Journal
+from netpol_ebpf.compiler.terms import NamedPortTerm, NodeTerm, OwnerTerm, SelectorTerm
+from netpol_ebpf.policy.types import NamedPort
+from netpol_ebpf.selector import Selector, SelectorIndex
+
+
+class OwnerKind(enum.Enum):
+    """Which terms may hold: selectors of endpoints and network sets, named ports of endpoints, ``nodes`` of nodes."""
+
+    ENDPOINT = "e"
+    NETWORK_SET = "s"
+    NODE = "n"
+
+
+LabelItems = frozenset[tuple[str, str]]
+OwnerValue = tuple[OwnerKind, LabelItems, tuple[NamedPort, ...]]
+
+
+@dataclass(slots=True)
+class OwnerRecord:
+    """One distinct owner. ``presence``: how many objects are it; ``identities``: numbers of those that have it."""
+
+    value: OwnerValue
+    presence: int = 0
+    identities: set[int] = field(default_factory=set)
+    terms: set[int] = field(default_factory=set)
+
+
+@dataclass(slots=True)
+class TermRecord:
+    """A term in use; ``owners``: the ids of those it holds of."""
+
+    term: OwnerTerm
+    references: int = 0
+    owners: set[int] = field(default_factory=set)
+
+
+class _Labels:
+    """The label sets of one family of kinds (node labels are apart), with the selectors that are asked of them."""
+
+    def __init__(self) -> None:
+        self.index: SelectorIndex[int, LabelItems] = SelectorIndex()
+        self.owners: dict[LabelItems, set[int]] = {}
+
+    def add_owner(self, labels: LabelItems, owner: int, journal: Journal) -> set[int]:
+        """Ids of the selector terms that match."""
+        known = self.owners.get(labels)
+        if known is None:
+            journal.put(self.owners, labels, {owner})
+            journal.on_rollback(lambda: self.index.remove_labels(labels))
+            return self.index.add_labels(labels, dict(labels))
+        journal.add(known, owner)
+        return self.index.matching_selectors(labels)
+
+    def remove_owner(self, labels: LabelItems, owner: int, journal: Journal) -> None:
+        known = self.owners[labels]
+        if len(known) > 1:
+            journal.discard(known, owner)
+            return
+        journal.pop(self.owners, labels)
+        self.index.remove_labels(labels)
+        journal.on_rollback(lambda: self.index.add_labels(labels, dict(labels)))
+
+    def add_selector(self, term: int, selector: Selector, journal: Journal) -> set[int]:
+        """Ids of the owners whose labels match."""
+        journal.on_rollback(lambda: self.index.remove_selector(term))
+        found: set[int] = set()
+        for labels in self.index.add_selector(term, selector):
+            found |= self.owners[labels]
+        return found
+
+    def remove_selector(self, term: int, selector: Selector, journal: Journal) -> None:
+        self.index.remove_selector(term)
+        journal.on_rollback(lambda: self.index.add_selector(term, selector))
+
+
+NameKey = tuple["Selector | None", str]
+"""A name as a rule uses it: with the selector of its entity, which says whose ports count."""
+
+
+class OwnerIndex:
+    """The register of owners and of terms about them."""
+
+    def __init__(self) -> None:
+        self.owners: dict[int, OwnerRecord] = {}
+        self.terms: dict[int, TermRecord] = {}
+        self._owner_ids: dict[OwnerValue, int] = {}
+        self._term_ids: dict[OwnerTerm, int] = {}
+        self._labelled = _Labels()
+        self._nodes = _Labels()
+        self._declaring: dict[str, set[int]] = {}  # port name -> owners that declare it
+        self._named_terms: dict[str, set[int]] = {}  # port name -> NamedPortTerm ids
+        self._names: dict[NameKey, tuple[int | None, dict[PortPair, int]]] = {}  # -> selector term, present owners
+        self._names_by_name: dict[str, set[NameKey]] = {}
+        self._name_references: dict[NameKey, int] = {}
+        self._next_owner = 1
+        self._next_term = 1
+        self.changed_names: set[NameKey] = set()
+        """Names whose resolution changed since this was last cleared (by the compiler, at the end of a commit)."""
+
+    # --- owners -----------------------------------------------------------------------------------------------------
+
+    def appear(self, kind: OwnerKind, labels: Mapping[str, str], ports: Iterable[NamedPort], journal: Journal) -> int:
+        """An object is this owner from now on. Returns the owner's id."""
+        value: OwnerValue = (kind, frozenset(labels.items()), tuple(sorted(set(ports))))
+        owner = self._owner_ids.get(value)
+        if owner is None:
+            owner = self._new_owner(value, journal)
+        record = self.owners[owner]
+        if not record.presence:
+            self._count_ports(owner, 1, journal)
+        journal.assign(record, "presence", record.presence + 1)
+        return owner
+
+    def disappear(self, owner: int, journal: Journal) -> None:
+        """One object is it no more."""
+        record = self.owners[owner]
+        journal.assign(record, "presence", record.presence - 1)
+        if not record.presence:
+            self._count_ports(owner, -1, journal)
+
+    def collect(self, owner: int, journal: Journal) -> None:
+        """Forget the owner if neither an object nor an identity needs it."""
+        record = self.owners.get(owner)
+        if record is None or record.presence or record.identities:
+            return
+        kind, labels, ports = record.value
+        (self._nodes if kind is OwnerKind.NODE else self._labelled).remove_owner(labels, owner, journal)
+        for term in record.terms:
+            journal.discard(self.terms[term].owners, owner)
+        for port in ports:
+            if owner in self._declaring.get(port.name, ()):
+                journal.discard(self._declaring[port.name], owner)
+                if not self._declaring[port.name]:
+                    journal.pop(self._declaring, port.name)
+        journal.pop(self._owner_ids, record.value)
+        journal.pop(self.owners, owner)
+
+    def _new_owner(self, value: OwnerValue, journal: Journal) -> int:
+        kind, labels, ports = value
+        owner = self._next_owner
+        journal.assign(self, "_next_owner", owner + 1)
+        record = OwnerRecord(value)
+        journal.put(self._owner_ids, value, owner)
+        journal.put(self.owners, owner, record)
+        terms = (self._nodes if kind is OwnerKind.NODE else self._labelled).add_owner(labels, owner, journal)
+        for port in ports if kind is OwnerKind.ENDPOINT else ():
+            declaring = self._declaring.get(port.name)
+            if declaring is None:
+                declaring = set()
+                journal.put(self._declaring, port.name, declaring)
+            journal.add(declaring, owner)
+            for term in self._named_terms.get(port.name, ()):
+                named = self.terms[term].term
+                if isinstance(named, NamedPortTerm) and self._declares(named, value):
+                    terms.add(term)
+        for term in terms:
+            journal.add(self.terms[term].owners, owner)
+        record.terms = terms
+        return owner
+
+    @staticmethod
+    def _declares(term: NamedPortTerm, value: OwnerValue) -> bool:
+        _, labels, ports = value
+        return NamedPort(term.name, term.protocol, term.port) in ports and (
+            term.selector is None or term.selector.matches(dict(labels))
+        )
+
+    # --- terms ------------------------------------------------------------------------------------------------------
+
+    def term_id(self, term: OwnerTerm) -> int:
+        """The id of a term in use. KeyError for another."""
+        return self._term_ids[term]
+
+    def acquire(self, term: OwnerTerm, journal: Journal) -> int:
+        """Count a use of a term. Returns its id."""
+        term_id = self._term_ids.get(term)
+        if term_id is None:
+            term_id = self._next_term
+            journal.assign(self, "_next_term", term_id + 1)
+            record = TermRecord(term)
+            journal.put(self._term_ids, term, term_id)
+            journal.put(self.terms, term_id, record)
+            record.owners = self._owners_of(term, term_id, journal)
+            for owner in record.owners:
+                journal.add(self.owners[owner].terms, term_id)
+        record = self.terms[term_id]
+        journal.assign(record, "references", record.references + 1)
+        return term_id
+
+    def release(self, term_id: int, journal: Journal) -> None:
+        """Count one use less; a term without uses is forgotten."""
+        record = self.terms[term_id]
+        journal.assign(record, "references", record.references - 1)
+        if record.references:
+            return
+        for owner in record.owners:
+            journal.discard(self.owners[owner].terms, term_id)
+        term = record.term
+        if isinstance(term, NamedPortTerm):
+            journal.discard(self._named_terms[term.name], term_id)
+            if not self._named_terms[term.name]:
+                journal.pop(self._named_terms, term.name)
+        else:
+            labels = self._nodes if isinstance(term, NodeTerm) else self._labelled
+            labels.remove_selector(term_id, term.selector, journal)
+        journal.pop(self.terms, term_id)
+        journal.pop(self._term_ids, term)
+
+    def _owners_of(self, term: OwnerTerm, term_id: int, journal: Journal) -> set[int]:
+        if isinstance(term, SelectorTerm):
+            return self._labelled.add_selector(term_id, term.selector, journal)
+        if isinstance(term, NodeTerm):
+            return self._nodes.add_selector(term_id, term.selector, journal)
+        terms = self._named_terms.get(term.name)
+        if terms is None:
+            terms = set()
+            journal.put(self._named_terms, term.name, terms)
+        journal.add(terms, term_id)
+        declaring = self._declaring.get(term.name, ())
+        return {owner for owner in declaring if self._declares(term, self.owners[owner].value)}
+
+    # --- names ------------------------------------------------------------------------------------------------------
+
+    def named(self, key: NameKey) -> frozenset[PortPair]:
+        """What a name in use stands for. KeyError when `acquire_name` was not called."""
+        return frozenset(self._names[key][1])
+
+    def acquire_name(self, key: NameKey, journal: Journal) -> None:
+        """Count a use of a name; while it is in use, changes of its resolution are reported in ``changed_names``."""
+        references = self._name_references.get(key, 0)
+        journal.put(self._name_references, key, references + 1)
+        if references:
+            return
+        selector, name = key
+        term = None if selector is None else self.acquire(SelectorTerm(selector), journal)
+        pairs: dict[PortPair, int] = {}
+        for owner in self._declaring.get(name, ()):
+            record = self.owners[owner]
+            if record.presence and (term is None or term in record.terms):
+                for port in record.value[2]:
+                    if port.name == name:
+                        pair = (port.protocol, port.port)
+                        pairs[pair] = pairs.get(pair, 0) + 1
+        journal.put(self._names, key, (term, pairs))
+        keys = self._names_by_name.get(name)
+        if keys is None:
+            keys = set()
+            journal.put(self._names_by_name, name, keys)
+        journal.add(keys, key)
+
+    def release_name(self, key: NameKey, journal: Journal) -> None:
+        """Count one use less."""
+        references = self._name_references[key]
+        if references > 1:
+            journal.put(self._name_references, key, references - 1)
+            return
+        journal.pop(self._name_references, key)
+        term, _ = journal.pop(self._names, key)
+        if term is not None:
+            self.release(term, journal)
+        keys = self._names_by_name[key[1]]
+        journal.discard(keys, key)
+        if not keys:
+            journal.pop(self._names_by_name, key[1])
+
+    def _count_ports(self, owner: int, step: int, journal: Journal) -> None:
+        """An owner came or went: adjust what names stand for."""
+        record = self.owners[owner]
+        if record.value[0] is not OwnerKind.ENDPOINT:
+            return
+        for port in record.value[2]:
+            for key in self._names_by_name.get(port.name, ()):
+                term, pairs = self._names[key]
+                if term is not None and term not in record.terms:
+                    continue
+                pair = (port.protocol, port.port)
+                count = pairs.get(pair, 0) + step
+                if count:
+                    journal.put(pairs, pair, count)
+                else:
+                    journal.pop(pairs, pair)
+                if count == 0 or (count == 1 and step == 1):
+                    self.changed_names.add(key)

@@ -1,0 +1,235 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Everything that applies to one endpoint in one direction and stage, in the order of evaluation.
+
+A *template* is what one policy (or profile, or failsafe list) says in one direction, as entries; it is shared by all
+programs that hold it.  A *program* is the order: failsafes, tiers of templates, profiles, and what is left at the end.
+Two evaluations share one program: the enforced and the pending one (staged policies take part, and stand for those they
+replace); each template and each end of a tier says in which it is.
+
+Invariant: equal programs are equal values, whatever order the policies came in (sections 2 to 4 of policy/MATCHING.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+
+from netpol_ebpf.compiler.entries import EFFECTS, Effect, Entry, Resolver, expand
+from netpol_ebpf.compiler.identities import MatchRecord
+from netpol_ebpf.policy.types import (
+    PORT_PROTOCOLS,
+    Action,
+    Cause,
+    CauseKind,
+    Direction,
+    Endpoint,
+    EndpointKind,
+    Entity,
+    Failsafe,
+    Outcome,
+    Policy,
+    PolicyKey,
+    Ports,
+    Profile,
+    Rule,
+    Settings,
+    Stage,
+    Staged,
+    Tier,
+)
+
+_OTHER = {Direction.INGRESS: Direction.EGRESS, Direction.EGRESS: Direction.INGRESS}
+
+
+@dataclass(slots=True, eq=False)
+class Template:
+    """The entries of one policy, profile or failsafe list in one direction. Compared by identity.
+
+    ``peers``, ``owns``: the records of the entries' matches, while ``references`` (programs) is not 0.
+    """
+
+    what: str
+    entries: tuple[Entry, ...]
+    constrains_own: bool
+    references: int = 0
+    peers: tuple[MatchRecord, ...] = ()
+    owns: tuple[MatchRecord, ...] = ()
+
+
+def make_template(what: str, entries: Iterable[Entry]) -> Template:
+    """A template without references."""
+    found = tuple(entries)
+    return Template(what, found, any(entry.own.positive or entry.own.negative for entry in found))
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One template's place in a program. ``enforced``, ``pending``: the evaluations it takes part in."""
+
+    template: Template
+    enforced: bool = True
+    pending: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class TierPart:
+    """A tier with at least one policy here. ``end_*``: the policy named when the tier ends in deny; None: it passes."""
+
+    name: str
+    parts: tuple[Part, ...]
+    end_enforced: PolicyKey | None
+    end_pending: PolicyKey | None
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    """The whole order of evaluation. Nothing decided: deny in NORMAL, continue elsewhere."""
+
+    direction: Direction
+    stage: Stage
+    head: tuple[Part, ...]
+    tiers: tuple[TierPart, ...]
+    profiles: tuple[Part, ...]
+
+    def parts(self) -> Iterable[Part]:
+        """All parts in order."""
+        yield from self.head
+        for tier in self.tiers:
+            yield from tier.parts
+        yield from self.profiles
+
+    @property
+    def is_idle(self) -> bool:
+        """It says nothing about any packet, and leaves all to later stages."""
+        return self.stage is not Stage.NORMAL and not self.head and not self.tiers
+
+
+def nothing_decided(direction: Direction, stage: Stage) -> tuple[Outcome, Cause]:
+    """What is left when nothing decides."""
+    if stage is Stage.NORMAL:
+        return Outcome.DENY, Cause(CauseKind.NO_MATCH, direction, action=Action.DENY)
+    return Outcome.CONTINUE, Cause(CauseKind.NO_MATCH, direction, action=Action.PASS)
+
+
+# --- templates ------------------------------------------------------------------------------------------------------
+
+
+def policy_entries(policy: Policy, direction: Direction, resolver: Resolver) -> list[Entry]:
+    """What a policy says in one direction."""
+    found: list[Entry] = []
+    for rule in policy.rules(direction):
+        cause = Cause(CauseKind.RULE, direction, policy.tier, policy.key, index=rule.index, action=rule.action)
+        found.extend(expand(rule, direction, EFFECTS[rule.action], cause, resolver))
+    return found
+
+
+def profile_entries(profile: Profile, direction: Direction, resolver: Resolver) -> list[Entry]:
+    """What a profile says in one direction: Pass is Deny there."""
+    found: list[Entry] = []
+    for rule in profile.rules(direction):
+        action = Action.DENY if rule.action is Action.PASS else rule.action
+        cause = Cause(CauseKind.PROFILE, direction, profile=profile.name, index=rule.index, action=action)
+        found.extend(expand(rule, direction, EFFECTS[action], cause, resolver))
+    return found
+
+
+def missing_profile_entries(name: str, direction: Direction, resolver: Resolver) -> list[Entry]:
+    """A profile that nobody has made denies everything."""
+    cause = Cause(CauseKind.PROFILE, direction, profile=name, action=Action.DENY)
+    return list(expand(Rule(Action.DENY, -1), direction, Effect.DENY, cause, resolver))
+
+
+def failsafe_entries(settings: Settings, direction: Direction, stage: Stage, resolver: Resolver) -> list[Entry]:
+    """The failsafes of a host: allow in NORMAL, continue in UNTRACKED, there also for the replies of the other direction."""
+    lists = {Direction.INGRESS: settings.failsafe_inbound, Direction.EGRESS: settings.failsafe_outbound}
+    effect = Effect.ALLOW if stage is Stage.NORMAL else Effect.CONTINUE
+    found: list[Entry] = []
+
+    def add(index: int, failsafe: Failsafe, *, reply: bool) -> None:
+        nets = () if failsafe.net is None else (failsafe.net,)
+        ports: Ports | None = Ports(ranges=((failsafe.port, failsafe.port),))
+        if failsafe.protocol not in PORT_PROTOCOLS:
+            if failsafe.port:
+                return  # such packets have port 0
+            ports = None
+        # The port is the destination's, or of a reply the source's; the net is always the remote side's.
+        ingress = direction is Direction.INGRESS
+        source = Entity(nets=nets if ingress else (), ports=ports if reply else None)
+        destination = Entity(nets=() if ingress else nets, ports=None if reply else ports)
+        rule = Rule(Action.ALLOW, index, protocol=failsafe.protocol, source=source, destination=destination)
+        cause = Cause(CauseKind.FAILSAFE, direction, index=index, action=Action.ALLOW)
+        found.extend(expand(rule, direction, effect, cause, resolver))
+
+    for index, failsafe in enumerate(lists[direction]):
+        add(index, failsafe, reply=False)
+    if stage is Stage.UNTRACKED:
+        for index, failsafe in enumerate(lists[_OTHER[direction]], start=len(lists[direction])):
+            add(index, failsafe, reply=True)
+    return found
+
+
+# --- programs -------------------------------------------------------------------------------------------------------
+
+
+def stages_of(endpoint: Endpoint) -> tuple[Stage, ...]:
+    """The stages an endpoint has policy in."""
+    return (Stage.NORMAL,) if endpoint.kind is EndpointKind.WORKLOAD else tuple(Stage)
+
+
+def is_of_stage(policy: Policy, stage: Stage) -> bool:
+    """Whether a policy belongs to a stage (of a host; a workload has NORMAL only)."""
+    if stage is Stage.UNTRACKED:
+        return policy.do_not_track
+    if stage is Stage.PRE_DNAT:
+        return policy.pre_dnat
+    if policy.do_not_track or policy.pre_dnat:
+        return False
+    return stage is Stage.NORMAL or policy.apply_on_forward
+
+
+def order_tiers(
+    policies: Iterable[Policy],
+    tiers: Mapping[str, Tier],
+    replaced: Collection[PolicyKey],
+    stage: Stage,
+    templates: Mapping[PolicyKey, Template],
+) -> tuple[TierPart, ...]:
+    """Tiers in order, each with its policies in order. ``policies``: those of the stage and direction that select the endpoint.
+
+    ``replaced``: keys that staged policies stand for (they are not in the pending evaluation).
+    """
+    by_tier: dict[str, list[Policy]] = {}
+    for policy in policies:
+        if policy.staged is not Staged.DELETE:
+            by_tier.setdefault(policy.tier, []).append(policy)
+    found: list[TierPart] = []
+    for tier in sorted((tiers.get(name, Tier(name, exists=False)) for name in by_tier), key=lambda tier: tier.sort_key):
+        ordered = sorted(by_tier[tier.name], key=lambda policy: policy.sort_key)
+        denies = tier.default_action is not Action.PASS and stage not in (Stage.PRE_DNAT, Stage.UNTRACKED)
+        parts: list[Part] = []
+        ends: dict[bool, PolicyKey | None] = {True: None, False: None}
+        for policy in ordered:
+            enforced, pending = policy.staged is Staged.NO, policy.key not in replaced
+            if not enforced and not pending:
+                continue
+            template = templates[policy.key]
+            if template.entries:
+                parts.append(Part(template, enforced, pending))
+            if enforced:
+                ends[True] = policy.key
+            if pending:
+                ends[False] = policy.key
+        if denies:
+            found.append(TierPart(tier.name, tuple(parts), ends[True], ends[False]))
+        elif parts:
+            found.append(TierPart(tier.name, tuple(parts), None, None))
+    return tuple(tier for tier in found if tier.parts or tier.end_enforced or tier.end_pending)
+
+
+@dataclass(slots=True)
+class EndpointPrograms:
+    """What applies to one local endpoint now."""
+
+    endpoint: Endpoint
+    number: int
+    programs: dict[tuple[Direction, Stage], Program] = field(default_factory=dict)

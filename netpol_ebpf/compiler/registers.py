@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Values that rows refer to by number: causes (table ``rules``) and lists of Log rules (table ``log_lists``).
+
+Invariant: a value has one number while anything refers to it; its row is written in the growing phase of the commit that
+first needs it and removed in the shrinking phase of the one that no longer does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from typing import Generic, TypeVar
+
+from netpol_ebpf.compiler.draft import DELETED, Draft, Phase
+from netpol_ebpf.compiler.journal import Journal
+from netpol_ebpf.compiler.limits import exceeded
+from netpol_ebpf.compiler.numbers import Numbers
+
+V = TypeVar("V", bound=Hashable)
+
+
+class RowRegister(Generic[V]):
+    """Numbers from 1 on for the distinct values of one table."""
+
+    def __init__(self, table: str, limit: int) -> None:
+        self._table = table
+        self._limit = limit
+        self._numbers = Numbers(1, limit)
+        self._known: dict[V, int] = {}
+        self._values: dict[int, V] = {}
+        self._references: dict[int, int] = {}
+        self._unreferenced: set[int] = set()
+
+    def acquire(self, value: V, what: str, draft: Draft, journal: Journal) -> int:
+        """Count a use of a value. Returns its number; raises LimitError, naming ``what``, when all are in use."""
+        number = self._known.get(value)
+        if number is None:
+            number = self._numbers.take(journal)
+            if number is None:
+                raise exceeded(what, self._table, self._limit, len(self._known) + 1)
+            journal.put(self._known, value, number)
+            journal.put(self._values, number, value)
+            draft.write(Phase.GROW, self._table, number, value)
+        journal.put(self._references, number, self._references.get(number, 0) + 1)
+        return number
+
+    def release(self, number: int, journal: Journal) -> None:
+        """Count one use less."""
+        journal.put(self._references, number, self._references[number] - 1)
+        if not self._references[number]:
+            journal.add(self._unreferenced, number)
+
+    def collect(self, draft: Draft, journal: Journal) -> None:
+        """Remove values without uses, at the end of a commit."""
+        for number in list(self._unreferenced):
+            journal.discard(self._unreferenced, number)
+            if not self._references[number]:
+                journal.pop(self._references, number)
+                journal.pop(self._known, journal.pop(self._values, number))
+                self._numbers.give_back(number, journal)
+                draft.write(Phase.SHRINK, self._table, number, DELETED)

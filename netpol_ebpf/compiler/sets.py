@@ -1,0 +1,376 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One live policy set: a program's entries as bit vectors, its classes, its columns and its verdicts.
+
+A *fold* says which entries of the own-constraining templates hold for the endpoint's own addresses; with a fold the own side
+is constant, without one it is a dimension of its own.
+
+Invariants: each combination of classes in use has its verdict row; the meaning of a published set never changes, it only
+gains and loses classes, and moves to a larger range when one gets too small (`Draft` phase PREPARE, so that whoever
+points at it follows before anything else is written).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import product
+
+from netpol_ebpf.compiler.classes import ClassMap
+from netpol_ebpf.compiler.draft import DELETED, Draft, Phase
+from netpol_ebpf.compiler.entries import Effect
+from netpol_ebpf.compiler.identities import IdentityIndex, MatchRecord
+from netpol_ebpf.compiler.intervals import Intervals
+from netpol_ebpf.compiler.journal import Journal
+from netpol_ebpf.compiler.l4 import AtomSpace, Split
+from netpol_ebpf.compiler.limits import Limits, exceeded
+from netpol_ebpf.compiler.numbers import Numbers, Ranges
+from netpol_ebpf.compiler.programs import Part, Program, nothing_decided
+from netpol_ebpf.compiler.registers import RowRegister
+from netpol_ebpf.compiler.tables import COLUMN_BLOCK, SetRow, VerdictRow
+from netpol_ebpf.compiler.terms import ANYONE
+from netpol_ebpf.policy.types import Action, Cause, CauseKind, Outcome
+
+Fold = tuple[int, ...]
+"""For each own-constraining part of a program, in order: the bits of its entries that hold for the own addresses."""
+SetKey = tuple[Program, "Fold | None"]
+
+_OUTCOMES = {Effect.ALLOW: Outcome.ALLOW, Effect.DENY: Outcome.DENY, Effect.CONTINUE: Outcome.CONTINUE}
+
+
+@dataclass(slots=True)
+class Stores:
+    """What the policy sets of one compiler share."""
+
+    identities: IdentityIndex
+    atoms: AtomSpace
+    sources: AtomSpace
+    causes: RowRegister[Cause]
+    log_lists: RowRegister[tuple[int, ...]]
+    set_numbers: Numbers
+    verdicts: Ranges
+    columns: Ranges
+    limits: Limits
+
+
+class _Entries:
+    """The entries of a program that are left under a fold, by bit; bit 0 is asked first."""
+
+    def __init__(self, program: Program, fold: Fold | None) -> None:
+        self.effects: list[Effect] = []
+        self.causes: list[Cause] = []
+        self.targets: list[int] = []  # where Pass goes: the first bit after the tier
+        self.peers: dict[MatchRecord, int] = {}
+        self.owns: dict[MatchRecord, int] = {}
+        self.l4: dict[Intervals, int] = {}
+        self.sources: dict[Intervals, int] = {}
+        self.enforced = self.pending = self.ends = 0
+        self._folds = None if fold is None else iter(fold)
+        for part in program.head:
+            self._add_part(part)
+        for tier in program.tiers:
+            first = len(self.effects)
+            for part in tier.parts:
+                self._add_part(part)
+            ends = {(tier.end_enforced, True, tier.end_enforced == tier.end_pending)}
+            if tier.end_pending != tier.end_enforced:
+                ends.add((tier.end_pending, False, True))
+            for policy, enforced, pending in sorted(ends, key=lambda end: not end[1]):
+                if policy is not None:
+                    cause = Cause(CauseKind.TIER_END, program.direction, tier.name, policy, action=Action.DENY)
+                    self.ends |= 1 << len(self.effects)
+                    self._add(Effect.DENY, cause, enforced=enforced, pending=pending)
+            self.targets[first:] = [len(self.effects)] * (len(self.effects) - first)
+        for part in program.profiles:
+            self._add_part(part)
+
+    def _add(self, effect: Effect, cause: Cause, *, enforced: bool, pending: bool) -> int:
+        bit = 1 << len(self.effects)
+        self.effects.append(effect)
+        self.causes.append(cause)
+        self.targets.append(0)
+        if enforced:
+            self.enforced |= bit
+        if pending and effect is not Effect.LOG:  # only the enforced evaluation notes Log rules
+            self.pending |= bit
+        return bit
+
+    def _add_part(self, part: Part) -> None:
+        template = part.template
+        kept = -1
+        if self._folds is not None and template.constrains_own:
+            kept = next(self._folds)
+        for index, (entry, peer, own) in enumerate(zip(template.entries, template.peers, template.owns, strict=True)):
+            if not kept >> index & 1:
+                continue
+            bit = self._add(entry.effect, entry.cause, enforced=part.enforced, pending=part.pending)
+            self.peers[peer] = self.peers.get(peer, 0) | bit
+            if self._folds is None:
+                self.owns[own] = self.owns.get(own, 0) | bit
+            self.l4[entry.l4] = self.l4.get(entry.l4, 0) | bit
+            self.sources[entry.source] = self.sources.get(entry.source, 0) | bit
+
+
+class _Column:
+    """Classes of atoms. ``vectors``: class -> vector; ``classes``: atom -> class, up to the end of the last block."""
+
+    def __init__(self, masks: dict[Intervals, int], always: int, space: AtomSpace, limit: int, what: str) -> None:
+        self.base = 0
+        self.blocks = 0
+        by_atom: dict[int, int] = dict.fromkeys(range(space.size), always)
+        for predicate, mask in masks.items():
+            for atom in space.atoms_of(predicate):
+                by_atom[atom] |= mask
+        used = space.atoms()
+        numbers: dict[int, int] = {}
+        self.classes = [
+            numbers.setdefault(by_atom[atom], len(numbers)) if atom in used else 0 for atom in range(space.size)
+        ]
+        self.vectors = list(numbers)
+        if len(numbers) > limit:
+            raise exceeded(what, "classes_per_set", limit, len(numbers))
+
+    @property
+    def is_constant(self) -> bool:
+        """One class only: no column is needed."""
+        return len(self.vectors) == 1
+
+    def place(self, phase: Phase, stores: Stores, draft: Draft, what: str) -> None:
+        """Take a range that has room for as many atoms again, and write all of it."""
+        self.blocks = 1
+        while self.blocks * COLUMN_BLOCK < len(self.classes) + COLUMN_BLOCK // 2:
+            self.blocks *= 2
+        base = stores.columns.take(self.blocks)
+        if base is None:
+            raise exceeded(what, "column_blocks", stores.limits.column_blocks, stores.columns.in_use + self.blocks)
+        self.base = base
+        self.classes.extend([0] * (self.blocks * COLUMN_BLOCK - len(self.classes)))
+        self.write(phase, range(self.blocks), draft)
+
+    def write(self, phase: Phase, blocks: range | set[int], draft: Draft) -> None:
+        rows = draft.rows(phase, "l4_columns")
+        for block in blocks:
+            rows[self.base + block] = tuple(self.classes[block * COLUMN_BLOCK : (block + 1) * COLUMN_BLOCK])
+
+
+class LiveSet:
+    """A policy set in force, or about to be. ``references``: (endpoint, direction, stage) that use it."""
+
+    def __init__(self, key: SetKey, what: str, stores: Stores, draft: Draft, journal: Journal) -> None:
+        self.key = key
+        self.what = what
+        self.references = 0
+        self._stores = stores
+        program, fold = key
+        self._entries = entries = _Entries(program, fold)
+        if len(entries.effects) > stores.limits.entries_per_set:
+            raise exceeded(what, "entries_per_set", stores.limits.entries_per_set, len(entries.effects))
+        self._rules = [stores.causes.acquire(cause, what, draft, journal) for cause in entries.causes]
+        self._tail, cause = nothing_decided(program.direction, program.stage)
+        self._tail_rule = stores.causes.acquire(cause, what, draft, journal)
+        self._verdicts: dict[int, VerdictRow] = {}
+        self._log_lists: list[int] = []
+        for predicate in entries.l4:
+            stores.atoms.acquire(predicate, journal)
+        for predicate in entries.sources:
+            stores.sources.acquire(predicate, journal)
+        self.peer = self._class_map(entries.peers, journal)
+        self.own: ClassMap | None = None
+        if any(record.match != ANYONE for record in entries.owns):
+            self.own = self._class_map(entries.owns, journal)
+        self._l4: _Column
+        self._source: _Column
+        self.base = 0
+        self.size = 0
+        self.peer_room = self.own_room = 1
+        self.row: SetRow
+
+    def _class_map(self, matches: dict[MatchRecord, int], journal: Journal) -> ClassMap:
+        number = self._stores.set_numbers.take(journal)
+        if number is None:
+            raise exceeded(self.what, "endpoints", self._stores.limits.endpoints, self._stores.limits.endpoints + 1)
+        masks = {record: mask for record, mask in matches.items() if record.match != ANYONE}
+        always = self._entries.ends
+        for record, mask in matches.items():
+            if record.match == ANYONE:
+                always |= mask
+        return ClassMap(number, masks, always, self._stores.limits.classes_per_set, self.what)
+
+    @property
+    def class_maps(self) -> tuple[ClassMap, ...]:
+        """Both sides, or the peer's only."""
+        return (self.peer,) if self.own is None else (self.peer, self.own)
+
+    # --- building ---------------------------------------------------------------------------------------------------
+
+    def build(self, draft: Draft, journal: Journal) -> None:
+        """Classes, columns and verdicts of a set that is not in force yet. The atom spaces must be up to date."""
+        stores = self._stores
+        for class_map in self.class_maps:
+            class_map.build(stores.identities, draft)
+        limit, ends = stores.limits.classes_per_set, self._entries.ends
+        self._l4 = _Column(self._entries.l4, ends, stores.atoms, limit, self.what)
+        self._source = _Column(self._entries.sources, ends, stores.sources, limit, self.what)
+        for column in (self._l4, self._source):
+            if not column.is_constant:
+                column.place(Phase.GROW, stores, draft, self.what)
+        self._place_verdicts(Phase.GROW, draft, journal)
+
+    def _place_verdicts(self, phase: Phase, draft: Draft, journal: Journal) -> None:
+        """Take a range with room for some more classes, and write the verdicts of all there are."""
+        peers = self.peer.span
+        self.peer_room = peers + max(2, peers // 4)
+        if self.own is not None:
+            self.own_room = self.own.span + max(1, self.own.span // 4)
+        size = self.peer_room * self.own_room * len(self._l4.vectors) * len(self._source.vectors)
+        limits = self._stores.limits
+        if size > limits.verdicts_per_set:
+            raise exceeded(self.what, "verdicts_per_set", limits.verdicts_per_set, size)
+        base = self._stores.verdicts.take(size)
+        if base is None:
+            raise exceeded(self.what, "verdicts", limits.verdicts, self._stores.verdicts.in_use + size)
+        self.base, self.size = base, size
+        owns = {0: -1} if self.own is None else self.own.vectors
+        self._write_verdicts(phase, self.peer.vectors, owns, draft, journal)
+        self._make_row()
+
+    def _make_row(self) -> None:
+        self.row = SetRow(
+            number=self.peer.number,
+            default_class=self.peer.default,
+            peer_classes=self.peer_room,
+            own_set=0 if self.own is None else self.own.number,
+            own_default_class=0 if self.own is None else self.own.default,
+            own_classes=self.own_room,
+            l4_base=self._l4.base,
+            l4_classes=len(self._l4.vectors),
+            source_base=self._source.base,
+            source_classes=len(self._source.vectors),
+            verdict_base=self.base,
+        )
+
+    def _write_verdicts(
+        self, phase: Phase, peers: dict[int, int], owns: dict[int, int], draft: Draft, journal: Journal
+    ) -> None:
+        rows = draft.rows(phase, "verdicts")
+        l4_vectors, source_vectors = self._l4.vectors, self._source.vectors
+        stride = len(source_vectors)
+        verdicts = self._verdicts
+        for (peer, peer_vector), (own, own_vector) in product(peers.items(), owns.items()):
+            both = peer_vector & own_vector
+            index = self.base + (peer * self.own_room + own) * len(l4_vectors) * stride
+            for l4_vector in l4_vectors:
+                three = both & l4_vector
+                for source_vector in source_vectors:
+                    vector = three & source_vector
+                    row = verdicts.get(vector)
+                    if row is None:
+                        row = verdicts[vector] = self._verdict(vector, draft, journal)
+                    rows[index] = row
+                    index += 1
+
+    def _verdict(self, vector: int, draft: Draft, journal: Journal) -> VerdictRow:
+        """What the entries in the vector say, by the enforced and by the pending evaluation."""
+        outcome, rule, logs = self._walk(vector & self._entries.enforced)
+        staged_outcome, staged_rule, _ = self._walk(vector & self._entries.pending)
+        log_list = 0
+        if logs:
+            log_list = self._stores.log_lists.acquire(tuple(logs), self.what, draft, journal)
+            self._log_lists.append(log_list)
+            journal.on_rollback(self._log_lists.pop)
+        return VerdictRow(outcome, rule, staged_outcome, staged_rule, log_list)
+
+    def _walk(self, vector: int) -> tuple[Outcome, int, dict[int, None]]:
+        entries = self._entries
+        logs: dict[int, None] = {}
+        while vector:
+            index = (vector & -vector).bit_length() - 1
+            effect = entries.effects[index]
+            if effect is Effect.PASS:
+                target = entries.targets[index]
+                vector = vector >> target << target
+            elif effect is Effect.LOG:
+                logs[self._rules[index]] = None
+                vector &= vector - 1
+            else:
+                return _OUTCOMES[effect], self._rules[index], logs
+        return self._tail, self._tail_rule, logs
+
+    # --- growing ----------------------------------------------------------------------------------------------------
+
+    def add_classes(
+        self, peers: dict[int, int], owns: dict[int, int], draft: Draft, journal: Journal
+    ) -> tuple[int, int] | None:
+        """New classes of a published set, as class -> vector; already in the class maps. Returns the range it left, if it moved."""
+        left: tuple[int, int] | None = None
+        for name in ("base", "size", "peer_room", "own_room", "row"):
+            journal.assign(self, name, getattr(self, name))
+        journal.on_rollback(self._verdicts.clear)  # a memory only, but of numbers that would be taken back
+        if self.peer.span > self.peer_room or (self.own is not None and self.own.span > self.own_room):
+            left = (self.base, self.size)
+            self._place_verdicts(Phase.PREPARE, draft, journal)
+            return left
+        old_owns = {0: -1} if self.own is None else self.own.vectors
+        self._write_verdicts(Phase.GROW, peers, old_owns, draft, journal)
+        if owns:
+            self._write_verdicts(Phase.GROW, self.peer.vectors, owns, draft, journal)
+        return None
+
+    def add_atoms(self, split: Split, source: bool, draft: Draft, journal: Journal) -> tuple[int, int] | None:  # noqa: FBT001  # which line
+        """New atoms of a published set look like those they were split from. Returns the range it left, if it moved."""
+        column = self._source if source else self._l4
+        if column.is_constant or not split.parents:
+            return None
+        classes = column.classes.copy()
+        classes.extend([0] * (max(split.parents) + 1 - len(classes)))
+        for atom, parent in split.parents.items():
+            classes[atom] = column.classes[parent]
+        journal.assign(column, "classes", classes)
+        if len(classes) > column.blocks * COLUMN_BLOCK:
+            left = (column.base, column.blocks)
+            journal.assign(column, "base", column.base)
+            journal.assign(column, "blocks", column.blocks)
+            journal.assign(self, "row", self.row)
+            column.place(Phase.PREPARE, self._stores, draft, self.what)
+            self._make_row()
+            return left
+        column.write(Phase.GROW, {atom // COLUMN_BLOCK for atom in split.parents}, draft)
+        return None
+
+    # --- the end ----------------------------------------------------------------------------------------------------
+
+    def release_predicates(self, journal: Journal) -> None:
+        """The set goes: its protocol and port predicates are not needed any more."""
+        for predicate in self._entries.l4:
+            self._stores.atoms.release(predicate, journal)
+        for predicate in self._entries.sources:
+            self._stores.sources.release(predicate, journal)
+
+    def release(self, draft: Draft, journal: Journal) -> None:
+        """Remove everything, at the end of a commit."""
+        stores = self._stores
+        for class_map in self.class_maps:
+            class_map.clear(draft)
+            stores.set_numbers.give_back(class_map.number, journal)
+        for rule in (*self._rules, self._tail_rule):
+            stores.causes.release(rule, journal)
+        for log_list in self._log_lists:
+            stores.log_lists.release(log_list, journal)
+        free_verdicts(self.base, self.size, stores, draft)
+        for column in (self._l4, self._source):
+            if not column.is_constant:
+                free_columns(column.base, column.blocks, stores, draft)
+
+
+def free_verdicts(base: int, size: int, stores: Stores, draft: Draft) -> None:
+    """Give a range of verdicts back and delete its rows."""
+    rows = draft.rows(Phase.SHRINK, "verdicts")
+    for index in range(base, base + size):
+        rows[index] = DELETED
+    stores.verdicts.give_back(base, size)
+
+
+def free_columns(base: int, blocks: int, stores: Stores, draft: Draft) -> None:
+    """Give a range of columns back and delete its rows."""
+    rows = draft.rows(Phase.SHRINK, "l4_columns")
+    for block in range(base, base + blocks):
+        rows[block] = DELETED
+    stores.columns.give_back(base, blocks)

@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: Apache-2.0
+"""All live policy sets by content, and what happens to them when identities and atoms come and go.
+
+Endpoints whose programs and folds are equal share a set.  Invariant: every published set has a class for every identity
+and a column entry for every atom that a packet may meet, before any row shows that identity or atom to packets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from netpol_ebpf.compiler.classes import ClassMap
+from netpol_ebpf.compiler.draft import Draft
+from netpol_ebpf.compiler.identities import MatchRecord
+from netpol_ebpf.compiler.journal import Journal
+from netpol_ebpf.compiler.l4 import Split
+from netpol_ebpf.compiler.sets import LiveSet, SetKey, Stores, free_columns, free_verdicts
+
+
+class SetStore:
+    """The register of policy sets."""
+
+    def __init__(self, stores: Stores) -> None:
+        self.stores = stores
+        self._sets: dict[SetKey, LiveSet] = {}
+        self._published: set[LiveSet] = set()
+        self._uses: dict[MatchRecord, dict[ClassMap, int]] = {}
+        self._set_of: dict[ClassMap, LiveSet] = {}
+        self._odd: dict[int, set[ClassMap]] = {4: set(), 6: set()}
+        """Class maps in which an ordinary identity of a family is not in the default class."""
+        self._created: list[LiveSet] = []
+        self._dying: list[LiveSet] = []
+        self._moved: set[LiveSet] = set()
+        self._left_verdicts: list[tuple[int, int]] = []
+        self._left_columns: list[tuple[int, int]] = []
+
+    def __len__(self) -> int:
+        return len(self._sets)
+
+    def acquire(self, key: SetKey, what: str, draft: Draft, journal: Journal) -> LiveSet:
+        """Count a use of a set; a new one has no rows until `build_created`. Its program must be in use."""
+        live = self._sets.get(key)
+        if live is None:
+            live = LiveSet(key, what, self.stores, draft, journal)
+            journal.put(self._sets, key, live)
+            self._created.append(live)
+        journal.assign(live, "references", live.references + 1)
+        return live
+
+    def release(self, live: LiveSet, journal: Journal) -> None:
+        """Count one use less; a set without uses lives on until `bury`."""
+        journal.assign(live, "references", live.references - 1)
+        if not live.references:
+            journal.pop(self._sets, live.key)
+            self._dying.append(live)
+
+    def release_predicates(self, journal: Journal) -> None:
+        """The dying sets' protocol and port predicates are not needed after this change."""
+        for live in self._dying:
+            live.release_predicates(journal)
+
+    @property
+    def moved(self) -> set[LiveSet]:
+        """Published sets that were given a new range in this commit."""
+        return self._moved
+
+    def extend(self, created: Iterable[int], draft: Draft, journal: Journal) -> None:
+        """Give new identities their classes in all published sets. Cost: the sets whose matches concern them."""
+        peers: dict[LiveSet, dict[int, int]] = {}
+        owns: dict[LiveSet, dict[int, int]] = {}
+        for identity in created:
+            for class_map, vector in self._vectors(identity).items():
+                class_ = class_map.add(identity, vector, draft, journal)
+                if class_ is not None:
+                    live = self._set_of[class_map]
+                    (peers if class_map is live.peer else owns).setdefault(live, {})[class_] = vector
+        for live in dict.fromkeys((*peers, *owns)):
+            left = live.add_classes(peers.get(live, {}), owns.get(live, {}), draft, journal)
+            if left is not None:
+                self._left_verdicts.append(left)
+                self._moved.add(live)
+
+    def _vectors(self, identity: int) -> dict[ClassMap, int]:
+        """The vectors of an identity in all class maps where it may not be in the default class."""
+        holding, excluded = self.stores.identities.concerning(identity)
+        family = self.stores.identities.identities[identity].family
+        vectors = {class_map: class_map.base[family] for class_map in self._odd[family]}
+        for record in excluded:
+            for class_map, mask in self._uses.get(record, {}).items():
+                vectors[class_map] = vectors.get(class_map, class_map.base[family]) & ~mask
+        for record in holding:
+            for class_map, mask in self._uses.get(record, {}).items():
+                vectors[class_map] = vectors.get(class_map, class_map.base[family]) | mask
+        return vectors
+
+    def split_atoms(self, split: Split, *, source: bool, draft: Draft, journal: Journal) -> None:
+        """Give new atoms their classes in all published sets."""
+        if split.parents:
+            for live in self._published:
+                left = live.add_atoms(split, source, draft, journal)
+                if left is not None:
+                    self._left_columns.append(left)
+                    self._moved.add(live)
+
+    def build_created(self, draft: Draft, journal: Journal) -> None:
+        """Write the new sets. Identities and atoms must be final."""
+        for live in self._created:
+            live.build(draft, journal)
+            journal.add(self._published, live)
+            for class_map in live.class_maps:
+                journal.put(self._set_of, class_map, live)
+                for record, mask in class_map.masks.items():
+                    users = self._uses.get(record)
+                    if users is None:
+                        users = {}
+                        journal.put(self._uses, record, users)
+                    journal.put(users, class_map, mask)
+                for family, odd in self._odd.items():
+                    if class_map.base[family] != class_map.vectors[class_map.default]:
+                        journal.add(odd, class_map)
+
+    def remove_identities(self, gone: Iterable[int], draft: Draft, journal: Journal) -> None:
+        """Drop the rows of identities that no address has any more."""
+        numbers = list(gone)
+        if numbers:
+            for class_map in self._set_of:
+                for number in numbers:
+                    class_map.remove(number, draft, journal)
+
+    def bury(self, draft: Draft, journal: Journal) -> None:
+        """Remove what no endpoint uses any more, at the end of a commit."""
+        for live in self._dying:
+            if live not in self._published:
+                raise AssertionError("a set that was never built was released")
+            journal.discard(self._published, live)
+            for class_map in live.class_maps:
+                journal.pop(self._set_of, class_map)
+                for record in class_map.masks:
+                    users = self._uses[record]
+                    journal.pop(users, class_map)
+                    if not users:
+                        journal.pop(self._uses, record)
+                for odd in self._odd.values():
+                    journal.discard(odd, class_map)
+            live.release(draft, journal)
+        for base, size in self._left_verdicts:
+            free_verdicts(base, size, self.stores, draft)
+        for base, blocks in self._left_columns:
+            free_columns(base, blocks, self.stores, draft)
+
+    def settle(self) -> None:
+        """A commit is over, one way or the other."""
+        self._created.clear()
+        self._dying.clear()
+        self._moved.clear()
+        self._left_verdicts.clear()
+        self._left_columns.clear()

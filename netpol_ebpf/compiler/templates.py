@@ -1,0 +1,208 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The templates in use: built when a program first needs one, rebuilt when what they were built from changes.
+
+Invariants: a template that would come out the same stays the same object, so that nothing that holds it changes; a
+template's matches (and so their terms) are in use exactly while a program holds it; names and services that it asked for
+when it was built are watched while it is the current one of its key.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TypeVar, Union
+
+from netpol_ebpf.compiler.entries import Entry, PortPair
+from netpol_ebpf.compiler.identities import IdentityIndex
+from netpol_ebpf.compiler.journal import Journal
+from netpol_ebpf.compiler.limits import Limits, exceeded
+from netpol_ebpf.compiler.owners import NameKey, OwnerIndex
+from netpol_ebpf.compiler.programs import (
+    Program,
+    Template,
+    failsafe_entries,
+    make_template,
+    missing_profile_entries,
+    policy_entries,
+    profile_entries,
+)
+from netpol_ebpf.policy.types import Direction, PolicyKey, Service, Stage, World
+from netpol_ebpf.selector import Selector
+
+K = TypeVar("K")
+ServiceKey = tuple[str, str]
+TemplateKey = tuple[Union[PolicyKey, str, Stage], Direction]
+"""A policy, a profile's name, or the failsafes of a stage; and the direction."""
+_Watched = tuple[frozenset[NameKey], frozenset[ServiceKey]]
+
+
+def service_ports(service: Service | None) -> frozenset[PortPair]:
+    """Every (protocol, port) among the backends."""
+    return frozenset() if service is None else frozenset((each.protocol, each.port) for each in service.backends)
+
+
+class _Asking:
+    """A resolver that notes what it is asked, and puts the names into use."""
+
+    def __init__(self, owners: OwnerIndex, services: Mapping[ServiceKey, Service], journal: Journal) -> None:
+        self._owners = owners
+        self._services = services
+        self._journal = journal
+        self.names: set[NameKey] = set()
+        self.services: set[ServiceKey] = set()
+
+    def named(self, selector: Selector | None, name: str) -> Iterable[PortPair]:
+        key = (selector, name)
+        if key not in self.names:
+            self.names.add(key)
+            self._owners.acquire_name(key, self._journal)
+        return self._owners.named(key)
+
+    def service(self, namespace: str, name: str) -> Iterable[PortPair]:
+        key = (namespace, name)
+        self.services.add(key)
+        return service_ports(self._services.get(key))
+
+
+class Templates:
+    """Templates by key, for the objects of one world."""
+
+    def __init__(self, world: World, owners: OwnerIndex, identities: IdentityIndex, limits: Limits) -> None:
+        self._world = world
+        self._owners = owners
+        self._identities = identities
+        self._limits = limits
+        self._current: dict[TemplateKey, Template] = {}
+        self._watched: dict[TemplateKey, _Watched] = {}
+        self._by_name: dict[NameKey, frozenset[TemplateKey]] = {}
+        self._by_service: dict[ServiceKey, frozenset[TemplateKey]] = {}
+        self._programs: dict[Program, int] = {}
+        self._idle: set[TemplateKey] = set()
+        self._keys: dict[Template, TemplateKey] = {}
+
+    def get(self, key: TemplateKey, journal: Journal) -> Template:
+        """The current template of a key, built if need be. LimitError when the object is too large."""
+        template = self._current.get(key)
+        if template is None:
+            template, watched = self._build(key, journal)
+            self._keep(key, template, watched, journal)
+            journal.add(self._idle, key)
+        return template
+
+    def refresh(self, key: TemplateKey, journal: Journal) -> bool:
+        """What it is built from may have changed. Returns whether the template did."""
+        before = self._current.get(key)
+        if before is None:
+            return False
+        if not self._exists(key):
+            self._forget(key, journal)
+            return True
+        template, watched = self._build(key, journal)
+        same = template.entries == before.entries and template.what == before.what
+        self._forget(key, journal)
+        self._keep(key, before if same else template, watched, journal)
+        journal.add(self._idle, key)
+        return not same
+
+    def asking_for(self, names: Iterable[NameKey], services: Iterable[ServiceKey]) -> Iterator[TemplateKey]:
+        """Templates that were built with these."""
+        for name in names:
+            yield from self._by_name.get(name, ())
+        for service in services:
+            yield from self._by_service.get(service, ())
+
+    def acquire(self, program: Program, journal: Journal) -> None:
+        """Count a use of a program, and so of its templates and their matches."""
+        references = self._programs.get(program, 0)
+        journal.put(self._programs, program, references + 1)
+        if references:
+            return
+        for part in program.parts():
+            template = part.template
+            if not template.references:
+                identities = self._identities
+                peers = tuple(identities.acquire_match(entry.peer, journal) for entry in template.entries)
+                owns = tuple(identities.acquire_match(entry.own, journal) for entry in template.entries)
+                journal.assign(template, "peers", peers)
+                journal.assign(template, "owns", owns)
+            journal.assign(template, "references", template.references + 1)
+
+    def release(self, program: Program, journal: Journal) -> None:
+        """Count one use less."""
+        references = self._programs[program]
+        if references > 1:
+            journal.put(self._programs, program, references - 1)
+            return
+        journal.pop(self._programs, program)
+        for part in program.parts():
+            template = part.template
+            journal.assign(template, "references", template.references - 1)
+            if not template.references:
+                for record in (*template.peers, *template.owns):
+                    self._identities.release_match(record, journal)
+                journal.assign(template, "peers", ())
+                journal.assign(template, "owns", ())
+                key = self._keys.get(template)
+                if key is not None:
+                    journal.add(self._idle, key)
+
+    def collect(self, journal: Journal) -> None:
+        """Forget current templates that no program holds, at the end of a commit."""
+        for key in list(self._idle):
+            journal.discard(self._idle, key)
+            template = self._current.get(key)
+            # One without entries is in no program, and is kept while its object is.
+            if template is not None and not template.references and (template.entries or not self._exists(key)):
+                self._forget(key, journal)
+
+    def _exists(self, key: TemplateKey) -> bool:
+        subject = key[0]
+        return not isinstance(subject, PolicyKey) or subject in self._world.policies
+
+    def _build(self, key: TemplateKey, journal: Journal) -> tuple[Template, _Watched]:
+        subject, direction = key
+        asking = _Asking(self._owners, self._world.services, journal)
+        entries: list[Entry]
+        if isinstance(subject, PolicyKey):
+            what = str(subject)
+            policy = self._world.policies[subject]
+            if len(policy.rules(direction)) > self._limits.rules_per_policy:
+                raise exceeded(what, "rules_per_policy", self._limits.rules_per_policy, len(policy.rules(direction)))
+            entries = policy_entries(policy, direction, asking)
+        elif isinstance(subject, Stage):
+            what = f"failsafes, {direction.value}"
+            entries = failsafe_entries(self._world.settings, direction, subject, asking)
+        else:
+            what = f"Profile/{subject}"
+            profile = self._world.profiles.get(subject)
+            if profile is None:
+                entries = missing_profile_entries(subject, direction, asking)
+            else:
+                entries = profile_entries(profile, direction, asking)
+        return make_template(what, entries), (frozenset(asking.names), frozenset(asking.services))
+
+    def _keep(self, key: TemplateKey, template: Template, watched: _Watched, journal: Journal) -> None:
+        journal.put(self._current, key, template)
+        journal.put(self._keys, template, key)
+        journal.put(self._watched, key, watched)
+        for name in watched[0]:
+            journal.put(self._by_name, name, self._by_name.get(name, frozenset()) | {key})
+        for service in watched[1]:
+            journal.put(self._by_service, service, self._by_service.get(service, frozenset()) | {key})
+
+    def _forget(self, key: TemplateKey, journal: Journal) -> None:
+        template = journal.pop(self._current, key)
+        journal.pop(self._keys, template)
+        names, services = journal.pop(self._watched, key)
+        for name in names:
+            self._unwatch(self._by_name, name, key, journal)
+            self._owners.release_name(name, journal)
+        for service in services:
+            self._unwatch(self._by_service, service, key, journal)
+
+    @staticmethod
+    def _unwatch(index: dict[K, frozenset[TemplateKey]], asked: K, key: TemplateKey, journal: Journal) -> None:
+        left = index[asked] - {key}
+        if left:
+            journal.put(index, asked, left)
+        else:
+            journal.pop(index, asked)
