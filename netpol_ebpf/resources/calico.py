@@ -171,11 +171,12 @@ def _default_types(spec: Reader) -> tuple[str, ...]:
 
 
 def _warn_inert(spec: Reader, types: tuple[str, ...]) -> None:
+    if not types or len(types) != len(spec.list("types")):  # none given, or wrong ones
+        return
     for direction in _DIRECTIONS:
-        if types and direction not in types and spec.list(direction.lower()):
-            spec.warning(
-                direction.lower(), f"has no effect, because `types` does not list {direction}", slug="inert-rules"
-            )
+        field = direction.lower()
+        if direction not in types and spec.list(field):
+            spec.warning(field, f"has no effect, because `types` does not list {direction}", slug="inert-rules")
 
 
 def _check_host_flags(spec: Reader, flags: list[bool], types: tuple[str, ...]) -> None:

@@ -286,10 +286,9 @@ def _service_accounts(entity: Reader) -> ServiceAccountMatch | None:
     names = match.strings("names")
     selector = read_selector(match, "selector")
     match.done()
-    if not names and selector is None:
+    if not names and selector is None and set(match.fields()) <= {"names", "selector"}:
         match.warning(None, "is empty, so it does not restrict the rule", slug="inert-field")
-        return None
-    return ServiceAccountMatch(names, selector)
+    return ServiceAccountMatch(names, selector) if names or selector is not None else None
 
 
 def _services(entity: Reader, key: str, context: RuleContext) -> ServiceMatch | None:

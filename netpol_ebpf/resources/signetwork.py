@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from netpol_ebpf.resources.kind import Kind
 from netpol_ebpf.resources.kubernetes import read_label_selector
-from netpol_ebpf.resources.reader import Reader, describe
+from netpol_ebpf.resources.reader import Reader, describe, suggestion
 from netpol_ebpf.resources.syntax import (
     MAX_PORT,
     PROTOCOLS,
@@ -47,6 +47,11 @@ MAX_DOMAINS = 25
 
 _EGRESS_ONLY = ("nodes", "networks", "domainNames")
 _WITHOUT_NAMED_PORTS = ("nodes", "networks", "domainNames")
+_KUBERNETES_PEERS = {
+    "podSelector": "`pods: {namespaceSelector: ..., podSelector: ...}`",
+    "namespaceSelector": "`namespaces:` with the selector directly inside",
+    "ipBlock": "`networks:` with a list of CIDRs",
+}
 _OLD_NAMESPACES = ("namespaceSelector", "sameLabels", "notSameLabels")
 
 
@@ -67,9 +72,10 @@ class _Dialect:
 # --- ports ----------------------------------------------------------------------------------------------------------
 
 
-def _unknown(reader: Reader, what: str) -> None:
-    fields = ", ".join(f"`{field}`" for field in reader.fields())
-    seen = f"unknown {what} {fields}" if fields else f"a {what} without any field"
+def _unknown(reader: Reader, what: str, known: tuple[str, ...] = ()) -> None:
+    fields = [field for field in reader.fields() if field not in known]
+    named = ", ".join(f"`{field}`{suggestion(field, known)}" for field in fields)
+    seen = f"unknown {what} {named}" if fields else f"a {what} without any field"
     reader.warning(
         None, f"{seen}: the rule fails closed (it allows nothing, or denies everything)", slug="unknown-peer"
     )
@@ -82,7 +88,7 @@ def _exactly_one(reader: Reader, keys: tuple[str, ...], what: str) -> str | None
         reader.error(None, f"must have exactly one of {', '.join(keys)}; has {' and '.join(given)}", slug="conflict")
         return None
     if not given or any(field not in keys for field in reader.fields()):
-        _unknown(reader, what)
+        _unknown(reader, what, keys)
         return None
     return given[0]
 
@@ -196,6 +202,10 @@ def _peer(peer: Reader, dialect: _Dialect, *, ingress: bool, allows: bool) -> Si
     for key in _EGRESS_ONLY:
         if ingress and peer.has(key):
             peer.error(key, f"`{key}` is possible only in egress rules, under `to:`", slug="conflict")
+            return SigPeer(unknown=True)
+    for key, instead in _KUBERNETES_PEERS.items():
+        if peer.has(key):
+            peer.error(key, f"`{key}` is a peer of networking.k8s.io; here it is {instead}", slug="unknown-field")
             return SigPeer(unknown=True)
     which = _exactly_one(peer, known, "peer")
     if which is None:
