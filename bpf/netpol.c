@@ -48,6 +48,7 @@ NP_INLINE int np_has_rule(int reason)
     case NP_REASON_RELATED:
     case NP_REASON_HOST:
     case NP_REASON_SELF:
+    case NP_REASON_CONTINUE:
     case NP_REASON_POLICY_DENY:
     case NP_REASON_REVOKED:
         return 1;
@@ -80,7 +81,7 @@ NP_INLINE int np_conclude(struct np_flow *flow, int reason)
         kind = NP_EVENT_DENY;
         if (!np_has_rule(reason)) // not policy's doing, so not a staged policy's either
             decision->action = decision->staged_action = NP_ACTION_DENY;
-    } else if (np_is_new_flow(reason)) {
+    } else if (np_is_new_flow(reason) || reason == NP_REASON_CONTINUE) { // the latter opens none, and is told likewise
         __u32 wanted = flow->config->flags;
         if (wanted & NP_CONFIG_ALLOW_EVENTS ||
             (wanted & NP_CONFIG_STAGED_EVENTS && decision->staged_action != decision->action))

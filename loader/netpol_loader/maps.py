@@ -144,6 +144,18 @@ class Map:
                 raise self._failure("delete from", OSError(error, ""), len(keys), at + done)
             at += done
 
+    def clear(self) -> None:
+        """Remove every element there is now; meant for maps with few. Not for arrays, whose elements cannot go."""
+        key = syscall.empty(self.key_size)
+        while True:
+            try:
+                syscall.map_next_key(self.fd, None, key)
+            except OSError as error:
+                if error.errno == errno.ENOENT:
+                    return
+                raise self._failure("read", error, 1) from error
+            self.delete(key.raw[: self.key_size])
+
     def close(self) -> None:
         """Close the descriptor; the map lives on while it is pinned or used."""
         if self.fd >= 0:

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from netpol_ebpf.apply.encode import (
+    ENCODERS,
     Element,
     EndpointFlag,
     EndpointSets,
@@ -26,7 +27,7 @@ from netpol_ebpf.apply.encode import (
     source_element,
 )
 from netpol_ebpf.apply.grace import wait_for_readers
-from netpol_ebpf.compiler.tables import Change, EndpointRow, Tables
+from netpol_ebpf.compiler.tables import Change, Delta, EndpointRow, Tables
 from netpol_ebpf.errors import MapFullError, PlatformError
 from netpol_ebpf.policy.types import EndpointKey, EndpointKind, IPNetwork
 from netpol_loader import abi
@@ -64,10 +65,14 @@ class Binding:
 
 @dataclass(slots=True)
 class _Step:
-    """Writes to be done together: upserts in order of first use, then deletions."""
+    """Writes to be done together: upserts in order of first use, then deletions.
+
+    ``renews``: an endpoint's row goes or changes its number, which the program remembers for a generation.
+    """
 
     puts: dict[str, dict[bytes, bytes]] = field(default_factory=dict)
     deletes: dict[str, list[bytes]] = field(default_factory=dict)
+    renews: bool = False
 
     def put(self, element: Element) -> None:
         name, key, value = element
@@ -161,61 +166,62 @@ class Applier:
     # --- one change -----------------------------------------------------------------------------------------------
 
     def apply(self, change: Change) -> None:
-        """Make a change take effect: grow, flip, a new generation when something is revoked, and after a grace period shrink.
+        """Make a change take effect, batch by batch; it is done, grace periods included, when this returns.
 
-        Raises MapFullError when it does not fit; then nothing has changed for any packet, and the tables that the change
-        came from are ahead of the kernel.
+        After the flip comes a new generation, when something is revoked; before the shrinking, and wherever an endpoint row
+        moved, a grace period.  Raises MapFullError when it does not fit; then nothing has changed for any packet, and the
+        tables that the change came from are ahead of the kernel.
         """
-        grow, flip, shrink = (self._step(part) for part in (change.grow, change.flip, change.shrink))
         rows, counts = dict(self._rows), self._counts.copy()
-        renewed = self._flip_endpoints(flip, change.flip.get("endpoints"))
+        prepare, grow, flip, shrink = (self._step(batch) for _, batch in change.batches())
         undo = _Undo(self._maps)
         try:
-            self._check_room(grow, flip)
+            self._check_room(prepare, grow, flip)
+            self._write(prepare, undo)
+            if "np_endpoint" in prepare.puts:
+                self._wait()  # a packet that still has the old row must not meet what grows for the new one
             self._write(grow, undo)
             self._write(flip, undo)
         except PlatformError:
             undo.roll_back()
             self._rows, self._counts = rows, counts
             raise
-        if change.revokes or renewed:
+        if change.revokes or prepare.renews or flip.renews:
             self.bump_generation()
         if shrink:
             self._wait()
             self._write(shrink, None)
 
-    def _step(self, part: Mapping[str, Any]) -> _Step:
-        """One batch of a change as map writes. ``part``: table name to Delta."""
+    def _step(self, batch: Mapping[str, Any]) -> _Step:
+        """One batch of a change as map writes. ``batch``: table name to Delta."""
         step = _Step()
-        names = [table.name for table in Tables().all()]
-        for name in sorted(part, key=names.index):
-            if name == "endpoints":
-                continue
-            for element in elements(name, part[name].upserts):
-                step.put(element)
-        for name in sorted(part, key=names.index, reverse=True):
-            if name in _IN_KERNEL:
-                for key in part[name].deletes:
+        for name in _TABLES:
+            delta = batch.get(name)
+            if delta is not None and name != "endpoints":
+                for element in elements(name, delta.upserts):
+                    step.put(element)
+        if "endpoints" in batch:
+            self._change_endpoints(step, batch["endpoints"])
+        for name in reversed(_TABLES):
+            delta = batch.get(name)
+            if delta is not None and name in ENCODERS:
+                for key in delta.deletes:
                     step.delete(*map_and_key(name, key))
         return step
 
-    def _flip_endpoints(self, step: _Step, delta: Any) -> bool:
-        """Add endpoint rows to a step; whether a row goes or changes its number, which the program remembers per generation."""
-        renewed = False
-        if delta is None:
-            return renewed
+    def _change_endpoints(self, step: _Step, delta: Delta[EndpointKey, EndpointRow]) -> None:
+        """Add endpoint rows to a step."""
         for key, row in delta.upserts.items():
             before, old = self._rows.get(key), self._keys(key)
-            renewed |= before is not None and before.number != row.number
+            step.renews |= before is not None and before.number != row.number
             self._rows[key] = row
             self._put_endpoint(step, key)
             self._delete_all(step, old - self._keys(key))
         for key in delta.deletes:
             old = self._keys(key)
-            renewed |= bool(old)
+            step.renews |= bool(old)
             self._delete_all(step, old)
             self._rows.pop(key, None)
-        return renewed
 
     def _put_endpoint(self, step: _Step, key: EndpointKey) -> None:
         for element in self._elements(key):
@@ -340,4 +346,4 @@ class Applier:
 
 
 _FIRST = bytes(4)
-_IN_KERNEL = frozenset({"addresses", "cidrs", "peer_classes", "l4_atoms", "l4_columns", "verdicts", "rules"})
+_TABLES = tuple(table.name for table in Tables().all())

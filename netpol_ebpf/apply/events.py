@@ -8,24 +8,33 @@ guessed at.  One decoder for the kernel engine, the agent and the command line.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from netpol_ebpf.apply.encode import DIRECTION, OUTCOME
 from netpol_ebpf.policy.types import ICMP, ICMPV6, PORT_PROTOCOLS, Cause, Direction, EndpointKey, Outcome, Packet
 from netpol_loader import abi
 
+V_co = TypeVar("V_co", covariant=True)
+
 KIND: Mapping[int, str] = {abi.NP_EVENT_DENY: "deny", abi.NP_EVENT_ALLOW: "allow", abi.NP_EVENT_LOG: "log"}
 
 
-@dataclass(slots=True)
+class Lookup(Protocol[V_co]):
+    """From a number to what it stands for; a dictionary or a compiled table."""
+
+    def get(self, key: int, /) -> V_co | None:
+        """What the number stands for, or None."""
+
+
+@dataclass(frozen=True, slots=True)
 class Names:
     """What numbers stand for: rules, lists of Log rules, endpoints."""
 
-    rules: Mapping[int, Cause] = field(default_factory=dict)
-    log_lists: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
-    endpoints: Mapping[int, EndpointKey] = field(default_factory=dict)
+    rules: Lookup[Cause]
+    log_lists: Lookup[tuple[int, ...]]
+    endpoints: Lookup[EndpointKey]
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,9 +107,7 @@ def decode_event(event: abi.np_event, names: Names) -> FlowEvent:
         cause=names.rules.get(event.rule),
         staged_outcome=OUTCOME.get(event.staged_action),
         staged_cause=names.rules.get(event.staged_rule),
-        logs=tuple(
-            names.rules[rule] for rule in names.log_lists.get(event.log_list, ()) if rule in names.rules
-        ),
+        logs=tuple(cause for rule in names.log_lists.get(event.log_list) or () if (cause := names.rules.get(rule))),
         rule=event.rule,
         staged_rule=event.staged_rule,
         own_identity=event.own_identity,

@@ -1,0 +1,230 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The third engine: the program that judges packets, asked with real packets.
+
+A world is compiled and written to the maps of a dataplane of the engine's own (its own pin directory, beside that of a
+running agent); a question becomes a frame, run through the loaded program at the hook of the question's direction
+(BPF_PROG_TEST_RUN).  Nothing is attached to any interface.
+
+Invariants: the answer is what the program reported in its event, checked against what it returned; nothing is worked out
+here.  No question sees what an earlier one left: its connection is removed and, when the endpoint changes, a new
+generation begins.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from ipaddress import ip_network
+from pathlib import Path
+from types import TracebackType
+
+from netpol_ebpf.apply.applier import Applier
+from netpol_ebpf.apply.encode import (
+    DIRECTION,
+    EndpointFlag,
+    EndpointSets,
+    endpoint_element,
+    endpoint_key,
+    source_element,
+)
+from netpol_ebpf.apply.events import FlowEvent, Names, decode_event
+from netpol_ebpf.apply.frames import render_frame
+from netpol_ebpf.compiler import Compiler
+from netpol_ebpf.compiler.tables import EndpointRow
+from netpol_ebpf.errors import NetpolError
+from netpol_ebpf.policy.types import (
+    Action,
+    Cause,
+    CauseKind,
+    Direction,
+    EndpointKey,
+    EndpointKind,
+    Outcome,
+    Question,
+    Stage,
+    Verdict,
+    World,
+)
+from netpol_loader import abi
+from netpol_loader.dataplane import DEFAULT_PIN_ROOT, Dataplane
+from netpol_loader.hook import Hook
+
+ROOT_PREFIX = "netpol-engine-"
+"""Engines pin below /sys/fs/bpf/netpol-engine-PID."""
+
+SIZES: Mapping[str, int] = {
+    "np_conn4": 1024,
+    "np_conn6": 1024,
+    "np_young4": 1024,
+    "np_young6": 1024,
+    "np_frag4": 64,
+    "np_frag6": 64,
+    "np_event": 65536,
+}
+"""Where the default size would only cost time: one packet at a time needs little. Ring buffer in bytes."""
+
+IFINDEX = 1
+"""Loopback: every network namespace has it, and a test run needs an interface that exists. Nothing is attached to it."""
+ELSEWHERE = 2
+"""Where a packet towards an endpoint is said to have come from; the program only compares it with 0 and with IFINDEX."""
+
+ANYWHERE = (ip_network("0.0.0.0/0"), ip_network("::/0"))
+JUDGED = frozenset({"policy-allow", "policy-deny", "continue"})
+NO_OPINION = (Outcome.CONTINUE, Action.PASS)
+UNKNOWN = (Outcome.DENY, Action.DENY)
+
+
+class NotJudgedError(NetpolError):
+    """The program decided a packet without asking policy; ``reason`` is the slug it gave, ``passed`` what it did.
+
+    So it is for IPv6 neighbour discovery, traffic of a workload to itself, and frames it cannot parse.
+    """
+
+    slug = "not-judged"
+    default_hint = "Ask about a packet that policy decides."
+
+    def __init__(self, reason: str, *, passed: bool) -> None:
+        super().__init__(f"policy was not asked about this packet: {reason}")
+        self.reason = reason
+        self.passed = passed
+
+
+class KernelEngine:
+    """Judges packets with the program in the kernel; a context manager.
+
+    Raises PlatformError where it cannot run (no root, no BCC, an old kernel).  One thread, one process.
+    """
+
+    def __init__(self, pin_root: Path | None = None) -> None:
+        self._pin_root = pin_root or engine_root(os.getpid())
+        self._stack = contextlib.ExitStack()
+        self._compiler = Compiler()
+        self._names = Names(self._compiler.tables.rules, self._compiler.tables.log_lists, {})
+        self._events: list[abi.np_event] = []
+        self._kinds: dict[EndpointKey, EndpointKind] = {}
+        self._installed: _Installed | None = None
+
+    def __enter__(self) -> KernelEngine:  # noqa: PYI034 - typing.Self comes with Python 3.11
+        remove_abandoned(self._pin_root.parent)
+        with contextlib.ExitStack() as stack:
+            self._dataplane = Dataplane.open(self._pin_root, sizes=SIZES)
+            stack.callback(self._dataplane.remove)
+            self._reader = stack.enter_context(self._dataplane.events(self._events.append))
+            # No packet is under way between two questions, so there is nothing to wait for.
+            self._applier = Applier(self._dataplane.maps, wait=lambda: None)
+            self._applier.set_flags(on=abi.NP_CONFIG_ALLOW_EVENTS)
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.close()
+
+    def load(self, world: World) -> None:
+        """Take this world in place of the one before, as a change to it: compiled and written as the agent does."""
+        self._compiler.replace(world)
+        self._applier.apply(self._compiler.commit())
+        self._kinds = {key: endpoint.kind for key, endpoint in world.endpoints.items()}
+        self._installed = None
+
+    def decide(self, question: Question) -> Verdict:
+        """The program's verdict. Raises NotJudgedError when policy has no say in the packet.
+
+        Cost: some 100 microseconds; least for questions about the endpoint of the question before.
+        """
+        row = self._compiler.tables.endpoints.get(question.endpoint)
+        if row is not None and (question.direction, question.stage) not in row.sets:
+            return _without_rule(question.direction, *NO_OPINION)  # there is no such stage to ask
+        host = self._kinds.get(question.endpoint) is EndpointKind.HOST
+        self._install(question, row, host=host)
+        hook = next(hook for hook in Hook if DIRECTION[hook.direction(host=host)] is question.direction)
+        event = self._run(hook, question)
+        if row is None and event.reason == "unknown-endpoint":
+            return _without_rule(question.direction, *UNKNOWN)
+        if event.reason not in JUDGED:
+            raise NotJudgedError(event.reason, passed=event.kind != "deny")
+        if event.cause is None or event.outcome is None or event.staged_cause is None or event.staged_outcome is None:
+            raise NetpolError(f"the program reported rule {event.rule} and {event.staged_rule} for {question}")
+        return Verdict(event.outcome, event.cause, event.staged_outcome, event.staged_cause, event.logs)
+
+    def _install(self, question: Question, row: EndpointRow | None, *, host: bool) -> None:
+        """Make the interface that of the question's endpoint, with the policy sets of its stage."""
+        flags = EndpointFlag.HOST if host else EndpointFlag.NONE
+        if row is not None and not host and question.direction is Direction.EGRESS:
+            owner = self._compiler.tables.addresses.get(question.packet.source)
+            if owner is None or owner.endpoint != row.number:
+                # Anti-spoofing is not policy: what the endpoint does not own, it is allowed to borrow.
+                flags |= EndpointFlag.SOURCES
+        wanted = _Installed(question.endpoint, question.stage, flags)
+        if wanted == self._installed:
+            return
+        maps = self._dataplane.maps
+        if row is None:
+            maps["np_endpoint"].delete(endpoint_key(IFINDEX))
+        else:
+            borrowed = ANYWHERE if EndpointFlag.SOURCES in flags else ()
+            for name, key, value in (
+                *(source_element(row.number, net) for net in borrowed),
+                endpoint_element(IFINDEX, row.number, EndpointSets.of(row, question.stage), flags),
+            ):
+                maps[name].put(key, value)
+        self._applier.bump_generation()  # the program remembers an interface's endpoint for a generation
+        self._installed = wanted
+
+    def _run(self, hook: Hook, question: Question) -> FlowEvent:
+        """Send the packet; what the program said of it, once in its event and once by what it returned."""
+        self._events.clear()
+        run = self._dataplane.test_run(
+            hook, render_frame(question.packet), ifindex=IFINDEX, ingress_ifindex=ELSEWHERE
+        )  # fmt: skip
+        self._reader.consume()
+        events = [event for event in self._events if event.kind != abi.NP_EVENT_LOG]
+        if not events:
+            raise NotJudgedError(
+                "passed without an event" if run.passed else "dropped without an event", passed=run.passed
+            )
+        event = decode_event(events[0], self._names)
+        if len(events) > 1 or event.packet != question.packet or run.passed != (event.kind == "allow"):
+            raise NetpolError(
+                f"the program returned {run.verdict} and reported {len(events)} events, {event}, for {question}"
+            )
+        if run.passed:
+            self._forget_connection(question)
+        return event
+
+    def _forget_connection(self, question: Question) -> None:
+        """Remove what the program remembers of an allowed packet, lest a later question be taken for its reply."""
+        for name in ("np_young4", "np_conn4") if question.packet.source.version == 4 else ("np_young6", "np_conn6"):  # noqa: PLR2004 - the IP version
+            self._dataplane.maps[name].clear()
+
+
+@dataclass(frozen=True, slots=True)
+class _Installed:
+    """What the row at IFINDEX is."""
+
+    endpoint: EndpointKey
+    stage: Stage
+    flags: EndpointFlag
+
+
+def engine_root(pid: int) -> Path:
+    """Where the engine of a process pins."""
+    return DEFAULT_PIN_ROOT.with_name(f"{ROOT_PREFIX}{pid}")
+
+
+def remove_abandoned(parent: Path) -> None:
+    """Remove what engines left whose process was killed. Their programs are attached nowhere."""
+    for path in parent.glob(f"{ROOT_PREFIX}*") if parent.is_dir() else ():
+        pid = path.name.removeprefix(ROOT_PREFIX)
+        if pid.isdigit() and not Path(f"/proc/{pid}").exists():
+            shutil.rmtree(path)
+
+
+def _without_rule(direction: Direction, outcome: Outcome, action: Action) -> Verdict:
+    """The verdict where no policy set is asked (policy/MATCHING.md, sections 2 and 4)."""
+    cause = Cause(CauseKind.NO_MATCH, direction, action=action)
+    return Verdict(outcome, cause, outcome, cause)
