@@ -37,7 +37,7 @@ def explain(error: yaml.MarkedYAMLError, lines: list[str], start: int, failed_at
     last = next((n for n in range(failed_at + 1, len(lines)) if lines[n].startswith("---")), len(lines))
     obj = _object_name(lines[first:last])
     slips = _wrong_depth(lines, first, last)
-    if slips and slips[0][0] <= failed_at:
+    if any(number == failed_at for number, _, _ in slips):
         return [
             Problem(
                 Location(file, number + 1, column + 1),
@@ -95,15 +95,21 @@ def _wrong_depth(lines: list[str], first: int, last: int) -> list[tuple[int, int
 
 
 def _item_above(lines: list[str], first: int, number: int, depth: int) -> int | None:
-    """The line of the list item that begins at ``depth`` and ends where line ``number`` begins, if there is one."""
+    """The line of the list item whose dash stands at ``depth`` and which ends where line ``number`` begins, if any.
+
+    None too when the list's own key stands at that depth: then a field there is that key's sibling, and rightly placed.
+    """
+    item = None
     for above in range(number - 1, first - 1, -1):
         content = lines[above].lstrip(" ")
         indent = len(lines[above]) - len(content)
         if not content.strip() or content.startswith("#") or indent > depth:
             continue
-        if indent == depth and content.startswith("- "):
-            return above
-        if indent < depth or not _RULE_FIELD.match(lines[above].rstrip("\r")):
+        if indent < depth:
+            return item
+        if content.startswith("- "):
+            item = above if item is None else item
+        elif item is not None or not _RULE_FIELD.match(lines[above].rstrip("\r")):
             return None
     return None
 

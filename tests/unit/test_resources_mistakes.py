@@ -121,6 +121,21 @@ def test_another_field_beside_the_dash_is_plain_bad_yaml() -> None:
     assert problem.obj == "NetworkPolicy/p"
 
 
+def test_a_sibling_of_the_list_is_no_slip() -> None:
+    """Where dashes stand under their key, `ports:` beside them is in place; another error is not blamed on it."""
+    text = "kind: Service\nspec:\n  clusterIPs:\n  - 10.0.0.1\n  ports:\n  - port: 80\n  x: 'open\n"
+    (problem,) = parse_documents(text, "s.yaml").problems
+    assert problem.slug == "yaml"
+
+
+def test_ports_and_from_both_beside_the_dash() -> None:
+    """Each of the fields that slipped is named."""
+    text = _HEAD + "  ingress:\n    - ports:\n      - port: 80\n    from:\n    - podSelector: {}\n"
+    (problem,) = parse_documents(text, "p.yaml").problems
+    assert (problem.slug, problem.location.line, problem.path) == ("wrong-depth", 10, "spec.ingress.from")
+    assert "inside the `- ports:` item" in problem.message
+
+
 def test_calico_ports_directly_in_the_rule() -> None:
     """In a Calico rule ports belong to source or destination."""
     text = (
