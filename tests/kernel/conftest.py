@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One loaded dataplane for all kernel tests, in a pin directory of its own that goes at the end."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from netpol_loader.dataplane import Dataplane
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from rig import Rig  # noqa: E402
+
+SIZES = {
+    "np_endpoint": 64, "np_addr4": 4096, "np_addr6": 4096, "np_cidr4": 1024, "np_cidr6": 1024, "np_peer_class": 1024,
+    "np_l4_col": 256, "np_verdict": 4096, "np_rule": 256, "np_rule_count": 256, "np_conn4": 4096, "np_conn6": 4096,
+    "np_young4": 4096, "np_young6": 4096, "np_frag4": 1024, "np_frag6": 1024, "np_log_limit": 16, "np_event": 65536,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def pin_root() -> Path:
+    return Path(f"/sys/fs/bpf/netpol-test-{os.getpid()}")
+
+
+@pytest.fixture(scope="session")
+def dataplane(pin_root: Path) -> Iterator[Dataplane]:
+    one = Dataplane.open(pin_root, sizes=SIZES)
+    yield one
+    one.remove()
+
+
+@pytest.fixture(scope="session")
+def loaded_rig(dataplane: Dataplane) -> Iterator[Rig]:
+    rig = Rig(dataplane)
+    yield rig
+    rig.reader.close()
+
+
+@pytest.fixture
+def rig(loaded_rig: Rig) -> Rig:
+    loaded_rig.reset()
+    return loaded_rig

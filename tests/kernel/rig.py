@@ -1,0 +1,246 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A dataplane under test: rows written by hand, one packet in; verdict, reason, counters and events out."""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from ipaddress import ip_address, ip_network
+
+from netpol_loader import abi
+from netpol_loader.dataplane import Dataplane, default_config
+from netpol_loader.hook import Hook
+from netpol_loader.seal import seal_endpoint
+
+LO = 1
+"""The one interface every machine has; test runs need one that exists."""
+ELSEWHERE = 77
+"""Where packets towards a workload entered the node; need not exist."""
+EMPTIED = (
+    "np_endpoint", "np_addr4", "np_addr6", "np_cidr4", "np_cidr6", "np_source4", "np_source6", "np_peer_class",
+    "np_conn4", "np_conn6", "np_young4", "np_young6", "np_frag4", "np_frag6",
+)  # fmt: skip
+ALLOW, DENY, CONTINUE = abi.NP_ACTION_ALLOW, abi.NP_ACTION_DENY, abi.NP_ACTION_CONTINUE
+
+ENDPOINT = 7
+POD4, PEER4 = "10.0.0.7", "10.0.0.9"
+POD6, PEER6 = "fd00::7", "fd00::9"
+POD_IDENTITY, PEER_IDENTITY = 100, 101
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One verdict row. ``staged`` None: as enforced."""
+
+    action: int
+    rule: int
+    staged: int | None = None
+    staged_rule: int | None = None
+    log_list: int = 0
+
+    def row(self) -> bytes:
+        """As the map has it."""
+        return bytes(
+            abi.np_verdict(
+                rule=self.rule,
+                staged_rule=self.rule if self.staged_rule is None else self.staged_rule,
+                log_list=self.log_list,
+                action=self.action,
+                staged_action=self.action if self.staged is None else self.staged,
+            )
+        )
+
+
+@dataclass
+class PolicySet:
+    """A set of verdicts, row by row in the order of the index: peer, own, L4, source class."""
+
+    number: int
+    verdicts: list[Verdict]
+    peer_classes: int = 1
+    default_class: int = 0
+    own_set: int = 0
+    own_default_class: int = 0
+    own_classes: int = 1
+    l4_classes: int = 1
+    source_classes: int = 1
+
+    def row(self) -> abi.np_set:
+        """As the endpoint row has it; a set has 64 verdicts and one block of each column to itself."""
+        return abi.np_set(
+            number=self.number, default_class=self.default_class, peer_classes=self.peer_classes,
+            own_set=self.own_set, own_default_class=self.own_default_class, own_classes=self.own_classes,
+            l4_base=self.number * 2, l4_classes=self.l4_classes,
+            source_base=self.number * 2 + 1, source_classes=self.source_classes, verdict_base=self.number * 64,
+        )  # fmt: skip
+
+
+def everything(number: int, action: int, rule: int) -> PolicySet:
+    """A set with one verdict for all traffic."""
+    return PolicySet(number, [Verdict(action, rule)])
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What became of a packet. ``reasons`` and ``rules``: packets counted, by reason slug and rule number."""
+
+    passed: bool
+    reasons: Mapping[str, int]
+    rules: Mapping[int, int]
+    events: list[abi.np_event] = field(compare=False)
+
+    @property
+    def reason(self) -> str:
+        """The one reason counted; a packet of an open connection is counted by rule alone."""
+        if not self.reasons:
+            return "established" if self.passed and self.rules else "none"
+        assert len(self.reasons) == 1, self.reasons
+        return next(iter(self.reasons))
+
+
+class Rig:
+    """Writes rows, sends packets."""
+
+    def __init__(self, dataplane: Dataplane) -> None:
+        self.dataplane = dataplane
+        self.events: list[abi.np_event] = []
+        self._written: set[tuple[str, bytes]] = set()  # rows of arrays
+        self.reader = dataplane.events(self.events.append)
+
+    def map(self, name: str):  # noqa: ANN201  # netpol_loader.maps.Map
+        """A map."""
+        return self.dataplane.maps[name]
+
+    def reset(self) -> None:
+        """An empty dataplane: no rows, no connections, all array rows 0, next generation. Counters go on."""
+        for name in EMPTIED:
+            one = self.map(name)
+            one.delete_many([key for key, _ in one.items()])
+        for name, key in self._written:
+            self.map(name).put(key, bytes(self.map(name).value_size))
+        self._written.clear()
+        limits = self.map("np_log_limit")
+        limits.put_many([(key, bytes(limits.value_size)) for key, _ in limits.items()])
+        generation = self.dataplane.config().generation
+        config = default_config(self.dataplane.config().jiffies_per_second)
+        config.generation = generation + 1
+        self.dataplane.set_config(config)
+        self.reader.consume()
+        self.events.clear()
+
+    def flags(self, flags: int) -> None:
+        """Set the configuration's flags."""
+        config = self.dataplane.config()
+        config.flags = flags
+        self.dataplane.set_config(config)
+
+    def policy(self, one: PolicySet) -> abi.np_set:
+        """Write a set's verdicts."""
+        for index, verdict in enumerate(one.verdicts):
+            self._row("np_verdict", one.number * 64 + index, verdict.row())
+        return one.row()
+
+    def endpoint(
+        self, ingress: PolicySet, egress: PolicySet, *, number: int = ENDPOINT, ifindex: int = LO, flags: int = 0
+    ) -> None:
+        """Write an endpoint's row, and its sets."""
+        row = abi.np_endpoint(
+            number=number, ifindex=ifindex, flags=flags, ingress=self.policy(ingress), egress=self.policy(egress)
+        )
+        self.map("np_endpoint").put(struct.pack("=I", ifindex), bytes(seal_endpoint(row)))
+
+    def pod(self, ingress: PolicySet, egress: PolicySet, flags: int = 0) -> None:
+        """The usual endpoint on lo, with its own and its peer's addresses."""
+        self.endpoint(ingress, egress, flags=flags)
+        for own, peer in ((POD4, PEER4), (POD6, PEER6)):
+            self.address(own, POD_IDENTITY, ENDPOINT)
+            self.address(peer, PEER_IDENTITY)
+
+    def address(self, address: str, identity: int, endpoint: int = 0) -> None:
+        """Write an address row."""
+        packed = ip_address(address).packed
+        name = "np_addr4" if len(packed) == 4 else "np_addr6"
+        self.map(name).put(packed, bytes(abi.np_addr(identity=identity, endpoint=endpoint)))
+
+    def cidr(self, text: str, identity: int) -> None:
+        """Write a row of the tries."""
+        net = ip_network(text)
+        key = struct.pack("=I", net.prefixlen) + net.network_address.packed
+        self.map(f"np_cidr{net.version}").put(key, struct.pack("=I", identity))
+
+    def source(self, text: str, endpoint: int = ENDPOINT) -> None:
+        """Let an endpoint borrow source addresses."""
+        net = ip_network(text)
+        key = struct.pack("=II", 32 + net.prefixlen, endpoint) + net.network_address.packed
+        self.map(f"np_source{net.version}").put(key, struct.pack("=I", 1))
+
+    def peer_class(self, policy_set: int, identity: int, peer_class: int) -> None:
+        """Write a class row."""
+        self.map("np_peer_class").put(struct.pack("=II", policy_set, identity), struct.pack("=I", peer_class))
+
+    def atom(self, block: int, index: int, atom: int) -> None:
+        """Write one atom."""
+        self._element("np_l4_atom", block, index, atom)
+
+    def l4_class(self, policy_set: int, atom: int, l4_class: int, *, source: bool = False) -> None:
+        """Write one class of a set's destination (or source port) column."""
+        self._element("np_l4_col", policy_set * 2 + source, atom, l4_class)
+
+    def _element(self, name: str, block: int, index: int, number: int) -> None:
+        row = bytearray(self.map(name).get(struct.pack("=I", block)))
+        struct.pack_into("=H", row, index * 2, number)
+        self._row(name, block, bytes(row))
+
+    def _row(self, name: str, index: int, row: bytes) -> None:
+        key = struct.pack("=I", index)
+        self._written.add((name, key))
+        self.map(name).put(key, row)
+
+    def send(self, hook: Hook, packet: bytes, *, ingress: int | None = None) -> Seen:
+        """One packet; towards a workload it comes from elsewhere unless ``ingress`` says otherwise."""
+        reasons, rules = self._counts("np_reason_count"), self._counts("np_rule_count")
+        if ingress is None:
+            ingress = ELSEWHERE if hook is Hook.TC_EGRESS else 0
+        run = self.dataplane.test_run(hook, packet, ingress_ifindex=ingress, ifindex=LO)
+        assert run.verdict in (-1, 2), run
+        self.events.clear()
+        self.reader.consume()
+        return Seen(
+            run.passed,
+            {abi.REASONS[number].slug: n for number, n in (self._counts("np_reason_count") - reasons).items()},
+            dict(self._counts("np_rule_count") - rules),
+            list(self.events),
+        )
+
+    def out(self, packet: bytes) -> Seen:
+        """A packet from the workload."""
+        return self.send(Hook.TC_INGRESS, packet)
+
+    def into(self, packet: bytes, *, ingress: int | None = None) -> Seen:
+        """A packet to the workload."""
+        return self.send(Hook.TC_EGRESS, packet, ingress=ingress)
+
+    def _counts(self, name: str) -> Counter[int]:
+        counts: Counter[int] = Counter()
+        for key, value in self.map(name).items():
+            cells = [
+                abi.np_count.from_buffer_copy(value, at) for at in range(0, len(value), ctypes.sizeof(abi.np_count))
+            ]
+            packets = sum(cell.packets for cell in cells)
+            if packets:
+                counts[struct.unpack("=I", key)[0]] = packets
+        return counts
+
+    def connections(self, name: str) -> dict[bytes, abi.np_conn]:
+        """The rows of a connection table."""
+        return {key: abi.np_conn.from_buffer_copy(value) for key, value in self.map(name).items()}
+
+    def age(self, name: str, seconds: float) -> None:
+        """Make every row of a table look as if it was last used that long ago."""
+        back = int(seconds * self.dataplane.config().jiffies_per_second)
+        for key, value in self.map(name).items():
+            seen = struct.unpack_from("=Q", value)[0]
+            self.map(name).put(key, struct.pack("=Q", seen - back) + value[8:])

@@ -1,0 +1,422 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Connections: replies, states, time-outs, generations, ICMP queries and errors, fragments."""
+
+from __future__ import annotations
+
+import packets as p
+import pytest
+from rig import ALLOW, DENY, ELSEWHERE, PEER4, PEER6, POD4, POD6, Rig, Seen, everything
+
+from netpol_loader import abi
+
+pytestmark = pytest.mark.kernel
+
+FAMILIES = pytest.mark.parametrize(("pod", "peer"), [(POD4, PEER4), (POD6, PEER6)], ids=["ipv4", "ipv6"])
+INGRESS, EGRESS = 1, 2
+SYNACK = p.SYN | p.ACK
+OPENERS = [(p.TCP, p.tcp(1000, 80), p.tcp(80, 1000, SYNACK)), (p.UDP, p.udp(1000, 53), p.udp(53, 1000)),
+           (p.SCTP, p.sctp(1000, 9), p.sctp(9, 1000)), (47, b"x" * 8, b"y" * 8)]  # fmt: skip
+
+
+def family(pod: str) -> str:
+    return "4" if pod == POD4 else "6"
+
+
+def egress_only(rig: Rig) -> None:
+    """The workload may open connections, nobody may open one to it."""
+    rig.pod(everything(INGRESS, DENY, 11), everything(EGRESS, ALLOW, 12))
+
+
+def only_entry(rig: Rig, name: str) -> abi.np_conn:
+    (entry,) = rig.connections(name).values()
+    return entry
+
+
+@pytest.mark.parametrize(("protocol", "first", "reply"), OPENERS)
+@FAMILIES
+def test_replies_pass(rig: Rig, pod: str, peer: str, protocol: int, first: bytes, reply: bytes) -> None:
+    """A reply passes without policy, counts for the rule that allowed the flow, and makes the connection open."""
+    egress_only(rig)
+    assert rig.into(p.frame(peer, pod, protocol, reply)).reason == "policy-deny"
+    assert rig.out(p.frame(pod, peer, protocol, first)).reason == "policy-allow"
+    assert only_entry(rig, f"np_young{family(pod)}").direction == abi.NP_DIRECTION_EGRESS
+    seen = rig.into(p.frame(peer, pod, protocol, reply))
+    assert (seen.reason, seen.rules) == ("established", {12: 1})
+    assert not rig.connections(f"np_young{family(pod)}")
+    assert only_entry(rig, f"np_conn{family(pod)}").rule == 12
+    assert rig.into(p.frame(peer, pod, protocol, reply)).reason == "established"
+
+
+@FAMILIES
+def test_incoming_connection(rig: Rig, pod: str, peer: str) -> None:
+    """The same with the workload as the server."""
+    rig.pod(everything(INGRESS, ALLOW, 11), everything(EGRESS, DENY, 12))
+    assert rig.into(p.frame(peer, pod, p.TCP, p.tcp(1000, 80))).rules == {11: 1}
+    assert rig.out(p.frame(pod, peer, p.TCP, p.tcp(80, 1000, SYNACK))).rules == {11: 1}
+    assert rig.into(p.frame(peer, pod, p.TCP, p.tcp(1000, 80, p.ACK))).rules == {11: 1}
+    assert rig.out(p.frame(pod, peer, p.TCP, p.tcp(81, 1000, p.ACK))).reason == "policy-deny"
+
+
+@FAMILIES
+def test_retransmissions_do_not_make_a_connection_open(rig: Rig, pod: str, peer: str) -> None:
+    """Only the other side's packets do, so a flood stays among the young."""
+    egress_only(rig)
+    for flags in (p.SYN, p.SYN, p.ACK):
+        assert rig.out(p.frame(pod, peer, p.TCP, p.tcp(1000, 80, flags))).passed
+    assert not rig.connections(f"np_conn{family(pod)}")
+    assert only_entry(rig, f"np_young{family(pod)}").state == abi.NP_CONN_TCP_NEW
+
+
+@FAMILIES
+def test_initial_syn_is_always_decided_by_policy(rig: Rig, pod: str, peer: str) -> None:
+    """A SYN on the ports of an open connection is a new flow; when it is denied, the open one lives on."""
+    egress_only(rig)
+    rig.out(p.frame(pod, peer, p.TCP, p.tcp(1000, 80)))
+    rig.into(p.frame(peer, pod, p.TCP, p.tcp(80, 1000, SYNACK)))
+    assert rig.into(p.frame(peer, pod, p.TCP, p.tcp(80, 1000, p.SYN))).reason == "policy-deny"
+    assert rig.into(p.frame(peer, pod, p.TCP, p.tcp(80, 1000, p.ACK))).reason == "established"
+    assert rig.out(p.frame(pod, peer, p.TCP, p.tcp(1000, 80))).reason == "policy-allow"
+    assert not rig.connections(f"np_conn{family(pod)}"), "the ports are used again: no reply seen yet"
+
+
+@FAMILIES
+def test_tcp_states(rig: Rig, pod: str, peer: str) -> None:
+    """New, open, FIN from one side, FIN from both; each has its own time-out."""
+    egress_only(rig)
+    conn = f"np_conn{family(pod)}"
+    rig.out(p.frame(pod, peer, p.TCP, p.tcp(1000, 80)))
+    rig.into(p.frame(peer, pod, p.TCP, p.tcp(80, 1000, SYNACK)))
+    assert only_entry(rig, conn).state == abi.NP_CONN_TCP_OPEN
+    rig.out(p.frame(pod, peer, p.TCP, p.tcp(1000, 80, p.FIN | p.ACK)))
+    entry = only_entry(rig, conn)
+    assert (entry.state, entry.flags) == (abi.NP_CONN_TCP_OPEN, abi.NP_CONN_FIN_ORIGINAL)
+    rig.into(p.frame(peer, pod, p.TCP, p.tcp(80, 1000, p.FIN | p.ACK)))
+    assert only_entry(rig, conn).state == abi.NP_CONN_TCP_CLOSING
+    assert rig.out(p.frame(pod, peer, p.TCP, p.tcp(1000, 80, p.ACK))).reason == "established"
+
+
+@pytest.mark.parametrize("table", ["np_young", "np_conn"])
+@FAMILIES
+def test_reset(rig: Rig, pod: str, peer: str, table: str) -> None:
+    """A RST from either side is let through and shortens the connection's life; it never makes one open."""
+    egress_only(rig)
+    rig.out(p.frame(pod, peer, p.TCP, p.tcp(1000, 80)))
+    if table == "np_conn":
+        rig.into(p.frame(peer, pod, p.TCP, p.tcp(80, 1000, SYNACK)))
+    assert rig.into(p.frame(peer, pod, p.TCP, p.tcp(80, 1000, p.RST | p.ACK))).reason == "established"
+    assert only_entry(rig, table + family(pod)).state == abi.NP_CONN_TCP_RESET
+
+
+def test_reset_of_nothing_opens_nothing(rig: Rig) -> None:
+    """A RST that policy allows passes without a connection."""
+    egress_only(rig)
+    assert rig.out(p.frame(POD4, PEER4, p.TCP, p.tcp(1000, 80, p.RST))).reason == "policy-allow"
+    assert not rig.connections("np_young4")
+
+
+TIMEOUTS = [
+    ("TCP without a reply", [p.tcp(1000, 80)], [], p.TCP, 20),
+    ("TCP open", [p.tcp(1000, 80)], [p.tcp(80, 1000, SYNACK)], p.TCP, 3600),
+    ("TCP closed by both", [p.tcp(1000, 80)], [p.tcp(80, 1000, SYNACK), p.tcp(80, 1000, p.FIN)], p.TCP, 30),
+    ("TCP reset", [p.tcp(1000, 80)], [p.tcp(80, 1000, SYNACK), p.tcp(80, 1000, p.RST)], p.TCP, 40),
+    ("UDP", [p.udp(1000, 80)], [p.udp(80, 1000)], p.UDP, 60),
+    ("another protocol", [bytes(8)], [bytes(8)], 47, 600),
+]
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "protocol", "seconds"), [case[1:] for case in TIMEOUTS], ids=[case[0] for case in TIMEOUTS]
+)  # fmt: skip
+def test_timeouts(rig: Rig, ours: list[bytes], theirs: list[bytes], protocol: int, seconds: int) -> None:
+    """A reply passes just before the state's time-out, and is judged by policy after it."""
+    reply = p.frame(PEER4, POD4, protocol, p.tcp(80, 1000, p.ACK) if protocol == p.TCP else (theirs or [b""])[0])
+
+    def start() -> None:
+        rig.reset()
+        egress_only(rig)
+        for packet in ours:
+            assert rig.out(p.frame(POD4, PEER4, protocol, packet)).passed
+        for packet in theirs:
+            assert rig.into(p.frame(PEER4, POD4, protocol, packet)).passed
+            if protocol == p.TCP and packet[13] == p.FIN:
+                assert rig.out(p.frame(POD4, PEER4, p.TCP, p.tcp(1000, 80, p.FIN))).passed
+
+    table = "np_conn4" if theirs else "np_young4"
+    start()
+    rig.age(table, seconds - 5)
+    assert rig.into(reply).reason == "established"
+    start()
+    rig.age(table, seconds + 5)
+    assert rig.into(reply).reason == "policy-deny"
+
+
+def test_last_seen_is_written_at_most_once_a_second(rig: Rig) -> None:
+    """Packets of a connection refresh it when its time stamp is older than a second, else leave it alone."""
+    egress_only(rig)
+    rig.out(p.frame(POD4, PEER4, p.UDP, p.udp(1000, 80)))
+    rig.into(p.frame(PEER4, POD4, p.UDP, p.udp(80, 1000)))
+    rig.age("np_conn4", 0.5)
+    before = only_entry(rig, "np_conn4").seen_jiffies
+    rig.into(p.frame(PEER4, POD4, p.UDP, p.udp(80, 1000)))
+    assert only_entry(rig, "np_conn4").seen_jiffies == before
+    rig.age("np_conn4", 0.6)
+    rig.into(p.frame(PEER4, POD4, p.UDP, p.udp(80, 1000)))
+    assert only_entry(rig, "np_conn4").seen_jiffies > before
+
+
+@pytest.mark.parametrize("reply_seen", [False, True])
+@pytest.mark.parametrize("by_reply", [False, True])
+@FAMILIES
+def test_revoked_connection(rig: Rig, pod: str, peer: str, *, reply_seen: bool, by_reply: bool) -> None:
+    """After a new generation a flow is judged again by its first packet's tuple, whichever way the packet goes."""
+    egress_only(rig)
+    rig.out(p.frame(pod, peer, p.UDP, p.udp(1000, 80)))
+    if reply_seen:
+        rig.into(p.frame(peer, pod, p.UDP, p.udp(80, 1000)))
+    rig.pod(everything(INGRESS, ALLOW, 13), everything(EGRESS, DENY, 14))
+    rig.dataplane.bump_generation()
+    seen = rig.into(p.frame(peer, pod, p.UDP, p.udp(80, 1000))) if by_reply else rig.out(
+        p.frame(pod, peer, p.UDP, p.udp(1000, 80)))  # fmt: skip
+    assert (seen.passed, seen.reason, seen.rules) == (False, "revoked", {14: 1})
+    (event,) = seen.events
+    assert (event.direction, event.source_port, event.destination_port) == (abi.NP_DIRECTION_EGRESS, 1000, 80)
+    assert not rig.connections(f"np_conn{family(pod)}")
+    assert not rig.connections(f"np_young{family(pod)}")
+
+
+@FAMILIES
+def test_confirmed_connection_takes_its_new_rule(rig: Rig, pod: str, peer: str) -> None:
+    """A flow that is still allowed goes on under the generation and rule of now, without an event."""
+    egress_only(rig)
+    rig.flags(abi.NP_CONFIG_ALLOW_EVENTS)
+    rig.out(p.frame(pod, peer, p.UDP, p.udp(1000, 80)))
+    rig.into(p.frame(peer, pod, p.UDP, p.udp(80, 1000)))
+    rig.pod(everything(INGRESS, DENY, 13), everything(EGRESS, ALLOW, 14))
+    generation = rig.dataplane.bump_generation()
+    seen = rig.into(p.frame(peer, pod, p.UDP, p.udp(80, 1000)))
+    assert (seen.reason, seen.rules, seen.events) == ("established", {14: 1}, [])
+    entry = only_entry(rig, f"np_conn{family(pod)}")
+    assert (entry.generation, entry.rule) == (generation, 14)
+
+
+def test_revoked_connections_may_be_kept(rig: Rig) -> None:
+    """With the flag, open flows outlive a policy that would not allow them, and new ones are denied."""
+    egress_only(rig)
+    rig.out(p.frame(POD4, PEER4, p.UDP, p.udp(1000, 80)))
+    rig.flags(abi.NP_CONFIG_KEEP_REVOKED)
+    rig.pod(everything(INGRESS, DENY, 13), everything(EGRESS, DENY, 14))
+    rig.dataplane.bump_generation()
+    assert rig.into(p.frame(PEER4, POD4, p.UDP, p.udp(80, 1000))).rules == {12: 1}
+    assert rig.out(p.frame(POD4, PEER4, p.UDP, p.udp(1001, 80))).reason == "policy-deny"
+
+
+def test_host_packets_do_not_revive_a_revoked_tcp_connection(rig: Rig) -> None:
+    """The tail of a connection that policy closed passes towards the workload but lets nothing out of it."""
+    egress_only(rig)
+    rig.out(p.frame(POD4, PEER4, p.TCP, p.tcp(1000, 80)))
+    rig.pod(everything(INGRESS, DENY, 13), everything(EGRESS, DENY, 14))
+    rig.dataplane.bump_generation()
+    assert rig.into(p.frame(PEER4, POD4, p.TCP, p.tcp(80, 1000, SYNACK)), ingress=0).reason == "revoked"
+    assert rig.into(p.frame(PEER4, POD4, p.TCP, p.tcp(80, 1000, p.ACK)), ingress=0).reason == "host"
+    assert rig.out(p.frame(POD4, PEER4, p.TCP, p.tcp(1000, 80, p.ACK))).reason == "policy-deny"
+
+
+def test_endpoint_number_is_part_of_the_key(rig: Rig) -> None:
+    """Another endpoint on the same interface does not inherit connections."""
+    egress_only(rig)
+    rig.out(p.frame(POD4, PEER4, p.UDP, p.udp(1000, 80)))
+    rig.endpoint(everything(INGRESS, DENY, 13), everything(EGRESS, DENY, 14), number=8)
+    rig.dataplane.bump_generation()
+    assert rig.into(p.frame(PEER4, POD4, p.UDP, p.udp(80, 1000))).reason == "policy-deny"
+
+
+def test_deleted_endpoint_is_unknown_after_a_new_generation(rig: Rig) -> None:
+    """The program forgets an interface's endpoint with the generation."""
+    egress_only(rig)
+    assert rig.out(p.frame(POD4, PEER4, p.UDP, p.udp(1000, 80))).passed
+    rig.map("np_endpoint").delete((1).to_bytes(4, "little"))
+    rig.dataplane.bump_generation()
+    assert rig.out(p.frame(POD4, PEER4, p.UDP, p.udp(1000, 80))).reason == "unknown-endpoint"
+
+
+# --- ICMP -------------------------------------------------------------------------------------------------------------
+
+ECHO = [(POD4, PEER4, p.ICMP, 8, 0), (POD6, PEER6, p.ICMPV6, 128, 129)]
+
+
+@pytest.mark.parametrize(("pod", "peer", "protocol", "ask", "answer"), ECHO, ids=["ipv4", "ipv6"])
+def test_echo(rig: Rig, pod: str, peer: str, protocol: int, ask: int, answer: int) -> None:
+    """An echo's answer passes by its identifier; another identifier, or a question back, is for policy."""
+    egress_only(rig)
+    assert rig.out(p.frame(pod, peer, protocol, p.icmp(ask, 0, 77))).reason == "policy-allow"
+    assert rig.into(p.frame(peer, pod, protocol, p.icmp(answer, 0, 78))).reason == "policy-deny"
+    assert rig.into(p.frame(peer, pod, protocol, p.icmp(ask, 0, 77))).reason == "policy-deny"
+    assert rig.into(p.frame(peer, pod, protocol, p.icmp(answer, 0, 77))).reason == "established"
+    rig.age(f"np_conn{family(pod)}", 6)
+    assert rig.into(p.frame(peer, pod, protocol, p.icmp(answer, 0, 77))).reason == "policy-deny"
+
+
+def test_query_of_another_type_is_judged(rig: Rig) -> None:
+    """A timestamp request does not ride on an echo's connection."""
+    egress_only(rig)
+    rig.out(p.frame(POD4, PEER4, p.ICMP, p.icmp(8, 0, 77)))
+    assert rig.out(p.frame(POD4, PEER4, p.ICMP, p.icmp(8, 0, 77))).reason == "established"
+    assert rig.out(p.frame(POD4, PEER4, p.ICMP, p.icmp(13, 0, 77))).reason == "policy-allow"
+
+
+def test_unsolicited_answers_and_other_types_open_nothing(rig: Rig) -> None:
+    """Only queries have answers, so only they make connections."""
+    egress_only(rig)
+    for kind in (0, 9, 14, 42):
+        assert rig.out(p.frame(POD4, PEER4, p.ICMP, p.icmp(kind, 0, 77))).reason == "policy-allow"
+    assert not rig.connections("np_young4")
+
+
+def inner(pod: str, peer: str, protocol: int, l4: bytes) -> bytes:
+    """A packet as an ICMP error carries it: header and eight bytes."""
+    return (p.ip4 if "." in pod else p.ip6)(pod, peer, protocol, l4[:8])
+
+
+ERRORS = [(POD4, PEER4, "10.200.0.1", p.ICMP, kind) for kind in (3, 4, 5, 11, 12)] + [
+    (POD6, PEER6, "fd02::1", p.ICMPV6, kind) for kind in (1, 2, 3, 4)
+]
+
+
+@pytest.mark.parametrize("open_", [False, True])
+@pytest.mark.parametrize("l4", [(p.TCP, p.tcp(1000, 80), p.tcp(80, 1000, SYNACK)), (p.UDP, p.udp(5, 6), p.udp(6, 5))])
+@pytest.mark.parametrize(("pod", "peer", "router", "icmp", "kind"), ERRORS)
+def test_icmp_error_about_a_connection(
+    rig: Rig, pod: str, peer: str, router: str, icmp: int, kind: int, l4: tuple[int, bytes, bytes], *, open_: bool
+) -> None:
+    """An error from anywhere about a packet that the workload sent passes; about one it did not send it is dropped."""
+    egress_only(rig)
+    protocol, first, reply = l4
+    error = p.frame(router, pod, icmp, p.icmp(kind, 0, payload=inner(pod, peer, protocol, first)))
+    assert rig.into(error).reason == "icmp-unrelated"
+    rig.out(p.frame(pod, peer, protocol, first))
+    if open_:
+        rig.into(p.frame(peer, pod, protocol, reply))
+    seen = rig.into(error)
+    assert (seen.passed, seen.reason, seen.rules) == (True, "related", {12: 1})
+    backwards = p.frame(router, pod, icmp, p.icmp(kind, 0, payload=inner(peer, pod, protocol, reply)))
+    assert rig.into(backwards).reason == "icmp-unrelated", "such a packet went to the workload, not from it"
+
+
+@pytest.mark.parametrize(("pod", "peer", "router", "icmp", "kind"), [ERRORS[0], ERRORS[-1]])
+def test_icmp_error_of_the_workload(rig: Rig, pod: str, peer: str, router: str, icmp: int, kind: int) -> None:
+    """A workload may answer an incoming packet with an error, from its own address only."""
+    del router
+    rig.pod(everything(INGRESS, ALLOW, 11), everything(EGRESS, DENY, 12))
+    error = p.icmp(kind, 3, payload=(p.ip4 if pod == POD4 else p.ip6)(peer, pod, p.UDP, p.udp(5, 6)))
+    assert rig.out(p.frame(pod, peer, icmp, error)).reason == "icmp-unrelated"
+    rig.into(p.frame(peer, pod, p.UDP, p.udp(5, 6)))
+    assert rig.out(p.frame(pod, peer, icmp, error)).reason == "related"
+    other = "10.0.0.99" if pod == POD4 else "fd00::99"
+    assert rig.out(p.frame(other, peer, icmp, error)).reason == "spoofed"
+
+
+def test_icmp_error_about_an_echo(rig: Rig) -> None:
+    """An error about an echo request is related by the identifier."""
+    egress_only(rig)
+    rig.out(p.frame(POD4, PEER4, p.ICMP, p.icmp(8, 0, 77)))
+    for identifier, reason in ((77, "related"), (78, "icmp-unrelated")):
+        error = p.icmp(3, 1, payload=p.ip4(POD4, PEER4, p.ICMP, p.icmp(8, 0, identifier)))
+        assert rig.into(p.frame("10.200.0.1", POD4, p.ICMP, error)).reason == reason
+
+
+def test_icmp_error_about_nothing_readable_is_for_policy(rig: Rig) -> None:
+    """An error without an inner header is a message like any other, so that rules by ICMP type can be tested."""
+    rig.pod(everything(INGRESS, ALLOW, 11), everything(EGRESS, DENY, 12))
+    assert rig.into(p.frame(PEER4, POD4, p.ICMP, p.icmp(3, 1))).reason == "policy-allow"
+    assert not rig.connections("np_young4")
+
+
+def test_icmp_error_of_a_revoked_connection(rig: Rig) -> None:
+    """An error about a flow that policy no longer allows is dropped with it."""
+    egress_only(rig)
+    rig.out(p.frame(POD4, PEER4, p.UDP, p.udp(5, 6)))
+    rig.pod(everything(INGRESS, DENY, 13), everything(EGRESS, DENY, 14))
+    rig.dataplane.bump_generation()
+    error = p.icmp(3, 1, payload=p.ip4(POD4, PEER4, p.UDP, p.udp(5, 6)))
+    assert rig.into(p.frame("10.200.0.1", POD4, p.ICMP, error)).reason == "revoked"
+
+
+# --- fragments --------------------------------------------------------------------------------------------------------
+
+
+def fragment(
+    source: str, destination: str, payload: bytes, offset: int, *, more: bool, identification: int = 1
+) -> bytes:
+    """One fragment of a UDP datagram, of either family."""
+    if "." in source:
+        return p.eth(
+            p.ip4(source, destination, p.UDP, payload, offset=offset, more=more, identification=identification), p.IP4
+        )
+    part = p.fragment6(p.UDP, payload, offset=offset, more=more, identification=identification)
+    return p.frame(source, destination, 44, part)
+
+
+@FAMILIES
+def test_fragments_follow_their_first(rig: Rig, pod: str, peer: str) -> None:
+    """Later fragments pass with an allowed first one, in both directions, and only under its identification."""
+    egress_only(rig)
+    datagram = p.udp(1000, 80, bytes(40))
+    assert rig.out(fragment(pod, peer, datagram[24:], 24, more=False)).reason == "fragment"
+    assert rig.out(fragment(pod, peer, datagram[:24], 0, more=True)).reason == "policy-allow"
+    assert rig.out(fragment(pod, peer, datagram[24:], 24, more=False)).reason == "established"
+    assert rig.out(fragment(pod, peer, datagram[24:], 24, more=False, identification=2)).reason == "fragment"
+    answer = p.udp(80, 1000, bytes(40))
+    assert rig.into(fragment(peer, pod, answer[24:], 24, more=False)).reason == "fragment"
+    assert rig.into(fragment(peer, pod, answer[:24], 0, more=True)).reason == "established"
+    assert rig.into(fragment(peer, pod, answer[24:], 24, more=False)).reason == "established"
+
+
+@FAMILIES
+def test_fragments_of_a_denied_datagram(rig: Rig, pod: str, peer: str) -> None:
+    """A denied first fragment is not remembered, so the rest is dropped too."""
+    egress_only(rig)
+    datagram = p.udp(1000, 80, bytes(40))
+    assert rig.into(fragment(peer, pod, datagram[:24], 0, more=True)).reason == "policy-deny"
+    assert rig.into(fragment(peer, pod, datagram[24:], 24, more=False)).reason == "fragment"
+
+
+@FAMILIES
+def test_fragment_memory_times_out(rig: Rig, pod: str, peer: str) -> None:
+    """An identification may be used again after the time-out."""
+    egress_only(rig)
+    datagram = p.udp(1000, 80, bytes(40))
+    rig.out(fragment(pod, peer, datagram[:24], 0, more=True))
+    rig.age(f"np_frag{family(pod)}", 31)
+    assert rig.out(fragment(pod, peer, datagram[24:], 24, more=False)).reason == "fragment"
+
+
+def test_first_fragment_without_a_whole_header(rig: Rig) -> None:
+    """A first fragment that hides its ports is dropped."""
+    egress_only(rig)
+    assert rig.out(fragment(POD4, PEER4, p.udp(1, 2)[:4], 0, more=True)).reason == "bad-l4"
+
+
+def test_ipv6_fragments_behind_options(rig: Rig) -> None:
+    """A later fragment takes its protocol from the first, where another extension header follows the fragment header."""
+    egress_only(rig)
+    whole = p.extension(p.UDP, p.udp(1000, 80, bytes(40)))
+    first = p.fragment6(60, whole[:32], more=True)
+    later = p.fragment6(60, whole[32:], offset=32)
+    assert rig.out(p.frame(POD6, PEER6, 44, first)).reason == "policy-allow"
+    assert rig.out(p.frame(POD6, PEER6, 44, later)).reason == "established"
+
+
+def test_fragmented_echo(rig: Rig) -> None:
+    """Fragments of an ICMP query follow it, and those of its answer too."""
+    egress_only(rig)
+
+    def part(source: str, destination: str, kind: int, offset: int) -> Seen:
+        message = p.icmp(kind, 0, 77, bytes(40))
+        piece = message[:24] if offset == 0 else message[24:]
+        packet = p.eth(p.ip4(source, destination, p.ICMP, piece, offset=offset, more=offset == 0), p.IP4)
+        return rig.out(packet) if source == POD4 else rig.into(packet, ingress=ELSEWHERE)
+
+    assert part(POD4, PEER4, 8, 0).reason == "policy-allow"
+    assert part(POD4, PEER4, 8, 24).reason == "established"
+    assert part(PEER4, POD4, 0, 0).reason == "established"
+    assert part(PEER4, POD4, 0, 24).reason == "established"

@@ -1,0 +1,289 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The four steps from addresses and ports to a verdict with its rule."""
+
+from __future__ import annotations
+
+import packets as p
+import pytest
+from rig import (
+    ALLOW, CONTINUE, DENY, ENDPOINT, LO, PEER4, PEER6, PEER_IDENTITY, POD4, POD6, POD_IDENTITY, PolicySet, Rig, Verdict,
+    everything,
+)  # fmt: skip
+
+from netpol_loader import abi
+from netpol_loader.hook import Hook
+
+pytestmark = pytest.mark.kernel
+
+FAMILIES = pytest.mark.parametrize(("pod", "peer"), [(POD4, PEER4), (POD6, PEER6)], ids=["ipv4", "ipv6"])
+INGRESS, EGRESS = 1, 2
+
+
+@FAMILIES
+def test_direction_of_each_hook(rig: Rig, pod: str, peer: str) -> None:
+    """What leaves the workload is judged by its egress set, what comes to it by its ingress set."""
+    rig.pod(everything(INGRESS, ALLOW, 11), everything(EGRESS, ALLOW, 12))
+    assert rig.out(p.frame(pod, peer, p.TCP, p.tcp(40000, 80))).rules == {12: 1}
+    assert rig.into(p.frame(peer, pod, p.TCP, p.tcp(40000, 81))).rules == {11: 1}
+
+
+@FAMILIES
+def test_host_endpoint_directions_agree_with_hooks(rig: Rig, pod: str, peer: str) -> None:
+    """On a host's own interface what comes in is ingress, and source addresses are not checked."""
+    rig.pod(everything(INGRESS, ALLOW, 11), everything(EGRESS, ALLOW, 12), flags=abi.NP_ENDPOINT_HOST)
+    assert rig.send(Hook.TC_INGRESS, p.frame(peer, pod, p.TCP, p.tcp(40000, 80))).rules == {11: 1}
+    assert rig.send(Hook.TC_EGRESS, p.frame(pod, peer, p.TCP, p.tcp(40000, 81))).rules == {12: 1}
+
+
+@FAMILIES
+def test_deny_is_counted_under_its_rule(rig: Rig, pod: str, peer: str) -> None:
+    """A denied packet counts for the rule that denied it, and for the reason."""
+    rig.pod(everything(INGRESS, DENY, 11), everything(EGRESS, DENY, 12))
+    seen = rig.into(p.frame(peer, pod, p.UDP, p.udp(40000, 80)))
+    assert (seen.passed, seen.reason, seen.rules) == (False, "policy-deny", {11: 1})
+
+
+def test_unwritten_verdict_denies(rig: Rig) -> None:
+    """A verdict entry of zeros is no verdict."""
+    rig.pod(PolicySet(INGRESS, []), PolicySet(EGRESS, []))
+    assert rig.out(p.frame(POD4, PEER4, p.UDP, p.udp(1, 2))).reason == "verdict-empty"
+
+
+def test_continue_passes_without_a_connection(rig: Rig) -> None:
+    """A stage that has no opinion lets the packet on and remembers nothing."""
+    rig.pod(everything(INGRESS, CONTINUE, 0), everything(EGRESS, CONTINUE, 0), flags=abi.NP_ENDPOINT_HOST)
+    assert rig.out(p.frame(PEER4, POD4, p.UDP, p.udp(1, 2))).reason == "continue"
+    assert not rig.connections("np_young4")
+
+
+IDENTITIES = [
+    ("an exact address beats the longest prefix", PEER4, 21),
+    ("the longest prefix wins", "10.9.1.1", 22),
+    ("a shorter prefix where the longer does not match", "10.9.2.1", 23),
+    ("no row at all is the world", "192.0.2.1", 24),
+    ("an exact IPv6 address", PEER6, 21),
+    ("the longest IPv6 prefix", "fd09:1::1", 22),
+    ("a shorter IPv6 prefix", "fd09:2::1", 23),
+    ("the IPv6 world is another identity", "2001:db8::1", 25),
+]
+
+
+@pytest.mark.parametrize(("peer", "rule"), [case[1:] for case in IDENTITIES], ids=[case[0] for case in IDENTITIES])
+@pytest.mark.parametrize("egress", [False, True])
+def test_peer_identity_and_class(rig: Rig, peer: str, rule: int, *, egress: bool) -> None:
+    """The peer's address selects an identity, the identity a class of the set, else the set's default."""
+    number = EGRESS if egress else INGRESS
+    verdicts = [Verdict(ALLOW, 20 + index) for index in range(6)]
+    chosen = PolicySet(number, verdicts, peer_classes=6, default_class=0)
+    other = everything(INGRESS if egress else EGRESS, DENY, 13)
+    rig.pod(other if egress else chosen, chosen if egress else other)
+    for net, identity in (("10.9.0.0/16", 202), ("10.9.1.0/24", 201), (f"{PEER4}/32", 299),
+                          ("fd09::/16", 202), ("fd09:1::/32", 201), (f"{PEER6}/128", 299)):  # fmt: skip
+        rig.cidr(net, identity)
+    for identity, peer_class in ((PEER_IDENTITY, 1), (201, 2), (202, 3), (1, 4), (2, 5)):
+        rig.peer_class(number, identity, peer_class)
+    pod = POD4 if "." in peer else POD6
+    packet = p.frame(pod, peer, p.UDP, p.udp(1, 2)) if egress else p.frame(peer, pod, p.UDP, p.udp(1, 2))
+    assert (rig.out(packet) if egress else rig.into(packet)).rules == {rule: 1}
+
+
+def test_default_class(rig: Rig) -> None:
+    """An identity without a class row is in the set's default class."""
+    rig.pod(PolicySet(INGRESS, [Verdict(DENY, 20), Verdict(ALLOW, 21)], peer_classes=2, default_class=1),
+            everything(EGRESS, DENY, 12))  # fmt: skip
+    assert rig.into(p.frame(PEER4, POD4, p.UDP, p.udp(1, 2))).rules == {21: 1}
+
+
+def test_class_out_of_range_denies(rig: Rig) -> None:
+    """A class beyond the set's verdicts never reads another set's verdict."""
+    rig.pod(everything(INGRESS, ALLOW, 11), everything(EGRESS, ALLOW, 12))
+    rig.peer_class(EGRESS, PEER_IDENTITY, 1)
+    assert rig.out(p.frame(POD4, PEER4, p.UDP, p.udp(1, 2))).reason == "class-range"
+
+
+L4 = [
+    ("TCP by destination port", p.TCP, p.tcp(9, 8443), abi.NP_SLOT_TCP * 256 + 0x20, 0xFB),
+    ("UDP by destination port", p.UDP, p.udp(9, 53), abi.NP_SLOT_UDP * 256, 53),
+    ("SCTP by destination port", p.SCTP, p.sctp(9, 65535), abi.NP_SLOT_SCTP * 256 + 255, 255),
+    ("a protocol by number", 47, bytes(8), abi.NP_OTHER_BLOCK, 47),
+    ("UDPLite by number, not by port", 136, p.udp(9, 53), abi.NP_OTHER_BLOCK, 136),
+]
+
+
+@pytest.mark.parametrize(
+    ("protocol", "l4", "block", "index"), [case[1:] for case in L4], ids=[case[0] for case in L4]
+)  # fmt: skip
+@FAMILIES
+def test_l4_class(rig: Rig, pod: str, peer: str, protocol: int, l4: bytes, block: int, index: int) -> None:
+    """Protocol and destination port select an atom, the atom a class in the set's own column; in both directions."""
+    for number in (INGRESS, EGRESS):
+        rig.l4_class(number, 40, number)
+    rig.atom(block, index, 40)
+    verdicts = [Verdict(DENY, 20), Verdict(ALLOW, 21), Verdict(ALLOW, 22)]
+    rig.pod(PolicySet(INGRESS, verdicts, l4_classes=3), PolicySet(EGRESS, verdicts, l4_classes=3))
+    assert rig.into(p.frame(peer, pod, protocol, l4)).rules == {21: 1}
+    rig.map("np_young4").delete_many([key for key, _ in rig.map("np_young4").items()])
+    rig.map("np_young6").delete_many([key for key, _ in rig.map("np_young6").items()])
+    rig.peer_class(EGRESS, PEER_IDENTITY, 0)
+    assert rig.out(p.frame(pod, peer, protocol, l4)).passed
+
+
+def test_atoms_beyond_one_block(rig: Rig) -> None:
+    """Atom 70 is in the second row of a column."""
+    rig.atom(abi.NP_SLOT_TCP * 256, 80, 70)
+    rig.l4_class(EGRESS, 6, 0)
+    rig._element("np_l4_col", EGRESS * 2 + 1, 6, 1)
+    rig.pod(everything(INGRESS, DENY, 11), PolicySet(EGRESS, [Verdict(DENY, 20), Verdict(ALLOW, 21)], l4_classes=2))
+    assert rig.out(p.frame(POD4, PEER4, p.TCP, p.tcp(1, 80))).rules == {21: 1}
+
+
+def test_l4_class_out_of_range_denies(rig: Rig) -> None:
+    """An L4 class beyond the set's never reads a neighbour's verdict."""
+    rig.atom(abi.NP_SLOT_TCP * 256, 80, 1)
+    rig.l4_class(EGRESS, 1, 2)
+    rig.pod(everything(INGRESS, DENY, 11), PolicySet(EGRESS, [Verdict(ALLOW, 20), Verdict(ALLOW, 21)], l4_classes=2))
+    assert rig.out(p.frame(POD4, PEER4, p.TCP, p.tcp(1, 80))).reason == "l4-range"
+
+
+@pytest.mark.parametrize(("version", "kind", "code"), [(4, 8, 0), (4, 42, 3), (6, 128, 0), (6, 140, 7)])
+def test_icmp_class(rig: Rig, version: int, kind: int, code: int) -> None:
+    """ICMP type and code select the atom; the identifier plays no part."""
+    slot = abi.NP_SLOT_ICMP if version == 4 else abi.NP_SLOT_ICMPV6
+    rig.atom(slot * 256 + kind, code, 9)
+    rig.l4_class(EGRESS, 9, 1)
+    rig.pod(everything(INGRESS, DENY, 11), PolicySet(EGRESS, [Verdict(DENY, 20), Verdict(ALLOW, 21)], l4_classes=2))
+    pod, peer, protocol = (POD4, PEER4, p.ICMP) if version == 4 else (POD6, PEER6, p.ICMPV6)
+    assert rig.out(p.frame(pod, peer, protocol, p.icmp(kind, code, 77))).rules == {21: 1}
+    assert rig.out(p.frame(pod, peer, protocol, p.icmp(kind, code + 1, 77))).rules == {20: 1}
+
+
+@FAMILIES
+def test_source_port_class(rig: Rig, pod: str, peer: str) -> None:
+    """Where a set has a source dimension, the source port's atom selects the class, whatever the protocol."""
+    rig.atom(abi.NP_SLOT_SOURCE * 256 + 0x13, 0x88, 5)  # 5000
+    for number in (INGRESS, EGRESS):
+        rig.l4_class(number, 5, 1, source=True)
+    verdicts = [Verdict(DENY, 20), Verdict(ALLOW, 21)]
+    rig.pod(PolicySet(INGRESS, verdicts, source_classes=2), PolicySet(EGRESS, verdicts, source_classes=2))
+    assert rig.out(p.frame(pod, peer, p.TCP, p.tcp(5000, 80))).rules == {21: 1}
+    assert rig.out(p.frame(pod, peer, p.TCP, p.tcp(80, 5000))).rules == {20: 1}
+    assert rig.into(p.frame(peer, pod, p.UDP, p.udp(5000, 81))).rules == {21: 1}
+    assert rig.into(p.frame(peer, pod, p.UDP, p.udp(81, 5000))).rules == {20: 1}
+
+
+@FAMILIES
+def test_own_class(rig: Rig, pod: str, peer: str) -> None:
+    """Where a rule's own side is not constant, the endpoint's address selects a class too."""
+    verdicts = [Verdict(DENY, 20), Verdict(ALLOW, 21)]
+    chosen = PolicySet(INGRESS, verdicts, own_set=9, own_classes=2)
+    rig.pod(chosen, everything(EGRESS, DENY, 12))
+    assert rig.into(p.frame(peer, pod, p.UDP, p.udp(1, 2))).rules == {20: 1}
+    rig.peer_class(9, POD_IDENTITY, 1)
+    assert rig.into(p.frame(peer, pod, p.UDP, p.udp(1, 2))).rules == {21: 1}
+
+
+def test_index_of_all_dimensions(rig: Rig) -> None:
+    """The index is ((peer * own_classes + own) * l4_classes + l4) * source_classes + source."""
+    verdicts = [Verdict(ALLOW, index + 1) for index in range(2 * 2 * 3 * 2)]
+    chosen = PolicySet(INGRESS, verdicts, peer_classes=2, own_set=9, own_classes=2, l4_classes=3, source_classes=2)
+    rig.pod(chosen, everything(EGRESS, DENY, 12))
+    rig.peer_class(INGRESS, PEER_IDENTITY, 1)
+    rig.peer_class(9, POD_IDENTITY, 1)
+    rig.atom(abi.NP_SLOT_TCP * 256, 80, 3)
+    rig.l4_class(INGRESS, 3, 2)
+    rig.atom(abi.NP_SLOT_SOURCE * 256, 99, 4)
+    rig.l4_class(INGRESS, 4, 1, source=True)
+    assert rig.into(p.frame(PEER4, POD4, p.TCP, p.tcp(99, 80))).rules == {((1 * 2 + 1) * 3 + 2) * 2 + 1 + 1: 1}
+    assert rig.into(p.frame("192.0.2.1", POD4, p.TCP, p.tcp(98, 80))).rules == {((0 * 2 + 1) * 3 + 2) * 2 + 0 + 1: 1}
+
+
+def test_endpoint_row_that_does_not_check_is_not_used(rig: Rig) -> None:
+    """A row whose check word is wrong (as one read while it is replaced) denies after a few tries."""
+    rig.pod(everything(INGRESS, ALLOW, 11), everything(EGRESS, ALLOW, 12))
+    key = LO.to_bytes(4, "little")
+    row = abi.np_endpoint.from_buffer_copy(rig.map("np_endpoint").get(key))
+    row.egress.verdict_base ^= 64
+    rig.map("np_endpoint").put(key, bytes(row))
+    seen = rig.out(p.frame(POD4, PEER4, p.UDP, p.udp(1, 2)))
+    assert (seen.passed, seen.reason) == (False, "torn-endpoint")
+
+
+SPOOFS = [
+    ("its own address", POD4, PEER4, True),
+    ("its own IPv6 address", POD6, PEER6, True),
+    ("another pod's address", PEER4, POD4, False),
+    ("an unknown address", "192.0.2.1", PEER4, False),
+    ("no address", "0.0.0.0", "255.255.255.255", False),
+    ("another pod's IPv6 address", PEER6, POD6, False),
+    ("a link-local address", "fe80::7", PEER6, True),
+    ("another link-local address", "febf::7", PEER6, True),
+    ("a site-local address", "fec0::7", PEER6, False),
+    ("the unspecified address", "::", "ff02::1", False),
+    ("a borrowed address", "10.20.1.1", PEER4, True),
+    ("a neighbour of the borrowed ones", "10.21.1.1", PEER4, False),
+    ("a borrowed IPv6 address", "fd20::1", PEER6, True),
+    ("a neighbour of the borrowed IPv6 ones", "fd21::1", PEER6, False),
+]
+
+
+@pytest.mark.parametrize(
+    ("source", "destination", "passes"), [case[1:] for case in SPOOFS], ids=[case[0] for case in SPOOFS]
+)  # fmt: skip
+def test_anti_spoofing(rig: Rig, source: str, destination: str, *, passes: bool) -> None:
+    """A workload may send from addresses it owns, may borrow, or that stay on the link; before any policy."""
+    rig.pod(everything(INGRESS, DENY, 11), everything(EGRESS, ALLOW, 12), flags=abi.NP_ENDPOINT_SOURCES)
+    rig.source("10.20.0.0/16")
+    rig.source("fd20::/32")
+    rig.source("10.21.0.0/16", endpoint=ENDPOINT + 1)
+    rig.source("fd21::/32", endpoint=ENDPOINT + 1)
+    seen = rig.out(p.frame(source, destination, p.UDP, p.udp(68, 67)))
+    assert (seen.passed, seen.reason) == (passes, "policy-allow" if passes else "spoofed")
+
+
+def test_borrowed_sources_need_the_flag_and_leave_no_connection(rig: Rig) -> None:
+    """A workload that may borrow addresses cannot fill the connection table with them."""
+    rig.pod(everything(INGRESS, DENY, 11), everything(EGRESS, ALLOW, 12), flags=abi.NP_ENDPOINT_SOURCES)
+    rig.source("10.20.0.0/16")
+    assert rig.out(p.frame("10.20.1.1", PEER4, p.UDP, p.udp(1, 2))).reason == "policy-allow"
+    assert not rig.connections("np_young4")
+    rig.dataplane.bump_generation()
+    rig.pod(everything(INGRESS, DENY, 11), everything(EGRESS, ALLOW, 12))
+    assert rig.out(p.frame("10.20.1.1", PEER4, p.UDP, p.udp(1, 2))).reason == "spoofed"
+
+
+@FAMILIES
+def test_spoofed_reply_is_dropped(rig: Rig, pod: str, peer: str) -> None:
+    """A connection that came in for an address the workload does not own cannot be answered from it."""
+    rig.pod(everything(INGRESS, ALLOW, 11), everything(EGRESS, DENY, 12))
+    other = "10.0.0.200" if pod == POD4 else "fd00::200"
+    assert rig.into(p.frame(peer, other, p.UDP, p.udp(1, 2))).passed
+    assert rig.out(p.frame(other, peer, p.UDP, p.udp(2, 1))).reason == "spoofed"
+
+
+@FAMILIES
+def test_host_to_workload_is_always_allowed(rig: Rig, pod: str, peer: str) -> None:
+    """What the node itself sends to its workload passes whatever policy says, and so does the answer."""
+    rig.pod(everything(INGRESS, DENY, 11), everything(EGRESS, DENY, 12))
+    seen = rig.into(p.frame(peer, pod, p.TCP, p.tcp(1, 2)), ingress=0)
+    assert (seen.passed, seen.reason, seen.rules) == (True, "host", {0: 1})
+    assert rig.out(p.frame(pod, peer, p.TCP, p.tcp(2, 1, p.SYN | p.ACK))).reason == "established"
+    rig.dataplane.bump_generation()
+    assert rig.out(p.frame(pod, peer, p.TCP, p.tcp(2, 1, p.ACK))).reason == "established"
+    assert rig.out(p.frame(pod, peer, p.TCP, p.tcp(2, 3))).reason == "policy-deny"
+
+
+@FAMILIES
+def test_workload_to_itself_is_always_allowed(rig: Rig, pod: str, peer: str) -> None:
+    """A workload reaches itself through the node, with its own address or with whatever the node put in its place."""
+    rig.pod(everything(INGRESS, DENY, 11), everything(EGRESS, DENY, 12))
+    assert rig.out(p.frame(pod, pod, p.UDP, p.udp(1, 2))).reason == "self"
+    assert rig.into(p.frame(pod, pod, p.UDP, p.udp(3, 4)), ingress=LO).reason == "self"
+    assert rig.into(p.frame(peer, pod, p.UDP, p.udp(5, 6)), ingress=LO).reason == "self"
+    assert rig.into(p.frame(peer, pod, p.UDP, p.udp(7, 8))).reason == "policy-deny"
+
+
+def test_rule_number_beyond_its_counters(rig: Rig) -> None:
+    """A rule without a counter still decides; the missing counter is counted."""
+    rig.pod(everything(INGRESS, DENY, 11), everything(EGRESS, ALLOW, 1 << 20))
+    seen = rig.out(p.frame(POD4, PEER4, p.UDP, p.udp(1, 2)))
+    assert (seen.passed, seen.reasons) == (True, {"policy-allow": 1, "rule-range": 1})
