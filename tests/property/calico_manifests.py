@@ -18,10 +18,12 @@ from manifests import (
     PODS,
     PORT_NAMES,
     PORTS,
+    PROBED_PORTS,
     VALUES,
     Manifest,
     clusters,
     labels,
+    pairs,
     pod_addresses,
 )  # fmt: skip
 
@@ -292,14 +294,17 @@ def calico_clusters(draw: st.DrawFn, *, max_policies: int = 4) -> list[Manifest]
 
 
 @st.composite
-def calico_probes(draw: st.DrawFn) -> tuple[str, str, str, int, int]:
-    """Source address, destination address (of one family), protocol name, source port, destination port."""
-    everyone = [address for pod in PODS for address in pod_addresses(*pod)] + list(OUTSIDE)
-    everyone += [address for host in HOSTS for address in host_addresses(host)]
-    source = draw(st.sampled_from(everyone))
-    others = [address for address in everyone if (":" in address) == (":" in source) and address != source]
-    protocol = draw(st.sampled_from(("TCP", "TCP", *PORT_PROTOCOLS, "ICMP", "UDPLite", "47")))
-    ports = st.sampled_from((*PORTS, 1, 257))
-    if protocol in PORT_PROTOCOLS:
-        return source, draw(st.sampled_from(others)), protocol, draw(ports), draw(ports)
-    return source, draw(st.sampled_from(others)), protocol, 0, 0
+def calico_pairs(draw: st.DrawFn) -> tuple[str, str, int]:
+    """Source and destination address and a source port."""
+    hosts = tuple(address for host in HOSTS for address in host_addresses(host))
+    return (*draw(pairs(more=hosts)), draw(st.sampled_from(PROBED_PORTS)))
+
+
+def calico_probes_between(source: str, destination: str, source_port: int) -> list[tuple[str, str, str, int, int]]:
+    """Source, destination, protocol name, source port, destination port: all protocols, all ports of one of them."""
+    numbered = [
+        (source, destination, protocol, source_port, port)
+        for protocol in PORT_PROTOCOLS
+        for port in (PROBED_PORTS if protocol == "TCP" else (80, 256))
+    ]
+    return [*numbered, *((source, destination, protocol, 0, 0) for protocol in ("ICMP", "UDPLite", "47"))]

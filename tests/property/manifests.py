@@ -40,7 +40,8 @@ labels = st.dictionaries(st.sampled_from(KEYS), st.sampled_from(VALUES), max_siz
 
 
 def _some(elements: st.SearchStrategy[Any], *, least: int = 0, most: int = 2) -> st.SearchStrategy[list[Any]]:
-    return st.lists(elements, min_size=least, max_size=most)
+    """Any length with equal chance."""
+    return st.integers(least, most).flatmap(lambda size: st.lists(elements, min_size=size, max_size=size))
 
 
 @st.composite
@@ -55,7 +56,7 @@ def _requirements(draw: st.DrawFn) -> Manifest:
 @st.composite
 def label_selectors(draw: st.DrawFn) -> Manifest:
     """Empty, matchLabels, matchExpressions, or both."""
-    form = draw(st.sampled_from(("", "l", "e", "le")))
+    form = draw(st.sampled_from(("", "", "l", "e", "le")))
     selector: Manifest = {}
     if "l" in form:
         selector["matchLabels"] = draw(labels)
@@ -96,7 +97,7 @@ def _ports(draw: st.DrawFn) -> Manifest:
     protocol = draw(st.none() | st.sampled_from(PROTOCOLS))
     if protocol:
         port["protocol"] = protocol
-    form = draw(st.sampled_from(("number", "number", "name", "range", "all")))
+    form = draw(st.sampled_from(("number", "name", "range", "range", "all")))
     if form == "name":
         port["port"] = draw(st.sampled_from(PORT_NAMES))
     elif form == "number":
@@ -112,7 +113,7 @@ def _rules(draw: st.DrawFn, peers: str) -> Manifest:
     if draw(st.booleans()):
         rule[peers] = draw(_some(_peers()))
     if draw(st.booleans()):
-        rule["ports"] = draw(_some(_ports()))
+        rule["ports"] = draw(_some(_ports(), most=3))
     return rule
 
 
@@ -124,7 +125,7 @@ def network_policies(draw: st.DrawFn, name: str) -> Manifest:
     if types:
         spec["policyTypes"] = types.split()
     for field, peers in (("ingress", "from"), ("egress", "to")):
-        if draw(st.booleans()):
+        if draw(st.sampled_from((True, True, False))):
             spec[field] = draw(_some(_rules(peers)))
     return {
         "apiVersion": "networking.k8s.io/v1",
@@ -172,7 +173,8 @@ def clusters(draw: st.DrawFn, *, max_policies: int = 3) -> list[Manifest]:
         {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name, "labels": draw(labels)}}
         for name in NAMESPACES
     ]
-    chosen = draw(st.lists(st.sampled_from(PODS), unique=True, min_size=1, max_size=4))
+    size = draw(st.integers(1, 5))
+    chosen = draw(st.lists(st.sampled_from(PODS), unique=True, min_size=size, max_size=size))
     count = draw(st.integers(0, max_policies))
     return [
         *namespaces,
@@ -182,11 +184,19 @@ def clusters(draw: st.DrawFn, *, max_policies: int = 3) -> list[Manifest]:
 
 
 @st.composite
-def probes(draw: st.DrawFn) -> tuple[str, str, str, int]:
-    """Source address, destination address (of one family, not equal), protocol name or ICMP, destination port."""
-    everyone = [address for pod in PODS for address in pod_addresses(*pod)] + list(OUTSIDE)
+def pairs(draw: st.DrawFn, *, more: tuple[str, ...] = ()) -> tuple[str, str]:
+    """Source and destination address, of one family and not equal. ``more``: further addresses to choose from."""
+    everyone = [address for pod in PODS for address in pod_addresses(*pod)] + [*OUTSIDE, *more]
     source = draw(st.sampled_from(everyone))
     others = [address for address in everyone if (":" in address) == (":" in source) and address != source]
-    protocol = draw(st.sampled_from((*PROTOCOLS, "TCP", "ICMP")))
-    port = 0 if protocol == "ICMP" else draw(st.sampled_from((*PORTS, 1, 257)))
-    return source, draw(st.sampled_from(others)), protocol, port
+    return source, draw(st.sampled_from(others))
+
+
+PROBED_PORTS = (1, *PORTS, 257)
+"""Every port that a rule may name, and both sides of the lowest and of the block border at 256."""
+
+
+def probes_between(source: str, destination: str) -> list[tuple[str, str, str, int]]:
+    """Source, destination, protocol name (or ICMP) and destination port: everything a rule could tell apart."""
+    numbered = [(source, destination, protocol, port) for protocol in PROTOCOLS for port in PROBED_PORTS]
+    return [*numbered, (source, destination, "ICMP", 0)]
