@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import hypothesis.strategies as st
 from hypothesis import given
 
@@ -20,4 +22,4 @@ def test_merged_ranges(some: list[tuple[int, int]]) -> None:
     """The same ports, in ascending ranges with a gap between each two."""
     merged = merged_ranges(some)
     assert _ports(merged) == _ports(some)
-    assert all(one[1] + 1 < other[0] for one, other in zip(merged, merged[1:], strict=False))
+    assert all(one[1] + 1 < other[0] for one, other in pairwise(merged))
