@@ -14,7 +14,7 @@ from typing import Any
 
 from netpol_ebpf.cases.case import Case, InvalidCase, LoadedCases, Probe
 from netpol_ebpf.cases.engines import ENGINES, Engine, open_engine
-from netpol_ebpf.errors import InvalidInputError
+from netpol_ebpf.errors import InvalidInputError, NetpolError
 from netpol_ebpf.policy.journey import Finding, Flow, Journey, Place, PlaceKind, Topology, walk
 from netpol_ebpf.policy.translate import derive
 from netpol_ebpf.policy.types import (
@@ -142,7 +142,16 @@ def _judge(journey: Journey, engines: Mapping[str, Engine]) -> tuple[str, str]:
     verdicts: dict[str, list[Verdict]] = {}
     questions = list(dict.fromkeys(journey.questions()))
     for name, engine in engines.items():
-        answers = {question: engine.decide(question) for question in questions}
+        answers: dict[Question, Verdict] = {}
+        try:
+            for question in questions:
+                answers[question] = engine.decide(question)
+        except NetpolError as error:
+            # The program in the kernel passes some packets without asking policy.  A journey never asks about those,
+            # so this is a disagreement, to be shown as one instead of ending the run.
+            if error.slug != "not-judged":
+                raise
+            return f"not judged by {name}", f"{_where(questions[len(answers)])}: {error.message}"
         findings[name] = walk(journey, answers.__getitem__)
         verdicts[name] = list(answers.values())
     first = next(iter(engines))
@@ -161,9 +170,14 @@ def _disagreement(questions: list[Question], verdicts: dict[str, list[Verdict]])
     for index, question in enumerate(questions):
         answers = {name: given[index] for name, given in verdicts.items()}
         if len({*answers.values()}) > 1:
-            where = f"{question.endpoint} {question.direction.value} {question.stage.value}"
-            return f"{where}: " + "; ".join(f"{name}: {_in_full(verdict)}" for name, verdict in answers.items())
+            return f"{_where(question)}: " + "; ".join(
+                f"{name}: {_in_full(verdict)}" for name, verdict in answers.items()
+            )
     raise AssertionError("called only where engines differ")
+
+
+def _where(question: Question) -> str:
+    return f"{question.endpoint} {question.direction.value} {question.stage.value}"
 
 
 def _in_full(verdict: Verdict) -> str:
@@ -250,7 +264,7 @@ def _packet(probe: Probe, source: IPAddress, destination: IPAddress) -> Packet:
     if probe.protocol in PORT_PROTOCOLS:
         source_port = DEFAULT_SOURCE_PORT if probe.source_port is None else probe.source_port
         return Packet(source, destination, probe.protocol, source_port, probe.port or 0)
-    if probe.protocol in ECHO_REQUEST:
+    if (probe.protocol, source.version) in ((ICMP, 4), (ICMPV6, 6)):
         icmp_type = ECHO_REQUEST[probe.protocol] if probe.icmp_type is None else probe.icmp_type
         return Packet(source, destination, probe.protocol, icmp_type=icmp_type, icmp_code=probe.icmp_code or 0)
     return Packet(source, destination, probe.protocol)

@@ -388,7 +388,8 @@ def _apply(changes: Mapping[K, V | None], table: dict[K, V]) -> None:
 class Packet:
     """The first packet of a connection, as policy sees it. For ICMP, ports are 0 and type/code are given.
 
-    Addresses are of one family.  ``protocol``: IANA number.  Ports are 0 for protocols without ports.
+    Addresses are of one family.  ``protocol``: IANA number.  Ports are 0 for protocols without ports; type and code are 0
+    for all but ICMP over IPv4 and ICMPv6 over IPv6 (the other two combinations are not ICMP to the kernel).
     """
 
     source: IPAddress

@@ -1,0 +1,38 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The project's own conformance set, run on the engines that need neither root nor a kernel.
+
+`tests/cases/shared` holds expectations from public suites, `tests/cases/decisions` one case for each point on which this
+project had to decide (docs/semantics-decisions.md).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from netpol_ebpf.cases.case import load_cases
+from netpol_ebpf.cases.runner import run_cases
+
+CASES = Path(__file__).resolve().parents[1] / "cases"
+FAMILIES = sorted(
+    path for group in ("shared", "decisions") for path in [CASES / group, *(CASES / group).iterdir()] if path.is_dir()
+)
+
+
+@pytest.mark.parametrize("family", [path for path in FAMILIES if any(path.glob("*.yaml"))], ids=lambda path: path.name)
+@pytest.mark.parametrize("engine", ["model", "tables"])
+def test_cases(engine: str, family: Path) -> None:
+    """Every probe of every case goes as expected."""
+    loaded = load_cases([family])
+    report = run_cases(loaded, engine)
+    assert not report.invalid
+    assert not report.failed
+    assert report.cases == len(list(family.glob("*.yaml")))
+
+
+def test_the_set_is_whole() -> None:
+    """A family that vanished, or a case that lost its probes, would pass unnoticed otherwise."""
+    cases = load_cases([CASES]).cases
+    assert len(cases) >= 177
+    assert sum(len(case.probes) for case in cases) >= 8829
