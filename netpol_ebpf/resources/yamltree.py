@@ -51,6 +51,8 @@ _MAYBE_NOT_TEXT = frozenset("0123456789+-.~nNtTfFyYoO")
 _DECIMAL = re.compile(r"[-+]?(?:0|[1-9][0-9]{0,39})\Z")
 _BASED = re.compile(r"[-+]?(?:0[xX][0-9a-fA-F]{1,32}|0[bB][01]{1,128}|0[oO]?[0-7]{1,42})\Z")
 _FLOAT = re.compile(r"[-+]?(?:[0-9]{1,40}\.[0-9]{0,400}|\.[0-9]{1,400}|[0-9]{1,40}(?=[eE]))(?:[eE][-+]?[0-9]{1,4})?\Z")
+# Line breaks to YAML 1.1, which folds them, and ordinary characters inside a string to JSON.
+_NO_BREAKS_IN_JSON = re.compile("[\x85\u2028\u2029]")
 _TAG = "tag:yaml.org,2002:"
 _TAGGED: dict[str, tuple[type, ...]] = {
     _TAG + "int": (int,),
@@ -125,6 +127,9 @@ def read_documents(text: str, file: str, problems: list[Problem]) -> Iterator[Do
     After a syntax error reading goes on at the next line that begins with ``---``.
     """
     text = text.removeprefix("\ufeff")
+    if _NO_BREAKS_IN_JSON.search(text) and (value := _as_json(text, problems, file)) is not _ABSENT:
+        yield Document(value, Positions(file, 0))
+        return
     lines: list[str] | None = None
     chunk, first_line = text, 0
     while True:

@@ -166,6 +166,18 @@ def test_json_that_yaml_cannot_read() -> None:
     assert [problem.message for problem in problems] == ["the key `b` is given twice; keep one of them"]
 
 
+@pytest.mark.parametrize("character", ["\x85", "\u2028", "\u2029"])
+def test_json_strings_keep_characters_that_yaml_takes_for_line_breaks(character: str) -> None:
+    """A name is the same whichever parser a document would go through."""
+    assert _value(json.dumps({"a": f"x{character}y"}, ensure_ascii=False)) == {"a": f"x{character}y"}
+
+
+def test_compact_json_and_long_keys() -> None:
+    """No spaces after colons, and keys beyond YAML's limit for simple keys."""
+    value = {"a": 1, "b": "c", "k" * 2000: [{}]}
+    assert _value(json.dumps(value, separators=(",", ":"))) == value
+
+
 def test_byte_order_mark_is_ignored() -> None:
     """Editors of some systems write one."""
     assert _value("\ufeffa: 1\n") == {"a": 1}
