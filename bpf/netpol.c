@@ -27,6 +27,7 @@
 #include "np_classify.h"
 #include "np_conn.h"
 #include "np_fragment.h"
+#include "np_recent.h"
 
 // -1 is TC_ACT_UNSPEC for clsact and TCX_NEXT for tcx: the next program decides. 2 is TC_ACT_SHOT and TCX_DROP.
 #define NP_PASS (-1)
@@ -206,6 +207,14 @@ NP_INLINE int np_ip(struct __sk_buff *skb, const struct np_bytes *bytes, struct 
     int reason = np_parse_ip(bytes, packet, version);
     if (NP_UNLIKELY(reason))
         return reason;
+    struct np_recent *recent = 0;
+    if (NP_LIKELY(!packet->special)) {
+        recent = np_recent_slot(flow, version);
+        if (NP_LIKELY(recent && np_recent_matches(recent, flow, hook, version))) {
+            flow->decision.rule = recent->rule;
+            return NP_REASON_ESTABLISHED;
+        }
+    }
     if (version == 6 && np_is_neighbour(packet))
         return NP_REASON_NEIGHBOUR;
 
@@ -226,6 +235,8 @@ NP_INLINE int np_ip(struct __sk_buff *skb, const struct np_bytes *bytes, struct 
         open = np_conn_lookup(&key, version);
         if (NP_LIKELY(open && open->generation == flow->config->generation && np_conn_is_alive(open, flow))) {
             np_conn_touch(open, flow);
+            if (recent)
+                np_recent_fill(recent, flow, open->rule, hook, version);
             flow->decision.rule = open->rule;
             return NP_REASON_ESTABLISHED;
         }

@@ -399,6 +399,25 @@ struct np_schema {
 };
 _Static_assert(sizeof(struct np_schema) == 40, "np_schema");
 
+// A packet of an open connection, remembered per CPU and direct-mapped in front of the connection tables. As in the
+// packet: each direction has an entry of its own. Valid for one generation, until the table is to be asked again.
+struct np_recent {
+    __u64 until_jiffies; // a second after the table was asked
+    __u32 generation;
+    __u32 ifindex;
+    __u32 source[4]; // network order, IPv4 in the first word
+    __u32 destination[4]; // the same
+    __u16 source_port;
+    __u16 destination_port;
+    __u8 protocol;
+    __u8 version; // 4 or 6; 0: unused
+    __u8 hook; // 0 ingress, 1 egress
+    __u8 pad;
+    __u32 rule;
+    __u32 pad2;
+};
+_Static_assert(sizeof(struct np_recent) == 64, "np_recent is one cache line");
+
 // An endpoint's number by interface, remembered per CPU and direct-mapped, so that a packet of an open connection needs
 // no hash lookup for it. Valid for one generation.
 struct np_near {

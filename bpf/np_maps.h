@@ -16,6 +16,9 @@
 #ifndef NP_MAX_ENDPOINT
 #define NP_MAX_ENDPOINT 4096
 #endif
+#ifndef NP_MAX_RECENT
+#define NP_MAX_RECENT 1024 // a power of two
+#endif
 #ifndef NP_MAX_NEAR
 #define NP_MAX_NEAR 256 // a power of two
 #endif
@@ -110,6 +113,10 @@
 // np_near misses.  When full: the agent refuses the endpoint, its packets are dropped as unknown.  Key: host order.
 // Lives until the endpoint goes.  A deletion, and a change of number or flags, needs a new generation (np_near).
 NP_MAP("hash", np_endpoint, struct np_endpoint_key, struct np_endpoint, NP_MAX_ENDPOINT, BPF_F_NO_PREALLOC);
+
+// A hash of the packet's tuple to its connection's verdict, direct-mapped.  The program writes and reads.  Looked up
+// per packet.  A collision overwrites.  Key: the hash's upper bits.  Valid for one generation and one second.
+NP_MAP("percpu_array", np_recent, __u32, struct np_recent, NP_MAX_RECENT, 0);
 
 // Interface to endpoint number, direct-mapped.  The program writes and reads.  Looked up per packet.  A collision
 // overwrites.  Key: ifindex modulo size.  Valid for one generation.
@@ -225,6 +232,12 @@ NP_INLINE struct np_endpoint *np_endpoint_lookup(__u32 ifindex)
 {
     struct np_endpoint_key key = {.ifindex = ifindex};
     return np_endpoint.lookup(&key);
+}
+
+NP_INLINE struct np_recent *np_recent_lookup(__u32 hash)
+{
+    __u32 slot = hash & (NP_MAX_RECENT - 1);
+    return np_recent.lookup(&slot);
 }
 
 NP_INLINE struct np_near *np_near_lookup(__u32 ifindex)

@@ -648,6 +648,44 @@ class np_schema(ctypes.Structure):
     )
 
 
+class np_recent(ctypes.Structure):
+    """A packet of an open connection, remembered per CPU and direct-mapped in front of the connection tables.
+
+    As in the packet: each direction has an entry of its own. Valid for one generation, until the table is to be asked
+    again.
+    """
+
+    until_jiffies: int  # a second after the table was asked
+    generation: int
+    ifindex: int
+    source: ctypes.Array[ctypes.c_uint32]  # network order, IPv4 in the first word
+    destination: ctypes.Array[ctypes.c_uint32]  # the same
+    source_port: int
+    destination_port: int
+    protocol: int
+    version: int  # 4 or 6; 0: unused
+    hook: int  # 0 ingress, 1 egress
+    pad: int
+    rule: int
+    pad2: int
+
+    _fields_ = (
+        ("until_jiffies", ctypes.c_uint64),
+        ("generation", ctypes.c_uint32),
+        ("ifindex", ctypes.c_uint32),
+        ("source", ctypes.c_uint32 * 4),
+        ("destination", ctypes.c_uint32 * 4),
+        ("source_port", ctypes.c_uint16),
+        ("destination_port", ctypes.c_uint16),
+        ("protocol", ctypes.c_uint8),
+        ("version", ctypes.c_uint8),
+        ("hook", ctypes.c_uint8),
+        ("pad", ctypes.c_uint8),
+        ("rule", ctypes.c_uint32),
+        ("pad2", ctypes.c_uint32),
+    )
+
+
 class np_near(ctypes.Structure):
     """An endpoint's number by interface, remembered per CPU and direct-mapped, so that a packet of an open connection needs no hash lookup for it.
 
@@ -741,6 +779,10 @@ MAP_SPECS: Mapping[str, MapSpec] = MappingProxyType(
         "np_endpoint": MapSpec(
             "np_endpoint", "hash", np_endpoint_key, np_endpoint,
             ctypes.sizeof(np_endpoint_key), ctypes.sizeof(np_endpoint), 4096, ("BPF_F_NO_PREALLOC",),
+        ),
+        "np_recent": MapSpec(
+            "np_recent", "percpu_array", None, np_recent,
+            4, ctypes.sizeof(np_recent), 1024, (),
         ),
         "np_near": MapSpec(
             "np_near", "percpu_array", None, np_near,

@@ -17,7 +17,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import netpol_ebpf.errors
@@ -35,6 +35,8 @@ BUILD_TIMEOUT_S = 120.0
 ERROR_LINES = 25
 """How much of clang's or the verifier's output an error carries; the end says what failed."""
 
+PROGRAMS = tuple(hook.value for hook in Hook)
+
 INCLUDE = re.compile(r'#include "(\w+\.h)"$')
 
 
@@ -50,25 +52,25 @@ def source_dir() -> Path:
     )
 
 
-def merged_source(directory: Path, entry: str = ENTRY) -> str:
-    """One text of the entry file and its headers, each once, with line directives.
+def merged_source(directory: Path, entry: Path | None = None) -> str:
+    """One text of the entry file (default: netpol.c) and its headers, each once, with line directives.
 
     BCC rewrites map accesses in the main file only, so the headers have to become part of it.
     """
     seen: set[str] = set()
 
-    def merge(name: str) -> list[str]:
-        seen.add(name)
-        lines = [f'#line 1 "{name}"']
-        for number, line in enumerate((directory / name).read_text().splitlines(), 1):
+    def merge(path: Path) -> list[str]:
+        seen.add(path.name)
+        lines = [f'#line 1 "{path.name}"']
+        for number, line in enumerate(path.read_text().splitlines(), 1):
             include = INCLUDE.match(line)
             if include and include[1] not in seen:
-                lines += [*merge(include[1]), f'#line {number + 1} "{name}"']
+                lines += [*merge(directory / include[1]), f'#line {number + 1} "{path.name}"']
             else:
                 lines.append("" if include or line == "#pragma once" else line)
         return lines
 
-    return "\n".join(merge(entry)) + "\n"
+    return "\n".join(merge(entry or directory / ENTRY)) + "\n"
 
 
 def source_digest(directory: Path) -> bytes:
@@ -79,16 +81,21 @@ def source_digest(directory: Path) -> bytes:
     return digest.digest()
 
 
-def build(pin_dir: Path, sizes: Mapping[str, int]) -> None:
-    """Make the maps that are missing in ``pin_dir`` and pin both programs there, with NEW_SUFFIX.
+def build(
+    pin_dir: Path, sizes: Mapping[str, int], *, entry: Path | None = None, programs: Sequence[str] = PROGRAMS
+) -> None:
+    """Make the maps that are missing in ``pin_dir`` and pin the programs there, with NEW_SUFFIX.
 
     ``sizes``: max_entries by map name, for maps that are created (and for the two whose size the program knows).
+    ``entry``, ``programs``: another C file over the same headers and its functions, for measurements.
     Raises LoadError with the last lines of what clang or the verifier said, PlatformError when BCC is missing.
     """
     unknown = sizes.keys() - abi.MAP_SPECS.keys()
     if unknown:
         raise PlatformError(f"no such map: {', '.join(sorted(unknown))}", hint="See netpol_loader.abi.MAP_SPECS.")
-    command = [sys.executable, "-m", __name__, str(pin_dir), *(f"{name}={size}" for name, size in sizes.items())]
+    command = [sys.executable, "-m", __name__, str(pin_dir), "--program", *programs]
+    command += ["--entry", str(entry)] if entry else []
+    command += ["--size", *(f"{name}={size}" for name, size in sizes.items())] if sizes else []
     environment = dict(os.environ)
     roots = [str(Path(module).resolve().parent.parent) for module in (__file__, netpol_ebpf.errors.__file__)]
     environment["PYTHONPATH"] = os.pathsep.join([*roots, environment.get("PYTHONPATH", "")]).rstrip(os.pathsep)
@@ -106,7 +113,7 @@ def build(pin_dir: Path, sizes: Mapping[str, int]) -> None:
         raise LoadError(f"the packet path does not compile or load (exit code {done.returncode}):\n  {tail}")
 
 
-def _compile_and_pin(pin_dir: Path, sizes: Mapping[str, int]) -> None:
+def _compile_and_pin(pin_dir: Path, sizes: Mapping[str, int], entry: Path | None, programs: Sequence[str]) -> None:
     """The child's work. bcc prints what clang and the verifier say to stderr by itself."""
     directory = source_dir()
     os.environ["BCC_KERNEL_SOURCE"] = str(directory / "shim")
@@ -119,21 +126,23 @@ def _compile_and_pin(pin_dir: Path, sizes: Mapping[str, int]) -> None:
         ) from error
     flags = [f'-DNP_PIN_DIR="{pin_dir}"', "-Wno-unknown-pragmas", "-Wno-pass-failed"]
     flags += [f"-DNP_MAX_{name.removeprefix('np_').upper()}={size}" for name, size in sizes.items()]
-    module = BPF(text=merged_source(directory), cflags=flags)
-    for hook in Hook:
-        function = module.load_func(hook.value, BPF.SCHED_CLS)
-        syscall.obj_pin(function.fd, pin_dir / (hook.value + NEW_SUFFIX))
+    module = BPF(text=merged_source(directory, entry), cflags=flags)
+    for program in programs:
+        function = module.load_func(program, BPF.SCHED_CLS)
+        syscall.obj_pin(function.fd, pin_dir / (program + NEW_SUFFIX))
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Entry of the child: DIRECTORY [MAP=SIZE]..."""
+    """Entry of the child."""
     parser = argparse.ArgumentParser(prog="netpol_loader.build", description="Compile, load and pin the packet path.")
     parser.add_argument("pin_dir", type=Path)
-    parser.add_argument("sizes", nargs="*", metavar="MAP=SIZE")
+    parser.add_argument("--program", nargs="+", default=PROGRAMS, help="functions to load")
+    parser.add_argument("--entry", type=Path, help="C file instead of netpol.c")
+    parser.add_argument("--size", nargs="*", default=[], metavar="MAP=SIZE")
     arguments = parser.parse_args(argv)
-    sizes = {name: int(size) for name, _, size in (text.partition("=") for text in arguments.sizes)}
+    sizes = {name: int(size) for name, _, size in (text.partition("=") for text in arguments.size)}
     try:
-        _compile_and_pin(arguments.pin_dir, sizes)
+        _compile_and_pin(arguments.pin_dir, sizes, arguments.entry, arguments.program)
     except PlatformError as error:
         print(error.message, file=sys.stderr)
         return error.exit_code

@@ -9,11 +9,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
 from netpol_loader.dataplane import Dataplane
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from rig import Rig  # noqa: E402
+from rig import Rig
 
 SIZES = {
     "np_endpoint": 64, "np_addr4": 4096, "np_addr6": 4096, "np_cidr4": 1024, "np_cidr6": 1024, "np_peer_class": 1024,
@@ -32,6 +33,15 @@ def dataplane(pin_root: Path) -> Iterator[Dataplane]:
     one = Dataplane.open(pin_root, sizes=SIZES)
     yield one
     one.remove()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_cpu() -> Iterator[None]:
+    """Stay on one CPU: what the program remembers per CPU is part of what is tested."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(before)})
+    yield
+    os.sched_setaffinity(0, before)
 
 
 @pytest.fixture(scope="session")

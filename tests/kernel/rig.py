@@ -238,8 +238,15 @@ class Rig:
         """The rows of a connection table."""
         return {key: abi.np_conn.from_buffer_copy(value) for key, value in self.map(name).items()}
 
+    def forget_recent(self) -> None:
+        """Empty the short way, so that the connection tables are asked."""
+        recent = self.map("np_recent")
+        zero = bytes(recent.cell_bytes)
+        recent.put_many([(key, zero) for key, value in recent.items() if value != zero])
+
     def age(self, name: str, seconds: float) -> None:
         """Make every row of a table look as if it was last used that long ago."""
+        self.forget_recent()
         back = int(seconds * self.dataplane.config().jiffies_per_second)
         for key, value in self.map(name).items():
             seen = struct.unpack_from("=Q", value)[0]

@@ -6,7 +6,20 @@ from __future__ import annotations
 import packets as p
 import pytest
 from rig import (
-    ALLOW, CONTINUE, DENY, ENDPOINT, LO, PEER4, PEER6, PEER_IDENTITY, POD4, POD6, POD_IDENTITY, PolicySet, Rig, Verdict,
+    ALLOW,
+    CONTINUE,
+    DENY,
+    ENDPOINT,
+    LO,
+    PEER4,
+    PEER6,
+    PEER_IDENTITY,
+    POD4,
+    POD6,
+    POD_IDENTITY,
+    PolicySet,
+    Rig,
+    Verdict,
     everything,
 )  # fmt: skip
 

@@ -1,0 +1,281 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What one packet costs: nanoseconds per run of the loaded program, as differences to doing nothing.
+
+BPF_PROG_TEST_RUN on real maps.  An empty program and one that only parses are measured in the same rounds, interleaved with
+the cases, so that what the machine does meanwhile hits all of them; the figures are medians over the rounds.
+
+*Hot* cases repeat one packet: caches are warm, the figure is the program's own work.  *Spread* cases run once on each of
+many packets (another peer or port each time, from maps of the stated size): what is fetched is mostly not in the cache, and
+a new flow is really recorded.  Each scale writes its own rows: so many pods (addresses of both families, an identity and a
+class each) and so many rules (ports, L4 classes, verdicts, names).
+
+    sudo .venv/bin/python bench/micro.py [-o json] [--rounds N] [--quick]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import struct
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from ipaddress import IPv4Address, IPv6Address
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT / "loader"), str(ROOT)]
+
+from netpol_loader import abi, build, syscall  # noqa: E402
+from netpol_loader.dataplane import SKB_BYTES, SKB_INGRESS_IFINDEX, Dataplane  # noqa: E402
+from netpol_loader.hook import Hook  # noqa: E402
+from netpol_loader.seal import seal_endpoint  # noqa: E402
+
+MOV_MINUS_ONE = struct.pack("<BBhi", 0xB7, 0, 0, -1)
+EXIT = struct.pack("<BBhi", 0x95, 0, 0, 0)
+
+HOT_REPEAT = 20_000
+DENY_REPEAT = 4_000  # an event each: fewer than the ring holds
+SPREAD_RUNS = 1_000
+OPEN_FLOWS = 8_192
+"""More than np_recent has slots, so that most packets need the connection table."""
+SIZES = {"np_verdict": 1 << 18, "np_l4_col": 4096, "np_event": 1 << 20}
+
+POD4, POD6 = IPv4Address("10.255.0.1"), IPv6Address("fd00:255::1")
+FIRST4, FIRST6 = int(IPv4Address("10.0.0.1")), int(IPv6Address("fd00::1"))
+ENDPOINT, OWN_IDENTITY, FIRST_IDENTITY = 7, 16, 17
+INGRESS_SET, EGRESS_SET = 1, 2
+ALLOWED_PORT, DENIED_PORT = 80, 81
+PORT_CLASSES = 50
+"""L4 classes of the large scale; rules beyond them differ in peers. Arbitrary, and large for one policy set."""
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How much there is to be looked up in."""
+
+    pods: int
+    rules: int
+
+
+SCALES = (Scale(100, 10), Scale(100, 10_000), Scale(100_000, 10), Scale(100_000, 10_000))
+
+
+def eth(kind: int, packet: bytes) -> bytes:
+    """A frame."""
+    return bytes(12) + struct.pack("!H", kind) + packet
+
+
+def tcp4(source: int, destination: int, sport: int, dport: int, flags: int) -> bytes:
+    """An IPv4 TCP frame."""
+    head = struct.pack("!BBHHHBBHII", 0x45, 0, 40, 1, 0, 64, 6, 0, source, destination)
+    return eth(0x0800, head + struct.pack("!HHIIBBHHH", sport, dport, 1, 1, 0x50, flags, 1024, 0, 0))
+
+
+def tcp6(source: int, destination: int, sport: int, dport: int, flags: int) -> bytes:
+    """An IPv6 TCP frame."""
+    head = struct.pack("!IHBB", 6 << 28, 20, 6, 64) + source.to_bytes(16, "big") + destination.to_bytes(16, "big")
+    return eth(0x86DD, head + struct.pack("!HHIIBBHHH", sport, dport, 1, 1, 0x50, flags, 1024, 0, 0))
+
+
+SYN, ACK = 2, 16
+
+
+def index(number: int) -> bytes:
+    """Key of an array."""
+    return struct.pack("=I", number)
+
+
+def write_scale(dataplane: Dataplane, scale: Scale) -> None:
+    """Fill the maps for one scale: the first half of the ports and of the peers is allowed, the second denied."""
+    maps = dataplane.maps
+    for name in ("np_addr4", "np_addr6", "np_peer_class", "np_rule"):
+        maps[name].delete_many([key for key, _ in maps[name].items()])
+    pods = range(scale.pods)
+    addr = [bytes(abi.np_addr(identity=FIRST_IDENTITY + pod)) for pod in pods]
+    own = bytes(abi.np_addr(identity=OWN_IDENTITY, endpoint=ENDPOINT))
+    maps["np_addr4"].put_many([(POD4.packed, own), *((struct.pack("!I", FIRST4 + pod), addr[pod]) for pod in pods)])
+    maps["np_addr6"].put_many([(POD6.packed, own), *(((FIRST6 + pod).to_bytes(16, "big"), addr[pod]) for pod in pods)])
+
+    l4_classes = min(scale.rules, PORT_CLASSES) + 1
+    peer_classes = max(scale.rules // PORT_CLASSES, 1) + 1
+    rows = [
+        (struct.pack("=II", policy_set, FIRST_IDENTITY + pod), index(1 + pod % (peer_classes - 1)))
+        for policy_set in (INGRESS_SET, EGRESS_SET) for pod in pods
+    ]  # fmt: skip
+    maps["np_peer_class"].put_many(rows)
+    verdicts = []
+    for number in range(2 * peer_classes * l4_classes):
+        is_allowed = number % l4_classes == 1
+        action = abi.NP_ACTION_ALLOW if is_allowed else abi.NP_ACTION_DENY
+        rule = number % min(scale.rules, 65_000) + 1
+        row = abi.np_verdict(rule=rule, staged_rule=rule, action=action, staged_action=action)
+        verdicts.append((index(number), bytes(row)))
+        )
+    maps["np_verdict"].put_many(verdicts)
+    maps["np_rule"].put_many(
+        [(index(rule), f"tier|policy-{rule}|egress|0|allow".encode().ljust(120, b"\0")) for rule in range(scale.rules)]
+    )
+
+    block = bytearray(512)
+    for port in range(l4_classes - 1):  # class 0: everything else; port 80 is class 1
+        struct.pack_into("=H", block, (ALLOWED_PORT + port) % 256 * 2, port + 1)
+    maps["np_l4_atom"].put(index(abi.NP_SLOT_TCP * 256), bytes(block))
+    column = struct.pack("=64H", *(atom if atom < l4_classes else 0 for atom in range(64)))
+    sets = {}
+    for policy_set in (INGRESS_SET, EGRESS_SET):
+        maps["np_l4_col"].put(index(policy_set), column)
+        sets[policy_set] = abi.np_set(
+            number=policy_set, peer_classes=peer_classes, own_classes=1, l4_base=policy_set, l4_classes=l4_classes,
+            source_classes=1, verdict_base=(policy_set - 1) * peer_classes * l4_classes,
+        )  # fmt: skip
+    row = abi.np_endpoint(number=ENDPOINT, ifindex=1, ingress=sets[INGRESS_SET], egress=sets[EGRESS_SET])
+    maps["np_endpoint"].put(index(1), bytes(seal_endpoint(row)))
+    dataplane.bump_generation()
+
+
+class Bench:
+    """Programs and the context they run in."""
+
+    def __init__(self, dataplane: Dataplane, empty_fd: int, parse_fd: int) -> None:
+        self.dataplane = dataplane
+        self.empty_fd = empty_fd
+        self.parse_fd = parse_fd
+        self.reader = dataplane.events(lambda _event: None)
+        context = bytearray(SKB_BYTES)
+        struct.pack_into("=I", context, SKB_INGRESS_IFINDEX, 77)
+        self.context = bytes(context)
+
+    def hot(self, fd: int, frame: bytes, repeat: int = HOT_REPEAT) -> Callable[[], float]:
+        """One frame again and again; ns per run."""
+
+        def measure() -> float:
+            duration = syscall.prog_test_run(fd, frame, self.context, repeat)[1]
+            self.reader.consume()
+            return float(duration)
+
+        return measure
+
+    def spread(self, fd: int, frames: Sequence[bytes], tidy: Callable[[], None] | None = None) -> Callable[[], float]:
+        """Each frame once; median ns of the runs."""
+
+        def measure() -> float:
+            runs = [syscall.prog_test_run(fd, frame, self.context, 1)[1] for frame in frames]
+            self.reader.consume()
+            if tidy:
+                tidy()
+            return float(statistics.median(runs))
+
+        return measure
+
+    def forget(self, *names: str) -> Callable[[], None]:
+        """Remove all connections."""
+
+        def tidy() -> None:
+            for name in names:
+                one = self.dataplane.maps[name]
+                one.delete_many([key for key, _ in one.items()])
+
+        return tidy
+
+    def cases(self, scale: Scale) -> dict[str, tuple[str, Callable[[], float]]]:
+        """Name to (name of its base, measurement)."""
+        out = self.dataplane.program_fd(Hook.TC_INGRESS)
+        peers = [(997 * number) % scale.pods for number in range(SPREAD_RUNS)]
+        ports = range(20_000, 20_000 + SPREAD_RUNS)
+
+        def four(peer: int, port: int, dport: int, flags: int) -> bytes:
+            return tcp4(int(POD4), FIRST4 + peer, port, dport, flags)
+
+        def six(peer: int, port: int, dport: int, flags: int) -> bytes:
+            return tcp6(int(POD6), FIRST6 + peer, port, dport, flags)
+
+        open4, open6 = four(0, 40_000, ALLOWED_PORT, ACK), six(0, 40_000, ALLOWED_PORT, ACK)
+        self.establish(open4, tcp4(FIRST4, int(POD4), ALLOWED_PORT, 40_000, SYN | ACK))
+        self.establish(open6, tcp6(FIRST6, int(POD6), ALLOWED_PORT, 40_000, SYN | ACK))
+        spread4 = [four(peer, port, ALLOWED_PORT, SYN) for peer, port in zip(peers, ports, strict=True)]
+        spread6 = [six(peer, port, ALLOWED_PORT, SYN) for peer, port in zip(peers, ports, strict=True)]
+        denied4 = [four(peer, port, DENIED_PORT, SYN) for peer, port in zip(peers, ports, strict=True)]
+        many4 = [four(number % scale.pods, 1_024 + number, ALLOWED_PORT, ACK) for number in range(OPEN_FLOWS)]
+        for number, packet in enumerate(many4):
+            reply = tcp4(FIRST4 + number % scale.pods, int(POD4), ALLOWED_PORT, 1_024 + number, SYN | ACK)
+            self.establish(packet, reply)
+        return {
+            "parse only, v4": ("empty", self.hot(self.parse_fd, open4)),
+            "parse only, v6": ("empty", self.hot(self.parse_fd, open6)),
+            "established, v4": ("empty", self.hot(out, open4)),
+            "established, v6": ("empty", self.hot(out, open6)),
+            "SYN allowed again, v4": ("empty", self.hot(out, four(0, 41_000, ALLOWED_PORT, SYN))),
+            "SYN allowed again, v6": ("empty", self.hot(out, six(0, 41_000, ALLOWED_PORT, SYN))),
+            "SYN denied, v4": ("empty", self.hot(out, four(0, 42_000, DENIED_PORT, SYN), DENY_REPEAT)),
+            "SYN denied, v6": ("empty", self.hot(out, six(0, 42_000, DENIED_PORT, SYN), DENY_REPEAT)),
+            "spread: established, v4": ("empty, once", self.spread(out, many4)),
+            "spread: new allowed, v4": ("empty, once", self.spread(out, spread4, self.forget("np_young4"))),
+            "spread: new allowed, v6": ("empty, once", self.spread(out, spread6, self.forget("np_young6"))),
+            "spread: new denied, v4": ("empty, once", self.spread(out, denied4)),
+        }
+
+    def bases(self) -> dict[str, Callable[[], float]]:
+        """What is subtracted."""
+        frame = tcp4(int(POD4), FIRST4, 40_000, ALLOWED_PORT, ACK)
+        return {
+            "empty": self.hot(self.empty_fd, frame),
+            "empty, once": self.spread(self.empty_fd, [frame] * SPREAD_RUNS),
+        }
+
+    def establish(self, packet: bytes, reply: bytes) -> None:
+        """Make a connection open. Raises when the program does not agree, so that no case measures something else."""
+        for hook, frame in ((Hook.TC_INGRESS, packet), (Hook.TC_EGRESS, reply)):
+            run = self.dataplane.test_run(hook, frame, ingress_ifindex=77)
+            if not run.passed:
+                raise AssertionError(f"{hook.value} dropped a packet of the benchmark's own connection")
+
+
+def measure_scale(bench: Bench, scale: Scale, rounds: int) -> dict[str, float]:
+    """Medians over the rounds of each case less its base, and of the bases."""
+    write_scale(bench.dataplane, scale)
+    bases, cases = bench.bases(), bench.cases(scale)
+    base_figures: dict[str, list[float]] = {name: [] for name in bases}
+    figures: dict[str, list[float]] = {name: [] for name in cases}
+    for _ in range(rounds):
+        base = {name: measure() for name, measure in bases.items()}
+        for name, figure in base.items():
+            base_figures[name].append(figure)
+        for name, (base_name, measure) in cases.items():
+            figures[name].append(measure() - base[base_name])
+    result = {name: statistics.median(values) for name, values in base_figures.items()}
+    result |= {name: statistics.median(values) for name, values in figures.items()}
+    return result
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measure all scales and print."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("-o", "--output", choices=["table", "json"], default="table")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--quick", action="store_true", help="smallest and largest scale only")
+    options = parser.parse_args(argv)
+    scales = (SCALES[0], SCALES[-1]) if options.quick else SCALES
+    pin_root = Path(f"/sys/fs/bpf/netpol-bench-{os.getpid()}")
+    with Dataplane.open(pin_root, sizes=SIZES) as dataplane:
+        try:
+            build.build(dataplane.pin_dir, {}, entry=ROOT / "bench" / "parse_only.c", programs=["np_parse_only"])
+            parse_fd = syscall.obj_get(dataplane.pin_dir / ("np_parse_only" + build.NEW_SUFFIX))
+            bench = Bench(dataplane, syscall.prog_load(MOV_MINUS_ONE + EXIT), parse_fd)
+            results = {scale: measure_scale(bench, scale, options.rounds) for scale in scales}
+        finally:
+            dataplane.remove()
+    if options.output == "json":
+        print(json.dumps([{"pods": s.pods, "rules": s.rules, "ns": result} for s, result in results.items()], indent=2))
+        return 0
+    heads = [f"{s.pods} pods {s.rules} rules" for s in scales]
+    print(f"{'ns per packet, less an empty program':38s}" + "".join(f"{head:>26s}" for head in heads))
+    for name in next(iter(results.values())):
+        print(f"{name:38s}" + "".join(f"{results[scale][name]:26.0f}" for scale in scales))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The short way for packets of open connections: it says what the table said, and only so long."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import packets as p
+import pytest
+from rig import ALLOW, DENY, PEER4, PEER6, POD4, POD6, Rig, everything
+
+from netpol_loader import abi
+
+pytestmark = pytest.mark.kernel
+
+FAMILIES = pytest.mark.parametrize(("pod", "peer"), [(POD4, PEER4), (POD6, PEER6)], ids=["ipv4", "ipv6"])
+INGRESS, EGRESS = 1, 2
+SYNACK = p.SYN | p.ACK
+
+
+def opened(rig: Rig, pod: str, peer: str) -> None:
+    """An open TCP connection of the workload, seen by the short way in both directions."""
+    rig.pod(everything(INGRESS, DENY, 11), everything(EGRESS, ALLOW, 12))
+    rig.out(p.frame(pod, peer, p.TCP, p.tcp(1000, 80)))
+    rig.into(p.frame(peer, pod, p.TCP, p.tcp(80, 1000, SYNACK)))
+    assert rig.out(p.frame(pod, peer, p.TCP, p.tcp(1000, 80, p.ACK))).reason == "established"
+    assert rig.into(p.frame(peer, pod, p.TCP, p.tcp(80, 1000, p.ACK))).reason == "established"
+
+
+def rows(rig: Rig) -> list[abi.np_recent]:
+    """The slots in use, of all CPUs."""
+    size = 64
+    cells = [
+        abi.np_recent.from_buffer_copy(value, at)
+        for _, value in rig.map("np_recent").items() for at in range(0, len(value), size)
+    ]  # fmt: skip
+    generation = rig.dataplane.config().generation
+    return [cell for cell in cells if cell.version and cell.generation == generation]
+
+
+@FAMILIES
+def test_it_needs_no_table(rig: Rig, pod: str, peer: str) -> None:
+    """Within its second a packet passes by it alone, and is counted for the rule that allowed the connection."""
+    opened(rig, pod, peer)
+    assert {(row.hook, row.rule) for row in rows(rig)} == {(0, 12), (1, 12)}
+    for name in ("np_conn4", "np_conn6", "np_endpoint"):
+        rig.map(name).delete_many([key for key, _ in rig.map(name).items()])
+    assert rig.out(p.frame(pod, peer, p.TCP, p.tcp(1000, 80, p.ACK))).rules == {12: 1}
+    assert rig.into(p.frame(peer, pod, p.TCP, p.tcp(80, 1000, p.ACK))).rules == {12: 1}
+    rig.forget_recent()
+    rig.dataplane.bump_generation()
+    assert rig.out(p.frame(pod, peer, p.TCP, p.tcp(1000, 80, p.ACK))).reason == "unknown-endpoint"
+
+
+def other(pod: str) -> str:
+    return "10.0.0.10" if pod == POD4 else "fd00::10"
+
+
+DIFFERENCES: dict[str, Callable[[str, str], bytes]] = {
+    "source port": lambda pod, peer: p.frame(pod, peer, p.TCP, p.tcp(1001, 80, p.ACK)),
+    "destination port": lambda pod, peer: p.frame(pod, peer, p.TCP, p.tcp(1000, 81, p.ACK)),
+    "destination": lambda pod, _: p.frame(pod, other(pod), p.TCP, p.tcp(1000, 80, p.ACK)),
+    "source": lambda pod, peer: p.frame(other(pod), peer, p.TCP, p.tcp(1000, 80, p.ACK)),
+    "protocol": lambda pod, peer: p.frame(pod, peer, p.UDP, p.udp(1000, 80)),
+    "SYN": lambda pod, peer: p.frame(pod, peer, p.TCP, p.tcp(1000, 80, p.SYN)),
+}
+
+
+@pytest.mark.parametrize("make", DIFFERENCES.values(), ids=DIFFERENCES.keys())
+@FAMILIES
+def test_it_is_exact(rig: Rig, pod: str, peer: str, make: Callable[[str, str], bytes]) -> None:
+    """A packet that differs in any part of the tuple goes the long way."""
+    opened(rig, pod, peer)
+    rig.pod(everything(INGRESS, DENY, 11), everything(EGRESS, DENY, 13))
+    seen = rig.out(make(pod, peer))
+    assert not seen.passed
+    assert seen.reason in {"policy-deny", "spoofed"}
+
+
+def test_every_word_of_an_ipv6_address_counts(rig: Rig) -> None:
+    """Addresses that differ in one 32-bit word only are told apart."""
+    opened(rig, POD6, PEER6)
+    rig.pod(everything(INGRESS, DENY, 11), everything(EGRESS, DENY, 13))
+    for peer in ("fd01::9", "fd00:0:1::9", "fd00::1:0:9", "fd00::1:9"):
+        assert rig.out(p.frame(POD6, peer, p.TCP, p.tcp(1000, 80, p.ACK))).reason == "policy-deny", peer
+
+
+@FAMILIES
+def test_it_ends_with_the_generation(rig: Rig, pod: str, peer: str) -> None:
+    """A new generation sends the next packet of the flow to policy at once."""
+    opened(rig, pod, peer)
+    rig.pod(everything(INGRESS, DENY, 11), everything(EGRESS, DENY, 13))
+    rig.dataplane.bump_generation()
+    assert rig.into(p.frame(peer, pod, p.TCP, p.tcp(80, 1000, p.ACK))).reason == "revoked"
+
+
+@FAMILIES
+def test_it_ends_after_a_second(rig: Rig, pod: str, peer: str) -> None:
+    """Then the table is asked, which refreshes the connection there."""
+    opened(rig, pod, peer)
+    recent = rig.map("np_recent")
+    for key, value in recent.items():
+        cells = bytearray(value)
+        for at in range(0, len(cells), 64):
+            cells[at : at + 8] = bytes(8)
+        recent.put(key, bytes(cells))
+    name = "np_conn4" if pod == POD4 else "np_conn6"
+    rig.map(name).delete_many([key for key, _ in rig.map(name).items()])
+    assert rig.into(p.frame(peer, pod, p.TCP, p.tcp(80, 1000, p.ACK))).reason == "policy-deny"
+
+
+def test_what_changes_a_connection_goes_to_the_table(rig: Rig) -> None:
+    """FIN and RST move the state although the short way knows the flow."""
+    opened(rig, POD4, PEER4)
+    rig.out(p.frame(POD4, PEER4, p.TCP, p.tcp(1000, 80, p.FIN | p.ACK)))
+    (entry,) = rig.connections("np_conn4").values()
+    assert entry.flags == abi.NP_CONN_FIN_ORIGINAL
+    rig.into(p.frame(PEER4, POD4, p.TCP, p.tcp(80, 1000, p.RST)))
+    (entry,) = rig.connections("np_conn4").values()
+    assert entry.state == abi.NP_CONN_TCP_RESET
