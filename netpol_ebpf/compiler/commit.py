@@ -39,6 +39,7 @@ from netpol_ebpf.compiler.tables import ATOM_BLOCKS, EndpointRow, Tables
 from netpol_ebpf.compiler.templates import ServiceKey, TemplateKey, Templates, service_ports
 from netpol_ebpf.compiler.terms import Atom, NetsTerm, ServiceTerm
 from netpol_ebpf.policy.types import (
+    Cause,
     Direction,
     Endpoint,
     EndpointKey,
@@ -61,6 +62,15 @@ from netpol_ebpf.policy.types import (
 Slot = tuple[Direction, Stage]
 
 
+@dataclass(frozen=True, slots=True)
+class KnownNumbers:
+    """Numbers that an earlier run left in force: identities by digest (table ``identities``), rules, endpoints."""
+
+    identities: Mapping[str, int] = field(default_factory=dict)
+    rules: Mapping[Cause, int] = field(default_factory=dict)
+    endpoints: Mapping[EndpointKey, int] = field(default_factory=dict)
+
+
 @dataclass(slots=True)
 class LocalEndpoint:
     """A local endpoint as it is in force. ``row``: as it was last written."""
@@ -75,11 +85,11 @@ class LocalEndpoint:
 class State:
     """Everything the compiler keeps between commits."""
 
-    def __init__(self, limits: Limits, known_identities: Mapping[str, int]) -> None:
+    def __init__(self, limits: Limits, known: KnownNumbers) -> None:
         self.limits = limits
         self.world = World()
         self.owners = OwnerIndex()
-        self.identities = IdentityIndex(self.owners, limits, known_identities)
+        self.identities = IdentityIndex(self.owners, limits, known.identities)
         self.addresses = Addresses(self.identities)
         self.subjects = Subjects()
         self.templates = Templates(self.world, self.owners, self.identities, limits)
@@ -87,7 +97,7 @@ class State:
             identities=self.identities,
             atoms=AtomSpace(ANY_L4, 0, ATOM_BLOCKS, limits),
             sources=AtomSpace(ANY_SOURCE, SOURCE_BLOCK, 256, limits),
-            causes=RowRegister("rules", limits.rules),
+            causes=RowRegister("rules", limits.rules, known.rules),
             log_lists=RowRegister("log_lists", limits.log_lists),
             set_numbers=Numbers(1, 1 << 31),
             verdicts=Ranges(limits.verdicts),
@@ -96,6 +106,9 @@ class State:
         )
         self.sets = SetStore(self.stores)
         self.numbers = Numbers(1, limits.endpoints)
+        self.kept_numbers = dict(known.endpoints)  # of endpoints that did not appear yet
+        for number in self.kept_numbers.values():
+            self.numbers.reserve(number)
         self.local: dict[EndpointKey, LocalEndpoint] = {}
         self.endpoint_owners: dict[EndpointKey, int] = {}
         self.set_owners: dict[str, int] = {}
@@ -103,6 +116,13 @@ class State:
         self.by_tier: dict[str, frozenset[PolicyKey]] = {}
         self.replaced: dict[PolicyKey, int] = {}  # key -> how many staged policies stand for it
         self.with_profile: dict[str, frozenset[EndpointKey]] = {}  # local endpoints
+
+    def release_kept(self) -> None:
+        """Numbers of an earlier run that nothing asked for are numbers like all others from now on."""
+        journal = Journal()
+        self.stores.causes.release_kept(journal)
+        for key in list(self.kept_numbers):
+            self.numbers.give_back(journal.pop(self.kept_numbers, key), journal)
 
     def settle(self) -> None:
         """A commit is over, one way or the other: forget what was noted for it."""
@@ -227,7 +247,8 @@ class Commit:
         state, journal = self._state, self._journal
         key = endpoint.key
         if known is None:
-            number = state.numbers.take(journal)
+            is_kept = key in state.kept_numbers
+            number = journal.pop(state.kept_numbers, key) if is_kept else state.numbers.take(journal)
             if number is None:
                 raise exceeded(str(key), "endpoints", state.limits.endpoints, len(state.local) + 1)
             known = LocalEndpoint(endpoint, number)

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, Union
 
-from netpol_ebpf.compiler.commit import Commit, State
+from netpol_ebpf.compiler.commit import Commit, KnownNumbers, State
 from netpol_ebpf.compiler.draft import Draft
 from netpol_ebpf.compiler.journal import Journal
 from netpol_ebpf.compiler.limits import Limits
@@ -50,7 +50,7 @@ def key_of(obj: PolicyObject) -> Any:
 class Compiler:
     """Compiles for the endpoints that ``local`` says are on this node; all others count as peers only.
 
-    ``known_identities``: identity numbers by digest (table ``identities``) that an earlier run left in force.
+    ``known``: numbers that an earlier run left in force. What has one keeps it; `release_known` makes the others free.
     """
 
     def __init__(
@@ -58,10 +58,10 @@ class Compiler:
         local: Callable[[Endpoint], bool] = everything,
         *,
         limits: Limits | None = None,
-        known_identities: Mapping[str, int] | None = None,
+        known: KnownNumbers | None = None,
     ) -> None:
         self._local = local
-        self._state = State(limits or Limits(), known_identities or {})
+        self._state = State(limits or Limits(), known or KnownNumbers())
         self._staged: dict[tuple[type, Any], PolicyObject | None] = {}
         self.tables = Tables()
 
@@ -69,6 +69,10 @@ class Compiler:
     def world(self) -> World:
         """The objects in force, not to be changed."""
         return self._state.world
+
+    def release_known(self) -> None:
+        """Rule and endpoint numbers of an earlier run that nothing has asked for are free from now on."""
+        self._state.release_kept()
 
     def upsert(self, obj: PolicyObject) -> None:
         """Add an object or put it in place of the one with its key, at the next commit."""

@@ -7,7 +7,7 @@ first needs it and removed in the shrinking phase of the one that no longer does
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from typing import Generic, TypeVar
 
 from netpol_ebpf.compiler.draft import DELETED, Draft, Phase
@@ -19,12 +19,18 @@ V = TypeVar("V", bound=Hashable)
 
 
 class RowRegister(Generic[V]):
-    """Numbers from 1 on for the distinct values of one table."""
+    """Numbers from 1 on for the distinct values of one table.
 
-    def __init__(self, table: str, limit: int) -> None:
+    ``kept``: numbers of an earlier run, by value. A value's first use takes its kept number; until `release_kept` nothing else does.
+    """
+
+    def __init__(self, table: str, limit: int, kept: Mapping[V, int] | None = None) -> None:
         self._table = table
         self._limit = limit
         self._numbers = Numbers(1, limit)
+        self._kept = dict(kept or {})
+        for number in self._kept.values():
+            self._numbers.reserve(number)
         self._known: dict[V, int] = {}
         self._values: dict[int, V] = {}
         self._references: dict[int, int] = {}
@@ -34,7 +40,7 @@ class RowRegister(Generic[V]):
         """Count a use of a value. Returns its number; raises LimitError, naming ``what``, when all are in use."""
         number = self._known.get(value)
         if number is None:
-            number = self._numbers.take(journal)
+            number = journal.pop(self._kept, value) if value in self._kept else self._numbers.take(journal)
             if number is None:
                 raise exceeded(what, self._table, self._limit, len(self._known) + 1)
             journal.put(self._known, value, number)
@@ -42,6 +48,11 @@ class RowRegister(Generic[V]):
             draft.write(Phase.GROW, self._table, number, value)
         journal.put(self._references, number, self._references.get(number, 0) + 1)
         return number
+
+    def release_kept(self, journal: Journal) -> None:
+        """Kept numbers that no value asked for are numbers like all others from now on."""
+        for value in list(self._kept):
+            self._numbers.give_back(journal.pop(self._kept, value), journal)
 
     def release(self, number: int, journal: Journal) -> None:
         """Count one use less."""
