@@ -111,9 +111,8 @@ def write_scale(dataplane: Dataplane, scale: Scale) -> None:
         is_allowed = number % l4_classes == 1
         action = abi.NP_ACTION_ALLOW if is_allowed else abi.NP_ACTION_DENY
         rule = number % min(scale.rules, 65_000) + 1
-        row = abi.np_verdict(rule=rule, staged_rule=rule, action=action, staged_action=action)
-        verdicts.append((index(number), bytes(row)))
-        )
+        verdict = abi.np_verdict(rule=rule, staged_rule=rule, action=action, staged_action=action)
+        verdicts.append((index(number), bytes(verdict)))
     maps["np_verdict"].put_many(verdicts)
     maps["np_rule"].put_many(
         [(index(rule), f"tier|policy-{rule}|egress|0|allow".encode().ljust(120, b"\0")) for rule in range(scale.rules)]
