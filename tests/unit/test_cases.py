@@ -2,7 +2,7 @@
 """The project's own conformance set, run on the engines that need neither root nor a kernel.
 
 `tests/cases/shared` holds expectations from public suites, `tests/cases/decisions` one case for each point on which this
-project had to decide (docs/semantics-decisions.md).
+project had to decide (docs/semantics-decisions.md), and `tests/cases/vectors` the short conformance vectors of docs/SEMANTICS.md appendix A.
 """
 
 from __future__ import annotations
@@ -16,7 +16,10 @@ from netpol_ebpf.cases.runner import run_cases
 
 CASES = Path(__file__).resolve().parents[1] / "cases"
 FAMILIES = sorted(
-    path for group in ("shared", "decisions") for path in [CASES / group, *(CASES / group).iterdir()] if path.is_dir()
+    path
+    for group in ("shared", "decisions", "vectors")
+    for path in [CASES / group, *(CASES / group).iterdir()]
+    if path.is_dir()
 )
 
 
@@ -34,5 +37,5 @@ def test_cases(engine: str, family: Path) -> None:
 def test_the_set_is_whole() -> None:
     """A family that vanished, or a case that lost its probes, would pass unnoticed otherwise."""
     cases = load_cases([CASES]).cases
-    assert len(cases) >= 177
-    assert sum(len(case.probes) for case in cases) >= 8829
+    assert len(cases) >= 183
+    assert sum(len(case.probes) for case in cases) >= 8889
