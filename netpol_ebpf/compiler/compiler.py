@@ -10,9 +10,10 @@ numbers of what stays do not change; the order of arrival means nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any, Union
 
+from netpol_ebpf.compiler.canonical import canonical
 from netpol_ebpf.compiler.commit import Commit, KnownNumbers, State
 from netpol_ebpf.compiler.draft import Draft
 from netpol_ebpf.compiler.journal import Journal
@@ -69,6 +70,10 @@ class Compiler:
     def world(self) -> World:
         """The objects in force, not to be changed."""
         return self._state.world
+
+    def canonical(self) -> dict[str, Hashable]:
+        """What the tables say, independent of history; equal for compilers with equal objects in force."""
+        return canonical(self.tables)
 
     def release_known(self) -> None:
         """Rule and endpoint numbers of an earlier run that nothing has asked for are free from now on."""

@@ -62,7 +62,7 @@ class Split:
     """What a re-partition did: new atom numbers, each with the number its positions had before (or one of them)."""
 
     parents: Mapping[int, int]
-    blocks: Mapping[int, tuple[int, ...]]  # atom blocks whose content changed
+    blocks: Mapping[int, tuple[int, ...] | None]  # atom blocks whose content changed; None: all zeros now
 
 
 class AtomSpace:
@@ -133,8 +133,10 @@ class AtomSpace:
             mask = 1 << bit
             members[predicate] = tuple(numbers[signature] for signature in distinct if signature & mask)
         blocks = dict(self._fill(starts, atoms))
-        changed = {block: row for block, row in blocks.items() if self._blocks.get(block) != row}
-        changed.update((block, (0,) * ATOM_BLOCK) for block in self._blocks if block not in blocks)
+        changed: dict[int, tuple[int, ...] | None] = {
+            block: row for block, row in blocks.items() if self._blocks.get(block) != row
+        }
+        changed.update((block, None) for block in self._blocks if block not in blocks)
         for name, value in (
             ("_starts", starts), ("_atoms", atoms), ("_members", members), ("_blocks", blocks),
             ("_capacity", max(atoms) + 1), ("_stale", False),

@@ -33,6 +33,9 @@ Fold = tuple[int, ...]
 """For each own-constraining part of a program, in order: the bits of its entries that hold for the own addresses."""
 SetKey = tuple[Program, "Fold | None"]
 
+_TRIM_ABOVE = 256
+"""Verdicts that a set may remember in vain; arbitrary."""
+
 _OUTCOMES = {Effect.ALLOW: Outcome.ALLOW, Effect.DENY: Outcome.DENY, Effect.CONTINUE: Outcome.CONTINUE}
 
 
@@ -167,7 +170,7 @@ class LiveSet:
         self._tail, cause = nothing_decided(program.direction, program.stage)
         self._tail_rule = stores.causes.acquire(cause, what, draft, journal)
         self._verdicts: dict[int, VerdictRow] = {}
-        self._log_lists: list[int] = []
+        self._trimmed = 0
         for predicate in entries.l4:
             stores.atoms.acquire(predicate, journal)
         for predicate in entries.sources:
@@ -263,7 +266,8 @@ class LiveSet:
                     vector = three & source_vector
                     row = verdicts.get(vector)
                     if row is None:
-                        row = verdicts[vector] = self._verdict(vector, draft, journal)
+                        row = self._verdict(vector, draft, journal)
+                        journal.put(verdicts, vector, row)
                     rows[index] = row
                     index += 1
 
@@ -274,9 +278,22 @@ class LiveSet:
         log_list = 0
         if logs:
             log_list = self._stores.log_lists.acquire(tuple(logs), self.what, draft, journal)
-            self._log_lists.append(log_list)
-            journal.on_rollback(self._log_lists.pop)
         return VerdictRow(outcome, rule, staged_outcome, staged_rule, log_list)
+
+    def _trim(self, journal: Journal) -> None:
+        """Forget verdicts of classes that are gone, when they have become many."""
+        owns = (-1,) if self.own is None else tuple(self.own.vectors.values())
+        reachable = {
+            peer & own & l4 & source
+            for peer, own, l4, source in product(
+                self.peer.vectors.values(), owns, self._l4.vectors, self._source.vectors
+            )
+        }
+        for vector in self._verdicts.keys() - reachable:
+            verdict = journal.pop(self._verdicts, vector)
+            if verdict.log_list:
+                self._stores.log_lists.release(verdict.log_list, journal)
+        journal.assign(self, "_trimmed", len(self._verdicts))
 
     def _walk(self, vector: int) -> tuple[Outcome, int, dict[int, None]]:
         entries = self._entries
@@ -303,7 +320,8 @@ class LiveSet:
         left: tuple[int, int] | None = None
         for name in ("base", "size", "peer_room", "own_room", "row"):
             journal.assign(self, name, getattr(self, name))
-        journal.on_rollback(self._verdicts.clear)  # a memory only, but of numbers that would be taken back
+        if len(self._verdicts) > 2 * self._trimmed + _TRIM_ABOVE:
+            self._trim(journal)
         if self.peer.span > self.peer_room or (self.own is not None and self.own.span > self.own_room):
             left = (self.base, self.size)
             self._place_verdicts(Phase.PREPARE, draft, journal)
@@ -352,8 +370,9 @@ class LiveSet:
             stores.set_numbers.give_back(class_map.number, journal)
         for rule in (*self._rules, self._tail_rule):
             stores.causes.release(rule, journal)
-        for log_list in self._log_lists:
-            stores.log_lists.release(log_list, journal)
+        for verdict in self._verdicts.values():
+            if verdict.log_list:
+                stores.log_lists.release(verdict.log_list, journal)
         free_verdicts(self.base, self.size, stores, draft)
         for column in (self._l4, self._source):
             if not column.is_constant:
