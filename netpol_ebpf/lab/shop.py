@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The cluster of the demonstration: what its manifests (examples/demo) cannot say, and what is tried in it.
+
+Invariant: policies, pods and their ports are in the manifests alone; here is who lives outside, who asks whom, and the
+one change that is made live.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from ipaddress import ip_address
+from pathlib import Path
+
+from netpol_ebpf.errors import PlatformError
+from netpol_ebpf.lab.attempt import Attempt
+from netpol_ebpf.lab.matrix import Service
+from netpol_ebpf.lab.scene import INTERNET, plan_for
+from netpol_ebpf.lab.topology import ICMP, TCP, UDP, Host, Listen, Plan
+from netpol_ebpf.resources.types import Resource
+
+NODE = "node-1"
+DATABASE = ip_address("10.244.1.12")
+BULK_PORT = 5433  # declared by the database and allowed from the back end: iperf3 listens there, not an echo server
+
+OUTSIDE = (
+    Host("outside/customer", INTERNET, (ip_address("198.51.100.10"), ip_address("2001:db8:100::10"))),
+    Host("outside/blocked", INTERNET, (ip_address("198.51.100.200"), ip_address("2001:db8:100:bad::10"))),
+    Host(
+        "outside/payments",
+        INTERNET,
+        (ip_address("203.0.113.10"), ip_address("2001:db8:200::10")),
+        (Listen(TCP, 443),),
+    ),
+)
+TWINS = (
+    # A second node, which no agent is on: what two pods do there is what they would do without enforcement.
+    Host("node-2", INTERNET, (ip_address("172.30.0.20"),), interface="node-2"),
+    Host("twin/client", "node-2", (ip_address("10.244.2.1"),)),
+    Host("twin/server", "node-2", (ip_address("10.244.2.2"),)),
+)
+SOURCES = (
+    NODE,
+    "shop/front-end",
+    "shop/back-end",
+    "shop/database",
+    "shop/debug",
+    "monitoring/prometheus",
+    "monitoring/grafana",
+    "kube-system/coredns",
+    "outside/customer",
+    "outside/blocked",
+)
+SERVICES = (
+    Service("shop/front-end", TCP, 8080),
+    Service("shop/front-end", TCP, 9100),
+    Service("shop/back-end", TCP, 8443),
+    Service("shop/back-end", TCP, 9100),
+    Service("shop/database", TCP, 5432),
+    Service("shop/database", TCP, 9187),
+    Service("shop/database", ICMP),
+    Service("monitoring/prometheus", TCP, 9090),
+    Service("monitoring/grafana", TCP, 3000),
+    Service("kube-system/coredns", UDP, 53),
+    Service("kube-system/coredns", TCP, 53),
+    Service("outside/payments", TCP, 443),
+)
+NAMES = {name: name.rpartition("/")[2] for name in (*SOURCES, *(service.host for service in SERVICES))}
+
+EXPLAINED = Attempt("shop/front-end", DATABASE, TCP, 5432)
+"""A connection that is denied, to be explained."""
+
+INCIDENT = Attempt("shop/debug", DATABASE, TCP, 5432)
+"""A connection that only the live change allows."""
+
+INCIDENT_POLICY = """\
+# Someone needs to look into the database: the debugging pod is let in for an hour.
+apiVersion: networking.k8s.io/v1
+kind: NetworkPolicy
+metadata:
+  name: incident-database
+  namespace: shop
+spec:
+  podSelector:
+    matchLabels:
+      app: database
+  policyTypes: [Ingress]
+  ingress:
+    - from:
+        - podSelector:
+            matchLabels:
+              run: debug
+      ports:
+        - port: postgres
+---
+apiVersion: networking.k8s.io/v1
+kind: NetworkPolicy
+metadata:
+  name: incident-debug
+  namespace: shop
+spec:
+  podSelector:
+    matchLabels:
+      run: debug
+  policyTypes: [Egress]
+  egress:
+    - to:
+        - podSelector:
+            matchLabels:
+              app: database
+      ports:
+        - port: postgres
+"""
+
+
+def manifests_dir() -> Path:
+    """Where the manifests are: beside this module in an installed package, in examples/ in a checkout."""
+    packaged = Path(__file__).parent / "demo"
+    checkout = Path(__file__).parents[2] / "examples" / "demo"
+    for candidate in (packaged, checkout):
+        if candidate.is_dir():
+            return candidate
+    raise PlatformError(
+        f"the demonstration's manifests are neither in {packaged} nor in {checkout}",
+        hint="Give their directory with --manifests; they are in examples/demo of the source.",
+    )
+
+
+def shop_plan(resources: Iterable[Resource]) -> Plan:
+    """The laboratory for the manifests, with the outside and the second node."""
+    plan = plan_for(resources, (*OUTSIDE, *TWINS))
+    return Plan(
+        replace(host, listens=tuple(listen for listen in host.listens if listen.port != BULK_PORT))
+        for host in plan.hosts.values()
+    )
