@@ -177,8 +177,6 @@ def _parse_sequence(case: Reader) -> tuple[str, int] | None:
     if sequence is None:
         return None
     group, step = sequence.required_string("group"), sequence.integer("step", 0, 1_000_000)
-    sequence.integer("of", 1, 1_000_000)
-    sequence.done()
     if step is None:
         if not sequence.has("step"):
             sequence.missing("step")
