@@ -92,7 +92,7 @@ class Dataplane:
         """
         doctor.require_bpffs(pin_root)
         pin_root.mkdir(parents=True, exist_ok=True)
-        with _locked(pin_root):
+        with locked(pin_root):
             _refuse_other_schemas(pin_root)
             _remove_leftovers(pin_root)
             if schema_dir(pin_root).exists():
@@ -156,6 +156,15 @@ class Dataplane:
                 os.close(fd)
             log.info("replaced the programs of %s; all maps are kept", self.pin_dir)
         _write_schema(self.maps["np_schema"], jiffies_per_second)
+
+    def exchange(self, maps: Mapping[str, Map], programs: Mapping[Hook, int]) -> None:
+        """Be these maps and programs from now on, besides the maps that are not among them; what they replace is closed."""
+        for name in maps:
+            self.maps[name].close()
+        for fd in self._programs.values():
+            os.close(fd)
+        self.maps = {**self.maps, **maps}
+        self._programs = programs
 
     def program_fd(self, hook: Hook) -> int:
         """The program for a hook; the descriptor stays this object's."""
@@ -308,7 +317,7 @@ def _remove_leftovers(pin_root: Path) -> None:
 
 
 @contextlib.contextmanager
-def _locked(pin_root: Path) -> Iterator[None]:
+def locked(pin_root: Path) -> Iterator[None]:
     """One process at a time makes or changes what is pinned under a root."""
     fd = os.open(pin_root, os.O_RDONLY | os.O_DIRECTORY)
     try:
