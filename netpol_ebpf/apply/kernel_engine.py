@@ -17,7 +17,6 @@ import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
-from ipaddress import ip_network
 from pathlib import Path
 from types import TracebackType
 
@@ -28,7 +27,6 @@ from netpol_ebpf.apply.encode import (
     EndpointSets,
     endpoint_element,
     endpoint_key,
-    source_element,
 )
 from netpol_ebpf.apply.events import FlowEvent, Names, decode_event
 from netpol_ebpf.apply.frames import render_frame
@@ -71,7 +69,6 @@ IFINDEX = 1
 ELSEWHERE = 2
 """Where a packet towards an endpoint is said to have come from; the program only compares it with 0 and with IFINDEX."""
 
-ANYWHERE = (ip_network("0.0.0.0/0"), ip_network("::/0"))
 JUDGED = frozenset({"policy-allow", "policy-deny", "continue"})
 NO_OPINION = (Outcome.CONTINUE, Action.PASS)
 UNKNOWN = (Outcome.DENY, Action.DENY)
@@ -80,7 +77,7 @@ UNKNOWN = (Outcome.DENY, Action.DENY)
 class NotJudgedError(NetpolError):
     """The program decided a packet without asking policy; ``reason`` is the slug it gave, ``passed`` what it did.
 
-    So it is for IPv6 neighbour discovery, traffic of a workload to itself, and frames it cannot parse.
+    So it is for IPv6 neighbour discovery, traffic of a workload to itself, and packets from a source it does not own.
     """
 
     slug = "not-judged"
@@ -154,11 +151,6 @@ class KernelEngine:
     def _install(self, question: Question, row: EndpointRow | None, *, host: bool) -> None:
         """Make the interface that of the question's endpoint, with the policy sets of its stage."""
         flags = EndpointFlag.HOST if host else EndpointFlag.NONE
-        if row is not None and not host and question.direction is Direction.EGRESS:
-            owner = self._compiler.tables.addresses.get(question.packet.source)
-            if owner is None or owner.endpoint != row.number:
-                # Anti-spoofing is not policy: what the endpoint does not own, it is allowed to borrow.
-                flags |= EndpointFlag.SOURCES
         wanted = _Installed(question.endpoint, question.stage, flags)
         if wanted == self._installed:
             return
@@ -166,12 +158,9 @@ class KernelEngine:
         if row is None:
             maps["np_endpoint"].delete(endpoint_key(IFINDEX))
         else:
-            borrowed = ANYWHERE if EndpointFlag.SOURCES in flags else ()
-            for name, key, value in (
-                *(source_element(row.number, net) for net in borrowed),
-                endpoint_element(IFINDEX, row.number, EndpointSets.of(row, question.stage), flags),
-            ):
-                maps[name].put(key, value)
+            sets = EndpointSets.of(row, question.stage)
+            name, key, value = endpoint_element(IFINDEX, row.number, sets, flags)
+            maps[name].put(key, value)
         self._applier.bump_generation()  # the program remembers an interface's endpoint for a generation
         self._installed = wanted
 
