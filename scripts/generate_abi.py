@@ -163,13 +163,18 @@ def parse_header(text: str) -> Header:
             else:
                 header.enums.append(current)
             current, comment = None, []
-        elif isinstance(current, Struct) and (match := MEMBER.match(line)):
+        elif isinstance(current, Struct) and (match := MEMBER.match(line)) and is_known(match[1], header):
             current.members.append(Member(match[1], match[2], match[3] or "", match[4] or ""))
         elif isinstance(current, Enum) and (match := ENUMERATOR.match(line)):
             current.constants.append(Constant(match[1], int(match[2]), match[3] or ""))
         else:
             raise HeaderError(f"{ABI_HEADER.name}:{number}: not understood inside {current.name}: {line}")
     return header
+
+
+def is_known(ctype: str, header: Header) -> bool:
+    """Whether a member's type is one of the fixed-width ones, or a struct declared above."""
+    return ctype in SCALARS or any(struct.name == ctype for struct in header.structs)
 
 
 def render_struct(struct: Struct, numbers: dict[str, int]) -> str:

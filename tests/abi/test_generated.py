@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Python side of the layout is derived from the C side, and agrees with it to the byte."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from netpol_loader import abi, seal
+from netpol_loader.hook import Hook
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def generator() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("generate_abi", ROOT / "scripts" / "generate_abi.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    import sys
+
+    sys.modules["generate_abi"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_generated_file_is_fresh() -> None:
+    """abi.py is exactly what the generator makes of the headers."""
+    assert generator().main(["--check"]) == 0
+
+
+def test_stale_file_is_noticed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """--check fails, and shows the difference, when a header changed."""
+    module = generator()
+    header = tmp_path / "np_abi.h"
+    header.write_text(module.ABI_HEADER.read_text().replace("NP_CONN_UDP = 4", "NP_CONN_UDP = 9"))
+    monkeypatch.setattr(module, "ABI_HEADER", header)
+    assert module.main(["--check"]) == 1
+    assert "+NP_CONN_UDP = 9" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "line", ["    int x;", "    __u32 x : 3;", "    __u32 *x;", "    long x;", "    struct np_y x;"]
+)
+def test_unknown_c_is_refused(line: str) -> None:
+    """What the generator does not understand is an error with its line, never skipped."""
+    module = generator()
+    text = f"struct np_x {{\n{line}\n}};\n"
+    with pytest.raises(module.HeaderError, match="np_abi.h:2: not understood inside np_x"):
+        module.parse_header(text)
+
+
+def test_sizes_are_those_the_c_side_asserts() -> None:
+    """Every struct of the header asserts its size, and ctypes agrees."""
+    text = (ROOT / "bpf" / "np_abi.h").read_text()
+    asserted = {name: int(size) for name, size in re.findall(r"sizeof\(struct (\w+)\) == (\d+)", text)}
+    declared = set(re.findall(r"^struct (\w+) \{", text, re.MULTILINE))
+    assert declared == asserted.keys()
+    assert {name: ctypes.sizeof(getattr(abi, name)) for name in declared} == asserted
+
+
+@pytest.mark.skipif(shutil.which("clang") is None, reason="clang is not installed")
+def test_offsets_are_those_of_clang(tmp_path: Path) -> None:
+    """Every member is where clang puts it."""
+    lines = ['#include "np_abi.h"']
+    structs = [one for one in vars(abi).values() if isinstance(one, type) and issubclass(one, ctypes.Structure)]
+    structs = [one for one in structs if one is not ctypes.Structure]
+    assert len(structs) > 20
+    for one in structs:
+        for name, *_ in one._fields_:
+            offset, size = getattr(one, name).offset, getattr(one, name).size
+            lines.append(f'_Static_assert(__builtin_offsetof(struct {one.__name__}, {name}) == {offset}, "");')
+            lines.append(f'_Static_assert(sizeof(((struct {one.__name__} *)0)->{name}) == {size}, "");')
+    source = tmp_path / "offsets.c"
+    source.write_text("\n".join(lines) + "\n")
+    subprocess.run(["clang", "-fsyntax-only", "-I", str(ROOT / "bpf"), str(source)], check=True)
+
+
+@pytest.mark.skipif(shutil.which("clang-format") is None, reason="clang-format is not installed")
+@pytest.mark.skipif(shutil.which("clang") is None, reason="clang is not installed")
+def test_packet_path_is_clean_c() -> None:
+    """All of bpf/ passes clang with warnings as errors, and is formatted."""
+    done = subprocess.run([str(ROOT / "scripts" / "check_c.sh")], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_maps() -> None:
+    """Map names fit the kernel's 15 characters, and every struct of a map is declared."""
+    for spec in abi.MAP_SPECS.values():
+        assert spec.name.startswith("np_")
+        assert len(spec.name) <= 15
+        assert spec.kind in {"hash", "lru_hash", "lpm_trie", "array", "percpu_array", "ringbuf"}
+
+
+def test_reasons() -> None:
+    """Reasons have unique slugs and a text; passing, dropping and remarks have their ranges."""
+    slugs = [reason.slug for reason in abi.REASONS.values()]
+    assert len(set(slugs)) == len(slugs)
+    assert all(reason.text for reason in abi.REASONS.values())
+    assert not abi.REASONS[abi.NP_REASON_ESTABLISHED].dropped
+    assert abi.REASONS[abi.NP_REASON_POLICY_DENY].dropped
+    assert not abi.REASONS[abi.NP_REASON_EVENT_LOST].dropped
+    assert max(abi.REASONS) < abi.NP_REASON_COUNT
+
+
+def test_fold_is_fnv() -> None:
+    """The check word is FNV-1a over words: its published offset basis for no word, one step for one."""
+    assert seal.fold([]) == 0x811C9DC5
+    assert seal.fold([0]) == (0x811C9DC5 * 0x01000193) & 0xFFFF_FFFF
+
+
+def test_seal_covers_every_word() -> None:
+    """A change of any word of a row changes a check word."""
+    plain = seal.seal_endpoint(abi.np_endpoint(number=7, ifindex=3))
+    before = (plain.ingress.check, plain.egress.check)
+    for name in ("number", "ifindex", "flags"):
+        changed = abi.np_endpoint(number=7, ifindex=3)
+        setattr(changed, name, 99)
+        seal.seal_endpoint(changed)
+        assert before[0] != changed.ingress.check
+        assert before[1] != changed.egress.check
+    for name, *_ in abi.np_set._fields_:
+        if name != "check":
+            changed = abi.np_endpoint(number=7, ifindex=3)
+            setattr(changed.egress, name, 99)
+            assert seal.seal_endpoint(changed).egress.check != before[1]
+
+
+def test_hooks_and_directions() -> None:
+    """For a workload hook and direction are opposite, for a host they agree."""
+    assert Hook.TC_INGRESS.direction() == abi.NP_DIRECTION_EGRESS
+    assert Hook.TC_EGRESS.direction() == abi.NP_DIRECTION_INGRESS
+    assert Hook.TC_INGRESS.direction(host=True) == abi.NP_DIRECTION_INGRESS
+    assert Hook.TC_EGRESS.direction(host=True) == abi.NP_DIRECTION_EGRESS

@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Maps from Python: one by one, in batches, per CPU, full; and as bpftool shows them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import struct
+import subprocess
+
+import pytest
+from rig import Rig
+
+from netpol_ebpf.errors import MapFullError, PlatformError
+from netpol_loader import abi, maps
+
+pytestmark = pytest.mark.kernel
+
+
+def keys4(count: int) -> list[bytes]:
+    return [struct.pack("!I", 0x0A000000 + number) for number in range(count)]
+
+
+@pytest.mark.parametrize(
+    "name", ["np_addr4", "np_addr6", "np_cidr4", "np_cidr6", "np_source4", "np_peer_class", "np_conn4"]
+)
+@pytest.mark.parametrize("count", [1, 900])
+def test_round_trip_in_batches(rig: Rig, name: str, count: int) -> None:
+    """What is put in batches is what is read, for every kind of map; deletion takes absent keys in its stride."""
+    one = rig.map(name)
+    prefix = struct.pack("=I", (one.key_size - 4) * 8) if one.type == "lpm_trie" else b""
+    pairs = {
+        prefix + struct.pack("=I", number).rjust(one.key_size - len(prefix), b"\1"):
+            struct.pack("=I", number).ljust(one.value_size, b"\2")
+        for number in range(count)
+    }  # fmt: skip
+    one.put_many(list(pairs.items()))
+    assert dict(one.items()) == pairs
+    some, rest = list(pairs)[: count // 2], list(pairs)[count // 2 :]
+    one.delete_many(some)
+    one.delete_many([*some[:3], *rest, *some[3:6]])
+    assert dict(one.items()) == {}
+
+
+def test_one_by_one(rig: Rig) -> None:
+    """get, put and delete of one element."""
+    one = rig.map("np_addr4")
+    (key,) = keys4(1)
+    assert one.get(key) is None
+    assert not one.delete(key)
+    one.put(key, b"12345678")
+    assert one.get(key) == b"12345678"
+    one.put(key, b"87654321")
+    assert one.get(key) == b"87654321"
+    assert one.delete(key)
+    assert one.get(key) is None
+
+
+def test_wrong_sizes_never_reach_the_kernel(rig: Rig) -> None:
+    """A key or value of another length is an error of the caller."""
+    one = rig.map("np_addr4")
+    with pytest.raises(ValueError, match="key has 4 bytes"):
+        one.get(b"123")
+    with pytest.raises(ValueError, match="value has 8 bytes"):
+        one.put(b"1234", b"1")
+    with pytest.raises(ValueError, match="value has 8 bytes"):
+        one.put_many([(b"1234", b"12345678"), (b"1235", b"1234567")])
+
+
+def test_full_map_is_named(rig: Rig) -> None:
+    """A map without room says which it is, its size, and how far a batch got."""
+    one = rig.map("np_endpoint")
+    pairs = [(struct.pack("=I", number), bytes(one.value_size)) for number in range(one.max_entries + 1)]
+    with pytest.raises(MapFullError, match=r"np_endpoint is full: it holds at most 64 .*64 of 65") as caught:
+        one.put_many(pairs)
+    assert caught.value.exit_code == 5
+    with pytest.raises(MapFullError, match="np_endpoint"):
+        one.put(struct.pack("=I", 1 << 20), bytes(one.value_size))
+
+
+def test_array_row_cannot_be_deleted(rig: Rig) -> None:
+    """Another refusal of the kernel is a PlatformError that names the map."""
+    with pytest.raises(PlatformError, match="np_verdict"):
+        rig.map("np_verdict").delete(bytes(4))
+
+
+def test_per_cpu_values(rig: Rig) -> None:
+    """A per-CPU element is one value for each possible CPU, each of 8-byte multiples."""
+    one = rig.map("np_rule_count")
+    assert one.is_per_cpu
+    assert one.cell_bytes == 16 * maps.possible_cpus()
+    value = b"".join(struct.pack("=QQ", cpu + 1, 7) for cpu in range(maps.possible_cpus()))
+    one.put(struct.pack("=I", 200), value)
+    assert one.get(struct.pack("=I", 200)) == value
+    assert dict(one.items())[struct.pack("=I", 200)] == value
+    one.put(struct.pack("=I", 200), bytes(len(value)))
+
+
+def test_items_without_batches(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the kernel has no batch command for a map, the answers are the same."""
+    one = rig.map("np_addr4")
+    monkeypatch.setattr(maps.syscall, "map_batch", lambda *_args, **_kwargs: (0, 524))
+    pairs = {key: key + key for key in keys4(20)}
+    one.put_many(list(pairs.items()))
+    assert dict(one.items()) == pairs
+    one.delete_many(list(pairs))
+    assert dict(one.items()) == {}
+
+
+def test_buckets_larger_than_a_batch(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A batch that is too small for a bucket is tried again with more room."""
+    monkeypatch.setattr(maps, "BATCH", 1)
+    one = rig.map("np_addr4")
+    pairs = {key: key + key for key in keys4(900)}
+    one.put_many(list(pairs.items()))
+    assert dict(one.items()) == pairs
+
+
+@pytest.mark.parametrize("spec", abi.MAP_SPECS.values(), ids=abi.MAP_SPECS.keys())
+def test_kernel_agrees_with_the_layout(rig: Rig, spec: abi.MapSpec) -> None:
+    """Each map is pinned under its name with the declared kind and sizes, and has BTF (but for the ring)."""
+    one = rig.map(spec.name)
+    assert (one.name, one.type, one.key_size, one.value_size) == (
+        spec.name, spec.kind, spec.key_size, spec.value_size)  # fmt: skip
+    assert one.has_btf == (spec.kind != "ringbuf")
+
+
+@pytest.mark.skipif(shutil.which("bpftool") is None, reason="bpftool is not installed")
+def test_bpftool_shows_names(rig: Rig) -> None:
+    """A dump reads in the words of the layout."""
+    rig.address("10.0.0.7", 100, 7)
+    done = subprocess.run(
+        ["bpftool", "-j", "map", "dump", "pinned", str(rig.dataplane.pin_dir / "np_addr4")],
+        check=True, capture_output=True, text=True,
+    )  # fmt: skip
+    (element,) = json.loads(done.stdout)
+    assert element["formatted"] == {
+        "key": {"address": [10, 0, 0, 7]}, "value": {"identity": 100, "endpoint": 7}
+    }  # fmt: skip
