@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from netpol_ebpf.cases.case import load_cases
+from netpol_ebpf.cases.case import LoadedCases, load_cases, parse_cases
 from netpol_ebpf.cases.runner import run_cases
 
 CASES = Path(__file__).resolve().parents[1] / "cases"
@@ -39,3 +39,12 @@ def test_the_set_is_whole() -> None:
     cases = load_cases([CASES]).cases
     assert len(cases) >= 183
     assert sum(len(case.probes) for case in cases) >= 8889
+
+
+def test_the_documented_example() -> None:
+    """The case in docs/case-files.md does what the page says."""
+    page = (CASES.parents[1] / "docs" / "case-files.md").read_text()
+    loaded = LoadedCases()
+    parse_cases(page.split("```yaml\n")[1].split("```")[0], "case-files.md", loaded)
+    report = run_cases(loaded)
+    assert (report.cases, report.probes, report.failed, report.invalid) == (1, 4, [], [])
