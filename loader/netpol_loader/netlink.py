@@ -139,15 +139,35 @@ def _addresses(route: Any) -> Iterator[tuple[IPAddress, int]]:
 
 
 def host_routes() -> dict[IPAddress, int]:
-    """Routes to a single address (/32, /128) through an interface, of the main table."""
+    """Directly connected single addresses (/32, /128) and their interface, of the main table; no gateway in between."""
     found: dict[IPAddress, int] = {}
     with _route() as route:
         for family, bits in ((socket.AF_INET, 32), (socket.AF_INET6, 128)):
             for message in route.get_routes(family=family):
                 destination, interface = message.get_attr("RTA_DST"), message.get_attr("RTA_OIF")
                 is_main = message["table"] == 254 and message["type"] == 1  # noqa: PLR2004  # RT_TABLE_MAIN, unicast
-                if message["dst_len"] == bits and destination and interface and is_main:
+                is_direct = not message.get_attr("RTA_GATEWAY") and not message.get_attr("RTA_VIA")
+                if message["dst_len"] == bits and destination and interface and is_main and is_direct:
                     found[ip_address(destination)] = interface
+    return found
+
+
+def node_interfaces() -> set[int]:
+    """Interfaces of the node's own traffic: with a default route, or an address on a subnet that others share.
+
+    Link-local addresses and single ones (/32, /128), which container networks give to a pod's gateway, do not count.
+    """
+    found: set[int] = set()
+    with _route() as route:
+        for message in route.get_addr():
+            bits = 32 if message["family"] == socket.AF_INET else 128
+            if message["scope"] == 0 and message["prefixlen"] < bits:  # RT_SCOPE_UNIVERSE
+                found.add(message["index"])
+        for family in (socket.AF_INET, socket.AF_INET6):
+            for message in route.get_routes(family=family):
+                if message["dst_len"] == 0 and message["type"] == 1:  # RTN_UNICAST
+                    hops = message.get_attr("RTA_MULTIPATH") or ()
+                    found |= {message.get_attr("RTA_OIF"), *(hop["oif"] for hop in hops)} - {None}
     return found
 
 

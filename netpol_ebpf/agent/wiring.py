@@ -4,8 +4,8 @@
 A pod's interface is the one that the node's own host route to its address leads to; without such a route (bridges) it is
 the veth whose other end, in another network namespace, has the address.  An endpoint that names its interface has that one.
 
-Invariants: the node's own uplinks are never a workload's, unless an endpoint of the user leads to one; two endpoints never get
-one interface, nor one endpoint two: then neither is found, and the reason is told.  Runs nothing and asks no kernel.
+Invariants: the node's own uplinks are never a workload's, unless an endpoint names one; two endpoints never get one interface,
+nor one endpoint two: then neither is found, and the reason is told.  Runs nothing and asks no kernel.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ class Link:
 class Wiring:
     """A snapshot of the node.
 
-    ``host_routes``: interface of each directly connected single address.  ``uplinks``: interfaces with a default route or
-    an address of the node that others use.  ``peer_addresses``: by (namespace id, interface index there).
+    ``host_routes``: interface of each directly connected single address.  ``uplinks``: interfaces of the node's own
+    traffic.  ``peer_addresses``: by (namespace id, interface index there).
     """
 
     links: Mapping[int, Link] = field(default_factory=dict)
@@ -70,7 +70,7 @@ def locate(wiring: Wiring, endpoints: Iterable[Endpoint]) -> Located:
     by_name = {link.name: link.ifindex for link in wiring.links.values()}
     by_peer_address: dict[IPAddress, list[int]] = {}
     for link in wiring.links.values():
-        if link.peer is not None:
+        if link.peer is not None and link.ifindex not in wiring.uplinks:
             for address in wiring.peer_addresses.get(link.peer, ()):
                 by_peer_address.setdefault(address, []).append(link.ifindex)
 
@@ -106,7 +106,7 @@ def _by_address(
     found: set[int] = set()
     for address in addresses:
         routed = wiring.host_routes.get(address)
-        if routed is not None and routed in wiring.links:
+        if routed is not None and routed in wiring.links and routed not in wiring.uplinks:
             found.add(routed)
         else:
             found.update(by_peer_address.get(address, ()))

@@ -64,6 +64,13 @@ def test_route_to_a_vanished_interface_is_no_trace() -> None:
     assert found(wiring({"10.0.0.1": 99}), endpoint("web", "10.0.0.1")) == {}
 
 
+def test_uplink_is_nobody_s_by_address() -> None:
+    """Neither a route nor a peer's address makes an uplink a workload's interface; an endpoint that names it does."""
+    snapshot = wiring({"10.0.0.1": 2}, {(0, 2): ["10.0.0.2"]})
+    assert found(snapshot, endpoint("a", "10.0.0.1"), endpoint("b", "10.0.0.2")) == {}
+    assert found(snapshot, endpoint("c", interface="eth0")) == {"c": 2}
+
+
 def test_pod_that_is_not_here_is_no_problem() -> None:
     """An endpoint without a trace is neither found nor a problem."""
     located = locate(wiring(), [endpoint("web", "10.0.0.1")])
