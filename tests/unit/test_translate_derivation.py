@@ -312,3 +312,40 @@ def test_a_profile_object_gives_way_to_a_namespace_of_its_name() -> None:
     assert "x" not in derivation.world.endpoints[KEY].labels
     derivation.remove("Namespace", "", "ns")
     assert derivation.world.endpoints[KEY].labels["x"] == "y"
+
+
+WORKLOAD = """
+---
+apiVersion: projectcalico.org/v3
+kind: WorkloadEndpoint
+metadata: {name: n1-vms-vm--1-eth0, namespace: ns, labels: {app: vm, pcns.env: spoofed}}
+spec:
+  node: n1
+  orchestrator: vms
+  workload: vm-1
+  endpoint: eth0
+  interfaceName: tap0
+  ipNetworks: [10.0.7.1/32, 'fd00:7::1/128']
+  profiles: [kns.ns]
+  ports: [{name: http, protocol: TCP, port: 8080}]
+"""
+
+
+def test_a_workload_endpoint_is_a_workload_of_its_own_orchestrator() -> None:
+    """So NetworkPolicy of Kubernetes does not select it, and Calico's policies do."""
+    text = WORKLOAD + "  serviceAccountName: my.sa\n"
+    for written, account in ((WORKLOAD, {}), (text, {"projectcalico.org/serviceaccount": "my.sa"})):
+        (endpoint,) = derive(read(NAMESPACE + written)).endpoints.values()
+        assert endpoint.key == EndpointKey("WorkloadEndpoint", "ns", "n1-vms-vm--1-eth0")
+        assert (endpoint.kind, endpoint.node, endpoint.interface) == (EndpointKind.WORKLOAD, "n1", "tap0")
+        assert endpoint.addresses == (ip_address("10.0.7.1"), ip_address("fd00:7::1"))
+        assert endpoint.ports == (NamedPort("http", TCP, 8080),)
+        assert dict(endpoint.labels) == {
+            "app": "vm",
+            "projectcalico.org/namespace": "ns",
+            "projectcalico.org/orchestrator": "vms",
+            "pcns.env": "dev",
+            "pcns.kubernetes.io/metadata.name": "ns",
+            "pcns.projectcalico.org/name": "ns",
+            **account,
+        }
