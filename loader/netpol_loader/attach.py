@@ -82,7 +82,10 @@ def detach(ifindex: int, dataplane: Dataplane) -> bool:
     found = attached(ifindex, dataplane)
     for one in found:
         if one.mechanism is Mechanism.TCX:
-            _link_path(dataplane, ifindex, one.hook).unlink()
+            path = _link_path(dataplane, ifindex, one.hook)
+            with _opened(path) as fd:
+                syscall.link_detach(fd)  # at once; the end of the pin alone takes effect some time later
+            path.unlink()
         else:
             netlink.delete_clsact_filter(ifindex, one.hook)
     if _clsact_mark(dataplane, ifindex).exists():

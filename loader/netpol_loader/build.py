@@ -93,7 +93,7 @@ def build(
     unknown = sizes.keys() - abi.MAP_SPECS.keys()
     if unknown:
         raise PlatformError(f"no such map: {', '.join(sorted(unknown))}", hint="See netpol_loader.abi.MAP_SPECS.")
-    command = [sys.executable, "-m", __name__, str(pin_dir), "--program", *programs]
+    command = [sys.executable, "-m", __name__, str(pin_dir), "--sources", str(source_dir()), "--program", *programs]
     command += ["--entry", str(entry)] if entry else []
     command += ["--size", *(f"{name}={size}" for name, size in sizes.items())] if sizes else []
     environment = dict(os.environ)
@@ -113,9 +113,10 @@ def build(
         raise LoadError(f"the packet path does not compile or load (exit code {done.returncode}):\n  {tail}")
 
 
-def _compile_and_pin(pin_dir: Path, sizes: Mapping[str, int], entry: Path | None, programs: Sequence[str]) -> None:
+def _compile_and_pin(
+    directory: Path, pin_dir: Path, sizes: Mapping[str, int], entry: Path | None, programs: Sequence[str]
+) -> None:
     """The child's work. bcc prints what clang and the verifier say to stderr by itself."""
-    directory = source_dir()
     os.environ["BCC_KERNEL_SOURCE"] = str(directory / "shim")
     try:
         from bcc import BPF
@@ -136,13 +137,14 @@ def main(argv: list[str] | None = None) -> int:
     """Entry of the child."""
     parser = argparse.ArgumentParser(prog="netpol_loader.build", description="Compile, load and pin the packet path.")
     parser.add_argument("pin_dir", type=Path)
+    parser.add_argument("--sources", type=Path, required=True, help="the directory bpf/")
     parser.add_argument("--program", nargs="+", default=PROGRAMS, help="functions to load")
     parser.add_argument("--entry", type=Path, help="C file instead of netpol.c")
     parser.add_argument("--size", nargs="*", default=[], metavar="MAP=SIZE")
     arguments = parser.parse_args(argv)
     sizes = {name: int(size) for name, _, size in (text.partition("=") for text in arguments.size)}
     try:
-        _compile_and_pin(arguments.pin_dir, sizes, arguments.entry, arguments.program)
+        _compile_and_pin(arguments.sources, arguments.pin_dir, sizes, arguments.entry, arguments.program)
     except PlatformError as error:
         print(error.message, file=sys.stderr)
         return error.exit_code

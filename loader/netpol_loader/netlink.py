@@ -176,11 +176,11 @@ def find_workload_interfaces(wanted: Collection[IPAddress]) -> dict[IPAddress, i
 
     Looks into every network namespace that a process is in or that /run/netns names: costs a few ms each. Needs root.
     """
-    ours = Path("/proc/self/ns/net").stat().st_ino
+    ours = Path("/proc/thread-self/ns/net").stat().st_ino
     own_links = {one.ifindex: one for one in links()}
     found: dict[IPAddress, int] = {}
     missing = set(wanted)
-    own_fd = os.open("/proc/self/ns/net", os.O_RDONLY)
+    own_fd = os.open("/proc/thread-self/ns/net", os.O_RDONLY)
     try:
         for path in _namespaces(ours):
             if not missing:

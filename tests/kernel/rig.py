@@ -13,6 +13,7 @@ from ipaddress import ip_address, ip_network
 from netpol_loader import abi
 from netpol_loader.dataplane import Dataplane, default_config
 from netpol_loader.hook import Hook
+from netpol_loader.maps import Map
 from netpol_loader.seal import seal_endpoint
 
 LO = 1
@@ -110,7 +111,7 @@ class Rig:
         self._written: set[tuple[str, bytes]] = set()  # rows of arrays
         self.reader = dataplane.events(self.events.append)
 
-    def map(self, name: str):  # noqa: ANN201  # netpol_loader.maps.Map
+    def map(self, name: str) -> Map:
         """A map."""
         return self.dataplane.maps[name]
 
@@ -190,7 +191,7 @@ class Rig:
         self._element("np_l4_col", policy_set * 2 + source, atom, l4_class)
 
     def _element(self, name: str, block: int, index: int, number: int) -> None:
-        row = bytearray(self.map(name).get(struct.pack("=I", block)))
+        row = bytearray(self.map(name).get(struct.pack("=I", block)) or b"")
         struct.pack_into("=H", row, index * 2, number)
         self._row(name, block, bytes(row))
 

@@ -12,7 +12,7 @@ import pytest
 from rig import Rig
 
 from netpol_ebpf.errors import MapFullError, PlatformError
-from netpol_loader import abi, maps
+from netpol_loader import abi, maps, syscall
 
 pytestmark = pytest.mark.kernel
 
@@ -99,7 +99,7 @@ def test_per_cpu_values(rig: Rig) -> None:
 def test_items_without_batches(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the kernel has no batch command for a map, the answers are the same."""
     one = rig.map("np_addr4")
-    monkeypatch.setattr(maps.syscall, "map_batch", lambda *_args, **_kwargs: (0, 524))
+    monkeypatch.setattr(syscall, "map_batch", lambda *_args, **_kwargs: (0, 524))
     pairs = {key: key + key for key in keys4(20)}
     one.put_many(list(pairs.items()))
     assert dict(one.items()) == pairs

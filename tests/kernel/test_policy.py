@@ -214,7 +214,7 @@ def test_endpoint_row_that_does_not_check_is_not_used(rig: Rig) -> None:
     """A row whose check word is wrong (as one read while it is replaced) denies after a few tries."""
     rig.pod(everything(INGRESS, ALLOW, 11), everything(EGRESS, ALLOW, 12))
     key = LO.to_bytes(4, "little")
-    row = abi.np_endpoint.from_buffer_copy(rig.map("np_endpoint").get(key))
+    row = abi.np_endpoint.from_buffer_copy(rig.map("np_endpoint").get(key) or b"")
     row.egress.verdict_base ^= 64
     rig.map("np_endpoint").put(key, bytes(row))
     seen = rig.out(p.frame(POD4, PEER4, p.UDP, p.udp(1, 2)))

@@ -1,0 +1,274 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Programs on real interfaces, by both mechanisms, with real packets through them; what rtnetlink tells."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from ipaddress import ip_address
+from pathlib import Path
+from typing import TypeVar
+
+import pytest
+from conftest import SIZES
+from rig import ALLOW, DENY, ENDPOINT, Rig, everything
+
+from netpol_ebpf.errors import PlatformError
+from netpol_loader import attach, build, netlink, syscall
+from netpol_loader.attach import Mechanism
+from netpol_loader.dataplane import Dataplane
+from netpol_loader.hook import Hook
+
+pytestmark = [pytest.mark.kernel, pytest.mark.netns]
+
+T = TypeVar("T")
+NODE4, POD4 = "10.99.0.1", "10.99.0.2"
+NODE6, POD6 = "fd99::1", "fd99::2"
+
+
+def run(*command: str) -> str:
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+@dataclass
+class Pair:
+    """A node and a pod, each a network namespace, and a veth pair between them."""
+
+    node: str
+    pod: str
+    ifindex: int
+
+    def inside(self, namespace: str, work: Callable[[], T]) -> T:
+        """Call something in a namespace."""
+        result: list[T] = []
+        fd = os.open(f"/run/netns/{namespace}", os.O_RDONLY)
+        failures: list[BaseException] = []
+
+        def body() -> None:
+            try:
+                result.append(work())
+            except BaseException as error:  # noqa: BLE001  # raised again below
+                failures.append(error)
+
+        try:
+            netlink.run_in_namespace(fd, body)
+        finally:
+            os.close(fd)
+        if failures:
+            raise failures[0]
+        return result[0]
+
+    def at_node(self, work: Callable[[], T]) -> T:
+        """Call something at the node."""
+        return self.inside(self.node, work)
+
+    def reaches(self, address: str) -> bool:
+        """Whether a datagram from the pod arrives at a socket of the node."""
+        kind = socket.AF_INET6 if ":" in address else socket.AF_INET
+        server = self.at_node(lambda: socket.socket(kind, socket.SOCK_DGRAM))
+        client = self.inside(self.pod, lambda: socket.socket(kind, socket.SOCK_DGRAM))
+        with server, client:
+            server.bind((address, 0))
+            server.settimeout(0.3)
+            client.sendto(b"hello", server.getsockname()[:2])
+            try:
+                return server.recv(100) == b"hello"
+            except TimeoutError:
+                return False
+
+
+@pytest.fixture
+def pair() -> Iterator[Pair]:
+    node, pod = f"npn{os.getpid()}", f"npp{os.getpid()}"
+    try:
+        for name in (node, pod):
+            run("ip", "netns", "add", name)
+        run("ip", "-n", node, "link", "add", "v0", "type", "veth", "peer", "name", "eth0", "netns", pod)
+        for name, device, addresses in ((node, "v0", (NODE4, NODE6)), (pod, "eth0", (POD4, POD6))):
+            run("ip", "-n", name, "link", "set", device, "up")
+            run("ip", "-n", name, "addr", "add", f"{addresses[0]}/24", "dev", device)
+            run("ip", "-n", name, "addr", "add", f"{addresses[1]}/64", "dev", device, "nodad")
+        index = json.loads(run("ip", "-j", "-n", node, "link", "show", "v0"))[0]["ifindex"]
+        yield Pair(node, pod, index)
+    finally:
+        for name in (node, pod):
+            subprocess.run(["ip", "netns", "del", name], check=False, capture_output=True)
+
+
+BOTH = pytest.mark.parametrize("mechanism", list(Mechanism))
+
+
+@pytest.fixture
+def node_rig(rig: Rig, pair: Pair) -> Iterator[Rig]:
+    yield rig
+    pair.at_node(lambda: attach.detach_all(rig.dataplane))
+
+
+def allow(rig: Rig, ifindex: int, action: int) -> None:
+    rig.endpoint(everything(1, action, 11), everything(2, action, 12), ifindex=ifindex)
+    for address in (POD4, POD6):
+        rig.address(address, 100, ENDPOINT)
+    rig.dataplane.bump_generation()
+
+
+@BOTH
+def test_enforcement(node_rig: Rig, pair: Pair, mechanism: Mechanism) -> None:
+    """Closed until there is a row, then as policy says, open when detached; for both families."""
+    dataplane = node_rig.dataplane
+    assert pair.reaches(NODE4)
+    pair.at_node(lambda: attach.attach(pair.ifindex, dataplane, mechanism))
+    for action, expected in ((None, False), (ALLOW, True), (DENY, False)):
+        if action is not None:
+            allow(node_rig, pair.ifindex, action)
+        assert [pair.reaches(address) for address in (NODE4, NODE6)] == [expected, expected], action
+    assert pair.at_node(lambda: attach.detach(pair.ifindex, dataplane))
+    assert pair.reaches(NODE4)
+    assert pair.reaches(NODE6)
+
+
+@BOTH
+def test_attaching_twice_is_attaching_once(node_rig: Rig, pair: Pair, mechanism: Mechanism) -> None:
+    """And detaching twice says that there was nothing."""
+    dataplane = node_rig.dataplane
+    for _ in range(2):
+        pair.at_node(lambda: attach.attach(pair.ifindex, dataplane, mechanism))
+    found = pair.at_node(lambda: attach.attached(pair.ifindex, dataplane))
+    assert {one.hook for one in found} == set(Hook)
+    assert len(found) == 2
+    for one in found:
+        assert one.mechanism is mechanism
+        assert one.prog_id == syscall.prog_info(dataplane.program_fd(one.hook)).id
+    assert pair.at_node(lambda: attach.attachments(dataplane)) == found
+    assert pair.at_node(lambda: attach.detach(pair.ifindex, dataplane))
+    assert not pair.at_node(lambda: attach.detach(pair.ifindex, dataplane))
+    assert pair.at_node(lambda: attach.attachments(dataplane)) == ()
+    assert list((dataplane.pin_dir / "links").iterdir()) == []
+    assert "clsact" not in run("tc", "-n", pair.node, "qdisc", "show", "dev", "v0")
+
+
+def test_existing_attachment_keeps_its_mechanism(node_rig: Rig, pair: Pair) -> None:
+    """What is attached already is neither doubled nor moved by another preference."""
+    dataplane = node_rig.dataplane
+    pair.at_node(lambda: attach.attach(pair.ifindex, dataplane, Mechanism.CLSACT))
+    pair.at_node(lambda: attach.attach(pair.ifindex, dataplane))
+    assert {one.mechanism for one in pair.at_node(lambda: attach.attached(pair.ifindex, dataplane))} == {
+        Mechanism.CLSACT
+    }
+
+
+def test_preferred_mechanism(node_rig: Rig, pair: Pair) -> None:
+    """Tcx where the kernel has it (6.6 and newer), and nothing is attached by asking."""
+    release = tuple(map(int, os.uname().release.split(".")[:2]))
+    expected = Mechanism.TCX if release >= (6, 6) else Mechanism.CLSACT
+    assert pair.at_node(lambda: attach.preferred_mechanism(node_rig.dataplane)) is expected
+    assert pair.at_node(lambda: attach.attachments(node_rig.dataplane)) == ()
+
+
+def test_clsact_of_others_stays(node_rig: Rig, pair: Pair) -> None:
+    """A discipline that was there before, and a filter that is not ours, stay."""
+    dataplane = node_rig.dataplane
+    run("tc", "-n", pair.node, "qdisc", "add", "dev", "v0", "clsact")
+    pinned = str(dataplane.pin_dir / "np_tc_egress")
+    run("tc", "-n", pair.node, "filter", "add", "dev", "v0", "ingress", "prio", "50", "bpf", "da", "pinned", pinned)
+    pair.at_node(lambda: attach.attach(pair.ifindex, dataplane, Mechanism.CLSACT))
+    pair.at_node(lambda: attach.detach(pair.ifindex, dataplane))
+    assert "pref 50 bpf" in run("tc", "-n", pair.node, "filter", "show", "dev", "v0", "ingress")
+    run("tc", "-n", pair.node, "filter", "del", "dev", "v0", "ingress")
+    pair.at_node(lambda: attach.attach(pair.ifindex, dataplane, Mechanism.CLSACT))
+    pair.at_node(lambda: attach.detach(pair.ifindex, dataplane))
+    assert "clsact" in run("tc", "-n", pair.node, "qdisc", "show", "dev", "v0"), "not ours to remove"
+
+
+def test_interface_that_went_is_forgotten(node_rig: Rig, pair: Pair) -> None:
+    """Pins of links whose interface is gone are no attachments, and prune removes them."""
+    dataplane = node_rig.dataplane
+    pair.at_node(lambda: attach.attach(pair.ifindex, dataplane, Mechanism.TCX))
+    run("ip", "-n", pair.node, "link", "del", "v0")
+    assert pair.at_node(lambda: attach.attachments(dataplane)) == ()
+    assert list((dataplane.pin_dir / "links").iterdir()) != []
+    pair.at_node(lambda: attach.prune(dataplane))
+    assert list((dataplane.pin_dir / "links").iterdir()) == []
+
+
+@BOTH
+def test_missing_interface(node_rig: Rig, pair: Pair, mechanism: Mechanism) -> None:
+    """Attaching to what does not exist is a clear error."""
+    with pytest.raises(PlatformError, match="interface 9999"):
+        pair.at_node(lambda: attach.attach(9999, node_rig.dataplane, mechanism))
+
+
+@BOTH
+def test_program_is_exchanged_where_it_is_attached(
+    pair: Pair, mechanism: Mechanism, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A new build takes the old one's place on every interface; rows, and so enforcement, go on."""
+    root = Path(f"/sys/fs/bpf/netpol-own-{os.getpid()}")
+    sources = tmp_path / "bpf"
+    shutil.copytree(build.source_dir(), sources)
+    try:
+        with Dataplane.open(root, sizes=SIZES) as before:
+            pair.at_node(lambda: attach.attach(pair.ifindex, before, mechanism))
+            old = {one.prog_id for one in pair.at_node(lambda: attach.attached(pair.ifindex, before))}
+        header = sources / "np_endpoint.h"
+        header.write_text(header.read_text().replace("NP_ENDPOINT_TRIES 4", "NP_ENDPOINT_TRIES 3"))
+        monkeypatch.setattr(build, "source_dir", lambda: sources)
+        with pair.at_node(lambda: Dataplane.open(root)) as after:
+            found = pair.at_node(lambda: attach.attached(pair.ifindex, after))
+            assert {one.mechanism for one in found} == {mechanism}
+            assert {one.prog_id for one in found} == {syscall.prog_info(after.program_fd(hook)).id for hook in Hook}
+            assert not {one.prog_id for one in found} & old
+            assert not pair.reaches(NODE4), "still closed"
+            pair.at_node(after.remove)
+        assert pair.reaches(NODE4)
+        assert not root.exists()
+    finally:
+        shutil.rmtree(root, ignore_errors=True)
+
+
+# --- rtnetlink --------------------------------------------------------------------------------------------------------
+
+
+def test_links_addresses_routes(pair: Pair) -> None:
+    """Interfaces, addresses and single-address routes as they are."""
+    run("ip", "-n", pair.node, "route", "add", "10.98.0.7/32", "dev", "v0")
+    run("ip", "-n", pair.node, "route", "add", "fd98::7/128", "dev", "v0")
+    link = pair.at_node(lambda: netlink.link("v0"))
+    assert link is not None
+    assert (link.ifindex, link.kind, link.is_up) == (pair.ifindex, "veth", True)
+    assert pair.at_node(lambda: netlink.link(pair.ifindex)) == link
+    assert pair.at_node(lambda: netlink.link("nothing")) is None
+    addresses = pair.at_node(netlink.addresses)
+    assert addresses[ip_address(NODE4)] == addresses[ip_address(NODE6)] == pair.ifindex
+    routes = pair.at_node(netlink.host_routes)
+    assert routes[ip_address("10.98.0.7")] == routes[ip_address("fd98::7")] == pair.ifindex
+    assert ip_address(NODE4) not in routes
+
+
+def test_workload_interface_is_found_by_its_address(pair: Pair) -> None:
+    """The host-side end of the pod's veth, though no route names it; only at the node that has it."""
+    wanted = [ip_address(POD4), ip_address(POD6), ip_address("192.0.2.1")]
+    expected = {ip_address(POD4): pair.ifindex, ip_address(POD6): pair.ifindex}
+    assert pair.at_node(lambda: netlink.find_workload_interfaces(wanted)) == expected
+    assert netlink.find_workload_interfaces(wanted) == {}
+
+
+def test_news(pair: Pair) -> None:
+    """A new interface, its address and its end are told in order."""
+    monitor = pair.at_node(netlink.Monitor)
+    with monitor:
+        assert monitor.wait(0) == []
+        run("ip", "-n", pair.node, "link", "add", "v9", "type", "veth", "peer", "name", "v8")
+        run("ip", "-n", pair.node, "link", "del", "v9")
+        seen: list[netlink.News] = []
+        while not any(one.is_gone and one.name == "v9" for one in seen):
+            news = monitor.wait(5)
+            assert news, f"nothing more; so far {seen}"
+            seen += news
+    first = next(one for one in seen if one.name == "v9")
+    assert (first.kind, first.is_gone) == ("link", False)
+    assert first.ifindex > 0

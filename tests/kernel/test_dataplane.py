@@ -1,0 +1,248 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is pinned: made whole, adopted untouched, replaced when it differs, refused when it is another's, removed."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import packets as p
+import pytest
+from conftest import SIZES
+from rig import ALLOW, DENY, PEER4, POD4, Rig, everything
+
+from netpol_ebpf.errors import LoadError, PlatformError, PrivilegeError
+from netpol_loader import abi, build, clock, doctor, syscall
+from netpol_loader.dataplane import TIMEOUTS_S, Dataplane, schema_dir
+from netpol_loader.hook import Hook
+
+pytestmark = pytest.mark.kernel
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def root() -> Iterator[Path]:
+    """A pin root of its own, gone afterwards."""
+    path = Path(f"/sys/fs/bpf/netpol-own-{os.getpid()}")
+    doctor.require_bpffs(path)
+    yield path
+    if path.exists():
+        shutil.rmtree(path)
+
+
+@pytest.fixture
+def sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the C sources that a test may change, and that is the one to be built."""
+    copy = tmp_path / "bpf"
+    shutil.copytree(ROOT / "bpf", copy)
+    monkeypatch.setattr(build, "source_dir", lambda: copy)
+    return copy
+
+
+def change(path: Path, old: str, new: str) -> None:
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+
+
+def program_ids(dataplane: Dataplane) -> list[int]:
+    return [syscall.prog_info(dataplane.program_fd(hook)).id for hook in Hook]
+
+
+def test_new_dataplane(dataplane: Dataplane) -> None:
+    """Everything of the declaration is pinned, and the configuration has its defaults."""
+    names = {path.name for path in dataplane.pin_dir.iterdir()}
+    assert names == {*abi.MAP_SPECS, *(hook.value for hook in Hook), "links"}
+    assert [path.name for path in dataplane.pin_root.iterdir()] == [f"v{abi.SCHEMA_VERSION}"]
+    config = dataplane.config()
+    assert config.generation >= 1
+    assert config.jiffies_per_second in clock.KNOWN_RATES
+    assert config.timeout_jiffies[abi.NP_CONN_UDP] == TIMEOUTS_S[abi.NP_CONN_UDP] * config.jiffies_per_second
+    assert dataplane.maps["np_endpoint"].max_entries == SIZES["np_endpoint"]
+    assert dataplane.maps["np_frag4"].max_entries == SIZES["np_frag4"]
+
+
+def test_jiffies_rate_is_the_kernels_own() -> None:
+    """Two measurements agree (and with the kernel's configuration, where it shows it)."""
+    rate = clock.measure_jiffies_per_second()
+    assert rate == clock.measure_jiffies_per_second()
+
+
+def test_adoption_touches_nothing(dataplane: Dataplane, pin_root: Path) -> None:
+    """Opening what this build pinned finds the same programs and maps, with what is in them."""
+    dataplane.maps["np_addr4"].put(b"\1\2\3\4", b"12345678")
+    with Dataplane.open(pin_root) as again:
+        assert program_ids(again) == program_ids(dataplane)
+        assert again.maps["np_addr4"].get(b"\1\2\3\4") == b"12345678"
+    dataplane.maps["np_addr4"].delete(b"\1\2\3\4")
+
+
+def test_sizes_of_existing_maps_stay(dataplane: Dataplane, pin_root: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Another size than that of an existing map is not taken, and not in silence."""
+    with caplog.at_level(logging.WARNING), Dataplane.open(pin_root, sizes={"np_addr4": 1 << 17}) as again:
+        assert again.maps["np_addr4"].max_entries == dataplane.maps["np_addr4"].max_entries
+    assert "np_addr4 keeps its size" in caplog.text
+
+
+def test_same_program_from_other_sources_is_kept(root: Path, sources: Path) -> None:
+    """Sources that differ but make the same instructions leave the pinned program alone."""
+    with Dataplane.open(root, sizes=SIZES) as before:
+        ids = program_ids(before)
+        change(sources / "np_count.h", "// Counters per rule", "// counters per rule")
+        with Dataplane.open(root) as after:
+            assert program_ids(after) == ids
+        assert not list(schema_dir(root).glob("*_new"))
+
+
+def test_changed_program_replaces_its_predecessor(root: Path, sources: Path) -> None:
+    """Maps and their content stay; the program is another."""
+    with Dataplane.open(root, sizes=SIZES) as before:
+        rig = Rig(before)
+        rig.pod(everything(1, DENY, 11), everything(2, ALLOW, 12))
+        frame = p.frame(POD4, PEER4, p.UDP, p.udp(1, 2))
+        assert rig.out(frame).reason == "policy-allow"
+        rig.reader.close()
+        ids, tags = program_ids(before), [before.program_tag(hook) for hook in Hook]
+    change(sources / "np_endpoint.h", "NP_ENDPOINT_TRIES 4", "NP_ENDPOINT_TRIES 3")
+    with Dataplane.open(root) as after:
+        assert not set(program_ids(after)) & set(ids)
+        assert not {after.program_tag(hook) for hook in Hook} & set(tags)
+        rig = Rig(after)
+        assert rig.out(frame).reason == "none", "the young connection is still there: no reason but the rule is counted"
+        assert after.maps["np_endpoint"].max_entries == SIZES["np_endpoint"]
+        assert not list(after.pin_dir.glob("*_new"))
+        rig.reader.close()
+
+
+def test_source_that_does_not_compile(root: Path, sources: Path) -> None:
+    """Clang's complaint, with file and line, is in the error; nothing is pinned, nothing stays behind."""
+    change(sources / "np_parse.h", "packet->version = 4;", "packet->version = four;")
+    with pytest.raises(LoadError, match=r"np_parse.h:\d+:\d+: error: use of undeclared identifier 'four'"):
+        Dataplane.open(root)
+    assert not root.exists()
+
+
+def test_program_that_does_not_verify(root: Path, sources: Path) -> None:
+    """The verifier's last words are in the error, and a pinned predecessor is untouched."""
+    with Dataplane.open(root, sizes=SIZES) as before:
+        ids = program_ids(before)
+        change(sources / "np_parse.h", "if ((void *)(eth + 1) > bytes->end)", "if (0)")
+        with pytest.raises(LoadError, match="invalid access to packet"):
+            Dataplane.open(root)
+        change(sources / "np_parse.h", "if (0)", "if ((void *)(eth + 1) > bytes->end)")
+        with Dataplane.open(root) as after:
+            assert program_ids(after) == ids
+
+
+def test_other_schema_is_refused(root: Path) -> None:
+    """A directory of another version is neither used nor touched."""
+    other = root / f"v{abi.SCHEMA_VERSION + 1}"
+    other.mkdir(parents=True)
+    with pytest.raises(PlatformError, match=rf"another version \({other.name}\)"):
+        Dataplane.open(root)
+    assert other.is_dir()
+
+
+def test_damaged_directory_is_refused(root: Path) -> None:
+    """A pin that is missing is named."""
+    with Dataplane.open(root, sizes=SIZES) as one:
+        (one.pin_dir / "np_verdict").unlink()
+    with pytest.raises(PlatformError, match="np_verdict cannot be opened"):
+        Dataplane.open(root)
+
+
+def test_leftovers_of_a_dead_builder_go(root: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A half-made directory does not count, and is removed."""
+    (root / "new-1" / "links").mkdir(parents=True)
+    with caplog.at_level(logging.WARNING), Dataplane.open(root, sizes=SIZES) as one:
+        assert [path.name for path in root.iterdir()] == [one.pin_dir.name]
+    assert "left by a process that died" in caplog.text
+
+
+def test_removal_leaves_nothing(root: Path) -> None:
+    """Neither the directory nor its parent."""
+    Dataplane.open(root, sizes=SIZES).remove()
+    assert not root.exists()
+
+
+def test_generation_is_never_zero(rig: Rig) -> None:
+    """It wraps to 1: 0 marks unused slots."""
+    config = rig.dataplane.config()
+    config.generation = 0xFFFF_FFFF
+    rig.dataplane.set_config(config)
+    assert rig.dataplane.bump_generation() == 1
+    assert rig.dataplane.config().generation == 1
+
+
+def test_unknown_map_size(root: Path) -> None:
+    """A size for a map that does not exist is an error."""
+    with pytest.raises(PlatformError, match="no such map: np_nonsense"):
+        Dataplane.open(root, sizes={"np_nonsense": 1})
+    assert not root.exists()
+
+
+def test_place_that_is_not_bpffs(tmp_path: Path) -> None:
+    """Pins need a BPF file system."""
+    with pytest.raises(PlatformError, match="not on a BPF file system"):
+        Dataplane.open(tmp_path / "pins")
+    assert not (tmp_path / "pins").exists()
+
+
+def test_bcc_missing(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without BCC the error says which package to install."""
+    (tmp_path / "bcc").mkdir()
+    (tmp_path / "bcc" / "__init__.py").write_text("raise ImportError('none here')\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with pytest.raises(PlatformError, match="none here.*python3-bpfcc"):
+        Dataplane.open(root)
+    assert not root.exists()
+
+
+def test_without_privilege() -> None:
+    """An ordinary user is told so, in one line."""
+    code = "from netpol_loader import doctor; doctor.require_bpffs(doctor.BPFFS)"
+    environment = {"PYTHONPATH": os.pathsep.join([str(ROOT / "loader"), str(ROOT)])}
+    done = subprocess.run(
+        [sys.executable, "-c", code], user=65534, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode != 0
+    assert PrivilegeError.__name__ in done.stderr.splitlines()[-1]
+
+
+def test_doctor_is_content_here() -> None:
+    """Where the kernel tests run, nothing is missing."""
+    assert [check for check in doctor.check_all() if check.error] == []
+
+
+def test_it_compiles_without_any_header(root: Path) -> None:
+    """With /usr/include, /usr/src and /lib/modules hidden, the program compiles and loads from the shim alone."""
+    hidden = [path for path in ("/usr/include", "/usr/src", "/lib/modules") if Path(path).is_dir()]
+    assert hidden, "nothing to hide: this would prove nothing"
+    staging = root / "staging"
+    staging.mkdir(parents=True)
+    script = "set -e\n" + "".join(f"mount -t tmpfs none {path}\n" for path in hidden)
+    script += f"test -z \"$(find {' '.join(hidden)} -name '*.h')\"\n"
+    script += f"exec {sys.executable} -m netpol_loader.build {staging} --sources {ROOT / 'bpf'}"
+    environment = {"PYTHONPATH": os.pathsep.join([str(ROOT / "loader"), str(ROOT)]), "PATH": os.environ["PATH"]}
+    done = subprocess.run(
+        ["unshare", "--mount", "sh", "-c", script], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    fd = syscall.obj_get(staging / ("np_tc_ingress" + build.NEW_SUFFIX))
+    assert syscall.prog_info(fd).name == "np_tc_ingress"
+    os.close(fd)
+
+
+def test_schema_row(dataplane: Dataplane) -> None:
+    """The schema map says what is here."""
+    row = abi.np_schema.from_buffer_copy(dataplane.maps["np_schema"].get(bytes(4)) or b"")
+    assert row.version == abi.SCHEMA_VERSION
+    assert bytes(row.source_digest) == build.source_digest(ROOT / "bpf")
+    assert ctypes.sizeof(row) == dataplane.maps["np_schema"].value_size
