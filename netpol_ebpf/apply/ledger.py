@@ -52,6 +52,7 @@ class Ledger:
     def __init__(self, path: Path) -> None:
         self._path = path
         self.numbers = Numbers()
+        self._whats: dict[str, dict[int, Any]] = {}  # by kind, number -> what
         self._file: IO[str] | None = None
 
     def open(self) -> Numbers:
@@ -68,6 +69,8 @@ class Ledger:
         with draft.open("w", encoding="utf-8") as file:
             file.write(json.dumps({"format": FORMAT}) + "\n")
             file.writelines(_line(kind, what, number) for kind, what, number in self.numbers.entries())
+        for kind, what, number in self.numbers.entries():
+            self._whats.setdefault(kind, {})[number] = what
         draft.replace(self._path)
         self._file = self._path.open("a", encoding="utf-8")
         return self.numbers
@@ -77,6 +80,7 @@ class Ledger:
         table = self.numbers._table(kind)  # noqa: SLF001 - two classes of one file
         news = [(what, number) for what, number in numbers.items() if table.get(what) != number]
         table.update(news)
+        self._whats.setdefault(kind, {}).update((number, what) for what, number in news)
         self._append(_line(kind, what, number) for what, number in news)
 
     def forget(self, kind: str, gone: Iterable[Any]) -> None:
@@ -84,6 +88,15 @@ class Ledger:
         table = self.numbers._table(kind)  # noqa: SLF001 - two classes of one file
         present = [what for what in gone if table.pop(what, None) is not None]
         self._append(_line(kind, what, 0) for what in present)
+
+    def release(self, kind: str, numbers: Iterable[int]) -> None:
+        """Note that these numbers stand for nothing any more, after the kernel has forgotten them.
+
+        What has meanwhile been given another number keeps that.
+        """
+        table, whats = self.numbers._table(kind), self._whats.get(kind, {})  # noqa: SLF001 - two classes of one file
+        gone = [(whats.pop(number), number) for number in numbers if number in whats]
+        self.forget(kind, [what for what, number in gone if table.get(what) == number])
 
     def close(self) -> None:
         """Close the file; the numbers stay."""

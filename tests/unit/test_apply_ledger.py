@@ -58,6 +58,17 @@ def test_what_went_does_not_come_back(path: Path) -> None:
     assert DB.name not in path.read_text()
 
 
+def test_released_number_frees_what_had_it(path: Path) -> None:
+    """A number that went takes its owner along, unless that has another number by now; unknown numbers are nobody's."""
+    recorded(path).close()
+    ledger = Ledger(path)
+    ledger.open()
+    ledger.record("rule", {END: 9})
+    ledger.release("rule", [1, 2, 77])
+    ledger.close()
+    assert read(path).rules == {END: 9, PROFILE: 3}
+
+
 def test_known_number_is_not_written_again(path: Path) -> None:
     """Recording what is recorded costs no line."""
     ledger = recorded(path)

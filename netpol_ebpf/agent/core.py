@@ -1,0 +1,416 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The agent, one step at a time: manifests and interfaces in, enforcement out.
+
+Invariants: what is in force was compiled whole from one state of the manifests; a step that fails leaves the state before in
+force and tells so in `Agent.problems`; an interface that is a workload's is never open without policy: until it is known
+whose it is, the program on it denies everything.
+
+Runs no loop and opens no files or sockets: `netpol_ebpf.agent.main` does, and tests do without.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from netpol_ebpf.agent.node import Node
+from netpol_ebpf.agent.wiring import Located, Wiring, is_candidate, locate
+from netpol_ebpf.apply.applier import Applier, Binding, KernelMap
+from netpol_ebpf.apply.events import FlowEvent, Names, decode_event
+from netpol_ebpf.apply.ledger import Ledger
+from netpol_ebpf.compiler import Change, Compiler, KnownNumbers, Limits, Tables
+from netpol_ebpf.errors import LimitError, Location, MapFullError, NetpolError, Problem
+from netpol_ebpf.policy.translate import Derivation, key_of
+from netpol_ebpf.policy.types import (
+    Cause,
+    Changes,
+    Endpoint,
+    EndpointKey,
+    EndpointKind,
+    NetworkSet,
+    Policy,
+    Profile,
+    Service,
+    Tier,
+)
+from netpol_ebpf.policy.types import Node as ClusterNode
+from netpol_ebpf.sources.files import Batch, ManifestDirectory, Upsert
+from netpol_loader import abi
+
+log = logging.getLogger(__name__)
+
+SEARCH_S = 0.5
+"""How often to look for interfaces that nothing announces (an address inside a pod's namespace); arbitrary."""
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What the agent is asked to do.
+
+    ``node``: name of this node, None: every workload that is found here is local.  ``interfaces``: patterns of workload
+    interfaces, () for the built-in rule (`wiring.is_candidate`).  ``borrow_sources``: honour a pod's allowed source prefixes.
+    ``keep_revoked``: connections that policy no longer allows live on until they end.
+    """
+
+    node: str | None = None
+    interfaces: Sequence[str] = ()
+    borrow_sources: bool = False
+    keep_revoked: bool = False
+
+
+@dataclass(slots=True)
+class NumberNames:
+    """What numbers in events stand for, also for a while after they went: a name is replaced when its number is given away again."""
+
+    rules: dict[int, Cause] = field(default_factory=dict)
+    log_lists: dict[int, tuple[int, ...]] = field(default_factory=dict)
+    endpoints: dict[int, EndpointKey] = field(default_factory=dict)
+
+    def learn(self, change: Change) -> None:
+        """Take note of the numbers that a change brings."""
+        for _, batch in change.batches():
+            if "rules" in batch:
+                self.rules.update(batch["rules"].upserts)
+            if "log_lists" in batch:
+                self.log_lists.update(batch["log_lists"].upserts)
+            if "endpoints" in batch:
+                self.endpoints.update({row.number: key for key, row in batch["endpoints"].upserts.items()})
+
+
+class Agent:
+    """Keeps a node's enforcement in step with its manifests and interfaces. `start` once, then `step` again and again."""
+
+    def __init__(
+        self, settings: Settings, node: Node, source: ManifestDirectory, ledger: Ledger, clock: Callable[[], float]
+    ) -> None:
+        self.settings = settings
+        self._node = node
+        self._source = source
+        self._ledger = ledger
+        self._clock = clock
+        self._derivation = Derivation()
+        self._names = NumberNames()
+        self._compiler = Compiler()
+        self._applier: Applier | None = None
+        self._wiring = Wiring()
+        self._located = Located({}, {})
+        self._attached: set[int] = set()
+        self._manifest_problems: tuple[Problem, ...] = ()
+        self._refusal: Problem | None = None
+        self._is_behind = False  # the compiler dropped changes: hand it the whole world
+        self._is_ahead = False  # the kernel refused what the compiler holds: start over with new maps
+        self._looked_at_s = clock()
+        self.changes_applied = 0
+        self.last_change_s: float | None = None
+
+    # --- what is to be told -----------------------------------------------------------------------------------------
+
+    @property
+    def problems(self) -> list[Problem]:
+        """Everything that keeps the node from being as the manifests say."""
+        found = [*self._manifest_problems, *self._host_endpoints()]
+        if self._refusal is not None:
+            found.append(self._refusal)
+        for key, message in sorted(self._located.problems.items()):
+            found.append(Problem(self._location(key), "", f"no interface: {message}", obj=str(key), slug="interface"))
+        return found
+
+    @property
+    def names(self) -> Names:
+        """What numbers in events stand for."""
+        return Names(self._names.rules, self._names.log_lists, self._names.endpoints)
+
+    @property
+    def derivation(self) -> Derivation:
+        """The objects of the manifests, translated; for reading."""
+        return self._derivation
+
+    @property
+    def tables(self) -> Tables:
+        """The compiled tables in force; for reading."""
+        return self._compiler.tables
+
+    @property
+    def wiring(self) -> Wiring:
+        """The interfaces as last seen."""
+        return self._wiring
+
+    @property
+    def attached(self) -> frozenset[int]:
+        """Interfaces with programs on them."""
+        return frozenset(self._attached)
+
+    @property
+    def applier(self) -> Applier:
+        """The writer of the maps in force."""
+        if self._applier is None:
+            raise AssertionError("the agent has not been started")
+        return self._applier
+
+    def local_endpoints(self) -> list[Endpoint]:
+        """The workloads that are, or would be, on this node."""
+        return [endpoint for endpoint in self._derivation.world.endpoints.values() if self.is_local(endpoint)]
+
+    def is_local(self, endpoint: Endpoint) -> bool:
+        """Whether an endpoint is a workload of this node."""
+        return endpoint.kind is EndpointKind.WORKLOAD and self.settings.node in (None, endpoint.node)
+
+    # --- what is to be done -----------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Put the manifests as they are now in force, in one exchange with what an earlier agent left.
+
+        Raises LimitError or MapFullError when they do not fit; then everything is as it was.
+        """
+        self._ledger.open()
+        batch = self._source.step()
+        if batch is not None:
+            self._take(batch)
+        self._derivation.take_changes()
+        self._look_at_interfaces()
+        self._install()
+        for ifindex in self._wanted_interfaces():
+            self._attach(ifindex)
+        self._attached |= self._node.attached()
+        self._close_and_open()
+
+    def step(self) -> list[FlowEvent]:
+        """Do whatever there is to do now; returns the flows that were reported since the last step."""
+        if self._node.has_news() or self._is_searching():
+            self._look_at_interfaces()
+            self._close_and_open()
+        batch = self._source.step()
+        if batch is not None:
+            self._take(batch)
+            self._bring_into_force(self._derivation.take_changes())
+        return self.read_flows()
+
+    def read_flows(self) -> list[FlowEvent]:
+        """The flows that the program reported since the last call."""
+        raw: list[abi.np_event] = []
+        self._node.read_events(raw.append)
+        return [decode_event(event, self.names) for event in raw]
+
+    # --- manifests --------------------------------------------------------------------------------------------------
+
+    def _take(self, batch: Batch) -> None:
+        for problem in batch.problems:
+            if problem not in self._manifest_problems:
+                log.warning("%s", problem)
+        self._manifest_problems = batch.problems
+        for event in batch.events:
+            if isinstance(event, Upsert):
+                self._derivation.upsert(event.resource)
+            else:
+                self._derivation.remove(*key_of(event.resource))
+
+    def _bring_into_force(self, changes: Changes) -> None:
+        """Compile and apply; when it does not fit, say so and try again with the next change."""
+        if not changes and not self._is_behind and not self._is_ahead:
+            return
+        try:
+            if self._is_ahead:
+                self._install()
+            else:
+                self._compile(changes)
+        except (LimitError, MapFullError) as error:
+            log.error("refused: %s", error.message)  # noqa: TRY400 - the user's input, not this code, is to be looked at
+            self._refusal = _refusal(error)
+            self._is_behind = self._is_behind or isinstance(error, LimitError)
+            self._is_ahead = self._is_ahead or isinstance(error, MapFullError)
+            return
+        self._refusal = None
+        self._look_at_interfaces()
+        self._close_and_open()
+
+    def _compile(self, changes: Changes) -> None:
+        if self._is_behind:
+            self._compiler.replace(self._derivation.world)
+        else:
+            for kind, key, new in _objects(changes):
+                if new is None:
+                    self._compiler.remove(kind, key)
+                else:
+                    self._compiler.upsert(new)
+        change = self._compiler.commit()
+        self._is_behind = False
+        self._record(change)
+        self.applier.apply(change)
+        self._forget(change)
+        self._note_change()
+
+    def _install(self) -> None:
+        """Compile everything into maps of its own, and let it take the place of whatever is in force."""
+        numbers = self._ledger.numbers
+        compiler = Compiler(
+            self.is_local,
+            limits=limits_of(self._node.maps),
+            known=KnownNumbers(dict(numbers.identities), dict(numbers.rules), dict(numbers.endpoints)),
+        )
+        compiler.replace(self._derivation.world)
+        change = compiler.commit()
+        with self._node.renewal() as maps:
+            applier = Applier(maps)
+            for key, binding in self._bindings().items():
+                applier.bind(key, binding)
+            self._record(change)
+            applier.fill(compiler.tables)
+        self._compiler, self._applier = compiler, applier
+        self._is_ahead = self._is_behind = False
+        keep = abi.NP_CONFIG_KEEP_REVOKED
+        applier.set_flags(**({"on": keep} if self.settings.keep_revoked else {"off": keep}))
+        applier.bump_generation()  # the new policy may allow less than what an earlier agent left
+        self._forget_unused()
+        self._note_change()
+
+    def _record(self, change: Change) -> None:
+        """Numbers to the ledger, before the kernel sees them."""
+        self._names.learn(change)
+        for _, batch in change.batches():
+            if "rules" in batch:
+                self._ledger.record("rule", {cause: number for number, cause in batch["rules"].upserts.items()})
+            if "identities" in batch:
+                upserts = batch["identities"].upserts
+                self._ledger.record("identity", {digest: number for number, digest in upserts.items()})
+            if "endpoints" in batch:
+                upserts = batch["endpoints"].upserts
+                self._ledger.record("endpoint", {key: row.number for key, row in upserts.items()})
+
+    def _forget(self, change: Change) -> None:
+        """Numbers out of the ledger, after the kernel has forgotten them."""
+        for _, batch in change.batches():
+            for table, kind in (("rules", "rule"), ("identities", "identity")):
+                if table in batch:
+                    self._ledger.release(kind, batch[table].deletes)
+            if "endpoints" in batch:
+                self._ledger.forget("endpoint", batch["endpoints"].deletes)
+
+    def _forget_unused(self) -> None:
+        """Numbers of the ledger that the tables in force do not use are free again."""
+        tables, numbers = self.tables, self._ledger.numbers
+        self._ledger.forget("rule", set(numbers.rules) - {cause for _, cause in tables.rules.items()})
+        self._ledger.forget("identity", set(numbers.identities) - {digest for _, digest in tables.identities.items()})
+        self._ledger.forget("endpoint", set(numbers.endpoints) - set(tables.endpoints))
+        self._compiler.release_known()
+
+    def _note_change(self) -> None:
+        self.changes_applied += 1
+        self.last_change_s = self._clock()
+
+    # --- interfaces -------------------------------------------------------------------------------------------------
+
+    def _is_searching(self) -> bool:
+        """Whether there are both workloads without an interface and interfaces without a workload, and it is time to look."""
+        if self._clock() - self._looked_at_s < SEARCH_S:
+            return False
+        bound = self.applier.bindings
+        return any(endpoint.key not in bound for endpoint in self.local_endpoints()) and bool(
+            self._attached - {binding.ifindex for binding in bound.values()}
+        )
+
+    def _look_at_interfaces(self) -> None:
+        self._looked_at_s = self._clock()
+        self._wiring = self._node.snapshot()
+        self._located = locate(self._wiring, self.local_endpoints())
+
+    def _bindings(self) -> dict[EndpointKey, Binding]:
+        """Which interface each local endpoint is on."""
+        endpoints = self._derivation.world.endpoints
+        return {
+            key: Binding(
+                ifindex, allowed_sources=endpoints[key].allowed_sources if self.settings.borrow_sources else ()
+            )
+            for key, ifindex in self._located.interfaces.items()
+        }
+
+    def _wanted_interfaces(self) -> set[int]:
+        """Interfaces that are to have programs on them."""
+        candidates = {
+            link.ifindex
+            for link in self._wiring.links.values()
+            if is_candidate(link, self._wiring, self.settings.interfaces)
+        }
+        return candidates | set(self._located.interfaces.values())
+
+    def _close_and_open(self) -> None:
+        """Programs on new interfaces first, then rows for endpoints that were found; rows of those that went."""
+        self._attached &= self._wiring.links.keys()
+        wanted = self._wanted_interfaces()
+        for ifindex in wanted - self._attached:
+            self._attach(ifindex)
+        bindings = self._bindings()
+        for key in self.applier.bindings.keys() - bindings.keys():
+            self.applier.unbind(key)
+        for key, binding in bindings.items():
+            try:
+                self.applier.bind(key, binding)
+            except MapFullError as error:  # noqa: PERF203 - one endpoint's misfortune is not another's
+                self._refusal = _refusal(error)
+        for ifindex in self._attached - wanted:
+            log.info("interface %s is no workload's (any more): taking the programs off", self._name_of(ifindex))
+            self._node.detach(ifindex)
+            self._attached.discard(ifindex)
+
+    def _attach(self, ifindex: int) -> None:
+        if self._node.attach(ifindex):
+            self._attached.add(ifindex)
+            log.info("interface %s is under policy", self._name_of(ifindex))
+
+    def _name_of(self, ifindex: int) -> str:
+        link = self._wiring.links.get(ifindex)
+        return str(ifindex) if link is None else link.name
+
+    # --- problems ---------------------------------------------------------------------------------------------------
+
+    def _host_endpoints(self) -> Iterable[Problem]:
+        for key, endpoint in self._derivation.world.endpoints.items():
+            if endpoint.kind is EndpointKind.HOST and self.settings.node in (None, endpoint.node):
+                message = "host endpoints are not enforced by this agent; policy that selects only them has no effect"
+                yield Problem(self._location(key), "", message, obj=str(key), severity="warning", slug="host-endpoint")
+
+    def _location(self, key: EndpointKey) -> Location:
+        resource = self._derivation.get(key_of_endpoint(key))
+        return Location("") if resource is None else resource.meta.location
+
+
+def key_of_endpoint(key: EndpointKey) -> Any:
+    """The key of the resource behind an endpoint."""
+    from netpol_ebpf.policy.translate import ResourceKey
+
+    return ResourceKey(key.kind, key.namespace, key.name)
+
+
+def limits_of(maps: Mapping[str, KernelMap]) -> Limits:
+    """The compiler's limits that follow from the sizes of the maps."""
+    size = {name: one.max_entries for name, one in maps.items()}
+    return Limits(
+        peer_classes=size["np_peer_class"],
+        addresses=size["np_addr4"] + size["np_addr6"],
+        cidrs=size["np_cidr4"] + size["np_cidr6"],
+        column_blocks=size["np_l4_col"],
+        verdicts=size["np_verdict"],
+        rules=min(size["np_rule"], size["np_rule_count"] - 1),  # rule 0 is exempt traffic
+    )
+
+
+def _refusal(error: NetpolError) -> Problem:
+    message = f"{error.message}; the state before stays in force"
+    return Problem(Location(""), "", message, slug=error.slug)
+
+
+def _objects(changes: Changes) -> Iterable[tuple[Any, Any, Any]]:
+    """(type, key, new object or None) of everything that changed."""
+    kinds: tuple[tuple[type, Mapping[Any, Any]], ...] = (
+        (Tier, changes.tiers),
+        (Policy, changes.policies),
+        (Profile, changes.profiles),
+        (Endpoint, changes.endpoints),
+        (NetworkSet, changes.network_sets),
+        (ClusterNode, changes.nodes),
+        (Service, changes.services),
+    )
+    for kind, table in kinds:
+        for key, new in table.items():
+            yield kind, key, new

@@ -1,0 +1,241 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`netpol-agent`: enforces the policies of a directory of manifests on the workloads of this node.
+
+Ending it, by whatever signal, leaves enforcement as it is; the next one takes it over.  `netpolctl cleanup` ends enforcement.
+
+Invariant: everything that can fail at start has failed, with one line, before any packet is judged differently.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import fcntl
+import logging
+import os
+import select
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from netpol_ebpf import __version__
+from netpol_ebpf.agent.service import SOCKET_NAME, Service
+from netpol_ebpf.apply.ledger import Ledger
+from netpol_ebpf.errors import InvalidInputError, NetpolError, PlatformError, UsageError
+from netpol_ebpf.sources.files import INTERVAL_S, LastGoodCopies, ManifestDirectory
+
+DEFAULT_STATE_DIR = Path("/run/netpol-ebpf")
+"""On a tmpfs, like the pins: both are gone after a reboot."""
+LOCK_NAME = "lock"
+LEDGER_NAME = "numbers"
+COPIES_NAME = "manifests"
+
+log = logging.getLogger("netpol-agent")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="netpol-agent",
+        description="Enforce the network policies of a directory of manifests on the workloads of this node.",
+        epilog="exit codes: 0 done, 2 usage, 3 invalid manifests (--once), 5 kernel or permission, 70 a bug. "
+        "Enforcement outlives the agent; `netpolctl cleanup` ends it.",
+    )
+    parser.add_argument("--version", action="version", version=f"netpol-agent {__version__}")
+    parser.add_argument(
+        "--manifests", type=Path, required=True, metavar="DIR",
+        help="directory (or file) of Kubernetes objects and policies, followed as it changes",
+    )  # fmt: skip
+    parser.add_argument(
+        "--node",
+        metavar="NAME",
+        help="enforce for pods of this node (spec.nodeName); without it, for all pods found here",
+    )
+    parser.add_argument("--once", action="store_true", help="put the manifests in force, then exit; enforcement stays")
+    parser.add_argument("--pin-root", type=Path, metavar="DIR", help="where maps and programs live (a BPF file system)")
+    parser.add_argument(
+        "--state-dir", type=Path, default=DEFAULT_STATE_DIR, metavar="DIR",
+        help=f"where the agent keeps its socket and what the next one needs (default: {DEFAULT_STATE_DIR})",
+    )  # fmt: skip
+    parser.add_argument(
+        "--workload-interfaces", action="append", default=[], metavar="PATTERN",
+        help="which interfaces are workloads' and so closed until their pod is known (shell pattern, may be repeated); "
+        "default: veths into other network namespaces and taps, but not the node's own",
+    )  # fmt: skip
+    parser.add_argument(
+        "--map-size", action="append", default=[], metavar="MAP=ENTRIES", help="size of a map, such as np_addr4=1000000"
+    )
+    parser.add_argument(
+        "--keep-revoked", action="store_true", help="connections that policy no longer allows live on until they end"
+    )
+    parser.add_argument(
+        "--allow-source-prefixes", action="store_true",
+        help="honour the annotation cni.projectcalico.org/allowedSourcePrefixes of pods",
+    )  # fmt: skip
+    parser.add_argument("--verbose", action="store_true", help="log more")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks of errors")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    arguments = build_parser().parse_args(argv)
+    logging.basicConfig(
+        level=logging.DEBUG if arguments.verbose else logging.INFO,
+        format="%(asctime)s %(levelname)s %(message)s",
+        stream=sys.stderr,
+    )
+    try:
+        return run(arguments)
+    except NetpolError as error:
+        if arguments.debug:
+            traceback.print_exc()
+        print(f"netpol-agent: error: {error.message}", file=sys.stderr)
+        if error.hint:
+            print(f"netpol-agent: hint: {error.hint}", file=sys.stderr)
+        return error.exit_code
+    except Exception as error:  # noqa: BLE001 - the one place where a bug becomes a line and an exit code
+        if arguments.debug:
+            traceback.print_exc()
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        print(
+            f"netpol-agent: bug: {type(error).__name__}: {error} ({where.filename}:{where.lineno}); "
+            "what is in force stays in force",
+            file=sys.stderr,
+        )
+        return NetpolError.exit_code
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the agent to its end; returns the exit code. Raises NetpolError."""
+    # The kernel, root and BCC are needed from here on, not for --help.
+    from netpol_ebpf.agent.core import Agent, Settings
+    from netpol_ebpf.agent.node import KernelNode
+    from netpol_loader import doctor
+    from netpol_loader.dataplane import DEFAULT_PIN_ROOT
+
+    sizes = parse_sizes(arguments.map_size)
+    pin_root: Path = arguments.pin_root or DEFAULT_PIN_ROOT
+    state_dir: Path = arguments.state_dir
+    if not arguments.manifests.exists():
+        raise InvalidInputError(f"--manifests {arguments.manifests}: there is no such directory")
+    doctor.require_all(pin_root)
+    settings = Settings(
+        node=arguments.node,
+        interfaces=tuple(arguments.workload_interfaces),
+        borrow_sources=arguments.allow_source_prefixes,
+        keep_revoked=arguments.keep_revoked,
+    )
+    source = ManifestDirectory(arguments.manifests, LastGoodCopies(state_dir / COPIES_NAME))
+    ledger = Ledger(state_dir / LEDGER_NAME)
+    with exclusive(state_dir), KernelNode(pin_root, sizes) as node, contextlib.closing(ledger):
+        agent = Agent(settings, node, source, ledger, time.monotonic)
+        agent.start()
+        problems = [problem for problem in agent.problems if problem.severity == "error"]
+        for problem in problems:
+            log.error("%s", problem)
+        log.info(
+            "in force: %d policies; %d of %d local endpoints have their interface; pinned in %s",
+            len(agent.derivation.world.policies), len(agent.applier.bindings), len(agent.local_endpoints()), node.pin_dir,
+        )  # fmt: skip
+        if arguments.once:
+            return InvalidInputError.exit_code if problems else 0
+        serve(agent, node, state_dir)
+    return 0
+
+
+def serve(agent: Any, node: Any, state_dir: Path) -> None:
+    """Step and answer until a signal asks to end. The endless loop; what it repeats is `Agent.step` and `Service.poll`."""
+    from netpol_ebpf.agent import report
+
+    service = Service(
+        state_dir / SOCKET_NAME,
+        {
+            "status": lambda _request: report.status(agent, node.maps, str(node.pin_dir)),
+            "rules": lambda _request: report.rules(agent, node.maps),
+            "identities": lambda _request: report.identities(agent),
+        },
+    )
+    service.open()
+    notify_ready()
+    try:
+        with wakened_by(signal.SIGTERM, signal.SIGINT) as (received, wake):
+            due_s = time.monotonic()
+            while not received:
+                readable, writable = service.descriptors()
+                timeout_s = max(0.0, due_s - time.monotonic())
+                woken, _, _ = select.select([*readable, wake, node.fileno()], writable, [], timeout_s)
+                if time.monotonic() >= due_s or node.fileno() in woken:
+                    due_s = time.monotonic() + INTERVAL_S
+                    service.publish(flow.as_dict() for flow in agent.step())
+                service.poll()
+            log.info(
+                "ended by %s; enforcement stays as it is, `netpolctl cleanup` ends it", signal.Signals(received[0]).name
+            )
+    finally:
+        service.close()
+
+
+@contextlib.contextmanager
+def wakened_by(*signals: signal.Signals) -> Iterator[tuple[list[int], int]]:
+    """Signals as a list that they are put into, and a descriptor that is readable then."""
+    received: list[int] = []
+    reading, writing = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+    before = {number: signal.signal(number, lambda number, _frame: received.append(number)) for number in signals}
+    wakeup = signal.set_wakeup_fd(writing)
+    try:
+        yield received, reading
+    finally:
+        signal.set_wakeup_fd(wakeup)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        os.close(reading)
+        os.close(writing)
+
+
+@contextlib.contextmanager
+def exclusive(state_dir: Path) -> Iterator[None]:
+    """One agent per state directory; the lock goes with the process. Raises PlatformError when another one runs."""
+    state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with (state_dir / LOCK_NAME).open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise PlatformError(
+                f"another netpol-agent uses {state_dir}",
+                hint="Stop it, or give a --state-dir and --pin-root of its own.",
+            ) from error
+        yield
+
+
+def notify_ready() -> None:
+    """Tell a service manager that waits for it (sd_notify(3)) that policy is in force."""
+    address = os.environ.get("NOTIFY_SOCKET", "")
+    if address:
+        import socket
+
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as channel:
+            channel.connect("\0" + address[1:] if address.startswith("@") else address)
+            channel.sendall(b"READY=1")
+
+
+def parse_sizes(texts: Sequence[str]) -> dict[str, int]:
+    """``MAP=ENTRIES`` pairs. Raises UsageError."""
+    from netpol_loader import abi
+
+    sizes: dict[str, int] = {}
+    for text in texts:
+        name, _, number = text.partition("=")
+        if name not in abi.MAP_SPECS or not number.isdecimal() or int(number) < 1:
+            known = ", ".join(abi.MAP_SPECS)
+            raise UsageError(f"--map-size {text}: expected MAP=ENTRIES, with a positive number and a map of {known}")
+        sizes[name] = int(number)
+    return sizes
+
+
+if __name__ == "__main__":
+    sys.exit(main())

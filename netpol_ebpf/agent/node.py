@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The node under the agent: its interfaces, and the dataplane on them. All that the agent does to the kernel goes through here.
+
+Invariant: enforcement outlives this object; only `netpolctl cleanup` ends it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Protocol
+
+from netpol_ebpf.agent.wiring import Link, Wiring
+from netpol_ebpf.apply.applier import KernelMap
+from netpol_ebpf.errors import PlatformError
+from netpol_loader import abi, attach, netlink
+from netpol_loader.dataplane import Dataplane
+from netpol_loader.peers import load_peer_addresses
+from netpol_loader.renewal import Renewal
+
+log = logging.getLogger(__name__)
+
+POLICY_MAPS = frozenset({
+    "np_endpoint", "np_addr4", "np_addr6", "np_cidr4", "np_cidr6", "np_source4", "np_source6", "np_peer_class", "np_l4_atom",
+    "np_l4_col", "np_verdict", "np_rule",
+})  # fmt: skip
+"""Maps that say what policy is. The others hold connections, counters and settings, and belong to no agent."""
+
+
+class Node(Protocol):
+    """What the agent needs of a node; tests have another one."""
+
+    @property
+    def maps(self) -> Mapping[str, KernelMap]:
+        """The maps in force."""
+
+    def snapshot(self) -> Wiring:
+        """Interfaces, routes and addresses as they are now."""
+
+    def has_news(self) -> bool:
+        """Whether interfaces, routes or addresses may have changed since the last call."""
+
+    def renewal(self) -> contextlib.AbstractContextManager[Mapping[str, KernelMap]]:
+        """Empty policy maps, to be filled; at the end of the block, if it raised nothing, they are in force everywhere."""
+
+    def attached(self) -> set[int]:
+        """Interfaces with our programs on them."""
+
+    def attach(self, ifindex: int) -> bool:
+        """Put our programs on an interface; False when it is gone."""
+
+    def detach(self, ifindex: int) -> None:
+        """Take our programs off an interface."""
+
+    def read_events(self, consume: Callable[[abi.np_event], None]) -> int:
+        """Hand over the events there are; how many there were."""
+
+
+class KernelNode:
+    """The real one: the network namespace of this process. A context manager."""
+
+    def __init__(self, pin_root: Path, sizes: Mapping[str, int] | None = None) -> None:
+        self._pin_root = pin_root
+        self._sizes = dict(sizes or {})
+        self._stack = contextlib.ExitStack()
+        self._consume: Callable[[abi.np_event], None] = lambda _event: None
+
+    def __enter__(self) -> KernelNode:  # noqa: PYI034 - typing.Self comes with Python 3.11
+        with contextlib.ExitStack() as stack:
+            self._monitor = stack.enter_context(netlink.Monitor())
+            self._dataplane = stack.enter_context(Dataplane.open(self._pin_root, sizes=self._sizes))
+            self._reader = stack.enter_context(self._dataplane.events(lambda event: self._consume(event)))
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    @property
+    def pin_dir(self) -> Path:
+        """Where the maps are pinned."""
+        return self._dataplane.pin_dir
+
+    @property
+    def maps(self) -> Mapping[str, KernelMap]:
+        """See `Node`."""
+        return self._dataplane.maps
+
+    def fileno(self) -> int:
+        """Readable when there is news."""
+        return self._monitor.fileno()
+
+    def has_news(self) -> bool:
+        """See `Node`."""
+        news = self._monitor.wait(0)
+        return news is None or bool(news)
+
+    def snapshot(self) -> Wiring:
+        """See `Node`."""
+        links = {one.ifindex: _link(one) for one in netlink.links()}
+        namespaces = {link.peer[0] for link in links.values() if link.peer is not None}
+        return Wiring(
+            links=links,
+            host_routes=netlink.host_routes(),
+            uplinks=frozenset(netlink.node_interfaces()),
+            peer_addresses=load_peer_addresses(namespaces),
+        )
+
+    @contextlib.contextmanager
+    def renewal(self) -> Iterator[Mapping[str, KernelMap]]:
+        """See `Node`."""
+        if self._is_new():
+            yield self._dataplane.maps
+            return
+        with Renewal(self._dataplane, POLICY_MAPS, self._sizes) as renewal:
+            yield renewal.maps
+            renewal.take_over()
+
+    def _is_new(self) -> bool:
+        """Whether nobody has written policy to these maps yet, and nothing is attached: then there is nothing to take over."""
+        return next(iter(self._dataplane.maps["np_rule"].items()), None) is None and not self.attached()
+
+    def attached(self) -> set[int]:
+        """See `Node`."""
+        return {one.ifindex for one in attach.attachments(self._dataplane)}
+
+    def attach(self, ifindex: int) -> bool:
+        """See `Node`."""
+        try:
+            attach.attach(ifindex, self._dataplane)
+        except PlatformError:
+            if netlink.link(ifindex) is None:
+                return False
+            raise
+        return True
+
+    def detach(self, ifindex: int) -> None:
+        """See `Node`."""
+        attach.detach(ifindex, self._dataplane)
+        attach.prune(self._dataplane)
+
+    def read_events(self, consume: Callable[[abi.np_event], None]) -> int:
+        """See `Node`."""
+        self._consume = consume
+        return self._reader.consume()
+
+
+def _link(link: netlink.Link) -> Link:
+    is_pair = link.kind == "veth" and link.peer_nsid is not None
+    peer = (link.peer_nsid, link.peer_ifindex) if is_pair and link.peer_nsid is not None else None
+    return Link(link.ifindex, link.name, link.kind, peer)

@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The agent's state as plain values: what `netpolctl status` and `netpolctl get` show.
+
+Invariant: only facts the agent holds or reads from the maps in force; nothing is worked out for the reader.  Field names are
+stable: scripts read them.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from collections.abc import Mapping
+from typing import Any
+
+from netpol_ebpf import __version__
+from netpol_ebpf.agent.core import Agent
+from netpol_ebpf.apply.applier import KernelMap
+from netpol_ebpf.errors import Problem
+from netpol_loader import abi
+
+_COUNT = struct.Struct("=QQ")  # struct np_count: packets, bytes
+
+
+def status(agent: Agent, maps: Mapping[str, KernelMap], pin_dir: str) -> dict[str, Any]:
+    """The whole state."""
+    world = agent.derivation.world
+    endpoints = local_endpoints(agent)
+    problems = [problem(one) for one in agent.problems]
+    return {
+        "version": __version__,
+        "pid": os.getpid(),
+        "node": agent.settings.node,
+        "pin_dir": pin_dir,
+        "in_force": not any(one["severity"] == "error" for one in problems),
+        "generation": agent.applier.generation,
+        "changes_applied": agent.changes_applied,
+        "objects": {
+            "policies": len(world.policies),
+            "endpoints": len(world.endpoints),
+            "local_endpoints": len(endpoints),
+            "enforced_endpoints": sum(one["state"] == "enforced" for one in endpoints),
+        },
+        "endpoints": endpoints,
+        "interfaces": interfaces(agent),
+        "problems": problems,
+        "maps": {
+            name: {"entries": count, "size": maps[name].max_entries} for name, count in agent.applier.counts.items()
+        },
+        "packets": reason_counts(maps["np_reason_count"]),
+    }
+
+
+def problem(one: Problem) -> dict[str, Any]:
+    """A problem, with its place."""
+    return {
+        "severity": one.severity,
+        "slug": one.slug,
+        "file": one.location.file,
+        "line": one.location.line,
+        "object": one.obj,
+        "path": one.path,
+        "message": one.message,
+    }
+
+
+def local_endpoints(agent: Agent) -> list[dict[str, Any]]:
+    """Local workloads and where they are. ``state``: enforced, or waiting for their interface."""
+    found = []
+    for endpoint in sorted(agent.local_endpoints(), key=lambda one: one.key):
+        binding = agent.applier.bindings.get(endpoint.key)
+        row = agent.tables.endpoints.get(endpoint.key)
+        found.append({
+            "endpoint": str(endpoint.key),
+            "addresses": [str(address) for address in endpoint.addresses],
+            "number": None if row is None else row.number,
+            "ifindex": None if binding is None else binding.ifindex,
+            "interface": None if binding is None else name_of(agent, binding.ifindex),
+            "state": "enforced" if agent.applier.is_enforced(endpoint.key) else "waiting",
+        })  # fmt: skip
+    return found
+
+
+def interfaces(agent: Agent) -> list[dict[str, Any]]:
+    """Interfaces under policy. ``endpoint`` None: nobody's as far as is known, so everything there is denied."""
+    owners = {binding.ifindex: str(key) for key, binding in agent.applier.bindings.items()}
+    return [
+        {"ifindex": ifindex, "interface": name_of(agent, ifindex), "endpoint": owners.get(ifindex)}
+        for ifindex in sorted(agent.attached)
+    ]
+
+
+def name_of(agent: Agent, ifindex: int) -> str | None:
+    """An interface's name, None when it is gone."""
+    link = agent.wiring.links.get(ifindex)
+    return None if link is None else link.name
+
+
+def rules(agent: Agent, maps: Mapping[str, KernelMap]) -> list[dict[str, Any]]:
+    """Rules in force, with what they decided since the counters were made."""
+    counted = maps["np_rule_count"]
+    found = []
+    for number, cause in sorted(agent.tables.rules.items()):
+        packets, size = _sum(counted.get(struct.pack("=I", number)))
+        found.append({"number": number, "rule": str(cause), "packets": packets, "bytes": size})
+    return found
+
+
+def identities(agent: Agent) -> list[dict[str, Any]]:
+    """Identities and the addresses and prefixes that have them."""
+    members: dict[int, list[str]] = {}
+    for address, row in agent.tables.addresses.items():
+        members.setdefault(row.identity, []).append(str(address))
+    for net, identity in agent.tables.cidrs.items():
+        members.setdefault(identity, []).append(str(net))
+    return [
+        {"number": number, "digest": digest, "members": sorted(members.get(number, ()))}
+        for number, digest in sorted(agent.tables.identities.items())
+    ]
+
+
+def reason_counts(counted: KernelMap) -> dict[str, int]:
+    """Packets by reason, those that occurred."""
+    found = {}
+    for number, reason in abi.REASONS.items():
+        packets, _ = _sum(counted.get(struct.pack("=I", number)))
+        if packets:
+            found[reason.slug] = packets
+    return found
+
+
+def _sum(cells: bytes | None) -> tuple[int, int]:
+    """Packets and bytes over all CPUs."""
+    pairs = list(_COUNT.iter_unpack(cells or b""))
+    return sum(packets for packets, _ in pairs), sum(size for _, size in pairs)
