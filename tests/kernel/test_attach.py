@@ -14,6 +14,7 @@ from ipaddress import ip_address
 from pathlib import Path
 from typing import TypeVar
 
+import pyroute2
 import pytest
 from conftest import SIZES
 from rig import ALLOW, DENY, ENDPOINT, Rig, everything
@@ -173,11 +174,18 @@ def test_clsact_of_others_stays(node_rig: Rig, pair: Pair) -> None:
     """A discipline that was there before, and a filter that is not ours, stay."""
     dataplane = node_rig.dataplane
     run("tc", "-n", pair.node, "qdisc", "add", "dev", "v0", "clsact")
-    pinned = str(dataplane.pin_dir / "np_tc_egress")
-    run("tc", "-n", pair.node, "filter", "add", "dev", "v0", "ingress", "prio", "50", "bpf", "da", "pinned", pinned)
+
+    def put_another() -> None:
+        with pyroute2.IPRoute() as route:
+            route.tc(
+                "add-filter", "bpf", index=pair.ifindex, parent=netlink.CLSACT_PARENTS[Hook.TC_INGRESS], prio=50,
+                fd=dataplane.program_fd(Hook.TC_EGRESS), name="somebody", direct_action=True,
+            )  # fmt: skip
+
+    pair.at_node(put_another)
     pair.at_node(lambda: attach.attach(pair.ifindex, dataplane, Mechanism.CLSACT))
     pair.at_node(lambda: attach.detach(pair.ifindex, dataplane))
-    assert "pref 50 bpf" in run("tc", "-n", pair.node, "filter", "show", "dev", "v0", "ingress")
+    assert "somebody" in run("tc", "-n", pair.node, "filter", "show", "dev", "v0", "ingress")
     run("tc", "-n", pair.node, "filter", "del", "dev", "v0", "ingress")
     pair.at_node(lambda: attach.attach(pair.ifindex, dataplane, Mechanism.CLSACT))
     pair.at_node(lambda: attach.detach(pair.ifindex, dataplane))

@@ -115,7 +115,7 @@ def test_changed_program_replaces_its_predecessor(root: Path, sources: Path) -> 
         assert not set(program_ids(after)) & set(ids)
         assert not {after.program_tag(hook) for hook in Hook} & set(tags)
         rig = Rig(after)
-        assert rig.out(frame).reason == "none", "the young connection is still there: no reason but the rule is counted"
+        assert rig.out(frame).reason == "established", "the connection is still there"
         assert after.maps["np_endpoint"].max_entries == SIZES["np_endpoint"]
         assert not list(after.pin_dir.glob("*_new"))
         rig.reader.close()
