@@ -241,6 +241,7 @@ def endpoints(draw: st.DrawFn, key: EndpointKey) -> Endpoint:
         profiles=draw(_distinct(PROFILES, max_size=2)),
         node=draw(st.sampled_from(NODES)),
         interface=draw(st.sampled_from(("*", "eth0"))) if host else f"veth-{key.namespace}-{key.name}",
+        allowed_sources=() if host else draw(st.sampled_from(((), (), (), (NETS[0],)))),
     )
 
 
@@ -351,13 +352,37 @@ def packets(draw: st.DrawFn) -> Packet:
 
 
 def questions_about(world: World, drawn: list[Packet]) -> list[Question]:
-    """Every endpoint in every direction and, for hosts, every stage, for each packet; and some that have no policy."""
-    hosts = [key for key, endpoint in world.endpoints.items() if endpoint.kind is EndpointKind.HOST]
-    pairs = [(key, Stage.NORMAL) for key in world.endpoints]
-    pairs += [(key, stage) for key in hosts for stage in Stage if stage is not Stage.NORMAL]
-    questions = [
-        Question(key, direction, stage, packet) for packet in drawn for key, stage in pairs for direction in Direction
-    ]
-    odd = [(EndpointKey("Pod", "n1", "unknown"), Stage.NORMAL)]
-    odd += [(key, Stage.FORWARD) for key in world.endpoints if key not in hosts]
-    return questions + [Question(key, Direction.INGRESS, stage, drawn[0]) for key, stage in odd if drawn]
+    """Every endpoint in every direction and, for hosts, every stage, for each packet; and some that have no policy.
+
+    A workload whose own address is certain (see `has_own_address_only`) is asked about packets from or to that address;
+    the packets are changed accordingly.
+    """
+    questions = []
+    for key, endpoint in world.endpoints.items():
+        host = endpoint.kind is EndpointKind.HOST
+        for direction in Direction:
+            asked = [changed for packet in drawn for changed in _as_seen_by(endpoint, direction, packet)]
+            questions += [
+                Question(key, direction, stage, packet)
+                for stage in Stage
+                for packet in (asked if host or stage is Stage.NORMAL else asked[:1])
+            ]
+    unknown = EndpointKey("Pod", "n1", "unknown")
+    return [*questions, Question(unknown, Direction.INGRESS, Stage.NORMAL, drawn[0])]
+
+
+def has_own_address_only(endpoint: Endpoint) -> bool:
+    """Whether all packets of an endpoint have one of its addresses on its own side: anti-spoofing and routing see to it.
+
+    The compiler counts on it where it resolves predicates of the own side beforehand.
+    """
+    return endpoint.kind is EndpointKind.WORKLOAD and bool(endpoint.addresses) and not endpoint.allowed_sources
+
+
+def _as_seen_by(endpoint: Endpoint, direction: Direction, packet: Packet) -> list[Packet]:
+    if not has_own_address_only(endpoint):
+        return [packet]
+    own = [address for address in endpoint.addresses if address.version == packet.source.version]
+    if direction is Direction.INGRESS:
+        return [replace(packet, destination=address) for address in own]
+    return [replace(packet, source=address) for address in own]

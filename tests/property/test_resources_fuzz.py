@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from netpol_ebpf.resources.load import LoadResult, load_paths, parse_documents, parse_object
@@ -180,14 +180,12 @@ def _sound(result: LoadResult) -> None:
     assert lines == sorted(lines)
 
 
-@settings(max_examples=200, deadline=None)
 @given(obj=_mutants())
 def test_mutated_objects(obj: Any) -> None:
     """Wrong types, missing and unknown fields, odd values in every place."""
     _sound(parse_object(obj, "f"))
 
 
-@settings(max_examples=100, deadline=None)
 @given(obj=_mutants())
 def test_mutated_objects_as_text_give_the_same(obj: Any) -> None:
     """Through text and positions the same messages come out as from the parsed object."""
@@ -210,7 +208,6 @@ def _plain(value: Any) -> bool:
     return not isinstance(value, float) and not (isinstance(value, int) and abs(value) > 2**31)
 
 
-@settings(max_examples=200, deadline=None)
 @given(
     number=st.integers(0, len(SEEDS) - 1),
     length=st.integers(0, 12),
@@ -221,7 +218,6 @@ def test_mutated_text(number: int, length: int, insert: str) -> None:
     _sound(parse_documents(SEEDS[:number] + insert + SEEDS[number + length :], "f"))
 
 
-@settings(max_examples=100, deadline=None)
 @given(data=st.binary(max_size=200) | st.text(alphabet="{}[]:-,&*!|>'\"\n ab\t", max_size=60).map(str.encode))
 def test_any_bytes(data: bytes, tmp_path_factory: pytest.TempPathFactory) -> None:
     """A file of anything."""
