@@ -14,7 +14,7 @@ from netpol_ebpf.lab.topology import ICMP, ICMPV6, Plan
 from netpol_ebpf.model.reference import ReferenceModel
 from netpol_ebpf.policy.journey import Finding, Flow, Topology, walk
 from netpol_ebpf.policy.translate import derive
-from netpol_ebpf.policy.types import Packet
+from netpol_ebpf.policy.types import Direction, EndpointKey, Packet, Policy, Staged
 from netpol_ebpf.resources.types import Resource
 
 SOURCE_PORT = 40000  # arbitrary: the kernel chooses one; no rule of a manifest for which that matters can be predicted
@@ -25,10 +25,10 @@ class Prediction:
     """Answers for one set of manifests and one plan."""
 
     def __init__(self, resources: Iterable[Resource], plan: Plan) -> None:
-        world = derive(resources)
+        self._world = derive(resources)
         self._plan = plan
-        self._model = ReferenceModel(world)
-        self._topology = Topology(world)
+        self._model = ReferenceModel(self._world)
+        self._topology = Topology(self._world)
 
     def reached(self, attempt: Attempt) -> bool:
         """Whether policy lets the attempt through, at every endpoint on its way."""
@@ -37,6 +37,17 @@ class Prediction:
     def finding(self, attempt: Attempt) -> Finding:
         """The same with its cause. Raises StopIteration when the source lacks an address of the destination's family."""
         return walk(self._topology.plan(Flow(self._packet(attempt))), self._model.decide)
+
+    def policies_at(self, endpoint: EndpointKey, direction: Direction) -> list[Policy]:
+        """The enforced policies that have a say at an endpoint, in evaluation order."""
+        labels = self._world.endpoints[endpoint].labels
+        tiers = {tier.name: place for place, tier in enumerate(self._world.sorted_tiers())}
+        found = [
+            policy
+            for policy in self._world.policies.values()
+            if policy.staged is Staged.NO and direction in policy.types and policy.subject.matches(labels)
+        ]
+        return sorted(found, key=lambda policy: (tiers[policy.tier], policy.sort_key))
 
     def _packet(self, attempt: Attempt) -> Packet:
         destination = attempt.destination

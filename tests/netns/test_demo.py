@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The demonstration, run as a user runs it: what it shows, that it can fail, and that nothing of it stays."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from netpol_ebpf.cli.demo import PIN_PARENT, Demo, Stage
+from netpol_ebpf.lab import shop
+from netpol_ebpf.lab.guard import NETNS_DIR
+
+pytestmark = pytest.mark.netns
+
+COMMAND = [sys.executable, "-m", "netpol_ebpf.cli.main", "demo"]
+DEADLINE_S = 120.0
+
+
+def left_behind(token: str, pins: str, temporary: Path) -> list[str]:
+    """What is still there of one performance: namespaces, pins, copies."""
+    places = [*NETNS_DIR.glob(f"{token}-*"), *PIN_PARENT.glob(Path(pins).name), *temporary.iterdir()]
+    return [str(path) for path in places]
+
+
+def test_everything_is_as_the_model_predicts(tmp_path: Path) -> None:
+    """Four matrices of real connections, one denial explained, one change made live; then nothing is left."""
+    done = subprocess.run(
+        [*COMMAND, "--no-iperf", "-o", "json"],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE_S,
+        env={**os.environ, "TMPDIR": str(tmp_path)},
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    summary = json.loads(done.stdout)
+    assert summary["ok"] is True
+    assert summary["throughput"] is None
+    for part in ("before", "after", "changed", "restored"):
+        assert summary[part]["mismatches"] == []
+    attempts = summary["before"]["attempts"]
+    assert attempts > 200
+    assert summary["before"]["reached"] == attempts
+    assert 0 < summary["after"]["reached"] < attempts
+    assert summary["restored"]["matrix"] == summary["after"]["matrix"]
+    assert summary["after"]["matrix"]["shop/back-end"]["shop/database:5432"] == "reached"
+    assert summary["after"]["matrix"]["shop/front-end"]["shop/database:5432"] == "silent"
+    assert summary["after"]["matrix"]["outside/blocked"]["shop/front-end:8080"] == "silent"
+    assert summary["change"]["cells"] == ["shop/debug to shop/database:5432"]
+    assert summary["change"]["open_connection_cut"] is True
+    assert summary["explained"]["rule"].startswith("default|end of tier|egress|")
+    assert summary["explained"]["policies"]["shop/front-end"] == "front-end.yaml:3"
+    assert any('"name": "' in line for line in summary["map"])
+    assert left_behind(summary["laboratory"], summary["pins"], tmp_path) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_it_leaves_nothing(number: signal.Signals, tmp_path: Path) -> None:
+    """Ended while the agent is at work, it removes all the same and says so with its exit code."""
+    with subprocess.Popen(
+        [*COMMAND, "--no-iperf"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "TMPDIR": str(tmp_path)},
+    ) as demo:
+        assert demo.stdout is not None
+        shown = ""
+        for line in demo.stdout:
+            shown += line
+            if "in force after" in line:
+                break
+        os.kill(demo.pid, number)
+        _, errors = demo.communicate(timeout=DEADLINE_S)
+    assert demo.returncode == 130, shown + errors
+    named = re.search(r"names begin with (np\w+); maps will be pinned in (\S+)", shown)
+    assert named is not None
+    assert left_behind(named[1], named[2], tmp_path) == []
+
+
+def test_it_notices_when_nothing_is_enforced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without an agent every connection that should be denied is named, and the performance has failed."""
+    monkeypatch.setattr(Demo, "_start_agent", lambda _: 0.0)
+    workshop = tmp_path / "workshop"
+    (workshop / "manifests").mkdir(parents=True)
+    for path in shop.manifests_dir().iterdir():
+        (workshop / "manifests" / path.name).write_text(path.read_text())
+    with Demo(Stage(quiet=True, colour=False), workshop) as demo:
+        before = demo._show_before()
+        assert demo.summary["ok"]
+        demo._show_enforced(before)
+    assert not demo.summary["ok"]
+    named = demo.summary["after"]["mismatches"]
+    assert "shop/front-end to 10.244.1.12 protocol 6 port 5432: reached, expected silent" in named
+    assert left_behind(demo.lab.token, str(demo.pins), tmp_path) == []
+
+
+def test_without_root_it_says_so() -> None:
+    """One clear line and exit code 5."""
+    program = (
+        "import os, sys; os.geteuid = lambda: 1000; from netpol_ebpf.cli.main import main; sys.exit(main(['demo']))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], check=False, capture_output=True, text=True)
+    assert done.returncode == 5
+    assert "needs root" in done.stderr
+    assert done.stdout == ""
