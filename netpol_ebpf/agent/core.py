@@ -29,6 +29,7 @@ from netpol_ebpf.policy.types import (
     Endpoint,
     EndpointKey,
     EndpointKind,
+    IPAddress,
     NetworkSet,
     Policy,
     Profile,
@@ -102,6 +103,7 @@ class Agent:
         self._is_behind = False  # the compiler dropped changes: hand it the whole world
         self._is_ahead = False  # the kernel refused what the compiler holds: start over with new maps
         self._looked_at_s = clock()
+        self._owners: dict[IPAddress, str] | None = None
         self.changes_applied = 0
         self.last_change_s: float | None = None
 
@@ -148,6 +150,15 @@ class Agent:
         if self._applier is None:
             raise AssertionError("the agent has not been started")
         return self._applier
+
+    def owner_of(self, address: IPAddress) -> str | None:
+        """The endpoint, or else the node, that has an address; by name the first of several."""
+        if self._owners is None:
+            world = self._derivation.world
+            named = [(node.addresses, f"Node/{name}") for name, node in sorted(world.nodes.items())]
+            named += [(one.addresses, str(key)) for key, one in sorted(world.endpoints.items(), reverse=True)]
+            self._owners = {each: name for addresses, name in named for each in addresses}
+        return self._owners.get(address)
 
     def local_endpoints(self) -> list[Endpoint]:
         """The workloads that are, or would be, on this node."""
@@ -200,6 +211,7 @@ class Agent:
             if problem not in self._manifest_problems:
                 log.warning("%s", problem)
         self._manifest_problems = batch.problems
+        self._owners = None
         for event in batch.events:
             if isinstance(event, Upsert):
                 self._derivation.upsert(event.resource)

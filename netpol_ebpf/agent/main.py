@@ -18,7 +18,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -144,18 +144,19 @@ def run(arguments: argparse.Namespace) -> int:
         )  # fmt: skip
         if arguments.once:
             return InvalidInputError.exit_code if problems else 0
-        serve(agent, node, state_dir)
+        place = {"manifests": str(arguments.manifests.resolve()), "pin_dir": str(node.pin_dir)}
+        serve(agent, node, state_dir, place)
     return 0
 
 
-def serve(agent: Any, node: Any, state_dir: Path) -> None:
+def serve(agent: Any, node: Any, state_dir: Path, place: Mapping[str, str]) -> None:
     """Step and answer until a signal asks to end. The endless loop; what it repeats is `Agent.step` and `Service.poll`."""
     from netpol_ebpf.agent import report
 
     service = Service(
         state_dir / SOCKET_NAME,
         {
-            "status": lambda _request: report.status(agent, node.maps, str(node.pin_dir)),
+            "status": lambda _request: report.status(agent, node.maps, place),
             "rules": lambda _request: report.rules(agent, node.maps),
             "identities": lambda _request: report.identities(agent),
         },
@@ -171,7 +172,7 @@ def serve(agent: Any, node: Any, state_dir: Path) -> None:
                 woken, _, _ = select.select([*readable, wake, node.fileno()], writable, [], timeout_s)
                 if time.monotonic() >= due_s or node.fileno() in woken:
                     due_s = time.monotonic() + INTERVAL_S
-                    service.publish(flow.as_dict() for flow in agent.step())
+                    service.publish(report.flow(agent, event) for event in agent.step())
                 service.poll()
             log.info(
                 "ended by %s; enforcement stays as it is, `netpolctl cleanup` ends it", signal.Signals(received[0]).name

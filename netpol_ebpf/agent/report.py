@@ -15,14 +15,16 @@ from typing import Any
 from netpol_ebpf import __version__
 from netpol_ebpf.agent.core import Agent
 from netpol_ebpf.apply.applier import KernelMap
+from netpol_ebpf.apply.events import FlowEvent
 from netpol_ebpf.errors import Problem
+from netpol_ebpf.policy.provenance import trace
 from netpol_loader import abi
 
 _COUNT = struct.Struct("=QQ")  # struct np_count: packets, bytes
 
 
-def status(agent: Agent, maps: Mapping[str, KernelMap], pin_dir: str) -> dict[str, Any]:
-    """The whole state."""
+def status(agent: Agent, maps: Mapping[str, KernelMap], place: Mapping[str, str]) -> dict[str, Any]:
+    """The whole state. ``place``: directories the agent was started with, by name."""
     world = agent.derivation.world
     endpoints = local_endpoints(agent)
     problems = [problem(one) for one in agent.problems]
@@ -30,7 +32,7 @@ def status(agent: Agent, maps: Mapping[str, KernelMap], pin_dir: str) -> dict[st
         "version": __version__,
         "pid": os.getpid(),
         "node": agent.settings.node,
-        "pin_dir": pin_dir,
+        **place,
         "in_force": not any(one["severity"] == "error" for one in problems),
         "generation": agent.applier.generation,
         "changes_applied": agent.changes_applied,
@@ -48,6 +50,17 @@ def status(agent: Agent, maps: Mapping[str, KernelMap], pin_dir: str) -> dict[st
         },
         "packets": reason_counts(maps["np_reason_count"]),
     }
+
+
+def flow(agent: Agent, event: FlowEvent) -> dict[str, Any]:
+    """A flow, with who is at its ends and where the rule that decided is written."""
+    plain = event.as_dict()
+    if event.packet is not None:
+        plain["source_name"] = agent.owner_of(event.packet.source)
+        plain["destination_name"] = agent.owner_of(event.packet.destination)
+    world = agent.derivation.world
+    plain["decided_by"] = None if event.cause is None else trace(world, event.cause).as_dict()
+    return plain
 
 
 def problem(one: Problem) -> dict[str, Any]:

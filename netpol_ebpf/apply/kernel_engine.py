@@ -105,7 +105,8 @@ class KernelEngine:
         self._installed: _Installed | None = None
 
     def __enter__(self) -> KernelEngine:  # noqa: PYI034 - typing.Self comes with Python 3.11
-        remove_abandoned(self._pin_root.parent)
+        for root in abandoned(self._pin_root.parent):
+            shutil.rmtree(root)
         with contextlib.ExitStack() as stack:
             self._dataplane = Dataplane.open(self._pin_root, sizes=SIZES)
             stack.callback(self._dataplane.remove)
@@ -205,12 +206,11 @@ def engine_root(pid: int) -> Path:
     return DEFAULT_PIN_ROOT.with_name(f"{ROOT_PREFIX}{pid}")
 
 
-def remove_abandoned(parent: Path) -> None:
-    """Remove what engines left whose process was killed. Their programs are attached nowhere."""
-    for path in parent.glob(f"{ROOT_PREFIX}*") if parent.is_dir() else ():
-        pid = path.name.removeprefix(ROOT_PREFIX)
-        if pid.isdigit() and not Path(f"/proc/{pid}").exists():
-            shutil.rmtree(path)
+def abandoned(parent: Path) -> list[Path]:
+    """What engines left whose process was killed. Their programs are attached nowhere."""
+    found = sorted(parent.glob(f"{ROOT_PREFIX}*")) if parent.is_dir() else []
+    pids = {path: path.name.removeprefix(ROOT_PREFIX) for path in found}
+    return [path for path, pid in pids.items() if pid.isdecimal() and not Path(f"/proc/{pid}").exists()]
 
 
 def _without_rule(direction: Direction, outcome: Outcome, action: Action) -> Verdict:

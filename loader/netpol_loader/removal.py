@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Finding everything of ours below a pin root, and taking it away, piece by piece, each told by name.
+
+Works on what is there, whatever its version or state: nothing is built, adopted or mended for it.  Invariants: only what is
+pinned below the root, and filters that run programs pinned there, is ours; everything listed is removed in the order of the
+list, enforcement first.  Filters of clsact are seen in the network namespace of the caller only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from netpol_loader import netlink, syscall
+from netpol_loader.attach import CLSACT_MARK, LINKS
+from netpol_loader.hook import Hook
+
+OUR_DIRECTORY = re.compile(r"(v|new-)\d+")
+
+
+@dataclass(frozen=True, slots=True)
+class Leftover:
+    """One thing of ours. ``kind``: link, filter, qdisc, map, program or directory; ``name``: what an administrator calls it."""
+
+    kind: str
+    name: str
+    remove: Callable[[], None]
+
+
+def find_leftovers(pin_root: Path) -> list[Leftover]:
+    """Everything of ours, in the order in which it is to be removed; empty when there is nothing."""
+    directories = [path for path in _listed(pin_root) if path.is_dir() and OUR_DIRECTORY.fullmatch(path.name)]
+    names = {link.ifindex: link.name for link in netlink.links()}
+    found: list[Leftover] = []
+    for directory in directories:
+        found += _links(directory / LINKS, names)
+    found += _filters({number for directory in directories for number in _program_ids(directory)}, names)
+    for directory in directories:
+        found += _qdiscs(directory / LINKS, names)
+    for directory in directories:
+        found += _pins(directory)
+    if pin_root.is_dir() and all(path in directories for path in _listed(pin_root)):
+        found.append(Leftover("directory", str(pin_root), pin_root.rmdir))
+    return found
+
+
+def _listed(directory: Path) -> list[Path]:
+    return sorted(directory.iterdir()) if directory.is_dir() else []
+
+
+def _links(links: Path, names: dict[int, str]) -> Iterator[Leftover]:
+    for path in _listed(links):
+        if path.name.endswith(CLSACT_MARK):
+            continue
+        with _opened(path) as fd:
+            ifindex = syscall.link_info(fd).ifindex
+        where = f"of interface {names.get(ifindex, ifindex)}" if ifindex else "of an interface that is gone"
+        yield Leftover("link", f"{path} {where}", lambda path=path: _detach(path))  # type: ignore[misc]  # bound in the loop
+
+
+def _detach(path: Path) -> None:
+    with _opened(path) as fd:
+        syscall.link_detach(fd)
+    path.unlink()
+
+
+def _program_ids(directory: Path) -> Iterator[int]:
+    hooks = tuple(hook.value for hook in Hook)
+    for path in _listed(directory):
+        if path.name.startswith(hooks):
+            with _opened(path) as fd:
+                yield syscall.prog_info(fd).id
+
+
+def _filters(programs: set[int], names: dict[int, str]) -> Iterator[Leftover]:
+    for ifindex, name in names.items():
+        for one in netlink.clsact_filters(ifindex):
+            if one.prog_id in programs:
+                yield Leftover(
+                    "filter",
+                    f"{one.hook.value} on interface {name}",
+                    lambda ifindex=ifindex, hook=one.hook: netlink.delete_clsact_filter(ifindex, hook),  # type: ignore[misc]
+                )
+
+
+def _qdiscs(links: Path, names: dict[int, str]) -> Iterator[Leftover]:
+    for path in _listed(links):
+        number = path.name.removesuffix(CLSACT_MARK)
+        if path.name.endswith(CLSACT_MARK) and number.isdecimal() and int(number) in names:
+            yield Leftover(
+                "qdisc",
+                f"clsact of interface {names[int(number)]}, unless others use it",
+                lambda ifindex=int(number): netlink.delete_clsact_if_unused(ifindex),  # type: ignore[misc]
+            )
+
+
+def _pins(directory: Path) -> Iterator[Leftover]:
+    hooks = tuple(hook.value for hook in Hook)
+    for path in _listed(directory):
+        if path.is_dir():
+            for mark in _listed(path):
+                if mark.is_dir():
+                    yield Leftover("directory", str(mark), mark.rmdir)
+            yield Leftover("directory", str(path), path.rmdir)
+        else:
+            yield Leftover("program" if path.name.startswith(hooks) else "map", str(path), path.unlink)
+    yield Leftover("directory", str(directory), directory.rmdir)
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[int]:
+    fd = syscall.obj_get(path)
+    try:
+        yield fd
+    finally:
+        os.close(fd)

@@ -1,0 +1,27 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the commands that talk to the agent share: the option that says where it is, and asking it."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from netpol_ebpf.agent.main import DEFAULT_STATE_DIR
+from netpol_ebpf.agent.service import SOCKET_NAME, ask
+
+
+def add_state_dir_option(parser: argparse.ArgumentParser) -> None:
+    """Add ``--state-dir``, as `netpol-agent` has it."""
+    parser.add_argument(
+        "--state-dir", type=Path, default=DEFAULT_STATE_DIR, metavar="DIR",
+        help=f"the state directory of the agent (default: {DEFAULT_STATE_DIR})",
+    )  # fmt: skip
+
+
+def ask_agent(arguments: argparse.Namespace, operation: str, *, wait: bool = False, **request: Any) -> Iterator[Any]:
+    """The agent's answer, line by line. ``wait``: without a time limit. Raises UnreachableError."""
+    request["op"] = operation
+    path = arguments.state_dir / SOCKET_NAME
+    return ask(path, request, timeout_s=None) if wait else ask(path, request)

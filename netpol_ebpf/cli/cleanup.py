@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`netpolctl cleanup`: end enforcement and remove everything that netpol-ebpf made on this node.
+
+Exit codes: 0 nothing is left, 5 something could not be removed, or an agent is running.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from netpol_ebpf.agent.main import COPIES_NAME, DEFAULT_STATE_DIR, LEDGER_NAME, LOCK_NAME, exclusive
+from netpol_ebpf.agent.service import SOCKET_NAME
+from netpol_ebpf.cli.output import add_output_option, print_value
+from netpol_ebpf.errors import PlatformError, PrivilegeError
+
+
+def register(subparsers: Any) -> None:
+    """Add the command to the parser of `netpolctl`."""
+    parser: argparse.ArgumentParser = subparsers.add_parser(
+        "cleanup",
+        help="end enforcement and remove everything of ours",
+        description="End enforcement on this node and remove everything of ours: links, filters, maps, programs, state.",
+        epilog="exit codes: 0 nothing is left, 5 something could not be removed, or an agent is running",
+    )
+    parser.add_argument("--dry-run", action="store_true", help="say what would be removed, and remove nothing")
+    parser.add_argument("--pin-root", type=Path, metavar="DIR", help="as given to the agent")
+    parser.add_argument(
+        "--state-dir", type=Path, default=DEFAULT_STATE_DIR, metavar="DIR",
+        help=f"as given to the agent (default: {DEFAULT_STATE_DIR})",
+    )  # fmt: skip
+    add_output_option(parser)
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the command; returns the exit code."""
+    if os.geteuid() != 0:
+        raise PrivilegeError("what netpol-ebpf leaves behind belongs to root")
+    state_dir: Path = arguments.state_dir
+    if not state_dir.is_dir():
+        return _clean(arguments)
+    with exclusive(state_dir):  # an agent at work would put everything back
+        return _clean(arguments)
+
+
+def _clean(arguments: argparse.Namespace) -> int:
+    from netpol_loader.dataplane import DEFAULT_PIN_ROOT
+    from netpol_loader.removal import Leftover, find_leftovers
+
+    leftovers = find_leftovers(arguments.pin_root or DEFAULT_PIN_ROOT)
+    if arguments.pin_root is None:
+        leftovers += _abandoned_engines(DEFAULT_PIN_ROOT.parent)
+    leftovers += [Leftover("state", str(path), lambda path=path: _delete(path)) for path in _state(arguments.state_dir)]  # type: ignore[misc]
+    failures: list[str] = []
+    plain: list[dict[str, Any]] = []
+    is_text = arguments.output in ("text", "wide")
+    for one in leftovers:
+        error = None
+        if not arguments.dry_run:
+            try:
+                one.remove()
+            except (OSError, PlatformError) as failure:
+                error = str(failure)
+                failures.append(f"{one.kind} {one.name}: {error}")
+        plain.append(
+            {"kind": one.kind, "name": one.name, "removed": not arguments.dry_run and error is None, "error": error}
+        )
+        if is_text:
+            print(
+                f"{'would remove' if arguments.dry_run else 'NOT REMOVED' if error else 'removed'} {one.kind} {one.name}"
+            )
+    if not print_value(arguments.output, plain) and not leftovers:
+        print("nothing to remove")
+    if failures:
+        raise PlatformError("could not remove " + "; ".join(failures), hint="Run `netpolctl cleanup` again.")
+    return 0
+
+
+def _abandoned_engines(parent: Path) -> list[Any]:
+    """Pins of `netpolctl test` processes that were killed."""
+    from netpol_ebpf.apply.kernel_engine import abandoned
+    from netpol_loader.removal import find_leftovers
+
+    return [leftover for root in abandoned(parent) for leftover in find_leftovers(root)]
+
+
+def _state(state_dir: Path) -> Iterator[Path]:
+    """What the agent keeps there, the directory last if nothing of others is in it."""
+    ours = [state_dir / name for name in (SOCKET_NAME, LEDGER_NAME, f"{LEDGER_NAME}.draft", COPIES_NAME, LOCK_NAME)]
+    present = [path for path in ours if path.exists() or path.is_socket()]
+    yield from present
+    if state_dir.is_dir() and set(state_dir.iterdir()) <= set(present):
+        yield state_dir
+
+
+def _delete(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink()

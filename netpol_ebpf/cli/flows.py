@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`netpolctl flows`: the flows the agent saw denied (or logged, or would see denied by staged policy), each with its rule.
+
+Exit codes: 0, 4 no agent answers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from typing import Any
+
+from netpol_ebpf.cli.agent_access import add_state_dir_option, ask_agent
+from netpol_ebpf.policy.types import ICMP, ICMPV6, SCTP, TCP, UDP
+
+PROTOCOLS = {ICMP: "ICMP", TCP: "TCP", UDP: "UDP", ICMPV6: "ICMPv6", SCTP: "SCTP"}
+
+
+def register(subparsers: Any) -> None:
+    """Add the command to the parser of `netpolctl`."""
+    parser: argparse.ArgumentParser = subparsers.add_parser(
+        "flows",
+        help="show denied flows, each with the rule that denied it",
+        description="Show the flows that the agent of this node saw denied or logged lately, each with the rule that decided.",
+        epilog="exit codes: 0 done, 4 no agent answers",
+    )
+    parser.add_argument("-f", "--follow", action="store_true", help="go on with new ones as they come")
+    parser.add_argument("-o", "--output", choices=("text", "json"), default="text", help="json: one object a line")
+    add_state_dir_option(parser)
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the command; returns the exit code."""
+    for flow in ask_agent(arguments, "flows", wait=arguments.follow, follow=arguments.follow):
+        print(json.dumps(flow) if arguments.output == "json" else render_flow(flow))
+        sys.stdout.flush()
+    return 0
+
+
+def render_flow(flow: dict[str, Any]) -> str:
+    """One line."""
+    what = f"{flow['kind']:<5} {flow['direction']:<7} "
+    if "source" in flow:
+        protocol = PROTOCOLS.get(flow["protocol"], str(flow["protocol"]))
+        what += f"{protocol} {_end(flow, 'source')} -> {_end(flow, 'destination')}"
+        if "icmp_type" in flow:
+            what += f" type {flow['icmp_type']} code {flow['icmp_code']}"
+    else:
+        what += f"{flow['frame_bytes']} bytes at {flow['endpoint'] or flow['ifindex']}"
+    decided = flow["decided_by"]
+    if decided is None:
+        return f"{what}  {flow['reason']}"
+    place = f" ({decided['file']}:{decided['line']})" if decided["file"] else ""
+    return f"{what}  {decided['sentence']}{place}"
+
+
+def _end(flow: dict[str, Any], side: str) -> str:
+    name, address, port = flow.get(f"{side}_name"), flow[side], flow.get(f"{side}_port")
+    text = (
+        f"[{address}]:{port}"
+        if port is not None and ":" in address
+        else address + (f":{port}" if port is not None else "")
+    )
+    return text if name is None else f"{name.removeprefix('Pod/')} {text}"

@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`netpolctl get`: what the agent holds: endpoints, rules with their counters, identities, maps.
+
+Exit codes: 0, 4 no agent answers.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+from netpol_ebpf.cli.agent_access import add_state_dir_option, ask_agent
+from netpol_ebpf.cli.output import add_output_option, print_value, render_table
+
+MEMBERS_SHOWN = 4
+
+
+def register(subparsers: Any) -> None:
+    """Add the command to the parser of `netpolctl`."""
+    parser: argparse.ArgumentParser = subparsers.add_parser(
+        "get",
+        help="list what the agent of this node holds",
+        description="List what the agent of this node holds.",
+        epilog="exit codes: 0 done, 4 no agent answers",
+    )
+    parser.add_argument("what", choices=tuple(_LISTS), help="what to list")
+    add_state_dir_option(parser)
+    add_output_option(parser)
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the command; returns the exit code."""
+    operation, pick, header, cells = _LISTS[arguments.what]
+    (answer,) = ask_agent(arguments, operation)
+    found = pick(answer)
+    if not print_value(arguments.output, found):
+        print(render_table(header, [cells(one, arguments.output == "wide") for one in found]))
+    return 0
+
+
+def _members(identity: dict[str, Any], wide: bool) -> str:  # noqa: FBT001 - private
+    members = identity["members"]
+    shown = members if wide else members[:MEMBERS_SHOWN]
+    return " ".join(shown) + (f" and {len(members) - len(shown)} more" if len(shown) < len(members) else "")
+
+
+_Cells = Callable[[dict[str, Any], bool], tuple[object, ...]]
+_LISTS: dict[str, tuple[str, Callable[[Any], list[dict[str, Any]]], tuple[str, ...], _Cells]] = {
+    "endpoints": (
+        "status", lambda state: list(state["endpoints"]), ("number", "endpoint", "interface", "state", "addresses"),
+        lambda one, _: (one["number"], one["endpoint"], one["interface"] or "-", one["state"], " ".join(one["addresses"])),
+    ),
+    "rules": (
+        "rules", list, ("number", "packets", "bytes", "rule"),
+        lambda one, _: (one["number"], one["packets"], one["bytes"], one["rule"]),
+    ),
+    "identities": (
+        "identities", list, ("number", "members"), lambda one, wide: (one["number"], _members(one, wide)),
+    ),
+    "maps": (
+        "status", lambda state: [{"map": name, **sizes} for name, sizes in state["maps"].items()],
+        ("map", "entries", "size"), lambda one, _: (one["map"], one["entries"], one["size"]),
+    ),
+}  # fmt: skip

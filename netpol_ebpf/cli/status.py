@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`netpolctl status`: what the agent of this node enforces, where, and what is in its way.
+
+Exit codes: 0 all of the manifests is in force, 1 something is not, 4 no agent answers.
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from netpol_ebpf.cli.agent_access import add_state_dir_option, ask_agent
+from netpol_ebpf.cli.output import add_output_option, print_value, render_table
+
+EXIT_NOT_IN_FORCE = 1
+
+
+def register(subparsers: Any) -> None:
+    """Add the command to the parser of `netpolctl`."""
+    parser: argparse.ArgumentParser = subparsers.add_parser(
+        "status",
+        help="show what the agent of this node enforces",
+        description="Show what the agent of this node enforces, on which interfaces, and what is in its way.",
+        epilog="exit codes: 0 all of the manifests is in force, 1 something is not, 4 no agent answers",
+    )
+    add_state_dir_option(parser)
+    add_output_option(parser)
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the command; returns the exit code."""
+    (state,) = ask_agent(arguments, "status")
+    if not print_value(arguments.output, state):
+        _print_text(state, wide=arguments.output == "wide")
+    return 0 if state["in_force"] else EXIT_NOT_IN_FORCE
+
+
+def _print_text(state: dict[str, Any], *, wide: bool) -> None:
+    objects = state["objects"]
+    print(f"agent      {state['version']}, process {state['pid']}, node {state['node'] or '(any)'}")
+    print(f"manifests  {state['manifests']}: {objects['policies']} policies, {objects['endpoints']} endpoints")
+    print(f"pinned in  {state['pin_dir']}, generation {state['generation']}")
+    print(f"in force   {'yes' if state['in_force'] else 'NO, see the problems below'}")
+    print(f"endpoints  {objects['enforced_endpoints']} enforced of {objects['local_endpoints']} local")
+    print()
+    rows = [
+        (one["interface"] or "-", one["endpoint"], one["state"], " ".join(one["addresses"]))
+        for one in state["endpoints"]
+    ]
+    rows += [
+        (one["interface"] or one["ifindex"], "-", "closed (no endpoint is known here)", "")
+        for one in state["interfaces"]
+        if one["endpoint"] is None
+    ]
+    print(render_table(("interface", "endpoint", "state", "addresses"), rows))
+    if wide:
+        print()
+        print(
+            render_table(
+                ("map", "entries", "size"), [(name, m["entries"], m["size"]) for name, m in state["maps"].items()]
+            )
+        )
+        print()
+        print(render_table(("reason", "packets"), sorted(state["packets"].items())))
+    if state["problems"]:
+        print()
+        for one in state["problems"]:
+            place = f"{one['file']}:{one['line']}: " if one["line"] else f"{one['file']}: " if one["file"] else ""
+            subject = "".join(f"{part}: " for part in (one["object"], one["path"]) if part)
+            print(f"{one['severity']}: {place}{subject}{one['message']}")

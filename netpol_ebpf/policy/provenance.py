@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A cause in the user's words: which rule of which policy, and where it is written.
+
+Invariant: only looks up what a `Cause` names; it never finds out anew why something was decided.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from netpol_ebpf.errors import Location
+from netpol_ebpf.policy.types import Action, Cause, CauseKind, Direction, World
+
+
+@dataclass(frozen=True, slots=True)
+class Provenance:
+    """What is known of a cause. ``location`` None: nothing was written for it, or it is no longer there."""
+
+    cause: Cause
+    sentence: str
+    location: Location | None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values; absent parts are None."""
+        cause, place = self.cause, self.location
+        return {
+            "kind": cause.kind.value,
+            "action": cause.action.value,
+            "direction": cause.direction.value,
+            "tier": cause.tier or None,
+            "policy": None if cause.policy is None else str(cause.policy),
+            "profile": cause.profile or None,
+            "rule": cause.index if cause.index >= 0 else None,
+            "file": None if place is None else place.file,
+            "line": None if place is None else place.line,
+            "sentence": self.sentence,
+        }
+
+    def __str__(self) -> str:
+        return self.sentence if self.location is None else f"{self.sentence} ({self.location})"
+
+
+def trace(world: World, cause: Cause) -> Provenance:
+    """Where a cause comes from. Cost: linear in the rules of one policy."""
+    return Provenance(cause, _sentence(cause), _location(world, cause))
+
+
+def _sentence(cause: Cause) -> str:
+    did = {Action.ALLOW: "allowed", Action.DENY: "denied", Action.LOG: "logged", Action.PASS: "passed on"}[cause.action]
+    if cause.kind is CauseKind.RULE:
+        return f"{did} by {cause.direction.value} rule {cause.index} of {cause.policy} in tier {cause.tier}"
+    if cause.kind is CauseKind.TIER_END:
+        return (
+            f"{did} at the end of tier {cause.tier}: {cause.policy} selects the endpoint for {cause.direction.value}, "
+            "and no rule matched"
+        )
+    if cause.kind is CauseKind.PROFILE:
+        if cause.index < 0:
+            return f"{did}: the profile {cause.profile} does not exist"
+        what = f"rule {cause.index} of profile {cause.profile}"
+        if cause.profile.startswith("kns."):
+            what += f", the default of namespace {cause.profile.removeprefix('kns.')} (no policy selects the endpoint)"
+        return f"{did} by {what}"
+    if cause.kind is CauseKind.FAILSAFE:
+        return f"{did}: a failsafe port ({'inbound' if cause.direction is Direction.INGRESS else 'outbound'})"
+    return f"{did}: nothing decided" if cause.action is not Action.PASS else "nothing decided: on to the next stage"
+
+
+def _location(world: World, cause: Cause) -> Location | None:
+    if cause.policy is None:
+        return None
+    policy = world.policies.get(cause.policy)
+    if policy is None:
+        return None
+    if cause.kind is CauseKind.RULE:
+        places = (rule.location for rule in policy.rules(cause.direction) if rule.index == cause.index)
+        return next((place for place in places if place is not None), policy.location)
+    return policy.location
