@@ -92,7 +92,7 @@ class Lab:
             [sys.executable, "-m", guard.__name__], stdin=subprocess.PIPE, text=True, start_new_session=True
         )
         self.record(namespaces=self.namespace_of.values(), directories=self.directories)
-        _run_ip(["-batch", "-"], "".join(f"netns add {name}\n" for name in self.namespace_of.values()))
+        _run_batch(["ip", "-batch", "-"], "".join(f"netns add {name}\n" for name in self.namespace_of.values()))
         self._prober = Prober(self.namespace_of)
         for host in self.plan.hosts.values():
             router = SETTINGS_ROUTER if self.plan.children(host.name) else ()
@@ -112,7 +112,7 @@ class Lab:
             runs[-1][1].append(text)
         for family, lines in runs:
             options = [family] if family else []
-            _run_ip(["-n", self.namespace_of[batch.host], *options, "-batch", "-"], "\n".join(lines) + "\n")
+            _run_batch(self.command(batch.host, ["ip", *options, "-batch", "-"]), "\n".join(lines) + "\n")
 
     def record(self, *, namespaces: Iterable[str] = (), directories: Iterable[Path] = ()) -> None:
         """Have the guard remove these as well, whatever happens. To be called before they are created."""
@@ -163,7 +163,8 @@ class Lab:
     def command(self, host: str, argv: Sequence[str]) -> list[str]:
         """``argv`` to be run inside a host's network namespace.
 
-        `nsenter`, because `ip netns exec` mounts a new /sys over the one that holds the BPF file system.
+        `nsenter`, because `ip netns exec` (and `ip -n`) change mounts as well: a new /sys over the one that holds the
+        BPF file system, which besides fails where / is no mount point.
         """
         return ["nsenter", f"--net={guard.NETNS_DIR / self.namespace_of[host]}", "--", *argv]
 
@@ -216,10 +217,10 @@ def _stop(process: subprocess.Popen[bytes]) -> int:
     return process.wait()
 
 
-def _run_ip(arguments: Sequence[str], text: str) -> None:
-    done = subprocess.run(["ip", *arguments], input=text, check=False, capture_output=True, text=True)
+def _run_batch(command: Sequence[str], text: str) -> None:
+    done = subprocess.run(command, input=text, check=False, capture_output=True, text=True)
     if done.returncode != 0:
         raise PlatformError(
-            f"`ip {' '.join(arguments)}` failed: {done.stderr.strip()}",
+            f"`{' '.join(command)}` failed: {done.stderr.strip()}",
             hint="The laboratory needs network namespaces and veth interfaces; is this a container without them?",
         )
