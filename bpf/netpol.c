@@ -4,17 +4,19 @@
 //
 //     np_tc         the packet's facts -> np_frame -> np_conclude
 //     np_frame      frame -> ARP | IPv4 | IPv6 | the rest
-//     np_ip         parse -> neighbour discovery -> whose -> fragment -> open connection of this generation: done
-//     np_ip_slow    anti-spoofing -> connection -> policy -> record
+//     np_ip         parse -> the short way -> neighbour discovery -> whose -> fragment -> open connection: done
+//     np_ip_slow    anti-spoofing -> connection -> policy -> np_ip_known | np_ip_new
 //     np_conclude   count, tell, pass or drop
 //
 // Each step returns why the packet passes or is dropped (enum np_reason), or NP_REASON_NONE: the next step decides.
 //
 // Invariants.  Whatever is not understood is dropped, and counted under a reason.  A verdict carries the rule of the
-// table entry that decided.  A packet of an open connection costs one hash look-up after parsing, and no time call.
+// table entry that decided.  A packet of an open connection costs at most one hash look-up after parsing, and no time
+// call.
 //
 // Files, in the order of use: np_lang (words), np_abi (what is shared), np_maps (tables), np_parse, np_flow (what the
-// steps tell each other), np_count, np_event, np_endpoint (whose), np_classify (policy), np_conn, np_fragment.
+// steps tell each other), np_count, np_event, np_endpoint (whose), np_classify (policy), np_conn, np_fragment,
+// np_recent (the short way).
 
 #include "np_lang.h"
 #include "np_abi.h"
@@ -111,14 +113,16 @@ NP_INLINE int np_ip_known(struct np_flow *flow, union np_conn_key *key, const st
 {
     struct np_conn *conn = found->conn;
     struct np_decision *decision = &flow->decision;
-    if (conn->generation != flow->config->generation && !(conn->flags & NP_CONN_EXEMPT)) {
-        if (decision->action == NP_ACTION_ALLOW) {
-            conn->rule = decision->rule;
-            conn->generation = flow->config->generation;
-        } else if (!(flow->config->flags & NP_CONFIG_KEEP_REVOKED)) {
+    if (conn->generation != flow->config->generation) {
+        int exempt = conn->flags & NP_CONN_EXEMPT;
+        int allowed = exempt || decision->action == NP_ACTION_ALLOW;
+        if (!allowed && !(flow->config->flags & NP_CONFIG_KEEP_REVOKED)) {
             np_conn_remove(key, found, version);
             return decision->reason == NP_REASON_POLICY_DENY ? NP_REASON_REVOKED : decision->reason;
         }
+        if (allowed && !exempt)
+            conn->rule = decision->rule;
+        conn->generation = flow->config->generation;
         decision->log_list = 0; // Log rules speak of new flows
     }
     decision->rule = conn->rule;

@@ -1,25 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""rtnetlink: interfaces, addresses, routes, clsact filters, the other ends of veth pairs, news about interfaces.
+"""rtnetlink: interfaces, addresses, routes, clsact filters, news about interfaces.
 
-The one module that imports pyroute2.  Invariant: everything is about the network namespace the caller is in, except
-`find_workload_interfaces`, which looks into all of them from threads of its own.  Must not know of programs' contents
-or of policy.
+The one module that imports pyroute2.  Invariant: everything is about the network namespace the calling thread is in (for
+the other ends of veth pairs there is `netpol_loader.peers`).  Must not know of programs' contents or of policy.
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
 import os
 import select
 import socket
 import struct
-import threading
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address, ip_address
-from pathlib import Path
 from typing import Any, Union
 
 from netpol_ebpf.errors import PlatformError
@@ -41,7 +37,6 @@ GROUPS = 0x1 | 0x10 | 0x40 | 0x100 | 0x400
 IFLA_IFNAME = 3
 NETLINK_HEADER = struct.Struct("=IHHII")
 LINK_HEADER = struct.Struct("=BBHiII")
-CLONE_NEWNET = 0x4000_0000
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,98 +164,6 @@ def node_interfaces() -> set[int]:
                     hops = message.get_attr("RTA_MULTIPATH") or ()
                     found |= {message.get_attr("RTA_OIF"), *(hop["oif"] for hop in hops)} - {None}
     return found
-
-
-def find_workload_interfaces(wanted: Collection[IPAddress]) -> dict[IPAddress, int]:
-    """The host-side interface of each address that is on a veth whose other end is in this namespace.
-
-    Looks into every network namespace that a process is in or that /run/netns names: costs a few ms each. Needs root.
-    """
-    ours = Path("/proc/thread-self/ns/net").stat().st_ino
-    own_links = {one.ifindex: one for one in links()}
-    found: dict[IPAddress, int] = {}
-    missing = set(wanted)
-    own_fd = os.open("/proc/thread-self/ns/net", os.O_RDONLY)
-    try:
-        for path in _namespaces(ours):
-            if not missing:
-                break
-            for address, peer in _peers_in(path, own_fd, missing).items():
-                if peer in own_links and own_links[peer].kind == "veth":
-                    found[address] = peer
-                    missing.discard(address)
-    finally:
-        os.close(own_fd)
-    return found
-
-
-def _namespaces(ours: int) -> list[Path]:
-    """One path for each network namespace but this one; named ones first."""
-    seen = {ours}
-    paths = []
-    for folder, pattern in ((Path("/run/netns"), "*"), (Path("/proc"), "[0-9]*/ns/net")):
-        for path in sorted(folder.glob(pattern)):
-            with contextlib.suppress(OSError):  # a process that ended meanwhile
-                inode = path.stat().st_ino
-                if inode not in seen:
-                    seen.add(inode)
-                    paths.append(path)
-    return paths
-
-
-def _peers_in(path: Path, own_fd: int, wanted: set[IPAddress]) -> dict[IPAddress, int]:
-    """Of the wanted addresses those on veths in another namespace, with the peer's number in the namespace ``own_fd``."""
-    result: dict[IPAddress, int] = {}
-    failures: list[BaseException] = []
-
-    def look() -> None:
-        try:
-            with _route() as route:
-                present = {address: index for address, index in _addresses(route) if address in wanted}
-                if not present:
-                    return
-                nsid = _nsid(route, own_fd)
-                peers = {one.ifindex: one for one in map(_link, route.get_links()) if one.peer_nsid == nsid}
-            result.update({a: peers[i].peer_ifindex for a, i in present.items() if i in peers})
-        except BaseException as error:  # noqa: BLE001  # raised again in the caller's thread
-            failures.append(error)
-
-    try:
-        fd = os.open(path, os.O_RDONLY)
-    except OSError:
-        return {}  # it ended since we listed it
-    try:
-        run_in_namespace(fd, look)
-    finally:
-        os.close(fd)
-    if failures:
-        raise failures[0]
-    return result
-
-
-def _nsid(route: Any, namespace_fd: int) -> int | None:
-    """The number that the socket's namespace has given another one; None: none, or the kernel's "not assigned"."""
-    answer = route.get_netnsid(fd=namespace_fd)
-    number = answer.get("nsid") if isinstance(answer, dict) else None
-    return number if isinstance(number, int) and number not in {-1, 0xFFFF_FFFF} else None
-
-
-def run_in_namespace(namespace_fd: int, work: Any) -> None:
-    """Call ``work()`` in a thread of its own that has entered a network namespace; the caller's thread stays."""
-    failures: list[OSError] = []
-
-    def body() -> None:
-        libc = ctypes.CDLL(None, use_errno=True)
-        if libc.setns(namespace_fd, CLONE_NEWNET) != 0:
-            failures.append(OSError(ctypes.get_errno(), "setns"))
-            return
-        work()
-
-    thread = threading.Thread(target=body, name="netns")
-    thread.start()
-    thread.join()
-    if failures:
-        raise PlatformError(f"cannot enter a network namespace: {os.strerror(failures[0].errno or 0)}")
 
 
 # --- clsact ---------------------------------------------------------------------------------------------------------

@@ -205,9 +205,21 @@ def test_revoked_connections_may_be_kept(rig: Rig) -> None:
     rig.out(p.frame(POD4, PEER4, p.UDP, p.udp(1000, 80)))
     rig.flags(abi.NP_CONFIG_KEEP_REVOKED)
     rig.pod(everything(INGRESS, DENY, 13), everything(EGRESS, DENY, 14))
-    rig.dataplane.bump_generation()
+    generation = rig.dataplane.bump_generation()
     assert rig.into(p.frame(PEER4, POD4, p.UDP, p.udp(80, 1000))).rules == {12: 1}
+    assert only_entry(rig, "np_conn4").generation == generation, "judged once, not for each packet"
     assert rig.out(p.frame(POD4, PEER4, p.UDP, p.udp(1001, 80))).reason == "policy-deny"
+
+
+def test_exempt_connections_follow_the_generation(rig: Rig) -> None:
+    """A connection of the node's own goes the short way again after a new generation, still without a rule."""
+    rig.pod(everything(INGRESS, DENY, 11), everything(EGRESS, DENY, 12))
+    rig.into(p.frame(PEER4, POD4, p.UDP, p.udp(1, 2)), ingress=0)
+    rig.out(p.frame(POD4, PEER4, p.UDP, p.udp(2, 1)))
+    generation = rig.dataplane.bump_generation()
+    assert rig.out(p.frame(POD4, PEER4, p.UDP, p.udp(2, 1))).rules == {0: 1}
+    entry = only_entry(rig, "np_conn4")
+    assert (entry.generation, entry.flags) == (generation, abi.NP_CONN_EXEMPT)
 
 
 def test_host_packets_do_not_revive_a_revoked_tcp_connection(rig: Rig) -> None:
