@@ -139,6 +139,11 @@ def canonical(tables: Tables) -> dict[str, Hashable]:
         "cidrs": frozenset((network, reader.name(identity)) for network, identity in tables.cidrs.items()),
         "identities": frozenset(digest for _, digest in tables.identities.items()),
         "rules": frozenset(cause for _, cause in tables.rules.items()),
-        "sets": len({row.number for entry in tables.endpoints.items() for row in entry[1].sets.values()}),
-        "numbers": len({number for number, _ in tables.peer_classes}),
+        "rows of no set": len({number for number, _ in tables.peer_classes} - _numbers_in_use(tables)),
     }
+
+
+def _numbers_in_use(tables: Tables) -> set[int]:
+    """Numbers of policy sets that an endpoint has, on either side."""
+    rows = [set_row for _, row in tables.endpoints.items() for set_row in row.sets.values()]
+    return {row.number for row in rows} | {row.own_set for row in rows}

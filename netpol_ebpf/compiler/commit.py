@@ -30,7 +30,7 @@ from netpol_ebpf.compiler.l4 import ANY_L4, ANY_SOURCE, SOURCE_BLOCK, AtomSpace
 from netpol_ebpf.compiler.limits import Limits, exceeded
 from netpol_ebpf.compiler.numbers import Numbers, Ranges
 from netpol_ebpf.compiler.owners import OwnerIndex, OwnerKind
-from netpol_ebpf.compiler.programs import Part, Program, Template, is_of_stage, order_tiers, stages_of
+from netpol_ebpf.compiler.programs import Part, Program, Template, cut, is_of_stage, order_tiers, stages_of
 from netpol_ebpf.compiler.registers import RowRegister
 from netpol_ebpf.compiler.sets import Fold, LiveSet, Stores
 from netpol_ebpf.compiler.setstore import SetStore
@@ -113,9 +113,9 @@ class State:
         self.endpoint_owners: dict[EndpointKey, int] = {}
         self.set_owners: dict[str, int] = {}
         self.node_owners: dict[str, int] = {}
-        self.by_tier: dict[str, frozenset[PolicyKey]] = {}
+        self.by_tier: dict[str, set[PolicyKey]] = {}
         self.replaced: dict[PolicyKey, int] = {}  # key -> how many staged policies stand for it
-        self.with_profile: dict[str, frozenset[EndpointKey]] = {}  # local endpoints
+        self.with_profile: dict[str, set[EndpointKey]] = {}  # local endpoints
 
     def release_kept(self) -> None:
         """Numbers of an earlier run that nothing asked for are numbers like all others from now on."""
@@ -123,6 +123,11 @@ class State:
         self.stores.causes.release_kept(journal)
         for key in list(self.kept_numbers):
             self.numbers.give_back(journal.pop(self.kept_numbers, key), journal)
+
+    def begin(self, journal: Journal) -> None:
+        """A commit starts."""
+        self.stores.verdicts.begin(journal)
+        self.stores.columns.begin(journal)
 
     def settle(self) -> None:
         """A commit is over, one way or the other: forget what was noted for it."""
@@ -267,13 +272,8 @@ class Commit:
         self._touch((key,))
 
     def _index_profile(self, profile: str, key: EndpointKey, *, add: bool) -> None:
-        index = self._state.with_profile
-        known = index.get(profile, frozenset())
-        left = known | {key} if add else known - {key}
-        if left:
-            self._journal.put(index, profile, left)
-        elif known:
-            self._journal.pop(index, profile)
+        change = self._journal.add_to if add else self._journal.discard_from
+        change(self._state.with_profile, profile, key)
 
     def _drop_local(self, known: LocalEndpoint) -> None:
         state, journal = self._state, self._journal
@@ -310,13 +310,9 @@ class Commit:
         self._touch(state.subjects.endpoints_of(key))
         self._stale.update(dict.fromkeys((key, direction) for direction in Direction))
         if old is not None and (new is None or new.tier != old.tier):
-            left = state.by_tier[old.tier] - {key}
-            if left:
-                journal.put(state.by_tier, old.tier, left)
-            else:
-                journal.pop(state.by_tier, old.tier)
+            journal.discard_from(state.by_tier, old.tier, key)
         if new is not None and (old is None or new.tier != old.tier):
-            journal.put(state.by_tier, new.tier, state.by_tier.get(new.tier, frozenset()) | {key})
+            journal.add_to(state.by_tier, new.tier, key)
         before = None if old is None or old.staged is Staged.NO else old.replaces
         after = None if new is None or new.staged is Staged.NO else new.replaces
         if before != after:
@@ -353,7 +349,7 @@ class Commit:
         state, journal = self._state, self._journal
         endpoint = local.endpoint
         world = state.world
-        policies = [world.policies[key] for key in state.subjects.policies_of[endpoint.key]]
+        policies = [world.policies[key] for key in state.subjects.policies_of(endpoint.key)]
         programs: dict[Slot, Program] = {}
         for stage in stages_of(endpoint):
             for direction in Direction:
@@ -363,13 +359,11 @@ class Commit:
                     for policy in applying
                     if policy.staged is not Staged.DELETE
                 }
-                program = Program(
-                    direction,
-                    stage,
-                    self._failsafes(endpoint, direction, stage),
+                tiers, profiles = cut(
                     order_tiers(applying, world.tiers, state.replaced, stage, templates),
                     self._profiles(endpoint, direction, stage),
                 )
+                program = Program(direction, stage, self._failsafes(endpoint, direction, stage), tiers, profiles)
                 if not program.is_idle:
                     programs[(direction, stage)] = program
         if programs == local.programs:

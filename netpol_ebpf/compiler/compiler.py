@@ -10,13 +10,15 @@ numbers of what stays do not change; the order of arrival means nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping
+import gc
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Union
 
 from netpol_ebpf.compiler.canonical import canonical
 from netpol_ebpf.compiler.commit import Commit, KnownNumbers, State
 from netpol_ebpf.compiler.draft import Draft
-from netpol_ebpf.compiler.journal import Journal
+from netpol_ebpf.compiler.journal import Journal, Unjournaled
 from netpol_ebpf.compiler.limits import Limits
 from netpol_ebpf.compiler.tables import Change, Tables
 from netpol_ebpf.policy.types import (
@@ -62,7 +64,10 @@ class Compiler:
         known: KnownNumbers | None = None,
     ) -> None:
         self._local = local
-        self._state = State(limits or Limits(), known or KnownNumbers())
+        self._limits = limits or Limits()
+        self._known = known or KnownNumbers()
+        self._state = State(self._limits, self._known)
+        self._is_new = True
         self._staged: dict[tuple[type, Any], PolicyObject | None] = {}
         self.tables = Tables()
 
@@ -115,16 +120,41 @@ class Compiler:
         what was handed over is dropped.
         """
         staged, self._staged = self._staged, {}
-        draft, journal = Draft(), Journal()
-        self._state.stores.verdicts.begin(journal)
-        self._state.stores.columns.begin(journal)
-        try:
-            work = Commit(self._state, staged, self._local, draft, journal)
-            work.run()
-            work.check_sizes(self.tables)
-        except BaseException:
-            journal.rollback()
-            raise
-        finally:
-            self._state.settle()
-        return draft.publish(self.tables)
+        draft = Draft()
+        journal = Unjournaled() if self._is_new else Journal()
+        with _collector_paused(len(staged)):
+            self._state.begin(journal)
+            try:
+                work = Commit(self._state, staged, self._local, draft, journal)
+                work.run()
+                work.check_sizes(self.tables)
+            except BaseException:
+                if self._is_new:
+                    self._state = State(self._limits, self._known)
+                else:
+                    journal.rollback()
+                raise
+            finally:
+                self._state.settle()
+            self._is_new = False
+            return draft.publish(self.tables)
+
+
+_MANY = 1000
+"""Objects in one commit from which on the collector is paused; arbitrary."""
+
+
+@contextmanager
+def _collector_paused(objects: int) -> Iterator[None]:
+    """No garbage collection during a large commit, which makes no cyclic garbage but a million objects that stay.
+
+    The collector would go through all of them again and again: more than half of the time of a cold start.
+    """
+    if objects < _MANY or not gc.isenabled():
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()

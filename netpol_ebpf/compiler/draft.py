@@ -60,11 +60,7 @@ class Draft:
         for phase, writes in self._writes.items():
             for name, rows in writes.items():
                 table = getattr(tables, name)
-                for key, row in rows.items():
-                    if row is DELETED:
-                        table.delete(key)
-                    else:
-                        table.set(key, row)
+                table.write(rows)
                 delta = table.take()
                 if delta:
                     getattr(change, phase.value)[name] = delta

@@ -233,7 +233,7 @@ class IdentityIndex:
             journal.assign(self, "_next_match", self._next_match + 1)
             journal.put(self._matches, match, record)
             for index, term in self._places(record):
-                self._file(index, term, record, journal)
+                journal.add_to(index, term, record)
         journal.assign(record, "references", record.references + 1)
         return record
 
@@ -245,9 +245,7 @@ class IdentityIndex:
         journal.pop(self._matches, record.match)
         self._found.pop(record.number, None)
         for index, term in self._places(record):
-            journal.discard(index[term], record)
-            if not index[term]:
-                journal.pop(index, term)
+            journal.discard_from(index, term, record)
         for term in (*record.positive, *record.negative):
             if term > 0:
                 self._owners.release(term, journal)
@@ -295,14 +293,6 @@ class IdentityIndex:
         if record.positive:
             return [(self._by_positive, min(record.positive))]
         return [(self._by_negative, term) for term in record.negative]
-
-    @staticmethod
-    def _file(index: dict[int, set[MatchRecord]], term: int, record: MatchRecord, journal: Journal) -> None:
-        known = index.get(term)
-        if known is None:
-            known = set()
-            journal.put(index, term, known)
-        journal.add(known, record)
 
     def _acquire_term(self, term: Term, journal: Journal) -> int:
         if isinstance(term, (NetsTerm, ServiceTerm)):

@@ -48,6 +48,21 @@ class Journal:
             self._entries.append((_DISCARDED, members, member, None))
             members.remove(member)
 
+    def add_to(self, index: dict[K, set[V]], key: K, member: V) -> None:
+        """``index.setdefault(key, set()).add(member)``."""
+        members = index.get(key)
+        if members is None:
+            members = set()
+            self.put(index, key, members)
+        self.add(members, member)
+
+    def discard_from(self, index: dict[K, set[V]], key: K, member: V) -> None:
+        """``index[key].discard(member)``; a set that is empty then goes. KeyError when there is none."""
+        members = index[key]
+        self.discard(members, member)
+        if not members:
+            self.pop(index, key)
+
     def assign(self, thing: object, name: str, value: object) -> None:
         """``setattr(thing, name, value)``."""
         self._entries.append((_ATTRIBUTE, thing, name, getattr(thing, name)))
@@ -74,3 +89,36 @@ class Journal:
                 setattr(thing, key, value)
             else:
                 thing()
+
+
+class Unjournaled(Journal):
+    """Makes the same changes and notes nothing: for the first commit, which is taken back by starting afresh."""
+
+    __slots__ = ()
+
+    def put(self, mapping: MutableMapping[K, V], key: K, value: V) -> None:
+        """As in the base."""
+        mapping[key] = value
+
+    def pop(self, mapping: MutableMapping[K, V], key: K) -> V:
+        """As in the base."""
+        return mapping.pop(key)
+
+    def add(self, members: set[K], member: K) -> None:
+        """As in the base."""
+        members.add(member)
+
+    def discard(self, members: set[K], member: K) -> None:
+        """As in the base."""
+        members.discard(member)
+
+    def assign(self, thing: object, name: str, value: object) -> None:
+        """As in the base."""
+        setattr(thing, name, value)
+
+    def on_rollback(self, undo: Callable[[], object]) -> None:
+        """Never called back."""
+
+    def rollback(self) -> None:
+        """Cannot be done."""
+        raise AssertionError("the first commit is not journaled")

@@ -148,9 +148,7 @@ class OwnerIndex:
             journal.discard(self.terms[term].owners, owner)
         for port in ports:
             if owner in self._declaring.get(port.name, ()):
-                journal.discard(self._declaring[port.name], owner)
-                if not self._declaring[port.name]:
-                    journal.pop(self._declaring, port.name)
+                journal.discard_from(self._declaring, port.name, owner)
         journal.pop(self._owner_ids, record.value)
         journal.pop(self.owners, owner)
 
@@ -163,11 +161,7 @@ class OwnerIndex:
         journal.put(self.owners, owner, record)
         terms = (self._nodes if kind is OwnerKind.NODE else self._labelled).add_owner(labels, owner, journal)
         for port in ports if kind is OwnerKind.ENDPOINT else ():
-            declaring = self._declaring.get(port.name)
-            if declaring is None:
-                declaring = set()
-                journal.put(self._declaring, port.name, declaring)
-            journal.add(declaring, owner)
+            journal.add_to(self._declaring, port.name, owner)
             for term in self._named_terms.get(port.name, ()):
                 named = self.terms[term].term
                 if isinstance(named, NamedPortTerm) and self._declares(named, value):
@@ -216,9 +210,7 @@ class OwnerIndex:
             journal.discard(self.owners[owner].terms, term_id)
         term = record.term
         if isinstance(term, NamedPortTerm):
-            journal.discard(self._named_terms[term.name], term_id)
-            if not self._named_terms[term.name]:
-                journal.pop(self._named_terms, term.name)
+            journal.discard_from(self._named_terms, term.name, term_id)
         else:
             labels = self._nodes if isinstance(term, NodeTerm) else self._labelled
             labels.remove_selector(term_id, term.selector, journal)
@@ -230,11 +222,7 @@ class OwnerIndex:
             return self._labelled.add_selector(term_id, term.selector, journal)
         if isinstance(term, NodeTerm):
             return self._nodes.add_selector(term_id, term.selector, journal)
-        terms = self._named_terms.get(term.name)
-        if terms is None:
-            terms = set()
-            journal.put(self._named_terms, term.name, terms)
-        journal.add(terms, term_id)
+        journal.add_to(self._named_terms, term.name, term_id)
         declaring = self._declaring.get(term.name, ())
         return {owner for owner in declaring if self._declares(term, self.owners[owner].value)}
 
@@ -261,11 +249,7 @@ class OwnerIndex:
                         pair = (port.protocol, port.port)
                         pairs[pair] = pairs.get(pair, 0) + 1
         journal.put(self._names, key, (term, pairs))
-        keys = self._names_by_name.get(name)
-        if keys is None:
-            keys = set()
-            journal.put(self._names_by_name, name, keys)
-        journal.add(keys, key)
+        journal.add_to(self._names_by_name, name, key)
 
     def release_name(self, key: NameKey, journal: Journal) -> None:
         """Count one use less."""
@@ -277,10 +261,7 @@ class OwnerIndex:
         term, _ = journal.pop(self._names, key)
         if term is not None:
             self.release(term, journal)
-        keys = self._names_by_name[key[1]]
-        journal.discard(keys, key)
-        if not keys:
-            journal.pop(self._names_by_name, key[1])
+        journal.discard_from(self._names_by_name, key[1], key)
 
     def _count_ports(self, owner: int, step: int, journal: Journal) -> None:
         """An owner came or went: adjust what names stand for."""

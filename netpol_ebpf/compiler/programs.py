@@ -12,7 +12,7 @@ Invariant: equal programs are equal values, whatever order the policies came in 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from netpol_ebpf.compiler.entries import EFFECTS, Effect, Entry, Resolver, expand
 from netpol_ebpf.compiler.identities import MatchRecord
@@ -219,17 +219,25 @@ def order_tiers(
                 ends[True] = policy.key
             if pending:
                 ends[False] = policy.key
-        if denies:
+        if not denies:
+            ends = {True: None, False: None}
+        if parts or ends[True] or ends[False]:
             found.append(TierPart(tier.name, tuple(parts), ends[True], ends[False]))
-        elif parts:
-            found.append(TierPart(tier.name, tuple(parts), None, None))
-    return tuple(tier for tier in found if tier.parts or tier.end_enforced or tier.end_pending)
+    return tuple(found)
 
 
-@dataclass(slots=True)
-class EndpointPrograms:
-    """What applies to one local endpoint now."""
+def is_closed(tier: TierPart) -> bool:
+    """Nothing after this tier is ever reached: it ends in deny in both evaluations, and no rule leaves it."""
+    return (
+        tier.end_enforced is not None
+        and tier.end_pending is not None
+        and not any(entry.effect is Effect.PASS for part in tier.parts for entry in part.template.entries)
+    )
 
-    endpoint: Endpoint
-    number: int
-    programs: dict[tuple[Direction, Stage], Program] = field(default_factory=dict)
+
+def cut(tiers: tuple[TierPart, ...], profiles: tuple[Part, ...]) -> tuple[tuple[TierPart, ...], tuple[Part, ...]]:
+    """Leave out what is never reached, so that endpoints which differ in that alone share their policy sets."""
+    for index, tier in enumerate(tiers):
+        if is_closed(tier):
+            return tiers[: index + 1], ()
+    return tiers, profiles

@@ -8,6 +8,7 @@ endpoints are not held here at all.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from collections.abc import Set as AbstractSet
 
 from netpol_ebpf.compiler.journal import Journal
 from netpol_ebpf.policy.types import EndpointKey, PolicyKey
@@ -21,12 +22,16 @@ class Subjects:
         self._index: SelectorIndex[PolicyKey, EndpointKey] = SelectorIndex()
         self._selectors: dict[PolicyKey, Selector] = {}
         self._labels: dict[EndpointKey, dict[str, str]] = {}
-        self.policies_of: dict[EndpointKey, frozenset[PolicyKey]] = {}
-        self._endpoints_of: dict[PolicyKey, frozenset[EndpointKey]] = {}
+        self._policies_of: dict[EndpointKey, set[PolicyKey]] = {}
+        self._endpoints_of: dict[PolicyKey, set[EndpointKey]] = {}
 
-    def endpoints_of(self, policy: PolicyKey) -> frozenset[EndpointKey]:
-        """Local endpoints that a policy selects."""
-        return self._endpoints_of.get(policy, frozenset())
+    def endpoints_of(self, policy: PolicyKey) -> AbstractSet[EndpointKey]:
+        """Local endpoints that a policy selects, not to be kept."""
+        return self._endpoints_of.get(policy, set())
+
+    def policies_of(self, endpoint: EndpointKey) -> AbstractSet[PolicyKey]:
+        """Policies that select a local endpoint, not to be kept."""
+        return self._policies_of.get(endpoint, set())
 
     def set_policy(self, policy: PolicyKey, subject: Selector | None, journal: Journal) -> None:
         """Add or change a policy's subject; None removes it."""
@@ -37,19 +42,15 @@ class Subjects:
         if subject is None:
             self._index.remove_selector(policy)
             journal.pop(self._selectors, policy)
-            selected: frozenset[EndpointKey] = frozenset()
+            selected: set[EndpointKey] = set()
         else:
-            selected = frozenset(self._index.add_selector(policy, subject))
+            selected = self._index.add_selector(policy, subject)
             journal.put(self._selectors, policy, subject)
-        known = self.endpoints_of(policy)
+        known = set(self.endpoints_of(policy))
         for endpoint in known - selected:
-            journal.put(self.policies_of, endpoint, self.policies_of[endpoint] - {policy})
+            self._unlink(policy, endpoint, journal)
         for endpoint in selected - known:
-            journal.put(self.policies_of, endpoint, self.policies_of[endpoint] | {policy})
-        if selected:
-            journal.put(self._endpoints_of, policy, selected)
-        elif known:
-            journal.pop(self._endpoints_of, policy)
+            self._link(policy, endpoint, journal)
 
     def set_endpoint(self, endpoint: EndpointKey, labels: Mapping[str, str] | None, journal: Journal) -> None:
         """Add or change a local endpoint's labels; None removes it."""
@@ -58,24 +59,26 @@ class Subjects:
         if before == wanted:
             return
         journal.on_rollback(lambda: self._restore_labels(endpoint, before))
-        known = self.policies_of.get(endpoint, frozenset())
+        known = set(self.policies_of(endpoint))
         if wanted is None:
             self._index.remove_labels(endpoint)
             journal.pop(self._labels, endpoint)
-            journal.pop(self.policies_of, endpoint)
-            selecting: frozenset[PolicyKey] = frozenset()
+            selecting: set[PolicyKey] = set()
         else:
-            selecting = frozenset(self._index.add_labels(endpoint, wanted))
+            selecting = self._index.add_labels(endpoint, wanted)
             journal.put(self._labels, endpoint, wanted)
-            journal.put(self.policies_of, endpoint, selecting)
         for policy in known - selecting:
-            left = self._endpoints_of[policy] - {endpoint}
-            if left:
-                journal.put(self._endpoints_of, policy, left)
-            else:
-                journal.pop(self._endpoints_of, policy)
+            self._unlink(policy, endpoint, journal)
         for policy in selecting - known:
-            journal.put(self._endpoints_of, policy, self.endpoints_of(policy) | {endpoint})
+            self._link(policy, endpoint, journal)
+
+    def _link(self, policy: PolicyKey, endpoint: EndpointKey, journal: Journal) -> None:
+        journal.add_to(self._policies_of, endpoint, policy)
+        journal.add_to(self._endpoints_of, policy, endpoint)
+
+    def _unlink(self, policy: PolicyKey, endpoint: EndpointKey, journal: Journal) -> None:
+        journal.discard_from(self._policies_of, endpoint, policy)
+        journal.discard_from(self._endpoints_of, policy, endpoint)
 
     def _restore_selector(self, policy: PolicyKey, selector: Selector | None) -> None:
         if selector is None:

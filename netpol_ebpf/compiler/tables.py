@@ -176,6 +176,20 @@ class Table(Generic[K, V]):
             self._pending.upserts.pop(key, None)
             self._pending.deletes.add(key)
 
+    def write(self, rows: Mapping[K, V | None]) -> None:
+        """`set` for each row, `delete` where it is None; as fast as it can be for many."""
+        have, upserts, deletes = self._rows, self._pending.upserts, self._pending.deletes
+        for key, row in rows.items():
+            if row is None:
+                if have.pop(key, None) is not None:
+                    upserts.pop(key, None)
+                    deletes.add(key)
+            elif have.get(key) != row:
+                have[key] = row
+                upserts[key] = row
+                deletes.discard(key)
+        self.version += 1
+
     def take(self) -> Delta[K, V]:
         """The pending writes; they are then no longer pending."""
         pending, self._pending = self._pending, Delta()

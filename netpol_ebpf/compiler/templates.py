@@ -9,7 +9,7 @@ when it was built are watched while it is the current one of its key.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from typing import TypeVar, Union
+from typing import Union
 
 from netpol_ebpf.compiler.entries import Entry, PortPair
 from netpol_ebpf.compiler.identities import IdentityIndex
@@ -28,7 +28,6 @@ from netpol_ebpf.compiler.programs import (
 from netpol_ebpf.policy.types import Direction, PolicyKey, Service, Stage, World
 from netpol_ebpf.selector import Selector
 
-K = TypeVar("K")
 ServiceKey = tuple[str, str]
 TemplateKey = tuple[Union[PolicyKey, str, Stage], Direction]
 """A policy, a profile's name, or the failsafes of a stage; and the direction."""
@@ -73,8 +72,8 @@ class Templates:
         self._limits = limits
         self._current: dict[TemplateKey, Template] = {}
         self._watched: dict[TemplateKey, _Watched] = {}
-        self._by_name: dict[NameKey, frozenset[TemplateKey]] = {}
-        self._by_service: dict[ServiceKey, frozenset[TemplateKey]] = {}
+        self._by_name: dict[NameKey, set[TemplateKey]] = {}
+        self._by_service: dict[ServiceKey, set[TemplateKey]] = {}
         self._programs: dict[Program, int] = {}
         self._idle: set[TemplateKey] = set()
         self._keys: dict[Template, TemplateKey] = {}
@@ -185,24 +184,16 @@ class Templates:
         journal.put(self._keys, template, key)
         journal.put(self._watched, key, watched)
         for name in watched[0]:
-            journal.put(self._by_name, name, self._by_name.get(name, frozenset()) | {key})
+            journal.add_to(self._by_name, name, key)
         for service in watched[1]:
-            journal.put(self._by_service, service, self._by_service.get(service, frozenset()) | {key})
+            journal.add_to(self._by_service, service, key)
 
     def _forget(self, key: TemplateKey, journal: Journal) -> None:
         template = journal.pop(self._current, key)
         journal.pop(self._keys, template)
         names, services = journal.pop(self._watched, key)
         for name in names:
-            self._unwatch(self._by_name, name, key, journal)
+            journal.discard_from(self._by_name, name, key)
             self._owners.release_name(name, journal)
         for service in services:
-            self._unwatch(self._by_service, service, key, journal)
-
-    @staticmethod
-    def _unwatch(index: dict[K, frozenset[TemplateKey]], asked: K, key: TemplateKey, journal: Journal) -> None:
-        left = index[asked] - {key}
-        if left:
-            journal.put(index, asked, left)
-        else:
-            journal.pop(index, asked)
+            journal.discard_from(self._by_service, service, key)
