@@ -177,6 +177,8 @@ class Demo:
         inside = f"nsenter --net=/run/netns/{self.lab.namespace_of['shop/debug']}"
         self.stage.say(f"manifests, to edit:  {self.manifests}")
         self.stage.say(f"the agent's log:     {self.log}")
+        self.stage.say(f"the agent's state:   netpolctl status --state-dir {self.state}")
+        self.stage.say(f"denied, as it comes: netpolctl flows --follow --state-dir {self.state}")
         self.stage.say(f"pinned maps:         {self.pins}")
         self.stage.say(f"inside a pod:        {inside} ping -c 1 10.244.1.53")
         with contextlib.suppress(KeyboardInterrupt):
@@ -256,6 +258,10 @@ class Demo:
                 self.stage.say(f"policy:  {name:<20} {place}")
         self.stage.verdict(
             f"rule in the kernel's table: {flow['rule']}" + ("" if agrees else f"; the model says {cause}"), good=agrees
+        )
+        ends = f"--from {attempt.source} --to shop/database --port {attempt.port}"
+        self.stage.detail(
+            f"from manifests alone, without a cluster: netpolctl explain --manifests examples/demo {ends}"
         )
         self.summary["explained"] = explained
         self.summary["ok"] = self.summary["ok"] and agrees
