@@ -351,7 +351,7 @@ class Demo:
         self.stage.say(f"with:     {result.with_bps / 1e9:6.2f} Gbit/s   back-end to database")
         self.stage.say(f"without:  {result.without_bps / 1e9:6.2f} Gbit/s   two pods of a node that has no agent")
         self.stage.say(f"ratio:    {result.ratio:6.2f}")
-        self.stage.detail("iperf3, TCP, medians of three, interleaved; for the cost of a packet see bench/")
+        self.stage.detail("iperf3, TCP, medians of five, interleaved; for the cost of a packet see bench/")
         return {"with_bps": result.with_bps, "without_bps": result.without_bps, "ratio": round(result.ratio, 3)}
 
     # --- the agent --------------------------------------------------------------------------------------------------

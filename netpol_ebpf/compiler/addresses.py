@@ -11,8 +11,8 @@ each has the identity of its content, and the rows that changed are in the draft
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 
 from netpol_ebpf.compiler.draft import DELETED, Draft, Phase
 from netpol_ebpf.compiler.identities import IdentityIndex
@@ -57,6 +57,14 @@ class AddressEntry:
     claims: tuple[Claim, ...] = ()
     identity: int = 0
     row: AddressRow | None = None
+
+
+@dataclass(slots=True)
+class Relabelled:
+    """Addresses with their old and new row, prefixes with their old and new identity (0: the prefix was not stored)."""
+
+    addresses: list[tuple[AddressEntry, AddressRow | None, AddressRow | None]] = field(default_factory=list)
+    prefixes: list[tuple[int, int]] = field(default_factory=list)
 
 
 class _SortedKeys:
@@ -199,10 +207,12 @@ class Addresses:
 
     def identity_of(self, address: IPAddress) -> int:
         """The identity of any address, known or not."""
+        entry = self._families[address.version].addresses.get(int(address))
+        return self.identity_around(address) if entry is None else entry.identity
+
+    def identity_around(self, address: IPAddress) -> int:
+        """The identity that an address has, or would have, without a row of its own."""
         family = self._families[address.version]
-        entry = family.addresses.get(int(address))
-        if entry is not None:
-            return entry.identity
         value = int(address)
         for length in family.ordered_lengths():
             prefix = family.lengths[length].get(value >> (family.bits - length))
@@ -212,17 +222,17 @@ class Addresses:
 
     # --- identities -------------------------------------------------------------------------------------------------
 
-    def settle(self, phase: Phase, draft: Draft, journal: Journal) -> list[tuple[AddressEntry, int]]:
-        """Give every touched prefix and address its identity. Returns addresses that changed, with the old identity.
+    def settle(self, phase: Phase, draft: Draft, journal: Journal) -> Relabelled:
+        """Give every touched prefix and address its identity. Returns what changed.
 
         Cost: linear in what was touched and in the addresses inside touched prefixes.
         """
-        changed: list[tuple[AddressEntry, int]] = []
+        changed = Relabelled()
         for family in self._families.values():
             if family.dirty_prefixes:
-                self._settle_prefixes(family, phase, draft, journal)
+                self._settle_prefixes(family, phase, draft, journal, changed)
             if family.dirty_addresses:
-                changed.extend(self._settle_addresses(family, phase, draft, journal))
+                self._settle_addresses(family, phase, draft, journal, changed)
         return changed
 
     def forget_dirt(self) -> None:
@@ -231,7 +241,9 @@ class Addresses:
             family.dirty_prefixes.clear()
             family.dirty_addresses.clear()
 
-    def _settle_prefixes(self, family: _Family, phase: Phase, draft: Draft, journal: Journal) -> None:
+    def _settle_prefixes(
+        self, family: _Family, phase: Phase, draft: Draft, journal: Journal, changed: Relabelled
+    ) -> None:
         rows = draft.rows(phase, "cidrs")
         for first, last in _ranges(family, family.dirty_prefixes):
             stack: list[tuple[int, _Context]] = []  # (last address, context) of the prefixes around the current one
@@ -245,6 +257,7 @@ class Addresses:
                 if not entry.owners and not entry.atoms:
                     self._drop_prefix(family, key, entry, journal)
                     rows[entry.network] = DELETED
+                    changed.prefixes.append((entry.identity, 0))
                     continue
                 around = stack[-1][1] if stack else family.context_at(start, length - 1)
                 context = family.context(around.owners.union(entry.owners), around.atoms.union(entry.atoms))
@@ -254,8 +267,10 @@ class Addresses:
                     identity = self._identities.acquire(family.version, context.owners, context.atoms, journal)
                     if entry.identity:
                         self._identities.release(entry.identity, journal)
-                    journal.assign(entry, "identity", identity)
-                    rows[entry.network] = identity
+                    if identity != entry.identity:
+                        changed.prefixes.append((entry.identity, identity))
+                        journal.assign(entry, "identity", identity)
+                        rows[entry.network] = identity
             family.dirty_addresses.update(family.address_keys.between(first, last))
         family.dirty_prefixes.clear()
         family.tidy()
@@ -274,8 +289,8 @@ class Addresses:
         journal.assign(self, "prefix_count", self.prefix_count - 1)
 
     def _settle_addresses(
-        self, family: _Family, phase: Phase, draft: Draft, journal: Journal
-    ) -> Iterator[tuple[AddressEntry, int]]:
+        self, family: _Family, phase: Phase, draft: Draft, journal: Journal, changed: Relabelled
+    ) -> None:
         rows = draft.rows(phase, "addresses")
         acquire, release = self._identities.acquire, self._identities.release
         lengths = [(family.bits - length, family.lengths[length]) for length in family.ordered_lengths()]
@@ -291,7 +306,7 @@ class Addresses:
                 if before:
                     release(before, journal)
                     rows[entry.address] = DELETED
-                    yield entry, before
+                    changed.addresses.append((entry, entry.row, None))
                 continue
             context = family.nowhere
             for shift, table in lengths:
@@ -306,10 +321,10 @@ class Addresses:
                 release(before, journal)
             row = AddressRow(identity, entry.claims[0][2] if entry.claims else 0)
             if row != entry.row:
+                changed.addresses.append((entry, entry.row, row))
                 journal.assign(entry, "identity", identity)
                 journal.assign(entry, "row", row)
                 rows[entry.address] = row
-                yield entry, before
         family.dirty_addresses.clear()
         family.address_keys.tidy(family.addresses, len(family.addresses))
 

@@ -153,6 +153,10 @@ class ClassMap:
         """The class of an identity in use."""
         return self._rows.get(identity, self.default)
 
+    def vector_of(self, identity: int) -> int:
+        """The vector of an identity in use."""
+        return self.vectors[self._rows.get(identity, self.default)]
+
     @property
     def span(self) -> int:
         """One more than the largest class number in use."""

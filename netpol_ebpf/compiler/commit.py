@@ -21,7 +21,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from netpol_ebpf.compiler.addresses import Addresses, Claim
+from netpol_ebpf.compiler.addresses import Addresses, Claim, Relabelled
 from netpol_ebpf.compiler.draft import DELETED, Draft, Phase
 from netpol_ebpf.compiler.entries import PortPair
 from netpol_ebpf.compiler.identities import IdentityIndex
@@ -32,6 +32,7 @@ from netpol_ebpf.compiler.numbers import Numbers, Ranges
 from netpol_ebpf.compiler.owners import OwnerIndex, OwnerKind
 from netpol_ebpf.compiler.programs import Part, Program, Template, cut, is_of_stage, order_tiers, stages_of
 from netpol_ebpf.compiler.registers import RowRegister
+from netpol_ebpf.compiler.revocation import Revocation
 from netpol_ebpf.compiler.sets import Fold, LiveSet, Stores
 from netpol_ebpf.compiler.setstore import SetStore
 from netpol_ebpf.compiler.subjects import Subjects
@@ -60,6 +61,9 @@ from netpol_ebpf.policy.types import (
 )
 
 Slot = tuple[Direction, Stage]
+
+_PAIRS = 64
+"""Changes of one identity into another that are compared before a commit is taken to revoke something; arbitrary."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,6 +154,7 @@ class Commit:
         self._journal = journal
         self._dirty: dict[EndpointKey, None] = {}  # local endpoints whose programs may change
         self._stale: dict[TemplateKey, None] = {}
+        self._is_first = not state.local
         self._moves: list[tuple[Endpoint | None, int, Endpoint | None, int]] = []
         self._net_moves: list[tuple[Iterable[IPNetwork], int, Iterable[IPNetwork], int]] = []
         self._node_moves: list[tuple[Iterable[IPAddress], int, Iterable[IPAddress], int]] = []
@@ -159,6 +164,8 @@ class Commit:
         self._gone: list[LocalEndpoint] = []
         self._old_programs: list[Program] = []
         self._old_sets: list[LiveSet] = []
+        self._replaced: dict[tuple[LiveSet | None, LiveSet | None], None] = {}
+        self._relabelled = Relabelled()
         self._folds: dict[tuple[Template, tuple[int, ...]], int | None] = {}
 
     def run(self) -> None:
@@ -414,10 +421,9 @@ class Commit:
                 addresses.remove_owner(address, before, journal)
         for address, claim, add in self._claims:
             (addresses.claim if add else addresses.disclaim)(address, claim, journal)
-        changed = addresses.settle(Phase.FLIP, draft, journal)
-        if any(True for _ in draft.rows(Phase.FLIP, "cidrs")) or changed:
-            draft.revokes = True
-        return [claim[1] for entry, _ in changed for claim in entry.claims if claim[1] in state.local]
+        self._relabelled = addresses.settle(Phase.FLIP, draft, journal)
+        claims = [claim[1] for entry, _, _ in self._relabelled.addresses for claim in entry.claims]
+        return [key for key in claims if key in state.local]
 
     def _place_atom(self, atom_id: int, atom: Atom, *, add: bool) -> None:
         """Put a nets list's prefixes or a service's addresses into the address space, or take them out."""
@@ -458,6 +464,9 @@ class Commit:
             what = f"{local.endpoint.key}, {slot[0].value}" + ("" if slot[1] is Stage.NORMAL else f", {slot[1].value}")
             sets[slot] = state.sets.acquire((program, self._fold(local.endpoint, program)), what, draft, journal)
         self._old_sets.extend(local.sets.values())
+        if local.row is not None:
+            pairs = ((local.sets.get(slot), sets.get(slot)) for slot in {*local.sets, *sets})
+            self._replaced.update(dict.fromkeys(pairs))
         journal.assign(local, "sets", sets)
 
     def _fold(self, endpoint: Endpoint, program: Program) -> Fold | None:
@@ -520,6 +529,7 @@ class Commit:
         identities = state.identities
         state.sets.extend(identities.created, draft, journal)
         state.sets.build_created(draft, journal)
+        draft.revokes = self._revokes()
         state.sets.release_predicates(journal)
         for space in (state.stores.atoms, state.stores.sources):
             if space.is_stale:
@@ -527,6 +537,28 @@ class Commit:
                 if split.parents:
                     raise AssertionError("removing predicates split an atom")
                 draft.rows(Phase.SHRINK, "l4_atoms").update(split.blocks)
+
+    def _revokes(self) -> bool:
+        """Whether a packet that was allowed may not be any more. All sets of before and after are there to compare."""
+        state = self._state
+        if self._is_first or self._gone:
+            return True  # what was in force before is not known, or not in force any more
+        revocation = Revocation(state.identities)
+        if any(revocation.by_replacement(old, new) for old, new in self._replaced):
+            return True
+        relabelled = self._relabelled
+        if any(not before or not after for before, after in relabelled.prefixes):
+            return True  # which prefix was around what is in it is not known any more
+        pairs = set(relabelled.prefixes)
+        for entry, old, new in relabelled.addresses:
+            if old is not None and old.endpoint and (new is None or new.endpoint != old.endpoint):
+                return True  # another endpoint's address from now on
+            around = state.addresses.identity_around(entry.address)
+            pairs.add((around if old is None else old.identity, around if new is None else new.identity))
+            if len(pairs) > _PAIRS:
+                return True
+        sets = dict.fromkeys(live for local in state.local.values() for live in local.sets.values())
+        return revocation.by_relabelling({(old, new) for old, new in pairs if old != new}, sets)
 
     # --- 8. endpoints -----------------------------------------------------------------------------------------------
 
@@ -542,8 +574,6 @@ class Commit:
             local = state.local[key]
             row = EndpointRow(local.number, {slot: live.row for slot, live in local.sets.items()})
             if row != local.row:
-                if local.row is not None:
-                    draft.revokes = True
                 journal.assign(local, "row", row)
                 draft.write(Phase.FLIP, "endpoints", key, row)
 

@@ -148,6 +148,13 @@ class _Column:
         self.classes.extend([0] * (self.blocks * COLUMN_BLOCK - len(self.classes)))
         self.write(phase, range(self.blocks), draft)
 
+    def by_atom(self, space: AtomSpace) -> list[int]:
+        """The vector of each atom in use."""
+        atoms = sorted(space.atoms())
+        if self.is_constant:
+            return self.vectors * len(atoms)
+        return [self.vectors[self.classes[atom]] for atom in atoms]
+
     def write(self, phase: Phase, blocks: range | set[int], draft: Draft) -> None:
         rows = draft.rows(phase, "l4_columns")
         for block in blocks:
@@ -171,6 +178,8 @@ class LiveSet:
         self._tail_rule = stores.causes.acquire(cause, what, draft, journal)
         self._verdicts: dict[int, VerdictRow] = {}
         self._trimmed = 0
+        self.losses: dict[tuple[int, int, int], bool] = {}
+        """What `netpol_ebpf.compiler.revocation` found out: it depends on the set's meaning alone, which never changes."""
         for predicate in entries.l4:
             stores.atoms.acquire(predicate, journal)
         for predicate in entries.sources:
@@ -352,6 +361,29 @@ class LiveSet:
             return left
         column.write(Phase.GROW, {atom // COLUMN_BLOCK for atom in split.parents}, draft)
         return None
+
+    # --- what it says -----------------------------------------------------------------------------------------------
+
+    def outcome(self, vector: int) -> Outcome:
+        """What the enforced entries in a vector say."""
+        known = self._verdicts.get(vector)
+        return self._walk(vector & self._entries.enforced)[0] if known is None else known.outcome
+
+    def may(self, outcome: Outcome) -> bool:
+        """Whether some packet may get that outcome; True may be said in vain."""
+        return any(verdict.outcome is outcome for verdict in self._verdicts.values())
+
+    def port_vectors(self) -> tuple[list[int], list[int]]:
+        """Vectors of the L4 and of the source classes."""
+        return self._l4.vectors, self._source.vectors
+
+    def atom_vectors(self) -> list[int]:
+        """The vector of each atom in use, in the order of their numbers."""
+        return self._l4.by_atom(self._stores.atoms)
+
+    def source_vectors(self) -> list[int]:
+        """The vector of each source-port atom in use, in the order of their numbers."""
+        return self._source.by_atom(self._stores.sources)
 
     # --- the end ----------------------------------------------------------------------------------------------------
 

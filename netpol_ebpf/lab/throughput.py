@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """How fast a pair of hosts talks, and how two pairs compare.
 
-Invariant: a comparison interleaves its measurements and goes by medians of each side, so that what else the machine does
-meets both sides alike.  Needs iperf3 and ss (iproute2).
+Invariant: a comparison interleaves its measurements and compares those made next to each other, so that what else the
+machine does meets both sides alike.  Needs iperf3 and ss (iproute2).
 """
 
 from __future__ import annotations
@@ -34,23 +34,37 @@ class Pair:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """Medians in bits per second; ``samples`` are all measurements of each side, in the order made."""
+    """All measurements of each side in bits per second; those of one place were made one after the other."""
 
-    with_bps: float
-    without_bps: float
-    samples: tuple[tuple[float, ...], tuple[float, ...]]
+    with_samples: tuple[float, ...]
+    without_samples: tuple[float, ...]
+
+    @property
+    def with_bps(self) -> float:
+        """Median of the one side."""
+        return statistics.median(self.with_samples)
+
+    @property
+    def without_bps(self) -> float:
+        """Median of the other."""
+        return statistics.median(self.without_samples)
 
     @property
     def ratio(self) -> float:
-        """Share of the throughput without that is left with."""
-        return self.with_bps / self.without_bps
+        """Median of the ratios of neighbouring measurements: the share of the throughput that is left."""
+        return statistics.median(
+            one / other for one, other in zip(self.with_samples, self.without_samples, strict=True)
+        )
 
 
-def compare(lab: Lab, with_pair: Pair, without_pair: Pair, *, rounds: int = 3, seconds: int = 1) -> Comparison:
+def compare(lab: Lab, with_pair: Pair, without_pair: Pair, *, rounds: int = 5, seconds: int = 1) -> Comparison:
     """Measure both pairs in turn, ``rounds`` times each. Raises PlatformError when iperf3 fails."""
-    servers = [_serve(lab, pair) for pair in (with_pair, without_pair)]
+    servers: list[subprocess.Popen[bytes]] = []
     samples: tuple[list[float], list[float]] = ([], [])
     try:
+        for pair in (with_pair, without_pair):
+            servers.append(_start_server(lab, pair))
+            _wait_for_listener(lab, pair, servers[-1])
         for turn in range(rounds):
             order = (0, 1) if turn % 2 == 0 else (1, 0)
             for side in order:
@@ -58,18 +72,19 @@ def compare(lab: Lab, with_pair: Pair, without_pair: Pair, *, rounds: int = 3, s
     finally:
         for server in servers:
             lab.stop(server)
-    medians = [statistics.median(side) for side in samples]
-    return Comparison(medians[0], medians[1], (tuple(samples[0]), tuple(samples[1])))
+    return Comparison(tuple(samples[0]), tuple(samples[1]))
 
 
-def _serve(lab: Lab, pair: Pair) -> subprocess.Popen[bytes]:
-    process = lab.start(pair.server, ["iperf3", "--server", "--bind", str(pair.address), "--port", str(pair.port)])
+def _start_server(lab: Lab, pair: Pair) -> subprocess.Popen[bytes]:
+    return lab.start(pair.server, ["iperf3", "--server", "--bind", str(pair.address), "--port", str(pair.port)])
+
+
+def _wait_for_listener(lab: Lab, pair: Pair, process: subprocess.Popen[bytes]) -> None:
     deadline = time.monotonic() + LISTEN_DEADLINE_S
     while not lab.run(pair.server, ["ss", "-Hltn", f"sport = :{pair.port}"]).stdout:
         if process.poll() is not None or time.monotonic() > deadline:
             raise PlatformError(f"iperf3 does not listen on {pair.address} port {pair.port} of {pair.server}")
         time.sleep(POLL_S)
-    return process
 
 
 def _measure(lab: Lab, pair: Pair, seconds: int) -> float:
