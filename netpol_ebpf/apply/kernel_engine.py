@@ -13,6 +13,7 @@ generation begins.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import shutil
 from collections.abc import Mapping
@@ -51,7 +52,7 @@ from netpol_loader.dataplane import DEFAULT_PIN_ROOT, Dataplane
 from netpol_loader.hook import Hook
 
 ROOT_PREFIX = "netpol-engine-"
-"""Engines pin below /sys/fs/bpf/netpol-engine-PID."""
+"""Engines pin below /sys/fs/bpf/netpol-engine-PID-COUNT."""
 
 SIZES: Mapping[str, int] = {
     "np_conn4": 1024,
@@ -72,6 +73,9 @@ ELSEWHERE = 2
 JUDGED = frozenset({"policy-allow", "policy-deny", "continue"})
 NO_OPINION = (Outcome.CONTINUE, Action.PASS)
 UNKNOWN = (Outcome.DENY, Action.DENY)
+
+
+_count = itertools.count()
 
 
 class NotJudgedError(NetpolError):
@@ -96,7 +100,7 @@ class KernelEngine:
     """
 
     def __init__(self, pin_root: Path | None = None) -> None:
-        self._pin_root = pin_root or engine_root(os.getpid())
+        self._pin_root = pin_root or DEFAULT_PIN_ROOT.with_name(f"{ROOT_PREFIX}{os.getpid()}-{next(_count)}")
         self._stack = contextlib.ExitStack()
         self._compiler = Compiler()
         self._names = Names(self._compiler.tables.rules, self._compiler.tables.log_lists, {})
@@ -201,15 +205,10 @@ class _Installed:
     flags: EndpointFlag
 
 
-def engine_root(pid: int) -> Path:
-    """Where the engine of a process pins."""
-    return DEFAULT_PIN_ROOT.with_name(f"{ROOT_PREFIX}{pid}")
-
-
 def abandoned(parent: Path) -> list[Path]:
     """What engines left whose process was killed. Their programs are attached nowhere."""
     found = sorted(parent.glob(f"{ROOT_PREFIX}*")) if parent.is_dir() else []
-    pids = {path: path.name.removeprefix(ROOT_PREFIX) for path in found}
+    pids = {path: path.name.removeprefix(ROOT_PREFIX).partition("-")[0] for path in found}
     return [path for path, pid in pids.items() if pid.isdecimal() and not Path(f"/proc/{pid}").exists()]
 
 

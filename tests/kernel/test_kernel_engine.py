@@ -1,0 +1,186 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The program in the kernel against the reference model, through the kernel engine: real maps, real packets."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from ipaddress import ip_address
+from pathlib import Path
+
+import hypothesis.strategies as st
+import pytest
+from hypothesis import HealthCheck, given, settings
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "property"))
+
+from strategies import packets, questions_about, worlds
+
+from netpol_ebpf.apply.kernel_engine import KernelEngine, NotJudgedError, abandoned
+from netpol_ebpf.cases.case import load_cases
+from netpol_ebpf.cases.runner import run_cases
+from netpol_ebpf.errors import PlatformError
+from netpol_ebpf.model import ReferenceModel
+from netpol_ebpf.policy.translate import derive
+from netpol_ebpf.policy.types import (
+    ICMP,
+    ICMPV6,
+    TCP,
+    UDP,
+    Direction,
+    EndpointKey,
+    EndpointKind,
+    Outcome,
+    Packet,
+    Question,
+    Stage,
+    World,
+)
+from netpol_ebpf.resources.load import parse_documents
+
+pytestmark = pytest.mark.kernel
+
+REPOSITORY = Path(__file__).parent.parent.parent
+EXAMPLES = int(os.environ.get("NETPOL_KERNEL_EXAMPLES", "40"))
+"""Worlds per property; each costs some 100 packets."""
+
+SHOP = """\
+apiVersion: v1
+kind: Namespace
+metadata: {name: shop}
+---
+apiVersion: v1
+kind: Pod
+metadata: {name: web, namespace: shop, labels: {app: web}}
+spec: {nodeName: n, containers: [{name: c, image: x}]}
+status: {podIPs: [{ip: 10.0.0.1}, {ip: "fd00::1"}]}
+---
+apiVersion: v1
+kind: Pod
+metadata: {name: db, namespace: shop, labels: {app: db}}
+spec: {nodeName: n, containers: [{name: c, image: x}]}
+status: {podIPs: [{ip: 10.0.0.2}, {ip: "fd00::2"}]}
+---
+apiVersion: networking.k8s.io/v1
+kind: NetworkPolicy
+metadata: {name: db, namespace: shop}
+spec:
+  podSelector: {matchLabels: {app: db}}
+  ingress: [{from: [{podSelector: {matchLabels: {app: web}}}], ports: [{protocol: UDP, port: 53}]}]
+"""
+WEB, DB = (EndpointKey("Pod", "shop", name) for name in ("web", "db"))
+
+
+@pytest.fixture(scope="module")
+def engine() -> Iterator[KernelEngine]:
+    with KernelEngine() as one:
+        yield one
+
+
+def question(
+    endpoint: EndpointKey, direction: Direction, source: str, destination: str, protocol: int, *ports: int
+) -> Question:
+    packet = Packet(ip_address(source), ip_address(destination), protocol, *ports)
+    return Question(endpoint, direction, Stage.NORMAL, packet)
+
+
+def is_asked(world: World, asked: Question) -> bool:
+    """Whether the packet can be the endpoint's at all, and is one that policy is asked about."""
+    packet = asked.packet
+    version = packet.source.version
+    if (packet.protocol, version) in ((ICMP, 6), (ICMPV6, 4)) or (packet.protocol, packet.icmp_type) == (ICMPV6, 135):
+        return False
+    endpoint = world.endpoints.get(asked.endpoint)
+    if endpoint is None or endpoint.kind is EndpointKind.HOST:
+        return True
+    own, peer = packet.source, packet.destination
+    if asked.direction is Direction.INGRESS:
+        own, peer = peer, own
+    owners = [key for key, one in world.endpoints.items() if own in one.addresses]
+    return owners == [asked.endpoint] and peer not in endpoint.addresses
+
+
+@settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    steps=st.lists(worlds(max_policies=3), min_size=1, max_size=3), drawn=st.lists(packets(), min_size=1, max_size=5)
+)
+def test_kernel_agrees_with_the_model(engine: KernelEngine, steps: list[World], drawn: list[Packet]) -> None:
+    """Worlds one after the other, as changes to live maps: outcome, cause, pending verdict and logs are the model's."""
+    for world in steps:
+        engine.load(world)
+        model = ReferenceModel(world)
+        for asked in questions_about(world, drawn):
+            if is_asked(world, asked):
+                assert engine.decide(asked) == model.decide(asked), asked
+
+
+def test_case_files_of_the_repository_pass() -> None:
+    """Every case that the repository holds goes as expected in the kernel, the tables and the model, by the same rule."""
+    paths = [path for path in (REPOSITORY / "examples" / "cases", REPOSITORY / "tests" / "cases") if path.is_dir()]
+    report = run_cases(load_cases(paths), "all")
+    assert report.probes > 100
+    assert [(failure.case, failure.got, failure.rule) for failure in report.failed] == []
+    assert report.invalid == []
+
+
+def test_questions_do_not_see_each_other(engine: KernelEngine) -> None:
+    """What an allowed packet leaves behind answers no later question: not its reply, not the same under another policy."""
+    engine.load(derive(parse_documents(SHOP, "shop.yaml").check()))
+    there = question(DB, Direction.INGRESS, "10.0.0.1", "10.0.0.2", UDP, 4000, 53)
+    back = question(DB, Direction.EGRESS, "10.0.0.2", "10.0.0.1", UDP, 53, 4000)
+    first = engine.decide(there)
+    assert first.outcome is Outcome.ALLOW
+    assert engine.decide(back).cause.direction is Direction.EGRESS
+    assert engine.decide(there) == first
+    engine.load(derive(parse_documents(SHOP.replace("port: 53", "port: 54"), "shop.yaml").check()))
+    assert engine.decide(there).outcome is Outcome.DENY
+
+
+def test_staged_policy_is_reported_beside_the_enforced_one(engine: KernelEngine) -> None:
+    """The pending verdict comes from the program, too."""
+    staged = SHOP.replace(
+        "apiVersion: networking.k8s.io/v1\nkind: NetworkPolicy", "apiVersion: projectcalico.org/v3\nkind: StagedKubernetesNetworkPolicy"
+    )  # fmt: skip
+    engine.load(derive(parse_documents(staged, "shop.yaml").check()))
+    verdict = engine.decide(question(DB, Direction.INGRESS, "10.0.0.1", "10.0.0.2", TCP, 4000, 53))
+    assert (verdict.outcome, verdict.staged_outcome) == (Outcome.ALLOW, Outcome.DENY)
+
+
+def test_packets_that_policy_is_not_asked_about_are_told_apart(engine: KernelEngine) -> None:
+    """Neighbour discovery, a workload to itself and a borrowed source are no verdicts of policy."""
+    engine.load(derive(parse_documents(SHOP, "shop.yaml").check()))
+    solicitation = Packet(ip_address("fd00::1"), ip_address("fd00::2"), ICMPV6, icmp_type=135)
+    for asked, reason, passed in (
+        (Question(WEB, Direction.EGRESS, Stage.NORMAL, solicitation), "passed without an event", True),
+        (question(WEB, Direction.EGRESS, "10.0.0.1", "10.0.0.1", TCP, 1, 2), "self", True),
+        (question(WEB, Direction.EGRESS, "10.0.0.2", "192.0.2.1", TCP, 1, 2), "spoofed", False),
+    ):
+        with pytest.raises(NotJudgedError) as caught:
+            engine.decide(asked)
+        assert (caught.value.reason, caught.value.passed) == (reason, passed)
+
+
+def test_unknown_endpoint_is_denied(engine: KernelEngine) -> None:
+    """Nobody's interface passes nothing, and the cause says that nothing decided."""
+    engine.load(derive(parse_documents(SHOP, "shop.yaml").check()))
+    asked = question(EndpointKey("Pod", "shop", "ghost"), Direction.INGRESS, "10.0.0.1", "10.0.0.9", TCP, 1, 2)
+    assert engine.decide(asked) == ReferenceModel(World()).decide(asked)
+
+
+def own_roots() -> set[str]:
+    """Pin roots of engines of this process."""
+    return {path.name for path in Path("/sys/fs/bpf").glob(f"netpol-engine-{os.getpid()}-*")}
+
+
+def test_engine_leaves_nothing(tmp_path: Path) -> None:
+    """The pin directory goes with the engine, also when its start fails; what a killed one left is found."""
+    before = own_roots()
+    with KernelEngine():
+        assert len(own_roots() - before) == 1
+    assert own_roots() == before
+    with pytest.raises(PlatformError), KernelEngine(tmp_path / "elsewhere"):
+        pass
+    (tmp_path / "netpol-engine-4194999-0").mkdir()
+    (tmp_path / f"netpol-engine-{os.getpid()}-0").mkdir()
+    assert [path.name for path in abandoned(tmp_path)] == ["netpol-engine-4194999-0"]
