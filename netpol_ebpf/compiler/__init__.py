@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """From the policy model to the tables that give each packet its verdict in constant time."""
 
-from netpol_ebpf.compiler.commit import KnownNumbers
 from netpol_ebpf.compiler.compiler import Compiler
 from netpol_ebpf.compiler.interpreter import Interpreter
 from netpol_ebpf.compiler.limits import Limits
+from netpol_ebpf.compiler.state import KnownNumbers
 from netpol_ebpf.compiler.tables import Change, Tables
 
 __all__ = ["Change", "Compiler", "Interpreter", "KnownNumbers", "Limits", "Tables"]

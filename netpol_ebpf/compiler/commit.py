@@ -3,372 +3,121 @@
 
 The order matters and is this (make before break):
 
-    1. objects change; which endpoints' programs that concerns
+    1. objects change; which endpoints' programs that concerns (`netpol_ebpf.compiler.intake`)
     2. programs of those endpoints; their terms and atoms come into use
     3. GROW    addresses and prefixes learn of new atoms: no set in force looks at them yet
     4. FLIP    addresses and prefixes whose owners or services changed
     5. policy sets of endpoints whose program or own identity changed
-    6. SHRINK  programs, sets, predicates and atoms that are not needed any more go
-    7. GROW    classes of new identities and columns of new atoms in the sets in force; then the new sets
-    8. PREPARE, FLIP  endpoint rows
+    6. GROW    classes of new identities and columns of new atoms in the sets in force, while what these look at is in use
+    7. SHRINK  programs, sets and atoms that are not needed any more go
+    8. GROW    the new sets; whether the change revokes anything; then predicates go
+    9. PREPARE, FLIP  endpoint rows
 
 Invariant: everything goes through the journal, so a commit that fails anywhere leaves no trace.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from netpol_ebpf.compiler.addresses import Addresses, Claim, Relabelled
+from netpol_ebpf.compiler.addresses import Relabelled
 from netpol_ebpf.compiler.draft import DELETED, Draft, Phase
 from netpol_ebpf.compiler.entries import PortPair
-from netpol_ebpf.compiler.identities import IdentityIndex
+from netpol_ebpf.compiler.intake import Intake
 from netpol_ebpf.compiler.journal import Journal
-from netpol_ebpf.compiler.l4 import ANY_L4, ANY_SOURCE, SOURCE_BLOCK, AtomSpace
-from netpol_ebpf.compiler.limits import Limits, exceeded
-from netpol_ebpf.compiler.numbers import Numbers, Ranges
-from netpol_ebpf.compiler.owners import OwnerIndex, OwnerKind
-from netpol_ebpf.compiler.programs import Part, Program, Template, cut, is_of_stage, order_tiers, stages_of
-from netpol_ebpf.compiler.registers import RowRegister
+from netpol_ebpf.compiler.limits import exceeded
+from netpol_ebpf.compiler.programs import Part, Program, Template, TierPart, cut, is_of_stage, order_tiers, stages_of
 from netpol_ebpf.compiler.revocation import Revocation
-from netpol_ebpf.compiler.sets import Fold, LiveSet, Stores
-from netpol_ebpf.compiler.setstore import SetStore
-from netpol_ebpf.compiler.subjects import Subjects
-from netpol_ebpf.compiler.tables import ATOM_BLOCKS, EndpointRow, Tables
-from netpol_ebpf.compiler.templates import ServiceKey, TemplateKey, Templates, service_ports
+from netpol_ebpf.compiler.sets import Fold, LiveSet
+from netpol_ebpf.compiler.state import LocalEndpoint, Slot, State
+from netpol_ebpf.compiler.tables import EndpointRow, Tables
+from netpol_ebpf.compiler.templates import service_key, service_ports
 from netpol_ebpf.compiler.terms import Atom, NetsTerm, ServiceTerm
 from netpol_ebpf.policy.types import (
-    Cause,
     Direction,
     Endpoint,
     EndpointKey,
     EndpointKind,
     IPAddress,
-    IPNetwork,
-    NetworkSet,
-    Node,
-    Policy,
     PolicyKey,
-    Profile,
     Service,
-    Settings,
     Stage,
     Staged,
-    Tier,
-    World,
 )
-
-Slot = tuple[Direction, Stage]
 
 _PAIRS = 64
 """Changes of one identity into another that are compared before a commit is taken to revoke something; arbitrary."""
-
-
-@dataclass(frozen=True, slots=True)
-class KnownNumbers:
-    """Numbers that an earlier run left in force: identities by digest (table ``identities``), rules, endpoints."""
-
-    identities: Mapping[str, int] = field(default_factory=dict)
-    rules: Mapping[Cause, int] = field(default_factory=dict)
-    endpoints: Mapping[EndpointKey, int] = field(default_factory=dict)
-
-
-@dataclass(slots=True)
-class LocalEndpoint:
-    """A local endpoint as it is in force. ``row``: as it was last written."""
-
-    endpoint: Endpoint
-    number: int
-    programs: dict[Slot, Program] = field(default_factory=dict)
-    sets: dict[Slot, LiveSet] = field(default_factory=dict)
-    row: EndpointRow | None = None
-
-
-class State:
-    """Everything the compiler keeps between commits."""
-
-    def __init__(self, limits: Limits, known: KnownNumbers) -> None:
-        self.limits = limits
-        self.world = World()
-        self.owners = OwnerIndex()
-        self.identities = IdentityIndex(self.owners, limits, known.identities)
-        self.addresses = Addresses(self.identities)
-        self.subjects = Subjects()
-        self.templates = Templates(self.world, self.owners, self.identities, limits)
-        self.stores = Stores(
-            identities=self.identities,
-            atoms=AtomSpace(ANY_L4, 0, ATOM_BLOCKS, limits),
-            sources=AtomSpace(ANY_SOURCE, SOURCE_BLOCK, 256, limits),
-            causes=RowRegister("rules", limits.rules, known.rules),
-            log_lists=RowRegister("log_lists", limits.log_lists),
-            set_numbers=Numbers(1, 1 << 31),
-            verdicts=Ranges(limits.verdicts),
-            columns=Ranges(limits.column_blocks),
-            limits=limits,
-        )
-        self.sets = SetStore(self.stores)
-        self.numbers = Numbers(1, limits.endpoints)
-        self.kept_numbers = dict(known.endpoints)  # of endpoints that did not appear yet
-        for number in self.kept_numbers.values():
-            self.numbers.reserve(number)
-        self.local: dict[EndpointKey, LocalEndpoint] = {}
-        self.endpoint_owners: dict[EndpointKey, int] = {}
-        self.set_owners: dict[str, int] = {}
-        self.node_owners: dict[str, int] = {}
-        self.by_tier: dict[str, set[PolicyKey]] = {}
-        self.replaced: dict[PolicyKey, int] = {}  # key -> how many staged policies stand for it
-        self.with_profile: dict[str, set[EndpointKey]] = {}  # local endpoints
-
-    def release_kept(self) -> None:
-        """Numbers of an earlier run that nothing asked for are numbers like all others from now on."""
-        journal = Journal()
-        self.stores.causes.release_kept(journal)
-        for key in list(self.kept_numbers):
-            self.numbers.give_back(journal.pop(self.kept_numbers, key), journal)
-
-    def begin(self, journal: Journal) -> None:
-        """A commit starts."""
-        self.stores.verdicts.begin(journal)
-        self.stores.columns.begin(journal)
-
-    def settle(self) -> None:
-        """A commit is over, one way or the other: forget what was noted for it."""
-        self.identities.settle()
-        self.owners.changed_names.clear()
-        self.addresses.forget_dirt()
-        self.sets.settle()
 
 
 class Commit:
     """The work of one commit. ``changes``: (type, key) -> new object, or None."""
 
     def __init__(
-        self, state: State, changes: Mapping[tuple[type, Any], Any], local: Any, draft: Draft, journal: Journal
-    ) -> None:
+        self, state: State, changes: Mapping[tuple[type, Any], Any], local: Callable[[Endpoint], bool],
+        draft: Draft, journal: Journal,
+    ) -> None:  # fmt: skip
         self._state = state
         self._changes = changes
-        self._local = local
         self._draft = draft
         self._journal = journal
-        self._dirty: dict[EndpointKey, None] = {}  # local endpoints whose programs may change
-        self._stale: dict[TemplateKey, None] = {}
         self._is_first = not state.local
-        self._moves: list[tuple[Endpoint | None, int, Endpoint | None, int]] = []
-        self._net_moves: list[tuple[Iterable[IPNetwork], int, Iterable[IPNetwork], int]] = []
-        self._node_moves: list[tuple[Iterable[IPAddress], int, Iterable[IPAddress], int]] = []
-        self._service_moves: list[tuple[Service | None, Service | None]] = []
-        self._claims: list[tuple[IPAddress, Claim, bool]] = []
-        self._disappeared: list[int] = []
-        self._gone: list[LocalEndpoint] = []
+        self._intake = Intake(state, local, journal)
         self._old_programs: list[Program] = []
         self._old_sets: list[LiveSet] = []
         self._replaced: dict[tuple[LiveSet | None, LiveSet | None], None] = {}
         self._relabelled = Relabelled()
+        self._extended = 0  # how many of the new identities have their classes in the sets in force
+        self._ordered: dict[tuple[frozenset[PolicyKey], Direction, Stage], tuple[TierPart, ...]] = {}
         self._folds: dict[tuple[Template, tuple[int, ...]], int | None] = {}
 
     def run(self) -> None:
         """Do all of it; the draft then holds the rows. Raises LimitError."""
-        self._take_objects()
+        intake = self._intake
+        intake.take(self._changes)
+        for local in intake.gone:
+            self._old_programs.extend(local.programs.values())
+            self._old_sets.extend(local.sets.values())
         self._refresh_templates()
-        for key in self._dirty:
+        for key in intake.dirty:
             self._program(self._state.local[key])
         own_changed = self._label_addresses()
-        touched = dict.fromkeys((*self._dirty, *own_changed))
+        touched = dict.fromkeys((*intake.dirty, *own_changed))
         for key in touched:
             self._choose_sets(self._state.local[key])
+        self._ready_sets_in_force()
         self._retire()
         self._write_sets()
         self._write_endpoints(touched)
         self._collect()
-
-    # --- 1. objects -------------------------------------------------------------------------------------------------
-
-    def _take_objects(self) -> None:
-        takers = {
-            Endpoint: self._take_endpoint,
-            NetworkSet: self._take_network_set,
-            Node: self._take_node,
-            Policy: self._take_policy,
-            Service: self._take_service,
-        }
-        world, journal = self._state.world, self._journal
-        others: dict[type, dict[Any, Any]] = _containers(world)
-        for (kind, key), new in self._changes.items():
-            if kind is Settings:
-                if new != world.settings:
-                    self._take_settings(new)
-                continue
-            container = others[kind]
-            old = container.get(key)
-            if old == new:
-                continue
-            if new is None:
-                journal.pop(container, key)
-            else:
-                journal.put(container, key, new)
-            taker: Any = takers.get(kind)
-            if taker is not None:
-                taker(old, new)
-            elif kind is Tier:
-                for policy in self._state.by_tier.get(key, ()):
-                    self._touch(self._state.subjects.endpoints_of(policy))
-            else:
-                self._stale.update(dict.fromkeys((key, direction) for direction in Direction))
-                self._touch(self._state.with_profile.get(key, ()))
-
-    def _touch(self, endpoints: Iterable[EndpointKey]) -> None:
-        self._dirty.update(dict.fromkeys(endpoints))
-
-    def _take_settings(self, settings: Settings) -> None:
-        self._journal.assign(self._state.world, "settings", settings)
-        for stage in (Stage.NORMAL, Stage.UNTRACKED):
-            self._stale.update(dict.fromkeys((stage, direction) for direction in Direction))
-        self._touch(key for key, local in self._state.local.items() if local.endpoint.kind is EndpointKind.HOST)
-
-    def _own(self, registered: dict[Any, int], key: Any, kind: OwnerKind, old: Any, new: Any) -> tuple[int, int]:
-        """Register an object's owner in place of its old one. Returns (old owner, new owner), 0 for none."""
-        owners, journal = self._state.owners, self._journal
-        before = registered.get(key, 0)
-        after = 0
-        if new is not None:
-            after = owners.appear(kind, new.labels, new.ports if kind is OwnerKind.ENDPOINT else (), journal)
-            journal.put(registered, key, after)
-        else:
-            journal.pop(registered, key)
-        if old is not None:
-            owners.disappear(before, journal)
-            self._disappeared.append(before)
-        return before, after
-
-    def _take_endpoint(self, old: Endpoint | None, new: Endpoint | None) -> None:
-        key = (new or old).key  # type: ignore[union-attr]  # one of them is there
-        before, after = self._own(self._state.endpoint_owners, key, OwnerKind.ENDPOINT, old, new)
-        if old is None or new is None or before != after or old.addresses != new.addresses:
-            self._moves.append((old, before, new, after))
-        known = self._state.local.get(key)
-        is_local = new is not None and self._local(new)
-        if known is not None and (new is None or not is_local or known.endpoint.kind is not new.kind):
-            self._drop_local(known)
-            known = None
-        if new is not None and is_local:
-            self._take_local(known, new)
-
-    def _take_local(self, known: LocalEndpoint | None, endpoint: Endpoint) -> None:
-        state, journal = self._state, self._journal
-        key = endpoint.key
-        if known is None:
-            is_kept = key in state.kept_numbers
-            number = journal.pop(state.kept_numbers, key) if is_kept else state.numbers.take(journal)
-            if number is None:
-                raise exceeded(str(key), "endpoints", state.limits.endpoints, len(state.local) + 1)
-            known = LocalEndpoint(endpoint, number)
-            journal.put(state.local, key, known)
-            old_addresses: tuple[IPAddress, ...] = ()
-            old_profiles: tuple[str, ...] = ()
-        else:
-            old_addresses, old_profiles = known.endpoint.addresses, known.endpoint.profiles
-            journal.assign(known, "endpoint", endpoint)
-        claim = _claim(known)
-        self._claims.extend((address, claim, True) for address in set(endpoint.addresses) - set(old_addresses))
-        self._claims.extend((address, claim, False) for address in set(old_addresses) - set(endpoint.addresses))
-        for profile in set(old_profiles) ^ set(endpoint.profiles):
-            self._index_profile(profile, key, add=profile in endpoint.profiles)
-        state.subjects.set_endpoint(key, endpoint.labels, journal)
-        self._touch((key,))
-
-    def _index_profile(self, profile: str, key: EndpointKey, *, add: bool) -> None:
-        change = self._journal.add_to if add else self._journal.discard_from
-        change(self._state.with_profile, profile, key)
-
-    def _drop_local(self, known: LocalEndpoint) -> None:
-        state, journal = self._state, self._journal
-        key = known.endpoint.key
-        claim = _claim(known)
-        self._claims.extend((address, claim, False) for address in set(known.endpoint.addresses))
-        for profile in set(known.endpoint.profiles):
-            self._index_profile(profile, key, add=False)
-        state.subjects.set_endpoint(key, None, journal)
-        journal.pop(state.local, key)
-        self._dirty.pop(key, None)
-        self._gone.append(known)
-        self._old_programs.extend(known.programs.values())
-        self._old_sets.extend(known.sets.values())
-
-    def _take_network_set(self, old: NetworkSet | None, new: NetworkSet | None) -> None:
-        key = (new or old).key  # type: ignore[union-attr]  # one of them is there
-        before, after = self._own(self._state.set_owners, key, OwnerKind.NETWORK_SET, old, new)
-        self._net_moves.append((old.nets if old else (), before, new.nets if new else (), after))
-
-    def _take_node(self, old: Node | None, new: Node | None) -> None:
-        name = (new or old).name  # type: ignore[union-attr]  # one of them is there
-        before, after = self._own(self._state.node_owners, name, OwnerKind.NODE, old, new)
-        self._node_moves.append((old.addresses if old else (), before, new.addresses if new else (), after))
-
-    def _take_service(self, old: Service | None, new: Service | None) -> None:
-        self._service_moves.append((old, new))
-
-    def _take_policy(self, old: Policy | None, new: Policy | None) -> None:
-        state, journal = self._state, self._journal
-        key = (new or old).key  # type: ignore[union-attr]  # one of them is there
-        self._touch(state.subjects.endpoints_of(key))
-        state.subjects.set_policy(key, None if new is None else new.subject, journal)
-        self._touch(state.subjects.endpoints_of(key))
-        self._stale.update(dict.fromkeys((key, direction) for direction in Direction))
-        if old is not None and (new is None or new.tier != old.tier):
-            journal.discard_from(state.by_tier, old.tier, key)
-        if new is not None and (old is None or new.tier != old.tier):
-            journal.add_to(state.by_tier, new.tier, key)
-        before = None if old is None or old.staged is Staged.NO else old.replaces
-        after = None if new is None or new.staged is Staged.NO else new.replaces
-        if before != after:
-            for twin, step in ((before, -1), (after, 1)):
-                if twin is not None:
-                    count = state.replaced.get(twin, 0) + step
-                    if count:
-                        journal.put(state.replaced, twin, count)
-                    else:
-                        journal.pop(state.replaced, twin)
-                    self._touch(state.subjects.endpoints_of(twin))
 
     # --- 2. programs ------------------------------------------------------------------------------------------------
 
     def _refresh_templates(self) -> None:
         """Rebuild templates whose objects, names or services changed, and note the endpoints that have them."""
         state = self._state
-        services: list[ServiceKey] = [
-            _service_key(old, new) for old, new in self._service_moves if service_ports(old) != service_ports(new)
-        ]
+        moves = self._intake.service_moves
+        services = [service_key(old, new) for old, new in moves if service_ports(old) != service_ports(new)]
         asking = state.templates.asking_for(set(state.owners.changed_names), services)
-        for key in dict.fromkeys((*self._stale, *asking)):
+        for key in dict.fromkeys((*self._intake.stale, *asking)):
             if state.templates.refresh(key, self._journal):
                 subject = key[0]
                 if isinstance(subject, PolicyKey):
-                    self._touch(state.subjects.endpoints_of(subject))
+                    self._intake.touch(state.subjects.endpoints_of(subject))
                 elif isinstance(subject, str):
-                    self._touch(state.with_profile.get(subject, ()))
-        for endpoint in [each for each in self._dirty if each not in state.local]:
-            del self._dirty[endpoint]
+                    self._intake.touch(state.with_profile.get(subject, ()))
+        self._intake.drop_unknown()
 
     def _program(self, local: LocalEndpoint) -> None:
         """Work out what applies to an endpoint now."""
         state, journal = self._state, self._journal
         endpoint = local.endpoint
-        world = state.world
-        policies = [world.policies[key] for key in state.subjects.policies_of(endpoint.key)]
+        policies = frozenset(state.subjects.policies_of(endpoint.key))
         programs: dict[Slot, Program] = {}
         for stage in stages_of(endpoint):
             for direction in Direction:
-                applying = [policy for policy in policies if direction in policy.types and is_of_stage(policy, stage)]
-                templates = {
-                    policy.key: state.templates.get((policy.key, direction), journal)
-                    for policy in applying
-                    if policy.staged is not Staged.DELETE
-                }
                 tiers, profiles = cut(
-                    order_tiers(applying, world.tiers, state.replaced, stage, templates),
-                    self._profiles(endpoint, direction, stage),
+                    self._tiers(policies, direction, stage), self._profiles(endpoint, direction, stage)
                 )
                 program = Program(direction, stage, self._failsafes(endpoint, direction, stage), tiers, profiles)
                 if not program.is_idle:
@@ -379,6 +128,22 @@ class Commit:
             state.templates.acquire(program, journal)
         self._old_programs.extend(local.programs.values())
         journal.assign(local, "programs", programs)
+
+    def _tiers(self, keys: frozenset[PolicyKey], direction: Direction, stage: Stage) -> tuple[TierPart, ...]:
+        """The ordered tiers of these policies, worked out once for all endpoints that the same ones select."""
+        known = self._ordered.get((keys, direction, stage))
+        if known is None:
+            state = self._state
+            policies = [state.world.policies[key] for key in keys]
+            applying = [policy for policy in policies if direction in policy.types and is_of_stage(policy, stage)]
+            templates = {
+                policy.key: state.templates.get((policy.key, direction), self._journal)
+                for policy in applying
+                if policy.staged is not Staged.DELETE
+            }
+            known = order_tiers(applying, state.world.tiers, state.replaced, stage, templates)
+            self._ordered[(keys, direction, stage)] = known
+        return known
 
     def _failsafes(self, endpoint: Endpoint, direction: Direction, stage: Stage) -> tuple[Part, ...]:
         if endpoint.kind is not EndpointKind.HOST or stage not in (Stage.NORMAL, Stage.UNTRACKED):
@@ -404,22 +169,17 @@ class Commit:
                 self._place_atom(atom_id, identities.atoms[atom_id].atom, add=True)
         addresses.settle(Phase.GROW, draft, journal)
         self._move_services(added)
-        for old, before, new, after in self._moves:
-            for address in set(new.addresses) if new else ():
+        for had, before, has, after in self._intake.address_moves:
+            for address in set(has):
                 addresses.add_owner(address, after, journal)
-            for address in set(old.addresses) if old else ():
+            for address in set(had):
                 addresses.remove_owner(address, before, journal)
-        for old_nets, before, new_nets, after in self._net_moves:
-            for net in set(new_nets):
+        for had_nets, before, has_nets, after in self._intake.net_moves:
+            for net in set(has_nets):
                 addresses.add_prefix_owner(net, after, journal)
-            for net in set(old_nets):
+            for net in set(had_nets):
                 addresses.remove_prefix_owner(net, before, journal)
-        for old_addresses, before, new_addresses, after in self._node_moves:
-            for address in set(new_addresses):
-                addresses.add_owner(address, after, journal)
-            for address in set(old_addresses):
-                addresses.remove_owner(address, before, journal)
-        for address, claim, add in self._claims:
+        for address, claim, add in self._intake.claims:
             (addresses.claim if add else addresses.disclaim)(address, claim, journal)
         self._relabelled = addresses.settle(Phase.FLIP, draft, journal)
         claims = [claim[1] for entry, _, _ in self._relabelled.addresses for claim in entry.claims]
@@ -441,8 +201,8 @@ class Commit:
     def _move_services(self, added: set[int]) -> None:
         """Backends of services came and went; atoms that were added just now have the new ones already."""
         state, journal = self._state, self._journal
-        for old, new in self._service_moves:
-            namespace, name = _service_key(old, new)
+        for old, new in self._intake.service_moves:
+            namespace, name = service_key(old, new)
             pairs: set[PortPair] = {(0, 0), *service_ports(old), *service_ports(new)}
             for protocol, port in pairs:
                 atom = ServiceTerm(namespace, name, protocol, port)
@@ -471,13 +231,12 @@ class Commit:
 
     def _fold(self, endpoint: Endpoint, program: Program) -> Fold | None:
         """What of the own side is constant; None: it has to be looked up for each packet."""
-        constraining = [part.template for part in program.parts() if part.template.constrains_own]
-        if not constraining:
+        if not program.constraining:
             return ()
         if endpoint.kind is EndpointKind.HOST or endpoint.allowed_sources or not endpoint.addresses:
             return None
         identities = tuple(sorted({self._state.addresses.identity_of(address) for address in endpoint.addresses}))
-        bits = [self._fold_template(template, identities) for template in constraining]
+        bits = [self._fold_template(template, identities) for template in program.constraining]
         return None if None in bits else tuple(bit for bit in bits if bit is not None)
 
     def _fold_template(self, template: Template, identities: tuple[int, ...]) -> int | None:
@@ -503,10 +262,10 @@ class Commit:
         self._folds[(template, identities)] = kept
         return kept
 
-    # --- 6. what goes -----------------------------------------------------------------------------------------------
+    # --- 6. to 8. sets and what goes ---------------------------------------------------------------------------------
 
-    def _retire(self) -> None:
-        """Cut atoms for old and new predicates together; then let the old programs and predicates go."""
+    def _ready_sets_in_force(self) -> None:
+        """Make the sets in force ready for the new identities and atoms, while what they look at is still in use."""
         state, draft, journal = self._state, self._draft, self._journal
         for live in self._old_sets:
             state.sets.release(live, journal)
@@ -515,6 +274,13 @@ class Commit:
                 split = space.partition(journal)
                 state.sets.split_atoms(split, source=source, draft=draft, journal=journal)
                 draft.rows(Phase.GROW, "l4_atoms").update(split.blocks)
+        # Packets meet them in the old sets until the flip, so they are judged by matches that may go hereafter.
+        state.sets.extend(state.identities.created, draft, journal)
+        self._extended = len(state.identities.created)
+
+    def _retire(self) -> None:
+        """Let the old programs and predicates go."""
+        state, draft, journal = self._state, self._draft, self._journal
         for program in self._old_programs:
             state.templates.release(program, journal)
         state.templates.collect(journal)
@@ -522,12 +288,10 @@ class Commit:
             self._place_atom(atom_id, atom, add=False)
         state.addresses.settle(Phase.SHRINK, draft, journal)
 
-    # --- 7. sets ----------------------------------------------------------------------------------------------------
-
     def _write_sets(self) -> None:
         state, draft, journal = self._state, self._draft, self._journal
         identities = state.identities
-        state.sets.extend(identities.created, draft, journal)
+        state.sets.extend(identities.created[self._extended :], draft, journal)
         state.sets.build_created(draft, journal)
         draft.revokes = self._revokes()
         state.sets.release_predicates(journal)
@@ -541,9 +305,10 @@ class Commit:
     def _revokes(self) -> bool:
         """Whether a packet that was allowed may not be any more. All sets of before and after are there to compare."""
         state = self._state
-        if self._is_first or self._gone:
+        if self._is_first or self._intake.gone:
             return True  # what was in force before is not known, or not in force any more
-        revocation = Revocation(state.identities)
+        judged = state.identities.identities.keys() - set(state.identities.created[self._extended :])
+        revocation = Revocation(judged)
         if any(revocation.by_replacement(old, new) for old, new in self._replaced):
             return True
         relabelled = self._relabelled
@@ -560,11 +325,11 @@ class Commit:
         sets = dict.fromkeys(live for local in state.local.values() for live in local.sets.values())
         return revocation.by_relabelling({(old, new) for old, new in pairs if old != new}, sets)
 
-    # --- 8. endpoints -----------------------------------------------------------------------------------------------
+    # --- 9. endpoints -----------------------------------------------------------------------------------------------
 
     def _write_endpoints(self, touched: Iterable[EndpointKey]) -> None:
         state, draft, journal = self._state, self._draft, self._journal
-        gone = {local.endpoint.key for local in self._gone}
+        gone = {local.endpoint.key for local in self._intake.gone}
         for key in gone - state.local.keys():
             draft.write(Phase.FLIP, "endpoints", key, DELETED)
         if state.sets.moved:
@@ -603,9 +368,9 @@ class Commit:
         state.sets.bury(draft, journal)
         state.stores.causes.collect(draft, journal)
         state.stores.log_lists.collect(draft, journal)
-        for owner in {*owners, *self._disappeared}:
+        for owner in {*owners, *self._intake.disappeared}:
             state.owners.collect(owner, journal)
-        for local in self._gone:
+        for local in self._intake.gone:
             state.numbers.give_back(local.number, journal)
 
     def check_sizes(self, tables: Tables) -> None:
@@ -618,29 +383,6 @@ class Commit:
             seen, most = self._draft.size_after(tables, table), getattr(limits, table)
             if seen > most:
                 raise exceeded(what, table, most, seen)
-
-
-def _containers(world: World) -> dict[type, dict[Any, Any]]:
-    return {
-        Endpoint: world.endpoints,
-        NetworkSet: world.network_sets,
-        Node: world.nodes,
-        Policy: world.policies,
-        Profile: world.profiles,
-        Service: world.services,
-        Tier: world.tiers,
-    }
-
-
-def _claim(local: LocalEndpoint) -> Claim:
-    return (int(local.endpoint.kind is EndpointKind.HOST), local.endpoint.key, local.number)
-
-
-def _service_key(old: Service | None, new: Service | None) -> ServiceKey:
-    service = new or old
-    if service is None:
-        raise AssertionError("a change from nothing to nothing")
-    return (service.namespace, service.name)
 
 
 def _members(service: Service | None, atom: ServiceTerm) -> set[IPAddress]:

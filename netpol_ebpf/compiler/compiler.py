@@ -16,10 +16,11 @@ from contextlib import contextmanager
 from typing import Any, Union
 
 from netpol_ebpf.compiler.canonical import canonical
-from netpol_ebpf.compiler.commit import Commit, KnownNumbers, State
+from netpol_ebpf.compiler.commit import Commit
 from netpol_ebpf.compiler.draft import Draft
 from netpol_ebpf.compiler.journal import Journal, Unjournaled
 from netpol_ebpf.compiler.limits import Limits
+from netpol_ebpf.compiler.state import KnownNumbers, State
 from netpol_ebpf.compiler.tables import Change, Tables
 from netpol_ebpf.policy.types import (
     Endpoint,

@@ -12,7 +12,7 @@ Invariant: equal programs are equal values, whatever order the policies came in 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from netpol_ebpf.compiler.entries import EFFECTS, Effect, Entry, Resolver, expand
 from netpol_ebpf.compiler.identities import MatchRecord
@@ -51,6 +51,7 @@ class Template:
     what: str
     entries: tuple[Entry, ...]
     constrains_own: bool
+    passes: bool
     references: int = 0
     peers: tuple[MatchRecord, ...] = ()
     owns: tuple[MatchRecord, ...] = ()
@@ -59,7 +60,12 @@ class Template:
 def make_template(what: str, entries: Iterable[Entry]) -> Template:
     """A template without references."""
     found = tuple(entries)
-    return Template(what, found, any(entry.own.positive or entry.own.negative for entry in found))
+    return Template(
+        what,
+        found,
+        constrains_own=any(entry.own.positive or entry.own.negative for entry in found),
+        passes=any(entry.effect is Effect.PASS for entry in found),
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,17 +85,42 @@ class TierPart:
     parts: tuple[Part, ...]
     end_enforced: PolicyKey | None
     end_pending: PolicyKey | None
+    is_closed: bool = field(init=False, compare=False, repr=False)
+    """Nothing after this tier is ever reached: it ends in deny in both evaluations, and no rule leaves it."""
+    _hash: int = field(init=False, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        ends = self.end_enforced is not None and self.end_pending is not None
+        object.__setattr__(self, "is_closed", ends and not any(part.template.passes for part in self.parts))
+        object.__setattr__(self, "_hash", hash((self.name, self.parts, self.end_enforced, self.end_pending)))
+
+    def __hash__(self) -> int:
+        return self._hash
 
 
 @dataclass(frozen=True, slots=True)
 class Program:
-    """The whole order of evaluation. Nothing decided: deny in NORMAL, continue elsewhere."""
+    """The whole order of evaluation. Nothing decided: deny in NORMAL, continue elsewhere.
+
+    ``constraining``: templates that constrain the own side, in order.  Hashes are worked out once: programs are keys, and may
+    have a thousand parts.
+    """
 
     direction: Direction
     stage: Stage
     head: tuple[Part, ...]
     tiers: tuple[TierPart, ...]
     profiles: tuple[Part, ...]
+    constraining: tuple[Template, ...] = field(init=False, compare=False, repr=False)
+    _hash: int = field(init=False, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        constraining = tuple(part.template for part in self.parts() if part.template.constrains_own)
+        object.__setattr__(self, "constraining", constraining)
+        object.__setattr__(self, "_hash", hash((self.direction, self.stage, self.head, self.tiers, self.profiles)))
+
+    def __hash__(self) -> int:
+        return self._hash
 
     def parts(self) -> Iterable[Part]:
         """All parts in order."""
@@ -226,18 +257,9 @@ def order_tiers(
     return tuple(found)
 
 
-def is_closed(tier: TierPart) -> bool:
-    """Nothing after this tier is ever reached: it ends in deny in both evaluations, and no rule leaves it."""
-    return (
-        tier.end_enforced is not None
-        and tier.end_pending is not None
-        and not any(entry.effect is Effect.PASS for part in tier.parts for entry in part.template.entries)
-    )
-
-
 def cut(tiers: tuple[TierPart, ...], profiles: tuple[Part, ...]) -> tuple[tuple[TierPart, ...], tuple[Part, ...]]:
     """Leave out what is never reached, so that endpoints which differ in that alone share their policy sets."""
     for index, tier in enumerate(tiers):
-        if is_closed(tier):
+        if tier.is_closed:
             return tiers[: index + 1], ()
     return tiers, profiles

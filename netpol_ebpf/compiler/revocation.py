@@ -10,14 +10,13 @@ at again.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from collections.abc import Set as AbstractSet
 from itertools import product
 
 from netpol_ebpf.compiler.classes import ClassMap
-from netpol_ebpf.compiler.identities import IdentityIndex
 from netpol_ebpf.compiler.sets import LiveSet
 from netpol_ebpf.policy.types import Outcome
 
-_REACH = {Outcome.DENY: 0, Outcome.CONTINUE: 1, Outcome.ALLOW: 2}
 BUDGET = 50_000
 """Verdicts compared in one commit before the answer is yes; arbitrary, some tens of milliseconds."""
 _REMEMBERED = 4096
@@ -25,9 +24,9 @@ _REMEMBERED = 4096
 
 
 class Revocation:
-    """The comparisons of one commit."""
+    """The comparisons of one commit. ``identities``: those that old and new sets have classes for."""
 
-    def __init__(self, identities: IdentityIndex) -> None:
+    def __init__(self, identities: AbstractSet[int]) -> None:
         self._identities = identities
         self._left = BUDGET
         self._compared: dict[tuple[LiveSet | None, LiveSet | None], bool] = {}
@@ -78,13 +77,13 @@ class Revocation:
             return old is not None and old.may(Outcome.ALLOW)
         if old is None:  # continued so far
             return new.may(Outcome.DENY)
-        peers = {(old.peer.vector_of(each), new.peer.vector_of(each)) for each in self._identities.identities}
+        peers = {(old.peer.vector_of(each), new.peer.vector_of(each)) for each in self._identities}
         if old.own is None and new.own is None:
             owns = {(-1, -1)}
         else:
             owns = {
                 (-1 if old.own is None else old.own.vector_of(each), -1 if new.own is None else new.own.vector_of(each))
-                for each in self._identities.identities
+                for each in self._identities
             }
         l4 = set(zip(old.atom_vectors(), new.atom_vectors(), strict=True))
         sources = set(zip(old.source_vectors(), new.source_vectors(), strict=True))
@@ -98,4 +97,5 @@ class Revocation:
 
 
 def _loses(old: Outcome, new: Outcome) -> bool:
-    return _REACH[new] < _REACH[old]
+    """Less than before: allow is more than continue, continue more than deny."""
+    return new is not old and (old is Outcome.ALLOW or new is Outcome.DENY)

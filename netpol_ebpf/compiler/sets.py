@@ -59,6 +59,7 @@ class _Entries:
 
     def __init__(self, program: Program, fold: Fold | None) -> None:
         self.effects: list[Effect] = []
+        self.outcomes: list[Outcome] = []
         self.causes: list[Cause] = []
         self.targets: list[int] = []  # where Pass goes: the first bit after the tier
         self.peers: dict[MatchRecord, int] = {}
@@ -88,6 +89,7 @@ class _Entries:
     def _add(self, effect: Effect, cause: Cause, *, enforced: bool, pending: bool) -> int:
         bit = 1 << len(self.effects)
         self.effects.append(effect)
+        self.outcomes.append(_OUTCOMES.get(effect, Outcome.CONTINUE))  # of Pass and Log it is not asked
         self.causes.append(cause)
         self.targets.append(0)
         if enforced:
@@ -317,7 +319,7 @@ class LiveSet:
                 logs[self._rules[index]] = None
                 vector &= vector - 1
             else:
-                return _OUTCOMES[effect], self._rules[index], logs
+                return entries.outcomes[index], self._rules[index], logs
         return self._tail, self._tail_rule, logs
 
     # --- growing ----------------------------------------------------------------------------------------------------

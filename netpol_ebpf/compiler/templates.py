@@ -39,6 +39,14 @@ def service_ports(service: Service | None) -> frozenset[PortPair]:
     return frozenset() if service is None else frozenset((each.protocol, each.port) for each in service.backends)
 
 
+def service_key(old: Service | None, new: Service | None) -> ServiceKey:
+    """The key of a service that changes."""
+    service = new or old
+    if service is None:
+        raise AssertionError("a change from nothing to nothing")
+    return (service.namespace, service.name)
+
+
 class _Asking:
     """A resolver that notes what it is asked, and puts the names into use."""
 

@@ -1,0 +1,223 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The first step of a commit: changed objects go into the world, and what has to be looked at again is noted.
+
+Invariant: afterwards the world, the owners, the subjects and the indexes of the state are those after the change; addresses,
+templates and programs are still those before it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from netpol_ebpf.compiler.addresses import Claim
+from netpol_ebpf.compiler.journal import Journal
+from netpol_ebpf.compiler.limits import exceeded
+from netpol_ebpf.compiler.owners import OwnerKind
+from netpol_ebpf.compiler.state import LocalEndpoint, State
+from netpol_ebpf.compiler.templates import TemplateKey
+from netpol_ebpf.policy.types import (
+    Direction,
+    Endpoint,
+    EndpointKey,
+    EndpointKind,
+    IPAddress,
+    IPNetwork,
+    NetworkSet,
+    Node,
+    Policy,
+    Profile,
+    Service,
+    Settings,
+    Stage,
+    Staged,
+    Tier,
+    World,
+)
+
+
+class Intake:
+    """Takes changes, (type, key) -> new object or None, and notes what they concern.
+
+    ``dirty``: local endpoints whose programs may change; ``stale``: templates whose object changed; ``*_moves``: what owner
+    an object's addresses had and have (0: none); ``claims``: local endpoints that got or lost an address; ``disappeared``: owners
+    with an object less; ``gone``: local endpoints that are no more.
+    """
+
+    def __init__(self, state: State, local: Callable[[Endpoint], bool], journal: Journal) -> None:
+        self._state = state
+        self._local = local
+        self._journal = journal
+        self.dirty: dict[EndpointKey, None] = {}
+        self.stale: dict[TemplateKey, None] = {}
+        self.address_moves: list[tuple[Iterable[IPAddress], int, Iterable[IPAddress], int]] = []
+        self.net_moves: list[tuple[Iterable[IPNetwork], int, Iterable[IPNetwork], int]] = []
+        self.service_moves: list[tuple[Service | None, Service | None]] = []
+        self.claims: list[tuple[IPAddress, Claim, bool]] = []
+        self.disappeared: list[int] = []
+        self.gone: list[LocalEndpoint] = []
+
+    def take(self, changes: Mapping[tuple[type, Any], Any]) -> None:
+        """Put the changes into the world. An object equal to the one in force is no change."""
+        takers = {
+            Endpoint: self._take_endpoint,
+            NetworkSet: self._take_network_set,
+            Node: self._take_node,
+            Policy: self._take_policy,
+            Service: self._take_service,
+        }
+        world, journal = self._state.world, self._journal
+        others: dict[type, dict[Any, Any]] = _containers(world)
+        for (kind, key), new in changes.items():
+            if kind is Settings:
+                if new != world.settings:
+                    self._take_settings(new)
+                continue
+            container = others[kind]
+            old = container.get(key)
+            if old == new:
+                continue
+            if new is None:
+                journal.pop(container, key)
+            else:
+                journal.put(container, key, new)
+            taker: Any = takers.get(kind)
+            if taker is not None:
+                taker(old, new)
+            elif kind is Tier:
+                for policy in self._state.by_tier.get(key, ()):
+                    self.touch(self._state.subjects.endpoints_of(policy))
+            else:
+                self.stale.update(dict.fromkeys((key, direction) for direction in Direction))
+                self.touch(self._state.with_profile.get(key, ()))
+
+    def touch(self, endpoints: Iterable[EndpointKey]) -> None:
+        """Note local endpoints whose programs may change."""
+        self.dirty.update(dict.fromkeys(endpoints))
+
+    def drop_unknown(self) -> None:
+        """Forget noted endpoints that are local no more."""
+        for key in self.dirty.keys() - self._state.local.keys():
+            del self.dirty[key]
+
+    def _take_settings(self, settings: Settings) -> None:
+        self._journal.assign(self._state.world, "settings", settings)
+        for stage in (Stage.NORMAL, Stage.UNTRACKED):
+            self.stale.update(dict.fromkeys((stage, direction) for direction in Direction))
+        self.touch(key for key, local in self._state.local.items() if local.endpoint.kind is EndpointKind.HOST)
+
+    def _own(self, registered: dict[Any, int], key: Any, kind: OwnerKind, old: Any, new: Any) -> tuple[int, int]:
+        """Register an object's owner in place of its old one. Returns (old owner, new owner), 0 for none."""
+        owners, journal = self._state.owners, self._journal
+        before = registered.get(key, 0)
+        after = 0
+        if new is not None:
+            after = owners.appear(kind, new.labels, new.ports if kind is OwnerKind.ENDPOINT else (), journal)
+            journal.put(registered, key, after)
+        else:
+            journal.pop(registered, key)
+        if old is not None:
+            owners.disappear(before, journal)
+            self.disappeared.append(before)
+        return before, after
+
+    def _take_endpoint(self, old: Endpoint | None, new: Endpoint | None) -> None:
+        key = (new or old).key  # type: ignore[union-attr]  # one of them is there
+        before, after = self._own(self._state.endpoint_owners, key, OwnerKind.ENDPOINT, old, new)
+        if old is None or new is None or before != after or old.addresses != new.addresses:
+            had, has = old.addresses if old else (), new.addresses if new else ()
+            self.address_moves.append((had, before, has, after))
+        known = self._state.local.get(key)
+        is_local = new is not None and self._local(new)
+        if known is not None and (new is None or not is_local or known.endpoint.kind is not new.kind):
+            self._drop_local(known)
+            known = None
+        if new is not None and is_local:
+            self._take_local(known, new)
+
+    def _take_local(self, known: LocalEndpoint | None, endpoint: Endpoint) -> None:
+        state, journal = self._state, self._journal
+        key = endpoint.key
+        if known is None:
+            is_kept = key in state.kept_numbers
+            number = journal.pop(state.kept_numbers, key) if is_kept else state.numbers.take(journal)
+            if number is None:
+                raise exceeded(str(key), "endpoints", state.limits.endpoints, len(state.local) + 1)
+            known = LocalEndpoint(endpoint, number)
+            journal.put(state.local, key, known)
+            old_addresses: tuple[IPAddress, ...] = ()
+            old_profiles: tuple[str, ...] = ()
+        else:
+            old_addresses, old_profiles = known.endpoint.addresses, known.endpoint.profiles
+            journal.assign(known, "endpoint", endpoint)
+        claim = known.claim
+        self.claims.extend((address, claim, True) for address in set(endpoint.addresses) - set(old_addresses))
+        self.claims.extend((address, claim, False) for address in set(old_addresses) - set(endpoint.addresses))
+        for profile in set(old_profiles) ^ set(endpoint.profiles):
+            self._index_profile(profile, key, add=profile in endpoint.profiles)
+        state.subjects.set_endpoint(key, endpoint.labels, journal)
+        self.touch((key,))
+
+    def _index_profile(self, profile: str, key: EndpointKey, *, add: bool) -> None:
+        change = self._journal.add_to if add else self._journal.discard_from
+        change(self._state.with_profile, profile, key)
+
+    def _drop_local(self, known: LocalEndpoint) -> None:
+        state, journal = self._state, self._journal
+        key = known.endpoint.key
+        claim = known.claim
+        self.claims.extend((address, claim, False) for address in set(known.endpoint.addresses))
+        for profile in set(known.endpoint.profiles):
+            self._index_profile(profile, key, add=False)
+        state.subjects.set_endpoint(key, None, journal)
+        journal.pop(state.local, key)
+        self.dirty.pop(key, None)
+        self.gone.append(known)
+
+    def _take_network_set(self, old: NetworkSet | None, new: NetworkSet | None) -> None:
+        key = (new or old).key  # type: ignore[union-attr]  # one of them is there
+        before, after = self._own(self._state.set_owners, key, OwnerKind.NETWORK_SET, old, new)
+        self.net_moves.append((old.nets if old else (), before, new.nets if new else (), after))
+
+    def _take_node(self, old: Node | None, new: Node | None) -> None:
+        name = (new or old).name  # type: ignore[union-attr]  # one of them is there
+        before, after = self._own(self._state.node_owners, name, OwnerKind.NODE, old, new)
+        self.address_moves.append((old.addresses if old else (), before, new.addresses if new else (), after))
+
+    def _take_service(self, old: Service | None, new: Service | None) -> None:
+        self.service_moves.append((old, new))
+
+    def _take_policy(self, old: Policy | None, new: Policy | None) -> None:
+        state, journal = self._state, self._journal
+        key = (new or old).key  # type: ignore[union-attr]  # one of them is there
+        self.touch(state.subjects.endpoints_of(key))
+        state.subjects.set_policy(key, None if new is None else new.subject, journal)
+        self.touch(state.subjects.endpoints_of(key))
+        self.stale.update(dict.fromkeys((key, direction) for direction in Direction))
+        if old is not None and (new is None or new.tier != old.tier):
+            journal.discard_from(state.by_tier, old.tier, key)
+        if new is not None and (old is None or new.tier != old.tier):
+            journal.add_to(state.by_tier, new.tier, key)
+        before = None if old is None or old.staged is Staged.NO else old.replaces
+        after = None if new is None or new.staged is Staged.NO else new.replaces
+        if before != after:
+            for twin, step in ((before, -1), (after, 1)):
+                if twin is not None:
+                    count = state.replaced.get(twin, 0) + step
+                    if count:
+                        journal.put(state.replaced, twin, count)
+                    else:
+                        journal.pop(state.replaced, twin)
+                    self.touch(state.subjects.endpoints_of(twin))
+
+
+def _containers(world: World) -> dict[type, dict[Any, Any]]:
+    return {
+        Endpoint: world.endpoints,
+        NetworkSet: world.network_sets,
+        Node: world.nodes,
+        Policy: world.policies,
+        Profile: world.profiles,
+        Service: world.services,
+        Tier: world.tiers,
+    }

@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the compiler keeps between commits.
+
+Invariant: during a commit it is changed through the commit's journal alone, and between commits it agrees with the tables.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from netpol_ebpf.compiler.addresses import Addresses, Claim
+from netpol_ebpf.compiler.identities import IdentityIndex
+from netpol_ebpf.compiler.journal import Journal
+from netpol_ebpf.compiler.l4 import ANY_L4, ANY_SOURCE, SOURCE_BLOCK, AtomSpace
+from netpol_ebpf.compiler.limits import Limits
+from netpol_ebpf.compiler.numbers import Numbers, Ranges
+from netpol_ebpf.compiler.owners import OwnerIndex
+from netpol_ebpf.compiler.programs import Program
+from netpol_ebpf.compiler.registers import RowRegister
+from netpol_ebpf.compiler.sets import LiveSet, Stores
+from netpol_ebpf.compiler.setstore import SetStore
+from netpol_ebpf.compiler.subjects import Subjects
+from netpol_ebpf.compiler.tables import ATOM_BLOCKS, EndpointRow
+from netpol_ebpf.compiler.templates import Templates
+from netpol_ebpf.policy.types import Cause, Direction, Endpoint, EndpointKey, EndpointKind, PolicyKey, Stage, World
+
+Slot = tuple[Direction, Stage]
+
+
+@dataclass(frozen=True, slots=True)
+class KnownNumbers:
+    """Numbers that an earlier run left in force: identities by digest (table ``identities``), rules, endpoints."""
+
+    identities: Mapping[str, int] = field(default_factory=dict)
+    rules: Mapping[Cause, int] = field(default_factory=dict)
+    endpoints: Mapping[EndpointKey, int] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class LocalEndpoint:
+    """A local endpoint as it is in force. ``row``: as it was last written."""
+
+    endpoint: Endpoint
+    number: int
+    programs: dict[Slot, Program] = field(default_factory=dict)
+    sets: dict[Slot, LiveSet] = field(default_factory=dict)
+    row: EndpointRow | None = None
+
+    @property
+    def claim(self) -> Claim:
+        """What it brings forward for its addresses."""
+        return (int(self.endpoint.kind is EndpointKind.HOST), self.endpoint.key, self.number)
+
+
+class State:
+    """Everything the compiler keeps between commits."""
+
+    def __init__(self, limits: Limits, known: KnownNumbers) -> None:
+        self.limits = limits
+        self.world = World()
+        self.owners = OwnerIndex()
+        self.identities = IdentityIndex(self.owners, limits, known.identities)
+        self.addresses = Addresses(self.identities)
+        self.subjects = Subjects()
+        self.templates = Templates(self.world, self.owners, self.identities, limits)
+        self.stores = Stores(
+            identities=self.identities,
+            atoms=AtomSpace(ANY_L4, 0, ATOM_BLOCKS, limits),
+            sources=AtomSpace(ANY_SOURCE, SOURCE_BLOCK, 256, limits),
+            causes=RowRegister("rules", limits.rules, known.rules),
+            log_lists=RowRegister("log_lists", limits.log_lists),
+            set_numbers=Numbers(1, 1 << 31),
+            verdicts=Ranges(limits.verdicts),
+            columns=Ranges(limits.column_blocks),
+            limits=limits,
+        )
+        self.sets = SetStore(self.stores)
+        self.numbers = Numbers(1, limits.endpoints)
+        self.kept_numbers = dict(known.endpoints)  # of endpoints that did not appear yet
+        for number in self.kept_numbers.values():
+            self.numbers.reserve(number)
+        self.local: dict[EndpointKey, LocalEndpoint] = {}
+        self.endpoint_owners: dict[EndpointKey, int] = {}
+        self.set_owners: dict[str, int] = {}
+        self.node_owners: dict[str, int] = {}
+        self.by_tier: dict[str, set[PolicyKey]] = {}
+        self.replaced: dict[PolicyKey, int] = {}  # key -> how many staged policies stand for it
+        self.with_profile: dict[str, set[EndpointKey]] = {}  # local endpoints
+
+    def release_kept(self) -> None:
+        """Numbers of an earlier run that nothing asked for are numbers like all others from now on."""
+        journal = Journal()
+        self.stores.causes.release_kept(journal)
+        for key in list(self.kept_numbers):
+            self.numbers.give_back(journal.pop(self.kept_numbers, key), journal)
+
+    def begin(self, journal: Journal) -> None:
+        """A commit starts."""
+        self.stores.verdicts.begin(journal)
+        self.stores.columns.begin(journal)
+
+    def settle(self) -> None:
+        """A commit is over, one way or the other: forget what was noted for it."""
+        self.identities.settle()
+        self.owners.changed_names.clear()
+        self.addresses.forget_dirt()
+        self.sets.settle()
