@@ -3,14 +3,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from ipaddress import ip_address, ip_network
 
 import pytest
+from memory_maps import MemoryMap, memory_maps
 
 from netpol_ebpf.apply import encode
-from netpol_ebpf.apply.applier import ARRAYS, Applier, Binding
+from netpol_ebpf.apply.applier import Applier, Binding
 from netpol_ebpf.compiler.tables import AddressRow, Change, Delta, EndpointRow, SetRow, Tables, VerdictRow
 from netpol_ebpf.errors import MapFullError
 from netpol_ebpf.policy.types import (
@@ -29,47 +29,6 @@ DB = EndpointKey("Pod", "shop", "db")
 
 
 @dataclass
-class MemoryMap:
-    """A map in memory. ``hard_limit``: what the kernel would refuse at, where that is less than ``max_entries``."""
-
-    name: str
-    max_entries: int
-    value_size: int
-    log: list[tuple[str, str, bytes]]
-    rows: dict[bytes, bytes] = field(default_factory=dict)
-    hard_limit: int | None = None
-
-    def get(self, key: bytes) -> bytes | None:
-        if self.name in ARRAYS:
-            return self.rows.get(key, bytes(self.value_size))
-        return self.rows.get(key)
-
-    def put(self, key: bytes, value: bytes) -> None:
-        assert len(value) == self.value_size
-        limit = self.max_entries if self.hard_limit is None else self.hard_limit
-        if key not in self.rows and len(self.rows) >= limit:
-            raise MapFullError(f"map {self.name} is full")
-        self.log.append(("put", self.name, key))
-        self.rows[key] = value
-
-    def delete(self, key: bytes) -> bool:
-        assert self.name not in ARRAYS
-        self.log.append(("delete", self.name, key))
-        return self.rows.pop(key, None) is not None
-
-    def items(self) -> Iterator[tuple[bytes, bytes]]:
-        return iter(self.rows.items())
-
-    def put_many(self, pairs: Sequence[tuple[bytes, bytes]]) -> None:
-        for key, value in pairs:
-            self.put(key, value)
-
-    def delete_many(self, keys: Sequence[bytes]) -> None:
-        for key in keys:
-            assert self.delete(key), f"{self.name} has no {key!r} to delete"
-
-
-@dataclass
 class Kernel:
     """All maps, the order of writes to them, and an applier whose grace periods are in that order too."""
 
@@ -77,8 +36,7 @@ class Kernel:
     maps: dict[str, MemoryMap] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name, spec in abi.MAP_SPECS.items():
-            self.maps[name] = MemoryMap(name, spec.max_entries, spec.value_size, self.log)
+        self.maps = memory_maps(self.log)
         self.applier = Applier(self.maps, lambda: self.log.append(("grace", "", b"")))
 
     @property

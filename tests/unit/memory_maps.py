@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Maps in memory, with the kernel's manners: fixed sizes, arrays that are always full, an order of writes that can be read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+from netpol_ebpf.apply.applier import ARRAYS
+from netpol_ebpf.errors import MapFullError
+from netpol_loader import abi
+
+
+@dataclass
+class MemoryMap:
+    """A map in memory. ``hard_limit``: what the kernel would refuse at, where that is less than ``max_entries``."""
+
+    name: str
+    max_entries: int
+    value_size: int
+    log: list[tuple[str, str, bytes]]
+    rows: dict[bytes, bytes] = field(default_factory=dict)
+    hard_limit: int | None = None
+
+    def get(self, key: bytes) -> bytes | None:
+        if self.name in ARRAYS:
+            return self.rows.get(key, bytes(self.value_size))
+        return self.rows.get(key)
+
+    def put(self, key: bytes, value: bytes) -> None:
+        assert len(value) == self.value_size
+        limit = self.max_entries if self.hard_limit is None else self.hard_limit
+        if key not in self.rows and len(self.rows) >= limit:
+            raise MapFullError(f"map {self.name} is full")
+        self.log.append(("put", self.name, key))
+        self.rows[key] = value
+
+    def delete(self, key: bytes) -> bool:
+        assert self.name not in ARRAYS
+        self.log.append(("delete", self.name, key))
+        return self.rows.pop(key, None) is not None
+
+    def items(self) -> Iterator[tuple[bytes, bytes]]:
+        return iter(self.rows.items())
+
+    def put_many(self, pairs: Sequence[tuple[bytes, bytes]]) -> None:
+        for key, value in pairs:
+            self.put(key, value)
+
+    def delete_many(self, keys: Sequence[bytes]) -> None:
+        for key in keys:
+            assert self.delete(key), f"{self.name} has no {key!r} to delete"
+
+
+def memory_maps(log: list[tuple[str, str, bytes]]) -> dict[str, MemoryMap]:
+    """All maps of the program, empty; they note their writes in one log."""
+    return {name: MemoryMap(name, spec.max_entries, spec.value_size, log) for name, spec in abi.MAP_SPECS.items()}

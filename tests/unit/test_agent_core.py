@@ -1,0 +1,432 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The agent step by step, on a node in memory: what it writes, attaches, refuses and remembers."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from ipaddress import ip_address
+from pathlib import Path
+
+import pytest
+from memory_maps import MemoryMap, memory_maps
+
+from netpol_ebpf.agent import report
+from netpol_ebpf.agent.core import SEARCH_S, Agent, Settings
+from netpol_ebpf.agent.node import POLICY_MAPS
+from netpol_ebpf.agent.wiring import Link, Wiring
+from netpol_ebpf.apply import encode
+from netpol_ebpf.apply.applier import KernelMap
+from netpol_ebpf.apply.ledger import Ledger
+from netpol_ebpf.errors import LimitError, MapFullError
+from netpol_ebpf.policy.types import EndpointKey
+from netpol_ebpf.sources.files import ManifestDirectory
+from netpol_loader import abi
+
+POD = """\
+---
+apiVersion: v1
+kind: Pod
+metadata: {{name: {name}, namespace: shop, labels: {{app: {name}}}}}
+spec: {{nodeName: {node}, containers: [{{name: c, image: x}}]}}
+status: {{podIPs: [{{ip: 10.0.0.{last}}}]}}
+"""
+NAMESPACE = "apiVersion: v1\nkind: Namespace\nmetadata: {name: shop}\n"
+WEB, DB, FAR = (EndpointKey("Pod", "shop", name) for name in ("web", "db", "far"))
+CLUSTER = NAMESPACE + "".join(
+    POD.format(name=name, node=node, last=last)
+    for last, (name, node) in enumerate([("web", "here"), ("db", "here"), ("far", "there")], 1)
+)
+POLICY = """\
+apiVersion: networking.k8s.io/v1
+kind: NetworkPolicy
+metadata: {name: db, namespace: shop}
+spec:
+  podSelector: {matchLabels: {app: db}}
+  ingress: [{from: [{podSelector: {matchLabels: {app: web}}}], ports: [{port: 5432}]}]
+"""
+UPLINK, WEB_LINK, DB_LINK = (
+    Link(2, "eth0", "veth", (0, 2)),
+    Link(5, "cali1", "veth", (1, 2)),
+    Link(6, "cali2", "veth", (2, 2)),
+)
+WIRING = Wiring(
+    {link.ifindex: link for link in (UPLINK, WEB_LINK, DB_LINK)},
+    {ip_address("10.0.0.1"): 5, ip_address("10.0.0.2"): 6},
+    frozenset({2}),
+)
+
+
+@dataclass
+class MemoryNode:
+    """A node in memory.
+
+    ``exchanges``: how often a new set of policy maps took over.  ``rows_when_attached``: whether an interface had its row
+    when it got its programs.
+    """
+
+    wiring: Wiring = WIRING
+    news: bool = False
+    programs: set[int] = field(default_factory=set)
+    in_force: dict[str, MemoryMap] = field(default_factory=lambda: memory_maps([]))
+    rows_when_attached: dict[int, bool] = field(default_factory=dict)
+    exchanges: int = 0
+    events: list[abi.np_event] = field(default_factory=list)
+
+    @property
+    def maps(self) -> Mapping[str, KernelMap]:
+        return self.in_force
+
+    def snapshot(self) -> Wiring:
+        return self.wiring
+
+    def has_news(self) -> bool:
+        news, self.news = self.news, False
+        return news
+
+    @contextlib.contextmanager
+    def renewal(self) -> Iterator[Mapping[str, KernelMap]]:
+        fresh = memory_maps([])
+        for name, one in fresh.items():
+            one.max_entries = self.in_force[name].max_entries
+        maps = {name: fresh[name] if name in POLICY_MAPS else one for name, one in self.in_force.items()}
+        yield maps
+        self.in_force = maps
+        self.exchanges += 1
+
+    def attached(self) -> set[int]:
+        return set(self.programs)
+
+    def attach(self, ifindex: int) -> bool:
+        self.rows_when_attached[ifindex] = self.row(ifindex) is not None
+        self.programs.add(ifindex)
+        return ifindex in self.wiring.links
+
+    def detach(self, ifindex: int) -> None:
+        self.programs.discard(ifindex)
+
+    def read_events(self, consume: Callable[[abi.np_event], None]) -> int:
+        events, self.events = self.events, []
+        for event in events:
+            consume(event)
+        return len(events)
+
+    def row(self, ifindex: int) -> abi.np_endpoint | None:
+        value = self.in_force["np_endpoint"].rows.get(encode.endpoint_key(ifindex))
+        return None if value is None else encode.decode_endpoint(value)
+
+
+@dataclass
+class Bench:
+    """Manifests, a state directory, a node and a clock; agents come and go."""
+
+    home: Path
+    node: MemoryNode = field(default_factory=MemoryNode)
+    now_s: float = 0.0
+    ledgers: list[Ledger] = field(default_factory=list)
+
+    def agent(self, settings: Settings | None = None) -> Agent:
+        """A started agent, which finds what the one before left."""
+        self.close()
+        self.ledgers.append(Ledger(self.home / "numbers"))
+        source = ManifestDirectory(self.home / "manifests")
+        one = Agent(settings or Settings("here"), self.node, source, self.ledgers[-1], lambda: self.now_s)
+        one.start()
+        return one
+
+    def close(self) -> None:
+        for ledger in self.ledgers:
+            ledger.close()
+
+    def write(self, name: str, text: str) -> None:
+        (self.home / "manifests").mkdir(exist_ok=True)
+        (self.home / "manifests" / name).write_text(text)
+
+    def remove(self, name: str) -> None:
+        (self.home / "manifests" / name).unlink()
+
+
+def settle(agent: Agent) -> None:
+    """Steps enough for a change of the manifests to be taken up."""
+    for _ in range(3):
+        agent.step()
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Iterator[Bench]:
+    bench = Bench(tmp_path)
+    bench.write("cluster.yaml", CLUSTER)
+    bench.write("policy.yaml", POLICY)
+    yield bench
+    bench.close()
+
+
+def test_start_fills_binds_and_attaches(bench: Bench) -> None:
+    """Local pods have their rows before any program is attached; the uplink and remote pods are left alone."""
+    agent = bench.agent()
+    assert bench.node.exchanges == 1
+    assert bench.node.rows_when_attached == {5: True, 6: True}
+    assert bench.node.programs == {5, 6}
+    assert set(agent.applier.bindings) == {WEB, DB}
+    assert agent.problems == []
+
+
+def test_interface_of_nobody_is_closed(bench: Bench) -> None:
+    """A workload interface without a known pod has programs and no row."""
+    stranger = Link(9, "cali9", "veth", (7, 2))
+    bench.node.wiring = replace(WIRING, links={**WIRING.links, 9: stranger})
+    bench.agent()
+    assert 9 in bench.node.programs
+    assert bench.node.row(9) is None
+
+
+def test_new_interface_is_closed_before_it_is_opened(bench: Bench) -> None:
+    """News of an interface attaches the programs first and writes the row afterwards."""
+    bench.write("more.yaml", POD.format(name="late", node="here", last=9))
+    agent = bench.agent()
+    bench.node.wiring = replace(
+        WIRING, links={**WIRING.links, 9: Link(9, "cali9", "veth", (7, 2))},
+        host_routes={**WIRING.host_routes, ip_address("10.0.0.9"): 9},
+    )  # fmt: skip
+    agent.step()
+    assert 9 not in bench.node.programs
+    bench.node.news = True
+    bench.node.rows_when_attached.clear()
+    agent.step()
+    assert bench.node.rows_when_attached == {9: False}
+    assert bench.node.row(9) is not None
+
+
+def test_search_finds_what_nobody_announces(bench: Bench) -> None:
+    """A pod whose address appears inside its own namespace is found by looking again after a while."""
+    bench.node.wiring = replace(WIRING, host_routes={ip_address("10.0.0.1"): 5})
+    agent = bench.agent()
+    assert bench.node.row(6) is None
+    bench.node.wiring = replace(bench.node.wiring, peer_addresses={(2, 2): (ip_address("10.0.0.2"),)})
+    agent.step()
+    assert bench.node.row(6) is None
+    bench.now_s += SEARCH_S
+    agent.step()
+    assert bench.node.row(6) is not None
+
+
+def test_interface_that_goes_takes_its_row(bench: Bench) -> None:
+    """A vanished interface leaves neither row nor memory; the next of its pod is taken."""
+    agent = bench.agent()
+    bench.node.wiring = replace(WIRING, links={2: UPLINK, 6: DB_LINK}, host_routes={ip_address("10.0.0.2"): 6})
+    bench.node.news = True
+    agent.step()
+    assert bench.node.row(5) is None
+    assert set(agent.attached) == {6}
+    moved = Link(7, "cali1", "veth", (1, 2))
+    bench.node.wiring = replace(WIRING, links={**WIRING.links, 7: moved}, host_routes={ip_address("10.0.0.1"): 7})
+    bench.node.news = True
+    agent.step()
+    assert bench.node.row(7) is not None
+
+
+def test_interface_that_turns_out_to_be_the_node_s_is_let_go(bench: Bench) -> None:
+    """An interface that gets the default route loses the programs it had while it looked like a workload's."""
+    stranger = Link(9, "wan0", "veth", (7, 2))
+    bench.node.wiring = replace(WIRING, links={**WIRING.links, 9: stranger})
+    agent = bench.agent()
+    assert 9 in bench.node.programs
+    bench.node.wiring = replace(bench.node.wiring, uplinks=frozenset({2, 9}))
+    bench.node.news = True
+    agent.step()
+    assert bench.node.programs == {5, 6}
+
+
+def test_pod_that_leaves_the_manifests_is_closed(bench: Bench) -> None:
+    """Without its manifest a pod's interface keeps its programs and loses its row."""
+    agent = bench.agent()
+    bench.write("cluster.yaml", CLUSTER.replace("name: web", "name: gone").replace("10.0.0.1", "10.0.0.99"))
+    settle(agent)
+    assert bench.node.row(5) is None
+    assert 5 in bench.node.programs
+
+
+def test_change_is_applied_without_an_exchange(bench: Bench) -> None:
+    """A policy that goes is a change to the maps in force: the row flips, the generation moves on."""
+    agent = bench.agent()
+    before, generation = bench.node.row(6), agent.applier.generation
+    bench.remove("policy.yaml")
+    settle(agent)
+    after = bench.node.row(6)
+    assert before is not None
+    assert after is not None
+    assert before.ingress.number != after.ingress.number
+    assert bench.node.exchanges == 1
+    assert agent.applier.generation >= generation
+
+
+def test_next_agent_keeps_every_number(bench: Bench) -> None:
+    """Endpoints and rules keep their numbers over a restart, whatever came and went before it."""
+    agent = bench.agent()
+    bench.write("a.yaml", POLICY.replace("name: db,", "name: a,").replace("5432", "1"))
+    settle(agent)
+    bench.write("more.yaml", POD.format(name="a", node="here", last=9))
+    settle(agent)
+    bench.remove("policy.yaml")
+    settle(agent)
+    rules = {cause: number for number, cause in agent.tables.rules.items()}
+    numbers = {key: agent.tables.endpoints[key].number for key in agent.tables.endpoints}
+    heir = bench.agent()
+    assert {cause: number for number, cause in heir.tables.rules.items()} == rules
+    assert {key: heir.tables.endpoints[key].number for key in heir.tables.endpoints} == numbers
+    assert dict(heir.tables.identities.items()) == dict(agent.tables.identities.items())
+    assert bench.node.exchanges == 2
+
+
+def test_numbers_are_in_the_ledger_before_the_kernel_sees_them(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An agent that dies while it writes a change has told the next one every number in it."""
+    agent = bench.agent()
+    bench.write("more.yaml", POD.format(name="late", node="here", last=9))
+    agent.step()
+    monkeypatch.setattr(agent.applier, "apply", lambda _change: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        settle(agent)
+    late = EndpointKey("Pod", "shop", "late")
+    number = agent.tables.endpoints[late].number
+    assert bench.agent().tables.endpoints[late].number == number
+
+
+def test_numbers_of_what_went_are_given_away_again_only_after_a_restart(bench: Bench) -> None:
+    """The ledger forgets pods and rules that went, so that it does not grow for ever."""
+    agent = bench.agent()
+    bench.remove("policy.yaml")
+    bench.write("cluster.yaml", NAMESPACE + POD.format(name="web", node="here", last=1))
+    settle(agent)
+    bench.agent()
+    text = (bench.home / "numbers").read_text()
+    assert '"web"' in text
+    assert '"db"' not in text
+    assert "KubernetesNetworkPolicy" not in text
+
+
+def test_new_generation_after_a_take_over(bench: Bench) -> None:
+    """Connections that an earlier agent's policy allowed are judged again."""
+    first = bench.agent().applier.generation
+    assert bench.agent().applier.generation != first
+
+
+def test_limit_refuses_the_change_and_the_next_one_is_whole(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A change the compiler refuses is a problem until a later one fits, which then brings everything."""
+    agent = bench.agent()
+    compiler = agent._compiler
+    commit = compiler.commit
+
+    def refuse() -> None:
+        compiler._staged.clear()
+        raise LimitError("too many rules")
+
+    monkeypatch.setattr(compiler, "commit", refuse)
+    bench.remove("policy.yaml")
+    settle(agent)
+    (problem,) = agent.problems
+    assert (problem.slug, "too many rules; the state before stays in force" in problem.message) == ("limit", True)
+    monkeypatch.setattr(compiler, "commit", commit)
+    bench.write("more.yaml", POD.format(name="late", node="here", last=9))
+    settle(agent)
+    assert agent.problems == []
+    assert not any(cause.policy for _, cause in agent.tables.rules.items())
+    assert EndpointKey("Pod", "shop", "late") in agent.tables.endpoints
+
+
+def test_full_map_refuses_the_change_and_the_next_one_starts_over(bench: Bench) -> None:
+    """A change that the kernel has no room for leaves the maps as they were; the next one is written to new maps."""
+    agent = bench.agent()
+    bench.node.in_force["np_addr4"].hard_limit = len(bench.node.in_force["np_addr4"].rows)
+    before = {name: dict(one.rows) for name, one in bench.node.in_force.items() if name in POLICY_MAPS}
+    bench.write("more.yaml", POD.format(name="late", node="here", last=9))
+    settle(agent)
+    assert [problem.slug for problem in agent.problems] == [MapFullError.slug]
+    assert {name: dict(one.rows) for name, one in bench.node.in_force.items() if name in POLICY_MAPS} == before
+    bench.write("more.yaml", POD.format(name="later", node="here", last=9))
+    settle(agent)
+    assert agent.problems == []
+    assert bench.node.exchanges == 2
+    assert EndpointKey("Pod", "shop", "later") in agent.tables.endpoints
+
+
+def test_broken_manifest_is_a_problem_and_changes_nothing(bench: Bench) -> None:
+    """What is wrong with a file is told as the parser told it."""
+    agent = bench.agent()
+    bench.write("policy.yaml", "kind: [")
+    settle(agent)
+    (problem,) = agent.problems
+    assert problem.location.file.endswith("policy.yaml")
+    assert agent.changes_applied == 1
+
+
+def test_host_endpoint_is_told_not_to_be_enforced(bench: Bench) -> None:
+    """An object this agent does not act on is named as a warning, with its place."""
+    bench.write(
+        "host.yaml",
+        "apiVersion: projectcalico.org/v3\nkind: HostEndpoint\nmetadata: {name: h}\n"
+        "spec: {node: here, interfaceName: eth0}\n",
+    )
+    (problem,) = bench.agent().problems
+    assert (problem.severity, problem.slug, problem.obj) == ("warning", "host-endpoint", "HostEndpoint/h")
+    assert problem.location.line == 1
+
+
+def test_ambiguous_interface_is_a_problem(bench: Bench) -> None:
+    """A pod whose interface cannot be told has none, and that is said."""
+    bench.node.wiring = replace(WIRING, host_routes={ip_address("10.0.0.1"): 6, ip_address("10.0.0.2"): 6})
+    agent = bench.agent()
+    assert bench.node.row(6) is None
+    assert {problem.obj for problem in agent.problems} == {"Pod/shop/web", "Pod/shop/db"}
+
+
+def test_without_a_node_every_workload_is_local(bench: Bench) -> None:
+    """An agent without a node's name compiles for all pods and binds those that are here."""
+    agent = bench.agent(Settings(None))
+    assert set(agent.tables.endpoints) == {WEB, DB, FAR}
+    assert set(agent.applier.bindings) == {WEB, DB}
+
+
+def test_patterns_choose_the_interfaces(bench: Bench) -> None:
+    """With patterns only matching interfaces, and those of known pods, are under policy."""
+    stranger = Link(9, "vnet9", "veth", (7, 2))
+    bench.node.wiring = replace(WIRING, links={**WIRING.links, 9: stranger})
+    bench.agent(Settings("here", interfaces=("nothing*",)))
+    assert bench.node.programs == {5, 6}
+
+
+def test_flow_names_endpoint_and_rule_even_after_they_went(bench: Bench) -> None:
+    """An event that waited in the ring while its rule was removed is still told with it."""
+    agent = bench.agent()
+    rule = next(number for number, cause in agent.tables.rules.items() if cause.policy and cause.index < 0)
+    event = abi.np_event(
+        kind=abi.NP_EVENT_DENY, reason=abi.NP_REASON_POLICY_DENY, endpoint=agent.tables.endpoints[DB].number,
+        rule=rule, staged_rule=rule, action=abi.NP_ACTION_DENY, staged_action=abi.NP_ACTION_DENY, ip_version=4,
+    )  # fmt: skip
+    event.source[0:4] = list(ip_address("10.0.0.3").packed)
+    event.destination[0:4] = list(ip_address("10.0.0.2").packed)
+    bench.remove("policy.yaml")
+    agent.step()
+    bench.node.events.append(event)
+    (flow,) = agent.step()
+    assert (flow.endpoint, flow.cause is not None) == (DB, True)
+    plain = report.flow(agent, flow)
+    assert (plain["source_name"], plain["destination_name"]) == ("Pod/shop/far", "Pod/shop/db")
+    assert plain["decided_by"]["policy"] == "KubernetesNetworkPolicy/shop/db"
+
+
+def test_report_holds_all_of_it(bench: Bench) -> None:
+    """Status, rules and identities are plain values of what is in force."""
+    agent = bench.agent()
+    state = report.status(agent, bench.node.maps, {"manifests": "m", "pin_dir": "p"})
+    assert state["in_force"]
+    assert [(one["endpoint"], one["interface"], one["state"]) for one in state["endpoints"]] == [
+        ("Pod/shop/db", "cali2", "enforced"), ("Pod/shop/web", "cali1", "enforced"),
+    ]  # fmt: skip
+    assert [(one["interface"], one["endpoint"]) for one in state["interfaces"]] == [
+        ("cali1", "Pod/shop/web"), ("cali2", "Pod/shop/db"),
+    ]  # fmt: skip
+    assert state["maps"]["np_endpoint"] == {"entries": 2, "size": abi.MAP_SPECS["np_endpoint"].max_entries}
+    assert any("KubernetesNetworkPolicy/shop/db" in one["rule"] for one in report.rules(agent, bench.node.maps))
+    members = [member for one in report.identities(agent) for member in one["members"]]
+    assert {"10.0.0.1", "10.0.0.2", "10.0.0.3"} <= set(members)
