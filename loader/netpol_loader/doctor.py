@@ -87,9 +87,18 @@ def _check(name: str, look: Callable[[], str]) -> Check:
 
 
 def _nearest_existing(path: Path) -> Path:
-    while not path.exists():
+    while not _is_visible(path):
         path = path.parent
     return path
+
+
+def _is_visible(path: Path) -> bool:
+    """Whether the path exists, as far as this process may know."""
+    try:
+        path.stat()
+    except OSError:
+        return False
+    return True
 
 
 def _is_bpffs(path: Path) -> bool:
