@@ -1,0 +1,316 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where contenders stand: for each a laboratory of its own, a node with the measured pod and, on one machine, its peer.
+
+All laboratories exist side by side with the same addresses, each with its contender set up once, so that switching from one to
+the next between two measurements costs nothing and each is measured in every round.
+
+With two machines the peer is the other machine: the network card given for it is moved into the node of whichever contender is being
+measured, and back to where it was at the end (the kernel does that too when this process is killed).
+
+Invariant: rules of nftables and iptables, sets and programs exist inside namespaces of a laboratory only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import struct
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from ipaddress import IPv4Address, ip_network
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TypeVar
+
+from bench import netfilter
+from bench.policies import MEASURED, NODE, PEER, FlatRule, flat_rules, make_world
+from netpol_ebpf.apply.applier import Applier, Binding
+from netpol_ebpf.compiler import Compiler
+from netpol_ebpf.errors import PlatformError, UsageError
+from netpol_ebpf.lab.guard import NETNS_DIR
+from netpol_ebpf.lab.laboratory import Lab
+from netpol_ebpf.lab.probe import CLONE_NEWNET
+from netpol_ebpf.lab.topology import Host, IPAddress
+from netpol_ebpf.policy.types import Direction, World
+from netpol_loader import attach, syscall
+from netpol_loader.dataplane import Dataplane
+
+T = TypeVar("T")
+
+NODE_HOST, MEASURED_HOST, PEER_HOST = "node", "measured", "peer"
+MEASURED_LINK, PEER_LINK = "measured0", "peer0"
+NODE_ADDRESS = IPv4Address("10.0.0.254")
+MEASURED_ADDRESS, PEER_ADDRESS = IPv4Address("10.0.0.2"), IPv4Address("10.0.0.1")
+
+NOTHING, EMPTY, OURS = "nothing attached", "empty tcx program", "netpol-ebpf"
+NFT_RULES, NFT_MAP = "nftables, rules", "nftables, one map"
+IPTABLES_RULES, IPTABLES_SET = "iptables, rules", "iptables, one ipset"
+
+MOV_MINUS_ONE = struct.pack("<BBhi", 0xB7, 0, 0, -1)
+EXIT = struct.pack("<BBhi", 0x95, 0, 0, 0)
+ANY_SOURCE = (ip_network("0.0.0.0/0"),)
+BPFFS = Path("/sys/fs/bpf")
+SIZES = {"np_event": 1 << 20}
+"""Nobody reads the events here; what does not fit is counted and dropped, as with an agent that is down."""
+
+
+@dataclass(frozen=True, slots=True)
+class Contender:
+    """What enforces, and how many rules; 0 rules where nothing is enforced."""
+
+    kind: str
+    rules: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.kind}, {self.rules} rules" if self.rules else self.kind
+
+
+@dataclass(frozen=True, slots=True)
+class Remote:
+    """The other machine. ``device``: the card towards it, of this machine; ``address``: what the measured pod is to have there."""
+
+    peer: IPv4Address
+    device: str
+    address: IPv4Address
+
+
+@dataclass(frozen=True, slots=True)
+class Scenario:
+    """What all contenders are given: where the traffic runs and from which addresses questions are asked."""
+
+    direction: Direction
+    measured: IPv4Address
+    peers: tuple[IPv4Address, ...]
+    remote: Remote | None = None
+
+    def world(self, rules: int) -> World:
+        """The policies and who is there."""
+        here = self.remote is None
+        # The peer's other addresses are not its own: each question is asked as somebody else.
+        return make_world(rules, [self.measured], self.peers[:1], direction=self.direction, is_peer_here=here)
+
+
+class Site:
+    """One contender at work. A context manager; raises PlatformError when a tool refuses its rules."""
+
+    def __init__(self, contender: Contender, scenario: Scenario, world: World | None) -> None:
+        self.contender = contender
+        self.scenario = scenario
+        self._world = world
+        self._pins = BPFFS / f"netpol-bench-{os.getpid()}-{id(self):x}"
+        hosts = [
+            Host(NODE_HOST, None, (NODE_ADDRESS,)),
+            Host(MEASURED_HOST, NODE_HOST, (scenario.measured,), interface=MEASURED_LINK),
+        ]
+        if scenario.remote is None:
+            addresses: tuple[IPAddress, ...] = scenario.peers
+            hosts.append(Host(PEER_HOST, NODE_HOST, addresses, interface=PEER_LINK))
+        self.lab = Lab(hosts, directories=[self._pins])
+        self._stack = contextlib.ExitStack()
+        self._applier: Applier | None = None
+        self._links: list[int] = []
+
+    def __enter__(self) -> Site:  # noqa: PYI034 - typing.Self comes with Python 3.11
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self.lab)
+            self._set_up(stack)
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.close()
+
+    def _set_up(self, stack: contextlib.ExitStack) -> None:
+        kind = self.contender.kind
+        if kind == NOTHING:
+            return
+        if kind == EMPTY:
+            self._attach_empty(stack)
+            return
+        if self._world is None:
+            raise UsageError(f"{self.contender} needs policies")
+        if kind == OURS:
+            self._enforce(stack, self._world)
+            return
+        rules = flat_rules(self._world, MEASURED, self.scenario.direction)
+        self._load_netfilter(kind, rules)
+
+    @property
+    def interfaces(self) -> list[str]:
+        """The pods' interfaces on the node, where programs go."""
+        return [MEASURED_LINK] if self.scenario.remote else [MEASURED_LINK, PEER_LINK]
+
+    def in_node(self, work: Callable[[], T]) -> T:
+        """Run something inside the node's network namespace, on a thread that ends with it."""
+        return call_inside(NETNS_DIR / self.lab.namespace_of[NODE_HOST], work)
+
+    def ifindex(self, name: str) -> int:
+        """Number of an interface of the node."""
+        done = self.lab.run(NODE_HOST, ["ip", "-j", "link", "show", "dev", name])
+        return int(json.loads(done.stdout)[0]["ifindex"])
+
+    def _attach_empty(self, stack: contextlib.ExitStack) -> None:
+        program = syscall.prog_load(MOV_MINUS_ONE + EXIT)
+        stack.callback(os.close, program)
+
+        def links() -> list[int]:
+            numbers = [self.ifindex(name) for name in self.interfaces]
+            kinds = (syscall.TCX_INGRESS, syscall.TCX_EGRESS)
+            return [syscall.link_create(program, number, kind) for number in numbers for kind in kinds]
+
+        for link in self.in_node(links):
+            stack.callback(os.close, link)
+
+    def _enforce(self, stack: contextlib.ExitStack, world: World) -> None:
+        dataplane = stack.enter_context(Dataplane.open(self._pins, sizes=SIZES))
+        compiler = Compiler(lambda endpoint: endpoint.node == NODE)
+        compiler.replace(world)
+        compiler.commit()
+        self._applier = Applier(dataplane.maps)
+        self._applier.fill(compiler.tables)
+        self.borrow_addresses(allowed=True)
+        for name in self.interfaces:
+            number = self.ifindex(name)
+            self.in_node(lambda number=number: attach.attach(number, dataplane))  # type: ignore[misc]
+
+    def borrow_addresses(self, *, allowed: bool) -> None:
+        """Whether the peer may ask as somebody else. For comparing verdicts yes, for measuring no: that is the usual case."""
+        if self._applier is not None:
+            sources = ANY_SOURCE if allowed else ()
+            self._applier.bind(MEASURED, Binding(self.ifindex(MEASURED_LINK)))
+            if self.scenario.remote is None:
+                self._applier.bind(PEER, Binding(self.ifindex(PEER_LINK), allowed_sources=sources))
+
+    def _load_netfilter(self, kind: str, rules: Sequence[FlatRule]) -> None:
+        own, direction = self.scenario.measured, self.scenario.direction
+        if kind in (NFT_RULES, NFT_MAP):
+            make = netfilter.nft_rules if kind == NFT_RULES else netfilter.nft_map
+            self._feed(["nft", "-f", "-"], make(rules, own, direction))
+            return
+        make_both = netfilter.iptables_rules if kind == IPTABLES_RULES else netfilter.iptables_set
+        sets, table = make_both(rules, own, direction)
+        self._feed(["ipset", "restore"], sets)
+        self._feed(["iptables-restore"], table)
+
+    def _feed(self, argv: Sequence[str], text: str) -> None:
+        command = self.lab.command(NODE_HOST, argv)
+        done = subprocess.run(command, input=text, check=False, capture_output=True, text=True)
+        if done.returncode != 0:
+            message = (done.stderr or done.stdout).strip()[:400]
+            raise PlatformError(f"{argv[0]} refuses the rules of {self.contender}: {message}")
+
+    # --- two machines -------------------------------------------------------------------------------------------------
+
+    def take_device(self, device: str, remote: Remote) -> None:
+        """Set the card up that was just moved here: it answers for the measured pod's address."""
+        for command in (
+            ["ip", "link", "set", "dev", device, "up"],
+            ["ip", "route", "replace", f"{remote.peer}/32", "dev", device, "src", str(NODE_ADDRESS)],
+        ):
+            self.lab.run(NODE_HOST, command)
+        self.lab.prober.write_settings(NODE_HOST, [(f"ipv4/conf/{device}/proxy_arp", "1")])
+
+
+class Card:
+    """The network card towards the other machine, moved from namespace to namespace. Back where it was at the end.
+
+    Raises UsageError for a card that this machine needs: one with addresses, or the one of a default route.
+    """
+
+    def __init__(self, remote: Remote) -> None:
+        self._remote = remote
+        self._at: Site | None = None
+
+    def __enter__(self) -> Card:  # noqa: PYI034 - typing.Self comes with Python 3.11
+        device = self._remote.device
+        done = subprocess.run(
+            ["ip", "-j", "address", "show", "dev", device], check=False, capture_output=True, text=True
+        )
+        if done.returncode != 0:
+            raise UsageError(f"there is no interface {device}: {done.stderr.strip()}")
+        addresses = [one for one in json.loads(done.stdout)[0]["addr_info"] if one["scope"] == "global"]
+        if addresses:
+            raise UsageError(
+                f"interface {device} has the address {addresses[0]['local']}: it seems to be in use",
+                hint="Give a card that only this measurement uses, without addresses.",
+            )
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._at is not None:
+            self._at.lab.run(NODE_HOST, ["ip", "link", "set", "dev", self._remote.device, "netns", str(os.getpid())])
+            self._at = None
+
+    def move_to(self, site: Site) -> None:
+        """Have it in a contender's node."""
+        if self._at is site:
+            return
+        move = ["ip", "link", "set", "dev", self._remote.device, "netns", site.lab.namespace_of[NODE_HOST]]
+        if self._at is None:
+            subprocess.run(move, check=True)
+        else:
+            self._at.lab.run(NODE_HOST, move)
+        self._at = site
+        site.take_device(self._remote.device, self._remote)
+
+
+def call_inside(namespace: Path, work: Callable[[], T]) -> T:
+    """Run something in a network namespace. A thread's namespace is its own, so this process stays where it is."""
+    results: list[T] = []
+    errors: list[BaseException] = []
+
+    def inside() -> None:
+        try:
+            enter_namespace(namespace)
+            results.append(work())
+        except BaseException as error:  # noqa: BLE001 - handed to the caller's thread
+            errors.append(error)
+
+    thread = threading.Thread(target=inside)
+    thread.start()
+    thread.join()
+    if errors:
+        raise errors[0]
+    return results[0]
+
+
+def enter_namespace(namespace: Path) -> None:
+    """Move the calling thread into a network namespace; os.setns comes with Python 3.12."""
+    import ctypes
+
+    libc = ctypes.CDLL(None, use_errno=True)
+    handle = os.open(namespace, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        if libc.setns(handle, CLONE_NEWNET) != 0:
+            raise PlatformError(f"cannot enter {namespace}: {os.strerror(ctypes.get_errno())}")
+    finally:
+        os.close(handle)
+
+
+def wait_until(condition: Callable[[], Any], what: str, deadline_s: float = 5.0) -> None:
+    """Poll until something is true. Raises PlatformError naming what did not come."""
+    deadline = time.monotonic() + deadline_s
+    while not condition():
+        if time.monotonic() > deadline:
+            raise PlatformError(f"{what} within {deadline_s:.0f} s: it did not happen")
+        time.sleep(0.02)
+
+
+@contextlib.contextmanager
+def sites(
+    contenders: Sequence[Contender], scenario: Scenario, each: Callable[[Contender], None]
+) -> Iterator[dict[Contender, Site]]:
+    """All contenders, set up. ``each`` is called before one is begun. Worlds are made once per number of rules."""
+    worlds = {number: scenario.world(number) for number in {one.rules for one in contenders} if number}
+    with contextlib.ExitStack() as stack:
+        made = {}
+        for contender in contenders:
+            each(contender)
+            made[contender] = stack.enter_context(Site(contender, scenario, worlds.get(contender.rules)))
+        yield made
