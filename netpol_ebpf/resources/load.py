@@ -8,6 +8,7 @@ needs all or nothing uses `LoadResult.check`.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -22,6 +23,7 @@ from netpol_ebpf.resources.syntax import check_annotations, check_dns_label, che
 from netpol_ebpf.resources.types import Meta, Resource
 from netpol_ebpf.resources.yamltree import Path, Positions, read_documents
 
+STANDARD_INPUT = FilePath("-")
 SUFFIXES = (".yaml", ".yml", ".json")
 
 KINDS: dict[tuple[str, str], Kind] = {
@@ -94,10 +96,15 @@ def parse_objects(objects: Iterable[tuple[Any, Positions]], *, lenient: bool = F
 
 
 def load_paths(paths: Sequence[FilePath]) -> LoadResult:
-    """All objects of files and directories (searched recursively for *.yaml, *.yml and *.json; hidden ones left out)."""
+    """All objects of files and directories (searched recursively for *.yaml, *.yml and *.json; hidden ones left out).
+
+    The path ``-`` is standard input.
+    """
     loader = _Loader()
-    for path in _files(paths, loader):
+    for path in _files([path for path in paths if path != STANDARD_INPUT], loader):
         loader.file(path)
+    if STANDARD_INPUT in paths:
+        loader.data(sys.stdin.buffer.read(), "<stdin>")
     return loader.result()
 
 
@@ -150,6 +157,10 @@ class _Loader:
             reason = error.strerror if isinstance(error, OSError) else str(error)
             self.problems.append(Problem(Location(name), "", f"cannot be read: {reason}", slug="file"))
             return
+        self.data(data, name)
+
+    def data(self, data: bytes, name: str) -> None:
+        """Read the bytes of one file."""
         try:
             text = data.decode("utf-8")
         except UnicodeDecodeError as error:

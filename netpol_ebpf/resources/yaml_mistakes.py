@@ -16,6 +16,7 @@ from netpol_ebpf.errors import Location, Problem
 _RULE_FIELD = re.compile(r"( *)(ports|from|to):(?:\s.*)?\Z")
 _KEY = re.compile(r"( *)(- +)*([A-Za-z][A-Za-z0-9]*):(?:\s|\Z)")
 _NAMED = re.compile(r" +(name|namespace): *[\"']?([^\s\"'#]+)")
+_WORD = re.compile(r"\s*[\"']?([A-Za-z]+)")
 _NOT_YAML = re.compile("[^\t\r\x20-\x7e\x85\xa0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 
@@ -146,7 +147,8 @@ def _object_name(lines: list[str]) -> str:
     for line in lines:
         if line[:1] not in (" ", "#", "\r", ""):
             block, _, value = line.partition(":")
-            kind = value.strip().strip("\"'") if block == "kind" else kind
+            if block == "kind" and (match := _WORD.match(value)) is not None:
+                kind = match[1]
         elif block == "metadata" and (match := _NAMED.match(line)) is not None and not names[match[1]]:
             names[match[1]] = match[2]
     return "/".join(part for part in (kind, names["namespace"], names["name"]) if part)

@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`netpolctl check`: say everything that is wrong with manifests, and what is legal but probably not meant.
+
+Exit codes: 0 valid (be there warnings or not), 3 some input is not valid.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from netpol_ebpf.cli.output import add_output_option, print_value
+from netpol_ebpf.errors import InvalidInputError, Problem
+from netpol_ebpf.policy.lint import lint
+from netpol_ebpf.resources.load import load_paths
+
+EXIT_INVALID = 3
+
+
+def register(subparsers: Any) -> None:
+    """Add the command to the parser of `netpolctl`."""
+    parser: argparse.ArgumentParser = subparsers.add_parser(
+        "check",
+        help="say what is wrong or suspicious in manifests",
+        description="Validate manifests as the API servers do, and warn of what is legal but probably not meant. All problems "
+        "of all files come out at once. Warnings that need the whole cluster (a policy that selects nothing, a rule that "
+        "is never reached) are about the objects given, so give pods and namespaces too.",
+        epilog="exit codes: 0 valid, 3 some input is not valid",
+    )
+    parser.add_argument(
+        "paths",
+        nargs="+",
+        type=Path,
+        metavar="PATH",
+        help="a file, a directory to search for *.yaml, *.yml and *.json, or - for standard input",
+    )
+    parser.add_argument("--strict", action="store_true", help="count warnings as errors")
+    add_output_option(parser)
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the command; returns the exit code."""
+    loaded = load_paths(arguments.paths)
+    if not loaded.resources and not loaded.problems:
+        paths = " ".join(map(str, arguments.paths))
+        raise InvalidInputError(f"no object found in {paths}", hint="Manifests end in .yaml, .yml or .json.")
+    problems = list(loaded.problems)
+    linted = not loaded.errors  # with objects missing, what depends on all of them would be wrong
+    if linted:
+        problems.extend(lint(loaded.resources))
+        problems = _in_file_order(problems)
+    errors = sum(problem.severity == "error" for problem in problems)
+    warnings = len(problems) - errors
+    value = {
+        "objects": len(loaded.resources),
+        "errors": errors,
+        "warnings": warnings,
+        "clusterChecks": linted,
+        "problems": [_as_dict(problem) for problem in problems],
+    }
+    if not print_value(arguments.output, value):
+        for problem in problems:
+            print(problem)
+        print(f"{len(loaded.resources)} objects valid: {errors} errors, {warnings} warnings")
+        if not linted:
+            print("Checks that need all objects together were left out; they run once there are no errors.")
+    return EXIT_INVALID if errors or (warnings and arguments.strict) else 0
+
+
+def _in_file_order(problems: Sequence[Problem]) -> list[Problem]:
+    """By line within a file; files in the order in which they first come up."""
+    files = {file: number for number, file in enumerate(dict.fromkeys(one.location.file for one in problems))}
+    return sorted(problems, key=lambda problem: (files[problem.location.file], problem.location.line))
+
+
+def _as_dict(problem: Problem) -> dict[str, Any]:
+    return {
+        "file": problem.location.file,
+        "line": problem.location.line,
+        "column": problem.location.column,
+        "severity": problem.severity,
+        "slug": problem.slug,
+        "object": problem.obj,
+        "path": problem.path,
+        "message": problem.message,
+    }

@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whether one rule surely matches all that another one matches.
+
+`covers` is sound and not complete: True is a proof that holds for every packet and every state of the cluster (by the
+definition in MATCHING.md); False says nothing.  It compares rules only and never looks at endpoints.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+from netpol_ebpf.policy.types import ICMP, ICMPV6, PORT_PROTOCOLS, Entity, IPNetwork, Ports, Rule, ServiceMatch
+from netpol_ebpf.selector import Selector, all_of, negate
+
+_FAMILY_OF_PROTOCOL = {ICMP: 4, ICMPV6: 6}
+
+
+@lru_cache(maxsize=65536)
+def implies(premise: Selector, conclusion: Selector) -> bool:
+    """Whether labels that match ``premise`` surely match ``conclusion``."""
+    return premise == conclusion or all_of(premise, negate(conclusion)).is_unsatisfiable()
+
+
+def covers(wide: Rule, narrow: Rule) -> bool:
+    """Whether every packet that ``narrow`` matches is matched by ``wide``. A rule that matches nothing counts for neither."""
+    if is_dead(wide) or is_dead(narrow):
+        return False
+    family = _family(narrow)
+    return (
+        wide.ip_version in (None, family)
+        and wide.protocol in (None, narrow.protocol)
+        and _not_protocol_covers(wide, narrow)
+        and _icmp_covers(wide, narrow)
+        and _entity_covers(wide.source, narrow.source, narrow, family)
+        and _entity_covers(wide.destination, narrow.destination, narrow, family)
+    )
+
+
+def is_dead(rule: Rule) -> bool:
+    """Whether the rule is marked as one that matches nothing."""
+    return bool(rule.unsupported) or rule.source.impossible or rule.destination.impossible
+
+
+def _family(rule: Rule) -> int | None:
+    """The IP version of all packets that match, if the rule says."""
+    if rule.ip_version is not None:
+        return rule.ip_version
+    if rule.protocol in _FAMILY_OF_PROTOCOL:
+        return _FAMILY_OF_PROTOCOL[rule.protocol]
+    for nets in (rule.source.nets, rule.destination.nets):
+        versions = {net.version for net in nets}
+        if len(versions) == 1:
+            return versions.pop()
+    return None
+
+
+def _not_protocol_covers(wide: Rule, narrow: Rule) -> bool:
+    return (
+        wide.not_protocol is None
+        or wide.not_protocol == narrow.not_protocol
+        or (narrow.protocol is not None and narrow.protocol != wide.not_protocol)
+    )
+
+
+def _icmp_covers(wide: Rule, narrow: Rule) -> bool:
+    if wide.icmp is not None and (
+        narrow.icmp is None
+        or narrow.icmp.type != wide.icmp.type
+        or (wide.icmp.code is not None and narrow.icmp.code != wide.icmp.code)
+    ):
+        return False
+    excluded = wide.not_icmp
+    return (
+        excluded is None
+        or narrow.not_icmp == excluded
+        or (narrow.not_icmp is not None and narrow.not_icmp.type == excluded.type and narrow.not_icmp.code is None)
+        or (narrow.protocol is not None and narrow.protocol not in _FAMILY_OF_PROTOCOL)
+        or (narrow.icmp is not None and narrow.icmp.type != excluded.type)
+    )
+
+
+def _entity_covers(wide: Entity, narrow: Entity, rule: Rule, family: int | None) -> bool:
+    return (
+        _nets_cover(wide, narrow, family)
+        and _selectors_cover(wide, narrow)
+        and _service_covers(wide.service, narrow.service)
+        and _ports_cover(wide.ports, narrow.ports)
+        and _not_ports_cover(wide, narrow, rule)
+    )
+
+
+def _nets_cover(wide: Entity, narrow: Entity, family: int | None) -> bool:
+    if wide.nets and not (narrow.nets and all(any(_within(net, one) for one in wide.nets) for net in narrow.nets)):
+        return False
+    return all(
+        (family is not None and excluded.version != family)
+        or any(_within(excluded, one) for one in narrow.not_nets)
+        or (narrow.nets and not any(_overlap(excluded, net) for net in narrow.nets))
+        for excluded in wide.not_nets
+    )
+
+
+def _within(inner: IPNetwork, outer: IPNetwork) -> bool:
+    return (
+        inner.version == outer.version
+        and inner.prefixlen >= outer.prefixlen
+        and int(inner.network_address) >> (inner.max_prefixlen - outer.prefixlen)
+        == int(outer.network_address) >> (outer.max_prefixlen - outer.prefixlen)
+    )
+
+
+def _overlap(one: IPNetwork, other: IPNetwork) -> bool:
+    return _within(one, other) or _within(other, one)
+
+
+def _selectors_cover(wide: Entity, narrow: Entity) -> bool:
+    for given, other in ((wide.selector, narrow.selector), (wide.nodes, narrow.nodes)):
+        if given is not None and (other is None or not implies(other, given)):
+            return False
+    # No owner matches the narrow exclusion, so none matches what implies it.
+    return wide.not_selector is None or (
+        narrow.not_selector is not None and implies(wide.not_selector, narrow.not_selector)
+    )
+
+
+def _service_covers(wide: ServiceMatch | None, narrow: ServiceMatch | None) -> bool:
+    if wide is None:
+        return True
+    return (
+        narrow is not None
+        and (wide.namespace, wide.name) == (narrow.namespace, narrow.name)
+        and (narrow.match_ports or not wide.match_ports)
+    )
+
+
+def _ports_cover(wide: Ports | None, narrow: Ports | None) -> bool:
+    """Named ports resolve among owners that match the selector, of which a wider entity has no fewer."""
+    if wide is None:
+        return True
+    return (
+        narrow is not None
+        and set(narrow.names) <= set(wide.names)
+        and all(any(first <= low and high <= last for first, last in wide.ranges) for low, high in narrow.ranges)
+    )
+
+
+def _not_ports_cover(wide: Entity, narrow: Entity, rule: Rule) -> bool:
+    excluded = wide.not_ports
+    if excluded is None or (rule.protocol is not None and rule.protocol not in PORT_PROTOCOLS):
+        return True
+    if excluded.names:  # they would resolve among more owners than the narrow entity's do
+        return narrow.not_ports == excluded and narrow.selector == wide.selector
+    if narrow.not_ports is not None and _ports_cover(narrow.not_ports, excluded):
+        return True
+    ports = narrow.ports
+    return (
+        ports is not None
+        and not ports.names
+        and not any(low <= last and first <= high for low, high in ports.ranges for first, last in excluded.ranges)
+    )

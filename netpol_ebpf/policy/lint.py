@@ -1,0 +1,313 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is legal and probably not meant: warnings that need a whole cluster state, not one object.
+
+Every warning is about one policy and says what its effect is, not what taste says.  What only a cluster's endpoints can tell
+(a policy that selects nothing) is said only when there are endpoints.  Nothing here changes a verdict; nothing
+here is an error.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from netpol_ebpf.errors import Location, Problem
+from netpol_ebpf.policy.coverage import covers, implies, is_dead
+from netpol_ebpf.policy.translate import derive, key_of
+from netpol_ebpf.policy.types import (
+    Action,
+    Direction,
+    Endpoint,
+    EndpointKey,
+    EndpointKind,
+    Entity,
+    IPAddress,
+    Policy,
+    PolicyKey,
+    Rule,
+    Staged,
+    World,
+)
+from netpol_ebpf.resources.types import Resource
+from netpol_ebpf.selector import SelectorIndex
+
+KUBERNETES = ("KubernetesNetworkPolicy", "StagedKubernetesNetworkPolicy")
+_WITH_PRIORITY = ("ClusterNetworkPolicy", "AdminNetworkPolicy")
+_MIN_PODS = 2  # a CIDR that holds one pod may be about that pod
+
+
+def lint(resources: Iterable[Resource]) -> list[Problem]:
+    """All warnings about a cluster that consists of these resources, in the order of their files and lines."""
+    given = list(resources)
+    world = derive(given)
+    problems = [*_Linter(world).problems(), *_missing_profiles(given, world)]
+    problems.sort(key=lambda problem: (problem.location.file, problem.location.line, problem.path))
+    return problems
+
+
+def shown_name(key: PolicyKey) -> str:
+    """A policy's name as its author writes it: kind of the API, namespace, name."""
+    kind = "NetworkPolicy" if key.kind == "KubernetesNetworkPolicy" else key.kind
+    return "/".join(part for part in (kind, key.namespace, key.name) if part)
+
+
+@dataclass(frozen=True, slots=True)
+class _Warning:
+    """A warning before it has a place: the field path, the message, the slug, and the rule it is about, if one."""
+
+    path: str
+    message: str
+    slug: str
+    location: Location | None = None
+
+
+class _Linter:
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.selected = self._selected_endpoints()
+        self.pod_addresses: dict[int, set[IPAddress]] = defaultdict(set)
+        for endpoint in world.endpoints.values():
+            if endpoint.kind is EndpointKind.WORKLOAD:
+                for address in endpoint.addresses:
+                    self.pod_addresses[address.version].add(address)
+
+    def _selected_endpoints(self) -> dict[PolicyKey, list[Endpoint]]:
+        """For each policy the endpoints it acts on."""
+        index: SelectorIndex[PolicyKey, EndpointKey] = SelectorIndex()
+        for key, endpoint in self.world.endpoints.items():
+            index.add_labels(key, endpoint.labels)
+        selected = {}
+        for policy in self.world.policies.values():
+            if policy.staged is Staged.DELETE:
+                continue
+            keys = index.add_selector(policy.key, policy.subject)
+            endpoints = (self.world.endpoints[key] for key in keys)
+            only_hosts = policy.do_not_track or policy.pre_dnat
+            selected[policy.key] = [one for one in endpoints if one.kind is EndpointKind.HOST or not only_hosts]
+        return selected
+
+    def problems(self) -> Iterator[Problem]:
+        """Every warning, in no particular order."""
+        shadows = _Shadows(self.world)
+        for policy in self.world.policies.values():
+            if policy.staged is Staged.DELETE:
+                continue
+            for warning in (*self._of_policy(policy), *self._of_rules(policy), *shadows.of(policy)):
+                location = warning.location or policy.location or Location("")
+                yield Problem(
+                    location,
+                    warning.path,
+                    warning.message,
+                    obj=shown_name(policy.key),
+                    severity="warning",
+                    slug=warning.slug,
+                )
+        yield from self._equal_priorities()
+
+    # --- the policy as a whole --------------------------------------------------------------------------------------
+
+    def _of_policy(self, policy: Policy) -> Iterator[_Warning]:
+        if policy.subject.is_unsatisfiable():
+            yield _Warning(
+                "spec", "its selector contradicts itself, so it can never select anything", "impossible-selector"
+            )
+        elif self.world.endpoints and not self.selected[policy.key]:
+            what = "host endpoint" if policy.do_not_track or policy.pre_dnat else "endpoint"
+            yield _Warning("spec", f"it selects no {what} of those given, so it has no effect", "selects-nothing")
+        if policy.tier not in self.world.tiers:
+            yield _Warning(
+                "spec.tier",
+                f"the tier {policy.tier} does not exist: such policies come after all others, and what they do not allow "
+                "is denied",
+                "missing-tier",
+            )
+        yield from self._log_only(policy)
+
+    def _log_only(self, policy: Policy) -> Iterator[_Warning]:
+        """A policy that only logs still puts its endpoints under the end of its tier."""
+        tier = self.world.tiers.get(policy.tier)
+        if policy.pre_dnat or policy.do_not_track or tier is None or tier.default_action is not Action.DENY:
+            return
+        for direction in sorted(policy.types, key=lambda direction: direction.value):
+            rules = policy.rules(direction)
+            if rules and all(rule.action is Action.LOG for rule in rules):
+                yield _Warning(
+                    f"spec.{direction.value}",
+                    f"has only Log rules; but since the policy applies, the tier {policy.tier} ends in deny for the endpoints "
+                    f"it selects. Add a rule with action Pass at the end to log and change nothing",
+                    "log-only",
+                    rules[0].location,
+                )
+
+    def _equal_priorities(self) -> Iterator[Problem]:
+        """SIG-network policies of one priority: the API leaves their order open."""
+        first: dict[tuple[str, float], Policy] = {}
+        for policy in sorted(self.world.policies.values(), key=lambda policy: policy.sort_key):
+            if policy.key.kind not in _WITH_PRIORITY:
+                continue
+            other = first.setdefault((policy.tier, policy.order), policy)
+            if other is not policy:
+                yield Problem(
+                    policy.location or Location(""),
+                    "spec.priority",
+                    f"{shown_name(other.key)} has the same priority {policy.order:.0f}; where both apply, the API leaves open "
+                    "which comes first (here it is the one whose name sorts first)",
+                    obj=shown_name(policy.key),
+                    severity="warning",
+                    slug="equal-priority",
+                )
+
+    # --- single rules -----------------------------------------------------------------------------------------------
+
+    def _of_rules(self, policy: Policy) -> Iterator[_Warning]:
+        for direction in policy.types:
+            said: set[tuple[int, str]] = set()  # several internal rules may stem from one of the user's
+            for rule in policy.rules(direction):
+                for slug, message in self._of_rule(policy, direction, rule):
+                    if (rule.index, message) in said:
+                        continue
+                    said.add((rule.index, message))
+                    yield _Warning(f"spec.{direction.value}[{rule.index}]", message, slug, rule.location)
+
+    def _of_rule(self, policy: Policy, direction: Direction, rule: Rule) -> Iterator[tuple[str, str]]:
+        if rule.unsupported:
+            yield "unsupported", f"needs {rule.unsupported}, which is not enforced yet, so this rule matches nothing"
+            return
+        for side, entity in (("source", rule.source), ("destination", rule.destination)):
+            for selector in (entity.selector, entity.nodes):
+                if selector is not None and selector.is_unsatisfiable():
+                    yield "impossible-selector", f"its {side} selector contradicts itself, so this rule matches nothing"
+        peer = rule.source if direction is Direction.INGRESS else rule.destination
+        if rule.action is Action.ALLOW and not peer.selector and not peer.nodes:
+            yield from self._pod_network(peer)
+        yield from self._named_ports(policy, direction, rule)
+
+    def _pod_network(self, peer: Entity) -> Iterator[tuple[str, str]]:
+        """A CIDR that holds all pods allows them too; often only the world outside is meant."""
+        for net in peer.nets:
+            pods = self.pod_addresses[net.version]
+            if len(pods) < _MIN_PODS or not all(address in net for address in pods):
+                continue
+            if all(any(address in one for one in peer.not_nets) for address in pods):
+                continue
+            yield (
+                "contains-pods",
+                f"{net} contains the addresses of all {len(pods)} pods given, so it allows them too; if only the world "
+                "outside is meant, except the pod network",
+            )
+
+    def _named_ports(self, policy: Policy, direction: Direction, rule: Rule) -> Iterator[tuple[str, str]]:
+        """In ingress rules the destination is the selected endpoint: some should have a port of that name."""
+        ports = rule.destination.ports
+        endpoints = self.selected[policy.key]
+        if direction is not Direction.INGRESS or ports is None or not endpoints:
+            return
+        declared = {
+            port.name
+            for endpoint in endpoints
+            for port in endpoint.ports
+            if rule.protocol is None or port.protocol == rule.protocol
+        }
+        for name in ports.names:
+            if name not in declared:
+                yield (
+                    "unknown-port-name",
+                    f'none of the endpoints it selects has a port named "{name}" of this protocol',
+                )
+
+
+def _missing_profiles(resources: Iterable[Resource], world: World) -> Iterator[Problem]:
+    """What has no policy falls to its profiles; one that does not exist denies. Said once for each profile."""
+    said: set[str] = set()
+    for resource in resources:
+        key = key_of(resource)
+        endpoint = world.endpoints.get(EndpointKey(*key))
+        for profile in () if endpoint is None else endpoint.profiles[:1]:  # an existing first one decides alone
+            if profile in world.profiles or profile in said:
+                continue
+            said.add(profile)
+            kind, _, name = profile.partition(".")
+            missing = f"the Namespace {name}" if kind == "kns" else f"the Profile {profile}"
+            message = f"{missing} is not among the objects given, so what no policy decides is denied"
+            yield Problem(
+                resource.meta.location,
+                "",
+                message,
+                obj="/".join(filter(None, key)),
+                severity="warning",
+                slug="missing-profile",
+            )
+
+
+class _Shadows:
+    """Finds rules that no packet can reach, because earlier rules surely match all they match."""
+
+    def __init__(self, world: World) -> None:
+        self._deciding: dict[Direction, list[tuple[Policy, int, list[Rule]]]] = {}
+        tiers = list(world.sorted_tiers())
+        self._position: dict[PolicyKey, int] = {}
+        by_tier: dict[str, list[Policy]] = defaultdict(list)
+        for policy in world.policies.values():
+            by_tier[policy.tier].append(policy)
+        for number, tier in enumerate(tiers):
+            for policy in sorted(by_tier[tier.name], key=lambda policy: policy.sort_key):
+                self._position[policy.key] = len(self._position)
+                # Kubernetes policies have no order among each other: none of them shadows another one.
+                if policy.staged is Staged.NO and policy.key.kind not in KUBERNETES:
+                    for direction in policy.types:
+                        rules = [rule for rule in policy.rules(direction) if rule.action is not Action.LOG]
+                        self._deciding.setdefault(direction, []).append((policy, number, rules))
+        self._tier_number = {tier.name: number for number, tier in enumerate(tiers)}
+
+    def of(self, policy: Policy) -> Iterator[_Warning]:
+        """A warning for each of the user's rules that is shadowed as a whole."""
+        for direction in policy.types:
+            rules = policy.rules(direction)
+            earlier = list(self._earlier(policy, direction))
+            by_index: dict[int, list[Rule]] = defaultdict(list)
+            for rule in rules:
+                by_index[rule.index].append(rule)
+            for index, parts in by_index.items():
+                own = [(policy, rule) for rule in rules if rule.index < index and rule.action is not Action.LOG]
+                causes = [_first_cover((*own, *earlier), part) for part in parts]
+                if all(cause is not None for cause in causes) and not any(map(is_dead, parts)):
+                    named = _named(policy, (cause for cause in causes if cause is not None))
+                    kind = (
+                        "adds nothing: all it allows is allowed"
+                        if policy.key.kind in KUBERNETES and named[0]
+                        else "is never reached: all it matches is decided"
+                    )
+                    yield _Warning(
+                        f"spec.{direction.value}[{index}]", f"{kind} by {named[1]}", "shadowed-rule", parts[0].location
+                    )
+
+    def _earlier(self, policy: Policy, direction: Direction) -> Iterator[tuple[Policy, Rule]]:
+        """Rules of other policies that decide before this one, for all endpoints that this one selects."""
+        number = self._tier_number[policy.tier]
+        for other, other_number, rules in self._deciding.get(direction, ()):
+            if self._position[other.key] >= self._position[policy.key]:
+                break
+            same_stage = (other.do_not_track, other.pre_dnat) == (policy.do_not_track, policy.pre_dnat)
+            if not same_stage or (policy.apply_on_forward and not other.apply_on_forward):
+                continue
+            if policy.replaces == other.key or not implies(policy.subject, other.subject):
+                continue
+            for rule in rules:
+                if other_number == number or rule.action is not Action.PASS:  # Pass ends its own tier only
+                    yield other, rule
+
+
+def _first_cover(earlier: Iterable[tuple[Policy, Rule]], rule: Rule) -> tuple[Policy, Rule] | None:
+    return next(((policy, one) for policy, one in earlier if covers(one, rule)), None)
+
+
+def _named(policy: Policy, causes: Iterable[tuple[Policy, Rule]]) -> tuple[bool, str]:
+    """Whether all causes are rules of the policy itself, and their names."""
+    names: dict[str, None] = {}
+    own = True
+    for other, rule in causes:
+        own = own and other.key == policy.key
+        where = "" if other.key == policy.key else f" of {shown_name(other.key)}"
+        names[f"rule {rule.index} ({rule.action.value}){where}"] = None
+    return own, " and ".join(names)

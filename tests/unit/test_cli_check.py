@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`netpolctl check`: what it prints and how it exits."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from netpol_ebpf.cli.main import main
+
+VALID = "apiVersion: v1\nkind: Namespace\nmetadata: {name: n}\n"
+SUSPICIOUS = "apiVersion: networking.k8s.io/v1\nkind: NetworkPolicy\nmetadata: {name: p}\nspec:\n  ingress:\n  - {}\n  - ports:\n    - port: 80\n"
+BROKEN = "apiVersion: networking.k8s.io/v1\nkind: NetworkPolicy\nmetadata: {name: q}\nspec:\n  ingress:\n  - ports:\n    - port: 0\n"
+
+
+def test_valid_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Exit 0 and one line."""
+    (tmp_path / "a.yaml").write_text(VALID, encoding="utf-8")
+    assert main(["check", str(tmp_path)]) == 0
+    assert capsys.readouterr().out == "1 objects valid: 0 errors, 0 warnings\n"
+
+
+def test_warnings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """They are printed, and fail only when asked to."""
+    file = tmp_path / "a.yaml"
+    file.write_text(SUSPICIOUS, encoding="utf-8")
+    assert main(["check", str(file)]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith(
+        f"{file}:7: warning: NetworkPolicy/default/p: spec.ingress[1]: adds nothing: all it allows is allowed by rule 0"
+    )
+    assert main(["check", "--strict", str(file)]) == 3
+
+
+def test_errors_of_all_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Exit 3; every error with its place; checks of the whole are left out and that is said."""
+    (tmp_path / "a.yaml").write_text(BROKEN, encoding="utf-8")
+    (tmp_path / "b.yaml").write_text(f"{SUSPICIOUS}---\nkind: [\n", encoding="utf-8")
+    assert main(["check", str(tmp_path)]) == 3
+    out = capsys.readouterr().out.splitlines()
+    assert out[0].startswith(
+        f"{tmp_path}/a.yaml:7: error: NetworkPolicy/default/q: spec.ingress[0].ports[0].port: must be from 1"
+    )
+    assert out[1].startswith(f"{tmp_path}/b.yaml:11: error: not valid YAML")
+    assert out[2:] == [
+        "1 objects valid: 2 errors, 0 warnings",
+        "Checks that need all objects together were left out; they run once there are no errors.",
+    ]
+
+
+def test_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One document with figures and problems."""
+    file = tmp_path / "a.yaml"
+    file.write_text(BROKEN, encoding="utf-8")
+    assert main(["check", "-o", "json", str(file)]) == 3
+    value = json.loads(capsys.readouterr().out)
+    assert value == {
+        "objects": 0,
+        "errors": 1,
+        "warnings": 0,
+        "clusterChecks": False,
+        "problems": [
+            {
+                "file": str(file),
+                "line": 7,
+                "column": 7,
+                "severity": "error",
+                "slug": "range",
+                "object": "NetworkPolicy/default/q",
+                "path": "spec.ingress[0].ports[0].port",
+                "message": "must be from 1 to 65535, is 0",
+            }
+        ],
+    }
+
+
+def test_standard_input(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """What another program prints can be checked without a file."""
+    monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=io.BytesIO(BROKEN.encode())))
+    assert main(["check", "-"]) == 3
+    assert capsys.readouterr().out.startswith("<stdin>:7: error: ")
+
+
+def test_nothing_to_check(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """An empty directory is more likely a wrong path than a wish."""
+    assert main(["check", str(tmp_path)]) == 3
+    assert f"no object found in {tmp_path}" in capsys.readouterr().err
