@@ -209,7 +209,7 @@ class Agent:
     def _take(self, batch: Batch) -> None:
         for problem in batch.problems:
             if problem not in self._manifest_problems:
-                log.warning("%s", problem)
+                log.log(logging.ERROR if problem.severity == "error" else logging.WARNING, "%s", problem)
         self._manifest_problems = batch.problems
         self._owners = None
         for event in batch.events:
@@ -325,7 +325,9 @@ class Agent:
     def _look_at_interfaces(self) -> None:
         self._looked_at_s = self._clock()
         self._wiring = self._node.snapshot()
-        self._located = locate(self._wiring, self.local_endpoints())
+        before, self._located = self._located, locate(self._wiring, self.local_endpoints())
+        for key, message in self._located.problems.items() - before.problems.items():
+            log.warning("%s: no interface: %s", key, message)
 
     def _bindings(self) -> dict[EndpointKey, Binding]:
         """Which interface each local endpoint is on."""

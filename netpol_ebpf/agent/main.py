@@ -135,15 +135,13 @@ def run(arguments: argparse.Namespace) -> int:
     with exclusive(state_dir), KernelNode(pin_root, sizes) as node, contextlib.closing(ledger):
         agent = Agent(settings, node, source, ledger, time.monotonic)
         agent.start()
-        problems = [problem for problem in agent.problems if problem.severity == "error"]
-        for problem in problems:
-            log.error("%s", problem)
         log.info(
             "in force: %d policies; %d of %d local endpoints have their interface; pinned in %s",
             len(agent.derivation.world.policies), len(agent.applier.bindings), len(agent.local_endpoints()), node.pin_dir,
         )  # fmt: skip
         if arguments.once:
-            return InvalidInputError.exit_code if problems else 0
+            is_whole = not any(problem.severity == "error" for problem in agent.problems)
+            return 0 if is_whole else InvalidInputError.exit_code
         place = {"manifests": str(arguments.manifests.resolve()), "pin_dir": str(node.pin_dir)}
         serve(agent, node, state_dir, place)
     return 0

@@ -1,0 +1,217 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The exchange of one set of maps and programs for another, by both ways of attaching, and killed half-way; removal."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import secrets
+import subprocess
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import pytest
+
+from netpol_ebpf.errors import LoadError
+from netpol_loader import abi, attach, netlink, syscall
+from netpol_loader.attach import Mechanism
+from netpol_loader.dataplane import Dataplane
+from netpol_loader.hook import Hook
+from netpol_loader.removal import find_leftovers
+from netpol_loader.renewal import OLD_SUFFIX, Renewal
+
+pytestmark = pytest.mark.netns
+
+T = TypeVar("T")
+FRESH = ("np_addr4", "np_verdict")
+SIZES = {
+    **{name: 64 for name in ("np_conn4", "np_conn6", "np_young4", "np_young6", "np_frag4", "np_frag6")},
+    "np_addr4": 100, "np_verdict": 100,
+}  # fmt: skip
+KEY, OLD, NEW = bytes([1, 2, 3, 4]), bytes([1] * 8), bytes([2] * 8)
+
+
+@dataclass
+class Node:
+    """A network namespace with an interface for each way of attaching, and a thread that is in it."""
+
+    thread: ThreadPoolExecutor
+    ifindexes: dict[Mechanism, int]
+    root: Path
+
+    def do(self, work: Callable[[], T]) -> T:
+        """Call something there."""
+        return self.thread.submit(work).result()
+
+    @contextlib.contextmanager
+    def renewal(self, dataplane: Dataplane, sizes: dict[str, int] | None = None) -> Iterator[Renewal]:
+        """A renewal that begins and ends there."""
+        one = self.do(Renewal(dataplane, FRESH, sizes).__enter__)
+        try:
+            yield one
+        finally:
+            self.do(one.__exit__)
+
+    def attach(self, dataplane: Dataplane) -> None:
+        """Programs on each interface, its way."""
+
+        def work() -> None:
+            for mechanism, ifindex in self.ifindexes.items():
+                attach.attach(ifindex, dataplane, mechanism)
+
+        self.do(work)
+
+    def programs(self) -> set[tuple[Hook, Mechanism, int]]:
+        """What is on the interfaces by the kernel's word: tcx by each pinned link, clsact by the filters' names."""
+        ifindex = self.ifindexes[Mechanism.CLSACT]
+        found = {(one.hook, Mechanism.CLSACT, one.prog_id) for one in self.do(lambda: netlink.clsact_filters(ifindex))}
+        for pin in self.root.glob("v*/links/*_in"), self.root.glob("v*/links/*_out"):
+            for path in pin:
+                fd = syscall.obj_get(path)
+                info = syscall.link_info(fd)
+                os.close(fd)
+                hook = Hook.TC_INGRESS if info.attach_type == syscall.TCX_INGRESS else Hook.TC_EGRESS
+                found.add((hook, Mechanism.TCX, info.prog_id))
+        return found
+
+
+def enter(name: str) -> None:
+    fd = os.open(f"/run/netns/{name}", os.O_RDONLY)
+    try:
+        if ctypes.CDLL(None, use_errno=True).setns(fd, 0) != 0:
+            raise OSError(ctypes.get_errno(), "setns")
+    finally:
+        os.close(fd)
+
+
+@pytest.fixture
+def node() -> Iterator[Node]:
+    name = f"npr{secrets.token_hex(4)}"
+    subprocess.run(["ip", "netns", "add", name], check=True)
+    try:
+        subprocess.run(["ip", "-n", name, "link", "add", "v0", "type", "veth", "peer", "name", "v1"], check=True)
+        with ThreadPoolExecutor(1) as thread:
+            thread.submit(enter, name).result()
+            links = {link.name: link.ifindex for link in thread.submit(netlink.links).result()}
+            ifindexes = {Mechanism.TCX: links["v0"], Mechanism.CLSACT: links["v1"]}
+            yield Node(thread, ifindexes, Path(f"/sys/fs/bpf/netpol-test-{name}"))
+    finally:
+        subprocess.run(["ip", "netns", "del", name], check=True)
+
+
+@pytest.fixture
+def dataplane(node: Node) -> Iterator[Dataplane]:
+    one = node.do(lambda: Dataplane.open(node.root, sizes=SIZES))
+    one.maps["np_addr4"].put(KEY, OLD)
+    one.maps["np_conn4"].put(bytes(20), bytes(24))
+    yield one
+    node.do(one.remove)
+    assert not node.root.exists()
+
+
+def ids(dataplane: Dataplane) -> set[int]:
+    return {syscall.prog_info(dataplane.program_fd(hook)).id for hook in Hook}
+
+
+def test_exchange_gives_every_interface_the_new_programs_and_keeps_what_is_shared(
+    node: Node, dataplane: Dataplane
+) -> None:
+    """After an exchange the new maps are in force and pinned, connections are the same map, and the old programs are gone."""
+    node.attach(dataplane)
+    before, connections = ids(dataplane), syscall.map_info(dataplane.maps["np_conn4"].fd).id
+    with node.renewal(dataplane, {"np_addr4": 7, "np_conn4": 9}) as renewal:
+        assert dict(renewal.maps["np_addr4"].items()) == {}
+        renewal.maps["np_addr4"].put(KEY, NEW)
+        assert dict(dataplane.maps["np_addr4"].items()) == {KEY: OLD}
+        assert {one[2] for one in node.programs()} == before
+        node.do(renewal.take_over)
+    assert {one[2] for one in node.programs()} == ids(dataplane)
+    assert not before & ids(dataplane)
+    assert {one[:2] for one in node.programs()} == {(hook, mechanism) for hook in Hook for mechanism in Mechanism}
+    again = node.do(lambda: Dataplane.open(node.root))
+    for one in (dataplane, again):
+        assert dict(one.maps["np_addr4"].items()) == {KEY: NEW}
+        assert (one.maps["np_addr4"].max_entries, one.maps["np_conn4"].max_entries) == (7, 64)
+        assert syscall.map_info(one.maps["np_conn4"].fd).id == connections
+    again.close()
+    assert [path.name for path in node.root.iterdir()] == [f"v{abi.SCHEMA_VERSION}"]
+    assert not list(node.root.rglob(f"*{OLD_SUFFIX}"))
+
+
+def test_renewal_that_is_not_taken_over_changes_nothing(node: Node, dataplane: Dataplane) -> None:
+    """Leaving without taking over, or failing to build, leaves the set in force and nothing else."""
+    node.attach(dataplane)
+    before = (node.programs(), sorted(node.root.rglob("*")))
+    with node.renewal(dataplane) as renewal:
+        renewal.maps["np_addr4"].put(KEY, NEW)
+    assert (node.programs(), sorted(node.root.rglob("*"))) == before
+    with pytest.raises(LoadError), node.renewal(dataplane, {"np_addr4": 1 << 31}):
+        pass
+    assert (node.programs(), sorted(node.root.rglob("*"))) == before
+    assert dict(dataplane.maps["np_addr4"].items()) == {KEY: OLD}
+
+
+def test_exchange_that_was_killed_is_finished_by_the_next(
+    node: Node, dataplane: Dataplane, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process that dies after the programs are pinned and before they are on any interface leaves that to the next one."""
+    node.attach(dataplane)
+    before = ids(dataplane)
+    renewal = node.do(Renewal(dataplane, FRESH).__enter__)
+
+    def die(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(attach, "replace", die)
+        with pytest.raises(KeyboardInterrupt):
+            node.do(renewal.take_over)
+    assert {one[2] for one in node.programs()} == before
+    heir = node.do(lambda: Dataplane.open(node.root))
+    with node.renewal(heir) as second:
+        assert {one[2] for one in node.programs()} == ids(heir)
+        node.do(second.take_over)
+    assert {one[2] for one in node.programs()} == ids(heir)
+    assert not before & ids(heir)
+    heir.close()
+    again = node.do(lambda: Dataplane.open(node.root))
+    assert {one[2] for one in node.programs()} == ids(again)
+    again.close()
+
+
+def test_everything_found_is_removed_by_name(node: Node) -> None:
+    """Removal names the link or filter of each hook, maps, programs and directories, and leaves the interface as it was."""
+    dataplane = node.do(lambda: Dataplane.open(node.root, sizes=SIZES))
+    node.attach(dataplane)
+    os.link(dataplane.pin_dir / Hook.TC_INGRESS.value, dataplane.pin_dir / (Hook.TC_INGRESS.value + OLD_SUFFIX))
+    (node.root / "new-1").mkdir()
+    dataplane.close()
+    found = node.do(lambda: find_leftovers(node.root))
+    kinds = [one.kind for one in found]
+    assert (kinds.count("link"), kinds.count("filter"), kinds.count("qdisc")) == (2, 2, 1)
+    assert kinds.count("program") == 3
+    assert kinds.count("map") == len(abi.MAP_SPECS)
+    assert all("v0" in one.name for one in found if one.kind == "link")
+    assert all("v1" in one.name for one in found if one.kind in ("filter", "qdisc"))
+    for one in found:
+        node.do(one.remove)
+    assert node.programs() == set()
+    assert not node.do(lambda: netlink.has_clsact(node.ifindexes[Mechanism.CLSACT]))
+    assert not node.root.exists()
+    assert node.do(lambda: find_leftovers(node.root)) == []
+
+
+def test_what_is_not_ours_stays(node: Node) -> None:
+    """Directories of others below the root, and the root itself then, are left alone."""
+    dataplane = node.do(lambda: Dataplane.open(node.root, sizes=SIZES))
+    dataplane.close()
+    (node.root / "others").mkdir()
+    for one in node.do(lambda: find_leftovers(node.root)):
+        node.do(one.remove)
+    assert [path.name for path in node.root.iterdir()] == ["others"]
+    (node.root / "others").rmdir()
+    node.root.rmdir()
