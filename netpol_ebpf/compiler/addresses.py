@@ -277,7 +277,7 @@ class Addresses:
 
     def _drop_prefix(self, family: _Family, key: int, entry: PrefixEntry, journal: Journal) -> None:
         journal.pop(family.prefixes, key)
-        # A re-used key may be in the list twice after a rollback; `between` is read through a set of keys.
+        # A reused key may be in the list twice after a rollback; `between` is read through a set of keys.
         journal.on_rollback(lambda: family.prefix_keys.add(key))
         start, length = key >> _LENGTH_BITS, key & 255
         table = family.lengths[length]
