@@ -16,11 +16,14 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from netpol_ebpf.compiler.journal import Journal
-from netpol_ebpf.compiler.limits import Limits, exceeded
+from netpol_ebpf.compiler.limits import exceeded
 from netpol_ebpf.compiler.numbers import Numbers
 from netpol_ebpf.compiler.owners import OwnerIndex, OwnerValue
 from netpol_ebpf.compiler.tables import FIRST_IDENTITY, WORLD_V4, WORLD_V6
 from netpol_ebpf.compiler.terms import AddressMatch, Atom, NetsTerm, ServiceTerm, Term
+
+_NUMBERS = 1 << 31
+"""Numbers there are; how many may be in use at once is `Limits.identities`, checked by the commit."""
 
 IdentityKey = tuple[int, frozenset[int], frozenset[int]]
 """(family, owner ids, atom ids)."""
@@ -87,11 +90,10 @@ def digest(family: int, owners: Iterable[OwnerValue], atoms: Iterable[Atom]) -> 
 class IdentityIndex:
     """The registers of identities, atoms and matches. ``known``: numbers to keep, by digest, from an earlier run."""
 
-    def __init__(self, owners: OwnerIndex, limits: Limits, known: Mapping[str, int] | None = None) -> None:
+    def __init__(self, owners: OwnerIndex, known: Mapping[str, int] | None = None) -> None:
         self._owners = owners
-        self._limits = limits
         self._known = {text: number for text, number in (known or {}).items() if number >= FIRST_IDENTITY}
-        self._numbers = Numbers(FIRST_IDENTITY, limits.identities)
+        self._numbers = Numbers(FIRST_IDENTITY, _NUMBERS)
         for number in self._known.values():
             self._numbers.reserve(number)
         self.identities: dict[int, IdentityRecord] = {}
@@ -182,8 +184,8 @@ class IdentityIndex:
             journal.pop(self._known, text)
         else:
             number = self._numbers.take(journal)
-        if number is None or len(self.identities) > self._limits.identities:
-            raise exceeded("label sets and nets", "identities", self._limits.identities, len(self.identities) + 1)
+        if number is None:
+            raise exceeded(text, "identities", _NUMBERS, _NUMBERS + 1)
         journal.put(self._keys, key, number)
         journal.put(self.identities, number, IdentityRecord(number, family, owners, atoms, text))
         journal.add(self.family_members(family), number)

@@ -60,7 +60,7 @@ class State:
         self.limits = limits
         self.world = World()
         self.owners = OwnerIndex()
-        self.identities = IdentityIndex(self.owners, limits, known.identities)
+        self.identities = IdentityIndex(self.owners, known.identities)
         self.addresses = Addresses(self.identities)
         self.subjects = Subjects()
         self.templates = Templates(self.world, self.owners, self.identities, limits)
