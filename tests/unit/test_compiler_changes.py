@@ -219,7 +219,7 @@ def test_nets_are_labelled_before_the_flip_and_unlabelled_after_it() -> None:
 
 def test_columns_of_sets_in_force_are_written_before_the_atoms() -> None:
     """A new port splits an atom; the old set's column has the new number in the growing phase."""
-    web, api = Ports(((80, 80),)), Ports(((80, 80), (8080, 8080)))
+    web, api = Ports(((80, 90),)), Ports(((85, 85),))
     compiler = cluster(policy("p", Entity(), ports=web))
     change = commit(compiler, policy("p", Entity(), ports=api))
     assert {"l4_atoms", "l4_columns"} <= change.grow.keys()
