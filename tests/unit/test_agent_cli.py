@@ -1,0 +1,404 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The commands about an agent and its node, against an agent of canned answers; and the agent's own command line."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from netpol_ebpf.agent import main as agent_main
+from netpol_ebpf.agent.service import SOCKET_NAME, Service
+from netpol_ebpf.cli.main import main
+from netpol_ebpf.errors import PlatformError, UsageError
+from netpol_loader import doctor
+
+CLUSTER = """\
+apiVersion: v1
+kind: Node
+metadata: {name: n}
+status: {addresses: [{type: InternalIP, address: 172.30.0.10}]}
+---
+apiVersion: v1
+kind: Namespace
+metadata: {name: shop}
+---
+apiVersion: v1
+kind: Pod
+metadata: {name: web, namespace: shop, labels: {app: web}}
+spec: {nodeName: n, containers: [{name: c, image: x}]}
+status: {podIPs: [{ip: 10.0.0.1}, {ip: "fd00::1"}]}
+---
+apiVersion: v1
+kind: Pod
+metadata: {name: db, namespace: shop, labels: {app: db}}
+spec: {nodeName: n, containers: [{name: c, image: x}]}
+status: {podIPs: [{ip: 10.0.0.2}, {ip: "fd00::2"}]}
+---
+apiVersion: v1
+kind: Pod
+metadata: {name: other, namespace: shop, labels: {app: other}}
+spec: {nodeName: n, containers: [{name: c, image: x}]}
+status: {podIPs: [{ip: 10.0.0.3}]}
+"""
+POLICY = """\
+apiVersion: networking.k8s.io/v1
+kind: NetworkPolicy
+metadata: {name: db, namespace: shop}
+spec:
+  podSelector: {matchLabels: {app: db}}
+  ingress:
+  - from: [{podSelector: {matchLabels: {app: web}}}]
+    ports: [{port: 5432}]
+"""
+STATE: dict[str, Any] = {
+    "version": "1", "pid": 7, "node": None, "manifests": "/m", "pin_dir": "/p", "in_force": True, "generation": 3,
+    "changes_applied": 1, "packets": {"policy-deny": 4}, "problems": [],
+    "objects": {"policies": 1, "endpoints": 2, "local_endpoints": 2, "enforced_endpoints": 1},
+    "endpoints": [
+        {"endpoint": "Pod/shop/web", "addresses": ["10.0.0.1"], "number": 1, "ifindex": 5, "interface": "cali1", "state": "enforced"},
+        {"endpoint": "Pod/shop/db", "addresses": ["10.0.0.2"], "number": 2, "ifindex": None, "interface": None, "state": "waiting"},
+    ],
+    "interfaces": [
+        {"ifindex": 5, "interface": "cali1", "endpoint": "Pod/shop/web"}, {"ifindex": 9, "interface": "cali9", "endpoint": None},
+    ],
+    "maps": {"np_rule": {"entries": 8, "size": 65536}},
+}  # fmt: skip
+PROBLEM = {
+    "severity": "error", "slug": "invalid", "file": "a.yaml", "line": 3, "object": "Pod/x/y", "path": "spec", "message": "is wrong",
+}  # fmt: skip
+FLOW: dict[str, Any] = {
+    "kind": "deny", "reason": "policy-deny", "direction": "ingress", "endpoint": "Pod/shop/db", "ifindex": 5, "frame_bytes": 74,
+    "source": "10.0.0.3", "destination": "10.0.0.2", "protocol": 6, "source_port": 40000, "destination_port": 5432,
+    "source_name": "Pod/shop/other", "destination_name": "Pod/shop/db",
+    "decided_by": {"sentence": "denied at the end of tier default", "file": "db.yaml", "line": 1},
+}  # fmt: skip
+
+
+@pytest.fixture
+def manifests(tmp_path: Path) -> Path:
+    directory = tmp_path / "manifests"
+    directory.mkdir()
+    (directory / "cluster.yaml").write_text(CLUSTER)
+    (directory / "policy.yaml").write_text(POLICY)
+    return directory
+
+
+@pytest.fixture
+def agent(tmp_path: Path) -> Iterator[dict[str, Any]]:
+    """An agent's socket, served by a thread; the answers may be changed."""
+    answers: dict[str, Any] = {"status": dict(STATE), "rules": [], "identities": []}
+    operations = {name: lambda _request, name=name: answers[name] for name in answers}
+    service = Service(tmp_path / SOCKET_NAME, operations)
+    service.open()
+    service.publish([FLOW, {**FLOW, "decided_by": None, "reason": "spoofed", "source": "fd00::3", "source_name": None}])
+    done = threading.Event()
+
+    def serve() -> None:
+        while not done.wait(0.001):
+            service.poll()
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    yield answers
+    done.set()
+    thread.join()
+    service.close()
+
+
+def run(tmp_path: Path, *arguments: str) -> int:
+    return main([*arguments, "--state-dir", str(tmp_path)])
+
+
+# --- explain --------------------------------------------------------------------------------------------------------
+
+
+def explain(manifests: Path, source: str, destination: str, *more: str) -> int:
+    return main(["explain", "--manifests", str(manifests), "--from", source, "--to", destination, *more])
+
+
+def test_explain_names_the_rule_and_its_line(manifests: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """An allowed connection: each endpoint's say, for each family, with tier, policy, rule, file and line."""
+    assert explain(manifests, "shop/web", "shop/db", "--port", "5432") == 0
+    shown = capsys.readouterr().out
+    assert shown.count("ALLOWED") == 2
+    assert "1. egress of Pod/shop/web: allow" in shown
+    assert "2. ingress of Pod/shop/db: allow" in shown
+    assert "allowed by ingress rule 0 of KubernetesNetworkPolicy/shop/db in tier default" in shown
+    assert f"{manifests}/policy.yaml:7" in shown
+
+
+@pytest.mark.parametrize("engine", ["model", "tables"])
+def test_explain_says_no_by_its_exit_code(manifests: Path, capsys: pytest.CaptureFixture[str], engine: str) -> None:
+    """A denied connection: exit 1, and the end of the tier with the policy that isolates."""
+    assert explain(manifests, "shop/other", "10.0.0.2", "--port", "5432", "--engine", engine, "-o", "json") == 1
+    (way,) = json.loads(capsys.readouterr().out)
+    assert (way["allowed"], way["staged_allowed"]) == (False, False)
+    assert way["decided_by"]["kind"] == "end of tier"
+    assert way["decided_by"]["line"] == 1
+    assert [step["endpoint"] for step in way["steps"]] == ["Pod/shop/other", "Pod/shop/db"]
+
+
+def test_explain_tells_what_no_policy_decides(manifests: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The node reaches its pods, ICMP has its default, and staged policy is shown where it differs."""
+    assert explain(manifests, "172.30.0.10", "shop/db", "--protocol", "icmp") == 0
+    assert "a host always reaches its own workloads" in capsys.readouterr().out
+    (manifests / "staged.yaml").write_text(
+        "apiVersion: projectcalico.org/v3\nkind: StagedGlobalNetworkPolicy\nmetadata: {name: s}\n"
+        "spec: {selector: app == 'other', types: [Egress]}\n"
+    )
+    assert explain(manifests, "shop/other", "192.0.2.1", "--protocol", "17", "--port", "53") == 0
+    shown = capsys.readouterr().out
+    assert "staged: denied at the end of tier default" in shown
+    assert "With staged policies in force: denied" in shown
+
+
+def test_explain_refuses_what_it_cannot_answer(
+    manifests: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Unknown pods and broken manifests are invalid input, a missing port is usage, no agent is not reachable."""
+    assert explain(manifests, "shop/ghost", "shop/db", "--port", "1") == 3
+    assert explain(manifests, "shop/web", "shop/db") == 2
+    assert explain(manifests, "shop/web", "shop/db", "--protocol", "icmp", "--port", "1") == 2
+    assert run(tmp_path, "explain", "--from", "shop/web", "--to", "shop/db", "--port", "1") == 4
+    (manifests / "broken.yaml").write_text("kind: [")
+    assert explain(manifests, "shop/web", "shop/db", "--port", "1") == 3
+    assert "broken.yaml:" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--from", "web", "--to", "10.0.0.1"], ["--from", "a/b", "--to", "a/b/c"], ["--from", "/b", "--to", "a/b"]],
+)
+def test_explain_reads_ends_strictly(arguments: list[str]) -> None:
+    """What is neither an address nor namespace and name is usage."""
+    with pytest.raises(SystemExit) as caught:
+        main(["explain", *arguments, "--port", "1"])
+    assert caught.value.code == 2
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--port", "0"], ["--port", "65536"], ["--protocol", "256"], ["--protocol", "tpc"]]
+)
+def test_explain_reads_numbers_strictly(arguments: list[str]) -> None:
+    """Ports and protocols outside their ranges are usage."""
+    with pytest.raises(SystemExit) as caught:
+        main(["explain", "--from", "a/b", "--to", "a/b", *arguments])
+    assert caught.value.code == 2
+
+
+def test_explain_takes_the_manifests_of_the_agent(
+    agent: dict[str, Any], manifests: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without --manifests, those the agent enforces."""
+    agent["status"]["manifests"] = str(manifests)
+    assert run(tmp_path, "explain", "--from", "shop/web", "--to", "shop/db", "--port", "5432") == 0
+    assert "ALLOWED" in capsys.readouterr().out
+
+
+# --- status, flows, get ---------------------------------------------------------------------------------------------
+
+
+def test_status_shows_interfaces_known_and_closed(
+    agent: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Enforced, waiting and closed are told apart; all well is exit 0."""
+    assert agent
+    assert run(tmp_path, "status") == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["cali1", "Pod/shop/web", "enforced", "10.0.0.1"] in lines
+    assert ["-", "Pod/shop/db", "waiting", "10.0.0.2"] in lines
+    assert ["cali9", "-", "closed", "(no", "endpoint", "is", "known", "here)"] in lines
+    assert run(tmp_path, "status", "-o", "wide") == 0
+    assert "np_rule  8        65536" in capsys.readouterr().out
+
+
+def test_status_with_problems_is_exit_1(
+    agent: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Problems are shown with place and object, and as plain values."""
+    agent["status"] |= {"in_force": False, "problems": [PROBLEM]}
+    assert run(tmp_path, "status") == 1
+    assert "error: a.yaml:3: Pod/x/y: spec: is wrong" in capsys.readouterr().out
+    assert run(tmp_path, "status", "-o", "yaml") == 1
+    assert yaml.safe_load(capsys.readouterr().out)["problems"] == [PROBLEM]
+
+
+def test_no_agent_is_exit_4(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every command that asks an agent says so when none answers."""
+    for command in (["status"], ["flows"], ["get", "rules"]):
+        assert run(tmp_path, *command) == 4
+        assert "no agent answers" in capsys.readouterr().err
+
+
+def test_flows_are_lines_with_names_and_rules(
+    agent: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A flow is one line: what, from whom to whom, why and where that is written."""
+    assert agent
+    assert run(tmp_path, "flows") == 0
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == (
+        "deny  ingress TCP shop/other 10.0.0.3:40000 -> shop/db 10.0.0.2:5432  "
+        "denied at the end of tier default (db.yaml:1)"
+    )
+    assert second == "deny  ingress TCP [fd00::3]:40000 -> shop/db 10.0.0.2:5432  spoofed"
+    assert run(tmp_path, "flows", "-o", "json") == 0
+    assert [json.loads(line)["reason"] for line in capsys.readouterr().out.splitlines()] == ["policy-deny", "spoofed"]
+
+
+def test_get_lists(agent: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each list has a table, a wide one and plain values."""
+    agent["rules"] = [{"number": 5, "rule": "a|b", "packets": 2, "bytes": 99}]
+    agent["identities"] = [{"number": 16, "digest": "d", "members": [f"10.0.0.{last}" for last in range(6)]}]
+    assert run(tmp_path, "get", "rules") == 0
+    assert capsys.readouterr().out.splitlines()[1].split() == ["5", "2", "99", "a|b"]
+    assert run(tmp_path, "get", "identities") == 0
+    assert "10.0.0.3 and 2 more" in capsys.readouterr().out
+    assert run(tmp_path, "get", "identities", "-o", "wide") == 0
+    assert "10.0.0.5" in capsys.readouterr().out
+    assert run(tmp_path, "get", "maps", "-o", "json") == 0
+    assert json.loads(capsys.readouterr().out) == [{"map": "np_rule", "entries": 8, "size": 65536}]
+    assert run(tmp_path, "get", "endpoints") == 0
+    assert "Pod/shop/db" in capsys.readouterr().out
+
+
+# --- doctor, cleanup ------------------------------------------------------------------------------------------------
+
+
+def test_doctor_says_what_is_missing(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each check is a line; one that fails makes the exit code 5 and has a hint."""
+    checks = [doctor.Check("kernel", "6.1")]
+    monkeypatch.setattr(doctor, "check_all", lambda _root: checks)
+    assert main(["doctor"]) == 0
+    checks.append(doctor.Check("bcc", "it is missing", PlatformError("it is missing", hint="apt install it")))
+    assert main(["doctor"]) == 5
+    shown = capsys.readouterr().out
+    assert "MISSING bcc" in shown
+    assert "-> apt install it" in shown
+    assert main(["doctor", "-o", "json"]) == 5
+    assert [one["ok"] for one in json.loads(capsys.readouterr().out)] == [True, False]
+
+
+@pytest.fixture
+def as_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+
+
+@pytest.mark.usefixtures("as_root")
+def test_cleanup_removes_the_agent_s_state_and_nothing_else(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What an agent keeps is removed by name; a file of others stays, and so does its directory."""
+    state = tmp_path / "state"
+    (state / agent_main.COPIES_NAME).mkdir(parents=True)
+    (state / agent_main.COPIES_NAME / "copy").touch()
+    (state / agent_main.LEDGER_NAME).touch()
+    (state / "mine").touch()
+    arguments = ["cleanup", "--pin-root", str(tmp_path / "no-pins"), "--state-dir", str(state)]
+    assert main([*arguments, "--dry-run"]) == 0
+    assert f"would remove state {state}/{agent_main.LEDGER_NAME}" in capsys.readouterr().out
+    assert (state / agent_main.LEDGER_NAME).exists()
+    assert main([*arguments, "-o", "json"]) == 0
+    assert {Path(one["name"]).name for one in json.loads(capsys.readouterr().out)} == {
+        agent_main.COPIES_NAME, agent_main.LEDGER_NAME, agent_main.LOCK_NAME,
+    }  # fmt: skip
+    assert [path.name for path in state.iterdir()] == ["mine"]
+    (state / "mine").unlink()
+    assert main(arguments) == 0
+    assert not state.exists()
+    capsys.readouterr()
+    assert main(arguments) == 0
+    assert capsys.readouterr().out == "nothing to remove\n"
+
+
+@pytest.mark.usefixtures("as_root")
+def test_cleanup_refuses_while_an_agent_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """An agent at work would put everything back."""
+    with agent_main.exclusive(tmp_path):
+        assert main(["cleanup", "--pin-root", str(tmp_path / "no-pins"), "--state-dir", str(tmp_path)]) == 5
+    assert "another netpol-agent uses" in capsys.readouterr().err
+
+
+def test_cleanup_needs_root(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Without root: one line, exit 5."""
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    assert main(["cleanup"]) == 5
+    assert "belongs to root" in capsys.readouterr().err
+
+
+# --- netpol-agent ---------------------------------------------------------------------------------------------------
+
+
+def test_agent_s_wrong_arguments_are_usage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Missing manifests, unknown maps and wrong sizes end before anything is touched."""
+    assert agent_main.main(["--manifests", str(tmp_path / "none")]) == 3
+    for size in ("np_addr4", "np_addr4=x", "np_addr4=0", "nonsense=1"):
+        assert agent_main.main(["--manifests", str(tmp_path), "--map-size", size]) == 2
+    assert "a map of np_endpoint" in capsys.readouterr().err
+    with pytest.raises(UsageError):
+        agent_main.parse_sizes(["np_rule=-1"])
+    assert agent_main.parse_sizes(["np_rule=5", "np_addr4=7"]) == {"np_rule": 5, "np_addr4": 7}
+
+
+def test_agent_s_failure_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A platform's lack is exit 5 with its hint, a bug exit 70 with its place; a traceback only with --debug."""
+
+    def fail(error: Exception) -> None:
+        def require_all(_root: Path) -> None:
+            raise error
+
+        monkeypatch.setattr(doctor, "require_all", require_all)
+
+    fail(PlatformError("no bpffs", hint="mount it"))
+    arguments = ["--manifests", str(tmp_path), "--state-dir", str(tmp_path)]
+    assert agent_main.main(arguments) == 5
+    shown = capsys.readouterr().err
+    assert "netpol-agent: error: no bpffs\nnetpol-agent: hint: mount it\n" in shown
+    assert "Traceback" not in shown
+    fail(ValueError("oops"))
+    assert agent_main.main(arguments) == 70
+    assert "bug: ValueError: oops" in capsys.readouterr().err
+    assert agent_main.main([*arguments, "--debug"]) == 70
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_signal_wakes_and_is_noted() -> None:
+    """A signal is put into the list and makes the descriptor readable; afterwards the old handler is back."""
+    before = signal.getsignal(signal.SIGUSR1)
+    with agent_main.wakened_by(signal.SIGUSR1) as (received, wake):
+        assert received == []
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert received == [signal.SIGUSR1]
+        assert os.read(wake, 16)
+    assert signal.getsignal(signal.SIGUSR1) == before
+
+
+def test_readiness_is_told_to_the_service_manager(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """READY=1 goes to the socket that is asked for, and nowhere when none is."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(str(tmp_path / "notify"))
+        monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
+        agent_main.notify_ready()
+        assert manager.recv(64) == b"READY=1"
+        monkeypatch.delenv("NOTIFY_SOCKET")
+        agent_main.notify_ready()
+
+
+def test_one_agent_per_state_directory(tmp_path: Path) -> None:
+    """A second agent is refused while the first holds the directory, and not afterwards."""
+    for _ in range(2):
+        with (
+            agent_main.exclusive(tmp_path / "state"),
+            pytest.raises(PlatformError, match="another netpol-agent uses"),
+            agent_main.exclusive(tmp_path / "state"),
+        ):
+            pytest.fail("two agents hold one directory")
