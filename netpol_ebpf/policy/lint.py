@@ -18,7 +18,6 @@ from netpol_ebpf.policy.translate import derive, key_of
 from netpol_ebpf.policy.types import (
     Action,
     Direction,
-    Endpoint,
     EndpointKey,
     EndpointKind,
     Entity,
@@ -72,19 +71,19 @@ class _Linter:
                 for address in endpoint.addresses:
                     self.pod_addresses[address.version].add(address)
 
-    def _selected_endpoints(self) -> dict[PolicyKey, list[Endpoint]]:
+    def _selected_endpoints(self) -> dict[PolicyKey, set[EndpointKey]]:
         """For each policy the endpoints it acts on."""
         index: SelectorIndex[PolicyKey, EndpointKey] = SelectorIndex()
+        hosts = set()
         for key, endpoint in self.world.endpoints.items():
             index.add_labels(key, endpoint.labels)
+            if endpoint.kind is EndpointKind.HOST:
+                hosts.add(key)
         selected = {}
         for policy in self.world.policies.values():
-            if policy.staged is Staged.DELETE:
-                continue
-            keys = index.add_selector(policy.key, policy.subject)
-            endpoints = (self.world.endpoints[key] for key in keys)
-            only_hosts = policy.do_not_track or policy.pre_dnat
-            selected[policy.key] = [one for one in endpoints if one.kind is EndpointKind.HOST or not only_hosts]
+            if policy.staged is not Staged.DELETE:
+                keys = index.add_selector(policy.key, policy.subject)
+                selected[policy.key] = keys & hosts if policy.do_not_track or policy.pre_dnat else keys
         return selected
 
     def problems(self) -> Iterator[Problem]:
@@ -200,13 +199,13 @@ class _Linter:
     def _named_ports(self, policy: Policy, direction: Direction, rule: Rule) -> Iterator[tuple[str, str]]:
         """In ingress rules the destination is the selected endpoint: some should have a port of that name."""
         ports = rule.destination.ports
-        endpoints = self.selected[policy.key]
-        if direction is not Direction.INGRESS or ports is None or not endpoints:
+        selected = self.selected[policy.key]
+        if direction is not Direction.INGRESS or ports is None or not ports.names or not selected:
             return
         declared = {
             port.name
-            for endpoint in endpoints
-            for port in endpoint.ports
+            for key in selected
+            for port in self.world.endpoints[key].ports
             if rule.protocol is None or port.protocol == rule.protocol
         }
         for name in ports.names:
@@ -264,6 +263,8 @@ class _Shadows:
         """A warning for each of the user's rules that is shadowed as a whole."""
         for direction in policy.types:
             rules = policy.rules(direction)
+            if not rules:
+                continue
             earlier = list(self._earlier(policy, direction))
             by_index: dict[int, list[Rule]] = defaultdict(list)
             for rule in rules:

@@ -272,6 +272,14 @@ def _tier(obj: Reader, meta: Meta) -> Tier:
                 f"of the built-in tier {meta.name} must be {wanted_action}, is {action}",
                 slug="built-in-tier",
             )
+    if built_in is None and order is None:
+        where = "before" if meta.name < DEFAULT_TIER else "after"
+        spec.warning(
+            None,
+            f"without `order` it counts as {BUILT_IN_TIERS[DEFAULT_TIER][0]:.0f}, as the tier {DEFAULT_TIER} does; names decide "
+            f"between the two, so it comes {where} {DEFAULT_TIER}",
+            slug="tier-order",
+        )
     return Tier(meta, order, action)
 
 

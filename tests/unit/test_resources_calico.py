@@ -195,7 +195,7 @@ def test_rule_lists_are_limited_and_may_be_inert() -> None:
 def test_names(kind: str, name: str, accepted: bool) -> None:  # noqa: FBT001 - a table
     """Each kind has its own idea of a name."""
     result = _load(kind, "{}", f"{{name: {name}}}")
-    assert [problem.path for problem in result.problems] == ([] if accepted else ["metadata.name"])
+    assert [problem.path for problem in result.errors] == ([] if accepted else ["metadata.name"])
 
 
 # --- rules ----------------------------------------------------------------------------------------------------------
@@ -472,7 +472,8 @@ def test_what_is_refused_in_staged_policies(kind: str, spec: str, path: str) -> 
 
 def test_tiers() -> None:
     """The order is kept as written; the action is Deny unless said."""
-    assert _one("Tier", "{}") == Tier(_one("Tier", "{}").meta, None, "Deny")
+    bare = _one("Tier", "{}")
+    assert bare == Tier(bare.meta, None, "Deny")
     tier = _one("Tier", "{order: 100, defaultAction: Pass}")
     assert (tier.order, tier.default_action) == (100.0, "Pass")
     for name, order, action in (
@@ -483,10 +484,18 @@ def test_tiers() -> None:
         assert _load("Tier", f"{{order: {order}, defaultAction: {action}}}", f"{{name: {name}}}").problems == []
 
 
+@pytest.mark.parametrize(("name", "where"), [("app", "before"), ("security", "after")])
+def test_a_tier_without_order_is_a_trap(name: str, where: str) -> None:
+    """It ties with the default tier, and the name decides."""
+    (warning,) = _load("Tier", "{}", f"{{name: {name}}}").problems
+    assert (warning.severity, warning.slug) == ("warning", "tier-order")
+    assert warning.message.endswith(f"so it comes {where} default")
+
+
 @pytest.mark.parametrize(
     ("name", "spec", "paths"),
     [
-        ("x", "{defaultAction: Allow}", ["spec.defaultAction"]),
+        ("x", "{order: 1, defaultAction: Allow}", ["spec.defaultAction"]),
         ("default", "{order: 1000000, defaultAction: Pass}", ["spec.defaultAction"]),
         ("default", "{order: 5}", ["spec.order"]),
         ("default", "{}", ["spec"]),
