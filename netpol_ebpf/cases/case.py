@@ -263,7 +263,7 @@ def _parse_protocol(probe: Reader) -> int | None:
     if isinstance(value, str):
         if value.upper() in PROTOCOLS:
             return PROTOCOLS[value.upper()]
-        if value.isascii() and value.isdigit() and int(value) <= MAX_PROTOCOL:
+        if value.isascii() and value.isdigit() and len(value) < 4 and int(value) <= MAX_PROTOCOL:  # noqa: PLR2004 - 255
             return int(value)
     if value is None:
         probe.missing("protocol")

@@ -1,0 +1,382 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The reference of everything after the parser: whose packet, fragments, connections, policy; what each packet becomes.
+
+One dictionary of connections, one of first fragments, one function per step, so that it is right at a glance.  Written
+from docs/SEMANTICS.md 5.1 to 5.6 and docs/packet-parsing.md.  Invariant: `Machine.step` is the only thing that changes
+state.  Must not know of maps, hashes, time stamps or caches: which connections are timed out is said from outside.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from wire import ANSWERS, FIN, ICMP, ICMPV6, RST, SYN, TCP, UDP, Facts, Kind, Place, icmp_kind, parse
+
+FE80, FE80_BITS = 0xFE80 >> 6, 6
+
+
+class Way(enum.Enum):
+    """The policy's direction."""
+
+    INGRESS = 0
+    EGRESS = 1
+
+
+class State(enum.Enum):
+    """Where a connection stands; each has a time-out of its own."""
+
+    TCP_NEW = 0
+    TCP_OPEN = 1
+    TCP_CLOSING = 2
+    TCP_RESET = 3
+    UDP = 4
+    ICMP = 5
+    OTHER = 6
+
+
+PASSES = frozenset({"policy-allow", "established", "related", "host", "self", "arp", "neighbour", "host-non-ip"})
+RULED = frozenset({"policy-allow", "established", "related", "host", "self", "policy-deny", "revoked"})
+"""Reasons that are counted for a rule too (0: exempt)."""
+NEW_FLOW = frozenset({"policy-allow", "host", "self"})
+
+
+@dataclass(frozen=True)
+class Question:
+    """What policy is asked about a flow's first packet, from the endpoint's side; ports in that packet's own order."""
+
+    way: Way
+    peer: bytes
+    protocol: int
+    source_port: int
+    destination_port: int
+    icmp: tuple[int, int]
+
+
+Policy = Callable[[Question], "tuple[bool, int]"]
+"""Whether the flow is allowed, and the number of the rule that says so."""
+
+
+@dataclass
+class Endpoint:
+    """The interface's endpoint. ``borrowed``: whether it may send from an address that is not its own."""
+
+    addresses: frozenset[bytes]
+    policy: Policy
+    is_host: bool = False
+    borrowed: Callable[[bytes], bool] = lambda _: False
+
+
+@dataclass(frozen=True)
+class Stimulus:
+    """A frame at one of the two hooks. ``entered``: where it entered the node, "host" when the node sent it itself."""
+
+    out_of_host: bool
+    """At the TC egress hook: towards a workload."""
+    entered: str
+    frame: bytes
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What becomes of a frame. ``event``: the facts that are told, where something is."""
+
+    reason: str
+    rule: int | None
+    event: tuple[object, ...] | None
+
+    @property
+    def passed(self) -> bool:
+        """Whether the frame goes on."""
+        return self.reason in PASSES
+
+
+Key = tuple[bytes, bytes, int, int, int]
+"""Local address, remote address, protocol, local port, remote port."""
+
+
+@dataclass
+class Connection:
+    """One that policy allowed."""
+
+    rule: int
+    way: Way
+    generation: int
+    state: State
+    icmp: tuple[int, int]
+    exempt: bool
+    fin: set[bool] = field(default_factory=set)
+    replied: bool = False
+
+
+@dataclass
+class First:
+    """What is remembered of a first fragment that passed."""
+
+    protocol: int
+    ports: tuple[int, int]
+    icmp: tuple[int, int]
+    covered: int
+
+
+class Machine:
+    """One interface and all its connections."""
+
+    def __init__(self, endpoint: Endpoint) -> None:
+        self.endpoint = endpoint
+        self.connections: dict[Key, Connection] = {}
+        self.firsts: dict[tuple[object, ...], First] = {}
+        self.generation = 1
+        self.timed_out: frozenset[State] = frozenset()
+        """Connections in these states are dead."""
+        self.keep_revoked = False
+        self.shortened: dict[tuple[object, ...], int] | None = None
+        """Rules of packets that may take a short way, which need not notice changes at once; None: there is none."""
+
+    def renew(self) -> None:
+        """Policy has changed: connections are judged again when a packet meets them."""
+        self.generation += 1
+        if self.shortened is not None:
+            self.shortened = {}
+
+    def step(self, stimulus: Stimulus) -> Outcome | None:
+        """What becomes of the next frame; None where the short way may know better than the tables: nothing changes."""
+        reason, facts = parse(stimulus.frame)
+        way = Way.INGRESS if stimulus.out_of_host is not self.endpoint.is_host else Way.EGRESS
+        return _Passage(self, stimulus, facts, way).outcome(reason)
+
+
+class _Passage:
+    """One frame's way through the machine."""
+
+    def __init__(self, machine: Machine, stimulus: Stimulus, facts: Facts, way: Way) -> None:
+        self.machine = machine
+        self.stimulus = stimulus
+        self.facts = facts
+        self.way = way
+        self.rule = 0
+        self.is_reply = False
+        self.untracked = False
+
+    def outcome(self, parsed: str) -> Outcome | None:
+        facts = self.facts
+        if not parsed and self._may_be_shortened():
+            return None
+        if parsed == "non-ip" and self.machine.endpoint.is_host:
+            reason = "host-non-ip"
+        elif parsed:
+            return Outcome(parsed, None, None if parsed == "arp" else (parsed, len(self.stimulus.frame)))
+        elif facts.is_neighbour:
+            reason = "neighbour"
+        else:
+            reason = self._ip()
+        if reason == "established" and self.machine.shortened is not None and self._is_plain():
+            self.machine.shortened[self._as_sent()] = self.rule
+        event = None
+        if reason not in PASSES or reason in NEW_FLOW:
+            event = self._event(reason)
+        return Outcome(reason, self.rule if reason in RULED else None, event)
+
+    def _event(self, reason: str) -> tuple[object, ...]:
+        facts = self.facts
+        if facts.kind is Kind.ERROR:  # tells of the error or of the flow it is about; either is fine
+            return (reason, self.rule if reason in RULED else 0, len(self.stimulus.frame))
+        ends = [(facts.source, facts.source_port), (facts.destination, facts.destination_port)]
+        way = self.way
+        if self.is_reply:
+            ends.reverse()
+            way = Way(1 - way.value)
+        return (
+            reason, self.rule if reason in RULED else 0, len(self.stimulus.frame), way, facts.version, facts.protocol,
+            ends[0], ends[1], facts.icmp_type, facts.icmp_code,
+        )  # fmt: skip
+
+    def _ip(self) -> str:
+        facts, machine = self.facts, self.machine
+        if facts.place is Place.LATER and not self._recall():
+            return "fragment"
+        if self._is_spoofed():
+            return "spoofed"
+        key = self._key()
+        if facts.kind is Kind.ERROR and facts.invoking is not None:
+            return self._related()
+        connection = machine.connections.get(key)
+        if connection is not None and self._is_alive(connection) and self._covers(connection):
+            reason = self._known(key, connection)
+        else:
+            reason = self._new(key)
+        if facts.place is Place.FIRST and reason in PASSES and facts.kind is not Kind.ERROR:
+            machine.firsts[self._fragments()] = First(
+                facts.protocol, (facts.source_port, facts.destination_port), (facts.icmp_type, facts.icmp_code),
+                facts.covered,
+            )  # fmt: skip
+        return reason
+
+    # --- the short way
+
+    def _as_sent(self) -> tuple[object, ...]:
+        facts = self.facts
+        return (
+            self.stimulus.out_of_host, facts.source, facts.destination, facts.protocol, facts.source_port,
+            facts.destination_port,
+        )  # fmt: skip
+
+    def _is_plain(self) -> bool:
+        """Neither a fragment nor a packet that changes a TCP connection: those never take the short way."""
+        return self.facts.place is Place.WHOLE and not self.facts.tcp_flags & (SYN | FIN | RST)
+
+    def _may_be_shortened(self) -> bool:
+        """Whether a packet like this one passed as established under this generation and the tables say more today."""
+        remembered = self.machine.shortened
+        if not remembered or not self._is_plain():
+            return False
+        rule = remembered.get(self._as_sent())
+        if rule is None:
+            return False
+        one = self.machine.connections.get(self._key())
+        return not (
+            one is not None and self._is_alive(one) and one.replied and one.rule == rule
+            and one.generation == self.machine.generation
+        )  # fmt: skip
+
+    # --- fragments
+
+    def _fragments(self) -> tuple[object, ...]:
+        """What all fragments of one packet have in common. In IPv6 a later one need not name the same protocol."""
+        facts = self.facts
+        return (
+            facts.source, facts.destination, facts.identification, facts.protocol if facts.version == 4 else None,
+        )  # fmt: skip
+
+    def _recall(self) -> bool:
+        """Give a later fragment its first one's ports. False: none that it could follow."""
+        facts = self.facts
+        first = self.machine.firsts.get(self._fragments())
+        if first is None or facts.offset < first.covered:
+            return False
+        facts.protocol = first.protocol
+        facts.source_port, facts.destination_port = first.ports
+        facts.icmp_type, facts.icmp_code = first.icmp
+        if facts.protocol == (ICMP if facts.version == 4 else ICMPV6):
+            facts.kind = icmp_kind(facts.icmp_type, facts.version)
+        return True
+
+    # --- whose
+
+    def _is_spoofed(self) -> bool:
+        endpoint, source = self.machine.endpoint, self.facts.source
+        if self.way is Way.INGRESS or endpoint.is_host or source in endpoint.addresses:
+            return False
+        if self.facts.version == 6 and int.from_bytes(source[:2], "big") >> FE80_BITS == FE80:
+            return False
+        self.untracked = endpoint.borrowed(source)
+        return not self.untracked
+
+    # --- connections
+
+    def _key(self) -> Key:
+        facts = self.facts
+        if self.way is Way.EGRESS:
+            return facts.source, facts.destination, facts.protocol, facts.source_port, facts.destination_port
+        return facts.destination, facts.source, facts.protocol, facts.destination_port, facts.source_port
+
+    def _is_alive(self, connection: Connection) -> bool:
+        return connection.state not in self.machine.timed_out
+
+    def _covers(self, connection: Connection) -> bool:
+        """Whether the connection speaks for the packet: an initial SYN is always decided, ICMP types must fit."""
+        facts = self.facts
+        if facts.kind is Kind.QUERY:
+            return (facts.icmp_type, facts.icmp_code) == connection.icmp
+        if facts.kind is Kind.ANSWER:
+            return facts.icmp_type == ANSWERS[facts.version].get(connection.icmp[0])
+        if facts.protocol in (ICMP, ICMPV6):
+            return False  # stands alone
+        return not facts.is_initial_syn
+
+    def _ask(self, way: Way, key: Key, icmp: tuple[int, int]) -> str:
+        local, remote, protocol, local_port, remote_port = key
+        endpoint = self.machine.endpoint
+        if remote in endpoint.addresses and not endpoint.is_host:
+            self.rule = 0
+            return "self"
+        ports = (local_port, remote_port) if way is Way.EGRESS else (remote_port, local_port)
+        allowed, self.rule = endpoint.policy(Question(way, remote, protocol, *ports, icmp))
+        return "policy-allow" if allowed else "policy-deny"
+
+    def _still_allowed(self, key: Key, connection: Connection) -> bool:
+        """Judge a connection of an earlier generation by its first packet; remove it if it is no longer allowed."""
+        self.is_reply = connection.way is not self.way
+        if connection.generation != self.machine.generation and not connection.exempt:
+            answer = self._ask(connection.way, key, connection.icmp)
+            if answer in PASSES:
+                connection.rule = self.rule
+            elif not self.machine.keep_revoked:
+                del self.machine.connections[key]
+                return False
+        connection.generation = self.machine.generation
+        self.rule = connection.rule
+        return True
+
+    def _related(self) -> str:
+        """An ICMP error about a packet that went the other way, sent to whoever sent that packet."""
+        assert self.facts.invoking is not None
+        source, destination, protocol, source_port, destination_port = self.facts.invoking.tuple
+        if source != self.facts.destination:
+            return "icmp-unrelated"
+        if self.way is Way.INGRESS:
+            key = source, destination, protocol, source_port, destination_port
+        else:
+            key = destination, source, protocol, destination_port, source_port
+        connection = self.machine.connections.get(key)
+        if connection is None or not self._is_alive(connection):
+            return "icmp-unrelated"
+        return "related" if self._still_allowed(key, connection) else "revoked"
+
+    def _known(self, key: Key, connection: Connection) -> str:
+        facts = self.facts
+        if not self._still_allowed(key, connection):
+            return "revoked"
+        if facts.tcp_flags & RST:
+            connection.state = State.TCP_RESET
+            return "established"
+        if facts.tcp_flags & FIN:
+            connection.fin.add(self.is_reply)
+            if len(connection.fin) == 2:
+                connection.state = State.TCP_CLOSING
+        if self.is_reply and not connection.replied:
+            connection.replied = True
+            if connection.state is State.TCP_NEW:
+                connection.state = State.TCP_OPEN
+        return "established"
+
+    def _new(self, key: Key) -> str:
+        facts, endpoint = self.facts, self.machine.endpoint
+        if self.stimulus.out_of_host and not endpoint.is_host and self.stimulus.entered != "elsewhere":
+            reason = self.stimulus.entered  # "host" or "self"
+        else:
+            reason = self._ask(self.way, key, (facts.icmp_type, facts.icmp_code))
+        if reason in PASSES and self._opens(reason):
+            self.machine.connections[key] = Connection(
+                self.rule, self.way, self.machine.generation, _first_state(facts.protocol),
+                (facts.icmp_type, facts.icmp_code), exempt=reason != "policy-allow",
+            )  # fmt: skip
+        return reason
+
+    def _opens(self, reason: str) -> bool:
+        """Whether an allowed packet begins something.
+
+        No RST, no ICMP but queries, nothing from borrowed addresses, no tail of a TCP connection that the node itself may
+        have had.
+        """
+        facts = self.facts
+        if self.untracked or facts.tcp_flags & RST:
+            return False
+        if facts.protocol in (ICMP, ICMPV6):
+            return facts.kind is Kind.QUERY
+        return not (reason == "host" and facts.protocol == TCP and not facts.tcp_flags & SYN)
+
+
+def _first_state(protocol: int) -> State:
+    return {TCP: State.TCP_NEW, UDP: State.UDP, ICMP: State.ICMP, ICMPV6: State.ICMP}.get(protocol, State.OTHER)

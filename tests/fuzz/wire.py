@@ -1,0 +1,289 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The reference parser: from the bytes of an Ethernet frame to what policy and connections need of it.
+
+Written from the RFCs and docs/packet-parsing.md, not from the C program, and plain rather than fast.  Invariant: no byte
+beyond the packet's own stated length, or beyond the frame, ever counts.  Knows nothing of policy or connections.
+
+Sources: RFC 791, 792, 8200, 4302 (AH), 4443, 768, 9293, 9260, 1858 and 3128 (small and overlapping fragments), 7112 (a
+first fragment holds all headers), IEEE 802.1Q.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+
+IP4, ARP, VLAN, IP6, QINQ = 0x0800, 0x0806, 0x8100, 0x86DD, 0x88A8
+HOP_BY_HOP, ICMP, TCP, UDP, ROUTING, FRAGMENT, AH, ICMPV6, NO_NEXT, OPTIONS, SCTP, MOBILITY = (
+    0, 1, 6, 17, 43, 44, 51, 58, 59, 60, 132, 135,
+)  # fmt: skip
+FIN, SYN, RST, ACK = 1, 2, 4, 16
+
+TAGS = 2
+"""VLAN tags that are skipped; a third one is no IP packet to us."""
+EXTENSIONS = frozenset({HOP_BY_HOP, ROUTING, FRAGMENT, AH, OPTIONS, MOBILITY})
+EXTENSIONS_WALKED = 8
+HEADER_ROOM = 256
+"""No header begins beyond this offset in the frame."""
+L4_BYTES = {TCP: 20, UDP: 8, SCTP: 12}
+"""Shortest header, by protocol; ICMP in its own family: ICMP_BYTES."""
+ICMP_BYTES = 8
+
+ANSWERS = {4: {8: 0, 13: 14, 15: 16, 17: 18}, 6: {128: 129}}
+"""ICMP queries and the type that answers each, by IP version."""
+ERRORS = {4: frozenset({3, 4, 5, 11, 12}), 6: frozenset({1, 2, 3, 4})}
+NEIGHBOUR = frozenset({130, 131, 132, 133, 135, 136})
+
+
+class Place(enum.Enum):
+    """Where in a fragmented packet a frame is."""
+
+    WHOLE = 0
+    FIRST = 1
+    LATER = 2
+
+
+class Kind(enum.Enum):
+    """What sort of ICMP message it is; NONE also for all that is no ICMP."""
+
+    NONE = 0
+    QUERY = 1
+    ANSWER = 2
+    ERROR = 3
+
+
+@dataclass(frozen=True)
+class Invoking:
+    """The packet that an ICMP error is about. ``tuple``: source, destination, protocol, ports (or ICMP identifier)."""
+
+    tuple: tuple[bytes, bytes, int, int, int]
+
+
+@dataclass
+class Facts:
+    """What is known of a frame.
+
+    Addresses in network order; an ICMP query's identifier is its source port, an answer's its destination port.
+    """
+
+    ethertype: int = 0
+    version: int = 0
+    source: bytes = b""
+    destination: bytes = b""
+    protocol: int = 0
+    source_port: int = 0
+    destination_port: int = 0
+    tcp_flags: int = 0
+    icmp_type: int = 0
+    icmp_code: int = 0
+    kind: Kind = Kind.NONE
+    invoking: Invoking | None = None
+    place: Place = Place.WHOLE
+    identification: int = 0
+    offset: int = 0
+    """Of a later fragment, in bytes of the fragmented part."""
+    covered: int = 0
+    """Bytes of the fragmented part that a first fragment's headers take."""
+
+    @property
+    def is_initial_syn(self) -> bool:
+        """Opens a TCP connection."""
+        return self.protocol == TCP and self.tcp_flags & (SYN | ACK) == SYN
+
+    @property
+    def is_neighbour(self) -> bool:
+        """IPv6 neighbour or listener discovery, which always passes; never in fragments (RFC 6980)."""
+        return (
+            self.version == 6 and self.protocol == ICMPV6 and self.place is Place.WHOLE and self.icmp_type in NEIGHBOUR
+        )
+
+
+class Stop(Exception):  # noqa: N818  # no error: the slug of why a frame goes no further
+    """Parsing ends here, for the reason given."""
+
+
+def u16(data: bytes, at: int) -> int:
+    """Two bytes in network order."""
+    return data[at] << 8 | data[at + 1]
+
+
+def parse(frame: bytes) -> tuple[str, Facts]:
+    """The reason that ends the packet's way in the parser, or "", and the facts as far as they are known then."""
+    facts = Facts()
+    try:
+        at = _ethernet(frame, facts)
+        if facts.ethertype == IP4:
+            _ip4(frame, at, facts)
+        else:
+            _ip6(frame, at, facts)
+    except Stop as stop:
+        return str(stop), facts
+    return "", facts
+
+
+def _ethernet(frame: bytes, facts: Facts) -> int:
+    if len(frame) < 14:
+        raise Stop("short")
+    at, kind = 14, u16(frame, 12)
+    for _ in range(TAGS):
+        if kind not in (VLAN, QINQ):
+            break
+        if len(frame) < at + 4:
+            raise Stop("short")
+        kind = u16(frame, at + 2)
+        at += 4
+    facts.ethertype = kind
+    if kind == ARP:
+        raise Stop("arp")
+    if kind not in (IP4, IP6):
+        raise Stop("non-ip")
+    return at
+
+
+def _ip4(frame: bytes, at: int, facts: Facts) -> None:
+    room = len(frame) - at
+    if room < 20:
+        raise Stop("short")
+    header = (frame[at] & 15) * 4
+    stated = u16(frame, at + 2)
+    total = stated or room  # 0: larger than 64 kB, to be cut by the kernel later
+    place = u16(frame, at + 6)
+    fragmented = bool(place & 0x3FFF)  # "more follow" or an offset
+    if frame[at] >> 4 != 4 or header < 20 or not header <= total <= room or (fragmented and not stated):
+        raise Stop("bad-ip")
+    facts.version = 4
+    facts.source, facts.destination = frame[at + 12 : at + 16], frame[at + 16 : at + 20]
+    facts.protocol = frame[at + 9]
+    if fragmented:
+        facts.offset = (place & 0x1FFF) * 8
+        facts.place = Place.LATER if facts.offset else Place.FIRST
+        facts.identification = u16(frame, at + 4)
+    if facts.place is not Place.LATER:
+        facts.covered = _l4(frame, at + header, at + total, facts)
+
+
+def _ip6(frame: bytes, at: int, facts: Facts) -> None:
+    room = len(frame) - at - 40
+    if room < 0:
+        raise Stop("short")
+    stated = u16(frame, at + 4)
+    payload = stated or room  # 0: larger than 64 kB, to be cut by the kernel later
+    if frame[at] >> 4 != 6 or payload > room:
+        raise Stop("bad-ip")
+    facts.version = 6
+    facts.source, facts.destination = frame[at + 8 : at + 24], frame[at + 24 : at + 40]
+    end = at + 40 + payload
+    following, at = frame[at + 6], at + 40
+    fragmented_part = 0  # where it begins; 0: no fragment header so far
+    for walked in range(EXTENSIONS_WALKED + 1):
+        if following == NO_NEXT:
+            raise Stop("no-next-header")
+        if following not in EXTENSIONS:
+            break
+        if walked == EXTENSIONS_WALKED:
+            raise Stop("ip6-headers")
+        kind = following
+        following, size = _extension(frame, kind, at, end)
+        at += size
+        if kind == FRAGMENT:
+            if fragmented_part:
+                raise Stop("ip6-headers")  # a fragment of a fragment
+            fragmented_part = at
+            _fragment(frame, at - size, facts)
+            if facts.place is not Place.WHOLE and not stated:
+                raise Stop("bad-ip")
+            if facts.place is Place.LATER:
+                break  # what follows is payload
+        if at > HEADER_ROOM:
+            raise Stop("short")
+    facts.protocol = following
+    if facts.place is not Place.LATER:
+        facts.covered = at - fragmented_part + _l4(frame, at, end, facts)
+
+
+def _extension(frame: bytes, kind: int, at: int, end: int) -> tuple[int, int]:
+    """The header after the one at ``at``, and the size of this one."""
+    if at + 8 > end:
+        raise Stop("short")
+    if kind == FRAGMENT:
+        size = 8
+    elif kind == AH:
+        size = (frame[at + 1] + 2) * 4
+    else:
+        size = (frame[at + 1] + 1) * 8
+    if at + size > end:
+        raise Stop("short")
+    return frame[at], size
+
+
+def _fragment(frame: bytes, at: int, facts: Facts) -> None:
+    place = u16(frame, at + 2) & 0xFFF9  # without the reserved bits; 0: an "atomic" fragment, which is whole
+    if place:
+        facts.offset = place & 0xFFF8
+        facts.place = Place.LATER if facts.offset else Place.FIRST
+        facts.identification = int.from_bytes(frame[at + 4 : at + 8], "big")
+
+
+def _l4(frame: bytes, at: int, end: int, facts: Facts) -> int:
+    """Ports, flags, ICMP. Returns the size of the header as far as it was read."""
+    protocol = facts.protocol
+    if protocol == (ICMP if facts.version == 4 else ICMPV6):
+        if at + ICMP_BYTES > end:
+            raise Stop("bad-l4")
+        _icmp(frame, at, end, facts)
+        return ICMP_BYTES
+    size = L4_BYTES.get(protocol, 0)
+    if at + size > end:
+        raise Stop("bad-l4")
+    if protocol == TCP:
+        stated = (frame[at + 12] >> 4) * 4
+        if stated < size or at + stated > end:
+            raise Stop("bad-l4")
+        facts.tcp_flags = frame[at + 13]
+    if size:
+        facts.source_port, facts.destination_port = u16(frame, at), u16(frame, at + 2)
+    return size
+
+
+def _icmp(frame: bytes, at: int, end: int, facts: Facts) -> None:
+    facts.icmp_type, facts.icmp_code = frame[at], frame[at + 1]
+    facts.kind = icmp_kind(facts.icmp_type, facts.version)
+    if facts.kind is Kind.QUERY:
+        facts.source_port = u16(frame, at + 4)
+    elif facts.kind is Kind.ANSWER:
+        facts.destination_port = u16(frame, at + 4)
+    elif facts.kind is Kind.ERROR:
+        facts.invoking = _invoking(frame[at + ICMP_BYTES : end], facts.version)
+
+
+def icmp_kind(number: int, version: int) -> Kind:
+    """The sort of an ICMP type in its own family."""
+    if number in ERRORS[version]:
+        return Kind.ERROR
+    if number in ANSWERS[version]:
+        return Kind.QUERY
+    return Kind.ANSWER if number in ANSWERS[version].values() else Kind.NONE
+
+
+def _invoking(packet: bytes, version: int) -> Invoking | None:
+    """The packet an ICMP error carries: its header and the first eight bytes after it. None: not readable."""
+    if version == 4:
+        if len(packet) < 20 or packet[0] >> 4 != 4 or packet[0] & 15 < 5 or u16(packet, 6) & 0x1FFF:
+            return None
+        source, destination, protocol, at = packet[12:16], packet[16:20], packet[9], (packet[0] & 15) * 4
+    else:
+        if len(packet) < 40 or packet[0] >> 4 != 6:
+            return None
+        source, destination, protocol, at = packet[8:24], packet[24:40], packet[6], 40
+    if len(packet) < at + 8:
+        return None
+    source_port = destination_port = 0
+    if protocol in L4_BYTES:
+        source_port, destination_port = u16(packet, at), u16(packet, at + 2)
+    elif protocol == (ICMP if version == 4 else ICMPV6):
+        kind = icmp_kind(packet[at], version)
+        if kind is Kind.QUERY:
+            source_port = u16(packet, at + 4)
+        elif kind is Kind.ANSWER:
+            destination_port = u16(packet, at + 4)
+    return Invoking((source, destination, protocol, source_port, destination_port))
