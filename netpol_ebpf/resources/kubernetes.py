@@ -141,8 +141,23 @@ def _rules(spec: Reader, direction: str, peers_key: str) -> Iterator[KubernetesR
     if isinstance(written, Mapping):
         _not_a_list(spec, direction, peers_key, written)
         return
+    before: KubernetesRule | None = None
     for rule in spec.mappings(direction):
-        yield _rule(rule, direction, peers_key)
+        read = _rule(rule, direction, peers_key)
+        if before is not None and (_is_half(before, read) or _is_half(read, before)):
+            rule.warning(
+                None,
+                f"this item and the one before it are two rules, one with only `{peers_key}:` and one with only `ports:`; each "
+                "allows on its own. If both were meant to hold together, remove the dash that begins this item",
+                slug="split-rule",
+            )
+        before = read
+        yield read
+
+
+def _is_half(peers: KubernetesRule, ports: KubernetesRule) -> bool:
+    """Whether one rule has only peers and the other only ports: together they look like one rule cut in two."""
+    return bool(peers.peers and not peers.ports and ports.ports and not ports.peers)
 
 
 def _not_a_list(spec: Reader, direction: str, peers_key: str, written: Mapping[object, object]) -> None:

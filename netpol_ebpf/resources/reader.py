@@ -131,10 +131,6 @@ class Reader:
         """Whether the field is given at all, be it as null."""
         return key in self._value
 
-    def is_empty(self) -> bool:
-        """Whether the mapping has no field at all."""
-        return not self._value
-
     def fields(self) -> list[str]:
         """The names of all fields given."""
         return [str(key) for key in self._value]

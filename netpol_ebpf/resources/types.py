@@ -446,7 +446,8 @@ class SigSubject:
 class SigPeer:
     """One peer; ``unknown`` is True for a peer of a newer API (fails closed), then all other fields are empty.
 
-    ``same_labels``/``not_same_labels``: the older v1alpha1 forms of namespaces and pods peers.
+    ``same_labels``/``not_same_labels``: the older v1alpha1 forms; they narrow the ``namespaces`` or ``pods`` beside them,
+    whose namespace selector is then everything.
     """
 
     namespaces: LabelSelector | None = None

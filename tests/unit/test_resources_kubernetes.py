@@ -255,6 +255,12 @@ def test_what_is_refused(spec: str, path: str, words: str) -> None:
         ("{policyTypes: [Egress], ingress: [{}]}", "spec.ingress", "inert-rules"),
         ("{ingress: [{from: []}]}", "spec.ingress[0].from", "empty-peers"),
         ("{ingress: [{from: }]}", "spec.ingress[0].from", "empty-peers"),
+        ("{ingress: [{from: [{podSelector: {}}]}, {ports: [{port: 80}]}]}", "spec.ingress[1]", "split-rule"),
+        (
+            "{egress: [{ports: [{port: 80}]}, {to: [{podSelector: {}}]}], policyTypes: [Egress]}",
+            "spec.egress[1]",
+            "split-rule",
+        ),
     ],
 )
 def test_what_is_legal_but_suspicious(spec: str, path: str, slug: str) -> None:
@@ -263,6 +269,12 @@ def test_what_is_legal_but_suspicious(spec: str, path: str, slug: str) -> None:
     (problem,) = result.problems
     assert (problem.path, problem.severity, problem.slug) == (path, "warning", slug)
     assert len(result.resources) == 1
+
+
+def test_whole_rules_are_not_taken_for_halves() -> None:
+    """Neighbours that have both parts, or the same part, are left alone."""
+    rules = "{from: [{podSelector: {}}], ports: [{port: 80}]}, {ports: [{port: 81}]}, {ports: [{port: 82}]}, {}"
+    assert _load(f"{{ingress: [{rules}]}}").problems == []
 
 
 def test_cidrs_that_older_servers_stored_are_read() -> None:
