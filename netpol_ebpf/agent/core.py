@@ -248,7 +248,7 @@ class Agent:
                     self._compiler.upsert(new)
         change = self._compiler.commit()
         self._is_behind = False
-        self._record(change)
+        self._record(change, self.applier)
         self.applier.apply(change)
         self._forget(change)
         self._note_change()
@@ -267,7 +267,7 @@ class Agent:
             applier = Applier(maps)
             for key, binding in self._bindings().items():
                 applier.bind(key, binding)
-            self._record(change)
+            self._record(change, applier)
             applier.fill(compiler.tables)
         self._compiler, self._applier = compiler, applier
         self._is_ahead = self._is_behind = False
@@ -277,12 +277,15 @@ class Agent:
         self._forget_unused()
         self._note_change()
 
-    def _record(self, change: Change) -> None:
-        """Numbers to the ledger, before the kernel sees them."""
+    def _record(self, change: Change, applier: Applier) -> None:
+        """Numbers to the ledger, before the kernel sees them; what a number counted for something else is forgotten."""
         self._names.learn(change)
         for _, batch in change.batches():
             if "rules" in batch:
-                self._ledger.record("rule", {cause: number for number, cause in batch["rules"].upserts.items()})
+                rules = {cause: number for number, cause in batch["rules"].upserts.items()}
+                known = self._ledger.numbers.rules
+                applier.reset_counters(number for cause, number in rules.items() if known.get(cause) != number)
+                self._ledger.record("rule", rules)
             if "identities" in batch:
                 upserts = batch["identities"].upserts
                 self._ledger.record("identity", {digest: number for number, digest in upserts.items()})

@@ -45,6 +45,8 @@ class KernelMap(Protocol):
     def max_entries(self) -> int: ...  # noqa: D102
     @property
     def value_size(self) -> int: ...  # noqa: D102
+    @property
+    def cell_bytes(self) -> int: ...  # noqa: D102 - of all CPUs, where there is a value for each
 
     def get(self, key: bytes) -> bytes | None: ...  # noqa: D102
     def put(self, key: bytes, value: bytes) -> None: ...  # noqa: D102
@@ -303,6 +305,13 @@ class Applier:
         config.generation = config.generation % 0xFFFF_FFFF + 1  # never 0
         self._maps["np_config"].put(_FIRST, bytes(config))
         return config.generation
+
+    def reset_counters(self, rules: Iterable[int]) -> None:
+        """Zero the counters of rule numbers that are about to stand for something new."""
+        counted = self._maps["np_rule_count"]
+        zeros = bytes(counted.cell_bytes)
+        keys = [number.to_bytes(4, sys.byteorder) for number in rules if number < counted.max_entries]
+        counted.put_many([(key, zeros) for key in keys])
 
     def set_flags(self, *, on: int = 0, off: int = 0) -> None:
         """Switch flags of the configuration (``abi.NP_CONFIG_*``)."""

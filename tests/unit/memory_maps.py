@@ -10,6 +10,8 @@ from netpol_ebpf.apply.applier import ARRAYS
 from netpol_ebpf.errors import MapFullError
 from netpol_loader import abi
 
+CPUS = 3
+
 
 @dataclass
 class MemoryMap:
@@ -22,13 +24,17 @@ class MemoryMap:
     rows: dict[bytes, bytes] = field(default_factory=dict)
     hard_limit: int | None = None
 
+    @property
+    def cell_bytes(self) -> int:
+        return self.value_size * (CPUS if abi.MAP_SPECS[self.name].kind.startswith("percpu") else 1)
+
     def get(self, key: bytes) -> bytes | None:
         if self.name in ARRAYS:
-            return self.rows.get(key, bytes(self.value_size))
+            return self.rows.get(key, bytes(self.cell_bytes))
         return self.rows.get(key)
 
     def put(self, key: bytes, value: bytes) -> None:
-        assert len(value) == self.value_size
+        assert len(value) == self.cell_bytes
         limit = self.max_entries if self.hard_limit is None else self.hard_limit
         if key not in self.rows and len(self.rows) >= limit:
             raise MapFullError(f"map {self.name} is full")

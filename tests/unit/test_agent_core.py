@@ -305,6 +305,25 @@ def test_numbers_of_what_went_are_given_away_again_only_after_a_restart(bench: B
     assert "KubernetesNetworkPolicy" not in text
 
 
+def test_counters_are_kept_with_their_rule_and_zeroed_for_another(bench: Bench) -> None:
+    """A rule's counter outlives the agent; a number that comes to stand for another rule starts at zero."""
+    agent = bench.agent()
+    counters = bench.node.in_force["np_rule_count"]
+    others = [number for number, cause in agent.tables.rules.items() if not cause.policy]
+    for number in range(1, 100):
+        counters.rows[number.to_bytes(4, "little")] = bytes([1] * counters.cell_bytes)
+    bench.remove("policy.yaml")
+    settle(agent)
+    heir = bench.agent()
+    bench.write("another.yaml", POLICY.replace("name: db,", "name: another,"))
+    settle(heir)
+    new = [number for number, cause in heir.tables.rules.items() if cause.policy]
+    assert {counters.rows[number.to_bytes(4, "little")] for number in new} == {bytes(counters.cell_bytes)}
+    kept = [number for number in others if number in dict(heir.tables.rules.items())]
+    assert kept
+    assert {counters.rows[number.to_bytes(4, "little")][0] for number in kept} == {1}
+
+
 def test_new_generation_after_a_take_over(bench: Bench) -> None:
     """Connections that an earlier agent's policy allowed are judged again."""
     first = bench.agent().applier.generation
