@@ -1,0 +1,417 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How long the control plane takes: a cold start, single changes, and a thousand changes a second; and how much memory.
+
+    sudo .venv/bin/python -m bench.control_plane [--sizes 1000x100,10000x1000,100000x10000] [-o FILE]
+
+Each size of cluster (pods x policies, `bench/cluster.py`) is a process of its own, so that memory is its own.  An event's way
+is the agent's: the object is parsed and checked, translated into the policy model, compiled, and written to the kernel's maps;
+the clock runs from the plain object to the last write, grace periods included.  A cold start is the same for all objects.
+
+Beside each event a fixed piece of Python is timed, the *yardstick*; what is compared between machines and runs is the ratio.
+Without root the maps are left out, and the result says so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gc
+import json
+import os
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from bench.cluster import ELSEWHERE, HERE, Object, Size, namespace, objects, pod, policy
+from bench.end_to_end import ended_by
+from bench.progress import Progress
+from bench.record import LESS, MORE, Case, Run, begin, case_id, save, this_command
+from bench.site import BPFFS
+from netpol_ebpf.apply.applier import Applier, Binding
+from netpol_ebpf.compiler import Compiler
+from netpol_ebpf.errors import PlatformError
+from netpol_ebpf.policy.translate import Derivation, key_of
+from netpol_ebpf.policy.types import Changes, Endpoint, EndpointKey, NetworkSet, Policy, Profile, Service, Tier
+from netpol_ebpf.policy.types import Node as ClusterNode
+from netpol_ebpf.resources.load import parse_object
+from netpol_ebpf.resources.types import Resource
+
+SUITE = "control plane"
+CONTENDER = "netpol-ebpf"
+SIZES = (
+    Size(1000, 100, 100),
+    Size(10_000, 100, 100),
+    Size(10_000, 1000, 100),
+    Size(10_000, 10_000, 100),
+    Size(100_000, 10_000, 250),
+)
+SMOKE_SIZES = (Size(1000, 100, 50),)
+STAGES = ("parse", "derive", "compile", "write")
+CHURN_PER_S = 1000
+WINDOW_S = 0.25
+"""Churn's latencies are summed up by windows of so long."""
+MAP_SIZES = {"np_peer_class": 1 << 22, "np_verdict": 1 << 22, "np_l4_col": 1 << 16}
+KINDS: Sequence[tuple[str, type[Any]]] = (
+    ("tiers", Tier), ("policies", Policy), ("profiles", Profile), ("endpoints", Endpoint), ("network_sets", NetworkSet),
+    ("nodes", ClusterNode), ("services", Service),
+)  # fmt: skip
+
+
+@dataclass(slots=True)
+class Timing:
+    """Seconds by stage of one event."""
+
+    stages: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))
+
+    @property
+    def total(self) -> float:
+        """All stages."""
+        return sum(self.stages.values())
+
+
+class ControlPlane:
+    """The agent's way from objects to maps, stage by stage. ``applier`` None: no maps."""
+
+    def __init__(self, applier: Applier | None) -> None:
+        self._derivation = Derivation()
+        self._compiler = Compiler(lambda endpoint: endpoint.node == HERE)
+        self._applier = applier
+        self._bound: dict[EndpointKey, int] = {}
+        self._interfaces = 0
+
+    def start(self, given: Iterator[Object]) -> Timing:
+        """Everything at once."""
+        timing = Timing()
+        for one in given:
+            resource = _timed(timing, "parse", lambda one=one: _parse(one))  # type: ignore[misc]
+            _timed(timing, "derive", lambda resource=resource: self._derivation.upsert(resource))  # type: ignore[misc]
+        _timed(timing, "derive", self._derivation.take_changes)
+
+        def compile_all() -> None:
+            self._compiler.replace(self._derivation.world)
+            self._compiler.commit()
+
+        _timed(timing, "compile", compile_all)
+        if self._applier is not None:
+            applier = self._applier
+            for key in self._compiler.tables.endpoints:
+                self._interfaces += 1
+                self._bound[key] = self._interfaces
+                applier.bind(key, Binding(self._interfaces))
+            _timed(timing, "write", lambda: applier.fill(self._compiler.tables))
+        return timing
+
+    def change(self, upserts: Sequence[Object] = (), removals: Sequence[Resource] = ()) -> Timing:
+        """Some events, brought into force together."""
+        timing = Timing()
+        for one in upserts:
+            resource = _timed(timing, "parse", lambda one=one: _parse(one))  # type: ignore[misc]
+            _timed(timing, "derive", lambda resource=resource: self._derivation.upsert(resource))  # type: ignore[misc]
+        for resource in removals:
+            _timed(timing, "derive", lambda resource=resource: self._derivation.remove(*key_of(resource)))  # type: ignore[misc]
+        changes = _timed(timing, "derive", self._derivation.take_changes)
+        change = _timed(timing, "compile", lambda: self._compile(changes))
+        if self._applier is not None:
+            applier = self._applier
+            _timed(timing, "write", lambda: applier.apply(change))
+            _timed(timing, "write", lambda: self._bind(applier, changes))
+        return timing
+
+    def _bind(self, applier: Applier, changes: Changes) -> None:
+        """Say where local pods are that came, each on an interface of its own number; forget those that went."""
+        for key, new in changes.endpoints.items():
+            if new is not None and new.node == HERE and key not in self._bound:
+                self._interfaces += 1
+                self._bound[key] = self._interfaces
+                applier.bind(key, Binding(self._interfaces))
+            elif new is None and self._bound.pop(key, None) is not None:
+                applier.unbind(key)
+
+    def _compile(self, changes: Changes) -> Any:
+        for name, kind in KINDS:
+            for key, new in getattr(changes, name).items():
+                if new is None:
+                    self._compiler.remove(kind, key)
+                else:
+                    self._compiler.upsert(new)
+        return self._compiler.commit()
+
+    def live_policies(self) -> list[int]:
+        """Numbers of policies that apply to a local pod."""
+        world = self._derivation.world
+        labels = [endpoint.labels for endpoint in world.endpoints.values() if endpoint.node == HERE]
+        return [
+            int(key.name.removeprefix("policy-"))
+            for key, one in world.policies.items()
+            if any(one.subject.matches(each) for each in labels)
+        ]
+
+    @property
+    def rows(self) -> dict[str, int]:
+        """Rows by table."""
+        return {table.name: len(table) for table in self._compiler.tables.all()}
+
+
+def _timed(timing: Timing, stage: str, step: Callable[[], Any]) -> Any:
+    start = time.perf_counter()
+    try:
+        return step()
+    finally:
+        timing.stages[stage] += time.perf_counter() - start
+
+
+def _parse(one: Object) -> Resource:
+    return parse_object(one, "cluster").check()[0]
+
+
+def yardstick() -> float:
+    """Seconds of a fixed piece of work of the sort that the control plane does: dictionaries, tuples, strings."""
+    start = time.perf_counter()
+    table: dict[tuple[int, str], list[int]] = {}
+    for number in range(2000):
+        table.setdefault((number % 97, str(number % 53)), []).append(number)
+    sorted(table.items())
+    return time.perf_counter() - start
+
+
+# --- one size, in a process of its own ---------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class Findings:
+    """What a child process tells. Seconds, or as the name says."""
+
+    cold: dict[str, float] = field(default_factory=dict)
+    events: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
+    stages: dict[str, dict[str, list[float]]] = field(default_factory=dict)
+    yardsticks: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
+    memory: dict[str, int] = field(default_factory=dict)
+    churn: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
+    rows: dict[str, int] = field(default_factory=dict)
+    note: str = ""
+
+
+def measure_size(size: Size, events: int, churn_s: float) -> Findings:
+    """A cold start, single events, churn."""
+    found = Findings()
+    with contextlib.ExitStack() as stack:
+        applier = _open_maps(stack, found)
+        plane = ControlPlane(applier)
+        found.memory["before the cluster"] = _resident_bytes()
+        found.yardsticks["cold start"] = [yardstick() for _ in range(20)]
+        cold = plane.start(objects(size))
+        found.cold = {**cold.stages, "total": cold.total}
+        found.rows = plane.rows
+        gc.collect()
+        gc.freeze()  # as a service does that has started: what stays is not looked through again and again
+        found.memory["after the start"] = _resident_bytes()
+        _single_events(plane, size, events, found)
+        found.memory["after single changes"] = _resident_bytes()
+        if churn_s:
+            _churn(plane, size, churn_s, found)
+        found.memory["at most"] = _peak_bytes()
+    return found
+
+
+def _open_maps(stack: contextlib.ExitStack, found: Findings) -> Applier | None:
+    if os.geteuid() != 0:
+        found.note = "without root: compiled, but not written to any map"
+        return None
+    from netpol_loader.dataplane import Dataplane
+
+    dataplane = stack.enter_context(Dataplane.open(BPFFS / f"netpol-bench-{os.getpid()}", sizes=MAP_SIZES))
+    stack.callback(dataplane.remove)
+    return Applier(dataplane.maps)
+
+
+def _single_events(plane: ControlPlane, size: Size, count: int, found: Findings) -> None:
+    live = plane.live_policies()
+    for turn in range(count):
+        number = size.pods + turn
+        twin = turn * 37 % size.pods
+        known, unseen = pod(number, like=twin), pod(number, like=twin, labels={"unique": str(turn)})
+        steps: list[tuple[str, Callable[[], Timing]]] = [
+            ("pod added elsewhere", lambda known=known: plane.change([known])),  # type: ignore[misc]
+            ("pod relabelled elsewhere, labels never seen", lambda unseen=unseen: plane.change([unseen])),  # type: ignore[misc]
+            ("pod removed elsewhere", lambda known=known: plane.change(removals=[_parse(known)])),  # type: ignore[misc]
+            ("pod added here", lambda number=number, twin=twin: plane.change([pod(number, node=HERE, like=twin)])),  # type: ignore[misc]
+            ("pod removed here", lambda known=known: plane.change(removals=[_parse(known)])),  # type: ignore[misc]
+        ]
+        if live:
+            changed = policy(live[turn % len(live)], size, port=20_000 + turn)
+            steps.append(("policy changed", lambda changed=changed: plane.change([changed])))  # type: ignore[misc]
+        if turn % 10 == 0:
+            space = namespace(turn % size.namespaces, {"turn": str(turn)})
+            steps.append(("namespace relabelled", lambda space=space: plane.change([space])))  # type: ignore[misc]
+        for name, step in steps:
+            found.yardsticks[name].append(yardstick())
+            timing = step()
+            found.events[name].append(timing.total)
+            for stage, seconds in timing.stages.items():
+                found.stages.setdefault(name, defaultdict(list))[stage].append(seconds)
+
+
+def _churn(plane: ControlPlane, size: Size, seconds: float, found: Findings) -> None:
+    """Changes that come in at CHURN_PER_S, taken together whenever the one before is done; latency from when each was due."""
+    live = plane.live_policies()
+    total = int(seconds * CHURN_PER_S)
+    latencies: list[tuple[float, float]] = []
+    processor = time.process_time()
+    began = time.perf_counter()
+    done = 0
+    while done < total:
+        now = time.perf_counter() - began
+        due = min(total, int(now * CHURN_PER_S) + 1)
+        if due <= done:
+            time.sleep(max(0.0, done / CHURN_PER_S - now))
+            continue
+        upserts, removals = _arrivals(range(done, due), size, live)
+        plane.change(upserts, removals)
+        after = time.perf_counter() - began
+        latencies += [(number / CHURN_PER_S, after - number / CHURN_PER_S) for number in range(done, due)]
+        done = due
+    elapsed = time.perf_counter() - began
+    windows: dict[int, list[float]] = defaultdict(list)
+    for at, latency in latencies:
+        windows[int(at / WINDOW_S)].append(latency)
+    for window in windows.values():
+        window.sort()
+        found.churn["latency p50"].append(window[len(window) // 2])
+        found.churn["latency p99"].append(window[int(len(window) * 0.99)])
+    found.churn["rate"] = [total / elapsed]
+    found.churn["processor share"] = [(time.process_time() - processor) / elapsed]
+
+
+def _arrivals(numbers: range, size: Size, live: Sequence[int]) -> tuple[list[Object], list[Resource]]:
+    """Of a hundred changes: 48 pods come and 48 go elsewhere, one local pod comes and one goes, two policies change."""
+    upserts: dict[str, Object] = {}
+    removals: dict[str, Resource] = {}
+    for number in numbers:
+        kind, generation = number % 100, number // 100
+        if kind in (98, 99) and live:
+            one = policy(live[(generation * 2 + kind) % len(live)], size, port=30_000 + generation % 1000)
+            upserts[one["metadata"]["name"]] = one
+            continue
+        place = size.pods + 10_000 + generation * 50 + kind // 2
+        node = HERE if kind // 2 == 48 else ELSEWHERE
+        one = pod(place, node=node, like=place * 37 % size.pods)
+        name = one["metadata"]["name"]
+        if kind % 2 == 0:
+            upserts[name] = one
+        elif name in upserts:
+            del upserts[name]  # came and went in one batch: nothing happened
+        else:
+            removals[name] = _parse(one)
+    return list(upserts.values()), list(removals.values())
+
+
+def _resident_bytes() -> int:
+    return _status_bytes("VmRSS:")
+
+
+def _peak_bytes() -> int:
+    return _status_bytes("VmHWM:")
+
+
+def _status_bytes(name: str) -> int:
+    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+        if line.startswith(name):
+            return int(line.split()[1]) * 1024
+    raise PlatformError(f"/proc/self/status has no {name}")
+
+
+# --- all sizes ---------------------------------------------------------------------------------------------------------------
+
+
+def run_suite(run: Run, *, sizes: Sequence[Size], events: int, churn_s: float) -> None:
+    """Measure, and add the cases to the run. A size that fails is an error."""
+    progress = Progress("control plane", len(sizes))
+    for size in sizes:
+        progress.step(f"{size.pods} pods, {size.policies} policies, {size.local} of the pods here")
+        written = f"{size.pods}x{size.policies}x{size.local}"
+        command = [sys.executable, "-m", "bench.control_plane", "--child", written]
+        done = subprocess.run(
+            [*command, "--events", str(events), "--churn", str(churn_s)], check=False, stdout=subprocess.PIPE, text=True
+        )
+        if done.returncode != 0:
+            raise PlatformError(f"the control plane at {written} ended with {done.returncode}", hint="See above.")
+        _record(run, size, json.loads(done.stdout))
+    progress.end()
+
+
+def _record(run: Run, size: Size, found: dict[str, Any]) -> None:
+    parameters = {"pods": size.pods, "policies": size.policies, "local": size.local}
+    if found["note"] and found["note"] not in run.notes:
+        run.notes.append(found["note"])
+
+    def add(
+        name: str, unit: str, samples: Sequence[float], *, base: str = "", better: str = LESS, exact: bool = False,
+        judged: bool = True,
+    ) -> str:  # fmt: skip
+        run.cases.append(
+            Case(SUITE, name, CONTENDER, unit, better, tuple(samples), parameters, base, exact=exact, judged=judged)
+        )
+        return case_id(SUITE, name, CONTENDER, parameters)
+
+    def in_ms(samples: Sequence[float]) -> list[float]:
+        return [1e3 * sample for sample in samples]
+
+    for name, samples in found["yardsticks"].items():
+        add(f"yardstick: {name}", "ms", in_ms(samples))
+    base = case_id(SUITE, "yardstick: cold start", CONTENDER, parameters)
+    for stage, seconds in found["cold"].items():
+        add("cold start" if stage == "total" else f"cold start: {stage}", "ms", in_ms([seconds]), base=base)
+    for name, samples in found["events"].items():
+        base = case_id(SUITE, f"yardstick: {name}", CONTENDER, parameters)
+        add(name, "ms", in_ms(samples), base=base)
+        for stage, seconds in found["stages"][name].items():
+            if any(seconds):  # a removal has nothing to parse
+                add(f"{name}: {stage}", "ms", in_ms(seconds), base=base, judged=False)
+    for name, figure in found["memory"].items():
+        add(f"memory {name}", "bytes", [figure])
+    for name, samples in found["churn"].items():
+        label = f"churn of {CHURN_PER_S} a second: {name}"
+        if name.startswith("latency"):
+            add(label, "ms", in_ms(samples), judged=False)
+        else:
+            add(label, "1/s" if name == "rate" else "", samples, better=MORE if name == "rate" else LESS, judged=False)
+    for table, rows in found["rows"].items():
+        add(f"rows of {table}", "rows", [rows], exact=True)
+
+
+def parse_size(text: str) -> Size:
+    """PODSxPOLICIES or PODSxPOLICIESxLOCAL."""
+    numbers = [int(part) for part in text.split("x")]
+    return Size(numbers[0], numbers[1], numbers[2] if len(numbers) > 2 else min(250, max(10, numbers[0] // 10)))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure and write the result."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--sizes", default="", help="PODSxPOLICIES[xLOCAL] by commas")
+    parser.add_argument("--events", type=int, default=100, help="how many of each single change")
+    parser.add_argument("--churn", type=float, default=5.0, metavar="SECONDS", help="how long; 0: not at all")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    parser.add_argument("-o", "--output", type=Path, default=Path("control_plane.json"))
+    options = parser.parse_args(argv)
+    if options.child:
+        found = measure_size(parse_size(options.child), options.events, options.churn)
+        print(json.dumps({name: getattr(found, name) for name in Findings.__slots__}))
+        return 0
+    run = begin(this_command())
+    began = time.monotonic()
+    sizes = [parse_size(one) for one in options.sizes.split(",")] if options.sizes else SIZES
+    run_suite(run, sizes=sizes, events=options.events, churn_s=options.churn)
+    run.seconds = round(time.monotonic() - began, 1)
+    save(run, options.output)
+    print(f"{len(run.cases)} cases in {options.output}", file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(ended_by(main))

@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Everything in one run and one file; what `netpolctl bench` runs.
+
+The whole takes about a quarter of an hour on two quiet cores and makes the recorded result; *smoke* takes a minute, for continuous
+integration: it shows that every part works, its figures are few and rough.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from bench import control_plane, end_to_end, loads, scale
+from bench.record import LESS, ROOT, Case, Run, begin, case_id, save
+from bench.site import EMPTY, NOTHING, OURS, Remote
+from netpol_ebpf.errors import PlatformError, PrivilegeError, UsageError
+
+MICRO = "micro"
+CONTENDER = "netpol-ebpf"
+MICRO_BASE = "parse only, v4"
+"""What micro cases are divided by when runs are compared: work of the same sort, in the same rounds."""
+SMOKE_LOADS = (loads.UDP_64, loads.CONNECTS)
+SMOKE_RULES = (10, 1000)
+
+
+def micro(run: Run, *, smoke: bool) -> None:
+    """The figures of `bench/micro.py`, as cases."""
+    command = [sys.executable, str(ROOT / "bench" / "micro.py"), "-o", "json"]
+    command += ["--quick", "--rounds", "3"] if smoke else []
+    done = subprocess.run(command, check=False, stdout=subprocess.PIPE, text=True)
+    if done.returncode != 0:
+        raise PlatformError(f"bench/micro.py ended with {done.returncode}", hint="What it said is above.")
+    for scale_ in json.loads(done.stdout):
+        add_micro(run, scale_)
+
+
+def add_micro(run: Run, found: Mapping[str, Any]) -> None:
+    """One scale of `bench/micro.py`: ``samples`` by case where it gives them, else the medians in ``ns``."""
+    parameters = {name: value for name, value in found.items() if isinstance(value, int)}
+    figures = found.get("samples") or {name: [value] for name, value in found["ns"].items()}
+    for name, samples in figures.items():
+        is_base = name == MICRO_BASE or name.startswith("empty")
+        base = "" if is_base else case_id(MICRO, MICRO_BASE, CONTENDER, parameters)
+        run.cases.append(Case(MICRO, name, CONTENDER, "ns", LESS, tuple(map(float, samples)), parameters, base))
+
+
+def suites(*, smoke: bool, remote: Remote | None) -> dict[str, Callable[[Run], None]]:
+    """Name to what runs it."""
+    kinds = (NOTHING, EMPTY, OURS) if smoke else None
+    return {
+        "micro": lambda run: micro(run, smoke=smoke),
+        "end-to-end": lambda run: end_to_end.run_suite(
+            run,
+            rounds=2 if smoke else 5,
+            seconds=0.5 if smoke else 1.0,
+            sizes=SMOKE_RULES if smoke else end_to_end.RULES,
+            chosen=SMOKE_LOADS if smoke else loads.LOADS,
+            kinds=kinds,
+            remote=remote,
+        ),
+        "scale": lambda run: scale.run_suite(
+            run, rounds=2 if smoke else 7, axes=scale.SMOKE_AXES if smoke else scale.AXES
+        ),
+        "control-plane": lambda run: control_plane.run_suite(
+            run,
+            sizes=control_plane.SMOKE_SIZES if smoke else control_plane.SIZES,
+            events=10 if smoke else 100,
+            churn_s=1.0 if smoke else 5.0,
+        ),
+    }
+
+
+def run_all(
+    command: Sequence[str], output: Path, *, smoke: bool, chosen: Sequence[str] = (), remote: Remote | None = None
+) -> Run:
+    """Run the suites and write the result. Raises PrivilegeError without root, UsageError for an unknown suite."""
+    if os.geteuid() != 0:
+        raise PrivilegeError("the benchmarks load programs and make network namespaces, which needs root")
+    known = suites(smoke=smoke, remote=remote)
+    if unknown := [name for name in chosen if name not in known]:
+        raise UsageError(f"no such suite: {unknown[0]}; there are: {', '.join(known)}")
+    run = begin(command)
+    began = time.monotonic()
+    for name, work in known.items():
+        if not chosen or name in chosen:
+            print(f"== {name}", file=sys.stderr, flush=True)
+            work(run)
+            run.seconds = round(time.monotonic() - began, 1)
+            save(run, output)  # what was measured is kept if a later part fails
+    return run

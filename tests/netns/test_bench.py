@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The benchmark's contenders enforce the same policies on real packets, and one that does not is found out."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+
+import pytest
+
+from bench.end_to_end import NEEDS
+from bench.loads import CONNECTS, Traffic, workshop
+from bench.site import (
+    EMPTY,
+    IPTABLES_RULES,
+    IPTABLES_SET,
+    MEASURED_ADDRESS,
+    NFT_MAP,
+    NFT_RULES,
+    NOTHING,
+    OURS,
+    PEER_ADDRESS,
+    Contender,
+    Scenario,
+    Site,
+)
+from bench.verdicts import Examination, choose_peers
+from netpol_ebpf.errors import NetpolError
+from netpol_ebpf.policy.types import Direction
+
+pytestmark = pytest.mark.netns
+RULES = 20
+
+
+def scenario(direction: Direction) -> Scenario:
+    bare = Scenario(direction, MEASURED_ADDRESS, (PEER_ADDRESS,))
+    return replace(bare, peers=choose_peers(bare, [RULES], PEER_ADDRESS))
+
+
+@pytest.mark.parametrize("direction", list(Direction))
+@pytest.mark.parametrize("kind", [OURS, NFT_RULES, NFT_MAP, IPTABLES_RULES, IPTABLES_SET])
+def test_a_contender_gives_the_models_verdicts(kind: str, direction: Direction) -> None:
+    """Real packets are let through and dropped as the reference model says, by each way to enforce."""
+    for tool in NEEDS.get(kind, ()):
+        if shutil.which(tool) is None:
+            pytest.skip(f"{tool} is not installed")
+    given = scenario(direction)
+    with Site(Contender(kind, RULES), given, given.world(RULES)) as site:
+        allowed, denied = Examination(given, [RULES]).examine(site)
+    assert allowed > 3
+    assert denied > 3
+
+
+def test_a_contender_with_other_policies_is_found_out() -> None:
+    """One that enforces nothing, but says that it does, is an error that names it."""
+    given = scenario(Direction.INGRESS)
+    with Site(Contender(NOTHING), given, None) as site:
+        site.contender = Contender(OURS, RULES)
+        with pytest.raises(NetpolError, match="netpol-ebpf, 20 rules: .* the model says deny, seen: allow"):
+            Examination(given, [RULES]).examine(site)
+
+
+def test_connections_are_counted_and_metered() -> None:
+    """The connect and close load gives a rate, percentiles and processor time per packet."""
+    if shutil.which("gcc") is None:
+        pytest.skip("gcc is not installed")
+    given = scenario(Direction.INGRESS)
+    with workshop() as tools, Site(Contender(EMPTY), given, None) as site:
+        figures = {figure.name: figure.value for figure in Traffic(site, tools).measure(CONNECTS, 0.2)}
+    assert figures.keys() >= {"", "latency p50", "cpu per packet, client and server"}
+    assert all(value > 0 for name, value in figures.items() if not name.startswith("cpu"))
