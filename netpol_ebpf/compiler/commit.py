@@ -307,8 +307,7 @@ class Commit:
         state = self._state
         if self._is_first or self._intake.gone:
             return True  # what was in force before is not known, or not in force any more
-        judged = state.identities.identities.keys() - set(state.identities.created[self._extended :])
-        revocation = Revocation(judged)
+        revocation = Revocation(state.identities.identities.keys(), state.identities.created[self._extended :])
         if any(revocation.by_replacement(old, new) for old, new in self._replaced):
             return True
         relabelled = self._relabelled

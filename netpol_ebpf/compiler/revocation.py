@@ -24,9 +24,10 @@ _REMEMBERED = 4096
 
 
 class Revocation:
-    """The comparisons of one commit. ``identities``: those that old and new sets have classes for."""
+    """The comparisons of one commit. ``late``: identities that sets which go have no classes for any more."""
 
-    def __init__(self, identities: AbstractSet[int]) -> None:
+    def __init__(self, identities: AbstractSet[int], late: Iterable[int]) -> None:
+        self._late = frozenset(late)
         self._identities = identities
         self._left = BUDGET
         self._compared: dict[tuple[LiveSet | None, LiveSet | None], bool] = {}
@@ -77,13 +78,14 @@ class Revocation:
             return old is not None and old.may(Outcome.ALLOW)
         if old is None:  # continued so far
             return new.may(Outcome.DENY)
-        peers = {(old.peer.vector_of(each), new.peer.vector_of(each)) for each in self._identities}
+        judged = self._identities - self._late
+        peers = {(old.peer.vector_of(each), new.peer.vector_of(each)) for each in judged}
         if old.own is None and new.own is None:
             owns = {(-1, -1)}
         else:
             owns = {
                 (-1 if old.own is None else old.own.vector_of(each), -1 if new.own is None else new.own.vector_of(each))
-                for each in self._identities
+                for each in judged
             }
         l4 = set(zip(old.atom_vectors(), new.atom_vectors(), strict=True))
         sources = set(zip(old.source_vectors(), new.source_vectors(), strict=True))
