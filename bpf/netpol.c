@@ -154,13 +154,19 @@ NP_INLINE int np_ip_slow(struct __sk_buff *skb, struct np_flow *flow, union np_c
 {
     const struct np_packet *packet = &flow->packet;
     struct np_found found = {};
-    int related = 0;
+    int related = NP_REASON_NONE;
+    int is_error = packet->icmp_kind == NP_ICMP_ERROR;
 
     if (np_is_spoofed(flow, version))
         return NP_REASON_SPOOFED;
 
-    if (packet->icmp_kind == NP_ICMP_ERROR)
+    if (is_error) {
         related = np_conn_key_inner(skb, key, flow, version);
+        if (related == NP_REASON_ICMP_UNRELATED)
+            return related;
+        if (related == NP_REASON_NONE)
+            flow->packet.icmp_kind = NP_ICMP_PLAIN; // a message like any other
+    }
     if (packet->special)
         open = np_conn_lookup(key, version);
     np_conn_find(&found, key, open, flow, version);
@@ -196,7 +202,8 @@ NP_INLINE int np_ip_slow(struct __sk_buff *skb, struct np_flow *flow, union np_c
         reason = np_ip_known(flow, key, &found, related, version);
     else if (flow->decision.action == NP_ACTION_ALLOW)
         reason = np_ip_new(flow, key, &found, version);
-    if (packet->fragment == NP_FRAGMENT_FIRST && reason < NP_REASON_POLICY_DENY) {
+    // Errors fit into one packet; the rest of one would be taken for its beginning.
+    if (packet->fragment == NP_FRAGMENT_FIRST && reason < NP_REASON_POLICY_DENY && !is_error) {
         int failed = np_fragment_remember(flow, version);
         if (failed)
             return failed;

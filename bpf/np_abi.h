@@ -339,7 +339,7 @@ struct np_frag {
     __u8 protocol; // of the payload, after any IPv6 extension headers
     __u8 icmp_type;
     __u8 icmp_code;
-    __u8 pad;
+    __u8 header_units; // of 8 bytes: how far the headers reach; a later fragment may not overlap them
 };
 _Static_assert(sizeof(struct np_frag) == 16, "np_frag");
 

@@ -60,8 +60,10 @@ NP_INLINE void np_conn_key_of(union np_conn_key *key, const struct np_flow *flow
 }
 
 // For an ICMP error: the leg of the packet it is about.  That packet went the other way, so its source is the
-// endpoint's side when the error comes towards the endpoint.  Returns 0 when the error carries no readable header (then
-// it is about nothing, and policy judges it like any other message).  Extension headers inside are not walked.
+// endpoint's side when the error comes towards the endpoint.  Returns NP_REASON_RELATED; NP_REASON_NONE when the error
+// carries no readable header (then it is about nothing, and policy judges it like any other message); or
+// NP_REASON_ICMP_UNRELATED when it is not addressed to the sender of that packet: else a workload could send errors
+// with any content to anyone as long as it has one connection.  Extension headers inside are not walked.
 NP_INLINE int np_conn_key_inner(struct __sk_buff *skb, union np_conn_key *key, const struct np_flow *flow,
                                 const int version)
 {
@@ -72,8 +74,8 @@ NP_INLINE int np_conn_key_inner(struct __sk_buff *skb, union np_conn_key *key, c
     if (version == 4) {
         struct np_ip4_header ip;
         if (bpf_skb_load_bytes(skb, offset, &ip, sizeof(ip)) || ip.version_words >> 4 != 4 ||
-            ip.fragment_be & np_net16(0x1fff))
-            return 0;
+            (ip.version_words & 15) < 5 || ip.fragment_be & np_net16(0x1fff))
+            return NP_REASON_NONE;
         source[0] = ip.source;
         destination[0] = ip.destination;
         protocol = ip.protocol;
@@ -81,7 +83,7 @@ NP_INLINE int np_conn_key_inner(struct __sk_buff *skb, union np_conn_key *key, c
     } else {
         struct np_ip6_header ip;
         if (bpf_skb_load_bytes(skb, offset, &ip, sizeof(ip)) || ip.version_class >> 4 != 6)
-            return 0;
+            return NP_REASON_NONE;
         __builtin_memcpy(source, ip.source, sizeof(source));
         __builtin_memcpy(destination, ip.destination, sizeof(destination));
         protocol = ip.next;
@@ -91,8 +93,14 @@ NP_INLINE int np_conn_key_inner(struct __sk_buff *skb, union np_conn_key *key, c
     __u16 source_port = 0;
     __u16 destination_port = 0;
     struct np_icmp_header l4; // eight bytes: of any protocol, the most an error must carry
-    if (bpf_skb_load_bytes(skb, offset, &l4, sizeof(l4)))
-        return 0;
+    if (offset + sizeof(l4) > flow->packet.end || bpf_skb_load_bytes(skb, offset, &l4, sizeof(l4)))
+        return NP_REASON_NONE;
+    __u32 other = source[0] ^ flow->packet.destination[0];
+    if (version == 6)
+        other |= (source[1] ^ flow->packet.destination[1]) | (source[2] ^ flow->packet.destination[2]) |
+                 (source[3] ^ flow->packet.destination[3]);
+    if (other)
+        return NP_REASON_ICMP_UNRELATED;
     if (protocol == NP_PROTOCOL_TCP || protocol == NP_PROTOCOL_UDP || protocol == NP_PROTOCOL_SCTP) {
         struct np_ports ports;
         __builtin_memcpy(&ports, &l4, sizeof(ports));
@@ -107,7 +115,7 @@ NP_INLINE int np_conn_key_inner(struct __sk_buff *skb, union np_conn_key *key, c
     }
     np_conn_key_set(key, flow, source, destination, source_port, destination_port, protocol,
                     flow->direction == NP_DIRECTION_INGRESS, version);
-    return 1;
+    return NP_REASON_RELATED;
 }
 
 NP_INLINE int np_conn_is_alive(const struct np_conn *conn, const struct np_flow *flow)
@@ -118,7 +126,8 @@ NP_INLINE int np_conn_is_alive(const struct np_conn *conn, const struct np_flow 
 }
 
 // Whether the connection speaks for the packet.  An initial SYN never belongs to one: policy decides it each time.  An
-// ICMP query must ask what the first one asked.
+// ICMP query must ask what the first one asked, an answer must answer it, an error must be about it (then its key is
+// the connection's); all other ICMP stands alone, whatever was asked with the identifier 0.
 NP_INLINE int np_conn_covers(const struct np_conn *conn, const struct np_flow *flow)
 {
     const struct np_packet *packet = &flow->packet;
@@ -126,6 +135,10 @@ NP_INLINE int np_conn_covers(const struct np_conn *conn, const struct np_flow *f
         return 0;
     if (packet->icmp_kind == NP_ICMP_QUERY)
         return packet->icmp_type == conn->icmp_type && packet->icmp_code == conn->icmp_code;
+    if (packet->icmp_kind == NP_ICMP_ANSWER) // 0 answers 8; 14, 16, 18 and 129 answer the type before
+        return packet->icmp_type == (conn->icmp_type == 8 ? 0 : conn->icmp_type + 1);
+    if (packet->protocol == NP_PROTOCOL_ICMP || packet->protocol == NP_PROTOCOL_ICMPV6)
+        return packet->icmp_kind == NP_ICMP_ERROR;
     return 1;
 }
 

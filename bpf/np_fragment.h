@@ -32,6 +32,8 @@ NP_INLINE int np_fragment_recall(struct np_flow *flow, const int version)
     struct np_frag *first = np_frag_lookup(&key, version);
     if (!first || flow->now_jiffies - first->seen_jiffies > flow->config->timeout_jiffies[NP_CONN_FRAGMENT])
         return NP_REASON_FRAGMENT;
+    if (packet->fragment_units < first->header_units)
+        return NP_REASON_FRAGMENT;
     packet->source_port = first->source_port;
     packet->destination_port = first->destination_port;
     packet->protocol = first->protocol;
@@ -55,6 +57,7 @@ NP_INLINE int np_fragment_remember(const struct np_flow *flow, const int version
         .protocol = packet->protocol,
         .icmp_type = packet->icmp_type,
         .icmp_code = packet->icmp_code,
+        .header_units = packet->fragment_units, // at most NP_PULL_BYTES / 8 and a transport header
     };
     return np_frag_update(&key, &first, version) ? NP_REASON_FRAGMENT_FULL : NP_REASON_NONE;
 }

@@ -130,6 +130,9 @@ struct np_packet {
     __u16 destination_port; // ICMP answer: the identifier
     __u16 ethertype;
     __u16 l4_offset; // from the Ethernet header
+    __u32 end; // the same, of the byte after the packet by its own word; what follows is padding
+    __u16 fragment_start; // the same, of the fragmented part; set in a first fragment
+    __u16 fragment_units; // of 8 bytes. Later fragment: its offset; first one: how far its headers reach
     __u32 fragment_id; // as on the wire
     __u8 fragment; // enum np_fragment
     __u8 protocol;
@@ -173,6 +176,7 @@ NP_INLINE int np_parse_frame(struct __sk_buff *skb, struct np_bytes *bytes, stru
     }
     packet->ethertype = type;
     packet->l4_offset = offset;
+    packet->end = skb->len;
     return NP_REASON_NONE;
 }
 
@@ -182,17 +186,23 @@ NP_INLINE int np_parse_ip4(const struct np_bytes *bytes, struct np_packet *packe
     if ((void *)(ip + 1) > bytes->end)
         return NP_REASON_SHORT;
     __u32 header_bytes = (ip->version_words & 15) * 4;
-    __u32 total_bytes = np_host16(ip->total_bytes_be); // 0 in packets beyond 64 kB that the kernel has yet to cut
-    if (ip->version_words >> 4 != 4 || header_bytes < sizeof(*ip) || (total_bytes && total_bytes < header_bytes))
+    __u32 room = packet->end - packet->l4_offset;
+    __u32 total_bytes = np_host16(ip->total_bytes_be);
+    __u32 place = ip->fragment_be & np_net16(0x3fff); // "more follow" and the offset
+    if (!total_bytes && !place) // packets beyond 64 kB that the kernel has yet to cut
+        total_bytes = room;
+    if (ip->version_words >> 4 != 4 || header_bytes < sizeof(*ip) || total_bytes < header_bytes || total_bytes > room)
         return NP_REASON_BAD_IP;
+    packet->end = packet->l4_offset + total_bytes;
     packet->version = 4;
     packet->source[0] = ip->source;
     packet->destination[0] = ip->destination;
     packet->protocol = ip->protocol;
     packet->l4_offset += header_bytes;
-    __u32 place = ip->fragment_be & np_net16(0x3fff); // "more follow" and the offset
     if (NP_UNLIKELY(place)) {
         packet->fragment = place & np_net16(0x1fff) ? NP_FRAGMENT_LATER : NP_FRAGMENT_FIRST;
+        packet->fragment_start = packet->l4_offset;
+        packet->fragment_units = np_host16(ip->fragment_be) & 0x1fff;
         packet->fragment_id = ip->id_be;
         packet->special = 1;
     }
@@ -200,7 +210,8 @@ NP_INLINE int np_parse_ip4(const struct np_bytes *bytes, struct np_packet *packe
 }
 
 // The extension headers, at most NP_IP6_HEADERS. AH is walked like the others, ESP ends the walk as a protocol.
-NP_INLINE int np_parse_ip6_headers(const struct np_bytes *bytes, struct np_packet *packet, __u8 next)
+NP_INLINE int np_parse_ip6_headers(const struct np_bytes *bytes, struct np_packet *packet, __u8 next,
+                                   __u32 stated_bytes)
 {
     __u32 offset = packet->l4_offset;
 #pragma unroll
@@ -216,23 +227,32 @@ NP_INLINE int np_parse_ip6_headers(const struct np_bytes *bytes, struct np_packe
         if (header == NP_IP6_HEADERS || packet->fragment == NP_FRAGMENT_LATER)
             break;
         struct np_ip6_extension *extension = bytes->start + offset;
-        if ((void *)extension + sizeof(struct np_ip6_fragment) > bytes->end)
+        if ((void *)extension + sizeof(struct np_ip6_fragment) > bytes->end ||
+            offset + sizeof(struct np_ip6_fragment) > packet->end)
             return NP_REASON_SHORT;
         if (next == NP_PROTOCOL_FRAGMENT) {
             struct np_ip6_fragment *fragment = (void *)extension;
             __u32 place = fragment->offset_be & np_net16(0xfff9);
+            if (packet->fragment_start) // a fragment of a fragment: nobody sends that in good faith
+                return NP_REASON_IP6_HEADERS;
             packet->fragment_id = fragment->id;
+            offset += sizeof(*fragment);
+            packet->fragment_start = offset;
             if (place) { // else an "atomic" fragment, which is whole
+                if (!stated_bytes)
+                    return NP_REASON_BAD_IP;
                 packet->fragment = place & np_net16(0xfff8) ? NP_FRAGMENT_LATER : NP_FRAGMENT_FIRST;
+                packet->fragment_units = np_host16(fragment->offset_be) >> 3;
                 packet->special = 1;
             }
-            offset += sizeof(*fragment);
         } else if (next == NP_PROTOCOL_AUTHENTICATION) {
             offset += (extension->length + 2) * 4;
         } else {
             offset += (extension->length + 1) * 8;
         }
         next = extension->next;
+        if (offset > packet->end)
+            return NP_REASON_SHORT;
         if (packet->fragment ==
             NP_FRAGMENT_LATER) { // what follows is payload; `next` is the whole packet's first header
             packet->protocol = next;
@@ -250,9 +270,13 @@ NP_INLINE int np_parse_ip6(const struct np_bytes *bytes, struct np_packet *packe
     struct np_ip6_header *ip = bytes->start + packet->l4_offset;
     if ((void *)(ip + 1) > bytes->end)
         return NP_REASON_SHORT;
-    if (ip->version_class >> 4 != 6)
+    __u32 room = packet->end - packet->l4_offset - sizeof(*ip);
+    __u32 stated_bytes = np_host16(ip->payload_bytes_be); // 0 in packets beyond 64 kB that the kernel has yet to cut
+    if (ip->version_class >> 4 != 6 || stated_bytes > room)
         return NP_REASON_BAD_IP;
     packet->version = 6;
+    if (stated_bytes)
+        packet->end -= room - stated_bytes;
     __builtin_memcpy(packet->source, ip->source, sizeof(packet->source));
     __builtin_memcpy(packet->destination, ip->destination, sizeof(packet->destination));
     packet->l4_offset += sizeof(*ip);
@@ -260,7 +284,7 @@ NP_INLINE int np_parse_ip6(const struct np_bytes *bytes, struct np_packet *packe
         packet->protocol = ip->next;
         return NP_REASON_NONE;
     }
-    return np_parse_ip6_headers(bytes, packet, ip->next);
+    return np_parse_ip6_headers(bytes, packet, ip->next, stated_bytes);
 }
 
 // The kind of an ICMP message by its type. Types that are not listed are judged by policy packet by packet.
@@ -295,26 +319,39 @@ NP_INLINE __u8 np_icmp_kind_of(__u8 type, const int version)
     }
 }
 
-// Ports and flags. A later fragment has none; np_conn.h recalls them.
+NP_INLINE void np_parse_ports(const struct np_ports *ports, struct np_packet *packet)
+{
+    packet->source_port = np_host16(ports->source_be);
+    packet->destination_port = np_host16(ports->destination_be);
+}
+
+// Ports and flags. A later fragment has none; np_fragment.h recalls them.
 NP_INLINE int np_parse_l4(const struct np_bytes *bytes, struct np_packet *packet, const int version)
 {
     if (packet->fragment == NP_FRAGMENT_LATER)
         return NP_REASON_NONE;
     void *l4 = bytes->start + packet->l4_offset;
+    __u32 room = packet->end - packet->l4_offset;
+    __u32 header_bytes = 8;
     __u8 protocol = packet->protocol;
     if (NP_LIKELY(protocol == NP_PROTOCOL_TCP)) {
         struct np_tcp_header *tcp = l4;
-        if ((void *)(tcp + 1) > bytes->end || tcp->words >> 4 < 5)
+        if ((void *)(tcp + 1) > bytes->end || tcp->words >> 4 < 5 || (tcp->words >> 4) * 4u > room)
             return NP_REASON_BAD_L4;
+        header_bytes = sizeof(*tcp);
+        np_parse_ports(&tcp->ports, packet);
         packet->tcp_flags = tcp->flags;
         if (tcp->flags & (NP_TCP_SYN | NP_TCP_FIN | NP_TCP_RST))
             packet->special = 1;
     } else if (protocol == NP_PROTOCOL_UDP || protocol == NP_PROTOCOL_SCTP) {
-        if (l4 + 8 > bytes->end) // a whole UDP header, the shortest that is of any use for SCTP
+        if (protocol == NP_PROTOCOL_SCTP)
+            header_bytes = 12;
+        if (l4 + 8 > bytes->end || header_bytes > room) // of SCTP no more is read
             return NP_REASON_BAD_L4;
+        np_parse_ports(l4, packet);
     } else if (protocol == (version == 4 ? NP_PROTOCOL_ICMP : NP_PROTOCOL_ICMPV6)) {
         struct np_icmp_header *icmp = l4;
-        if ((void *)(icmp + 1) > bytes->end)
+        if ((void *)(icmp + 1) > bytes->end || sizeof(*icmp) > room)
             return NP_REASON_BAD_L4;
         packet->icmp_type = icmp->type;
         packet->icmp_code = icmp->code;
@@ -324,13 +361,11 @@ NP_INLINE int np_parse_l4(const struct np_bytes *bytes, struct np_packet *packet
             packet->source_port = np_host16(icmp->id_be);
         else if (packet->icmp_kind == NP_ICMP_ANSWER)
             packet->destination_port = np_host16(icmp->id_be);
-        return NP_REASON_NONE;
     } else {
-        return NP_REASON_NONE;
+        header_bytes = 0;
     }
-    struct np_ports *ports = l4;
-    packet->source_port = np_host16(ports->source_be);
-    packet->destination_port = np_host16(ports->destination_be);
+    if (NP_UNLIKELY(packet->fragment == NP_FRAGMENT_FIRST))
+        packet->fragment_units = (packet->l4_offset - packet->fragment_start + header_bytes + 7) / 8;
     return NP_REASON_NONE;
 }
 

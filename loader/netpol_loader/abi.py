@@ -531,7 +531,7 @@ class np_frag(ctypes.Structure):
     protocol: int  # of the payload, after any IPv6 extension headers
     icmp_type: int
     icmp_code: int
-    pad: int
+    header_units: int  # of 8 bytes: how far the headers reach; a later fragment may not overlap them
 
     _fields_ = (
         ("seen_jiffies", ctypes.c_uint64),
@@ -540,7 +540,7 @@ class np_frag(ctypes.Structure):
         ("protocol", ctypes.c_uint8),
         ("icmp_type", ctypes.c_uint8),
         ("icmp_code", ctypes.c_uint8),
-        ("pad", ctypes.c_uint8),
+        ("header_units", ctypes.c_uint8),
     )
 
 

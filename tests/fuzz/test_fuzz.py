@@ -20,19 +20,6 @@ from netpol_loader.dataplane import Dataplane
 pytestmark = pytest.mark.kernel
 
 SEED = 20
-PENDING = pytest.mark.xfail(
-    strict=True,
-    raises=(AssertionError, pytest.fail.Exception),
-    reason="the packet path does not keep all of docs/packet-parsing.md yet",
-)
-AGREED = frozenset(
-    {
-        "an IPv4 total length that leaves padding",
-        "an IPv6 payload length of 0 (larger than 64 kB)",
-        "a UDP length that lies",
-    }
-)
-"""The regressions that are not PENDING."""
 EPISODES = int(os.environ.get("NETPOL_FUZZ_EPISODES", "96"))
 """Of 3000 packets each."""
 
@@ -50,10 +37,7 @@ def harness() -> Iterator[Harness]:
     os.sched_setaffinity(0, before)
 
 
-@pytest.mark.parametrize(
-    "regression",
-    [pytest.param(one, id=one.name, marks=() if one.name in AGREED else PENDING) for one in REGRESSIONS],
-)
+@pytest.mark.parametrize("regression", REGRESSIONS, ids=lambda one: one.name)
 def test_regression(harness: Harness, regression: Regression) -> None:
     """Both answer alike, and as written down."""
     outcomes: list[Outcome] = []
@@ -62,7 +46,6 @@ def test_regression(harness: Harness, regression: Regression) -> None:
     assert tuple(outcome.reason for outcome in outcomes) == regression.reasons
 
 
-@PENDING
 @pytest.mark.parametrize("eighth", range(8))
 def test_mutated_packets(harness: Harness, eighth: int) -> None:
     """Verdicts, events, and counts by reason and rule of whole episodes; each eighth is another kind of them."""
