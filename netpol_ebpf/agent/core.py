@@ -18,6 +18,7 @@ from typing import Any
 from netpol_ebpf.agent.node import Node
 from netpol_ebpf.agent.wiring import Located, Wiring, is_candidate, locate
 from netpol_ebpf.apply.applier import Applier, Binding, KernelMap
+from netpol_ebpf.apply.encode import decode_endpoint, endpoint_key
 from netpol_ebpf.apply.events import FlowEvent, Names, decode_event
 from netpol_ebpf.apply.ledger import Ledger
 from netpol_ebpf.compiler import Change, Compiler, KnownNumbers, Limits, Tables
@@ -256,11 +257,8 @@ class Agent:
     def _install(self) -> None:
         """Compile everything into maps of its own, and let it take the place of whatever is in force."""
         numbers = self._ledger.numbers
-        compiler = Compiler(
-            self.is_local,
-            limits=limits_of(self._node.maps),
-            known=KnownNumbers(dict(numbers.identities), dict(numbers.rules), dict(numbers.endpoints)),
-        )
+        known = KnownNumbers(dict(numbers.identities), dict(numbers.rules), self._known_endpoints())
+        compiler = Compiler(self.is_local, limits=limits_of(self._node.maps), known=known)
         compiler.replace(self._derivation.world)
         change = compiler.commit()
         with self._node.renewal() as maps:
@@ -276,6 +274,17 @@ class Agent:
         applier.bump_generation()  # the new policy may allow less than what an earlier agent left
         self._forget_unused()
         self._note_change()
+
+    def _known_endpoints(self) -> dict[EndpointKey, int]:
+        """Numbers of the ledger and, should that have been lost, of the rows that the interfaces of our endpoints have now."""
+        known = dict(self._ledger.numbers.endpoints)
+        taken = set(known.values())
+        for key, ifindex in self._located.interfaces.items():
+            value = self._node.maps["np_endpoint"].get(endpoint_key(ifindex))
+            if key not in known and value is not None and (number := decode_endpoint(value).number) not in taken:
+                known[key] = number
+                taken.add(number)
+        return known
 
     def _record(self, change: Change, applier: Applier) -> None:
         """Numbers to the ledger, before the kernel sees them; what a number counted for something else is forgotten."""

@@ -30,6 +30,8 @@ from netpol_ebpf.sources.files import INTERVAL_S, LastGoodCopies, ManifestDirect
 
 DEFAULT_STATE_DIR = Path("/run/netpol-ebpf")
 """On a tmpfs, like the pins: both are gone after a reboot."""
+NEWS_GAP_S = 0.05
+"""Least time between two looks at the interfaces; arbitrary."""
 LOCK_NAME = "lock"
 LEDGER_NAME = "numbers"
 COPIES_NAME = "manifests"
@@ -163,13 +165,17 @@ def serve(agent: Any, node: Any, state_dir: Path, place: Mapping[str, str]) -> N
     notify_ready()
     try:
         with wakened_by(signal.SIGTERM, signal.SIGINT) as (received, wake):
-            due_s = time.monotonic()
+            stepped_s = -INTERVAL_S
             while not received:
+                now_s = time.monotonic()
+                # News of interfaces is not waited for while the last step is recent, lest a busy node keep us busy.
+                heeds_news = now_s >= stepped_s + NEWS_GAP_S
+                due_s = stepped_s + (INTERVAL_S if heeds_news else NEWS_GAP_S)
                 readable, writable = service.descriptors()
-                timeout_s = max(0.0, due_s - time.monotonic())
-                woken, _, _ = select.select([*readable, wake, node.fileno()], writable, [], timeout_s)
-                if time.monotonic() >= due_s or node.fileno() in woken:
-                    due_s = time.monotonic() + INTERVAL_S
+                readable += [wake, *([node.fileno()] if heeds_news else [])]
+                woken, _, _ = select.select(readable, writable, [], max(0.0, due_s - now_s))
+                if node.fileno() in woken or time.monotonic() >= stepped_s + INTERVAL_S:
+                    stepped_s = time.monotonic()
                     service.publish(report.flow(agent, event) for event in agent.step())
                 service.poll()
             log.info(

@@ -279,6 +279,18 @@ def test_next_agent_keeps_every_number(bench: Bench) -> None:
     assert bench.node.exchanges == 2
 
 
+def test_lost_ledger_is_made_up_for_from_the_rows_in_force(bench: Bench) -> None:
+    """Without the ledger, an endpoint keeps the number that its interface's row has, and so its connections."""
+    agent = bench.agent()
+    bench.write("cluster.yaml", CLUSTER.replace("name: web", "name: aaa"))
+    settle(agent)
+    numbers = {key: row.number for key, row in agent.tables.endpoints.items()}
+    assert sorted(numbers.values()) != [1, 2]
+    bench.close()
+    (bench.home / "numbers").unlink()
+    assert {key: row.number for key, row in bench.agent().tables.endpoints.items()} == numbers
+
+
 def test_numbers_are_in_the_ledger_before_the_kernel_sees_them(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     """An agent that dies while it writes a change has told the next one every number in it."""
     agent = bench.agent()
