@@ -98,7 +98,10 @@ def node() -> Iterator[Node]:
             thread.submit(enter, name).result()
             links = {link.name: link.ifindex for link in thread.submit(netlink.links).result()}
             ifindexes = {Mechanism.TCX: links["v0"], Mechanism.CLSACT: links["v1"]}
-            yield Node(thread, ifindexes, Path(f"/sys/fs/bpf/netpol-test-{name}"))
+            one = Node(thread, ifindexes, Path(f"/sys/fs/bpf/netpol-test-{name}"))
+            yield one
+            for leftover in one.do(lambda: find_leftovers(one.root)):  # of a test that failed
+                one.do(leftover.remove)
     finally:
         subprocess.run(["ip", "netns", "del", name], check=True)
 
