@@ -169,16 +169,10 @@ class Commit:
                 self._place_atom(atom_id, identities.atoms[atom_id].atom, add=True)
         addresses.settle(Phase.GROW, draft, journal)
         self._move_services(added)
-        for had, before, has, after in self._intake.address_moves:
-            for address in set(has):
-                addresses.add_owner(address, after, journal)
-            for address in set(had):
-                addresses.remove_owner(address, before, journal)
-        for had_nets, before, has_nets, after in self._intake.net_moves:
-            for net in set(has_nets):
-                addresses.add_prefix_owner(net, after, journal)
-            for net in set(had_nets):
-                addresses.remove_prefix_owner(net, before, journal)
+        for address, owner, comes in self._intake.address_moves:
+            (addresses.add_owner if comes else addresses.remove_owner)(address, owner, journal)
+        for net, owner, comes in self._intake.net_moves:
+            (addresses.add_prefix_owner if comes else addresses.remove_prefix_owner)(net, owner, journal)
         for address, claim, add in self._intake.claims:
             (addresses.claim if add else addresses.disclaim)(address, claim, journal)
         self._relabelled = addresses.settle(Phase.FLIP, draft, journal)

@@ -123,7 +123,7 @@ class Compiler:
         staged, self._staged = self._staged, {}
         draft = Draft()
         journal = Unjournaled() if self._is_new else Journal()
-        with _collector_paused(len(staged)):
+        with _collector_paused():
             self._state.begin(journal)
             try:
                 work = Commit(self._state, staged, self._local, draft, journal)
@@ -141,17 +141,13 @@ class Compiler:
             return draft.publish(self.tables)
 
 
-_MANY = 1000
-"""Objects in one commit from which on the collector is paused; arbitrary."""
-
-
 @contextmanager
-def _collector_paused(objects: int) -> Iterator[None]:
-    """No garbage collection during a large commit, which makes no cyclic garbage but a million objects that stay.
+def _collector_paused() -> Iterator[None]:
+    """No garbage collection during a commit: a large one makes no cyclic garbage but a million objects that stay.
 
     The collector would go through all of them again and again: more than half of the time of a cold start.
     """
-    if objects < _MANY or not gc.isenabled():
+    if not gc.isenabled():
         yield
         return
     gc.disable()

@@ -7,8 +7,8 @@ templates and programs are still those before it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, TypeVar
 
 from netpol_ebpf.compiler.addresses import Claim
 from netpol_ebpf.compiler.journal import Journal
@@ -35,12 +35,14 @@ from netpol_ebpf.policy.types import (
     World,
 )
 
+T = TypeVar("T")
+
 
 class Intake:
     """Takes changes, (type, key) -> new object or None, and notes what they concern.
 
-    ``dirty``: local endpoints whose programs may change; ``stale``: templates whose object changed; ``*_moves``: what owner
-    an object's addresses had and have (0: none); ``claims``: local endpoints that got or lost an address; ``disappeared``: owners
+    ``dirty``: local endpoints whose programs may change; ``stale``: templates whose object changed; ``*_moves``: addresses or
+    nets, the owner that they get or lose, and whether they get it; ``claims``: local endpoints that got or lost an address; ``disappeared``: owners
     with an object less; ``gone``: local endpoints that are no more.
     """
 
@@ -50,8 +52,8 @@ class Intake:
         self._journal = journal
         self.dirty: dict[EndpointKey, None] = {}
         self.stale: dict[TemplateKey, None] = {}
-        self.address_moves: list[tuple[Iterable[IPAddress], int, Iterable[IPAddress], int]] = []
-        self.net_moves: list[tuple[Iterable[IPNetwork], int, Iterable[IPNetwork], int]] = []
+        self.address_moves: list[tuple[IPAddress, int, bool]] = []
+        self.net_moves: list[tuple[IPNetwork, int, bool]] = []
         self.service_moves: list[tuple[Service | None, Service | None]] = []
         self.claims: list[tuple[IPAddress, Claim, bool]] = []
         self.disappeared: list[int] = []
@@ -126,7 +128,7 @@ class Intake:
         before, after = self._own(self._state.endpoint_owners, key, OwnerKind.ENDPOINT, old, new)
         if old is None or new is None or before != after or old.addresses != new.addresses:
             had, has = old.addresses if old else (), new.addresses if new else ()
-            self.address_moves.append((had, before, has, after))
+            self.address_moves.extend(_moves(had, before, has, after))
         known = self._state.local.get(key)
         is_local = new is not None and self._local(new)
         if known is not None and (new is None or not is_local or known.endpoint.kind is not new.kind):
@@ -177,12 +179,13 @@ class Intake:
     def _take_network_set(self, old: NetworkSet | None, new: NetworkSet | None) -> None:
         key = (new or old).key  # type: ignore[union-attr]  # one of them is there
         before, after = self._own(self._state.set_owners, key, OwnerKind.NETWORK_SET, old, new)
-        self.net_moves.append((old.nets if old else (), before, new.nets if new else (), after))
+        self.net_moves.extend(_moves(old.nets if old else (), before, new.nets if new else (), after))
 
     def _take_node(self, old: Node | None, new: Node | None) -> None:
         name = (new or old).name  # type: ignore[union-attr]  # one of them is there
         before, after = self._own(self._state.node_owners, name, OwnerKind.NODE, old, new)
-        self.address_moves.append((old.addresses if old else (), before, new.addresses if new else (), after))
+        had, has = old.addresses if old else (), new.addresses if new else ()
+        self.address_moves.extend(_moves(had, before, has, after))
 
     def _take_service(self, old: Service | None, new: Service | None) -> None:
         self.service_moves.append((old, new))
@@ -221,3 +224,13 @@ def _containers(world: World) -> dict[type, dict[Any, Any]]:
         Service: world.services,
         Tier: world.tiers,
     }
+
+
+def _moves(had: Iterable[T], before: int, has: Iterable[T], after: int) -> Iterator[tuple[T, int, bool]]:
+    """What comes, then what goes. With the same owner only the difference."""
+    old, new = set(had), set(has)
+    same = old & new if before == after else set()
+    for each in new - same:
+        yield each, after, True
+    for each in old - same:
+        yield each, before, False

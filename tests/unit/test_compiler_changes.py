@@ -228,6 +228,15 @@ def test_columns_of_sets_in_force_are_written_before_the_atoms() -> None:
     assert change.grow["l4_columns"].upserts.keys() > {new.l4_base}
 
 
+def test_net_more_or_less_is_one_row() -> None:
+    """The others of the set keep theirs; with other labels all are flipped."""
+    nets = tuple(ip_network(f"198.18.{index}.0/24") for index in range(50))
+    compiler = cluster(NetworkSet("s", {"a": "1"}, nets[:49]))
+    assert commit(compiler, NetworkSet("s", {"a": "1"}, nets)).flip["cidrs"].upserts.keys() == {nets[49]}
+    assert commit(compiler, NetworkSet("s", {"a": "1"}, nets[1:])).flip["cidrs"].deletes == {nets[0]}
+    assert commit(compiler, NetworkSet("s", {"a": "2"}, nets[1:])).flip["cidrs"].upserts.keys() == set(nets[1:])
+
+
 def test_new_meaning_of_a_named_port_flips_who_uses_it() -> None:
     """A pod elsewhere declares the name on another port."""
     named = policy("p", types=frozenset({EGRESS}), ingress=(), egress=(

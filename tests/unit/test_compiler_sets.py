@@ -230,6 +230,22 @@ def test_log_rules_are_listed_and_named_once() -> None:
     assert len(compiler.tables.log_lists) == 0
 
 
+def test_lists_of_classes_that_are_gone_are_forgotten() -> None:
+    """A set that lives long while label sets come and go does not collect their Log lists."""
+    logs = [Rule(Action.LOG, 0, source=Entity(selector=equals(f"l{bit}", "1"))) for bit in range(10)]
+    compiler = compiled(endpoint("a", "10.0.0.1"), policy("p", *logs, allow()))
+    most = 0
+    for number in range(1, 1024, 2):
+        visitor = endpoint("visitor", "10.0.9.1")
+        labels = {f"l{bit}": "1" for bit in range(10) if number >> bit & 1}
+        compiler.upsert(replace(visitor, labels=labels))
+        compiler.commit()
+        most = max(most, len(compiler.tables.log_lists))
+    verdict = ask(compiler, "a", tcp("10.0.9.1", "10.0.0.1"))
+    assert [cause.index for cause in verdict.logs] == list(range(10))
+    assert most < 300  # of 512 that there were
+
+
 def test_staged_policy_shares_the_cell_and_changes_only_the_pending_half() -> None:
     """It stands for its twin there; the enforced half is as without it."""
     enforced = policy("p", allow())
