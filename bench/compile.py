@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from ipaddress import IPv4Address, IPv6Address, ip_network
+from zlib import crc32
 
 from netpol_ebpf.compiler import Change, Compiler
 from netpol_ebpf.policy.types import (
@@ -51,7 +52,7 @@ def pod(index: int, *, node: str, labels: dict[str, str] | None = None) -> Endpo
     own = {
         "app": application,
         "tier": "back" if application in {"db", "cache"} else "front",
-        "pod-template-hash": f"{hash((namespace, application)) & 0xFFFFFF:x}",
+        "pod-template-hash": f"{crc32(f'{namespace}/{application}'.encode()):x}",
         "projectcalico.org/namespace": namespace,
         "projectcalico.org/orchestrator": "k8s",
         "projectcalico.org/serviceaccount": "default",
