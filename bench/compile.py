@@ -146,12 +146,17 @@ def timed(compiler: Compiler, step: Callable[[], object]) -> tuple[float, Change
     return time.perf_counter() - start, change
 
 
-def describe(name: str, seconds: list[float], change: Change) -> None:
-    """One line: the median, the slowest, how many rows a change of this sort writes."""
-    rows = sum(len(delta.upserts) + len(delta.deletes) for _, batch in change.batches() for delta in batch.values())
+def describe(name: str, runs: list[tuple[float, Change]]) -> None:
+    """One line: the median, the slowest, how many rows such a change writes, how often it bumps the generation."""
+    seconds = [each for each, _ in runs]
+    rows = [
+        sum(len(delta.upserts) + len(delta.deletes) for _, batch in change.batches() for delta in batch.values())
+        for _, change in runs
+    ]
     print(
-        f"{name:<34} median {statistics.median(seconds) * 1e3:8.2f} ms   slowest of {len(seconds)} {max(seconds) * 1e3:8.2f} ms"
-        f"   rows written {rows}{'   bumps the generation' if change.revokes else ''}"
+        f"{name:<34} median {statistics.median(seconds) * 1e3:8.2f} ms   slowest of {len(runs)} {max(seconds) * 1e3:8.2f} ms"
+        f"   rows: median {statistics.median(rows):.0f}, most {max(rows)}"
+        f"   generation bumped {sum(change.revokes for _, change in runs)} times"
     )
 
 
@@ -200,7 +205,7 @@ def main() -> None:
         ("one pod elsewhere, known labels", known), ("the same pod, labels never seen", new),
         ("the pod goes", gone), ("one local pod", local), ("one policy changed", policies),
     ):  # fmt: skip
-        describe(name, [seconds for seconds, _ in runs], runs[-1][1])
+        describe(name, runs)
 
 
 if __name__ == "__main__":
