@@ -28,7 +28,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from ipaddress import IPv4Address
 from pathlib import Path
 
@@ -184,7 +184,7 @@ def _present_loads(run: Run, chosen: Sequence[Load]) -> list[Load]:
 
 
 @contextlib.contextmanager
-def _terminated_as_interrupt():  # type: ignore[no-untyped-def]  # noqa: ANN202 - a context manager of nothing
+def _terminated_as_interrupt() -> Iterator[None]:
     """Have SIGTERM end it as Ctrl-C does, with everything removed."""
 
     def interrupt(*_: object) -> None:
@@ -199,8 +199,9 @@ def _terminated_as_interrupt():  # type: ignore[no-untyped-def]  # noqa: ANN202 
 
 def serve(address: IPv4Address) -> None:
     """The other machine's part: the tools' servers, until Ctrl-C."""
-    with loads.workshop() as tools:
-        running = [subprocess.Popen(command) for command in loads.servers(address, tools).values()]
+    with loads.workshop() as tools, _terminated_as_interrupt():
+        commands = loads.servers(address, tools).values()
+        running = [subprocess.Popen(command, stdout=subprocess.DEVNULL) for command in commands]
         try:
             print(f"serving on {address}; Ctrl-C ends it", file=sys.stderr)
             for process in running:
@@ -208,6 +209,8 @@ def serve(address: IPv4Address) -> None:
         finally:
             for process in running:
                 process.terminate()
+            for process in running:
+                process.wait()
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

@@ -13,8 +13,10 @@ Invariant: rules of nftables and iptables, sets and programs exist inside namesp
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
+import socket
 import struct
 import subprocess
 import threading
@@ -54,6 +56,10 @@ MOV_MINUS_ONE = struct.pack("<BBhi", 0xB7, 0, 0, -1)
 EXIT = struct.pack("<BBhi", 0x95, 0, 0, 0)
 ANY_SOURCE = (ip_network("0.0.0.0/0"),)
 BPFFS = Path("/sys/fs/bpf")
+CARD_DEADLINE_S = 20.0
+"""For a card's link to come up again after it was moved; arbitrary, real ones take some seconds."""
+REACH_PORT = 5210
+"""Allowed by the policies, like all ports of the loads, and nobody listens there: a server would take it for a client."""
 SIZES = {"np_event": 1 << 20}
 """Nobody reads the events here; what does not fit is counted and dropped, as with an agent that is down."""
 
@@ -215,6 +221,18 @@ class Site:
         ):
             self.lab.run(NODE_HOST, command)
         self.lab.prober.write_settings(NODE_HOST, [(f"ipv4/conf/{device}/proxy_arp", "1")])
+        wait_until(
+            lambda: self._reaches(remote.peer), f"an answer from {remote.peer} through {device}", CARD_DEADLINE_S
+        )
+
+    def _reaches(self, address: IPv4Address) -> bool:
+        """Whether a connection is accepted or refused: the link is up and both ends know each other's hardware address."""
+        with self.lab.prober.open_socket(MEASURED_HOST, socket.AF_INET, socket.SOCK_STREAM) as sock:
+            sock.settimeout(0.3)
+            try:
+                return sock.connect_ex((str(address), REACH_PORT)) in (0, errno.ECONNREFUSED)
+            except TimeoutError:
+                return False
 
 
 class Card:

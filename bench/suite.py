@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import control_plane, end_to_end, loads, scale
+from bench import control_plane, end_to_end, idle, loads, scale
 from bench.record import LESS, ROOT, Case, Run, begin, case_id, save
 from bench.site import EMPTY, NOTHING, OURS, Remote
 from netpol_ebpf.errors import PlatformError, PrivilegeError, UsageError
@@ -50,6 +50,13 @@ def add_micro(run: Run, found: Mapping[str, Any]) -> None:
         run.cases.append(Case(MICRO, name, CONTENDER, "ns", LESS, tuple(map(float, samples)), parameters, base))
 
 
+def control(run: Run, *, smoke: bool) -> None:
+    """Changes at work, and the agent at rest."""
+    sizes = control_plane.SMOKE_SIZES if smoke else control_plane.SIZES
+    control_plane.run_suite(run, sizes=sizes, events=10 if smoke else 100, churn_s=1.0 if smoke else 5.0)
+    idle.run_suite(run, windows=1 if smoke else 5, seconds=1.0 if smoke else 2.0)
+
+
 def suites(*, smoke: bool, remote: Remote | None) -> dict[str, Callable[[Run], None]]:
     """Name to what runs it."""
     kinds = (NOTHING, EMPTY, OURS) if smoke else None
@@ -67,12 +74,7 @@ def suites(*, smoke: bool, remote: Remote | None) -> dict[str, Callable[[Run], N
         "scale": lambda run: scale.run_suite(
             run, rounds=2 if smoke else 7, axes=scale.SMOKE_AXES if smoke else scale.AXES
         ),
-        "control-plane": lambda run: control_plane.run_suite(
-            run,
-            sizes=control_plane.SMOKE_SIZES if smoke else control_plane.SIZES,
-            events=10 if smoke else 100,
-            churn_s=1.0 if smoke else 5.0,
-        ),
+        "control-plane": lambda run: control(run, smoke=smoke),
     }
 
 
