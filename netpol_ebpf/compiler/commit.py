@@ -229,6 +229,8 @@ class Commit:
             return ()
         if endpoint.kind is EndpointKind.HOST or endpoint.allowed_sources or not endpoint.addresses:
             return None
+        if program.direction is Direction.INGRESS and any(each.names_own_nets for each in program.constraining):
+            return None  # a packet may come for a multicast address, which is in other nets than the workload's own
         identities = tuple(sorted({self._state.addresses.identity_of(address) for address in endpoint.addresses}))
         bits = [self._fold_template(template, identities) for template in program.constraining]
         return None if None in bits else tuple(bit for bit in bits if bit is not None)

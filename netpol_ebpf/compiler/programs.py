@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 
 from netpol_ebpf.compiler.entries import EFFECTS, Effect, Entry, Resolver, expand
 from netpol_ebpf.compiler.identities import MatchRecord
+from netpol_ebpf.compiler.terms import NetsTerm
 from netpol_ebpf.policy.types import (
     PORT_PROTOCOLS,
     Action,
@@ -45,12 +46,13 @@ _OTHER = {Direction.INGRESS: Direction.EGRESS, Direction.EGRESS: Direction.INGRE
 class Template:
     """The entries of one policy, profile or failsafe list in one direction. Compared by identity.
 
-    ``peers``, ``owns``: the records of the entries' matches, while ``references`` (programs) is not 0.
+    ``names_own_nets``: some entry asks which nets the own address is in.  ``peers``, ``owns``: the records of the entries' matches, while ``references`` (programs) is not 0.
     """
 
     what: str
     entries: tuple[Entry, ...]
     constrains_own: bool
+    names_own_nets: bool
     passes: bool
     references: int = 0
     peers: tuple[MatchRecord, ...] = ()
@@ -64,6 +66,9 @@ def make_template(what: str, entries: Iterable[Entry]) -> Template:
         what,
         found,
         constrains_own=any(entry.own.positive or entry.own.negative for entry in found),
+        names_own_nets=any(
+            isinstance(term, NetsTerm) for entry in found for term in (*entry.own.positive, *entry.own.negative)
+        ),
         passes=any(entry.effect is Effect.PASS for entry in found),
     )
 

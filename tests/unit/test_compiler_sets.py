@@ -119,13 +119,14 @@ def test_own_named_port_is_folded_for_both_families_at_once() -> None:
     assert ask(compiler, "a", tcp("192.0.2.1", "10.0.0.1", 80)).outcome is Outcome.DENY
 
 
-def test_own_nets_of_one_family_are_folded_with_both() -> None:
-    """A rule for the pod's IPv4 address says nothing of IPv6, so the own side is still constant."""
+def test_own_nets_are_asked_of_the_packet_on_ingress() -> None:
+    """A packet may come for a multicast address; a rule about the pod's own address must not let it in."""
     rule = allow(destination=Entity(nets=(ip_network("10.0.0.1/32"),)))
     compiler = compiled(endpoint("a", "10.0.0.1", "fd00::1"), policy("p", rule))
-    assert ingress(compiler, "a").own_set == 0
+    assert ingress(compiler, "a").own_set != 0
     assert ask(compiler, "a", tcp("192.0.2.1", "10.0.0.1")).outcome is Outcome.ALLOW
     assert ask(compiler, "a", tcp("2001:db8::1", "fd00::1")).outcome is Outcome.DENY
+    assert ask(compiler, "a", tcp("192.0.2.1", "224.0.0.251")).outcome is Outcome.DENY
 
 
 @pytest.mark.parametrize(
