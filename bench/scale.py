@@ -63,6 +63,7 @@ IFINDEX, ELSEWHERE = 1, 77
 SYN, ACK = 2, 16
 DENIED_PORT = 9
 FIRST_CIDR = int(IPv4Address("172.16.0.0"))
+MAP_SIZES = {"np_event": 1 << 20, "np_addr4": 1 << 18, "np_cidr4": 1 << 18, "np_verdict": 1 << 20, "np_l4_col": 1 << 16}
 STATE_MAPS = ("np_conn", "np_young", "np_frag", "np_recent", "np_near", "np_event")
 """Maps that hold what happened, not policy: their size is chosen once and does not grow with the cluster."""
 
@@ -83,7 +84,7 @@ AXES: Mapping[str, Sequence[int]] = {
     "rules": (10, 100, 1000, 10_000),
     "pods": (10, 1000, 10_000, 100_000),
     "cidrs": (10, 100, 10_000, 100_000),
-    "sets": (1, 100, 1000),
+    "sets": (1, 100, 500),
     "services": (4, 48, 400),
     "flows": (1, 1024, 65_536),
 }
@@ -142,7 +143,7 @@ class Loaded:
 
     def __enter__(self) -> Loaded:  # noqa: PYI034 - typing.Self comes with Python 3.11
         with contextlib.ExitStack() as stack:
-            self.dataplane = stack.enter_context(Dataplane.open(self._pins, sizes={"np_event": 1 << 20}))
+            self.dataplane = stack.enter_context(Dataplane.open(self._pins, sizes=MAP_SIZES))
             stack.callback(self.dataplane.remove)
             compiler = Compiler(lambda endpoint: endpoint.node == NODE)
             compiler.replace(world_of(self.point))
