@@ -47,7 +47,7 @@ def _decided_by(cause: Cause) -> str:
     return ""
 
 
-@settings(max_examples=100)
+@settings(max_examples=2 * settings().max_examples)
 @given(calico_clusters(), st.lists(calico_pairs(), min_size=2, max_size=2))
 def test_calico_policy(manifests: list[Manifest], between: list[tuple[str, str, int]]) -> None:
     """Every endpoint judges every packet as the semantics say, by the rule, tier or profile they say."""

@@ -29,7 +29,7 @@ def assert_agreement(compiler: Compiler, world: World, questions: list[Question]
         assert tables.decide(question) == model.decide(question), question
 
 
-@settings(max_examples=100)
+@settings(max_examples=2 * settings().max_examples)
 @given(worlds(), some_packets)
 def test_tables_agree_with_the_model(world: World, drawn: list[Packet]) -> None:
     """A world compiled at once."""

@@ -40,7 +40,7 @@ def _packet(probe: tuple[str, str, str, int]) -> Packet:
     return Packet(ip_address(source), ip_address(destination), PROTOCOLS[protocol], 40000, port)
 
 
-@settings(max_examples=150)
+@settings(max_examples=3 * settings().max_examples)
 @given(clusters(), st.lists(pairs(), min_size=3, max_size=3))
 def test_network_policy(manifests: list[Manifest], between: list[tuple[str, str]]) -> None:
     """Both ends of every connection are judged as the API documentation says, and the cause is of the right sort."""

@@ -123,7 +123,7 @@ def test_all_is_replaced_everywhere(selector: Selector, replacement: Selector, s
         assert selector.with_all_as(replacement).matches(some) is selector.matches(some)
 
 
-@settings(max_examples=300)
+@settings(max_examples=5 * settings().max_examples)
 @given(selectors, labels)
 def test_requirements_and_contradictions_are_sound(selector: Selector, some: dict[str, str]) -> None:
     """Labels that match satisfy every requirement, and a selector that matches anything is no contradiction."""
