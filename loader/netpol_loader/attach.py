@@ -82,7 +82,7 @@ def detach(ifindex: int, dataplane: Dataplane) -> bool:
     found = attached(ifindex, dataplane)
     for one in found:
         if one.mechanism is Mechanism.TCX:
-            path = _link_path(dataplane, ifindex, one.hook)
+            path = link_path(dataplane, ifindex, one.hook)
             with _opened(path) as fd:
                 syscall.link_detach(fd)  # at once; the end of the pin alone takes effect some time later
             path.unlink()
@@ -116,7 +116,7 @@ def detach_all(dataplane: Dataplane) -> None:
 
 def prune(dataplane: Dataplane) -> None:
     """Remove what is kept about interfaces that are gone."""
-    for ifindex in {int(path.name.partition("_")[0]) for path in (dataplane.pin_dir / LINKS).iterdir()}:
+    for ifindex in {int(path.name.partition("_")[0]) for path in _listed(dataplane)}:
         _forget_dead(dataplane, ifindex)
 
 
@@ -139,7 +139,8 @@ def _order(one: Attachment) -> tuple[int, str, str]:
 
 
 def _attach_tcx(ifindex: int, dataplane: Dataplane, hook: Hook) -> None:
-    path = _link_path(dataplane, ifindex, hook)
+    path = link_path(dataplane, ifindex, hook)
+    path.parent.mkdir(parents=True, exist_ok=True)  # somebody may have removed it
     path.unlink(missing_ok=True)  # of a former interface with this number; a live one was found before
     try:
         fd = syscall.link_create(dataplane.program_fd(hook), ifindex, ATTACH_TYPES[hook])
@@ -153,7 +154,7 @@ def _attach_tcx(ifindex: int, dataplane: Dataplane, hook: Hook) -> None:
 
 def _attach_clsact(ifindex: int, dataplane: Dataplane, hook: Hook) -> None:
     if netlink.add_clsact(ifindex):
-        _clsact_mark(dataplane, ifindex).mkdir(exist_ok=True)
+        _clsact_mark(dataplane, ifindex).mkdir(parents=True, exist_ok=True)
     _put_filter(ifindex, dataplane, hook)
 
 
@@ -167,14 +168,23 @@ def _clsact_mark(dataplane: Dataplane, ifindex: int) -> Path:
     return dataplane.pin_dir / LINKS / f"{ifindex}{CLSACT_MARK}"
 
 
-def _link_path(dataplane: Dataplane, ifindex: int, hook: Hook) -> Path:
+def link_path(dataplane: Dataplane, ifindex: int, hook: Hook) -> Path:
+    """Where a tcx link is pinned."""
     return dataplane.pin_dir / LINKS / f"{ifindex}{SUFFIXES[hook]}"
 
 
 def _link_paths(dataplane: Dataplane, ifindex: int | None = None) -> list[Path]:
     if ifindex is not None:
-        return [path for hook in Hook if (path := _link_path(dataplane, ifindex, hook)).exists()]
-    return sorted(path for path in (dataplane.pin_dir / LINKS).iterdir() if not path.name.endswith(CLSACT_MARK))
+        return [path for hook in Hook if (path := link_path(dataplane, ifindex, hook)).exists()]
+    return [path for path in _listed(dataplane) if not path.name.endswith(CLSACT_MARK)]
+
+
+def _listed(dataplane: Dataplane) -> list[Path]:
+    """Everything kept about interfaces; nothing when somebody removed the directory."""
+    try:
+        return sorted((dataplane.pin_dir / LINKS).iterdir())
+    except FileNotFoundError:
+        return []
 
 
 def _tcx_attachments(dataplane: Dataplane, ifindex: int | None = None) -> set[Attachment]:

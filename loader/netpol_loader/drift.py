@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pins, links and filters that something else removed or changed: found and put back.
+
+Works from what the process holds open: descriptors of maps and programs keep those alive whatever becomes of their pins.
+Invariants: what is as it should be is not touched; what is put back is told; nothing of others is removed, but for a pin of
+another object under one of our names.  Must not know what the maps mean, nor choose interfaces.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from netpol_ebpf.errors import PlatformError
+from netpol_loader import attach, netlink, syscall
+from netpol_loader.dataplane import LINKS, Dataplane, locked
+from netpol_loader.hook import Hook
+
+
+@dataclass(frozen=True, slots=True)
+class Drift:
+    """One thing that was not as we left it. ``kind``: pin, link, filter, row or configuration; ``was``: missing, foreign or changed."""
+
+    kind: str
+    where: str
+    was: str
+
+    def __str__(self) -> str:
+        return f"{self.kind} {self.where} was {self.was}"
+
+
+def mend_pins(dataplane: Dataplane) -> list[Drift]:
+    """Pin again what is no longer pinned, or not as itself. Cost: two system calls for each map and program."""
+    found = []
+    if not (dataplane.pin_dir / LINKS).is_dir():
+        (dataplane.pin_dir / LINKS).mkdir(parents=True)
+        found.append(Drift("pin", str(dataplane.pin_dir / LINKS), "missing"))
+    with locked(dataplane.pin_root):
+        for path, fd, number in _pinned(dataplane):
+            was = _state_of(path, number)
+            if was is not None:
+                if was == "foreign":
+                    _remove(path)
+                syscall.obj_pin(fd, path)
+                found.append(Drift("pin", str(path), was))
+    return found
+
+
+def mend_attachments(dataplane: Dataplane, ifindexes: Iterable[int], *, uses_clsact: bool) -> list[Drift]:
+    """Put the programs back on interfaces where they are not, or not ours. Interfaces that are gone are passed over.
+
+    Cost: two system calls for each interface; with clsact (``uses_clsact``) two netlink dumps each.
+    """
+    return [drift for ifindex in ifindexes for drift in _mend_interface(dataplane, ifindex, uses_clsact=uses_clsact)]
+
+
+def _mend_interface(dataplane: Dataplane, ifindex: int, *, uses_clsact: bool) -> list[Drift]:
+    missing = []
+    for hook in Hook:
+        where = f"{hook.value} of interface {ifindex}"
+        with contextlib.ExitStack() as stack:
+            fd = _try_open(attach.link_path(dataplane, ifindex, hook))
+            if fd is None:
+                missing.append(Drift("link", where, "missing"))
+                continue
+            stack.callback(os.close, fd)
+            info = syscall.link_info(fd)
+            ours = syscall.prog_info(dataplane.program_fd(hook)).id
+            if not info.ifindex:
+                missing.append(Drift("link", where, "missing"))
+            elif info.prog_id != ours:
+                syscall.link_update(fd, dataplane.program_fd(hook))
+                return [Drift("link", where, "changed"), *_mend_interface(dataplane, ifindex, uses_clsact=uses_clsact)]
+    if uses_clsact and missing:
+        present = {one.hook for one in attach.attached(ifindex, dataplane)}
+        missing = [
+            Drift("filter", f"{hook.value} of interface {ifindex}", "missing") for hook in Hook if hook not in present
+        ]
+    if not missing or netlink.link(ifindex) is None:
+        return []
+    try:
+        attach.attach(ifindex, dataplane)
+    except PlatformError:
+        if netlink.link(ifindex) is None:
+            return []  # it went meanwhile
+        raise
+    return missing
+
+
+def _pinned(dataplane: Dataplane) -> Iterator[tuple[Path, int, int]]:
+    """(where, descriptor, the kernel's number) of everything that has to be pinned."""
+    for name, one in dataplane.maps.items():
+        yield dataplane.pin_dir / name, one.fd, syscall.map_info(one.fd).id
+    for hook in Hook:
+        fd = dataplane.program_fd(hook)
+        yield dataplane.pin_dir / hook.value, fd, syscall.prog_info(fd).id
+
+
+def _state_of(path: Path, number: int) -> str | None:
+    """None: it is the object of that number; else what it is instead."""
+    fd = _try_open(path)
+    if fd is None:
+        return "foreign" if path.is_symlink() or path.exists() else "missing"
+    try:
+        return None if _number_of(fd) == number else "foreign"
+    finally:
+        os.close(fd)
+
+
+def _number_of(fd: int) -> int:
+    """The kernel's number of a map or program; 0, which it gives to nothing, of anything else."""
+    kind = Path(os.readlink(f"/proc/self/fd/{fd}")).name
+    if "bpf-map" in kind:
+        return syscall.map_info(fd).id
+    return syscall.prog_info(fd).id if "bpf-prog" in kind else 0
+
+
+def _try_open(path: Path) -> int | None:
+    """A descriptor of what is pinned there; None when nothing that BPF knows is."""
+    try:
+        return syscall.obj_get(path)
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.EINVAL, errno.EISDIR, errno.EACCES):
+            return None
+        raise
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
