@@ -30,8 +30,8 @@ from queue import SimpleQueue
 
 ROOT = Path(__file__).resolve().parents[1]
 COPIED = ("netpol_ebpf", "tests/unit", "tests/property", "tests/data", "tests/cases", "pyproject.toml")
-TIMEOUT_S = 300
-"""One stage takes a few seconds; a slip that makes it hang is caught by this."""
+TIMEOUT_S = 600
+"""A stage takes a few seconds; a slip that makes it hang is caught by this. Generous, for machines under load."""
 
 
 PYTEST_UNUSABLE = (3, 4, 5)
@@ -76,7 +76,7 @@ def stages(directory: Path) -> tuple[Stage, ...]:
     return (
         Stage("unit", _pytest(*unit)),
         Stage("cases", ("{python}", "-m", "netpol_ebpf.cli.main", "test", "tests/cases", "--engine", "model")),
-        Stage("properties", _pytest(*(f"tests/property/test_{name}.py" for name in PROPERTIES))),
+        *(Stage(f"property {name}", _pytest(f"tests/property/test_{name}.py")) for name in PROPERTIES),
     )
 
 

@@ -17,7 +17,7 @@ settings.register_profile("quick", max_examples=40, deadline=None, suppress_heal
 settings.register_profile("thorough", max_examples=5000, deadline=None, suppress_health_check=_SLOW)
 settings.register_profile(
     "fixed",
-    max_examples=100,
+    max_examples=60,
     deadline=None,
     derandomize=True,
     phases=(Phase.explicit, Phase.generate),

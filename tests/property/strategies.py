@@ -372,10 +372,7 @@ def questions_about(world: World, drawn: list[Packet]) -> list[Question]:
 
 
 def has_own_address_only(endpoint: Endpoint) -> bool:
-    """Whether all packets of an endpoint have one of its addresses on its own side: anti-spoofing and routing see to it.
-
-    The compiler counts on it where it resolves predicates of the own side beforehand.
-    """
+    """Whether engines may take the own side of an endpoint's packets for one of its addresses (MATCHING.md, owners)."""
     return endpoint.kind is EndpointKind.WORKLOAD and bool(endpoint.addresses) and not endpoint.allowed_sources
 
 

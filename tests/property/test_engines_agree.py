@@ -3,21 +3,41 @@
 
 from __future__ import annotations
 
-from ipaddress import ip_address
+from dataclasses import replace
+from ipaddress import ip_address, ip_network
 
 import hypothesis.strategies as st
 import yaml
 from calico_manifests import calico_clusters, calico_pairs, calico_probes_between
 from hypothesis import given, settings
 from manifests import Manifest
-from strategies import packets, questions_about, worlds
+from strategies import WORKLOADS, packets, questions_about, worlds
 
 from netpol_ebpf.compiler import Compiler
 from netpol_ebpf.compiler.interpreter import Interpreter
 from netpol_ebpf.model import ReferenceModel
 from netpol_ebpf.policy.translate import derive
-from netpol_ebpf.policy.types import ICMP, ICMPV6, Packet, Question, World
+from netpol_ebpf.policy.types import (
+    ICMP,
+    ICMPV6,
+    TCP,
+    Action,
+    Direction,
+    Endpoint,
+    EndpointKind,
+    Entity,
+    NetworkSet,
+    Outcome,
+    Packet,
+    Policy,
+    PolicyKey,
+    Question,
+    Rule,
+    Stage,
+    World,
+)
 from netpol_ebpf.resources.load import parse_documents
+from netpol_ebpf.selector import EVERYTHING, equals
 
 some_packets = st.lists(packets(), min_size=1, max_size=8)
 
@@ -59,6 +79,54 @@ def test_local_endpoints_alone_have_rows(world: World, drawn: list[Packet], data
     assert set(compiler.tables.endpoints) == world.endpoints.keys() - away
     here = [question for question in questions_about(world, drawn) if question.endpoint not in away]
     assert_agreement(compiler, world, here)
+
+
+def _without_own_labels(rule: Rule) -> Rule:
+    """The rule with nothing but nets and port numbers asked of the destination."""
+    destination = rule.destination
+    return replace(
+        rule,
+        destination=Entity(
+            nets=destination.nets,
+            not_nets=destination.not_nets,
+            ports=None if destination.ports is None else replace(destination.ports, names=()),
+            not_ports=None if destination.not_ports is None else replace(destination.not_ports, names=()),
+        ),
+    )
+
+
+@given(worlds(), some_packets)
+def test_own_nets_are_asked_of_the_packet(world: World, drawn: list[Packet]) -> None:
+    """A packet that comes to a workload for another address (multicast, routed) is judged by that address's nets."""
+    for table in (world.policies, world.profiles):
+        for key, obj in table.items():
+            table[key] = replace(obj, ingress=tuple(map(_without_own_labels, obj.ingress)))  # type: ignore[index,assignment]
+    compiler = Compiler()
+    compiler.replace(world)
+    compiler.commit()
+    questions = [Question(key, Direction.INGRESS, Stage.NORMAL, packet) for key in world.endpoints for packet in drawn]
+    assert_agreement(compiler, world, questions)
+
+
+def test_own_addresses_with_other_owners_are_told_apart() -> None:
+    """One of a pod's two addresses is in a network set that a rule selects as its destination, the other is not."""
+    addresses = (ip_address("10.0.0.1"), ip_address("10.0.0.4"))
+    pod = Endpoint(WORKLOADS[0], EndpointKind.WORKLOAD, {}, addresses)
+    key = PolicyKey("GlobalNetworkPolicy", "", "p")
+    rule = Rule(Action.ALLOW, 0, destination=Entity(selector=equals("app", "a")))
+    world = World(
+        policies={key: Policy(key, "default", 1.0, EVERYTHING, frozenset({Direction.INGRESS}), (rule,))},
+        endpoints={pod.key: pod},
+        network_sets={"s": NetworkSet("s", {"app": "a"}, (ip_network("10.0.0.4/31"),))},
+    )
+    compiler = Compiler()
+    compiler.replace(world)
+    compiler.commit()
+    interpreter = Interpreter(compiler.tables)
+    packets_to_it = [Packet(ip_address("192.0.2.9"), address, TCP, 1, 1) for address in addresses]
+    questions = [Question(pod.key, Direction.INGRESS, Stage.NORMAL, packet) for packet in packets_to_it]
+    assert [interpreter.decide(question).outcome for question in questions] == [Outcome.DENY, Outcome.ALLOW]
+    assert_agreement(compiler, world, questions)
 
 
 def _packet(probe: tuple[str, str, str, int, int]) -> Packet:
