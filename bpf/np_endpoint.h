@@ -53,7 +53,7 @@ NP_INLINE int np_owner_load(const struct np_flow *flow, __u8 direction, struct n
         owner->number = row->number;
         owner->flags = row->flags;
         owner->set = direction == NP_DIRECTION_EGRESS ? row->egress : row->ingress;
-        np_barrier();
+        np_keep_in_memory(owner); // and what was read may not be read again
         if (NP_LIKELY(np_owner_check(owner, flow->ifindex) == owner->set.check))
             return NP_REASON_NONE;
     }
