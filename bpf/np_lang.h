@@ -20,7 +20,7 @@
 #define np_net16(value) (value)
 #endif
 
-// What the pointer points to lives in memory from here on, and the compiler may neither move memory accesses across this
-// nor keep what it read before.  Left alone, it takes a large struct apart into more registers than there are, and their
-// spill slots overflow the 512 bytes of stack (LLVM 19 does).
+// What the pointer points to lives in memory from here on, and the compiler may neither move memory accesses across
+// this nor keep what it read before.  Left alone, it takes a large struct apart into more registers than there are, and
+// their spill slots overflow the 512 bytes of stack (LLVM 19 does).
 #define np_keep_in_memory(pointer) __asm__ __volatile__("" : : "r"(pointer) : "memory")
