@@ -114,10 +114,14 @@ class ValidationError(InvalidInputError):
 
 
 class LimitError(InvalidInputError):
-    """An object exceeds a stated limit; names the object, the limit and the figure seen."""
+    """An object exceeds a stated limit; names the object, the limit and the figure seen. ``limit``: its name, or ""."""
 
     slug = "limit"
     default_hint = "Split the object or raise the limit in the agent's configuration."
+
+    def __init__(self, message: str, *, hint: str | None = None, limit: str = "") -> None:
+        super().__init__(message, hint=hint)
+        self.limit = limit
 
 
 class UnreachableError(NetpolError):
@@ -150,7 +154,11 @@ class LoadError(PlatformError):
 
 
 class MapFullError(PlatformError):
-    """A map has no room for a change; names the map, its size and the figure needed."""
+    """A map has no room for a change; names the map, its size and the figure needed. ``map_name``: the map's."""
 
     slug = "map-full"
     default_hint = "The change was refused whole; the old policy is still in force."
+
+    def __init__(self, message: str, *, hint: str | None = None, map_name: str = "") -> None:
+        super().__init__(message, hint=hint)
+        self.map_name = map_name

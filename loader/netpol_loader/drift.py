@@ -24,7 +24,10 @@ from netpol_loader.hook import Hook
 
 @dataclass(frozen=True, slots=True)
 class Drift:
-    """One thing that was not as we left it. ``kind``: pin, link, filter, row or configuration; ``was``: missing, foreign or changed."""
+    """One thing that was not as we left it.
+
+    ``kind``: pin, program (on an interface), row or configuration; ``was``: missing, foreign or changed.
+    """
 
     kind: str
     where: str
@@ -35,11 +38,20 @@ class Drift:
 
 
 def mend_pins(dataplane: Dataplane) -> list[Drift]:
-    """Pin again what is no longer pinned, or not as itself. Cost: two system calls for each map and program."""
-    found = []
+    """Pin again what is no longer pinned, or not as itself. Cost: some system calls for each map and program.
+
+    Raises PlatformError when nothing can be pinned there.
+    """
+    try:
+        return list(_mend_pins(dataplane))
+    except OSError as error:
+        raise PlatformError(f"cannot pin in {dataplane.pin_dir} any more: {error.strerror}") from error
+
+
+def _mend_pins(dataplane: Dataplane) -> Iterator[Drift]:
     if not (dataplane.pin_dir / LINKS).is_dir():
         (dataplane.pin_dir / LINKS).mkdir(parents=True)
-        found.append(Drift("pin", str(dataplane.pin_dir / LINKS), "missing"))
+        yield Drift("pin", str(dataplane.pin_dir / LINKS), "missing")
     with locked(dataplane.pin_root):
         for path, fd, number in _pinned(dataplane):
             was = _state_of(path, number)
@@ -47,49 +59,43 @@ def mend_pins(dataplane: Dataplane) -> list[Drift]:
                 if was == "foreign":
                     _remove(path)
                 syscall.obj_pin(fd, path)
-                found.append(Drift("pin", str(path), was))
-    return found
+                yield Drift("pin", str(path), was)
 
 
-def mend_attachments(dataplane: Dataplane, ifindexes: Iterable[int], *, uses_clsact: bool) -> list[Drift]:
+def mend_attachments(dataplane: Dataplane, ifindexes: Iterable[int]) -> list[Drift]:
     """Put the programs back on interfaces where they are not, or not ours. Interfaces that are gone are passed over.
 
-    Cost: two system calls for each interface; with clsact (``uses_clsact``) two netlink dumps each.
+    Cost: some system calls for each tcx interface, some milliseconds for one with clsact.
     """
-    return [drift for ifindex in ifindexes for drift in _mend_interface(dataplane, ifindex, uses_clsact=uses_clsact)]
+    return [drift for ifindex in ifindexes for drift in _mend_interface(dataplane, ifindex)]
 
 
-def _mend_interface(dataplane: Dataplane, ifindex: int, *, uses_clsact: bool) -> list[Drift]:
-    missing = []
+def _mend_interface(dataplane: Dataplane, ifindex: int) -> list[Drift]:
+    found, absent = [], set()
     for hook in Hook:
-        where = f"{hook.value} of interface {ifindex}"
-        with contextlib.ExitStack() as stack:
-            fd = _try_open(attach.link_path(dataplane, ifindex, hook))
-            if fd is None:
-                missing.append(Drift("link", where, "missing"))
-                continue
-            stack.callback(os.close, fd)
+        fd = _try_open(attach.link_path(dataplane, ifindex, hook))
+        if fd is None:
+            absent.add(hook)
+            continue
+        with _closing(fd):
             info = syscall.link_info(fd)
-            ours = syscall.prog_info(dataplane.program_fd(hook)).id
             if not info.ifindex:
-                missing.append(Drift("link", where, "missing"))
-            elif info.prog_id != ours:
+                absent.add(hook)
+            elif info.prog_id != syscall.prog_info(dataplane.program_fd(hook)).id:
                 syscall.link_update(fd, dataplane.program_fd(hook))
-                return [Drift("link", where, "changed"), *_mend_interface(dataplane, ifindex, uses_clsact=uses_clsact)]
-    if uses_clsact and missing:
-        present = {one.hook for one in attach.attached(ifindex, dataplane)}
-        missing = [
-            Drift("filter", f"{hook.value} of interface {ifindex}", "missing") for hook in Hook if hook not in present
-        ]
-    if not missing or netlink.link(ifindex) is None:
-        return []
+                found.append(Drift("program", f"{hook.value} of interface {ifindex}", "changed"))
+    if absent:
+        absent -= {one.hook for one in attach.attached(ifindex, dataplane)}
+    if not absent or netlink.link(ifindex) is None:
+        return found
     try:
         attach.attach(ifindex, dataplane)
     except PlatformError:
         if netlink.link(ifindex) is None:
-            return []  # it went meanwhile
+            return found  # it went meanwhile
         raise
-    return missing
+    missing = [Drift("program", f"{hook.value} of interface {ifindex}", "missing") for hook in Hook if hook in absent]
+    return found + missing
 
 
 def _pinned(dataplane: Dataplane) -> Iterator[tuple[Path, int, int]]:
@@ -106,18 +112,24 @@ def _state_of(path: Path, number: int) -> str | None:
     fd = _try_open(path)
     if fd is None:
         return "foreign" if path.is_symlink() or path.exists() else "missing"
-    try:
+    with _closing(fd):
         return None if _number_of(fd) == number else "foreign"
-    finally:
-        os.close(fd)
 
 
 def _number_of(fd: int) -> int:
     """The kernel's number of a map or program; 0, which it gives to nothing, of anything else."""
-    kind = Path(os.readlink(f"/proc/self/fd/{fd}")).name
+    kind = Path(f"/proc/self/fd/{fd}").readlink().name
     if "bpf-map" in kind:
         return syscall.map_info(fd).id
     return syscall.prog_info(fd).id if "bpf-prog" in kind else 0
+
+
+@contextlib.contextmanager
+def _closing(fd: int) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        os.close(fd)
 
 
 def _try_open(path: Path) -> int | None:

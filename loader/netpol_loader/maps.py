@@ -195,6 +195,7 @@ class Map:
     def _failure(self, verb: str, error: OSError, wanted: int, done: int = 0) -> PlatformError:
         progress = f"; {done} of {wanted} elements were done" if wanted > 1 else ""
         if error.errno in FULL:
-            return MapFullError(f"map {self.name} is full: it holds at most {self.max_entries} elements{progress}")
+            message = f"map {self.name} is full: it holds at most {self.max_entries} elements{progress}"
+            return MapFullError(message, map_name=self.name)
         reason = os.strerror(error.errno or 0)
         return PlatformError(f"cannot {verb} map {self.name}: {reason} (errno {error.errno}){progress}")

@@ -305,7 +305,8 @@ class Monitor:
             return News(what, is_gone, ifindex=0, name="")
         if what == "address":
             return News(what, is_gone, struct.unpack_from("=I", body, 4)[0], "")
-        _, _, _, ifindex, _, _ = LINK_HEADER.unpack_from(body)
+        family, _, _, ifindex, _, _ = LINK_HEADER.unpack_from(body)
+        is_gone = is_gone and family != socket.AF_BRIDGE  # that one says that it left a bridge
         name, at = "", LINK_HEADER.size
         while at + 4 <= len(body):
             size, attribute = struct.unpack_from("=HH", body, at)

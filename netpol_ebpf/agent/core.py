@@ -11,18 +11,21 @@ Runs no loop and opens no files or sockets: `netpol_ebpf.agent.main` does, and t
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from netpol_ebpf.agent.claims import Claims
 from netpol_ebpf.agent.node import Node
+from netpol_ebpf.agent.trouble import DriftLog, Refusals
 from netpol_ebpf.agent.wiring import Located, Wiring, is_candidate, locate
-from netpol_ebpf.apply.applier import Applier, Binding, KernelMap
+from netpol_ebpf.apply.applier import Applier, Binding, KernelMap, require_room
+from netpol_ebpf.apply.audit import Audit
 from netpol_ebpf.apply.encode import decode_endpoint, endpoint_key
 from netpol_ebpf.apply.events import FlowEvent, Names, decode_event
 from netpol_ebpf.apply.ledger import Ledger
 from netpol_ebpf.compiler import Change, Compiler, KnownNumbers, Limits, Tables
-from netpol_ebpf.errors import LimitError, Location, MapFullError, NetpolError, Problem
+from netpol_ebpf.errors import LimitError, Location, MapFullError, PlatformError, Problem
 from netpol_ebpf.policy.translate import Derivation, key_of
 from netpol_ebpf.policy.types import (
     Cause,
@@ -45,6 +48,13 @@ log = logging.getLogger(__name__)
 
 SEARCH_S = 0.5
 """How often to look for interfaces that nothing announces (an address inside a pod's namespace); arbitrary."""
+
+AUDIT_S = 1.0
+"""How often to look whether programs, pins and the next rows are as they were left; arbitrary."""
+ROUND_S = 10.0
+"""Least time between the beginnings of two rounds through all rows; arbitrary."""
+NOWHERE = 0
+"""The interface of an endpoint whose interface is gone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,18 +103,25 @@ class Agent:
         self._ledger = ledger
         self._clock = clock
         self._derivation = Derivation()
+        self._claims = Claims(self._derivation.world)
+        self._local: dict[EndpointKey, Endpoint] = {}  # with the addresses that count as theirs
         self._names = NumberNames()
         self._compiler = Compiler()
         self._applier: Applier | None = None
+        self._audit: Audit | None = None
         self._wiring = Wiring()
         self._located = Located({}, {})
+        self._homes: dict[EndpointKey, int] = {}  # the interface each was last bound to
         self._attached: set[int] = set()
         self._manifest_problems: tuple[Problem, ...] = ()
-        self._refusal: Problem | None = None
+        self._no_room: dict[EndpointKey, Problem] = {}  # endpoints whose row did not fit
+        self._unmended: Problem | None = None
         self._is_behind = False  # the compiler dropped changes: hand it the whole world
         self._is_ahead = False  # the kernel refused what the compiler holds: start over with new maps
-        self._looked_at_s = clock()
-        self._owners: dict[IPAddress, str] | None = None
+        self._looked_at_s = self._audited_s = self._round_s = clock()
+        self._others: dict[IPAddress, str] | None = None
+        self.refusals = Refusals()
+        self.drift = DriftLog()
         self.changes_applied = 0
         self.last_change_s: float | None = None
 
@@ -113,11 +130,10 @@ class Agent:
     @property
     def problems(self) -> list[Problem]:
         """Everything that keeps the node from being as the manifests say."""
-        found = [*self._manifest_problems, *self._host_endpoints()]
-        if self._refusal is not None:
-            found.append(self._refusal)
+        found = [*self._manifest_problems, *self._host_endpoints(), *self._disputes(), *self._no_room.values()]
+        found += [one for one in (self.refusals.problem, self._unmended) if one is not None]
         for key, message in sorted(self._located.problems.items()):
-            found.append(Problem(self._location(key), "", f"no interface: {message}", obj=str(key), slug="interface"))
+            found.append(Problem(self._location(key), "", f"interface: {message}", obj=str(key), slug="interface"))
         return found
 
     @property
@@ -153,17 +169,21 @@ class Agent:
         return self._applier
 
     def owner_of(self, address: IPAddress) -> str | None:
-        """The endpoint, or else the node, that has an address; by name the first of several."""
-        if self._owners is None:
+        """The workload, or else the host endpoint or the node, that has an address; by name the first of several."""
+        holder = self._claims.holder(address)
+        if holder is not None:
+            return str(holder)
+        if self._others is None:
             world = self._derivation.world
+            hosts = [(key, one) for key, one in world.endpoints.items() if one.kind is EndpointKind.HOST]
             named = [(node.addresses, f"Node/{name}") for name, node in sorted(world.nodes.items())]
-            named += [(one.addresses, str(key)) for key, one in sorted(world.endpoints.items(), reverse=True)]
-            self._owners = {each: name for addresses, name in named for each in addresses}
-        return self._owners.get(address)
+            named += [(one.addresses, str(key)) for key, one in sorted(hosts, reverse=True)]
+            self._others = {each: name for addresses, name in named for each in addresses}
+        return self._others.get(address)
 
     def local_endpoints(self) -> list[Endpoint]:
-        """The workloads that are, or would be, on this node."""
-        return [endpoint for endpoint in self._derivation.world.endpoints.values() if self.is_local(endpoint)]
+        """The workloads that are, or would be, on this node, with the addresses that count as theirs."""
+        return list(self._local.values())
 
     def is_local(self, endpoint: Endpoint) -> bool:
         """Whether an endpoint is a workload of this node."""
@@ -180,7 +200,8 @@ class Agent:
         batch = self._source.step()
         if batch is not None:
             self._take(batch)
-        self._derivation.take_changes()
+        self._take_changes(older=set(self._ledger.numbers.endpoints))
+        self._homes = self._former_homes()
         self._look_at_interfaces()
         self._install()
         for ifindex in self._wanted_interfaces():
@@ -191,12 +212,17 @@ class Agent:
     def step(self) -> list[FlowEvent]:
         """Do whatever there is to do now; returns the flows that were reported since the last step."""
         if self._node.has_news() or self._is_searching():
+            gone = self._node.take_gone()
             self._look_at_interfaces()
+            self._let_go(gone)
             self._close_and_open()
         batch = self._source.step()
         if batch is not None:
             self._take(batch)
-            self._bring_into_force(self._derivation.take_changes())
+            self._bring_into_force(self._take_changes())
+        elif self.refusals.retry_at_s is not None and self._clock() >= self.refusals.retry_at_s:
+            self._bring_into_force(Changes())
+        self._look_for_drift()
         return self.read_flows()
 
     def read_flows(self) -> list[FlowEvent]:
@@ -212,35 +238,57 @@ class Agent:
             if problem not in self._manifest_problems:
                 log.log(logging.ERROR if problem.severity == "error" else logging.WARNING, "%s", problem)
         self._manifest_problems = batch.problems
-        self._owners = None
         for event in batch.events:
             if isinstance(event, Upsert):
                 self._derivation.upsert(event.resource)
             else:
                 self._derivation.remove(*key_of(event.resource))
 
+    def _take_changes(self, older: Collection[EndpointKey] = ()) -> Changes:
+        """What the manifests changed, addresses going to those who had them first. ``older``: see `Claims.settle`."""
+        changes = self._derivation.take_changes()
+        before = set(self._claims.disputes())
+        self._claims.settle(changes, older)
+        for dispute in self._claims.disputes():
+            if dispute not in before:
+                log.warning("%s", _dispute(*dispute))
+        for key, endpoint in changes.endpoints.items():
+            if endpoint is not None and self.is_local(endpoint):
+                self._local[key] = endpoint
+            else:
+                self._local.pop(key, None)
+                self._homes.pop(key, None)
+            if endpoint is None or endpoint.kind is EndpointKind.HOST:
+                self._others = None
+        if changes.nodes:
+            self._others = None
+        return changes
+
     def _bring_into_force(self, changes: Changes) -> None:
-        """Compile and apply; when it does not fit, say so and try again with the next change."""
+        """Compile and apply; when it does not fit, say so and try again with the next change, or when memory may be back."""
         if not changes and not self._is_behind and not self._is_ahead:
             return
+        self.refusals.expect(changes, self._location_of)
         try:
             if self._is_ahead:
                 self._install()
             else:
                 self._compile(changes)
         except (LimitError, MapFullError) as error:
-            log.error("refused: %s", error.message)  # noqa: TRY400 - the user's input, not this code, is to be looked at
-            self._refusal = _refusal(error)
+            self.refusals.refuse(error, self._clock())
             self._is_behind = self._is_behind or isinstance(error, LimitError)
             self._is_ahead = self._is_ahead or isinstance(error, MapFullError)
             return
-        self._refusal = None
-        self._look_at_interfaces()
+        self.refusals.accept()
+        if self._is_waiting():
+            self._look_at_interfaces()  # an address inside a pod's namespace is not announced
+        else:
+            self._locate()
         self._close_and_open()
 
     def _compile(self, changes: Changes) -> None:
         if self._is_behind:
-            self._compiler.replace(self._derivation.world)
+            self._compiler.replace(self._claims.effective_world())
         else:
             for kind, key, new in _objects(changes):
                 if new is None:
@@ -259,8 +307,9 @@ class Agent:
         numbers = self._ledger.numbers
         known = KnownNumbers(dict(numbers.identities), dict(numbers.rules), self._known_endpoints())
         compiler = Compiler(self.is_local, limits=limits_of(self._node.maps), known=known)
-        compiler.replace(self._derivation.world)
+        compiler.replace(self._claims.effective_world())
         change = compiler.commit()
+        require_room(compiler.tables, self._node.maps)  # before maps and programs are made in vain
         with self._node.renewal() as maps:
             applier = Applier(maps)
             for key, binding in self._bindings().items():
@@ -268,6 +317,7 @@ class Agent:
             self._record(change, applier)
             applier.fill(compiler.tables)
         self._compiler, self._applier = compiler, applier
+        self._audit = Audit(maps, compiler.tables, applier)
         self._is_ahead = self._is_behind = False
         keep = abi.NP_CONFIG_KEEP_REVOKED
         applier.set_flags(**({"on": keep} if self.settings.keep_revoked else {"off": keep}))
@@ -326,27 +376,67 @@ class Agent:
     # --- interfaces -------------------------------------------------------------------------------------------------
 
     def _is_searching(self) -> bool:
-        """Whether there are both workloads without an interface and interfaces without a workload, and it is time to look."""
-        if self._clock() - self._looked_at_s < SEARCH_S:
-            return False
+        """Whether it is time to look for what nobody announces."""
+        return self._clock() - self._looked_at_s >= SEARCH_S and self._is_waiting()
+
+    def _is_waiting(self) -> bool:
+        """Whether there are both workloads without an interface and interfaces without a workload."""
         bound = self.applier.bindings
-        return any(endpoint.key not in bound for endpoint in self.local_endpoints()) and bool(
+        return not self._local.keys() <= bound.keys() and bool(
             self._attached - {binding.ifindex for binding in bound.values()}
         )
 
     def _look_at_interfaces(self) -> None:
         self._looked_at_s = self._clock()
         self._wiring = self._node.snapshot()
-        before, self._located = self._located, locate(self._wiring, self.local_endpoints())
+        self._locate()
+
+    def _locate(self) -> None:
+        """Find the local workloads' interfaces in what was last seen of the node.
+
+        A workload whose address another one claims keeps the interface that it has and gets no other: that may be the other
+        workload's, which would get the policy of this one.
+        """
+        before, found = self._located, locate(self._wiring, self._local.values())
+        interfaces, problems = dict(found.interfaces), dict(found.problems)
+        for key, ifindex in found.interfaces.items():
+            home = self._homes.get(key, ifindex)
+            if home != ifindex and self._claims.is_contested(key):
+                del interfaces[key]
+                problems[key] = f"{self._name_of(ifindex)} has an address that others claim as well"
+                if home in self._wiring.links and home not in found.interfaces.values():
+                    interfaces[key] = home
+        self._located = Located(interfaces, problems)
         for key, message in self._located.problems.items() - before.problems.items():
-            log.warning("%s: no interface: %s", key, message)
+            log.warning("%s: interface: %s", key, message)
+
+    def _former_homes(self) -> dict[EndpointKey, int]:
+        """Interfaces on which an earlier agent put the endpoints, as far as they are the same interfaces still."""
+        keys = {number: key for key, number in self._ledger.numbers.endpoints.items()}
+        attached, homes = self._node.attached(), {}
+        for _, value in self._node.maps["np_endpoint"].items():  # noqa: PERF102 - a map, no dict
+            row = decode_endpoint(value)
+            if row.number in keys:
+                homes[keys[row.number]] = row.ifindex if row.ifindex in attached else NOWHERE
+        return homes
+
+    def _let_go(self, gone: set[int] | None) -> None:
+        """Forget interfaces that went, before another one with such a number is taken for the same. None: unknown which."""
+        if gone is None:
+            gone = self._attached - self._node.attached()
+        if not gone:
+            return
+        self._attached -= gone
+        self._homes = {key: NOWHERE if ifindex in gone else ifindex for key, ifindex in self._homes.items()}
+        for key in [key for key, binding in self.applier.bindings.items() if binding.ifindex in gone]:
+            self.applier.unbind(key)
+        self._node.prune()
 
     def _bindings(self) -> dict[EndpointKey, Binding]:
         """Which interface each local endpoint is on."""
-        endpoints = self._derivation.world.endpoints
         return {
             key: Binding(
-                ifindex, allowed_sources=endpoints[key].allowed_sources if self.settings.borrow_sources else ()
+                ifindex, allowed_sources=self._local[key].allowed_sources if self.settings.borrow_sources else ()
             )
             for key, ifindex in self._located.interfaces.items()
         }
@@ -369,11 +459,14 @@ class Agent:
         bindings = self._bindings()
         for key in self.applier.bindings.keys() - bindings.keys():
             self.applier.unbind(key)
+        self._no_room.clear()
         for key, binding in bindings.items():
             try:
                 self.applier.bind(key, binding)
+                self._homes[key] = binding.ifindex
             except MapFullError as error:  # noqa: PERF203 - one endpoint's misfortune is not another's
-                self._refusal = _refusal(error)
+                message = f"its interface {self._name_of(binding.ifindex)} stays as it is: {error.message}"
+                self._no_room[key] = Problem(self._location(key), "", message, obj=str(key), slug=error.slug)
         for ifindex in self._attached - wanted:
             log.info("interface %s is no workload's (any more): taking the programs off", self._name_of(ifindex))
             self._node.detach(ifindex)
@@ -388,6 +481,32 @@ class Agent:
         link = self._wiring.links.get(ifindex)
         return str(ifindex) if link is None else link.name
 
+    # --- drift ------------------------------------------------------------------------------------------------------
+
+    def _look_for_drift(self) -> None:
+        """Put back what something else changed; of the rows, the next ones."""
+        now_s = self._clock()
+        if now_s - self._audited_s < AUDIT_S:
+            return
+        self._audited_s = now_s
+        self._unmended = None
+        try:
+            found = self._node.mend(self._attached)
+            self.drift.note(found, now_s)
+            if any(one.kind == "program" for one in found):
+                self.applier.bump_generation()  # of what passed meanwhile, nothing is known
+            if self._is_ahead or self._audit is None:  # the tables are not what is in force
+                return
+            if self._audit.is_between_rounds:
+                if now_s - self._round_s < ROUND_S:
+                    return
+                self._round_s = now_s
+            self.drift.note(self._audit.step(), now_s)
+        except PlatformError as error:
+            message = f"what something else changed cannot be put back: {error.message}"
+            log.error("%s", message)  # noqa: TRY400 - the machine's state, not this code, is to be looked at
+            self._unmended = Problem(Location(""), "", message, slug="drift")
+
     # --- problems ---------------------------------------------------------------------------------------------------
 
     def _host_endpoints(self) -> Iterable[Problem]:
@@ -395,6 +514,16 @@ class Agent:
             if endpoint.kind is EndpointKind.HOST and self.settings.node in (None, endpoint.node):
                 message = "host endpoints are not enforced by this agent; policy that selects only them has no effect"
                 yield Problem(self._location(key), "", message, obj=str(key), severity="warning", slug="host-endpoint")
+
+    def _disputes(self) -> Iterable[Problem]:
+        for address, holder, other in self._claims.disputes():
+            message = _dispute(address, holder, other)
+            yield Problem(
+                self._location(other), "", message, obj=str(other), severity="warning", slug="address-claimed"
+            )
+
+    def _location_of(self, key: object) -> Location:
+        return self._location(key) if isinstance(key, EndpointKey) else Location("")
 
     def _location(self, key: EndpointKey) -> Location:
         resource = self._derivation.get(key_of_endpoint(key))
@@ -421,9 +550,8 @@ def limits_of(maps: Mapping[str, KernelMap]) -> Limits:
     )
 
 
-def _refusal(error: NetpolError) -> Problem:
-    message = f"{error.message}; the state before stays in force"
-    return Problem(Location(""), "", message, slug=error.slug)
+def _dispute(address: IPAddress, holder: EndpointKey, other: EndpointKey) -> str:
+    return f"{address} is claimed by {holder} and by {other}; {holder} had it first, and {other} is closed for it"
 
 
 def _objects(changes: Changes) -> Iterable[tuple[Any, Any, Any]]:

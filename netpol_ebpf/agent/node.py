@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -17,6 +17,7 @@ from netpol_ebpf.apply.applier import KernelMap
 from netpol_ebpf.errors import PlatformError
 from netpol_loader import abi, attach, netlink
 from netpol_loader.dataplane import Dataplane
+from netpol_loader.drift import Drift, mend_attachments, mend_pins
 from netpol_loader.peers import load_peer_addresses
 from netpol_loader.renewal import Renewal
 
@@ -27,6 +28,10 @@ POLICY_MAPS = frozenset({
     "np_l4_col", "np_verdict", "np_rule",
 })  # fmt: skip
 """Maps that say what policy is. The others hold connections, counters and settings, and belong to no agent."""
+
+
+CLSACT_TURN = 10
+"""Interfaces with clsact to be looked at in one audit; arbitrary."""
 
 
 class Node(Protocol):
@@ -42,6 +47,9 @@ class Node(Protocol):
     def has_news(self) -> bool:
         """Whether interfaces, routes or addresses may have changed since the last call."""
 
+    def take_gone(self) -> set[int] | None:
+        """Interfaces that went since the last call, though others may have their numbers now; None: it is not known which."""
+
     def renewal(self) -> contextlib.AbstractContextManager[Mapping[str, KernelMap]]:
         """Empty policy maps, to be filled; at the end of the block, if it raised nothing, they are in force everywhere."""
 
@@ -53,6 +61,12 @@ class Node(Protocol):
 
     def detach(self, ifindex: int) -> None:
         """Take our programs off an interface."""
+
+    def prune(self) -> None:
+        """Forget interfaces that are gone."""
+
+    def mend(self, ifindexes: Collection[int]) -> list[Drift]:
+        """Put back pins, and our programs on these interfaces, where something removed or changed them; what it was."""
 
     def read_events(self, consume: Callable[[abi.np_event], None]) -> int:
         """Hand over the events there are; how many there were."""
@@ -66,12 +80,15 @@ class KernelNode:
         self._sizes = dict(sizes or {})
         self._stack = contextlib.ExitStack()
         self._consume: Callable[[abi.np_event], None] = lambda _event: None
+        self._gone: set[int] | None = set()
+        self._mended = 0  # of clsact interfaces: whose turn it is
 
     def __enter__(self) -> KernelNode:  # noqa: PYI034 - typing.Self comes with Python 3.11
         with contextlib.ExitStack() as stack:
             self._monitor = stack.enter_context(netlink.Monitor())
             self._dataplane = stack.enter_context(Dataplane.open(self._pin_root, sizes=self._sizes))
             self._reader = stack.enter_context(self._dataplane.events(lambda event: self._consume(event)))
+            self._mechanism = attach.preferred_mechanism(self._dataplane)
             self._stack = stack.pop_all()
         return self
 
@@ -95,7 +112,17 @@ class KernelNode:
     def has_news(self) -> bool:
         """See `Node`."""
         news = self._monitor.wait(0)
-        return news is None or bool(news)
+        if news is None:
+            self._gone = None
+            return True
+        if self._gone is not None:
+            self._gone |= {one.ifindex for one in news if one.kind == "link" and one.is_gone}
+        return bool(news)
+
+    def take_gone(self) -> set[int] | None:
+        """See `Node`."""
+        gone, self._gone = self._gone, set()
+        return gone
 
     def snapshot(self) -> Wiring:
         """See `Node`."""
@@ -140,6 +167,20 @@ class KernelNode:
         """See `Node`."""
         attach.detach(ifindex, self._dataplane)
         attach.prune(self._dataplane)
+
+    def prune(self) -> None:
+        """See `Node`."""
+        attach.prune(self._dataplane)
+
+    def mend(self, ifindexes: Collection[int]) -> list[Drift]:
+        """See `Node`. Of interfaces with clsact, CLSACT_TURN at a time are looked at: it takes long."""
+        found = mend_pins(self._dataplane)
+        turn = sorted(ifindexes)
+        if self._mechanism is attach.Mechanism.CLSACT and turn:
+            first = self._mended % len(turn)
+            turn = (turn + turn)[first : first + min(CLSACT_TURN, len(turn))]
+            self._mended = first + len(turn)
+        return found + mend_attachments(self._dataplane, turn)
 
     def read_events(self, consume: Callable[[abi.np_event], None]) -> int:
         """See `Node`."""

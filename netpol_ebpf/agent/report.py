@@ -20,6 +20,8 @@ from netpol_ebpf.errors import Problem
 from netpol_ebpf.policy.provenance import trace
 from netpol_loader import abi
 
+WAITING = 100
+"""Objects shown of a refused change; arbitrary."""
 _COUNT = struct.Struct("=QQ")  # struct np_count: packets, bytes
 
 
@@ -49,6 +51,15 @@ def status(agent: Agent, maps: Mapping[str, KernelMap], place: Mapping[str, str]
             name: {"entries": count, "size": maps[name].max_entries} for name, count in agent.applier.counts.items()
         },
         "packets": reason_counts(maps["np_reason_count"]),
+        "refused": {
+            "changes": agent.refusals.count,
+            "by_map": dict(agent.refusals.by_map),
+            "waiting": list(agent.refusals.objects)[:WAITING],
+        },
+        "drift": {
+            "put_back": dict(agent.drift.counts),
+            "recent": [{"kind": one.kind, "where": one.where, "was": one.was} for _, one in agent.drift.recent],
+        },
     }
 
 

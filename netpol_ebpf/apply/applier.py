@@ -123,6 +123,7 @@ class Applier:
         self._rows: dict[EndpointKey, EndpointRow] = {}
         self._bindings: dict[EndpointKey, Binding] = {}
         self._counts: Counter[str] = Counter()
+        self._written_config: bytes | None = None
 
     # --- state ----------------------------------------------------------------------------------------------------
 
@@ -144,6 +145,18 @@ class Applier:
     def is_enforced(self, key: EndpointKey) -> bool:
         """Whether the endpoint's row is in the kernel: it has both tables and an interface."""
         return key in self._rows and key in self._bindings
+
+    def endpoint_elements(self, key: EndpointKey) -> Iterator[Element]:
+        """What is in the kernel for an endpoint, the row itself last; nothing without a row or an interface."""
+        return self._elements(key)
+
+    def mend_config(self) -> bool:
+        """Put the configuration back if it is not what was last written here; whether it was another."""
+        written = self._written_config
+        if written is None or self._maps["np_config"].get(_FIRST) == written:
+            return False
+        self._put_config(abi.np_config.from_buffer_copy(written))
+        return True
 
     # --- whole tables ---------------------------------------------------------------------------------------------
 
@@ -303,7 +316,7 @@ class Applier:
         """Every open connection is judged again at its next packet; the new generation."""
         config = self._config()
         config.generation = config.generation % 0xFFFF_FFFF + 1  # never 0
-        self._maps["np_config"].put(_FIRST, bytes(config))
+        self._put_config(config)
         return config.generation
 
     def reset_counters(self, rules: Iterable[int]) -> None:
@@ -317,7 +330,11 @@ class Applier:
         """Switch flags of the configuration (``abi.NP_CONFIG_*``)."""
         config = self._config()
         config.flags = (config.flags | on) & ~off
-        self._maps["np_config"].put(_FIRST, bytes(config))
+        self._put_config(config)
+
+    def _put_config(self, config: abi.np_config) -> None:
+        self._written_config = bytes(config)
+        self._maps["np_config"].put(_FIRST, self._written_config)
 
     def _check_room(self, *steps: _Step) -> None:
         """Raises MapFullError, naming map, size and need, when the steps together do not fit."""
@@ -330,12 +347,13 @@ class Applier:
             if name in ARRAYS:
                 last = max(int.from_bytes(key, sys.byteorder) for key in wanted)
                 if last >= one.max_entries:
-                    raise MapFullError(f"map {name} has {one.max_entries} rows; the change needs {last + 1}")
+                    message = f"map {name} has {one.max_entries} rows; the change needs {last + 1}"
+                    raise MapFullError(message, map_name=name)
             elif self._counts[name] + len(wanted) > one.max_entries:
                 present = {key for key, _ in one.items()}  # exact, and only where it is getting tight
                 need = len(present | wanted.keys())
                 if need > one.max_entries:
-                    raise MapFullError(f"map {name} has room for {one.max_entries} rows; the change needs {need}")
+                    raise _too_small(one, need)
 
     def _write(self, step: _Step, undo: _Undo | None) -> None:
         for name, rows in step.puts.items():
@@ -352,6 +370,25 @@ class Applier:
             else:
                 self._maps[name].delete_many(keys)
                 self._counts[name] -= len(keys)
+
+
+def require_room(tables: Tables, maps: Mapping[str, KernelMap]) -> None:
+    """Raise MapFullError when tables do not fit into maps of these sizes. Cost: the addresses and prefixes."""
+    need = Counter(f"np_addr{address.version}" for address in tables.addresses)
+    need.update(f"np_cidr{net.version}" for net in tables.cidrs)
+    need.update(np_peer_class=len(tables.peer_classes), np_rule=len(tables.rules))
+    need["np_l4_atom"] = max(tables.l4_atoms, default=-1) + 1
+    need["np_l4_col"] = max(tables.l4_columns, default=-1) + 1
+    need["np_verdict"] = max(tables.verdicts, default=-1) + 1
+    for name, rows in need.items():
+        if rows > maps[name].max_entries:
+            raise _too_small(maps[name], rows)
+
+
+def _too_small(one: KernelMap, need: int) -> MapFullError:
+    return MapFullError(
+        f"map {one.name} has room for {one.max_entries} rows; the change needs {need}", map_name=one.name
+    )
 
 
 _FIRST = bytes(4)

@@ -15,7 +15,7 @@ import hashlib
 import struct
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from ipaddress import IPv4Address, IPv4Network
+from ipaddress import IPv4Address, IPv4Network, ip_address, ip_network
 from typing import Any
 
 from netpol_ebpf.compiler.tables import AddressRow, EndpointRow, SetRow, VerdictRow
@@ -184,6 +184,18 @@ def map_and_key(table: str, key: Any) -> tuple[str, bytes]:
     return {"l4_atoms": "np_l4_atom", "l4_columns": "np_l4_col", "verdicts": "np_verdict", "rules": "np_rule"}[
         table
     ], _INDEX.pack(key)
+
+
+def decode_key(name: str, key: bytes) -> tuple[str, Any]:
+    """The reverse of `map_and_key`, for maps that are not arrays: table and key there."""
+    if name in ("np_addr4", "np_addr6"):
+        return "addresses", ip_address(key)
+    if name in ("np_cidr4", "np_cidr6"):
+        bits, packed = (_CIDR4_KEY if name == "np_cidr4" else _CIDR6_KEY).unpack(key)
+        return "cidrs", ip_network((packed, bits), strict=False)
+    if name == "np_peer_class":
+        return "peer_classes", _PEER_CLASS_KEY.unpack(key)
+    return {"np_rule": "rules"}[name], _RULE_KEY.unpack(key)[0]
 
 
 class EndpointFlag(enum.IntFlag):

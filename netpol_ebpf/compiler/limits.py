@@ -34,4 +34,4 @@ class Limits:
 
 def exceeded(what: str, limit: str, maximum: int, seen: int) -> LimitError:
     """The error for an object that exceeds a limit; ``limit`` is the field of `Limits`."""
-    return LimitError(f"{what}: {limit.replace('_', ' ')}: needs {seen}, the limit is {maximum}")
+    return LimitError(f"{what}: {limit.replace('_', ' ')}: needs {seen}, the limit is {maximum}", limit=limit)

@@ -37,7 +37,7 @@ class MemoryMap:
         assert len(value) == self.cell_bytes
         limit = self.max_entries if self.hard_limit is None else self.hard_limit
         if key not in self.rows and len(self.rows) >= limit:
-            raise MapFullError(f"map {self.name} is full")
+            raise MapFullError(f"map {self.name} is full", map_name=self.name)
         self.log.append(("put", self.name, key))
         self.rows[key] = value
 
@@ -47,7 +47,7 @@ class MemoryMap:
         return self.rows.pop(key, None) is not None
 
     def items(self) -> Iterator[tuple[bytes, bytes]]:
-        return iter(self.rows.items())
+        return iter(list(self.rows.items()))  # it may be changed meanwhile, as in the kernel
 
     def put_many(self, pairs: Sequence[tuple[bytes, bytes]]) -> None:
         for key, value in pairs:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from ipaddress import ip_address
 from pathlib import Path
@@ -13,8 +13,9 @@ import pytest
 from memory_maps import MemoryMap, memory_maps
 
 from netpol_ebpf.agent import report
-from netpol_ebpf.agent.core import SEARCH_S, Agent, Settings
+from netpol_ebpf.agent.core import AUDIT_S, ROUND_S, SEARCH_S, Agent, Settings
 from netpol_ebpf.agent.node import POLICY_MAPS
+from netpol_ebpf.agent.trouble import RETRY_S
 from netpol_ebpf.agent.wiring import Link, Wiring
 from netpol_ebpf.apply import encode
 from netpol_ebpf.apply.applier import KernelMap
@@ -23,6 +24,7 @@ from netpol_ebpf.errors import LimitError, MapFullError
 from netpol_ebpf.policy.types import EndpointKey
 from netpol_ebpf.sources.files import ManifestDirectory
 from netpol_loader import abi
+from netpol_loader.drift import Drift
 
 POD = """\
 ---
@@ -73,6 +75,9 @@ class MemoryNode:
     rows_when_attached: dict[int, bool] = field(default_factory=dict)
     exchanges: int = 0
     events: list[abi.np_event] = field(default_factory=list)
+    gone: set[int] | None = field(default_factory=set)
+    prunings: int = 0
+    drift: list[Drift] = field(default_factory=list)
 
     @property
     def maps(self) -> Mapping[str, KernelMap]:
@@ -84,6 +89,19 @@ class MemoryNode:
     def has_news(self) -> bool:
         news, self.news = self.news, False
         return news
+
+    def take_gone(self) -> set[int] | None:
+        gone, self.gone = self.gone, set()
+        return gone
+
+    def prune(self) -> None:
+        self.prunings += 1
+
+    def mend(self, ifindexes: Collection[int]) -> list[Drift]:
+        missing = sorted(set(ifindexes) - self.programs)
+        self.programs |= set(missing)
+        found, self.drift = self.drift, []
+        return [*found, *(Drift("program", f"interface {ifindex}", "missing") for ifindex in missing)]
 
     @contextlib.contextmanager
     def renewal(self) -> Iterator[Mapping[str, KernelMap]]:
@@ -461,3 +479,145 @@ def test_report_holds_all_of_it(bench: Bench) -> None:
     assert any("KubernetesNetworkPolicy/shop/db" in one["rule"] for one in report.rules(agent, bench.node.maps))
     members = [member for one in report.identities(agent) for member in one["members"]]
     assert {"10.0.0.1", "10.0.0.2", "10.0.0.3"} <= set(members)
+
+
+# --- addresses claimed twice, interfaces reborn, drift, refusals ----------------------------------------------------
+
+TWIN = POD.format(name="twin", node="here", last=2)
+TWIN_KEY = EndpointKey("Pod", "shop", "twin")
+
+
+def _with_twin_link(bench: Bench) -> None:
+    """A third interface, to which the database's address leads from now on."""
+    bench.node.wiring = replace(
+        WIRING, links={**WIRING.links, 9: Link(9, "cali9", "veth", (7, 2))},
+        host_routes={**WIRING.host_routes, ip_address("10.0.0.2"): 9},
+    )  # fmt: skip
+    bench.node.news = True
+
+
+def test_two_pods_with_one_address_are_named_and_the_newer_is_closed(bench: Bench) -> None:
+    """A warning names both; the older keeps its interface; nobody gets the one that the address leads to now."""
+    agent = bench.agent()
+    bench.write("twin.yaml", TWIN)
+    settle(agent)
+    (problem,) = agent.problems
+    assert problem.severity == "warning"
+    assert "10.0.0.2 is claimed by Pod/shop/db and by Pod/shop/twin" in problem.message
+    assert agent.applier.bindings[DB].ifindex == 6
+    _with_twin_link(bench)
+    agent.step()
+    assert agent.applier.bindings[DB].ifindex == 6
+    assert bench.node.row(9) is None
+    assert 9 in bench.node.programs
+    bench.node.wiring = replace(bench.node.wiring, links={2: UPLINK, 5: WEB_LINK, 9: bench.node.wiring.links[9]})
+    bench.node.news, bench.node.gone = True, {6}
+    agent.step()
+    assert set(agent.applier.bindings) == {WEB}
+    bench.remove("cluster.yaml")
+    bench.write("cluster.yaml", CLUSTER.replace(POD.format(name="db", node="here", last=2), ""))
+    settle(agent)
+    assert agent.applier.bindings[TWIN_KEY].ifindex == 9
+    assert agent.problems == []
+
+
+def test_dispute_outlives_the_agent(bench: Bench) -> None:
+    """The next agent takes the same side, and does not hand the older pod the new interface."""
+    agent = bench.agent()
+    bench.write("a-twin.yaml", TWIN)
+    settle(agent)
+    _with_twin_link(bench)
+    agent = bench.agent()
+    assert agent.applier.bindings[DB].ifindex == 6
+    assert any("Pod/shop/db had it first" in problem.message for problem in agent.problems)
+
+
+def test_interface_reborn_under_its_number_is_a_stranger(bench: Bench) -> None:
+    """An interface that went and came back between two looks gets programs again, without the former pod's row."""
+    agent = bench.agent()
+    bench.node.wiring = replace(
+        WIRING, links={**WIRING.links, 6: Link(6, "other", "veth", (8, 2))},
+        host_routes={ip_address("10.0.0.1"): 5},
+    )  # fmt: skip
+    bench.node.news, bench.node.gone = True, {6}
+    bench.node.programs.discard(6)
+    bench.node.rows_when_attached.clear()
+    agent.step()
+    assert bench.node.rows_when_attached == {6: False}
+    assert 6 in bench.node.programs
+    assert bench.node.row(6) is None
+    assert bench.node.prunings == 1
+
+
+def test_lost_news_are_made_up_for(bench: Bench) -> None:
+    """When nobody knows what went, interfaces without our programs are taken for new."""
+    agent = bench.agent()
+    bench.node.news, bench.node.gone = True, None
+    bench.node.programs.discard(6)
+    agent.step()
+    assert bench.node.programs == {5, 6}
+    assert bench.node.row(6) is not None
+
+
+def test_row_that_something_else_changed_is_put_back(bench: Bench) -> None:
+    """Rows missing, changed and foreign are mended in one round, counted, and open connections are judged again."""
+    agent = bench.agent()
+    before = {name: dict(one.rows) for name, one in bench.node.in_force.items() if name in POLICY_MAPS}
+    generation = agent.applier.generation
+    maps = bench.node.in_force
+    del maps["np_addr4"].rows[ip_address("10.0.0.1").packed]
+    maps["np_addr4"].rows[ip_address("10.0.0.77").packed] = bytes(8)
+    (verdict, *_) = [key for key, value in maps["np_verdict"].rows.items() if any(value)]
+    maps["np_verdict"].rows[verdict] = bytes(len(maps["np_verdict"].rows[verdict]))
+    del maps["np_endpoint"].rows[encode.endpoint_key(5)]
+    bench.now_s += ROUND_S
+    agent.step()
+    after = {name: dict(one.rows) for name, one in bench.node.in_force.items() if name in POLICY_MAPS}
+    assert after == before
+    assert agent.drift.counts == {"row": 4}
+    assert {drift.was for _, drift in agent.drift.recent} == {"missing", "foreign"}
+    assert agent.applier.generation > generation
+
+
+def test_configuration_that_something_else_changed_is_put_back(bench: Bench) -> None:
+    """A generation changed by somebody is one step ahead of the former again."""
+    agent = bench.agent()
+    generation = agent.applier.generation
+    bench.node.in_force["np_config"].rows[bytes(4)] = bytes(abi.np_config(generation=99))
+    bench.now_s += ROUND_S
+    agent.step()
+    assert agent.applier.generation == generation + 1
+    assert agent.drift.counts == {"configuration": 1}
+
+
+def test_programs_that_something_else_removed_are_put_back(bench: Bench) -> None:
+    """A missing program is put back at the next audit and told in the status."""
+    agent = bench.agent()
+    bench.node.programs.discard(5)
+    bench.now_s += AUDIT_S
+    agent.step()
+    assert bench.node.programs == {5, 6}
+    assert report.status(agent, bench.node.maps, {})["drift"] == {
+        "put_back": {"program": 1},
+        "recent": [{"kind": "program", "where": "interface 5", "was": "missing"}],
+    }
+
+
+def test_refused_change_is_tried_again_when_memory_may_be_back(bench: Bench) -> None:
+    """What the kernel had no memory for is named with its map, and put in force later without being asked for."""
+    agent = bench.agent()
+    peers = bench.node.in_force["np_addr4"]
+    peers.hard_limit = len(peers.rows)
+    bench.write("late.yaml", POD.format(name="late", node="there", last=9))
+    settle(agent)
+    (problem,) = agent.problems
+    assert "np_addr4" in problem.message
+    assert problem.obj == "Pod/shop/late"
+    refused = report.status(agent, bench.node.maps, {})["refused"]
+    assert refused == {"changes": 1, "by_map": {"np_addr4": 1}, "waiting": ["Pod/shop/late"]}
+    agent.step()
+    assert bench.node.exchanges == 1
+    bench.now_s += RETRY_S
+    agent.step()
+    assert agent.problems == []
+    assert ip_address("10.0.0.9").packed in bench.node.in_force["np_addr4"].rows

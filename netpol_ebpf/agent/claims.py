@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Who an address belongs to when several workloads say that it is theirs.
+
+The one that said so first has it; for the others it does not count: they are neither known by it nor may they use it, and a
+workload without any other address stays closed.  So a new pod never inherits what an address was allowed before, and an old
+one never loses it to whoever writes the same number into a manifest.
+
+Invariants: at most one workload has an address; who has it loses it only by giving it up.  After a restart those that an
+earlier agent knew count as older.  Knows nothing of interfaces.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from dataclasses import replace
+
+from netpol_ebpf.policy.types import Changes, Endpoint, EndpointKey, EndpointKind, IPAddress, World
+
+
+class Claims:
+    """Addresses of the workloads of a world. ``world`` is read whenever something of it changed (`settle`)."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self._claimants: dict[IPAddress, list[EndpointKey]] = {}  # oldest first
+        self._addresses: dict[EndpointKey, tuple[IPAddress, ...]] = {}  # as claimed
+        self._contested: set[IPAddress] = set()
+
+    def settle(self, changes: Changes, older: Collection[EndpointKey] = ()) -> None:
+        """Take in what became of endpoints, and put into ``changes`` what they have after that.
+
+        ``older``: of those that appear now, the ones that were there first.  The world must be that after the changes.
+        Cost: linear in the changed endpoints and those they contend with.
+        """
+        touched: dict[EndpointKey, None] = {}
+        # What goes makes room before what comes claims it: an address may pass from one to another in one change.
+        for key in changes.endpoints:
+            wanted = self._wanted(key)
+            for address in set(self._addresses.get(key, ())) - set(wanted):
+                touched |= dict.fromkeys(self._give_up(key, address))
+        for key in sorted(changes.endpoints, key=lambda key: (key not in older, key)):
+            wanted = self._wanted(key)
+            for address in wanted:
+                if key not in (line := self._claimants.setdefault(address, [])):
+                    line.append(key)
+                if len(line) > 1:
+                    self._contested.add(address)
+            if wanted:
+                self._addresses[key] = wanted
+            else:
+                self._addresses.pop(key, None)
+            touched[key] = None
+        if self._contested or len(touched) > len(changes.endpoints):
+            changes.endpoints.update({key: self.effective(key) for key in touched})
+
+    def effective(self, key: EndpointKey) -> Endpoint | None:
+        """The endpoint with the addresses that count as its own; None when there is no such endpoint."""
+        endpoint = self._world.endpoints.get(key)
+        if endpoint is None or not self._contested.intersection(self._addresses.get(key, ())):
+            return endpoint
+        own = tuple(address for address in endpoint.addresses if self._claimants[address][0] == key)
+        return endpoint if own == endpoint.addresses else replace(endpoint, addresses=own)
+
+    def effective_world(self) -> World:
+        """The world in which every workload has the addresses that count as its own; to be read only."""
+        losers = {key for line in self._lines() for key in line[1:]}
+        if not losers:
+            return self._world
+        changed = {key: endpoint for key in losers if (endpoint := self.effective(key)) is not None}
+        return replace(self._world, endpoints={**self._world.endpoints, **changed})
+
+    def holder(self, address: IPAddress) -> EndpointKey | None:
+        """The workload that has an address."""
+        line = self._claimants.get(address)
+        return line[0] if line else None
+
+    def is_contested(self, key: EndpointKey) -> bool:
+        """Whether another workload claims an address of this one."""
+        return bool(self._contested.intersection(self._addresses.get(key, ())))
+
+    def disputes(self) -> Iterator[tuple[IPAddress, EndpointKey, EndpointKey]]:
+        """(address, who has it, who claims it too), in order."""
+        for address in sorted(self._contested, key=lambda address: (address.version, address.packed)):
+            first, *others = self._claimants[address]
+            for other in others:
+                yield address, first, other
+
+    def _lines(self) -> Iterator[list[EndpointKey]]:
+        return (self._claimants[address] for address in self._contested)
+
+    def _wanted(self, key: EndpointKey) -> tuple[IPAddress, ...]:
+        endpoint = self._world.endpoints.get(key)
+        if endpoint is None or endpoint.kind is not EndpointKind.WORKLOAD:
+            return ()
+        return endpoint.addresses
+
+    def _give_up(self, key: EndpointKey, address: IPAddress) -> list[EndpointKey]:
+        """Take a workload out of the line for an address; those that may have gained by it."""
+        line = self._claimants[address]
+        line.remove(key)
+        if len(line) <= 1:
+            self._contested.discard(address)
+        if not line:
+            del self._claimants[address]
+        return line

@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Looking whether the maps still hold what was written to them, a few rows at a time, and putting it back where they do not.
+
+Rows are compared with the compiled tables, in both directions: what should be there, and, in maps that are no arrays, what
+should not (a row of an array that nothing refers to means nothing).
+
+Invariants: a row that is right is not written; what was wrong is mended before it is told, and every open connection is judged
+again afterwards, since it may have been allowed by what was wrong.  Cost of a step: the rows it is given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from itertools import islice
+
+from netpol_ebpf.apply.applier import ARRAYS, Applier, KernelMap
+from netpol_ebpf.apply.encode import ENCODERS, Element, decode_key, elements
+from netpol_ebpf.compiler.tables import Tables
+from netpol_ebpf.errors import MapFullError
+from netpol_loader.drift import Drift
+
+ROWS = 2000
+"""Rows looked at in a step: some 10 ms; arbitrary."""
+
+BY_ENDPOINT = ("np_endpoint", "np_source4", "np_source6")
+BY_TABLE = ("np_addr4", "np_addr6", "np_cidr4", "np_cidr6", "np_peer_class", "np_rule")
+
+
+class Audit:
+    """Goes round the maps that ``applier`` writes, whose tables are ``tables``. To be asked between changes only."""
+
+    def __init__(self, maps: Mapping[str, KernelMap], tables: Tables, applier: Applier) -> None:
+        self._maps = maps
+        self._tables = {table.name: table for table in tables.all()}
+        self._applier = applier
+        self._round: Iterator[Drift | None] | None = None
+        self.rounds = 0
+        """How often every row has been looked at."""
+
+    @property
+    def is_between_rounds(self) -> bool:
+        """Whether the next step begins a new round."""
+        return self._round is None
+
+    def step(self, rows: int = ROWS) -> list[Drift]:
+        """Look at the configuration and at the next rows; what was found, and mended."""
+        found = []
+        if self._applier.mend_config():
+            found.append(Drift("configuration", "np_config", "changed"))
+        looked = 0
+        self._round = self._round or self._look_round()
+        for drift in islice(self._round, rows):
+            looked += 1
+            if drift is not None:
+                found.append(drift)
+        if looked < rows:
+            self.rounds += 1
+            self._round = None
+        if found:
+            self._applier.bump_generation()
+        return found
+
+    def _look_round(self) -> Iterator[Drift | None]:
+        """Every row once: those of endpoints, what is too much, what should be there."""
+        for key in list(self._applier.bindings):
+            # All of one endpoint at once: in a pause it might get another row.
+            yield from [self._compare(element) for element in self._applier.endpoint_elements(key)]
+        ours = self._of_endpoints()
+        for name in BY_ENDPOINT:
+            for raw in self._keys(name):
+                # Asked again, since a row may have come since.
+                is_ours = (name, raw) in ours or (name, raw) in self._of_endpoints()
+                yield None if is_ours else self._remove(name, raw)
+        for name in BY_TABLE:
+            for raw in self._keys(name):
+                table, place = decode_key(name, raw)
+                yield None if place in self._tables[table] else self._remove(name, raw)
+        for name in ENCODERS:
+            rows = self._tables[name]
+            for place in list(rows):
+                row = rows.get(place)
+                if row is not None:  # else it went since the list was made
+                    for element in elements(name, {place: row}):
+                        yield self._compare(element)
+
+    def _keys(self, name: str) -> Iterator[bytes]:
+        for key, _value in self._maps[name].items():  # noqa: PERF102 - a map, no dict
+            yield key
+
+    def _of_endpoints(self) -> set[tuple[str, bytes]]:
+        return {
+            (name, key)
+            for endpoint in self._applier.bindings
+            for name, key, _ in self._applier.endpoint_elements(endpoint)
+        }
+
+    def _compare(self, element: Element) -> Drift | None:
+        name, key, value = element
+        found = self._maps[name].get(key)
+        if found == value:
+            return None
+        try:
+            self._maps[name].put(key, value)
+        except MapFullError:
+            return None  # of rows that are too much; they go in this round, and the next one tells of this row
+        is_missing = found is None or (name in ARRAYS and not any(found))
+        return Drift("row", f"{key.hex()} of {name}", "missing" if is_missing else "changed")
+
+    def _remove(self, name: str, key: bytes) -> Drift | None:
+        """Delete a row that should not be there, unless it went since it was read."""
+        return Drift("row", f"{key.hex()} of {name}", "foreign") if self._maps[name].delete(key) else None

@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Addresses that several workloads claim: who has them, and when they pass on."""
+
+from __future__ import annotations
+
+import itertools
+from ipaddress import ip_address
+
+from netpol_ebpf.agent.claims import Claims
+from netpol_ebpf.policy.types import Changes, Endpoint, EndpointKey, EndpointKind, World
+
+A, B, C = (EndpointKey("Pod", "shop", name) for name in "abc")
+ONE, TWO = ip_address("10.0.0.1"), ip_address("10.0.0.2")
+
+
+class Cluster:
+    """A world and its claims; each step is one change of the manifests."""
+
+    def __init__(self) -> None:
+        self.world = World()
+        self.claims = Claims(self.world)
+        self.seen: dict[EndpointKey, tuple[object, ...]] = {}
+
+    def change(self, older: tuple[EndpointKey, ...] = (), **addresses: tuple[object, ...] | None) -> None:
+        changes = Changes()
+        for name, own in addresses.items():
+            key = EndpointKey("Pod", "shop", name)
+            changes.endpoints[key] = (
+                None if own is None else Endpoint(key, EndpointKind.WORKLOAD, {"app": name}, own)  # type: ignore[arg-type]
+            )
+        changes.apply_to(self.world)
+        self.claims.settle(changes, older)
+        for key, endpoint in changes.endpoints.items():
+            if endpoint is None:
+                self.seen.pop(key, None)
+            else:
+                self.seen[key] = endpoint.addresses
+
+    def check(self, **addresses: tuple[object, ...]) -> None:
+        """What a follower of the changes knows, and what the whole world says, are this."""
+        expected = {EndpointKey("Pod", "shop", name): own for name, own in addresses.items()}
+        assert self.seen == expected
+        whole = {key: one.addresses for key, one in self.claims.effective_world().endpoints.items()}
+        assert whole == expected
+
+
+def test_the_first_has_it_and_the_next_gets_it() -> None:
+    """The newer goes without, is told of, and has the address as soon as the older one gives it up."""
+    cluster = Cluster()
+    cluster.change(a=(ONE,))
+    cluster.change(b=(ONE, TWO))
+    cluster.check(a=(ONE,), b=(TWO,))
+    assert list(cluster.claims.disputes()) == [(ONE, A, B)]
+    assert cluster.claims.is_contested(A)
+    cluster.change(a=None)
+    cluster.check(b=(ONE, TWO))
+    assert list(cluster.claims.disputes()) == []
+    assert cluster.claims.holder(ONE) == B
+
+
+def test_an_address_passes_on_within_one_change() -> None:
+    """A pod that goes and one that comes with its address in the same change are no dispute."""
+    for names in itertools.permutations(("a", "b")):
+        cluster = Cluster()
+        cluster.change(a=(ONE,))
+        moves: dict[str, tuple[object, ...] | None] = {"a": None, "b": (ONE,)}
+        cluster.change((), **{name: moves[name] for name in names})
+        cluster.check(b=(ONE,))
+        assert list(cluster.claims.disputes()) == []
+
+
+def test_after_a_restart_the_known_are_older() -> None:
+    """Of pods that appear together, those that an earlier agent knew come first; else the name decides."""
+    cluster = Cluster()
+    cluster.change(older=(B,), a=(ONE,), b=(ONE,), c=(ONE,))
+    cluster.check(a=(), b=(ONE,), c=())
+    assert list(cluster.claims.disputes()) == [(ONE, B, A), (ONE, B, C)]
+
+
+def test_a_change_of_labels_keeps_the_place() -> None:
+    """Who only changes otherwise stays the older one, and a loser that changes stays without."""
+    cluster = Cluster()
+    cluster.change(a=(ONE,))
+    cluster.change(b=(ONE,))
+    cluster.change(a=(ONE, TWO))
+    cluster.change(b=(ONE,))
+    cluster.check(a=(ONE, TWO), b=())
+
+
+def test_nothing_is_left_of_what_went() -> None:
+    """After all endpoints went, the claims are as at the beginning."""
+    cluster = Cluster()
+    cluster.change(a=(ONE, TWO), b=(ONE,))
+    cluster.change(b=(TWO,))
+    cluster.change(a=None)
+    cluster.check(b=(TWO,))
+    cluster.change(b=None)
+    assert (cluster.claims._claimants, cluster.claims._addresses, cluster.claims._contested) == ({}, {}, set())
