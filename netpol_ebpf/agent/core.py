@@ -51,7 +51,7 @@ SEARCH_S = 0.5
 
 AUDIT_S = 1.0
 """How often to look whether programs, pins and the next rows are as they were left; arbitrary."""
-ROUND_S = 10.0
+ROUND_S = 5.0
 """Least time between the beginnings of two rounds through all rows; arbitrary."""
 NOWHERE = 0
 """The interface of an endpoint whose interface is gone."""
@@ -160,6 +160,11 @@ class Agent:
     def attached(self) -> frozenset[int]:
         """Interfaces with programs on them."""
         return frozenset(self._attached)
+
+    @property
+    def audited_rounds(self) -> int:
+        """How often every row in force has been looked at."""
+        return 0 if self._audit is None else self._audit.rounds
 
     @property
     def applier(self) -> Applier:

@@ -58,6 +58,7 @@ def status(agent: Agent, maps: Mapping[str, KernelMap], place: Mapping[str, str]
         },
         "drift": {
             "put_back": dict(agent.drift.counts),
+            "rounds": agent.audited_rounds,
             "recent": [{"kind": one.kind, "where": one.where, "was": one.was} for _, one in agent.drift.recent],
         },
     }

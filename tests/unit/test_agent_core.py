@@ -599,6 +599,7 @@ def test_programs_that_something_else_removed_are_put_back(bench: Bench) -> None
     assert bench.node.programs == {5, 6}
     assert report.status(agent, bench.node.maps, {})["drift"] == {
         "put_back": {"program": 1},
+        "rounds": 0,
         "recent": [{"kind": "program", "where": "interface 5", "was": "missing"}],
     }
 

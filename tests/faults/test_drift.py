@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Something else removes or changes what is ours: it is put back, counted and told, and policy holds again."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from ipaddress import ip_address
+from pathlib import Path
+
+import pytest
+from agent_scene import NODE, Scene, to_db
+
+from netpol_loader import abi, syscall
+from netpol_loader.maps import Map
+
+pytestmark = pytest.mark.netns
+
+
+def pins(scene: Scene) -> Path:
+    (found,) = scene.pin_root.glob("v*")
+    return found
+
+
+def opened(path: Path) -> Map:
+    return Map(syscall.obj_get(path))
+
+
+def detach(scene: Scene) -> None:
+    """Every link of every interface is detached; the pins stay."""
+    for pin in (pins(scene) / "links").iterdir():
+        fd = syscall.obj_get(pin)
+        syscall.link_detach(fd)
+        os.close(fd)
+
+
+def unpin_links(scene: Scene) -> None:
+    """The links go with their pins, and their directory too."""
+    shutil.rmtree(pins(scene) / "links")
+
+
+def exchange_program(scene: Scene) -> None:
+    """The links run another program, which lets everything pass."""
+    mov_r0_minus_1, leave = b"\xb7\0\0\0\xff\xff\xff\xff", b"\x95\0\0\0\0\0\0\0"
+    program = syscall.prog_load(mov_r0_minus_1 + leave)
+    for pin in (pins(scene) / "links").iterdir():
+        fd = syscall.obj_get(pin)
+        syscall.link_update(fd, program)
+        os.close(fd)
+    os.close(program)
+
+
+def unpin_maps(scene: Scene) -> None:
+    """Half of the maps and a program lose their pins; another map's pin is put in the place of one."""
+    for name in ("np_addr4", "np_verdict", "np_conn4", "np_tc_ingress", "np_event"):
+        (pins(scene) / name).unlink()
+    (pins(scene) / "np_config").rename(pins(scene) / "np_event")
+
+
+def unpin_everything(scene: Scene) -> None:
+    """The whole directory goes."""
+    shutil.rmtree(pins(scene))
+
+
+def forget_addresses(scene: Scene) -> None:
+    """No pod is known by its address any more."""
+    addresses = opened(pins(scene) / "np_addr4")
+    addresses.clear()
+    addresses.close()
+
+
+def give_away_address(scene: Scene) -> None:
+    """The pod that is denied gets the identity of the one that is allowed."""
+    addresses = opened(pins(scene) / "np_addr4")
+    other = ip_address("10.1.0.3").packed
+    value = addresses.get(ip_address("10.1.0.1").packed)
+    assert value is not None
+    addresses.put(other, value[:4] + (addresses.get(other) or b"")[4:])
+    addresses.close()
+
+
+def unknown_interfaces(scene: Scene) -> None:
+    """The rows of all interfaces go."""
+    endpoints = opened(pins(scene) / "np_endpoint")
+    endpoints.clear()
+    endpoints.close()
+
+
+def clear_verdicts(scene: Scene) -> None:
+    """All verdicts become zero."""
+    verdicts = opened(pins(scene) / "np_verdict")
+    verdicts.put_many([(key, bytes(verdicts.value_size)) for key, value in verdicts.items() if any(value)])
+    verdicts.close()
+
+
+def reset_configuration(scene: Scene) -> None:
+    """Generation, flags and time-outs become zero."""
+    config = opened(pins(scene) / "np_config")
+    config.put(bytes(4), bytes(abi.np_config()))
+    config.close()
+
+
+FAULTS = (
+    detach, unpin_links, exchange_program, unpin_maps, unpin_everything, forget_addresses, give_away_address,
+    unknown_interfaces, clear_verdicts, reset_configuration,
+)  # fmt: skip
+
+
+def pinned(scene: Scene) -> dict[str, int]:
+    """Every map and program pinned, with the kernel's number of it."""
+    found = {}
+    for path in pins(scene).iterdir():
+        if not path.is_dir():
+            fd = syscall.obj_get(path)
+            is_program = path.name in ("np_tc_ingress", "np_tc_egress")
+            found[path.name] = syscall.prog_info(fd).id if is_program else syscall.map_info(fd).id
+            os.close(fd)
+    return found
+
+
+@pytest.fixture
+def whole(scene: Scene) -> Iterator[Scene]:
+    """The pins and links are the same objects afterwards."""
+    before, attached = pinned(scene), scene.attached()
+    yield scene
+    assert pinned(scene) == before
+    assert scene.attached() == attached
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
+def test_what_others_change_is_put_back(whole: Scene, fault: Callable[[Scene], None]) -> None:
+    """After each interference the status counts what was put back, and policy and an open connection are as before."""
+    scene = whole
+    held = scene.lab.prober.hold(to_db("shop/web"))
+    assert held is not None
+    before = sum(scene.state()["drift"]["put_back"].values())
+    fault(scene)
+    scene.await_status(lambda state: sum(state["drift"]["put_back"].values()) > before, "something was put back")
+    scene.await_reached(to_db("shop/web"), expected=True)
+    scene.await_reached(to_db("shop/other"), expected=False)
+    scene.await_reached(to_db("shop/other", 6), expected=False)
+    assert held.exchange(5.0)
+    held.close()
+    state = scene.state()
+    assert state["in_force"]
+    assert state["drift"]["recent"]
+
+
+def test_mended_node_is_left_alone(scene: Scene) -> None:
+    """When everything is as it should be, rounds go by and nothing is put back."""
+    before = scene.state()["drift"]["put_back"]
+    rounds = scene.state()["drift"]["rounds"]
+    state = scene.await_status(lambda state: state["drift"]["rounds"] >= rounds + 2, "two rounds")
+    assert state["drift"]["put_back"] == before
+
+
+def test_what_was_put_back_outlives_the_agent(scene: Scene) -> None:
+    """After all pins were removed and put back, a killed agent's successor takes over as if nothing had been."""
+    held = scene.lab.prober.hold(to_db("shop/web"))
+    assert held is not None
+    before = sum(scene.state()["drift"]["put_back"].values())
+    unpin_everything(scene)
+    scene.await_status(lambda state: sum(state["drift"]["put_back"].values()) > before, "the pins are back")
+    scene.kill()
+    assert scene.reached(to_db("shop/web"), to_db("shop/other")) == [True, False]
+    scene.start()
+    assert scene.reached(to_db("shop/web"), to_db("shop/other")) == [True, False]
+    assert held.exchange(5.0)
+    held.close()
+    assert {interface: len(hooks) for interface, hooks in scene.attached().items()} == {
+        child.parent_interface: 2 for child in scene.lab.plan.children(NODE)
+    }
