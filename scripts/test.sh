@@ -30,7 +30,7 @@ step() { # NAME COMMAND...
 # Coverage needs the tests' own exit code first and the report whatever it was.
 run_pytest() {
     local code=0
-    coverage run -m pytest --junit-xml="$reports/pytest.xml" "$@" || code=$?
+    coverage run -m pytest --durations=15 --junit-xml="$reports/pytest.xml" "$@" || code=$?
     coverage report || code=$?
     return "$code"
 }

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from netpol_ebpf.agent.service import SOCKET_NAME, ask
-from netpol_ebpf.errors import Location, PlatformError, PrivilegeError, UnreachableError
+from netpol_ebpf.errors import InvalidInputError, Location, PlatformError, PrivilegeError, UnreachableError
 from netpol_ebpf.lab import shop
 from netpol_ebpf.lab.attempt import Attempt
 from netpol_ebpf.lab.laboratory import Lab
@@ -68,12 +68,14 @@ def register(subparsers: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the command; returns the exit code."""
-    if os.geteuid() != 0:
-        raise PrivilegeError("the demonstration makes network namespaces and loads a BPF program, which needs root")
+    manifests = arguments.manifests or shop.manifests_dir()
+    if not manifests.is_dir():
+        raise InvalidInputError(f"--manifests {manifests}: there is no such directory")
+    _require_machine(with_iperf=not arguments.no_iperf)
     stage = Stage(quiet=arguments.output == "json", colour=_wants_colour(arguments.color))
     began = time.monotonic()
     with _ended_by_signals(), _workshop() as workshop:
-        shutil.copytree(arguments.manifests or shop.manifests_dir(), workshop / "manifests")
+        shutil.copytree(manifests, workshop / "manifests")
         with Demo(stage, workshop) as demo:
             summary = demo.play(with_iperf=not arguments.no_iperf)
             if arguments.keep:
@@ -296,7 +298,7 @@ class Demo:
             ["bpftool", "map", "dump", "pinned", str(pinned)], check=False, capture_output=True, text=True
         )
         if done.returncode != 0:
-            raise PlatformError(f"bpftool cannot read {pinned}: {done.stderr.strip()}", hint="Install bpftool.")
+            raise PlatformError(f"bpftool cannot read {pinned}: {done.stderr.strip()}", hint="Is it of this kernel?")
         lines = done.stdout.splitlines()
         for line in lines[:MAP_LINES]:
             self.stage.say(line)
@@ -387,6 +389,18 @@ class Demo:
     def _log_tail(self) -> str:
         lines = self.log.read_text(errors="replace").splitlines()[-LOG_LINES_SHOWN:]
         return "The agent's last words:\n" + "\n".join(lines)
+
+
+def _require_machine(*, with_iperf: bool) -> None:
+    """Raise PlatformError for the first thing that is missing, before anything is built."""
+    from netpol_loader import doctor
+
+    if os.geteuid() != 0:
+        raise PrivilegeError("the demonstration makes network namespaces and loads a BPF program, which needs root")
+    doctor.require_all(PIN_PARENT)
+    for tool in ("bpftool", "iperf3") if with_iperf else ("bpftool",):
+        if shutil.which(tool) is None:
+            raise PlatformError(f"{tool} is not installed", hint=f"Install {tool}; scripts/setup.sh does.")
 
 
 def _wants_colour(choice: str) -> bool:

@@ -12,7 +12,7 @@ from dataclasses import replace
 from ipaddress import ip_address
 from pathlib import Path
 
-from netpol_ebpf.errors import PlatformError
+from netpol_ebpf.errors import InvalidInputError, PlatformError
 from netpol_ebpf.lab.attempt import Attempt
 from netpol_ebpf.lab.matrix import Service
 from netpol_ebpf.lab.scene import INTERNET, plan_for
@@ -127,8 +127,17 @@ def manifests_dir() -> Path:
 
 
 def shop_plan(resources: Iterable[Resource]) -> Plan:
-    """The laboratory for the manifests, with the outside and the second node."""
+    """The laboratory for the manifests, with the outside and the second node.
+
+    Raises InvalidInputError when a pod or node is missing that the demonstration speaks of.
+    """
     plan = plan_for(resources, (*OUTSIDE, *TWINS))
+    missing = sorted(NAMES.keys() - plan.hosts.keys())
+    if missing:
+        raise InvalidInputError(
+            f"the manifests lack {', '.join(missing)}",
+            hint="The demonstration needs the pods and the node of examples/demo; its policies may be changed.",
+        )
     return Plan(
         replace(host, listens=tuple(listen for listen in host.listens if listen.port != BULK_PORT))
         for host in plan.hosts.values()
