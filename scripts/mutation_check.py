@@ -249,23 +249,24 @@ class Copy:
             "NETPOL_HYPOTHESIS": "fixed",
         }
 
-    def first_failure(self) -> str:
-        """Name of the first stage that fails, with its last word; "" when all pass."""
-        for stage in stages(self._directory):
-            command = [part.format(python=sys.executable) for part in stage.command]
-            try:
-                done = subprocess.run(
-                    command, cwd=self._directory, env=self._environment, capture_output=True, text=True,
-                    timeout=TIMEOUT_S, check=False,
-                )  # fmt: skip
-            except subprocess.TimeoutExpired:
-                return f"{stage.name}: no end after {TIMEOUT_S} s"
-            if done.returncode in PYTEST_UNUSABLE and "pytest" in command:
-                raise ValueError(
-                    f"stage {stage.name} could not run: {_last_word(done.stderr) or _last_word(done.stdout)}"
-                )
-            if done.returncode != 0:
-                return f"{stage.name}: {_last_word(done.stdout) or _last_word(done.stderr)}"
+    def stages(self) -> tuple[Stage, ...]:
+        """What is run on this copy."""
+        return stages(self._directory)
+
+    def failure(self, stage: Stage) -> str:
+        """The last word of a stage that fails, with its name; "" when it passes."""
+        command = [part.format(python=sys.executable) for part in stage.command]
+        try:
+            done = subprocess.run(
+                command, cwd=self._directory, env=self._environment, capture_output=True, text=True,
+                timeout=TIMEOUT_S, check=False,
+            )  # fmt: skip
+        except subprocess.TimeoutExpired:
+            return f"{stage.name}: no end after {TIMEOUT_S} s"
+        if done.returncode in PYTEST_UNUSABLE and "pytest" in command:
+            raise ValueError(f"stage {stage.name} could not run: {_last_word(done.stderr) or _last_word(done.stdout)}")
+        if done.returncode != 0:
+            return f"{stage.name}: {_last_word(done.stdout) or _last_word(done.stderr)}"
         return ""
 
     def caught_by(self, slip: Slip) -> str:
@@ -280,7 +281,7 @@ class Copy:
         compile(slipped, str(path), "exec")
         try:
             path.write_text(slipped, encoding="utf-8")
-            return self.first_failure()
+            return next(filter(None, map(self.failure, self.stages())), "")
         finally:
             path.write_text(text, encoding="utf-8")
 
@@ -329,10 +330,11 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     start = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="netpol-mutation-") as directory:
-        copies = [Copy(Path(directory, str(number))) for number in range(max(1, min(options.jobs, len(chosen))))]
-        failure = copies[0].first_failure()
-        if failure:
-            print(f"the tests fail without any slip: {failure}", file=sys.stderr)
+        copies = [Copy(Path(directory, str(number))) for number in range(max(1, options.jobs))]
+        with ThreadPoolExecutor(len(copies)) as pool:
+            failures = list(filter(None, pool.map(copies[0].failure, copies[0].stages())))
+        if failures:
+            print("the tests fail without any slip:", *failures, sep="\n  ", file=sys.stderr)
             return 2
         bad = 0
         for slip, good, remark in _results(chosen, copies):
