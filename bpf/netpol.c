@@ -4,8 +4,10 @@
 //
 //     np_tc         the packet's facts -> np_frame -> np_conclude
 //     np_frame      frame -> ARP | IPv4 | IPv6 | the rest
-//     np_ip         parse -> the short way -> neighbour discovery -> whose -> fragment -> open connection: done
-//     np_ip_slow    anti-spoofing -> connection -> policy -> np_ip_known | np_ip_new
+//     np_ip         parse -> the short way -> neighbour discovery -> whose -> fragment -> np_ip_sender
+//                   -> open connection: done
+//     np_ip_sender  the verdict of a sender that was deferred to here
+//     np_ip_slow    anti-spoofing -> connection -> np_ip_plan -> policy -> np_ip_known | np_ip_new
 //     np_conclude   count, tell, pass or drop
 //
 // Each step returns why the packet passes or is dropped (enum np_reason), or NP_REASON_NONE: the next step decides.
@@ -15,8 +17,8 @@
 // call.
 //
 // Files, in the order of use: np_lang (words), np_abi (what is shared), np_maps (tables), np_parse, np_flow (what the
-// steps tell each other), np_count, np_event, np_endpoint (whose), np_classify (policy), np_conn, np_fragment,
-// np_recent (the short way).
+// steps tell each other), np_count, np_event, np_endpoint (whose), np_classify (one policy), np_judge (which policies),
+// np_conn, np_service (what is judged elsewhere), np_fragment, np_recent (the short way).
 
 #include "np_lang.h"
 #include "np_abi.h"
@@ -28,11 +30,15 @@
 #include "np_endpoint.h"
 #include "np_classify.h"
 #include "np_conn.h"
+#include "np_judge.h"
+#include "np_service.h"
 #include "np_fragment.h"
 #include "np_recent.h"
 
 // -1 is TC_ACT_UNSPEC for clsact and TCX_NEXT for tcx: the next program decides. 2 is TC_ACT_SHOT and TCX_DROP.
+// 0 is TC_ACT_OK and TCX_PASS: nobody else at this hook.
 #define NP_PASS (-1)
+#define NP_PASS_ALONE 0
 #define NP_DROP 2
 
 // The policy's direction at this hook.
@@ -69,12 +75,13 @@ NP_INLINE int np_is_new_flow(int reason)
 // Count, tell whoever wants to know, and say to the kernel what becomes of the packet.
 NP_INLINE int np_conclude(struct np_flow *flow, int reason)
 {
-    struct np_decision *decision = &flow->decision;
+    struct np_decision *decision = flow->decision;
     int dropped = reason >= NP_REASON_POLICY_DENY || reason == NP_REASON_NONE;
     if (np_has_rule(reason))
         np_count_rule(decision->rule, flow->frame_bytes);
+    int pass = flow->leg->ends ? NP_PASS_ALONE : NP_PASS;
     if (reason == NP_REASON_ESTABLISHED)
-        return NP_PASS;
+        return pass;
     np_count_reason(reason, flow->frame_bytes);
     if (decision->log_list)
         np_event_log(flow, reason);
@@ -92,116 +99,256 @@ NP_INLINE int np_conclude(struct np_flow *flow, int reason)
     }
     if (kind)
         np_event_write(flow, kind, reason);
-    return dropped ? NP_DROP : NP_PASS;
+    return dropped ? NP_DROP : pass;
 }
 
 // Traffic that no policy applies to: of the node's own processes to its workload, and of a workload to itself through
-// the node (whatever translated its addresses on the way).
-NP_INLINE int np_exempt(const struct np_flow *flow, const int hook)
+// the node, which may have put its own address in place of the workload's.
+NP_INLINE int np_exempt(const struct np_flow *flow, const int hook, const int version)
 {
-    if (hook != NP_HOOK_EGRESS || flow->endpoint_flags & NP_ENDPOINT_HOST)
+    if (hook != NP_HOOK_EGRESS || flow->leg->endpoint_flags & NP_ENDPOINT_HOST)
         return NP_REASON_NONE;
     if (flow->ingress_ifindex == 0)
         return NP_REASON_HOST;
-    return flow->ingress_ifindex == flow->ifindex ? NP_REASON_SELF : NP_REASON_NONE;
+    if (flow->ingress_ifindex == flow->ifindex)
+        return NP_REASON_SELF;
+    if (flow->leg->carried && flow->leg->carried == flow->leg->endpoint && np_is_local(flow->packet->source, version))
+        return NP_REASON_SELF;
+    return NP_REASON_NONE;
 }
 
-// A packet of a known connection.  One that was allowed under another generation takes the policy step once more, with
-// the tuple of its first packet; what is no longer allowed is removed.
-NP_INLINE int np_ip_known(struct np_flow *flow, union np_conn_key *key, const struct np_found *found, int related,
+// What kind of flow a first packet begins: NP_CONN_DEFERRED, NP_CONN_FORWARDED.
+NP_INLINE __u8 np_ip_kind(const struct np_flow *flow, const struct np_question *question, const int hook,
                           const int version)
 {
-    struct np_conn *conn = found->conn;
-    struct np_decision *decision = &flow->decision;
-    if (conn->generation != flow->config->generation) {
-        int exempt = conn->flags & NP_CONN_EXEMPT;
-        int allowed = exempt || decision->action == NP_ACTION_ALLOW;
-        if (!allowed && !(flow->config->flags & NP_CONFIG_KEEP_REVOKED)) {
-            np_conn_remove(key, found, version);
-            return decision->reason == NP_REASON_POLICY_DENY ? NP_REASON_REVOKED : decision->reason;
+    int is_host = (flow->leg->endpoint_flags & NP_ENDPOINT_HOST) != 0;
+    if (hook == NP_HOOK_EGRESS)
+        return is_host && flow->ingress_ifindex ? NP_CONN_FORWARDED : 0;
+    if (np_vip_of(question, version))
+        return NP_CONN_DEFERRED;
+    return is_host && !np_is_for_node(question->destination, version) ? NP_CONN_FORWARDED : 0;
+}
+
+// Lay down whom to ask about a flow of that kind, whose first packet (work->questions[NP_QUESTION_WIRE]) had this
+// direction. Returns why it is dropped unasked, or NP_REASON_NONE.
+NP_INLINE int np_ip_plan(struct np_flow *flow, struct np_work *work, __u8 kind, __u8 direction, const int version)
+{
+    const struct np_config *config = flow->config;
+    __u32 behind = 0; // asked about what is behind a service on this node
+    int is_deferred = (kind & NP_CONN_DEFERRED) != 0;
+    const struct np_question *wire = &work->questions[NP_QUESTION_WIRE];
+    work->hides_source = work->refuses = 0;
+    work->number = flow->leg->endpoint;
+    work->ifindex = flow->ifindex;
+    work->questions[NP_QUESTION_FINAL] = *wire;
+    if (is_deferred) {
+        struct np_vip *vip = np_vip_of(wire, version);
+        if (!(config->flags & NP_CONFIG_DEFER))
+            return NP_REASON_NO_EXIT;
+        if (vip && vip->flags & NP_VIP_MANY)
+            return NP_REASON_LOCAL_BACKENDS;
+        if (vip && vip->flags & NP_VIP_LOCAL) {
+            struct np_question *final = &work->questions[NP_QUESTION_FINAL];
+            behind = 1;
+            final->destination_port = vip->local_port;
+            __builtin_memcpy(final->destination, vip->local, version == 4 ? 4 : 16);
         }
-        if (allowed && !exempt)
-            conn->rule = decision->rule;
-        conn->generation = flow->config->generation;
-        decision->log_list = 0; // Log rules speak of new flows
     }
-    decision->rule = conn->rule;
-    if (related)
+
+    if (flow->leg->endpoint_flags & NP_ENDPOINT_HOST) {
+        int inwards = direction == NP_DIRECTION_INGRESS;
+        __u32 before = inwards ? NP_ASK_UNTRACKED | NP_ASK_PRE_DNAT << 4 : NP_ASK_UNTRACKED;
+        __u32 width = inwards ? 8 : 4;
+        work->host = flow->leg->endpoint;
+        work->outwards = inwards ? 0 : NP_OUTWARDS_HOST;
+        if (is_deferred && !behind)
+            work->asks = before;
+        else if (kind & NP_CONN_FORWARDED)
+            work->asks = before | (__u32)NP_ASK_FORWARD << width;
+        else
+            work->asks = NP_ASK_FAILSAFE | before << 4 | (__u32)NP_ASK_NORMAL << (width + 4);
+        return NP_REASON_NONE;
+    }
+
+    work->host = config->wildcard;
+    // What leaves a workload enters the host.
+    work->outwards = direction == NP_DIRECTION_EGRESS ? NP_OUTWARDS_WORKLOAD : NP_OUTWARDS_HOST;
+    if (direction == NP_DIRECTION_INGRESS) {
+        work->asks = work->host ? NP_ASK_FORWARD | NP_ASK_WORKLOAD << 4 : NP_ASK_WORKLOAD;
+        return NP_REASON_NONE;
+    }
+    int to_host = is_deferred ? (int)behind : np_is_local(wire->destination, version);
+    __u32 asks = 0;
+    if (work->host) {
+        if (to_host && config->flags & NP_CONFIG_TO_HOST_PASS)
+            asks = NP_ASK_NORMAL;
+        else if (!to_host && !is_deferred)
+            asks = NP_ASK_FORWARD;
+        asks = asks << 4 | NP_ASK_PRE_DNAT;
+    }
+    if (!is_deferred || behind)
+        asks = asks << 4 | NP_ASK_WORKLOAD;
+    work->asks = asks;
+    if (to_host && config->flags & NP_CONFIG_TO_HOST_DENY)
+        work->refuses = NP_REASON_TO_HOST;
+    return NP_REASON_NONE;
+}
+
+// Ask policy about the flow under a connection key; `work->reason`: what exempts it. Afterwards the decision holds an
+// action other than NP_ACTION_NONE, and its reason.
+NP_INLINE void np_ip_decide(struct np_flow *flow, struct np_work *work, const union np_conn_key *key, const int hook,
+                            const int version)
+{
+    struct np_decision *decision = flow->decision;
+    struct np_question *question = &work->questions[NP_QUESTION_WIRE];
+    struct np_leg *leg = flow->leg;
+    np_question_of(question, key, leg->first_direction, version);
+    if (!work->found.is_known && !work->reason)
+        leg->kind = np_ip_kind(flow, question, hook, version);
+    np_barrier();
+    if (leg->first_direction == NP_DIRECTION_EGRESS && !(leg->endpoint_flags & NP_ENDPOINT_HOST) &&
+        !(leg->kind & NP_CONN_DEFERRED)) {
+        struct np_addr *addr = np_addr_of(question->destination, version);
+        if (addr && addr->endpoint == leg->endpoint) {
+            decision->peer_identity = addr->identity;
+            work->reason = NP_REASON_SELF;
+        }
+    }
+    np_barrier();
+    if (work->reason) {
+        decision->action = decision->staged_action = NP_ACTION_ALLOW;
+        decision->reason = work->reason;
+        return;
+    }
+    work->reason = np_ip_plan(flow, work, leg->kind, leg->first_direction, version);
+    np_barrier();
+    if (work->reason) {
+        decision->action = decision->staged_action = NP_ACTION_DENY;
+        decision->reason = work->reason;
+        return;
+    }
+    np_judge(flow, work, NP_TURNS_OWN, version);
+}
+
+// Policy was asked again about a known connection, which was allowed under another generation, with the tuple of its
+// first packet; what is no longer allowed is removed.  Returns why the packet is dropped, or NP_REASON_NONE.
+NP_INLINE int np_ip_again(struct np_flow *flow, union np_conn_key *key, const struct np_found *found,
+                          struct np_conn *conn, const int version)
+{
+    struct np_decision *decision = flow->decision;
+    int allowed = decision->action != NP_ACTION_DENY;
+    if (!allowed && !(flow->config->flags & NP_CONFIG_KEEP_REVOKED)) {
+        np_conn_remove(key, found, version);
+        return decision->reason == NP_REASON_POLICY_DENY ? NP_REASON_REVOKED : decision->reason;
+    }
+    if (allowed)
+        conn->rule = decision->rule;
+    if (allowed && conn->flags & NP_CONN_DEFERRED && flow->leg->endpoint_flags & NP_ENDPOINT_HOST)
+        conn->flags =
+            decision->action == NP_ACTION_ALLOW ? conn->flags & ~NP_CONN_CARRIES : conn->flags | NP_CONN_CARRIES;
+    decision->log_list = 0; // Log rules speak of new flows
+    return NP_REASON_NONE;
+}
+
+// A packet of a known connection that is allowed under this generation.
+NP_INLINE int np_ip_known(struct __sk_buff *skb, struct np_flow *flow, union np_conn_key *key,
+                          const struct np_found *found, struct np_conn *conn, const int version)
+{
+    conn->generation = flow->config->generation;
+    flow->decision->rule = conn->rule;
+    if (conn->flags & NP_CONN_CARRIES && !flow->leg->reply)
+        np_carry(skb, flow, flow->leg->endpoint);
+    if (flow->leg->related)
         return NP_REASON_RELATED;
-    int reason = np_conn_advance(flow, key, found, version);
+    int reason = np_conn_advance(flow, key, conn, found, version);
     return reason ? reason : NP_REASON_ESTABLISHED;
 }
 
 // The first packet of a flow that was allowed.
-NP_INLINE int np_ip_new(struct np_flow *flow, union np_conn_key *key, const struct np_found *found, const int version)
+NP_INLINE int np_ip_new(struct __sk_buff *skb, struct np_flow *flow, union np_conn_key *key,
+                        const struct np_found *found, __u8 kind, const int version)
 {
-    const struct np_packet *packet = &flow->packet;
-    int reason = flow->decision.reason;
-    int exempt = reason != NP_REASON_POLICY_ALLOW;
+    const struct np_packet *packet = flow->packet;
+    int reason = flow->decision->reason;
+    __u8 flags = reason == NP_REASON_HOST || reason == NP_REASON_SELF ? NP_CONN_EXEMPT : kind;
+    if (kind & NP_CONN_DEFERRED &&
+        (flow->decision->action == NP_ACTION_CONTINUE || !(flow->leg->endpoint_flags & NP_ENDPOINT_HOST))) {
+        flags |= NP_CONN_CARRIES;
+        np_carry(skb, flow, flow->leg->endpoint);
+        reason = NP_REASON_DEFERRED;
+    }
     // A packet in the middle of a host's TCP connection opens none: it may be the tail of one that policy has just
     // closed.
     if (reason == NP_REASON_HOST && packet->protocol == NP_PROTOCOL_TCP && !(packet->tcp_flags & NP_TCP_SYN))
         return reason;
     if (!np_conn_opens(flow))
         return reason;
-    int failed = np_conn_open(flow, key, found, exempt ? NP_CONN_EXEMPT : 0, version);
+    int failed = np_conn_open(flow, key, found, 0, flags, version);
     return failed ? failed : reason;
 }
 
 // Everything but a packet in the middle of an open connection.  `open`: what np_conn holds under the packet's key.
 NP_INLINE int np_ip_slow(struct __sk_buff *skb, struct np_flow *flow, union np_conn_key *key, struct np_conn *open,
-                         const int hook, const int version)
+                         struct np_work *work, const int hook, const int version)
 {
-    const struct np_packet *packet = &flow->packet;
-    struct np_found found = {};
-    int related = NP_REASON_NONE;
+    const struct np_packet *packet = flow->packet;
+    struct np_question *question = &work->questions[NP_QUESTION_WIRE];
+    struct np_found *found = &work->found;
+    struct np_leg *leg = flow->leg;
     int is_error = packet->icmp_kind == NP_ICMP_ERROR;
 
     if (np_is_spoofed(flow, version))
         return NP_REASON_SPOOFED;
 
+    leg->related = NP_REASON_NONE;
     if (is_error) {
-        related = np_conn_key_inner(skb, key, flow, version);
-        if (related == NP_REASON_ICMP_UNRELATED)
-            return related;
-        if (related == NP_REASON_NONE)
-            flow->packet.icmp_kind = NP_ICMP_PLAIN; // a message like any other
+        leg->related = np_conn_key_inner(skb, key, flow, version);
+        if (leg->related == NP_REASON_ICMP_UNRELATED)
+            return NP_REASON_ICMP_UNRELATED;
+        if (leg->related == NP_REASON_NONE)
+            flow->packet->icmp_kind = NP_ICMP_PLAIN; // a message like any other
     }
+    np_barrier();
     if (packet->special)
         open = np_conn_lookup(key, version);
-    np_conn_find(&found, key, open, flow, version);
-    if (related && !found.conn)
+    struct np_conn *conn = np_conn_find(found, key, open, flow, version);
+    if (leg->related && !conn)
         return NP_REASON_ICMP_UNRELATED;
 
-    struct np_question question = {
-        .key = key,
-        .direction = flow->direction,
-        .icmp_type = packet->icmp_type,
-        .icmp_code = packet->icmp_code,
-    };
-    int exempt = NP_REASON_NONE;
-    int known = 0; // allowed under this generation
-    if (found.conn) {
-        question.direction = found.conn->direction;
-        question.icmp_type = found.conn->icmp_type;
-        question.icmp_code = found.conn->icmp_code;
-        flow->reply = found.conn->direction != flow->direction;
-        known = found.conn->generation == flow->config->generation || found.conn->flags & NP_CONN_EXEMPT;
-    } else {
-        exempt = np_exempt(flow, hook);
+    int is_current = 0;
+    leg->first_direction = leg->direction;
+    question->icmp_type = packet->icmp_type;
+    question->icmp_code = packet->icmp_code;
+    work->reason = NP_REASON_NONE;
+    if (conn) {
+        leg->first_direction = conn->direction;
+        leg->kind = conn->flags & (NP_CONN_DEFERRED | NP_CONN_FORWARDED);
+        leg->reply = conn->direction != leg->direction;
+        question->icmp_type = conn->icmp_type;
+        question->icmp_code = conn->icmp_code;
+        is_current = conn->generation == flow->config->generation || conn->flags & NP_CONN_EXEMPT;
     }
-    if (exempt) {
-        flow->decision.action = flow->decision.staged_action = NP_ACTION_ALLOW;
-        flow->decision.reason = exempt;
-    } else if (!known) {
-        np_decide(flow, &question, version);
+    if (!is_current) {
+        work->reason = conn ? NP_REASON_NONE : np_exempt(flow, hook, version);
+        np_barrier();
+        np_ip_decide(flow, work, key, hook, version);
+        np_barrier();
+        conn = 0;
+        if (found->is_known) {
+            conn = np_conn_again(found, key, version);
+            if (conn) {
+                int reason = np_ip_again(flow, key, found, conn, version);
+                if (reason)
+                    return reason;
+            } // else it was evicted meanwhile; what policy says counts
+        }
     }
 
-    int reason = flow->decision.reason;
-    if (found.conn)
-        reason = np_ip_known(flow, key, &found, related, version);
-    else if (flow->decision.action == NP_ACTION_ALLOW)
-        reason = np_ip_new(flow, key, &found, version);
+    int reason = flow->decision->reason;
+    if (conn)
+        reason = np_ip_known(skb, flow, key, found, conn, version);
+    else if (flow->decision->action != NP_ACTION_DENY)
+        reason = np_ip_new(skb, flow, key, found, leg->kind, version);
     // Errors fit into one packet; the rest of one would be taken for its beginning.
     if (packet->fragment == NP_FRAGMENT_FIRST && reason < NP_REASON_POLICY_DENY && !is_error) {
         int failed = np_fragment_remember(flow, version);
@@ -211,18 +358,48 @@ NP_INLINE int np_ip_slow(struct __sk_buff *skb, struct np_flow *flow, union np_c
     return reason;
 }
 
-NP_INLINE int np_ip(struct __sk_buff *skb, const struct np_bytes *bytes, struct np_flow *flow, const int hook,
-                    const int version)
+// The verdict of the endpoint whose number the packet carries. Returns why it is dropped, or NP_REASON_NONE: the flow
+// is then this interface's again, and the packet carries nothing.
+NP_INLINE int np_ip_sender(struct __sk_buff *skb, struct np_flow *flow, struct np_work *work, const int version)
 {
-    struct np_packet *packet = &flow->packet;
+    __u32 endpoint = flow->leg->endpoint;
+    __u8 direction = flow->leg->direction;
+    int reason = np_sender(skb, flow, work, version);
+    np_barrier();
+    if (reason)
+        return reason;
+    np_conclude(flow, work->reason);
+    np_barrier();
+    flow->leg->endpoint = endpoint;
+    flow->leg->direction = direction;
+    flow->leg->untracked = 0;
+    __builtin_memset(flow->decision, 0, sizeof(*flow->decision));
+    np_carry(skb, flow, 0);
+    return NP_REASON_NONE;
+}
+
+// Malformed. That is no business of ours on an interface without policy.
+NP_INLINE int np_malformed(struct np_flow *flow, int reason)
+{
+    if (!np_endpoint_find(flow) && flow->leg->endpoint_flags & NP_ENDPOINT_UPLINK && !flow->leg->carried)
+        return NP_REASON_UPLINK;
+    return reason;
+}
+
+NP_INLINE int np_ip(struct __sk_buff *skb, const struct np_bytes *bytes, struct np_flow *flow, struct np_work *work,
+                    const int hook, const int version)
+{
+    struct np_packet *packet = flow->packet;
     int reason = np_parse_ip(bytes, packet, version);
     if (NP_UNLIKELY(reason))
-        return reason;
+        return np_malformed(flow, reason);
     struct np_recent *recent = 0;
-    if (NP_LIKELY(!packet->special)) {
+    if (NP_LIKELY(!packet->special && !flow->leg->carried)) {
         recent = np_recent_slot(flow, version);
         if (NP_LIKELY(recent && np_recent_matches(recent, flow, hook, version))) {
-            flow->decision.rule = recent->rule;
+            flow->decision->rule = recent->rule;
+            if (NP_UNLIKELY(recent->carries))
+                np_carry(skb, flow, recent->carries);
             return NP_REASON_ESTABLISHED;
         }
     }
@@ -232,27 +409,45 @@ NP_INLINE int np_ip(struct __sk_buff *skb, const struct np_bytes *bytes, struct 
     reason = np_endpoint_find(flow);
     if (NP_UNLIKELY(reason))
         return reason;
-    flow->direction = np_direction_at(hook, flow->endpoint_flags);
+    if (hook == NP_HOOK_INGRESS && flow->leg->carried) {
+        // A workload cannot have a sender before it; what a host's interface gets may come from one behind a bridge.
+        if (!(flow->leg->endpoint_flags & NP_ENDPOINT_HOST))
+            np_carry(skb, flow, 0);
+        flow->leg->carried = 0;
+    }
+    if (flow->leg->endpoint_flags & NP_ENDPOINT_UPLINK && !flow->leg->carried)
+        return NP_REASON_UPLINK;
+    flow->leg->direction = np_direction_at(hook, flow->leg->endpoint_flags);
     if (NP_UNLIKELY(packet->fragment == NP_FRAGMENT_LATER)) {
         reason = np_fragment_recall(flow, version);
-        if (reason)
+        if (reason && !(flow->leg->endpoint_flags & NP_ENDPOINT_UPLINK))
             return reason;
     }
+    if (hook == NP_HOOK_EGRESS && NP_UNLIKELY(flow->leg->carried)) {
+        reason = np_ip_sender(skb, flow, work, version);
+        if (reason)
+            return reason;
+        if (flow->leg->endpoint_flags & NP_ENDPOINT_UPLINK)
+            return NP_REASON_UPLINK;
+    }
 
-    union np_conn_key key;
+    union np_conn_key *key = &work->key;
     struct np_conn *open = 0;
-    np_conn_key_of(&key, flow, version);
+    np_conn_key_of(key, flow, version);
     if (NP_LIKELY(!packet->special)) {
-        open = np_conn_lookup(&key, version);
+        open = np_conn_lookup(key, version);
         if (NP_LIKELY(open && open->generation == flow->config->generation && np_conn_is_alive(open, flow))) {
+            int carries = open->flags & NP_CONN_CARRIES && open->direction == flow->leg->direction;
             np_conn_touch(open, flow);
             if (recent)
-                np_recent_fill(recent, flow, open->rule, hook, version);
-            flow->decision.rule = open->rule;
+                np_recent_fill(recent, flow, open->rule, carries ? flow->leg->endpoint : 0, hook, version);
+            if (NP_UNLIKELY(carries))
+                np_carry(skb, flow, flow->leg->endpoint);
+            flow->decision->rule = open->rule;
             return NP_REASON_ESTABLISHED;
         }
     }
-    return np_ip_slow(skb, flow, &key, open, hook, version);
+    return np_ip_slow(skb, flow, key, open, work, hook, version);
 }
 
 // Neither IP nor ARP: nothing that a workload may send or get; a host interface may.
@@ -261,20 +456,22 @@ NP_INLINE int np_not_ip(struct np_flow *flow)
     int reason = np_endpoint_find(flow);
     if (reason)
         return reason;
-    return flow->endpoint_flags & NP_ENDPOINT_HOST ? NP_REASON_HOST_NON_IP : NP_REASON_NON_IP;
+    if (flow->leg->endpoint_flags & NP_ENDPOINT_UPLINK)
+        return NP_REASON_UPLINK;
+    return flow->leg->endpoint_flags & NP_ENDPOINT_HOST ? NP_REASON_HOST_NON_IP : NP_REASON_NON_IP;
 }
 
-NP_INLINE int np_frame(struct __sk_buff *skb, struct np_flow *flow, const int hook)
+NP_INLINE int np_frame(struct __sk_buff *skb, struct np_flow *flow, struct np_work *work, const int hook)
 {
     struct np_bytes bytes;
-    int reason = np_parse_frame(skb, &bytes, &flow->packet);
+    int reason = np_parse_frame(skb, &bytes, flow->packet);
     if (NP_UNLIKELY(reason))
-        return reason;
-    switch (flow->packet.ethertype) {
+        return np_malformed(flow, reason);
+    switch (flow->packet->ethertype) {
     case NP_ETHERTYPE_IP4:
-        return np_ip(skb, &bytes, flow, hook, 4);
+        return np_ip(skb, &bytes, flow, work, hook, 4);
     case NP_ETHERTYPE_IP6:
-        return np_ip(skb, &bytes, flow, hook, 6);
+        return np_ip(skb, &bytes, flow, work, hook, 6);
     case NP_ETHERTYPE_ARP:
         return NP_REASON_ARP;
     default:
@@ -284,18 +481,30 @@ NP_INLINE int np_frame(struct __sk_buff *skb, struct np_flow *flow, const int ho
 
 NP_INLINE int np_tc(struct __sk_buff *skb, const int hook)
 {
+    struct np_work *work = (void *)np_scratch_lookup();
     struct np_flow flow = {
         .config = np_config_lookup(),
         .now_jiffies = bpf_jiffies64(),
         .ifindex = skb->ifindex,
         .ingress_ifindex = skb->ingress_ifindex,
         .frame_bytes = skb->len,
-        .direction = np_direction_at(hook, 0),
     };
+    if (!flow.config || !work) { // the one row of an array: cannot happen
+        np_count_reason(NP_REASON_NO_CONFIG, flow.frame_bytes);
+        return NP_DROP;
+    }
+    __builtin_memset(&work->packet, 0, sizeof(work->packet));
+    __builtin_memset(&work->decision, 0, sizeof(work->decision));
+    __builtin_memset(&work->leg, 0, sizeof(work->leg));
+    flow.packet = &work->packet;
+    flow.decision = &work->decision;
+    flow.leg = &work->leg;
+    flow.leg->direction = np_direction_at(hook, 0);
+    flow.leg->carried = np_carried(skb, flow.config);
     np_keep_in_memory(&flow);
-    if (!flow.config) // the one row of an array: cannot happen
-        return np_conclude(&flow, NP_REASON_NO_CONFIG);
-    return np_conclude(&flow, np_frame(skb, &flow, hook));
+    work->reason = np_frame(skb, &flow, work, hook);
+    np_barrier(); // the verifier forgets which way it came: one walk through the end instead of one for each reason
+    return np_conclude(&flow, work->reason);
 }
 
 int np_tc_ingress(struct __sk_buff *skb)

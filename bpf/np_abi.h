@@ -12,7 +12,7 @@
 
 #include <linux/types.h>
 
-#define NP_SCHEMA_VERSION 1 // part of the pin directory's name
+#define NP_SCHEMA_VERSION 2 // part of the pin directory's name
 
 // --- limits ----------------------------------------------------------------------------------------------------------
 
@@ -33,6 +33,9 @@
 #define NP_SLOT_ICMPV6 4 // by type and code
 #define NP_SLOT_SOURCE 5 // by source port, whatever the protocol
 #define NP_OTHER_BLOCK 1536 // the one block indexed by protocol number
+
+#define NP_HOST_SETS 8 // policy sets of a host endpoint: stage * 2 + direction
+#define NP_SCRATCH_WORDS 64 // working memory of one packet, in units of 8 bytes
 
 #define NP_CHECK_SEED 2166136261 // FNV-1a's own 32-bit offset basis and prime
 #define NP_CHECK_PRIME 16777619
@@ -57,10 +60,19 @@ enum np_action {
     NP_ACTION_CONTINUE = 3, // no opinion (stages of host endpoints that never drop by default): pass
 };
 
+// Which list of a host endpoint's policies. Workloads have the normal one only.
+enum np_stage {
+    NP_STAGE_NORMAL = 0, // packets from and to processes of the node
+    NP_STAGE_FORWARD = 1, // packets that pass through the node
+    NP_STAGE_PRE_DNAT = 2, // all that comes in, before addresses are translated
+    NP_STAGE_UNTRACKED = 3, // before everything, and without memory
+};
+
 // Flags of an endpoint.
 enum np_endpoint_flag {
-    NP_ENDPOINT_HOST = 1, // a host interface: directions agree with hooks, non-IP passes, no anti-spoofing
+    NP_ENDPOINT_HOST = 1, // a host interface: directions agree with hooks, non-IP passes, policy is in np_host
     NP_ENDPOINT_SOURCES = 2, // has rows in np_source4 or np_source6
+    NP_ENDPOINT_UPLINK = 4, // a host interface without policy: passes all but what a sender's policy is yet to judge
 };
 
 // Flags of the configuration.
@@ -68,6 +80,9 @@ enum np_config_flag {
     NP_CONFIG_ALLOW_EVENTS = 1, // an event for each new allowed flow
     NP_CONFIG_STAGED_EVENTS = 2, // an event for each new allowed flow whose staged action differs
     NP_CONFIG_KEEP_REVOKED = 4, // flows that policy no longer allows live on until they end
+    NP_CONFIG_DEFER = 8, // every interface that a packet to a service could leave by has the program
+    NP_CONFIG_TO_HOST_DENY = 16, // no workload reaches its own node
+    NP_CONFIG_TO_HOST_PASS = 32, // the wildcard host endpoint's normal policy decides on workloads to their node
 };
 
 // Where a connection stands. Each state has its own time-out, np_config.timeout_jiffies[state].
@@ -88,6 +103,20 @@ enum np_conn_flag {
     NP_CONN_FIN_ORIGINAL = 1, // FIN seen from the side that opened
     NP_CONN_FIN_REPLY = 2, // FIN seen from the other side
     NP_CONN_EXEMPT = 4, // opened by the host itself or by the workload to itself: no policy applies
+    NP_CONN_DEFERRED = 8, // opened towards a service: policy judges where the packet leaves
+    NP_CONN_FORWARDED = 16, // of a host endpoint: opened by a packet that only passes through the node
+    NP_CONN_CARRIES = 32, // deferred, and nothing before policy where it leaves has allowed it for good
+};
+
+// Flags of a verdict.
+enum np_verdict_flag {
+    NP_VERDICT_FAILSAFE = 1, // a failsafe port decided: nothing before normal policy may drop the packet
+};
+
+// Flags of a service address.
+enum np_vip_flag {
+    NP_VIP_LOCAL = 1, // `local` may be what is behind it: a process of this node, which no hook stands before
+    NP_VIP_MANY = 2, // several of those: not known which one
 };
 
 // Kinds of events.
@@ -110,6 +139,8 @@ enum np_reason {
     NP_REASON_NEIGHBOUR = 7, // IPv6 neighbour discovery or multicast listener discovery
     NP_REASON_CONTINUE = 8, // no stage of the host endpoint decided
     NP_REASON_HOST_NON_IP = 9, // not IP, on a host interface
+    NP_REASON_DEFERRED = 10, // to a service: policy judges where the packet leaves the node or enters a workload
+    NP_REASON_UPLINK = 11, // on a host interface without policy
     NP_REASON_POLICY_DENY = 32, // policy denies the flow
     NP_REASON_REVOKED = 33, // policy no longer allows an open connection
     NP_REASON_UNKNOWN_ENDPOINT = 34, // the interface has no endpoint row
@@ -130,6 +161,11 @@ enum np_reason {
     NP_REASON_VERDICT_RANGE = 49, // a verdict outside its table
     NP_REASON_VERDICT_EMPTY = 50, // a verdict entry that was never written
     NP_REASON_NO_CONFIG = 51, // the configuration is missing (cannot happen)
+    NP_REASON_TO_HOST = 52, // a workload to its own node, which the setting forbids
+    NP_REASON_NO_EXIT = 53, // to a service, while not every interface it could leave by has the program
+    NP_REASON_LOST_SENDER = 54, // to a service, from an endpoint that is gone
+    NP_REASON_HIDDEN_SOURCE = 55, // to a service, with a translated source, while the sender's policy depends on it
+    NP_REASON_LOCAL_BACKENDS = 56, // to a service with several processes of this node behind it
     NP_REASON_EVENT_LOST = 96, // the ring buffer had no room for an event
     NP_REASON_LOG_LIMITED = 97, // a log event held back by the rate limit
     NP_REASON_RULE_RANGE = 98, // a rule number beyond np_rule_count
@@ -173,6 +209,56 @@ struct np_endpoint {
     struct np_set egress;
 };
 _Static_assert(sizeof(struct np_endpoint) == 112, "np_endpoint");
+
+struct np_number_key {
+    __u32 number; // of an endpoint
+};
+_Static_assert(sizeof(struct np_number_key) == 4, "np_number_key");
+
+// All policy sets of a host endpoint, so that one update flips them all; see struct np_endpoint. In the check word of a
+// set its index stands for the ifindex, and the row's `version` is folded in as its flags.
+struct np_host {
+    __u32 number;
+    __u32 version; // of the row: two looks at one packet must see the same
+    __u32 present; // bit i: sets[i] is there; a missing one has no opinion
+    __u32 pad;
+    struct np_set sets[NP_HOST_SETS]; // by stage * 2 + direction
+};
+_Static_assert(sizeof(struct np_host) == 400, "np_host");
+
+struct np_place {
+    __u32 ifindex; // key of np_endpoint
+};
+_Static_assert(sizeof(struct np_place) == 4, "np_place");
+
+struct np_local {
+    __u32 local; // always 1
+};
+_Static_assert(sizeof(struct np_local) == 4, "np_local");
+
+struct np_vip4_key {
+    __u8 address[4]; // 0.0.0.0: each of the node's own (node ports)
+    __u16 port;
+    __u8 protocol;
+    __u8 pad;
+};
+_Static_assert(sizeof(struct np_vip4_key) == 8, "np_vip4_key");
+
+struct np_vip6_key {
+    __u8 address[16]; // :: stands for each of the node's own (node ports)
+    __u16 port;
+    __u8 protocol;
+    __u8 pad;
+};
+_Static_assert(sizeof(struct np_vip6_key) == 20, "np_vip6_key");
+
+struct np_vip {
+    __u32 flags; // enum np_vip_flag
+    __u16 local_port;
+    __u16 pad;
+    __u8 local[16]; // IPv4 in the first four bytes
+};
+_Static_assert(sizeof(struct np_vip) == 24, "np_vip");
 
 struct np_addr4_key {
     __u8 address[4];
@@ -253,7 +339,7 @@ struct np_verdict {
     __u32 log_list; // the Log rules that matched on the way; 0: none
     __u8 action; // enum np_action
     __u8 staged_action; // enum np_action
-    __u16 flags; // none defined yet; 0
+    __u16 flags; // enum np_verdict_flag
 };
 _Static_assert(sizeof(struct np_verdict) == 16, "np_verdict");
 
@@ -304,7 +390,7 @@ _Static_assert(sizeof(struct np_conn6_key) == 44, "np_conn6_key");
 struct np_conn {
     __u64 seen_jiffies; // written at most once a second
     __u32 generation; // the one under which policy allowed the flow
-    __u32 rule; // the rule that allowed it; 0: exempt
+    __u32 rule; // the rule that allowed it; 0: exempt, or judged elsewhere
     __u8 direction; // of its first packet, enum np_direction
     __u8 state; // enum np_conn_state
     __u8 flags; // enum np_conn_flag
@@ -387,10 +473,12 @@ struct np_config {
     __u32 generation; // raised when an allow may have become a deny
     __u32 flags; // enum np_config_flag
     __u32 jiffies_per_second;
-    __u32 pad;
+    __u32 wildcard; // number of the host endpoint of all interfaces, workloads' included; 0: none
     __u64 timeout_jiffies[NP_CONN_STATES];
+    __u32 mark_shift; // where a packet to a service carries its sender's 16-bit number: skb->mark; 0: skb->tc_index
+    __u32 pad;
 };
-_Static_assert(sizeof(struct np_config) == 80, "np_config");
+_Static_assert(sizeof(struct np_config) == 88, "np_config");
 
 struct np_schema {
     __u32 version; // NP_SCHEMA_VERSION
@@ -414,9 +502,15 @@ struct np_recent {
     __u8 hook; // 0 ingress, 1 egress
     __u8 pad;
     __u32 rule;
-    __u32 pad2;
+    __u32 carries; // number that packets of the connection carry on, 0: none
 };
 _Static_assert(sizeof(struct np_recent) == 64, "np_recent is one cache line");
+
+// What a packet's way through policy needs besides the stack.
+struct np_scratch {
+    __u64 words[NP_SCRATCH_WORDS];
+};
+_Static_assert(sizeof(struct np_scratch) == 512, "np_scratch");
 
 // An endpoint's number by interface, remembered per CPU and direct-mapped, so that a packet of an open connection needs
 // no hash lookup for it. Valid for one generation.

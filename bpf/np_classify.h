@@ -17,33 +17,36 @@
 #include "np_flow.h"
 #include "np_maps.h"
 
-// A field of a connection key of either family.
-#define NP_KEY(key, version, field) ((version) == 4 ? (key)->v4.field : (key)->v6.field)
-
-// What is asked: a leg, the direction of its first packet, and that packet's ICMP type and code.
+// What is asked: the first packet of a flow, as policy sees it.
 struct np_question {
-    const union np_conn_key *key;
-    __u8 direction;
+    __u32 source[4];
+    __u32 destination[4]; // right behind the source
+    __u16 source_port;
+    __u16 destination_port;
+    __u8 protocol;
     __u8 icmp_type;
     __u8 icmp_code;
+    __u8 pad;
 };
+_Static_assert(NP_DIRECTION_EGRESS == 1 && NP_DIRECTION_INGRESS == 0, "a direction chooses an address");
 
-NP_INLINE __u32 np_identity_of(const void *address, __u32 *endpoint, const int version)
+// Identity of a question's source (`side` 0) or destination (1), and the local endpoint that has the address (0: none).
+NP_INLINE __u32 np_identity_of(const struct np_question *question, __u32 side, __u32 *endpoint, const int version)
 {
-    struct np_addr *addr = np_addr_of(address, version);
+    union np_cidr_key key;
+    void *address = version == 4 ? (void *)key.v4.address : (void *)key.v6.address;
+    const void *chosen = (const void *)question->source + (side & 1) * sizeof(question->source);
+    __builtin_memcpy(address, chosen, version == 4 ? sizeof(key.v4.address) : sizeof(key.v6.address));
+    struct np_addr *addr = np_addr_lookup(address, version);
     if (NP_LIKELY(addr)) {
         *endpoint = addr->endpoint;
         return addr->identity;
     }
     *endpoint = 0;
-    union np_cidr_key key;
-    if (version == 4) {
+    if (version == 4)
         key.v4.prefix_bits = 32;
-        __builtin_memcpy(key.v4.address, address, sizeof(key.v4.address));
-    } else {
+    else
         key.v6.prefix_bits = 128;
-        __builtin_memcpy(key.v6.address, address, sizeof(key.v6.address));
-    }
     struct np_cidr *cidr = np_cidr_lookup(&key, version);
     if (cidr)
         return cidr->identity;
@@ -69,11 +72,10 @@ NP_INLINE int np_column_class(__u32 block, __u32 index, __u32 column_base)
     return column->l4_class[atom % NP_COLUMN_BLOCK];
 }
 
-NP_INLINE int np_l4_class_of(const struct np_question *question, const struct np_set *set, const int version)
+NP_INLINE int np_l4_class_of(const struct np_question *question, const struct np_set *set)
 {
-    __u8 protocol = NP_KEY(question->key, version, protocol);
-    __u16 port = question->direction == NP_DIRECTION_EGRESS ? NP_KEY(question->key, version, remote_port)
-                                                            : NP_KEY(question->key, version, local_port);
+    __u8 protocol = question->protocol;
+    __u16 port = question->destination_port;
     __u32 slot;
     __u32 high = port >> 8;
     __u32 low = port & 255;
@@ -100,21 +102,22 @@ NP_INLINE int np_l4_class_of(const struct np_question *question, const struct np
 }
 
 // Source ports are those of TCP, UDP and SCTP; 0 stands for all else.
-NP_INLINE int np_source_class_of(const struct np_question *question, const struct np_set *set, const int version)
+NP_INLINE int np_source_class_of(const struct np_question *question, const struct np_set *set)
 {
-    __u8 protocol = NP_KEY(question->key, version, protocol);
-    __u16 port = question->direction == NP_DIRECTION_EGRESS ? NP_KEY(question->key, version, local_port)
-                                                            : NP_KEY(question->key, version, remote_port);
+    __u8 protocol = question->protocol;
+    __u16 port = question->source_port;
     if (protocol != NP_PROTOCOL_TCP && protocol != NP_PROTOCOL_UDP && protocol != NP_PROTOCOL_SCTP)
         port = 0;
     return np_column_class(NP_SLOT_SOURCE * 256 + (port >> 8), port & 255, set->source_base);
 }
 
-// Steps 2 to 4, with the peer's identity known. Fills in the decision; returns NP_REASON_NONE or why it denies.
+// All four steps. Fills in the decision but for its reason; returns NP_REASON_NONE or why it denies.  `peer_endpoint`:
+// the local endpoint that has the peer's address, 0 for none.
 NP_INLINE int np_classify(struct np_flow *flow, const struct np_question *question, const struct np_set *set,
-                          const int version)
+                          __u8 direction, __u32 *peer_endpoint, const int version)
 {
-    struct np_decision *decision = &flow->decision;
+    struct np_decision *decision = flow->decision;
+    decision->peer_identity = np_identity_of(question, direction, peer_endpoint, version); // outwards: the destination
     decision->set = set->number;
     __u32 class = np_class_of(set->number, decision->peer_identity, set->default_class);
     decision->peer_class = class;
@@ -124,8 +127,8 @@ NP_INLINE int np_classify(struct np_flow *flow, const struct np_question *questi
     __u32 index = class * set->own_classes;
     if (NP_UNLIKELY(set->own_set)) {
         __u32 endpoint;
-        flow->own_identity = np_identity_of(NP_KEY(question->key, version, local), &endpoint, version);
-        __u32 own_class = np_class_of(set->own_set, flow->own_identity, set->own_default_class);
+        flow->leg->own_identity = np_identity_of(question, !direction, &endpoint, version);
+        __u32 own_class = np_class_of(set->own_set, flow->leg->own_identity, set->own_default_class);
         if (own_class >= set->own_classes)
             return NP_REASON_CLASS_RANGE;
         index += own_class;
@@ -133,7 +136,7 @@ NP_INLINE int np_classify(struct np_flow *flow, const struct np_question *questi
 
     index *= set->l4_classes;
     if (set->l4_classes > 1) {
-        int l4_class = np_l4_class_of(question, set, version);
+        int l4_class = np_l4_class_of(question, set);
         if (l4_class < 0 || (__u32)l4_class >= set->l4_classes)
             return NP_REASON_L4_RANGE;
         index += l4_class;
@@ -141,7 +144,7 @@ NP_INLINE int np_classify(struct np_flow *flow, const struct np_question *questi
 
     index *= set->source_classes;
     if (NP_UNLIKELY(set->source_classes > 1)) {
-        int source_class = np_source_class_of(question, set, version);
+        int source_class = np_source_class_of(question, set);
         if (source_class < 0 || (__u32)source_class >= set->source_classes)
             return NP_REASON_L4_RANGE;
         index += source_class;
@@ -155,31 +158,6 @@ NP_INLINE int np_classify(struct np_flow *flow, const struct np_question *questi
     decision->log_list = verdict->log_list;
     decision->action = verdict->action;
     decision->staged_action = verdict->staged_action;
+    decision->flags = verdict->flags;
     return decision->action == NP_ACTION_NONE ? NP_REASON_VERDICT_EMPTY : NP_REASON_NONE;
-}
-
-// The whole question: a workload to itself passes, everything else is classified.  Afterwards the decision holds an
-// action other than NP_ACTION_NONE, and its reason.
-NP_INLINE void np_decide(struct np_flow *flow, const struct np_question *question, const int version)
-{
-    struct np_decision *decision = &flow->decision;
-    struct np_owner owner;
-    __u32 peer;
-    decision->peer_identity = np_identity_of(NP_KEY(question->key, version, remote), &peer, version);
-    if (peer == flow->endpoint && !(flow->endpoint_flags & NP_ENDPOINT_HOST)) {
-        decision->action = decision->staged_action = NP_ACTION_ALLOW;
-        decision->reason = NP_REASON_SELF;
-        return;
-    }
-    int reason = np_owner_load(flow, question->direction, &owner);
-    if (!reason)
-        reason = np_classify(flow, question, &owner.set, version);
-    if (NP_UNLIKELY(reason)) {
-        decision->action = decision->staged_action = NP_ACTION_DENY;
-        decision->reason = reason;
-        return;
-    }
-    decision->reason = decision->action == NP_ACTION_ALLOW      ? NP_REASON_POLICY_ALLOW
-                       : decision->action == NP_ACTION_CONTINUE ? NP_REASON_CONTINUE
-                                                                : NP_REASON_POLICY_DENY;
 }

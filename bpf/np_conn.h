@@ -12,12 +12,13 @@
 
 #define NP_ICMP_HEADER_BYTES 8
 
-// A packet's connection, as found.
+// What was found under a key. No pointers to the entries: policy may be asked in between, and the verifier would walk
+// that once for each combination of them.
 struct np_found {
-    struct np_conn *conn; // NULL: none that is alive and covers the packet
-    struct np_conn *stale_open; // an entry of np_conn that is not `conn`
-    struct np_conn *young; // an entry of np_young, alive or not
-    __u8 is_young; // conn is in np_young
+    __u8 is_known; // a connection that is alive and covers the packet
+    __u8 is_young; // it is in np_young
+    __u8 has_stale; // an entry of np_conn that is not it
+    __u8 pad;
 };
 
 // The leg's key for a pair of addresses and ports; `from_endpoint`: the source is the endpoint's side.
@@ -31,14 +32,18 @@ NP_INLINE void np_conn_key_set(union np_conn_key *key, const struct np_flow *flo
     __u8 *remote;
     int words;
     if (version == 4) {
-        key->v4 = (struct np_conn4_key){
-            .endpoint = flow->endpoint, .local_port = local_port, .remote_port = remote_port, .protocol = protocol};
+        key->v4 = (struct np_conn4_key){.endpoint = flow->leg->endpoint,
+                                        .local_port = local_port,
+                                        .remote_port = remote_port,
+                                        .protocol = protocol};
         local = key->v4.local;
         remote = key->v4.remote;
         words = 1;
     } else {
-        key->v6 = (struct np_conn6_key){
-            .endpoint = flow->endpoint, .local_port = local_port, .remote_port = remote_port, .protocol = protocol};
+        key->v6 = (struct np_conn6_key){.endpoint = flow->leg->endpoint,
+                                        .local_port = local_port,
+                                        .remote_port = remote_port,
+                                        .protocol = protocol};
         local = key->v6.local;
         remote = key->v6.remote;
         words = 4;
@@ -54,9 +59,9 @@ NP_INLINE void np_conn_key_set(union np_conn_key *key, const struct np_flow *flo
 
 NP_INLINE void np_conn_key_of(union np_conn_key *key, const struct np_flow *flow, const int version)
 {
-    const struct np_packet *packet = &flow->packet;
+    const struct np_packet *packet = flow->packet;
     np_conn_key_set(key, flow, packet->source, packet->destination, packet->source_port, packet->destination_port,
-                    packet->protocol, flow->direction == NP_DIRECTION_EGRESS, version);
+                    packet->protocol, flow->leg->direction == NP_DIRECTION_EGRESS, version);
 }
 
 // For an ICMP error: the leg of the packet it is about.  That packet went the other way, so its source is the
@@ -67,7 +72,7 @@ NP_INLINE void np_conn_key_of(union np_conn_key *key, const struct np_flow *flow
 NP_INLINE int np_conn_key_inner(struct __sk_buff *skb, union np_conn_key *key, const struct np_flow *flow,
                                 const int version)
 {
-    __u32 offset = flow->packet.l4_offset + NP_ICMP_HEADER_BYTES;
+    __u32 offset = flow->packet->l4_offset + NP_ICMP_HEADER_BYTES;
     __u32 source[4] = {};
     __u32 destination[4] = {};
     __u8 protocol;
@@ -93,12 +98,12 @@ NP_INLINE int np_conn_key_inner(struct __sk_buff *skb, union np_conn_key *key, c
     __u16 source_port = 0;
     __u16 destination_port = 0;
     struct np_icmp_header l4; // eight bytes: of any protocol, the most an error must carry
-    if (offset + sizeof(l4) > flow->packet.end || bpf_skb_load_bytes(skb, offset, &l4, sizeof(l4)))
+    if (offset + sizeof(l4) > flow->packet->end || bpf_skb_load_bytes(skb, offset, &l4, sizeof(l4)))
         return NP_REASON_NONE;
-    __u32 other = source[0] ^ flow->packet.destination[0];
+    __u32 other = source[0] ^ flow->packet->destination[0];
     if (version == 6)
-        other |= (source[1] ^ flow->packet.destination[1]) | (source[2] ^ flow->packet.destination[2]) |
-                 (source[3] ^ flow->packet.destination[3]);
+        other |= (source[1] ^ flow->packet->destination[1]) | (source[2] ^ flow->packet->destination[2]) |
+                 (source[3] ^ flow->packet->destination[3]);
     if (other)
         return NP_REASON_ICMP_UNRELATED;
     if (protocol == NP_PROTOCOL_TCP || protocol == NP_PROTOCOL_UDP || protocol == NP_PROTOCOL_SCTP) {
@@ -114,7 +119,7 @@ NP_INLINE int np_conn_key_inner(struct __sk_buff *skb, union np_conn_key *key, c
             destination_port = np_host16(l4.id_be);
     }
     np_conn_key_set(key, flow, source, destination, source_port, destination_port, protocol,
-                    flow->direction == NP_DIRECTION_INGRESS, version);
+                    flow->leg->direction == NP_DIRECTION_INGRESS, version);
     return NP_REASON_RELATED;
 }
 
@@ -130,7 +135,7 @@ NP_INLINE int np_conn_is_alive(const struct np_conn *conn, const struct np_flow 
 // the connection's); all other ICMP stands alone, whatever was asked with the identifier 0.
 NP_INLINE int np_conn_covers(const struct np_conn *conn, const struct np_flow *flow)
 {
-    const struct np_packet *packet = &flow->packet;
+    const struct np_packet *packet = flow->packet;
     if (packet->protocol == NP_PROTOCOL_TCP && (packet->tcp_flags & (NP_TCP_SYN | NP_TCP_ACK)) == NP_TCP_SYN)
         return 0;
     if (packet->icmp_kind == NP_ICMP_QUERY)
@@ -142,20 +147,28 @@ NP_INLINE int np_conn_covers(const struct np_conn *conn, const struct np_flow *f
     return 1;
 }
 
-// Find the packet's connection in both tables. `open`: what np_conn holds under the key, NULL when nothing.
-NP_INLINE void np_conn_find(struct np_found *found, union np_conn_key *key, struct np_conn *open,
-                            const struct np_flow *flow, const int version)
+// Find the packet's connection in both tables; NULL when there is none that is alive and covers the packet.  `open`:
+// what np_conn holds under the key, NULL when nothing.
+NP_INLINE struct np_conn *np_conn_find(struct np_found *found, union np_conn_key *key, struct np_conn *open,
+                                       const struct np_flow *flow, const int version)
 {
+    *found = (struct np_found){};
     if (open && np_conn_is_alive(open, flow) && np_conn_covers(open, flow)) {
-        found->conn = open;
-        return;
+        found->is_known = 1;
+        return open;
     }
-    found->stale_open = open;
-    found->young = np_young_lookup(key, version);
-    if (found->young && np_conn_is_alive(found->young, flow) && np_conn_covers(found->young, flow)) {
-        found->conn = found->young;
-        found->is_young = 1;
-    }
+    found->has_stale = open != 0;
+    struct np_conn *young = np_young_lookup(key, version);
+    if (!young || !np_conn_is_alive(young, flow) || !np_conn_covers(young, flow))
+        return 0;
+    found->is_known = found->is_young = 1;
+    return young;
+}
+
+// The connection that was found, again; NULL when it has been evicted since.
+NP_INLINE struct np_conn *np_conn_again(const struct np_found *found, union np_conn_key *key, const int version)
+{
+    return found->is_young ? np_young_lookup(key, version) : np_conn_lookup(key, version);
 }
 
 // Note that the connection lives, at most once a second: the entry is shared by all CPUs.
@@ -184,55 +197,51 @@ NP_INLINE __u8 np_conn_first_state(__u8 protocol)
 // messages that are no queries stand alone; borrowed sources are not remembered.
 NP_INLINE int np_conn_opens(const struct np_flow *flow)
 {
-    const struct np_packet *packet = &flow->packet;
-    if (flow->untracked || packet->tcp_flags & NP_TCP_RST)
+    const struct np_packet *packet = flow->packet;
+    if (flow->leg->untracked || packet->tcp_flags & NP_TCP_RST)
         return 0;
     if (packet->protocol == NP_PROTOCOL_ICMP || packet->protocol == NP_PROTOCOL_ICMPV6)
         return packet->icmp_kind == NP_ICMP_QUERY;
     return 1;
 }
 
-// Record the packet as the first of a connection. What the tables held under the key is replaced.
-NP_INLINE int np_conn_open(const struct np_flow *flow, union np_conn_key *key, const struct np_found *found, __u8 flags,
-                           const int version)
+// Record the packet as the first of a connection. What the tables held under the key is replaced.  `state` 0: the
+// protocol's first one.
+NP_INLINE int np_conn_open(const struct np_flow *flow, union np_conn_key *key, const struct np_found *found, __u8 state,
+                           __u8 flags, const int version)
 {
-    const struct np_packet *packet = &flow->packet;
+    const struct np_packet *packet = flow->packet;
     struct np_conn conn = {
         .seen_jiffies = flow->now_jiffies,
         .generation = flow->config->generation,
-        .rule = flow->decision.rule,
-        .direction = flow->direction,
-        .state = np_conn_first_state(packet->protocol),
+        .rule = flow->decision->rule,
+        .direction = flow->leg->direction,
+        .state = state ? state : np_conn_first_state(packet->protocol),
         .flags = flags,
         .icmp_type = packet->icmp_type,
         .icmp_code = packet->icmp_code,
     };
-    if (found->stale_open)
+    if (found->has_stale)
         np_conn_delete(key, version);
-    if (found->young) { // a repeated SYN, a port used again: no second insertion
-        *found->young = conn;
-        return NP_REASON_NONE;
-    }
     return np_young_update(key, &conn, version) ? NP_REASON_CONN_FULL : NP_REASON_NONE;
 }
 
 // Move the connection on by one of its packets: time, TCP flags, and into np_conn with the first reply.
-NP_INLINE int np_conn_advance(const struct np_flow *flow, union np_conn_key *key, const struct np_found *found,
-                              const int version)
+NP_INLINE int np_conn_advance(const struct np_flow *flow, union np_conn_key *key, struct np_conn *conn,
+                              const struct np_found *found, const int version)
 {
-    const struct np_packet *packet = &flow->packet;
-    struct np_conn *conn = found->conn;
+    const struct np_packet *packet = flow->packet;
     np_conn_touch(conn, flow);
     if (packet->tcp_flags & NP_TCP_RST) {
         conn->state = NP_CONN_TCP_RESET;
         return NP_REASON_NONE;
     }
     if (packet->tcp_flags & NP_TCP_FIN) {
-        conn->flags |= flow->reply ? NP_CONN_FIN_REPLY : NP_CONN_FIN_ORIGINAL;
+        conn->flags |= flow->leg->reply ? NP_CONN_FIN_REPLY : NP_CONN_FIN_ORIGINAL;
         if ((conn->flags & (NP_CONN_FIN_ORIGINAL | NP_CONN_FIN_REPLY)) == (NP_CONN_FIN_ORIGINAL | NP_CONN_FIN_REPLY))
             conn->state = NP_CONN_TCP_CLOSING;
     }
-    if (!found->is_young || !flow->reply)
+    if (!found->is_young || !flow->leg->reply)
         return NP_REASON_NONE;
     struct np_conn open = *conn;
     if (open.state == NP_CONN_TCP_NEW)

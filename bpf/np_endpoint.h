@@ -41,23 +41,36 @@ NP_INLINE __u32 np_owner_check(const struct np_owner *owner, __u32 ifindex)
     return np_fold(value, set->verdict_base);
 }
 
-// Copy the row of the flow's interface with the set of one direction.  The kernel may give a replaced element's memory
-// to another row while we read it (preallocated or not, since 6.1); the check word tells, and the row is looked up
-// again.
-NP_INLINE int np_owner_load(const struct np_flow *flow, __u8 direction, struct np_owner *owner)
+// Copy the row of an interface with the set of one direction.  The kernel may give a replaced element's memory to
+// another row while we read it (preallocated or not, since 6.1); the check word tells (NP_REASON_TORN_ENDPOINT), and
+// the row is to be looked up again.
+NP_INLINE int np_owner_read(__u32 ifindex, __u8 direction, struct np_owner *owner)
 {
-    for (int attempt = 0; attempt < NP_ENDPOINT_TRIES; attempt++) {
-        struct np_endpoint *row = np_endpoint_lookup(flow->ifindex);
-        if (!row)
-            return NP_REASON_UNKNOWN_ENDPOINT;
-        owner->number = row->number;
-        owner->flags = row->flags;
-        owner->set = direction == NP_DIRECTION_EGRESS ? row->egress : row->ingress;
-        np_keep_in_memory(owner); // and what was read may not be read again
-        if (NP_LIKELY(np_owner_check(owner, flow->ifindex) == owner->set.check))
-            return NP_REASON_NONE;
-    }
-    return NP_REASON_TORN_ENDPOINT;
+    struct np_endpoint *row = np_endpoint_lookup(ifindex);
+    if (!row)
+        return NP_REASON_UNKNOWN_ENDPOINT;
+    owner->number = row->number;
+    owner->flags = row->flags;
+    owner->set = direction == NP_DIRECTION_EGRESS ? row->egress : row->ingress;
+    np_keep_in_memory(owner); // and what was read may not be read again
+    return np_owner_check(owner, ifindex) == owner->set.check ? NP_REASON_NONE : NP_REASON_TORN_ENDPOINT;
+}
+
+// The same for one set of a host endpoint. NP_REASON_CONTINUE: it has none, so no opinion.
+NP_INLINE int np_host_read(__u32 number, __u32 index, struct np_owner *owner)
+{
+    struct np_host *row = np_host_lookup(number);
+    if (!row)
+        return NP_REASON_UNKNOWN_ENDPOINT;
+    index &= NP_HOST_SETS - 1;
+    __u32 present = row->present;
+    owner->number = row->number;
+    owner->flags = row->version;
+    owner->set = row->sets[index];
+    np_keep_in_memory(owner); // and what was read may not be read again
+    if (np_owner_check(owner, index | present << 8) != owner->set.check)
+        return NP_REASON_TORN_ENDPOINT;
+    return present >> index & 1 ? NP_REASON_NONE : NP_REASON_CONTINUE;
 }
 
 // Number and flags of the interface's endpoint, from np_near or, once per CPU and generation, from the row.
@@ -65,16 +78,18 @@ NP_INLINE int np_endpoint_find(struct np_flow *flow)
 {
     struct np_near *near = np_near_lookup(flow->ifindex);
     if (NP_LIKELY(near && near->ifindex == flow->ifindex && near->generation == flow->config->generation)) {
-        flow->endpoint = near->number;
-        flow->endpoint_flags = near->flags;
+        flow->leg->endpoint = near->number;
+        flow->leg->endpoint_flags = near->flags;
         return NP_REASON_NONE;
     }
     struct np_owner owner;
-    int reason = np_owner_load(flow, NP_DIRECTION_INGRESS, &owner);
+    int reason = NP_REASON_TORN_ENDPOINT;
+    for (int attempt = 0; attempt < NP_ENDPOINT_TRIES && reason == NP_REASON_TORN_ENDPOINT; attempt++)
+        reason = np_owner_read(flow->ifindex, NP_DIRECTION_INGRESS, &owner);
     if (reason)
         return reason;
-    flow->endpoint = owner.number;
-    flow->endpoint_flags = owner.flags;
+    flow->leg->endpoint = owner.number;
+    flow->leg->endpoint_flags = owner.flags;
     if (near) {
         near->ifindex = flow->ifindex;
         near->generation = flow->config->generation;
@@ -91,6 +106,24 @@ NP_INLINE struct np_addr *np_addr_of(const void *address, const int version)
     return np_addr_lookup(&key, version);
 }
 
+// Whether an address is one of the node's own.
+NP_INLINE int np_is_local(const void *address, const int version)
+{
+    union np_addr_key key;
+    __builtin_memcpy(&key, address, version == 4 ? sizeof(key.v4) : sizeof(key.v6));
+    return np_local_lookup(&key, version) != 0;
+}
+
+// Whether the node's own processes may be meant: its addresses, and what is for many.
+NP_INLINE int np_is_for_node(const __u32 *address, const int version)
+{
+    if (version == 4 && ((address[0] & np_host32(0xf0000000)) == np_host32(0xe0000000) || address[0] == 0xffffffff))
+        return 1;
+    if (version == 6 && (address[0] & np_host32(0xff000000)) == np_host32(0xff000000))
+        return 1;
+    return np_is_local(address, version);
+}
+
 NP_INLINE int np_is_link_local(const __u32 *address)
 {
     return (address[0] & np_host32(0xffc00000)) == np_host32(0xfe800000);
@@ -101,12 +134,12 @@ NP_INLINE int np_may_borrow(const struct np_flow *flow, const int version)
     union np_source_key key;
     if (version == 4) {
         key.v4.prefix_bits = 64;
-        key.v4.endpoint = flow->endpoint;
-        __builtin_memcpy(key.v4.address, flow->packet.source, sizeof(key.v4.address));
+        key.v4.endpoint = flow->leg->endpoint;
+        __builtin_memcpy(key.v4.address, flow->packet->source, sizeof(key.v4.address));
     } else {
         key.v6.prefix_bits = 160;
-        key.v6.endpoint = flow->endpoint;
-        __builtin_memcpy(key.v6.address, flow->packet.source, sizeof(key.v6.address));
+        key.v6.endpoint = flow->leg->endpoint;
+        __builtin_memcpy(key.v6.address, flow->packet->source, sizeof(key.v6.address));
     }
     return np_source_lookup(&key, version) != 0;
 }
@@ -116,18 +149,18 @@ NP_INLINE int np_may_borrow(const struct np_flow *flow, const int version)
 // lest a workload fill the table with addresses of its choice.
 NP_INLINE int np_is_spoofed(struct np_flow *flow, const int version)
 {
-    if (flow->direction != NP_DIRECTION_EGRESS || flow->endpoint_flags & NP_ENDPOINT_HOST)
+    if (flow->leg->direction != NP_DIRECTION_EGRESS || flow->leg->endpoint_flags & NP_ENDPOINT_HOST)
         return 0;
-    const __u32 *source = flow->packet.source;
+    const __u32 *source = flow->packet->source;
     struct np_addr *addr = np_addr_of(source, version);
-    if (NP_LIKELY(addr && addr->endpoint == flow->endpoint)) {
-        flow->own_identity = addr->identity;
+    if (NP_LIKELY(addr && addr->endpoint == flow->leg->endpoint)) {
+        flow->leg->own_identity = addr->identity;
         return 0;
     }
     if (version == 6 && np_is_link_local(source))
         return 0;
-    if (flow->endpoint_flags & NP_ENDPOINT_SOURCES && np_may_borrow(flow, version)) {
-        flow->untracked = 1;
+    if (flow->leg->endpoint_flags & NP_ENDPOINT_SOURCES && np_may_borrow(flow, version)) {
+        flow->leg->untracked = 1;
         return 0;
     }
     return 1;

@@ -10,8 +10,8 @@
 // One event about the packet at hand and the decision in `flow`.
 NP_INLINE void np_event_write(const struct np_flow *flow, __u8 kind, __u16 reason)
 {
-    const struct np_packet *packet = &flow->packet;
-    const struct np_decision *decision = &flow->decision;
+    const struct np_packet *packet = flow->packet;
+    const struct np_decision *decision = flow->decision;
     struct np_event *event = np_event_reserve();
     if (!event) {
         np_count_reason(NP_REASON_EVENT_LOST, flow->frame_bytes);
@@ -21,26 +21,26 @@ NP_INLINE void np_event_write(const struct np_flow *flow, __u8 kind, __u16 reaso
     event->rule = decision->rule;
     event->staged_rule = decision->staged_rule;
     event->log_list = decision->log_list;
-    event->endpoint = flow->endpoint;
+    event->endpoint = flow->leg->endpoint;
     event->ifindex = flow->ifindex;
-    event->own_identity = flow->own_identity;
+    event->own_identity = flow->leg->own_identity;
     event->peer_identity = decision->peer_identity;
     event->peer_class = decision->peer_class;
     event->set = decision->set;
     event->frame_bytes = flow->frame_bytes;
 #pragma unroll
     for (int word = 0; word < 4; word++) { // selects words, not pointers: the verifier loses track of those
-        __u32 source = flow->reply ? packet->destination[word] : packet->source[word];
-        __u32 destination = flow->reply ? packet->source[word] : packet->destination[word];
+        __u32 source = flow->leg->reply ? packet->destination[word] : packet->source[word];
+        __u32 destination = flow->leg->reply ? packet->source[word] : packet->destination[word];
         __builtin_memcpy(event->source + word * 4, &source, 4);
         __builtin_memcpy(event->destination + word * 4, &destination, 4);
     }
-    event->source_port = flow->reply ? packet->destination_port : packet->source_port;
-    event->destination_port = flow->reply ? packet->source_port : packet->destination_port;
+    event->source_port = flow->leg->reply ? packet->destination_port : packet->source_port;
+    event->destination_port = flow->leg->reply ? packet->source_port : packet->destination_port;
     event->reason = reason;
     event->ethertype = packet->ethertype;
     event->kind = kind;
-    event->direction = flow->reply ? !flow->direction : flow->direction;
+    event->direction = flow->leg->reply ? !flow->leg->direction : flow->leg->direction;
     event->action = decision->action;
     event->staged_action = decision->staged_action;
     event->ip_version = packet->version;
@@ -53,7 +53,7 @@ NP_INLINE void np_event_write(const struct np_flow *flow, __u8 kind, __u16 reaso
 // The Log rules that matched: one event a second for each list of them.
 NP_INLINE void np_event_log(const struct np_flow *flow, __u16 reason)
 {
-    struct np_log_limit *limit = np_log_limit_lookup(flow->decision.log_list);
+    struct np_log_limit *limit = np_log_limit_lookup(flow->decision->log_list);
     if (limit && flow->now_jiffies - limit->last_jiffies < flow->config->jiffies_per_second) {
         np_count_reason(NP_REASON_LOG_LIMITED, flow->frame_bytes);
         return;

@@ -23,20 +23,34 @@ struct np_decision {
     __u16 reason; // enum np_reason
     __u8 action; // enum np_action
     __u8 staged_action; // enum np_action
+    __u32 flags; // enum np_verdict_flag
 };
 
+// Whose packet it is here, and what that means for it.
+struct np_leg {
+    __u32 endpoint; // number
+    __u32 endpoint_flags;
+    __u32 own_identity; // 0: not looked up
+    __u32 carried; // number of the endpoint whose policy is to judge the packet here, 0: none
+    __u8 direction; // of this packet, enum np_direction
+    __u8 reply; // goes against its connection's first packet
+    __u8 untracked; // from a borrowed source address, or allowed by untracked policy: policy applies to every packet
+    __u8 ends; // programs behind this one could lose what the packet carries
+    __u8 first_direction; // of the flow's first packet
+    __u8 kind; // of the flow: NP_CONN_DEFERRED, NP_CONN_FORWARDED
+    __u8 related; // an ICMP error, about the flow
+    __u8 pad;
+};
+
+// What the pointers point to lives in np_scratch: the stack has 512 bytes, and what is in a map the verifier does not
+// remember, which spares it to walk all that follows once for each way in which it came about.
 struct np_flow {
-    struct np_packet packet;
-    struct np_decision decision;
+    struct np_packet *packet;
+    struct np_decision *decision;
+    struct np_leg *leg;
     const struct np_config *config;
     __u64 now_jiffies;
     __u32 ifindex;
     __u32 ingress_ifindex; // 0: sent by the host itself
     __u32 frame_bytes;
-    __u32 endpoint; // number
-    __u32 endpoint_flags;
-    __u32 own_identity; // 0: not looked up
-    __u8 direction; // of this packet, enum np_direction
-    __u8 reply; // goes against its connection's first packet
-    __u8 untracked; // from a borrowed source address: policy applies to every packet
 };

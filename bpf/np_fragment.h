@@ -10,14 +10,14 @@
 
 NP_INLINE void np_fragment_key(union np_frag_key *key, const struct np_flow *flow, const int version)
 {
-    const struct np_packet *packet = &flow->packet;
+    const struct np_packet *packet = flow->packet;
     if (version == 4) {
-        key->v4 =
-            (struct np_frag4_key){.endpoint = flow->endpoint, .id = packet->fragment_id, .protocol = packet->protocol};
+        key->v4 = (struct np_frag4_key){
+            .endpoint = flow->leg->endpoint, .id = packet->fragment_id, .protocol = packet->protocol};
         __builtin_memcpy(key->v4.source, packet->source, sizeof(key->v4.source));
         __builtin_memcpy(key->v4.destination, packet->destination, sizeof(key->v4.destination));
     } else { // the protocol is no part: behind the fragment header may stand another extension header
-        key->v6 = (struct np_frag6_key){.endpoint = flow->endpoint, .id = packet->fragment_id};
+        key->v6 = (struct np_frag6_key){.endpoint = flow->leg->endpoint, .id = packet->fragment_id};
         __builtin_memcpy(key->v6.source, packet->source, sizeof(key->v6.source));
         __builtin_memcpy(key->v6.destination, packet->destination, sizeof(key->v6.destination));
     }
@@ -26,7 +26,7 @@ NP_INLINE void np_fragment_key(union np_frag_key *key, const struct np_flow *flo
 // Give a later fragment the transport header's fields of its first one.
 NP_INLINE int np_fragment_recall(struct np_flow *flow, const int version)
 {
-    struct np_packet *packet = &flow->packet;
+    struct np_packet *packet = flow->packet;
     union np_frag_key key;
     np_fragment_key(&key, flow, version);
     struct np_frag *first = np_frag_lookup(&key, version);
@@ -47,7 +47,7 @@ NP_INLINE int np_fragment_recall(struct np_flow *flow, const int version)
 // Remember a first fragment that was allowed.
 NP_INLINE int np_fragment_remember(const struct np_flow *flow, const int version)
 {
-    const struct np_packet *packet = &flow->packet;
+    const struct np_packet *packet = flow->packet;
     union np_frag_key key;
     np_fragment_key(&key, flow, version);
     struct np_frag first = {

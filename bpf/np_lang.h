@@ -20,6 +20,10 @@
 #define np_net16(value) (value)
 #endif
 
+// The compiler may not move memory accesses across this, nor keep what it read before; so neither does the verifier
+// keep what it knows of a value in a map.
+#define np_barrier() __asm__ __volatile__("" ::: "memory")
+
 // What the pointer points to lives in memory from here on, and the compiler may neither move memory accesses across
 // this nor keep what it read before.  Left alone, it takes a large struct apart into more registers than there are, and
 // their spill slots overflow the 512 bytes of stack (LLVM 19 does).

@@ -22,6 +22,27 @@
 #ifndef NP_MAX_NEAR
 #define NP_MAX_NEAR 256 // a power of two
 #endif
+#ifndef NP_MAX_HOST
+#define NP_MAX_HOST 64
+#endif
+#ifndef NP_MAX_PLACE
+#define NP_MAX_PLACE 4096
+#endif
+#ifndef NP_MAX_LOCAL4
+#define NP_MAX_LOCAL4 4096
+#endif
+#ifndef NP_MAX_LOCAL6
+#define NP_MAX_LOCAL6 4096
+#endif
+#ifndef NP_MAX_VIP4
+#define NP_MAX_VIP4 65536
+#endif
+#ifndef NP_MAX_VIP6
+#define NP_MAX_VIP6 65536
+#endif
+#ifndef NP_MAX_SCRATCH
+#define NP_MAX_SCRATCH 1
+#endif
 #ifndef NP_MAX_ADDR4
 #define NP_MAX_ADDR4 262144
 #endif
@@ -122,6 +143,32 @@ NP_MAP("percpu_array", np_recent, __u32, struct np_recent, NP_MAX_RECENT, 0);
 // overwrites.  Key: ifindex modulo size.  Valid for one generation.
 NP_MAP("percpu_array", np_near, __u32, struct np_near, NP_MAX_NEAR, 0);
 
+// Host endpoint's number to its policy sets.  The agent writes, the program reads.  Looked up for a new flow on a host
+// interface, or on any while there is a wildcard host endpoint.  When full: the agent refuses the change.  Key: host
+// order.  Lives as long as the endpoint has an interface.
+NP_MAP("hash", np_host, struct np_number_key, struct np_host, NP_MAX_HOST, BPF_F_NO_PREALLOC);
+
+// Workload endpoint's number to its interface.  The agent writes, the program reads.  Looked up where a packet to a
+// service leaves and its sender's verdict is not known.  When full: the agent refuses the endpoint.  Key: host order.
+// Lives as long as the endpoint's row.
+NP_MAP("hash", np_place, struct np_number_key, struct np_place, NP_MAX_PLACE, BPF_F_NO_PREALLOC);
+
+// The node's own addresses, broadcast ones included.  The agent writes, the program reads.  Looked up for a new flow
+// from a workload or on a host interface.  When full: the agent refuses the change.  Key: network order.  Lives as long
+// as the address.
+NP_MAP("hash", np_local4, struct np_addr4_key, struct np_local, NP_MAX_LOCAL4, BPF_F_NO_PREALLOC);
+NP_MAP("hash", np_local6, struct np_addr6_key, struct np_local, NP_MAX_LOCAL6, BPF_F_NO_PREALLOC);
+
+// Service address, protocol and port, to what else is known of it: packets there are judged where they leave.  The
+// agent writes, the program reads.  Looked up for a new flow that enters the node.  When full: the agent refuses the
+// change.  Key: address in network order, port in host order.  Lives as long as the service.
+NP_MAP("hash", np_vip4, struct np_vip4_key, struct np_vip, NP_MAX_VIP4, BPF_F_NO_PREALLOC);
+NP_MAP("hash", np_vip6, struct np_vip6_key, struct np_vip, NP_MAX_VIP6, BPF_F_NO_PREALLOC);
+
+// Working memory, because the stack has 512 bytes.  The program writes and reads.  Looked up for every packet that is
+// not part of an open connection.  One row per CPU.  Means nothing between two packets.
+NP_MAP("percpu_array", np_scratch, __u32, struct np_scratch, NP_MAX_SCRATCH, 0);
+
 // Known address to identity and owner.  The agent writes, the program reads.  Looked up for a new flow.  When full: the
 // agent refuses the change.  Key: network order.  Lives as long as the address is known.
 NP_MAP("hash", np_addr4, struct np_addr4_key, struct np_addr, NP_MAX_ADDR4, BPF_F_NO_PREALLOC);
@@ -208,6 +255,11 @@ union np_addr_key {
     struct np_addr6_key v6;
 };
 
+union np_vip_key {
+    struct np_vip4_key v4;
+    struct np_vip6_key v6;
+};
+
 union np_cidr_key {
     struct np_cidr4_key v4;
     struct np_cidr6_key v6;
@@ -251,6 +303,38 @@ NP_INLINE struct np_addr *np_addr_lookup(union np_addr_key *key, const int versi
     if (version == 4)
         return np_addr4.lookup(&key->v4);
     return np_addr6.lookup(&key->v6);
+}
+
+NP_INLINE struct np_host *np_host_lookup(__u32 number)
+{
+    struct np_number_key key = {.number = number};
+    return np_host.lookup(&key);
+}
+
+NP_INLINE struct np_place *np_place_lookup(__u32 number)
+{
+    struct np_number_key key = {.number = number};
+    return np_place.lookup(&key);
+}
+
+NP_INLINE struct np_local *np_local_lookup(union np_addr_key *key, const int version)
+{
+    if (version == 4)
+        return np_local4.lookup(&key->v4);
+    return np_local6.lookup(&key->v6);
+}
+
+NP_INLINE struct np_vip *np_vip_lookup(union np_vip_key *key, const int version)
+{
+    if (version == 4)
+        return np_vip4.lookup(&key->v4);
+    return np_vip6.lookup(&key->v6);
+}
+
+NP_INLINE struct np_scratch *np_scratch_lookup(void)
+{
+    __u32 only = 0;
+    return np_scratch.lookup(&only);
 }
 
 NP_INLINE struct np_cidr *np_cidr_lookup(union np_cidr_key *key, const int version)

@@ -133,7 +133,6 @@ struct np_packet {
     __u32 end; // the same, of the byte after the packet by its own word; what follows is padding
     __u16 fragment_start; // the same, of the fragmented part; set in a first fragment
     __u16 fragment_units; // of 8 bytes. Later fragment: its offset; first one: how far its headers reach
-    __u32 fragment_id; // as on the wire
     __u8 fragment; // enum np_fragment
     __u8 protocol;
     __u8 tcp_flags;
@@ -142,6 +141,7 @@ struct np_packet {
     __u8 icmp_kind; // enum np_icmp_kind
     __u8 version; // 4, 6; 0: not IP or not known
     __u8 special; // never takes the short way: SYN, FIN, RST, ICMP, fragments
+    __u32 fragment_id; // as on the wire
 };
 
 // The linear part of the frame, as far as the verifier lets us look.
@@ -149,6 +149,14 @@ struct np_bytes {
     void *start;
     void *end;
 };
+
+#define NP_OFFSET_MASK 511u // never cuts: a header begins at NP_PULL_BYTES and 8 at most
+
+// Where the next header begins, with a bound that the verifier sees.
+NP_INLINE __u32 np_offset(const struct np_packet *packet)
+{
+    return packet->l4_offset & NP_OFFSET_MASK;
+}
 
 // Ethernet and VLAN tags. Sets the packet's ethertype, and l4_offset to where the network header begins.
 NP_INLINE int np_parse_frame(struct __sk_buff *skb, struct np_bytes *bytes, struct np_packet *packet)
@@ -182,7 +190,7 @@ NP_INLINE int np_parse_frame(struct __sk_buff *skb, struct np_bytes *bytes, stru
 
 NP_INLINE int np_parse_ip4(const struct np_bytes *bytes, struct np_packet *packet)
 {
-    struct np_ip4_header *ip = bytes->start + packet->l4_offset;
+    struct np_ip4_header *ip = bytes->start + np_offset(packet);
     if ((void *)(ip + 1) > bytes->end)
         return NP_REASON_SHORT;
     __u32 header_bytes = (ip->version_words & 15) * 4;
@@ -213,7 +221,7 @@ NP_INLINE int np_parse_ip4(const struct np_bytes *bytes, struct np_packet *packe
 NP_INLINE int np_parse_ip6_headers(const struct np_bytes *bytes, struct np_packet *packet, __u8 next,
                                    __u32 stated_bytes)
 {
-    __u32 offset = packet->l4_offset;
+    __u32 offset = np_offset(packet);
 #pragma unroll
     for (int header = 0; header <= NP_IP6_HEADERS; header++) {
         if (next == NP_PROTOCOL_NONE)
@@ -267,7 +275,7 @@ NP_INLINE int np_parse_ip6_headers(const struct np_bytes *bytes, struct np_packe
 
 NP_INLINE int np_parse_ip6(const struct np_bytes *bytes, struct np_packet *packet)
 {
-    struct np_ip6_header *ip = bytes->start + packet->l4_offset;
+    struct np_ip6_header *ip = bytes->start + np_offset(packet);
     if ((void *)(ip + 1) > bytes->end)
         return NP_REASON_SHORT;
     __u32 room = packet->end - packet->l4_offset - sizeof(*ip);
@@ -330,7 +338,7 @@ NP_INLINE int np_parse_l4(const struct np_bytes *bytes, struct np_packet *packet
 {
     if (packet->fragment == NP_FRAGMENT_LATER)
         return NP_REASON_NONE;
-    void *l4 = bytes->start + packet->l4_offset;
+    void *l4 = bytes->start + np_offset(packet);
     __u32 room = packet->end - packet->l4_offset;
     __u32 header_bytes = 8;
     __u8 protocol = packet->protocol;

@@ -5,7 +5,7 @@
 //
 // Invariant: an entry says only what np_conn said, under the same generation, at most a second ago; so a connection is
 // refreshed there once a second, and one that was removed there passes for a second at most.  Packets that change a
-// connection (SYN, FIN, RST) and ICMP never come here.
+// connection (SYN, FIN, RST), ICMP and packets whose sender is judged here never come here.
 #pragma once
 
 #include "np_flow.h"
@@ -16,7 +16,7 @@
 
 NP_INLINE struct np_recent *np_recent_slot(const struct np_flow *flow, const int version)
 {
-    const struct np_packet *packet = &flow->packet;
+    const struct np_packet *packet = flow->packet;
     __u32 ports = (__u32)packet->source_port << 16 | packet->destination_port;
     __u64 mixed = (__u64)(packet->source[0] ^ ports) << 32 | (packet->destination[0] ^ ports);
     if (version == 6)
@@ -28,7 +28,7 @@ NP_INLINE struct np_recent *np_recent_slot(const struct np_flow *flow, const int
 NP_INLINE int np_recent_matches(const struct np_recent *recent, const struct np_flow *flow, const int hook,
                                 const int version)
 {
-    const struct np_packet *packet = &flow->packet;
+    const struct np_packet *packet = flow->packet;
     __u32 other = (recent->source[0] ^ packet->source[0]) | (recent->destination[0] ^ packet->destination[0]) |
                   (recent->source_port ^ packet->source_port) | (recent->destination_port ^ packet->destination_port) |
                   (recent->protocol ^ packet->protocol) | (recent->version ^ version) | (recent->hook ^ hook) |
@@ -41,10 +41,10 @@ NP_INLINE int np_recent_matches(const struct np_recent *recent, const struct np_
 }
 
 // Remember what np_conn said of the packet's connection.
-NP_INLINE void np_recent_fill(struct np_recent *recent, const struct np_flow *flow, __u32 rule, const int hook,
-                              const int version)
+NP_INLINE void np_recent_fill(struct np_recent *recent, const struct np_flow *flow, __u32 rule, __u32 carries,
+                              const int hook, const int version)
 {
-    const struct np_packet *packet = &flow->packet;
+    const struct np_packet *packet = flow->packet;
     recent->until_jiffies = flow->now_jiffies + flow->config->jiffies_per_second;
     recent->generation = flow->config->generation;
     recent->ifindex = flow->ifindex;
@@ -59,4 +59,5 @@ NP_INLINE void np_recent_fill(struct np_recent *recent, const struct np_flow *fl
     recent->version = version;
     recent->hook = hook;
     recent->rule = rule;
+    recent->carries = carries;
 }

@@ -44,7 +44,7 @@ class MapSpec:
 
 # fmt: off
 
-NP_SCHEMA_VERSION = 1  # part of the pin directory's name
+NP_SCHEMA_VERSION = 2  # part of the pin directory's name
 NP_RULE_NAME_BYTES = 120  # longest readable rule name, with its terminating zero
 NP_ATOM_BLOCK = 256  # atoms per row of np_l4_atom
 NP_ATOM_BLOCKS = 1537  # 6 slots of 256 blocks, and the block of the other protocols
@@ -59,6 +59,8 @@ NP_SLOT_ICMP = 3  # by type and code
 NP_SLOT_ICMPV6 = 4  # by type and code
 NP_SLOT_SOURCE = 5  # by source port, whatever the protocol
 NP_OTHER_BLOCK = 1536  # the one block indexed by protocol number
+NP_HOST_SETS = 8  # policy sets of a host endpoint: stage * 2 + direction
+NP_SCRATCH_WORDS = 64  # working memory of one packet, in units of 8 bytes
 NP_CHECK_SEED = 2166136261  # FNV-1a's own 32-bit offset basis and prime
 NP_CHECK_PRIME = 16777619
 NP_IDENTITY_UNKNOWN = 0  # no packet has it
@@ -76,14 +78,24 @@ NP_ACTION_ALLOW = 1  # let the packet pass and remember the connection
 NP_ACTION_DENY = 2  # drop
 NP_ACTION_CONTINUE = 3  # no opinion (stages of host endpoints that never drop by default): pass
 
+# np_stage: Which list of a host endpoint's policies. Workloads have the normal one only.
+NP_STAGE_NORMAL = 0  # packets from and to processes of the node
+NP_STAGE_FORWARD = 1  # packets that pass through the node
+NP_STAGE_PRE_DNAT = 2  # all that comes in, before addresses are translated
+NP_STAGE_UNTRACKED = 3  # before everything, and without memory
+
 # np_endpoint_flag: Flags of an endpoint.
-NP_ENDPOINT_HOST = 1  # a host interface: directions agree with hooks, non-IP passes, no anti-spoofing
+NP_ENDPOINT_HOST = 1  # a host interface: directions agree with hooks, non-IP passes, policy is in np_host
 NP_ENDPOINT_SOURCES = 2  # has rows in np_source4 or np_source6
+NP_ENDPOINT_UPLINK = 4  # a host interface without policy: passes all but what a sender's policy is yet to judge
 
 # np_config_flag: Flags of the configuration.
 NP_CONFIG_ALLOW_EVENTS = 1  # an event for each new allowed flow
 NP_CONFIG_STAGED_EVENTS = 2  # an event for each new allowed flow whose staged action differs
 NP_CONFIG_KEEP_REVOKED = 4  # flows that policy no longer allows live on until they end
+NP_CONFIG_DEFER = 8  # every interface that a packet to a service could leave by has the program
+NP_CONFIG_TO_HOST_DENY = 16  # no workload reaches its own node
+NP_CONFIG_TO_HOST_PASS = 32  # the wildcard host endpoint's normal policy decides on workloads to their node
 
 # np_conn_state: Where a connection stands. Each state has its own time-out, np_config.timeout_jiffies[state].
 NP_CONN_TCP_NEW = 0  # TCP, no reply seen
@@ -100,6 +112,16 @@ NP_CONN_STATES = 8  # how many there are
 NP_CONN_FIN_ORIGINAL = 1  # FIN seen from the side that opened
 NP_CONN_FIN_REPLY = 2  # FIN seen from the other side
 NP_CONN_EXEMPT = 4  # opened by the host itself or by the workload to itself: no policy applies
+NP_CONN_DEFERRED = 8  # opened towards a service: policy judges where the packet leaves
+NP_CONN_FORWARDED = 16  # of a host endpoint: opened by a packet that only passes through the node
+NP_CONN_CARRIES = 32  # deferred, and nothing before policy where it leaves has allowed it for good
+
+# np_verdict_flag: Flags of a verdict.
+NP_VERDICT_FAILSAFE = 1  # a failsafe port decided: nothing before normal policy may drop the packet
+
+# np_vip_flag: Flags of a service address.
+NP_VIP_LOCAL = 1  # `local` may be what is behind it: a process of this node, which no hook stands before
+NP_VIP_MANY = 2  # several of those: not known which one
 
 # np_event_kind: Kinds of events.
 NP_EVENT_DENY = 1  # a packet was dropped
@@ -117,6 +139,8 @@ NP_REASON_ARP = 6  # ARP
 NP_REASON_NEIGHBOUR = 7  # IPv6 neighbour discovery or multicast listener discovery
 NP_REASON_CONTINUE = 8  # no stage of the host endpoint decided
 NP_REASON_HOST_NON_IP = 9  # not IP, on a host interface
+NP_REASON_DEFERRED = 10  # to a service: policy judges where the packet leaves the node or enters a workload
+NP_REASON_UPLINK = 11  # on a host interface without policy
 NP_REASON_POLICY_DENY = 32  # policy denies the flow
 NP_REASON_REVOKED = 33  # policy no longer allows an open connection
 NP_REASON_UNKNOWN_ENDPOINT = 34  # the interface has no endpoint row
@@ -137,6 +161,11 @@ NP_REASON_L4_RANGE = 48  # an atom or L4 class outside its table
 NP_REASON_VERDICT_RANGE = 49  # a verdict outside its table
 NP_REASON_VERDICT_EMPTY = 50  # a verdict entry that was never written
 NP_REASON_NO_CONFIG = 51  # the configuration is missing (cannot happen)
+NP_REASON_TO_HOST = 52  # a workload to its own node, which the setting forbids
+NP_REASON_NO_EXIT = 53  # to a service, while not every interface it could leave by has the program
+NP_REASON_LOST_SENDER = 54  # to a service, from an endpoint that is gone
+NP_REASON_HIDDEN_SOURCE = 55  # to a service, with a translated source, while the sender's policy depends on it
+NP_REASON_LOCAL_BACKENDS = 56  # to a service with several processes of this node behind it
 NP_REASON_EVENT_LOST = 96  # the ring buffer had no room for an event
 NP_REASON_LOG_LIMITED = 97  # a log event held back by the rate limit
 NP_REASON_RULE_RANGE = 98  # a rule number beyond np_rule_count
@@ -211,6 +240,105 @@ class np_endpoint(ctypes.Structure):
         ("pad", ctypes.c_uint32),
         ("ingress", np_set),
         ("egress", np_set),
+    )
+
+
+class np_number_key(ctypes.Structure):
+    """``struct np_number_key``."""
+
+    number: int  # of an endpoint
+
+    _fields_ = (
+        ("number", ctypes.c_uint32),
+    )
+
+
+class np_host(ctypes.Structure):
+    """All policy sets of a host endpoint, so that one update flips them all; see struct np_endpoint.
+
+    In the check word of a set its index stands for the ifindex, and the row's `version` is folded in as its flags.
+    """
+
+    number: int
+    version: int  # of the row: two looks at one packet must see the same
+    present: int  # bit i: sets[i] is there; a missing one has no opinion
+    pad: int
+    sets: ctypes.Array[np_set]  # by stage * 2 + direction
+
+    _fields_ = (
+        ("number", ctypes.c_uint32),
+        ("version", ctypes.c_uint32),
+        ("present", ctypes.c_uint32),
+        ("pad", ctypes.c_uint32),
+        ("sets", np_set * 8),
+    )
+
+
+class np_place(ctypes.Structure):
+    """``struct np_place``."""
+
+    ifindex: int  # key of np_endpoint
+
+    _fields_ = (
+        ("ifindex", ctypes.c_uint32),
+    )
+
+
+class np_local(ctypes.Structure):
+    """``struct np_local``."""
+
+    local: int  # always 1
+
+    _fields_ = (
+        ("local", ctypes.c_uint32),
+    )
+
+
+class np_vip4_key(ctypes.Structure):
+    """``struct np_vip4_key``."""
+
+    address: ctypes.Array[ctypes.c_uint8]  # 0.0.0.0: each of the node's own (node ports)
+    port: int
+    protocol: int
+    pad: int
+
+    _fields_ = (
+        ("address", ctypes.c_uint8 * 4),
+        ("port", ctypes.c_uint16),
+        ("protocol", ctypes.c_uint8),
+        ("pad", ctypes.c_uint8),
+    )
+
+
+class np_vip6_key(ctypes.Structure):
+    """``struct np_vip6_key``."""
+
+    address: ctypes.Array[ctypes.c_uint8]  # :: stands for each of the node's own (node ports)
+    port: int
+    protocol: int
+    pad: int
+
+    _fields_ = (
+        ("address", ctypes.c_uint8 * 16),
+        ("port", ctypes.c_uint16),
+        ("protocol", ctypes.c_uint8),
+        ("pad", ctypes.c_uint8),
+    )
+
+
+class np_vip(ctypes.Structure):
+    """``struct np_vip``."""
+
+    flags: int  # enum np_vip_flag
+    local_port: int
+    pad: int
+    local: ctypes.Array[ctypes.c_uint8]  # IPv4 in the first four bytes
+
+    _fields_ = (
+        ("flags", ctypes.c_uint32),
+        ("local_port", ctypes.c_uint16),
+        ("pad", ctypes.c_uint16),
+        ("local", ctypes.c_uint8 * 16),
     )
 
 
@@ -368,7 +496,7 @@ class np_verdict(ctypes.Structure):
     log_list: int  # the Log rules that matched on the way; 0: none
     action: int  # enum np_action
     staged_action: int  # enum np_action
-    flags: int  # none defined yet; 0
+    flags: int  # enum np_verdict_flag
 
     _fields_ = (
         ("rule", ctypes.c_uint32),
@@ -465,7 +593,7 @@ class np_conn(ctypes.Structure):
 
     seen_jiffies: int  # written at most once a second
     generation: int  # the one under which policy allowed the flow
-    rule: int  # the rule that allowed it; 0: exempt
+    rule: int  # the rule that allowed it; 0: exempt, or judged elsewhere
     direction: int  # of its first packet, enum np_direction
     state: int  # enum np_conn_state
     flags: int  # enum np_conn_flag
@@ -622,15 +750,19 @@ class np_config(ctypes.Structure):
     generation: int  # raised when an allow may have become a deny
     flags: int  # enum np_config_flag
     jiffies_per_second: int
-    pad: int
+    wildcard: int  # number of the host endpoint of all interfaces, workloads' included; 0: none
     timeout_jiffies: ctypes.Array[ctypes.c_uint64]
+    mark_shift: int  # where a packet to a service carries its sender's 16-bit number: skb->mark; 0: skb->tc_index
+    pad: int
 
     _fields_ = (
         ("generation", ctypes.c_uint32),
         ("flags", ctypes.c_uint32),
         ("jiffies_per_second", ctypes.c_uint32),
-        ("pad", ctypes.c_uint32),
+        ("wildcard", ctypes.c_uint32),
         ("timeout_jiffies", ctypes.c_uint64 * 8),
+        ("mark_shift", ctypes.c_uint32),
+        ("pad", ctypes.c_uint32),
     )
 
 
@@ -667,7 +799,7 @@ class np_recent(ctypes.Structure):
     hook: int  # 0 ingress, 1 egress
     pad: int
     rule: int
-    pad2: int
+    carries: int  # number that packets of the connection carry on, 0: none
 
     _fields_ = (
         ("until_jiffies", ctypes.c_uint64),
@@ -682,7 +814,17 @@ class np_recent(ctypes.Structure):
         ("hook", ctypes.c_uint8),
         ("pad", ctypes.c_uint8),
         ("rule", ctypes.c_uint32),
-        ("pad2", ctypes.c_uint32),
+        ("carries", ctypes.c_uint32),
+    )
+
+
+class np_scratch(ctypes.Structure):
+    """What a packet's way through policy needs besides the stack."""
+
+    words: ctypes.Array[ctypes.c_uint64]
+
+    _fields_ = (
+        ("words", ctypes.c_uint64 * 64),
     )
 
 
@@ -725,6 +867,10 @@ REASONS: Mapping[int, Reason] = MappingProxyType(
             NP_REASON_CONTINUE, "continue", "no stage of the host endpoint decided"),
         NP_REASON_HOST_NON_IP: Reason(
             NP_REASON_HOST_NON_IP, "host-non-ip", "not IP, on a host interface"),
+        NP_REASON_DEFERRED: Reason(
+            NP_REASON_DEFERRED, "deferred", "to a service: policy judges where the packet leaves the node or enters a workload"),
+        NP_REASON_UPLINK: Reason(
+            NP_REASON_UPLINK, "uplink", "on a host interface without policy"),
         NP_REASON_POLICY_DENY: Reason(
             NP_REASON_POLICY_DENY, "policy-deny", "policy denies the flow"),
         NP_REASON_REVOKED: Reason(
@@ -765,6 +911,16 @@ REASONS: Mapping[int, Reason] = MappingProxyType(
             NP_REASON_VERDICT_EMPTY, "verdict-empty", "a verdict entry that was never written"),
         NP_REASON_NO_CONFIG: Reason(
             NP_REASON_NO_CONFIG, "no-config", "the configuration is missing (cannot happen)"),
+        NP_REASON_TO_HOST: Reason(
+            NP_REASON_TO_HOST, "to-host", "a workload to its own node, which the setting forbids"),
+        NP_REASON_NO_EXIT: Reason(
+            NP_REASON_NO_EXIT, "no-exit", "to a service, while not every interface it could leave by has the program"),
+        NP_REASON_LOST_SENDER: Reason(
+            NP_REASON_LOST_SENDER, "lost-sender", "to a service, from an endpoint that is gone"),
+        NP_REASON_HIDDEN_SOURCE: Reason(
+            NP_REASON_HIDDEN_SOURCE, "hidden-source", "to a service, with a translated source, while the sender's policy depends on it"),
+        NP_REASON_LOCAL_BACKENDS: Reason(
+            NP_REASON_LOCAL_BACKENDS, "local-backends", "to a service with several processes of this node behind it"),
         NP_REASON_EVENT_LOST: Reason(
             NP_REASON_EVENT_LOST, "event-lost", "the ring buffer had no room for an event"),
         NP_REASON_LOG_LIMITED: Reason(
@@ -787,6 +943,34 @@ MAP_SPECS: Mapping[str, MapSpec] = MappingProxyType(
         "np_near": MapSpec(
             "np_near", "percpu_array", None, np_near,
             4, ctypes.sizeof(np_near), 256, (),
+        ),
+        "np_host": MapSpec(
+            "np_host", "hash", np_number_key, np_host,
+            ctypes.sizeof(np_number_key), ctypes.sizeof(np_host), 64, ("BPF_F_NO_PREALLOC",),
+        ),
+        "np_place": MapSpec(
+            "np_place", "hash", np_number_key, np_place,
+            ctypes.sizeof(np_number_key), ctypes.sizeof(np_place), 4096, ("BPF_F_NO_PREALLOC",),
+        ),
+        "np_local4": MapSpec(
+            "np_local4", "hash", np_addr4_key, np_local,
+            ctypes.sizeof(np_addr4_key), ctypes.sizeof(np_local), 4096, ("BPF_F_NO_PREALLOC",),
+        ),
+        "np_local6": MapSpec(
+            "np_local6", "hash", np_addr6_key, np_local,
+            ctypes.sizeof(np_addr6_key), ctypes.sizeof(np_local), 4096, ("BPF_F_NO_PREALLOC",),
+        ),
+        "np_vip4": MapSpec(
+            "np_vip4", "hash", np_vip4_key, np_vip,
+            ctypes.sizeof(np_vip4_key), ctypes.sizeof(np_vip), 65536, ("BPF_F_NO_PREALLOC",),
+        ),
+        "np_vip6": MapSpec(
+            "np_vip6", "hash", np_vip6_key, np_vip,
+            ctypes.sizeof(np_vip6_key), ctypes.sizeof(np_vip), 65536, ("BPF_F_NO_PREALLOC",),
+        ),
+        "np_scratch": MapSpec(
+            "np_scratch", "percpu_array", None, np_scratch,
+            4, ctypes.sizeof(np_scratch), 1, (),
         ),
         "np_addr4": MapSpec(
             "np_addr4", "hash", np_addr4_key, np_addr,

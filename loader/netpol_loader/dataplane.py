@@ -53,6 +53,7 @@ TIMEOUTS_S: Mapping[int, float] = types.MappingProxyType(
 """Seconds by enum np_conn_state. The connections' are those of Calico's BPF dataplane; the fragments' is Linux's own."""
 
 SKB_BYTES = 192
+SKB_MARK = 8
 SKB_INGRESS_IFINDEX = 36
 SKB_IFINDEX = 40
 """Offsets in struct __sk_buff, a kernel interface that never changes."""
@@ -60,17 +61,21 @@ SKB_IFINDEX = 40
 
 @dataclass(frozen=True, slots=True)
 class TestRun:
-    """What a program said of a frame: -1 pass, 2 drop; and the mean duration of a run."""
+    """What a program said of a frame: -1 pass, 0 pass and ask nobody else, 2 drop; and the mean duration of a run.
+
+    ``mark``: of the packet, afterwards.
+    """
 
     __test__ = False
 
     verdict: int
     duration_ns: int
+    mark: int = 0
 
     @property
     def passed(self) -> bool:
         """Whether the packet would go on."""
-        return self.verdict == -1
+        return self.verdict in (-1, 0)
 
 
 class Dataplane:
@@ -175,23 +180,32 @@ class Dataplane:
         return syscall.prog_info(self._programs[hook]).tag
 
     def test_run(
-        self, hook: Hook, frame: bytes, *, ingress_ifindex: int = 0, ifindex: int = 1, repeat: int = 1
+        self,
+        hook: Hook,
+        frame: bytes,
+        *,
+        ingress_ifindex: int = 0,
+        ifindex: int = 1,
+        repeat: int = 1,
+        mark: int = 0,
     ) -> TestRun:
         """Run a hook's program on a frame that starts with its Ethernet header.
 
         ``ifindex``: the interface it passes, which must exist (1: lo).  ``ingress_ifindex``: where it entered the node;
-        0 at TC_EGRESS means that the node itself sent it.  Maps change as they would for a real packet.
+        0 at TC_EGRESS means that the node itself sent it.  ``mark``: of the packet, beforehand.  Maps change as they would for
+        a real packet.
         """
         context = bytearray(SKB_BYTES)
+        struct.pack_into("=I", context, SKB_MARK, mark)
         struct.pack_into("=I", context, SKB_INGRESS_IFINDEX, ingress_ifindex)
         struct.pack_into("=I", context, SKB_IFINDEX, ifindex)
         try:
-            verdict, duration_ns = syscall.prog_test_run(self._programs[hook], frame, bytes(context), repeat)
+            verdict, duration_ns = syscall.prog_test_run(self._programs[hook], frame, context, repeat)
         except OSError as error:
             raise PlatformError(
                 f"cannot run {hook.value} on a frame of {len(frame)} bytes at interface {ifindex}: {error.strerror}"
             ) from error
-        return TestRun(verdict, duration_ns)
+        return TestRun(verdict, duration_ns, struct.unpack_from("=I", context, SKB_MARK)[0])
 
     def events(self, callback: Callable[[abi.np_event], None]) -> EventReader:
         """A reader of the event ring; one at a time."""

@@ -126,6 +126,13 @@ def addresses() -> dict[IPAddress, int]:
         return dict(_addresses(route))
 
 
+def broadcast_addresses() -> frozenset[IPAddress]:
+    """The broadcast addresses of this namespace's networks."""
+    with _route() as route:
+        texts = {message.get_attr("IFA_BROADCAST") for message in route.get_addr(family=socket.AF_INET)}
+    return frozenset(ip_address(text) for text in texts if text)
+
+
 def _addresses(route: Any) -> Iterator[tuple[IPAddress, int]]:
     for message in route.get_addr():
         text = message.get_attr("IFA_LOCAL") or message.get_attr("IFA_ADDRESS")

@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """The check words of endpoint rows, by which the program sees that a row changed while it was reading it.
 
-Invariant: the fold here and `np_fold` in bpf/np_classify.h are the same function.  Must not know where rows come from.
+Invariant: the fold here and `np_fold` in bpf/np_endpoint.h are the same function.  Must not know where rows come from.
 """
 
 from __future__ import annotations
 
 from netpol_loader import abi
+
+_SET_WORDS = tuple(name for name, *_ in abi.np_set._fields_ if name != "check")
 
 
 def fold(words: list[int]) -> int:
@@ -19,8 +21,17 @@ def fold(words: list[int]) -> int:
 
 def seal_endpoint(row: abi.np_endpoint) -> abi.np_endpoint:
     """Fill in both sets' ``check``; to be called on a row that is otherwise complete. Returns the same object."""
-    names = [name for name, *_ in abi.np_set._fields_ if name != "check"]
     for policy_set in (row.ingress, row.egress):
-        words = [row.number, row.ifindex, row.flags, *(getattr(policy_set, name) for name in names)]
-        policy_set.check = fold(words)
+        policy_set.check = _check(policy_set, row.number, row.ifindex, row.flags)
     return row
+
+
+def seal_host(row: abi.np_host) -> abi.np_host:
+    """The same for a host endpoint's row: of all its sets, those that are not there included."""
+    for index, policy_set in enumerate(row.sets):
+        policy_set.check = _check(policy_set, row.number, index | row.present << 8, row.version)
+    return row
+
+
+def _check(policy_set: abi.np_set, number: int, place: int, flags: int) -> int:
+    return fold([number, place, flags, *(getattr(policy_set, name) for name in _SET_WORDS)])

@@ -360,9 +360,13 @@ def prog_load(instructions: bytes, program_type: int = PROG_TYPE_SCHED_CLS) -> i
     )
 
 
-def prog_test_run(prog_fd: int, frame: bytes, context: bytes, repeat: int) -> tuple[int, int]:
-    """Run a program on a frame. Returns (verdict as a signed number, mean duration in ns)."""
-    data, ctx = buffer(frame), buffer(context)
+def prog_test_run(prog_fd: int, frame: bytes, context: bytes | bytearray, repeat: int) -> tuple[int, int]:
+    """Run a program on a frame. Returns (verdict as a signed number, mean duration in ns).
+
+    ``context``: a ``struct __sk_buff``; a bytearray then holds what the program left of it.
+    """
+    data, ctx = buffer(frame), buffer(bytes(context))
+    has_output = isinstance(context, bytearray)
     attr = _TestRunAttr(
         prog_fd=prog_fd,
         data_size_in=len(frame),
@@ -370,8 +374,12 @@ def prog_test_run(prog_fd: int, frame: bytes, context: bytes, repeat: int) -> tu
         repeat=repeat,
         ctx_size_in=len(context),
         ctx_in=ctypes.addressof(ctx) if context else 0,
+        ctx_size_out=len(context) if has_output else 0,
+        ctx_out=ctypes.addressof(ctx) if has_output else 0,
     )
     _bpf(PROG_TEST_RUN, attr)
+    if isinstance(context, bytearray):
+        context[:] = ctx.raw[: len(context)]
     return ctypes.c_int32(attr.retval).value, attr.duration
 
 

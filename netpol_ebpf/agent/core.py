@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from netpol_ebpf.agent.claims import Claims
+from netpol_ebpf.agent.hosts import HostPlan, own_interfaces, plan_hosts
 from netpol_ebpf.agent.node import Node
 from netpol_ebpf.agent.trouble import DriftLog, Refusals
 from netpol_ebpf.agent.wiring import Located, Wiring, is_candidate, locate
@@ -24,10 +25,12 @@ from netpol_ebpf.apply.audit import Audit
 from netpol_ebpf.apply.encode import decode_endpoint, endpoint_key
 from netpol_ebpf.apply.events import FlowEvent, Names, decode_event
 from netpol_ebpf.apply.ledger import Ledger
+from netpol_ebpf.apply.surroundings import UPLINK, Surroundings, SurroundingsWriter
 from netpol_ebpf.compiler import Change, Compiler, KnownNumbers, Limits, Tables
 from netpol_ebpf.errors import LimitError, Location, MapFullError, PlatformError, Problem
 from netpol_ebpf.policy.translate import Derivation, key_of
 from netpol_ebpf.policy.types import (
+    Action,
     Cause,
     Changes,
     Endpoint,
@@ -41,6 +44,7 @@ from netpol_ebpf.policy.types import (
     Tier,
 )
 from netpol_ebpf.policy.types import Node as ClusterNode
+from netpol_ebpf.policy.types import Settings as PolicySettings
 from netpol_ebpf.sources.files import Batch, ManifestDirectory, Upsert
 from netpol_loader import abi
 
@@ -55,6 +59,8 @@ ROUND_S = 5.0
 """Least time between the beginnings of two rounds through all rows; arbitrary."""
 NOWHERE = 0
 """The interface of an endpoint whose interface is gone."""
+HOST_BINDING = Binding(NOWHERE, EndpointKind.HOST)
+"""Of every host endpoint that is in force: its interfaces are `HostPlan`'s matter."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,13 +69,17 @@ class Settings:
 
     ``node``: name of this node, None: every workload that is found here is local.  ``interfaces``: patterns of workload
     interfaces, () for the built-in rule (`wiring.is_candidate`).  ``borrow_sources``: honour a pod's allowed source prefixes.
-    ``keep_revoked``: connections that policy no longer allows live on until they end.
+    ``keep_revoked``: connections that policy no longer allows live on until they end.  ``workload_to_host``: what becomes of
+    packets of workloads to their own node, PASS: a wildcard host endpoint's policy decides.  ``mark_shift``: lowest of 16
+    bits of the packets' mark that are ours, 0: none.
     """
 
     node: str | None = None
     interfaces: Sequence[str] = ()
     borrow_sources: bool = False
     keep_revoked: bool = False
+    workload_to_host: Action = Action.ALLOW
+    mark_shift: int = 0
 
 
 @dataclass(slots=True)
@@ -102,12 +112,15 @@ class Agent:
         self._source = source
         self._ledger = ledger
         self._clock = clock
-        self._derivation = Derivation()
+        self._derivation = Derivation(PolicySettings(workload_to_host=settings.workload_to_host))
         self._claims = Claims(self._derivation.world)
         self._local: dict[EndpointKey, Endpoint] = {}  # with the addresses that count as theirs
         self._names = NumberNames()
         self._compiler = Compiler()
         self._applier: Applier | None = None
+        self._surroundings: SurroundingsWriter | None = None
+        self._hosts = HostPlan()
+        self._no_exit: Problem | None = None  # own interfaces without the programs while there are services
         self._audit: Audit | None = None
         self._wiring = Wiring()
         self._located = Located({}, {})
@@ -194,6 +207,13 @@ class Agent:
         """Whether an endpoint is a workload of this node."""
         return endpoint.kind is EndpointKind.WORKLOAD and self.settings.node in (None, endpoint.node)
 
+    def _is_ours(self, endpoint: Endpoint) -> bool:
+        """Whether policy is to be compiled for an endpoint: a workload of this node, or a host endpoint of it.
+
+        Without a node's name, every host endpoint may be one: its addresses tell, when it is given its interfaces.
+        """
+        return self.settings.node in (None, endpoint.node)
+
     # --- what is to be done -----------------------------------------------------------------------------------------
 
     def start(self) -> None:
@@ -208,6 +228,7 @@ class Agent:
         self._take_changes(older=set(self._ledger.numbers.endpoints))
         self._homes = self._former_homes()
         self._look_at_interfaces()
+        self._attached |= self._node.attached()  # by an earlier agent
         self._install()
         for ifindex in self._wanted_interfaces():
             self._attach(ifindex)
@@ -303,6 +324,7 @@ class Agent:
         change = self._compiler.commit()
         self._is_behind = False
         self._record(change, self.applier)
+        self._place_hosts(self._hosts.in_force)  # interfaces do without host endpoints that go before those go
         self.applier.apply(change)
         self._forget(change)
         self._note_change()
@@ -311,7 +333,7 @@ class Agent:
         """Compile everything into maps of its own, and let it take the place of whatever is in force."""
         numbers = self._ledger.numbers
         known = KnownNumbers(dict(numbers.identities), dict(numbers.rules), self._known_endpoints())
-        compiler = Compiler(self.is_local, limits=limits_of(self._node.maps), known=known)
+        compiler = Compiler(self._is_ours, limits=limits_of(self._node.maps), known=known)
         compiler.replace(self._claims.effective_world())
         change = compiler.commit()
         require_room(compiler.tables, self._node.maps)  # before maps and programs are made in vain
@@ -319,13 +341,22 @@ class Agent:
             applier = Applier(maps)
             for key, binding in self._bindings().items():
                 applier.bind(key, binding)
+            self._hosts = self._plan_hosts(compiler.tables.endpoints)
+            for key in self._hosts.in_force:
+                applier.bind(key, HOST_BINDING)
             self._record(change, applier)
             applier.fill(compiler.tables)
-        self._compiler, self._applier = compiler, applier
-        self._audit = Audit(maps, compiler.tables, applier)
+            surroundings = SurroundingsWriter(maps, applier.bump_generation)
+            surroundings.write(self._surroundings_for(compiler.tables, self._node.attached()))
+        self._compiler, self._applier, self._surroundings = compiler, applier, surroundings
+        self._audit = Audit(maps, compiler.tables, applier, surroundings)
         self._is_ahead = self._is_behind = False
         keep = abi.NP_CONFIG_KEEP_REVOKED
         applier.set_flags(**({"on": keep} if self.settings.keep_revoked else {"off": keep}))
+        to_host = {Action.DENY: abi.NP_CONFIG_TO_HOST_DENY, Action.PASS: abi.NP_CONFIG_TO_HOST_PASS}
+        applier.set_flags(off=abi.NP_CONFIG_TO_HOST_DENY | abi.NP_CONFIG_TO_HOST_PASS)
+        applier.set_flags(on=to_host.get(self.settings.workload_to_host, 0))
+        applier.set_carrier(self.settings.mark_shift)
         applier.bump_generation()  # the new policy may allow less than what an earlier agent left
         self._forget_unused()
         self._note_change()
@@ -388,7 +419,7 @@ class Agent:
         """Whether there are both workloads without an interface and interfaces without a workload."""
         bound = self.applier.bindings
         return not self._local.keys() <= bound.keys() and bool(
-            self._attached - {binding.ifindex for binding in bound.values()}
+            self._attached - {binding.ifindex for binding in bound.values()} - self._hosts.interfaces.keys()
         )
 
     def _look_at_interfaces(self) -> None:
@@ -447,7 +478,7 @@ class Agent:
         }
 
     def _wanted_interfaces(self) -> set[int]:
-        """Interfaces that are to have programs on them."""
+        """Workloads' interfaces, which are to have programs on them."""
         candidates = {
             link.ifindex
             for link in self._wiring.links.values()
@@ -462,8 +493,9 @@ class Agent:
         for ifindex in wanted - self._attached:
             self._attach(ifindex)
         bindings = self._bindings()
-        for key in self.applier.bindings.keys() - bindings.keys():
-            self.applier.unbind(key)
+        for key, binding in list(self.applier.bindings.items()):
+            if binding.kind is EndpointKind.WORKLOAD and key not in bindings:
+                self.applier.unbind(key)
         self._no_room.clear()
         for key, binding in bindings.items():
             try:
@@ -472,10 +504,72 @@ class Agent:
             except MapFullError as error:  # noqa: PERF203 - one endpoint's misfortune is not another's
                 message = f"its interface {self._name_of(binding.ifindex)} stays as it is: {error.message}"
                 self._no_room[key] = Problem(self._location(key), "", message, obj=str(key), slug=error.slug)
-        for ifindex in self._attached - wanted:
-            log.info("interface %s is no workload's (any more): taking the programs off", self._name_of(ifindex))
+        self._place_hosts()
+        for ifindex in self._attached - wanted - self._hosts.interfaces.keys():
+            log.info("interface %s is under policy no more: taking the programs off", self._name_of(ifindex))
             self._node.detach(ifindex)
             self._attached.discard(ifindex)
+        self._write_surroundings(self._hosts.interfaces.keys())
+
+    # --- the node's own interfaces ------------------------------------------------------------------------------------
+
+    def _plan_hosts(self, among: Collection[EndpointKey]) -> HostPlan:
+        """Which own interfaces are under policy; ``among``: host endpoints whose policy is compiled."""
+        world = self._derivation.world
+        hosts = [one for one in world.endpoints.values() if one.kind is EndpointKind.HOST and one.key in among]
+        if self.settings.node is None:
+            hosts = [one for one in hosts if any(address in self._wiring.addresses for address in one.addresses)]
+        return plan_hosts(self._wiring, hosts, self._wanted_interfaces(), has_services=bool(world.vips))
+
+    def _surroundings_for(self, tables: Tables, bearing: Collection[int]) -> Surroundings:
+        """What the program has to know of the node. ``bearing``: own interfaces that are to have a row, among others.
+
+        The addresses of services only when every exit has the programs, or is known to be without: until then packets there
+        are judged like all others.
+        """
+        are_exits_known = self._hosts.interfaces.keys() <= self._attached or self._no_exit is not None
+        own = own_interfaces(self._wiring, self._wanted_interfaces()) & set(bearing)
+        keys = {**dict.fromkeys(own), **{one: key for one, key in self._hosts.interfaces.items() if one in own}}
+        return Surroundings(
+            frozenset(self._wiring.addresses) | self._wiring.broadcasts,
+            {ifindex: UPLINK if key is None else tables.endpoints[key].number for ifindex, key in keys.items()},
+            tuple(self._derivation.world.vips.values()) if are_exits_known else (),
+        )
+
+    def _write_surroundings(self, bearing: Collection[int]) -> None:
+        if self._surroundings is None:
+            raise AssertionError("the agent has not been started")
+        workloads = [("np_endpoint", endpoint_key(one.ifindex)) for one in self.applier.bindings.values()]
+        self._surroundings.write(self._surroundings_for(self.tables, bearing), keep=workloads)
+
+    def _place_hosts(self, among: Collection[EndpointKey] | None = None) -> None:
+        """Rows before programs on the node's own interfaces, lest an interface be closed for want of one.
+
+        ``among``: see `_plan_hosts`; None: all that the tables have.
+        """
+        applier = self.applier
+        before = self._hosts
+        self._hosts = plan = self._plan_hosts(self.tables.endpoints if among is None else among)
+        for key in sorted(plan.in_force):
+            applier.bind(key, HOST_BINDING)
+        if plan.wildcard is None:
+            applier.set_wildcard(None)
+        self._write_surroundings({*plan.interfaces, *self._attached})
+        applier.set_wildcard(plan.wildcard)
+        for ifindex in plan.interfaces.keys() - self._attached:
+            self._attach(ifindex)
+        for key in before.in_force - plan.in_force:
+            applier.unbind(key)
+        missing = sorted(self._name_of(ifindex) for ifindex in plan.interfaces.keys() - self._attached)
+        self._no_exit = None
+        has_services = bool(self._derivation.world.vips)
+        if has_services and missing:
+            message = f"packets to services are denied while these interfaces have no program: {', '.join(missing)}"
+            self._no_exit = Problem(Location(""), "", message, slug="no-exit")
+        if has_services and not missing:
+            applier.set_flags(on=abi.NP_CONFIG_DEFER)
+        else:
+            applier.set_flags(off=abi.NP_CONFIG_DEFER)
 
     def _attach(self, ifindex: int) -> None:
         if self._node.attach(ifindex):
@@ -515,10 +609,17 @@ class Agent:
     # --- problems ---------------------------------------------------------------------------------------------------
 
     def _host_endpoints(self) -> Iterable[Problem]:
-        for key, endpoint in self._derivation.world.endpoints.items():
-            if endpoint.kind is EndpointKind.HOST and self.settings.node in (None, endpoint.node):
-                message = "host endpoints are not enforced by this agent; policy that selects only them has no effect"
-                yield Problem(self._location(key), "", message, obj=str(key), severity="warning", slug="host-endpoint")
+        for key, message in self._hosts.problems.items():
+            yield Problem(self._location(key), "", message, obj=str(key), severity="warning", slug="host-endpoint")
+        if self.settings.node is None:
+            for key, endpoint in self._derivation.world.endpoints.items():
+                if endpoint.kind is EndpointKind.HOST and key not in self._hosts.in_force:
+                    message = "may be of another node: the agent was not told the name of this one (--node)"
+                    yield Problem(
+                        self._location(key), "", message, obj=str(key), severity="warning", slug="host-endpoint"
+                    )
+        if self._no_exit is not None:
+            yield self._no_exit
 
     def _disputes(self) -> Iterable[Problem]:
         for address, holder, other in self._claims.disputes():

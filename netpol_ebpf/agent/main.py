@@ -32,6 +32,8 @@ DEFAULT_STATE_DIR = Path("/run/netpol-ebpf")
 """On a tmpfs, like the pins: both are gone after a reboot."""
 NEWS_GAP_S = 0.05
 """Least time between two looks at the interfaces; arbitrary."""
+WORKLOAD_TO_HOST = {"allow": "allow", "deny": "deny", "policy": "pass"}
+"""What the option of that name may say, as values of `netpol_ebpf.policy.types.Action`."""
 LOCK_NAME = "lock"
 LEDGER_NAME = "numbers"
 COPIES_NAME = "manifests"
@@ -78,6 +80,16 @@ def build_parser() -> argparse.ArgumentParser:
         "--allow-source-prefixes", action="store_true",
         help="honour the annotation cni.projectcalico.org/allowedSourcePrefixes of pods",
     )  # fmt: skip
+    parser.add_argument(
+        "--workload-to-host", choices=tuple(WORKLOAD_TO_HOST), default="allow", metavar="WHAT",
+        help="packets of workloads to their own node: allow (default), deny, or policy (that of a host endpoint of all "
+        "interfaces)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--service-mark", metavar="MASK",
+        help="16 adjacent bits of the packets' mark that the agent may use, such as 0xffff0000; without it packets to "
+        "services are not shown to other TC programs behind ours on a workload's interface",
+    )  # fmt: skip
     parser.add_argument("--verbose", action="store_true", help="log more")
     parser.add_argument("--debug", action="store_true", help="show tracebacks of errors")
     return parser
@@ -117,6 +129,7 @@ def run(arguments: argparse.Namespace) -> int:
     # The kernel, root and BCC are needed from here on, not for --help.
     from netpol_ebpf.agent.core import Agent, Settings
     from netpol_ebpf.agent.node import KernelNode
+    from netpol_ebpf.policy.types import Action
     from netpol_loader import doctor
     from netpol_loader.dataplane import DEFAULT_PIN_ROOT
 
@@ -131,6 +144,8 @@ def run(arguments: argparse.Namespace) -> int:
         interfaces=tuple(arguments.workload_interfaces),
         borrow_sources=arguments.allow_source_prefixes,
         keep_revoked=arguments.keep_revoked,
+        workload_to_host=Action(WORKLOAD_TO_HOST[arguments.workload_to_host]),
+        mark_shift=parse_mark(arguments.service_mark),
     )
     source = ManifestDirectory(arguments.manifests, LastGoodCopies(state_dir / COPIES_NAME))
     ledger = Ledger(state_dir / LEDGER_NAME)
@@ -226,6 +241,20 @@ def notify_ready() -> None:
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as channel:
             channel.connect("\0" + address[1:] if address.startswith("@") else address)
             channel.sendall(b"READY=1")
+
+
+def parse_mark(text: str | None) -> int:
+    """The lowest bit of a mask of 16 adjacent bits, 0 without one. Raises UsageError."""
+    if text is None:
+        return 0
+    try:
+        mask = int(text, 0)
+    except ValueError:
+        mask = 0
+    shift = (mask & -mask).bit_length() - 1
+    if not 1 <= shift <= 16 or mask != 0xFFFF << shift:  # noqa: PLR2004 - a mark has 32 bits
+        raise UsageError(f"--service-mark {text}: expected 16 adjacent bits above the lowest one, such as 0xffff0000")
+    return shift
 
 
 def parse_sizes(texts: Sequence[str]) -> dict[str, int]:

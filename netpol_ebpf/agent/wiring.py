@@ -35,13 +35,16 @@ class Wiring:
     """A snapshot of the node.
 
     ``host_routes``: interface of each directly connected single address.  ``uplinks``: interfaces of the node's own
-    traffic.  ``peer_addresses``: by (namespace id, interface index there).
+    traffic.  ``peer_addresses``: by (namespace id, interface index there).  ``addresses``: the node's own and the interface
+    each is on; ``broadcasts``: addresses that mean the node and its neighbours.
     """
 
     links: Mapping[int, Link] = field(default_factory=dict)
     host_routes: Mapping[IPAddress, int] = field(default_factory=dict)
     uplinks: frozenset[int] = frozenset()
     peer_addresses: Mapping[tuple[int, int], tuple[IPAddress, ...]] = field(default_factory=dict)
+    addresses: Mapping[IPAddress, int] = field(default_factory=dict)
+    broadcasts: frozenset[IPAddress] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,7 +23,9 @@ from netpol_ebpf.apply.encode import (
     EndpointSets,
     elements,
     endpoint_element,
+    host_element,
     map_and_key,
+    place_element,
     source_element,
 )
 from netpol_ebpf.apply.grace import wait_for_readers
@@ -58,7 +60,10 @@ class KernelMap(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Binding:
-    """Where an endpoint is found. ``allowed_sources``: prefixes it may send from although it does not own them."""
+    """Where an endpoint is found. ``allowed_sources``: prefixes it may send from although it does not own them.
+
+    Of a host only that its policy is to be there; `netpol_ebpf.apply.surroundings` says for which interfaces.
+    """
 
     ifindex: int
     kind: EndpointKind = EndpointKind.WORKLOAD
@@ -142,6 +147,11 @@ class Applier:
         """The generation in force."""
         return self._config().generation
 
+    @property
+    def config_flags(self) -> int:
+        """The flags in force (``abi.NP_CONFIG_*``)."""
+        return self._config().flags
+
     def is_enforced(self, key: EndpointKey) -> bool:
         """Whether the endpoint's row is in the kernel: it has both tables and an interface."""
         return key in self._rows and key in self._bindings
@@ -193,7 +203,7 @@ class Applier:
         try:
             self._check_room(prepare, grow, flip)
             self._write(prepare, undo)
-            if "np_endpoint" in prepare.puts:
+            if "np_endpoint" in prepare.puts or "np_host" in prepare.puts:
                 self._wait()  # a packet that still has the old row must not meet what grows for the new one
             self._write(grow, undo)
             self._write(flip, undo)
@@ -258,11 +268,13 @@ class Applier:
         row, binding = self._rows.get(key), self._bindings.get(key)
         if row is None or binding is None:
             return
+        if binding.kind is EndpointKind.HOST:
+            yield host_element(row.number, row.sets)
+            return
         for net in binding.allowed_sources:
             yield source_element(row.number, net)
         flags = EndpointFlag.SOURCES if binding.allowed_sources else EndpointFlag.NONE
-        if binding.kind is EndpointKind.HOST:
-            flags |= EndpointFlag.HOST
+        yield place_element(row.number, binding.ifindex)
         yield endpoint_element(binding.ifindex, row.number, EndpointSets.of(row), flags)
 
     # --- interfaces -----------------------------------------------------------------------------------------------
@@ -331,6 +343,21 @@ class Applier:
         config = self._config()
         config.flags = (config.flags | on) & ~off
         self._put_config(config)
+
+    def set_carrier(self, mark_shift: int) -> None:
+        """Where packets to services carry their sender's number: the mark from this bit on; 0: elsewhere."""
+        config = self._config()
+        config.mark_shift = mark_shift
+        self._put_config(config)
+
+    def set_wildcard(self, key: EndpointKey | None) -> None:
+        """Which host endpoint, that has its binding and its row, is that of all interfaces."""
+        number = 0 if key is None else self._rows[key].number
+        config = self._config()
+        if config.wildcard != number:
+            config.wildcard = number
+            self._put_config(config)
+            self.bump_generation()
 
     def _put_config(self, config: abi.np_config) -> None:
         self._written_config = bytes(config)

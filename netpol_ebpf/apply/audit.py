@@ -15,6 +15,7 @@ from itertools import islice
 
 from netpol_ebpf.apply.applier import ARRAYS, Applier, KernelMap
 from netpol_ebpf.apply.encode import ENCODERS, Element, decode_key, elements
+from netpol_ebpf.apply.surroundings import SurroundingsWriter
 from netpol_ebpf.compiler.tables import Tables
 from netpol_ebpf.errors import MapFullError
 from netpol_loader.drift import Drift
@@ -22,17 +23,21 @@ from netpol_loader.drift import Drift
 ROWS = 2000
 """Rows looked at in a step: some 10 ms; arbitrary."""
 
-BY_ENDPOINT = ("np_endpoint", "np_source4", "np_source6")
+BY_ENDPOINT = ("np_endpoint", "np_source4", "np_source6", "np_host", "np_place")
+BY_NODE = ("np_local4", "np_local6", "np_vip4", "np_vip6")
 BY_TABLE = ("np_addr4", "np_addr6", "np_cidr4", "np_cidr6", "np_peer_class", "np_rule")
 
 
 class Audit:
-    """Goes round the maps that ``applier`` writes, whose tables are ``tables``. To be asked between changes only."""
+    """Goes round the maps that ``applier`` and ``node`` write, whose tables are ``tables``. To be asked between changes only."""
 
-    def __init__(self, maps: Mapping[str, KernelMap], tables: Tables, applier: Applier) -> None:
+    def __init__(
+        self, maps: Mapping[str, KernelMap], tables: Tables, applier: Applier, node: SurroundingsWriter
+    ) -> None:
         self._maps = maps
         self._tables = {table.name: table for table in tables.all()}
         self._applier = applier
+        self._node = node
         self._round: Iterator[Drift | None] | None = None
         self.rounds = 0
         """How often every row has been looked at."""
@@ -65,8 +70,11 @@ class Audit:
         for key in list(self._applier.bindings):
             # All of one endpoint at once: in a pause it might get another row.
             yield from [self._compare(element) for element in self._applier.endpoint_elements(key)]
+        for (name, raw), value in list(self._node.rows.items()):
+            if self._node.rows.get((name, raw)) == value:  # else it changed since the list was made
+                yield self._compare((name, raw, value))
         ours = self._of_endpoints()
-        for name in BY_ENDPOINT:
+        for name in (*BY_ENDPOINT, *BY_NODE):
             for raw in self._keys(name):
                 # Asked again, since a row may have come since.
                 is_ours = (name, raw) in ours or (name, raw) in self._of_endpoints()
@@ -88,7 +96,7 @@ class Audit:
             yield key
 
     def _of_endpoints(self) -> set[tuple[str, bytes]]:
-        return {
+        return self._node.rows.keys() | {
             (name, key)
             for endpoint in self._applier.bindings
             for name, key, _ in self._applier.endpoint_elements(endpoint)

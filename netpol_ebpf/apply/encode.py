@@ -13,16 +13,16 @@ import ctypes
 import enum
 import hashlib
 import struct
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv4Network, ip_address, ip_network
 from typing import Any
 
 from netpol_ebpf.compiler.tables import AddressRow, EndpointRow, SetRow, VerdictRow
 from netpol_ebpf.errors import NetpolError
-from netpol_ebpf.policy.types import Cause, Direction, IPAddress, IPNetwork, Outcome, Stage
+from netpol_ebpf.policy.types import Cause, Direction, IPAddress, IPNetwork, Outcome, Stage, Vip, VipKey
 from netpol_loader import abi
-from netpol_loader.seal import seal_endpoint
+from netpol_loader.seal import fold, seal_endpoint, seal_host
 
 Element = tuple[str, bytes, bytes]
 """Map name, key, value."""
@@ -90,6 +90,12 @@ _VERDICT = layout(abi.np_verdict, "rule", "staged_rule", "log_list", "action", "
 _RULE_KEY = layout(abi.np_rule_key, "rule")
 _RULE = layout(abi.np_rule, "name")
 _ENDPOINT_KEY = layout(abi.np_endpoint_key, "ifindex")
+_NUMBER_KEY = layout(abi.np_number_key, "number")
+_PLACE = layout(abi.np_place, "ifindex")
+_LOCAL = layout(abi.np_local, "local")
+_VIP4_KEY = layout(abi.np_vip4_key, "address", "port", "protocol")
+_VIP6_KEY = layout(abi.np_vip6_key, "address", "port", "protocol")
+_VIP = layout(abi.np_vip, "flags", "local_port", "local")
 
 
 def render_rule_name(cause: Cause) -> bytes:
@@ -150,8 +156,9 @@ def _l4_columns(block: int, classes: tuple[int, ...]) -> Element:
 
 
 def _verdict(index: int, row: VerdictRow) -> Element:
+    flags = abi.NP_VERDICT_FAILSAFE if row.failsafe else 0
     value = _VERDICT.pack(
-        row.rule, row.staged_rule, row.log_list, ACTION[row.outcome], ACTION[row.staged_outcome], 0
+        row.rule, row.staged_rule, row.log_list, ACTION[row.outcome], ACTION[row.staged_outcome], flags
     )  # fmt: skip
     return "np_verdict", _INDEX.pack(index), value
 
@@ -204,6 +211,7 @@ class EndpointFlag(enum.IntFlag):
     NONE = 0
     HOST = abi.NP_ENDPOINT_HOST
     SOURCES = abi.NP_ENDPOINT_SOURCES
+    UPLINK = abi.NP_ENDPOINT_UPLINK
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,6 +238,67 @@ def endpoint_element(ifindex: int, number: int, sets: EndpointSets, flags: Endpo
     _fill_set(row.ingress, sets.ingress)
     _fill_set(row.egress, sets.egress)
     return "np_endpoint", endpoint_key(ifindex), bytes(seal_endpoint(row))
+
+
+NO_SETS = EndpointSets(None, None)
+"""Of a host's interface: its policy is in the row of its host endpoint, or there is none."""
+
+
+def place_element(number: int, ifindex: int) -> Element:
+    """Where a workload's row is, for packets that carry its number."""
+    return "np_place", _NUMBER_KEY.pack(number), _PLACE.pack(ifindex)
+
+
+STAGE: Mapping[Stage, int] = {
+    Stage.NORMAL: abi.NP_STAGE_NORMAL,
+    Stage.FORWARD: abi.NP_STAGE_FORWARD,
+    Stage.PRE_DNAT: abi.NP_STAGE_PRE_DNAT,
+    Stage.UNTRACKED: abi.NP_STAGE_UNTRACKED,
+}
+_DIRECTION_NUMBER = {direction: number for number, direction in DIRECTION.items()}
+
+
+def host_key(number: int) -> bytes:
+    """Key of a host endpoint's row."""
+    return _NUMBER_KEY.pack(number)
+
+
+def host_element(number: int, sets: Mapping[tuple[Direction, Stage], SetRow]) -> Element:
+    """The row of a host endpoint with all its policy sets; what is not among them has no opinion."""
+    row = abi.np_host(number=number)
+    for (direction, stage), one in sets.items():
+        index = STAGE[stage] * 2 + _DIRECTION_NUMBER[direction]
+        _fill_set(row.sets[index], one)
+        row.present |= 1 << index
+    words = [getattr(one, name) for one in row.sets for name in _SET_FIELDS]
+    row.version = fold([row.present, *words]) or 1  # follows from the content; 0 would be none
+    return "np_host", host_key(number), bytes(seal_host(row))
+
+
+def local_element(address: IPAddress) -> Element:
+    """One of the node's own addresses."""
+    return f"np_local{address.version}", address.packed, _LOCAL.pack(1)
+
+
+def vip_elements(vip: Vip, local: Collection[IPAddress]) -> Iterator[Element]:
+    """A service's address; ``local``: the node's own, at which a backend is a process that no hook stands before."""
+    versions = (4, 6) if vip.key.address is None else (vip.key.address.version,)
+    for version in versions:
+        behind = sorted({one for one in vip.backends if one[0].version == version and one[0] in local})
+        flags, address, port = 0, b"", 0
+        if len(behind) == 1:
+            flags, address, port = abi.NP_VIP_LOCAL, behind[0][0].packed, behind[0][1]
+        elif behind:
+            flags = abi.NP_VIP_MANY
+        name, key = vip_key(vip.key, version)
+        yield name, key, _VIP.pack(flags, port, address)
+
+
+def vip_key(key: VipKey, version: int) -> tuple[str, bytes]:
+    """Map and key of a service's address in one family."""
+    packer, size = (_VIP4_KEY, 4) if version == 4 else (_VIP6_KEY, 16)  # noqa: PLR2004 - the IP version
+    address = bytes(size) if key.address is None else key.address.packed
+    return f"np_vip{version}", packer.pack(address, key.port, key.protocol)
 
 
 _SET_FIELDS = (

@@ -18,16 +18,20 @@ import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
+from ipaddress import IPv4Address
 from pathlib import Path
 from types import TracebackType
 
 from netpol_ebpf.apply.applier import Applier
 from netpol_ebpf.apply.encode import (
     DIRECTION,
+    NO_SETS,
     EndpointFlag,
     EndpointSets,
     endpoint_element,
     endpoint_key,
+    host_element,
+    local_element,
 )
 from netpol_ebpf.apply.events import FlowEvent, Names, decode_event
 from netpol_ebpf.apply.frames import render_frame
@@ -41,6 +45,7 @@ from netpol_ebpf.policy.types import (
     Direction,
     EndpointKey,
     EndpointKind,
+    IPAddress,
     Outcome,
     Question,
     Stage,
@@ -69,6 +74,8 @@ IFINDEX = 1
 """Loopback: every network namespace has it, and a test run needs an interface that exists. Nothing is attached to it."""
 ELSEWHERE = 2
 """Where a packet towards an endpoint is said to have come from; the program only compares it with 0 and with IFINDEX."""
+
+BROADCAST = IPv4Address("255.255.255.255")
 
 JUDGED = frozenset({"policy-allow", "policy-deny", "continue"})
 NO_OPINION = (Outcome.CONTINUE, Action.PASS)
@@ -107,6 +114,7 @@ class KernelEngine:
         self._events: list[abi.np_event] = []
         self._kinds: dict[EndpointKey, EndpointKind] = {}
         self._installed: _Installed | None = None
+        self._own_address: IPAddress | None = None
 
     def __enter__(self) -> KernelEngine:  # noqa: PYI034 - typing.Self comes with Python 3.11
         for root in abandoned(self._pin_root.parent):
@@ -144,7 +152,7 @@ class KernelEngine:
         host = self._kinds.get(question.endpoint) is EndpointKind.HOST
         self._install(question, row, host=host)
         hook = next(hook for hook in Hook if DIRECTION[hook.direction(host=host)] is question.direction)
-        event = self._run(hook, question)
+        event = self._run(hook, question, sent_here=host and question.stage is Stage.NORMAL)
         if row is None and event.reason == "unknown-endpoint":
             return _without_rule(question.direction, *UNKNOWN)
         if event.reason not in JUDGED:
@@ -154,26 +162,55 @@ class KernelEngine:
         return Verdict(event.outcome, event.cause, event.staged_outcome, event.staged_cause, event.logs)
 
     def _install(self, question: Question, row: EndpointRow | None, *, host: bool) -> None:
-        """Make the interface that of the question's endpoint, with the policy sets of its stage."""
+        """Make the interface that of the question's endpoint, with the policy sets of its stage.
+
+        A host's other lists are left out, so they have no opinion; and its packets are made to be, or not to be, for a
+        process of the node, as the stage wants it.
+        """
         flags = EndpointFlag.HOST if host else EndpointFlag.NONE
-        wanted = _Installed(question.endpoint, question.stage, flags)
+        slot = _slot(question) if host else question.stage
+        wanted = _Installed(question.endpoint, question.stage, slot, flags)
+        if host:
+            self._place_on_node(question.packet.destination if slot is Stage.NORMAL else None)
         if wanted == self._installed:
             return
         maps = self._dataplane.maps
         if row is None:
             maps["np_endpoint"].delete(endpoint_key(IFINDEX))
         else:
-            sets = EndpointSets.of(row, question.stage)
-            name, key, value = endpoint_element(IFINDEX, row.number, sets, flags)
-            maps[name].put(key, value)
+            sets = NO_SETS if host else EndpointSets.of(row, question.stage)
+            elements = [endpoint_element(IFINDEX, row.number, sets, flags)]
+            if host:
+                both = {
+                    (one, slot): row.sets[one, question.stage] for one in Direction if (one, question.stage) in row.sets
+                }
+                elements.append(host_element(row.number, both))
+            for name, key, value in elements:
+                maps[name].put(key, value)
         self._applier.bump_generation()  # the program remembers an interface's endpoint for a generation
         self._installed = wanted
 
-    def _run(self, hook: Hook, question: Question) -> FlowEvent:
-        """Send the packet; what the program said of it, once in its event and once by what it returned."""
+    def _place_on_node(self, address: IPAddress | None) -> None:
+        """Make an address the only one that the node has."""
+        if address == self._own_address:
+            return
+        maps = self._dataplane.maps
+        if self._own_address is not None:
+            name, key, _ = local_element(self._own_address)
+            maps[name].delete(key)
+        if address is not None:
+            name, key, value = local_element(address)
+            maps[name].put(key, value)
+        self._own_address = address
+
+    def _run(self, hook: Hook, question: Question, *, sent_here: bool) -> FlowEvent:
+        """Send the packet; what the program said of it, once in its event and once by what it returned.
+
+        ``sent_here``: a process of this node is what sends it, if it leaves.
+        """
         self._events.clear()
         run = self._dataplane.test_run(
-            hook, render_frame(question.packet), ifindex=IFINDEX, ingress_ifindex=ELSEWHERE
+            hook, render_frame(question.packet), ifindex=IFINDEX, ingress_ifindex=0 if sent_here else ELSEWHERE
         )  # fmt: skip
         self._reader.consume()
         events = [event for event in self._events if event.kind != abi.NP_EVENT_LOG]
@@ -202,7 +239,20 @@ class _Installed:
 
     endpoint: EndpointKey
     stage: Stage
+    slot: Stage
     flags: EndpointFlag
+
+
+def _slot(question: Question) -> Stage:
+    """Among which list's the program has to find the sets that the question is about.
+
+    What is for many is for the node itself, so forward policy is asked about it in the place of normal policy.
+    """
+    destination = question.packet.destination
+    is_for_many = destination.is_multicast or destination == BROADCAST
+    if question.stage is Stage.FORWARD and question.direction is Direction.INGRESS and is_for_many:
+        return Stage.NORMAL
+    return question.stage
 
 
 def abandoned(parent: Path) -> list[Path]:

@@ -176,6 +176,9 @@ class LiveSet:
         if len(entries.effects) > stores.limits.entries_per_set:
             raise exceeded(what, "entries_per_set", stores.limits.entries_per_set, len(entries.effects))
         self._rules = [stores.causes.acquire(cause, what, draft, journal) for cause in entries.causes]
+        self._failsafes = frozenset(
+            rule for rule, cause in zip(self._rules, entries.causes, strict=True) if cause.kind is CauseKind.FAILSAFE
+        )
         self._tail, cause = nothing_decided(program.direction, program.stage)
         self._tail_rule = stores.causes.acquire(cause, what, draft, journal)
         self._verdicts: dict[int, VerdictRow] = {}
@@ -289,7 +292,7 @@ class LiveSet:
         log_list = 0
         if logs:
             log_list = self._stores.log_lists.acquire(tuple(logs), self.what, draft, journal)
-        return VerdictRow(outcome, rule, staged_outcome, staged_rule, log_list)
+        return VerdictRow(outcome, rule, staged_outcome, staged_rule, log_list, rule in self._failsafes)
 
     def _trim(self, journal: Journal) -> None:
         """Forget verdicts of classes that are gone, when they have become many."""

@@ -108,7 +108,8 @@ class AddressRow:
 class VerdictRow:
     """One verdict. Rule numbers are keys of ``Tables.rules``.
 
-    ``log_list``: key of ``Tables.log_lists`` (the Log rules that matched on the way), 0 for none.
+    ``log_list``: key of ``Tables.log_lists`` (the Log rules that matched on the way), 0 for none.  ``failsafe``: the rule is a
+    failsafe port, so nothing that comes before may drop the packet either.
     """
 
     outcome: Outcome
@@ -116,6 +117,7 @@ class VerdictRow:
     staged_outcome: Outcome
     staged_rule: int
     log_list: int = 0
+    failsafe: bool = False
 
 
 @dataclass(slots=True)

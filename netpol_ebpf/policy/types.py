@@ -297,6 +297,23 @@ class Service:
     backends: frozenset[Backend] = frozenset()
 
 
+@dataclass(frozen=True, slots=True, order=True)
+class VipKey:
+    """What a service is reached by: an address, or for node ports each address of a node (``address`` None)."""
+
+    address: IPAddress | None
+    protocol: int
+    port: int
+
+
+@dataclass(frozen=True, slots=True)
+class Vip:
+    """An address of services that a node translates, and what is behind it by the slices of all of them."""
+
+    key: VipKey
+    backends: frozenset[tuple[IPAddress, int]] = frozenset()
+
+
 @dataclass(frozen=True, slots=True)
 class Failsafe:
     """A port that host policy never blocks for local traffic; ``net`` None: any remote address."""
@@ -336,6 +353,7 @@ class World:
     network_sets: dict[str, NetworkSet] = field(default_factory=dict)
     nodes: dict[str, Node] = field(default_factory=dict)
     services: dict[tuple[str, str], Service] = field(default_factory=dict)
+    vips: dict[VipKey, Vip] = field(default_factory=dict)
     settings: Settings = field(default_factory=Settings)
 
     def sorted_tiers(self) -> Iterator[Tier]:
@@ -356,10 +374,12 @@ class Changes:
     network_sets: dict[str, NetworkSet | None] = field(default_factory=dict)
     nodes: dict[str, Node | None] = field(default_factory=dict)
     services: dict[tuple[str, str], Service | None] = field(default_factory=dict)
+    vips: dict[VipKey, Vip | None] = field(default_factory=dict)
 
     def __bool__(self) -> bool:
         return any((
             self.tiers, self.policies, self.profiles, self.endpoints, self.network_sets, self.nodes, self.services,
+            self.vips,
         ))  # fmt: skip
 
     def apply_to(self, world: World) -> None:
@@ -371,6 +391,7 @@ class Changes:
         _apply(self.network_sets, world.network_sets)
         _apply(self.nodes, world.nodes)
         _apply(self.services, world.services)
+        _apply(self.vips, world.vips)
 
 
 def _apply(changes: Mapping[K, V | None], table: dict[K, V]) -> None:

@@ -64,11 +64,20 @@ def read_tables(pins: Path, ledger: Path, scratch: Path) -> Tables:
         row = abi.np_verdict.from_buffer_copy(value)
         tables.verdicts.set(
             _index(key),
-            VerdictRow(OUTCOME[row.action], row.rule, OUTCOME[row.staged_action], row.staged_rule, row.log_list),
+            VerdictRow(
+                OUTCOME[row.action],
+                row.rule,
+                OUTCOME[row.staged_action],
+                row.staged_rule,
+                row.log_list,
+                bool(row.flags & abi.NP_VERDICT_FAILSAFE),
+            ),
         )
     names = {number: key for key, number in numbers.endpoints.items()}
     for value in rows(pins, "np_endpoint").values():
         endpoint = decode_endpoint(value)
+        if endpoint.flags & abi.NP_ENDPOINT_HOST:
+            continue  # an interface of the node's own
         sets = {
             (direction, Stage.NORMAL): SetRow(**{name: getattr(one, name) for name in SET_FIELDS})
             for direction, one in ((Direction.INGRESS, endpoint.ingress), (Direction.EGRESS, endpoint.egress))

@@ -14,15 +14,19 @@ from netpol_loader import abi
 from netpol_loader.dataplane import Dataplane, default_config
 from netpol_loader.hook import Hook
 from netpol_loader.maps import Map
-from netpol_loader.seal import seal_endpoint
+from netpol_loader.seal import seal_endpoint, seal_host
 
 LO = 1
 """The one interface every machine has; test runs need one that exists."""
+IN, OUT = abi.NP_DIRECTION_INGRESS, abi.NP_DIRECTION_EGRESS
+MARK_SHIFT = 16
+"""Test runs have no other carrier for a sender's number."""
 ELSEWHERE = 77
 """Where packets towards a workload entered the node; need not exist."""
 EMPTIED = (
     "np_endpoint", "np_addr4", "np_addr6", "np_cidr4", "np_cidr6", "np_source4", "np_source6", "np_peer_class",
-    "np_conn4", "np_conn6", "np_young4", "np_young6", "np_frag4", "np_frag6",
+    "np_conn4", "np_conn6", "np_young4", "np_young6", "np_frag4", "np_frag6", "np_host", "np_place", "np_local4",
+    "np_local6", "np_vip4", "np_vip6",
 )  # fmt: skip
 ALLOW, DENY, CONTINUE = abi.NP_ACTION_ALLOW, abi.NP_ACTION_DENY, abi.NP_ACTION_CONTINUE
 
@@ -41,6 +45,7 @@ class Verdict:
     staged: int | None = None
     staged_rule: int | None = None
     log_list: int = 0
+    failsafe: bool = False
 
     def row(self) -> bytes:
         """As the map has it."""
@@ -49,6 +54,7 @@ class Verdict:
                 rule=self.rule,
                 staged_rule=self.rule if self.staged_rule is None else self.staged_rule,
                 log_list=self.log_list,
+                flags=abi.NP_VERDICT_FAILSAFE if self.failsafe else 0,
                 action=self.action,
                 staged_action=self.action if self.staged is None else self.staged,
             )
@@ -92,6 +98,7 @@ class Seen:
     reasons: Mapping[str, int]
     rules: Mapping[int, int]
     events: list[abi.np_event] = field(compare=False)
+    carries: int = 0
 
     @property
     def reason(self) -> str:
@@ -148,10 +155,49 @@ class Rig:
         self, ingress: PolicySet, egress: PolicySet, *, number: int = ENDPOINT, ifindex: int = LO, flags: int = 0
     ) -> None:
         """Write an endpoint's row, and its sets."""
-        row = abi.np_endpoint(
-            number=number, ifindex=ifindex, flags=flags, ingress=self.policy(ingress), egress=self.policy(egress)
-        )
+        row = abi.np_endpoint(number=number, ifindex=ifindex, flags=flags)
+        if flags & abi.NP_ENDPOINT_HOST:
+            # The same for its processes and for what passes through.
+            stages = (abi.NP_STAGE_NORMAL, abi.NP_STAGE_FORWARD)
+            self.host({(one, way): of for one in stages for way, of in ((IN, ingress), (OUT, egress))}, number=number)
+        else:
+            row.ingress, row.egress = self.policy(ingress), self.policy(egress)
+            self.map("np_place").put(struct.pack("=I", number), struct.pack("=I", ifindex))
         self.map("np_endpoint").put(struct.pack("=I", ifindex), bytes(seal_endpoint(row)))
+
+    def host(self, sets: Mapping[tuple[int, int], PolicySet], *, number: int = ENDPOINT, version: int = 1) -> None:
+        """Write a host endpoint's sets, by (NP_STAGE_*, NP_DIRECTION_*)."""
+        row = abi.np_host(number=number, version=version)
+        for (stage, direction), one in sets.items():
+            row.sets[stage * 2 + direction] = self.policy(one)
+            row.present |= 1 << stage * 2 + direction
+        self.map("np_host").put(struct.pack("=I", number), bytes(seal_host(row)))
+
+    def local(self, *addresses: str) -> None:
+        """Addresses of the node itself."""
+        for text in addresses:
+            packed = ip_address(text).packed
+            self.map("np_local4" if len(packed) == 4 else "np_local6").put(packed, struct.pack("=I", 1))
+
+    def vip(
+        self, address: str, protocol: int, port: int, *, local: tuple[str, int] | None = None, flags: int = 0
+    ) -> None:
+        """A service's address. ``local``: the process of this node behind it."""
+        packed = ip_address(address).packed
+        row = abi.np_vip(flags=flags)
+        if local is not None:
+            row.flags |= abi.NP_VIP_LOCAL
+            row.local_port = local[1]
+            row.local[: len(packed)] = ip_address(local[0]).packed
+        key = packed + struct.pack("=HBx", port, protocol)
+        self.map("np_vip4" if len(packed) == 4 else "np_vip6").put(key, bytes(row))
+
+    def defer(self) -> None:
+        """Let packets to services carry their sender's number in the upper half of the mark."""
+        config = self.dataplane.config()
+        config.flags |= abi.NP_CONFIG_DEFER
+        config.mark_shift = MARK_SHIFT
+        self.dataplane.set_config(config)
 
     def pod(self, ingress: PolicySet, egress: PolicySet, flags: int = 0) -> None:
         """The usual endpoint on lo, with its own and its peer's addresses."""
@@ -200,12 +246,12 @@ class Rig:
         self._written.add((name, key))
         self.map(name).put(key, row)
 
-    def send(self, hook: Hook, packet: bytes, *, ingress: int | None = None) -> Seen:
+    def send(self, hook: Hook, packet: bytes, *, ingress: int | None = None, carries: int = 0) -> Seen:
         """One packet; towards a workload it comes from elsewhere unless ``ingress`` says otherwise."""
         reasons, rules = self._counts("np_reason_count"), self._counts("np_rule_count")
         if ingress is None:
             ingress = ELSEWHERE if hook is Hook.TC_EGRESS else 0
-        run = self.dataplane.test_run(hook, packet, ingress_ifindex=ingress, ifindex=LO)
+        run = self.dataplane.test_run(hook, packet, ingress_ifindex=ingress, ifindex=LO, mark=carries << MARK_SHIFT)
         assert run.verdict in (-1, 2), run
         self.events.clear()
         self.reader.consume()
@@ -214,15 +260,16 @@ class Rig:
             {abi.REASONS[number].slug: n for number, n in (self._counts("np_reason_count") - reasons).items()},
             dict(self._counts("np_rule_count") - rules),
             list(self.events),
+            run.mark >> MARK_SHIFT,
         )
 
     def out(self, packet: bytes) -> Seen:
         """A packet from the workload."""
         return self.send(Hook.TC_INGRESS, packet)
 
-    def into(self, packet: bytes, *, ingress: int | None = None) -> Seen:
-        """A packet to the workload."""
-        return self.send(Hook.TC_EGRESS, packet, ingress=ingress)
+    def into(self, packet: bytes, *, ingress: int | None = None, carries: int = 0) -> Seen:
+        """A packet to the workload; ``carries``: number of the endpoint that is yet to judge it."""
+        return self.send(Hook.TC_EGRESS, packet, ingress=ingress, carries=carries)
 
     def _counts(self, name: str) -> Counter[int]:
         counts: Counter[int] = Counter()

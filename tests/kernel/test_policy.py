@@ -44,8 +44,9 @@ def test_direction_of_each_hook(rig: Rig, pod: str, peer: str) -> None:
 def test_host_endpoint_directions_agree_with_hooks(rig: Rig, pod: str, peer: str) -> None:
     """On a host's own interface what comes in is ingress, and source addresses are not checked."""
     rig.pod(everything(INGRESS, ALLOW, 11), everything(EGRESS, ALLOW, 12), flags=abi.NP_ENDPOINT_HOST)
+    rig.local(pod)
     assert rig.send(Hook.TC_INGRESS, p.frame(peer, pod, p.TCP, p.tcp(40000, 80))).rules == {11: 1}
-    assert rig.send(Hook.TC_EGRESS, p.frame(pod, peer, p.TCP, p.tcp(40000, 81))).rules == {12: 1}
+    assert rig.send(Hook.TC_EGRESS, p.frame(pod, peer, p.TCP, p.tcp(40000, 81)), ingress=0).rules == {12: 1}
 
 
 @FAMILIES
@@ -62,11 +63,12 @@ def test_unwritten_verdict_denies(rig: Rig) -> None:
     assert rig.out(p.frame(POD4, PEER4, p.UDP, p.udp(1, 2))).reason == "verdict-empty"
 
 
-def test_continue_passes_without_a_connection(rig: Rig) -> None:
-    """A stage that has no opinion lets the packet on and remembers nothing."""
-    rig.pod(everything(INGRESS, CONTINUE, 0), everything(EGRESS, CONTINUE, 0), flags=abi.NP_ENDPOINT_HOST)
+def test_continue_passes_and_is_remembered(rig: Rig) -> None:
+    """A host's lists without an opinion let the packet on; the reply then belongs to the connection."""
+    rig.pod(everything(INGRESS, CONTINUE, 0), everything(EGRESS, DENY, 12), flags=abi.NP_ENDPOINT_HOST)
+    rig.local(POD4)
     assert rig.out(p.frame(PEER4, POD4, p.UDP, p.udp(1, 2))).reason == "continue"
-    assert not rig.connections("np_young4")
+    assert rig.into(p.frame(POD4, PEER4, p.UDP, p.udp(2, 1)), ingress=0).reason == "established"
 
 
 IDENTITIES = [

@@ -78,6 +78,7 @@ class MemoryNode:
     gone: set[int] | None = field(default_factory=set)
     prunings: int = 0
     drift: list[Drift] = field(default_factory=list)
+    refuses: set[int] = field(default_factory=set)
 
     @property
     def maps(self) -> Mapping[str, KernelMap]:
@@ -117,6 +118,8 @@ class MemoryNode:
         return set(self.programs)
 
     def attach(self, ifindex: int) -> bool:
+        if ifindex in self.refuses:
+            return False
         self.rows_when_attached[ifindex] = self.row(ifindex) is not None
         self.programs.add(ifindex)
         return ifindex in self.wiring.links
@@ -409,13 +412,58 @@ def test_broken_manifest_is_a_problem_and_changes_nothing(bench: Bench) -> None:
     assert agent.changes_applied == 1
 
 
-def test_host_endpoint_is_told_not_to_be_enforced(bench: Bench) -> None:
-    """An object this agent does not act on is named as a warning, with its place."""
-    bench.write(
-        "host.yaml",
-        "apiVersion: projectcalico.org/v3\nkind: HostEndpoint\nmetadata: {name: h}\n"
-        "spec: {node: here, interfaceName: eth0}\n",
+HOST = "apiVersion: projectcalico.org/v3\nkind: HostEndpoint\nmetadata: {name: h}\nspec: {node: here, interfaceName: NAME}\n"
+SERVICE = """\
+apiVersion: v1
+kind: Service
+metadata: {name: s, namespace: shop}
+spec: {clusterIPs: [10.96.0.1], ports: [{port: 80, nodePort: 30080}]}
+"""
+
+
+def test_uplink_has_its_row_before_it_gets_programs(bench: Bench) -> None:
+    """A host endpoint's interface, and every exit while there are services, is closed at no moment; then it is left alone."""
+    agent = bench.agent()
+    bench.write("host.yaml", HOST.replace("NAME", "eth0"))
+    settle(agent)
+    row = bench.node.row(2)
+    assert row is not None
+    assert (row.flags, row.number) == (
+        abi.NP_ENDPOINT_HOST,
+        agent.tables.endpoints[EndpointKey("HostEndpoint", "", "h")].number,
     )
+    assert bench.node.rows_when_attached[2]
+    assert len(bench.node.in_force["np_host"].rows) == 1
+    bench.write("service.yaml", SERVICE)
+    bench.remove("host.yaml")
+    settle(agent)
+    row = bench.node.row(2)
+    assert row is not None
+    assert row.flags == abi.NP_ENDPOINT_HOST | abi.NP_ENDPOINT_UPLINK
+    assert bench.node.in_force["np_host"].rows == {}
+    assert len(bench.node.in_force["np_vip4"].rows) == 2
+    assert agent.applier.config_flags & abi.NP_CONFIG_DEFER
+    bench.remove("service.yaml")
+    settle(agent)
+    assert bench.node.row(2) is None
+    assert 2 not in bench.node.programs
+    assert not agent.applier.config_flags & abi.NP_CONFIG_DEFER
+    assert agent.problems == []
+
+
+def test_services_are_closed_while_an_exit_has_no_program(bench: Bench) -> None:
+    """An own interface that cannot get the programs closes services, and says so."""
+    bench.node.refuses = {2}
+    bench.write("service.yaml", SERVICE)
+    agent = bench.agent()
+    assert [problem.slug for problem in agent.problems] == ["no-exit"]
+    assert len(bench.node.in_force["np_vip4"].rows) == 2
+    assert not agent.applier.config_flags & abi.NP_CONFIG_DEFER
+
+
+def test_host_endpoint_without_its_interface_is_told(bench: Bench) -> None:
+    """An object this agent cannot act on is named as a warning, with its place."""
+    bench.write("host.yaml", HOST.replace("NAME", "eth9"))
     (problem,) = bench.agent().problems
     assert (problem.severity, problem.slug, problem.obj) == ("warning", "host-endpoint", "HostEndpoint/h")
     assert problem.location.line == 1

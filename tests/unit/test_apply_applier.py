@@ -153,14 +153,26 @@ def test_unbound_endpoint_is_unknown_again(kernel: Kernel) -> None:
     assert row_of(kernel, 44) is not None
 
 
-def test_flags_tell_hosts_and_allowed_sources(kernel: Kernel) -> None:
-    """What an interface is, and whether other sources are allowed there, is in its row."""
+def test_allowed_sources_are_told_in_the_row(kernel: Kernel) -> None:
+    """Whether other sources are allowed at an interface is in its row."""
     kernel.applier.fill(some_tables())
-    kernel.applier.bind(WEB, Binding(42, EndpointKind.HOST, (ip_network("192.0.2.0/24"),)))
+    kernel.applier.bind(WEB, Binding(42, allowed_sources=(ip_network("192.0.2.0/24"),)))
     row = row_of(kernel, 42)
     assert row is not None
-    assert row.flags == abi.NP_ENDPOINT_HOST | abi.NP_ENDPOINT_SOURCES
+    assert row.flags == abi.NP_ENDPOINT_SOURCES
     assert len(kernel.maps["np_source4"].rows) == 1
+    assert kernel.maps["np_place"].rows == {(5).to_bytes(4, "little"): (42).to_bytes(4, "little")}
+
+
+def test_host_endpoint_has_one_row_for_all_its_lists(kernel: Kernel) -> None:
+    """A host endpoint's policy flips in one element of its own; no interface's row is touched."""
+    kernel.applier.fill(some_tables())
+    kernel.applier.bind(WEB, Binding(0, EndpointKind.HOST))
+    (value,) = kernel.maps["np_host"].rows.values()
+    row = abi.np_host.from_buffer_copy(value)
+    assert (row.number, row.present) == (5, 0b11)
+    assert row.version != 0
+    assert kernel.maps["np_endpoint"].rows == {}
 
 
 def a_change() -> Change:

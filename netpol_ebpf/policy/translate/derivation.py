@@ -24,6 +24,8 @@ from netpol_ebpf.policy.types import (
     Service,
     Settings,
     Tier,
+    Vip,
+    VipKey,
     World,
 )
 from netpol_ebpf.resources import types as resources
@@ -107,6 +109,7 @@ class Derivation:
         self._profile_labels: dict[str, Mapping[str, str]] = {}
         self._heirs: defaultdict[str, set[ResourceKey]] = defaultdict(set)
         self._slices: defaultdict[tuple[str, str], dict[ResourceKey, frozenset[Backend]]] = defaultdict(dict)
+        self._vips: defaultdict[VipKey, dict[tuple[str, str], Vip]] = defaultdict(dict)  # by the service's name
         self._namespace_values: dict[tuple[str, ...], Counter[signetwork.LabelValues]] = {}
         self._related: defaultdict[tuple[str, ...], set[ResourceKey]] = defaultdict(set)
         self._derive_profile(endpoints.DEFAULT_ALLOW)
@@ -158,7 +161,9 @@ class Derivation:
             tier = calico.translate_tier(new) if isinstance(new, resources.Tier) else None
             if key.name not in BUILT_IN_TIERS:
                 _put(self.world.tiers, self._changes.tiers, key.name, tier)
-        elif kind is not resources.Service:  # of a service only its slices say who is behind it
+        elif kind is resources.Service:
+            self._derive_vips((key.namespace, key.name), old)
+        else:
             self._relate(key, old, new)
             self._derive_policy(key)
 
@@ -196,6 +201,23 @@ class Derivation:
             if not slices:
                 del self._slices[name]
             _put(self.world.services, self._changes.services, name, service)
+            self._derive_vips(name, self._resources.get(ResourceKey("Service", *name)))
+
+    def _derive_vips(self, name: tuple[str, str], old: Resource | None) -> None:
+        """The addresses of one service, which others may share; ``old``: what it was."""
+        new = self._resources.get(ResourceKey("Service", *name))
+        slices = [self._resources[key] for key in self._slices.get(name, ())]
+        wanted = {vip.key: vip for vip in endpoints.vips(new, slices)}
+        for key in {vip.key for vip in endpoints.vips(old, ())} | wanted.keys():
+            if key in wanted:
+                self._vips[key][name] = wanted[key]
+            else:
+                self._vips[key].pop(name, None)
+            shares = self._vips[key].values()
+            vip = Vip(key, frozenset().union(*(share.backends for share in shares))) if shares else None
+            if vip is None:
+                del self._vips[key]
+            _put(self.world.vips, self._changes.vips, key, vip)
 
     # --- inheritance ----------------------------------------------------------------------------------------------------
 

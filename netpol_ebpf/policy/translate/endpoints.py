@@ -7,7 +7,7 @@ never take the place of an inherited label.  A host-network or finished pod is n
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from netpol_ebpf.policy.translate.composition import (
     INHERITED_PREFIXES,
@@ -24,11 +24,14 @@ from netpol_ebpf.policy.types import (
     Endpoint,
     EndpointKey,
     EndpointKind,
+    IPAddress,
     NamedPort,
     NetworkSet,
     Node,
     Profile,
     Rule,
+    Vip,
+    VipKey,
 )
 from netpol_ebpf.resources import types as resources
 
@@ -173,6 +176,28 @@ def backends(endpoint_slice: resources.EndpointSlice) -> frozenset[Backend]:
     return frozenset(
         Backend(address, protocol, port) for address in endpoint_slice.addresses for protocol, port in ports
     )
+
+
+def vips(service: resources.Resource | None, slices: Iterable[resources.Resource]) -> Iterator[Vip]:
+    """What a service is reached by, once each: its addresses, and its node ports; none for what is no service."""
+    if not isinstance(service, resources.Service):
+        return
+    found: dict[VipKey, set[tuple[IPAddress, int]]] = {}
+    for port in service.ports:
+        behind = {
+            (address, one.port)
+            for each in slices
+            if isinstance(each, resources.EndpointSlice)
+            for one in each.ports
+            if (one.name, one.protocol) == (port.name, port.protocol) and one.port is not None
+            for address in each.addresses
+        }
+        for address in (*service.cluster_ips, *service.external_ips):
+            found.setdefault(VipKey(address, port.protocol, port.port), set()).update(behind)
+        if port.node_port is not None:
+            found.setdefault(VipKey(None, port.protocol, port.node_port), set()).update(behind)
+    for key, behind in found.items():
+        yield Vip(key, frozenset(behind))
 
 
 def _without_inherited(labels: Mapping[str, str]) -> dict[str, str]:

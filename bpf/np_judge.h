@@ -1,0 +1,201 @@
+// SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause
+//
+// Whose policy is asked about the first packet of a flow, in which order, and what the answers make together.
+//
+// At a workload's interface that is the workload's own policy and, on a node with a wildcard host endpoint, that one's
+// policy for what comes from or goes to a workload.  At a host's interface it is the host endpoint's, list by list:
+//
+//     for a process of the node    a failsafe port of normal policy, else untracked, pre-DNAT (inwards), normal policy
+//     for what passes through      untracked, pre-DNAT (inwards), forward policy
+//
+// A list without an opinion leaves the packet to the next; a deny is the end; an allow of untracked or pre-DNAT policy
+// is the end of the host's lists.  When all lists of a host have no opinion the packet goes on (NP_ACTION_CONTINUE).
+//
+// Invariant: all lists of one host endpoint are read from one version of its row.
+#pragma once
+
+#include "np_classify.h"
+#include "np_conn.h"
+#include "np_endpoint.h"
+#include "np_flow.h"
+#include "np_maps.h"
+
+// Whom to ask; four bits each in np_work.asks, the first in the lowest.
+enum np_ask {
+    NP_ASK_NOBODY = 0,
+    NP_ASK_WORKLOAD = 1,
+    NP_ASK_NORMAL = 2,
+    NP_ASK_FORWARD = 3,
+    NP_ASK_PRE_DNAT = 4,
+    NP_ASK_UNTRACKED = 5,
+    NP_ASK_FAILSAFE = 10, // normal policy, of which only a failsafe port counts
+};
+
+#define NP_ASK_STAGES 0x3210u // stage of NORMAL, FORWARD, PRE_DNAT, UNTRACKED: four bits for each, from ask 2 on
+#define NP_OUTWARDS_WORKLOAD (1u << NP_ASK_WORKLOAD)
+#define NP_OUTWARDS_HOST                                                                                               \
+    (1u << NP_ASK_NORMAL | 1u << NP_ASK_FORWARD | 1u << NP_ASK_PRE_DNAT | 1u << NP_ASK_UNTRACKED |                     \
+     1u << NP_ASK_FAILSAFE)
+#define NP_ASK_ON_WIRE 4u // this bit: asked about the packet as it is
+// Turns: one for each list, and one or two for a row that changes meanwhile. The verifier walks each of them.
+#define NP_TURNS_OWN 6
+#define NP_TURNS_SENDER 4
+
+// A packet's working memory.
+struct np_work {
+    struct np_packet packet;
+    struct np_decision decision;
+    struct np_leg leg;
+    __u32 reason; // the result
+    struct np_question questions[2]; // with the destination that the packet will have, and as it is on the wire
+    struct np_owner owner; // the set at hand
+    struct np_decision kept; // what the workload's policy said
+    struct np_found found;
+    struct np_found sender_found;
+    union np_conn_key key; // of the packet's connection
+    union np_conn_key sender_key; // of its sender's, where that is judged here
+    __u32 asks; // enum np_ask
+    __u32 number; // of the workload
+    __u32 ifindex; // of the workload's row
+    __u32 host; // number of the host endpoint
+    __u32 peer; // local endpoint with the peer's address
+    __u32 asks_left;
+    __u32 outwards; // bit i: the policy that enum np_ask i stands for is that of egress
+    __u32 seen; // version of the host's row
+    __u8 is_kept; // `kept` counts
+    __u8 hides_source; // the source is not the one that the sender wrote
+    __u8 refuses; // when nobody else does: NP_REASON_TO_HOST
+    __u8 pad[3];
+};
+#define NP_QUESTION_FINAL 0
+#define NP_QUESTION_WIRE 1
+_Static_assert(sizeof(struct np_work) <= sizeof(struct np_scratch), "np_work fits");
+
+// The first packet of the flow under a connection key. `direction` and ICMP fields are that packet's.
+NP_INLINE void np_question_of(struct np_question *question, const union np_conn_key *key, __u8 direction,
+                              const int version)
+{
+    const __u8 *local = version == 4 ? key->v4.local : key->v6.local;
+    const __u8 *remote = version == 4 ? key->v4.remote : key->v6.remote;
+    __u16 local_port = version == 4 ? key->v4.local_port : key->v6.local_port;
+    __u16 remote_port = version == 4 ? key->v4.remote_port : key->v6.remote_port;
+    int outwards = direction == NP_DIRECTION_EGRESS;
+#pragma unroll
+    for (int word = 0; word < (version == 4 ? 1 : 4); word++) {
+        __u32 ours;
+        __u32 theirs;
+        __builtin_memcpy(&ours, local + word * 4, 4);
+        __builtin_memcpy(&theirs, remote + word * 4, 4);
+        question->source[word] = outwards ? ours : theirs;
+        question->destination[word] = outwards ? theirs : ours;
+    }
+    question->source_port = outwards ? local_port : remote_port;
+    question->destination_port = outwards ? remote_port : local_port;
+    question->protocol = version == 4 ? key->v4.protocol : key->v6.protocol;
+}
+
+// Read the set to ask. NP_REASON_CONTINUE: there is none.
+NP_INLINE int np_ask_read(struct np_work *work, __u32 ask, __u8 direction)
+{
+    if (ask == NP_ASK_WORKLOAD) {
+        int reason = np_owner_read(work->ifindex, direction, &work->owner);
+        return !reason && work->owner.number != work->number ? NP_REASON_LOST_SENDER : reason;
+    }
+    __u32 stage = NP_ASK_STAGES >> ((ask & 7) - 2) * 4 & 3;
+    return np_host_read(work->host, stage * 2 + direction, &work->owner);
+}
+
+// Whether a set's verdict depends on where the packet comes from.
+NP_INLINE int np_depends_on_source(const struct np_set *set, __u8 direction)
+{
+    int by_address = direction == NP_DIRECTION_EGRESS ? set->own_set != 0 : set->peer_classes > 1;
+    return by_address || set->source_classes > 1;
+}
+
+// Ask one. Fills in the decision; returns whether that ends the asking.
+NP_INLINE int np_ask(struct np_flow *flow, struct np_work *work, int is_last_turn, const int version)
+{
+    struct np_decision *decision = flow->decision;
+    __u32 ask = work->asks_left & 15;
+    if (ask == NP_ASK_NOBODY)
+        return 1;
+    __u8 direction = work->outwards >> ask & 1; // NP_DIRECTION_EGRESS is 1
+    work->reason = np_ask_read(work, ask, direction);
+    np_barrier();
+    int reason = work->reason;
+    if (reason == NP_REASON_TORN_ENDPOINT && !is_last_turn)
+        return 0; // read it again
+    work->asks_left >>= 4;
+    if (ask != NP_ASK_WORKLOAD && (reason == NP_REASON_NONE || reason == NP_REASON_CONTINUE)) {
+        if (work->seen && work->owner.flags != work->seen) { // the row changed between two lists: begin again
+            work->asks_left = work->asks;
+            work->seen = 0;
+            return 0;
+        }
+        work->seen = work->owner.flags;
+    }
+    if (reason == NP_REASON_CONTINUE)
+        return 0;
+    if (!reason) {
+        const struct np_question *question = (void *)work->questions + (ask >> 2 & 1) * sizeof(*question);
+        reason = np_classify(flow, question, &work->owner.set, direction, &work->peer, version);
+        if (!reason && work->hides_source && np_depends_on_source(&work->owner.set, direction))
+            reason = NP_REASON_HIDDEN_SOURCE;
+        work->reason = reason;
+        np_barrier();
+        reason = work->reason;
+    }
+    if (NP_UNLIKELY(reason)) {
+        decision->action = decision->staged_action = NP_ACTION_DENY;
+        decision->reason = reason;
+    } else if (ask == NP_ASK_FAILSAFE && !(decision->flags & NP_VERDICT_FAILSAFE)) {
+        decision->action = NP_ACTION_CONTINUE;
+    }
+    if (decision->action == NP_ACTION_DENY) {
+        if (!reason)
+            decision->reason = NP_REASON_POLICY_DENY;
+        if (ask != NP_ASK_WORKLOAD && work->host != flow->leg->endpoint) {
+            flow->leg->endpoint = work->host; // whose verdict it is
+            flow->leg->direction = flow->leg->reply ? !direction : direction;
+        }
+        return 1;
+    }
+    if (decision->action == NP_ACTION_CONTINUE)
+        return 0;
+    decision->reason = NP_REASON_POLICY_ALLOW;
+    if (ask == NP_ASK_WORKLOAD) {
+        work->kept = *decision;
+        work->is_kept = 1;
+        return 0;
+    }
+    if (ask == NP_ASK_UNTRACKED)
+        flow->leg->untracked = 1;
+    return ask == NP_ASK_UNTRACKED || ask == NP_ASK_PRE_DNAT || ask == NP_ASK_FAILSAFE;
+}
+
+// Ask everybody. Afterwards the decision holds NP_ACTION_ALLOW, _DENY or _CONTINUE, and its reason.  Everything that
+// changes from one turn to the next is in `work`, where the verifier does not see it: so one turn is like another.
+NP_INLINE void np_judge(struct np_flow *flow, struct np_work *work, const int turns, const int version)
+{
+    struct np_decision *decision = flow->decision;
+    decision->action = decision->staged_action = NP_ACTION_CONTINUE;
+    decision->reason = NP_REASON_CONTINUE;
+    work->asks_left = work->asks;
+    work->seen = 0;
+    work->is_kept = 0;
+#pragma clang loop unroll(disable)
+    for (int turn = 0; turn < turns; turn++) {
+        np_barrier();
+        if (np_ask(flow, work, turn == turns - 1, version))
+            break;
+    }
+    np_barrier();
+    if (decision->action == NP_ACTION_DENY)
+        return;
+    if (work->refuses) {
+        decision->action = decision->staged_action = NP_ACTION_DENY;
+        decision->reason = work->refuses;
+    } else if (work->is_kept) {
+        *decision = work->kept;
+    }
+}

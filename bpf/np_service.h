@@ -1,0 +1,165 @@
+// SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause
+//
+// Packets to services.  Where they enter the node they still have the service's address; which backend they go to is
+// decided after that, by netfilter or IPVS.  So their sender's verdict is deferred: the packet carries the number of
+// its endpoint to the hook where it enters a workload or leaves the node, and is judged there with the address it then
+// has.
+//
+// Invariants.  A packet whose verdict was deferred passes no hook of ours on its way out without that verdict.  Where
+// there may be no hook (a process of this node is behind the service) that backend is judged at once.  A number that
+// something else put into a packet can only add a verdict, never replace one.
+#pragma once
+
+#include "np_conn.h"
+#include "np_endpoint.h"
+#include "np_flow.h"
+#include "np_judge.h"
+#include "np_maps.h"
+
+#define NP_CARRY_MASK 0xffffu // a number has 16 bits: skb->tc_index has no more
+
+// What is known of a service address: by itself, else as a port of each of the node's own addresses.
+NP_INLINE struct np_vip *np_vip_of(const struct np_question *question, const int version)
+{
+    union np_vip_key key = {};
+    struct np_vip *vip;
+    if (version == 4) {
+        key.v4.port = question->destination_port;
+        key.v4.protocol = question->protocol;
+        __builtin_memcpy(key.v4.address, question->destination, sizeof(key.v4.address));
+    } else {
+        key.v6.port = question->destination_port;
+        key.v6.protocol = question->protocol;
+        __builtin_memcpy(key.v6.address, question->destination, sizeof(key.v6.address));
+    }
+    vip = np_vip_lookup(&key, version);
+    if (vip)
+        return vip;
+    if (!np_is_local(question->destination, version))
+        return 0;
+    if (version == 4)
+        __builtin_memset(key.v4.address, 0, sizeof(key.v4.address));
+    else
+        __builtin_memset(key.v6.address, 0, sizeof(key.v6.address));
+    return np_vip_lookup(&key, version);
+}
+
+// What the packet carries.
+NP_INLINE __u32 np_carried(const struct __sk_buff *skb, const struct np_config *config)
+{
+    if (!(config->flags & NP_CONFIG_DEFER))
+        return 0;
+    if (config->mark_shift)
+        return skb->mark >> (config->mark_shift & 31) & NP_CARRY_MASK;
+    return skb->tc_index;
+}
+
+// Let the packet carry a number (0: none).  tc_index survives all of netfilter, but another program's TC_ACT_OK in
+// clsact overwrites it; so a packet that carries one there is not shown to programs behind this one.  clsact takes the
+// new tc_index from tc_classid.
+NP_INLINE void np_carry(struct __sk_buff *skb, struct np_flow *flow, __u32 number)
+{
+    __u32 shift = flow->config->mark_shift & 31;
+    if (shift) {
+        skb->mark = (skb->mark & ~(NP_CARRY_MASK << shift)) | number << shift;
+        return;
+    }
+    skb->tc_index = number;
+    skb->tc_classid = number;
+    flow->leg->ends = number != 0;
+}
+
+// Fill in what the sender's policy is asked, at the place where the packet leaves.
+NP_INLINE void np_sender_plan(struct np_flow *flow, struct np_work *work, const int version)
+{
+    const __u32 *source = work->questions[NP_QUESTION_FINAL].source;
+    work->refuses = 0;
+    work->number = flow->leg->carried;
+    work->outwards = NP_OUTWARDS_WORKLOAD; // what leaves a workload enters the host
+    if (work->ifindex) { // a workload
+        struct np_addr *addr = np_addr_of(source, version);
+        work->hides_source = !addr || addr->endpoint != flow->leg->carried;
+        work->host = flow->config->wildcard;
+        work->asks = NP_ASK_WORKLOAD | (work->host ? NP_ASK_FORWARD << 4 : 0);
+    } else {
+        work->hides_source = np_is_local(source, version);
+        work->host = flow->leg->carried;
+        work->asks = NP_ASK_FORWARD;
+    }
+}
+
+// Judge a packet by the policy of the endpoint whose number it carries. Returns NP_REASON_NONE (allowed, and
+// `work->reason` says how), or why it is dropped, with the flow then saying whose verdict that is.  The leg has a
+// connection of its own, under the sender's number; replies do not pass here, so it stays a young one.
+NP_INLINE int np_sender(struct __sk_buff *skb, struct np_flow *flow, struct np_work *work, const int version)
+{
+    const struct np_packet *packet = flow->packet;
+    struct np_question *question = &work->questions[NP_QUESTION_FINAL];
+    union np_conn_key *key = &work->sender_key;
+    struct np_found *found = &work->sender_found;
+    struct np_leg *leg = flow->leg;
+    struct np_place *place = np_place_lookup(leg->carried);
+    work->ifindex = place ? place->ifindex : 0;
+    np_barrier();
+    leg->endpoint = leg->carried;
+    leg->direction = work->ifindex ? NP_DIRECTION_EGRESS : NP_DIRECTION_INGRESS;
+
+    leg->related = NP_REASON_NONE;
+    if (packet->icmp_kind == NP_ICMP_ERROR) {
+        leg->related = np_conn_key_inner(skb, key, flow, version);
+        if (leg->related == NP_REASON_ICMP_UNRELATED)
+            return NP_REASON_ICMP_UNRELATED;
+        if (leg->related == NP_REASON_NONE)
+            flow->packet->icmp_kind = NP_ICMP_PLAIN; // a message like any other
+    }
+    np_barrier();
+    if (!leg->related)
+        np_conn_key_of(key, flow, version);
+    struct np_conn *conn = np_conn_find(found, key, np_conn_lookup(key, version), flow, version);
+    if (leg->related && !conn)
+        return NP_REASON_ICMP_UNRELATED;
+    question->icmp_type = packet->icmp_type;
+    question->icmp_code = packet->icmp_code;
+    if (conn) {
+        np_conn_touch(conn, flow);
+        if (conn->generation == flow->config->generation) {
+            flow->decision->rule = conn->rule;
+            work->reason = leg->related ? NP_REASON_RELATED : NP_REASON_ESTABLISHED;
+            return NP_REASON_NONE;
+        }
+        question->icmp_type = conn->icmp_type;
+        question->icmp_code = conn->icmp_code;
+    }
+    np_barrier();
+
+    np_question_of(question, key, leg->direction, version);
+    np_sender_plan(flow, work, version);
+    np_barrier();
+    np_judge(flow, work, NP_TURNS_SENDER, version);
+    np_barrier();
+    work->reason = flow->decision->reason;
+    int denied = flow->decision->action == NP_ACTION_DENY;
+    if (found->is_known) {
+        if (denied && !(flow->config->flags & NP_CONFIG_KEEP_REVOKED)) {
+            np_conn_remove(key, found, version);
+            return work->reason == NP_REASON_POLICY_DENY ? NP_REASON_REVOKED : work->reason;
+        }
+        conn = np_conn_again(found, key, version);
+        if (conn) {
+            if (!denied)
+                conn->rule = flow->decision->rule;
+            flow->decision->rule = conn->rule;
+            conn->generation = flow->config->generation;
+        }
+        flow->decision->log_list = 0; // Log rules speak of new flows
+        work->reason = NP_REASON_ESTABLISHED;
+        return NP_REASON_NONE;
+    }
+    if (denied)
+        return work->reason;
+    // Sources of the sender's choice are not remembered, those that the node put in their place are.
+    if (np_conn_opens(flow) && (!work->hides_source || np_is_local(question->source, version)) &&
+        np_conn_open(flow, key, found, packet->protocol == NP_PROTOCOL_TCP ? NP_CONN_TCP_OPEN : 0, 0, version))
+        return NP_REASON_CONN_FULL;
+    return NP_REASON_NONE;
+}

@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which of the node's own interfaces bear the programs, and by which host endpoint's policy: pure reasoning over one snapshot.
+
+A host endpoint has the interface that it names, else those that have one of its addresses; a wildcard has all that no other has.
+While there are services, every own interface bears the programs, since a packet to a service could leave by any; those without
+a host endpoint pass everything else.
+
+Bridges are left to their ports, through which everything passes that passes a bridge; unless a host endpoint names one.
+The loopback is nobody's.  Runs nothing and asks no kernel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+
+from netpol_ebpf.agent.wiring import Wiring
+from netpol_ebpf.policy.journey import WILDCARD
+from netpol_ebpf.policy.types import Endpoint, EndpointKey
+
+LOOPBACK = 1
+"""The loopback's number in every network namespace."""
+BRIDGE_KIND = "bridge"
+
+
+@dataclass(frozen=True, slots=True)
+class HostPlan:
+    """``interfaces``: own interfaces that are to bear the programs, each with its host endpoint or None.
+
+    ``problems``: host endpoints that are not in force as they are written, and why.
+    """
+
+    interfaces: Mapping[int, EndpointKey | None] = field(default_factory=dict)
+    wildcard: EndpointKey | None = None
+    problems: Mapping[EndpointKey, str] = field(default_factory=dict)
+
+    @property
+    def in_force(self) -> set[EndpointKey]:
+        """Host endpoints whose policy is needed in the kernel."""
+        found = {key for key in self.interfaces.values() if key is not None}
+        return found | ({self.wildcard} if self.wildcard is not None else set())
+
+
+def own_interfaces(wiring: Wiring, workloads: Collection[int]) -> set[int]:
+    """The node's own interfaces: all but the loopback and those of workloads."""
+    return wiring.links.keys() - set(workloads) - {LOOPBACK}
+
+
+def plan_hosts(
+    wiring: Wiring, endpoints: Iterable[Endpoint], workloads: Collection[int], *, has_services: bool
+) -> HostPlan:
+    """Lay down who is where. ``endpoints``: the host endpoints of this node; ``workloads``: interfaces of workloads."""
+    own = own_interfaces(wiring, workloads)
+    by_name = {wiring.links[ifindex].name: ifindex for ifindex in own}
+    wildcard: EndpointKey | None = None
+    taken: dict[int, EndpointKey] = {}
+    problems: dict[EndpointKey, str] = {}
+    for endpoint in sorted(endpoints, key=lambda one: (one.interface is None, one.key)):
+        if endpoint.interface == WILDCARD:
+            if wildcard is None:
+                wildcard = endpoint.key
+            else:
+                problems[endpoint.key] = f"{wildcard} is the host endpoint of all interfaces already"
+            continue
+        if endpoint.interface is not None:
+            wanted = {by_name[endpoint.interface]} if endpoint.interface in by_name else set()
+            what = f"its interface {endpoint.interface} is not one of the node's own"
+        else:
+            wanted = {wiring.addresses[one] for one in endpoint.addresses if one in wiring.addresses} & own
+            what = "none of its addresses is on an interface of the node"
+        if not wanted:
+            problems[endpoint.key] = what
+        for ifindex in sorted(wanted):
+            holder = taken.setdefault(ifindex, endpoint.key)
+            if holder != endpoint.key:
+                problems[endpoint.key] = f"interface {wiring.links[ifindex].name} has the host endpoint {holder}"
+    interfaces: dict[int, EndpointKey | None] = dict(taken)
+    if wildcard is not None or has_services:
+        for ifindex in own:
+            if wiring.links[ifindex].kind != BRIDGE_KIND:
+                interfaces.setdefault(ifindex, wildcard)
+    return HostPlan(interfaces, wildcard, problems)

@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the program has to know of the node besides policy: its addresses, its own interfaces, the addresses of services.
+
+Told as a whole each time, written as the difference.  Invariants: rows are written before others go, so no interface is without
+one in between; what is written does not depend on what was there before.
+
+Must not decide which interfaces and addresses those are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+from netpol_ebpf.apply.applier import KernelMap
+from netpol_ebpf.apply.encode import NO_SETS, Element, EndpointFlag, endpoint_element, local_element, vip_elements
+from netpol_ebpf.errors import MapFullError
+from netpol_ebpf.policy.types import IPAddress, Vip
+
+MAPS = ("np_local4", "np_local6", "np_vip4", "np_vip6")
+"""Maps that nothing else writes; of np_endpoint only the rows of the node's own interfaces are meant here."""
+UPLINK = 0
+"""In place of a host endpoint's number: none, the interface has no policy of its own."""
+
+
+@dataclass(frozen=True, slots=True)
+class Surroundings:
+    """``interfaces``: the node's own that bear the programs, each with the number of its host endpoint or UPLINK."""
+
+    addresses: frozenset[IPAddress] = frozenset()
+    interfaces: Mapping[int, int] = field(default_factory=dict)
+    vips: Iterable[Vip] = ()
+
+    def elements(self) -> Iterator[Element]:
+        """All rows."""
+        for address in self.addresses:
+            yield local_element(address)
+        for ifindex, number in self.interfaces.items():
+            flags = EndpointFlag.HOST if number else EndpointFlag.HOST | EndpointFlag.UPLINK
+            yield endpoint_element(ifindex, number, NO_SETS, flags)
+        for vip in self.vips:
+            yield from vip_elements(vip, self.addresses)
+
+
+class SurroundingsWriter:
+    """Keeps the maps in step. ``renew``: begins a new generation, since the program remembers whose an interface is."""
+
+    def __init__(self, maps: Mapping[str, KernelMap], renew: Callable[[], object]) -> None:
+        self._maps = maps
+        self._renew = renew
+        self._rows: dict[tuple[str, bytes], bytes] = {}
+
+    @property
+    def rows(self) -> Mapping[tuple[str, bytes], bytes]:
+        """What is in the kernel: (map, key) to value."""
+        return self._rows
+
+    def write(self, wanted: Surroundings, *, keep: Iterable[tuple[str, bytes]] = ()) -> None:
+        """Make it so. ``keep``: rows that have meanwhile become somebody else's. Raises MapFullError; then nothing has changed."""
+        rows = {(name, key): value for name, key, value in wanted.elements()}
+        news = {place: value for place, value in rows.items() if self._rows.get(place) != value}
+        self._check_room(rows)
+        for (name, key), value in news.items():
+            self._maps[name].put(key, value)
+        gone = self._rows.keys() - rows.keys() - set(keep)
+        moved = any(name == "np_endpoint" for name, _ in (*news, *gone))
+        self._rows = rows
+        for name, key in gone:
+            self._maps[name].delete(key)
+        if moved:
+            self._renew()
+
+    def _check_room(self, rows: Mapping[tuple[str, bytes], bytes]) -> None:
+        for name in MAPS:
+            need = sum(of == name for of, _ in rows)
+            if need > self._maps[name].max_entries:
+                message = f"map {name} has room for {self._maps[name].max_entries} rows; the change needs {need}"
+                raise MapFullError(message, map_name=name)

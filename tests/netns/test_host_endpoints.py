@@ -1,0 +1,292 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Host endpoints on the interfaces of a real node: what they protect, what passes through, and what they never cut."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from ipaddress import ip_address
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from agent_scene import NODE, Scene, scene_in, wait_for
+from test_services import PODS
+
+from netpol_ebpf.lab.attempt import Attempt
+from netpol_ebpf.lab.laboratory import Lab
+from netpol_ebpf.lab.scene import INTERNET, plan_for
+from netpol_ebpf.lab.topology import TCP, UDP, Listen
+from netpol_ebpf.resources.load import parse_documents
+
+pytestmark = pytest.mark.netns
+
+NODE_ADDRESS = {4: ip_address("172.30.0.10"), 6: ip_address("fd00:30::10")}
+WORLD_ADDRESS = {4: ip_address("192.0.2.1"), 6: ip_address("2001:db8::1")}
+POD_ADDRESS = {4: ip_address("10.1.0.2"), 6: ip_address("fd00:1::2")}
+SSH, WEB, STATELESS, NODE_PORT = 22, 8080, 9000, 30080
+
+HOST_ENDPOINT = """\
+apiVersion: projectcalico.org/v3
+kind: HostEndpoint
+metadata: {name: uplink, labels: {role: node}}
+spec: {node: node-1, interfaceName: eth0}
+"""
+BY_ADDRESS = HOST_ENDPOINT.replace("interfaceName: eth0", 'expectedIPs: ["172.30.0.10", "fd00:30::10"]')
+WILDCARD = HOST_ENDPOINT.replace("interfaceName: eth0", 'interfaceName: "*"')
+SERVICE = """\
+apiVersion: v1
+kind: Service
+metadata: {name: db, namespace: shop}
+spec:
+  type: NodePort
+  clusterIPs: [10.96.0.2, "fd00:96::2"]
+  ports: [{name: t, port: 80, targetPort: 5432, nodePort: 30080}]
+---
+apiVersion: discovery.k8s.io/v1
+kind: EndpointSlice
+metadata: {name: db-4, namespace: shop, labels: {kubernetes.io/service-name: db}}
+addressType: IPv4
+endpoints: [{addresses: [10.1.0.2]}]
+ports: [{name: t, port: 5432}]
+---
+apiVersion: discovery.k8s.io/v1
+kind: EndpointSlice
+metadata: {name: db-6, namespace: shop, labels: {kubernetes.io/service-name: db}}
+addressType: IPv6
+endpoints: [{addresses: ["fd00:1::2"]}]
+ports: [{name: t, port: 5432}]
+"""
+NODE_PORT_RULES = """\
+flush ruleset
+table ip proxy {
+  chain prerouting {
+    type nat hook prerouting priority dstnat;
+    ip daddr 172.30.0.10 tcp dport 30080 dnat to 10.1.0.2:5432
+  }
+}
+table ip6 proxy {
+  chain prerouting {
+    type nat hook prerouting priority dstnat;
+    ip6 daddr fd00:30::10 tcp dport 30080 dnat to [fd00:1::2]:5432
+  }
+}
+"""
+
+
+def policy(name: str, spec: str) -> str:
+    """A global policy of the node's host endpoints."""
+    return (
+        "apiVersion: projectcalico.org/v3\nkind: GlobalNetworkPolicy\n"
+        f"metadata: {{name: {name}}}\nspec:\n  selector: role == 'node'\n{spec}"
+    )
+
+
+DENY_ALL = policy(
+    "deny-all", "  order: 1\n  types: [Ingress, Egress]\n  ingress: [{action: Deny}]\n  egress: [{action: Deny}]\n"
+)
+ALLOW_WEB = policy(
+    "allow-web", f"  types: [Ingress]\n  ingress: [{{action: Allow, protocol: TCP, destination: {{ports: [{WEB}]}}}}]\n"
+)
+NO_FORWARD = policy(
+    "no-forward", "  applyOnForward: true\n  types: [Ingress]\n  ingress: [{action: Allow, protocol: UDP}]\n"
+)
+NO_NODE_PORT = policy(
+    "no-node-port",
+    "  preDNAT: true\n  applyOnForward: true\n  types: [Ingress]\n"
+    f"  ingress: [{{action: Deny, protocol: TCP, destination: {{ports: [{NODE_PORT}, {SSH}]}}}}]\n",
+)
+STATELESS_IN = policy(
+    "stateless-in",
+    "  doNotTrack: true\n  applyOnForward: true\n  types: [Ingress]\n"
+    f"  ingress: [{{action: Allow, protocol: TCP, destination: {{ports: [{STATELESS}]}}}}]\n",
+)
+STATELESS_BOTH = STATELESS_IN.replace("types: [Ingress]", "types: [Ingress, Egress]") + (
+    f"  egress: [{{action: Allow, protocol: TCP, source: {{ports: [{STATELESS}]}}}}]\n"
+)
+
+
+def to_node(port: int, version: int = 4, source: str = INTERNET) -> Attempt:
+    """A connection to a process of the node."""
+    return Attempt(source, NODE_ADDRESS[version], TCP, port)
+
+
+def to_pod(version: int = 4) -> Attempt:
+    """A connection from outside that passes through the node."""
+    return Attempt(INTERNET, POD_ADDRESS[version], TCP, 5432)
+
+
+def from_node(version: int = 4, port: int = WEB, protocol: int = TCP) -> Attempt:
+    """A connection of a process of the node."""
+    return Attempt(NODE, WORLD_ADDRESS[version], protocol, port)
+
+
+@pytest.fixture(scope="module")
+def pin_root() -> Path:
+    return Path(f"/sys/fs/bpf/netpol-test-hosts-{os.getpid()}")
+
+
+@pytest.fixture(scope="module")
+def lab(pin_root: Path) -> Iterator[Lab]:
+    with Lab(plan_for(parse_documents(PODS, "cluster.yaml").check()), directories=[pin_root]) as one:
+        one.prober.listen(NODE, NODE_ADDRESS.values(), [Listen(TCP, port) for port in (SSH, WEB, STATELESS)])
+        one.prober.listen(INTERNET, WORLD_ADDRESS.values(), [Listen(TCP, WEB), Listen(UDP, 53)])
+        yield one
+
+
+@pytest.fixture(scope="module")
+def lasting_scene(lab: Lab, tmp_path_factory: pytest.TempPathFactory, pin_root: Path) -> Iterator[Scene]:
+    with scene_in(lab, tmp_path_factory.mktemp("hosts") / "home", pin_root / "lasting") as one:
+        (one.manifests / "db.yaml").unlink()
+        one.write("cluster.yaml", PODS)
+        rules = one.home / "rules.nft"
+        rules.write_text(NODE_PORT_RULES)
+        lab.run(NODE, ["nft", "-f", str(rules)])
+        one.start()
+        yield one
+
+
+@pytest.fixture
+def scene(lasting_scene: Scene) -> Scene:
+    """An agent without host endpoints in force."""
+    scene = lasting_scene
+    for path in scene.manifests.iterdir():
+        if path.name != "cluster.yaml":
+            path.unlink()
+    settle(scene, policies=0)
+    wait_for(lambda: scene.reached(to_node(WEB), from_node()) == [True, True], "nothing is policed")
+    return scene
+
+
+def settle(scene: Scene, *, policies: int) -> None:
+    """Wait until the manifests are in force."""
+    scene.await_status(
+        lambda state: state["in_force"] and state["objects"]["policies"] == policies, "the manifests are in force"
+    )
+
+
+@pytest.mark.parametrize("manifest", [HOST_ENDPOINT, BY_ADDRESS, WILDCARD], ids=["named", "by address", "wildcard"])
+def test_host_endpoint_closes_the_node_but_for_failsafes_and_forwarding(scene: Scene, manifest: str) -> None:
+    """Without policy a host endpoint denies what is for the node's processes, keeps ssh open, and lets through what passes."""
+    assert scene.reached(to_node(SSH), to_node(WEB), to_pod()) == [True] * 3
+    scene.write("host.yaml", manifest)
+    scene.await_reached(to_node(WEB), expected=False)
+    for version in (4, 6):
+        attempts = [to_node(SSH, version), to_node(WEB, version), to_pod(version), from_node(version)]
+        assert scene.reached(*attempts) == [True, False, True, False], version
+    assert scene.reached(from_node(port=53, protocol=UDP)) == [True]
+    assert scene.attached()["eth0"] == {"ingress", "egress"}
+    (scene.manifests / "host.yaml").unlink()
+    scene.await_reached(to_node(WEB), expected=True)
+    scene.await_status(
+        lambda state: "eth0" not in {one["interface"] for one in state["interfaces"]}, "the interface is left alone"
+    )
+    assert scene.reached(to_node(SSH), from_node(), to_pod(6)) == [True] * 3
+
+
+def test_deny_all_never_cuts_ssh(scene: Scene) -> None:
+    """A connection to port 22 that is open lives through a policy that denies everything, and new ones can be made."""
+    held = scene.lab.prober.hold(to_node(SSH))
+    assert held is not None
+    scene.write("host.yaml", HOST_ENDPOINT)
+    scene.write("deny.yaml", DENY_ALL)
+    scene.await_reached(to_node(WEB), expected=False)
+    settle(scene, policies=1)
+    assert held.exchange()
+    assert scene.reached(to_node(SSH), to_node(SSH, 6), from_node()) == [True, True, False]
+    held.close()
+
+
+def test_normal_policy_opens_a_port(scene: Scene) -> None:
+    """A normal policy says what reaches the node's processes; what passes through is no matter of its."""
+    scene.write("host.yaml", HOST_ENDPOINT)
+    scene.write("web.yaml", ALLOW_WEB)
+    scene.await_reached(to_node(STATELESS), expected=False)
+    wait_for(lambda: scene.reached(to_node(WEB), to_node(WEB, 6)) == [True, True], "the port is open")
+    assert scene.reached(to_node(STATELESS), to_pod(), from_node()) == [False, True, False]
+
+
+def test_policy_for_what_passes_through(scene: Scene) -> None:
+    """With a policy that applies on forward, what passes through is subject to it, to the end of its tier."""
+    scene.write("host.yaml", HOST_ENDPOINT)
+    scene.write("forward.yaml", NO_FORWARD)
+    scene.await_reached(to_pod(), expected=False)
+    assert scene.reached(to_pod(6), to_node(SSH)) == [False, True]
+    udp = Attempt(INTERNET, POD_ADDRESS[4], UDP, 5353)
+    assert scene.reached(udp) == [True]
+    outwards = Attempt("shop/db", WORLD_ADDRESS[4], TCP, WEB)
+    assert scene.reached(outwards) == [True]
+
+
+@pytest.mark.parametrize("version", [4, 6])
+def test_node_port_is_protected_from_outside(scene: Scene, version: int) -> None:
+    """A policy before translation closes a node port; the pod behind it, and ssh, stay as they are."""
+    node_port = to_node(NODE_PORT, version)
+    scene.write("host.yaml", HOST_ENDPOINT)
+    scene.write("service.yaml", SERVICE)
+    scene.await_reached(node_port, expected=True)
+    scene.write("predat.yaml", NO_NODE_PORT)
+    scene.await_reached(node_port, expected=False)
+    assert scene.reached(to_pod(version), to_node(SSH, version)) == [True, True]
+
+
+def test_forward_policy_sees_what_is_behind_a_node_port(scene: Scene) -> None:
+    """A policy for what passes through judges a node port's packets with the pod's address and port."""
+    scene.write("host.yaml", HOST_ENDPOINT)
+    scene.write("service.yaml", SERVICE)
+    scene.await_reached(to_node(NODE_PORT), expected=True)
+    behind = "ingress: [{action: Allow, protocol: TCP, destination: {nets: [10.1.0.2/32], ports: [PORT]}}]\n"
+    header = "  applyOnForward: true\n  types: [Ingress]\n  "
+    scene.write("forward.yaml", policy("forward", header + behind.replace("PORT", "80")))
+    scene.await_reached(to_node(NODE_PORT), expected=False)
+    scene.write("forward.yaml", policy("forward", header + behind.replace("PORT", "5432")))
+    scene.await_reached(to_node(NODE_PORT), expected=True)
+
+
+def test_untracked_policy_is_stateless(scene: Scene) -> None:
+    """What untracked policy allows inwards must be allowed outwards too: there is no connection that an answer belongs to."""
+    scene.write("host.yaml", HOST_ENDPOINT)
+    scene.write("stateless.yaml", STATELESS_IN)
+    scene.await_reached(to_node(WEB), expected=False)
+    settle(scene, policies=1)
+    assert scene.reached(to_node(STATELESS)) == [False]
+    scene.write("stateless.yaml", STATELESS_BOTH)
+    scene.await_reached(to_node(STATELESS), expected=True)
+    assert scene.reached(to_node(STATELESS, 6), to_node(WEB), to_node(SSH)) == [True, False, True]
+
+
+def test_host_endpoint_of_an_interface_that_is_not_there_is_reported(scene: Scene) -> None:
+    """A host endpoint that finds no interface is told, and polices nothing."""
+    scene.write("host.yaml", HOST_ENDPOINT.replace("eth0", "eth9"))
+    state = scene.await_status(lambda state: bool(state["problems"]), "the problem is told")
+    assert state["problems"][0]["object"] == "HostEndpoint/uplink"
+    assert "eth9" in state["problems"][0]["message"]
+    assert scene.reached(to_node(WEB)) == [True]
+
+
+WORKLOAD_TO_HOST = [
+    ("allow", "", [True, True]),
+    ("deny", "", [False, False]),
+    ("policy", WILDCARD, [True, False]),
+]
+
+
+@pytest.mark.parametrize(("option", "manifest", "expected"), WORKLOAD_TO_HOST, ids=[one[0] for one in WORKLOAD_TO_HOST])
+def test_workloads_to_their_own_node(
+    lasting_scene: Scene, lab: Lab, tmp_path: Path, pin_root: Path, option: str, manifest: str, expected: list[bool]
+) -> None:
+    """The setting decides what workloads may send to their node; the node reaches them whatever it says."""
+    lasting_scene.retire()
+    with scene_in(lab, tmp_path / "home", pin_root / "own", options=("--workload-to-host", option)) as scene:
+        (scene.manifests / "db.yaml").unlink()
+        scene.write("cluster.yaml", PODS)
+        if manifest:
+            scene.write("host.yaml", manifest)
+        scene.start()
+        attempts = [Attempt("shop/db", NODE_ADDRESS[4], TCP, port) for port in (SSH, WEB)]
+        wait_for(lambda: scene.reached(*attempts) == expected, f"{expected}")
+        assert scene.reached(Attempt(NODE, POD_ADDRESS[4], TCP, 5432)) == [True]
+    lasting_scene.start()

@@ -1,0 +1,270 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pods and services: the node translates the service's address as kube-proxy does, and policy sees what is behind it."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from ipaddress import ip_address
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from agent_scene import CLUSTER, NODE, Scene, scene_in, wait_for
+
+from netpol_ebpf.agent.service import SOCKET_NAME, ask
+from netpol_ebpf.lab.attempt import Attempt
+from netpol_ebpf.lab.laboratory import Lab
+from netpol_ebpf.lab.scene import plan_for
+from netpol_ebpf.lab.topology import TCP, UDP
+from netpol_ebpf.resources.load import parse_documents
+
+pytestmark = pytest.mark.netns
+
+PODS = CLUSTER.replace(
+    "ports: [{containerPort: 5432}]", "ports: [{containerPort: 5432}, {containerPort: 5353, protocol: UDP}]"
+)
+for place in ("10", "20"):
+    PODS = PODS.replace(
+        f"address: 172.30.0.{place}}}]",
+        f'address: 172.30.0.{place}}}, {{type: InternalIP, address: "fd00:30::{place}"}}]',
+    )
+BACKENDS = {"web": 1, "db": 2, "other": 3, "far": 4}
+"""Last part of each pod's address, and of that of the service before it."""
+SERVICE_PORT, NODE_PORT = 80, 30080
+
+SERVICE = """\
+---
+apiVersion: v1
+kind: Service
+metadata: {{name: {name}, namespace: shop}}
+spec:
+  clusterIPs: [10.96.0.{last}, "fd00:96::{last}"]
+  ports:
+  - {{name: t, port: 80, targetPort: 5432}}
+  - {{name: u, protocol: UDP, port: 80, targetPort: 5353}}
+---
+apiVersion: discovery.k8s.io/v1
+kind: EndpointSlice
+metadata: {{name: {name}-4, namespace: shop, labels: {{kubernetes.io/service-name: {name}}}}}
+addressType: IPv4
+endpoints: [{{addresses: [10.1.0.{last}]}}]
+ports: [{{name: t, port: 5432}}, {{name: u, protocol: UDP, port: 5353}}]
+---
+apiVersion: discovery.k8s.io/v1
+kind: EndpointSlice
+metadata: {{name: {name}-6, namespace: shop, labels: {{kubernetes.io/service-name: {name}}}}}
+addressType: IPv6
+endpoints: [{{addresses: ["fd00:1::{last}"]}}]
+ports: [{{name: t, port: 5432}}, {{name: u, protocol: UDP, port: 5353}}]
+"""
+SERVICES = "".join(SERVICE.format(name=name, last=last) for name, last in BACKENDS.items())
+
+WEB_EGRESS = """\
+apiVersion: networking.k8s.io/v1
+kind: NetworkPolicy
+metadata: {name: web, namespace: shop}
+spec:
+  podSelector: {matchLabels: {app: web}}
+  policyTypes: [Egress]
+  egress:
+  - to: [{podSelector: {matchLabels: {app: db}}}]
+    ports: [{port: 5432}, {port: 5353, protocol: UDP}]
+"""
+WEB_TO_ALL = WEB_EGRESS.replace("{podSelector: {matchLabels: {app: db}}}", "{podSelector: {}}")
+DB_INGRESS = """\
+apiVersion: networking.k8s.io/v1
+kind: NetworkPolicy
+metadata: {name: db, namespace: shop}
+spec:
+  podSelector: {matchLabels: {app: db}}
+  policyTypes: [Ingress]
+  ingress:
+  - from: [{podSelector: {matchLabels: {app: web}}}]
+"""
+
+
+def nft_rules(*, masquerade_all: bool = False) -> str:
+    """What kube-proxy in nftables mode comes down to: translate for packets that pass and those sent here; hairpins look like the node."""
+    lines = ["flush ruleset"]
+    for family, service, pod in (("ip", "10.96.0.{}", "10.1.0.{}"), ("ip6", "fd00:96::{}", "fd00:1::{}")):
+        lines.append(f"add table {family} proxy")
+        lines += [
+            f"add chain {family} proxy {name} {{ type nat hook {name} priority {priority}; }}"
+            for name, priority in (("prerouting", "dstnat"), ("output", "-100"), ("postrouting", "srcnat"))
+        ]
+        for last in BACKENDS.values():
+            here, there = service.format(last), pod.format(last)
+            there = there if family == "ip" else f"[{there}]"
+            for name in ("prerouting", "output"):
+                lines.append(f"add rule {family} proxy {name} {family} daddr {here} tcp dport 80 dnat to {there}:5432")
+                lines.append(f"add rule {family} proxy {name} {family} daddr {here} udp dport 80 dnat to {there}:5353")
+            plain = pod.format(last)
+            lines.append(
+                f"add rule {family} proxy postrouting {family} saddr {plain} {family} daddr {plain} masquerade"
+            )
+        if masquerade_all:
+            lines.append(f"add rule {family} proxy postrouting ct status dnat masquerade")
+    return "\n".join(lines) + "\n"
+
+
+def translate(lab: Lab, home: Path, **options: bool) -> None:
+    """Put the rules in place on the node."""
+    file = home / "rules.nft"
+    file.write_text(nft_rules(**options))
+    lab.run(NODE, ["nft", "-f", str(file)])
+
+
+def to(name: str, protocol: int = TCP, version: int = 4, source: str = "shop/web") -> Attempt:
+    """A connection to a service."""
+    prefix = "10.96.0." if version == 4 else "fd00:96::"
+    return Attempt(source, ip_address(f"{prefix}{BACKENDS[name]}"), protocol, SERVICE_PORT)
+
+
+def everyhow(name: str, source: str = "shop/web") -> list[Attempt]:
+    """The same by both protocols and both families."""
+    return [to(name, protocol, version, source) for protocol in (TCP, UDP) for version in (4, 6)]
+
+
+@pytest.fixture(scope="module")
+def pin_root() -> Path:
+    return Path(f"/sys/fs/bpf/netpol-test-services-{os.getpid()}")
+
+
+@pytest.fixture(scope="module")
+def lab(pin_root: Path) -> Iterator[Lab]:
+    with Lab(plan_for(parse_documents(PODS, "cluster.yaml").check()), directories=[pin_root]) as one:
+        yield one
+
+
+@pytest.fixture(scope="module")
+def lasting_scene(lab: Lab, tmp_path_factory: pytest.TempPathFactory, pin_root: Path) -> Iterator[Scene]:
+    with scene_in(lab, tmp_path_factory.mktemp("services") / "home", pin_root / "lasting") as one:
+        one.write("cluster.yaml", PODS)
+        one.write("services.yaml", SERVICES)
+        one.start()
+        yield one
+
+
+@pytest.fixture
+def scene(lasting_scene: Scene) -> Scene:
+    """The services, the policies of the beginning, and plain translation."""
+    scene = lasting_scene
+    translate(scene.lab, scene.home)
+    for name, text in (("services.yaml", SERVICES), ("web.yaml", WEB_EGRESS), ("db.yaml", DB_INGRESS)):
+        scene.write(name, text)
+    scene.await_status(lambda state: state["in_force"], "the manifests are in force")
+    wait_for(lambda: scene.reached(to("db"), to("other")) == [True, False], "the policies of the beginning")
+    return scene
+
+
+def denials(scene: Scene, source: str) -> list[dict[str, Any]]:
+    """Denied flows from a pod, as the agent tells them."""
+    flows = ask(scene.state_dir / SOCKET_NAME, {"op": "flows"})
+    return [flow for flow in flows if flow["kind"] == "deny" and flow.get("source_name") == f"Pod/{source}"]
+
+
+def test_policy_of_the_sender_sees_what_is_behind_the_service(scene: Scene) -> None:
+    """A service before an allowed pod is reached, one before another pod is not: same node and other node, TCP and UDP, v4 and v6."""
+    assert scene.reached(*everyhow("db")) == [True] * 4
+    assert scene.reached(*everyhow("other")) == [False] * 4
+    assert scene.reached(*everyhow("far")) == [False] * 4
+    scene.write("web.yaml", WEB_TO_ALL)
+    scene.await_reached(to("far"), expected=True)
+    for name in ("db", "other", "far"):
+        assert scene.reached(*everyhow(name)) == [True] * 4, name
+
+
+def test_denial_names_the_senders_rule_and_the_backend(scene: Scene) -> None:
+    """What the sender's policy denies where the packet leaves is told as the sender's, with the pod behind the service."""
+    assert scene.reached(to("other"), to("far")) == [False, False]
+
+    def told() -> bool:
+        seen = {
+            (one["endpoint"], one["direction"], one.get("destination_name"), one["destination_port"])
+            for one in denials(scene, "shop/web")
+            if "end of tier" in (one["rule"] or "")
+        }
+        return {
+            ("Pod/shop/web", "egress", "Pod/shop/other", 5432),
+            ("Pod/shop/web", "egress", "Pod/shop/far", 5432),
+        } <= seen
+
+    wait_for(told, "the denials are told")
+
+
+def test_policy_of_the_receiver_applies_after_that_of_the_sender(scene: Scene) -> None:
+    """A pod whose own policy allows everything is still stopped by that of the pod behind the service."""
+    assert scene.reached(*everyhow("db", "shop/other")) == [False] * 4
+    assert scene.reached(*everyhow("far", "shop/other")) == [True] * 4
+
+    def told() -> bool:
+        return ("Pod/shop/db", "ingress") in {
+            (one["endpoint"], one["direction"]) for one in denials(scene, "shop/other")
+        }
+
+    wait_for(told, "the denial is told")
+
+
+def test_hairpin_is_subject_to_the_pods_own_egress_policy(scene: Scene) -> None:
+    """A pod reaches itself through a service as its egress policy says; on the way back in it looks like its node."""
+    assert scene.reached(*everyhow("web")) == [False] * 4
+    scene.write("web.yaml", WEB_TO_ALL)
+    scene.await_reached(to("web"), expected=True)
+    assert scene.reached(*everyhow("web")) == [True] * 4
+    scene.write(
+        "db.yaml",
+        DB_INGRESS.replace("app: db", "app: web").replace("{app: web}}\n  policyTypes", "{app: web}}\n  policyTypes"),
+    )
+    wait_for(lambda: scene.reached(*everyhow("web")) == [True] * 4, "isolation does not matter for it")
+
+
+def test_masqueraded_connections(scene: Scene) -> None:
+    """Where the node puts its own address in place of the sender's, the sender's policy decides all the same."""
+    translate(scene.lab, scene.home, masquerade_all=True)
+    assert scene.reached(*everyhow("far")) == [False] * 4
+    scene.write("web.yaml", WEB_TO_ALL)
+    scene.await_reached(to("far"), expected=True)
+    assert scene.reached(*everyhow("far")) == [True] * 4
+
+
+def test_open_connection_through_a_service_is_cut_when_policy_revokes_it(scene: Scene) -> None:
+    """A change of policy reaches connections whose verdict was given where they leave, and spares the others."""
+    scene.write("web.yaml", WEB_TO_ALL)
+    scene.await_reached(to("far"), expected=True)
+    lost, kept = (scene.lab.prober.hold(to(name)) for name in ("far", "db"))
+    assert lost is not None
+    assert kept is not None
+    assert lost.exchange()
+    scene.write("web.yaml", WEB_EGRESS)
+    wait_for(lambda: not lost.exchange(), "the connection is cut")
+    assert kept.exchange()
+    for one in (lost, kept):
+        one.close()
+
+
+def test_uplinks_bear_the_programs_while_there_are_services(scene: Scene) -> None:
+    """Every interface that a packet to a service could leave by has the hook, and loses it with the last service."""
+    assert scene.attached()["eth0"] == {"ingress", "egress"}
+    scene.write("services.yaml", "")
+    scene.await_status(
+        lambda state: "eth0" not in {one["interface"] for one in state["interfaces"]}, "the uplink is left alone"
+    )
+    assert "eth0" not in scene.attached()
+    assert scene.reached(Attempt("shop/other", ip_address("10.1.0.4"), TCP, 5432)) == [True]
+
+
+def test_killed_agent_leaves_services_judged(scene: Scene) -> None:
+    """Without an agent verdicts on services go on as they are; the next agent takes them over."""
+    held = scene.lab.prober.hold(to("db"))
+    assert held is not None
+    scene.kill()
+    assert scene.reached(to("db"), to("other"), to("far")) == [True, False, False]
+    scene.start()
+    assert scene.reached(to("db"), to("other"), to("far")) == [True, False, False]
+    assert held.exchange()
+    held.close()

@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which of the node's own interfaces bear the programs, and for which host endpoint."""
+
+from __future__ import annotations
+
+from ipaddress import ip_address
+
+from netpol_ebpf.agent.hosts import plan_hosts
+from netpol_ebpf.agent.wiring import Link, Wiring
+from netpol_ebpf.policy.types import Endpoint, EndpointKey, EndpointKind
+
+LINKS = {
+    1: Link(1, "lo"), 2: Link(2, "eth0"), 3: Link(3, "eth1"), 4: Link(4, "br0", "bridge"), 7: Link(7, "cali1", "veth", (1, 2)),
+}  # fmt: skip
+ADDRESS = ip_address("192.0.2.1")
+WIRING = Wiring(LINKS, addresses={ADDRESS: 3, ip_address("127.0.0.1"): 1})
+POD_LINKS = {7}
+
+
+def host(name: str, interface: str | None, *addresses: str) -> Endpoint:
+    """A host endpoint."""
+    key = EndpointKey("HostEndpoint", "", name)
+    return Endpoint(key, EndpointKind.HOST, {}, tuple(map(ip_address, addresses)), node="here", interface=interface)
+
+
+def test_nothing_without_need() -> None:
+    """Without host endpoints and services the node's own interfaces are left alone."""
+    assert plan_hosts(WIRING, [], POD_LINKS, has_services=False).interfaces == {}
+
+
+def test_services_need_every_exit() -> None:
+    """With services all own interfaces bear the programs, but for the loopback, bridges and pods' interfaces."""
+    assert plan_hosts(WIRING, [], POD_LINKS, has_services=True).interfaces == {2: None, 3: None}
+
+
+def test_by_name_and_by_address() -> None:
+    """A host endpoint has the interface it names, bridges included, or those with its addresses."""
+    endpoints = [host("a", "eth0"), host("b", None, str(ADDRESS)), host("c", "br0")]
+    plan = plan_hosts(WIRING, endpoints, POD_LINKS, has_services=False)
+    assert {ifindex: key and key.name for ifindex, key in plan.interfaces.items()} == {2: "a", 3: "b", 4: "c"}
+    assert plan.problems == {}
+    assert {key.name for key in plan.in_force} == {"a", "b", "c"}
+
+
+def test_wildcard_has_what_no_other_has() -> None:
+    """The wildcard's interfaces are those that are left; it is in force even where none is left, for workloads."""
+    wildcard = host("all", "*")
+    plan = plan_hosts(WIRING, [wildcard, host("a", "eth0")], POD_LINKS, has_services=False)
+    assert {ifindex: key and key.name for ifindex, key in plan.interfaces.items()} == {2: "a", 3: "all"}
+    alone = plan_hosts(Wiring({1: LINKS[1]}), [wildcard], (), has_services=False)
+    assert (alone.interfaces, alone.in_force) == ({}, {wildcard.key})
+
+
+def test_what_cannot_be_is_told() -> None:
+    """Interfaces that are not there, that are pods' or somebody else's already, and second wildcards are told by name."""
+    endpoints = [
+        host("a", "eth0"), host("b", "eth0"), host("c", "eth9"), host("d", "cali1"), host("e", None, "192.0.2.9"),
+        host("w1", "*"), host("w2", "*"),
+    ]  # fmt: skip
+    plan = plan_hosts(WIRING, endpoints, POD_LINKS, has_services=False)
+    assert {key.name: message for key, message in plan.problems.items()} == {
+        "b": "interface eth0 has the host endpoint HostEndpoint/a",
+        "c": "its interface eth9 is not one of the node's own",
+        "d": "its interface cali1 is not one of the node's own",
+        "e": "none of its addresses is on an interface of the node",
+        "w2": "HostEndpoint/w1 is the host endpoint of all interfaces already",
+    }
