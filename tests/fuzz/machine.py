@@ -298,8 +298,8 @@ class _Passage:
     def _ask(self, way: Way, key: Key, icmp: tuple[int, int]) -> str:
         local, remote, protocol, local_port, remote_port = key
         endpoint = self.machine.endpoint
-        if remote in endpoint.addresses and not endpoint.is_host:
-            self.rule = 0
+        if way is Way.EGRESS and remote in endpoint.addresses and not endpoint.is_host:
+            self.rule = 0  # whoever sends *to* it with its own address from elsewhere is somebody else: policy decides
             return "self"
         ports = (local_port, remote_port) if way is Way.EGRESS else (remote_port, local_port)
         allowed, self.rule = endpoint.policy(Question(way, remote, protocol, *ports, icmp))
