@@ -66,6 +66,13 @@ NP_INLINE int np_has_rule(int reason)
     }
 }
 
+// Whether policy was asked about this very packet, so that there is a pending verdict beside the enforced one.
+NP_INLINE int np_is_judged(int reason)
+{
+    return reason == NP_REASON_POLICY_ALLOW || reason == NP_REASON_CONTINUE || reason == NP_REASON_POLICY_DENY ||
+           reason == NP_REASON_REVOKED;
+}
+
 // Whether the packet opened a flow that was allowed.
 NP_INLINE int np_is_new_flow(int reason)
 {
@@ -83,6 +90,8 @@ NP_INLINE int np_conclude(struct np_flow *flow, int reason)
     if (reason == NP_REASON_ESTABLISHED)
         return pass;
     np_count_reason(reason, flow->frame_bytes);
+    if (np_is_judged(reason))
+        np_count_staged(decision->staged_rule, flow->frame_bytes);
     if (decision->log_list)
         np_event_log(flow, reason);
 

@@ -26,3 +26,13 @@ NP_INLINE void np_count_rule(__u32 rule, __u32 bytes)
     else
         np_count_reason(NP_REASON_RULE_RANGE, bytes);
 }
+
+// The rule of the evaluation with staged policies, for a packet that policy judged.
+NP_INLINE void np_count_staged(__u32 rule, __u32 bytes)
+{
+    struct np_count *count = np_staged_count_lookup(rule);
+    if (NP_LIKELY(count))
+        np_count_add(count, bytes);
+    else
+        np_count_reason(NP_REASON_RULE_RANGE, bytes);
+}

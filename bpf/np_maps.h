@@ -79,6 +79,9 @@
 #ifndef NP_MAX_RULE_COUNT
 #define NP_MAX_RULE_COUNT 65536
 #endif
+#ifndef NP_MAX_STAGED_COUNT
+#define NP_MAX_STAGED_COUNT 65536
+#endif
 #ifndef NP_MAX_REASON_COUNT
 #define NP_MAX_REASON_COUNT 128 // NP_REASON_COUNT
 #endif
@@ -210,6 +213,11 @@ NP_MAP("hash", np_rule, struct np_rule_key, struct np_rule, NP_MAX_RULE, BPF_F_N
 // reads.  Looked up per packet.  A number beyond its size is counted as NP_REASON_RULE_RANGE.  Key: host order.  Lives
 // across agents and programs; the agent zeroes a slot before it gives the number away again.
 NP_MAP("percpu_array", np_rule_count, __u32, struct np_count, NP_MAX_RULE_COUNT, 0);
+
+// Rule number to packets and bytes it would decide if staged policies were enforced, per CPU.  The program writes, the
+// agent reads.  Looked up for each packet that policy judges, so packets of open connections are not in it.  A number
+// beyond its size is counted as NP_REASON_RULE_RANGE.  Key: host order.  Lives as np_rule_count.
+NP_MAP("percpu_array", np_staged_count, __u32, struct np_count, NP_MAX_STAGED_COUNT, 0);
 
 // enum np_reason to packets and bytes, per CPU.  The program writes, the agent reads.  Looked up for every packet that
 // is not part of an open connection.  Fixed size.  Key: host order.  Lives across agents and programs.
@@ -375,6 +383,11 @@ NP_INLINE struct np_verdict *np_verdict_lookup(__u32 index)
 NP_INLINE struct np_count *np_rule_count_lookup(__u32 rule)
 {
     return np_rule_count.lookup(&rule);
+}
+
+NP_INLINE struct np_count *np_staged_count_lookup(__u32 rule)
+{
+    return np_staged_count.lookup(&rule);
 }
 
 NP_INLINE struct np_count *np_reason_count_lookup(__u32 reason)

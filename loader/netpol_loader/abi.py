@@ -1020,6 +1020,10 @@ MAP_SPECS: Mapping[str, MapSpec] = MappingProxyType(
             "np_rule_count", "percpu_array", None, np_count,
             4, ctypes.sizeof(np_count), 65536, (),
         ),
+        "np_staged_count": MapSpec(
+            "np_staged_count", "percpu_array", None, np_count,
+            4, ctypes.sizeof(np_count), 65536, (),
+        ),
         "np_reason_count": MapSpec(
             "np_reason_count", "percpu_array", None, np_count,
             4, ctypes.sizeof(np_count), 128, (),

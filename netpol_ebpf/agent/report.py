@@ -121,12 +121,18 @@ def name_of(agent: Agent, ifindex: int) -> str | None:
 
 
 def rules(agent: Agent, maps: Mapping[str, KernelMap]) -> list[dict[str, Any]]:
-    """Rules in force, with what they decided since the counters were made."""
-    counted = maps["np_rule_count"]
+    """Rules in force, with what they decided since the counters were made.
+
+    ``staged_packets``: packets judged by policy that the rule would decide if staged policies were enforced.
+    """
+    counted, staged = maps["np_rule_count"], maps["np_staged_count"]
     found = []
     for number, cause in sorted(agent.tables.rules.items()):
         packets, size = _sum(counted.get(struct.pack("=I", number)))
-        found.append({"number": number, "rule": str(cause), "packets": packets, "bytes": size})
+        pending, _ = _sum(staged.get(struct.pack("=I", number)))
+        found.append(
+            {"number": number, "rule": str(cause), "packets": packets, "bytes": size, "staged_packets": pending}
+        )
     return found
 
 

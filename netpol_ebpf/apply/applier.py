@@ -333,10 +333,11 @@ class Applier:
 
     def reset_counters(self, rules: Iterable[int]) -> None:
         """Zero the counters of rule numbers that are about to stand for something new."""
-        counted = self._maps["np_rule_count"]
-        zeros = bytes(counted.cell_bytes)
-        keys = [number.to_bytes(4, sys.byteorder) for number in rules if number < counted.max_entries]
-        counted.put_many([(key, zeros) for key in keys])
+        numbers = list(rules)
+        for counted in (self._maps["np_rule_count"], self._maps["np_staged_count"]):
+            zeros = bytes(counted.cell_bytes)
+            keys = [number.to_bytes(4, sys.byteorder) for number in numbers if number < counted.max_entries]
+            counted.put_many([(key, zeros) for key in keys])
 
     def set_flags(self, *, on: int = 0, off: int = 0) -> None:
         """Switch flags of the configuration (``abi.NP_CONFIG_*``)."""

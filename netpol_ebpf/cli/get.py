@@ -53,8 +53,8 @@ _LISTS: dict[str, tuple[str, Callable[[Any], list[dict[str, Any]]], tuple[str, .
         lambda one, _: (one["number"], one["endpoint"], one["interface"] or "-", one["state"], " ".join(one["addresses"])),
     ),
     "rules": (
-        "rules", list, ("number", "packets", "bytes", "rule"),
-        lambda one, _: (one["number"], one["packets"], one["bytes"], one["rule"]),
+        "rules", list, ("number", "packets", "bytes", "staged", "rule"),
+        lambda one, _: (one["number"], one["packets"], one["bytes"], one["staged_packets"], one["rule"]),
     ),
     "identities": (
         "identities", list, ("number", "members"), lambda one, wide: (one["number"], _members(one, wide)),

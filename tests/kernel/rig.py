@@ -271,6 +271,12 @@ class Rig:
         """A packet to the workload; ``carries``: number of the endpoint that is yet to judge it."""
         return self.send(Hook.TC_EGRESS, packet, ingress=ingress, carries=carries)
 
+    def staged_packets(self, rule: int) -> int:
+        """Packets counted for a rule in the evaluation with staged policies."""
+        value = self.map("np_staged_count").get(struct.pack("=I", rule)) or b""
+        size = ctypes.sizeof(abi.np_count)
+        return sum(abi.np_count.from_buffer_copy(value, at).packets for at in range(0, len(value), size))
+
     def _counts(self, name: str) -> Counter[int]:
         counts: Counter[int] = Counter()
         for key, value in self.map(name).items():

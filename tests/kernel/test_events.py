@@ -56,6 +56,18 @@ def test_deny_event_carries_everything(rig: Rig, pod: str, peer: str) -> None:
     assert event.time_jiffies > 0
 
 
+def test_rules_are_counted_for_both_evaluations(rig: Rig) -> None:
+    """A judged packet counts for the rule that decided and for the one that staged policies would let decide."""
+    rig.pod(everything(INGRESS, DENY, 11), PolicySet(EGRESS, [Verdict(ALLOW, 20, staged=DENY, staged_rule=21)]))
+    before = [rig.staged_packets(number) for number in (20, 21)]
+    opened = rig.out(p.frame(POD4, PEER4, p.TCP, p.tcp(40000, 443)))
+    assert opened.rules == {20: 1}
+    assert [rig.staged_packets(number) for number in (20, 21)] == [before[0], before[1] + 1]
+    followed = rig.out(p.frame(POD4, PEER4, p.TCP, p.tcp(40000, 443, flags=p.ACK)))
+    assert followed.rules == {20: 1}
+    assert rig.staged_packets(21) == before[1] + 1, "policy is not asked about packets of open connections"
+
+
 def test_icmp_event(rig: Rig) -> None:
     """Type and code are in the event."""
     rig.pod(everything(INGRESS, DENY, 11), everything(EGRESS, DENY, 12))

@@ -257,10 +257,10 @@ def test_flows_are_lines_with_names_and_rules(
 
 def test_get_lists(agent: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Each list has a table, a wide one and plain values."""
-    agent["rules"] = [{"number": 5, "rule": "a|b", "packets": 2, "bytes": 99}]
+    agent["rules"] = [{"number": 5, "rule": "a|b", "packets": 2, "bytes": 99, "staged_packets": 3}]
     agent["identities"] = [{"number": 16, "digest": "d", "members": [f"10.0.0.{last}" for last in range(6)]}]
     assert run(tmp_path, "get", "rules") == 0
-    assert capsys.readouterr().out.splitlines()[1].split() == ["5", "2", "99", "a|b"]
+    assert capsys.readouterr().out.splitlines()[1].split() == ["5", "2", "99", "3", "a|b"]
     assert run(tmp_path, "get", "identities") == 0
     assert "10.0.0.3 and 2 more" in capsys.readouterr().out
     assert run(tmp_path, "get", "identities", "-o", "wide") == 0
