@@ -96,7 +96,7 @@ missing_packages() {
             wanted+=(bpftool)
         fi
     fi
-    [[ "$dev" == no ]] || wanted+=(clang clang-format gcc libc6-dev nftables iptables)
+    [[ "$dev" == no ]] || wanted+=(clang clang-format gcc libc6-dev nftables iptables ipset)
     local package
     for package in "${wanted[@]}"; do installed "$package" || echo "$package"; done
 }
