@@ -168,7 +168,7 @@ NP_REASON_HIDDEN_SOURCE = 55  # to a service, with a translated source, while th
 NP_REASON_LOCAL_BACKENDS = 56  # to a service with several processes of this node behind it
 NP_REASON_EVENT_LOST = 96  # the ring buffer had no room for an event
 NP_REASON_LOG_LIMITED = 97  # a log event held back by the rate limit
-NP_REASON_RULE_RANGE = 98  # a rule number beyond np_rule_count
+NP_REASON_RULE_RANGE = 98  # a rule number beyond np_rule_count or np_staged_count, once for each
 NP_REASON_COUNT = 128  # size of np_reason_count
 
 
@@ -926,7 +926,7 @@ REASONS: Mapping[int, Reason] = MappingProxyType(
         NP_REASON_LOG_LIMITED: Reason(
             NP_REASON_LOG_LIMITED, "log-limited", "a log event held back by the rate limit"),
         NP_REASON_RULE_RANGE: Reason(
-            NP_REASON_RULE_RANGE, "rule-range", "a rule number beyond np_rule_count"),
+            NP_REASON_RULE_RANGE, "rule-range", "a rule number beyond np_rule_count or np_staged_count, once for each"),
     }
 )
 

@@ -298,7 +298,7 @@ def test_workload_to_itself_is_always_allowed(rig: Rig, pod: str, peer: str) -> 
 
 
 def test_rule_number_beyond_its_counters(rig: Rig) -> None:
-    """A rule without a counter still decides; the missing counter is counted."""
+    """A rule without counters still decides; each missing counter, enforced and staged, is counted."""
     rig.pod(everything(INGRESS, DENY, 11), everything(EGRESS, ALLOW, 1 << 20))
     seen = rig.out(p.frame(POD4, PEER4, p.UDP, p.udp(1, 2)))
-    assert (seen.passed, seen.reasons) == (True, {"policy-allow": 1, "rule-range": 1})
+    assert (seen.passed, seen.reasons) == (True, {"policy-allow": 1, "rule-range": 2})
