@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """From the C sources to pinned maps and programs, in a child process that exits afterwards.
 
-BCC never gives back the memory of its compiler, so the process that enforces policy never compiles.  The child opens or
-creates every map by its pin (np_maps.h declares the paths), loads the two programs and pins them; the parent only reads
-its exit code and its last lines.  No kernel headers: the shim directory beside the sources is all BCC gets.
+BCC never gives back the memory of its compiler, so the process that enforces policy never compiles.  The child creates the
+maps that are missing (np_maps.h declares the paths), loads the two programs and pins them; the parent only reads its exit
+code and its last lines.  No kernel headers: the shim directory beside the sources is all BCC gets.
 
-Invariants: this is the one module that imports bcc.  It writes into the directory it is given and nowhere else.  Must not
-know what is in the maps, nor attach anything.
+Maps that are there already are put in the place of small ones that BCC makes for the purpose, before the kernel sees the
+program.  Letting BCC open them was rejected: it does so by their numbers, for which the kernel asks for CAP_SYS_ADMIN.
+
+Invariants: this is the one module that imports bcc.  It writes into the directory it is given and, for as long as it runs,
+into one named new-<pid> beside it (which whoever builds next removes).  Must not know what is in the maps, nor attach anything.
 """
 
 from __future__ import annotations
@@ -15,10 +18,12 @@ import argparse
 import hashlib
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import netpol_ebpf.errors
 from netpol_ebpf.errors import LoadError, PlatformError
@@ -36,6 +41,9 @@ ERROR_LINES = 25
 """How much of clang's or the verifier's output an error carries; the end says what failed."""
 
 PROGRAMS = tuple(hook.value for hook in Hook)
+
+PLACEHOLDER_BYTES = 4096
+"""Size of the ring buffer that BCC makes in the place of one that is there; the least the kernel takes."""
 
 INCLUDE = re.compile(r'#include "(\w+\.h)"$')
 
@@ -125,12 +133,57 @@ def _compile_and_pin(
             f"Python's bcc module is missing ({error}): install the distribution's python3-bpfcc, and make the "
             "virtual environment with --system-site-packages (PyPI's bcc is an unrelated package)"
         ) from error
-    flags = [f'-DNP_PIN_DIR="{pin_dir}"', "-Wno-unknown-pragmas", "-Wno-pass-failed"]
-    flags += [f"-DNP_MAX_{name.removeprefix('np_').upper()}={size}" for name, size in sizes.items()]
-    module = BPF(text=merged_source(directory, entry), cflags=flags)
-    for program in programs:
-        function = module.load_func(program, BPF.SCHED_CLS)
-        syscall.obj_pin(function.fd, pin_dir / (program + NEW_SUFFIX))
+    text = merged_source(directory, entry)
+    present = [name for name in abi.MAP_SPECS if (pin_dir / name).exists()]
+    scratch = pin_dir.with_name(f"new-{os.getpid()}") if present else pin_dir
+    if present:
+        scratch.mkdir()
+    try:
+        flags = [f'-DNP_PIN_DIR="{scratch}"', "-Wno-unknown-pragmas", "-Wno-pass-failed"]
+        flags += [_size_flag(name, size) for name, size in {**sizes, **_placeholder_sizes(text, present)}.items()]
+        module = BPF(text=text, cflags=flags)
+        if present:
+            _exchange_maps(module, scratch, pin_dir, present)
+        for program in programs:
+            function = module.load_func(program, BPF.SCHED_CLS)
+            syscall.obj_pin(function.fd, pin_dir / (program + NEW_SUFFIX))
+    finally:
+        if present:
+            shutil.rmtree(scratch)
+
+
+def _size_macro(name: str) -> str:
+    return f"NP_MAX_{name.removeprefix('np_').upper()}"
+
+
+def _size_flag(name: str, size: int) -> str:
+    return f"-D{_size_macro(name)}={size}"
+
+
+def _placeholder_sizes(text: str, present: Sequence[str]) -> dict[str, int]:
+    """How small maps may be that are only to be exchanged; those whose size the program's own code knows keep it."""
+    code = "\n".join(line for line in text.splitlines() if not line.startswith(("#", "NP_MAP")))
+    return {
+        name: PLACEHOLDER_BYTES if abi.MAP_SPECS[name].kind == "ringbuf" else 1
+        for name in present
+        if not re.search(rf"\b{_size_macro(name)}\b", code)
+    }
+
+
+def _exchange_maps(module: Any, scratch: Path, pin_dir: Path, present: Sequence[str]) -> None:
+    """Put the maps that are there in the place of those that BCC made, and the new ones where they belong.
+
+    The program that is not loaded yet names maps by descriptors of this process; what those are is exchanged.
+    """
+    from bcc.libbcc import lib
+
+    for name in abi.MAP_SPECS:
+        if name not in present:
+            (scratch / name).rename(pin_dir / name)
+            continue
+        fd = syscall.obj_get(pin_dir / name)
+        os.dup2(fd, lib.bpf_table_fd(module.module, name.encode()), inheritable=False)
+        os.close(fd)
 
 
 def main(argv: list[str] | None = None) -> int:
