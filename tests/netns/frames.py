@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Frames as a station on a link writes them, with the checksums that real receivers look at; and what is read back from one."""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from ipaddress import IPv4Address, IPv6Address, ip_address
+
+from netpol_ebpf.lab.topology import ICMPV6, UDP, IPAddress
+
+IP4, ARP, IP6 = 0x0800, 0x0806, 0x86DD
+BROADCAST_MAC = b"\xff" * 6
+SOLICITATION, ADVERTISEMENT = 135, 136
+ARP_REQUEST, ARP_REPLY = 1, 2
+ETHERNET_BYTES, IP4_BYTES, IP6_BYTES, UDP_BYTES = 14, 20, 40, 8
+
+
+def checksum(data: bytes) -> int:
+    """The internet checksum (RFC 1071)."""
+    padded = data + bytes(len(data) % 2)
+    total: int = sum(struct.unpack(f"!{len(padded) // 2}H", padded))
+    while total >> 16:
+        total = (total & 0xFFFF) + (total >> 16)
+    return ~total & 0xFFFF
+
+
+def mac(text: str) -> bytes:
+    """``02:00:...`` as bytes."""
+    return bytes.fromhex(text.replace(":", ""))
+
+
+def ethernet(source: bytes, destination: bytes, kind: int, payload: bytes) -> bytes:
+    """A frame."""
+    return destination + source + struct.pack("!H", kind) + payload
+
+
+def _pseudo(source: IPAddress, destination: IPAddress, protocol: int, size: int) -> bytes:
+    ends = source.packed + destination.packed
+    return ends + (
+        struct.pack("!BBH", 0, protocol, size) if source.version == 4 else struct.pack("!II", size, protocol)
+    )
+
+
+def ip(source: IPAddress, destination: IPAddress, protocol: int, payload: bytes, *, hops: int = 64) -> bytes:
+    """A packet of the addresses' family."""
+    ends = source.packed + destination.packed
+    if source.version == 6:
+        return struct.pack("!IHBB", 6 << 28, len(payload), protocol, hops) + ends + payload
+    head = struct.pack("!BBHHHBB", 0x45, 0, IP4_BYTES + len(payload), 1, 0, hops, protocol)
+    return head + struct.pack("!H", checksum(head + bytes(2) + ends)) + ends + payload
+
+
+def udp(source: IPAddress, destination: IPAddress, ports: tuple[int, int], payload: bytes) -> bytes:
+    """A datagram in its packet; ``ports``: source, destination."""
+    size = UDP_BYTES + len(payload)
+    body = struct.pack("!HHHH", *ports, size, 0) + payload
+    found = checksum(_pseudo(source, destination, UDP, size) + body) or 0xFFFF
+    return ip(source, destination, UDP, struct.pack("!HHHH", *ports, size, found) + payload)
+
+
+def frame_of(packet: bytes, source: bytes, destination: bytes) -> bytes:
+    """The packet in a frame of its kind."""
+    return ethernet(source, destination, IP4 if packet[0] >> 4 == 4 else IP6, packet)
+
+
+def arp(operation: int, source: tuple[bytes, IPv4Address], target: tuple[bytes, IPv4Address]) -> bytes:
+    """An ARP frame from one station to another; a request goes to all."""
+    body = struct.pack("!HHBBH", 1, IP4, 6, 4, operation) + source[0] + source[1].packed + target[0] + target[1].packed
+    return ethernet(source[0], BROADCAST_MAC if operation == ARP_REQUEST else target[0], ARP, body)
+
+
+def advertisement(hardware: bytes, address: IPv6Address, asker: tuple[bytes, IPv6Address]) -> bytes:
+    """The answer to a neighbour solicitation: solicited, override, with the link-layer address."""
+    body = struct.pack("!BBHI", ADVERTISEMENT, 0, 0, 0x60000000) + address.packed + b"\x02\x01" + hardware
+    found = checksum(_pseudo(address, asker[1], ICMPV6, len(body)) + body)
+    body = body[:2] + struct.pack("!H", found) + body[4:]
+    return frame_of(ip(address, asker[1], ICMPV6, body, hops=255), hardware, asker[0])
+
+
+@dataclass(frozen=True, slots=True)
+class Datagram:
+    """A UDP datagram that was read."""
+
+    source: IPAddress
+    destination: IPAddress
+    source_port: int
+    destination_port: int
+    payload: bytes
+
+
+def read_udp(frame: bytes) -> Datagram | None:
+    """The datagram in a frame, None for anything else. IPv4 without options only: nobody here sends any."""
+    kind = int.from_bytes(frame[12:14], "big")
+    packet = frame[ETHERNET_BYTES:]
+    if kind == IP4 and packet[9] == UDP:
+        ends, body = (packet[12:16], packet[16:20]), packet[IP4_BYTES:]
+    elif kind == IP6 and packet[6] == UDP:
+        ends, body = (packet[8:24], packet[24:40]), packet[IP6_BYTES:]
+    else:
+        return None
+    source_port, destination_port, size = struct.unpack_from("!HHH", body)
+    return Datagram(ip_address(ends[0]), ip_address(ends[1]), source_port, destination_port, body[UDP_BYTES:size])
+
+
+def asks_for(frame: bytes) -> tuple[IPAddress, bytes, IPAddress] | None:
+    """Of an ARP request or a neighbour solicitation: the address asked for, and hardware and IP address of who asks."""
+    kind = int.from_bytes(frame[12:14], "big")
+    body = frame[ETHERNET_BYTES:]
+    if kind == ARP and int.from_bytes(body[6:8], "big") == ARP_REQUEST:
+        return IPv4Address(body[24:28]), body[8:14], IPv4Address(body[14:18])
+    if kind == IP6 and body[6] == ICMPV6 and body[IP6_BYTES] == SOLICITATION:
+        return IPv6Address(body[IP6_BYTES + 8 : IP6_BYTES + 24]), frame[6:12], IPv6Address(body[8:24])
+    return None
