@@ -25,8 +25,26 @@ MINIMUM_KERNEL = (5, 15)
 BPF_FS_MAGIC = 0xCAFE4A11
 BPFFS = Path("/sys/fs/bpf")
 CAP_SYS_ADMIN = 21
-CAP_BPF = 39
-CAP_NET_ADMIN = 12
+"""Stands for CAP_BPF and CAP_PERFMON, which were made out of it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Capability:
+    """A capability that enforcing needs. ``number`` is the kernel's (linux/capability.h); ``purpose``: what fails without it."""
+
+    name: str
+    number: int
+    purpose: str
+
+
+CAPABILITIES = (
+    Capability("CAP_BPF", 39, "making maps and loading programs"),
+    Capability(
+        "CAP_NET_ADMIN", 12, "loading programs for packets, attaching them, and addresses in pods' network namespaces"
+    ),
+    Capability("CAP_PERFMON", 38, "the verifier's leave to calculate with pointers into packets"),
+)
+"""All that the agent needs; docs/agent.md says more, and tests/netns/test_privilege.py runs it with these alone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +80,7 @@ def require_all(pin_root: Path = BPFFS) -> None:
 def require_bpffs(pin_root: Path) -> None:
     """Make sure that ``pin_root`` is, or can be made, on a BPF file system. Mounts /sys/fs/bpf when that is all it needs.
 
-    Raises PrivilegeError without CAP_BPF, PlatformError when the path is elsewhere.
+    Raises PrivilegeError without CAPABILITIES, PlatformError when the path is elsewhere.
     """
     _look_at_privilege()
     existing = _nearest_existing(pin_root)
@@ -113,11 +131,21 @@ def _is_bpffs(path: Path) -> bool:
 def _look_at_privilege() -> str:
     status = Path("/proc/self/status").read_text()
     match = re.search(r"^CapEff:\s*([0-9a-f]+)$", status, re.MULTILINE)
-    capabilities = int(match[1], 16) if match else 0
-    admin = capabilities >> CAP_SYS_ADMIN & 1
-    if not admin and not (capabilities >> CAP_BPF & 1 and capabilities >> CAP_NET_ADMIN & 1):
-        raise PrivilegeError("loading the packet path needs root (or CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON)")
-    return "all capabilities needed"
+    missing = missing_capabilities(int(match[1], 16) if match else 0)
+    if missing:
+        lacks = "; ".join(f"{one.name} ({one.purpose})" for one in missing)
+        raise PrivilegeError(
+            f"this process lacks {lacks}",
+            hint=f"Run as root, or with {', '.join(one.name for one in CAPABILITIES)}; docs/agent.md says how.",
+        )
+    return ", ".join(one.name for one in CAPABILITIES)
+
+
+def missing_capabilities(effective: int) -> list[Capability]:
+    """What a process with these effective capabilities (a bit each) lacks."""
+    if effective >> CAP_SYS_ADMIN & 1:
+        return [one for one in CAPABILITIES if one.name == "CAP_NET_ADMIN" and not effective >> one.number & 1]
+    return [one for one in CAPABILITIES if not effective >> one.number & 1]
 
 
 def _look_at_kernel() -> str:

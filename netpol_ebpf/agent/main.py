@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import fcntl
+import grp
 import logging
 import os
 import select
@@ -34,6 +35,8 @@ NEWS_GAP_S = 0.05
 """Least time between two looks at the interfaces; arbitrary."""
 WORKLOAD_TO_HOST = {"allow": "allow", "deny": "deny", "policy": "pass"}
 """What the option of that name may say, as values of `netpol_ebpf.policy.types.Action`."""
+PRIVATE_UMASK = 0o077
+"""Of everything that the agent makes: what others may have is given to them explicitly."""
 LOCK_NAME = "lock"
 LEDGER_NAME = "numbers"
 COPIES_NAME = "manifests"
@@ -90,6 +93,11 @@ def build_parser() -> argparse.ArgumentParser:
         help="16 adjacent bits of the packets' mark that the agent may use, such as 0xffff0000; without it packets to "
         "services are not shown to other TC programs behind ours on a workload's interface",
     )  # fmt: skip
+    parser.add_argument(
+        "--group", metavar="NAME",
+        help="a group whose members may ask the agent (netpolctl status, flows, get, metrics) and read its maps; "
+        "without it, root alone",
+    )  # fmt: skip
     parser.add_argument("--verbose", action="store_true", help="log more")
     parser.add_argument("--debug", action="store_true", help="show tracebacks of errors")
     return parser
@@ -134,6 +142,7 @@ def run(arguments: argparse.Namespace) -> int:
     from netpol_loader.dataplane import DEFAULT_PIN_ROOT
 
     sizes = parse_sizes(arguments.map_size)
+    group = parse_group(arguments.group)
     pin_root: Path = arguments.pin_root or DEFAULT_PIN_ROOT
     state_dir: Path = arguments.state_dir
     if not arguments.manifests.exists():
@@ -147,9 +156,11 @@ def run(arguments: argparse.Namespace) -> int:
         workload_to_host=Action(WORKLOAD_TO_HOST[arguments.workload_to_host]),
         mark_shift=parse_mark(arguments.service_mark),
     )
+    os.umask(PRIVATE_UMASK)
     source = ManifestDirectory(arguments.manifests, LastGoodCopies(state_dir / COPIES_NAME))
     ledger = Ledger(state_dir / LEDGER_NAME)
-    with exclusive(state_dir), KernelNode(pin_root, sizes) as node, contextlib.closing(ledger):
+    with exclusive(state_dir), KernelNode(pin_root, sizes, group=group) as node, contextlib.closing(ledger):
+        open_to_group(state_dir, pin_root, group)
         agent = Agent(settings, node, source, ledger, time.monotonic)
         agent.start()
         log.info(
@@ -160,11 +171,31 @@ def run(arguments: argparse.Namespace) -> int:
             is_whole = not any(problem.severity == "error" for problem in agent.problems)
             return 0 if is_whole else InvalidInputError.exit_code
         place = {"manifests": str(arguments.manifests.resolve()), "pin_dir": str(node.pin_dir)}
-        serve(agent, node, state_dir, place)
+        serve(agent, node, state_dir, place, group)
     return 0
 
 
-def serve(agent: Any, node: Any, state_dir: Path, place: Mapping[str, str]) -> None:
+def open_to_group(state_dir: Path, pin_root: Path, group: int | None) -> None:
+    """Let the group pass through the state directory to the socket, to nothing else there. Raises PlatformError."""
+    from netpol_loader import access
+
+    try:
+        if group is not None:
+            os.chown(state_dir, -1, group)
+        state_dir.chmod(0o700 if group is None else 0o710)
+    except PermissionError as error:
+        raise PlatformError(
+            f"cannot give {state_dir} to the group with the number {group}: {error.strerror}",
+            hint="The directory is to belong to the agent's user, and that one to the group (systemd: SupplementaryGroups=).",
+        ) from error
+    closed = None if group is None else access.closed_parent(pin_root, group)
+    if closed is not None:
+        log.warning(
+            "the group can ask the agent but not read its maps: it cannot pass %s (chgrp and chmod g+x open it)", closed
+        )
+
+
+def serve(agent: Any, node: Any, state_dir: Path, place: Mapping[str, str], group: int | None = None) -> None:
     """Step and answer until a signal asks to end. The endless loop; what it repeats is `Agent.step` and `Service.poll`."""
     from netpol_ebpf.agent import report
 
@@ -175,6 +206,7 @@ def serve(agent: Any, node: Any, state_dir: Path, place: Mapping[str, str]) -> N
             "rules": lambda _request: report.rules(agent, node.maps),
             "identities": lambda _request: report.identities(agent),
         },
+        group,
     )
     service.open()
     notify_ready()
@@ -222,6 +254,7 @@ def exclusive(state_dir: Path) -> Iterator[None]:
     """One agent per state directory; the lock goes with the process. Raises PlatformError when another one runs."""
     state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
     with (state_dir / LOCK_NAME).open("a+") as file:
+        os.fchmod(file.fileno(), 0o600)  # who can open it can hold it, and a group may pass through the directory
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -255,6 +288,16 @@ def parse_mark(text: str | None) -> int:
     if not 1 <= shift <= 16 or mask != 0xFFFF << shift:  # noqa: PLR2004 - a mark has 32 bits
         raise UsageError(f"--service-mark {text}: expected 16 adjacent bits above the lowest one, such as 0xffff0000")
     return shift
+
+
+def parse_group(name: str | None) -> int | None:
+    """The number of a group given by name or number, None without one. Raises UsageError."""
+    if name is None:
+        return None
+    try:
+        return grp.getgrgid(int(name)).gr_gid if name.isdecimal() else grp.getgrnam(name).gr_gid
+    except KeyError as error:
+        raise UsageError(f"--group {name}: there is no such group", hint="groupadd --system NAME") from error
 
 
 def parse_sizes(texts: Sequence[str]) -> dict[str, int]:

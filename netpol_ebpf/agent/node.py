@@ -12,10 +12,11 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Protocol
 
+from netpol_ebpf.agent.adoption import Live, look_at_connections
 from netpol_ebpf.agent.wiring import Link, Wiring
 from netpol_ebpf.apply.applier import KernelMap
 from netpol_ebpf.errors import PlatformError
-from netpol_loader import abi, attach, netlink
+from netpol_loader import abi, access, attach, netlink
 from netpol_loader.dataplane import Dataplane
 from netpol_loader.drift import Drift, mend_attachments, mend_pins
 from netpol_loader.peers import load_peer_addresses
@@ -68,6 +69,9 @@ class Node(Protocol):
     def mend(self, ifindexes: Collection[int]) -> list[Drift]:
         """Put back pins, and our programs on these interfaces, where something removed or changed them; what it was."""
 
+    def live_connections(self, namespaces: Collection[int]) -> Live:
+        """The connections of this node, and those that sockets in these network namespaces show."""
+
     def read_events(self, consume: Callable[[abi.np_event], None]) -> int:
         """Hand over the events there are; how many there were."""
 
@@ -75,8 +79,10 @@ class Node(Protocol):
 class KernelNode:
     """The real one: the network namespace of this process. A context manager."""
 
-    def __init__(self, pin_root: Path, sizes: Mapping[str, int] | None = None) -> None:
+    def __init__(self, pin_root: Path, sizes: Mapping[str, int] | None = None, *, group: int | None = None) -> None:
+        """``group``: the number of one that may read the maps."""
         self._pin_root = pin_root
+        self._group = group
         self._sizes = dict(sizes or {})
         self._stack = contextlib.ExitStack()
         self._consume: Callable[[abi.np_event], None] = lambda _event: None
@@ -89,6 +95,7 @@ class KernelNode:
             self._dataplane = stack.enter_context(Dataplane.open(self._pin_root, sizes=self._sizes))
             self._reader = stack.enter_context(self._dataplane.events(lambda event: self._consume(event)))
             self._mechanism = attach.preferred_mechanism(self._dataplane)
+            access.grant(self._dataplane, self._group)
             self._stack = stack.pop_all()
         return self
 
@@ -146,6 +153,7 @@ class KernelNode:
         with Renewal(self._dataplane, POLICY_MAPS, self._sizes) as renewal:
             yield renewal.maps
             renewal.take_over()
+        access.grant(self._dataplane, self._group)
 
     def _is_new(self) -> bool:
         """Whether nobody has written policy to these maps yet, and nothing is attached: then there is nothing to take over."""
@@ -177,12 +185,19 @@ class KernelNode:
     def mend(self, ifindexes: Collection[int]) -> list[Drift]:
         """See `Node`. Of interfaces with clsact, CLSACT_TURN at a time are looked at: it takes long."""
         found = mend_pins(self._dataplane)
+        restored = {one.where for one in found}
+        opened = access.grant(self._dataplane, self._group)
+        found += [Drift("pin", str(path), "changed") for path in opened if str(path) not in restored]
         turn = sorted(ifindexes)
         if self._mechanism is attach.Mechanism.CLSACT and turn:
             first = self._mended % len(turn)
             turn = (turn + turn)[first : first + min(CLSACT_TURN, len(turn))]
             self._mended = first + len(turn)
         return found + mend_attachments(self._dataplane, turn)
+
+    def live_connections(self, namespaces: Collection[int]) -> Live:
+        """See `Node`."""
+        return look_at_connections(namespaces)
 
     def read_events(self, consume: Callable[[abi.np_event], None]) -> int:
         """See `Node`."""

@@ -54,6 +54,7 @@ def status(agent: Agent, maps: Mapping[str, KernelMap], place: Mapping[str, str]
         "refused": {
             "changes": agent.refusals.count,
             "by_map": dict(agent.refusals.by_map),
+            "map": agent.refusals.full,
             "waiting": list(agent.refusals.objects)[:WAITING],
         },
         "drift": {

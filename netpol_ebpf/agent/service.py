@@ -4,13 +4,15 @@
 One JSON object a line both ways.  A request is ``{"op": NAME, ...}``; ``status`` and the like get one line back, ``flows`` gets
 the recent ones and then each new one until the reader goes.
 
-Invariants: only root and the agent's own user are answered (SO_PEERCRED); a reader that does not read is dropped and never
+Every operation only reads.  Invariants: only root, the agent's own user and members of one group, if the agent has one, are
+answered (SO_PEERCRED, SO_PEERGROUPS: the kernel says who connected); a reader that does not read is dropped and never
 delays the agent.  Runs no loop: `Service.poll` is one look.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import socket
@@ -32,6 +34,10 @@ BACKLOG_BYTES = 1 << 20
 RECENT_FLOWS = 1000
 """Flows remembered for readers that come later; arbitrary."""
 CLIENT_TIMEOUT_S = 5.0
+_SO_PEERGROUPS = 59
+"""asm-generic/socket.h; Linux 4.13."""
+_GROUPS_BYTES = 1024
+"""As much as Python's getsockopt takes: 256 groups."""
 
 Answer = Callable[[Mapping[str, Any]], Any]
 """From a request to a value that JSON can hold. May raise NetpolError."""
@@ -51,16 +57,20 @@ class _Client:
 
 @dataclass(slots=True)
 class Service:
-    """The listening side. ``answers``: what each operation is answered with; "flows" is the service's own."""
+    """The listening side. ``answers``: what each operation is answered with; "flows" is the service's own.
+
+    ``group``: number of a group whose members are answered as well.
+    """
 
     path: Path
     answers: Mapping[str, Answer]
+    group: int | None = None
     _listener: socket.socket | None = None
     _clients: list[_Client] = field(default_factory=list)
     _recent: deque[Any] = field(default_factory=lambda: deque(maxlen=RECENT_FLOWS))
 
     def open(self) -> None:
-        """Listen. Raises PlatformError when another process does."""
+        """Listen. Raises PlatformError when another process does, or the socket cannot be given to the group."""
         self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         with contextlib.suppress(UnreachableError), connect(self.path):
             raise PlatformError(
@@ -73,6 +83,9 @@ class Service:
         before = os.umask(0o177)
         try:
             listener.bind(str(self.path))
+            if self.group is not None:
+                os.chown(self.path, -1, self.group)
+                self.path.chmod(0o660)
         except OSError as error:
             listener.close()
             raise PlatformError(f"cannot listen at {self.path}: {error.strerror}") from error
@@ -121,8 +134,16 @@ class Service:
     def _welcome(self, channel: socket.socket) -> None:
         channel.settimeout(0)
         client = _Client(channel)
-        if peer_user(channel) not in (0, os.geteuid()):
-            client.send({"error": "only root may ask the agent", "slug": "privilege"})
+        if peer_user(channel) not in (0, os.geteuid()) and self.group not in peer_groups(channel):
+            client.send(
+                {
+                    "error": "only root and members of the agent's group (netpol-agent --group) may ask the agent",
+                    "hint": "Ask as one of them."
+                    if self.group is not None
+                    else "The agent was started without a group.",
+                    "slug": "privilege",
+                }
+            )
             client.is_answered = True
         self._clients.append(client)
 
@@ -189,6 +210,18 @@ def peer_user(channel: socket.socket) -> int:
     """The user id of the process at the other end."""
     _, user, _ = struct.unpack("3i", channel.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
     return int(user)
+
+
+def peer_groups(channel: socket.socket) -> frozenset[int]:
+    """The ids of the groups of the process at the other end, when it connected. Of a process in very many: its first alone."""
+    _, _, first = struct.unpack("3i", channel.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+    try:
+        others = channel.getsockopt(socket.SOL_SOCKET, _SO_PEERGROUPS, _GROUPS_BYTES)
+    except OSError as error:
+        if error.errno != errno.ERANGE:
+            raise
+        others = b""
+    return frozenset({int(first), *(number for (number,) in struct.iter_unpack("=I", others))})
 
 
 @contextlib.contextmanager

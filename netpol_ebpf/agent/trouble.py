@@ -42,12 +42,13 @@ class Refusals:
     """Changes that did not fit.
 
     ``objects``: what waits to be put in force, with where it is written; ``count``: refusals so far; ``by_map``: the same
-    for each map.  ``retry_at_s``: when to try again without being asked, None: not before the next change.
+    for each map; ``full``: the map (or limit) that is in the way now.  ``retry_at_s``: when to try again without being asked, None: not before the next change.
     """
 
     objects: dict[str, Location] = field(default_factory=dict)
     count: int = 0
     by_map: Counter[str] = field(default_factory=Counter)
+    full: str = ""
     problem: Problem | None = None
     retry_at_s: float | None = None
     _gap_s: float = RETRY_S
@@ -67,12 +68,14 @@ class Refusals:
     def accept(self) -> None:
         """Everything is in force."""
         self.objects.clear()
+        self.full = ""
         self.problem, self.retry_at_s, self._gap_s = None, None, RETRY_S
 
     def refuse(self, error: LimitError | MapFullError, now_s: float) -> None:
         """Nothing of it is; what was in force stays."""
         self.count += 1
         full = error.map_name if isinstance(error, MapFullError) else MAPS_BY_LIMIT.get(error.limit, error.limit)
+        self.full = full
         self.by_map[full] += 1
         names = list(self.objects)
         named = ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")

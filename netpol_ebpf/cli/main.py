@@ -33,6 +33,7 @@ COMMANDS = (
     "netpol_ebpf.cli.who_can",
     "netpol_ebpf.cli.get",
     "netpol_ebpf.cli.status",
+    "netpol_ebpf.cli.metrics",
     "netpol_ebpf.cli.flows",
     "netpol_ebpf.cli.bpf",
     "netpol_ebpf.cli.bench",

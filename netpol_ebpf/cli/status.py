@@ -43,6 +43,9 @@ def _print_text(state: dict[str, Any], *, wide: bool) -> None:
     print(f"pinned in  {state['pin_dir']}, generation {state['generation']}")
     print(f"in force   {'yes' if state['in_force'] else 'NO, see the problems below'}")
     print(f"endpoints  {objects['enforced_endpoints']} enforced of {objects['local_endpoints']} local")
+    refused = state["refused"]
+    if refused["waiting"]:
+        print(f"refused    {', '.join(refused['waiting'])}: no room in {refused['map']}")
     print()
     rows = [
         (one["interface"] or "-", one["endpoint"], one["state"], " ".join(one["addresses"]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import threading
@@ -71,6 +72,8 @@ STATE: dict[str, Any] = {
         {"ifindex": 5, "interface": "cali1", "endpoint": "Pod/shop/web"}, {"ifindex": 9, "interface": "cali9", "endpoint": None},
     ],
     "maps": {"np_rule": {"entries": 8, "size": 65536}},
+    "refused": {"changes": 0, "by_map": {}, "map": "", "waiting": []},
+    "drift": {"put_back": {"pin": 2}, "rounds": 6, "recent": []},
 }  # fmt: skip
 PROBLEM = {
     "severity": "error", "slug": "invalid", "file": "a.yaml", "line": 3, "object": "Pod/x/y", "path": "spec", "message": "is wrong",
@@ -271,6 +274,61 @@ def test_get_lists(agent: dict[str, Any], tmp_path: Path, capsys: pytest.Capture
     assert "Pod/shop/db" in capsys.readouterr().out
 
 
+def test_refused_object_is_named_with_its_map(
+    tmp_path: Path, agent: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Status and metrics say what does not fit, and in which map."""
+    agent["status"]["refused"] = {"changes": 3, "by_map": {"np_rule": 3}, "map": "np_rule", "waiting": ["Pod/shop/db"]}
+    assert run(tmp_path, "status") == 0
+    assert "refused    Pod/shop/db: no room in np_rule" in capsys.readouterr().out
+    assert run(tmp_path, "metrics") == 0
+    shown = capsys.readouterr().out.splitlines()
+    assert 'netpol_refused_object{object="Pod/shop/db",map="np_rule"} 1' in shown
+    assert 'netpol_map_refusals_total{map="np_rule"} 3' in shown
+
+
+METRIC = re.compile(
+    r"# HELP (?P<helped>\w+) \S.*|# TYPE (?P<typed>\w+) (?P<kind>counter|gauge)"
+    r'|(?P<name>\w+)(?:\{\w+="(?:[^"\\\n]|\\["\\n])*"(?:,\w+="(?:[^"\\\n]|\\["\\n])*")*\})? -?\d+(?:\.\d+)?'
+)
+"""A line of Prometheus' text format, as far as it is used here."""
+
+
+def test_metrics_are_prometheus_text(tmp_path: Path, agent: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    """Every line is of the format, every metric is announced first, counters end in _total, and strange names are escaped."""
+    strange = 'rule "x" of a\\b\nc'
+    agent["rules"] = [{"number": 4, "rule": strange, "packets": 7, "bytes": 700, "staged_packets": 1}]
+    agent["status"]["packets"] = {"policy-deny": 4, "event-lost": 5}
+    agent["status"]["problems"] = [PROBLEM]
+    assert run(tmp_path, "metrics") == 0
+    text = capsys.readouterr().out
+    announced = ""
+    for line in text.splitlines():
+        matched = METRIC.fullmatch(line)
+        assert matched is not None, line
+        if matched["typed"]:
+            announced = matched["typed"]
+            assert announced.endswith("_total") == (matched["kind"] == "counter"), line
+        elif matched["name"]:
+            assert matched["name"] == announced
+    for line in (
+        'netpol_packets_total{reason="policy-deny"} 4',
+        "netpol_events_lost_total 5",
+        'netpol_rule_packets_total{rule="rule \\"x\\" of a\\\\b\\nc",number="4"} 7',
+        'netpol_rule_staged_packets_total{rule="rule \\"x\\" of a\\\\b\\nc",number="4"} 1',
+        'netpol_map_entries{map="np_rule"} 8',
+        'netpol_map_max_entries{map="np_rule"} 65536',
+        'netpol_drift_repairs_total{kind="pin"} 2',
+        'netpol_drift_repairs_total{kind="row"} 0',
+        'netpol_local_endpoints{state="waiting"} 1',
+        'netpol_problems{severity="error",kind="invalid"} 1',
+        "netpol_refused_changes_total 0",
+        "netpol_closed_interfaces 1",
+        "netpol_in_force 1",
+    ):
+        assert line in text.splitlines()
+
+
 # --- doctor, cleanup ------------------------------------------------------------------------------------------------
 
 
@@ -286,6 +344,19 @@ def test_doctor_says_what_is_missing(monkeypatch: pytest.MonkeyPatch, capsys: py
     assert "-> apt install it" in shown
     assert main(["doctor", "-o", "json"]) == 5
     assert [one["ok"] for one in json.loads(capsys.readouterr().out)] == [True, False]
+
+
+@pytest.mark.parametrize("gone", doctor.CAPABILITIES)
+def test_missing_capability_is_named(gone: doctor.Capability) -> None:
+    """Without one of the capabilities, that one is missing and no other."""
+    effective = sum(1 << one.number for one in doctor.CAPABILITIES)
+    assert doctor.missing_capabilities(effective) == []
+    assert doctor.missing_capabilities(effective & ~(1 << gone.number)) == [gone]
+
+
+def test_old_all_embracing_capability_stands_for_two() -> None:
+    """CAP_SYS_ADMIN is as good as CAP_BPF and CAP_PERFMON, but not as CAP_NET_ADMIN."""
+    assert [one.name for one in doctor.missing_capabilities(1 << doctor.CAP_SYS_ADMIN)] == ["CAP_NET_ADMIN"]
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ import pytest
 from memory_maps import MemoryMap, memory_maps
 
 from netpol_ebpf.agent import report
+from netpol_ebpf.agent.adoption import Live
 from netpol_ebpf.agent.core import AUDIT_S, ROUND_S, SEARCH_S, Agent, Settings
 from netpol_ebpf.agent.node import POLICY_MAPS
 from netpol_ebpf.agent.trouble import RETRY_S
@@ -79,6 +80,10 @@ class MemoryNode:
     prunings: int = 0
     drift: list[Drift] = field(default_factory=list)
     refuses: set[int] = field(default_factory=set)
+    live: Live = field(default_factory=Live)
+
+    def live_connections(self, namespaces: Collection[int]) -> Live:
+        return self.live
 
     @property
     def maps(self) -> Mapping[str, KernelMap]:
@@ -663,7 +668,9 @@ def test_refused_change_is_tried_again_when_memory_may_be_back(bench: Bench) -> 
     assert "np_addr4" in problem.message
     assert problem.obj == "Pod/shop/late"
     refused = report.status(agent, bench.node.maps, {})["refused"]
-    assert refused == {"changes": 1, "by_map": {"np_addr4": 1}, "waiting": ["Pod/shop/late"]}
+    assert refused == {
+        "changes": 1, "by_map": {"np_addr4": 1}, "map": "np_addr4", "waiting": ["Pod/shop/late"],
+    }  # fmt: skip
     agent.step()
     assert bench.node.exchanges == 1
     bench.now_s += RETRY_S

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 import threading
 from collections.abc import Iterator
@@ -111,8 +112,29 @@ def test_reader_that_does_not_read_is_dropped(agent: Service) -> None:
 def test_stranger_is_refused(agent: Service, monkeypatch: pytest.MonkeyPatch) -> None:
     """A user who is neither root nor the agent's own is told so, whatever is asked."""
     monkeypatch.setattr(module, "peer_user", lambda _channel: 12345)
-    with pytest.raises(UnreachableError, match="only root may ask"):
+    with pytest.raises(UnreachableError, match="only root and members"):
         answers(agent, {"op": "echo", "word": "hello"})
+
+
+@pytest.mark.parametrize(("groups", "is_answered"), [({7, 4321}, True), ({7}, False), (set(), False)])
+def test_member_of_the_group_is_answered(
+    agent: Service, monkeypatch: pytest.MonkeyPatch, *, groups: set[int], is_answered: bool
+) -> None:
+    """Another user is answered exactly when one of his groups is the agent's."""
+    agent.group = 4321
+    monkeypatch.setattr(module, "peer_user", lambda _channel: 12345)
+    monkeypatch.setattr(module, "peer_groups", lambda _channel: frozenset(groups))
+    if is_answered:
+        assert answers(agent, {"op": "echo", "word": "hello"}) == [{"you": "hello"}]
+    else:
+        with pytest.raises(UnreachableError, match="only root and members"):
+            answers(agent, {"op": "echo", "word": "hello"})
+
+
+def test_kernel_tells_all_groups_of_who_connects(agent: Service) -> None:
+    """The peer's groups are those of the process at the other end: here this one."""
+    with connect(agent.path) as channel:
+        assert module.peer_groups(channel) == {os.getegid(), *os.getgroups()}
 
 
 def test_socket_is_private_and_goes_with_the_agent(agent: Service) -> None:

@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`netpolctl metrics`: the agent's counters in Prometheus' text format, on standard output.
+
+For the textfile collector of the node exporter: nothing of ours listens on the network.  Names are stable; a counter starts
+again when its map is made anew.  Works out nothing: every value is one of `netpolctl status` or `netpolctl get rules`.
+
+Exit codes: 0, 4 no agent answers.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from netpol_ebpf.cli.agent_access import add_state_dir_option, ask_agent
+
+EVENTS_LOST = "event-lost"
+"""The reason (netpol_loader.abi) that counts events instead of packets."""
+
+Sample = tuple[Mapping[str, object], float]
+"""Labels and value."""
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """One metric. ``kind``: counter or gauge."""
+
+    name: str
+    kind: str
+    meaning: str
+    samples: tuple[Sample, ...]
+
+
+def register(subparsers: Any) -> None:
+    """Add the command to the parser of `netpolctl`."""
+    parser: argparse.ArgumentParser = subparsers.add_parser(
+        "metrics",
+        help="print the agent's counters for Prometheus",
+        description="Print the counters of the agent of this node in Prometheus' text format, for the textfile collector "
+        "of the node exporter.",
+        epilog="exit codes: 0 done, 4 no agent answers",
+    )
+    add_state_dir_option(parser)
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the command; returns the exit code."""
+    (state,) = ask_agent(arguments, "status")
+    (rules,) = ask_agent(arguments, "rules")
+    print(render(families(state, rules)), end="")
+    return 0
+
+
+def families(state: Mapping[str, Any], rules: Iterable[Mapping[str, Any]]) -> Iterator[Family]:
+    """Every metric. ``state``, ``rules``: the agent's answers of those names."""
+    yield from _enforcement(state)
+    yield from _packets(state["packets"], list(rules))
+    yield from _maps(state["maps"], state["refused"])
+    drift = state["drift"]
+    kinds = {**dict.fromkeys(("pin", "program", "row", "configuration"), 0), **drift["put_back"]}
+    yield Family(
+        "netpol_drift_repairs_total", "counter", "Things that something else changed and the agent put back.",
+        tuple(({"kind": kind}, count) for kind, count in sorted(kinds.items())),
+    )  # fmt: skip
+    yield _one(
+        "netpol_audit_rounds_total", "counter", "Comparisons of all rows with what they are to be.", drift["rounds"]
+    )
+
+
+def _enforcement(state: Mapping[str, Any]) -> Iterator[Family]:
+    objects = state["objects"]
+    labels = {"version": state["version"], "node": state["node"] or ""}
+    yield Family("netpol_agent_info", "gauge", "The agent that answered.", ((labels, 1),))
+    yield _one("netpol_in_force", "gauge", "1 when all of the manifests is in force.", int(state["in_force"]))
+    yield _one(
+        "netpol_generation",
+        "gauge",
+        "Number of the policy state that connections are checked against.",
+        state["generation"],
+    )
+    yield _one(
+        "netpol_changes_applied_total", "counter", "Changes put in force by this agent.", state["changes_applied"]
+    )
+    yield _one("netpol_policies", "gauge", "Policies of the manifests.", objects["policies"])
+    yield Family(
+        "netpol_local_endpoints", "gauge", "Workloads of this node, by whether they are enforced.",
+        tuple(
+            ({"state": name}, count) for name, count in sorted({
+                **dict.fromkeys(("enforced", "waiting"), 0), **Counter(one["state"] for one in state["endpoints"]),
+            }.items())
+        ),
+    )  # fmt: skip
+    closed = sum(one["endpoint"] is None for one in state["interfaces"])
+    yield _one("netpol_closed_interfaces", "gauge", "Interfaces under policy of which no endpoint is known.", closed)
+    problems = Counter((one["severity"], one["slug"]) for one in state["problems"])
+    yield Family(
+        "netpol_problems", "gauge", "What keeps the node from being as the manifests say, by kind.",
+        tuple(({"severity": severity, "kind": slug}, count) for (severity, slug), count in sorted(problems.items())),
+    )  # fmt: skip
+
+
+def _packets(packets: Mapping[str, int], rules: list[Mapping[str, Any]]) -> Iterator[Family]:
+    yield Family(
+        "netpol_packets_total", "counter", "Packets by the reason of their verdict.",
+        tuple(({"reason": slug}, count) for slug, count in sorted(packets.items()) if slug != EVENTS_LOST),
+    )  # fmt: skip
+    lost = packets.get(EVENTS_LOST, 0)
+    yield _one("netpol_events_lost_total", "counter", "Flow events for which the ring buffer had no room.", lost)
+    for name, field, meaning in (
+        ("netpol_rule_packets_total", "packets", "Packets decided by each rule."),
+        ("netpol_rule_bytes_total", "bytes", "Bytes of the packets decided by each rule."),
+        (
+            "netpol_rule_staged_packets_total",
+            "staged_packets",
+            "Packets each rule would decide if staged policies were enforced.",
+        ),
+    ):
+        samples = tuple(({"rule": one["rule"], "number": one["number"]}, one[field]) for one in rules)
+        yield Family(name, "counter", meaning, samples)
+
+
+def _maps(maps: Mapping[str, Any], refused: Mapping[str, Any]) -> Iterator[Family]:
+    for name, field, meaning in (
+        ("netpol_map_entries", "entries", "Rows of each map that policy fills."),
+        ("netpol_map_max_entries", "size", "Rows that each map has room for."),
+    ):
+        yield Family(name, "gauge", meaning, tuple(({"map": key}, one[field]) for key, one in sorted(maps.items())))
+    yield _one("netpol_refused_changes_total", "counter", "Changes that did not fit.", refused["changes"])
+    yield Family(
+        "netpol_map_refusals_total", "counter", "Changes that did not fit, by the map without room.",
+        tuple(({"map": key}, count) for key, count in sorted(refused["by_map"].items())),
+    )  # fmt: skip
+    yield Family(
+        "netpol_refused_object", "gauge", "1 for each object that is not in force, with the map that has no room for it.",
+        tuple(({"object": one, "map": refused["map"]}, 1) for one in refused["waiting"]),
+    )  # fmt: skip
+
+
+def _one(name: str, kind: str, meaning: str, value: float) -> Family:
+    return Family(name, kind, meaning, (({}, value),))
+
+
+def render(found: Iterable[Family]) -> str:
+    """The text exposition format, version 0.0.4."""
+    lines: list[str] = []
+    for family in found:
+        lines += [f"# HELP {family.name} {family.meaning}", f"# TYPE {family.name} {family.kind}"]
+        for labels, value in family.samples:
+            pairs = ",".join(f'{name}="{_escaped(str(text))}"' for name, text in labels.items())
+            lines.append(f"{family.name}{{{pairs}}} {value}" if pairs else f"{family.name} {value}")
+    return "\n".join(lines) + "\n"
+
+
+def _escaped(text: str) -> str:
+    return text.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
