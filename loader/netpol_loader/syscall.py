@@ -41,6 +41,7 @@ MAP_KINDS = {
 }  # fmt: skip
 PER_CPU_KINDS = frozenset({"percpu_hash", "percpu_array"})
 
+BPF_F_RDONLY = 1 << 3
 PROG_TYPE_SCHED_CLS = 3
 TCX_INGRESS = 46
 TCX_EGRESS = 47
@@ -313,10 +314,10 @@ def obj_pin(fd: int, path: Path) -> None:
     _bpf(OBJ_PIN, _ObjAttr(pathname=ctypes.addressof(name), bpf_fd=fd))
 
 
-def obj_get(path: Path) -> int:
-    """A new file descriptor of a pinned object."""
+def obj_get(path: Path, flags: int = 0) -> int:
+    """A new file descriptor of a pinned object. ``flags``: BPF_F_RDONLY, for those who may only read a map."""
     name = buffer(bytes(path) + b"\0")
-    return _bpf(OBJ_GET, _ObjAttr(pathname=ctypes.addressof(name)))
+    return _bpf(OBJ_GET, _ObjAttr(pathname=ctypes.addressof(name), file_flags=flags))
 
 
 def _info(fd: int, info: ctypes.Structure) -> None:
