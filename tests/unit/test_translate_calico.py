@@ -66,6 +66,9 @@ def test_subjects_of_namespaced_policies(spec: str, subject: str) -> None:
         ("selector: a == 'b'", 'a == "b"'),
         ("selector: a == 'b', namespaceSelector: n == 'm'", '(a == "b" && pcns.n == "m")'),
         ("namespaceSelector: all()", HAS_NS),
+        ("namespaceSelector: '!has(n)'", "!has(pcns.n)"),
+        ("selector: '', namespaceSelector: n != 'm'", 'pcns.n != "m"'),
+        ("selector: all(), namespaceSelector: n != 'm'", f'({HAS_NS} && pcns.n != "m")'),
         ("selector: all(), namespaceSelector: n == 'm'", f'({HAS_NS} && pcns.n == "m")'),
         ("selector: '!all()', namespaceSelector: '!has(n)'", f"(!{HAS_NS} && !has(pcns.n))"),
         ("selector: '!all()'", "!all()"),
@@ -73,7 +76,10 @@ def test_subjects_of_namespaced_policies(spec: str, subject: str) -> None:
     ],
 )
 def test_subjects_of_global_policies(spec: str, subject: str) -> None:
-    """With a namespaceSelector every all() of the combined text changes, be it of the base selector (a quirk kept)."""
+    """With a namespaceSelector every all() of the combined text changes, be it of the base selector (a quirk kept).
+
+    A base selector that is not written is no part of that text.
+    """
     found = str(global_policy(spec).subject)
     assert found.replace(f"({HAS_NS} && {HAS_NS})", HAS_NS) == subject
 

@@ -118,8 +118,10 @@ def _subject(spec: CalicoPolicySpec, namespace: str) -> Selector:
     if namespace:
         selector = all_of(selector, in_namespace(namespace))
     elif spec.namespace_selector is not None:
-        # The origin replaces all() in the combined text, so the one in the policy's own selector changes as well.
-        selector = all_of(selector, spec.namespace_selector.prefixed(NAMESPACE_PREFIX)).with_all_as(HAS_NAMESPACE)
+        # The origin replaces all() in the combined text, so the one in the policy's own selector changes as well.  One that
+        # is not written is no part of that text: a negative namespaceSelector then reaches what has no namespace.
+        written = () if spec.selector is None else (spec.selector,)
+        selector = all_of(*written, spec.namespace_selector.prefixed(NAMESPACE_PREFIX)).with_all_as(HAS_NAMESPACE)
     if spec.service_account_selector is not None:
         selector = all_of(selector, service_account_selector(spec.service_account_selector))
     return selector
