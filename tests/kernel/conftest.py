@@ -14,13 +14,8 @@ from netpol_loader.dataplane import Dataplane
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+from map_sizes import SIZES
 from rig import Rig
-
-SIZES = {
-    "np_endpoint": 64, "np_addr4": 4096, "np_addr6": 4096, "np_cidr4": 1024, "np_cidr6": 1024, "np_peer_class": 1024,
-    "np_l4_col": 256, "np_verdict": 4096, "np_rule": 256, "np_rule_count": 256, "np_conn4": 4096, "np_conn6": 4096,
-    "np_young4": 4096, "np_young6": 4096, "np_frag4": 1024, "np_frag6": 1024, "np_log_limit": 16, "np_event": 65536,
-}  # fmt: skip
 
 
 @pytest.fixture(scope="session")

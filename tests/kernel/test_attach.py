@@ -18,7 +18,7 @@ from typing import TypeVar
 
 import pyroute2
 import pytest
-from conftest import SIZES
+from map_sizes import SIZES
 from rig import ALLOW, DENY, ENDPOINT, Rig, everything
 
 from netpol_ebpf.errors import PlatformError

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import packets as p
 import pytest
-from conftest import SIZES
+from map_sizes import SIZES
 from rig import ALLOW, DENY, PEER4, POD4, Rig, everything
 
 from netpol_ebpf.errors import LoadError, PlatformError, PrivilegeError
