@@ -191,6 +191,10 @@ class _Loader:
                 slug="type",
             )
             return
+        if _is_case_file(value):
+            message = "is a case file, not a manifest: `netpolctl test` runs it, and validates the manifests in it"
+            report.error((), message, slug="case-file")
+            return
         obj = Reader(value, (), report)
         api_version, kind_name = obj.string("apiVersion") or default[0], obj.string("kind") or default[1]
         if kind_name.endswith("List") and (isinstance(value.get("items"), (list, tuple)) or kind_name == "List"):
@@ -288,6 +292,11 @@ def _name_of(value: Mapping[str, Any]) -> str:
     metadata = value.get("metadata")
     name = metadata.get("name") if isinstance(metadata, Mapping) else None
     return name if isinstance(name, str) else ""
+
+
+def _is_case_file(value: Mapping[str, Any]) -> bool:
+    """What the runner of case files reads; no object of an API server has these at its top."""
+    return "apiVersion" not in value and "kind" not in value and "manifests" in value and "probes" in value
 
 
 def _is_typed(obj: Reader, api_version: str, kind: str) -> bool:

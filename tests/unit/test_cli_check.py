@@ -89,3 +89,23 @@ def test_nothing_to_check(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     """An empty directory is more likely a wrong path than a wish."""
     assert main(["check", str(tmp_path)]) == 3
     assert f"no object found in {tmp_path}" in capsys.readouterr().err
+
+
+def test_a_case_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It is called what it is, and the command that runs it is named."""
+    file = tmp_path / "case.yaml"
+    file.write_text("name: n\nmanifests: []\nprobes: []\n", encoding="utf-8")
+    assert main(["check", str(file)]) == 3
+    out = capsys.readouterr().out.splitlines()
+    assert out[0].endswith(
+        "is a case file, not a manifest: `netpolctl test` runs it, and validates the manifests in it"
+    )
+    assert out[0].startswith(f"{file}:1: error: ")
+
+
+def test_what_only_resembles_a_case_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """An object that names its kind is read as that kind."""
+    file = tmp_path / "object.yaml"
+    file.write_text("kind: Pod\nmanifests: []\nprobes: []\n", encoding="utf-8")
+    assert main(["check", str(file)]) == 3
+    assert "the field `apiVersion` is required" in capsys.readouterr().out
