@@ -222,9 +222,9 @@ class Scene:
 
 
 @contextlib.contextmanager
-def scene_in(lab: Lab, home: Path, pin_root: Path, **options: Any) -> Iterator[Scene]:
+def scene_in(lab: Lab, home: Path, pin_root: Path, *, kind: type[Scene] = Scene, **options: Any) -> Iterator[Scene]:
     """A scene with the manifests in place and no agent yet; whatever it did is undone at the end."""
-    scene = Scene(lab, home, pin_root, **options)
+    scene = kind(lab, home, pin_root, **options)
     scene.manifests.mkdir(parents=True)
     for name, text in DEFAULTS.items():
         scene.write(name, text)

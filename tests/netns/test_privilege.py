@@ -1,0 +1,288 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The agent with no more than it needs, and what others may see of it: real agents, real verdicts, real users.
+
+The pins are on a BPF file system of the test's own, so that nobody else's has to be opened for a group.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import grp
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from agent_scene import CLUSTER, DB_POLICY, NODE, OTHER_ALLOWED, Scene, scene_in, to_db
+
+from netpol_ebpf.agent.service import SOCKET_NAME, ask
+from netpol_ebpf.errors import UnreachableError
+from netpol_ebpf.lab.laboratory import Lab
+from netpol_ebpf.lab.scene import plan_for
+from netpol_ebpf.resources.load import parse_documents
+from netpol_loader import abi, syscall
+from netpol_loader.doctor import CAPABILITIES
+
+pytestmark = pytest.mark.netns
+
+NAMES = tuple(one.name.removeprefix("CAP_").lower() for one in CAPABILITIES)
+AGENT, STRANGER, MEMBER = 4242, 4243, 4244
+"""Users that need no entry in any file; arbitrary."""
+GROUP = "daemon"
+"""A group that every distribution has."""
+
+
+@dataclass
+class LeastScene(Scene):
+    """An agent with some capabilities, as root or as another user."""
+
+    capabilities: tuple[str, ...] = NAMES
+    user: int = 0
+
+    def command(self, *options: str) -> list[str]:
+        only = ",".join(("-all", *(f"+{name}" for name in self.capabilities)))
+        prefix = ["setpriv", "--no-new-privs", "--bounding-set", only, "--inh-caps", only]
+        if self.user:
+            prefix += ["--ambient-caps", only, "--reuid", str(self.user), "--regid", str(self.user)]
+        member = str(grp.getgrnam(GROUP).gr_gid)
+        return [*prefix, "--groups", member, *super().command(*options)]
+
+    def prepare(self) -> None:
+        """What the service manager makes for an agent that is not root: its directories."""
+        for path in (self.pin_root, self.state_dir):
+            path.mkdir(parents=True)
+            os.chown(path, self.user, self.user)
+
+
+@pytest.fixture(scope="module")
+def bpffs() -> Iterator[Path]:
+    """A BPF file system that everybody may pass through."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    with tempfile.TemporaryDirectory(prefix="netpol-privilege-") as name:
+        Path(name).chmod(0o755)
+        assert libc.mount(b"bpf", name.encode(), b"bpf", 0, b"mode=0755") == 0, os.strerror(ctypes.get_errno())
+        try:
+            yield Path(name)
+        finally:
+            assert libc.umount2(name.encode(), 0) == 0, os.strerror(ctypes.get_errno())
+
+
+@pytest.fixture(scope="module")
+def lab() -> Iterator[Lab]:
+    with Lab(plan_for(parse_documents(CLUSTER, "cluster.yaml").check())) as one:
+        yield one
+
+
+@pytest.fixture
+def home() -> Iterator[Path]:
+    """A place that everybody may pass through, unlike pytest's."""
+    with tempfile.TemporaryDirectory(prefix="netpol-privilege-") as name:
+        Path(name).chmod(0o755)
+        yield Path(name) / "home"
+
+
+@pytest.fixture
+def make(lab: Lab, home: Path, bpffs: Path) -> Iterator[Callable[..., LeastScene]]:
+    """Scenes, one at a time."""
+    made: list[Any] = []
+
+    def one(**options: Any) -> LeastScene:
+        made.append(scene_in(lab, home, bpffs / "own", kind=LeastScene, **options))
+        scene = made[-1].__enter__()
+        assert isinstance(scene, LeastScene)
+        return scene
+
+    yield one
+    for context in made:
+        context.__exit__(None, None, None)
+
+
+def capabilities_of(process: int) -> dict[str, int]:
+    """Capability sets of a process, by the kernel's names for them."""
+    lines = Path(f"/proc/{process}/status").read_text().splitlines()
+    return {line.split(":")[0]: int(line.split()[1], 16) for line in lines if line.startswith("Cap")}
+
+
+@pytest.mark.parametrize("user", [0, AGENT], ids=["root", "user"])
+def test_least_privilege_is_enough_for_everything(make: Callable[..., LeastScene], user: int) -> None:
+    """With the three capabilities alone the agent finds pods, judges, follows changes, is succeeded, and is cleaned up."""
+    scene = make(user=user)
+    if user:
+        scene.prepare()
+    state = scene.start()
+    assert state["in_force"]
+    # Sockets inside pods, for connections older than enforcement, are the one thing that more capabilities would show.
+    assert {one["slug"] for one in state["problems"]} <= {"adoption"}
+    sets = capabilities_of(state["pid"])
+    expected = sum(1 << one.number for one in CAPABILITIES)
+    assert (sets["CapEff"], sets["CapPrm"], sets["CapBnd"]) == (expected, expected, expected)
+    assert Path(f"/proc/{state['pid']}").stat().st_uid == user
+    both = [to_db(source, version) for source in ("shop/web", "shop/other") for version in (4, 6)]
+    assert scene.reached(*both) == [True, True, False, False]
+    scene.write("db.yaml", OTHER_ALLOWED)
+    scene.await_reached(to_db("shop/other"), expected=True)
+    scene.kill()
+    scene.write("db.yaml", DB_POLICY)
+    assert scene.start()["in_force"]
+    assert scene.reached(*both) == [True, True, False, False]
+    (next(scene.pin_root.glob("v*")) / "np_rule").unlink()
+    scene.await_status(lambda now: now["drift"]["put_back"].get("pin"), "a pin is put back")
+    scene.stop()
+    assert scene.cleanup().returncode == 0
+    assert scene.attached() == {}
+    assert scene.reached(to_db("shop/other")) == [True]
+
+
+@pytest.mark.parametrize("gone", CAPABILITIES, ids=lambda one: one.name)
+def test_without_a_capability_the_agent_says_which(make: Callable[..., LeastScene], gone: Any) -> None:
+    """One line names the capability that is missing and what it is for; nothing was touched."""
+    scene = make(capabilities=tuple(set(NAMES) - {gone.name.removeprefix("CAP_").lower()}))
+    done = scene.lab.run(NODE, scene.command("--once"), check=False)
+    assert done.returncode == 5
+    assert f"netpol-agent: error: this process lacks {gone.name} ({gone.purpose})" in done.stderr.splitlines()
+    assert not scene.pin_root.exists()
+
+
+# --- who may look ---------------------------------------------------------------------------------------------------
+
+
+def as_user(user: int, groups: list[int], look: Callable[[], Any]) -> Any:
+    """What a function returns, or the text of its error, in a process of another user without any capability."""
+    reading, writing = os.pipe()
+    process = os.fork()
+    if process == 0:
+        os.setgroups(groups)
+        os.setresgid(user, user, user)
+        os.setresuid(user, user, user)
+        try:
+            answer = look()
+        except (OSError, UnreachableError) as error:
+            answer = f"{type(error).__name__}: {error}"
+        os.write(writing, json.dumps(answer).encode())
+        os._exit(0)
+    os.close(writing)
+    with os.fdopen(reading, "rb") as answers:
+        text = answers.read()
+    os.waitpid(process, 0)
+    return json.loads(text)
+
+
+def opened(path: Path, flags: int) -> str:
+    os.close(syscall.obj_get(path, flags))
+    return "opened"
+
+
+def ask_directly(path: Path, operation: str) -> Any:
+    (answer,) = ask(path, {"op": operation})
+    return answer if operation != "status" else answer["in_force"]
+
+
+def test_group_may_read_and_nobody_else(make: Callable[..., LeastScene]) -> None:
+    """A member of the group asks the agent and reads maps, writes none, and opens neither programs nor links nor locks."""
+    scene = make(options=("--group", GROUP))
+    scene.start()
+    group = grp.getgrnam(GROUP).gr_gid
+    path, pins = scene.state_dir / SOCKET_NAME, next(scene.pin_root.glob("v*"))
+
+    def member(look: Callable[[], Any]) -> Any:
+        return as_user(MEMBER, [group], look)
+
+    def stranger(look: Callable[[], Any]) -> Any:
+        return as_user(STRANGER, [], look)
+
+    assert member(lambda: ask_directly(path, "status")) is True
+    assert "Permission denied" in stranger(lambda: ask_directly(path, "status"))
+    maps = set(abi.MAP_SPECS)
+    assert maps <= set(member(lambda: sorted(one.name for one in pins.iterdir())))
+    for name in sorted(maps):
+        assert member(partial(opened, pins / name, syscall.BPF_F_RDONLY)) == "opened", name
+        assert "PermissionError" in member(partial(opened, pins / name, 0)), name
+        assert "PermissionError" in stranger(partial(opened, pins / name, syscall.BPF_F_RDONLY)), name
+    for one in (pins / "np_tc_ingress", pins / "links"):
+        assert "PermissionError" in member(partial(opened, one, syscall.BPF_F_RDONLY)), one
+    for place in (
+        scene.pin_root,
+        scene.state_dir,
+        pins / "links",
+        scene.state_dir / "lock",
+        scene.state_dir / "numbers",
+    ):
+        assert "PermissionError" in member(partial(os.open, place, os.O_RDONLY)), place
+    assert "PermissionError" in stranger(lambda: [str(one) for one in pins.iterdir()])
+
+    (pins / "np_rule").chmod(0o666)
+    scene.await_status(lambda now: now["drift"]["put_back"].get("pin"), "the mode of a pin is put back")
+    assert (pins / "np_rule").stat().st_mode & 0o777 == 0o640
+
+
+def test_without_a_group_only_root_looks(make: Callable[..., LeastScene]) -> None:
+    """Every pin, the socket and the state are closed to others, groups included; root is answered."""
+    scene = make()
+    scene.start()
+    ours = [scene.pin_root, *scene.pin_root.rglob("*"), scene.state_dir, *scene.state_dir.rglob("*")]
+    assert len(ours) > len(abi.MAP_SPECS)
+    assert [str(path) for path in ours if path.stat().st_mode & 0o077 and path.parent.stat().st_mode & 0o077] == []
+    assert ask_directly(scene.state_dir / SOCKET_NAME, "status") is True
+    group = grp.getgrnam(GROUP).gr_gid
+    assert "Permission denied" in as_user(
+        MEMBER, [group], lambda: ask_directly(scene.state_dir / SOCKET_NAME, "status")
+    )
+
+
+def test_socket_asks_who_connects_whatever_its_mode(make: Callable[..., LeastScene]) -> None:
+    """Where the file's mode lets everybody connect, the agent still answers none but root and the group."""
+    scene = make(options=("--group", GROUP))
+    scene.start()
+    group, path = grp.getgrnam(GROUP).gr_gid, scene.state_dir / SOCKET_NAME
+    scene.state_dir.chmod(0o755)
+    path.chmod(0o666)
+    assert "only root and members" in as_user(STRANGER, [], lambda: ask_directly(path, "status"))
+    assert "only root and members" in as_user(STRANGER, [], lambda: ask_directly(path, "rules"))
+    assert as_user(MEMBER, [group], lambda: ask_directly(path, "status")) is True
+
+
+def test_agent_listens_on_no_network(make: Callable[..., LeastScene]) -> None:
+    """In the node's network namespace no socket listens besides those of the laboratory's own peers; the agent has none."""
+    scene = make()
+    state = scene.start()
+    held = {
+        one.readlink().name for one in Path(f"/proc/{state['pid']}/fd").iterdir() if one.readlink().name.startswith("socket:")
+    }  # fmt: skip
+    families = {}
+    for name in ("tcp", "tcp6", "udp", "udp6", "raw", "raw6", "udplite", "packet", "unix", "netlink"):
+        table = Path(f"/proc/{state['pid']}/net/{name}")
+        lines = table.read_text().splitlines()[1:] if table.exists() else []
+        families[name] = {f"socket:[{field}]" for line in lines for field in line.split()}
+    network = set(families) - {"unix", "netlink"}
+    assert held & families["netlink"], "the agent's own sockets are seen in these tables"
+    assert {name for name in network if held & families[name]} == set()
+
+
+def test_group_reads_with_the_command_line(make: Callable[..., LeastScene]) -> None:
+    """`netpolctl status`, `get`, `flows` and `metrics` work for a member of the group who has no capability at all."""
+    scene = make(options=("--group", GROUP))
+    scene.start()
+    group = str(grp.getgrnam(GROUP).gr_gid)
+    assert scene.reached(to_db("shop/other")) == [False]
+    prefix = ["setpriv", "--reuid", str(MEMBER), "--regid", str(MEMBER), "--groups", group, "--bounding-set", "-all"]
+    shown = {}
+    for command in ("status", "get rules", "flows", "metrics"):
+        done = subprocess.run(
+            [*prefix, sys.executable, "-m", "netpol_ebpf.cli.main", *command.split(), "--state-dir", str(scene.state_dir)],
+            check=False, capture_output=True, text=True,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        shown[command] = done.stdout
+    assert "in force   yes" in shown["status"]
+    assert "netpol_in_force 1" in shown["metrics"].splitlines()
+    assert 'netpol_packets_total{reason="policy-deny"}' in shown["metrics"]
