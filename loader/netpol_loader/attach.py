@@ -13,7 +13,7 @@ import contextlib
 import enum
 import errno
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -120,18 +120,50 @@ def prune(dataplane: Dataplane) -> None:
         _forget_dead(dataplane, ifindex)
 
 
-def replace(dataplane: Dataplane, old: Mapping[Hook, int]) -> None:
-    """Exchange the program everywhere; ``old``: program ids that count as ours on clsact, besides the current ones."""
+def replace(dataplane: Dataplane, old: Mapping[Hook, Collection[int]]) -> None:
+    """Exchange the program everywhere; ``old``: ids of the programs to be exchanged on clsact."""
     for path in _link_paths(dataplane):
-        with _opened(path) as fd:
-            info = syscall.link_info(fd)
-            if info.ifindex:
-                hook = next(hook for hook, kind in ATTACH_TYPES.items() if kind == info.attach_type)
-                syscall.link_update(fd, dataplane.program_fd(hook))
+        _update_link(dataplane, path)
     for link in netlink.links():
         for one in netlink.clsact_filters(link.ifindex):
-            if one.prog_id == old[one.hook]:
+            if one.prog_id in old[one.hook]:
                 _put_filter(link.ifindex, dataplane, one.hook)
+
+
+def take_links(dataplane: Dataplane, links: Path) -> None:
+    """Make the tcx links and marks that are pinned in another directory ours: our programs on them, our pins.
+
+    Killed on the way, what is not yet ours is still there, to be taken the next time.
+    """
+    for path in sorted(links.iterdir()) if links.is_dir() else ():
+        target = dataplane.pin_dir / LINKS / path.name
+        if path.name.endswith(CLSACT_MARK):
+            target.mkdir(parents=True, exist_ok=True)
+            path.rmdir()
+        elif _update_link(dataplane, path):
+            path.rename(target)
+        else:
+            path.unlink()  # its interface is gone
+
+
+def listed_interfaces(links: Path) -> set[int]:
+    """Interfaces of the tcx links that are pinned in a directory."""
+    found = set()
+    for path in sorted(links.iterdir()) if links.is_dir() else ():
+        if not path.name.endswith(CLSACT_MARK):
+            with _opened(path) as fd:
+                found.add(syscall.link_info(fd).ifindex)
+    return found - {0}
+
+
+def _update_link(dataplane: Dataplane, path: Path) -> bool:
+    """Put our program on a link; False when its interface is gone."""
+    with _opened(path) as fd:
+        info = syscall.link_info(fd)
+        if info.ifindex:
+            hook = next(hook for hook, kind in ATTACH_TYPES.items() if kind == info.attach_type)
+            syscall.link_update(fd, dataplane.program_fd(hook))
+    return bool(info.ifindex)
 
 
 def _order(one: Attachment) -> tuple[int, str, str]:

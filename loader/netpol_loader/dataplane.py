@@ -3,8 +3,8 @@
 
 All state lives in bpffs (whose names may have no dots); a process that holds a `Dataplane` is disposable.  Invariants:
 the pin directory appears whole, by one rename; what is pinned is never replaced by something that did not load; maps are
-kept when the program changes; a directory of another schema is never touched.  Must not know what the maps mean, apart
-from configuration and schema.
+kept when the program changes; a directory of another schema is never touched (`netpol_loader.upgrade` takes over an
+older one).  Must not know what the maps mean, apart from configuration and schema.
 
     PIN_ROOT/v1/np_<map>             maps
     PIN_ROOT/v1/np_tc_ingress        programs
@@ -81,25 +81,36 @@ class TestRun:
 class Dataplane:
     """Open file descriptors of everything pinned in one directory. Get one by `open`; a context manager."""
 
-    def __init__(self, pin_root: Path, maps: Mapping[str, Map], programs: Mapping[Hook, int]) -> None:
+    def __init__(
+        self, pin_root: Path, maps: Mapping[str, Map], programs: Mapping[Hook, int], pin_dir: Path | None = None
+    ) -> None:
+        """``pin_dir``: where everything is pinned, if not (yet) in the directory of this schema."""
         self.pin_root = pin_root
-        self.pin_dir = schema_dir(pin_root)
+        self.pin_dir = pin_dir or schema_dir(pin_root)
         self.maps = maps
         self._programs = programs
 
     @classmethod
-    def open(cls, pin_root: Path = DEFAULT_PIN_ROOT, *, sizes: Mapping[str, int] | None = None) -> Dataplane:
+    def open(
+        cls, pin_root: Path = DEFAULT_PIN_ROOT, *, sizes: Mapping[str, int] | None = None, beside_older: bool = False
+    ) -> Dataplane:
         """Make what is missing under ``pin_root``, adopt what is there.
 
         ``sizes`` (max_entries by map name; the ring buffer's in bytes) matters only where maps are created: existing maps
-        keep theirs, with a warning when another was asked for.  Raises PlatformError (no bpffs, other schema, no BCC),
-        PrivilegeError, LoadError.
+        keep theirs, with a warning when another was asked for.  ``beside_older``: directories of older schemas are no
+        reason to refuse.  Raises PlatformError (no bpffs, other schema, no BCC), PrivilegeError, LoadError.
         """
         doctor.require_bpffs(pin_root)
         pin_root.mkdir(parents=True, exist_ok=True)
         with locked(pin_root):
-            _refuse_other_schemas(pin_root)
-            _remove_leftovers(pin_root)
+            older = find_older(pin_root)
+            if older and not beside_older:
+                raise PlatformError(
+                    f"{pin_root} holds maps of an older schema ({', '.join(path.name for path in older)}); "
+                    f"this version speaks schema {abi.SCHEMA_VERSION}",
+                    hint="netpol-agent of this version takes them over; `netpolctl cleanup` removes them.",
+                )
+            remove_unfinished(pin_root)
             if schema_dir(pin_root).exists():
                 return cls._adopt(pin_root, sizes or {})
             return cls._create(pin_root, sizes or {})
@@ -109,12 +120,7 @@ class Dataplane:
         staging = pin_root / f"new-{os.getpid()}"
         (staging / LINKS).mkdir(parents=True)
         try:
-            build.build(staging, sizes)
-            _promote_programs(staging)
-            maps = _open_maps(staging)
-            jiffies_per_second = clock.measure_jiffies_per_second()
-            maps["np_config"].put(_index(0), bytes(default_config(jiffies_per_second)))
-            _write_schema(maps["np_schema"], jiffies_per_second)
+            maps = stage(staging, sizes, default_config(clock.measure_jiffies_per_second()))
             staging.rename(schema_dir(pin_root))
         except BaseException:
             shutil.rmtree(staging, ignore_errors=True)
@@ -122,19 +128,19 @@ class Dataplane:
                 pin_root.rmdir()
             raise
         log.info("created %s", schema_dir(pin_root))
-        return cls(pin_root, maps, _open_programs(schema_dir(pin_root)))
+        return cls(pin_root, maps, open_programs(schema_dir(pin_root)))
 
     @classmethod
     def _adopt(cls, pin_root: Path, sizes: Mapping[str, int]) -> Dataplane:
         pin_dir = schema_dir(pin_root)
-        maps = _open_maps(pin_dir)
+        maps = open_maps(pin_dir)
         for name, size in sizes.items():
             if name in maps and maps[name].max_entries != size:
                 log.warning("map %s keeps its size of %d; %d was asked for", name, maps[name].max_entries, size)
         schema = abi.np_schema.from_buffer_copy(maps["np_schema"].get(_index(0)) or b"")
         if schema.version != abi.SCHEMA_VERSION:
             raise PlatformError(f"{pin_dir} holds schema {schema.version}, not {abi.SCHEMA_VERSION}")
-        dataplane = cls(pin_root, maps, _open_programs(pin_dir))
+        dataplane = cls(pin_root, maps, open_programs(pin_dir))
         if bytes(schema.source_digest) != build.source_digest(build.source_dir()):
             dataplane.replace_programs(schema.jiffies_per_second)
         return dataplane
@@ -153,7 +159,7 @@ class Dataplane:
                 (self.pin_dir / (hook.value + build.NEW_SUFFIX)).unlink()
                 os.close(fd)
         else:
-            old = {hook: syscall.prog_info(fd).id for hook, fd in self._programs.items()}
+            old = {hook: {syscall.prog_info(fd).id} for hook, fd in self._programs.items()}
             previous, self._programs = self._programs, new
             attach.replace(self, old)
             _promote_programs(self.pin_dir)
@@ -279,7 +285,7 @@ def _write_schema(schema_map: Map, jiffies_per_second: int) -> None:
     schema_map.put(_index(0), bytes(row))
 
 
-def _open_maps(pin_dir: Path) -> dict[str, Map]:
+def open_maps(pin_dir: Path) -> dict[str, Map]:
     """Open every map of MAP_SPECS and compare its layout with ours. Raises PlatformError."""
     maps = {}
     for spec in abi.MAP_SPECS.values():
@@ -298,7 +304,8 @@ def _open_maps(pin_dir: Path) -> dict[str, Map]:
     return maps
 
 
-def _open_programs(pin_dir: Path) -> dict[Hook, int]:
+def open_programs(pin_dir: Path) -> dict[Hook, int]:
+    """Open the two programs pinned in a directory. Raises PlatformError."""
     try:
         return {hook: syscall.obj_get(pin_dir / hook.value) for hook in Hook}
     except OSError as error:
@@ -313,17 +320,30 @@ def _promote_programs(pin_dir: Path) -> None:
         (pin_dir / (hook.value + build.NEW_SUFFIX)).rename(pin_dir / hook.value)
 
 
-def _refuse_other_schemas(pin_root: Path) -> None:
-    ours = schema_dir(pin_root)
-    others = sorted(path.name for path in pin_root.glob("v*") if path != ours)
-    if others:
+def stage(staging: Path, sizes: Mapping[str, int], config: abi.np_config) -> dict[str, Map]:
+    """Make what is missing in a directory that nobody knows yet, apart from links; the maps, open."""
+    build.build(staging, sizes)
+    _promote_programs(staging)
+    maps = open_maps(staging)
+    maps["np_config"].put(_index(0), bytes(config))
+    _write_schema(maps["np_schema"], config.jiffies_per_second)
+    return maps
+
+
+def find_older(pin_root: Path) -> list[Path]:
+    """Directories of older schemas, the oldest first. Raises PlatformError when there is a newer one."""
+    found = {int(path.name[1:]): path for path in pin_root.glob("v*") if path.name[1:].isdecimal()}
+    newer = [number for number in sorted(found) if number > abi.SCHEMA_VERSION]
+    if newer:
         raise PlatformError(
-            f"{pin_root} holds the maps of another version ({', '.join(others)}); this one needs {ours.name}",
-            hint="Run `netpolctl cleanup` of the version that made them, or give another pin directory.",
+            f"{found[newer[-1]]} holds maps of schema {newer[-1]}, made by a newer version; this version speaks schema "
+            f"{abi.SCHEMA_VERSION} and has changed nothing: what the newer one enforces stays in force",
+            hint="Start netpol-agent of the newer version, or end enforcement with `netpolctl cleanup` and start this one.",
         )
+    return [found[number] for number in sorted(found) if number < abi.SCHEMA_VERSION]
 
 
-def _remove_leftovers(pin_root: Path) -> None:
+def remove_unfinished(pin_root: Path) -> None:
     """What builders that died left behind. We hold the lock, so none of them is still at work."""
     for path in pin_root.glob("new-*"):
         log.warning("removing %s, left by a process that died", path)

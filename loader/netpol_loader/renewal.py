@@ -102,10 +102,10 @@ def _finish_exchange(dataplane: Dataplane) -> None:
     present = {hook: pin for hook, pin in olds.items() if pin.exists()}
     if not present:
         return
-    ids = {hook: syscall.prog_info(dataplane.program_fd(hook)).id for hook in Hook}
+    ids: dict[Hook, set[int]] = {hook: set() for hook in Hook}
     for hook, pin in present.items():
         fd = syscall.obj_get(pin)
-        ids[hook] = syscall.prog_info(fd).id
+        ids[hook].add(syscall.prog_info(fd).id)
         os.close(fd)
     attach.replace(dataplane, ids)
     for pin in present.values():

@@ -26,6 +26,7 @@ OBJ_PIN = 6
 OBJ_GET = 7
 PROG_TEST_RUN = 10
 OBJ_GET_INFO_BY_FD = 15
+BTF_GET_FD_BY_ID = 19
 MAP_LOOKUP_BATCH = 24
 MAP_UPDATE_BATCH = 26
 MAP_DELETE_BATCH = 27
@@ -157,6 +158,21 @@ class _MapInfo(ctypes.Structure):
     )
 
 
+class _IdAttr(_Attr):
+    _fields_ = (("id", ctypes.c_uint32), ("next_id", ctypes.c_uint32), ("open_flags", ctypes.c_uint32))
+
+
+class _BtfInfo(ctypes.Structure):
+    _fields_ = (
+        ("at", ctypes.c_uint64),
+        ("size", ctypes.c_uint32),
+        ("id", ctypes.c_uint32),
+        ("name", ctypes.c_uint64),
+        ("name_len", ctypes.c_uint32),
+        ("kernel_btf", ctypes.c_uint32),
+    )
+
+
 class _ProgInfo(ctypes.Structure):
     _fields_ = (
         ("kind", ctypes.c_uint32),
@@ -197,6 +213,9 @@ class MapInfo:
     value_size: int
     max_entries: int
     has_btf: bool
+    btf_id: int = 0
+    btf_key_type: int = 0
+    btf_value_type: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -330,7 +349,24 @@ def map_info(fd: int) -> MapInfo:
     _info(fd, info)
     kind = MAP_KINDS.get(info.kind, str(info.kind))
     name = info.name.decode("ascii")
-    return MapInfo(info.id, name, kind, info.key_size, info.value_size, info.max_entries, bool(info.btf_id))
+    return MapInfo(
+        info.id, name, kind, info.key_size, info.value_size, info.max_entries, bool(info.btf_id),
+        info.btf_id, info.btf_key_type_id, info.btf_value_type_id,
+    )  # fmt: skip
+
+
+def btf(number: int) -> bytes:
+    """The type information with the kernel's number, as it was loaded."""
+    fd = _bpf(BTF_GET_FD_BY_ID, _IdAttr(id=number))
+    try:
+        info = _BtfInfo()
+        _info(fd, info)
+        room = empty(info.size)
+        info = _BtfInfo(at=ctypes.addressof(room), size=info.size)
+        _info(fd, info)
+        return room.raw[: info.size]
+    finally:
+        os.close(fd)
 
 
 def prog_info(fd: int) -> ProgInfo:

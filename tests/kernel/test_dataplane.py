@@ -141,13 +141,16 @@ def test_program_that_does_not_verify(root: Path, sources: Path) -> None:
             assert program_ids(after) == ids
 
 
-def test_other_schema_is_refused(root: Path) -> None:
-    """A directory of another version is neither used nor touched."""
-    other = root / f"v{abi.SCHEMA_VERSION + 1}"
+@pytest.mark.parametrize(("step", "words"), [(1, "made by a newer version"), (-1, "an older schema")])
+def test_other_schema_is_refused(root: Path, step: int, words: str) -> None:
+    """A directory of a newer version is neither used nor touched, nor is an older one by anybody but the agent."""
+    other = root / f"v{abi.SCHEMA_VERSION + step}"
     other.mkdir(parents=True)
-    with pytest.raises(PlatformError, match=rf"another version \({other.name}\)"):
+    with pytest.raises(PlatformError, match=words) as refused:
         Dataplane.open(root)
-    assert other.is_dir()
+    assert f"speaks schema {abi.SCHEMA_VERSION}" in refused.value.message
+    assert "netpolctl cleanup" in (refused.value.hint or "")
+    assert [path.name for path in root.iterdir()] == [other.name]
 
 
 def test_damaged_directory_is_refused(root: Path) -> None:
