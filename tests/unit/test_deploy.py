@@ -8,15 +8,29 @@ from configparser import ConfigParser
 from pathlib import Path
 
 from netpol_ebpf.agent.main import DEFAULT_STATE_DIR, build_parser
+from netpol_loader.doctor import CAPABILITIES
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 
 
-def test_service_starts_the_agent_with_options_it_knows() -> None:
-    """The command line parses, the state directory is the one systemd keeps, and readiness is told."""
+def read_unit() -> ConfigParser:
     unit = ConfigParser(interpolation=None, strict=True)
     unit.optionxform = str  # type: ignore[method-assign,assignment]  # names keep their case
     unit.read_string((DEPLOY / "netpol-agent.service").read_text())
+    return unit
+
+
+def test_service_has_the_capabilities_that_are_tested() -> None:
+    """The service has exactly those with which tests/netns/test_privilege.py runs the agent, and no way to more."""
+    service = read_unit()["Service"]
+    assert set(service["CapabilityBoundingSet"].split()) == {one.name for one in CAPABILITIES}
+    assert service["NoNewPrivileges"] == "yes"
+    assert set(service["RestrictAddressFamilies"].split()) == {"AF_UNIX", "AF_NETLINK"}
+
+
+def test_service_starts_the_agent_with_options_it_knows() -> None:
+    """The command line parses, the state directory is the one systemd keeps, and readiness is told."""
+    unit = read_unit()
     program, *arguments = shlex.split(unit["Service"]["ExecStart"])
     assert Path(program).name == "netpol-agent"
     parsed = build_parser().parse_args(arguments)
