@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import stat
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -121,6 +122,78 @@ class LastGoodCopies:
                 path.unlink()
 
 
+Place = tuple[str, int]
+"""Name of a file and the object's number in it: where two files give an object, the lesser place counts."""
+
+
+@dataclass(slots=True)
+class _Merged:
+    """The objects of all files, kept up file by file: a change costs what it touches, not what there is.
+
+    Invariant: ``objects`` holds of each key the resource of the least place that gives it, ``homes`` that place, and ``others``
+    the further places, in order; a key that is given once is not in ``others``.  ``given``: of each file, what was taken up.
+    """
+
+    given: dict[str, tuple[Resource, ...]] = field(default_factory=dict)
+    objects: dict[ResourceKey, Resource] = field(default_factory=dict)
+    homes: dict[ResourceKey, Place] = field(default_factory=dict)
+    others: dict[ResourceKey, list[tuple[Place, Resource]]] = field(default_factory=dict)
+
+    def replace(self, files: Mapping[str, tuple[Resource, ...]]) -> tuple[Event, ...]:
+        """Take up files given as name to resources, none for one that went. Removals come first; each part in file order."""
+        was: dict[ResourceKey, tuple[Place, Resource] | None] = {}
+        for name in files:
+            for number, resource in enumerate(self.given.pop(name, ())):
+                key = key_of(resource)
+                was.setdefault(key, self._first(key))
+                self._retract(key, (name, number))
+        for name, resources in files.items():
+            if resources:
+                self.given[name] = resources
+            for number, resource in enumerate(resources):
+                key = key_of(resource)
+                was.setdefault(key, self._first(key))
+                self._claim(key, (name, number), resource)
+        removals: list[tuple[Place, Event]] = []
+        upserts: list[tuple[Place, Event]] = []
+        for key, old in was.items():
+            new = self._first(key)
+            if new is None:
+                if old is not None:
+                    removals.append((old[0], Remove(old[1])))
+            elif old is None or old[1] != new[1]:
+                upserts.append((new[0], Upsert(new[1])))
+        return tuple(event for part in (removals, upserts) for _, event in sorted(part, key=lambda one: one[0]))
+
+    def duplicates(self) -> Iterator[Problem]:
+        """A problem for each place but the first of each object."""
+        for key, others in self.others.items():
+            for _, resource in others:
+                yield _duplicate(key, resource, self.objects[key])
+
+    def _first(self, key: ResourceKey) -> tuple[Place, Resource] | None:
+        home = self.homes.get(key)
+        return None if home is None else (home, self.objects[key])
+
+    def _claim(self, key: ResourceKey, place: Place, resource: Resource) -> None:
+        first = self._first(key)
+        if first is not None:
+            claims = sorted([first, *self.others.get(key, ()), (place, resource)], key=lambda claim: claim[0])
+            (place, resource), self.others[key] = claims[0], claims[1:]
+        self.homes[key], self.objects[key] = place, resource
+
+    def _retract(self, key: ResourceKey, place: Place) -> None:
+        others = self.others.pop(key, [])
+        if self.homes[key] != place:
+            others = [claim for claim in others if claim[0] != place]
+        elif others:
+            (self.homes[key], self.objects[key]), *others = others
+        else:
+            del self.homes[key], self.objects[key]
+        if others:
+            self.others[key] = others
+
+
 @dataclass(slots=True)
 class ManifestDirectory:
     """Follows one directory (or one file) of manifests.
@@ -133,8 +206,11 @@ class ManifestDirectory:
     copies: LastGoodCopies | None = None
     clock: Callable[[], float] = time.time
     _files: dict[str, _File] = field(default_factory=dict)
-    _objects: dict[ResourceKey, Resource] = field(default_factory=dict)
-    _duplicates: tuple[Problem, ...] = ()
+    _taken: dict[str, Signature] = field(default_factory=dict)
+    _racy: set[str] = field(default_factory=set)
+    _faulty: set[str] = field(default_factory=set)
+    _unmerged: set[str] = field(default_factory=set)
+    _merged: _Merged = field(default_factory=_Merged)
     _directory_problems: tuple[Problem, ...] = ()
     _seen: dict[str, Signature] | None = None
     _unsettled_looks: int = 0
@@ -144,9 +220,9 @@ class ManifestDirectory:
     @property
     def problems(self) -> tuple[Problem, ...]:
         """Everything wrong with the manifests as they were last taken up, in file and line order."""
-        found = [*self._directory_problems, *self._duplicates]
-        for entry in self._files.values():
-            found.extend(entry.problems)
+        found = [*self._directory_problems, *self._merged.duplicates()]
+        for name in self._faulty:
+            found.extend(self._files[name].problems)
         return tuple(sorted(found, key=lambda p: (p.location.file, p.location.line, p.location.column, p.message)))
 
     def step(self) -> Batch | None:
@@ -163,17 +239,15 @@ class ManifestDirectory:
         self._directory_problems = ()
         if not self._is_due(snapshot):
             return None
-        self._take_up(snapshot)
-        return self._batch(self._merge())
+        return self._batch(self._take_up(snapshot))
 
     def _is_due(self, snapshot: dict[str, Signature]) -> bool:
         """Whether the directory differs from what was taken up and has settled."""
-        taken = {name: entry.signature for name, entry in self._files.items()}
-        racy = any(entry.is_racy for entry in self._files.values())
-        if self._started and snapshot == taken and not racy and self.problems == self._reported:
+        is_taken = snapshot == self._taken
+        if self._started and is_taken and not self._racy and self.problems == self._reported:
             self._seen, self._unsettled_looks = None, 0
             return False
-        settled = snapshot in (taken, self._seen)
+        settled = is_taken or snapshot == self._seen
         if self._started and not settled and self._unsettled_looks < MAX_UNSETTLED_LOOKS:
             self._seen = snapshot
             self._unsettled_looks += 1
@@ -181,16 +255,38 @@ class ManifestDirectory:
         self._seen, self._unsettled_looks = None, 0
         return True
 
-    def _take_up(self, snapshot: dict[str, Signature]) -> None:
-        """Read what changed and forget what went."""
-        for name in self._files.keys() - snapshot.keys():
-            del self._files[name]
-        for name, signature in snapshot.items():
-            entry = self._files.get(name)
-            if entry is None or entry.signature != signature or entry.is_racy:
-                self._read(name, signature, entry)
+    def _take_up(self, snapshot: dict[str, Signature]) -> tuple[Event, ...]:
+        """Read what changed and forget what went; what that makes of the objects."""
+        for name in self._taken.keys() - snapshot.keys():
+            self._unmerged.add(name)
+            del self._files[name], self._taken[name]
+            self._racy.discard(name)
+            self._faulty.discard(name)
+        taken = self._taken
+        changed = {name for name, signature in snapshot.items() if taken.get(name) != signature}
+        for name in sorted(changed | self._racy):
+            before = self._files.get(name)
+            self._read(name, snapshot[name], before)
+            after = self._files.get(name)
+            if after is not None:
+                self._note(name, after)
+                if before is None or after.resources is not before.resources:
+                    self._unmerged.add(name)  # stays so if reading another file raises
         if self.copies is not None and not self._started:
             self.copies.keep_only(snapshot)
+        files = self._files
+        events = self._merged.replace({name: files[name].resources if name in files else () for name in self._unmerged})
+        self._unmerged.clear()
+        return events
+
+    def _note(self, name: str, entry: _File) -> None:
+        """Keep what every look asks of all files, so that it need not go through them."""
+        self._taken[name] = entry.signature
+        for names, holds in ((self._racy, entry.is_racy), (self._faulty, bool(entry.problems))):
+            if holds:
+                names.add(name)
+            else:
+                names.discard(name)
 
     def _read(self, name: str, signature: Signature, before: _File | None) -> None:
         """Bring one file up to date; a file that is not valid keeps its objects."""
@@ -231,22 +327,6 @@ class ManifestDirectory:
     def _path(self, name: str) -> Path:
         return self.root / name if name else self.root
 
-    def _merge(self) -> tuple[Event, ...]:
-        """Objects of all files, first file first, as events against what was there before."""
-        objects: dict[ResourceKey, Resource] = {}
-        duplicates: list[Problem] = []
-        for name in sorted(self._files):
-            for resource in self._files[name].resources:
-                key = key_of(resource)
-                first = objects.setdefault(key, resource)
-                if first is not resource:
-                    duplicates.append(_duplicate(key, resource, first))
-        self._duplicates = tuple(duplicates)
-        events: list[Event] = [Remove(old) for key, old in self._objects.items() if key not in objects]
-        events += [Upsert(resource) for key, resource in objects.items() if self._objects.get(key) != resource]
-        self._objects = objects
-        return tuple(events)
-
     def _batch(self, events: tuple[Event, ...]) -> Batch | None:
         problems = self.problems
         if self._started and not events and problems == self._reported:
@@ -283,11 +363,11 @@ def _look_in(directory: Path, prefix: str, above: set[tuple[int, int]]) -> Itera
             name = f"{prefix}{entry.name}"
             with contextlib.suppress(FileNotFoundError):  # went during the look, or a dangling link: not there
                 status = entry.stat()
-                here = (status.st_dev, status.st_ino)
-                if entry.is_dir():
+                if stat.S_ISDIR(status.st_mode):
+                    here = (status.st_dev, status.st_ino)
                     if here not in above:
                         yield from _look_in(directory / entry.name, f"{name}/", above | {here})
-                elif Path(entry.name).suffix.lower() in SUFFIXES:
+                elif entry.name.lower().endswith(SUFFIXES):
                     yield name, _signature(status)
 
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from random import Random
 
 import pytest
 
+from netpol_ebpf.policy.translate import ResourceKey, key_of
+from netpol_ebpf.resources.types import Resource
 from netpol_ebpf.sources.files import (
     MAX_UNSETTLED_LOOKS,
     Batch,
@@ -283,3 +286,75 @@ def test_copies_of_files_that_went_are_forgotten(tmp_path: Path) -> None:
     path.write_text("kind: [", encoding="utf-8")
     batch = ManifestDirectory(before.root, copies).step()
     assert names(batch) == {}
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_changes_lead_where_a_fresh_look_leads(source: ManifestDirectory, seed: int) -> None:
+    """After any changes, with objects given by several files, objects and problems are those of a new reader's."""
+    random = Random(seed)
+    write(source, "a.yaml", pod("p0"))
+    objects: dict[str, Resource] = {}
+    seen_duplicates = False
+    for _ in range(25):
+        for number in random.sample(range(4), random.randint(1, 3)):
+            path = source.root / f"{number}.yaml"
+            if path.exists() and random.random() < 0.3:
+                path.unlink()
+            else:
+                wanted = random.sample(range(5), random.randint(1, 3))
+                text = "---\n".join(pod(f"p{one}", random.choice(("web", "db"))) for one in wanted)
+                path.write_text(text + "---\nkind: [" * (random.random() < 0.1), encoding="utf-8")
+        batch = source.step() or source.step()
+        for event in batch.events if batch is not None else ():
+            name = event.resource.meta.name
+            if isinstance(event, Remove):
+                assert objects.pop(name) == event.resource
+            else:
+                assert objects.get(name) != event.resource
+                objects[name] = event.resource
+        if not any(one.slug == "yaml" for one in source.problems):  # a broken file's last good state is not on the disk
+            fresh = ManifestDirectory(source.root)
+            first = fresh.step()
+            assert first is not None
+            assert objects == {event.resource.meta.name: event.resource for event in first.events}
+            assert source.problems == first.problems
+        seen_duplicates |= any(one.slug == "duplicate" for one in source.problems)
+    assert seen_duplicates
+
+
+def test_what_was_read_before_a_failure_is_taken_up_after_it(tmp_path: Path) -> None:
+    """The copies cannot be stored for a while: no event is lost."""
+    copies = LastGoodCopies(tmp_path / "copies")
+    source = ManifestDirectory(tmp_path / "manifests", copies)
+    write(source, "a.yaml", pod("one"))
+    assert names(source.step()) == {"one": "Upsert"}
+    write(source, "a.yaml", pod("one", "db"))
+    write(source, "b.yaml", pod("two"))
+    obstacle = copies._path("b.yaml").with_suffix(".draft")
+    obstacle.mkdir()
+    assert source.step() is None
+    with pytest.raises(IsADirectoryError):
+        source.step()
+    obstacle.rmdir()
+    assert names(source.step() or source.step()) == {"one": "Upsert", "two": "Upsert"}
+
+
+def test_a_change_compares_only_what_it_touches(source: ManifestDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One file more among many: keys are asked for its objects only."""
+    for number in range(50):
+        write(source, f"{number}.yaml", pod(f"p{number}"))
+    source.step()
+    for path in source.root.iterdir():
+        os.utime(path, (1, 1))
+    while source.step() is not None or source._seen is not None or source._racy:
+        pass
+    asked: list[str] = []
+
+    def recorded(resource: Resource) -> ResourceKey:
+        asked.append(resource.meta.name)
+        return key_of(resource)
+
+    monkeypatch.setattr("netpol_ebpf.sources.files.key_of", recorded)
+    write(source, "new.yaml", pod("new"))
+    assert names(settled(source)) == {"new": "Upsert"}
+    assert asked == ["new"]
