@@ -1,21 +1,33 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every map of policy full: the change is refused whole and named, what was in force stays, and room that returns is used."""
+"""Every map of policy full: the change is refused whole and named, what was in force stays, and room that returns is used.
+
+Tables that the packets fill: nothing is passed that policy denies, and nothing is lost that it allows but later fragments.
+"""
 
 from __future__ import annotations
 
+import itertools
+import socket
 from collections.abc import Iterator
+from contextlib import ExitStack
+from ipaddress import ip_address
 from pathlib import Path
 
+import frames
 import pytest
-from agent_scene import DB_POLICY, NODE, OTHER_ALLOWED, POD, Scene, scene_in, to_db
+from agent_scene import DB_POLICY, NODE, OTHER_ALLOWED, POD, Scene, scene_in, to_db, wait_for
+from readback import rows
 
+from netpol_ebpf.lab.attempt import Attempt
 from netpol_ebpf.lab.laboratory import Lab
+from netpol_ebpf.lab.topology import PARENT_MAC, TCP, IPAddress
 
 pytestmark = pytest.mark.netns
 
 SIZES = {
     "np_addr4": 12, "np_addr6": 10, "np_cidr4": 4, "np_cidr6": 4, "np_peer_class": 20, "np_l4_col": 5, "np_verdict": 150,
     "np_rule": 110, "np_endpoint": 3, "np_source4": 2, "np_source6": 2,
+    "np_conn4": 64, "np_conn6": 64, "np_young4": 64, "np_young6": 64, "np_frag4": 16, "np_frag6": 16,
 }  # fmt: skip
 
 
@@ -154,3 +166,115 @@ def test_one_endpoint_too_many(scene: Scene) -> None:
     scene.write("cluster.yaml", cluster.replace(POD.format(name="other", node=NODE, last=3), ""))
     state = scene.await_status(lambda state: state["in_force"], "the room is used")
     assert "Pod/shop/late" in {one["endpoint"] for one in state["endpoints"] if one["state"] == "enforced"}
+
+
+HELD = 60
+"""Connections, each of which is two rows: one for each pod."""
+DB_BOTH = DB_POLICY.replace("policyTypes: [Ingress]", "policyTypes: [Ingress, Egress]")
+"""For a connection that is not remembered is judged anew, in the direction in which its next packet goes."""
+
+
+def entries(scene: Scene, name: str) -> int:
+    """Rows of a pinned map."""
+    (pins,) = scene.pin_root.glob("v*")
+    return len(rows(pins, name))
+
+
+@pytest.mark.parametrize("version", [4, 6])
+def test_more_open_connections_than_their_table_holds(scene: Scene, version: int) -> None:
+    """None breaks while policy allows it, what is denied stays denied, and a change of policy cuts every one of them."""
+    scene.write("db.yaml", DB_BOTH)
+    wait_for(
+        lambda: scene.reached(to_db("shop/web"), Attempt("shop/db", pod_address("web", 4), TCP, 5432)) == [True, False],
+        "the database is isolated for both directions",
+    )
+    with ExitStack() as stack:
+        held = []
+        for _ in range(HELD):
+            one = scene.lab.prober.hold(to_db("shop/web", version), 5.0)
+            assert one is not None
+            stack.callback(one.close)
+            held.append(one)
+        assert all(one.exchange(5.0) for one in held)
+        assert SIZES["np_conn4"] // 4 <= entries(scene, f"np_conn{version}") <= SIZES["np_conn4"]
+        assert scene.reached(to_db("shop/web", version), to_db("shop/other", version)) == [True, False]
+        assert scene.state()["in_force"]
+
+        scene.write("db.yaml", DB_BOTH.replace("app: web", "app: other"))
+        scene.await_reached(to_db("shop/other", version), expected=True)
+        wait_for(lambda: not held[0].exchange(), "the connection is cut")
+        exchanged = scene.lab.attempt([to_db("shop/web", version)])[0].reached, [one.exchange(0.05) for one in held]
+        assert exchanged == (False, [False] * HELD)
+
+
+DATAGRAMS = 200
+PLACE = {"web": 1, "db": 2, "other": 3}
+
+
+def pod_address(name: str, version: int) -> IPAddress:
+    return ip_address(f"10.1.0.{PLACE[name]}" if version == 4 else f"fd00:1::{PLACE[name]}")
+
+
+def receiver(lab: Lab, name: str, version: int) -> socket.socket:
+    """A socket of a pod for datagrams."""
+    sock = lab.prober.open_socket(
+        f"shop/{name}", socket.AF_INET if version == 4 else socket.AF_INET6, socket.SOCK_DGRAM
+    )
+    sock.bind(("" if version == 4 else "::", 5353))
+    sock.settimeout(0.5)
+    return sock
+
+
+def fragmented(lab: Lab, version: int, receiver_name: str, first_id: int, count: int) -> None:
+    """From a pod: the first fragments of many datagrams, then the rest of each."""
+    ends = pod_address("web", version), pod_address(receiver_name, version)
+    parts = [frames.fragments(*ends, (4000, 5353), bytes(24), first_id + number) for number in range(count)]
+    with lab.prober.open_socket("shop/web", socket.AF_PACKET, socket.SOCK_RAW) as wire:
+        wire.bind(("eth0", 0))
+        for which in (0, 1):
+            for part in parts:
+                wire.send(frames.frame_of(part[which], frames.mac("02:00:00:00:00:01"), frames.mac(PARENT_MAC)))
+
+
+def count_received(sock: socket.socket) -> int:
+    """Datagrams that arrive until none comes for a while."""
+    found = 0
+    try:
+        while sock.recv(2048):
+            found += 1
+    except TimeoutError:
+        return found
+    raise AssertionError("an empty datagram, which nobody sends")
+
+
+@pytest.mark.parametrize("version", [4, 6])
+def test_more_fragments_than_their_table_holds(scene: Scene, version: int) -> None:
+    """The rest of each datagram whose beginning was forgotten is dropped and counted; none is passed that policy denies."""
+    lab = scene.lab
+
+    def packets(reason: str) -> int:
+        return int(scene.state()["packets"].get(reason, 0))
+
+    with receiver(lab, "other", version) as allowed, receiver(lab, "db", version) as denied:
+        assert all(scene.reached(Attempt(NODE, pod_address(name, version), TCP, 5432)) for name in ("other", "db"))
+        before = packets("fragment")
+        fragmented(lab, version, "other", 1000, DATAGRAMS)
+        arrived = count_received(allowed)
+        assert arrived + packets("fragment") - before == DATAGRAMS
+        assert arrived <= SIZES["np_frag4"]
+        assert entries(scene, f"np_frag{version}") <= SIZES["np_frag4"]
+
+        before, denials = packets("fragment"), packets("policy-deny")
+        fragmented(lab, version, "db", 5000, DATAGRAMS)
+        assert count_received(denied) == 0
+        assert packets("fragment") - before == DATAGRAMS
+        assert packets("policy-deny") - denials == DATAGRAMS - (packets("fragment-full"))
+
+        tries = itertools.count(9000)
+
+        def passes() -> bool:
+            fragmented(lab, version, "other", next(tries), 1)
+            return count_received(allowed) == 1
+
+        wait_for(passes, "a datagram passes")
+        print(f"IPv{version}: {next(tries) - 9000} datagrams until one passed; {arrived} of {DATAGRAMS} at once")

@@ -11,6 +11,7 @@ from netpol_ebpf.lab.topology import ICMPV6, UDP, IPAddress
 
 IP4, ARP, IP6 = 0x0800, 0x0806, 0x86DD
 BROADCAST_MAC = b"\xff" * 6
+FRAGMENT = 44  # the extension header of IPv6
 SOLICITATION, ADVERTISEMENT = 135, 136
 ARP_REQUEST, ARP_REPLY = 1, 2
 ETHERNET_BYTES, IP4_BYTES, IP6_BYTES, UDP_BYTES = 14, 20, 40, 8
@@ -57,6 +58,27 @@ def udp(source: IPAddress, destination: IPAddress, ports: tuple[int, int], paylo
     body = struct.pack("!HHHH", *ports, size, 0) + payload
     found = checksum(_pseudo(source, destination, UDP, size) + body) or 0xFFFF
     return ip(source, destination, UDP, struct.pack("!HHHH", *ports, size, found) + payload)
+
+
+def fragments(
+    source: IPAddress, destination: IPAddress, ports: tuple[int, int], payload: bytes, identification: int
+) -> tuple[bytes, bytes]:
+    """A datagram in two packets: its first eight bytes of payload, and the rest."""
+    whole = udp(source, destination, ports, payload)
+    base = IP4_BYTES if source.version == 4 else IP6_BYTES
+    cut = UDP_BYTES + 8
+    parts = []
+    for offset, part in ((0, whole[base:][:cut]), (cut, whole[base:][cut:])):
+        more = offset == 0
+        if source.version == 6:
+            head = struct.pack("!BBHI", UDP, 0, offset | more, identification)
+            parts.append(ip(source, destination, FRAGMENT, head + part))
+            continue
+        fields = struct.pack("!HHHBB", IP4_BYTES + len(part), identification, offset // 8 | more << 13, 64, UDP)
+        head = bytes([0x45, 0]) + fields
+        ends = source.packed + destination.packed
+        parts.append(head + struct.pack("!H", checksum(head + bytes(2) + ends)) + ends + part)
+    return parts[0], parts[1]
 
 
 def frame_of(packet: bytes, source: bytes, destination: bytes) -> bytes:
