@@ -263,7 +263,7 @@ NP_INLINE int np_ip_again(struct np_flow *flow, union np_conn_key *key, const st
 NP_INLINE int np_ip_known(struct __sk_buff *skb, struct np_flow *flow, union np_conn_key *key,
                           const struct np_found *found, struct np_conn *conn, const int version)
 {
-    conn->generation = flow->config->generation;
+    conn->generation = flow->generation;
     flow->decision->rule = conn->rule;
     if (conn->flags & NP_CONN_CARRIES && !flow->leg->reply)
         np_carry(skb, flow, flow->leg->endpoint);
@@ -318,7 +318,7 @@ NP_INLINE int np_ip_slow(struct __sk_buff *skb, struct np_flow *flow, union np_c
             flow->packet->icmp_kind = NP_ICMP_PLAIN; // a message like any other
     }
     np_barrier();
-    if (packet->special)
+    if (packet->special && !np_conn_is_initial(packet))
         open = np_conn_lookup(key, version);
     struct np_conn *conn = np_conn_find(found, key, open, flow, version);
     if (leg->related && !conn)
@@ -335,7 +335,7 @@ NP_INLINE int np_ip_slow(struct __sk_buff *skb, struct np_flow *flow, union np_c
         leg->reply = conn->direction != leg->direction;
         question->icmp_type = conn->icmp_type;
         question->icmp_code = conn->icmp_code;
-        is_current = conn->generation == flow->config->generation || conn->flags & NP_CONN_EXEMPT;
+        is_current = conn->generation == flow->generation || conn->flags & NP_CONN_EXEMPT;
     }
     if (!is_current) {
         work->reason = conn ? NP_REASON_NONE : np_exempt(flow, hook, version);
@@ -445,7 +445,7 @@ NP_INLINE int np_ip(struct __sk_buff *skb, const struct np_bytes *bytes, struct 
     np_conn_key_of(key, flow, version);
     if (NP_LIKELY(!packet->special)) {
         open = np_conn_lookup(key, version);
-        if (NP_LIKELY(open && open->generation == flow->config->generation && np_conn_is_alive(open, flow))) {
+        if (NP_LIKELY(open && open->generation == flow->generation && np_conn_is_alive(open, flow))) {
             int carries = open->flags & NP_CONN_CARRIES && open->direction == flow->leg->direction;
             np_conn_touch(open, flow);
             if (recent)
@@ -502,6 +502,8 @@ NP_INLINE int np_tc(struct __sk_buff *skb, const int hook)
         np_count_reason(NP_REASON_NO_CONFIG, flow.frame_bytes);
         return NP_DROP;
     }
+    flow.generation = flow.config->generation;
+    np_barrier();
     __builtin_memset(&work->packet, 0, sizeof(work->packet));
     __builtin_memset(&work->decision, 0, sizeof(work->decision));
     __builtin_memset(&work->leg, 0, sizeof(work->leg));

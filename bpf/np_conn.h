@@ -130,14 +130,18 @@ NP_INLINE int np_conn_is_alive(const struct np_conn *conn, const struct np_flow 
            (long long)flow->config->timeout_jiffies[conn->state & (NP_CONN_STATES - 1)];
 }
 
-// Whether the connection speaks for the packet.  An initial SYN never belongs to one: policy decides it each time.  An
-// ICMP query must ask what the first one asked, an answer must answer it, an error must be about it (then its key is
-// the connection's); all other ICMP stands alone, whatever was asked with the identifier 0.
+// An initial SYN.  It never belongs to a connection: policy decides it each time.
+NP_INLINE int np_conn_is_initial(const struct np_packet *packet)
+{
+    return packet->protocol == NP_PROTOCOL_TCP && (packet->tcp_flags & (NP_TCP_SYN | NP_TCP_ACK)) == NP_TCP_SYN;
+}
+
+// Whether the connection speaks for the packet, which is no initial SYN.  An ICMP query must ask what the first one
+// asked, an answer must answer it, an error must be about it (then its key is the connection's); all other ICMP stands
+// alone, whatever was asked with the identifier 0.
 NP_INLINE int np_conn_covers(const struct np_conn *conn, const struct np_flow *flow)
 {
     const struct np_packet *packet = flow->packet;
-    if (packet->protocol == NP_PROTOCOL_TCP && (packet->tcp_flags & (NP_TCP_SYN | NP_TCP_ACK)) == NP_TCP_SYN)
-        return 0;
     if (packet->icmp_kind == NP_ICMP_QUERY)
         return packet->icmp_type == conn->icmp_type && packet->icmp_code == conn->icmp_code;
     if (packet->icmp_kind == NP_ICMP_ANSWER) // 0 answers 8; 14, 16, 18 and 129 answer the type before
@@ -148,11 +152,14 @@ NP_INLINE int np_conn_covers(const struct np_conn *conn, const struct np_flow *f
 }
 
 // Find the packet's connection in both tables; NULL when there is none that is alive and covers the packet.  `open`:
-// what np_conn holds under the key, NULL when nothing.
+// what np_conn holds under the key, NULL when nothing.  An initial SYN has none, and the tables are not asked: a denied
+// one costs no look-up in tables as large as these.
 NP_INLINE struct np_conn *np_conn_find(struct np_found *found, union np_conn_key *key, struct np_conn *open,
                                        const struct np_flow *flow, const int version)
 {
     *found = (struct np_found){};
+    if (np_conn_is_initial(flow->packet))
+        return 0;
     if (open && np_conn_is_alive(open, flow) && np_conn_covers(open, flow)) {
         found->is_known = 1;
         return open;
@@ -213,7 +220,7 @@ NP_INLINE int np_conn_open(const struct np_flow *flow, union np_conn_key *key, c
     const struct np_packet *packet = flow->packet;
     struct np_conn conn = {
         .seen_jiffies = flow->now_jiffies,
-        .generation = flow->config->generation,
+        .generation = flow->generation,
         .rule = flow->decision->rule,
         .direction = flow->leg->direction,
         .state = state ? state : np_conn_first_state(packet->protocol),
@@ -221,7 +228,7 @@ NP_INLINE int np_conn_open(const struct np_flow *flow, union np_conn_key *key, c
         .icmp_type = packet->icmp_type,
         .icmp_code = packet->icmp_code,
     };
-    if (found->has_stale)
+    if (np_conn_is_initial(packet) ? np_conn_lookup(key, version) != 0 : found->has_stale)
         np_conn_delete(key, version);
     return np_young_update(key, &conn, version) ? NP_REASON_CONN_FULL : NP_REASON_NONE;
 }

@@ -77,7 +77,7 @@ NP_INLINE int np_host_read(__u32 number, __u32 index, struct np_owner *owner)
 NP_INLINE int np_endpoint_find(struct np_flow *flow)
 {
     struct np_near *near = np_near_lookup(flow->ifindex);
-    if (NP_LIKELY(near && near->ifindex == flow->ifindex && near->generation == flow->config->generation)) {
+    if (NP_LIKELY(near && near->ifindex == flow->ifindex && near->generation == flow->generation)) {
         flow->leg->endpoint = near->number;
         flow->leg->endpoint_flags = near->flags;
         return NP_REASON_NONE;
@@ -92,7 +92,7 @@ NP_INLINE int np_endpoint_find(struct np_flow *flow)
     flow->leg->endpoint_flags = owner.flags;
     if (near) {
         near->ifindex = flow->ifindex;
-        near->generation = flow->config->generation;
+        near->generation = flow->generation;
         near->number = owner.number;
         near->flags = owner.flags;
     }

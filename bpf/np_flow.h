@@ -50,6 +50,7 @@ struct np_flow {
     struct np_leg *leg;
     const struct np_config *config;
     __u64 now_jiffies;
+    __u32 generation; // read before anything else: what is decided under older rows must not bear a newer number
     __u32 ifindex;
     __u32 ingress_ifindex; // 0: sent by the host itself
     __u32 frame_bytes;

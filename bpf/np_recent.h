@@ -32,7 +32,7 @@ NP_INLINE int np_recent_matches(const struct np_recent *recent, const struct np_
     __u32 other = (recent->source[0] ^ packet->source[0]) | (recent->destination[0] ^ packet->destination[0]) |
                   (recent->source_port ^ packet->source_port) | (recent->destination_port ^ packet->destination_port) |
                   (recent->protocol ^ packet->protocol) | (recent->version ^ version) | (recent->hook ^ hook) |
-                  (recent->ifindex ^ flow->ifindex) | (recent->generation ^ flow->config->generation);
+                  (recent->ifindex ^ flow->ifindex) | (recent->generation ^ flow->generation);
     if (version == 6)
         other |= (recent->source[1] ^ packet->source[1]) | (recent->source[2] ^ packet->source[2]) |
                  (recent->source[3] ^ packet->source[3]) | (recent->destination[1] ^ packet->destination[1]) |
@@ -46,7 +46,7 @@ NP_INLINE void np_recent_fill(struct np_recent *recent, const struct np_flow *fl
 {
     const struct np_packet *packet = flow->packet;
     recent->until_jiffies = flow->now_jiffies + flow->config->jiffies_per_second;
-    recent->generation = flow->config->generation;
+    recent->generation = flow->generation;
     recent->ifindex = flow->ifindex;
 #pragma unroll
     for (int word = 0; word < 4; word++) {

@@ -115,14 +115,15 @@ NP_INLINE int np_sender(struct __sk_buff *skb, struct np_flow *flow, struct np_w
     np_barrier();
     if (!leg->related)
         np_conn_key_of(key, flow, version);
-    struct np_conn *conn = np_conn_find(found, key, np_conn_lookup(key, version), flow, version);
+    struct np_conn *open = np_conn_is_initial(packet) ? 0 : np_conn_lookup(key, version);
+    struct np_conn *conn = np_conn_find(found, key, open, flow, version);
     if (leg->related && !conn)
         return NP_REASON_ICMP_UNRELATED;
     question->icmp_type = packet->icmp_type;
     question->icmp_code = packet->icmp_code;
     if (conn) {
         np_conn_touch(conn, flow);
-        if (conn->generation == flow->config->generation) {
+        if (conn->generation == flow->generation) {
             flow->decision->rule = conn->rule;
             work->reason = leg->related ? NP_REASON_RELATED : NP_REASON_ESTABLISHED;
             return NP_REASON_NONE;
@@ -149,7 +150,7 @@ NP_INLINE int np_sender(struct __sk_buff *skb, struct np_flow *flow, struct np_w
             if (!denied)
                 conn->rule = flow->decision->rule;
             flow->decision->rule = conn->rule;
-            conn->generation = flow->config->generation;
+            conn->generation = flow->generation;
         }
         flow->decision->log_list = 0; // Log rules speak of new flows
         work->reason = NP_REASON_ESTABLISHED;
