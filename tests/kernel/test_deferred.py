@@ -132,6 +132,18 @@ def test_revoked_where_it_leaves(rig: Rig, at: Addresses) -> None:
 
 
 @FAMILIES
+def test_initial_syn_is_decided_again_where_it_leaves(rig: Rig, at: Addresses) -> None:
+    """A SYN on the ports of the sender's leg asks its policy of now; denied, it leaves the leg to the packets of before."""
+    to_service(rig, egress=everything(EGRESS, ALLOW, 22))
+    syn, later = (p.frame(at.node, at.pod, p.TCP, p.tcp(40000, 8080, flags)) for flags in (p.SYN, p.ACK))
+    assert rig.into(syn, carries=ENDPOINT).rules == {22: 1, 0: 1}
+    rig.pod(everything(INGRESS, ALLOW, 11), everything(EGRESS, DENY, 23))
+    seen = rig.into(syn, carries=ENDPOINT)
+    assert (seen.passed, seen.reason, seen.rules) == (False, "policy-deny", {23: 1})
+    assert rig.into(later, carries=ENDPOINT).rules == {22: 1, 0: 1}
+
+
+@FAMILIES
 def test_number_of_nobody_is_dropped(rig: Rig, at: Addresses) -> None:
     """A packet whose sender is gone has nobody to allow it."""
     to_service(rig)
