@@ -97,6 +97,8 @@ class Scene:
     pin_root: Path
     node: str | None = NODE
     options: tuple[str, ...] = ()
+    entry: tuple[str, ...] = ("-m", "netpol_ebpf.agent.main")
+    """How Python is told what to run."""
     process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -110,7 +112,7 @@ class Scene:
     def command(self, *options: str) -> list[str]:
         node = ["--node", self.node] if self.node else []
         return [
-            sys.executable, "-m", "netpol_ebpf.agent.main", "--manifests", str(self.manifests), *node,
+            sys.executable, *self.entry, "--manifests", str(self.manifests), *node,
             "--pin-root", str(self.pin_root), "--state-dir", str(self.state_dir), *self.options, *options,
         ]  # fmt: skip
 

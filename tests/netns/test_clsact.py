@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The agent as on kernels without tcx: filters on clsact, and the same verdicts, those included that are given where packets leave."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from ipaddress import ip_address
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from agent_scene import NODE, Scene, scene_in, wait_for
+from test_services import DB_INGRESS, PODS, SERVICES, WEB_EGRESS, WEB_TO_ALL, everyhow, to, translate
+
+from netpol_ebpf.lab.attempt import Attempt
+from netpol_ebpf.lab.laboratory import Lab
+from netpol_ebpf.lab.scene import plan_for
+from netpol_ebpf.lab.topology import TCP
+from netpol_ebpf.resources.load import parse_documents
+
+pytestmark = pytest.mark.netns
+
+WITHOUT_TCX = """\
+import sys
+from netpol_loader import attach
+attach.preferred_mechanism = lambda dataplane: attach.Mechanism.CLSACT
+from netpol_ebpf.agent.main import main
+sys.exit(main())
+"""
+HOOKS = ("ingress", "egress")
+
+
+@pytest.fixture(scope="module")
+def pin_root() -> Path:
+    return Path(f"/sys/fs/bpf/netpol-test-clsact-{os.getpid()}")
+
+
+@pytest.fixture(scope="module")
+def lab(pin_root: Path) -> Iterator[Lab]:
+    with Lab(plan_for(parse_documents(PODS, "cluster.yaml").check()), directories=[pin_root]) as one:
+        yield one
+
+
+@pytest.fixture(scope="module")
+def lasting_scene(lab: Lab, tmp_path_factory: pytest.TempPathFactory, pin_root: Path) -> Iterator[Scene]:
+    home = tmp_path_factory.mktemp("clsact") / "home"
+    with scene_in(lab, home, pin_root / "lasting", entry=("-c", WITHOUT_TCX)) as one:
+        translate(lab, one.home)
+        one.write("cluster.yaml", PODS)
+        one.write("services.yaml", SERVICES)
+        one.start()
+        yield one
+
+
+@pytest.fixture
+def scene(lasting_scene: Scene) -> Scene:
+    """The services, and the policies of the beginning."""
+    scene = lasting_scene
+    scene.write("web.yaml", WEB_EGRESS)
+    scene.write("db.yaml", DB_INGRESS)
+    wait_for(lambda: scene.reached(to("db"), to("other")) == [True, False], "the policies of the beginning")
+    scene.await_status(lambda state: state["in_force"], "the manifests are in force")
+    return scene
+
+
+def filters(scene: Scene) -> dict[str, set[str]]:
+    """Filters on the node's interfaces, as `tc` sees them: {interface: {hook, ...}}."""
+    found: dict[str, set[str]] = {}
+    for link in json.loads(scene.lab.run(NODE, ["ip", "-j", "link"]).stdout):
+        for hook in HOOKS:
+            shown = scene.lab.run(NODE, ["tc", "-j", "filter", "show", "dev", link["ifname"], hook], check=False)
+            if any(one["kind"] == "bpf" for one in json.loads(shown.stdout or "[]")):
+                found.setdefault(link["ifname"], set()).add(hook)
+    return found
+
+
+def interfaces(scene: Scene) -> set[str]:
+    """Those of the pods of this node, and the uplink."""
+    pods = scene.lab.plan.children(NODE)
+    return {host.parent_interface for host in pods} | {"eth0"}
+
+
+def test_verdicts_are_the_same(scene: Scene) -> None:
+    """Direct connections and those through services, to this node and another, TCP and UDP, both families; no tcx link anywhere."""
+    assert filters(scene) == {name: set(HOOKS) for name in interfaces(scene)}
+    assert not [pin for name in ("in", "out") for pin in scene.pin_root.glob(f"v*/links/*_{name}")]
+    assert scene.reached(*everyhow("db")) == [True] * 4
+    assert scene.reached(*everyhow("other"), *everyhow("far")) == [False] * 8
+    assert scene.reached(*everyhow("db", "shop/other")) == [False] * 4
+    direct = [Attempt("shop/web", ip_address(address), TCP, 5432) for address in ("10.1.0.2", "10.1.0.3", "fd00:1::4")]
+    assert scene.reached(*direct) == [True, False, False]
+    scene.write("web.yaml", WEB_TO_ALL)
+    scene.await_reached(to("far"), expected=True)
+    assert scene.reached(*everyhow("other"), *everyhow("far")) == [True] * 8
+
+
+def test_open_connection_is_cut_and_another_outlives_the_agent(scene: Scene) -> None:
+    """A deferred verdict is revoked by a change of policy; one that stands, and its connection, live through a killed agent."""
+    scene.write("web.yaml", WEB_TO_ALL)
+    scene.await_reached(to("far"), expected=True)
+    lost, kept = (scene.lab.prober.hold(to(name)) for name in ("far", "db"))
+    assert lost is not None
+    assert kept is not None
+    scene.write("web.yaml", WEB_EGRESS)
+    wait_for(lambda: not lost.exchange(), "the connection is cut")
+    scene.kill()
+    assert scene.reached(to("db"), to("other"), to("far")) == [True, False, False]
+    scene.start()
+    assert scene.reached(to("db"), to("other"), to("far")) == [True, False, False]
+    assert kept.exchange()
+    assert filters(scene) == {name: set(HOOKS) for name in interfaces(scene)}
+    for one in (lost, kept):
+        one.close()
+
+
+def test_cleanup_leaves_no_filter(lasting_scene: Scene) -> None:
+    """Filters and the qdiscs below them are gone, and nothing is enforced."""
+    lasting_scene.retire()
+    assert filters(lasting_scene) == {}
+    assert "clsact" not in lasting_scene.lab.run(NODE, ["tc", "qdisc", "show"]).stdout
+    assert lasting_scene.reached(to("db"), to("other")) == [True, True]
