@@ -1,0 +1,255 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Connections that are older than enforcement: policy judges them as what they are, each in the direction it was opened in.
+
+To a program that knows nothing of a connection its next packet looks like the first one of a new flow, whichever way it goes: an
+answer would be judged as a request.  So before an interface gets the programs for the first time, what the node knows of its
+connections is put into their tables, as allowed under no generation: with its next packet policy is asked about the connection's
+first one.  What it allows lives on, what it does not is cut.
+
+What the node knows is what it tracks, and for TCP that is not tracked, sockets: a workload's own speak of nobody else's
+connections.  Invariants: nothing is let through that policy would not allow to be opened, other than by a workload's own sockets
+lying about who opened a connection before policy was there; what a program has learned itself is not replaced, unless it took an
+answer for a request.  Must not fail: what cannot be known is told.
+
+ICMP is left out: a query is over in seconds.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from netpol_ebpf.apply.applier import KernelMap
+from netpol_ebpf.errors import Location, MapFullError, PlatformError, Problem
+from netpol_ebpf.policy.types import ICMP, ICMPV6, TCP, UDP, IPAddress, VipKey
+from netpol_loader import abi
+from netpol_loader.clock import read_jiffies
+from netpol_loader.conntrack import Ends, Tracked, tracked
+from netpol_loader.sockets import Opened, look_for_sockets
+
+log = logging.getLogger(__name__)
+
+NO_GENERATION = 0
+"""The configuration never has it, so policy is asked."""
+SHARE = 2
+"""At most the SHARE-th part of a table is filled with old connections; arbitrary."""
+
+
+@dataclass(frozen=True, slots=True)
+class Live:
+    """What a node knows of its connections. ``now_jiffies``: when; ``unknown``: what it could not be asked, and why."""
+
+    tracked: Collection[Tracked] = ()
+    opened: Collection[Opened] = ()
+    now_jiffies: int = 0
+    unknown: Collection[str] = ()
+
+
+class Node(Protocol):
+    """Who is asked, and told."""
+
+    @property
+    def maps(self) -> Mapping[str, KernelMap]: ...  # noqa: D102 - see `netpol_ebpf.agent.node.Node`
+
+    def live_connections(self, namespaces: Collection[int]) -> Live:
+        """The connections of this node, and those that sockets in these network namespaces show."""
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Of the node: its own addresses, and the services whose backends are judged where packets leave."""
+
+    addresses: Collection[IPAddress]
+    services: Collection[VipKey] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """A workload whose old connections are to be found. ``namespace``: at the other end of its interface, None: unknown."""
+
+    number: int
+    addresses: Collection[IPAddress]
+    namespace: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Old:
+    """An old connection, as one workload sees it. ``ends``: of its first packet; ``direction``: of that one."""
+
+    number: int
+    protocol: int
+    ends: Ends
+    direction: int
+    is_replied: bool
+    flags: int = 0
+
+    @property
+    def version(self) -> int:
+        """4 or 6."""
+        return self.ends.source.version
+
+    def key(self) -> bytes:
+        """Its key in the tables."""
+        seen = self.ends if self.direction == abi.NP_DIRECTION_EGRESS else self.ends.reversed()
+        kind = abi.np_conn4_key if self.version == 4 else abi.np_conn6_key  # noqa: PLR2004 - the IP version
+        key = kind(
+            endpoint=self.number, local_port=seen.source_port, remote_port=seen.destination_port, protocol=self.protocol
+        )
+        key.local[:] = list(seen.source.packed)
+        key.remote[:] = list(seen.destination.packed)
+        return bytes(key)
+
+    def row(self, now_jiffies: int) -> bytes:
+        """Its row."""
+        if self.protocol == TCP:
+            state = abi.NP_CONN_TCP_OPEN if self.is_replied else abi.NP_CONN_TCP_NEW
+        else:
+            state = abi.NP_CONN_UDP if self.protocol == UDP else abi.NP_CONN_OTHER
+        return bytes(
+            abi.np_conn(
+                seen_jiffies=now_jiffies,
+                generation=NO_GENERATION,
+                direction=self.direction,
+                state=state,
+                flags=self.flags,
+            )
+        )
+
+
+@dataclass(slots=True)
+class Adoption:
+    """Knows which interfaces may have old connections: those that had no programs when the agent started.
+
+    Twice for each: ahead of the programs, so that no packet of an old connection meets an empty table; and behind, when all is
+    in force, for what was opened in between and for connections to services, which the programs take up last.
+    """
+
+    interfaces: set[int] = field(default_factory=set)
+    warnings: dict[str, Problem] = field(default_factory=dict)
+    _begun: set[int] = field(default_factory=set)
+
+    def expect(self, interfaces: Iterable[int]) -> None:
+        """These may have old connections."""
+        self.interfaces |= set(interfaces)
+
+    def forget(self, interfaces: Iterable[int]) -> None:
+        """These are gone."""
+        self.interfaces -= set(interfaces)
+        self._begun -= set(interfaces)
+
+    def go_ahead(self, node: Node, workloads: Mapping[int, Workload], place: Place) -> None:
+        """Before these workloads have both their rows and the programs. ``workloads``: by interface, others may be among them."""
+        begun = {ifindex: one for ifindex, one in workloads.items() if ifindex in self.interfaces}
+        if begun:
+            self.interfaces -= begun.keys()
+            self._begun |= begun.keys()
+            self._adopt(node, begun, place, with_services=False)
+
+    def go_behind(self, node: Node, workloads: Mapping[int, Workload], place: Place) -> None:
+        """When all of it is in force."""
+        begun = {ifindex: one for ifindex, one in workloads.items() if ifindex in self._begun}
+        if begun:
+            self._begun -= begun.keys()
+            self._adopt(node, begun, place, with_services=True)
+
+    def _adopt(self, node: Node, workloads: Mapping[int, Workload], place: Place, *, with_services: bool) -> None:
+        namespaces = {one.namespace for one in workloads.values() if one.namespace is not None}
+        live = node.live_connections(namespaces)
+        for message in live.unknown:
+            self._warn(f"some connections that are older than enforcement may be cut: {message}")
+        found = {one.key(): one for one in reversed(list(old_connections(live, workloads.values(), place)))}
+        wanted = {key: one for key, one in found.items() if with_services or not one.flags & abi.NP_CONN_DEFERRED}
+        count = self._write(node.maps, wanted, live.now_jiffies)
+        if count:
+            log.info("%d connections are older than enforcement: policy is asked about them", count)
+
+    def _write(self, maps: Mapping[str, KernelMap], wanted: Mapping[bytes, Old], now_jiffies: int) -> int:
+        """Put rows where there are none yet, or wrong ones; how many."""
+        room = {f"np_{table}{version}": maps[f"np_{table}{version}"].max_entries // SHARE
+                for table in ("conn", "young") for version in (4, 6)}  # fmt: skip
+        written = refused = 0
+        for key, one in wanted.items():
+            place = _place_of(maps, key, one)
+            if place is None:
+                continue
+            if not room[place]:
+                refused += 1
+                continue
+            room[place] -= 1
+            try:
+                maps[place].put(key, one.row(now_jiffies))
+            except MapFullError:
+                refused += 1
+            else:
+                written += 1
+        if refused:
+            self._warn(f"{refused} connections that are older than enforcement had no room, and may be cut")
+        return written
+
+    def _warn(self, message: str) -> None:
+        if message not in self.warnings:
+            log.warning("%s", message)
+            self.warnings[message] = Problem(Location(""), "", message, severity="warning", slug="adoption")
+
+
+def old_connections(live: Live, workloads: Iterable[Workload], place: Place) -> Iterator[Old]:
+    """How the workloads see the connections, what is surest first; an end that is another's is left out."""
+    owners = {address: one for one in workloads for address in one.addresses}
+    for one in live.tracked:
+        if one.protocol in (ICMP, ICMPV6):
+            continue
+        ours = owners.get(one.original.source)
+        theirs = owners.get(one.reply.source)
+        if ours is not None:
+            flags = _deferred(one.protocol, one.original, place)
+            yield Old(ours.number, one.protocol, one.original, abi.NP_DIRECTION_EGRESS, one.is_replied, flags)
+        if theirs is not None:  # which sees the addresses after translation
+            is_exempt = one.original.source in place.addresses or ours is theirs
+            flags = abi.NP_CONN_EXEMPT if is_exempt else 0
+            ends = one.reply.reversed()
+            yield Old(theirs.number, one.protocol, ends, abi.NP_DIRECTION_INGRESS, one.is_replied, flags)
+    for opened in live.opened:
+        ends = opened.ends
+        ours, theirs = owners.get(ends.source), owners.get(ends.destination)
+        if ours is not None and opened.namespace in (None, ours.namespace):
+            flags = _deferred(TCP, ends, place)
+            yield Old(ours.number, TCP, ends, abi.NP_DIRECTION_EGRESS, is_replied=True, flags=flags)
+        if theirs is not None and opened.namespace in (None, theirs.namespace):
+            flags = abi.NP_CONN_EXEMPT if ends.source in place.addresses or ours is theirs else 0
+            yield Old(theirs.number, TCP, ends, abi.NP_DIRECTION_INGRESS, is_replied=True, flags=flags)
+
+
+def _deferred(protocol: int, ends: Ends, place: Place) -> int:
+    """The flags of a workload's connection to that destination."""
+    keys = [VipKey(ends.destination, protocol, ends.destination_port)]
+    if ends.destination in place.addresses:
+        keys.append(VipKey(None, protocol, ends.destination_port))
+    is_service = any(key in place.services for key in keys)
+    return abi.NP_CONN_DEFERRED | abi.NP_CONN_CARRIES if is_service else 0
+
+
+def _place_of(maps: Mapping[str, KernelMap], key: bytes, one: Old) -> str | None:
+    """The table that a connection's row belongs in; None: it has one that says the same."""
+    for table in (f"np_conn{one.version}", f"np_young{one.version}"):  # the order in which the program asks
+        value = maps[table].get(key)
+        if value is not None:
+            present = abi.np_conn.from_buffer_copy(value)
+            is_same = present.direction == one.direction and not (present.flags ^ one.flags) & abi.NP_CONN_DEFERRED
+            return None if is_same else table
+    return f"np_conn{one.version}" if one.is_replied else f"np_young{one.version}"
+
+
+def look_at_connections(namespaces: Collection[int]) -> Live:
+    """What the kernel knows. Sockets that cannot be seen are no loss where the kernel tracks connections."""
+    unknown = []
+    found: list[Tracked] = []
+    try:
+        found += tracked()
+    except PlatformError as error:
+        unknown.append(error.message)
+    sockets = look_for_sockets(namespaces)
+    if not found:
+        unknown += sockets.unseen
+    return Live(found, sockets.opened, read_jiffies(), unknown)
