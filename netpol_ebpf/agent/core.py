@@ -15,6 +15,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from netpol_ebpf.agent.adoption import Adoption, Place, Workload
 from netpol_ebpf.agent.claims import Claims
 from netpol_ebpf.agent.hosts import HostPlan, own_interfaces, plan_hosts
 from netpol_ebpf.agent.node import Node
@@ -126,6 +127,7 @@ class Agent:
         self._located = Located({}, {})
         self._homes: dict[EndpointKey, int] = {}  # the interface each was last bound to
         self._attached: set[int] = set()
+        self._adoption = Adoption()
         self._manifest_problems: tuple[Problem, ...] = ()
         self._no_room: dict[EndpointKey, Problem] = {}  # endpoints whose row did not fit
         self._unmended: Problem | None = None
@@ -144,6 +146,7 @@ class Agent:
     def problems(self) -> list[Problem]:
         """Everything that keeps the node from being as the manifests say."""
         found = [*self._manifest_problems, *self._host_endpoints(), *self._disputes(), *self._no_room.values()]
+        found += self._adoption.warnings.values()
         found += [one for one in (self.refusals.problem, self._unmended) if one is not None]
         for key, message in sorted(self._located.problems.items()):
             found.append(Problem(self._location(key), "", f"interface: {message}", obj=str(key), slug="interface"))
@@ -229,7 +232,9 @@ class Agent:
         self._homes = self._former_homes()
         self._look_at_interfaces()
         self._attached |= self._node.attached()  # by an earlier agent
+        self._adoption.expect(self._wanted_interfaces() - self._attached)
         self._install()
+        self._adoption.go_ahead(self._node, *self._adoptable())
         for ifindex in self._wanted_interfaces():
             self._attach(ifindex)
         self._attached |= self._node.attached()
@@ -463,6 +468,7 @@ class Agent:
         if not gone:
             return
         self._attached -= gone
+        self._adoption.forget(gone)
         self._homes = {key: NOWHERE if ifindex in gone else ifindex for key, ifindex in self._homes.items()}
         for key in [key for key, binding in self.applier.bindings.items() if binding.ifindex in gone]:
             self.applier.unbind(key)
@@ -497,6 +503,7 @@ class Agent:
             if binding.kind is EndpointKind.WORKLOAD and key not in bindings:
                 self.applier.unbind(key)
         self._no_room.clear()
+        self._adoption.go_ahead(self._node, *self._adoptable())
         for key, binding in bindings.items():
             try:
                 self.applier.bind(key, binding)
@@ -510,6 +517,17 @@ class Agent:
             self._node.detach(ifindex)
             self._attached.discard(ifindex)
         self._write_surroundings(self._hosts.interfaces.keys())
+        self._adoption.go_behind(self._node, *self._adoptable())
+
+    def _adoptable(self) -> tuple[dict[int, Workload], Place]:
+        """The workloads by their interfaces, as far as policy for them is in force, and what their connections depend on."""
+        workloads = {}
+        for key, ifindex in self._located.interfaces.items():
+            if key in self.tables.endpoints:
+                peer = self._wiring.links[ifindex].peer
+                number, addresses = self.tables.endpoints[key].number, self._local[key].addresses
+                workloads[ifindex] = Workload(number, addresses, None if peer is None else peer[0])
+        return workloads, Place(self._wiring.addresses, self._derivation.world.vips)
 
     # --- the node's own interfaces ------------------------------------------------------------------------------------
 

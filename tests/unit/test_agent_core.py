@@ -81,8 +81,10 @@ class MemoryNode:
     drift: list[Drift] = field(default_factory=list)
     refuses: set[int] = field(default_factory=set)
     live: Live = field(default_factory=Live)
+    asked: list[set[int]] = field(default_factory=list)
 
     def live_connections(self, namespaces: Collection[int]) -> Live:
+        self.asked.append(set(namespaces))
         return self.live
 
     @property
