@@ -47,10 +47,17 @@ Layout = tuple[Field, ...]
 
 
 def layouts(info: syscall.MapInfo) -> tuple[Layout, Layout] | None:
-    """Of a map's keys and values; None when the kernel knows no types of it."""
+    """Of a map's keys and values; None when the kernel knows no types of it. Raises PlatformError without CAP_SYS_ADMIN."""
     if not (info.btf_id and info.btf_key_type and info.btf_value_type):
         return None
-    types = _Types(syscall.btf(info.btf_id))
+    try:
+        types = _Types(syscall.btf(info.btf_id))
+    except PermissionError as error:
+        raise PlatformError(
+            f"the layout of map {info.name} cannot be asked for: {error.strerror}",
+            hint="The kernel tells it to CAP_SYS_ADMIN alone: run `netpol-agent --once` of this version as root, with the "
+            "options of the service; then start the service.",
+        ) from error
     return types.layout(info.btf_key_type), types.layout(info.btf_value_type)
 
 

@@ -23,7 +23,7 @@ from netpol_ebpf.agent.trouble import DriftLog, Refusals
 from netpol_ebpf.agent.wiring import Located, Wiring, is_candidate, locate
 from netpol_ebpf.apply.applier import Applier, Binding, KernelMap, require_room
 from netpol_ebpf.apply.audit import Audit
-from netpol_ebpf.apply.encode import decode_endpoint, endpoint_key
+from netpol_ebpf.apply.encode import endpoint_key
 from netpol_ebpf.apply.events import FlowEvent, Names, decode_event
 from netpol_ebpf.apply.ledger import Ledger
 from netpol_ebpf.apply.surroundings import UPLINK, Surroundings, SurroundingsWriter
@@ -369,10 +369,10 @@ class Agent:
     def _known_endpoints(self) -> dict[EndpointKey, int]:
         """Numbers of the ledger and, should that have been lost, of the rows that the interfaces of our endpoints have now."""
         known = dict(self._ledger.numbers.endpoints)
-        taken = set(known.values())
+        taken, former = set(known.values()), self._node.former_numbers()
         for key, ifindex in self._located.interfaces.items():
-            value = self._node.maps["np_endpoint"].get(endpoint_key(ifindex))
-            if key not in known and value is not None and (number := decode_endpoint(value).number) not in taken:
+            number = former.get(ifindex)
+            if key not in known and number is not None and number not in taken:
                 known[key] = number
                 taken.add(number)
         return known
@@ -455,10 +455,9 @@ class Agent:
         """Interfaces on which an earlier agent put the endpoints, as far as they are the same interfaces still."""
         keys = {number: key for key, number in self._ledger.numbers.endpoints.items()}
         attached, homes = self._node.attached(), {}
-        for _, value in self._node.maps["np_endpoint"].items():  # noqa: PERF102 - a map, no dict
-            row = decode_endpoint(value)
-            if row.number in keys:
-                homes[keys[row.number]] = row.ifindex if row.ifindex in attached else NOWHERE
+        for ifindex, number in self._node.former_numbers().items():
+            if number in keys:
+                homes[keys[number]] = ifindex if ifindex in attached else NOWHERE
         return homes
 
     def _let_go(self, gone: set[int] | None) -> None:

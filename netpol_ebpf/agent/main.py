@@ -170,7 +170,11 @@ def run(arguments: argparse.Namespace) -> int:
         if arguments.once:
             is_whole = not any(problem.severity == "error" for problem in agent.problems)
             return 0 if is_whole else InvalidInputError.exit_code
-        place = {"manifests": str(arguments.manifests.resolve()), "pin_dir": str(node.pin_dir)}
+        place = {
+            "manifests": str(arguments.manifests.resolve()),
+            "pin_dir": str(node.pin_dir),
+            "upgrade": node.upgraded,
+        }
         serve(agent, node, state_dir, place, group)
     return 0
 

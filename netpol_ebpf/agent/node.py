@@ -15,12 +15,13 @@ from typing import Protocol
 from netpol_ebpf.agent.adoption import Live, look_at_connections
 from netpol_ebpf.agent.wiring import Link, Wiring
 from netpol_ebpf.apply.applier import KernelMap
+from netpol_ebpf.apply.encode import decode_endpoint
 from netpol_ebpf.errors import PlatformError
 from netpol_loader import abi, access, attach, netlink
-from netpol_loader.dataplane import Dataplane
 from netpol_loader.drift import Drift, mend_attachments, mend_pins
 from netpol_loader.peers import load_peer_addresses
 from netpol_loader.renewal import Renewal
+from netpol_loader.upgrade import Upgrade, open_dataplane
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +54,9 @@ class Node(Protocol):
 
     def renewal(self) -> contextlib.AbstractContextManager[Mapping[str, KernelMap]]:
         """Empty policy maps, to be filled; at the end of the block, if it raised nothing, they are in force everywhere."""
+
+    def former_numbers(self) -> Mapping[int, int]:
+        """Endpoint numbers by interface, as they are in force, be it by an agent of another version."""
 
     def attached(self) -> set[int]:
         """Interfaces with our programs on them."""
@@ -88,11 +92,17 @@ class KernelNode:
         self._consume: Callable[[abi.np_event], None] = lambda _event: None
         self._gone: set[int] | None = set()
         self._mended = 0  # of clsact interfaces: whose turn it is
+        self._upgrade: Upgrade | None = None  # until it has taken over
+        self.upgraded = ""  # what an upgrade of the pins did, for people; empty: there was none
 
     def __enter__(self) -> KernelNode:  # noqa: PYI034 - typing.Self comes with Python 3.11
         with contextlib.ExitStack() as stack:
             self._monitor = stack.enter_context(netlink.Monitor())
-            self._dataplane = stack.enter_context(Dataplane.open(self._pin_root, sizes=self._sizes))
+            self._dataplane, self._upgrade = open_dataplane(self._pin_root, self._sizes)
+            stack.enter_context(self._dataplane)
+            if self._upgrade is not None:
+                self.upgraded = self._upgrade.summary
+                stack.callback(self._upgrade.discard)
             self._reader = stack.enter_context(self._dataplane.events(lambda event: self._consume(event)))
             self._mechanism = attach.preferred_mechanism(self._dataplane)
             access.grant(self._dataplane, self._group)
@@ -147,6 +157,12 @@ class KernelNode:
     @contextlib.contextmanager
     def renewal(self) -> Iterator[Mapping[str, KernelMap]]:
         """See `Node`."""
+        if self._upgrade is not None:
+            yield self._dataplane.maps
+            self._upgrade.take_over()
+            self._upgrade = None
+            access.grant(self._dataplane, self._group)
+            return
         if self._is_new():
             yield self._dataplane.maps
             return
@@ -159,8 +175,17 @@ class KernelNode:
         """Whether nobody has written policy to these maps yet, and nothing is attached: then there is nothing to take over."""
         return next(iter(self._dataplane.maps["np_rule"].items()), None) is None and not self.attached()
 
+    def former_numbers(self) -> Mapping[int, int]:
+        """See `Node`."""
+        if self._upgrade is not None:
+            return self._upgrade.numbers()
+        rows = (decode_endpoint(value) for _, value in self._dataplane.maps["np_endpoint"].items())
+        return {row.ifindex: row.number for row in rows}
+
     def attached(self) -> set[int]:
         """See `Node`."""
+        if self._upgrade is not None:
+            return self._upgrade.attached()
         return {one.ifindex for one in attach.attachments(self._dataplane)}
 
     def attach(self, ifindex: int) -> bool:

@@ -41,6 +41,8 @@ def _print_text(state: dict[str, Any], *, wide: bool) -> None:
     print(f"agent      {state['version']}, process {state['pid']}, node {state['node'] or '(any)'}")
     print(f"manifests  {state['manifests']}: {objects['policies']} policies, {objects['endpoints']} endpoints")
     print(f"pinned in  {state['pin_dir']}, generation {state['generation']}")
+    if state.get("upgrade"):
+        print(f"upgraded   {state['upgrade']}")
     print(f"in force   {'yes' if state['in_force'] else 'NO, see the problems below'}")
     print(f"endpoints  {objects['enforced_endpoints']} enforced of {objects['local_endpoints']} local")
     refused = state["refused"]

@@ -121,6 +121,10 @@ class MemoryNode:
         self.in_force = maps
         self.exchanges += 1
 
+    def former_numbers(self) -> Mapping[int, int]:
+        rows = (encode.decode_endpoint(value) for value in self.in_force["np_endpoint"].rows.values())
+        return {row.ifindex: row.number for row in rows}
+
     def attached(self) -> set[int]:
         return set(self.programs)
 

@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Another version of the whole program, made of this one: a copy of its sources with some of them changed.
+
+What it pins is what such a version would pin: its own schema number, layouts and programs, written by its own agent.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from agent_scene import Scene
+
+from netpol_loader import abi
+
+ROOT = Path(__file__).resolve().parents[2]
+ABI = "bpf/np_abi.h"
+
+Change = tuple[str, str, str]
+"""A file, a text that occurs in it once, and what takes its place."""
+
+WIDER_CONFIG: Change = (ABI, "struct np_config {\n", "struct np_config {\n    __u64 other; // of that version\n")
+"""Every setting at another place, the generation among them."""
+WIDER_ENDPOINT: Change = (ABI, "struct np_endpoint {\n", "struct np_endpoint {\n    __u64 other; // of that version\n")
+"""A policy map that the versions cannot share."""
+OTHER_CONNECTION: Change = (
+    ABI,
+    "    __u32 generation; // the one under which policy allowed the flow\n    __u32 rule; // the rule that allowed it",
+    "    __u32 rule; // the rule that allowed it\n    __u32 generation; // the one under which policy allowed the flow",
+)
+"""Of the same size, but not the same."""
+OTHER_PROGRAM: Change = ("bpf/np_endpoint.h", "#define NP_ENDPOINT_TRIES 4", "#define NP_ENDPOINT_TRIES 3")
+
+
+def schema(step: int) -> Change:
+    """A schema that is newer or older by so much."""
+    name = "#define NP_SCHEMA_VERSION "
+    return (ABI, f"{name}{abi.SCHEMA_VERSION} ", f"{name}{abi.SCHEMA_VERSION + step} ")
+
+
+def make_version(tree: Path, changes: Iterable[Change]) -> Path:
+    """Copy the sources and change them; the directory."""
+    for part in ("bpf", "loader", "netpol_ebpf", "scripts"):
+        shutil.copytree(ROOT / part, tree / part, ignore=shutil.ignore_patterns("__pycache__"))
+    for name, old, new in changes:
+        path = tree / name
+        text = path.read_text()
+        assert text.count(old) == 1, (name, old)
+        path.write_text(text.replace(old, new))
+    header = tree / ABI  # sizes are asserted there, of this version
+    header.write_text(re.sub(r"(?m)^_Static_assert.*$", "", header.read_text()))
+    subprocess.run([sys.executable, str(tree / "scripts/generate_abi.py")], check=True, capture_output=True)
+    return tree
+
+
+@dataclass
+class VersionedScene(Scene):
+    """A scene whose agent is that of a version. ``tree``: its sources, None: this version's."""
+
+    tree: Path | None = None
+
+    def command(self, *options: str) -> list[str]:
+        """See `Scene`. The directory matters as well as the path: Python looks there first."""
+        plain = super().command(*options)
+        if self.tree is None:
+            return plain
+        return ["env", "-C", str(self.tree), f"PYTHONPATH={self.tree}:{self.tree / 'loader'}", *plain]

@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Another version of the agent on a node that enforces: older pins are taken over, newer ones are refused, nobody notices."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from agent_scene import CLUSTER, DEFAULTS, NODE, to_db, wait_for
+from other_version import (
+    OTHER_CONNECTION,
+    OTHER_PROGRAM,
+    WIDER_CONFIG,
+    WIDER_ENDPOINT,
+    VersionedScene,
+    make_version,
+    schema,
+)
+
+from netpol_ebpf.lab.laboratory import Lab
+from netpol_ebpf.lab.scene import plan_for
+from netpol_ebpf.resources.load import parse_documents
+from netpol_loader import abi
+
+pytestmark = pytest.mark.netns
+
+
+@pytest.fixture(scope="module")
+def pin_root() -> Path:
+    return Path(f"/sys/fs/bpf/netpol-test-upgrade-{os.getpid()}")
+
+
+@pytest.fixture(scope="module")
+def lab(pin_root: Path) -> Iterator[Lab]:
+    resources = parse_documents(CLUSTER, "cluster.yaml").check()
+    with Lab(plan_for(resources), directories=[pin_root]) as one:
+        yield one
+
+
+@pytest.fixture
+def scene(lab: Lab, tmp_path: Path, pin_root: Path) -> Iterator[VersionedScene]:
+    """Manifests, and no agent yet; a test chooses its version."""
+    one = VersionedScene(lab, tmp_path / "home", pin_root)
+    one.manifests.mkdir(parents=True)
+    for name, text in DEFAULTS.items():
+        one.write(name, text)
+    yield one
+    one.tree = None  # cleanup is for pins of any version
+    one.retire()
+
+
+@contextmanager
+def unnoticed(scene: VersionedScene) -> Iterator[None]:
+    """Connections held open, and new ones tried without a pause, all through the block: none breaks, no verdict is wrong."""
+    held = [scene.lab.prober.hold(to_db("shop/web", version)) for version in (4, 6)]
+    wrong: list[str] = []
+    tried = 0
+    done = threading.Event()
+
+    def keep_trying() -> None:
+        nonlocal tried
+        while not done.is_set():
+            allowed = scene.lab.attempt([to_db("shop/web"), to_db("shop/web", 6)], deadline_s=5.0)
+            denied = scene.lab.attempt([to_db("shop/other"), to_db("shop/other", 6)], deadline_s=0.1, rounds=1)
+            tried += 1
+            wrong.extend(str(one) for one in allowed if not one.reached)
+            wrong.extend(str(one) for one in denied if one.reached)
+            if not all(one is not None and one.exchange(10.0) for one in held):
+                wrong.append("a connection broke")
+
+    thread = threading.Thread(target=keep_trying)
+    thread.start()
+    try:
+        yield
+        seen = tried
+        wait_for(lambda: tried > seen + 2 or wrong, "connections are tried afterwards")
+    finally:
+        done.set()
+        thread.join()
+        for one in held:
+            if one is not None:
+                one.close()
+    assert wrong == []
+
+
+def pinned(scene: VersionedScene) -> list[str]:
+    return sorted(path.name for path in scene.pin_root.iterdir())
+
+
+def numbers(state: dict[str, Any]) -> dict[str, int]:
+    return {one["endpoint"]: one["number"] for one in state["endpoints"]}
+
+
+def replaced(scene: VersionedScene, tree: Path | None) -> dict[str, Any]:
+    """End the agent, and start that of another version in its place; its status."""
+    scene.stop()
+    scene.tree = tree
+    return scene.start()
+
+
+def test_older_schema_is_taken_over(scene: VersionedScene, tmp_path: Path) -> None:
+    """Every setting at another place and a policy map of another layout: connections, numbers and counters go on."""
+    scene.tree = make_version(tmp_path / "older", [schema(-1), WIDER_CONFIG, WIDER_ENDPOINT])
+    before = scene.start()
+    assert pinned(scene) == [f"v{abi.SCHEMA_VERSION - 1}"]
+    interfaces = scene.attached()
+    with unnoticed(scene):
+        after = replaced(scene, None)
+    assert after["upgrade"] == f"schema {abi.SCHEMA_VERSION - 1} to {abi.SCHEMA_VERSION}, connections kept"
+    assert pinned(scene) == [f"v{abi.SCHEMA_VERSION}"]
+    assert scene.attached() == interfaces
+    assert numbers(after) == numbers(before)
+    assert after["generation"] > before["generation"]
+    assert after["packets"]["policy-deny"] >= before["packets"].get("policy-deny", 0)
+    (scene.state_dir / "numbers").unlink()  # the next agent has the rows alone to know whose connections there are
+    with unnoticed(scene):
+        again = replaced(scene, make_version(tmp_path / "newer", [schema(1), WIDER_CONFIG]))
+    assert numbers(again) == numbers(before)
+    refused = scene_of_this_version(scene)
+    assert refused.returncode == 5
+    for text in (
+        f"v{abi.SCHEMA_VERSION + 1} holds maps of schema {abi.SCHEMA_VERSION + 1}, made by a newer version",
+        f"speaks schema {abi.SCHEMA_VERSION} and has changed nothing",
+        "Start netpol-agent of the newer version, or end enforcement with `netpolctl cleanup`",
+    ):
+        assert text in refused.stderr
+    assert pinned(scene) == [f"v{abi.SCHEMA_VERSION + 1}"]
+    assert scene.attached() == interfaces
+    assert scene.reached(to_db("shop/web"), to_db("shop/other")) == [True, False]
+
+
+def scene_of_this_version(scene: VersionedScene) -> Any:
+    """Run this version's agent beside pins of a newer one; what it said."""
+    scene.stop()
+    scene.tree = None
+    return scene.lab.run(NODE, scene.command("--once"), check=False)
+
+
+def test_connections_of_another_layout_are_judged_anew(scene: VersionedScene, tmp_path: Path) -> None:
+    """Connections whose rows cannot be read are judged by policy at their next packet; status says so."""
+    scene.tree = make_version(tmp_path / "older", [schema(-1), OTHER_CONNECTION])
+    scene.start()
+    with unnoticed(scene):
+        after = replaced(scene, None)
+    assert (
+        "open connections judged anew (np_conn4, np_conn6, np_young4, np_young6 of another layout)" in after["upgrade"]
+    )
+    shown = scene.ctl("status", "--state-dir", str(scene.state_dir)).stdout
+    assert "upgraded   " in shown
+
+
+def test_changed_program_of_the_same_schema(scene: VersionedScene, tmp_path: Path) -> None:
+    """A version that differs in the program alone takes over as unnoticed as one that does not differ."""
+    scene.tree = make_version(tmp_path / "older", [OTHER_PROGRAM])
+    before = scene.start()
+    with unnoticed(scene):
+        after = replaced(scene, None)
+    assert after["upgrade"] == ""
+    assert numbers(after) == numbers(before)
+    assert pinned(scene) == [f"v{abi.SCHEMA_VERSION}"]
+    shutil.rmtree(tmp_path / "older")
+
+
+def test_upgrade_killed_at_any_time(scene: VersionedScene, tmp_path: Path) -> None:
+    """Agents that die in the middle of an upgrade leave enforcement whole, and the last one completes it."""
+    scene.tree = make_version(tmp_path / "older", [schema(-1), WIDER_CONFIG])
+    before = scene.start()
+    scene.stop()
+    scene.tree = None
+    with unnoticed(scene):
+        for directories in (f"new-*/{abi.MAP_SPECS['np_event'].name}", "new-*/np_tc_egress", "v*/np_tc_egress"):
+            if pinned(scene) == [f"v{abi.SCHEMA_VERSION}"]:
+                break
+            scene.launch()
+            wait_for(lambda places=directories: any(scene.pin_root.glob(places)), "it is at work")
+            scene.kill()
+        after = scene.start()
+    assert numbers(after) == numbers(before)
+    assert pinned(scene) == [f"v{abi.SCHEMA_VERSION}"]
