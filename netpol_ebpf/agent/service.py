@@ -239,13 +239,21 @@ def connect(path: Path, timeout_s: float | None = CLIENT_TIMEOUT_S) -> Iterator[
 def ask(path: Path, request: Mapping[str, Any], *, timeout_s: float | None = CLIENT_TIMEOUT_S) -> Iterator[Any]:
     """The agent's answer to a request, line by line as it comes. Raises UnreachableError, also for an error it answers with."""
     with connect(path, timeout_s) as channel:
+        hung_up: BrokenPipeError | None = None
         try:
-            channel.sendall(json.dumps(request).encode() + b"\n")
+            try:
+                channel.sendall(json.dumps(request).encode() + b"\n")
+            except (
+                BrokenPipeError
+            ) as error:  # who is not answered is told so before he has asked: that can be read still
+                hung_up = error
             with channel.makefile("rb") as lines:
                 for line in lines:
                     value = json.loads(line)
                     if isinstance(value, dict) and "error" in value:
                         raise UnreachableError(f"the agent refused: {value['error']}", hint=value.get("hint"))
                     yield value
+            if hung_up is not None:
+                raise hung_up
         except OSError as error:
             raise UnreachableError(f"the agent at {path} stopped answering: {error.strerror or error}") from error

@@ -143,6 +143,12 @@ def test_least_privilege_is_enough_for_everything(make: Callable[..., LeastScene
     assert scene.reached(to_db("shop/other")) == [True]
 
 
+def test_more_capabilities_show_sockets_inside_pods(make: Callable[..., LeastScene]) -> None:
+    """What CAP_SYS_ADMIN adds at the first start: nothing is left that the agent could not look at."""
+    scene = make(capabilities=(*NAMES, "sys_admin"))
+    assert scene.start()["problems"] == []
+
+
 @pytest.mark.parametrize("gone", CAPABILITIES, ids=lambda one: one.name)
 def test_without_a_capability_the_agent_says_which(make: Callable[..., LeastScene], gone: Any) -> None:
     """One line names the capability that is missing and what it is for; nothing was touched."""

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -114,6 +115,32 @@ def test_stranger_is_refused(agent: Service, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(module, "peer_user", lambda _channel: 12345)
     with pytest.raises(UnreachableError, match="only root and members"):
         answers(agent, {"op": "echo", "word": "hello"})
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [(b'{"error": "not you"}\n', "the agent refused: not you"), (b"", "stopped answering: Broken pipe")],
+)
+def test_refusal_before_the_question_is_heard(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: bytes, words: str
+) -> None:
+    """A reader whom the agent hangs up on before he has asked is told why, if the agent said so."""
+    path, real = tmp_path / "curt.sock", module.connect
+
+    @contextlib.contextmanager
+    def connect_and_be_refused(path: Path, timeout_s: float | None) -> Iterator[socket.socket]:
+        with real(path, timeout_s) as channel:
+            other, _ = listener.accept()
+            other.sendall(line)
+            other.close()
+            yield channel
+
+    monkeypatch.setattr(module, "connect", connect_and_be_refused)
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+        listener.listen()
+        with pytest.raises(UnreachableError, match=words):
+            list(ask(path, {"op": "echo"}))
 
 
 @pytest.mark.parametrize(("groups", "is_answered"), [({7, 4321}, True), ({7}, False), (set(), False)])
