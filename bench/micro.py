@@ -6,8 +6,13 @@ the cases, so that what the machine does meanwhile hits all of them; the figures
 
 *Hot* cases repeat one packet: caches are warm, the figure is the program's own work.  *Spread* cases run once on each of
 many packets (another peer or port each time, from maps of the stated size): what is fetched is mostly not in the cache, and
-a new flow is really recorded.  Each scale writes its own rows: so many pods (addresses of both families, an identity and a
-class each) and so many rules (ports, L4 classes, verdicts, names).
+a new flow is really recorded.  *Random* cases are runs of a program (`bench/primitives.c`) that puts another client and port
+into the frame and calls the product: cold data, warm instructions; what the same with an empty product costs is subtracted.
+*Bare* cases are one map access with such keys, less the making of the key.  Each scale writes its own rows: so many pods
+(addresses of both families, an identity and a class each), rules (ports, L4 classes, verdicts, names) and CIDRs.
+
+Verdicts are checked: a case that measured something else is an error, not a figure.  After the table come the product's targets
+(`bench/targets.py`) and how many instructions the verifier walked through in each program.
 
     sudo .venv/bin/python bench/micro.py [-o json] [--rounds N] [--quick]
 """
@@ -20,7 +25,7 @@ import os
 import statistics
 import struct
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address
 from pathlib import Path
@@ -28,9 +33,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "loader"), str(ROOT)]
 
+from bench import targets  # noqa: E402
 from netpol_loader import abi, build, syscall  # noqa: E402
 from netpol_loader.dataplane import SKB_BYTES, SKB_INGRESS_IFINDEX, Dataplane  # noqa: E402
 from netpol_loader.hook import Hook  # noqa: E402
+from netpol_loader.maps import Map  # noqa: E402
 from netpol_loader.seal import seal_endpoint  # noqa: E402
 
 MOV_MINUS_ONE = struct.pack("<BBhi", 0xB7, 0, 0, -1)
@@ -41,13 +48,25 @@ DENY_REPEAT = 4_000  # an event each: fewer than the ring holds
 SPREAD_RUNS = 1_000
 OPEN_FLOWS = 8_192
 """More than np_recent has slots, so that most packets need the connection table."""
-SIZES = {"np_verdict": 1 << 18, "np_l4_col": 4096, "np_event": 1 << 20}
+RANDOM_FLOWS = 65_536
+RANDOM_REPEAT = 50_000
+RANDOM_DENY_REPEAT = 20_000
+FLOW_HASH = 2_654_435_761
+"""As in primitives.c: (flow * this) modulo 2**32, scaled to the number of clients, is the client."""
+CLIENT_OFFSET, PORT_OFFSET = 30, 34
+"""In an IPv4 frame: destination address (offset of the client, for what a pod sends) and source port."""
+LPM_SIZES = (10, 1000, 100_000)
+SIZES = {"np_verdict": 1 << 18, "np_l4_col": 4096, "np_event": 1 << 23}
+BARE = ("empty", "nothing", "lru", "lru_insert", "hash", "array", "percpu", "event", *(f"lpm_{n}" for n in LPM_SIZES))
+PASS, DROP = 0xFFFF_FFFF, 2
 
 POD4, POD6 = IPv4Address("10.255.0.1"), IPv6Address("fd00:255::1")
 FIRST4, FIRST6 = int(IPv4Address("10.0.0.1")), int(IPv6Address("fd00::1"))
 ENDPOINT, OWN_IDENTITY, FIRST_IDENTITY = 7, 16, 17
 INGRESS_SET, EGRESS_SET = 1, 2
-ALLOWED_PORT, DENIED_PORT = 80, 81
+ALLOWED_PORT, DENIED_PORT, NEW_PORT = 80, 81, 82
+"""New flows have a port of their own: a SYN to an open connection would close it."""
+FIRST_CIDR = int(IPv4Address("172.16.0.0"))
 PORT_CLASSES = 50
 """L4 classes of the large scale; rules beyond them differ in peers. Arbitrary, and large for one policy set."""
 
@@ -58,9 +77,10 @@ class Scale:
 
     pods: int
     rules: int
+    cidrs: int
 
 
-SCALES = (Scale(100, 10), Scale(100, 10_000), Scale(100_000, 10), Scale(100_000, 10_000))
+SCALES = (Scale(10, 10, 10), Scale(10, 10_000, 10), Scale(100_000, 10, 10), Scale(100_000, 10_000, 10_000))
 
 
 def eth(kind: int, packet: bytes) -> bytes:
@@ -91,13 +111,15 @@ def index(number: int) -> bytes:
 def write_scale(dataplane: Dataplane, scale: Scale) -> None:
     """Fill the maps for one scale: the first half of the ports and of the peers is allowed, the second denied."""
     maps = dataplane.maps
-    for name in ("np_addr4", "np_addr6", "np_peer_class", "np_rule"):
+    for name in ("np_addr4", "np_addr6", "np_cidr4", "np_peer_class", "np_rule"):
         maps[name].delete_many([key for key, _ in maps[name].items()])
     pods = range(scale.pods)
     addr = [bytes(abi.np_addr(identity=FIRST_IDENTITY + pod)) for pod in pods]
     own = bytes(abi.np_addr(identity=OWN_IDENTITY, endpoint=ENDPOINT))
     maps["np_addr4"].put_many([(POD4.packed, own), *((struct.pack("!I", FIRST4 + pod), addr[pod]) for pod in pods)])
     maps["np_addr6"].put_many([(POD6.packed, own), *(((FIRST6 + pod).to_bytes(16, "big"), addr[pod]) for pod in pods)])
+
+    maps["np_cidr4"].put_many(prefixes(scale.cidrs))
 
     l4_classes = min(scale.rules, PORT_CLASSES) + 1
     peer_classes = max(scale.rules // PORT_CLASSES, 1) + 1
@@ -108,7 +130,7 @@ def write_scale(dataplane: Dataplane, scale: Scale) -> None:
     maps["np_peer_class"].put_many(rows)
     verdicts = []
     for number in range(2 * peer_classes * l4_classes):
-        is_allowed = number % l4_classes == 1
+        is_allowed = number % l4_classes in (1, 1 + NEW_PORT - ALLOWED_PORT)
         action = abi.NP_ACTION_ALLOW if is_allowed else abi.NP_ACTION_DENY
         rule = number % min(scale.rules, 65_000) + 1
         verdict = abi.np_verdict(rule=rule, staged_rule=rule, action=action, staged_action=action)
@@ -135,11 +157,57 @@ def write_scale(dataplane: Dataplane, scale: Scale) -> None:
     dataplane.bump_generation()
 
 
+def prefixes(count: int) -> list[tuple[bytes, bytes]]:
+    """Rows of a trie: so many prefixes of 28 bits side by side."""
+    value = bytes(abi.np_cidr(identity=FIRST_IDENTITY))
+    return [(struct.pack("=I", 28) + struct.pack("!I", FIRST_CIDR + 16 * number), value) for number in range(count)]
+
+
+@dataclass(frozen=True)
+class Vary:
+    """What a random case draws from: ``flows`` (a power of two), each with one of ``clients`` addresses from ``first`` on."""
+
+    flows: int
+    clients: int
+    first: int = FIRST4
+    service: int = ALLOWED_PORT
+
+    def row(self) -> bytes:
+        """``struct np_vary``."""
+        own = int.from_bytes(POD4.packed, sys.byteorder)
+        return struct.pack(
+            "=8I", self.flows - 1, self.clients, self.first, CLIENT_OFFSET, PORT_OFFSET, own, self.service, ENDPOINT
+        )
+
+    def client(self, flow: int) -> int:
+        """The client's address, as the program computes it."""
+        return self.first + ((flow * FLOW_HASH & 0xFFFF_FFFF) * self.clients >> 32)
+
+
+class Primitives:
+    """The programs of `bench/primitives.c`, and their maps."""
+
+    def __init__(self, dataplane: Dataplane) -> None:
+        names = ["np_vary", *(f"np_bare_{name}" for name in BARE)]
+        build.build(dataplane.pin_dir, {}, entry=ROOT / "bench" / "primitives.c", programs=names)
+        self.fds = {name: syscall.obj_get(dataplane.pin_dir / (name + build.NEW_SUFFIX)) for name in names}
+        self._target = Map(syscall.obj_get(dataplane.pin_dir / "np_bench_target"))
+        self._vary = Map(syscall.obj_get(dataplane.pin_dir / "np_bench_vary"))
+        for rows in LPM_SIZES:
+            Map(syscall.obj_get(dataplane.pin_dir / f"np_bench_lpm_{rows}")).put_many(prefixes(rows))
+
+    def choose(self, vary: Vary, program: int) -> None:
+        """What the following runs vary, and what `np_vary` calls."""
+        self._vary.put(index(0), vary.row())
+        self._target.put(index(0), struct.pack("=I", program))
+
+
 class Bench:
     """Programs and the context they run in."""
 
     def __init__(self, dataplane: Dataplane, empty_fd: int, parse_fd: int) -> None:
         self.dataplane = dataplane
+        self.primitives = Primitives(dataplane)
         self.empty_fd = empty_fd
         self.parse_fd = parse_fd
         self.reader = dataplane.events(lambda _event: None)
@@ -168,6 +236,69 @@ class Bench:
             return float(statistics.median(runs))
 
         return measure
+
+    def varied(self, vary: Vary, frame: bytes, wanted: int, repeat: int = RANDOM_REPEAT) -> Callable[[], float]:
+        """The product on frames that vary, less the varying; ns per run."""
+        return self._less(vary, frame, wanted, repeat, ("np_vary", "np_bare_empty"), ("np_vary", None))
+
+    def bare(self, vary: Vary, name: str, repeat: int = RANDOM_REPEAT) -> Callable[[], float]:
+        """One access with keys that vary, less the making of the keys; ns per run."""
+        return self._less(
+            vary, bytes(64), PASS, repeat, ("np_bare_nothing", "np_bare_empty"), (f"np_bare_{name}", "np_bare_empty")
+        )
+
+    def _less(
+        self, vary: Vary, frame: bytes, wanted: int, repeat: int, base: tuple[str, str], case: tuple[str, str | None]
+    ) -> Callable[[], float]:
+        """Each pair: the program to run, and what it calls; None is the product."""
+        primitives, product = self.primitives, self.dataplane.program_fd(Hook.TC_INGRESS)
+
+        def run(name: str, called: str | None, wanted: int) -> int:
+            primitives.choose(vary, product if called is None else primitives.fds[called])
+            verdict, duration = syscall.prog_test_run(primitives.fds[name], frame, self.context, repeat)
+            self.reader.consume()
+            if verdict & 0xFFFF_FFFF != wanted:
+                raise AssertionError(f"{name} calling {called}: verdict {verdict}, expected {wanted} ({vary})")
+            return duration
+
+        def measure() -> float:
+            less = run(*base, PASS)
+            return float(run(*case, wanted) - less)
+
+        return measure
+
+    def random_cases(self, scale: Scale) -> dict[str, tuple[str, Callable[[], float]]]:
+        """Cases on data that is not in the caches, and the bare accesses that limit them. Opens the flows."""
+        flows, anybody = Vary(RANDOM_FLOWS, scale.pods), Vary(1 << 32, scale.pods)
+        frame = tcp4(int(POD4), FIRST4, 1, ALLOWED_PORT, ACK)
+        denied = tcp4(int(POD4), FIRST4, 1, DENIED_PORT, SYN)
+        new = tcp4(int(POD4), FIRST4, 1, NEW_PORT, SYN)
+        recorded = Vary(1 << 32, scale.pods, service=NEW_PORT)
+        hot = Vary(1, 1)
+        for flow in range(RANDOM_FLOWS):
+            client = flows.client(flow)
+            self.establish(
+                tcp4(int(POD4), client, flow, ALLOWED_PORT, ACK), tcp4(client, int(POD4), ALLOWED_PORT, flow, SYN | ACK)
+            )
+        cases = {
+            targets.RANDOM_ESTABLISHED: self.varied(flows, frame, PASS),
+            targets.BARE_LOOKUP: self.bare(flows, "lru"),
+            targets.RANDOM_DENIED: self.varied(anybody, denied, DROP, RANDOM_DENY_REPEAT),
+            targets.RANDOM_RECORDED: self.varied(recorded, new, PASS),
+            targets.BARE_INSERT: self.bare(recorded, "lru_insert"),
+            "bare: LRU lookup, hot": self.bare(hot, "lru"),
+            "bare: hash lookup of an address, random": self.bare(anybody, "hash"),
+            "bare: hash lookup of an address, hot": self.bare(hot, "hash"),
+            "bare: array, 64k rows at random": self.bare(anybody, "array"),
+            "bare: array, hot": self.bare(hot, "array"),
+            "bare: per-CPU array, 64k rows at random": self.bare(anybody, "percpu"),
+            "bare: per-CPU array, hot": self.bare(hot, "percpu"),
+            "bare: ring buffer, one event": self.bare(hot, "event", RANDOM_DENY_REPEAT),
+        }
+        for rows in LPM_SIZES:
+            clients = Vary(1 << 32, 16 * rows, FIRST_CIDR)
+            cases[f"bare: LPM lookup, {rows} prefixes at random"] = self.bare(clients, f"lpm_{rows}")
+        return {name: ("", measure) for name, measure in cases.items()}
 
     def forget(self, *names: str) -> Callable[[], None]:
         """Remove all connections."""
@@ -232,10 +363,10 @@ class Bench:
                 raise AssertionError(f"{hook.value} dropped a packet of the benchmark's own connection")
 
 
-def measure_scale(bench: Bench, scale: Scale, rounds: int) -> dict[str, float]:
-    """Medians over the rounds of each case less its base, and of the bases."""
+def measure_scale(bench: Bench, scale: Scale, rounds: int) -> dict[str, list[float]]:
+    """Of each round: the bases, and each case less its base."""
     write_scale(bench.dataplane, scale)
-    bases, cases = bench.bases(), bench.cases(scale)
+    bases, cases = bench.bases(), {**bench.cases(scale), **bench.random_cases(scale)}
     base_figures: dict[str, list[float]] = {name: [] for name in bases}
     figures: dict[str, list[float]] = {name: [] for name in cases}
     for _ in range(rounds):
@@ -243,10 +374,16 @@ def measure_scale(bench: Bench, scale: Scale, rounds: int) -> dict[str, float]:
         for name, figure in base.items():
             base_figures[name].append(figure)
         for name, (base_name, measure) in cases.items():
-            figures[name].append(measure() - base[base_name])
-    result = {name: statistics.median(values) for name, values in base_figures.items()}
-    result |= {name: statistics.median(values) for name, values in figures.items()}
-    return result
+            figures[name].append(measure() - base.get(base_name, 0.0))
+    return {**base_figures, **figures}
+
+
+def verified_instructions(program: int) -> int | None:
+    """How many instructions the verifier went through, over all paths; None where the kernel (before 5.16) does not tell."""
+    for line in Path(f"/proc/self/fdinfo/{program}").read_text(encoding="ascii").splitlines():
+        if line.startswith("verified_insns:"):
+            return int(line.split()[1])
+    return None
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -264,16 +401,46 @@ def main(argv: list[str] | None = None) -> int:
             parse_fd = syscall.obj_get(dataplane.pin_dir / ("np_parse_only" + build.NEW_SUFFIX))
             bench = Bench(dataplane, syscall.prog_load(MOV_MINUS_ONE + EXIT), parse_fd)
             results = {scale: measure_scale(bench, scale, options.rounds) for scale in scales}
+            verified = {hook.value: verified_instructions(dataplane.program_fd(hook)) for hook in Hook}
         finally:
             dataplane.remove()
     if options.output == "json":
-        print(json.dumps([{"pods": s.pods, "rules": s.rules, "ns": result} for s, result in results.items()], indent=2))
-        return 0
-    heads = [f"{s.pods} pods {s.rules} rules" for s in scales]
-    print(f"{'ns per packet, less an empty program':38s}" + "".join(f"{head:>26s}" for head in heads))
-    for name in next(iter(results.values())):
-        print(f"{name:38s}" + "".join(f"{results[scale][name]:26.0f}" for scale in scales))
+        found = [
+            {
+                "pods": s.pods,
+                "rules": s.rules,
+                "cidrs": s.cidrs,
+                "ns": medians(result),
+                "samples": result,
+                "verified": verified,
+            }
+            for s, result in results.items()
+        ]
+        print(json.dumps(found, indent=2))
+    else:
+        print_tables(results, verified)
     return 0
+
+
+def medians(samples: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    """By case, over the rounds."""
+    return {name: statistics.median(values) for name, values in samples.items()}
+
+
+def print_tables(results: Mapping[Scale, Mapping[str, Sequence[float]]], verified: Mapping[str, int | None]) -> None:
+    """Costs by scale, the targets, the verifier's figures."""
+    scales = list(results)
+    heads = [f"{s.pods} pods {s.rules} rules" for s in scales]
+    print(f"{'ns per packet, less an empty program':48s}" + "".join(f"{head:>26s}" for head in heads))
+    for name in next(iter(results.values())):
+        print(f"{name:48s}" + "".join(f"{statistics.median(results[scale][name]):26.0f}" for scale in scales))
+    print("\ntargets")
+    for row in targets.rows({(scale.pods, scale.rules): samples for scale, samples in results.items()}):
+        figure = "-" if row.figure is None else f"{row.figure:.3g} {row.unit}"
+        print(f"{row.name:72s}{figure:>10s}  at most {row.limit:g} {row.unit:3s} {row.verdict}")
+    print("\ninstructions that the verifier went through, over all paths")
+    for name, count in verified.items():
+        print(f"{name:48s}{'not told by this kernel' if count is None else count:>26}")
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import scale
+from bench import scale, targets
 from bench.end_to_end import SUITE as END_TO_END
 from bench.end_to_end import ended_by
 from bench.loads import CONNECTS, LOADS
@@ -135,6 +135,8 @@ class Report:
         cases = self._cases(MICRO)
         if not cases:
             return
+        counts = [case for case in cases if case.unit != "ns"]
+        cases = [case for case in cases if case.unit == "ns"]
         columns = list(dict.fromkeys(_parameters(case) for case in cases))
         names = list(dict.fromkeys(case.name for case in cases))
         found = {(case.name, _parameters(case)): case for case in cases}
@@ -146,6 +148,27 @@ class Report:
             for name in names
         ]
         self._add(*table(["case", *columns], rows))
+        self._targets(cases)
+        if counts:
+            rows = [[case.name, f"{case.median:.0f}"] for case in counts]
+            self._add("What the verifier went through, over all paths:", "", *table(["program", "instructions"], rows))
+
+    def _targets(self, cases: Sequence[Case]) -> None:
+        samples: dict[targets.Size, dict[str, Sequence[float]]] = {}
+        for case in cases:
+            pods, rules = case.parameters.get("pods"), case.parameters.get("rules")
+            if isinstance(pods, int) and isinstance(rules, int):
+                samples.setdefault((pods, rules), {})[case.name] = case.samples
+        rows = [
+            [
+                row.name,
+                f"at most {row.limit:g} {row.unit}",
+                "-" if row.figure is None else f"{_digits(row.figure)} {row.unit}",
+                f"**{row.verdict}**" if row.verdict == targets.MISSED else row.verdict,
+            ]
+            for row in targets.rows(samples)
+        ]
+        self._add("### Targets", "", *table(["target", "limit", "measured", ""], rows))
 
     def _end_to_end(self) -> None:
         if not any(case.suite == END_TO_END for case in self.run.cases):

@@ -36,8 +36,13 @@ def micro(run: Run, *, smoke: bool) -> None:
     done = subprocess.run(command, check=False, stdout=subprocess.PIPE, text=True)
     if done.returncode != 0:
         raise PlatformError(f"bench/micro.py ended with {done.returncode}", hint="What it said is above.")
-    for scale_ in json.loads(done.stdout):
+    found = json.loads(done.stdout)
+    for scale_ in found:
         add_micro(run, scale_)
+    for program, count in found[0]["verified"].items():
+        if count is not None:
+            name = f"verified instructions, {program}"
+            run.cases.append(Case(MICRO, name, CONTENDER, "instructions", LESS, (count,), exact=True, judged=False))
 
 
 def add_micro(run: Run, found: Mapping[str, Any]) -> None:

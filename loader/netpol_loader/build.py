@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import mmap
 import os
 import re
 import shutil
@@ -42,9 +43,7 @@ ERROR_LINES = 25
 
 PROGRAMS = tuple(hook.value for hook in Hook)
 
-PLACEHOLDER_BYTES = 4096
-"""Size of the ring buffer that BCC makes in the place of one that is there; the least the kernel takes."""
-
+DECLARED_MAP = re.compile(r'^NP_MAP(?:_RINGBUF\(|\("\w+", )(\w+)', re.MULTILINE)
 INCLUDE = re.compile(r'#include "(\w+\.h)"$')
 
 
@@ -134,7 +133,10 @@ def _compile_and_pin(
             "virtual environment with --system-site-packages (PyPI's bcc is an unrelated package)"
         ) from error
     text = merged_source(directory, entry)
-    present = [name for name in abi.MAP_SPECS if (pin_dir / name).exists()]
+    declared = set(
+        DECLARED_MAP.findall(text)
+    )  # another entry may use few maps of the product, and have some of its own
+    present = [name for name in abi.MAP_SPECS if name in declared and (pin_dir / name).exists()]
     scratch = pin_dir.with_name(f"new-{os.getpid()}") if present else pin_dir
     if present:
         scratch.mkdir()
@@ -161,10 +163,13 @@ def _size_flag(name: str, size: int) -> str:
 
 
 def _placeholder_sizes(text: str, present: Sequence[str]) -> dict[str, int]:
-    """How small maps may be that are only to be exchanged; those whose size the program's own code knows keep it."""
+    """How small maps may be that are only to be exchanged; those whose size the program's own code knows keep it.
+
+    A ring buffer has a page at least.
+    """
     code = "\n".join(line for line in text.splitlines() if not line.startswith(("#", "NP_MAP")))
     return {
-        name: PLACEHOLDER_BYTES if abi.MAP_SPECS[name].kind == "ringbuf" else 1
+        name: mmap.PAGESIZE if abi.MAP_SPECS[name].kind == "ringbuf" else 1
         for name in present
         if not re.search(rf"\b{_size_macro(name)}\b", code)
     }
@@ -177,10 +182,10 @@ def _exchange_maps(module: Any, scratch: Path, pin_dir: Path, present: Sequence[
     """
     from bcc.libbcc import lib
 
-    for name in abi.MAP_SPECS:
-        if name not in present:
-            (scratch / name).rename(pin_dir / name)
-            continue
+    for path in list(scratch.iterdir()):
+        if path.name not in present:
+            path.rename(pin_dir / path.name)
+    for name in present:
         fd = syscall.obj_get(pin_dir / name)
         os.dup2(fd, lib.bpf_table_fd(module.module, name.encode()), inheritable=False)
         os.close(fd)

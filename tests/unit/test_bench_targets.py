@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The packet path's targets: judged by medians, missed when over the limit, and never left out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from bench import targets
+from bench.record import Case, Run
+from bench.report import Report
+from bench.targets import MISSED, Row, rows
+
+BIG, SMALL = (100_000, 10_000), (10, 10)
+FIGURES = {
+    "established, v4": [14.0, 90.0, 15.0],
+    "established, v6": [20.0, 20.0, 20.0],
+    targets.RANDOM_ESTABLISHED: [300.0],
+    targets.BARE_LOOKUP: [250.0],
+    "SYN denied, v4": [100.0],
+}
+
+
+def by_name(found: list[Row]) -> dict[str, str]:
+    return {row.name: row.verdict for row in found}
+
+
+def test_a_limit_is_met_up_to_itself() -> None:
+    """By the median of the rounds, so one bad round does not miss it."""
+    verdicts = by_name(rows({BIG: FIGURES}))
+    assert verdicts["established, one hot flow"] == "met"
+    assert verdicts["new flow denied, hot, with its event"] == "met"
+    assert verdicts["established, 64k flows at random / bare LRU lookup"] == MISSED
+    assert verdicts["established, IPv6 / IPv4"] == MISSED
+
+
+def test_what_was_not_measured_is_said() -> None:
+    """No row is left out, and none is called met without a figure."""
+    nothing = rows({})
+    assert {row.verdict for row in nothing} == {"not measured"}
+    assert [row.name for row in nothing] == [row.name for row in rows({BIG: FIGURES})]
+
+
+def test_growth_is_over_the_small_size() -> None:
+    """The ratio of the same case at both sizes."""
+    found = {row.name: row for row in rows({BIG: FIGURES, SMALL: {"SYN denied, v4": [50.0]}})}
+    grown = found["SYN denied, v4, hot: 10 000 rules and 100 000 pods / 10 and 10"]
+    assert (grown.figure, grown.verdict) == (2.0, MISSED)
+
+
+def test_the_report_marks_a_missed_target(tmp_path: Path) -> None:
+    """In bold, beside its limit."""
+    machine = {
+        "cpu": "c",
+        "cpus": 1,
+        "virtual": False,
+        "memory_bytes": 1,
+        "architecture": "a",
+        "kernel": "k",
+        "python": "3",
+    }
+    run = Run("command", {**machine, "load_before": 0}, {"commit": "c"}, {}, "now")
+    size = {"pods": BIG[0], "rules": BIG[1], "cidrs": 10_000}
+    for name, samples in FIGURES.items():
+        run.cases.append(Case("micro", name, "netpol-ebpf", "ns", "less", tuple(samples), size))
+    run.cases.append(Case("micro", "verified instructions, p", "netpol-ebpf", "instructions", "less", (7.0,)))
+    text = Report(run, tmp_path).build()
+    assert "| established, 64k flows at random / bare LRU lookup | at most 1 x | 1.2 x | **missed** |" in text
+    assert "| established, one hot flow | at most 15 ns | 15 ns | met |" in text
+    assert "| verified instructions, p | 7 |" in text
