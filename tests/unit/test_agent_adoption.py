@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which rows become of what a node knows of its connections."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from ipaddress import ip_address
+
+from memory_maps import MemoryMap, memory_maps
+
+from netpol_ebpf.agent.adoption import NO_GENERATION, Adoption, Live, Place, Workload, old_connections
+from netpol_ebpf.policy.types import ICMP, TCP, UDP, VipKey
+from netpol_loader import abi
+from netpol_loader.conntrack import Ends, Tracked
+from netpol_loader.sockets import Opened
+
+WEB, DB, NODE, OUTSIDE, VIP = (ip_address(f"10.0.0.{last}") for last in (1, 2, 100, 200, 250))
+WORKLOADS = {5: Workload(11, [WEB], 1), 6: Workload(12, [DB], 2)}
+PLACE = Place([NODE], [VipKey(VIP, TCP, 80)])
+IN, OUT = abi.NP_DIRECTION_INGRESS, abi.NP_DIRECTION_EGRESS
+
+
+def ends(source: object, destination: object, source_port: int = 4000, destination_port: int = 80) -> Ends:
+    return Ends(ip_address(str(source)), ip_address(str(destination)), source_port, destination_port)
+
+
+def plain(one: Ends, protocol: int = TCP) -> Tracked:
+    """A connection without translation that went both ways."""
+    return Tracked(protocol, one, one.reversed(), is_replied=True)
+
+
+@dataclass
+class Node:
+    """Knows what it is told to."""
+
+    live: Live
+    maps: Mapping[str, MemoryMap] = field(default_factory=lambda: memory_maps([]))
+    asked: list[set[int]] = field(default_factory=list)
+
+    def live_connections(self, namespaces: Collection[int]) -> Live:
+        self.asked.append(set(namespaces))
+        return self.live
+
+
+def seen(*tracked: Tracked, opened: Collection[Opened] = ()) -> set[tuple[int, int, Ends, int]]:
+    """(number, direction, ends, flags) of what becomes of them."""
+    found = old_connections(Live(tracked, opened), WORKLOADS.values(), PLACE)
+    return {(one.number, one.direction, one.ends, one.flags) for one in found}
+
+
+def rows(node: Node) -> dict[str, int]:
+    """How many rows each table of connections has."""
+    return {
+        name: len(one.rows) for name, one in node.maps.items() if name.startswith(("np_conn", "np_young")) and one.rows
+    }
+
+
+def test_both_ends_see_a_connection_each_in_its_direction() -> None:
+    """Between two workloads there are two rows; of one with the outside only the workload's."""
+    assert seen(plain(ends(WEB, DB))) == {(11, OUT, ends(WEB, DB), 0), (12, IN, ends(WEB, DB), 0)}
+    assert seen(plain(ends(OUTSIDE, DB))) == {(12, IN, ends(OUTSIDE, DB), 0)}
+    assert seen(plain(ends(OUTSIDE, NODE))) == set()
+    assert seen(plain(ends(WEB, DB), ICMP)) == set()
+
+
+def test_each_end_sees_its_side_of_a_translation() -> None:
+    """The sender sees the service, whose verdict is deferred; the receiver the backend and the node's address."""
+    one = Tracked(TCP, ends(WEB, VIP), ends(DB, NODE, 7000, 61000), is_replied=True)
+    deferred = abi.NP_CONN_DEFERRED | abi.NP_CONN_CARRIES
+    assert seen(one) == {(11, OUT, ends(WEB, VIP), deferred), (12, IN, ends(NODE, DB, 61000, 7000), 0)}
+
+
+def test_what_the_node_or_the_workload_itself_opened_is_exempt() -> None:
+    """As it is for connections that the program sees from the beginning."""
+    assert seen(plain(ends(NODE, DB))) == {(12, IN, ends(NODE, DB), abi.NP_CONN_EXEMPT)}
+    hairpin = Tracked(TCP, ends(DB, VIP), ends(DB, NODE, 7000, 61000), is_replied=True)
+    assert (12, IN, ends(NODE, DB, 61000, 7000), abi.NP_CONN_EXEMPT) in seen(hairpin)
+
+
+def test_sockets_of_a_workload_speak_of_no_other() -> None:
+    """A namespace's sockets make rows for the workload in it alone, the node's for all."""
+    assert seen(opened=[Opened(ends(WEB, DB), 1)]) == {(11, OUT, ends(WEB, DB), 0)}
+    assert seen(opened=[Opened(ends(OUTSIDE, DB), 1)]) == set()
+    assert seen(opened=[Opened(ends(NODE, DB))]) == {(12, IN, ends(NODE, DB), abi.NP_CONN_EXEMPT)}
+
+
+def test_rows_are_of_no_generation_and_tracking_goes_before_sockets() -> None:
+    """Policy is asked at the next packet, in the direction that tracking tells; what had no answer yet is a young one."""
+    young = Tracked(UDP, ends(OUTSIDE, DB), ends(DB, OUTSIDE, 80, 4000), is_replied=False)
+    lie = Opened(ends(DB, WEB, 80, 4000), 2)
+    node = Node(Live([plain(ends(WEB, DB)), young], [lie], 77))
+    adoption = Adoption({6})
+    adoption.go_ahead(node, WORKLOADS, PLACE)
+    assert rows(node) == {"np_conn4": 1, "np_young4": 1}
+    ((key, value),) = node.maps["np_conn4"].rows.items()
+    row, place = abi.np_conn.from_buffer_copy(value), abi.np_conn4_key.from_buffer_copy(key)
+    assert (row.generation, row.direction, row.state, row.seen_jiffies) == (NO_GENERATION, IN, abi.NP_CONN_TCP_OPEN, 77)
+    assert (place.endpoint, bytes(place.local), bytes(place.remote)) == (12, DB.packed, WEB.packed)
+    assert (place.local_port, place.remote_port, place.protocol) == (80, 4000, TCP)
+    assert node.asked == [{2}]
+
+
+def test_connections_to_services_come_last() -> None:
+    """Ahead of the programs they are left out, since the program takes services up last; each interface has both turns once."""
+    node = Node(Live([Tracked(TCP, ends(WEB, VIP), ends(DB, WEB, 7000, 4000), is_replied=True)]))
+    adoption = Adoption({5})
+    adoption.go_behind(node, WORKLOADS, PLACE)
+    assert node.asked == []
+    adoption.go_ahead(node, WORKLOADS, PLACE)
+    assert rows(node) == {}
+    adoption.go_behind(node, WORKLOADS, PLACE)
+    assert rows(node) == {"np_conn4": 1}
+    adoption.go_ahead(node, WORKLOADS, PLACE)
+    adoption.go_behind(node, WORKLOADS, PLACE)
+    assert len(node.asked) == 2
+
+
+def test_what_the_program_learned_is_kept_unless_it_took_an_answer_for_a_request() -> None:
+    """Behind the programs a row of the same direction stays as it is, one of the other direction is replaced."""
+    node = Node(Live([plain(ends(WEB, DB))]))
+    adoption = Adoption({6})
+    adoption.go_ahead(node, WORKLOADS, PLACE)
+    (key,) = node.maps["np_conn4"].rows
+    for direction, generation in ((IN, 9), (OUT, NO_GENERATION)):
+        node.maps["np_conn4"].rows[key] = bytes(abi.np_conn(direction=direction, generation=9))
+        adoption.expect({6})
+        adoption.go_ahead(node, WORKLOADS, PLACE)
+        row = abi.np_conn.from_buffer_copy(node.maps["np_conn4"].rows[key])
+        assert (row.direction, row.generation) == (IN, generation)
+
+
+def test_no_more_than_a_share_of_a_table_is_filled_and_the_rest_is_told() -> None:
+    """Too many connections, and what the kernel did not tell, are warnings."""
+    flood = [plain(ends(OUTSIDE, DB, port)) for port in range(1, 11)]
+    node = Node(Live(flood, unknown=["no tracking"]))
+    node.maps["np_conn4"].max_entries = 8
+    adoption = Adoption({6})
+    adoption.go_ahead(node, WORKLOADS, PLACE)
+    assert rows(node) == {"np_conn4": 4}
+    assert {one.severity for one in adoption.warnings.values()} == {"warning"}
+    first, second = adoption.warnings
+    assert "no tracking" in first
+    assert "6 connections" in second
