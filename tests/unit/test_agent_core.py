@@ -204,6 +204,14 @@ def test_start_fills_binds_and_attaches(bench: Bench) -> None:
     assert agent.problems == []
 
 
+def test_only_the_first_agent_asks_for_old_connections(bench: Bench) -> None:
+    """Before and behind the programs; one that finds them in place, or an interface that appears, asks nothing."""
+    bench.agent()
+    assert bench.node.asked == [{1, 2}, {1, 2}]
+    settle(bench.agent())
+    assert len(bench.node.asked) == 2
+
+
 def test_interface_of_nobody_is_closed(bench: Bench) -> None:
     """A workload interface without a known pod has programs and no row."""
     stranger = Link(9, "cali9", "veth", (7, 2))
