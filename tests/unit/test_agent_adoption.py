@@ -3,17 +3,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from ipaddress import ip_address
 
+import pytest
 from memory_maps import MemoryMap, memory_maps
 
+from netpol_ebpf.agent import adoption
 from netpol_ebpf.agent.adoption import NO_GENERATION, Adoption, Live, Place, Workload, old_connections
+from netpol_ebpf.errors import PlatformError
 from netpol_ebpf.policy.types import ICMP, TCP, UDP, VipKey
 from netpol_loader import abi
 from netpol_loader.conntrack import Ends, Tracked
-from netpol_loader.sockets import Opened
+from netpol_loader.sockets import Opened, Sockets
 
 WEB, DB, NODE, OUTSIDE, VIP = (ip_address(f"10.0.0.{last}") for last in (1, 2, 100, 200, 250))
 WORKLOADS = {5: Workload(11, [WEB], 1), 6: Workload(12, [DB], 2)}
@@ -90,8 +93,8 @@ def test_rows_are_of_no_generation_and_tracking_goes_before_sockets() -> None:
     young = Tracked(UDP, ends(OUTSIDE, DB), ends(DB, OUTSIDE, 80, 4000), is_replied=False)
     lie = Opened(ends(DB, WEB, 80, 4000), 2)
     node = Node(Live([plain(ends(WEB, DB)), young], [lie], 77))
-    adoption = Adoption({6})
-    adoption.go_ahead(node, WORKLOADS, PLACE)
+    old = Adoption({6})
+    old.go_ahead(node, WORKLOADS, PLACE)
     assert rows(node) == {"np_conn4": 1, "np_young4": 1}
     ((key, value),) = node.maps["np_conn4"].rows.items()
     row, place = abi.np_conn.from_buffer_copy(value), abi.np_conn4_key.from_buffer_copy(key)
@@ -104,28 +107,28 @@ def test_rows_are_of_no_generation_and_tracking_goes_before_sockets() -> None:
 def test_connections_to_services_come_last() -> None:
     """Ahead of the programs they are left out, since the program takes services up last; each interface has both turns once."""
     node = Node(Live([Tracked(TCP, ends(WEB, VIP), ends(DB, WEB, 7000, 4000), is_replied=True)]))
-    adoption = Adoption({5})
-    adoption.go_behind(node, WORKLOADS, PLACE)
+    old = Adoption({5})
+    old.go_behind(node, WORKLOADS, PLACE)
     assert node.asked == []
-    adoption.go_ahead(node, WORKLOADS, PLACE)
+    old.go_ahead(node, WORKLOADS, PLACE)
     assert rows(node) == {}
-    adoption.go_behind(node, WORKLOADS, PLACE)
+    old.go_behind(node, WORKLOADS, PLACE)
     assert rows(node) == {"np_conn4": 1}
-    adoption.go_ahead(node, WORKLOADS, PLACE)
-    adoption.go_behind(node, WORKLOADS, PLACE)
+    old.go_ahead(node, WORKLOADS, PLACE)
+    old.go_behind(node, WORKLOADS, PLACE)
     assert len(node.asked) == 2
 
 
 def test_what_the_program_learned_is_kept_unless_it_took_an_answer_for_a_request() -> None:
     """Behind the programs a row of the same direction stays as it is, one of the other direction is replaced."""
     node = Node(Live([plain(ends(WEB, DB))]))
-    adoption = Adoption({6})
-    adoption.go_ahead(node, WORKLOADS, PLACE)
+    old = Adoption({6})
+    old.go_ahead(node, WORKLOADS, PLACE)
     (key,) = node.maps["np_conn4"].rows
     for direction, generation in ((IN, 9), (OUT, NO_GENERATION)):
         node.maps["np_conn4"].rows[key] = bytes(abi.np_conn(direction=direction, generation=9))
-        adoption.expect({6})
-        adoption.go_ahead(node, WORKLOADS, PLACE)
+        old.expect({6})
+        old.go_ahead(node, WORKLOADS, PLACE)
         row = abi.np_conn.from_buffer_copy(node.maps["np_conn4"].rows[key])
         assert (row.direction, row.generation) == (IN, generation)
 
@@ -135,10 +138,27 @@ def test_no_more_than_a_share_of_a_table_is_filled_and_the_rest_is_told() -> Non
     flood = [plain(ends(OUTSIDE, DB, port)) for port in range(1, 11)]
     node = Node(Live(flood, unknown=["no tracking"]))
     node.maps["np_conn4"].max_entries = 8
-    adoption = Adoption({6})
-    adoption.go_ahead(node, WORKLOADS, PLACE)
+    old = Adoption({6})
+    old.go_ahead(node, WORKLOADS, PLACE)
     assert rows(node) == {"np_conn4": 4}
-    assert {one.severity for one in adoption.warnings.values()} == {"warning"}
-    first, second = adoption.warnings
+    assert {one.severity for one in old.warnings.values()} == {"warning"}
+    first, second = old.warnings
     assert "no tracking" in first
     assert "6 connections" in second
+
+
+def test_kernel_that_cannot_tell_is_reported_and_no_stop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without tracking, what sockets could not be seen matters; with it, they are no loss."""
+
+    def refuse() -> Iterator[Tracked]:
+        raise PlatformError("no tracking here")
+
+    monkeypatch.setattr(adoption, "read_jiffies", lambda: 7)
+    monkeypatch.setattr(adoption, "look_for_sockets", lambda _ids: Sockets([Opened(ends(WEB, DB), 1)], ["no sockets"]))
+    monkeypatch.setattr(adoption, "tracked", refuse)
+    assert adoption.look_at_connections([1]) == Live(
+        [], [Opened(ends(WEB, DB), 1)], 7, ["no tracking here", "no sockets"]
+    )
+    one = plain(ends(WEB, DB))
+    monkeypatch.setattr(adoption, "tracked", lambda: iter([one]))
+    assert adoption.look_at_connections([1]) == Live([one], [Opened(ends(WEB, DB), 1)], 7, [])
