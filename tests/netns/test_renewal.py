@@ -7,11 +7,13 @@ import contextlib
 import ctypes
 import os
 import secrets
+import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import TypeVar
 
 import pytest
@@ -23,6 +25,7 @@ from netpol_loader.dataplane import Dataplane
 from netpol_loader.hook import Hook
 from netpol_loader.removal import find_leftovers
 from netpol_loader.renewal import OLD_SUFFIX, Renewal
+from netpol_loader.upgrade import open_dataplane
 
 pytestmark = pytest.mark.netns
 
@@ -218,3 +221,63 @@ def test_what_is_not_ours_stays(node: Node) -> None:
     assert [path.name for path in node.root.iterdir()] == ["others"]
     (node.root / "others").rmdir()
     node.root.rmdir()
+
+
+@pytest.mark.parametrize("dies_in", [(attach, "take_links"), (attach, "replace"), (shutil, "rmtree"), None])
+def test_older_schema_killed_in_the_exchange_is_finished_by_the_next(
+    node: Node, monkeypatch: pytest.MonkeyPatch, dies_in: tuple[ModuleType, str] | None
+) -> None:
+    """Both ways of attaching pass from an older schema to this one, in one go or in two; connections are the same map."""
+    with monkeypatch.context() as patch:
+        patch.setattr(abi, "SCHEMA_VERSION", abi.SCHEMA_VERSION - 1)
+        older = node.do(lambda: Dataplane.open(node.root, sizes=SIZES))
+        older.set_config(abi.np_config(generation=77, flags=abi.NP_CONFIG_KEEP_REVOKED, wildcard=5))
+        node.attach(older)
+        connections, before = syscall.map_info(older.maps["np_conn4"].fd).id, ids(older)
+        older.close()
+    dataplane, upgrade = node.do(lambda: open_dataplane(node.root, SIZES))
+    assert upgrade is not None
+    assert {one[2] for one in node.programs()} == before, "nothing is exchanged yet"
+    assert node.do(upgrade.attached) == set(node.ifindexes.values())
+
+    def die(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    if dies_in is None:
+        node.do(upgrade.take_over)
+    else:
+        with monkeypatch.context() as patch:
+            patch.setattr(*dies_in, die)
+            with pytest.raises(KeyboardInterrupt):
+                node.do(upgrade.take_over)
+        assert {one[:2] for one in node.programs()} == {(hook, mechanism) for hook in Hook for mechanism in Mechanism}
+        dataplane.close()
+        dataplane, again = node.do(lambda: open_dataplane(node.root))
+        assert again is None
+    assert {one[2] for one in node.programs()} == ids(dataplane)
+    assert not before & ids(dataplane)
+    assert syscall.map_info(dataplane.maps["np_conn4"].fd).id == connections
+    config = dataplane.config()
+    assert (config.generation, config.flags, config.wildcard) == (77, abi.NP_CONFIG_KEEP_REVOKED, 5)
+    assert config.timeout_jiffies[abi.NP_CONN_UDP] > 0, "its own, not those of the older one"
+    assert [path.name for path in node.root.iterdir()] == [f"v{abi.SCHEMA_VERSION}"]
+    node.do(dataplane.remove)
+    assert not node.do(lambda: netlink.has_clsact(node.ifindexes[Mechanism.CLSACT])), "whose it was is still known"
+    assert not node.root.exists()
+
+
+def test_older_schema_is_untouched_by_an_upgrade_that_does_not_happen(
+    node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who prepares and gives up leaves what was there, and nothing else."""
+    with monkeypatch.context() as patch:
+        patch.setattr(abi, "SCHEMA_VERSION", abi.SCHEMA_VERSION - 1)
+        older = node.do(lambda: Dataplane.open(node.root, sizes=SIZES))
+        node.attach(older)
+        older.close()
+    before = (node.programs(), sorted(node.root.rglob("*")))
+    dataplane, upgrade = node.do(lambda: open_dataplane(node.root, SIZES))
+    assert upgrade is not None
+    dataplane.close()
+    node.do(upgrade.discard)
+    assert (node.programs(), sorted(node.root.rglob("*"))) == before
