@@ -214,7 +214,9 @@ class CalicoCluster:
             return False
         has_namespace = bool(owner.namespace)
         confined = "namespaceSelector" in spec
-        if not _holds(spec.get("selector", ""), owner.labels, everything=has_namespace or not confined):
+        selector = spec.get("selector", "")
+        # An all() that is written beside a namespaceSelector asks for a namespace; an empty selector asks for nothing.
+        if selector and not _holds(selector, owner.labels, everything=has_namespace or not confined):
             return False
         if confined and not _holds(spec["namespaceSelector"], owner.namespace_labels, everything=has_namespace):
             return False
