@@ -12,7 +12,7 @@
 
 #include <linux/types.h>
 
-#define NP_SCHEMA_VERSION 2 // part of the pin directory's name
+#define NP_SCHEMA_VERSION 3 // part of the pin directory's name
 
 // --- limits ----------------------------------------------------------------------------------------------------------
 
@@ -177,11 +177,13 @@ enum np_reason {
 // A policy set: the ordered list of everything that applies to an endpoint in one direction. The verdict is at
 // verdict_base + ((peer class * own_classes + own class) * l4_classes + L4 class) * source_classes + source class.
 struct np_set {
-    __u32 number; // key part of np_peer_class
-    __u32 default_class; // class of identities without a row
+    __u32 number; // key part of np_peer_class; sets that tell peers apart alike share it
+    __u16 default_class4; // class of IPv4 identities without a row
+    __u16 default_class6; // and of IPv6 ones: a rule on 0.0.0.0/0 tells the families apart
     __u32 peer_classes; // bound of the peer class
     __u32 own_set; // the same for the endpoint's own side; 0: constant
-    __u32 own_default_class;
+    __u16 own_default_class4;
+    __u16 own_default_class6;
     __u32 own_classes; // 1 when own_set is 0
     __u32 l4_base; // first row in np_l4_col for destination atoms
     __u32 l4_classes; // 1: the L4 dimension is constant
@@ -443,7 +445,7 @@ struct np_event {
     __u32 own_identity; // 0 where it was not looked up
     __u32 peer_identity; // 0 where it was not looked up
     __u32 peer_class;
-    __u32 set; // number of the policy set, 0 where none was asked
+    __u32 set; // number of the policy set as np_peer_class has it, 0 where none was asked
     __u32 frame_bytes; // Ethernet header included
     __u8 source[16];
     __u8 destination[16];

@@ -4,7 +4,8 @@
 // the number of rules:
 //
 //   1. peer address -> identity     np_addr (exact), else np_cidr (longest prefix), else the world of its family
-//   2. identity     -> peer class   np_peer_class, else the set's default; the same for the own side where it varies
+//   2. identity     -> peer class   np_peer_class, else the set's default for the family; the same for the own
+//                                   side where it varies
 //   3. protocol and destination port, or ICMP type and code -> atom (np_l4_atom) -> L4 class (np_l4_col); the same for
 //   the
 //      source port where a rule of the set uses source ports
@@ -119,7 +120,8 @@ NP_INLINE int np_classify(struct np_flow *flow, const struct np_question *questi
     struct np_decision *decision = flow->decision;
     decision->peer_identity = np_identity_of(question, direction, peer_endpoint, version); // outwards: the destination
     decision->set = set->number;
-    __u32 class = np_class_of(set->number, decision->peer_identity, set->default_class);
+    __u32 class =
+        np_class_of(set->number, decision->peer_identity, version == 4 ? set->default_class4 : set->default_class6);
     decision->peer_class = class;
     if (NP_UNLIKELY(class >= set->peer_classes))
         return NP_REASON_CLASS_RANGE;
@@ -128,7 +130,8 @@ NP_INLINE int np_classify(struct np_flow *flow, const struct np_question *questi
     if (NP_UNLIKELY(set->own_set)) {
         __u32 endpoint;
         flow->leg->own_identity = np_identity_of(question, !direction, &endpoint, version);
-        __u32 own_class = np_class_of(set->own_set, flow->leg->own_identity, set->own_default_class);
+        __u32 own_class = np_class_of(set->own_set, flow->leg->own_identity,
+                                      version == 4 ? set->own_default_class4 : set->own_default_class6);
         if (own_class >= set->own_classes)
             return NP_REASON_CLASS_RANGE;
         index += own_class;

@@ -20,6 +20,12 @@ NP_INLINE __u32 np_fold(__u32 value, __u32 word)
     return (value ^ word) * NP_CHECK_PRIME;
 }
 
+// Two fields of 16 bits as the one word that they are.
+NP_INLINE __u32 np_halves(__u16 low, __u16 high)
+{
+    return (__u32)high << 16 | low;
+}
+
 // The check word of a set, as seal_endpoint() of the loader computes it.
 NP_INLINE __u32 np_owner_check(const struct np_owner *owner, __u32 ifindex)
 {
@@ -29,10 +35,10 @@ NP_INLINE __u32 np_owner_check(const struct np_owner *owner, __u32 ifindex)
     value = np_fold(value, ifindex);
     value = np_fold(value, owner->flags);
     value = np_fold(value, set->number);
-    value = np_fold(value, set->default_class);
+    value = np_fold(value, np_halves(set->default_class4, set->default_class6));
     value = np_fold(value, set->peer_classes);
     value = np_fold(value, set->own_set);
-    value = np_fold(value, set->own_default_class);
+    value = np_fold(value, np_halves(set->own_default_class4, set->own_default_class6));
     value = np_fold(value, set->own_classes);
     value = np_fold(value, set->l4_base);
     value = np_fold(value, set->l4_classes);

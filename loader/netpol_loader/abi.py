@@ -44,7 +44,7 @@ class MapSpec:
 
 # fmt: off
 
-NP_SCHEMA_VERSION = 2  # part of the pin directory's name
+NP_SCHEMA_VERSION = 3  # part of the pin directory's name
 NP_RULE_NAME_BYTES = 120  # longest readable rule name, with its terminating zero
 NP_ATOM_BLOCK = 256  # atoms per row of np_l4_atom
 NP_ATOM_BLOCKS = 1537  # 6 slots of 256 blocks, and the block of the other protocols
@@ -179,11 +179,13 @@ class np_set(ctypes.Structure):
     + source class.
     """
 
-    number: int  # key part of np_peer_class
-    default_class: int  # class of identities without a row
+    number: int  # key part of np_peer_class; sets that tell peers apart alike share it
+    default_class4: int  # class of IPv4 identities without a row
+    default_class6: int  # and of IPv6 ones: a rule on 0.0.0.0/0 tells the families apart
     peer_classes: int  # bound of the peer class
     own_set: int  # the same for the endpoint's own side; 0: constant
-    own_default_class: int
+    own_default_class4: int
+    own_default_class6: int
     own_classes: int  # 1 when own_set is 0
     l4_base: int  # first row in np_l4_col for destination atoms
     l4_classes: int  # 1: the L4 dimension is constant
@@ -194,10 +196,12 @@ class np_set(ctypes.Structure):
 
     _fields_ = (
         ("number", ctypes.c_uint32),
-        ("default_class", ctypes.c_uint32),
+        ("default_class4", ctypes.c_uint16),
+        ("default_class6", ctypes.c_uint16),
         ("peer_classes", ctypes.c_uint32),
         ("own_set", ctypes.c_uint32),
-        ("own_default_class", ctypes.c_uint32),
+        ("own_default_class4", ctypes.c_uint16),
+        ("own_default_class6", ctypes.c_uint16),
         ("own_classes", ctypes.c_uint32),
         ("l4_base", ctypes.c_uint32),
         ("l4_classes", ctypes.c_uint32),
@@ -688,7 +692,7 @@ class np_event(ctypes.Structure):
     own_identity: int  # 0 where it was not looked up
     peer_identity: int  # 0 where it was not looked up
     peer_class: int
-    set: int  # number of the policy set, 0 where none was asked
+    set: int  # number of the policy set as np_peer_class has it, 0 where none was asked
     frame_bytes: int  # Ethernet header included
     source: ctypes.Array[ctypes.c_uint8]
     destination: ctypes.Array[ctypes.c_uint8]

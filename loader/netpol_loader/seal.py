@@ -6,9 +6,10 @@ Invariant: the fold here and `np_fold` in bpf/np_endpoint.h are the same functio
 
 from __future__ import annotations
 
-from netpol_loader import abi
+import ctypes
+from collections.abc import Iterator
 
-_SET_WORDS = tuple(name for name, *_ in abi.np_set._fields_ if name != "check")
+from netpol_loader import abi
 
 
 def fold(words: list[int]) -> int:
@@ -34,4 +35,20 @@ def seal_host(row: abi.np_host) -> abi.np_host:
 
 
 def _check(policy_set: abi.np_set, number: int, place: int, flags: int) -> int:
-    return fold([number, place, flags, *(getattr(policy_set, name) for name in _SET_WORDS)])
+    return fold([number, place, flags, *_words(policy_set)])
+
+
+def _words(policy_set: abi.np_set) -> Iterator[int]:
+    """All fields but the check; of two with 16 bits the first is the low half of a word, whatever the byte order."""
+    low: int | None = None
+    for name, kind, *_ in abi.np_set._fields_:
+        value = getattr(policy_set, name)
+        if name == "check":
+            return
+        if kind is ctypes.c_uint32:
+            yield value
+        elif low is None:
+            low = value
+        else:
+            yield low | value << 16
+            low = None

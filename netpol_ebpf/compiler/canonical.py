@@ -37,6 +37,9 @@ class _Reader:
     def __init__(self, tables: Tables) -> None:
         self._tables = tables
         self._names = {**dict(tables.identities.items()), **_WORLDS}
+        self._families = {WORLD_V4: 4, WORLD_V6: 6}  # an identity in use is that of an address or a prefix
+        self._families.update((row.identity, address.version) for address, row in tables.addresses.items())
+        self._families.update((identity, network.version) for network, identity in tables.cidrs.items())
         blocks = set(range(ATOM_BLOCKS)) - set(_SOURCE_BLOCKS)
         self._atoms = self._intervals(sorted(blocks), 0)
         self._sources = self._intervals(_SOURCE_BLOCKS, SOURCE_BLOCK)
@@ -72,8 +75,10 @@ class _Reader:
         return known
 
     def _read_set(self, row: SetRow) -> Hashable:
-        peers = self._identity_groups(row.number, row.default_class)
-        owns = self._identity_groups(row.own_set, row.own_default_class) if row.own_set else {0: ()}
+        peers = self._identity_groups(row.number, {4: row.default_class4, 6: row.default_class6})
+        owns: Groups = {0: ()}
+        if row.own_set:
+            owns = self._identity_groups(row.own_set, {4: row.own_default_class4, 6: row.own_default_class6})
         l4 = self._atom_groups(self._atoms, row.l4_base, row.l4_classes)
         sources = self._atom_groups(self._sources, row.source_base, row.source_classes)
         alike: dict[Hashable, list[Hashable]] = {}
@@ -87,12 +92,13 @@ class _Reader:
             alike.setdefault(verdicts, []).extend(members)
         return frozenset((frozenset(members), verdicts) for verdicts, members in alike.items())
 
-    def _identity_groups(self, number: int, default: int) -> Groups:
+    def _identity_groups(self, number: int, defaults: Mapping[int, int]) -> Groups:
         """Classes of one side by the names in them, ordered by those."""
         rows = self._classes.get(number, {})
         groups: dict[int, list[str]] = {}
         for identity, name in self._names.items():
-            groups.setdefault(rows.get(identity, default), []).append(name)
+            class_ = rows.get(identity, defaults[self._families[identity]])
+            groups.setdefault(class_, []).append(name)
         ordered = sorted((sorted(names), class_) for class_, names in groups.items())
         return {class_: tuple(names) for names, class_ in ordered}
 

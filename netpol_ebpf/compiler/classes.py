@@ -1,8 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Classes of identities as one policy set sees them: identities with the same bit vector of matching entries.
+"""Classes of identities as policy sets see them: identities of which the same matches hold.
 
-Invariants: every identity in use has its class, through a row of ``peer_classes`` or as the default class; a class number
-keeps its vector as long as it is in use, so verdicts of a published set stay right when identities come and go.
+A *class map* is a partition of the identities by a set of matches.  Policy sets with the same matches on a side share it,
+however differently they judge its classes: what changes a policy's ports or actions changes no row of ``peer_classes``.
+A *side* is what one policy set makes of a class map: each class as a bit vector of the set's entries.  As every entry has
+one match, classes and vectors are one to one.
+
+Invariants: every identity in use has its class, through a row of ``peer_classes`` or as the default class of its family; a
+class number keeps its meaning as long as it is in use, so verdicts of a published set stay right when identities come and go.
 """
 
 from __future__ import annotations
@@ -12,72 +17,92 @@ from collections.abc import Mapping
 from netpol_ebpf.compiler.draft import DELETED, Draft, Phase
 from netpol_ebpf.compiler.identities import IdentityIndex, MatchRecord
 from netpol_ebpf.compiler.journal import Journal
-from netpol_ebpf.compiler.limits import exceeded
+from netpol_ebpf.compiler.limits import Limits, exceeded
+from netpol_ebpf.compiler.numbers import Numbers
+
+_REMEMBERED = 256
+"""Vectors that a side may remember in vain; arbitrary."""
 
 
 class ClassMap:
-    """One side of one policy set.
+    """Identities by which of some matches hold of them.
 
-    ``number``: ``set`` in the keys of ``peer_classes``.  ``masks``: match -> bits of the entries that have it; ``always``:
-    bits of entries that match any address.  ``vectors``: class -> vector.
+    ``number``: ``set`` in the keys of ``peer_classes``.  ``masks``: match -> its bit.  ``vectors``: class -> the bits of the
+    matches that hold.  ``defaults``: family -> class without rows; each family has its own, since a rule on 0.0.0.0/0
+    tells the one half of all identities from the other.  ``references``: sides.
     """
 
-    def __init__(self, number: int, masks: Mapping[MatchRecord, int], always: int, limit: int, what: str) -> None:
+    def __init__(
+        self, number: int, matches: frozenset[MatchRecord], identities: IdentityIndex, limit: int, what: str
+    ) -> None:
         self.number = number
-        self.masks = masks
+        self.matches = matches
+        self.masks = {record: 1 << bit for bit, record in enumerate(sorted(matches, key=lambda one: one.number))}
         self.vectors: dict[int, int] = {}
-        self.default = 0
-        self.base = {4: always, 6: always}
+        self.defaults = {4: 0, 6: 0}
+        self.base = {4: 0, 6: 0}
         """Vector of an identity that no positive term of a match holds of and no negative one, by family."""
+        self.references = 0
+        self._identities = identities
         self._limit = limit
         self._what = what
         self._classes: dict[int, int] = {}
-        self._counts: dict[int, int] = {}
+        self._counts: dict[int, int] = {}  # rows and defaults by class
         self._free: set[int] = set()
         self._rows: dict[int, int] = {}  # identity -> class, of those that are not in the default class
-        for record, mask in masks.items():
+        for record, mask in self.masks.items():
             if record.is_floating:
                 for family in self.base:
                     if record.match.family in (0, family):
                         self.base[family] |= mask
 
-    def build(self, identities: IdentityIndex, draft: Draft) -> None:
+    @property
+    def is_built(self) -> bool:
+        """It has its classes."""
+        return bool(self.vectors)
+
+    @property
+    def rows(self) -> Mapping[int, int]:
+        """Identity -> class, of those that are not in the default class of their family. Not to be changed."""
+        return self._rows
+
+    def build(self, draft: Draft) -> None:
         """Classes and rows for all identities, of a map that is not in force yet.
 
-        Cost: the members of all matches, never identities times matches.  The class of most identities is the default.
+        Cost: the members of all matches, never identities times matches.  The class of most identities of a family is
+        its default.
         """
-        vectors = self._special_vectors(identities)
-        populations: dict[int, int] = {}
-        for vector in vectors.values():
-            populations[vector] = populations.get(vector, 0) + 1
-        special = {4: 0, 6: 0}
-        for number in vectors:
-            special[identities.identities[number].family] += 1
+        vectors = self._special_vectors()
+        v6 = self._identities.v6
+        populations: dict[int, dict[int, int]] = {4: {}, 6: {}}
+        for number, vector in vectors.items():
+            of_family = populations[6 if number in v6 else 4]
+            of_family[vector] = of_family.get(vector, 0) + 1
         for family, base in self.base.items():
-            others = len(identities.family_members(family)) - special[family]
-            populations[base] = populations.get(base, 0) + others
-        # Ties go to what an unknown IPv4 address is, then to the smallest vector: the choice depends on content alone.
-        default = max(populations, key=lambda vector: (populations[vector], vector == self.base[4], -vector))
-        self.vectors = {0: default}
-        self._counts = {0: 0}
-        self._classes = {default: 0}
+            of_family = populations[family]
+            others = len(self._identities.family_members(family)) - sum(of_family.values())
+            of_family[base] = of_family.get(base, 0) + others
+            # Ties go to what an unknown address is, then to the smallest vector: so that the rows are few.
+            default = max(of_family, key=lambda vector: (of_family[vector], vector == base, -vector))
+            self.defaults[family] = self._known(default)
+            self._counts[self.defaults[family]] += 1
         rows = draft.rows(Phase.GROW, "peer_classes")
         for family, base in self.base.items():
-            if base != default:
-                for number in identities.family_members(family):
+            if self._classes.get(base) != self.defaults[family]:
+                for number in self._identities.family_members(family):
                     if number not in vectors:
                         vectors[number] = base
+        four, six = (self.vectors[self.defaults[family]] for family in (4, 6))
         for number, vector in vectors.items():
-            if vector != default:
-                class_ = self._classes.get(vector)
-                if class_ is None:
-                    class_ = self._append(vector)
+            if vector != (six if number in v6 else four):
+                class_ = self._known(vector)
                 self._counts[class_] += 1
                 self._rows[number] = class_
                 rows[(self.number, number)] = class_
 
-    def _special_vectors(self, identities: IdentityIndex) -> dict[int, int]:
+    def _special_vectors(self) -> dict[int, int]:
         """Vectors of the identities that some term holds of."""
+        identities = self._identities
         removed: dict[int, int] = {}
         vectors: dict[int, int] = {}
         for record, mask in self.masks.items():
@@ -92,14 +117,20 @@ class ClassMap:
             vectors[number] = vectors.get(number, 0) | (base & ~removed.get(number, 0))
         return vectors
 
-    def _append(self, vector: int) -> int:
-        """A class of a map that is being built."""
-        class_ = len(self.vectors)
-        self._check(class_)
-        self.vectors[class_] = vector
-        self._counts[class_] = 0
-        self._classes[vector] = class_
+    def _known(self, vector: int) -> int:
+        """The class of a vector, in a map that is being built."""
+        class_ = self._classes.get(vector)
+        if class_ is None:
+            class_ = len(self.vectors)
+            self._check(class_)
+            self.vectors[class_] = vector
+            self._counts[class_] = 0
+            self._classes[vector] = class_
         return class_
+
+    def _default(self, identity: int) -> int:
+        """The default class of an identity's family."""
+        return self.defaults[6 if identity in self._identities.v6 else 4]
 
     def _check(self, class_: int) -> None:
         if class_ >= self._limit:
@@ -111,7 +142,7 @@ class ClassMap:
         created = class_ is None
         if class_ is None:
             class_ = self._new_class(vector, journal)
-        if class_ != self.default:
+        if class_ != self._default(identity):
             journal.put(self._counts, class_, self._counts[class_] + 1)
             journal.put(self._rows, identity, class_)
             draft.write(Phase.GROW, "peer_classes", (self.number, identity), class_)
@@ -151,13 +182,79 @@ class ClassMap:
 
     def class_of(self, identity: int) -> int:
         """The class of an identity in use."""
-        return self._rows.get(identity, self.default)
+        class_ = self._rows.get(identity)
+        return self._default(identity) if class_ is None else class_
 
     def vector_of(self, identity: int) -> int:
         """The vector of an identity in use."""
-        return self.vectors[self._rows.get(identity, self.default)]
+        return self.vectors[self.class_of(identity)]
 
     @property
     def span(self) -> int:
         """One more than the largest class number in use."""
         return len(self.vectors) + len(self._free)
+
+
+class ClassMaps:
+    """The class maps in use, by their matches."""
+
+    def __init__(self, identities: IdentityIndex, limits: Limits) -> None:
+        self._identities = identities
+        self._limits = limits
+        self._numbers = Numbers(1, 1 << 31)
+        self._maps: dict[frozenset[MatchRecord], ClassMap] = {}
+
+    def acquire(self, matches: frozenset[MatchRecord], what: str, journal: Journal) -> ClassMap:
+        """Count a use of the map of these matches; a new one has no classes until it is built."""
+        found = self._maps.get(matches)
+        if found is None:
+            number = self._numbers.take(journal)
+            if number is None:
+                raise exceeded(what, "endpoints", self._limits.endpoints, self._limits.endpoints + 1)
+            found = ClassMap(number, matches, self._identities, self._limits.classes_per_set, what)
+            journal.put(self._maps, matches, found)
+        journal.assign(found, "references", found.references + 1)
+        return found
+
+    def release(self, class_map: ClassMap, draft: Draft, journal: Journal) -> None:
+        """Count one use less; a map without uses goes, with its rows. To be called at the end of a commit."""
+        journal.assign(class_map, "references", class_map.references - 1)
+        if not class_map.references:
+            journal.pop(self._maps, class_map.matches)
+            class_map.clear(draft)
+            self._numbers.give_back(class_map.number, journal)
+
+
+class Side:
+    """A class map as one policy set sees it. ``masks``: match -> bits of the set's entries; ``always``: bits of any address."""
+
+    __slots__ = ("_always", "_known", "_masks", "map")
+
+    def __init__(self, class_map: ClassMap, masks: Mapping[MatchRecord, int], always: int) -> None:
+        self.map = class_map
+        self._always = always
+        self._masks = [masks[record] for record in class_map.masks]
+        self._known: dict[int, int] = {}
+
+    def vector(self, matching: int) -> int:
+        """The set's entries whose match is among these."""
+        known = self._known.get(matching)
+        if known is None:
+            if len(self._known) > 2 * len(self.map.vectors) + _REMEMBERED:
+                self._known.clear()
+            known, rest = self._always, matching
+            while rest:
+                lowest = rest & -rest
+                known |= self._masks[lowest.bit_length() - 1]
+                rest ^= lowest
+            self._known[matching] = known
+        return known
+
+    @property
+    def vectors(self) -> dict[int, int]:
+        """Class -> the set's entries whose match holds."""
+        return {class_: self.vector(matching) for class_, matching in self.map.vectors.items()}
+
+    def vector_of(self, identity: int) -> int:
+        """The set's entries whose match holds of an identity in use."""
+        return self.vector(self.map.vector_of(identity))

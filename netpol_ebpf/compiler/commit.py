@@ -303,7 +303,7 @@ class Commit:
         state = self._state
         if self._is_first or self._intake.gone:
             return True  # what was in force before is not known, or not in force any more
-        revocation = Revocation(state.identities.identities.keys(), state.identities.created[self._extended :])
+        revocation = Revocation(state.identities, state.identities.created[self._extended :])
         if any(revocation.by_replacement(old, new) for old, new in self._replaced):
             return True
         relabelled = self._relabelled
@@ -317,8 +317,7 @@ class Commit:
             pairs.add((around if old is None else old.identity, around if new is None else new.identity))
             if len(pairs) > _PAIRS:
                 return True
-        sets = dict.fromkeys(live for local in state.local.values() for live in local.sets.values())
-        return revocation.by_relabelling({(old, new) for old, new in pairs if old != new}, sets)
+        return revocation.by_relabelling({(old, new) for old, new in pairs if old != new}, state.sets)
 
     # --- 9. endpoints -----------------------------------------------------------------------------------------------
 
@@ -341,8 +340,8 @@ class Commit:
         """Where a published row points at a set that moved, follow it before anything else is written."""
         if local.row is None:
             return
-        numbers = {live.peer.number: live for live in self._state.sets.moved}
-        sets = {slot: numbers[row.number].row if row.number in numbers else row for slot, row in local.row.sets.items()}
+        now = {row: live.row for live, row in self._state.sets.moved.items()}
+        sets = {slot: now.get(row, row) for slot, row in local.row.sets.items()}
         row = EndpointRow(local.number, sets)
         if row != local.row:
             self._journal.assign(local, "row", row)

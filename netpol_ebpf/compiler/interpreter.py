@@ -69,17 +69,17 @@ class Interpreter:
             identity = networks.get(value >> shift)
             if identity is not None:
                 return identity
-        return WORLD_V4 if address.version == 4 else WORLD_V6  # noqa: PLR2004  # the family
+        return _of_family(address, WORLD_V4, WORLD_V6)
 
     def _index(self, row: SetRow, peer: IPAddress, own: IPAddress, packet: Packet) -> int:
         """Steps 2 to 4."""
         classes = self._tables.peer_classes
         known = classes.get((row.number, self.identity_of(peer)))
-        peer_class = row.default_class if known is None else known
+        peer_class = _of_family(peer, row.default_class4, row.default_class6) if known is None else known
         own_class = 0
         if row.own_set:
             known = classes.get((row.own_set, self.identity_of(own)))
-            own_class = row.own_default_class if known is None else known
+            own_class = _of_family(own, row.own_default_class4, row.own_default_class6) if known is None else known
         l4_class = self._column(row.l4_base, *_position(packet)) if row.l4_classes > 1 else 0
         source_class = 0
         if row.source_classes > 1:
@@ -128,6 +128,10 @@ class Interpreter:
                 tuple(tables.rules[rule] for rule in logs),
             )
         return verdict
+
+
+def _of_family(address: IPAddress, four: int, six: int) -> int:
+    return four if address.version == 4 else six  # noqa: PLR2004  # the family
 
 
 def _position(packet: Packet) -> tuple[int, int]:

@@ -10,11 +10,12 @@ at again.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from collections.abc import Set as AbstractSet
 from itertools import product
 
-from netpol_ebpf.compiler.classes import ClassMap
+from netpol_ebpf.compiler.classes import Side
+from netpol_ebpf.compiler.identities import IdentityIndex
 from netpol_ebpf.compiler.sets import LiveSet
+from netpol_ebpf.compiler.setstore import SetStore
 from netpol_ebpf.policy.types import Outcome
 
 BUDGET = 50_000
@@ -26,31 +27,31 @@ _REMEMBERED = 4096
 class Revocation:
     """The comparisons of one commit. ``late``: identities that sets which go have no classes for any more."""
 
-    def __init__(self, identities: AbstractSet[int], late: Iterable[int]) -> None:
+    def __init__(self, identities: IdentityIndex, late: Iterable[int]) -> None:
         self._late = frozenset(late)
         self._identities = identities
         self._left = BUDGET
         self._compared: dict[tuple[LiveSet | None, LiveSet | None], bool] = {}
 
-    def by_relabelling(self, pairs: set[tuple[int, int]], sets: Iterable[LiveSet]) -> bool:
-        """Whether addresses that turn from one identity into the other lose something in any of the sets."""
-        if not pairs:
-            return False
-        for live in sets:
-            for before, after in pairs:
-                if self._loses(live, live.peer, before, after):
-                    return True
-                if live.own is not None and self._loses(live, live.own, before, after):
-                    return True
+    def by_relabelling(self, pairs: set[tuple[int, int]], sets: SetStore) -> bool:
+        """Whether addresses that turn from one identity into the other lose something in any of the sets that stay."""
+        for before, after in pairs:
+            for class_map, users in sets.that_tell(before, after):
+                old, new = class_map.vector_of(before), class_map.vector_of(after)
+                if old != new:
+                    for live in users:
+                        if live.references and any(
+                            side.map is class_map and self._loses(live, side, side.vector(old), side.vector(new))
+                            for side in live.sides
+                        ):
+                            return True
         return False
 
-    def _loses(self, live: LiveSet, side: ClassMap, before: int, after: int) -> bool:
-        old, new = side.vector_of(before), side.vector_of(after)
-        if old == new:
-            return False
-        known = live.losses.get((side.number, old, new))
+    def _loses(self, live: LiveSet, side: Side, old: int, new: int) -> bool:
+        is_peer = side is live.peer
+        known = live.losses.get((is_peer, old, new))
         if known is None:
-            if side is live.peer:
+            if is_peer:
                 others = [-1] if live.own is None else list(live.own.vectors.values())
             else:
                 others = list(live.peer.vectors.values())
@@ -61,7 +62,7 @@ class Revocation:
             if len(live.losses) > _REMEMBERED:
                 live.losses.clear()
             known = any(_loses(live.outcome(old & each), live.outcome(new & each)) for each in rest)
-            live.losses[(side.number, old, new)] = known
+            live.losses[(is_peer, old, new)] = known
         return known
 
     def by_replacement(self, old: LiveSet | None, new: LiveSet | None) -> bool:
@@ -78,15 +79,7 @@ class Revocation:
             return old is not None and old.may(Outcome.ALLOW)
         if old is None:  # continued so far
             return new.may(Outcome.DENY)
-        judged = self._identities - self._late
-        peers = {(old.peer.vector_of(each), new.peer.vector_of(each)) for each in judged}
-        if old.own is None and new.own is None:
-            owns = {(-1, -1)}
-        else:
-            owns = {
-                (-1 if old.own is None else old.own.vector_of(each), -1 if new.own is None else new.own.vector_of(each))
-                for each in judged
-            }
+        peers, owns = self._pairs(old.peer, new.peer), self._pairs(old.own, new.own)
         l4 = set(zip(old.atom_vectors(), new.atom_vectors(), strict=True))
         sources = set(zip(old.source_vectors(), new.source_vectors(), strict=True))
         self._left -= len(peers) * len(owns) * len(l4) * len(sources)
@@ -96,6 +89,25 @@ class Revocation:
             _loses(old.outcome(peer[0] & own[0] & one[0] & two[0]), new.outcome(peer[1] & own[1] & one[1] & two[1]))
             for peer, own, one, two in product(peers, owns, l4, sources)
         )
+
+    def _pairs(self, old: Side | None, new: Side | None) -> set[tuple[int, int]]:
+        """What identities are on one side before and after, each pair once. No side: anything."""
+        if old is None or new is None:
+            return {(before, after) for before in _all(old) for after in _all(new)}
+        if old.map is new.map:
+            return {(old.vector(each), new.vector(each)) for each in old.map.vectors.values()}
+        numbers = (old.map.rows.keys() | new.map.rows.keys()) - self._late
+        pairs = {(old.map.class_of(number), new.map.class_of(number)) for number in numbers}
+        v6 = len(numbers & self._identities.v6)
+        for family, told in ((4, len(numbers) - v6), (6, v6)):
+            if len(self._identities.family_members(family) - self._late) > told:  # the others have no rows
+                pairs.add((old.map.defaults[family], new.map.defaults[family]))
+        before, after = old.vectors, new.vectors
+        return {(before[one], after[other]) for one, other in pairs}
+
+
+def _all(side: Side | None) -> Iterable[int]:
+    return (-1,) if side is None else side.vectors.values()
 
 
 def _loses(old: Outcome, new: Outcome) -> bool:

@@ -11,10 +11,11 @@ points at it follows before anything else is written).
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import product
 
-from netpol_ebpf.compiler.classes import ClassMap
+from netpol_ebpf.compiler.classes import ClassMap, ClassMaps, Side
 from netpol_ebpf.compiler.draft import DELETED, Draft, Phase
 from netpol_ebpf.compiler.entries import Effect
 from netpol_ebpf.compiler.identities import IdentityIndex, MatchRecord
@@ -22,7 +23,7 @@ from netpol_ebpf.compiler.intervals import Intervals
 from netpol_ebpf.compiler.journal import Journal
 from netpol_ebpf.compiler.l4 import AtomSpace, Split
 from netpol_ebpf.compiler.limits import Limits, exceeded
-from netpol_ebpf.compiler.numbers import Numbers, Ranges
+from netpol_ebpf.compiler.numbers import Ranges
 from netpol_ebpf.compiler.programs import Part, Program, nothing_decided
 from netpol_ebpf.compiler.registers import RowRegister
 from netpol_ebpf.compiler.tables import COLUMN_BLOCK, SetRow, VerdictRow
@@ -48,7 +49,7 @@ class Stores:
     sources: AtomSpace
     causes: RowRegister[Cause]
     log_lists: RowRegister[tuple[int, ...]]
-    set_numbers: Numbers
+    maps: ClassMaps
     verdicts: Ranges
     columns: Ranges
     limits: Limits
@@ -183,16 +184,16 @@ class LiveSet:
         self._tail_rule = stores.causes.acquire(cause, what, draft, journal)
         self._verdicts: dict[int, VerdictRow] = {}
         self._trimmed = 0
-        self.losses: dict[tuple[int, int, int], bool] = {}
+        self.losses: dict[tuple[bool, int, int], bool] = {}
         """What `netpol_ebpf.compiler.revocation` found out: it depends on the set's meaning alone, which never changes."""
         for predicate in entries.l4:
             stores.atoms.acquire(predicate, journal)
         for predicate in entries.sources:
             stores.sources.acquire(predicate, journal)
-        self.peer = self._class_map(entries.peers, journal)
-        self.own: ClassMap | None = None
+        self.peer = self._side(entries.peers, journal)
+        self.own: Side | None = None
         if any(record.match != ANYONE for record in entries.owns):
-            self.own = self._class_map(entries.owns, journal)
+            self.own = self._side(entries.owns, journal)
         self._l4: _Column
         self._source: _Column
         self.base = 0
@@ -200,21 +201,25 @@ class LiveSet:
         self.peer_room = self.own_room = 1
         self.row: SetRow
 
-    def _class_map(self, matches: dict[MatchRecord, int], journal: Journal) -> ClassMap:
-        number = self._stores.set_numbers.take(journal)
-        if number is None:
-            raise exceeded(self.what, "endpoints", self._stores.limits.endpoints, self._stores.limits.endpoints + 1)
-        masks = {record: mask for record, mask in matches.items() if record.match != ANYONE}
+    def _side(self, matches: dict[MatchRecord, int], journal: Journal) -> Side:
         always = self._entries.ends
+        masks: dict[MatchRecord, int] = {}
         for record, mask in matches.items():
             if record.match == ANYONE:
                 always |= mask
-        return ClassMap(number, masks, always, self._stores.limits.classes_per_set, self.what)
+            else:
+                masks[record] = mask
+        return Side(self._stores.maps.acquire(frozenset(masks), self.what, journal), masks, always)
 
     @property
-    def class_maps(self) -> tuple[ClassMap, ...]:
-        """Both sides, or the peer's only."""
+    def sides(self) -> tuple[Side, ...]:
+        """Both, or the peer's only."""
         return (self.peer,) if self.own is None else (self.peer, self.own)
+
+    @property
+    def class_maps(self) -> Iterable[ClassMap]:
+        """Those of its sides, each once."""
+        return dict.fromkeys(side.map for side in self.sides)
 
     # --- building ---------------------------------------------------------------------------------------------------
 
@@ -222,7 +227,8 @@ class LiveSet:
         """Classes, columns and verdicts of a set that is not in force yet. The atom spaces must be up to date."""
         stores = self._stores
         for class_map in self.class_maps:
-            class_map.build(stores.identities, draft)
+            if not class_map.is_built:
+                class_map.build(draft)
         limit, ends = stores.limits.classes_per_set, self._entries.ends
         self._l4 = _Column(self._entries.l4, ends, stores.atoms, limit, self.what)
         self._source = _Column(self._entries.sources, ends, stores.sources, limit, self.what)
@@ -233,10 +239,10 @@ class LiveSet:
 
     def _place_verdicts(self, phase: Phase, draft: Draft, journal: Journal) -> None:
         """Take a range with room for some more classes, and write the verdicts of all there are."""
-        peers = self.peer.span
+        peers = self.peer.map.span
         self.peer_room = peers + max(2, peers // 4)
         if self.own is not None:
-            self.own_room = self.own.span + max(1, self.own.span // 4)
+            self.own_room = self.own.map.span + max(1, self.own.map.span // 4)
         size = self.peer_room * self.own_room * len(self._l4.vectors) * len(self._source.vectors)
         limits = self._stores.limits
         if size > limits.verdicts_per_set:
@@ -251,11 +257,13 @@ class LiveSet:
 
     def _make_row(self) -> None:
         self.row = SetRow(
-            number=self.peer.number,
-            default_class=self.peer.default,
+            number=self.peer.map.number,
+            default_class4=self.peer.map.defaults[4],
+            default_class6=self.peer.map.defaults[6],
             peer_classes=self.peer_room,
-            own_set=0 if self.own is None else self.own.number,
-            own_default_class=0 if self.own is None else self.own.default,
+            own_set=0 if self.own is None else self.own.map.number,
+            own_default_class4=0 if self.own is None else self.own.map.defaults[4],
+            own_default_class6=0 if self.own is None else self.own.map.defaults[6],
             own_classes=self.own_room,
             l4_base=self._l4.base,
             l4_classes=len(self._l4.vectors),
@@ -336,7 +344,7 @@ class LiveSet:
             journal.assign(self, name, getattr(self, name))
         if len(self._verdicts) > 2 * self._trimmed + _TRIM_ABOVE:
             self._trim(journal)
-        if self.peer.span > self.peer_room or (self.own is not None and self.own.span > self.own_room):
+        if self.peer.map.span > self.peer_room or (self.own is not None and self.own.map.span > self.own_room):
             left = (self.base, self.size)
             self._place_verdicts(Phase.PREPARE, draft, journal)
             return left
@@ -402,9 +410,8 @@ class LiveSet:
     def release(self, draft: Draft, journal: Journal) -> None:
         """Remove everything, at the end of a commit."""
         stores = self._stores
-        for class_map in self.class_maps:
-            class_map.clear(draft)
-            stores.set_numbers.give_back(class_map.number, journal)
+        for side in self.sides:
+            stores.maps.release(side.map, draft, journal)
         for rule in (*self._rules, self._tail_rule):
             stores.causes.release(rule, journal)
         for verdict in self._verdicts.values():

@@ -7,7 +7,7 @@ and a column entry for every atom that a packet may meet, before any row shows t
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 
 from netpol_ebpf.compiler.classes import ClassMap
 from netpol_ebpf.compiler.draft import Draft
@@ -15,6 +15,7 @@ from netpol_ebpf.compiler.identities import MatchRecord
 from netpol_ebpf.compiler.journal import Journal
 from netpol_ebpf.compiler.l4 import Split
 from netpol_ebpf.compiler.sets import LiveSet, SetKey, Stores, free_columns, free_verdicts
+from netpol_ebpf.compiler.tables import SetRow
 
 
 class SetStore:
@@ -25,12 +26,12 @@ class SetStore:
         self._sets: dict[SetKey, LiveSet] = {}
         self._published: set[LiveSet] = set()
         self._uses: dict[MatchRecord, dict[ClassMap, int]] = {}
-        self._set_of: dict[ClassMap, LiveSet] = {}
+        self._sets_of: dict[ClassMap, dict[LiveSet, None]] = {}  # published sets
         self._odd: dict[int, set[ClassMap]] = {4: set(), 6: set()}
-        """Class maps in which an ordinary identity of a family is not in the default class."""
+        """Class maps in which an ordinary identity of a family is not in the default class of that family."""
         self._created: list[LiveSet] = []
         self._dying: list[LiveSet] = []
-        self._moved: set[LiveSet] = set()
+        self._moved: dict[LiveSet, SetRow] = {}
         self._left_verdicts: list[tuple[int, int]] = []
         self._left_columns: list[tuple[int, int]] = []
 
@@ -60,25 +61,35 @@ class SetStore:
             live.release_predicates(journal)
 
     @property
-    def moved(self) -> set[LiveSet]:
-        """Published sets that were given a new range in this commit."""
+    def moved(self) -> Mapping[LiveSet, SetRow]:
+        """Published sets that were given a new range in this commit, with the rows that they had before."""
         return self._moved
 
     def extend(self, created: Iterable[int], draft: Draft, journal: Journal) -> None:
         """Give new identities their classes in all published sets. Cost: the sets whose matches concern them."""
-        peers: dict[LiveSet, dict[int, int]] = {}
-        owns: dict[LiveSet, dict[int, int]] = {}
+        grown: dict[ClassMap, list[int]] = {}
         for identity in created:
             for class_map, vector in self._vectors(identity).items():
                 class_ = class_map.add(identity, vector, draft, journal)
                 if class_ is not None:
-                    live = self._set_of[class_map]
-                    (peers if class_map is live.peer else owns).setdefault(live, {})[class_] = vector
-        for live in dict.fromkeys((*peers, *owns)):
-            left = live.add_classes(peers.get(live, {}), owns.get(live, {}), draft, journal)
+                    grown.setdefault(class_map, []).append(class_)
+        for live in dict.fromkeys(live for class_map in grown for live in self._sets_of[class_map]):
+            peers, owns = (
+                {}
+                if side is None
+                else {class_: side.vector(side.map.vectors[class_]) for class_ in grown.get(side.map, ())}
+                for side in (live.peer, live.own)
+            )
+            row = live.row
+            left = live.add_classes(peers, owns, draft, journal)
             if left is not None:
                 self._left_verdicts.append(left)
-                self._moved.add(live)
+                self._moved.setdefault(live, row)
+
+    def that_tell(self, one: int, other: int) -> Iterator[tuple[ClassMap, Iterable[LiveSet]]]:
+        """Class maps that may tell one identity from another, with their published sets."""
+        for class_map in {**self._vectors(one), **self._vectors(other)}:
+            yield class_map, self._sets_of[class_map]
 
     def _vectors(self, identity: int) -> dict[ClassMap, int]:
         """The vectors of an identity in all class maps where it may not be in the default class."""
@@ -97,10 +108,11 @@ class SetStore:
         """Give new atoms their classes in all published sets."""
         if split.parents:
             for live in self._published:
+                row = live.row
                 left = live.add_atoms(split, source, draft, journal)
                 if left is not None:
                     self._left_columns.append(left)
-                    self._moved.add(live)
+                    self._moved.setdefault(live, row)
 
     def build_created(self, draft: Draft, journal: Journal) -> None:
         """Write the new sets. Identities and atoms must be final."""
@@ -108,22 +120,37 @@ class SetStore:
             live.build(draft, journal)
             journal.add(self._published, live)
             for class_map in live.class_maps:
-                journal.put(self._set_of, class_map, live)
-                for record, mask in class_map.masks.items():
-                    users = self._uses.get(record)
-                    if users is None:
-                        users = {}
-                        journal.put(self._uses, record, users)
-                    journal.put(users, class_map, mask)
-                for family, odd in self._odd.items():
-                    if class_map.base[family] != class_map.vectors[class_map.default]:
-                        journal.add(odd, class_map)
+                if class_map not in self._sets_of:
+                    self._publish(class_map, journal)
+                journal.put(self._sets_of[class_map], live, None)
+
+    def _publish(self, class_map: ClassMap, journal: Journal) -> None:
+        journal.put(self._sets_of, class_map, {})
+        for record, mask in class_map.masks.items():
+            users = self._uses.get(record)
+            if users is None:
+                users = {}
+                journal.put(self._uses, record, users)
+            journal.put(users, class_map, mask)
+        for family, odd in self._odd.items():
+            if class_map.base[family] != class_map.vectors[class_map.defaults[family]]:
+                journal.add(odd, class_map)
+
+    def _withdraw(self, class_map: ClassMap, journal: Journal) -> None:
+        journal.pop(self._sets_of, class_map)
+        for record in class_map.masks:
+            users = self._uses[record]
+            journal.pop(users, class_map)
+            if not users:
+                journal.pop(self._uses, record)
+        for odd in self._odd.values():
+            journal.discard(odd, class_map)
 
     def remove_identities(self, gone: Iterable[int], draft: Draft, journal: Journal) -> None:
         """Drop the rows of identities that no address has any more."""
         numbers = list(gone)
         if numbers:
-            for class_map in self._set_of:
+            for class_map in self._sets_of:
                 for number in numbers:
                     class_map.remove(number, draft, journal)
 
@@ -134,14 +161,9 @@ class SetStore:
                 raise AssertionError("a set that was never built was released")
             journal.discard(self._published, live)
             for class_map in live.class_maps:
-                journal.pop(self._set_of, class_map)
-                for record in class_map.masks:
-                    users = self._uses[record]
-                    journal.pop(users, class_map)
-                    if not users:
-                        journal.pop(self._uses, record)
-                for odd in self._odd.values():
-                    journal.discard(odd, class_map)
+                journal.pop(self._sets_of[class_map], live)
+                if not self._sets_of[class_map]:
+                    self._withdraw(class_map, journal)
             live.release(draft, journal)
         for base, size in self._left_verdicts:
             free_verdicts(base, size, self.stores, draft)

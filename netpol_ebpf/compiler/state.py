@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from netpol_ebpf.compiler.addresses import Addresses, Claim
+from netpol_ebpf.compiler.classes import ClassMaps
 from netpol_ebpf.compiler.identities import IdentityIndex
 from netpol_ebpf.compiler.journal import Journal
 from netpol_ebpf.compiler.l4 import ANY_L4, ANY_SOURCE, SOURCE_BLOCK, AtomSpace
@@ -70,7 +71,7 @@ class State:
             sources=AtomSpace(ANY_SOURCE, SOURCE_BLOCK, 256, limits),
             causes=RowRegister("rules", limits.rules, known.rules),
             log_lists=RowRegister("log_lists", limits.log_lists),
-            set_numbers=Numbers(1, 1 << 31),
+            maps=ClassMaps(self.identities, limits),
             verdicts=Ranges(limits.verdicts),
             columns=Ranges(limits.column_blocks),
             limits=limits,

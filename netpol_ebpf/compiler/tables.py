@@ -5,7 +5,7 @@ A packet becomes a verdict in four steps, each one lookup (`netpol_ebpf.compiler
 description, `bpf/np_classify.h` the fast one):
 
     1. peer address  -> identity        addresses (exact), else cidrs (longest prefix), else WORLD_V4/WORLD_V6
-    2. identity      -> peer class      peer_classes[(set, identity)], else the set's default class
+    2. identity      -> peer class      peer_classes[(set, identity)], else the set's default class for the family
        own address   -> own class       the same, through ``own_set``; only where a rule's own side is not constant
     3. (protocol, destination port | ICMP type and code) -> atom -> L4 class of the set (``l4_columns``)
        source port   -> atom -> source class; only where a rule of the set uses source ports
@@ -65,17 +65,20 @@ ATOM_BLOCKS = OTHER_BLOCK + 1
 class SetRow:
     """One policy set: the ordered list of everything that applies to an endpoint in one direction and stage.
 
-    ``number``: the ``set`` of peer_classes.  ``own_set``: its counterpart for the endpoint's own side, 0 when the own
-    side is constant (then own_classes is 1).  ``l4_base``: first block in l4_columns for destination atoms;
+    ``number``: the ``set`` of peer_classes, shared by policy sets that tell peers apart alike; ``default_class*``: the class
+    of identities of that family without a row there.  ``own_set``: its counterpart for the endpoint's own side, 0 when the
+    own side is constant (then own_classes is 1).  ``l4_base``: first block in l4_columns for destination atoms;
     ``source_base``: the same for source-port atoms, unused when source_classes is 1.  ``peer_classes``: how many peer
     classes have verdicts (for bounds).
     """
 
     number: int
-    default_class: int
+    default_class4: int
+    default_class6: int
     peer_classes: int
     own_set: int
-    own_default_class: int
+    own_default_class4: int
+    own_default_class6: int
     own_classes: int
     l4_base: int
     l4_classes: int

@@ -69,8 +69,11 @@ class PolicySet:
     verdicts: list[Verdict]
     peer_classes: int = 1
     default_class: int = 0
+    default_class6: int | None = None
+    """None: as for IPv4."""
     own_set: int = 0
     own_default_class: int = 0
+    own_default_class6: int | None = None
     own_classes: int = 1
     l4_classes: int = 1
     source_classes: int = 1
@@ -78,8 +81,10 @@ class PolicySet:
     def row(self) -> abi.np_set:
         """As the endpoint row has it; a set has 64 verdicts and one block of each column to itself."""
         return abi.np_set(
-            number=self.number, default_class=self.default_class, peer_classes=self.peer_classes,
-            own_set=self.own_set, own_default_class=self.own_default_class, own_classes=self.own_classes,
+            number=self.number, peer_classes=self.peer_classes, default_class4=self.default_class,
+            default_class6=self.default_class if self.default_class6 is None else self.default_class6,
+            own_set=self.own_set, own_classes=self.own_classes, own_default_class4=self.own_default_class,
+            own_default_class6=self.own_default_class if self.own_default_class6 is None else self.own_default_class6,
             l4_base=self.number * 2, l4_classes=self.l4_classes,
             source_base=self.number * 2 + 1, source_classes=self.source_classes, verdict_base=self.number * 64,
         )  # fmt: skip

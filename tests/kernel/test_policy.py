@@ -109,6 +109,16 @@ def test_default_class(rig: Rig) -> None:
     assert rig.into(p.frame(PEER4, POD4, p.UDP, p.udp(1, 2))).rules == {21: 1}
 
 
+@pytest.mark.parametrize(("peer", "pod", "rule"), [(PEER4, POD4, 21), (PEER6, POD6, 22)])
+def test_default_class_of_each_family(rig: Rig, peer: str, pod: str, rule: int) -> None:
+    """An identity without a class row is in the set's default class for the family of the packet."""
+    verdicts = [Verdict(DENY, 20), Verdict(ALLOW, 21), Verdict(ALLOW, 22)]
+    rig.pod(
+        PolicySet(INGRESS, verdicts, peer_classes=3, default_class=1, default_class6=2), everything(EGRESS, DENY, 12)
+    )
+    assert rig.into(p.frame(peer, pod, p.UDP, p.udp(1, 2))).rules == {rule: 1}
+
+
 def test_class_out_of_range_denies(rig: Rig) -> None:
     """A class beyond the set's verdicts never reads another set's verdict."""
     rig.pod(everything(INGRESS, ALLOW, 11), everything(EGRESS, ALLOW, 12))

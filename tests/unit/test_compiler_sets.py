@@ -195,13 +195,26 @@ def test_source_ports_are_a_dimension_where_a_rule_has_them() -> None:
 
 
 def test_most_identities_are_the_default_class() -> None:
-    """A rule for all pods of the cluster needs a row for the world, not for each identity."""
+    """A rule for all pods of the cluster needs a row for the world, not for each identity; nothing else is IPv6 here."""
     rule = allow(source=Entity(selector=EVERYTHING))
     pods = [endpoint(f"p{index}", f"10.0.0.{index}") for index in range(1, 50)]
     compiler = compiled(*pods, policy("p", rule))
     number = ingress(compiler, "p1").number
     rows = {identity for (set_, identity), _ in compiler.tables.peer_classes.items() if set_ == number}
-    assert rows == {1, 2}
+    assert rows == {1}
+
+
+def test_a_rule_on_one_family_needs_no_rows() -> None:
+    """A rule on 0.0.0.0/0 is a default class of its own for each family, which identities that come later are in, too."""
+    pods = [endpoint(f"p{index}", f"10.0.0.{index}", f"fd00::{index}") for index in range(1, 10)]
+    compiler = compiled(*pods, policy("p", allow(source=Entity(nets=(ip_network("0.0.0.0/0"),)))))
+    row = ingress(compiler, "p1")
+    assert row.default_class4 != row.default_class6
+    compiler.upsert(endpoint("new", "10.0.9.1", "fd00:9::1"))
+    compiler.commit()
+    assert not [set_ for (set_, _), _ in compiler.tables.peer_classes.items() if set_ == row.number]
+    assert ask(compiler, "p1", tcp("10.0.9.1", "10.0.0.1")).outcome is Outcome.ALLOW
+    assert ask(compiler, "p1", tcp("fd00:9::1", "fd00::1")).outcome is Outcome.DENY
 
 
 def test_class_number_is_used_again() -> None:
