@@ -189,9 +189,9 @@ NP_MAP("lpm_trie", np_cidr6, struct np_cidr6_key, struct np_cidr, NP_MAX_CIDR6, 
 NP_MAP("lpm_trie", np_source4, struct np_source4_key, struct np_source, NP_MAX_SOURCE4, BPF_F_NO_PREALLOC);
 NP_MAP("lpm_trie", np_source6, struct np_source6_key, struct np_source, NP_MAX_SOURCE6, BPF_F_NO_PREALLOC);
 
-// (Policy set, identity) to peer class, where it is not the default of its family; sets that tell peers apart alike share
-// a number.  The agent writes, the program reads.  Looked up for a new flow.  When full: the agent refuses the change.
-// Key: host order.  Lives as long as one of the sets.
+// (Policy set, identity) to peer class, where it is not the default of its family; sets that tell peers apart alike
+// share a number.  The agent writes, the program reads.  Looked up for a new flow.  When full: the agent refuses the
+// change.  Key: host order.  Lives as long as one of the sets.
 NP_MAP("hash", np_peer_class, struct np_peer_class_key, struct np_peer_class, NP_MAX_PEER_CLASS, BPF_F_NO_PREALLOC);
 
 // (Protocol, port or ICMP type and code) to atom, in blocks.  The agent writes, the program reads.  Looked up for a new
