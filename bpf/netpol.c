@@ -240,16 +240,15 @@ NP_INLINE void np_ip_decide(struct np_flow *flow, struct np_work *work, const un
 }
 
 // Policy was asked again about a known connection, which was allowed under another generation, with the tuple of its
-// first packet; what is no longer allowed is removed.  Returns why the packet is dropped, or NP_REASON_NONE.
-NP_INLINE int np_ip_again(struct np_flow *flow, union np_conn_key *key, const struct np_found *found,
-                          struct np_conn *conn, const int version)
+// first packet.  What is no longer allowed keeps its entry, and that its generation: it is cut as long as policy says so,
+// and no packet of the other side passes for the first of a flow of its own.  Returns why the packet is dropped, or
+// NP_REASON_NONE.
+NP_INLINE int np_ip_again(struct np_flow *flow, struct np_conn *conn)
 {
     struct np_decision *decision = flow->decision;
     int allowed = decision->action != NP_ACTION_DENY;
-    if (!allowed && !(flow->config->flags & NP_CONFIG_KEEP_REVOKED)) {
-        np_conn_remove(key, found, version);
+    if (!allowed && !(flow->config->flags & NP_CONFIG_KEEP_REVOKED))
         return decision->reason == NP_REASON_POLICY_DENY ? NP_REASON_REVOKED : decision->reason;
-    }
     if (allowed)
         conn->rule = decision->rule;
     if (allowed && conn->flags & NP_CONN_DEFERRED && flow->leg->endpoint_flags & NP_ENDPOINT_HOST)
@@ -286,8 +285,8 @@ NP_INLINE int np_ip_new(struct __sk_buff *skb, struct np_flow *flow, union np_co
         np_carry(skb, flow, flow->leg->endpoint);
         reason = NP_REASON_DEFERRED;
     }
-    // A packet in the middle of a host's TCP connection opens none: it may be the tail of one that policy has just
-    // closed.
+    // A packet in the middle of a host's TCP connection opens none: it may be the tail of one that the workload opened
+    // and whose entry was evicted.
     if (reason == NP_REASON_HOST && packet->protocol == NP_PROTOCOL_TCP && !(packet->tcp_flags & NP_TCP_SYN))
         return reason;
     if (!np_conn_opens(flow))
@@ -346,7 +345,7 @@ NP_INLINE int np_ip_slow(struct __sk_buff *skb, struct np_flow *flow, union np_c
         if (found->is_known) {
             conn = np_conn_again(found, key, version);
             if (conn) {
-                int reason = np_ip_again(flow, key, found, conn, version);
+                int reason = np_ip_again(flow, conn);
                 if (reason)
                     return reason;
             } // else it was evicted meanwhile; what policy says counts

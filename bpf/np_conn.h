@@ -200,12 +200,13 @@ NP_INLINE __u8 np_conn_first_state(__u8 protocol)
     }
 }
 
-// Whether a packet that policy allowed opens a connection.  A RST and an ICMP answer end or follow something; ICMP
-// messages that are no queries stand alone; borrowed sources are not remembered.
+// Whether a packet that policy allowed opens a connection.  A SYN with ACK, a RST and an ICMP answer follow or end
+// something; ICMP messages that are no queries stand alone; borrowed sources are not remembered.
 NP_INLINE int np_conn_opens(const struct np_flow *flow)
 {
     const struct np_packet *packet = flow->packet;
-    if (flow->leg->untracked || packet->tcp_flags & NP_TCP_RST)
+    if (flow->leg->untracked || packet->tcp_flags & NP_TCP_RST ||
+        (packet->tcp_flags & (NP_TCP_SYN | NP_TCP_ACK)) == (NP_TCP_SYN | NP_TCP_ACK))
         return 0;
     if (packet->protocol == NP_PROTOCOL_ICMP || packet->protocol == NP_PROTOCOL_ICMPV6)
         return packet->icmp_kind == NP_ICMP_QUERY;
@@ -260,10 +261,3 @@ NP_INLINE int np_conn_advance(const struct np_flow *flow, union np_conn_key *key
     return NP_REASON_NONE;
 }
 
-NP_INLINE void np_conn_remove(union np_conn_key *key, const struct np_found *found, const int version)
-{
-    if (found->is_young)
-        np_young_delete(key, version);
-    else
-        np_conn_delete(key, version);
-}

@@ -122,8 +122,8 @@ NP_INLINE int np_sender(struct __sk_buff *skb, struct np_flow *flow, struct np_w
     question->icmp_type = packet->icmp_type;
     question->icmp_code = packet->icmp_code;
     if (conn) {
-        np_conn_touch(conn, flow);
         if (conn->generation == flow->generation) {
+            np_conn_touch(conn, flow);
             flow->decision->rule = conn->rule;
             work->reason = leg->related ? NP_REASON_RELATED : NP_REASON_ESTABLISHED;
             return NP_REASON_NONE;
@@ -141,16 +141,15 @@ NP_INLINE int np_sender(struct __sk_buff *skb, struct np_flow *flow, struct np_w
     work->reason = flow->decision->reason;
     int denied = flow->decision->action == NP_ACTION_DENY;
     if (found->is_known) {
-        if (denied && !(flow->config->flags & NP_CONFIG_KEEP_REVOKED)) {
-            np_conn_remove(key, found, version);
+        if (denied && !(flow->config->flags & NP_CONFIG_KEEP_REVOKED))
             return work->reason == NP_REASON_POLICY_DENY ? NP_REASON_REVOKED : work->reason;
-        }
         conn = np_conn_again(found, key, version);
         if (conn) {
             if (!denied)
                 conn->rule = flow->decision->rule;
             flow->decision->rule = conn->rule;
             conn->generation = flow->generation;
+            np_conn_touch(conn, flow);
         }
         flow->decision->log_list = 0; // Log rules speak of new flows
         work->reason = NP_REASON_ESTABLISHED;

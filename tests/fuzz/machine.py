@@ -12,7 +12,7 @@ import enum
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from wire import ANSWERS, FIN, ICMP, ICMPV6, RST, SYN, TCP, UDP, Facts, Kind, Place, icmp_kind, parse
+from wire import ACK, ANSWERS, FIN, ICMP, ICMPV6, RST, SYN, TCP, UDP, Facts, Kind, Place, icmp_kind, parse
 
 FE80, FE80_BITS = 0xFE80 >> 6, 6
 
@@ -306,14 +306,13 @@ class _Passage:
         return "policy-allow" if allowed else "policy-deny"
 
     def _still_allowed(self, key: Key, connection: Connection) -> bool:
-        """Judge a connection of an earlier generation by its first packet; remove it if it is no longer allowed."""
+        """Judge a connection of an earlier generation by its first packet; one that is not allowed stays, and cut."""
         self.is_reply = connection.way is not self.way
         if connection.generation != self.machine.generation and not connection.exempt:
             answer = self._ask(connection.way, key, connection.icmp)
             if answer in PASSES:
                 connection.rule = self.rule
             elif not self.machine.keep_revoked:
-                del self.machine.connections[key]
                 return False
         connection.generation = self.machine.generation
         self.rule = connection.rule
@@ -367,11 +366,11 @@ class _Passage:
     def _opens(self, reason: str) -> bool:
         """Whether an allowed packet begins something.
 
-        No RST, no ICMP but queries, nothing from borrowed addresses, no tail of a TCP connection that the node itself may
+        No SYN with ACK, no RST, no ICMP but queries, nothing from borrowed addresses, no tail of a TCP connection that the node itself may
         have had.
         """
         facts = self.facts
-        if self.untracked or facts.tcp_flags & RST:
+        if self.untracked or facts.tcp_flags & RST or facts.tcp_flags & (SYN | ACK) == SYN | ACK:
             return False
         if facts.protocol in (ICMP, ICMPV6):
             return facts.kind is Kind.QUERY

@@ -180,8 +180,60 @@ def test_revoked_connection(rig: Rig, pod: str, peer: str, *, reply_seen: bool, 
     assert (seen.passed, seen.reason, seen.rules) == (False, "revoked", {14: 1})
     (event,) = seen.events
     assert (event.direction, event.source_port, event.destination_port) == (abi.NP_DIRECTION_EGRESS, 1000, 80)
-    assert not rig.connections(f"np_conn{family(pod)}")
-    assert not rig.connections(f"np_young{family(pod)}")
+
+
+@pytest.mark.parametrize("protocol", [p.TCP, p.UDP])
+@pytest.mark.parametrize("reply_seen", [False, True])
+@FAMILIES
+def test_answers_do_not_reopen_what_was_revoked(
+    rig: Rig, pod: str, peer: str, protocol: int, *, reply_seen: bool
+) -> None:
+    """What policy cut stays cut both ways, though the other side may begin flows; its end is a change of policy or time."""
+
+    def segment(source: int, destination: int, flags: int = p.ACK) -> bytes:
+        return p.udp(source, destination) if protocol == p.UDP else p.tcp(source, destination, flags)
+
+    outwards, inwards = p.frame(pod, peer, protocol, segment(1000, 80)), p.frame(peer, pod, protocol, segment(80, 1000))
+    egress_only(rig)
+    rig.out(p.frame(pod, peer, protocol, segment(1000, 80, p.SYN)))
+    if reply_seen:
+        rig.into(p.frame(peer, pod, protocol, segment(80, 1000, SYNACK)))
+    table = f"np_{'conn' if reply_seen else 'young'}{family(pod)}"
+    before = {key: bytes(entry) for key, entry in rig.connections(table).items()}
+    rig.pod(everything(INGRESS, ALLOW, 13), everything(EGRESS, DENY, 14))
+    rig.dataplane.bump_generation()
+    for _ in range(2):
+        assert rig.into(inwards).reason == "revoked"
+        assert rig.out(outwards).reason == "revoked"
+    assert {key: bytes(entry) for key, entry in rig.connections(table).items()} == before, "neither touched nor moved"
+    if protocol == p.TCP:
+        assert rig.into(p.frame(peer, pod, p.TCP, p.tcp(80, 1000))).reason == "policy-allow", "a flow of its own"
+        assert rig.out(outwards).reason == "established"
+    else:
+        rig.age(table, 100_000)
+        assert rig.into(inwards).reason == "policy-allow", "a flow of its own, after a time"
+
+
+@FAMILIES
+def test_revoked_connection_that_is_allowed_again(rig: Rig, pod: str, peer: str) -> None:
+    """A policy that takes the cut back lets the connection go on where it stood."""
+    egress_only(rig)
+    rig.out(p.frame(pod, peer, p.TCP, p.tcp(1000, 80)))
+    rig.into(p.frame(peer, pod, p.TCP, p.tcp(80, 1000, SYNACK)))
+    rig.pod(everything(INGRESS, DENY, 13), everything(EGRESS, DENY, 14))
+    rig.dataplane.bump_generation()
+    assert rig.into(p.frame(peer, pod, p.TCP, p.tcp(80, 1000, p.ACK))).reason == "revoked"
+    egress_only(rig)
+    rig.dataplane.bump_generation()
+    assert rig.into(p.frame(peer, pod, p.TCP, p.tcp(80, 1000, p.ACK))).reason == "established"
+
+
+@FAMILIES
+def test_syn_with_ack_opens_nothing(rig: Rig, pod: str, peer: str) -> None:
+    """An answer without a question passes where policy allows it, and is not taken for the beginning of a flow."""
+    rig.pod(everything(INGRESS, ALLOW, 11), everything(EGRESS, DENY, 12))
+    assert rig.into(p.frame(peer, pod, p.TCP, p.tcp(80, 1000, SYNACK))).reason == "policy-allow"
+    assert rig.out(p.frame(pod, peer, p.TCP, p.tcp(1000, 80, p.ACK))).reason == "policy-deny"
 
 
 @FAMILIES
@@ -222,13 +274,10 @@ def test_exempt_connections_follow_the_generation(rig: Rig) -> None:
     assert (entry.generation, entry.flags) == (generation, abi.NP_CONN_EXEMPT)
 
 
-def test_host_packets_do_not_revive_a_revoked_tcp_connection(rig: Rig) -> None:
-    """The tail of a connection that policy closed passes towards the workload but lets nothing out of it."""
-    egress_only(rig)
-    rig.out(p.frame(POD4, PEER4, p.TCP, p.tcp(1000, 80)))
+def test_host_packets_do_not_revive_a_tcp_connection(rig: Rig) -> None:
+    """The tail of a connection that is known no more passes towards the workload but lets nothing out of it."""
     rig.pod(everything(INGRESS, DENY, 13), everything(EGRESS, DENY, 14))
-    rig.dataplane.bump_generation()
-    assert rig.into(p.frame(PEER4, POD4, p.TCP, p.tcp(80, 1000, SYNACK)), ingress=0).reason == "revoked"
+    assert rig.into(p.frame(PEER4, POD4, p.TCP, p.tcp(80, 1000, SYNACK)), ingress=0).reason == "host"
     assert rig.into(p.frame(PEER4, POD4, p.TCP, p.tcp(80, 1000, p.ACK)), ingress=0).reason == "host"
     assert rig.out(p.frame(POD4, PEER4, p.TCP, p.tcp(1000, 80, p.ACK))).reason == "policy-deny"
 
