@@ -77,12 +77,25 @@ def borrowing(*nets: str) -> str:
     )
 
 
+def peers(own: str, number: int, ingress: str, egress: str) -> str:
+    """Different peers each way: sets that tell the same ones apart share their classes."""
+    ways = (
+        f"{way}: [{{{side}: [{{podSelector: {{matchExpressions: [{{key: app, operator: In, values: [{names}]}}]}}}}]}}]"
+        for way, side, names in (("ingress", "from", ingress), ("egress", "to", egress))
+    )
+    return policy(
+        f"excess{number}",
+        f"{{podSelector: {{matchLabels: {{app: {own}}}}}, policyTypes: [Ingress, Egress], {', '.join(ways)}}}",
+    )
+
+
 PEERS = "".join(
-    policy(f"excess{n}", f"{{podSelector: {{matchLabels: {{app: {own}}}}}, policyTypes: [Ingress, Egress], "
-    f"ingress: [{{from: [{{podSelector: {{matchLabels: {{app: {peer}}}}}}}]}}], "
-    f"egress: [{{to: [{{podSelector: {{matchLabels: {{app: {peer}}}}}}}]}}]}}")
-    for n, (own, peer) in enumerate((own, peer) for own in ("web", "other") for peer in ("web", "db", "other", "far"))
-)  # fmt: skip
+    peers(own, 4 * which + number, ingress, egress)
+    for which, own in enumerate(("web", "other"))
+    for number, (ingress, egress) in enumerate(
+        (("web", "web, db"), ("db", "db, other"), ("other", "web, other"), ("far", "far"))[which:]
+    )
+)
 
 
 def rules(*texts: str) -> str:
