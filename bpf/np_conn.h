@@ -68,7 +68,7 @@ NP_INLINE void np_conn_key_of(union np_conn_key *key, const struct np_flow *flow
 // endpoint's side when the error comes towards the endpoint.  Returns NP_REASON_RELATED; NP_REASON_NONE when the error
 // carries no readable header (then it is about nothing, and policy judges it like any other message); or
 // NP_REASON_ICMP_UNRELATED when it is not addressed to the sender of that packet: else a workload could send errors
-// with any content to anyone as long as it has one connection.  Extension headers inside are not walked.
+// with any content to anyone as long as it has one connection.
 NP_INLINE int np_conn_key_inner(struct __sk_buff *skb, union np_conn_key *key, const struct np_flow *flow,
                                 const int version)
 {
@@ -93,6 +93,26 @@ NP_INLINE int np_conn_key_inner(struct __sk_buff *skb, union np_conn_key *key, c
         __builtin_memcpy(destination, ip.destination, sizeof(destination));
         protocol = ip.next;
         offset += sizeof(ip);
+#pragma unroll
+        for (int header = 0; header < NP_IP6_HEADERS; header++) {
+            struct np_ip6_fragment extension; // of the least size that any has
+            if (!np_is_ip6_extension(protocol))
+                break;
+            if (bpf_skb_load_bytes(skb, offset, &extension, sizeof(extension)))
+                return NP_REASON_NONE;
+            if (protocol == NP_PROTOCOL_FRAGMENT) {
+                if (extension.offset_be & np_net16(0xfff8))
+                    return NP_REASON_NONE;
+                offset += sizeof(extension);
+            } else if (protocol == NP_PROTOCOL_AUTHENTICATION) {
+                offset += (extension.length + 2) * 4;
+            } else {
+                offset += (extension.length + 1) * 8;
+            }
+            protocol = extension.next;
+        }
+        if (np_is_ip6_extension(protocol))
+            return NP_REASON_NONE;
     }
 
     __u16 source_port = 0;
@@ -260,4 +280,3 @@ NP_INLINE int np_conn_advance(const struct np_flow *flow, union np_conn_key *key
     np_young_delete(key, version);
     return NP_REASON_NONE;
 }
-

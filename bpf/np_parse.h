@@ -78,7 +78,7 @@ struct np_ip6_extension {
 
 struct np_ip6_fragment {
     __u8 next;
-    __u8 reserved;
+    __u8 length; // of other extensions; reserved in this
     __be16 offset_be; // offset in the high 13 bits, "more follow" in the lowest
     __u32 id;
 };
@@ -217,6 +217,13 @@ NP_INLINE int np_parse_ip4(const struct np_bytes *bytes, struct np_packet *packe
     return NP_REASON_NONE;
 }
 
+NP_INLINE int np_is_ip6_extension(__u8 protocol)
+{
+    return protocol == NP_PROTOCOL_HOP_BY_HOP || protocol == NP_PROTOCOL_ROUTING || protocol == NP_PROTOCOL_FRAGMENT ||
+           protocol == NP_PROTOCOL_AUTHENTICATION || protocol == NP_PROTOCOL_DESTINATION ||
+           protocol == NP_PROTOCOL_MOBILITY;
+}
+
 // The extension headers, at most NP_IP6_HEADERS. AH is walked like the others, ESP ends the walk as a protocol.
 NP_INLINE int np_parse_ip6_headers(const struct np_bytes *bytes, struct np_packet *packet, __u8 next,
                                    __u32 stated_bytes)
@@ -226,8 +233,7 @@ NP_INLINE int np_parse_ip6_headers(const struct np_bytes *bytes, struct np_packe
     for (int header = 0; header <= NP_IP6_HEADERS; header++) {
         if (next == NP_PROTOCOL_NONE)
             return NP_REASON_NO_NEXT_HEADER;
-        if (next != NP_PROTOCOL_HOP_BY_HOP && next != NP_PROTOCOL_ROUTING && next != NP_PROTOCOL_FRAGMENT &&
-            next != NP_PROTOCOL_AUTHENTICATION && next != NP_PROTOCOL_DESTINATION && next != NP_PROTOCOL_MOBILITY) {
+        if (!np_is_ip6_extension(next)) {
             packet->protocol = next;
             packet->l4_offset = offset;
             return NP_REASON_NONE;

@@ -275,6 +275,18 @@ def _invoking(packet: bytes, version: int) -> Invoking | None:
         if len(packet) < 40 or packet[0] >> 4 != 6:
             return None
         source, destination, protocol, at = packet[8:24], packet[24:40], packet[6], 40
+        for _ in range(EXTENSIONS_WALKED):
+            if protocol not in EXTENSIONS:
+                break
+            try:
+                following, size = _extension(packet, protocol, at, len(packet))
+            except Stop:
+                return None
+            if protocol == FRAGMENT and u16(packet, at + 2) & 0xFFF8:
+                return None
+            protocol, at = following, at + size
+        if protocol in EXTENSIONS:
+            return None
     if len(packet) < at + 8:
         return None
     source_port = destination_port = 0

@@ -385,6 +385,32 @@ def test_icmp_error_about_an_echo(rig: Rig) -> None:
         assert rig.into(p.frame("10.200.0.1", POD4, p.ICMP, error)).reason == reason
 
 
+HOP_BY_HOP, FRAGMENT, AUTHENTICATION, OPTIONS = 0, 44, 51, 60
+
+
+@pytest.mark.parametrize(
+    ("first", "headers", "reason"),
+    [
+        (HOP_BY_HOP, p.extension(p.UDP, b"", length=2), "related"),
+        (HOP_BY_HOP, p.extension(OPTIONS, p.extension(FRAGMENT, p.fragment6(p.UDP, b"", more=True))), "related"),
+        (AUTHENTICATION, p.authentication(p.UDP, b""), "related"),
+        (OPTIONS, 7 * p.extension(OPTIONS, b"") + p.extension(p.UDP, b""), "related"),
+        (OPTIONS, 8 * p.extension(OPTIONS, b"") + p.extension(p.UDP, b""), "policy-deny"),
+        (FRAGMENT, p.fragment6(p.UDP, b"", offset=8), "policy-deny"),
+        (OPTIONS, p.extension(p.UDP, b"")[:6], "policy-deny"),
+        (OPTIONS, p.extension(p.TCP, b""), "icmp-unrelated"),
+    ],
+)
+def test_icmp_error_about_a_packet_with_extension_headers(rig: Rig, first: int, headers: bytes, reason: str) -> None:
+    """The inner chain is walked like the outer one; what cannot be read is for policy."""
+    egress_only(rig)
+    rig.out(p.frame(POD6, PEER6, p.UDP, p.udp(5, 6)))
+    about = p.ip6(
+        POD6, PEER6, first, headers + (p.udp(5, 6) if len(headers) % 8 == 0 or first == AUTHENTICATION else b"")
+    )
+    assert rig.into(p.frame("fd02::1", POD6, p.ICMPV6, p.icmp(2, 0, payload=about))).reason == reason
+
+
 def test_icmp_error_about_nothing_readable_is_for_policy(rig: Rig) -> None:
     """An error without an inner header is a message like any other, so that rules by ICMP type can be tested."""
     rig.pod(everything(INGRESS, ALLOW, 11), everything(EGRESS, DENY, 12))
