@@ -127,7 +127,7 @@ NP_INLINE int np_exempt(const struct np_flow *flow, const int hook, const int ve
 }
 
 // What kind of flow a first packet begins: NP_CONN_DEFERRED, NP_CONN_FORWARDED.
-NP_INLINE __u8 np_ip_kind(const struct np_flow *flow, const struct np_question *question, const int hook,
+NP_INLINE __u8 np_ip_kind(const struct np_flow *flow, struct np_question *question, const int hook,
                           const int version)
 {
     int is_host = (flow->leg->endpoint_flags & NP_ENDPOINT_HOST) != 0;
@@ -145,7 +145,7 @@ NP_INLINE int np_ip_plan(struct np_flow *flow, struct np_work *work, __u8 kind, 
     const struct np_config *config = flow->config;
     __u32 behind = 0; // asked about what is behind a service on this node
     int is_deferred = (kind & NP_CONN_DEFERRED) != 0;
-    const struct np_question *wire = &work->questions[NP_QUESTION_WIRE];
+    struct np_question *wire = &work->questions[NP_QUESTION_WIRE];
     work->hides_source = work->refuses = 0;
     work->number = flow->leg->endpoint;
     work->ifindex = flow->ifindex;
@@ -160,6 +160,7 @@ NP_INLINE int np_ip_plan(struct np_flow *flow, struct np_work *work, __u8 kind, 
             struct np_question *final = &work->questions[NP_QUESTION_FINAL];
             behind = 1;
             final->destination_port = vip->local_port;
+            final->to_node = NP_TO_NODE_UNASKED;
             __builtin_memcpy(final->destination, vip->local, version == 4 ? 4 : 16);
         }
     }
@@ -186,7 +187,7 @@ NP_INLINE int np_ip_plan(struct np_flow *flow, struct np_work *work, __u8 kind, 
         work->asks = work->host ? NP_ASK_FORWARD | NP_ASK_WORKLOAD << 4 : NP_ASK_WORKLOAD;
         return NP_REASON_NONE;
     }
-    int to_host = is_deferred ? (int)behind : np_is_local(wire->destination, version);
+    int to_host = is_deferred ? (int)behind : np_is_to_node(wire, version);
     __u32 asks = 0;
     if (work->host) {
         if (to_host && config->flags & NP_CONFIG_TO_HOST_PASS)

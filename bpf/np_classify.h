@@ -18,6 +18,13 @@
 #include "np_flow.h"
 #include "np_maps.h"
 
+// Whether a destination is one of the node's own addresses: asked twice of most packets, looked up once.
+enum np_to_node {
+    NP_TO_NODE_UNASKED = 0,
+    NP_TO_NODE_NO = 1,
+    NP_TO_NODE_YES = 2,
+};
+
 // What is asked: the first packet of a flow, as policy sees it.
 struct np_question {
     __u32 source[4];
@@ -27,9 +34,16 @@ struct np_question {
     __u8 protocol;
     __u8 icmp_type;
     __u8 icmp_code;
-    __u8 pad;
+    __u8 to_node; // enum np_to_node
 };
 _Static_assert(NP_DIRECTION_EGRESS == 1 && NP_DIRECTION_INGRESS == 0, "a direction chooses an address");
+
+NP_INLINE int np_is_to_node(struct np_question *question, const int version)
+{
+    if (question->to_node == NP_TO_NODE_UNASKED)
+        question->to_node = np_is_local(question->destination, version) ? NP_TO_NODE_YES : NP_TO_NODE_NO;
+    return question->to_node == NP_TO_NODE_YES;
+}
 
 // Identity of a question's source (`side` 0) or destination (1), and the local endpoint that has the address (0: none).
 NP_INLINE __u32 np_identity_of(const struct np_question *question, __u32 side, __u32 *endpoint, const int version)

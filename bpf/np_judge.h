@@ -92,6 +92,7 @@ NP_INLINE void np_question_of(struct np_question *question, const union np_conn_
     question->source_port = outwards ? local_port : remote_port;
     question->destination_port = outwards ? remote_port : local_port;
     question->protocol = version == 4 ? key->v4.protocol : key->v6.protocol;
+    question->to_node = NP_TO_NODE_UNASKED;
 }
 
 // Read the set to ask. NP_REASON_CONTINUE: there is none.

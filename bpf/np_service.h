@@ -19,7 +19,7 @@
 #define NP_CARRY_MASK 0xffffu // a number has 16 bits: skb->tc_index has no more
 
 // What is known of a service address: by itself, else as a port of each of the node's own addresses.
-NP_INLINE struct np_vip *np_vip_of(const struct np_question *question, const int version)
+NP_INLINE struct np_vip *np_vip_of(struct np_question *question, const int version)
 {
     union np_vip_key key = {};
     struct np_vip *vip;
@@ -35,7 +35,7 @@ NP_INLINE struct np_vip *np_vip_of(const struct np_question *question, const int
     vip = np_vip_lookup(&key, version);
     if (vip)
         return vip;
-    if (!np_is_local(question->destination, version))
+    if (!np_is_to_node(question, version))
         return 0;
     if (version == 4)
         __builtin_memset(key.v4.address, 0, sizeof(key.v4.address));
