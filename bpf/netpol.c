@@ -127,8 +127,7 @@ NP_INLINE int np_exempt(const struct np_flow *flow, const int hook, const int ve
 }
 
 // What kind of flow a first packet begins: NP_CONN_DEFERRED, NP_CONN_FORWARDED.
-NP_INLINE __u8 np_ip_kind(const struct np_flow *flow, struct np_question *question, const int hook,
-                          const int version)
+NP_INLINE __u8 np_ip_kind(const struct np_flow *flow, struct np_question *question, const int hook, const int version)
 {
     int is_host = (flow->leg->endpoint_flags & NP_ENDPOINT_HOST) != 0;
     if (hook == NP_HOOK_EGRESS)
@@ -241,8 +240,8 @@ NP_INLINE void np_ip_decide(struct np_flow *flow, struct np_work *work, const un
 }
 
 // Policy was asked again about a known connection, which was allowed under another generation, with the tuple of its
-// first packet.  What is no longer allowed keeps its entry, and that its generation: it is cut as long as policy says so,
-// and no packet of the other side passes for the first of a flow of its own.  Returns why the packet is dropped, or
+// first packet.  What is no longer allowed keeps its entry, and that its generation: it is cut as long as policy says
+// so, and no packet of the other side passes for the first of a flow of its own.  Returns why the packet is dropped, or
 // NP_REASON_NONE.
 NP_INLINE int np_ip_again(struct np_flow *flow, struct np_conn *conn)
 {
