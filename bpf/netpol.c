@@ -295,6 +295,13 @@ NP_INLINE int np_ip_new(struct __sk_buff *skb, struct np_flow *flow, union np_co
     return failed ? failed : reason;
 }
 
+// Whether a workload asks all DHCP servers on its link for an address.
+NP_INLINE int np_asks_for_address(const struct np_flow *flow, const int version)
+{
+    return flow->leg->direction == NP_DIRECTION_EGRESS && !(flow->leg->endpoint_flags & NP_ENDPOINT_HOST) &&
+           np_is_dhcp_request(flow->packet, version);
+}
+
 // Everything but a packet in the middle of an open connection.  `open`: what np_conn holds under the packet's key.
 NP_INLINE int np_ip_slow(struct __sk_buff *skb, struct np_flow *flow, union np_conn_key *key, struct np_conn *open,
                          struct np_work *work, const int hook, const int version)
@@ -305,8 +312,9 @@ NP_INLINE int np_ip_slow(struct __sk_buff *skb, struct np_flow *flow, union np_c
     struct np_leg *leg = flow->leg;
     int is_error = packet->icmp_kind == NP_ICMP_ERROR;
 
-    if (np_is_spoofed(flow, version))
-        return NP_REASON_SPOOFED;
+    if (np_is_spoofed(flow, version)) // the client has no address yet
+        return version == 4 && !packet->source[0] && np_asks_for_address(flow, version) ? NP_REASON_DHCP
+                                                                                        : NP_REASON_SPOOFED;
 
     leg->related = NP_REASON_NONE;
     if (is_error) {
@@ -322,6 +330,8 @@ NP_INLINE int np_ip_slow(struct __sk_buff *skb, struct np_flow *flow, union np_c
     struct np_conn *conn = np_conn_find(found, key, open, flow, version);
     if (leg->related && !conn)
         return NP_REASON_ICMP_UNRELATED;
+    if (!conn && np_asks_for_address(flow, version))
+        return NP_REASON_DHCP;
 
     int is_current = 0;
     leg->first_direction = leg->direction;

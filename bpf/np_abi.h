@@ -141,6 +141,7 @@ enum np_reason {
     NP_REASON_HOST_NON_IP = 9, // not IP, on a host interface
     NP_REASON_DEFERRED = 10, // to a service: policy judges where the packet leaves the node or enters a workload
     NP_REASON_UPLINK = 11, // on a host interface without policy
+    NP_REASON_DHCP = 12, // a workload asks for an address
     NP_REASON_POLICY_DENY = 32, // policy denies the flow
     NP_REASON_REVOKED = 33, // policy no longer allows an open connection
     NP_REASON_UNKNOWN_ENDPOINT = 34, // the interface has no endpoint row

@@ -391,6 +391,18 @@ NP_INLINE int np_parse_ip(const struct np_bytes *bytes, struct np_packet *packet
     return np_parse_l4(bytes, packet, version);
 }
 
+// What a DHCP client sends to all servers on its link.
+NP_INLINE int np_is_dhcp_request(const struct np_packet *packet, const int version)
+{
+    const __u32 *to = packet->destination;
+    if (NP_LIKELY(packet->protocol != NP_PROTOCOL_UDP) || packet->fragment != NP_FRAGMENT_WHOLE)
+        return 0;
+    if (version == 4)
+        return packet->source_port == 68 && packet->destination_port == 67 && to[0] == 0xffffffff;
+    return packet->source_port == 546 && packet->destination_port == 547 && to[0] == np_host32(0xff020000) && !to[1] &&
+           !to[2] && to[3] == np_host32(0x00010002); // ff02::1:2
+}
+
 // IPv6 neighbour and listener discovery, which always passes: queries, reports, solicitations, advertisements.
 NP_INLINE int np_is_neighbour(const struct np_packet *packet)
 {

@@ -141,6 +141,7 @@ NP_REASON_CONTINUE = 8  # no stage of the host endpoint decided
 NP_REASON_HOST_NON_IP = 9  # not IP, on a host interface
 NP_REASON_DEFERRED = 10  # to a service: policy judges where the packet leaves the node or enters a workload
 NP_REASON_UPLINK = 11  # on a host interface without policy
+NP_REASON_DHCP = 12  # a workload asks for an address
 NP_REASON_POLICY_DENY = 32  # policy denies the flow
 NP_REASON_REVOKED = 33  # policy no longer allows an open connection
 NP_REASON_UNKNOWN_ENDPOINT = 34  # the interface has no endpoint row
@@ -875,6 +876,8 @@ REASONS: Mapping[int, Reason] = MappingProxyType(
             NP_REASON_DEFERRED, "deferred", "to a service: policy judges where the packet leaves the node or enters a workload"),
         NP_REASON_UPLINK: Reason(
             NP_REASON_UPLINK, "uplink", "on a host interface without policy"),
+        NP_REASON_DHCP: Reason(
+            NP_REASON_DHCP, "dhcp", "a workload asks for an address"),
         NP_REASON_POLICY_DENY: Reason(
             NP_REASON_POLICY_DENY, "policy-deny", "policy denies the flow"),
         NP_REASON_REVOKED: Reason(

@@ -5,7 +5,7 @@
 `walk` asks an engine and combines the answers.  All engines take the same journey; only ``decide`` differs.
 
 Sources: SEMANTICS 3.3 (no policy at all), 4.2 to 4.5 (which policy of a host applies where), 4.6 (failsafes), 4.8
-(untracked), 5.4 (services and hairpins), 5.6 (neighbour discovery).
+(untracked), 5.4 (services and hairpins), 5.6 (neighbour discovery); DHCP: see docs/adr.
 
 Invariant: a hop allows unless one of its questions is answered with DENY or its reason refuses; the journey allows when
 every hop does.  Nothing here evaluates a rule.
@@ -19,9 +19,11 @@ from __future__ import annotations
 import enum
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from ipaddress import ip_address
 
 from netpol_ebpf.policy.types import (
     ICMPV6,
+    UDP,
     Action,
     Cause,
     Direction,
@@ -43,11 +45,18 @@ WILDCARD = "*"
 NEIGHBOUR_DISCOVERY_TYPES = frozenset({130, 131, 132, 133, 135, 136})
 """ICMPv6 types that pass before any policy; 134, a router's advertisement, is not among them (SEMANTICS 5.6)."""
 
+_DHCP = {
+    4: (68, 67, ip_address("255.255.255.255")),
+    6: (546, 547, ip_address("ff02::1:2")),
+}
+"""Source port, destination port and destination of what a DHCP client sends to all servers on its link."""
+
 
 class Reason(enum.Enum):
     """Why a hop is decided without asking policy. All but WORKLOAD_TO_HOST_DROPPED allow."""
 
     NEIGHBOUR_DISCOVERY = "IPv6 neighbour discovery always passes"
+    DHCP = "a workload may always ask its link for an address"
     TO_ITSELF = "traffic of a workload to itself is never policed"
     LOOPBACK = "traffic of a host to itself is never policed"
     HOST_TO_LOCAL_WORKLOAD = "a host always reaches its own workloads"
@@ -312,6 +321,13 @@ class _Planner:
         packet = self.original
         if packet.protocol == ICMPV6 and packet.source.version == 6 and packet.icmp_type in NEIGHBOUR_DISCOVERY_TYPES:  # noqa: PLR2004 - the IP version
             return Reason.NEIGHBOUR_DISCOVERY
+        asks = (packet.source_port, packet.destination_port, packet.destination)
+        if (
+            self.source.kind is PlaceKind.WORKLOAD
+            and packet.protocol == UDP
+            and asks == _DHCP[packet.destination.version]
+        ):
+            return Reason.DHCP
         if self._is_to_itself() and not self.is_translated:
             return Reason.TO_ITSELF
         kinds = {self.source.kind, self.destination.kind}

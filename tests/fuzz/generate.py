@@ -29,6 +29,7 @@ OTHERS = (0, 1, 4, 41, 43, 44, 47, 50, 51, 58, 59, 60, 103, 132, 135, 136, 139, 
 PORTS = (80, 443, 53, 9, 7777, 1000, 5000, 40000)
 FLAGS = (w.SYN, w.SYN, w.SYN | w.ACK, w.ACK, w.ACK, w.ACK | 8, w.FIN | w.ACK, w.RST, w.RST | w.ACK, w.SYN | w.FIN,
          w.SYN | w.RST, 0, 255, w.SYN | 0xC0)  # fmt: skip
+DHCP = {4: (68, 67), 6: (546, 547)}
 EXTENSION_KINDS = (0, 43, 44, 51, 60, 60, 135)
 FLOWS = 16
 """In an episode; few, so that packets meet each other's connections."""
@@ -58,6 +59,9 @@ class Generator:
         remote = (FRIEND, FRIEND, FRIEND, FOE, NEAR, WORLD, POD)[self._below(7)][version]
         local = POD[version] if self._chance() < 0.9 else (BORROWED, FRIEND)[self._below(2)][version]
         protocol = self._pick(PROTOCOLS)
+        if self._chance() < 0.06:
+            local = (local, bytes(4), bytes(16))[self._below(2) * (1 if version == 4 else 2)]
+            return version, local, w.ALL_DHCP_SERVERS if version == 6 else b"\xff" * 4, w.UDP, *DHCP[version]
         return version, local, remote, protocol, self._pick(PORTS), self._pick(PORTS)
 
     def stimulus(self) -> Stimulus:

@@ -36,7 +36,9 @@ class State(enum.Enum):
     OTHER = 6
 
 
-PASSES = frozenset({"policy-allow", "established", "related", "host", "self", "arp", "neighbour", "host-non-ip"})
+PASSES = frozenset(
+    {"policy-allow", "established", "related", "host", "self", "arp", "neighbour", "dhcp", "host-non-ip"}
+)
 RULED = frozenset({"policy-allow", "established", "related", "host", "self", "policy-deny", "revoked"})
 """Reasons that are counted for a rule too (0: exempt)."""
 NEW_FLOW = frozenset({"policy-allow", "host", "self"})
@@ -196,8 +198,9 @@ class _Passage:
         facts, machine = self.facts, self.machine
         if facts.place is Place.LATER and not self._recall():
             return "fragment"
+        may_ask = self.way is Way.EGRESS and not machine.endpoint.is_host and facts.is_dhcp_request
         if self._is_spoofed():
-            return "spoofed"
+            return "dhcp" if may_ask and facts.source == bytes(4) else "spoofed"
         key = self._key()
         if facts.kind is Kind.ERROR and facts.invoking is not None:
             return self._related()
@@ -205,7 +208,7 @@ class _Passage:
         if connection is not None and self._is_alive(connection) and self._covers(connection):
             reason = self._known(key, connection)
         else:
-            reason = self._new(key)
+            reason = "dhcp" if may_ask else self._new(key)
         if facts.place is Place.FIRST and reason in PASSES and facts.kind is not Kind.ERROR:
             machine.firsts[self._fragments()] = First(
                 facts.protocol, (facts.source_port, facts.destination_port), (facts.icmp_type, facts.icmp_code),

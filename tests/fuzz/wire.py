@@ -32,6 +32,7 @@ ICMP_BYTES = 8
 ANSWERS = {4: {8: 0, 13: 14, 15: 16, 17: 18}, 6: {128: 129}}
 """ICMP queries and the type that answers each, by IP version."""
 ERRORS = {4: frozenset({3, 4, 5, 11, 12}), 6: frozenset({1, 2, 3, 4})}
+ALL_DHCP_SERVERS = bytes.fromhex("ff020000000000000000000000010002")
 NEIGHBOUR = frozenset({130, 131, 132, 133, 135, 136})
 
 
@@ -96,6 +97,15 @@ class Facts:
         return (
             self.version == 6 and self.protocol == ICMPV6 and self.place is Place.WHOLE and self.icmp_type in NEIGHBOUR
         )
+
+    @property
+    def is_dhcp_request(self) -> bool:
+        """A DHCP client's question to all servers on its link."""
+        if self.protocol != UDP or self.place is not Place.WHOLE:
+            return False
+        if self.version == 4:
+            return (self.source_port, self.destination_port) == (68, 67) and self.destination == b"\xff" * 4
+        return (self.source_port, self.destination_port) == (546, 547) and self.destination == ALL_DHCP_SERVERS
 
 
 class Stop(Exception):  # noqa: N818  # no error: the slug of why a frame goes no further

@@ -95,6 +95,41 @@ def test_neighbour_discovery(rig: Rig, hook: Hook, kind: int, *, passes: bool) -
     assert (seen.reason == "neighbour") == passes
 
 
+DHCP = [
+    ("0.0.0.0", "255.255.255.255", 68, 67, "dhcp"),
+    (POD4, "255.255.255.255", 68, 67, "dhcp"),
+    (PEER4, "255.255.255.255", 68, 67, "spoofed"),
+    ("0.0.0.0", "255.255.255.255", 67, 68, "spoofed"),
+    (POD4, "255.255.255.255", 67, 68, "policy-deny"),
+    (POD4, "255.255.255.255", 68, 69, "policy-deny"),
+    (POD4, PEER4, 68, 67, "policy-deny"),
+    ("fe80::1", "ff02::1:2", 546, 547, "dhcp"),
+    (POD6, "ff02::1:2", 546, 547, "dhcp"),
+    ("::", "ff02::1:2", 546, 547, "spoofed"),
+    (PEER6, "ff02::1:2", 546, 547, "spoofed"),
+    ("fe80::1", "ff02::1:2", 547, 546, "policy-deny"),
+    ("fe80::1", "ff02::1:3", 546, 547, "policy-deny"),
+    ("fe80::1", PEER6, 546, 547, "policy-deny"),
+]
+
+
+@pytest.mark.parametrize(("source", "destination", "source_port", "destination_port", "reason"), DHCP)
+def test_dhcp_of_a_workload(
+    rig: Rig, source: str, destination: str, source_port: int, destination_port: int, reason: str
+) -> None:
+    """A workload may ask all servers on its link for an address, whatever policy says, and be no server itself."""
+    rig.pod(everything(1, ALLOW, 11), everything(2, DENY, 12))
+    assert rig.out(p.frame(source, destination, p.UDP, p.udp(source_port, destination_port))).reason == reason
+    assert not rig.connections("np_young4") | rig.connections("np_young6")
+
+
+def test_dhcp_fragment_is_no_request(rig: Rig) -> None:
+    """What follows a first fragment could be anything."""
+    rig.pod(everything(1, ALLOW, 11), everything(2, DENY, 12))
+    first = p.eth(p.ip4("0.0.0.0", "255.255.255.255", p.UDP, p.udp(68, 67), more=True), p.IP4)
+    assert rig.out(first).reason == "spoofed"
+
+
 def test_neighbour_discovery_before_there_is_an_endpoint(rig: Rig) -> None:
     """A closed interface lets discovery and ARP through, so that it works the moment it opens; nothing else."""
     assert rig.out(p.frame("::", "ff02::1:ff00:7", p.ICMPV6, p.icmp(135, payload=bytes(16)))).reason == "neighbour"
