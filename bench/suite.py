@@ -93,6 +93,10 @@ def run_all(
     if unknown := [name for name in chosen if name not in known]:
         raise UsageError(f"no such suite: {unknown[0]}; there are: {', '.join(known)}")
     run = begin(command)
+    if smoke:
+        run.notes.append(
+            "a smoke run: few rounds, sizes, loads and contenders; it shows that the parts work, and its figures are rough"
+        )
     began = time.monotonic()
     for name, work in known.items():
         if not chosen or name in chosen:

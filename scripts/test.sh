@@ -56,6 +56,7 @@ step "mypy" mypy
 step "import contracts" lint-imports
 step "codespell" codespell
 step "generated files are fresh" python scripts/generate_abi.py --check
+step "documented results are the recorded ones" python -m bench.page --check
 step "C sources" scripts/check_c.sh
 step "wheel" scripts/check_wheel.sh
 step "tests" run_pytest "$@"

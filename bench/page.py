@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The recorded result's summary, written into docs/performance.md between two markers.
+
+    .venv/bin/python -m bench.page [--check]
+
+Every figure of that page comes from bench/results/reference.json by this program, so none drifts from it.  Must not measure, and must
+not leave a target out in silence: one whose cases the result lacks is *not measured*.  Exit code: 0, or 1 with ``--check`` when the page is stale.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from bench import targets
+from bench.end_to_end import ended_by
+from bench.loads import CONNECTS, REQUESTS, UDP_64
+from bench.record import ROOT, Case, Run, load
+from bench.report import human, percentile, ratio, table
+from bench.site import EMPTY, NOTHING, OURS
+from netpol_ebpf.errors import InvalidInputError
+
+RESULT = ROOT / "bench" / "results" / "reference.json"
+PAGE = ROOT / "docs" / "performance.md"
+BEGIN, END = "<!-- results: python -m bench.page -->", "<!-- end of results -->"
+LARGE = {"pods": 100_000, "policies": 10_000}
+MEBI = 1 << 20
+
+
+def judged(run: Run) -> list[targets.Row]:
+    """All targets of a run: packets, end to end, control plane."""
+    samples: dict[targets.Size, dict[str, Sequence[float]]] = {}
+    for case in run.cases:
+        pods, rules = case.parameters.get("pods"), case.parameters.get("rules")
+        if case.suite == "micro" and case.unit == "ns" and isinstance(pods, int) and isinstance(rules, int):
+            samples.setdefault((pods, rules), {})[case.name] = case.samples
+    return [*targets.rows(samples), *_end_to_end(run), *_control_plane(run)]
+
+
+def _end_to_end(run: Run) -> list[targets.Row]:
+    def median(name: str, contender: str, rules: int | None = None) -> float | None:
+        for case in run.cases:
+            known = (case.suite, case.name, case.contender) == ("end to end", name, contender)
+            if known and case.parameters.get("rules") == rules:
+                return case.median
+        return None
+
+    rows = []
+    for name, base, limit in (
+        (UDP_64.name, EMPTY, 1.02),
+        (REQUESTS.name, EMPTY, 1.02),
+        (CONNECTS.name, NOTHING, 1 / 0.95),
+    ):
+        bottom = median(name, base)
+        for rules in (10, 10_000):
+            ours = median(name, OURS, rules)
+            figure = bottom / ours if bottom is not None and ours else None
+            rows.append(targets.Row(f"{name}, {rules} rules: time over {base}", figure, round(limit, 3), "x"))
+    return rows
+
+
+def _control_plane(run: Run) -> list[targets.Row]:
+    def found(name: str) -> Case | None:
+        for case in run.cases:
+            same_size = all(case.parameters.get(key) == value for key, value in LARGE.items())
+            if case.suite == "control plane" and case.name == name and same_size:
+                return case
+        return None
+
+    wanted = (("cold start", 30_000, "ms"), ("pod added elsewhere", 5, "ms"), ("policy changed", 100, "ms"),
+              ("memory at most", 400, "MiB"))  # fmt: skip
+    rows = []
+    for name, limit, unit in wanted:
+        case = found(name)
+        figure = None
+        if case is not None:
+            figure = case.median / MEBI if unit == "MiB" else percentile(case.samples, 0.99)
+        rows.append(targets.Row(f"{name}{', p99' if name in ('pod added elsewhere', 'policy changed') else ''}, "
+                                "100 000 pods, 10 000 policies", figure, limit, unit))  # fmt: skip
+    return rows
+
+
+def render(run: Run) -> str:
+    """The section: where the figures are from, targets beside measured, contenders."""
+    machine = run.machine
+    dirty = " with uncommitted changes" if run.source.get("dirty") else ""
+    lines = [
+        f"{machine['cpu']}, {machine['cpus']} CPUs, Linux {machine['kernel']}, load before {machine['load_before']}; "
+        f"commit `{run.source.get('commit')}`{dirty}, {run.started}, made by `{run.command}`.",
+        "",
+        *(f"- {note}" for note in run.notes),
+        *([""] if run.notes else []),
+    ]
+    rows = [
+        (row.name, f"at most {row.limit:g} {row.unit}", "-" if row.figure is None else f"{row.figure:.3g} {row.unit}",
+         f"**{row.verdict}**" if row.verdict == targets.MISSED else row.verdict)
+        for row in judged(run)
+    ]  # fmt: skip
+    lines += table(("target", "limit", "measured", ""), rows)
+    for name in (UDP_64.name, REQUESTS.name, CONNECTS.name):
+        cases = [case for case in run.cases if case.suite == "end to end" and case.name == name]
+        shown = [
+            (case.contender, str(case.parameters.get("rules", "")), human(case.median, case.unit), ratio(run, case))
+            for case in cases
+        ]
+        if shown:
+            lines += [f"{name.capitalize()}:", "", *table(("contender", "rules", "median", f"over {NOTHING}"), shown)]
+    return "\n".join(lines).rstrip()
+
+
+def with_section(page: str, section: str) -> str:
+    """The page with another section between its markers. Raises InvalidInputError where it has none."""
+    before, begin, rest = page.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        raise InvalidInputError(f"{PAGE}: has no markers for the results: {BEGIN} and {END}")
+    return f"{before}{BEGIN}\n{section}\n{END}{after}"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Write the section, or say whether it is fresh."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 when the page is stale")
+    parser.add_argument("--result", type=Path, default=RESULT, help="another result")
+    options = parser.parse_args(argv)
+    section = render(load(options.result)) if options.result.exists() else "No reference result is recorded yet."
+    page = PAGE.read_text(encoding="utf-8")
+    fresh = with_section(page, section)
+    if options.check and page != fresh:
+        print(f"{PAGE.relative_to(ROOT)} is stale: run python -m bench.page", file=sys.stderr)
+        return 1
+    if not options.check:
+        PAGE.write_text(fresh, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(ended_by(main))

@@ -1,0 +1,32 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The summary of the recorded result in the documentation."""
+
+from __future__ import annotations
+
+import pytest
+
+from bench import page
+from netpol_ebpf.errors import InvalidInputError
+from tests.unit.test_bench_report import example
+
+
+def test_targets_without_cases_are_said_to_be_not_measured() -> None:
+    """A target is never left out in silence, whatever the result lacks."""
+    rows = page.judged(example())
+    assert "not measured" in {row.verdict for row in rows}
+    assert any("cold start" in row.name for row in rows)
+    assert "c0ffee" in page.render(example())
+
+
+def test_only_the_section_is_replaced() -> None:
+    """What stands around the markers stays, and a second time changes nothing."""
+    text = f"before\n{page.BEGIN}\nold\n{page.END}\nafter\n"
+    once = page.with_section(text, "new")
+    assert once == f"before\n{page.BEGIN}\nnew\n{page.END}\nafter\n"
+    assert page.with_section(once, "new") == once
+
+
+def test_a_page_without_markers_is_refused() -> None:
+    """Nothing is appended at a guess."""
+    with pytest.raises(InvalidInputError):
+        page.with_section("nothing here", "new")
