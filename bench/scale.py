@@ -88,7 +88,7 @@ AXES: Mapping[str, Sequence[int]] = {
     "services": (4, 48, 400),
     "flows": (1, 1024, 65_536),
 }
-SMOKE_AXES: Mapping[str, Sequence[int]] = {"rules": (10, 1000), "pods": (10, 1000)}
+SMOKE_AXES: Mapping[str, Sequence[int]] = {"rules": (10, 1000)}
 
 
 def points(axes: Mapping[str, Sequence[int]]) -> dict[tuple[str, int], Point]:

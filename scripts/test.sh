@@ -61,6 +61,7 @@ step "C sources" scripts/check_c.sh
 step "wheel" scripts/check_wheel.sh
 step "tests" run_pytest "$@"
 [[ "${CI:-}" != true ]] || step "no test skipped" forbid_skips
+step "benchmarks, smoke" netpolctl bench --smoke --output "$reports/bench.json"
 step "case files, all engines" netpolctl test tests/cases examples/cases --engine all
 
 printf '\n%s\n' "==> summary"
