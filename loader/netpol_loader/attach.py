@@ -61,12 +61,16 @@ def preferred_mechanism(dataplane: Dataplane) -> Mechanism:
     raise AssertionError("attached to an interface that cannot exist")
 
 
-def attach(ifindex: int, dataplane: Dataplane, mechanism: Mechanism | None = None) -> None:
+def attach(ifindex: int, dataplane: Dataplane, mechanism: Mechanism | None = None, *, is_newborn: bool = False) -> None:
     """Put both programs on an interface; what is there already stays. Raises PlatformError when the interface is gone.
 
-    ``mechanism`` None: what is there already, else the preferred one.
+    ``mechanism`` None: what is there already, else the preferred one.  ``is_newborn``: the interface has come just now, so
+    none of our filters can be on it; to ask for them takes longer than everything else.
     """
-    present = {one.hook: one for one in attached(ifindex, dataplane)}
+    found = _tcx_attachments(dataplane, ifindex)
+    if not is_newborn:
+        found |= _clsact_attachments(dataplane, ifindex)
+    present = {one.hook: one for one in found}
     for hook in Hook:
         if hook in present:
             continue

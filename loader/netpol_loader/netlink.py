@@ -34,7 +34,8 @@ RTM_NEWADDR, RTM_DELADDR = 20, 21
 RTM_NEWROUTE, RTM_DELROUTE = 24, 25
 GROUPS = 0x1 | 0x10 | 0x40 | 0x100 | 0x400
 """RTMGRP_LINK, _IPV4_IFADDR, _IPV4_ROUTE, _IPV6_IFADDR, _IPV6_ROUTE."""
-IFLA_IFNAME = 3
+IFLA_IFNAME, IFLA_LINK, IFLA_LINKINFO, IFLA_LINK_NETNSID = 3, 5, 18, 37
+IFLA_INFO_KIND = 1
 NETLINK_HEADER = struct.Struct("=IHHII")
 LINK_HEADER = struct.Struct("=BBHiII")
 
@@ -66,12 +67,18 @@ class ClsactFilter:
 
 @dataclass(frozen=True, slots=True)
 class News:
-    """Something changed. ``ifindex`` 0 for routes: look again."""
+    """Something changed. ``ifindex`` 0 for routes: look again.
+
+    Of interfaces also, as in `Link`: ``link_kind``, ``peer_ifindex``, ``peer_nsid``.
+    """
 
     kind: str  # link, address, route
     is_gone: bool
     ifindex: int
     name: str
+    link_kind: str = ""
+    peer_ifindex: int = 0
+    peer_nsid: int | None = None
 
 
 @contextlib.contextmanager
@@ -314,10 +321,28 @@ class Monitor:
             return News(what, is_gone, struct.unpack_from("=I", body, 4)[0], "")
         family, _, _, ifindex, _, _ = LINK_HEADER.unpack_from(body)
         is_gone = is_gone and family != socket.AF_BRIDGE  # that one says that it left a bridge
-        name, at = "", LINK_HEADER.size
-        while at + 4 <= len(body):
-            size, attribute = struct.unpack_from("=HH", body, at)
-            if attribute == IFLA_IFNAME:
-                name = body[at + 4 : at + size].split(b"\0")[0].decode()
-            at += max((size + 3) & ~3, 4)
-        return News(what, is_gone, ifindex, name)
+        found = _attributes(body[LINK_HEADER.size :])
+        nsid = found.get(IFLA_LINK_NETNSID)
+        return News(
+            what,
+            is_gone,
+            ifindex,
+            name=_text(found.get(IFLA_IFNAME, b"")),
+            link_kind=_text(_attributes(found.get(IFLA_LINKINFO, b"")).get(IFLA_INFO_KIND, b"")),
+            peer_ifindex=struct.unpack("=I", found.get(IFLA_LINK, bytes(4)))[0],
+            peer_nsid=None if nsid is None else struct.unpack("=i", nsid)[0],
+        )
+
+
+def _attributes(body: bytes) -> dict[int, bytes]:
+    """Attributes by type."""
+    found, at = {}, 0
+    while at + 4 <= len(body):
+        size, kind = struct.unpack_from("=HH", body, at)
+        found[kind & 0x3FFF] = body[at + 4 : at + size]  # without NLA_F_NESTED, NLA_F_NET_BYTEORDER
+        at += max((size + 3) & ~3, 4)
+    return found
+
+
+def _text(raw: bytes) -> str:
+    return raw.split(b"\0")[0].decode()

@@ -20,7 +20,7 @@ from netpol_ebpf.agent.claims import Claims
 from netpol_ebpf.agent.hosts import HostPlan, own_interfaces, plan_hosts
 from netpol_ebpf.agent.node import Node
 from netpol_ebpf.agent.trouble import DriftLog, Refusals
-from netpol_ebpf.agent.wiring import Located, Wiring, is_candidate, locate
+from netpol_ebpf.agent.wiring import Link, Located, Wiring, is_candidate, locate
 from netpol_ebpf.apply.applier import Applier, Binding, KernelMap, require_room
 from netpol_ebpf.apply.audit import Audit
 from netpol_ebpf.apply.encode import endpoint_key
@@ -242,6 +242,7 @@ class Agent:
 
     def step(self) -> list[FlowEvent]:
         """Do whatever there is to do now; returns the flows that were reported since the last step."""
+        self.close_newborn()
         if self._node.has_news() or self._is_searching():
             gone = self._node.take_gone()
             self._look_at_interfaces()
@@ -255,6 +256,16 @@ class Agent:
             self._bring_into_force(Changes())
         self._look_for_drift()
         return self.read_flows()
+
+    def close_newborn(self) -> None:
+        """Put programs on interfaces that have come just now, before anything else is found out about them. Takes no time.
+
+        They deny everything until a step finds whose they are, or takes them off what is the node's own after all.
+        """
+        for link in self._node.take_born():
+            is_known = link.ifindex in self._wiring.links or link.ifindex in self._attached
+            if not is_known and is_candidate(link, self._wiring, self.settings.interfaces):
+                self._attach(link.ifindex, newborn=link)
 
     def read_flows(self) -> list[FlowEvent]:
         """The flows that the program reported since the last call."""
@@ -588,10 +599,11 @@ class Agent:
         else:
             applier.set_flags(off=abi.NP_CONFIG_DEFER)
 
-    def _attach(self, ifindex: int) -> None:
-        if self._node.attach(ifindex):
+    def _attach(self, ifindex: int, newborn: Link | None = None) -> None:
+        if self._node.attach(ifindex, is_newborn=newborn is not None):
             self._attached.add(ifindex)
-            log.info("interface %s is under policy", self._name_of(ifindex))
+            name = self._name_of(ifindex) if newborn is None else newborn.name
+            log.info("interface %s is under policy", name)
 
     def _name_of(self, ifindex: int) -> str:
         link = self._wiring.links.get(ifindex)

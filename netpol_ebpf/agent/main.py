@@ -32,7 +32,7 @@ from netpol_ebpf.sources.files import INTERVAL_S, LastGoodCopies, ManifestDirect
 DEFAULT_STATE_DIR = Path("/run/netpol-ebpf")
 """On a tmpfs, like the pins: both are gone after a reboot."""
 NEWS_GAP_S = 0.05
-"""Least time between two looks at the interfaces; arbitrary."""
+"""Least time between two looks at all interfaces; arbitrary. Programs are put on new ones without such a gap."""
 WORKLOAD_TO_HOST = {"allow": "allow", "deny": "deny", "policy": "pass"}
 """What the option of that name may say, as values of `netpol_ebpf.policy.types.Action`."""
 PRIVATE_UMASK = 0o077
@@ -216,16 +216,18 @@ def serve(agent: Any, node: Any, state_dir: Path, place: Mapping[str, str], grou
     notify_ready()
     try:
         with wakened_by(signal.SIGTERM, signal.SIGINT) as (received, wake):
-            stepped_s = -INTERVAL_S
+            stepped_s, is_news = -INTERVAL_S, False
             while not received:
-                now_s = time.monotonic()
-                # News of interfaces is not waited for while the last step is recent, lest a busy node keep us busy.
-                heeds_news = now_s >= stepped_s + NEWS_GAP_S
-                due_s = stepped_s + (INTERVAL_S if heeds_news else NEWS_GAP_S)
+                due_s = stepped_s + (NEWS_GAP_S if is_news else INTERVAL_S)
                 readable, writable = service.descriptors()
-                readable += [wake, *([node.fileno()] if heeds_news else [])]
-                woken, _, _ = select.select(readable, writable, [], max(0.0, due_s - now_s))
-                if node.fileno() in woken or time.monotonic() >= stepped_s + INTERVAL_S:
+                readable += [wake, node.fileno()]
+                woken, _, _ = select.select(readable, writable, [], max(0.0, due_s - time.monotonic()))
+                if node.fileno() in woken:
+                    agent.close_newborn()
+                    is_news = True
+                # All interfaces are not looked at while the last look is recent, lest a busy node keep us busy.
+                if time.monotonic() >= stepped_s + (NEWS_GAP_S if is_news else INTERVAL_S):
+                    is_news = False
                     stepped_s = time.monotonic()
                     service.publish(report.flow(agent, event) for event in agent.step())
                 service.poll()

@@ -49,6 +49,9 @@ class Node(Protocol):
     def has_news(self) -> bool:
         """Whether interfaces, routes or addresses may have changed since the last call."""
 
+    def take_born(self) -> list[Link]:
+        """Interfaces that the kernel told of since the last call, new ones among them; the rest of the news stays news."""
+
     def take_gone(self) -> set[int] | None:
         """Interfaces that went since the last call, though others may have their numbers now; None: it is not known which."""
 
@@ -61,8 +64,8 @@ class Node(Protocol):
     def attached(self) -> set[int]:
         """Interfaces with our programs on them."""
 
-    def attach(self, ifindex: int) -> bool:
-        """Put our programs on an interface; False when it is gone."""
+    def attach(self, ifindex: int, *, is_newborn: bool = False) -> bool:
+        """Put our programs on an interface; False when it is gone. ``is_newborn``: it has come just now."""
 
     def detach(self, ifindex: int) -> None:
         """Take our programs off an interface."""
@@ -91,6 +94,8 @@ class KernelNode:
         self._stack = contextlib.ExitStack()
         self._consume: Callable[[abi.np_event], None] = lambda _event: None
         self._gone: set[int] | None = set()
+        self._born: list[Link] = []
+        self._is_news = False  # what was read and not looked at yet
         self._mended = 0  # of clsact interfaces: whose turn it is
         self._upgrade: Upgrade | None = None  # until it has taken over
         self.upgraded = ""  # what an upgrade of the pins did, for people; empty: there was none
@@ -128,13 +133,26 @@ class KernelNode:
 
     def has_news(self) -> bool:
         """See `Node`."""
+        self._read_news()
+        is_news, self._is_news = self._is_news, False
+        return is_news
+
+    def take_born(self) -> list[Link]:
+        """See `Node`."""
+        self._read_news()
+        born, self._born = self._born, []
+        return born
+
+    def _read_news(self) -> None:
         news = self._monitor.wait(0)
+        self._is_news = self._is_news or news != []
         if news is None:
             self._gone = None
-            return True
+            return
+        of_links = [one for one in news if one.kind == "link"]
+        self._born += [_link(one) for one in of_links if not one.is_gone]
         if self._gone is not None:
-            self._gone |= {one.ifindex for one in news if one.kind == "link" and one.is_gone}
-        return bool(news)
+            self._gone |= {one.ifindex for one in of_links if one.is_gone}
 
     def take_gone(self) -> set[int] | None:
         """See `Node`."""
@@ -188,10 +206,10 @@ class KernelNode:
             return self._upgrade.attached()
         return {one.ifindex for one in attach.attachments(self._dataplane)}
 
-    def attach(self, ifindex: int) -> bool:
+    def attach(self, ifindex: int, *, is_newborn: bool = False) -> bool:
         """See `Node`."""
         try:
-            attach.attach(ifindex, self._dataplane)
+            attach.attach(ifindex, self._dataplane, is_newborn=is_newborn)
         except PlatformError:
             if netlink.link(ifindex) is None:
                 return False
@@ -230,7 +248,8 @@ class KernelNode:
         return self._reader.consume()
 
 
-def _link(link: netlink.Link) -> Link:
-    is_pair = link.kind == "veth" and link.peer_nsid is not None
+def _link(link: netlink.Link | netlink.News) -> Link:
+    kind = link.link_kind if isinstance(link, netlink.News) else link.kind
+    is_pair = kind == "veth" and link.peer_nsid is not None
     peer = (link.peer_nsid, link.peer_ifindex) if is_pair and link.peer_nsid is not None else None
-    return Link(link.ifindex, link.name, link.kind, peer)
+    return Link(link.ifindex, link.name, kind, peer)

@@ -280,3 +280,21 @@ def test_news(pair: Pair) -> None:
     first = next(one for one in seen if one.name == "v9")
     assert (first.kind, first.is_gone) == ("link", False)
     assert first.ifindex > 0
+    assert (first.link_kind, first.peer_nsid) == ("veth", None)
+
+
+def test_news_of_a_pod_s_interface(pair: Pair) -> None:
+    """The first news of an interface whose other end is in another namespace tells so, as the list of interfaces does."""
+    with pair.at_node(netlink.Monitor) as monitor:
+        run("ip", "-n", pair.node, "link", "add", "v9", "type", "veth", "peer", "name", "v8", "netns", pair.pod)
+        seen: list[netlink.News] = []
+        while not any(one.name == "v9" for one in seen):
+            news = monitor.wait(5)
+            assert news, f"nothing more; so far {seen}"
+            seen += news
+    first = next(one for one in seen if one.name == "v9")
+    link = pair.at_node(lambda: netlink.link("v9"))
+    assert link is not None
+    assert link.peer_nsid is not None
+    told = (first.ifindex, first.link_kind, first.peer_ifindex, first.peer_nsid)
+    assert told == (link.ifindex, link.kind, link.peer_ifindex, link.peer_nsid)

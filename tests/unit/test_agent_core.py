@@ -77,6 +77,7 @@ class MemoryNode:
     exchanges: int = 0
     events: list[abi.np_event] = field(default_factory=list)
     gone: set[int] | None = field(default_factory=set)
+    born: list[Link] = field(default_factory=list)
     prunings: int = 0
     drift: list[Drift] = field(default_factory=list)
     refuses: set[int] = field(default_factory=set)
@@ -97,6 +98,10 @@ class MemoryNode:
     def has_news(self) -> bool:
         news, self.news = self.news, False
         return news
+
+    def take_born(self) -> list[Link]:
+        born, self.born = self.born, []
+        return born
 
     def take_gone(self) -> set[int] | None:
         gone, self.gone = self.gone, set()
@@ -128,12 +133,13 @@ class MemoryNode:
     def attached(self) -> set[int]:
         return set(self.programs)
 
-    def attach(self, ifindex: int) -> bool:
+    def attach(self, ifindex: int, *, is_newborn: bool = False) -> bool:
+        assert not (is_newborn and ifindex in self.programs)
         if ifindex in self.refuses:
             return False
         self.rows_when_attached[ifindex] = self.row(ifindex) is not None
         self.programs.add(ifindex)
-        return ifindex in self.wiring.links
+        return is_newborn or ifindex in self.wiring.links
 
     def detach(self, ifindex: int) -> None:
         self.programs.discard(ifindex)
@@ -236,6 +242,32 @@ def test_new_interface_is_closed_before_it_is_opened(bench: Bench) -> None:
     agent.step()
     assert bench.node.rows_when_attached == {9: False}
     assert bench.node.row(9) is not None
+
+
+def test_newborn_interface_is_closed_before_anything_is_looked_at(bench: Bench) -> None:
+    """Of what the kernel tells of, a workload's new interface gets programs at once; the node's own and known ones do not."""
+    agent = bench.agent()
+    before, known = set(bench.node.programs), next(iter(bench.node.wiring.links.values()))
+    bench.node.born = [Link(77, "new77", "veth", (7, 2)), Link(78, "plain78", "dummy"), known]
+    bench.node.snapshot = pytest.fail  # type: ignore[method-assign]  # it takes long
+    agent.close_newborn()
+    assert bench.node.programs == before | {77}
+    assert bench.node.row(77) is None
+    assert 77 in agent.attached
+
+
+def test_newborn_interface_that_is_the_node_s_is_let_go(bench: Bench) -> None:
+    """An interface that was closed at birth and has an uplink's address when it is looked at loses the programs."""
+    agent = bench.agent()
+    link = Link(77, "new77", "veth", (7, 2))
+    bench.node.born = [link]
+    agent.close_newborn()
+    wiring = bench.node.wiring
+    bench.node.wiring = replace(wiring, links={**wiring.links, 77: link}, uplinks=wiring.uplinks | {77})
+    bench.node.news = True
+    agent.step()
+    assert 77 not in bench.node.programs
+    assert 77 not in agent.attached
 
 
 def test_search_finds_what_nobody_announces(bench: Bench) -> None:
