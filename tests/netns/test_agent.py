@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import os
+import socket
+import struct
 import sys
 import threading
 from collections.abc import Iterator
@@ -14,17 +16,19 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+import frames
 from agent_scene import CLUSTER, DB_POLICY, NODE, OTHER_ALLOWED, POD, Scene, scene_in, to_db, wait_for
 
 from netpol_ebpf.lab.attempt import Attempt
 from netpol_ebpf.lab.laboratory import Lab
 from netpol_ebpf.lab.scene import plan_for
-from netpol_ebpf.lab.topology import TCP, Host
+from netpol_ebpf.lab.topology import PARENT_MAC, TCP, Host
 from netpol_ebpf.resources.load import parse_documents
 
 pytestmark = pytest.mark.netns
 
 UPLINK = "eth0"
+ACK = 16
 LATE = Host("shop/late", NODE, (ip_address("10.1.0.9"), ip_address("fd00:1::9")))
 """A pod that is there from the start, but that the manifests do not know yet."""
 
@@ -140,6 +144,31 @@ def test_change_takes_effect_live_and_cuts_what_it_revokes(scene: Scene) -> None
     assert kept.exchange()
     for one in (revoked, kept):
         one.close()
+
+
+def test_server_does_not_reopen_what_was_revoked(scene: Scene) -> None:
+    """A server that speaks after the cut, to a client that it might call itself, revives nothing; what is allowed again goes on."""
+    lab = scene.lab
+    scene.write("other.yaml", OTHER_ALLOWED)
+    scene.await_reached(to_db("shop/other"), expected=True)
+    revoked = lab.prober.hold(to_db("shop/other"))
+    assert revoked is not None
+    port = revoked.source_port
+    (scene.manifests / "other.yaml").unlink()
+    scene.await_reached(to_db("shop/other"), expected=False)
+    # The node does not look at its checksum.
+    segment = struct.pack("!HHIIBBHHH", 5432, port, 1, 1, 5 << 4, ACK, 1024, 0, 0)
+    packet = frames.ip(ip_address("10.1.0.2"), ip_address("10.1.0.3"), TCP, segment)
+    denied = scene.state()["packets"].get("revoked", 0)
+    with lab.prober.open_socket("shop/db", socket.AF_PACKET, socket.SOCK_RAW) as wire:
+        wire.bind((UPLINK, 0))
+        wire.send(frames.frame_of(packet, frames.mac("02:00:00:00:00:01"), frames.mac(PARENT_MAC)))
+    wait_for(lambda: scene.state()["packets"].get("revoked", 0) > denied, "the server's packet is dropped")
+    assert not revoked.exchange()
+    scene.write("other.yaml", OTHER_ALLOWED)
+    scene.await_reached(to_db("shop/other"), expected=True)
+    assert revoked.exchange(5.0)
+    revoked.close()
 
 
 def test_broken_file_keeps_the_last_good_state_even_over_a_restart(scene: Scene) -> None:
