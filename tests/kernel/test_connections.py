@@ -411,6 +411,16 @@ def test_icmp_error_about_a_packet_with_extension_headers(rig: Rig, first: int, 
     assert rig.into(p.frame("fd02::1", POD6, p.ICMPV6, p.icmp(2, 0, payload=about))).reason == reason
 
 
+def test_icmp_error_about_a_packet_with_options(rig: Rig) -> None:
+    """Ports of the inner packet are looked for behind its IPv4 options; where those are cut off, nothing can be read."""
+    egress_only(rig)
+    rig.out(p.frame(POD4, PEER4, p.UDP, p.udp(5, 6)))
+    about = p.ip4(POD4, PEER4, p.UDP, p.udp(5, 6), options=bytes(12))
+    for size, reason in ((len(about), "related"), (20 + 12 + 7, "policy-deny"), (20 + 8, "policy-deny")):
+        error = p.frame("10.200.0.1", POD4, p.ICMP, p.icmp(3, 1, payload=about[:size]))
+        assert rig.into(error).reason == reason
+
+
 def test_icmp_error_about_nothing_readable_is_for_policy(rig: Rig) -> None:
     """An error without an inner header is a message like any other, so that rules by ICMP type can be tested."""
     rig.pod(everything(INGRESS, ALLOW, 11), everything(EGRESS, DENY, 12))
