@@ -113,6 +113,7 @@ def write_scale(dataplane: Dataplane, scale: Scale) -> None:
     maps = dataplane.maps
     for name in ("np_addr4", "np_addr6", "np_cidr4", "np_peer_class", "np_rule"):
         maps[name].delete_many([key for key, _ in maps[name].items()])
+        maps[name].settle()
     pods = range(scale.pods)
     addr = [bytes(abi.np_addr(identity=FIRST_IDENTITY + pod)) for pod in pods]
     own = bytes(abi.np_addr(identity=OWN_IDENTITY, endpoint=ENDPOINT))
@@ -193,8 +194,15 @@ class Primitives:
         self.fds = {name: syscall.obj_get(dataplane.pin_dir / (name + build.NEW_SUFFIX)) for name in names}
         self._target = Map(syscall.obj_get(dataplane.pin_dir / "np_bench_target"))
         self._vary = Map(syscall.obj_get(dataplane.pin_dir / "np_bench_vary"))
+        self._hash = Map(syscall.obj_get(dataplane.pin_dir / "np_bench_hash"))
         for rows in LPM_SIZES:
             Map(syscall.obj_get(dataplane.pin_dir / f"np_bench_lpm_{rows}")).put_many(prefixes(rows))
+
+    def fill(self, scale: Scale) -> None:
+        """An ordinary hash with the addresses of all pods."""
+        self._hash.delete_many([key for key, _ in self._hash.items()])
+        row = bytes(abi.np_addr(identity=FIRST_IDENTITY))
+        self._hash.put_many([(struct.pack("!I", FIRST4 + pod), row) for pod in range(scale.pods)])
 
     def choose(self, vary: Vary, program: int) -> None:
         """What the following runs vary, and what `np_vary` calls."""
@@ -366,6 +374,7 @@ class Bench:
 def measure_scale(bench: Bench, scale: Scale, rounds: int) -> dict[str, list[float]]:
     """Of each round: the bases, and each case less its base."""
     write_scale(bench.dataplane, scale)
+    bench.primitives.fill(scale)
     bases, cases = bench.bases(), {**bench.cases(scale), **bench.random_cases(scale)}
     base_figures: dict[str, list[float]] = {name: [] for name in bases}
     figures: dict[str, list[float]] = {name: [] for name in cases}

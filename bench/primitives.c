@@ -10,6 +10,7 @@
 #include "np_maps.h"
 
 #define NP_BARE_ROWS 65536
+#define NP_BARE_HASH_ROWS 262144
 
 // How frames vary; written by the benchmark.
 struct np_vary {
@@ -25,6 +26,7 @@ struct np_vary {
 
 NP_MAP("prog", np_bench_target, int, int, 1, 0);
 NP_MAP("array", np_bench_vary, __u32, struct np_vary, 1, 0);
+NP_MAP("hash", np_bench_hash, struct np_addr4_key, struct np_addr, NP_BARE_HASH_ROWS, BPF_F_NO_PREALLOC);
 NP_MAP("array", np_bench_array, __u32, struct np_verdict, NP_BARE_ROWS, 0);
 NP_MAP("percpu_array", np_bench_cpu, __u32, struct np_count, NP_BARE_ROWS, 0);
 NP_MAP("lpm_trie", np_bench_lpm_10, struct np_cidr4_key, struct np_cidr, 10, BPF_F_NO_PREALLOC);
@@ -119,7 +121,7 @@ int np_bare_lru_insert(struct __sk_buff *skb)
 int np_bare_hash(struct __sk_buff *skb)
 {
     NP_BARE_BEGIN;
-    return np_addr4.lookup((struct np_addr4_key *)&key.remote) ? -1 : 2;
+    return np_bench_hash.lookup((struct np_addr4_key *)&key.remote) ? -1 : 2;
 }
 
 // BCC wants the name of a map where it is used, so these are not one macro.

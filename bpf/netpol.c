@@ -2,10 +2,9 @@
 //
 // A packet's way through the policy of one interface.  Two programs, one for each hook; read them from the bottom up:
 //
-//     np_tc         the packet's facts -> np_frame -> np_conclude
+//     np_tc         the short way, else: the packet's facts and whose it is -> np_frame -> np_conclude
 //     np_frame      frame -> ARP | IPv4 | IPv6 | the rest
-//     np_ip         parse -> the short way -> neighbour discovery -> whose -> fragment -> np_ip_sender
-//                   -> open connection: done
+//     np_ip         parse -> neighbour discovery -> fragment -> np_ip_sender -> open connection: done
 //     np_ip_sender  the verdict of a sender that was deferred to here
 //     np_ip_slow    anti-spoofing -> connection -> np_ip_plan -> policy -> np_ip_known | np_ip_new
 //     np_conclude   count, tell, pass or drop
@@ -17,8 +16,9 @@
 // call.
 //
 // Files, in the order of use: np_lang (words), np_abi (what is shared), np_maps (tables), np_parse, np_flow (what the
-// steps tell each other), np_count, np_event, np_endpoint (whose), np_classify (one policy), np_judge (which policies),
-// np_conn, np_service (what is judged elsewhere), np_fragment, np_recent (the short way).
+// steps tell each other), np_count, np_event, np_bucket (addresses and classes), np_endpoint (whose), np_classify (one
+// policy), np_judge (which policies), np_conn, np_service (what is judged elsewhere), np_fragment, np_recent (the short
+// way).
 
 #include "np_lang.h"
 #include "np_abi.h"
@@ -34,12 +34,6 @@
 #include "np_service.h"
 #include "np_fragment.h"
 #include "np_recent.h"
-
-// -1 is TC_ACT_UNSPEC for clsact and TCX_NEXT for tcx: the next program decides. 2 is TC_ACT_SHOT and TCX_DROP.
-// 0 is TC_ACT_OK and TCX_PASS: nobody else at this hook.
-#define NP_PASS (-1)
-#define NP_PASS_ALONE 0
-#define NP_DROP 2
 
 // The policy's direction at this hook.
 NP_INLINE __u8 np_direction_at(const int hook, __u32 endpoint_flags)
@@ -148,7 +142,7 @@ NP_INLINE int np_ip_plan(struct np_flow *flow, struct np_work *work, __u8 kind, 
     work->hides_source = work->refuses = 0;
     work->number = flow->leg->endpoint;
     work->ifindex = flow->ifindex;
-    work->questions[NP_QUESTION_FINAL] = *wire;
+    work->final = NP_QUESTION_WIRE;
     if (is_deferred) {
         struct np_vip *vip = np_vip_of(wire, version);
         if (!(config->flags & NP_CONFIG_DEFER))
@@ -158,6 +152,8 @@ NP_INLINE int np_ip_plan(struct np_flow *flow, struct np_work *work, __u8 kind, 
         if (vip && vip->flags & NP_VIP_LOCAL) {
             struct np_question *final = &work->questions[NP_QUESTION_FINAL];
             behind = 1;
+            work->final = NP_QUESTION_FINAL;
+            *final = *wire;
             final->destination_port = vip->local_port;
             final->to_node = NP_TO_NODE_UNASKED;
             __builtin_memcpy(final->destination, vip->local, version == 4 ? 4 : 16);
@@ -214,15 +210,10 @@ NP_INLINE void np_ip_decide(struct np_flow *flow, struct np_work *work, const un
     np_question_of(question, key, leg->first_direction, version);
     if (!work->found.is_known && !work->reason)
         leg->kind = np_ip_kind(flow, question, hook, version);
-    np_barrier();
-    if (leg->first_direction == NP_DIRECTION_EGRESS && !(leg->endpoint_flags & NP_ENDPOINT_HOST) &&
-        !(leg->kind & NP_CONN_DEFERRED)) {
-        struct np_addr *addr = np_addr_of(question->destination, version);
-        if (addr && addr->endpoint == leg->endpoint) {
-            decision->peer_identity = addr->identity;
-            work->reason = NP_REASON_SELF;
-        }
-    }
+    work->self = leg->first_direction == NP_DIRECTION_EGRESS && !(leg->endpoint_flags & NP_ENDPOINT_HOST) &&
+                         !(leg->kind & NP_CONN_DEFERRED)
+                     ? leg->endpoint
+                     : 0;
     np_barrier();
     if (work->reason) {
         decision->action = decision->staged_action = NP_ACTION_ALLOW;
@@ -265,7 +256,7 @@ NP_INLINE int np_ip_known(struct __sk_buff *skb, struct np_flow *flow, union np_
     conn->generation = flow->generation;
     flow->decision->rule = conn->rule;
     if (conn->flags & NP_CONN_CARRIES && !flow->leg->reply)
-        np_carry(skb, flow, flow->leg->endpoint);
+        flow->leg->ends = np_carry(skb, flow->config, flow->leg->endpoint);
     if (flow->leg->related)
         return NP_REASON_RELATED;
     int reason = np_conn_advance(flow, key, conn, found, version);
@@ -282,7 +273,7 @@ NP_INLINE int np_ip_new(struct __sk_buff *skb, struct np_flow *flow, union np_co
     if (kind & NP_CONN_DEFERRED &&
         (flow->decision->action == NP_ACTION_CONTINUE || !(flow->leg->endpoint_flags & NP_ENDPOINT_HOST))) {
         flags |= NP_CONN_CARRIES;
-        np_carry(skb, flow, flow->leg->endpoint);
+        flow->leg->ends = np_carry(skb, flow->config, flow->leg->endpoint);
         reason = NP_REASON_DEFERRED;
     }
     // A packet in the middle of a host's TCP connection opens none: it may be the tail of one that the workload opened
@@ -325,8 +316,8 @@ NP_INLINE int np_ip_slow(struct __sk_buff *skb, struct np_flow *flow, union np_c
             flow->packet->icmp_kind = NP_ICMP_PLAIN; // a message like any other
     }
     np_barrier();
-    if (packet->special && !np_conn_is_initial(packet))
-        open = np_conn_lookup(key, version);
+    if (packet->special)
+        open = np_conn_first(key, packet, version);
     struct np_conn *conn = np_conn_find(found, key, open, flow, version);
     if (leg->related && !conn)
         return NP_REASON_ICMP_UNRELATED;
@@ -392,16 +383,14 @@ NP_INLINE int np_ip_sender(struct __sk_buff *skb, struct np_flow *flow, struct n
     flow->leg->direction = direction;
     flow->leg->untracked = 0;
     __builtin_memset(flow->decision, 0, sizeof(*flow->decision));
-    np_carry(skb, flow, 0);
+    flow->leg->ends = np_carry(skb, flow->config, 0);
     return NP_REASON_NONE;
 }
 
 // Malformed. That is no business of ours on an interface without policy.
 NP_INLINE int np_malformed(struct np_flow *flow, int reason)
 {
-    if (!np_endpoint_find(flow) && flow->leg->endpoint_flags & NP_ENDPOINT_UPLINK && !flow->leg->carried)
-        return NP_REASON_UPLINK;
-    return reason;
+    return flow->leg->endpoint_flags & NP_ENDPOINT_UPLINK && !flow->leg->carried ? NP_REASON_UPLINK : reason;
 }
 
 NP_INLINE int np_ip(struct __sk_buff *skb, const struct np_bytes *bytes, struct np_flow *flow, struct np_work *work,
@@ -411,26 +400,14 @@ NP_INLINE int np_ip(struct __sk_buff *skb, const struct np_bytes *bytes, struct 
     int reason = np_parse_ip(bytes, packet, version);
     if (NP_UNLIKELY(reason))
         return np_malformed(flow, reason);
-    struct np_recent *recent = 0;
-    if (NP_LIKELY(!packet->special && !flow->leg->carried)) {
-        recent = np_recent_slot(flow, version);
-        if (NP_LIKELY(recent && np_recent_matches(recent, flow, hook, version))) {
-            flow->decision->rule = recent->rule;
-            if (NP_UNLIKELY(recent->carries))
-                np_carry(skb, flow, recent->carries);
-            return NP_REASON_ESTABLISHED;
-        }
-    }
     if (version == 6 && np_is_neighbour(packet))
         return NP_REASON_NEIGHBOUR;
-
-    reason = np_endpoint_find(flow);
-    if (NP_UNLIKELY(reason))
-        return reason;
+    if (NP_UNLIKELY(flow->leg->missing))
+        return flow->leg->missing;
     if (hook == NP_HOOK_INGRESS && flow->leg->carried) {
         // A workload cannot have a sender before it; what a host's interface gets may come from one behind a bridge.
         if (!(flow->leg->endpoint_flags & NP_ENDPOINT_HOST))
-            np_carry(skb, flow, 0);
+            flow->leg->ends = np_carry(skb, flow->config, 0);
         flow->leg->carried = 0;
     }
     if (flow->leg->endpoint_flags & NP_ENDPOINT_UPLINK && !flow->leg->carried)
@@ -457,10 +434,9 @@ NP_INLINE int np_ip(struct __sk_buff *skb, const struct np_bytes *bytes, struct 
         if (NP_LIKELY(open && open->generation == flow->generation && np_conn_is_alive(open, flow))) {
             int carries = open->flags & NP_CONN_CARRIES && open->direction == flow->leg->direction;
             np_conn_touch(open, flow);
-            if (recent)
-                np_recent_fill(recent, flow, open->rule, carries ? flow->leg->endpoint : 0, hook, version);
+            np_recent_fill(flow, open->rule, carries ? flow->leg->endpoint : 0, hook, version);
             if (NP_UNLIKELY(carries))
-                np_carry(skb, flow, flow->leg->endpoint);
+                flow->leg->ends = np_carry(skb, flow->config, flow->leg->endpoint);
             flow->decision->rule = open->rule;
             return NP_REASON_ESTABLISHED;
         }
@@ -471,9 +447,8 @@ NP_INLINE int np_ip(struct __sk_buff *skb, const struct np_bytes *bytes, struct 
 // Neither IP nor ARP: nothing that a workload may send or get; a host interface may.
 NP_INLINE int np_not_ip(struct np_flow *flow)
 {
-    int reason = np_endpoint_find(flow);
-    if (reason)
-        return reason;
+    if (flow->leg->missing)
+        return flow->leg->missing;
     if (flow->leg->endpoint_flags & NP_ENDPOINT_UPLINK)
         return NP_REASON_UPLINK;
     return flow->leg->endpoint_flags & NP_ENDPOINT_HOST ? NP_REASON_HOST_NON_IP : NP_REASON_NON_IP;
@@ -499,29 +474,41 @@ NP_INLINE int np_frame(struct __sk_buff *skb, struct np_flow *flow, struct np_wo
 
 NP_INLINE int np_tc(struct __sk_buff *skb, const int hook)
 {
+    const struct np_config *config = np_config_lookup();
+    if (!config) { // the one row of an array: cannot happen
+        np_count_reason(NP_REASON_NO_CONFIG, skb->len);
+        return NP_DROP;
+    }
+    int verdict = np_short_way(skb, config, hook);
+    if (NP_LIKELY(verdict != NP_LONG_WAY))
+        return verdict;
+
     struct np_work *work = (void *)np_scratch_lookup();
     struct np_flow flow = {
-        .config = np_config_lookup(),
+        .config = config,
         .now_jiffies = bpf_jiffies64(),
         .ifindex = skb->ifindex,
         .ingress_ifindex = skb->ingress_ifindex,
         .frame_bytes = skb->len,
     };
-    if (!flow.config || !work) { // the one row of an array: cannot happen
+    if (!work) { // likewise
         np_count_reason(NP_REASON_NO_CONFIG, flow.frame_bytes);
         return NP_DROP;
     }
-    flow.generation = flow.config->generation;
+    flow.generation = config->generation;
+    flow.epoch = config->epoch;
     np_barrier();
-    __builtin_memset(&work->packet, 0, sizeof(work->packet));
-    __builtin_memset(&work->decision, 0, sizeof(work->decision));
-    __builtin_memset(&work->leg, 0, sizeof(work->leg));
+    np_zero_words(&work->packet, sizeof(work->packet));
+    np_zero_words(&work->decision, sizeof(work->decision));
+    np_zero_words(&work->leg, sizeof(work->leg));
     flow.packet = &work->packet;
     flow.decision = &work->decision;
     flow.leg = &work->leg;
     flow.leg->direction = np_direction_at(hook, 0);
-    flow.leg->carried = np_carried(skb, flow.config);
+    flow.leg->carried = np_carried(skb, config);
     np_keep_in_memory(&flow);
+    flow.leg->missing = np_endpoint_find(&flow);
+    np_barrier();
     work->reason = np_frame(skb, &flow, work, hook);
     np_barrier(); // the verifier forgets which way it came: one walk through the end instead of one for each reason
     return np_conclude(&flow, work->reason);

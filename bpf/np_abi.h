@@ -12,7 +12,7 @@
 
 #include <linux/types.h>
 
-#define NP_SCHEMA_VERSION 3 // part of the pin directory's name
+#define NP_SCHEMA_VERSION 4 // part of the pin directory's name
 
 // --- limits ----------------------------------------------------------------------------------------------------------
 
@@ -33,6 +33,12 @@
 #define NP_SLOT_ICMPV6 4 // by type and code
 #define NP_SLOT_SOURCE 5 // by source port, whatever the protocol
 #define NP_OTHER_BLOCK 1536 // the one block indexed by protocol number
+
+#define NP_BUCKET_ROWS 5 // rows of a bucket: what fits into one cache line (IPv6: two)
+#define NP_BUCKET_LINES 2 // lines of a bucket of classes
+#define NP_BUCKET_MORE 128 // flag of a bucket: further rows of it are in a hash
+#define NP_LINE_CLASSES 24 // identities of a line
+#define NP_CLASS_NONE 65535 // no class
 
 #define NP_HOST_SETS 8 // policy sets of a host endpoint: stage * 2 + direction
 #define NP_SCRATCH_WORDS 64 // working memory of one packet, in units of 8 bytes
@@ -274,10 +280,34 @@ struct np_addr6_key {
 _Static_assert(sizeof(struct np_addr6_key) == 16, "np_addr6_key");
 
 struct np_addr {
-    __u32 identity;
+    __u32 identity; // never 0
     __u32 endpoint; // number of the local endpoint that owns the address, else 0
 };
 _Static_assert(sizeof(struct np_addr) == 8, "np_addr");
+
+// Rows whose keys have the same hash, side by side in a cache line: one fetch where a hash table needs three. A row is
+// in its bucket or, when that is full, in the hash of the same name with _more; never in both. Key first, row next,
+// then its bit in `used`, so no packet sees half a row; a row that went is not written over before a grace period.
+struct np_addr4_bucket {
+    __u32 used; // bit i: row i is there; NP_BUCKET_MORE
+    struct np_addr4_key key[NP_BUCKET_ROWS];
+    struct np_addr row[NP_BUCKET_ROWS];
+};
+_Static_assert(sizeof(struct np_addr4_bucket) == 64, "np_addr4_bucket is a cache line");
+
+struct np_addr6_bucket {
+    __u32 used; // bit i: row i is there; NP_BUCKET_MORE
+    __u32 pad;
+    struct np_addr6_key key[NP_BUCKET_ROWS];
+    struct np_addr row[NP_BUCKET_ROWS];
+};
+_Static_assert(sizeof(struct np_addr6_bucket) == 128, "np_addr6_bucket is two cache lines");
+
+// Node addresses and service addresses, as bits by hash: where the bit is 0 no table of those need be asked.
+struct np_special {
+    __u64 bits;
+};
+_Static_assert(sizeof(struct np_special) == 8, "np_special");
 
 struct np_cidr4_key {
     __u32 prefix_bits;
@@ -325,6 +355,23 @@ struct np_peer_class {
     __u32 peer_class;
 };
 _Static_assert(sizeof(struct np_peer_class) == 4, "np_peer_class");
+
+// Classes of identities that follow each other, for one policy set. Identities are given out densely, so that those of
+// a whole cluster fit into the processor's cache.
+struct np_class_line {
+    __u16 peer_class[NP_LINE_CLASSES]; // NP_CLASS_NONE: no row, so the default
+    __u32 set; // 0: unused
+    __u32 block; // identity / NP_LINE_CLASSES
+    __u32 flags; // of a bucket's first line: NP_BUCKET_MORE
+    __u32 pad;
+};
+_Static_assert(sizeof(struct np_class_line) == 64, "np_class_line is a cache line");
+
+// Lines whose set and block have the same hash. Rows of a block that found no line are in np_peer_more.
+struct np_peer_bucket {
+    struct np_class_line line[NP_BUCKET_LINES];
+};
+_Static_assert(sizeof(struct np_peer_bucket) == 128, "np_peer_bucket");
 
 struct np_l4_atom {
     __u16 atom[NP_ATOM_BLOCK];
@@ -441,12 +488,12 @@ struct np_event {
     __u32 rule;
     __u32 staged_rule;
     __u32 log_list;
+    __u32 set; // number of the policy set as np_peer_class has it, 0 where none was asked
+    __u32 peer_identity; // 0 where it was not looked up
+    __u32 peer_class;
     __u32 endpoint;
     __u32 ifindex;
     __u32 own_identity; // 0 where it was not looked up
-    __u32 peer_identity; // 0 where it was not looked up
-    __u32 peer_class;
-    __u32 set; // number of the policy set as np_peer_class has it, 0 where none was asked
     __u32 frame_bytes; // Ethernet header included
     __u8 source[16];
     __u8 destination[16];
@@ -474,12 +521,12 @@ _Static_assert(sizeof(struct np_log_limit) == 8, "np_log_limit");
 
 struct np_config {
     __u32 generation; // raised when an allow may have become a deny
+    __u32 epoch; // raised when an endpoint's row or address changed: what np_near remembers is void
     __u32 flags; // enum np_config_flag
     __u32 jiffies_per_second;
     __u32 wildcard; // number of the host endpoint of all interfaces, workloads' included; 0: none
-    __u64 timeout_jiffies[NP_CONN_STATES];
     __u32 mark_shift; // where a packet to a service carries its sender's 16-bit number: skb->mark; 0: skb->tc_index
-    __u32 pad;
+    __u64 timeout_jiffies[NP_CONN_STATES];
 };
 _Static_assert(sizeof(struct np_config) == 88, "np_config");
 
@@ -490,24 +537,34 @@ struct np_schema {
 };
 _Static_assert(sizeof(struct np_schema) == 40, "np_schema");
 
-// A packet of an open connection, remembered per CPU and direct-mapped in front of the connection tables. As in the
-// packet: each direction has an entry of its own. Valid for one generation, until the table is to be asked again.
-struct np_recent {
-    __u64 until_jiffies; // a second after the table was asked
-    __u32 generation;
+// What is remembered of a connection's packets in one direction, by the CPU that saw them. Valid for one generation,
+// until the table is to be asked again.
+struct np_recent_fact {
+    __u32 ports_be; // source and destination, as in the packet
     __u32 ifindex;
-    __u32 source[4]; // network order, IPv4 in the first word
-    __u32 destination[4]; // the same
-    __u16 source_port;
-    __u16 destination_port;
-    __u8 protocol;
-    __u8 version; // 4 or 6; 0: unused
-    __u8 hook; // 0 ingress, 1 egress
-    __u8 pad;
+    __u32 generation; // 0: unused
+    __u32 until_jiffies; // a second after the table was asked; the lower 32 bits
     __u32 rule;
-    __u32 carries; // number that packets of the connection carry on, 0: none
+    __u16 carries; // number that packets of the connection carry on, 0: none
+    __u8 protocol;
+    __u8 hook; // 0 ingress, 1 egress
 };
-_Static_assert(sizeof(struct np_recent) == 64, "np_recent is one cache line");
+_Static_assert(sizeof(struct np_recent_fact) == 24, "np_recent_fact");
+
+struct np_recent4 {
+    __u8 source[4];
+    __u8 destination[4];
+    struct np_recent_fact fact;
+};
+_Static_assert(sizeof(struct np_recent4) == 32, "two np_recent4 are one cache line");
+
+struct np_recent6 {
+    __u8 source[16];
+    __u8 destination[16];
+    struct np_recent_fact fact;
+    __u64 pad;
+};
+_Static_assert(sizeof(struct np_recent6) == 64, "np_recent6 is one cache line");
 
 // What a packet's way through policy needs besides the stack.
 struct np_scratch {
@@ -515,12 +572,19 @@ struct np_scratch {
 };
 _Static_assert(sizeof(struct np_scratch) == 512, "np_scratch");
 
-// An endpoint's number by interface, remembered per CPU and direct-mapped, so that a packet of an open connection needs
-// no hash lookup for it. Valid for one generation.
+// An endpoint's row by interface, whole and checked, remembered per CPU and direct-mapped; and the last source
+// addresses that turned out to be the workload's own. Valid for one epoch.
 struct np_near {
     __u32 ifindex;
-    __u32 generation;
+    __u32 epoch; // 0: unused
     __u32 number;
     __u32 flags;
+    __u32 own4[1]; // network order
+    __u32 identity4; // of own4; 0: none was seen
+    __u32 own6[4]; // network order
+    __u32 identity6; // of own6; 0: none was seen
+    __u32 pad;
+    struct np_set ingress;
+    struct np_set egress;
 };
-_Static_assert(sizeof(struct np_near) == 16, "np_near");
+_Static_assert(sizeof(struct np_near) == 144, "np_near");

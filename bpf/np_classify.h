@@ -7,8 +7,7 @@
 //   2. identity     -> peer class   np_peer_class, else the set's default for the family; the same for the own
 //                                   side where it varies
 //   3. protocol and destination port, or ICMP type and code -> atom (np_l4_atom) -> L4 class (np_l4_col); the same for
-//   the
-//      source port where a rule of the set uses source ports
+//      the source port where a rule of the set uses source ports
 //   4. the classes  -> verdict      np_verdict
 //
 // A look-up that finds nothing where something must be denies, with a reason of its own.
@@ -46,32 +45,28 @@ NP_INLINE int np_is_to_node(struct np_question *question, const int version)
 }
 
 // Identity of a question's source (`side` 0) or destination (1), and the local endpoint that has the address (0: none).
-NP_INLINE __u32 np_identity_of(const struct np_question *question, __u32 side, __u32 *endpoint, const int version)
+NP_INLINE __u32 np_identity_of(struct np_flow *flow, const struct np_question *question, __u32 side, __u32 *endpoint,
+                               const int version)
 {
-    union np_cidr_key key;
-    void *address = version == 4 ? (void *)key.v4.address : (void *)key.v6.address;
+    __u32 address[4];
     const void *chosen = (const void *)question->source + (side & 1) * sizeof(question->source);
-    __builtin_memcpy(address, chosen, version == 4 ? sizeof(key.v4.address) : sizeof(key.v6.address));
-    struct np_addr *addr = np_addr_lookup(address, version);
-    if (NP_LIKELY(addr)) {
-        *endpoint = addr->endpoint;
+    __builtin_memcpy(address, chosen, version == 4 ? 4 : 16);
+    const struct np_addr *addr = np_addr_find(flow, address, version);
+    *endpoint = addr->endpoint;
+    if (NP_LIKELY(addr->identity))
         return addr->identity;
-    }
-    *endpoint = 0;
-    if (version == 4)
+    union np_cidr_key key;
+    if (version == 4) {
         key.v4.prefix_bits = 32;
-    else
+        __builtin_memcpy(key.v4.address, address, sizeof(key.v4.address));
+    } else {
         key.v6.prefix_bits = 128;
+        __builtin_memcpy(key.v6.address, address, sizeof(key.v6.address));
+    }
     struct np_cidr *cidr = np_cidr_lookup(&key, version);
     if (cidr)
         return cidr->identity;
     return version == 4 ? NP_IDENTITY_WORLD_V4 : NP_IDENTITY_WORLD_V6;
-}
-
-NP_INLINE __u32 np_class_of(__u32 set, __u32 identity, __u32 default_class)
-{
-    struct np_peer_class *row = np_peer_class_lookup(set, identity);
-    return row ? row->peer_class : default_class;
 }
 
 // Class of one atom in one column, or -1 outside the tables.
@@ -126,25 +121,28 @@ NP_INLINE int np_source_class_of(const struct np_question *question, const struc
     return np_column_class(NP_SLOT_SOURCE * 256 + (port >> 8), port & 255, set->source_base);
 }
 
-// All four steps. Fills in the decision but for its reason; returns NP_REASON_NONE or why it denies.  `peer_endpoint`:
-// the local endpoint that has the peer's address, 0 for none.
+// All four steps. Fills in the decision but for its reason; returns NP_REASON_NONE, why it denies, or NP_REASON_SELF
+// when the peer is `self` (the number of an endpoint; 0: nobody is).
 NP_INLINE int np_classify(struct np_flow *flow, const struct np_question *question, const struct np_set *set,
-                          __u8 direction, __u32 *peer_endpoint, const int version)
+                          __u8 direction, __u32 self, const int version)
 {
     struct np_decision *decision = flow->decision;
-    decision->peer_identity = np_identity_of(question, direction, peer_endpoint, version); // outwards: the destination
+    __u32 endpoint;
+    decision->peer_identity =
+        np_identity_of(flow, question, direction, &endpoint, version); // outwards: the destination
+    if (self && endpoint == self)
+        return NP_REASON_SELF;
     decision->set = set->number;
-    __u32 class =
-        np_class_of(set->number, decision->peer_identity, version == 4 ? set->default_class4 : set->default_class6);
+    __u32 class = np_class_of(flow, set->number, decision->peer_identity,
+                              version == 4 ? set->default_class4 : set->default_class6);
     decision->peer_class = class;
     if (NP_UNLIKELY(class >= set->peer_classes))
         return NP_REASON_CLASS_RANGE;
 
     __u32 index = class * set->own_classes;
     if (NP_UNLIKELY(set->own_set)) {
-        __u32 endpoint;
-        flow->leg->own_identity = np_identity_of(question, !direction, &endpoint, version);
-        __u32 own_class = np_class_of(set->own_set, flow->leg->own_identity,
+        flow->leg->own_identity = np_identity_of(flow, question, !direction, &endpoint, version);
+        __u32 own_class = np_class_of(flow, set->own_set, flow->leg->own_identity,
                                       version == 4 ? set->own_default_class4 : set->own_default_class6);
         if (own_class >= set->own_classes)
             return NP_REASON_CLASS_RANGE;

@@ -171,9 +171,22 @@ NP_INLINE int np_conn_covers(const struct np_conn *conn, const struct np_flow *f
     return 1;
 }
 
+// Whether a packet may answer an initial SYN, by SYN with ACK or by RST.  Then np_young comes first: np_conn may still
+// hold an older connection with the same tuple, which the SYN did not look for, and which the answer replaces.
+NP_INLINE int np_conn_may_answer(const struct np_packet *packet)
+{
+    return packet->protocol == NP_PROTOCOL_TCP && packet->tcp_flags & (NP_TCP_SYN | NP_TCP_RST);
+}
+
+// What np_conn holds under a packet's key, if that is to be asked first.
+NP_INLINE struct np_conn *np_conn_first(union np_conn_key *key, const struct np_packet *packet, const int version)
+{
+    return np_conn_may_answer(packet) ? 0 : np_conn_lookup(key, version);
+}
+
 // Find the packet's connection in both tables; NULL when there is none that is alive and covers the packet.  `open`:
-// what np_conn holds under the key, NULL when nothing.  An initial SYN has none, and the tables are not asked: a denied
-// one costs no look-up in tables as large as these.
+// what np_conn_first says.  An initial SYN has none, and the tables are not asked: a denied one costs no look-up in
+// tables as large as these.
 NP_INLINE struct np_conn *np_conn_find(struct np_found *found, union np_conn_key *key, struct np_conn *open,
                                        const struct np_flow *flow, const int version)
 {
@@ -186,10 +199,17 @@ NP_INLINE struct np_conn *np_conn_find(struct np_found *found, union np_conn_key
     }
     found->has_stale = open != 0;
     struct np_conn *young = np_young_lookup(key, version);
-    if (!young || !np_conn_is_alive(young, flow) || !np_conn_covers(young, flow))
+    if (young && np_conn_is_alive(young, flow) && np_conn_covers(young, flow)) {
+        found->is_known = found->is_young = 1;
+        return young;
+    }
+    if (!np_conn_may_answer(flow->packet))
         return 0;
-    found->is_known = found->is_young = 1;
-    return young;
+    open = np_conn_lookup(key, version);
+    if (!open || !np_conn_is_alive(open, flow))
+        return 0;
+    found->is_known = 1;
+    return open;
 }
 
 // The connection that was found, again; NULL when it has been evicted since.
@@ -233,8 +253,8 @@ NP_INLINE int np_conn_opens(const struct np_flow *flow)
     return 1;
 }
 
-// Record the packet as the first of a connection. What the tables held under the key is replaced.  `state` 0: the
-// protocol's first one.
+// Record the packet as the first of a connection, in place of what was found under the key.  `state` 0: the protocol's
+// first one.
 NP_INLINE int np_conn_open(const struct np_flow *flow, union np_conn_key *key, const struct np_found *found, __u8 state,
                            __u8 flags, const int version)
 {
@@ -249,7 +269,7 @@ NP_INLINE int np_conn_open(const struct np_flow *flow, union np_conn_key *key, c
         .icmp_type = packet->icmp_type,
         .icmp_code = packet->icmp_code,
     };
-    if (np_conn_is_initial(packet) ? np_conn_lookup(key, version) != 0 : found->has_stale)
+    if (found->has_stale)
         np_conn_delete(key, version);
     return np_young_update(key, &conn, version) ? NP_REASON_CONN_FULL : NP_REASON_NONE;
 }

@@ -3,6 +3,7 @@
 // Whose packet it is: from the interface to the endpoint, and whether a workload owns the address it sends from.
 #pragma once
 
+#include "np_bucket.h"
 #include "np_flow.h"
 #include "np_maps.h"
 
@@ -27,13 +28,12 @@ NP_INLINE __u32 np_halves(__u16 low, __u16 high)
 }
 
 // The check word of a set, as seal_endpoint() of the loader computes it.
-NP_INLINE __u32 np_owner_check(const struct np_owner *owner, __u32 ifindex)
+NP_INLINE __u32 np_set_check(const struct np_set *set, __u32 number, __u32 place, __u32 flags)
 {
-    const struct np_set *set = &owner->set;
     __u32 value = NP_CHECK_SEED;
-    value = np_fold(value, owner->number);
-    value = np_fold(value, ifindex);
-    value = np_fold(value, owner->flags);
+    value = np_fold(value, number);
+    value = np_fold(value, place);
+    value = np_fold(value, flags);
     value = np_fold(value, set->number);
     value = np_fold(value, np_halves(set->default_class4, set->default_class6));
     value = np_fold(value, set->peer_classes);
@@ -47,19 +47,58 @@ NP_INLINE __u32 np_owner_check(const struct np_owner *owner, __u32 ifindex)
     return np_fold(value, set->verdict_base);
 }
 
-// Copy the row of an interface with the set of one direction.  The kernel may give a replaced element's memory to
-// another row while we read it (preallocated or not, since 6.1); the check word tells (NP_REASON_TORN_ENDPOINT), and
-// the row is to be looked up again.
-NP_INLINE int np_owner_read(__u32 ifindex, __u8 direction, struct np_owner *owner)
+// Take the row of an interface into np_near.  The kernel may give a replaced element's memory to another row while we
+// read it (preallocated or not, since 6.1); the check words tell, and the row is looked up again.
+NP_INLINE int np_near_fill(struct np_near *near, __u32 ifindex, __u32 epoch)
 {
-    struct np_endpoint *row = np_endpoint_lookup(ifindex);
-    if (!row)
-        return NP_REASON_UNKNOWN_ENDPOINT;
-    owner->number = row->number;
-    owner->flags = row->flags;
-    owner->set = direction == NP_DIRECTION_EGRESS ? row->egress : row->ingress;
-    np_keep_in_memory(owner); // and what was read may not be read again
-    return np_owner_check(owner, ifindex) == owner->set.check ? NP_REASON_NONE : NP_REASON_TORN_ENDPOINT;
+    near->epoch = near->identity4 = near->identity6 = 0;
+#pragma clang loop unroll(disable)
+    for (int attempt = 0; attempt < NP_ENDPOINT_TRIES; attempt++) {
+        struct np_endpoint *row = np_endpoint_lookup(ifindex);
+        if (!row)
+            return NP_REASON_UNKNOWN_ENDPOINT;
+        near->ifindex = ifindex;
+        near->number = row->number;
+        near->flags = row->flags;
+        near->ingress = row->ingress;
+        near->egress = row->egress;
+        np_keep_in_memory(near); // and what was read may not be read again
+        if (np_set_check(&near->ingress, near->number, ifindex, near->flags) == near->ingress.check &&
+            np_set_check(&near->egress, near->number, ifindex, near->flags) == near->egress.check) {
+            near->epoch = epoch;
+            return NP_REASON_NONE;
+        }
+    }
+    return NP_REASON_TORN_ENDPOINT;
+}
+
+// The row of an interface as remembered; NULL, with the reason, when there is none.
+NP_INLINE struct np_near *np_near_find(__u32 ifindex, __u32 epoch, int *reason)
+{
+    struct np_near *near = np_near_lookup(ifindex);
+    *reason = NP_REASON_UNKNOWN_ENDPOINT;
+    if (!near) // a row of an array: cannot happen
+        return 0;
+    if (NP_LIKELY(near->ifindex == ifindex && near->epoch == epoch))
+        return near;
+    *reason = np_near_fill(near, ifindex, epoch);
+    return *reason ? 0 : near;
+}
+
+// Copy one policy set of an interface's endpoint.
+NP_INLINE int np_owner_read(const struct np_flow *flow, __u32 ifindex, __u8 direction, struct np_owner *owner)
+{
+    int reason;
+    struct np_near *near = np_near_find(ifindex, flow->epoch, &reason);
+    if (!near)
+        return reason;
+    owner->number = near->number;
+    owner->flags = near->flags;
+    if (direction == NP_DIRECTION_EGRESS)
+        np_copy_words(&owner->set, &near->egress, sizeof(owner->set));
+    else
+        np_copy_words(&owner->set, &near->ingress, sizeof(owner->set));
+    return NP_REASON_NONE;
 }
 
 // The same for one set of a host endpoint. NP_REASON_CONTINUE: it has none, so no opinion.
@@ -74,47 +113,28 @@ NP_INLINE int np_host_read(__u32 number, __u32 index, struct np_owner *owner)
     owner->flags = row->version;
     owner->set = row->sets[index];
     np_keep_in_memory(owner); // and what was read may not be read again
-    if (np_owner_check(owner, index | present << 8) != owner->set.check)
+    if (np_set_check(&owner->set, owner->number, index | present << 8, owner->flags) != owner->set.check)
         return NP_REASON_TORN_ENDPOINT;
     return present >> index & 1 ? NP_REASON_NONE : NP_REASON_CONTINUE;
 }
 
-// Number and flags of the interface's endpoint, from np_near or, once per CPU and generation, from the row.
+// Number and flags of the interface's endpoint.
 NP_INLINE int np_endpoint_find(struct np_flow *flow)
 {
-    struct np_near *near = np_near_lookup(flow->ifindex);
-    if (NP_LIKELY(near && near->ifindex == flow->ifindex && near->generation == flow->generation)) {
-        flow->leg->endpoint = near->number;
-        flow->leg->endpoint_flags = near->flags;
-        return NP_REASON_NONE;
-    }
-    struct np_owner owner;
-    int reason = NP_REASON_TORN_ENDPOINT;
-    for (int attempt = 0; attempt < NP_ENDPOINT_TRIES && reason == NP_REASON_TORN_ENDPOINT; attempt++)
-        reason = np_owner_read(flow->ifindex, NP_DIRECTION_INGRESS, &owner);
-    if (reason)
+    int reason;
+    struct np_near *near = np_near_find(flow->ifindex, flow->epoch, &reason);
+    if (!near)
         return reason;
-    flow->leg->endpoint = owner.number;
-    flow->leg->endpoint_flags = owner.flags;
-    if (near) {
-        near->ifindex = flow->ifindex;
-        near->generation = flow->generation;
-        near->number = owner.number;
-        near->flags = owner.flags;
-    }
+    flow->leg->endpoint = near->number;
+    flow->leg->endpoint_flags = near->flags;
     return NP_REASON_NONE;
 }
 
-NP_INLINE struct np_addr *np_addr_of(const void *address, const int version)
-{
-    union np_addr_key key;
-    __builtin_memcpy(&key, address, version == 4 ? sizeof(key.v4) : sizeof(key.v6));
-    return np_addr_lookup(&key, version);
-}
-
 // Whether an address is one of the node's own.
-NP_INLINE int np_is_local(const void *address, const int version)
+NP_INLINE int np_is_local(const __u32 *address, const int version)
 {
+    if (NP_LIKELY(!np_is_special(address, version)))
+        return 0;
     union np_addr_key key;
     __builtin_memcpy(&key, address, version == 4 ? sizeof(key.v4) : sizeof(key.v6));
     return np_local_lookup(&key, version) != 0;
@@ -150,6 +170,28 @@ NP_INLINE int np_may_borrow(const struct np_flow *flow, const int version)
     return np_source_lookup(&key, version) != 0;
 }
 
+// Whether an address is the workload's own: as np_near remembers, else as its row says.
+NP_INLINE int np_is_own(struct np_flow *flow, const __u32 *address, const int version)
+{
+    struct np_near *near = np_near_lookup(flow->ifindex);
+    if (!near)
+        return 0;
+    __u32 *own = version == 4 ? near->own4 : near->own6;
+    __u32 *identity = version == 4 ? &near->identity4 : &near->identity6;
+    __u32 other = own[0] ^ address[0];
+    if (version == 6)
+        other |= (own[1] ^ address[1]) | (own[2] ^ address[2]) | (own[3] ^ address[3]);
+    if (NP_UNLIKELY(other || !*identity)) {
+        const struct np_addr *addr = np_addr_find(flow, address, version);
+        if (!addr->identity || addr->endpoint != flow->leg->endpoint)
+            return 0;
+        *identity = addr->identity;
+        __builtin_memcpy(own, address, version == 4 ? 4 : 16);
+    }
+    flow->leg->own_identity = *identity;
+    return 1;
+}
+
 // Whether a workload sends from an address it may not use.  Its own: the address row names this endpoint.  IPv6
 // link-local: meaningful on this link only, so any.  Borrowed: a prefix of np_source; such packets leave no connection,
 // lest a workload fill the table with addresses of its choice.
@@ -158,11 +200,8 @@ NP_INLINE int np_is_spoofed(struct np_flow *flow, const int version)
     if (flow->leg->direction != NP_DIRECTION_EGRESS || flow->leg->endpoint_flags & NP_ENDPOINT_HOST)
         return 0;
     const __u32 *source = flow->packet->source;
-    struct np_addr *addr = np_addr_of(source, version);
-    if (NP_LIKELY(addr && addr->endpoint == flow->leg->endpoint)) {
-        flow->leg->own_identity = addr->identity;
+    if (NP_LIKELY(np_is_own(flow, source, version)))
         return 0;
-    }
     if (version == 6 && np_is_link_local(source))
         return 0;
     if (flow->leg->endpoint_flags & NP_ENDPOINT_SOURCES && np_may_borrow(flow, version)) {

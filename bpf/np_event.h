@@ -18,29 +18,26 @@ NP_INLINE void np_event_write(const struct np_flow *flow, __u8 kind, __u16 reaso
         return;
     }
     event->time_jiffies = flow->now_jiffies;
-    event->rule = decision->rule;
-    event->staged_rule = decision->staged_rule;
-    event->log_list = decision->log_list;
+    np_copy_words(&event->rule, &decision->rule, 24); // to peer_class
     event->endpoint = flow->leg->endpoint;
     event->ifindex = flow->ifindex;
     event->own_identity = flow->leg->own_identity;
-    event->peer_identity = decision->peer_identity;
-    event->peer_class = decision->peer_class;
-    event->set = decision->set;
     event->frame_bytes = flow->frame_bytes;
-#pragma unroll
-    for (int word = 0; word < 4; word++) { // selects words, not pointers: the verifier loses track of those
-        __u32 source = flow->leg->reply ? packet->destination[word] : packet->source[word];
-        __u32 destination = flow->leg->reply ? packet->source[word] : packet->destination[word];
-        __builtin_memcpy(event->source + word * 4, &source, 4);
-        __builtin_memcpy(event->destination + word * 4, &destination, 4);
+    if (NP_LIKELY(!flow->leg->reply)) {
+        np_copy_words(event->source, packet->source, 32); // and the destination
+        event->source_port = packet->source_port;
+        event->destination_port = packet->destination_port;
+        event->direction = flow->leg->direction;
+    } else {
+        np_copy_words(event->source, packet->destination, 16);
+        np_copy_words(event->destination, packet->source, 16);
+        event->source_port = packet->destination_port;
+        event->destination_port = packet->source_port;
+        event->direction = !flow->leg->direction;
     }
-    event->source_port = flow->leg->reply ? packet->destination_port : packet->source_port;
-    event->destination_port = flow->leg->reply ? packet->source_port : packet->destination_port;
     event->reason = reason;
     event->ethertype = packet->ethertype;
     event->kind = kind;
-    event->direction = flow->leg->reply ? !flow->leg->direction : flow->leg->direction;
     event->action = decision->action;
     event->staged_action = decision->staged_action;
     event->ip_version = packet->version;

@@ -1,10 +1,17 @@
 // SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause
 //
-// What the steps tell each other about the packet at hand: the packet, whose it is, what was decided.  No behaviour.
+// What the steps tell each other about the packet at hand: the packet, whose it is, what was decided; and what is said
+// to TC.  No behaviour.
 #pragma once
 
 #include "np_abi.h"
 #include "np_parse.h"
+
+// -1 is TC_ACT_UNSPEC for clsact and TCX_NEXT for tcx: the next program decides. 2 is TC_ACT_SHOT and TCX_DROP.
+// 0 is TC_ACT_OK and TCX_PASS: nobody else at this hook.
+#define NP_PASS (-1)
+#define NP_PASS_ALONE 0
+#define NP_DROP 2
 
 // Where the program sits. Not a direction: for a workload the two are opposite.
 enum np_hook {
@@ -25,6 +32,7 @@ struct np_decision {
     __u8 staged_action; // enum np_action
     __u32 flags; // enum np_verdict_flag
 };
+_Static_assert(sizeof(struct np_decision) == 32, "np_decision is whole words");
 
 // Whose packet it is here, and what that means for it.
 struct np_leg {
@@ -32,6 +40,8 @@ struct np_leg {
     __u32 endpoint_flags;
     __u32 own_identity; // 0: not looked up
     __u32 carried; // number of the endpoint whose policy is to judge the packet here, 0: none
+    struct np_addr addr; // found last (np_bucket.h)
+    __u32 class; // found last (np_bucket.h)
     __u8 direction; // of this packet, enum np_direction
     __u8 reply; // goes against its connection's first packet
     __u8 untracked; // from a borrowed source address, or allowed by untracked policy: policy applies to every packet
@@ -39,8 +49,10 @@ struct np_leg {
     __u8 first_direction; // of the flow's first packet
     __u8 kind; // of the flow: NP_CONN_DEFERRED, NP_CONN_FORWARDED
     __u8 related; // an ICMP error, about the flow
-    __u8 pad;
+    __u8 missing; // enum np_reason: why the interface has no endpoint
+    __u32 pad;
 };
+_Static_assert(sizeof(struct np_leg) == 40, "np_leg is whole words");
 
 // What the pointers point to lives in np_scratch: the stack has 512 bytes, and what is in a map the verifier does not
 // remember, which spares it to walk all that follows once for each way in which it came about.
@@ -51,6 +63,7 @@ struct np_flow {
     const struct np_config *config;
     __u64 now_jiffies;
     __u32 generation; // read before anything else: what is decided under older rows must not bear a newer number
+    __u32 epoch; // likewise
     __u32 ifindex;
     __u32 ingress_ifindex; // 0: sent by the host itself
     __u32 frame_bytes;

@@ -46,9 +46,9 @@ struct np_work {
     struct np_packet packet;
     struct np_decision decision;
     struct np_leg leg;
-    __u32 reason; // the result
-    struct np_question questions[2]; // with the destination that the packet will have, and as it is on the wire
     struct np_owner owner; // the set at hand
+    struct np_question questions[2]; // as the packet is on the wire, and with the destination that it will have
+    __u32 reason; // the result
     struct np_decision kept; // what the workload's policy said
     struct np_found found;
     struct np_found sender_found;
@@ -58,17 +58,18 @@ struct np_work {
     __u32 number; // of the workload
     __u32 ifindex; // of the workload's row
     __u32 host; // number of the host endpoint
-    __u32 peer; // local endpoint with the peer's address
+    __u32 self; // workload that may be its own peer; 0: none
     __u32 asks_left;
     __u32 outwards; // bit i: the policy that enum np_ask i stands for is that of egress
     __u32 seen; // version of the host's row
+    __u32 final; // question with the destination that the packet will have
     __u8 is_kept; // `kept` counts
     __u8 hides_source; // the source is not the one that the sender wrote
     __u8 refuses; // when nobody else does: NP_REASON_TO_HOST
     __u8 pad[3];
 };
-#define NP_QUESTION_FINAL 0
-#define NP_QUESTION_WIRE 1
+#define NP_QUESTION_WIRE 0
+#define NP_QUESTION_FINAL 1
 _Static_assert(sizeof(struct np_work) <= sizeof(struct np_scratch), "np_work fits");
 
 // The first packet of the flow under a connection key. `direction` and ICMP fields are that packet's.
@@ -96,10 +97,10 @@ NP_INLINE void np_question_of(struct np_question *question, const union np_conn_
 }
 
 // Read the set to ask. NP_REASON_CONTINUE: there is none.
-NP_INLINE int np_ask_read(struct np_work *work, __u32 ask, __u8 direction)
+NP_INLINE int np_ask_read(const struct np_flow *flow, struct np_work *work, __u32 ask, __u8 direction)
 {
     if (ask == NP_ASK_WORKLOAD) {
-        int reason = np_owner_read(work->ifindex, direction, &work->owner);
+        int reason = np_owner_read(flow, work->ifindex, direction, &work->owner);
         return !reason && work->owner.number != work->number ? NP_REASON_LOST_SENDER : reason;
     }
     __u32 stage = NP_ASK_STAGES >> ((ask & 7) - 2) * 4 & 3;
@@ -121,7 +122,7 @@ NP_INLINE int np_ask(struct np_flow *flow, struct np_work *work, int is_last_tur
     if (ask == NP_ASK_NOBODY)
         return 1;
     __u8 direction = work->outwards >> ask & 1; // NP_DIRECTION_EGRESS is 1
-    work->reason = np_ask_read(work, ask, direction);
+    work->reason = np_ask_read(flow, work, ask, direction);
     np_barrier();
     int reason = work->reason;
     if (reason == NP_REASON_TORN_ENDPOINT && !is_last_turn)
@@ -138,13 +139,20 @@ NP_INLINE int np_ask(struct np_flow *flow, struct np_work *work, int is_last_tur
     if (reason == NP_REASON_CONTINUE)
         return 0;
     if (!reason) {
-        const struct np_question *question = (void *)work->questions + (ask >> 2 & 1) * sizeof(*question);
-        reason = np_classify(flow, question, &work->owner.set, direction, &work->peer, version);
+        __u32 which = ask & NP_ASK_ON_WIRE ? NP_QUESTION_WIRE : work->final & 1;
+        const struct np_question *question = (void *)work->questions + which * sizeof(*question);
+        __u32 self = ask == NP_ASK_WORKLOAD ? work->self : 0;
+        reason = np_classify(flow, question, &work->owner.set, direction, self, version);
         if (!reason && work->hides_source && np_depends_on_source(&work->owner.set, direction))
             reason = NP_REASON_HIDDEN_SOURCE;
         work->reason = reason;
         np_barrier();
         reason = work->reason;
+    }
+    if (NP_UNLIKELY(reason == NP_REASON_SELF)) {
+        decision->action = decision->staged_action = NP_ACTION_ALLOW;
+        decision->reason = reason;
+        return 1;
     }
     if (NP_UNLIKELY(reason)) {
         decision->action = decision->staged_action = NP_ACTION_DENY;

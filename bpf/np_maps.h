@@ -16,11 +16,20 @@
 #ifndef NP_MAX_ENDPOINT
 #define NP_MAX_ENDPOINT 4096
 #endif
-#ifndef NP_MAX_RECENT
-#define NP_MAX_RECENT 1024 // a power of two
+#ifndef NP_CPUS
+#define NP_CPUS 1 // that can ever be; the loader says how many
+#endif
+#ifndef NP_MAX_RECENT4
+#define NP_MAX_RECENT4 262144 // of all CPUs together
+#endif
+#ifndef NP_MAX_RECENT6
+#define NP_MAX_RECENT6 131072 // of all CPUs together
 #endif
 #ifndef NP_MAX_NEAR
-#define NP_MAX_NEAR 256 // a power of two
+#define NP_MAX_NEAR 512 // a power of two
+#endif
+#ifndef NP_MAX_SPECIAL
+#define NP_MAX_SPECIAL 2048 // a power of two; of 64 bits each
 #endif
 #ifndef NP_MAX_HOST
 #define NP_MAX_HOST 64
@@ -44,10 +53,16 @@
 #define NP_MAX_SCRATCH 1
 #endif
 #ifndef NP_MAX_ADDR4
-#define NP_MAX_ADDR4 262144
+#define NP_MAX_ADDR4 65536 // buckets, a power of two
+#endif
+#ifndef NP_MAX_ADDR4_MORE
+#define NP_MAX_ADDR4_MORE 262144
 #endif
 #ifndef NP_MAX_ADDR6
-#define NP_MAX_ADDR6 262144
+#define NP_MAX_ADDR6 65536 // buckets, a power of two
+#endif
+#ifndef NP_MAX_ADDR6_MORE
+#define NP_MAX_ADDR6_MORE 262144
 #endif
 #ifndef NP_MAX_CIDR4
 #define NP_MAX_CIDR4 262144
@@ -62,7 +77,10 @@
 #define NP_MAX_SOURCE6 4096
 #endif
 #ifndef NP_MAX_PEER_CLASS
-#define NP_MAX_PEER_CLASS 1048576
+#define NP_MAX_PEER_CLASS 65536 // buckets, a power of two
+#endif
+#ifndef NP_MAX_PEER_MORE
+#define NP_MAX_PEER_MORE 1048576
 #endif
 #ifndef NP_MAX_L4_ATOM
 #define NP_MAX_L4_ATOM 1537 // NP_ATOM_BLOCKS
@@ -135,15 +153,17 @@
 
 // Interface to endpoint, with both policy sets.  The agent writes, the program reads.  Looked up per packet only when
 // np_near misses.  When full: the agent refuses the endpoint, its packets are dropped as unknown.  Key: host order.
-// Lives until the endpoint goes.  A deletion, and a change of number or flags, needs a new generation (np_near).
+// Lives until the endpoint goes.  Every change needs a new epoch (np_near).
 NP_MAP("hash", np_endpoint, struct np_endpoint_key, struct np_endpoint, NP_MAX_ENDPOINT, BPF_F_NO_PREALLOC);
 
-// A hash of the packet's tuple to its connection's verdict, direct-mapped.  The program writes and reads.  Looked up
-// per packet.  A collision overwrites.  Key: the hash's upper bits.  Valid for one generation and one second.
-NP_MAP("percpu_array", np_recent, __u32, struct np_recent, NP_MAX_RECENT, 0);
+// A hash of the packet's tuple to its connection's verdict, direct-mapped, a range of slots for each CPU.  The program
+// writes and reads.  Looked up per packet.  A collision overwrites.  Key: CPU times slots, and the hash.  Valid for one
+// generation and one second.
+NP_MAP("array", np_recent4, __u32, struct np_recent4, NP_MAX_RECENT4, 0);
+NP_MAP("array", np_recent6, __u32, struct np_recent6, NP_MAX_RECENT6, 0);
 
-// Interface to endpoint number, direct-mapped.  The program writes and reads.  Looked up per packet.  A collision
-// overwrites.  Key: ifindex modulo size.  Valid for one generation.
+// Interface to the endpoint's row, direct-mapped.  The program writes and reads.  Looked up per packet that np_recent
+// does not know.  A collision overwrites.  Key: ifindex modulo size.  Valid for one epoch.
 NP_MAP("percpu_array", np_near, __u32, struct np_near, NP_MAX_NEAR, 0);
 
 // Host endpoint's number to its policy sets.  The agent writes, the program reads.  Looked up for a new flow on a host
@@ -172,10 +192,18 @@ NP_MAP("hash", np_vip6, struct np_vip6_key, struct np_vip, NP_MAX_VIP6, BPF_F_NO
 // not part of an open connection.  One row per CPU.  Means nothing between two packets.
 NP_MAP("percpu_array", np_scratch, __u32, struct np_scratch, NP_MAX_SCRATCH, 0);
 
-// Known address to identity and owner.  The agent writes, the program reads.  Looked up for a new flow.  When full: the
-// agent refuses the change.  Key: network order.  Lives as long as the address is known.
-NP_MAP("hash", np_addr4, struct np_addr4_key, struct np_addr, NP_MAX_ADDR4, BPF_F_NO_PREALLOC);
-NP_MAP("hash", np_addr6, struct np_addr6_key, struct np_addr, NP_MAX_ADDR6, BPF_F_NO_PREALLOC);
+// Hash of a node's or a service's address to a bit, set while there is such an address in np_local or np_vip: spares a
+// new flow those look-ups.  The agent writes, the program reads.  Looked up for a new flow.  Fixed size; the more bits
+// are set, the more often the tables are asked in vain.  Key: host order.  Set before the address's row, cleared after.
+NP_MAP("array", np_special, __u32, struct np_special, NP_MAX_SPECIAL, 0);
+
+// Known address to identity and owner, in buckets by hash (struct np_addr4_bucket); rows that found their bucket full
+// are in _more.  The agent writes, the program reads.  Looked up for a new flow.  When full: the agent refuses the
+// change.  Key: the address's hash; of _more: network order.  Lives as long as the address is known.
+NP_MAP("array", np_addr4, __u32, struct np_addr4_bucket, NP_MAX_ADDR4, BPF_F_MMAPABLE);
+NP_MAP("array", np_addr6, __u32, struct np_addr6_bucket, NP_MAX_ADDR6, BPF_F_MMAPABLE);
+NP_MAP("hash", np_addr4_more, struct np_addr4_key, struct np_addr, NP_MAX_ADDR4_MORE, BPF_F_NO_PREALLOC);
+NP_MAP("hash", np_addr6_more, struct np_addr6_key, struct np_addr, NP_MAX_ADDR6_MORE, BPF_F_NO_PREALLOC);
 
 // Longest prefix to identity, for addresses not in np_addr.  The agent writes, the program reads.  Looked up for a new
 // flow.  When full: the agent refuses the change.  Key: prefix length in host order, address in network order.  Lives
@@ -190,9 +218,11 @@ NP_MAP("lpm_trie", np_source4, struct np_source4_key, struct np_source, NP_MAX_S
 NP_MAP("lpm_trie", np_source6, struct np_source6_key, struct np_source, NP_MAX_SOURCE6, BPF_F_NO_PREALLOC);
 
 // (Policy set, identity) to peer class, where it is not the default of its family; sets that tell peers apart alike
-// share a number.  The agent writes, the program reads.  Looked up for a new flow.  When full: the agent refuses the
-// change.  Key: host order.  Lives as long as one of the sets.
-NP_MAP("hash", np_peer_class, struct np_peer_class_key, struct np_peer_class, NP_MAX_PEER_CLASS, BPF_F_NO_PREALLOC);
+// share a number.  In lines of neighbouring identities (struct np_class_line), two to a bucket.  The agent writes, the
+// program reads.  Looked up for a new flow.  When full: the agent refuses the change.  Key: hash of both; of _more:
+// host order.  Lives as long as one of the sets.
+NP_MAP("array", np_peer_class, __u32, struct np_peer_bucket, NP_MAX_PEER_CLASS, BPF_F_MMAPABLE);
+NP_MAP("hash", np_peer_more, struct np_peer_class_key, struct np_peer_class, NP_MAX_PEER_MORE, BPF_F_NO_PREALLOC);
 
 // (Protocol, port or ICMP type and code) to atom, in blocks.  The agent writes, the program reads.  Looked up for a new
 // flow.  Fixed size.  Key: host order.  Lives always; atoms are renumbered only when nothing refers to the old number.
@@ -295,10 +325,19 @@ NP_INLINE struct np_endpoint *np_endpoint_lookup(__u32 ifindex)
     return np_endpoint.lookup(&key);
 }
 
-NP_INLINE struct np_recent *np_recent_lookup(__u32 hash)
+// The slot of a hash in this CPU's range, which is a power of two.
+NP_INLINE struct np_recent4 *np_recent4_lookup(__u32 hash)
 {
-    __u32 slot = hash & (NP_MAX_RECENT - 1);
-    return np_recent.lookup(&slot);
+    const __u32 slots = 1u << (31 - __builtin_clz(NP_MAX_RECENT4 / NP_CPUS));
+    __u32 slot = bpf_get_smp_processor_id() * slots + (hash & (slots - 1));
+    return np_recent4.lookup(&slot);
+}
+
+NP_INLINE struct np_recent6 *np_recent6_lookup(__u32 hash)
+{
+    const __u32 slots = 1u << (31 - __builtin_clz(NP_MAX_RECENT6 / NP_CPUS));
+    __u32 slot = bpf_get_smp_processor_id() * slots + (hash & (slots - 1));
+    return np_recent6.lookup(&slot);
 }
 
 NP_INLINE struct np_near *np_near_lookup(__u32 ifindex)
@@ -307,11 +346,29 @@ NP_INLINE struct np_near *np_near_lookup(__u32 ifindex)
     return np_near.lookup(&slot);
 }
 
-NP_INLINE struct np_addr *np_addr_lookup(union np_addr_key *key, const int version)
+NP_INLINE struct np_special *np_special_lookup(__u32 hash)
+{
+    __u32 row = hash / 64 & (NP_MAX_SPECIAL - 1);
+    return np_special.lookup(&row);
+}
+
+NP_INLINE const struct np_addr4_bucket *np_addr4_bucket_lookup(__u32 hash)
+{
+    __u32 bucket = hash & (NP_MAX_ADDR4 - 1);
+    return np_addr4.lookup(&bucket);
+}
+
+NP_INLINE const struct np_addr6_bucket *np_addr6_bucket_lookup(__u32 hash)
+{
+    __u32 bucket = hash & (NP_MAX_ADDR6 - 1);
+    return np_addr6.lookup(&bucket);
+}
+
+NP_INLINE const struct np_addr *np_addr_more_lookup(union np_addr_key *key, const int version)
 {
     if (version == 4)
-        return np_addr4.lookup(&key->v4);
-    return np_addr6.lookup(&key->v6);
+        return np_addr4_more.lookup(&key->v4);
+    return np_addr6_more.lookup(&key->v6);
 }
 
 NP_INLINE struct np_host *np_host_lookup(__u32 number)
@@ -360,10 +417,15 @@ NP_INLINE struct np_source *np_source_lookup(union np_source_key *key, const int
     return np_source6.lookup(&key->v6);
 }
 
-NP_INLINE struct np_peer_class *np_peer_class_lookup(__u32 set, __u32 identity)
+NP_INLINE const struct np_peer_bucket *np_peer_bucket_lookup(__u32 hash)
 {
-    struct np_peer_class_key key = {.set = set, .identity = identity};
-    return np_peer_class.lookup(&key);
+    __u32 bucket = hash & (NP_MAX_PEER_CLASS - 1);
+    return np_peer_class.lookup(&bucket);
+}
+
+NP_INLINE const struct np_peer_class *np_peer_more_lookup(struct np_peer_class_key *key)
+{
+    return np_peer_more.lookup(key);
 }
 
 NP_INLINE struct np_l4_atom *np_l4_atom_lookup(__u32 block)

@@ -142,7 +142,9 @@ struct np_packet {
     __u8 version; // 4, 6; 0: not IP or not known
     __u8 special; // never takes the short way: SYN, FIN, RST, ICMP, fragments
     __u32 fragment_id; // as on the wire
+    __u32 pad;
 };
+_Static_assert(sizeof(struct np_packet) == 64, "np_packet is whole words");
 
 // The linear part of the frame, as far as the verifier lets us look.
 struct np_bytes {

@@ -3,61 +3,146 @@
 // The short way for packets of open connections: what this CPU saw of the connection tables within the last second.  A
 // hash look-up costs more than all the rest of the way; this costs a multiplication and one cache line.
 //
+// Only plain packets take it: Ethernet, IPv4 without options or IPv6 without extension headers, whole, TCP without SYN,
+// FIN and RST, or UDP.  Everything else, and whatever is not exactly as it should be, goes the long way, which decides.
+//
 // Invariant: an entry says only what np_conn said, under the same generation, at most a second ago; so a connection is
 // refreshed there once a second, and one that was removed there passes for a second at most.  Packets that change a
-// connection (SYN, FIN, RST), ICMP and packets whose sender is judged here never come here.
+// connection and packets whose sender is judged here never pass here.
 #pragma once
 
+#include "np_count.h"
 #include "np_flow.h"
 #include "np_maps.h"
+#include "np_service.h"
 
-#define NP_RECENT_MULTIPLIER                                                                                           \
-    0x9e3779b97f4a7c15ull // 2^64 divided by the golden ratio: spreads neighbours over the table
+#define NP_LONG_WAY (-2) // no verdict of TC
 
-NP_INLINE struct np_recent *np_recent_slot(const struct np_flow *flow, const int version)
+// The facts of a plain packet that tell its connection, besides the addresses.
+struct np_plain {
+    __u32 ports_be;
+    __u32 protocol;
+};
+
+NP_INLINE struct np_recent_fact *np_recent_slot(const __u32 *source, const __u32 *destination, __u32 ports_be,
+                                                const int version)
 {
-    const struct np_packet *packet = flow->packet;
-    __u32 ports = (__u32)packet->source_port << 16 | packet->destination_port;
-    __u64 mixed = (__u64)(packet->source[0] ^ ports) << 32 | (packet->destination[0] ^ ports);
-    if (version == 6)
-        mixed ^=
-            (__u64)(packet->source[3] ^ packet->source[1]) << 32 | (packet->destination[3] ^ packet->destination[1]);
-    return np_recent_lookup(mixed * NP_RECENT_MULTIPLIER >> 40);
+    __u64 mixed = (__u64)(source[0] ^ ports_be) << 32 | (destination[0] ^ ports_be);
+    if (version == 4) {
+        struct np_recent4 *slot = np_recent4_lookup(np_hash(mixed));
+        return slot ? &slot->fact : 0;
+    }
+    mixed ^= (__u64)(source[3] ^ source[1]) << 32 | (destination[3] ^ destination[1]);
+    struct np_recent6 *slot = np_recent6_lookup(np_hash(mixed));
+    return slot ? &slot->fact : 0;
 }
 
-NP_INLINE int np_recent_matches(const struct np_recent *recent, const struct np_flow *flow, const int hook,
+// How the addresses of a slot differ from a packet's; they lie before its facts.
+NP_INLINE __u32 np_recent_other(const struct np_recent_fact *fact, const __u32 *source, const __u32 *destination,
                                 const int version)
 {
-    const struct np_packet *packet = flow->packet;
-    __u32 other = (recent->source[0] ^ packet->source[0]) | (recent->destination[0] ^ packet->destination[0]) |
-                  (recent->source_port ^ packet->source_port) | (recent->destination_port ^ packet->destination_port) |
-                  (recent->protocol ^ packet->protocol) | (recent->version ^ version) | (recent->hook ^ hook) |
-                  (recent->ifindex ^ flow->ifindex) | (recent->generation ^ flow->generation);
-    if (version == 6)
-        other |= (recent->source[1] ^ packet->source[1]) | (recent->source[2] ^ packet->source[2]) |
-                 (recent->source[3] ^ packet->source[3]) | (recent->destination[1] ^ packet->destination[1]) |
-                 (recent->destination[2] ^ packet->destination[2]) | (recent->destination[3] ^ packet->destination[3]);
-    return !other && flow->now_jiffies < recent->until_jiffies;
+    const int words = version == 4 ? 1 : 4;
+    const __u32 *address = (const __u32 *)fact - 2 * words;
+    __u32 other = 0;
+#pragma unroll
+    for (int word = 0; word < words; word++)
+        other |= (address[word] ^ source[word]) | (address[words + word] ^ destination[word]);
+    return other;
 }
 
 // Remember what np_conn said of the packet's connection.
-NP_INLINE void np_recent_fill(struct np_recent *recent, const struct np_flow *flow, __u32 rule, __u32 carries,
-                              const int hook, const int version)
+NP_INLINE void np_recent_fill(const struct np_flow *flow, __u32 rule, __u32 carries, const int hook, const int version)
 {
     const struct np_packet *packet = flow->packet;
-    recent->until_jiffies = flow->now_jiffies + flow->config->jiffies_per_second;
-    recent->generation = flow->generation;
-    recent->ifindex = flow->ifindex;
+    if (packet->protocol != NP_PROTOCOL_TCP && packet->protocol != NP_PROTOCOL_UDP)
+        return;
+    struct np_ports ports = {np_net16(packet->source_port), np_net16(packet->destination_port)};
+    __u32 ports_be;
+    __builtin_memcpy(&ports_be, &ports, sizeof(ports_be));
+    struct np_recent_fact *fact = np_recent_slot(packet->source, packet->destination, ports_be, version);
+    if (!fact)
+        return;
+    const int words = version == 4 ? 1 : 4;
+    __u32 *address = (__u32 *)fact - 2 * words;
 #pragma unroll
-    for (int word = 0; word < 4; word++) {
-        recent->source[word] = packet->source[word];
-        recent->destination[word] = packet->destination[word];
+    for (int word = 0; word < words; word++) {
+        address[word] = packet->source[word];
+        address[words + word] = packet->destination[word];
     }
-    recent->source_port = packet->source_port;
-    recent->destination_port = packet->destination_port;
-    recent->protocol = packet->protocol;
-    recent->version = version;
-    recent->hook = hook;
-    recent->rule = rule;
-    recent->carries = carries;
+    fact->ports_be = ports_be;
+    fact->ifindex = flow->ifindex;
+    fact->generation = flow->generation;
+    fact->until_jiffies = (__u32)flow->now_jiffies + flow->config->jiffies_per_second;
+    fact->rule = rule;
+    fact->carries = carries;
+    fact->protocol = packet->protocol;
+    fact->hook = hook;
+}
+
+// The transport header of a plain packet with so many bytes from there on, of which 20 can be read.
+NP_INLINE int np_plain_l4(const struct np_tcp_header *tcp, __u8 protocol, __u32 room, struct np_plain *plain)
+{
+    if (NP_LIKELY(protocol == NP_PROTOCOL_TCP)) {
+        __u32 header_bytes = (tcp->words >> 4) * 4;
+        if (header_bytes < sizeof(*tcp) || header_bytes > room || tcp->flags & (NP_TCP_SYN | NP_TCP_FIN | NP_TCP_RST))
+            return 0;
+    } else if (protocol != NP_PROTOCOL_UDP || room < 8) {
+        return 0;
+    }
+    __builtin_memcpy(&plain->ports_be, &tcp->ports, sizeof(plain->ports_be));
+    plain->protocol = protocol;
+    return 1;
+}
+
+// The verdict for a packet whose connection is remembered, else NP_LONG_WAY.
+NP_INLINE int np_short_pass(struct __sk_buff *skb, const struct np_config *config, const struct np_plain *plain,
+                            const __u32 *source, const __u32 *destination, const int hook, const int version)
+{
+    struct np_recent_fact *fact = np_recent_slot(source, destination, plain->ports_be, version);
+    if (!fact)
+        return NP_LONG_WAY;
+    __u32 other = np_recent_other(fact, source, destination, version) | (fact->ports_be ^ plain->ports_be) |
+                  (fact->protocol ^ plain->protocol) | (fact->hook ^ (__u32)hook) | (fact->ifindex ^ skb->ifindex) |
+                  (fact->generation ^ config->generation);
+    // not yet, and not long ago either: the low bits come round
+    __u32 left = fact->until_jiffies - (__u32)bpf_jiffies64() - 1;
+    if (NP_UNLIKELY(other || left >= config->jiffies_per_second))
+        return NP_LONG_WAY;
+    np_count_rule(fact->rule, skb->len);
+    if (NP_UNLIKELY(fact->carries) && np_carry(skb, config, fact->carries))
+        return NP_PASS_ALONE;
+    return NP_PASS;
+}
+
+NP_INLINE int np_short_way(struct __sk_buff *skb, const struct np_config *config, const int hook)
+{
+    void *start = (void *)(long)skb->data;
+    void *end = (void *)(long)skb->data_end;
+    struct np_eth_header *eth = start;
+    struct np_plain plain;
+    if (NP_UNLIKELY(np_carried(skb, config)))
+        return NP_LONG_WAY;
+
+    struct np_ip4_header *ip4 = (void *)(eth + 1);
+    struct np_tcp_header *tcp4 = (void *)(ip4 + 1);
+    if ((void *)(tcp4 + 1) > end)
+        return NP_LONG_WAY;
+    if (eth->type_be == np_net16(NP_ETHERTYPE_IP4)) {
+        __u32 total_bytes = np_host16(ip4->total_bytes_be);
+        if (ip4->version_words != 0x45 || ip4->fragment_be & np_net16(0x3fff) ||
+            total_bytes > skb->len - sizeof(*eth) || total_bytes < sizeof(*ip4) ||
+            !np_plain_l4(tcp4, ip4->protocol, total_bytes - sizeof(*ip4), &plain))
+            return NP_LONG_WAY;
+        return np_short_pass(skb, config, &plain, &ip4->source, &ip4->destination, hook, 4);
+    }
+
+    struct np_ip6_header *ip6 = (void *)(eth + 1);
+    struct np_tcp_header *tcp6 = (void *)(ip6 + 1);
+    if (eth->type_be != np_net16(NP_ETHERTYPE_IP6) || (void *)(tcp6 + 1) > end)
+        return NP_LONG_WAY;
+    __u32 payload_bytes = np_host16(ip6->payload_bytes_be);
+    if (ip6->version_class >> 4 != 6 || payload_bytes > skb->len - sizeof(*eth) - sizeof(*ip6) ||
+        !np_plain_l4(tcp6, ip6->next, payload_bytes, &plain))
+        return NP_LONG_WAY;
+    return np_short_pass(skb, config, &plain, ip6->source, ip6->destination, hook, 6);
 }

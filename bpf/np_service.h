@@ -21,6 +21,10 @@
 // What is known of a service address: by itself, else as a port of each of the node's own addresses.
 NP_INLINE struct np_vip *np_vip_of(struct np_question *question, const int version)
 {
+    if (NP_LIKELY(!np_is_special(question->destination, version))) {
+        question->to_node = NP_TO_NODE_NO;
+        return 0;
+    }
     union np_vip_key key = {};
     struct np_vip *vip;
     if (version == 4) {
@@ -55,18 +59,18 @@ NP_INLINE __u32 np_carried(const struct __sk_buff *skb, const struct np_config *
 }
 
 // Let the packet carry a number (0: none).  tc_index survives all of netfilter, but another program's TC_ACT_OK in
-// clsact overwrites it; so a packet that carries one there is not shown to programs behind this one.  clsact takes the
-// new tc_index from tc_classid.
-NP_INLINE void np_carry(struct __sk_buff *skb, struct np_flow *flow, __u32 number)
+// clsact overwrites it; so a packet that carries one there is not to be shown to programs behind this one: whether that
+// is so is returned.  clsact takes the new tc_index from tc_classid.
+NP_INLINE __u8 np_carry(struct __sk_buff *skb, const struct np_config *config, __u32 number)
 {
-    __u32 shift = flow->config->mark_shift & 31;
+    __u32 shift = config->mark_shift & 31;
     if (shift) {
         skb->mark = (skb->mark & ~(NP_CARRY_MASK << shift)) | number << shift;
-        return;
+        return 0;
     }
     skb->tc_index = number;
     skb->tc_classid = number;
-    flow->leg->ends = number != 0;
+    return number != 0;
 }
 
 // Fill in what the sender's policy is asked, at the place where the packet leaves.
@@ -74,11 +78,13 @@ NP_INLINE void np_sender_plan(struct np_flow *flow, struct np_work *work, const 
 {
     const __u32 *source = work->questions[NP_QUESTION_FINAL].source;
     work->refuses = 0;
+    work->self = 0;
+    work->final = NP_QUESTION_FINAL;
     work->number = flow->leg->carried;
     work->outwards = NP_OUTWARDS_WORKLOAD; // what leaves a workload enters the host
     if (work->ifindex) { // a workload
-        struct np_addr *addr = np_addr_of(source, version);
-        work->hides_source = !addr || addr->endpoint != flow->leg->carried;
+        const struct np_addr *addr = np_addr_find(flow, source, version);
+        work->hides_source = !addr->identity || addr->endpoint != flow->leg->carried;
         work->host = flow->config->wildcard;
         work->asks = NP_ASK_WORKLOAD | (work->host ? NP_ASK_FORWARD << 4 : 0);
     } else {
@@ -115,7 +121,7 @@ NP_INLINE int np_sender(struct __sk_buff *skb, struct np_flow *flow, struct np_w
     np_barrier();
     if (!leg->related)
         np_conn_key_of(key, flow, version);
-    struct np_conn *open = np_conn_is_initial(packet) ? 0 : np_conn_lookup(key, version);
+    struct np_conn *open = np_conn_first(key, packet, version);
     struct np_conn *conn = np_conn_find(found, key, open, flow, version);
     if (leg->related && !conn)
         return NP_REASON_ICMP_UNRELATED;

@@ -44,7 +44,7 @@ class MapSpec:
 
 # fmt: off
 
-NP_SCHEMA_VERSION = 3  # part of the pin directory's name
+NP_SCHEMA_VERSION = 4  # part of the pin directory's name
 NP_RULE_NAME_BYTES = 120  # longest readable rule name, with its terminating zero
 NP_ATOM_BLOCK = 256  # atoms per row of np_l4_atom
 NP_ATOM_BLOCKS = 1537  # 6 slots of 256 blocks, and the block of the other protocols
@@ -59,6 +59,11 @@ NP_SLOT_ICMP = 3  # by type and code
 NP_SLOT_ICMPV6 = 4  # by type and code
 NP_SLOT_SOURCE = 5  # by source port, whatever the protocol
 NP_OTHER_BLOCK = 1536  # the one block indexed by protocol number
+NP_BUCKET_ROWS = 5  # rows of a bucket: what fits into one cache line (IPv6: two)
+NP_BUCKET_LINES = 2  # lines of a bucket of classes
+NP_BUCKET_MORE = 128  # flag of a bucket: further rows of it are in a hash
+NP_LINE_CLASSES = 24  # identities of a line
+NP_CLASS_NONE = 65535  # no class
 NP_HOST_SETS = 8  # policy sets of a host endpoint: stage * 2 + direction
 NP_SCRATCH_WORDS = 64  # working memory of one packet, in units of 8 bytes
 NP_CHECK_SEED = 2166136261  # FNV-1a's own 32-bit offset basis and prime
@@ -370,12 +375,57 @@ class np_addr6_key(ctypes.Structure):
 class np_addr(ctypes.Structure):
     """``struct np_addr``."""
 
-    identity: int
+    identity: int  # never 0
     endpoint: int  # number of the local endpoint that owns the address, else 0
 
     _fields_ = (
         ("identity", ctypes.c_uint32),
         ("endpoint", ctypes.c_uint32),
+    )
+
+
+class np_addr4_bucket(ctypes.Structure):
+    """Rows whose keys have the same hash, side by side in a cache line: one fetch where a hash table needs three.
+
+    A row is in its bucket or, when that is full, in the hash of the same name with _more; never in both. Key first,
+    row next, then its bit in `used`, so no packet sees half a row; a row that went is not written over before a grace
+    period.
+    """
+
+    used: int  # bit i: row i is there; NP_BUCKET_MORE
+    key: ctypes.Array[np_addr4_key]
+    row: ctypes.Array[np_addr]
+
+    _fields_ = (
+        ("used", ctypes.c_uint32),
+        ("key", np_addr4_key * 5),
+        ("row", np_addr * 5),
+    )
+
+
+class np_addr6_bucket(ctypes.Structure):
+    """``struct np_addr6_bucket``."""
+
+    used: int  # bit i: row i is there; NP_BUCKET_MORE
+    pad: int
+    key: ctypes.Array[np_addr6_key]
+    row: ctypes.Array[np_addr]
+
+    _fields_ = (
+        ("used", ctypes.c_uint32),
+        ("pad", ctypes.c_uint32),
+        ("key", np_addr6_key * 5),
+        ("row", np_addr * 5),
+    )
+
+
+class np_special(ctypes.Structure):
+    """Node addresses and service addresses, as bits by hash: where the bit is 0 no table of those need be asked."""
+
+    bits: int
+
+    _fields_ = (
+        ("bits", ctypes.c_uint64),
     )
 
 
@@ -470,6 +520,40 @@ class np_peer_class(ctypes.Structure):
 
     _fields_ = (
         ("peer_class", ctypes.c_uint32),
+    )
+
+
+class np_class_line(ctypes.Structure):
+    """Classes of identities that follow each other, for one policy set.
+
+    Identities are given out densely, so that those of a whole cluster fit into the processor's cache.
+    """
+
+    peer_class: ctypes.Array[ctypes.c_uint16]  # NP_CLASS_NONE: no row, so the default
+    set: int  # 0: unused
+    block: int  # identity / NP_LINE_CLASSES
+    flags: int  # of a bucket's first line: NP_BUCKET_MORE
+    pad: int
+
+    _fields_ = (
+        ("peer_class", ctypes.c_uint16 * 24),
+        ("set", ctypes.c_uint32),
+        ("block", ctypes.c_uint32),
+        ("flags", ctypes.c_uint32),
+        ("pad", ctypes.c_uint32),
+    )
+
+
+class np_peer_bucket(ctypes.Structure):
+    """Lines whose set and block have the same hash.
+
+    Rows of a block that found no line are in np_peer_more.
+    """
+
+    line: ctypes.Array[np_class_line]
+
+    _fields_ = (
+        ("line", np_class_line * 2),
     )
 
 
@@ -688,12 +772,12 @@ class np_event(ctypes.Structure):
     rule: int
     staged_rule: int
     log_list: int
+    set: int  # number of the policy set as np_peer_class has it, 0 where none was asked
+    peer_identity: int  # 0 where it was not looked up
+    peer_class: int
     endpoint: int
     ifindex: int
     own_identity: int  # 0 where it was not looked up
-    peer_identity: int  # 0 where it was not looked up
-    peer_class: int
-    set: int  # number of the policy set as np_peer_class has it, 0 where none was asked
     frame_bytes: int  # Ethernet header included
     source: ctypes.Array[ctypes.c_uint8]
     destination: ctypes.Array[ctypes.c_uint8]
@@ -715,12 +799,12 @@ class np_event(ctypes.Structure):
         ("rule", ctypes.c_uint32),
         ("staged_rule", ctypes.c_uint32),
         ("log_list", ctypes.c_uint32),
+        ("set", ctypes.c_uint32),
+        ("peer_identity", ctypes.c_uint32),
+        ("peer_class", ctypes.c_uint32),
         ("endpoint", ctypes.c_uint32),
         ("ifindex", ctypes.c_uint32),
         ("own_identity", ctypes.c_uint32),
-        ("peer_identity", ctypes.c_uint32),
-        ("peer_class", ctypes.c_uint32),
-        ("set", ctypes.c_uint32),
         ("frame_bytes", ctypes.c_uint32),
         ("source", ctypes.c_uint8 * 16),
         ("destination", ctypes.c_uint8 * 16),
@@ -753,21 +837,21 @@ class np_config(ctypes.Structure):
     """``struct np_config``."""
 
     generation: int  # raised when an allow may have become a deny
+    epoch: int  # raised when an endpoint's row or address changed: what np_near remembers is void
     flags: int  # enum np_config_flag
     jiffies_per_second: int
     wildcard: int  # number of the host endpoint of all interfaces, workloads' included; 0: none
-    timeout_jiffies: ctypes.Array[ctypes.c_uint64]
     mark_shift: int  # where a packet to a service carries its sender's 16-bit number: skb->mark; 0: skb->tc_index
-    pad: int
+    timeout_jiffies: ctypes.Array[ctypes.c_uint64]
 
     _fields_ = (
         ("generation", ctypes.c_uint32),
+        ("epoch", ctypes.c_uint32),
         ("flags", ctypes.c_uint32),
         ("jiffies_per_second", ctypes.c_uint32),
         ("wildcard", ctypes.c_uint32),
-        ("timeout_jiffies", ctypes.c_uint64 * 8),
         ("mark_shift", ctypes.c_uint32),
-        ("pad", ctypes.c_uint32),
+        ("timeout_jiffies", ctypes.c_uint64 * 8),
     )
 
 
@@ -785,41 +869,60 @@ class np_schema(ctypes.Structure):
     )
 
 
-class np_recent(ctypes.Structure):
-    """A packet of an open connection, remembered per CPU and direct-mapped in front of the connection tables.
+class np_recent_fact(ctypes.Structure):
+    """What is remembered of a connection's packets in one direction, by the CPU that saw them.
 
-    As in the packet: each direction has an entry of its own. Valid for one generation, until the table is to be asked
-    again.
+    Valid for one generation, until the table is to be asked again.
     """
 
-    until_jiffies: int  # a second after the table was asked
-    generation: int
+    ports_be: int  # source and destination, as in the packet
     ifindex: int
-    source: ctypes.Array[ctypes.c_uint32]  # network order, IPv4 in the first word
-    destination: ctypes.Array[ctypes.c_uint32]  # the same
-    source_port: int
-    destination_port: int
-    protocol: int
-    version: int  # 4 or 6; 0: unused
-    hook: int  # 0 ingress, 1 egress
-    pad: int
+    generation: int  # 0: unused
+    until_jiffies: int  # a second after the table was asked; the lower 32 bits
     rule: int
     carries: int  # number that packets of the connection carry on, 0: none
+    protocol: int
+    hook: int  # 0 ingress, 1 egress
 
     _fields_ = (
-        ("until_jiffies", ctypes.c_uint64),
-        ("generation", ctypes.c_uint32),
+        ("ports_be", ctypes.c_uint32),
         ("ifindex", ctypes.c_uint32),
-        ("source", ctypes.c_uint32 * 4),
-        ("destination", ctypes.c_uint32 * 4),
-        ("source_port", ctypes.c_uint16),
-        ("destination_port", ctypes.c_uint16),
-        ("protocol", ctypes.c_uint8),
-        ("version", ctypes.c_uint8),
-        ("hook", ctypes.c_uint8),
-        ("pad", ctypes.c_uint8),
+        ("generation", ctypes.c_uint32),
+        ("until_jiffies", ctypes.c_uint32),
         ("rule", ctypes.c_uint32),
-        ("carries", ctypes.c_uint32),
+        ("carries", ctypes.c_uint16),
+        ("protocol", ctypes.c_uint8),
+        ("hook", ctypes.c_uint8),
+    )
+
+
+class np_recent4(ctypes.Structure):
+    """``struct np_recent4``."""
+
+    source: ctypes.Array[ctypes.c_uint8]
+    destination: ctypes.Array[ctypes.c_uint8]
+    fact: np_recent_fact
+
+    _fields_ = (
+        ("source", ctypes.c_uint8 * 4),
+        ("destination", ctypes.c_uint8 * 4),
+        ("fact", np_recent_fact),
+    )
+
+
+class np_recent6(ctypes.Structure):
+    """``struct np_recent6``."""
+
+    source: ctypes.Array[ctypes.c_uint8]
+    destination: ctypes.Array[ctypes.c_uint8]
+    fact: np_recent_fact
+    pad: int
+
+    _fields_ = (
+        ("source", ctypes.c_uint8 * 16),
+        ("destination", ctypes.c_uint8 * 16),
+        ("fact", np_recent_fact),
+        ("pad", ctypes.c_uint64),
     )
 
 
@@ -834,21 +937,35 @@ class np_scratch(ctypes.Structure):
 
 
 class np_near(ctypes.Structure):
-    """An endpoint's number by interface, remembered per CPU and direct-mapped, so that a packet of an open connection needs no hash lookup for it.
+    """An endpoint's row by interface, whole and checked, remembered per CPU and direct-mapped; and the last source addresses that turned out to be the workload's own.
 
-    Valid for one generation.
+    Valid for one epoch.
     """
 
     ifindex: int
-    generation: int
+    epoch: int  # 0: unused
     number: int
     flags: int
+    own4: ctypes.Array[ctypes.c_uint32]  # network order
+    identity4: int  # of own4; 0: none was seen
+    own6: ctypes.Array[ctypes.c_uint32]  # network order
+    identity6: int  # of own6; 0: none was seen
+    pad: int
+    ingress: np_set
+    egress: np_set
 
     _fields_ = (
         ("ifindex", ctypes.c_uint32),
-        ("generation", ctypes.c_uint32),
+        ("epoch", ctypes.c_uint32),
         ("number", ctypes.c_uint32),
         ("flags", ctypes.c_uint32),
+        ("own4", ctypes.c_uint32 * 1),
+        ("identity4", ctypes.c_uint32),
+        ("own6", ctypes.c_uint32 * 4),
+        ("identity6", ctypes.c_uint32),
+        ("pad", ctypes.c_uint32),
+        ("ingress", np_set),
+        ("egress", np_set),
     )
 
 
@@ -943,13 +1060,17 @@ MAP_SPECS: Mapping[str, MapSpec] = MappingProxyType(
             "np_endpoint", "hash", np_endpoint_key, np_endpoint,
             ctypes.sizeof(np_endpoint_key), ctypes.sizeof(np_endpoint), 4096, ("BPF_F_NO_PREALLOC",),
         ),
-        "np_recent": MapSpec(
-            "np_recent", "percpu_array", None, np_recent,
-            4, ctypes.sizeof(np_recent), 1024, (),
+        "np_recent4": MapSpec(
+            "np_recent4", "array", None, np_recent4,
+            4, ctypes.sizeof(np_recent4), 262144, (),
+        ),
+        "np_recent6": MapSpec(
+            "np_recent6", "array", None, np_recent6,
+            4, ctypes.sizeof(np_recent6), 131072, (),
         ),
         "np_near": MapSpec(
             "np_near", "percpu_array", None, np_near,
-            4, ctypes.sizeof(np_near), 256, (),
+            4, ctypes.sizeof(np_near), 512, (),
         ),
         "np_host": MapSpec(
             "np_host", "hash", np_number_key, np_host,
@@ -979,12 +1100,24 @@ MAP_SPECS: Mapping[str, MapSpec] = MappingProxyType(
             "np_scratch", "percpu_array", None, np_scratch,
             4, ctypes.sizeof(np_scratch), 1, (),
         ),
+        "np_special": MapSpec(
+            "np_special", "array", None, np_special,
+            4, ctypes.sizeof(np_special), 2048, (),
+        ),
         "np_addr4": MapSpec(
-            "np_addr4", "hash", np_addr4_key, np_addr,
-            ctypes.sizeof(np_addr4_key), ctypes.sizeof(np_addr), 262144, ("BPF_F_NO_PREALLOC",),
+            "np_addr4", "array", None, np_addr4_bucket,
+            4, ctypes.sizeof(np_addr4_bucket), 65536, ("BPF_F_MMAPABLE",),
         ),
         "np_addr6": MapSpec(
-            "np_addr6", "hash", np_addr6_key, np_addr,
+            "np_addr6", "array", None, np_addr6_bucket,
+            4, ctypes.sizeof(np_addr6_bucket), 65536, ("BPF_F_MMAPABLE",),
+        ),
+        "np_addr4_more": MapSpec(
+            "np_addr4_more", "hash", np_addr4_key, np_addr,
+            ctypes.sizeof(np_addr4_key), ctypes.sizeof(np_addr), 262144, ("BPF_F_NO_PREALLOC",),
+        ),
+        "np_addr6_more": MapSpec(
+            "np_addr6_more", "hash", np_addr6_key, np_addr,
             ctypes.sizeof(np_addr6_key), ctypes.sizeof(np_addr), 262144, ("BPF_F_NO_PREALLOC",),
         ),
         "np_cidr4": MapSpec(
@@ -1004,7 +1137,11 @@ MAP_SPECS: Mapping[str, MapSpec] = MappingProxyType(
             ctypes.sizeof(np_source6_key), ctypes.sizeof(np_source), 4096, ("BPF_F_NO_PREALLOC",),
         ),
         "np_peer_class": MapSpec(
-            "np_peer_class", "hash", np_peer_class_key, np_peer_class,
+            "np_peer_class", "array", None, np_peer_bucket,
+            4, ctypes.sizeof(np_peer_bucket), 65536, ("BPF_F_MMAPABLE",),
+        ),
+        "np_peer_more": MapSpec(
+            "np_peer_more", "hash", np_peer_class_key, np_peer_class,
             ctypes.sizeof(np_peer_class_key), ctypes.sizeof(np_peer_class), 1048576, ("BPF_F_NO_PREALLOC",),
         ),
         "np_l4_atom": MapSpec(

@@ -29,7 +29,9 @@ from typing import Any
 import netpol_ebpf.errors
 from netpol_ebpf.errors import LoadError, PlatformError
 from netpol_loader import abi, syscall
+from netpol_loader.buckets import MORE_NAMES, buckets_for
 from netpol_loader.hook import Hook
+from netpol_loader.maps import possible_cpus
 
 ENTRY = "netpol.c"
 NEW_SUFFIX = "_new"
@@ -93,7 +95,8 @@ def build(
 ) -> None:
     """Make the maps that are missing in ``pin_dir`` and pin the programs there, with NEW_SUFFIX.
 
-    ``sizes``: max_entries by map name, for maps that are created (and for the two whose size the program knows).
+    ``sizes``: max_entries by map name, for maps that are created and for those whose size the program knows; of a table
+    that is kept in buckets its rows.
     ``entry``, ``programs``: another C file over the same headers and its functions, for measurements.
     Raises LoadError with the last lines of what clang or the verifier said, PlatformError when BCC is missing.
     """
@@ -141,8 +144,10 @@ def _compile_and_pin(
     if present:
         scratch.mkdir()
     try:
-        flags = [f'-DNP_PIN_DIR="{scratch}"', "-Wno-unknown-pragmas", "-Wno-pass-failed"]
-        flags += [_size_flag(name, size) for name, size in {**sizes, **_placeholder_sizes(text, present)}.items()]
+        flags = [f'-DNP_PIN_DIR="{scratch}"', f"-DNP_CPUS={possible_cpus()}"]
+        flags += ["-Wno-unknown-pragmas", "-Wno-pass-failed"]
+        wanted = {**kernel_sizes(sizes), **_placeholder_sizes(text, present)}
+        flags += [_size_flag(name, size) for name, size in wanted.items()]
         module = BPF(text=text, cflags=flags)
         if present:
             _exchange_maps(module, scratch, pin_dir, present)
@@ -152,6 +157,15 @@ def _compile_and_pin(
     finally:
         if present:
             shutil.rmtree(scratch)
+
+
+def kernel_sizes(sizes: Mapping[str, int]) -> dict[str, int]:
+    """The same with tables that are kept in buckets: so many of those as their rows need, and room for all rows elsewhere."""
+    result = dict(sizes)
+    for name, more in MORE_NAMES.items():
+        if name in sizes:
+            result |= {name: buckets_for(name, sizes[name]), more: sizes[name]}
+    return result
 
 
 def _size_macro(name: str) -> str:

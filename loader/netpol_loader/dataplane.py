@@ -28,6 +28,7 @@ from pathlib import Path
 
 from netpol_ebpf.errors import PlatformError
 from netpol_loader import abi, build, clock, doctor, syscall
+from netpol_loader.buckets import bucketed
 from netpol_loader.events import EventReader
 from netpol_loader.hook import Hook
 from netpol_loader.maps import Map
@@ -37,7 +38,8 @@ log = logging.getLogger(__name__)
 DEFAULT_PIN_ROOT = Path("/sys/fs/bpf/netpol")
 LINKS = "links"
 
-FIRST_GENERATION = 1
+FIRST = 1
+"""Of generations and epochs; 0 is that of what was never filled in."""
 TIMEOUTS_S: Mapping[int, float] = types.MappingProxyType(
     {
         abi.NP_CONN_TCP_NEW: 20,
@@ -228,11 +230,11 @@ class Dataplane:
     def bump_generation(self) -> int:
         """Make every open flow take the policy step once more; returns the new generation.
 
-        Also needed after an endpoint row was deleted, or its number or flags changed: the program remembers those per
-        generation.
+        Also begins a new epoch, as every change of an endpoint's row or addresses has to: the program remembers those.
         """
         config = self.config()
-        config.generation = config.generation % 0xFFFF_FFFF + 1  # never 0: that is an unused slot of np_near
+        config.generation = following(config.generation)
+        config.epoch = following(config.epoch)
         self.set_config(config)
         return int(config.generation)
 
@@ -268,10 +270,15 @@ def schema_dir(pin_root: Path) -> Path:
 
 def default_config(jiffies_per_second: int) -> abi.np_config:
     """The configuration of a new dataplane: first generation, no flags, TIMEOUTS_S."""
-    config = abi.np_config(generation=FIRST_GENERATION, jiffies_per_second=jiffies_per_second)
+    config = abi.np_config(generation=FIRST, epoch=FIRST, jiffies_per_second=jiffies_per_second)
     for state, seconds in TIMEOUTS_S.items():
         config.timeout_jiffies[state] = int(seconds * jiffies_per_second)
     return config
+
+
+def following(number: int) -> int:
+    """The generation or epoch after one; never 0."""
+    return number % 0xFFFF_FFFF + 1
 
 
 def _index(number: int) -> bytes:
@@ -301,7 +308,7 @@ def open_maps(pin_dir: Path) -> dict[str, Map]:
         wanted = (spec.kind, spec.key_size, spec.value_size)
         if seen != wanted:
             raise PlatformError(f"map {spec.name} in {pin_dir} is (type, key, value) {seen}; this build needs {wanted}")
-    return maps
+    return bucketed(maps)
 
 
 def open_programs(pin_dir: Path) -> dict[Hook, int]:

@@ -156,6 +156,9 @@ class Map:
                 raise self._failure("read", error, 1) from error
             self.delete(key.raw[: self.key_size])
 
+    def settle(self) -> None:
+        """A grace period has passed since the last removal; here nothing waits for it."""
+
     def close(self) -> None:
         """Close the descriptor; the map lives on while it is pinned or used."""
         if self.fd >= 0:

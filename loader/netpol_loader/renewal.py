@@ -20,6 +20,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from netpol_loader import attach, build, syscall
+from netpol_loader.buckets import MORE_NAMES, bucketed
 from netpol_loader.dataplane import Dataplane, locked
 from netpol_loader.hook import Hook
 from netpol_loader.maps import Map
@@ -34,7 +35,7 @@ class Renewal:
     def __init__(self, dataplane: Dataplane, fresh: Collection[str], sizes: Mapping[str, int] | None = None) -> None:
         """``fresh``: names of the maps to be made anew; ``sizes``: their max_entries, where not those of the maps in force."""
         self._dataplane = dataplane
-        self._fresh = frozenset(fresh)
+        self._fresh = frozenset(fresh) | {more for name, more in MORE_NAMES.items() if name in fresh}
         self._sizes = dict(sizes or {})
         self._staging = dataplane.pin_root / f"new-{os.getpid()}"
         self._maps: dict[str, Map] = {}
@@ -66,7 +67,7 @@ class Renewal:
         for name in current.maps.keys() - self._fresh:
             os.link(current.pin_dir / name, self._staging / name)
         build.build(self._staging, sizes)
-        self._maps = {name: Map(syscall.obj_get(self._staging / name)) for name in self._fresh}
+        self._maps = bucketed({name: Map(syscall.obj_get(self._staging / name)) for name in self._fresh})
 
     def take_over(self) -> None:
         """Put the new programs in the place of the old on every interface; the dataplane is the new set from then on."""

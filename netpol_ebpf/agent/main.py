@@ -308,13 +308,13 @@ def parse_group(name: str | None) -> int | None:
 
 def parse_sizes(texts: Sequence[str]) -> dict[str, int]:
     """``MAP=ENTRIES`` pairs. Raises UsageError."""
-    from netpol_loader import abi
+    from netpol_loader.buckets import SIZED
 
     sizes: dict[str, int] = {}
     for text in texts:
         name, _, number = text.partition("=")
-        if name not in abi.MAP_SPECS or not number.isdecimal() or int(number) < 1:
-            known = ", ".join(abi.MAP_SPECS)
+        if name not in SIZED or not number.isdecimal() or int(number) < 1:
+            known = ", ".join(SIZED)
             raise UsageError(f"--map-size {text}: expected MAP=ENTRIES, with a positive number and a map of {known}")
         sizes[name] = int(number)
     return sizes

@@ -27,9 +27,10 @@ log = logging.getLogger(__name__)
 
 POLICY_MAPS = frozenset({
     "np_endpoint", "np_addr4", "np_addr6", "np_cidr4", "np_cidr6", "np_source4", "np_source6", "np_peer_class", "np_l4_atom",
-    "np_l4_col", "np_verdict", "np_rule", "np_host", "np_place", "np_local4", "np_local6", "np_vip4", "np_vip6",
+    "np_l4_col", "np_verdict", "np_rule", "np_host", "np_place", "np_local4", "np_local6", "np_vip4", "np_vip6", "np_special",
+    "np_near",
 })  # fmt: skip
-"""Maps that say what policy is. The others hold connections, counters and settings, and belong to no agent."""
+"""Maps that say what policy is, or what was remembered of that. The others hold connections, counters and settings, and belong to no agent."""
 
 
 CLSACT_TURN = 10

@@ -33,9 +33,17 @@ from netpol_ebpf.compiler.tables import Change, Delta, EndpointRow, Tables
 from netpol_ebpf.errors import MapFullError, PlatformError
 from netpol_ebpf.policy.types import EndpointKey, EndpointKind, IPNetwork
 from netpol_loader import abi
+from netpol_loader.buckets import MORE_NAMES
+from netpol_loader.dataplane import following
 
-ARRAYS = frozenset(name for name, spec in abi.MAP_SPECS.items() if spec.kind in ("array", "percpu_array"))
+ARRAYS = frozenset(
+    name for name, spec in abi.MAP_SPECS.items() if spec.kind in ("array", "percpu_array") and name not in MORE_NAMES
+)
 """Maps whose elements always exist: a deleted row is written as zeros, which deny."""
+OWNERS = frozenset({"np_endpoint", "np_host"})
+"""Maps whose rows refer to ranges in others."""
+REMEMBERED = frozenset({"np_endpoint", "np_addr4", "np_addr6"})
+"""Maps of which the program remembers rows for an epoch."""
 
 
 class KernelMap(Protocol):
@@ -56,6 +64,7 @@ class KernelMap(Protocol):
     def items(self) -> Iterator[tuple[bytes, bytes]]: ...  # noqa: D102
     def put_many(self, pairs: Sequence[tuple[bytes, bytes]]) -> None: ...  # noqa: D102
     def delete_many(self, keys: Sequence[bytes]) -> None: ...  # noqa: D102
+    def settle(self) -> None: ...  # noqa: D102 - a grace period has passed
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +97,9 @@ class _Step:
     def delete(self, name: str, key: bytes) -> None:
         self.deletes.setdefault(name, []).append(key)
 
+    def touches(self, names: frozenset[str]) -> bool:
+        return not (names.isdisjoint(self.puts) and names.isdisjoint(self.deletes))
+
     def __bool__(self) -> bool:
         return bool(self.puts or self.deletes)
 
@@ -106,10 +118,17 @@ class _Undo:
         self._before += values
         return sum(value is None for _, _, value in values)
 
-    def roll_back(self) -> None:
-        """Put everything back."""
-        while self._before:
-            name, key, value = self._before.pop()
+    def roll_back(self, left: Callable[[], None]) -> None:
+        """Put everything back, endpoint rows first. ``left``: wait until no packet has the rows they had meanwhile."""
+        owners = [one for one in self._before if one[0] in OWNERS]
+        self._put_back(owners)
+        if owners:
+            left()
+        self._put_back([one for one in self._before if one[0] not in OWNERS])
+        self._before.clear()
+
+    def _put_back(self, rows: Sequence[tuple[str, bytes, bytes | None]]) -> None:
+        for name, key, value in reversed(rows):
             if value is None:
                 self._maps[name].delete(key)
             else:
@@ -203,18 +222,20 @@ class Applier:
         try:
             self._check_room(prepare, grow, flip)
             self._write(prepare, undo)
-            if "np_endpoint" in prepare.puts or "np_host" in prepare.puts:
-                self._wait()  # a packet that still has the old row must not meet what grows for the new one
+            if prepare.touches(OWNERS):
+                self._leave()  # a packet that still has the old row must not meet what grows for the new one
             self._write(grow, undo)
             self._write(flip, undo)
         except PlatformError:
-            undo.roll_back()
+            undo.roll_back(self._leave)
             self._rows, self._counts = rows, counts
             raise
         if change.revokes or prepare.renews or flip.renews:
             self.bump_generation()
+        elif flip.touches(REMEMBERED):
+            self.bump_epoch()
         if shrink:
-            self._wait()
+            self._grace()
             self._write(shrink, None)
 
     def _step(self, batch: Mapping[str, Any]) -> _Step:
@@ -296,7 +317,7 @@ class Applier:
             self._check_room(step)
             self._write(step, undo)
         except PlatformError:
-            undo.roll_back()
+            undo.roll_back(self._leave)
             self._counts = counts
             if before is None:
                 del self._bindings[key]
@@ -305,6 +326,8 @@ class Applier:
             raise
         if before is not None:
             self.bump_generation()
+        else:
+            self.bump_epoch()
 
     def unbind(self, key: EndpointKey) -> None:
         """Forget an endpoint's interface: packets there are from an unknown endpoint from now on."""
@@ -325,11 +348,27 @@ class Applier:
         return abi.np_config.from_buffer_copy(value)
 
     def bump_generation(self) -> int:
-        """Every open connection is judged again at its next packet; the new generation."""
+        """Every open connection is judged again at its next packet, in a new epoch; the new generation."""
         config = self._config()
-        config.generation = config.generation % 0xFFFF_FFFF + 1  # never 0
+        config.generation, config.epoch = following(config.generation), following(config.epoch)
         self._put_config(config)
         return config.generation
+
+    def bump_epoch(self) -> None:
+        """No packet that comes from now on is judged by an endpoint's row, or its addresses, as they were."""
+        config = self._config()
+        config.epoch = following(config.epoch)
+        self._put_config(config)
+
+    def _leave(self) -> None:
+        """Return when no packet is judged by endpoint rows as they were before the last change of them."""
+        self.bump_epoch()
+        self._grace()
+
+    def _grace(self) -> None:
+        self._wait()
+        for name in MORE_NAMES:
+            self._maps[name].settle()
 
     def reset_counters(self, rules: Iterable[int]) -> None:
         """Zero the counters of rule numbers that are about to stand for something new."""

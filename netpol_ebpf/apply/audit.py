@@ -25,6 +25,7 @@ ROWS = 2000
 
 BY_ENDPOINT = ("np_endpoint", "np_source4", "np_source6", "np_host", "np_place")
 BY_NODE = ("np_local4", "np_local6", "np_vip4", "np_vip6")
+"""What is too much is looked for in these; a bit of np_special that is too much costs look-ups, nothing else."""
 BY_TABLE = ("np_addr4", "np_addr6", "np_cidr4", "np_cidr6", "np_peer_class", "np_rule")
 
 

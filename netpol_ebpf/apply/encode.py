@@ -13,7 +13,7 @@ import ctypes
 import enum
 import hashlib
 import struct
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv4Network, ip_address, ip_network
 from typing import Any
@@ -22,6 +22,7 @@ from netpol_ebpf.compiler.tables import AddressRow, EndpointRow, SetRow, Verdict
 from netpol_ebpf.errors import NetpolError
 from netpol_ebpf.policy.types import Cause, Direction, IPAddress, IPNetwork, Outcome, Stage, Vip, VipKey
 from netpol_loader import abi
+from netpol_loader.buckets import special_place
 from netpol_loader.seal import fold, seal_endpoint, seal_host
 
 Element = tuple[str, bytes, bytes]
@@ -93,6 +94,7 @@ _ENDPOINT_KEY = layout(abi.np_endpoint_key, "ifindex")
 _NUMBER_KEY = layout(abi.np_number_key, "number")
 _PLACE = layout(abi.np_place, "ifindex")
 _LOCAL = layout(abi.np_local, "local")
+_SPECIAL = layout(abi.np_special, "bits")
 _VIP4_KEY = layout(abi.np_vip4_key, "address", "port", "protocol")
 _VIP6_KEY = layout(abi.np_vip6_key, "address", "port", "protocol")
 _VIP = layout(abi.np_vip, "flags", "local_port", "local")
@@ -278,6 +280,24 @@ def host_element(number: int, sets: Mapping[tuple[Direction, Stage], SetRow]) ->
 def local_element(address: IPAddress) -> Element:
     """One of the node's own addresses."""
     return f"np_local{address.version}", address.packed, _LOCAL.pack(1)
+
+
+NO_BITS = _SPECIAL.pack(0)
+
+
+def special_elements(addresses: Iterable[IPAddress]) -> Iterator[Element]:
+    """The bits that stand for addresses of the node and of services."""
+    words: dict[int, int] = {}
+    for address in addresses:
+        row, bit = special_place(address.packed)
+        words[row] = words.get(row, 0) | 1 << bit
+    for row, bits in words.items():
+        yield "np_special", _INDEX.pack(row), _SPECIAL.pack(bits)
+
+
+def either(one: bytes, other: bytes) -> bytes:
+    """The bits of both rows of np_special."""
+    return _SPECIAL.pack(_SPECIAL.unpack(one)[0] | _SPECIAL.unpack(other)[0])
 
 
 def vip_elements(vip: Vip, local: Collection[IPAddress]) -> Iterator[Element]:

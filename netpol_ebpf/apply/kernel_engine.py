@@ -25,6 +25,7 @@ from types import TracebackType
 from netpol_ebpf.apply.applier import Applier
 from netpol_ebpf.apply.encode import (
     DIRECTION,
+    NO_BITS,
     NO_SETS,
     EndpointFlag,
     EndpointSets,
@@ -32,6 +33,7 @@ from netpol_ebpf.apply.encode import (
     endpoint_key,
     host_element,
     local_element,
+    special_elements,
 )
 from netpol_ebpf.apply.events import FlowEvent, Names, decode_event
 from netpol_ebpf.apply.frames import render_frame
@@ -198,9 +200,11 @@ class KernelEngine:
         if self._own_address is not None:
             name, key, _ = local_element(self._own_address)
             maps[name].delete(key)
+            for name, key, _ in special_elements([self._own_address]):
+                maps[name].put(key, NO_BITS)
         if address is not None:
-            name, key, value = local_element(address)
-            maps[name].put(key, value)
+            for name, key, value in (*special_elements([address]), local_element(address)):
+                maps[name].put(key, value)
         self._own_address = address
 
     def _run(self, hook: Hook, question: Question, *, sent_here: bool) -> FlowEvent:

@@ -13,12 +13,24 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from netpol_ebpf.apply.applier import KernelMap
-from netpol_ebpf.apply.encode import NO_SETS, Element, EndpointFlag, endpoint_element, local_element, vip_elements
+from netpol_ebpf.apply.encode import (
+    NO_BITS,
+    NO_SETS,
+    Element,
+    EndpointFlag,
+    either,
+    endpoint_element,
+    local_element,
+    special_elements,
+    vip_elements,
+)
 from netpol_ebpf.errors import MapFullError
 from netpol_ebpf.policy.types import IPAddress, Vip
 
 MAPS = ("np_local4", "np_local6", "np_vip4", "np_vip6")
-"""Maps that nothing else writes; of np_endpoint only the rows of the node's own interfaces are meant here."""
+"""Maps that nothing else writes, besides SPECIAL; of np_endpoint only the rows of the node's own interfaces are meant here."""
+SPECIAL = "np_special"
+"""An array of bits by hash of the addresses in MAPS."""
 UPLINK = 0
 """In place of a host endpoint's number: none, the interface has no policy of its own."""
 
@@ -32,13 +44,17 @@ class Surroundings:
     vips: Iterable[Vip] = ()
 
     def elements(self) -> Iterator[Element]:
-        """All rows."""
+        """All rows, bits first."""
+        vips = list(self.vips)
+        yield from special_elements(
+            [*self.addresses, *(vip.key.address for vip in vips if vip.key.address is not None)]
+        )
         for address in self.addresses:
             yield local_element(address)
         for ifindex, number in self.interfaces.items():
             flags = EndpointFlag.HOST if number else EndpointFlag.HOST | EndpointFlag.UPLINK
             yield endpoint_element(ifindex, number, NO_SETS, flags)
-        for vip in self.vips:
+        for vip in vips:
             yield from vip_elements(vip, self.addresses)
 
 
@@ -60,15 +76,29 @@ class SurroundingsWriter:
         rows = {(name, key): value for name, key, value in wanted.elements()}
         news = {place: value for place, value in rows.items() if self._rows.get(place) != value}
         self._check_room(rows)
-        for (name, key), value in news.items():
-            self._maps[name].put(key, value)
         gone = self._rows.keys() - rows.keys() - set(keep)
+        bits = [key for name, key in {**self._rows, **rows} if name == SPECIAL]
+        # An address has its bit as long as it has a row.
+        for key in bits:
+            before, after = (of.get((SPECIAL, key), NO_BITS) for of in (self._rows, rows))
+            self._put_bits(key, before, either(before, after))
+        for (name, key), value in news.items():
+            if name != SPECIAL:
+                self._maps[name].put(key, value)
+        for name, key in gone:
+            if name != SPECIAL:
+                self._maps[name].delete(key)
+        for key in bits:
+            before, after = (of.get((SPECIAL, key), NO_BITS) for of in (self._rows, rows))
+            self._put_bits(key, either(before, after), after)
         moved = any(name == "np_endpoint" for name, _ in (*news, *gone))
         self._rows = rows
-        for name, key in gone:
-            self._maps[name].delete(key)
         if moved:
             self._renew()
+
+    def _put_bits(self, key: bytes, before: bytes, after: bytes) -> None:
+        if before != after:
+            self._maps[SPECIAL].put(key, after)
 
     def _check_room(self, rows: Mapping[tuple[str, bytes], bytes]) -> None:
         for name in MAPS:

@@ -27,6 +27,7 @@
 long bpf_skb_load_bytes(const void *skb, __u32 offset, void *to, __u32 bytes);
 long bpf_skb_pull_data(struct __sk_buff *skb, __u32 bytes);
 __u64 bpf_jiffies64(void);
+__u32 bpf_get_smp_processor_id(void);
 
 int np_tc_ingress(struct __sk_buff *skb);
 int np_tc_egress(struct __sk_buff *skb);

@@ -12,7 +12,8 @@ from netpol_ebpf.apply.encode import OUTCOME, decode_endpoint, decode_key
 from netpol_ebpf.apply.ledger import Ledger
 from netpol_ebpf.compiler.tables import AddressRow, EndpointRow, SetRow, Tables, VerdictRow
 from netpol_ebpf.policy.types import Direction, Stage
-from netpol_loader import abi, syscall
+from netpol_loader import abi
+from netpol_loader.buckets import open_map
 from netpol_loader.maps import Map
 
 SET_FIELDS = (
@@ -24,7 +25,7 @@ SET_FIELDS = (
 @contextmanager
 def opened(path: Path) -> Iterator[Map]:
     """A pinned map."""
-    one = Map(syscall.obj_get(path))
+    one = open_map(path.parent, path.name)
     try:
         yield one
     finally:

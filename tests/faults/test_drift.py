@@ -13,6 +13,7 @@ import pytest
 from agent_scene import NODE, Scene, to_db
 
 from netpol_loader import abi, syscall
+from netpol_loader.buckets import open_map
 from netpol_loader.maps import Map
 
 pytestmark = pytest.mark.netns
@@ -24,7 +25,7 @@ def pins(scene: Scene) -> Path:
 
 
 def opened(path: Path) -> Map:
-    return Map(syscall.obj_get(path))
+    return open_map(path.parent, path.name)
 
 
 def detach(scene: Scene) -> None:
@@ -70,6 +71,21 @@ def forget_addresses(scene: Scene) -> None:
     addresses.close()
 
 
+def clear_buckets(scene: Scene) -> None:
+    """The buckets of addresses and classes become zero, as raw memory."""
+    for name in ("np_addr4", "np_peer_class"):
+        buckets = Map(syscall.obj_get(pins(scene) / name))
+        buckets.put_many([(key, bytes(buckets.value_size)) for key, value in buckets.items() if any(value)])
+        buckets.close()
+
+
+def forget_special(scene: Scene) -> None:
+    """The bits of the node's addresses go."""
+    special = opened(pins(scene) / "np_special")
+    special.put_many([(key, bytes(8)) for key, value in special.items() if any(value)])
+    special.close()
+
+
 def give_away_address(scene: Scene) -> None:
     """The pod that is denied gets the identity of the one that is allowed."""
     addresses = opened(pins(scene) / "np_addr4")
@@ -102,8 +118,8 @@ def reset_configuration(scene: Scene) -> None:
 
 
 FAULTS = (
-    detach, unpin_links, exchange_program, unpin_maps, unpin_everything, forget_addresses, give_away_address,
-    unknown_interfaces, clear_verdicts, reset_configuration,
+    detach, unpin_links, exchange_program, unpin_maps, unpin_everything, forget_addresses, clear_buckets, forget_special,
+    give_away_address, unknown_interfaces, clear_verdicts, reset_configuration,
 )  # fmt: skip
 
 

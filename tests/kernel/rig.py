@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from ipaddress import ip_address, ip_network
 
 from netpol_loader import abi
+from netpol_loader.buckets import special_place
 from netpol_loader.dataplane import Dataplane, default_config
 from netpol_loader.hook import Hook
 from netpol_loader.maps import Map
@@ -132,6 +133,7 @@ class Rig:
         for name in EMPTIED:
             one = self.map(name)
             one.delete_many([key for key, _ in one.items()])
+            one.settle()
         for name, key in self._written:
             self.map(name).put(key, bytes(self.map(name).value_size))
         self._written.clear()
@@ -139,7 +141,7 @@ class Rig:
         limits.put_many([(key, bytes(limits.value_size)) for key, _ in limits.items()])
         generation = self.dataplane.config().generation
         config = default_config(self.dataplane.config().jiffies_per_second)
-        config.generation = generation + 1
+        config.generation = config.epoch = generation + 1
         self.dataplane.set_config(config)
         self.reader.consume()
         self.events.clear()
@@ -182,6 +184,7 @@ class Rig:
         """Addresses of the node itself."""
         for text in addresses:
             packed = ip_address(text).packed
+            self._special(packed)
             self.map("np_local4" if len(packed) == 4 else "np_local6").put(packed, struct.pack("=I", 1))
 
     def vip(
@@ -195,6 +198,7 @@ class Rig:
             row.local_port = local[1]
             row.local[: len(packed)] = ip_address(local[0]).packed
         key = packed + struct.pack("=HBx", port, protocol)
+        self._special(packed)
         self.map("np_vip4" if len(packed) == 4 else "np_vip6").put(key, bytes(row))
 
     def defer(self) -> None:
@@ -240,6 +244,12 @@ class Rig:
     def l4_class(self, policy_set: int, atom: int, l4_class: int, *, source: bool = False) -> None:
         """Write one class of a set's destination (or source port) column."""
         self._element("np_l4_col", policy_set * 2 + source, atom, l4_class)
+
+    def _special(self, address: bytes) -> None:
+        """Say that an address is the node's or a service's."""
+        row, bit = special_place(address)
+        found = self.map("np_special").get(struct.pack("=I", row)) or b""
+        self._row("np_special", row, struct.pack("=Q", struct.unpack("=Q", found)[0] | 1 << bit))
 
     def _element(self, name: str, block: int, index: int, number: int) -> None:
         row = bytearray(self.map(name).get(struct.pack("=I", block)) or b"")
@@ -299,9 +309,10 @@ class Rig:
 
     def forget_recent(self) -> None:
         """Empty the short way, so that the connection tables are asked."""
-        recent = self.map("np_recent")
-        zero = bytes(recent.cell_bytes)
-        recent.put_many([(key, zero) for key, value in recent.items() if value != zero])
+        for name in ("np_recent4", "np_recent6"):
+            recent = self.map(name)
+            zero = bytes(recent.cell_bytes)
+            recent.put_many([(key, zero) for key, value in recent.items() if value != zero])
 
     def age(self, name: str, seconds: float) -> None:
         """Make every row of a table look as if it was last used that long ago."""

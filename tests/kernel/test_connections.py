@@ -76,7 +76,14 @@ def test_initial_syn_is_always_decided_by_policy(rig: Rig, pod: str, peer: str) 
     assert rig.into(p.frame(peer, pod, p.TCP, p.tcp(80, 1000, p.SYN))).reason == "policy-deny"
     assert rig.into(p.frame(peer, pod, p.TCP, p.tcp(80, 1000, p.ACK))).reason == "established"
     assert rig.out(p.frame(pod, peer, p.TCP, p.tcp(1000, 80))).reason == "policy-allow"
-    assert not rig.connections(f"np_conn{family(pod)}"), "the ports are used again: no reply seen yet"
+    table = f"np_conn{family(pod)}"
+    rig.into(p.frame(peer, pod, p.TCP, p.tcp(80, 1000, p.FIN | p.ACK)))
+    (older,) = rig.connections(table).values()
+    assert older.flags == abi.NP_CONN_FIN_REPLY, "no answer seen yet: this is still about the older one"
+    assert rig.into(p.frame(peer, pod, p.TCP, p.tcp(80, 1000, SYNACK))).reason == "established"
+    (newer,) = rig.connections(table).values()
+    assert (newer.flags, newer.state) == (0, abi.NP_CONN_TCP_OPEN), "the ports are used again"
+    assert not rig.connections(f"np_young{family(pod)}")
 
 
 @FAMILIES
@@ -182,11 +189,11 @@ def test_revoked_connection(rig: Rig, pod: str, peer: str, *, reply_seen: bool, 
     assert (event.direction, event.source_port, event.destination_port) == (abi.NP_DIRECTION_EGRESS, 1000, 80)
 
 
-@pytest.mark.parametrize("protocol", [p.TCP, p.UDP])
+@pytest.mark.parametrize(("protocol", "answer"), [(p.TCP, SYNACK), (p.TCP, p.RST | p.ACK), (p.UDP, 0)])
 @pytest.mark.parametrize("reply_seen", [False, True])
 @FAMILIES
 def test_answers_do_not_reopen_what_was_revoked(
-    rig: Rig, pod: str, peer: str, protocol: int, *, reply_seen: bool
+    rig: Rig, pod: str, peer: str, protocol: int, answer: int, *, reply_seen: bool
 ) -> None:
     """What policy cut stays cut both ways, though the other side may begin flows; its end is a change of policy or time."""
 
@@ -208,7 +215,10 @@ def test_answers_do_not_reopen_what_was_revoked(
     assert {key: bytes(entry) for key, entry in rig.connections(table).items()} == before, "neither touched nor moved"
     if protocol == p.TCP:
         assert rig.into(p.frame(peer, pod, p.TCP, p.tcp(80, 1000))).reason == "policy-allow", "a flow of its own"
-        assert rig.out(outwards).reason == "established"
+        assert rig.out(p.frame(pod, peer, p.TCP, p.tcp(1000, 80, answer))).reason == "established"
+        if answer == SYNACK:
+            assert rig.into(inwards).reason == "established"
+            assert rig.out(outwards).reason == "established"
     else:
         rig.age(table, 100_000)
         assert rig.into(inwards).reason == "policy-allow", "a flow of its own, after a time"

@@ -27,15 +27,14 @@ def opened(rig: Rig, pod: str, peer: str) -> None:
     assert rig.into(p.frame(peer, pod, p.TCP, p.tcp(80, 1000, p.ACK))).reason == "established"
 
 
-def rows(rig: Rig) -> list[abi.np_recent]:
-    """The slots in use, of all CPUs."""
-    size = 64
-    cells = [
-        abi.np_recent.from_buffer_copy(value, at)
-        for _, value in rig.map("np_recent").items() for at in range(0, len(value), size)
-    ]  # fmt: skip
+TABLES = {"np_recent4": abi.np_recent4, "np_recent6": abi.np_recent6}
+
+
+def rows(rig: Rig) -> list[abi.np_recent_fact]:
+    """The facts of the slots in use, of all CPUs."""
     generation = rig.dataplane.config().generation
-    return [cell for cell in cells if cell.version and cell.generation == generation]
+    facts = [kind.from_buffer_copy(value).fact for name, kind in TABLES.items() for _, value in rig.map(name).items()]
+    return [fact for fact in facts if fact.generation == generation]
 
 
 @FAMILIES
@@ -98,12 +97,10 @@ def test_it_ends_with_the_generation(rig: Rig, pod: str, peer: str) -> None:
 def test_it_ends_after_a_second(rig: Rig, pod: str, peer: str) -> None:
     """Then the table is asked, which refreshes the connection there."""
     opened(rig, pod, peer)
-    recent = rig.map("np_recent")
-    for key, value in recent.items():
-        cells = bytearray(value)
-        for at in range(0, len(cells), 64):
-            cells[at : at + 8] = bytes(8)
-        recent.put(key, bytes(cells))
+    for name, kind in TABLES.items():
+        recent, until = rig.map(name), kind.fact.offset + abi.np_recent_fact.until_jiffies.offset
+        old = [(key, value[:until] + bytes(4) + value[until + 4 :]) for key, value in recent.items() if any(value)]
+        recent.put_many(old)
     name = "np_conn4" if pod == POD4 else "np_conn6"
     rig.map(name).delete_many([key for key, _ in rig.map(name).items()])
     assert rig.into(p.frame(peer, pod, p.TCP, p.tcp(80, 1000, p.ACK))).reason == "policy-deny"

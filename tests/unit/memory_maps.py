@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from netpol_ebpf.apply.applier import ARRAYS
 from netpol_ebpf.errors import MapFullError
 from netpol_loader import abi
+from netpol_loader.buckets import MORE_NAMES
 
 CPUS = 3
 
@@ -57,7 +58,11 @@ class MemoryMap:
         for key in keys:
             assert self.delete(key), f"{self.name} has no {key!r} to delete"
 
+    def settle(self) -> None:
+        pass
+
 
 def memory_maps(log: list[tuple[str, str, bytes]]) -> dict[str, MemoryMap]:
     """All maps of the program, empty; they note their writes in one log."""
-    return {name: MemoryMap(name, spec.max_entries, spec.value_size, log) for name, spec in abi.MAP_SPECS.items()}
+    specs = {name: abi.MAP_SPECS[MORE_NAMES.get(name, name)] for name in abi.MAP_SPECS}
+    return {name: MemoryMap(name, spec.max_entries, spec.value_size, log) for name, spec in specs.items()}

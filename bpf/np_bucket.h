@@ -1,0 +1,120 @@
+// SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause
+//
+// Look-ups in buckets: the rows of one hash lie in one cache line, so a look-up costs one fetch and at most five
+// compares, whatever is in the table.  The writer is netpol_loader/buckets.py, which has the same hashes.
+//
+// What was found goes through the leg, which is in a map: the verifier then does not walk all that follows once for
+// each row of the bucket.
+#pragma once
+
+#include "np_flow.h"
+#include "np_maps.h"
+
+#define NP_HASH_MULTIPLIER 0x9e3779b97f4a7c15ull // 2^64 divided by the golden ratio: spreads neighbours
+
+NP_INLINE __u32 np_hash(__u64 value)
+{
+    return value * NP_HASH_MULTIPLIER >> 32;
+}
+
+NP_INLINE __u32 np_addr_hash(const __u32 *address, const int version)
+{
+    if (version == 4)
+        return np_hash(address[0]);
+    __u64 high = (__u64)address[1] << 32 | address[0];
+    __u64 low = (__u64)address[3] << 32 | address[2];
+    return np_hash(low ^ high * NP_HASH_MULTIPLIER);
+}
+
+// Whether an address may be one of the node's or of a service.
+NP_INLINE int np_is_special(const __u32 *address, const int version)
+{
+    __u32 hash = np_addr_hash(address, version);
+    struct np_special *row = np_special_lookup(hash);
+    return !row || row->bits >> (hash & 63) & 1;
+}
+
+NP_INLINE __u32 np_addr4_seek(struct np_addr *found, const __u32 *address)
+{
+    const struct np_addr4_bucket *bucket = np_addr4_bucket_lookup(np_addr_hash(address, 4));
+    if (!bucket)
+        return 0;
+    __u32 used = bucket->used;
+#pragma unroll
+    for (int i = 0; i < NP_BUCKET_ROWS; i++) {
+        __u32 key;
+        __builtin_memcpy(&key, bucket->key[i].address, sizeof(key));
+        if (key == address[0] && used >> i & 1) {
+            np_copy_words(found, &bucket->row[i], sizeof(*found)); // both words at once
+            return 0;
+        }
+    }
+    return used & NP_BUCKET_MORE;
+}
+
+NP_INLINE __u32 np_addr6_seek(struct np_addr *found, const __u32 *address)
+{
+    const struct np_addr6_bucket *bucket = np_addr6_bucket_lookup(np_addr_hash(address, 6));
+    if (!bucket)
+        return 0;
+    __u32 used = bucket->used;
+#pragma unroll
+    for (int i = 0; i < NP_BUCKET_ROWS; i++) {
+        __u32 key[4];
+        __builtin_memcpy(key, bucket->key[i].address, sizeof(key));
+        if (key[3] == address[3] && !((key[0] ^ address[0]) | (key[1] ^ address[1]) | (key[2] ^ address[2])) &&
+            used >> i & 1) {
+            np_copy_words(found, &bucket->row[i], sizeof(*found)); // both words at once
+            return 0;
+        }
+    }
+    return used & NP_BUCKET_MORE;
+}
+
+// The row of a known address; its identity is 0 when there is none. Good until the next look-up.
+NP_INLINE const struct np_addr *np_addr_find(struct np_flow *flow, const __u32 *address, const int version)
+{
+    struct np_addr *found = &flow->leg->addr;
+    *found = (struct np_addr){};
+    if (NP_UNLIKELY(version == 4 ? np_addr4_seek(found, address) : np_addr6_seek(found, address))) {
+        union np_addr_key key;
+        __builtin_memcpy(&key, address, version == 4 ? sizeof(key.v4) : sizeof(key.v6));
+        const struct np_addr *row = np_addr_more_lookup(&key, version);
+        if (row)
+            *found = *row;
+    }
+    np_barrier();
+    return found;
+}
+
+// The class that a bucket has for one of a block's identities; NP_CLASS_NONE when none, and `more` when to ask further.
+NP_INLINE __u32 np_class_seek(const struct np_peer_bucket *bucket, __u32 set, __u32 block, __u32 index, __u32 *more)
+{
+    np_forget(index); // the compiler knows its range, the verifier has to be shown one
+    index &= 31; // within a bucket from either line
+#pragma unroll
+    for (int i = 0; i < NP_BUCKET_LINES; i++)
+        if (bucket->line[i].set == set && bucket->line[i].block == block)
+            return bucket->line[i].peer_class[index];
+    *more = bucket->line[0].flags & NP_BUCKET_MORE;
+    return NP_CLASS_NONE;
+}
+
+// The class of an identity, as the policy set `set` and those that share its number tell peers apart.
+NP_INLINE __u32 np_class_of(struct np_flow *flow, __u32 set, __u32 identity, __u32 default_class)
+{
+    __u32 *found = &flow->leg->class;
+    __u32 more = 0;
+    __u32 block = identity / NP_LINE_CLASSES;
+    __u32 index = identity - block * NP_LINE_CLASSES;
+    const struct np_peer_bucket *bucket = np_peer_bucket_lookup(np_hash((__u64)block << 32 | set));
+    *found = bucket ? np_class_seek(bucket, set, block, index, &more) : NP_CLASS_NONE;
+    if (NP_UNLIKELY(more)) {
+        struct np_peer_class_key key = {.set = set, .identity = identity};
+        const struct np_peer_class *row = np_peer_more_lookup(&key);
+        if (row)
+            *found = row->peer_class;
+    }
+    np_barrier();
+    return *found == NP_CLASS_NONE ? default_class : *found;
+}
