@@ -25,6 +25,7 @@ import os
 import statistics
 import struct
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address
@@ -51,6 +52,10 @@ OPEN_FLOWS = 8_192
 RANDOM_FLOWS = 65_536
 RANDOM_REPEAT = 50_000
 RANDOM_DENY_REPEAT = 20_000
+STEADY_REPEAT = 4 * RANDOM_FLOWS
+RESTED_REPEAT = RANDOM_FLOWS // 8
+REST_S = 1.1
+"""Longer than np_recent remembers."""
 FLOW_HASH = 2_654_435_761
 """As in primitives.c: (flow * this) modulo 2**32, scaled to the number of clients, is the client."""
 CLIENT_OFFSET, PORT_OFFSET = 30, 34
@@ -249,6 +254,26 @@ class Bench:
         """The product on frames that vary, less the varying; ns per run."""
         return self._less(vary, frame, wanted, repeat, ("np_vary", "np_bare_empty"), ("np_vary", None))
 
+    def steady(self, vary: Vary, frame: bytes, wanted: int) -> Callable[[], float]:
+        """The same on flows that go on, each of which had several packets within the last second."""
+        measure = self.varied(vary, frame, wanted, STEADY_REPEAT)
+
+        def second() -> float:
+            measure()
+            return measure()
+
+        return second
+
+    def rested(self, vary: Vary, frame: bytes, wanted: int) -> Callable[[], float]:
+        """The same on flows that were silent for a second; few enough that hardly one comes twice."""
+        measure = self.varied(vary, frame, wanted, RESTED_REPEAT)
+
+        def first() -> float:
+            time.sleep(REST_S)
+            return measure()
+
+        return first
+
     def bare(self, vary: Vary, name: str, repeat: int = RANDOM_REPEAT) -> Callable[[], float]:
         """One access with keys that vary, less the making of the keys; ns per run."""
         return self._less(
@@ -289,8 +314,9 @@ class Bench:
                 tcp4(int(POD4), client, flow, ALLOWED_PORT, ACK), tcp4(client, int(POD4), ALLOWED_PORT, flow, SYN | ACK)
             )
         cases = {
-            targets.RANDOM_ESTABLISHED: self.varied(flows, frame, PASS),
-            targets.BARE_LOOKUP: self.bare(flows, "lru"),
+            targets.RANDOM_ESTABLISHED: self.steady(flows, frame, PASS),
+            "random: established, 64k flows, the first packet in a second, v4": self.rested(flows, frame, PASS),
+            targets.BARE_LOOKUP: self.bare(flows, "lru", STEADY_REPEAT),
             targets.RANDOM_DENIED: self.varied(anybody, denied, DROP, RANDOM_DENY_REPEAT),
             targets.RANDOM_RECORDED: self.varied(recorded, new, PASS),
             targets.BARE_INSERT: self.bare(recorded, "lru_insert"),
