@@ -173,6 +173,8 @@ NP_INLINE int np_ask(struct np_flow *flow, struct np_work *work, int is_last_tur
         return 0;
     decision->reason = NP_REASON_POLICY_ALLOW;
     if (ask == NP_ASK_WORKLOAD) {
+        if (NP_LIKELY(!work->asks_left))
+            return 1;
         work->kept = *decision;
         work->is_kept = 1;
         return 0;

@@ -37,17 +37,18 @@ NP_INLINE struct np_recent_fact *np_recent_slot(const __u32 *source, const __u32
     return slot ? &slot->fact : 0;
 }
 
-// How the addresses of a slot differ from a packet's; they lie before its facts.
-NP_INLINE __u32 np_recent_other(const struct np_recent_fact *fact, const __u32 *source, const __u32 *destination,
-                                const int version)
+// How the addresses of a slot differ from a packet's, which stand one behind the other in both; in the slot before its
+// facts.  Of IPv6 by eight bytes at a time, which in the packet are not aligned: the verifier allows that where the
+// processor does, and it spares half of the loads.
+NP_INLINE __u64 np_recent_other(const struct np_recent_fact *fact, const __u32 *source, const int version)
 {
-    const int words = version == 4 ? 1 : 4;
-    const __u32 *address = (const __u32 *)fact - 2 * words;
-    __u32 other = 0;
-#pragma unroll
-    for (int word = 0; word < words; word++)
-        other |= (address[word] ^ source[word]) | (address[words + word] ^ destination[word]);
-    return other;
+    if (version == 4) {
+        const __u32 *address = (const __u32 *)fact - 2;
+        return (address[0] ^ source[0]) | (address[1] ^ source[1]);
+    }
+    const np_word *address = (const np_word *)fact - 4;
+    const np_word *packet = (const np_word *)source;
+    return (address[0] ^ packet[0]) | (address[1] ^ packet[1]) | (address[2] ^ packet[2]) | (address[3] ^ packet[3]);
 }
 
 // Remember what np_conn said of the packet's connection.
@@ -101,7 +102,7 @@ NP_INLINE int np_short_pass(struct __sk_buff *skb, const struct np_config *confi
     struct np_recent_fact *fact = np_recent_slot(source, destination, plain->ports_be, version);
     if (!fact)
         return NP_LONG_WAY;
-    __u32 other = np_recent_other(fact, source, destination, version) | (fact->ports_be ^ plain->ports_be) |
+    __u64 other = np_recent_other(fact, source, version) | (fact->ports_be ^ plain->ports_be) |
                   (fact->protocol ^ plain->protocol) | (fact->hook ^ (__u32)hook) | (fact->ifindex ^ skb->ifindex) |
                   (fact->generation ^ config->generation);
     // not yet, and not long ago either: the low bits come round

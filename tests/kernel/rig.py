@@ -139,9 +139,9 @@ class Rig:
         self._written.clear()
         limits = self.map("np_log_limit")
         limits.put_many([(key, bytes(limits.value_size)) for key, _ in limits.items()])
-        generation = self.dataplane.config().generation
-        config = default_config(self.dataplane.config().jiffies_per_second)
-        config.generation = config.epoch = generation + 1
+        before = self.dataplane.config()
+        config = default_config(before.jiffies_per_second)
+        config.generation, config.epoch = before.generation + 1, before.epoch + 1
         self.dataplane.set_config(config)
         self.reader.consume()
         self.events.clear()
@@ -150,6 +150,12 @@ class Rig:
         """Set the configuration's flags."""
         config = self.dataplane.config()
         config.flags = flags
+        self.dataplane.set_config(config)
+
+    def epoch(self) -> None:
+        """Make what is remembered of endpoint rows void."""
+        config = self.dataplane.config()
+        config.epoch += 1
         self.dataplane.set_config(config)
 
     def policy(self, one: PolicySet) -> abi.np_set:

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import struct
+
 import packets as p
 import pytest
 from rig import (
@@ -312,3 +314,36 @@ def test_rule_number_beyond_its_counters(rig: Rig) -> None:
     rig.pod(everything(INGRESS, DENY, 11), everything(EGRESS, ALLOW, 1 << 20))
     seen = rig.out(p.frame(POD4, PEER4, p.UDP, p.udp(1, 2)))
     assert (seen.passed, seen.reasons) == (True, {"policy-allow": 1, "rule-range": 2})
+
+
+@FAMILIES
+def test_endpoint_row_is_remembered_for_an_epoch(rig: Rig, pod: str, peer: str) -> None:
+    """A processor that has the row asks it again only when the epoch is another: so each change of it needs a new one."""
+    rig.pod(everything(1, DENY, 11), everything(2, ALLOW, 12))
+    assert rig.out(p.frame(pod, peer, p.UDP, p.udp(1, 2))).rules == {12: 1}
+    rig.pod(everything(1, DENY, 11), everything(3, DENY, 13))
+    assert rig.out(p.frame(pod, peer, p.UDP, p.udp(3, 4))).rules == {12: 1}
+    rig.epoch()
+    assert rig.out(p.frame(pod, peer, p.UDP, p.udp(5, 6))).rules == {13: 1}
+
+
+@FAMILIES
+def test_own_address_is_remembered_for_an_epoch(rig: Rig, pod: str, peer: str) -> None:
+    """An address that is the workload's no longer is somebody else's from the next epoch on."""
+    rig.pod(everything(1, DENY, 11), everything(2, ALLOW, 12))
+    assert rig.out(p.frame(pod, peer, p.UDP, p.udp(1, 2))).rules == {12: 1}
+    rig.address(pod, 100, endpoint=8)
+    rig.epoch()
+    assert rig.out(p.frame(pod, peer, p.UDP, p.udp(3, 4))).reason == "spoofed"
+    rig.address(pod, 100, endpoint=7)
+    assert rig.out(p.frame(pod, peer, p.UDP, p.udp(3, 4))).rules == {12: 1}, "what is not its own is not remembered"
+
+
+def test_interfaces_of_one_slot_do_not_mix(rig: Rig) -> None:
+    """Two interfaces that share a slot of the memory each keep their own endpoint."""
+    rig.pod(everything(1, DENY, 11), everything(2, ALLOW, 12))
+    near = rig.map("np_near")
+    other = abi.np_near(ifindex=1 + near.max_entries, epoch=rig.dataplane.config().epoch, number=99)
+    cells = bytes(other) * (near.cell_bytes // len(bytes(other)))
+    near.put(struct.pack("=I", 1), cells)
+    assert rig.out(p.frame(POD4, PEER4, p.UDP, p.udp(1, 2))).rules == {12: 1}

@@ -315,3 +315,62 @@ def test_interface_that_does_not_fit_is_not_bound(kernel: Kernel) -> None:
         kernel.applier.bind(DB, Binding(43))
     assert set(kernel.applier.bindings) == {WEB}
     assert row_of(kernel, 42) is not None
+
+
+def epoch(kernel: Kernel) -> int:
+    value = kernel.maps["np_config"].get(bytes(4))
+    assert value is not None
+    return abi.np_config.from_buffer_copy(value).epoch
+
+
+@pytest.mark.parametrize(
+    ("flip", "is_new"),
+    [
+        ({"endpoints": {WEB: endpoint(5, 100)}}, True),
+        ({"addresses": {ip_address("10.0.0.1"): AddressRow(20, 5)}}, True),
+        ({"cidrs": {ip_network("10.0.0.0/9"): 18}}, False),
+    ],
+    ids=["endpoint", "address", "prefix"],
+)
+def test_what_the_program_remembers_is_void_after_a_change_of_it(
+    kernel: Kernel, flip: dict[str, dict[object, object]], *, is_new: bool
+) -> None:
+    """A new epoch comes after the flip and before the grace period after which rows are given up."""
+    kernel.applier.bind(WEB, Binding(42))
+    kernel.applier.fill(some_tables())
+    before, generation = epoch(kernel), kernel.generation
+    kernel.log.clear()
+    shrink = {"rules": delta(deletes={1})}
+    kernel.applier.apply(Change(flip={name: delta(rows) for name, rows in flip.items()}, shrink=shrink))
+    assert (epoch(kernel) != before) is is_new
+    assert kernel.generation == generation
+    assert kernel.order("np_config", "grace", "np_rule") == [*(["np_config"] if is_new else []), "grace", "np_rule"]
+
+
+def test_set_that_moves_is_left_before_anything_grows(kernel: Kernel) -> None:
+    """Between the rows of a moved set and what grows for it lie a new epoch and a grace period."""
+    kernel.applier.bind(WEB, Binding(42))
+    kernel.applier.fill(some_tables())
+    kernel.log.clear()
+    kernel.applier.apply(
+        Change(prepare={"endpoints": delta({WEB: endpoint(5, 100)})}, grow={"peer_classes": delta({(1, 30): 1})})
+    )
+    order = kernel.order("np_endpoint", "np_config", "grace", "np_peer_class")
+    assert order == ["np_endpoint", "np_config", "grace", "np_peer_class"]
+
+
+def test_roll_back_leaves_new_rows_before_it_removes_what_they_refer_to(kernel: Kernel) -> None:
+    """Endpoint rows are put back first; then no packet has the newer ones any more; then the rest goes."""
+    kernel.applier.bind(WEB, Binding(42))
+    kernel.applier.fill(some_tables())
+    change = a_change()
+    change.flip["endpoints"].upserts[DB] = endpoint(6)
+    kernel.applier.bind(DB, Binding(43))
+    kernel.maps["np_endpoint"].hard_limit = 1
+    kernel.log.clear()
+    with pytest.raises(MapFullError):
+        kernel.applier.apply(change)
+    after = kernel.log[[name for _, name, _ in kernel.log].index("np_endpoint") :]
+    names = list(dict.fromkeys(name or operation for operation, name, _ in after))
+    assert names[:3] == ["np_endpoint", "np_config", "grace"]
+    assert set(names[3:]) >= {"np_rule", "np_verdict", "np_peer_class"}

@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The node's addresses and services: each has its bit for as long as it has its row."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Mapping
+from ipaddress import ip_address
+
+from memory_maps import MemoryMap, memory_maps
+
+from netpol_ebpf.apply.surroundings import Surroundings, SurroundingsWriter
+from netpol_ebpf.policy.types import IPAddress, Vip, VipKey
+from netpol_loader.buckets import special_place
+
+NODE, OTHER, SERVICE = ip_address("192.0.2.1"), ip_address("fd00::1"), ip_address("10.96.0.1")
+
+
+def surroundings(*addresses: IPAddress, vips: tuple[Vip, ...] = ()) -> Surroundings:
+    return Surroundings(addresses=frozenset(addresses), vips=vips)
+
+
+def bits(maps: Mapping[str, MemoryMap]) -> set[tuple[int, int]]:
+    rows = maps["np_special"].rows.items()
+    return {
+        (struct.unpack("=I", key)[0], bit)
+        for key, value in rows for bit in range(64) if struct.unpack("=Q", value)[0] >> bit & 1
+    }  # fmt: skip
+
+
+def test_addresses_and_services_have_their_bits() -> None:
+    """Those of the node in both families, those of services, and none after they went; node ports have none of their own."""
+    maps = memory_maps([])
+    writer = SurroundingsWriter(maps, lambda: None)
+    service = Vip(VipKey(SERVICE, 6, 443), frozenset({(NODE, 6443)}))
+    node_port = Vip(VipKey(None, 6, 30_000))
+    writer.write(surroundings(NODE, OTHER, vips=(service, node_port)))
+    assert bits(maps) == {special_place(one.packed) for one in (NODE, OTHER, SERVICE)}
+    writer.write(surroundings(NODE))
+    assert bits(maps) == {special_place(NODE.packed)}
+    writer.write(surroundings())
+    assert not bits(maps)
+
+
+def test_bit_is_there_before_the_row_and_goes_after_it() -> None:
+    """So no packet takes an address that has a row for one that has none."""
+    log: list[tuple[str, str, bytes]] = []
+    writer = SurroundingsWriter(memory_maps(log), lambda: None)
+    writer.write(surroundings(NODE))
+    assert [name for _, name, _ in log] == ["np_special", "np_local4"]
+    log.clear()
+    writer.write(surroundings(OTHER))
+    names = [(operation, name) for operation, name, _ in log]
+    assert names.index(("put", "np_special")) < names.index(("put", "np_local6"))
+    assert names[-2:] == [("delete", "np_local4"), ("put", "np_special")]
+
+
+def test_bits_of_neighbours_are_kept() -> None:
+    """Of two addresses whose bits are in one row, the other keeps its own when one goes."""
+    one = NODE
+    row, bit = special_place(one.packed)
+    neighbours = (ip_address(number) for number in range(int(ip_address("10.0.0.1")), int(ip_address("10.9.0.1"))))
+    other = next(
+        each for each in neighbours if special_place(each.packed)[0] == row and special_place(each.packed)[1] != bit
+    )
+    maps = memory_maps([])
+    writer = SurroundingsWriter(maps, lambda: None)
+    writer.write(surroundings(one, other))
+    writer.write(surroundings(other))
+    assert bits(maps) == {special_place(other.packed)}
