@@ -25,7 +25,7 @@ from machine import RULED, Endpoint, Machine, Outcome, Policy, Question, State, 
 from rig import ALLOW, DENY, ELSEWHERE, ENDPOINT, LO, POD_IDENTITY, PolicySet, Rig, Verdict
 
 from netpol_loader import abi, syscall
-from netpol_loader.dataplane import Dataplane
+from netpol_loader.dataplane import Dataplane, following
 from netpol_loader.hook import Hook
 
 SIZES = {
@@ -289,7 +289,7 @@ class Harness:
         if isinstance(step, Policies):
             flags = abi.NP_ENDPOINT_SOURCES | (abi.NP_ENDPOINT_HOST if self._is_host else 0)
             self.rig.endpoint(self._set(step.variant, Way.INGRESS), self._set(step.variant, Way.EGRESS), flags=flags)
-            config.generation = config.generation % 0xFFFF_FFFF + 1
+            config.generation, config.epoch = following(config.generation), following(config.epoch)
             machine.endpoint.policy = policy(step.variant)
             machine.renew()
         elif isinstance(step, TimedOut):

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The reference of everything after the parser: whose packet, fragments, connections, policy; what each packet becomes.
 
-One dictionary of connections, one of first fragments, one function per step, so that it is right at a glance.  Written
+One dictionary of open connections, one of young ones, one of first fragments, one function per step, so that it is right at a glance.  Written
 from docs/SEMANTICS.md 5.1 to 5.6 and docs/packet-parsing.md.  Invariant: `Machine.step` is the only thing that changes
 state.  Must not know of maps, hashes, time stamps or caches: which connections are timed out is said from outside.
 """
@@ -128,6 +128,9 @@ class Machine:
     def __init__(self, endpoint: Endpoint) -> None:
         self.endpoint = endpoint
         self.connections: dict[Key, Connection] = {}
+        """With packets of both sides."""
+        self.young: dict[Key, Connection] = {}
+        """Without an answer yet."""
         self.firsts: dict[tuple[object, ...], First] = {}
         self.generation = 1
         self.timed_out: frozenset[State] = frozenset()
@@ -204,8 +207,8 @@ class _Passage:
         key = self._key()
         if facts.kind is Kind.ERROR and facts.invoking is not None:
             return self._related()
-        connection = machine.connections.get(key)
-        if connection is not None and self._is_alive(connection) and self._covers(connection):
+        connection = self._find(key)
+        if connection is not None:
             reason = self._known(key, connection)
         else:
             reason = "dhcp" if may_ask else self._new(key)
@@ -284,6 +287,17 @@ class _Passage:
             return facts.source, facts.destination, facts.protocol, facts.source_port, facts.destination_port
         return facts.destination, facts.source, facts.protocol, facts.destination_port, facts.source_port
 
+    def _find(self, key: Key) -> Connection | None:
+        """The connection that speaks for the packet. What may answer a SYN belongs to the young one, if there is one."""
+        tables = [self.machine.connections, self.machine.young]
+        if self.facts.tcp_flags & (SYN | RST):
+            tables.reverse()
+        for table in tables:
+            one = table.get(key)
+            if one is not None and self._is_alive(one) and self._covers(one):
+                return one
+        return None
+
     def _is_alive(self, connection: Connection) -> bool:
         return connection.state not in self.machine.timed_out
 
@@ -292,6 +306,8 @@ class _Passage:
         facts = self.facts
         if facts.kind is Kind.QUERY:
             return (facts.icmp_type, facts.icmp_code) == connection.icmp
+        if facts.kind is Kind.ERROR and facts.invoking is not None:
+            return True
         if facts.kind is Kind.ANSWER:
             return facts.icmp_type == ANSWERS[facts.version].get(connection.icmp[0])
         if facts.protocol in (ICMP, ICMPV6):
@@ -331,8 +347,8 @@ class _Passage:
             key = source, destination, protocol, source_port, destination_port
         else:
             key = destination, source, protocol, destination_port, source_port
-        connection = self.machine.connections.get(key)
-        if connection is None or not self._is_alive(connection):
+        connection = self._find(key)
+        if connection is None:
             return "icmp-unrelated"
         return "related" if self._still_allowed(key, connection) else "revoked"
 
@@ -351,6 +367,7 @@ class _Passage:
             connection.replied = True
             if connection.state is State.TCP_NEW:
                 connection.state = State.TCP_OPEN
+            self.machine.connections[key] = self.machine.young.pop(key)
         return "established"
 
     def _new(self, key: Key) -> str:
@@ -360,7 +377,9 @@ class _Passage:
         else:
             reason = self._ask(self.way, key, (facts.icmp_type, facts.icmp_code))
         if reason in PASSES and self._opens(reason):
-            self.machine.connections[key] = Connection(
+            if not facts.is_initial_syn:  # that does not look for an older one
+                self.machine.connections.pop(key, None)
+            self.machine.young[key] = Connection(
                 self.rule, self.way, self.machine.generation, _first_state(facts.protocol),
                 (facts.icmp_type, facts.icmp_code), exempt=reason != "policy-allow",
             )  # fmt: skip
