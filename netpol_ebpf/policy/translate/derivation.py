@@ -247,7 +247,8 @@ class Derivation:
             endpoint = endpoints.workload_endpoint(resource, self._labels_of)
         elif isinstance(resource, resources.HostEndpoint):
             endpoint = endpoints.host_endpoint(resource, self._labels_of)
-        _put(self.world.endpoints, self._changes.endpoints, EndpointKey(*key), endpoint)
+        of_endpoint = EndpointKey(*key) if endpoint is None else endpoint.key
+        _put(self.world.endpoints, self._changes.endpoints, of_endpoint, endpoint)
 
     def _labels_of(self, profile: str) -> Mapping[str, str]:
         return self._profile_labels.get(profile, {})

@@ -8,6 +8,7 @@ never take the place of an inherited label.  A host-network or finished pod is n
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import lru_cache
 
 from netpol_ebpf.policy.translate.composition import (
     INHERITED_PREFIXES,
@@ -34,6 +35,7 @@ from netpol_ebpf.policy.types import (
     VipKey,
 )
 from netpol_ebpf.resources import types as resources
+from netpol_ebpf.resources.sharing import REMEMBERED, share_texts
 
 POD = "Pod"
 WORKLOAD_ENDPOINT = "WorkloadEndpoint"
@@ -79,10 +81,14 @@ def _prefixed(meta: resources.Meta, prefix: str) -> dict[str, str]:
 
 def pod_profiles(pod: resources.Pod) -> tuple[str, ...]:
     """In order: the namespace's, then the service account's."""
-    namespace = pod.meta.namespace
-    if not pod.service_account:
+    return _profiles(pod.meta.namespace, pod.service_account)
+
+
+@lru_cache(maxsize=REMEMBERED)
+def _profiles(namespace: str, service_account: str) -> tuple[str, ...]:
+    if not service_account:
         return (namespace_profile(namespace),)
-    return (namespace_profile(namespace), service_account_profile(namespace, pod.service_account))
+    return (namespace_profile(namespace), service_account_profile(namespace, service_account))
 
 
 def pod_endpoint(pod: resources.Pod, labels_of: ProfileLabels) -> Endpoint | None:
@@ -210,14 +216,15 @@ def _without_reserved(labels: Mapping[str, str]) -> dict[str, str]:
     return {key: value for key, value in labels.items() if key not in (NAMESPACE, ORCHESTRATOR, SERVICE_ACCOUNT)}
 
 
-def _effective(own: Mapping[str, str], profiles: Iterable[str], labels_of: ProfileLabels) -> dict[str, str]:
+def _effective(own: Mapping[str, str], profiles: Iterable[str], labels_of: ProfileLabels) -> Mapping[str, str]:
     """Own labels before the first profile's before the later ones'."""
     effective: dict[str, str] = {}
     for profile in reversed(tuple(profiles)):
         effective.update(labels_of(profile))
     effective.update(own)
-    return effective
+    return share_texts(effective)
 
 
-def _named_ports(ports: Iterable[resources.ContainerPort | resources.EndpointPort]) -> tuple[NamedPort, ...]:
+@lru_cache(maxsize=REMEMBERED)
+def _named_ports(ports: tuple[resources.ContainerPort | resources.EndpointPort, ...]) -> tuple[NamedPort, ...]:
     return tuple(dict.fromkeys(NamedPort(port.name, port.protocol, port.port) for port in ports if port.name))
