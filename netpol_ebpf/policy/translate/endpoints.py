@@ -91,7 +91,7 @@ def _profiles(namespace: str, service_account: str) -> tuple[str, ...]:
     return (namespace_profile(namespace), service_account_profile(namespace, service_account))
 
 
-def pod_endpoint(pod: resources.Pod, labels_of: ProfileLabels) -> Endpoint | None:
+def pod_endpoint(key: EndpointKey, pod: resources.Pod, labels_of: ProfileLabels) -> Endpoint | None:
     """The workload endpoint of a pod; None for a pod of the host's network and for one that has ended."""
     if pod.host_network or pod.finished:
         return None
@@ -102,7 +102,7 @@ def pod_endpoint(pod: resources.Pod, labels_of: ProfileLabels) -> Endpoint | Non
     else:
         own.pop(SERVICE_ACCOUNT, None)
     return Endpoint(
-        key=EndpointKey(POD, pod.meta.namespace, pod.meta.name),
+        key=key,
         kind=EndpointKind.WORKLOAD,
         labels=_effective(own, profiles, labels_of),
         addresses=pod.addresses,
@@ -113,7 +113,7 @@ def pod_endpoint(pod: resources.Pod, labels_of: ProfileLabels) -> Endpoint | Non
     )
 
 
-def workload_endpoint(workload: resources.WorkloadEndpoint, labels_of: ProfileLabels) -> Endpoint:
+def workload_endpoint(key: EndpointKey, workload: resources.WorkloadEndpoint, labels_of: ProfileLabels) -> Endpoint:
     """A WorkloadEndpoint object; profiles are those it names."""
     own = _without_inherited(workload.meta.labels)
     own |= {NAMESPACE: workload.meta.namespace, ORCHESTRATOR: workload.orchestrator}
@@ -122,7 +122,7 @@ def workload_endpoint(workload: resources.WorkloadEndpoint, labels_of: ProfileLa
     else:
         own.pop(SERVICE_ACCOUNT, None)
     return Endpoint(
-        key=EndpointKey(WORKLOAD_ENDPOINT, workload.meta.namespace, workload.meta.name),
+        key=key,
         kind=EndpointKind.WORKLOAD,
         labels=_effective(own, workload.profiles, labels_of),
         addresses=workload.addresses,
@@ -134,10 +134,10 @@ def workload_endpoint(workload: resources.WorkloadEndpoint, labels_of: ProfileLa
     )
 
 
-def host_endpoint(host: resources.HostEndpoint, labels_of: ProfileLabels) -> Endpoint:
+def host_endpoint(key: EndpointKey, host: resources.HostEndpoint, labels_of: ProfileLabels) -> Endpoint:
     """A HostEndpoint object."""
     return Endpoint(
-        key=EndpointKey(HOST_ENDPOINT, "", host.meta.name),
+        key=key,
         kind=EndpointKind.HOST,
         labels=_effective(_without_reserved(host.meta.labels), host.profiles, labels_of),
         addresses=host.expected_ips,
