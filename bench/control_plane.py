@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import gc
 import json
 import os
 import subprocess
@@ -32,6 +31,7 @@ from bench.end_to_end import ended_by
 from bench.progress import Progress
 from bench.record import LESS, MORE, Case, Run, begin, case_id, save, this_command
 from bench.site import BPFFS
+from netpol_ebpf.agent import footprint
 from netpol_ebpf.apply.applier import Applier, Binding
 from netpol_ebpf.compiler import Compiler
 from netpol_ebpf.errors import PlatformError
@@ -199,6 +199,7 @@ class Findings:
 def measure_size(size: Size, events: int, churn_s: float) -> Findings:
     """A cold start, single events, churn."""
     found = Findings()
+    footprint.give_back_large_blocks()  # this and `settle` as the agent does
     with contextlib.ExitStack() as stack:
         applier = _open_maps(stack, found)
         plane = ControlPlane(applier)
@@ -207,8 +208,7 @@ def measure_size(size: Size, events: int, churn_s: float) -> Findings:
         cold = plane.start(objects(size))
         found.cold = {**cold.stages, "total": cold.total}
         found.rows = plane.rows
-        gc.collect()
-        gc.freeze()  # as a service does that has started: what stays is not looked through again and again
+        footprint.settle()
         found.memory["after the start"] = _resident_bytes()
         _single_events(plane, size, events, found)
         found.memory["after single changes"] = _resident_bytes()

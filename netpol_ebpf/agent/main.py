@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from netpol_ebpf import __version__
+from netpol_ebpf.agent import footprint
 from netpol_ebpf.agent.service import SOCKET_NAME, Service
 from netpol_ebpf.apply.ledger import Ledger
 from netpol_ebpf.errors import InvalidInputError, NetpolError, PlatformError, UsageError
@@ -157,12 +158,14 @@ def run(arguments: argparse.Namespace) -> int:
         mark_shift=parse_mark(arguments.service_mark),
     )
     os.umask(PRIVATE_UMASK)
+    footprint.give_back_large_blocks()
     source = ManifestDirectory(arguments.manifests, LastGoodCopies(state_dir / COPIES_NAME))
     ledger = Ledger(state_dir / LEDGER_NAME)
     with exclusive(state_dir), KernelNode(pin_root, sizes, group=group) as node, contextlib.closing(ledger):
         open_to_group(state_dir, pin_root, group)
         agent = Agent(settings, node, source, ledger, time.monotonic)
         agent.start()
+        footprint.settle()
         log.info(
             "in force: %d policies; %d of %d local endpoints have their interface; pinned in %s",
             len(agent.derivation.world.policies), len(agent.applier.bindings), len(agent.local_endpoints()), node.pin_dir,

@@ -192,7 +192,7 @@ def _implied_namespaces(resources: Iterable[Resource]) -> Iterator[Namespace]:
         if isinstance(resource, (Pod, WorkloadEndpoint, NetworkSet)) and namespace and namespace not in given:
             given.add(namespace)
             labels = {"kubernetes.io/metadata.name": namespace}
-            yield Namespace(Meta(namespace, "", labels, {}, resource.meta.location))
+            yield Namespace(Meta(namespace, "", labels, resource.meta.location))
 
 
 # --- probes ---------------------------------------------------------------------------------------------------------

@@ -13,12 +13,14 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 from netpol_ebpf.compiler.draft import DELETED, Draft, Phase
 from netpol_ebpf.compiler.identities import IdentityIndex
 from netpol_ebpf.compiler.journal import Journal
 from netpol_ebpf.compiler.tables import WORLD_V4, WORLD_V6, AddressRow
 from netpol_ebpf.policy.types import EndpointKey, IPAddress, IPNetwork
+from netpol_ebpf.resources.sharing import REMEMBERED, share
 
 _LENGTH_BITS = 8  # a prefix sorts by (network, length): network << 8 | length
 _EMPTY: frozenset[int] = frozenset()
@@ -158,7 +160,7 @@ class Addresses:
     def add_owner(self, address: IPAddress, owner: int, journal: Journal) -> None:
         """An object that is this owner has the address."""
         entry = self._address(address, journal)
-        journal.assign(entry, "owners", (*entry.owners, owner))
+        journal.assign(entry, "owners", share((*entry.owners, owner)))
 
     def remove_owner(self, address: IPAddress, owner: int, journal: Journal) -> None:
         """It has it no more."""
@@ -222,18 +224,16 @@ class Addresses:
 
     # --- identities -------------------------------------------------------------------------------------------------
 
-    def settle(self, phase: Phase, draft: Draft, journal: Journal) -> Relabelled:
-        """Give every touched prefix and address its identity. Returns what changed.
+    def settle(self, phase: Phase, draft: Draft, journal: Journal, changed: Relabelled | None = None) -> None:
+        """Give every touched prefix and address its identity. ``changed``: where to note what changed.
 
         Cost: linear in what was touched and in the addresses inside touched prefixes.
         """
-        changed = Relabelled()
         for family in self._families.values():
             if family.dirty_prefixes:
                 self._settle_prefixes(family, phase, draft, journal, changed)
             if family.dirty_addresses:
                 self._settle_addresses(family, phase, draft, journal, changed)
-        return changed
 
     def forget_dirt(self) -> None:
         """After a rollback."""
@@ -242,7 +242,7 @@ class Addresses:
             family.dirty_addresses.clear()
 
     def _settle_prefixes(
-        self, family: _Family, phase: Phase, draft: Draft, journal: Journal, changed: Relabelled
+        self, family: _Family, phase: Phase, draft: Draft, journal: Journal, changed: Relabelled | None
     ) -> None:
         rows = draft.rows(phase, "cidrs")
         for first, last in _ranges(family, family.dirty_prefixes):
@@ -257,10 +257,11 @@ class Addresses:
                 if not entry.owners and not entry.atoms:
                     self._drop_prefix(family, key, entry, journal)
                     rows[entry.network] = DELETED
-                    changed.prefixes.append((entry.identity, 0))
+                    if changed is not None:
+                        changed.prefixes.append((entry.identity, 0))
                     continue
                 around = stack[-1][1] if stack else family.context_at(start, length - 1)
-                context = family.context(around.owners.union(entry.owners), around.atoms.union(entry.atoms))
+                context = family.context(_with(around.owners, entry.owners), _with(around.atoms, entry.atoms))
                 stack.append((start + (1 << (family.bits - length)) - 1, context))
                 if context is not entry.context:
                     journal.assign(entry, "context", context)
@@ -268,7 +269,8 @@ class Addresses:
                     if entry.identity:
                         self._identities.release(entry.identity, journal)
                     if identity != entry.identity:
-                        changed.prefixes.append((entry.identity, identity))
+                        if changed is not None:
+                            changed.prefixes.append((entry.identity, identity))
                         journal.assign(entry, "identity", identity)
                         rows[entry.network] = identity
             family.dirty_addresses.update(family.address_keys.between(first, last))
@@ -289,7 +291,7 @@ class Addresses:
         journal.assign(self, "prefix_count", self.prefix_count - 1)
 
     def _settle_addresses(
-        self, family: _Family, phase: Phase, draft: Draft, journal: Journal, changed: Relabelled
+        self, family: _Family, phase: Phase, draft: Draft, journal: Journal, changed: Relabelled | None
     ) -> None:
         rows = draft.rows(phase, "addresses")
         acquire, release = self._identities.acquire, self._identities.release
@@ -306,7 +308,8 @@ class Addresses:
                 if before:
                     release(before, journal)
                     rows[entry.address] = DELETED
-                    changed.addresses.append((entry, entry.row, None))
+                    if changed is not None:
+                        changed.addresses.append((entry, entry.row, None))
                 continue
             context = family.nowhere
             for shift, table in lengths:
@@ -315,13 +318,14 @@ class Addresses:
                     context = prefix.context
                     break
             identity = acquire(
-                family.version, context.owners.union(entry.owners), context.atoms.union(entry.atoms), journal
+                family.version, _with(context.owners, entry.owners), _with(context.atoms, entry.atoms), journal
             )
             if before:
                 release(before, journal)
-            row = AddressRow(identity, entry.claims[0][2] if entry.claims else 0)
+            row = _row(identity, entry.claims[0][2] if entry.claims else 0)
             if row != entry.row:
-                changed.addresses.append((entry, entry.row, row))
+                if changed is not None:
+                    changed.addresses.append((entry, entry.row, row))
                 journal.assign(entry, "identity", identity)
                 journal.assign(entry, "row", row)
                 rows[entry.address] = row
@@ -358,6 +362,17 @@ class Addresses:
             journal.put(table, int(network.network_address) >> (family.bits - network.prefixlen), entry)
             family.prefix_keys.add(key)
         return entry
+
+
+@lru_cache(maxsize=REMEMBERED)
+def _row(identity: int, endpoint: int) -> AddressRow:
+    """One row for all addresses that say the same."""
+    return AddressRow(identity, endpoint)
+
+
+def _with(around: frozenset[int], own: tuple[int, ...]) -> frozenset[int]:
+    """Those of the context and its own; the context's very set where there are no others."""
+    return around.union(own) if own else around
 
 
 def _without(members: tuple[int, ...], member: int) -> tuple[int, ...]:

@@ -19,6 +19,7 @@ Invariant: everything goes through the journal, so a commit that fails anywhere 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from itertools import islice
 from typing import Any
 
 from netpol_ebpf.compiler.addresses import Relabelled
@@ -51,10 +52,10 @@ _PAIRS = 64
 
 
 class Commit:
-    """The work of one commit. ``changes``: (type, key) -> new object, or None."""
+    """The work of one commit. ``changes``: by type and key the new object, or None."""
 
     def __init__(
-        self, state: State, changes: Mapping[tuple[type, Any], Any], local: Callable[[Endpoint], bool],
+        self, state: State, changes: Mapping[type, Mapping[Any, Any]], local: Callable[[Endpoint], bool],
         draft: Draft, journal: Journal,
     ) -> None:  # fmt: skip
         self._state = state
@@ -171,11 +172,13 @@ class Commit:
         self._move_services(added)
         for address, owner, comes in self._intake.address_moves:
             (addresses.add_owner if comes else addresses.remove_owner)(address, owner, journal)
+        self._intake.address_moves.clear()  # of a whole cluster as large as what is made of them next
         for net, owner, comes in self._intake.net_moves:
             (addresses.add_prefix_owner if comes else addresses.remove_prefix_owner)(net, owner, journal)
         for address, claim, add in self._intake.claims:
             (addresses.claim if add else addresses.disclaim)(address, claim, journal)
-        self._relabelled = addresses.settle(Phase.FLIP, draft, journal)
+        # At first nothing is compared with what was before, and all local endpoints are new.
+        addresses.settle(Phase.FLIP, draft, journal, None if self._is_first else self._relabelled)
         claims = [claim[1] for entry, _, _ in self._relabelled.addresses for claim in entry.claims]
         return [key for key in claims if key in state.local]
 
@@ -370,9 +373,10 @@ class Commit:
     def check_sizes(self, tables: Tables) -> None:
         """Raise LimitError when a table would not hold the rows it has during the change."""
         limits = self._state.limits
-        what = ", ".join(str(key or kind.__name__) for kind, key in list(self._changes)[:3])
-        if len(self._changes) > 3:  # noqa: PLR2004  # enough to find the culprit
-            what += f" and {len(self._changes) - 3} more"
+        names = [str(key or kind.__name__) for kind, objects in self._changes.items() for key in islice(objects, 3)]
+        what = ", ".join(names[:3])
+        if (count := sum(map(len, self._changes.values()))) > 3:  # noqa: PLR2004  # enough to find the culprit
+            what += f" and {count - 3} more"
         for table in ("addresses", "cidrs", "peer_classes", "identities"):
             seen, most = self._draft.size_after(tables, table), getattr(limits, table)
             if seen > most:

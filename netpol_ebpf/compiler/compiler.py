@@ -11,6 +11,7 @@ numbers of what stays do not change; the order of arrival means nothing.
 from __future__ import annotations
 
 import gc
+from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Union
@@ -69,7 +70,7 @@ class Compiler:
         self._known = known or KnownNumbers()
         self._state = State(self._limits, self._known)
         self._is_new = True
-        self._staged: dict[tuple[type, Any], PolicyObject | None] = {}
+        self._staged: defaultdict[type, dict[Any, PolicyObject | None]] = defaultdict(dict)
         self.tables = Tables()
 
     @property
@@ -87,11 +88,11 @@ class Compiler:
 
     def upsert(self, obj: PolicyObject) -> None:
         """Add an object or put it in place of the one with its key, at the next commit."""
-        self._staged[(type(obj), key_of(obj))] = obj
+        self._staged[type(obj)][key_of(obj)] = obj
 
     def remove(self, kind: type[PolicyObject], key: Any) -> None:
         """Remove the object of that type and key at the next commit, if there is one; settings go back to the defaults."""
-        self._staged[(kind, key)] = Settings() if kind is Settings else None
+        self._staged[kind][key] = Settings() if kind is Settings else None
 
     def replace(self, world: World) -> None:
         """Make these the objects, at the next commit. What was handed over before and not committed is dropped."""
@@ -108,11 +109,11 @@ class Compiler:
         )
         for kind, have, want in kinds:
             for key in have.keys() - want.keys():
-                self._staged[(kind, key)] = None
+                self._staged[kind][key] = None
             for key, obj in want.items():
                 if have.get(key) is not obj:
-                    self._staged[(kind, key)] = obj
-        self._staged[(Settings, None)] = world.settings
+                    self._staged[kind][key] = obj
+        self._staged[Settings][None] = world.settings
 
     def commit(self) -> Change:
         """Apply everything handed over since the last commit. Returns the rows to write; empty when nothing changed.
@@ -120,7 +121,7 @@ class Compiler:
         Raises LimitError when a limit would be exceeded; then the tables and the objects in force are as before, and
         what was handed over is dropped.
         """
-        staged, self._staged = self._staged, {}
+        staged, self._staged = self._staged, defaultdict(dict)
         draft = Draft()
         journal = Unjournaled() if self._is_new else Journal()
         with _collector_paused():

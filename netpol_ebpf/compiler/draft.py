@@ -55,12 +55,12 @@ class Draft:
         return len(existing) + len(added)
 
     def publish(self, tables: Tables) -> Change:
-        """Write everything to the tables. Returns the same as a change."""
+        """Write everything to the tables, leaving nothing here. Returns the same as a change."""
         change = Change(revokes=self.revokes)
         for phase, writes in self._writes.items():
-            for name, rows in writes.items():
+            for name in list(writes):
                 table = getattr(tables, name)
-                table.write(rows)
+                table.write(writes.pop(name))
                 delta = table.take()
                 if delta:
                     getattr(change, phase.value)[name] = delta

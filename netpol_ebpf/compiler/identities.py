@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from netpol_ebpf.compiler.journal import Journal
 from netpol_ebpf.compiler.limits import exceeded
 from netpol_ebpf.compiler.numbers import Numbers
-from netpol_ebpf.compiler.owners import OwnerIndex, OwnerValue
+from netpol_ebpf.compiler.owners import OwnerIndex, OwnerValue, pairs
 from netpol_ebpf.compiler.tables import FIRST_IDENTITY, WORLD_V4, WORLD_V6
 from netpol_ebpf.compiler.terms import AddressMatch, Atom, NetsTerm, ServiceTerm, Term
 
@@ -78,7 +78,7 @@ def digest(family: int, owners: Iterable[OwnerValue], atoms: Iterable[Atom]) -> 
     """A name for what an identity stands for that is the same in every run: 32 hexadecimal digits of SHA-256."""
     lines = [str(family)]
     for kind, labels, ports in owners:
-        lines.append(f"{kind.value} {sorted(labels)} {[(port.name, port.protocol, port.port) for port in ports]}")
+        lines.append(f"{kind.value} {pairs(labels)} {[(port.name, port.protocol, port.port) for port in ports]}")
     for atom in atoms:
         if isinstance(atom, NetsTerm):
             lines.append("nets " + " ".join(sorted(str(net) for net in atom.nets)))

@@ -39,7 +39,7 @@ T = TypeVar("T")
 
 
 class Intake:
-    """Takes changes, (type, key) -> new object or None, and notes what they concern.
+    """Takes changes, by type and key the new object or None, and notes what they concern.
 
     ``dirty``: local endpoints whose programs may change; ``stale``: templates whose object changed; ``*_moves``: addresses or
     nets, the owner that they get or lose, and whether they get it; ``claims``: local endpoints that got or lost an address; ``disappeared``: owners
@@ -59,39 +59,35 @@ class Intake:
         self.disappeared: list[int] = []
         self.gone: list[LocalEndpoint] = []
 
-    def take(self, changes: Mapping[tuple[type, Any], Any]) -> None:
+    def take(self, changes: Mapping[type, Mapping[Any, Any]]) -> None:
         """Put the changes into the world. An object equal to the one in force is no change."""
         takers = {
             Endpoint: self._take_endpoint,
             NetworkSet: self._take_network_set,
             Node: self._take_node,
             Policy: self._take_policy,
+            Profile: self._take_profile,
             Service: self._take_service,
+            Settings: self._take_settings,
+            Tier: self._take_tier,
         }
         world, journal = self._state.world, self._journal
         others: dict[type, dict[Any, Any]] = _containers(world)
-        for (kind, key), new in changes.items():
+        for kind, objects in changes.items():
+            taker: Any = takers[kind]
             if kind is Settings:
-                if new != world.settings:
-                    self._take_settings(new)
+                taker(objects[None])
                 continue
             container = others[kind]
-            old = container.get(key)
-            if old == new:
-                continue
-            if new is None:
-                journal.pop(container, key)
-            else:
-                journal.put(container, key, new)
-            taker: Any = takers.get(kind)
-            if taker is not None:
+            for key, new in objects.items():
+                old = container.get(key)
+                if old == new:
+                    continue
+                if new is None:
+                    journal.pop(container, key)
+                else:
+                    journal.put(container, key, new)
                 taker(old, new)
-            elif kind is Tier:
-                for policy in self._state.by_tier.get(key, ()):
-                    self.touch(self._state.subjects.endpoints_of(policy))
-            else:
-                self.stale.update(dict.fromkeys((key, direction) for direction in Direction))
-                self.touch(self._state.with_profile.get(key, ()))
 
     def touch(self, endpoints: Iterable[EndpointKey]) -> None:
         """Note local endpoints whose programs may change."""
@@ -102,7 +98,19 @@ class Intake:
         for key in self.dirty.keys() - self._state.local.keys():
             del self.dirty[key]
 
+    def _take_tier(self, old: Tier | None, new: Tier | None) -> None:
+        name = (new or old).name  # type: ignore[union-attr]  # one of them is there
+        for policy in self._state.by_tier.get(name, ()):
+            self.touch(self._state.subjects.endpoints_of(policy))
+
+    def _take_profile(self, old: Profile | None, new: Profile | None) -> None:
+        name = (new or old).name  # type: ignore[union-attr]  # one of them is there
+        self.stale.update(dict.fromkeys((name, direction) for direction in Direction))
+        self.touch(self._state.with_profile.get(name, ()))
+
     def _take_settings(self, settings: Settings) -> None:
+        if settings == self._state.world.settings:
+            return
         self._journal.assign(self._state.world, "settings", settings)
         for stage in (Stage.NORMAL, Stage.UNTRACKED):
             self.stale.update(dict.fromkeys((stage, direction) for direction in Direction))

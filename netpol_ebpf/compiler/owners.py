@@ -14,6 +14,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import chain
 
 from netpol_ebpf.compiler.entries import PortPair
 from netpol_ebpf.compiler.journal import Journal
@@ -30,8 +31,14 @@ class OwnerKind(enum.Enum):
     NODE = "n"
 
 
-LabelItems = frozenset[tuple[str, str]]
+LabelItems = tuple[str, ...]
+"""Names and values by turns, sorted by name: much smaller than a set of pairs."""
 OwnerValue = tuple[OwnerKind, LabelItems, tuple[NamedPort, ...]]
+
+
+def pairs(labels: LabelItems) -> list[tuple[str, str]]:
+    """Names with their values, sorted."""
+    return list(zip(labels[::2], labels[1::2], strict=True))
 
 
 @dataclass(slots=True)
@@ -54,38 +61,24 @@ class TermRecord:
 
 
 class _Labels:
-    """The label sets of one family of kinds (node labels are apart), with the selectors that are asked of them."""
+    """The labels of the owners of one family of kinds (nodes are apart), with the selectors that are asked of them."""
 
     def __init__(self) -> None:
-        self.index: SelectorIndex[int, LabelItems] = SelectorIndex()
-        self.owners: dict[LabelItems, set[int]] = {}
+        self.index: SelectorIndex[int, int] = SelectorIndex()
 
-    def add_owner(self, labels: LabelItems, owner: int, journal: Journal) -> set[int]:
+    def add_owner(self, owner: int, labels: LabelItems, journal: Journal) -> set[int]:
         """Ids of the selector terms that match."""
-        known = self.owners.get(labels)
-        if known is None:
-            journal.put(self.owners, labels, {owner})
-            journal.on_rollback(lambda: self.index.remove_labels(labels))
-            return self.index.add_labels(labels, dict(labels))
-        journal.add(known, owner)
-        return self.index.matching_selectors(labels)
+        journal.on_rollback(lambda: self.index.remove_labels(owner))
+        return self.index.add_labels(owner, dict(pairs(labels)))
 
-    def remove_owner(self, labels: LabelItems, owner: int, journal: Journal) -> None:
-        known = self.owners[labels]
-        if len(known) > 1:
-            journal.discard(known, owner)
-            return
-        journal.pop(self.owners, labels)
-        self.index.remove_labels(labels)
-        journal.on_rollback(lambda: self.index.add_labels(labels, dict(labels)))
+    def remove_owner(self, owner: int, labels: LabelItems, journal: Journal) -> None:
+        self.index.remove_labels(owner)
+        journal.on_rollback(lambda: self.index.add_labels(owner, dict(pairs(labels))))
 
     def add_selector(self, term: int, selector: Selector, journal: Journal) -> set[int]:
         """Ids of the owners whose labels match."""
         journal.on_rollback(lambda: self.index.remove_selector(term))
-        found: set[int] = set()
-        for labels in self.index.add_selector(term, selector):
-            found |= self.owners[labels]
-        return found
+        return self.index.add_selector(term, selector)
 
     def remove_selector(self, term: int, selector: Selector, journal: Journal) -> None:
         self.index.remove_selector(term)
@@ -120,7 +113,7 @@ class OwnerIndex:
 
     def appear(self, kind: OwnerKind, labels: Mapping[str, str], ports: Iterable[NamedPort], journal: Journal) -> int:
         """An object is this owner from now on. Returns the owner's id."""
-        value: OwnerValue = (kind, frozenset(labels.items()), tuple(sorted(set(ports))))
+        value: OwnerValue = (kind, tuple(chain.from_iterable(sorted(labels.items()))), tuple(sorted(set(ports))))
         owner = self._owner_ids.get(value)
         if owner is None:
             owner = self._new_owner(value, journal)
@@ -143,7 +136,7 @@ class OwnerIndex:
         if record is None or record.presence or record.identities:
             return
         kind, labels, ports = record.value
-        (self._nodes if kind is OwnerKind.NODE else self._labelled).remove_owner(labels, owner, journal)
+        (self._nodes if kind is OwnerKind.NODE else self._labelled).remove_owner(owner, labels, journal)
         for term in record.terms:
             journal.discard(self.terms[term].owners, owner)
         for port in ports:
@@ -159,7 +152,7 @@ class OwnerIndex:
         record = OwnerRecord(value)
         journal.put(self._owner_ids, value, owner)
         journal.put(self.owners, owner, record)
-        terms = (self._nodes if kind is OwnerKind.NODE else self._labelled).add_owner(labels, owner, journal)
+        terms = (self._nodes if kind is OwnerKind.NODE else self._labelled).add_owner(owner, labels, journal)
         for port in ports if kind is OwnerKind.ENDPOINT else ():
             journal.add_to(self._declaring, port.name, owner)
             for term in self._named_terms.get(port.name, ()):
@@ -175,7 +168,7 @@ class OwnerIndex:
     def _declares(term: NamedPortTerm, value: OwnerValue) -> bool:
         _, labels, ports = value
         return NamedPort(term.name, term.protocol, term.port) in ports and (
-            term.selector is None or term.selector.matches(dict(labels))
+            term.selector is None or term.selector.matches(dict(pairs(labels)))
         )
 
     # --- terms ------------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
-from typing import TypeVar, Union
+from typing import NamedTuple, TypeVar, Union
 
 from netpol_ebpf.errors import Location
 from netpol_ebpf.selector import Selector
@@ -129,14 +129,8 @@ class Rule:
     location: Location | None = field(default=None, compare=False)
 
 
-@dataclass(frozen=True, slots=True, order=True)
-class PolicyKey:
-    """Identifies a policy. ``kind`` disambiguates: KubernetesNetworkPolicy, NetworkPolicy (Calico), ...
-
-    Kinds: KubernetesNetworkPolicy, StagedKubernetesNetworkPolicy, NetworkPolicy, StagedNetworkPolicy,
-    GlobalNetworkPolicy, StagedGlobalNetworkPolicy, ClusterNetworkPolicy, AdminNetworkPolicy,
-    BaselineAdminNetworkPolicy.
-    """
+class ResourceKey(NamedTuple):
+    """Identifies an object by its kind; ``namespace`` is "" for cluster scope. A tuple, for tables of thousands are keyed by it."""
 
     kind: str
     namespace: str
@@ -144,6 +138,17 @@ class PolicyKey:
 
     def __str__(self) -> str:
         return f"{self.kind}/{self.namespace}/{self.name}" if self.namespace else f"{self.kind}/{self.name}"
+
+
+class PolicyKey(ResourceKey):
+    """Identifies a policy. ``kind`` disambiguates: KubernetesNetworkPolicy, NetworkPolicy (Calico), ...
+
+    Kinds: KubernetesNetworkPolicy, StagedKubernetesNetworkPolicy, NetworkPolicy, StagedNetworkPolicy,
+    GlobalNetworkPolicy, StagedGlobalNetworkPolicy, ClusterNetworkPolicy, AdminNetworkPolicy,
+    BaselineAdminNetworkPolicy.
+    """
+
+    __slots__ = ()
 
 
 class Staged(enum.Enum):
@@ -230,16 +235,10 @@ class EndpointKind(enum.Enum):
     HOST = "host"
 
 
-@dataclass(frozen=True, slots=True, order=True)
-class EndpointKey:
+class EndpointKey(ResourceKey):
     """Identifies an endpoint: ``kind`` is "Pod", "WorkloadEndpoint" or "HostEndpoint"; namespace "" for a host."""
 
-    kind: str
-    namespace: str
-    name: str
-
-    def __str__(self) -> str:
-        return f"{self.kind}/{self.namespace}/{self.name}" if self.namespace else f"{self.kind}/{self.name}"
+    __slots__ = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,11 +8,12 @@ checked.  Which of several sources of an address counts follows SEMANTICS 1.3.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from netpol_ebpf.resources.kind import Kind
 from netpol_ebpf.resources.reader import Reader, describe
+from netpol_ebpf.resources.sharing import share, share_text
 from netpol_ebpf.resources.syntax import MAX_PORT, PROTOCOLS, check_port_name, parse_address, parse_network
 from netpol_ebpf.resources.types import (
     ContainerPort,
@@ -68,27 +69,33 @@ def _service_account(obj: Reader, meta: Meta) -> ServiceAccount:
 
 def _pod(obj: Reader, meta: Meta) -> Pod:
     metadata = obj.mapping("metadata")
+    annotations = _annotations(metadata)
     deleting = metadata is not None and metadata.has("deletionTimestamp")
     status = obj.mapping("status")
     phase = status.string("phase") if status is not None else None
-    finished = phase in ("Succeeded", "Failed") or (deleting and meta.annotations.get(_POD_IP) == "")
-    addresses = _pod_addresses(obj, meta, status)
+    finished = phase in ("Succeeded", "Failed") or (deleting and annotations.get(_POD_IP) == "")
+    addresses = _pod_addresses(obj, annotations, status)
     spec = obj.mapping("spec") or Reader({}, (*obj.path, "spec"), obj.report)
     ports: list[ContainerPort] = []
     for containers in ("initContainers", "containers"):
         for container in spec.mappings(containers):
             ports.extend(_container_ports(container))
+    node = spec.string("nodeName")
     account = spec.string("serviceAccountName") or spec.string("serviceAccount") or "default"
     return Pod(
         meta=meta,
-        node=spec.string("nodeName") or None,
-        service_account=account,
+        node=share_text(node) if node else None,
+        service_account=share_text(account),
         host_network=spec.boolean("hostNetwork"),
         finished=finished,
         addresses=() if finished else addresses,
-        ports=tuple(ports),
-        allowed_source_prefixes=_source_prefixes(obj, meta),
+        ports=share(tuple(ports)),
+        allowed_source_prefixes=_source_prefixes(obj, annotations),
     )
+
+
+def _annotations(metadata: Reader | None) -> Mapping[str, str]:
+    return {} if metadata is None else metadata.string_map("annotations")
 
 
 def _container_ports(container: Reader) -> Iterable[ContainerPort]:
@@ -109,7 +116,7 @@ def _protocol(port: Reader) -> int:
     return PROTOCOLS[port.enum("protocol", tuple(PROTOCOLS)) or "TCP"]
 
 
-def _pod_addresses(obj: Reader, meta: Meta, status: Reader | None) -> tuple[IPAddress, ...]:
+def _pod_addresses(obj: Reader, annotations: Mapping[str, str], status: Reader | None) -> tuple[IPAddress, ...]:
     """The first source that names an address: status.podIPs, status.podIP, then the annotations of the CNI plugins."""
     if status is not None:
         entries = [(entry.path, entry.string("ip")) for entry in status.mappings("podIPs")]
@@ -121,7 +128,7 @@ def _pod_addresses(obj: Reader, meta: Meta, status: Reader | None) -> tuple[IPAd
             return found
     for annotation in (_POD_IPS, _POD_IP, _AWS_POD_IPS):
         path = ("metadata", "annotations", annotation)
-        texts = [text.strip().partition("/")[0] for text in meta.annotations.get(annotation, "").split(",")]
+        texts = [text.strip().partition("/")[0] for text in annotations.get(annotation, "").split(",")]
         found = _addresses(obj, [(path, text) for text in texts if text])
         if found:
             return found
@@ -139,9 +146,9 @@ def _addresses(obj: Reader, texts: Iterable[tuple[Path, str]]) -> tuple[IPAddres
     return tuple(found)
 
 
-def _source_prefixes(obj: Reader, meta: Meta) -> tuple[IPNetwork, ...]:
+def _source_prefixes(obj: Reader, annotations: Mapping[str, str]) -> tuple[IPNetwork, ...]:
     """The annotation that lifts anti-spoofing: a JSON list of CIDRs (a bare address is its /32 or /128)."""
-    text = meta.annotations.get(_SOURCE_PREFIXES)
+    text = annotations.get(_SOURCE_PREFIXES)
     if not text:
         return ()
     path = ("metadata", "annotations", _SOURCE_PREFIXES)
@@ -170,8 +177,9 @@ def _node(obj: Reader, meta: Meta) -> Node:
             address = entry.string("address")
             if entry.string("type") in ("InternalIP", "ExternalIP") and address:
                 texts.append(((*entry.path, "address"), address))
+    annotations = _annotations(obj.mapping("metadata"))
     for annotation in _NODE_ADDRESS_ANNOTATIONS:
-        address = meta.annotations.get(annotation, "").partition("/")[0]
+        address = annotations.get(annotation, "").partition("/")[0]
         if address:
             texts.append((("metadata", "annotations", annotation), address))
     return Node(meta, _addresses(obj, texts))

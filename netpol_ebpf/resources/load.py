@@ -19,6 +19,7 @@ from netpol_ebpf.errors import Location, Problem, ValidationError
 from netpol_ebpf.resources import calico, core, kubernetes, signetwork
 from netpol_ebpf.resources.kind import Kind
 from netpol_ebpf.resources.reader import Reader, Report, describe, suggestion
+from netpol_ebpf.resources.sharing import share_text, share_texts
 from netpol_ebpf.resources.syntax import check_annotations, check_dns_label, check_label
 from netpol_ebpf.resources.types import Meta, Resource
 from netpol_ebpf.resources.yamltree import Path, Positions, read_documents
@@ -243,7 +244,7 @@ def _metadata(kind: Kind, obj: Reader) -> Meta:
     if metadata is None:
         if not obj.has("metadata"):
             obj.missing("metadata")
-        return Meta("", "", {}, {}, location)
+        return Meta("", "", {}, location)
     report = obj.report
     name = metadata.required_string("name")
     namespace = metadata.string("namespace") or ""
@@ -265,7 +266,7 @@ def _metadata(kind: Kind, obj: Reader) -> Meta:
     if kind.strict and (message := check_annotations(annotations)) is not None:
         metadata.error("annotations", message, slug="annotation")
     _check_meta_fields(kind, metadata)
-    return Meta(name, namespace, labels, annotations, location)
+    return Meta(name, share_text(namespace), share_texts(labels), location)
 
 
 def _check_meta_label(key: str, value: str) -> str | None:

@@ -25,12 +25,14 @@ IPNetwork = Union[IPv4Network, IPv6Network]
 
 @dataclass(frozen=True, slots=True)
 class Meta:
-    """Object metadata. ``namespace`` is "" for cluster-scoped kinds ("default" is filled in for namespaced ones)."""
+    """Object metadata. ``namespace`` is "" for cluster-scoped kinds ("default" is filled in for namespaced ones).
+
+    Annotations are not kept: pods have large ones, and what a kind means by one is in a field of its own.
+    """
 
     name: str
     namespace: str
     labels: Mapping[str, str]
-    annotations: Mapping[str, str]
     location: Location
 
 

@@ -23,6 +23,7 @@ import yaml
 
 from netpol_ebpf.errors import Location, Problem
 from netpol_ebpf.resources import yaml_mistakes
+from netpol_ebpf.resources.sharing import share
 
 Path = tuple[Union[str, int], ...]
 
@@ -73,7 +74,7 @@ class Positions:
         """The location of ``path``, or of its deepest part that was written (a missing field: its parent)."""
         mark = self.mark
         if mark is None:
-            return Location(self.file)
+            return share(Location(self.file))
         for step in path:
             below = _step(mark, step)
             if below is None:

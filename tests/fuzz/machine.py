@@ -208,10 +208,10 @@ class _Passage:
         if facts.kind is Kind.ERROR and facts.invoking is not None:
             return self._related()
         connection = self._find(key)
-        if connection is not None:
-            reason = self._known(key, connection)
+        if connection is None and may_ask:
+            reason = "dhcp"
         else:
-            reason = "dhcp" if may_ask else self._new(key)
+            reason = self._new(key) if connection is None else self._known(key, connection)
         if facts.place is Place.FIRST and reason in PASSES and facts.kind is not Kind.ERROR:
             machine.firsts[self._fragments()] = First(
                 facts.protocol, (facts.source_port, facts.destination_port), (facts.icmp_type, facts.icmp_code),

@@ -200,7 +200,7 @@ def test_services_are_the_union_of_their_slices() -> None:
 def test_nothing_changes_a_built_in_tier() -> None:
     """Neither an object of its name nor its removal."""
     derivation = Derivation()
-    meta = Meta("kube-admin", "", {}, {}, Location("t"))
+    meta = Meta("kube-admin", "", {}, Location("t"))
     derivation.upsert(Tier(meta, 5.0, "Deny"))
     assert derivation.world.tiers == BUILT_IN_TIERS
     derivation.remove("Tier", "", "kube-admin")

@@ -50,7 +50,7 @@ def cluster_policy(spec: str) -> Policy:
 def of_rule(rule: SigRule) -> tuple[Rule, ...]:
     """The internal ingress rules of one rule."""
     subject = SigSubject(namespaces=LabelSelector())
-    policy = ClusterNetworkPolicy(Meta("p", "", {}, {}, HERE), "Admin", 1, subject, (rule,), ())
+    policy = ClusterNetworkPolicy(Meta("p", "", {}, HERE), "Admin", 1, subject, (rule,), ())
     return translate(policy, lambda _: ()).ingress
 
 

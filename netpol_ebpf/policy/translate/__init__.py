@@ -4,6 +4,7 @@
 Public: `Derivation`, `derive`, `ResourceKey`, `key_of`.
 """
 
-from netpol_ebpf.policy.translate.derivation import Derivation, ResourceKey, derive, key_of
+from netpol_ebpf.policy.translate.derivation import Derivation, derive, key_of
+from netpol_ebpf.policy.types import ResourceKey
 
 __all__ = ["Derivation", "ResourceKey", "derive", "key_of"]

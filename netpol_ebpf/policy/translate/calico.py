@@ -36,6 +36,7 @@ from netpol_ebpf.policy.types import (
     Tier,
 )
 from netpol_ebpf.resources import types as resources
+from netpol_ebpf.resources.sharing import share
 from netpol_ebpf.resources.types import CalicoPolicySpec, CalicoRule, EntityRule, PortSpec, ServiceAccountMatch
 from netpol_ebpf.selector import EVERYTHING, Selector, all_of, is_in
 
@@ -100,7 +101,7 @@ def _policy(
         tier=spec.tier,
         order=math.inf if spec.order is None else spec.order,
         subject=_subject(spec, meta.namespace),
-        types=frozenset(_DIRECTIONS[name] for name in spec.types),
+        types=share(frozenset(_DIRECTIONS[name] for name in spec.types)),
         ingress=tuple(_rules(spec.ingress, meta.namespace, Direction.INGRESS)),
         egress=tuple(_rules(spec.egress, meta.namespace, Direction.EGRESS)),
         staged=staged,

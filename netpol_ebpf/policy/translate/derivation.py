@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 from netpol_ebpf.policy.translate import calico, endpoints, kubernetes, signetwork
 from netpol_ebpf.policy.types import (
@@ -21,6 +21,7 @@ from netpol_ebpf.policy.types import (
     Policy,
     PolicyKey,
     Profile,
+    ResourceKey,
     Service,
     Settings,
     Tier,
@@ -33,14 +34,6 @@ from netpol_ebpf.resources.types import Resource
 
 K = TypeVar("K")
 V = TypeVar("V")
-
-
-class ResourceKey(NamedTuple):
-    """Identifies a resource. ``kind`` is as in `PolicyKey` for policies, else the API's; namespace "" for cluster scope."""
-
-    kind: str
-    namespace: str
-    name: str
 
 
 GLOBAL_NETWORK_SET = "GlobalNetworkSet"
@@ -82,8 +75,10 @@ BUILT_IN_TIERS: Mapping[str, Tier] = {
 
 
 def key_of(resource: Resource) -> ResourceKey:
-    """The key under which `Derivation` holds a resource."""
+    """The key under which `Derivation` holds a resource; of what stands for an endpoint, that of the endpoint."""
     kind = _KINDS[type(resource)]
+    if isinstance(resource, (resources.Pod, resources.WorkloadEndpoint, resources.HostEndpoint)):
+        return EndpointKey(kind, resource.meta.namespace, resource.meta.name)
     if isinstance(resource, resources.NetworkSet) and not resource.meta.namespace:
         kind = GLOBAL_NETWORK_SET
     return ResourceKey(kind, resource.meta.namespace, resource.meta.name)
@@ -123,10 +118,9 @@ class Derivation:
 
     def remove(self, kind: str, namespace: str, name: str) -> None:
         """Forget a resource; one that is not held is no change. ``kind`` as in `ResourceKey`."""
-        key = ResourceKey(kind, namespace, name)
-        old = self._resources.pop(key, None)
+        old = self._resources.pop(ResourceKey(kind, namespace, name), None)
         if old is not None:
-            self._derive(key, old, None)
+            self._derive(key_of(old), old, None)
 
     def get(self, key: ResourceKey) -> Resource | None:
         """The resource held under a key."""
@@ -233,7 +227,7 @@ class Derivation:
     def _derive_heir(self, key: ResourceKey) -> None:
         """An endpoint or a network set, from its resource and the labels of its profiles."""
         resource = self._resources.get(key)
-        if key.kind in ("NetworkSet", GLOBAL_NETWORK_SET):
+        if not isinstance(key, EndpointKey):
             held = (
                 endpoints.network_set(resource, self._labels_of) if isinstance(resource, resources.NetworkSet) else None
             )
@@ -242,12 +236,12 @@ class Derivation:
             return
         endpoint = None
         if isinstance(resource, resources.Pod):
-            endpoint = endpoints.pod_endpoint(resource, self._labels_of)
+            endpoint = endpoints.pod_endpoint(key, resource, self._labels_of)
         elif isinstance(resource, resources.WorkloadEndpoint):
-            endpoint = endpoints.workload_endpoint(resource, self._labels_of)
+            endpoint = endpoints.workload_endpoint(key, resource, self._labels_of)
         elif isinstance(resource, resources.HostEndpoint):
-            endpoint = endpoints.host_endpoint(resource, self._labels_of)
-        _put(self.world.endpoints, self._changes.endpoints, EndpointKey(*key), endpoint)
+            endpoint = endpoints.host_endpoint(key, resource, self._labels_of)
+        _put(self.world.endpoints, self._changes.endpoints, key, endpoint)
 
     def _labels_of(self, profile: str) -> Mapping[str, str]:
         return self._profile_labels.get(profile, {})

@@ -8,6 +8,7 @@ never take the place of an inherited label.  A host-network or finished pod is n
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import lru_cache
 
 from netpol_ebpf.policy.translate.composition import (
     INHERITED_PREFIXES,
@@ -34,6 +35,7 @@ from netpol_ebpf.policy.types import (
     VipKey,
 )
 from netpol_ebpf.resources import types as resources
+from netpol_ebpf.resources.sharing import REMEMBERED, share_texts
 
 POD = "Pod"
 WORKLOAD_ENDPOINT = "WorkloadEndpoint"
@@ -79,13 +81,17 @@ def _prefixed(meta: resources.Meta, prefix: str) -> dict[str, str]:
 
 def pod_profiles(pod: resources.Pod) -> tuple[str, ...]:
     """In order: the namespace's, then the service account's."""
-    namespace = pod.meta.namespace
-    if not pod.service_account:
+    return _profiles(pod.meta.namespace, pod.service_account)
+
+
+@lru_cache(maxsize=REMEMBERED)
+def _profiles(namespace: str, service_account: str) -> tuple[str, ...]:
+    if not service_account:
         return (namespace_profile(namespace),)
-    return (namespace_profile(namespace), service_account_profile(namespace, pod.service_account))
+    return (namespace_profile(namespace), service_account_profile(namespace, service_account))
 
 
-def pod_endpoint(pod: resources.Pod, labels_of: ProfileLabels) -> Endpoint | None:
+def pod_endpoint(key: EndpointKey, pod: resources.Pod, labels_of: ProfileLabels) -> Endpoint | None:
     """The workload endpoint of a pod; None for a pod of the host's network and for one that has ended."""
     if pod.host_network or pod.finished:
         return None
@@ -96,7 +102,7 @@ def pod_endpoint(pod: resources.Pod, labels_of: ProfileLabels) -> Endpoint | Non
     else:
         own.pop(SERVICE_ACCOUNT, None)
     return Endpoint(
-        key=EndpointKey(POD, pod.meta.namespace, pod.meta.name),
+        key=key,
         kind=EndpointKind.WORKLOAD,
         labels=_effective(own, profiles, labels_of),
         addresses=pod.addresses,
@@ -107,7 +113,7 @@ def pod_endpoint(pod: resources.Pod, labels_of: ProfileLabels) -> Endpoint | Non
     )
 
 
-def workload_endpoint(workload: resources.WorkloadEndpoint, labels_of: ProfileLabels) -> Endpoint:
+def workload_endpoint(key: EndpointKey, workload: resources.WorkloadEndpoint, labels_of: ProfileLabels) -> Endpoint:
     """A WorkloadEndpoint object; profiles are those it names."""
     own = _without_inherited(workload.meta.labels)
     own |= {NAMESPACE: workload.meta.namespace, ORCHESTRATOR: workload.orchestrator}
@@ -116,7 +122,7 @@ def workload_endpoint(workload: resources.WorkloadEndpoint, labels_of: ProfileLa
     else:
         own.pop(SERVICE_ACCOUNT, None)
     return Endpoint(
-        key=EndpointKey(WORKLOAD_ENDPOINT, workload.meta.namespace, workload.meta.name),
+        key=key,
         kind=EndpointKind.WORKLOAD,
         labels=_effective(own, workload.profiles, labels_of),
         addresses=workload.addresses,
@@ -128,10 +134,10 @@ def workload_endpoint(workload: resources.WorkloadEndpoint, labels_of: ProfileLa
     )
 
 
-def host_endpoint(host: resources.HostEndpoint, labels_of: ProfileLabels) -> Endpoint:
+def host_endpoint(key: EndpointKey, host: resources.HostEndpoint, labels_of: ProfileLabels) -> Endpoint:
     """A HostEndpoint object."""
     return Endpoint(
-        key=EndpointKey(HOST_ENDPOINT, "", host.meta.name),
+        key=key,
         kind=EndpointKind.HOST,
         labels=_effective(_without_reserved(host.meta.labels), host.profiles, labels_of),
         addresses=host.expected_ips,
@@ -210,14 +216,15 @@ def _without_reserved(labels: Mapping[str, str]) -> dict[str, str]:
     return {key: value for key, value in labels.items() if key not in (NAMESPACE, ORCHESTRATOR, SERVICE_ACCOUNT)}
 
 
-def _effective(own: Mapping[str, str], profiles: Iterable[str], labels_of: ProfileLabels) -> dict[str, str]:
+def _effective(own: Mapping[str, str], profiles: Iterable[str], labels_of: ProfileLabels) -> Mapping[str, str]:
     """Own labels before the first profile's before the later ones'."""
     effective: dict[str, str] = {}
     for profile in reversed(tuple(profiles)):
         effective.update(labels_of(profile))
     effective.update(own)
-    return effective
+    return share_texts(effective)
 
 
-def _named_ports(ports: Iterable[resources.ContainerPort | resources.EndpointPort]) -> tuple[NamedPort, ...]:
+@lru_cache(maxsize=REMEMBERED)
+def _named_ports(ports: tuple[resources.ContainerPort | resources.EndpointPort, ...]) -> tuple[NamedPort, ...]:
     return tuple(dict.fromkeys(NamedPort(port.name, port.protocol, port.port) for port in ports if port.name))

@@ -28,6 +28,7 @@ from netpol_ebpf.policy.types import (
     Rule,
     Staged,
 )
+from netpol_ebpf.resources.sharing import share
 from netpol_ebpf.resources.types import (
     KubernetesNetworkPolicy,
     KubernetesPeer,
@@ -70,7 +71,7 @@ def _policy(meta: Meta, spec: KubernetesPolicySpec, kind: str, staged: Staged) -
         tier=TIER,
         order=ORDER,
         subject=pods(own, spec.pod_selector),
-        types=frozenset(_DIRECTIONS[name] for name in spec.policy_types),
+        types=share(frozenset(_DIRECTIONS[name] for name in spec.policy_types)),
         ingress=tuple(_rules(spec.ingress, own, Direction.INGRESS)),
         egress=tuple(_rules(spec.egress, own, Direction.EGRESS)),
         staged=staged,

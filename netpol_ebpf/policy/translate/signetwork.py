@@ -25,6 +25,7 @@ from netpol_ebpf.policy.translate.composition import (
     pods,
 )
 from netpol_ebpf.policy.types import ANY_ENTITY, Action, Direction, Entity, Policy, PolicyKey, Ports, Rule, Tier
+from netpol_ebpf.resources.sharing import share
 from netpol_ebpf.resources.types import (
     AdminNetworkPolicy,
     BaselineAdminNetworkPolicy,
@@ -75,7 +76,7 @@ def translate(policy: SigPolicy, distinct_values: DistinctValues) -> Policy:
         tier=tier.name,
         order=order,
         subject=_subject(policy.subject),
-        types=frozenset(direction for direction, rules in types.items() if rules),
+        types=share(frozenset(direction for direction, rules in types.items() if rules)),
         ingress=tuple(_rules(policy.ingress, Direction.INGRESS, distinct_values)),
         egress=tuple(_rules(policy.egress, Direction.EGRESS, distinct_values)),
         location=policy.meta.location,

@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the agent does to stay small. In processes of their own, as it is for good."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+import sys
+
+import pytest
+
+_RESIDENT = """
+import resource
+from pathlib import Path
+from netpol_ebpf.agent import footprint
+
+{call}
+outgrown = bytearray(16 << 20)
+del outgrown
+tables = [bytearray(b"x") * (2 << 20) for _ in range(20)]
+del tables[:-1]
+print(int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() >> 20)
+"""
+
+
+def _run(program: str) -> int:
+    return int(subprocess.run([sys.executable, "-c", program], check=True, stdout=subprocess.PIPE, text=True).stdout)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc, whose allocator it is about")
+def test_freed_tables_are_given_back() -> None:
+    """Those below one that stays, after a larger one was freed: glibc by itself keeps them."""
+    kept = _run(_RESIDENT.format(call=""))
+    assert _run(_RESIDENT.format(call="footprint.give_back_large_blocks()")) < kept - 30
+
+
+def test_what_has_settled_is_not_looked_through_again() -> None:
+    """The collector leaves it out, and still finds what comes later."""
+    assert (
+        _run("import gc; from netpol_ebpf.agent import footprint; footprint.settle(); print(gc.get_freeze_count())") > 0
+    )
