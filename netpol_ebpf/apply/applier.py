@@ -14,6 +14,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any, Protocol
 
 from netpol_ebpf.apply.encode import (
@@ -42,6 +43,8 @@ ARRAYS = frozenset(
 """Maps whose elements always exist: a deleted row is written as zeros, which deny."""
 OWNERS = frozenset({"np_endpoint", "np_host"})
 """Maps whose rows refer to ranges in others."""
+FILL_ROWS = 8192
+"""Rows encoded before they are written, when whole tables are; arbitrary: some MB."""
 REMEMBERED = frozenset({"np_endpoint", "np_addr4", "np_addr6"})
 """Maps of which the program remembers rows for an epoch."""
 
@@ -194,14 +197,24 @@ class Applier:
 
         Nothing may be attached yet, or nothing that refers to these maps.
         """
-        step = _Step()
-        for table in tables.all():
-            for element in elements(table.name, dict(table.items())):
-                step.put(element)
+        require_room(tables, self._maps)
         self._rows = dict(tables.endpoints.items())
+        owners = _Step()
         for key in self._bindings:
-            self._put_endpoint(step, key)
-        self._check_room(step)
+            self._put_endpoint(owners, key)
+        self._check_room(owners)
+        for table in tables.all():
+            encoder = ENCODERS.get(table.name)
+            if encoder is not None:
+                written = (encoder(key, row) for key, row in table.items())
+                while chunk := list(islice(written, FILL_ROWS)):  # all elements at once would be the agent's peak of memory
+                    step = _Step()
+                    for element in chunk:
+                        step.put(element)
+                    self._fill(step)
+        self._fill(owners)
+
+    def _fill(self, step: _Step) -> None:
         for name, rows in step.puts.items():
             self._maps[name].put_many(list(rows.items()))
             if name not in ARRAYS:
