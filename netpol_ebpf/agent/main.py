@@ -77,6 +77,11 @@ def build_parser() -> argparse.ArgumentParser:
         "--map-size", action="append", default=[], metavar="MAP=ENTRIES", help="size of a map, such as np_addr4=1000000"
     )
     parser.add_argument(
+        "--timeout", action="append", default=[], metavar="STATE=SECONDS",
+        help="how long connections without packets are remembered, such as udp=180; states: tcp-new (no answer yet), tcp-open, "
+        "tcp-closing, tcp-reset, udp, icmp, other, fragment (of a datagram)",
+    )  # fmt: skip
+    parser.add_argument(
         "--keep-revoked", action="store_true", help="connections that policy no longer allows live on until they end"
     )
     parser.add_argument(
@@ -137,11 +142,13 @@ def run(arguments: argparse.Namespace) -> int:
     # The kernel, root and BCC are needed from here on, not for --help.
     from netpol_ebpf.agent.core import Agent, Settings
     from netpol_ebpf.agent.node import KernelNode
+    from netpol_ebpf.agent.timeouts import parse_timeouts
     from netpol_ebpf.policy.types import Action
     from netpol_loader import doctor
     from netpol_loader.dataplane import DEFAULT_PIN_ROOT
 
     sizes = parse_sizes(arguments.map_size)
+    timeouts_s = parse_timeouts(arguments.timeout)
     group = parse_group(arguments.group)
     pin_root: Path = arguments.pin_root or DEFAULT_PIN_ROOT
     state_dir: Path = arguments.state_dir
@@ -159,7 +166,8 @@ def run(arguments: argparse.Namespace) -> int:
     os.umask(PRIVATE_UMASK)
     source = ManifestDirectory(arguments.manifests, LastGoodCopies(state_dir / COPIES_NAME))
     ledger = Ledger(state_dir / LEDGER_NAME)
-    with exclusive(state_dir), KernelNode(pin_root, sizes, group=group) as node, contextlib.closing(ledger):
+    kernel_node = KernelNode(pin_root, sizes, group=group, timeouts_s=timeouts_s)
+    with exclusive(state_dir), kernel_node as node, contextlib.closing(ledger):
         open_to_group(state_dir, pin_root, group)
         agent = Agent(settings, node, source, ledger, time.monotonic)
         agent.start()

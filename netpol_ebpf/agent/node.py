@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Protocol
 
 from netpol_ebpf.agent.adoption import Live, look_at_connections
+from netpol_ebpf.agent.timeouts import set_timeouts
 from netpol_ebpf.agent.wiring import Link, Wiring
 from netpol_ebpf.apply.applier import KernelMap
 from netpol_ebpf.apply.encode import decode_endpoint
@@ -86,10 +87,18 @@ class Node(Protocol):
 class KernelNode:
     """The real one: the network namespace of this process. A context manager."""
 
-    def __init__(self, pin_root: Path, sizes: Mapping[str, int] | None = None, *, group: int | None = None) -> None:
-        """``group``: the number of one that may read the maps."""
+    def __init__(
+        self,
+        pin_root: Path,
+        sizes: Mapping[str, int] | None = None,
+        *,
+        group: int | None = None,
+        timeouts_s: Mapping[str, int] | None = None,
+    ) -> None:
+        """``group``: the number of one that may read the maps. ``timeouts_s``: those that are not the default (`timeouts`)."""
         self._pin_root = pin_root
         self._group = group
+        self._timeouts_s = dict(timeouts_s or {})
         self._sizes = dict(sizes or {})
         self._stack = contextlib.ExitStack()
         self._consume: Callable[[abi.np_event], None] = lambda _event: None
@@ -177,17 +186,24 @@ class KernelNode:
         """See `Node`."""
         if self._upgrade is not None:
             yield self._dataplane.maps
+            self._set_timeouts()  # before: an upgrade is no moment at which connections are given up earlier than asked
             self._upgrade.take_over()
             self._upgrade = None
             access.grant(self._dataplane, self._group)
             return
         if self._is_new():
             yield self._dataplane.maps
-            return
-        with Renewal(self._dataplane, POLICY_MAPS, self._sizes) as renewal:
-            yield renewal.maps
-            renewal.take_over()
-        access.grant(self._dataplane, self._group)
+        else:
+            with Renewal(self._dataplane, POLICY_MAPS, self._sizes) as renewal:
+                yield renewal.maps
+                renewal.take_over()
+            access.grant(self._dataplane, self._group)
+        self._set_timeouts()
+
+    def _set_timeouts(self) -> None:
+        config = self._dataplane.config()
+        set_timeouts(config, self._timeouts_s)
+        self._dataplane.set_config(config)
 
     def _is_new(self) -> bool:
         """Whether nobody has written policy to these maps yet, and nothing is attached: then there is nothing to take over."""

@@ -16,6 +16,7 @@ from netpol_ebpf.agent import report
 from netpol_ebpf.agent.adoption import Live
 from netpol_ebpf.agent.core import AUDIT_S, ROUND_S, SEARCH_S, Agent, Settings
 from netpol_ebpf.agent.node import POLICY_MAPS
+from netpol_ebpf.agent.timeouts import STATES
 from netpol_ebpf.agent.trouble import RETRY_S
 from netpol_ebpf.agent.wiring import Link, Wiring
 from netpol_ebpf.apply import encode
@@ -574,6 +575,7 @@ def test_report_holds_all_of_it(bench: Bench) -> None:
     assert [(one["interface"], one["endpoint"]) for one in state["interfaces"]] == [
         ("cali1", "Pod/shop/web"), ("cali2", "Pod/shop/db"),
     ]  # fmt: skip
+    assert set(state["timeouts"]) == set(STATES)
     assert state["maps"]["np_endpoint"] == {"entries": 2, "size": abi.MAP_SPECS["np_endpoint"].max_entries}
     assert any("KubernetesNetworkPolicy/shop/db" in one["rule"] for one in report.rules(agent, bench.node.maps))
     members = [member for one in report.identities(agent) for member in one["members"]]
