@@ -62,7 +62,9 @@ def preferred_mechanism(dataplane: Dataplane) -> Mechanism:
 
 
 def attach(ifindex: int, dataplane: Dataplane, mechanism: Mechanism | None = None, *, is_newborn: bool = False) -> None:
-    """Put both programs on an interface; what is there already stays. Raises PlatformError when the interface is gone.
+    """Put both programs on an interface; what is there already stays.
+
+    Raises PlatformError when the interface is gone, or the kernel refuses.
 
     ``mechanism`` None: what is there already, else the preferred one.  ``is_newborn``: the interface has come just now, so
     none of our filters can be on it; to ask for them takes longer than everything else.
@@ -75,27 +77,41 @@ def attach(ifindex: int, dataplane: Dataplane, mechanism: Mechanism | None = Non
         if hook in present:
             continue
         chosen = mechanism or preferred_mechanism(dataplane)
-        if chosen is Mechanism.TCX:
-            _attach_tcx(ifindex, dataplane, hook)
-        else:
-            _attach_clsact(ifindex, dataplane, hook)
+        try:
+            if chosen is Mechanism.TCX:
+                _attach_tcx(ifindex, dataplane, hook)
+            else:
+                _attach_clsact(ifindex, dataplane, hook)
+        except OSError as error:
+            raise PlatformError(
+                f"cannot note in {dataplane.pin_dir / LINKS} that {hook.value} is on interface {ifindex}: {error.strerror}"
+            ) from error
 
 
 def detach(ifindex: int, dataplane: Dataplane) -> bool:
-    """Take both programs off an interface; False when there was nothing."""
+    """Take both programs off an interface, or forget one that is gone; False when there was nothing. Raises PlatformError."""
     found = attached(ifindex, dataplane)
     for one in found:
-        if one.mechanism is Mechanism.TCX:
-            path = link_path(dataplane, ifindex, one.hook)
-            with _opened(path) as fd:
-                syscall.link_detach(fd)  # at once; the end of the pin alone takes effect some time later
-            path.unlink()
-        else:
-            netlink.delete_clsact_filter(ifindex, one.hook)
+        try:
+            _detach(one, dataplane)
+        except (OSError, PlatformError) as error:  # noqa: PERF203 - two at most
+            if netlink.link(ifindex) is not None:  # else it took them with it
+                what = error.message if isinstance(error, PlatformError) else error.strerror
+                raise PlatformError(f"cannot take {one.hook.value} off interface {ifindex}: {what}") from error
     if _clsact_mark(dataplane, ifindex).exists():
         netlink.delete_clsact_if_unused(ifindex)
     _forget_dead(dataplane, ifindex)
     return bool(found)
+
+
+def _detach(one: Attachment, dataplane: Dataplane) -> None:
+    if one.mechanism is Mechanism.CLSACT:
+        netlink.delete_clsact_filter(one.ifindex, one.hook)
+        return
+    path = link_path(dataplane, one.ifindex, one.hook)
+    with _opened(path) as fd:
+        syscall.link_detach(fd)  # at once; the end of the pin alone takes effect some time later
+    path.unlink()
 
 
 def attached(ifindex: int, dataplane: Dataplane) -> tuple[Attachment, ...]:
