@@ -28,7 +28,7 @@ from netpol_ebpf.apply.events import FlowEvent, Names, decode_event
 from netpol_ebpf.apply.ledger import Ledger
 from netpol_ebpf.apply.surroundings import UPLINK, Surroundings, SurroundingsWriter
 from netpol_ebpf.compiler import Change, Compiler, KnownNumbers, Limits, Tables
-from netpol_ebpf.errors import LimitError, Location, MapFullError, PlatformError, Problem
+from netpol_ebpf.errors import InvalidInputError, LimitError, Location, MapFullError, PlatformError, Problem
 from netpol_ebpf.policy.translate import Derivation, key_of
 from netpol_ebpf.policy.types import (
     Action,
@@ -48,6 +48,7 @@ from netpol_ebpf.policy.types import Node as ClusterNode
 from netpol_ebpf.policy.types import Settings as PolicySettings
 from netpol_ebpf.sources.files import Batch, ManifestDirectory, Upsert
 from netpol_loader import abi
+from netpol_loader.drift import Drift, PartlyMendedError
 
 log = logging.getLogger(__name__)
 
@@ -131,6 +132,8 @@ class Agent:
         self._manifest_problems: tuple[Problem, ...] = ()
         self._no_room: dict[EndpointKey, Problem] = {}  # endpoints whose row did not fit
         self._unmended: Problem | None = None
+        self._stuck: dict[int, Problem] = {}  # interfaces that programs cannot be put on, or taken off
+        self._stuck_before: dict[int, Problem] = {}
         self._is_behind = False  # the compiler dropped changes: hand it the whole world
         self._is_ahead = False  # the kernel refused what the compiler holds: start over with new maps
         self._looked_at_s = self._audited_s = self._round_s = clock()
@@ -146,6 +149,7 @@ class Agent:
     def problems(self) -> list[Problem]:
         """Everything that keeps the node from being as the manifests say."""
         found = [*self._manifest_problems, *self._host_endpoints(), *self._disputes(), *self._no_room.values()]
+        found += self._stuck.values()
         found += self._adoption.warnings.values()
         found += [one for one in (self.refusals.problem, self._unmended) if one is not None]
         for key, message in sorted(self._located.problems.items()):
@@ -222,12 +226,16 @@ class Agent:
     def start(self) -> None:
         """Put the manifests as they are now in force, in one exchange with what an earlier agent left.
 
-        Raises LimitError or MapFullError when they do not fit; then everything is as it was.
+        Raises LimitError or MapFullError when they do not fit, InvalidInputError when their directory cannot be read: that is
+        not the same as an empty one. Then everything is as it was.
         """
         self._ledger.open()
         batch = self._source.step()
         if batch is not None:
             self._take(batch)
+        if not self._source.was_read:
+            reasons = "; ".join(f"{one.location} {one.message}" for one in self._source.problems)
+            raise InvalidInputError(f"the manifests are not known: {reasons}")
         self._take_changes(older=set(self._ledger.numbers.endpoints))
         self._homes = self._former_homes()
         self._look_at_interfaces()
@@ -313,6 +321,7 @@ class Agent:
         self.refusals.expect(changes, self._location_of)
         try:
             if self._is_ahead:
+                self._locate()  # endpoints may have gone since
                 self._install()
             else:
                 self._compile(changes)
@@ -428,8 +437,8 @@ class Agent:
     # --- interfaces -------------------------------------------------------------------------------------------------
 
     def _is_searching(self) -> bool:
-        """Whether it is time to look for what nobody announces."""
-        return self._clock() - self._looked_at_s >= SEARCH_S and self._is_waiting()
+        """Whether it is time to look for what nobody announces, or to try again what failed."""
+        return self._clock() - self._looked_at_s >= SEARCH_S and (bool(self._stuck) or self._is_waiting())
 
     def _is_waiting(self) -> bool:
         """Whether there are both workloads without an interface and interfaces without a workload."""
@@ -505,6 +514,7 @@ class Agent:
     def _close_and_open(self) -> None:
         """Programs on new interfaces first, then rows for endpoints that were found; rows of those that went."""
         self._attached &= self._wiring.links.keys()
+        self._stuck_before, self._stuck = self._stuck, {}
         wanted = self._wanted_interfaces()
         for ifindex in wanted - self._attached:
             self._attach(ifindex)
@@ -523,9 +533,7 @@ class Agent:
                 self._no_room[key] = Problem(self._location(key), "", message, obj=str(key), slug=error.slug)
         self._place_hosts()
         for ifindex in self._attached - wanted - self._hosts.interfaces.keys():
-            log.info("interface %s is under policy no more: taking the programs off", self._name_of(ifindex))
-            self._node.detach(ifindex)
-            self._attached.discard(ifindex)
+            self._detach(ifindex)
         self._write_surroundings(self._hosts.interfaces.keys())
         self._adoption.go_behind(self._node, *self._adoptable())
 
@@ -600,10 +608,33 @@ class Agent:
             applier.set_flags(off=abi.NP_CONFIG_DEFER)
 
     def _attach(self, ifindex: int, newborn: Link | None = None) -> None:
-        if self._node.attach(ifindex, is_newborn=newborn is not None):
+        """Put the programs on an interface; where that fails, the others are served, it is told, and tried again."""
+        name = self._name_of(ifindex) if newborn is None else newborn.name
+        try:
+            is_there = self._node.attach(ifindex, is_newborn=newborn is not None)
+        except PlatformError as error:
+            self._note_stuck(ifindex, f"interface {name} is open, and is to be under policy: {error.message}")
+            return
+        if is_there:
             self._attached.add(ifindex)
-            name = self._name_of(ifindex) if newborn is None else newborn.name
             log.info("interface %s is under policy", name)
+
+    def _detach(self, ifindex: int) -> None:
+        """Take the programs off an interface; what fails is told, and tried again."""
+        name = self._name_of(ifindex)
+        log.info("interface %s is under policy no more: taking the programs off", name)
+        try:
+            self._node.detach(ifindex)
+        except PlatformError as error:
+            self._note_stuck(ifindex, f"interface {name} is to be under policy no more: {error.message}")
+            return
+        self._attached.discard(ifindex)
+
+    def _note_stuck(self, ifindex: int, message: str) -> None:
+        problem = Problem(Location(""), "", message, slug="attach")
+        if problem not in (self._stuck.get(ifindex), self._stuck_before.get(ifindex)):
+            log.error("%s", message)
+        self._stuck[ifindex] = problem
 
     def _name_of(self, ifindex: int) -> str:
         link = self._wiring.links.get(ifindex)
@@ -619,10 +650,11 @@ class Agent:
         self._audited_s = now_s
         self._unmended = None
         try:
-            found = self._node.mend(self._attached)
-            self.drift.note(found, now_s)
-            if any(one.kind == "program" for one in found):
-                self.applier.bump_generation()  # of what passed meanwhile, nothing is known
+            try:
+                self._note_mended(self._node.mend(self._attached), now_s)
+            except PartlyMendedError as error:
+                self._note_mended(error.found, now_s)
+                raise
             if self._is_ahead or self._audit is None:  # the tables are not what is in force
                 return
             if self._audit.is_between_rounds:
@@ -634,6 +666,11 @@ class Agent:
             message = f"what something else changed cannot be put back: {error.message}"
             log.error("%s", message)  # noqa: TRY400 - the machine's state, not this code, is to be looked at
             self._unmended = Problem(Location(""), "", message, slug="drift")
+
+    def _note_mended(self, found: Collection[Drift], now_s: float) -> None:
+        self.drift.note(found, now_s)
+        if any(one.kind == "program" for one in found):
+            self.applier.bump_generation()  # of what passed meanwhile, nothing is known
 
     # --- problems ---------------------------------------------------------------------------------------------------
 

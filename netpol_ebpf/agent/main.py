@@ -35,6 +35,8 @@ NEWS_GAP_S = 0.05
 """Least time between two looks at all interfaces; arbitrary. Programs are put on new ones without such a gap."""
 WORKLOAD_TO_HOST = {"allow": "allow", "deny": "deny", "policy": "pass"}
 """What the option of that name may say, as values of `netpol_ebpf.policy.types.Action`."""
+MOST_ENTRIES = 0xFFFF_FFFF
+"""What the kernel's 32 bits hold; a larger number would lose its upper bits on the way."""
 PRIVATE_UMASK = 0o077
 """Of everything that the agent makes: what others may have is given to them explicitly."""
 LOCK_NAME = "lock"
@@ -125,6 +127,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         if error.hint:
             print(f"netpol-agent: hint: {error.hint}", file=sys.stderr)
         return error.exit_code
+    except OSError as error:  # no room, no permission, a name that is taken: the machine's state, not a bug
+        if arguments.debug:
+            traceback.print_exc()
+        what = f"{error.filename}: {error.strerror}" if error.filename is not None else error.strerror or str(error)
+        print(f"netpol-agent: error: {what}; what is in force stays in force", file=sys.stderr)
+        return PlatformError.exit_code
     except Exception as error:  # noqa: BLE001 - the one place where a bug becomes a line and an exit code
         if arguments.debug:
             traceback.print_exc()
@@ -176,8 +184,10 @@ def run(arguments: argparse.Namespace) -> int:
             len(agent.derivation.world.policies), len(agent.applier.bindings), len(agent.local_endpoints()), node.pin_dir,
         )  # fmt: skip
         if arguments.once:
-            is_whole = not any(problem.severity == "error" for problem in agent.problems)
-            return 0 if is_whole else InvalidInputError.exit_code
+            slugs = {problem.slug for problem in agent.problems if problem.severity == "error"}
+            if "attach" in slugs:
+                return PlatformError.exit_code
+            return InvalidInputError.exit_code if slugs else 0
         place = {
             "manifests": str(arguments.manifests.resolve()),
             "pin_dir": str(node.pin_dir),
@@ -310,7 +320,7 @@ def parse_group(name: str | None) -> int | None:
         return None
     try:
         return grp.getgrgid(int(name)).gr_gid if name.isdecimal() else grp.getgrnam(name).gr_gid
-    except KeyError as error:
+    except (KeyError, OverflowError) as error:
         raise UsageError(f"--group {name}: there is no such group", hint="groupadd --system NAME") from error
 
 
@@ -321,9 +331,12 @@ def parse_sizes(texts: Sequence[str]) -> dict[str, int]:
     sizes: dict[str, int] = {}
     for text in texts:
         name, _, number = text.partition("=")
-        if name not in abi.MAP_SPECS or not number.isdecimal() or int(number) < 1:
+        is_number = number.isascii() and number.isdecimal() and len(number) <= len(str(MOST_ENTRIES))
+        if name not in abi.MAP_SPECS or not is_number or not 1 <= int(number) <= MOST_ENTRIES:
             known = ", ".join(abi.MAP_SPECS)
-            raise UsageError(f"--map-size {text}: expected MAP=ENTRIES, with a positive number and a map of {known}")
+            raise UsageError(
+                f"--map-size {text}: expected MAP=ENTRIES, with a number from 1 to {MOST_ENTRIES} and a map of {known}"
+            )
         sizes[name] = int(number)
     return sizes
 

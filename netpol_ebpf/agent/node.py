@@ -19,7 +19,7 @@ from netpol_ebpf.apply.applier import KernelMap
 from netpol_ebpf.apply.encode import decode_endpoint
 from netpol_ebpf.errors import PlatformError
 from netpol_loader import abi, access, attach, netlink
-from netpol_loader.drift import Drift, mend_attachments, mend_pins
+from netpol_loader.drift import Drift, PartlyMendedError, mend_attachments, mend_pins
 from netpol_loader.peers import load_peer_addresses
 from netpol_loader.renewal import Renewal
 from netpol_loader.upgrade import Upgrade, open_dataplane
@@ -75,7 +75,10 @@ class Node(Protocol):
         """Forget interfaces that are gone."""
 
     def mend(self, ifindexes: Collection[int]) -> list[Drift]:
-        """Put back pins, and our programs on these interfaces, where something removed or changed them; what it was."""
+        """Put back pins, and our programs on these interfaces, where something removed or changed them; what it was.
+
+        Raises PlatformError, PartlyMendedError with what could be put back, when something could not.
+        """
 
     def live_connections(self, namespaces: Collection[int]) -> Live:
         """The connections of this node, and those that sockets in these network namespaces show."""
@@ -245,14 +248,20 @@ class KernelNode:
         """See `Node`. Of interfaces with clsact, CLSACT_TURN at a time are looked at: it takes long."""
         found = mend_pins(self._dataplane)
         restored = {one.where for one in found}
-        opened = access.grant(self._dataplane, self._group)
+        try:
+            opened = access.grant(self._dataplane, self._group)
+        except PlatformError as error:
+            raise PartlyMendedError(error.message, found) from error
         found += [Drift("pin", str(path), "changed") for path in opened if str(path) not in restored]
         turn = sorted(ifindexes)
         if self._mechanism is attach.Mechanism.CLSACT and turn:
             first = self._mended % len(turn)
             turn = (turn + turn)[first : first + min(CLSACT_TURN, len(turn))]
             self._mended = first + len(turn)
-        return found + mend_attachments(self._dataplane, turn)
+        try:
+            return found + mend_attachments(self._dataplane, turn)
+        except PartlyMendedError as error:
+            raise PartlyMendedError(error.message, [*found, *error.found]) from error
 
     def live_connections(self, namespaces: Collection[int]) -> Live:
         """See `Node`."""
