@@ -195,7 +195,8 @@ def _attach_tcx(ifindex: int, dataplane: Dataplane, hook: Hook) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)  # somebody may have removed it
     path.unlink(missing_ok=True)  # of a former interface with this number; a live one was found before
     try:
-        fd = syscall.link_create(dataplane.program_fd(hook), ifindex, ATTACH_TYPES[hook])
+        # First of all, as with clsact: a program of others that lets a packet pass must not come before policy.
+        fd = syscall.link_create(dataplane.program_fd(hook), ifindex, ATTACH_TYPES[hook], syscall.BPF_F_BEFORE)
     except OSError as error:
         raise PlatformError(f"cannot attach {hook.value} to interface {ifindex}: {error.strerror}") from error
     try:

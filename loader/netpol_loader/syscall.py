@@ -43,6 +43,7 @@ MAP_KINDS = {
 PER_CPU_KINDS = frozenset({"percpu_hash", "percpu_array"})
 
 BPF_F_RDONLY = 1 << 3
+BPF_F_BEFORE = 1 << 3
 PROG_TYPE_SCHED_CLS = 3
 TCX_INGRESS = 46
 TCX_EGRESS = 47
@@ -420,9 +421,14 @@ def prog_test_run(prog_fd: int, frame: bytes, context: bytes | bytearray, repeat
     return ctypes.c_int32(attr.retval).value, attr.duration
 
 
-def link_create(prog_fd: int, ifindex: int, attach_type: int) -> int:
-    """Attach a program to an interface as a tcx link; it lives as long as the descriptor or a pin of it."""
-    return _bpf(LINK_CREATE, _LinkCreateAttr(prog_fd=prog_fd, target_ifindex=ifindex, attach_type=attach_type))
+def link_create(prog_fd: int, ifindex: int, attach_type: int, flags: int = 0) -> int:
+    """Attach a program to an interface as a tcx link; it lives as long as the descriptor or a pin of it.
+
+    After all that are there; with ``BPF_F_BEFORE`` as flag, before them.
+    """
+    return _bpf(
+        LINK_CREATE, _LinkCreateAttr(prog_fd=prog_fd, target_ifindex=ifindex, attach_type=attach_type, flags=flags)
+    )
 
 
 def link_update(link_fd: int, prog_fd: int) -> None:
