@@ -43,6 +43,8 @@ from netpol_ebpf.policy.types import (
     Profile,
     Service,
     Tier,
+    Vip,
+    VipKey,
 )
 from netpol_ebpf.policy.types import Node as ClusterNode
 from netpol_ebpf.policy.types import Settings as PolicySettings
@@ -84,6 +86,18 @@ class Settings:
     mark_shift: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class Grounds:
+    """What decides on the node's own interfaces, as it is in force: host endpoints with their numbers, and services.
+
+    Apart from the manifests and the compiler's tables, which are ahead of it while a change is refused.
+    """
+
+    hosts: Mapping[EndpointKey, Endpoint] = field(default_factory=dict)
+    numbers: Mapping[EndpointKey, int] = field(default_factory=dict)
+    vips: Mapping[VipKey, Vip] = field(default_factory=dict)
+
+
 @dataclass(slots=True)
 class NumberNames:
     """What numbers in events stand for, also for a while after they went: a name is replaced when its number is given away again."""
@@ -121,7 +135,9 @@ class Agent:
         self._compiler = Compiler()
         self._applier: Applier | None = None
         self._surroundings: SurroundingsWriter | None = None
+        self._grounds = Grounds()
         self._hosts = HostPlan()
+        self._no_room_for_node: Problem | None = None
         self._no_exit: Problem | None = None  # own interfaces without the programs while there are services
         self._audit: Audit | None = None
         self._wiring = Wiring()
@@ -151,7 +167,7 @@ class Agent:
         found = [*self._manifest_problems, *self._host_endpoints(), *self._disputes(), *self._no_room.values()]
         found += self._stuck.values()
         found += self._adoption.warnings.values()
-        found += [one for one in (self.refusals.problem, self._unmended) if one is not None]
+        found += [one for one in (self.refusals.problem, self._unmended, self._no_room_for_node) if one is not None]
         for key, message in sorted(self._located.problems.items()):
             found.append(Problem(self._location(key), "", f"interface: {message}", obj=str(key), slug="interface"))
         return found
@@ -319,6 +335,7 @@ class Agent:
         if not changes and not self._is_behind and not self._is_ahead:
             return
         self.refusals.expect(changes, self._location_of)
+        before = self._grounds
         try:
             if self._is_ahead:
                 self._locate()  # endpoints may have gone since
@@ -329,6 +346,9 @@ class Agent:
             self.refusals.refuse(error, self._clock())
             self._is_behind = self._is_behind or isinstance(error, LimitError)
             self._is_ahead = self._is_ahead or isinstance(error, MapFullError)
+            if self._grounds is not before:  # what was to go has to come back
+                self._grounds = before
+                self._close_and_open()
             return
         self.refusals.accept()
         if self._is_waiting():
@@ -349,8 +369,13 @@ class Agent:
         change = self._compiler.commit()
         self._is_behind = False
         self._record(change, self.applier)
-        self._place_hosts(self._hosts.in_force)  # interfaces do without host endpoints that go before those go
+        before, after = self._grounds, self._grounds_of(self.tables)
+        # Interfaces do without host endpoints that go before those go.
+        staying = {key: after.hosts[key] for key in before.hosts if key in after.hosts}
+        self._grounds = Grounds(staying, before.numbers, after.vips)
+        self._place_hosts()
         self.applier.apply(change)
+        self._grounds = after
         self._forget(change)
         self._note_change()
 
@@ -366,13 +391,15 @@ class Agent:
             applier = Applier(maps)
             for key, binding in self._bindings().items():
                 applier.bind(key, binding)
-            self._hosts = self._plan_hosts(compiler.tables.endpoints)
-            for key in self._hosts.in_force:
+            grounds = self._grounds_of(compiler.tables)
+            plan = self._plan_hosts(grounds)
+            for key in plan.in_force:
                 applier.bind(key, HOST_BINDING)
             self._record(change, applier)
             applier.fill(compiler.tables)
             surroundings = SurroundingsWriter(maps, applier.bump_generation)
-            surroundings.write(self._surroundings_for(compiler.tables, self._node.attached()))
+            surroundings.write(self._surroundings_for(plan, grounds, self._node.attached()))
+        self._hosts, self._grounds = plan, grounds
         self._compiler, self._applier, self._surroundings = compiler, applier, surroundings
         self._audit = Audit(maps, compiler.tables, applier, surroundings)
         self._is_ahead = self._is_behind = False
@@ -531,10 +558,20 @@ class Agent:
             except MapFullError as error:  # noqa: PERF203 - one endpoint's misfortune is not another's
                 message = f"its interface {self._name_of(binding.ifindex)} stays as it is: {error.message}"
                 self._no_room[key] = Problem(self._location(key), "", message, obj=str(key), slug=error.slug)
-        self._place_hosts()
-        for ifindex in self._attached - wanted - self._hosts.interfaces.keys():
-            self._detach(ifindex)
-        self._write_surroundings(self._hosts.interfaces.keys())
+        try:
+            self._place_hosts()
+            for ifindex in self._attached - wanted - self._hosts.interfaces.keys():
+                self._detach(ifindex)
+            self._write_surroundings(self._hosts.interfaces.keys())
+            self._no_room_for_node = None
+        except MapFullError as error:
+            message = (
+                f"what the program knows of the node's own addresses and interfaces stays as it was: {error.message}"
+            )
+            problem = Problem(Location(""), "", message, slug=error.slug)
+            if problem != self._no_room_for_node:
+                log.error("%s", message)  # noqa: TRY400 - the node's state, not this code, is to be looked at
+            self._no_room_for_node = problem
         self._adoption.go_behind(self._node, *self._adoptable())
 
     def _adoptable(self) -> tuple[dict[int, Workload], Place]:
@@ -545,47 +582,48 @@ class Agent:
                 peer = self._wiring.links[ifindex].peer
                 number, addresses = self.tables.endpoints[key].number, self._local[key].addresses
                 workloads[ifindex] = Workload(number, addresses, None if peer is None else peer[0])
-        return workloads, Place(self._wiring.addresses, self._derivation.world.vips)
+        return workloads, Place(self._wiring.addresses, self._grounds.vips)
 
     # --- the node's own interfaces ------------------------------------------------------------------------------------
 
-    def _plan_hosts(self, among: Collection[EndpointKey]) -> HostPlan:
-        """Which own interfaces are under policy; ``among``: host endpoints whose policy is compiled."""
-        world = self._derivation.world
-        hosts = [one for one in world.endpoints.values() if one.kind is EndpointKind.HOST and one.key in among]
+    def _grounds_of(self, tables: Tables) -> Grounds:
+        """Of the manifests, with the tables that were made of them."""
+        world, rows = self._derivation.world, tables.endpoints
+        hosts = {key: one for key, one in world.endpoints.items() if one.kind is EndpointKind.HOST and key in rows}
+        return Grounds(hosts, {key: rows[key].number for key in hosts}, dict(world.vips))
+
+    def _plan_hosts(self, grounds: Grounds) -> HostPlan:
+        """Which own interfaces are under policy."""
+        hosts = list(grounds.hosts.values())
         if self.settings.node is None:
             hosts = [one for one in hosts if any(address in self._wiring.addresses for address in one.addresses)]
-        return plan_hosts(self._wiring, hosts, self._wanted_interfaces(), has_services=bool(world.vips))
+        return plan_hosts(self._wiring, hosts, self._wanted_interfaces(), has_services=bool(grounds.vips))
 
-    def _surroundings_for(self, tables: Tables, bearing: Collection[int]) -> Surroundings:
+    def _surroundings_for(self, plan: HostPlan, grounds: Grounds, bearing: Collection[int]) -> Surroundings:
         """What the program has to know of the node. ``bearing``: own interfaces that are to have a row, among others.
 
         The addresses of services only when every exit has the programs, or is known to be without: until then packets there
         are judged like all others.
         """
-        are_exits_known = self._hosts.interfaces.keys() <= self._attached or self._no_exit is not None
+        are_exits_known = plan.interfaces.keys() <= self._attached or self._no_exit is not None
         own = own_interfaces(self._wiring, self._wanted_interfaces()) & set(bearing)
-        keys = {**dict.fromkeys(own), **{one: key for one, key in self._hosts.interfaces.items() if one in own}}
+        keys = {**dict.fromkeys(own), **{one: key for one, key in plan.interfaces.items() if one in own}}
         return Surroundings(
             frozenset(self._wiring.addresses) | self._wiring.broadcasts,
-            {ifindex: UPLINK if key is None else tables.endpoints[key].number for ifindex, key in keys.items()},
-            tuple(self._derivation.world.vips.values()) if are_exits_known else (),
+            {ifindex: UPLINK if key is None else grounds.numbers[key] for ifindex, key in keys.items()},
+            tuple(grounds.vips.values()) if are_exits_known else (),
         )
 
     def _write_surroundings(self, bearing: Collection[int]) -> None:
         if self._surroundings is None:
             raise AssertionError("the agent has not been started")
         workloads = [("np_endpoint", endpoint_key(one.ifindex)) for one in self.applier.bindings.values()]
-        self._surroundings.write(self._surroundings_for(self.tables, bearing), keep=workloads)
+        self._surroundings.write(self._surroundings_for(self._hosts, self._grounds, bearing), keep=workloads)
 
-    def _place_hosts(self, among: Collection[EndpointKey] | None = None) -> None:
-        """Rows before programs on the node's own interfaces, lest an interface be closed for want of one.
-
-        ``among``: see `_plan_hosts`; None: all that the tables have.
-        """
+    def _place_hosts(self) -> None:
+        """Rows before programs on the node's own interfaces, lest an interface be closed for want of one."""
         applier = self.applier
-        before = self._hosts
-        self._hosts = plan = self._plan_hosts(self.tables.endpoints if among is None else among)
+        self._hosts = plan = self._plan_hosts(self._grounds)
         for key in sorted(plan.in_force):
             applier.bind(key, HOST_BINDING)
         if plan.wildcard is None:
@@ -594,11 +632,12 @@ class Agent:
         applier.set_wildcard(plan.wildcard)
         for ifindex in plan.interfaces.keys() - self._attached:
             self._attach(ifindex)
-        for key in before.in_force - plan.in_force:
-            applier.unbind(key)
+        for key in [key for key, one in applier.bindings.items() if one.kind is EndpointKind.HOST]:
+            if key not in plan.in_force:
+                applier.unbind(key)
         missing = sorted(self._name_of(ifindex) for ifindex in plan.interfaces.keys() - self._attached)
         self._no_exit = None
-        has_services = bool(self._derivation.world.vips)
+        has_services = bool(self._grounds.vips)
         if has_services and missing:
             message = f"packets to services are denied while these interfaces have no program: {', '.join(missing)}"
             self._no_exit = Problem(Location(""), "", message, slug="no-exit")
