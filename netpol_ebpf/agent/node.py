@@ -33,6 +33,8 @@ POLICY_MAPS = frozenset({
 """Maps that say what policy is. The others hold connections, counters and settings, and belong to no agent."""
 
 
+EVENTS_A_LOOK = 1000
+"""Events taken at a time, so that a flood of them does not keep the agent from everything else; arbitrary."""
 CLSACT_TURN = 10
 """Interfaces with clsact to be looked at in one audit; arbitrary."""
 
@@ -84,7 +86,7 @@ class Node(Protocol):
         """The connections of this node, and those that sockets in these network namespaces show."""
 
     def read_events(self, consume: Callable[[abi.np_event], None]) -> int:
-        """Hand over the events there are; how many there were."""
+        """Hand over the events there are, or the first of very many; how many there were."""
 
 
 class KernelNode:
@@ -270,7 +272,7 @@ class KernelNode:
     def read_events(self, consume: Callable[[abi.np_event], None]) -> int:
         """See `Node`."""
         self._consume = consume
-        return self._reader.consume()
+        return self._reader.consume(EVENTS_A_LOOK)
 
 
 def _link(link: netlink.Link | netlink.News) -> Link:
