@@ -150,6 +150,7 @@ class Agent:
         self._unmended: Problem | None = None
         self._stuck: dict[int, Problem] = {}  # interfaces that programs cannot be put on, or taken off
         self._stuck_before: dict[int, Problem] = {}
+        self._overtaken: Problem | None = None
         self._is_behind = False  # the compiler dropped changes: hand it the whole world
         self._is_ahead = False  # the kernel refused what the compiler holds: start over with new maps
         self._looked_at_s = self._audited_s = self._round_s = clock()
@@ -167,7 +168,8 @@ class Agent:
         found = [*self._manifest_problems, *self._host_endpoints(), *self._disputes(), *self._no_room.values()]
         found += self._stuck.values()
         found += self._adoption.warnings.values()
-        found += [one for one in (self.refusals.problem, self._unmended, self._no_room_for_node) if one is not None]
+        others = (self.refusals.problem, self._unmended, self._no_room_for_node, self._overtaken)
+        found += [one for one in others if one is not None]
         for key, message in sorted(self._located.problems.items()):
             found.append(Problem(self._location(key), "", f"interface: {message}", obj=str(key), slug="interface"))
         return found
@@ -687,6 +689,7 @@ class Agent:
         if now_s - self._audited_s < AUDIT_S:
             return
         self._audited_s = now_s
+        self._look_for_overtaking()
         self._unmended = None
         try:
             try:
@@ -705,6 +708,18 @@ class Agent:
             message = f"what something else changed cannot be put back: {error.message}"
             log.error("%s", message)  # noqa: TRY400 - the machine's state, not this code, is to be looked at
             self._unmended = Problem(Location(""), "", message, slug="drift")
+
+    def _look_for_overtaking(self) -> None:
+        """Tell of programs before ours. They stay: of two that both want to be first, neither would rest."""
+        before, self._overtaken = self._overtaken, None
+        names = sorted(self._name_of(ifindex) for ifindex in self._node.overtaken(self._attached))
+        if names:
+            message = (
+                f"programs of others run before policy at {', '.join(names)}: what they let pass, policy does not see"
+            )
+            self._overtaken = Problem(Location(""), "", message, severity="warning", slug="overtaken")
+            if self._overtaken != before:
+                log.warning("%s", message)
 
     def _note_mended(self, found: Collection[Drift], now_s: float) -> None:
         self.drift.note(found, now_s)

@@ -82,6 +82,9 @@ class Node(Protocol):
         Raises PlatformError, PartlyMendedError with what could be put back, when something could not.
         """
 
+    def overtaken(self, ifindexes: Collection[int]) -> set[int]:
+        """Those on which a program of others runs before ours."""
+
     def live_connections(self, namespaces: Collection[int]) -> Live:
         """The connections of this node, and those that sockets in these network namespaces show."""
 
@@ -264,6 +267,10 @@ class KernelNode:
             return found + mend_attachments(self._dataplane, turn)
         except PartlyMendedError as error:
             raise PartlyMendedError(error.message, [*found, *error.found]) from error
+
+    def overtaken(self, ifindexes: Collection[int]) -> set[int]:
+        """See `Node`."""
+        return attach.overtaken(ifindexes, self._dataplane)
 
     def live_connections(self, namespaces: Collection[int]) -> Live:
         """See `Node`."""

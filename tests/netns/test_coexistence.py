@@ -77,10 +77,12 @@ def program(verdict: int) -> int:
 class Other:
     """Somebody else's tcx link where packets enter the database's pod."""
 
-    def __init__(self, lab: Lab, stack: contextlib.ExitStack) -> None:
+    def __init__(self, lab: Lab, stack: contextlib.ExitStack, flags: int = 0) -> None:
         self._programs = {verdict: program(verdict) for verdict in (GO_ON, PASS, DROP)}
         (link,) = json.loads(lab.run(NODE, ["ip", "-j", "link", "show", DB_LINK]).stdout)
-        self._fd = at_node(lab, lambda: syscall.link_create(self._programs[GO_ON], link["ifindex"], syscall.TCX_EGRESS))
+        self._fd = at_node(
+            lab, lambda: syscall.link_create(self._programs[GO_ON], link["ifindex"], syscall.TCX_EGRESS, flags)
+        )
         for fd in (*self._programs.values(), self._fd):
             stack.callback(os.close, fd)
 
@@ -125,6 +127,19 @@ def test_tcx_programs_of_others_run_before_and_after_ours(scene: Scene) -> None:
             assert scene.reached(allowed) == [False]
             other.says(GO_ON)
         assert scene.reached(allowed, denied) == [True, True]
+
+
+def test_program_that_is_put_before_ours_is_told(scene: Scene) -> None:
+    """Root may do so; the status warns, naming the interface, until it is gone."""
+    scene.start()
+    with contextlib.ExitStack() as stack:
+        Other(scene.lab, stack)
+        overtaking = Other(scene.lab, stack, syscall.BPF_F_BEFORE)
+        state = scene.await_status(lambda state: bool(state["problems"]), "a warning")
+        assert [(one["slug"], one["severity"]) for one in state["problems"]] == [("overtaken", "warning")]
+        assert DB_LINK in state["problems"][0]["message"]
+        assert overtaking.ifindex
+    scene.await_status(lambda state: not state["problems"], "no warning any more")
 
 
 @pytest.mark.parametrize("is_tcx", [True, False], ids=["tcx", "clsact"])

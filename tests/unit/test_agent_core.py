@@ -83,7 +83,11 @@ class MemoryNode:
     drift: list[Drift] = field(default_factory=list)
     refuses: set[int] = field(default_factory=set)
     live: Live = field(default_factory=Live)
+    behind: set[int] = field(default_factory=set)
     asked: list[set[int]] = field(default_factory=list)
+
+    def overtaken(self, ifindexes: Collection[int]) -> set[int]:
+        return self.behind & set(ifindexes)
 
     def live_connections(self, namespaces: Collection[int]) -> Live:
         self.asked.append(set(namespaces))

@@ -279,3 +279,18 @@ def test_host_endpoint_whose_end_was_refused_stays_in_force(bench: Bench) -> Non
     agent.step()
     assert agent.problems == []
     assert 2 not in bench.node.programs
+
+
+def test_program_of_others_before_ours_is_a_warning_as_long_as_it_is(bench: Bench) -> None:
+    """The interface is named; nothing is done about it."""
+    agent = bench.agent()
+    bench.node.behind = {5, 2}
+    bench.now_s += AUDIT_S
+    agent.step()
+    (problem,) = agent.problems
+    assert (problem.slug, problem.severity) == ("overtaken", "warning")
+    assert "before policy at cali1:" in problem.message
+    bench.node.behind = set()
+    bench.now_s += AUDIT_S
+    agent.step()
+    assert agent.problems == []
