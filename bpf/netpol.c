@@ -251,8 +251,10 @@ NP_INLINE int np_ip_again(struct np_flow *flow, struct np_conn *conn)
 
 // A packet of a known connection that is allowed under this generation.
 NP_INLINE int np_ip_known(struct __sk_buff *skb, struct np_flow *flow, union np_conn_key *key,
-                          const struct np_found *found, struct np_conn *conn, const int version)
+                          const struct np_found *found, struct np_conn *conn, const int hook, const int version)
 {
+    const struct np_packet *packet = flow->packet;
+    __u32 carries = conn->flags & NP_CONN_CARRIES ? flow->leg->endpoint : 0;
     conn->generation = flow->generation;
     flow->decision->rule = conn->rule;
     if (conn->flags & NP_CONN_CARRIES && !flow->leg->reply)
@@ -260,7 +262,13 @@ NP_INLINE int np_ip_known(struct __sk_buff *skb, struct np_flow *flow, union np_
     if (flow->leg->related)
         return NP_REASON_RELATED;
     int reason = np_conn_advance(flow, key, conn, found, version);
-    return reason ? reason : NP_REASON_ESTABLISHED;
+    if (reason)
+        return reason;
+    if (found->is_young && flow->leg->reply && !(packet->tcp_flags & NP_TCP_RST)) { // it is in np_conn from now on
+        np_recent_fill(flow, flow->decision->rule, 0, hook, version);
+        np_recent_fill_other(flow, flow->decision->rule, carries, hook, version);
+    }
+    return NP_REASON_ESTABLISHED;
 }
 
 // The first packet of a flow that was allowed.
@@ -355,7 +363,7 @@ NP_INLINE int np_ip_slow(struct __sk_buff *skb, struct np_flow *flow, union np_c
 
     int reason = flow->decision->reason;
     if (conn)
-        reason = np_ip_known(skb, flow, key, found, conn, version);
+        reason = np_ip_known(skb, flow, key, found, conn, hook, version);
     else if (flow->decision->action != NP_ACTION_DENY)
         reason = np_ip_new(skb, flow, key, found, leg->kind, version);
     // Errors fit into one packet; the rest of one would be taken for its beginning.

@@ -51,24 +51,21 @@ NP_INLINE __u64 np_recent_other(const struct np_recent_fact *fact, const __u32 *
     return (address[0] ^ packet[0]) | (address[1] ^ packet[1]) | (address[2] ^ packet[2]) | (address[3] ^ packet[3]);
 }
 
-// Remember what np_conn said of the packet's connection.
-NP_INLINE void np_recent_fill(const struct np_flow *flow, __u32 rule, __u32 carries, const int hook, const int version)
+// Remember what np_conn says of a tuple at a hook of the packet's interface.
+NP_INLINE void np_recent_store(const struct np_flow *flow, const __u32 *source, const __u32 *destination,
+                               struct np_ports ports, __u32 rule, __u32 carries, const int hook, const int version)
 {
-    const struct np_packet *packet = flow->packet;
-    if (packet->protocol != NP_PROTOCOL_TCP && packet->protocol != NP_PROTOCOL_UDP)
-        return;
-    struct np_ports ports = {np_net16(packet->source_port), np_net16(packet->destination_port)};
     __u32 ports_be;
     __builtin_memcpy(&ports_be, &ports, sizeof(ports_be));
-    struct np_recent_fact *fact = np_recent_slot(packet->source, packet->destination, ports_be, version);
+    struct np_recent_fact *fact = np_recent_slot(source, destination, ports_be, version);
     if (!fact)
         return;
     const int words = version == 4 ? 1 : 4;
     __u32 *address = (__u32 *)fact - 2 * words;
 #pragma unroll
     for (int word = 0; word < words; word++) {
-        address[word] = packet->source[word];
-        address[words + word] = packet->destination[word];
+        address[word] = source[word];
+        address[words + word] = destination[word];
     }
     fact->ports_be = ports_be;
     fact->ifindex = flow->ifindex;
@@ -76,8 +73,30 @@ NP_INLINE void np_recent_fill(const struct np_flow *flow, __u32 rule, __u32 carr
     fact->until_jiffies = (__u32)flow->now_jiffies + flow->config->jiffies_per_second;
     fact->rule = rule;
     fact->carries = carries;
-    fact->protocol = packet->protocol;
+    fact->protocol = flow->packet->protocol;
     fact->hook = hook;
+}
+
+// Remember what np_conn says of the packet's connection for packets like this one.
+NP_INLINE void np_recent_fill(const struct np_flow *flow, __u32 rule, __u32 carries, const int hook, const int version)
+{
+    const struct np_packet *packet = flow->packet;
+    if (packet->protocol != NP_PROTOCOL_TCP && packet->protocol != NP_PROTOCOL_UDP)
+        return;
+    struct np_ports ports = {np_net16(packet->source_port), np_net16(packet->destination_port)};
+    np_recent_store(flow, packet->source, packet->destination, ports, rule, carries, hook, version);
+}
+
+// And for those of the other direction, which pass the interface's other hook: when a connection becomes open, the next
+// packets of both directions are at hand.
+NP_INLINE void np_recent_fill_other(const struct np_flow *flow, __u32 rule, __u32 carries, const int hook,
+                                    const int version)
+{
+    const struct np_packet *packet = flow->packet;
+    if (packet->protocol != NP_PROTOCOL_TCP && packet->protocol != NP_PROTOCOL_UDP)
+        return;
+    struct np_ports ports = {np_net16(packet->destination_port), np_net16(packet->source_port)};
+    np_recent_store(flow, packet->destination, packet->source, ports, rule, carries, !hook, version);
 }
 
 // The transport header of a plain packet with so many bytes from there on, of which 20 can be read.

@@ -13,7 +13,7 @@ import contextlib
 import enum
 import errno
 import os
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -62,7 +62,9 @@ def preferred_mechanism(dataplane: Dataplane) -> Mechanism:
 
 
 def attach(ifindex: int, dataplane: Dataplane, mechanism: Mechanism | None = None, *, is_newborn: bool = False) -> None:
-    """Put both programs on an interface; what is there already stays. Raises PlatformError when the interface is gone.
+    """Put both programs on an interface; what is there already stays.
+
+    Raises PlatformError when the interface is gone, or the kernel refuses.
 
     ``mechanism`` None: what is there already, else the preferred one.  ``is_newborn``: the interface has come just now, so
     none of our filters can be on it; to ask for them takes longer than everything else.
@@ -75,27 +77,41 @@ def attach(ifindex: int, dataplane: Dataplane, mechanism: Mechanism | None = Non
         if hook in present:
             continue
         chosen = mechanism or preferred_mechanism(dataplane)
-        if chosen is Mechanism.TCX:
-            _attach_tcx(ifindex, dataplane, hook)
-        else:
-            _attach_clsact(ifindex, dataplane, hook)
+        try:
+            if chosen is Mechanism.TCX:
+                _attach_tcx(ifindex, dataplane, hook)
+            else:
+                _attach_clsact(ifindex, dataplane, hook)
+        except OSError as error:
+            raise PlatformError(
+                f"cannot note in {dataplane.pin_dir / LINKS} that {hook.value} is on interface {ifindex}: {error.strerror}"
+            ) from error
 
 
 def detach(ifindex: int, dataplane: Dataplane) -> bool:
-    """Take both programs off an interface; False when there was nothing."""
+    """Take both programs off an interface, or forget one that is gone; False when there was nothing. Raises PlatformError."""
     found = attached(ifindex, dataplane)
     for one in found:
-        if one.mechanism is Mechanism.TCX:
-            path = link_path(dataplane, ifindex, one.hook)
-            with _opened(path) as fd:
-                syscall.link_detach(fd)  # at once; the end of the pin alone takes effect some time later
-            path.unlink()
-        else:
-            netlink.delete_clsact_filter(ifindex, one.hook)
+        try:
+            _detach(one, dataplane)
+        except (OSError, PlatformError) as error:  # noqa: PERF203 - two at most
+            if netlink.link(ifindex) is not None:  # else it took them with it
+                what = error.message if isinstance(error, PlatformError) else error.strerror
+                raise PlatformError(f"cannot take {one.hook.value} off interface {ifindex}: {what}") from error
     if _clsact_mark(dataplane, ifindex).exists():
         netlink.delete_clsact_if_unused(ifindex)
     _forget_dead(dataplane, ifindex)
     return bool(found)
+
+
+def _detach(one: Attachment, dataplane: Dataplane) -> None:
+    if one.mechanism is Mechanism.CLSACT:
+        netlink.delete_clsact_filter(one.ifindex, one.hook)
+        return
+    path = link_path(dataplane, one.ifindex, one.hook)
+    with _opened(path) as fd:
+        syscall.link_detach(fd)  # at once; the end of the pin alone takes effect some time later
+    path.unlink()
 
 
 def attached(ifindex: int, dataplane: Dataplane) -> tuple[Attachment, ...]:
@@ -109,6 +125,18 @@ def attachments(dataplane: Dataplane) -> tuple[Attachment, ...]:
     for link in netlink.links():
         found |= _clsact_attachments(dataplane, link.ifindex)
     return tuple(sorted(found, key=_order))
+
+
+def overtaken(ifindexes: Iterable[int], dataplane: Dataplane) -> set[int]:
+    """Interfaces on which a tcx program of others runs before ours: what it lets pass, ours does not see."""
+    ours = {hook: syscall.prog_info(dataplane.program_fd(hook)).id for hook in Hook}
+    found = set()
+    for ifindex in ifindexes:
+        with contextlib.suppress(OSError):  # it is gone, or the kernel has no tcx
+            orders = {hook: syscall.prog_query(ifindex, kind) for hook, kind in ATTACH_TYPES.items()}
+            if any(number in orders[hook][1:] for hook, number in ours.items()):
+                found.add(ifindex)
+    return found
 
 
 def detach_all(dataplane: Dataplane) -> None:
@@ -179,7 +207,8 @@ def _attach_tcx(ifindex: int, dataplane: Dataplane, hook: Hook) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)  # somebody may have removed it
     path.unlink(missing_ok=True)  # of a former interface with this number; a live one was found before
     try:
-        fd = syscall.link_create(dataplane.program_fd(hook), ifindex, ATTACH_TYPES[hook])
+        # First of all, as with clsact: a program of others that lets a packet pass must not come before policy.
+        fd = syscall.link_create(dataplane.program_fd(hook), ifindex, ATTACH_TYPES[hook], syscall.BPF_F_BEFORE)
     except OSError as error:
         raise PlatformError(f"cannot attach {hook.value} to interface {ifindex}: {error.strerror}") from error
     try:

@@ -160,8 +160,17 @@ def _compile_and_pin(
 
 
 def kernel_sizes(sizes: Mapping[str, int]) -> dict[str, int]:
-    """The same with tables that are kept in buckets: so many of those as their rows need, and room for all rows elsewhere."""
+    """The same as the program needs them.
+
+    Tables that are kept in buckets: so many of those as their rows need, and room for all rows elsewhere.  What is shared out
+    over the processors: at least a slot for each.  What is chosen by a mask: the next power of two.
+    """
     result = dict(sizes)
+    for name in ("np_recent4", "np_recent6"):
+        if name in sizes:
+            result[name] = max(sizes[name], possible_cpus())
+    if "np_near" in sizes:
+        result["np_near"] = 1 << (sizes["np_near"] - 1).bit_length()
     for name, more in MORE_NAMES.items():
         if name in sizes:
             result |= {name: buckets_for(name, sizes[name]), more: sizes[name]}

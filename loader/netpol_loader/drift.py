@@ -12,7 +12,7 @@ import contextlib
 import errno
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,15 +37,25 @@ class Drift:
         return f"{self.kind} {self.where} was {self.was}"
 
 
+class PartlyMendedError(PlatformError):
+    """Something could not be put back; ``found``: what could."""
+
+    def __init__(self, message: str, found: Collection[Drift]) -> None:
+        super().__init__(message)
+        self.found = found
+
+
 def mend_pins(dataplane: Dataplane) -> list[Drift]:
     """Pin again what is no longer pinned, or not as itself. Cost: some system calls for each map and program.
 
-    Raises PlatformError when nothing can be pinned there.
+    Raises PartlyMendedError when something cannot be pinned there.
     """
+    found: list[Drift] = []
     try:
-        return list(_mend_pins(dataplane))
+        found.extend(_mend_pins(dataplane))  # keeps what came before an error
     except OSError as error:
-        raise PlatformError(f"cannot pin in {dataplane.pin_dir} any more: {error.strerror}") from error
+        raise PartlyMendedError(f"cannot pin in {dataplane.pin_dir} any more: {error.strerror}", found) from error
+    return found
 
 
 def _mend_pins(dataplane: Dataplane) -> Iterator[Drift]:
@@ -65,9 +75,20 @@ def _mend_pins(dataplane: Dataplane) -> Iterator[Drift]:
 def mend_attachments(dataplane: Dataplane, ifindexes: Iterable[int]) -> list[Drift]:
     """Put the programs back on interfaces where they are not, or not ours. Interfaces that are gone are passed over.
 
-    Cost: some system calls for each tcx interface, some milliseconds for one with clsact.
+    Cost: some system calls for each tcx interface, some milliseconds for one with clsact.  Raises PartlyMendedError after all
+    have been looked at, when one could not be mended.
     """
-    return [drift for ifindex in ifindexes for drift in _mend_interface(dataplane, ifindex)]
+    found: list[Drift] = []
+    failures: list[str] = []
+    for ifindex in ifindexes:
+        try:
+            found += _mend_interface(dataplane, ifindex)
+        except (OSError, PlatformError) as error:  # noqa: PERF203 - one that fails is not the others' matter
+            if netlink.link(ifindex) is not None:  # else it went meanwhile
+                failures.append(error.message if isinstance(error, PlatformError) else f"interface {ifindex}: {error}")
+    if failures:
+        raise PartlyMendedError("; ".join(failures), found)
+    return found
 
 
 def _mend_interface(dataplane: Dataplane, ifindex: int) -> list[Drift]:
@@ -88,12 +109,7 @@ def _mend_interface(dataplane: Dataplane, ifindex: int) -> list[Drift]:
         absent -= {one.hook for one in attach.attached(ifindex, dataplane)}
     if not absent or netlink.link(ifindex) is None:
         return found
-    try:
-        attach.attach(ifindex, dataplane)
-    except PlatformError:
-        if netlink.link(ifindex) is None:
-            return found  # it went meanwhile
-        raise
+    attach.attach(ifindex, dataplane)
     missing = [Drift("program", f"{hook.value} of interface {ifindex}", "missing") for hook in Hook if hook in absent]
     return found + missing
 

@@ -45,6 +45,8 @@ class EventReader:
     def __init__(self, map_fd: int, callback: Callable[[abi.np_event], None]) -> None:
         self._callback = callback
         self._failure: BaseException | None = None
+        self._most: int | None = None
+        self._handed_over = 0
         self._sample = _SAMPLE(self._on_sample)  # kept: the library has only its address
         self._ring: int | None = _libbpf().ring_buffer__new(map_fd, self._sample, None, None)
         if not self._ring:
@@ -55,9 +57,16 @@ class EventReader:
         waited = self._check(_libbpf().ring_buffer__poll(self._ring, timeout_ms))
         return waited + self.consume()
 
-    def consume(self) -> int:
-        """Hand over what is there; returns how many. What the callback raised is raised here."""
-        return self._check(_libbpf().ring_buffer__consume(self._ring))
+    def consume(self, most: int | None = None) -> int:
+        """Hand over what is there, ``most`` at most; returns how many. What the callback raised is raised here.
+
+        Without ``most`` it goes on as long as the program writes faster than the callback reads, which may be for ever.
+        """
+        self._most, self._handed_over = most, 0
+        result = _libbpf().ring_buffer__consume(self._ring)
+        is_enough = most is not None and self._handed_over >= most
+        self._most = None
+        return self._check(self._handed_over if is_enough else result)
 
     def close(self) -> None:
         """Give the ring back."""
@@ -77,7 +86,8 @@ class EventReader:
         except BaseException as error:  # noqa: BLE001  # must not pass through C; raised again by _check
             self._failure = error
             return -1
-        return 0
+        self._handed_over += 1
+        return -1 if self._handed_over == self._most else 0  # below 0 the library stops, having taken this one
 
     def _check(self, result: int) -> int:
         if self._failure is not None:

@@ -102,11 +102,16 @@ class _NetlinkError(PlatformError):
         self.code = code
 
 
+def _name(raw: str | bytes) -> str:
+    """An interface's name for people and JSON: the kernel takes any bytes, pyroute2 gives those that are no UTF-8 as they are."""
+    return raw if isinstance(raw, str) else raw.split(b"\0")[0].decode(errors="backslashreplace")
+
+
 def _link(message: Any) -> Link:
     info = message.get_attr("IFLA_LINKINFO")
     return Link(
         ifindex=message["index"],
-        name=message.get_attr("IFLA_IFNAME"),
+        name=_name(message.get_attr("IFLA_IFNAME")),
         kind=(info.get_attr("IFLA_INFO_KIND") if info else None) or "",
         is_up=bool(message["flags"] & 1),
         mac=message.get_attr("IFLA_ADDRESS") or "",
@@ -184,13 +189,21 @@ def node_interfaces() -> set[int]:
 
 
 def add_clsact(ifindex: int) -> bool:
-    """Give an interface the clsact discipline; False when it has one."""
+    """Give an interface the clsact discipline; False when it has one. Raises PlatformError, also where another is in its place.
+
+    To the older *ingress* discipline the kernel would let filters of both hooks be added, and run all of them at ingress.
+    """
     try:
         with _route() as route:
             route.tc("add", "clsact", index=ifindex)
     except _NetlinkError as error:
-        if error.code == errno.EEXIST:
+        if error.code == errno.EEXIST and has_clsact(ifindex):
             return False
+        if error.code == errno.EEXIST:
+            raise PlatformError(
+                f"interface {ifindex} has an ingress queueing discipline of somebody else, beside which there can be no clsact",
+                hint="Exchange it for clsact, which has the same ingress hook, or use a kernel with tcx (6.6 and newer).",
+            ) from error
         raise PlatformError(f"cannot add clsact to interface {ifindex}: {os.strerror(error.code)}") from error
     return True
 
@@ -327,8 +340,8 @@ class Monitor:
             what,
             is_gone,
             ifindex,
-            name=_text(found.get(IFLA_IFNAME, b"")),
-            link_kind=_text(_attributes(found.get(IFLA_LINKINFO, b"")).get(IFLA_INFO_KIND, b"")),
+            name=_name(found.get(IFLA_IFNAME, b"")),
+            link_kind=_name(_attributes(found.get(IFLA_LINKINFO, b"")).get(IFLA_INFO_KIND, b"")),
             peer_ifindex=struct.unpack("=I", found.get(IFLA_LINK, bytes(4)))[0],
             peer_nsid=None if nsid is None else struct.unpack("=i", nsid)[0],
         )
@@ -342,7 +355,3 @@ def _attributes(body: bytes) -> dict[int, bytes]:
         found[kind & 0x3FFF] = body[at + 4 : at + size]  # without NLA_F_NESTED, NLA_F_NET_BYTEORDER
         at += max((size + 3) & ~3, 4)
     return found
-
-
-def _text(raw: bytes) -> str:
-    return raw.split(b"\0")[0].decode()

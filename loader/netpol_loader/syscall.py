@@ -26,6 +26,7 @@ OBJ_PIN = 6
 OBJ_GET = 7
 PROG_TEST_RUN = 10
 OBJ_GET_INFO_BY_FD = 15
+PROG_QUERY = 16
 BTF_GET_FD_BY_ID = 19
 MAP_LOOKUP_BATCH = 24
 MAP_UPDATE_BATCH = 26
@@ -43,6 +44,9 @@ MAP_KINDS = {
 PER_CPU_KINDS = frozenset({"percpu_hash", "percpu_array"})
 
 BPF_F_RDONLY = 1 << 3
+BPF_F_BEFORE = 1 << 3
+MOST_PROGRAMS = 64
+"""What the kernel puts on one hook of an interface at most (BPF_MPROG_MAX)."""
 PROG_TYPE_SCHED_CLS = 3
 TCX_INGRESS = 46
 TCX_EGRESS = 47
@@ -123,6 +127,22 @@ class _LinkCreateAttr(_Attr):
         ("target_ifindex", ctypes.c_uint32),
         ("attach_type", ctypes.c_uint32),
         ("flags", ctypes.c_uint32),
+    )
+
+
+class _ProgQueryAttr(_Attr):
+    _fields_ = (
+        ("target_ifindex", ctypes.c_uint32),
+        ("attach_type", ctypes.c_uint32),
+        ("query_flags", ctypes.c_uint32),
+        ("attach_flags", ctypes.c_uint32),
+        ("prog_ids", ctypes.c_uint64),
+        ("count", ctypes.c_uint32),
+        ("pad", ctypes.c_uint32),
+        ("prog_attach_flags", ctypes.c_uint64),
+        ("link_ids", ctypes.c_uint64),
+        ("link_attach_flags", ctypes.c_uint64),
+        ("revision", ctypes.c_uint64),
     )
 
 
@@ -420,9 +440,24 @@ def prog_test_run(prog_fd: int, frame: bytes, context: bytes | bytearray, repeat
     return ctypes.c_int32(attr.retval).value, attr.duration
 
 
-def link_create(prog_fd: int, ifindex: int, attach_type: int) -> int:
-    """Attach a program to an interface as a tcx link; it lives as long as the descriptor or a pin of it."""
-    return _bpf(LINK_CREATE, _LinkCreateAttr(prog_fd=prog_fd, target_ifindex=ifindex, attach_type=attach_type))
+def link_create(prog_fd: int, ifindex: int, attach_type: int, flags: int = 0) -> int:
+    """Attach a program to an interface as a tcx link; it lives as long as the descriptor or a pin of it.
+
+    After all that are there; with ``BPF_F_BEFORE`` as flag, before them.
+    """
+    return _bpf(
+        LINK_CREATE, _LinkCreateAttr(prog_fd=prog_fd, target_ifindex=ifindex, attach_type=attach_type, flags=flags)
+    )
+
+
+def prog_query(ifindex: int, attach_type: int) -> list[int]:
+    """Numbers of the programs on a hook of an interface by tcx, in the order in which they run. Kernel 6.6 and newer."""
+    numbers = (ctypes.c_uint32 * MOST_PROGRAMS)()
+    attr = _ProgQueryAttr(
+        target_ifindex=ifindex, attach_type=attach_type, prog_ids=ctypes.addressof(numbers), count=MOST_PROGRAMS
+    )
+    _bpf(PROG_QUERY, attr)
+    return list(numbers[: attr.count])
 
 
 def link_update(link_fd: int, prog_fd: int) -> None:

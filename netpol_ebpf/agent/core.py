@@ -28,7 +28,7 @@ from netpol_ebpf.apply.events import FlowEvent, Names, decode_event
 from netpol_ebpf.apply.ledger import Ledger
 from netpol_ebpf.apply.surroundings import UPLINK, Surroundings, SurroundingsWriter
 from netpol_ebpf.compiler import Change, Compiler, KnownNumbers, Limits, Tables
-from netpol_ebpf.errors import LimitError, Location, MapFullError, PlatformError, Problem
+from netpol_ebpf.errors import InvalidInputError, LimitError, Location, MapFullError, PlatformError, Problem
 from netpol_ebpf.policy.translate import Derivation, key_of
 from netpol_ebpf.policy.types import (
     Action,
@@ -43,11 +43,14 @@ from netpol_ebpf.policy.types import (
     Profile,
     Service,
     Tier,
+    Vip,
+    VipKey,
 )
 from netpol_ebpf.policy.types import Node as ClusterNode
 from netpol_ebpf.policy.types import Settings as PolicySettings
 from netpol_ebpf.sources.files import Batch, ManifestDirectory, Upsert
 from netpol_loader import abi
+from netpol_loader.drift import Drift, PartlyMendedError
 
 log = logging.getLogger(__name__)
 
@@ -81,6 +84,18 @@ class Settings:
     keep_revoked: bool = False
     workload_to_host: Action = Action.ALLOW
     mark_shift: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Grounds:
+    """What decides on the node's own interfaces, as it is in force: host endpoints with their numbers, and services.
+
+    Apart from the manifests and the compiler's tables, which are ahead of it while a change is refused.
+    """
+
+    hosts: Mapping[EndpointKey, Endpoint] = field(default_factory=dict)
+    numbers: Mapping[EndpointKey, int] = field(default_factory=dict)
+    vips: Mapping[VipKey, Vip] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -120,7 +135,9 @@ class Agent:
         self._compiler = Compiler()
         self._applier: Applier | None = None
         self._surroundings: SurroundingsWriter | None = None
+        self._grounds = Grounds()
         self._hosts = HostPlan()
+        self._no_room_for_node: Problem | None = None
         self._no_exit: Problem | None = None  # own interfaces without the programs while there are services
         self._audit: Audit | None = None
         self._wiring = Wiring()
@@ -131,6 +148,9 @@ class Agent:
         self._manifest_problems: tuple[Problem, ...] = ()
         self._no_room: dict[EndpointKey, Problem] = {}  # endpoints whose row did not fit
         self._unmended: Problem | None = None
+        self._stuck: dict[int, Problem] = {}  # interfaces that programs cannot be put on, or taken off
+        self._stuck_before: dict[int, Problem] = {}
+        self._overtaken: Problem | None = None
         self._is_behind = False  # the compiler dropped changes: hand it the whole world
         self._is_ahead = False  # the kernel refused what the compiler holds: start over with new maps
         self._looked_at_s = self._audited_s = self._round_s = clock()
@@ -146,8 +166,10 @@ class Agent:
     def problems(self) -> list[Problem]:
         """Everything that keeps the node from being as the manifests say."""
         found = [*self._manifest_problems, *self._host_endpoints(), *self._disputes(), *self._no_room.values()]
+        found += self._stuck.values()
         found += self._adoption.warnings.values()
-        found += [one for one in (self.refusals.problem, self._unmended) if one is not None]
+        others = (self.refusals.problem, self._unmended, self._no_room_for_node, self._overtaken)
+        found += [one for one in others if one is not None]
         for key, message in sorted(self._located.problems.items()):
             found.append(Problem(self._location(key), "", f"interface: {message}", obj=str(key), slug="interface"))
         return found
@@ -222,12 +244,16 @@ class Agent:
     def start(self) -> None:
         """Put the manifests as they are now in force, in one exchange with what an earlier agent left.
 
-        Raises LimitError or MapFullError when they do not fit; then everything is as it was.
+        Raises LimitError or MapFullError when they do not fit, InvalidInputError when their directory cannot be read: that is
+        not the same as an empty one. Then everything is as it was.
         """
         self._ledger.open()
         batch = self._source.step()
         if batch is not None:
             self._take(batch)
+        if not self._source.was_read:
+            reasons = "; ".join(f"{one.location} {one.message}" for one in self._source.problems)
+            raise InvalidInputError(f"the manifests are not known: {reasons}")
         self._take_changes(older=set(self._ledger.numbers.endpoints))
         self._homes = self._former_homes()
         self._look_at_interfaces()
@@ -311,8 +337,10 @@ class Agent:
         if not changes and not self._is_behind and not self._is_ahead:
             return
         self.refusals.expect(changes, self._location_of)
+        before = self._grounds
         try:
             if self._is_ahead:
+                self._locate()  # endpoints may have gone since
                 self._install()
             else:
                 self._compile(changes)
@@ -320,6 +348,9 @@ class Agent:
             self.refusals.refuse(error, self._clock())
             self._is_behind = self._is_behind or isinstance(error, LimitError)
             self._is_ahead = self._is_ahead or isinstance(error, MapFullError)
+            if self._grounds is not before:  # what was to go has to come back
+                self._grounds = before
+                self._close_and_open()
             return
         self.refusals.accept()
         if self._is_waiting():
@@ -340,8 +371,13 @@ class Agent:
         change = self._compiler.commit()
         self._is_behind = False
         self._record(change, self.applier)
-        self._place_hosts(self._hosts.in_force)  # interfaces do without host endpoints that go before those go
+        before, after = self._grounds, self._grounds_of(self.tables)
+        # Interfaces do without host endpoints that go before those go.
+        staying = {key: after.hosts[key] for key in before.hosts if key in after.hosts}
+        self._grounds = Grounds(staying, before.numbers, after.vips)
+        self._place_hosts()
         self.applier.apply(change)
+        self._grounds = after
         self._forget(change)
         self._note_change()
 
@@ -357,13 +393,15 @@ class Agent:
             applier = Applier(maps)
             for key, binding in self._bindings().items():
                 applier.bind(key, binding)
-            self._hosts = self._plan_hosts(compiler.tables.endpoints)
-            for key in self._hosts.in_force:
+            grounds = self._grounds_of(compiler.tables)
+            plan = self._plan_hosts(grounds)
+            for key in plan.in_force:
                 applier.bind(key, HOST_BINDING)
             self._record(change, applier)
             applier.fill(compiler.tables)
             surroundings = SurroundingsWriter(maps, applier.bump_generation)
-            surroundings.write(self._surroundings_for(compiler.tables, self._node.attached()))
+            surroundings.write(self._surroundings_for(plan, grounds, self._node.attached()))
+        self._hosts, self._grounds = plan, grounds
         self._compiler, self._applier, self._surroundings = compiler, applier, surroundings
         self._audit = Audit(maps, compiler.tables, applier, surroundings)
         self._is_ahead = self._is_behind = False
@@ -428,8 +466,8 @@ class Agent:
     # --- interfaces -------------------------------------------------------------------------------------------------
 
     def _is_searching(self) -> bool:
-        """Whether it is time to look for what nobody announces."""
-        return self._clock() - self._looked_at_s >= SEARCH_S and self._is_waiting()
+        """Whether it is time to look for what nobody announces, or to try again what failed."""
+        return self._clock() - self._looked_at_s >= SEARCH_S and (bool(self._stuck) or self._is_waiting())
 
     def _is_waiting(self) -> bool:
         """Whether there are both workloads without an interface and interfaces without a workload."""
@@ -505,6 +543,7 @@ class Agent:
     def _close_and_open(self) -> None:
         """Programs on new interfaces first, then rows for endpoints that were found; rows of those that went."""
         self._attached &= self._wiring.links.keys()
+        self._stuck_before, self._stuck = self._stuck, {}
         wanted = self._wanted_interfaces()
         for ifindex in wanted - self._attached:
             self._attach(ifindex)
@@ -521,12 +560,20 @@ class Agent:
             except MapFullError as error:  # noqa: PERF203 - one endpoint's misfortune is not another's
                 message = f"its interface {self._name_of(binding.ifindex)} stays as it is: {error.message}"
                 self._no_room[key] = Problem(self._location(key), "", message, obj=str(key), slug=error.slug)
-        self._place_hosts()
-        for ifindex in self._attached - wanted - self._hosts.interfaces.keys():
-            log.info("interface %s is under policy no more: taking the programs off", self._name_of(ifindex))
-            self._node.detach(ifindex)
-            self._attached.discard(ifindex)
-        self._write_surroundings(self._hosts.interfaces.keys())
+        try:
+            self._place_hosts()
+            for ifindex in self._attached - wanted - self._hosts.interfaces.keys():
+                self._detach(ifindex)
+            self._write_surroundings(self._hosts.interfaces.keys())
+            self._no_room_for_node = None
+        except MapFullError as error:
+            message = (
+                f"what the program knows of the node's own addresses and interfaces stays as it was: {error.message}"
+            )
+            problem = Problem(Location(""), "", message, slug=error.slug)
+            if problem != self._no_room_for_node:
+                log.error("%s", message)  # noqa: TRY400 - the node's state, not this code, is to be looked at
+            self._no_room_for_node = problem
         self._adoption.go_behind(self._node, *self._adoptable())
 
     def _adoptable(self) -> tuple[dict[int, Workload], Place]:
@@ -537,47 +584,48 @@ class Agent:
                 peer = self._wiring.links[ifindex].peer
                 number, addresses = self.tables.endpoints[key].number, self._local[key].addresses
                 workloads[ifindex] = Workload(number, addresses, None if peer is None else peer[0])
-        return workloads, Place(self._wiring.addresses, self._derivation.world.vips)
+        return workloads, Place(self._wiring.addresses, self._grounds.vips)
 
     # --- the node's own interfaces ------------------------------------------------------------------------------------
 
-    def _plan_hosts(self, among: Collection[EndpointKey]) -> HostPlan:
-        """Which own interfaces are under policy; ``among``: host endpoints whose policy is compiled."""
-        world = self._derivation.world
-        hosts = [one for one in world.endpoints.values() if one.kind is EndpointKind.HOST and one.key in among]
+    def _grounds_of(self, tables: Tables) -> Grounds:
+        """Of the manifests, with the tables that were made of them."""
+        world, rows = self._derivation.world, tables.endpoints
+        hosts = {key: one for key, one in world.endpoints.items() if one.kind is EndpointKind.HOST and key in rows}
+        return Grounds(hosts, {key: rows[key].number for key in hosts}, dict(world.vips))
+
+    def _plan_hosts(self, grounds: Grounds) -> HostPlan:
+        """Which own interfaces are under policy."""
+        hosts = list(grounds.hosts.values())
         if self.settings.node is None:
             hosts = [one for one in hosts if any(address in self._wiring.addresses for address in one.addresses)]
-        return plan_hosts(self._wiring, hosts, self._wanted_interfaces(), has_services=bool(world.vips))
+        return plan_hosts(self._wiring, hosts, self._wanted_interfaces(), has_services=bool(grounds.vips))
 
-    def _surroundings_for(self, tables: Tables, bearing: Collection[int]) -> Surroundings:
+    def _surroundings_for(self, plan: HostPlan, grounds: Grounds, bearing: Collection[int]) -> Surroundings:
         """What the program has to know of the node. ``bearing``: own interfaces that are to have a row, among others.
 
         The addresses of services only when every exit has the programs, or is known to be without: until then packets there
         are judged like all others.
         """
-        are_exits_known = self._hosts.interfaces.keys() <= self._attached or self._no_exit is not None
+        are_exits_known = plan.interfaces.keys() <= self._attached or self._no_exit is not None
         own = own_interfaces(self._wiring, self._wanted_interfaces()) & set(bearing)
-        keys = {**dict.fromkeys(own), **{one: key for one, key in self._hosts.interfaces.items() if one in own}}
+        keys = {**dict.fromkeys(own), **{one: key for one, key in plan.interfaces.items() if one in own}}
         return Surroundings(
             frozenset(self._wiring.addresses) | self._wiring.broadcasts,
-            {ifindex: UPLINK if key is None else tables.endpoints[key].number for ifindex, key in keys.items()},
-            tuple(self._derivation.world.vips.values()) if are_exits_known else (),
+            {ifindex: UPLINK if key is None else grounds.numbers[key] for ifindex, key in keys.items()},
+            tuple(grounds.vips.values()) if are_exits_known else (),
         )
 
     def _write_surroundings(self, bearing: Collection[int]) -> None:
         if self._surroundings is None:
             raise AssertionError("the agent has not been started")
         workloads = [("np_endpoint", endpoint_key(one.ifindex)) for one in self.applier.bindings.values()]
-        self._surroundings.write(self._surroundings_for(self.tables, bearing), keep=workloads)
+        self._surroundings.write(self._surroundings_for(self._hosts, self._grounds, bearing), keep=workloads)
 
-    def _place_hosts(self, among: Collection[EndpointKey] | None = None) -> None:
-        """Rows before programs on the node's own interfaces, lest an interface be closed for want of one.
-
-        ``among``: see `_plan_hosts`; None: all that the tables have.
-        """
+    def _place_hosts(self) -> None:
+        """Rows before programs on the node's own interfaces, lest an interface be closed for want of one."""
         applier = self.applier
-        before = self._hosts
-        self._hosts = plan = self._plan_hosts(self.tables.endpoints if among is None else among)
+        self._hosts = plan = self._plan_hosts(self._grounds)
         for key in sorted(plan.in_force):
             applier.bind(key, HOST_BINDING)
         if plan.wildcard is None:
@@ -586,11 +634,12 @@ class Agent:
         applier.set_wildcard(plan.wildcard)
         for ifindex in plan.interfaces.keys() - self._attached:
             self._attach(ifindex)
-        for key in before.in_force - plan.in_force:
-            applier.unbind(key)
+        for key in [key for key, one in applier.bindings.items() if one.kind is EndpointKind.HOST]:
+            if key not in plan.in_force:
+                applier.unbind(key)
         missing = sorted(self._name_of(ifindex) for ifindex in plan.interfaces.keys() - self._attached)
         self._no_exit = None
-        has_services = bool(self._derivation.world.vips)
+        has_services = bool(self._grounds.vips)
         if has_services and missing:
             message = f"packets to services are denied while these interfaces have no program: {', '.join(missing)}"
             self._no_exit = Problem(Location(""), "", message, slug="no-exit")
@@ -600,10 +649,33 @@ class Agent:
             applier.set_flags(off=abi.NP_CONFIG_DEFER)
 
     def _attach(self, ifindex: int, newborn: Link | None = None) -> None:
-        if self._node.attach(ifindex, is_newborn=newborn is not None):
+        """Put the programs on an interface; where that fails, the others are served, it is told, and tried again."""
+        name = self._name_of(ifindex) if newborn is None else newborn.name
+        try:
+            is_there = self._node.attach(ifindex, is_newborn=newborn is not None)
+        except PlatformError as error:
+            self._note_stuck(ifindex, f"interface {name} is open, and is to be under policy: {error.message}")
+            return
+        if is_there:
             self._attached.add(ifindex)
-            name = self._name_of(ifindex) if newborn is None else newborn.name
             log.info("interface %s is under policy", name)
+
+    def _detach(self, ifindex: int) -> None:
+        """Take the programs off an interface; what fails is told, and tried again."""
+        name = self._name_of(ifindex)
+        log.info("interface %s is under policy no more: taking the programs off", name)
+        try:
+            self._node.detach(ifindex)
+        except PlatformError as error:
+            self._note_stuck(ifindex, f"interface {name} is to be under policy no more: {error.message}")
+            return
+        self._attached.discard(ifindex)
+
+    def _note_stuck(self, ifindex: int, message: str) -> None:
+        problem = Problem(Location(""), "", message, slug="attach")
+        if problem not in (self._stuck.get(ifindex), self._stuck_before.get(ifindex)):
+            log.error("%s", message)
+        self._stuck[ifindex] = problem
 
     def _name_of(self, ifindex: int) -> str:
         link = self._wiring.links.get(ifindex)
@@ -617,12 +689,14 @@ class Agent:
         if now_s - self._audited_s < AUDIT_S:
             return
         self._audited_s = now_s
+        self._look_for_overtaking()
         self._unmended = None
         try:
-            found = self._node.mend(self._attached)
-            self.drift.note(found, now_s)
-            if any(one.kind == "program" for one in found):
-                self.applier.bump_generation()  # of what passed meanwhile, nothing is known
+            try:
+                self._note_mended(self._node.mend(self._attached), now_s)
+            except PartlyMendedError as error:
+                self._note_mended(error.found, now_s)
+                raise
             if self._is_ahead or self._audit is None:  # the tables are not what is in force
                 return
             if self._audit.is_between_rounds:
@@ -634,6 +708,23 @@ class Agent:
             message = f"what something else changed cannot be put back: {error.message}"
             log.error("%s", message)  # noqa: TRY400 - the machine's state, not this code, is to be looked at
             self._unmended = Problem(Location(""), "", message, slug="drift")
+
+    def _look_for_overtaking(self) -> None:
+        """Tell of programs before ours. They stay: of two that both want to be first, neither would rest."""
+        before, self._overtaken = self._overtaken, None
+        names = sorted(self._name_of(ifindex) for ifindex in self._node.overtaken(self._attached))
+        if names:
+            message = (
+                f"programs of others run before policy at {', '.join(names)}: what they let pass, policy does not see"
+            )
+            self._overtaken = Problem(Location(""), "", message, severity="warning", slug="overtaken")
+            if self._overtaken != before:
+                log.warning("%s", message)
+
+    def _note_mended(self, found: Collection[Drift], now_s: float) -> None:
+        self.drift.note(found, now_s)
+        if any(one.kind == "program" for one in found):
+            self.applier.bump_generation()  # of what passed meanwhile, nothing is known
 
     # --- problems ---------------------------------------------------------------------------------------------------
 

@@ -36,6 +36,8 @@ NEWS_GAP_S = 0.05
 """Least time between two looks at all interfaces; arbitrary. Programs are put on new ones without such a gap."""
 WORKLOAD_TO_HOST = {"allow": "allow", "deny": "deny", "policy": "pass"}
 """What the option of that name may say, as values of `netpol_ebpf.policy.types.Action`."""
+MOST_ENTRIES = 0xFFFF_FFFF
+"""What the kernel's 32 bits hold; a larger number would lose its upper bits on the way."""
 PRIVATE_UMASK = 0o077
 """Of everything that the agent makes: what others may have is given to them explicitly."""
 LOCK_NAME = "lock"
@@ -77,6 +79,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--map-size", action="append", default=[], metavar="MAP=ENTRIES", help="size of a map, such as np_addr4=1000000"
     )
+    parser.add_argument(
+        "--timeout", action="append", default=[], metavar="STATE=SECONDS",
+        help="how long connections without packets are remembered, such as udp=180; states: tcp-new (no answer yet), tcp-open, "
+        "tcp-closing, tcp-reset, udp, icmp, other, fragment (of a datagram)",
+    )  # fmt: skip
     parser.add_argument(
         "--keep-revoked", action="store_true", help="connections that policy no longer allows live on until they end"
     )
@@ -121,6 +128,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         if error.hint:
             print(f"netpol-agent: hint: {error.hint}", file=sys.stderr)
         return error.exit_code
+    except OSError as error:  # no room, no permission, a name that is taken: the machine's state, not a bug
+        if arguments.debug:
+            traceback.print_exc()
+        what = f"{error.filename}: {error.strerror}" if error.filename is not None else error.strerror or str(error)
+        print(f"netpol-agent: error: {what}; what is in force stays in force", file=sys.stderr)
+        return PlatformError.exit_code
     except Exception as error:  # noqa: BLE001 - the one place where a bug becomes a line and an exit code
         if arguments.debug:
             traceback.print_exc()
@@ -138,11 +151,13 @@ def run(arguments: argparse.Namespace) -> int:
     # The kernel, root and BCC are needed from here on, not for --help.
     from netpol_ebpf.agent.core import Agent, Settings
     from netpol_ebpf.agent.node import KernelNode
+    from netpol_ebpf.agent.timeouts import parse_timeouts
     from netpol_ebpf.policy.types import Action
     from netpol_loader import doctor
     from netpol_loader.dataplane import DEFAULT_PIN_ROOT
 
     sizes = parse_sizes(arguments.map_size)
+    timeouts_s = parse_timeouts(arguments.timeout)
     group = parse_group(arguments.group)
     pin_root: Path = arguments.pin_root or DEFAULT_PIN_ROOT
     state_dir: Path = arguments.state_dir
@@ -161,7 +176,8 @@ def run(arguments: argparse.Namespace) -> int:
     footprint.give_back_large_blocks()
     source = ManifestDirectory(arguments.manifests, LastGoodCopies(state_dir / COPIES_NAME))
     ledger = Ledger(state_dir / LEDGER_NAME)
-    with exclusive(state_dir), KernelNode(pin_root, sizes, group=group) as node, contextlib.closing(ledger):
+    kernel_node = KernelNode(pin_root, sizes, group=group, timeouts_s=timeouts_s)
+    with exclusive(state_dir), kernel_node as node, contextlib.closing(ledger):
         open_to_group(state_dir, pin_root, group)
         agent = Agent(settings, node, source, ledger, time.monotonic)
         agent.start()
@@ -171,8 +187,10 @@ def run(arguments: argparse.Namespace) -> int:
             len(agent.derivation.world.policies), len(agent.applier.bindings), len(agent.local_endpoints()), node.pin_dir,
         )  # fmt: skip
         if arguments.once:
-            is_whole = not any(problem.severity == "error" for problem in agent.problems)
-            return 0 if is_whole else InvalidInputError.exit_code
+            slugs = {problem.slug for problem in agent.problems if problem.severity == "error"}
+            if "attach" in slugs:
+                return PlatformError.exit_code
+            return InvalidInputError.exit_code if slugs else 0
         place = {
             "manifests": str(arguments.manifests.resolve()),
             "pin_dir": str(node.pin_dir),
@@ -305,7 +323,7 @@ def parse_group(name: str | None) -> int | None:
         return None
     try:
         return grp.getgrgid(int(name)).gr_gid if name.isdecimal() else grp.getgrnam(name).gr_gid
-    except KeyError as error:
+    except (KeyError, OverflowError) as error:
         raise UsageError(f"--group {name}: there is no such group", hint="groupadd --system NAME") from error
 
 
@@ -316,9 +334,12 @@ def parse_sizes(texts: Sequence[str]) -> dict[str, int]:
     sizes: dict[str, int] = {}
     for text in texts:
         name, _, number = text.partition("=")
-        if name not in SIZED or not number.isdecimal() or int(number) < 1:
+        is_number = number.isascii() and number.isdecimal() and len(number) <= len(str(MOST_ENTRIES))
+        if name not in SIZED or not is_number or not 1 <= int(number) <= MOST_ENTRIES:
             known = ", ".join(SIZED)
-            raise UsageError(f"--map-size {text}: expected MAP=ENTRIES, with a positive number and a map of {known}")
+            raise UsageError(
+                f"--map-size {text}: expected MAP=ENTRIES, with a number from 1 to {MOST_ENTRIES} and a map of {known}"
+            )
         sizes[name] = int(number)
     return sizes
 

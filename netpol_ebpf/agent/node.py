@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Protocol
 
 from netpol_ebpf.agent.adoption import Live, look_at_connections
+from netpol_ebpf.agent.timeouts import set_timeouts
 from netpol_ebpf.agent.wiring import Link, Wiring
 from netpol_ebpf.apply.applier import KernelMap
 from netpol_ebpf.apply.encode import decode_endpoint
 from netpol_ebpf.errors import PlatformError
 from netpol_loader import abi, access, attach, netlink
-from netpol_loader.drift import Drift, mend_attachments, mend_pins
+from netpol_loader.drift import Drift, PartlyMendedError, mend_attachments, mend_pins
 from netpol_loader.peers import load_peer_addresses
 from netpol_loader.renewal import Renewal
 from netpol_loader.upgrade import Upgrade, open_dataplane
@@ -33,6 +34,8 @@ POLICY_MAPS = frozenset({
 """Maps that say what policy is, or what was remembered of that. The others hold connections, counters and settings, and belong to no agent."""
 
 
+EVENTS_A_LOOK = 1000
+"""Events taken at a time, so that a flood of them does not keep the agent from everything else; arbitrary."""
 CLSACT_TURN = 10
 """Interfaces with clsact to be looked at in one audit; arbitrary."""
 
@@ -75,22 +78,36 @@ class Node(Protocol):
         """Forget interfaces that are gone."""
 
     def mend(self, ifindexes: Collection[int]) -> list[Drift]:
-        """Put back pins, and our programs on these interfaces, where something removed or changed them; what it was."""
+        """Put back pins, and our programs on these interfaces, where something removed or changed them; what it was.
+
+        Raises PlatformError, PartlyMendedError with what could be put back, when something could not.
+        """
+
+    def overtaken(self, ifindexes: Collection[int]) -> set[int]:
+        """Those on which a program of others runs before ours."""
 
     def live_connections(self, namespaces: Collection[int]) -> Live:
         """The connections of this node, and those that sockets in these network namespaces show."""
 
     def read_events(self, consume: Callable[[abi.np_event], None]) -> int:
-        """Hand over the events there are; how many there were."""
+        """Hand over the events there are, or the first of very many; how many there were."""
 
 
 class KernelNode:
     """The real one: the network namespace of this process. A context manager."""
 
-    def __init__(self, pin_root: Path, sizes: Mapping[str, int] | None = None, *, group: int | None = None) -> None:
-        """``group``: the number of one that may read the maps."""
+    def __init__(
+        self,
+        pin_root: Path,
+        sizes: Mapping[str, int] | None = None,
+        *,
+        group: int | None = None,
+        timeouts_s: Mapping[str, int] | None = None,
+    ) -> None:
+        """``group``: the number of one that may read the maps. ``timeouts_s``: those that are not the default (`timeouts`)."""
         self._pin_root = pin_root
         self._group = group
+        self._timeouts_s = dict(timeouts_s or {})
         self._sizes = dict(sizes or {})
         self._stack = contextlib.ExitStack()
         self._consume: Callable[[abi.np_event], None] = lambda _event: None
@@ -178,17 +195,24 @@ class KernelNode:
         """See `Node`."""
         if self._upgrade is not None:
             yield self._dataplane.maps
+            self._set_timeouts()  # before: an upgrade is no moment at which connections are given up earlier than asked
             self._upgrade.take_over()
             self._upgrade = None
             access.grant(self._dataplane, self._group)
             return
         if self._is_new():
             yield self._dataplane.maps
-            return
-        with Renewal(self._dataplane, POLICY_MAPS, self._sizes) as renewal:
-            yield renewal.maps
-            renewal.take_over()
-        access.grant(self._dataplane, self._group)
+        else:
+            with Renewal(self._dataplane, POLICY_MAPS, self._sizes) as renewal:
+                yield renewal.maps
+                renewal.take_over()
+            access.grant(self._dataplane, self._group)
+        self._set_timeouts()
+
+    def _set_timeouts(self) -> None:
+        config = self._dataplane.config()
+        set_timeouts(config, self._timeouts_s)
+        self._dataplane.set_config(config)
 
     def _is_new(self) -> bool:
         """Whether nobody has written policy to these maps yet, and nothing is attached: then there is nothing to take over."""
@@ -230,14 +254,24 @@ class KernelNode:
         """See `Node`. Of interfaces with clsact, CLSACT_TURN at a time are looked at: it takes long."""
         found = mend_pins(self._dataplane)
         restored = {one.where for one in found}
-        opened = access.grant(self._dataplane, self._group)
+        try:
+            opened = access.grant(self._dataplane, self._group)
+        except PlatformError as error:
+            raise PartlyMendedError(error.message, found) from error
         found += [Drift("pin", str(path), "changed") for path in opened if str(path) not in restored]
         turn = sorted(ifindexes)
         if self._mechanism is attach.Mechanism.CLSACT and turn:
             first = self._mended % len(turn)
             turn = (turn + turn)[first : first + min(CLSACT_TURN, len(turn))]
             self._mended = first + len(turn)
-        return found + mend_attachments(self._dataplane, turn)
+        try:
+            return found + mend_attachments(self._dataplane, turn)
+        except PartlyMendedError as error:
+            raise PartlyMendedError(error.message, [*found, *error.found]) from error
+
+    def overtaken(self, ifindexes: Collection[int]) -> set[int]:
+        """See `Node`."""
+        return attach.overtaken(ifindexes, self._dataplane)
 
     def live_connections(self, namespaces: Collection[int]) -> Live:
         """See `Node`."""
@@ -246,7 +280,7 @@ class KernelNode:
     def read_events(self, consume: Callable[[abi.np_event], None]) -> int:
         """See `Node`."""
         self._consume = consume
-        return self._reader.consume()
+        return self._reader.consume(EVENTS_A_LOOK)
 
 
 def _link(link: netlink.Link | netlink.News) -> Link:

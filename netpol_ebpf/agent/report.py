@@ -14,6 +14,7 @@ from typing import Any
 
 from netpol_ebpf import __version__
 from netpol_ebpf.agent.core import Agent
+from netpol_ebpf.agent.timeouts import read_timeouts
 from netpol_ebpf.apply.applier import KernelMap
 from netpol_ebpf.apply.events import FlowEvent
 from netpol_ebpf.errors import Problem
@@ -50,6 +51,7 @@ def status(agent: Agent, maps: Mapping[str, KernelMap], place: Mapping[str, str]
         "maps": {
             name: {"entries": count, "size": maps[name].max_entries} for name, count in agent.applier.counts.items()
         },
+        "timeouts": read_timeouts(abi.np_config.from_buffer_copy(maps["np_config"].get(bytes(4)) or b"")),
         "packets": reason_counts(maps["np_reason_count"]),
         "refused": {
             "changes": agent.refusals.count,

@@ -6,7 +6,8 @@ the recent ones and then each new one until the reader goes.
 
 Every operation only reads.  Invariants: only root, the agent's own user and members of one group, if the agent has one, are
 answered (SO_PEERCRED, SO_PEERGROUPS: the kernel says who connected); a reader that does not read is dropped and never
-delays the agent.  Runs no loop: `Service.poll` is one look.
+delays the agent; whatever is sent, it is answered and harms nobody; one user's connections leave room for everybody
+else's.  Runs no loop: `Service.poll` is one look.
 """
 
 from __future__ import annotations
@@ -31,6 +32,10 @@ REQUEST_BYTES = 4096
 """Longest request; arbitrary."""
 BACKLOG_BYTES = 1 << 20
 """What a reader may lag behind before it is dropped; arbitrary."""
+READERS_OF_USER = 16
+"""Connections that one user may have at a time; arbitrary. So nobody takes what others, or the agent, need."""
+READERS = 256
+"""Connections of all users but root; arbitrary, and far below 1024, where select(2) and the usual limit end."""
 RECENT_FLOWS = 1000
 """Flows remembered for readers that come later; arbitrary."""
 CLIENT_TIMEOUT_S = 5.0
@@ -46,6 +51,7 @@ Answer = Callable[[Mapping[str, Any]], Any]
 @dataclass(slots=True)
 class _Client:
     channel: socket.socket
+    user: int
     received: bytes = b""
     unsent: bytes = b""
     follows: bool = False
@@ -116,7 +122,9 @@ class Service:
         while self._listener is not None:
             try:
                 channel, _ = self._listener.accept()
-            except BlockingIOError:
+            except (
+                OSError
+            ):  # nobody is there, who was has gone, or there is no descriptor left: the next look tries again
                 break
             self._welcome(channel)
         for client in list(self._clients):
@@ -133,19 +141,32 @@ class Service:
 
     def _welcome(self, channel: socket.socket) -> None:
         channel.settimeout(0)
-        client = _Client(channel)
-        if peer_user(channel) not in (0, os.geteuid()) and self.group not in peer_groups(channel):
-            client.send(
-                {
-                    "error": "only root and members of the agent's group (netpol-agent --group) may ask the agent",
-                    "hint": "Ask as one of them."
-                    if self.group is not None
-                    else "The agent was started without a group.",
-                    "slug": "privilege",
-                }
+        client = _Client(channel, peer_user(channel))
+        if client.user not in (0, os.geteuid()) and self.group not in peer_groups(channel):
+            self._turn_away(
+                client,
+                "only root and members of the agent's group (netpol-agent --group) may ask the agent",
+                "Ask as one of them." if self.group is not None else "The agent was started without a group.",
+                "privilege",
             )
-            client.is_answered = True
-        self._clients.append(client)
+        elif self._is_crowded(client.user):
+            message = f"there are too many connections to the agent, {READERS_OF_USER} of one user at most"
+            self._turn_away(client, message, "Close some, and ask again.", "busy")
+        else:
+            self._clients.append(client)
+
+    @staticmethod
+    def _turn_away(client: _Client, message: str, hint: str, slug: str) -> None:
+        """Hang up, with a word why; there is room for it, since nothing was sent before."""
+        client.send({"error": message, "hint": hint, "slug": slug})
+        with contextlib.suppress(OSError):  # the other side is gone: nobody to tell
+            client.channel.send(client.unsent)
+        client.channel.close()
+
+    def _is_crowded(self, user: int) -> bool:
+        """Whether there is no room for one more connection of a user."""
+        own = sum(one.user == user for one in self._clients)
+        return own >= READERS_OF_USER or (user != 0 and len(self._clients) >= READERS)
 
     def _serve(self, client: _Client) -> bool:
         """Do what can be done for one reader; False when it is to be dropped."""
@@ -189,9 +210,11 @@ class Service:
     def _answer(self, client: _Client, line: bytes) -> None:
         try:
             request = json.loads(line)
-            operation = request["op"]
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, RecursionError) as error:
             raise UsageError(f"not a request: {line[:80]!r}") from error
+        operation = request.get("op") if isinstance(request, dict) else None
+        if not isinstance(operation, str):
+            raise UsageError(f"not a request: {line[:80]!r}")
         if operation == "flows":
             for flow in self._recent:
                 client.send(flow)

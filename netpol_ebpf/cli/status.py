@@ -68,6 +68,12 @@ def _print_text(state: dict[str, Any], *, wide: bool) -> None:
         )
         print()
         print(render_table(("reason", "packets"), sorted(state["packets"].items())))
+        print()
+        print(
+            render_table(
+                ("connection", "remembered for"), [(name, f"{one:g} s") for name, one in state["timeouts"].items()]
+            )
+        )
     if state["problems"]:
         print()
         for one in state["problems"]:

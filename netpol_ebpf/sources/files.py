@@ -16,6 +16,7 @@ of a file and the appearance of its successor becomes policy.  This module runs 
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
 import stat
@@ -89,7 +90,7 @@ class _File:
 class LastGoodCopies:
     """Texts of the last good state of each file, so that a restart with a broken file changes no policy.
 
-    ``directory`` is made when the first copy is stored. Names are hashed: a manifest may have any name.
+    ``directory`` is made when the first copy is stored. Names are hashed: a manifest may have any name.  All raise OSError.
     """
 
     directory: Path
@@ -98,7 +99,7 @@ class LastGoodCopies:
         return self.directory / hashlib.sha256(name.encode(errors="surrogateescape")).hexdigest()
 
     def load(self, name: str) -> str | None:
-        """The copy, or None when there is none."""
+        """The copy, or None when there is none. Raises UnicodeDecodeError, too."""
         try:
             return self._path(name).read_text(encoding="utf-8")
         except FileNotFoundError:
@@ -111,6 +112,10 @@ class LastGoodCopies:
         draft = path.with_suffix(".draft")
         draft.write_text(text, encoding="utf-8")
         draft.replace(path)
+
+    def forget(self, name: str) -> None:
+        """Remove the copy, if there is one."""
+        self._path(name).unlink(missing_ok=True)
 
     def keep_only(self, names: Mapping[str, object]) -> None:
         """Forget the copies of all other files."""
@@ -211,16 +216,25 @@ class ManifestDirectory:
     _faulty: set[str] = field(default_factory=set)
     _unmerged: set[str] = field(default_factory=set)
     _merged: _Merged = field(default_factory=_Merged)
+    _uncopied: dict[str, str | None] = field(default_factory=dict)  # texts to be copied, None: a copy to be removed
+    _is_swept: bool = False  # of copies of files that went while nobody looked
+    _copy_problems: tuple[Problem, ...] = ()
     _directory_problems: tuple[Problem, ...] = ()
     _seen: dict[str, Signature] | None = None
     _unsettled_looks: int = 0
     _started: bool = False
+    _is_read: bool = False
     _reported: tuple[Problem, ...] = ()
+
+    @property
+    def was_read(self) -> bool:
+        """Whether the directory has been taken up at least once."""
+        return self._is_read
 
     @property
     def problems(self) -> tuple[Problem, ...]:
         """Everything wrong with the manifests as they were last taken up, in file and line order."""
-        found = [*self._directory_problems, *self._merged.duplicates()]
+        found = [*self._directory_problems, *self._copy_problems, *self._merged.duplicates()]
         for name in self._faulty:
             found.extend(self._files[name].problems)
         return tuple(sorted(found, key=lambda p: (p.location.file, p.location.line, p.location.column, p.message)))
@@ -233,10 +247,14 @@ class ManifestDirectory:
         try:
             snapshot = dict(_look(self.root))
         except OSError as error:
-            self._directory_problems = (_unreadable(self.root, error),)
+            message = f"cannot be read ({error.strerror}); until it can, no change of the manifests is taken up"
+            place = Location(str(error.filename or self.root))
+            self._directory_problems = (Problem(place, "", message, slug="unreadable"),)
             self._seen = None
             return self._batch(()) if self.problems != self._reported or not self._started else None
         self._directory_problems = ()
+        if self._uncopied:
+            self._keep_copies()
         if not self._is_due(snapshot):
             return None
         return self._batch(self._take_up(snapshot))
@@ -260,6 +278,7 @@ class ManifestDirectory:
         for name in self._taken.keys() - snapshot.keys():
             self._unmerged.add(name)
             del self._files[name], self._taken[name]
+            self._uncopied[name] = None
             self._racy.discard(name)
             self._faulty.discard(name)
         taken = self._taken
@@ -271,13 +290,36 @@ class ManifestDirectory:
             if after is not None:
                 self._note(name, after)
                 if before is None or after.resources is not before.resources:
-                    self._unmerged.add(name)  # stays so if reading another file raises
-        if self.copies is not None and not self._started:
-            self.copies.keep_only(snapshot)
+                    self._unmerged.add(name)
+        self._is_read = True
+        self._keep_copies()
         files = self._files
         events = self._merged.replace({name: files[name].resources if name in files else () for name in self._unmerged})
         self._unmerged.clear()
         return events
+
+    def _keep_copies(self) -> None:
+        """Bring the copies up to date. What cannot be written is told, and tried again at the next look."""
+        self._copy_problems = ()
+        if self.copies is None:
+            self._uncopied.clear()
+            return
+        try:
+            for name, text in list(self._uncopied.items()):
+                if text is None:
+                    self.copies.forget(name)
+                else:
+                    self.copies.store(name, text)
+                del self._uncopied[name]
+            if not self._is_swept:
+                self.copies.keep_only(self._taken)
+                self._is_swept = True
+        except OSError as error:
+            message = (
+                f"last good states cannot be kept there ({error.strerror}): after a restart a broken file may have none"
+            )
+            place = Location(str(self.copies.directory))
+            self._copy_problems = (Problem(place, "", message, severity="warning", slug="copies"),)
 
     def _note(self, name: str, entry: _File) -> None:
         """Keep what every look asks of all files, so that it need not go through them."""
@@ -295,7 +337,7 @@ class ManifestDirectory:
         if before is not None:
             entry.digest, entry.resources, entry.problems = before.digest, before.resources, before.problems
         try:
-            raw = path.read_bytes()
+            raw = _read_regular(path) if name else path.read_bytes()
         except FileNotFoundError:
             return  # it went after the look; the next look shows that
         except OSError as error:
@@ -312,14 +354,18 @@ class ManifestDirectory:
                 entry = self._or_last_good(name, entry, before)
             else:
                 entry.resources = tuple(result.resources)
-                if self.copies is not None:
-                    self.copies.store(name, raw.decode("utf-8"))
+                self._uncopied[name] = raw.decode("utf-8")
         self._files[name] = entry
 
     def _or_last_good(self, name: str, entry: _File, before: _File | None) -> _File:
         """For a file that this process has never seen good: the state a predecessor stored."""
         if before is None and self.copies is not None:
-            text = self.copies.load(name)
+            try:
+                text = self.copies.load(name)
+            except (OSError, UnicodeDecodeError) as error:
+                text = None
+                message = f"its last good state cannot be read from {self.copies.directory} either ({error})"
+                entry.problems += (Problem(Location(str(self._path(name))), "", message, slug="copies"),)
             if text is not None:
                 entry.resources = tuple(parse_documents(text, str(self._path(name))).resources)
         return entry
@@ -361,14 +407,30 @@ def _look_in(directory: Path, prefix: str, above: set[tuple[int, int]]) -> Itera
             if entry.name.startswith("."):  # also the ..data and timestamp directories of mounted ConfigMaps
                 continue
             name = f"{prefix}{entry.name}"
-            with contextlib.suppress(FileNotFoundError):  # went during the look, or a dangling link: not there
+            is_manifest = entry.name.lower().endswith(SUFFIXES)
+            try:
                 status = entry.stat()
-                if stat.S_ISDIR(status.st_mode):
-                    here = (status.st_dev, status.st_ino)
-                    if here not in above:
+            except FileNotFoundError:  # went during the look, or a dangling link: not there
+                continue
+            except OSError:  # a link to itself, or no permission: reading tells
+                if is_manifest:
+                    yield name, UNREAD
+                continue
+            if stat.S_ISDIR(status.st_mode):
+                here = (status.st_dev, status.st_ino)
+                if here not in above:
+                    with contextlib.suppress(FileNotFoundError):  # went during the look
                         yield from _look_in(directory / entry.name, f"{name}/", above | {here})
-                elif entry.name.lower().endswith(SUFFIXES):
-                    yield name, _signature(status)
+            elif is_manifest:
+                yield name, _signature(status)
+
+
+def _read_regular(path: Path) -> bytes:
+    """The content of a regular file; of nothing else, since a pipe might never end. Raises OSError."""
+    with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise OSError(errno.EINVAL, "it is no regular file")
+        return file.read()
 
 
 def _signature(status: os.stat_result) -> Signature:

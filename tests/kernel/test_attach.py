@@ -25,6 +25,7 @@ from netpol_ebpf.errors import PlatformError
 from netpol_loader import attach, build, netlink, syscall
 from netpol_loader.attach import Mechanism
 from netpol_loader.dataplane import Dataplane
+from netpol_loader.drift import PartlyMendedError, mend_attachments
 from netpol_loader.hook import Hook
 from netpol_loader.peers import load_peer_addresses
 
@@ -190,6 +191,72 @@ def test_clsact_of_others_stays(node_rig: Rig, pair: Pair) -> None:
     assert "clsact" in run("tc", "-n", pair.node, "qdisc", "show", "dev", "v0"), "not ours to remove"
 
 
+def test_ingress_discipline_of_others_is_no_clsact(node_rig: Rig, pair: Pair) -> None:
+    """Where clsact cannot be, nothing is attached, and it is told: the other discipline would run both programs at ingress."""
+    run("tc", "-n", pair.node, "qdisc", "add", "dev", "v0", "ingress")
+    with pytest.raises(PlatformError, match="has an ingress queueing discipline of somebody else"):
+        pair.at_node(lambda: attach.attach(pair.ifindex, node_rig.dataplane, Mechanism.CLSACT))
+    assert run("tc", "-n", pair.node, "filter", "show", "dev", "v0", "ingress") == ""
+    assert pair.reaches(NODE4)
+
+
+def test_mending_goes_on_after_an_interface_that_cannot_be_mended(
+    node_rig: Rig, pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was put back on the others is told together with the failure."""
+    dataplane, real = node_rig.dataplane, attach.attach
+
+    def refuse_lo(ifindex: int, dataplane: Dataplane) -> None:
+        if ifindex == 1:
+            raise PlatformError("not this one")
+        real(ifindex, dataplane)
+
+    monkeypatch.setattr(attach, "attach", refuse_lo)
+    with pytest.raises(PartlyMendedError, match="not this one") as caught:
+        pair.at_node(lambda: mend_attachments(dataplane, [1, pair.ifindex, 9999]))
+    assert [one.where for one in caught.value.found] == [f"{hook.value} of interface {pair.ifindex}" for hook in Hook]
+    assert not pair.reaches(NODE4)
+
+
+def test_links_that_cannot_be_pinned_are_a_clear_error(node_rig: Rig, pair: Pair) -> None:
+    """Something that is no directory in the place of the links: the error says where, and the interface is as before."""
+    links = node_rig.dataplane.pin_dir / "links"
+    shutil.rmtree(links)
+    os.link(node_rig.dataplane.pin_dir / "np_rule", links)
+    try:
+        with pytest.raises(PlatformError, match="cannot note in .*/links that np_tc_ingress is on interface"):
+            pair.at_node(lambda: attach.attach(pair.ifindex, node_rig.dataplane))
+    finally:
+        links.unlink()
+        links.mkdir()
+    assert pair.reaches(NODE4)
+
+
+@BOTH
+def test_interface_that_goes_while_it_is_detached_is_no_error(
+    node_rig: Rig, pair: Pair, mechanism: Mechanism, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was on it went with it; of an interface that is still there the failure is told."""
+    dataplane = node_rig.dataplane
+    pair.at_node(lambda: attach.attach(pair.ifindex, dataplane, mechanism))
+    real_detach = attach._detach
+
+    def refuse(_one: attach.Attachment, _dataplane: Dataplane) -> None:
+        raise OSError(16, "Device or resource busy")
+
+    def lose_first(one: attach.Attachment, dataplane: Dataplane) -> None:
+        subprocess.run(["ip", "link", "del", "v0"], check=False, capture_output=True)
+        real_detach(one, dataplane)
+
+    monkeypatch.setattr(attach, "_detach", refuse)
+    with pytest.raises(PlatformError, match=f"off interface {pair.ifindex}: Device or resource busy"):
+        pair.at_node(lambda: attach.detach(pair.ifindex, dataplane))
+    assert not pair.reaches(NODE4)
+    monkeypatch.setattr(attach, "_detach", lose_first)
+    assert pair.at_node(lambda: attach.detach(pair.ifindex, dataplane))
+    assert pair.at_node(lambda: attach.attachments(dataplane)) == ()
+
+
 def test_interface_that_went_is_forgotten(node_rig: Rig, pair: Pair) -> None:
     """Pins of links whose interface is gone are no attachments, and prune removes them."""
     dataplane = node_rig.dataplane
@@ -298,3 +365,20 @@ def test_news_of_a_pod_s_interface(pair: Pair) -> None:
     assert link.peer_nsid is not None
     told = (first.ifindex, first.link_kind, first.peer_ifindex, first.peer_nsid)
     assert told == (link.ifindex, link.kind, link.peer_ifindex, link.peer_nsid)
+
+
+def test_interface_s_name_may_be_any_bytes(pair: Pair) -> None:
+    """A name that is no text is told in a readable form, by the list and by the news alike."""
+    wild = b"v\xff\xfe"
+
+    def rename() -> list[netlink.News] | None:
+        with netlink.Monitor() as monitor:
+            subprocess.run([b"ip", b"link", b"set", b"v0", b"name", wild], check=True)
+            return monitor.wait(5.0)
+
+    news = pair.at_node(rename)
+    assert news
+    assert {one.name for one in news if one.kind == "link"} == {"v\\xff\\xfe"}
+    link = pair.at_node(lambda: netlink.link(pair.ifindex))
+    assert link is not None
+    assert link.name == "v\\xff\\xfe"

@@ -7,6 +7,7 @@ import packets as p
 import pytest
 from rig import ALLOW, DENY, ELSEWHERE, PEER4, PEER6, POD4, POD6, Rig, Seen, everything
 
+from netpol_ebpf.agent.timeouts import LONGEST_S, SHORTEST_S, set_timeouts
 from netpol_loader import abi
 
 pytestmark = pytest.mark.kernel
@@ -127,6 +128,7 @@ TIMEOUTS = [
     ("TCP closed by both", [p.tcp(1000, 80)], [p.tcp(80, 1000, SYNACK), p.tcp(80, 1000, p.FIN)], p.TCP, 30),
     ("TCP reset", [p.tcp(1000, 80)], [p.tcp(80, 1000, SYNACK), p.tcp(80, 1000, p.RST)], p.TCP, 40),
     ("UDP", [p.udp(1000, 80)], [p.udp(80, 1000)], p.UDP, 60),
+    ("ICMP", [p.icmp(8, 0, 7)], [p.icmp(0, 0, 7)], p.ICMP, 5),
     ("another protocol", [bytes(8)], [bytes(8)], 47, 600),
 ]
 
@@ -150,11 +152,41 @@ def test_timeouts(rig: Rig, ours: list[bytes], theirs: list[bytes], protocol: in
 
     table = "np_conn4" if theirs else "np_young4"
     start()
-    rig.age(table, seconds - 5)
+    rig.age(table, seconds - 2)
     assert rig.into(reply).reason == "established"
     start()
     rig.age(table, seconds + 5)
     assert rig.into(reply).reason == "policy-deny"
+
+
+@pytest.mark.parametrize(
+    ("state", "ours", "theirs", "protocol"),
+    [
+        ("tcp-new", [p.tcp(1000, 80)], [], p.TCP),
+        ("tcp-open", [p.tcp(1000, 80)], [p.tcp(80, 1000, SYNACK)], p.TCP),
+        ("udp", [p.udp(1000, 80)], [p.udp(80, 1000)], p.UDP),
+        ("icmp", [p.icmp(8, 0, 7)], [p.icmp(0, 0, 7)], p.ICMP),
+        ("other", [bytes(8)], [bytes(8)], 47),
+    ],
+)
+@pytest.mark.parametrize("asked_s", [SHORTEST_S + 10, LONGEST_S // 1000])
+def test_timeouts_that_were_asked_for(
+    rig: Rig, state: str, ours: list[bytes], theirs: list[bytes], protocol: int, asked_s: int
+) -> None:
+    """A time-out of the agent's options holds in place of the default, for connections that are open already as well."""
+    reply = p.frame(PEER4, POD4, protocol, p.tcp(80, 1000, p.ACK) if protocol == p.TCP else theirs[0])
+    for idle_s, reason in ((asked_s - 5, "established"), (asked_s + 5, "policy-deny")):
+        rig.reset()
+        egress_only(rig)
+        for packet in ours:
+            assert rig.out(p.frame(POD4, PEER4, protocol, packet)).passed
+        for packet in theirs:
+            assert rig.into(p.frame(PEER4, POD4, protocol, packet)).passed
+        config = rig.dataplane.config()
+        set_timeouts(config, {state: asked_s})
+        rig.dataplane.set_config(config)
+        rig.age("np_conn4" if theirs else "np_young4", idle_s)
+        assert rig.into(reply).reason == reason
 
 
 def test_last_seen_is_written_at_most_once_a_second(rig: Rig) -> None:

@@ -144,6 +144,31 @@ def test_lost_events_are_counted_and_change_no_verdict(rig: Rig) -> None:
     assert rig.out(frame).reasons == {"policy-deny": 1}, "there is room again"
 
 
+def test_reader_of_a_flood_comes_to_an_end(rig: Rig) -> None:
+    """Events that come as fast as they are read are left for the next look; none is lost or told twice by that."""
+    rig.pod(everything(INGRESS, DENY, 11), everything(EGRESS, DENY, 12))
+    from netpol_loader.hook import Hook
+
+    read: list[int] = []
+
+    def deny(port: int) -> None:
+        rig.dataplane.test_run(Hook.TC_INGRESS, p.frame(POD4, PEER4, p.UDP, p.udp(1, port)))
+
+    def flood(event: abi.np_event) -> None:
+        read.append(event.destination_port)
+        if len(read) < 100:
+            deny(len(read))
+
+    rig.reader.close()
+    with rig.dataplane.events(flood) as reader:
+        deny(0)
+        assert [reader.consume(10) for _ in range(3)] == [10, 10, 10]
+        assert reader.consume() == 70
+        assert reader.consume(10) == 0
+    assert read == list(range(100))
+    rig.reader = rig.dataplane.events(rig.events.append)
+
+
 def test_what_the_callback_raises_is_raised(rig: Rig) -> None:
     """An error in the reader's callback does not vanish in the C library."""
     rig.pod(everything(INGRESS, DENY, 11), everything(EGRESS, DENY, 12))

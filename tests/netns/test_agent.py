@@ -244,6 +244,20 @@ def test_change_while_nobody_looks_is_taken_up_by_the_next_agent(scene: Scene) -
         one.close()
 
 
+def test_time_outs_are_those_that_the_present_agent_was_asked_for(own_scene: Scene) -> None:
+    """They hold on new maps and on those of an earlier agent, whatever that one had been asked for."""
+    scene = own_scene
+    for options, expected in (
+        (("--timeout", "udp=180", "--timeout", "tcp-open=7200"), (180, 7200, 5)),
+        (("--timeout", "icmp=9"), (60, 3600, 9)),
+        ((), (60, 3600, 5)),
+    ):
+        scene.options = options
+        found = scene.start()["timeouts"]
+        assert (found["udp"], found["tcp-open"], found["icmp"]) == expected
+        scene.kill()
+
+
 def test_agent_can_be_killed_at_any_time_of_its_start(scene: Scene) -> None:
     """Agents that die in the middle of taking over leave enforcement whole, and the next one finds its way."""
     scene.kill()

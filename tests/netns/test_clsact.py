@@ -20,7 +20,7 @@ from test_services import DB_INGRESS, PODS, SERVICES, WEB_EGRESS, WEB_TO_ALL, ev
 from netpol_ebpf.lab.attempt import Attempt
 from netpol_ebpf.lab.laboratory import Lab
 from netpol_ebpf.lab.scene import plan_for
-from netpol_ebpf.lab.topology import TCP
+from netpol_ebpf.lab.topology import TCP, Host
 from netpol_ebpf.resources.load import parse_documents
 
 pytestmark = pytest.mark.netns
@@ -116,6 +116,25 @@ def test_open_connection_is_cut_and_another_outlives_the_agent(scene: Scene) -> 
     assert filters(scene) == {name: set(HOOKS) for name in interfaces(scene)}
     for one in (lost, kept):
         one.close()
+
+
+@pytest.mark.parametrize(
+    "removal",
+    [["filter", "del", "dev", "{}", "ingress"], ["qdisc", "del", "dev", "{}", "clsact"]],
+    ids=["filter", "qdisc"],
+)
+def test_what_others_remove_is_put_back(scene: Scene, removal: list[str]) -> None:
+    """A filter, or the discipline with both of them, that goes from a pod's interface is missed, put back, and counted."""
+    place = Host("shop/web", NODE, ()).parent_interface
+    before = scene.state()["drift"]["put_back"].get("program", 0)
+    scene.lab.run(NODE, ["tc", *(word.format(place) for word in removal)])
+    state = scene.await_status(
+        lambda state: state["drift"]["put_back"].get("program", 0) > before, "the program is put back"
+    )
+    assert state["in_force"]
+    assert state["drift"]["recent"][-1]["was"] == "missing"
+    assert filters(scene) == {name: set(HOOKS) for name in interfaces(scene)}
+    wait_for(lambda: scene.reached(to("db"), to("other")) == [True, False], "policy is as before")
 
 
 def test_cleanup_leaves_no_filter(lasting_scene: Scene) -> None:

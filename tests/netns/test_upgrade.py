@@ -119,6 +119,7 @@ def replaced(scene: VersionedScene, tree: Path | None) -> dict[str, Any]:
 def test_older_schema_is_taken_over(scene: VersionedScene, tmp_path: Path) -> None:
     """Every setting at another place and a policy map of another layout: connections, numbers and counters go on."""
     scene.tree = make_version(tmp_path / "older", [schema(-1), WIDER_CONFIG, WIDER_ENDPOINT])
+    scene.options = ("--timeout", "udp=180")
     before = scene.start()
     assert pinned(scene) == [f"v{abi.SCHEMA_VERSION - 1}"]
     interfaces = scene.attached()
@@ -129,6 +130,7 @@ def test_older_schema_is_taken_over(scene: VersionedScene, tmp_path: Path) -> No
     assert scene.attached() == interfaces
     assert numbers(after) == numbers(before)
     assert after["generation"] > before["generation"]
+    assert after["timeouts"]["udp"] == before["timeouts"]["udp"] == 180
     assert after["packets"]["policy-deny"] >= before["packets"].get("policy-deny", 0)
     (scene.state_dir / "numbers").unlink()  # the next agent has the rows alone to know whose connections there are
     with unnoticed(scene):

@@ -72,6 +72,7 @@ STATE: dict[str, Any] = {
         {"ifindex": 5, "interface": "cali1", "endpoint": "Pod/shop/web"}, {"ifindex": 9, "interface": "cali9", "endpoint": None},
     ],
     "maps": {"np_rule": {"entries": 8, "size": 65536}},
+    "timeouts": {"tcp-open": 3600.0, "udp": 180.0},
     "refused": {"changes": 0, "by_map": {}, "map": "", "waiting": []},
     "drift": {"put_back": {"pin": 2}, "rounds": 6, "recent": []},
 }  # fmt: skip
@@ -221,7 +222,9 @@ def test_status_shows_interfaces_known_and_closed(
     assert ["-", "Pod/shop/db", "waiting", "10.0.0.2"] in lines
     assert ["cali9", "-", "closed", "(no", "endpoint", "is", "known", "here)"] in lines
     assert run(tmp_path, "status", "-o", "wide") == 0
-    assert "np_rule  8        65536" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "np_rule  8        65536" in shown
+    assert "tcp-open    3600 s" in shown
 
 
 def test_status_with_problems_is_exit_1(
@@ -410,12 +413,31 @@ def test_cleanup_needs_root(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
 def test_agent_s_wrong_arguments_are_usage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Missing manifests, unknown maps and wrong sizes end before anything is touched."""
     assert agent_main.main(["--manifests", str(tmp_path / "none")]) == 3
-    for size in ("np_addr4", "np_addr4=x", "np_addr4=0", "nonsense=1"):
+    for size in ("np_addr4", "np_addr4=x", "np_addr4=0", "np_addr4=4294967297", "np_addr4=²", "nonsense=1"):
         assert agent_main.main(["--manifests", str(tmp_path), "--map-size", size]) == 2
     assert "a map of np_endpoint" in capsys.readouterr().err
+    for timeout in ("udp", "udp=", "udp=1.5", "udp=1", "udp=-5", "udp=²", f"udp={10**400}", "tcp=60"):
+        assert agent_main.main(["--manifests", str(tmp_path), "--timeout", timeout]) == 2, timeout
+    assert "a state of tcp-new, tcp-open" in capsys.readouterr().err
     with pytest.raises(UsageError):
         agent_main.parse_sizes(["np_rule=-1"])
     assert agent_main.parse_sizes(["np_rule=5", "np_addr4=7"]) == {"np_rule": 5, "np_addr4": 7}
+
+
+@pytest.mark.parametrize("name", ["no-such-group", "4294967294", "9" * 30])
+def test_unknown_group_is_usage(tmp_path: Path, name: str) -> None:
+    """By name or by number, however large."""
+    assert agent_main.main(["--manifests", str(tmp_path), "--group", name]) == 2
+
+
+def test_state_directory_that_cannot_be_made_is_no_bug(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where a file is in its way, the path is named with exit code 5."""
+    monkeypatch.setattr(doctor, "require_all", lambda _root: None)
+    (tmp_path / "file").touch()
+    assert agent_main.main(["--manifests", str(tmp_path), "--state-dir", str(tmp_path / "file" / "state")]) == 5
+    assert f"{tmp_path}/file/state: Not a directory" in capsys.readouterr().err
 
 
 def test_agent_s_failure_is_one_line(
@@ -435,6 +457,9 @@ def test_agent_s_failure_is_one_line(
     shown = capsys.readouterr().err
     assert "netpol-agent: error: no bpffs\nnetpol-agent: hint: mount it\n" in shown
     assert "Traceback" not in shown
+    fail(OSError(28, "No space left on device", "/run/netpol-ebpf/numbers"))
+    assert agent_main.main(arguments) == 5
+    assert "netpol-agent: error: /run/netpol-ebpf/numbers: No space left on device; " in capsys.readouterr().err
     fail(ValueError("oops"))
     assert agent_main.main(arguments) == 70
     assert "bug: ValueError: oops" in capsys.readouterr().err

@@ -16,6 +16,7 @@ from netpol_ebpf.agent import report
 from netpol_ebpf.agent.adoption import Live
 from netpol_ebpf.agent.core import AUDIT_S, ROUND_S, SEARCH_S, Agent, Settings
 from netpol_ebpf.agent.node import POLICY_MAPS
+from netpol_ebpf.agent.timeouts import STATES
 from netpol_ebpf.agent.trouble import RETRY_S
 from netpol_ebpf.agent.wiring import Link, Wiring
 from netpol_ebpf.apply import encode
@@ -82,7 +83,11 @@ class MemoryNode:
     drift: list[Drift] = field(default_factory=list)
     refuses: set[int] = field(default_factory=set)
     live: Live = field(default_factory=Live)
+    behind: set[int] = field(default_factory=set)
     asked: list[set[int]] = field(default_factory=list)
+
+    def overtaken(self, ifindexes: Collection[int]) -> set[int]:
+        return self.behind & set(ifindexes)
 
     def live_connections(self, namespaces: Collection[int]) -> Live:
         self.asked.append(set(namespaces))
@@ -574,6 +579,7 @@ def test_report_holds_all_of_it(bench: Bench) -> None:
     assert [(one["interface"], one["endpoint"]) for one in state["interfaces"]] == [
         ("cali1", "Pod/shop/web"), ("cali2", "Pod/shop/db"),
     ]  # fmt: skip
+    assert set(state["timeouts"]) == set(STATES)
     assert state["maps"]["np_endpoint"] == {"entries": 2, "size": abi.MAP_SPECS["np_endpoint"].max_entries}
     assert any("KubernetesNetworkPolicy/shop/db" in one["rule"] for one in report.rules(agent, bench.node.maps))
     members = [member for one in report.identities(agent) for member in one["members"]]

@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import resource
 import socket
 import threading
 from collections.abc import Iterator
@@ -66,7 +67,19 @@ def test_unknown_operation_names_the_known_ones(agent: Service) -> None:
         answers(agent, {"op": "nonsense"})
 
 
-@pytest.mark.parametrize("line", [b"{\n", b"[]\n", b"\xff\n", b"x" * 5000])
+GARBAGE = [
+    b"{\n",
+    b"[]\n",
+    b"\xff\n",
+    b"x" * 5000,
+    b'{"op": []}\n',
+    b'{"op": {}}\n',
+    b'{"op": null}\n',
+    b"[" * 4000 + b"\n",
+]
+
+
+@pytest.mark.parametrize("line", GARBAGE)
 def test_garbage_is_an_error_and_harms_nobody(agent: Service, line: bytes) -> None:
     """A line that is no request is answered as such, and the next reader is served."""
     with connect(agent.path) as channel:
@@ -108,6 +121,41 @@ def test_reader_that_does_not_read_is_dropped(agent: Service) -> None:
         assert agent.descriptors()[1] != []
         agent.poll()
         assert len(agent.descriptors()[0]) == 1
+
+
+def test_user_with_too_many_connections_leaves_room_for_others(agent: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who holds many connections gets no more, is told so, and keeps nobody else, root least of all, from asking."""
+    agent.group = 4321
+    monkeypatch.setattr(module, "peer_groups", lambda _channel: frozenset({4321}))
+    with contextlib.ExitStack() as stack:
+        for user in range(12345, 12345 + module.READERS // module.READERS_OF_USER + 1):
+            monkeypatch.setattr(module, "peer_user", lambda _channel, user=user: user)
+            for _ in range(module.READERS_OF_USER + 1):
+                stack.enter_context(connect(agent.path))
+                agent.poll()
+        assert len(agent.descriptors()[0]) == module.READERS + 1
+        with pytest.raises(UnreachableError, match="too many connections"):
+            answers(agent, {"op": "echo", "word": "hello"})
+        monkeypatch.setattr(module, "peer_user", lambda _channel: 0)
+        assert answers(agent, {"op": "echo", "word": "hello"}) == [{"you": "hello"}]
+    agent.poll()
+    assert len(agent.descriptors()[0]) == 1
+
+
+def test_lack_of_descriptors_is_waited_out(agent: Service) -> None:
+    """Without a descriptor for who connects the agent lives on, and answers when there is one again."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with connect(agent.path) as channel:
+        channel.sendall(b'{"op": "echo", "word": "hello"}\n')
+        resource.setrlimit(resource.RLIMIT_NOFILE, (channel.fileno(), before[1]))
+        try:
+            agent.poll()
+            assert len(agent.descriptors()[0]) == 1
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, before)
+        agent.poll()
+        agent.poll()
+        assert json.loads(channel.recv(100)) == {"you": "hello"}
 
 
 def test_stranger_is_refused(agent: Service, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import pytest
 
@@ -322,8 +323,8 @@ def test_changes_lead_where_a_fresh_look_leads(source: ManifestDirectory, seed: 
     assert seen_duplicates
 
 
-def test_what_was_read_before_a_failure_is_taken_up_after_it(tmp_path: Path) -> None:
-    """The copies cannot be stored for a while: no event is lost."""
+def test_copies_that_cannot_be_written_are_a_warning_and_tried_again(tmp_path: Path) -> None:
+    """Policy is taken up without them; when there is room they are written, and the warning goes."""
     copies = LastGoodCopies(tmp_path / "copies")
     source = ManifestDirectory(tmp_path / "manifests", copies)
     write(source, "a.yaml", pod("one"))
@@ -332,11 +333,95 @@ def test_what_was_read_before_a_failure_is_taken_up_after_it(tmp_path: Path) -> 
     write(source, "b.yaml", pod("two"))
     obstacle = copies._path("b.yaml").with_suffix(".draft")
     obstacle.mkdir()
-    assert source.step() is None
-    with pytest.raises(IsADirectoryError):
-        source.step()
+    batch = settled(source)
+    assert names(batch) == {"one": "Upsert", "two": "Upsert"}
+    assert batch is not None
+    assert [(one.slug, one.severity) for one in batch.problems] == [("copies", "warning")]
     obstacle.rmdir()
-    assert names(source.step() or source.step()) == {"one": "Upsert", "two": "Upsert"}
+    mended = source.step()
+    assert mended is not None
+    assert (mended.events, mended.problems) == ((), ())
+    assert [copies.load(name) for name in ("a.yaml", "b.yaml")] == [pod("one", "db"), pod("two")]
+
+
+def test_copy_that_cannot_be_read_is_reported_with_its_file(tmp_path: Path) -> None:
+    """A broken file and a damaged copy of it: both are told, and the other files count."""
+    copies = LastGoodCopies(tmp_path / "copies")
+    source = ManifestDirectory(tmp_path / "manifests", copies)
+    write(source, "a.yaml", "kind: [")
+    write(source, "b.yaml", pod("two"))
+    copies.store("a.yaml", "")
+    copies._path("a.yaml").write_bytes(b"\xff")
+    batch = source.step()
+    assert names(batch) == {"two": "Upsert"}
+    assert batch is not None
+    assert [one.slug for one in batch.problems] == ["copies", "yaml"]
+
+
+def test_deleted_file_does_not_come_back_when_one_of_its_name_is_broken(tmp_path: Path) -> None:
+    """What was deleted stays so: neither this process nor the next one takes the old state for the new file's."""
+    copies = LastGoodCopies(tmp_path / "copies")
+    source = ManifestDirectory(tmp_path / "manifests", copies)
+    path = write(source, "a.yaml", pod("one"))
+    source.step()
+    path.unlink()
+    assert names(settled(source)) == {"one": "Remove"}
+    assert list(copies.directory.iterdir()) == []
+    path.write_text("kind: [", encoding="utf-8")
+    assert names(settled(source)) == {}
+    assert names(ManifestDirectory(source.root, copies).step()) == {}
+
+
+def test_what_is_no_file_is_reported_and_not_waited_for(source: ManifestDirectory) -> None:
+    """A pipe that nobody writes to and a link to itself are problems of their own; all else is taken up."""
+    write(source, "a.yaml", pod("one"))
+    os.mkfifo(source.root / "b.yaml")
+    (source.root / "c.yaml").symlink_to("c.yaml")
+    (source.root / "d").symlink_to("d")
+    batch = source.step()
+    assert names(batch) == {"one": "Upsert"}
+    assert batch is not None
+    assert [(one.slug, Path(one.location.file).name) for one in batch.problems] == [
+        ("unreadable", "b.yaml"), ("unreadable", "c.yaml"),
+    ]  # fmt: skip
+    assert "no regular file" in batch.problems[0].message
+    (source.root / "c.yaml").unlink()
+    write(source, "c.yaml", pod("two"))
+    assert names(settled(source)) == {"two": "Upsert"}
+
+
+def test_directory_inside_that_cannot_be_listed_is_the_one_reported(
+    source: ManifestDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is taken up without it, since its objects would be missed; what there is stays."""
+    write(source, "a.yaml", pod("one"))
+    write(source, "deep/b.yaml", pod("two"))
+    source.step()
+    real = os.scandir
+
+    def forbidden(directory: Path) -> Any:
+        if directory.name == "deep":
+            raise PermissionError(13, "Permission denied", str(directory))
+        return real(directory)
+
+    monkeypatch.setattr(os, "scandir", forbidden)
+    write(source, "a.yaml", pod("three"))
+    batch = source.step()
+    assert batch is not None
+    assert batch.events == ()
+    assert [one.location.file for one in batch.problems] == [str(source.root / "deep")]
+    monkeypatch.setattr(os, "scandir", real)
+    assert names(source.step() or source.step()) == {"one": "Remove", "three": "Upsert"}
+
+
+def test_directory_that_was_never_read_says_so(source: ManifestDirectory) -> None:
+    """Whether there is any state of the manifests at all is told apart from an empty one."""
+    assert source.step() is not None
+    assert not source.was_read
+    source.root.mkdir()
+    source.step()
+    source.step()
+    assert source.was_read
 
 
 def test_a_change_compares_only_what_it_touches(source: ManifestDirectory, monkeypatch: pytest.MonkeyPatch) -> None:

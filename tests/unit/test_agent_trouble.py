@@ -1,0 +1,296 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What goes wrong around the agent, on a node in memory: it is told, tried again, and stops nothing else."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Collection, Iterator
+from dataclasses import replace
+from ipaddress import ip_address
+from pathlib import Path
+
+import pytest
+from test_agent_core import CLUSTER, HOST, POD, POLICY, Bench, settle
+
+from netpol_ebpf.agent.core import AUDIT_S, SEARCH_S, Settings
+from netpol_ebpf.agent.trouble import RETRY_S, Refusals
+from netpol_ebpf.compiler import Compiler
+from netpol_ebpf.errors import InvalidInputError, LimitError, MapFullError, PlatformError
+from netpol_loader.drift import Drift, PartlyMendedError
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Iterator[Bench]:
+    bench = Bench(tmp_path)
+    bench.write("cluster.yaml", CLUSTER)
+    bench.write("policy.yaml", POLICY)
+    yield bench
+    bench.close()
+
+
+def test_interface_that_refuses_programs_is_named_and_the_others_are_served(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is an error as long as it lasts, and tried again by itself; the agent lives."""
+    real = bench.node.attach
+
+    def attach(ifindex: int, *, is_newborn: bool = False) -> bool:
+        if ifindex == 5:
+            raise PlatformError("the kernel says no")
+        return real(ifindex, is_newborn=is_newborn)
+
+    monkeypatch.setattr(bench.node, "attach", attach)
+    agent = bench.agent()
+    assert bench.node.programs == {6}
+    (problem,) = agent.problems
+    assert (problem.slug, problem.severity) == ("attach", "error")
+    assert problem.message == "interface cali1 is open, and is to be under policy: the kernel says no"
+    monkeypatch.undo()
+    agent.step()
+    assert bench.node.programs == {6}
+    bench.now_s += SEARCH_S
+    agent.step()
+    assert bench.node.programs == {5, 6}
+    assert agent.problems == []
+
+
+def test_interface_that_keeps_programs_is_named_and_tried_again(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What cannot be taken off an interface that is the node's own after all is an error until it can."""
+    agent = bench.agent()
+    wiring = bench.node.wiring
+
+    def detach(_ifindex: int) -> None:
+        raise PlatformError("the kernel says no")
+
+    monkeypatch.setattr(bench.node, "detach", detach)
+    bench.node.wiring = type(wiring)(wiring.links, {}, wiring.uplinks | {5})
+    bench.node.news = True
+    agent.step()
+    assert [problem.message for problem in agent.problems] == [
+        "interface cali1 is to be under policy no more: the kernel says no"
+    ]
+    assert 5 in agent.attached
+    monkeypatch.undo()
+    bench.now_s += SEARCH_S
+    agent.step()
+    assert 5 not in bench.node.programs
+    assert agent.problems == []
+
+
+def test_directory_that_cannot_be_read_is_no_empty_policy(bench: Bench) -> None:
+    """An agent that starts without its manifests says so and leaves in force what is."""
+    bench.agent()
+    before = bench.node.exchanges
+    manifests = bench.home / "manifests"
+    manifests.rename(bench.home / "elsewhere")
+    with pytest.raises(InvalidInputError, match=r"manifests are not known: .*manifests cannot be read"):
+        bench.agent()
+    assert bench.node.exchanges == before
+    assert bench.node.row(5) is not None
+
+
+def test_pod_that_goes_while_memory_is_short_is_forgotten_with_its_sources(bench: Bench) -> None:
+    """What makes room by going is not looked for in what replaces the maps."""
+    agent = bench.agent(Settings("here", borrow_sources=True))
+    peers = bench.node.in_force["np_addr4"]
+    peers.hard_limit = len(peers.rows)
+    bench.write("late.yaml", POD.format(name="late", node="there", last=9))
+    settle(agent)
+    assert [problem.slug for problem in agent.problems] == [MapFullError.slug]
+    bench.remove("late.yaml")
+    bench.write("cluster.yaml", CLUSTER.replace(POD.format(name="web", node="here", last=1), ""))
+    settle(agent)
+    assert agent.problems == []
+    assert bench.node.row(5) is None
+
+
+def test_limit_is_not_tried_again_by_itself(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a full map a change may exceed a limit: then the whole is compiled with the next change, not at each step."""
+    agent = bench.agent()
+    peers = bench.node.in_force["np_addr4"]
+    peers.hard_limit = len(peers.rows)
+    bench.write("late.yaml", POD.format(name="late", node="there", last=9))
+    settle(agent)
+
+    def commit(_self: Compiler) -> None:
+        raise LimitError("too much", limit="rules")
+
+    monkeypatch.setattr(Compiler, "commit", commit)
+    bench.now_s += RETRY_S
+    agent.step()
+    assert agent.refusals.count == 2
+    for _ in range(3):
+        bench.now_s += RETRY_S
+        agent.step()
+    assert agent.refusals.count == 2
+    monkeypatch.undo()
+    bench.write("later.yaml", POD.format(name="later", node="there", last=10))
+    settle(agent)
+    assert agent.problems == []
+
+
+def test_retries_grow_rare_and_begin_anew() -> None:
+    """Each refusal for want of memory doubles the time to the next try; success forgets that."""
+    refusals = Refusals()
+    full = MapFullError("full", map_name="np_rule")
+    refusals.refuse(full, 0.0)
+    refusals.refuse(full, RETRY_S)
+    assert refusals.retry_at_s == RETRY_S + 2 * RETRY_S
+    refusals.refuse(LimitError("too much", limit="rules"), 100.0)
+    assert refusals.retry_at_s is None
+    refusals.accept()
+    refusals.refuse(full, 200.0)
+    assert refusals.retry_at_s == 200.0 + RETRY_S
+
+
+def test_what_could_be_put_back_counts_although_something_could_not(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The one is counted, and connections are judged again for it; the other is a problem until it can be."""
+    agent = bench.agent()
+    generation = agent.applier.generation
+
+    def mend(_ifindexes: Collection[int]) -> list[Drift]:
+        raise PartlyMendedError("no room", [Drift("program", "interface 5", "missing"), Drift("pin", "p", "missing")])
+
+    monkeypatch.setattr(bench.node, "mend", mend)
+    bench.now_s += AUDIT_S
+    agent.step()
+    assert agent.drift.counts == {"program": 1, "pin": 1}
+    assert agent.applier.generation == generation + 1
+    assert [problem.message for problem in agent.problems] == [
+        "what something else changed cannot be put back: no room"
+    ]
+    monkeypatch.undo()
+    bench.now_s += AUDIT_S
+    agent.step()
+    assert agent.problems == []
+
+
+def services(*last: int) -> str:
+    """Services of one port each."""
+    return "---\n".join(
+        f"apiVersion: v1\nkind: Service\nmetadata: {{name: s{one}, namespace: shop}}\n"
+        f"spec: {{clusterIPs: [10.96.0.{one}], ports: [{{port: 80}}]}}\n"
+        for one in last
+    )
+
+
+def test_refused_services_come_into_force_by_no_way(bench: Bench) -> None:
+    """What a map has no room for is neither written with the next news of the node, nor does it end the agent."""
+    bench.write("services.yaml", services(1))
+    agent = bench.agent()
+    vips = bench.node.in_force["np_vip4"]
+    before = dict(vips.rows)
+    assert len(before) == 1
+    vips.max_entries = 2
+    bench.write("services.yaml", services(1, 2, 3))
+    settle(agent)
+    for _ in range(2):
+        assert [(problem.slug, "np_vip4" in problem.message) for problem in agent.problems] == [("map-full", True)]
+        assert bench.node.in_force["np_vip4"].rows == before
+        bench.node.news = True
+        agent.step()
+    bench.write("services.yaml", services(2, 3))
+    settle(agent)
+    assert agent.problems == []
+    assert len(bench.node.in_force["np_vip4"].rows) == 2
+
+
+def test_services_refused_for_a_limit_come_into_force_by_no_way(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The whole change waits: also what of it would fit."""
+    agent = bench.agent()
+
+    def commit(_self: Compiler) -> None:
+        raise LimitError("too much", limit="rules")
+
+    monkeypatch.setattr(Compiler, "commit", commit)
+    bench.write("services.yaml", services(1))
+    settle(agent)
+    bench.node.news = True
+    agent.step()
+    assert bench.node.in_force["np_vip4"].rows == {}
+    assert 2 not in bench.node.programs
+    monkeypatch.undo()
+    bench.write("late.yaml", POD.format(name="late", node="there", last=9))
+    settle(agent)
+    assert len(bench.node.in_force["np_vip4"].rows) == 1
+
+
+def test_node_with_more_addresses_than_room_is_told(bench: Bench) -> None:
+    """The addresses that were there stay known; the agent lives, and takes them up when there is room."""
+    agent = bench.agent()
+    wiring = bench.node.wiring
+    bench.node.in_force["np_local4"].max_entries = 2
+    many = {ip_address(f"192.0.2.{last}"): 2 for last in range(1, 4)}
+    bench.node.wiring = replace(wiring, addresses=many)
+    bench.node.news = True
+    agent.step()
+    (problem,) = agent.problems
+    assert (problem.slug, problem.severity) == ("map-full", "error")
+    assert "np_local4 has room for 2 rows; the change needs 3" in problem.message
+    bench.node.wiring = replace(wiring, addresses=dict(list(many.items())[:2]))
+    bench.node.news = True
+    agent.step()
+    assert agent.problems == []
+    assert len(bench.node.in_force["np_local4"].rows) == 2
+
+
+def test_refused_host_endpoint_leaves_the_node_s_interface_alone(bench: Bench) -> None:
+    """Its row is not in force, so neither programs nor a row that names it may come to its interface with the next news."""
+    agent = bench.agent()
+    peers = bench.node.in_force["np_addr4"]
+    peers.hard_limit = len(peers.rows)
+    bench.write("late.yaml", POD.format(name="late", node="there", last=9) + "---\n" + HOST.replace("NAME", "eth0"))
+    settle(agent)
+    assert [problem.slug for problem in agent.problems] == [MapFullError.slug]
+    bench.node.news = True
+    agent.step()
+    assert 2 not in bench.node.programs
+    assert bench.node.row(2) is None
+    bench.now_s += RETRY_S
+    agent.step()
+    assert 2 in bench.node.programs
+    row = bench.node.row(2)
+    assert row is not None
+    assert struct.pack("=I", row.number) in bench.node.in_force["np_host"].rows
+
+
+def test_host_endpoint_whose_end_was_refused_stays_in_force(bench: Bench) -> None:
+    """What was to go together with what does not fit has not gone: not at once, and not with the next news."""
+    bench.write("host.yaml", HOST.replace("NAME", "eth0"))
+    agent = bench.agent()
+    row, rows = bench.node.row(2), dict(bench.node.in_force["np_host"].rows)
+    assert row is not None
+    assert len(rows) == 1
+    peers = bench.node.in_force["np_addr4"]
+    peers.hard_limit = len(peers.rows)
+    bench.remove("host.yaml")
+    bench.write("late.yaml", POD.format(name="late", node="there", last=9))
+    settle(agent)
+    for _ in range(2):
+        after = bench.node.row(2)
+        assert after is not None
+        assert (after.number, after.flags) == (row.number, row.flags)
+        assert bench.node.in_force["np_host"].rows == rows
+        bench.node.news = True
+        agent.step()
+    bench.now_s += RETRY_S
+    agent.step()
+    assert agent.problems == []
+    assert 2 not in bench.node.programs
+
+
+def test_program_of_others_before_ours_is_a_warning_as_long_as_it_is(bench: Bench) -> None:
+    """The interface is named; nothing is done about it."""
+    agent = bench.agent()
+    bench.node.behind = {5, 2}
+    bench.now_s += AUDIT_S
+    agent.step()
+    (problem,) = agent.problems
+    assert (problem.slug, problem.severity) == ("overtaken", "warning")
+    assert "before policy at cali1:" in problem.message
+    bench.node.behind = set()
+    bench.now_s += AUDIT_S
+    agent.step()
+    assert agent.problems == []

@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the documents tell one to run selects tests, and the tests that they name exist."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PAGES = [*sorted((ROOT / "docs").rglob("*.md")), *sorted(ROOT.glob("*.md"))]
+WHOLE = re.compile(r"pytest((?: +(?:-s\b|-k +(?:\"[^\"]+\"|\w+)|[\w./-]+))*)")
+"""Somewhere in a line or a code span; whatever follows further on is prose."""
+SHORT = re.compile(r"`((?:tests/|test_)[\w./-]*(?: -k (?:\"[^\"]+\"|\w+))?)`")
+"""A code span without the word pytest, as in lists of tests."""
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What a page selects: files or directories, and an expression of -k."""
+
+    page: str
+    text: str
+    paths: tuple[str, ...]
+    expression: str
+
+    @property
+    def alternatives(self) -> list[str]:
+        """The parts that have to select something each."""
+        return re.split(r"\bor\b", self.expression) if re.search(r"\bor\b", self.expression) else [self.expression]
+
+
+def read(page: Path) -> Iterator[Selection]:
+    """Every selection of a page."""
+    text = page.read_text(encoding="utf-8")
+    found = [match[1] for match in WHOLE.finditer(text)] + [match[1] for match in SHORT.finditer(text)]
+    for one in found:
+        words = iter(shlex.split(re.split(r" {2,}", one.strip())[0]))
+        paths, expression = [], ""
+        for word in words:
+            if word == "-k":
+                expression = next(words)
+            elif not word.startswith("-"):
+                paths.append(word)
+        yield Selection(page.name, one.strip(), tuple(paths), expression)
+
+
+@pytest.fixture(scope="module")
+def tests() -> list[str]:
+    """Every test that pytest finds, as file::name."""
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", "tests"]
+    done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
+    found = [line for line in done.stdout.splitlines() if "::" in line]
+    assert len(found) > 1000
+    return found
+
+
+def lies_in(test: str, path: str) -> bool:
+    """Whether a test is in a file or directory, which may be given without its directory."""
+    file = test.partition("::")[0]
+    return file == path or file.startswith(path.rstrip("/") + "/") or ("/" not in path and file.endswith("/" + path))
+
+
+def has_words(test: str, part: str) -> bool:
+    """Whether a test is selected by words that are joined by "and" and "not"."""
+    name = (test.partition("::")[0].rpartition("/")[2] + "::" + test.partition("::")[2]).lower()
+    words = part.strip(" ()").split(" and ")
+    return all((word[4:] not in name) if word.startswith("not ") else (word in name) for word in words)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_what_a_page_names_exists(page: Path, tests: list[str]) -> None:
+    """Each command, and each alternative of its expression, selects at least one test; named files and tests are there."""
+    names = {re.sub(r"\[.*", "", test).rpartition("::")[2] for test in tests}
+    wrong = []
+    for one in read(page):
+        for path in one.paths:
+            if path in names or (
+                path.startswith("tests/") and not path.endswith((".py", "/")) and (ROOT / path).exists()
+            ):
+                continue
+            if path.endswith(".py") and not Path(path).name.startswith("test_") and (ROOT / path).exists():
+                continue
+            if not any(lies_in(test, path) for test in tests):
+                wrong.append(f"{one.text}: there is no {path}")
+        within = [test for test in tests if any(lies_in(test, path) for path in one.paths)]
+        wrong += [
+            f"{one.text}: {part.strip()!r} selects nothing"
+            for part in one.alternatives
+            if part and not any(has_words(test, part.lower()) for test in within)
+        ]
+    assert wrong == []
+
+
+def test_commands_are_found() -> None:
+    """The reading itself: a page with many commands, one in a code block with prose behind it, one in a list of tests."""
+    read_all = [one for page in PAGES for one in read(page)]
+    assert len(read_all) > 40
+    texts = {one.text for one in read_all}
+    assert "tests/fuzz" in texts
+    assert {one.page for one in read_all if one.expression} >= {"SECURITY.md", "agent.md", "packet-parsing.md"}
+    found = Selection("", "", ("tests/unit/test_docs_commands.py",), "commands_are or (names and not nothing)")
+    test = "tests/unit/test_docs_commands.py::test_what_a_page_names_exists[agent.md]"
+    assert [has_words(test, part) for part in found.alternatives] == [False, True]
+    assert lies_in(test, "tests/unit")
+    assert lies_in(test, "test_docs_commands.py")
+    assert not lies_in(test, "tests/un")
