@@ -207,7 +207,9 @@ class Applier:
             encoder = ENCODERS.get(table.name)
             if encoder is not None:
                 written = (encoder(key, row) for key, row in table.items())
-                while chunk := list(islice(written, FILL_ROWS)):  # all elements at once would be the agent's peak of memory
+                while chunk := list(
+                    islice(written, FILL_ROWS)
+                ):  # all elements at once would be the agent's peak of memory
                     step = _Step()
                     for element in chunk:
                         step.put(element)

@@ -58,7 +58,7 @@ class Ledger:
     def open(self) -> Numbers:
         """Read what an earlier agent wrote, rewrite it without what went, and be ready to append.
 
-        Raises PlatformError when the file is of another format. A last line that is cut short (its writer died before the
+        Raises PlatformError when the file is of another format, or damaged. A last line that is cut short (its writer died before the
         kernel saw the number) is dropped.
         """
         self.numbers = Numbers()
@@ -113,19 +113,33 @@ class Ledger:
     def _read(self, text: str) -> None:
         lines = text.split("\n")
         complete = lines[:-1]  # what follows the last newline was cut short
-        header = json.loads(complete[0]) if complete else {"format": FORMAT}
-        if header.get("format") != FORMAT:
+        for number, line in enumerate(complete, 1):
+            self._read_line(number, line)
+
+    def _read_line(self, number: int, line: str) -> None:
+        try:
+            found = json.loads(line)
+            if number > 1:
+                self._take(*found)
+                return
+            written_format = found["format"]
+        except (ValueError, TypeError, LookupError, AttributeError) as error:
             raise PlatformError(
-                f"{self._path} is of format {header.get('format')}, this program writes format {FORMAT}",
+                f"{self._path}:{number} is damaged ({error}): what the numbers in the kernel's maps mean is not known",
+                hint="Restore the file, or run `netpolctl cleanup`, which ends enforcement, and start again.",
+            ) from error
+        if written_format != FORMAT:
+            raise PlatformError(
+                f"{self._path} is of format {written_format}, this program writes format {FORMAT}",
                 hint="Run `netpolctl cleanup` with the version that wrote it, then start this one.",
             )
-        for line in complete[1:]:
-            kind, written, number = json.loads(line)
-            table, what = self.numbers._table(kind), _READERS[kind](written)  # noqa: SLF001 - two classes of one file
-            if number:
-                table[what] = number
-            else:
-                table.pop(what, None)
+
+    def _take(self, kind: str, written: Any, number: int) -> None:
+        table, what = self.numbers._table(kind), _READERS[kind](written)  # noqa: SLF001 - two classes of one file
+        if number:
+            table[what] = number
+        else:
+            table.pop(what, None)
 
 
 def _line(kind: str, what: Any, number: int) -> str:

@@ -24,7 +24,7 @@ from netpol_ebpf.apply.encode import (
     special_elements,
     vip_elements,
 )
-from netpol_ebpf.errors import MapFullError
+from netpol_ebpf.errors import MapFullError, PlatformError
 from netpol_ebpf.policy.types import IPAddress, Vip
 
 MAPS = ("np_local4", "np_local6", "np_vip4", "np_vip6")
@@ -74,27 +74,43 @@ class SurroundingsWriter:
     def write(self, wanted: Surroundings, *, keep: Iterable[tuple[str, bytes]] = ()) -> None:
         """Make it so. ``keep``: rows that have meanwhile become somebody else's. Raises MapFullError; then nothing has changed."""
         rows = {(name, key): value for name, key, value in wanted.elements()}
-        news = {place: value for place, value in rows.items() if self._rows.get(place) != value}
         self._check_room(rows)
-        gone = self._rows.keys() - rows.keys() - set(keep)
-        bits = [key for name, key in {**self._rows, **rows} if name == SPECIAL]
+        before = self._rows
+        gone = before.keys() - rows.keys() - set(keep)
+        bits = [key for name, key in {**before, **rows} if name == SPECIAL]
+        both = {key: either(*(of.get((SPECIAL, key), NO_BITS) for of in (before, rows))) for key in bits}
         # An address has its bit as long as it has a row.
-        for key in bits:
-            before, after = (of.get((SPECIAL, key), NO_BITS) for of in (self._rows, rows))
-            self._put_bits(key, before, either(before, after))
-        for (name, key), value in news.items():
-            if name != SPECIAL:
-                self._maps[name].put(key, value)
+        for key, value in both.items():
+            self._put_bits(key, before.get((SPECIAL, key), NO_BITS), value)
+        done: list[tuple[str, bytes]] = []
+        try:
+            for (name, key), value in rows.items():
+                if name != SPECIAL and before.get((name, key)) != value:
+                    self._maps[name].put(key, value)
+                    done.append((name, key))
+        except PlatformError:
+            self._put_back(done)
+            for key, value in both.items():
+                self._put_bits(key, value, before.get((SPECIAL, key), NO_BITS))
+            raise
         for name, key in gone:
             if name != SPECIAL:
                 self._maps[name].delete(key)
-        for key in bits:
-            before, after = (of.get((SPECIAL, key), NO_BITS) for of in (self._rows, rows))
-            self._put_bits(key, either(before, after), after)
-        moved = any(name == "np_endpoint" for name, _ in (*news, *gone))
+        for key, value in both.items():
+            self._put_bits(key, value, rows.get((SPECIAL, key), NO_BITS))
         self._rows = rows
-        if moved:
+        if any(name == "np_endpoint" for name, _ in (*done, *gone)):
             self._renew()
+
+    def _put_back(self, done: Iterable[tuple[str, bytes]]) -> None:
+        """Make rows what they were."""
+        for name, key in done:
+            value = self._rows.get((name, key))
+            if value is None:
+                self._maps[name].delete(key)
+            else:
+                self._maps[name].put(key, value)
+        self._renew()
 
     def _put_bits(self, key: bytes, before: bytes, after: bytes) -> None:
         if before != after:

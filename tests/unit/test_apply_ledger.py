@@ -94,3 +94,13 @@ def test_another_format_is_refused(path: Path) -> None:
     path.write_text('{"format": 99}\n["rule", [], 1]\n')
     with pytest.raises(PlatformError, match="format 99"):
         Ledger(path).open()
+
+
+@pytest.mark.parametrize("line", ["x", "[]", '["rule"]', '["wish", [], 1]', '["rule", [1, 2], 3]', "null", "5"])
+def test_damage_is_named_by_its_line(path: Path, line: str) -> None:
+    """A line in the middle that nobody wrote so is an error of the machine, told with its place, not a bug."""
+    recorded(path).close()
+    lines = path.read_text().split("\n")
+    path.write_text("\n".join([lines[0], line, *lines[1:]]))
+    with pytest.raises(PlatformError, match=f"{path.name}:2 is damaged"):
+        Ledger(path).open()

@@ -7,9 +7,11 @@ import struct
 from collections.abc import Mapping
 from ipaddress import ip_address
 
+import pytest
 from memory_maps import MemoryMap, memory_maps
 
 from netpol_ebpf.apply.surroundings import Surroundings, SurroundingsWriter
+from netpol_ebpf.errors import MapFullError
 from netpol_ebpf.policy.types import IPAddress, Vip, VipKey
 from netpol_loader.buckets import special_place
 
@@ -68,3 +70,24 @@ def test_bits_of_neighbours_are_kept() -> None:
     writer.write(surroundings(one, other))
     writer.write(surroundings(other))
     assert bits(maps) == {special_place(other.packed)}
+
+
+def test_what_does_not_fit_changes_nothing() -> None:
+    """When an interface finds no room midway, the addresses written before it go again, and so do their bits."""
+    maps = memory_maps([])
+    renewed: list[int] = []
+    writer = SurroundingsWriter(maps, lambda: renewed.append(1))
+    writer.write(surroundings(NODE))
+    before = {name: dict(one.rows) for name, one in maps.items()}
+    maps["np_endpoint"].hard_limit = 1
+    wanted = Surroundings(addresses=frozenset({OTHER}), interfaces={5: 0, 6: 0})
+    with pytest.raises(MapFullError):
+        writer.write(wanted)
+    zeros = bytes(8)
+    after = {name: {key: row for key, row in one.rows.items() if row != zeros} for name, one in maps.items()}
+    assert after == before
+    assert renewed, "a packet may have seen an interface's row"
+    maps["np_endpoint"].hard_limit = None
+    writer.write(wanted)
+    assert len(maps["np_endpoint"].rows) == 2
+    assert not maps["np_local4"].rows
