@@ -20,6 +20,7 @@ Verdicts are checked: a case that measured something else is an error, not a fig
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -105,7 +106,7 @@ def tcp6(source: int, destination: int, sport: int, dport: int, flags: int) -> b
     return eth(0x86DD, head + struct.pack("!HHIIBBHHH", sport, dport, 1, 1, 0x50, flags, 1024, 0, 0))
 
 
-SYN, ACK = 2, 16
+FIN, SYN, ACK = 1, 2, 16
 
 
 def index(number: int) -> bytes:
@@ -334,6 +335,47 @@ class Bench:
             cases[f"bare: LPM lookup, {rows} prefixes at random"] = self.bare(clients, f"lpm_{rows}")
         return {name: ("", measure) for name, measure in cases.items()}
 
+    def life_cases(self) -> dict[str, tuple[str, Callable[[], float]]]:
+        """What each packet of short connections costs a workload that opens them, with a full table of open connections."""
+        one = self.dataplane.maps["np_conn4"]
+        key = struct.Struct("=I4s4sHHB3x")
+        over = range(one.max_entries)
+        closed = [(key.pack(ENDPOINT, POD4.packed, (FIRST4 + n).to_bytes(4, "big"), 1, 9, 6), bytes(24)) for n in over]
+        one.put_many(closed)
+        steps = {
+            "SYN": SYN,
+            "answer, SYN with ACK": SYN | ACK,
+            "first ACK": ACK,
+            "FIN": FIN | ACK,
+            "answer, FIN": FIN | ACK,
+        }
+        found: dict[str, float] = {}
+
+        def live() -> None:
+            figures: dict[str, list[float]] = {step: [] for step in steps}
+            for number in range(SPREAD_RUNS):
+                tuple4 = (int(POD4), FIRST4 + number % 10, next(ports), ALLOWED_PORT)
+                for step, flags in steps.items():
+                    is_answer = step.startswith("answer")
+                    hook = Hook.TC_EGRESS if is_answer else Hook.TC_INGRESS
+                    source, destination, port, service = tuple4
+                    frame = tcp4(destination, source, service, port, flags) if is_answer else tcp4(*tuple4, flags)
+                    figures[step].append(
+                        syscall.prog_test_run(self.dataplane.program_fd(hook), frame, self.context, 1)[1]
+                    )
+            found.update({step: statistics.median(values) for step, values in figures.items()})
+
+        def measure(step: str) -> Callable[[], float]:
+            def read() -> float:
+                if step not in found:
+                    live()
+                return found.pop(step)
+
+            return read
+
+        ports = itertools.cycle(range(1024, 61_000))
+        return {f"spread: short connection, {step}": ("empty, once", measure(step)) for step in steps}
+
     def forget(self, *names: str) -> Callable[[], None]:
         """Remove all connections."""
 
@@ -402,15 +444,21 @@ def measure_scale(bench: Bench, scale: Scale, rounds: int) -> dict[str, list[flo
     write_scale(bench.dataplane, scale)
     bench.primitives.fill(scale)
     bases, cases = bench.bases(), {**bench.cases(scale), **bench.random_cases(scale)}
-    base_figures: dict[str, list[float]] = {name: [] for name in bases}
-    figures: dict[str, list[float]] = {name: [] for name in cases}
-    for _ in range(rounds):
+    figures: dict[str, list[float]] = {name: [] for name in (*bases, *cases)}
+
+    def measure_round(chosen: Mapping[str, tuple[str, Callable[[], float]]]) -> dict[str, float]:
         base = {name: measure() for name, measure in bases.items()}
-        for name, figure in base.items():
-            base_figures[name].append(figure)
-        for name, (base_name, measure) in cases.items():
-            figures[name].append(measure() - base.get(base_name, 0.0))
-    return {**base_figures, **figures}
+        for name, (base_name, measure) in chosen.items():
+            figures.setdefault(name, []).append(measure() - base.get(base_name, 0.0))
+        return base
+
+    for _ in range(rounds):
+        for name, figure in measure_round(cases).items():
+            figures[name].append(figure)
+    lives = bench.life_cases()  # it fills the table whose content the others rely on
+    for _ in range(rounds):
+        measure_round(lives)
+    return figures
 
 
 def verified_instructions(program: int) -> int | None:
