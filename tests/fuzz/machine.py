@@ -228,6 +228,13 @@ class _Passage:
             facts.destination_port,
         )  # fmt: skip
 
+    def _as_answered(self) -> tuple[object, ...]:
+        facts = self.facts
+        return (
+            not self.stimulus.out_of_host, facts.destination, facts.source, facts.protocol, facts.destination_port,
+            facts.source_port,
+        )  # fmt: skip
+
     def _is_plain(self) -> bool:
         """Neither a fragment nor a packet that changes a TCP connection: those never take the short way."""
         return self.facts.place is Place.WHOLE and not self.facts.tcp_flags & (SYN | FIN | RST)
@@ -368,6 +375,8 @@ class _Passage:
             if connection.state is State.TCP_NEW:
                 connection.state = State.TCP_OPEN
             self.machine.connections[key] = self.machine.young.pop(key)
+            if self.machine.shortened is not None:  # from now on, for packets of both directions
+                self.machine.shortened |= {self._as_sent(): self.rule, self._as_answered(): self.rule}
         return "established"
 
     def _new(self, key: Key) -> str:
