@@ -115,3 +115,62 @@ def test_what_changes_a_connection_goes_to_the_table(rig: Rig) -> None:
     rig.into(p.frame(PEER4, POD4, p.TCP, p.tcp(80, 1000, p.RST)))
     (entry,) = rig.connections("np_conn4").values()
     assert entry.state == abi.NP_CONN_TCP_RESET
+
+
+@FAMILIES
+@pytest.mark.parametrize("protocol", [p.TCP, p.UDP])
+def test_both_directions_are_at_hand_once_a_connection_is_open(rig: Rig, pod: str, peer: str, protocol: int) -> None:
+    """The first answer is enough: the next packets of either direction need no table."""
+
+    def segment(source: int, destination: int, flags: int) -> bytes:
+        return p.tcp(source, destination, flags) if protocol == p.TCP else p.udp(source, destination)
+
+    rig.pod(everything(INGRESS, DENY, 11), everything(EGRESS, ALLOW, 12))
+    rig.out(p.frame(pod, peer, protocol, segment(1000, 80, p.SYN)))
+    assert not rows(rig)
+    rig.into(p.frame(peer, pod, protocol, segment(80, 1000, SYNACK)))
+    assert {(row.hook, row.rule) for row in rows(rig)} == {(0, 12), (1, 12)}
+    name = "np_conn4" if pod == POD4 else "np_conn6"
+    rig.map(name).delete_many([key for key, _ in rig.map(name).items()])
+    assert rig.out(p.frame(pod, peer, protocol, segment(1000, 80, p.ACK) + bytes(16))).rules == {12: 1}
+    assert rig.into(p.frame(peer, pod, protocol, segment(80, 1000, p.ACK) + bytes(16))).rules == {12: 1}
+
+
+def test_reset_is_no_answer_that_opens(rig: Rig) -> None:
+    """A refused connection is not at hand afterwards."""
+    rig.pod(everything(INGRESS, DENY, 11), everything(EGRESS, ALLOW, 12))
+    rig.out(p.frame(POD4, PEER4, p.TCP, p.tcp(1000, 80)))
+    assert rig.into(p.frame(PEER4, POD4, p.TCP, p.tcp(80, 1000, p.RST | p.ACK))).reason == "established"
+    assert not rows(rig)
+
+
+LONG: dict[str, Callable[[str, str, bytes], bytes]] = {
+    "VLAN": lambda pod, peer, rest: vlan(p.frame(pod, peer, p.TCP, rest)),
+    "length beyond the frame": lambda pod, peer, rest: longer(p.frame(pod, peer, p.TCP, rest)),
+    "short TCP header": lambda pod, peer, rest: p.frame(pod, peer, p.TCP, rest[:12] + b"\x40" + rest[13:]),
+    "TCP header beyond the packet": lambda pod, peer, rest: p.frame(pod, peer, p.TCP, rest[:12] + b"\xf0" + rest[13:]),
+    "cut": lambda pod, peer, rest: p.frame(pod, peer, p.TCP, rest)[:-4],
+}
+
+
+def vlan(frame: bytes) -> bytes:
+    return frame[:12] + b"\x81\0\0\5" + frame[12:]
+
+
+def longer(frame: bytes) -> bytes:
+    """One byte more in the IP header than there is."""
+    at = 16 if frame[12:14] == b"\x08\0" else 18
+    return frame[:at] + (int.from_bytes(frame[at : at + 2], "big") + 1).to_bytes(2, "big") + frame[at + 2 :]
+
+
+@pytest.mark.parametrize("what", LONG)
+@FAMILIES
+def test_what_is_not_plain_goes_the_long_way(rig: Rig, pod: str, peer: str, what: str) -> None:
+    """Also of a connection that is at hand: the long way says what is wrong with a packet, or finds nothing wrong with it."""
+    opened(rig, pod, peer)
+    seen = rig.out(LONG[what](pod, peer, p.tcp(1000, 80, p.ACK)))
+    if what == "VLAN":
+        assert seen.rules == {12: 1}
+    else:
+        assert (seen.passed, seen.rules) == (False, {})
+        assert seen.reason in {"bad-ip", "bad-l4", "short"}
