@@ -267,6 +267,8 @@ NP_INLINE int np_ip_known(struct __sk_buff *skb, struct np_flow *flow, union np_
     if (found->is_young && flow->leg->reply && !(packet->tcp_flags & NP_TCP_RST)) { // it is in np_conn from now on
         np_recent_fill(flow, flow->decision->rule, 0, hook, version);
         np_recent_fill_other(flow, flow->decision->rule, carries, hook, version);
+    } else if (found->is_young && packet->protocol == NP_PROTOCOL_UDP && packet->fragment == NP_FRAGMENT_WHOLE) {
+        np_recent_fill(flow, flow->decision->rule, carries, hook, version); // there are streams that nobody answers
     }
     return NP_REASON_ESTABLISHED;
 }

@@ -6,9 +6,9 @@
 // Only plain packets take it: Ethernet, IPv4 without options or IPv6 without extension headers, whole, TCP without SYN,
 // FIN and RST, or UDP.  Everything else, and whatever is not exactly as it should be, goes the long way, which decides.
 //
-// Invariant: an entry says only what np_conn said, under the same generation, at most a second ago; so a connection is
-// refreshed there once a second, and one that was removed there passes for a second at most.  Packets that change a
-// connection and packets whose sender is judged here never pass here.
+// Invariant: an entry says only what np_conn said, or np_young of UDP that was not answered, under the same generation,
+// at most a second ago; so a connection is refreshed there once a second, and one that was removed there passes for a
+// second at most.  Packets that change a connection and packets whose sender is judged here never pass here.
 #pragma once
 
 #include "np_count.h"

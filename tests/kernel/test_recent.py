@@ -174,3 +174,17 @@ def test_what_is_not_plain_goes_the_long_way(rig: Rig, pod: str, peer: str, what
     else:
         assert (seen.passed, seen.rules) == (False, {})
         assert seen.reason in {"bad-ip", "bad-l4", "short"}
+
+
+@FAMILIES
+def test_streams_that_nobody_answers_are_at_hand_too(rig: Rig, pod: str, peer: str) -> None:
+    """Of UDP the second packet suffices, in its own direction only; a TCP connection without an answer sends nothing yet."""
+    rig.pod(everything(INGRESS, DENY, 11), everything(EGRESS, ALLOW, 12))
+    for _ in range(2):
+        rig.out(p.frame(pod, peer, p.UDP, p.udp(1000, 80)))
+    assert [(row.hook, row.rule) for row in rows(rig)] == [(0, 12)]
+    for _ in range(2):
+        rig.out(p.frame(pod, peer, p.TCP, p.tcp(1000, 80, p.ACK)))
+    assert len(rows(rig)) == 1
+    assert rig.into(p.frame(peer, pod, p.UDP, p.udp(80, 1000))).reason == "established"
+    assert rig.connections("np_conn4" if pod == POD4 else "np_conn6")
