@@ -207,9 +207,8 @@ class Applier:
             encoder = ENCODERS.get(table.name)
             if encoder is not None:
                 written = (encoder(key, row) for key, row in table.items())
-                while chunk := list(
-                    islice(written, FILL_ROWS)
-                ):  # all elements at once would be the agent's peak of memory
+                # All elements at once would be the agent's peak of memory.
+                while chunk := list(islice(written, FILL_ROWS)):
                     step = _Step()
                     for element in chunk:
                         step.put(element)
@@ -243,6 +242,7 @@ class Applier:
             self._write(flip, undo)
         except PlatformError:
             undo.roll_back(self._leave)
+            self.bump_epoch()  # a packet may have met an address as it was not to be
             self._rows, self._counts = rows, counts
             raise
         if change.revokes or prepare.renews or flip.renews:

@@ -374,3 +374,17 @@ def test_roll_back_leaves_new_rows_before_it_removes_what_they_refer_to(kernel: 
     names = list(dict.fromkeys(name or operation for operation, name, _ in after))
     assert names[:3] == ["np_endpoint", "np_config", "grace"]
     assert set(names[3:]) >= {"np_rule", "np_verdict", "np_peer_class"}
+
+
+def test_roll_back_of_addresses_alone_makes_void_what_was_remembered_of_them(kernel: Kernel) -> None:
+    """An address that was a workload's for a moment is not taken for its own afterwards."""
+    kernel.applier.bind(WEB, Binding(42))
+    kernel.applier.fill(some_tables())
+    kernel.maps["np_addr4"].hard_limit = 2
+    before = epoch(kernel)
+    kernel.log.clear()
+    rows = {ip_address(f"10.0.0.{last}"): AddressRow(20, 5) for last in (2, 3)}
+    with pytest.raises(MapFullError):
+        kernel.applier.apply(Change(flip={"addresses": delta(rows)}))
+    assert epoch(kernel) != before
+    assert [name for _, name, _ in kernel.log][-1] == "np_config"
