@@ -121,14 +121,19 @@ class _Undo:
         self._before += values
         return sum(value is None for _, _, value in values)
 
-    def roll_back(self, left: Callable[[], None]) -> None:
-        """Put everything back, endpoint rows first. ``left``: wait until no packet has the rows they had meanwhile."""
+    def roll_back(self, left: Callable[[], None]) -> bool:
+        """Put everything back, endpoint rows first; whether there was anything.
+
+        ``left``: wait until no packet has the rows they had meanwhile.
+        """
+        was_written = bool(self._before)
         owners = [one for one in self._before if one[0] in OWNERS]
         self._put_back(owners)
         if owners:
             left()
         self._put_back([one for one in self._before if one[0] not in OWNERS])
         self._before.clear()
+        return was_written
 
     def _put_back(self, rows: Sequence[tuple[str, bytes, bytes | None]]) -> None:
         for name, key, value in reversed(rows):
@@ -241,8 +246,8 @@ class Applier:
             self._write(grow, undo)
             self._write(flip, undo)
         except PlatformError:
-            undo.roll_back(self._leave)
-            self.bump_epoch()  # a packet may have met an address as it was not to be
+            if undo.roll_back(self._leave):
+                self.bump_epoch()  # a packet may have met an address as it was not to be
             self._rows, self._counts = rows, counts
             raise
         if change.revokes or prepare.renews or flip.renews:
