@@ -18,7 +18,8 @@ from bench import targets
 from bench.end_to_end import ended_by
 from bench.loads import CONNECTS, REQUESTS, UDP_64
 from bench.record import ROOT, Case, Run, load
-from bench.report import human, percentile, ratio, table
+from bench.report import MICRO, human, percentile, ratio, table
+from bench.scale import SUITE as SCALE
 from bench.site import EMPTY, NOTHING, OURS
 from netpol_ebpf.errors import InvalidInputError
 
@@ -31,12 +32,8 @@ MEBI = 1 << 20
 
 def judged(run: Run) -> list[targets.Row]:
     """All targets of a run: packets, end to end, control plane."""
-    samples: dict[targets.Size, dict[str, Sequence[float]]] = {}
-    for case in run.cases:
-        pods, rules = case.parameters.get("pods"), case.parameters.get("rules")
-        if case.suite == "micro" and case.unit == "ns" and isinstance(pods, int) and isinstance(rules, int):
-            samples.setdefault((pods, rules), {})[case.name] = case.samples
-    return [*targets.rows(samples), *_end_to_end(run), *_control_plane(run)]
+    packets = targets.rows(targets.by_size(run.cases, MICRO), targets.by_size(run.cases, SCALE))
+    return [*packets, *_end_to_end(run), *_control_plane(run)]
 
 
 def _end_to_end(run: Run) -> list[targets.Row]:

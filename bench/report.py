@@ -148,17 +148,13 @@ class Report:
             for name in names
         ]
         self._add(*table(["case", *columns], rows))
-        self._targets(cases)
+        self._targets()
         if counts:
             rows = [[case.name, f"{case.median:.0f}"] for case in counts]
             self._add("What the verifier went through, over all paths:", "", *table(["program", "instructions"], rows))
 
-    def _targets(self, cases: Sequence[Case]) -> None:
-        samples: dict[targets.Size, dict[str, Sequence[float]]] = {}
-        for case in cases:
-            pods, rules = case.parameters.get("pods"), case.parameters.get("rules")
-            if isinstance(pods, int) and isinstance(rules, int):
-                samples.setdefault((pods, rules), {})[case.name] = case.samples
+    def _targets(self) -> None:
+        micro, grown = (targets.by_size(self.run.cases, suite) for suite in (MICRO, scale.SUITE))
         rows = [
             [
                 row.name,
@@ -166,7 +162,7 @@ class Report:
                 "-" if row.figure is None else f"{_digits(row.figure)} {row.unit}",
                 f"**{row.verdict}**" if row.verdict == targets.MISSED else row.verdict,
             ]
-            for row in targets.rows(samples)
+            for row in targets.rows(micro, grown)
         ]
         self._add("### Targets", "", *table(["target", "limit", "measured", ""], rows))
 
@@ -215,9 +211,19 @@ class Report:
             "One thing made larger at a time. Ratios are to the smallest of the row's own axis.",
             "",
         )
-        timed = [case for case in cases if case.unit == "ns"]
-        names = list(dict.fromkeys(case.name for case in timed))
+        timed = [case for case in cases if case.unit == "ns" and len(case.parameters) == 1]
+        self._growth(timed)
+        if sizes := [case for case in cases if len(case.parameters) > 1]:
+            self._add("Pods and rules together, over the first row:", "")
+            self._growth(sizes)
         points = list(dict.fromkeys(_parameters(case) for case in timed))
+        self._memory(cases, points, {(case.name, _parameters(case)): case for case in cases})
+        axes_seen = list(dict.fromkeys(next(iter(case.parameters)) for case in timed))
+        for axis in axes_seen:
+            self._plot(f"scale-{axis}", f"Cost by number of {axis}", functools.partial(self._draw_axis, axis=axis))
+
+    def _growth(self, cases: Sequence[Case]) -> None:
+        names = list(dict.fromkeys(case.name for case in cases))
         found = {(case.name, _parameters(case)): case for case in cases}
         rows = [
             [
@@ -227,13 +233,9 @@ class Report:
                     for name in names
                 ),
             ]
-            for point in points
+            for point in dict.fromkeys(_parameters(case) for case in cases)
         ]
         self._add(*table(["", *names], rows))
-        self._memory(cases, points, found)
-        axes_seen = list(dict.fromkeys(next(iter(case.parameters)) for case in timed))
-        for axis in axes_seen:
-            self._plot(f"scale-{axis}", f"Cost by number of {axis}", functools.partial(self._draw_axis, axis=axis))
 
     def _memory(self, cases: Sequence[Case], points: Sequence[str], found: Mapping[tuple[str, str], Case]) -> None:
         names = list(dict.fromkeys(case.name for case in cases if case.unit == "bytes"))
@@ -260,7 +262,7 @@ class Report:
         cases = [
             case
             for case in self.run.cases
-            if case.suite == scale.SUITE and case.unit == "ns" and axis in case.parameters
+            if case.suite == scale.SUITE and case.unit == "ns" and list(case.parameters) == [axis]
         ]
         for name in dict.fromkeys(case.name for case in cases):
             points = sorted((int(case.parameters[axis]), case.median) for case in cases if case.name == name)

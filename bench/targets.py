@@ -8,8 +8,10 @@ not leave a row out in silence: a row whose cases were not measured says so.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+
+from bench.record import Case
 
 ESTABLISHED, DENIED = "established, {}", "SYN denied, {}"
 RANDOM_ESTABLISHED = "random: established, 64k flows, v4"
@@ -18,14 +20,35 @@ RANDOM_RECORDED = "random: SYN recorded, v4"
 BARE_LOOKUP = "bare: LRU lookup, 64k flows"
 BARE_INSERT = "bare: LRU insert"
 
+GROWN_ESTABLISHED, GROWN_DENIED = "established, hot", "new flow denied, hot"
+"""Of `bench/scale.py`."""
+
 FEW, MANY_RULES, MANY_PODS = 10, 10_000, 100_000
 
 MISSED = "missed"
 
 Size = tuple[int, int]
 """Pods and rules."""
+SMALL, BIG = (FEW, FEW), (MANY_PODS, MANY_RULES)
+GROWN: Mapping[str, Size] = {
+    "10 000 rules / 10 rules": (FEW, MANY_RULES),
+    "100 000 pods / 10 pods": (MANY_PODS, FEW),
+    "10 000 rules and 100 000 pods / 10 and 10": BIG,
+}
+"""What is divided by the same at SMALL."""
+SIZES: Sequence[Size] = (SMALL, *GROWN.values())
 Samples = Mapping[Size, Mapping[str, Sequence[float]]]
 """By size and case: nanoseconds, one figure a round."""
+
+
+def by_size(cases: Iterable[Case], suite: str) -> Samples:
+    """A suite's samples in nanoseconds, of the cases that say how many pods and rules there were."""
+    found: dict[Size, dict[str, Sequence[float]]] = {}
+    for case in cases:
+        pods, rules = case.parameters.get("pods"), case.parameters.get("rules")
+        if case.suite == suite and case.unit == "ns" and isinstance(pods, int) and isinstance(rules, int):
+            found.setdefault((pods, rules), {})[case.name] = case.samples
+    return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,16 +68,23 @@ class Row:
         return "met" if self.figure <= self.limit else MISSED
 
 
-def rows(samples: Samples) -> list[Row]:
-    """All targets, judged by medians."""
-    big = (MANY_PODS, MANY_RULES)
+def rows(samples: Samples, grown: Samples | None = None) -> list[Row]:
+    """All targets, judged by medians.
 
-    def cost(name: str, size: Size = big) -> float | None:
-        found = samples.get(size, {}).get(name)
+    ``samples``: of `bench/micro.py`, whose sizes are measured one after the other, minutes apart.  ``grown``: of `bench/scale.py`, whose sizes take
+    turns; without it, as in results that are older than those cases, growth too is judged by ``samples``.
+    """
+
+    def cost(name: str, size: Size = BIG, source: Samples = samples) -> float | None:
+        found = source.get(size, {}).get(name)
         return statistics.median(found) if found else None
 
     def ratio(top: float | None, bottom: float | None) -> float | None:
         return top / bottom if top is not None and bottom is not None and bottom > 0 else None
+
+    def growth(name: str, case: str, size: Size) -> float | None:
+        in_turns = ratio(cost(case, size, grown or {}), cost(case, SMALL, grown or {}))
+        return in_turns if in_turns is not None else ratio(cost(name, size), cost(name, SMALL))
 
     denied = DENIED.format("v4")
     found = [
@@ -64,15 +94,10 @@ def rows(samples: Samples) -> list[Row]:
         Row("new flow denied, random client", cost(RANDOM_DENIED), 350, "ns"),
         Row("new flow allowed and recorded / bare LRU insert", ratio(cost(RANDOM_RECORDED), cost(BARE_INSERT)), 1.2, "x"),
     ]  # fmt: skip
-    grown = {
-        "10 000 rules / 10 rules": ((FEW, MANY_RULES), (FEW, FEW)),
-        "100 000 pods / 10 pods": ((MANY_PODS, FEW), (FEW, FEW)),
-        "10 000 rules and 100 000 pods / 10 and 10": (big, (FEW, FEW)),
-    }
     found += [
-        Row(f"{case}, hot: {name}", ratio(cost(case, large), cost(case, small)), 1.1, "x")
-        for name, (large, small) in grown.items()
-        for case in (ESTABLISHED.format("v4"), denied)
+        Row(f"{name}, hot: {what}", growth(name, case, size), 1.1, "x")
+        for what, size in GROWN.items()
+        for name, case in ((ESTABLISHED.format("v4"), GROWN_ESTABLISHED), (denied, GROWN_DENIED))
     ]
     for case in (ESTABLISHED, DENIED):
         quotient = ratio(cost(case.format("v6")), cost(case.format("v4")))

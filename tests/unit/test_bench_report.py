@@ -27,13 +27,20 @@ def example() -> Run:
         Case("end to end", f"{base.name}: latency p50", "nothing attached", "µs", LESS, (51.0,)),
         Case("scale", "established, hot", "netpol-ebpf", "ns", LESS, (16.0,), {"rules": 10}),
         Case("scale", "established, hot", "netpol-ebpf", "ns", LESS, (17.0,), {"rules": 1000}),
+        Case("scale", "new flow denied, spread", "netpol-ebpf", "ns", LESS, (250.0,), {"rules": 10}),
+        Case("scale", "new flow denied, spread", "netpol-ebpf", "ns", LESS, (250.0,), {"rules": 1000}),
+        Case("scale", "established, hot", "netpol-ebpf", "ns", LESS, (16.0,), {"pods": 10, "rules": 10}),
+        Case(
+            "scale", "established, hot", "netpol-ebpf", "ns", LESS, (18.0,), {"pods": 10, "rules": 10_000},
+            "scale/established, hot/netpol-ebpf/pods=10,rules=10",
+        ),
         Case("scale", "rows", "netpol-ebpf", "bytes", LESS, (1000.0,), {"rules": 10}, exact=True),
         Case("scale", "rows", "netpol-ebpf", "bytes", LESS, (100_000.0,), {"rules": 1000}, exact=True),
         Case(
             "control plane", "policy changed", "netpol-ebpf", "ms", LESS, tuple(map(float, range(1, 101))), {"pods": 10}
         ),
         Case("another", "thing", "x", "1/s", MORE, (1.0,)),
-    ]
+    ]  # fmt: skip
     add_micro(run, {"pods": 100, "rules": 10, "ns": {"parse only, v4": 7.0, "SYN denied, v4": 99.0}})
     return run
 
@@ -49,6 +56,7 @@ def text(tmp_path: Path) -> str:
         "with uncommitted changes",
         "| nftables, rules, 1000 rules | 5.05 k/s | 0.25 (0.25 to 0.25) |",
         "| rule | rows | 100 B |",
+        "| 10 pods, 10000 rules | 18 ns, 1.12 |",
         "| policy changed | 50.5 ms / 100 ms |",
         "| SYN denied, v4 | 99 |",
         "| another/thing/x | 1 /s | 1 |",

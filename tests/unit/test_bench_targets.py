@@ -47,6 +47,16 @@ def test_growth_is_over_the_small_size() -> None:
     assert (grown.figure, grown.verdict) == (2.0, MISSED)
 
 
+def test_growth_is_judged_by_sizes_that_took_turns() -> None:
+    """Where they were measured; else by the sizes that were measured one after the other."""
+    apart = {BIG: FIGURES, SMALL: {"SYN denied, v4": [50.0], "established, v4": [5.0]}}
+    in_turns = {BIG: {targets.GROWN_DENIED: [51.0, 52.0]}, SMALL: {targets.GROWN_DENIED: [50.0, 50.0]}}
+    found = {row.name: row for row in rows(apart, in_turns)}
+    what = "hot: 10 000 rules and 100 000 pods / 10 and 10"
+    assert (found[f"SYN denied, v4, {what}"].figure, found[f"SYN denied, v4, {what}"].verdict) == (1.03, "met")
+    assert found[f"established, v4, {what}"].figure == 3.0
+
+
 def test_the_report_marks_a_missed_target(tmp_path: Path) -> None:
     """In bold, beside its limit."""
     machine = {
