@@ -3,10 +3,16 @@
 
     sudo .venv/bin/python -m bench.scale [--rounds 7] [-o FILE]
 
-Each point is a world that the compiler compiled and the applier wrote, into maps of its own, as on a node; then the loaded program
-is run on packets (BPF_PROG_TEST_RUN).  All points exist side by side and take turns.  Nanoseconds are over an empty program in the same
-turn; each point is divided by the smallest of its axis.  *Hot*: one packet again and again.  *Spread*: each packet another client
-or flow, run once; the median.
+Each point is a world that the compiler compiled and the applier wrote, as on a node; then the loaded program is run on packets
+(BPF_PROG_TEST_RUN).  In each round every point has its turn once, another one first each time.  Nanoseconds are over an empty program in the
+same turn; each point is divided by the smallest of its axis.
+
+*Spread*: each packet another client or flow, run once; the median.  All points exist side by side, each with a program and maps of its own.
+
+*Hot*: one packet again and again.  All points are measured with one program on one set of maps, which hold one point after the other: writing the
+largest takes half a second.  With programs of their own the smallest figures say nothing of the maps: the kernel puts each program that is loaded at
+another place within a cache line, by chance, and by that alone a packet of an open connection costs 5 to 9 ns (on the processor on which this was
+looked into).  Rules and pods are also made larger together here: the sizes that `bench/targets.py` compares.
 
 Bytes are what the kernel accounts to each map (``memlock`` in fdinfo), and what the rows themselves hold.
 """
@@ -20,11 +26,13 @@ import statistics
 import struct
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from ipaddress import IPv4Address, IPv4Network
 from pathlib import Path
+from typing import TypeVar
 
+from bench import targets
 from bench.end_to_end import ended_by
 from bench.policies import FIRST_POD, LOAD_PORTS, MEASURED, NODE, make_world
 from bench.progress import Progress
@@ -32,6 +40,7 @@ from bench.record import LESS, Case, Run, begin, case_id, save, this_command
 from bench.site import BPFFS, EXIT, MEASURED_ADDRESS, MOV_MINUS_ONE, PEER_ADDRESS
 from netpol_ebpf.apply.applier import Applier, Binding
 from netpol_ebpf.compiler import Compiler
+from netpol_ebpf.compiler.tables import Tables
 from netpol_ebpf.errors import NetpolError, PlatformError
 from netpol_ebpf.policy.types import (
     TCP,
@@ -50,20 +59,28 @@ from netpol_ebpf.policy.types import (
 )
 from netpol_ebpf.selector import equals
 from netpol_loader import syscall
+from netpol_loader.buckets import MORE_NAMES
 from netpol_loader.dataplane import SKB_BYTES, SKB_IFINDEX, SKB_INGRESS_IFINDEX, Dataplane
 from netpol_loader.hook import Hook
+from netpol_loader.maps import Map
 
 SUITE = "scale"
 CONTENDER = "netpol-ebpf"
-HOT_RUNS = 20_000
-DENIED_RUNS = 4_000
-"""Each denied packet is an event: fewer than the ring holds, since nobody reads."""
+HOT_CALLS, HOT_RUNS = 25, 10_000
+"""Calls, of which the median is taken, and runs of each. Many short ones: one in which the processor was given to something else is no figure.
+What a call costs by itself, some microseconds, is in the empty program's call too."""
+DENIED_RUNS = 1_000
+"""The same where each run is an event: those of all calls together are fewer than the ring holds."""
+SIZE_ROUNDS = 3
+"""So many times the rounds for what targets compare: on a busy machine a packet of an open connection costs one of two values, and now and then the other."""
 SPREAD_RUNS = 1_000
 IFINDEX, ELSEWHERE = 1, 77
 SYN, ACK = 2, 16
+PASSED = (-1, 0)
+"""Verdicts."""
 DENIED_PORT = 9
 FIRST_CIDR = int(IPv4Address("172.16.0.0"))
-MAP_SIZES = {"np_event": 1 << 20, "np_addr4": 1 << 18, "np_cidr4": 1 << 18, "np_verdict": 1 << 20, "np_l4_col": 1 << 16}
+MAP_SIZES = {"np_event": 1 << 22, "np_addr4": 1 << 18, "np_cidr4": 1 << 18, "np_verdict": 1 << 20, "np_l4_col": 1 << 16}
 STATE_MAPS = ("np_conn", "np_young", "np_frag", "np_recent", "np_near", "np_event")
 """Maps that hold what happened, not policy: their size is chosen once and does not grow with the cluster."""
 
@@ -89,11 +106,22 @@ AXES: Mapping[str, Sequence[int]] = {
     "flows": (1, 1024, 65_536),
 }
 SMOKE_AXES: Mapping[str, Sequence[int]] = {"rules": (10, 1000)}
+SMOKE_SIZES: Sequence[targets.Size] = ((10, 10), (10, 1000))
+
+Condition = tuple[tuple[str, int], ...]
+"""A case's parameters: what is as large as it says, everything else being as in `Point`."""
+Packets = tuple[Sequence[bytes], int, bool]
+"""Packets, runs of each, whether they pass."""
+Samples = dict[tuple[Point, str], list[float]]
+"""By point and case: one figure a round."""
+T = TypeVar("T")
 
 
-def points(axes: Mapping[str, Sequence[int]]) -> dict[tuple[str, int], Point]:
-    """Axis and value to the point."""
-    return {(axis, value): replace(Point(), **{axis: value}) for axis, values in axes.items() for value in values}
+def points(axes: Mapping[str, Sequence[int]], sizes: Sequence[targets.Size] = ()) -> dict[Condition, Point]:
+    """Those on the axes, then those of so many pods and rules."""
+    found: list[Condition] = [((axis, value),) for axis, values in axes.items() for value in values]
+    found += [(("pods", pods), ("rules", rules)) for pods, rules in sizes]
+    return {condition: replace(Point(), **dict(condition)) for condition in found}
 
 
 def world_of(point: Point) -> World:
@@ -132,83 +160,114 @@ def frame(source: int, destination: int, source_port: int, port: int, flags: int
     return bytes(12) + b"\x08\x00" + head + segment
 
 
-class Loaded:
-    """One point in the kernel. A context manager."""
+def compile_point(point: Point) -> Tables:
+    """What the agent of the measured endpoint's node would write."""
+    compiler = Compiler(lambda endpoint: endpoint.node == NODE)
+    compiler.replace(world_of(point))
+    compiler.commit()
+    return compiler.tables
 
-    def __init__(self, point: Point, number: int) -> None:
-        self.point = point
+
+class Node:
+    """A loaded program and its maps, which hold one point at a time. A context manager."""
+
+    def __init__(self, number: int) -> None:
+        self.point = Point()
         self._pins = BPFFS / f"netpol-scale-{os.getpid()}-{number}"
         self._stack = contextlib.ExitStack()
-        self.rows_bytes = 0
 
-    def __enter__(self) -> Loaded:  # noqa: PYI034 - typing.Self comes with Python 3.11
+    def __enter__(self) -> Node:  # noqa: PYI034 - typing.Self comes with Python 3.11
         with contextlib.ExitStack() as stack:
             self.dataplane = stack.enter_context(Dataplane.open(self._pins, sizes=MAP_SIZES))
             stack.callback(self.dataplane.remove)
-            compiler = Compiler(lambda endpoint: endpoint.node == NODE)
-            compiler.replace(world_of(self.point))
-            compiler.commit()
-            applier = Applier(self.dataplane.maps)
-            applier.bind(MEASURED, Binding(IFINDEX))
-            applier.fill(compiler.tables)
-            self.rows_bytes = _rows_bytes(compiler, self.dataplane)
-            for flow in range(self.point.flows):
-                self._open(flow)
+            self._events = stack.enter_context(self.dataplane.events(lambda _event: None))
             self._stack = stack.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._stack.close()
 
-    def _peer_and_port(self, flow: int) -> tuple[int, int]:
-        return int(PEER_ADDRESS), 1024 + flow % 64_000
+    def hold(self, point: Point, tables: Tables) -> None:
+        """Be a node of that point, whatever was held before."""
+        self.point = point
+        empty_maps(self.dataplane.maps)
+        applier = Applier(self.dataplane.maps)
+        applier.bind(MEASURED, Binding(IFINDEX))
+        applier.fill(tables)
+        applier.bump_generation()
+        for flow in range(point.flows):
+            self._open(flow)
 
     def _open(self, flow: int) -> None:
         """Make a connection open. Raises PlatformError when the program does not agree."""
-        peer, port = self._peer_and_port(flow)
-        service = LOAD_PORTS[0] + flow // 64_000
+        peer, port, service = _client(flow)
         syn = frame(peer, int(MEASURED_ADDRESS), port, service, SYN)
         answer = frame(int(MEASURED_ADDRESS), peer, service, port, SYN | ACK)
         for hook, packet in ((Hook.TC_EGRESS, syn), (Hook.TC_INGRESS, answer)):
             if not self.dataplane.test_run(hook, packet, ifindex=IFINDEX, ingress_ifindex=ELSEWHERE).passed:
                 raise PlatformError(f"the program dropped a packet of the benchmark's own connection at {self.point}")
 
-    def cases(self) -> dict[str, tuple[list[bytes], int, bool]]:
-        """Name to (packets, runs of each, whether they pass)."""
-        target, peer = int(MEASURED_ADDRESS), int(PEER_ADDRESS)
-        pods = [FIRST_POD + 7919 * number % self.point.pods for number in range(SPREAD_RUNS)]
-        flows = [7919 * number % self.point.flows for number in range(SPREAD_RUNS)]
-        established = []
-        for flow in flows:
-            source, port = self._peer_and_port(flow)
-            established.append(frame(source, target, port, LOAD_PORTS[0] + flow // 64_000, ACK))
+    def cost(self, empty: int, packets: Packets) -> float:
+        """Nanoseconds per run over an empty program, the median of the calls. Raises NetpolError when a verdict is wrong."""
+        frames, runs, passes = packets
+        program = self.dataplane.program_fd(Hook.TC_EGRESS)
+        costs = []
+        for one in frames:
+            verdict, ns = timed_run(program, one, runs)
+            if (verdict in PASSED) is not passes:
+                raise NetpolError(f"{self.point}: a packet that should {'pass' if passes else 'be denied'} did not")
+            costs.append(ns - timed_run(empty, one, runs)[1])
+        self._events.consume()  # a ring that is full takes no event, which is cheaper
+        return statistics.median(costs)
+
+    def memory(self, tables: Tables) -> dict[str, int]:
+        """Bytes: what the kernel accounts to the maps that hold policy, what their rows hold, the connection tables filled or not."""
+        accounted = {name: memlock(one.fd) for name, one in self.dataplane.maps.items()}
         return {
-            "established, hot": ([established[0]], HOT_RUNS, True),
-            "new flow denied, hot": ([frame(peer, target, 999, DENIED_PORT, SYN)], DENIED_RUNS, False),
-            "SYN allowed again, hot": ([frame(peer, target, 998, LOAD_PORTS[0], SYN)], HOT_RUNS, True),
-            "established, spread": (established, 1, True),
-            "new flow denied, spread": ([frame(pod, target, 997, DENIED_PORT, SYN) for pod in pods], 1, False),
+            "kernel memory": sum(size for name, size in accounted.items() if not name.startswith(STATE_MAPS)),
+            "rows": _rows_bytes(tables, self.dataplane.maps),
+            "connection tables": sum(
+                size for name, size in accounted.items() if name.startswith(("np_conn4", "np_young4"))
+            ),
         }
 
-    def measure(self, packets: Sequence[bytes], runs: int, *, passes: bool) -> float:
-        """Nanoseconds per run: the mean of many runs of one packet, or the median of single runs. Raises when a verdict is wrong."""
-        seen = [
-            self.dataplane.test_run(Hook.TC_EGRESS, packet, ifindex=IFINDEX, ingress_ifindex=ELSEWHERE, repeat=runs)
-            for packet in packets
-        ]
-        if any(run.passed is not passes for run in seen):
-            raise NetpolError(f"{self.point}: a packet that should {'pass' if passes else 'be denied'} did not")
-        return statistics.median(run.duration_ns for run in seen)
 
-    def memory_bytes(self) -> int:
-        """What the kernel accounts to the maps that hold policy."""
-        return sum(memlock(one.fd) for name, one in self.dataplane.maps.items() if not name.startswith(STATE_MAPS))
+def _client(flow: int) -> tuple[int, int, int]:
+    """A flow's peer, its port, and the port that it asks for."""
+    return int(PEER_ADDRESS), 1024 + flow % 64_000, LOAD_PORTS[0] + flow // 64_000
 
-    def flow_bytes(self) -> int:
-        """What the kernel accounts to the connection tables, filled or not."""
-        return sum(
-            memlock(one.fd) for name, one in self.dataplane.maps.items() if name.startswith(("np_conn4", "np_young4"))
-        )
+
+def hot_cases() -> dict[str, Packets]:
+    """One packet again and again."""
+    target, peer = int(MEASURED_ADDRESS), int(PEER_ADDRESS)
+    source, port, service = _client(0)
+    established = frame(source, target, port, service, ACK)
+    denied, allowed = (frame(peer, target, 999, port, SYN) for port in (DENIED_PORT, LOAD_PORTS[0]))
+    return {
+        targets.GROWN_ESTABLISHED: ([established] * HOT_CALLS, HOT_RUNS, True),
+        targets.GROWN_DENIED: ([denied] * HOT_CALLS, DENIED_RUNS, False),
+        "SYN allowed again, hot": ([allowed] * HOT_CALLS, HOT_RUNS, True),
+    }
+
+
+def spread_cases(point: Point) -> dict[str, Packets]:
+    """Another packet each time."""
+    target = int(MEASURED_ADDRESS)
+    pods = [FIRST_POD + 7919 * number % point.pods for number in range(SPREAD_RUNS)]
+    flows = [_client(7919 * number % point.flows) for number in range(SPREAD_RUNS)]
+    return {
+        "established, spread": ([frame(peer, target, port, service, ACK) for peer, port, service in flows], 1, True),
+        "new flow denied, spread": ([frame(pod, target, 997, DENIED_PORT, SYN) for pod in pods], 1, False),
+    }
+
+
+def empty_maps(maps: Mapping[str, Map]) -> None:
+    """Leave no row in any table whose rows can go, be they policy or connections. No packet may be on its way."""
+    beside = set(MORE_NAMES.values())  # emptied with the tables that they belong to
+    for name, one in maps.items():
+        if name not in beside and one.type != "ringbuf" and not one.type.endswith("array"):
+            one.delete_many([key for key, _ in one.items()])
+            one.settle()
 
 
 def memlock(fd: int) -> int:
@@ -219,81 +278,111 @@ def memlock(fd: int) -> int:
     raise PlatformError("this kernel's fdinfo says nothing of a map's memory")
 
 
-def _rows_bytes(compiler: Compiler, dataplane: Dataplane) -> int:
+def _rows_bytes(tables: Tables, maps: Mapping[str, Map]) -> int:
     """Keys and values of all rows that were written."""
     kernel = {
         "verdicts": "np_verdict", "l4_columns": "np_l4_col", "l4_atoms": "np_l4_atom", "peer_classes": "np_peer_class",
         "addresses": "np_addr4", "cidrs": "np_cidr4", "rules": "np_rule",
     }  # fmt: skip
     total = 0
-    for table in compiler.tables.all():
+    for table in tables.all():
         if table.name in kernel:
-            one = dataplane.maps[kernel[table.name]]
+            one = maps[kernel[table.name]]
             total += len(table) * (one.key_size + one.value_size)
     return total
 
 
-def empty_run(program: int, packets: Sequence[bytes], runs: int) -> float:
-    """The same with an empty program."""
+def timed_run(program: int, packet: bytes, runs: int) -> tuple[int, float]:
+    """Verdict, and nanoseconds per run. The kernel tells whole ones; of many runs the clock tells parts."""
     context = bytearray(SKB_BYTES)
     struct.pack_into("=I", context, SKB_INGRESS_IFINDEX, ELSEWHERE)
     struct.pack_into("=I", context, SKB_IFINDEX, IFINDEX)
-    return statistics.median(syscall.prog_test_run(program, packet, bytes(context), runs)[1] for packet in packets)
+    given = bytes(context)
+    began = time.perf_counter_ns()
+    verdict, duration = syscall.prog_test_run(program, packet, given, runs)
+    elapsed = time.perf_counter_ns() - began
+    return verdict, elapsed / runs if runs > 1 else float(duration)
 
 
-def run_suite(run: Run, *, rounds: int, axes: Mapping[str, Sequence[int]] = AXES) -> None:
+def turns(things: Sequence[T], rounds: int) -> Iterator[T]:
+    """Each once a round, beginning with another one each round."""
+    step = max(1, len(things) // rounds)
+    for turn in range(rounds):
+        shift = turn * step % len(things)
+        yield from things[shift:]
+        yield from things[:shift]
+
+
+def run_suite(
+    run: Run, *, rounds: int, axes: Mapping[str, Sequence[int]] = AXES, sizes: Sequence[targets.Size] = targets.SIZES
+) -> None:
     """Measure, and add the cases to the run."""
-    named = points(axes)
-    distinct = list(dict.fromkeys(named.values()))
-    samples: dict[tuple[Point, str], list[float]] = {}
+    on_axes, of_sizes = points(axes), points({}, sizes)
+    named = {**on_axes, **of_sizes}
+    tables = {point: compile_point(point) for point in named.values()}
+    samples: Samples = {}
     with contextlib.ExitStack() as stack:
-        progress = Progress("loading", len(distinct))
-        loaded = []
-        for number, point in enumerate(distinct):
-            progress.step(str(point))
-            loaded.append(stack.enter_context(Loaded(point, number)))
-        progress.end()
-        program = syscall.prog_load(MOV_MINUS_ONE + EXIT)
-        stack.callback(os.close, program)
-        progress = Progress("measuring", rounds * len(distinct))
-        for turn in range(rounds):
-            shift = turn * len(loaded) // rounds
-            for one in [*loaded[shift:], *loaded[:shift]]:
-                progress.step(f"round {turn + 1}: {one.point}")
-                for name, (packets, runs, passes) in one.cases().items():
-                    cost = one.measure(packets, runs, passes=passes) - empty_run(program, packets, runs)
-                    samples.setdefault((one.point, name), []).append(cost)
-        progress.end()
-        memory = {
-            one.point: {
-                "kernel memory": one.memory_bytes(),
-                "rows": one.rows_bytes,
-                "connection tables": one.flow_bytes(),
-            }
-            for one in loaded
-        }
+        empty = syscall.prog_load(MOV_MINUS_ONE + EXIT)
+        stack.callback(os.close, empty)
+        alone = {point: tables[point] for point in on_axes.values()}
+        together = {point: tables[point] for point in of_sizes.values()}
+        _one_after_the_other(alone, empty, rounds, samples)
+        _one_after_the_other(together, empty, SIZE_ROUNDS * rounds, samples)
+        memory = _side_by_side(alone, empty, rounds, samples)
     _record(run, named, samples, memory)
 
 
+def _one_after_the_other(tables: Mapping[Point, Tables], empty: int, rounds: int, samples: Samples) -> None:
+    """Hot cases: all points on one node, so that the program and where its maps are in memory are the same for all."""
+    with Node(0) as node:
+        progress = Progress("measuring, hot", rounds * len(tables))
+        for point in turns(list(tables), rounds):
+            progress.step(str(point))
+            node.hold(point, tables[point])
+            _measure(node, hot_cases(), empty, samples)
+        progress.end()
+
+
+def _side_by_side(
+    tables: Mapping[Point, Tables], empty: int, rounds: int, samples: Samples
+) -> dict[Point, dict[str, int]]:
+    """Spread cases, and memory by point: each point on a node of its own."""
+    with contextlib.ExitStack() as stack:
+        progress = Progress("loading", len(tables))
+        nodes = []
+        for number, (point, one) in enumerate(tables.items()):
+            progress.step(str(point))
+            node = stack.enter_context(Node(number))
+            node.hold(point, one)
+            nodes.append(node)
+        progress.end()
+        progress = Progress("measuring, spread", rounds * len(nodes))
+        for node in turns(nodes, rounds):
+            progress.step(str(node.point))
+            _measure(node, spread_cases(node.point), empty, samples)
+        progress.end()
+        return {node.point: node.memory(tables[node.point]) for node in nodes}
+
+
+def _measure(node: Node, cases: Mapping[str, Packets], empty: int, samples: Samples) -> None:
+    for name, packets in cases.items():
+        samples.setdefault((node.point, name), []).append(node.cost(empty, packets))
+
+
 def _record(
-    run: Run, named: Mapping[tuple[str, int], Point], samples: Mapping[tuple[Point, str], Sequence[float]],
-    memory: Mapping[Point, Mapping[str, int]],
-) -> None:  # fmt: skip
-    smallest: dict[str, int] = {}
-    for axis, value in named:
-        smallest[axis] = min(value, smallest.get(axis, value))
-    names: list[str] = list(dict.fromkeys(name for _, name in samples))
-    for (axis, value), point in named.items():
-        parameters = {axis: value}
+    run: Run, named: Mapping[Condition, Point], samples: Samples, memory: Mapping[Point, Mapping[str, int]]
+) -> None:
+    for condition, point in named.items():
+        parameters = dict(condition)
+        smallest = min(one for one in named if dict(one).keys() == parameters.keys())
 
-        def base_of(name: str, axis: str = axis, value: int = value) -> str:
-            least = smallest[axis]
-            return "" if value == least else case_id(SUITE, name, CONTENDER, {axis: least})
+        def base_of(name: str, condition: Condition = condition, smallest: Condition = smallest) -> str:
+            return "" if condition == smallest else case_id(SUITE, name, CONTENDER, dict(smallest))
 
-        for name in names:
-            values = tuple(samples[(point, name)])
-            run.cases.append(Case(SUITE, name, CONTENDER, "ns", LESS, values, parameters, base_of(name)))
-        for name, figure in memory[point].items():
+        for name in dict.fromkeys(name for _, name in samples):
+            if values := samples.get((point, name)):
+                run.cases.append(Case(SUITE, name, CONTENDER, "ns", LESS, tuple(values), parameters, base_of(name)))
+        for name, figure in memory.get(point, {}).items():
             run.cases.append(
                 Case(SUITE, name, CONTENDER, "bytes", LESS, (float(figure),), parameters, base_of(name), exact=True)
             )
@@ -303,12 +392,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measure and write the result."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--smoke", action="store_true", help="two points on two axes")
+    parser.add_argument("--smoke", action="store_true", help="few points")
     parser.add_argument("-o", "--output", type=Path, default=Path("scale.json"))
     options = parser.parse_args(argv)
     run = begin(this_command())
     began = time.monotonic()
-    run_suite(run, rounds=options.rounds, axes=SMOKE_AXES if options.smoke else AXES)
+    axes, sizes = (SMOKE_AXES, SMOKE_SIZES) if options.smoke else (AXES, targets.SIZES)
+    run_suite(run, rounds=options.rounds, axes=axes, sizes=sizes)
     run.seconds = round(time.monotonic() - began, 1)
     save(run, options.output)
     print(f"{len(run.cases)} cases in {options.output}", file=sys.stderr)

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import control_plane, end_to_end, idle, loads, scale
+from bench import control_plane, end_to_end, idle, loads, scale, targets
 from bench.record import LESS, ROOT, Case, Run, begin, case_id, save
 from bench.site import EMPTY, NOTHING, OURS, Remote
 from netpol_ebpf.errors import PlatformError, PrivilegeError, UsageError
@@ -77,7 +77,10 @@ def suites(*, smoke: bool, remote: Remote | None) -> dict[str, Callable[[Run], N
             remote=remote,
         ),
         "scale": lambda run: scale.run_suite(
-            run, rounds=2 if smoke else 7, axes=scale.SMOKE_AXES if smoke else scale.AXES
+            run,
+            rounds=2 if smoke else 7,
+            axes=scale.SMOKE_AXES if smoke else scale.AXES,
+            sizes=scale.SMOKE_SIZES if smoke else targets.SIZES,
         ),
         "control-plane": lambda run: control(run, smoke=smoke),
     }
