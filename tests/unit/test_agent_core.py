@@ -468,63 +468,6 @@ def test_broken_manifest_is_a_problem_and_changes_nothing(bench: Bench) -> None:
     assert agent.changes_applied == 1
 
 
-HOST = "apiVersion: projectcalico.org/v3\nkind: HostEndpoint\nmetadata: {name: h}\nspec: {node: here, interfaceName: NAME}\n"
-SERVICE = """\
-apiVersion: v1
-kind: Service
-metadata: {name: s, namespace: shop}
-spec: {clusterIPs: [10.96.0.1], ports: [{port: 80, nodePort: 30080}]}
-"""
-
-
-def test_uplink_has_its_row_before_it_gets_programs(bench: Bench) -> None:
-    """A host endpoint's interface, and every exit while there are services, is closed at no moment; then it is left alone."""
-    agent = bench.agent()
-    bench.write("host.yaml", HOST.replace("NAME", "eth0"))
-    settle(agent)
-    row = bench.node.row(2)
-    assert row is not None
-    assert (row.flags, row.number) == (
-        abi.NP_ENDPOINT_HOST,
-        agent.tables.endpoints[EndpointKey("HostEndpoint", "", "h")].number,
-    )
-    assert bench.node.rows_when_attached[2]
-    assert len(bench.node.in_force["np_host"].rows) == 1
-    bench.write("service.yaml", SERVICE)
-    bench.remove("host.yaml")
-    settle(agent)
-    row = bench.node.row(2)
-    assert row is not None
-    assert row.flags == abi.NP_ENDPOINT_HOST | abi.NP_ENDPOINT_UPLINK
-    assert bench.node.in_force["np_host"].rows == {}
-    assert len(bench.node.in_force["np_vip4"].rows) == 2
-    assert agent.applier.config_flags & abi.NP_CONFIG_DEFER
-    bench.remove("service.yaml")
-    settle(agent)
-    assert bench.node.row(2) is None
-    assert 2 not in bench.node.programs
-    assert not agent.applier.config_flags & abi.NP_CONFIG_DEFER
-    assert agent.problems == []
-
-
-def test_services_are_closed_while_an_exit_has_no_program(bench: Bench) -> None:
-    """An own interface that cannot get the programs closes services, and says so."""
-    bench.node.refuses = {2}
-    bench.write("service.yaml", SERVICE)
-    agent = bench.agent()
-    assert [problem.slug for problem in agent.problems] == ["no-exit"]
-    assert len(bench.node.in_force["np_vip4"].rows) == 2
-    assert not agent.applier.config_flags & abi.NP_CONFIG_DEFER
-
-
-def test_host_endpoint_without_its_interface_is_told(bench: Bench) -> None:
-    """An object this agent cannot act on is named as a warning, with its place."""
-    bench.write("host.yaml", HOST.replace("NAME", "eth9"))
-    (problem,) = bench.agent().problems
-    assert (problem.severity, problem.slug, problem.obj) == ("warning", "host-endpoint", "HostEndpoint/h")
-    assert problem.location.line == 1
-
-
 def test_ambiguous_interface_is_a_problem(bench: Bench) -> None:
     """A pod whose interface cannot be told has none, and that is said."""
     bench.node.wiring = replace(WIRING, host_routes={ip_address("10.0.0.1"): 6, ip_address("10.0.0.2"): 6})
