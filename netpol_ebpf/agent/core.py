@@ -22,10 +22,11 @@ from netpol_ebpf.agent.node import Node
 from netpol_ebpf.agent.own_interfaces import Grounds, OwnInterfaces
 from netpol_ebpf.agent.trouble import DriftLog, Refusals
 from netpol_ebpf.agent.wiring import NOWHERE, Located, Wiring, is_candidate, locate
-from netpol_ebpf.apply.applier import Applier, Binding, KernelMap, require_room
+from netpol_ebpf.apply.applier import Applier, Binding, require_room
 from netpol_ebpf.apply.audit import Audit
 from netpol_ebpf.apply.events import FlowEvent, Names, decode_event
 from netpol_ebpf.apply.ledger import Ledger
+from netpol_ebpf.apply.surroundings import SurroundingsWriter
 from netpol_ebpf.compiler import Change, Compiler, KnownNumbers, Limits, Tables
 from netpol_ebpf.errors import InvalidInputError, LimitError, Location, MapFullError, PlatformError, Problem
 from netpol_ebpf.policy.translate import Derivation, key_of
@@ -115,8 +116,8 @@ class Agent:
         self._names = NumberNames()
         self._compiler = Compiler()
         self._applier: Applier | None = None
-        self._own: OwnInterfaces | None = None
         self._attachments = Attachments(node)
+        self._own = OwnInterfaces(settings.node, self._attachments)
         self._audit: Audit | None = None
         self._wiring = Wiring()
         self._located = Located({}, {})
@@ -140,13 +141,10 @@ class Agent:
     @property
     def problems(self) -> list[Problem]:
         """Everything that keeps the node from being as the manifests say."""
-        own = self._own
-        found = list(self._manifest_problems)
-        found += own.problems(self._derivation.world.endpoints, self._location) if own is not None else ()
+        found = [*self._manifest_problems, *self._own.problems(self._derivation.world.endpoints, self._location)]
         found += [*self._disputes(), *self._no_room.values(), *self._attachments.problems]
         found += self._adoption.warnings.values()
-        no_room = own.no_room if own is not None else None
-        others = (self.refusals.problem, self._unmended, no_room, self._overtaken)
+        others = (self.refusals.problem, self._unmended, self._own.no_room, self._overtaken)
         found += [one for one in others if one is not None]
         for key, message in sorted(self._located.problems.items()):
             found.append(Problem(self._location(key), "", f"interface: {message}", obj=str(key), slug="interface"))
@@ -188,13 +186,6 @@ class Agent:
         if self._applier is None:
             raise AssertionError("the agent has not been started")
         return self._applier
-
-    @property
-    def own(self) -> OwnInterfaces:
-        """The node's own interfaces, as the maps in force have them."""
-        if self._own is None:
-            raise AssertionError("the agent has not been started")
-        return self._own
 
     def owner_of(self, address: IPAddress) -> str | None:
         """The workload, or else the host endpoint or the node, that has an address; by name the first of several."""
@@ -322,7 +313,7 @@ class Agent:
         if not changes and not self._is_behind and not self._is_ahead:
             return
         self.refusals.expect(changes, self._location_of)
-        own, before = self.own, self.own.grounds
+        before = self._own.grounds
         try:
             if self._is_ahead:
                 self._locate()  # endpoints may have gone since
@@ -333,8 +324,8 @@ class Agent:
             self.refusals.refuse(error, self._clock())
             self._is_behind = self._is_behind or isinstance(error, LimitError)
             self._is_ahead = self._is_ahead or isinstance(error, MapFullError)
-            if own.grounds is not before:  # what was to go has to come back
-                own.grounds = before
+            if self._own.grounds is not before:  # what was to go has to come back
+                self._own.grounds = before
                 self._close_and_open()
             return
         self.refusals.accept()
@@ -355,12 +346,13 @@ class Agent:
                     self._compiler.upsert(new)
         change = self._compiler.commit()
         self._is_behind = False
+        after, own, workloads = Grounds.of(self._derivation.world, self.tables), self._own, self._wanted_interfaces()
+        own.require_room(after, self._wiring, workloads)
         self._record(change, self.applier)
-        after = Grounds.of(self._derivation.world, self.tables)
-        self.own.grounds = self.own.grounds.on_the_way_to(after)
-        self.own.place(self._wiring, self._wanted_interfaces())
+        own.grounds = own.grounds.on_the_way_to(after)
+        own.place(self._wiring, workloads)
         self.applier.apply(change)
-        self.own.grounds = after
+        own.grounds = after
         self._forget(change)
         self._note_change()
 
@@ -368,22 +360,26 @@ class Agent:
         """Compile everything into maps of its own, and let it take the place of whatever is in force."""
         numbers = self._ledger.numbers
         known = KnownNumbers(dict(numbers.identities), dict(numbers.rules), self._known_endpoints())
-        compiler = Compiler(self._is_ours, limits=limits_of(self._node.maps), known=known)
+        sizes = self._node.renewal_sizes()
+        compiler = Compiler(self._is_ours, limits=limits_of(sizes), known=known)
         compiler.replace(self._claims.effective_world())
         change = compiler.commit()
-        require_room(compiler.tables, self._node.maps)  # before maps and programs are made in vain
-        grounds, workloads = Grounds.of(self._derivation.world, compiler.tables), self._wanted_interfaces()
+        grounds = Grounds.of(self._derivation.world, compiler.tables)
+        own = self._own.beginning(grounds, self._wiring, self._wanted_interfaces(), self._node.attached())
+        bindings = {**self._bindings(), **own.bindings}
+        # Before maps and programs are made in vain.
+        require_room(compiler.tables, sizes, bindings, own.in_the_end.elements())
         with self._node.renewal() as maps:
             applier = Applier(maps)
-            for key, binding in self._bindings().items():
+            for key, binding in bindings.items():
                 applier.bind(key, binding)
-            own = OwnInterfaces(self.settings.node, self._attachments, applier, maps, before=self._own)
-            own.prepare(grounds, self._wiring, workloads)
             self._record(change, applier)
             applier.fill(compiler.tables)
-            own.fill(self._wiring, workloads, self._node.attached())
-        self._compiler, self._applier, self._own = compiler, applier, own
-        self._audit = Audit(maps, compiler.tables, applier, own.surroundings)
+            surroundings = SurroundingsWriter(maps, applier.bump_generation)
+            surroundings.write(own.surroundings)
+        self._compiler, self._applier = compiler, applier
+        self._own.take_over(own, maps, applier, surroundings)
+        self._audit = Audit(maps, compiler.tables, applier, surroundings)
         self._is_ahead = self._is_behind = False
         keep = abi.NP_CONFIG_KEEP_REVOKED
         applier.set_flags(**({"on": keep} if self.settings.keep_revoked else {"off": keep}))
@@ -455,7 +451,7 @@ class Agent:
         """Whether there are both workloads without an interface and interfaces without a workload."""
         bound = self.applier.bindings
         return not self._local.keys() <= bound.keys() and bool(
-            self.attached - {binding.ifindex for binding in bound.values()} - set(self.own.interfaces)
+            self.attached - {binding.ifindex for binding in bound.values()} - set(self._own.interfaces)
         )
 
     def _look_at_interfaces(self) -> None:
@@ -541,7 +537,7 @@ class Agent:
             except MapFullError as error:  # noqa: PERF203 - one endpoint's misfortune is not another's
                 message = f"its interface {self._wiring.name_of(binding.ifindex)} stays as it is: {error.message}"
                 self._no_room[key] = Problem(self._location(key), "", message, obj=str(key), slug=error.slug)
-        self.own.settle(self._wiring, wanted)
+        self._own.settle(self._wiring, wanted)
         self._adoption.go_behind(self._node, *self._adoptable())
 
     def _adoptable(self) -> tuple[dict[int, Workload], Place]:
@@ -552,7 +548,7 @@ class Agent:
                 peer = self._wiring.links[ifindex].peer
                 number, addresses = self.tables.endpoints[key].number, self._local[key].addresses
                 workloads[ifindex] = Workload(number, addresses, None if peer is None else peer[0])
-        return workloads, Place(self._wiring.addresses, self.own.grounds.vips)
+        return workloads, Place(self._wiring.addresses, self._own.grounds.vips)
 
     def _attach(self, ifindex: int) -> None:
         self._attachments.attach(ifindex, self._wiring.name_of(ifindex))
@@ -626,9 +622,8 @@ def key_of_endpoint(key: EndpointKey) -> Any:
     return ResourceKey(key.kind, key.namespace, key.name)
 
 
-def limits_of(maps: Mapping[str, KernelMap]) -> Limits:
-    """The compiler's limits that follow from the sizes of the maps."""
-    size = {name: one.max_entries for name, one in maps.items()}
+def limits_of(size: Mapping[str, int]) -> Limits:
+    """The compiler's limits that follow from the sizes of the maps, by their names."""
     return Limits(
         peer_classes=size["np_peer_class"],
         addresses=size["np_addr4"] + size["np_addr6"],

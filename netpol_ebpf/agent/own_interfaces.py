@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from netpol_ebpf.agent.attachments import Attachments
 from netpol_ebpf.agent.hosts import HostPlan, own_interfaces, plan_hosts
 from netpol_ebpf.agent.wiring import NOWHERE, Wiring
-from netpol_ebpf.apply.applier import Applier, Binding, KernelMap
+from netpol_ebpf.apply.applier import Applier, Binding, KernelMap, too_small
 from netpol_ebpf.apply.encode import endpoint_key
 from netpol_ebpf.apply.surroundings import UPLINK, Surroundings, SurroundingsWriter
 from netpol_ebpf.compiler import Tables
@@ -56,30 +56,37 @@ class Grounds:
         return Grounds(staying, self.numbers, after.vips)
 
 
+@dataclass(frozen=True, slots=True)
+class Beginning:
+    """What a new set of maps is filled with. ``surroundings``: at first; ``in_the_end``: when every exit has the programs."""
+
+    grounds: Grounds
+    plan: HostPlan
+    surroundings: Surroundings
+    in_the_end: Surroundings
+
+    @property
+    def bindings(self) -> dict[EndpointKey, Binding]:
+        """Of the host endpoints in force."""
+        return dict.fromkeys(self.plan.in_force, HOST_BINDING)
+
+
 class OwnInterfaces:
-    """Of one set of maps, as their applier is. `prepare` and `fill` while that is not in force, then `place` and `settle`.
+    """Begins with the first set of maps (`beginning`, `take_over`); `place` and `settle` work on the one in force.
 
     ``grounds``: what decides now; whoever changes it calls `place` or `settle`.  ``no_room``: why the maps do not say
     what they should; ``no_exit``: why services are closed.
     """
 
-    def __init__(
-        self,
-        node: str | None,
-        attachments: Attachments,
-        applier: Applier,
-        maps: Mapping[str, KernelMap],
-        before: OwnInterfaces | None = None,
-    ) -> None:
-        """``node``: its name, None: host endpoints are known as this node's by their addresses. ``before``: of the maps so far."""
+    def __init__(self, node: str | None, attachments: Attachments) -> None:
+        """``node``: its name, None: host endpoints are known as this node's by their addresses."""
         self.grounds = Grounds()
-        self.no_room: Problem | None = None if before is None else before.no_room
-        self.no_exit: Problem | None = None if before is None else before.no_exit
-        self.surroundings = SurroundingsWriter(maps, applier.bump_generation)
+        self.no_room: Problem | None = None
+        self.no_exit: Problem | None = None
         self._node = node
         self._attachments = attachments
-        self._applier = applier
         self._plan = HostPlan()
+        self._in_force: tuple[Mapping[str, KernelMap], Applier, SurroundingsWriter] | None = None
 
     @property
     def interfaces(self) -> Collection[int]:
@@ -102,18 +109,35 @@ class OwnInterfaces:
 
     # --- a new set of maps ------------------------------------------------------------------------------------------
 
-    def prepare(self, grounds: Grounds, wiring: Wiring, workloads: Collection[int]) -> None:
-        """Before the maps are filled: say which host endpoints are wanted there."""
-        self.grounds = grounds
-        self._plan = self._planned(wiring, workloads)
-        for key in self._plan.in_force:
-            self._applier.bind(key, HOST_BINDING)
+    def beginning(
+        self, grounds: Grounds, wiring: Wiring, workloads: Collection[int], bearing: Collection[int]
+    ) -> Beginning:
+        """What a new set of maps is to hold. ``bearing``: the interfaces that have the programs, their own or an older set's."""
+        plan = self._planned(grounds, wiring, workloads)
+        own = own_interfaces(wiring, workloads)
+        at_first = self._known(plan, grounds, wiring, own & set(bearing))
+        in_the_end = self._known(plan, grounds, wiring, own & {*plan.interfaces, *bearing}, are_exits_known=True)
+        return Beginning(grounds, plan, at_first, in_the_end)
 
-    def fill(self, wiring: Wiring, workloads: Collection[int], bearing: Collection[int]) -> None:
-        """Write the rows of the interfaces that have the programs (``bearing``). Raises MapFullError."""
-        self.surroundings.write(self._known(wiring, workloads, bearing))
+    def take_over(
+        self, begun: Beginning, maps: Mapping[str, KernelMap], applier: Applier, surroundings: SurroundingsWriter
+    ) -> None:
+        """The maps that were filled with ``begun`` are in force, and these their writers."""
+        self.grounds, self._plan = begun.grounds, begun.plan
+        self._in_force = maps, applier, surroundings
 
     # --- the maps in force ------------------------------------------------------------------------------------------
+
+    def require_room(self, grounds: Grounds, wiring: Wiring, workloads: Collection[int]) -> None:
+        """Raise MapFullError when the maps have no room for what is to decide."""
+        if grounds == self.grounds:
+            return
+        maps, _, surroundings = self._writers()
+        wanted = self.beginning(grounds, wiring, workloads, self._attachments.interfaces)
+        surroundings.require_room(wanted.in_the_end)
+        hosts, size = len(wanted.bindings), maps["np_host"].max_entries
+        if hosts > size:
+            raise too_small("np_host", size, hosts)
 
     def settle(self, wiring: Wiring, workloads: Collection[int]) -> None:
         """Make everything as it should be, or say why not. ``workloads``: interfaces of workloads, the others are own ones."""
@@ -134,8 +158,8 @@ class OwnInterfaces:
 
     def place(self, wiring: Wiring, workloads: Collection[int]) -> None:
         """Rows before programs, where they are wanted; takes no programs off. Raises MapFullError."""
-        applier, attachments = self._applier, self._attachments
-        self._plan = plan = self._planned(wiring, workloads)
+        (_, applier, _), attachments = self._writers(), self._attachments
+        self._plan = plan = self._planned(self.grounds, wiring, workloads)
         for key in sorted(plan.in_force):
             applier.bind(key, HOST_BINDING)
         if plan.wildcard is None:
@@ -158,32 +182,46 @@ class OwnInterfaces:
         else:
             applier.set_flags(off=abi.NP_CONFIG_DEFER)
 
-    def _planned(self, wiring: Wiring, workloads: Collection[int]) -> HostPlan:
+    def _writers(self) -> tuple[Mapping[str, KernelMap], Applier, SurroundingsWriter]:
+        if self._in_force is None:
+            raise AssertionError("no maps are in force")
+        return self._in_force
+
+    def _planned(self, grounds: Grounds, wiring: Wiring, workloads: Collection[int]) -> HostPlan:
         """Which own interfaces are under policy."""
-        hosts = list(self.grounds.hosts.values())
+        hosts = list(grounds.hosts.values())
         if self._node is None:
             hosts = [one for one in hosts if any(address in wiring.addresses for address in one.addresses)]
-        return plan_hosts(wiring, hosts, workloads, has_services=bool(self.grounds.vips))
+        return plan_hosts(wiring, hosts, workloads, has_services=bool(grounds.vips))
 
-    def _known(self, wiring: Wiring, workloads: Collection[int], bearing: Collection[int]) -> Surroundings:
-        """What the program has to know of the node. ``bearing``: own interfaces that are to have a row, among others.
+    def _known(
+        self,
+        plan: HostPlan,
+        grounds: Grounds,
+        wiring: Wiring,
+        bearing: Collection[int],
+        *,
+        are_exits_known: bool = False,
+    ) -> Surroundings:
+        """What the program has to know of the node. ``bearing``: the own interfaces that are to have a row.
 
         The addresses of services only when every exit has the programs, or is known to be without: until then packets there
         are judged like all others.
         """
-        are_exits_known = self._plan.interfaces.keys() <= self._attachments.interfaces or self.no_exit is not None
-        own = own_interfaces(wiring, workloads) & set(bearing)
-        keys = {**dict.fromkeys(own), **{one: key for one, key in self._plan.interfaces.items() if one in own}}
+        are_exits_known |= plan.interfaces.keys() <= self._attachments.interfaces or self.no_exit is not None
+        keys = {ifindex: plan.interfaces.get(ifindex) for ifindex in bearing}
         return Surroundings(
             frozenset(wiring.addresses) | wiring.broadcasts,
-            {ifindex: UPLINK if key is None else self.grounds.numbers[key] for ifindex, key in keys.items()},
-            tuple(self.grounds.vips.values()) if are_exits_known else (),
+            {ifindex: UPLINK if key is None else grounds.numbers[key] for ifindex, key in keys.items()},
+            tuple(grounds.vips.values()) if are_exits_known else (),
         )
 
     def _write(self, wiring: Wiring, workloads: Collection[int], bearing: Collection[int]) -> None:
-        """Rows of the interfaces that are ``bearing``, and no others but workloads'."""
-        rows = [("np_endpoint", endpoint_key(one.ifindex)) for one in self._applier.bindings.values()]
-        self.surroundings.write(self._known(wiring, workloads, bearing), keep=rows)
+        """Rows of the own interfaces among those that are ``bearing``, and of no others but workloads'."""
+        _, applier, surroundings = self._writers()
+        rows = [("np_endpoint", endpoint_key(one.ifindex)) for one in applier.bindings.values()]
+        own = own_interfaces(wiring, workloads) & set(bearing)
+        surroundings.write(self._known(self._plan, self.grounds, wiring, own), keep=rows)
 
 
 def _warning(key: EndpointKey, message: str, locate: Callable[[EndpointKey], Location]) -> Problem:

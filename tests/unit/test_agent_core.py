@@ -66,7 +66,8 @@ WIRING = Wiring(
 class MemoryNode:
     """A node in memory.
 
-    ``exchanges``: how often a new set of policy maps took over.  ``rows_when_attached``: whether an interface had its row
+    ``exchanges``: how often a new set of policy maps took over; ``renewals``: how often one was made; ``sizes``: asked for
+    with the next.  ``rows_when_attached``: whether an interface had its row
     when it got its programs.
     """
 
@@ -76,6 +77,8 @@ class MemoryNode:
     in_force: dict[str, MemoryMap] = field(default_factory=lambda: memory_maps([]))
     rows_when_attached: dict[int, bool] = field(default_factory=dict)
     exchanges: int = 0
+    renewals: int = 0
+    sizes: dict[str, int] = field(default_factory=dict)
     events: list[abi.np_event] = field(default_factory=list)
     gone: set[int] | None = field(default_factory=set)
     born: list[Link] = field(default_factory=list)
@@ -123,13 +126,18 @@ class MemoryNode:
 
     @contextlib.contextmanager
     def renewal(self) -> Iterator[Mapping[str, KernelMap]]:
-        fresh = memory_maps([])
+        self.renewals += 1
+        fresh, sizes = memory_maps([]), self.renewal_sizes()
         for name, one in fresh.items():
-            one.max_entries = self.in_force[name].max_entries
+            one.max_entries = sizes[name]
         maps = {name: fresh[name] if name in POLICY_MAPS else one for name, one in self.in_force.items()}
         yield maps
         self.in_force = maps
         self.exchanges += 1
+
+    def renewal_sizes(self) -> Mapping[str, int]:
+        asked = {name: size for name, size in self.sizes.items() if name in POLICY_MAPS}
+        return {**{name: one.max_entries for name, one in self.in_force.items()}, **asked}
 
     def former_numbers(self) -> Mapping[int, int]:
         rows = (encode.decode_endpoint(value) for value in self.in_force["np_endpoint"].rows.values())
