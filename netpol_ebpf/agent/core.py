@@ -29,7 +29,7 @@ from netpol_ebpf.apply.ledger import Ledger
 from netpol_ebpf.apply.surroundings import SurroundingsWriter
 from netpol_ebpf.compiler import Change, Compiler, KnownNumbers, Limits, Tables
 from netpol_ebpf.errors import InvalidInputError, LimitError, Location, MapFullError, PlatformError, Problem
-from netpol_ebpf.policy.translate import Derivation, key_of
+from netpol_ebpf.policy.translate import Derivation
 from netpol_ebpf.policy.types import (
     Action,
     Cause,
@@ -224,9 +224,7 @@ class Agent:
         not the same as an empty one. Then everything is as it was.
         """
         self._ledger.open()
-        batch = self._source.step()
-        if batch is not None:
-            self._take(batch)
+        self._look_at_manifests()
         if not self._source.was_read:
             reasons = "; ".join(f"{one.location} {one.message}" for one in self._source.problems)
             raise InvalidInputError(f"the manifests are not known: {reasons}")
@@ -250,9 +248,7 @@ class Agent:
             self._look_at_interfaces()
             self._let_go(gone)
             self._close_and_open()
-        batch = self._source.step()
-        if batch is not None:
-            self._take(batch)
+        if self._look_at_manifests():
             self._bring_into_force(self._take_changes())
         elif self.refusals.retry_at_s is not None and self._clock() >= self.refusals.retry_at_s:
             self._bring_into_force(Changes())
@@ -277,6 +273,13 @@ class Agent:
 
     # --- manifests --------------------------------------------------------------------------------------------------
 
+    def _look_at_manifests(self) -> bool:
+        """Take up what changed; whether anything did. Nothing of the batch is kept: of a cluster it is large."""
+        batch = self._source.step()
+        if batch is not None:
+            self._take(batch)
+        return batch is not None
+
     def _take(self, batch: Batch) -> None:
         for problem in batch.problems:
             if problem not in self._manifest_problems:
@@ -284,9 +287,9 @@ class Agent:
         self._manifest_problems = batch.problems
         for event in batch.events:
             if isinstance(event, Upsert):
-                self._derivation.upsert(event.resource)
+                self._derivation.upsert(event.resource, event.key)
             else:
-                self._derivation.remove(*key_of(event.resource))
+                self._derivation.remove(*event.key)
 
     def _take_changes(self, older: Collection[EndpointKey] = ()) -> Changes:
         """What the manifests changed, addresses going to those who had them first. ``older``: see `Claims.settle`."""
