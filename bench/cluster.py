@@ -9,10 +9,13 @@ Invariant: an object follows from its number alone, so any of it can be made aga
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address
+from itertools import islice
+from pathlib import Path
 from typing import Any
 
 PODS_PER_NAMESPACE = 50
@@ -20,6 +23,7 @@ APPLICATIONS = ("web", "api", "worker", "cache", "db")
 ENVIRONMENTS = ("dev", "test", "prod")
 PORTS = (80, 443, 3306, 5432, 6379, 8080)
 HERE, ELSEWHERE = "node-0", "node-1"
+OBJECTS_PER_FILE = 50
 FIRST4, FIRST6 = 0x0A000000, 0xFD00 << 112
 
 Object = dict[str, Any]
@@ -117,3 +121,13 @@ def objects(size: Size) -> Iterator[Object]:
     yield from (namespace(number) for number in range(size.namespaces))
     yield from (pod(number, node=HERE if number in local else ELSEWHERE) for number in range(size.pods))
     yield from (policy(number, size) for number in range(size.policies))
+
+
+def write_manifests(size: Size, directory: Path) -> None:
+    """The same as files of OBJECTS_PER_FILE objects, each as ``kubectl get -o json`` prints a list."""
+    directory.mkdir(parents=True)
+    given, number = objects(size), 0
+    while items := list(islice(given, OBJECTS_PER_FILE)):
+        text = json.dumps({"apiVersion": "v1", "kind": "List", "items": items}, indent=4)
+        (directory / f"{number:06}.json").write_text(text, encoding="utf-8")
+        number += 1

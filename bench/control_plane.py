@@ -5,7 +5,9 @@
 
 Each size of cluster (pods x policies, `bench/cluster.py`) is a process of its own, so that memory is its own.  An event's way
 is the agent's: the object is parsed and checked, translated into the policy model, compiled, and written to the kernel's maps;
-the clock runs from the plain object to the last write, grace periods included.  A cold start is the same for all objects.
+the clock runs from the plain object to the last write, grace periods included.  A cold start is the same for all objects; beside
+it stands the one that reads them from a directory of manifests, as the agent does.  What the agent's source of objects holds
+is in the memory figures.
 
 Beside each event a fixed piece of Python is timed, the *yardstick*; what is compared between machines and runs is the ratio.
 Without root the maps are left out, and the result says so.
@@ -19,6 +21,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -26,12 +29,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bench.cluster import ELSEWHERE, HERE, Object, Size, namespace, objects, pod, policy
+from bench.cluster import ELSEWHERE, HERE, Object, Size, namespace, objects, pod, policy, write_manifests
 from bench.end_to_end import ended_by
 from bench.progress import Progress
 from bench.record import LESS, MORE, Case, Run, begin, case_id, save, this_command
 from bench.site import BPFFS
 from netpol_ebpf.agent import footprint
+from netpol_ebpf.agent.claims import Claims
 from netpol_ebpf.apply.applier import Applier, Binding
 from netpol_ebpf.compiler import Compiler
 from netpol_ebpf.errors import PlatformError
@@ -40,6 +44,7 @@ from netpol_ebpf.policy.types import Changes, Endpoint, EndpointKey, NetworkSet,
 from netpol_ebpf.policy.types import Node as ClusterNode
 from netpol_ebpf.resources.load import parse_object
 from netpol_ebpf.resources.types import Resource
+from netpol_ebpf.sources.files import LastGoodCopies, ManifestDirectory
 
 SUITE = "control plane"
 CONTENDER = "netpol-ebpf"
@@ -79,21 +84,26 @@ class ControlPlane:
 
     def __init__(self, applier: Applier | None) -> None:
         self._derivation = Derivation()
+        self._claims = Claims(self._derivation.world)
         self._compiler = Compiler(lambda endpoint: endpoint.node == HERE)
         self._applier = applier
         self._bound: dict[EndpointKey, int] = {}
         self._interfaces = 0
 
-    def start(self, given: Iterator[Object]) -> Timing:
-        """Everything at once."""
-        timing = Timing()
+    def start(self, given: Iterator[Object], source: ManifestDirectory) -> tuple[Timing, float]:
+        """Everything at once; and the seconds of reading it from files, which is instead of parsing.
+
+        ``given`` and ``source`` have the same objects: those of the source are kept, as in the agent.
+        """
+        timing, count = Timing(), 0
         for one in given:
-            resource = _timed(timing, "parse", lambda one=one: _parse(one))  # type: ignore[misc]
-            _timed(timing, "derive", lambda resource=resource: self._derivation.upsert(resource))  # type: ignore[misc]
-        _timed(timing, "derive", self._derivation.take_changes)
+            _timed(timing, "parse", lambda one=one: _parse(one))  # type: ignore[misc]
+            count += 1
+        read_s = self._read(timing, source, count)
+        _timed(timing, "derive", self._take_changes)
 
         def compile_all() -> None:
-            self._compiler.replace(self._derivation.world)
+            self._compiler.replace(self._claims.effective_world())
             self._compiler.commit()
 
         _timed(timing, "compile", compile_all)
@@ -104,7 +114,18 @@ class ControlPlane:
                 self._bound[key] = self._interfaces
                 applier.bind(key, Binding(self._interfaces))
             _timed(timing, "write", lambda: applier.fill(self._compiler.tables))
-        return timing
+        return timing, read_s
+
+    def _read(self, timing: Timing, source: ManifestDirectory, count: int) -> float:
+        """Take up so many objects of a directory; the seconds of reading them. Nothing of the batch is kept."""
+        began = time.perf_counter()
+        batch = source.step()
+        read_s = time.perf_counter() - began
+        if batch is None or batch.problems or len(batch.events) != count:
+            raise PlatformError(f"{source.root} does not have the {count} objects that were written there")
+        for event in batch.events:
+            _timed(timing, "derive", lambda event=event: self._derivation.upsert(event.resource, event.key))  # type: ignore[misc]
+        return read_s
 
     def change(self, upserts: Sequence[Object] = (), removals: Sequence[Resource] = ()) -> Timing:
         """Some events, brought into force together."""
@@ -114,13 +135,18 @@ class ControlPlane:
             _timed(timing, "derive", lambda resource=resource: self._derivation.upsert(resource))  # type: ignore[misc]
         for resource in removals:
             _timed(timing, "derive", lambda resource=resource: self._derivation.remove(*key_of(resource)))  # type: ignore[misc]
-        changes = _timed(timing, "derive", self._derivation.take_changes)
+        changes = _timed(timing, "derive", self._take_changes)
         change = _timed(timing, "compile", lambda: self._compile(changes))
         if self._applier is not None:
             applier = self._applier
             _timed(timing, "write", lambda: applier.apply(change))
             _timed(timing, "write", lambda: self._bind(applier, changes))
         return timing
+
+    def _take_changes(self) -> Changes:
+        changes = self._derivation.take_changes()
+        self._claims.settle(changes)
+        return changes
 
     def _bind(self, applier: Applier, changes: Changes) -> None:
         """Say where local pods are that came, each on an interface of its own number; forget those that went."""
@@ -196,17 +222,19 @@ class Findings:
     note: str = ""
 
 
-def measure_size(size: Size, events: int, churn_s: float) -> Findings:
-    """A cold start, single events, churn."""
+def measure_size(size: Size, manifests: Path, events: int, churn_s: float) -> Findings:
+    """A cold start, single events, churn. ``manifests``: where `write_manifests` wrote this size; copies come beside it."""
     found = Findings()
+    source = ManifestDirectory(manifests, LastGoodCopies(manifests.with_name("copies")))
     footprint.give_back_large_blocks()  # this and `settle` as the agent does
     with contextlib.ExitStack() as stack:
         applier = _open_maps(stack, found)
         plane = ControlPlane(applier)
         found.memory["before the cluster"] = _resident_bytes()
         found.yardsticks["cold start"] = [yardstick() for _ in range(20)]
-        cold = plane.start(objects(size))
-        found.cold = {**cold.stages, "total": cold.total}
+        cold, read_s = plane.start(objects(size), source)
+        found.cold = {**cold.stages, "total": cold.total, "read manifests": read_s}
+        found.cold["from manifests"] = cold.total - cold.stages["parse"] + read_s
         found.rows = plane.rows
         footprint.settle()
         found.memory["after the start"] = _resident_bytes()
@@ -334,10 +362,12 @@ def run_suite(run: Run, *, sizes: Sequence[Size], events: int, churn_s: float) -
     for size in sizes:
         progress.step(f"{size.pods} pods, {size.policies} policies, {size.local} of the pods here")
         written = f"{size.pods}x{size.policies}x{size.local}"
-        command = [sys.executable, "-m", "bench.control_plane", "--child", written]
-        done = subprocess.run(
-            [*command, "--events", str(events), "--churn", str(churn_s)], check=False, stdout=subprocess.PIPE, text=True
-        )
+        with tempfile.TemporaryDirectory(prefix="netpol-bench-") as home:
+            manifests = Path(home) / "manifests"
+            write_manifests(size, manifests)
+            command = [sys.executable, "-m", "bench.control_plane", "--child", written, "--manifests", str(manifests)]
+            command += ["--events", str(events), "--churn", str(churn_s)]
+            done = subprocess.run(command, check=False, stdout=subprocess.PIPE, text=True)
         if done.returncode != 0:
             raise PlatformError(f"the control plane at {written} ended with {done.returncode}", hint="See above.")
         _record(run, size, json.loads(done.stdout))
@@ -397,10 +427,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--events", type=int, default=100, help="how many of each single change")
     parser.add_argument("--churn", type=float, default=5.0, metavar="SECONDS", help="how long; 0: not at all")
     parser.add_argument("--child", help=argparse.SUPPRESS)
+    parser.add_argument("--manifests", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("-o", "--output", type=Path, default=Path("control_plane.json"))
     options = parser.parse_args(argv)
     if options.child:
-        found = measure_size(parse_size(options.child), options.events, options.churn)
+        found = measure_size(parse_size(options.child), options.manifests, options.events, options.churn)
         print(json.dumps({name: getattr(found, name) for name in Findings.__slots__}))
         return 0
     run = begin(this_command())

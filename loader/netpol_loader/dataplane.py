@@ -138,7 +138,12 @@ class Dataplane:
         maps = open_maps(pin_dir)
         for name, size in sizes.items():
             if name in maps and maps[name].max_entries != size:
-                log.warning("map %s keeps its size of %d; %d was asked for", name, maps[name].max_entries, size)
+                log.warning(
+                    "map %s keeps its size of %d until it is made anew; %d was asked for",
+                    name,
+                    maps[name].max_entries,
+                    size,
+                )
         schema = abi.np_schema.from_buffer_copy(maps["np_schema"].get(_index(0)) or b"")
         if schema.version != abi.SCHEMA_VERSION:
             raise PlatformError(f"{pin_dir} holds schema {schema.version}, not {abi.SCHEMA_VERSION}")

@@ -22,9 +22,9 @@ class Claims:
 
     def __init__(self, world: World) -> None:
         self._world = world
-        self._claimants: dict[IPAddress, list[EndpointKey]] = {}  # oldest first
+        self._holders: dict[IPAddress, EndpointKey] = {}
+        self._others: dict[IPAddress, list[EndpointKey]] = {}  # of contested addresses: who claims it too, oldest first
         self._addresses: dict[EndpointKey, tuple[IPAddress, ...]] = {}  # as claimed
-        self._contested: set[IPAddress] = set()
 
     def settle(self, changes: Changes, older: Collection[EndpointKey] = ()) -> None:
         """Take in what became of endpoints, and put into ``changes`` what they have after that.
@@ -41,29 +41,29 @@ class Claims:
         for key in sorted(changes.endpoints, key=lambda key: (key not in older, key)):
             wanted = self._wanted(key)
             for address in wanted:
-                if key not in (line := self._claimants.setdefault(address, [])):
-                    line.append(key)
-                if len(line) > 1:
-                    self._contested.add(address)
+                if self._holders.setdefault(address, key) != key:
+                    line = self._others.setdefault(address, [])
+                    if key not in line:
+                        line.append(key)
             if wanted:
                 self._addresses[key] = wanted
             else:
                 self._addresses.pop(key, None)
             touched[key] = None
-        if self._contested or len(touched) > len(changes.endpoints):
+        if self._others or len(touched) > len(changes.endpoints):
             changes.endpoints.update({key: self.effective(key) for key in touched})
 
     def effective(self, key: EndpointKey) -> Endpoint | None:
         """The endpoint with the addresses that count as its own; None when there is no such endpoint."""
         endpoint = self._world.endpoints.get(key)
-        if endpoint is None or not self._contested.intersection(self._addresses.get(key, ())):
+        if endpoint is None or not self.is_contested(key):
             return endpoint
-        own = tuple(address for address in endpoint.addresses if self._claimants[address][0] == key)
+        own = tuple(address for address in endpoint.addresses if self._holders[address] == key)
         return endpoint if own == endpoint.addresses else replace(endpoint, addresses=own)
 
     def effective_world(self) -> World:
         """The world in which every workload has the addresses that count as its own; to be read only."""
-        losers = {key for line in self._lines() for key in line[1:]}
+        losers = {key for line in self._others.values() for key in line}
         if not losers:
             return self._world
         changed = {key: endpoint for key in losers if (endpoint := self.effective(key)) is not None}
@@ -71,22 +71,17 @@ class Claims:
 
     def holder(self, address: IPAddress) -> EndpointKey | None:
         """The workload that has an address."""
-        line = self._claimants.get(address)
-        return line[0] if line else None
+        return self._holders.get(address)
 
     def is_contested(self, key: EndpointKey) -> bool:
         """Whether another workload claims an address of this one."""
-        return bool(self._contested.intersection(self._addresses.get(key, ())))
+        return any(address in self._others for address in self._addresses.get(key, ()))
 
     def disputes(self) -> Iterator[tuple[IPAddress, EndpointKey, EndpointKey]]:
         """(address, who has it, who claims it too), in order."""
-        for address in sorted(self._contested, key=lambda address: (address.version, address.packed)):
-            first, *others = self._claimants[address]
-            for other in others:
-                yield address, first, other
-
-    def _lines(self) -> Iterator[list[EndpointKey]]:
-        return (self._claimants[address] for address in self._contested)
+        for address in sorted(self._others, key=lambda address: (address.version, address.packed)):
+            for other in self._others[address]:
+                yield address, self._holders[address], other
 
     def _wanted(self, key: EndpointKey) -> tuple[IPAddress, ...]:
         endpoint = self._world.endpoints.get(key)
@@ -96,10 +91,10 @@ class Claims:
 
     def _give_up(self, key: EndpointKey, address: IPAddress) -> list[EndpointKey]:
         """Take a workload out of the line for an address; those that may have gained by it."""
-        line = self._claimants[address]
+        line = [self._holders.pop(address), *self._others.pop(address, ())]
         line.remove(key)
-        if len(line) <= 1:
-            self._contested.discard(address)
-        if not line:
-            del self._claimants[address]
+        if line:
+            self._holders[address] = line[0]
+        if line[1:]:
+            self._others[address] = line[1:]
         return line

@@ -16,20 +16,20 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from netpol_ebpf.agent.adoption import Adoption, Place, Workload
+from netpol_ebpf.agent.attachments import Attachments
 from netpol_ebpf.agent.claims import Claims
-from netpol_ebpf.agent.hosts import HostPlan, own_interfaces, plan_hosts
 from netpol_ebpf.agent.node import Node
+from netpol_ebpf.agent.own_interfaces import Grounds, OwnInterfaces
 from netpol_ebpf.agent.trouble import DriftLog, Refusals
-from netpol_ebpf.agent.wiring import Link, Located, Wiring, is_candidate, locate
-from netpol_ebpf.apply.applier import Applier, Binding, KernelMap, require_room
+from netpol_ebpf.agent.wiring import NOWHERE, Located, Wiring, is_candidate, locate
+from netpol_ebpf.apply.applier import Applier, Binding, require_room
 from netpol_ebpf.apply.audit import Audit
-from netpol_ebpf.apply.encode import endpoint_key
 from netpol_ebpf.apply.events import FlowEvent, Names, decode_event
 from netpol_ebpf.apply.ledger import Ledger
-from netpol_ebpf.apply.surroundings import UPLINK, Surroundings, SurroundingsWriter
+from netpol_ebpf.apply.surroundings import SurroundingsWriter
 from netpol_ebpf.compiler import Change, Compiler, KnownNumbers, Limits, Tables
 from netpol_ebpf.errors import InvalidInputError, LimitError, Location, MapFullError, PlatformError, Problem
-from netpol_ebpf.policy.translate import Derivation, key_of
+from netpol_ebpf.policy.translate import Derivation
 from netpol_ebpf.policy.types import (
     Action,
     Cause,
@@ -43,8 +43,6 @@ from netpol_ebpf.policy.types import (
     Profile,
     Service,
     Tier,
-    Vip,
-    VipKey,
 )
 from netpol_ebpf.policy.types import Node as ClusterNode
 from netpol_ebpf.policy.types import Settings as PolicySettings
@@ -61,10 +59,6 @@ AUDIT_S = 1.0
 """How often to look whether programs, pins and the next rows are as they were left; arbitrary."""
 ROUND_S = 5.0
 """Least time between the beginnings of two rounds through all rows; arbitrary."""
-NOWHERE = 0
-"""The interface of an endpoint whose interface is gone."""
-HOST_BINDING = Binding(NOWHERE, EndpointKind.HOST)
-"""Of every host endpoint that is in force: its interfaces are `HostPlan`'s matter."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,18 +78,6 @@ class Settings:
     keep_revoked: bool = False
     workload_to_host: Action = Action.ALLOW
     mark_shift: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Grounds:
-    """What decides on the node's own interfaces, as it is in force: host endpoints with their numbers, and services.
-
-    Apart from the manifests and the compiler's tables, which are ahead of it while a change is refused.
-    """
-
-    hosts: Mapping[EndpointKey, Endpoint] = field(default_factory=dict)
-    numbers: Mapping[EndpointKey, int] = field(default_factory=dict)
-    vips: Mapping[VipKey, Vip] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -134,22 +116,16 @@ class Agent:
         self._names = NumberNames()
         self._compiler = Compiler()
         self._applier: Applier | None = None
-        self._surroundings: SurroundingsWriter | None = None
-        self._grounds = Grounds()
-        self._hosts = HostPlan()
-        self._no_room_for_node: Problem | None = None
-        self._no_exit: Problem | None = None  # own interfaces without the programs while there are services
+        self._attachments = Attachments(node)
+        self._own = OwnInterfaces(settings.node, self._attachments)
         self._audit: Audit | None = None
         self._wiring = Wiring()
         self._located = Located({}, {})
         self._homes: dict[EndpointKey, int] = {}  # the interface each was last bound to
-        self._attached: set[int] = set()
         self._adoption = Adoption()
         self._manifest_problems: tuple[Problem, ...] = ()
         self._no_room: dict[EndpointKey, Problem] = {}  # endpoints whose row did not fit
         self._unmended: Problem | None = None
-        self._stuck: dict[int, Problem] = {}  # interfaces that programs cannot be put on, or taken off
-        self._stuck_before: dict[int, Problem] = {}
         self._overtaken: Problem | None = None
         self._is_behind = False  # the compiler dropped changes: hand it the whole world
         self._is_ahead = False  # the kernel refused what the compiler holds: start over with new maps
@@ -165,10 +141,10 @@ class Agent:
     @property
     def problems(self) -> list[Problem]:
         """Everything that keeps the node from being as the manifests say."""
-        found = [*self._manifest_problems, *self._host_endpoints(), *self._disputes(), *self._no_room.values()]
-        found += self._stuck.values()
+        found = [*self._manifest_problems, *self._own.problems(self._derivation.world.endpoints, self._location)]
+        found += [*self._disputes(), *self._no_room.values(), *self._attachments.problems]
         found += self._adoption.warnings.values()
-        others = (self.refusals.problem, self._unmended, self._no_room_for_node, self._overtaken)
+        others = (self.refusals.problem, self._unmended, self._own.no_room, self._overtaken)
         found += [one for one in others if one is not None]
         for key, message in sorted(self._located.problems.items()):
             found.append(Problem(self._location(key), "", f"interface: {message}", obj=str(key), slug="interface"))
@@ -197,7 +173,7 @@ class Agent:
     @property
     def attached(self) -> frozenset[int]:
         """Interfaces with programs on them."""
-        return frozenset(self._attached)
+        return frozenset(self._attachments.interfaces)
 
     @property
     def audited_rounds(self) -> int:
@@ -248,22 +224,20 @@ class Agent:
         not the same as an empty one. Then everything is as it was.
         """
         self._ledger.open()
-        batch = self._source.step()
-        if batch is not None:
-            self._take(batch)
+        self._look_at_manifests()
         if not self._source.was_read:
             reasons = "; ".join(f"{one.location} {one.message}" for one in self._source.problems)
             raise InvalidInputError(f"the manifests are not known: {reasons}")
         self._take_changes(older=set(self._ledger.numbers.endpoints))
         self._homes = self._former_homes()
         self._look_at_interfaces()
-        self._attached |= self._node.attached()  # by an earlier agent
-        self._adoption.expect(self._wanted_interfaces() - self._attached)
+        self._attachments.find()  # by an earlier agent
+        self._adoption.expect(self._wanted_interfaces() - self.attached)
         self._install()
         self._adoption.go_ahead(self._node, *self._adoptable())
         for ifindex in self._wanted_interfaces():
             self._attach(ifindex)
-        self._attached |= self._node.attached()
+        self._attachments.find()
         self._close_and_open()
 
     def step(self) -> list[FlowEvent]:
@@ -274,9 +248,7 @@ class Agent:
             self._look_at_interfaces()
             self._let_go(gone)
             self._close_and_open()
-        batch = self._source.step()
-        if batch is not None:
-            self._take(batch)
+        if self._look_at_manifests():
             self._bring_into_force(self._take_changes())
         elif self.refusals.retry_at_s is not None and self._clock() >= self.refusals.retry_at_s:
             self._bring_into_force(Changes())
@@ -289,9 +261,9 @@ class Agent:
         They deny everything until a step finds whose they are, or takes them off what is the node's own after all.
         """
         for link in self._node.take_born():
-            is_known = link.ifindex in self._wiring.links or link.ifindex in self._attached
+            is_known = link.ifindex in self._wiring.links or link.ifindex in self.attached
             if not is_known and is_candidate(link, self._wiring, self.settings.interfaces):
-                self._attach(link.ifindex, newborn=link)
+                self._attachments.attach(link.ifindex, link.name, is_newborn=True)
 
     def read_flows(self) -> list[FlowEvent]:
         """The flows that the program reported since the last call."""
@@ -301,6 +273,13 @@ class Agent:
 
     # --- manifests --------------------------------------------------------------------------------------------------
 
+    def _look_at_manifests(self) -> bool:
+        """Take up what changed; whether anything did. Nothing of the batch is kept: of a cluster it is large."""
+        batch = self._source.step()
+        if batch is not None:
+            self._take(batch)
+        return batch is not None
+
     def _take(self, batch: Batch) -> None:
         for problem in batch.problems:
             if problem not in self._manifest_problems:
@@ -308,9 +287,9 @@ class Agent:
         self._manifest_problems = batch.problems
         for event in batch.events:
             if isinstance(event, Upsert):
-                self._derivation.upsert(event.resource)
+                self._derivation.upsert(event.resource, event.key)
             else:
-                self._derivation.remove(*key_of(event.resource))
+                self._derivation.remove(*event.key)
 
     def _take_changes(self, older: Collection[EndpointKey] = ()) -> Changes:
         """What the manifests changed, addresses going to those who had them first. ``older``: see `Claims.settle`."""
@@ -337,7 +316,7 @@ class Agent:
         if not changes and not self._is_behind and not self._is_ahead:
             return
         self.refusals.expect(changes, self._location_of)
-        before = self._grounds
+        before = self._own.grounds
         try:
             if self._is_ahead:
                 self._locate()  # endpoints may have gone since
@@ -348,8 +327,8 @@ class Agent:
             self.refusals.refuse(error, self._clock())
             self._is_behind = self._is_behind or isinstance(error, LimitError)
             self._is_ahead = self._is_ahead or isinstance(error, MapFullError)
-            if self._grounds is not before:  # what was to go has to come back
-                self._grounds = before
+            if self._own.grounds is not before:  # what was to go has to come back
+                self._own.grounds = before
                 self._close_and_open()
             return
         self.refusals.accept()
@@ -370,14 +349,13 @@ class Agent:
                     self._compiler.upsert(new)
         change = self._compiler.commit()
         self._is_behind = False
+        after, own, workloads = Grounds.of(self._derivation.world, self.tables), self._own, self._wanted_interfaces()
+        own.require_room(after, self._wiring, workloads)
         self._record(change, self.applier)
-        before, after = self._grounds, self._grounds_of(self.tables)
-        # Interfaces do without host endpoints that go before those go.
-        staying = {key: after.hosts[key] for key in before.hosts if key in after.hosts}
-        self._grounds = Grounds(staying, before.numbers, after.vips)
-        self._place_hosts()
+        own.grounds = own.grounds.on_the_way_to(after)
+        own.place(self._wiring, workloads)
         self.applier.apply(change)
-        self._grounds = after
+        own.grounds = after
         self._forget(change)
         self._note_change()
 
@@ -385,24 +363,25 @@ class Agent:
         """Compile everything into maps of its own, and let it take the place of whatever is in force."""
         numbers = self._ledger.numbers
         known = KnownNumbers(dict(numbers.identities), dict(numbers.rules), self._known_endpoints())
-        compiler = Compiler(self._is_ours, limits=limits_of(self._node.maps), known=known)
+        sizes = self._node.renewal_sizes()
+        compiler = Compiler(self._is_ours, limits=limits_of(sizes), known=known)
         compiler.replace(self._claims.effective_world())
         change = compiler.commit()
-        require_room(compiler.tables, self._node.maps)  # before maps and programs are made in vain
+        grounds = Grounds.of(self._derivation.world, compiler.tables)
+        own = self._own.beginning(grounds, self._wiring, self._wanted_interfaces(), self._node.attached())
+        bindings = {**self._bindings(), **own.bindings}
+        # Before maps and programs are made in vain.
+        require_room(compiler.tables, sizes, bindings, own.in_the_end.elements())
         with self._node.renewal() as maps:
             applier = Applier(maps)
-            for key, binding in self._bindings().items():
+            for key, binding in bindings.items():
                 applier.bind(key, binding)
-            grounds = self._grounds_of(compiler.tables)
-            plan = self._plan_hosts(grounds)
-            for key in plan.in_force:
-                applier.bind(key, HOST_BINDING)
             self._record(change, applier)
             applier.fill(compiler.tables)
             surroundings = SurroundingsWriter(maps, applier.bump_generation)
-            surroundings.write(self._surroundings_for(plan, grounds, self._node.attached()))
-        self._hosts, self._grounds = plan, grounds
-        self._compiler, self._applier, self._surroundings = compiler, applier, surroundings
+            surroundings.write(own.surroundings)
+        self._compiler, self._applier = compiler, applier
+        self._own.take_over(own, maps, applier, surroundings)
         self._audit = Audit(maps, compiler.tables, applier, surroundings)
         self._is_ahead = self._is_behind = False
         keep = abi.NP_CONFIG_KEEP_REVOKED
@@ -467,13 +446,15 @@ class Agent:
 
     def _is_searching(self) -> bool:
         """Whether it is time to look for what nobody announces, or to try again what failed."""
-        return self._clock() - self._looked_at_s >= SEARCH_S and (bool(self._stuck) or self._is_waiting())
+        return self._clock() - self._looked_at_s >= SEARCH_S and (
+            bool(self._attachments.problems) or self._is_waiting()
+        )
 
     def _is_waiting(self) -> bool:
         """Whether there are both workloads without an interface and interfaces without a workload."""
         bound = self.applier.bindings
         return not self._local.keys() <= bound.keys() and bool(
-            self._attached - {binding.ifindex for binding in bound.values()} - self._hosts.interfaces.keys()
+            self.attached - {binding.ifindex for binding in bound.values()} - set(self._own.interfaces)
         )
 
     def _look_at_interfaces(self) -> None:
@@ -493,7 +474,7 @@ class Agent:
             home = self._homes.get(key, ifindex)
             if home != ifindex and self._claims.is_contested(key):
                 del interfaces[key]
-                problems[key] = f"{self._name_of(ifindex)} has an address that others claim as well"
+                problems[key] = f"{self._wiring.name_of(ifindex)} has an address that others claim as well"
                 if home in self._wiring.links and home not in found.interfaces.values():
                     interfaces[key] = home
         self._located = Located(interfaces, problems)
@@ -512,10 +493,10 @@ class Agent:
     def _let_go(self, gone: set[int] | None) -> None:
         """Forget interfaces that went, before another one with such a number is taken for the same. None: unknown which."""
         if gone is None:
-            gone = self._attached - self._node.attached()
+            gone = set(self.attached - self._node.attached())
         if not gone:
             return
-        self._attached -= gone
+        self._attachments.forget(gone)
         self._adoption.forget(gone)
         self._homes = {key: NOWHERE if ifindex in gone else ifindex for key, ifindex in self._homes.items()}
         for key in [key for key, binding in self.applier.bindings.items() if binding.ifindex in gone]:
@@ -542,10 +523,9 @@ class Agent:
 
     def _close_and_open(self) -> None:
         """Programs on new interfaces first, then rows for endpoints that were found; rows of those that went."""
-        self._attached &= self._wiring.links.keys()
-        self._stuck_before, self._stuck = self._stuck, {}
+        self._attachments.begin_round(self._wiring.links.keys())
         wanted = self._wanted_interfaces()
-        for ifindex in wanted - self._attached:
+        for ifindex in wanted - self.attached:
             self._attach(ifindex)
         bindings = self._bindings()
         for key, binding in list(self.applier.bindings.items()):
@@ -558,22 +538,9 @@ class Agent:
                 self.applier.bind(key, binding)
                 self._homes[key] = binding.ifindex
             except MapFullError as error:  # noqa: PERF203 - one endpoint's misfortune is not another's
-                message = f"its interface {self._name_of(binding.ifindex)} stays as it is: {error.message}"
+                message = f"its interface {self._wiring.name_of(binding.ifindex)} stays as it is: {error.message}"
                 self._no_room[key] = Problem(self._location(key), "", message, obj=str(key), slug=error.slug)
-        try:
-            self._place_hosts()
-            for ifindex in self._attached - wanted - self._hosts.interfaces.keys():
-                self._detach(ifindex)
-            self._write_surroundings(self._hosts.interfaces.keys())
-            self._no_room_for_node = None
-        except MapFullError as error:
-            message = (
-                f"what the program knows of the node's own addresses and interfaces stays as it was: {error.message}"
-            )
-            problem = Problem(Location(""), "", message, slug=error.slug)
-            if problem != self._no_room_for_node:
-                log.error("%s", message)  # noqa: TRY400 - the node's state, not this code, is to be looked at
-            self._no_room_for_node = problem
+        self._own.settle(self._wiring, wanted)
         self._adoption.go_behind(self._node, *self._adoptable())
 
     def _adoptable(self) -> tuple[dict[int, Workload], Place]:
@@ -584,102 +551,10 @@ class Agent:
                 peer = self._wiring.links[ifindex].peer
                 number, addresses = self.tables.endpoints[key].number, self._local[key].addresses
                 workloads[ifindex] = Workload(number, addresses, None if peer is None else peer[0])
-        return workloads, Place(self._wiring.addresses, self._grounds.vips)
+        return workloads, Place(self._wiring.addresses, self._own.grounds.vips)
 
-    # --- the node's own interfaces ------------------------------------------------------------------------------------
-
-    def _grounds_of(self, tables: Tables) -> Grounds:
-        """Of the manifests, with the tables that were made of them."""
-        world, rows = self._derivation.world, tables.endpoints
-        hosts = {key: one for key, one in world.endpoints.items() if one.kind is EndpointKind.HOST and key in rows}
-        return Grounds(hosts, {key: rows[key].number for key in hosts}, dict(world.vips))
-
-    def _plan_hosts(self, grounds: Grounds) -> HostPlan:
-        """Which own interfaces are under policy."""
-        hosts = list(grounds.hosts.values())
-        if self.settings.node is None:
-            hosts = [one for one in hosts if any(address in self._wiring.addresses for address in one.addresses)]
-        return plan_hosts(self._wiring, hosts, self._wanted_interfaces(), has_services=bool(grounds.vips))
-
-    def _surroundings_for(self, plan: HostPlan, grounds: Grounds, bearing: Collection[int]) -> Surroundings:
-        """What the program has to know of the node. ``bearing``: own interfaces that are to have a row, among others.
-
-        The addresses of services only when every exit has the programs, or is known to be without: until then packets there
-        are judged like all others.
-        """
-        are_exits_known = plan.interfaces.keys() <= self._attached or self._no_exit is not None
-        own = own_interfaces(self._wiring, self._wanted_interfaces()) & set(bearing)
-        keys = {**dict.fromkeys(own), **{one: key for one, key in plan.interfaces.items() if one in own}}
-        return Surroundings(
-            frozenset(self._wiring.addresses) | self._wiring.broadcasts,
-            {ifindex: UPLINK if key is None else grounds.numbers[key] for ifindex, key in keys.items()},
-            tuple(grounds.vips.values()) if are_exits_known else (),
-        )
-
-    def _write_surroundings(self, bearing: Collection[int]) -> None:
-        if self._surroundings is None:
-            raise AssertionError("the agent has not been started")
-        workloads = [("np_endpoint", endpoint_key(one.ifindex)) for one in self.applier.bindings.values()]
-        self._surroundings.write(self._surroundings_for(self._hosts, self._grounds, bearing), keep=workloads)
-
-    def _place_hosts(self) -> None:
-        """Rows before programs on the node's own interfaces, lest an interface be closed for want of one."""
-        applier = self.applier
-        self._hosts = plan = self._plan_hosts(self._grounds)
-        for key in sorted(plan.in_force):
-            applier.bind(key, HOST_BINDING)
-        if plan.wildcard is None:
-            applier.set_wildcard(None)
-        self._write_surroundings({*plan.interfaces, *self._attached})
-        applier.set_wildcard(plan.wildcard)
-        for ifindex in plan.interfaces.keys() - self._attached:
-            self._attach(ifindex)
-        for key in [key for key, one in applier.bindings.items() if one.kind is EndpointKind.HOST]:
-            if key not in plan.in_force:
-                applier.unbind(key)
-        missing = sorted(self._name_of(ifindex) for ifindex in plan.interfaces.keys() - self._attached)
-        self._no_exit = None
-        has_services = bool(self._grounds.vips)
-        if has_services and missing:
-            message = f"packets to services are denied while these interfaces have no program: {', '.join(missing)}"
-            self._no_exit = Problem(Location(""), "", message, slug="no-exit")
-        if has_services and not missing:
-            applier.set_flags(on=abi.NP_CONFIG_DEFER)
-        else:
-            applier.set_flags(off=abi.NP_CONFIG_DEFER)
-
-    def _attach(self, ifindex: int, newborn: Link | None = None) -> None:
-        """Put the programs on an interface; where that fails, the others are served, it is told, and tried again."""
-        name = self._name_of(ifindex) if newborn is None else newborn.name
-        try:
-            is_there = self._node.attach(ifindex, is_newborn=newborn is not None)
-        except PlatformError as error:
-            self._note_stuck(ifindex, f"interface {name} is open, and is to be under policy: {error.message}")
-            return
-        if is_there:
-            self._attached.add(ifindex)
-            log.info("interface %s is under policy", name)
-
-    def _detach(self, ifindex: int) -> None:
-        """Take the programs off an interface; what fails is told, and tried again."""
-        name = self._name_of(ifindex)
-        log.info("interface %s is under policy no more: taking the programs off", name)
-        try:
-            self._node.detach(ifindex)
-        except PlatformError as error:
-            self._note_stuck(ifindex, f"interface {name} is to be under policy no more: {error.message}")
-            return
-        self._attached.discard(ifindex)
-
-    def _note_stuck(self, ifindex: int, message: str) -> None:
-        problem = Problem(Location(""), "", message, slug="attach")
-        if problem not in (self._stuck.get(ifindex), self._stuck_before.get(ifindex)):
-            log.error("%s", message)
-        self._stuck[ifindex] = problem
-
-    def _name_of(self, ifindex: int) -> str:
-        link = self._wiring.links.get(ifindex)
-        return str(ifindex) if link is None else link.name
+    def _attach(self, ifindex: int) -> None:
+        self._attachments.attach(ifindex, self._wiring.name_of(ifindex))
 
     # --- drift ------------------------------------------------------------------------------------------------------
 
@@ -693,7 +568,7 @@ class Agent:
         self._unmended = None
         try:
             try:
-                self._note_mended(self._node.mend(self._attached), now_s)
+                self._note_mended(self._node.mend(self.attached), now_s)
             except PartlyMendedError as error:
                 self._note_mended(error.found, now_s)
                 raise
@@ -712,7 +587,7 @@ class Agent:
     def _look_for_overtaking(self) -> None:
         """Tell of programs before ours. They stay: of two that both want to be first, neither would rest."""
         before, self._overtaken = self._overtaken, None
-        names = sorted(self._name_of(ifindex) for ifindex in self._node.overtaken(self._attached))
+        names = sorted(self._wiring.name_of(ifindex) for ifindex in self._node.overtaken(self.attached))
         if names:
             message = (
                 f"programs of others run before policy at {', '.join(names)}: what they let pass, policy does not see"
@@ -727,19 +602,6 @@ class Agent:
             self.applier.bump_generation()  # of what passed meanwhile, nothing is known
 
     # --- problems ---------------------------------------------------------------------------------------------------
-
-    def _host_endpoints(self) -> Iterable[Problem]:
-        for key, message in self._hosts.problems.items():
-            yield Problem(self._location(key), "", message, obj=str(key), severity="warning", slug="host-endpoint")
-        if self.settings.node is None:
-            for key, endpoint in self._derivation.world.endpoints.items():
-                if endpoint.kind is EndpointKind.HOST and key not in self._hosts.in_force:
-                    message = "may be of another node: the agent was not told the name of this one (--node)"
-                    yield Problem(
-                        self._location(key), "", message, obj=str(key), severity="warning", slug="host-endpoint"
-                    )
-        if self._no_exit is not None:
-            yield self._no_exit
 
     def _disputes(self) -> Iterable[Problem]:
         for address, holder, other in self._claims.disputes():
@@ -763,9 +625,8 @@ def key_of_endpoint(key: EndpointKey) -> Any:
     return ResourceKey(key.kind, key.namespace, key.name)
 
 
-def limits_of(maps: Mapping[str, KernelMap]) -> Limits:
-    """The compiler's limits that follow from the sizes of the maps."""
-    size = {name: one.max_entries for name, one in maps.items()}
+def limits_of(size: Mapping[str, int]) -> Limits:
+    """The compiler's limits that follow from the sizes of the maps, by their names."""
     return Limits(
         peer_classes=size["np_peer_class"],
         addresses=size["np_addr4"] + size["np_addr6"],

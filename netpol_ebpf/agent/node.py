@@ -62,6 +62,9 @@ class Node(Protocol):
     def renewal(self) -> contextlib.AbstractContextManager[Mapping[str, KernelMap]]:
         """Empty policy maps, to be filled; at the end of the block, if it raised nothing, they are in force everywhere."""
 
+    def renewal_sizes(self) -> Mapping[str, int]:
+        """How many rows the maps have room for that the next `renewal` gives."""
+
     def former_numbers(self) -> Mapping[int, int]:
         """Endpoint numbers by interface, as they are in force, be it by an agent of another version."""
 
@@ -208,6 +211,13 @@ class KernelNode:
                 renewal.take_over()
             access.grant(self._dataplane, self._group)
         self._set_timeouts()
+
+    def renewal_sizes(self) -> Mapping[str, int]:
+        """See `Node`."""
+        sizes = {name: one.max_entries for name, one in self._dataplane.maps.items()}
+        if self._upgrade is None and not self._is_new():
+            sizes |= {name: size for name, size in self._sizes.items() if name in POLICY_MAPS}
+        return sizes
 
     def _set_timeouts(self) -> None:
         config = self._dataplane.config()

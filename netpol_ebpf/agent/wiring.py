@@ -18,6 +18,8 @@ from netpol_ebpf.policy.types import Endpoint, EndpointKey, IPAddress
 
 TAP_KINDS = frozenset({"tun"})
 """What the kernel calls a tap or tun device: a virtual machine's interface."""
+NOWHERE = 0
+"""In place of an interface's number: none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +47,11 @@ class Wiring:
     peer_addresses: Mapping[tuple[int, int], tuple[IPAddress, ...]] = field(default_factory=dict)
     addresses: Mapping[IPAddress, int] = field(default_factory=dict)
     broadcasts: frozenset[IPAddress] = frozenset()
+
+    def name_of(self, ifindex: int) -> str:
+        """An interface's name; its number when it is gone."""
+        link = self.links.get(ifindex)
+        return str(ifindex) if link is None else link.name
 
 
 @dataclass(frozen=True, slots=True)

@@ -202,12 +202,11 @@ class Applier:
 
         Nothing may be attached yet, or nothing that refers to these maps.
         """
-        require_room(tables, self._maps)
+        require_room(tables, {name: one.max_entries for name, one in self._maps.items()}, self._bindings)
         self._rows = dict(tables.endpoints.items())
         owners = _Step()
         for key in self._bindings:
             self._put_endpoint(owners, key)
-        self._check_room(owners)
         for table in tables.all():
             encoder = ENCODERS.get(table.name)
             if encoder is not None:
@@ -307,16 +306,7 @@ class Applier:
         Nothing while the tables have no row for it or its interface is unknown.
         """
         row, binding = self._rows.get(key), self._bindings.get(key)
-        if row is None or binding is None:
-            return
-        if binding.kind is EndpointKind.HOST:
-            yield host_element(row.number, row.sets)
-            return
-        for net in binding.allowed_sources:
-            yield source_element(row.number, net)
-        flags = EndpointFlag.SOURCES if binding.allowed_sources else EndpointFlag.NONE
-        yield place_element(row.number, binding.ifindex)
-        yield endpoint_element(binding.ifindex, row.number, EndpointSets.of(row), flags)
+        return iter(()) if row is None or binding is None else _endpoint_elements(row, binding)
 
     # --- interfaces -----------------------------------------------------------------------------------------------
 
@@ -440,7 +430,7 @@ class Applier:
                 present = {key for key, _ in one.items()}  # exact, and only where it is getting tight
                 need = len(present | wanted.keys())
                 if need > one.max_entries:
-                    raise _too_small(one, need)
+                    raise too_small(name, one.max_entries, need)
 
     def _write(self, step: _Step, undo: _Undo | None) -> None:
         for name, rows in step.puts.items():
@@ -459,23 +449,48 @@ class Applier:
                 self._counts[name] -= len(keys)
 
 
-def require_room(tables: Tables, maps: Mapping[str, KernelMap]) -> None:
-    """Raise MapFullError when tables do not fit into maps of these sizes. Cost: the addresses and prefixes."""
-    need = Counter(f"np_addr{address.version}" for address in tables.addresses)
+def _endpoint_elements(row: EndpointRow, binding: Binding) -> Iterator[Element]:
+    if binding.kind is EndpointKind.HOST:
+        yield host_element(row.number, row.sets)
+        return
+    for net in binding.allowed_sources:
+        yield source_element(row.number, net)
+    flags = EndpointFlag.SOURCES if binding.allowed_sources else EndpointFlag.NONE
+    yield place_element(row.number, binding.ifindex)
+    yield endpoint_element(binding.ifindex, row.number, EndpointSets.of(row), flags)
+
+
+def require_room(
+    tables: Tables,
+    sizes: Mapping[str, int],
+    bindings: Mapping[EndpointKey, Binding],
+    others: Iterable[Element] = (),
+) -> None:
+    """Raise MapFullError, naming the map, when all this does not fit into empty maps of these sizes (max_entries by name).
+
+    ``bindings``: where endpoints are; ``others``: what another writer puts into the same set of maps.  The tables beside those
+    in buckets need no look: each has room for all rows of its table.  Cost: the addresses, prefixes, bindings and others.
+    """
+    keys = {(name, key) for name, key, _ in others}
+    for key, binding in bindings.items():
+        row = tables.endpoints.get(key)
+        if row is not None:
+            keys.update((name, map_key) for name, map_key, _ in _endpoint_elements(row, binding))
+    need = Counter(name for name, _ in keys)
+    need.update(f"np_addr{address.version}" for address in tables.addresses)
     need.update(f"np_cidr{net.version}" for net in tables.cidrs)
     need.update(np_peer_class=len(tables.peer_classes), np_rule=len(tables.rules))
     need["np_l4_atom"] = max(tables.l4_atoms, default=-1) + 1
     need["np_l4_col"] = max(tables.l4_columns, default=-1) + 1
     need["np_verdict"] = max(tables.verdicts, default=-1) + 1
     for name, rows in need.items():
-        if rows > maps[name].max_entries:
-            raise _too_small(maps[name], rows)
+        if rows > sizes[name]:
+            raise too_small(name, sizes[name], rows)
 
 
-def _too_small(one: KernelMap, need: int) -> MapFullError:
-    return MapFullError(
-        f"map {one.name} has room for {one.max_entries} rows; the change needs {need}", map_name=one.name
-    )
+def too_small(name: str, size: int, need: int) -> MapFullError:
+    """The error for a map of ``size`` that would have to hold ``need`` rows."""
+    return MapFullError(f"map {name} has room for {size} rows; the change needs {need}", map_name=name)
 
 
 _FIRST = bytes(4)

@@ -9,10 +9,12 @@ Must not decide which interfaces and addresses those are.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 
-from netpol_ebpf.apply.applier import KernelMap
+from netpol_ebpf.apply.applier import KernelMap, too_small
 from netpol_ebpf.apply.encode import (
     NO_BITS,
     NO_SETS,
@@ -24,7 +26,7 @@ from netpol_ebpf.apply.encode import (
     special_elements,
     vip_elements,
 )
-from netpol_ebpf.errors import MapFullError, PlatformError
+from netpol_ebpf.errors import PlatformError
 from netpol_ebpf.policy.types import IPAddress, Vip
 
 MAPS = ("np_local4", "np_local6", "np_vip4", "np_vip6")
@@ -74,7 +76,7 @@ class SurroundingsWriter:
     def write(self, wanted: Surroundings, *, keep: Iterable[tuple[str, bytes]] = ()) -> None:
         """Make it so. ``keep``: rows that have meanwhile become somebody else's. Raises MapFullError; then nothing has changed."""
         rows = {(name, key): value for name, key, value in wanted.elements()}
-        self._check_room(rows)
+        self._require_room(rows.keys())
         before = self._rows
         gone = before.keys() - rows.keys() - set(keep)
         bits = [key for name, key in {**before, **rows} if name == SPECIAL]
@@ -102,6 +104,21 @@ class SurroundingsWriter:
         if any(name == "np_endpoint" for name, _ in (*done, *gone)):
             self._renew()
 
+    def require_room(self, wanted: Surroundings) -> None:
+        """Raise MapFullError where `write` would, before its first write."""
+        self._require_room({(name, key) for name, key, _ in wanted.elements()})
+
+    def _require_room(self, wanted: AbstractSet[tuple[str, bytes]]) -> None:
+        keys = self._rows.keys() | wanted  # what is to go as well: it goes last
+        need = Counter(name for name, _ in keys if name in MAPS)
+        interfaces = {key for name, key in keys if name == "np_endpoint"}
+        if any(("np_endpoint", key) not in self._rows for key in interfaces):
+            workloads = (key for key, _ in self._maps["np_endpoint"].items())
+            need["np_endpoint"] = len(interfaces.union(workloads))
+        for name, rows in need.items():
+            if rows > self._maps[name].max_entries:
+                raise too_small(name, self._maps[name].max_entries, rows)
+
     def _put_back(self, done: Iterable[tuple[str, bytes]]) -> None:
         """Make rows what they were."""
         for name, key in done:
@@ -115,10 +132,3 @@ class SurroundingsWriter:
     def _put_bits(self, key: bytes, before: bytes, after: bytes) -> None:
         if before != after:
             self._maps[SPECIAL].put(key, after)
-
-    def _check_room(self, rows: Mapping[tuple[str, bytes], bytes]) -> None:
-        for name in MAPS:
-            need = sum(of == name for of, _ in rows)
-            if need > self._maps[name].max_entries:
-                message = f"map {name} has room for {self._maps[name].max_entries} rows; the change needs {need}"
-                raise MapFullError(message, map_name=name)

@@ -48,9 +48,10 @@ UNREAD: Signature = (0, 0, 0, 0, 0)
 
 @dataclass(frozen=True, slots=True)
 class Upsert:
-    """An object appeared, changed, or moved to another place of the manifests."""
+    """An object appeared, changed, or moved to another place of the manifests. ``key``: to be kept rather than made again."""
 
     resource: Resource
+    key: ResourceKey
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +59,7 @@ class Remove:
     """An object went; ``resource`` is its last state."""
 
     resource: Resource
+    key: ResourceKey
 
 
 Event = Union[Upsert, Remove]
@@ -135,66 +137,70 @@ Place = tuple[str, int]
 class _Merged:
     """The objects of all files, kept up file by file: a change costs what it touches, not what there is.
 
-    Invariant: ``objects`` holds of each key the resource of the least place that gives it, ``homes`` that place, and ``others``
-    the further places, in order; a key that is given once is not in ``others``.  ``given``: of each file, what was taken up.
+    Invariant: ``homes`` holds of each key the least place that gives it, ``others`` the further ones, in order; a key that is given
+    once is not in ``others``.  ``given``: of each file, what was taken up.
     """
 
     given: dict[str, tuple[Resource, ...]] = field(default_factory=dict)
-    objects: dict[ResourceKey, Resource] = field(default_factory=dict)
     homes: dict[ResourceKey, Place] = field(default_factory=dict)
-    others: dict[ResourceKey, list[tuple[Place, Resource]]] = field(default_factory=dict)
+    others: dict[ResourceKey, list[Place]] = field(default_factory=dict)
 
     def replace(self, files: Mapping[str, tuple[Resource, ...]]) -> tuple[Event, ...]:
         """Take up files given as name to resources, none for one that went. Removals come first; each part in file order."""
         was: dict[ResourceKey, tuple[Place, Resource] | None] = {}
         for name in files:
-            for number, resource in enumerate(self.given.pop(name, ())):
+            for number, resource in enumerate(self.given.get(name, ())):
                 key = key_of(resource)
                 was.setdefault(key, self._first(key))
                 self._retract(key, (name, number))
+        for name in files:
+            self.given.pop(name, None)
         for name, resources in files.items():
             if resources:
                 self.given[name] = resources
             for number, resource in enumerate(resources):
                 key = key_of(resource)
                 was.setdefault(key, self._first(key))
-                self._claim(key, (name, number), resource)
+                self._claim(key, (name, number))
         removals: list[tuple[Place, Event]] = []
         upserts: list[tuple[Place, Event]] = []
         for key, old in was.items():
             new = self._first(key)
             if new is None:
                 if old is not None:
-                    removals.append((old[0], Remove(old[1])))
+                    removals.append((old[0], Remove(old[1], key)))
             elif old is None or old[1] != new[1]:
-                upserts.append((new[0], Upsert(new[1])))
+                upserts.append((new[0], Upsert(new[1], key)))
         return tuple(event for part in (removals, upserts) for _, event in sorted(part, key=lambda one: one[0]))
 
     def duplicates(self) -> Iterator[Problem]:
         """A problem for each place but the first of each object."""
         for key, others in self.others.items():
-            for _, resource in others:
-                yield _duplicate(key, resource, self.objects[key])
+            for place in others:
+                yield _duplicate(key, self._at(place), self._at(self.homes[key]))
+
+    def _at(self, place: Place) -> Resource:
+        name, number = place
+        return self.given[name][number]
 
     def _first(self, key: ResourceKey) -> tuple[Place, Resource] | None:
         home = self.homes.get(key)
-        return None if home is None else (home, self.objects[key])
+        return None if home is None else (home, self._at(home))
 
-    def _claim(self, key: ResourceKey, place: Place, resource: Resource) -> None:
-        first = self._first(key)
+    def _claim(self, key: ResourceKey, place: Place) -> None:
+        first = self.homes.get(key)
         if first is not None:
-            claims = sorted([first, *self.others.get(key, ()), (place, resource)], key=lambda claim: claim[0])
-            (place, resource), self.others[key] = claims[0], claims[1:]
-        self.homes[key], self.objects[key] = place, resource
+            place, *self.others[key] = sorted([first, *self.others.get(key, ()), place])
+        self.homes[key] = place
 
     def _retract(self, key: ResourceKey, place: Place) -> None:
         others = self.others.pop(key, [])
         if self.homes[key] != place:
-            others = [claim for claim in others if claim[0] != place]
+            others = [other for other in others if other != place]
         elif others:
-            (self.homes[key], self.objects[key]), *others = others
+            self.homes[key], *others = others
         else:
-            del self.homes[key], self.objects[key]
+            del self.homes[key]
         if others:
             self.others[key] = others
 
@@ -255,6 +261,7 @@ class ManifestDirectory:
         self._directory_problems = ()
         if self._uncopied:
             self._keep_copies()
+            self._sweep_copies()
         if not self._is_due(snapshot):
             return None
         return self._batch(self._take_up(snapshot))
@@ -286,6 +293,8 @@ class ManifestDirectory:
         for name in sorted(changed | self._racy):
             before = self._files.get(name)
             self._read(name, snapshot[name], before)
+            if name in self._uncopied and not self._copy_problems:
+                self._keep_copies()  # the texts of all files at once would be the agent's peak of memory
             after = self._files.get(name)
             if after is not None:
                 self._note(name, after)
@@ -293,6 +302,7 @@ class ManifestDirectory:
                     self._unmerged.add(name)
         self._is_read = True
         self._keep_copies()
+        self._sweep_copies()
         files = self._files
         events = self._merged.replace({name: files[name].resources if name in files else () for name in self._unmerged})
         self._unmerged.clear()
@@ -311,15 +321,18 @@ class ManifestDirectory:
                 else:
                     self.copies.store(name, text)
                 del self._uncopied[name]
-            if not self._is_swept:
-                self.copies.keep_only(self._taken)
-                self._is_swept = True
         except OSError as error:
-            message = (
-                f"last good states cannot be kept there ({error.strerror}): after a restart a broken file may have none"
-            )
-            place = Location(str(self.copies.directory))
-            self._copy_problems = (Problem(place, "", message, severity="warning", slug="copies"),)
+            self._copy_problems = (_uncopied(self.copies, error),)
+
+    def _sweep_copies(self) -> None:
+        """Remove copies of files that went while nobody looked. Once, when all files have been read."""
+        if self.copies is None or self._is_swept or self._copy_problems:
+            return
+        try:
+            self.copies.keep_only(self._taken)
+            self._is_swept = True
+        except OSError as error:
+            self._copy_problems = (_uncopied(self.copies, error),)
 
     def _note(self, name: str, entry: _File) -> None:
         """Keep what every look asks of all files, so that it need not go through them."""
@@ -440,6 +453,11 @@ def _signature(status: os.stat_result) -> Signature:
 def _unreadable(path: Path, error: OSError) -> Problem:
     message = f"cannot be read ({error.strerror}); its last good state stays in force"
     return Problem(Location(str(path)), "", message, slug="unreadable")
+
+
+def _uncopied(copies: LastGoodCopies, error: OSError) -> Problem:
+    message = f"last good states cannot be kept there ({error.strerror}): after a restart a broken file may have none"
+    return Problem(Location(str(copies.directory)), "", message, severity="warning", slug="copies")
 
 
 def _duplicate(key: ResourceKey, resource: Resource, first: Resource) -> Problem:

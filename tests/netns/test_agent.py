@@ -352,3 +352,9 @@ def test_too_small_a_map_refuses_the_change_and_keeps_the_old(own_scene: Scene) 
     scene.await_status(lambda state: state["in_force"], "a change that fits is taken up")
     scene.await_reached(to_db("shop/other"), expected=True)
     assert scene.reached(to_db("shop/web")) == [False]
+    scene.stop()
+    scene.options = ("--map-size", "np_cidr4=8", "--map-size", "np_cidr6=8")
+    scene.write("db.yaml", DB_POLICY.replace("{podSelector: {matchLabels: {app: web}}}", nets))
+    state = scene.start()
+    assert (state["in_force"], state["maps"]["np_cidr4"]) == (True, {"entries": 7, "size": 8})
+    assert scene.reached(to_db("shop/web"), to_db("shop/other")) == [False, False]

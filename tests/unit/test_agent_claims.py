@@ -95,4 +95,4 @@ def test_nothing_is_left_of_what_went() -> None:
     cluster.change(a=None)
     cluster.check(b=(TWO,))
     cluster.change(b=None)
-    assert (cluster.claims._claimants, cluster.claims._addresses, cluster.claims._contested) == ({}, {}, set())
+    assert (cluster.claims._holders, cluster.claims._others, cluster.claims._addresses) == ({}, {}, {})

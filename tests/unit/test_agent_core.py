@@ -66,7 +66,8 @@ WIRING = Wiring(
 class MemoryNode:
     """A node in memory.
 
-    ``exchanges``: how often a new set of policy maps took over.  ``rows_when_attached``: whether an interface had its row
+    ``exchanges``: how often a new set of policy maps took over; ``renewals``: how often one was made; ``sizes``: asked for
+    with the next.  ``rows_when_attached``: whether an interface had its row
     when it got its programs.
     """
 
@@ -76,6 +77,8 @@ class MemoryNode:
     in_force: dict[str, MemoryMap] = field(default_factory=lambda: memory_maps([]))
     rows_when_attached: dict[int, bool] = field(default_factory=dict)
     exchanges: int = 0
+    renewals: int = 0
+    sizes: dict[str, int] = field(default_factory=dict)
     events: list[abi.np_event] = field(default_factory=list)
     gone: set[int] | None = field(default_factory=set)
     born: list[Link] = field(default_factory=list)
@@ -123,13 +126,18 @@ class MemoryNode:
 
     @contextlib.contextmanager
     def renewal(self) -> Iterator[Mapping[str, KernelMap]]:
-        fresh = memory_maps([])
+        self.renewals += 1
+        fresh, sizes = memory_maps([]), self.renewal_sizes()
         for name, one in fresh.items():
-            one.max_entries = self.in_force[name].max_entries
+            one.max_entries = sizes[name]
         maps = {name: fresh[name] if name in POLICY_MAPS else one for name, one in self.in_force.items()}
         yield maps
         self.in_force = maps
         self.exchanges += 1
+
+    def renewal_sizes(self) -> Mapping[str, int]:
+        asked = {name: size for name, size in self.sizes.items() if name in POLICY_MAPS}
+        return {**{name: one.max_entries for name, one in self.in_force.items()}, **asked}
 
     def former_numbers(self) -> Mapping[int, int]:
         rows = (encode.decode_endpoint(value) for value in self.in_force["np_endpoint"].rows.values())
@@ -466,63 +474,6 @@ def test_broken_manifest_is_a_problem_and_changes_nothing(bench: Bench) -> None:
     (problem,) = agent.problems
     assert problem.location.file.endswith("policy.yaml")
     assert agent.changes_applied == 1
-
-
-HOST = "apiVersion: projectcalico.org/v3\nkind: HostEndpoint\nmetadata: {name: h}\nspec: {node: here, interfaceName: NAME}\n"
-SERVICE = """\
-apiVersion: v1
-kind: Service
-metadata: {name: s, namespace: shop}
-spec: {clusterIPs: [10.96.0.1], ports: [{port: 80, nodePort: 30080}]}
-"""
-
-
-def test_uplink_has_its_row_before_it_gets_programs(bench: Bench) -> None:
-    """A host endpoint's interface, and every exit while there are services, is closed at no moment; then it is left alone."""
-    agent = bench.agent()
-    bench.write("host.yaml", HOST.replace("NAME", "eth0"))
-    settle(agent)
-    row = bench.node.row(2)
-    assert row is not None
-    assert (row.flags, row.number) == (
-        abi.NP_ENDPOINT_HOST,
-        agent.tables.endpoints[EndpointKey("HostEndpoint", "", "h")].number,
-    )
-    assert bench.node.rows_when_attached[2]
-    assert len(bench.node.in_force["np_host"].rows) == 1
-    bench.write("service.yaml", SERVICE)
-    bench.remove("host.yaml")
-    settle(agent)
-    row = bench.node.row(2)
-    assert row is not None
-    assert row.flags == abi.NP_ENDPOINT_HOST | abi.NP_ENDPOINT_UPLINK
-    assert bench.node.in_force["np_host"].rows == {}
-    assert len(bench.node.in_force["np_vip4"].rows) == 2
-    assert agent.applier.config_flags & abi.NP_CONFIG_DEFER
-    bench.remove("service.yaml")
-    settle(agent)
-    assert bench.node.row(2) is None
-    assert 2 not in bench.node.programs
-    assert not agent.applier.config_flags & abi.NP_CONFIG_DEFER
-    assert agent.problems == []
-
-
-def test_services_are_closed_while_an_exit_has_no_program(bench: Bench) -> None:
-    """An own interface that cannot get the programs closes services, and says so."""
-    bench.node.refuses = {2}
-    bench.write("service.yaml", SERVICE)
-    agent = bench.agent()
-    assert [problem.slug for problem in agent.problems] == ["no-exit"]
-    assert len(bench.node.in_force["np_vip4"].rows) == 2
-    assert not agent.applier.config_flags & abi.NP_CONFIG_DEFER
-
-
-def test_host_endpoint_without_its_interface_is_told(bench: Bench) -> None:
-    """An object this agent cannot act on is named as a warning, with its place."""
-    bench.write("host.yaml", HOST.replace("NAME", "eth9"))
-    (problem,) = bench.agent().problems
-    assert (problem.severity, problem.slug, problem.obj) == ("warning", "host-endpoint", "HostEndpoint/h")
-    assert problem.location.line == 1
 
 
 def test_ambiguous_interface_is_a_problem(bench: Bench) -> None:

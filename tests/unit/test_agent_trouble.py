@@ -3,14 +3,11 @@
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Collection, Iterator
-from dataclasses import replace
-from ipaddress import ip_address
 from pathlib import Path
 
 import pytest
-from test_agent_core import CLUSTER, HOST, POD, POLICY, Bench, settle
+from test_agent_core import CLUSTER, POD, POLICY, Bench, settle
 
 from netpol_ebpf.agent.core import AUDIT_S, SEARCH_S, Settings
 from netpol_ebpf.agent.trouble import RETRY_S, Refusals
@@ -215,70 +212,6 @@ def test_services_refused_for_a_limit_come_into_force_by_no_way(bench: Bench, mo
     bench.write("late.yaml", POD.format(name="late", node="there", last=9))
     settle(agent)
     assert len(bench.node.in_force["np_vip4"].rows) == 1
-
-
-def test_node_with_more_addresses_than_room_is_told(bench: Bench) -> None:
-    """The addresses that were there stay known; the agent lives, and takes them up when there is room."""
-    agent = bench.agent()
-    wiring = bench.node.wiring
-    bench.node.in_force["np_local4"].max_entries = 2
-    many = {ip_address(f"192.0.2.{last}"): 2 for last in range(1, 4)}
-    bench.node.wiring = replace(wiring, addresses=many)
-    bench.node.news = True
-    agent.step()
-    (problem,) = agent.problems
-    assert (problem.slug, problem.severity) == ("map-full", "error")
-    assert "np_local4 has room for 2 rows; the change needs 3" in problem.message
-    bench.node.wiring = replace(wiring, addresses=dict(list(many.items())[:2]))
-    bench.node.news = True
-    agent.step()
-    assert agent.problems == []
-    assert len(bench.node.in_force["np_local4"].rows) == 2
-
-
-def test_refused_host_endpoint_leaves_the_node_s_interface_alone(bench: Bench) -> None:
-    """Its row is not in force, so neither programs nor a row that names it may come to its interface with the next news."""
-    agent = bench.agent()
-    peers = bench.node.in_force["np_addr4"]
-    peers.hard_limit = len(peers.rows)
-    bench.write("late.yaml", POD.format(name="late", node="there", last=9) + "---\n" + HOST.replace("NAME", "eth0"))
-    settle(agent)
-    assert [problem.slug for problem in agent.problems] == [MapFullError.slug]
-    bench.node.news = True
-    agent.step()
-    assert 2 not in bench.node.programs
-    assert bench.node.row(2) is None
-    bench.now_s += RETRY_S
-    agent.step()
-    assert 2 in bench.node.programs
-    row = bench.node.row(2)
-    assert row is not None
-    assert struct.pack("=I", row.number) in bench.node.in_force["np_host"].rows
-
-
-def test_host_endpoint_whose_end_was_refused_stays_in_force(bench: Bench) -> None:
-    """What was to go together with what does not fit has not gone: not at once, and not with the next news."""
-    bench.write("host.yaml", HOST.replace("NAME", "eth0"))
-    agent = bench.agent()
-    row, rows = bench.node.row(2), dict(bench.node.in_force["np_host"].rows)
-    assert row is not None
-    assert len(rows) == 1
-    peers = bench.node.in_force["np_addr4"]
-    peers.hard_limit = len(peers.rows)
-    bench.remove("host.yaml")
-    bench.write("late.yaml", POD.format(name="late", node="there", last=9))
-    settle(agent)
-    for _ in range(2):
-        after = bench.node.row(2)
-        assert after is not None
-        assert (after.number, after.flags) == (row.number, row.flags)
-        assert bench.node.in_force["np_host"].rows == rows
-        bench.node.news = True
-        agent.step()
-    bench.now_s += RETRY_S
-    agent.step()
-    assert agent.problems == []
-    assert 2 not in bench.node.programs
 
 
 def test_program_of_others_before_ours_is_a_warning_as_long_as_it_is(bench: Bench) -> None:

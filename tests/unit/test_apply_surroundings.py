@@ -91,3 +91,28 @@ def test_what_does_not_fit_changes_nothing() -> None:
     writer.write(wanted)
     assert len(maps["np_endpoint"].rows) == 2
     assert not maps["np_local4"].rows
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "wanted"),
+    [
+        ("np_local4", 1, surroundings(ip_address("192.0.2.2"))),
+        ("np_local6", 0, surroundings(OTHER)),
+        ("np_vip4", 0, surroundings(NODE, vips=(Vip(VipKey(SERVICE, 6, 443)),))),
+        ("np_vip6", 0, surroundings(NODE, vips=(Vip(VipKey(None, 6, 30_000)),))),
+        ("np_endpoint", 2, Surroundings(addresses=frozenset({NODE}), interfaces={5: 0, 6: 0})),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_the_first_write(name: str, size: int, wanted: Surroundings) -> None:
+    """Rows that go last count, and workloads' rows where they are in the same map."""
+    log: list[tuple[str, str, bytes]] = []
+    maps = memory_maps(log)
+    writer = SurroundingsWriter(maps, lambda: None)
+    writer.write(surroundings(NODE))
+    maps["np_endpoint"].put(bytes(4), bytes(maps["np_endpoint"].value_size))
+    maps[name].max_entries = size
+    log.clear()
+    for attempt in (writer.write, writer.require_room):
+        with pytest.raises(MapFullError, match=f"map {name} has room for {size} rows; the change needs {size + 1}"):
+            attempt(wanted)
+    assert log == []

@@ -276,6 +276,38 @@ def test_copies_outlive_a_restart_with_a_broken_file(tmp_path: Path) -> None:
     assert names(settled(after)) == {"one": "Remove", "two": "Upsert"}
 
 
+def test_copy_waits_for_its_file_s_turn_to_be_read(tmp_path: Path) -> None:
+    """Copies that the files before bring do not remove that of a broken file after them."""
+    copies = LastGoodCopies(tmp_path / "copies")
+    before = ManifestDirectory(tmp_path / "manifests", copies)
+    write(before, "a.yaml", pod("one"))
+    write(before, "b.yaml", pod("two"))
+    before.step()
+    write(before, "a.yaml", pod("one", "db"))
+    write(before, "b.yaml", "kind: [")
+    assert names(ManifestDirectory(before.root, copies).step()) == {"one": "Upsert", "two": "Upsert"}
+    assert copies.load("b.yaml") == pod("two")
+
+
+def test_copies_are_written_file_by_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No more than one file's text is held at a time; that of a file that cannot be written is, and nothing is tried again for it."""
+    source = ManifestDirectory(tmp_path / "manifests", LastGoodCopies(tmp_path / "copies"))
+    for number in range(4):
+        write(source, f"{number}.yaml", pod(f"p{number}"))
+    held: list[set[str]] = []
+
+    def store(_copies: LastGoodCopies, name: str, _text: str) -> None:
+        held.append(set(source._uncopied))
+        if name == "2.yaml":
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(LastGoodCopies, "store", store)
+    batch = source.step()
+    assert len(names(batch)) == 4
+    assert held == [{"0.yaml"}, {"1.yaml"}, {"2.yaml"}, {"2.yaml", "3.yaml"}]
+    assert [one.slug for one in source.problems] == ["copies"]
+
+
 def test_copies_of_files_that_went_are_forgotten(tmp_path: Path) -> None:
     """A file that went while nobody looked does not come back through its copy."""
     copies = LastGoodCopies(tmp_path / "copies")

@@ -109,9 +109,9 @@ class Derivation:
         self._related: defaultdict[tuple[str, ...], set[ResourceKey]] = defaultdict(set)
         self._derive_profile(endpoints.DEFAULT_ALLOW)
 
-    def upsert(self, resource: Resource) -> None:
-        """Add a resource, or put it in the place of the one with its key."""
-        key = key_of(resource)
+    def upsert(self, resource: Resource, key: ResourceKey | None = None) -> None:
+        """Add a resource, or put it in the place of the one with its key. ``key``: that one, of somebody who holds it too."""
+        key = key_of(resource) if key is None else key
         old = self._resources.get(key)
         self._resources[key] = resource
         self._derive(key, old, resource)

@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which interfaces have the programs, and which ought to, or ought not to, and the kernel says no.
+
+Invariant: one interface's misfortune is not another's: what fails is told and tried again, and stops nothing else.
+
+Must not decide which interfaces are to have programs.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection
+
+from netpol_ebpf.agent.node import Node
+from netpol_ebpf.errors import Location, PlatformError, Problem
+
+log = logging.getLogger(__name__)
+
+
+class Attachments:
+    """``interfaces``: those with the programs on them, as far as is known; to be read only."""
+
+    def __init__(self, node: Node) -> None:
+        self.interfaces: set[int] = set()
+        self._node = node
+        self._stuck: dict[int, Problem] = {}
+        self._stuck_before: dict[int, Problem] = {}
+
+    @property
+    def problems(self) -> Collection[Problem]:
+        """What could not be done since the round began."""
+        return self._stuck.values()
+
+    def find(self) -> None:
+        """Take note of what is attached, by whomever."""
+        self.interfaces |= self._node.attached()
+
+    def forget(self, gone: Collection[int]) -> None:
+        """These interfaces are gone, and the programs with them."""
+        self.interfaces.difference_update(gone)
+
+    def begin_round(self, present: Collection[int]) -> None:
+        """Everything that is to be done is about to be asked for again. ``present``: the interfaces there are."""
+        self.interfaces.intersection_update(present)
+        self._stuck_before, self._stuck = self._stuck, {}
+
+    def attach(self, ifindex: int, name: str, *, is_newborn: bool = False) -> None:
+        """Put the programs on an interface; where that fails, the others are served, it is told, and tried again."""
+        try:
+            is_there = self._node.attach(ifindex, is_newborn=is_newborn)
+        except PlatformError as error:
+            self._note_stuck(ifindex, f"interface {name} is open, and is to be under policy: {error.message}")
+            return
+        if is_there:
+            self.interfaces.add(ifindex)
+            log.info("interface %s is under policy", name)
+
+    def detach(self, ifindex: int, name: str) -> None:
+        """Take the programs off an interface; what fails is told, and tried again."""
+        log.info("interface %s is under policy no more: taking the programs off", name)
+        try:
+            self._node.detach(ifindex)
+        except PlatformError as error:
+            self._note_stuck(ifindex, f"interface {name} is to be under policy no more: {error.message}")
+            return
+        self.interfaces.discard(ifindex)
+
+    def _note_stuck(self, ifindex: int, message: str) -> None:
+        problem = Problem(Location(""), "", message, slug="attach")
+        if problem not in (self._stuck.get(ifindex), self._stuck_before.get(ifindex)):
+            log.error("%s", message)
+        self._stuck[ifindex] = problem

@@ -1,0 +1,228 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The node's own interfaces kept in step with host endpoints and services: their rows, their programs, and the node's addresses.
+
+`netpol_ebpf.agent.hosts` says which interfaces bear the programs, and by whose policy; here that is made so.
+
+Invariants: an own interface has its row before it has the programs, and as long, lest it be closed for want of one; the
+programs defer verdicts on services only while every exit has them; while an exit cannot have them, services are closed.
+
+Must not touch workloads' interfaces.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, field
+
+from netpol_ebpf.agent.attachments import Attachments
+from netpol_ebpf.agent.hosts import HostPlan, own_interfaces, plan_hosts
+from netpol_ebpf.agent.wiring import NOWHERE, Wiring
+from netpol_ebpf.apply.applier import Applier, Binding, KernelMap, too_small
+from netpol_ebpf.apply.encode import endpoint_key
+from netpol_ebpf.apply.surroundings import UPLINK, Surroundings, SurroundingsWriter
+from netpol_ebpf.compiler import Tables
+from netpol_ebpf.errors import Location, MapFullError, Problem
+from netpol_ebpf.policy.types import Endpoint, EndpointKey, EndpointKind, Vip, VipKey, World
+from netpol_loader import abi
+
+log = logging.getLogger(__name__)
+
+HOST_BINDING = Binding(NOWHERE, EndpointKind.HOST)
+"""Of every host endpoint that is in force: its interfaces are `HostPlan`'s matter."""
+
+
+@dataclass(frozen=True, slots=True)
+class Grounds:
+    """What decides on the node's own interfaces, as it is in force: host endpoints with their numbers, and services.
+
+    Apart from the manifests and the compiler's tables, which are ahead of it while a change is refused.
+    """
+
+    hosts: Mapping[EndpointKey, Endpoint] = field(default_factory=dict)
+    numbers: Mapping[EndpointKey, int] = field(default_factory=dict)
+    vips: Mapping[VipKey, Vip] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, world: World, tables: Tables) -> Grounds:
+        """Of the manifests, with the tables that were made of them."""
+        rows = tables.endpoints
+        hosts = {key: one for key, one in world.endpoints.items() if one.kind is EndpointKind.HOST and key in rows}
+        return cls(hosts, {key: rows[key].number for key in hosts}, dict(world.vips))
+
+    def on_the_way_to(self, after: Grounds) -> Grounds:
+        """These without the host endpoints that are about to go: interfaces do without them before they go."""
+        staying = {key: after.hosts[key] for key in self.hosts if key in after.hosts}
+        return Grounds(staying, self.numbers, after.vips)
+
+
+@dataclass(frozen=True, slots=True)
+class Beginning:
+    """What a new set of maps is filled with. ``surroundings``: at first; ``in_the_end``: when every exit has the programs."""
+
+    grounds: Grounds
+    plan: HostPlan
+    surroundings: Surroundings
+    in_the_end: Surroundings
+
+    @property
+    def bindings(self) -> dict[EndpointKey, Binding]:
+        """Of the host endpoints in force."""
+        return dict.fromkeys(self.plan.in_force, HOST_BINDING)
+
+
+class OwnInterfaces:
+    """Begins with the first set of maps (`beginning`, `take_over`); `place` and `settle` work on the one in force.
+
+    ``grounds``: what decides now; whoever changes it calls `place` or `settle`.  ``no_room``: why the maps do not say
+    what they should; ``no_exit``: why services are closed.
+    """
+
+    def __init__(self, node: str | None, attachments: Attachments) -> None:
+        """``node``: its name, None: host endpoints are known as this node's by their addresses."""
+        self.grounds = Grounds()
+        self.no_room: Problem | None = None
+        self.no_exit: Problem | None = None
+        self._node = node
+        self._attachments = attachments
+        self._plan = HostPlan()
+        self._in_force: tuple[Mapping[str, KernelMap], Applier, SurroundingsWriter] | None = None
+
+    @property
+    def interfaces(self) -> Collection[int]:
+        """Those that are to bear the programs."""
+        return self._plan.interfaces.keys()
+
+    def problems(
+        self, endpoints: Mapping[EndpointKey, Endpoint], locate: Callable[[EndpointKey], Location]
+    ) -> Iterator[Problem]:
+        """What is not in force as it is written. ``endpoints``: of the manifests."""
+        for key, message in self._plan.problems.items():
+            yield _warning(key, message, locate)
+        if self._node is None:
+            for key, endpoint in endpoints.items():
+                if endpoint.kind is EndpointKind.HOST and key not in self._plan.in_force:
+                    message = "may be of another node: the agent was not told the name of this one (--node)"
+                    yield _warning(key, message, locate)
+        if self.no_exit is not None:
+            yield self.no_exit
+
+    # --- a new set of maps ------------------------------------------------------------------------------------------
+
+    def beginning(
+        self, grounds: Grounds, wiring: Wiring, workloads: Collection[int], bearing: Collection[int]
+    ) -> Beginning:
+        """What a new set of maps is to hold. ``bearing``: the interfaces that have the programs, their own or an older set's."""
+        plan = self._planned(grounds, wiring, workloads)
+        own = own_interfaces(wiring, workloads)
+        at_first = self._known(plan, grounds, wiring, own & set(bearing))
+        in_the_end = self._known(plan, grounds, wiring, own & {*plan.interfaces, *bearing}, are_exits_known=True)
+        return Beginning(grounds, plan, at_first, in_the_end)
+
+    def take_over(
+        self, begun: Beginning, maps: Mapping[str, KernelMap], applier: Applier, surroundings: SurroundingsWriter
+    ) -> None:
+        """The maps that were filled with ``begun`` are in force, and these their writers."""
+        self.grounds, self._plan = begun.grounds, begun.plan
+        self._in_force = maps, applier, surroundings
+
+    # --- the maps in force ------------------------------------------------------------------------------------------
+
+    def require_room(self, grounds: Grounds, wiring: Wiring, workloads: Collection[int]) -> None:
+        """Raise MapFullError when the maps have no room for what is to decide."""
+        if grounds == self.grounds:
+            return
+        maps, _, surroundings = self._writers()
+        wanted = self.beginning(grounds, wiring, workloads, self._attachments.interfaces)
+        surroundings.require_room(wanted.in_the_end)
+        hosts, size = len(wanted.bindings), maps["np_host"].max_entries
+        if hosts > size:
+            raise too_small("np_host", size, hosts)
+
+    def settle(self, wiring: Wiring, workloads: Collection[int]) -> None:
+        """Make everything as it should be, or say why not. ``workloads``: interfaces of workloads, the others are own ones."""
+        try:
+            self.place(wiring, workloads)
+            for ifindex in self._attachments.interfaces - set(workloads) - self._plan.interfaces.keys():
+                self._attachments.detach(ifindex, wiring.name_of(ifindex))
+            self._write(wiring, workloads, self._plan.interfaces.keys())
+            self.no_room = None
+        except MapFullError as error:
+            message = (
+                f"what the program knows of the node's own addresses and interfaces stays as it was: {error.message}"
+            )
+            problem = Problem(Location(""), "", message, slug=error.slug)
+            if problem != self.no_room:
+                log.error("%s", message)  # noqa: TRY400 - the node's state, not this code, is to be looked at
+            self.no_room = problem
+
+    def place(self, wiring: Wiring, workloads: Collection[int]) -> None:
+        """Rows before programs, where they are wanted; takes no programs off. Raises MapFullError."""
+        (_, applier, _), attachments = self._writers(), self._attachments
+        self._plan = plan = self._planned(self.grounds, wiring, workloads)
+        for key in sorted(plan.in_force):
+            applier.bind(key, HOST_BINDING)
+        if plan.wildcard is None:
+            applier.set_wildcard(None)
+        self._write(wiring, workloads, {*plan.interfaces, *attachments.interfaces})
+        applier.set_wildcard(plan.wildcard)
+        for ifindex in plan.interfaces.keys() - attachments.interfaces:
+            attachments.attach(ifindex, wiring.name_of(ifindex))
+        for key in [key for key, one in applier.bindings.items() if one.kind is EndpointKind.HOST]:
+            if key not in plan.in_force:
+                applier.unbind(key)
+        missing = sorted(wiring.name_of(ifindex) for ifindex in plan.interfaces.keys() - attachments.interfaces)
+        self.no_exit = None
+        has_services = bool(self.grounds.vips)
+        if has_services and missing:
+            message = f"packets to services are denied while these interfaces have no program: {', '.join(missing)}"
+            self.no_exit = Problem(Location(""), "", message, slug="no-exit")
+        if has_services and not missing:
+            applier.set_flags(on=abi.NP_CONFIG_DEFER)
+        else:
+            applier.set_flags(off=abi.NP_CONFIG_DEFER)
+
+    def _writers(self) -> tuple[Mapping[str, KernelMap], Applier, SurroundingsWriter]:
+        if self._in_force is None:
+            raise AssertionError("no maps are in force")
+        return self._in_force
+
+    def _planned(self, grounds: Grounds, wiring: Wiring, workloads: Collection[int]) -> HostPlan:
+        """Which own interfaces are under policy."""
+        hosts = list(grounds.hosts.values())
+        if self._node is None:
+            hosts = [one for one in hosts if any(address in wiring.addresses for address in one.addresses)]
+        return plan_hosts(wiring, hosts, workloads, has_services=bool(grounds.vips))
+
+    def _known(
+        self,
+        plan: HostPlan,
+        grounds: Grounds,
+        wiring: Wiring,
+        bearing: Collection[int],
+        *,
+        are_exits_known: bool = False,
+    ) -> Surroundings:
+        """What the program has to know of the node. ``bearing``: the own interfaces that are to have a row.
+
+        The addresses of services only when every exit has the programs, or is known to be without: until then packets there
+        are judged like all others.
+        """
+        are_exits_known |= plan.interfaces.keys() <= self._attachments.interfaces or self.no_exit is not None
+        keys = {ifindex: plan.interfaces.get(ifindex) for ifindex in bearing}
+        return Surroundings(
+            frozenset(wiring.addresses) | wiring.broadcasts,
+            {ifindex: UPLINK if key is None else grounds.numbers[key] for ifindex, key in keys.items()},
+            tuple(grounds.vips.values()) if are_exits_known else (),
+        )
+
+    def _write(self, wiring: Wiring, workloads: Collection[int], bearing: Collection[int]) -> None:
+        """Rows of the own interfaces among those that are ``bearing``, and of no others but workloads'."""
+        _, applier, surroundings = self._writers()
+        rows = [("np_endpoint", endpoint_key(one.ifindex)) for one in applier.bindings.values()]
+        own = own_interfaces(wiring, workloads) & set(bearing)
+        surroundings.write(self._known(self._plan, self.grounds, wiring, own), keep=rows)
+
+
+def _warning(key: EndpointKey, message: str, locate: Callable[[EndpointKey], Location]) -> Problem:
+    return Problem(locate(key), "", message, obj=str(key), severity="warning", slug="host-endpoint")
