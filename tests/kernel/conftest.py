@@ -15,6 +15,7 @@ from netpol_loader.dataplane import Dataplane
 sys.path.insert(0, str(Path(__file__).parent))
 
 from map_sizes import SIZES
+from one_cpu import on_one_cpu
 from rig import Rig
 
 
@@ -30,13 +31,14 @@ def dataplane(pin_root: Path) -> Iterator[Dataplane]:
     one.remove()
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def one_cpu() -> Iterator[None]:
-    """Stay on one CPU: what the program remembers per CPU is part of what is tested."""
-    before = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, {min(before)})
-    yield
-    os.sched_setaffinity(0, before)
+    """Stay on one CPU: what the program remembers per CPU is part of what is tested.
+
+    For these files alone: agents of later tests would inherit it, and all of them compile on that CPU.
+    """
+    with on_one_cpu():
+        yield
 
 
 @pytest.fixture(scope="session")
