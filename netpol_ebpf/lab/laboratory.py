@@ -27,6 +27,7 @@ from netpol_ebpf.lab.probe import DEADLINE_S, Prober
 from netpol_ebpf.lab.topology import Batch, Host, Plan
 
 STOP_DEADLINE_S = 3.0
+RUN_DEADLINE_S = 120.0  # an agent that is run with --once compiles, which takes long on a busy machine
 GUARD_DEADLINE_S = 15.0
 TOOLS = {"ip": "iproute2", "nsenter": "util-linux"}
 _File = Union[int, IO[bytes], IO[str], None]
@@ -169,7 +170,7 @@ class Lab:
         return ["nsenter", f"--net={guard.NETNS_DIR / self.namespace_of[host]}", "--", *argv]
 
     def run(
-        self, host: str, argv: Sequence[str], *, timeout_s: float = 30.0, check: bool = True
+        self, host: str, argv: Sequence[str], *, timeout_s: float = RUN_DEADLINE_S, check: bool = True
     ) -> subprocess.CompletedProcess[str]:
         """Run a command inside a host to its end. Raises CalledProcessError (with ``check``) or TimeoutExpired."""
         return subprocess.run(

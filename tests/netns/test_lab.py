@@ -101,7 +101,7 @@ def test_silence_is_reported_and_an_open_connection_notices_it(lab: Lab) -> None
     try:
         assert [result.outcome for result in lab.attempt(attempts)] == [Outcome.SILENT] * 3
         assert not held.exchange()
-        assert lab.prober.hold(attempts[0]) is None
+        assert lab.prober.hold(attempts[0], 0.4) is None
     finally:
         lab.run("node", ["ip", "rule", "del", "pref", "10"])
     assert [result.outcome for result in lab.attempt(attempts)] == [Outcome.REACHED] * 3
