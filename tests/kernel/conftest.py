@@ -31,16 +31,6 @@ def dataplane(pin_root: Path) -> Iterator[Dataplane]:
     one.remove()
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_cpu() -> Iterator[None]:
-    """Stay on one CPU: what the program remembers per CPU is part of what is tested.
-
-    For these files alone: agents of later tests would inherit it, and all of them compile on that CPU.
-    """
-    with on_one_cpu():
-        yield
-
-
 @pytest.fixture(scope="session")
 def loaded_rig(dataplane: Dataplane) -> Iterator[Rig]:
     rig = Rig(dataplane)
@@ -49,6 +39,11 @@ def loaded_rig(dataplane: Dataplane) -> Iterator[Rig]:
 
 
 @pytest.fixture
-def rig(loaded_rig: Rig) -> Rig:
-    loaded_rig.reset()
-    return loaded_rig
+def rig(loaded_rig: Rig) -> Iterator[Rig]:
+    """An empty dataplane, and one CPU: what the program remembers per CPU is part of what is tested.
+
+    Only for as long as the test lasts: agents and compilers of other tests would inherit it, and wait for each other.
+    """
+    with on_one_cpu():
+        loaded_rig.reset()
+        yield loaded_rig
