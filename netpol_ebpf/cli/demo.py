@@ -37,7 +37,7 @@ from netpol_ebpf.policy.types import Cause
 from netpol_ebpf.resources.load import load_paths
 from netpol_ebpf.resources.types import KubernetesNetworkPolicy, Resource
 
-READY_DEADLINE_S = 30.0
+READY_DEADLINE_S = 120.0  # seconds, on a quiet machine; a busy one may compile for half a minute
 CHANGE_DEADLINE_S = 10.0
 CHANGE_ATTEMPT_S = 0.1  # how long silence is waited for while a change is awaited
 POLL_S = 0.02

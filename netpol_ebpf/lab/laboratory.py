@@ -15,6 +15,7 @@ import secrets
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -27,6 +28,9 @@ from netpol_ebpf.lab.probe import DEADLINE_S, Prober
 from netpol_ebpf.lab.topology import Batch, Host, Plan
 
 STOP_DEADLINE_S = 3.0
+LINKS_DEADLINE_S = 30.0
+POLL_S = 0.02
+RUN_DEADLINE_S = 120.0  # an agent that is run with --once compiles, which takes long on a busy machine
 GUARD_DEADLINE_S = 15.0
 TOOLS = {"ip": "iproute2", "nsenter": "util-linux"}
 _File = Union[int, IO[bytes], IO[str], None]
@@ -99,8 +103,26 @@ class Lab:
             self._prober.write_settings(host.name, SETTINGS_ALL + router)
         for batch in self.plan.render_batches(self.namespace_of):
             self._run_batch(batch)
+        self._await_links()
         for host in self.plan.hosts.values():
             self._prober.listen(host.name, host.addresses, host.listens)
+
+    def _await_links(self) -> None:
+        """Wait until every interface sends.
+
+        One whose peer comes up later starts to send when a worker of the kernel has taken notice, which takes a while when
+        others create and remove namespaces; until then it drops everything without a word.
+        """
+        deadline = time.monotonic() + LINKS_DEADLINE_S
+        for host in self.plan.hosts:
+            while silent := [
+                link["ifname"]
+                for link in json.loads(self.run(host, ["ip", "-json", "link", "show"]).stdout)
+                if link["ifname"] != "lo" and link["operstate"] != "UP"
+            ]:
+                if time.monotonic() > deadline:
+                    raise PlatformError(f"lab: interfaces of {host} are not in operation: {', '.join(silent)}")
+                time.sleep(POLL_S)
 
     def _run_batch(self, batch: Batch) -> None:
         # A batch applies one family option to all its lines, so neighbouring lines of one family go together.
@@ -169,7 +191,7 @@ class Lab:
         return ["nsenter", f"--net={guard.NETNS_DIR / self.namespace_of[host]}", "--", *argv]
 
     def run(
-        self, host: str, argv: Sequence[str], *, timeout_s: float = 30.0, check: bool = True
+        self, host: str, argv: Sequence[str], *, timeout_s: float = RUN_DEADLINE_S, check: bool = True
     ) -> subprocess.CompletedProcess[str]:
         """Run a command inside a host to its end. Raises CalledProcessError (with ``check``) or TimeoutExpired."""
         return subprocess.run(

@@ -34,6 +34,7 @@ T = TypeVar("T")
 SETTINGS_DIR = Path("/proc/sys/net")
 CLONE_NEWNET = 0x40000000  # linux/sched.h; os.setns comes with Python 3.12
 DEADLINE_S = 0.4
+HOLD_DEADLINE_S = 5.0  # to open a connection that is expected to open: silence proves nothing here
 RESENDS = 4  # datagrams per deadline: one lost on a busy machine is no denial
 JOIN_DEADLINE_S = 5.0
 ANSWER_DEADLINE_S = 120.0  # for a whole batch; only a bug exceeds it
@@ -131,7 +132,7 @@ class Prober:
                 results[place] = result
         return results
 
-    def hold(self, attempt: Attempt, deadline_s: float = DEADLINE_S) -> Held | None:
+    def hold(self, attempt: Attempt, deadline_s: float = HOLD_DEADLINE_S) -> Held | None:
         """Open a TCP connection and keep it; None when it cannot be opened before the deadline."""
         return self.call(self._hold(attempt, deadline_s))
 

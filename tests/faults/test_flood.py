@@ -3,13 +3,13 @@
 
 from __future__ import annotations
 
-import os
 import struct
 from collections.abc import Iterator
 from ipaddress import ip_address
 from pathlib import Path
 
 import pytest
+from one_cpu import on_one_cpu
 from packets import ACK, SYN, TCP, frame, tcp
 from rig import ALLOW, DENY, ELSEWHERE, POD4, POD6, Rig, everything
 
@@ -43,12 +43,10 @@ def dataplane(pin_root: Path) -> Iterator[Dataplane]:
 
 @pytest.fixture(scope="module")
 def loaded_rig(dataplane: Dataplane) -> Iterator[Rig]:
-    before = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, {min(before)})  # what the program remembers per CPU is part of it
-    rig = Rig(dataplane)
-    yield rig
-    rig.reader.close()
-    os.sched_setaffinity(0, before)
+    with on_one_cpu():
+        rig = Rig(dataplane)
+        yield rig
+        rig.reader.close()
 
 
 @pytest.fixture

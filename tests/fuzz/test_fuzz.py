@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from harness import SIZES, Difference, Episode, Harness, Keep, Policies, TimedOut, episode, policy, reference_endpoint
 from machine import Machine, Outcome, State, Stimulus
+from one_cpu import on_one_cpu
 from regressions import REGRESSIONS, Regression, out
 
 from netpol_loader.dataplane import Dataplane
@@ -27,14 +28,12 @@ EPISODES = int(os.environ.get("NETPOL_FUZZ_EPISODES", "96"))
 @pytest.fixture(scope="module")
 def harness() -> Iterator[Harness]:
     """One dataplane for all; on one CPU, since what the program remembers per CPU is part of it."""
-    before = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, {min(before)})
-    dataplane = Dataplane.open(Path(f"/sys/fs/bpf/netpol-fuzz-test-{os.getpid()}"), sizes=SIZES)
-    one = Harness(dataplane)
-    yield one
-    one.close()
-    dataplane.remove()
-    os.sched_setaffinity(0, before)
+    with on_one_cpu():
+        dataplane = Dataplane.open(Path(f"/sys/fs/bpf/netpol-fuzz-test-{os.getpid()}"), sizes=SIZES)
+        one = Harness(dataplane)
+        yield one
+        one.close()
+        dataplane.remove()
 
 
 @pytest.mark.parametrize("regression", REGRESSIONS, ids=lambda one: one.name)

@@ -15,6 +15,7 @@ from netpol_loader.dataplane import Dataplane
 sys.path.insert(0, str(Path(__file__).parent))
 
 from map_sizes import SIZES
+from one_cpu import on_one_cpu
 from rig import Rig
 
 
@@ -30,15 +31,6 @@ def dataplane(pin_root: Path) -> Iterator[Dataplane]:
     one.remove()
 
 
-@pytest.fixture(scope="session", autouse=True)
-def one_cpu() -> Iterator[None]:
-    """Stay on one CPU: what the program remembers per CPU is part of what is tested."""
-    before = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, {min(before)})
-    yield
-    os.sched_setaffinity(0, before)
-
-
 @pytest.fixture(scope="session")
 def loaded_rig(dataplane: Dataplane) -> Iterator[Rig]:
     rig = Rig(dataplane)
@@ -47,6 +39,11 @@ def loaded_rig(dataplane: Dataplane) -> Iterator[Rig]:
 
 
 @pytest.fixture
-def rig(loaded_rig: Rig) -> Rig:
-    loaded_rig.reset()
-    return loaded_rig
+def rig(loaded_rig: Rig) -> Iterator[Rig]:
+    """An empty dataplane, and one CPU: what the program remembers per CPU is part of what is tested.
+
+    Only for as long as the test lasts: agents and compilers of other tests would inherit it, and wait for each other.
+    """
+    with on_one_cpu():
+        loaded_rig.reset()
+        yield loaded_rig

@@ -9,12 +9,13 @@ import os
 import shutil
 import socket
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from ipaddress import ip_address
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import pyroute2
 import pytest
@@ -34,6 +35,8 @@ pytestmark = [pytest.mark.kernel, pytest.mark.netns]
 T = TypeVar("T")
 NODE4, POD4 = "10.99.0.1", "10.99.0.2"
 NODE6, POD6 = "fd99::1", "fd99::2"
+DEADLINE_S = 30.0
+"""For what takes milliseconds."""
 
 
 def run(*command: str) -> str:
@@ -82,6 +85,17 @@ class Pair:
                 return False
 
 
+def await_link(namespace: str, name: str) -> dict[str, Any]:
+    """An interface, once the kernel has taken notice of its peer: what it is given before is dropped."""
+    deadline = time.monotonic() + DEADLINE_S
+    while time.monotonic() < deadline:
+        (link,) = json.loads(run("ip", "-j", "-n", namespace, "link", "show", name))
+        if link["operstate"] == "UP":
+            return dict(link)
+        time.sleep(0.02)
+    raise AssertionError(f"{name} is not in operation within {DEADLINE_S:.0f} s")
+
+
 @pytest.fixture
 def pair() -> Iterator[Pair]:
     node, pod = f"npn{os.getpid()}", f"npp{os.getpid()}"
@@ -93,8 +107,7 @@ def pair() -> Iterator[Pair]:
             run("ip", "-n", name, "link", "set", device, "up")
             run("ip", "-n", name, "addr", "add", f"{addresses[0]}/24", "dev", device)
             run("ip", "-n", name, "addr", "add", f"{addresses[1]}/64", "dev", device, "nodad")
-        index = json.loads(run("ip", "-j", "-n", node, "link", "show", "v0"))[0]["ifindex"]
-        yield Pair(node, pod, index)
+        yield Pair(node, pod, await_link(node, "v0")["ifindex"])
     finally:
         for name in (node, pod):
             subprocess.run(["ip", "netns", "del", name], check=False, capture_output=True)

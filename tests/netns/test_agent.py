@@ -137,11 +137,11 @@ def test_change_takes_effect_live_and_cuts_what_it_revokes(scene: Scene) -> None
     revoked, kept = scene.lab.prober.hold(to_db("shop/other")), scene.lab.prober.hold(to_db("shop/web"))
     assert revoked is not None
     assert kept is not None
-    assert revoked.exchange()
+    assert revoked.exchange(5.0)
     (scene.manifests / "other.yaml").unlink()
     scene.await_reached(to_db("shop/other"), expected=False)
     assert not revoked.exchange()
-    assert kept.exchange()
+    assert kept.exchange(5.0)
     for one in (revoked, kept):
         one.close()
 
@@ -196,7 +196,7 @@ def test_killed_agent_is_followed_by_one_that_takes_over_unnoticed(scene: Scene)
     assert held is not None
     scene.kill()
     assert scene.reached(to_db("shop/web"), to_db("shop/other")) == [True, False]
-    assert held.exchange()
+    assert held.exchange(5.0)
 
     wrong: list[str] = []
     tried = 0
@@ -205,7 +205,9 @@ def test_killed_agent_is_followed_by_one_that_takes_over_unnoticed(scene: Scene)
     def keep_trying() -> None:
         nonlocal tried
         while not done.is_set():
-            allowed, denied = scene.lab.attempt([to_db("shop/web"), to_db("shop/other")], deadline_s=0.2)
+            # What is to be reached may take long on a busy machine; what is not has to stay so.
+            (allowed,) = scene.lab.attempt([to_db("shop/web")], deadline_s=5.0)
+            (denied,) = scene.lab.attempt([to_db("shop/other")], deadline_s=0.1, rounds=1)
             tried += 1
             if not allowed.reached or denied.reached:
                 wrong.append(f"{allowed}, {denied}")
@@ -220,7 +222,7 @@ def test_killed_agent_is_followed_by_one_that_takes_over_unnoticed(scene: Scene)
         done.set()
         thread.join()
     assert wrong == []
-    assert held.exchange()
+    assert held.exchange(5.0)
     held.close()
     numbers = [{one["endpoint"]: one["number"] for one in state["endpoints"]} for state in (before, after)]
     assert numbers[0] == numbers[1]
@@ -235,10 +237,10 @@ def test_change_while_nobody_looks_is_taken_up_by_the_next_agent(scene: Scene) -
     assert kept is not None
     scene.kill()
     (scene.manifests / "other.yaml").unlink()
-    assert revoked.exchange()
+    assert revoked.exchange(5.0)
     scene.start()
     assert not revoked.exchange()
-    assert kept.exchange()
+    assert kept.exchange(5.0)
     assert scene.reached(to_db("shop/other"), to_db("shop/web")) == [False, True]
     for one in (revoked, kept):
         one.close()

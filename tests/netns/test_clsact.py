@@ -112,7 +112,7 @@ def test_open_connection_is_cut_and_another_outlives_the_agent(scene: Scene) -> 
     assert scene.reached(to("db"), to("other"), to("far")) == [True, False, False]
     scene.start()
     assert scene.reached(to("db"), to("other"), to("far")) == [True, False, False]
-    assert kept.exchange()
+    assert kept.exchange(5.0)
     assert filters(scene) == {name: set(HOOKS) for name in interfaces(scene)}
     for one in (lost, kept):
         one.close()

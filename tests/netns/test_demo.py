@@ -9,6 +9,8 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -23,13 +25,20 @@ COMMAND = [sys.executable, "-m", "netpol_ebpf.cli.main", "demo"]
 DEADLINE_S = 120.0
 
 
+@pytest.fixture
+def temporary() -> Iterator[Path]:
+    """A directory with a short name: the agent's socket lies deep in it, and the kernel takes 107 bytes for its path."""
+    with tempfile.TemporaryDirectory(prefix="np-") as name:
+        yield Path(name)
+
+
 def left_behind(token: str, pins: str, temporary: Path) -> list[str]:
     """What is still there of one performance: namespaces, pins, copies."""
     places = [*NETNS_DIR.glob(f"{token}-*"), *PIN_PARENT.glob(Path(pins).name), *temporary.iterdir()]
     return [str(path) for path in places]
 
 
-def test_everything_is_as_the_model_predicts(tmp_path: Path) -> None:
+def test_everything_is_as_the_model_predicts(temporary: Path) -> None:
     """Four matrices of real connections, one denial explained, one change made live; then nothing is left."""
     done = subprocess.run(
         [*COMMAND, "--no-iperf", "-o", "json"],
@@ -37,7 +46,7 @@ def test_everything_is_as_the_model_predicts(tmp_path: Path) -> None:
         capture_output=True,
         text=True,
         timeout=DEADLINE_S,
-        env={**os.environ, "TMPDIR": str(tmp_path)},
+        env={**os.environ, "TMPDIR": str(temporary)},
     )
     assert done.returncode == 0, done.stdout + done.stderr
     summary = json.loads(done.stdout)
@@ -58,18 +67,18 @@ def test_everything_is_as_the_model_predicts(tmp_path: Path) -> None:
     assert summary["explained"]["rule"].startswith("default|end of tier|egress|")
     assert summary["explained"]["policies"]["shop/front-end"] == "front-end.yaml:3"
     assert any('"name": "' in line for line in summary["map"])
-    assert left_behind(summary["laboratory"], summary["pins"], tmp_path) == []
+    assert left_behind(summary["laboratory"], summary["pins"], temporary) == []
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_interrupted_it_leaves_nothing(number: signal.Signals, tmp_path: Path) -> None:
+def test_interrupted_it_leaves_nothing(number: signal.Signals, temporary: Path) -> None:
     """Ended while the agent is at work, it removes all the same and says so with its exit code."""
     with subprocess.Popen(
         [*COMMAND, "--no-iperf"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, "TMPDIR": str(tmp_path)},
+        env={**os.environ, "TMPDIR": str(temporary)},
     ) as demo:
         assert demo.stdout is not None
         shown = ""
@@ -82,13 +91,13 @@ def test_interrupted_it_leaves_nothing(number: signal.Signals, tmp_path: Path) -
     assert demo.returncode == 130, shown + errors
     named = re.search(r"names begin with (np\w+); maps will be pinned in (\S+)", shown)
     assert named is not None
-    assert left_behind(named[1], named[2], tmp_path) == []
+    assert left_behind(named[1], named[2], temporary) == []
 
 
-def test_it_notices_when_nothing_is_enforced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_notices_when_nothing_is_enforced(temporary: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without an agent every connection that should be denied is named, and the performance has failed."""
     monkeypatch.setattr(Demo, "_start_agent", lambda _: 0.0)
-    workshop = tmp_path / "workshop"
+    workshop = temporary / "workshop"
     (workshop / "manifests").mkdir(parents=True)
     for path in shop.manifests_dir().iterdir():
         (workshop / "manifests" / path.name).write_text(path.read_text())
@@ -99,7 +108,7 @@ def test_it_notices_when_nothing_is_enforced(tmp_path: Path, monkeypatch: pytest
     assert not demo.summary["ok"]
     named = demo.summary["after"]["mismatches"]
     assert "shop/front-end to 10.244.1.12 protocol 6 port 5432: reached, expected silent" in named
-    assert left_behind(demo.lab.token, str(demo.pins), tmp_path) == []
+    assert left_behind(demo.lab.token, str(demo.pins), temporary) == []
 
 
 def test_without_root_it_says_so() -> None:

@@ -195,7 +195,7 @@ def test_deny_all_never_cuts_ssh(scene: Scene) -> None:
     scene.write("deny.yaml", DENY_ALL)
     scene.await_reached(to_node(WEB), expected=False)
     settle(scene, policies=1)
-    assert held.exchange()
+    assert held.exchange(5.0)
     assert scene.reached(to_node(SSH), to_node(SSH, 6), from_node()) == [True, True, False]
     held.close()
 

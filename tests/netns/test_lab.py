@@ -77,7 +77,7 @@ def test_everybody_reaches_everybody_when_nothing_is_enforced(lab: Lab) -> None:
         for address in target.addresses
         for protocol, port in [(TCP, 80), (UDP, 53), (ICMP if address.version == 4 else ICMPV6, 0)]
     ]
-    assert [result for result in lab.attempt(attempts) if not result.reached] == []
+    assert [result for result in lab.attempt(attempts, deadline_s=5.0) if not result.reached] == []
 
 
 def test_a_closed_port_is_refused_and_a_missing_address_unreachable(lab: Lab) -> None:
@@ -87,7 +87,7 @@ def test_a_closed_port_is_refused_and_a_missing_address_unreachable(lab: Lab) ->
         Attempt("shop/b", A4, UDP, 81),
         Attempt("shop/b", ip_address("10.244.1.99"), TCP, 80),
     ]
-    outcomes = [result.outcome for result in lab.attempt(attempts)]
+    outcomes = [result.outcome for result in lab.attempt(attempts, deadline_s=5.0)]
     assert outcomes == [Outcome.REFUSED, Outcome.REFUSED, Outcome.UNREACHABLE]
 
 
@@ -101,7 +101,7 @@ def test_silence_is_reported_and_an_open_connection_notices_it(lab: Lab) -> None
     try:
         assert [result.outcome for result in lab.attempt(attempts)] == [Outcome.SILENT] * 3
         assert not held.exchange()
-        assert lab.prober.hold(attempts[0]) is None
+        assert lab.prober.hold(attempts[0], 0.4) is None
     finally:
         lab.run("node", ["ip", "rule", "del", "pref", "10"])
     assert [result.outcome for result in lab.attempt(attempts)] == [Outcome.REACHED] * 3

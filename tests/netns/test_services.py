@@ -239,10 +239,10 @@ def test_open_connection_through_a_service_is_cut_when_policy_revokes_it(scene: 
     lost, kept = (scene.lab.prober.hold(to(name)) for name in ("far", "db"))
     assert lost is not None
     assert kept is not None
-    assert lost.exchange()
+    assert lost.exchange(5.0)
     scene.write("web.yaml", WEB_EGRESS)
     wait_for(lambda: not lost.exchange(), "the connection is cut")
-    assert kept.exchange()
+    assert kept.exchange(5.0)
     for one in (lost, kept):
         one.close()
 
@@ -266,5 +266,5 @@ def test_killed_agent_leaves_services_judged(scene: Scene) -> None:
     assert scene.reached(to("db"), to("other"), to("far")) == [True, False, False]
     scene.start()
     assert scene.reached(to("db"), to("other"), to("far")) == [True, False, False]
-    assert held.exchange()
+    assert held.exchange(5.0)
     held.close()
