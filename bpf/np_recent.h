@@ -24,16 +24,18 @@ struct np_plain {
     __u32 protocol;
 };
 
+// Where a packet's connection is remembered.  What goes from a workload to another of the node passes two hooks on one
+// CPU: their slots lie side by side.
 NP_INLINE struct np_recent_fact *np_recent_slot(const __u32 *source, const __u32 *destination, __u32 ports_be,
-                                                const int version)
+                                                const int hook, const int version)
 {
     __u64 mixed = (__u64)(source[0] ^ ports_be) << 32 | (destination[0] ^ ports_be);
     if (version == 4) {
-        struct np_recent4 *slot = np_recent4_lookup(np_hash(mixed));
+        struct np_recent4 *slot = np_recent4_lookup(np_hash(mixed) ^ (__u32)hook);
         return slot ? &slot->fact : 0;
     }
     mixed ^= (__u64)(source[3] ^ source[1]) << 32 | (destination[3] ^ destination[1]);
-    struct np_recent6 *slot = np_recent6_lookup(np_hash(mixed));
+    struct np_recent6 *slot = np_recent6_lookup(np_hash(mixed) ^ (__u32)hook);
     return slot ? &slot->fact : 0;
 }
 
@@ -57,7 +59,7 @@ NP_INLINE void np_recent_store(const struct np_flow *flow, const __u32 *source, 
 {
     __u32 ports_be;
     __builtin_memcpy(&ports_be, &ports, sizeof(ports_be));
-    struct np_recent_fact *fact = np_recent_slot(source, destination, ports_be, version);
+    struct np_recent_fact *fact = np_recent_slot(source, destination, ports_be, hook, version);
     if (!fact)
         return;
     const int words = version == 4 ? 1 : 4;
@@ -118,7 +120,7 @@ NP_INLINE int np_plain_l4(const struct np_tcp_header *tcp, __u8 protocol, __u32 
 NP_INLINE int np_short_pass(struct __sk_buff *skb, const struct np_config *config, const struct np_plain *plain,
                             const __u32 *source, const __u32 *destination, const int hook, const int version)
 {
-    struct np_recent_fact *fact = np_recent_slot(source, destination, plain->ports_be, version);
+    struct np_recent_fact *fact = np_recent_slot(source, destination, plain->ports_be, hook, version);
     if (!fact)
         return NP_LONG_WAY;
     __u64 other = np_recent_other(fact, source, version) | (fact->ports_be ^ plain->ports_be) |

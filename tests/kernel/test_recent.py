@@ -136,6 +136,17 @@ def test_both_directions_are_at_hand_once_a_connection_is_open(rig: Rig, pod: st
     assert rig.into(p.frame(peer, pod, protocol, segment(80, 1000, p.ACK) + bytes(16))).rules == {12: 1}
 
 
+@FAMILIES
+def test_two_hooks_remember_one_packet(rig: Rig, pod: str, peer: str) -> None:
+    """A packet from one workload of the node to another passes two hooks on one CPU: neither takes the other's slot."""
+    rig.pod(everything(INGRESS, ALLOW, 11), everything(EGRESS, ALLOW, 12))
+    packet = p.frame(pod, peer, p.UDP, p.udp(1000, 53) + bytes(16))
+    for _ in range(2):
+        rig.out(packet)
+        rig.into(packet)
+    assert {(row.hook, row.rule) for row in rows(rig)} == {(0, 12), (1, 11)}
+
+
 def test_reset_is_no_answer_that_opens(rig: Rig) -> None:
     """A refused connection is not at hand afterwards."""
     rig.pod(everything(INGRESS, DENY, 11), everything(EGRESS, ALLOW, 12))
