@@ -81,7 +81,7 @@ PASSED = (-1, 0)
 DENIED_PORT = 9
 FIRST_CIDR = int(IPv4Address("172.16.0.0"))
 MAP_SIZES = {"np_event": 1 << 22, "np_addr4": 1 << 18, "np_cidr4": 1 << 18, "np_verdict": 1 << 20, "np_l4_col": 1 << 16}
-STATE_MAPS = ("np_conn", "np_young", "np_frag", "np_recent", "np_near", "np_event")
+STATE_MAPS = ("np_conn", "np_young", "np_secret", "np_frag", "np_recent", "np_near", "np_event")
 """Maps that hold what happened, not policy: their size is chosen once and does not grow with the cluster."""
 
 
@@ -226,9 +226,7 @@ class Node:
         return {
             "kernel memory": sum(size for name, size in accounted.items() if not name.startswith(STATE_MAPS)),
             "rows": _rows_bytes(tables, self.dataplane.maps),
-            "connection tables": sum(
-                size for name, size in accounted.items() if name.startswith(("np_conn4", "np_young4"))
-            ),
+            "connection tables": accounted["np_conn4"],
         }
 
 

@@ -12,13 +12,13 @@
 // Each step returns why the packet passes or is dropped (enum np_reason), or NP_REASON_NONE: the next step decides.
 //
 // Invariants.  Whatever is not understood is dropped, and counted under a reason.  A verdict carries the rule of the
-// table entry that decided.  A packet of an open connection costs at most one hash look-up after parsing, and no time
-// call.
+// table entry that decided.  A packet of an open connection costs at most one look-up in the table of connections after
+// parsing, and no time call.
 //
 // Files, in the order of use: np_lang (words), np_abi (what is shared), np_maps (tables), np_parse, np_flow (what the
 // steps tell each other), np_count, np_event, np_bucket (addresses and classes), np_endpoint (whose), np_classify (one
-// policy), np_judge (which policies), np_conn, np_service (what is judged elsewhere), np_fragment, np_recent (the short
-// way).
+// policy), np_judge (which policies), np_table (connections), np_conn, np_service (what is judged elsewhere),
+// np_fragment, np_recent (the short way).
 
 #include "np_lang.h"
 #include "np_abi.h"
@@ -29,6 +29,7 @@
 #include "np_event.h"
 #include "np_endpoint.h"
 #include "np_classify.h"
+#include "np_table.h"
 #include "np_conn.h"
 #include "np_judge.h"
 #include "np_service.h"
@@ -251,20 +252,20 @@ NP_INLINE int np_ip_again(struct np_flow *flow, struct np_conn *conn)
 
 // A packet of a known connection that is allowed under this generation.
 NP_INLINE int np_ip_known(struct __sk_buff *skb, struct np_flow *flow, union np_conn_key *key,
-                          const struct np_found *found, struct np_conn *conn, const int hook, const int version)
+                          const struct np_found *found, struct np_slot *slot, const int hook, const int version)
 {
     const struct np_packet *packet = flow->packet;
+    struct np_conn *conn = slot->conn;
     __u32 carries = conn->flags & NP_CONN_CARRIES ? flow->leg->endpoint : 0;
-    conn->generation = flow->generation;
+    if (conn->generation != flow->generation)
+        conn->generation = flow->generation;
     flow->decision->rule = conn->rule;
     if (conn->flags & NP_CONN_CARRIES && !flow->leg->reply)
         flow->leg->ends = np_carry(skb, flow->config, flow->leg->endpoint);
     if (flow->leg->related)
         return NP_REASON_RELATED;
-    int reason = np_conn_advance(flow, key, conn, found, version);
-    if (reason)
-        return reason;
-    if (found->is_young && flow->leg->reply && !(packet->tcp_flags & NP_TCP_RST)) { // it is in np_conn from now on
+    np_conn_advance(flow, key, slot, found, version);
+    if (found->is_young && flow->leg->reply && !(packet->tcp_flags & NP_TCP_RST)) { // it is open from now on
         np_recent_fill(flow, flow->decision->rule, 0, hook, version);
         np_recent_fill_other(flow, flow->decision->rule, carries, hook, version);
     } else if (found->is_young && packet->protocol == NP_PROTOCOL_UDP && packet->fragment == NP_FRAGMENT_WHOLE) {
@@ -274,8 +275,8 @@ NP_INLINE int np_ip_known(struct __sk_buff *skb, struct np_flow *flow, union np_
 }
 
 // The first packet of a flow that was allowed.
-NP_INLINE int np_ip_new(struct __sk_buff *skb, struct np_flow *flow, union np_conn_key *key,
-                        const struct np_found *found, __u8 kind, const int version)
+NP_INLINE int np_ip_new(struct __sk_buff *skb, struct np_flow *flow, union np_conn_key *key, __u8 kind,
+                        const int version)
 {
     const struct np_packet *packet = flow->packet;
     int reason = flow->decision->reason;
@@ -292,7 +293,7 @@ NP_INLINE int np_ip_new(struct __sk_buff *skb, struct np_flow *flow, union np_co
         return reason;
     if (!np_conn_opens(flow))
         return reason;
-    int failed = np_conn_open(flow, key, found, 0, flags, version);
+    int failed = np_conn_open(flow, key, 0, flags, version);
     return failed ? failed : reason;
 }
 
@@ -303,9 +304,9 @@ NP_INLINE int np_asks_for_address(const struct np_flow *flow, const int version)
            np_is_dhcp_request(flow->packet, version);
 }
 
-// Everything but a packet in the middle of an open connection.  `open`: what np_conn holds under the packet's key.
-NP_INLINE int np_ip_slow(struct __sk_buff *skb, struct np_flow *flow, union np_conn_key *key, struct np_conn *open,
-                         struct np_work *work, const int hook, const int version)
+// Everything but a packet in the middle of an open connection.
+NP_INLINE int np_ip_slow(struct __sk_buff *skb, struct np_flow *flow, union np_conn_key *key, struct np_work *work,
+                         const int hook, const int version)
 {
     const struct np_packet *packet = flow->packet;
     struct np_question *question = &work->questions[NP_QUESTION_WIRE];
@@ -326,9 +327,10 @@ NP_INLINE int np_ip_slow(struct __sk_buff *skb, struct np_flow *flow, union np_c
             flow->packet->icmp_kind = NP_ICMP_PLAIN; // a message like any other
     }
     np_barrier();
-    if (packet->special)
-        open = np_conn_first(key, packet, version);
-    struct np_conn *conn = np_conn_find(found, key, open, flow, version);
+    if (leg->related)
+        np_slot_seek(flow, key, version);
+    struct np_slot slot = np_conn_find(found, key, flow, version);
+    struct np_conn *conn = slot.conn;
     if (leg->related && !conn)
         return NP_REASON_ICMP_UNRELATED;
     if (!conn && np_asks_for_address(flow, version))
@@ -354,7 +356,8 @@ NP_INLINE int np_ip_slow(struct __sk_buff *skb, struct np_flow *flow, union np_c
         np_barrier();
         conn = 0;
         if (found->is_known) {
-            conn = np_conn_again(found, key, version);
+            slot = np_conn_again(flow, found, key, version);
+            conn = slot.conn;
             if (conn) {
                 int reason = np_ip_again(flow, conn);
                 if (reason)
@@ -365,9 +368,9 @@ NP_INLINE int np_ip_slow(struct __sk_buff *skb, struct np_flow *flow, union np_c
 
     int reason = flow->decision->reason;
     if (conn)
-        reason = np_ip_known(skb, flow, key, found, conn, hook, version);
+        reason = np_ip_known(skb, flow, key, found, &slot, hook, version);
     else if (flow->decision->action != NP_ACTION_DENY)
-        reason = np_ip_new(skb, flow, key, found, leg->kind, version);
+        reason = np_ip_new(skb, flow, key, leg->kind, version);
     // Errors fit into one packet; the rest of one would be taken for its beginning.
     if (packet->fragment == NP_FRAGMENT_FIRST && reason < NP_REASON_POLICY_DENY && !is_error) {
         int failed = np_fragment_remember(flow, version);
@@ -437,13 +440,15 @@ NP_INLINE int np_ip(struct __sk_buff *skb, const struct np_bytes *bytes, struct 
     }
 
     union np_conn_key *key = &work->key;
-    struct np_conn *open = 0;
     np_conn_key_of(key, flow, version);
+    if (NP_LIKELY(!np_conn_is_initial(packet)))
+        np_slot_seek(flow, key, version);
     if (NP_LIKELY(!packet->special)) {
-        open = np_conn_lookup(key, version);
+        struct np_slot slot = np_slot_find(flow, key, 0, version);
+        struct np_conn *open = slot.conn;
         if (NP_LIKELY(open && open->generation == flow->generation && np_conn_is_alive(open, flow))) {
             int carries = open->flags & NP_CONN_CARRIES && open->direction == flow->leg->direction;
-            np_conn_touch(open, flow);
+            np_conn_touch(&slot, flow);
             np_recent_fill(flow, open->rule, carries ? flow->leg->endpoint : 0, hook, version);
             if (NP_UNLIKELY(carries))
                 flow->leg->ends = np_carry(skb, flow->config, flow->leg->endpoint);
@@ -451,7 +456,7 @@ NP_INLINE int np_ip(struct __sk_buff *skb, const struct np_bytes *bytes, struct 
             return NP_REASON_ESTABLISHED;
         }
     }
-    return np_ip_slow(skb, flow, key, open, work, hook, version);
+    return np_ip_slow(skb, flow, key, work, hook, version);
 }
 
 // Neither IP nor ARP: nothing that a workload may send or get; a host interface may.

@@ -12,7 +12,7 @@
 
 #include <linux/types.h>
 
-#define NP_SCHEMA_VERSION 4 // part of the pin directory's name
+#define NP_SCHEMA_VERSION 5 // part of the pin directory's name
 
 // --- limits ----------------------------------------------------------------------------------------------------------
 
@@ -39,6 +39,9 @@
 #define NP_BUCKET_MORE 128 // flag of a bucket: further rows of it are in a hash
 #define NP_LINE_CLASSES 24 // identities of a line
 #define NP_CLASS_NONE 65535 // no class
+
+#define NP_CONN_WAYS 8 // connections of a bucket; their tags fill a cache line
+#define NP_HASH_WORDS 12 // random numbers of the connections' hash: one for each word of the longest key, and one
 
 #define NP_HOST_SETS 8 // policy sets of a host endpoint: stage * 2 + direction
 #define NP_SCRATCH_WORDS 64 // working memory of one packet, in units of 8 bytes
@@ -114,6 +117,14 @@ enum np_conn_flag {
     NP_CONN_CARRIES = 32, // deferred, and nothing before policy where it leaves has allowed it for good
 };
 
+// How little is lost with a connection; in the low bits of its tag.
+enum np_rank {
+    NP_RANK_NONE = 0, // no connection: being written until the tag's time, then free
+    NP_RANK_CLOSED = 1, // FIN from both sides, or RST
+    NP_RANK_YOUNG = 2, // no reply was seen yet
+    NP_RANK_OPEN = 3, // both sides were seen
+};
+
 // Flags of a verdict.
 enum np_verdict_flag {
     NP_VERDICT_FAILSAFE = 1, // a failsafe port decided: nothing before normal policy may drop the packet
@@ -176,6 +187,7 @@ enum np_reason {
     NP_REASON_EVENT_LOST = 96, // the ring buffer had no room for an event
     NP_REASON_LOG_LIMITED = 97, // a log event held back by the rate limit
     NP_REASON_RULE_RANGE = 98, // a rule number beyond np_rule_count or np_staged_count, once for each
+    NP_REASON_CONN_EVICTED = 99, // an open connection was forgotten for a new one: eight open ones shared its bucket
     NP_REASON_COUNT = 128, // size of np_reason_count
 };
 
@@ -449,6 +461,35 @@ struct np_conn {
     __u8 pad[3];
 };
 _Static_assert(sizeof(struct np_conn) == 24, "np_conn");
+
+struct np_conn4_entry {
+    struct np_conn4_key key;
+    __u32 pad;
+    struct np_conn conn;
+    __u64 more_pad[2];
+};
+_Static_assert(sizeof(struct np_conn4_entry) == 64, "np_conn4_entry is a cache line");
+
+struct np_conn6_entry {
+    struct np_conn6_key key;
+    __u32 pad;
+    struct np_conn conn;
+};
+_Static_assert(sizeof(struct np_conn6_entry) == 72, "np_conn6_entry");
+
+// Of connections with the same hash. A tag says what a look-up and a choice of what goes have to know: in bits 63 to 32
+// the key's hash, 31 whether it is young, 30 to 2 when it expires in units of 64 jiffies, 1 and 0 enum np_rank. An
+// entry means what its tag says; 0: free.
+struct np_conn_tags {
+    __u64 tag[NP_CONN_WAYS];
+};
+_Static_assert(sizeof(struct np_conn_tags) == 64, "np_conn_tags is a cache line");
+
+// What makes the connections' hash this node's secret: nobody can choose connections that meet in one bucket.
+struct np_secret {
+    __u64 number[NP_HASH_WORDS];
+};
+_Static_assert(sizeof(struct np_secret) == 96, "np_secret");
 
 struct np_frag4_key {
     __u32 endpoint;

@@ -3,12 +3,12 @@
 // Connections: which one a packet belongs to, whether that is still alive, how it moves on.  Knows nothing of policy: a
 // connection only says under which generation policy allowed it, and who may re-judge it with the first packet's tuple.
 //
-// Two tables.  np_young holds connections without a reply, np_conn those with one: a flood of new flows evicts only
-// young ones.  The first reply moves an entry; until then each packet pays two look-ups.
+// A connection is young until its first reply, and then open.  A new one does not touch an open one with the same
+// tuple: else anybody could end connections by a SYN with a forged source.  Its reply does.
 #pragma once
 
 #include "np_flow.h"
-#include "np_maps.h"
+#include "np_table.h"
 
 #define NP_ICMP_HEADER_BYTES 8
 
@@ -16,9 +16,8 @@
 // that once for each combination of them.
 struct np_found {
     __u8 is_known; // a connection that is alive and covers the packet
-    __u8 is_young; // it is in np_young
-    __u8 has_stale; // an entry of np_conn that is not it
-    __u8 pad;
+    __u8 is_young; // it is a young one
+    __u8 pad[2];
 };
 
 // The leg's key for a pair of addresses and ports; `from_endpoint`: the source is the endpoint's side.
@@ -171,58 +170,51 @@ NP_INLINE int np_conn_covers(const struct np_conn *conn, const struct np_flow *f
     return 1;
 }
 
-// Whether a packet may answer an initial SYN, by SYN with ACK or by RST.  Then np_young comes first: np_conn may still
-// hold an older connection with the same tuple, which the SYN did not look for, and which the answer replaces.
+// Whether a packet may answer an initial SYN, by SYN with ACK or by RST.  Then young connections come first: there may
+// still be an older open one with the same tuple, which the SYN did not look for, and which the answer replaces.
 NP_INLINE int np_conn_may_answer(const struct np_packet *packet)
 {
     return packet->protocol == NP_PROTOCOL_TCP && packet->tcp_flags & (NP_TCP_SYN | NP_TCP_RST);
 }
 
-// What np_conn holds under a packet's key, if that is to be asked first.
-NP_INLINE struct np_conn *np_conn_first(union np_conn_key *key, const struct np_packet *packet, const int version)
+// Find the packet's connection, after np_slot_seek; none that is alive and covers the packet: no slot.  An initial SYN
+// has none, and the table is not asked: a denied one costs no look-up in a table as large as this.
+NP_INLINE struct np_slot np_conn_find(struct np_found *found, const union np_conn_key *key, const struct np_flow *flow,
+                                      const int version)
 {
-    return np_conn_may_answer(packet) ? 0 : np_conn_lookup(key, version);
-}
-
-// Find the packet's connection in both tables; NULL when there is none that is alive and covers the packet.  `open`:
-// what np_conn_first says.  An initial SYN has none, and the tables are not asked: a denied one costs no look-up in
-// tables as large as these.
-NP_INLINE struct np_conn *np_conn_find(struct np_found *found, union np_conn_key *key, struct np_conn *open,
-                                       const struct np_flow *flow, const int version)
-{
+    const struct np_slot none = {};
+    int may_answer = np_conn_may_answer(flow->packet);
+    struct np_slot slot = none;
     *found = (struct np_found){};
     if (np_conn_is_initial(flow->packet))
-        return 0;
-    if (open && np_conn_is_alive(open, flow) && np_conn_covers(open, flow)) {
-        found->is_known = 1;
-        return open;
+        return none;
+#pragma clang loop unroll(disable)
+    for (int turn = 0; turn < 2; turn++) {
+        int young = may_answer ? !turn : turn;
+        slot = np_slot_find(flow, key, young, version);
+        if (slot.conn && np_conn_is_alive(slot.conn, flow) && np_conn_covers(slot.conn, flow)) {
+            found->is_known = 1;
+            found->is_young = young;
+            return slot;
+        }
     }
-    found->has_stale = open != 0;
-    struct np_conn *young = np_young_lookup(key, version);
-    if (young && np_conn_is_alive(young, flow) && np_conn_covers(young, flow)) {
-        found->is_known = found->is_young = 1;
-        return young;
-    }
-    if (!np_conn_may_answer(flow->packet))
-        return 0;
-    open = np_conn_lookup(key, version);
-    if (!open || !np_conn_is_alive(open, flow))
-        return 0;
-    found->is_known = 1;
-    return open;
+    return none;
 }
 
-// The connection that was found, again; NULL when it has been evicted since.
-NP_INLINE struct np_conn *np_conn_again(const struct np_found *found, union np_conn_key *key, const int version)
+// The connection that was found, again; no slot when it has been evicted since.
+NP_INLINE struct np_slot np_conn_again(const struct np_flow *flow, const struct np_found *found,
+                                       const union np_conn_key *key, const int version)
 {
-    return found->is_young ? np_young_lookup(key, version) : np_conn_lookup(key, version);
+    return np_slot_find(flow, key, found->is_young, version);
 }
 
 // Note that the connection lives, at most once a second: the entry is shared by all CPUs.
-NP_INLINE void np_conn_touch(struct np_conn *conn, const struct np_flow *flow)
+NP_INLINE void np_conn_touch(const struct np_slot *slot, const struct np_flow *flow)
 {
-    if (flow->now_jiffies - conn->seen_jiffies >= flow->config->jiffies_per_second)
-        conn->seen_jiffies = flow->now_jiffies;
+    if (flow->now_jiffies - slot->conn->seen_jiffies < flow->config->jiffies_per_second)
+        return;
+    slot->conn->seen_jiffies = flow->now_jiffies;
+    np_slot_renew(slot, (*slot->tag & NP_TAG_YOUNG) != 0, flow);
 }
 
 NP_INLINE __u8 np_conn_first_state(__u8 protocol)
@@ -253,13 +245,29 @@ NP_INLINE int np_conn_opens(const struct np_flow *flow)
     return 1;
 }
 
-// Record the packet as the first of a connection, in place of what was found under the key.  `state` 0: the protocol's
-// first one.
-NP_INLINE int np_conn_open(const struct np_flow *flow, union np_conn_key *key, const struct np_found *found, __u8 state,
-                           __u8 flags, const int version)
+// An older open connection with the same key is over.
+NP_INLINE void np_conn_remove(const struct np_flow *flow, const union np_conn_key *key, const int version)
+{
+    struct np_slot open = np_slot_find(flow, key, 0, version);
+    if (open.conn)
+        np_slot_free(&open);
+}
+
+// Record the packet as the first of a connection.  `state` 0: the protocol's first one.  An older open connection that
+// is not the packet's goes, but not for an initial SYN.
+NP_INLINE int np_conn_open(const struct np_flow *flow, const union np_conn_key *key, __u8 state, __u8 flags,
+                           const int version)
 {
     const struct np_packet *packet = flow->packet;
-    struct np_conn conn = {
+    if (np_conn_is_initial(packet))
+        np_slot_seek(flow, key, version);
+    else
+        np_conn_remove(flow, key, version);
+    struct np_slot slot = np_slot_own(flow, version);
+    if (!slot.conn)
+        return NP_REASON_CONN_FULL;
+    __builtin_memcpy(np_slot_key(&slot, version), key, version == 4 ? sizeof(key->v4) : sizeof(key->v6));
+    *slot.conn = (struct np_conn){
         .seen_jiffies = flow->now_jiffies,
         .generation = flow->generation,
         .rule = flow->decision->rule,
@@ -269,34 +277,35 @@ NP_INLINE int np_conn_open(const struct np_flow *flow, union np_conn_key *key, c
         .icmp_type = packet->icmp_type,
         .icmp_code = packet->icmp_code,
     };
-    if (found->has_stale)
-        np_conn_delete(key, version);
-    return np_young_update(key, &conn, version) ? NP_REASON_CONN_FULL : NP_REASON_NONE;
+    np_slot_publish(&slot, flow);
+    return NP_REASON_NONE;
 }
 
-// Move the connection on by one of its packets: time, TCP flags, and into np_conn with the first reply.
-NP_INLINE int np_conn_advance(const struct np_flow *flow, union np_conn_key *key, struct np_conn *conn,
-                              const struct np_found *found, const int version)
+// Move the connection on by one of its packets: time, TCP flags, and from young to open with the first reply.
+NP_INLINE void np_conn_advance(const struct np_flow *flow, const union np_conn_key *key, const struct np_slot *slot,
+                               const struct np_found *found, const int version)
 {
     const struct np_packet *packet = flow->packet;
-    np_conn_touch(conn, flow);
-    if (packet->tcp_flags & NP_TCP_RST) {
-        conn->state = NP_CONN_TCP_RESET;
-        return NP_REASON_NONE;
-    }
-    if (packet->tcp_flags & NP_TCP_FIN) {
+    struct np_conn *conn = slot->conn;
+    int young = found->is_young;
+    int is_over = 0;
+    np_conn_touch(slot, flow);
+    if (packet->tcp_flags & NP_TCP_FIN && !(packet->tcp_flags & NP_TCP_RST)) {
         conn->flags |= flow->leg->reply ? NP_CONN_FIN_REPLY : NP_CONN_FIN_ORIGINAL;
-        if ((conn->flags & (NP_CONN_FIN_ORIGINAL | NP_CONN_FIN_REPLY)) == (NP_CONN_FIN_ORIGINAL | NP_CONN_FIN_REPLY))
-            conn->state = NP_CONN_TCP_CLOSING;
+        is_over = !(~conn->flags & (NP_CONN_FIN_ORIGINAL | NP_CONN_FIN_REPLY));
     }
-    if (!found->is_young || !flow->leg->reply)
-        return NP_REASON_NONE;
-    struct np_conn open = *conn;
-    if (open.state == NP_CONN_TCP_NEW)
-        open.state = NP_CONN_TCP_OPEN;
-    open.seen_jiffies = flow->now_jiffies;
-    if (np_conn_update(key, &open, version))
-        return NP_REASON_CONN_FULL;
-    np_young_delete(key, version);
-    return NP_REASON_NONE;
+    if (packet->tcp_flags & NP_TCP_RST)
+        conn->state = NP_CONN_TCP_RESET;
+    else if (is_over)
+        conn->state = NP_CONN_TCP_CLOSING;
+    if (young && flow->leg->reply && !(packet->tcp_flags & NP_TCP_RST)) {
+        np_conn_remove(flow, key, version); // an older one, if there is
+        if (conn->state == NP_CONN_TCP_NEW)
+            conn->state = NP_CONN_TCP_OPEN;
+        conn->seen_jiffies = flow->now_jiffies;
+        young = 0;
+    } else if (!(packet->tcp_flags & NP_TCP_RST) && !is_over) {
+        return;
+    }
+    np_slot_renew(slot, young, flow);
 }

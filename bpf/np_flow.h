@@ -50,9 +50,11 @@ struct np_leg {
     __u8 kind; // of the flow: NP_CONN_DEFERRED, NP_CONN_FORWARDED
     __u8 related; // an ICMP error, about the flow
     __u8 missing; // enum np_reason: why the interface has no endpoint
-    __u32 pad;
+    __u32 hash; // of the connection's key (np_table.h), as the next two
+    __u32 open_place; // of the open connection with the key
+    __u32 young_place; // of the young one
 };
-_Static_assert(sizeof(struct np_leg) == 40, "np_leg is whole words");
+_Static_assert(sizeof(struct np_leg) == 48, "np_leg is whole words");
 
 // What the pointers point to lives in np_scratch: the stack has 512 bytes, and what is in a map the verifier does not
 // remember, which spares it to walk all that follows once for each way in which it came about.

@@ -104,16 +104,19 @@
 #define NP_MAX_REASON_COUNT 128 // NP_REASON_COUNT
 #endif
 #ifndef NP_MAX_CONN4
-#define NP_MAX_CONN4 262144
+#define NP_MAX_CONN4 524288 // places: NP_CONN_WAYS for each bucket
+#endif
+#ifndef NP_MAX_CONN4_TAG
+#define NP_MAX_CONN4_TAG 65536 // buckets, a power of two
 #endif
 #ifndef NP_MAX_CONN6
-#define NP_MAX_CONN6 131072
+#define NP_MAX_CONN6 262144 // places: NP_CONN_WAYS for each bucket
 #endif
-#ifndef NP_MAX_YOUNG4
-#define NP_MAX_YOUNG4 65536
+#ifndef NP_MAX_CONN6_TAG
+#define NP_MAX_CONN6_TAG 32768 // buckets, a power of two
 #endif
-#ifndef NP_MAX_YOUNG6
-#define NP_MAX_YOUNG6 32768
+#ifndef NP_MAX_SECRET
+#define NP_MAX_SECRET 1
 #endif
 #ifndef NP_MAX_FRAG4
 #define NP_MAX_FRAG4 4096
@@ -254,16 +257,19 @@ NP_MAP("percpu_array", np_staged_count, __u32, struct np_count, NP_MAX_STAGED_CO
 // is not part of an open connection.  Fixed size.  Key: host order.  Lives across agents and programs.
 NP_MAP("percpu_array", np_reason_count, __u32, struct np_count, NP_MAX_REASON_COUNT, 0);
 
-// A leg's canonical tuple to its connection, both sides seen.  The program writes and reads.  Looked up per packet.
-// When full: the least recently used goes, and its flow is judged as a new one.  Key: ports in host order, addresses in
-// network order.  Lives across agents and programs; expiry is checked when a packet meets the entry.
-NP_MAP("lru_hash", np_conn4, struct np_conn4_key, struct np_conn, NP_MAX_CONN4, 0);
-NP_MAP("lru_hash", np_conn6, struct np_conn6_key, struct np_conn, NP_MAX_CONN6, 0);
+// A leg's canonical tuple to its connection, in buckets by hash (np_table.h): the connections, and what is where.  The
+// program writes and reads; the agent adds what is older than it.  Looked up per packet that np_recent does not know.
+// When a bucket is full: the connection of the lowest rank that would expire first goes, and its flow is judged as a
+// new one.  Key: the hash, and of np_conn times NP_CONN_WAYS and the place; in the entry ports in host order, addresses
+// in network order.  Lives across agents and programs; expiry is checked when a packet meets the entry.
+NP_MAP("array", np_conn4, __u32, struct np_conn4_entry, NP_MAX_CONN4, BPF_F_MMAPABLE);
+NP_MAP("array", np_conn6, __u32, struct np_conn6_entry, NP_MAX_CONN6, BPF_F_MMAPABLE);
+NP_MAP("array", np_conn4_tag, __u32, struct np_conn_tags, NP_MAX_CONN4_TAG, BPF_F_MMAPABLE);
+NP_MAP("array", np_conn6_tag, __u32, struct np_conn_tags, NP_MAX_CONN6_TAG, BPF_F_MMAPABLE);
 
-// The same for connections that saw no reply yet, so that a flood of new flows evicts only young ones.  The program
-// writes and reads.  Looked up per packet that is not in np_conn.  When full, key, lifetime: as np_conn.
-NP_MAP("lru_hash", np_young4, struct np_conn4_key, struct np_conn, NP_MAX_YOUNG4, 0);
-NP_MAP("lru_hash", np_young6, struct np_conn6_key, struct np_conn, NP_MAX_YOUNG6, 0);
+// The numbers of the connections' hash.  Written once, by the loader, when the map is made.  Looked up with np_conn.
+// One row.  Lives as long as the connections.
+NP_MAP("array", np_secret, __u32, struct np_secret, NP_MAX_SECRET, 0);
 
 // Identification of a fragmented packet to its ports.  The program writes (allowed first fragments) and reads.  Looked
 // up per later fragment.  When full: the least recently used goes, and its later fragments are dropped.  Key: as on the
@@ -458,48 +464,31 @@ NP_INLINE struct np_count *np_reason_count_lookup(__u32 reason)
     return np_reason_count.lookup(&reason);
 }
 
-NP_INLINE struct np_conn *np_conn_lookup(union np_conn_key *key, const int version)
+NP_INLINE const struct np_secret *np_secret_lookup(void)
 {
-    if (version == 4)
-        return np_conn4.lookup(&key->v4);
-    return np_conn6.lookup(&key->v6);
+    __u32 only = 0;
+    return np_secret.lookup(&only);
 }
 
-NP_INLINE long np_conn_update(union np_conn_key *key, struct np_conn *conn, const int version)
+NP_INLINE struct np_conn_tags *np_conn_tags_lookup(__u32 hash, const int version)
 {
+    __u32 bucket = hash & ((version == 4 ? NP_MAX_CONN4_TAG : NP_MAX_CONN6_TAG) - 1);
     if (version == 4)
-        return np_conn4.update(&key->v4, conn);
-    return np_conn6.update(&key->v6, conn);
+        return np_conn4_tag.lookup(&bucket);
+    return np_conn6_tag.lookup(&bucket);
 }
 
-NP_INLINE void np_conn_delete(union np_conn_key *key, const int version)
+// The connection at a place of the hash's bucket; its key is before it.
+NP_INLINE struct np_conn *np_conn_lookup(__u32 hash, __u32 place, const int version)
 {
-    if (version == 4)
-        np_conn4.delete(&key->v4);
-    else
-        np_conn6.delete(&key->v6);
-}
-
-NP_INLINE struct np_conn *np_young_lookup(union np_conn_key *key, const int version)
-{
-    if (version == 4)
-        return np_young4.lookup(&key->v4);
-    return np_young6.lookup(&key->v6);
-}
-
-NP_INLINE long np_young_update(union np_conn_key *key, struct np_conn *conn, const int version)
-{
-    if (version == 4)
-        return np_young4.update(&key->v4, conn);
-    return np_young6.update(&key->v6, conn);
-}
-
-NP_INLINE void np_young_delete(union np_conn_key *key, const int version)
-{
-    if (version == 4)
-        np_young4.delete(&key->v4);
-    else
-        np_young6.delete(&key->v6);
+    __u32 bucket = hash & ((version == 4 ? NP_MAX_CONN4_TAG : NP_MAX_CONN6_TAG) - 1);
+    __u32 entry = bucket * NP_CONN_WAYS + place;
+    if (version == 4) {
+        struct np_conn4_entry *found = np_conn4.lookup(&entry);
+        return found ? &found->conn : 0;
+    }
+    struct np_conn6_entry *found = np_conn6.lookup(&entry);
+    return found ? &found->conn : 0;
 }
 
 NP_INLINE struct np_frag *np_frag_lookup(union np_frag_key *key, const int version)

@@ -121,15 +121,16 @@ NP_INLINE int np_sender(struct __sk_buff *skb, struct np_flow *flow, struct np_w
     np_barrier();
     if (!leg->related)
         np_conn_key_of(key, flow, version);
-    struct np_conn *open = np_conn_first(key, packet, version);
-    struct np_conn *conn = np_conn_find(found, key, open, flow, version);
+    np_slot_seek(flow, key, version);
+    struct np_slot slot = np_conn_find(found, key, flow, version);
+    struct np_conn *conn = slot.conn;
     if (leg->related && !conn)
         return NP_REASON_ICMP_UNRELATED;
     question->icmp_type = packet->icmp_type;
     question->icmp_code = packet->icmp_code;
     if (conn) {
         if (conn->generation == flow->generation) {
-            np_conn_touch(conn, flow);
+            np_conn_touch(&slot, flow);
             flow->decision->rule = conn->rule;
             work->reason = leg->related ? NP_REASON_RELATED : NP_REASON_ESTABLISHED;
             return NP_REASON_NONE;
@@ -149,13 +150,14 @@ NP_INLINE int np_sender(struct __sk_buff *skb, struct np_flow *flow, struct np_w
     if (found->is_known) {
         if (denied && !(flow->config->flags & NP_CONFIG_KEEP_REVOKED))
             return work->reason == NP_REASON_POLICY_DENY ? NP_REASON_REVOKED : work->reason;
-        conn = np_conn_again(found, key, version);
+        slot = np_conn_again(flow, found, key, version);
+        conn = slot.conn;
         if (conn) {
             if (!denied)
                 conn->rule = flow->decision->rule;
             flow->decision->rule = conn->rule;
             conn->generation = flow->generation;
-            np_conn_touch(conn, flow);
+            np_conn_touch(&slot, flow);
         }
         flow->decision->log_list = 0; // Log rules speak of new flows
         work->reason = NP_REASON_ESTABLISHED;
@@ -165,7 +167,7 @@ NP_INLINE int np_sender(struct __sk_buff *skb, struct np_flow *flow, struct np_w
         return work->reason;
     // Sources of the sender's choice are not remembered, those that the node put in their place are.
     if (np_conn_opens(flow) && (!work->hides_source || np_is_local(question->source, version)) &&
-        np_conn_open(flow, key, found, packet->protocol == NP_PROTOCOL_TCP ? NP_CONN_TCP_OPEN : 0, 0, version))
+        np_conn_open(flow, key, packet->protocol == NP_PROTOCOL_TCP ? NP_CONN_TCP_OPEN : 0, 0, version))
         return NP_REASON_CONN_FULL;
     return NP_REASON_NONE;
 }

@@ -44,7 +44,7 @@ class MapSpec:
 
 # fmt: off
 
-NP_SCHEMA_VERSION = 4  # part of the pin directory's name
+NP_SCHEMA_VERSION = 5  # part of the pin directory's name
 NP_RULE_NAME_BYTES = 120  # longest readable rule name, with its terminating zero
 NP_ATOM_BLOCK = 256  # atoms per row of np_l4_atom
 NP_ATOM_BLOCKS = 1537  # 6 slots of 256 blocks, and the block of the other protocols
@@ -64,6 +64,8 @@ NP_BUCKET_LINES = 2  # lines of a bucket of classes
 NP_BUCKET_MORE = 128  # flag of a bucket: further rows of it are in a hash
 NP_LINE_CLASSES = 24  # identities of a line
 NP_CLASS_NONE = 65535  # no class
+NP_CONN_WAYS = 8  # connections of a bucket; their tags fill a cache line
+NP_HASH_WORDS = 12  # random numbers of the connections' hash: one for each word of the longest key, and one
 NP_HOST_SETS = 8  # policy sets of a host endpoint: stage * 2 + direction
 NP_SCRATCH_WORDS = 64  # working memory of one packet, in units of 8 bytes
 NP_CHECK_SEED = 2166136261  # FNV-1a's own 32-bit offset basis and prime
@@ -121,6 +123,12 @@ NP_CONN_DEFERRED = 8  # opened towards a service: policy judges where the packet
 NP_CONN_FORWARDED = 16  # of a host endpoint: opened by a packet that only passes through the node
 NP_CONN_CARRIES = 32  # deferred, and nothing before policy where it leaves has allowed it for good
 
+# np_rank: How little is lost with a connection; in the low bits of its tag.
+NP_RANK_NONE = 0  # no connection: being written until the tag's time, then free
+NP_RANK_CLOSED = 1  # FIN from both sides, or RST
+NP_RANK_YOUNG = 2  # no reply was seen yet
+NP_RANK_OPEN = 3  # both sides were seen
+
 # np_verdict_flag: Flags of a verdict.
 NP_VERDICT_FAILSAFE = 1  # a failsafe port decided: nothing before normal policy may drop the packet
 
@@ -175,6 +183,7 @@ NP_REASON_LOCAL_BACKENDS = 56  # to a service with several processes of this nod
 NP_REASON_EVENT_LOST = 96  # the ring buffer had no room for an event
 NP_REASON_LOG_LIMITED = 97  # a log event held back by the rate limit
 NP_REASON_RULE_RANGE = 98  # a rule number beyond np_rule_count or np_staged_count, once for each
+NP_REASON_CONN_EVICTED = 99  # an open connection was forgotten for a new one: eight open ones shared its bucket
 NP_REASON_COUNT = 128  # size of np_reason_count
 
 
@@ -703,6 +712,61 @@ class np_conn(ctypes.Structure):
     )
 
 
+class np_conn4_entry(ctypes.Structure):
+    """``struct np_conn4_entry``."""
+
+    key: np_conn4_key
+    pad: int
+    conn: np_conn
+    more_pad: ctypes.Array[ctypes.c_uint64]
+
+    _fields_ = (
+        ("key", np_conn4_key),
+        ("pad", ctypes.c_uint32),
+        ("conn", np_conn),
+        ("more_pad", ctypes.c_uint64 * 2),
+    )
+
+
+class np_conn6_entry(ctypes.Structure):
+    """``struct np_conn6_entry``."""
+
+    key: np_conn6_key
+    pad: int
+    conn: np_conn
+
+    _fields_ = (
+        ("key", np_conn6_key),
+        ("pad", ctypes.c_uint32),
+        ("conn", np_conn),
+    )
+
+
+class np_conn_tags(ctypes.Structure):
+    """Of connections with the same hash.
+
+    A tag says what a look-up and a choice of what goes have to know: in bits 63 to 32 the key's hash, 31 whether it
+    is young, 30 to 2 when it expires in units of 64 jiffies, 1 and 0 enum np_rank. An entry means what its tag says;
+    0: free.
+    """
+
+    tag: ctypes.Array[ctypes.c_uint64]
+
+    _fields_ = (
+        ("tag", ctypes.c_uint64 * 8),
+    )
+
+
+class np_secret(ctypes.Structure):
+    """What makes the connections' hash this node's secret: nobody can choose connections that meet in one bucket."""
+
+    number: ctypes.Array[ctypes.c_uint64]
+
+    _fields_ = (
+        ("number", ctypes.c_uint64 * 12),
+    )
+
+
 class np_frag4_key(ctypes.Structure):
     """``struct np_frag4_key``."""
 
@@ -1051,6 +1115,8 @@ REASONS: Mapping[int, Reason] = MappingProxyType(
             NP_REASON_LOG_LIMITED, "log-limited", "a log event held back by the rate limit"),
         NP_REASON_RULE_RANGE: Reason(
             NP_REASON_RULE_RANGE, "rule-range", "a rule number beyond np_rule_count or np_staged_count, once for each"),
+        NP_REASON_CONN_EVICTED: Reason(
+            NP_REASON_CONN_EVICTED, "conn-evicted", "an open connection was forgotten for a new one: eight open ones shared its bucket"),
     }
 )
 
@@ -1173,20 +1239,24 @@ MAP_SPECS: Mapping[str, MapSpec] = MappingProxyType(
             4, ctypes.sizeof(np_count), 128, (),
         ),
         "np_conn4": MapSpec(
-            "np_conn4", "lru_hash", np_conn4_key, np_conn,
-            ctypes.sizeof(np_conn4_key), ctypes.sizeof(np_conn), 262144, (),
+            "np_conn4", "array", None, np_conn4_entry,
+            4, ctypes.sizeof(np_conn4_entry), 524288, ("BPF_F_MMAPABLE",),
         ),
         "np_conn6": MapSpec(
-            "np_conn6", "lru_hash", np_conn6_key, np_conn,
-            ctypes.sizeof(np_conn6_key), ctypes.sizeof(np_conn), 131072, (),
+            "np_conn6", "array", None, np_conn6_entry,
+            4, ctypes.sizeof(np_conn6_entry), 262144, ("BPF_F_MMAPABLE",),
         ),
-        "np_young4": MapSpec(
-            "np_young4", "lru_hash", np_conn4_key, np_conn,
-            ctypes.sizeof(np_conn4_key), ctypes.sizeof(np_conn), 65536, (),
+        "np_conn4_tag": MapSpec(
+            "np_conn4_tag", "array", None, np_conn_tags,
+            4, ctypes.sizeof(np_conn_tags), 65536, ("BPF_F_MMAPABLE",),
         ),
-        "np_young6": MapSpec(
-            "np_young6", "lru_hash", np_conn6_key, np_conn,
-            ctypes.sizeof(np_conn6_key), ctypes.sizeof(np_conn), 32768, (),
+        "np_conn6_tag": MapSpec(
+            "np_conn6_tag", "array", None, np_conn_tags,
+            4, ctypes.sizeof(np_conn_tags), 32768, ("BPF_F_MMAPABLE",),
+        ),
+        "np_secret": MapSpec(
+            "np_secret", "array", None, np_secret,
+            4, ctypes.sizeof(np_secret), 1, (),
         ),
         "np_frag4": MapSpec(
             "np_frag4", "lru_hash", np_frag4_key, np_frag,

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from netpol_loader import abi, syscall
+from netpol_loader.connections import TAG_NAMES, YOUNG_NAMES, viewed
 from netpol_loader.maps import Map
 
 _MULTIPLIER = 0x9E37_79B9_7F4A_7C15
@@ -36,7 +37,9 @@ MORE_NAMES: Mapping[str, str] = {
 }
 """The bucketed tables, each with the table of what found no place in its bucket."""
 
-SIZED = tuple(name for name in abi.MAP_SPECS if name not in {"np_special", *MORE_NAMES.values()})
+SIZED = tuple(
+    name for name in abi.MAP_SPECS if name not in {"np_special", "np_secret", *MORE_NAMES.values(), *TAG_NAMES.values()}
+)
 """Maps whose size may be chosen; of a bucketed table it is the number of its rows."""
 
 
@@ -57,7 +60,7 @@ def special_place(address: bytes) -> tuple[int, int]:
 
 
 def buckets_for(name: str, rows: int) -> int:
-    """How many buckets a table for so many rows has, a power of two: for four addresses each, or sixteen classes."""
+    """How many buckets a table for so many rows has, a power of two: for four addresses each, or sixteen classes, or four connections."""
     each = 16 if name == "np_peer_class" else 4
     return 1 << (max(-(-rows // each), 1) - 1).bit_length()
 
@@ -74,9 +77,14 @@ def bucketed(maps: Mapping[str, Map]) -> dict[str, Map]:
 
 
 def open_map(pin_dir: Path, name: str) -> Map:
-    """A pinned map by its name, a bucketed one with the table beside it. Raises OSError."""
-    names = [name, *([MORE_NAMES[name]] if name in MORE_NAMES else [])]
-    return bucketed({one: Map(syscall.obj_get(pin_dir / one)) for one in names})[name]
+    """A pinned map by its name, or a view of one, with the tables it needs beside it. Raises OSError."""
+    table = next((table for table, young in YOUNG_NAMES.items() if name in (table, young)), name)
+    names = [
+        table,
+        *([MORE_NAMES[name]] if name in MORE_NAMES else []),
+        *([TAG_NAMES[table], "np_secret"] if table in TAG_NAMES else []),
+    ]
+    return viewed(bucketed({one: Map(syscall.obj_get(pin_dir / one)) for one in names}))[name]
 
 
 class BucketMap(Map):

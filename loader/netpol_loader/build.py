@@ -30,6 +30,7 @@ import netpol_ebpf.errors
 from netpol_ebpf.errors import LoadError, PlatformError
 from netpol_loader import abi, syscall
 from netpol_loader.buckets import MORE_NAMES, buckets_for
+from netpol_loader.connections import TAG_NAMES
 from netpol_loader.hook import Hook
 from netpol_loader.maps import possible_cpus
 
@@ -171,6 +172,10 @@ def kernel_sizes(sizes: Mapping[str, int]) -> dict[str, int]:
             result[name] = max(sizes[name], possible_cpus())
     if "np_near" in sizes:
         result["np_near"] = 1 << (sizes["np_near"] - 1).bit_length()
+    for name, tags in TAG_NAMES.items():
+        if name in sizes:
+            buckets = buckets_for(name, sizes[name])
+            result |= {name: buckets * abi.NP_CONN_WAYS, tags: buckets}
     for name, more in MORE_NAMES.items():
         if name in sizes:
             result |= {name: buckets_for(name, sizes[name]), more: sizes[name]}

@@ -29,6 +29,7 @@ from pathlib import Path
 from netpol_ebpf.errors import PlatformError
 from netpol_loader import abi, build, clock, doctor, syscall
 from netpol_loader.buckets import bucketed
+from netpol_loader.connections import choose_secret, viewed
 from netpol_loader.events import EventReader
 from netpol_loader.hook import Hook
 from netpol_loader.maps import Map
@@ -158,7 +159,7 @@ class Dataplane:
 
         for hook in Hook:
             (self.pin_dir / (hook.value + build.NEW_SUFFIX)).unlink(missing_ok=True)
-        build.build(self.pin_dir, {name: one.max_entries for name, one in self.maps.items()})
+        build.build(self.pin_dir, {name: self.maps[name].max_entries for name in abi.MAP_SPECS})
         new = {hook: syscall.obj_get(self.pin_dir / (hook.value + build.NEW_SUFFIX)) for hook in Hook}
         if all(syscall.prog_info(new[hook]).tag == self.program_tag(hook) for hook in Hook):
             log.info("the pinned program is the one of these sources already")
@@ -313,7 +314,7 @@ def open_maps(pin_dir: Path) -> dict[str, Map]:
         wanted = (spec.kind, spec.key_size, spec.value_size)
         if seen != wanted:
             raise PlatformError(f"map {spec.name} in {pin_dir} is (type, key, value) {seen}; this build needs {wanted}")
-    return bucketed(maps)
+    return viewed(bucketed(maps))
 
 
 def open_programs(pin_dir: Path) -> dict[Hook, int]:
@@ -336,6 +337,7 @@ def stage(staging: Path, sizes: Mapping[str, int], config: abi.np_config) -> dic
     """Make what is missing in a directory that nobody knows yet, apart from links; the maps, open."""
     build.build(staging, sizes)
     _promote_programs(staging)
+    choose_secret(staging)
     maps = open_maps(staging)
     maps["np_config"].put(_index(0), bytes(config))
     _write_schema(maps["np_schema"], config.jiffies_per_second)

@@ -24,7 +24,8 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
 from netpol_ebpf.errors import PlatformError
-from netpol_loader import abi, attach, btf, clock, doctor, netlink, syscall
+from netpol_loader import abi, attach, btf, build, clock, doctor, netlink, syscall
+from netpol_loader.connections import ROWS_PER_BUCKET, TAG_NAMES
 from netpol_loader.dataplane import (
     LINKS,
     Dataplane,
@@ -41,8 +42,16 @@ from netpol_loader.maps import Map
 
 log = logging.getLogger(__name__)
 
-CONNECTIONS = ("np_conn4", "np_conn6", "np_young4", "np_young6")
-LASTING = (*CONNECTIONS, "np_frag4", "np_frag6", "np_rule_count", "np_staged_count", "np_reason_count")
+LASTING = (
+    *TAG_NAMES,
+    *TAG_NAMES.values(),
+    "np_secret",
+    "np_frag4",
+    "np_frag6",
+    "np_rule_count",
+    "np_staged_count",
+    "np_reason_count",
+)
 """Maps whose content outlives a change of schema, where their layout does."""
 
 OWN_SETTINGS = frozenset({"jiffies_per_second", "timeout_jiffies", "pad"})
@@ -61,7 +70,7 @@ class Upgrade:
     def summary(self) -> str:
         """What becomes of connections, for people."""
         begun = f"schema {self._older.name[1:]} to {abi.SCHEMA_VERSION}"
-        lost = [name for name in self.restarted if name in CONNECTIONS]
+        lost = [name for name in self.restarted if name in TAG_NAMES]
         if not lost:
             return f"{begun}, connections kept"
         return f"{begun}, open connections judged anew ({', '.join(lost)} of another layout)"
@@ -155,12 +164,16 @@ def _keep(old: Path, new: Path, spec: abi.MapSpec, sizes: dict[str, int]) -> str
         found, wanted = btf.layouts(syscall.map_info(one.fd)), (btf.declared(spec.key), btf.declared(spec.value))
         if (one.key_size, one.value_size) != (spec.key_size, spec.value_size) or found != wanted:
             return "its layout is another" if found is not None else "the kernel does not know its layout"
-        asked = sizes.get(spec.name, spec.max_entries)
-        if spec.kind.endswith("array") and one.max_entries < asked:
+        is_table = spec.name in {*TAG_NAMES, *TAG_NAMES.values()}  # in buckets, of any number
+        asked = build.kernel_sizes(sizes)[spec.name] if spec.name in sizes else spec.max_entries
+        if spec.kind.endswith("array") and one.max_entries < asked and not is_table:
             return f"it has {one.max_entries} entries, not {asked}"
         if spec.name in sizes and one.max_entries != asked:
             log.warning("map %s keeps its size of %d; %d was asked for", spec.name, one.max_entries, asked)
-        sizes[spec.name] = one.max_entries
+        if spec.name in TAG_NAMES:
+            sizes[spec.name] = one.max_entries // abi.NP_CONN_WAYS * ROWS_PER_BUCKET
+        elif not is_table:
+            sizes[spec.name] = one.max_entries
     os.link(old, new)
     return None
 

@@ -167,25 +167,23 @@ class Adoption:
 
     def _write(self, maps: Mapping[str, KernelMap], wanted: Mapping[bytes, Old], now_jiffies: int) -> int:
         """Put rows where there are none yet, or wrong ones; how many."""
-        room = {f"np_{table}{version}": maps[f"np_{table}{version}"].max_entries // SHARE
-                for table in ("conn", "young") for version in (4, 6)}  # fmt: skip
-        written = refused = 0
+        rows: dict[str, list[tuple[bytes, bytes]]] = {}
         for key, one in wanted.items():
             place = _place_of(maps, key, one)
-            if place is None:
-                continue
-            if not room[place]:
-                refused += 1
-                continue
-            room[place] -= 1
+            if place is not None:
+                rows.setdefault(place, []).append((key, one.row(now_jiffies)))
+        written = 0
+        for place, pairs in rows.items():
+            chosen = pairs[: maps[place].max_entries // SHARE]
+            written += len(chosen)
+            if len(chosen) < len(pairs):
+                self._warn(
+                    f"{len(pairs) - len(chosen)} connections that are older than enforcement had no room, and may be cut"
+                )
             try:
-                maps[place].put(key, one.row(now_jiffies))
-            except MapFullError:
-                refused += 1
-            else:
-                written += 1
-        if refused:
-            self._warn(f"{refused} connections that are older than enforcement had no room, and may be cut")
+                maps[place].put_many(chosen)
+            except MapFullError as error:
+                self._warn(f"some connections that are older than enforcement may be cut: {error.message}")
         return written
 
     def _warn(self, message: str) -> None:

@@ -29,16 +29,19 @@ from netpol_ebpf.apply.encode import (
     place_element,
     source_element,
 )
-from netpol_ebpf.apply.grace import wait_for_readers
 from netpol_ebpf.compiler.tables import Change, Delta, EndpointRow, Tables
 from netpol_ebpf.errors import MapFullError, PlatformError
 from netpol_ebpf.policy.types import EndpointKey, EndpointKind, IPNetwork
 from netpol_loader import abi
 from netpol_loader.buckets import MORE_NAMES
+from netpol_loader.connections import TAG_NAMES
 from netpol_loader.dataplane import following
+from netpol_loader.grace import wait_for_readers
 
 ARRAYS = frozenset(
-    name for name, spec in abi.MAP_SPECS.items() if spec.kind in ("array", "percpu_array") and name not in MORE_NAMES
+    name
+    for name, spec in abi.MAP_SPECS.items()
+    if spec.kind in ("array", "percpu_array") and name not in {*MORE_NAMES, *TAG_NAMES, *TAG_NAMES.values()}
 )
 """Maps whose elements always exist: a deleted row is written as zeros, which deny."""
 OWNERS = frozenset({"np_endpoint", "np_host"})

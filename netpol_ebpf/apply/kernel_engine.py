@@ -64,8 +64,6 @@ ROOT_PREFIX = "netpol-engine-"
 SIZES: Mapping[str, int] = {
     "np_conn4": 1024,
     "np_conn6": 1024,
-    "np_young4": 1024,
-    "np_young6": 1024,
     "np_frag4": 64,
     "np_frag6": 64,
     "np_event": 65536,

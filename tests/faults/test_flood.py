@@ -26,7 +26,7 @@ ROOM = 4096
 SIZES = {
     "np_endpoint": 64, "np_addr4": 4096, "np_addr6": 4096, "np_cidr4": 1024, "np_cidr6": 1024, "np_peer_class": 1024,
     "np_l4_col": 256, "np_verdict": 4096, "np_rule": 256, "np_rule_count": 256, "np_log_limit": 16,
-    "np_conn4": ROOM, "np_conn6": ROOM, "np_young4": ROOM, "np_young6": ROOM, "np_frag4": 256, "np_frag6": 256,
+    "np_conn4": ROOM, "np_conn6": ROOM, "np_frag4": 256, "np_frag6": 256,
     "np_event": 65536,
 }  # fmt: skip
 FLOW_MAPS = ("np_conn4", "np_conn6", "np_young4", "np_young6", "np_frag4", "np_frag6", "np_event")
@@ -113,8 +113,6 @@ def test_allowed_flood(rig: Rig, flows: int, version: int) -> None:
     packets, before = open_connections(rig, version), footprint(rig)
     assert flood(rig.dataplane, version, flows) == flows
     assert footprint(rig) == before
-    for name in (f"np_young{version}", f"np_conn{version}"):
-        assert sum(1 for _ in rig.map(name).items()) <= ROOM
     rig.forget_recent()
     assert still_open(rig, packets) == OPEN
 

@@ -31,7 +31,7 @@ from netpol_loader.hook import Hook
 SIZES = {
     "np_endpoint": 16, "np_addr4": 64, "np_addr6": 64, "np_cidr4": 64, "np_cidr6": 64, "np_peer_class": 256,
     "np_l4_col": 256, "np_verdict": 1024, "np_rule": 16, "np_rule_count": 512, "np_conn4": 65536, "np_conn6": 65536,
-    "np_young4": 65536, "np_young6": 65536, "np_frag4": 65536, "np_frag6": 65536, "np_log_limit": 16,
+    "np_frag4": 65536, "np_frag6": 65536, "np_log_limit": 16,
     "np_event": 1 << 20,
 }  # fmt: skip
 """Tables with room for far more than an episode, so that nothing is evicted and no event lost."""

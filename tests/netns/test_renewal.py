@@ -32,7 +32,7 @@ pytestmark = pytest.mark.netns
 T = TypeVar("T")
 FRESH = ("np_addr4", "np_verdict")
 SIZES = {
-    **{name: 64 for name in ("np_conn4", "np_conn6", "np_young4", "np_young6", "np_frag4", "np_frag6")},
+    **{name: 64 for name in ("np_conn4", "np_conn6", "np_frag4", "np_frag6")},
     "np_addr4": 100, "np_verdict": 100,
 }  # fmt: skip
 KEY, OLD, NEW = bytes([1, 2, 3, 4]), bytes([1] * 8), bytes([2] * 8)

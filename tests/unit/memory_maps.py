@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -10,8 +11,11 @@ from netpol_ebpf.apply.applier import ARRAYS
 from netpol_ebpf.errors import MapFullError
 from netpol_loader import abi
 from netpol_loader.buckets import MORE_NAMES
+from netpol_loader.connections import YOUNG_NAMES
 
 CPUS = 3
+PER_CPU = frozenset(name for name, spec in abi.MAP_SPECS.items() if spec.kind.startswith("percpu"))
+CONNECTION_BYTES = ctypes.sizeof(abi.np_conn)
 
 
 @dataclass
@@ -27,7 +31,7 @@ class MemoryMap:
 
     @property
     def cell_bytes(self) -> int:
-        return self.value_size * (CPUS if abi.MAP_SPECS[self.name].kind.startswith("percpu") else 1)
+        return self.value_size * (CPUS if self.name in PER_CPU else 1)
 
     def get(self, key: bytes) -> bytes | None:
         if self.name in ARRAYS:
@@ -65,4 +69,9 @@ class MemoryMap:
 def memory_maps(log: list[tuple[str, str, bytes]]) -> dict[str, MemoryMap]:
     """All maps of the program, empty; they note their writes in one log."""
     specs = {name: abi.MAP_SPECS[MORE_NAMES.get(name, name)] for name in abi.MAP_SPECS}
-    return {name: MemoryMap(name, spec.max_entries, spec.value_size, log) for name, spec in specs.items()}
+    specs |= {young: specs[name] for name, young in YOUNG_NAMES.items()}
+    sizes = {
+        name: CONNECTION_BYTES if name in {*YOUNG_NAMES, *YOUNG_NAMES.values()} else spec.value_size
+        for name, spec in specs.items()
+    }
+    return {name: MemoryMap(name, spec.max_entries, sizes[name], log) for name, spec in specs.items()}

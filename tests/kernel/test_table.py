@@ -1,0 +1,205 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The connection table: what goes when a bucket is full, and that Python and the program see the same in it."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+
+import packets as p
+import pytest
+from rig import ALLOW, DENY, PEER4, PEER6, POD4, POD6, Rig, everything
+
+from netpol_ebpf.errors import MapFullError
+from netpol_loader import abi, connections
+from netpol_loader.connections import ROWS_PER_BUCKET, ConnectionMap
+from netpol_loader.dataplane import Dataplane
+
+pytestmark = pytest.mark.kernel
+
+PLACES = abi.NP_CONN_WAYS
+FAMILIES = pytest.mark.parametrize(("pod", "peer"), [(POD4, PEER4), (POD6, PEER6)], ids=["ipv4", "ipv6"])
+SMALL = {"np_conn4": ROWS_PER_BUCKET, "np_conn6": ROWS_PER_BUCKET, "np_verdict": 4096, "np_l4_col": 256}
+"""One bucket of each."""
+
+
+@pytest.fixture(scope="module")
+def small_dataplane(pin_root: Path) -> Iterator[Dataplane]:
+    one = Dataplane.open(pin_root.with_name(f"{pin_root.name}-table"), sizes=SMALL)
+    yield one
+    one.remove()
+
+
+@pytest.fixture(scope="module")
+def small_rig(small_dataplane: Dataplane) -> Iterator[Rig]:
+    rig = Rig(small_dataplane)
+    yield rig
+    rig.reader.close()
+
+
+@pytest.fixture
+def small(small_rig: Rig) -> Rig:
+    """A rig whose tables are one bucket each, and whose workload may send and receive all."""
+    small_rig.reset()
+    small_rig.pod(everything(1, ALLOW, 11), everything(2, ALLOW, 12))
+    return small_rig
+
+
+def family(pod: str) -> str:
+    return "4" if pod == POD4 else "6"
+
+
+def begin(rig: Rig, pod: str, peer: str, port: int) -> None:
+    assert rig.out(p.frame(pod, peer, p.TCP, p.tcp(port, 80, p.SYN))).passed
+
+
+def answer(rig: Rig, pod: str, peer: str, port: int) -> None:
+    assert rig.into(p.frame(peer, pod, p.TCP, p.tcp(80, port, p.SYN | p.ACK))).passed
+
+
+def end(rig: Rig, pod: str, peer: str, port: int) -> None:
+    for packet in (p.frame(pod, peer, p.TCP, p.tcp(port, 80, p.FIN | p.ACK)),):
+        rig.out(packet)
+    rig.into(p.frame(peer, pod, p.TCP, p.tcp(80, port, p.FIN | p.ACK)))
+
+
+def ports(rig: Rig, pod: str, form: str) -> set[int]:
+    """The workload's ports of the young or the open connections."""
+    kind = abi.np_conn4_key if pod == POD4 else abi.np_conn6_key
+    return {kind.from_buffer_copy(key).local_port for key in rig.connections(f"np_{form}{family(pod)}")}
+
+
+@FAMILIES
+def test_what_is_closed_goes_first_then_what_is_young(small: Rig, pod: str, peer: str) -> None:
+    """Of eight: one closed, two without a reply, five open."""
+    for port in range(1, PLACES + 1):
+        begin(small, pod, peer, port)
+    for port in range(3, PLACES + 1):
+        answer(small, pod, peer, port)
+    end(small, pod, peer, 5)
+    begin(small, pod, peer, 100)
+    assert (ports(small, pod, "young"), ports(small, pod, "conn")) == ({1, 2, 100}, {3, 4, 6, 7, 8})
+    for port in (101, 102, 103, 104):
+        begin(small, pod, peer, port)
+        assert ports(small, pod, "conn") == {3, 4, 6, 7, 8}
+        assert port in ports(small, pod, "young")
+    assert len(ports(small, pod, "young")) == PLACES - 5
+
+
+@FAMILIES
+def test_a_flood_takes_one_of_eight_open_connections_and_no_more(small: Rig, pod: str, peer: str) -> None:
+    """The one that was silent longest, and it is counted."""
+    for port in range(1, PLACES + 1):
+        begin(small, pod, peer, port)
+        answer(small, pod, peer, port)
+    small.age(f"np_conn{family(pod)}", 5)
+    for port in range(1, PLACES + 1):  # all but one say something
+        if port != 4:
+            assert small.out(p.frame(pod, peer, p.TCP, p.tcp(port, 80, p.ACK))).passed
+    first = small.out(p.frame(pod, peer, p.TCP, p.tcp(200, 80, p.SYN)))
+    assert first.reasons == {"policy-allow": 1, "conn-evicted": 1}
+    for port in range(201, 240):
+        assert small.out(p.frame(pod, peer, p.TCP, p.tcp(port, 80, p.SYN))).reasons == {"policy-allow": 1}
+    assert ports(small, pod, "conn") == set(range(1, PLACES + 1)) - {4}
+    assert ports(small, pod, "young") == {239}
+
+
+@FAMILIES
+def test_what_expired_goes_before_anything_alive(small: Rig, pod: str, peer: str) -> None:
+    """An open connection that was silent for longer than its time is nothing to keep."""
+    for port in range(1, PLACES + 1):
+        begin(small, pod, peer, port)
+        if port == 6:
+            answer(small, pod, peer, port)
+    tags = small.map(f"np_conn{family(pod)}_tag")
+    words = list(struct.unpack(f"={PLACES}Q", tags.get(bytes(4)) or b""))
+    place = next(i for i, word in enumerate(words) if not word >> 31 & 1)
+    words[place] -= 1 << 30  # half of the time's range: past
+    tags.put(bytes(4), struct.pack(f"={PLACES}Q", *words))
+    begin(small, pod, peer, 100)
+    assert ports(small, pod, "conn") == set()
+    assert ports(small, pod, "young") == {*range(1, PLACES + 1), 100} - {6}
+
+
+@FAMILIES
+def test_the_same_flow_keeps_its_place(small: Rig, pod: str, peer: str) -> None:
+    """A SYN that is sent again is no second connection."""
+    for _ in range(PLACES + 1):
+        begin(small, pod, peer, 7)
+    assert ports(small, pod, "young") == {7}
+    answer(small, pod, peer, 7)
+    assert (ports(small, pod, "young"), ports(small, pod, "conn")) == (set(), {7})
+
+
+@FAMILIES
+def test_an_older_open_connection_lives_until_the_new_one_is_answered(small: Rig, pod: str, peer: str) -> None:
+    """One key, both forms."""
+    begin(small, pod, peer, 7)
+    answer(small, pod, peer, 7)
+    begin(small, pod, peer, 7)
+    assert (ports(small, pod, "young"), ports(small, pod, "conn")) == ({7}, {7})
+    answer(small, pod, peer, 7)
+    assert (ports(small, pod, "young"), ports(small, pod, "conn")) == (set(), {7})
+
+
+@FAMILIES
+def test_python_and_the_program_agree(rig: Rig, pod: str, peer: str) -> None:
+    """What one writes the other finds, and what one removes is gone for the other."""
+    rig.pod(everything(1, ALLOW, 11), everything(2, ALLOW, 12))
+    view, young = rig.map(f"np_conn{family(pod)}"), rig.map(f"np_young{family(pod)}")
+    for port in range(1, 400):
+        begin(rig, pod, peer, port)
+        if port % 2:
+            answer(rig, pod, peer, port)
+    assert (len(rig.connections(view.name)), len(rig.connections(young.name))) == (200, 199)
+    rows = dict(view.items())
+    assert all(view.get(key) == row and young.get(key) is None for key, row in rows.items())
+    view.clear()
+    rig.forget_recent()
+    rig.pod(everything(1, DENY, 11), everything(2, DENY, 12))
+    assert not rig.out(p.frame(pod, peer, p.TCP, p.tcp(1, 80, p.ACK))).passed
+    view.put_many(list(rows.items()))
+    assert dict(view.items()) == rows
+    for port in range(1, 400, 2):
+        assert rig.out(p.frame(pod, peer, p.TCP, p.tcp(port, 80, p.ACK))).reason == "established"
+    key = next(iter(rows))
+    assert view.delete(key)
+    assert not view.delete(key)
+    assert view.get(key) is None
+
+
+def test_a_full_bucket_takes_eight_rows_of_one_call(small: Rig) -> None:
+    """The others are written, and the rest is told."""
+    view = small.map("np_conn4")
+    rows = [
+        (struct.pack("=I4s4sHHB3x", 7, bytes(4), bytes(4), port, 80, p.TCP), bytes(view.value_size))
+        for port in range(9)
+    ]
+    with pytest.raises(MapFullError, match="1 of 9"):
+        view.put_many(rows)
+    assert dict(view.items()) == dict(rows[:8])
+
+
+def test_a_place_that_a_program_took_meanwhile_is_left_to_it(small: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A program that had chosen the place before it was marked publishes after the mark: what it wrote stands."""
+    view = small.map("np_conn4")
+    assert isinstance(view, ConnectionMap)
+    theirs = 1 << 63 | abi.NP_RANK_OPEN
+
+    def late() -> None:
+        view._tags[0] = theirs
+
+    monkeypatch.setattr(connections, "wait_for_readers", late)
+    with pytest.raises(MapFullError, match="1 of 1"):
+        view.put(struct.pack("=I4s4sHHB3x", 7, bytes(4), bytes(4), 1, 80, p.TCP), bytes(view.value_size))
+    assert view._tags[0] == theirs
+
+
+def test_each_node_has_a_hash_of_its_own(rig: Rig, small: Rig) -> None:
+    """And all of its numbers were drawn."""
+    one, other = (
+        abi.np_secret.from_buffer_copy(each.map("np_secret").get(bytes(4)) or b"").number for each in (rig, small)
+    )
+    assert len({*one, *other}) == 2 * abi.NP_HASH_WORDS
+    assert all(one)
