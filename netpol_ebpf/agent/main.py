@@ -230,6 +230,7 @@ def serve(agent: Any, node: Any, state_dir: Path, place: Mapping[str, str], grou
             "status": lambda _request: report.status(agent, node.maps, place),
             "rules": lambda _request: report.rules(agent, node.maps),
             "identities": lambda _request: report.identities(agent),
+            "connections": lambda _request: report.connections(agent, node.maps),
         },
         group,
     )

@@ -10,11 +10,12 @@ from __future__ import annotations
 import os
 import struct
 from collections.abc import Mapping
+from ipaddress import ip_address
 from typing import Any
 
 from netpol_ebpf import __version__
 from netpol_ebpf.agent.core import Agent
-from netpol_ebpf.agent.timeouts import read_timeouts
+from netpol_ebpf.agent.timeouts import STATES, read_timeouts
 from netpol_ebpf.apply.applier import KernelMap
 from netpol_ebpf.apply.events import FlowEvent
 from netpol_ebpf.errors import Problem
@@ -23,6 +24,9 @@ from netpol_loader import abi
 
 WAITING = 100
 """Objects shown of a refused change; arbitrary."""
+CONNECTIONS = 10_000
+"""Connections shown; arbitrary: some megabytes of answer."""
+CONNECTION_TABLES = (("np_conn4", "open"), ("np_conn6", "open"), ("np_young4", "young"), ("np_young6", "young"))
 _COUNT = struct.Struct("=QQ")  # struct np_count: packets, bytes
 
 
@@ -150,6 +154,44 @@ def identities(agent: Agent) -> list[dict[str, Any]]:
         {"number": number, "digest": digest, "members": sorted(members.get(number, ()))}
         for number, digest in sorted(agent.tables.identities.items())
     ]
+
+
+def connections(agent: Agent, maps: Mapping[str, KernelMap]) -> dict[str, Any]:
+    """What the program remembers, expired connections included until others need their places, of `CONNECTIONS` at most.
+
+    ``more``: how many are left out.  ``form``: open, or young while no reply was seen.  ``rule`` None: exempt, or judged elsewhere.
+    """
+    endpoints = {row.number: str(key) for key, row in agent.tables.endpoints.items()}
+    states = {number: state for state, number in STATES.items()}
+    directions = {abi.NP_DIRECTION_INGRESS: "ingress", abi.NP_DIRECTION_EGRESS: "egress"}
+    found: list[dict[str, Any]] = []
+    more = 0
+    for name, form in CONNECTION_TABLES:
+        for raw_key, raw_row in maps[name].items():
+            if len(found) == CONNECTIONS:
+                more += 1
+                continue
+            kind = abi.np_conn4_key if name.endswith("4") else abi.np_conn6_key
+            key, row = kind.from_buffer_copy(raw_key), abi.np_conn.from_buffer_copy(raw_row)
+            ends = [
+                (str(ip_address(bytes(key.local))), key.local_port),
+                (str(ip_address(bytes(key.remote))), key.remote_port),
+            ]
+            if row.direction == abi.NP_DIRECTION_INGRESS:
+                ends.reverse()
+            rule = agent.tables.rules.get(row.rule)
+            found.append({
+                "endpoint": endpoints.get(key.endpoint, f"number {key.endpoint}"),
+                "direction": directions[row.direction],
+                "protocol": int(key.protocol),
+                "source": ends[0][0], "source_port": ends[0][1],
+                "destination": ends[1][0], "destination_port": ends[1][1],
+                "form": form,
+                "state": states[row.state],
+                "generation": row.generation,
+                "rule": None if rule is None else str(rule),
+            })  # fmt: skip
+    return {"connections": found, "more": more}
 
 
 def reason_counts(counted: KernelMap) -> dict[str, int]:

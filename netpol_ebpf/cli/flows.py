@@ -44,7 +44,7 @@ def render_flow(flow: dict[str, Any]) -> str:
     what = f"{flow['kind']:<5} {flow['direction']:<7} "
     if "source" in flow:
         protocol = PROTOCOLS.get(flow["protocol"], str(flow["protocol"]))
-        what += f"{protocol} {_end(flow, 'source')} -> {_end(flow, 'destination')}"
+        what += f"{protocol} {render_end(flow, 'source')} -> {render_end(flow, 'destination')}"
         if "icmp_type" in flow:
             what += f" type {flow['icmp_type']} code {flow['icmp_code']}"
     else:
@@ -56,7 +56,8 @@ def render_flow(flow: dict[str, Any]) -> str:
     return f"{what}  {decided['sentence']}{place}"
 
 
-def _end(flow: dict[str, Any], side: str) -> str:
+def render_end(flow: dict[str, Any], side: str) -> str:
+    """The source or the destination: name, address and port, as far as they are known."""
     name, address, port = flow.get(f"{side}_name"), flow[side], flow.get(f"{side}_port")
     text = (
         f"[{address}]:{port}"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`netpolctl get`: what the agent holds: endpoints, rules with their counters, identities, maps.
+"""`netpolctl get`: what the agent holds: endpoints, rules with their counters, identities, connections, maps.
 
 Exit codes: 0, 4 no agent answers.
 """
@@ -7,10 +7,12 @@ Exit codes: 0, 4 no agent answers.
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable
 from typing import Any
 
 from netpol_ebpf.cli.agent_access import add_state_dir_option, ask_agent
+from netpol_ebpf.cli.flows import PROTOCOLS, render_end
 from netpol_ebpf.cli.output import add_output_option, print_value, render_table
 
 MEMBERS_SHOWN = 4
@@ -37,6 +39,9 @@ def run(arguments: argparse.Namespace) -> int:
     found = pick(answer)
     if not print_value(arguments.output, found):
         print(render_table(header, [cells(one, arguments.output == "wide") for one in found]))
+    more = answer.get("more") if isinstance(answer, dict) else 0
+    if more:
+        print(f"and {more} more", file=sys.stderr)
     return 0
 
 
@@ -44,6 +49,15 @@ def _members(identity: dict[str, Any], wide: bool) -> str:  # noqa: FBT001 - pri
     members = identity["members"]
     shown = members if wide else members[:MEMBERS_SHOWN]
     return " ".join(shown) + (f" and {len(members) - len(shown)} more" if len(shown) < len(members) else "")
+
+
+def _flow(one: dict[str, Any]) -> str:
+    protocol = PROTOCOLS.get(one["protocol"], str(one["protocol"]))
+    return f"{protocol} {render_end(one, 'source')} -> {render_end(one, 'destination')}"
+
+
+def _state(one: dict[str, Any]) -> str:
+    return f"{one['state']}, no reply yet" if one["form"] == "young" else str(one["state"])
 
 
 _Cells = Callable[[dict[str, Any], bool], tuple[object, ...]]
@@ -58,6 +72,10 @@ _LISTS: dict[str, tuple[str, Callable[[Any], list[dict[str, Any]]], tuple[str, .
     ),
     "identities": (
         "identities", list, ("number", "members"), lambda one, wide: (one["number"], _members(one, wide)),
+    ),
+    "connections": (
+        "connections", lambda answer: list(answer["connections"]), ("endpoint", "direction", "flow", "state", "rule"),
+        lambda one, _: (one["endpoint"], one["direction"], _flow(one), _state(one), one["rule"] or "-"),
     ),
     "maps": (
         "status", lambda state: [{"map": name, **sizes} for name, sizes in state["maps"].items()],

@@ -99,7 +99,7 @@ def manifests(tmp_path: Path) -> Path:
 @pytest.fixture
 def agent(tmp_path: Path) -> Iterator[dict[str, Any]]:
     """An agent's socket, served by a thread; the answers may be changed."""
-    answers: dict[str, Any] = {"status": dict(STATE), "rules": [], "identities": []}
+    answers: dict[str, Any] = {"status": dict(STATE), "rules": [], "identities": [], "connections": {}}
     operations = {name: lambda _request, name=name: answers[name] for name in answers}
     service = Service(tmp_path / SOCKET_NAME, operations)
     service.open()
@@ -275,6 +275,15 @@ def test_get_lists(agent: dict[str, Any], tmp_path: Path, capsys: pytest.Capture
     assert json.loads(capsys.readouterr().out) == [{"map": "np_rule", "entries": 8, "size": 65536}]
     assert run(tmp_path, "get", "endpoints") == 0
     assert "Pod/shop/db" in capsys.readouterr().out
+    one = {
+        "endpoint": "Pod/shop/db", "direction": "ingress", "protocol": 6, "source": "fd00::3", "source_port": 40000,
+        "destination": "fd00::2", "destination_port": 5432, "form": "young", "state": "tcp-new", "generation": 2, "rule": None,
+    }  # fmt: skip
+    agent["connections"] = {"connections": [one], "more": 7}
+    assert run(tmp_path, "get", "connections") == 0
+    shown = capsys.readouterr()
+    assert "TCP [fd00::3]:40000 -> [fd00::2]:5432  tcp-new, no reply yet  -" in shown.out
+    assert shown.err == "and 7 more\n"
 
 
 def test_refused_object_is_named_with_its_map(

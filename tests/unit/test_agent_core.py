@@ -537,6 +537,27 @@ def test_report_holds_all_of_it(bench: Bench) -> None:
     assert {"10.0.0.1", "10.0.0.2", "10.0.0.3"} <= set(members)
 
 
+def test_report_of_connections_says_who_opened_them(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The source is the side of the first packet, whichever side the workload is; what is left out is counted."""
+    agent = bench.agent()
+    number = agent.tables.endpoints[DB].number
+    rule = next(iter(agent.tables.rules))
+    key = abi.np_conn4_key(endpoint=number, local_port=5432, remote_port=40000, protocol=6)
+    key.local[:], key.remote[:] = (10, 0, 0, 2), (10, 0, 0, 3)
+    inwards = abi.np_conn(direction=abi.NP_DIRECTION_INGRESS, state=abi.NP_CONN_TCP_OPEN, rule=rule)
+    outwards = abi.np_conn(direction=abi.NP_DIRECTION_EGRESS, state=abi.NP_CONN_TCP_NEW)
+    bench.node.maps["np_conn4"].rows[bytes(key)] = bytes(inwards)
+    bench.node.maps["np_young4"].rows[bytes(key)] = bytes(outwards)
+    found = report.connections(agent, bench.node.maps)
+    first, second = found["connections"]
+    assert (first["endpoint"], first["source"], first["source_port"]) == (str(DB), "10.0.0.3", 40000)
+    assert (first["form"], first["state"], first["rule"]) == ("open", "tcp-open", str(agent.tables.rules[rule]))
+    assert (second["source"], second["destination_port"]) == ("10.0.0.2", 40000)
+    assert (second["form"], second["rule"], found["more"]) == ("young", None, 0)
+    monkeypatch.setattr(report, "CONNECTIONS", 1)
+    assert report.connections(agent, bench.node.maps) == {"connections": [first], "more": 1}
+
+
 # --- addresses claimed twice, interfaces reborn, drift, refusals ----------------------------------------------------
 
 TWIN = POD.format(name="twin", node="here", last=2)
