@@ -3,18 +3,23 @@
 
 from __future__ import annotations
 
+import itertools
+import multiprocessing
+import os
 import struct
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 import packets as p
 import pytest
-from rig import ALLOW, DENY, PEER4, PEER6, POD4, POD6, Rig, everything
+from rig import ALLOW, DENY, ELSEWHERE, PEER4, PEER6, POD4, POD6, Rig, everything
 
 from netpol_ebpf.errors import MapFullError
 from netpol_loader import abi, connections
 from netpol_loader.connections import ROWS_PER_BUCKET, ConnectionMap
 from netpol_loader.dataplane import Dataplane
+from netpol_loader.hook import Hook
 
 pytestmark = pytest.mark.kernel
 
@@ -203,3 +208,42 @@ def test_each_node_has_a_hash_of_its_own(rig: Rig, small: Rig) -> None:
     )
     assert len({*one, *other}) == 2 * abi.NP_HASH_WORDS
     assert all(one)
+
+
+@FAMILIES
+def test_processors_that_write_into_one_bucket_never_mix_connections(small: Rig, pod: str, peer: str) -> None:
+    """One opens connections outwards, the other inwards, all into eight places: each entry has its own direction and rule."""
+    bursts, flows = 200, 100
+    hooks = {Hook.TC_INGRESS: (pod, peer), Hook.TC_EGRESS: (peer, pod)}
+    fork = multiprocessing.get_context("fork")
+    turn, refused = fork.Barrier(3), fork.Value("i", 0)
+
+    def send(cpu: int, hook: Hook) -> None:
+        os.sched_setaffinity(0, {cpu})
+        source, destination = hooks[hook]
+        ports = itertools.count(1024)
+        for _ in range(bursts):
+            frames = [p.frame(source, destination, p.TCP, p.tcp(next(ports), 80, p.SYN)) for _ in range(flows)]
+            turn.wait(60)
+            for frame in frames:
+                if not small.dataplane.test_run(hook, frame, ingress_ifindex=ELSEWHERE).passed:
+                    with refused:
+                        refused.value += 1
+            turn.wait(60)
+
+    cpus = itertools.cycle(range(os.cpu_count() or 1))
+    senders = [fork.Process(target=send, args=(next(cpus), hook)) for hook in hooks]
+    for sender in senders:
+        sender.start()
+    kind = abi.np_conn4_key if pod == POD4 else abi.np_conn6_key
+    seen: Counter[tuple[bool, int, int]] = Counter()
+    for _ in range(bursts):
+        turn.wait(60)
+        turn.wait(60)
+        for raw, row in small.connections(f"np_young{family(pod)}").items():
+            seen[kind.from_buffer_copy(raw).remote_port == 80, row.direction, row.rule] += 1
+    for sender in senders:
+        sender.join()
+    assert [sender.exitcode for sender in senders] == [0, 0]
+    assert set(seen) <= {(True, abi.NP_DIRECTION_EGRESS, 12), (False, abi.NP_DIRECTION_INGRESS, 11)}
+    print(f"{dict(seen)} seen; {refused.value} flows met a place that the other processor was writing")
