@@ -44,7 +44,7 @@ def _modes(dataplane: Dataplane) -> Iterator[tuple[Path, int]]:
     yield dataplane.pin_root, _OWNER_OF_DIRECTORY | _PASS
     yield dataplane.pin_dir, _OWNER_OF_DIRECTORY | _LIST
     yield dataplane.pin_dir / LINKS, _OWNER_OF_DIRECTORY
-    for name in dataplane.maps:
+    for name in dataplane.pinned:
         yield dataplane.pin_dir / name, _OWNER_OF_PIN | _READ
 
 

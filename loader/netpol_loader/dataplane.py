@@ -159,7 +159,7 @@ class Dataplane:
 
         for hook in Hook:
             (self.pin_dir / (hook.value + build.NEW_SUFFIX)).unlink(missing_ok=True)
-        build.build(self.pin_dir, {name: self.maps[name].max_entries for name in abi.MAP_SPECS})
+        build.build(self.pin_dir, {name: one.max_entries for name, one in self.pinned.items()})
         new = {hook: syscall.obj_get(self.pin_dir / (hook.value + build.NEW_SUFFIX)) for hook in Hook}
         if all(syscall.prog_info(new[hook]).tag == self.program_tag(hook) for hook in Hook):
             log.info("the pinned program is the one of these sources already")
@@ -184,6 +184,11 @@ class Dataplane:
             os.close(fd)
         self.maps = {**self.maps, **maps}
         self._programs = programs
+
+    @property
+    def pinned(self) -> dict[str, Map]:
+        """The maps that are pins: all but the views of young connections."""
+        return {name: self.maps[name] for name in abi.MAP_SPECS}
 
     def program_fd(self, hook: Hook) -> int:
         """The program for a hook; the descriptor stays this object's."""

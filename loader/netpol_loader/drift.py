@@ -116,7 +116,7 @@ def _mend_interface(dataplane: Dataplane, ifindex: int) -> list[Drift]:
 
 def _pinned(dataplane: Dataplane) -> Iterator[tuple[Path, int, int]]:
     """(where, descriptor, the kernel's number) of everything that has to be pinned."""
-    for name, one in dataplane.maps.items():
+    for name, one in dataplane.pinned.items():
         yield dataplane.pin_dir / name, one.fd, syscall.map_info(one.fd).id
     for hook in Hook:
         fd = dataplane.program_fd(hook)

@@ -19,7 +19,7 @@ import shutil
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
-from netpol_loader import abi, attach, build, syscall
+from netpol_loader import attach, build, syscall
 from netpol_loader.buckets import MORE_NAMES, bucketed
 from netpol_loader.dataplane import Dataplane, locked
 from netpol_loader.hook import Hook
@@ -62,9 +62,9 @@ class Renewal:
         """Build in a directory of our own, where the shared maps are known under the same names."""
         current = self._dataplane
         self._staging.mkdir()
-        sizes = {name: current.maps[name].max_entries for name in abi.MAP_SPECS}
+        sizes = {name: one.max_entries for name, one in current.pinned.items()}
         sizes |= {name: size for name, size in self._sizes.items() if name in self._fresh}
-        for name in abi.MAP_SPECS.keys() - self._fresh:
+        for name in current.pinned.keys() - self._fresh:
             os.link(current.pin_dir / name, self._staging / name)
         build.build(self._staging, sizes)
         self._maps = bucketed({name: Map(syscall.obj_get(self._staging / name)) for name in self._fresh})

@@ -214,7 +214,7 @@ class KernelNode:
 
     def renewal_sizes(self) -> Mapping[str, int]:
         """See `Node`."""
-        sizes = {name: one.max_entries for name, one in self._dataplane.maps.items()}
+        sizes = {name: one.max_entries for name, one in self._dataplane.pinned.items()}
         if self._upgrade is None and not self._is_new():
             sizes |= {name: size for name, size in self._sizes.items() if name in POLICY_MAPS}
         return sizes
