@@ -27,7 +27,7 @@ RESULT = ROOT / "bench" / "results" / "reference.json"
 PAGE = ROOT / "docs" / "performance.md"
 BEGIN, END = "<!-- results: python -m bench.page -->", "<!-- end of results -->"
 LARGE = {"pods": 100_000, "policies": 10_000}
-MEBI = 1 << 20
+MEGA = 1_000_000
 
 
 def judged(run: Run) -> list[targets.Row]:
@@ -67,13 +67,13 @@ def _control_plane(run: Run) -> list[targets.Row]:
         return None
 
     wanted = (("cold start", 30_000, "ms"), ("pod added elsewhere", 5, "ms"), ("policy changed", 100, "ms"),
-              ("memory at most", 400, "MiB"))  # fmt: skip
+              ("memory at most", 400, "MB"))  # fmt: skip
     rows = []
     for name, limit, unit in wanted:
         case = found(name)
         figure = None
         if case is not None:
-            figure = case.median / MEBI if unit == "MiB" else percentile(case.samples, 0.99)
+            figure = case.median / MEGA if unit == "MB" else percentile(case.samples, 0.99)
         rows.append(targets.Row(f"{name}{', p99' if name in ('pod added elsewhere', 'policy changed') else ''}, "
                                 "100 000 pods, 10 000 policies", figure, limit, unit))  # fmt: skip
     return rows

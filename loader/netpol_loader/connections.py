@@ -43,73 +43,92 @@ _ASSUMED_JIFFIES = 360_000
 """How long after it was seen a connection counts in the choice of what goes, until its first packet tells better: an hour where a
 second has the fewest jiffies, less elsewhere, so never longer than one that had packets."""
 _MASK64 = (1 << 64) - 1
+_INDEX = struct.Struct("=I")
+
+
+class Tags:
+    """The tags of a table, by number. Mapped into memory when they are first used, which an agent may never do."""
+
+    def __init__(self, tags: Map) -> None:
+        """``tags``: not taken over."""
+        self.buckets = tags.max_entries
+        self._map = tags
+        self._words: memoryview | None = None
+
+    @property
+    def words(self) -> memoryview:
+        """Reading or writing one is one load or store. Raises OSError when they cannot be mapped."""
+        if self._words is None:
+            self._words = memoryview(mmap.mmap(self._map.fd, self.buckets * self._map.value_size)).cast("Q")
+        return self._words
 
 
 class ConnectionMap(Map):
-    """Keys to struct np_conn. Owns the array's descriptor and the mappings. ``max_entries``: see ROWS_PER_BUCKET."""
+    """Keys to struct np_conn. Owns the array. ``max_entries``: see ROWS_PER_BUCKET."""
 
-    def __init__(self, array: Map, tags: Map, secret: Map, *, is_young: bool = False) -> None:
+    def __init__(self, array: Map, tags: Tags, secret: Map, *, is_young: bool = False) -> None:
         """Take over the array; ``tags``: of the same table; ``secret``: the numbers of the hash, read once."""
         layout: Any = abi.np_conn4_entry if array.name == "np_conn4" else abi.np_conn6_entry
         self.fd, self.type = array.fd, "buckets"
         self.name = YOUNG_NAMES[array.name] if is_young else array.name
         self.has_btf, self.is_per_cpu = array.has_btf, False
         self.key_size, self.value_size = layout.key.size, layout.conn.size
-        self.max_entries = tags.max_entries * ROWS_PER_BUCKET
+        self.max_entries = tags.buckets * ROWS_PER_BUCKET
         self._room = self.value_size
+        self._array = array
+        self._tags = tags
         self._who = _YOUNG if is_young else 0
-        self._mask = tags.max_entries - 1
-        self._entry_bytes, self._row_at = array.value_size, layout.conn.offset
+        self._layout = layout
         self._numbers = list(abi.np_secret.from_buffer_copy(secret.get(bytes(4)) or b"").number)
         self._words = struct.Struct(f"={self.key_size // 4}I")
-        self._memory = mmap.mmap(array.fd, array.max_entries * array.value_size)
-        self._tag_memory = mmap.mmap(tags.fd, tags.max_entries * tags.value_size)
-        self._tags = memoryview(self._tag_memory).cast("Q")
 
     def get(self, key: bytes) -> bytes | None:
         """The row that a packet would find, or None."""
         bucket, who = self._hash(key)
-        place = self._seek(bucket, who, key)
-        return None if place is None else self._row(self._entry(bucket, place))
+        number = self._seek(bucket, who, key)
+        return None if number is None else self._entry(number)[1]
 
     def put(self, key: bytes, value: bytes) -> None:
         """Insert or replace. Takes a grace period. Raises MapFullError."""
         self.put_many([(key, value)])
 
     def put_many(self, pairs: Sequence[tuple[bytes, bytes]]) -> None:
-        """Insert or replace all, in a grace period. Raises MapFullError when buckets were full of rows of this call; all others are written."""
+        """Insert or replace all, in a grace period.
+
+        Raises MapFullError when buckets were full of rows of this call; all others are written.
+        """
         for key, value in pairs:
             self._check(key, value)
+        tags = self._tags.words
         now = read_jiffies() // _JIFFIES
         owned = (now + _OWNED_UNITS & _TIME_MASK) << _TIME_SHIFT | abi.NP_RANK_NONE
         taken = {}
         for key, value in pairs:
             bucket, who = self._hash(key)
-            place = self._seek(bucket, who, key)
-            if place is None:
-                place = self._least(bucket, now)
-            if place is not None:
-                taken[bucket, place] = who, key, value
-                self._tags[self._tag(bucket, place)] = owned
+            number = self._seek(bucket, who, key)
+            if number is None:
+                number = self._least(bucket, now)
+            if number is not None:
+                taken[number] = who, key, value
+                tags[number] = owned
         wait_for_readers()
-        written = 0
-        for (bucket, place), (who, key, value) in taken.items():
-            if self._tags[self._tag(bucket, place)] == owned:
-                self._write(bucket, place, who, key, value)
-                written += 1
-        if written < len(pairs):
+        ours = [number for number in taken if tags[number] == owned]
+        self._array.put_many([(_INDEX.pack(number), self._packed(*taken[number][1:])) for number in ours])
+        for number in ours:
+            tags[number] = self._tag(*taken[number])
+        if len(ours) < len(pairs):
             raise MapFullError(
-                f"map {self.name} had no room for {len(pairs) - written} of {len(pairs)} connections",
+                f"map {self.name} had no room for {len(pairs) - len(ours)} of {len(pairs)} connections",
                 map_name=self.name,
             )
 
     def delete(self, key: bytes) -> bool:
         """Remove; False when there was nothing."""
         bucket, who = self._hash(key)
-        place = self._seek(bucket, who, key)
-        if place is not None:
-            self._tags[self._tag(bucket, place)] = 0
-        return place is not None
+        number = self._seek(bucket, who, key)
+        if number is not None:
+            self._tags.words[number] = 0
+        return number is not None
 
     def delete_many(self, keys: Sequence[bytes]) -> None:
         """Remove all; absent keys are no error."""
@@ -118,24 +137,20 @@ class ConnectionMap(Map):
 
     def clear(self) -> None:
         """Remove every connection there is now."""
-        for bucket, place in self._used():
-            self._tags[self._tag(bucket, place)] = 0
+        for number in self._used():
+            self._tags.words[number] = 0
 
     def items(self) -> Iterator[tuple[bytes, bytes]]:
         """All connections, expired ones too. What changes meanwhile may be missed or seen."""
-        for bucket, place in self._used():
-            entry = self._entry(bucket, place)
-            yield self._memory[entry : entry + self.key_size], self._row(entry)
+        for number in self._used():
+            yield self._entry(number)
 
     def close(self) -> None:
-        """Close the descriptor and the mapping; the map lives on while it is pinned or used."""
-        if self.fd >= 0:
-            self._tags.release()
-            self._tag_memory.close()
-            self._memory.close()
-        super().close()
+        """Close the descriptor; the map lives on while it is pinned or used."""
+        self._array.close()
+        self.fd = -1
 
-    # --- places -------------------------------------------------------------------------------------------------------
+    # --- places, by their number in the whole table --------------------------------------------------------------------
 
     def _hash(self, key: bytes) -> tuple[int, int]:
         """The bucket, and the part of a tag that says whose it is."""
@@ -143,33 +158,31 @@ class ConnectionMap(Map):
         words = self._words.unpack(key)
         total = self._numbers[-1] + sum(number * word for number, word in zip(self._numbers, words, strict=False))
         hashed = (total & _MASK64) >> _HASH_SHIFT | _HASH_BIT
-        return hashed & self._mask, hashed << _HASH_SHIFT | self._who
+        return hashed & self._tags.buckets - 1, hashed << _HASH_SHIFT | self._who
 
-    @staticmethod
-    def _tag(bucket: int, place: int) -> int:
-        """Number of a tag in `_tags`, and of the entry."""
-        return bucket * _WAYS + place
+    def _entry(self, number: int) -> tuple[bytes, bytes]:
+        """Key and row at a place."""
+        raw = self._array.get(_INDEX.pack(number)) or b""
+        row = self._layout.conn.offset
+        return raw[: self.key_size], raw[row : row + self.value_size]
 
-    def _entry(self, bucket: int, place: int) -> int:
-        """Offset of an entry."""
-        return (bucket * _WAYS + place) * self._entry_bytes
-
-    def _row(self, entry: int) -> bytes:
-        return self._memory[entry + self._row_at : entry + self._row_at + self.value_size]
+    def _packed(self, key: bytes, value: bytes) -> bytes:
+        """An entry."""
+        row = self._layout.conn.offset
+        return (key.ljust(row, b"\0") + value).ljust(self._array.value_size, b"\0")
 
     def _seek(self, bucket: int, who: int, key: bytes) -> int | None:
         """The place of a key."""
-        for place in range(_WAYS):
-            if (self._tags[self._tag(bucket, place)] ^ who) >> (_TIME_SHIFT + _TIME_BITS) == 0:
-                entry = self._entry(bucket, place)
-                return place if self._memory[entry : entry + self.key_size] == key else None
+        for number in range(bucket * _WAYS, (bucket + 1) * _WAYS):
+            if (self._tags.words[number] ^ who) >> (_TIME_SHIFT + _TIME_BITS) == 0:
+                return number if self._entry(number)[0] == key else None
         return None
 
     def _least(self, bucket: int, now: int) -> int | None:
         """The place that is worth least (np_tag_worth); None: all are being written."""
-        first = self._tag(bucket, 0)
-        worths = [(self._worth(tag, now), place) for place, tag in enumerate(self._tags[first : first + _WAYS])]
-        return min(((worth, place) for worth, place in worths if worth is not None), default=(0, None))[1]
+        numbers = range(bucket * _WAYS, (bucket + 1) * _WAYS)
+        worths = [(self._worth(self._tags.words[number], now), number) for number in numbers]
+        return min(((worth, number) for worth, number in worths if worth is not None), default=(0, None))[1]
 
     @staticmethod
     def _worth(tag: int, now: int) -> int | None:
@@ -180,20 +193,17 @@ class ConnectionMap(Map):
             return 1
         return None if rank == abi.NP_RANK_NONE else rank << _TIME_BITS | left
 
-    def _write(self, bucket: int, place: int, who: int, key: bytes, value: bytes) -> None:
-        """Into a place that is owned: the entry, then its tag."""
-        entry = self._entry(bucket, place)
-        self._memory[entry : entry + self.key_size] = key
-        self._memory[entry + self._row_at : entry + self._row_at + self.value_size] = value
+    def _tag(self, who: int, _key: bytes, value: bytes) -> int:
+        """The tag of a connection that no packet was seen of."""
         expires = (abi.np_conn.from_buffer_copy(value).seen_jiffies + _ASSUMED_JIFFIES) // _JIFFIES
         rank = abi.NP_RANK_YOUNG if self._who else abi.NP_RANK_OPEN
-        self._tags[self._tag(bucket, place)] = who | (expires & _TIME_MASK) << _TIME_SHIFT | rank
+        return who | (expires & _TIME_MASK) << _TIME_SHIFT | rank
 
-    def _used(self) -> Iterator[tuple[int, int]]:
-        """Bucket and place of each connection of this form."""
-        for number, tag in enumerate(self._tags.tolist()):
+    def _used(self) -> Iterator[int]:
+        """The places of this form's connections."""
+        for number, tag in enumerate(self._tags.words.tolist()):
             if tag & _RANK_MASK and tag & _YOUNG == self._who:
-                yield divmod(number, _WAYS)
+                yield number
 
 
 def viewed(maps: Mapping[str, Map]) -> dict[str, Map]:
@@ -201,7 +211,7 @@ def viewed(maps: Mapping[str, Map]) -> dict[str, Map]:
     result = dict(maps)
     for name, young in YOUNG_NAMES.items():
         if name in maps:
-            tags, secret = maps[TAG_NAMES[name]], maps["np_secret"]
+            tags, secret = Tags(maps[TAG_NAMES[name]]), maps["np_secret"]
             result[young] = ConnectionMap(Map(os.dup(maps[name].fd)), tags, secret, is_young=True)
             result[name] = ConnectionMap(maps[name], tags, secret)
     return result

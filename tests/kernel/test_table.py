@@ -193,12 +193,12 @@ def test_a_place_that_a_program_took_meanwhile_is_left_to_it(small: Rig, monkeyp
     theirs = 1 << 63 | abi.NP_RANK_OPEN
 
     def late() -> None:
-        view._tags[0] = theirs
+        view._tags.words[0] = theirs
 
     monkeypatch.setattr(connections, "wait_for_readers", late)
     with pytest.raises(MapFullError, match="1 of 1"):
         view.put(struct.pack("=I4s4sHHB3x", 7, bytes(4), bytes(4), 1, 80, p.TCP), bytes(view.value_size))
-    assert view._tags[0] == theirs
+    assert view._tags.words[0] == theirs
 
 
 def test_each_node_has_a_hash_of_its_own(rig: Rig, small: Rig) -> None:
