@@ -1,14 +1,15 @@
 // SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause
 //
-// The short way for packets of open connections: what this CPU saw of the connection tables within the last second.  A
-// hash look-up costs more than all the rest of the way; this costs a multiplication and one cache line.
+// The short way for packets of open connections: what this CPU saw of the connection table within the last second.  To
+// get to that table costs more than all the rest of the way; this costs a multiplication and one cache line.
 //
 // Only plain packets take it: Ethernet, IPv4 without options or IPv6 without extension headers, whole, TCP without SYN,
 // FIN and RST, or UDP.  Everything else, and whatever is not exactly as it should be, goes the long way, which decides.
 //
-// Invariant: an entry says only what np_conn said, or np_young of UDP that was not answered, under the same generation,
-// at most a second ago; so a connection is refreshed there once a second, and one that was removed there passes for a
-// second at most.  Packets that change a connection and packets whose sender is judged here never pass here.
+// Invariant: an entry says only what np_conn said of an open connection, or of UDP that nobody answers, under the same
+// generation, at most a second ago; so a connection is refreshed there once a second, and one that was removed there
+// passes for a second at most.  Packets that change a connection and packets whose sender is judged here never pass
+// here.
 #pragma once
 
 #include "np_count.h"
