@@ -266,7 +266,10 @@ NP_INLINE int np_conn_open(const struct np_flow *flow, const union np_conn_key *
     struct np_slot slot = np_slot_own(flow, version);
     if (!slot.conn)
         return NP_REASON_CONN_FULL;
-    __builtin_memcpy(np_slot_key(&slot, version), key, version == 4 ? sizeof(key->v4) : sizeof(key->v6));
+    np_half *stored = np_slot_key(&slot, version);
+#pragma unroll
+    for (__u32 word = 0; word < np_key_words(version); word++)
+        stored[word] = ((const np_half *)key)[word];
     *slot.conn = (struct np_conn){
         .seen_jiffies = flow->now_jiffies,
         .generation = flow->generation,

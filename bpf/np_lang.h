@@ -35,6 +35,9 @@
 // Eight bytes of anything. Copying by these takes half the accesses of a copy of structs that hold 32-bit words.
 typedef __u64 __attribute__((may_alias)) np_word;
 
+// Four bytes of anything, aligned: copying from where the compiler knows of no alignment is byte by byte.
+typedef __u32 __attribute__((may_alias)) np_half;
+
 // Both sides aligned to eight bytes, and so many of them.
 NP_INLINE void np_copy_words(void *to, const void *from, const int bytes)
 {

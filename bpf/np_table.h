@@ -33,6 +33,11 @@ struct np_slot {
     __u64 *tag;
 };
 
+NP_INLINE __u32 np_key_words(const int version)
+{
+    return (version == 4 ? sizeof(struct np_conn4_key) : sizeof(struct np_conn6_key)) / sizeof(np_half);
+}
+
 // The lesser of two numbers below 2^63.  Without a branch: the verifier would go both ways at each place of a bucket.
 NP_INLINE __u64 np_lesser(__u64 one, __u64 other)
 {
@@ -55,16 +60,20 @@ NP_INLINE __u64 np_tag_expiry(const struct np_flow *flow, __u32 state)
     return (np_tag_time(flow->now_jiffies) + units) & NP_TAG_TIME_MASK;
 }
 
-// What is lost when a place is taken.
+// What is lost when a place is taken: 0 free, 1 its time is past, NP_WORTH_OWNED it is being written.  Without a
+// branch, as np_lesser.
 NP_INLINE __u64 np_tag_worth(__u64 tag, __u32 now)
 {
-    __u32 rank = tag & 3;
-    __u32 left = (((__u32)tag >> 2) - now) & NP_TAG_TIME_MASK;
-    if (!tag)
-        return 0;
-    if (left >> (NP_TAG_TIME_BITS - 1)) // its time is past
-        return 1;
-    return rank == NP_RANK_NONE ? NP_WORTH_OWNED : (__u64)rank << NP_TAG_TIME_BITS | left;
+    __u64 rank = tag & 3;
+    __u64 left = (((__u32)tag >> 2) - now) & NP_TAG_TIME_MASK;
+    __u64 is_past = left >> (NP_TAG_TIME_BITS - 1);
+    __u64 is_owned = (rank - 1) >> 63 & ~is_past;
+    __u64 is_used = (tag | -tag) >> 63;
+    np_forget(is_past); // the compiler would rather have branches
+    np_forget(is_owned);
+    np_forget(is_used);
+    __u64 worth = rank << NP_TAG_TIME_BITS | left | (-is_owned & NP_WORTH_OWNED);
+    return ((worth & (is_past - 1)) | is_past) & -is_used;
 }
 
 // Where a connection stands, in both of its forms: the bucket's hash, and the places in it; NP_CONN_WAYS or more: none.
@@ -78,11 +87,8 @@ NP_INLINE void np_slot_seek(const struct np_flow *flow, const union np_conn_key 
         return;
     __u64 sum = secret->number[NP_HASH_WORDS - 1];
 #pragma unroll
-    for (__u32 at = 0; at < (version == 4 ? sizeof(key->v4) : sizeof(key->v6)); at += 4) {
-        __u32 word;
-        __builtin_memcpy(&word, (const void *)key + at, sizeof(word));
-        sum += secret->number[at / 4] * word; // multilinear: the upper half is as good as random
-    }
+    for (__u32 word = 0; word < np_key_words(version); word++)
+        sum += secret->number[word] * ((const np_half *)key)[word]; // multilinear: the upper half is as good as random
     __u32 hash = (__u32)(sum >> 32) | 1u << 31; // not 0
     const struct np_conn_tags *tags = np_conn_tags_lookup(hash, version);
     leg->hash = hash;
@@ -136,15 +142,13 @@ NP_INLINE struct np_slot np_slot_find(const struct np_flow *flow, const union np
     struct np_slot slot = np_slot_at(flow, place, version);
     if (!slot.conn)
         return none;
-    const void *stored = np_slot_key(&slot, version);
+    const np_half *stored = np_slot_key(&slot, version);
     __u32 other = 0;
 #pragma unroll
-    for (__u32 at = 0; at < (version == 4 ? sizeof(key->v4) : sizeof(key->v6)); at += 4) {
-        __u32 ours;
-        __u32 theirs;
-        __builtin_memcpy(&ours, (const void *)key + at, 4);
-        __builtin_memcpy(&theirs, stored + at, 4);
-        other |= ours ^ theirs;
+    for (__u32 word = 0; word < np_key_words(version); word++) {
+        __u32 differs = stored[word] ^ ((const np_half *)key)[word];
+        np_forget(differs); // else the compiler makes a branch of each word
+        other |= differs;
     }
     return other ? none : slot;
 }
