@@ -282,7 +282,7 @@ def test_group_reads_with_the_command_line(make: Callable[..., LeastScene]) -> N
     assert scene.reached(to_db("shop/other")) == [False]
     prefix = ["setpriv", "--reuid", str(MEMBER), "--regid", str(MEMBER), "--groups", group, "--bounding-set", "-all"]
     shown = {}
-    for command in ("status", "get rules", "flows", "metrics"):
+    for command in ("status", "get rules", "get connections", "flows", "metrics"):
         done = subprocess.run(
             [*prefix, sys.executable, "-m", "netpol_ebpf.cli.main", *command.split(), "--state-dir", str(scene.state_dir)],
             check=False, capture_output=True, text=True,
