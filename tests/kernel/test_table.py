@@ -3,10 +3,10 @@
 
 from __future__ import annotations
 
-import itertools
 import multiprocessing
 import os
 import struct
+import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +17,7 @@ from rig import ALLOW, DENY, ELSEWHERE, PEER4, PEER6, POD4, POD6, Rig, everythin
 
 from netpol_ebpf.errors import MapFullError
 from netpol_loader import abi, connections
+from netpol_loader.clock import read_jiffies
 from netpol_loader.connections import ROWS_PER_BUCKET, ConnectionMap
 from netpol_loader.dataplane import Dataplane
 from netpol_loader.hook import Hook
@@ -211,39 +212,46 @@ def test_each_node_has_a_hash_of_its_own(rig: Rig, small: Rig) -> None:
 
 
 @FAMILIES
-def test_processors_that_write_into_one_bucket_never_mix_connections(small: Rig, pod: str, peer: str) -> None:
-    """One opens connections outwards, the other inwards, all into eight places: each entry has its own direction and rule."""
-    bursts, flows = 200, 100
-    hooks = {Hook.TC_INGRESS: (pod, peer), Hook.TC_EGRESS: (peer, pod)}
-    fork = multiprocessing.get_context("fork")
-    turn, refused = fork.Barrier(3), fork.Value("i", 0)
+def test_processors_that_write_into_one_place_never_mix_connections(small: Rig, pod: str, peer: str) -> None:
+    """One opens a connection outwards, the other one inwards, again and again; they take the only place from each other.
 
-    def send(cpu: int, hook: Hook) -> None:
-        os.sched_setaffinity(0, {cpu})
-        source, destination = hooks[hook]
-        ports = itertools.count(1024)
-        for _ in range(bursts):
-            frames = [p.frame(source, destination, p.TCP, p.tcp(next(ports), 80, p.SYN)) for _ in range(flows)]
-            turn.wait(60)
-            for frame in frames:
-                if not small.dataplane.test_run(hook, frame, ingress_ifindex=ELSEWHERE).passed:
-                    with refused:
-                        refused.value += 1
-            turn.wait(60)
-
-    cpus = itertools.cycle(range(os.cpu_count() or 1))
-    senders = [fork.Process(target=send, args=(next(cpus), hook)) for hook in hooks]
-    for sender in senders:
-        sender.start()
+    The entry that is left has the direction and the rule of its key.
+    """
+    bursts, runs, deadline = 20_000, 4, time.monotonic() + 300
+    outwards, inwards = (pod, peer, 1000, Hook.TC_INGRESS), (peer, pod, 1001, Hook.TC_EGRESS)
+    tags, young = small.map(f"np_conn{family(pod)}_tag"), small.map(f"np_young{family(pod)}")
+    owned_long = ((read_jiffies() // 64 + (1 << 20)) & ((1 << 29) - 1)) << 2 | abi.NP_RANK_NONE
+    tags.put(bytes(4), struct.pack(f"={PLACES}Q", 0, *[owned_long] * (PLACES - 1)))
     kind = abi.np_conn4_key if pod == POD4 else abi.np_conn6_key
+    fork = multiprocessing.get_context("fork")
+    reached = fork.RawArray("q", 2)
     seen: Counter[tuple[bool, int, int]] = Counter()
-    for _ in range(bursts):
-        turn.wait(60)
-        turn.wait(60)
-        for raw, row in small.connections(f"np_young{family(pod)}").items():
-            seen[kind.from_buffer_copy(raw).remote_port == 80, row.direction, row.rule] += 1
-    for sender in senders:
-        sender.join()
-    assert [sender.exitcode for sender in senders] == [0, 0]
+
+    def meet(me: int, point: int) -> None:
+        """Go on when both are there: at once, so that they write at once."""
+        reached[me] = point
+        while reached[1 - me] < point:
+            assert time.monotonic() < deadline, "the other one is not coming"
+
+    def send(me: int, way: tuple[str, str, int, Hook]) -> None:
+        source, destination, port, hook = way
+        os.sched_setaffinity(0, {me % (os.cpu_count() or 1)})
+        packet = p.frame(source, destination, p.TCP, p.tcp(port, 80, p.SYN))
+        for burst in range(bursts):
+            meet(me, 2 * burst + 1)
+            small.dataplane.test_run(hook, packet, ingress_ifindex=ELSEWHERE, repeat=runs)
+            meet(me, 2 * burst + 2)
+            if me == 0:
+                for raw, row in small.connections(young.name).items():
+                    seen[kind.from_buffer_copy(raw).remote_port == 80, row.direction, row.rule] += 1
+
+    other = fork.Process(target=send, args=(1, inwards))
+    other.start()
+    send(0, outwards)
+    other.join()
+    tags.put(bytes(4), bytes(tags.value_size))
+    assert other.exitcode == 0
     assert set(seen) <= {(True, abi.NP_DIRECTION_EGRESS, 12), (False, abi.NP_DIRECTION_INGRESS, 11)}
-    print(f"{dict(seen)} seen; {refused.value} flows met a place that the other processor was writing")
+    assert sum(seen.values()) == bursts, "the one place is somebody's after each burst"
+    refused = small._counts("np_reason_count")[abi.NP_REASON_CONN_FULL]
+    print(f"{dict(seen)} seen; {refused} of {2 * bursts * runs} times the other processor was writing")
