@@ -7,9 +7,10 @@ waits for one before it returns from the update of an element that is a map, "so
 that all programs that could be running use the new map value" (maybe_wait_bpf_programs in kernel/bpf/syscall.c, 4.20 and
 its stable predecessors); since 6.19 for an expedited one.
 
-Rejected: membarrier(2) with MEMBARRIER_CMD_GLOBAL, which takes as long before 6.19 and a hundred times as long since, but is
-refused where a processor is nohz_full, and does not wait at all where one processor is online, although a real-time kernel
-interrupts programs; a fixed sleep, which is too long in the usual case and too short in the worst.
+A process that may make no maps, and so writes none that a packet meets (a test), waits by membarrier(2) with
+MEMBARRIER_CMD_GLOBAL.  That is not the first choice: it takes as long before 6.19 and a hundred times as long since, is refused
+where a processor is nohz_full, and does not wait where one processor is online, although a real-time kernel interrupts
+programs.  Rejected: a fixed sleep, which is too long in the usual case and too short in the worst.
 """
 
 from __future__ import annotations
@@ -26,6 +27,10 @@ from netpol_loader import syscall
 
 IS_STRONGLY_ORDERED = platform.machine() == "x86_64"
 """Whether every processor sees the stores of another in the order in which that one made them, and loads in its own order."""
+
+_MEMBARRIER = {"x86_64": 324, "aarch64": 283, "riscv64": 283, "loongarch64": 283, "ppc64le": 365, "s390x": 356}
+"""System call numbers (asm/unistd.h)."""
+_CMD_GLOBAL = 1  # include/uapi/linux/membarrier.h
 
 _ARRAY, _ARRAY_OF_MAPS = 2, 12  # enum bpf_map_type
 _WORD = struct.Struct("=I")
@@ -47,7 +52,11 @@ def wait_for_readers() -> None:
 
     Takes some 10 ms, since 6.19 some 0.1 ms.  A full memory barrier.  Raises PrivilegeError, PlatformError.
     """
-    outer, inner = _maps()
+    maps = _maps()
+    if maps is None:
+        _wait_without_maps()
+        return
+    outer, inner = maps
     try:
         syscall.map_update(outer, syscall.buffer(_WORD.pack(0)), syscall.buffer(_WORD.pack(inner)))
     except OSError as error:
@@ -66,8 +75,8 @@ def order_stores() -> None:
 
 
 @functools.cache
-def _maps() -> tuple[int, int]:
-    """Descriptors of a map of one map, and of that one, for the life of the process."""
+def _maps() -> tuple[int, int] | None:
+    """Descriptors of a map of one map, and of that one, for the life of the process; None: it may not make maps."""
     try:
         inner = _create(_ARRAY)
         try:
@@ -76,8 +85,11 @@ def _maps() -> tuple[int, int]:
             os.close(inner)
             raise
     except OSError as error:
-        kind = PrivilegeError if error.errno == errno.EPERM else PlatformError
-        raise kind(f"cannot make the map by which to wait for the packets on their way: {error.strerror}") from error
+        if error.errno == errno.EPERM:
+            return None
+        raise PlatformError(
+            f"cannot make the map by which to wait for the packets on their way: {error.strerror}"
+        ) from error
 
 
 def _create(kind: int, inner: int = 0) -> int:
@@ -85,3 +97,9 @@ def _create(kind: int, inner: int = 0) -> int:
         map_type=kind, key_size=_WORD.size, value_size=_WORD.size, max_entries=1, inner_map_fd=inner
     )  # fmt: skip
     return syscall._bpf(0, attr)  # noqa: SLF001 - BPF_MAP_CREATE
+
+
+def _wait_without_maps() -> None:
+    number = _MEMBARRIER.get(platform.machine())
+    if number is None or ctypes.CDLL(None).syscall(number, _CMD_GLOBAL, 0, 0) != 0:
+        raise PrivilegeError("cannot wait for the packets on their way: this process may not make maps")

@@ -7,6 +7,7 @@ import ctypes
 import errno
 import mmap
 import os
+import platform
 import struct
 import threading
 import time
@@ -138,14 +139,39 @@ def refused(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> 
     grace._maps.cache_clear()
 
 
+class Membarrier:
+    """libc, whose membarrier(2) answers as it is told; the calls are noted."""
+
+    def __init__(self, answer: int) -> None:
+        self.answer = answer
+        self.calls: list[tuple[int, ...]] = []
+
+    def syscall(self, *arguments: int) -> int:
+        self.calls.append(arguments)
+        return self.answer
+
+
+@pytest.mark.usefixtures("refused")
+@pytest.mark.parametrize("refused", [errno.EPERM], indirect=True)
+def test_who_may_make_no_maps_waits_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By membarrier, whose grace period is the kernel's, too."""
+    libc = Membarrier(0)
+    monkeypatch.setattr(ctypes, "CDLL", lambda _name: libc)
+    grace.wait_for_readers()
+    grace.wait_for_readers()
+    assert libc.calls == [(grace._MEMBARRIER[platform.machine()], 1, 0, 0)] * 2
+
+
 @pytest.mark.usefixtures("refused")
 @pytest.mark.parametrize(
     ("refused", "raised"), [(errno.EPERM, PrivilegeError), (errno.ENOMEM, PlatformError)], indirect=["refused"]
 )
-def test_refused_wait_is_an_error(raised: type[PlatformError]) -> None:
+def test_refused_wait_is_an_error(monkeypatch: pytest.MonkeyPatch, raised: type[PlatformError]) -> None:
     """Nobody goes on as if there had been a grace period."""
-    with pytest.raises(raised, match="the packets on their way"):
+    monkeypatch.setattr(ctypes, "CDLL", lambda _name: Membarrier(-1))
+    with pytest.raises(PlatformError, match="the packets on their way") as found:
         grace.wait_for_readers()
+    assert found.type is raised
 
 
 @pytest.mark.parametrize("is_strong", [True, False])
