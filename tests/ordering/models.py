@@ -520,17 +520,23 @@ def _given_away(has: Has) -> Scene:
 
 FLAGS_FIRST = Ordering("rule and flags are written before the connection's generation", BOTH, BOTH)
 BY_EXCHANGE = Ordering("the connection's generation is written by an exchange", WEAK_ONLY, WEAK_ONLY)
+GENERATION_FIRST = Ordering("the program loads the generation before the flags", BOTH, BOTH)
 FLAGS_BEHIND = Ordering("the flags' address is made of the generation that was read", WEAK_ONLY, WEAK_ONLY)
 
 
 def _judged_again(has: Has) -> Scene:
     """A connection is judged again: its flags say more under the new generation; `np_ip_again`, `np_ip_known`, `np_ip`."""
     generation = exchange("generation", 2) if has(BY_EXCHANGE.name) else store("generation", 2)
+    is_behind = has(FLAGS_BEHIND.name) and has(GENERATION_FIRST.name)
     return Scene(
         {
             "program": section(*ordered(has(FLAGS_FIRST.name), [store("flags", "tagged")], [generation])),
             "packet": section(
-                load("generation", "generation"), behind("flags", "generation", kept=has(FLAGS_BEHIND.name))
+                *ordered(
+                    has(GENERATION_FIRST.name),
+                    [load("generation", "generation")],
+                    [behind("flags", "generation", kept=is_behind)],
+                )
             ),
         },
         {"generation": 1, "flags": ""},
@@ -651,7 +657,7 @@ MODELS = (
     Model(
         "connection judged again",
         "a packet of a connection has the new generation and the old flags",
-        (FLAGS_FIRST, BY_EXCHANGE, FLAGS_BEHIND),
+        (FLAGS_FIRST, BY_EXCHANGE, GENERATION_FIRST, FLAGS_BEHIND),
         _judged_again,
     ),
     Model(
