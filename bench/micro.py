@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
 import itertools
 import json
 import os
@@ -211,13 +212,33 @@ def conn_key(client: int, port: int, service: int) -> bytes:
     return struct.pack("=I4s4sHHB3x", ENDPOINT, POD4.packed, client.to_bytes(4, "big"), port, service, TCP)
 
 
+def _own(name: str, kind: str, key_size: int, value_size: int, rows: int, *flags: str) -> tuple[str, abi.MapSpec]:
+    return name, abi.MapSpec(name, kind, None, None, key_size, value_size, rows, flags)
+
+
+_CONN_SIZES = (ctypes.sizeof(abi.np_conn4_key), ctypes.sizeof(abi.np_conn))
+_CIDR_SIZES = (ctypes.sizeof(abi.np_cidr4_key), ctypes.sizeof(abi.np_cidr))
+OWN_MAPS = dict(
+    (
+        _own("np_bench_target", "prog_array", 4, 4, 1),
+        _own("np_bench_vary", "array", 4, 32, 1),
+        _own("np_bench_hash", "hash", 4, ctypes.sizeof(abi.np_addr), 262_144, "BPF_F_NO_PREALLOC"),
+        _own("np_bench_lru", "lru_hash", *_CONN_SIZES, 262_144),
+        _own("np_bench_lru_new", "lru_hash", *_CONN_SIZES, 65_536),
+        _own("np_bench_array", "array", 4, ctypes.sizeof(abi.np_verdict), 65_536),
+        _own("np_bench_cpu", "percpu_array", 4, ctypes.sizeof(abi.np_count), 65_536),
+        *(_own(f"np_bench_lpm_{rows}", "lpm_trie", *_CIDR_SIZES, rows, "BPF_F_NO_PREALLOC") for rows in LPM_SIZES),
+    )
+)
+"""The maps that `bench/primitives.c` declares."""
+
+
 class Primitives:
     """The programs of `bench/primitives.c`, and their maps."""
 
     def __init__(self, dataplane: Dataplane) -> None:
-        names = ["np_vary", *(f"np_bare_{name}" for name in BARE)]
-        build.build(dataplane.pin_dir, {}, entry=ROOT / "bench" / "primitives.c", programs=names)
-        self.fds = {name: syscall.obj_get(dataplane.pin_dir / (name + build.NEW_SUFFIX)) for name in names}
+        names = ("np_vary", *(f"np_bare_{name}" for name in BARE))
+        self.fds = build.load_entry(dataplane.pin_dir, ROOT / "bench" / "primitives.c", names, OWN_MAPS)
         self._target = Map(syscall.obj_get(dataplane.pin_dir / "np_bench_target"))
         self._vary = Map(syscall.obj_get(dataplane.pin_dir / "np_bench_vary"))
         self._hash = Map(syscall.obj_get(dataplane.pin_dir / "np_bench_hash"))
@@ -509,9 +530,8 @@ def main(argv: list[str] | None = None) -> int:
     pin_root = Path(f"/sys/fs/bpf/netpol-bench-{os.getpid()}")
     with Dataplane.open(pin_root, sizes=SIZES) as dataplane:
         try:
-            build.build(dataplane.pin_dir, {}, entry=ROOT / "bench" / "parse_only.c", programs=["np_parse_only"])
-            parse_fd = syscall.obj_get(dataplane.pin_dir / ("np_parse_only" + build.NEW_SUFFIX))
-            bench = Bench(dataplane, syscall.prog_load(MOV_MINUS_ONE + EXIT), parse_fd)
+            parse = build.load_entry(dataplane.pin_dir, ROOT / "bench" / "parse_only.c", ("np_parse_only",), {})
+            bench = Bench(dataplane, syscall.prog_load(MOV_MINUS_ONE + EXIT), parse["np_parse_only"])
             results = {scale: measure_scale(bench, scale, options.rounds) for scale in scales}
             verified = {hook.value: verified_instructions(dataplane.program_fd(hook)) for hook in Hook}
         finally:

@@ -32,7 +32,7 @@ struct np_vary {
   __u32 endpoint;      // for keys: its number
 };
 
-NP_MAP("prog", np_bench_target, int, int, 1, 0);
+NP_MAP("prog_array", np_bench_target, int, int, 1, 0);
 NP_MAP("array", np_bench_vary, __u32, struct np_vary, 1, 0);
 NP_MAP("hash", np_bench_hash, struct np_addr4_key, struct np_addr,
        NP_BARE_HASH_ROWS, BPF_F_NO_PREALLOC);
@@ -51,7 +51,7 @@ NP_MAP("lpm_trie", np_bench_lpm_100000, struct np_cidr4_key, struct np_cidr,
 
 NP_INLINE const struct np_vary *np_vary_row(void) {
   __u32 only = 0;
-  return np_bench_vary.lookup(&only);
+  return np_lookup(NP_MAP_OF(np_bench_vary), &only);
 }
 
 NP_INLINE __u32 np_vary_flow(const struct np_vary *vary) {
@@ -79,7 +79,7 @@ int np_vary(struct __sk_buff *skb) {
     return 2;
   __builtin_memcpy(start + at, &client, 4);
   __builtin_memcpy(start + port_at, &port, 2);
-  np_bench_target.call(skb, 0);
+  np_tail_call(skb, NP_MAP_OF(np_bench_target), 0);
   return 2;
 }
 
@@ -116,14 +116,14 @@ int np_bare_nothing(struct __sk_buff *skb) {
 
 int np_bare_lru(struct __sk_buff *skb) {
   NP_BARE_BEGIN;
-  return np_bench_lru.lookup(&key) ? -1 : 2;
+  return np_lookup(NP_MAP_OF(np_bench_lru), &key) ? -1 : 2;
 }
 
 int np_bare_lru_insert(struct __sk_buff *skb) {
   NP_BARE_BEGIN;
   struct np_conn conn = {
       .seen_jiffies = bpf_jiffies64(), .generation = 1, .rule = 1};
-  return np_bench_lru_new.update(&key, &conn) ? 2 : -1;
+  return np_update(NP_MAP_OF(np_bench_lru_new), &key, &conn, BPF_ANY) ? 2 : -1;
 }
 
 // The product's own table, with nothing around it.
@@ -148,42 +148,41 @@ int np_bare_table_insert(struct __sk_buff *skb) {
 
 int np_bare_hash(struct __sk_buff *skb) {
   NP_BARE_BEGIN;
-  return np_bench_hash.lookup((struct np_addr4_key *)&key.remote) ? -1 : 2;
+  return np_lookup(NP_MAP_OF(np_bench_hash), (struct np_addr4_key *)&key.remote) ? -1 : 2;
 }
 
-// BCC wants the name of a map where it is used, so these are not one macro.
 int np_bare_lpm_10(struct __sk_buff *skb) {
   NP_BARE_BEGIN;
   struct np_cidr4_key cidr = {.prefix_bits = 32};
   __builtin_memcpy(cidr.address, key.remote, 4);
-  return np_bench_lpm_10.lookup(&cidr) ? -1 : 2;
+  return np_lookup(NP_MAP_OF(np_bench_lpm_10), &cidr) ? -1 : 2;
 }
 
 int np_bare_lpm_1000(struct __sk_buff *skb) {
   NP_BARE_BEGIN;
   struct np_cidr4_key cidr = {.prefix_bits = 32};
   __builtin_memcpy(cidr.address, key.remote, 4);
-  return np_bench_lpm_1000.lookup(&cidr) ? -1 : 2;
+  return np_lookup(NP_MAP_OF(np_bench_lpm_1000), &cidr) ? -1 : 2;
 }
 
 int np_bare_lpm_100000(struct __sk_buff *skb) {
   NP_BARE_BEGIN;
   struct np_cidr4_key cidr = {.prefix_bits = 32};
   __builtin_memcpy(cidr.address, key.remote, 4);
-  return np_bench_lpm_100000.lookup(&cidr) ? -1 : 2;
+  return np_lookup(NP_MAP_OF(np_bench_lpm_100000), &cidr) ? -1 : 2;
 }
 
 int np_bare_array(struct __sk_buff *skb) {
   NP_BARE_BEGIN;
   __u32 index = (key.local_port ^ key.remote[3]) & (NP_BARE_ROWS - 1);
-  struct np_verdict *row = np_bench_array.lookup(&index);
+  struct np_verdict *row = np_lookup(NP_MAP_OF(np_bench_array), &index);
   return row && row->rule == 0 ? -1 : 2;
 }
 
 int np_bare_percpu(struct __sk_buff *skb) {
   NP_BARE_BEGIN;
   __u32 index = (key.local_port ^ key.remote[3]) & (NP_BARE_ROWS - 1);
-  struct np_count *row = np_bench_cpu.lookup(&index);
+  struct np_count *row = np_lookup(NP_MAP_OF(np_bench_cpu), &index);
   return row && row->packets == 0 ? -1 : 2;
 }
 

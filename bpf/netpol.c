@@ -1,19 +1,24 @@
 // SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause
 //
-// A packet's way through the policy of one interface.  Two programs, one for each hook; read them from the bottom up:
+// A packet's way through the policy of one interface.  A program for each hook, and three that they call (enum
+// np_call); read them from the bottom up:
 //
-//     np_tc         the short way, else: the packet's facts and whose it is -> np_frame -> np_conclude
-//     np_frame      frame -> ARP | IPv4 | IPv6 | the rest
-//     np_ip         parse -> neighbour discovery -> fragment -> np_ip_sender -> open connection: done
-//     np_ip_sender  the verdict of a sender that was deferred to here
-//     np_ip_slow    anti-spoofing -> connection -> np_ip_plan -> policy -> np_ip_known | np_ip_new
-//     np_conclude   count, tell, pass or drop
+//     np_tc          the short way, else: the packet's facts and whose it is -> np_frame -> np_conclude
+//     np_frame       frame -> ARP | IPv4 | IPv6 | the rest
+//     np_ip          parse -> neighbour discovery -> fragment -> np_sender -> np_ip_own
+//     np_ip_own      open connection: done
+//     np_ip_slow     anti-spoofing -> connection: np_ip_known, else np_ip_plan -> np_tc_judge
+//     np_tc_judge    one policy list, and the next one -> np_tc_sender | np_tc_verdict
+//     np_tc_sender   policy has answered for a sender that was deferred to here -> np_ip_own
+//     np_tc_verdict  policy has answered for the interface's endpoint -> np_ip_known | np_ip_new -> np_conclude
+//     np_conclude    count, tell, pass or drop
 //
-// Each step returns why the packet passes or is dropped (enum np_reason), or NP_REASON_NONE: the next step decides.
+// Each step returns why the packet passes or is dropped (enum np_reason), or NP_REASON_NONE: the next step decides.  A
+// call does not return; what the called program needs is in np_scratch, so it is verified by itself.
 //
 // Invariants.  Whatever is not understood is dropped, and counted under a reason.  A verdict carries the rule of the
 // table entry that decided.  A packet of an open connection costs at most one look-up in the table of connections after
-// parsing, and no time call.
+// parsing, no time call and no tail call.  A call that fails drops the packet and is counted.
 //
 // Files, in the order of use: np_lang (words), np_abi (what is shared), np_maps (tables), np_parse, np_flow (what the
 // steps tell each other), np_count, np_event, np_bucket (addresses and classes), np_endpoint (whose), np_classify (one
@@ -200,10 +205,10 @@ NP_INLINE int np_ip_plan(struct np_flow *flow, struct np_work *work, __u8 kind, 
     return NP_REASON_NONE;
 }
 
-// Ask policy about the flow under a connection key; `work->reason`: what exempts it. Afterwards the decision holds an
-// action other than NP_ACTION_NONE, and its reason.
-NP_INLINE void np_ip_decide(struct np_flow *flow, struct np_work *work, const union np_conn_key *key, const int hook,
-                            const int version)
+// Ask policy about the flow under a connection key; `work->reason`: what exempts it.  np_tc_verdict goes on, with a
+// decision whose action is not NP_ACTION_NONE.  Returns only when it cannot be called: why the packet is dropped.
+NP_INLINE int np_ip_ask(struct __sk_buff *skb, struct np_flow *flow, struct np_work *work, const union np_conn_key *key,
+                        const int hook, const int version)
 {
     struct np_decision *decision = flow->decision;
     struct np_question *question = &work->questions[NP_QUESTION_WIRE];
@@ -216,19 +221,20 @@ NP_INLINE void np_ip_decide(struct np_flow *flow, struct np_work *work, const un
                      ? leg->endpoint
                      : 0;
     np_barrier();
-    if (work->reason) {
-        decision->action = decision->staged_action = NP_ACTION_ALLOW;
-        decision->reason = work->reason;
-        return;
+    __u8 action = NP_ACTION_ALLOW;
+    if (!work->reason) {
+        work->reason = np_ip_plan(flow, work, leg->kind, leg->first_direction, version);
+        action = NP_ACTION_DENY;
     }
-    work->reason = np_ip_plan(flow, work, leg->kind, leg->first_direction, version);
     np_barrier();
-    if (work->reason) {
-        decision->action = decision->staged_action = NP_ACTION_DENY;
-        decision->reason = work->reason;
-        return;
+    if (!work->reason) {
+        np_judge_begin(flow, work, NP_CALL_VERDICT);
+        return np_call_judge(skb, work);
     }
-    np_judge(flow, work, NP_TURNS_OWN, version);
+    decision->action = decision->staged_action = action;
+    decision->reason = work->reason;
+    np_call_program(skb, NP_CALL_VERDICT);
+    return NP_REASON_CALL_MISSING;
 }
 
 // Policy was asked again about a known connection, which was allowed under another generation, with the tuple of its
@@ -252,7 +258,7 @@ NP_INLINE int np_ip_again(struct np_flow *flow, struct np_conn *conn)
 
 // A packet of a known connection that is allowed under this generation.
 NP_INLINE int np_ip_known(struct __sk_buff *skb, struct np_flow *flow, union np_conn_key *key,
-                          const struct np_found *found, struct np_slot *slot, const int hook, const int version)
+                          const struct np_found *found, struct np_slot *slot, int hook, const int version)
 {
     const struct np_packet *packet = flow->packet;
     struct np_conn *conn = slot->conn;
@@ -304,6 +310,16 @@ NP_INLINE int np_asks_for_address(const struct np_flow *flow, const int version)
            np_is_dhcp_request(flow->packet, version);
 }
 
+// A first fragment that passes is remembered for the later ones. Returns why the packet passes or is dropped.
+NP_INLINE int np_ip_remember(const struct np_flow *flow, const struct np_work *work, int reason, const int version)
+{
+    // Errors fit into one packet; the rest of one would be taken for its beginning.
+    if (flow->packet->fragment != NP_FRAGMENT_FIRST || reason >= NP_REASON_POLICY_DENY || work->is_error)
+        return reason;
+    int failed = np_fragment_remember(flow, version);
+    return failed ? failed : reason;
+}
+
 // Everything but a packet in the middle of an open connection.
 NP_INLINE int np_ip_slow(struct __sk_buff *skb, struct np_flow *flow, union np_conn_key *key, struct np_work *work,
                          const int hook, const int version)
@@ -312,14 +328,14 @@ NP_INLINE int np_ip_slow(struct __sk_buff *skb, struct np_flow *flow, union np_c
     struct np_question *question = &work->questions[NP_QUESTION_WIRE];
     struct np_found *found = &work->found;
     struct np_leg *leg = flow->leg;
-    int is_error = packet->icmp_kind == NP_ICMP_ERROR;
+    work->is_error = packet->icmp_kind == NP_ICMP_ERROR;
 
     if (np_is_spoofed(flow, version)) // the client has no address yet
         return version == 4 && !packet->source[0] && np_asks_for_address(flow, version) ? NP_REASON_DHCP
                                                                                         : NP_REASON_SPOOFED;
 
     leg->related = NP_REASON_NONE;
-    if (is_error) {
+    if (work->is_error) {
         leg->related = np_conn_key_inner(skb, key, flow, version);
         if (leg->related == NP_REASON_ICMP_UNRELATED)
             return NP_REASON_ICMP_UNRELATED;
@@ -336,7 +352,6 @@ NP_INLINE int np_ip_slow(struct __sk_buff *skb, struct np_flow *flow, union np_c
     if (!conn && np_asks_for_address(flow, version))
         return NP_REASON_DHCP;
 
-    int is_current = 0;
     leg->first_direction = leg->direction;
     question->icmp_type = packet->icmp_type;
     question->icmp_code = packet->icmp_code;
@@ -347,57 +362,74 @@ NP_INLINE int np_ip_slow(struct __sk_buff *skb, struct np_flow *flow, union np_c
         leg->reply = conn->direction != leg->direction;
         question->icmp_type = conn->icmp_type;
         question->icmp_code = conn->icmp_code;
-        is_current = conn->generation == flow->generation || conn->flags & NP_CONN_EXEMPT;
+        if (conn->generation == flow->generation || conn->flags & NP_CONN_EXEMPT)
+            return np_ip_remember(flow, work, np_ip_known(skb, flow, key, found, &slot, hook, version), version);
+    } else {
+        work->reason = np_exempt(flow, hook, version);
     }
-    if (!is_current) {
-        work->reason = conn ? NP_REASON_NONE : np_exempt(flow, hook, version);
-        np_barrier();
-        np_ip_decide(flow, work, key, hook, version);
-        np_barrier();
-        conn = 0;
-        if (found->is_known) {
-            slot = np_conn_again(flow, found, key, version);
-            conn = slot.conn;
-            if (conn) {
-                int reason = np_ip_again(flow, conn);
-                if (reason)
-                    return reason;
-            } // else it was evicted meanwhile; what policy says counts
-        }
-    }
-
-    int reason = flow->decision->reason;
-    if (conn)
-        reason = np_ip_known(skb, flow, key, found, &slot, hook, version);
-    else if (flow->decision->action != NP_ACTION_DENY)
-        reason = np_ip_new(skb, flow, key, leg->kind, version);
-    // Errors fit into one packet; the rest of one would be taken for its beginning.
-    if (packet->fragment == NP_FRAGMENT_FIRST && reason < NP_REASON_POLICY_DENY && !is_error) {
-        int failed = np_fragment_remember(flow, version);
-        if (failed)
-            return failed;
-    }
-    return reason;
+    np_barrier();
+    return np_ip_ask(skb, flow, work, key, hook, version);
 }
 
-// The verdict of the endpoint whose number the packet carries. Returns why it is dropped, or NP_REASON_NONE: the flow
-// is then this interface's again, and the packet carries nothing.
-NP_INLINE int np_ip_sender(struct __sk_buff *skb, struct np_flow *flow, struct np_work *work, const int version)
+// Policy has answered for the interface's endpoint, or was not asked; the decision says which.
+NP_INLINE int np_ip_verdict(struct __sk_buff *skb, struct np_flow *flow, struct np_work *work, const int version)
 {
-    __u32 endpoint = flow->leg->endpoint;
-    __u8 direction = flow->leg->direction;
-    int reason = np_sender(skb, flow, work, version);
-    np_barrier();
-    if (reason)
-        return reason;
+    union np_conn_key *key = &work->key;
+    struct np_slot slot = {};
+    int reason = flow->decision->reason;
+    if (work->found.is_known) {
+        slot = np_conn_again(flow, &work->found, key, version);
+        if (slot.conn) {
+            int cut = np_ip_again(flow, slot.conn);
+            if (cut)
+                return cut;
+        } // else it was evicted meanwhile; what policy says counts
+    }
+    if (slot.conn)
+        reason = np_ip_known(skb, flow, key, &work->found, &slot, work->hook, version);
+    else if (flow->decision->action != NP_ACTION_DENY)
+        reason = np_ip_new(skb, flow, key, flow->leg->kind, version);
+    return np_ip_remember(flow, work, reason, version);
+}
+
+// The endpoint whose number the packet carries allows it, as `work->reason` says: the flow is this interface's again,
+// and the packet carries nothing.
+NP_INLINE void np_ip_sender_allowed(struct __sk_buff *skb, struct np_flow *flow, struct np_work *work)
+{
     np_conclude(flow, work->reason);
     np_barrier();
-    flow->leg->endpoint = endpoint;
-    flow->leg->direction = direction;
+    flow->leg->endpoint = work->own_endpoint;
+    flow->leg->direction = np_direction_at(NP_HOOK_EGRESS, flow->leg->endpoint_flags);
     flow->leg->untracked = 0;
     __builtin_memset(flow->decision, 0, sizeof(*flow->decision));
     flow->leg->ends = np_carry(skb, flow->config, 0);
-    return NP_REASON_NONE;
+}
+
+// The packet's own endpoint: a packet in the middle of an open connection passes, the rest goes on.
+NP_INLINE int np_ip_own(struct __sk_buff *skb, struct np_flow *flow, struct np_work *work, const int hook,
+                        const int version)
+{
+    const struct np_packet *packet = flow->packet;
+    union np_conn_key *key = &work->key;
+    if (flow->leg->endpoint_flags & NP_ENDPOINT_UPLINK)
+        return NP_REASON_UPLINK;
+    np_conn_key_of(key, flow, version);
+    if (NP_LIKELY(!np_conn_is_initial(packet)))
+        np_slot_seek(flow, key, version);
+    if (NP_LIKELY(!packet->special)) {
+        struct np_slot slot = np_slot_find(flow, key, 0, version);
+        struct np_conn *open = slot.conn;
+        if (NP_LIKELY(open && open->generation == flow->generation && np_conn_is_alive(open, flow))) {
+            int carries = open->flags & NP_CONN_CARRIES && open->direction == flow->leg->direction;
+            np_conn_touch(&slot, flow);
+            np_recent_fill(flow, open->rule, carries ? flow->leg->endpoint : 0, hook, version);
+            if (NP_UNLIKELY(carries))
+                flow->leg->ends = np_carry(skb, flow->config, flow->leg->endpoint);
+            flow->decision->rule = open->rule;
+            return NP_REASON_ESTABLISHED;
+        }
+    }
+    return np_ip_slow(skb, flow, key, work, hook, version);
 }
 
 // Malformed. That is no business of ours on an interface without policy.
@@ -432,31 +464,14 @@ NP_INLINE int np_ip(struct __sk_buff *skb, const struct np_bytes *bytes, struct 
             return reason;
     }
     if (hook == NP_HOOK_EGRESS && NP_UNLIKELY(flow->leg->carried)) {
-        reason = np_ip_sender(skb, flow, work, version);
+        work->own_endpoint = flow->leg->endpoint;
+        reason = np_sender(skb, flow, work, version);
+        np_barrier();
         if (reason)
             return reason;
-        if (flow->leg->endpoint_flags & NP_ENDPOINT_UPLINK)
-            return NP_REASON_UPLINK;
+        np_ip_sender_allowed(skb, flow, work);
     }
-
-    union np_conn_key *key = &work->key;
-    np_conn_key_of(key, flow, version);
-    if (NP_LIKELY(!np_conn_is_initial(packet)))
-        np_slot_seek(flow, key, version);
-    if (NP_LIKELY(!packet->special)) {
-        struct np_slot slot = np_slot_find(flow, key, 0, version);
-        struct np_conn *open = slot.conn;
-        if (NP_LIKELY(open && open->generation == flow->generation && np_conn_is_alive(open, flow))) {
-            int carries = open->flags & NP_CONN_CARRIES && open->direction == flow->leg->direction;
-            np_conn_touch(&slot, flow);
-            np_recent_fill(flow, open->rule, carries ? flow->leg->endpoint : 0, hook, version);
-            if (NP_UNLIKELY(carries))
-                flow->leg->ends = np_carry(skb, flow->config, flow->leg->endpoint);
-            flow->decision->rule = open->rule;
-            return NP_REASON_ESTABLISHED;
-        }
-    }
-    return np_ip_slow(skb, flow, key, work, hook, version);
+    return np_ip_own(skb, flow, work, hook, version);
 }
 
 // Neither IP nor ARP: nothing that a workload may send or get; a host interface may.
@@ -487,6 +502,21 @@ NP_INLINE int np_frame(struct __sk_buff *skb, struct np_flow *flow, struct np_wo
     }
 }
 
+// What all steps need of the packet: `flow` points to what is in np_scratch.
+NP_INLINE void np_flow_begin(struct __sk_buff *skb, struct np_flow *flow, const struct np_config *config,
+                             struct np_work *work)
+{
+    *flow = (struct np_flow){
+        .config = config,
+        .packet = &work->packet,
+        .decision = &work->decision,
+        .leg = &work->leg,
+        .ifindex = skb->ifindex,
+        .ingress_ifindex = skb->ingress_ifindex,
+        .frame_bytes = skb->len,
+    };
+}
+
 NP_INLINE int np_tc(struct __sk_buff *skb, const int hook)
 {
     const struct np_config *config = np_config_lookup();
@@ -499,26 +529,21 @@ NP_INLINE int np_tc(struct __sk_buff *skb, const int hook)
         return verdict;
 
     struct np_work *work = (void *)np_scratch_lookup();
-    struct np_flow flow = {
-        .config = config,
-        .now_jiffies = bpf_jiffies64(),
-        .ifindex = skb->ifindex,
-        .ingress_ifindex = skb->ingress_ifindex,
-        .frame_bytes = skb->len,
-    };
+    struct np_flow flow;
     if (!work) { // likewise
-        np_count_reason(NP_REASON_NO_CONFIG, flow.frame_bytes);
+        np_count_reason(NP_REASON_NO_CONFIG, skb->len);
         return NP_DROP;
     }
-    flow.generation = config->generation;
-    flow.epoch = config->epoch;
+    np_flow_begin(skb, &flow, config, work);
+    flow.now_jiffies = work->now_jiffies = bpf_jiffies64();
+    flow.generation = work->generation = config->generation;
+    flow.epoch = work->epoch = config->epoch;
+    work->hook = hook;
+    work->calls_left = NP_JUDGE_CALLS;
     np_barrier();
     np_zero_words(&work->packet, sizeof(work->packet));
     np_zero_words(&work->decision, sizeof(work->decision));
     np_zero_words(&work->leg, sizeof(work->leg));
-    flow.packet = &work->packet;
-    flow.decision = &work->decision;
-    flow.leg = &work->leg;
     flow.leg->direction = np_direction_at(hook, 0);
     flow.leg->carried = np_carried(skb, config);
     np_keep_in_memory(&flow);
@@ -526,6 +551,74 @@ NP_INLINE int np_tc(struct __sk_buff *skb, const int hook)
     np_barrier();
     work->reason = np_frame(skb, &flow, work, hook);
     np_barrier(); // the verifier forgets which way it came: one walk through the end instead of one for each reason
+    return np_conclude(&flow, work->reason);
+}
+
+// A called program takes up the packet where its caller left it. NULL: it cannot.
+NP_INLINE struct np_work *np_resume(struct __sk_buff *skb, struct np_flow *flow)
+{
+    const struct np_config *config = np_config_lookup();
+    struct np_work *work = (void *)np_scratch_lookup();
+    if (!config || !work) { // rows of arrays: cannot happen
+        np_count_reason(NP_REASON_NO_CONFIG, skb->len);
+        return 0;
+    }
+    np_flow_begin(skb, flow, config, work);
+    flow->now_jiffies = work->now_jiffies;
+    flow->generation = work->generation;
+    flow->epoch = work->epoch;
+    np_keep_in_memory(flow);
+    return work;
+}
+
+int np_tc_judge(struct __sk_buff *skb)
+{
+    struct np_flow flow;
+    struct np_work *work = np_resume(skb, &flow);
+    if (!work)
+        return NP_DROP;
+    int is_answered = flow.packet->version == 4 ? np_ask(&flow, work, 4) : np_ask(&flow, work, 6);
+    np_barrier();
+    if (!is_answered)
+        return np_conclude(&flow, np_call_judge(skb, work));
+    np_judge_end(&flow, work);
+    if (work->next == NP_CALL_SENDER)
+        np_call_program(skb, NP_CALL_SENDER);
+    else
+        np_call_program(skb, NP_CALL_VERDICT);
+    return np_conclude(&flow, NP_REASON_CALL_MISSING);
+}
+
+NP_INLINE int np_sender_goes_on(struct __sk_buff *skb, struct np_flow *flow, struct np_work *work, const int version)
+{
+    int reason = np_sender_verdict(flow, work, version);
+    np_barrier();
+    if (reason)
+        return reason;
+    np_ip_sender_allowed(skb, flow, work);
+    return np_ip_own(skb, flow, work, NP_HOOK_EGRESS, version);
+}
+
+int np_tc_sender(struct __sk_buff *skb)
+{
+    struct np_flow flow;
+    struct np_work *work = np_resume(skb, &flow);
+    if (!work)
+        return NP_DROP;
+    work->reason =
+        flow.packet->version == 4 ? np_sender_goes_on(skb, &flow, work, 4) : np_sender_goes_on(skb, &flow, work, 6);
+    np_barrier();
+    return np_conclude(&flow, work->reason);
+}
+
+int np_tc_verdict(struct __sk_buff *skb)
+{
+    struct np_flow flow;
+    struct np_work *work = np_resume(skb, &flow);
+    if (!work)
+        return NP_DROP;
+    work->reason = flow.packet->version == 4 ? np_ip_verdict(skb, &flow, work, 4) : np_ip_verdict(skb, &flow, work, 6);
+    np_barrier();
     return np_conclude(&flow, work->reason);
 }
 

@@ -12,7 +12,7 @@
 
 #include <linux/types.h>
 
-#define NP_SCHEMA_VERSION 5 // part of the pin directory's name
+#define NP_SCHEMA_VERSION 6 // part of the pin directory's name
 
 // --- limits ----------------------------------------------------------------------------------------------------------
 
@@ -136,6 +136,14 @@ enum np_vip_flag {
     NP_VIP_MANY = 2, // several of those: not known which one
 };
 
+// Slots of np_call: the programs that a hook's program calls, each under the name np_tc_*. A tail call never returns.
+enum np_call {
+    NP_CALL_JUDGE = 0, // ask one policy list, then the next one
+    NP_CALL_SENDER = 1, // policy has answered for the endpoint whose number the packet carries
+    NP_CALL_VERDICT = 2, // policy has answered for the endpoint of the interface
+    NP_CALLS = 3, // how many there are
+};
+
 // Kinds of events.
 enum np_event_kind {
     NP_EVENT_DENY = 1, // a packet was dropped
@@ -184,6 +192,8 @@ enum np_reason {
     NP_REASON_LOST_SENDER = 54, // to a service, from an endpoint that is gone
     NP_REASON_HIDDEN_SOURCE = 55, // to a service, with a translated source, while the sender's policy depends on it
     NP_REASON_LOCAL_BACKENDS = 56, // to a service with several processes of this node behind it
+    NP_REASON_CALL_MISSING = 57, // a program that the packet needs is missing from np_call
+    NP_REASON_CALL_BUDGET = 58, // policy lists changed each time they were read, until the budget of calls was spent
     NP_REASON_EVENT_LOST = 96, // the ring buffer had no room for an event
     NP_REASON_LOG_LIMITED = 97, // a log event held back by the rate limit
     NP_REASON_RULE_RANGE = 98, // a rule number beyond np_rule_count or np_staged_count, once for each

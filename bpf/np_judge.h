@@ -11,7 +11,11 @@
 // A list without an opinion leaves the packet to the next; a deny is the end; an allow of untracked or pre-DNAT policy
 // is the end of the host's lists.  When all lists of a host have no opinion the packet goes on (NP_ACTION_CONTINUE).
 //
-// Invariant: all lists of one host endpoint are read from one version of its row.
+// The program np_tc_judge evaluates one list for each call and then calls itself, so the verifier walks the evaluation
+// once, however many lists there are.  When policy has answered, it calls the program of `work->next`.
+//
+// Invariants: all lists of one host endpoint are read from one version of its row; no packet is judged by more than
+// NP_JUDGE_CALLS calls.
 #pragma once
 
 #include "np_classify.h"
@@ -37,9 +41,9 @@ enum np_ask {
     (1u << NP_ASK_NORMAL | 1u << NP_ASK_FORWARD | 1u << NP_ASK_PRE_DNAT | 1u << NP_ASK_UNTRACKED |                     \
      1u << NP_ASK_FAILSAFE)
 #define NP_ASK_ON_WIRE 4u // this bit: asked about the packet as it is
-// Turns: one for each list, and one or two for a row that changes meanwhile. The verifier walks each of them.
-#define NP_TURNS_OWN 6
-#define NP_TURNS_SENDER 4
+// Calls of the judge for a packet: two lists of its sender, four of its own interface, and four for rows that change
+// meanwhile. The kernel allows 33 tail calls; docs/adr/0012-program-set.md says who may spend how many.
+#define NP_JUDGE_CALLS 10
 
 // A packet's working memory.
 struct np_work {
@@ -63,10 +67,18 @@ struct np_work {
     __u32 outwards; // bit i: the policy that enum np_ask i stands for is that of egress
     __u32 seen; // version of the host's row
     __u32 final; // question with the destination that the packet will have
+    __u32 own_endpoint; // number of the interface's endpoint, while the sender is judged
+    __u32 generation; // of struct np_flow, as the next two
+    __u32 epoch;
+    __u64 now_jiffies;
     __u8 is_kept; // `kept` counts
     __u8 hides_source; // the source is not the one that the sender wrote
     __u8 refuses; // when nobody else does: NP_REASON_TO_HOST
-    __u8 pad[3];
+    __u8 hook; // enum np_hook
+    __u8 next; // enum np_call: who goes on when policy has answered
+    __u8 calls_left; // of NP_JUDGE_CALLS
+    __u8 is_error; // came as an ICMP error
+    __u8 pad;
 };
 #define NP_QUESTION_WIRE 0
 #define NP_QUESTION_FINAL 1
@@ -114,8 +126,8 @@ NP_INLINE int np_depends_on_source(const struct np_set *set, __u8 direction)
     return by_address || set->source_classes > 1;
 }
 
-// Ask one. Fills in the decision; returns whether that ends the asking.
-NP_INLINE int np_ask(struct np_flow *flow, struct np_work *work, int is_last_turn, const int version)
+// Ask one. Fills in the decision; returns whether policy has answered.
+NP_INLINE int np_ask(struct np_flow *flow, struct np_work *work, const int version)
 {
     struct np_decision *decision = flow->decision;
     __u32 ask = work->asks_left & 15;
@@ -125,7 +137,7 @@ NP_INLINE int np_ask(struct np_flow *flow, struct np_work *work, int is_last_tur
     work->reason = np_ask_read(flow, work, ask, direction);
     np_barrier();
     int reason = work->reason;
-    if (reason == NP_REASON_TORN_ENDPOINT && !is_last_turn)
+    if (reason == NP_REASON_TORN_ENDPOINT)
         return 0; // read it again
     work->asks_left >>= 4;
     if (ask != NP_ASK_WORKLOAD && (reason == NP_REASON_NONE || reason == NP_REASON_CONTINUE)) {
@@ -184,9 +196,8 @@ NP_INLINE int np_ask(struct np_flow *flow, struct np_work *work, int is_last_tur
     return ask == NP_ASK_UNTRACKED || ask == NP_ASK_PRE_DNAT || ask == NP_ASK_FAILSAFE;
 }
 
-// Ask everybody. Afterwards the decision holds NP_ACTION_ALLOW, _DENY or _CONTINUE, and its reason.  Everything that
-// changes from one turn to the next is in `work`, where the verifier does not see it: so one turn is like another.
-NP_INLINE void np_judge(struct np_flow *flow, struct np_work *work, const int turns, const int version)
+// Begin to ask: `next` goes on when policy has answered.
+NP_INLINE void np_judge_begin(struct np_flow *flow, struct np_work *work, __u8 next)
 {
     struct np_decision *decision = flow->decision;
     decision->action = decision->staged_action = NP_ACTION_CONTINUE;
@@ -194,13 +205,13 @@ NP_INLINE void np_judge(struct np_flow *flow, struct np_work *work, const int tu
     work->asks_left = work->asks;
     work->seen = 0;
     work->is_kept = 0;
-#pragma clang loop unroll(disable)
-    for (int turn = 0; turn < turns; turn++) {
-        np_barrier();
-        if (np_ask(flow, work, turn == turns - 1, version))
-            break;
-    }
-    np_barrier();
+    work->next = next;
+}
+
+// Policy has answered: the decision holds NP_ACTION_ALLOW, _DENY or _CONTINUE, and its reason, from here on.
+NP_INLINE void np_judge_end(struct np_flow *flow, struct np_work *work)
+{
+    struct np_decision *decision = flow->decision;
     if (decision->action == NP_ACTION_DENY)
         return;
     if (work->refuses) {
@@ -209,4 +220,14 @@ NP_INLINE void np_judge(struct np_flow *flow, struct np_work *work, const int tu
     } else if (work->is_kept) {
         *decision = work->kept;
     }
+}
+
+// Call np_tc_judge for the next list. Returns only when that fails: why the packet is dropped.
+NP_INLINE int np_call_judge(struct __sk_buff *skb, struct np_work *work)
+{
+    if (!work->calls_left)
+        return NP_REASON_CALL_BUDGET;
+    work->calls_left--;
+    np_call_program(skb, NP_CALL_JUDGE);
+    return NP_REASON_CALL_MISSING;
 }

@@ -1,9 +1,11 @@
 // SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause
 //
-// The few words this program adds to C: inlining (BCC knows no other functions), branch hints, byte order, and the one
-// load of bytes at any alignment.  Nothing about packets or policy.
+// The few words this program adds to C: inlining (BCC knows no other functions), branch hints, byte order, the kernel's
+// helper functions, what the loader fills in, and the one load of bytes at any alignment.  Nothing about packets or
+// policy.
 #pragma once
 
+#include <linux/bpf.h>
 #include <linux/types.h>
 
 #define NP_INLINE static inline __attribute__((always_inline))
@@ -31,6 +33,21 @@
 
 // The compiler knows nothing of the number from here on.
 #define np_forget(number) __asm__ __volatile__("" : "+r"(number))
+
+// A 64-bit number that the loader puts into the instructions: LLVM's intrinsic for a load whose source register is
+// `kind`.  netpol_loader/relocate.py knows both kinds; they have to be constants.
+__u64 np_pseudo(__u64 kind, __u64 number) __asm__("llvm.bpf.pseudo");
+#define NP_MAP_OF(name) ((void *)np_pseudo(1, name)) // the map; 1 is BPF_PSEUDO_MAP_FD
+#define NP_MASK(name)                                                                                                  \
+    np_pseudo(15, name) // slots of the map that a hash chooses from, less one; 15 is the project's own
+
+// The kernel's helper functions, by their numbers.
+static void *(*const np_lookup)(void *map, const void *key) = (void *)BPF_FUNC_map_lookup_elem;
+static long (*const np_update)(void *map, const void *key, const void *value,
+                               __u64 flags) = (void *)BPF_FUNC_map_update_elem;
+static long (*const np_tail_call)(void *context, void *map, __u32 slot) = (void *)BPF_FUNC_tail_call;
+static void *(*const np_ringbuf_reserve)(void *map, __u64 bytes, __u64 flags) = (void *)BPF_FUNC_ringbuf_reserve;
+static void (*const np_ringbuf_submit)(void *record, __u64 flags) = (void *)BPF_FUNC_ringbuf_submit;
 
 // Eight bytes of anything. Copying by these takes half the accesses of a copy of structs that hold 32-bit words.
 typedef __u64 __attribute__((may_alias)) np_word;

@@ -33,10 +33,12 @@ NP_INLINE struct np_recent_fact *np_recent_slot(const __u32 *source, const __u32
     __u64 mixed = (__u64)(source[0] ^ ports_be) << 32 | (destination[0] ^ ports_be);
     if (version == 4) {
         struct np_recent4 *slot = np_recent4_lookup(np_hash(mixed) ^ (__u32)hook);
+        np_forget(slot); // else the compiler adds to it before it compares it with NULL (LLVM 14 on arm64)
         return slot ? &slot->fact : 0;
     }
     mixed ^= (__u64)(source[3] ^ source[1]) << 32 | (destination[3] ^ destination[1]);
     struct np_recent6 *slot = np_recent6_lookup(np_hash(mixed) ^ (__u32)hook);
+    np_forget(slot);
     return slot ? &slot->fact : 0;
 }
 

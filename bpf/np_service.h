@@ -94,9 +94,10 @@ NP_INLINE void np_sender_plan(struct np_flow *flow, struct np_work *work, const 
     }
 }
 
-// Judge a packet by the policy of the endpoint whose number it carries. Returns NP_REASON_NONE (allowed, and
-// `work->reason` says how), or why it is dropped, with the flow then saying whose verdict that is.  The leg has a
-// connection of its own, under the sender's number; replies do not pass here, so it stays a young one.
+// Find the verdict of the endpoint whose number the packet carries.  The leg has a connection of its own, under the
+// sender's number; replies do not pass here, so it stays a young one.  Returns NP_REASON_NONE when that connection is
+// allowed under this generation (`work->reason` says how); else why the packet is dropped, with the flow then saying
+// whose verdict that is.  Where policy has to be asked, np_tc_sender goes on.
 NP_INLINE int np_sender(struct __sk_buff *skb, struct np_flow *flow, struct np_work *work, const int version)
 {
     const struct np_packet *packet = flow->packet;
@@ -143,20 +144,27 @@ NP_INLINE int np_sender(struct __sk_buff *skb, struct np_flow *flow, struct np_w
     np_question_of(question, key, leg->direction, version);
     np_sender_plan(flow, work, version);
     np_barrier();
-    np_judge(flow, work, NP_TURNS_SENDER, version);
-    np_barrier();
-    work->reason = flow->decision->reason;
+    np_judge_begin(flow, work, NP_CALL_SENDER);
+    return np_call_judge(skb, work);
+}
+
+// Policy has answered for the sender. Returns as np_sender does.
+NP_INLINE int np_sender_verdict(struct np_flow *flow, struct np_work *work, const int version)
+{
+    const struct np_packet *packet = flow->packet;
+    const struct np_question *question = &work->questions[NP_QUESTION_FINAL];
+    union np_conn_key *key = &work->sender_key;
     int denied = flow->decision->action == NP_ACTION_DENY;
-    if (found->is_known) {
+    work->reason = flow->decision->reason;
+    if (work->sender_found.is_known) {
         if (denied && !(flow->config->flags & NP_CONFIG_KEEP_REVOKED))
             return work->reason == NP_REASON_POLICY_DENY ? NP_REASON_REVOKED : work->reason;
-        slot = np_conn_again(flow, found, key, version);
-        conn = slot.conn;
-        if (conn) {
+        struct np_slot slot = np_conn_again(flow, &work->sender_found, key, version);
+        if (slot.conn) {
             if (!denied)
-                conn->rule = flow->decision->rule;
-            flow->decision->rule = conn->rule;
-            conn->generation = flow->generation;
+                slot.conn->rule = flow->decision->rule;
+            flow->decision->rule = slot.conn->rule;
+            slot.conn->generation = flow->generation;
             np_conn_touch(&slot, flow);
         }
         flow->decision->log_list = 0; // Log rules speak of new flows

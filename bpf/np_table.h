@@ -150,7 +150,10 @@ NP_INLINE struct np_slot np_slot_find(const struct np_flow *flow, const union np
         np_forget(differs); // else the compiler makes a branch of each word
         other |= differs;
     }
-    return other ? none : slot;
+    if (other)
+        slot.conn = 0;
+    np_forget(slot.conn); // one value to test; verifiers before 6.8 lose track when the tag is dropped with it
+    return slot;
 }
 
 // Let the tag say what became of the connection.  Whose it is stays: if another took the place meanwhile, nothing is

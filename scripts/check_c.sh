@@ -1,7 +1,7 @@
 #!/bin/bash
 # SPDX-License-Identifier: Apache-2.0
 # Check the packet path as plain C: clang alone with every warning an error, then the format.
-# BCC's map methods become function pointers (check_c/bcc.h), so even np_maps.h is checked.
+# check_c/bcc.h declares what BCC brings along.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

@@ -133,9 +133,10 @@ class Header:
 DEFINE = re.compile(r"#define (NP_\w+) (\d+)(?:\s+// (.*))?$")
 ENUMERATOR = re.compile(r"(NP_\w+) = (\d+),(?:\s+// (.*))?$")
 MEMBER = re.compile(r"(?:struct )?(\w+) (\w+)(?:\[(\w+)\])?;(?:\s+// (.*))?$")
-MAP = re.compile(r'^NP_MAP\("(\w+)", (\w+), ([\w ]+), ([\w ]+), (NP_MAX_\w+), ([\w |]+)\);$', re.MULTILINE)
-RINGBUF = re.compile(r"^NP_MAP_RINGBUF\((\w+), (NP_MAX_\w+)\);$", re.MULTILINE)
-MAX = re.compile(r"^#define (NP_MAX_\w+) (\d+)", re.MULTILINE)
+MAP = re.compile(r'^NP_MAP\("(\w+)", (\w+), ([\w ]+), ([\w ]+), (\w+), ([\w |]+)\);', re.MULTILINE)
+RINGBUF = re.compile(r"^NP_MAP_RINGBUF\((\w+), (\w+)\);", re.MULTILINE)
+CALL_MAP_KIND = "prog_array"
+"""Of the one map that belongs to a program set: it is none of MAP_SPECS."""
 
 
 def parse_header(text: str) -> Header:
@@ -225,6 +226,7 @@ def render(header: Header, maps_text: str) -> str:
         out.append("\n".join(lines) + "\n")
     out.extend(f"\n{render_struct(struct, numbers)}\n" for struct in header.structs)
     out.append("\n" + render_reasons(header))
+    out.append(render_calls(header))
     out.append(render_maps(header, maps_text, numbers))
     return "\n".join(out)
 
@@ -241,11 +243,22 @@ def render_reasons(header: Header) -> str:
     return "\n".join([*lines, "    }", ")\n"])
 
 
+def render_calls(header: Header) -> str:
+    """CALLS: what each slot of np_call has."""
+    calls = next(enum for enum in header.enums if enum.name == "np_call")
+    lines = ["CALLS: Mapping[int, str] = MappingProxyType(", "    {"]
+    for constant in calls.constants:
+        if constant.name != "NP_CALLS":
+            program = f"np_tc_{constant.name.removeprefix('NP_CALL_').lower()}"
+            lines.append(f'        {constant.name}: "{program}",')
+    return "\n".join([*lines, "    }", ")", '"""The called programs, by their slots of np_call."""', ""])
+
+
 def render_maps(header: Header, text: str, numbers: dict[str, int]) -> str:
     """MAP_SPECS from the declarations of np_maps.h."""
-    sizes = {match[1]: int(match[2]) for match in MAX.finditer(text)}
     structs = {struct.name for struct in header.structs}
     lines = ["MAP_SPECS: Mapping[str, MapSpec] = MappingProxyType(", "    {"]
+    understood = 0
 
     def layout(ctype: str) -> tuple[str, str]:
         if ctype.startswith("struct "):
@@ -255,33 +268,32 @@ def render_maps(header: Header, text: str, numbers: dict[str, int]) -> str:
             return name, f"ctypes.sizeof({name})"
         return "None", str(SCALARS[ctype][1])
 
+    def size_of(word: str) -> int:
+        if not word.isdecimal() and word not in numbers:
+            raise HeaderError(f"{MAPS_HEADER.name}: the size {word} is not declared in {ABI_HEADER.name}")
+        return int(word) if word.isdecimal() else numbers[word]
+
     for match in MAP.finditer(text):
+        understood += 1
         kind, name, key, value, maximum, flags = match.groups()
-        if maximum != f"NP_MAX_{name.removeprefix('np_').upper()}":
-            raise HeaderError(f"{MAPS_HEADER.name}: the size of {name} is called {maximum}")
+        if kind == CALL_MAP_KIND:
+            continue
         (key_type, key_size), (value_type, value_size) = layout(key), layout(value)
         names = tuple(part.strip() for part in flags.split("|") if part.strip() != "0")
         flag_text = "(" + "".join(f'"{flag}", ' for flag in names).rstrip() + ")"
         lines += [
             f'        "{name}": MapSpec(',
             f'            "{name}", "{kind}", {key_type}, {value_type},',
-            f"            {key_size}, {value_size}, {sizes[maximum]}, {flag_text},",
+            f"            {key_size}, {value_size}, {size_of(maximum)}, {flag_text},",
             "        ),",
         ]
     for match in RINGBUF.finditer(text):
+        understood += 1
         name, maximum = match.groups()
-        lines.append(f'        "{name}": MapSpec("{name}", "ringbuf", None, None, 0, 0, {sizes[maximum]}, ()),')
-    if sum(line.count("MapSpec(") for line in lines) != len(re.findall(r"^NP_MAP(?:_RINGBUF)?\(", text, re.MULTILINE)):
+        lines.append(f'        "{name}": MapSpec("{name}", "ringbuf", None, None, 0, 0, {size_of(maximum)}, ()),')
+    if understood != len(re.findall(r"^NP_MAP(?:_RINGBUF)?\(", text, re.MULTILINE)):
         raise HeaderError(f"{MAPS_HEADER.name}: a map declaration was not understood")
-    check_sizes(sizes, numbers)
     return "\n".join([*lines, "    }", ")\n"])
-
-
-def check_sizes(sizes: dict[str, int], numbers: dict[str, int]) -> None:
-    """Sizes that follow from a limit must equal it."""
-    for maximum, limit in (("NP_MAX_L4_ATOM", "NP_ATOM_BLOCKS"), ("NP_MAX_REASON_COUNT", "NP_REASON_COUNT")):
-        if sizes[maximum] != numbers[limit]:
-            raise HeaderError(f"{maximum} is {sizes[maximum]}, {limit} is {numbers[limit]}")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -44,7 +44,7 @@ class MapSpec:
 
 # fmt: off
 
-NP_SCHEMA_VERSION = 5  # part of the pin directory's name
+NP_SCHEMA_VERSION = 6  # part of the pin directory's name
 NP_RULE_NAME_BYTES = 120  # longest readable rule name, with its terminating zero
 NP_ATOM_BLOCK = 256  # atoms per row of np_l4_atom
 NP_ATOM_BLOCKS = 1537  # 6 slots of 256 blocks, and the block of the other protocols
@@ -136,6 +136,12 @@ NP_VERDICT_FAILSAFE = 1  # a failsafe port decided: nothing before normal policy
 NP_VIP_LOCAL = 1  # `local` may be what is behind it: a process of this node, which no hook stands before
 NP_VIP_MANY = 2  # several of those: not known which one
 
+# np_call
+NP_CALL_JUDGE = 0  # ask one policy list, then the next one
+NP_CALL_SENDER = 1  # policy has answered for the endpoint whose number the packet carries
+NP_CALL_VERDICT = 2  # policy has answered for the endpoint of the interface
+NP_CALLS = 3  # how many there are
+
 # np_event_kind: Kinds of events.
 NP_EVENT_DENY = 1  # a packet was dropped
 NP_EVENT_ALLOW = 2  # a new flow was allowed
@@ -180,6 +186,8 @@ NP_REASON_NO_EXIT = 53  # to a service, while not every interface it could leave
 NP_REASON_LOST_SENDER = 54  # to a service, from an endpoint that is gone
 NP_REASON_HIDDEN_SOURCE = 55  # to a service, with a translated source, while the sender's policy depends on it
 NP_REASON_LOCAL_BACKENDS = 56  # to a service with several processes of this node behind it
+NP_REASON_CALL_MISSING = 57  # a program that the packet needs is missing from np_call
+NP_REASON_CALL_BUDGET = 58  # policy lists changed each time they were read, until the budget of calls was spent
 NP_REASON_EVENT_LOST = 96  # the ring buffer had no room for an event
 NP_REASON_LOG_LIMITED = 97  # a log event held back by the rate limit
 NP_REASON_RULE_RANGE = 98  # a rule number beyond np_rule_count or np_staged_count, once for each
@@ -1109,6 +1117,10 @@ REASONS: Mapping[int, Reason] = MappingProxyType(
             NP_REASON_HIDDEN_SOURCE, "hidden-source", "to a service, with a translated source, while the sender's policy depends on it"),
         NP_REASON_LOCAL_BACKENDS: Reason(
             NP_REASON_LOCAL_BACKENDS, "local-backends", "to a service with several processes of this node behind it"),
+        NP_REASON_CALL_MISSING: Reason(
+            NP_REASON_CALL_MISSING, "call-missing", "a program that the packet needs is missing from np_call"),
+        NP_REASON_CALL_BUDGET: Reason(
+            NP_REASON_CALL_BUDGET, "call-budget", "policy lists changed each time they were read, until the budget of calls was spent"),
         NP_REASON_EVENT_LOST: Reason(
             NP_REASON_EVENT_LOST, "event-lost", "the ring buffer had no room for an event"),
         NP_REASON_LOG_LIMITED: Reason(
@@ -1119,6 +1131,15 @@ REASONS: Mapping[int, Reason] = MappingProxyType(
             NP_REASON_CONN_EVICTED, "conn-evicted", "an open connection was forgotten for a new one: eight open ones shared its bucket"),
     }
 )
+
+CALLS: Mapping[int, str] = MappingProxyType(
+    {
+        NP_CALL_JUDGE: "np_tc_judge",
+        NP_CALL_SENDER: "np_tc_sender",
+        NP_CALL_VERDICT: "np_tc_verdict",
+    }
+)
+"""The called programs, by their slots of np_call."""
 
 MAP_SPECS: Mapping[str, MapSpec] = MappingProxyType(
     {

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from netpol_ebpf.errors import PlatformError
 from netpol_loader.dataplane import LINKS, Dataplane
+from netpol_loader.programs import CURRENT
 
 _OWNER_OF_DIRECTORY, _OWNER_OF_PIN = 0o700, 0o600
 _LIST, _PASS, _READ = 0o050, 0o010, 0o040
@@ -44,6 +45,7 @@ def _modes(dataplane: Dataplane) -> Iterator[tuple[Path, int]]:
     yield dataplane.pin_root, _OWNER_OF_DIRECTORY | _PASS
     yield dataplane.pin_dir, _OWNER_OF_DIRECTORY | _LIST
     yield dataplane.pin_dir / LINKS, _OWNER_OF_DIRECTORY
+    yield dataplane.pin_dir / CURRENT, _OWNER_OF_DIRECTORY
     for name in dataplane.pinned:
         yield dataplane.pin_dir / name, _OWNER_OF_PIN | _READ
 

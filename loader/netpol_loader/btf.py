@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How the keys and values of a pinned map are laid out, by the kernel's own word: the type information loaded with it.
+"""Type information (BTF): written for the maps that are made here, and read of maps that another version made.
 
-Serves to compare what another version made with what this one declares, field by field.  Invariants: two layouts are
-equal exactly when every field has the same name, place and size, nested structures included; a map of which the kernel
-knows no types has no layout, rather than a guessed one.  Must not know what any field means.
+Written, it gives `bpftool map dump` the names of the fields.  Read, it serves to compare what another version made with
+what this one declares, field by field.  Invariants: two layouts are equal exactly when every field has the same name,
+place and size, nested structures included; a map of which the kernel knows no types has no layout, rather than a guessed
+one.  Must not know what any field means.
 """
 
 from __future__ import annotations
@@ -77,6 +78,54 @@ def _structure_of(kind: Any) -> type[ctypes.Structure] | None:
     while issubclass(kind, ctypes.Array):
         kind = kind._type_
     return kind if issubclass(kind, ctypes.Structure) else None
+
+
+class Writer:
+    """Type information under construction, of structures as `netpol_loader.abi` declares them.
+
+    It uses integers, arrays and structures alone, which every kernel knows.
+    """
+
+    def __init__(self) -> None:
+        self._types: list[bytes] = []
+        self._strings = bytearray(b"\0")
+        self._numbers: dict[object, int] = {}
+
+    def number_of(self, kind: Any) -> int:
+        """The number of a ctypes type: a structure, an array or an unsigned integer; it is written when it is new."""
+        if kind not in self._numbers:
+            if issubclass(kind, ctypes.Structure):
+                self._numbers[kind] = self._structure(kind)
+            elif issubclass(kind, ctypes.Array):
+                element, index = self.number_of(kind._type_), self.number_of(ctypes.c_uint32)
+                self._numbers[kind] = self._add(0, ARRAY_KIND, 0, 0, ARRAY.pack(element, index, kind._length_))
+            else:
+                size = ctypes.sizeof(kind)
+                self._numbers[kind] = self._add(
+                    self._name(f"u{size * 8}"), INT, 0, size, struct.pack("=I", size * 8)
+                )  # no encoding: unsigned
+        return self._numbers[kind]
+
+    def blob(self) -> bytes:
+        """Everything so far, as BTF_LOAD takes it."""
+        types, strings = b"".join(self._types), bytes(self._strings)
+        return HEADER.pack(MAGIC, 1, 0, HEADER.size, 0, len(types), len(types), len(strings)) + types + strings
+
+    def _structure(self, kind: type[ctypes.Structure]) -> int:
+        members = b""
+        for name, member, *_ in kind._fields_:
+            number = self.number_of(member)
+            members += MEMBER.pack(self._name(name), number, getattr(kind, name).offset * 8)
+        return self._add(self._name(kind.__name__), STRUCT, len(kind._fields_), ctypes.sizeof(kind), members)
+
+    def _add(self, name: int, kind: int, count: int, size: int, tail: bytes) -> int:
+        self._types.append(TYPE.pack(name, kind << 24 | count, size) + tail)
+        return len(self._types)
+
+    def _name(self, text: str) -> int:
+        at = len(self._strings)
+        self._strings += text.encode() + b"\0"
+        return at
 
 
 class _Types:

@@ -1,163 +1,108 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From the C sources to pinned maps and programs, in a child process that exits afterwards.
+"""Makes what a pin directory has to hold: maps that are missing, and a program set on the maps that are there.
 
-BCC never gives back the memory of its compiler, so the process that enforces policy never compiles.  The child creates the
-maps that are missing (np_maps.h declares the paths), loads the two programs and pins them; the parent only reads its exit
-code and its last lines.  No kernel headers: the shim directory beside the sources is all BCC gets.
-
-Maps that are there already are put in the place of small ones that BCC makes for the purpose, before the kernel sees the
-program.  Letting BCC open them was rejected: it does so by their numbers, for which the kernel asks for CAP_SYS_ADMIN.
-
-Invariants: this is the one module that imports bcc.  It writes into the directory it is given and, for as long as it runs,
-into one named new-<pid> beside it (which whoever builds next removes).  Must not know what is in the maps, nor attach anything.
+Invariants: a map that is there is used, whatever its size; nothing is compiled in this process
+(`netpol_loader.compilation`).  Must not know what is in the maps, nor attach anything.
 """
 
 from __future__ import annotations
 
-import argparse
-import hashlib
-import mmap
+import ctypes
+import logging
 import os
-import re
-import shutil
-import subprocess
-import sys
-from collections.abc import Mapping, Sequence
+import platform
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-import netpol_ebpf.errors
 from netpol_ebpf.errors import LoadError, PlatformError
-from netpol_loader import abi, syscall
+from netpol_loader import abi, compilation, syscall
+from netpol_loader.btf import Writer
 from netpol_loader.buckets import MORE_NAMES, buckets_for
+from netpol_loader.compiled import CACHE_DIR, PREPARED_DIR, Compiled, find_compiled, save_compiled
 from netpol_loader.connections import TAG_NAMES
-from netpol_loader.hook import Hook
-from netpol_loader.maps import possible_cpus
+from netpol_loader.link import PER_CPU_RANGES, link, load_program
+from netpol_loader.maps import Map, possible_cpus
 
-ENTRY = "netpol.c"
-NEW_SUFFIX = "_new"
-"""Programs are pinned under this suffix; the caller renames them when it is satisfied."""
+log = logging.getLogger(__name__)
 
-BUILD_TIMEOUT_S = 120.0
-"""Compile and load take half a second here; arbitrary beyond that."""
-
-ERROR_LINES = 25
-"""How much of clang's or the verifier's output an error carries; the end says what failed."""
-
-PROGRAMS = tuple(hook.value for hook in Hook)
-
-DECLARED_MAP = re.compile(r'^NP_MAP(?:_RINGBUF\(|\("\w+", )(\w+)', re.MULTILINE)
-INCLUDE = re.compile(r'#include "(\w+\.h)"$')
+DIRECTORIES = (PREPARED_DIR, CACHE_DIR)
+"""Where compiled files are looked for; the last one is where they are kept."""
 
 
-def source_dir() -> Path:
-    """The C sources: inside the installed package, else in the repository."""
-    package = Path(__file__).resolve().parent
-    for candidate in (package / "bpf", package.parent.parent / "bpf"):
-        if (candidate / ENTRY).is_file():
-            return candidate
-    raise PlatformError(
-        f"the C sources of the packet path are neither in {package / 'bpf'} nor in {package.parent.parent / 'bpf'}",
-        hint="The installation is incomplete; install netpol-ebpf again.",
-    )
+def compiled_program() -> Compiled:
+    """The product's programs: from a file if there is one that fits, else compiled, and kept for the next time.
 
-
-def merged_source(directory: Path, entry: Path | None = None) -> str:
-    """One text of the entry file (default: netpol.c) and its headers, each once, with line directives.
-
-    BCC rewrites map accesses in the main file only, so the headers have to become part of it.
+    Raises LoadError, and PlatformError where there is neither a file nor a compiler.
     """
-    seen: set[str] = set()
-
-    def merge(path: Path) -> list[str]:
-        seen.add(path.name)
-        lines = [f'#line 1 "{path.name}"']
-        for number, line in enumerate(path.read_text().splitlines(), 1):
-            include = INCLUDE.match(line)
-            if include and include[1] not in seen:
-                lines += [*merge(directory / include[1]), f'#line {number + 1} "{path.name}"']
-            else:
-                lines.append("" if include or line == "#pragma once" else line)
-        return lines
-
-    return "\n".join(merge(entry or directory / ENTRY)) + "\n"
+    digest, machine = compilation.source_digest(compilation.source_dir()).hex(), platform.machine()
+    found = find_compiled(digest, machine, compilation.compiler_name(), DIRECTORIES)
+    if found is not None:
+        return found
+    log.info("compiling the packet path, which is kept for the next start")
+    compiled = compilation.compile_program()
+    try:
+        save_compiled(compiled, DIRECTORIES[-1])
+    except (OSError, PlatformError) as error:
+        reason = error.message if isinstance(error, PlatformError) else f"{DIRECTORIES[-1]}: {error.strerror}"
+        log.warning("the compiled packet path is not kept, so the next start compiles again: %s", reason)
+    return compiled
 
 
-def source_digest(directory: Path) -> bytes:
-    """SHA-256 of everything that makes the program, but for the maps' sizes, which are fixed when they are created."""
-    digest = hashlib.sha256(merged_source(directory).encode())
-    for path in sorted((directory / "shim").rglob("*.h")):
-        digest.update(path.read_bytes())
-    return digest.digest()
+def make_maps(
+    directory: Path, sizes: Mapping[str, int], specs: Mapping[str, abi.MapSpec] = abi.MAP_SPECS
+) -> dict[str, Map]:
+    """Make and pin the maps that are missing in a directory; all of them, open.
 
-
-def build(
-    pin_dir: Path, sizes: Mapping[str, int], *, entry: Path | None = None, programs: Sequence[str] = PROGRAMS
-) -> None:
-    """Make the maps that are missing in ``pin_dir`` and pin the programs there, with NEW_SUFFIX.
-
-    ``sizes``: max_entries by map name, for maps that are created and for those whose size the program knows; of a table
-    that is kept in buckets its rows.
-    ``entry``, ``programs``: another C file over the same headers and its functions, for measurements.
-    Raises LoadError with the last lines of what clang or the verifier said, PlatformError when BCC is missing.
+    ``sizes``: max_entries by map name, for maps that are made here; of a table that is kept in buckets its rows.
+    Raises LoadError when the kernel refuses a map, PlatformError for an unknown name.
     """
-    unknown = sizes.keys() - abi.MAP_SPECS.keys()
+    unknown = sizes.keys() - specs.keys()
     if unknown:
         raise PlatformError(f"no such map: {', '.join(sorted(unknown))}", hint="See netpol_loader.abi.MAP_SPECS.")
-    command = [sys.executable, "-m", __name__, str(pin_dir), "--sources", str(source_dir()), "--program", *programs]
-    command += ["--entry", str(entry)] if entry else []
-    command += ["--size", *(f"{name}={size}" for name, size in sizes.items())] if sizes else []
-    environment = dict(os.environ)
-    roots = [str(Path(module).resolve().parent.parent) for module in (__file__, netpol_ebpf.errors.__file__)]
-    environment["PYTHONPATH"] = os.pathsep.join([*roots, environment.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+    wanted = {**{name: spec.max_entries for name, spec in specs.items()}, **kernel_sizes(sizes)}
+    missing = [spec for spec in specs.values() if not (directory / spec.name).exists()]
+    types = Writer()
+    numbers = {spec.name: _types_of(spec, types) for spec in missing}
+    btf_fd = syscall.btf_load(types.blob()) if any(number for _, number in numbers.values()) else -1
     try:
-        done = subprocess.run(
-            command, env=environment, capture_output=True, text=True, errors="replace", check=False,
-            timeout=BUILD_TIMEOUT_S,
-        )  # fmt: skip
-    except subprocess.TimeoutExpired as error:
-        raise LoadError(f"compiling and loading took longer than {BUILD_TIMEOUT_S:.0f} s") from error
-    if done.returncode == PlatformError.exit_code:
-        raise PlatformError(done.stderr.strip().splitlines()[-1])
-    if done.returncode != 0:
-        tail = "\n  ".join((done.stdout + done.stderr).strip().splitlines()[-ERROR_LINES:])
-        raise LoadError(f"the packet path does not compile or load (exit code {done.returncode}):\n  {tail}")
-
-
-def _compile_and_pin(
-    directory: Path, pin_dir: Path, sizes: Mapping[str, int], entry: Path | None, programs: Sequence[str]
-) -> None:
-    """The child's work. bcc prints what clang and the verifier say to stderr by itself."""
-    os.environ["BCC_KERNEL_SOURCE"] = str(directory / "shim")
-    try:
-        from bcc import BPF
-    except ImportError as error:
-        raise PlatformError(
-            f"Python's bcc module is missing ({error}): install the distribution's python3-bpfcc, and make the "
-            "virtual environment with --system-site-packages (PyPI's bcc is an unrelated package)"
-        ) from error
-    text = merged_source(directory, entry)
-    declared = set(
-        DECLARED_MAP.findall(text)
-    )  # another entry may use few maps of the product, and have some of its own
-    present = [name for name in abi.MAP_SPECS if name in declared and (pin_dir / name).exists()]
-    scratch = pin_dir.with_name(f"new-{os.getpid()}") if present else pin_dir
-    if present:
-        scratch.mkdir()
-    try:
-        flags = [f'-DNP_PIN_DIR="{scratch}"', f"-DNP_CPUS={possible_cpus()}"]
-        flags += ["-Wno-unknown-pragmas", "-Wno-pass-failed"]
-        wanted = {**kernel_sizes(sizes), **_placeholder_sizes(text, present)}
-        flags += [_size_flag(name, size) for name, size in wanted.items()]
-        module = BPF(text=text, cflags=flags)
-        if present:
-            _exchange_maps(module, scratch, pin_dir, present)
-        for program in programs:
-            function = module.load_func(program, BPF.SCHED_CLS)
-            syscall.obj_pin(function.fd, pin_dir / (program + NEW_SUFFIX))
+        for spec in missing:
+            key_type, value_type = numbers[spec.name]
+            try:
+                fd = syscall.map_create(
+                    spec.kind, spec.name, spec.key_size, spec.value_size, wanted[spec.name],
+                    sum(syscall.MAP_FLAGS[flag] for flag in spec.flags),
+                    btf_fd=btf_fd if value_type else 0, btf_key_type=key_type, btf_value_type=value_type,
+                )  # fmt: skip
+            except OSError as error:
+                raise LoadError(
+                    f"the kernel refuses map {spec.name} with {wanted[spec.name]} entries: {error.strerror}"
+                ) from error
+            try:
+                syscall.obj_pin(fd, directory / spec.name)
+            finally:
+                os.close(fd)
     finally:
-        if present:
-            shutil.rmtree(scratch)
+        if btf_fd >= 0:
+            os.close(btf_fd)
+    return {name: Map(syscall.obj_get(directory / name)) for name in specs}
+
+
+def load_entry(
+    directory: Path, entry: Path, programs: tuple[str, ...], specs: Mapping[str, abi.MapSpec]
+) -> dict[str, int]:
+    """Descriptors of the programs of another C file over the same headers, for measurements.
+
+    ``specs``: the maps that the file declares besides the product's, which are made and pinned in ``directory`` like those.
+    """
+    compiled = compilation.compile_program(entry=entry, programs=programs)
+    every = {**abi.MAP_SPECS, **specs}
+    maps = make_maps(directory, {}, {name: every[name] for name in compiled.maps if name in every})
+    try:
+        fds = {name: one.fd for name, one in maps.items()}
+        return {name: load_program(name, link(code, compiled.maps, fds)) for name, code in compiled.programs.items()}
+    finally:
+        for one in maps.values():
+            one.close()
 
 
 def kernel_sizes(sizes: Mapping[str, int]) -> dict[str, int]:
@@ -167,11 +112,10 @@ def kernel_sizes(sizes: Mapping[str, int]) -> dict[str, int]:
     over the processors: at least a slot for each.  What is chosen by a mask: the next power of two.
     """
     result = dict(sizes)
-    for name in ("np_recent4", "np_recent6"):
-        if name in sizes:
-            result[name] = max(sizes[name], possible_cpus())
-    if "np_near" in sizes:
-        result["np_near"] = 1 << (sizes["np_near"] - 1).bit_length()
+    for name in PER_CPU_RANGES & sizes.keys():
+        result[name] = max(sizes[name], possible_cpus())
+    for name in MASKED & sizes.keys():
+        result[name] = 1 << (sizes[name] - 1).bit_length()
     for name, tags in TAG_NAMES.items():
         if name in sizes:
             buckets = buckets_for(name, sizes[name])
@@ -182,60 +126,12 @@ def kernel_sizes(sizes: Mapping[str, int]) -> dict[str, int]:
     return result
 
 
-def _size_macro(name: str) -> str:
-    return f"NP_MAX_{name.removeprefix('np_').upper()}"
+MASKED = frozenset({"np_near", "np_special", "np_log_limit"})
+"""Arrays of any size but that a hash chooses from."""
 
 
-def _size_flag(name: str, size: int) -> str:
-    return f"-D{_size_macro(name)}={size}"
-
-
-def _placeholder_sizes(text: str, present: Sequence[str]) -> dict[str, int]:
-    """How small maps may be that are only to be exchanged; those whose size the program's own code knows keep it.
-
-    A ring buffer has a page at least.
-    """
-    code = "\n".join(line for line in text.splitlines() if not line.startswith(("#", "NP_MAP")))
-    return {
-        name: mmap.PAGESIZE if abi.MAP_SPECS[name].kind == "ringbuf" else 1
-        for name in present
-        if not re.search(rf"\b{_size_macro(name)}\b", code)
-    }
-
-
-def _exchange_maps(module: Any, scratch: Path, pin_dir: Path, present: Sequence[str]) -> None:
-    """Put the maps that are there in the place of those that BCC made, and the new ones where they belong.
-
-    The program that is not loaded yet names maps by descriptors of this process; what those are is exchanged.
-    """
-    from bcc.libbcc import lib
-
-    for path in list(scratch.iterdir()):
-        if path.name not in present:
-            path.rename(pin_dir / path.name)
-    for name in present:
-        fd = syscall.obj_get(pin_dir / name)
-        os.dup2(fd, lib.bpf_table_fd(module.module, name.encode()), inheritable=False)
-        os.close(fd)
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Entry of the child."""
-    parser = argparse.ArgumentParser(prog="netpol_loader.build", description="Compile, load and pin the packet path.")
-    parser.add_argument("pin_dir", type=Path)
-    parser.add_argument("--sources", type=Path, required=True, help="the directory bpf/")
-    parser.add_argument("--program", nargs="+", default=PROGRAMS, help="functions to load")
-    parser.add_argument("--entry", type=Path, help="C file instead of netpol.c")
-    parser.add_argument("--size", nargs="*", default=[], metavar="MAP=SIZE")
-    arguments = parser.parse_args(argv)
-    sizes = {name: int(size) for name, _, size in (text.partition("=") for text in arguments.size)}
-    try:
-        _compile_and_pin(arguments.sources, arguments.pin_dir, sizes, arguments.entry, arguments.program)
-    except PlatformError as error:
-        print(error.message, file=sys.stderr)
-        return error.exit_code
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+def _types_of(spec: abi.MapSpec, types: Writer) -> tuple[int, int]:
+    """Numbers of the types of a map's key and value; (0, 0): it has none."""
+    if spec.value is None:
+        return 0, 0
+    return types.number_of(spec.key or ctypes.c_uint32), types.number_of(spec.value)

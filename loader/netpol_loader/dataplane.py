@@ -7,7 +7,7 @@ kept when the program changes; a directory of another schema is never touched (`
 older one).  Must not know what the maps mean, apart from configuration and schema.
 
     PIN_ROOT/v1/np_<map>             maps
-    PIN_ROOT/v1/np_tc_ingress        programs
+    PIN_ROOT/v1/programs/            the program set (netpol_loader.programs)
     PIN_ROOT/v1/links/<ifindex>_in   tcx links (netpol_loader.attach)
 """
 
@@ -27,12 +27,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from netpol_ebpf.errors import PlatformError
-from netpol_loader import abi, build, clock, doctor, syscall
+from netpol_loader import abi, build, clock, compilation, doctor, syscall
 from netpol_loader.buckets import bucketed
 from netpol_loader.connections import choose_secret, viewed
 from netpol_loader.events import EventReader
 from netpol_loader.hook import Hook
 from netpol_loader.maps import Map
+from netpol_loader.programs import CURRENT, OLD, ProgramSet, begin_exchange, finish_exchange, recover
 
 log = logging.getLogger(__name__)
 
@@ -85,13 +86,13 @@ class Dataplane:
     """Open file descriptors of everything pinned in one directory. Get one by `open`; a context manager."""
 
     def __init__(
-        self, pin_root: Path, maps: Mapping[str, Map], programs: Mapping[Hook, int], pin_dir: Path | None = None
+        self, pin_root: Path, maps: Mapping[str, Map], programs: ProgramSet, pin_dir: Path | None = None
     ) -> None:
         """``pin_dir``: where everything is pinned, if not (yet) in the directory of this schema."""
         self.pin_root = pin_root
         self.pin_dir = pin_dir or schema_dir(pin_root)
         self.maps = maps
-        self._programs = programs
+        self.programs = programs
 
     @classmethod
     def open(
@@ -123,7 +124,7 @@ class Dataplane:
         staging = pin_root / f"new-{os.getpid()}"
         (staging / LINKS).mkdir(parents=True)
         try:
-            maps = stage(staging, sizes, default_config(clock.measure_jiffies_per_second()))
+            maps, programs = stage(staging, sizes, default_config(clock.measure_jiffies_per_second()))
             staging.rename(schema_dir(pin_root))
         except BaseException:
             shutil.rmtree(staging, ignore_errors=True)
@@ -131,11 +132,12 @@ class Dataplane:
                 pin_root.rmdir()
             raise
         log.info("created %s", schema_dir(pin_root))
-        return cls(pin_root, maps, open_programs(schema_dir(pin_root)))
+        return cls(pin_root, maps, programs)
 
     @classmethod
     def _adopt(cls, pin_root: Path, sizes: Mapping[str, int]) -> Dataplane:
         pin_dir = schema_dir(pin_root)
+        recover(pin_dir)
         maps = open_maps(pin_dir)
         for name, size in sizes.items():
             if name in maps and maps[name].max_entries != size:
@@ -148,42 +150,45 @@ class Dataplane:
         schema = abi.np_schema.from_buffer_copy(maps["np_schema"].get(_index(0)) or b"")
         if schema.version != abi.SCHEMA_VERSION:
             raise PlatformError(f"{pin_dir} holds schema {schema.version}, not {abi.SCHEMA_VERSION}")
-        dataplane = cls(pin_root, maps, open_programs(pin_dir))
-        if bytes(schema.source_digest) != build.source_digest(build.source_dir()):
+        dataplane = cls(pin_root, maps, ProgramSet.open(pin_dir / CURRENT))
+        if (pin_dir / OLD).exists():
+            dataplane.finish_exchange()
+            dataplane.maps = open_maps(pin_dir)
+        if bytes(schema.source_digest) != compilation.source_digest(compilation.source_dir()):
             dataplane.replace_programs(schema.jiffies_per_second)
         return dataplane
 
     def replace_programs(self, jiffies_per_second: int) -> None:
-        """Load the program of these sources beside the pinned one and, if it differs, put it in its place everywhere."""
-        from netpol_loader import attach
-
-        for hook in Hook:
-            (self.pin_dir / (hook.value + build.NEW_SUFFIX)).unlink(missing_ok=True)
-        build.build(self.pin_dir, {name: one.max_entries for name, one in self.pinned.items()})
-        new = {hook: syscall.obj_get(self.pin_dir / (hook.value + build.NEW_SUFFIX)) for hook in Hook}
-        if all(syscall.prog_info(new[hook]).tag == self.program_tag(hook) for hook in Hook):
-            log.info("the pinned program is the one of these sources already")
-            for hook, fd in new.items():
-                (self.pin_dir / (hook.value + build.NEW_SUFFIX)).unlink()
-                os.close(fd)
+        """Load the programs of these sources beside the pinned ones and, if they differ, put them in their place everywhere."""
+        new = ProgramSet.load(build.compiled_program(), self.pinned)
+        if new.tags() == self.programs.tags():
+            log.info("the pinned programs are those of these sources already")
+            new.close()
         else:
-            old = {hook: {syscall.prog_info(fd).id} for hook, fd in self._programs.items()}
-            previous, self._programs = self._programs, new
-            attach.replace(self, old)
-            _promote_programs(self.pin_dir)
-            for fd in previous.values():
-                os.close(fd)
+            staged = self.pin_root / f"new-{os.getpid()}"
+            new.pin(staged)
+            self.exchange(staged, {}, new)
             log.info("replaced the programs of %s; all maps are kept", self.pin_dir)
         _write_schema(self.maps["np_schema"], jiffies_per_second)
 
-    def exchange(self, maps: Mapping[str, Map], programs: Mapping[Hook, int]) -> None:
-        """Be these maps and programs from now on, besides the maps that are not among them; what they replace is closed."""
+    def exchange(self, staged: Path, maps: Mapping[str, Map], programs: ProgramSet) -> None:
+        """Put a program set that is pinned in ``staged``, with maps of its own, in the place of what is in force, everywhere.
+
+        Killed on the way, the next `open` finishes it.  What is replaced is closed.
+        """
+        begin_exchange(self.pin_dir, staged)
+        previous, self.programs = self.programs, programs
         for name in maps:
             self.maps[name].close()
-        for fd in self._programs.values():
-            os.close(fd)
         self.maps = {**self.maps, **maps}
-        self._programs = programs
+        self.finish_exchange()
+        previous.close()
+
+    def finish_exchange(self) -> None:
+        """End an exchange that has begun; nothing when there is none."""
+        from netpol_loader import attach
+
+        finish_exchange(self.pin_dir, lambda old: attach.replace(self, old))
 
     @property
     def pinned(self) -> dict[str, Map]:
@@ -192,11 +197,11 @@ class Dataplane:
 
     def program_fd(self, hook: Hook) -> int:
         """The program for a hook; the descriptor stays this object's."""
-        return self._programs[hook]
+        return self.programs.hooks[hook]
 
     def program_tag(self, hook: Hook) -> str:
         """Digest of the program's instructions, as bpftool prints it."""
-        return syscall.prog_info(self._programs[hook]).tag
+        return syscall.prog_info(self.programs.hooks[hook]).tag
 
     def test_run(
         self,
@@ -219,7 +224,7 @@ class Dataplane:
         struct.pack_into("=I", context, SKB_INGRESS_IFINDEX, ingress_ifindex)
         struct.pack_into("=I", context, SKB_IFINDEX, ifindex)
         try:
-            verdict, duration_ns = syscall.prog_test_run(self._programs[hook], frame, context, repeat)
+            verdict, duration_ns = syscall.prog_test_run(self.programs.hooks[hook], frame, context, repeat)
         except OSError as error:
             raise PlatformError(
                 f"cannot run {hook.value} on a frame of {len(frame)} bytes at interface {ifindex}: {error.strerror}"
@@ -263,9 +268,7 @@ class Dataplane:
         """Close all descriptors. Enforcement goes on."""
         for one in self.maps.values():
             one.close()
-        for fd in self._programs.values():
-            os.close(fd)
-        self._programs = {}
+        self.programs.close()
 
     def __enter__(self) -> Dataplane:  # noqa: PYI034  # typing.Self is newer than Python 3.10
         return self
@@ -297,7 +300,7 @@ def _index(number: int) -> bytes:
 
 
 def _write_schema(schema_map: Map, jiffies_per_second: int) -> None:
-    digest = build.source_digest(build.source_dir())
+    digest = compilation.source_digest(compilation.source_dir())
     row = abi.np_schema(version=abi.SCHEMA_VERSION, jiffies_per_second=jiffies_per_second)
     ctypes.memmove(row.source_digest, digest, len(digest))
     schema_map.put(_index(0), bytes(row))
@@ -322,31 +325,20 @@ def open_maps(pin_dir: Path) -> dict[str, Map]:
     return viewed(bucketed(maps))
 
 
-def open_programs(pin_dir: Path) -> dict[Hook, int]:
-    """Open the two programs pinned in a directory. Raises PlatformError."""
+def stage(staging: Path, sizes: Mapping[str, int], config: abi.np_config) -> tuple[dict[str, Map], ProgramSet]:
+    """Make what is missing in a directory that nobody knows yet, apart from links; the maps and the programs, open."""
+    made = build.make_maps(staging, sizes)
     try:
-        return {hook: syscall.obj_get(pin_dir / hook.value) for hook in Hook}
-    except OSError as error:
-        raise PlatformError(
-            f"a program in {pin_dir} cannot be opened: {error.strerror}",
-            hint="The pin directory is damaged; `netpolctl cleanup` removes it.",
-        ) from error
-
-
-def _promote_programs(pin_dir: Path) -> None:
-    for hook in Hook:
-        (pin_dir / (hook.value + build.NEW_SUFFIX)).rename(pin_dir / hook.value)
-
-
-def stage(staging: Path, sizes: Mapping[str, int], config: abi.np_config) -> dict[str, Map]:
-    """Make what is missing in a directory that nobody knows yet, apart from links; the maps, open."""
-    build.build(staging, sizes)
-    _promote_programs(staging)
-    choose_secret(staging)
+        programs = ProgramSet.load(build.compiled_program(), made)
+        programs.pin(staging / CURRENT)
+        choose_secret(staging)
+    finally:
+        for one in made.values():
+            one.close()
     maps = open_maps(staging)
     maps["np_config"].put(_index(0), bytes(config))
     _write_schema(maps["np_schema"], config.jiffies_per_second)
-    return maps
+    return maps, programs
 
 
 def find_older(pin_root: Path) -> list[Path]:

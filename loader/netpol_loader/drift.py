@@ -20,6 +20,7 @@ from netpol_ebpf.errors import PlatformError
 from netpol_loader import attach, netlink, syscall
 from netpol_loader.dataplane import LINKS, Dataplane, locked
 from netpol_loader.hook import Hook
+from netpol_loader.programs import CALL_MAP, CURRENT
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,9 +60,10 @@ def mend_pins(dataplane: Dataplane) -> list[Drift]:
 
 
 def _mend_pins(dataplane: Dataplane) -> Iterator[Drift]:
-    if not (dataplane.pin_dir / LINKS).is_dir():
-        (dataplane.pin_dir / LINKS).mkdir(parents=True)
-        yield Drift("pin", str(dataplane.pin_dir / LINKS), "missing")
+    for directory in (dataplane.pin_dir / LINKS, dataplane.pin_dir / CURRENT):
+        if not directory.is_dir():
+            directory.mkdir(parents=True)
+            yield Drift("pin", str(directory), "missing")
     with locked(dataplane.pin_root):
         for path, fd, number in _pinned(dataplane):
             was = _state_of(path, number)
@@ -70,6 +72,8 @@ def _mend_pins(dataplane: Dataplane) -> Iterator[Drift]:
                     _remove(path)
                 syscall.obj_pin(fd, path)
                 yield Drift("pin", str(path), was)
+    for name in dataplane.programs.mend_calls():
+        yield Drift("program", f"{name} of {CALL_MAP}", "missing")
 
 
 def mend_attachments(dataplane: Dataplane, ifindexes: Iterable[int]) -> list[Drift]:
@@ -118,9 +122,10 @@ def _pinned(dataplane: Dataplane) -> Iterator[tuple[Path, int, int]]:
     """(where, descriptor, the kernel's number) of everything that has to be pinned."""
     for name, one in dataplane.pinned.items():
         yield dataplane.pin_dir / name, one.fd, syscall.map_info(one.fd).id
-    for hook in Hook:
-        fd = dataplane.program_fd(hook)
-        yield dataplane.pin_dir / hook.value, fd, syscall.prog_info(fd).id
+    for name, fd in dataplane.programs.programs():
+        yield dataplane.pin_dir / CURRENT / name, fd, syscall.prog_info(fd).id
+    calls = dataplane.programs.calls
+    yield dataplane.pin_dir / CURRENT / CALL_MAP, calls.fd, syscall.map_info(calls.fd).id
 
 
 def _state_of(path: Path, number: int) -> str | None:

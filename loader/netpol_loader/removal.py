@@ -20,6 +20,8 @@ from netpol_loader.attach import CLSACT_MARK, LINKS
 from netpol_loader.hook import Hook
 
 OUR_DIRECTORY = re.compile(r"(v|new-)\d+")
+HOOKS = tuple(hook.value for hook in Hook)
+PROGRAMS = "np_tc_"
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,9 +71,8 @@ def _detach(path: Path) -> None:
 
 
 def _program_ids(directory: Path) -> Iterator[int]:
-    hooks = tuple(hook.value for hook in Hook)
-    for path in _listed(directory):
-        if path.name.startswith(hooks):
+    for path in [*_listed(directory), *(path for each in directory.glob("programs*") for path in _listed(each))]:
+        if path.name.startswith(HOOKS):
             with _opened(path) as fd:
                 yield syscall.prog_info(fd).id
 
@@ -99,15 +100,11 @@ def _qdiscs(links: Path, names: dict[int, str]) -> Iterator[Leftover]:
 
 
 def _pins(directory: Path) -> Iterator[Leftover]:
-    hooks = tuple(hook.value for hook in Hook)
     for path in _listed(directory):
         if path.is_dir():
-            for mark in _listed(path):
-                if mark.is_dir():
-                    yield Leftover("directory", str(mark), mark.rmdir)
-            yield Leftover("directory", str(path), path.rmdir)
-        else:
-            yield Leftover("program" if path.name.startswith(hooks) else "map", str(path), path.unlink)
+            yield from _pins(path)
+        elif directory.name != LINKS:  # links were told before
+            yield Leftover("program" if path.name.startswith(PROGRAMS) else "map", str(path), path.unlink)
     yield Leftover("directory", str(directory), directory.rmdir)
 
 

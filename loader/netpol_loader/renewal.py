@@ -17,16 +17,12 @@ import contextlib
 import os
 import shutil
 from collections.abc import Collection, Mapping
-from pathlib import Path
 
-from netpol_loader import attach, build, syscall
+from netpol_loader import abi, build
 from netpol_loader.buckets import MORE_NAMES, bucketed
 from netpol_loader.dataplane import Dataplane, locked
-from netpol_loader.hook import Hook
 from netpol_loader.maps import Map
-
-OLD_SUFFIX = "_old"
-"""Programs that were in force when an exchange began are pinned under this suffix until it is over."""
+from netpol_loader.programs import ProgramSet
 
 
 class Renewal:
@@ -39,10 +35,11 @@ class Renewal:
         self._sizes = dict(sizes or {})
         self._staging = dataplane.pin_root / f"new-{os.getpid()}"
         self._maps: dict[str, Map] = {}
+        self._programs: ProgramSet | None = None
 
     def __enter__(self) -> Renewal:  # noqa: PYI034  # typing.Self is newer than Python 3.10
         with locked(self._dataplane.pin_root):
-            _finish_exchange(self._dataplane)
+            self._dataplane.finish_exchange()
             try:
                 self._prepare()
             except BaseException:
@@ -59,55 +56,32 @@ class Renewal:
         return {**self._dataplane.maps, **self._maps}
 
     def _prepare(self) -> None:
-        """Build in a directory of our own, where the shared maps are known under the same names."""
+        """Build in a directory of our own: the new maps, and programs on those and on the maps that are shared."""
         current = self._dataplane
         self._staging.mkdir()
-        sizes = {name: one.max_entries for name, one in current.pinned.items()}
+        sizes = {name: one.max_entries for name, one in current.pinned.items() if name in self._fresh}
         sizes |= {name: size for name, size in self._sizes.items() if name in self._fresh}
-        for name in current.pinned.keys() - self._fresh:
-            os.link(current.pin_dir / name, self._staging / name)
-        build.build(self._staging, sizes)
-        self._maps = bucketed({name: Map(syscall.obj_get(self._staging / name)) for name in self._fresh})
+        specs = {name: spec for name, spec in abi.MAP_SPECS.items() if name in self._fresh}
+        self._maps = build.make_maps(self._staging, sizes, specs)
+        self._programs = ProgramSet.load(build.compiled_program(), {**current.pinned, **self._maps})
+        self._programs.pin(self._staging)
+        self._maps = bucketed(self._maps)
 
     def take_over(self) -> None:
         """Put the new programs in the place of the old on every interface; the dataplane is the new set from then on."""
-        current = self._dataplane
-        with locked(current.pin_root):
-            programs = {}
-            for hook in Hook:
-                pin, staged = current.pin_dir / hook.value, self._staging / (hook.value + build.NEW_SUFFIX)
-                programs[hook] = syscall.obj_get(staged)
-                os.link(pin, _old_pin(pin))
-                staged.rename(pin)
-            maps, self._maps = self._maps, {}
-            current.exchange(maps, programs)
-            _finish_exchange(current)
-            for name in self._fresh:
-                (self._staging / name).rename(current.pin_dir / name)
+        programs, self._programs = self._programs, None
+        if programs is None:
+            raise RuntimeError("a renewal takes over once, between its beginning and its end")
+        maps, self._maps = self._maps, {}
+        with locked(self._dataplane.pin_root):
+            self._dataplane.exchange(self._staging, maps, programs)
 
     def _discard(self) -> None:
         for one in self._maps.values():
             one.close()
         self._maps = {}
+        if self._programs is not None:
+            self._programs.close()
+            self._programs = None
         with contextlib.suppress(FileNotFoundError):
             shutil.rmtree(self._staging)
-
-
-def _old_pin(pin: Path) -> Path:
-    return pin.with_name(pin.name + OLD_SUFFIX)
-
-
-def _finish_exchange(dataplane: Dataplane) -> None:
-    """Put the pinned programs in the place of those that an exchange, ours or a dead process's, is to replace."""
-    olds = {hook: _old_pin(dataplane.pin_dir / hook.value) for hook in Hook}
-    present = {hook: pin for hook, pin in olds.items() if pin.exists()}
-    if not present:
-        return
-    ids: dict[Hook, set[int]] = {hook: set() for hook in Hook}
-    for hook, pin in present.items():
-        fd = syscall.obj_get(pin)
-        ids[hook].add(syscall.prog_info(fd).id)
-        os.close(fd)
-    attach.replace(dataplane, ids)
-    for pin in present.values():
-        pin.unlink()

@@ -17,6 +17,7 @@ from pathlib import Path
 SYSCALL_NUMBERS = {"x86_64": 321, "aarch64": 280, "riscv64": 280, "armv7l": 386, "s390x": 351, "ppc64le": 361}
 
 # enum bpf_cmd
+MAP_CREATE = 0
 MAP_LOOKUP_ELEM = 1
 MAP_UPDATE_ELEM = 2
 MAP_DELETE_ELEM = 3
@@ -27,6 +28,7 @@ OBJ_GET = 7
 PROG_TEST_RUN = 10
 OBJ_GET_INFO_BY_FD = 15
 PROG_QUERY = 16
+BTF_LOAD = 18
 BTF_GET_FD_BY_ID = 19
 MAP_LOOKUP_BATCH = 24
 MAP_UPDATE_BATCH = 26
@@ -39,15 +41,22 @@ ATTR_BYTES = 152
 """Room for union bpf_attr of every kernel known; what a kernel does not know must be zero, and is."""
 
 MAP_KINDS = {
-    1: "hash", 2: "array", 5: "percpu_hash", 6: "percpu_array", 9: "lru_hash", 11: "lpm_trie", 27: "ringbuf",
+    1: "hash", 2: "array", 3: "prog_array", 5: "percpu_hash", 6: "percpu_array", 9: "lru_hash", 11: "lpm_trie",
+    27: "ringbuf",
 }  # fmt: skip
 PER_CPU_KINDS = frozenset({"percpu_hash", "percpu_array"})
+
+MAP_FLAGS = {"BPF_F_NO_PREALLOC": 1 << 0, "BPF_F_MMAPABLE": 1 << 10}
 
 BPF_F_RDONLY = 1 << 3
 BPF_F_BEFORE = 1 << 3
 MOST_PROGRAMS = 64
 """What the kernel puts on one hook of an interface at most (BPF_MPROG_MAX)."""
 PROG_TYPE_SCHED_CLS = 3
+NAME_BYTES = 15
+"""Of the name of a map or program, without the terminating zero."""
+LOG_BYTES = (1 << 24) - 1
+"""The most that kernels before 6.4 accept as room for what the verifier says."""
 TCX_INGRESS = 46
 TCX_EGRESS = 47
 
@@ -101,6 +110,39 @@ class _ProgLoadAttr(_Attr):
         ("insn_cnt", ctypes.c_uint32),
         ("insns", ctypes.c_uint64),
         ("license", ctypes.c_uint64),
+        ("log_level", ctypes.c_uint32),
+        ("log_size", ctypes.c_uint32),
+        ("log_buf", ctypes.c_uint64),
+        ("kern_version", ctypes.c_uint32),
+        ("prog_flags", ctypes.c_uint32),
+        ("prog_name", ctypes.c_char * 16),
+    )
+
+
+class _MapCreateAttr(_Attr):
+    _fields_ = (
+        ("map_type", ctypes.c_uint32),
+        ("key_size", ctypes.c_uint32),
+        ("value_size", ctypes.c_uint32),
+        ("max_entries", ctypes.c_uint32),
+        ("map_flags", ctypes.c_uint32),
+        ("inner_map_fd", ctypes.c_uint32),
+        ("numa_node", ctypes.c_uint32),
+        ("map_name", ctypes.c_char * 16),
+        ("map_ifindex", ctypes.c_uint32),
+        ("btf_fd", ctypes.c_uint32),
+        ("btf_key_type_id", ctypes.c_uint32),
+        ("btf_value_type_id", ctypes.c_uint32),
+    )
+
+
+class _BtfLoadAttr(_Attr):
+    _fields_ = (
+        ("btf", ctypes.c_uint64),
+        ("btf_log_buf", ctypes.c_uint64),
+        ("btf_size", ctypes.c_uint32),
+        ("btf_log_size", ctypes.c_uint32),
+        ("btf_log_level", ctypes.c_uint32),
     )
 
 
@@ -207,6 +249,9 @@ class _ProgInfo(ctypes.Structure):
         ("nr_map_ids", ctypes.c_uint32),
         ("map_ids", ctypes.c_uint64),
         ("name", ctypes.c_char * 16),
+        ("middle", ctypes.c_uint32 * 34),  # from ifindex to recursion_misses
+        ("verified_insns", ctypes.c_uint32),
+        ("pad", ctypes.c_uint32),
     )
 
 
@@ -240,13 +285,17 @@ class MapInfo:
 
 @dataclass(frozen=True, slots=True)
 class ProgInfo:
-    """What the kernel says of a program. ``tag``: hex digest of its instructions. Sizes in bytes."""
+    """What the kernel says of a program. ``tag``: hex digest of its instructions. Sizes in bytes.
+
+    ``verified``: instructions that the verifier walked; 0 where the kernel does not tell (before 5.16).
+    """
 
     id: int
     name: str
     tag: str
     xlated_bytes: int
     jited_bytes: int
+    verified: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -393,7 +442,9 @@ def prog_info(fd: int) -> ProgInfo:
     """What the kernel says of a program."""
     info = _ProgInfo()
     _info(fd, info)
-    return ProgInfo(info.id, info.name.decode("ascii"), bytes(info.tag).hex(), info.xlated_len, info.jited_len)
+    return ProgInfo(
+        info.id, info.name.decode("ascii"), bytes(info.tag).hex(), info.xlated_len, info.jited_len, info.verified_insns
+    )
 
 
 def link_info(fd: int) -> LinkInfo:
@@ -403,8 +454,32 @@ def link_info(fd: int) -> LinkInfo:
     return LinkInfo(info.id, info.prog_id, info.ifindex, info.attach_type)
 
 
-def prog_load(instructions: bytes, program_type: int = PROG_TYPE_SCHED_CLS) -> int:
-    """Load a program given as raw instructions of 8 bytes each."""
+def map_create(
+    kind: str, name: str, key_size: int, value_size: int, max_entries: int, flags: int = 0,
+    *, btf_fd: int = 0, btf_key_type: int = 0, btf_value_type: int = 0,
+) -> int:  # fmt: skip
+    """Make a map; its descriptor. ``kind``: as in MAP_KINDS; the types are numbers of the type information's."""
+    number = next(number for number, one in MAP_KINDS.items() if one == kind)
+    return _bpf(
+        MAP_CREATE,
+        _MapCreateAttr(
+            map_type=number, key_size=key_size, value_size=value_size, max_entries=max_entries, map_flags=flags,
+            map_name=name.encode()[:NAME_BYTES], btf_fd=btf_fd, btf_key_type_id=btf_key_type,
+            btf_value_type_id=btf_value_type,
+        ),
+    )  # fmt: skip
+
+
+def btf_load(blob: bytes) -> int:
+    """Hand type information to the kernel; its descriptor."""
+    content = buffer(blob)
+    return _bpf(BTF_LOAD, _BtfLoadAttr(btf=ctypes.addressof(content), btf_size=len(blob)))
+
+
+def prog_load(
+    instructions: bytes, program_type: int = PROG_TYPE_SCHED_CLS, *, name: str = "", log: Buffer | None = None
+) -> int:
+    """Load a program given as raw instructions of 8 bytes each. ``log``: room for what the verifier says."""
     code, license_text = buffer(instructions), buffer(b"Dual BSD/GPL\0")
     return _bpf(
         PROG_LOAD,
@@ -413,6 +488,10 @@ def prog_load(instructions: bytes, program_type: int = PROG_TYPE_SCHED_CLS) -> i
             insn_cnt=len(instructions) // 8,
             insns=ctypes.addressof(code),
             license=ctypes.addressof(license_text),
+            log_level=1 if log is not None else 0,
+            log_size=len(log) if log is not None else 0,
+            log_buf=ctypes.addressof(log) if log is not None else 0,
+            prog_name=name.encode()[:NAME_BYTES],
         ),
     )
 

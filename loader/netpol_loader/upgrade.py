@@ -32,13 +32,13 @@ from netpol_loader.dataplane import (
     default_config,
     find_older,
     locked,
-    open_programs,
     remove_unfinished,
     schema_dir,
     stage,
 )
-from netpol_loader.hook import Hook
+from netpol_loader.grace import wait_for_readers
 from netpol_loader.maps import Map
+from netpol_loader.programs import program_ids
 
 log = logging.getLogger(__name__)
 
@@ -87,7 +87,7 @@ class Upgrade:
         found: set[int] = set()
         for older in find_older(self.dataplane.pin_root):
             found |= attach.listed_interfaces(older / LINKS)
-            ours = {number for numbers in _program_ids(older).values() for number in numbers}
+            ours = {number for numbers in program_ids(_sets(older)).values() for number in numbers}
             found |= {
                 link.ifindex
                 for link in netlink.links()
@@ -144,8 +144,8 @@ def _prepare(pin_root: Path, older: Path, sizes: dict[str, int]) -> tuple[Datapl
             if reason:
                 restarted.append(name)
                 log.warning("%s of %s is not kept: %s", name, older, reason)
-        maps = stage(staging, sizes, config)
-        dataplane = Dataplane(pin_root, maps, open_programs(staging), staging)
+        maps, programs = stage(staging, sizes, config)
+        dataplane = Dataplane(pin_root, maps, programs, staging)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise
@@ -197,19 +197,14 @@ def _finish(dataplane: Dataplane) -> None:
     """Exchange whatever still runs an older program, then remove the older directories."""
     for older in find_older(dataplane.pin_root):
         attach.take_links(dataplane, older / LINKS)
-        attach.replace(dataplane, _program_ids(older))
+        attach.replace(dataplane, program_ids(_sets(older)))
+        wait_for_readers()  # no packet is in an older program any more, which could call
         shutil.rmtree(older)
 
 
-def _program_ids(directory: Path) -> dict[Hook, set[int]]:
-    """The kernel's numbers of all programs pinned there, also of an exchange that was not finished."""
-    ids: dict[Hook, set[int]] = {hook: set() for hook in Hook}
-    for hook in Hook:
-        for path in directory.glob(hook.value + "*"):
-            fd = syscall.obj_get(path)
-            ids[hook].add(syscall.prog_info(fd).id)
-            os.close(fd)
-    return ids
+def _sets(directory: Path) -> list[Path]:
+    """Where programs are pinned: before schema 6 beside the maps, since then in sets, of which an exchange leaves two."""
+    return [directory, *directory.glob("programs*")]
 
 
 def _layouts(one: Map) -> tuple[btf.Layout, btf.Layout]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import struct
 from collections.abc import Callable, Iterator
 from ipaddress import ip_address
 from pathlib import Path
@@ -14,7 +15,9 @@ from agent_scene import NODE, Scene, to_db
 
 from netpol_loader import abi, syscall
 from netpol_loader.buckets import open_map
+from netpol_loader.compilation import PROGRAMS
 from netpol_loader.maps import Map
+from netpol_loader.programs import CALL_MAP, CURRENT
 
 pytestmark = pytest.mark.netns
 
@@ -53,15 +56,25 @@ def exchange_program(scene: Scene) -> None:
 
 
 def unpin_maps(scene: Scene) -> None:
-    """Half of the maps and a program lose their pins; another map's pin is put in the place of one."""
-    for name in ("np_addr4", "np_verdict", "np_conn4", "np_tc_ingress", "np_event"):
+    """Half of the maps and of the program set lose their pins; another map's pin is put in the place of one."""
+    for name in ("np_addr4", "np_verdict", "np_conn4", "np_event"):
         (pins(scene) / name).unlink()
+    for name in ("np_tc_ingress", "np_tc_judge", CALL_MAP):
+        (pins(scene) / CURRENT / name).unlink()
     (pins(scene) / "np_config").rename(pins(scene) / "np_event")
 
 
 def unpin_everything(scene: Scene) -> None:
     """The whole directory goes."""
     shutil.rmtree(pins(scene))
+
+
+def empty_calls(scene: Scene) -> None:
+    """The called programs leave the program array, so every new flow is dropped."""
+    calls = opened(pins(scene) / CURRENT / CALL_MAP)
+    for slot in abi.CALLS:
+        calls.delete(struct.pack("=I", slot))
+    calls.close()
 
 
 def forget_addresses(scene: Scene) -> None:
@@ -118,7 +131,7 @@ def reset_configuration(scene: Scene) -> None:
 
 
 FAULTS = (
-    detach, unpin_links, exchange_program, unpin_maps, unpin_everything, forget_addresses, clear_buckets, forget_special,
+    detach, unpin_links, exchange_program, empty_calls, unpin_maps, unpin_everything, forget_addresses, clear_buckets, forget_special,
     give_away_address, unknown_interfaces, clear_verdicts, reset_configuration,
 )  # fmt: skip
 
@@ -126,10 +139,10 @@ FAULTS = (
 def pinned(scene: Scene) -> dict[str, int]:
     """Every map and program pinned, with the kernel's number of it."""
     found = {}
-    for path in pins(scene).iterdir():
+    for path in [*pins(scene).iterdir(), *(pins(scene) / CURRENT).iterdir()]:
         if not path.is_dir():
             fd = syscall.obj_get(path)
-            is_program = path.name in ("np_tc_ingress", "np_tc_egress")
+            is_program = path.name in PROGRAMS
             found[path.name] = syscall.prog_info(fd).id if is_program else syscall.map_info(fd).id
             os.close(fd)
     return found

@@ -23,7 +23,7 @@ from map_sizes import SIZES
 from rig import ALLOW, DENY, ENDPOINT, Rig, everything
 
 from netpol_ebpf.errors import PlatformError
-from netpol_loader import attach, build, netlink, syscall
+from netpol_loader import attach, compilation, netlink, syscall
 from netpol_loader.attach import Mechanism
 from netpol_loader.dataplane import Dataplane
 from netpol_loader.drift import PartlyMendedError, mend_attachments
@@ -295,14 +295,14 @@ def test_program_is_exchanged_where_it_is_attached(
     """A new build takes the old one's place on every interface; rows, and so enforcement, go on."""
     root = Path(f"/sys/fs/bpf/netpol-own-{os.getpid()}")
     sources = tmp_path / "bpf"
-    shutil.copytree(build.source_dir(), sources)
+    shutil.copytree(compilation.source_dir(), sources)
     try:
         with Dataplane.open(root, sizes=SIZES) as before:
             pair.at_node(lambda: attach.attach(pair.ifindex, before, mechanism))
             old = {one.prog_id for one in pair.at_node(lambda: attach.attached(pair.ifindex, before))}
         header = sources / "np_endpoint.h"
         header.write_text(header.read_text().replace("NP_ENDPOINT_TRIES 4", "NP_ENDPOINT_TRIES 3"))
-        monkeypatch.setattr(build, "source_dir", lambda: sources)
+        monkeypatch.setattr(compilation, "source_dir", lambda: sources)
         with pair.at_node(lambda: Dataplane.open(root)) as after:
             found = pair.at_node(lambda: attach.attached(pair.ifindex, after))
             assert {one.mechanism for one in found} == {mechanism}

@@ -23,8 +23,9 @@ from netpol_loader import abi, attach, netlink, syscall
 from netpol_loader.attach import Mechanism
 from netpol_loader.dataplane import Dataplane
 from netpol_loader.hook import Hook
+from netpol_loader.programs import CURRENT, NEW, OLD
 from netpol_loader.removal import find_leftovers
-from netpol_loader.renewal import OLD_SUFFIX, Renewal
+from netpol_loader.renewal import Renewal
 from netpol_loader.upgrade import open_dataplane
 
 pytestmark = pytest.mark.netns
@@ -35,7 +36,7 @@ SIZES = {
     **{name: 64 for name in ("np_conn4", "np_conn6", "np_frag4", "np_frag6")},
     "np_addr4": 100, "np_verdict": 100,
 }  # fmt: skip
-KEY, OLD, NEW = bytes([1, 2, 3, 4]), bytes([1] * 8), bytes([2] * 8)
+KEY, OLD_ROW, NEW_ROW = bytes([1, 2, 3, 4]), bytes([1] * 8), bytes([2] * 8)
 
 
 @dataclass
@@ -112,7 +113,7 @@ def node() -> Iterator[Node]:
 @pytest.fixture
 def dataplane(node: Node) -> Iterator[Dataplane]:
     one = node.do(lambda: Dataplane.open(node.root, sizes=SIZES))
-    one.maps["np_addr4"].put(KEY, OLD)
+    one.maps["np_addr4"].put(KEY, OLD_ROW)
     one.maps["np_conn4"].put(bytes(20), bytes(24))
     yield one
     node.do(one.remove)
@@ -131,8 +132,8 @@ def test_exchange_gives_every_interface_the_new_programs_and_keeps_what_is_share
     before, connections = ids(dataplane), syscall.map_info(dataplane.maps["np_conn4"].fd).id
     with node.renewal(dataplane, {"np_addr4": 7, "np_conn4": 9}) as renewal:
         assert dict(renewal.maps["np_addr4"].items()) == {}
-        renewal.maps["np_addr4"].put(KEY, NEW)
-        assert dict(dataplane.maps["np_addr4"].items()) == {KEY: OLD}
+        renewal.maps["np_addr4"].put(KEY, NEW_ROW)
+        assert dict(dataplane.maps["np_addr4"].items()) == {KEY: OLD_ROW}
         assert {one[2] for one in node.programs()} == before
         node.do(renewal.take_over)
     assert {one[2] for one in node.programs()} == ids(dataplane)
@@ -140,12 +141,13 @@ def test_exchange_gives_every_interface_the_new_programs_and_keeps_what_is_share
     assert {one[:2] for one in node.programs()} == {(hook, mechanism) for hook in Hook for mechanism in Mechanism}
     again = node.do(lambda: Dataplane.open(node.root))
     for one in (dataplane, again):
-        assert dict(one.maps["np_addr4"].items()) == {KEY: NEW}
+        assert dict(one.maps["np_addr4"].items()) == {KEY: NEW_ROW}
         assert (one.maps["np_addr4"].max_entries, one.maps["np_conn4"].max_entries) == (7, 64)
         assert syscall.map_info(one.maps["np_conn4"].fd).id == connections
     again.close()
     assert [path.name for path in node.root.iterdir()] == [f"v{abi.SCHEMA_VERSION}"]
-    assert not list(node.root.rglob(f"*{OLD_SUFFIX}"))
+    assert [path.name for path in dataplane.pin_dir.glob("programs*")] == [CURRENT]
+    assert not {path.name for path in (dataplane.pin_dir / CURRENT).iterdir()} & abi.MAP_SPECS.keys()
 
 
 def test_renewal_that_is_not_taken_over_changes_nothing(node: Node, dataplane: Dataplane) -> None:
@@ -153,12 +155,12 @@ def test_renewal_that_is_not_taken_over_changes_nothing(node: Node, dataplane: D
     node.attach(dataplane)
     before = (node.programs(), sorted(node.root.rglob("*")))
     with node.renewal(dataplane) as renewal:
-        renewal.maps["np_addr4"].put(KEY, NEW)
+        renewal.maps["np_addr4"].put(KEY, NEW_ROW)
     assert (node.programs(), sorted(node.root.rglob("*"))) == before
     with pytest.raises(LoadError), node.renewal(dataplane, {"np_addr4": 1 << 31}):
         pass
     assert (node.programs(), sorted(node.root.rglob("*"))) == before
-    assert dict(dataplane.maps["np_addr4"].items()) == {KEY: OLD}
+    assert dict(dataplane.maps["np_addr4"].items()) == {KEY: OLD_ROW}
 
 
 def test_exchange_that_was_killed_is_finished_by_the_next(
@@ -189,18 +191,50 @@ def test_exchange_that_was_killed_is_finished_by_the_next(
     again.close()
 
 
+@pytest.mark.parametrize("steps", [0, 1, 2])
+def test_exchange_that_was_killed_between_two_renames_is_forgotten_or_finished(
+    node: Node, dataplane: Dataplane, monkeypatch: pytest.MonkeyPatch, steps: int
+) -> None:
+    """Whichever rename is the last: the next process finds one whole set in force, and its maps are those of its programs."""
+    node.attach(dataplane)
+    before, rename = ids(dataplane), Path.rename
+
+    def rename_some(path: Path, target: Path) -> Path:
+        nonlocal steps
+        if path.name == CURRENT or target.name in (NEW, CURRENT):
+            if steps == 0:
+                raise KeyboardInterrupt
+            steps -= 1
+        return rename(path, target)
+
+    is_begun = steps == 2
+    renewal = node.do(Renewal(dataplane, FRESH).__enter__)
+    renewal.maps["np_addr4"].put(KEY, NEW_ROW)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", rename_some)
+        with pytest.raises(KeyboardInterrupt):
+            node.do(renewal.take_over)
+    heir = node.do(lambda: Dataplane.open(node.root))
+    assert {one[2] for one in node.programs()} == ids(heir)
+    assert (ids(heir) == before) is not is_begun
+    assert dict(heir.maps["np_addr4"].items()) == {KEY: NEW_ROW if is_begun else OLD_ROW}
+    assert [path.name for path in heir.pin_dir.glob("programs*")] == [CURRENT]
+    heir.close()
+
+
 def test_everything_found_is_removed_by_name(node: Node) -> None:
     """Removal names the link or filter of each hook, maps, programs and directories, and leaves the interface as it was."""
     dataplane = node.do(lambda: Dataplane.open(node.root, sizes=SIZES))
     node.attach(dataplane)
-    os.link(dataplane.pin_dir / Hook.TC_INGRESS.value, dataplane.pin_dir / (Hook.TC_INGRESS.value + OLD_SUFFIX))
+    (dataplane.pin_dir / OLD).mkdir()
+    os.link(dataplane.pin_dir / CURRENT / Hook.TC_INGRESS.value, dataplane.pin_dir / OLD / Hook.TC_INGRESS.value)
     (node.root / "new-1").mkdir()
     dataplane.close()
     found = node.do(lambda: find_leftovers(node.root))
     kinds = [one.kind for one in found]
     assert (kinds.count("link"), kinds.count("filter"), kinds.count("qdisc")) == (2, 2, 1)
-    assert kinds.count("program") == 3
-    assert kinds.count("map") == len(abi.MAP_SPECS)
+    assert kinds.count("program") == len(Hook) + len(abi.CALLS) + 1
+    assert kinds.count("map") == len(abi.MAP_SPECS) + 1, "np_call is in the program set"
     assert all("v0" in one.name for one in found if one.kind == "link")
     assert all("v1" in one.name for one in found if one.kind in ("filter", "qdisc"))
     for one in found:
@@ -231,6 +265,8 @@ def test_older_schema_killed_in_the_exchange_is_finished_by_the_next(
     with monkeypatch.context() as patch:
         patch.setattr(abi, "SCHEMA_VERSION", abi.SCHEMA_VERSION - 1)
         older = node.do(lambda: Dataplane.open(node.root, sizes=SIZES))
+        for hook in Hook:  # where schema 5 pinned them
+            (older.pin_dir / CURRENT / hook.value).rename(older.pin_dir / hook.value)
         older.set_config(abi.np_config(generation=77, flags=abi.NP_CONFIG_KEEP_REVOKED, wildcard=5))
         node.attach(older)
         connections, before = syscall.map_info(older.maps["np_conn4"].fd).id, ids(older)

@@ -34,7 +34,7 @@ from netpol_loader import abi
 
 pytestmark = pytest.mark.netns
 
-KILLED_AT = ("new-*", "new-*/np_event", "new-*/np_tc_egress")
+KILLED_AT = ("new-*", "new-*/np_event", "new-*/programs/np_call")
 """What is there when an upgrade has begun, compiles, and has its programs: an agent dies there."""
 
 

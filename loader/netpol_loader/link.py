@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From compiled instructions to a program in the kernel: maps and masks are put where the compiler left numbers.
+
+Everything that depends on the node comes in here (which maps, how large, how many processors), so one compiled file
+serves every node, and there is one way to load it wherever it came from.
+
+Invariant: an instruction that names what is not given is an error, never loaded as it is.
+"""
+
+from __future__ import annotations
+
+import struct
+import sys
+from collections.abc import Mapping, Sequence
+
+from netpol_ebpf.errors import LoadError
+from netpol_loader import syscall
+from netpol_loader.maps import possible_cpus
+
+INSTRUCTION = struct.Struct("=BBhI")
+LOAD_IMMEDIATE_64 = 0x18
+"""BPF_LD | BPF_DW | BPF_IMM, the one instruction of 16 bytes."""
+LOADS_MAP = 1
+"""Source register of a load of a map: BPF_PSEUDO_MAP_FD."""
+LOADS_MASK = 15
+"""Source register of a load of a map's mask, in the compiled file only (NP_MASK of bpf/np_lang.h)."""
+
+PER_CPU_RANGES = frozenset({"np_recent4", "np_recent6"})
+"""Arrays that all processors share, each with a range of slots to itself."""
+
+ERROR_LINES = 25
+"""How much of the verifier's output an error carries; the end says what failed."""
+
+
+def link(instructions: bytes, names: Sequence[str], maps: Mapping[str, int]) -> bytes:
+    """The instructions, with descriptors and masks of these maps, which are given by their descriptors.
+
+    ``names``: of the maps, by the number that instructions name them by.  Raises LoadError.
+    """
+    code = bytearray(instructions)
+    at = 0
+    while at < len(code):
+        opcode, registers, offset, immediate = INSTRUCTION.unpack_from(code, at)
+        if opcode != LOAD_IMMEDIATE_64:
+            at += INSTRUCTION.size
+            continue
+        source, target = _registers(registers)
+        if source in (LOADS_MAP, LOADS_MASK):
+            if immediate >= len(names) or names[immediate] not in maps:
+                raise LoadError(f"instruction {at // INSTRUCTION.size} names map {immediate}, which was not made")
+            fd = maps[names[immediate]]
+            value = fd if source == LOADS_MAP else mask_of(syscall.map_info(fd))
+            kept = LOADS_MAP if source == LOADS_MAP else 0
+            INSTRUCTION.pack_into(code, at, opcode, _packed(kept, target), offset, value)
+        elif source != 0:
+            raise LoadError(f"instruction {at // INSTRUCTION.size} loads something of the unknown kind {source}")
+        at += 2 * INSTRUCTION.size
+    return bytes(code)
+
+
+def mask_of(one: syscall.MapInfo) -> int:
+    """One less than the number of slots that a hash chooses from; that number is a power of two. Raises LoadError."""
+    slots = one.max_entries
+    if one.name in PER_CPU_RANGES:
+        return (1 << (slots // possible_cpus()).bit_length() - 1) - 1
+    if slots & slots - 1:
+        raise LoadError(f"map {one.name} has {slots} entries; a power of two is needed")
+    return slots - 1
+
+
+def load_program(name: str, instructions: bytes) -> int:
+    """Load a program for packets; its descriptor. Raises LoadError with the end of what the verifier says."""
+    try:
+        return syscall.prog_load(instructions, name=name)
+    except OSError as error:
+        failed = error
+    try:  # again, to be told why
+        return syscall.prog_load(instructions, name=name, log=(room := syscall.empty(syscall.LOG_BYTES)))
+    except OSError:
+        said = room.value.decode(errors="replace").strip().splitlines()
+    tail = "\n  ".join(said[-ERROR_LINES:]) or "the verifier said nothing"
+    raise LoadError(f"the kernel refuses program {name} ({failed.strerror}):\n  {tail}") from failed
+
+
+def _registers(byte: int) -> tuple[int, int]:
+    """(source, target) of an instruction; struct bpf_insn has them as bit fields."""
+    return (byte >> 4, byte & 15) if sys.byteorder == "little" else (byte & 15, byte >> 4)
+
+
+def _packed(source: int, target: int) -> int:
+    return source << 4 | target if sys.byteorder == "little" else target << 4 | source
