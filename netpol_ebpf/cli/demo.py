@@ -25,12 +25,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from netpol_ebpf.agent.service import SOCKET_NAME, ask
+from netpol_ebpf.agent.service import CLIENT_TIMEOUT_S, SOCKET_NAME, ask
 from netpol_ebpf.errors import InvalidInputError, Location, PlatformError, PrivilegeError, UnreachableError
 from netpol_ebpf.lab import shop
 from netpol_ebpf.lab.attempt import Attempt
 from netpol_ebpf.lab.laboratory import Lab
 from netpol_ebpf.lab.matrix import BOLD, DIM, GREEN, RED, RESET, Matrix, Observation
+from netpol_ebpf.lab.patience import scaled
 from netpol_ebpf.lab.prediction import Prediction
 from netpol_ebpf.lab.throughput import Pair, compare
 from netpol_ebpf.policy.types import Cause
@@ -56,7 +57,8 @@ def register(subparsers: Any) -> None:
         help="see it at work on real connections between network namespaces",
         description="Build a small cluster of network namespaces, enforce policies in it, show who reaches whom. "
         "Needs root; touches nothing of the machine's own network; leaves nothing behind.",
-        epilog="exit codes: 0 all as the reference model predicts, 1 something was not, 5 the machine lacks something",
+        epilog="exit codes: 0 all as the reference model predicts, 1 something was not, 5 the machine lacks something; "
+        "environment: NETPOL_TIMEOUT_FACTOR multiplies every time limit, for an emulated or overloaded machine",
     )
     parser.add_argument("--manifests", type=Path, metavar="DIR", help="the demonstration's manifests, when not found")
     parser.add_argument("--keep", action="store_true", help="keep it all running at the end, until Ctrl-C")
@@ -283,7 +285,7 @@ class Demo:
             "destination_port": attempt.port,
             "source": str(self.plan.hosts[attempt.source].addresses[0]),
         }
-        deadline = time.monotonic() + CHANGE_DEADLINE_S
+        deadline = time.monotonic() + scaled(CHANGE_DEADLINE_S)
         while time.monotonic() < deadline:
             for flow in self._ask({"op": "flows"}):
                 if all(flow.get(name) == value for name, value in wanted.items()):
@@ -337,12 +339,13 @@ class Demo:
     def _seconds_until(self, *, reached: bool) -> float:
         """Time from now until a new connection of the incident is answered, or no longer."""
         began = time.monotonic()
-        while time.monotonic() - began < CHANGE_DEADLINE_S:
+        limit_s = scaled(CHANGE_DEADLINE_S)
+        while time.monotonic() - began < limit_s:
             tried = time.monotonic()
             if self.lab.attempt([shop.INCIDENT], deadline_s=CHANGE_ATTEMPT_S, rounds=1)[0].reached == reached:
                 return tried - began
             time.sleep(POLL_S)
-        raise PlatformError(f"the change was not in force within {CHANGE_DEADLINE_S:.0f} s", hint=self._log_tail())
+        raise PlatformError(f"the change was not in force within {limit_s:.0f} s", hint=self._log_tail())
 
     def _measure(self) -> dict[str, Any]:
         self.stage.headline("Throughput between two pods, with and without enforcement")
@@ -368,11 +371,12 @@ class Demo:
         ]  # fmt: skip
         with self.log.open("wb") as log:
             self.agent = self.lab.start(shop.NODE, command, stdout=log, stderr=subprocess.STDOUT)
+        limit_s = scaled(READY_DEADLINE_S)
         while not self._is_in_force():
             if self.agent.poll() is not None:
                 raise PlatformError(f"netpol-agent ended with code {self.agent.returncode}", hint=self._log_tail())
-            if time.monotonic() - began > READY_DEADLINE_S:
-                raise PlatformError(f"netpol-agent was not ready after {READY_DEADLINE_S:.0f} s", hint=self._log_tail())
+            if time.monotonic() - began > limit_s:
+                raise PlatformError(f"netpol-agent was not ready after {limit_s:.0f} s", hint=self._log_tail())
             time.sleep(POLL_S)
         return time.monotonic() - began
 
@@ -384,7 +388,7 @@ class Demo:
         return False
 
     def _ask(self, request: dict[str, Any]) -> Iterator[Any]:
-        return ask(self.state / SOCKET_NAME, request)
+        return ask(self.state / SOCKET_NAME, request, timeout_s=scaled(CLIENT_TIMEOUT_S))
 
     def _log_tail(self) -> str:
         lines = self.log.read_text(errors="replace").splitlines()[-LOG_LINES_SHOWN:]

@@ -24,6 +24,7 @@ from typing import IO, Union
 from netpol_ebpf.errors import PlatformError, PrivilegeError
 from netpol_ebpf.lab import guard
 from netpol_ebpf.lab.attempt import Attempt, Result
+from netpol_ebpf.lab.patience import scaled
 from netpol_ebpf.lab.probe import DEADLINE_S, Prober
 from netpol_ebpf.lab.topology import Batch, Host, Plan
 
@@ -108,21 +109,24 @@ class Lab:
             self._prober.listen(host.name, host.addresses, host.listens)
 
     def _await_links(self) -> None:
-        """Wait until every interface sends.
+        """Wait until every interface of the plan sends.
 
         One whose peer comes up later starts to send when a worker of the kernel has taken notice, which takes a while when
-        others create and remove namespaces; until then it drops everything without a word.
+        others create and remove namespaces; until then it drops everything without a word.  Other interfaces are none of
+        the laboratory's: a kernel with built-in tunnels puts `sit0` and its like into every new namespace, never up.
         """
-        deadline = time.monotonic() + LINKS_DEADLINE_S
+        deadline = time.monotonic() + scaled(LINKS_DEADLINE_S)
         for host in self.plan.hosts:
-            while silent := [
-                link["ifname"]
-                for link in json.loads(self.run(host, ["ip", "-json", "link", "show"]).stdout)
-                if link["ifname"] != "lo" and link["operstate"] != "UP"
-            ]:
+            made = self.plan.interfaces(host)
+            while silent := made - self._sending(host):
                 if time.monotonic() > deadline:
-                    raise PlatformError(f"lab: interfaces of {host} are not in operation: {', '.join(silent)}")
+                    raise PlatformError(f"lab: interfaces of {host} are not in operation: {', '.join(sorted(silent))}")
                 time.sleep(POLL_S)
+
+    def _sending(self, host: str) -> set[str]:
+        """Names of the host's interfaces that are in operation."""
+        links = json.loads(self.run(host, ["ip", "-json", "link", "show"]).stdout)
+        return {link["ifname"] for link in links if link["operstate"] == "UP"}
 
     def _run_batch(self, batch: Batch) -> None:
         # A batch applies one family option to all its lines, so neighbouring lines of one family go together.
@@ -162,7 +166,7 @@ class Lab:
             with contextlib.suppress(BrokenPipeError):  # it was killed: its return code tells, below
                 warden.stdin.close()
         try:
-            code = warden.wait(GUARD_DEADLINE_S)
+            code = warden.wait(scaled(GUARD_DEADLINE_S))
         except subprocess.TimeoutExpired:
             warden.kill()
             code = warden.wait()
@@ -195,7 +199,12 @@ class Lab:
     ) -> subprocess.CompletedProcess[str]:
         """Run a command inside a host to its end. Raises CalledProcessError (with ``check``) or TimeoutExpired."""
         return subprocess.run(
-            self.command(host, argv), check=check, timeout=timeout_s, capture_output=True, text=True, errors="replace"
+            self.command(host, argv),
+            check=check,
+            timeout=scaled(timeout_s),
+            capture_output=True,
+            text=True,
+            errors="replace",
         )
 
     def start(
@@ -233,7 +242,7 @@ def _stop(process: subprocess.Popen[bytes]) -> int:
     if process.poll() is None:
         process.terminate()
         try:
-            process.wait(STOP_DEADLINE_S)
+            process.wait(scaled(STOP_DEADLINE_S))
         except subprocess.TimeoutExpired:
             process.kill()
     return process.wait()

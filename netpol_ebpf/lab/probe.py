@@ -27,6 +27,7 @@ from typing import Any, TypeVar
 from netpol_ebpf.errors import PlatformError, PrivilegeError, UsageError
 from netpol_ebpf.lab.attempt import Attempt, Outcome, Result
 from netpol_ebpf.lab.guard import NETNS_DIR
+from netpol_ebpf.lab.patience import scaled
 from netpol_ebpf.lab.topology import ICMP, ICMPV6, TCP, UDP, IPAddress, Listen
 
 T = TypeVar("T")
@@ -56,7 +57,7 @@ class Held:
 
     def exchange(self, deadline_s: float = DEADLINE_S) -> bool:
         """Whether fresh bytes sent now come back before the deadline."""
-        return self._prober.call(self._prober.echo_stream(self._sock, deadline_s))
+        return self._prober.call(self._prober.echo_stream(self._sock, scaled(deadline_s)))
 
     def close(self) -> None:
         """Close the socket; the peer's reply to that may never be delivered."""
@@ -83,9 +84,9 @@ class Prober:
         """End all servers, close all sockets, end the thread. Harmless when repeated."""
         if self._loop.is_closed():
             return
-        asyncio.run_coroutine_threadsafe(self._shut(), self._loop).result(JOIN_DEADLINE_S)
+        asyncio.run_coroutine_threadsafe(self._shut(), self._loop).result(scaled(JOIN_DEADLINE_S))
         self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join(JOIN_DEADLINE_S)
+        self._thread.join(scaled(JOIN_DEADLINE_S))
         self._loop.close()
 
     def call(self, work: Coroutine[Any, Any, T]) -> T:
@@ -94,7 +95,7 @@ class Prober:
             work.close()
             raise self._failure
         future: Future[T] = asyncio.run_coroutine_threadsafe(work, self._loop)
-        return future.result(ANSWER_DEADLINE_S)
+        return future.result(scaled(ANSWER_DEADLINE_S))
 
     def write_settings(self, host: str, settings: Iterable[tuple[str, str]]) -> None:
         """Write files below /proc/sys/net of the host's namespace: (``ipv4/ip_forward``, ``1``)."""
@@ -120,21 +121,22 @@ class Prober:
         """Make all attempts at once and return their results in the same order.
 
         What stayed silent is tried again, up to ``rounds`` times in all, because the first SYN of a connection is sent
-        once a second and may be lost on a busy machine.  Takes at most ``rounds`` times ``deadline_s``, roughly.
+        once a second and may be lost on a busy machine.  Takes at most ``rounds`` times ``deadline_s`` (`scaled`), roughly.
         """
-        results = self.call(self._attempt_all(attempts, deadline_s))
+        limit_s = scaled(deadline_s)
+        results = self.call(self._attempt_all(attempts, limit_s))
         for _ in range(rounds - 1):
             silent = [place for place, result in enumerate(results) if result.outcome is Outcome.SILENT]
             if not silent:
                 break
-            again = self.call(self._attempt_all([attempts[place] for place in silent], deadline_s))
+            again = self.call(self._attempt_all([attempts[place] for place in silent], limit_s))
             for place, result in zip(silent, again, strict=True):
                 results[place] = result
         return results
 
     def hold(self, attempt: Attempt, deadline_s: float = HOLD_DEADLINE_S) -> Held | None:
         """Open a TCP connection and keep it; None when it cannot be opened before the deadline."""
-        return self.call(self._hold(attempt, deadline_s))
+        return self.call(self._hold(attempt, scaled(deadline_s)))
 
     # --- on the prober's thread -----------------------------------------------------------------------------------
 

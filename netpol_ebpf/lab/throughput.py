@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from netpol_ebpf.errors import PlatformError
 from netpol_ebpf.lab.laboratory import Lab
+from netpol_ebpf.lab.patience import scaled
 from netpol_ebpf.lab.topology import IPAddress
 
 LISTEN_DEADLINE_S = 5.0
@@ -80,7 +81,7 @@ def _start_server(lab: Lab, pair: Pair) -> subprocess.Popen[bytes]:
 
 
 def _wait_for_listener(lab: Lab, pair: Pair, process: subprocess.Popen[bytes]) -> None:
-    deadline = time.monotonic() + LISTEN_DEADLINE_S
+    deadline = time.monotonic() + scaled(LISTEN_DEADLINE_S)
     while not lab.run(pair.server, ["ss", "-Hltn", f"sport = :{pair.port}"]).stdout:
         if process.poll() is not None or time.monotonic() > deadline:
             raise PlatformError(f"iperf3 does not listen on {pair.address} port {pair.port} of {pair.server}")

@@ -108,6 +108,11 @@ class Plan:
         for child in self._children[name]:
             yield from self.below(child.name)
 
+    def interfaces(self, name: str) -> set[str]:
+        """Names of the interfaces that the plan gives a host; the loopback is the kernel's."""
+        own = set() if name == self.root else {"eth0"}
+        return own | {child.parent_interface for child in self._children[name]}
+
     def owner(self, address: IPAddress) -> str | None:
         """Name of the host that has this address."""
         return self._owners.get(address)

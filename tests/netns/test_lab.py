@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from netpol_ebpf.errors import PlatformError, UsageError
-from netpol_ebpf.lab import guard
+from netpol_ebpf.lab import guard, laboratory
 from netpol_ebpf.lab.attempt import Attempt, Outcome
 from netpol_ebpf.lab.laboratory import Lab
 from netpol_ebpf.lab.topology import ICMP, ICMPV6, TCP, UDP, Host, Listen
@@ -222,3 +222,14 @@ def test_removal_reports_what_it_cannot_do(tmp_path: Path) -> None:
     assert len(failures) == 1
     assert str(kept) in failures[0]
     assert not gone.exists()
+
+
+def test_interfaces_that_the_kernel_adds_are_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fallback tunnel (sit0) in a new namespace is never up; one of the plan's own that is down still stops the laboratory."""
+    with Lab(HOSTS[:2]) as built:
+        built.run("node", ["ip", "link", "add", "sit9", "type", "veth", "peer", "name", "sit8"])  # both down
+        built._await_links()
+        built.run("node", ["ip", "link", "set", "eth0", "down"])
+        monkeypatch.setattr(laboratory, "LINKS_DEADLINE_S", 0.2)
+        with pytest.raises(PlatformError, match="not in operation: (up0|eth0)$"):
+            built._await_links()

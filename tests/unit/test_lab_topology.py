@@ -101,3 +101,11 @@ def test_a_laboratory_that_does_not_run_says_so() -> None:
     """Attempts before building are an error, not a row of denials."""
     with pytest.raises(PlatformError, match="not running"):
         Lab([ROOT]).attempt([])
+
+
+def test_the_interfaces_of_a_host_are_its_own_and_one_for_each_child() -> None:
+    """The loopback and whatever else the kernel puts into a namespace are not among them."""
+    plan = Plan([ROOT, NODE, POD])
+    assert plan.interfaces("internet") == {"up0"}
+    assert plan.interfaces("node") == {"eth0", POD.parent_interface}
+    assert plan.interfaces("shop/front-end") == {"eth0"}
