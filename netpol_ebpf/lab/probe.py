@@ -21,6 +21,7 @@ import threading
 import time
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from concurrent.futures import Future
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -37,6 +38,7 @@ CLONE_NEWNET = 0x40000000  # linux/sched.h; os.setns comes with Python 3.12
 DEADLINE_S = 0.4
 HOLD_DEADLINE_S = 5.0  # to open a connection that is expected to open: silence proves nothing here
 RESENDS = 4  # datagrams per deadline: one lost on a busy machine is no denial
+LAST_TURNS = 3  # of the event loop, before what did not answer counts as silent; arbitrary
 JOIN_DEADLINE_S = 5.0
 ANSWER_DEADLINE_S = 120.0  # for a whole batch; only a bug exceeds it
 _UNREACHABLE = {errno.EHOSTUNREACH, errno.ENETUNREACH, errno.EACCES, errno.EPERM, errno.EHOSTDOWN}
@@ -62,6 +64,13 @@ class Held:
     def close(self) -> None:
         """Close the socket; the peer's reply to that may never be delivered."""
         self._sock.close()
+
+
+@dataclass(slots=True)
+class _Batch:
+    """Attempts that are made at once. ``moved_s``: when one of them last got further, by the event loop's clock."""
+
+    moved_s: float
 
 
 class Prober:
@@ -121,7 +130,8 @@ class Prober:
         """Make all attempts at once and return their results in the same order.
 
         What stayed silent is tried again, up to ``rounds`` times in all, because the first SYN of a connection is sent
-        once a second and may be lost on a busy machine.  Takes at most ``rounds`` times ``deadline_s`` (`scaled`), roughly.
+        once a second and may be lost on a busy machine.  Silent is what had no answer when nothing had got further for
+        ``deadline_s`` (`scaled`).
         """
         limit_s = scaled(deadline_s)
         results = self.call(self._attempt_all(attempts, limit_s))
@@ -218,14 +228,34 @@ class Prober:
                     raise  # the others report an earlier answer's fate, which is the client's to see
 
     async def _attempt_all(self, attempts: Sequence[Attempt], deadline_s: float) -> list[Result]:
-        return await asyncio.gather(*(self._attempt(attempt, deadline_s) for attempt in attempts))
+        """Make attempts until all have an outcome, or until none of them got further for ``deadline_s``.
 
-    async def _attempt(self, attempt: Attempt, deadline_s: float) -> Result:
+        A deadline of each attempt's own was rejected: all advance together, so on a machine that takes longer for the whole
+        batch than that, nearly all of them would count as silent.
+        """
+        batch = _Batch(self._loop.time())
+        tasks = [self._loop.create_task(self._attempt(attempt, batch, deadline_s)) for attempt in attempts]
+        waiting = set(tasks)
+        while waiting:
+            left_s = batch.moved_s + deadline_s - self._loop.time()
+            if left_s > 0:
+                _, waiting = await asyncio.wait(waiting, timeout=left_s)
+                continue
+            seen_s = batch.moved_s
+            for _ in range(LAST_TURNS):  # what arrived while the loop was busy is still to be read
+                await asyncio.sleep(0)
+            if batch.moved_s == seen_s:
+                break
+        for task in waiting:
+            task.cancel()
+        return await asyncio.gather(*tasks)
+
+    async def _attempt(self, attempt: Attempt, batch: _Batch, deadline_s: float) -> Result:
         began = time.monotonic()
         try:
-            done = await asyncio.wait_for(self._try(attempt, deadline_s), deadline_s)
+            done = await self._try(attempt, batch, deadline_s)
             outcome = Outcome.REACHED if done else Outcome.SILENT
-        except asyncio.TimeoutError:
+        except asyncio.CancelledError:  # by the end of the batch
             outcome = Outcome.SILENT
         except ConnectionRefusedError:
             outcome = Outcome.REFUSED
@@ -235,20 +265,26 @@ class Prober:
             outcome = Outcome.UNREACHABLE
         return Result(attempt, outcome, time.monotonic() - began)
 
-    async def _try(self, attempt: Attempt, deadline_s: float) -> bool:
+    async def _try(self, attempt: Attempt, batch: _Batch, deadline_s: float) -> bool:
         if attempt.protocol == TCP:
             with await self._connected(attempt, socket.SOCK_STREAM) as sock:
-                return await self.echo_stream(sock, deadline_s)
-        token = secrets.token_bytes(16)
-        if attempt.protocol == UDP:
+                batch.moved_s = self._loop.time()
+                reached = await self._exchange(sock)
+        elif attempt.protocol == UDP:
+            token = secrets.token_bytes(16)
             with await self._connected(attempt, socket.SOCK_DGRAM) as sock:
-                return await self._ask(sock, token, deadline_s)
-        if attempt.protocol in {ICMP, ICMPV6}:
+                reached = await self._ask(sock, token, token, deadline_s / RESENDS)
+        elif attempt.protocol in {ICMP, ICMPV6}:
+            token = secrets.token_bytes(16)
+            request = 8 if attempt.protocol == ICMP else 128
+            # The kernel fills in checksum and identifier of its ping sockets.
+            message = struct.pack("!BBHHH", request, 0, 0, 0, 1) + token
             with await self._connected(attempt, socket.SOCK_DGRAM, attempt.protocol) as sock:
-                request = 8 if attempt.protocol == ICMP else 128
-                # The kernel fills in checksum and identifier of its ping sockets.
-                return await self._ask(sock, struct.pack("!BBHHH", request, 0, 0, 0, 1) + token, deadline_s, token)
-        raise UsageError(f"lab: cannot try protocol {attempt.protocol}, only TCP, UDP, ICMP and ICMPv6")
+                reached = await self._ask(sock, message, token, deadline_s / RESENDS)
+        else:
+            raise UsageError(f"lab: cannot try protocol {attempt.protocol}, only TCP, UDP, ICMP and ICMPv6")
+        batch.moved_s = self._loop.time()
+        return reached
 
     async def _connected(self, attempt: Attempt, kind: int, protocol: int = 0) -> socket.socket:
         sock = self._make(attempt.source, _family(attempt.destination), kind, protocol)
@@ -266,39 +302,38 @@ class Prober:
             raise
         return sock
 
-    async def _ask(self, sock: socket.socket, message: bytes, deadline_s: float, token: bytes | None = None) -> bool:
-        """Send a datagram, again when there is no answer; True when its token comes back."""
-        token = message if token is None else token
-        deadline = self._loop.time() + deadline_s
-        while (left := deadline - self._loop.time()) > 0:
+    async def _ask(self, sock: socket.socket, message: bytes, token: bytes, resend_s: float) -> bool:
+        """Send a datagram, again whenever there was no answer for ``resend_s``; True when its token comes back."""
+        while True:
             await self._loop.sock_sendall(sock, message)
             try:
-                answer = await asyncio.wait_for(self._loop.sock_recv(sock, 4096), min(left, deadline_s / RESENDS))
+                answer = await asyncio.wait_for(self._loop.sock_recv(sock, 4096), resend_s)
             except asyncio.TimeoutError:
                 continue
             if answer.endswith(token):
                 return True
-        return False
 
     async def echo_stream(self, sock: socket.socket, deadline_s: float) -> bool:
         """Whether bytes sent on a connected stream come back; False at the deadline or at the end of the stream."""
-        token = secrets.token_bytes(16)
+        try:
+            return await asyncio.wait_for(self._exchange(sock), deadline_s)
+        except asyncio.TimeoutError:
+            return False
 
-        async def exchange() -> bool:
+    async def _exchange(self, sock: socket.socket) -> bool:
+        token = secrets.token_bytes(16)
+        received = b""
+        try:
             await self._loop.sock_sendall(sock, token)
-            received = b""
             # Answers to earlier exchanges that timed out may come first.
             while not received.endswith(token):
                 data = await self._loop.sock_recv(sock, 4096)
                 if not data:
                     return False
                 received += data
-            return True
-
-        try:
-            return await asyncio.wait_for(exchange(), deadline_s)
-        except (asyncio.TimeoutError, ConnectionResetError, BrokenPipeError):
+        except (ConnectionResetError, BrokenPipeError):
             return False
+        return True
 
     async def _hold(self, attempt: Attempt, deadline_s: float) -> Held | None:
         try:
