@@ -130,9 +130,10 @@ int np_bare_lru_insert(struct __sk_buff *skb) {
 int np_bare_table_insert(struct __sk_buff *skb) {
   NP_BARE_BEGIN;
   struct np_leg leg = {};
+  struct np_arrival arrival = {.now_jiffies = bpf_jiffies64()};
   struct np_flow flow = {.leg = &leg,
-                         .config = np_config_lookup(),
-                         .now_jiffies = bpf_jiffies64()};
+                         .arrival = &arrival,
+                         .config = np_config_lookup()};
   if (!flow.config)
     return 2;
   np_slot_seek(&flow, (union np_conn_key *)&key, 4);
@@ -141,7 +142,7 @@ int np_bare_table_insert(struct __sk_buff *skb) {
     return 2;
   __builtin_memcpy(np_slot_key(&slot, 4), &key, sizeof(key));
   *slot.conn = (struct np_conn){
-      .seen_jiffies = flow.now_jiffies, .generation = 1, .rule = 1};
+      .seen_jiffies = arrival.now_jiffies, .generation = 1, .rule = 1};
   np_slot_publish(&slot, &flow);
   return -1;
 }

@@ -1,16 +1,16 @@
 // SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause
 //
-// A packet's way through the policy of one interface.  A program for each hook, and three that they call (enum
-// np_call); read them from the bottom up:
+// A packet's way through the policy of one interface.  A program for each hook, and two that they call (enum np_call);
+// read them from the bottom up:
 //
 //     np_tc          the short way, else: the packet's facts and whose it is -> np_frame -> np_conclude
 //     np_frame       frame -> ARP | IPv4 | IPv6 | the rest
 //     np_ip          parse -> neighbour discovery -> fragment -> np_sender -> np_ip_own
 //     np_ip_own      open connection: done
 //     np_ip_slow     anti-spoofing -> connection: np_ip_known, else np_ip_plan -> np_tc_judge
-//     np_tc_judge    one policy list, and the next one -> np_tc_sender | np_tc_verdict
+//     np_tc_judge    one policy list, and the next one -> np_tc_sender | np_ip_verdict
 //     np_tc_sender   policy has answered for a sender that was deferred to here -> np_ip_own
-//     np_tc_verdict  policy has answered for the interface's endpoint -> np_ip_known | np_ip_new -> np_conclude
+//     np_ip_verdict  policy has answered for the interface's endpoint -> np_ip_known | np_ip_new
 //     np_conclude    count, tell, pass or drop
 //
 // Each step returns why the packet passes or is dropped (enum np_reason), or NP_REASON_NONE: the next step decides.  A
@@ -85,13 +85,13 @@ NP_INLINE int np_conclude(struct np_flow *flow, int reason)
     struct np_decision *decision = flow->decision;
     int dropped = reason >= NP_REASON_POLICY_DENY || reason == NP_REASON_NONE;
     if (np_has_rule(reason))
-        np_count_rule(decision->rule, flow->frame_bytes);
+        np_count_rule(decision->rule, flow->arrival->frame_bytes);
     int pass = flow->leg->ends ? NP_PASS_ALONE : NP_PASS;
     if (reason == NP_REASON_ESTABLISHED)
         return pass;
-    np_count_reason(reason, flow->frame_bytes);
+    np_count_reason(reason, flow->arrival->frame_bytes);
     if (np_is_judged(reason))
-        np_count_staged(decision->staged_rule, flow->frame_bytes);
+        np_count_staged(decision->staged_rule, flow->arrival->frame_bytes);
     if (decision->log_list)
         np_event_log(flow, reason);
 
@@ -117,9 +117,9 @@ NP_INLINE int np_exempt(const struct np_flow *flow, const int hook, const int ve
 {
     if (hook != NP_HOOK_EGRESS || flow->leg->endpoint_flags & NP_ENDPOINT_HOST)
         return NP_REASON_NONE;
-    if (flow->ingress_ifindex == 0)
+    if (flow->arrival->ingress_ifindex == 0)
         return NP_REASON_HOST;
-    if (flow->ingress_ifindex == flow->ifindex)
+    if (flow->arrival->ingress_ifindex == flow->arrival->ifindex)
         return NP_REASON_SELF;
     if (flow->leg->carried && flow->leg->carried == flow->leg->endpoint && np_is_local(flow->packet->source, version))
         return NP_REASON_SELF;
@@ -131,7 +131,7 @@ NP_INLINE __u8 np_ip_kind(const struct np_flow *flow, struct np_question *questi
 {
     int is_host = (flow->leg->endpoint_flags & NP_ENDPOINT_HOST) != 0;
     if (hook == NP_HOOK_EGRESS)
-        return is_host && flow->ingress_ifindex ? NP_CONN_FORWARDED : 0;
+        return is_host && flow->arrival->ingress_ifindex ? NP_CONN_FORWARDED : 0;
     if (np_vip_of(question, version))
         return NP_CONN_DEFERRED;
     return is_host && !np_is_for_node(question->destination, version) ? NP_CONN_FORWARDED : 0;
@@ -147,7 +147,7 @@ NP_INLINE int np_ip_plan(struct np_flow *flow, struct np_work *work, __u8 kind, 
     struct np_question *wire = &work->questions[NP_QUESTION_WIRE];
     work->hides_source = work->refuses = 0;
     work->number = flow->leg->endpoint;
-    work->ifindex = flow->ifindex;
+    work->ifindex = flow->arrival->ifindex;
     work->final = NP_QUESTION_WIRE;
     if (is_deferred) {
         struct np_vip *vip = np_vip_of(wire, version);
@@ -205,38 +205,6 @@ NP_INLINE int np_ip_plan(struct np_flow *flow, struct np_work *work, __u8 kind, 
     return NP_REASON_NONE;
 }
 
-// Ask policy about the flow under a connection key; `work->reason`: what exempts it.  np_tc_verdict goes on, with a
-// decision whose action is not NP_ACTION_NONE.  Returns only when it cannot be called: why the packet is dropped.
-NP_INLINE int np_ip_ask(struct __sk_buff *skb, struct np_flow *flow, struct np_work *work, const union np_conn_key *key,
-                        const int hook, const int version)
-{
-    struct np_decision *decision = flow->decision;
-    struct np_question *question = &work->questions[NP_QUESTION_WIRE];
-    struct np_leg *leg = flow->leg;
-    np_question_of(question, key, leg->first_direction, version);
-    if (!work->found.is_known && !work->reason)
-        leg->kind = np_ip_kind(flow, question, hook, version);
-    work->self = leg->first_direction == NP_DIRECTION_EGRESS && !(leg->endpoint_flags & NP_ENDPOINT_HOST) &&
-                         !(leg->kind & NP_CONN_DEFERRED)
-                     ? leg->endpoint
-                     : 0;
-    np_barrier();
-    __u8 action = NP_ACTION_ALLOW;
-    if (!work->reason) {
-        work->reason = np_ip_plan(flow, work, leg->kind, leg->first_direction, version);
-        action = NP_ACTION_DENY;
-    }
-    np_barrier();
-    if (!work->reason) {
-        np_judge_begin(flow, work, NP_CALL_VERDICT);
-        return np_call_judge(skb, work);
-    }
-    decision->action = decision->staged_action = action;
-    decision->reason = work->reason;
-    np_call_program(skb, NP_CALL_VERDICT);
-    return NP_REASON_CALL_MISSING;
-}
-
 // Policy was asked again about a known connection, which was allowed under another generation, with the tuple of its
 // first packet.  What is no longer allowed keeps its entry, and that its generation: it is cut as long as policy says
 // so, and no packet of the other side passes for the first of a flow of its own.  Returns why the packet is dropped, or
@@ -263,8 +231,8 @@ NP_INLINE int np_ip_known(struct __sk_buff *skb, struct np_flow *flow, union np_
     const struct np_packet *packet = flow->packet;
     struct np_conn *conn = slot->conn;
     __u32 carries = conn->flags & NP_CONN_CARRIES ? flow->leg->endpoint : 0;
-    if (conn->generation != flow->generation)
-        conn->generation = flow->generation;
+    if (conn->generation != flow->arrival->generation)
+        conn->generation = flow->arrival->generation;
     flow->decision->rule = conn->rule;
     if (conn->flags & NP_CONN_CARRIES && !flow->leg->reply)
         flow->leg->ends = np_carry(skb, flow->config, flow->leg->endpoint);
@@ -320,6 +288,57 @@ NP_INLINE int np_ip_remember(const struct np_flow *flow, const struct np_work *w
     return failed ? failed : reason;
 }
 
+// Policy has answered for the interface's endpoint, or was not asked; the decision says which.
+NP_INLINE int np_ip_verdict(struct __sk_buff *skb, struct np_flow *flow, struct np_work *work, const int version)
+{
+    union np_conn_key *key = &work->key;
+    struct np_slot slot = {};
+    int reason = flow->decision->reason;
+    if (work->found.is_known) {
+        slot = np_conn_again(flow, &work->found, key, version);
+        if (slot.conn) {
+            int cut = np_ip_again(flow, slot.conn);
+            if (cut)
+                return cut;
+        } // else it was evicted meanwhile; what policy says counts
+    }
+    if (slot.conn)
+        reason = np_ip_known(skb, flow, key, &work->found, &slot, flow->arrival->hook, version);
+    else if (flow->decision->action != NP_ACTION_DENY)
+        reason = np_ip_new(skb, flow, key, flow->leg->kind, version);
+    return np_ip_remember(flow, work, reason, version);
+}
+
+// Ask policy about the flow under a connection key, unless it is exempt as `work->reason` says; then comes
+// np_ip_verdict.
+NP_INLINE int np_ip_ask(struct __sk_buff *skb, struct np_flow *flow, struct np_work *work, const union np_conn_key *key,
+                        const int hook, const int version)
+{
+    struct np_question *question = &work->questions[NP_QUESTION_WIRE];
+    struct np_leg *leg = flow->leg;
+    np_question_of(question, key, leg->first_direction, version);
+    if (!work->found.is_known && !work->reason)
+        leg->kind = np_ip_kind(flow, question, hook, version);
+    work->self = leg->first_direction == NP_DIRECTION_EGRESS && !(leg->endpoint_flags & NP_ENDPOINT_HOST) &&
+                         !(leg->kind & NP_CONN_DEFERRED)
+                     ? leg->endpoint
+                     : 0;
+    np_barrier();
+    __u8 action = NP_ACTION_ALLOW;
+    if (!work->reason) {
+        work->reason = np_ip_plan(flow, work, leg->kind, leg->first_direction, version);
+        action = NP_ACTION_DENY;
+    }
+    np_barrier();
+    if (!work->reason) {
+        work->is_sender = 0;
+        return np_judge(skb, flow, work);
+    }
+    flow->decision->action = flow->decision->staged_action = action;
+    flow->decision->reason = work->reason;
+    return np_ip_verdict(skb, flow, work, version);
+}
+
 // Everything but a packet in the middle of an open connection.
 NP_INLINE int np_ip_slow(struct __sk_buff *skb, struct np_flow *flow, union np_conn_key *key, struct np_work *work,
                          const int hook, const int version)
@@ -362,34 +381,13 @@ NP_INLINE int np_ip_slow(struct __sk_buff *skb, struct np_flow *flow, union np_c
         leg->reply = conn->direction != leg->direction;
         question->icmp_type = conn->icmp_type;
         question->icmp_code = conn->icmp_code;
-        if (conn->generation == flow->generation || conn->flags & NP_CONN_EXEMPT)
+        if (conn->generation == flow->arrival->generation || conn->flags & NP_CONN_EXEMPT)
             return np_ip_remember(flow, work, np_ip_known(skb, flow, key, found, &slot, hook, version), version);
     } else {
         work->reason = np_exempt(flow, hook, version);
     }
     np_barrier();
     return np_ip_ask(skb, flow, work, key, hook, version);
-}
-
-// Policy has answered for the interface's endpoint, or was not asked; the decision says which.
-NP_INLINE int np_ip_verdict(struct __sk_buff *skb, struct np_flow *flow, struct np_work *work, const int version)
-{
-    union np_conn_key *key = &work->key;
-    struct np_slot slot = {};
-    int reason = flow->decision->reason;
-    if (work->found.is_known) {
-        slot = np_conn_again(flow, &work->found, key, version);
-        if (slot.conn) {
-            int cut = np_ip_again(flow, slot.conn);
-            if (cut)
-                return cut;
-        } // else it was evicted meanwhile; what policy says counts
-    }
-    if (slot.conn)
-        reason = np_ip_known(skb, flow, key, &work->found, &slot, work->hook, version);
-    else if (flow->decision->action != NP_ACTION_DENY)
-        reason = np_ip_new(skb, flow, key, flow->leg->kind, version);
-    return np_ip_remember(flow, work, reason, version);
 }
 
 // The endpoint whose number the packet carries allows it, as `work->reason` says: the flow is this interface's again,
@@ -419,7 +417,7 @@ NP_INLINE int np_ip_own(struct __sk_buff *skb, struct np_flow *flow, struct np_w
     if (NP_LIKELY(!packet->special)) {
         struct np_slot slot = np_slot_find(flow, key, 0, version);
         struct np_conn *open = slot.conn;
-        if (NP_LIKELY(open && open->generation == flow->generation && np_conn_is_alive(open, flow))) {
+        if (NP_LIKELY(open && open->generation == flow->arrival->generation && np_conn_is_alive(open, flow))) {
             int carries = open->flags & NP_CONN_CARRIES && open->direction == flow->leg->direction;
             np_conn_touch(&slot, flow);
             np_recent_fill(flow, open->rule, carries ? flow->leg->endpoint : 0, hook, version);
@@ -502,19 +500,13 @@ NP_INLINE int np_frame(struct __sk_buff *skb, struct np_flow *flow, struct np_wo
     }
 }
 
-// What all steps need of the packet: `flow` points to what is in np_scratch.
-NP_INLINE void np_flow_begin(struct __sk_buff *skb, struct np_flow *flow, const struct np_config *config,
-                             struct np_work *work)
+NP_INLINE void np_flow_set(struct np_flow *flow, struct np_work *work, const struct np_config *config)
 {
-    *flow = (struct np_flow){
-        .config = config,
-        .packet = &work->packet,
-        .decision = &work->decision,
-        .leg = &work->leg,
-        .ifindex = skb->ifindex,
-        .ingress_ifindex = skb->ingress_ifindex,
-        .frame_bytes = skb->len,
-    };
+    flow->packet = &work->packet;
+    flow->decision = &work->decision;
+    flow->leg = &work->leg;
+    flow->arrival = &work->arrival;
+    flow->config = config;
 }
 
 NP_INLINE int np_tc(struct __sk_buff *skb, const int hook)
@@ -534,11 +526,16 @@ NP_INLINE int np_tc(struct __sk_buff *skb, const int hook)
         np_count_reason(NP_REASON_NO_CONFIG, skb->len);
         return NP_DROP;
     }
-    np_flow_begin(skb, &flow, config, work);
-    flow.now_jiffies = work->now_jiffies = bpf_jiffies64();
-    flow.generation = work->generation = config->generation;
-    flow.epoch = work->epoch = config->epoch;
-    work->hook = hook;
+    np_flow_set(&flow, work, config);
+    work->arrival = (struct np_arrival){
+        .now_jiffies = bpf_jiffies64(),
+        .generation = config->generation,
+        .epoch = config->epoch,
+        .ifindex = skb->ifindex,
+        .ingress_ifindex = skb->ingress_ifindex,
+        .frame_bytes = skb->len,
+        .hook = hook,
+    };
     work->calls_left = NP_JUDGE_CALLS;
     np_barrier();
     np_zero_words(&work->packet, sizeof(work->packet));
@@ -563,11 +560,7 @@ NP_INLINE struct np_work *np_resume(struct __sk_buff *skb, struct np_flow *flow)
         np_count_reason(NP_REASON_NO_CONFIG, skb->len);
         return 0;
     }
-    np_flow_begin(skb, flow, config, work);
-    flow->now_jiffies = work->now_jiffies;
-    flow->generation = work->generation;
-    flow->epoch = work->epoch;
-    np_keep_in_memory(flow);
+    np_flow_set(flow, work, config);
     return work;
 }
 
@@ -579,14 +572,22 @@ int np_tc_judge(struct __sk_buff *skb)
         return NP_DROP;
     int is_answered = flow.packet->version == 4 ? np_ask(&flow, work, 4) : np_ask(&flow, work, 6);
     np_barrier();
-    if (!is_answered)
-        return np_conclude(&flow, np_call_judge(skb, work));
-    np_judge_end(&flow, work);
-    if (work->next == NP_CALL_SENDER)
-        np_call_program(skb, NP_CALL_SENDER);
-    else
-        np_call_program(skb, NP_CALL_VERDICT);
-    return np_conclude(&flow, NP_REASON_CALL_MISSING);
+    if (!is_answered) {
+        work->reason = np_judge_next(skb, work);
+    } else {
+        np_judge_end(&flow, work);
+        np_barrier();
+        if (NP_UNLIKELY(work->is_sender)) {
+            np_call_program(skb, NP_CALL_SENDER);
+            work->reason = NP_REASON_CALL_MISSING;
+        } else if (flow.packet->version == 4) {
+            work->reason = np_ip_verdict(skb, &flow, work, 4);
+        } else {
+            work->reason = np_ip_verdict(skb, &flow, work, 6);
+        }
+    }
+    np_barrier();
+    return np_conclude(&flow, work->reason);
 }
 
 NP_INLINE int np_sender_goes_on(struct __sk_buff *skb, struct np_flow *flow, struct np_work *work, const int version)
@@ -607,17 +608,6 @@ int np_tc_sender(struct __sk_buff *skb)
         return NP_DROP;
     work->reason =
         flow.packet->version == 4 ? np_sender_goes_on(skb, &flow, work, 4) : np_sender_goes_on(skb, &flow, work, 6);
-    np_barrier();
-    return np_conclude(&flow, work->reason);
-}
-
-int np_tc_verdict(struct __sk_buff *skb)
-{
-    struct np_flow flow;
-    struct np_work *work = np_resume(skb, &flow);
-    if (!work)
-        return NP_DROP;
-    work->reason = flow.packet->version == 4 ? np_ip_verdict(skb, &flow, work, 4) : np_ip_verdict(skb, &flow, work, 6);
     np_barrier();
     return np_conclude(&flow, work->reason);
 }

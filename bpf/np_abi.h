@@ -138,10 +138,9 @@ enum np_vip_flag {
 
 // Slots of np_call: the programs that a hook's program calls, each under the name np_tc_*. A tail call never returns.
 enum np_call {
-    NP_CALL_JUDGE = 0, // ask one policy list, then the next one
+    NP_CALL_JUDGE = 0, // ask one policy list, then the next one; what the interface's endpoint says is the verdict
     NP_CALL_SENDER = 1, // policy has answered for the endpoint whose number the packet carries
-    NP_CALL_VERDICT = 2, // policy has answered for the endpoint of the interface
-    NP_CALLS = 3, // how many there are
+    NP_CALLS = 2, // how many there are
 };
 
 // Kinds of events.

@@ -145,7 +145,7 @@ NP_INLINE int np_conn_key_inner(struct __sk_buff *skb, union np_conn_key *key, c
 NP_INLINE int np_conn_is_alive(const struct np_conn *conn, const struct np_flow *flow)
 {
     // seen_jiffies may be a tick ahead of us when another CPU wrote it; the difference is then negative, and small
-    return (long long)(flow->now_jiffies - conn->seen_jiffies) <=
+    return (long long)(flow->arrival->now_jiffies - conn->seen_jiffies) <=
            (long long)flow->config->timeout_jiffies[conn->state & (NP_CONN_STATES - 1)];
 }
 
@@ -211,9 +211,9 @@ NP_INLINE struct np_slot np_conn_again(const struct np_flow *flow, const struct 
 // Note that the connection lives, at most once a second: the entry is shared by all CPUs.
 NP_INLINE void np_conn_touch(const struct np_slot *slot, const struct np_flow *flow)
 {
-    if (flow->now_jiffies - slot->conn->seen_jiffies < flow->config->jiffies_per_second)
+    if (flow->arrival->now_jiffies - slot->conn->seen_jiffies < flow->config->jiffies_per_second)
         return;
-    slot->conn->seen_jiffies = flow->now_jiffies;
+    slot->conn->seen_jiffies = flow->arrival->now_jiffies;
     np_slot_renew(slot, (*slot->tag & NP_TAG_YOUNG) != 0, flow);
 }
 
@@ -271,8 +271,8 @@ NP_INLINE int np_conn_open(const struct np_flow *flow, const union np_conn_key *
     for (__u32 word = 0; word < np_key_words(version); word++)
         stored[word] = ((const np_half *)key)[word];
     *slot.conn = (struct np_conn){
-        .seen_jiffies = flow->now_jiffies,
-        .generation = flow->generation,
+        .seen_jiffies = flow->arrival->now_jiffies,
+        .generation = flow->arrival->generation,
         .rule = flow->decision->rule,
         .direction = flow->leg->direction,
         .state = state ? state : np_conn_first_state(packet->protocol),
@@ -305,7 +305,7 @@ NP_INLINE void np_conn_advance(const struct np_flow *flow, const union np_conn_k
         np_conn_remove(flow, key, version); // an older one, if there is
         if (conn->state == NP_CONN_TCP_NEW)
             conn->state = NP_CONN_TCP_OPEN;
-        conn->seen_jiffies = flow->now_jiffies;
+        conn->seen_jiffies = flow->arrival->now_jiffies;
         young = 0;
     } else if (!(packet->tcp_flags & NP_TCP_RST) && !is_over) {
         return;

@@ -85,23 +85,7 @@ NP_INLINE struct np_near *np_near_find(__u32 ifindex, __u32 epoch, int *reason)
     return *reason ? 0 : near;
 }
 
-// Copy one policy set of an interface's endpoint.
-NP_INLINE int np_owner_read(const struct np_flow *flow, __u32 ifindex, __u8 direction, struct np_owner *owner)
-{
-    int reason;
-    struct np_near *near = np_near_find(ifindex, flow->epoch, &reason);
-    if (!near)
-        return reason;
-    owner->number = near->number;
-    owner->flags = near->flags;
-    if (direction == NP_DIRECTION_EGRESS)
-        np_copy_words(&owner->set, &near->egress, sizeof(owner->set));
-    else
-        np_copy_words(&owner->set, &near->ingress, sizeof(owner->set));
-    return NP_REASON_NONE;
-}
-
-// The same for one set of a host endpoint. NP_REASON_CONTINUE: it has none, so no opinion.
+// Copy one policy set of a host endpoint. NP_REASON_CONTINUE: it has none, so no opinion.
 NP_INLINE int np_host_read(__u32 number, __u32 index, struct np_owner *owner)
 {
     struct np_host *row = np_host_lookup(number);
@@ -123,7 +107,7 @@ NP_INLINE int np_host_read(__u32 number, __u32 index, struct np_owner *owner)
 NP_INLINE int np_endpoint_find(struct np_flow *flow)
 {
     int reason;
-    struct np_near *near = np_near_find(flow->ifindex, flow->epoch, &reason);
+    struct np_near *near = np_near_find(flow->arrival->ifindex, flow->arrival->epoch, &reason);
     if (!near)
         return reason;
     flow->leg->endpoint = near->number;
@@ -174,7 +158,7 @@ NP_INLINE int np_may_borrow(const struct np_flow *flow, const int version)
 // Whether an address is the workload's own: as np_near remembers, else as its row says.
 NP_INLINE int np_is_own(struct np_flow *flow, const __u32 *address, const int version)
 {
-    struct np_near *near = np_near_lookup(flow->ifindex);
+    struct np_near *near = np_near_lookup(flow->arrival->ifindex);
     if (!near)
         return 0;
     __u32 *own = version == 4 ? near->own4 : near->own6;

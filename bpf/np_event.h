@@ -14,15 +14,15 @@ NP_INLINE void np_event_write(const struct np_flow *flow, __u8 kind, __u16 reaso
     const struct np_decision *decision = flow->decision;
     struct np_event *event = np_event_reserve();
     if (!event) {
-        np_count_reason(NP_REASON_EVENT_LOST, flow->frame_bytes);
+        np_count_reason(NP_REASON_EVENT_LOST, flow->arrival->frame_bytes);
         return;
     }
-    event->time_jiffies = flow->now_jiffies;
+    event->time_jiffies = flow->arrival->now_jiffies;
     np_copy_words(&event->rule, &decision->rule, 24); // to peer_class
     event->endpoint = flow->leg->endpoint;
-    event->ifindex = flow->ifindex;
+    event->ifindex = flow->arrival->ifindex;
     event->own_identity = flow->leg->own_identity;
-    event->frame_bytes = flow->frame_bytes;
+    event->frame_bytes = flow->arrival->frame_bytes;
     if (NP_LIKELY(!flow->leg->reply)) {
         np_copy_words(event->source, packet->source, 32); // and the destination
         event->source_port = packet->source_port;
@@ -51,11 +51,11 @@ NP_INLINE void np_event_write(const struct np_flow *flow, __u8 kind, __u16 reaso
 NP_INLINE void np_event_log(const struct np_flow *flow, __u16 reason)
 {
     struct np_log_limit *limit = np_log_limit_lookup(flow->decision->log_list);
-    if (limit && flow->now_jiffies - limit->last_jiffies < flow->config->jiffies_per_second) {
-        np_count_reason(NP_REASON_LOG_LIMITED, flow->frame_bytes);
+    if (limit && flow->arrival->now_jiffies - limit->last_jiffies < flow->config->jiffies_per_second) {
+        np_count_reason(NP_REASON_LOG_LIMITED, flow->arrival->frame_bytes);
         return;
     }
     if (limit)
-        limit->last_jiffies = flow->now_jiffies; // two CPUs may both pass: one event more, no harm
+        limit->last_jiffies = flow->arrival->now_jiffies; // two CPUs may both pass: one event more, no harm
     np_event_write(flow, NP_EVENT_LOG, reason);
 }

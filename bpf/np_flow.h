@@ -56,17 +56,24 @@ struct np_leg {
 };
 _Static_assert(sizeof(struct np_leg) == 48, "np_leg is whole words");
 
-// What the pointers point to lives in np_scratch: the stack has 512 bytes, and what is in a map the verifier does not
-// remember, which spares it to walk all that follows once for each way in which it came about.
-struct np_flow {
-    struct np_packet *packet;
-    struct np_decision *decision;
-    struct np_leg *leg;
-    const struct np_config *config;
+// When and where the packet was met.
+struct np_arrival {
     __u64 now_jiffies;
     __u32 generation; // read before anything else: what is decided under older rows must not bear a newer number
     __u32 epoch; // likewise
     __u32 ifindex;
     __u32 ingress_ifindex; // 0: sent by the host itself
     __u32 frame_bytes;
+    __u32 hook; // enum np_hook
+};
+
+// What the pointers point to lives in np_scratch: the stack has 512 bytes, a called program has a stack of its own, and
+// what is in a map the verifier does not remember, which spares it to walk all that follows once for each way in which
+// it came about.
+struct np_flow {
+    struct np_packet *packet;
+    struct np_decision *decision;
+    struct np_leg *leg;
+    struct np_arrival *arrival;
+    const struct np_config *config;
 };

@@ -30,7 +30,7 @@ NP_INLINE int np_fragment_recall(struct np_flow *flow, const int version)
     union np_frag_key key;
     np_fragment_key(&key, flow, version);
     struct np_frag *first = np_frag_lookup(&key, version);
-    if (!first || flow->now_jiffies - first->seen_jiffies > flow->config->timeout_jiffies[NP_CONN_FRAGMENT])
+    if (!first || flow->arrival->now_jiffies - first->seen_jiffies > flow->config->timeout_jiffies[NP_CONN_FRAGMENT])
         return NP_REASON_FRAGMENT;
     if (packet->fragment_units < first->header_units)
         return NP_REASON_FRAGMENT;
@@ -51,7 +51,7 @@ NP_INLINE int np_fragment_remember(const struct np_flow *flow, const int version
     union np_frag_key key;
     np_fragment_key(&key, flow, version);
     struct np_frag first = {
-        .seen_jiffies = flow->now_jiffies,
+        .seen_jiffies = flow->arrival->now_jiffies,
         .source_port = packet->source_port,
         .destination_port = packet->destination_port,
         .protocol = packet->protocol,

@@ -12,7 +12,7 @@
 // is the end of the host's lists.  When all lists of a host have no opinion the packet goes on (NP_ACTION_CONTINUE).
 //
 // The program np_tc_judge evaluates one list for each call and then calls itself, so the verifier walks the evaluation
-// once, however many lists there are.  When policy has answered, it calls the program of `work->next`.
+// once, however many lists there are.
 //
 // Invariants: all lists of one host endpoint are read from one version of its row; no packet is judged by more than
 // NP_JUDGE_CALLS calls.
@@ -50,7 +50,8 @@ struct np_work {
     struct np_packet packet;
     struct np_decision decision;
     struct np_leg leg;
-    struct np_owner owner; // the set at hand
+    struct np_arrival arrival;
+    struct np_owner owner; // of a host endpoint: the set at hand
     struct np_question questions[2]; // as the packet is on the wire, and with the destination that it will have
     __u32 reason; // the result
     struct np_decision kept; // what the workload's policy said
@@ -68,17 +69,13 @@ struct np_work {
     __u32 seen; // version of the host's row
     __u32 final; // question with the destination that the packet will have
     __u32 own_endpoint; // number of the interface's endpoint, while the sender is judged
-    __u32 generation; // of struct np_flow, as the next two
-    __u32 epoch;
-    __u64 now_jiffies;
     __u8 is_kept; // `kept` counts
     __u8 hides_source; // the source is not the one that the sender wrote
     __u8 refuses; // when nobody else does: NP_REASON_TO_HOST
-    __u8 hook; // enum np_hook
-    __u8 next; // enum np_call: who goes on when policy has answered
+    __u8 is_sender; // the lists are those of the sender
     __u8 calls_left; // of NP_JUDGE_CALLS
     __u8 is_error; // came as an ICMP error
-    __u8 pad;
+    __u8 pad[2];
 };
 #define NP_QUESTION_WIRE 0
 #define NP_QUESTION_FINAL 1
@@ -108,12 +105,19 @@ NP_INLINE void np_question_of(struct np_question *question, const union np_conn_
     question->to_node = NP_TO_NODE_UNASKED;
 }
 
-// Read the set to ask. NP_REASON_CONTINUE: there is none.
-NP_INLINE int np_ask_read(const struct np_flow *flow, struct np_work *work, __u32 ask, __u8 direction)
+// Find the set to ask, which stays where it is remembered, or is copied from a host endpoint's row into `work->owner`.
+// NP_REASON_CONTINUE: there is none.
+NP_INLINE int np_ask_find(const struct np_flow *flow, struct np_work *work, __u32 ask, __u8 direction,
+                          const struct np_set **set)
 {
+    *set = &work->owner.set;
     if (ask == NP_ASK_WORKLOAD) {
-        int reason = np_owner_read(flow, work->ifindex, direction, &work->owner);
-        return !reason && work->owner.number != work->number ? NP_REASON_LOST_SENDER : reason;
+        int reason;
+        const struct np_near *near = np_near_find(work->ifindex, flow->arrival->epoch, &reason);
+        if (!near)
+            return reason;
+        *set = direction == NP_DIRECTION_EGRESS ? &near->egress : &near->ingress;
+        return near->number == work->number ? NP_REASON_NONE : NP_REASON_LOST_SENDER;
     }
     __u32 stage = NP_ASK_STAGES >> ((ask & 7) - 2) * 4 & 3;
     return np_host_read(work->host, stage * 2 + direction, &work->owner);
@@ -134,7 +138,8 @@ NP_INLINE int np_ask(struct np_flow *flow, struct np_work *work, const int versi
     if (ask == NP_ASK_NOBODY)
         return 1;
     __u8 direction = work->outwards >> ask & 1; // NP_DIRECTION_EGRESS is 1
-    work->reason = np_ask_read(flow, work, ask, direction);
+    const struct np_set *set;
+    work->reason = np_ask_find(flow, work, ask, direction, &set);
     np_barrier();
     int reason = work->reason;
     if (reason == NP_REASON_TORN_ENDPOINT)
@@ -154,8 +159,8 @@ NP_INLINE int np_ask(struct np_flow *flow, struct np_work *work, const int versi
         __u32 which = ask & NP_ASK_ON_WIRE ? NP_QUESTION_WIRE : work->final & 1;
         const struct np_question *question = (void *)work->questions + which * sizeof(*question);
         __u32 self = ask == NP_ASK_WORKLOAD ? work->self : 0;
-        reason = np_classify(flow, question, &work->owner.set, direction, self, version);
-        if (!reason && work->hides_source && np_depends_on_source(&work->owner.set, direction))
+        reason = np_classify(flow, question, set, direction, self, version);
+        if (!reason && work->hides_source && np_depends_on_source(set, direction))
             reason = NP_REASON_HIDDEN_SOURCE;
         work->reason = reason;
         np_barrier();
@@ -196,18 +201,6 @@ NP_INLINE int np_ask(struct np_flow *flow, struct np_work *work, const int versi
     return ask == NP_ASK_UNTRACKED || ask == NP_ASK_PRE_DNAT || ask == NP_ASK_FAILSAFE;
 }
 
-// Begin to ask: `next` goes on when policy has answered.
-NP_INLINE void np_judge_begin(struct np_flow *flow, struct np_work *work, __u8 next)
-{
-    struct np_decision *decision = flow->decision;
-    decision->action = decision->staged_action = NP_ACTION_CONTINUE;
-    decision->reason = NP_REASON_CONTINUE;
-    work->asks_left = work->asks;
-    work->seen = 0;
-    work->is_kept = 0;
-    work->next = next;
-}
-
 // Policy has answered: the decision holds NP_ACTION_ALLOW, _DENY or _CONTINUE, and its reason, from here on.
 NP_INLINE void np_judge_end(struct np_flow *flow, struct np_work *work)
 {
@@ -223,11 +216,23 @@ NP_INLINE void np_judge_end(struct np_flow *flow, struct np_work *work)
 }
 
 // Call np_tc_judge for the next list. Returns only when that fails: why the packet is dropped.
-NP_INLINE int np_call_judge(struct __sk_buff *skb, struct np_work *work)
+NP_INLINE int np_judge_next(struct __sk_buff *skb, struct np_work *work)
 {
     if (!work->calls_left)
         return NP_REASON_CALL_BUDGET;
     work->calls_left--;
     np_call_program(skb, NP_CALL_JUDGE);
     return NP_REASON_CALL_MISSING;
+}
+
+// Have all lists of `work->asks` asked.  Returns only when that fails: why the packet is dropped.
+NP_INLINE int np_judge(struct __sk_buff *skb, struct np_flow *flow, struct np_work *work)
+{
+    struct np_decision *decision = flow->decision;
+    decision->action = decision->staged_action = NP_ACTION_CONTINUE;
+    decision->reason = NP_REASON_CONTINUE;
+    work->asks_left = work->asks;
+    work->seen = 0;
+    work->is_kept = 0;
+    return np_judge_next(skb, work);
 }

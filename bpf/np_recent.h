@@ -73,9 +73,9 @@ NP_INLINE void np_recent_store(const struct np_flow *flow, const __u32 *source, 
         address[words + word] = destination[word];
     }
     fact->ports_be = ports_be;
-    fact->ifindex = flow->ifindex;
-    fact->generation = flow->generation;
-    fact->until_jiffies = (__u32)flow->now_jiffies + flow->config->jiffies_per_second;
+    fact->ifindex = flow->arrival->ifindex;
+    fact->generation = flow->arrival->generation;
+    fact->until_jiffies = (__u32)flow->arrival->now_jiffies + flow->config->jiffies_per_second;
     fact->rule = rule;
     fact->carries = carries;
     fact->protocol = flow->packet->protocol;

@@ -130,7 +130,7 @@ NP_INLINE int np_sender(struct __sk_buff *skb, struct np_flow *flow, struct np_w
     question->icmp_type = packet->icmp_type;
     question->icmp_code = packet->icmp_code;
     if (conn) {
-        if (conn->generation == flow->generation) {
+        if (conn->generation == flow->arrival->generation) {
             np_conn_touch(&slot, flow);
             flow->decision->rule = conn->rule;
             work->reason = leg->related ? NP_REASON_RELATED : NP_REASON_ESTABLISHED;
@@ -144,8 +144,8 @@ NP_INLINE int np_sender(struct __sk_buff *skb, struct np_flow *flow, struct np_w
     np_question_of(question, key, leg->direction, version);
     np_sender_plan(flow, work, version);
     np_barrier();
-    np_judge_begin(flow, work, NP_CALL_SENDER);
-    return np_call_judge(skb, work);
+    work->is_sender = 1;
+    return np_judge(skb, flow, work);
 }
 
 // Policy has answered for the sender. Returns as np_sender does.
@@ -164,7 +164,7 @@ NP_INLINE int np_sender_verdict(struct np_flow *flow, struct np_work *work, cons
             if (!denied)
                 slot.conn->rule = flow->decision->rule;
             flow->decision->rule = slot.conn->rule;
-            slot.conn->generation = flow->generation;
+            slot.conn->generation = flow->arrival->generation;
             np_conn_touch(&slot, flow);
         }
         flow->decision->log_list = 0; // Log rules speak of new flows

@@ -57,7 +57,7 @@ NP_INLINE __u64 np_tag_expiry(const struct np_flow *flow, __u32 state)
     __u64 units = flow->config->timeout_jiffies[state & (NP_CONN_STATES - 1)] / NP_TAG_JIFFIES;
     if (units > NP_TAG_TIME_MASK / 2)
         units = NP_TAG_TIME_MASK / 2;
-    return (np_tag_time(flow->now_jiffies) + units) & NP_TAG_TIME_MASK;
+    return (np_tag_time(flow->arrival->now_jiffies) + units) & NP_TAG_TIME_MASK;
 }
 
 // What is lost when a place is taken: 0 free, 1 its time is past, NP_WORTH_OWNED it is being written.  Without a
@@ -186,7 +186,7 @@ NP_INLINE struct np_slot np_slot_own(const struct np_flow *flow, const int versi
     const struct np_conn_tags *tags = np_conn_tags_lookup(flow->leg->hash, version);
     if (!tags)
         return slot;
-    __u32 now = np_tag_time(flow->now_jiffies);
+    __u32 now = np_tag_time(flow->arrival->now_jiffies);
     if (flow->leg->young_place >= NP_CONN_WAYS) {
         __u64 least = NP_WORTH_OWNED << 3;
 #pragma unroll
@@ -206,7 +206,7 @@ NP_INLINE struct np_slot np_slot_own(const struct np_flow *flow, const int versi
     if (worth == NP_WORTH_OWNED || __sync_val_compare_and_swap(slot.tag, was, owned) != was)
         slot.conn = 0;
     else if (worth >> NP_TAG_TIME_BITS == NP_RANK_OPEN)
-        np_count_reason(NP_REASON_CONN_EVICTED, flow->frame_bytes);
+        np_count_reason(NP_REASON_CONN_EVICTED, flow->arrival->frame_bytes);
     return slot;
 }
 

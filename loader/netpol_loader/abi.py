@@ -137,10 +137,9 @@ NP_VIP_LOCAL = 1  # `local` may be what is behind it: a process of this node, wh
 NP_VIP_MANY = 2  # several of those: not known which one
 
 # np_call
-NP_CALL_JUDGE = 0  # ask one policy list, then the next one
+NP_CALL_JUDGE = 0  # ask one policy list, then the next one; what the interface's endpoint says is the verdict
 NP_CALL_SENDER = 1  # policy has answered for the endpoint whose number the packet carries
-NP_CALL_VERDICT = 2  # policy has answered for the endpoint of the interface
-NP_CALLS = 3  # how many there are
+NP_CALLS = 2  # how many there are
 
 # np_event_kind: Kinds of events.
 NP_EVENT_DENY = 1  # a packet was dropped
@@ -1136,7 +1135,6 @@ CALLS: Mapping[int, str] = MappingProxyType(
     {
         NP_CALL_JUDGE: "np_tc_judge",
         NP_CALL_SENDER: "np_tc_sender",
-        NP_CALL_VERDICT: "np_tc_verdict",
     }
 )
 """The called programs, by their slots of np_call."""

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import mmap
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from netpol_ebpf.errors import LoadError, PlatformError
@@ -22,6 +23,7 @@ from netpol_loader.compiled import CACHE_DIR, PREPARED_DIR, Compiled, find_compi
 from netpol_loader.connections import TAG_NAMES
 from netpol_loader.link import PER_CPU_RANGES, link, load_program
 from netpol_loader.maps import Map, possible_cpus
+from netpol_loader.programs import ProgramSet
 
 log = logging.getLogger(__name__)
 
@@ -29,17 +31,20 @@ DIRECTORIES = (PREPARED_DIR, CACHE_DIR)
 """Where compiled files are looked for; the last one is where they are kept."""
 
 
-def compiled_program() -> Compiled:
+def compiled_program(*, keep: bool = True) -> Compiled:
     """The product's programs: from a file if there is one that fits, else compiled, and kept for the next time.
 
+    ``keep`` False: not kept.
     Raises LoadError, and PlatformError where there is neither a file nor a compiler.
     """
     digest, machine = compilation.source_digest(compilation.source_dir()).hex(), platform.machine()
     found = find_compiled(digest, machine, compilation.compiler_name(), DIRECTORIES)
     if found is not None:
         return found
-    log.info("compiling the packet path, which is kept for the next start")
+    log.info("compiling the packet path%s", ", which is kept for the next start" if keep else "")
     compiled = compilation.compile_program()
+    if not keep:
+        return compiled
     try:
         save_compiled(compiled, DIRECTORIES[-1])
     except (OSError, PlatformError) as error:
@@ -61,30 +66,34 @@ def make_maps(
         raise PlatformError(f"no such map: {', '.join(sorted(unknown))}", hint="See netpol_loader.abi.MAP_SPECS.")
     wanted = {**{name: spec.max_entries for name, spec in specs.items()}, **kernel_sizes(sizes)}
     missing = [spec for spec in specs.values() if not (directory / spec.name).exists()]
-    types = Writer()
-    numbers = {spec.name: _types_of(spec, types) for spec in missing}
-    btf_fd = syscall.btf_load(types.blob()) if any(number for _, number in numbers.values()) else -1
-    try:
-        for spec in missing:
-            key_type, value_type = numbers[spec.name]
-            try:
-                fd = syscall.map_create(
-                    spec.kind, spec.name, spec.key_size, spec.value_size, wanted[spec.name],
-                    sum(syscall.MAP_FLAGS[flag] for flag in spec.flags),
-                    btf_fd=btf_fd if value_type else 0, btf_key_type=key_type, btf_value_type=value_type,
-                )  # fmt: skip
-            except OSError as error:
-                raise LoadError(
-                    f"the kernel refuses map {spec.name} with {wanted[spec.name]} entries: {error.strerror}"
-                ) from error
-            try:
-                syscall.obj_pin(fd, directory / spec.name)
-            finally:
-                os.close(fd)
-    finally:
-        if btf_fd >= 0:
-            os.close(btf_fd)
+    for name, fd in _create_maps(missing, wanted):
+        try:
+            syscall.obj_pin(fd, directory / name)
+        finally:
+            os.close(fd)
     return {name: Map(syscall.obj_get(directory / name)) for name in specs}
+
+
+def try_load() -> list[syscall.ProgInfo]:
+    """Load the product's programs on the smallest maps of their own and give them up again; what the kernel says of them.
+
+    Nothing is pinned, attached or kept.  Raises what `compiled_program` and `ProgramSet.load` raise.
+    """
+    compiled = compiled_program(keep=False)
+    smallest = {
+        name: mmap.PAGESIZE if spec.kind == "ringbuf" else 1
+        for name, spec in abi.MAP_SPECS.items()
+    }  # fmt: skip
+    maps = {name: Map(fd) for name, fd in _create_maps(list(abi.MAP_SPECS.values()), kernel_sizes(smallest))}
+    try:
+        programs = ProgramSet.load(compiled, maps)
+        try:
+            return [syscall.prog_info(fd) for _, fd in programs.programs()]
+        finally:
+            programs.close()
+    finally:
+        for one in maps.values():
+            one.close()
 
 
 def load_entry(
@@ -128,6 +137,30 @@ def kernel_sizes(sizes: Mapping[str, int]) -> dict[str, int]:
 
 MASKED = frozenset({"np_near", "np_special", "np_log_limit"})
 """Arrays of any size but that a hash chooses from."""
+
+
+def _create_maps(specs: Sequence[abi.MapSpec], sizes: Mapping[str, int]) -> Iterator[tuple[str, int]]:
+    """(name, descriptor) of maps that are made here, with type information; the caller closes them. Raises LoadError."""
+    types = Writer()
+    numbers = {spec.name: _types_of(spec, types) for spec in specs}
+    btf_fd = syscall.btf_load(types.blob()) if any(number for _, number in numbers.values()) else -1
+    try:
+        for spec in specs:
+            key_type, value_type = numbers[spec.name]
+            try:
+                fd = syscall.map_create(
+                    spec.kind, spec.name, spec.key_size, spec.value_size, sizes[spec.name],
+                    sum(syscall.MAP_FLAGS[flag] for flag in spec.flags),
+                    btf_fd=btf_fd if value_type else 0, btf_key_type=key_type, btf_value_type=value_type,
+                )  # fmt: skip
+            except OSError as error:
+                raise LoadError(
+                    f"the kernel refuses map {spec.name} with {sizes[spec.name]} entries: {error.strerror}"
+                ) from error
+            yield spec.name, fd
+    finally:
+        if btf_fd >= 0:
+            os.close(btf_fd)
 
 
 def _types_of(spec: abi.MapSpec, types: Writer) -> tuple[int, int]:

@@ -27,6 +27,7 @@ import netpol_ebpf.errors
 from netpol_ebpf.errors import LoadError, PlatformError
 from netpol_loader import abi
 from netpol_loader.compiled import Compiled, decode_compiled, encode_compiled
+from netpol_loader.grace import is_strongly_ordered
 from netpol_loader.hook import Hook
 
 ENTRY = "netpol.c"
@@ -42,9 +43,6 @@ PROGRAMS = (*(hook.value for hook in Hook), *abi.CALLS.values())
 
 FLAGS = ("-Wno-unknown-pragmas", "-Wno-pass-failed", "-Xclang", "-disable-llvm-passes")
 """The last one: BCC runs LLVM's passes itself, after clang has run all of them, which takes as long again."""
-
-STRONGLY_ORDERED = frozenset({"x86_64", "i686"})
-"""Machines whose stores, and whose loads, other processors see in order."""
 
 DECLARED_MAP = re.compile(r'^NP_MAP(?:_RINGBUF\(|\("\w+", )(\w+)', re.MULTILINE)
 
@@ -125,7 +123,7 @@ def compile_program(
 
 
 def _flags(machine: str) -> tuple[str, ...]:
-    return FLAGS if machine in STRONGLY_ORDERED else (*FLAGS, "-DNP_WEAK_ORDER")
+    return FLAGS if is_strongly_ordered(machine) else (*FLAGS, "-DNP_WEAK_ORDER")
 
 
 def _compile(directory: Path, entry: Path | None, programs: Sequence[str], machine: str) -> Compiled:

@@ -136,6 +136,14 @@ def save_compiled(compiled: Compiled, directory: Path) -> Path:
     return path
 
 
+def kept_files() -> list[Path]:
+    """What agents keep in CACHE_DIR, the directory last if nothing of others is in it."""
+    if not CACHE_DIR.is_dir():
+        return []
+    ours = sorted(CACHE_DIR.glob(file_name("*", "*")))
+    return [*ours, CACHE_DIR] if set(CACHE_DIR.iterdir()) == set(ours) else ours
+
+
 def _require_ours(path: Path, seen: os.stat_result) -> None:
     """Raise PlatformError when anybody but root and this process's user may have written there."""
     if seen.st_uid not in {0, os.geteuid()}:

@@ -1,16 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """Whether this machine can run the dataplane; each thing that is missing is one PlatformError with one clear line.
 
-Must not repair anything, with one exception: root asking for a pin directory on an unmounted bpffs gets it mounted.
+What the kernel can do is tried, never concluded from its version.  Must not repair anything, with one exception: root asking
+for a pin directory on an unmounted bpffs gets it mounted.
 """
 
 from __future__ import annotations
 
 import ctypes
-import importlib.util
+import errno
+import gzip
 import os
 import platform
 import re
+import struct
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +23,20 @@ from netpol_ebpf.errors import PlatformError, PrivilegeError
 from netpol_loader import syscall
 from netpol_loader.events import LIBRARIES
 
-MINIMUM_KERNEL = (5, 15)
-"""The oldest kernel with everything the program uses (bpf_jiffies64, ring buffer, batches on LPM tries, link updates)."""
+FIRST_KERNEL_WITHOUT_BH_LOCK = (6, 18)
+"""The first whose real-time configuration may let two packets meet on one processor (CONFIG_PREEMPT_RT_NEEDS_BH_LOCK)."""
+
+COMPARE_AND_SWAP = b"".join(
+    struct.pack("=BBhi", opcode, registers if sys.byteorder == "little" else registers << 4 & 0xF0 | registers >> 4, at, value)
+    for opcode, registers, at, value in (
+        (0xB7, 0x00, 0, 0),  # r0 = 0
+        (0xB7, 0x01, 0, 0),  # r1 = 0
+        (0x7B, 0x1A, -8, 0),  # *(u64 *)(r10 - 8) = r1
+        (0xDB, 0x1A, -8, 0xF1),  # r0 = atomic64_cmpxchg(r10 - 8, r0, r1)
+        (0x95, 0x00, 0, 0),  # exit
+    )
+)  # fmt: skip
+"""A program that does what the connection table is made of (include/uapi/linux/bpf.h, BPF_CMPXCHG)."""
 
 BPF_FS_MAGIC = 0xCAFE4A11
 BPFFS = Path("/sys/fs/bpf")
@@ -62,7 +78,6 @@ def check_all(pin_root: Path = BPFFS) -> list[Check]:
         ("privilege", _look_at_privilege),
         ("kernel", _look_at_kernel),
         ("btf", _look_at_btf),
-        ("bcc", _look_at_bcc),
         ("libbpf", _look_at_libbpf),
         ("bpffs", lambda: _look_at_bpffs(pin_root)),
         ("jit", _look_at_jit),
@@ -70,8 +85,13 @@ def check_all(pin_root: Path = BPFFS) -> list[Check]:
     return [_check(name, look) for name, look in looks]
 
 
+def try_to_load() -> Check:
+    """Load the programs for a trial, and give them up again: the proof that an agent could load them here."""
+    return _check("load", _look_at_load)
+
+
 def require_all(pin_root: Path = BPFFS) -> None:
-    """Raise the first thing that is missing."""
+    """Raise the first thing that is missing. The programs are not loaded: whoever asks is about to load them."""
     for check in check_all(pin_root):
         if check.error is not None:
             raise check.error
@@ -150,11 +170,53 @@ def missing_capabilities(effective: int) -> list[Capability]:
 
 def _look_at_kernel() -> str:
     release = platform.release()
-    match = re.match(r"(\d+)\.(\d+)", release)
-    if not match or (int(match[1]), int(match[2])) < MINIMUM_KERNEL:
-        wanted = ".".join(map(str, MINIMUM_KERNEL))
-        raise PlatformError(f"kernel {release} is too old: {wanted} or newer is needed", hint="Use a newer kernel.")
+    try:
+        fd = syscall.prog_load(COMPARE_AND_SWAP, name="np_try")
+    except OSError as error:
+        if error.errno == errno.EPERM:
+            raise PrivilegeError(f"what kernel {release} can do cannot be tried without privileges") from error
+        raise PlatformError(
+            f"kernel {release} has no 64-bit compare-and-swap for BPF programs ({error.strerror})",
+            hint="Use Linux 5.15 or newer (arm64: 5.18 or newer).",
+        ) from error
+    is_jited = syscall.prog_info(fd).jited_bytes > 0
+    os.close(fd)
+    if not is_jited and _is_jit_on():
+        raise PlatformError(
+            f"the BPF JIT of kernel {release} has no 64-bit compare-and-swap, so the programs would be interpreted",
+            hint="Use a newer kernel (arm64: 5.18 or newer).",
+        )
+    if "PREEMPT_RT" in platform.version():
+        _require_bh_lock(release)
     return release
+
+
+def _require_bh_lock(release: str) -> None:
+    """On a real-time kernel: raise when a packet may interrupt another on its processor, where they share working memory."""
+    option, config = "CONFIG_PREEMPT_RT_NEEDS_BH_LOCK", kernel_config(release)
+    if config is not None:
+        is_locked = f"{option}=y" in config or option not in config  # older ones have no such option, and the lock
+    else:
+        match = re.match(r"(\d+)\.(\d+)", release)
+        is_locked = bool(match) and (int(match[1]), int(match[2])) < FIRST_KERNEL_WITHOUT_BH_LOCK  # type: ignore[index]
+    if not is_locked:
+        seen = "is not set" if config is not None else "cannot be looked up: neither /proc/config.gz nor /boot has it"
+        raise PlatformError(
+            f"kernel {release} is a real-time kernel whose bottom halves are not locked ({option} {seen}): two packets on one "
+            "processor would share their working memory",
+            hint=f"Use a kernel with {option}=y, or one that is not real-time.",
+        )
+
+
+def kernel_config(release: str) -> str | None:
+    """The configuration that the running kernel was built with, where the machine has it."""
+    for path in (Path("/proc/config.gz"), Path(f"/boot/config-{release}"), Path(f"/lib/modules/{release}/config")):
+        try:
+            raw = path.read_bytes()
+        except OSError:
+            continue
+        return (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode(errors="replace")
+    return None
 
 
 def _look_at_btf() -> str:
@@ -166,21 +228,12 @@ def _look_at_btf() -> str:
     return "/sys/kernel/btf/vmlinux"
 
 
-def _look_at_bcc() -> str:
-    spec = importlib.util.find_spec("bcc")
-    if spec is None or spec.submodule_search_locations is None:
-        raise PlatformError(
-            "Python's bcc module is missing",
-            hint="apt install python3-bpfcc, and make the virtual environment with /usr/bin/python3 -m venv "
-            "--system-site-packages. PyPI's bcc is an unrelated package.",
-        )
-    folder = Path(next(iter(spec.submodule_search_locations)))
-    if not (folder / "libbcc.py").exists():
-        raise PlatformError(
-            f"the bcc module in {folder} is not the BPF Compiler Collection",
-            hint="pip uninstall bcc; then install the distribution's python3-bpfcc.",
-        )
-    return str(folder)
+def _look_at_load() -> str:
+    from netpol_loader import build
+
+    loaded = build.try_load()
+    told = [f"{one.name} {one.verified}" for one in loaded if one.verified]
+    return f"{len(loaded)} programs" + (f"; instructions verified: {', '.join(told)}" if told else "")
 
 
 def _look_at_libbpf() -> str:
@@ -202,7 +255,11 @@ def _look_at_bpffs(pin_root: Path) -> str:
 
 
 def _look_at_jit() -> str:
-    switch = Path("/proc/sys/net/core/bpf_jit_enable")
-    if switch.exists() and switch.read_text().strip() == "0":
+    if not _is_jit_on():
         raise PlatformError("the BPF JIT is switched off", hint="sysctl -w net.core.bpf_jit_enable=1")
     return f"bpf(2) is number {syscall.SYSCALL_NUMBERS.get(platform.machine(), 'unknown')} on {platform.machine()}"
+
+
+def _is_jit_on() -> bool:
+    switch = Path("/proc/sys/net/core/bpf_jit_enable")
+    return not switch.exists() or switch.read_text().strip() != "0"

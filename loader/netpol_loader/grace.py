@@ -25,26 +25,22 @@ import struct
 from netpol_ebpf.errors import PlatformError, PrivilegeError
 from netpol_loader import syscall
 
-IS_STRONGLY_ORDERED = platform.machine() == "x86_64"
-"""Whether every processor sees the stores of another in the order in which that one made them, and loads in its own order."""
+
+def is_strongly_ordered(machine: str) -> bool:
+    """Whether each processor sees the stores of another in the order in which that one made them, and loads in its own order.
+
+    ``machine``: as `uname -m` says.
+    """
+    return machine == "x86_64"
+
+
+IS_STRONGLY_ORDERED = is_strongly_ordered(platform.machine())
 
 _MEMBARRIER = {"x86_64": 324, "aarch64": 283, "riscv64": 283, "loongarch64": 283, "ppc64le": 365, "s390x": 356}
 """System call numbers (asm/unistd.h)."""
 _CMD_GLOBAL = 1  # include/uapi/linux/membarrier.h
 
-_ARRAY, _ARRAY_OF_MAPS = 2, 12  # enum bpf_map_type
 _WORD = struct.Struct("=I")
-
-
-class _MapCreateAttr(syscall._Attr):  # noqa: SLF001 - a command of bpf(2) that nothing else needs in this form
-    _fields_ = (
-        ("map_type", ctypes.c_uint32),
-        ("key_size", ctypes.c_uint32),
-        ("value_size", ctypes.c_uint32),
-        ("max_entries", ctypes.c_uint32),
-        ("map_flags", ctypes.c_uint32),
-        ("inner_map_fd", ctypes.c_uint32),
-    )
 
 
 def wait_for_readers() -> None:
@@ -78,9 +74,9 @@ def order_stores() -> None:
 def _maps() -> tuple[int, int] | None:
     """Descriptors of a map of one map, and of that one, for the life of the process; None: it may not make maps."""
     try:
-        inner = _create(_ARRAY)
+        inner = syscall.map_create("array", "np_grace_inner", _WORD.size, _WORD.size, 1)
         try:
-            return _create(_ARRAY_OF_MAPS, inner), inner
+            return syscall.map_create("array_of_maps", "np_grace", _WORD.size, _WORD.size, 1, inner_map_fd=inner), inner
         except OSError:
             os.close(inner)
             raise
@@ -90,13 +86,6 @@ def _maps() -> tuple[int, int] | None:
         raise PlatformError(
             f"cannot make the map by which to wait for the packets on their way: {error.strerror}"
         ) from error
-
-
-def _create(kind: int, inner: int = 0) -> int:
-    attr = _MapCreateAttr(
-        map_type=kind, key_size=_WORD.size, value_size=_WORD.size, max_entries=1, inner_map_fd=inner
-    )  # fmt: skip
-    return syscall._bpf(0, attr)  # noqa: SLF001 - BPF_MAP_CREATE
 
 
 def _wait_without_maps() -> None:

@@ -42,7 +42,7 @@ ATTR_BYTES = 152
 
 MAP_KINDS = {
     1: "hash", 2: "array", 3: "prog_array", 5: "percpu_hash", 6: "percpu_array", 9: "lru_hash", 11: "lpm_trie",
-    27: "ringbuf",
+    12: "array_of_maps", 27: "ringbuf",
 }  # fmt: skip
 PER_CPU_KINDS = frozenset({"percpu_hash", "percpu_array"})
 
@@ -456,16 +456,19 @@ def link_info(fd: int) -> LinkInfo:
 
 def map_create(
     kind: str, name: str, key_size: int, value_size: int, max_entries: int, flags: int = 0,
-    *, btf_fd: int = 0, btf_key_type: int = 0, btf_value_type: int = 0,
+    *, btf_fd: int = 0, btf_key_type: int = 0, btf_value_type: int = 0, inner_map_fd: int = 0,
 ) -> int:  # fmt: skip
-    """Make a map; its descriptor. ``kind``: as in MAP_KINDS; the types are numbers of the type information's."""
+    """Make a map; its descriptor. ``kind``: as in MAP_KINDS; the types are numbers of the type information's.
+
+    ``inner_map_fd``: of a map such as the elements of a map of maps are.
+    """
     number = next(number for number, one in MAP_KINDS.items() if one == kind)
     return _bpf(
         MAP_CREATE,
         _MapCreateAttr(
             map_type=number, key_size=key_size, value_size=value_size, max_entries=max_entries, map_flags=flags,
             map_name=name.encode()[:NAME_BYTES], btf_fd=btf_fd, btf_key_type_id=btf_key_type,
-            btf_value_type_id=btf_value_type,
+            btf_value_type_id=btf_value_type, inner_map_fd=inner_map_fd,
         ),
     )  # fmt: skip
 

@@ -49,12 +49,17 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _clean(arguments: argparse.Namespace) -> int:
+    from netpol_loader.compiled import kept_files
     from netpol_loader.dataplane import DEFAULT_PIN_ROOT
     from netpol_loader.removal import Leftover, find_leftovers
 
     leftovers = find_leftovers(arguments.pin_root or DEFAULT_PIN_ROOT)
     if arguments.pin_root is None:
         leftovers += _abandoned_engines(DEFAULT_PIN_ROOT.parent)
+        leftovers += [
+            Leftover("compiled file" if path.is_file() else "directory", str(path), lambda path=path: _delete(path))  # type: ignore[misc]
+            for path in kept_files()
+        ]
     leftovers += [Leftover("state", str(path), lambda path=path: _delete(path)) for path in _state(arguments.state_dir)]  # type: ignore[misc]
     failures: list[str] = []
     plain: list[dict[str, Any]] = []

@@ -19,7 +19,8 @@ def register(subparsers: Any) -> None:
     parser: argparse.ArgumentParser = subparsers.add_parser(
         "doctor",
         help="check what this machine has and lacks",
-        description="Check what this machine has of all that enforcement needs. Changes nothing.",
+        description="Check what this machine has of all that enforcement needs, and load the programs for a trial. Changes "
+        "nothing.",
         epilog="exit codes: 0 everything is there, 5 something is missing",
     )
     parser.add_argument(
@@ -38,6 +39,8 @@ def run(arguments: argparse.Namespace) -> int:
     from netpol_loader import doctor
 
     checks = doctor.check_all(arguments.pin_root or doctor.BPFFS)
+    if all(check.error is None for check in checks):
+        checks = [*checks, doctor.try_to_load()]
     plain = [
         {
             "check": check.name,

@@ -39,6 +39,7 @@ COMMANDS = (
     "netpol_ebpf.cli.bench",
     "netpol_ebpf.cli.demo",
     "netpol_ebpf.cli.cleanup",
+    "netpol_ebpf.cli.compile",
     "netpol_ebpf.cli.doctor",
 )
 """Modules with ``register(subparsers)``, in the order of the help. One that is not part of this build is left out."""

@@ -16,4 +16,3 @@ int np_tc_ingress(struct __sk_buff *skb);
 int np_tc_egress(struct __sk_buff *skb);
 int np_tc_judge(struct __sk_buff *skb);
 int np_tc_sender(struct __sk_buff *skb);
-int np_tc_verdict(struct __sk_buff *skb);

@@ -348,7 +348,9 @@ def test_doctor_says_what_is_missing(monkeypatch: pytest.MonkeyPatch, capsys: py
     """Each check is a line; one that fails makes the exit code 5 and has a hint."""
     checks = [doctor.Check("kernel", "6.1")]
     monkeypatch.setattr(doctor, "check_all", lambda _root: checks)
+    monkeypatch.setattr(doctor, "try_to_load", lambda: doctor.Check("load", "5 programs"))
     assert main(["doctor"]) == 0
+    assert "ok      load" in capsys.readouterr().out
     checks.append(doctor.Check("bcc", "it is missing", PlatformError("it is missing", hint="apt install it")))
     assert main(["doctor"]) == 5
     shown = capsys.readouterr().out

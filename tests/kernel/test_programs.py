@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The program set: how much the verifier walks, what a missing program does, and one compiled file on any node."""
+
+from __future__ import annotations
+
+import os
+import platform
+import struct
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import packets as p
+import pytest
+from map_sizes import SIZES
+from rig import ALLOW, DENY, PEER4, PEER6, POD4, POD6, Rig, everything
+
+from netpol_ebpf.errors import LoadError
+from netpol_loader import abi, build, link, syscall
+from netpol_loader.compilation import PROGRAMS, compile_program
+from netpol_loader.compiled import decode_compiled
+from netpol_loader.dataplane import Dataplane
+from netpol_loader.programs import ProgramSet
+
+ROOT = Path(__file__).resolve().parents[2]
+MOST_VERIFIED = 250_000
+"""Of the million that the kernel allows; the next kernel or compiler may walk twice as much."""
+
+
+def test_no_program_is_walked_too_long(dataplane: Dataplane) -> None:
+    """Every program of the product leaves the verifier room on the kernels and compilers to come."""
+    verified = {name: syscall.prog_info(fd).verified for name, fd in dataplane.programs.programs()}
+    assert set(verified) == set(PROGRAMS)
+    if not all(verified.values()):
+        pytest.skip("this kernel does not tell how many instructions the verifier walked (it does from 5.16 on)")
+    assert {name: count for name, count in verified.items() if count > MOST_VERIFIED} == {}
+
+
+@pytest.fixture
+def emptied(rig: Rig) -> Iterator[Rig]:
+    """A pod that may everything, and a program array whose slots a test may empty."""
+    rig.pod(everything(1, ALLOW, 11), everything(2, ALLOW, 12))
+    yield rig
+    assert set(rig.dataplane.programs.mend_calls()) <= set(abi.CALLS.values())
+    assert rig.dataplane.programs.mend_calls() == []
+
+
+@pytest.mark.parametrize(("pod", "peer"), [(POD4, PEER4), (POD6, PEER6)], ids=["IPv4", "IPv6"])
+def test_a_missing_program_drops_new_flows_and_is_counted(emptied: Rig, pod: str, peer: str) -> None:
+    """A call that fails is a drop with a reason and an event; packets of an open connection pass, for they call nobody."""
+    opening, answer = p.frame(pod, peer, p.UDP, p.udp(1000, 53)), p.frame(peer, pod, p.UDP, p.udp(53, 1000))
+    assert emptied.out(opening).reason == "policy-allow"
+    assert emptied.into(answer).reason == "established"
+    assert emptied.dataplane.programs.calls.delete(struct.pack("=I", abi.NP_CALL_JUDGE))
+    emptied.forget_recent()
+    assert emptied.out(opening).reason == "established"
+    seen = emptied.out(p.frame(pod, peer, p.UDP, p.udp(1001, 53)))
+    assert (seen.passed, seen.reason) == (False, "call-missing")
+    assert [event.reason for event in seen.events] == [abi.NP_REASON_CALL_MISSING]
+
+
+def test_a_missing_program_for_senders_drops(emptied: Rig) -> None:
+    """A packet that is judged for its sender where it leaves needs a program of its own."""
+    emptied.defer()
+    assert emptied.dataplane.programs.calls.delete(struct.pack("=I", abi.NP_CALL_SENDER))
+    emptied.endpoint(everything(3, ALLOW, 13), everything(4, ALLOW, 14), number=9, ifindex=2)
+    emptied.epoch()
+    seen = emptied.into(p.frame(PEER4, POD4, p.UDP, p.udp(1, 2)), carries=9)
+    assert (seen.passed, seen.reason) == (False, "call-missing")
+
+
+def test_sets_never_call_each_other(dataplane: Dataplane) -> None:
+    """A second set on the same maps has a program array of its own: emptying the first one's does not touch it."""
+    second = ProgramSet.load(build.compiled_program(), dataplane.pinned)
+    try:
+        assert syscall.map_info(second.calls.fd).id != syscall.map_info(dataplane.programs.calls.fd).id
+        ids = {syscall.prog_info(fd).id for _, fd in second.programs()}
+        assert not ids & {syscall.prog_info(fd).id for _, fd in dataplane.programs.programs()}
+        called = {struct.unpack("=I", second.calls.get(struct.pack("=I", slot)) or b"")[0] for slot in abi.CALLS}
+        assert called == {syscall.prog_info(fd).id for fd in second.called.values()}
+    finally:
+        second.close()
+
+
+@pytest.mark.parametrize("cpus", [2, 512])
+@pytest.mark.parametrize("scale", [1, 16])
+def test_one_file_serves_any_number_of_processors_and_any_size(
+    cpus: int, scale: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same compiled file, loaded for so many processors and on such maps, judges and remembers."""
+    root = Path(f"/sys/fs/bpf/netpol-any-{os.getpid()}-{cpus}-{scale}")
+    before = build.compiled_program()
+    monkeypatch.setattr(link, "possible_cpus", lambda: cpus)
+    monkeypatch.setattr(build, "possible_cpus", lambda: cpus)
+    sizes = {
+        **SIZES,
+        "np_recent4": 1024 * scale,
+        "np_recent6": 512 * scale,
+        "np_addr4": 100 * scale,
+        "np_near": 3 * scale,
+    }
+    with Dataplane.open(root, sizes=sizes) as dataplane:
+        try:
+            assert build.compiled_program() == before
+            recent = syscall.map_info(dataplane.maps["np_recent4"].fd)
+            assert link.mask_of(recent) + 1 == max(1024 * scale // cpus, 1)
+            rig = Rig(dataplane)
+            rig.pod(everything(1, DENY, 11), everything(2, ALLOW, 12))
+            for pod, peer in ((POD4, PEER4), (POD6, PEER6)):
+                for port in range(40):
+                    frame = p.frame(pod, peer, p.UDP, p.udp(1000 + port, 53))
+                    assert [rig.out(frame).reason for _ in range(2)] == ["policy-allow", "established"]
+                    assert rig.into(p.frame(peer, pod, p.UDP, p.udp(53, 1000 + port))).reason == "established"
+                assert rig.into(p.frame(peer, pod, p.UDP, p.udp(53, 999))).reason == "policy-deny"
+            rig.reader.close()
+        finally:
+            dataplane.remove()
+
+
+def test_masks_follow_from_the_kernels_sizes() -> None:
+    """A table in buckets counts rows, its mask counts buckets; what is no power of two is refused, never masked wrongly."""
+    fds = {size: syscall.map_create("array", "np_try", 4, 8, size) for size in (1, 8, 12)}
+    try:
+        assert [link.mask_of(syscall.map_info(fds[size])) for size in (1, 8)] == [0, 7]
+        with pytest.raises(LoadError, match="np_try has 12 entries; a power of two is needed"):
+            link.mask_of(syscall.map_info(fds[12]))
+    finally:
+        for fd in fds.values():
+            os.close(fd)
+
+
+def test_an_instruction_that_names_no_map_is_refused() -> None:
+    """A number without a map, or a load of an unknown kind, is never handed to the kernel."""
+    one = syscall.map_create("array", "np_try", 4, 8, 1)
+    wide = link.INSTRUCTION.pack(link.LOAD_IMMEDIATE_64, link._packed(link.LOADS_MAP, 1), 0, 3) + bytes(8)
+    odd = link.INSTRUCTION.pack(link.LOAD_IMMEDIATE_64, link._packed(7, 1), 0, 0) + bytes(8)
+    try:
+        with pytest.raises(LoadError, match="names map 3, which was not made"):
+            link.link(wide, ("np_a", "np_b"), {"np_a": one})
+        with pytest.raises(LoadError, match="unknown kind 7"):
+            link.link(odd, (), {})
+    finally:
+        os.close(one)
+
+
+def test_maps_have_the_field_names_of_the_headers(dataplane: Dataplane) -> None:
+    """The kernel knows every map's types, and they are those of the declarations."""
+    from netpol_loader import btf
+
+    for name, spec in abi.MAP_SPECS.items():
+        if spec.value is not None:
+            found = btf.layouts(syscall.map_info(syscall.obj_get(dataplane.pin_dir / name)))
+            assert found == (btf.declared(spec.key), btf.declared(spec.value)), name
+
+
+def test_the_trial_load_leaves_nothing(dataplane: Dataplane) -> None:
+    """It loads what an agent would load, on maps of its own, and pins nothing."""
+    before = sorted(dataplane.pin_root.rglob("*"))
+    loaded = build.try_load()
+    assert {one.name for one in loaded} == set(PROGRAMS)
+    assert all(one.jited_bytes for one in loaded)
+    assert sorted(dataplane.pin_root.rglob("*")) == before
+
+
+def test_compiling_needs_no_privilege_and_is_repeatable() -> None:
+    """An ordinary user's compilation gives the instructions that root's gives."""
+    source = ROOT / "bench" / "parse_only.c"
+    ours = compile_program(entry=source, programs=("np_parse_only",))
+    command = [
+        sys.executable,
+        "-m",
+        "netpol_loader.compilation",
+        "--sources",
+        str(ROOT / "bpf"),
+        "--entry",
+        str(source),
+    ]
+    command += ["--machine", platform.machine(), "--program", "np_parse_only"]
+    done = subprocess.run(
+        ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "--bounding-set=-all", "--inh-caps=-all", *command],
+        env={"PYTHONPATH": f"{ROOT / 'loader'}:{ROOT}", "PATH": os.environ["PATH"]}, capture_output=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert decode_compiled(done.stdout, "output") == ours
+
+
+def test_every_map_of_the_file_is_the_products(dataplane: Dataplane) -> None:
+    """The numbers in the instructions are those of the declarations, np_call among them."""
+    compiled = build.compiled_program()
+    assert set(compiled.maps) == {*abi.MAP_SPECS, dataplane.programs.calls.name}
