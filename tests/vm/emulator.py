@@ -1,0 +1,184 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A virtual machine under emulation: QEMU without KVM, this machine's own root file system, a program to run, its report.
+
+The guest's report is lines on its second serial port, each with a checksum; the first one is its console.  A serial port needs
+no module, exists in every kernel, and keeps what was written before a crash.
+
+Invariants: nothing of the machine is written but the scratch directory; QEMU and virtiofsd end with this process however that
+ends (their parent's death kills them), and by their own process ids only.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from netpol_ebpf.errors import PlatformError, PrivilegeError
+from tests.vm.initramfs import ROOT_TAG, render_initramfs
+from tests.vm.kernels import Kernel
+from tests.vm.report import parse_report
+
+QEMU = "qemu-system-x86_64"
+VIRTIOFSD = Path("/usr/lib/qemu/virtiofsd")
+"""The C daemon of Debian 12's qemu-system-common; its successor in Rust takes other options and was not tried."""
+
+MEMORY = "2G"
+CPUS = 2
+SOCKET_DEADLINE_S = 10.0
+STOP_DEADLINE_S = 5.0
+POLL_S = 0.05
+CONSOLE_LINES = 25
+
+COMMAND_LINE = "console=ttyS0 quiet loglevel=4 panic=-1 tsc=reliable random.trust_cpu=on net.ifnames=0"
+"""``panic=-1``: a panic reboots at once, and QEMU ends where it would reboot.  ``tsc=reliable``: two emulated processors do
+not pass the kernel's test of their clocks; it then falls back to a timer whose every reading leaves the emulation."""
+
+
+class Machine:
+    """One guest, from boot to its end; use it as a context manager.
+
+    ``tree``: the copy of the repository that the guest runs, and ``task``: the file for `tests.vm.guest`, both at the same
+    path inside.  ``network``: further options of QEMU, for network devices.  Raises PrivilegeError without root (the root file system is
+    shared whole), PlatformError when a tool is missing or the guest ends without saying so.
+    """
+
+    def __init__(self, kernel: Kernel, tree: Path, task: Path, scratch: Path, *, network: Sequence[str] = ()) -> None:
+        self.kernel = kernel
+        self._tree = tree
+        self._task = task
+        self._scratch = scratch
+        self._network = tuple(network)
+        self._processes: list[subprocess.Popen[bytes]] = []
+        self._console = scratch / "console.log"
+        self._report = scratch / "report.log"
+
+    def __enter__(self) -> Machine:  # noqa: PYI034 - typing.Self comes with Python 3.11
+        try:
+            self._start()
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End QEMU and virtiofsd. Harmless when repeated."""
+        for process in reversed(self._processes):
+            process.terminate()
+            try:
+                process.wait(STOP_DEADLINE_S)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+        self._processes.clear()
+
+    def records(self, timeout_s: float) -> Iterator[dict[str, Any]]:
+        """What the guest reports, as it comes, until its last record; each with QEMU's processor seconds so far, ``cpu_s``.
+
+        Raises PlatformError, with the end of the console, when the guest ends before that or the time is over.
+        """
+        deadline = time.monotonic() + timeout_s
+        seen = 0
+        while True:
+            ended = (
+                self._processes[-1].poll() is not None
+            )  # asked first: what it wrote before its end is then in the file
+            records = parse_report(self._report.read_bytes()) if self._report.exists() else []
+            cpu_s = self._cpu_s()
+            for record in records[seen:]:
+                yield {**record, "cpu_s": cpu_s}
+                if record["step"] == "end":
+                    return
+            seen = len(records)
+            if ended:
+                raise PlatformError(f"the guest ended before it had reported everything:\n{self.console_tail()}")
+            if time.monotonic() > deadline:
+                raise PlatformError(f"the guest was not done after {timeout_s:.0f} s:\n{self.console_tail()}")
+            time.sleep(POLL_S)
+
+    def _cpu_s(self) -> float:
+        """Processor time of QEMU: what a run costs whatever else the machine does."""
+        try:
+            fields = Path(f"/proc/{self._processes[-1].pid}/stat").read_text().rpartition(")")[2].split()
+        except FileNotFoundError:
+            return 0.0
+        return sum(map(int, fields[11:13])) / os.sysconf("SC_CLK_TCK")  # utime and stime, proc(5)
+
+    def console_tail(self) -> str:
+        """The last lines of the guest's console."""
+        if not self._console.exists():
+            return ""
+        lines = self._console.read_text(errors="replace").splitlines()
+        return "\n".join(line.rstrip() for line in lines[-CONSOLE_LINES:])
+
+    # --- starting ---------------------------------------------------------------------------------------------------
+
+    def _start(self) -> None:
+        require_tools()
+        initramfs = self._scratch / "initramfs"
+        initramfs.write_bytes(render_initramfs(self.kernel))
+        socket = self._scratch / "root.socket"
+        with (self._scratch / "virtiofsd.log").open("wb") as log:
+            # The host's kernel caches for both: a guest that reads a file while somebody changes it may see either.
+            self._spawn(
+                [str(VIRTIOFSD), f"--socket-path={socket}", "-o", "source=/,cache=always,sandbox=chroot"], log, log
+            )
+            deadline = time.monotonic() + SOCKET_DEADLINE_S
+            while not socket.exists():
+                if self._processes[-1].poll() is not None or time.monotonic() > deadline:
+                    raise PlatformError(f"virtiofsd does not serve: {(self._scratch / 'virtiofsd.log').read_text()}")
+                time.sleep(POLL_S)
+        with (self._scratch / "qemu.log").open("wb") as log:
+            self._spawn(self._qemu(initramfs, socket), log, log)
+
+    def _spawn(self, command: list[str], stdout: Any, stderr: Any) -> None:
+        self._processes.append(
+            subprocess.Popen(
+                ["setpriv", "--pdeathsig=KILL", "--", *command],
+                stdin=subprocess.DEVNULL,
+                stdout=stdout,
+                stderr=stderr,
+                start_new_session=True,  # a Ctrl-C at the terminal is for this process, which then ends them
+            )
+        )
+
+    def _qemu(self, initramfs: Path, socket: Path) -> list[str]:
+        settings = {
+            "root": self._tree,
+            "python": sys.executable,
+            "task": self._task,
+            "modules": self.kernel.modules or "",
+        }
+        append = [COMMAND_LINE, *(f"netpol_{name}={value}" for name, value in settings.items())]
+        return [
+            QEMU, "-no-user-config", "-nodefaults", "-display", "none", "-no-reboot",
+            "-machine", "q35,memory-backend=memory",  # microvm does not boot these kernels
+            "-accel", "tcg,thread=multi", "-cpu", "max,la57=off", "-smp", str(CPUS), "-m", MEMORY,
+            "-object", f"memory-backend-memfd,id=memory,size={MEMORY},share=on",  # virtiofsd reads it
+            "-chardev", f"socket,id=root,path={socket}",
+            "-device", f"vhost-user-fs-pci,chardev=root,tag={ROOT_TAG}",
+            "-serial", f"file:{self._console}", "-serial", f"file:{self._report}",
+            "-kernel", str(self.kernel.vmlinux), "-initrd", str(initramfs), "-append", " ".join(append),
+            *self._network,
+        ]  # fmt: skip
+
+
+def require_tools() -> None:
+    """Raise PrivilegeError or PlatformError for the first thing that is missing."""
+    if os.geteuid() != 0:
+        raise PrivilegeError("a guest shares this machine's root file system, which needs root")
+    if shutil.which(QEMU) is None:
+        raise PlatformError(f"{QEMU} is not installed", hint="apt install qemu-system-x86")
+    if not VIRTIOFSD.exists():
+        raise PlatformError(f"{VIRTIOFSD} is missing", hint="apt install qemu-system-common (of Debian 12)")

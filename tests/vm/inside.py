@@ -1,0 +1,187 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the steps of a guest do, in its kernel: each function is one step, prints one JSON document, returns an exit code.
+
+The one module of the harness that knows the project's commands.  Invariant: a function raises or returns something but 0 when
+what it saw is not what it must be; it never says "skipped".
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import platform
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from netpol_ebpf.agent.main import main as agent_main
+from netpol_ebpf.cases.runner import run_cases  # noqa: F401 - imported here once, for every step that needs it
+from netpol_ebpf.cli.main import main as netpolctl_main
+from netpol_ebpf.lab.laboratory import Lab
+from netpol_ebpf.lab.scene import plan_for
+from netpol_ebpf.resources.load import parse_documents
+from netpol_loader import attach, syscall
+from netpol_loader.dataplane import Dataplane
+from netpol_loader.hook import Hook
+from netpol_loader.programs import CALL_MAP
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.append(str(ROOT / "tests/netns"))  # agent_scene, other_version
+
+PIN_ROOT = Path("/sys/fs/bpf/netpol-vm")
+EXIT_UNSUPPORTED = 5
+
+
+def system() -> int:
+    """What machine this is."""
+    found = os.uname()
+    return _print({"release": found.release, "version": found.version, "machine": found.machine, "cpus": os.cpu_count(),
+                   "python": platform.python_version(), "command_line": Path("/proc/cmdline").read_text().split()[:6]})  # fmt: skip
+
+
+def load() -> int:
+    """Load the program set as an agent does; what the verifier walked, what the JIT made, how interfaces are attached."""
+    began = time.monotonic()
+    dataplane = Dataplane.open(PIN_ROOT)
+    seconds = time.monotonic() - began
+    try:
+        programs = {}
+        for name, fd in dataplane.programs.named():
+            if name != CALL_MAP:
+                seen = syscall.prog_info(fd)
+                programs[name] = {
+                    "verified": seen.verified or None,
+                    "jited_bytes": seen.jited_bytes,
+                    "xlated_bytes": seen.xlated_bytes,
+                }
+        features = {
+            "tcx": attach.preferred_mechanism(dataplane) is attach.Mechanism.TCX,
+            "test run names an interface": _test_run_names_interface(dataplane),
+            "verified instructions": all(one["verified"] for one in programs.values()),
+        }
+        return _print({"seconds": round(seconds, 2), "programs": programs, "features": features})
+    finally:
+        dataplane.remove()
+
+
+def _test_run_names_interface(dataplane: Dataplane) -> bool:
+    """Whether BPF_PROG_TEST_RUN takes a context that names the packet's interface."""
+    try:
+        dataplane.test_run(Hook.TC_INGRESS, bytes(64), ingress_ifindex=1)
+    except OSError:
+        return False
+    return True
+
+
+def netpolctl(*arguments: str) -> int:
+    """A verb of netpolctl."""
+    return netpolctl_main(list(arguments))
+
+
+def refusal() -> int:
+    """A kernel that is not supported: doctor and agent say so in one line each, and exit with 5."""
+    seen: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as home:
+        agent = [
+            "--manifests",
+            home,
+            "--node",
+            "node",
+            "--pin-root",
+            str(PIN_ROOT),
+            "--state-dir",
+            f"{home}/state",
+            "--once",
+        ]
+        for name, run in (("doctor", lambda: netpolctl_main(["doctor"])), ("agent", lambda: agent_main(agent))):
+            seen[name] = _said(run)
+    lines = {name: [line for line in one["said"] if "kernel" in line] for name, one in seen.items()}
+    _print({name: {"code": one["code"], "line": " ".join(lines[name])} for name, one in seen.items()})
+    is_clear = all(len(one) == 1 for one in lines.values()) and len(seen["agent"]["said"]) <= 2  # the line and its hint
+    return 0 if is_clear and all(one["code"] == EXIT_UNSUPPORTED for one in seen.values()) else 1
+
+
+def _said(run: Callable[[], int]) -> dict[str, Any]:
+    """Exit code and lines of output of a main function."""
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+        try:
+            code = run()
+        except SystemExit as error:
+            code = error.code if isinstance(error.code, int) else 1
+    return {"code": code, "said": output.getvalue().splitlines()}
+
+
+def succession(older: str) -> int:
+    """An agent of an older version is replaced by this one's, which is then killed and followed by another.
+
+    ``older``: the tree of that version.  Through all of it an open connection lives, what policy allows is reached and
+    what it denies is silent, and endpoints keep their numbers.
+    """
+    import agent_scene
+    from other_version import VersionedScene
+
+    resources = parse_documents(agent_scene.CLUSTER, "cluster.yaml").check()
+    with tempfile.TemporaryDirectory() as home, Lab(plan_for(resources), directories=[PIN_ROOT]) as lab:
+        scene = VersionedScene(lab, Path(home), PIN_ROOT, tree=Path(older))
+        scene.manifests.mkdir(parents=True)
+        for name, text in agent_scene.DEFAULTS.items():
+            scene.write(name, text)
+        try:
+            return _succession(scene)
+        except BaseException:
+            log = Path(home) / "agent.log"
+            print(log.read_text()[-2000:] if log.exists() else "the agent wrote nothing", file=sys.stderr)
+            raise
+
+
+def _succession(scene: Any) -> int:
+    from agent_scene import to_db
+
+    def started() -> tuple[dict[str, Any], float]:
+        began = time.monotonic()
+        scene.launch()
+        state = scene.await_status(lambda state: state["in_force"], "the manifests are in force")
+        return state, round(time.monotonic() - began, 1)
+
+    def judged() -> dict[str, bool]:
+        allowed, denied = scene.reached(to_db("shop/web"), to_db("shop/other"))
+        return {"connection lives": held.exchange(5.0), "allowed is reached": allowed, "denied is silent": not denied}
+
+    before, _ = started()
+    held = scene.lab.prober.hold(to_db("shop/web"))
+    if held is None:
+        raise AssertionError("what policy allows cannot be opened")
+    numbers = {one["endpoint"]: one["number"] for one in before["endpoints"]}
+    seen: dict[str, dict[str, Any]] = {}
+    scene.stop()
+    scene.tree = None
+    for name, end in (("upgrade", lambda: None), ("kill", scene.kill)):
+        end()
+        between = judged()
+        after, seconds = started()
+        same = {one["endpoint"]: one["number"] for one in after["endpoints"]} == numbers
+        seen[name] = {"without an agent": between, "with the next one": judged(), "numbers are kept": same,
+                      "said": after["upgrade"], "start_s": seconds}  # fmt: skip
+    held.close()
+    _print(seen)
+    return 0 if all(_facts(seen)) and "connections kept" in seen["upgrade"]["said"] else 1
+
+
+def _facts(seen: Any) -> Iterator[bool]:
+    """Every truth value in a document."""
+    if isinstance(seen, bool):
+        yield seen
+    elif isinstance(seen, dict):
+        for one in seen.values():
+            yield from _facts(one)
+
+
+def _print(document: Any) -> int:
+    print(json.dumps(document))
+    return 0

@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a guest needs besides a kernel, made on the machine: a copy of the repository, an older version of it, compiled programs.
+
+A copy, because runs take minutes and the repository is edited meanwhile.  Compiled here, because that takes minutes under
+emulation; and a node without a compiler is what the compiled file is for.
+
+Must not write outside the directory it is given and the cache.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from netpol_ebpf.errors import PlatformError
+from tests.vm.kernels import cache_dir
+
+ROOT = Path(__file__).resolve().parents[2]
+PARTS = ("netpol_ebpf", "loader", "bpf", "scripts", "tests", "examples", "pyproject.toml")
+IGNORED = shutil.ignore_patterns(".*_cache", "results")
+TIMEOUT_S = 600.0
+
+MAKE_OLDER = """
+import sys
+from pathlib import Path
+from other_version import WIDER_CONFIG, WIDER_ENDPOINT, make_version, schema
+make_version(Path(sys.argv[1]), [schema(-1), WIDER_CONFIG, WIDER_ENDPOINT])
+"""
+COMPILE = """
+import platform, sys
+from pathlib import Path
+from netpol_loader import compilation, compiled
+directory, digest = Path(sys.argv[1]), compilation.source_digest(compilation.source_dir()).hex()
+name = compilation.compiler_name()
+if name is None or compiled.find_compiled(digest, platform.machine(), name, [directory]) is None:
+    compiled.save_compiled(compilation.compile_program(), directory)
+print(directory / compiled.file_name(digest, platform.machine()))
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """``tree``: the copy; ``older``: an older version of it; ``compiled``: a directory with the compiled files of both.
+
+    ``empty``: a directory with nothing in it.  ``compiler``: what made the file of ``tree``.
+    """
+
+    tree: Path
+    older: Path
+    compiled: Path
+    empty: Path
+    compiler: str
+
+
+def prepare(scratch: Path, compiled: Path | None = None) -> Prepared:
+    """Make all of it in ``scratch``. ``compiled``: a file to use for ``tree`` instead of one made here.
+
+    Raises PlatformError when something does not compile.
+    """
+    tree, older = scratch / "tree", scratch / "older"
+    tree.mkdir()
+    for part in PARTS:
+        if (ROOT / part).is_dir():
+            shutil.copytree(ROOT / part, tree / part, ignore=IGNORED, symlinks=True)
+        else:
+            shutil.copy2(ROOT / part, tree / part)
+    _run(tree, MAKE_OLDER, older)
+    kept = cache_dir() / "compiled"
+    kept.mkdir(mode=0o755, parents=True, exist_ok=True)
+    files = [Path(_run(one, COMPILE, kept)) for one in (tree, older)]
+    directory = scratch / "compiled"
+    directory.mkdir(mode=0o755)
+    for file in files:
+        shutil.copy(file, directory)
+    if compiled is not None:
+        shutil.copy(compiled, directory / files[0].name)
+    # Bytecode is made here: an emulated processor would compile every module at each start of an agent.
+    subprocess.run(
+        [sys.executable, "-m", "compileall", "-q", str(tree), str(older)], check=True, stdout=subprocess.DEVNULL
+    )
+    empty = scratch / "empty"
+    empty.mkdir()
+    made = json.loads((directory / files[0].name).read_text())
+    return Prepared(tree, older, directory, empty, made["compiler"])
+
+
+def _run(tree: Path, program: str, argument: Path) -> str:
+    """Run a program on the modules of a tree; what it printed."""
+    path = os.pathsep.join(str(tree / part) for part in ("", "loader", "tests/netns"))
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(argument)],
+        cwd=tree, env={**os.environ, "PYTHONPATH": path}, check=False, capture_output=True, text=True, timeout=TIMEOUT_S,
+    )  # fmt: skip
+    if done.returncode != 0:
+        raise PlatformError(f"the guest's program cannot be prepared:\n{done.stderr.strip()[-2000:]}")
+    return done.stdout.strip()
