@@ -290,7 +290,7 @@ class Demo:
             for flow in self._ask({"op": "flows"}):
                 if all(flow.get(name) == value for name, value in wanted.items()):
                     return dict(flow)
-            time.sleep(POLL_S)
+            time.sleep(scaled(POLL_S))
         raise PlatformError("the agent reported no denied packet of this connection", hint=self._log_tail())
 
     def _show_map(self) -> list[str]:
@@ -344,7 +344,7 @@ class Demo:
             tried = time.monotonic()
             if self.lab.attempt([shop.INCIDENT], deadline_s=CHANGE_ATTEMPT_S, rounds=1)[0].reached == reached:
                 return tried - began
-            time.sleep(POLL_S)
+            time.sleep(scaled(POLL_S))
         raise PlatformError(f"the change was not in force within {limit_s:.0f} s", hint=self._log_tail())
 
     def _measure(self) -> dict[str, Any]:
@@ -377,7 +377,7 @@ class Demo:
                 raise PlatformError(f"netpol-agent ended with code {self.agent.returncode}", hint=self._log_tail())
             if time.monotonic() - began > limit_s:
                 raise PlatformError(f"netpol-agent was not ready after {limit_s:.0f} s", hint=self._log_tail())
-            time.sleep(POLL_S)
+            time.sleep(scaled(POLL_S))
         return time.monotonic() - began
 
     def _is_in_force(self) -> bool:

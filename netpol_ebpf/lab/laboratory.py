@@ -121,7 +121,7 @@ class Lab:
             while silent := made - self._sending(host):
                 if time.monotonic() > deadline:
                     raise PlatformError(f"lab: interfaces of {host} are not in operation: {', '.join(sorted(silent))}")
-                time.sleep(POLL_S)
+                time.sleep(scaled(POLL_S))
 
     def _sending(self, host: str) -> set[str]:
         """Names of the host's interfaces that are in operation."""

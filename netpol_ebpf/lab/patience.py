@@ -4,6 +4,8 @@
 An emulated processor is ten to thirty times slower, and a limit that fits both it and real hardware would make every denial on
 real hardware take seconds: a denial is a silence that is waited out.
 
+The time between two looks is scaled as well: each look costs the process that is waited for as much as it costs the watcher.
+
 Invariant: limits are scaled where they are set, by `scaled`, and nowhere twice.  What is measured is never scaled.
 """
 
@@ -19,7 +21,7 @@ LARGEST = 1000.0  # arbitrary: a limit of 0.4 s becomes minutes
 
 
 def scaled(seconds: float) -> float:
-    """A time limit times the factor (environment NETPOL_TIMEOUT_FACTOR, 1 when unset). Raises UsageError when that is none."""
+    """A time limit, or the time between two looks, times the factor (environment NETPOL_TIMEOUT_FACTOR, 1 when unset). Raises UsageError when that is none."""
     return seconds * _factor(os.environ.get(VARIABLE, ""))
 
 
