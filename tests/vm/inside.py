@@ -35,6 +35,8 @@ sys.path.append(str(ROOT / "tests/netns"))  # agent_scene, other_version
 
 PIN_ROOT = Path("/sys/fs/bpf/netpol-vm")
 EXIT_UNSUPPORTED = 5
+REFUSING = {"doctor": "MISSING", "agent": "error:"}
+"""What the line has in it that says why."""
 
 
 def system() -> int:
@@ -100,7 +102,7 @@ def refusal() -> int:
         ]
         for name, run in (("doctor", lambda: netpolctl_main(["doctor"])), ("agent", lambda: agent_main(agent))):
             seen[name] = _said(run)
-    lines = {name: [line for line in one["said"] if "kernel" in line] for name, one in seen.items()}
+    lines = {name: [line for line in one["said"] if REFUSING[name] in line] for name, one in seen.items()}
     _print({name: {"code": one["code"], "line": " ".join(lines[name])} for name, one in seen.items()})
     is_clear = all(len(one) == 1 for one in lines.values()) and len(seen["agent"]["said"]) <= 2  # the line and its hint
     return 0 if is_clear and all(one["code"] == EXIT_UNSUPPORTED for one in seen.values()) else 1
