@@ -232,7 +232,7 @@ NP_INLINE int np_ip_known(struct __sk_buff *skb, struct np_flow *flow, union np_
     struct np_conn *conn = slot->conn;
     __u32 carries = conn->flags & NP_CONN_CARRIES ? flow->leg->endpoint : 0;
     if (conn->generation != flow->arrival->generation)
-        conn->generation = flow->arrival->generation;
+        np_conn_renew(conn, flow->arrival->generation);
     flow->decision->rule = conn->rule;
     if (conn->flags & NP_CONN_CARRIES && !flow->leg->reply)
         flow->leg->ends = np_carry(skb, flow->config, flow->leg->endpoint);
@@ -376,12 +376,12 @@ NP_INLINE int np_ip_slow(struct __sk_buff *skb, struct np_flow *flow, union np_c
     question->icmp_code = packet->icmp_code;
     work->reason = NP_REASON_NONE;
     if (conn) {
-        leg->first_direction = conn->direction;
-        leg->kind = conn->flags & (NP_CONN_DEFERRED | NP_CONN_FORWARDED);
-        leg->reply = conn->direction != leg->direction;
-        question->icmp_type = conn->icmp_type;
-        question->icmp_code = conn->icmp_code;
-        if (conn->generation == flow->arrival->generation || conn->flags & NP_CONN_EXEMPT)
+        leg->first_direction = found->direction;
+        leg->kind = found->flags & (NP_CONN_DEFERRED | NP_CONN_FORWARDED);
+        leg->reply = found->direction != leg->direction;
+        question->icmp_type = found->icmp_type;
+        question->icmp_code = found->icmp_code;
+        if (found->generation == flow->arrival->generation || found->flags & NP_CONN_EXEMPT)
             return np_ip_remember(flow, work, np_ip_known(skb, flow, key, found, &slot, hook, version), version);
     } else {
         work->reason = np_exempt(flow, hook, version);
@@ -417,14 +417,20 @@ NP_INLINE int np_ip_own(struct __sk_buff *skb, struct np_flow *flow, struct np_w
     if (NP_LIKELY(!packet->special)) {
         struct np_slot slot = np_slot_find(flow, key, 0, version);
         struct np_conn *open = slot.conn;
-        if (NP_LIKELY(open && open->generation == flow->arrival->generation && np_conn_is_alive(open, flow))) {
-            int carries = open->flags & NP_CONN_CARRIES && open->direction == flow->leg->direction;
-            np_conn_touch(&slot, flow);
-            np_recent_fill(flow, open->rule, carries ? flow->leg->endpoint : 0, hook, version);
-            if (NP_UNLIKELY(carries))
-                flow->leg->ends = np_carry(skb, flow->config, flow->leg->endpoint);
-            flow->decision->rule = open->rule;
-            return NP_REASON_ESTABLISHED;
+        __u32 generation = open ? open->generation : 0; // before rule and flags; no generation is 0
+        if (NP_LIKELY(open && generation == flow->arrival->generation && np_conn_is_alive(open, flow))) {
+            open = np_load_after(open, generation);
+            __u32 rule = open->rule;
+            __u32 flags = open->flags;
+            int carries = flags & NP_CONN_CARRIES && open->direction == flow->leg->direction;
+            if (NP_LIKELY(np_slot_is_kept(&slot, rule + flags, 0, flow))) {
+                np_conn_touch(&slot, flow);
+                np_recent_fill(flow, rule, carries ? flow->leg->endpoint : 0, hook, version);
+                if (NP_UNLIKELY(carries))
+                    flow->leg->ends = np_carry(skb, flow->config, flow->leg->endpoint);
+                flow->decision->rule = rule;
+                return NP_REASON_ESTABLISHED;
+            }
         }
     }
     return np_ip_slow(skb, flow, key, work, hook, version);
@@ -527,15 +533,18 @@ NP_INLINE int np_tc(struct __sk_buff *skb, const int hook)
         return NP_DROP;
     }
     np_flow_set(&flow, work, config);
+    // Generation and epoch by one load, before any row: a row remembered under the old epoch must not bear the new
+    // generation.
+    __u64 version = *(const volatile __u64 *)config;
+    np_barrier();
     work->arrival = (struct np_arrival){
         .now_jiffies = bpf_jiffies64(),
-        .generation = config->generation,
-        .epoch = config->epoch,
         .ifindex = skb->ifindex,
         .ingress_ifindex = skb->ingress_ifindex,
         .frame_bytes = skb->len,
         .hook = hook,
     };
+    *(np_word *)&work->arrival.generation = version;
     work->calls_left = NP_JUDGE_CALLS;
     np_barrier();
     np_zero_words(&work->packet, sizeof(work->packet));

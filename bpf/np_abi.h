@@ -44,7 +44,7 @@
 #define NP_HASH_WORDS 12 // random numbers of the connections' hash: one for each word of the longest key, and one
 
 #define NP_HOST_SETS 8 // policy sets of a host endpoint: stage * 2 + direction
-#define NP_SCRATCH_WORDS 64 // working memory of one packet, in units of 8 bytes
+#define NP_SCRATCH_WORDS 72 // working memory of one packet, in units of 8 bytes
 
 #define NP_CHECK_SEED 2166136261 // FNV-1a's own 32-bit offset basis and prime
 #define NP_CHECK_PRIME 16777619
@@ -620,7 +620,7 @@ _Static_assert(sizeof(struct np_recent6) == 64, "np_recent6 is one cache line");
 struct np_scratch {
     __u64 words[NP_SCRATCH_WORDS];
 };
-_Static_assert(sizeof(struct np_scratch) == 512, "np_scratch");
+_Static_assert(sizeof(struct np_scratch) == 576, "np_scratch");
 
 // An endpoint's row by interface, whole and checked, remembered per CPU and direct-mapped; and the last source
 // addresses that turned out to be the workload's own. Valid for one epoch.

@@ -40,6 +40,7 @@ NP_INLINE __u32 np_addr4_seek(struct np_addr *found, const __u32 *address)
     if (!bucket)
         return 0;
     __u32 used = bucket->used;
+    np_barrier(); // before the rows
 #pragma unroll
     for (int i = 0; i < NP_BUCKET_ROWS; i++) {
         __u32 key;
@@ -58,6 +59,7 @@ NP_INLINE __u32 np_addr6_seek(struct np_addr *found, const __u32 *address)
     if (!bucket)
         return 0;
     __u32 used = bucket->used;
+    np_barrier(); // before the rows
 #pragma unroll
     for (int i = 0; i < NP_BUCKET_ROWS; i++) {
         __u32 key[4];
@@ -93,9 +95,12 @@ NP_INLINE __u32 np_class_seek(const struct np_peer_bucket *bucket, __u32 set, __
     np_forget(index); // the compiler knows its range, the verifier has to be shown one
     index &= 31; // within a bucket from either line
 #pragma unroll
-    for (int i = 0; i < NP_BUCKET_LINES; i++)
-        if (bucket->line[i].set == set && bucket->line[i].block == block)
+    for (int i = 0; i < NP_BUCKET_LINES; i++) {
+        __u32 owner = bucket->line[i].set;
+        np_barrier(); // before the block and the classes
+        if (owner == set && bucket->line[i].block == block)
             return bucket->line[i].peer_class[index];
+    }
     *more = bucket->line[0].flags & NP_BUCKET_MORE;
     return NP_CLASS_NONE;
 }

@@ -12,11 +12,17 @@
 
 #define NP_ICMP_HEADER_BYTES 8
 
-// What was found under a key. No pointers to the entries: policy may be asked in between, and the verifier would walk
-// that once for each combination of them.
+// What was found under a key: a copy, all of one connection, since another processor may give the place to another one
+// at any time.
 struct np_found {
+    __u32 generation; // of struct np_conn, as all that follow the first two flags
+    __u32 rule;
     __u8 is_known; // a connection that is alive and covers the packet
     __u8 is_young; // it is a young one
+    __u8 direction;
+    __u8 flags;
+    __u8 icmp_type;
+    __u8 icmp_code;
     __u8 pad[2];
 };
 
@@ -149,6 +155,17 @@ NP_INLINE int np_conn_is_alive(const struct np_conn *conn, const struct np_flow 
            (long long)flow->config->timeout_jiffies[conn->state & (NP_CONN_STATES - 1)];
 }
 
+// Policy allows the connection under a newer generation: that is seen only by who sees its rule and flags as they are.
+NP_INLINE void np_conn_renew(struct np_conn *conn, __u32 generation)
+{
+    union {
+        __u32 halves[2];
+        __u64 word;
+    } both = {.halves = {generation, conn->rule}};
+    _Static_assert(__builtin_offsetof(struct np_conn, rule) == __builtin_offsetof(struct np_conn, generation) + 4, "");
+    np_store_last((np_word *)&conn->generation, both.word); // there is no exchange of 32 bits
+}
+
 // An initial SYN.  It never belongs to a connection: policy decides it each time.
 NP_INLINE int np_conn_is_initial(const struct np_packet *packet)
 {
@@ -177,6 +194,21 @@ NP_INLINE int np_conn_may_answer(const struct np_packet *packet)
     return packet->protocol == NP_PROTOCOL_TCP && packet->tcp_flags & (NP_TCP_SYN | NP_TCP_RST);
 }
 
+// Copy what the packet needs of its connection.  The generation comes first: rule and flags are those of that
+// generation, or newer.  Returns whether all that was read until now is this connection's.
+NP_INLINE int np_conn_copy(struct np_found *found, const struct np_slot *slot, const struct np_flow *flow, int young)
+{
+    __u32 generation = slot->conn->generation;
+    const struct np_conn *conn = np_load_after((const struct np_conn *)slot->conn, generation);
+    found->generation = generation;
+    found->rule = conn->rule;
+    found->direction = conn->direction;
+    found->flags = conn->flags;
+    found->icmp_type = conn->icmp_type;
+    found->icmp_code = conn->icmp_code;
+    return np_slot_is_kept(slot, found->rule + found->flags, young, flow);
+}
+
 // Find the packet's connection, after np_slot_seek; none that is alive and covers the packet: no slot.  An initial SYN
 // has none, and the table is not asked: a denied one costs no look-up in a table as large as this.
 NP_INLINE struct np_slot np_conn_find(struct np_found *found, const union np_conn_key *key, const struct np_flow *flow,
@@ -192,7 +224,8 @@ NP_INLINE struct np_slot np_conn_find(struct np_found *found, const union np_con
     for (int turn = 0; turn < 2; turn++) {
         int young = may_answer ? !turn : turn;
         slot = np_slot_find(flow, key, young, version);
-        if (slot.conn && np_conn_is_alive(slot.conn, flow) && np_conn_covers(slot.conn, flow)) {
+        if (slot.conn && np_conn_is_alive(slot.conn, flow) && np_conn_covers(slot.conn, flow) &&
+            np_conn_copy(found, &slot, flow, young)) {
             found->is_known = 1;
             found->is_young = young;
             return slot;

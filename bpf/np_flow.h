@@ -59,8 +59,8 @@ _Static_assert(sizeof(struct np_leg) == 48, "np_leg is whole words");
 // When and where the packet was met.
 struct np_arrival {
     __u64 now_jiffies;
-    __u32 generation; // read before anything else: what is decided under older rows must not bear a newer number
-    __u32 epoch; // likewise
+    __u32 generation; // what is decided under older rows must not bear a newer number
+    __u32 epoch;
     __u32 ifindex;
     __u32 ingress_ifindex; // 0: sent by the host itself
     __u32 frame_bytes;

@@ -49,6 +49,30 @@ static long (*const np_tail_call)(void *context, void *map, __u32 slot) = (void 
 static void *(*const np_ringbuf_reserve)(void *map, __u64 bytes, __u64 flags) = (void *)BPF_FUNC_ringbuf_reserve;
 static void (*const np_ringbuf_submit)(void *record, __u64 flags) = (void *)BPF_FUNC_ringbuf_submit;
 
+// On machines that make loads and stores in another order than the program's (docs/adr/0010, docs/adr/0011): a store of
+// eight bytes that everything before it precedes, and a load whose address is made of what was loaded before it.
+#ifdef NP_WEAK_ORDER
+#define np_store_last(place, value) ((void)__sync_lock_test_and_set(place, value))
+#define np_load_after(pointer, loaded)                                                                                 \
+    ({                                                                                                                 \
+        __u64 nothing = (loaded);                                                                                      \
+        __asm__ __volatile__("%0 &= 0" : "+r"(nothing));                                                               \
+        (__typeof__(pointer))((void *)(pointer) + nothing);                                                            \
+    })
+#else
+#define np_store_last(place, value)                                                                                    \
+    ({                                                                                                                 \
+        np_barrier();                                                                                                  \
+        *(place) = (value);                                                                                            \
+    })
+#define np_load_after(pointer, loaded)                                                                                 \
+    ({                                                                                                                 \
+        (void)(loaded);                                                                                                \
+        np_barrier();                                                                                                  \
+        (pointer);                                                                                                     \
+    })
+#endif
+
 // Eight bytes of anything. Copying by these takes half the accesses of a copy of structs that hold 32-bit words.
 typedef __u64 __attribute__((may_alias)) np_word;
 

@@ -130,14 +130,14 @@ NP_INLINE int np_sender(struct __sk_buff *skb, struct np_flow *flow, struct np_w
     question->icmp_type = packet->icmp_type;
     question->icmp_code = packet->icmp_code;
     if (conn) {
-        if (conn->generation == flow->arrival->generation) {
+        if (found->generation == flow->arrival->generation) {
             np_conn_touch(&slot, flow);
-            flow->decision->rule = conn->rule;
+            flow->decision->rule = found->rule;
             work->reason = leg->related ? NP_REASON_RELATED : NP_REASON_ESTABLISHED;
             return NP_REASON_NONE;
         }
-        question->icmp_type = conn->icmp_type;
-        question->icmp_code = conn->icmp_code;
+        question->icmp_type = found->icmp_type;
+        question->icmp_code = found->icmp_code;
     }
     np_barrier();
 
@@ -164,7 +164,7 @@ NP_INLINE int np_sender_verdict(struct np_flow *flow, struct np_work *work, cons
             if (!denied)
                 slot.conn->rule = flow->decision->rule;
             flow->decision->rule = slot.conn->rule;
-            slot.conn->generation = flow->arrival->generation;
+            np_conn_renew(slot.conn, flow->arrival->generation);
             np_conn_touch(&slot, flow);
         }
         flow->decision->log_list = 0; // Log rules speak of new flows

@@ -156,6 +156,14 @@ NP_INLINE struct np_slot np_slot_find(const struct np_flow *flow, const union np
     return slot;
 }
 
+// Whether a slot is still that of the connection that np_slot_find found.  `read`: made of what was read of the entry,
+// so that the tag is read after that.
+NP_INLINE int np_slot_is_kept(const struct np_slot *slot, __u32 read, int young, const struct np_flow *flow)
+{
+    const __u64 *tag = np_load_after((const __u64 *)slot->tag, read);
+    return *tag >> 31 == ((__u64)flow->leg->hash << 1 | (young ? 1 : 0));
+}
+
 // Let the tag say what became of the connection.  Whose it is stays: if another took the place meanwhile, nothing is
 // lost but its time.  When another CPU changes the tag at this moment, that one's word counts.
 NP_INLINE void np_slot_renew(const struct np_slot *slot, int young, const struct np_flow *flow)
@@ -210,11 +218,10 @@ NP_INLINE struct np_slot np_slot_own(const struct np_flow *flow, const int versi
     return slot;
 }
 
-// The owned connection is written: let everybody see it.  By a plain store, which comes after the entry's where the
-// processor keeps their order, and need not wait until the entry's line has come.
+// The owned connection is written: let everybody see it.  Where the processor keeps the order of stores that is a plain
+// one, which need not wait until the entry's line has come.
 NP_INLINE void np_slot_publish(const struct np_slot *slot, const struct np_flow *flow)
 {
     __u64 expires = np_tag_expiry(flow, slot->conn->state);
-    np_barrier();
-    *slot->tag = (__u64)flow->leg->hash << 32 | NP_TAG_YOUNG | expires << 2 | NP_RANK_YOUNG;
+    np_store_last(slot->tag, (__u64)flow->leg->hash << 32 | NP_TAG_YOUNG | expires << 2 | NP_RANK_YOUNG);
 }

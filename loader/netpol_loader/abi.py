@@ -67,7 +67,7 @@ NP_CLASS_NONE = 65535  # no class
 NP_CONN_WAYS = 8  # connections of a bucket; their tags fill a cache line
 NP_HASH_WORDS = 12  # random numbers of the connections' hash: one for each word of the longest key, and one
 NP_HOST_SETS = 8  # policy sets of a host endpoint: stage * 2 + direction
-NP_SCRATCH_WORDS = 64  # working memory of one packet, in units of 8 bytes
+NP_SCRATCH_WORDS = 72  # working memory of one packet, in units of 8 bytes
 NP_CHECK_SEED = 2166136261  # FNV-1a's own 32-bit offset basis and prime
 NP_CHECK_PRIME = 16777619
 NP_IDENTITY_UNKNOWN = 0  # no packet has it
@@ -1003,7 +1003,7 @@ class np_scratch(ctypes.Structure):
     words: ctypes.Array[ctypes.c_uint64]
 
     _fields_ = (
-        ("words", ctypes.c_uint64 * 64),
+        ("words", ctypes.c_uint64 * 72),
     )
 
 

@@ -22,6 +22,7 @@ from typing import Any
 
 from netpol_loader import abi, syscall
 from netpol_loader.connections import TAG_NAMES, YOUNG_NAMES, viewed
+from netpol_loader.grace import order_stores
 from netpol_loader.maps import Map
 
 _MULTIPLIER = 0x9E37_79B9_7F4A_7C15
@@ -105,14 +106,11 @@ class BucketMap(Map):
         self._memory = mmap.mmap(array.fd, array.max_entries * array.value_size)
         self._words = memoryview(self._memory).cast("I")
         self._resting: set[int] = set()  # places, by their offset, that became free since the last `settle`
+        self._untold: dict[int, int] = {}  # words, by their index, that are about to be stored
 
     @abstractmethod
     def get(self, key: bytes) -> bytes | None:
         """The row that a packet would find, or None."""
-
-    @abstractmethod
-    def put(self, key: bytes, value: bytes) -> None:
-        """Insert or replace. Raises MapFullError."""
 
     @abstractmethod
     def delete(self, key: bytes) -> bool:
@@ -122,10 +120,31 @@ class BucketMap(Map):
     def items(self) -> Iterator[tuple[bytes, bytes]]:
         """All rows. What changes meanwhile may be missed or seen."""
 
+    def put(self, key: bytes, value: bytes) -> None:
+        """Insert or replace. Raises MapFullError."""
+        self.put_many([(key, value)])
+
     def put_many(self, pairs: Sequence[tuple[bytes, bytes]]) -> None:
-        """Insert or replace all. Raises MapFullError; those before are then written."""
-        for key, value in pairs:
-            self.put(key, value)
+        """Insert or replace all. Raises MapFullError; those before are then written.
+
+        Rows are written first, then what tells packets of them: between the two, one grace period on a weakly ordered machine.
+        """
+        try:
+            for key, value in pairs:
+                self._write(key, value)
+        finally:
+            if self._untold:
+                order_stores()
+                self._tell()
+                self._untold.clear()
+
+    @abstractmethod
+    def _write(self, key: bytes, value: bytes) -> None:
+        """Write a row to where no packet looks for it yet, and note in ``_untold`` what will tell of it; or replace one."""
+
+    @abstractmethod
+    def _tell(self) -> None:
+        """Store everything noted in ``_untold``."""
 
     def delete_many(self, keys: Sequence[bytes]) -> None:
         """Remove all; absent keys are no error."""
@@ -194,12 +213,12 @@ class AddressMap(BucketMap):
             return self._memory[start : start + self.value_size]
         return self._more.get(key) if used & abi.NP_BUCKET_MORE else None
 
-    def put(self, key: bytes, value: bytes) -> None:
-        """See `BucketMap`."""
+    def _write(self, key: bytes, value: bytes) -> None:
         if len(value) != self.value_size:
             raise ValueError(f"{self.name}: a value has {self.value_size} bytes, not {len(value)}")
         at = self._bucket(key)
-        used = self._words[at // _WORD]
+        flags = at // _WORD
+        used = self._untold[flags] if flags in self._untold else self._words[flags]
         i = self._seek(key, at, used)
         if i >= 0:
             self._store_row(at, i, value)
@@ -213,11 +232,15 @@ class AddressMap(BucketMap):
                             key, offset
                         )[0]
                     self._store_row(at, i, value)
-                    self._words[at // _WORD] = used | 1 << i
+                    self._untold[flags] = used | 1 << i
                     return
         self._more.put(key, value)
         self._others[at] += not is_elsewhere
-        self._words[at // _WORD] = used | abi.NP_BUCKET_MORE
+        self._untold[flags] = used | abi.NP_BUCKET_MORE
+
+    def _tell(self) -> None:
+        for index, used in self._untold.items():
+            self._words[index] = used
 
     def _store_row(self, at: int, i: int, value: bytes) -> None:
         """By one store of the processor: no packet sees half of it."""
@@ -272,6 +295,7 @@ class ClassMap(BucketMap):
         self._buckets: Counter[int] = Counter()  # offset of a bucket -> the same
         for key, _ in more.items():  # noqa: PERF102 - a map, no dict
             self._count(*self._place(key)[:2], 1)
+        self._untold.clear()  # packets have been told
 
     def _place(self, key: bytes) -> tuple[tuple[int, int], int, int]:
         """Set and block, offset of the bucket, and which class of a line."""
@@ -286,9 +310,15 @@ class ClassMap(BucketMap):
         """Offset of the line of a set and block in a bucket; -1: none."""
         words = self._words
         for line in range(at, at + self._bytes, _LINE_BYTES):
-            if (words[line // _WORD + _SET_WORD], words[line // _WORD + _BLOCK_WORD]) == tag:
+            index = line // _WORD
+            owner = self._untold.get(index + _SET_WORD, words[index + _SET_WORD])
+            if (owner, words[index + _BLOCK_WORD]) == tag:
                 return line
         return -1
+
+    def _tell(self) -> None:
+        for index, policy_set in self._untold.items():
+            self._words[index] = policy_set
 
     def _count(self, tag: tuple[int, int], at: int, step: int) -> None:
         """Rows in the other table become more or fewer; the bucket says whether there are any."""
@@ -296,10 +326,11 @@ class ClassMap(BucketMap):
         self._buckets[at] += step
         if not self._others[tag]:
             del self._others[tag]
-        flags = abi.NP_BUCKET_MORE if self._buckets[at] else 0
-        if not flags:
+        if self._buckets[at]:
+            self._untold[at // _WORD + _FLAGS_WORD] = abi.NP_BUCKET_MORE
+        else:
             del self._buckets[at]
-        self._words[at // _WORD + _FLAGS_WORD] = flags
+            self._words[at // _WORD + _FLAGS_WORD] = 0
 
     def get(self, key: bytes) -> bytes | None:
         """See `BucketMap`."""
@@ -310,8 +341,7 @@ class ClassMap(BucketMap):
             return None if found == abi.NP_CLASS_NONE else _U32.pack(found)
         return self._more.get(key) if self._words[at // _WORD + _FLAGS_WORD] & abi.NP_BUCKET_MORE else None
 
-    def put(self, key: bytes, value: bytes) -> None:
-        """See `BucketMap`."""
+    def _write(self, key: bytes, value: bytes) -> None:
         (number,) = _U32.unpack(value)
         tag, at, index = self._place(key)
         if number >= abi.NP_CLASS_NONE or not tag[0]:
@@ -330,10 +360,11 @@ class ClassMap(BucketMap):
     def _claim(self, tag: tuple[int, int], at: int) -> int:
         """Make an unused line of a bucket that of a set and block; its offset, or -1 when there is none."""
         for line in range(at, at + self._bytes, _LINE_BYTES):
-            if not self._words[line // _WORD + _SET_WORD] and line not in self._resting:
+            owner = line // _WORD + _SET_WORD
+            if not self._words[owner] and owner not in self._untold and line not in self._resting:
                 self._memory[line + _CLASSES_AT : line + _CLASSES_AT + len(_NO_CLASSES)] = _NO_CLASSES
                 self._words[line // _WORD + _BLOCK_WORD] = tag[1]
-                self._words[line // _WORD + _SET_WORD] = tag[0]
+                self._untold[owner] = tag[0]
                 return line
         return -1
 

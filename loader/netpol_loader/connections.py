@@ -20,7 +20,7 @@ from typing import Any
 from netpol_ebpf.errors import MapFullError
 from netpol_loader import abi, syscall
 from netpol_loader.clock import read_jiffies
-from netpol_loader.grace import wait_for_readers
+from netpol_loader.grace import order_stores, wait_for_readers
 from netpol_loader.maps import Map
 
 TAG_NAMES: Mapping[str, str] = {"np_conn4": "np_conn4_tag", "np_conn6": "np_conn6_tag"}
@@ -114,6 +114,8 @@ class ConnectionMap(Map):
         wait_for_readers()
         ours = [number for number in taken if tags[number] == owned]
         self._array.put_many([(_INDEX.pack(number), self._packed(*taken[number][1:])) for number in ours])
+        order_stores()
+        ours = [number for number in ours if tags[number] == owned]  # a mark expires
         for number in ours:
             tags[number] = self._tag(*taken[number])
         if len(ours) < len(pairs):

@@ -31,6 +31,7 @@ from netpol_loader import abi, build, clock, compilation, doctor, syscall
 from netpol_loader.buckets import bucketed
 from netpol_loader.connections import choose_secret, viewed
 from netpol_loader.events import EventReader
+from netpol_loader.grace import order_stores
 from netpol_loader.hook import Hook
 from netpol_loader.maps import Map
 from netpol_loader.programs import CURRENT, OLD, ProgramSet, begin_exchange, finish_exchange, recover
@@ -181,6 +182,7 @@ class Dataplane:
         for name in maps:
             self.maps[name].close()
         self.maps = {**self.maps, **maps}
+        order_stores()  # who runs the new programs sees their maps filled
         self.finish_exchange()
         previous.close()
 
@@ -241,6 +243,7 @@ class Dataplane:
 
     def set_config(self, config: abi.np_config) -> None:
         """Put a configuration in force. Each word changes at once; the whole not necessarily."""
+        order_stores()
         self.maps["np_config"].put(_index(0), bytes(config))
 
     def bump_generation(self) -> int:
@@ -249,8 +252,9 @@ class Dataplane:
         Also begins a new epoch, as every change of an endpoint's row or addresses has to: the program remembers those.
         """
         config = self.config()
-        config.generation = following(config.generation)
         config.epoch = following(config.epoch)
+        self.set_config(config)  # in an update of its own: see Applier.bump_generation
+        config.generation = following(config.generation)
         self.set_config(config)
         return int(config.generation)
 

@@ -36,7 +36,7 @@ from netpol_loader.dataplane import (
     schema_dir,
     stage,
 )
-from netpol_loader.grace import wait_for_readers
+from netpol_loader.grace import order_stores, wait_for_readers
 from netpol_loader.maps import Map
 from netpol_loader.programs import program_ids
 
@@ -103,6 +103,7 @@ class Upgrade:
             target = schema_dir(dataplane.pin_root)
             dataplane.pin_dir.rename(target)
             dataplane.pin_dir = target
+            order_stores()  # who runs the new programs sees their maps filled
             _finish(dataplane)
         log.info("upgraded: %s", self.summary)
 

@@ -36,7 +36,7 @@ from netpol_loader import abi
 from netpol_loader.buckets import MORE_NAMES
 from netpol_loader.connections import TAG_NAMES
 from netpol_loader.dataplane import following
-from netpol_loader.grace import wait_for_readers
+from netpol_loader.grace import order_stores, wait_for_readers
 
 ARRAYS = frozenset(
     name
@@ -361,9 +361,14 @@ class Applier:
         return abi.np_config.from_buffer_copy(value)
 
     def bump_generation(self) -> int:
-        """Every open connection is judged again at its next packet, in a new epoch; the new generation."""
+        """Every open connection is judged again at its next packet, in a new epoch; the new generation.
+
+        The epoch comes first, in an update of its own: a packet with the new generation and a row that was remembered under the
+        old epoch would record that row's verdict as one of the new generation.
+        """
+        self.bump_epoch()
         config = self._config()
-        config.generation, config.epoch = following(config.generation), following(config.epoch)
+        config.generation = following(config.generation)
         self._put_config(config)
         return config.generation
 
@@ -413,6 +418,7 @@ class Applier:
             self.bump_generation()
 
     def _put_config(self, config: abi.np_config) -> None:
+        order_stores()  # whoever sees it sees the rows that were written before
         self._written_config = bytes(config)
         self._maps["np_config"].put(_FIRST, self._written_config)
 
@@ -439,6 +445,7 @@ class Applier:
         for name, rows in step.puts.items():
             new = undo.note(name, rows) if undo is not None else 0
             self._maps[name].put_many(list(rows.items()))
+            order_stores()  # the tables come in such an order that a row names what is there already
             if name not in ARRAYS:
                 self._counts[name] += new
         for name, keys in step.deletes.items():
