@@ -88,7 +88,17 @@ def compiler_name() -> str | None:
     if not (folder / "libbcc.py").exists():  # PyPI's bcc is an unrelated package
         return None
     version = re.search(r"__version__ = '([^']+)'", (folder / "version.py").read_text())
-    return f"BCC {version[1] if version else 'of unknown version'}"
+    return f"BCC {version[1] if version else 'of unknown version'}, LLVM {_llvm_version()}"
+
+
+def _llvm_version() -> str:
+    """Of the library that BCC's names as the one it needs."""
+    for pattern in ("lib*/*/libbcc.so.0", "lib*/libbcc.so.0"):
+        for path in sorted(Path("/usr").glob(pattern)):
+            needed = re.search(rb"libLLVM(?:-|\.so\.)([0-9.]+)", path.read_bytes())
+            if needed:
+                return needed[1].decode().rstrip(".")
+    return "of unknown version"
 
 
 def compile_program(
