@@ -81,10 +81,7 @@ def _run_all(names: Sequence[str], options: argparse.Namespace) -> int:
     def run_one(name: str, prepared: Prepared) -> Result | None:
         def say(text: str) -> None:
             with lock:
-                print(
-                    "\n".join(f"{Path(name).name if '/' not in name else name}: {line}" for line in text.splitlines()),
-                    flush=True,
-                )
+                print("\n".join(f"{name}: {line}" for line in text.splitlines()), flush=True)
 
         waited = time.monotonic() - began
         if options.ci and name != names[0] and waited > options.budget:

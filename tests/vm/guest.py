@@ -3,7 +3,7 @@
 
     python -m tests.vm.guest TASK-FILE
 
-A step calls one function of `tests.vm.inside` in a child process with a time limit, so that one which hangs or dies takes no
+A step calls one function of the task's module (`tests.vm.inside`) in a child process with a time limit, so that one which hangs or dies takes no
 other along.  The child is forked from this process, which has imported the project once: imports take ten seconds and more
 on an emulated processor.
 """
@@ -11,6 +11,7 @@ on an emulated processor.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import os
 import select
@@ -45,8 +46,7 @@ def main() -> int:
         for source, target in task["mounts"]:
             Path(target).mkdir(parents=True, exist_ok=True)
             subprocess.run(["mount", "--bind", source, target], check=True)
-        from tests.vm import inside
-
+        inside = importlib.import_module(task["module"])
         port.write(render_record({"step": "import", "code": 0, "seconds": round(time.monotonic() - began, 1)}))
         for step in task["steps"]:
             print(f"guest: {step['name']}", flush=True)  # on the console: it shows what a guest that died was doing

@@ -22,6 +22,7 @@ from typing import Any
 from netpol_ebpf.agent.main import main as agent_main
 from netpol_ebpf.cases.runner import run_cases  # noqa: F401 - imported here once, for every step that needs it
 from netpol_ebpf.cli.main import main as netpolctl_main
+from netpol_ebpf.errors import PlatformError
 from netpol_ebpf.lab.laboratory import Lab
 from netpol_ebpf.lab.scene import plan_for
 from netpol_ebpf.resources.load import parse_documents
@@ -75,7 +76,7 @@ def _test_run_names_interface(dataplane: Dataplane) -> bool:
     """Whether BPF_PROG_TEST_RUN takes a context that names the packet's interface."""
     try:
         dataplane.test_run(Hook.TC_INGRESS, bytes(64), ingress_ifindex=1)
-    except OSError:
+    except PlatformError:
         return False
     return True
 

@@ -21,7 +21,7 @@ from netpol_ebpf.errors import PlatformError
 from tests.vm.kernels import cache_dir
 
 ROOT = Path(__file__).resolve().parents[2]
-PARTS = ("netpol_ebpf", "loader", "bpf", "scripts", "tests", "examples", "pyproject.toml")
+PARTS = ("netpol_ebpf", "loader", "bpf", "scripts", "tests", "bench", "examples", "pyproject.toml")
 IGNORED = shutil.ignore_patterns(".*_cache", "results")
 TIMEOUT_S = 600.0
 

@@ -41,7 +41,7 @@ def run_kernel(kernel: Kernel, prepared: Prepared, say: Say, *, steps: Iterable[
     with tempfile.TemporaryDirectory(prefix="netpol-vm-guest-") as text:
         scratch = Path(text)
         task = scratch / "task.json"
-        task.write_text(json.dumps(_task(chosen, prepared)))
+        task.write_text(render_task(chosen, prepared))
         try:
             with Machine(kernel, prepared.tree, task, scratch) as machine:
                 cpu_s = 0.0
@@ -67,8 +67,10 @@ def run_kernel(kernel: Kernel, prepared: Prepared, say: Say, *, steps: Iterable[
     )
 
 
-def _task(steps: Iterable[Step], prepared: Prepared) -> dict[str, Any]:
-    return {
+def render_task(steps: Iterable[Step], prepared: Prepared, module: str = "tests.vm.inside") -> str:
+    """The task for a guest: functions of ``module``, without a compiler, with the compiled files where an image has them."""
+    task = {
+        "module": module,
         "environment": {FACTOR_VARIABLE: str(FACTOR)},
         "mounts": [
             (str(prepared.compiled), str(PREPARED_DIR)),
@@ -79,6 +81,7 @@ def _task(steps: Iterable[Step], prepared: Prepared) -> dict[str, Any]:
             for step in steps
         ],
     }
+    return json.dumps(task)
 
 
 def _compilers() -> list[str]:
