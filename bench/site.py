@@ -39,6 +39,7 @@ from netpol_ebpf.lab.probe import CLONE_NEWNET
 from netpol_ebpf.lab.topology import Host, IPAddress
 from netpol_ebpf.policy.types import Direction, World
 from netpol_loader import attach, syscall
+from netpol_loader.attach import Mechanism
 from netpol_loader.dataplane import Dataplane
 
 T = TypeVar("T")
@@ -49,6 +50,8 @@ NODE_ADDRESS = IPv4Address("10.0.0.254")
 MEASURED_ADDRESS, PEER_ADDRESS = IPv4Address("10.0.0.2"), IPv4Address("10.0.0.1")
 
 NOTHING, EMPTY, OURS = "nothing attached", "empty tcx program", "netpol-ebpf"
+OURS_CLSACT = "netpol-ebpf, clsact"
+"""As on kernels before 6.6, on whatever kernel this runs."""
 NFT_RULES, NFT_MAP = "nftables, rules", "nftables, one map"
 IPTABLES_RULES, IPTABLES_SET = "iptables, rules", "iptables, one ipset"
 
@@ -141,8 +144,8 @@ class Site:
             return
         if self._world is None:
             raise UsageError(f"{self.contender} needs policies")
-        if kind == OURS:
-            self._enforce(stack, self._world)
+        if kind in (OURS, OURS_CLSACT):
+            self._enforce(stack, self._world, Mechanism.CLSACT if kind == OURS_CLSACT else None)
             return
         rules = flat_rules(self._world, MEASURED, self.scenario.direction)
         self._load_netfilter(kind, rules)
@@ -173,7 +176,7 @@ class Site:
         for link in self.in_node(links):
             stack.callback(os.close, link)
 
-    def _enforce(self, stack: contextlib.ExitStack, world: World) -> None:
+    def _enforce(self, stack: contextlib.ExitStack, world: World, mechanism: Mechanism | None) -> None:
         dataplane = stack.enter_context(Dataplane.open(self._pins, sizes=SIZES))
         compiler = Compiler(lambda endpoint: endpoint.node == NODE)
         compiler.replace(world)
@@ -183,7 +186,7 @@ class Site:
         self.borrow_addresses(allowed=True)
         for name in self.interfaces:
             number = self.ifindex(name)
-            self.in_node(lambda number=number: attach.attach(number, dataplane))  # type: ignore[misc]
+            self.in_node(lambda number=number: attach.attach(number, dataplane, mechanism))  # type: ignore[misc]
 
     def borrow_addresses(self, *, allowed: bool) -> None:
         """Whether the peer may ask as somebody else. For comparing verdicts yes, for measuring no: that is the usual case."""

@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # Set a machine up: distribution packages, the virtual environment .venv, the project in it.
 #
-# Usage: scripts/setup.sh [--dev]      --dev adds what the tests and checks need
+# Usage: scripts/setup.sh [--dev [--vm]]      --dev adds what the tests and checks need, --vm what boots other kernels
 #
 # Installs only what is missing, so it can be run again at any time and needs no network once all is there.
 # Debian 12 or newer, Ubuntu 22.04 or newer; as root. Elsewhere it says what to install by hand and exits 5.
@@ -16,10 +16,11 @@ readonly EXIT_USAGE=2 EXIT_PLATFORM=5
 
 export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore # as options, older pips refuse them
 
-dev=no
+dev=no vm=no
 for argument in "$@"; do
     case "$argument" in
         --dev) dev=yes ;;
+        --vm) vm=yes ;;
         -h | --help) sed -n '3,9s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;;
         *) echo "setup.sh: unknown argument $argument; see --help" >&2; exit "$EXIT_USAGE" ;;
     esac
@@ -97,6 +98,7 @@ missing_packages() {
         fi
     fi
     [[ "$dev" == no ]] || wanted+=(clang clang-format gcc libc6-dev nftables iptables ipset)
+    [[ "$vm" == no ]] || wanted+=(qemu-system-x86 qemu-system-common busybox-static kmod mmdebstrap)
     local package
     for package in "${wanted[@]}"; do installed "$package" || echo "$package"; done
 }

@@ -3,9 +3,13 @@
 # Set up what is missing, then run every check and every test, those that load the program and make namespaces included.
 #
 # Usage: scripts/test.sh [PYTEST-ARGUMENT...]     the arguments narrow the pytest step only; -n 0: in one process
+#        scripts/test.sh vm [KERNEL...]           boot other kernels and run the project in them: names of packaged
+#                                                 kernels, or paths of a vmlinux (python -m tests.vm --help)
+#        scripts/test.sh nightly [VMLINUX...]     everything: all steps, all packaged kernels and these, all suites of
+#                                                 Debian; the results are recorded for docs/kernels.md and docs/versions.md
 #
 # All steps are run whatever fails; the summary comes last and the exit code is 0 only when all passed. With CI=true a
-# skipped test is a failure too.
+# skipped test is a failure too, and some kernels and the newest suite are run as well.
 set -uo pipefail
 
 readonly ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
@@ -14,9 +18,16 @@ readonly VENV="${NETPOL_VENV:-$ROOT/.venv}"
 # time.  A file stays whole, so its laboratory and its agent are made once; names of pins and namespaces differ by process.
 readonly PROCESSES=3
 
-"$ROOT/scripts/setup.sh" --dev || exit
+mode=steps
+case "${1:-}" in
+    vm | nightly) mode="$1"; shift ;;
+esac
+setup=(--dev)
+[[ "$mode" == steps && "${CI:-}" != true ]] || setup+=(--vm)
+"$ROOT/scripts/setup.sh" "${setup[@]}" || exit
 cd "$ROOT" || exit
 export PATH="$VENV/bin:$PATH"
+[[ "$mode" != vm ]] || exec python -m tests.vm "$@"
 reports="$(mktemp -d)"
 trap 'rm -rf "$reports"' EXIT
 
@@ -62,11 +73,25 @@ step "import contracts" lint-imports
 step "codespell" codespell
 step "generated files are fresh" python scripts/generate_abi.py --check
 step "documented results are the recorded ones" python -m bench.page --check
+step "documented kernels are the recorded ones" python -m tests.vm.page --check
 step "C sources" scripts/check_c.sh
 step "wheel" scripts/check_wheel.sh
-step "tests" run_pytest "$@"
+if [[ "$mode" == nightly ]]; then
+    step "tests" run_pytest
+    step "kernels in virtual machines" python -m tests.vm --all --record
+    for vmlinux in "$@"; do
+        step "kernel $vmlinux in a virtual machine" python -m tests.vm --record "$vmlinux"
+    done
+    step "suites of Debian" scripts/suites.sh --record
+else
+    step "tests" run_pytest "$@"
+fi
 [[ "${CI:-}" != true ]] || step "no test skipped" forbid_skips
 step "benchmarks, smoke" netpolctl bench --smoke --output "$reports/bench.json"
+if [[ "${CI:-}" == true && "$mode" == steps ]]; then
+    step "kernels in virtual machines" python -m tests.vm --ci
+    step "newest suite of Debian" scripts/suites.sh sid
+fi
 step "case files, all engines" netpolctl test tests/cases examples/cases --engine all
 
 printf '\n%s\n' "==> summary"
