@@ -32,6 +32,7 @@ from netpol_ebpf.lab.patience import scaled
 from netpol_ebpf.lab.topology import PARENT_MAC, Host
 
 UPLINK = "eth0"
+WORKLOADS = "cali*"
 GATEWAY = "169.254.1.1"
 CONTROL_PORT = 7000
 IPERF_PORT, SOCKPERF_PORT, DENIED_PORT = 5201, 5202, 5209
@@ -152,7 +153,7 @@ def _node(here: Place, there: Place) -> Iterator[None]:
     lines = [f"address add {here.address}/24 dev {UPLINK}", f"link set {UPLINK} up"]
     lines += [f"route add {address}/32 via {there.address}" for address in there.pods.values()]
     for side, address in here.pods.items():
-        device = Host(_pod(here, side), here.name, (address,)).parent_interface
+        device = _device(here, side)
         lines += [
             f"netns add {_namespace(side)}",
             f"link add {device} address {PARENT_MAC} type veth peer name eth0 netns {_namespace(side)}",
@@ -168,9 +169,10 @@ def _node(here: Place, there: Place) -> Iterator[None]:
         yield
 
 
-def _pod(here: Place, side: str) -> str:
-    role = "client" if here is CLIENTS else "server"
-    return f"bench/{role}" if side == ENFORCED else f"free/{role}"
+def _device(here: Place, side: str) -> str:
+    """The node's end of the pod's veth. The agent closes every interface of WORKLOADS whose pod it does not know."""
+    pod = "bench/client" if here is CLIENTS else "bench/server"
+    return Host(pod, here.name, ()).parent_interface if side == ENFORCED else "free0"
 
 
 def _namespace(side: str) -> str:
@@ -184,7 +186,7 @@ def _agent(here: Place, home: Path) -> Iterator[None]:
     (manifests / "bench.yaml").write_text(MANIFESTS)
     command = [
         sys.executable, "-m", "netpol_ebpf.agent.main", "--manifests", str(manifests), "--node", here.name,
-        "--pin-root", "/sys/fs/bpf/netpol-bench", "--state-dir", str(state),
+        "--pin-root", "/sys/fs/bpf/netpol-bench", "--state-dir", str(state), "--workload-interfaces", WORKLOADS,
     ]  # fmt: skip
 
     with _process(command, output=None) as process:
