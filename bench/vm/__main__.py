@@ -20,7 +20,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -86,20 +86,24 @@ def _measure(options: argparse.Namespace) -> Any:
         )
         with ThreadPoolExecutor(len(nodes)) as pool:
             ended = []
-            for step, address, number in nodes:
-                ended.append(
-                    pool.submit(_run_node, kernel, prepared, scratch / step.name, step, (address, number), stop)
-                )
-                _await_link(link, ended[0], stop)
-            return [one.result() for one in ended][1]
+            try:
+                for step, address, number in nodes:
+                    ended.append(
+                        pool.submit(_run_node, kernel, prepared, scratch / step.name, step, (address, number), stop)
+                    )
+                    _await_link(link, ended[0])
+                served, measured = (one.result() for one in ended)
+            except BaseException:
+                stop.set()  # neither outlives this process's wish for it
+                raise
+            return measured if served else None
 
 
-def _await_link(link: Path, listening: Any, stop: threading.Event) -> None:
+def _await_link(link: Path, listening: Future[Any]) -> None:
     """The second machine connects when the first one listens."""
     deadline = time.monotonic() + emulator.SOCKET_DEADLINE_S * 6
     while not link.exists() and not listening.done():
         if time.monotonic() > deadline:
-            stop.set()
             raise PlatformError("the link between the machines does not come up")
         time.sleep(emulator.POLL_S)
 
@@ -118,17 +122,18 @@ def _run_node(
         "-device",
         f"virtio-net-pci,netdev=link,mac=52:54:00:00:00:{number}",
     )
-    with emulator.Machine(kernel, prepared.tree, task, scratch, network=network) as machine:
-        for record in machine.records(STEP_TIMEOUT_S):
-            if stop.is_set():
-                return None
-            print(f"{step.name}: {record['step']} {record['seconds']} s", file=sys.stderr, flush=True)
-            if record["code"] != 0:
-                stop.set()
-                print((record["output"] + record["errors"]).strip(), file=sys.stderr)
-                return None
-            if record["step"] == step.name:
-                return read_document(record["output"])
+    try:
+        with emulator.Machine(kernel, prepared.tree, task, scratch, network=network, stop=stop) as machine:
+            for record in machine.records(STEP_TIMEOUT_S):
+                print(f"{step.name}: {record['step']} {record['seconds']} s", file=sys.stderr, flush=True)
+                if record["code"] != 0:
+                    print((record["output"] + record["errors"]).strip(), file=sys.stderr)
+                    break
+                if record["step"] == step.name:
+                    return read_document(record["output"])
+    except PlatformError as error:
+        print(f"{step.name}: {error.message}", file=sys.stderr)
+    stop.set()
     return None
 
 

@@ -14,6 +14,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -45,16 +46,26 @@ class Machine:
     """One guest, from boot to its end; use it as a context manager.
 
     ``tree``: the copy of the repository that the guest runs, and ``task``: the file for `tests.vm.guest`, both at the same
-    path inside.  ``network``: further options of QEMU, for network devices.  Raises PrivilegeError without root (the root file system is
-    shared whole), PlatformError when a tool is missing or the guest ends without saying so.
+    path inside.  ``network``: further options of QEMU, for network devices.  ``stop``: ends the run when it is set.
+    Raises PrivilegeError without root (the root file system is shared whole), PlatformError when a tool is missing or the guest ends without saying so.
     """
 
-    def __init__(self, kernel: Kernel, tree: Path, task: Path, scratch: Path, *, network: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        kernel: Kernel,
+        tree: Path,
+        task: Path,
+        scratch: Path,
+        *,
+        network: Sequence[str] = (),
+        stop: threading.Event | None = None,
+    ) -> None:
         self.kernel = kernel
         self._tree = tree
         self._task = task
         self._scratch = scratch
         self._network = tuple(network)
+        self._stop = stop or threading.Event()
         self._processes: list[subprocess.Popen[bytes]] = []
         self._console = scratch / "console.log"
         self._report = scratch / "report.log"
@@ -103,6 +114,8 @@ class Machine:
             seen = len(records)
             if ended:
                 raise PlatformError(f"the guest ended before it had reported everything:\n{self.console_tail()}")
+            if self._stop.is_set():
+                raise PlatformError("the run was given up")
             if time.monotonic() > deadline:
                 raise PlatformError(f"the guest was not done after {timeout_s:.0f} s:\n{self.console_tail()}")
             time.sleep(POLL_S)

@@ -7,6 +7,7 @@ import importlib.util
 import json
 import platform
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -31,8 +32,18 @@ BOOT_TIMEOUT_S = 180.0
 Say = Callable[[str], None]
 
 
-def run_kernel(kernel: Kernel, prepared: Prepared, say: Say, *, steps: Iterable[str] | None = None) -> Result:
-    """Boot the kernel and run its steps (all, or those named). Never raises for what the guest does: the result has it."""
+def run_kernel(
+    kernel: Kernel,
+    prepared: Prepared,
+    say: Say,
+    *,
+    steps: Iterable[str] | None = None,
+    stop: threading.Event | None = None,
+) -> Result:
+    """Boot the kernel and run its steps (all, or those named). Never raises for what the guest does: the result has it.
+
+    ``stop``: set by whoever no longer wants the run.
+    """
     expected = REFUSED if kernel.name in UNSUPPORTED else RUNS
     chosen = choose_steps(refusal_steps() if expected == REFUSED else all_steps(prepared.older), steps)
     began = time.monotonic()
@@ -43,7 +54,7 @@ def run_kernel(kernel: Kernel, prepared: Prepared, say: Say, *, steps: Iterable[
         task = scratch / "task.json"
         task.write_text(render_task(chosen, prepared))
         try:
-            with Machine(kernel, prepared.tree, task, scratch) as machine:
+            with Machine(kernel, prepared.tree, task, scratch, stop=stop) as machine:
                 cpu_s = 0.0
                 for record in machine.records(BOOT_TIMEOUT_S + sum(step.timeout_s for step in chosen)):
                     record["cpu_s"], cpu_s = round(record["cpu_s"] - cpu_s, 1), record["cpu_s"]
