@@ -57,7 +57,7 @@ def main() -> int:
     seen: dict[str, Any] = {
         "suite": arguments.suite,
         "date": datetime.datetime.now(tz=datetime.timezone.utc).date().isoformat(),
-        "kernel": platform.release(),
+        "kernel": platform.release().partition("-")[0],
         "versions": versions(),
         "failed": [],
     }

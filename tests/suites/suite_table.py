@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+ORDER = ("bookworm", "trixie", "sid")  # oldest first, as scripts/suites.sh has them
 BEGIN, END = "<!-- scripts/suites.sh --record writes from here -->\n", "<!-- to here -->\n"
 HEAD = (
     "| suite | run | kernel | Python | BCC | LLVM | pyroute2 | libbpf | verified instructions, largest program "
@@ -57,7 +58,8 @@ def replace_rows(page: str, rows: dict[str, str]) -> str:
     if BEGIN not in page or END not in page:
         raise ValueError(f"the page has no line {BEGIN.strip()} before a line {END.strip()}")
     kept = {line.split("|")[1].strip(): line for line in table.splitlines(keepends=True)[2:]}
-    return before + BEGIN + HEAD + "".join({**kept, **rows}.values()) + END + after
+    merged = {**kept, **rows}
+    return before + BEGIN + HEAD + "".join(merged[suite] for suite in sorted(merged, key=ORDER.index)) + END + after
 
 
 if __name__ == "__main__":
