@@ -26,7 +26,14 @@ pytestmark = pytest.mark.kernel
 
 PLACES = abi.NP_CONN_WAYS
 FAMILIES = pytest.mark.parametrize(("pod", "peer"), [(POD4, PEER4), (POD6, PEER6)], ids=["ipv4", "ipv6"])
-SMALL = {"np_conn4": ROWS_PER_BUCKET, "np_conn6": ROWS_PER_BUCKET, "np_verdict": 4096, "np_l4_col": 256}
+SMALL = {
+    "np_conn4": ROWS_PER_BUCKET,
+    "np_conn6": ROWS_PER_BUCKET,
+    "np_verdict": 4096,
+    "np_l4_col": 256,
+    "np_rule_count": 64,
+    "np_staged_count": 64,
+}
 """One bucket of each."""
 
 
