@@ -154,6 +154,8 @@ class Dataplane:
         dataplane = cls(pin_root, maps, ProgramSet.open(pin_dir / CURRENT))
         if (pin_dir / OLD).exists():
             dataplane.finish_exchange()
+            for one in maps.values():
+                one.close()
             dataplane.maps = open_maps(pin_dir)
         if bytes(schema.source_digest) != compilation.source_digest(compilation.source_dir()):
             dataplane.replace_programs(schema.jiffies_per_second)

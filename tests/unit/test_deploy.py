@@ -8,6 +8,7 @@ from configparser import ConfigParser
 from pathlib import Path
 
 from netpol_ebpf.agent.main import DEFAULT_STATE_DIR, build_parser
+from netpol_loader.compiled import CACHE_DIR
 from netpol_loader.doctor import CAPABILITIES
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
@@ -26,6 +27,14 @@ def test_service_has_the_capabilities_that_are_tested() -> None:
     assert set(service["CapabilityBoundingSet"].split()) == {one.name for one in CAPABILITIES}
     assert service["NoNewPrivileges"] == "yes"
     assert set(service["RestrictAddressFamilies"].split()) == {"AF_UNIX", "AF_NETLINK"}
+
+
+def test_service_keeps_the_compiled_program() -> None:
+    """The unit's file system is read-only but for what it names: without the cache each start would compile again."""
+    service = read_unit()["Service"]
+    assert service["ProtectSystem"] == "strict"
+    assert Path("/var/cache") / service["CacheDirectory"] == CACHE_DIR
+    assert int(service["CacheDirectoryMode"], 8) & 0o022 == 0, "else the file is not trusted"
 
 
 def test_service_starts_the_agent_with_options_it_knows() -> None:

@@ -30,7 +30,7 @@ COMPILERS = {"BCC 0.26": "BCC 0.26, LLVM 14", "BCC 0.31": "BCC 0.31, LLVM 19", "
 class Wanted:
     """A kernel that the documentation speaks of.
 
-    ``who``: whose kernel it is.  ``compilers``: those by which it is to be run, "any" where one run suffices.
+    ``who``: where the kernel comes from.  ``compilers``: those it must be run with; "any" where one run suffices.
     """
 
     series: str
