@@ -158,12 +158,16 @@ NP_INLINE int np_conn_is_alive(const struct np_conn *conn, const struct np_flow 
 // Policy allows the connection under a newer generation: that is seen only by who sees its rule and flags as they are.
 NP_INLINE void np_conn_renew(struct np_conn *conn, __u32 generation)
 {
+#ifdef NP_WEAK_ORDER // there is no exchange of 32 bits
     union {
         __u32 halves[2];
         __u64 word;
     } both = {.halves = {generation, conn->rule}};
     _Static_assert(__builtin_offsetof(struct np_conn, rule) == __builtin_offsetof(struct np_conn, generation) + 4, "");
-    np_store_last((np_word *)&conn->generation, both.word); // there is no exchange of 32 bits
+    np_store_last((np_word *)&conn->generation, both.word);
+#else
+    np_store_last(&conn->generation, generation);
+#endif
 }
 
 // An initial SYN.  It never belongs to a connection: policy decides it each time.

@@ -26,6 +26,8 @@ ARRAY = struct.Struct("=III")
 INT, POINTER, ARRAY_KIND, STRUCT, UNION, ENUM, FUNC_PROTO, VAR, DATASEC, DECL_TAG, ENUM64 = (
     1, 2, 3, 4, 5, 6, 13, 14, 15, 17, 19,
 )  # fmt: skip
+UNSIGNED, SIGNED = 0, 1
+"""Encodings of an integer."""
 ALIASES = frozenset({8, 9, 10, 11, 18})
 """typedef, volatile, const, restrict, type tag: the same bytes under another name."""
 TAILS = {INT: 4, ARRAY_KIND: 12, VAR: 4, DECL_TAG: 4}
@@ -101,9 +103,11 @@ class Writer:
                 self._numbers[kind] = self._add(0, ARRAY_KIND, 0, 0, ARRAY.pack(element, index, kind._length_))
             else:
                 size = ctypes.sizeof(kind)
+                is_text = kind is ctypes.c_char  # bpftool prints an array of `char` as text, by that name
+                name, encoding = ("char", SIGNED) if is_text else (f"u{size * 8}", UNSIGNED)
                 self._numbers[kind] = self._add(
-                    self._name(f"u{size * 8}"), INT, 0, size, struct.pack("=I", size * 8)
-                )  # no encoding: unsigned
+                    self._name(name), INT, 0, size, struct.pack("=I", encoding << 24 | size * 8)
+                )
         return self._numbers[kind]
 
     def blob(self) -> bytes:

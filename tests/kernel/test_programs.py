@@ -154,6 +154,15 @@ def test_maps_have_the_field_names_of_the_headers(dataplane: Dataplane) -> None:
             assert found == (btf.declared(spec.key), btf.declared(spec.value)), name
 
 
+def test_bpftool_prints_rule_names_as_text(rig: Rig) -> None:
+    """Who debugs with `bpftool map dump` reads names, not bytes."""
+    rig.map("np_rule").put(struct.pack("=I", 7), b"default|some|rule".ljust(abi.NP_RULE_NAME_BYTES, b"\0"))
+    dump = ["bpftool", "map", "dump", "pinned", str(rig.dataplane.pin_dir / "np_rule")]
+    printed = subprocess.run(dump, capture_output=True, text=True, check=True).stdout
+    rig.map("np_rule").delete(struct.pack("=I", 7))
+    assert '"name": "default|some|rule"' in printed
+
+
 def test_the_trial_load_leaves_nothing(dataplane: Dataplane) -> None:
     """It loads what an agent would load, on maps of its own, and pins nothing."""
     before = sorted(dataplane.pin_root.rglob("*"))

@@ -214,7 +214,7 @@ def test_group_may_read_and_nobody_else(make: Callable[..., LeastScene]) -> None
         assert member(partial(opened, pins / name, syscall.BPF_F_RDONLY)) == "opened", name
         assert "PermissionError" in member(partial(opened, pins / name, 0)), name
         assert "PermissionError" in stranger(partial(opened, pins / name, syscall.BPF_F_RDONLY)), name
-    for one in (pins / "np_tc_ingress", pins / "links"):
+    for one in (pins / "programs", pins / "programs" / "np_tc_ingress", pins / "programs" / "np_call", pins / "links"):
         assert "PermissionError" in member(partial(opened, one, syscall.BPF_F_RDONLY)), one
     for place in (
         scene.pin_root,
