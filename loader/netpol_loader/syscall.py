@@ -57,6 +57,8 @@ NAME_BYTES = 15
 """Of the name of a map or program, without the terminating zero."""
 LOG_BYTES = (1 << 24) - 1
 """The most that kernels before 6.4 accept as room for what the verifier says."""
+LOG_PATHS, LOG_COUNTS = 1, 4
+"""What the verifier says: what it walks, or only how much it walked (BPF_LOG_LEVEL1, BPF_LOG_STATS)."""
 TCX_INGRESS = 46
 TCX_EGRESS = 47
 
@@ -480,8 +482,9 @@ def btf_load(blob: bytes) -> int:
 
 
 def prog_load(
-    instructions: bytes, program_type: int = PROG_TYPE_SCHED_CLS, *, name: str = "", log: Buffer | None = None
-) -> int:
+    instructions: bytes, program_type: int = PROG_TYPE_SCHED_CLS, *, name: str = "", log: Buffer | None = None,
+    log_level: int = LOG_PATHS,
+) -> int:  # fmt: skip
     """Load a program given as raw instructions of 8 bytes each. ``log``: room for what the verifier says."""
     code, license_text = buffer(instructions), buffer(b"Dual BSD/GPL\0")
     return _bpf(
@@ -491,7 +494,7 @@ def prog_load(
             insn_cnt=len(instructions) // 8,
             insns=ctypes.addressof(code),
             license=ctypes.addressof(license_text),
-            log_level=1 if log is not None else 0,
+            log_level=log_level if log is not None else 0,
             log_size=len(log) if log is not None else 0,
             log_buf=ctypes.addressof(log) if log is not None else 0,
             prog_name=name.encode()[:NAME_BYTES],

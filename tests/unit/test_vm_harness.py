@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from netpol_ebpf.errors import InvalidInputError, PlatformError, UsageError
-from tests.vm import kernels, page
+from netpol_loader import compilation
+from tests.vm import alone, kernels, page
 from tests.vm.record import REFUSED, RUNS, Result, read_results, series_of, write_result
 from tests.vm.report import parse_report, render_record
 
@@ -126,7 +127,7 @@ def test_the_report_is_told_from_noise() -> None:
 
 PROGRAMS = {"np_tc_ingress": {"verified": 25451, "jited_bytes": 100, "xlated_bytes": 1}, "np_tc_egress": {"verified": 30642, "jited_bytes": 200, "xlated_bytes": 1}}  # fmt: skip
 STEPS = {
-    "load": {"code": 0, "seconds": 9.0, "result": {"programs": PROGRAMS, "features": {"tcx": False, "verified instructions": True}}},
+    "load": {"code": 0, "seconds": 9.0, "result": {"programs": PROGRAMS, "features": {"tcx": False}}},
     "cases": {"code": 0, "seconds": 9.0, "result": {"files": 8, "probes": 65}},
     "demo": {"code": 1, "seconds": 9.0, "said": "NOT as predicted"},
 }  # fmt: skip
@@ -215,3 +216,40 @@ def test_a_run_is_good_only_when_every_step_was(steps: dict[str, dict[str, int]]
 def test_series_of_a_release(release: str, series: str) -> None:
     """A real-time kernel is a series of its own."""
     assert series_of(release) == series
+
+
+def alone_report(**system: object) -> list[dict[str, object]]:
+    """What `tests.vm.alone` prints where it runs, a record a step."""
+    digest = compilation.source_digest(compilation.source_dir(), machine="aarch64").hex()
+    seen = {"release": "6.12.117+deb13-cloud-arm64", "machine": "aarch64"}
+    outputs = {
+        "system": seen,
+        "load": {"programs": PROGRAMS, "features": {}},
+        "cases": {"probes": 65, "failed": []},
+        "demo": None,
+    }
+    records = [
+        {"step": name, "code": 0, "seconds": 1.0, "output": json.dumps(one), "errors": ""}
+        for name, one in outputs.items()
+    ]
+    return [records[0] | {"compiler": "BCC 0.26.0, LLVM 14", "digest": digest} | system, *records[1:]]
+
+
+def test_a_report_from_elsewhere_becomes_a_result() -> None:
+    """Between other lines of a console; a step that said nothing has failed."""
+    console = "".join(f"[ 1.0] eth0: up\r\n\x1b[0m{alone.MARK}{json.dumps(one)}\r\n" for one in alone_report())
+    found = alone.to_result(alone.read_report(console), "Debian's")
+    assert (found.series, found.machine, found.expected, found.source) == ("6.12", "aarch64", RUNS, "Debian's")
+    assert {name: step["code"] for name, step in found.steps.items()} == {"system": 0, "load": 0, "cases": 0, "demo": 1}
+    assert not found.is_ok
+
+
+@pytest.mark.parametrize(
+    ("records", "said"),
+    [(alone_report()[:-1], "lacks demo"), (alone_report(digest="00"), "other C sources"), ([], "lacks system")],
+    ids=["a step is missing", "other sources", "nothing"],
+)
+def test_a_report_that_proves_nothing_is_refused(records: list[dict[str, object]], said: str) -> None:
+    """Of other sources, or ended early."""
+    with pytest.raises(SystemExit, match=said):
+        alone.to_result(records, "")
