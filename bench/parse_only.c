@@ -10,7 +10,7 @@
 int np_parse_only(struct __sk_buff *skb) {
   struct np_bytes bytes;
   struct np_packet packet = {};
-  int reason = np_parse_frame(skb, &bytes, &packet);
+  int reason = np_parse_frame(skb, &bytes, &packet, 1);
   if (reason)
     return 2;
   if (packet.ethertype == NP_ETHERTYPE_IP4)

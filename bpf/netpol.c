@@ -5,7 +5,7 @@
 //
 //     np_tc          the short way, else: the packet's facts and whose it is -> np_frame -> np_conclude
 //     np_frame       frame -> ARP | IPv4 | IPv6 | the rest
-//     np_ip          parse -> neighbour discovery -> fragment -> np_sender -> np_ip_own
+//     np_ip          parse -> messages of the link -> what nobody may send -> fragment -> np_sender -> np_ip_own
 //     np_ip_own      open connection: done
 //     np_ip_slow     anti-spoofing -> connection: np_ip_known, else np_ip_plan -> np_tc_judge
 //     np_tc_judge    one policy list, and the next one -> np_tc_sender | np_ip_verdict
@@ -23,7 +23,7 @@
 // Files, in the order of use: np_lang (words), np_abi (what is shared), np_maps (tables), np_parse, np_flow (what the
 // steps tell each other), np_count, np_event, np_bucket (addresses and classes), np_endpoint (whose), np_classify (one
 // policy), np_judge (which policies), np_table (connections), np_conn, np_service (what is judged elsewhere),
-// np_fragment, np_recent (the short way).
+// np_fragment, np_link (messages of the link), np_kernel (what the kernel alone knows), np_recent (the short way).
 
 #include "np_lang.h"
 #include "np_abi.h"
@@ -39,6 +39,8 @@
 #include "np_judge.h"
 #include "np_service.h"
 #include "np_fragment.h"
+#include "np_link.h"
+#include "np_kernel.h"
 #include "np_recent.h"
 
 // The policy's direction at this hook.
@@ -79,16 +81,23 @@ NP_INLINE int np_is_new_flow(int reason)
     return reason == NP_REASON_POLICY_ALLOW || reason == NP_REASON_HOST || reason == NP_REASON_SELF;
 }
 
+// Let the packet pass; where it comes in, with the sign that it was seen.
+NP_INLINE int np_pass(struct __sk_buff *skb, const struct np_flow *flow)
+{
+    if (flow->arrival->hook == NP_HOOK_INGRESS)
+        skb->mark |= flow->config->seen_mark;
+    return flow->leg->ends ? NP_PASS_ALONE : NP_PASS;
+}
+
 // Count, tell whoever wants to know, and say to the kernel what becomes of the packet.
-NP_INLINE int np_conclude(struct np_flow *flow, int reason)
+NP_INLINE int np_conclude(struct __sk_buff *skb, struct np_flow *flow, int reason)
 {
     struct np_decision *decision = flow->decision;
     int dropped = reason >= NP_REASON_POLICY_DENY || reason == NP_REASON_NONE;
     if (np_has_rule(reason))
         np_count_rule(decision->rule, flow->arrival->frame_bytes);
-    int pass = flow->leg->ends ? NP_PASS_ALONE : NP_PASS;
     if (reason == NP_REASON_ESTABLISHED)
-        return pass;
+        return np_pass(skb, flow);
     np_count_reason(reason, flow->arrival->frame_bytes);
     if (np_is_judged(reason))
         np_count_staged(decision->staged_rule, flow->arrival->frame_bytes);
@@ -108,7 +117,7 @@ NP_INLINE int np_conclude(struct np_flow *flow, int reason)
     }
     if (kind)
         np_event_write(flow, kind, reason);
-    return dropped ? NP_DROP : pass;
+    return dropped ? NP_DROP : np_pass(skb, flow);
 }
 
 // Traffic that no policy applies to: of the node's own processes to its workload, and of a workload to itself through
@@ -117,11 +126,12 @@ NP_INLINE int np_exempt(const struct np_flow *flow, const int hook, const int ve
 {
     if (hook != NP_HOOK_EGRESS || flow->leg->endpoint_flags & NP_ENDPOINT_HOST)
         return NP_REASON_NONE;
-    if (flow->arrival->ingress_ifindex == 0)
+    if (flow->arrival->is_from_node)
         return NP_REASON_HOST;
     if (flow->arrival->ingress_ifindex == flow->arrival->ifindex)
         return NP_REASON_SELF;
-    if (flow->leg->carried && flow->leg->carried == flow->leg->endpoint && np_is_local(flow->packet->source, version))
+    if (flow->leg->carried && flow->leg->carried == flow->leg->endpoint &&
+        np_is_local(flow, flow->packet->source, version))
         return NP_REASON_SELF;
     return NP_REASON_NONE;
 }
@@ -131,10 +141,10 @@ NP_INLINE __u8 np_ip_kind(const struct np_flow *flow, struct np_question *questi
 {
     int is_host = (flow->leg->endpoint_flags & NP_ENDPOINT_HOST) != 0;
     if (hook == NP_HOOK_EGRESS)
-        return is_host && flow->arrival->ingress_ifindex ? NP_CONN_FORWARDED : 0;
-    if (np_vip_of(question, version))
+        return is_host && !flow->arrival->is_from_node ? NP_CONN_FORWARDED : 0;
+    if (np_vip_of(flow, question, version))
         return NP_CONN_DEFERRED;
-    return is_host && !np_is_for_node(question->destination, version) ? NP_CONN_FORWARDED : 0;
+    return is_host && !np_is_for_node(flow, question->destination, version) ? NP_CONN_FORWARDED : 0;
 }
 
 // Lay down whom to ask about a flow of that kind, whose first packet (work->questions[NP_QUESTION_WIRE]) had this
@@ -150,7 +160,7 @@ NP_INLINE int np_ip_plan(struct np_flow *flow, struct np_work *work, __u8 kind, 
     work->ifindex = flow->arrival->ifindex;
     work->final = NP_QUESTION_WIRE;
     if (is_deferred) {
-        struct np_vip *vip = np_vip_of(wire, version);
+        struct np_vip *vip = np_vip_of(flow, wire, version);
         if (!(config->flags & NP_CONFIG_DEFER))
             return NP_REASON_NO_EXIT;
         if (vip && vip->flags & NP_VIP_MANY)
@@ -188,7 +198,7 @@ NP_INLINE int np_ip_plan(struct np_flow *flow, struct np_work *work, __u8 kind, 
         work->asks = work->host ? NP_ASK_FORWARD | NP_ASK_WORKLOAD << 4 : NP_ASK_WORKLOAD;
         return NP_REASON_NONE;
     }
-    int to_host = is_deferred ? (int)behind : np_is_to_node(wire, version);
+    int to_host = is_deferred ? (int)behind : np_is_to_node(flow, wire, version);
     __u32 asks = 0;
     if (work->host) {
         if (to_host && config->flags & NP_CONFIG_TO_HOST_PASS)
@@ -199,6 +209,8 @@ NP_INLINE int np_ip_plan(struct np_flow *flow, struct np_work *work, __u8 kind, 
     }
     if (!is_deferred || behind)
         asks = asks << 4 | NP_ASK_WORKLOAD;
+    else if (config->due_mark)
+        asks = asks << 4 | NP_ASK_SERVICE;
     work->asks = asks;
     if (to_host && config->flags & NP_CONFIG_TO_HOST_DENY)
         work->refuses = NP_REASON_TO_HOST;
@@ -209,7 +221,7 @@ NP_INLINE int np_ip_plan(struct np_flow *flow, struct np_work *work, __u8 kind, 
 // first packet.  What is no longer allowed keeps its entry, and that its generation: it is cut as long as policy says
 // so, and no packet of the other side passes for the first of a flow of its own.  Returns why the packet is dropped, or
 // NP_REASON_NONE.
-NP_INLINE int np_ip_again(struct np_flow *flow, struct np_conn *conn)
+NP_INLINE int np_ip_again(struct np_flow *flow, const struct np_work *work, struct np_conn *conn)
 {
     struct np_decision *decision = flow->decision;
     int allowed = decision->action != NP_ACTION_DENY;
@@ -217,9 +229,12 @@ NP_INLINE int np_ip_again(struct np_flow *flow, struct np_conn *conn)
         return decision->reason == NP_REASON_POLICY_DENY ? NP_REASON_REVOKED : decision->reason;
     if (allowed)
         conn->rule = decision->rule;
-    if (allowed && conn->flags & NP_CONN_DEFERRED && flow->leg->endpoint_flags & NP_ENDPOINT_HOST)
-        conn->flags =
-            decision->action == NP_ACTION_ALLOW ? conn->flags & ~NP_CONN_CARRIES : conn->flags | NP_CONN_CARRIES;
+    if (allowed && conn->flags & NP_CONN_DEFERRED) {
+        __u32 flags = conn->flags & ~NP_CONN_DUE;
+        if (flow->leg->endpoint_flags & NP_ENDPOINT_HOST)
+            flags = decision->action == NP_ACTION_ALLOW ? flags & ~NP_CONN_CARRIES : flags | NP_CONN_CARRIES;
+        conn->flags = work->is_due ? flags | NP_CONN_DUE : flags;
+    }
     decision->log_list = 0; // Log rules speak of new flows
     return NP_REASON_NONE;
 }
@@ -234,36 +249,59 @@ NP_INLINE int np_ip_known(struct __sk_buff *skb, struct np_flow *flow, union np_
     if (conn->generation != flow->arrival->generation)
         np_conn_renew(conn, flow->arrival->generation);
     flow->decision->rule = conn->rule;
+    int is_due = (conn->flags & NP_CONN_DUE) != 0;
     if (conn->flags & NP_CONN_CARRIES && !flow->leg->reply)
-        flow->leg->ends = np_carry(skb, flow->config, flow->leg->endpoint);
+        flow->leg->ends = np_carry(skb, flow->config, flow->leg->endpoint, is_due);
     if (flow->leg->related)
         return NP_REASON_RELATED;
     np_conn_advance(flow, key, slot, found, version);
     if (found->is_young && flow->leg->reply && !(packet->tcp_flags & NP_TCP_RST)) { // it is open from now on
-        np_recent_fill(flow, flow->decision->rule, 0, hook, version);
-        np_recent_fill_other(flow, flow->decision->rule, carries, hook, version);
+        np_recent_fill(flow, flow->decision->rule, 0, 0, hook, version);
+        np_recent_fill_other(flow, flow->decision->rule, carries, is_due, hook, version);
     } else if (found->is_young && packet->protocol == NP_PROTOCOL_UDP && packet->fragment == NP_FRAGMENT_WHOLE) {
-        np_recent_fill(flow, flow->decision->rule, carries, hook, version); // there are streams that nobody answers
+        np_recent_fill(flow, flow->decision->rule, carries, is_due, hook, version); // nobody answers some streams
     }
     return NP_REASON_ESTABLISHED;
 }
 
+// Whether a process of the node listens on the port that a packet of the node's comes from: then it is not the node
+// that has opened the connection.  No connection has the other side's port 0, so what is found is who listens.
+NP_INLINE int np_is_served(struct __sk_buff *skb, const struct np_packet *packet, const int version)
+{
+    struct bpf_sock_tuple tuple = {};
+    if (version == 4) {
+        tuple.ipv4.saddr = packet->destination[0];
+        tuple.ipv4.daddr = packet->source[0];
+        tuple.ipv4.dport = np_net16(packet->source_port);
+    } else {
+        __builtin_memcpy(tuple.ipv6.saddr, packet->destination, sizeof(tuple.ipv6.saddr));
+        __builtin_memcpy(tuple.ipv6.daddr, packet->source, sizeof(tuple.ipv6.daddr));
+        tuple.ipv6.dport = np_net16(packet->source_port);
+    }
+    struct bpf_sock *found =
+        np_socket_lookup(skb, &tuple, version == 4 ? sizeof(tuple.ipv4) : sizeof(tuple.ipv6), BPF_F_CURRENT_NETNS, 0);
+    if (!found)
+        return 0;
+    np_socket_release(found);
+    return 1;
+}
+
 // The first packet of a flow that was allowed.
-NP_INLINE int np_ip_new(struct __sk_buff *skb, struct np_flow *flow, union np_conn_key *key, __u8 kind,
-                        const int version)
+NP_INLINE int np_ip_new(struct __sk_buff *skb, struct np_flow *flow, const struct np_work *work, union np_conn_key *key,
+                        __u8 kind, const int version)
 {
     const struct np_packet *packet = flow->packet;
     int reason = flow->decision->reason;
     __u8 flags = reason == NP_REASON_HOST || reason == NP_REASON_SELF ? NP_CONN_EXEMPT : kind;
     if (kind & NP_CONN_DEFERRED &&
         (flow->decision->action == NP_ACTION_CONTINUE || !(flow->leg->endpoint_flags & NP_ENDPOINT_HOST))) {
-        flags |= NP_CONN_CARRIES;
-        flow->leg->ends = np_carry(skb, flow->config, flow->leg->endpoint);
+        flags |= work->is_due ? NP_CONN_CARRIES | NP_CONN_DUE : NP_CONN_CARRIES;
+        flow->leg->ends = np_carry(skb, flow->config, flow->leg->endpoint, work->is_due);
         reason = NP_REASON_DEFERRED;
     }
-    // A packet in the middle of a host's TCP connection opens none: it may be the tail of one that the workload opened
-    // and whose entry was evicted.
-    if (reason == NP_REASON_HOST && packet->protocol == NP_PROTOCOL_TCP && !(packet->tcp_flags & NP_TCP_SYN))
+    // A packet in the middle of a TCP connection that the workload opened, and whose entry was evicted, opens none.
+    if (reason == NP_REASON_HOST && packet->protocol == NP_PROTOCOL_TCP && !(packet->tcp_flags & NP_TCP_SYN) &&
+        np_is_served(skb, packet, version))
         return reason;
     if (!np_conn_opens(flow))
         return reason;
@@ -297,7 +335,7 @@ NP_INLINE int np_ip_verdict(struct __sk_buff *skb, struct np_flow *flow, struct 
     if (work->found.is_known) {
         slot = np_conn_again(flow, &work->found, key, version);
         if (slot.conn) {
-            int cut = np_ip_again(flow, slot.conn);
+            int cut = np_ip_again(flow, work, slot.conn);
             if (cut)
                 return cut;
         } // else it was evicted meanwhile; what policy says counts
@@ -305,7 +343,7 @@ NP_INLINE int np_ip_verdict(struct __sk_buff *skb, struct np_flow *flow, struct 
     if (slot.conn)
         reason = np_ip_known(skb, flow, key, &work->found, &slot, flow->arrival->hook, version);
     else if (flow->decision->action != NP_ACTION_DENY)
-        reason = np_ip_new(skb, flow, key, flow->leg->kind, version);
+        reason = np_ip_new(skb, flow, work, key, flow->leg->kind, version);
     return np_ip_remember(flow, work, reason, version);
 }
 
@@ -348,10 +386,16 @@ NP_INLINE int np_ip_slow(struct __sk_buff *skb, struct np_flow *flow, union np_c
     struct np_found *found = &work->found;
     struct np_leg *leg = flow->leg;
     work->is_error = packet->icmp_kind == NP_ICMP_ERROR;
+    work->is_due = 0;
 
-    if (np_is_spoofed(flow, version)) // the client has no address yet
-        return version == 4 && !packet->source[0] && np_asks_for_address(flow, version) ? NP_REASON_DHCP
-                                                                                        : NP_REASON_SPOOFED;
+    if (np_is_spoofed(flow, version)) { // the client has no address yet, or one of the link alone
+        int has_none = version == 4 ? !packet->source[0] : np_is_link_local(packet->source);
+        return has_none && np_asks_for_address(flow, version) ? NP_REASON_DHCP : NP_REASON_SPOOFED;
+    }
+    if (np_is_misdelivered(flow, version))
+        return NP_REASON_MISDELIVERED;
+    if (np_is_workloads_own(flow, hook) && np_is_tunnelled(flow, version))
+        return NP_REASON_TUNNEL;
 
     leg->related = NP_REASON_NONE;
     if (work->is_error) {
@@ -394,13 +438,13 @@ NP_INLINE int np_ip_slow(struct __sk_buff *skb, struct np_flow *flow, union np_c
 // and the packet carries nothing.
 NP_INLINE void np_ip_sender_allowed(struct __sk_buff *skb, struct np_flow *flow, struct np_work *work)
 {
-    np_conclude(flow, work->reason);
+    np_conclude(skb, flow, work->reason);
     np_barrier();
     flow->leg->endpoint = work->own_endpoint;
     flow->leg->direction = np_direction_at(NP_HOOK_EGRESS, flow->leg->endpoint_flags);
     flow->leg->untracked = 0;
     __builtin_memset(flow->decision, 0, sizeof(*flow->decision));
-    flow->leg->ends = np_carry(skb, flow->config, 0);
+    flow->leg->ends = np_carry(skb, flow->config, 0, 0);
 }
 
 // The packet's own endpoint: a packet in the middle of an open connection passes, the rest goes on.
@@ -418,16 +462,18 @@ NP_INLINE int np_ip_own(struct __sk_buff *skb, struct np_flow *flow, struct np_w
         struct np_slot slot = np_slot_find(flow, key, 0, version);
         struct np_conn *open = slot.conn;
         __u32 generation = open ? open->generation : 0; // before rule and flags; no generation is 0
-        if (NP_LIKELY(open && generation == flow->arrival->generation && np_conn_is_alive(open, flow))) {
+        if (NP_LIKELY(open && generation == flow->arrival->generation && np_conn_is_alive(open, flow) &&
+                      !np_conn_is_closed(open))) {
             open = np_load_after(open, generation);
             __u32 rule = open->rule;
             __u32 flags = open->flags;
             int carries = flags & NP_CONN_CARRIES && open->direction == flow->leg->direction;
+            int is_due = (flags & NP_CONN_DUE) != 0;
             if (NP_LIKELY(np_slot_is_kept(&slot, rule + flags, 0, flow))) {
                 np_conn_touch(&slot, flow);
-                np_recent_fill(flow, rule, carries ? flow->leg->endpoint : 0, hook, version);
+                np_recent_fill(flow, rule, carries ? flow->leg->endpoint : 0, is_due, hook, version);
                 if (NP_UNLIKELY(carries))
-                    flow->leg->ends = np_carry(skb, flow->config, flow->leg->endpoint);
+                    flow->leg->ends = np_carry(skb, flow->config, flow->leg->endpoint, is_due);
                 flow->decision->rule = rule;
                 return NP_REASON_ESTABLISHED;
             }
@@ -449,18 +495,28 @@ NP_INLINE int np_ip(struct __sk_buff *skb, const struct np_bytes *bytes, struct 
     int reason = np_parse_ip(bytes, packet, version);
     if (NP_UNLIKELY(reason))
         return np_malformed(flow, reason);
-    if (version == 6 && np_is_neighbour(packet))
-        return NP_REASON_NEIGHBOUR;
+    if (version == 6) {
+        reason = np_link_message(skb, flow, hook);
+        np_barrier();
+        if (NP_UNLIKELY(reason))
+            return reason;
+    }
     if (NP_UNLIKELY(flow->leg->missing))
         return flow->leg->missing;
+    if (NP_UNLIKELY(np_is_forged(flow, hook, version)))
+        return NP_REASON_LINK_FORGED;
+    if (hook == NP_HOOK_INGRESS && np_is_foreign(flow, version))
+        return NP_REASON_FOREIGN_SOURCE;
     if (hook == NP_HOOK_INGRESS && flow->leg->carried) {
         // A workload cannot have a sender before it; what a host's interface gets may come from one behind a bridge.
         if (!(flow->leg->endpoint_flags & NP_ENDPOINT_HOST))
-            flow->leg->ends = np_carry(skb, flow->config, 0);
+            flow->leg->ends = np_carry(skb, flow->config, 0, 0);
         flow->leg->carried = 0;
     }
     if (flow->leg->endpoint_flags & NP_ENDPOINT_UPLINK && !flow->leg->carried)
         return NP_REASON_UPLINK;
+    if (NP_UNLIKELY(np_checksum_misaims(skb, packet)))
+        return NP_REASON_CHECKSUM_AIM;
     flow->leg->direction = np_direction_at(hook, flow->leg->endpoint_flags);
     if (NP_UNLIKELY(packet->fragment == NP_FRAGMENT_LATER)) {
         reason = np_fragment_recall(flow, version);
@@ -491,7 +547,10 @@ NP_INLINE int np_not_ip(struct np_flow *flow)
 NP_INLINE int np_frame(struct __sk_buff *skb, struct np_flow *flow, struct np_work *work, const int hook)
 {
     struct np_bytes bytes;
-    int reason = np_parse_frame(skb, &bytes, flow->packet);
+    __u32 flags = flow->leg->endpoint_flags;
+    if (NP_UNLIKELY(flags & NP_ENDPOINT_UNREADABLE))
+        return flags & NP_ENDPOINT_UPLINK && !flow->leg->carried ? NP_REASON_UPLINK : NP_REASON_LINK_TYPE;
+    int reason = np_parse_frame(skb, &bytes, flow->packet, !(flags & NP_ENDPOINT_LAYER3));
     if (NP_UNLIKELY(reason))
         return np_malformed(flow, reason);
     switch (flow->packet->ethertype) {
@@ -500,7 +559,7 @@ NP_INLINE int np_frame(struct __sk_buff *skb, struct np_flow *flow, struct np_wo
     case NP_ETHERTYPE_IP6:
         return np_ip(skb, &bytes, flow, work, hook, 6);
     case NP_ETHERTYPE_ARP:
-        return NP_REASON_ARP;
+        return np_link_arp(skb, flow, hook);
     default:
         return np_not_ip(flow);
     }
@@ -543,6 +602,9 @@ NP_INLINE int np_tc(struct __sk_buff *skb, const int hook)
         .ingress_ifindex = skb->ingress_ifindex,
         .frame_bytes = skb->len,
         .hook = hook,
+        // Neither is proof by itself: what the stack makes anew of a packet has no interface, and what a bridge passes
+        // on still has its sender's socket.
+        .is_from_node = !skb->ingress_ifindex && (skb->sk || skb->mark & config->node_mark),
     };
     *(np_word *)&work->arrival.generation = version;
     work->calls_left = NP_JUDGE_CALLS;
@@ -557,7 +619,7 @@ NP_INLINE int np_tc(struct __sk_buff *skb, const int hook)
     np_barrier();
     work->reason = np_frame(skb, &flow, work, hook);
     np_barrier(); // the verifier forgets which way it came: one walk through the end instead of one for each reason
-    return np_conclude(&flow, work->reason);
+    return np_conclude(skb, &flow, work->reason);
 }
 
 // A called program takes up the packet where its caller left it. NULL: it cannot.
@@ -596,7 +658,7 @@ int np_tc_judge(struct __sk_buff *skb)
         }
     }
     np_barrier();
-    return np_conclude(&flow, work->reason);
+    return np_conclude(skb, &flow, work->reason);
 }
 
 NP_INLINE int np_sender_goes_on(struct __sk_buff *skb, struct np_flow *flow, struct np_work *work, const int version)
@@ -618,7 +680,7 @@ int np_tc_sender(struct __sk_buff *skb)
     work->reason =
         flow.packet->version == 4 ? np_sender_goes_on(skb, &flow, work, 4) : np_sender_goes_on(skb, &flow, work, 6);
     np_barrier();
-    return np_conclude(&flow, work->reason);
+    return np_conclude(skb, &flow, work->reason);
 }
 
 int np_tc_ingress(struct __sk_buff *skb)

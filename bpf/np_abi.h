@@ -12,7 +12,7 @@
 
 #include <linux/types.h>
 
-#define NP_SCHEMA_VERSION 6 // part of the pin directory's name
+#define NP_SCHEMA_VERSION 7 // part of the pin directory's name
 
 // --- limits ----------------------------------------------------------------------------------------------------------
 
@@ -44,7 +44,11 @@
 #define NP_HASH_WORDS 12 // random numbers of the connections' hash: one for each word of the longest key, and one
 
 #define NP_HOST_SETS 8 // policy sets of a host endpoint: stage * 2 + direction
-#define NP_SCRATCH_WORDS 72 // working memory of one packet, in units of 8 bytes
+#define NP_SCRATCH_WORDS 76 // working memory of one packet, in units of 8 bytes
+
+#define NP_KERNEL_BYTES 96 // copied of a packet's own structure, where it cannot be read in place
+
+#define NP_RECENT_DUE 2 // flag in np_recent_fact.hook: packets of the connection bear np_config.due_mark
 
 #define NP_CHECK_SEED 2166136261 // FNV-1a's own 32-bit offset basis and prime
 #define NP_CHECK_PRIME 16777619
@@ -82,6 +86,10 @@ enum np_endpoint_flag {
     NP_ENDPOINT_HOST = 1, // a host interface: directions agree with hooks, non-IP passes, policy is in np_host
     NP_ENDPOINT_SOURCES = 2, // has rows in np_source4 or np_source6
     NP_ENDPOINT_UPLINK = 4, // a host interface without policy: passes all but what a sender's policy is yet to judge
+    NP_ENDPOINT_ROUTES = 8, // a workload that others route through: what it gets need not be for it
+    NP_ENDPOINT_LAYER3 = 16, // packets begin with the network header (tun, WireGuard, IPIP, PPP)
+    NP_ENDPOINT_UNREADABLE = 32, // packets begin with a link header that nothing here reads
+    NP_ENDPOINT_OUTSIDE = 64, // a host interface that no workload of this node is behind
 };
 
 // Flags of the configuration.
@@ -92,6 +100,8 @@ enum np_config_flag {
     NP_CONFIG_DEFER = 8, // every interface that a packet to a service could leave by has the program
     NP_CONFIG_TO_HOST_DENY = 16, // no workload reaches its own node
     NP_CONFIG_TO_HOST_PASS = 32, // the wildcard host endpoint's normal policy decides on workloads to their node
+    NP_CONFIG_LOCAL_NETS = 64, // np_local_net has rows
+    NP_CONFIG_HAIRPIN = 128, // what comes from outside may have the source of a workload of this node
 };
 
 // Where a connection stands. Each state has its own time-out, np_config.timeout_jiffies[state].
@@ -115,6 +125,7 @@ enum np_conn_flag {
     NP_CONN_DEFERRED = 8, // opened towards a service: policy judges where the packet leaves
     NP_CONN_FORWARDED = 16, // of a host endpoint: opened by a packet that only passes through the node
     NP_CONN_CARRIES = 32, // deferred, and nothing before policy where it leaves has allowed it for good
+    NP_CONN_DUE = 64, // deferred, and not allowed to the service's own address either
 };
 
 // How little is lost with a connection; in the low bits of its tag.
@@ -130,6 +141,14 @@ enum np_verdict_flag {
     NP_VERDICT_FAILSAFE = 1, // a failsafe port decided: nothing before normal policy may drop the packet
 };
 
+// What an address means to the node.
+enum np_local_flag {
+    NP_LOCAL_OWN = 1, // one of its own
+    NP_LOCAL_MANY = 2, // a broadcast address of its links
+    NP_LOCAL_GROUP = 4, // a multicast group that it has joined
+    NP_LOCAL_NODE = 8, // of another node of the cluster
+};
+
 // Flags of a service address.
 enum np_vip_flag {
     NP_VIP_LOCAL = 1, // `local` may be what is behind it: a process of this node, which no hook stands before
@@ -141,6 +160,17 @@ enum np_call {
     NP_CALL_JUDGE = 0, // ask one policy list, then the next one; what the interface's endpoint says is the verdict
     NP_CALL_SENDER = 1, // policy has answered for the endpoint whose number the packet carries
     NP_CALLS = 2, // how many there are
+};
+
+// Facts of the running kernel that the loader puts into the program (NP_KERNEL).
+enum np_kernel_fact {
+    NP_KERNEL_CAST = 0, // 1: there is bpf_cast_to_kern_ctx
+    NP_KERNEL_FIRST = 1, // offset in sk_buff from which on all the fields lie within NP_KERNEL_BYTES
+    NP_KERNEL_SUMMED = 2, // offset of the byte with ip_summed, as all that follow from NP_KERNEL_FIRST on
+    NP_KERNEL_SUMMED_SHIFT = 3, // its lowest bit there; it has two
+    NP_KERNEL_CSUM_START = 4, // of 16 bits, as the next two
+    NP_KERNEL_CSUM_OFFSET = 5,
+    NP_KERNEL_MAC_HEADER = 6,
 };
 
 // Kinds of events.
@@ -193,6 +223,12 @@ enum np_reason {
     NP_REASON_LOCAL_BACKENDS = 56, // to a service with several processes of this node behind it
     NP_REASON_CALL_MISSING = 57, // a program that the packet needs is missing from np_call
     NP_REASON_CALL_BUDGET = 58, // policy lists changed each time they were read, until the budget of calls was spent
+    NP_REASON_CHECKSUM_AIM = 59, // a device is yet to write a checksum over something that was judged
+    NP_REASON_LINK_FORGED = 60, // ARP, neighbour discovery or DHCP in the name of another, or of a router
+    NP_REASON_MISDELIVERED = 61, // to a workload's interface, but for none of its addresses
+    NP_REASON_TUNNEL = 62, // from a workload to a node, in an encapsulation that nodes take from anyone
+    NP_REASON_FOREIGN_SOURCE = 63, // from outside, with the source of a workload of this node
+    NP_REASON_LINK_TYPE = 64, // on an interface whose link header nothing here reads
     NP_REASON_EVENT_LOST = 96, // the ring buffer had no room for an event
     NP_REASON_LOG_LIMITED = 97, // a log event held back by the rate limit
     NP_REASON_RULE_RANGE = 98, // a rule number beyond np_rule_count or np_staged_count, once for each
@@ -229,12 +265,12 @@ _Static_assert(sizeof(struct np_endpoint_key) == 4, "np_endpoint_key");
 
 // One element holds both policy sets, so that one update flips both. The kernel may reuse the memory of a replaced
 // element while a packet still reads it; a set's `check` tells: it is the FNV-1a fold, word by word, of number,
-// ifindex, flags and the set's other words. The loader's seal_endpoint() fills it in.
+// ifindex, flags, link and the set's other words. The loader's seal_endpoint() fills it in.
 struct np_endpoint {
     __u32 number; // stable, unique on the node, never 0
     __u32 ifindex; // the key again
     __u32 flags; // enum np_endpoint_flag
-    __u32 pad;
+    __u32 link; // interface that has the addresses of its link: its bridge, or itself
     struct np_set ingress;
     struct np_set egress;
 };
@@ -246,7 +282,7 @@ struct np_number_key {
 _Static_assert(sizeof(struct np_number_key) == 4, "np_number_key");
 
 // All policy sets of a host endpoint, so that one update flips them all; see struct np_endpoint. In the check word of a
-// set its index stands for the ifindex, and the row's `version` is folded in as its flags.
+// set its index stands for the ifindex, the row's `version` for the flags, and 0 for the link.
 struct np_host {
     __u32 number;
     __u32 version; // of the row: two looks at one packet must see the same
@@ -262,9 +298,23 @@ struct np_place {
 _Static_assert(sizeof(struct np_place) == 4, "np_place");
 
 struct np_local {
-    __u32 local; // always 1
+    __u32 flags; // enum np_local_flag
+    __u32 ifindex; // of the interface that has it; 0: none in particular
 };
-_Static_assert(sizeof(struct np_local) == 4, "np_local");
+_Static_assert(sizeof(struct np_local) == 8, "np_local");
+
+// Encapsulation that a device of the node takes from anyone.
+struct np_tunnel_key {
+    __u16 port; // destination port of UDP; 0 for other protocols
+    __u8 protocol;
+    __u8 pad;
+};
+_Static_assert(sizeof(struct np_tunnel_key) == 4, "np_tunnel_key");
+
+struct np_tunnel {
+    __u32 taken; // always 1
+};
+_Static_assert(sizeof(struct np_tunnel) == 4, "np_tunnel");
 
 struct np_vip4_key {
     __u8 address[4]; // 0.0.0.0: each of the node's own (node ports)
@@ -576,9 +626,13 @@ struct np_config {
     __u32 jiffies_per_second;
     __u32 wildcard; // number of the host endpoint of all interfaces, workloads' included; 0: none
     __u32 mark_shift; // where a packet to a service carries its sender's 16-bit number: skb->mark; 0: skb->tc_index
+    __u32 seen_mark; // bit of skb->mark that says that the program saw the packet come in; 0: it is not to say so
+    __u32 node_mark; // bit that the node sets in what its own processes send; 0: it does not
+    __u32 due_mark; // bit that says that no process of the node may get the packet; 0: nobody would look
+    __u32 pad;
     __u64 timeout_jiffies[NP_CONN_STATES];
 };
-_Static_assert(sizeof(struct np_config) == 88, "np_config");
+_Static_assert(sizeof(struct np_config) == 104, "np_config");
 
 struct np_schema {
     __u32 version; // NP_SCHEMA_VERSION
@@ -597,7 +651,7 @@ struct np_recent_fact {
     __u32 rule;
     __u16 carries; // number that packets of the connection carry on, 0: none
     __u8 protocol;
-    __u8 hook; // 0 ingress, 1 egress
+    __u8 hook; // enum np_hook, and NP_RECENT_DUE
 };
 _Static_assert(sizeof(struct np_recent_fact) == 24, "np_recent_fact");
 
@@ -620,7 +674,7 @@ _Static_assert(sizeof(struct np_recent6) == 64, "np_recent6 is one cache line");
 struct np_scratch {
     __u64 words[NP_SCRATCH_WORDS];
 };
-_Static_assert(sizeof(struct np_scratch) == 576, "np_scratch");
+_Static_assert(sizeof(struct np_scratch) == 608, "np_scratch");
 
 // An endpoint's row by interface, whole and checked, remembered per CPU and direct-mapped; and the last source
 // addresses that turned out to be the workload's own. Valid for one epoch.
@@ -633,7 +687,7 @@ struct np_near {
     __u32 identity4; // of own4; 0: none was seen
     __u32 own6[4]; // network order
     __u32 identity6; // of own6; 0: none was seen
-    __u32 pad;
+    __u32 link; // as in np_endpoint
     struct np_set ingress;
     struct np_set egress;
 };

@@ -37,10 +37,10 @@ struct np_question {
 };
 _Static_assert(NP_DIRECTION_EGRESS == 1 && NP_DIRECTION_INGRESS == 0, "a direction chooses an address");
 
-NP_INLINE int np_is_to_node(struct np_question *question, const int version)
+NP_INLINE int np_is_to_node(const struct np_flow *flow, struct np_question *question, const int version)
 {
     if (question->to_node == NP_TO_NODE_UNASKED)
-        question->to_node = np_is_local(question->destination, version) ? NP_TO_NODE_YES : NP_TO_NODE_NO;
+        question->to_node = np_reaches_node(flow, question->destination, version) ? NP_TO_NODE_YES : NP_TO_NODE_NO;
     return question->to_node == NP_TO_NODE_YES;
 }
 

@@ -148,11 +148,20 @@ NP_INLINE int np_conn_key_inner(struct __sk_buff *skb, union np_conn_key *key, c
     return NP_REASON_RELATED;
 }
 
+// Whether it looks as if both sides had ended it.  Anybody who knows the tuple may have said so, from outside.
+NP_INLINE int np_conn_is_closed(const struct np_conn *conn)
+{
+    return conn->state == NP_CONN_TCP_CLOSING || conn->state == NP_CONN_TCP_RESET;
+}
+
+// Whether the connection still speaks for its packets.  A closed one does as long as an open one, should it not be over
+// after all; only its place is free for others sooner (np_slot_renew).
 NP_INLINE int np_conn_is_alive(const struct np_conn *conn, const struct np_flow *flow)
 {
+    __u32 state = np_conn_is_closed(conn) ? NP_CONN_TCP_OPEN : conn->state;
     // seen_jiffies may be a tick ahead of us when another CPU wrote it; the difference is then negative, and small
     return (long long)(flow->arrival->now_jiffies - conn->seen_jiffies) <=
-           (long long)flow->config->timeout_jiffies[conn->state & (NP_CONN_STATES - 1)];
+           (long long)flow->config->timeout_jiffies[state & (NP_CONN_STATES - 1)];
 }
 
 // Policy allows the connection under a newer generation: that is seen only by who sees its rule and flags as they are.
@@ -321,7 +330,15 @@ NP_INLINE int np_conn_open(const struct np_flow *flow, const union np_conn_key *
     return NP_REASON_NONE;
 }
 
-// Move the connection on by one of its packets: time, TCP flags, and from young to open with the first reply.
+// Whether a TCP packet brings data and ends nothing.
+NP_INLINE int np_goes_on(const struct np_packet *packet)
+{
+    return packet->protocol == NP_PROTOCOL_TCP && !(packet->tcp_flags & (NP_TCP_SYN | NP_TCP_FIN | NP_TCP_RST)) &&
+           packet->end > packet->l4_offset + packet->l4_bytes;
+}
+
+// Move the connection on by one of its packets: time, TCP flags, from young to open with the first reply, and from
+// closed back to open when data goes on.
 NP_INLINE void np_conn_advance(const struct np_flow *flow, const union np_conn_key *key, const struct np_slot *slot,
                                const struct np_found *found, const int version)
 {
@@ -329,7 +346,12 @@ NP_INLINE void np_conn_advance(const struct np_flow *flow, const union np_conn_k
     struct np_conn *conn = slot->conn;
     int young = found->is_young;
     int is_over = 0;
+    int revives = !young && np_conn_is_closed(conn) && np_goes_on(packet);
     np_conn_touch(slot, flow);
+    if (NP_UNLIKELY(revives)) {
+        conn->state = NP_CONN_TCP_OPEN;
+        conn->flags &= ~(NP_CONN_FIN_ORIGINAL | NP_CONN_FIN_REPLY);
+    }
     if (packet->tcp_flags & NP_TCP_FIN && !(packet->tcp_flags & NP_TCP_RST)) {
         conn->flags |= flow->leg->reply ? NP_CONN_FIN_REPLY : NP_CONN_FIN_ORIGINAL;
         is_over = !(~conn->flags & (NP_CONN_FIN_ORIGINAL | NP_CONN_FIN_REPLY));
@@ -344,7 +366,7 @@ NP_INLINE void np_conn_advance(const struct np_flow *flow, const union np_conn_k
             conn->state = NP_CONN_TCP_OPEN;
         conn->seen_jiffies = flow->arrival->now_jiffies;
         young = 0;
-    } else if (!(packet->tcp_flags & NP_TCP_RST) && !is_over) {
+    } else if (!(packet->tcp_flags & NP_TCP_RST) && !is_over && !revives) {
         return;
     }
     np_slot_renew(slot, young, flow);

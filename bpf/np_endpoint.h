@@ -28,12 +28,13 @@ NP_INLINE __u32 np_halves(__u16 low, __u16 high)
 }
 
 // The check word of a set, as seal_endpoint() of the loader computes it.
-NP_INLINE __u32 np_set_check(const struct np_set *set, __u32 number, __u32 place, __u32 flags)
+NP_INLINE __u32 np_set_check(const struct np_set *set, __u32 number, __u32 place, __u32 flags, __u32 link)
 {
     __u32 value = NP_CHECK_SEED;
     value = np_fold(value, number);
     value = np_fold(value, place);
     value = np_fold(value, flags);
+    value = np_fold(value, link);
     value = np_fold(value, set->number);
     value = np_fold(value, np_halves(set->default_class4, set->default_class6));
     value = np_fold(value, set->peer_classes);
@@ -60,11 +61,12 @@ NP_INLINE int np_near_fill(struct np_near *near, __u32 ifindex, __u32 epoch)
         near->ifindex = ifindex;
         near->number = row->number;
         near->flags = row->flags;
+        near->link = row->link;
         near->ingress = row->ingress;
         near->egress = row->egress;
         np_keep_in_memory(near); // and what was read may not be read again
-        if (np_set_check(&near->ingress, near->number, ifindex, near->flags) == near->ingress.check &&
-            np_set_check(&near->egress, near->number, ifindex, near->flags) == near->egress.check) {
+        if (np_set_check(&near->ingress, near->number, ifindex, near->flags, near->link) == near->ingress.check &&
+            np_set_check(&near->egress, near->number, ifindex, near->flags, near->link) == near->egress.check) {
             near->epoch = epoch;
             return NP_REASON_NONE;
         }
@@ -98,7 +100,7 @@ NP_INLINE int np_host_read(__u32 number, __u32 index, struct np_owner *owner)
     owner->flags = row->version;
     owner->set = row->sets[index];
     np_keep_in_memory(owner); // and what was read may not be read again
-    if (np_set_check(&owner->set, owner->number, index | present << 8, owner->flags) != owner->set.check)
+    if (np_set_check(&owner->set, owner->number, index | present << 8, owner->flags, 0) != owner->set.check)
         return NP_REASON_TORN_ENDPOINT;
     return present >> index & 1 ? NP_REASON_NONE : NP_REASON_CONTINUE;
 }
@@ -112,27 +114,68 @@ NP_INLINE int np_endpoint_find(struct np_flow *flow)
         return reason;
     flow->leg->endpoint = near->number;
     flow->leg->endpoint_flags = near->flags;
+    flow->leg->link = near->link;
     return NP_REASON_NONE;
 }
 
-// Whether an address is one of the node's own.
-NP_INLINE int np_is_local(const __u32 *address, const int version)
+// What an address means to the node: its row, NULL when it means nothing.
+NP_INLINE const struct np_local *np_local_find(const struct np_flow *flow, const __u32 *address, const int version)
 {
-    if (NP_LIKELY(!np_is_special(address, version)))
-        return 0;
-    union np_addr_key key;
-    __builtin_memcpy(&key, address, version == 4 ? sizeof(key.v4) : sizeof(key.v6));
-    return np_local_lookup(&key, version) != 0;
+    const struct np_local *found = 0;
+    if (NP_UNLIKELY(np_is_special(address, version))) {
+        union np_addr_key key;
+        __builtin_memcpy(&key, address, version == 4 ? sizeof(key.v4) : sizeof(key.v6));
+        found = np_local_lookup(&key, version);
+    }
+    if (NP_UNLIKELY(!found && flow->config->flags & NP_CONFIG_LOCAL_NETS)) {
+        union np_cidr_key key;
+        if (version == 4) {
+            key.v4.prefix_bits = 32;
+            __builtin_memcpy(key.v4.address, address, sizeof(key.v4.address));
+        } else {
+            key.v6.prefix_bits = 128;
+            __builtin_memcpy(key.v6.address, address, sizeof(key.v6.address));
+        }
+        found = np_local_net_lookup(&key, version);
+    }
+    return found;
+}
+
+// The same as flags, enum np_local_flag.
+NP_INLINE __u32 np_local_flags(const struct np_flow *flow, const __u32 *address, const int version)
+{
+    if (version == 4 && NP_UNLIKELY((address[0] & np_host32(0xff000000)) == np_host32(0x7f000000)))
+        return NP_LOCAL_OWN;
+    const struct np_local *found = np_local_find(flow, address, version);
+    return found ? found->flags : 0;
+}
+
+// Whether an address is one of the node's own.
+NP_INLINE int np_is_local(const struct np_flow *flow, const __u32 *address, const int version)
+{
+    return (np_local_flags(flow, address, version) & NP_LOCAL_OWN) != 0;
+}
+
+// Whether an address is that of a group or of all on a link, as far as it says so itself.
+NP_INLINE int np_is_many(const __u32 *address, const int version)
+{
+    if (version == 4)
+        return (address[0] & np_host32(0xf0000000)) == np_host32(0xe0000000) || address[0] == 0xffffffff;
+    return (address[0] & np_host32(0xff000000)) == np_host32(0xff000000);
+}
+
+// Whether processes of the node get what is sent there: its addresses, broadcast, groups that it has joined.
+NP_INLINE int np_reaches_node(const struct np_flow *flow, const __u32 *address, const int version)
+{
+    if (version == 4 && address[0] == 0xffffffff)
+        return 1;
+    return (np_local_flags(flow, address, version) & (NP_LOCAL_OWN | NP_LOCAL_MANY | NP_LOCAL_GROUP)) != 0;
 }
 
 // Whether the node's own processes may be meant: its addresses, and what is for many.
-NP_INLINE int np_is_for_node(const __u32 *address, const int version)
+NP_INLINE int np_is_for_node(const struct np_flow *flow, const __u32 *address, const int version)
 {
-    if (version == 4 && ((address[0] & np_host32(0xf0000000)) == np_host32(0xe0000000) || address[0] == 0xffffffff))
-        return 1;
-    if (version == 6 && (address[0] & np_host32(0xff000000)) == np_host32(0xff000000))
-        return 1;
-    return np_is_local(address, version);
+    return np_is_many(address, version) || np_reaches_node(flow, address, version);
 }
 
 NP_INLINE int np_is_link_local(const __u32 *address)
@@ -140,17 +183,20 @@ NP_INLINE int np_is_link_local(const __u32 *address)
     return (address[0] & np_host32(0xffc00000)) == np_host32(0xfe800000);
 }
 
-NP_INLINE int np_may_borrow(const struct np_flow *flow, const int version)
+// Whether an address is in a prefix that the workload may send from although it does not own it.
+NP_INLINE int np_may_borrow(const struct np_flow *flow, const __u32 *address, const int version)
 {
     union np_source_key key;
+    if (!(flow->leg->endpoint_flags & NP_ENDPOINT_SOURCES))
+        return 0;
     if (version == 4) {
         key.v4.prefix_bits = 64;
         key.v4.endpoint = flow->leg->endpoint;
-        __builtin_memcpy(key.v4.address, flow->packet->source, sizeof(key.v4.address));
+        __builtin_memcpy(key.v4.address, address, sizeof(key.v4.address));
     } else {
         key.v6.prefix_bits = 160;
         key.v6.endpoint = flow->leg->endpoint;
-        __builtin_memcpy(key.v6.address, flow->packet->source, sizeof(key.v6.address));
+        __builtin_memcpy(key.v6.address, address, sizeof(key.v6.address));
     }
     return np_source_lookup(&key, version) != 0;
 }
@@ -177,9 +223,19 @@ NP_INLINE int np_is_own(struct np_flow *flow, const __u32 *address, const int ve
     return 1;
 }
 
-// Whether a workload sends from an address it may not use.  Its own: the address row names this endpoint.  IPv6
-// link-local: meaningful on this link only, so any.  Borrowed: a prefix of np_source; such packets leave no connection,
-// lest a workload fill the table with addresses of its choice.
+// Whether a link-local source reaches nobody but the node: on a link without others, or because it is sent to the node.
+// Others know their peers by address, and of these they know none.
+NP_INLINE int np_is_for_node_alone(const struct np_flow *flow)
+{
+    if (flow->leg->link == flow->arrival->ifindex)
+        return 1;
+    const struct np_local *local = np_local_find(flow, flow->packet->destination, 6);
+    return local && local->flags & NP_LOCAL_OWN && local->ifindex == flow->leg->link;
+}
+
+// Whether a workload sends from an address it may not use.  Its own: the address row names this endpoint.  Borrowed: a
+// prefix of np_source; such packets leave no connection, lest a workload fill the table with addresses of its choice.
+// Link-local: any, where the node alone gets it.
 NP_INLINE int np_is_spoofed(struct np_flow *flow, const int version)
 {
     if (flow->leg->direction != NP_DIRECTION_EGRESS || flow->leg->endpoint_flags & NP_ENDPOINT_HOST)
@@ -187,11 +243,56 @@ NP_INLINE int np_is_spoofed(struct np_flow *flow, const int version)
     const __u32 *source = flow->packet->source;
     if (NP_LIKELY(np_is_own(flow, source, version)))
         return 0;
-    if (version == 6 && np_is_link_local(source))
+    if (version == 6 && np_is_link_local(source) && np_is_for_node_alone(flow))
         return 0;
-    if (flow->leg->endpoint_flags & NP_ENDPOINT_SOURCES && np_may_borrow(flow, version)) {
+    if (np_may_borrow(flow, source, version)) {
         flow->leg->untracked = 1;
         return 0;
     }
     return 1;
+}
+
+// Whether a packet is at a workload's interface without being for it: for one of its addresses, a prefix that it may
+// send from, many, or a link-local address, of which it is not known whose it is.
+NP_INLINE int np_is_misdelivered(struct np_flow *flow, const int version)
+{
+    const __u32 *destination = flow->packet->destination;
+    if (flow->leg->direction != NP_DIRECTION_INGRESS ||
+        flow->leg->endpoint_flags & (NP_ENDPOINT_HOST | NP_ENDPOINT_ROUTES))
+        return 0;
+    if (NP_LIKELY(np_is_own(flow, destination, version)))
+        return 0;
+    if (np_is_many(destination, version) || (version == 6 && np_is_link_local(destination)))
+        return 0;
+    return !(np_local_flags(flow, destination, version) & NP_LOCAL_MANY) && !np_may_borrow(flow, destination, version);
+}
+
+// Whether a packet from outside has the source of a workload of this node, which would have come in at its interface.
+NP_INLINE int np_is_foreign(struct np_flow *flow, const int version)
+{
+    if (NP_LIKELY(!(flow->leg->endpoint_flags & NP_ENDPOINT_OUTSIDE)) || flow->config->flags & NP_CONFIG_HAIRPIN)
+        return 0;
+    const struct np_addr *addr = np_addr_find(flow, flow->packet->source, version);
+    return addr->endpoint && np_place_lookup(addr->endpoint);
+}
+
+// Whether a workload sends a node what a tunnel device there would take from anyone, and unpack.
+NP_INLINE int np_is_tunnelled(const struct np_flow *flow, const int version)
+{
+    const struct np_packet *packet = flow->packet;
+    __u16 port = 0;
+    switch (packet->protocol) {
+    case NP_PROTOCOL_UDP:
+        port = packet->destination_port;
+        break;
+    case NP_PROTOCOL_IPIP:
+    case NP_PROTOCOL_IP6:
+    case NP_PROTOCOL_GRE:
+        break;
+    default:
+        return 0;
+    }
+    if (NP_LIKELY(!np_is_tunnel(packet->protocol, port)))
+        return 0;
+    return np_is_many(packet->destination, version) || np_local_flags(flow, packet->destination, version);
 }

@@ -40,6 +40,7 @@ struct np_leg {
     __u32 endpoint_flags;
     __u32 own_identity; // 0: not looked up
     __u32 carried; // number of the endpoint whose policy is to judge the packet here, 0: none
+    __u32 link; // interface that has the addresses of this link; 0: not known
     struct np_addr addr; // found last (np_bucket.h)
     __u32 class; // found last (np_bucket.h)
     __u8 direction; // of this packet, enum np_direction
@@ -53,8 +54,9 @@ struct np_leg {
     __u32 hash; // of the connection's key (np_table.h), as the next two
     __u32 open_place; // of the open connection with the key
     __u32 young_place; // of the young one
+    __u32 pad;
 };
-_Static_assert(sizeof(struct np_leg) == 48, "np_leg is whole words");
+_Static_assert(sizeof(struct np_leg) == 56, "np_leg is whole words");
 
 // When and where the packet was met.
 struct np_arrival {
@@ -62,9 +64,11 @@ struct np_arrival {
     __u32 generation; // what is decided under older rows must not bear a newer number
     __u32 epoch;
     __u32 ifindex;
-    __u32 ingress_ifindex; // 0: sent by the host itself
+    __u32 ingress_ifindex; // 0: nothing is known of where it came in
     __u32 frame_bytes;
     __u32 hook; // enum np_hook
+    __u32 is_from_node; // sent by a process of the node, or by its kernel
+    __u32 pad;
 };
 
 // What the pointers point to lives in np_scratch: the stack has 512 bytes, a called program has a stack of its own, and

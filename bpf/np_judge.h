@@ -32,11 +32,12 @@ enum np_ask {
     NP_ASK_FORWARD = 3,
     NP_ASK_PRE_DNAT = 4,
     NP_ASK_UNTRACKED = 5,
+    NP_ASK_SERVICE = 6, // the workload's policy about a service's own address: what it says only makes the packet due
     NP_ASK_FAILSAFE = 10, // normal policy, of which only a failsafe port counts
 };
 
 #define NP_ASK_STAGES 0x3210u // stage of NORMAL, FORWARD, PRE_DNAT, UNTRACKED: four bits for each, from ask 2 on
-#define NP_OUTWARDS_WORKLOAD (1u << NP_ASK_WORKLOAD)
+#define NP_OUTWARDS_WORKLOAD (1u << NP_ASK_WORKLOAD | 1u << NP_ASK_SERVICE)
 #define NP_OUTWARDS_HOST                                                                                               \
     (1u << NP_ASK_NORMAL | 1u << NP_ASK_FORWARD | 1u << NP_ASK_PRE_DNAT | 1u << NP_ASK_UNTRACKED |                     \
      1u << NP_ASK_FAILSAFE)
@@ -75,7 +76,8 @@ struct np_work {
     __u8 is_sender; // the lists are those of the sender
     __u8 calls_left; // of NP_JUDGE_CALLS
     __u8 is_error; // came as an ICMP error
-    __u8 pad[2];
+    __u8 is_first_leg; // the sender's connection is the one that deferred the verdict
+    __u8 is_due; // the sender may not send to the service's own address
 };
 #define NP_QUESTION_WIRE 0
 #define NP_QUESTION_FINAL 1
@@ -111,7 +113,7 @@ NP_INLINE int np_ask_find(const struct np_flow *flow, struct np_work *work, __u3
                           const struct np_set **set)
 {
     *set = &work->owner.set;
-    if (ask == NP_ASK_WORKLOAD) {
+    if (ask == NP_ASK_WORKLOAD || ask == NP_ASK_SERVICE) {
         int reason;
         const struct np_near *near = np_near_find(work->ifindex, flow->arrival->epoch, &reason);
         if (!near)
@@ -145,7 +147,8 @@ NP_INLINE int np_ask(struct np_flow *flow, struct np_work *work, const int versi
     if (reason == NP_REASON_TORN_ENDPOINT)
         return 0; // read it again
     work->asks_left >>= 4;
-    if (ask != NP_ASK_WORKLOAD && (reason == NP_REASON_NONE || reason == NP_REASON_CONTINUE)) {
+    int is_workload = ask == NP_ASK_WORKLOAD || ask == NP_ASK_SERVICE;
+    if (!is_workload && (reason == NP_REASON_NONE || reason == NP_REASON_CONTINUE)) {
         if (work->seen && work->owner.flags != work->seen) { // the row changed between two lists: begin again
             work->asks_left = work->asks;
             work->seen = 0;
@@ -166,6 +169,13 @@ NP_INLINE int np_ask(struct np_flow *flow, struct np_work *work, const int versi
         np_barrier();
         reason = work->reason;
     }
+    if (NP_UNLIKELY(ask == NP_ASK_SERVICE)) { // no verdict: the packet is judged where it leaves
+        work->is_due = reason || decision->action != NP_ACTION_ALLOW;
+        decision->action = decision->staged_action = NP_ACTION_CONTINUE;
+        decision->reason = NP_REASON_CONTINUE;
+        decision->rule = decision->staged_rule = decision->log_list = 0;
+        return 0;
+    }
     if (NP_UNLIKELY(reason == NP_REASON_SELF)) {
         decision->action = decision->staged_action = NP_ACTION_ALLOW;
         decision->reason = reason;
@@ -180,7 +190,7 @@ NP_INLINE int np_ask(struct np_flow *flow, struct np_work *work, const int versi
     if (decision->action == NP_ACTION_DENY) {
         if (!reason)
             decision->reason = NP_REASON_POLICY_DENY;
-        if (ask != NP_ASK_WORKLOAD && work->host != flow->leg->endpoint) {
+        if (!is_workload && work->host != flow->leg->endpoint) {
             flow->leg->endpoint = work->host; // whose verdict it is
             flow->leg->direction = flow->leg->reply ? !direction : direction;
         }
@@ -234,5 +244,6 @@ NP_INLINE int np_judge(struct __sk_buff *skb, struct np_flow *flow, struct np_wo
     work->asks_left = work->asks;
     work->seen = 0;
     work->is_kept = 0;
+    work->is_due = 0;
     return np_judge_next(skb, work);
 }

@@ -35,19 +35,29 @@
 #define np_forget(number) __asm__ __volatile__("" : "+r"(number))
 
 // A 64-bit number that the loader puts into the instructions: LLVM's intrinsic for a load whose source register is
-// `kind`.  netpol_loader/relocate.py knows both kinds; they have to be constants.
+// `kind`.  netpol_loader/link.py knows the kinds; they have to be constants.
 __u64 np_pseudo(__u64 kind, __u64 number) __asm__("llvm.bpf.pseudo");
 #define NP_MAP_OF(name) ((void *)np_pseudo(1, name)) // the map; 1 is BPF_PSEUDO_MAP_FD
 #define NP_MASK(name)                                                                                                  \
     np_pseudo(15, name) // slots of the map that a hash chooses from, less one; 15 is the project's own
+#define NP_KERNEL(fact) np_pseudo(14, fact) // a fact of the running kernel, enum np_kernel_fact; likewise
 
 // The kernel's helper functions, by their numbers.
 static void *(*const np_lookup)(void *map, const void *key) = (void *)BPF_FUNC_map_lookup_elem;
 static long (*const np_update)(void *map, const void *key, const void *value,
                                __u64 flags) = (void *)BPF_FUNC_map_update_elem;
 static long (*const np_tail_call)(void *context, void *map, __u32 slot) = (void *)BPF_FUNC_tail_call;
+static struct bpf_sock *(*const np_socket_lookup)(void *context, struct bpf_sock_tuple *tuple, __u32 bytes, __u64 netns,
+                                                  __u64 flags) = (void *)BPF_FUNC_skc_lookup_tcp;
+static long (*const np_socket_release)(struct bpf_sock *socket) = (void *)BPF_FUNC_sk_release;
+static long (*const np_fib_lookup)(void *context, void *route, int bytes, __u32 flags) = (void *)BPF_FUNC_fib_lookup;
+static long (*const np_probe_read_kernel)(void *to, __u32 bytes, const void *from) = (void *)BPF_FUNC_probe_read_kernel;
 static void *(*const np_ringbuf_reserve)(void *map, __u64 bytes, __u64 flags) = (void *)BPF_FUNC_ringbuf_reserve;
 static void (*const np_ringbuf_submit)(void *record, __u64 flags) = (void *)BPF_FUNC_ringbuf_submit;
+
+// The kernel's own form of a packet, by its function bpf_cast_to_kern_ctx, which BCC cannot call: the loader makes a
+// call of it out of this one.  Where there is none this is never reached (NP_KERNEL_CAST).
+static void *(*const np_kernel_skb)(void *context) = (void *)0x4e50;
 
 // On machines that make loads and stores in another order than the program's (docs/adr/0010, docs/adr/0011): a store of
 // eight bytes that everything before it precedes, and a load whose address is made of what was loaded before it.

@@ -44,11 +44,23 @@ NP_MAP("hash", np_host, struct np_number_key, struct np_host, 64, BPF_F_NO_PREAL
 // Lives as long as the endpoint's row.
 NP_MAP("hash", np_place, struct np_number_key, struct np_place, 4096, BPF_F_NO_PREALLOC);
 
-// The node's own addresses, broadcast ones included.  The agent writes, the program reads.  Looked up for a new flow
-// from a workload or on a host interface.  When full: the agent refuses the change.  Key: network order.  Lives as long
-// as the address.
+// Single addresses that mean this node or another one, and how: own, broadcast, joined groups, other nodes'.  The agent
+// writes, the program reads.  Looked up for a new flow from a workload or on a host interface.  When full: the agent
+// refuses the change.  Key: network order.  Lives as long as the address.
 NP_MAP("hash", np_local4, struct np_addr4_key, struct np_local, 4096, BPF_F_NO_PREALLOC);
 NP_MAP("hash", np_local6, struct np_addr6_key, struct np_local, 4096, BPF_F_NO_PREALLOC);
+
+// Longest prefix all of whose addresses are the node's own (local routes shorter than an address), but for 127.0.0.0/8.
+// The agent writes, the program reads.  Looked up where np_local is, if the configuration says that there are rows.
+// When full: the agent refuses the change.  Key: prefix length in host order, address in network order.  Lives as long
+// as the route.
+NP_MAP("lpm_trie", np_local4_net, struct np_cidr4_key, struct np_local, 256, BPF_F_NO_PREALLOC);
+NP_MAP("lpm_trie", np_local6_net, struct np_cidr6_key, struct np_local, 256, BPF_F_NO_PREALLOC);
+
+// Protocol and port to whether that is encapsulation which a node takes from anyone.  The agent writes, the program
+// reads.  Looked up for a packet from a workload that may be that.  When full: the agent refuses the change.  Key: port
+// in host order.  Lives as long as the device, or as the option that names it.
+NP_MAP("hash", np_tunnel, struct np_tunnel_key, struct np_tunnel, 64, BPF_F_NO_PREALLOC);
 
 // Service address, protocol and port, to what else is known of it: packets there are judged where they leave.  The
 // agent writes, the program reads.  Looked up for a new flow that enters the node.  When full: the agent refuses the
@@ -264,6 +276,19 @@ NP_INLINE struct np_local *np_local_lookup(union np_addr_key *key, const int ver
     if (version == 4)
         return np_lookup(NP_MAP_OF(np_local4), &key->v4);
     return np_lookup(NP_MAP_OF(np_local6), &key->v6);
+}
+
+NP_INLINE struct np_local *np_local_net_lookup(union np_cidr_key *key, const int version)
+{
+    if (version == 4)
+        return np_lookup(NP_MAP_OF(np_local4_net), &key->v4);
+    return np_lookup(NP_MAP_OF(np_local6_net), &key->v6);
+}
+
+NP_INLINE int np_is_tunnel(__u8 protocol, __u16 port)
+{
+    struct np_tunnel_key key = {.port = port, .protocol = protocol};
+    return np_lookup(NP_MAP_OF(np_tunnel), &key) != 0;
 }
 
 NP_INLINE struct np_vip *np_vip_lookup(union np_vip_key *key, const int version)

@@ -20,16 +20,18 @@
 
 #define NP_PROTOCOL_HOP_BY_HOP 0
 #define NP_PROTOCOL_ICMP 1
+#define NP_PROTOCOL_IPIP 4
 #define NP_PROTOCOL_TCP 6
 #define NP_PROTOCOL_UDP 17
+#define NP_PROTOCOL_IP6 41
 #define NP_PROTOCOL_ROUTING 43
 #define NP_PROTOCOL_FRAGMENT 44
+#define NP_PROTOCOL_GRE 47
 #define NP_PROTOCOL_AUTHENTICATION 51
 #define NP_PROTOCOL_ICMPV6 58
 #define NP_PROTOCOL_NONE 59
 #define NP_PROTOCOL_DESTINATION 60
 #define NP_PROTOCOL_SCTP 132
-#define NP_PROTOCOL_MOBILITY 135
 
 #define NP_TCP_FIN 1
 #define NP_TCP_SYN 2
@@ -129,7 +131,7 @@ struct np_packet {
     __u16 source_port; // ICMP query: the identifier
     __u16 destination_port; // ICMP answer: the identifier
     __u16 ethertype;
-    __u16 l4_offset; // from the Ethernet header
+    __u16 l4_offset; // from the packet's beginning, be that its link or its network header
     __u32 end; // the same, of the byte after the packet by its own word; what follows is padding
     __u16 fragment_start; // the same, of the fragmented part; set in a first fragment
     __u16 fragment_units; // of 8 bytes. Later fragment: its offset; first one: how far its headers reach
@@ -142,7 +144,9 @@ struct np_packet {
     __u8 version; // 4, 6; 0: not IP or not known
     __u8 special; // never takes the short way: SYN, FIN, RST, ICMP, fragments
     __u32 fragment_id; // as on the wire
-    __u32 pad;
+    __u8 hop_limit; // of IPv6
+    __u8 l4_bytes; // of the transport header, with TCP's options; 0: there is none, or none that is read
+    __u16 pad;
 };
 _Static_assert(sizeof(struct np_packet) == 64, "np_packet is whole words");
 
@@ -160,8 +164,9 @@ NP_INLINE __u32 np_offset(const struct np_packet *packet)
     return packet->l4_offset & NP_OFFSET_MASK;
 }
 
-// Ethernet and VLAN tags. Sets the packet's ethertype, and l4_offset to where the network header begins.
-NP_INLINE int np_parse_frame(struct __sk_buff *skb, struct np_bytes *bytes, struct np_packet *packet)
+// Ethernet and VLAN tags. Sets the packet's ethertype, and l4_offset to where the network header begins.  `has_link`:
+// else the packet begins there.
+NP_INLINE int np_parse_frame(struct __sk_buff *skb, struct np_bytes *bytes, struct np_packet *packet, int has_link)
 {
     __u32 linear = skb->data_end - skb->data;
     if (NP_UNLIKELY(linear < NP_PULL_BYTES && linear < skb->len))
@@ -169,6 +174,11 @@ NP_INLINE int np_parse_frame(struct __sk_buff *skb, struct np_bytes *bytes, stru
     bytes->start = (void *)(long)skb->data;
     bytes->end = (void *)(long)skb->data_end;
 
+    packet->end = skb->len;
+    if (NP_UNLIKELY(!has_link)) {
+        packet->ethertype = np_host16((__u16)skb->protocol);
+        return NP_REASON_NONE;
+    }
     struct np_eth_header *eth = bytes->start;
     if ((void *)(eth + 1) > bytes->end)
         return NP_REASON_SHORT;
@@ -186,7 +196,6 @@ NP_INLINE int np_parse_frame(struct __sk_buff *skb, struct np_bytes *bytes, stru
     }
     packet->ethertype = type;
     packet->l4_offset = offset;
-    packet->end = skb->len;
     return NP_REASON_NONE;
 }
 
@@ -222,11 +231,11 @@ NP_INLINE int np_parse_ip4(const struct np_bytes *bytes, struct np_packet *packe
 NP_INLINE int np_is_ip6_extension(__u8 protocol)
 {
     return protocol == NP_PROTOCOL_HOP_BY_HOP || protocol == NP_PROTOCOL_ROUTING || protocol == NP_PROTOCOL_FRAGMENT ||
-           protocol == NP_PROTOCOL_AUTHENTICATION || protocol == NP_PROTOCOL_DESTINATION ||
-           protocol == NP_PROTOCOL_MOBILITY;
+           protocol == NP_PROTOCOL_AUTHENTICATION || protocol == NP_PROTOCOL_DESTINATION;
 }
 
-// The extension headers, at most NP_IP6_HEADERS. AH is walked like the others, ESP ends the walk as a protocol.
+// The extension headers that the kernel walks, at most NP_IP6_HEADERS.  AH is one of them; ESP and mobility end the
+// walk as protocols: behind them the kernel looks for no other.
 NP_INLINE int np_parse_ip6_headers(const struct np_bytes *bytes, struct np_packet *packet, __u8 next,
                                    __u32 stated_bytes)
 {
@@ -295,6 +304,7 @@ NP_INLINE int np_parse_ip6(const struct np_bytes *bytes, struct np_packet *packe
         packet->end -= room - stated_bytes;
     __builtin_memcpy(packet->source, ip->source, sizeof(packet->source));
     __builtin_memcpy(packet->destination, ip->destination, sizeof(packet->destination));
+    packet->hop_limit = ip->hop_limit;
     packet->l4_offset += sizeof(*ip);
     if (NP_LIKELY(ip->next == NP_PROTOCOL_TCP || ip->next == NP_PROTOCOL_UDP)) {
         packet->protocol = ip->next;
@@ -354,7 +364,7 @@ NP_INLINE int np_parse_l4(const struct np_bytes *bytes, struct np_packet *packet
         struct np_tcp_header *tcp = l4;
         if ((void *)(tcp + 1) > bytes->end || tcp->words >> 4 < 5 || (tcp->words >> 4) * 4u > room)
             return NP_REASON_BAD_L4;
-        header_bytes = sizeof(*tcp);
+        header_bytes = (tcp->words >> 4) * 4u;
         np_parse_ports(&tcp->ports, packet);
         packet->tcp_flags = tcp->flags;
         if (tcp->flags & (NP_TCP_SYN | NP_TCP_FIN | NP_TCP_RST))
@@ -380,6 +390,7 @@ NP_INLINE int np_parse_l4(const struct np_bytes *bytes, struct np_packet *packet
     } else {
         header_bytes = 0;
     }
+    packet->l4_bytes = header_bytes;
     if (NP_UNLIKELY(packet->fragment == NP_FRAGMENT_FIRST))
         packet->fragment_units = (packet->l4_offset - packet->fragment_start + header_bytes + 7) / 8;
     return NP_REASON_NONE;
@@ -403,22 +414,4 @@ NP_INLINE int np_is_dhcp_request(const struct np_packet *packet, const int versi
         return packet->source_port == 68 && packet->destination_port == 67 && to[0] == 0xffffffff;
     return packet->source_port == 546 && packet->destination_port == 547 && to[0] == np_host32(0xff020000) && !to[1] &&
            !to[2] && to[3] == np_host32(0x00010002); // ff02::1:2
-}
-
-// IPv6 neighbour and listener discovery, which always passes: queries, reports, solicitations, advertisements.
-NP_INLINE int np_is_neighbour(const struct np_packet *packet)
-{
-    if (NP_LIKELY(packet->protocol != NP_PROTOCOL_ICMPV6) || packet->fragment != NP_FRAGMENT_WHOLE)
-        return 0;
-    switch (packet->icmp_type) {
-    case 130: // listener query
-    case 131: // listener report
-    case 132: // listener done
-    case 133: // router solicitation
-    case 135: // neighbour solicitation
-    case 136: // neighbour advertisement
-        return 1;
-    default: // 134, router advertisement, is for policy to decide
-        return 0;
-    }
 }

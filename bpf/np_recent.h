@@ -14,6 +14,7 @@
 
 #include "np_count.h"
 #include "np_flow.h"
+#include "np_kernel.h"
 #include "np_maps.h"
 #include "np_service.h"
 
@@ -58,12 +59,13 @@ NP_INLINE __u64 np_recent_other(const struct np_recent_fact *fact, const __u32 *
 
 // Remember what np_conn says of a tuple at a hook of the packet's interface.
 NP_INLINE void np_recent_store(const struct np_flow *flow, const __u32 *source, const __u32 *destination,
-                               struct np_ports ports, __u32 rule, __u32 carries, const int hook, const int version)
+                               struct np_ports ports, __u32 rule, __u32 carries, int is_due, const int hook,
+                               const int version)
 {
     __u32 ports_be;
     __builtin_memcpy(&ports_be, &ports, sizeof(ports_be));
     struct np_recent_fact *fact = np_recent_slot(source, destination, ports_be, hook, version);
-    if (!fact)
+    if (!fact || flow->leg->endpoint_flags & NP_ENDPOINT_LAYER3) // the short way reads Ethernet
         return;
     const int words = version == 4 ? 1 : 4;
     __u32 *address = (__u32 *)fact - 2 * words;
@@ -79,29 +81,30 @@ NP_INLINE void np_recent_store(const struct np_flow *flow, const __u32 *source, 
     fact->rule = rule;
     fact->carries = carries;
     fact->protocol = flow->packet->protocol;
-    fact->hook = hook;
+    fact->hook = is_due ? hook | NP_RECENT_DUE : hook;
 }
 
 // Remember what np_conn says of the packet's connection for packets like this one.
-NP_INLINE void np_recent_fill(const struct np_flow *flow, __u32 rule, __u32 carries, const int hook, const int version)
+NP_INLINE void np_recent_fill(const struct np_flow *flow, __u32 rule, __u32 carries, int is_due, const int hook,
+                              const int version)
 {
     const struct np_packet *packet = flow->packet;
     if (packet->protocol != NP_PROTOCOL_TCP && packet->protocol != NP_PROTOCOL_UDP)
         return;
     struct np_ports ports = {np_net16(packet->source_port), np_net16(packet->destination_port)};
-    np_recent_store(flow, packet->source, packet->destination, ports, rule, carries, hook, version);
+    np_recent_store(flow, packet->source, packet->destination, ports, rule, carries, is_due, hook, version);
 }
 
 // And for those of the other direction, which pass the interface's other hook: when a connection becomes open, the next
 // packets of both directions are at hand.
-NP_INLINE void np_recent_fill_other(const struct np_flow *flow, __u32 rule, __u32 carries, const int hook,
+NP_INLINE void np_recent_fill_other(const struct np_flow *flow, __u32 rule, __u32 carries, int is_due, const int hook,
                                     const int version)
 {
     const struct np_packet *packet = flow->packet;
     if (packet->protocol != NP_PROTOCOL_TCP && packet->protocol != NP_PROTOCOL_UDP)
         return;
     struct np_ports ports = {np_net16(packet->destination_port), np_net16(packet->source_port)};
-    np_recent_store(flow, packet->destination, packet->source, ports, rule, carries, !hook, version);
+    np_recent_store(flow, packet->destination, packet->source, ports, rule, carries, is_due, !hook, version);
 }
 
 // The transport header of a plain packet with so many bytes from there on, of which 20 can be read.
@@ -127,14 +130,22 @@ NP_INLINE int np_short_pass(struct __sk_buff *skb, const struct np_config *confi
     if (!fact)
         return NP_LONG_WAY;
     __u64 other = np_recent_other(fact, source, version) | (fact->ports_be ^ plain->ports_be) |
-                  (fact->protocol ^ plain->protocol) | (fact->hook ^ (__u32)hook) | (fact->ifindex ^ skb->ifindex) |
-                  (fact->generation ^ config->generation);
+                  (fact->protocol ^ plain->protocol) | ((fact->hook ^ (__u32)hook) & NP_HOOK_EGRESS) |
+                  (fact->ifindex ^ skb->ifindex) | (fact->generation ^ config->generation);
     // not yet, and not long ago either: the low bits come round
     __u32 left = fact->until_jiffies - (__u32)bpf_jiffies64() - 1;
     if (NP_UNLIKELY(other || left >= config->jiffies_per_second))
         return NP_LONG_WAY;
+    const __u32 l4_offset =
+        sizeof(struct np_eth_header) + (version == 4 ? sizeof(struct np_ip4_header) : sizeof(struct np_ip6_header));
+    __u32 checksum = np_checksum_at(skb);
+    if (NP_UNLIKELY(checksum != NP_NO_CHECKSUM &&
+                    checksum != l4_offset + (plain->protocol == NP_PROTOCOL_TCP ? 16 : 6)))
+        return NP_LONG_WAY;
     np_count_rule(fact->rule, skb->len);
-    if (NP_UNLIKELY(fact->carries) && np_carry(skb, config, fact->carries))
+    if (hook == NP_HOOK_INGRESS)
+        skb->mark |= config->seen_mark;
+    if (NP_UNLIKELY(fact->carries) && np_carry(skb, config, fact->carries, fact->hook & NP_RECENT_DUE))
         return NP_PASS_ALONE;
     return NP_PASS;
 }

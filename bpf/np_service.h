@@ -6,8 +6,9 @@
 // has.
 //
 // Invariants.  A packet whose verdict was deferred passes no hook of ours on its way out without that verdict.  Where
-// there may be no hook (a process of this node is behind the service) that backend is judged at once.  A number that
-// something else put into a packet can only add a verdict, never replace one.
+// there may be no hook (a process of this node is behind the service) that backend is judged at once, and a packet that
+// its sender may not even send to the service's own address bears a mark by which no process of this node gets it.  A
+// number that something else put into a packet can only add a verdict, never replace one.
 #pragma once
 
 #include "np_conn.h"
@@ -19,12 +20,10 @@
 #define NP_CARRY_MASK 0xffffu // a number has 16 bits: skb->tc_index has no more
 
 // What is known of a service address: by itself, else as a port of each of the node's own addresses.
-NP_INLINE struct np_vip *np_vip_of(struct np_question *question, const int version)
+NP_INLINE struct np_vip *np_vip_of(const struct np_flow *flow, struct np_question *question, const int version)
 {
-    if (NP_LIKELY(!np_is_special(question->destination, version))) {
-        question->to_node = NP_TO_NODE_NO;
+    if (NP_LIKELY(!np_is_special(question->destination, version)))
         return 0;
-    }
     union np_vip_key key = {};
     struct np_vip *vip;
     if (version == 4) {
@@ -39,7 +38,7 @@ NP_INLINE struct np_vip *np_vip_of(struct np_question *question, const int versi
     vip = np_vip_lookup(&key, version);
     if (vip)
         return vip;
-    if (!np_is_to_node(question, version))
+    if (!np_is_to_node(flow, question, version))
         return 0;
     if (version == 4)
         __builtin_memset(key.v4.address, 0, sizeof(key.v4.address));
@@ -60,14 +59,16 @@ NP_INLINE __u32 np_carried(const struct __sk_buff *skb, const struct np_config *
 
 // Let the packet carry a number (0: none).  tc_index survives all of netfilter, but another program's TC_ACT_OK in
 // clsact overwrites it; so a packet that carries one there is not to be shown to programs behind this one: whether that
-// is so is returned.  clsact takes the new tc_index from tc_classid.
-NP_INLINE __u8 np_carry(struct __sk_buff *skb, const struct np_config *config, __u32 number)
+// is so is returned.  clsact takes the new tc_index from tc_classid.  `is_due`: no process of this node may get it.
+NP_INLINE __u8 np_carry(struct __sk_buff *skb, const struct np_config *config, __u32 number, __u32 is_due)
 {
     __u32 shift = config->mark_shift & 31;
+    __u32 mark = (skb->mark & ~config->due_mark) | (is_due ? config->due_mark : 0);
     if (shift) {
-        skb->mark = (skb->mark & ~(NP_CARRY_MASK << shift)) | number << shift;
+        skb->mark = (mark & ~(NP_CARRY_MASK << shift)) | number << shift;
         return 0;
     }
+    skb->mark = mark;
     skb->tc_index = number;
     skb->tc_classid = number;
     return number != 0;
@@ -88,7 +89,7 @@ NP_INLINE void np_sender_plan(struct np_flow *flow, struct np_work *work, const 
         work->host = flow->config->wildcard;
         work->asks = NP_ASK_WORKLOAD | (work->host ? NP_ASK_FORWARD << 4 : 0);
     } else {
-        work->hides_source = np_is_local(source, version);
+        work->hides_source = np_is_local(flow, source, version);
         work->host = flow->leg->carried;
         work->asks = NP_ASK_FORWARD;
     }
@@ -120,6 +121,8 @@ NP_INLINE int np_sender(struct __sk_buff *skb, struct np_flow *flow, struct np_w
             flow->packet->icmp_kind = NP_ICMP_PLAIN; // a message like any other
     }
     np_barrier();
+    if (work->ifindex && np_is_tunnelled(flow, version))
+        return NP_REASON_TUNNEL;
     if (!leg->related)
         np_conn_key_of(key, flow, version);
     np_slot_seek(flow, key, version);
@@ -127,6 +130,13 @@ NP_INLINE int np_sender(struct __sk_buff *skb, struct np_flow *flow, struct np_w
     struct np_conn *conn = slot.conn;
     if (leg->related && !conn)
         return NP_REASON_ICMP_UNRELATED;
+    // The same connection as where the packet came in: nobody has translated the service's address.  What was deferred
+    // there is no verdict.
+    work->is_first_leg = conn && found->flags & NP_CONN_DEFERRED;
+    if (work->is_first_leg) {
+        found->is_known = 0;
+        conn = 0;
+    }
     question->icmp_type = packet->icmp_type;
     question->icmp_code = packet->icmp_code;
     if (conn) {
@@ -174,7 +184,8 @@ NP_INLINE int np_sender_verdict(struct np_flow *flow, struct np_work *work, cons
     if (denied)
         return work->reason;
     // Sources of the sender's choice are not remembered, those that the node put in their place are.
-    if (np_conn_opens(flow) && (!work->hides_source || np_is_local(question->source, version)) &&
+    if (np_conn_opens(flow) && !work->is_first_leg &&
+        (!work->hides_source || np_is_local(flow, question->source, version)) &&
         np_conn_open(flow, key, packet->protocol == NP_PROTOCOL_TCP ? NP_CONN_TCP_OPEN : 0, 0, version))
         return NP_REASON_CONN_FULL;
     return NP_REASON_NONE;

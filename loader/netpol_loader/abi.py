@@ -44,7 +44,7 @@ class MapSpec:
 
 # fmt: off
 
-NP_SCHEMA_VERSION = 6  # part of the pin directory's name
+NP_SCHEMA_VERSION = 7  # part of the pin directory's name
 NP_RULE_NAME_BYTES = 120  # longest readable rule name, with its terminating zero
 NP_ATOM_BLOCK = 256  # atoms per row of np_l4_atom
 NP_ATOM_BLOCKS = 1537  # 6 slots of 256 blocks, and the block of the other protocols
@@ -67,7 +67,9 @@ NP_CLASS_NONE = 65535  # no class
 NP_CONN_WAYS = 8  # connections of a bucket; their tags fill a cache line
 NP_HASH_WORDS = 12  # random numbers of the connections' hash: one for each word of the longest key, and one
 NP_HOST_SETS = 8  # policy sets of a host endpoint: stage * 2 + direction
-NP_SCRATCH_WORDS = 72  # working memory of one packet, in units of 8 bytes
+NP_SCRATCH_WORDS = 76  # working memory of one packet, in units of 8 bytes
+NP_KERNEL_BYTES = 96  # copied of a packet's own structure, where it cannot be read in place
+NP_RECENT_DUE = 2  # flag in np_recent_fact.hook: packets of the connection bear np_config.due_mark
 NP_CHECK_SEED = 2166136261  # FNV-1a's own 32-bit offset basis and prime
 NP_CHECK_PRIME = 16777619
 NP_IDENTITY_UNKNOWN = 0  # no packet has it
@@ -95,6 +97,10 @@ NP_STAGE_UNTRACKED = 3  # before everything, and without memory
 NP_ENDPOINT_HOST = 1  # a host interface: directions agree with hooks, non-IP passes, policy is in np_host
 NP_ENDPOINT_SOURCES = 2  # has rows in np_source4 or np_source6
 NP_ENDPOINT_UPLINK = 4  # a host interface without policy: passes all but what a sender's policy is yet to judge
+NP_ENDPOINT_ROUTES = 8  # a workload that others route through: what it gets need not be for it
+NP_ENDPOINT_LAYER3 = 16  # packets begin with the network header (tun, WireGuard, IPIP, PPP)
+NP_ENDPOINT_UNREADABLE = 32  # packets begin with a link header that nothing here reads
+NP_ENDPOINT_OUTSIDE = 64  # a host interface that no workload of this node is behind
 
 # np_config_flag: Flags of the configuration.
 NP_CONFIG_ALLOW_EVENTS = 1  # an event for each new allowed flow
@@ -103,6 +109,8 @@ NP_CONFIG_KEEP_REVOKED = 4  # flows that policy no longer allows live on until t
 NP_CONFIG_DEFER = 8  # every interface that a packet to a service could leave by has the program
 NP_CONFIG_TO_HOST_DENY = 16  # no workload reaches its own node
 NP_CONFIG_TO_HOST_PASS = 32  # the wildcard host endpoint's normal policy decides on workloads to their node
+NP_CONFIG_LOCAL_NETS = 64  # np_local_net has rows
+NP_CONFIG_HAIRPIN = 128  # what comes from outside may have the source of a workload of this node
 
 # np_conn_state: Where a connection stands. Each state has its own time-out, np_config.timeout_jiffies[state].
 NP_CONN_TCP_NEW = 0  # TCP, no reply seen
@@ -122,6 +130,7 @@ NP_CONN_EXEMPT = 4  # opened by the host itself or by the workload to itself: no
 NP_CONN_DEFERRED = 8  # opened towards a service: policy judges where the packet leaves
 NP_CONN_FORWARDED = 16  # of a host endpoint: opened by a packet that only passes through the node
 NP_CONN_CARRIES = 32  # deferred, and nothing before policy where it leaves has allowed it for good
+NP_CONN_DUE = 64  # deferred, and not allowed to the service's own address either
 
 # np_rank: How little is lost with a connection; in the low bits of its tag.
 NP_RANK_NONE = 0  # no connection: being written until the tag's time, then free
@@ -132,6 +141,12 @@ NP_RANK_OPEN = 3  # both sides were seen
 # np_verdict_flag: Flags of a verdict.
 NP_VERDICT_FAILSAFE = 1  # a failsafe port decided: nothing before normal policy may drop the packet
 
+# np_local_flag: What an address means to the node.
+NP_LOCAL_OWN = 1  # one of its own
+NP_LOCAL_MANY = 2  # a broadcast address of its links
+NP_LOCAL_GROUP = 4  # a multicast group that it has joined
+NP_LOCAL_NODE = 8  # of another node of the cluster
+
 # np_vip_flag: Flags of a service address.
 NP_VIP_LOCAL = 1  # `local` may be what is behind it: a process of this node, which no hook stands before
 NP_VIP_MANY = 2  # several of those: not known which one
@@ -140,6 +155,15 @@ NP_VIP_MANY = 2  # several of those: not known which one
 NP_CALL_JUDGE = 0  # ask one policy list, then the next one; what the interface's endpoint says is the verdict
 NP_CALL_SENDER = 1  # policy has answered for the endpoint whose number the packet carries
 NP_CALLS = 2  # how many there are
+
+# np_kernel_fact: Facts of the running kernel that the loader puts into the program (NP_KERNEL).
+NP_KERNEL_CAST = 0  # 1: there is bpf_cast_to_kern_ctx
+NP_KERNEL_FIRST = 1  # offset in sk_buff from which on all the fields lie within NP_KERNEL_BYTES
+NP_KERNEL_SUMMED = 2  # offset of the byte with ip_summed, as all that follow from NP_KERNEL_FIRST on
+NP_KERNEL_SUMMED_SHIFT = 3  # its lowest bit there; it has two
+NP_KERNEL_CSUM_START = 4  # of 16 bits, as the next two
+NP_KERNEL_CSUM_OFFSET = 5
+NP_KERNEL_MAC_HEADER = 6
 
 # np_event_kind: Kinds of events.
 NP_EVENT_DENY = 1  # a packet was dropped
@@ -187,6 +211,12 @@ NP_REASON_HIDDEN_SOURCE = 55  # to a service, with a translated source, while th
 NP_REASON_LOCAL_BACKENDS = 56  # to a service with several processes of this node behind it
 NP_REASON_CALL_MISSING = 57  # a program that the packet needs is missing from np_call
 NP_REASON_CALL_BUDGET = 58  # policy lists changed each time they were read, until the budget of calls was spent
+NP_REASON_CHECKSUM_AIM = 59  # a device is yet to write a checksum over something that was judged
+NP_REASON_LINK_FORGED = 60  # ARP, neighbour discovery or DHCP in the name of another, or of a router
+NP_REASON_MISDELIVERED = 61  # to a workload's interface, but for none of its addresses
+NP_REASON_TUNNEL = 62  # from a workload to a node, in an encapsulation that nodes take from anyone
+NP_REASON_FOREIGN_SOURCE = 63  # from outside, with the source of a workload of this node
+NP_REASON_LINK_TYPE = 64  # on an interface whose link header nothing here reads
 NP_REASON_EVENT_LOST = 96  # the ring buffer had no room for an event
 NP_REASON_LOG_LIMITED = 97  # a log event held back by the rate limit
 NP_REASON_RULE_RANGE = 98  # a rule number beyond np_rule_count or np_staged_count, once for each
@@ -248,14 +278,14 @@ class np_endpoint(ctypes.Structure):
     """One element holds both policy sets, so that one update flips both.
 
     The kernel may reuse the memory of a replaced element while a packet still reads it; a set's `check` tells: it is
-    the FNV-1a fold, word by word, of number, ifindex, flags and the set's other words. The loader's seal_endpoint()
-    fills it in.
+    the FNV-1a fold, word by word, of number, ifindex, flags, link and the set's other words. The loader's
+    seal_endpoint() fills it in.
     """
 
     number: int  # stable, unique on the node, never 0
     ifindex: int  # the key again
     flags: int  # enum np_endpoint_flag
-    pad: int
+    link: int  # interface that has the addresses of its link: its bridge, or itself
     ingress: np_set
     egress: np_set
 
@@ -263,7 +293,7 @@ class np_endpoint(ctypes.Structure):
         ("number", ctypes.c_uint32),
         ("ifindex", ctypes.c_uint32),
         ("flags", ctypes.c_uint32),
-        ("pad", ctypes.c_uint32),
+        ("link", ctypes.c_uint32),
         ("ingress", np_set),
         ("egress", np_set),
     )
@@ -282,7 +312,8 @@ class np_number_key(ctypes.Structure):
 class np_host(ctypes.Structure):
     """All policy sets of a host endpoint, so that one update flips them all; see struct np_endpoint.
 
-    In the check word of a set its index stands for the ifindex, and the row's `version` is folded in as its flags.
+    In the check word of a set its index stands for the ifindex, the row's `version` for the flags, and 0 for the
+    link.
     """
 
     number: int
@@ -313,10 +344,36 @@ class np_place(ctypes.Structure):
 class np_local(ctypes.Structure):
     """``struct np_local``."""
 
-    local: int  # always 1
+    flags: int  # enum np_local_flag
+    ifindex: int  # of the interface that has it; 0: none in particular
 
     _fields_ = (
-        ("local", ctypes.c_uint32),
+        ("flags", ctypes.c_uint32),
+        ("ifindex", ctypes.c_uint32),
+    )
+
+
+class np_tunnel_key(ctypes.Structure):
+    """Encapsulation that a device of the node takes from anyone."""
+
+    port: int  # destination port of UDP; 0 for other protocols
+    protocol: int
+    pad: int
+
+    _fields_ = (
+        ("port", ctypes.c_uint16),
+        ("protocol", ctypes.c_uint8),
+        ("pad", ctypes.c_uint8),
+    )
+
+
+class np_tunnel(ctypes.Structure):
+    """``struct np_tunnel``."""
+
+    taken: int  # always 1
+
+    _fields_ = (
+        ("taken", ctypes.c_uint32),
     )
 
 
@@ -913,6 +970,10 @@ class np_config(ctypes.Structure):
     jiffies_per_second: int
     wildcard: int  # number of the host endpoint of all interfaces, workloads' included; 0: none
     mark_shift: int  # where a packet to a service carries its sender's 16-bit number: skb->mark; 0: skb->tc_index
+    seen_mark: int  # bit of skb->mark that says that the program saw the packet come in; 0: it is not to say so
+    node_mark: int  # bit that the node sets in what its own processes send; 0: it does not
+    due_mark: int  # bit that says that no process of the node may get the packet; 0: nobody would look
+    pad: int
     timeout_jiffies: ctypes.Array[ctypes.c_uint64]
 
     _fields_ = (
@@ -922,6 +983,10 @@ class np_config(ctypes.Structure):
         ("jiffies_per_second", ctypes.c_uint32),
         ("wildcard", ctypes.c_uint32),
         ("mark_shift", ctypes.c_uint32),
+        ("seen_mark", ctypes.c_uint32),
+        ("node_mark", ctypes.c_uint32),
+        ("due_mark", ctypes.c_uint32),
+        ("pad", ctypes.c_uint32),
         ("timeout_jiffies", ctypes.c_uint64 * 8),
     )
 
@@ -953,7 +1018,7 @@ class np_recent_fact(ctypes.Structure):
     rule: int
     carries: int  # number that packets of the connection carry on, 0: none
     protocol: int
-    hook: int  # 0 ingress, 1 egress
+    hook: int  # enum np_hook, and NP_RECENT_DUE
 
     _fields_ = (
         ("ports_be", ctypes.c_uint32),
@@ -1003,7 +1068,7 @@ class np_scratch(ctypes.Structure):
     words: ctypes.Array[ctypes.c_uint64]
 
     _fields_ = (
-        ("words", ctypes.c_uint64 * 72),
+        ("words", ctypes.c_uint64 * 76),
     )
 
 
@@ -1021,7 +1086,7 @@ class np_near(ctypes.Structure):
     identity4: int  # of own4; 0: none was seen
     own6: ctypes.Array[ctypes.c_uint32]  # network order
     identity6: int  # of own6; 0: none was seen
-    pad: int
+    link: int  # as in np_endpoint
     ingress: np_set
     egress: np_set
 
@@ -1034,7 +1099,7 @@ class np_near(ctypes.Structure):
         ("identity4", ctypes.c_uint32),
         ("own6", ctypes.c_uint32 * 4),
         ("identity6", ctypes.c_uint32),
-        ("pad", ctypes.c_uint32),
+        ("link", ctypes.c_uint32),
         ("ingress", np_set),
         ("egress", np_set),
     )
@@ -1120,6 +1185,18 @@ REASONS: Mapping[int, Reason] = MappingProxyType(
             NP_REASON_CALL_MISSING, "call-missing", "a program that the packet needs is missing from np_call"),
         NP_REASON_CALL_BUDGET: Reason(
             NP_REASON_CALL_BUDGET, "call-budget", "policy lists changed each time they were read, until the budget of calls was spent"),
+        NP_REASON_CHECKSUM_AIM: Reason(
+            NP_REASON_CHECKSUM_AIM, "checksum-aim", "a device is yet to write a checksum over something that was judged"),
+        NP_REASON_LINK_FORGED: Reason(
+            NP_REASON_LINK_FORGED, "link-forged", "ARP, neighbour discovery or DHCP in the name of another, or of a router"),
+        NP_REASON_MISDELIVERED: Reason(
+            NP_REASON_MISDELIVERED, "misdelivered", "to a workload's interface, but for none of its addresses"),
+        NP_REASON_TUNNEL: Reason(
+            NP_REASON_TUNNEL, "tunnel", "from a workload to a node, in an encapsulation that nodes take from anyone"),
+        NP_REASON_FOREIGN_SOURCE: Reason(
+            NP_REASON_FOREIGN_SOURCE, "foreign-source", "from outside, with the source of a workload of this node"),
+        NP_REASON_LINK_TYPE: Reason(
+            NP_REASON_LINK_TYPE, "link-type", "on an interface whose link header nothing here reads"),
         NP_REASON_EVENT_LOST: Reason(
             NP_REASON_EVENT_LOST, "event-lost", "the ring buffer had no room for an event"),
         NP_REASON_LOG_LIMITED: Reason(
@@ -1172,6 +1249,18 @@ MAP_SPECS: Mapping[str, MapSpec] = MappingProxyType(
         "np_local6": MapSpec(
             "np_local6", "hash", np_addr6_key, np_local,
             ctypes.sizeof(np_addr6_key), ctypes.sizeof(np_local), 4096, ("BPF_F_NO_PREALLOC",),
+        ),
+        "np_local4_net": MapSpec(
+            "np_local4_net", "lpm_trie", np_cidr4_key, np_local,
+            ctypes.sizeof(np_cidr4_key), ctypes.sizeof(np_local), 256, ("BPF_F_NO_PREALLOC",),
+        ),
+        "np_local6_net": MapSpec(
+            "np_local6_net", "lpm_trie", np_cidr6_key, np_local,
+            ctypes.sizeof(np_cidr6_key), ctypes.sizeof(np_local), 256, ("BPF_F_NO_PREALLOC",),
+        ),
+        "np_tunnel": MapSpec(
+            "np_tunnel", "hash", np_tunnel_key, np_tunnel,
+            ctypes.sizeof(np_tunnel_key), ctypes.sizeof(np_tunnel), 64, ("BPF_F_NO_PREALLOC",),
         ),
         "np_vip4": MapSpec(
             "np_vip4", "hash", np_vip4_key, np_vip,

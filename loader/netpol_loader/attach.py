@@ -139,6 +139,16 @@ def overtaken(ifindexes: Iterable[int], dataplane: Dataplane) -> set[int]:
     return found
 
 
+def others(ifindex: int, dataplane: Dataplane) -> list[str]:
+    """Programs of others on an interface's ingress hook, for people: tcx programs by number, filters of clsact by their name."""
+    ours = syscall.prog_info(dataplane.program_fd(Hook.TC_INGRESS)).id
+    found: list[str] = []
+    with contextlib.suppress(OSError):  # it is gone, or the kernel has no tcx
+        numbers = syscall.prog_query(ifindex, ATTACH_TYPES[Hook.TC_INGRESS])
+        found += [f"tcx program {number}" for number in numbers if number != ours]
+    return found + [f"filter {name}" for name in netlink.foreign_filters(ifindex, Hook.TC_INGRESS)]
+
+
 def detach_all(dataplane: Dataplane) -> None:
     """Take everything off every interface."""
     for ifindex in {one.ifindex for one in attachments(dataplane)}:

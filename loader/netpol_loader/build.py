@@ -21,6 +21,7 @@ from netpol_loader.btf import Writer
 from netpol_loader.buckets import MORE_NAMES, buckets_for
 from netpol_loader.compiled import CACHE_DIR, PREPARED_DIR, Compiled, find_compiled, save_compiled
 from netpol_loader.connections import TAG_NAMES
+from netpol_loader.kernel import kernel_facts
 from netpol_loader.link import PER_CPU_RANGES, link, load_program
 from netpol_loader.maps import Map, possible_cpus
 from netpol_loader.programs import ProgramSet
@@ -108,7 +109,10 @@ def load_entry(
     maps = make_maps(directory, {}, {name: every[name] for name in compiled.maps if name in every})
     try:
         fds = {name: one.fd for name, one in maps.items()}
-        return {name: load_program(name, link(code, compiled.maps, fds)) for name, code in compiled.programs.items()}
+        return {
+            name: load_program(name, link(code, compiled.maps, fds, kernel_facts()))
+            for name, code in compiled.programs.items()
+        }
     finally:
         for one in maps.values():
             one.close()

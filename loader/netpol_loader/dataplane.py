@@ -46,7 +46,7 @@ FIRST = 1
 TIMEOUTS_S: Mapping[int, float] = types.MappingProxyType(
     {
         abi.NP_CONN_TCP_NEW: 20,
-        abi.NP_CONN_TCP_OPEN: 3600,
+        abi.NP_CONN_TCP_OPEN: 8100,
         abi.NP_CONN_TCP_CLOSING: 30,
         abi.NP_CONN_TCP_RESET: 40,
         abi.NP_CONN_UDP: 60,
@@ -55,7 +55,10 @@ TIMEOUTS_S: Mapping[int, float] = types.MappingProxyType(
         abi.NP_CONN_FRAGMENT: 30,
     }
 )
-"""Seconds by enum np_conn_state. The connections' are those of Calico's BPF dataplane; the fragments' is Linux's own."""
+"""Seconds by enum np_conn_state: those of Calico's BPF dataplane, but for two.
+
+TCP_OPEN outlasts Linux's keep-alive (7200 s and nine probes, 75 s apart); the fragments' is Linux's own.
+"""
 
 SKB_BYTES = 192
 SKB_MARK = 8

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From compiled instructions to a program in the kernel: maps and masks are put where the compiler left numbers.
+"""From compiled instructions to a program in the kernel: maps, masks and facts of the kernel are put where the compiler left numbers.
 
-Everything that depends on the node comes in here (which maps, how large, how many processors), so one compiled file
-serves every node, and there is one way to load it wherever it came from.
+Everything that depends on the node comes in here (which maps, how large, how many processors, where the kernel keeps its
+fields), so one compiled file serves every node, and there is one way to load it wherever it came from.
 
 Invariant: an instruction that names what is not given is an error, never loaded as it is.
 """
@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 
 from netpol_ebpf.errors import LoadError
 from netpol_loader import syscall
+from netpol_loader.kernel import KernelFacts
 from netpol_loader.maps import possible_cpus
 
 INSTRUCTION = struct.Struct("=BBhI")
@@ -22,8 +23,14 @@ LOAD_IMMEDIATE_64 = 0x18
 """BPF_LD | BPF_DW | BPF_IMM, the one instruction of 16 bytes."""
 LOADS_MAP = 1
 """Source register of a load of a map: BPF_PSEUDO_MAP_FD."""
-LOADS_MASK = 15
-"""Source register of a load of a map's mask, in the compiled file only (NP_MASK of bpf/np_lang.h)."""
+LOADS_MASK, LOADS_FACT = 15, 14
+"""Source registers of loads of a map's mask and of a fact of the kernel, in the compiled file only (bpf/np_lang.h)."""
+CALL = 0x85
+"""BPF_JMP | BPF_CALL."""
+CALLS_KERNEL = 2
+"""Source register of a call of a kernel function by its number in the type information: BPF_PSEUDO_KFUNC_CALL."""
+CALLS_CAST = 0x4E50
+"""Number of the helper, which there is not, in whose place bpf_cast_to_kern_ctx is called (np_kernel_skb)."""
 
 PER_CPU_RANGES = frozenset({"np_recent4", "np_recent6"})
 """Arrays that all processors share, each with a range of slots to itself."""
@@ -32,7 +39,7 @@ ERROR_LINES = 25
 """How much of the verifier's output an error carries; the end says what failed."""
 
 
-def link(instructions: bytes, names: Sequence[str], maps: Mapping[str, int]) -> bytes:
+def link(instructions: bytes, names: Sequence[str], maps: Mapping[str, int], facts: KernelFacts) -> bytes:
     """The instructions, with descriptors and masks of these maps, which are given by their descriptors.
 
     ``names``: of the maps, by the number that instructions name them by.  Raises LoadError.
@@ -42,6 +49,8 @@ def link(instructions: bytes, names: Sequence[str], maps: Mapping[str, int]) -> 
     while at < len(code):
         opcode, registers, offset, immediate = INSTRUCTION.unpack_from(code, at)
         if opcode != LOAD_IMMEDIATE_64:
+            if opcode == CALL and immediate == CALLS_CAST and facts.cast_function:
+                INSTRUCTION.pack_into(code, at, opcode, _packed(CALLS_KERNEL, 0), 0, facts.cast_function)
             at += INSTRUCTION.size
             continue
         source, target = _registers(registers)
@@ -52,6 +61,12 @@ def link(instructions: bytes, names: Sequence[str], maps: Mapping[str, int]) -> 
             value = fd if source == LOADS_MAP else mask_of(syscall.map_info(fd))
             kept = LOADS_MAP if source == LOADS_MAP else 0
             INSTRUCTION.pack_into(code, at, opcode, _packed(kept, target), offset, value)
+        elif source == LOADS_FACT:
+            if immediate not in facts.numbers:
+                raise LoadError(
+                    f"instruction {at // INSTRUCTION.size} wants the unknown fact {immediate} of the kernel"
+                )
+            INSTRUCTION.pack_into(code, at, opcode, _packed(0, target), offset, facts.numbers[immediate])
         elif source != 0:
             raise LoadError(f"instruction {at // INSTRUCTION.size} loads something of the unknown kind {source}")
         at += 2 * INSTRUCTION.size

@@ -13,15 +13,17 @@ import os
 import select
 import socket
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
-from ipaddress import IPv4Address, IPv6Address, ip_address
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
+from pathlib import Path
 from typing import Any, Union
 
 from netpol_ebpf.errors import PlatformError
 from netpol_loader.hook import Hook
 
 IPAddress = Union[IPv4Address, IPv6Address]
+IPNetwork = Union[IPv4Network, IPv6Network]
 
 CLSACT_PARENTS: Mapping[Hook, int] = {Hook.TC_INGRESS: 0xFFFF_FFF2, Hook.TC_EGRESS: 0xFFFF_FFF3}
 FILTER_PRIORITY = 1
@@ -40,11 +42,37 @@ NETLINK_HEADER = struct.Struct("=IHHII")
 LINK_HEADER = struct.Struct("=BBHiII")
 
 
+ETHERNET, NO_REMOTE = 1, -1
+GRE_HARDWARE = frozenset({778, 823})
+"""ARPHRD_IPGRE and ARPHRD_IP6GRE."""
+
+Encapsulation = tuple[int, int]
+"""IP protocol and, of UDP, destination port; else 0."""
+UDP, IP_IN_IP, IP6_IN_IP, GRE = 17, 4, 41, 47
+TUNNELS: Mapping[str, tuple[int, ...]] = {
+    "ipip": (IP_IN_IP,), "sit": (IP6_IN_IP, IP_IN_IP), "ip6tnl": (IP6_IN_IP, IP_IN_IP),
+    "gre": (GRE,), "gretap": (GRE,), "ip6gre": (GRE,), "ip6gretap": (GRE,), "erspan": (GRE,), "ip6erspan": (GRE,),
+}  # fmt: skip
+"""Kinds of devices that unpack an IP protocol, whoever sent it."""
+TUNNEL_PORTS: Mapping[str, tuple[str, int]] = {
+    "vxlan": ("IFLA_VXLAN_PORT", 8472),
+    "geneve": ("IFLA_GENEVE_PORT", 6081),
+    "bareudp": ("IFLA_BAREUDP_PORT", 0),
+    "gtp": ("", 2152),
+}
+"""Kinds that unpack a port of UDP: the attribute that names it, and what it is without one."""
+
+TABLE_MAIN, TABLE_LOCAL = 254, 255
+RTN_UNICAST, RTN_LOCAL, RTN_BROADCAST, RTN_ANYCAST = 1, 2, 3, 4
+
+
 @dataclass(frozen=True, slots=True)
 class Link:
     """An interface. ``peer_ifindex``: the other end's number (of a veth pair, maybe in another namespace), 0: none.
 
-    ``peer_nsid``: that namespace's number in this one, None when it is this one.
+    ``peer_nsid``: that namespace's number in this one, None when it is this one.  ``hardware``: ARPHRD_*, of include/uapi/
+    linux/if_arp.h; NO_REMOTE of a GRE device without the one remote end.  ``table``: of a VRF.  ``takes``: encapsulation that
+    it takes from anyone.
     """
 
     ifindex: int
@@ -55,6 +83,18 @@ class Link:
     master: int
     peer_ifindex: int
     peer_nsid: int | None
+    hardware: int = ETHERNET
+    table: int = 0
+    takes: tuple[Encapsulation, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class LocalRoute:
+    """Addresses that the node takes for its own. ``is_many``: broadcast. ``ifindex``: of the interface that has them."""
+
+    net: IPNetwork
+    is_many: bool
+    ifindex: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,16 +149,37 @@ def _name(raw: str | bytes) -> str:
 
 def _link(message: Any) -> Link:
     info = message.get_attr("IFLA_LINKINFO")
+    kind = (info.get_attr("IFLA_INFO_KIND") if info else None) or ""
+    data = info.get_attr("IFLA_INFO_DATA") if info else None
     return Link(
         ifindex=message["index"],
         name=_name(message.get_attr("IFLA_IFNAME")),
-        kind=(info.get_attr("IFLA_INFO_KIND") if info else None) or "",
+        kind=kind,
+        hardware=_hardware(message["ifi_type"], data),
+        table=(data.get_attr("IFLA_VRF_TABLE") if kind == "vrf" and data else None) or 0,
+        takes=_takes(kind, data),
         is_up=bool(message["flags"] & 1),
         mac=message.get_attr("IFLA_ADDRESS") or "",
         master=message.get_attr("IFLA_MASTER") or 0,
         peer_ifindex=message.get_attr("IFLA_LINK") or 0,
         peer_nsid=message.get_attr("IFLA_LINK_NETNSID"),
     )
+
+
+def _hardware(hardware: int, data: Any) -> int:
+    """A GRE device that has no remote end puts its outer header before packets that go out by it."""
+    if hardware not in GRE_HARDWARE or data is None or data.get_attr("IFLA_GRE_COLLECT_METADATA") is not None:
+        return hardware
+    remote = data.get_attr("IFLA_GRE_REMOTE") or data.get_attr("IFLA_IP6GRE_REMOTE") or "0.0.0.0"  # noqa: S104
+    return NO_REMOTE if ip_address(remote).is_unspecified or ip_address(remote).is_multicast else hardware
+
+
+def _takes(kind: str, data: Any) -> tuple[Encapsulation, ...]:
+    if kind in TUNNEL_PORTS:
+        attribute, usual = TUNNEL_PORTS[kind]
+        port = data.get_attr(attribute) if data is not None and attribute else None
+        return ((UDP, port or usual),)
+    return tuple((protocol, 0) for protocol in TUNNELS.get(kind, ()))
 
 
 def links() -> list[Link]:
@@ -138,11 +199,39 @@ def addresses() -> dict[IPAddress, int]:
         return dict(_addresses(route))
 
 
-def broadcast_addresses() -> frozenset[IPAddress]:
-    """The broadcast addresses of this namespace's networks."""
+def local_routes(tables: Collection[int] = ()) -> list[LocalRoute]:
+    """What the node takes for its own: own addresses, prefixes, broadcast and anycast addresses of the table `local`.
+
+    ``tables``: those of VRFs, whose local routes are there.  Other tables do not count: what stands there (a transparent
+    proxy's ``local 0.0.0.0/0``) is for chosen packets.
+    """
+    found = []
+    wanted = {TABLE_LOCAL, *tables}
     with _route() as route:
-        texts = {message.get_attr("IFA_BROADCAST") for message in route.get_addr(family=socket.AF_INET)}
-    return frozenset(ip_address(text) for text in texts if text)
+        for family, bits in ((socket.AF_INET, 32), (socket.AF_INET6, 128)):
+            for message in route.get_routes(family=family):
+                kind = message["type"]
+                if kind not in (RTN_LOCAL, RTN_BROADCAST, RTN_ANYCAST):
+                    continue
+                if (message.get_attr("RTA_TABLE") or message["table"]) not in wanted:
+                    continue
+                destination = message.get_attr("RTA_DST") or ("0.0.0.0" if bits == 32 else "::")  # noqa: PLR2004, S104
+                net = ip_network(f"{destination}/{message['dst_len']}")
+                found.append(LocalRoute(net, kind == RTN_BROADCAST, message.get_attr("RTA_OIF") or 0))
+    return found
+
+
+def joined_groups() -> frozenset[IPAddress]:
+    """The multicast groups that this namespace's interfaces have joined. Nothing announces a change of these."""
+    groups: set[IPAddress] = set()
+    with contextlib.suppress(FileNotFoundError):  # a kernel without that family
+        for line in Path("/proc/thread-self/net/igmp").read_text().splitlines():
+            if line.startswith("\t\t\t\t"):
+                groups.add(IPv4Address(struct.pack("=I", int(line.split()[0], 16))))
+    with contextlib.suppress(FileNotFoundError):
+        for line in Path("/proc/thread-self/net/igmp6").read_text().splitlines():
+            groups.add(IPv6Address(bytes.fromhex(line.split()[2])))
+    return frozenset(groups)
 
 
 def _addresses(route: Any) -> Iterator[tuple[IPAddress, int]]:
@@ -159,7 +248,7 @@ def host_routes() -> dict[IPAddress, int]:
         for family, bits in ((socket.AF_INET, 32), (socket.AF_INET6, 128)):
             for message in route.get_routes(family=family):
                 destination, interface = message.get_attr("RTA_DST"), message.get_attr("RTA_OIF")
-                is_main = message["table"] == 254 and message["type"] == 1  # noqa: PLR2004  # RT_TABLE_MAIN, unicast
+                is_main = message["table"] == TABLE_MAIN and message["type"] == RTN_UNICAST
                 is_direct = not message.get_attr("RTA_GATEWAY") and not message.get_attr("RTA_VIA")
                 if message["dst_len"] == bits and destination and interface and is_main and is_direct:
                     found[ip_address(destination)] = interface
@@ -179,7 +268,7 @@ def node_interfaces() -> set[int]:
                 found.add(message["index"])
         for family in (socket.AF_INET, socket.AF_INET6):
             for message in route.get_routes(family=family):
-                if message["dst_len"] == 0 and message["type"] == 1:  # RTN_UNICAST
+                if message["dst_len"] == 0 and message["type"] == RTN_UNICAST:
                     hops = message.get_attr("RTA_MULTIPATH") or ()
                     found |= {message.get_attr("RTA_OIF"), *(hop["oif"] for hop in hops)} - {None}
     return found
@@ -263,6 +352,22 @@ def clsact_filters(ifindex: int) -> list[ClsactFilter]:
             name, _, number = ((options.get_attr("TCA_BPF_NAME") if options else None) or "").partition("#")
             if name == hook.value and number.isdecimal():
                 found.append(ClsactFilter(hook, int(number)))
+    return found
+
+
+def foreign_filters(ifindex: int, hook: Hook) -> list[str]:
+    """Filters of others on a hook of clsact, for people; none when the interface is gone."""
+    try:
+        with _route() as route:
+            messages = list(route.get_filters(index=ifindex, parent=CLSACT_PARENTS[hook]))
+    except _NetlinkError:  # ENODEV, or no such parent
+        return []
+    found = []
+    for message in messages:
+        options = message.get_attr("TCA_OPTIONS")
+        name = (options.get_attr("TCA_BPF_NAME") if hasattr(options, "get_attr") else None) or message.get_attr("TCA_KIND")
+        if options is not None and not str(name).startswith(f"{hook.value}#"):
+            found.append(str(name))
     return found
 
 

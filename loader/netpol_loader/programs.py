@@ -29,6 +29,7 @@ from netpol_loader import abi, syscall
 from netpol_loader.compiled import Compiled
 from netpol_loader.grace import wait_for_readers
 from netpol_loader.hook import Hook
+from netpol_loader.kernel import kernel_facts
 from netpol_loader.link import link, load_program
 from netpol_loader.maps import Map
 
@@ -53,7 +54,7 @@ class ProgramSet:
         opened = [calls.fd]
 
         def load(name: str) -> int:
-            fd = load_program(name, link(compiled.programs[name], compiled.maps, every))
+            fd = load_program(name, link(compiled.programs[name], compiled.maps, every, kernel_facts()))
             opened.append(fd)
             return fd
 

@@ -2,8 +2,9 @@
 """Finding everything of ours below a pin root, and taking it away, piece by piece, each told by name.
 
 Works on what is there, whatever its version or state: nothing is built, adopted or mended for it.  Invariants: only what is
-pinned below the root, and filters that run programs pinned there, is ours; everything listed is removed in the order of the
-list, enforcement first.  Filters of clsact are seen in the network namespace of the caller only.
+pinned below the root, filters that run programs pinned there, and tables that name the root, is ours; everything listed is
+removed in the order of the list: tables before the programs whose sign they want, then the rest of enforcement.  Filters of
+clsact and tables are seen in the network namespace of the caller only.
 """
 
 from __future__ import annotations
@@ -15,8 +16,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from netpol_ebpf.errors import PlatformError
 from netpol_loader import netlink, syscall
 from netpol_loader.attach import CLSACT_MARK, LINKS
+from netpol_loader.barrier import TABLE, BarrierTables, HeldError
 from netpol_loader.hook import Hook
 
 OUR_DIRECTORY = re.compile(r"(v|new-)\d+")
@@ -26,7 +29,7 @@ PROGRAMS = "np_tc_"
 
 @dataclass(frozen=True, slots=True)
 class Leftover:
-    """One thing of ours. ``kind``: link, filter, qdisc, map, program or directory; ``name``: what an administrator calls it."""
+    """One thing of ours. ``kind``: table, link, filter, qdisc, map, program or directory; ``name``: what an administrator calls it."""
 
     kind: str
     name: str
@@ -37,7 +40,7 @@ def find_leftovers(pin_root: Path) -> list[Leftover]:
     """Everything of ours, in the order in which it is to be removed; empty when there is nothing."""
     directories = [path for path in _listed(pin_root) if path.is_dir() and OUR_DIRECTORY.fullmatch(path.name)]
     names = {link.ifindex: link.name for link in netlink.links()}
-    found: list[Leftover] = []
+    found: list[Leftover] = list(_tables(pin_root))
     for directory in directories:
         found += _links(directory / LINKS, names)
     found += _filters({number for directory in directories for number in _program_ids(directory)}, names)
@@ -52,6 +55,28 @@ def find_leftovers(pin_root: Path) -> list[Leftover]:
 
 def _listed(directory: Path) -> list[Path]:
     return sorted(directory.iterdir()) if directory.is_dir() else []
+
+
+def _tables(pin_root: Path) -> Iterator[Leftover]:
+    tables = BarrierTables(str(pin_root.absolute()))
+    try:
+        families = tables.present()
+    except HeldError:
+        raise  # an agent is at work: without its programs, all that they sign would be dropped
+    except PlatformError:  # there are none, or they are somebody else's
+        return
+    finally:
+        tables.close()
+    for family in families:
+        yield Leftover("table", f"{family} {TABLE}", lambda family=family: _remove_table(pin_root, family))  # type: ignore[misc]
+
+
+def _remove_table(pin_root: Path, family: str) -> None:
+    tables = BarrierTables(str(pin_root.absolute()))
+    try:
+        tables.remove(family)
+    finally:
+        tables.close()
 
 
 def _links(links: Path, names: dict[int, str]) -> Iterator[Leftover]:

@@ -23,19 +23,19 @@ def fold(words: list[int]) -> int:
 def seal_endpoint(row: abi.np_endpoint) -> abi.np_endpoint:
     """Fill in both sets' ``check``; to be called on a row that is otherwise complete. Returns the same object."""
     for policy_set in (row.ingress, row.egress):
-        policy_set.check = _check(policy_set, row.number, row.ifindex, row.flags)
+        policy_set.check = _check(policy_set, row.number, row.ifindex, row.flags, row.link)
     return row
 
 
 def seal_host(row: abi.np_host) -> abi.np_host:
     """The same for a host endpoint's row: of all its sets, those that are not there included."""
     for index, policy_set in enumerate(row.sets):
-        policy_set.check = _check(policy_set, row.number, index | row.present << 8, row.version)
+        policy_set.check = _check(policy_set, row.number, index | row.present << 8, row.version, 0)
     return row
 
 
-def _check(policy_set: abi.np_set, number: int, place: int, flags: int) -> int:
-    return fold([number, place, flags, *_words(policy_set)])
+def _check(policy_set: abi.np_set, number: int, place: int, flags: int, link: int) -> int:
+    return fold([number, place, flags, link, *_words(policy_set)])
 
 
 def _words(policy_set: abi.np_set) -> Iterator[int]:

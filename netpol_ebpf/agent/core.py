@@ -13,17 +13,20 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from typing import Any
 
 from netpol_ebpf.agent.adoption import Adoption, Place, Workload
 from netpol_ebpf.agent.attachments import Attachments
+from netpol_ebpf.agent.barrier import Barrier, BarrierSettings
 from netpol_ebpf.agent.claims import Claims
 from netpol_ebpf.agent.node import Node
 from netpol_ebpf.agent.own_interfaces import Grounds, OwnInterfaces
 from netpol_ebpf.agent.trouble import DriftLog, Refusals
-from netpol_ebpf.agent.wiring import NOWHERE, Located, Wiring, is_candidate, locate
+from netpol_ebpf.agent.wiring import NOWHERE, Located, Wiring, device_flags, is_candidate, locate
 from netpol_ebpf.apply.applier import Applier, Binding, require_room
 from netpol_ebpf.apply.audit import Audit
+from netpol_ebpf.apply.encode import EndpointFlag
 from netpol_ebpf.apply.events import FlowEvent, Names, decode_event
 from netpol_ebpf.apply.ledger import Ledger
 from netpol_ebpf.apply.surroundings import SurroundingsWriter
@@ -69,7 +72,10 @@ class Settings:
     interfaces, () for the built-in rule (`wiring.is_candidate`).  ``borrow_sources``: honour a pod's allowed source prefixes.
     ``keep_revoked``: connections that policy no longer allows live on until they end.  ``workload_to_host``: what becomes of
     packets of workloads to their own node, PASS: a wildcard host endpoint's policy decides.  ``mark_shift``: lowest of 16
-    bits of the packets' mark that are ours, 0: none.
+    bits of the packets' mark that are ours, 0: none.  ``tunnels``: encapsulation, as IP protocol and UDP port, that nodes take
+    from anyone, besides that of this node's devices.  ``routers``: patterns of ``NAMESPACE/NAME`` of workloads that others
+    route through.  ``hairpin``: what comes from outside may have the source of a workload of this node.  ``barrier``: what
+    stands behind the programs.
     """
 
     node: str | None = None
@@ -78,6 +84,14 @@ class Settings:
     keep_revoked: bool = False
     workload_to_host: Action = Action.ALLOW
     mark_shift: int = 0
+    tunnels: frozenset[tuple[int, int]] = frozenset()
+    routers: Sequence[str] = ()
+    hairpin: bool = False
+    barrier: BarrierSettings = BarrierSettings()
+
+    def is_router(self, key: EndpointKey) -> bool:
+        """Whether others route through a workload."""
+        return any(fnmatchcase(f"{key.namespace}/{key.name}", pattern) for pattern in self.routers)
 
 
 @dataclass(slots=True)
@@ -117,7 +131,7 @@ class Agent:
         self._compiler = Compiler()
         self._applier: Applier | None = None
         self._attachments = Attachments(node)
-        self._own = OwnInterfaces(settings.node, self._attachments)
+        self._own = OwnInterfaces(settings.node, self._attachments, settings.tunnels)
         self._audit: Audit | None = None
         self._wiring = Wiring()
         self._located = Located({}, {})
@@ -133,6 +147,7 @@ class Agent:
         self._others: dict[IPAddress, str] | None = None
         self.refusals = Refusals()
         self.drift = DriftLog()
+        self.barrier = Barrier(settings.barrier, node.barrier, clock, node.others)
         self.changes_applied = 0
         self.last_change_s: float | None = None
 
@@ -144,6 +159,7 @@ class Agent:
         found = [*self._manifest_problems, *self._own.problems(self._derivation.world.endpoints, self._location)]
         found += [*self._disputes(), *self._no_room.values(), *self._attachments.problems]
         found += self._adoption.warnings.values()
+        found += self.barrier.problems
         others = (self.refusals.problem, self._unmended, self._own.no_room, self._overtaken)
         found += [one for one in others if one is not None]
         for key, message in sorted(self._located.problems.items()):
@@ -252,6 +268,7 @@ class Agent:
             self._bring_into_force(self._take_changes())
         elif self.refusals.retry_at_s is not None and self._clock() >= self.refusals.retry_at_s:
             self._bring_into_force(Changes())
+        self.drift.note(self.barrier.follow(), self._clock())
         self._look_for_drift()
         return self.read_flows()
 
@@ -349,7 +366,11 @@ class Agent:
                     self._compiler.upsert(new)
         change = self._compiler.commit()
         self._is_behind = False
-        after, own, workloads = Grounds.of(self._derivation.world, self.tables), self._own, self._wanted_interfaces()
+        after, own, workloads = (
+            Grounds.of(self._derivation.world, self.tables, self.settings.node),
+            self._own,
+            self._wanted_interfaces(),
+        )
         own.require_room(after, self._wiring, workloads)
         self._record(change, self.applier)
         own.grounds = own.grounds.on_the_way_to(after)
@@ -367,7 +388,7 @@ class Agent:
         compiler = Compiler(self._is_ours, limits=limits_of(sizes), known=known)
         compiler.replace(self._claims.effective_world())
         change = compiler.commit()
-        grounds = Grounds.of(self._derivation.world, compiler.tables)
+        grounds = Grounds.of(self._derivation.world, compiler.tables, self.settings.node)
         own = self._own.beginning(grounds, self._wiring, self._wanted_interfaces(), self._node.attached())
         bindings = {**self._bindings(), **own.bindings}
         # Before maps and programs are made in vain.
@@ -389,7 +410,10 @@ class Agent:
         to_host = {Action.DENY: abi.NP_CONFIG_TO_HOST_DENY, Action.PASS: abi.NP_CONFIG_TO_HOST_PASS}
         applier.set_flags(off=abi.NP_CONFIG_TO_HOST_DENY | abi.NP_CONFIG_TO_HOST_PASS)
         applier.set_flags(on=to_host.get(self.settings.workload_to_host, 0))
+        hairpin = abi.NP_CONFIG_HAIRPIN
+        applier.set_flags(**({"on": hairpin} if self.settings.hairpin else {"off": hairpin}))
         applier.set_carrier(self.settings.mark_shift)
+        self.barrier.sign(applier)
         applier.bump_generation()  # the new policy may allow less than what an earlier agent left
         self._forget_unused()
         self._note_change()
@@ -507,7 +531,11 @@ class Agent:
         """Which interface each local endpoint is on."""
         return {
             key: Binding(
-                ifindex, allowed_sources=self._local[key].allowed_sources if self.settings.borrow_sources else ()
+                ifindex,
+                allowed_sources=self._local[key].allowed_sources if self.settings.borrow_sources else (),
+                link=self._wiring.link_of(ifindex),
+                flags=device_flags(self._wiring.links.get(ifindex))
+                | (EndpointFlag.ROUTES if self.settings.is_router(key) else EndpointFlag.NONE),
             )
             for key, ifindex in self._located.interfaces.items()
         }
@@ -527,6 +555,7 @@ class Agent:
         wanted = self._wanted_interfaces()
         for ifindex in wanted - self.attached:
             self._attach(ifindex)
+        self.barrier.settle(self._wiring, wanted, self.attached)  # before programs are taken off what is no workload's
         bindings = self._bindings()
         for key, binding in list(self.applier.bindings.items()):
             if binding.kind is EndpointKind.WORKLOAD and key not in bindings:
@@ -541,6 +570,7 @@ class Agent:
                 message = f"its interface {self._wiring.name_of(binding.ifindex)} stays as it is: {error.message}"
                 self._no_room[key] = Problem(self._location(key), "", message, obj=str(key), slug=error.slug)
         self._own.settle(self._wiring, wanted)
+        self.barrier.settle(self._wiring, wanted, self.attached)
         self._adoption.go_behind(self._node, *self._adoptable())
 
     def _adoptable(self) -> tuple[dict[int, Workload], Place]:
@@ -565,6 +595,7 @@ class Agent:
             return
         self._audited_s = now_s
         self._look_for_overtaking()
+        self.drift.note(self.barrier.look(), now_s)
         self._unmended = None
         try:
             try:

@@ -2,8 +2,8 @@
 """Which of the node's own interfaces bear the programs, and by which host endpoint's policy: pure reasoning over one snapshot.
 
 A host endpoint has the interface that it names, else those that have one of its addresses; a wildcard has all that no other has.
-While there are services, every own interface bears the programs, since a packet to a service could leave by any; those without
-a host endpoint pass everything else.
+Every own interface bears the programs: a packet to a service could leave by any, and one that says it is from a workload of
+this node could come in by any.  Those without a host endpoint pass everything else.
 
 Bridges are left to their ports, through which everything passes that passes a bridge; unless a host endpoint names one.
 The loopback is nobody's.  Runs nothing and asks no kernel.
@@ -14,13 +14,12 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
-from netpol_ebpf.agent.wiring import Wiring
+from netpol_ebpf.agent.wiring import BRIDGE_KIND, Wiring
 from netpol_ebpf.policy.journey import WILDCARD
 from netpol_ebpf.policy.types import Endpoint, EndpointKey
 
 LOOPBACK = 1
 """The loopback's number in every network namespace."""
-BRIDGE_KIND = "bridge"
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,9 +45,7 @@ def own_interfaces(wiring: Wiring, workloads: Collection[int]) -> set[int]:
     return wiring.links.keys() - set(workloads) - {LOOPBACK}
 
 
-def plan_hosts(
-    wiring: Wiring, endpoints: Iterable[Endpoint], workloads: Collection[int], *, has_services: bool
-) -> HostPlan:
+def plan_hosts(wiring: Wiring, endpoints: Iterable[Endpoint], workloads: Collection[int]) -> HostPlan:
     """Lay down who is where. ``endpoints``: the host endpoints of this node; ``workloads``: interfaces of workloads."""
     own = own_interfaces(wiring, workloads)
     by_name = {wiring.links[ifindex].name: ifindex for ifindex in own}
@@ -75,8 +72,7 @@ def plan_hosts(
             if holder != endpoint.key:
                 problems[endpoint.key] = f"interface {wiring.links[ifindex].name} has the host endpoint {holder}"
     interfaces: dict[int, EndpointKey | None] = dict(taken)
-    if wildcard is not None or has_services:
-        for ifindex in own:
-            if wiring.links[ifindex].kind != BRIDGE_KIND:
-                interfaces.setdefault(ifindex, wildcard)
+    for ifindex in own:
+        if wiring.links[ifindex].kind != BRIDGE_KIND:
+            interfaces.setdefault(ifindex, wildcard)
     return HostPlan(interfaces, wildcard, problems)

@@ -34,6 +34,10 @@ DEFAULT_STATE_DIR = Path("/run/netpol-ebpf")
 """On a tmpfs, like the pins: both are gone after a reboot."""
 NEWS_GAP_S = 0.05
 """Least time between two looks at all interfaces; arbitrary. Programs are put on new ones without such a gap."""
+TUNNEL_PROTOCOLS = {"udp": 17, "ipip": 4, "ip6": 41, "gre": 47}
+"""IP protocols that may carry other packets, by what the option --tunnel calls them."""
+BARRIER_MARKS = "0x20,0x40,0x10"
+"""Bits of the mark that, as far as is known, nobody else uses; ADR 13."""
 WORKLOAD_TO_HOST = {"allow": "allow", "deny": "deny", "policy": "pass"}
 """What the option of that name may say, as values of `netpol_ebpf.policy.types.Action`."""
 MOST_ENTRIES = 0xFFFF_FFFF
@@ -102,6 +106,34 @@ def build_parser() -> argparse.ArgumentParser:
         "services are not shown to other TC programs behind ours on a workload's interface",
     )  # fmt: skip
     parser.add_argument(
+        "--tunnel", action="append", default=[], metavar="PROTOCOL[:PORT]",
+        help="encapsulation that nodes of the cluster take from anyone, such as udp:8472, ipip or gre, and workloads may not "
+        "send to them (may be repeated); that of this node's own devices is known",
+    )  # fmt: skip
+    parser.add_argument(
+        "--router", action="append", default=[], metavar="NAMESPACE/NAME",
+        help="a workload that others route through (shell pattern, may be repeated): it may get what is for others, announce "
+        "routers and answer DHCP",
+    )  # fmt: skip
+    parser.add_argument(
+        "--hairpin", action="store_true",
+        help="take packets from outside that have the source of a workload of this node, as some load balancers send them back",
+    )  # fmt: skip
+    parser.add_argument(
+        "--barrier", choices=("nft", "off"), default="nft", metavar="WHAT",
+        help="nft (default): what a workload sends past its program, or before it has one, is dropped by a table of nf_tables; "
+        "off: it passes",
+    )  # fmt: skip
+    parser.add_argument(
+        "--barrier-interfaces", action="append", default=[], metavar="PATTERN",
+        help="names of workloads' interfaces (whole, or a beginning and *, such as cali*; may be repeated) that are closed from "
+        "their birth on, also while no agent runs; no interface of the node's own may be called so",
+    )  # fmt: skip
+    parser.add_argument(
+        "--barrier-marks", default=BARRIER_MARKS, metavar="SEEN,NODE,DUE",
+        help=f"three single bits of the packets' mark that the agent may use (default: {BARRIER_MARKS})",
+    )  # fmt: skip
+    parser.add_argument(
         "--group", metavar="NAME",
         help="a group whose members may ask the agent (netpolctl status, flows, get, metrics) and read its maps; "
         "without it, root alone",
@@ -149,6 +181,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(arguments: argparse.Namespace) -> int:
     """Run the agent to its end; returns the exit code. Raises NetpolError."""
     # The kernel, root and BCC are needed from here on, not for --help.
+    from netpol_ebpf.agent.barrier import parse_barrier
     from netpol_ebpf.agent.core import Agent, Settings
     from netpol_ebpf.agent.node import KernelNode
     from netpol_ebpf.agent.timeouts import parse_timeouts
@@ -159,6 +192,7 @@ def run(arguments: argparse.Namespace) -> int:
     sizes = parse_sizes(arguments.map_size)
     timeouts_s = parse_timeouts(arguments.timeout)
     group = parse_group(arguments.group)
+    mark_shift = parse_mark(arguments.service_mark)
     pin_root: Path = arguments.pin_root or DEFAULT_PIN_ROOT
     state_dir: Path = arguments.state_dir
     if not arguments.manifests.exists():
@@ -170,7 +204,13 @@ def run(arguments: argparse.Namespace) -> int:
         borrow_sources=arguments.allow_source_prefixes,
         keep_revoked=arguments.keep_revoked,
         workload_to_host=Action(WORKLOAD_TO_HOST[arguments.workload_to_host]),
-        mark_shift=parse_mark(arguments.service_mark),
+        mark_shift=mark_shift,
+        tunnels=frozenset(map(parse_tunnel, arguments.tunnel)),
+        routers=tuple(arguments.router),
+        hairpin=arguments.hairpin,
+        barrier=parse_barrier(
+            arguments.barrier, arguments.barrier_interfaces, arguments.barrier_marks, mark_shift
+        ),
     )
     os.umask(PRIVATE_UMASK)
     footprint.give_back_large_blocks()
@@ -243,9 +283,14 @@ def serve(agent: Any, node: Any, state_dir: Path, place: Mapping[str, str], grou
                 due_s = stepped_s + (NEWS_GAP_S if is_news else INTERVAL_S)
                 readable, writable = service.descriptors()
                 readable += [wake, node.fileno()]
+                barrier = node.barrier.fileno()
+                readable += [] if barrier is None else [barrier]
                 woken, _, _ = select.select(readable, writable, [], max(0.0, due_s - time.monotonic()))
                 if node.fileno() in woken:
                     agent.close_newborn()
+                    is_news = True
+                if barrier in woken:
+                    node.barrier.note_news()
                     is_news = True
                 # All interfaces are not looked at while the last look is recent, lest a busy node keep us busy.
                 if time.monotonic() >= stepped_s + (NEWS_GAP_S if is_news else INTERVAL_S):
@@ -316,6 +361,17 @@ def parse_mark(text: str | None) -> int:
     if not 1 <= shift <= 16 or mask != 0xFFFF << shift:  # noqa: PLR2004 - a mark has 32 bits
         raise UsageError(f"--service-mark {text}: expected 16 adjacent bits above the lowest one, such as 0xffff0000")
     return shift
+
+
+def parse_tunnel(text: str) -> tuple[int, int]:
+    """``udp:PORT``, or the name of an IP protocol: its number, and the port or 0. Raises UsageError."""
+    name, _, port = text.lower().partition(":")
+    if name == "udp" and port.isdecimal() and 0 < int(port) <= 0xFFFF:  # noqa: PLR2004 - a port has 16 bits
+        return TUNNEL_PROTOCOLS["udp"], int(port)
+    if name != "udp" and name in TUNNEL_PROTOCOLS and not port:
+        return TUNNEL_PROTOCOLS[name], 0
+    others = ", ".join(one for one in TUNNEL_PROTOCOLS if one != "udp")
+    raise UsageError(f"--tunnel {text}: expected udp:PORT, or one of {others}")
 
 
 def parse_group(name: str | None) -> int | None:

@@ -8,17 +8,21 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from ipaddress import ip_network
 from pathlib import Path
 from typing import Protocol
 
 from netpol_ebpf.agent.adoption import Live, look_at_connections
+from netpol_ebpf.agent.barrier import Tables
 from netpol_ebpf.agent.timeouts import set_timeouts
 from netpol_ebpf.agent.wiring import Link, Wiring
+from netpol_ebpf.apply import surroundings
 from netpol_ebpf.apply.applier import KernelMap
-from netpol_ebpf.apply.encode import decode_endpoint
+from netpol_ebpf.apply.encode import LocalFlag, Meaning, decode_endpoint
 from netpol_ebpf.errors import PlatformError
 from netpol_loader import abi, access, attach, netlink
+from netpol_loader.barrier import BarrierTables
 from netpol_loader.drift import Drift, PartlyMendedError, mend_attachments, mend_pins
 from netpol_loader.peers import load_peer_addresses
 from netpol_loader.renewal import Renewal
@@ -28,12 +32,12 @@ log = logging.getLogger(__name__)
 
 POLICY_MAPS = frozenset({
     "np_endpoint", "np_addr4", "np_addr6", "np_cidr4", "np_cidr6", "np_source4", "np_source6", "np_peer_class", "np_l4_atom",
-    "np_l4_col", "np_verdict", "np_rule", "np_host", "np_place", "np_local4", "np_local6", "np_vip4", "np_vip6", "np_special",
-    "np_near",
+    "np_l4_col", "np_verdict", "np_rule", "np_host", "np_place", "np_special", "np_near", *surroundings.MAPS,
 })  # fmt: skip
 """Maps that say what policy is, or what was remembered of that. The others hold connections, counters and settings, and belong to no agent."""
 
 
+LOOPBACK_NET = ip_network("127.0.0.0/8")
 EVENTS_A_LOOK = 1000
 """Events taken at a time, so that a flood of them does not keep the agent from everything else; arbitrary."""
 CLSACT_TURN = 10
@@ -46,6 +50,10 @@ class Node(Protocol):
     @property
     def maps(self) -> Mapping[str, KernelMap]:
         """The maps in force."""
+
+    @property
+    def barrier(self) -> Tables:
+        """The tables of the second barrier in this node's network namespace."""
 
     def snapshot(self) -> Wiring:
         """Interfaces, routes and addresses as they are now."""
@@ -89,6 +97,9 @@ class Node(Protocol):
     def overtaken(self, ifindexes: Collection[int]) -> set[int]:
         """Those on which a program of others runs before ours."""
 
+    def others(self, ifindex: int) -> list[str]:
+        """Programs of others on the hook by which an interface's packets come in, for people."""
+
     def live_connections(self, namespaces: Collection[int]) -> Live:
         """The connections of this node, and those that sockets in these network namespaces show."""
 
@@ -120,6 +131,7 @@ class KernelNode:
         self._mended = 0  # of clsact interfaces: whose turn it is
         self._upgrade: Upgrade | None = None  # until it has taken over
         self.upgraded = ""  # what an upgrade of the pins did, for people; empty: there was none
+        self._barrier = BarrierTables(str(pin_root.absolute()))
 
     def __enter__(self) -> KernelNode:  # noqa: PYI034 - typing.Self comes with Python 3.11
         with contextlib.ExitStack() as stack:
@@ -132,6 +144,7 @@ class KernelNode:
             self._reader = stack.enter_context(self._dataplane.events(lambda event: self._consume(event)))
             self._mechanism = attach.preferred_mechanism(self._dataplane)
             access.grant(self._dataplane, self._group)
+            stack.callback(self._barrier.close)
             self._stack = stack.pop_all()
         return self
 
@@ -147,6 +160,11 @@ class KernelNode:
     def maps(self) -> Mapping[str, KernelMap]:
         """See `Node`."""
         return self._dataplane.maps
+
+    @property
+    def barrier(self) -> BarrierTables:
+        """See `Node`."""
+        return self._barrier
 
     def fileno(self) -> int:
         """Readable when there is news."""
@@ -182,15 +200,18 @@ class KernelNode:
 
     def snapshot(self) -> Wiring:
         """See `Node`."""
-        links = {one.ifindex: _link(one) for one in netlink.links()}
+        found = netlink.links()
+        links, tables = {one.ifindex: _link(one) for one in found}, [one.table for one in found if one.table]
         namespaces = {link.peer[0] for link in links.values() if link.peer is not None}
+        meanings, nets = _meanings(netlink.local_routes(tables), netlink.joined_groups())
         return Wiring(
             links=links,
             host_routes=netlink.host_routes(),
             uplinks=frozenset(netlink.node_interfaces()),
             peer_addresses=load_peer_addresses(namespaces),
             addresses=netlink.addresses(),
-            broadcasts=netlink.broadcast_addresses(),
+            meanings=meanings,
+            local_nets=nets,
         )
 
     @contextlib.contextmanager
@@ -283,6 +304,10 @@ class KernelNode:
         """See `Node`."""
         return attach.overtaken(ifindexes, self._dataplane)
 
+    def others(self, ifindex: int) -> list[str]:
+        """See `Node`."""
+        return attach.others(ifindex, self._dataplane)
+
     def live_connections(self, namespaces: Collection[int]) -> Live:
         """See `Node`."""
         return look_at_connections(namespaces)
@@ -297,4 +322,21 @@ def _link(link: netlink.Link | netlink.News) -> Link:
     kind = link.link_kind if isinstance(link, netlink.News) else link.kind
     is_pair = kind == "veth" and link.peer_nsid is not None
     peer = (link.peer_nsid, link.peer_ifindex) if is_pair and link.peer_nsid is not None else None
-    return Link(link.ifindex, link.name, kind, peer)
+    if isinstance(link, netlink.News):
+        return Link(link.ifindex, link.name, kind, peer)
+    return Link(link.ifindex, link.name, kind, peer, link.master, link.hardware, link.takes)
+
+
+def _meanings(
+    routes: Iterable[netlink.LocalRoute], groups: Iterable[netlink.IPAddress]
+) -> tuple[dict[netlink.IPAddress, Meaning], frozenset[netlink.IPNetwork]]:
+    """Single addresses that mean the node, and prefixes that are its own; the program knows 127.0.0.0/8 by itself."""
+    found = {address: Meaning(LocalFlag.GROUP) for address in groups}
+    nets = set()
+    for route in routes:
+        if route.net.prefixlen == route.net.max_prefixlen:
+            flag = LocalFlag.MANY if route.is_many else LocalFlag.OWN
+            found[route.net.network_address] = Meaning(flag, route.ifindex)
+        elif not route.is_many and route.net != LOOPBACK_NET:
+            nets.add(route.net)
+    return found, frozenset(nets)

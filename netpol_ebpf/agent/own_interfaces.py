@@ -17,13 +17,13 @@ from dataclasses import dataclass, field
 
 from netpol_ebpf.agent.attachments import Attachments
 from netpol_ebpf.agent.hosts import HostPlan, own_interfaces, plan_hosts
-from netpol_ebpf.agent.wiring import NOWHERE, Wiring
+from netpol_ebpf.agent.wiring import BRIDGE_KIND, NOWHERE, Wiring, device_flags
 from netpol_ebpf.apply.applier import Applier, Binding, KernelMap, too_small
-from netpol_ebpf.apply.encode import endpoint_key
-from netpol_ebpf.apply.surroundings import UPLINK, Surroundings, SurroundingsWriter
+from netpol_ebpf.apply.encode import EndpointFlag, LocalFlag, Meaning, endpoint_key
+from netpol_ebpf.apply.surroundings import UPLINK, OwnInterface, Surroundings, SurroundingsWriter
 from netpol_ebpf.compiler import Tables
 from netpol_ebpf.errors import Location, MapFullError, Problem
-from netpol_ebpf.policy.types import Endpoint, EndpointKey, EndpointKind, Vip, VipKey, World
+from netpol_ebpf.policy.types import Endpoint, EndpointKey, EndpointKind, IPAddress, Vip, VipKey, World
 from netpol_loader import abi
 
 log = logging.getLogger(__name__)
@@ -34,7 +34,9 @@ HOST_BINDING = Binding(NOWHERE, EndpointKind.HOST)
 
 @dataclass(frozen=True, slots=True)
 class Grounds:
-    """What decides on the node's own interfaces, as it is in force: host endpoints with their numbers, and services.
+    """What decides on the node's own interfaces, as it is in force.
+
+    Host endpoints with their numbers, services, and the addresses of all nodes.
 
     Apart from the manifests and the compiler's tables, which are ahead of it while a change is refused.
     """
@@ -42,18 +44,21 @@ class Grounds:
     hosts: Mapping[EndpointKey, Endpoint] = field(default_factory=dict)
     numbers: Mapping[EndpointKey, int] = field(default_factory=dict)
     vips: Mapping[VipKey, Vip] = field(default_factory=dict)
+    nodes: frozenset[IPAddress] = frozenset()
 
     @classmethod
-    def of(cls, world: World, tables: Tables) -> Grounds:
-        """Of the manifests, with the tables that were made of them."""
+    def of(cls, world: World, tables: Tables, node: str | None) -> Grounds:
+        """Of the manifests, with the tables that were made of them, on the node of that name (None: not known)."""
         rows = tables.endpoints
         hosts = {key: one for key, one in world.endpoints.items() if one.kind is EndpointKind.HOST and key in rows}
-        return cls(hosts, {key: rows[key].number for key in hosts}, dict(world.vips))
+        nodes = frozenset(address for node in world.nodes.values() for address in node.addresses)
+        vips = {key: vip for key, vip in world.vips.items() if node is None or key.node in ("", node)}
+        return cls(hosts, {key: rows[key].number for key in hosts}, vips, nodes)
 
     def on_the_way_to(self, after: Grounds) -> Grounds:
         """These without the host endpoints that are about to go: interfaces do without them before they go."""
         staying = {key: after.hosts[key] for key in self.hosts if key in after.hosts}
-        return Grounds(staying, self.numbers, after.vips)
+        return Grounds(staying, self.numbers, after.vips, after.nodes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,8 +83,12 @@ class OwnInterfaces:
     what they should; ``no_exit``: why services are closed.
     """
 
-    def __init__(self, node: str | None, attachments: Attachments) -> None:
-        """``node``: its name, None: host endpoints are known as this node's by their addresses."""
+    def __init__(self, node: str | None, attachments: Attachments, tunnels: Collection[tuple[int, int]] = ()) -> None:
+        """``node``: its name, None: host endpoints are known as this node's by their addresses.
+
+        ``tunnels``: encapsulation that nodes take from anyone, besides that of this node's devices.
+        """
+        self._tunnels = frozenset(tunnels)
         self.grounds = Grounds()
         self.no_room: Problem | None = None
         self.no_exit: Problem | None = None
@@ -192,7 +201,7 @@ class OwnInterfaces:
         hosts = list(grounds.hosts.values())
         if self._node is None:
             hosts = [one for one in hosts if any(address in wiring.addresses for address in one.addresses)]
-        return plan_hosts(wiring, hosts, workloads, has_services=bool(grounds.vips))
+        return plan_hosts(wiring, hosts, workloads)
 
     def _known(
         self,
@@ -209,11 +218,20 @@ class OwnInterfaces:
         are judged like all others.
         """
         are_exits_known |= plan.interfaces.keys() <= self._attachments.interfaces or self.no_exit is not None
-        keys = {ifindex: plan.interfaces.get(ifindex) for ifindex in bearing}
+        interfaces = {}
+        for ifindex in bearing:
+            key, link = plan.interfaces.get(ifindex), wiring.links.get(ifindex)
+            flags = device_flags(link)
+            if link is not None and link.kind != BRIDGE_KIND:
+                flags |= EndpointFlag.OUTSIDE
+            interfaces[ifindex] = OwnInterface(UPLINK if key is None else grounds.numbers[key], flags)
+        others = dict.fromkeys(grounds.nodes, Meaning(LocalFlag.NODE))
         return Surroundings(
-            frozenset(wiring.addresses) | wiring.broadcasts,
-            {ifindex: UPLINK if key is None else grounds.numbers[key] for ifindex, key in keys.items()},
+            {**others, **wiring.meanings},
+            interfaces,
             tuple(grounds.vips.values()) if are_exits_known else (),
+            wiring.local_nets,
+            wiring.tunnels | self._tunnels,
         )
 
     def _write(self, wiring: Wiring, workloads: Collection[int], bearing: Collection[int]) -> None:
@@ -221,7 +239,10 @@ class OwnInterfaces:
         _, applier, surroundings = self._writers()
         rows = [("np_endpoint", endpoint_key(one.ifindex)) for one in applier.bindings.values()]
         own = own_interfaces(wiring, workloads) & set(bearing)
-        surroundings.write(self._known(self._plan, self.grounds, wiring, own), keep=rows)
+        wanted = self._known(self._plan, self.grounds, wiring, own)
+        surroundings.write(wanted, keep=rows)
+        nets = abi.NP_CONFIG_LOCAL_NETS
+        applier.set_flags(**({"on": nets} if wanted.nets else {"off": nets}))
 
 
 def _warning(key: EndpointKey, message: str, locate: Callable[[EndpointKey], Location]) -> Problem:

@@ -51,6 +51,7 @@ def status(agent: Agent, maps: Mapping[str, KernelMap], place: Mapping[str, str]
         },
         "endpoints": endpoints,
         "interfaces": interfaces(agent),
+        "barrier": agent.barrier.report(),
         "problems": problems,
         "maps": {
             name: {"entries": count, "size": maps[name].max_entries} for name, count in agent.applier.counts.items()

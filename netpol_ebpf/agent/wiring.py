@@ -14,8 +14,14 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
-from netpol_ebpf.policy.types import Endpoint, EndpointKey, IPAddress
+from netpol_ebpf.apply.encode import EndpointFlag, Meaning
+from netpol_ebpf.policy.types import Endpoint, EndpointKey, IPAddress, IPNetwork
 
+ETHERNET = 1
+LAYER3_HARDWARE = frozenset({519, 512, 768, 769, 776, 778, 823, 65534})
+"""ARPHRD_* of devices whose packets begin with the network header: raw IP, PPP, IPIP, ip6tnl, sit, GRE, IPv6 GRE, none (tun,
+WireGuard, xfrm)."""
+BRIDGE_KIND = "bridge"
 TAP_KINDS = frozenset({"tun"})
 """What the kernel calls a tap or tun device: a virtual machine's interface."""
 NOWHERE = 0
@@ -24,12 +30,19 @@ NOWHERE = 0
 
 @dataclass(frozen=True, slots=True)
 class Link:
-    """An interface. ``peer``: (namespace id, interface index there) of a veth whose other end is in another namespace."""
+    """An interface.
+
+    ``peer``: (namespace id, interface index there) of a veth whose other end is in another namespace.  ``master``: the bridge
+    or VRF that it belongs to.  ``hardware``: ARPHRD_*.  ``takes``: encapsulation that it takes from anyone, as protocol and port.
+    """
 
     ifindex: int
     name: str
     kind: str = ""
     peer: tuple[int, int] | None = None
+    master: int = NOWHERE
+    hardware: int = ETHERNET
+    takes: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +51,7 @@ class Wiring:
 
     ``host_routes``: interface of each directly connected single address.  ``uplinks``: interfaces of the node's own
     traffic.  ``peer_addresses``: by (namespace id, interface index there).  ``addresses``: the node's own and the interface
-    each is on; ``broadcasts``: addresses that mean the node and its neighbours.
+    each is on; ``meanings``: all single addresses that mean the node; ``local_nets``: prefixes that are its own.
     """
 
     links: Mapping[int, Link] = field(default_factory=dict)
@@ -46,7 +59,19 @@ class Wiring:
     uplinks: frozenset[int] = frozenset()
     peer_addresses: Mapping[tuple[int, int], tuple[IPAddress, ...]] = field(default_factory=dict)
     addresses: Mapping[IPAddress, int] = field(default_factory=dict)
-    broadcasts: frozenset[IPAddress] = frozenset()
+    meanings: Mapping[IPAddress, Meaning] = field(default_factory=dict)
+    local_nets: frozenset[IPNetwork] = frozenset()
+
+    @property
+    def tunnels(self) -> frozenset[tuple[int, int]]:
+        """Encapsulation that the node's devices take from anyone, as protocol and port."""
+        return frozenset(one for link in self.links.values() for one in link.takes)
+
+    def link_of(self, ifindex: int) -> int:
+        """The interface that has the addresses of an interface's link: its bridge, or itself."""
+        link = self.links.get(ifindex)
+        master = self.links.get(link.master) if link is not None else None
+        return master.ifindex if master is not None and master.kind == BRIDGE_KIND else ifindex
 
     def name_of(self, ifindex: int) -> str:
         """An interface's name; its number when it is gone."""
@@ -63,6 +88,13 @@ class Located:
 
     interfaces: Mapping[EndpointKey, int]
     problems: Mapping[EndpointKey, str]
+
+
+def device_flags(link: Link | None) -> EndpointFlag:
+    """What the program has to know of a device to read its packets."""
+    if link is None or link.hardware == ETHERNET:
+        return EndpointFlag.NONE
+    return EndpointFlag.LAYER3 if link.hardware in LAYER3_HARDWARE else EndpointFlag.UNREADABLE
 
 
 def is_candidate(link: Link, wiring: Wiring, patterns: Sequence[str] = ()) -> bool:

@@ -33,6 +33,7 @@ from netpol_ebpf.compiler.tables import Change, Delta, EndpointRow, Tables
 from netpol_ebpf.errors import MapFullError, PlatformError
 from netpol_ebpf.policy.types import EndpointKey, EndpointKind, IPNetwork
 from netpol_loader import abi
+from netpol_loader.barrier import Marks
 from netpol_loader.buckets import MORE_NAMES
 from netpol_loader.connections import TAG_NAMES
 from netpol_loader.dataplane import following
@@ -77,12 +78,16 @@ class KernelMap(Protocol):
 class Binding:
     """Where an endpoint is found. ``allowed_sources``: prefixes it may send from although it does not own them.
 
+    ``link``: the bridge that its interface is a port of, 0: none.  ``flags``: what its interface is besides.
+
     Of a host only that its policy is to be there; `netpol_ebpf.apply.surroundings` says for which interfaces.
     """
 
     ifindex: int
     kind: EndpointKind = EndpointKind.WORKLOAD
     allowed_sources: tuple[IPNetwork, ...] = ()
+    link: int = 0
+    flags: EndpointFlag = EndpointFlag.NONE
 
 
 @dataclass(slots=True)
@@ -408,6 +413,21 @@ class Applier:
         config.mark_shift = mark_shift
         self._put_config(config)
 
+    @property
+    def marks(self) -> Marks:
+        """The bits of the packets' mark that the programs use."""
+        config = self._config()
+        return Marks(config.seen_mark, config.node_mark, config.due_mark)
+
+    def set_marks(self, marks: Marks) -> None:
+        """Have the programs use these bits. Connections that were never asked whether they are due are judged again."""
+        config = self._config()
+        is_another_question = config.due_mark != marks.due
+        config.seen_mark, config.node_mark, config.due_mark = marks.seen, marks.node, marks.due
+        self._put_config(config)
+        if is_another_question:
+            self.bump_generation()
+
     def set_wildcard(self, key: EndpointKey | None) -> None:
         """Which host endpoint, that has its binding and its row, is that of all interfaces."""
         number = 0 if key is None else self._rows[key].number
@@ -465,9 +485,9 @@ def _endpoint_elements(row: EndpointRow, binding: Binding) -> Iterator[Element]:
         return
     for net in binding.allowed_sources:
         yield source_element(row.number, net)
-    flags = EndpointFlag.SOURCES if binding.allowed_sources else EndpointFlag.NONE
+    flags = binding.flags | (EndpointFlag.SOURCES if binding.allowed_sources else EndpointFlag.NONE)
     yield place_element(row.number, binding.ifindex)
-    yield endpoint_element(binding.ifindex, row.number, EndpointSets.of(row), flags)
+    yield endpoint_element(binding.ifindex, row.number, EndpointSets.of(row), flags, binding.link)
 
 
 def require_room(

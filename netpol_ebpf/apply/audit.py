@@ -15,7 +15,7 @@ from itertools import islice
 
 from netpol_ebpf.apply.applier import ARRAYS, Applier, KernelMap
 from netpol_ebpf.apply.encode import ENCODERS, Element, decode_key, elements
-from netpol_ebpf.apply.surroundings import SurroundingsWriter
+from netpol_ebpf.apply.surroundings import MAPS, SurroundingsWriter
 from netpol_ebpf.compiler.tables import Tables
 from netpol_ebpf.errors import MapFullError
 from netpol_loader.drift import Drift
@@ -24,7 +24,7 @@ ROWS = 2000
 """Rows looked at in a step: some 10 ms; arbitrary."""
 
 BY_ENDPOINT = ("np_endpoint", "np_source4", "np_source6", "np_host", "np_place")
-BY_NODE = ("np_local4", "np_local6", "np_vip4", "np_vip6")
+BY_NODE = MAPS
 """What is too much is looked for in these; a bit of np_special that is too much costs look-ups, nothing else."""
 BY_TABLE = ("np_addr4", "np_addr6", "np_cidr4", "np_cidr6", "np_peer_class", "np_rule")
 

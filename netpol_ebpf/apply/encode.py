@@ -13,7 +13,7 @@ import ctypes
 import enum
 import hashlib
 import struct
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv4Network, ip_address, ip_network
 from typing import Any
@@ -93,7 +93,9 @@ _RULE = layout(abi.np_rule, "name")
 _ENDPOINT_KEY = layout(abi.np_endpoint_key, "ifindex")
 _NUMBER_KEY = layout(abi.np_number_key, "number")
 _PLACE = layout(abi.np_place, "ifindex")
-_LOCAL = layout(abi.np_local, "local")
+_LOCAL = layout(abi.np_local, "flags", "ifindex")
+_TUNNEL_KEY = layout(abi.np_tunnel_key, "port", "protocol")
+_TUNNEL = layout(abi.np_tunnel, "taken")
 _SPECIAL = layout(abi.np_special, "bits")
 _VIP4_KEY = layout(abi.np_vip4_key, "address", "port", "protocol")
 _VIP6_KEY = layout(abi.np_vip6_key, "address", "port", "protocol")
@@ -214,6 +216,27 @@ class EndpointFlag(enum.IntFlag):
     HOST = abi.NP_ENDPOINT_HOST
     SOURCES = abi.NP_ENDPOINT_SOURCES
     UPLINK = abi.NP_ENDPOINT_UPLINK
+    ROUTES = abi.NP_ENDPOINT_ROUTES
+    LAYER3 = abi.NP_ENDPOINT_LAYER3
+    UNREADABLE = abi.NP_ENDPOINT_UNREADABLE
+    OUTSIDE = abi.NP_ENDPOINT_OUTSIDE
+
+
+class LocalFlag(enum.IntFlag):
+    """What an address means to the node."""
+
+    OWN = abi.NP_LOCAL_OWN
+    MANY = abi.NP_LOCAL_MANY
+    GROUP = abi.NP_LOCAL_GROUP
+    NODE = abi.NP_LOCAL_NODE
+
+
+@dataclass(frozen=True, slots=True)
+class Meaning:
+    """Of an address to the node. ``ifindex``: of the interface that has it, 0: none in particular."""
+
+    flags: LocalFlag
+    ifindex: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,9 +257,9 @@ def endpoint_key(ifindex: int) -> bytes:
     return _ENDPOINT_KEY.pack(ifindex)
 
 
-def endpoint_element(ifindex: int, number: int, sets: EndpointSets, flags: EndpointFlag) -> Element:
-    """The row of an endpoint on an interface."""
-    row = abi.np_endpoint(number=number, ifindex=ifindex, flags=int(flags))
+def endpoint_element(ifindex: int, number: int, sets: EndpointSets, flags: EndpointFlag, link: int = 0) -> Element:
+    """The row of an endpoint on an interface. ``link``: the bridge that it is a port of, 0: none."""
+    row = abi.np_endpoint(number=number, ifindex=ifindex, flags=int(flags), link=link or ifindex)
     _fill_set(row.ingress, sets.ingress)
     _fill_set(row.egress, sets.egress)
     return "np_endpoint", endpoint_key(ifindex), bytes(seal_endpoint(row))
@@ -277,9 +300,20 @@ def host_element(number: int, sets: Mapping[tuple[Direction, Stage], SetRow]) ->
     return "np_host", host_key(number), bytes(seal_host(row))
 
 
-def local_element(address: IPAddress) -> Element:
-    """One of the node's own addresses."""
-    return f"np_local{address.version}", address.packed, _LOCAL.pack(1)
+def local_element(address: IPAddress, meaning: Meaning) -> Element:
+    """An address that means this node, or another one."""
+    return f"np_local{address.version}", address.packed, _LOCAL.pack(int(meaning.flags), meaning.ifindex)
+
+
+def local_net_element(net: IPNetwork) -> Element:
+    """A prefix all of whose addresses are the node's own."""
+    _, key = cidr_key(net)
+    return f"np_local{net.version}_net", key, _LOCAL.pack(int(LocalFlag.OWN), 0)
+
+
+def tunnel_element(protocol: int, port: int) -> Element:
+    """Encapsulation that nodes take from anyone. ``port``: 0 for protocols without ports."""
+    return "np_tunnel", _TUNNEL_KEY.pack(port, protocol), _TUNNEL.pack(1)
 
 
 NO_BITS = _SPECIAL.pack(0)
@@ -300,11 +334,11 @@ def either(one: bytes, other: bytes) -> bytes:
     return _SPECIAL.pack(_SPECIAL.unpack(one)[0] | _SPECIAL.unpack(other)[0])
 
 
-def vip_elements(vip: Vip, local: Collection[IPAddress]) -> Iterator[Element]:
-    """A service's address; ``local``: the node's own, at which a backend is a process that no hook stands before."""
+def vip_elements(vip: Vip, is_own: Callable[[IPAddress], bool]) -> Iterator[Element]:
+    """A service's address; ``is_own``: of the node, where a backend is a process that no hook stands before."""
     versions = (4, 6) if vip.key.address is None else (vip.key.address.version,)
     for version in versions:
-        behind = sorted({one for one in vip.backends if one[0].version == version and one[0] in local})
+        behind = sorted({one for one in vip.backends if one[0].version == version and is_own(one[0])})
         flags, address, port = 0, b"", 0
         if len(behind) == 1:
             flags, address, port = abi.NP_VIP_LOCAL, behind[0][0].packed, behind[0][1]

@@ -3,15 +3,16 @@
 
 Invariant: what a frame says is what the packet says; fields that a `Packet` does not have are fixed, so equal packets are
 equal frames.  TCP is an initial SYN; an ICMP error carries no inner packet, so that it is about no connection and policy
-judges it.
+judges it.  Neighbour and listener discovery of a link is well-formed; between other addresses it looks as routed.
 """
 
 from __future__ import annotations
 
 import struct
 from collections.abc import Mapping
-from ipaddress import IPv4Address
+from ipaddress import IPv4Address, ip_address
 
+from netpol_ebpf.policy.journey import LISTENER_TYPES, ROUTER_SOLICITATION, is_link_message
 from netpol_ebpf.policy.types import ICMP, ICMPV6, SCTP, TCP, UDP, UDPLITE, Packet
 
 ETHERNET_BYTES = 14
@@ -23,7 +24,10 @@ _ETHERNET: Mapping[int, bytes] = {
     6: bytes.fromhex("020000000001 020000000002 86dd"),
 }
 """Locally administered hardware addresses, and the ethertype."""
-_HOP_LIMIT = 64
+_HOP_LIMIT, _LINK_HOP_LIMIT, _LISTENER_HOP_LIMIT = 64, 255, 1
+_NEIGHBOUR_SOLICITATION = 135
+_LINK_ADDRESS = ip_address("fe80::1")
+"""Whose neighbour is asked for; arbitrary."""
 _SYN = 2
 _PAYLOAD = b"netpol-ebpf"
 
@@ -38,9 +42,15 @@ def render_frame(packet: Packet) -> bytes:
         )  # fmt: skip
         header = header[:10] + struct.pack("!H", checksum(header)) + header[12:]
     else:
-        header = struct.pack("!IHBB", 6 << 28, len(payload), packet.protocol, _HOP_LIMIT)
+        header = struct.pack("!IHBB", 6 << 28, len(payload), packet.protocol, _hop_limit(packet))
         header += packet.source.packed + packet.destination.packed
     return _ETHERNET[packet.source.version] + header + payload
+
+
+def _hop_limit(packet: Packet) -> int:
+    if not is_link_message(packet):
+        return _HOP_LIMIT
+    return _LISTENER_HOP_LIMIT if packet.icmp_type in LISTENER_TYPES else _LINK_HOP_LIMIT
 
 
 def checksum(data: bytes) -> int:
@@ -70,6 +80,10 @@ def _transport(packet: Packet) -> bytes:
         message = struct.pack("!BBHHH", packet.icmp_type, packet.icmp_code, 0, ICMP_IDENTIFIER, 1)
         if protocol == ICMP:
             return message[:2] + struct.pack("!H", checksum(message)) + message[4:]
+        if is_link_message(packet):
+            is_asked = packet.icmp_type == _NEIGHBOUR_SOLICITATION
+            about = _LINK_ADDRESS if is_asked and not packet.source.is_unspecified else packet.source
+            message = message[:4] + bytes(4) + (b"" if packet.icmp_type == ROUTER_SOLICITATION else about.packed)
         return _with_checksum(packet, message, 2)
     return _PAYLOAD
 

@@ -32,6 +32,8 @@ from netpol_ebpf.apply.encode import (
     NO_SETS,
     EndpointFlag,
     EndpointSets,
+    LocalFlag,
+    Meaning,
     endpoint_element,
     endpoint_key,
     host_element,
@@ -76,6 +78,7 @@ SIZES: Mapping[str, int] = {
 """Where the default size would only cost time: one packet at a time needs little. Ring buffer in bytes."""
 
 BROADCAST = IPv4Address("255.255.255.255")
+OWN = Meaning(LocalFlag.OWN)
 
 JUDGED = frozenset({"policy-allow", "policy-deny", "continue"})
 NO_OPINION = (Outcome.CONTINUE, Action.PASS)
@@ -244,12 +247,12 @@ class KernelEngine:
             return
         maps = self._dataplane.maps
         if self._own_address is not None:
-            name, key, _ = local_element(self._own_address)
+            name, key, _ = local_element(self._own_address, OWN)
             maps[name].delete(key)
             for name, key, _ in special_elements([self._own_address]):
                 maps[name].put(key, NO_BITS)
         if address is not None:
-            for name, key, value in (*special_elements([address]), local_element(address)):
+            for name, key, value in (*special_elements([address]), local_element(address, OWN)):
                 maps[name].put(key, value)
         self._own_address = address
 

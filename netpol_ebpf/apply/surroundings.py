@@ -20,16 +20,20 @@ from netpol_ebpf.apply.encode import (
     NO_SETS,
     Element,
     EndpointFlag,
+    LocalFlag,
+    Meaning,
     either,
     endpoint_element,
     local_element,
+    local_net_element,
     special_elements,
+    tunnel_element,
     vip_elements,
 )
 from netpol_ebpf.errors import PlatformError
-from netpol_ebpf.policy.types import IPAddress, Vip
+from netpol_ebpf.policy.types import IPAddress, IPNetwork, Vip
 
-MAPS = ("np_local4", "np_local6", "np_vip4", "np_vip6")
+MAPS = ("np_local4", "np_local6", "np_local4_net", "np_local6_net", "np_tunnel", "np_vip4", "np_vip6")
 """Maps that nothing else writes, besides SPECIAL; of np_endpoint only the rows of the node's own interfaces are meant here."""
 SPECIAL = "np_special"
 """An array of bits by hash of the addresses in MAPS."""
@@ -38,12 +42,33 @@ UPLINK = 0
 
 
 @dataclass(frozen=True, slots=True)
-class Surroundings:
-    """``interfaces``: the node's own that bear the programs, each with the number of its host endpoint or UPLINK."""
+class OwnInterface:
+    """An interface of the node's own. ``number``: of its host endpoint, or UPLINK; ``flags``: what it is besides."""
 
-    addresses: frozenset[IPAddress] = frozenset()
-    interfaces: Mapping[int, int] = field(default_factory=dict)
+    number: int = UPLINK
+    flags: EndpointFlag = EndpointFlag.NONE
+
+
+@dataclass(frozen=True, slots=True)
+class Surroundings:
+    """What is told at one time.
+
+    ``addresses``: single ones that mean this node or another one; ``nets``: prefixes that are this node's own.
+    ``interfaces``: the node's own that bear the programs.  ``tunnels``: protocol and, of UDP, port of encapsulation that
+    nodes take from anyone.
+    """
+
+    addresses: Mapping[IPAddress, Meaning] = field(default_factory=dict)
+    interfaces: Mapping[int, OwnInterface] = field(default_factory=dict)
     vips: Iterable[Vip] = ()
+    nets: frozenset[IPNetwork] = frozenset()
+    tunnels: frozenset[tuple[int, int]] = frozenset()
+
+    def is_own(self, address: IPAddress) -> bool:
+        """Whether processes of the node have an address."""
+        meaning = self.addresses.get(address)
+        is_single = meaning is not None and bool(meaning.flags & LocalFlag.OWN)
+        return is_single or address.is_loopback or any(address in net for net in self.nets)
 
     def elements(self) -> Iterator[Element]:
         """All rows, bits first."""
@@ -51,13 +76,17 @@ class Surroundings:
         yield from special_elements(
             [*self.addresses, *(vip.key.address for vip in vips if vip.key.address is not None)]
         )
-        for address in self.addresses:
-            yield local_element(address)
-        for ifindex, number in self.interfaces.items():
-            flags = EndpointFlag.HOST if number else EndpointFlag.HOST | EndpointFlag.UPLINK
-            yield endpoint_element(ifindex, number, NO_SETS, flags)
+        for address, meaning in self.addresses.items():
+            yield local_element(address, meaning)
+        for net in self.nets:
+            yield local_net_element(net)
+        for protocol, port in self.tunnels:
+            yield tunnel_element(protocol, port)
+        for ifindex, one in self.interfaces.items():
+            flags = EndpointFlag.HOST if one.number else EndpointFlag.HOST | EndpointFlag.UPLINK
+            yield endpoint_element(ifindex, one.number, NO_SETS, flags | one.flags)
         for vip in vips:
-            yield from vip_elements(vip, self.addresses)
+            yield from vip_elements(vip, self.is_own)
 
 
 class SurroundingsWriter:

@@ -60,8 +60,9 @@ def families(state: Mapping[str, Any], rules: Iterable[Mapping[str, Any]]) -> It
     yield from _enforcement(state)
     yield from _packets(state["packets"], list(rules))
     yield from _maps(state["maps"], state["refused"])
+    yield from _barrier(state["barrier"])
     drift = state["drift"]
-    kinds = {**dict.fromkeys(("pin", "program", "row", "configuration"), 0), **drift["put_back"]}
+    kinds = {**dict.fromkeys(("pin", "program", "row", "configuration", "barrier"), 0), **drift["put_back"]}
     yield Family(
         "netpol_drift_repairs_total", "counter", "Things that something else changed and the agent put back.",
         tuple(({"kind": kind}, count) for kind, count in sorted(kinds.items())),
@@ -137,6 +138,30 @@ def _maps(maps: Mapping[str, Any], refused: Mapping[str, Any]) -> Iterator[Famil
     yield Family(
         "netpol_refused_object", "gauge", "1 for each object that is not in force, with the map that has no room for it.",
         tuple(({"object": one, "map": refused["map"]}, 1) for one in refused["waiting"]),
+    )  # fmt: skip
+
+
+def _barrier(barrier: Mapping[str, Any]) -> Iterator[Family]:
+    labels = {"mode": barrier["mode"]}
+    installed = Family(
+        "netpol_barrier_installed",
+        "gauge",
+        "1 when the tables of the second barrier are in force.",
+        ((labels, int(barrier["installed"])),),
+    )
+    yield installed
+    counts = [
+        (name, family, packets)
+        for name, one in sorted(barrier["packets"].items())
+        for family, packets in sorted(one.items())
+    ]
+    yield Family(
+        "netpol_barrier_packets_total", "counter", "Packets that the second barrier dropped, by reason and family of the table.",
+        tuple(({"reason": name, "family": family}, packets) for name, family, packets in counts),
+    )  # fmt: skip
+    yield Family(
+        "netpol_barrier_unsigned_packets_total", "counter", "Packets of each interface dropped for want of the program's sign.",
+        tuple(({"interface": name}, packets) for name, packets in barrier["unsigned"].items()),
     )  # fmt: skip
 
 

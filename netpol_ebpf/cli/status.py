@@ -45,6 +45,9 @@ def _print_text(state: dict[str, Any], *, wide: bool) -> None:
         print(f"upgraded   {state['upgrade']}")
     print(f"in force   {'yes' if state['in_force'] else 'NO, see the problems below'}")
     print(f"endpoints  {objects['enforced_endpoints']} enforced of {objects['local_endpoints']} local")
+    print(f"barrier    {_barrier(state['barrier'])}")
+    for one in state["barrier"]["open"]:
+        print(f"           open: {one}")
     refused = state["refused"]
     if refused["waiting"]:
         print(f"refused    {', '.join(refused['waiting'])}: no room in {refused['map']}")
@@ -69,6 +72,14 @@ def _print_text(state: dict[str, Any], *, wide: bool) -> None:
         print()
         print(render_table(("reason", "packets"), sorted(state["packets"].items())))
         print()
+        counts = state["barrier"]["packets"].items()
+        print(
+            render_table(
+                ("dropped by the barrier", "family", "packets"),
+                [(name, family, packets) for name, one in counts for family, packets in one.items()],
+            )
+        )
+        print()
         print(
             render_table(
                 ("connection", "remembered for"), [(name, f"{one:g} s") for name, one in state["timeouts"].items()]
@@ -80,3 +91,14 @@ def _print_text(state: dict[str, Any], *, wide: bool) -> None:
             place = f"{one['file']}:{one['line']}: " if one["line"] else f"{one['file']}: " if one["file"] else ""
             subject = "".join(f"{part}: " for part in (one["object"], one["path"]) if part)
             print(f"{one['severity']}: {place}{subject}{one['message']}")
+
+
+def _barrier(state: dict[str, Any]) -> str:
+    """The second barrier in a few words."""
+    if state["mode"] == "off":
+        return "off"
+    if not state["installed"]:
+        return "NOT IN FORCE, see the problems below"
+    unsigned = sum(state["packets"].get("unsigned", {}).values())
+    names = f"; closed from birth: {', '.join(state['patterns'])}" if state["patterns"] else ""
+    return f"{' and '.join(state['families'])}, {state['interfaces']} interfaces; {unsigned} packets dropped{names}"

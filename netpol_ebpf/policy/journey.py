@@ -5,7 +5,7 @@
 `walk` asks an engine and combines the answers.  All engines take the same journey; only ``decide`` differs.
 
 Sources: SEMANTICS 3.3 (no policy at all), 4.2 to 4.5 (which policy of a host applies where), 4.6 (failsafes), 4.8
-(untracked), 5.4 (services and hairpins), 5.6 (neighbour discovery); DHCP: see docs/adr.
+(untracked), 5.4 (services and hairpins), 5.6 (neighbour discovery); DHCP, and what is forged: see docs/adr.
 
 Invariant: a hop allows unless one of its questions is answered with DENY or its reason refuses; the journey allows when
 every hop does.  Nothing here evaluates a rule.
@@ -19,9 +19,10 @@ from __future__ import annotations
 import enum
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from ipaddress import ip_address
+from ipaddress import IPv6Address, ip_address
 
 from netpol_ebpf.policy.types import (
+    ICMP,
     ICMPV6,
     UDP,
     Action,
@@ -42,8 +43,18 @@ from netpol_ebpf.policy.types import (
 
 WILDCARD = "*"
 
-NEIGHBOUR_DISCOVERY_TYPES = frozenset({130, 131, 132, 133, 135, 136})
-"""ICMPv6 types that pass before any policy; 134, a router's advertisement, is not among them (SEMANTICS 5.6)."""
+ROUTER_SOLICITATION = 133
+NEIGHBOUR_TYPES = frozenset({ROUTER_SOLICITATION, 135, 136})
+LISTENER_TYPES = frozenset({130, 131, 132, 143})
+"""ICMPv6 types of messages that pass before any policy, if they are of the link: neighbour and listener discovery (RFC 4861,
+2710, 3810).  Asked about are addresses; that a message with them is well-formed is taken for granted."""
+ROUTER_TYPES = frozenset({134, 137})
+"""ICMPv6 types that routers alone send: advertisement, redirect."""
+REDIRECT = 5
+"""The same of ICMP."""
+
+LINK_SCOPE = 2
+"""Of a multicast address (RFC 4291)."""
 
 _DHCP = {
     4: (68, 67, ip_address("255.255.255.255")),
@@ -51,11 +62,35 @@ _DHCP = {
 }
 """Source port, destination port and destination of what a DHCP client sends to all servers on its link."""
 
+_DHCP_SERVER = {4: (67, 68), 6: (547, 546)}
+"""Source port and destination port of what a DHCP server sends."""
+
+
+def is_link_message(packet: Packet) -> bool:
+    """Whether a packet is neighbour or listener discovery that no router passes on."""
+    source, destination = packet.source, packet.destination
+    if packet.protocol != ICMPV6 or not isinstance(destination, IPv6Address) or packet.icmp_code:
+        return False
+    if packet.icmp_type in LISTENER_TYPES:
+        return destination.is_multicast and (source.is_link_local or source.is_unspecified)
+    is_group = destination.is_multicast and destination.packed[1] & 0xF == LINK_SCOPE
+    return packet.icmp_type in NEIGHBOUR_TYPES and (is_group or destination.is_link_local)
+
+
+def is_forged(packet: Packet) -> bool:
+    """Whether a packet is one that routers and DHCP servers alone send."""
+    if packet.protocol == UDP:
+        return (packet.source_port, packet.destination_port) == _DHCP_SERVER[packet.source.version]
+    if packet.protocol == ICMPV6:
+        return packet.source.version == 6 and packet.icmp_type in ROUTER_TYPES  # noqa: PLR2004 - the IP version
+    return packet.protocol == ICMP and packet.source.version == 4 and packet.icmp_type == REDIRECT  # noqa: PLR2004
+
 
 class Reason(enum.Enum):
-    """Why a hop is decided without asking policy. All but WORKLOAD_TO_HOST_DROPPED allow."""
+    """Why a hop is decided without asking policy. All but WORKLOAD_TO_HOST_DROPPED and FORGED allow."""
 
     NEIGHBOUR_DISCOVERY = "IPv6 neighbour discovery always passes"
+    FORGED = "a workload does not speak for a router or a DHCP server"
     DHCP = "a workload may always ask its link for an address"
     TO_ITSELF = "traffic of a workload to itself is never policed"
     LOOPBACK = "traffic of a host to itself is never policed"
@@ -69,7 +104,7 @@ class Reason(enum.Enum):
     @property
     def allows(self) -> bool:
         """False where the hop is refused."""
-        return self is not Reason.WORKLOAD_TO_HOST_DROPPED
+        return self not in (Reason.WORKLOAD_TO_HOST_DROPPED, Reason.FORGED)
 
 
 class PlaceKind(enum.Enum):
@@ -319,8 +354,10 @@ class _Planner:
     def _whole(self) -> Reason | None:
         """Why nobody has a say at all."""
         packet = self.original
-        if packet.protocol == ICMPV6 and packet.source.version == 6 and packet.icmp_type in NEIGHBOUR_DISCOVERY_TYPES:  # noqa: PLR2004 - the IP version
+        if is_link_message(packet):
             return Reason.NEIGHBOUR_DISCOVERY
+        if self.source.kind is PlaceKind.WORKLOAD and is_forged(packet):
+            return Reason.FORGED
         asks = (packet.source_port, packet.destination_port, packet.destination)
         if (
             self.source.kind is PlaceKind.WORKLOAD

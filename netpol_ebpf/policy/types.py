@@ -298,11 +298,15 @@ class Service:
 
 @dataclass(frozen=True, slots=True, order=True)
 class VipKey:
-    """What a service is reached by: an address, or for node ports each address of a node (``address`` None)."""
+    """What a service is reached by: an address, or for node ports each address of a node (``address`` None).
+
+    ``node``: the one that translates it, "": every node.
+    """
 
     address: IPAddress | None
     protocol: int
     port: int
+    node: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -109,7 +109,11 @@ def _container_ports(container: Reader) -> Iterable[ContainerPort]:
             if not port.has("containerPort"):
                 port.missing("containerPort")
             continue
-        yield ContainerPort(name, protocol, number)
+        host_port = port.integer("hostPort", 0, MAX_PORT) or 0
+        host_text = port.string("hostIP")
+        host = _addresses(port, [((*port.path, "hostIP"), host_text)]) if host_port and host_text else ()
+        every = not host or host[0].is_unspecified
+        yield ContainerPort(name, protocol, number, host_port, None if every else host[0])
 
 
 def _protocol(port: Reader) -> int:

@@ -72,11 +72,16 @@ class ServiceAccount:
 
 @dataclass(frozen=True, slots=True)
 class ContainerPort:
-    """A declared container port (init containers included). ``protocol``: IANA number (6, 17, 132)."""
+    """A declared container port (init containers included). ``protocol``: IANA number (6, 17, 132).
+
+    ``host_port``: port of the node that is translated to it, 0: none; ``host_address``: of the node, None: all of them.
+    """
 
     name: str
     protocol: int
     port: int
+    host_port: int = 0
+    host_address: IPAddress | None = None
 
 
 @dataclass(frozen=True, slots=True)

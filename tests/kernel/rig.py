@@ -27,7 +27,7 @@ ELSEWHERE = 77
 EMPTIED = (
     "np_endpoint", "np_addr4", "np_addr6", "np_cidr4", "np_cidr6", "np_source4", "np_source6", "np_peer_class",
     "np_conn4", "np_conn6", "np_young4", "np_young6", "np_frag4", "np_frag6", "np_host", "np_place", "np_local4",
-    "np_local6", "np_vip4", "np_vip6",
+    "np_local6", "np_local4_net", "np_local6_net", "np_tunnel", "np_vip4", "np_vip6",
 )  # fmt: skip
 ALLOW, DENY, CONTINUE = abi.NP_ACTION_ALLOW, abi.NP_ACTION_DENY, abi.NP_ACTION_CONTINUE
 
@@ -165,10 +165,11 @@ class Rig:
         return one.row()
 
     def endpoint(
-        self, ingress: PolicySet, egress: PolicySet, *, number: int = ENDPOINT, ifindex: int = LO, flags: int = 0
-    ) -> None:
-        """Write an endpoint's row, and its sets."""
-        row = abi.np_endpoint(number=number, ifindex=ifindex, flags=flags)
+        self, ingress: PolicySet, egress: PolicySet, *, number: int = ENDPOINT, ifindex: int = LO, flags: int = 0,
+        link: int = 0,
+    ) -> None:  # fmt: skip
+        """Write an endpoint's row, and its sets. ``link``: its bridge, 0: none."""
+        row = abi.np_endpoint(number=number, ifindex=ifindex, flags=flags, link=link or ifindex)
         if flags & abi.NP_ENDPOINT_HOST:
             # The same for its processes and for what passes through.
             stages = (abi.NP_STAGE_NORMAL, abi.NP_STAGE_FORWARD)
@@ -186,12 +187,13 @@ class Rig:
             row.present |= 1 << stage * 2 + direction
         self.map("np_host").put(struct.pack("=I", number), bytes(seal_host(row)))
 
-    def local(self, *addresses: str) -> None:
-        """Addresses of the node itself."""
+    def local(self, *addresses: str, flags: int = abi.NP_LOCAL_OWN, ifindex: int = 0) -> None:
+        """Addresses that mean the node. ``ifindex``: of the interface that has them."""
         for text in addresses:
             packed = ip_address(text).packed
             self._special(packed)
-            self.map("np_local4" if len(packed) == 4 else "np_local6").put(packed, struct.pack("=I", 1))
+            row = abi.np_local(flags=flags, ifindex=ifindex)
+            self.map("np_local4" if len(packed) == 4 else "np_local6").put(packed, bytes(row))
 
     def vip(
         self, address: str, protocol: int, port: int, *, local: tuple[str, int] | None = None, flags: int = 0

@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import socket
+
 import packets as p
 import pytest
-from rig import ALLOW, DENY, ELSEWHERE, PEER4, PEER6, POD4, POD6, Rig, Seen, everything
+from rig import ALLOW, DENY, ELSEWHERE, PEER4, PEER6, POD4, POD6, POD_IDENTITY, Rig, Seen, everything
 
 from netpol_ebpf.agent.timeouts import LONGEST_S, SHORTEST_S, set_timeouts
 from netpol_loader import abi
@@ -124,9 +126,9 @@ def test_reset_of_nothing_opens_nothing(rig: Rig) -> None:
 
 TIMEOUTS = [
     ("TCP without a reply", [p.tcp(1000, 80)], [], p.TCP, 20),
-    ("TCP open", [p.tcp(1000, 80)], [p.tcp(80, 1000, SYNACK)], p.TCP, 3600),
-    ("TCP closed by both", [p.tcp(1000, 80)], [p.tcp(80, 1000, SYNACK), p.tcp(80, 1000, p.FIN)], p.TCP, 30),
-    ("TCP reset", [p.tcp(1000, 80)], [p.tcp(80, 1000, SYNACK), p.tcp(80, 1000, p.RST)], p.TCP, 40),
+    ("TCP open", [p.tcp(1000, 80)], [p.tcp(80, 1000, SYNACK)], p.TCP, 8100),
+    ("TCP closed by both", [p.tcp(1000, 80)], [p.tcp(80, 1000, SYNACK), p.tcp(80, 1000, p.FIN)], p.TCP, 8100),
+    ("TCP reset", [p.tcp(1000, 80)], [p.tcp(80, 1000, SYNACK), p.tcp(80, 1000, p.RST)], p.TCP, 8100),
     ("UDP", [p.udp(1000, 80)], [p.udp(80, 1000)], p.UDP, 60),
     ("ICMP", [p.icmp(8, 0, 7)], [p.icmp(0, 0, 7)], p.ICMP, 5),
     ("another protocol", [bytes(8)], [bytes(8)], 47, 600),
@@ -316,12 +318,36 @@ def test_exempt_connections_follow_the_generation(rig: Rig) -> None:
     assert (entry.generation, entry.flags) == (generation, abi.NP_CONN_EXEMPT)
 
 
-def test_host_packets_do_not_revive_a_tcp_connection(rig: Rig) -> None:
-    """The tail of a connection that is known no more passes towards the workload but lets nothing out of it."""
+@pytest.mark.parametrize(("pod", "peer", "anywhere"), [(POD4, PEER4, "0.0.0.0"), (POD6, PEER6, "::")])
+def test_host_packets_revive_what_the_host_opened(rig: Rig, pod: str, peer: str, anywhere: str) -> None:
+    """The tail of a forgotten connection opens the way back, unless a process listens: then the workload had opened it."""
     rig.pod(everything(INGRESS, DENY, 13), everything(EGRESS, DENY, 14))
-    assert rig.into(p.frame(PEER4, POD4, p.TCP, p.tcp(80, 1000, SYNACK)), ingress=0).reason == "host"
-    assert rig.into(p.frame(PEER4, POD4, p.TCP, p.tcp(80, 1000, p.ACK)), ingress=0).reason == "host"
-    assert rig.out(p.frame(POD4, PEER4, p.TCP, p.tcp(1000, 80, p.ACK))).reason == "policy-deny"
+    with socket.create_server((anywhere, 0), family=socket.AF_INET6 if ":" in anywhere else socket.AF_INET) as server:
+        port = server.getsockname()[1]
+        assert rig.into(p.frame(peer, pod, p.TCP, p.tcp(port, 1000, SYNACK)), ingress=0).reason == "host"
+        assert rig.into(p.frame(peer, pod, p.TCP, p.tcp(port, 1000, p.ACK)), ingress=0).reason == "host"
+        assert rig.out(p.frame(pod, peer, p.TCP, p.tcp(1000, port, p.ACK))).reason == "policy-deny"
+    assert rig.into(p.frame(peer, pod, p.TCP, p.tcp(port, 1000, p.ACK)), ingress=0).reason == "host"
+    assert rig.out(p.frame(pod, peer, p.TCP, p.tcp(1000, port, p.ACK))).reason == "established"
+
+
+@pytest.mark.parametrize("end", [[p.RST], [p.FIN, p.FIN | p.ACK]], ids=["reset", "closed"])
+def test_a_connection_that_goes_on_is_open_again(rig: Rig, end: list[int]) -> None:
+    """Whoever may have said that it was over: its next data is passed long afterwards, and it counts as open then."""
+    egress_only(rig)
+    rig.out(p.frame(POD4, PEER4, p.TCP, p.tcp(1000, 80)))
+    rig.into(p.frame(PEER4, POD4, p.TCP, p.tcp(80, 1000, SYNACK)))
+    rig.into(p.frame(PEER4, POD4, p.TCP, p.tcp(80, 1000, end[0])))
+    for flags in end[1:]:
+        rig.out(p.frame(POD4, PEER4, p.TCP, p.tcp(1000, 80, flags)))
+    assert only_entry(rig, "np_conn4").state in (abi.NP_CONN_TCP_RESET, abi.NP_CONN_TCP_CLOSING)
+    rig.age("np_conn4", 7200)
+    assert rig.out(p.frame(POD4, PEER4, p.TCP, p.tcp(1000, 80, p.ACK))).reason == "established"
+    assert only_entry(rig, "np_conn4").state != abi.NP_CONN_TCP_OPEN, "nothing but data shows that it lives"
+    rig.age("np_conn4", 60)
+    assert rig.into(p.frame(PEER4, POD4, p.TCP, p.tcp(80, 1000, p.ACK) + b"data")).reason == "established"
+    entry = only_entry(rig, "np_conn4")
+    assert (entry.state, entry.flags) == (abi.NP_CONN_TCP_OPEN, 0)
 
 
 def test_endpoint_number_is_part_of_the_key(rig: Rig) -> None:
@@ -329,6 +355,7 @@ def test_endpoint_number_is_part_of_the_key(rig: Rig) -> None:
     egress_only(rig)
     rig.out(p.frame(POD4, PEER4, p.UDP, p.udp(1000, 80)))
     rig.endpoint(everything(INGRESS, DENY, 13), everything(EGRESS, DENY, 14), number=8)
+    rig.address(POD4, POD_IDENTITY, 8)
     rig.dataplane.bump_generation()
     assert rig.into(p.frame(PEER4, POD4, p.UDP, p.udp(80, 1000))).reason == "policy-deny"
 

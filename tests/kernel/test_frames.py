@@ -374,7 +374,7 @@ status: {podIPs: [{ip: 10.0.0.1}, {ip: "fd00::1"}]}
 def test_engine_tells_passed_from_dropped_without_an_event(engine: KernelEngine) -> None:
     """Neighbour discovery passes and a borrowed source is dropped; neither is a verdict of policy, by frames as by test runs."""
     engine.load(derive(parse_documents(POD, "pod.yaml").check()))
-    solicitation = Packet(ip_address("fd00::1"), ip_address("fd00::2"), ICMPV6, icmp_type=135)
+    solicitation = Packet(ip_address("fd00::1"), ip_address("ff02::1:ff00:2"), ICMPV6, icmp_type=135)
     borrowed = Packet(ip_address("10.0.0.2"), ip_address("192.0.2.1"), TCP, 1, 2)
     for packet, passed in ((solicitation, True), (borrowed, False)):
         with pytest.raises(NotJudgedError) as caught:

@@ -150,7 +150,7 @@ def test_staged_policy_is_reported_beside_the_enforced_one(engine: KernelEngine)
 def test_packets_that_policy_is_not_asked_about_are_told_apart(engine: KernelEngine) -> None:
     """Neighbour discovery, a workload to itself and a borrowed source are no verdicts of policy."""
     engine.load(derive(parse_documents(SHOP, "shop.yaml").check()))
-    solicitation = Packet(ip_address("fd00::1"), ip_address("fd00::2"), ICMPV6, icmp_type=135)
+    solicitation = Packet(ip_address("fd00::1"), ip_address("ff02::1:ff00:2"), ICMPV6, icmp_type=135)
     for asked, reason, passed in (
         (Question(WEB, Direction.EGRESS, Stage.NORMAL, solicitation), "passed without an event", True),
         (question(WEB, Direction.EGRESS, "10.0.0.1", "10.0.0.1", TCP, 1, 2), "self", True),

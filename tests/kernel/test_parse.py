@@ -3,9 +3,12 @@
 
 from __future__ import annotations
 
+import struct
+from ipaddress import ip_address
+
 import packets as p
 import pytest
-from rig import ALLOW, DENY, LO, PEER4, PEER6, POD4, POD6, Rig, everything
+from rig import ALLOW, DENY, LO, PEER4, PEER6, PEER_IDENTITY, POD4, POD6, Rig, everything
 
 from netpol_loader import abi
 from netpol_loader.hook import Hook
@@ -32,7 +35,6 @@ OPEN_POLICY = [
     ("two VLAN tags", p.eth(OUT6, p.IP6, tags=(5, 6)), "policy-allow"),
     ("three VLAN tags are not IP", p.eth(OUT4, p.IP4, tags=(5, 6, 7)), "non-ip"),
     ("IPv4 options", p.eth(p.ip4(POD4, PEER4, p.TCP, SYN, options=bytes(40)), p.IP4), "policy-allow"),
-    ("ARP", p.eth(bytes(28), p.ARP), "arp"),
     ("an unknown EtherType", p.eth(bytes(46), 0x88CC), "non-ip"),
     ("an IPv4 header cut short", p.eth(OUT4[:19], p.IP4, tags=(5,)), "short"),
     ("an IPv6 header cut short", p.eth(OUT6[:39], p.IP6, tags=(5,)), "short"),
@@ -82,34 +84,182 @@ def test_frames_from_a_workload(rig: Rig, frame: bytes, reason: str) -> None:
         assert (seen.events[0].reason, seen.events[0].ifindex, seen.events[0].frame_bytes) == (number, LO, len(frame))
 
 
-NEIGHBOUR = [(kind, kind in {130, 131, 132, 133, 135, 136}) for kind in range(126, 140)]
+MAC, OTHER_MAC = bytes.fromhex("020000000001"), bytes.fromhex("020000000099")
+"""The sender's in all frames, and another's."""
+GROUP, NODE_LINK = "ff02::1:ff00:9", "fe80::1"
 
 
-@pytest.mark.parametrize(("kind", "passes"), NEIGHBOUR)
-@pytest.mark.parametrize("hook", list(Hook))
-def test_neighbour_discovery(rig: Rig, hook: Hook, kind: int, *, passes: bool) -> None:
-    """Neighbour and listener discovery pass whatever policy says and whoever sends them; other ICMPv6 does not."""
+def discovery(
+    kind: int,
+    source: str,
+    destination: str,
+    target: str | None,
+    options: bytes = b"",
+    *,
+    hops: int = 255,
+    code: int = 0,
+) -> bytes:
+    """Neighbour discovery; ``target`` None: a router solicitation, which has none."""
+    body = bytes(4) + (b"" if target is None else ip_address(target).packed) + options
+    return p.eth(p.ip6(source, destination, p.ICMPV6, struct.pack("!BBH", kind, code, 0) + body, hops=hops), p.IP6)
+
+
+def listener(kind: int, source: str, destination: str, *, hops: int = 1, code: int = 0) -> bytes:
+    """Listener discovery behind the router-alert option, as the kernel sends it."""
+    message = struct.pack("!BBHHH", kind, code, 0, 0, 0) + ip_address("ff02::1:ff00:7").packed
+    return p.eth(p.ip6(source, destination, 0, p.extension(p.ICMPV6, message), hops=hops), p.IP6)
+
+
+def mac_option(kind: int, mac: bytes = MAC) -> bytes:
+    """A link-layer address."""
+    return bytes((kind, 1)) + mac
+
+
+NONCE = bytes((14, 1)) + b"random"
+LINK = [
+    ("asks for a neighbour", discovery(135, POD6, GROUP, NODE_LINK, mac_option(1)), "neighbour"),
+    ("asks for its own address", discovery(135, "::", "ff02::1:ff00:7", POD6, NONCE), "neighbour"),
+    ("asks for a link-local address that is nobody's", discovery(135, "::", GROUP, "fe80::9"), "neighbour"),
+    ("asks from a link-local address", discovery(135, "fe80::7", NODE_LINK, NODE_LINK, mac_option(1)), "neighbour"),
+    ("answers for itself", discovery(136, POD6, NODE_LINK, POD6, mac_option(2)), "neighbour"),
+    ("answers for its link-local address", discovery(136, "fe80::7", "ff02::1", "fe80::7", mac_option(2)), "neighbour"),
+    ("answers for a borrowed address", discovery(136, POD6, "ff02::1", "fd20::1", mac_option(2)), "neighbour"),
+    ("seeks routers", discovery(133, "fe80::7", "ff02::2", None, mac_option(1)), "neighbour"),
+    ("seeks routers from nowhere", discovery(133, "::", "ff02::2", None), "neighbour"),
+    ("reports groups", listener(143, "fe80::7", "ff02::16"), "neighbour"),
+    ("reports a group", listener(131, "::", "ff02::1:ff00:7"), "neighbour"),
+    ("leaves a group", listener(132, "fe80::7", "ff02::2"), "neighbour"),
+    ("was routed", discovery(135, POD6, GROUP, NODE_LINK, hops=254), "policy-deny"),
+    ("to an address that is routed", discovery(135, POD6, "2001:db8::1", NODE_LINK), "policy-deny"),
+    ("to a group that is routed", discovery(135, POD6, "ff05::1", NODE_LINK), "policy-deny"),
+    ("with a code", discovery(135, POD6, GROUP, NODE_LINK, code=1), "policy-deny"),
+    ("asks for an address that is routed", discovery(135, POD6, GROUP, "2001:db8::1"), "policy-deny"),
+    (
+        "with another's hardware address",
+        discovery(135, POD6, GROUP, NODE_LINK, mac_option(1, OTHER_MAC)),
+        "policy-deny",
+    ),
+    (
+        "with an option that is not known",
+        discovery(135, POD6, GROUP, NODE_LINK, bytes((9, 1)) + b"secret"),
+        "policy-deny",
+    ),
+    ("with a long option", discovery(135, POD6, GROUP, NODE_LINK, bytes((14, 2)) + bytes(14)), "policy-deny"),
+    ("with more options than are read", discovery(135, POD6, GROUP, NODE_LINK, NONCE * 4), "policy-deny"),
+    ("with bytes that are no option", discovery(135, POD6, GROUP, NODE_LINK, b"secret"), "policy-deny"),
+    ("from nowhere with a hardware address", discovery(133, "::", "ff02::2", None, mac_option(1)), "spoofed"),
+    ("from another's address", discovery(135, PEER6, GROUP, NODE_LINK), "spoofed"),
+    ("from the node's link-local address", discovery(136, NODE_LINK, "ff02::1", NODE_LINK), "policy-deny"),
+    ("for another", discovery(136, POD6, "ff02::1", PEER6, mac_option(2)), "link-forged"),
+    ("for the node", discovery(136, POD6, "ff02::1", NODE_LINK, mac_option(2)), "link-forged"),
+    ("claims another's address", discovery(135, "::", GROUP, PEER6), "link-forged"),
+    ("is a router", discovery(134, POD6, "ff02::1", None), "link-forged"),
+    ("redirects", discovery(137, "fe80::7", "ff02::1", PEER6), "link-forged"),
+    ("reports to one", listener(131, "fe80::7", PEER6), "policy-deny"),
+    ("reports as routed", listener(131, POD6, "ff02::16", hops=64), "policy-deny"),
+    ("reports from its own address", listener(143, POD6, "ff02::16"), "policy-deny"),
+    ("reports with a code", listener(143, POD6, "ff02::16", code=1), "policy-deny"),
+]
+
+
+@pytest.mark.parametrize(("frame", "reason"), [case[1:] for case in LINK], ids=[case[0] for case in LINK])
+def test_messages_of_the_link(rig: Rig, frame: bytes, reason: str) -> None:
+    """What a workload says on its link passes before policy when it is well-formed and in its own name."""
+    rig.pod(everything(1, DENY, 11), everything(2, DENY, 12), flags=abi.NP_ENDPOINT_SOURCES)
+    rig.local(NODE_LINK)
+    rig.source("fd20::/32")
+    rig.endpoint(everything(3, DENY, 13), everything(4, DENY, 14), number=8, ifindex=9999)
+    rig.address(PEER6, PEER_IDENTITY, 8)
+    assert rig.out(frame).reason == reason
+
+
+def test_a_workload_that_routes_may_speak_for_others(rig: Rig) -> None:
+    """Then its announcements are policy's, as everybody's are."""
+    rig.pod(everything(1, DENY, 11), everything(2, ALLOW, 12), flags=abi.NP_ENDPOINT_ROUTES)
+    assert rig.out(discovery(134, POD6, "ff02::1", None)).reason == "policy-allow"
+    assert rig.out(p.frame(POD4, "255.255.255.255", p.UDP, p.udp(67, 68))).reason == "policy-allow"
+    assert rig.into(p.frame(PEER4, "192.0.2.1", p.UDP, p.udp(1, 2))).reason == "policy-deny"
+
+
+TOWARDS = [
+    (discovery(135, PEER6, "ff02::1:ff00:7", POD6), "neighbour"),
+    (discovery(136, "fe80::1", POD6, "fe80::1"), "neighbour"),
+    (listener(130, "fe80::1", "ff02::1"), "neighbour"),
+    (discovery(135, PEER6, POD6, POD6, hops=64), "policy-deny"),
+    (discovery(134, "fe80::1", "ff02::1", None), "policy-deny"),
+]
+
+
+@pytest.mark.parametrize(("frame", "reason"), TOWARDS)
+def test_messages_of_the_link_towards_a_workload(rig: Rig, frame: bytes, reason: str) -> None:
+    """With the hop limit that only the link itself can give they pass; a router's advertisement is policy's."""
     rig.pod(everything(1, DENY, 11), everything(2, DENY, 12))
-    seen = rig.send(hook, p.frame("fe80::1", "ff02::1", p.ICMPV6, p.icmp(kind, payload=bytes(16))))
-    assert seen.passed == passes
-    assert (seen.reason == "neighbour") == passes
+    assert rig.into(frame).reason == reason
+
+
+def arp(sender: str, target: str, *, mac: bytes = MAC, kind: int = 1, hardware: int = 1) -> bytes:
+    """A frame of ARP."""
+    body = struct.pack("!HHBBH", hardware, p.IP4, 6, 4, kind) + mac + ip_address(sender).packed
+    return p.eth(body + bytes(6) + ip_address(target).packed, p.ARP)
+
+
+ARP = [
+    ("asks", arp(POD4, PEER4), "arp"),
+    ("asks whether its address is taken", arp("0.0.0.0", POD4), "arp"),
+    ("answers", arp(POD4, PEER4, kind=2), "arp"),
+    ("tells that it is there", arp(POD4, POD4), "arp"),
+    ("for a borrowed address", arp("10.20.0.9", PEER4), "arp"),
+    ("for another", arp(PEER4, POD4, kind=2), "link-forged"),
+    ("asks for another", arp("0.0.0.0", PEER4), "link-forged"),
+    ("with another's hardware address", arp(POD4, PEER4, mac=OTHER_MAC), "link-forged"),
+    ("of other hardware", arp(POD4, PEER4, hardware=6), "link-forged"),
+    ("cut short", arp(POD4, PEER4)[:40], "link-forged"),
+]
+
+
+@pytest.mark.parametrize(("frame", "reason"), [case[1:] for case in ARP], ids=[case[0] for case in ARP])
+def test_arp_of_a_workload(rig: Rig, frame: bytes, reason: str) -> None:
+    """It tells the truth about itself."""
+    rig.pod(everything(1, DENY, 11), everything(2, DENY, 12), flags=abi.NP_ENDPOINT_SOURCES)
+    rig.source("10.20.0.0/16")
+    assert rig.out(frame).reason == reason
+    assert rig.into(frame).reason == "arp"
+
+
+MISDELIVERED = [
+    (POD4, "policy-allow"), ("10.0.0.8", "misdelivered"), ("224.0.0.251", "policy-allow"), ("10.0.0.255", "policy-allow"),
+    ("255.255.255.255", "policy-allow"), ("10.20.0.9", "policy-allow"), (POD6, "policy-allow"), ("fd00::8", "misdelivered"),
+    ("ff02::fb", "policy-allow"), ("fd20::9", "policy-allow"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("destination", "reason"), MISDELIVERED)
+def test_what_is_delivered_is_for_the_workload(rig: Rig, destination: str, reason: str) -> None:
+    """Its own addresses, those it may borrow, groups and broadcast; what a bridge floods is for others."""
+    rig.pod(everything(1, ALLOW, 11), everything(2, DENY, 12), flags=abi.NP_ENDPOINT_SOURCES)
+    rig.source("10.20.0.0/16")
+    rig.source("fd20::/32")
+    rig.local("10.0.0.255", flags=abi.NP_LOCAL_MANY)
+    peer = PEER4 if "." in destination else PEER6
+    assert rig.into(p.frame(peer, destination, p.UDP, p.udp(1, 2))).reason == reason
 
 
 DHCP = [
     ("0.0.0.0", "255.255.255.255", 68, 67, "dhcp"),
     (POD4, "255.255.255.255", 68, 67, "dhcp"),
     (PEER4, "255.255.255.255", 68, 67, "spoofed"),
-    ("0.0.0.0", "255.255.255.255", 67, 68, "spoofed"),
-    (POD4, "255.255.255.255", 67, 68, "policy-deny"),
+    ("0.0.0.0", "255.255.255.255", 67, 68, "link-forged"),
+    (POD4, "255.255.255.255", 67, 68, "link-forged"),
     (POD4, "255.255.255.255", 68, 69, "policy-deny"),
     (POD4, PEER4, 68, 67, "policy-deny"),
     ("fe80::1", "ff02::1:2", 546, 547, "dhcp"),
     (POD6, "ff02::1:2", 546, 547, "dhcp"),
     ("::", "ff02::1:2", 546, 547, "spoofed"),
     (PEER6, "ff02::1:2", 546, 547, "spoofed"),
-    ("fe80::1", "ff02::1:2", 547, 546, "policy-deny"),
+    ("fe80::1", "ff02::1:2", 547, 546, "link-forged"),
     ("fe80::1", "ff02::1:3", 546, 547, "policy-deny"),
-    ("fe80::1", PEER6, 546, 547, "policy-deny"),
+    (POD6, "ff02::1:3", 546, 547, "policy-deny"),
+    (POD6, PEER6, 546, 547, "policy-deny"),
 ]
 
 
@@ -130,10 +280,19 @@ def test_dhcp_fragment_is_no_request(rig: Rig) -> None:
     assert rig.out(first).reason == "spoofed"
 
 
-def test_neighbour_discovery_before_there_is_an_endpoint(rig: Rig) -> None:
-    """A closed interface lets discovery and ARP through, so that it works the moment it opens; nothing else."""
-    assert rig.out(p.frame("::", "ff02::1:ff00:7", p.ICMPV6, p.icmp(135, payload=bytes(16)))).reason == "neighbour"
-    assert rig.out(p.eth(bytes(28), p.ARP)).reason == "arp"
+def test_messages_of_the_link_before_there_is_an_endpoint(rig: Rig) -> None:
+    """A closed interface may speak on its link in nobody else's name, so that it works the moment it opens; nothing else."""
+    rig.endpoint(everything(3, DENY, 13), everything(4, DENY, 14), number=8, ifindex=9999)
+    rig.address(PEER4, PEER_IDENTITY, 8)
+    rig.address(PEER6, PEER_IDENTITY, 8)
+    rig.local("10.0.0.1", NODE_LINK)
+    assert rig.out(discovery(135, "::", "ff02::1:ff00:7", POD6)).reason == "neighbour"
+    assert rig.out(discovery(135, POD6, GROUP, PEER6)).reason == "neighbour"
+    assert rig.out(discovery(136, POD6, "ff02::1", PEER6)).reason == "link-forged"
+    assert rig.out(discovery(135, POD6, "2001:db8::1", PEER6)).reason == "unknown-endpoint"
+    assert rig.out(arp(POD4, PEER4)).reason == "arp"
+    for other in (PEER4, "10.0.0.1"):
+        assert rig.out(arp(other, POD4)).reason == "link-forged"
     for hook in Hook:
         for packet in (p.eth(OUT4, p.IP4), p.eth(OUT6, p.IP6), p.eth(bytes(46), 0x88CC)):
             assert rig.send(hook, packet, ingress=0).reason == "unknown-endpoint"

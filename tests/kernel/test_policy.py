@@ -243,7 +243,7 @@ SPOOFS = [
     ("no address", "0.0.0.0", "255.255.255.255", False),
     ("another pod's IPv6 address", PEER6, POD6, False),
     ("a link-local address", "fe80::7", PEER6, True),
-    ("another link-local address", "febf::7", PEER6, True),
+    ("its own link-local address", "febf::7", PEER6, True),
     ("a site-local address", "fec0::7", PEER6, False),
     ("the unspecified address", "::", "ff02::1", False),
     ("a borrowed address", "10.20.1.1", PEER4, True),
@@ -257,14 +257,29 @@ SPOOFS = [
     ("source", "destination", "passes"), [case[1:] for case in SPOOFS], ids=[case[0] for case in SPOOFS]
 )  # fmt: skip
 def test_anti_spoofing(rig: Rig, source: str, destination: str, *, passes: bool) -> None:
-    """A workload may send from addresses it owns, may borrow, or that stay on the link; before any policy."""
+    """A workload may send from addresses it owns or may borrow; before any policy."""
     rig.pod(everything(INGRESS, DENY, 11), everything(EGRESS, ALLOW, 12), flags=abi.NP_ENDPOINT_SOURCES)
+    rig.address("febf::7", POD_IDENTITY, ENDPOINT)
     rig.source("10.20.0.0/16")
     rig.source("fd20::/32")
     rig.source("10.21.0.0/16", endpoint=ENDPOINT + 1)
     rig.source("fd21::/32", endpoint=ENDPOINT + 1)
     seen = rig.out(p.frame(source, destination, p.UDP, p.udp(1000, 67)))
     assert (seen.passed, seen.reason) == (passes, "policy-allow" if passes else "spoofed")
+
+
+def test_link_local_sources_reach_nobody_but_the_node(rig: Rig) -> None:
+    """At a bridge others would get them, who know no such peer: there they are for the node alone, unless they are its own."""
+    rig.pod(everything(INGRESS, DENY, 11), everything(EGRESS, ALLOW, 12))
+    rig.endpoint(everything(INGRESS, DENY, 11), everything(EGRESS, ALLOW, 12), link=77)
+    rig.epoch()
+    rig.local("fe80::1", ifindex=77)
+    rig.local("fe80::2", ifindex=78)
+    rig.address("fe80::7", POD_IDENTITY, ENDPOINT)
+    to = {"fe80::1": "policy-allow", "fe80::2": "spoofed", PEER6: "spoofed", "ff02::1": "spoofed"}
+    for port, (destination, reason) in enumerate(to.items()):
+        assert rig.out(p.frame("fe80::8", destination, p.UDP, p.udp(port, 2))).reason == reason
+        assert rig.out(p.frame("fe80::7", destination, p.UDP, p.udp(port, 2))).reason == "policy-allow"
 
 
 def test_borrowed_sources_need_the_flag_and_leave_no_connection(rig: Rig) -> None:
@@ -281,7 +296,7 @@ def test_borrowed_sources_need_the_flag_and_leave_no_connection(rig: Rig) -> Non
 @FAMILIES
 def test_spoofed_reply_is_dropped(rig: Rig, pod: str, peer: str) -> None:
     """A connection that came in for an address the workload does not own cannot be answered from it."""
-    rig.pod(everything(INGRESS, ALLOW, 11), everything(EGRESS, DENY, 12))
+    rig.pod(everything(INGRESS, ALLOW, 11), everything(EGRESS, DENY, 12), flags=abi.NP_ENDPOINT_ROUTES)
     other = "10.0.0.200" if pod == POD4 else "fd00::200"
     assert rig.into(p.frame(peer, other, p.UDP, p.udp(1, 2))).passed
     assert rig.out(p.frame(other, peer, p.UDP, p.udp(2, 1))).reason == "spoofed"

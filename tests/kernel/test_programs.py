@@ -21,9 +21,11 @@ from netpol_loader import abi, build, link, syscall
 from netpol_loader.compilation import PROGRAMS, compile_program
 from netpol_loader.compiled import decode_compiled
 from netpol_loader.dataplane import Dataplane
+from netpol_loader.kernel import KernelFacts
 from netpol_loader.programs import ProgramSet
 
 ROOT = Path(__file__).resolve().parents[2]
+FACTS = KernelFacts({3: 5}, cast_function=77)
 MOST_VERIFIED = 250_000
 """Of the million that the kernel allows; the next kernel or compiler may walk twice as much."""
 
@@ -137,11 +139,24 @@ def test_an_instruction_that_names_no_map_is_refused() -> None:
     odd = link.INSTRUCTION.pack(link.LOAD_IMMEDIATE_64, link._packed(7, 1), 0, 0) + bytes(8)
     try:
         with pytest.raises(LoadError, match="names map 3, which was not made"):
-            link.link(wide, ("np_a", "np_b"), {"np_a": one})
+            link.link(wide, ("np_a", "np_b"), {"np_a": one}, FACTS)
         with pytest.raises(LoadError, match="unknown kind 7"):
-            link.link(odd, (), {})
+            link.link(odd, (), {}, FACTS)
+        fact = link.INSTRUCTION.pack(link.LOAD_IMMEDIATE_64, link._packed(link.LOADS_FACT, 1), 0, 4) + bytes(8)
+        with pytest.raises(LoadError, match="unknown fact 4"):
+            link.link(fact, (), {}, FACTS)
     finally:
         os.close(one)
+
+
+def test_facts_of_the_kernel_are_put_in() -> None:
+    """A number where a fact stands, and a call of the kernel's function where there is one; else that call stays, unreached."""
+    fact = link.INSTRUCTION.pack(link.LOAD_IMMEDIATE_64, link._packed(link.LOADS_FACT, 1), 0, 3) + bytes(8)
+    call = link.INSTRUCTION.pack(link.CALL, 0, 0, link.CALLS_CAST)
+    put = link.INSTRUCTION.pack(link.LOAD_IMMEDIATE_64, link._packed(0, 1), 0, 5) + bytes(8)
+    made = link.INSTRUCTION.pack(link.CALL, link._packed(link.CALLS_KERNEL, 0), 0, 77)
+    assert link.link(fact + call, (), {}, FACTS) == put + made
+    assert link.link(call, (), {}, KernelFacts({}, 0)) == call
 
 
 def test_maps_have_the_field_names_of_the_headers(dataplane: Dataplane) -> None:

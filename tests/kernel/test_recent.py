@@ -139,7 +139,7 @@ def test_both_directions_are_at_hand_once_a_connection_is_open(rig: Rig, pod: st
 @FAMILIES
 def test_two_hooks_remember_one_packet(rig: Rig, pod: str, peer: str) -> None:
     """A packet from one workload of the node to another passes two hooks on one CPU: neither takes the other's slot."""
-    rig.pod(everything(INGRESS, ALLOW, 11), everything(EGRESS, ALLOW, 12))
+    rig.pod(everything(INGRESS, ALLOW, 11), everything(EGRESS, ALLOW, 12), flags=abi.NP_ENDPOINT_ROUTES)
     packet = p.frame(pod, peer, p.UDP, p.udp(1000, 53) + bytes(16))
     for _ in range(2):
         rig.out(packet)

@@ -182,7 +182,8 @@ def test_host_endpoint_closes_the_node_but_for_failsafes_and_forwarding(scene: S
     (scene.manifests / "host.yaml").unlink()
     scene.await_reached(to_node(WEB), expected=True)
     scene.await_status(
-        lambda state: "eth0" not in {one["interface"] for one in state["interfaces"]}, "the interface is left alone"
+        lambda state: {one["interface"]: one["endpoint"] for one in state["interfaces"]}["eth0"] is None,
+        "the interface has no policy of its own",
     )
     assert scene.reached(to_node(SSH), from_node(), to_pod(6)) == [True] * 3
 

@@ -214,11 +214,11 @@ def bench(tmp_path: Path) -> Iterator[Bench]:
 
 
 def test_start_fills_binds_and_attaches(bench: Bench) -> None:
-    """Local pods have their rows before any program is attached; the uplink and remote pods are left alone."""
+    """Local pods and the uplink have their rows before any program is attached; remote pods have none."""
     agent = bench.agent()
     assert bench.node.exchanges == 1
-    assert bench.node.rows_when_attached == {5: True, 6: True}
-    assert bench.node.programs == {5, 6}
+    assert bench.node.rows_when_attached == {2: True, 5: True, 6: True}
+    assert bench.node.programs == {2, 5, 6}
     assert set(agent.applier.bindings) == {WEB, DB}
     assert agent.problems == []
 
@@ -269,8 +269,8 @@ def test_newborn_interface_is_closed_before_anything_is_looked_at(bench: Bench) 
     assert 77 in agent.attached
 
 
-def test_newborn_interface_that_is_the_node_s_is_let_go(bench: Bench) -> None:
-    """An interface that was closed at birth and has an uplink's address when it is looked at loses the programs."""
+def test_newborn_interface_that_is_the_node_s_is_opened(bench: Bench) -> None:
+    """An interface that was closed at birth and has an uplink's address when it is looked at gets an uplink's row."""
     agent = bench.agent()
     link = Link(77, "new77", "veth", (7, 2))
     bench.node.born = [link]
@@ -279,8 +279,9 @@ def test_newborn_interface_that_is_the_node_s_is_let_go(bench: Bench) -> None:
     bench.node.wiring = replace(wiring, links={**wiring.links, 77: link}, uplinks=wiring.uplinks | {77})
     bench.node.news = True
     agent.step()
-    assert 77 not in bench.node.programs
-    assert 77 not in agent.attached
+    row = bench.node.row(77)
+    assert row is not None
+    assert row.flags & abi.NP_ENDPOINT_UPLINK
 
 
 def test_search_finds_what_nobody_announces(bench: Bench) -> None:
@@ -303,7 +304,7 @@ def test_interface_that_goes_takes_its_row(bench: Bench) -> None:
     bench.node.news = True
     agent.step()
     assert bench.node.row(5) is None
-    assert set(agent.attached) == {6}
+    assert set(agent.attached) == {2, 6}
     moved = Link(7, "cali1", "veth", (1, 2))
     bench.node.wiring = replace(WIRING, links={**WIRING.links, 7: moved}, host_routes={ip_address("10.0.0.1"): 7})
     bench.node.news = True
@@ -311,16 +312,19 @@ def test_interface_that_goes_takes_its_row(bench: Bench) -> None:
     assert bench.node.row(7) is not None
 
 
-def test_interface_that_turns_out_to_be_the_node_s_is_let_go(bench: Bench) -> None:
-    """An interface that gets the default route loses the programs it had while it looked like a workload's."""
+def test_interface_that_turns_out_to_be_the_node_s_is_opened(bench: Bench) -> None:
+    """An interface that gets the default route is closed no longer, as while it looked like a workload's."""
     stranger = Link(9, "wan0", "veth", (7, 2))
     bench.node.wiring = replace(WIRING, links={**WIRING.links, 9: stranger})
     agent = bench.agent()
     assert 9 in bench.node.programs
+    assert bench.node.row(9) is None
     bench.node.wiring = replace(bench.node.wiring, uplinks=frozenset({2, 9}))
     bench.node.news = True
     agent.step()
-    assert bench.node.programs == {5, 6}
+    row = bench.node.row(9)
+    assert row is not None
+    assert row.flags & abi.NP_ENDPOINT_UPLINK
 
 
 def test_pod_that_leaves_the_manifests_is_closed(bench: Bench) -> None:
@@ -492,11 +496,12 @@ def test_without_a_node_every_workload_is_local(bench: Bench) -> None:
 
 
 def test_patterns_choose_the_interfaces(bench: Bench) -> None:
-    """With patterns only matching interfaces, and those of known pods, are under policy."""
+    """With patterns only matching interfaces, and those of known pods, are closed; all others are the node's own."""
     stranger = Link(9, "vnet9", "veth", (7, 2))
     bench.node.wiring = replace(WIRING, links={**WIRING.links, 9: stranger})
     bench.agent(Settings("here", interfaces=("nothing*",)))
-    assert bench.node.programs == {5, 6}
+    rows = {ifindex: bench.node.row(ifindex) for ifindex in bench.node.programs}
+    assert {ifindex for ifindex, row in rows.items() if row and row.flags & abi.NP_ENDPOINT_UPLINK} == {2, 9}
 
 
 def test_flow_names_endpoint_and_rule_even_after_they_went(bench: Bench) -> None:
@@ -528,7 +533,7 @@ def test_report_holds_all_of_it(bench: Bench) -> None:
         ("Pod/shop/db", "cali2", "enforced"), ("Pod/shop/web", "cali1", "enforced"),
     ]  # fmt: skip
     assert [(one["interface"], one["endpoint"]) for one in state["interfaces"]] == [
-        ("cali1", "Pod/shop/web"), ("cali2", "Pod/shop/db"),
+        ("eth0", None), ("cali1", "Pod/shop/web"), ("cali2", "Pod/shop/db"),
     ]  # fmt: skip
     assert set(state["timeouts"]) == set(STATES)
     assert state["maps"]["np_endpoint"] == {"entries": 2, "size": abi.MAP_SPECS["np_endpoint"].max_entries}
@@ -632,7 +637,7 @@ def test_lost_news_are_made_up_for(bench: Bench) -> None:
     bench.node.news, bench.node.gone = True, None
     bench.node.programs.discard(6)
     agent.step()
-    assert bench.node.programs == {5, 6}
+    assert bench.node.programs == {2, 5, 6}
     assert bench.node.row(6) is not None
 
 
@@ -673,7 +678,7 @@ def test_programs_that_something_else_removed_are_put_back(bench: Bench) -> None
     bench.node.programs.discard(5)
     bench.now_s += AUDIT_S
     agent.step()
-    assert bench.node.programs == {5, 6}
+    assert bench.node.programs == {2, 5, 6}
     assert report.status(agent, bench.node.maps, {})["drift"] == {
         "put_back": {"program": 1},
         "rounds": 0,

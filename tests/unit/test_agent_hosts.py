@@ -23,20 +23,15 @@ def host(name: str, interface: str | None, *addresses: str) -> Endpoint:
     return Endpoint(key, EndpointKind.HOST, {}, tuple(map(ip_address, addresses)), node="here", interface=interface)
 
 
-def test_nothing_without_need() -> None:
-    """Without host endpoints and services the node's own interfaces are left alone."""
-    assert plan_hosts(WIRING, [], POD_LINKS, has_services=False).interfaces == {}
-
-
-def test_services_need_every_exit() -> None:
-    """With services all own interfaces bear the programs, but for the loopback, bridges and pods' interfaces."""
-    assert plan_hosts(WIRING, [], POD_LINKS, has_services=True).interfaces == {2: None, 3: None}
+def test_every_own_interface_bears_the_programs() -> None:
+    """But for the loopback, bridges and pods' interfaces."""
+    assert plan_hosts(WIRING, [], POD_LINKS).interfaces == {2: None, 3: None}
 
 
 def test_by_name_and_by_address() -> None:
     """A host endpoint has the interface it names, bridges included, or those with its addresses."""
     endpoints = [host("a", "eth0"), host("b", None, str(ADDRESS)), host("c", "br0")]
-    plan = plan_hosts(WIRING, endpoints, POD_LINKS, has_services=False)
+    plan = plan_hosts(WIRING, endpoints, POD_LINKS)
     assert {ifindex: key and key.name for ifindex, key in plan.interfaces.items()} == {2: "a", 3: "b", 4: "c"}
     assert plan.problems == {}
     assert {key.name for key in plan.in_force} == {"a", "b", "c"}
@@ -45,9 +40,9 @@ def test_by_name_and_by_address() -> None:
 def test_wildcard_has_what_no_other_has() -> None:
     """The wildcard's interfaces are those that are left; it is in force even where none is left, for workloads."""
     wildcard = host("all", "*")
-    plan = plan_hosts(WIRING, [wildcard, host("a", "eth0")], POD_LINKS, has_services=False)
+    plan = plan_hosts(WIRING, [wildcard, host("a", "eth0")], POD_LINKS)
     assert {ifindex: key and key.name for ifindex, key in plan.interfaces.items()} == {2: "a", 3: "all"}
-    alone = plan_hosts(Wiring({1: LINKS[1]}), [wildcard], (), has_services=False)
+    alone = plan_hosts(Wiring({1: LINKS[1]}), [wildcard], ())
     assert (alone.interfaces, alone.in_force) == ({}, {wildcard.key})
 
 
@@ -57,7 +52,7 @@ def test_what_cannot_be_is_told() -> None:
         host("a", "eth0"), host("b", "eth0"), host("c", "eth9"), host("d", "cali1"), host("e", None, "192.0.2.9"),
         host("w1", "*"), host("w2", "*"),
     ]  # fmt: skip
-    plan = plan_hosts(WIRING, endpoints, POD_LINKS, has_services=False)
+    plan = plan_hosts(WIRING, endpoints, POD_LINKS)
     assert {key.name: message for key, message in plan.problems.items()} == {
         "b": "interface eth0 has the host endpoint HostEndpoint/a",
         "c": "its interface eth9 is not one of the node's own",

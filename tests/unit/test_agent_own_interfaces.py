@@ -13,6 +13,7 @@ import pytest
 from test_agent_core import CLUSTER, POD, POLICY, Bench, settle
 
 from netpol_ebpf.agent.trouble import RETRY_S
+from netpol_ebpf.apply.encode import LocalFlag, Meaning
 from netpol_ebpf.errors import MapFullError
 from netpol_ebpf.policy.types import EndpointKey
 from netpol_loader import abi
@@ -36,14 +37,14 @@ def bench(tmp_path: Path) -> Iterator[Bench]:
 
 
 def test_uplink_has_its_row_before_it_gets_programs(bench: Bench) -> None:
-    """A host endpoint's interface, and every exit while there are services, is closed at no moment; then it is left alone."""
+    """The node's own interface is closed at no moment, whoever's policy is for it."""
     agent = bench.agent()
     bench.write("host.yaml", HOST.replace("NAME", "eth0"))
     settle(agent)
     row = bench.node.row(2)
     assert row is not None
     assert (row.flags, row.number) == (
-        abi.NP_ENDPOINT_HOST,
+        abi.NP_ENDPOINT_HOST | abi.NP_ENDPOINT_OUTSIDE,
         agent.tables.endpoints[EndpointKey("HostEndpoint", "", "h")].number,
     )
     assert bench.node.rows_when_attached[2]
@@ -53,14 +54,13 @@ def test_uplink_has_its_row_before_it_gets_programs(bench: Bench) -> None:
     settle(agent)
     row = bench.node.row(2)
     assert row is not None
-    assert row.flags == abi.NP_ENDPOINT_HOST | abi.NP_ENDPOINT_UPLINK
+    assert row.flags == abi.NP_ENDPOINT_HOST | abi.NP_ENDPOINT_UPLINK | abi.NP_ENDPOINT_OUTSIDE
     assert bench.node.in_force["np_host"].rows == {}
     assert len(bench.node.in_force["np_vip4"].rows) == 2
     assert agent.applier.config_flags & abi.NP_CONFIG_DEFER
     bench.remove("service.yaml")
     settle(agent)
-    assert bench.node.row(2) is None
-    assert 2 not in bench.node.programs
+    assert bench.node.row(2) is not None
     assert not agent.applier.config_flags & abi.NP_CONFIG_DEFER
     assert agent.problems == []
 
@@ -88,14 +88,14 @@ def test_node_with_more_addresses_than_room_is_told(bench: Bench) -> None:
     agent = bench.agent()
     wiring = bench.node.wiring
     bench.node.in_force["np_local4"].max_entries = 2
-    many = {ip_address(f"192.0.2.{last}"): 2 for last in range(1, 4)}
-    bench.node.wiring = replace(wiring, addresses=many)
+    many = {ip_address(f"192.0.2.{last}"): Meaning(LocalFlag.OWN, 2) for last in range(1, 4)}
+    bench.node.wiring = replace(wiring, meanings=many)
     bench.node.news = True
     agent.step()
     (problem,) = agent.problems
     assert (problem.slug, problem.severity) == ("map-full", "error")
     assert "np_local4 has room for 2 rows; the change needs 3" in problem.message
-    bench.node.wiring = replace(wiring, addresses=dict(list(many.items())[:2]))
+    bench.node.wiring = replace(wiring, meanings=dict(list(many.items())[:2]))
     bench.node.news = True
     agent.step()
     assert agent.problems == []
@@ -112,11 +112,11 @@ def test_refused_host_endpoint_leaves_the_node_s_interface_alone(bench: Bench) -
     assert [problem.slug for problem in agent.problems] == [MapFullError.slug]
     bench.node.news = True
     agent.step()
-    assert 2 not in bench.node.programs
-    assert bench.node.row(2) is None
+    row = bench.node.row(2)
+    assert row is not None
+    assert (row.number, row.flags & abi.NP_ENDPOINT_UPLINK) == (0, abi.NP_ENDPOINT_UPLINK)
     bench.now_s += RETRY_S
     agent.step()
-    assert 2 in bench.node.programs
     row = bench.node.row(2)
     assert row is not None
     assert struct.pack("=I", row.number) in bench.node.in_force["np_host"].rows
@@ -144,4 +144,6 @@ def test_host_endpoint_whose_end_was_refused_stays_in_force(bench: Bench) -> Non
     bench.now_s += RETRY_S
     agent.step()
     assert agent.problems == []
-    assert 2 not in bench.node.programs
+    after = bench.node.row(2)
+    assert after is not None
+    assert after.flags & abi.NP_ENDPOINT_UPLINK

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from ipaddress import ip_address
+from ipaddress import ip_address, ip_network
 from pathlib import Path
 
 import pytest
@@ -14,7 +14,9 @@ from test_agent_core import CLUSTER, POD, POLICY, WIRING, Bench, settle
 from netpol_ebpf.agent.core import Agent, Settings
 from netpol_ebpf.agent.node import POLICY_MAPS
 from netpol_ebpf.agent.trouble import MAPS_BY_LIMIT, RETRY_S
+from netpol_ebpf.agent.wiring import Link
 from netpol_ebpf.apply.applier import ARRAYS
+from netpol_ebpf.apply.encode import LocalFlag, Meaning
 from netpol_ebpf.errors import LimitError, MapFullError
 
 FILLED = sorted(POLICY_MAPS - {"np_near", "np_special"})
@@ -37,6 +39,9 @@ metadata: {name: s, namespace: shop}
 spec: {clusterIPs: [10.96.0.1, "fd00:96::1"], ports: [{port: 80}]}
 """
 ADDRESSES = {ip_address("192.0.2.1"): 2, ip_address("2001:db8::1"): 2}
+MEANINGS = {address: Meaning(LocalFlag.OWN, ifindex) for address, ifindex in ADDRESSES.items()}
+NETS = frozenset({ip_network("198.18.0.0/24"), ip_network("2001:db8:18::/48")})
+VXLAN = Link(8, "vxlan0", "vxlan", takes=((17, 4789),))
 
 
 @pytest.fixture
@@ -45,8 +50,9 @@ def bench(tmp_path: Path) -> Iterator[Bench]:
     bench.write("cluster.yaml", CLUSTER)
     bench.write("policy.yaml", POLICY)
     bench.node.wiring = replace(
-        WIRING, addresses=ADDRESSES, host_routes={**WIRING.host_routes, ip_address("10.0.0.9"): 7},
-        links={**WIRING.links, 7: replace(WIRING.links[6], ifindex=7, name="cali3", peer=(3, 2))},
+        WIRING, addresses=ADDRESSES, meanings=MEANINGS, local_nets=NETS,
+        host_routes={**WIRING.host_routes, ip_address("10.0.0.9"): 7},
+        links={**WIRING.links, 8: VXLAN, 7: replace(WIRING.links[6], ifindex=7, name="cali3", peer=(3, 2))},
     )  # fmt: skip
     yield bench
     bench.close()
@@ -99,8 +105,6 @@ def refused(bench: Bench, agent: Agent, full: str) -> None:
         ("np_host", 0, HOST),
         ("np_vip4", 0, SERVICE),
         ("np_vip6", 0, SERVICE),
-        ("np_endpoint", 2, SERVICE),
-        ("np_endpoint", 2, HOST),
     ],
 )
 def test_change_of_the_node_s_own_interfaces_is_refused_whole(bench: Bench, full: str, size: int, text: str) -> None:

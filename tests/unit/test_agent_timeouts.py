@@ -27,7 +27,7 @@ def test_what_is_asked_for_is_set_and_the_rest_is_default() -> None:
     """Also where an earlier agent had asked for something else."""
     config = default_config(JIFFIES_PER_SECOND)
     defaults = read_timeouts(config)
-    assert defaults["tcp-open"] == 3600
+    assert defaults["tcp-open"] == 8100
     set_timeouts(config, parse_timeouts(["udp=180", "icmp=7", "icmp=9"]))
     assert config.timeout_jiffies[abi.NP_CONN_UDP] == 180 * JIFFIES_PER_SECOND
     assert read_timeouts(config) == {**defaults, "udp": 180, "icmp": 9}

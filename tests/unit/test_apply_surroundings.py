@@ -10,16 +10,18 @@ from ipaddress import ip_address
 import pytest
 from memory_maps import MemoryMap, memory_maps
 
-from netpol_ebpf.apply.surroundings import Surroundings, SurroundingsWriter
+from netpol_ebpf.apply.encode import LocalFlag, Meaning
+from netpol_ebpf.apply.surroundings import OwnInterface, Surroundings, SurroundingsWriter
 from netpol_ebpf.errors import MapFullError
 from netpol_ebpf.policy.types import IPAddress, Vip, VipKey
 from netpol_loader.buckets import special_place
 
+OWN = Meaning(LocalFlag.OWN)
 NODE, OTHER, SERVICE = ip_address("192.0.2.1"), ip_address("fd00::1"), ip_address("10.96.0.1")
 
 
 def surroundings(*addresses: IPAddress, vips: tuple[Vip, ...] = ()) -> Surroundings:
-    return Surroundings(addresses=frozenset(addresses), vips=vips)
+    return Surroundings(addresses=dict.fromkeys(addresses, OWN), vips=vips)
 
 
 def bits(maps: Mapping[str, MemoryMap]) -> set[tuple[int, int]]:
@@ -80,7 +82,7 @@ def test_what_does_not_fit_changes_nothing() -> None:
     writer.write(surroundings(NODE))
     before = {name: dict(one.rows) for name, one in maps.items()}
     maps["np_endpoint"].hard_limit = 1
-    wanted = Surroundings(addresses=frozenset({OTHER}), interfaces={5: 0, 6: 0})
+    wanted = Surroundings(addresses={OTHER: OWN}, interfaces={5: OwnInterface(), 6: OwnInterface()})
     with pytest.raises(MapFullError):
         writer.write(wanted)
     zeros = bytes(8)
@@ -100,7 +102,7 @@ def test_what_does_not_fit_changes_nothing() -> None:
         ("np_local6", 0, surroundings(OTHER)),
         ("np_vip4", 0, surroundings(NODE, vips=(Vip(VipKey(SERVICE, 6, 443)),))),
         ("np_vip6", 0, surroundings(NODE, vips=(Vip(VipKey(None, 6, 30_000)),))),
-        ("np_endpoint", 2, Surroundings(addresses=frozenset({NODE}), interfaces={5: 0, 6: 0})),
+        ("np_endpoint", 2, Surroundings(addresses={NODE: OWN}, interfaces={5: OwnInterface(), 6: OwnInterface()})),
     ],
 )
 def test_what_does_not_fit_is_refused_before_the_first_write(name: str, size: int, wanted: Surroundings) -> None:

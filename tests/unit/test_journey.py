@@ -22,6 +22,7 @@ from netpol_ebpf.policy.journey import (
     walk,
 )
 from netpol_ebpf.policy.types import (
+    ICMP,
     ICMPV6,
     TCP,
     UDP,
@@ -294,14 +295,49 @@ def test_translation(source: str, destination: str, dnat_to: tuple[str, int], ex
 
 
 @pytest.mark.parametrize(
-    ("icmp_type", "passes"), [(130, True), (133, True), (135, True), (136, True), (134, False), (128, False)]
+    ("source", "destination", "icmp_type", "code", "passes"),
+    [
+        ("fd00::1", "ff02::1:ff00:2", 135, 0, True),
+        ("::", "ff02::1:ff00:1", 135, 0, True),
+        ("fd00::1", "fe80::1", 136, 0, True),
+        ("fd00::1", "ff02::2", 133, 0, True),
+        ("fe80::1", "ff02::16", 143, 0, True),
+        ("::", "ff02::1:ff00:1", 131, 0, True),
+        ("fd00::1", "fd00::2", 135, 0, False),  # routers would pass it on
+        ("fd00::1", "ff05::2", 133, 0, False),
+        ("fd00::1", "ff02::1", 135, 1, False),
+        ("fd00::1", "ff02::16", 143, 0, False),  # not from an address of the link
+        ("fe80::1", "fd00::2", 130, 0, False),
+        ("fd00::1", "ff02::1", 134, 0, False),
+        ("fd00::1", "ff02::1", 128, 0, False),
+    ],
 )
-def test_neighbour_discovery(icmp_type: int, passes: bool) -> None:  # noqa: FBT001 - a table's column
-    """By type, over IPv6 only."""
-    about = Packet(ip_address("fd00::1"), ip_address("fd00::2"), ICMPV6, icmp_type=icmp_type)
+def test_neighbour_discovery(source: str, destination: str, icmp_type: int, code: int, passes: bool) -> None:  # noqa: FBT001 - a table's column
+    """By type, and only what stays on its link."""
+    about = Packet(ip_address(source), ip_address(destination), ICMPV6, icmp_type=icmp_type, icmp_code=code)
     assert (hops(world(), about) == ["NEIGHBOUR_DISCOVERY"]) is passes
-    foreign = Packet(ip_address(A), ip_address(B), ICMPV6, icmp_type=icmp_type)
+
+
+def test_over_ipv4_neighbour_discovery_is_a_message_like_any_other() -> None:
+    """ICMPv6 is a protocol number there, no more."""
+    foreign = Packet(ip_address(A), ip_address(B), ICMPV6, icmp_type=135)
     assert hops(world(), foreign) == ["a egress normal", "b ingress normal"]
+
+
+@pytest.mark.parametrize(
+    ("about", "is_forged"),
+    [
+        (Packet(ip_address(A), ip_address(B), UDP, source_port=67, destination_port=68), True),
+        (Packet(ip_address(A), ip_address(B), UDP, source_port=68, destination_port=67), False),
+        (Packet(ip_address(A), ip_address(B), ICMP, icmp_type=5), True),
+        (Packet(ip_address(A), ip_address(B), ICMP, icmp_type=3), False),
+        (Packet(ip_address(OUT), ip_address(B), ICMP, icmp_type=5), False),
+    ],
+    ids=["DHCP offer", "DHCP request", "redirect", "unreachable", "from a router"],
+)
+def test_a_workload_does_not_speak_for_routers(about: Packet, is_forged: bool) -> None:  # noqa: FBT001
+    """Nor for DHCP servers, whatever its policy says; what is outside may."""
+    assert (hops(world(), about) == ["FORGED"]) is is_forged
 
 
 def test_the_ends_may_be_told() -> None:

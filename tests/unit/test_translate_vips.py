@@ -88,8 +88,40 @@ def test_backend_on_the_node_itself_is_in_the_row() -> None:
     vip = derived(service(), SLICE.replace("NAME", "a")).world.vips[VipKey(ip_address("10.96.0.1"), TCP, 80)]
     rows = []
     for local in ([], ["192.0.2.9"], ["192.0.2.9", "10.0.0.1"]):
-        ((name, _, value),) = vip_elements(vip, {ip_address(text) for text in local})
+        ((name, _, value),) = vip_elements(vip, {ip_address(text) for text in local}.__contains__)
         assert name == "np_vip4"
         rows.append(abi.np_vip.from_buffer_copy(value))
     assert [row.flags for row in rows] == [0, abi.NP_VIP_LOCAL, abi.NP_VIP_MANY]
     assert (rows[1].local_port, bytes(rows[1].local)[:4]) == (8080, ip_address("192.0.2.9").packed)
+
+
+POD = """\
+apiVersion: v1
+kind: Pod
+metadata: {name: web, namespace: shop}
+spec:
+  nodeName: here
+  hostNetwork: false
+  containers:
+  - name: a
+    ports:
+    - {containerPort: 80, hostPort: 8080}
+    - {containerPort: 53, hostPort: 53, protocol: UDP, hostIP: 192.0.2.1}
+    - {containerPort: 81, hostPort: 8081, hostIP: 0.0.0.0}
+    - {containerPort: 82}
+status: {podIPs: [{ip: 10.0.0.7}, {ip: "fd00::7"}]}
+"""
+
+
+def test_host_ports_are_translated_by_their_node() -> None:
+    """At all of its addresses or at one, to the pod's; they go with the pod, and one in the node's network has none."""
+    derivation = derived(POD)
+    behind = {port: {(ip_address("10.0.0.7"), port), (ip_address("fd00::7"), port)} for port in (80, 53, 81)}
+    assert {key: vip.backends for key, vip in derivation.world.vips.items()} == {
+        VipKey(None, TCP, 8080, "here"): behind[80],
+        VipKey(ip_address("192.0.2.1"), UDP, 53, "here"): behind[53],
+        VipKey(None, TCP, 8081, "here"): behind[81],
+    }
+    derivation.remove("Pod", "shop", "web")
+    assert derivation.world.vips == {}
+    assert derived(POD.replace("hostNetwork: false", "hostNetwork: true")).world.vips == {}

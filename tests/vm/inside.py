@@ -31,6 +31,7 @@ from netpol_loader import attach, syscall
 from netpol_loader.build import compiled_program
 from netpol_loader.dataplane import Dataplane
 from netpol_loader.hook import Hook
+from netpol_loader.kernel import kernel_facts
 from netpol_loader.link import link
 from netpol_loader.programs import CALL_MAP
 
@@ -79,7 +80,7 @@ def _verified_by_log(name: str, dataplane: Dataplane) -> int:
     compiled = compiled_program(keep=False)
     fds = {each: one.fd for each, one in (dataplane.maps | {CALL_MAP: dataplane.programs.calls}).items()}
     log = syscall.empty(syscall.LOG_BYTES)
-    code = link(compiled.programs[name], compiled.maps, fds)
+    code = link(compiled.programs[name], compiled.maps, fds, kernel_facts())
     os.close(syscall.prog_load(code, name=name, log=log, log_level=syscall.LOG_COUNTS))
     told = re.search(rb"^processed (\d+) insns", log.value, re.MULTILINE)
     if told is None:

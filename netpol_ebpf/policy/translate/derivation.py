@@ -104,7 +104,7 @@ class Derivation:
         self._profile_labels: dict[str, Mapping[str, str]] = {}
         self._heirs: defaultdict[str, set[ResourceKey]] = defaultdict(set)
         self._slices: defaultdict[tuple[str, str], dict[ResourceKey, frozenset[Backend]]] = defaultdict(dict)
-        self._vips: defaultdict[VipKey, dict[tuple[str, str], Vip]] = defaultdict(dict)  # by the service's name
+        self._vips: defaultdict[VipKey, dict[ResourceKey, Vip]] = defaultdict(dict)  # by whose they are
         self._namespace_values: dict[tuple[str, ...], Counter[signetwork.LabelValues]] = {}
         self._related: defaultdict[tuple[str, ...], set[ResourceKey]] = defaultdict(set)
         self._derive_profile(endpoints.DEFAULT_ALLOW)
@@ -139,6 +139,7 @@ class Derivation:
         if kind in (resources.Pod, resources.WorkloadEndpoint, resources.HostEndpoint, resources.NetworkSet):
             self._inherit(key, old, new)
             self._derive_heir(key)
+            self._share_vips(key, endpoints.host_ports(old), endpoints.host_ports(new))
         elif kind is resources.Namespace:
             self._derive_profile(endpoints.namespace_profile(key.name))
             self._count_values(old, new)
@@ -199,14 +200,18 @@ class Derivation:
 
     def _derive_vips(self, name: tuple[str, str], old: Resource | None) -> None:
         """The addresses of one service, which others may share; ``old``: what it was."""
-        new = self._resources.get(ResourceKey("Service", *name))
+        owner = ResourceKey("Service", *name)
         slices = [self._resources[key] for key in self._slices.get(name, ())]
-        wanted = {vip.key: vip for vip in endpoints.vips(new, slices)}
-        for key in {vip.key for vip in endpoints.vips(old, ())} | wanted.keys():
+        self._share_vips(owner, endpoints.vips(old, ()), endpoints.vips(self._resources.get(owner), slices))
+
+    def _share_vips(self, owner: ResourceKey, old: Iterable[Vip], new: Iterable[Vip]) -> None:
+        """Bring the addresses that ``owner`` is reached by in line, which others may share; ``old``: those it had."""
+        wanted = {vip.key: vip for vip in new}
+        for key in {vip.key for vip in old} | wanted.keys():
             if key in wanted:
-                self._vips[key][name] = wanted[key]
+                self._vips[key][owner] = wanted[key]
             else:
-                self._vips[key].pop(name, None)
+                self._vips[key].pop(owner, None)
             shares = self._vips[key].values()
             vip = Vip(key, frozenset().union(*(share.backends for share in shares))) if shares else None
             if vip is None:

@@ -206,6 +206,19 @@ def vips(service: resources.Resource | None, slices: Iterable[resources.Resource
         yield Vip(key, frozenset(behind))
 
 
+def host_ports(pod: resources.Resource | None) -> Iterator[Vip]:
+    """The ports of its node that are translated to a pod's; none for what is no pod, or shares its node's network."""
+    if not isinstance(pod, resources.Pod) or pod.host_network:
+        return
+    found: dict[VipKey, set[tuple[IPAddress, int]]] = {}
+    for port in pod.ports:
+        if port.host_port:
+            key = VipKey(port.host_address, port.protocol, port.host_port, pod.node or "")
+            found.setdefault(key, set()).update((address, port.port) for address in pod.addresses)
+    for key, behind in found.items():
+        yield Vip(key, frozenset(behind))
+
+
 def _without_inherited(labels: Mapping[str, str]) -> dict[str, str]:
     """Own labels without those that claim to be inherited: only namespaces and accounts may say what they are."""
     return {key: value for key, value in labels.items() if not key.startswith(INHERITED_PREFIXES)}

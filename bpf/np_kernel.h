@@ -1,0 +1,69 @@
+// SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause
+//
+// What the kernel knows of a packet and does not tell programs: whether a device is yet to write its checksum, and
+// where. The loader puts in where the fields are on this kernel (netpol_loader.kernel), and how to get at them: by the
+// kernel function bpf_cast_to_kern_ctx, which costs nothing, else by a copy (before 6.2).
+//
+// A checksum that is left to the device goes where the packet's sender says: a virtual machine, or a packet socket.  It
+// may say a port or an address, which then is another one on the wire than the one that was judged.
+#pragma once
+
+#include "np_flow.h"
+#include "np_lang.h"
+#include "np_parse.h"
+
+#define NP_CHECKSUM_PARTIAL 3 // CHECKSUM_PARTIAL of the kernel
+
+// Where a device is yet to write a checksum, from the packet's beginning; NP_NO_CHECKSUM: nowhere.
+#define NP_NO_CHECKSUM (~0u)
+
+NP_INLINE __u32 np_checksum_in(const void *fields)
+{
+    __u32 summed = *(const __u8 *)(fields + NP_KERNEL(NP_KERNEL_SUMMED)) >> NP_KERNEL(NP_KERNEL_SUMMED_SHIFT) & 3;
+    if (summed != NP_CHECKSUM_PARTIAL)
+        return NP_NO_CHECKSUM;
+    __u32 start = *(const __u16 *)(fields + NP_KERNEL(NP_KERNEL_CSUM_START));
+    __u32 offset = *(const __u16 *)(fields + NP_KERNEL(NP_KERNEL_CSUM_OFFSET));
+    __u32 begin = *(const __u16 *)(fields + NP_KERNEL(NP_KERNEL_MAC_HEADER));
+    return (start + offset - begin) & 0x7fffffff;
+}
+
+NP_INLINE __u32 np_checksum_at(struct __sk_buff *skb)
+{
+    if (NP_LIKELY(NP_KERNEL(NP_KERNEL_CAST)))
+        return np_checksum_in(np_kernel_skb(skb) + NP_KERNEL(NP_KERNEL_FIRST));
+    __u8 copy[NP_KERNEL_BYTES];
+    if (np_probe_read_kernel(copy, sizeof(copy), (void *)skb + NP_KERNEL(NP_KERNEL_FIRST)))
+        return 0; // cannot happen; nothing may be written at the packet's beginning
+    return np_checksum_in(copy);
+}
+
+// Where the checksum of a transport protocol is in its header; NP_NO_CHECKSUM: not known.
+NP_INLINE __u32 np_checksum_place(__u8 protocol)
+{
+    switch (protocol) {
+    case NP_PROTOCOL_TCP:
+        return 16;
+    case NP_PROTOCOL_UDP:
+        return 6;
+    case NP_PROTOCOL_SCTP:
+        return 8;
+    case NP_PROTOCOL_ICMP:
+    case NP_PROTOCOL_ICMPV6:
+        return 2;
+    default:
+        return NP_NO_CHECKSUM;
+    }
+}
+
+// Whether the checksum goes where it would change what is judged.  Behind that it may go anywhere: into what the packet
+// carries, which may be another packet.
+NP_INLINE int np_checksum_misaims(struct __sk_buff *skb, const struct np_packet *packet)
+{
+    __u32 at = np_checksum_at(skb);
+    __u32 header = packet->l4_offset;
+    if (NP_LIKELY(at >= header + packet->l4_bytes))
+        return 0;
+    __u32 place = np_checksum_place(packet->protocol);
+    return place == NP_NO_CHECKSUM || at != header + place;
+}

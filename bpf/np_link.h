@@ -1,0 +1,252 @@
+// SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause
+//
+// Messages of a link: ARP, IPv6 neighbour and listener discovery, DHCP.  Without them nobody can speak at all, so they
+// pass before policy; that is why they have to be what they say they are.  Passes: a well-formed message about the
+// sender itself, or a question about the link, that no router passes on.  Dropped: what speaks in the name of another,
+// or of a router.  Everything else that has one of these types is a packet like any other, for policy.
+//
+// What is sent on a link by a workload is looked at whole, where it comes in.  What arrives with the hop limit that
+// only this link can give was looked at there, or is from outside, where anybody on the link may say anything.
+#pragma once
+
+#include "np_endpoint.h"
+#include "np_flow.h"
+#include "np_parse.h"
+
+#define NP_MLD_QUERY 130
+#define NP_MLD_DONE 132
+#define NP_ROUTER_SOLICITATION 133
+#define NP_ROUTER_ADVERTISEMENT 134
+#define NP_NEIGHBOUR_SOLICITATION 135
+#define NP_NEIGHBOUR_ADVERTISEMENT 136
+#define NP_REDIRECT6 137
+#define NP_MLD2_REPORT 143
+#define NP_REDIRECT4 5 // of ICMP
+
+#define NP_LINK_HOP_LIMIT 255 // no router has passed it on
+#define NP_MLD_HOP_LIMIT 1 // no router will pass it on
+#define NP_LINK_OPTIONS 3 // of a message; one with more is policy's
+#define NP_OPTION_SOURCE 1 // the sender's link-layer address
+#define NP_OPTION_TARGET 2 // the target's
+#define NP_OPTION_NONCE 14 // what tells an echo of one's own from another's claim (RFC 7527)
+
+#define NP_FAMILY_IP6 10
+#define NP_FIB_NO_NEIGHBOUR 7 // BPF_FIB_LKUP_RET_NO_NEIGH: the route is known
+
+struct np_arp {
+    __be16 hardware_be;
+    __be16 protocol_be;
+    __u8 hardware_bytes;
+    __u8 protocol_bytes;
+    __be16 operation_be;
+    __u8 sender_mac[6];
+    __u8 sender[4];
+    __u8 target_mac[6];
+    __u8 target[4];
+};
+_Static_assert(sizeof(struct np_arp) == 28, "np_arp");
+
+struct np_link_option {
+    __u8 type;
+    __u8 length; // in units of 8 bytes
+    __u8 mac[6];
+};
+
+NP_INLINE int np_is_workloads_own(const struct np_flow *flow, const int hook)
+{
+    return hook == NP_HOOK_INGRESS && !(flow->leg->endpoint_flags & NP_ENDPOINT_HOST);
+}
+
+NP_INLINE int np_is_unspecified(const __u32 *address)
+{
+    return !(address[0] | address[1] | address[2] | address[3]);
+}
+
+// A group that no router passes on.
+NP_INLINE int np_is_link_group(const __u32 *address)
+{
+    return (address[0] & np_host32(0xff0f0000)) == np_host32(0xff020000);
+}
+
+// Whether an address is neither the node's nor that of a workload whose interface is known.
+NP_INLINE int np_is_nobodys(struct np_flow *flow, const __u32 *address, const int version)
+{
+    if (np_local_flags(flow, address, version) & NP_LOCAL_OWN)
+        return 0;
+    __u32 endpoint = np_addr_find(flow, address, version)->endpoint;
+    return !endpoint || !np_place_lookup(endpoint);
+}
+
+// Whether a workload may speak for an address: one of its own, or that it may borrow.  Of a link-local address, and as
+// long as it is not known whose the interface is, it is enough that nobody else has it.
+NP_INLINE int np_may_claim(struct np_flow *flow, const __u32 *address, const int version)
+{
+    if (!flow->leg->missing && (np_is_own(flow, address, version) || np_may_borrow(flow, address, version)))
+        return 1;
+    if (!flow->leg->missing && (version == 4 || !np_is_link_local(address)))
+        return 0;
+    return np_is_nobodys(flow, address, version);
+}
+
+// Whether a known workload of the node is on the interface's own link.
+NP_INLINE int np_is_beside(struct np_flow *flow, const __u32 *address)
+{
+    __u32 endpoint = np_addr_find(flow, address, 6)->endpoint;
+    const struct np_place *place = endpoint ? np_place_lookup(endpoint) : 0;
+    const struct np_endpoint *row = place ? np_endpoint_lookup(place->ifindex) : 0;
+    return row && row->link == flow->leg->link;
+}
+
+// Whether an address is on the interface's own link: the node or a workload has it there, or routing leads there
+// without a gateway.  Where the node does not route, that is not known of others.
+NP_INLINE int np_is_on_link(struct __sk_buff *skb, struct np_flow *flow, const __u32 *address)
+{
+    if (np_is_link_local(address))
+        return 1;
+    if (flow->leg->missing)
+        return 0;
+    if (np_is_own(flow, address, 6) || np_is_beside(flow, address))
+        return 1;
+    const struct np_local *local = np_local_find(flow, address, 6);
+    if (local && local->flags & NP_LOCAL_OWN)
+        return local->ifindex == flow->leg->link;
+    struct bpf_fib_lookup route = {.family = NP_FAMILY_IP6, .ifindex = flow->leg->link};
+    __builtin_memcpy(route.ipv6_src, flow->packet->source, sizeof(route.ipv6_src));
+    __builtin_memcpy(route.ipv6_dst, address, sizeof(route.ipv6_dst));
+    long seen = np_fib_lookup(skb, &route, sizeof(route), 0);
+    if (seen && seen != NP_FIB_NO_NEIGHBOUR)
+        return 0;
+    __u32 other = route.ipv6_dst[0] ^ address[0]; // a gateway stands in its place
+    other |= (route.ipv6_dst[1] ^ address[1]) | (route.ipv6_dst[2] ^ address[2]) | (route.ipv6_dst[3] ^ address[3]);
+    return !other && route.ifindex == flow->leg->link;
+}
+
+// Whether all that follows a message's fixed part is the sender's own link-layer address, or a nonce.
+NP_INLINE int np_link_options_fit(struct __sk_buff *skb, const struct np_flow *flow, __u32 offset)
+{
+    struct np_link_option option;
+    __u8 mac[6];
+    __u32 end = flow->packet->end;
+    int has_link = !(flow->leg->endpoint_flags & NP_ENDPOINT_LAYER3);
+    if (bpf_skb_load_bytes(skb, __builtin_offsetof(struct np_eth_header, source), mac, sizeof(mac)))
+        return 0;
+#pragma unroll
+    for (int count = 0; count < NP_LINK_OPTIONS; count++) {
+        if (offset == end)
+            return 1;
+        if (offset + sizeof(option) > end || bpf_skb_load_bytes(skb, offset, &option, sizeof(option)) ||
+            option.length != 1)
+            return 0;
+        if (option.type == NP_OPTION_SOURCE || option.type == NP_OPTION_TARGET) {
+            int is_own = option.mac[0] == mac[0] && option.mac[1] == mac[1] && option.mac[2] == mac[2] &&
+                         option.mac[3] == mac[3] && option.mac[4] == mac[4] && option.mac[5] == mac[5];
+            if (!has_link || !is_own || np_is_unspecified(flow->packet->source))
+                return 0;
+        } else if (option.type != NP_OPTION_NONCE) {
+            return 0;
+        }
+        offset += sizeof(option);
+    }
+    return offset == end;
+}
+
+// Neighbour discovery by a workload, with the hop limit that it must have.
+NP_INLINE int np_link_spoken(struct __sk_buff *skb, struct np_flow *flow)
+{
+    const struct np_packet *packet = flow->packet;
+    const __u32 *source = packet->source;
+    const __u32 *destination = packet->destination;
+    int is_nobody = np_is_unspecified(source);
+    __u32 offset = packet->l4_offset + sizeof(struct np_icmp_header);
+    if (!is_nobody && !np_may_claim(flow, source, 6))
+        return NP_REASON_NONE;
+    if (!np_is_link_group(destination) && !np_is_on_link(skb, flow, destination))
+        return NP_REASON_NONE;
+    if (packet->icmp_type != NP_ROUTER_SOLICITATION) {
+        __u32 target[4];
+        if (offset + sizeof(target) > packet->end || bpf_skb_load_bytes(skb, offset, target, sizeof(target)))
+            return NP_REASON_NONE;
+        offset += sizeof(target);
+        if (packet->icmp_type == NP_NEIGHBOUR_ADVERTISEMENT || is_nobody) {
+            if (!np_may_claim(flow, target, 6))
+                return NP_REASON_LINK_FORGED;
+        } else if (!flow->leg->missing && !np_is_on_link(skb, flow, target)) {
+            return NP_REASON_NONE;
+        }
+    }
+    return np_link_options_fit(skb, flow, offset) ? NP_REASON_NEIGHBOUR : NP_REASON_NONE;
+}
+
+// Whether a listener report, done or query is one of the link.
+NP_INLINE int np_is_listener_message(struct np_flow *flow, int is_workloads_own)
+{
+    const struct np_packet *packet = flow->packet;
+    const __u32 *source = packet->source;
+    if (packet->hop_limit != NP_MLD_HOP_LIMIT || !np_is_many(packet->destination, 6))
+        return 0;
+    if (np_is_unspecified(source))
+        return 1;
+    return np_is_link_local(source) && (!is_workloads_own || np_may_claim(flow, source, 6));
+}
+
+// NP_REASON_NEIGHBOUR: a message of the link, which passes; NP_REASON_LINK_FORGED; NP_REASON_NONE: anything else.
+NP_INLINE int np_link_message(struct __sk_buff *skb, struct np_flow *flow, const int hook)
+{
+    const struct np_packet *packet = flow->packet;
+    if (NP_LIKELY(packet->protocol != NP_PROTOCOL_ICMPV6) || packet->fragment != NP_FRAGMENT_WHOLE)
+        return NP_REASON_NONE;
+    int is_workloads_own = np_is_workloads_own(flow, hook);
+    __u8 type = packet->icmp_type;
+    if (is_workloads_own && (type == NP_ROUTER_ADVERTISEMENT || type == NP_REDIRECT6))
+        return flow->leg->endpoint_flags & NP_ENDPOINT_ROUTES ? NP_REASON_NONE : NP_REASON_LINK_FORGED;
+    if (packet->icmp_code)
+        return NP_REASON_NONE;
+    if ((type >= NP_MLD_QUERY && type <= NP_MLD_DONE) || type == NP_MLD2_REPORT)
+        return np_is_listener_message(flow, is_workloads_own) ? NP_REASON_NEIGHBOUR : NP_REASON_NONE;
+    if ((type != NP_ROUTER_SOLICITATION && type != NP_NEIGHBOUR_SOLICITATION && type != NP_NEIGHBOUR_ADVERTISEMENT) ||
+        packet->hop_limit != NP_LINK_HOP_LIMIT)
+        return NP_REASON_NONE;
+    if (is_workloads_own)
+        return np_link_spoken(skb, flow);
+    if (hook == NP_HOOK_EGRESS) // with this hop limit it was not routed
+        return NP_REASON_NEIGHBOUR;
+    int stays = np_is_many(packet->destination, 6) || np_is_link_local(packet->destination) ||
+                np_is_local(flow, packet->destination, 6);
+    return stays ? NP_REASON_NEIGHBOUR : NP_REASON_NONE;
+}
+
+// ARP: from a workload in its own name, or asking in nobody's whether its own address is taken.
+NP_INLINE int np_link_arp(struct __sk_buff *skb, struct np_flow *flow, const int hook)
+{
+    struct np_arp arp;
+    __u8 mac[6];
+    __u32 sender;
+    __u32 target;
+    if (!np_is_workloads_own(flow, hook) || flow->leg->endpoint_flags & NP_ENDPOINT_ROUTES)
+        return NP_REASON_ARP;
+    flow->leg->direction = NP_DIRECTION_EGRESS;
+    if (bpf_skb_load_bytes(skb, flow->packet->l4_offset, &arp, sizeof(arp)) ||
+        bpf_skb_load_bytes(skb, __builtin_offsetof(struct np_eth_header, source), mac, sizeof(mac)))
+        return NP_REASON_LINK_FORGED;
+    if (arp.hardware_be != np_net16(1) || arp.protocol_be != np_net16(NP_ETHERTYPE_IP4) || arp.hardware_bytes != 6 ||
+        arp.protocol_bytes != 4)
+        return NP_REASON_LINK_FORGED;
+    int is_own = arp.sender_mac[0] == mac[0] && arp.sender_mac[1] == mac[1] && arp.sender_mac[2] == mac[2] &&
+                 arp.sender_mac[3] == mac[3] && arp.sender_mac[4] == mac[4] && arp.sender_mac[5] == mac[5];
+    __builtin_memcpy(&sender, arp.sender, sizeof(sender));
+    __builtin_memcpy(&target, arp.target, sizeof(target));
+    const __u32 *claimed = sender ? &sender : &target;
+    return is_own && np_may_claim(flow, claimed, 4) ? NP_REASON_ARP : NP_REASON_LINK_FORGED;
+}
+
+// Whether a workload speaks in the name of a router, or of a DHCP server.
+NP_INLINE int np_is_forged(const struct np_flow *flow, const int hook, const int version)
+{
+    const struct np_packet *packet = flow->packet;
+    if (!np_is_workloads_own(flow, hook) || flow->leg->endpoint_flags & NP_ENDPOINT_ROUTES)
+        return 0;
+    if (packet->protocol == NP_PROTOCOL_UDP)
+        return version == 4 ? packet->source_port == 67 && packet->destination_port == 68
+                            : packet->source_port == 547 && packet->destination_port == 546;
+    return version == 4 && packet->protocol == NP_PROTOCOL_ICMP && packet->icmp_type == NP_REDIRECT4;
+}

@@ -1,0 +1,342 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The agent's side of the second barrier: when which part of it is in force, and what of it is missing.
+
+`netpol_loader.barrier` says what the tables hold and what the *sign* is.
+
+Invariants: the programs sign before a table drops what has no sign, and nothing drops it any more before they stop; a barrier
+that cannot be is a problem that says what is open, and stops nothing else.  Must not choose workloads' interfaces.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+from netpol_ebpf.agent.wiring import Wiring
+from netpol_ebpf.errors import Location, PlatformError, Problem, UsageError
+from netpol_loader.barrier import Counts, Difference, Layout, Marks, without_sign
+from netpol_loader.drift import Drift
+
+log = logging.getLogger(__name__)
+
+RETRY_S = 5.0
+"""How often to try again what the kernel refused; arbitrary."""
+TOLD_S = 60.0
+"""How long a dropped packet of an interface that bears the program is a problem; arbitrary."""
+MARK_BITS = 32
+SIGNS = 3
+LONGEST_NAME = 15
+NAMED = 5
+"""Interfaces named in a message; arbitrary."""
+ON, OFF = "nft", "off"
+
+
+@dataclass(frozen=True, slots=True)
+class BarrierSettings:
+    """``is_on`` False: nothing is dropped for want of the sign.  ``patterns``: names of interfaces that are closed from birth."""
+
+    is_on: bool = True
+    patterns: tuple[str, ...] = ()
+    marks: Marks = Marks(0x20, 0x40, 0x10)
+
+    @property
+    def in_force(self) -> Marks:
+        """The bits that are used."""
+        return self.marks if self.is_on else replace(self.marks, seen=0)
+
+
+class Tables(Protocol):
+    """What is needed of `netpol_loader.barrier.BarrierTables`; tests have another one."""
+
+    @property
+    def families(self) -> tuple[str, ...]:
+        """Families of tables that the kernel has."""
+
+    @property
+    def is_held(self) -> bool:
+        """Whether the kernel keeps others from changing the tables."""
+
+    def open(self) -> None:
+        """Find out what the kernel can do."""
+
+    def has_news(self) -> bool:
+        """Whether something changed any table since the last call."""
+
+    def has_changed(self) -> bool:
+        """Whether anything may have changed since the tables were last as they should be."""
+
+    def is_there(self) -> bool:
+        """Whether there is a table of ours."""
+
+    def members(self) -> tuple[frozenset[str], frozenset[int]]:
+        """Names of workloads' interfaces, and numbers of known ones, in the tables."""
+
+    def counts(self) -> Counts:
+        """What was dropped so far."""
+
+    def unsigned(self) -> int:
+        """Packets dropped for want of the sign."""
+
+    def write(self, layout: Layout) -> list[Difference]:
+        """Make the tables so; what was otherwise."""
+
+
+class MarksWriter(Protocol):
+    """What is needed of `netpol_ebpf.apply.applier.Applier`."""
+
+    @property
+    def marks(self) -> Marks:
+        """The bits that the programs use now."""
+
+    def set_marks(self, marks: Marks) -> None:
+        """The programs use these from now on."""
+
+
+@dataclass(slots=True)
+class _Rise:
+    """Dropped packets of an interface that bears the program. ``since_s``: when the last ones were seen."""
+
+    packets: int
+    since_s: float
+    others: tuple[str, ...] = ()
+
+
+@dataclass(slots=True)
+class Barrier:
+    """`sign` with each new set of maps, `settle` when interfaces have changed, `look` now and then.
+
+    ``clock``: seconds.  ``others``: programs of others on the TC hook of an interface by which its packets come in.
+    """
+
+    settings: BarrierSettings
+    tables: Tables
+    clock: Callable[[], float]
+    others: Callable[[int], Sequence[str]]
+    _writer: MarksWriter | None = None
+    _is_signed: bool = False  # the bits are in force, and a table can be made
+    _layout: Layout | None = None  # as last written whole
+    _wanted: Layout | None = None
+    _numbers: dict[str, int] = field(default_factory=dict)
+    _failure: Problem | None = None
+    _tried_s: float = 0.0
+    _unsigned: int = 0
+    _counted: dict[str, tuple[int, int]] = field(default_factory=dict)  # interface, packets
+    _risen: dict[str, _Rise] = field(default_factory=dict)
+
+    # --- in force ---------------------------------------------------------------------------------------------------
+
+    def sign(self, writer: MarksWriter) -> None:
+        """Have the programs on a new set of maps use the marks; whoever drops by them is prepared for that first."""
+        self._writer, self._is_signed, self._layout = writer, False, None
+        before = writer.marks
+        self._tried_s = self.clock()
+        try:
+            self._prepare(before)
+        except PlatformError as error:
+            self._fail(error)
+            writer.set_marks(before if self._may_be_there() else Marks())
+            return
+        self._is_signed, self._failure = True, None
+        writer.set_marks(self.settings.in_force)
+
+    def _prepare(self, before: Marks) -> None:
+        """Leave tables that suit both the marks before and the ones to come, or raise."""
+        marks = self.settings.in_force
+        base = without_sign(Layout(marks))
+        self.tables.open()
+        if not marks.seen or not self.tables.is_there():
+            self.tables.write(base)  # and where it is the first: the proof that tables can be made
+            return
+        if before.seen not in (0, marks.seen):
+            workloads, known = self.tables.members()
+            older = Layout(marks, before.seen, self.settings.patterns, workloads, known)
+            self.tables.write(older)
+
+    def _may_be_there(self) -> bool:
+        """Whether an older table of ours may drop by the marks, so that they have to stay as they are."""
+        try:
+            return self.tables.is_there()
+        except PlatformError:
+            return True  # nobody knows
+
+    def settle(self, wiring: Wiring, workloads: Collection[int], attached: Collection[int]) -> None:
+        """Name the interfaces. ``workloads``: those that are workloads'; ``attached``: those that bear the programs, which sign."""
+        bound = {wiring.links[one].name: one for one in workloads if one in attached and one in wiring.links}
+        known = {*attached, *(wiring.links.keys() - set(workloads))} & wiring.links.keys()
+        settings = self.settings
+        wanted = without_sign(Layout(settings.in_force))
+        if settings.is_on:
+            patterns = settings.patterns
+            numbers = frozenset(known) if patterns else frozenset[int]()
+            wanted = Layout(settings.in_force, 0, patterns, frozenset(bound), numbers)
+        self._wanted, self._numbers = wanted, bound
+        if self._is_signed and self._layout != wanted:
+            self._write(wanted)
+
+    def _write(self, wanted: Layout) -> list[Difference]:
+        self._tried_s = self.clock()
+        try:
+            found = self.tables.write(wanted)
+        except PlatformError as error:
+            self._layout = None
+            self._fail(error)
+            return []
+        self._layout, self._failure = wanted, None
+        return found
+
+    def _fail(self, error: PlatformError) -> None:
+        message = f"the second barrier is not in force: {error.message}; open are {'; '.join(self._open())}"
+        problem = Problem(Location(""), "", message, severity="warning", slug="barrier")
+        if problem != self._failure:
+            log.warning("%s", problem.message)
+        self._failure = problem
+
+    # --- now and then -----------------------------------------------------------------------------------------------
+
+    def follow(self) -> list[Drift]:
+        """Mend at once what news speaks of; what it was."""
+        return self._mend() if self._layout is not None and self.tables.has_news() else []
+
+    def look(self) -> list[Drift]:
+        """Mend what others changed, try again what failed, and note which interfaces' packets are dropped; what was mended."""
+        now_s = self.clock()
+        if self._failure is not None and now_s - self._tried_s >= RETRY_S:
+            self._try_again()
+        if self._layout is None:
+            return []
+        found = self._mend()
+        try:
+            self._look_at_unsigned(now_s)
+        except PlatformError as error:
+            self._fail(error)
+        return found
+
+    def _try_again(self) -> None:
+        if not self._is_signed and self._writer is not None:
+            self.sign(self._writer)
+        if self._is_signed and self._wanted is not None:
+            self._write(self._wanted)
+
+    def _mend(self) -> list[Drift]:
+        if self._layout is None:
+            return []
+        try:
+            if not self.tables.has_changed():
+                return []
+        except PlatformError as error:
+            self._fail(error)
+            return []
+        return [Drift("barrier", one.where, one.was) for one in self._write(self._layout)]
+
+    def _look_at_unsigned(self, now_s: float) -> None:
+        self._risen = {name: one for name, one in self._risen.items() if now_s - one.since_s < TOLD_S}
+        if not self.settings.is_on:
+            return
+        before, self._unsigned = self._unsigned, self.tables.unsigned()
+        if self._unsigned == before and self._numbers.keys() == self._counted.keys():
+            return
+        counted = self.tables.counts().by_interface
+        for name, number in self._numbers.items():
+            earlier, packets = self._counted.get(name), counted.get(name, 0)
+            # A new interface may have sent before it had the program: that is where counting begins.
+            if earlier is not None and earlier[0] == number and packets > earlier[1]:
+                self._note_rise(name, number, packets - earlier[1], now_s)
+        self._counted = {name: (number, counted.get(name, 0)) for name, number in self._numbers.items()}
+
+    def _note_rise(self, name: str, number: int, packets: int, now_s: float) -> None:
+        if name not in self._risen:
+            log.warning("interface %s: packets that bear no sign of its program were dropped", name)
+        else:
+            packets += self._risen[name].packets
+        self._risen[name] = _Rise(packets, now_s, tuple(self.others(number)))
+
+    # --- what is to be told -----------------------------------------------------------------------------------------
+
+    @property
+    def problems(self) -> list[Problem]:
+        """What is open, and whose packets are dropped although they should be signed."""
+        found = [] if self._failure is None else [self._failure]
+        for name, one in sorted(self._risen.items())[:NAMED]:
+            others = f" (also there: {', '.join(one.others)})" if one.others else ""
+            message = (
+                f"{one.packets} packets of interface {name} were dropped since they bear no sign of the program: the workload sends "
+                f"past its hook, or a program of others on that hook overwrites the mark{others}"
+            )
+            found.append(Problem(Location(""), "", message, severity="warning", slug="unsigned"))
+        return found
+
+    @property
+    def is_installed(self) -> bool:
+        """Whether the tables are as they are wanted."""
+        return self._layout is not None and self._layout == self._wanted and self._failure is None
+
+    def report(self) -> dict[str, Any]:
+        """The state as plain values. ``families``: of the tables, the bridges' only where the kernel has such tables."""
+        settings = self.settings
+        counts = Counts()
+        if self._layout is not None:
+            try:
+                counts = self.tables.counts()
+            except PlatformError as error:
+                self._fail(error)
+        return {
+            "mode": ON if settings.is_on else OFF,
+            "installed": self.is_installed,
+            "families": list(self.tables.families) if self._layout is not None else [],
+            "held": self._layout is not None and self.tables.is_held,
+            "patterns": list(settings.patterns),
+            "marks": {name: hex(getattr(settings.in_force, name)) for name in ("seen", "node", "due")},
+            "interfaces": len(self._numbers) if settings.is_on and self.is_installed else 0,
+            "packets": {name: dict(one) for name, one in sorted(counts.by_counter.items())},
+            "unsigned": {name: packets for name, packets in sorted(counts.by_interface.items()) if packets},
+            "open": self._open(),
+        }
+
+    def _open(self) -> list[str]:
+        """What the barrier leaves open on this node."""
+        found = []
+        if not self.is_installed:
+            found.append("packets of services that the node gives to a process of its own: they bear no mark")
+        if not self.settings.is_on:
+            return ["packets that skip a workload's program, or come before it is there: --barrier off", *found]
+        if not self.is_installed:
+            return ["packets that skip a workload's program, or come before it is there", *found]
+        if "bridge" not in self.tables.families:
+            found.append("packets that a bridge passes on: the kernel has no tables for bridges")
+        if not self.settings.patterns:
+            found.append("interfaces that are born while no agent runs: no --barrier-interfaces")
+        return found
+
+
+def parse_barrier(mode: str, patterns: Sequence[str], marks: str, mark_shift: int) -> BarrierSettings:
+    """Settings from options. ``mark_shift``: lowest of the 16 bits of `--service-mark`, 0: none. Raises UsageError."""
+    return BarrierSettings(mode != OFF, tuple(_parse_pattern(one) for one in patterns), parse_marks(marks, mark_shift))
+
+
+def parse_marks(text: str, mark_shift: int) -> Marks:
+    """Three different single bits, outside the mark that services use. Raises UsageError."""
+    try:
+        bits = [int(one, 0) for one in text.split(",")]
+    except ValueError:
+        bits = []
+    are_bits = all(0 < bit < 1 << MARK_BITS and not bit & (bit - 1) for bit in bits)
+    if len(bits) != SIGNS or len(set(bits)) != SIGNS or not are_bits:
+        raise UsageError(f"--barrier-marks {text}: expected three different single bits, such as 0x20,0x40,0x10")
+    taken = 0xFFFF << mark_shift if mark_shift else 0
+    inside = [hex(bit) for bit in bits if bit & taken]
+    if inside:
+        raise UsageError(f"--barrier-marks {text}: {', '.join(inside)} is inside --service-mark {taken:#x}")
+    return Marks(*bits)
+
+
+def _parse_pattern(text: str) -> str:
+    """The name of an interface, or the beginning of one and ``*``. Raises UsageError."""
+    name = text.removesuffix("*")
+    is_odd = not name or len(name.encode()) > LONGEST_NAME or any(one in "*?[]/\\:" or one.isspace() for one in name)
+    if is_odd or (text.endswith("*") and "lo".startswith(name)) or text == "lo":
+        raise UsageError(
+            f"--barrier-interfaces {text}: expected the name of an interface, or its beginning and *, such as cali*; not the loopback"
+        )
+    return text
