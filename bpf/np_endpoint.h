@@ -118,6 +118,17 @@ NP_INLINE int np_endpoint_find(struct np_flow *flow)
     return NP_REASON_NONE;
 }
 
+NP_INLINE int np_is_loopback(const __u32 *address, const int version)
+{
+    return version == 4 && (address[0] & np_host32(0xff000000)) == np_host32(0x7f000000);
+}
+
+// Whether an address may be the node's without a row of its own.
+NP_INLINE int np_may_be_in_net(const struct np_flow *flow, const __u32 *address, const int version)
+{
+    return flow->config->flags & NP_CONFIG_LOCAL_NETS || np_is_loopback(address, version);
+}
+
 // What an address means to the node: its row, NULL when it means nothing.
 NP_INLINE const struct np_local *np_local_find(const struct np_flow *flow, const __u32 *address, const int version)
 {
@@ -144,7 +155,7 @@ NP_INLINE const struct np_local *np_local_find(const struct np_flow *flow, const
 // The same as flags, enum np_local_flag.
 NP_INLINE __u32 np_local_flags(const struct np_flow *flow, const __u32 *address, const int version)
 {
-    if (version == 4 && NP_UNLIKELY((address[0] & np_host32(0xff000000)) == np_host32(0x7f000000)))
+    if (NP_UNLIKELY(np_is_loopback(address, version)))
         return NP_LOCAL_OWN;
     const struct np_local *found = np_local_find(flow, address, version);
     return found ? found->flags : 0;

@@ -22,8 +22,11 @@
 // What is known of a service address: by itself, else as a port of each of the node's own addresses.
 NP_INLINE struct np_vip *np_vip_of(const struct np_flow *flow, struct np_question *question, const int version)
 {
-    if (NP_LIKELY(!np_is_special(question->destination, version)))
+    if (NP_LIKELY(!np_is_special(question->destination, version))) {
+        if (NP_LIKELY(!np_may_be_in_net(flow, question->destination, version)))
+            question->to_node = NP_TO_NODE_NO;
         return 0;
+    }
     union np_vip_key key = {};
     struct np_vip *vip;
     if (version == 4) {
