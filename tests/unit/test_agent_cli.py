@@ -75,6 +75,11 @@ STATE: dict[str, Any] = {
     "timeouts": {"tcp-open": 3600.0, "udp": 180.0},
     "refused": {"changes": 0, "by_map": {}, "map": "", "waiting": []},
     "drift": {"put_back": {"pin": 2}, "rounds": 6, "recent": []},
+    "barrier": {
+        "mode": "nft", "installed": True, "families": ["inet", "bridge"], "held": True, "patterns": [],
+        "marks": {"seen": "0x20", "node": "0x40", "due": "0x10"}, "interfaces": 2,
+        "packets": {"unsigned": {"inet": 3}}, "unsigned": {"cali1": 3}, "open": [],
+    },
 }  # fmt: skip
 PROBLEM = {
     "severity": "error", "slug": "invalid", "file": "a.yaml", "line": 3, "object": "Pod/x/y", "path": "spec", "message": "is wrong",

@@ -10,6 +10,7 @@ from ipaddress import ip_address
 from pathlib import Path
 
 import pytest
+from memory_barrier import MemoryTables
 from memory_maps import MemoryMap, memory_maps
 
 from netpol_ebpf.agent import report
@@ -88,6 +89,10 @@ class MemoryNode:
     live: Live = field(default_factory=Live)
     behind: set[int] = field(default_factory=set)
     asked: list[set[int]] = field(default_factory=list)
+    barrier: MemoryTables = field(default_factory=MemoryTables)
+
+    def others(self, ifindex: int) -> list[str]:
+        return ["another"] if ifindex in self.behind else []
 
     def overtaken(self, ifindexes: Collection[int]) -> set[int]:
         return self.behind & set(ifindexes)

@@ -192,6 +192,29 @@ def _succession(scene: Any) -> int:
     return 0 if all(_facts(seen)) and "connections kept" in seen["upgrade"]["said"] else 1
 
 
+def border(*names: str) -> int:
+    """The attacks at the border and their twins, as the tests of those names have them; and the second barrier's tests."""
+    import pytest
+
+    class Kept:
+        """What became of each test."""
+
+        def __init__(self) -> None:
+            self.outcomes: dict[str, list[str]] = {"passed": [], "failed": [], "skipped": []}
+
+        def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+            if report.when == "call" or report.outcome != "passed":
+                self.outcomes[report.outcome].append(report.nodeid.rpartition("/")[2])
+
+    kept = Kept()
+    files = [f"tests/netns/test_border_{name}.py" for name in names] + ["tests/netns/test_barrier.py"]
+    os.chdir(ROOT)
+    with contextlib.redirect_stdout(sys.stderr):
+        code = pytest.main(["-q", "-p", "no:cacheprovider", "--tb=line", *files], plugins=[kept])
+    _print(kept.outcomes)
+    return int(code)
+
+
 def _facts(seen: Any) -> Iterator[bool]:
     """Every truth value in a document."""
     if isinstance(seen, bool):

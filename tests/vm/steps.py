@@ -25,6 +25,10 @@ CASES = (
 """Tiers of both APIs, CIDRs with exceptions, named ports, host endpoints, services, IPv6, ICMP."""
 
 
+BORDER = ("links", "origin", "headers", "node", "tunnels", "lifetimes")
+"""Tests of the border (tests/netns/test_border_*.py) that a guest runs, and of the second barrier."""
+
+
 @dataclass(frozen=True, slots=True)
 class Step:
     """One step. ``call``: a function of `tests.vm.inside`; ``keep``: what of its JSON document goes into the result."""
@@ -59,6 +63,7 @@ def all_steps(older: Path) -> tuple[Step, ...]:
         Step("cases", "netpolctl", ("test", "--engine", "kernel", "--output", "json", *CASES), _keep_cases),
         Step("demo", "netpolctl", ("demo", "--no-iperf", "--output", "json"), _keep_demo, 900.0),
         Step("succession", "succession", (str(older),), timeout_s=900.0),
+        Step("border", "border", BORDER, timeout_s=1800.0),
     )
 
 
