@@ -21,6 +21,7 @@ from pathlib import Path
 
 from netpol_ebpf.errors import PlatformError, PrivilegeError
 from netpol_loader import syscall
+from netpol_loader.barrier import BarrierTables
 from netpol_loader.events import LIBRARIES
 
 FIRST_KERNEL_WITHOUT_BH_LOCK = (6, 18)
@@ -81,6 +82,7 @@ def check_all(pin_root: Path = BPFFS) -> list[Check]:
         ("libbpf", _look_at_libbpf),
         ("bpffs", lambda: _look_at_bpffs(pin_root)),
         ("jit", _look_at_jit),
+        ("barrier", _look_at_barrier),
     ]
     return [_check(name, look) for name, look in looks]
 
@@ -258,6 +260,20 @@ def _look_at_jit() -> str:
     if not _is_jit_on():
         raise PlatformError("the BPF JIT is switched off", hint="sysctl -w net.core.bpf_jit_enable=1")
     return f"bpf(2) is number {syscall.SYSCALL_NUMBERS.get(platform.machine(), 'unknown')} on {platform.machine()}"
+
+
+def _look_at_barrier() -> str:
+    """What the second barrier can be made of; enforcement does without."""
+    tables = BarrierTables("")
+    try:
+        tables.open()
+    except PlatformError as error:
+        return f"none, packets that skip a workload's program pass: {error.message}"
+    else:
+        owner = "nobody else can change them" if tables.is_held else "others can flush them (before Linux 6.9)"
+        return f"nf_tables {' and '.join(tables.families)}; {owner}"
+    finally:
+        tables.close()
 
 
 def _is_jit_on() -> bool:

@@ -365,7 +365,9 @@ def foreign_filters(ifindex: int, hook: Hook) -> list[str]:
     found = []
     for message in messages:
         options = message.get_attr("TCA_OPTIONS")
-        name = (options.get_attr("TCA_BPF_NAME") if hasattr(options, "get_attr") else None) or message.get_attr("TCA_KIND")
+        name = (options.get_attr("TCA_BPF_NAME") if hasattr(options, "get_attr") else None) or message.get_attr(
+            "TCA_KIND"
+        )
         if options is not None and not str(name).startswith(f"{hook.value}#"):
             found.append(str(name))
     return found

@@ -208,9 +208,7 @@ def run(arguments: argparse.Namespace) -> int:
         tunnels=frozenset(map(parse_tunnel, arguments.tunnel)),
         routers=tuple(arguments.router),
         hairpin=arguments.hairpin,
-        barrier=parse_barrier(
-            arguments.barrier, arguments.barrier_interfaces, arguments.barrier_marks, mark_shift
-        ),
+        barrier=parse_barrier(arguments.barrier, arguments.barrier_interfaces, arguments.barrier_marks, mark_shift),
     )
     os.umask(PRIVATE_UMASK)
     footprint.give_back_large_blocks()

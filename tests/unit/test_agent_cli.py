@@ -304,6 +304,27 @@ def test_refused_object_is_named_with_its_map(
     assert 'netpol_map_refusals_total{map="np_rule"} 3' in shown
 
 
+def test_the_second_barrier_is_shown(tmp_path: Path, agent: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    """Whether it is in force, what it dropped and what it leaves open; metrics have the counters."""
+    assert run(tmp_path, "status") == 0
+    assert "barrier    inet and bridge, 2 interfaces; 3 packets dropped" in capsys.readouterr().out
+    agent["status"]["barrier"] = {**STATE["barrier"], "patterns": ["cali*"], "open": ["what a bridge passes on"]}
+    assert run(tmp_path, "status", "-o", "wide") == 0
+    shown = capsys.readouterr().out
+    assert "3 packets dropped; closed from birth: cali*" in shown
+    assert "           open: what a bridge passes on" in shown
+    assert re.search(r"^unsigned +inet +3$", shown, re.MULTILINE)
+    for change, text in (({"installed": False}, "NOT IN FORCE"), ({"mode": "off"}, "off")):
+        agent["status"]["barrier"] = {**STATE["barrier"], **change}
+        assert run(tmp_path, "status") == 0
+        assert f"barrier    {text}" in capsys.readouterr().out
+    assert run(tmp_path, "metrics") == 0
+    metrics = capsys.readouterr().out.splitlines()
+    assert 'netpol_barrier_installed{mode="off"} 1' in metrics
+    assert 'netpol_barrier_packets_total{reason="unsigned",family="inet"} 3' in metrics
+    assert 'netpol_barrier_unsigned_packets_total{interface="cali1"} 3' in metrics
+
+
 METRIC = re.compile(
     r"# HELP (?P<helped>\w+) \S.*|# TYPE (?P<typed>\w+) (?P<kind>counter|gauge)"
     r'|(?P<name>\w+)(?:\{\w+="(?:[^"\\\n]|\\["\\n])*"(?:,\w+="(?:[^"\\\n]|\\["\\n])*")*\})? -?\d+(?:\.\d+)?'

@@ -1,0 +1,320 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which line keeps which packets out, and the tests that notice when it is gone.
+
+Invariant: a removal changes a text that occurs exactly once in its file, and what is left still compiles and loads.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Guard:
+    """A guard. ``removal``: its text in ``file`` and what takes its place; ``tests``: node ids that must fail then.
+
+    A node id without parameters stands for all of them: one that fails is enough.
+    """
+
+    name: str
+    says: str
+    file: str
+    removal: tuple[str, str]
+    tests: tuple[str, ...]
+
+
+LINKS = "tests/netns/test_border_links.py::"
+HEADERS = "tests/netns/test_border_headers.py::"
+ORIGIN = "tests/netns/test_border_origin.py::"
+TUNNELS = "tests/netns/test_border_tunnels.py::"
+NODE = "tests/netns/test_border_node.py::"
+LIFETIMES = "tests/netns/test_border_lifetimes.py::"
+
+IS_FROM_NODE = "!skb->ingress_ifindex && (skb->sk || skb->mark & config->node_mark)"
+
+GUARDS = (
+    # --- who sent it
+    Guard(
+        "sender-interface",
+        "a packet that came in by an interface is not the node's, although it has a socket",
+        "bpf/netpol.c",
+        (IS_FROM_NODE, "(skb->sk || skb->mark & config->node_mark)"),
+        (f"{ORIGIN}test_socket_that_a_bridge_leaves_is_no_sign_of_the_node",),
+    ),
+    Guard(
+        "sender-evidence",
+        "a packet of which nothing is known is not the node's",
+        "bpf/netpol.c",
+        (IS_FROM_NODE, "!skb->ingress_ifindex"),
+        (
+            f"{ORIGIN}test_fragments_of_a_pod_to_a_closed_pod",
+            f"{ORIGIN}test_fragments_of_the_world_to_a_closed_pod",
+            f"{ORIGIN}test_fragments_over_a_bridge_to_a_closed_pod",
+            f"{ORIGIN}test_fragments_out_of_a_host_endpoint",
+        ),
+    ),
+    Guard(
+        "sender-mark",
+        "what a bridge floods for its node is the node's by its mark",
+        "bpf/netpol.c",
+        (IS_FROM_NODE, "!skb->ingress_ifindex && skb->sk"),
+        (f"{ORIGIN}test_node_speaks_to_groups_on_a_bridge",),
+    ),
+    # --- messages of the link
+    Guard(
+        "link-hop-limit",
+        "neighbour discovery has the hop limit that only its own link can give",
+        "bpf/np_link.h",
+        (" ||\n        packet->hop_limit != NP_LINK_HOP_LIMIT)", ")"),
+        (f"{LINKS}test_one_condition_is_enough_for_policy_to_decide",),
+    ),
+    Guard(
+        "link-code",
+        "and the code 0",
+        "bpf/np_link.h",
+        ("    if (packet->icmp_code)\n        return NP_REASON_NONE;\n", ""),
+        (f"{LINKS}test_one_condition_is_enough_for_policy_to_decide",),
+    ),
+    Guard(
+        "link-source",
+        "and a source of the sender's own",
+        "bpf/np_link.h",
+        ("    if (!is_nobody && !np_may_claim(flow, source, 6))\n        return NP_REASON_NONE;\n", ""),
+        (f"{LINKS}test_one_condition_is_enough_for_policy_to_decide",),
+    ),
+    Guard(
+        "link-destination",
+        "and a destination on the very link",
+        "bpf/np_link.h",
+        ("if (!np_is_link_group(destination) && !np_is_on_link(skb, flow, destination))", "if (0)"),
+        (f"{LINKS}test_link_ends_at_the_router",),
+    ),
+    Guard(
+        "link-target",
+        "and asks about an address of the link",
+        "bpf/np_link.h",
+        ("!flow->leg->missing && !np_is_on_link(skb, flow, target)", "0"),
+        (f"{LINKS}test_one_condition_is_enough_for_policy_to_decide",),
+    ),
+    Guard(
+        "link-claim",
+        "or claims one of the sender's own",
+        "bpf/np_link.h",
+        ("            if (!np_may_claim(flow, target, 6))\n", "            if (0)\n"),
+        (f"{LINKS}test_nobody_speaks_for_another", f"{LINKS}test_gateway_of_another_pod_is_not_taken_over[6]"),
+    ),
+    Guard(
+        "link-options",
+        "and carries nothing but the sender's hardware address, or a nonce",
+        "bpf/np_link.h",
+        (
+            "return np_link_options_fit(skb, flow, offset) ? NP_REASON_NEIGHBOUR : NP_REASON_NONE;",
+            "return NP_REASON_NEIGHBOUR;",
+        ),
+        (
+            f"{LINKS}test_one_condition_is_enough_for_policy_to_decide",
+            f"{LINKS}test_link_types_carry_nothing_to_a_pod_of_the_same_link",
+        ),
+    ),
+    Guard(
+        "listener-hop-limit",
+        "listener discovery has a hop limit that no router passes",
+        "bpf/np_link.h",
+        ("packet->hop_limit != NP_MLD_HOP_LIMIT || ", ""),
+        (f"{LINKS}test_listeners_report_to_the_link_alone[64]",),
+    ),
+    Guard(
+        "listener-source",
+        "and a link-local source",
+        "bpf/np_link.h",
+        ("return np_is_link_local(source) && (!is_workloads_own || np_may_claim(flow, source, 6));", "return 1;"),
+        (f"{LINKS}test_link_types_carry_nothing_to_a_pod_of_the_same_link",),
+    ),
+    Guard(
+        "link-router",
+        "no workload advertises as a router, or redirects",
+        "bpf/np_link.h",
+        ("if (is_workloads_own && (type == NP_ROUTER_ADVERTISEMENT || type == NP_REDIRECT6))", "if (0)"),
+        (f"{LINKS}test_nobody_speaks_for_another",),
+    ),
+    Guard(
+        "link-arp",
+        "ARP is in the sender's own name",
+        "bpf/np_link.h",
+        (
+            "return is_own && np_may_claim(flow, claimed, 4) ? NP_REASON_ARP : NP_REASON_LINK_FORGED;",
+            "return NP_REASON_ARP;",
+        ),
+        (f"{LINKS}test_nobody_speaks_for_another", f"{LINKS}test_gateway_of_another_pod_is_not_taken_over[4]"),
+    ),
+    Guard(
+        "link-server",
+        "no workload answers as a DHCP server, or redirects by ICMP",
+        "bpf/netpol.c",
+        ("if (NP_UNLIKELY(np_is_forged(flow, hook, version)))", "if (0)"),
+        (f"{LINKS}test_nobody_speaks_for_another",),
+    ),
+    Guard(
+        "link-local-source",
+        "a link-local source is an address that a workload must own, like any other",
+        "bpf/np_endpoint.h",
+        (
+            "        return 0;\n    if (np_may_borrow(flow, source, version)) {",
+            "        return 0;\n    if (version == 6 && np_is_link_local(source))\n        return 0;\n"
+            "    if (np_may_borrow(flow, source, version)) {",
+        ),
+        (f"{LINKS}test_link_local_source_evades_no_label",),
+    ),
+    Guard(
+        "delivery",
+        "a workload's interface gets what is for the workload",
+        "bpf/netpol.c",
+        ("if (np_is_misdelivered(flow, version))", "if (0)"),
+        (f"{LINKS}test_what_is_for_another_is_not_delivered",),
+    ),
+    # --- headers that are not final
+    Guard(
+        "checksum-aim",
+        "a checksum that a device is yet to write changes nothing that was judged",
+        "bpf/netpol.c",
+        ("if (NP_UNLIKELY(np_checksum_misaims(skb, packet)))", "if (0)"),
+        (f"{HEADERS}test_checksum_changes_nothing_that_was_judged",),
+    ),
+    Guard(
+        "checksum-aim-short",
+        "nor in the middle of an open connection",
+        "bpf/np_recent.h",
+        ("if (NP_UNLIKELY(checksum != NP_NO_CHECKSUM &&", "if (NP_UNLIKELY(0 && checksum != NP_NO_CHECKSUM &&"),
+        (f"{HEADERS}test_checksum_changes_nothing_that_was_judged",),
+    ),
+    Guard(
+        "mobility-header",
+        "a mobility header is no extension header",
+        "bpf/np_parse.h",
+        ("protocol == NP_PROTOCOL_DESTINATION;", "protocol == NP_PROTOCOL_DESTINATION || protocol == 135;"),
+        (f"{HEADERS}test_mobility_header_is_no_extension_header",),
+    ),
+    Guard(
+        "fragment-options",
+        "a later fragment does not overwrite the options of TCP",
+        "bpf/np_parse.h",
+        ("header_bytes = (tcp->words >> 4) * 4u;", "header_bytes = sizeof(*tcp);"),
+        (f"{HEADERS}test_later_fragment_overwrites_no_options",),
+    ),
+    # --- tunnels and devices
+    Guard(
+        "tunnel",
+        "a workload sends its node nothing that the node's tunnels unpack",
+        "bpf/netpol.c",
+        ("if (np_is_workloads_own(flow, hook) && np_is_tunnelled(flow, version))", "if (0)"),
+        (
+            f"{TUNNELS}test_pod_speaks_as_no_other_through_the_nodes_tunnel[scene]",
+            f"{TUNNELS}test_pod_speaks_as_no_other_through_the_nodes_tunnel[bridged]",
+            f"{TUNNELS}test_fragments_hide_no_tunnel",
+            f"{TUNNELS}test_tunnel_that_comes_later_takes_no_open_connection",
+        ),
+    ),
+    Guard(
+        "tunnel-other-nodes",
+        "nor other nodes",
+        "netpol_ebpf/agent/own_interfaces.py",
+        ("others = dict.fromkeys(grounds.nodes, Meaning(LocalFlag.NODE))", "others: dict[IPAddress, Meaning] = {}"),
+        (f"{TUNNELS}test_pod_sends_no_tunnel_packets_to_another_node",),
+    ),
+    Guard(
+        "foreign-source",
+        "what comes from outside has no source of a workload of this node",
+        "bpf/netpol.c",
+        ("if (hook == NP_HOOK_INGRESS && np_is_foreign(flow, version))", "if (0)"),
+        (f"{TUNNELS}test_nobody_outside_is_a_pod_of_this_node",),
+    ),
+    Guard(
+        "layer-3",
+        "packets of a device without a link header are read from the network header on",
+        "bpf/netpol.c",
+        ("!(flags & NP_ENDPOINT_LAYER3)", "1"),
+        (
+            f"{TUNNELS}test_host_endpoint_on_a_tun_device",
+            f"{TUNNELS}test_deferred_verdict_at_a_tun_device",
+            f"{TUNNELS}test_workload_behind_a_tun_device",
+        ),
+    ),
+    Guard(
+        "link-type",
+        "what has a link header that nothing here reads is closed where policy applies",
+        "bpf/netpol.c",
+        ("if (NP_UNLIKELY(flags & NP_ENDPOINT_UNREADABLE))", "if (0)"),
+        (f"{TUNNELS}test_unknown_link_header_is_closed_where_policy_applies",),
+    ),
+    # --- what is the node
+    Guard(
+        "node-prefixes",
+        "local prefixes are the node",
+        "bpf/np_endpoint.h",
+        ("!found && flow->config->flags & NP_CONFIG_LOCAL_NETS", "0"),
+        (f"{NODE}test_closed_node_has_no_other_door[prefix-4]", f"{NODE}test_closed_node_has_no_other_door[prefix-6]"),
+    ),
+    Guard(
+        "node-loopback",
+        "127.0.0.0/8 is the node",
+        "bpf/np_endpoint.h",
+        ("return version == 4 && (address[0] & np_host32(0xff000000)) == np_host32(0x7f000000);", "return 0;"),
+        (f"{NODE}test_closed_node_has_no_other_door[loopback-4]",),
+    ),
+    Guard(
+        "node-broadcast",
+        "broadcast and anycast addresses of any of its links are the node",
+        "loader/netpol_loader/netlink.py",
+        ("if kind not in (RTN_LOCAL, RTN_BROADCAST, RTN_ANYCAST):", "if kind != RTN_LOCAL:"),
+        (
+            f"{NODE}test_closed_node_has_no_other_door[broadcast of another link-4]",
+            f"{NODE}test_closed_node_has_no_other_door[anycast of the routers-6]",
+        ),
+    ),
+    Guard(
+        "node-all",
+        "the broadcast address of all links is the node",
+        "bpf/np_endpoint.h",
+        ("    if (version == 4 && address[0] == 0xffffffff)\n        return 1;\n", ""),
+        (f"{NODE}test_closed_node_has_no_other_door[all-4]",),
+    ),
+    Guard(
+        "node-groups",
+        "groups that the node has joined are the node",
+        "netpol_ebpf/agent/node.py",
+        (
+            "found = {address: Meaning(LocalFlag.GROUP) for address in groups}",
+            "found: dict[netlink.IPAddress, Meaning] = {}",
+        ),
+        (f"{NODE}test_closed_node_has_no_other_door[all-6]",),
+    ),
+    Guard(
+        "node-tables",
+        "local routes of other tables do not make everything the node",
+        "loader/netpol_loader/netlink.py",
+        ('if (message.get_attr("RTA_TABLE") or message["table"]) not in wanted:', "if False:"),
+        (f"{NODE}test_transparent_proxy_does_not_make_the_world_the_node",),
+    ),
+    # --- verdicts that were put off, and connections at their ends
+    Guard(
+        "first-leg",
+        "a verdict that was put off is no verdict where the packet leaves as it came",
+        "bpf/np_service.h",
+        ("work->is_first_leg = conn && found->flags & NP_CONN_DEFERRED;", "work->is_first_leg = 0;"),
+        (f"{ORIGIN}test_untranslated_service_is_judged_where_it_leaves",),
+    ),
+    Guard(
+        "closed-lives-on",
+        "a connection that looks ended speaks for its packets as long as an open one",
+        "bpf/np_conn.h",
+        ("__u32 state = np_conn_is_closed(conn) ? NP_CONN_TCP_OPEN : conn->state;", "__u32 state = conn->state;"),
+        (f"{LIFETIMES}test_forged_end_cuts_no_connection",),
+    ),
+    Guard(
+        "keep-alive",
+        "an idle connection is remembered until Linux's keep-alive gives it up",
+        "loader/netpol_loader/dataplane.py",
+        ("abi.NP_CONN_TCP_OPEN: 8100,", "abi.NP_CONN_TCP_OPEN: 7200,"),
+        (f"{LIFETIMES}test_time_outs_outlast_keep_alive",),
+    ),
+)

@@ -1,0 +1,380 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pods whose root writes frames of its own making, and what arrives of them: the stage of the tests `test_border_*`.
+
+Each attack carries a token.  Whether it got through is read from a packet socket behind the last program, never from a
+counter.  A control that policy allows follows the attacks on the same way, so that "nothing arrived" cannot mean "not yet".
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import fcntl
+import json
+import os
+import secrets
+import select
+import socket
+import struct
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from ipaddress import ip_address
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pytest
+from agent_scene import CLUSTER, NODE, Scene, scene_in, wait_for
+from scapy.compat import raw
+from scapy.layers.inet import IP, UDP
+from scapy.layers.inet6 import IPv6
+from scapy.layers.l2 import Ether
+from scapy.packet import Packet
+
+from netpol_ebpf.lab.guard import NETNS_DIR
+from netpol_ebpf.lab.laboratory import Lab
+from netpol_ebpf.lab.scene import INTERNET, plan_for
+from netpol_ebpf.lab.topology import PARENT_MAC, Host
+from netpol_ebpf.resources.load import parse_documents
+
+T = TypeVar("T")
+
+QUIET_S, PATIENCE_S = 0.3, 10.0
+ETH_P_ALL = 3
+SOL_PACKET, PACKET_VNET_HDR = 263, 15  # linux/if_packet.h
+PACKET_OUTGOING = 4
+SIOCETHTOOL, ETHTOOL_STXCSUM = 0x8946, 0x17  # linux/sockios.h, linux/ethtool.h
+TUNSETIFF, IFF_TUN, IFF_NO_PI = 0x400454CA, 0x0001, 0x1000  # linux/if_tun.h
+OPEN_PORT = 5353
+"""The one port that `NARROW` allows, by UDP."""
+BRIDGE, BRIDGE_MAC = "br0", "02:00:00:00:00:fe"
+BRIDGE_ADDRESS = {4: "10.1.0.254", 6: "fd00:1::fe"}
+NODE_ADDRESS = {4: "172.30.0.10", 6: "fd00:30::10"}
+FAR_NODE_ADDRESS = {4: "172.30.0.20", 6: "fd00:30::20"}
+WORLD = {4: "192.0.2.1", 6: "2001:db8::1"}
+GATEWAY = {4: "169.254.1.1", 6: "fe80::1"}
+FAR = {4: "10.1.0.4", 6: "fd00:1::4"}
+UPSTREAM = {INTERNET: "node0"}
+"""Interface towards the node, of hosts that have several."""
+LAST = {"web": 1, "db": 2, "other": 3}
+
+PODS = CLUSTER.replace(
+    "ports: [{containerPort: 5432}]",
+    f"ports: [{{containerPort: 5432}}, {{containerPort: {OPEN_PORT}, protocol: UDP}}]",
+)
+for _place in ("10", "20"):
+    PODS = PODS.replace(
+        f"address: 172.30.0.{_place}}}]",
+        f'address: 172.30.0.{_place}}}, {{type: InternalIP, address: "fd00:30::{_place}"}}]',
+    )
+
+NARROW = f"""\
+apiVersion: networking.k8s.io/v1
+kind: NetworkPolicy
+metadata: {{name: narrow, namespace: shop}}
+spec:
+  podSelector: {{}}
+  policyTypes: [Ingress, Egress]
+  ingress: [{{ports: [{{protocol: UDP, port: {OPEN_PORT}}}]}}]
+  egress: [{{ports: [{{protocol: UDP, port: {OPEN_PORT}}}]}}]
+"""
+"""Every pod may send and get UDP datagrams to one port, and nothing else."""
+
+
+@dataclass(frozen=True)
+class Station:
+    """A pod as others on its link know it. ``hop``: hardware address of its gateway."""
+
+    host: str
+    mac: str
+    address: Mapping[int, str]
+    link_local: str
+    hop: str
+
+
+def address_of(name: str, version: int = 4) -> str:
+    """A pod's address."""
+    return f"10.1.0.{LAST[name]}" if version == 4 else f"fd00:1::{LAST[name]}"
+
+
+def port_of(name: str) -> str:
+    """The node's end of a pod's link."""
+    return Host(f"shop/{name}", NODE, ()).parent_interface
+
+
+def token() -> bytes:
+    """Bytes that nobody else sends."""
+    return secrets.token_hex(8).encode()
+
+
+def ip(lab: Lab, host: str, *lines: str) -> None:
+    """Run `ip` with each of these lines in a host."""
+    for line in lines:
+        lab.run(host, ["ip", *line.split()])
+
+
+def network(source: str, destination: str, **fields: Any) -> Packet:
+    """The network header of the addresses' family. ``hops``: its limit."""
+    hops = fields.pop("hops", 64)
+    if ip_address(destination).version == 4:
+        return IP(src=source, dst=destination, ttl=hops, **fields)
+    return IPv6(src=source, dst=destination, hlim=hops, **fields)
+
+
+def datagram(source: str, destination: str, port: int, payload: bytes, sport: int = 4000) -> Packet:
+    """A UDP datagram in its packet."""
+    return network(source, destination) / UDP(sport=sport, dport=port) / payload
+
+
+def framed(packet: Packet, source: str, destination: str) -> Packet:
+    """A packet in its frame; by hardware addresses."""
+    return Ether(src=source, dst=destination) / packet
+
+
+class Ear:
+    """What arrives at an interface, seen behind all programs of the other end of its link."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        self.frames: list[bytes] = []
+
+    def _listen(self, seconds: float, wanted: bytes | None) -> bool:
+        deadline = time.monotonic() + seconds
+        while (left := deadline - time.monotonic()) > 0:
+            if not select.select([self._sock], [], [], left)[0]:
+                return False
+            frame, sender = self._sock.recvfrom(65536)
+            if sender[2] == PACKET_OUTGOING:
+                continue
+            self.frames.append(frame)
+            if wanted is not None and wanted in frame:
+                return True
+        return False
+
+    def hears(self, wanted: bytes, seconds: float = PATIENCE_S) -> bool:
+        """Whether a frame with these bytes arrives, or has."""
+        return any(wanted in frame for frame in self.frames) or self._listen(seconds, wanted)
+
+    def heard(self, tokens: Iterable[bytes], control: bytes) -> set[bytes]:
+        """Those of the tokens that have arrived when the control has, and for a moment longer."""
+        assert self.hears(control), "the control did not arrive"
+        self._listen(QUIET_S, None)
+        return {one for one in tokens if any(one in frame for frame in self.frames)}
+
+
+@contextlib.contextmanager
+def ear(lab: Lab, host: str, device: str | None = None) -> Iterator[Ear]:
+    """Listen at an interface; without a name at the only one, or of the world, that towards the node."""
+    with lab.prober.open_socket(host, socket.AF_PACKET, socket.SOCK_RAW) as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 22)
+        sock.bind((device or UPSTREAM.get(host, "eth0"), ETH_P_ALL))
+        yield Ear(sock)
+
+
+def say(lab: Lab, host: str, *frames: Packet | bytes, device: str | None = None) -> None:
+    """Put frames on a link (see `ear`), as the root of a namespace may."""
+    with lab.prober.open_socket(host, socket.AF_PACKET, socket.SOCK_RAW) as sock:
+        sock.bind((device or UPSTREAM.get(host, "eth0"), 0))
+        for one in frames:
+            sock.send(raw(one))
+
+
+def say_unfinished(lab: Lab, host: str, frame: bytes, start: int, offset: int, device: str = "eth0") -> None:
+    """Send a frame whose checksum the device is to write: over all from ``start`` on, to ``start + offset``."""
+    with lab.prober.open_socket(host, socket.AF_PACKET, socket.SOCK_RAW) as sock:
+        sock.setsockopt(SOL_PACKET, PACKET_VNET_HDR, 1)
+        sock.bind((device, 0))
+        sock.send(struct.pack("=BBHHHH", 1, 0, 0, 0, start, offset) + frame)  # 1: VIRTIO_NET_HDR_F_NEEDS_CSUM
+
+
+def finish_checksums_at(lab: Lab, host: str, device: str) -> None:
+    """Let no device do it: checksums that are left to one are written when a frame leaves by this one."""
+    with lab.prober.open_socket(host, socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        value = ctypes.create_string_buffer(struct.pack("=II", ETHTOOL_STXCSUM, 0))
+        fcntl.ioctl(sock, SIOCETHTOOL, struct.pack("16sP", device.encode(), ctypes.addressof(value)) + bytes(16))
+
+
+@contextlib.contextmanager
+def udp_socket(lab: Lab, host: str, version: int, port: int = 0, address: str = "") -> Iterator[socket.socket]:
+    """A UDP socket in a host, for all its addresses unless one is given; what it does not get it waits for in vain."""
+    family = socket.AF_INET if version == 4 else socket.AF_INET6
+    with lab.prober.open_socket(host, family, socket.SOCK_DGRAM) as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)
+        sock.bind((address, port))
+        yield sock
+
+
+def gets(sock: socket.socket, wanted: bytes, seconds: float = PATIENCE_S) -> bool:
+    """Whether a datagram with these bytes comes to a socket."""
+    deadline = time.monotonic() + seconds
+    while (left := deadline - time.monotonic()) > 0:
+        sock.settimeout(left)
+        try:
+            if wanted in sock.recv(65536):
+                return True
+        except TimeoutError:
+            return False
+    return False
+
+
+def inside(lab: Lab, host: str, work: Callable[[], T]) -> T:
+    """Call something in a host's network namespace."""
+
+    def body() -> T:
+        fd = os.open(NETNS_DIR / lab.namespace_of[host], os.O_RDONLY)
+        try:
+            if ctypes.CDLL(None, use_errno=True).setns(fd, 0) != 0:
+                raise OSError(ctypes.get_errno(), "setns")
+        finally:
+            os.close(fd)
+        return work()
+
+    with ThreadPoolExecutor(1) as thread:  # a thread of its own: this one stays where it is
+        return thread.submit(body).result()
+
+
+@contextlib.contextmanager
+def tun(lab: Lab, name: str, *, hardware: int | None = None) -> Iterator[int]:
+    """A tun device of the node; the descriptor of its far end. ``hardware``: another ARPHRD_* than that of a tun."""
+    set_link = 0x400454CD  # TUNSETLINK
+
+    def make() -> int:
+        fd = os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK)
+        fcntl.ioctl(fd, TUNSETIFF, struct.pack("16sH22x", name.encode(), IFF_TUN | IFF_NO_PI))
+        if hardware is not None:
+            fcntl.ioctl(fd, set_link, hardware)
+        return fd
+
+    fd = inside(lab, NODE, make)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def reads(fd: int, wanted: bytes, seconds: float = PATIENCE_S) -> bool:
+    """Whether a packet with these bytes comes out of a tun device."""
+    deadline = time.monotonic() + seconds
+    while (left := deadline - time.monotonic()) > 0:
+        if not select.select([fd], [], [], left)[0]:
+            return False
+        if wanted in os.read(fd, 65536):
+            return True
+    return False
+
+
+def need_device(lab: Lab, kind: str, *options: str) -> None:
+    """Skip where the kernel has no devices of this kind."""
+    add = ["ip", "link", "add", "probe0", "type", kind, *options]
+    done = lab.run(NODE, add, check=False)
+    if done.returncode:
+        pytest.skip(f"this kernel has no {kind} devices: {done.stderr.strip()}")
+    ip(lab, NODE, "link del probe0")
+
+
+def track_connections(lab: Lab, home: Path, *, host: str = NODE) -> None:
+    """Have the kernel's connection tracking see all packets, which puts fragments together."""
+    file = home / "track.nft"
+    file.write_text(
+        "table inet track { chain seen { type filter hook prerouting priority 0; ct state new accept; }; }\n"
+    )
+    lab.run(host, ["nft", "-f", str(file)])
+
+
+def build_bridge(lab: Lab) -> None:
+    """Put the node's pods on one bridge, that has the pods' gateway, in place of a routed link each."""
+    prober = lab.prober
+    ip(
+        lab, NODE, f"link add {BRIDGE} address {BRIDGE_MAC} type bridge mcast_snooping 1",
+        f"address add {BRIDGE_ADDRESS[4]}/24 broadcast 10.1.0.255 dev {BRIDGE}",
+        f"address add {BRIDGE_ADDRESS[6]}/64 dev {BRIDGE} nodad",
+    )  # fmt: skip
+    prober.write_settings(NODE, [(f"bridge/bridge-nf-call-{table}", "0") for table in ("iptables", "ip6tables")])
+    for name, last in LAST.items():
+        port = port_of(name)
+        ip(
+            lab, NODE, f"-4 route del {address_of(name)}", f"-6 route del {address_of(name, 6)}/128",
+            f"address flush dev {port}", f"link set {port} address 02:00:00:00:01:{last:02x} master {BRIDGE}",
+        )  # fmt: skip
+        ip(
+            lab, f"shop/{name}", "address flush dev eth0 scope global",
+            f"address add {address_of(name)}/24 broadcast 10.1.0.255 dev eth0",
+            f"address add {address_of(name, 6)}/64 dev eth0 nodad",
+            f"-4 route replace default via {BRIDGE_ADDRESS[4]}", f"-6 route replace default via {BRIDGE_ADDRESS[6]} dev eth0",
+        )  # fmt: skip
+    ip(lab, NODE, f"link set {BRIDGE} up")
+    wait_for(lambda: _is_forwarding(lab), "the bridge forwards")
+
+
+def _is_forwarding(lab: Lab) -> bool:
+    ports = json.loads(lab.run(NODE, ["bridge", "-j", "link", "show"]).stdout)
+    return len(ports) == len(LAST) and all(one["state"] == "forwarding" for one in ports)
+
+
+def station(lab: Lab, name: str, *, is_bridged: bool = False) -> Station:
+    """What there is to know of a pod's link."""
+    host = f"shop/{name}"
+    (link,) = json.loads(lab.run(host, ["ip", "-j", "link", "show", "dev", "eth0"]).stdout)
+
+    def own() -> str | None:
+        (found,) = json.loads(lab.run(host, ["ip", "-6", "-j", "address", "show", "dev", "eth0"]).stdout)
+        ready = [one["local"] for one in found["addr_info"] if not one.get("tentative")]
+        return next((address for address in ready if address.startswith("fe80")), None)
+
+    addresses = {version: address_of(name, version) for version in (4, 6)}
+    hop = BRIDGE_MAC if is_bridged else PARENT_MAC
+    return Station(host, link["address"], addresses, wait_for(own, f"{host} has a link-local address"), hop)
+
+
+def soon(condition: Callable[[], object], what: str) -> None:
+    """Poll what packets make true, and soon: without a guard it never becomes so."""
+    deadline = time.monotonic() + PATIENCE_S
+    while not condition():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.02)
+
+
+def counted(scene: Scene, reason: str) -> int:
+    """Packets counted under a reason."""
+    return int(scene.state()["packets"].get(reason, 0))
+
+
+def put(scene: Scene, *policies: str, cluster: str = PODS) -> None:
+    """Put exactly these policies, and this cluster, in force."""
+    scene.write("cluster.yaml", cluster)
+    scene.write("policy.yaml", "---\n".join(policies))
+    kinds = sum(one.count("NetworkPolicy\n") for one in policies)
+    before = scene.state()["changes_applied"]
+    scene.write("marker.yaml", f"apiVersion: v1\nkind: Namespace\nmetadata: {{name: marker-{secrets.token_hex(4)}}}\n")
+    scene.await_status(
+        lambda state: (
+            state["in_force"]
+            and state["objects"]["policies"] == kinds
+            and state["changes_applied"] > before
+            and {f"Pod/shop/{name}" for name in LAST}
+            <= {one["endpoint"] for one in state["endpoints"] if one["state"] == "enforced"}
+        ),
+        "the manifests are in force",
+    )
+
+
+@contextlib.contextmanager
+def border(
+    home: Path, *, is_bridged: bool = False, options: tuple[str, ...] = (), prepare: Callable[[Lab], None] | None = None
+) -> Iterator[Scene]:
+    """A laboratory and an agent with `NARROW` in force. ``prepare``: what is done to the laboratory before the agent starts."""
+    pin_root = Path(f"/sys/fs/bpf/netpol-test-border-{os.getpid()}-{secrets.token_hex(3)}")
+    with Lab(plan_for(parse_documents(PODS, "cluster.yaml").check()), directories=[pin_root]) as lab:
+        if is_bridged:
+            build_bridge(lab)
+        if prepare is not None:
+            prepare(lab)
+        with scene_in(lab, home / "home", pin_root / "own", options=options) as scene:
+            (scene.manifests / "db.yaml").unlink()
+            scene.write("cluster.yaml", PODS)
+            scene.start()
+            put(scene, NARROW)
+            yield scene

@@ -1,0 +1,585 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tunnels: no pod speaks through those of its node, nobody outside as one of its pods; and devices that are not Ethernet."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from ipaddress import ip_address
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from agent_scene import NODE, Scene, wait_for
+from border_scene import (
+    FAR,
+    FAR_NODE_ADDRESS,
+    GATEWAY,
+    NARROW,
+    NODE_ADDRESS,
+    OPEN_PORT,
+    WORLD,
+    Station,
+    address_of,
+    border,
+    counted,
+    datagram,
+    ear,
+    framed,
+    gets,
+    ip,
+    need_device,
+    network,
+    put,
+    raw,
+    reads,
+    say,
+    soon,
+    station,
+    token,
+    tun,
+    udp_socket,
+)
+from scapy.layers.inet import IP, UDP
+from scapy.layers.l2 import GRE, Ether
+from scapy.layers.vxlan import VXLAN
+from scapy.packet import Packet
+
+from netpol_ebpf.lab.attempt import Attempt
+from netpol_ebpf.lab.laboratory import Lab
+from netpol_ebpf.lab.scene import INTERNET
+
+pytestmark = pytest.mark.netns
+
+PORT, VNI = 8472, 7
+DEVICE, DEVICE_MAC = "vx0", "02:00:00:00:00:77"
+CLOSED_PORT = 7000
+WEB_MAY_ALL = """\
+apiVersion: networking.k8s.io/v1
+kind: NetworkPolicy
+metadata: {name: web-may-all, namespace: shop}
+spec: {podSelector: {matchLabels: {app: web}}, policyTypes: [Egress], egress: [{}]}
+"""
+DB_FROM_OTHERS = f"""\
+apiVersion: networking.k8s.io/v1
+kind: NetworkPolicy
+metadata: {{name: db-from-others, namespace: shop}}
+spec:
+  podSelector: {{matchLabels: {{app: db}}}}
+  policyTypes: [Ingress, Egress]
+  ingress:
+  - from: [{{podSelector: {{matchLabels: {{app: other}}}}}}, {{podSelector: {{matchLabels: {{app: far}}}}}}]
+  - ports: [{{protocol: UDP, port: {OPEN_PORT}}}]
+"""
+"""Only what claims to be another pod, of this node or of the other one, comes in; and controls."""
+DB_FROM_NODE = f"""\
+apiVersion: networking.k8s.io/v1
+kind: NetworkPolicy
+metadata: {{name: db-from-node, namespace: shop}}
+spec:
+  podSelector: {{matchLabels: {{app: db}}}}
+  policyTypes: [Ingress, Egress]
+  ingress:
+  - from: [{{ipBlock: {{cidr: {NODE_ADDRESS[4]}/32}}}}, {{ipBlock: {{cidr: "{NODE_ADDRESS[6]}/128"}}}}]
+  - ports: [{{protocol: UDP, port: {OPEN_PORT}}}]
+"""
+VPN, VPN_PEER = {4: "10.8.0.1", 6: "fd00:8::1"}, {4: "10.8.0.2", 6: "fd00:8::2"}
+HOST_TUN = """\
+apiVersion: projectcalico.org/v3
+kind: HostEndpoint
+metadata: {name: vpn, labels: {role: vpn}}
+spec: {node: node-1, interfaceName: tun0}
+"""
+VPN_POLICY = f"""\
+apiVersion: projectcalico.org/v3
+kind: GlobalNetworkPolicy
+metadata: {{name: vpn}}
+spec:
+  selector: role == 'vpn'
+  types: [Ingress, Egress]
+  ingress: [{{action: Allow, protocol: UDP, destination: {{ports: [{OPEN_PORT}]}}}}]
+  egress: [{{action: Allow, protocol: UDP, destination: {{ports: [{OPEN_PORT}]}}}}]
+"""
+BALANCED = {4: "203.0.113.80", 6: "2001:db8:80::80"}
+BALANCER = f"""\
+apiVersion: v1
+kind: Service
+metadata: {{name: balanced, namespace: shop}}
+spec:
+  type: LoadBalancer
+  clusterIPs: [10.96.0.80, "fd00:96::80"]
+  externalIPs: ["{BALANCED[4]}", "{BALANCED[6]}"]
+  ports: [{{name: u, protocol: UDP, port: 80, targetPort: 5353}}]
+"""
+INFINIBAND = 32
+"""ARPHRD_* of devices with a link header that nothing here reads."""
+MACHINE = {4: "10.1.0.9", 6: "fd00:1::9"}
+WORKLOAD = """\
+apiVersion: projectcalico.org/v3
+kind: WorkloadEndpoint
+metadata: {name: vm, namespace: shop, labels: {app: vm}}
+spec:
+  node: node-1
+  orchestrator: vms
+  workload: vm
+  endpoint: eth0
+  interfaceName: tun0
+  ipNetworks: [10.1.0.9/32, "fd00:1::9/128"]
+  profiles: [kns.shop]
+"""
+
+
+def prepare(lab: Lab) -> None:
+    """A tunnel between the nodes, as an overlay has it; the other node's pod is behind it as well."""
+    for host, version_of, mac, last in (
+        (NODE, NODE_ADDRESS, DEVICE_MAC, 1),
+        ("node-2", FAR_NODE_ADDRESS, "02:00:00:00:00:78", 2),
+    ):
+        ip(
+            lab, host, f"link add {DEVICE} address {mac} type vxlan id {VNI} dstport {PORT} local {version_of[4]} nolearning",
+            f"address add 10.77.0.{last}/32 dev {DEVICE}", f"link set {DEVICE} up",
+        )  # fmt: skip
+    for host, peer, mac, last in (
+        (NODE, FAR_NODE_ADDRESS, "02:00:00:00:00:78", 2),
+        ("node-2", NODE_ADDRESS, DEVICE_MAC, 1),
+    ):
+        lab.run(host, ["bridge", "fdb", "append", mac, "dev", DEVICE, "dst", peer[4]])
+        for version, hop in ((4, f"10.77.0.{last}"), (6, f"fd00:77::{last}")):
+            ip(lab, host, f"-{version} neighbour add {hop} lladdr {mac} dev {DEVICE} nud permanent")
+
+
+@pytest.fixture(scope="module")
+def lasting_scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
+    with border(tmp_path_factory.mktemp("tunnels"), prepare=prepare) as one:
+        yield one
+
+
+@pytest.fixture(scope="module")
+def bridged_scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
+    with border(tmp_path_factory.mktemp("bridged"), prepare=prepare, is_bridged=True) as one:
+        yield one
+
+
+@pytest.fixture
+def scene(lasting_scene: Scene) -> Scene:
+    lasting_scene.write("extra.yaml", "")
+    put(lasting_scene, WEB_MAY_ALL, DB_FROM_OTHERS)
+    return lasting_scene
+
+
+@pytest.fixture
+def bridged(bridged_scene: Scene) -> Scene:
+    put(bridged_scene, WEB_MAY_ALL, DB_FROM_OTHERS)
+    return bridged_scene
+
+
+def as_pod(source: str, payload: bytes) -> Packet:
+    """What an attacker wants to arrive at the database."""
+    to = address_of("db", ip_address(source).version)
+    return datagram(source, to, CLOSED_PORT, payload)
+
+
+def in_vxlan(own: str, node: str, inner: Packet, port: int = PORT) -> Packet:
+    frame = Ether(src="02:00:00:00:00:78", dst=DEVICE_MAC) / inner
+    return network(own, node) / UDP(sport=4000, dport=port, chksum=0) / VXLAN(vni=VNI, flags="Instance") / frame
+
+
+def arrived_at_db(scene: Scene, speaker: Station, packets: Mapping[str, tuple[bytes, Packet]]) -> set[str]:
+    """Names of those packets that make their content arrive at the database."""
+    control = token()
+    with ear(scene.lab, "shop/db") as hearing:
+        frames = [framed(packet, speaker.mac, speaker.hop) for _, packet in packets.values()]
+        last = datagram(speaker.address[4], address_of("db"), OPEN_PORT, control)
+        say(scene.lab, speaker.host, *frames, framed(last, speaker.mac, speaker.hop))
+        heard = hearing.heard([one for one, _ in packets.values()], control)
+    return {name for name, (one, _) in packets.items() if one in heard}
+
+
+# --- from inside -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("topology", ["scene", "bridged"])
+def test_pod_speaks_as_no_other_through_the_nodes_tunnel(request: pytest.FixtureRequest, topology: str) -> None:
+    """With free egress, to every address of its node: what it puts into the cluster's encapsulation is not unpacked."""
+    scene: Scene = request.getfixturevalue(topology)
+    web = station(scene.lab, "web", is_bridged=topology == "bridged")
+    nodes = [NODE_ADDRESS[4], "10.77.0.1", *(["10.1.0.254"] if topology == "bridged" else [GATEWAY[4]])]
+    sources = {"a pod of this node": address_of("other"), "a pod of another": FAR[4], "a pod, IPv6": FAR[6]}
+    attacks = {}
+    for node in nodes:
+        for what, source in sources.items():
+            one = token()
+            attacks[f"as {what} to {node}"] = (one, in_vxlan(web.address[4], node, as_pod(source, one)))
+    assert arrived_at_db(scene, web, attacks) == set()
+
+
+def test_pod_sends_no_tunnel_packets_to_another_node(scene: Scene) -> None:
+    """The same to the other node, which would unpack it."""
+    lab, web = scene.lab, station(scene.lab, "web")
+    one, control = token(), token()
+    with ear(lab, "node-2", "eth0") as hearing:
+        say(
+            lab, web.host,
+            framed(in_vxlan(web.address[4], FAR_NODE_ADDRESS[4], as_pod(address_of("other"), one)), web.mac, web.hop),
+            framed(datagram(web.address[4], FAR_NODE_ADDRESS[4], OPEN_PORT, control), web.mac, web.hop),
+        )  # fmt: skip
+        assert hearing.heard([one], control) == set()
+
+
+def test_fragments_hide_no_tunnel(scene: Scene) -> None:
+    """A tunnel's datagram in fragments is none that passes."""
+    lab, web = scene.lab, station(scene.lab, "web")
+    one = token()
+    whole = in_vxlan(web.address[4], NODE_ADDRESS[4], as_pod(FAR[4], bytes(64) + one))
+    body = raw(whole[UDP])
+    parts = [
+        IP(src=web.address[4], dst=NODE_ADDRESS[4], id=4711, flags="MF", proto=17) / body[:32],
+        IP(src=web.address[4], dst=NODE_ADDRESS[4], id=4711, frag=4, proto=17) / body[32:],
+    ]
+    control = token()
+    with ear(lab, "shop/db") as hearing:
+        say(lab, web.host, *(framed(part, web.mac, web.hop) for part in parts))
+        last = datagram(web.address[4], address_of("db"), OPEN_PORT, control)
+        say(lab, web.host, framed(last, web.mac, web.hop))
+        assert hearing.heard([one], control) == set()
+
+
+def test_tunnel_that_comes_later_takes_no_open_connection(scene: Scene) -> None:
+    """A pod that sends to the port before there is a device does not get through when there is one."""
+    lab, web = scene.lab, station(scene.lab, "web")
+    port, device = 8473, "vx1"
+    before = in_vxlan(web.address[4], NODE_ADDRESS[4], as_pod(FAR[4], token()), port)
+    with udp_socket(lab, NODE, 4, port) as server:
+        one = token()
+        warm = datagram(web.address[4], NODE_ADDRESS[4], port, one)
+        say(lab, web.host, framed(warm, web.mac, web.hop), framed(before, web.mac, web.hop))
+        assert gets(server, one)
+        server.sendto(b"answer", (web.address[4], 4000))
+        say(lab, web.host, framed(warm, web.mac, web.hop))
+        assert gets(server, one)
+    local = f"local {NODE_ADDRESS[4]} nolearning"
+    ip(lab, NODE, f"link add {device} address {DEVICE_MAC} type vxlan id {VNI} dstport {port} {local}")
+    try:
+        ip(lab, NODE, f"link set {device} up")
+        wait_for(lambda: device in scene.attached(), "the agent knows the device")
+        one = token()
+        attack = in_vxlan(web.address[4], NODE_ADDRESS[4], as_pod(FAR[4], one), port)
+        assert arrived_at_db(scene, web, {"x": (one, attack)}) == set()
+    finally:
+        ip(lab, NODE, f"link del {device}")
+
+
+KINDS = {
+    "ipip": (4, "local 172.30.0.10 remote 172.30.0.20"),
+    "gre": (4, "local 172.30.0.10 remote 172.30.0.20"),
+    "sit": (4, "local 172.30.0.10 remote 172.30.0.20"),
+    "ip6tnl": (6, "mode any local fd00:30::10 remote fd00:30::20"),
+    "geneve": (4, "id 7 remote 172.30.0.20"),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_other_tunnels_of_the_node(scene: Scene, kind: str) -> None:
+    """IPIP, GRE, 6in4, 4in6 and Geneve, where the kernel has them."""
+    lab, web = scene.lab, station(scene.lab, "web")
+    outer_version, options = KINDS[kind]
+    need_device(lab, kind, *options.split())
+    ip(lab, NODE, f"link add tnl0 type {kind} {options}", "link set tnl0 up")
+    try:
+        wait_for(lambda: "tnl0" in scene.attached(), "the agent knows the device")
+        one = token()
+        inner = as_pod(FAR[6] if kind == "sit" else FAR[4], one)
+        outer = network(web.address[outer_version], NODE_ADDRESS[outer_version])
+        # The source must be the tunnel's remote end for most of them: not even that may be of use.
+        packet = {
+            "ipip": lambda: outer / inner,
+            "sit": lambda: outer / inner,
+            "ip6tnl": lambda: outer / inner,
+            "gre": lambda: outer / GRE() / inner,
+            "geneve": lambda: outer / UDP(sport=4000, dport=6081) / bytes.fromhex("0000080000000700") / inner,
+        }[kind]()
+        control = token()
+        with ear(lab, NODE, "tnl0") as unpacked:
+            say(lab, web.host, framed(packet, web.mac, web.hop))
+            assert not unpacked.hears(one, 1.0)
+        assert control
+    finally:
+        ip(lab, NODE, "link del tnl0")
+
+
+# --- from outside ----------------------------------------------------------------------------------------------------------
+
+
+def macs_of_uplink(lab: Lab) -> tuple[str, str]:
+    """Of the world's end of the link to the node, and of the node's."""
+    (ours,) = json.loads(lab.run(INTERNET, ["ip", "-j", "link", "show", "dev", "node0"]).stdout)
+    (theirs,) = json.loads(lab.run(NODE, ["ip", "-j", "link", "show", "dev", "eth0"]).stdout)
+    return ours["address"], theirs["address"]
+
+
+@pytest.mark.parametrize("version", [4, 6])
+def test_nobody_outside_is_a_pod_of_this_node(scene: Scene, version: int) -> None:
+    """With the source of one of the node's pods nothing comes in by the uplink, and nothing out of a tunnel."""
+    lab, macs = scene.lab, macs_of_uplink(scene.lab)
+    plain, packed, control = token(), token(), token()
+    other = address_of("other", version)
+    with ear(lab, "shop/db") as hearing:
+        say(
+            lab, INTERNET, framed(as_pod(other, plain), *macs),
+            framed(in_vxlan(FAR_NODE_ADDRESS[4], NODE_ADDRESS[4], as_pod(other, packed)), *macs),
+            framed(datagram(WORLD[version], address_of("db", version), OPEN_PORT, control), *macs),
+        )  # fmt: skip
+        assert hearing.heard([plain, packed], control) == set()
+
+
+@pytest.mark.parametrize("version", [4, 6])
+def test_nobody_outside_is_the_node(scene: Scene, version: int) -> None:
+    """Nor with the source of the node itself, which a rule of a pod may name."""
+    put(scene, DB_FROM_NODE)
+    lab, macs = scene.lab, macs_of_uplink(scene.lab)
+    attack, control = token(), token()
+    with ear(lab, "shop/db") as hearing:
+        say(
+            lab, INTERNET, framed(as_pod(NODE_ADDRESS[version], attack), *macs),
+            framed(datagram(WORLD[version], address_of("db", version), OPEN_PORT, control), *macs),
+        )  # fmt: skip
+        assert hearing.heard([attack], control) == set()
+
+
+def test_outer_and_inner_source_fit(scene: Scene) -> None:
+    """Where the device tells who sent the outer packet: a host that is no node speaks for no pod of another node."""
+    lab, macs = scene.lab, macs_of_uplink(scene.lab)
+    port = 8474
+    ip(lab, NODE, f"link add vx2 address {DEVICE_MAC} type vxlan external dstport {port} nolearning", "link set vx2 up")
+    try:
+        wait_for(lambda: "vx2" in scene.attached(), "the agent knows the device")
+        forged, control = token(), token()
+        with ear(lab, "shop/db") as hearing:
+            say(
+                lab, INTERNET, framed(in_vxlan(WORLD[4], NODE_ADDRESS[4], as_pod(FAR[4], forged), port), *macs),
+                framed(in_vxlan(FAR_NODE_ADDRESS[4], NODE_ADDRESS[4], as_pod(FAR[4], control), port), *macs),
+            )  # fmt: skip
+            assert hearing.heard([forged], control) == set()
+    finally:
+        ip(lab, NODE, "link del vx2")
+
+
+# --- what tunnels there may be ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("version", [4, 6])
+def test_overlay_of_the_nodes(scene: Scene, version: int) -> None:
+    """Packets between the pods of two nodes go through the nodes' tunnel, in both directions, as policy says."""
+    lab = scene.lab
+    put(scene, WEB_MAY_ALL, DB_FROM_OTHERS)
+    hop = {4: "10.77.0.{}", 6: "fd00:77::{}"}[version]
+    routes = [
+        (NODE, FAR[version], hop.format(2)),
+        *(("node-2", address_of(n, version), hop.format(1)) for n in ("web", "db")),
+    ]
+    was = {}
+    try:
+        for host, to, via in routes:
+            was[host, to] = lab.run(host, ["ip", f"-{version}", "route", "show", to]).stdout.strip()
+            ip(lab, host, f"-{version} route replace {to} via {via} dev {DEVICE} onlink")
+        with ear(lab, NODE, DEVICE) as passing:
+            assert scene.reached(Attempt("shop/web", ip_address(FAR[version]), 6, 5432)) == [True]
+            assert scene.reached(Attempt("shop/far", ip_address(address_of("db", version)), 6, 5432)) == [True]
+            passing.hears(b"nobody sends this", 0.1)
+            assert passing.frames, "it went another way"
+    finally:
+        for host, to, via in routes:
+            ip(lab, host, f"-{version} route del {to} via {via} dev {DEVICE}")
+            if was.get((host, to)):
+                ip(lab, host, f"-{version} route replace {was[host, to]}")
+
+
+def test_tunnels_between_workloads(scene: Scene) -> None:
+    """A pod's own encapsulation to another pod, and to a host that is no node, arrives; WireGuard's port on the node does, too."""
+    put(scene, WEB_MAY_ALL)
+    lab, web = scene.lab, station(scene.lab, "web")
+    for listener, to, port in (
+        ("shop/db", address_of("db"), PORT),
+        ("shop/db", address_of("db"), 4789),
+        (INTERNET, WORLD[4], PORT),
+        ("shop/far", FAR[4], PORT),
+    ):
+        one = token()
+        with ear(lab, listener) as hearing:
+            say(lab, web.host, framed(in_vxlan(web.address[4], to, as_pod(FAR[4], one), port), web.mac, web.hop))
+            assert hearing.hears(one), (listener, port)
+    for protocol in (4, 41, 47, 50):
+        one = token()
+        with ear(lab, "shop/db") as hearing:
+            say(
+                lab, web.host, framed(network(web.address[4], address_of("db"), proto=protocol) / one, web.mac, web.hop)
+            )
+            assert hearing.hears(one), protocol
+    for version in (4, 6):
+        with udp_socket(lab, NODE, version, 51820) as wireguard:
+            one = token()
+            packet = datagram(web.address[version], NODE_ADDRESS[version], 51820, one)
+            say(lab, web.host, framed(packet, web.mac, web.hop))
+            assert gets(wireguard, one)
+
+
+# --- devices that are not Ethernet -----------------------------------------------------------------------------------------
+
+
+def up(lab: Lab, *, is_shared: bool = True) -> None:
+    """Give a tun device of the node its addresses. ``is_shared``: with a subnet, else as a VPN's client has them."""
+    for version in (4, 6):
+        bits = {(4, True): 24, (6, True): 64, (4, False): 32, (6, False): 128}[version, is_shared]
+        ip(lab, NODE, f"address add {VPN[version]}/{bits} dev tun0" + (" nodad" if version == 6 else ""))
+    ip(lab, NODE, "link set tun0 up")
+    for version in (4, 6):
+        ip(lab, NODE, f"-{version} route replace {VPN_PEER[version]} dev tun0")
+
+
+@pytest.mark.parametrize("version", [4, 6])
+def test_vpn_of_the_node_itself(scene: Scene, version: int) -> None:
+    """A tun device of the node, with single addresses, passes the node's own traffic and that of pods, in both directions."""
+    put(scene, WEB_MAY_ALL)
+    lab, web = scene.lab, station(scene.lab, "web")
+    with ExitStack() as stack:
+        fd = stack.enter_context(tun(lab, "tun0"))
+        up(lab, is_shared=False)
+        server = stack.enter_context(udp_socket(lab, NODE, version, CLOSED_PORT))
+        wait_for(lambda: scene.status() is not None, "the agent goes on")
+        one, two, three, four = (token() for _ in range(4))
+
+        def comes() -> bool:
+            os.write(fd, raw(datagram(VPN_PEER[version], VPN[version], CLOSED_PORT, one)))
+            return gets(server, one, 0.2)
+
+        assert [comes() for _ in range(10)][-1], "from the peer to the node"
+        server.sendto(two, (VPN_PEER[version], 4000))
+        assert reads(fd, two), "from the node to the peer"
+        packet = datagram(web.address[version], VPN_PEER[version], CLOSED_PORT, three)
+        say(lab, web.host, framed(packet, web.mac, web.hop))
+        assert reads(fd, three), "from a pod to the peer"
+        with ear(lab, "shop/db") as hearing:
+            os.write(fd, raw(datagram(VPN_PEER[version], address_of("db", version), CLOSED_PORT, four)))
+            assert hearing.hears(four), "from the peer to a pod that nobody closed"
+
+
+@pytest.mark.parametrize("version", [4, 6])
+def test_host_endpoint_on_a_tun_device(scene: Scene, version: int) -> None:
+    """Policy of a host endpoint holds where packets begin with the network header, for what comes in and what goes out."""
+    lab = scene.lab
+    with ExitStack() as stack:
+        fd = stack.enter_context(tun(lab, "tun0"))
+        up(lab)
+        put(scene, HOST_TUN, VPN_POLICY, NARROW)
+        wait_for(lambda: scene.attached().get("tun0") == {"ingress", "egress"}, "the device bears the programs")
+        closed = stack.enter_context(udp_socket(lab, NODE, version, CLOSED_PORT))
+        opened = stack.enter_context(udp_socket(lab, NODE, version, OPEN_PORT))
+        attack, control = token(), token()
+
+        def enforced() -> bool:
+            os.write(fd, raw(datagram(VPN_PEER[version], VPN[version], OPEN_PORT, control)))
+            return gets(opened, control, 0.2)
+
+        assert any(enforced() for _ in range(20)), "what policy allows comes in"
+        os.write(fd, raw(datagram(VPN_PEER[version], VPN[version], CLOSED_PORT, attack)))
+        enforced()
+        assert not gets(closed, attack, 0.3)
+        out, allowed = token(), token()
+        with udp_socket(lab, NODE, version) as sender:
+            with contextlib.suppress(OSError):  # the program dropped it
+                sender.sendto(out, (VPN_PEER[version], CLOSED_PORT))
+            sender.sendto(allowed, (VPN_PEER[version], OPEN_PORT))
+        assert out not in read_until(fd, allowed)
+
+
+def read_until(fd: int, control: bytes) -> bytes:
+    """All that comes out of a tun device until the control does."""
+    found = bytearray()
+
+    def is_there() -> bool:
+        found.extend(read_all(fd))
+        return control in found
+
+    soon(is_there, "what policy allows goes out")
+    return bytes(found)
+
+
+def read_all(fd: int) -> bytes:
+    """All packets that wait in a tun device."""
+    found = b""
+    try:
+        while True:
+            found += os.read(fd, 65536)
+    except BlockingIOError:
+        return found
+
+
+@pytest.mark.parametrize("version", [4, 6])
+def test_deferred_verdict_at_a_tun_device(scene: Scene, version: int) -> None:
+    """What a pod sends to a service that leaves by a tun device as it came is judged there."""
+    lab, web = scene.lab, station(scene.lab, "web")
+    with tun(lab, "tun0") as fd:
+        up(lab)
+        ip(lab, NODE, f"-{version} route add {BALANCED[version]} dev tun0")
+        scene.write("extra.yaml", BALANCER)
+        put(scene, NARROW)
+        wait_for(lambda: scene.attached().get("tun0") == {"ingress", "egress"}, "the device bears the programs")
+        attack, control = token(), token()
+        for port, to, payload in ((80, BALANCED[version], attack), (OPEN_PORT, VPN_PEER[version], control)):
+            packet = datagram(web.address[version], to, port, payload)
+            say(lab, web.host, framed(packet, web.mac, web.hop))
+        assert attack not in read_until(fd, control)
+
+
+@pytest.mark.parametrize("version", [4, 6])
+def test_workload_behind_a_tun_device(scene: Scene, version: int) -> None:
+    """Policy and anti-spoofing hold for a workload whose interface has no link header."""
+    lab = scene.lab
+    with tun(lab, "tun0") as fd:
+        ip(lab, NODE, "link set tun0 up")
+        for one in (4, 6):
+            ip(lab, NODE, f"-{one} route add {MACHINE[one]} dev tun0")
+        scene.write("extra.yaml", WORKLOAD)
+        put(scene, NARROW)
+        attacks, control = [token(), token()], token()
+        to = address_of("db", version)
+        with ear(lab, "shop/db") as hearing:
+            soon(
+                lambda: (
+                    os.write(fd, raw(datagram(MACHINE[version], to, OPEN_PORT, control)))
+                    and hearing.hears(control, 0.2)
+                ),
+                "what policy allows arrives",
+            )
+            last = token()
+            os.write(fd, raw(datagram(MACHINE[version], to, CLOSED_PORT, attacks[0])))
+            os.write(fd, raw(datagram(address_of("other", version), to, OPEN_PORT, attacks[1])))
+            os.write(fd, raw(datagram(MACHINE[version], to, OPEN_PORT, last)))
+            assert hearing.heard(attacks, last) == set()
+
+
+def test_unknown_link_header_is_closed_where_policy_applies(scene: Scene) -> None:
+    """A device with a link header that nothing here reads passes what no policy is about, and nothing else."""
+    lab = scene.lab
+    with tun(lab, "tun0", hardware=INFINIBAND) as fd, udp_socket(lab, NODE, 4, CLOSED_PORT) as server:
+        up(lab)
+        one = token()
+        soon(
+            lambda: (os.write(fd, raw(datagram(VPN_PEER[4], VPN[4], CLOSED_PORT, one))) and gets(server, one, 0.2)),
+            "without a policy it is the node's own affair",
+        )
+        put(scene, HOST_TUN, VPN_POLICY, NARROW)
+        wait_for(lambda: scene.attached().get("tun0") == {"ingress", "egress"}, "the device bears the programs")
+        two, three = token(), token()
+        os.write(fd, raw(datagram(VPN_PEER[4], VPN[4], CLOSED_PORT, two)))
+        assert not gets(server, two, 1.0)
+        assert counted(scene, "link-type")
+        with udp_socket(lab, NODE, 4) as sender, contextlib.suppress(OSError):
+            sender.sendto(three, (VPN_PEER[4], OPEN_PORT))
+        assert three not in read_all(fd)
