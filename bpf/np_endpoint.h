@@ -273,17 +273,23 @@ NP_INLINE int np_is_misdelivered(struct np_flow *flow, const int version)
         return 0;
     if (NP_LIKELY(np_is_own(flow, destination, version)))
         return 0;
+    if (np_is_dhcp_request(flow->packet, version)) // for the servers of the link
+        return 1;
     if (np_is_many(destination, version) || (version == 6 && np_is_link_local(destination)))
         return 0;
     return !(np_local_flags(flow, destination, version) & NP_LOCAL_MANY) && !np_may_borrow(flow, destination, version);
 }
 
-// Whether a packet from outside has the source of a workload of this node, which would have come in at its interface.
+// Whether a packet from outside has the source of this node, or of a workload of it, which would have come in at its
+// interface.  Link-local addresses are those of many nodes.
 NP_INLINE int np_is_foreign(struct np_flow *flow, const int version)
 {
+    const __u32 *source = flow->packet->source;
     if (NP_LIKELY(!(flow->leg->endpoint_flags & NP_ENDPOINT_OUTSIDE)) || flow->config->flags & NP_CONFIG_HAIRPIN)
         return 0;
-    const struct np_addr *addr = np_addr_find(flow, flow->packet->source, version);
+    if (np_is_local(flow, source, version) && !(version == 6 && np_is_link_local(source)))
+        return 1;
+    const struct np_addr *addr = np_addr_find(flow, source, version);
     return addr->endpoint && np_place_lookup(addr->endpoint);
 }
 

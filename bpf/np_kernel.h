@@ -62,7 +62,8 @@ NP_INLINE int np_checksum_misaims(struct __sk_buff *skb, const struct np_packet 
 {
     __u32 at = np_checksum_at(skb);
     __u32 header = packet->l4_offset;
-    if (NP_LIKELY(at >= header + packet->l4_bytes))
+    // of an error the packet that it is about is judged as well
+    if (NP_LIKELY(at >= header + packet->l4_bytes && packet->icmp_kind != NP_ICMP_ERROR) || at == NP_NO_CHECKSUM)
         return 0;
     __u32 place = np_checksum_place(packet->protocol);
     return place == NP_NO_CHECKSUM || at != header + place;

@@ -30,6 +30,13 @@
 #define NP_OPTION_TARGET 2 // the target's
 #define NP_OPTION_NONCE 14 // what tells an echo of one's own from another's claim (RFC 7527)
 
+#define NP_ROUTER_ALERT 0x0502
+#define NP_PAD_NOTHING 0x0100
+#define NP_MLD_BYTES 24 // of a message of the first version
+#define NP_MLD2_QUERY 28 // of a query of the second that names no sources
+#define NP_MLD2_RECORD 20 // of a report
+#define NP_ARP_PADDING 18 // to the shortest frame that Ethernet has
+
 #define NP_FAMILY_IP6 10
 #define NP_FIB_NO_NEIGHBOUR 7 // BPF_FIB_LKUP_RET_NO_NEIGH: the route is known
 
@@ -45,6 +52,15 @@ struct np_arp {
     __u8 target[4];
 };
 _Static_assert(sizeof(struct np_arp) == 28, "np_arp");
+
+// Hop-by-hop options with a router alert and nothing else.
+struct np_link_alert {
+    __u8 next;
+    __u8 length;
+    __be16 options_be; // type and length of the alert
+    __u16 value;
+    __be16 pad_be;
+};
 
 struct np_link_option {
     __u8 type;
@@ -68,6 +84,12 @@ NP_INLINE int np_is_link_group(const __u32 *address)
     return (address[0] & np_host32(0xff0f0000)) == np_host32(0xff020000);
 }
 
+// Whether nothing is in the frame but the packet.
+NP_INLINE int np_is_alone(const struct np_flow *flow)
+{
+    return flow->packet->end == flow->arrival->frame_bytes;
+}
+
 // Whether an address is neither the node's nor that of a workload whose interface is known.
 NP_INLINE int np_is_nobodys(struct np_flow *flow, const __u32 *address, const int version)
 {
@@ -77,15 +99,13 @@ NP_INLINE int np_is_nobodys(struct np_flow *flow, const __u32 *address, const in
     return !endpoint || !np_place_lookup(endpoint);
 }
 
-// Whether a workload may speak for an address: one of its own, or that it may borrow.  Of a link-local address, and as
-// long as it is not known whose the interface is, it is enough that nobody else has it.
+// Whether a workload may speak for an address: one of its own, or that it may borrow.  Of a link-local one it is enough
+// that nobody else has it; and that is all as long as it is not known whose the interface is.
 NP_INLINE int np_may_claim(struct np_flow *flow, const __u32 *address, const int version)
 {
     if (!flow->leg->missing && (np_is_own(flow, address, version) || np_may_borrow(flow, address, version)))
         return 1;
-    if (!flow->leg->missing && (version == 4 || !np_is_link_local(address)))
-        return 0;
-    return np_is_nobodys(flow, address, version);
+    return version == 6 && np_is_link_local(address) && np_is_nobodys(flow, address, version);
 }
 
 // Whether a known workload of the node is on the interface's own link.
@@ -158,6 +178,8 @@ NP_INLINE int np_link_spoken(struct __sk_buff *skb, struct np_flow *flow)
     const __u32 *destination = packet->destination;
     int is_nobody = np_is_unspecified(source);
     __u32 offset = packet->l4_offset + sizeof(struct np_icmp_header);
+    if (packet->l4_offset != packet->l3_offset + sizeof(struct np_ip6_header) || !np_is_alone(flow))
+        return NP_REASON_NONE;
     if (!is_nobody && !np_may_claim(flow, source, 6))
         return NP_REASON_NONE;
     if (!np_is_link_group(destination) && !np_is_on_link(skb, flow, destination))
@@ -169,7 +191,7 @@ NP_INLINE int np_link_spoken(struct __sk_buff *skb, struct np_flow *flow)
         offset += sizeof(target);
         if (packet->icmp_type == NP_NEIGHBOUR_ADVERTISEMENT || is_nobody) {
             if (!np_may_claim(flow, target, 6))
-                return NP_REASON_LINK_FORGED;
+                return flow->leg->missing ? flow->leg->missing : NP_REASON_LINK_FORGED;
         } else if (!flow->leg->missing && !np_is_on_link(skb, flow, target)) {
             return NP_REASON_NONE;
         }
@@ -177,12 +199,34 @@ NP_INLINE int np_link_spoken(struct __sk_buff *skb, struct np_flow *flow)
     return np_link_options_fit(skb, flow, offset) ? NP_REASON_NEIGHBOUR : NP_REASON_NONE;
 }
 
+// Whether a workload's listener message is no longer than it must be, behind a router alert or nothing (RFC 2711).
+NP_INLINE int np_is_listener_whole(struct __sk_buff *skb, const struct np_flow *flow)
+{
+    const struct np_packet *packet = flow->packet;
+    __u32 begin = packet->l3_offset + sizeof(struct np_ip6_header);
+    __u32 length = packet->end - packet->l4_offset;
+    struct np_icmp_header message;
+    if (packet->l4_offset != begin) {
+        struct np_link_alert alert;
+        if (packet->l4_offset != begin + sizeof(alert) || bpf_skb_load_bytes(skb, begin, &alert, sizeof(alert)) ||
+            alert.options_be != np_net16(NP_ROUTER_ALERT) || alert.value || alert.pad_be != np_net16(NP_PAD_NOTHING))
+            return 0;
+    }
+    if (!np_is_alone(flow) || bpf_skb_load_bytes(skb, packet->l4_offset, &message, sizeof(message)))
+        return 0;
+    if (packet->icmp_type == NP_MLD2_REPORT) // records that name no sources
+        return length == sizeof(message) + np_host16(message.sequence_be) * NP_MLD2_RECORD;
+    return length == NP_MLD_BYTES || (packet->icmp_type == NP_MLD_QUERY && length == NP_MLD2_QUERY);
+}
+
 // Whether a listener report, done or query is one of the link.
-NP_INLINE int np_is_listener_message(struct np_flow *flow, int is_workloads_own)
+NP_INLINE int np_is_listener_message(struct __sk_buff *skb, struct np_flow *flow, int is_workloads_own)
 {
     const struct np_packet *packet = flow->packet;
     const __u32 *source = packet->source;
     if (packet->hop_limit != NP_MLD_HOP_LIMIT || !np_is_many(packet->destination, 6))
+        return 0;
+    if (is_workloads_own && !np_is_listener_whole(skb, flow))
         return 0;
     if (np_is_unspecified(source))
         return 1;
@@ -202,7 +246,7 @@ NP_INLINE int np_link_message(struct __sk_buff *skb, struct np_flow *flow, const
     if (packet->icmp_code)
         return NP_REASON_NONE;
     if ((type >= NP_MLD_QUERY && type <= NP_MLD_DONE) || type == NP_MLD2_REPORT)
-        return np_is_listener_message(flow, is_workloads_own) ? NP_REASON_NEIGHBOUR : NP_REASON_NONE;
+        return np_is_listener_message(skb, flow, is_workloads_own) ? NP_REASON_NEIGHBOUR : NP_REASON_NONE;
     if ((type != NP_ROUTER_SOLICITATION && type != NP_NEIGHBOUR_SOLICITATION && type != NP_NEIGHBOUR_ADVERTISEMENT) ||
         packet->hop_limit != NP_LINK_HOP_LIMIT)
         return NP_REASON_NONE;
@@ -215,6 +259,22 @@ NP_INLINE int np_link_message(struct __sk_buff *skb, struct np_flow *flow, const
     return stays ? NP_REASON_NEIGHBOUR : NP_REASON_NONE;
 }
 
+// Whether a frame ends behind its ARP, or has zeros there up to the shortest length of a frame.
+NP_INLINE int np_is_arp_whole(struct __sk_buff *skb, const struct np_flow *flow)
+{
+    __u8 padding[NP_ARP_PADDING];
+    __u32 end = flow->packet->l3_offset + sizeof(struct np_arp);
+    if (flow->arrival->frame_bytes == end)
+        return 1;
+    if (flow->arrival->frame_bytes != end + sizeof(padding) || bpf_skb_load_bytes(skb, end, padding, sizeof(padding)))
+        return 0;
+    __u8 any = 0;
+#pragma unroll
+    for (__u32 at = 0; at < sizeof(padding); at++)
+        any |= padding[at];
+    return !any;
+}
+
 // ARP: from a workload in its own name, or asking in nobody's whether its own address is taken.
 NP_INLINE int np_link_arp(struct __sk_buff *skb, struct np_flow *flow, const int hook)
 {
@@ -225,7 +285,7 @@ NP_INLINE int np_link_arp(struct __sk_buff *skb, struct np_flow *flow, const int
     if (!np_is_workloads_own(flow, hook) || flow->leg->endpoint_flags & NP_ENDPOINT_ROUTES)
         return NP_REASON_ARP;
     flow->leg->direction = NP_DIRECTION_EGRESS;
-    if (bpf_skb_load_bytes(skb, flow->packet->l4_offset, &arp, sizeof(arp)) ||
+    if (!np_is_arp_whole(skb, flow) || bpf_skb_load_bytes(skb, flow->packet->l3_offset, &arp, sizeof(arp)) ||
         bpf_skb_load_bytes(skb, __builtin_offsetof(struct np_eth_header, source), mac, sizeof(mac)))
         return NP_REASON_LINK_FORGED;
     if (arp.hardware_be != np_net16(1) || arp.protocol_be != np_net16(NP_ETHERTYPE_IP4) || arp.hardware_bytes != 6 ||
@@ -236,6 +296,8 @@ NP_INLINE int np_link_arp(struct __sk_buff *skb, struct np_flow *flow, const int
     __builtin_memcpy(&sender, arp.sender, sizeof(sender));
     __builtin_memcpy(&target, arp.target, sizeof(target));
     const __u32 *claimed = sender ? &sender : &target;
+    if (flow->leg->missing) // it may ask whether anybody has an address, in nobody's name
+        return is_own && !sender && np_is_nobodys(flow, claimed, 4) ? NP_REASON_ARP : flow->leg->missing;
     return is_own && np_may_claim(flow, claimed, 4) ? NP_REASON_ARP : NP_REASON_LINK_FORGED;
 }
 

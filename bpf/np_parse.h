@@ -146,7 +146,7 @@ struct np_packet {
     __u32 fragment_id; // as on the wire
     __u8 hop_limit; // of IPv6
     __u8 l4_bytes; // of the transport header, with TCP's options; 0: there is none, or none that is read
-    __u16 pad;
+    __u16 l3_offset; // as l4_offset
 };
 _Static_assert(sizeof(struct np_packet) == 64, "np_packet is whole words");
 
@@ -175,6 +175,7 @@ NP_INLINE int np_parse_frame(struct __sk_buff *skb, struct np_bytes *bytes, stru
     bytes->end = (void *)(long)skb->data_end;
 
     packet->end = skb->len;
+    packet->l3_offset = 0;
     if (NP_UNLIKELY(!has_link)) {
         packet->ethertype = np_host16((__u16)skb->protocol);
         return NP_REASON_NONE;
@@ -195,7 +196,7 @@ NP_INLINE int np_parse_frame(struct __sk_buff *skb, struct np_bytes *bytes, stru
         offset += sizeof(*vlan);
     }
     packet->ethertype = type;
-    packet->l4_offset = offset;
+    packet->l3_offset = packet->l4_offset = offset;
     return NP_REASON_NONE;
 }
 

@@ -110,7 +110,7 @@ NP_CONFIG_DEFER = 8  # every interface that a packet to a service could leave by
 NP_CONFIG_TO_HOST_DENY = 16  # no workload reaches its own node
 NP_CONFIG_TO_HOST_PASS = 32  # the wildcard host endpoint's normal policy decides on workloads to their node
 NP_CONFIG_LOCAL_NETS = 64  # np_local_net has rows
-NP_CONFIG_HAIRPIN = 128  # what comes from outside may have the source of a workload of this node
+NP_CONFIG_HAIRPIN = 128  # what comes from outside may have a source of this node
 
 # np_conn_state: Where a connection stands. Each state has its own time-out, np_config.timeout_jiffies[state].
 NP_CONN_TCP_NEW = 0  # TCP, no reply seen
@@ -215,7 +215,7 @@ NP_REASON_CHECKSUM_AIM = 59  # a device is yet to write a checksum over somethin
 NP_REASON_LINK_FORGED = 60  # ARP, neighbour discovery or DHCP in the name of another, or of a router
 NP_REASON_MISDELIVERED = 61  # to a workload's interface, but for none of its addresses
 NP_REASON_TUNNEL = 62  # from a workload to a node, in an encapsulation that nodes take from anyone
-NP_REASON_FOREIGN_SOURCE = 63  # from outside, with the source of a workload of this node
+NP_REASON_FOREIGN_SOURCE = 63  # from outside, with the source of this node or of a workload of it
 NP_REASON_LINK_TYPE = 64  # on an interface whose link header nothing here reads
 NP_REASON_EVENT_LOST = 96  # the ring buffer had no room for an event
 NP_REASON_LOG_LIMITED = 97  # a log event held back by the rate limit
@@ -1194,7 +1194,7 @@ REASONS: Mapping[int, Reason] = MappingProxyType(
         NP_REASON_TUNNEL: Reason(
             NP_REASON_TUNNEL, "tunnel", "from a workload to a node, in an encapsulation that nodes take from anyone"),
         NP_REASON_FOREIGN_SOURCE: Reason(
-            NP_REASON_FOREIGN_SOURCE, "foreign-source", "from outside, with the source of a workload of this node"),
+            NP_REASON_FOREIGN_SOURCE, "foreign-source", "from outside, with the source of this node or of a workload of it"),
         NP_REASON_LINK_TYPE: Reason(
             NP_REASON_LINK_TYPE, "link-type", "on an interface whose link header nothing here reads"),
         NP_REASON_EVENT_LOST: Reason(

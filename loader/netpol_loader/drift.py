@@ -27,7 +27,7 @@ from netpol_loader.programs import CALL_MAP, CURRENT
 class Drift:
     """One thing that was not as we left it.
 
-    ``kind``: pin, program (on an interface), row or configuration; ``was``: missing, foreign or changed.
+    ``kind``: pin, program (on an interface), row, configuration or barrier; ``was``: missing, foreign or changed.
     """
 
     kind: str

@@ -109,7 +109,7 @@ class ClsactFilter:
 class News:
     """Something changed. ``ifindex`` 0 for routes: look again.
 
-    Of interfaces also, as in `Link`: ``link_kind``, ``peer_ifindex``, ``peer_nsid``.
+    Of interfaces also, as in `Link`: ``link_kind``, ``peer_ifindex``, ``peer_nsid``, ``hardware``.
     """
 
     kind: str  # link, address, route
@@ -119,6 +119,7 @@ class News:
     link_kind: str = ""
     peer_ifindex: int = 0
     peer_nsid: int | None = None
+    hardware: int = ETHERNET
 
 
 @contextlib.contextmanager
@@ -439,7 +440,7 @@ class Monitor:
             return News(what, is_gone, ifindex=0, name="")
         if what == "address":
             return News(what, is_gone, struct.unpack_from("=I", body, 4)[0], "")
-        family, _, _, ifindex, _, _ = LINK_HEADER.unpack_from(body)
+        family, _, hardware, ifindex, _, _ = LINK_HEADER.unpack_from(body)
         is_gone = is_gone and family != socket.AF_BRIDGE  # that one says that it left a bridge
         found = _attributes(body[LINK_HEADER.size :])
         nsid = found.get(IFLA_LINK_NETNSID)
@@ -451,6 +452,7 @@ class Monitor:
             link_kind=_name(_attributes(found.get(IFLA_LINKINFO, b"")).get(IFLA_INFO_KIND, b"")),
             peer_ifindex=struct.unpack("=I", found.get(IFLA_LINK, bytes(4)))[0],
             peer_nsid=None if nsid is None else struct.unpack("=i", nsid)[0],
+            hardware=hardware,
         )
 
 

@@ -436,12 +436,15 @@ class Nftables:
 
 
 class News:
-    """A socket that is readable when something has changed any table of the namespace."""
+    """A socket that is readable when something has changed any table of the namespace. Raises NftablesError."""
 
     def __init__(self) -> None:
-        self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, _NETLINK_NETFILTER)
-        self._socket.settimeout(0)
-        self._socket.bind((0, 1 << (_NEWS_GROUP - 1)))
+        try:
+            self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, _NETLINK_NETFILTER)
+            self._socket.settimeout(0)
+            self._socket.bind((0, 1 << (_NEWS_GROUP - 1)))
+        except OSError as error:
+            raise NftablesError(error.errno or errno.EIO, "news of changes") from error
 
     def fileno(self) -> int:
         """For select."""

@@ -28,8 +28,6 @@ TOLD_S = 60.0
 MARK_BITS = 32
 SIGNS = 3
 LONGEST_NAME = 15
-NAMED = 5
-"""Interfaces named in a message; arbitrary."""
 ON, OFF = "nft", "off"
 
 
@@ -246,10 +244,11 @@ class Barrier:
         self._counted = {name: (number, counted.get(name, 0)) for name, number in self._numbers.items()}
 
     def _note_rise(self, name: str, number: int, packets: int, now_s: float) -> None:
-        if name not in self._risen:
-            log.warning("interface %s: packets that bear no sign of its program were dropped", name)
-        else:
-            packets += self._risen[name].packets
+        if name in self._risen:
+            self._risen[name].packets += packets
+            self._risen[name].since_s = now_s
+            return
+        log.warning("interface %s: packets that bear no sign of its program were dropped", name)
         self._risen[name] = _Rise(packets, now_s, tuple(self.others(number)))
 
     # --- what is to be told -----------------------------------------------------------------------------------------
@@ -258,7 +257,7 @@ class Barrier:
     def problems(self) -> list[Problem]:
         """What is open, and whose packets are dropped although they should be signed."""
         found = [] if self._failure is None else [self._failure]
-        for name, one in sorted(self._risen.items())[:NAMED]:
+        for name, one in sorted(self._risen.items()):
             others = f" (also there: {', '.join(one.others)})" if one.others else ""
             message = (
                 f"{one.packets} packets of interface {name} were dropped since they bear no sign of the program: the workload sends "

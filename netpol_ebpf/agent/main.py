@@ -117,7 +117,7 @@ def build_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     parser.add_argument(
         "--hairpin", action="store_true",
-        help="take packets from outside that have the source of a workload of this node, as some load balancers send them back",
+        help="take packets from outside that have a source of this node or its workloads, as some load balancers send them back",
     )  # fmt: skip
     parser.add_argument(
         "--barrier", choices=("nft", "off"), default="nft", metavar="WHAT",

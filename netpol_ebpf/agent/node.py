@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from ipaddress import ip_network
 from pathlib import Path
@@ -40,6 +41,8 @@ POLICY_MAPS = frozenset({
 LOOPBACK_NET = ip_network("127.0.0.0/8")
 EVENTS_A_LOOK = 1000
 """Events taken at a time, so that a flood of them does not keep the agent from everything else; arbitrary."""
+GROUPS_S = 1.0
+"""How often to look for groups that the node has joined; arbitrary."""
 CLSACT_TURN = 10
 """Interfaces with clsact to be looked at in one audit; arbitrary."""
 
@@ -128,6 +131,8 @@ class KernelNode:
         self._gone: set[int] | None = set()
         self._born: list[Link] = []
         self._is_news = False  # what was read and not looked at yet
+        self._groups: frozenset[netlink.IPAddress] = frozenset()
+        self._groups_s = -GROUPS_S
         self._mended = 0  # of clsact interfaces: whose turn it is
         self._upgrade: Upgrade | None = None  # until it has taken over
         self.upgraded = ""  # what an upgrade of the pins did, for people; empty: there was none
@@ -173,6 +178,7 @@ class KernelNode:
     def has_news(self) -> bool:
         """See `Node`."""
         self._read_news()
+        self._look_at_groups()
         is_news, self._is_news = self._is_news, False
         return is_news
 
@@ -192,6 +198,14 @@ class KernelNode:
         self._born += [_link(one) for one in of_links if not one.is_gone]
         if self._gone is not None:
             self._gone |= {one.ifindex for one in of_links if one.is_gone}
+
+    def _look_at_groups(self) -> None:
+        """Multicast groups that processes of the node join or leave are news that nobody tells."""
+        now_s = time.monotonic()
+        if now_s - self._groups_s < GROUPS_S:
+            return
+        before, self._groups, self._groups_s = self._groups, netlink.joined_groups(), now_s
+        self._is_news = self._is_news or self._groups != before
 
     def take_gone(self) -> set[int] | None:
         """See `Node`."""
@@ -323,7 +337,7 @@ def _link(link: netlink.Link | netlink.News) -> Link:
     is_pair = kind == "veth" and link.peer_nsid is not None
     peer = (link.peer_nsid, link.peer_ifindex) if is_pair and link.peer_nsid is not None else None
     if isinstance(link, netlink.News):
-        return Link(link.ifindex, link.name, kind, peer)
+        return Link(link.ifindex, link.name, kind, peer, hardware=link.hardware)
     return Link(link.ifindex, link.name, kind, peer, link.master, link.hardware, link.takes)
 
 

@@ -23,7 +23,7 @@ LAYER3_HARDWARE = frozenset({519, 512, 768, 769, 776, 778, 823, 65534})
 WireGuard, xfrm)."""
 BRIDGE_KIND = "bridge"
 TAP_KINDS = frozenset({"tun"})
-"""What the kernel calls a tap or tun device: a virtual machine's interface."""
+"""What the kernel calls a tap or tun device; a tap is a virtual machine's interface."""
 NOWHERE = 0
 """In place of an interface's number: none."""
 
@@ -104,7 +104,8 @@ def is_candidate(link: Link, wiring: Wiring, patterns: Sequence[str] = ()) -> bo
     """
     if patterns:
         return any(fnmatchcase(link.name, pattern) for pattern in patterns)
-    return (link.peer is not None or link.kind in TAP_KINDS) and link.ifindex not in wiring.uplinks
+    is_tap = link.kind in TAP_KINDS and link.hardware == ETHERNET  # else it is a tunnel of the node's own
+    return (link.peer is not None or is_tap) and link.ifindex not in wiring.uplinks
 
 
 def locate(wiring: Wiring, endpoints: Iterable[Endpoint]) -> Located:

@@ -20,10 +20,9 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(Path(__file__).resolve().parent))
+from tests.guards.table import GUARDS, Guard
 
-from table import GUARDS, Guard  # noqa: E402  # the path comes first
+ROOT = Path(__file__).resolve().parents[2]
 
 COPIED = ("bpf", "loader", "netpol_ebpf", "scripts", "tests", "examples", "pyproject.toml")
 PAGE = ROOT / "docs/guards.md"

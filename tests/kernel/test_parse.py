@@ -87,6 +87,8 @@ def test_frames_from_a_workload(rig: Rig, frame: bytes, reason: str) -> None:
 MAC, OTHER_MAC = bytes.fromhex("020000000001"), bytes.fromhex("020000000099")
 """The sender's in all frames, and another's."""
 GROUP, NODE_LINK = "ff02::1:ff00:9", "fe80::1"
+ALERT = bytes.fromhex("050200000100")
+"""A router alert for listener discovery, and padding."""
 
 
 def discovery(
@@ -104,10 +106,15 @@ def discovery(
     return p.eth(p.ip6(source, destination, p.ICMPV6, struct.pack("!BBH", kind, code, 0) + body, hops=hops), p.IP6)
 
 
-def listener(kind: int, source: str, destination: str, *, hops: int = 1, code: int = 0) -> bytes:
-    """Listener discovery behind the router-alert option, as the kernel sends it."""
-    message = struct.pack("!BBHHH", kind, code, 0, 0, 0) + ip_address("ff02::1:ff00:7").packed
-    return p.eth(p.ip6(source, destination, 0, p.extension(p.ICMPV6, message), hops=hops), p.IP6)
+def listener(
+    kind: int, source: str, destination: str, *, hops: int = 1, code: int = 0, body: bytes = b"", alert: bytes = ALERT
+) -> bytes:
+    """Listener discovery behind the router-alert option, as the kernel sends it. ``body``: behind the group or the records."""
+    group = ip_address("ff02::1:ff00:7").packed
+    rest = struct.pack("!HH", 0, 1) + struct.pack("!BBH", 4, 0, 0) + group if kind == 143 else bytes(4) + group
+    message = struct.pack("!BBH", kind, code, 0) + rest + body
+    options = bytes((p.ICMPV6, 0)) + alert
+    return p.eth(p.ip6(source, destination, 0, options + message, hops=hops), p.IP6)
 
 
 def mac_option(kind: int, mac: bytes = MAC) -> bytes:
@@ -159,6 +166,17 @@ LINK = [
     ("reports as routed", listener(131, POD6, "ff02::16", hops=64), "policy-deny"),
     ("reports from its own address", listener(143, POD6, "ff02::16"), "policy-deny"),
     ("reports with a code", listener(143, POD6, "ff02::16", code=1), "policy-deny"),
+    ("reports and more", listener(131, "fe80::7", "ff02::16", body=b"secret"), "policy-deny"),
+    ("reports groups and more", listener(143, "fe80::7", "ff02::16", body=b"secret"), "policy-deny"),
+    ("reports behind other options", listener(131, "fe80::7", "ff02::16", alert=b"secret"), "policy-deny"),
+    (
+        "behind options",
+        p.eth(
+            p.ip6(POD6, GROUP, 60, p.extension(p.ICMPV6, discovery(135, POD6, GROUP, NODE_LINK)[54:]), hops=255), p.IP6
+        ),
+        "policy-deny",
+    ),
+    ("before a trailer", discovery(135, POD6, GROUP, NODE_LINK) + b"secret", "policy-deny"),
 ]
 
 
@@ -214,6 +232,9 @@ ARP = [
     ("with another's hardware address", arp(POD4, PEER4, mac=OTHER_MAC), "link-forged"),
     ("of other hardware", arp(POD4, PEER4, hardware=6), "link-forged"),
     ("cut short", arp(POD4, PEER4)[:40], "link-forged"),
+    ("with padding", arp(POD4, PEER4) + bytes(18), "arp"),
+    ("with something in it", arp(POD4, PEER4) + bytes(12) + b"secret", "link-forged"),
+    ("with more", arp(POD4, PEER4) + bytes(100), "link-forged"),
 ]
 
 
@@ -229,7 +250,7 @@ def test_arp_of_a_workload(rig: Rig, frame: bytes, reason: str) -> None:
 MISDELIVERED = [
     (POD4, "policy-allow"), ("10.0.0.8", "misdelivered"), ("224.0.0.251", "policy-allow"), ("10.0.0.255", "policy-allow"),
     ("255.255.255.255", "policy-allow"), ("10.20.0.9", "policy-allow"), (POD6, "policy-allow"), ("fd00::8", "misdelivered"),
-    ("ff02::fb", "policy-allow"), ("fd20::9", "policy-allow"),
+    ("ff02::fb", "policy-allow"), ("fd20::9", "policy-allow"), ("fe80::9", "policy-allow"),
 ]  # fmt: skip
 
 
@@ -281,18 +302,27 @@ def test_dhcp_fragment_is_no_request(rig: Rig) -> None:
 
 
 def test_messages_of_the_link_before_there_is_an_endpoint(rig: Rig) -> None:
-    """A closed interface may speak on its link in nobody else's name, so that it works the moment it opens; nothing else."""
+    """A closed interface may ask on its link in nobody's name, and in that of a link-local address; nothing else."""
     rig.endpoint(everything(3, DENY, 13), everything(4, DENY, 14), number=8, ifindex=9999)
     rig.address(PEER4, PEER_IDENTITY, 8)
-    rig.address(PEER6, PEER_IDENTITY, 8)
     rig.local("10.0.0.1", NODE_LINK)
-    assert rig.out(discovery(135, "::", "ff02::1:ff00:7", POD6)).reason == "neighbour"
-    assert rig.out(discovery(135, POD6, GROUP, PEER6)).reason == "neighbour"
-    assert rig.out(discovery(136, POD6, "ff02::1", PEER6)).reason == "link-forged"
-    assert rig.out(discovery(135, POD6, "2001:db8::1", PEER6)).reason == "unknown-endpoint"
-    assert rig.out(arp(POD4, PEER4)).reason == "arp"
-    for other in (PEER4, "10.0.0.1"):
-        assert rig.out(arp(other, POD4)).reason == "link-forged"
+    for frame in (
+        discovery(135, "::", "ff02::1:ff00:7", "fe80::7"),
+        discovery(135, "fe80::7", GROUP, PEER6, mac_option(1)),
+        discovery(133, "::", "ff02::2", None),
+        listener(143, "::", "ff02::16"),
+    ):
+        assert rig.out(frame).reason == "neighbour"
+    assert rig.out(arp("0.0.0.0", POD4)).reason == "arp"
+    for frame in (
+        discovery(135, POD6, GROUP, PEER6),
+        discovery(136, POD6, "ff02::1", POD6),
+        discovery(136, "fe80::7", "ff02::1", POD6),
+        discovery(135, "fe80::7", "2001:db8::1", PEER6),
+        arp(POD4, PEER4),
+        *(arp("0.0.0.0", other) for other in (PEER4, "10.0.0.1")),
+    ):
+        assert rig.out(frame).reason == "unknown-endpoint"
     for hook in Hook:
         for packet in (p.eth(OUT4, p.IP4), p.eth(OUT6, p.IP6), p.eth(bytes(46), 0x88CC)):
             assert rig.send(hook, packet, ingress=0).reason == "unknown-endpoint"

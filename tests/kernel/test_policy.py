@@ -282,6 +282,29 @@ def test_link_local_sources_reach_nobody_but_the_node(rig: Rig) -> None:
         assert rig.out(p.frame("fe80::7", destination, p.UDP, p.udp(port, 2))).reason == "policy-allow"
 
 
+TUNNELS = [
+    (p.UDP, p.udp(1000, 4789), True), (p.UDP, p.udp(4789, 4790), False), (4, bytes(20), True), (41, bytes(40), True),
+    (47, bytes(8), True), (50, bytes(8), False), (p.TCP, p.tcp(1000, 4789), False),
+]  # fmt: skip
+
+
+@FAMILIES
+@pytest.mark.parametrize(("protocol", "payload", "is_tunnel"), TUNNELS)
+def test_no_tunnel_ends_at_a_node(
+    rig: Rig, pod: str, peer: str, protocol: int, payload: bytes, *, is_tunnel: bool
+) -> None:
+    """What nodes unpack whoever sent it reaches none of them from a workload; to anybody else it is a packet like others."""
+    rig.pod(everything(INGRESS, ALLOW, 11), everything(EGRESS, ALLOW, 12))
+    for key in ((4789, p.UDP), (0, 4), (0, 41), (0, 47)):
+        rig.map("np_tunnel").put(struct.pack("=HBx", *key), struct.pack("=I", 1))
+    ours, theirs, group = ("192.0.2.1", "192.0.2.2", "224.0.0.9") if pod == POD4 else ("fd02::1", "fd02::2", "ff02::9")
+    rig.local(ours)
+    rig.local(theirs, flags=abi.NP_LOCAL_NODE)
+    for node in (ours, theirs, group):
+        assert rig.out(p.frame(pod, node, protocol, payload)).reason == ("tunnel" if is_tunnel else "policy-allow")
+    assert rig.out(p.frame(pod, peer, protocol, payload)).reason == "policy-allow"
+
+
 def test_borrowed_sources_need_the_flag_and_leave_no_connection(rig: Rig) -> None:
     """A workload that may borrow addresses cannot fill the connection table with them."""
     rig.pod(everything(INGRESS, DENY, 11), everything(EGRESS, ALLOW, 12), flags=abi.NP_ENDPOINT_SOURCES)

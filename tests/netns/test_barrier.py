@@ -524,7 +524,8 @@ def test_two_agents_do_not_fight(scene: Scene, tmp_path: Path) -> None:
         state = second.start()
         assert [one["slug"] for one in state["problems"] if one["slug"] == "barrier"] == ["barrier"]
         assert ruleset(scene.lab) == before
-        assert_that_everything_passes(scene)
+        if any(scene.pin_root.glob("v*/links/*_in")):  # without tcx there is one place for a filter of ours
+            assert_that_everything_passes(scene)
     finally:
         second.retire()
     assert ruleset(scene.lab) == before
