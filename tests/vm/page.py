@@ -120,8 +120,8 @@ def _table(rows: Iterable[Sequence[str]]) -> list[str]:
 def _row(result: Result) -> Sequence[str]:
     load = _kept(result, "load")
     programs = load["programs"].values() if load else ()
-    verified = [one["verified"] for one in programs]
-    counts = f"{max(verified)} / {sum(verified)}" if load else "-"
+    verified = [one["verified"] for one in programs if one["verified"]]
+    counts = f"{max(verified)} / {sum(verified)}" if verified else "not told" if load else "-"
     jited = str(sum(one["jited_bytes"] for one in programs)) if load else "-"
     return (
         result.series, result.machine, compiler_label(result.compiler), _outcome(result, "load", "yes"), counts, jited,
@@ -177,8 +177,9 @@ def _detail(key: tuple[str, str], who: str, found: Iterable[Result]) -> str:
             lines.append(f"  - the agent says: `{refusal['agent']['line']}`")
         load = _kept(result, "load")
         if load:
-            lines += [f"  - {FEATURES[name]}" for name, has in load["features"].items() if not has]
-            counts = ", ".join(f"`{name}` {one['verified']}" for name, one in load["programs"].items())
+            lacks = [name for name, has in load["features"].items() if not has]
+            lines += [f"  - {FEATURES[name]}" for name in lacks if name in FEATURES]
+            counts = ", ".join(f"`{name}` {one['verified'] or 'not told'}" for name, one in load["programs"].items())
             lines.append(f"  - verified: {counts}")
     return "\n".join(lines)
 
