@@ -503,6 +503,7 @@ NP_INLINE int np_ip(struct __sk_buff *skb, const struct np_bytes *bytes, struct 
     }
     if (NP_UNLIKELY(flow->leg->missing))
         return flow->leg->missing;
+    flow->leg->direction = np_direction_at(hook, flow->leg->endpoint_flags);
     if (NP_UNLIKELY(np_is_forged(flow, hook, version)))
         return NP_REASON_LINK_FORGED;
     if (hook == NP_HOOK_INGRESS && np_is_foreign(flow, version))
@@ -517,7 +518,6 @@ NP_INLINE int np_ip(struct __sk_buff *skb, const struct np_bytes *bytes, struct 
         return NP_REASON_UPLINK;
     if (NP_UNLIKELY(np_checksum_misaims(skb, packet)))
         return NP_REASON_CHECKSUM_AIM;
-    flow->leg->direction = np_direction_at(hook, flow->leg->endpoint_flags);
     if (NP_UNLIKELY(packet->fragment == NP_FRAGMENT_LATER)) {
         reason = np_fragment_recall(flow, version);
         if (reason && !(flow->leg->endpoint_flags & NP_ENDPOINT_UPLINK))

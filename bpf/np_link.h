@@ -170,31 +170,38 @@ NP_INLINE int np_link_options_fit(struct __sk_buff *skb, const struct np_flow *f
     return offset == end;
 }
 
-// Neighbour discovery by a workload, with the hop limit that it must have.
+// Neighbour discovery by a workload, with the hop limit that it must have.  Who advertises for another is heard
+// whatever stands before and behind it, so that is looked at first.
 NP_INLINE int np_link_spoken(struct __sk_buff *skb, struct np_flow *flow)
 {
     const struct np_packet *packet = flow->packet;
     const __u32 *source = packet->source;
     const __u32 *destination = packet->destination;
     int is_nobody = np_is_unspecified(source);
+    int has_target = packet->icmp_type != NP_ROUTER_SOLICITATION;
+    int forged = flow->leg->endpoint_flags & NP_ENDPOINT_ROUTES ? NP_REASON_NONE : NP_REASON_LINK_FORGED;
     __u32 offset = packet->l4_offset + sizeof(struct np_icmp_header);
+    __u32 target[4] = {};
+    if (flow->leg->missing)
+        forged = flow->leg->missing;
+    if (has_target) {
+        if (offset + sizeof(target) > packet->end || bpf_skb_load_bytes(skb, offset, target, sizeof(target)))
+            return NP_REASON_NONE;
+        offset += sizeof(target);
+        if (packet->icmp_type == NP_NEIGHBOUR_ADVERTISEMENT && !np_may_claim(flow, target, 6))
+            return forged;
+    }
     if (packet->l4_offset != packet->l3_offset + sizeof(struct np_ip6_header) || !np_is_alone(flow))
         return NP_REASON_NONE;
     if (!is_nobody && !np_may_claim(flow, source, 6))
         return NP_REASON_NONE;
     if (!np_is_link_group(destination) && !np_is_on_link(skb, flow, destination))
         return NP_REASON_NONE;
-    if (packet->icmp_type != NP_ROUTER_SOLICITATION) {
-        __u32 target[4];
-        if (offset + sizeof(target) > packet->end || bpf_skb_load_bytes(skb, offset, target, sizeof(target)))
+    if (packet->icmp_type == NP_NEIGHBOUR_SOLICITATION) {
+        if (is_nobody && !np_may_claim(flow, target, 6))
+            return forged;
+        if (!is_nobody && !flow->leg->missing && !np_is_on_link(skb, flow, target))
             return NP_REASON_NONE;
-        offset += sizeof(target);
-        if (packet->icmp_type == NP_NEIGHBOUR_ADVERTISEMENT || is_nobody) {
-            if (!np_may_claim(flow, target, 6))
-                return flow->leg->missing ? flow->leg->missing : NP_REASON_LINK_FORGED;
-        } else if (!flow->leg->missing && !np_is_on_link(skb, flow, target)) {
-            return NP_REASON_NONE;
-        }
     }
     return np_link_options_fit(skb, flow, offset) ? NP_REASON_NEIGHBOUR : NP_REASON_NONE;
 }
@@ -208,8 +215,11 @@ NP_INLINE int np_is_listener_whole(struct __sk_buff *skb, const struct np_flow *
     struct np_icmp_header message;
     if (packet->l4_offset != begin) {
         struct np_link_alert alert;
+        __u8 next;
         if (packet->l4_offset != begin + sizeof(alert) || bpf_skb_load_bytes(skb, begin, &alert, sizeof(alert)) ||
-            alert.options_be != np_net16(NP_ROUTER_ALERT) || alert.value || alert.pad_be != np_net16(NP_PAD_NOTHING))
+            bpf_skb_load_bytes(skb, packet->l3_offset + __builtin_offsetof(struct np_ip6_header, next), &next, 1) ||
+            next != NP_PROTOCOL_HOP_BY_HOP || alert.options_be != np_net16(NP_ROUTER_ALERT) || alert.value ||
+            alert.pad_be != np_net16(NP_PAD_NOTHING))
             return 0;
     }
     if (!np_is_alone(flow) || bpf_skb_load_bytes(skb, packet->l4_offset, &message, sizeof(message)))
@@ -237,13 +247,13 @@ NP_INLINE int np_is_listener_message(struct __sk_buff *skb, struct np_flow *flow
 NP_INLINE int np_link_message(struct __sk_buff *skb, struct np_flow *flow, const int hook)
 {
     const struct np_packet *packet = flow->packet;
-    if (NP_LIKELY(packet->protocol != NP_PROTOCOL_ICMPV6) || packet->fragment != NP_FRAGMENT_WHOLE)
+    if (NP_LIKELY(packet->protocol != NP_PROTOCOL_ICMPV6))
         return NP_REASON_NONE;
     int is_workloads_own = np_is_workloads_own(flow, hook);
     __u8 type = packet->icmp_type;
     if (is_workloads_own && (type == NP_ROUTER_ADVERTISEMENT || type == NP_REDIRECT6))
         return flow->leg->endpoint_flags & NP_ENDPOINT_ROUTES ? NP_REASON_NONE : NP_REASON_LINK_FORGED;
-    if (packet->icmp_code)
+    if (packet->icmp_code || packet->fragment != NP_FRAGMENT_WHOLE)
         return NP_REASON_NONE;
     if ((type >= NP_MLD_QUERY && type <= NP_MLD_DONE) || type == NP_MLD2_REPORT)
         return np_is_listener_message(skb, flow, is_workloads_own) ? NP_REASON_NEIGHBOUR : NP_REASON_NONE;
@@ -285,6 +295,8 @@ NP_INLINE int np_link_arp(struct __sk_buff *skb, struct np_flow *flow, const int
     if (!np_is_workloads_own(flow, hook) || flow->leg->endpoint_flags & NP_ENDPOINT_ROUTES)
         return NP_REASON_ARP;
     flow->leg->direction = NP_DIRECTION_EGRESS;
+    if (flow->leg->endpoint_flags & NP_ENDPOINT_LAYER3) // there are no hardware addresses
+        return NP_REASON_LINK_FORGED;
     if (!np_is_arp_whole(skb, flow) || bpf_skb_load_bytes(skb, flow->packet->l3_offset, &arp, sizeof(arp)) ||
         bpf_skb_load_bytes(skb, __builtin_offsetof(struct np_eth_header, source), mac, sizeof(mac)))
         return NP_REASON_LINK_FORGED;

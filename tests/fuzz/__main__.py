@@ -3,7 +3,8 @@
 
     python -m tests.fuzz [--seconds 600 | --packets N] [--seed N] [--first EPISODE] [--pin-root DIRECTORY]
 
-Needs root (CAP_BPF, CAP_NET_ADMIN) and bpffs, no interface but lo, which it does not touch. Exit code 1: a difference.
+Needs root (CAP_BPF, CAP_NET_ADMIN; CAP_SYS_ADMIN for a network namespace of its own) and bpffs, but no interface.
+Exit code 1: a difference.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent / "kernel"), str(HERE.parents[1]), str(HERE.parents[1] / "loader")]
 
-from harness import SIZES, Harness, episode  # noqa: E402  # the path comes first
+from episodes import episode  # noqa: E402  # the path comes first
+from harness import SIZES, Harness  # noqa: E402  # the same
 
 from netpol_loader.dataplane import Dataplane  # noqa: E402  # the same
 
@@ -35,7 +37,11 @@ def main() -> int:
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})  # what the program remembers per CPU is part of it
     dataplane = Dataplane.open(arguments.pin_root, sizes=SIZES)
     try:
-        return _run(Harness(dataplane), arguments)
+        harness = Harness(dataplane)
+        try:
+            return _run(harness, arguments)
+        finally:
+            harness.close()
     finally:
         dataplane.remove()
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Packets that are almost right: valid ones of a few flows, in which fields lie, headers repeat, bytes flip or are missing.
+"""Packets of a few flows that are almost right: fields lie, headers repeat, bytes flip or are missing.
 
 Invariant: the same seed gives the same frames.  Must not know what is expected of a frame.
 """
@@ -8,29 +8,77 @@ from __future__ import annotations
 
 import random
 import struct
+from collections.abc import Sequence
 from ipaddress import ip_address
+from typing import TypeVar
 
 import wire as w
+import world
+from endpoint import UNSPECIFIED4, UNSPECIFIED6
 from machine import Stimulus
 
-POD = {4: ip_address("10.0.0.7").packed, 6: ip_address("fd00::7").packed}
-FRIEND = {4: ip_address("10.0.0.9").packed, 6: ip_address("fd00::9").packed}
-FOE = {4: ip_address("10.0.0.66").packed, 6: ip_address("fd00::66").packed}
-NEAR = {4: ip_address("198.51.100.3").packed, 6: ip_address("2001:db8:1::3").packed}
-"""In the prefix that policy knows."""
-WORLD = {4: ip_address("203.0.113.9").packed, 6: ip_address("2001:db8:ffff::9").packed}
-BORROWED = {4: ip_address("10.20.1.1").packed, 6: ip_address("fd20::1").packed}
-ODD = {
-    4: [ip_address(text).packed for text in ("0.0.0.0", "255.255.255.255", "224.0.0.1", "169.254.1.1", "127.0.0.1")],
-    6: [ip_address(text).packed for text in ("::", "ff02::1", "fe80::7", "febf::1", "fec0::1", "::ffff:10.0.0.7")],
+T = TypeVar("T")
+
+MAC, OTHER_MAC, TO_MAC = b"\2\0\0\0\0\2", b"\2\0\0\0\0\x99", b"\2\0\0\0\0\1"
+"""The source address of all frames, another sender's address, the destination address of all frames."""
+
+
+def packed(*texts: str) -> list[bytes]:
+    """Addresses in network order."""
+    return [ip_address(text).packed for text in texts]
+
+
+LOCALS = (
+    *(world.POD,) * 16, *(world.SECOND,) * 2, world.BORROWED, world.FRIEND, world.SIBLING, world.OTHER,
+)  # fmt: skip
+REMOTES = (
+    *(world.FRIEND,) * 9, *(world.FOE, world.NEAR, world.WORLD) * 3, *(world.POD,) * 2, world.SECOND, world.SIBLING,
+    world.OTHER, world.GONE,
+)  # fmt: skip
+NODES = (world.NODE, world.NODE_PORT, world.NODE_RANGE, world.OTHER_NODE)
+MANY = {
+    4: [world.BROADCAST, *packed("255.255.255.255", "224.0.0.1")],
+    6: packed("ff02::1", "ff05::2", "ff0e::1"),
 }
-PROTOCOLS = (w.TCP, w.TCP, w.TCP, w.UDP, w.UDP, w.SCTP, w.ICMP, w.ICMP, 47)
-OTHERS = (0, 1, 4, 41, 43, 44, 47, 50, 51, 58, 59, 60, 103, 132, 135, 136, 139, 255)
+ODD = {
+    4: packed("0.0.0.0", "255.255.255.255", "224.0.0.1", "169.254.1.1", "127.0.0.1", "203.0.113.9"),
+    6: [
+        *packed("::", "ff02::1", "febf::1", "fec0::1", "::ffff:8.0.0.7", "2001:db9::9"),
+        *(world.POD_LINK, world.FREE_LINK, world.NODE_LINK),
+    ],
+}
+SPEAKERS = [
+    *(world.POD[6], world.POD_LINK, UNSPECIFIED6) * 5,
+    *(world.SECOND[6], world.SECOND_LINK, world.FREE_LINK, world.BORROWED[6]) * 2,
+    world.SIBLING[6], world.SIBLING_LINK, world.GONE_LINK, world.NODE[6], world.NODE_LINK, world.FRIEND[6],
+    world.OTHER[6],
+]  # fmt: skip
+"""Sources and targets of neighbour discovery."""
+HEARERS = [
+    *packed("ff02::1", "ff02::2", "ff02::16", "ff02::1:ff00:7", "ff02::1:ff00:7", "ff12::1", "ff05::2", "ff01::1"),
+    world.NODE[6], world.NODE_LINK, world.NODE_PORT[6], world.NODE_PORT_LINK, world.FREE_LINK, world.POD_LINK,
+    world.POD[6], world.SECOND[6], world.SIBLING[6], world.OTHER[6], world.WORLD[6],
+]  # fmt: skip
+"""Destinations of neighbour discovery."""
+CLAIMED4 = [
+    *(world.POD[4], UNSPECIFIED4) * 5, *(world.SECOND[4], world.BORROWED[4]) * 2,
+    world.SIBLING[4], world.FRIEND[4], world.NODE[4], world.BROADCAST,
+]  # fmt: skip
+"""Senders and targets of ARP."""
+LISTENERS = (world.POD_LINK, world.POD_LINK, world.FREE_LINK, world.SECOND_LINK, UNSPECIFIED6, world.SIBLING_LINK)
+"""Sources of listener discovery."""
+DISCOVERY_KINDS = (133, 135, 135, 135, 136, 136, 136, 134, 137)
+LISTENER_KINDS = (130, 131, 132, 143, 143)
+
+PROTOCOLS = (w.TCP, w.TCP, w.TCP, w.UDP, w.UDP, w.SCTP, w.ICMP, w.ICMP, w.GRE)
+OTHERS = (0, 1, 4, 41, 43, 44, 47, 50, 51, 58, 59, 59, 59, 60, 103, 132, 135, 135, 136, 139, 255)
 PORTS = (80, 443, 53, 9, 7777, 1000, 5000, 40000)
-FLAGS = (w.SYN, w.SYN, w.SYN | w.ACK, w.ACK, w.ACK, w.ACK | 8, w.FIN | w.ACK, w.RST, w.RST | w.ACK, w.SYN | w.FIN,
-         w.SYN | w.RST, 0, 255, w.SYN | 0xC0)  # fmt: skip
+ENCAPSULATIONS = (w.IPIP, w.IP6_IN_IP, w.GRE, w.UDP, w.UDP)
+VXLAN = 4789
+FLAGS = (w.SYN, w.SYN, w.SYN | w.ACK, w.ACK, w.ACK, w.ACK | 8, w.ACK | 8, w.FIN | w.ACK, w.FIN | w.ACK, w.RST,
+         w.RST | w.ACK, w.SYN | w.FIN, w.SYN | w.RST, 0, 255, w.SYN | 0xC0)  # fmt: skip
 DHCP = {4: (68, 67), 6: (546, 547)}
-EXTENSION_KINDS = (0, 43, 44, 51, 60, 60, 135)
+EXTENSION_KINDS = (0, 43, 44, 51, 60, 60)
 FLOWS = 16
 """In an episode; few, so that packets meet each other's connections."""
 SMALLEST = {w.IP4: 34, w.IP6: 54}
@@ -41,14 +89,15 @@ Flow = tuple[int, bytes, bytes, int, int, int]
 
 
 class Generator:
-    """A stream of stimuli around a few flows."""
+    """A stream of stimuli around a few flows. ``has_link``: frames begin with Ethernet headers."""
 
-    def __init__(self, seed: int | str) -> None:
+    def __init__(self, seed: int | str, *, has_link: bool = True) -> None:
         self._random = random.Random(seed)
         self._chance = self._random.random
+        self._has_link = has_link
         self._flows = [self._flow() for _ in range(FLOWS)]
 
-    def _pick(self, some: tuple[int, ...]) -> int:
+    def _pick(self, some: Sequence[T]) -> T:
         return some[int(self._chance() * len(some))]
 
     def _below(self, bound: int) -> int:
@@ -56,33 +105,49 @@ class Generator:
 
     def _flow(self) -> Flow:
         version = self._pick((4, 6))
-        remote = (FRIEND, FRIEND, FRIEND, FOE, NEAR, WORLD, POD)[self._below(7)][version]
-        local = POD[version] if self._chance() < 0.9 else (BORROWED, FRIEND)[self._below(2)][version]
-        protocol = self._pick(PROTOCOLS)
-        if self._chance() < 0.06:
-            local = (local, bytes(4), bytes(16))[self._below(2) * (1 if version == 4 else 2)]
+        local, remote = self._pick(LOCALS)[version], self._pick(REMOTES)[version]
+        chance = self._chance()
+        if chance < 0.06:
+            local = (local, bytes(4), bytes(16), world.POD_LINK, world.FREE_LINK)[
+                self._below(2) if version == 4 else self._pick((0, 2, 3, 4))
+            ]
             return version, local, w.ALL_DHCP_SERVERS if version == 6 else b"\xff" * 4, w.UDP, *DHCP[version]
-        return version, local, remote, protocol, self._pick(PORTS), self._pick(PORTS)
+        if chance < 0.09:  # the workload as the server
+            return version, local, self._pick([remote, *MANY[version]]), w.UDP, *reversed(DHCP[version])
+        if version == 6 and self._chance() < 0.1:
+            local = self._pick((world.POD_LINK, world.FREE_LINK, world.SIBLING_LINK))
+            remote = self._pick((world.NODE[6], world.NODE_LINK, world.NODE_PORT_LINK, remote))
+        elif chance < 0.21:
+            remote = self._pick([*(one[version] for one in NODES), *MANY[version], remote])
+            if self._chance() < 0.6:
+                return version, local, remote, self._pick(ENCAPSULATIONS), self._pick(PORTS), VXLAN
+        return version, local, remote, self._pick(PROTOCOLS), self._pick(PORTS), self._pick(PORTS)
 
     def stimulus(self) -> Stimulus:
         """The next frame and where it comes along."""
         from_pod = self._chance() < 0.5
-        flow = self._flows[self._below(FLOWS)] if self._chance() < 0.93 else self._flow()
+        flow = self._pick(self._flows) if self._chance() < 0.93 else self._flow()
         entered = "elsewhere"
-        if not from_pod and self._chance() < 0.06:
-            entered = "host" if self._chance() < 0.5 else "self"
-        frame = self._frame(flow, from_pod=from_pod)
+        if not from_pod and self._chance() < 0.1:
+            entered = "host" if self._chance() < 0.7 else "self"
+        chance = self._chance()
+        if chance < 0.1:
+            frame = self._around(w.IP6, self._discovery())
+        elif chance < 0.13 and self._has_link:
+            frame = self._around(w.ARP, self._arp())
+        else:
+            frame = self._around(w.IP4 if flow[0] == 4 else w.IP6, self._packet(flow, from_pod=from_pod))
         if self._chance() < 0.2:
             frame = self._mangled(frame)
         if self._chance() < 0.02:  # at the hook where it does not belong
             from_pod = not from_pod
-        return Stimulus(not from_pod, entered, runnable(frame))
+        return Stimulus(not from_pod, entered, runnable(frame, has_link=self._has_link))
 
     # --- layers, from the outside in
 
-    def _frame(self, flow: Flow, *, from_pod: bool) -> bytes:
-        packet = self._packet(flow, from_pod=from_pod)
-        kind = struct.pack("!H", w.IP4 if flow[0] == 4 else w.IP6)
+    def _around(self, ethertype: int, packet: bytes) -> bytes:
+        """The packet with what is before and behind it."""
+        kind = struct.pack("!H", ethertype)
         chance = self._chance()
         if chance < 0.08:
             tags = 1 + self._below(3)
@@ -91,14 +156,14 @@ class Generator:
             kind = struct.pack("!H", self._pick((w.ARP, 0x88CC, 46, w.VLAN, w.IP4, w.IP6)))
         if self._chance() < 0.1:
             packet += bytes(self._below(40))  # padding
-        return b"\2\0\0\0\0\1\2\0\0\0\0\2" + kind + packet
+        return TO_MAC + MAC + kind + packet if self._has_link else packet
 
     def _packet(self, flow: Flow, *, from_pod: bool) -> bytes:
         version, local, remote, protocol, local_port, remote_port = flow
         if self._chance() < 0.03:
-            remote = ODD[version][self._below(len(ODD[version]))]
+            remote = self._pick(ODD[version])
         if self._chance() < 0.02:
-            local = ODD[version][self._below(len(ODD[version]))]
+            local = self._pick(ODD[version])
         if from_pod:
             source, destination, ports = local, remote, (local_port, remote_port)
         else:
@@ -111,7 +176,7 @@ class Generator:
                 protocol = w.ICMP + w.ICMPV6 - protocol  # the other family's
         else:
             body = self._body(protocol, *ports)
-        if self._chance() < 0.02:
+        if self._chance() < 0.03:
             protocol = self._pick(OTHERS)
         build = self._ip4 if version == 4 else self._ip6
         return build(source, destination, protocol, body)
@@ -140,7 +205,7 @@ class Generator:
             "!BBHHHBBH4s4s", version << 4 | words, 0, total, number, place, 64, protocol, 0, source, destination
         ) + options + body  # fmt: skip
 
-    def _ip6(self, source: bytes, destination: bytes, protocol: int, body: bytes) -> bytes:
+    def _ip6(self, source: bytes, destination: bytes, protocol: int, body: bytes, hops: int = 64) -> bytes:
         chain: list[bytes] = []
         if self._chance() < 0.3:
             protocol, body, chain = self._chain(protocol, body)
@@ -151,7 +216,7 @@ class Generator:
                 length = self._length_lie(length)
             else:
                 version = self._below(16)
-        return struct.pack("!IHBB", version << 28, length & 0xFFFF, protocol, 64) + source + destination + body
+        return struct.pack("!IHBB", version << 28, length & 0xFFFF, protocol, hops) + source + destination + body
 
     def _chain(self, protocol: int, body: bytes) -> tuple[int, bytes, list[bytes]]:
         """Extension headers before ``body``: the first one's protocol, the rest of the body, the headers."""
@@ -183,7 +248,7 @@ class Generator:
         chance = self._chance()
         if chance < 0.5:
             return body[: 8 * self._below(8)] if self._chance() < 0.4 else body, 0, 1, number
-        offset = 8 * (1 + self._below(4)) if chance < 0.9 else 8 * self._below(8192)
+        offset = 8 * (1 + self._below(8)) if chance < 0.9 else 8 * self._below(8192)
         return body[offset:] or body, offset, int(self._chance() < 0.3), number
 
     def _length_lie(self, right: int) -> int:
@@ -198,10 +263,11 @@ class Generator:
 
     def _body(self, protocol: int, source_port: int, destination_port: int) -> bytes:
         if protocol == w.TCP:
-            words = 5 if self._chance() < 0.9 else self._below(16)
+            chance = self._chance()
+            words = 5 if chance < 0.6 else 5 + self._below(11) if chance < 0.9 else self._below(16)
             body = struct.pack(
                 "!HHIIBBHHH", source_port, destination_port, 1, 1, words << 4, self._pick(FLAGS), 1024, 0, 0
-            ) + bytes(4 * self._below(12))  # fmt: skip
+            ) + bytes(max(words - 5, 0) * 4) + bytes(4 * self._below(12) if self._chance() < 0.6 else 0)  # fmt: skip
         elif protocol == w.UDP:
             size = self._below(40)
             length = 8 + size if self._chance() < 0.95 else self._below(0x10000)
@@ -222,9 +288,7 @@ class Generator:
         elif chance < 0.9:
             return self._error(version, from_pod=from_pod)
         else:
-            kind = (
-                self._below(256) if version == 4 or chance < 0.95 else self._pick((130, 131, 132, 133, 134, 135, 136))
-            )
+            kind = self._below(256)
         code = 0 if self._chance() < 0.95 else self._below(256)
         if self._chance() < 0.2:
             identifier = 0
@@ -240,27 +304,98 @@ class Generator:
             inner = inner[: self._below(80)]
         return struct.pack("!BBHI", kind, self._below(5), 0, 0) + inner
 
+    # --- messages of the link
+
+    def _discovery(self) -> bytes:
+        """Neighbour or listener discovery."""
+        is_listener = self._chance() < 0.25
+        kind = self._pick(LISTENER_KINDS if is_listener else DISCOVERY_KINDS)
+        code = 0 if self._chance() < 0.93 else self._below(256)
+        source, destination = self._pick(SPEAKERS), self._pick(HEARERS)
+        hops = 1 if is_listener else 255
+        if self._chance() < 0.1:
+            hops = self._pick((0, 1, 64, 254, 255))
+        rest = self._groups(kind) if is_listener else self._about(kind)
+        body, protocol = struct.pack("!BBH", kind, code, 0) + rest, w.ICMPV6
+        if is_listener and self._chance() < 0.8:
+            source = self._pick(LISTENERS)
+        if self._chance() < 0.06:
+            body = body[: self._below(len(body) + 1)] if self._chance() < 0.5 else body + bytes(self._below(16))
+        if is_listener and self._chance() < 0.7:
+            alert = (0x0502, 0) if self._chance() < 0.9 else (self._pick((0x0502, 0x0503)), self._below(2))
+            body = struct.pack("!BBHHH", w.ICMPV6, 0, *alert, 0x0100) + body
+            protocol = w.HOP_BY_HOP if self._chance() < 0.95 else w.OPTIONS
+        if self._chance() < 0.05:
+            body, protocol = struct.pack("!BBHI", protocol, 0, self._below(2), 7) + body, w.FRAGMENT  # atomic, or first
+        if self._chance() < 0.85:
+            return struct.pack("!IHBB", 6 << 28, len(body), protocol, hops) + source + destination + body
+        return self._ip6(source, destination, protocol, body, hops)
+
+    def _groups(self, kind: int) -> bytes:
+        """Listener discovery behind its checksum."""
+        if kind != 143:
+            return bytes(24 if self._chance() < (0.5 if kind == 130 else 0.1) else 20)
+        records = self._below(3)
+        return struct.pack("!HH", 0, records if self._chance() < 0.9 else self._below(4)) + bytes(20 * records)
+
+    def _about(self, kind: int) -> bytes:
+        """Neighbour discovery behind its checksum."""
+        target = b"" if kind == 133 else self._pick(SPEAKERS if self._chance() < 0.7 else HEARERS)
+        options = [self._option() for _ in range(self._pick((0, 0, 1, 1, 1, 2, 3, 3, 4)))]
+        return bytes(4) + target + b"".join(options)
+
+    def _option(self) -> bytes:
+        """Of neighbour discovery."""
+        chance = self._chance()
+        if chance < 0.6:
+            return bytes((self._pick((1, 2)), 1)) + MAC
+        if chance < 0.8:
+            return bytes((14, 1)) + b"random"
+        if chance < 0.88:
+            return bytes((self._pick((1, 2)), 1)) + OTHER_MAC
+        if chance < 0.94:
+            return bytes((self._pick((0, 3, 5, 13, 15, 25)), 1)) + MAC
+        return bytes((self._pick((1, 14)), self._pick((0, 2)))) + MAC
+
+    def _arp(self) -> bytes:
+        """A question or an answer."""
+        hardware, protocol, sizes = 1, w.IP4, (6, 4)
+        if self._chance() < 0.08:
+            hardware, protocol, sizes = self._pick(((6, w.IP4, (6, 4)), (1, w.IP6, (6, 4)), (1, w.IP4, (4, 6))))
+        mac = MAC if self._chance() < 0.9 else OTHER_MAC
+        packet = struct.pack("!HHBBH", hardware, protocol, *sizes, self._pick((1, 1, 2))) + mac
+        packet += self._pick(CLAIMED4) + TO_MAC + self._pick(CLAIMED4)
+        chance = self._chance()
+        if chance < 0.3:
+            packet += bytes(18)  # up to the shortest frame of Ethernet
+        elif chance < 0.4:
+            packet += bytes(self._below(60)) + bytes((self._below(2),))
+        return packet if self._chance() < 0.95 else packet[: self._below(len(packet))]
+
     # --- blind damage
 
     def _mangled(self, frame: bytes) -> bytes:
         data = bytearray(frame)
+        kept = 12 if self._has_link else 0
         chance = self._chance()
         if chance < 0.6:
             for _ in range(1 + self._below(3)):
-                data[12 + self._below(len(data) - 12)] ^= 1 << self._below(8)
+                data[kept + self._below(len(data) - kept)] ^= 1 << self._below(8)
         elif chance < 0.7:
-            data[12 + self._below(len(data) - 12)] = self._pick((0, 1, 4, 6, 17, 44, 58, 59, 60, 127, 128, 255))
+            data[kept + self._below(len(data) - kept)] = self._pick((0, 1, 4, 6, 17, 44, 58, 59, 60, 127, 128, 255))
         elif chance < 0.9:
             del data[14 + self._below(len(data) - 13) :]
         else:
-            start, size, target = self._below(len(data)), self._below(24), 12 + self._below(len(data) - 12)
+            start, size, target = self._below(len(data)), self._below(24), kept + self._below(len(data) - kept)
             data[target : target + size] = data[start : start + size]
         return bytes(data)
 
 
-def runnable(frame: bytes) -> bytes:
-    """The frame, behind a VLAN tag if the kernel would otherwise refuse to run a program on it."""
+def runnable(frame: bytes, *, has_link: bool = True) -> bytes:
+    """The frame, or if it is short what the kernel runs a program on: with a VLAN tag; without a link, with padding."""
     frame = frame.ljust(14, b"\0")
+    if not has_link:
+        return frame.ljust(SMALLEST.get(w.u16(frame, 12), 0), b"\0")
     while len(frame) < SMALLEST.get(w.u16(frame, 12), 0):
         frame = frame[:12] + b"\x81\x00\0\5" + frame[12:]
     return frame

@@ -1,165 +1,73 @@
 # SPDX-License-Identifier: Apache-2.0
 """The loaded program beside the reference: one fixed small world, episodes of frames through both, differences found.
 
-An episode is a list of steps from an empty connection table: frames, and changes of policy, time-outs and settings.  It is
-first run in bulk; every verdict, every event, every reason's and every rule's count must be what the reference says.  If
-something differs it is run again frame by frame, to find the first one that differs, and the episode is made as short as
-it can be.  Invariant: the same seed and number give the same episode.  Time plays no part: time-outs are either endless or
-over at once, and the short way's second is either endless or over at once.
+An episode is a list of steps from an empty connection table.  It is first run in bulk; every verdict, every event,
+every reason's and every rule's count, and every connection that is left in the end must be what the reference says.  If
+something differs it is run again frame by frame, to find the first one that differs, and the episode is made as short
+as it can be.  Invariant: time plays no part: time-outs are either endless or over at once, and the short way's second
+is either endless or over at once.
+
+What a test run (BPF_PROG_TEST_RUN) can set limits what is tried here.
+
+- The kernel reads a packet's protocol where an Ethernet header has its type, even if the interface has no link headers.
+  So a packet that begins with its network header needs a source address that contains the EtherType: see world.py.
+- No packet can have a checksum that a device has yet to write (CHECKSUM_PARTIAL).  tests/netns tries those with real
+  packets.
+- The program asks the kernel for routes and sockets, and those of the machine are not known.  So frames run in an empty
+  network namespace: no route leads to any address, and one socket listens.
 """
 
 from __future__ import annotations
 
 import ctypes
-import random
+import socket
 import struct
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
-from ipaddress import ip_address
-from typing import Union
+from dataclasses import dataclass, replace
+from ipaddress import ip_address, ip_network
+from typing import Any
 
+import episodes
 import wire as w
-from generate import BORROWED, FOE, FRIEND, NEAR, POD, Generator
-from machine import RULED, Endpoint, Machine, Outcome, Policy, Question, State, Stimulus, Way
+import world
+from endpoint import Way
+from episodes import Episode, Hairpin, Keep, Moves, Policies, Routes, Step, TimedOut
+from machine import RULED, Key, Machine, Outcome, State, Stimulus
+from own_netns import OwnNamespace
 from rig import ALLOW, DENY, ELSEWHERE, ENDPOINT, LO, POD_IDENTITY, PolicySet, Rig, Verdict
 
 from netpol_loader import abi, syscall
 from netpol_loader.dataplane import Dataplane, following
 from netpol_loader.hook import Hook
+from netpol_loader.seal import seal_endpoint
 
 SIZES = {
     "np_endpoint": 16, "np_addr4": 64, "np_addr6": 64, "np_cidr4": 64, "np_cidr6": 64, "np_peer_class": 256,
-    "np_l4_col": 256, "np_verdict": 1024, "np_rule": 16, "np_rule_count": 512, "np_conn4": 65536, "np_conn6": 65536,
+    "np_l4_col": 256, "np_verdict": 1024, "np_rule": 16, "np_rule_count": 512, "np_conn4": 16384, "np_conn6": 16384,
     "np_frag4": 65536, "np_frag6": 65536, "np_log_limit": 16,
     "np_event": 1 << 20,
 }  # fmt: skip
 """Tables with room for far more than an episode, so that nothing is evicted and no event lost."""
 
-EPISODE = 3000
 ENDLESS, OVER = 1 << 62, (1 << 64) - 1
 """Jiffies; the second is a negative time-out to the program."""
 IDENTITIES = {"friend": 101, "foe": 102, "near": 103}
-PEERS, L4S, SOURCES = 4, 7, 2
-"""Classes of the world's policy: the rest, friend, foe, near; the rest and six below; source port 7777 or not."""
-L4_CLASSES: dict[tuple[int, int], int] = {
-    (w.TCP, 80): 1, (w.TCP, 443): 1, (w.UDP, 53): 2, (w.UDP, 5000): 2, (w.SCTP, 9): 4,
-}  # fmt: skip
-ICMP_CLASSES = {(w.ICMP, 8, 0): 3, (w.ICMP, 3, 4): 6, (w.ICMPV6, 128, 0): 3, (w.ICMPV6, 2, 0): 6}
-OTHER_CLASSES = {47: 5}
-SOURCE_PORT = 7777
+WORKLOAD_IDENTITY = 104
+"""All workloads but the one under test have this identity, which no policy set has a class for."""
+SIBLING_ENDPOINT, OTHER_ENDPOINT, GONE_ENDPOINT = 8, 9, 10
+SIBLING_INTERFACE, OTHER_INTERFACE, BRIDGE = 9998, 9999, 9000
+"""None of them needs to exist."""
 
 TARGETS = {False: Hook.TC_INGRESS, True: Hook.TC_EGRESS}
 ENTERED = {"elsewhere": ELSEWHERE, "host": 0, "self": LO}
 
 
-# --- the world --------------------------------------------------------------------------------------------------------
-
-
-def allows(variant: int, way: Way, peer: int, l4: int, source: int) -> bool:
-    """The policy of a variant; 2 denies everything. An arbitrary pattern with much of both."""
-    if variant == 2 or source:
-        return False
-    if peer == 1:
-        return l4 != 2 or way is Way.EGRESS or variant == 1
-    return (peer * 3 + l4 * 5 + way.value + variant * 2) % 4 == 0
-
-
-def set_number(variant: int, way: Way) -> int:
-    """The number of the policy set of a variant and direction."""
-    return 1 + variant * 2 + way.value
-
-
-def policy(variant: int) -> Policy:
-    """The variant as the reference asks it."""
-
-    def decide(question: Question) -> tuple[bool, int]:
-        version = 4 if len(question.peer) == 4 else 6
-        peer = 0
-        if question.peer == FRIEND[version]:
-            peer = 1
-        elif question.peer == FOE[version]:
-            peer = 2
-        elif question.peer.startswith(NEAR[version][: 3 if version == 4 else 6]):
-            peer = 3
-        protocol = question.protocol
-        if protocol in (w.ICMP, w.ICMPV6):
-            l4 = ICMP_CLASSES.get((protocol, *question.icmp), 0)
-        elif protocol in w.L4_BYTES:
-            l4 = L4_CLASSES.get((protocol, question.destination_port), 0)
-        else:
-            l4 = OTHER_CLASSES.get(protocol, 0)
-        source = int(protocol in w.L4_BYTES and question.source_port == SOURCE_PORT)
-        index = (peer * L4S + l4) * SOURCES + source
-        return allows(variant, question.way, peer, l4, source), set_number(variant, question.way) * 64 + index
-
-    return decide
-
-
-def may_borrow(address: bytes) -> bool:
-    """Whether an address is in 10.20.0.0/16 or fd20::/32."""
-    version, size = (4, 2) if len(address) == 4 else (6, 4)
-    return address[:size] == BORROWED[version][:size]
-
-
-@dataclass(frozen=True)
-class Policies:
-    """A step: this variant is in force from here on."""
-
-    variant: int
-
-
-@dataclass(frozen=True)
-class TimedOut:
-    """A step: connections in these states are dead from here on, all others alive."""
-
-    states: frozenset[State]
-
-
-@dataclass(frozen=True)
-class Keep:
-    """A step: whether connections that policy no longer allows live on."""
-
-    on: bool
-
-
-Step = Union[Stimulus, Policies, TimedOut, Keep]
-
-
-@dataclass(frozen=True)
-class Episode:
-    """Steps from an empty table under the first variant. ``short_way``: its second never ends, else it is over."""
-
-    steps: tuple[Step, ...]
-    is_host: bool = False
-    short_way: bool = False
-
-
-def episode(seed: int, number: int, size: int = EPISODE) -> Episode:
-    """The episode of that number: of 8, one meets nothing but denial, two take the short way, one is at a host."""
-    chance = random.Random(f"{seed}/{number}/steps").random
-    generator = Generator(f"{seed}/{number}")
-    flavour = number % 8
-    steps: list[Step] = [Policies(2 if flavour == 0 else 0)]
-    for _ in range(size):
-        if flavour and chance() < 0.01:
-            kind = chance()
-            if kind < 0.5:
-                steps.append(Policies(int(chance() * 2)))
-            elif kind < 0.85:
-                steps.append(TimedOut(frozenset(state for state in State if chance() < 0.2)))
-            else:
-                steps.append(Keep(chance() < 0.5))
-        steps.append(generator.stimulus())
-    return Episode(tuple(steps), is_host=flavour == 7, short_way=flavour in (5, 6))
-
-
-def reference_endpoint(episode: Episode) -> Endpoint:
-    """The endpoint under test, as the reference knows it."""
-    return Endpoint(frozenset(POD.values()), policy(2), episode.is_host, may_borrow)
-
-
 # --- both sides -------------------------------------------------------------------------------------------------------
+
+
+Connections = dict[object, tuple[object, ...]]
+"""By whether it is young, and its key."""
 
 
 @dataclass
@@ -170,16 +78,46 @@ class Seen:
     events: list[tuple[object, ...]]
     reasons: Counter[str]
     rules: Counter[int]
+    connections: Connections | None = None
+    """The connections that are left in the end; None: nobody looked."""
 
 
-def expected(outcomes: Sequence[Outcome]) -> Seen:
-    """The same of the reference. Established packets are counted by rule alone."""
+def expected(outcomes: Sequence[Outcome], machine: Machine | None = None) -> Seen:
+    """What the reference says. Established packets are counted by rule alone. ``machine``: with its connections."""
     return Seen(
         [outcome.passed for outcome in outcomes],
         [outcome.event for outcome in outcomes if outcome.event is not None],
         Counter(outcome.reason for outcome in outcomes if outcome.reason != "established"),
         Counter(outcome.rule for outcome in outcomes if outcome.rule is not None),
+        None if machine is None else standing(machine),
     )
+
+
+def standing(machine: Machine) -> Connections:
+    """The connections of the reference."""
+    return {
+        (is_young, key): (
+            one.rule, one.way, one.state, one.fin, one.exempt, one.icmp, one.generation == machine.generation,
+        )
+        for is_young, table in ((False, machine.connections), (True, machine.young))
+        for key, one in table.items()
+    }  # fmt: skip
+
+
+def told_connection(
+    key: bytes, row: abi.np_conn, *, is_young: bool, generation: int
+) -> tuple[object, tuple[object, ...]]:
+    """A row of the program's table as the reference has it."""
+    version: Any = abi.np_conn4_key if len(key) == ctypes.sizeof(abi.np_conn4_key) else abi.np_conn6_key
+    names = version.from_buffer_copy(key)
+    tuple_: Key = bytes(names.local), bytes(names.remote), names.protocol, names.local_port, names.remote_port
+    fin = {
+        reply for flag, reply in ((abi.NP_CONN_FIN_ORIGINAL, False), (abi.NP_CONN_FIN_REPLY, True)) if row.flags & flag
+    }
+    return (is_young, tuple_), (
+        row.rule, Way(row.direction), State(row.state), fin, bool(row.flags & abi.NP_CONN_EXEMPT),
+        (row.icmp_type, row.icmp_code), row.generation == generation,
+    )  # fmt: skip
 
 
 @dataclass
@@ -191,12 +129,10 @@ class Difference:
     program: Seen
 
     def __str__(self) -> str:
-        head = f"{'host' if self.episode.is_host else 'workload'} interface"
-        head += ", short way" if self.episode.short_way else ""
-        lines = [f"the program and the reference differ about the last frame of ({head}):"]
+        lines = [f"the program and the reference differ about the last frame of ({self.episode.scene}):"]
         for step in self.episode.steps:
             if isinstance(step, Stimulus):
-                where = f"towards the workload, entered: {step.entered}" if step.out_of_host else "from the workload"
+                where = f"out of the host, entered: {step.entered}" if step.out_of_host else "into the host"
                 lines.append(f"  {step.frame.hex()}  {where}")
             else:
                 lines.append(f"  {step}")
@@ -205,6 +141,12 @@ class Difference:
                 f"  {name}: {'pass' if seen.verdicts == [True] else 'drop'} "
                 f"reasons {dict(seen.reasons)} rules {dict(seen.rules)} {seen.events}"
             )
+        reference, program = self.reference.connections or {}, self.program.connections or {}
+        lines += [
+            f"  connection {key}: reference {reference.get(key)} program {program.get(key)}"
+            for key in reference.keys() | program.keys()
+            if reference.get(key) != program.get(key)
+        ]
         return "\n".join(lines)
 
 
@@ -216,8 +158,14 @@ class Harness:
         self.rig.reset()
         self.dataplane = dataplane
         self._run = TestRuns(dataplane)
+        self._node = OwnNamespace()
+        with self._node:
+            self._server = socket.create_server(
+                ("::", world.LISTENING_PORT), family=socket.AF_INET6, dualstack_ipv6=True
+            )
         self._config = dataplane.config()
-        self._is_host = False
+        self._episode = Episode(())
+        self._routes = False
         self.packets, self.reasons = 0, Counter[str]()
         """Of all episodes that were checked."""
         self._words = {
@@ -228,48 +176,80 @@ class Harness:
         self._counts_before = self._counts()
 
     def close(self) -> None:
-        """Stop reading events."""
+        """Stop reading events; the node goes."""
         self.rig.reader.close()
+        self._server.close()
+        self._node.close()
 
     def _write_world(self) -> None:
         rig = self.rig
+        for address in world.OWN:
+            rig.address(_text(address), POD_IDENTITY, ENDPOINT)
+        for address in world.SIBLINGS:
+            rig.address(_text(address), WORKLOAD_IDENTITY, SIBLING_ENDPOINT)
+        for address in world.both(world.OTHER):
+            rig.address(_text(address), WORKLOAD_IDENTITY, OTHER_ENDPOINT)
+        for address in world.both(world.GONE) | {world.GONE_LINK}:
+            rig.address(_text(address), WORKLOAD_IDENTITY, GONE_ENDPOINT)
+        self._place(SIBLING_ENDPOINT, SIBLING_INTERFACE, link=BRIDGE)
+        self._place(OTHER_ENDPOINT, OTHER_INTERFACE, link=OTHER_INTERFACE)
         for version in (4, 6):
-            rig.address(_text(POD[version]), POD_IDENTITY, ENDPOINT)
-            rig.address(_text(FRIEND[version]), IDENTITIES["friend"])
-            rig.address(_text(FOE[version]), IDENTITIES["foe"])
-        rig.cidr("198.51.100.0/24", IDENTITIES["near"])
-        rig.cidr("2001:db8:1::/48", IDENTITIES["near"])
-        rig.source("10.20.0.0/16")
-        rig.source("fd20::/32")
+            rig.address(_text(world.FRIEND[version]), IDENTITIES["friend"])
+            rig.address(_text(world.FOE[version]), IDENTITIES["foe"])
+            rig.cidr(_prefix(world.NEAR[version], world.NEAR_BYTES[version]), IDENTITIES["near"])
+            rig.source(_prefix(world.BORROWED[version], world.BORROWED_BYTES[version]))
+            key = struct.pack("=I", world.RANGE_BYTES[version] * 8) + world.NODE_RANGE[version]
+            rig.map(f"np_local{version}_net").put(key, bytes(abi.np_local(flags=abi.NP_LOCAL_OWN)))
+        for is_bridged, interface in ((False, LO), (True, BRIDGE)):
+            rig.local(*map(_text, world.around(is_bridged=is_bridged).own_on_link), ifindex=interface)
+        rig.local(_text(world.BROADCAST), flags=abi.NP_LOCAL_MANY)
+        for address in world.both(world.OTHER_NODE):
+            rig.local(_text(address), flags=abi.NP_LOCAL_NODE)
+        for protocol, port in world.TUNNELS:
+            rig.map("np_tunnel").put(struct.pack("=HBx", port, protocol), struct.pack("=I", 1))
         slots = {
             w.TCP: abi.NP_SLOT_TCP, w.UDP: abi.NP_SLOT_UDP, w.SCTP: abi.NP_SLOT_SCTP, w.ICMP: abi.NP_SLOT_ICMP,
             w.ICMPV6: abi.NP_SLOT_ICMPV6,
         }  # fmt: skip
-        places = [(slots[protocol] * 256 + (port >> 8), port & 255, l4) for (protocol, port), l4 in L4_CLASSES.items()]
-        places += [(slots[protocol] * 256 + kind, code, l4) for (protocol, kind, code), l4 in ICMP_CLASSES.items()]
-        places += [(abi.NP_OTHER_BLOCK, protocol, l4) for protocol, l4 in OTHER_CLASSES.items()]
+        places = [
+            (slots[protocol] * 256 + (port >> 8), port & 255, l4)
+            for (protocol, port), l4 in episodes.L4_CLASSES.items()
+        ]
+        places += [
+            (slots[protocol] * 256 + kind, code, l4) for (protocol, kind, code), l4 in episodes.ICMP_CLASSES.items()
+        ]
+        places += [(abi.NP_OTHER_BLOCK, protocol, l4) for protocol, l4 in episodes.OTHER_CLASSES.items()]
         for block, index, l4 in places:
             rig.atom(block, index, l4)  # atoms are numbered as the classes
-        rig.atom(abi.NP_SLOT_SOURCE * 256 + (SOURCE_PORT >> 8), SOURCE_PORT & 255, 1)
+        rig.atom(abi.NP_SLOT_SOURCE * 256 + (episodes.SOURCE_PORT >> 8), episodes.SOURCE_PORT & 255, 1)
         for variant in range(3):
             for way in Way:
-                number = set_number(variant, way)
+                number = episodes.set_number(variant, way)
                 rig.policy(self._set(variant, way))
                 for peer, identity in enumerate(IDENTITIES.values(), 1):
                     rig.peer_class(number, identity, peer)
-                for l4 in range(1, L4S):
+                for l4 in range(1, episodes.L4S):
                     rig.l4_class(number, l4, l4)
                 rig.l4_class(number, 1, 1, source=True)
 
+    def _place(self, number: int, interface: int, *, link: int) -> None:
+        """Write the row of another workload. The program reads only its number and link."""
+        key = struct.pack("=I", interface)
+        row = seal_endpoint(abi.np_endpoint(number=number, ifindex=interface, link=link))
+        self.rig.map("np_endpoint").put(key, bytes(row))
+        self.rig.map("np_place").put(struct.pack("=I", number), key)
+
     @staticmethod
     def _set(variant: int, way: Way) -> PolicySet:
-        number = set_number(variant, way)
+        number = episodes.set_number(variant, way)
         verdicts = [
-            Verdict(ALLOW if allows(variant, way, peer, l4, source) else DENY,
-                    number * 64 + (peer * L4S + l4) * SOURCES + source)
-            for peer in range(PEERS) for l4 in range(L4S) for source in range(SOURCES)
+            Verdict(ALLOW if episodes.allows(variant, way, peer, l4, source) else DENY,
+                    number * 64 + (peer * episodes.L4S + l4) * episodes.SOURCES + source)
+            for peer in range(episodes.PEERS) for l4 in range(episodes.L4S) for source in range(episodes.SOURCES)
         ]  # fmt: skip
-        return PolicySet(number, verdicts, peer_classes=PEERS, l4_classes=L4S, source_classes=SOURCES)
+        return PolicySet(
+            number, verdicts, peer_classes=episodes.PEERS, l4_classes=episodes.L4S, source_classes=episodes.SOURCES
+        )
 
     # --- settings
 
@@ -277,75 +257,112 @@ class Harness:
         for name in ("np_conn4", "np_conn6", "np_young4", "np_young6", "np_frag4", "np_frag6"):
             one = self.rig.map(name)
             one.delete_many([key for key, _ in one.items()])
+        if episode.is_host:
+            self.rig.map("np_place").delete(struct.pack("=I", ENDPOINT))
         config = self._config
-        config.flags = abi.NP_CONFIG_ALLOW_EVENTS
+        config.flags = abi.NP_CONFIG_ALLOW_EVENTS | abi.NP_CONFIG_LOCAL_NETS
         config.jiffies_per_second = 0xFFFF_FFFF if episode.short_way else 0
         for state in range(abi.NP_CONN_STATES):
             config.timeout_jiffies[state] = ENDLESS
-        self._is_host = episode.is_host
+        self._episode, self._routes, self._variant = episode, False, 0
+        self._move(here=False)
 
-    def _apply(self, step: Policies | TimedOut | Keep, machine: Machine) -> None:
+    def _move(self, *, here: bool) -> None:
+        for address in world.MOVING:
+            identity, number = (POD_IDENTITY, ENDPOINT) if here else (WORKLOAD_IDENTITY, SIBLING_ENDPOINT)
+            self.rig.address(_text(address), identity, number)
+
+    def _write_endpoint(self) -> None:
+        one = self._episode
+        flags = abi.NP_ENDPOINT_SOURCES
+        flags |= abi.NP_ENDPOINT_HOST if one.is_host else 0
+        flags |= abi.NP_ENDPOINT_OUTSIDE if one.is_outside else 0
+        flags |= 0 if one.has_link else abi.NP_ENDPOINT_LAYER3
+        flags |= abi.NP_ENDPOINT_ROUTES if self._routes else 0
+        ingress, egress = self._set(self._variant, Way.INGRESS), self._set(self._variant, Way.EGRESS)
+        self.rig.endpoint(ingress, egress, flags=flags, link=BRIDGE if one.is_bridged else LO)
+
+    def _apply(self, step: Step) -> None:
         config = self._config
+        config.epoch = following(config.epoch)
         if isinstance(step, Policies):
-            flags = abi.NP_ENDPOINT_SOURCES | (abi.NP_ENDPOINT_HOST if self._is_host else 0)
-            self.rig.endpoint(self._set(step.variant, Way.INGRESS), self._set(step.variant, Way.EGRESS), flags=flags)
-            config.generation, config.epoch = following(config.generation), following(config.epoch)
-            machine.endpoint.policy = policy(step.variant)
-            machine.renew()
+            self._variant = step.variant
+            self._write_endpoint()
+            config.generation = following(config.generation)
         elif isinstance(step, TimedOut):
             for state in State:
                 config.timeout_jiffies[state.value] = OVER if state in step.states else ENDLESS
-            machine.timed_out = step.states
-        else:
-            flag = abi.NP_CONFIG_KEEP_REVOKED
-            config.flags = config.flags | flag if step.on else config.flags & ~flag
-            machine.keep_revoked = step.on
+        elif isinstance(step, Keep):
+            self._flag(abi.NP_CONFIG_KEEP_REVOKED, on=step.on)
+        elif isinstance(step, Hairpin):
+            self._flag(abi.NP_CONFIG_HAIRPIN, on=step.on)
+        elif isinstance(step, Moves):
+            self._move(here=step.here)
+        elif isinstance(step, Routes):
+            self._routes = step.on
+            self._write_endpoint()
         self.dataplane.set_config(config)
+
+    def _flag(self, flag: int, *, on: bool) -> None:
+        self._config.flags = self._config.flags | flag if on else self._config.flags & ~flag
 
     # --- running
 
     def check(self, episode: Episode) -> Difference | None:
         """Run an episode in bulk; when something differs, find the first frame that does."""
-        reference, program = self._in_bulk(self._start(episode), episode.steps)
-        self.packets += len(reference)
-        self.reasons.update(outcome.reason for outcome in reference)
-        if expected(reference) == program:
+        outcomes: list[Outcome] = []
+        reference, program = self._in_bulk(self._start(episode), episode.steps, outcomes, with_connections=True)
+        self.packets += len(outcomes)
+        self.reasons.update(outcome.reason for outcome in outcomes)
+        if reference == program:
             return None
-        difference = self.first_difference(episode)
+        difference = self.first_difference(episode) or self.first_difference(episode, with_connections=True)
         if difference is None:
             raise AssertionError("an episode went wrong once and not when it was run again")
         return difference
 
-    def _in_bulk(self, machine: Machine, steps: Sequence[Step]) -> tuple[list[Outcome], Seen]:
-        outcomes: list[Outcome] = []
+    def _in_bulk(
+        self, machine: Machine, steps: Sequence[Step], outcomes: list[Outcome], *, with_connections: bool
+    ) -> tuple[Seen, Seen]:
+        """What both see. ``outcomes`` gets the reference's, frame by frame."""
         verdicts: list[bool] = []
-        for step in steps:
-            if not isinstance(step, Stimulus):
-                self._apply(step, machine)
-                continue
-            outcome = machine.step(step)
-            if outcome is not None:
-                outcomes.append(outcome)
-                verdicts.append(self._run(step))
-        return outcomes, self._seen(verdicts)
+        before = len(outcomes)
+        with self._node:
+            for step in steps:
+                if not isinstance(step, Stimulus):
+                    self._apply(step)
+                    episodes.change(machine, step)
+                    continue
+                outcome = machine.step(step)
+                if outcome is not None:
+                    outcomes.append(outcome)
+                    verdicts.append(self._run(step))
+        seen = self._seen(verdicts)
+        if with_connections:
+            seen.connections = self._connections()
+        return expected(outcomes[before:], machine if with_connections else None), seen
 
-    def first_difference(self, episode: Episode, outcomes: list[Outcome] | None = None) -> Difference | None:
-        """Run an episode frame by frame up to the first difference; ``outcomes`` gets the reference's."""
+    def first_difference(
+        self, episode: Episode, outcomes: list[Outcome] | None = None, *, with_connections: bool = False
+    ) -> Difference | None:
+        """Run an episode frame by frame up to the first difference; ``outcomes`` gets the reference's.
+
+        ``with_connections``: those are looked at after every frame, which takes milliseconds.
+        """
         machine = self._start(episode)
+        all_outcomes = [] if outcomes is None else outcomes
         for index, step in enumerate(episode.steps):
-            reference, program = self._in_bulk(machine, [step])
-            if outcomes is not None:
-                outcomes += reference
-            if expected(reference) != program:
-                shorter = Episode(episode.steps[: index + 1], episode.is_host, episode.short_way)
-                return Difference(shorter, expected(reference), program)
+            reference, program = self._in_bulk(machine, [step], all_outcomes, with_connections=with_connections)
+            if reference != program:
+                return Difference(replace(episode, steps=episode.steps[: index + 1]), reference, program)
         return None
 
     def _start(self, episode: Episode) -> Machine:
         self._empty(episode)
-        machine = Machine(reference_endpoint(episode))
+        machine = Machine(episodes.reference_endpoint(episode))
         machine.shortened = {} if episode.short_way else None
-        self._apply(Policies(0), machine)
+        self._apply(Policies(0))
+        episodes.change(machine, Policies(0))
         return machine
 
     def _seen(self, verdicts: list[bool]) -> Seen:
@@ -357,6 +374,13 @@ class Harness:
             [told(event) for event in self.rig.events],
             Counter({abi.REASONS[n].slug: c for n, c in (self._counts_before[0] - before[0]).items()}),
             self._counts_before[1] - before[1],
+        )
+
+    def _connections(self) -> Connections:
+        return dict(
+            told_connection(key, row, is_young=name.startswith("np_young"), generation=self._config.generation)
+            for name in ("np_conn4", "np_conn6", "np_young4", "np_young6")
+            for key, row in self.rig.connections(name).items()
         )
 
     def _counts(self) -> tuple[Counter[int], Counter[int]]:
@@ -381,7 +405,7 @@ class Harness:
                 steps = best.episode.steps
                 stop = min(start + chunk, len(steps) - 1)
                 tries -= 1
-                smaller = self._still(best.episode, steps[:start] + steps[stop:])
+                smaller = self._still(best, steps[:start] + steps[stop:])
                 if smaller is not None:
                     best = smaller
                 else:
@@ -407,24 +431,25 @@ class Harness:
             tries -= 1
             steps = list(best.episode.steps)
             steps[index] = Stimulus(step.out_of_host, step.entered, frame)
-            best = self._still(best.episode, tuple(steps)) or best
+            best = self._still(best, tuple(steps)) or best
         return best, tries
 
-    def _still(self, episode: Episode, steps: tuple[Step, ...]) -> Difference | None:
+    def _still(self, found: Difference, steps: tuple[Step, ...]) -> Difference | None:
         """Whether the last frame of these steps is the first that differs."""
-        shorter = Episode(steps, episode.is_host, episode.short_way)
+        with_connections = found.program.connections is not None
+        shorter = replace(found.episode, steps=steps)
         machine = self._start(shorter)
-        outcomes, seen = self._in_bulk(machine, steps[:-1])
-        if expected(outcomes) != seen:
+        reference, program = self._in_bulk(machine, steps[:-1], [], with_connections=with_connections)
+        if reference != program:
             return None
-        reference, program = self._in_bulk(machine, steps[-1:])
-        return Difference(shorter, expected(reference), program) if expected(reference) != program else None
+        reference, program = self._in_bulk(machine, steps[-1:], [], with_connections=with_connections)
+        return Difference(shorter, reference, program) if reference != program else None
 
 
 def told(event: abi.np_event) -> tuple[object, ...]:
     """An event as the reference has it: of frames that were not understood only why and how long."""
     reason = abi.REASONS[event.reason].slug
-    if reason in UNPARSED:
+    if reason in UNPARSED or not event.ip_version:
         return reason, event.frame_bytes
     rule = event.rule if reason in RULED else 0
     version = event.ip_version
@@ -450,6 +475,10 @@ def _zeroed(frame: bytes, index: int) -> bytes:
 
 def _text(packed: bytes) -> str:
     return str(ip_address(packed))
+
+
+def _prefix(packed: bytes, size: int) -> str:
+    return str(ip_network((packed, size * 8), strict=False))
 
 
 class TestRuns:

@@ -1,27 +1,36 @@
 # SPDX-License-Identifier: Apache-2.0
 """The reference of everything after the parser: whose packet, fragments, connections, policy; what each packet becomes.
 
-One dictionary of open connections, one of young ones, one of first fragments, one function per step, so that it is right at a glance.  Written
-from docs/SEMANTICS.md 5.1 to 5.6 and docs/packet-parsing.md.  Invariant: `Machine.step` is the only thing that changes
-state.  Must not know of maps, hashes, time stamps or caches: which connections are timed out is said from outside.
+One dictionary of open connections, one of young ones, one of first fragments, one function per step, so that it is
+right at a glance.  Written from docs/SEMANTICS.md 5.1 to 5.6 and docs/packet-parsing.md.  Invariant: `Machine.step` is
+the only thing that changes state.  Must not know of maps, hashes, time stamps or caches: which connections are timed
+out is said from outside.
 """
 
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from wire import ACK, ANSWERS, FIN, ICMP, ICMPV6, RST, SYN, TCP, UDP, Facts, Kind, Place, icmp_kind, parse
-
-FE80, FE80_BITS = 0xFE80 >> 6, 6
-
-
-class Way(enum.Enum):
-    """The policy's direction."""
-
-    INGRESS = 0
-    EGRESS = 1
+import link_messages
+from endpoint import UNSPECIFIED4, Endpoint, Question, Way, is_for_many, is_link_local
+from wire import (
+    ACK,
+    ANSWERS,
+    ENCAPSULATION,
+    FIN,
+    ICMP,
+    ICMPV6,
+    RST,
+    SYN,
+    TCP,
+    UDP,
+    Facts,
+    Kind,
+    Place,
+    icmp_kind,
+    parse,
+)
 
 
 class State(enum.Enum):
@@ -45,34 +54,11 @@ NEW_FLOW = frozenset({"policy-allow", "host", "self"})
 
 
 @dataclass(frozen=True)
-class Question:
-    """What policy is asked about a flow's first packet, from the endpoint's side; ports in that packet's own order."""
-
-    way: Way
-    peer: bytes
-    protocol: int
-    source_port: int
-    destination_port: int
-    icmp: tuple[int, int]
-
-
-Policy = Callable[[Question], "tuple[bool, int]"]
-"""Whether the flow is allowed, and the number of the rule that says so."""
-
-
-@dataclass
-class Endpoint:
-    """The interface's endpoint. ``borrowed``: whether it may send from an address that is not its own."""
-
-    addresses: frozenset[bytes]
-    policy: Policy
-    is_host: bool = False
-    borrowed: Callable[[bytes], bool] = lambda _: False
-
-
-@dataclass(frozen=True)
 class Stimulus:
-    """A frame at one of the two hooks. ``entered``: where it entered the node, "host" when the node sent it itself."""
+    """A frame at one of the two hooks. ``entered``: where it entered the node, "host" when the node sent it itself.
+
+    Where the interface has no link headers, the frame begins with the network header.
+    """
 
     out_of_host: bool
     """At the TC egress hook: towards a workload."""
@@ -109,7 +95,13 @@ class Connection:
     icmp: tuple[int, int]
     exempt: bool
     fin: set[bool] = field(default_factory=set)
+    """Which sides have sent a FIN: the one that opened the connection (False), the other one (True)."""
     replied: bool = False
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether it seems over. Anybody who knows the tuple can have sent the RST or the FINs."""
+        return self.state in (State.TCP_CLOSING, State.TCP_RESET)
 
 
 @dataclass
@@ -134,8 +126,10 @@ class Machine:
         self.firsts: dict[tuple[object, ...], First] = {}
         self.generation = 1
         self.timed_out: frozenset[State] = frozenset()
-        """Connections in these states are dead."""
+        """Connections in these states are dead. A closed connection is dead when open ones are."""
         self.keep_revoked = False
+        self.hairpin = False
+        """Packets from outside may have the source of a workload of this node."""
         self.shortened: dict[tuple[object, ...], int] | None = None
         """Rules of packets that may take a short way, which need not notice changes at once; None: there is none."""
 
@@ -147,7 +141,7 @@ class Machine:
 
     def step(self, stimulus: Stimulus) -> Outcome | None:
         """What becomes of the next frame; None where the short way may know better than the tables: nothing changes."""
-        reason, facts = parse(stimulus.frame)
+        reason, facts = parse(stimulus.frame, has_link=self.endpoint.has_link)
         way = Way.INGRESS if stimulus.out_of_host is not self.endpoint.is_host else Way.EGRESS
         return _Passage(self, stimulus, facts, way).outcome(reason)
 
@@ -165,22 +159,20 @@ class _Passage:
         self.untracked = False
 
     def outcome(self, parsed: str) -> Outcome | None:
-        facts = self.facts
         if not parsed and self._may_be_shortened():
             return None
-        if parsed == "non-ip" and self.machine.endpoint.is_host:
+        endpoint, out_of_host = self.machine.endpoint, self.stimulus.out_of_host
+        if parsed == "arp":
+            reason = link_messages.arp(self.facts, endpoint, out_of_host=out_of_host)
+        elif parsed == "non-ip" and endpoint.is_host:
             reason = "host-non-ip"
-        elif parsed:
-            return Outcome(parsed, None, None if parsed == "arp" else (parsed, len(self.stimulus.frame)))
-        elif facts.is_neighbour:
-            reason = "neighbour"
         else:
-            reason = self._ip()
+            reason = parsed or self._before_connections() or self._ip()
         if reason == "established" and self.machine.shortened is not None and self._is_plain():
             self.machine.shortened[self._as_sent()] = self.rule
-        event = None
+        event: tuple[object, ...] | None = None
         if reason not in PASSES or reason in NEW_FLOW:
-            event = self._event(reason)
+            event = (reason, len(self.stimulus.frame)) if parsed else self._event(reason)
         return Outcome(reason, self.rule if reason in RULED else None, event)
 
     def _event(self, reason: str) -> tuple[object, ...]:
@@ -197,14 +189,32 @@ class _Passage:
             ends[0], ends[1], facts.icmp_type, facts.icmp_code,
         )  # fmt: skip
 
+    def _before_connections(self) -> str:
+        """The reason of a link message and of what nobody may send here; "": the packet goes on."""
+        machine, out_of_host = self.machine, self.stimulus.out_of_host
+        reason = link_messages.discovery(self.facts, machine.endpoint, out_of_host=out_of_host)
+        if not reason and link_messages.is_forged(self.facts, machine.endpoint, out_of_host=out_of_host):
+            reason = "link-forged"
+        if not reason and not out_of_host and self._is_foreign():
+            reason = "foreign-source"
+        return reason
+
     def _ip(self) -> str:
         facts, machine = self.facts, self.machine
         if facts.place is Place.LATER and not self._recall():
             return "fragment"
+        key = self._key()
+        if self._passes_at_once(key):
+            self.rule = machine.connections[key].rule
+            return "established"
         may_ask = self.way is Way.EGRESS and not machine.endpoint.is_host and facts.is_dhcp_request
         if self._is_spoofed():
-            return "dhcp" if may_ask and facts.source == bytes(4) else "spoofed"
-        key = self._key()
+            has_none = facts.source == UNSPECIFIED4 or is_link_local(facts.source)
+            return "dhcp" if may_ask and has_none else "spoofed"
+        if self._is_misdelivered():
+            return "misdelivered"
+        if self._is_tunnelled():
+            return "tunnel"
         if facts.kind is Kind.ERROR and facts.invoking is not None:
             return self._related()
         connection = self._find(key)
@@ -247,11 +257,9 @@ class _Passage:
         rule = remembered.get(self._as_sent())
         if rule is None:
             return False
-        one = self.machine.connections.get(self._key())
-        return not (
-            one is not None and self._is_alive(one) and one.replied and one.rule == rule
-            and one.generation == self.machine.generation
-        )  # fmt: skip
+        key = self._key()
+        agrees = self._passes_at_once(key) and self.machine.connections[key].rule == rule
+        return not agrees or bool(self._before_connections())
 
     # --- fragments
 
@@ -279,12 +287,40 @@ class _Passage:
 
     def _is_spoofed(self) -> bool:
         endpoint, source = self.machine.endpoint, self.facts.source
-        if self.way is Way.INGRESS or endpoint.is_host or source in endpoint.addresses:
-            return False
-        if self.facts.version == 6 and int.from_bytes(source[:2], "big") >> FE80_BITS == FE80:
+        if self.way is Way.INGRESS or endpoint.is_host or endpoint.may_send(source, self.facts.destination):
             return False
         self.untracked = endpoint.borrowed(source)
         return not self.untracked
+
+    def _is_misdelivered(self) -> bool:
+        """Whether a packet at a workload's interface is for somebody else, as the servers of its link.
+
+        A bridge floods what it does not know.
+        """
+        endpoint = self.machine.endpoint
+        if self.way is Way.EGRESS or endpoint.is_host or endpoint.routes:
+            return False
+        return self.facts.is_dhcp_request or not endpoint.may_receive(self.facts.destination)
+
+    def _is_tunnelled(self) -> bool:
+        """Whether a workload sends to a node what a tunnel device there would unpack."""
+        facts, endpoint = self.facts, self.machine.endpoint
+        if not link_messages.is_from_workload(endpoint, out_of_host=self.stimulus.out_of_host):
+            return False
+        if facts.protocol != UDP and facts.protocol not in ENCAPSULATION:
+            return False
+        port = facts.destination_port if facts.protocol == UDP else 0
+        if (facts.protocol, port) not in endpoint.node.tunnels:
+            return False
+        return is_for_many(facts.destination) or endpoint.node.reaches_nodes(facts.destination)
+
+    def _is_foreign(self) -> bool:
+        """Whether a packet from outside has a source of this node. Link-local addresses are those of many nodes."""
+        endpoint, source = self.machine.endpoint, self.facts.source
+        return (
+            endpoint.is_host and endpoint.is_outside and not self.machine.hairpin
+            and (source in endpoint.node.workloads or (endpoint.node.is_own(source) and not is_link_local(source)))
+        )  # fmt: skip
 
     # --- connections
 
@@ -306,7 +342,18 @@ class _Passage:
         return None
 
     def _is_alive(self, connection: Connection) -> bool:
-        return connection.state not in self.machine.timed_out
+        """A closed connection lives as long as an open one: it may not be over after all."""
+        state = State.TCP_OPEN if connection.is_closed else connection.state
+        return state not in self.machine.timed_out
+
+    def _passes_at_once(self, key: Key) -> bool:
+        """Whether a packet is in the middle of an open connection, so that nothing else is checked."""
+        facts = self.facts
+        one = self.machine.connections.get(key)
+        return (
+            one is not None and self._is_plain() and facts.protocol not in (ICMP, ICMPV6) and not one.is_closed
+            and self._is_alive(one) and one.generation == self.machine.generation
+        )  # fmt: skip
 
     def _covers(self, connection: Connection) -> bool:
         """Whether the connection speaks for the packet: an initial SYN is always decided, ICMP types must fit."""
@@ -366,6 +413,9 @@ class _Passage:
         if facts.tcp_flags & RST:
             connection.state = State.TCP_RESET
             return "established"
+        if self._revives(connection):
+            connection.state = State.TCP_OPEN
+            connection.fin.clear()
         if facts.tcp_flags & FIN:
             connection.fin.add(self.is_reply)
             if len(connection.fin) == 2:
@@ -378,6 +428,11 @@ class _Passage:
             if self.machine.shortened is not None:  # from now on, for packets of both directions
                 self.machine.shortened |= {self._as_sent(): self.rule, self._as_answered(): self.rule}
         return "established"
+
+    def _revives(self, connection: Connection) -> bool:
+        """Whether data shows that a connection which seemed closed goes on. One that never was open stays closed."""
+        goes_on = self.facts.payload_bytes > 0 and not self.facts.tcp_flags & (SYN | FIN | RST)
+        return connection.is_closed and connection.replied and goes_on
 
     def _new(self, key: Key) -> str:
         facts, endpoint = self.facts, self.machine.endpoint
@@ -397,15 +452,16 @@ class _Passage:
     def _opens(self, reason: str) -> bool:
         """Whether an allowed packet begins something.
 
-        No SYN with ACK, no RST, no ICMP but queries, nothing from borrowed addresses, no tail of a TCP connection that the node itself may
-        have had.
+        A SYN with ACK, an RST, ICMP other than queries, and packets from borrowed addresses open nothing.  Nor does a
+        packet from a listening process of the node in the middle of a TCP connection: the workload may have opened it.
         """
         facts = self.facts
         if self.untracked or facts.tcp_flags & RST or facts.tcp_flags & (SYN | ACK) == SYN | ACK:
             return False
         if facts.protocol in (ICMP, ICMPV6):
             return facts.kind is Kind.QUERY
-        return not (reason == "host" and facts.protocol == TCP and not facts.tcp_flags & SYN)
+        is_middle = facts.protocol == TCP and not facts.tcp_flags & SYN
+        return not (reason == "host" and is_middle and facts.source_port in self.machine.endpoint.node.listening)
 
 
 def _first_state(protocol: int) -> State:

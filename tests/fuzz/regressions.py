@@ -1,82 +1,37 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Packets about which the program and the reference once differed, or would if either forgot a rule of docs/packet-parsing.md.
+"""Packets about which the program and the reference once differed, or would if either forgot docs/packet-parsing.md.
 
 Each is a short episode and the reasons that its frames end with, so that neither side can change its mind unnoticed.
+Who may send what is in regressions_border.py.
 """
 
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable
-from dataclasses import dataclass
-from ipaddress import ip_address
 
 import packets as p
-from harness import Episode
-from machine import Stimulus
-
-POD4, POD6, FRIEND4, FRIEND6 = "10.0.0.7", "fd00::7", "10.0.0.9", "fd00::9"
-FOE4, FOE6 = "10.0.0.66", "fd00::66"
-"""Under the first variant: nobody may open anything to the pod at UDP 53, all else the friend may, and the pod to it."""
-
-
-@dataclass(frozen=True)
-class Regression:
-    """Frames, and why each passes or is dropped."""
-
-    name: str
-    frames: tuple[tuple[Callable[[bytes], Stimulus], bytes], ...]
-    reasons: tuple[str, ...]
-
-    def episode(self) -> Episode:
-        """As the harness runs it."""
-        return Episode(tuple(where(frame) for where, frame in self.frames))
-
-
-def out(frame: bytes) -> Stimulus:
-    """From the workload."""
-    return Stimulus(out_of_host=False, entered="elsewhere", frame=frame)
-
-
-def into(frame: bytes) -> Stimulus:
-    """Towards the workload, from elsewhere."""
-    return Stimulus(out_of_host=True, entered="elsewhere", frame=frame)
-
-
-def case(name: str, *steps: tuple[Callable[[bytes], Stimulus], bytes, str]) -> Regression:
-    """A regression from (where, frame, reason) in order."""
-    return Regression(name, tuple((where, frame) for where, frame, _ in steps), tuple(reason for *_, reason in steps))
-
-
-def says4(total: int | None, protocol: int, body: bytes, *, source: str = POD4, destination: str = FRIEND4,
-          **more: int) -> bytes:  # fmt: skip
-    """An IPv4 frame that states a total length of its own."""
-    packet = p.ip4(source, destination, protocol, body, total=total, **more)  # type: ignore[arg-type]  # ints only
-    return p.eth(packet, p.IP4)
-
-
-def says6(payload: int, protocol: int, body: bytes, *, source: str = POD6, destination: str = FRIEND6) -> bytes:
-    """An IPv6 frame that states a payload length of its own."""
-    packet = bytearray(p.ip6(source, destination, protocol, body))
-    struct.pack_into("!H", packet, 4, payload)
-    return p.eth(bytes(packet), p.IP6)
-
-
-def option8(following: int) -> bytes:
-    """The smallest destination options header."""
-    return p.extension(following, b"")
-
-
-def inner(source: str, destination: str, protocol: int, l4: bytes) -> bytes:
-    """A packet as an ICMP error carries it."""
-    return (p.ip4 if ip_address(source).version == 4 else p.ip6)(source, destination, protocol, l4)
-
+from case_frames import (
+    FOE4,
+    FOE6,
+    FRIEND4,
+    FRIEND6,
+    POD4,
+    POD6,
+    case,
+    inner,
+    into,
+    option8,
+    out,
+    says4,
+    says6,
+)  # fmt: skip
 
 UDP = p.udp(40000, 1000)
 TCP = p.tcp(40000, 1000, p.ACK)
 ERROR4 = p.icmp(3, 1, payload=inner(FRIEND4, POD4, p.UDP, p.udp(1000, 40000)))
 OPEN4 = (into, p.frame(FRIEND4, POD4, p.UDP, p.udp(1000, 40000)), "policy-allow")
 PING4 = (out, p.frame(POD4, FRIEND4, p.ICMP, p.icmp(8, 0, 0)), "policy-allow")
+OPTIONS = p.tcp(40000, 1000, p.ACK, bytes(16), words=8)
 HIDDEN = p.fragment6(60, option8(p.UDP) + UDP, more=True)
 
 REGRESSIONS = [
@@ -173,5 +128,31 @@ REGRESSIONS = [
         (out, p.frame(POD4, FRIEND4, p.ICMP, p.icmp(8, 0, 77)), "policy-allow"),
         (into, p.frame(FRIEND4, POD4, p.ICMP, p.icmp(14, 0, 77)), "policy-allow"),
         (into, p.frame(FRIEND4, POD4, p.ICMP, p.icmp(0, 0, 77)), "established"),
+    ),
+    # Headers that the receiver does not walk, and headers that it reads to their end.
+    case(
+        "ports behind a mobility header are none",
+        (into, p.frame(FRIEND6, POD6, 135, p.extension(p.UDP, p.udp(40000, 53))), "policy-allow"),
+    ),
+    case(
+        "an ICMP error about a packet with a mobility header",
+        (into, p.frame(FRIEND6, POD6, 135, p.extension(p.UDP, UDP)), "policy-allow"),
+        (
+            out,
+            p.frame(POD6, FRIEND6, p.ICMPV6, p.icmp(1, 4, payload=inner(FRIEND6, POD6, 135, p.extension(p.UDP, UDP)))),
+            "related",
+        ),
+    ),
+    case(
+        "a later IPv4 fragment over the TCP options of the first",
+        (out, says4(None, p.TCP, p.tcp(40000, 1000, p.ACK, bytes(24), words=10), more=True), "policy-allow"),
+        *[(out, says4(None, p.TCP, bytes(16), offset=offset), "fragment") for offset in (24, 32)],
+        (out, says4(None, p.TCP, bytes(16), offset=40), "established"),
+    ),
+    case(
+        "a later IPv6 fragment over the TCP options of the first",
+        (out, p.frame(POD6, FRIEND6, 44, p.fragment6(60, option8(p.TCP) + OPTIONS, more=True)), "policy-allow"),
+        (out, p.frame(POD6, FRIEND6, 44, p.fragment6(60, bytes(8), offset=32)), "fragment"),
+        (out, p.frame(POD6, FRIEND6, 44, p.fragment6(60, bytes(8), offset=40)), "established"),
     ),
 ]

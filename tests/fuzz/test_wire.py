@@ -4,9 +4,13 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
+from ipaddress import ip_address
 
 import packets as p
 import pytest
+import world
+from endpoint import Node, is_for_many, is_link_group, is_link_local, is_multicast
 from generate import Generator, runnable
 from wire import IP4, IP6, Facts, Kind, Place, parse, u16
 
@@ -28,7 +32,7 @@ def test_any_bytes_are_parsed() -> None:
 
 
 def test_padding_says_nothing() -> None:
-    """Bytes after a packet that states its length change neither reason nor facts, whatever they are."""
+    """Bytes after a packet that states its length change neither reason nor facts but their number."""
     chance = random.Random(4)
     compared = 0
     for frame in generated("padding"):
@@ -36,7 +40,8 @@ def test_padding_says_nothing() -> None:
         at = 14 + 4 * sum(u16(frame, at) in (0x8100, 0x88A8) for at in (12, 16) if len(frame) > at + 1)
         if reason or not u16(frame, at + (2 if facts.version == 4 else 4)):
             continue
-        assert parse(frame + chance.randbytes(60)) == (reason, facts), frame.hex()
+        longer = parse(frame + chance.randbytes(60))
+        assert longer == (reason, replace(facts, padding=facts.padding + 60)), frame.hex()
         compared += 1
     assert compared > FRAMES // 2
 
@@ -55,6 +60,12 @@ def test_frames_that_the_kernel_would_refuse_get_a_tag(kind: int) -> None:
     assert parse(frame)[0] == "short"
 
 
+BOUNDS = (
+    "fe7f:ffff::", "fe80::", "febf:ffff::", "fec0::", "ff02::1", "ff12::1", "ff22::1", "ff05::1", "ff00::", "::", "::1",
+    "223.255.255.255", "224.0.0.0", "239.255.255.255", "240.0.0.0", "255.255.255.255", "126.255.255.255", "127.0.0.0",
+    "127.255.255.255", "128.0.0.0",
+)  # fmt: skip
+MAC = bytes.fromhex("020000000001")
 TCP = p.tcp(1000, 80, p.SYN)
 UNDERSTOOD: list[tuple[str, bytes, dict[str, object]]] = [
     ("TCP", p.frame(POD4, PEER4, p.TCP, TCP), {"source_port": 1000, "destination_port": 80, "is_initial_syn": True}),
@@ -82,11 +93,46 @@ UNDERSTOOD: list[tuple[str, bytes, dict[str, object]]] = [
     ("another family's ICMP", p.frame(POD6, PEER6, p.ICMP, p.icmp(8, 0, 77)), {"kind": Kind.NONE, "source_port": 0}),
     ("an error about nothing", p.frame(POD4, PEER4, p.ICMP, p.icmp(3)), {"kind": Kind.ERROR, "invoking": None}),
     ("IPv4 in IPv6", p.frame(POD6, PEER6, 4, p.ip4(POD4, PEER4, p.TCP, TCP)), {"protocol": 4, "destination_port": 0}),
-    ("neighbour discovery", p.frame("fe80::1", "ff02::1", p.ICMPV6, p.icmp(135)), {"is_neighbour": True}),
+    (
+        "a mobility header is a protocol",
+        p.frame(POD6, PEER6, 135, p.extension(p.UDP, p.udp(5, 6))),
+        {"protocol": 135, "destination_port": 0},
+    ),
+    (
+        "a first fragment covers TCP's options",
+        p.eth(p.ip4(POD4, PEER4, p.TCP, p.tcp(5, 6, payload=bytes(24), words=10), more=True), p.IP4),
+        {"covered": 40, "payload_bytes": 4},
+    ),
+    (
+        "a first fragment covers SCTP's common header",
+        p.eth(p.ip4(POD4, PEER4, p.SCTP, p.sctp(5, 6), more=True), p.IP4),
+        {"covered": 12, "payload_bytes": 20},
+    ),
+    (
+        "a first fragment covers headers behind the fragment header",
+        p.frame(POD6, PEER6, 44, p.fragment6(60, p.extension(p.TCP, p.tcp(5, 6, words=6) + bytes(4)), more=True)),
+        {"covered": 32, "payload_bytes": 0},
+    ),
+    ("an acknowledgement brings no data", p.frame(POD4, PEER4, p.TCP, p.tcp(5, 6, p.ACK)), {"payload_bytes": 0}),
+    (
+        "padding is no data",
+        p.eth(p.ip4(POD4, PEER4, p.TCP, p.tcp(5, 6, p.ACK)) + bytes(6), p.IP4),
+        {"payload_bytes": 0},
+    ),
+    (
+        "a later fragment is all data",
+        p.eth(p.ip4(POD4, PEER4, p.TCP, bytes(16), offset=24), p.IP4),
+        {"payload_bytes": 16, "tcp_flags": 0, "covered": 0},
+    ),
+    (
+        "neighbour discovery",
+        p.eth(p.ip6("fe80::1", "ff02::1", p.ICMPV6, p.icmp(135, payload=b"target"), hops=255) + b"padding", p.IP6),
+        {"hop_limit": 255, "icmp_type": 135, "message": p.icmp(135, payload=b"target"), "hardware_source": MAC},
+    ),
     (
         "neighbour discovery in a fragment",
         p.frame("fe80::1", "ff02::1", 44, p.fragment6(p.ICMPV6, p.icmp(135), more=True)),
-        {"is_neighbour": False},
+        {"place": Place.FIRST, "icmp_type": 135},
     ),
 ]
 
@@ -111,4 +157,48 @@ def test_the_packet_that_an_error_is_about() -> None:
 
 def test_nothing_is_known_of_what_is_not_understood() -> None:
     """A frame that is no IP packet has no facts but its EtherType."""
-    assert parse(p.eth(bytes(46), 0x88CC)) == ("non-ip", Facts(ethertype=0x88CC))
+    assert parse(p.eth(bytes(46), 0x88CC)) == ("non-ip", Facts(ethertype=0x88CC, hardware_source=MAC))
+
+
+def test_a_frame_of_arp_is_kept_whole() -> None:
+    """Its fields are for those who judge it."""
+    assert parse(p.eth(b"fields", p.ARP, tags=(5,)))[1].message == b"fields"
+
+
+def test_packets_without_a_link_header() -> None:
+    """A packet is understood as behind an Ethernet header, if its source address names its protocol."""
+    source = str(ip_address(world.POD[6]))
+    packet = p.ip6(source, PEER6, p.UDP, p.udp(5, 6))
+    reason, facts = parse(packet, has_link=False)
+    assert (reason, facts) == (
+        parse(p.eth(packet, p.IP6))[0],
+        replace(parse(p.eth(packet, p.IP6))[1], hardware_source=b""),
+    )
+    assert parse(p.ip6("fd00::7", PEER6, p.UDP, p.udp(5, 6)), has_link=False)[0] == "non-ip"
+
+
+@pytest.mark.parametrize("has_link", [True, False])
+def test_generated_frames_are_mostly_understood(*, has_link: bool) -> None:
+    """With and without link headers the parser leaves most frames to the rules behind it."""
+    generator = Generator("understood", has_link=has_link)
+    understood = sum(parse(generator.stimulus().frame, has_link=has_link)[0] in ("", "arp") for _ in range(FRAMES))
+    assert understood > FRAMES // 2
+
+
+def test_what_addresses_say_by_themselves() -> None:
+    """Each side of each bound."""
+    packed = {text: ip_address(text).packed for text in BOUNDS}
+    assert [text for text in BOUNDS if is_link_local(packed[text])] == ["fe80::", "febf:ffff::"]
+    assert [text for text in BOUNDS if is_multicast(packed[text])] == [
+        "ff02::1",
+        "ff12::1",
+        "ff22::1",
+        "ff05::1",
+        "ff00::",
+        "224.0.0.0",
+        "239.255.255.255",
+    ]
+    assert [text for text in BOUNDS if is_link_group(packed[text])] == ["ff02::1", "ff12::1", "ff22::1"]
+    assert is_for_many(packed["255.255.255.255"])
+    assert not is_for_many(packed["240.0.0.0"])
+    assert [text for text in BOUNDS if Node().is_own(packed[text])] == ["127.0.0.0", "127.255.255.255"]

@@ -1,11 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The reference parser: from the bytes of an Ethernet frame to what policy and connections need of it.
+"""The reference parser: from the bytes of a frame to what policy and connections need of it.
 
-Written from the RFCs and docs/packet-parsing.md, not from the C program, and plain rather than fast.  Invariant: no byte
-beyond the packet's own stated length, or beyond the frame, ever counts.  Knows nothing of policy or connections.
+Written from the RFCs and docs/packet-parsing.md, not from the C program, and plain rather than fast.  Invariant: no
+byte beyond the packet's own stated length, or beyond the frame, ever counts.  This module must not know policy,
+connections or addresses.
 
-Sources: RFC 791, 792, 8200, 4302 (AH), 4443, 768, 9293, 9260, 1858 and 3128 (small and overlapping fragments), 7112 (a
-first fragment holds all headers), IEEE 802.1Q.
+Sources: RFC 791, 792, 826 (ARP), 8200, 4302 (AH), 4443, 768, 9293, 9260, 1858 and 3128 (small and overlapping
+fragments), 7112 (a first fragment holds all headers), IEEE 802.1Q.
+
+The parser walks the IPv6 extension headers that a Linux receiver walks (`ipv6_ext_hdr` in net/ipv6/exthdrs_core.c).
+The mobility header (135) is not one of them, although RFC 6275 calls it one: it ends the walk as a protocol.
 """
 
 from __future__ import annotations
@@ -14,14 +18,16 @@ import enum
 from dataclasses import dataclass
 
 IP4, ARP, VLAN, IP6, QINQ = 0x0800, 0x0806, 0x8100, 0x86DD, 0x88A8
-HOP_BY_HOP, ICMP, TCP, UDP, ROUTING, FRAGMENT, AH, ICMPV6, NO_NEXT, OPTIONS, SCTP, MOBILITY = (
-    0, 1, 6, 17, 43, 44, 51, 58, 59, 60, 132, 135,
+HOP_BY_HOP, ICMP, IPIP, TCP, UDP, IP6_IN_IP, ROUTING, FRAGMENT, GRE, AH, ICMPV6, NO_NEXT, OPTIONS, SCTP, MOBILITY = (
+    0, 1, 4, 6, 17, 41, 43, 44, 47, 51, 58, 59, 60, 132, 135,
 )  # fmt: skip
 FIN, SYN, RST, ACK = 1, 2, 4, 16
+ENCAPSULATION = frozenset({IPIP, IP6_IN_IP, GRE})
+"""Protocols that are a tunnel by themselves; UDP is one by its destination port."""
 
 TAGS = 2
 """VLAN tags that are skipped; a third one is no IP packet to us."""
-EXTENSIONS = frozenset({HOP_BY_HOP, ROUTING, FRAGMENT, AH, OPTIONS, MOBILITY})
+EXTENSIONS = frozenset({HOP_BY_HOP, ROUTING, FRAGMENT, AH, OPTIONS})
 EXTENSIONS_WALKED = 8
 HEADER_ROOM = 256
 """No header begins beyond this offset in the frame."""
@@ -33,7 +39,6 @@ ANSWERS = {4: {8: 0, 13: 14, 15: 16, 17: 18}, 6: {128: 129}}
 """ICMP queries and the type that answers each, by IP version."""
 ERRORS = {4: frozenset({3, 4, 5, 11, 12}), 6: frozenset({1, 2, 3, 4})}
 ALL_DHCP_SERVERS = bytes.fromhex("ff020000000000000000000000010002")
-NEIGHBOUR = frozenset({130, 131, 132, 133, 135, 136})
 
 
 class Place(enum.Enum):
@@ -68,9 +73,13 @@ class Facts:
     """
 
     ethertype: int = 0
+    hardware_source: bytes = b""
+    """The source address of the Ethernet header; empty when there is none."""
     version: int = 0
     source: bytes = b""
     destination: bytes = b""
+    hop_limit: int = 0
+    """Read from IPv6 only."""
     protocol: int = 0
     source_port: int = 0
     destination_port: int = 0
@@ -85,18 +94,19 @@ class Facts:
     """Of a later fragment, in bytes of the fragmented part."""
     covered: int = 0
     """Bytes of the fragmented part that a first fragment's headers take."""
+    message: bytes = b""
+    """All bytes from the transport header, or from the first field of ARP, to the packet's stated end."""
+    payload_bytes: int = 0
+    """Bytes behind the transport header, to the packet's stated end. A later fragment has nothing but payload."""
+    extensions: bytes = b""
+    """The IPv6 extension headers up to the transport header, and in front of them the number of the first header."""
+    padding: int = 0
+    """Bytes of the frame behind the packet's stated end."""
 
     @property
     def is_initial_syn(self) -> bool:
         """Opens a TCP connection."""
         return self.protocol == TCP and self.tcp_flags & (SYN | ACK) == SYN
-
-    @property
-    def is_neighbour(self) -> bool:
-        """IPv6 neighbour or listener discovery, which always passes; never in fragments (RFC 6980)."""
-        return (
-            self.version == 6 and self.protocol == ICMPV6 and self.place is Place.WHOLE and self.icmp_type in NEIGHBOUR
-        )
 
     @property
     def is_dhcp_request(self) -> bool:
@@ -117,15 +127,19 @@ def u16(data: bytes, at: int) -> int:
     return data[at] << 8 | data[at + 1]
 
 
-def parse(frame: bytes) -> tuple[str, Facts]:
-    """The reason that ends the packet's way in the parser, or "", and the facts as far as they are known then."""
+def parse(frame: bytes, *, has_link: bool = True) -> tuple[str, Facts]:
+    """The reason that ends the packet's way in the parser, or "", and the facts as far as they are known then.
+
+    ``has_link``: the frame begins with an Ethernet header. Else it begins with the network header, and the kernel says
+    which one that is; in a test run the kernel reads that where an Ethernet header has its type.
+    """
     facts = Facts()
     try:
-        at = _ethernet(frame, facts)
-        if facts.ethertype == IP4:
-            _ip4(frame, at, facts)
+        if has_link:
+            at = _ethernet(frame, facts)
         else:
-            _ip6(frame, at, facts)
+            at, facts.ethertype = 0, u16(frame, 12)
+        _network(frame, at, facts)
     except Stop as stop:
         return str(stop), facts
     return "", facts
@@ -142,12 +156,20 @@ def _ethernet(frame: bytes, facts: Facts) -> int:
             raise Stop("short")
         kind = u16(frame, at + 2)
         at += 4
-    facts.ethertype = kind
-    if kind == ARP:
-        raise Stop("arp")
-    if kind not in (IP4, IP6):
-        raise Stop("non-ip")
+    facts.ethertype, facts.hardware_source = kind, frame[6:12]
     return at
+
+
+def _network(frame: bytes, at: int, facts: Facts) -> None:
+    if facts.ethertype == IP4:
+        _ip4(frame, at, facts)
+    elif facts.ethertype == IP6:
+        _ip6(frame, at, facts)
+    elif facts.ethertype == ARP:
+        facts.message = frame[at:]
+        raise Stop("arp")
+    else:
+        raise Stop("non-ip")
 
 
 def _ip4(frame: bytes, at: int, facts: Facts) -> None:
@@ -168,8 +190,7 @@ def _ip4(frame: bytes, at: int, facts: Facts) -> None:
         facts.offset = (place & 0x1FFF) * 8
         facts.place = Place.LATER if facts.offset else Place.FIRST
         facts.identification = u16(frame, at + 4)
-    if facts.place is not Place.LATER:
-        facts.covered = _l4(frame, at + header, at + total, facts)
+    _transport(frame, at + header, at + total, facts)
 
 
 def _ip6(frame: bytes, at: int, facts: Facts) -> None:
@@ -182,8 +203,10 @@ def _ip6(frame: bytes, at: int, facts: Facts) -> None:
         raise Stop("bad-ip")
     facts.version = 6
     facts.source, facts.destination = frame[at + 8 : at + 24], frame[at + 24 : at + 40]
+    facts.hop_limit = frame[at + 7]
     end = at + 40 + payload
-    following, at = frame[at + 6], at + 40
+    start = at + 40
+    following, at = frame[at + 6], start
     fragmented_part = 0  # where it begins; 0: no fragment header so far
     for walked in range(EXTENSIONS_WALKED + 1):
         if following == NO_NEXT:
@@ -207,8 +230,8 @@ def _ip6(frame: bytes, at: int, facts: Facts) -> None:
         if at > HEADER_ROOM:
             raise Stop("short")
     facts.protocol = following
-    if facts.place is not Place.LATER:
-        facts.covered = at - fragmented_part + _l4(frame, at, end, facts)
+    facts.extensions = frame[start - 34 : start - 33] + frame[start:at]
+    _transport(frame, at, end, facts, before=at - fragmented_part)
 
 
 def _extension(frame: bytes, kind: int, at: int, end: int) -> tuple[int, int]:
@@ -234,8 +257,17 @@ def _fragment(frame: bytes, at: int, facts: Facts) -> None:
         facts.identification = int.from_bytes(frame[at + 4 : at + 8], "big")
 
 
+def _transport(frame: bytes, at: int, end: int, facts: Facts, *, before: int = 0) -> None:
+    """The transport header, or the payload of a later fragment. ``before``: fragmented bytes in front of it."""
+    size = 0 if facts.place is Place.LATER else _l4(frame, at, end, facts)
+    if facts.place is Place.FIRST:
+        facts.covered = before + size
+    facts.message, facts.padding = frame[at:end], len(frame) - end
+    facts.payload_bytes = end - at - size
+
+
 def _l4(frame: bytes, at: int, end: int, facts: Facts) -> int:
-    """Ports, flags, ICMP. Returns the size of the header as far as it was read."""
+    """Ports, flags, ICMP. Returns the size of the header; TCP's with its options, as the receiver reads them too."""
     protocol = facts.protocol
     if protocol == (ICMP if facts.version == 4 else ICMPV6):
         if at + ICMP_BYTES > end:
@@ -249,6 +281,7 @@ def _l4(frame: bytes, at: int, end: int, facts: Facts) -> int:
         stated = (frame[at + 12] >> 4) * 4
         if stated < size or at + stated > end:
             raise Stop("bad-l4")
+        size = stated
         facts.tcp_flags = frame[at + 13]
     if size:
         facts.source_port, facts.destination_port = u16(frame, at), u16(frame, at + 2)

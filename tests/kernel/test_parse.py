@@ -156,7 +156,7 @@ LINK = [
     ("with bytes that are no option", discovery(135, POD6, GROUP, NODE_LINK, b"secret"), "policy-deny"),
     ("from nowhere with a hardware address", discovery(133, "::", "ff02::2", None, mac_option(1)), "spoofed"),
     ("from another's address", discovery(135, PEER6, GROUP, NODE_LINK), "spoofed"),
-    ("from the node's link-local address", discovery(136, NODE_LINK, "ff02::1", NODE_LINK), "policy-deny"),
+    ("from the node's link-local address", discovery(136, NODE_LINK, "ff02::1", NODE_LINK), "link-forged"),
     ("for another", discovery(136, POD6, "ff02::1", PEER6, mac_option(2)), "link-forged"),
     ("for the node", discovery(136, POD6, "ff02::1", NODE_LINK, mac_option(2)), "link-forged"),
     ("claims another's address", discovery(135, "::", GROUP, PEER6), "link-forged"),

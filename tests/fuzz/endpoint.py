@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The reference for addresses: the scope of an address, and what the node and an endpoint know about it.
+
+Sources: RFC 4291 (IPv6 scopes), RFC 1112 and 919 (IPv4 multicast and broadcast), RFC 1122 (loopback), and
+docs/packet-parsing.md.  An address is 4 or 16 bytes in network order.  This module must not know packets.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+UNSPECIFIED4, UNSPECIFIED6 = bytes(4), bytes(16)
+BROADCAST4 = b"\xff" * 4
+LINK_SCOPE = 2
+
+
+class Way(enum.Enum):
+    """The policy's direction."""
+
+    INGRESS = 0
+    EGRESS = 1
+
+
+@dataclass(frozen=True)
+class Question:
+    """What policy is asked about a flow's first packet, from the endpoint's side; ports in that packet's own order."""
+
+    way: Way
+    peer: bytes
+    protocol: int
+    source_port: int
+    destination_port: int
+    icmp: tuple[int, int]
+
+
+Policy = Callable[[Question], "tuple[bool, int]"]
+"""Whether the flow is allowed, and the number of the rule that says so."""
+
+
+def is_link_local(address: bytes) -> bool:
+    """Whether the address is in fe80::/10. 169.254.0.0/16 is an ordinary prefix here."""
+    return len(address) == 16 and address[0] == 0xFE and address[1] & 0xC0 == 0x80
+
+
+def is_multicast(address: bytes) -> bool:
+    """Whether the address is in ff00::/8 or 224.0.0.0/4."""
+    return address[0] == 0xFF if len(address) == 16 else address[0] >> 4 == 0xE
+
+
+def is_for_many(address: bytes) -> bool:
+    """Whether the address is multicast or 255.255.255.255: no table is needed to see that many may receive it."""
+    return is_multicast(address) or address == BROADCAST4
+
+
+def is_link_group(address: bytes) -> bool:
+    """Whether an address is IPv6 multicast of link-local scope. Its flags (high half of byte 2) do not matter."""
+    return len(address) == 16 and address[0] == 0xFF and address[1] & 0xF == LINK_SCOPE
+
+
+@dataclass(frozen=True)
+class Node:
+    """What the node knows, from the view of the interface under test."""
+
+    own: frozenset[bytes] = frozenset()
+    """The node has these addresses, on whichever interface."""
+    own_on_link: frozenset[bytes] = frozenset()
+    """The node has these of its addresses on the interface's link: at the interface, or at its bridge."""
+    own_prefixes: tuple[bytes, ...] = ()
+    """Every address that begins with one of these bytes is the node's too."""
+    broadcasts: frozenset[bytes] = frozenset()
+    other_nodes: frozenset[bytes] = frozenset()
+    workloads: frozenset[bytes] = frozenset()
+    """Other workloads of this node have these addresses. One that moves may be the endpoint's at the same time."""
+    workloads_on_link: frozenset[bytes] = frozenset()
+    """Those of ``workloads`` that are at the interface's own bridge."""
+    is_bridged: bool = False
+    """The interface is at a bridge, so others than the node may receive what the workload sends."""
+    tunnels: frozenset[tuple[int, int]] = frozenset()
+    """Nodes accept these encapsulations from anyone: (protocol, destination port of UDP or else 0)."""
+    listening: frozenset[int] = frozenset()
+    """A process of the node listens on these TCP ports, on all addresses."""
+
+    def is_own(self, address: bytes) -> bool:
+        """Whether the node has the address. It has all of 127.0.0.0/8."""
+        if len(address) == 4 and address[0] == 127:
+            return True
+        return address in self.own or address.startswith(self.own_prefixes)
+
+    def reaches_nodes(self, address: bytes) -> bool:
+        """Whether this node or another one receives what is sent to the address."""
+        return self.is_own(address) or address in self.broadcasts | self.other_nodes
+
+
+@dataclass
+class Endpoint:
+    """The interface's endpoint, and the flags of its row."""
+
+    addresses: frozenset[bytes]
+    policy: Policy
+    is_host: bool = False
+    borrowed: Callable[[bytes], bool] = lambda _: False
+    """Whether the endpoint may send from an address that it does not own."""
+    node: Node = field(default_factory=Node)
+    routes: bool = False
+    """The workload is a router: it speaks for others and receives what is for others."""
+    has_link: bool = True
+    """Packets begin with an Ethernet header."""
+    is_outside: bool = False
+    """No workload of this node is behind this host interface."""
+
+    def may_claim(self, address: bytes) -> bool:
+        """Whether the workload may say on its link that it has the address.
+
+        It may when it owns or may borrow the address, or when the address is link-local and no one else is known to
+        have it.
+        """
+        if address in self.addresses or self.borrowed(address):
+            return True
+        return is_link_local(address) and not self.node.is_own(address) and address not in self.node.workloads
+
+    def may_send(self, address: bytes, to: bytes) -> bool:
+        """Whether the workload may send from the address without borrowing it.
+
+        A link-local source is free where only the node receives it: workloads identify their peers by address.
+        """
+        if address in self.addresses:
+            return True
+        return is_link_local(address) and (not self.node.is_bridged or to in self.node.own_on_link)
+
+    def is_on_link(self, address: bytes) -> bool:
+        """Whether an IPv6 address is on the interface's link. No route leads anywhere, so no other address is."""
+        known = self.addresses | self.node.own_on_link | self.node.workloads_on_link
+        return is_link_local(address) or address in known
+
+    def may_receive(self, address: bytes) -> bool:
+        """Whether a packet to the address may be for the workload. A link-local address may be anybody's."""
+        if address in self.addresses or self.borrowed(address) or is_link_local(address):
+            return True
+        return is_for_many(address) or address in self.node.broadcasts
