@@ -72,7 +72,7 @@ GUARDS = (
         "link-code",
         "and the code 0",
         "bpf/np_link.h",
-        ("    if (packet->icmp_code)\n        return NP_REASON_NONE;\n", ""),
+        ("if (packet->icmp_code || packet->fragment", "if (packet->fragment"),
         (f"{LINKS}test_one_condition_is_enough_for_policy_to_decide",),
     ),
     Guard(
@@ -100,7 +100,7 @@ GUARDS = (
         "link-claim",
         "or claims one of the sender's own",
         "bpf/np_link.h",
-        ("            if (!np_may_claim(flow, target, 6))\n", "            if (0)\n"),
+        ("packet->icmp_type == NP_NEIGHBOUR_ADVERTISEMENT && !np_may_claim(flow, target, 6)", "0"),
         (f"{LINKS}test_nobody_speaks_for_another", f"{LINKS}test_gateway_of_another_pod_is_not_taken_over[6]"),
     ),
     Guard(
