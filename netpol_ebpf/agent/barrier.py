@@ -25,6 +25,8 @@ RETRY_S = 5.0
 """How often to try again what the kernel refused; arbitrary."""
 TOLD_S = 60.0
 """How long a dropped packet of an interface that bears the program is a problem; arbitrary."""
+ASKED_A_LOOK = 5
+"""Interfaces whose other programs are looked for at a time: it takes some milliseconds for each; arbitrary."""
 MARK_BITS = 32
 SIGNS = 3
 LONGEST_NAME = 15
@@ -94,11 +96,12 @@ class MarksWriter(Protocol):
 
 @dataclass(slots=True)
 class _Rise:
-    """Dropped packets of an interface that bears the program. ``since_s``: when the last ones were seen."""
+    """Dropped packets of an interface that bears the program. ``since_s``: when the last ones were seen; ``asked_s``: others."""
 
     packets: int
     since_s: float
     others: tuple[str, ...] = ()
+    asked_s: float = -1.0
 
 
 @dataclass(slots=True)
@@ -244,12 +247,14 @@ class Barrier:
         self._counted = {name: (number, counted.get(name, 0)) for name, number in self._numbers.items()}
 
     def _note_rise(self, name: str, number: int, packets: int, now_s: float) -> None:
-        if name in self._risen:
-            self._risen[name].packets += packets
-            self._risen[name].since_s = now_s
-            return
-        log.warning("interface %s: packets that bear no sign of its program were dropped", name)
-        self._risen[name] = _Rise(packets, now_s, tuple(self.others(number)))
+        if name not in self._risen:
+            log.warning("interface %s: packets that bear no sign of its program were dropped", name)
+            self._risen[name] = _Rise(0, now_s)
+        rise = self._risen[name]
+        rise.packets += packets
+        rise.since_s = now_s
+        if sum(one.asked_s == now_s for one in self._risen.values()) < ASKED_A_LOOK:
+            rise.others, rise.asked_s = tuple(self.others(number)), now_s
 
     # --- what is to be told -----------------------------------------------------------------------------------------
 

@@ -49,6 +49,9 @@ OWNERS = frozenset({"np_endpoint", "np_host"})
 """Maps whose rows refer to ranges in others."""
 FILL_ROWS = 8192
 """Rows encoded before they are written, when whole tables are; arbitrary: some MB."""
+SHARED, OWN_ROWS = "np_endpoint", 64
+"""The map that has rows of the node's own interfaces as well (`netpol_ebpf.apply.surroundings`), and how many there may be at
+most before every change counts them; arbitrary."""
 REMEMBERED = frozenset({"np_endpoint", "np_addr4", "np_addr6"})
 """Maps of which the program remembers rows for an epoch."""
 
@@ -455,7 +458,7 @@ class Applier:
                 if last >= one.max_entries:
                     message = f"map {name} has {one.max_entries} rows; the change needs {last + 1}"
                     raise MapFullError(message, map_name=name)
-            elif self._counts[name] + len(wanted) > one.max_entries:
+            elif self._counts[name] + len(wanted) + (OWN_ROWS if name == SHARED else 0) > one.max_entries:
                 present = {key for key, _ in one.items()}  # exact, and only where it is getting tight
                 need = len(present | wanted.keys())
                 if need > one.max_entries:

@@ -26,7 +26,7 @@ pytestmark = pytest.mark.netns
 
 SIZES = {
     "np_addr4": 12, "np_addr6": 10, "np_cidr4": 4, "np_cidr6": 4, "np_peer_class": 20, "np_l4_col": 5, "np_verdict": 150,
-    "np_rule": 110, "np_endpoint": 3, "np_source4": 2, "np_source6": 2,
+    "np_rule": 110, "np_endpoint": 4, "np_source4": 2, "np_source6": 2,
     "np_conn4": 32, "np_conn6": 32, "np_frag4": 16, "np_frag6": 16,
 }  # fmt: skip
 
@@ -172,7 +172,7 @@ def test_one_endpoint_too_many(scene: Scene) -> None:
     scene.write("late.yaml", POD.format(name="late", node=NODE, last=9))
     state = scene.await_status(lambda state: not state["in_force"], "the endpoint is refused")
     (problem,) = state["problems"]
-    assert "np_endpoint has room for 3 rows; the change needs 4" in problem["message"]
+    assert "np_endpoint has room for 4 rows; the change needs 5" in problem["message"]
     closed = problem["object"]
     assert {one["endpoint"] for one in state["endpoints"] if one["state"] != "enforced"} == {closed}
     cluster = (scene.manifests / "cluster.yaml").read_text()

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import pytest
 from memory_barrier import MemoryMarks, MemoryTables
 
-from netpol_ebpf.agent.barrier import RETRY_S, TOLD_S, Barrier, BarrierSettings, parse_barrier
+from netpol_ebpf.agent.barrier import ASKED_A_LOOK, RETRY_S, TOLD_S, Barrier, BarrierSettings, parse_barrier
 from netpol_ebpf.agent.wiring import Link, Wiring
 from netpol_ebpf.errors import UsageError
 from netpol_loader.barrier import Layout, Marks
@@ -181,6 +181,20 @@ def test_unsigned_packets_of_an_interface_are_told_for_a_while(bench: Bench) -> 
     bench.now_s += TOLD_S
     barrier.look()
     assert barrier.problems == []
+
+
+def test_many_interfaces_are_told_and_few_are_asked_about(bench: Bench) -> None:
+    """All are problems; programs of others are looked for at some of them, since that takes time."""
+    links = {number: Link(number, f"cali{number}") for number in range(10, 30)}
+    barrier = bench.barrier()
+    asked: list[int] = []
+    barrier.others = lambda number: asked.append(number) or []  # type: ignore[func-returns-value]
+    barrier.settle(Wiring(links=links), set(links), set(links))
+    barrier.look()
+    bench.tables.by_interface = {link.name: 1 for link in links.values()}
+    barrier.look()
+    assert len(barrier.problems) == len(links)
+    assert len(asked) == ASKED_A_LOOK
 
 
 def test_what_a_new_interface_sent_before_its_program_is_no_problem(bench: Bench) -> None:
