@@ -34,7 +34,8 @@
 #define NP_PAD_NOTHING 0x0100
 #define NP_MLD_BYTES 24 // of a message of the first version
 #define NP_MLD2_QUERY 28 // of a query of the second that names no sources
-#define NP_MLD2_RECORD 20 // of a report
+#define NP_MLD2_RECORD 20 // of a report, that names no sources
+#define NP_MLD2_RECORDS 32 // of a report; one with more is policy's. Hosts join some five groups
 #define NP_ARP_PADDING 18 // to the shortest frame that Ethernet has
 
 #define NP_FAMILY_IP6 10
@@ -60,6 +61,14 @@ struct np_link_alert {
     __be16 options_be; // type and length of the alert
     __u16 value;
     __be16 pad_be;
+};
+
+// The beginning of a record of a listener report.
+struct np_link_record {
+    __u8 type;
+    __u8 auxiliary;
+    __be16 sources_be;
+    __u8 group[4];
 };
 
 struct np_link_option {
@@ -206,6 +215,22 @@ NP_INLINE int np_link_spoken(struct __sk_buff *skb, struct np_flow *flow)
     return np_link_options_fit(skb, flow, offset) ? NP_REASON_NEIGHBOUR : NP_REASON_NONE;
 }
 
+// Whether a report's records name groups, no sources and nothing else.
+NP_INLINE int np_are_records_plain(struct __sk_buff *skb, __u32 offset, __u32 count)
+{
+#pragma clang loop unroll(disable)
+    for (__u32 at = 0; at < NP_MLD2_RECORDS; at++) {
+        struct np_link_record record;
+        if (at == count)
+            return 1;
+        if (bpf_skb_load_bytes(skb, offset, &record, sizeof(record)) || record.auxiliary || record.sources_be ||
+            record.group[0] != 0xff)
+            return 0;
+        offset += NP_MLD2_RECORD;
+    }
+    return count == NP_MLD2_RECORDS;
+}
+
 // Whether a workload's listener message is no longer than it must be, behind a router alert or nothing (RFC 2711).
 NP_INLINE int np_is_listener_whole(struct __sk_buff *skb, const struct np_flow *flow)
 {
@@ -224,8 +249,11 @@ NP_INLINE int np_is_listener_whole(struct __sk_buff *skb, const struct np_flow *
     }
     if (!np_is_alone(flow) || bpf_skb_load_bytes(skb, packet->l4_offset, &message, sizeof(message)))
         return 0;
-    if (packet->icmp_type == NP_MLD2_REPORT) // records that name no sources
-        return length == sizeof(message) + np_host16(message.sequence_be) * NP_MLD2_RECORD;
+    if (packet->icmp_type == NP_MLD2_REPORT) {
+        __u32 count = np_host16(message.sequence_be);
+        return length == sizeof(message) + count * NP_MLD2_RECORD &&
+               np_are_records_plain(skb, packet->l4_offset + sizeof(message), count);
+    }
     return length == NP_MLD_BYTES || (packet->icmp_type == NP_MLD_QUERY && length == NP_MLD2_QUERY);
 }
 

@@ -25,7 +25,7 @@ NOT_ROUTED, NEVER_ROUTED = 255, 1
 """Hop limits: no router has forwarded the packet; no router will forward it."""
 FIXED_BYTES, ADDRESS_BYTES, OPTION_BYTES = 8, 16, 8
 SOURCE_ADDRESS, TARGET_ADDRESS, NONCE = 1, 2, 14
-MOST_OPTIONS = 3
+MOST_OPTIONS, MOST_RECORDS = 3, 32
 DHCP_SERVER = {4: (67, 68), 6: (547, 546)}
 """Source and destination port of what a server sends, by IP version."""
 
@@ -102,7 +102,10 @@ def _is_bare_listener_message(facts: Facts) -> bool:
         return False
     size = len(facts.message)
     if facts.icmp_type == LISTENER_REPORT2:
-        return size == FIXED_BYTES + u16(facts.message, 6) * RECORD_BYTES
+        count, records = u16(facts.message, 6), facts.message[FIXED_BYTES:]
+        starts = range(0, len(records), RECORD_BYTES)
+        plain = all(records[at + 1 : at + 4] == bytes(3) and records[at + 4 : at + 5] == b"\xff" for at in starts)
+        return len(records) == count * RECORD_BYTES and count <= MOST_RECORDS and plain
     return size == REPORT_BYTES or (facts.icmp_type == LISTENER_QUERY and size == QUERY2_BYTES)
 
 
