@@ -65,7 +65,7 @@ NP_INLINE void np_recent_store(const struct np_flow *flow, const __u32 *source, 
     __u32 ports_be;
     __builtin_memcpy(&ports_be, &ports, sizeof(ports_be));
     struct np_recent_fact *fact = np_recent_slot(source, destination, ports_be, hook, version);
-    if (!fact || flow->leg->endpoint_flags & NP_ENDPOINT_LAYER3) // the short way reads Ethernet
+    if (!fact || flow->leg->endpoint_flags & NP_ENDPOINT_LAYER3) // the fast path reads Ethernet
         return;
     const int words = version == 4 ? 1 : 4;
     __u32 *address = (__u32 *)fact - 2 * words;

@@ -103,7 +103,7 @@ class _Rule:
 
 @dataclass(frozen=True, slots=True)
 class _Content:
-    """What one table is to hold. ``rules``: by chain, with the chain."""
+    """What one table must hold. ``rules``: by chain, with the chain."""
 
     rules: Mapping[str, tuple[Chain, tuple[_Rule, ...]]]
     sets: Mapping[str, frozenset[bytes]]
@@ -368,7 +368,7 @@ def _is_possible(channel: Nftables, family: int, flags: int) -> bool:
 
 
 def _content(layout: Layout, family: int) -> _Content | None:
-    """What a table is to hold; None: there is to be none."""
+    """What a table must hold; None: the table must not exist."""
     marks, patterns = layout.marks, layout.patterns
     rules: dict[str, tuple[Chain, tuple[_Rule, ...]]] = {}
     sets: dict[str, frozenset[bytes]] = {}

@@ -206,7 +206,7 @@ def run(arguments: argparse.Namespace) -> int:
         workload_to_host=Action(WORKLOAD_TO_HOST[arguments.workload_to_host]),
         mark_shift=mark_shift,
         tunnels=frozenset(map(parse_tunnel, arguments.tunnel)),
-        routers=tuple(arguments.router),
+        routers=tuple(map(parse_router, arguments.router)),
         hairpin=arguments.hairpin,
         barrier=parse_barrier(arguments.barrier, arguments.barrier_interfaces, arguments.barrier_marks, mark_shift),
     )
@@ -370,6 +370,14 @@ def parse_tunnel(text: str) -> tuple[int, int]:
         return TUNNEL_PROTOCOLS[name], 0
     others = ", ".join(one for one in TUNNEL_PROTOCOLS if one != "udp")
     raise UsageError(f"--tunnel {text}: expected udp:PORT, or one of {others}")
+
+
+def parse_router(text: str) -> str:
+    """A pattern of ``NAMESPACE/NAME``. Raises UsageError: any other pattern would match no workload."""
+    namespace, slash, name = text.partition("/")
+    if not (namespace and slash and name) or "/" in name:
+        raise UsageError(f"--router {text}: expected NAMESPACE/NAME, such as network/router or network/*")
+    return text
 
 
 def parse_group(name: str | None) -> int | None:

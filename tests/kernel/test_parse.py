@@ -122,6 +122,13 @@ def mac_option(kind: int, mac: bytes = MAC) -> bytes:
     return bytes((kind, 1)) + mac
 
 
+def report(*groups: str, head: tuple[int, int, int] = (4, 0, 0)) -> bytes:
+    """A listener report of version 2. ``head``: type, length of auxiliary data and number of sources that each record states."""
+    records = b"".join(struct.pack("!BBH", *head) + ip_address(group).packed for group in groups)
+    message = struct.pack("!BBHHH", 143, 0, 0, 0, len(groups)) + records
+    return p.eth(p.ip6("fe80::7", "ff02::16", 0, bytes((p.ICMPV6, 0)) + ALERT + message, hops=1), p.IP6)
+
+
 NONCE = bytes((14, 1)) + b"random"
 LINK = [
     ("asks for a neighbour", discovery(135, POD6, GROUP, NODE_LINK, mac_option(1)), "neighbour"),
@@ -168,6 +175,11 @@ LINK = [
     ("reports with a code", listener(143, POD6, "ff02::16", code=1), "policy-deny"),
     ("reports and more", listener(131, "fe80::7", "ff02::16", body=b"secret"), "policy-deny"),
     ("reports groups and more", listener(143, "fe80::7", "ff02::16", body=b"secret"), "policy-deny"),
+    ("reports 32 groups", report(*[GROUP] * 32), "neighbour"),
+    ("reports 33 groups", report(*[GROUP] * 33), "policy-deny"),
+    ("reports what is no group", report(GROUP, POD6), "policy-deny"),
+    ("reports with auxiliary data", report(GROUP, head=(4, 1, 0)), "policy-deny"),
+    ("reports with sources", report(GROUP, head=(4, 0, 1)), "policy-deny"),
     ("reports behind other options", listener(131, "fe80::7", "ff02::16", alert=b"secret"), "policy-deny"),
     (
         "behind options",

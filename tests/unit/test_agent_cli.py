@@ -535,3 +535,16 @@ def test_one_agent_per_state_directory(tmp_path: Path) -> None:
             agent_main.exclusive(tmp_path / "state"),
         ):
             pytest.fail("two agents hold one directory")
+
+
+def test_tunnels_and_routers_are_read_or_refused() -> None:
+    """A misspelt one would close nothing, or open nothing, in silence."""
+    parse = agent_main.parse_tunnel
+    assert [parse(text) for text in ("udp:8472", "ipip", "IP6", "gre")] == [(17, 8472), (4, 0), (41, 0), (47, 0)]
+    for text in ("udp", "udp:0", "udp:65536", "gre:1", "vxlan", ""):
+        with pytest.raises(UsageError, match="--tunnel"):
+            parse(text)
+    assert agent_main.parse_router("network/*") == "network/*"
+    for text in ("router", "/router", "network/", "a/b/c", ""):
+        with pytest.raises(UsageError, match="--router"):
+            agent_main.parse_router(text)
