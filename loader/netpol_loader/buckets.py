@@ -326,11 +326,13 @@ class ClassMap(BucketMap):
         self._buckets[at] += step
         if not self._others[tag]:
             del self._others[tag]
-        if self._buckets[at]:
-            self._untold[at // _WORD + _FLAGS_WORD] = abi.NP_BUCKET_MORE
-        else:
+        flags = at // _WORD + _FLAGS_WORD
+        if not self._buckets[at]:
             del self._buckets[at]
-            self._words[at // _WORD + _FLAGS_WORD] = 0
+            self._untold.pop(flags, None)
+            self._words[flags] = 0
+        elif step > 0:
+            self._untold[flags] = abi.NP_BUCKET_MORE
 
     def get(self, key: bytes) -> bytes | None:
         """See `BucketMap`."""

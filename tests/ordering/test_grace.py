@@ -92,18 +92,38 @@ def long_run() -> Iterator[LongRun]:
     one.close()
 
 
+@pytest.fixture
+def apart() -> Iterator[int]:
+    """This thread stays on one CPU; the number of another one, for what must run at the same time.
+
+    A run is not interrupted: who was woken on its CPU would see it only when it is over.
+    """
+    cpus = os.sched_getaffinity(0)
+    own, *others = sorted(cpus)
+    if not others:
+        pytest.skip("two things that run at the same time need two CPUs")
+    os.sched_setaffinity(0, {own})
+    yield others[0]
+    os.sched_setaffinity(0, cpus)
+
+
 @pytest.mark.kernel
-def test_wait_outlasts_a_packet_that_is_being_judged(long_run: LongRun) -> None:
+def test_wait_outlasts_a_packet_that_is_being_judged(long_run: LongRun, apart: int) -> None:
     """A run that had begun when the wait began, and not ended, has ended when the wait ends."""
     deadline = time.monotonic() + DEADLINE_S
-    while not waited_for_a_run(long_run):
+    while not waited_for_a_run(long_run, apart):
         assert time.monotonic() < deadline, "this process was never scheduled while the program ran"
 
 
-def waited_for_a_run(long_run: LongRun) -> bool:
-    """Whether the wait began within a run: the processor is shared, and a run may be over before it is seen to have begun."""
+def waited_for_a_run(long_run: LongRun, cpu: int) -> bool:
+    """Whether the wait began within a run on a CPU: CPUs are shared, and a run may be over before it is seen to have begun."""
+
+    def run() -> None:
+        os.sched_setaffinity(0, {cpu})  # of this thread alone
+        long_run.run()
+
     long_run.forget()
-    thread = threading.Thread(target=long_run.run)
+    thread = threading.Thread(target=run)
     thread.start()
     try:
         while not long_run.has_begun():
