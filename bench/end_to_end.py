@@ -45,6 +45,7 @@ from bench.site import (
     NFT_RULES,
     NOTHING,
     OURS,
+    OURS_BARRIER,
     OURS_CLSACT,
     PEER_ADDRESS,
     Card,
@@ -74,7 +75,7 @@ def contenders_for(sizes: Sequence[int]) -> list[Contender]:
     ends = sorted({min(sizes), max(sizes)})
     found = [Contender(NOTHING), Contender(EMPTY)]
     found += [Contender(kind, size) for kind in (OURS, NFT_RULES, IPTABLES_RULES) for size in sizes]
-    found += [Contender(kind, size) for kind in (OURS_CLSACT, NFT_MAP, IPTABLES_SET) for size in ends]
+    found += [Contender(kind, size) for kind in (OURS_CLSACT, OURS_BARRIER, NFT_MAP, IPTABLES_SET) for size in ends]
     return found
 
 

@@ -16,16 +16,19 @@ from pathlib import Path
 
 from bench import targets
 from bench.end_to_end import ended_by
+from bench.guards import CHECKSUMS, SIGN, WHOLE
+from bench.guards import SUITE as GUARDS
 from bench.loads import CONNECTS, REQUESTS, UDP_64
-from bench.record import ROOT, Case, Run, load
+from bench.record import ROOT, Case, Run, case_id, load
 from bench.report import MICRO, human, percentile, ratio, table
 from bench.scale import SUITE as SCALE
-from bench.site import EMPTY, NOTHING, OURS, OURS_CLSACT
+from bench.site import EMPTY, NOTHING, OURS, OURS_BARRIER, OURS_CLSACT
 from netpol_ebpf.errors import InvalidInputError
 
 RESULT = ROOT / "bench" / "results" / "reference.json"
 PAGE = ROOT / "docs" / "performance.md"
 BEGIN, END = "<!-- results: python -m bench.page -->", "<!-- end of results -->"
+GUARDED = ("established, IPv4", "established, IPv6")
 LARGE = {"pods": 100_000, "policies": 10_000}
 MEGA = 1_000_000
 
@@ -33,7 +36,24 @@ MEGA = 1_000_000
 def judged(run: Run) -> list[targets.Row]:
     """All targets of a run: packets, end to end, control plane."""
     packets = targets.rows(targets.by_size(run.cases, MICRO), targets.by_size(run.cases, SCALE))
-    return [*packets, *_end_to_end(run), *_control_plane(run)]
+    return [*packets, *_guards(run), *_end_to_end(run), *_control_plane(run)]
+
+
+def _guards(run: Run) -> list[targets.Row]:
+    """What each guard adds to a packet of an open connection, hot: the difference of two medians."""
+
+    def median(contender: str, packet: str) -> float | None:
+        case = run.case(case_id(GUARDS, packet, contender))
+        return None if case is None else case.median
+
+    rows = []
+    for packet in GUARDED:
+        whole = median(WHOLE, packet)
+        for contender, what in ((CHECKSUMS, "check of partial checksums"), (SIGN, "barrier's sign")):
+            without = median(contender, packet)
+            figure = whole - without if whole is not None and without is not None else None
+            rows.append(targets.Row(f"{what}: more for one packet, {packet}", figure, 5, "ns"))
+    return rows
 
 
 def _end_to_end(run: Run) -> list[targets.Row]:
@@ -51,7 +71,7 @@ def _end_to_end(run: Run) -> list[targets.Row]:
         (CONNECTS.name, NOTHING, 1 / 0.95),
     ):
         bottom = median(name, base)
-        for contender, suffix in ((OURS, ""), (OURS_CLSACT, ", by clsact")):
+        for contender, suffix in ((OURS, ""), (OURS_CLSACT, ", by clsact"), (OURS_BARRIER, ", second barrier")):
             for rules in (10, 10_000):
                 ours = median(name, contender, rules)
                 figure = bottom / ours if bottom is not None and ours else None

@@ -30,6 +30,7 @@ from typing import Any, TypeVar
 
 from bench import netfilter
 from bench.policies import MEASURED, NODE, PEER, FlatRule, flat_rules, make_world
+from netpol_ebpf.agent.barrier import BarrierSettings
 from netpol_ebpf.apply.applier import Applier, Binding
 from netpol_ebpf.compiler import Compiler
 from netpol_ebpf.errors import PlatformError, UsageError
@@ -40,6 +41,7 @@ from netpol_ebpf.lab.topology import Host, IPAddress
 from netpol_ebpf.policy.types import Direction, World
 from netpol_loader import attach, syscall
 from netpol_loader.attach import Mechanism
+from netpol_loader.barrier import BarrierTables, Layout
 from netpol_loader.dataplane import Dataplane
 
 T = TypeVar("T")
@@ -52,6 +54,8 @@ MEASURED_ADDRESS, PEER_ADDRESS = IPv4Address("10.0.0.2"), IPv4Address("10.0.0.1"
 NOTHING, EMPTY, OURS = "nothing attached", "empty tcx program", "netpol-ebpf"
 OURS_CLSACT = "netpol-ebpf, clsact"
 """As on kernels before 6.6, on whatever kernel this runs."""
+OURS_BARRIER = "netpol-ebpf, second barrier"
+"""With the tables that drop what did not pass the programs."""
 NFT_RULES, NFT_MAP = "nftables, rules", "nftables, one map"
 IPTABLES_RULES, IPTABLES_SET = "iptables, rules", "iptables, one ipset"
 
@@ -144,8 +148,10 @@ class Site:
             return
         if self._world is None:
             raise UsageError(f"{self.contender} needs policies")
-        if kind in (OURS, OURS_CLSACT):
+        if kind in (OURS, OURS_CLSACT, OURS_BARRIER):
             self._enforce(stack, self._world, Mechanism.CLSACT if kind == OURS_CLSACT else None)
+            if kind == OURS_BARRIER:
+                self._raise_barrier(stack)
             return
         rules = flat_rules(self._world, MEASURED, self.scenario.direction)
         self._load_netfilter(kind, rules)
@@ -187,6 +193,14 @@ class Site:
         for name in self.interfaces:
             number = self.ifindex(name)
             self.in_node(lambda number=number: attach.attach(number, dataplane, mechanism))  # type: ignore[misc]
+
+    def _raise_barrier(self, stack: contextlib.ExitStack) -> None:
+        tables = BarrierTables(f"benchmark {self._pins.name}")
+        stack.callback(tables.close)
+        marks = BarrierSettings().marks
+        if self._applier is not None:
+            self._applier.set_marks(marks)  # who drops by the sign comes behind those who write it
+        self.in_node(lambda: tables.write(Layout(marks, workloads=frozenset(self.interfaces))))
 
     def borrow_addresses(self, *, allowed: bool) -> None:
         """Whether the peer may ask as somebody else. For comparing verdicts yes, for measuring no: that is the usual case."""

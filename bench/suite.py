@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import control_plane, end_to_end, idle, loads, scale, targets
+from bench import control_plane, end_to_end, guards, idle, loads, scale, targets
 from bench.record import LESS, ROOT, Case, Run, begin, case_id, save
 from bench.site import EMPTY, NOTHING, OURS, Remote
 from netpol_ebpf.errors import PlatformError, PrivilegeError, UsageError
@@ -67,6 +67,7 @@ def suites(*, smoke: bool, remote: Remote | None) -> dict[str, Callable[[Run], N
     kinds = (NOTHING, EMPTY, OURS) if smoke else None
     return {
         "micro": lambda run: micro(run, smoke=smoke),
+        "guards": lambda run: guards.run_suite(run, loads=1 if smoke else 9, rounds=20 if smoke else 300),
         "end-to-end": lambda run: end_to_end.run_suite(
             run,
             rounds=2 if smoke else 5,

@@ -12,6 +12,7 @@ processor: `chrt -f 50 taskset -c 1`.  Needs root; nothing is attached.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import shutil
@@ -19,6 +20,7 @@ import statistics
 import struct
 import subprocess
 import sys
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +31,7 @@ for _place in (ROOT, ROOT / "loader", ROOT / "tests" / "kernel"):
 import packets as p  # noqa: E402
 from rig import PEER4, PEER6, POD4, POD6  # noqa: E402
 
+from netpol_ebpf.errors import PlatformError  # noqa: E402
 from netpol_loader import syscall  # noqa: E402
 from netpol_loader.dataplane import SKB_BYTES, SKB_IFINDEX, SKB_INGRESS_IFINDEX  # noqa: E402
 
@@ -92,18 +95,36 @@ def open_programs(root: Path) -> dict[str, int]:
     return {hook: syscall.obj_get(directory / f"np_tc_{hook}") for hook in HOOKS}
 
 
-def measure(loads: dict[str, list[dict[str, int]]], case: Case, rounds: int) -> dict[str, float]:
-    """Nanoseconds of one packet by version. Raises SystemExit when the versions' verdicts differ."""
+def measure(loads: Mapping[str, list[dict[str, int]]], case: Case, rounds: int) -> dict[str, list[float]]:
+    """Nanoseconds of one packet by version, one figure a load. Raises PlatformError when the versions' verdicts differ."""
     every = [(name, at, programs[case.hook]) for name, found in loads.items() for at, programs in enumerate(found)]
     verdicts = {syscall.prog_test_run(fd, case.frame, case.context(), 1)[0] for _, _, fd in every}
     if len(verdicts) != 1:
-        raise SystemExit(f"{case.name}: verdicts {verdicts}: not the same work, so not compared")
+        raise PlatformError(f"{case.name}: verdicts {verdicts}: not the same work, so not compared")
     samples: dict[tuple[str, int], list[int]] = {(name, at): [] for name, at, _ in every}
     for turn in range(rounds):
         for name, at, fd in every if turn % 2 else reversed(every):
             samples[name, at].append(syscall.prog_test_run(fd, case.frame, case.context(), REPEAT)[1])
-    tenth = {key: sorted(found)[len(found) // 10] for key, found in samples.items()}
-    return {name: statistics.median(tenth[name, at] for at in range(len(loads[name]))) for name in loads}
+    tenth = {key: float(sorted(found)[len(found) // 10]) for key, found in samples.items()}
+    return {name: [tenth[name, at] for at in range(len(found))] for name, found in loads.items()}
+
+
+@contextlib.contextmanager
+def loaded(trees: Mapping[str, Path], loads: int) -> Iterator[dict[str, list[dict[str, int]]]]:
+    """Programs of each version, so many times each, on maps of their own; all are gone at the end."""
+    roots = {
+        (name, at): Path(f"/sys/fs/bpf/netpol-versions-{os.getpid()}-{number}-{at}")
+        for number, name in enumerate(trees)
+        for at in range(loads)
+    }
+    try:
+        for (name, _), root in roots.items():
+            command = [sys.executable, "-c", PREPARE, str(trees[name]), str(root)]
+            subprocess.run(command, cwd=trees[name], check=True)
+        yield {name: [open_programs(roots[name, at]) for at in range(loads)] for name in trees}
+    finally:
+        for root in roots.values():
+            shutil.rmtree(root, ignore_errors=True)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -114,21 +135,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=300)
     parser.add_argument("-o", "--output", choices=["table", "json"], default="table")
     options = parser.parse_args(argv)
-    trees = {"other": options.tree.resolve(), "this": ROOT}
-    roots = {
-        (name, at): Path(f"/sys/fs/bpf/netpol-versions-{os.getpid()}-{name}-{at}")
-        for name in trees
-        for at in range(options.loads)
-    }
-    try:
-        for (name, _), root in roots.items():
-            command = [sys.executable, "-c", PREPARE, str(trees[name]), str(root)]
-            subprocess.run(command, cwd=trees[name], check=True)
-        loads = {name: [open_programs(roots[name, at]) for at in range(options.loads)] for name in trees}
-        found = {case.name: measure(loads, case, options.rounds) for case in cases()}
-    finally:
-        for root in roots.values():
-            shutil.rmtree(root, ignore_errors=True)
+    with loaded({"other": options.tree.resolve(), "this": ROOT}, options.loads) as loads:
+        found = {
+            case.name: {name: statistics.median(ns) for name, ns in measure(loads, case, options.rounds).items()}
+            for case in cases()
+        }
     if options.output == "json":
         print(json.dumps(found, indent=1))
         return 0

@@ -31,7 +31,7 @@ def register(subparsers: Any) -> None:
     )
     parser.add_argument("--smoke", action="store_true", help="a minute: shows that all parts work; figures are rough")
     parser.add_argument(
-        "--suites", default="", metavar="NAMES", help="of micro,end-to-end,scale,control-plane; default all"
+        "--suites", default="", metavar="NAMES", help="of micro,guards,end-to-end,scale,control-plane; default all"
     )
     parser.add_argument("-o", "--output", type=Path, default=Path("bench.json"), metavar="FILE", help="the result")
     parser.add_argument("--no-report", action="store_true", help="leave the report out")

@@ -36,8 +36,8 @@ class Planned:
     steps: tuple[str, ...] | None = None
 
 
-CI_RUNS = (Planned("6.1", ("load", "cases", "demo")), Planned("5.10"), Planned("6.12", ("load", "cases")))
-"""In this order, the first one without regard to the time. What takes longest, the upgrade, is left to the whole run."""
+CI_RUNS = (Planned("6.1", ("load", "cases")), Planned("5.10"), Planned("6.12", ("load", "cases")))
+"""In this order, the first one without regard to the time. What takes minutes, the demonstration and the upgrade, is left to the whole run."""
 CI_NAMES = tuple(planned.kernel for planned in CI_RUNS)
 CI_BUDGET_S = 180.0
 EXIT_FAILED = 1
@@ -95,7 +95,7 @@ def _run_all(runs: Sequence[Planned], options: argparse.Namespace) -> int:
     lines: list[str] = []
 
     def run_one(planned: Planned, prepared: Prepared) -> bool:
-        """Whether nothing went wrong; a run that was left out says why."""
+        """Whether nothing went wrong; a run that was left out says why, as does with --ci one whose kernel cannot be had."""
 
         def say(text: str) -> None:
             with lock:
@@ -110,8 +110,8 @@ def _run_all(runs: Sequence[Planned], options: argparse.Namespace) -> int:
         try:
             kernel = kernels.find(planned.kernel, refresh=options.refresh)
         except PlatformError as error:
-            lines.append(f"FAILED         {planned.kernel}: {error.message}")
-            return False
+            lines.append(f"{'NOT RUN' if options.ci else 'FAILED':<7}        {planned.kernel}: {error.message}")
+            return options.ci
         result = run_kernel(kernel, prepared, say, steps=planned.steps, stop=stop)
         lines.append(_summary(planned.kernel, result))
         if options.record and result.is_ok:
@@ -129,7 +129,9 @@ def _run_all(runs: Sequence[Planned], options: argparse.Namespace) -> int:
                 pool.shutdown(cancel_futures=True)
                 raise
     print("\n".join(["", *lines]))
-    return 0 if all(are_good) else EXIT_FAILED
+    if not all(are_good):
+        return EXIT_FAILED
+    return PlatformError.exit_code if all(line.startswith("NOT RUN") for line in lines) else 0
 
 
 def _summary(name: str, result: Result) -> str:
