@@ -64,6 +64,9 @@ TUNNEL_PORTS: Mapping[str, tuple[str, int]] = {
 
 TABLE_MAIN, TABLE_LOCAL = 254, 255
 RTN_UNICAST, RTN_LOCAL, RTN_BROADCAST, RTN_ANYCAST = 1, 2, 3, 4
+RT_SCOPE_UNIVERSE, IFA_F_PERMANENT = 0, 0x80
+ANNOUNCED = frozenset({1, 9})
+"""Protocols of routes that others put there by a message: RTPROT_REDIRECT, RTPROT_RA."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,37 +245,61 @@ def _addresses(route: Any) -> Iterator[tuple[IPAddress, int]]:
             yield ip_address(text), message["index"]
 
 
-def host_routes() -> dict[IPAddress, int]:
-    """Directly connected single addresses (/32, /128) and their interface, of the main table; no gateway in between."""
-    found: dict[IPAddress, int] = {}
+@dataclass(frozen=True, slots=True)
+class Connected:
+    """What the main table says of this namespace's interfaces, apart from what a router announced.
+
+    ``host_routes``: directly connected single addresses (/32, /128); ``subnets``: directly connected prefixes; ``uplinks``:
+    interfaces of default routes; ``next_hops``: of other routes with a next hop; ``shared``: interfaces with a lasting
+    address in a prefix that others share.
+    """
+
+    host_routes: Mapping[IPAddress, int]
+    subnets: Mapping[IPNetwork, frozenset[int]]
+    uplinks: frozenset[int]
+    next_hops: frozenset[int]
+    shared: frozenset[int]
+
+
+def connected() -> Connected:
+    """As it is now."""
+    hosts: dict[IPAddress, int] = {}
+    subnets: dict[IPNetwork, set[int]] = {}
+    uplinks: set[int] = set()
+    next_hops: set[int] = set()
     with _route() as route:
+        shared = {message["index"] for message in route.get_addr() if _is_shared(message)}
         for family, bits in ((socket.AF_INET, 32), (socket.AF_INET6, 128)):
             for message in route.get_routes(family=family):
-                destination, interface = message.get_attr("RTA_DST"), message.get_attr("RTA_OIF")
-                is_main = message["table"] == TABLE_MAIN and message["type"] == RTN_UNICAST
-                is_direct = not message.get_attr("RTA_GATEWAY") and not message.get_attr("RTA_VIA")
-                if message["dst_len"] == bits and destination and interface and is_main and is_direct:
-                    found[ip_address(destination)] = interface
-    return found
+                is_main = (message.get_attr("RTA_TABLE") or message["table"]) == TABLE_MAIN
+                if not is_main or message["type"] != RTN_UNICAST or message["proto"] in ANNOUNCED:
+                    continue
+                hops = message.get_attr("RTA_MULTIPATH") or ()
+                interfaces = {message.get_attr("RTA_OIF"), *(hop["oif"] for hop in hops)} - {None}
+                destination, length = message.get_attr("RTA_DST"), message["dst_len"]
+                if length == 0:
+                    uplinks |= interfaces
+                elif hops or message.get_attr("RTA_GATEWAY") or message.get_attr("RTA_VIA"):
+                    next_hops |= interfaces
+                elif length == bits and destination and interfaces:
+                    (hosts[ip_address(destination)],) = interfaces
+                elif destination:
+                    net = ip_network(f"{destination}/{length}")
+                    if not net.is_link_local and not net.is_multicast:
+                        subnets.setdefault(net, set()).update(interfaces)
+    nets = {net: frozenset(found) for net, found in subnets.items()}
+    return Connected(hosts, nets, frozenset(uplinks), frozenset(next_hops), frozenset(shared))
 
 
-def node_interfaces() -> set[int]:
-    """Interfaces of the node's own traffic: with a default route, or an address on a subnet that others share.
+def _is_shared(message: Any) -> bool:
+    """Whether an address of a namespace is in a prefix that others share.
 
-    Link-local addresses and single ones (/32, /128), which container networks give to a pod's gateway, do not count.
+    Link-local addresses and single ones (/32, /128), which container networks give to a pod's gateway, do not count, nor do IPv6
+    addresses that last only as long as somebody announces them.
     """
-    found: set[int] = set()
-    with _route() as route:
-        for message in route.get_addr():
-            bits = 32 if message["family"] == socket.AF_INET else 128
-            if message["scope"] == 0 and message["prefixlen"] < bits:  # RT_SCOPE_UNIVERSE
-                found.add(message["index"])
-        for family in (socket.AF_INET, socket.AF_INET6):
-            for message in route.get_routes(family=family):
-                if message["dst_len"] == 0 and message["type"] == RTN_UNICAST:
-                    hops = message.get_attr("RTA_MULTIPATH") or ()
-                    found |= {message.get_attr("RTA_OIF"), *(hop["oif"] for hop in hops)} - {None}
-    return found
+    is_ip4 = message["family"] == socket.AF_INET
+    is_lasting = is_ip4 or bool(message["flags"] & IFA_F_PERMANENT)
+    return message["scope"] == RT_SCOPE_UNIVERSE and message["prefixlen"] < (32 if is_ip4 else 128) and is_lasting
 
 
 # --- clsact ---------------------------------------------------------------------------------------------------------

@@ -14,16 +14,19 @@ import logging
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Any
 
 from netpol_ebpf.agent.adoption import Adoption, Place, Workload
 from netpol_ebpf.agent.attachments import Attachments
 from netpol_ebpf.agent.barrier import Barrier, BarrierSettings
+from netpol_ebpf.agent.bonds import Bonds, Evidence, Located
 from netpol_ebpf.agent.claims import Claims
+from netpol_ebpf.agent.cni import Result
 from netpol_ebpf.agent.node import Node
 from netpol_ebpf.agent.own_interfaces import Grounds, OwnInterfaces
 from netpol_ebpf.agent.trouble import DriftLog, Refusals
-from netpol_ebpf.agent.wiring import NOWHERE, Located, Wiring, device_flags, is_candidate, locate
+from netpol_ebpf.agent.wiring import NOWHERE, Wiring, device_flags
 from netpol_ebpf.apply.applier import Applier, Binding, require_room
 from netpol_ebpf.apply.audit import Audit
 from netpol_ebpf.apply.encode import EndpointFlag
@@ -37,6 +40,7 @@ from netpol_ebpf.policy.types import (
     Action,
     Cause,
     Changes,
+    Direction,
     Endpoint,
     EndpointKey,
     EndpointKind,
@@ -44,7 +48,9 @@ from netpol_ebpf.policy.types import (
     NetworkSet,
     Policy,
     Profile,
+    ResourceKey,
     Service,
+    Staged,
     Tier,
 )
 from netpol_ebpf.policy.types import Node as ClusterNode
@@ -55,8 +61,15 @@ from netpol_loader.drift import Drift, PartlyMendedError
 
 log = logging.getLogger(__name__)
 
+HOST_ENDPOINT = "HostEndpoint"
+"""Kind of endpoints that interfaces are not bound to."""
 SEARCH_S = 0.5
 """How often to look for interfaces that nothing announces (an address inside a pod's namespace); arbitrary."""
+
+MISSING_S = 5.0
+"""How long a workload may be without an interface before that is a problem; arbitrary."""
+SHOWN = 5
+"""Names in a message; arbitrary."""
 
 AUDIT_S = 1.0
 """How often to look whether programs, pins and the next rows are as they were left; arbitrary."""
@@ -69,7 +82,8 @@ class Settings:
     """What the agent is asked to do.
 
     ``node``: name of this node, None: every workload that is found here is local.  ``interfaces``: patterns of workload
-    interfaces, () for the built-in rule (`wiring.is_candidate`).  ``borrow_sources``: honour a pod's allowed source prefixes.
+    interfaces, () for the built-in rule (`bonds.may_be_workloads`); ``own_interfaces``: patterns of those that are the node's.
+    ``borrow_sources``: honour a pod's allowed source prefixes.
     ``keep_revoked``: connections that policy no longer allows live on until they end.  ``workload_to_host``: what becomes of
     packets of workloads to their own node, PASS: a wildcard host endpoint's policy decides.  ``mark_shift``: lowest of 16
     bits of the packets' mark that are ours, 0: none.  ``tunnels``: encapsulation, as IP protocol and UDP port, that nodes take
@@ -80,6 +94,7 @@ class Settings:
 
     node: str | None = None
     interfaces: Sequence[str] = ()
+    own_interfaces: Sequence[str] = ()
     borrow_sources: bool = False
     keep_revoked: bool = False
     workload_to_host: Action = Action.ALLOW
@@ -117,8 +132,15 @@ class Agent:
     """Keeps a node's enforcement in step with its manifests and interfaces. `start` once, then `step` again and again."""
 
     def __init__(
-        self, settings: Settings, node: Node, source: ManifestDirectory, ledger: Ledger, clock: Callable[[], float]
+        self,
+        settings: Settings,
+        node: Node,
+        source: ManifestDirectory,
+        ledger: Ledger,
+        clock: Callable[[], float],
+        bonds_file: Path | None = None,
     ) -> None:
+        """``bonds_file``: where what was decided about interfaces outlives the process; None: it does not."""
         self.settings = settings
         self._node = node
         self._source = source
@@ -134,8 +156,12 @@ class Agent:
         self._own = OwnInterfaces(settings.node, self._attachments, settings.tunnels)
         self._audit: Audit | None = None
         self._wiring = Wiring()
-        self._located = Located({}, {})
-        self._homes: dict[EndpointKey, int] = {}  # the interface each was last bound to
+        self._bonds = Bonds(settings.interfaces, settings.own_interfaces)
+        self._bonds_file = bonds_file
+        self._bonds_problems: tuple[Problem, ...] = ()
+        self._located = Located()
+        self._told: frozenset[str] = frozenset()  # of what is not enforced
+        self._missed_s: dict[EndpointKey, float] = {}  # since when there has been no interface of these
         self._adoption = Adoption()
         self._manifest_problems: tuple[Problem, ...] = ()
         self._no_room: dict[EndpointKey, Problem] = {}  # endpoints whose row did not fit
@@ -164,7 +190,9 @@ class Agent:
         found += [one for one in others if one is not None]
         for key, message in sorted(self._located.problems.items()):
             found.append(Problem(self._location(key), "", f"interface: {message}", obj=str(key), slug="interface"))
-        return found
+        found += self._doubts()
+        found += self._unenforced()
+        return [*found, *self._wiring.problems, *self._bonds_problems]
 
     @property
     def names(self) -> Names:
@@ -185,6 +213,20 @@ class Agent:
     def wiring(self) -> Wiring:
         """The interfaces as last seen."""
         return self._wiring
+
+    def isolation(self, key: EndpointKey) -> dict[Direction, list[Policy]]:
+        """By direction, the enforced policies that isolate a local workload; none: what no profile denies is allowed there."""
+        policies = [one for one in self._compiler.policies_of(key) if one.staged is Staged.NO]
+        return {way: [one for one in policies if way in one.types] for way in Direction}
+
+    @property
+    def evidence(self) -> Mapping[EndpointKey, Evidence]:
+        """What says where each local workload is, of those that were found."""
+        return self._located.evidence
+
+    def is_own(self, ifindex: int) -> bool:
+        """Whether an interface is the node's own."""
+        return ifindex in self._own.interfaces
 
     @property
     def attached(self) -> frozenset[int]:
@@ -245,7 +287,7 @@ class Agent:
             reasons = "; ".join(f"{one.location} {one.message}" for one in self._source.problems)
             raise InvalidInputError(f"the manifests are not known: {reasons}")
         self._take_changes(older=set(self._ledger.numbers.endpoints))
-        self._homes = self._former_homes()
+        self._recall_bonds()
         self._look_at_interfaces()
         self._attachments.find()  # by an earlier agent
         self._adoption.expect(self._wanted_interfaces() - self.attached)
@@ -260,7 +302,8 @@ class Agent:
         """Do whatever there is to do now; returns the flows that were reported since the last step."""
         self.close_newborn()
         if self._node.has_news() or self._is_searching():
-            gone = self._node.take_gone()
+            gone = self._gone()
+            self._bonds.forget(gone)  # before another interface with such a number is taken for the same
             self._look_at_interfaces()
             self._let_go(gone)
             self._close_and_open()
@@ -279,7 +322,7 @@ class Agent:
         """
         for link in self._node.take_born():
             is_known = link.ifindex in self._wiring.links or link.ifindex in self.attached
-            if not is_known and is_candidate(link, self._wiring, self.settings.interfaces):
+            if not is_known and self._bonds.close_newborn(link):
                 self._attachments.attach(link.ifindex, link.name, is_newborn=True)
 
     def read_flows(self) -> list[FlowEvent]:
@@ -321,7 +364,7 @@ class Agent:
                 self._local[key] = endpoint
             else:
                 self._local.pop(key, None)
-                self._homes.pop(key, None)
+                self._missed_s.pop(key, None)
             if endpoint is None or endpoint.kind is EndpointKind.HOST:
                 self._others = None
         if changes.nodes:
@@ -487,42 +530,85 @@ class Agent:
         self._locate()
 
     def _locate(self) -> None:
-        """Find the local workloads' interfaces in what was last seen of the node.
-
-        A workload whose address another one claims keeps the interface that it has and gets no other: that may be the other
-        workload's, which would get the policy of this one.
-        """
-        before, found = self._located, locate(self._wiring, self._local.values())
-        interfaces, problems = dict(found.interfaces), dict(found.problems)
-        for key, ifindex in found.interfaces.items():
-            home = self._homes.get(key, ifindex)
-            if home != ifindex and self._claims.is_contested(key):
-                del interfaces[key]
-                problems[key] = f"{self._wiring.name_of(ifindex)} has an address that others claim as well"
-                if home in self._wiring.links and home not in found.interfaces.values():
-                    interfaces[key] = home
-        self._located = Located(interfaces, problems)
+        """Find the local workloads' interfaces in what was last seen of the node."""
+        nodes = self._derivation.world.nodes
+        named = (
+            nodes.values()
+            if self.settings.node is None
+            else [nodes[one] for one in (self.settings.node,) if one in nodes]
+        )
+        before, doubts = self._located, set(self._bonds.doubts.values())
+        self._located = self._bonds.look(
+            self._wiring,
+            self._local.values(),
+            node_addresses=[address for node in named for address in node.addresses],
+            results=self._plugin_names(),
+            is_contested=self._claims.is_contested,
+        )
         for key, message in self._located.problems.items() - before.problems.items():
             log.warning("%s: interface: %s", key, message)
+        for message in set(self._bonds.doubts.values()) - doubts:
+            log.warning("%s", message)
+        self._note_missing()
+        self._keep_bonds()
 
-    def _former_homes(self) -> dict[EndpointKey, int]:
-        """Interfaces on which an earlier agent put the endpoints, as far as they are the same interfaces still."""
-        keys = {number: key for key, number in self._ledger.numbers.endpoints.items()}
-        attached, homes = self._node.attached(), {}
+    def _plugin_names(self) -> dict[EndpointKey, set[str]]:
+        """Interfaces on the node that plugins made for local workloads."""
+        found: dict[EndpointKey, set[str]] = {}
+        for one in self._wiring.results:
+            endpoint = self._local.get(one.pod)
+            if endpoint is not None and _is_first(one, endpoint):
+                found.setdefault(one.pod, set()).update(one.names)
+        return found
+
+    def _note_missing(self) -> None:
+        now_s = self._clock()
+        found = self._located.interfaces
+        missed = [key for key, endpoint in self._local.items() if self._is_expected(endpoint) and key not in found]
+        self._missed_s = {key: self._missed_s.get(key, now_s) for key in missed}
+
+    def _is_expected(self, endpoint: Endpoint) -> bool:
+        """Whether a workload is to be here: without a node's name, any may be elsewhere; without an address, it does not run."""
+        return endpoint.node is not None and endpoint.node == self.settings.node and bool(endpoint.addresses)
+
+    def _keep_bonds(self) -> None:
+        """What was decided about interfaces, before the kernel sees it; what cannot be written is told, and tried again."""
+        if self._bonds_file is None or not self._bonds.is_dirty:
+            return
+        self._bonds_problems = ()
+        try:
+            self._bonds.save(self._bonds_file)
+        except OSError as error:
+            message = (
+                f"what was decided about interfaces cannot be kept ({error.strerror}): the next agent decides anew"
+            )
+            place = Location(str(self._bonds_file))
+            self._bonds_problems = (Problem(place, "", message, severity="warning", slug="interfaces-file"),)
+
+    def _recall_bonds(self) -> None:
+        """Whose interfaces were, as an earlier agent left it: by its file, else by the rows in the kernel."""
+        if self._bonds_file is not None:
+            problem = self._bonds.load(self._bonds_file)
+            if problem is not None:
+                log.warning("%s", problem)
+                self._bonds_problems = (problem,)
+        keys = {number: key for key, number in self._ledger.numbers.endpoints.items() if key.kind != HOST_ENDPOINT}
+        attached = self._node.attached()
         for ifindex, number in self._node.former_numbers().items():
             if number in keys:
-                homes[keys[number]] = ifindex if ifindex in attached else NOWHERE
-        return homes
+                self._bonds.expect(keys[number], ifindex if ifindex in attached else NOWHERE)
 
-    def _let_go(self, gone: set[int] | None) -> None:
-        """Forget interfaces that went, before another one with such a number is taken for the same. None: unknown which."""
-        if gone is None:
-            gone = set(self.attached - self._node.attached())
+    def _gone(self) -> set[int]:
+        """Interfaces that went since the last look; when news were lost, all that have not our programs any more."""
+        gone = self._node.take_gone()
+        return set(self.attached - self._node.attached()) if gone is None else gone
+
+    def _let_go(self, gone: set[int]) -> None:
+        """Forget interfaces that went, though others may have their numbers now."""
         if not gone:
             return
         self._attachments.forget(gone)
         self._adoption.forget(gone)
-        self._homes = {key: NOWHERE if ifindex in gone else ifindex for key, ifindex in self._homes.items()}
         for key in [key for key, binding in self.applier.bindings.items() if binding.ifindex in gone]:
             self.applier.unbind(key)
         self._node.prune()
@@ -542,11 +628,7 @@ class Agent:
 
     def _wanted_interfaces(self) -> set[int]:
         """Workloads' interfaces, which are to have programs on them."""
-        candidates = {
-            link.ifindex
-            for link in self._wiring.links.values()
-            if is_candidate(link, self._wiring, self.settings.interfaces)
-        }
+        candidates = {ifindex for ifindex in self._wiring.links if self._bonds.is_workload(ifindex)}
         return candidates | set(self._located.interfaces.values())
 
     def _close_and_open(self) -> None:
@@ -565,7 +647,6 @@ class Agent:
         for key, binding in bindings.items():
             try:
                 self.applier.bind(key, binding)
-                self._homes[key] = binding.ifindex
             except MapFullError as error:  # noqa: PERF203 - one endpoint's misfortune is not another's
                 message = f"its interface {self._wiring.name_of(binding.ifindex)} stays as it is: {error.message}"
                 self._no_room[key] = Problem(self._location(key), "", message, obj=str(key), slug=error.slug)
@@ -594,6 +675,7 @@ class Agent:
         if now_s - self._audited_s < AUDIT_S:
             return
         self._audited_s = now_s
+        self._tell_unenforced()
         self._look_for_overtaking()
         self.drift.note(self.barrier.look(), now_s)
         self._unmended = None
@@ -641,12 +723,66 @@ class Agent:
                 self._location(other), "", message, obj=str(other), severity="warning", slug="address-claimed"
             )
 
+    def _doubts(self) -> Iterable[Problem]:
+        for message in self._bonds.doubts.values():
+            yield Problem(Location(""), "", message, severity="warning", slug="interface-doubt")
+
+    def _missing(self) -> Iterable[Problem]:
+        """Workloads of this node that no interface is known of, and for how long."""
+        bound = {binding.ifindex for binding in self.applier.bindings.values()}
+        closed = sorted(
+            self._wiring.name_of(ifindex) for ifindex in self.attached - bound if self._bonds.is_workload(ifindex)
+        )
+        where = f"; closed, and perhaps its, are {', '.join(closed[:SHOWN])}" if closed else ""
+        for key, since_s in sorted(self._missed_s.items()):
+            if self._clock() - since_s >= MISSING_S and key not in self._located.problems:
+                message = f"is NOT enforced: no interface of this node is known to be its{where}"
+                yield Problem(self._location(key), "", message, obj=str(key), slug="not-found")
+
+    def _unenforced(self) -> list[Problem]:
+        """Workloads of this node that policy does not reach as it is written."""
+        return [*self._missing(), *self._further_interfaces(), *self._orphans()]
+
+    def _tell_unenforced(self) -> None:
+        """Log what is new of them: time alone brings some about."""
+        found = {str(one): one for one in self._unenforced()}
+        for text in found.keys() - self._told:
+            log.log(logging.ERROR if found[text].severity == "error" else logging.WARNING, "%s", text)
+        self._told = frozenset(found)
+
+    def _orphans(self) -> Iterable[Problem]:
+        """Local workloads whose Namespace is not known, so that no label of it is."""
+        for key in sorted(self._local):
+            if key.namespace and self._derivation.get(ResourceKey("Namespace", "", key.namespace)) is None:
+                message = f"its Namespace {key.namespace} is not among the manifests: no rule matches it by the namespace's labels"
+                yield Problem(self._location(key), "", message, obj=str(key), severity="warning", slug="no-namespace")
+
+    def _further_interfaces(self) -> Iterable[Problem]:
+        """Interfaces of local workloads that policy does not reach, or that are nobody's."""
+        for one in self._wiring.results:
+            endpoint = self._local.get(one.pod)
+            if endpoint is None:
+                continue
+            message = ""
+            if one.is_unseen:
+                message = f"its interface {one.inside} is NOT enforced: packets of {one.plugin} interfaces pass no program on the node"
+            elif not _is_first(one, endpoint):
+                names = ", ".join(sorted(one.names))
+                message = f"its further interface {one.inside} is closed, on the node {names}: policy knows a workload by its first"
+            if message:
+                yield Problem(self._location(one.pod), "", message, obj=str(one.pod), slug="further-interface")
+
     def _location_of(self, key: object) -> Location:
         return self._location(key) if isinstance(key, EndpointKey) else Location("")
 
     def _location(self, key: EndpointKey) -> Location:
         resource = self._derivation.get(key_of_endpoint(key))
         return Location("") if resource is None else resource.meta.location
+
+
+def _is_first(result: Result, endpoint: Endpoint) -> bool:
+    """Whether a plugin's result is that of the interface whose addresses policy knows the workload by, and no further one's."""
+    return not result.addresses or bool(result.addresses & set(endpoint.addresses))
 
 
 def key_of_endpoint(key: EndpointKey) -> Any:

@@ -46,6 +46,7 @@ PRIVATE_UMASK = 0o077
 """Of everything that the agent makes: what others may have is given to them explicitly."""
 LOCK_NAME = "lock"
 LEDGER_NAME = "numbers"
+INTERFACES_NAME = "interfaces"
 COPIES_NAME = "manifests"
 
 log = logging.getLogger("netpol-agent")
@@ -79,6 +80,15 @@ def build_parser() -> argparse.ArgumentParser:
         "--workload-interfaces", action="append", default=[], metavar="PATTERN",
         help="which interfaces are workloads' and so closed until their pod is known (shell pattern, may be repeated); "
         "default: veths into other network namespaces and taps, but not the node's own",
+    )  # fmt: skip
+    parser.add_argument(
+        "--own-interfaces", action="append", default=[], metavar="PATTERN",
+        help="which interfaces are the node's own although they are of a kind that workloads have (shell pattern, may be repeated)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--cni-results", type=Path, metavar="DIR",
+        help="where the runtime keeps what plugins of the container network said of pods' interfaces (default: "
+        "/var/lib/cni/results)",
     )  # fmt: skip
     parser.add_argument(
         "--map-size", action="append", default=[], metavar="MAP=ENTRIES", help="size of a map, such as np_addr4=1000000"
@@ -201,6 +211,7 @@ def run(arguments: argparse.Namespace) -> int:
     settings = Settings(
         node=arguments.node,
         interfaces=tuple(arguments.workload_interfaces),
+        own_interfaces=tuple(arguments.own_interfaces),
         borrow_sources=arguments.allow_source_prefixes,
         keep_revoked=arguments.keep_revoked,
         workload_to_host=Action(WORKLOAD_TO_HOST[arguments.workload_to_host]),
@@ -214,10 +225,10 @@ def run(arguments: argparse.Namespace) -> int:
     footprint.give_back_large_blocks()
     source = ManifestDirectory(arguments.manifests, LastGoodCopies(state_dir / COPIES_NAME))
     ledger = Ledger(state_dir / LEDGER_NAME)
-    kernel_node = KernelNode(pin_root, sizes, group=group, timeouts_s=timeouts_s)
+    kernel_node = KernelNode(pin_root, sizes, group=group, timeouts_s=timeouts_s, plugin_results=arguments.cni_results)
     with exclusive(state_dir), kernel_node as node, contextlib.closing(ledger):
         open_to_group(state_dir, pin_root, group)
-        agent = Agent(settings, node, source, ledger, time.monotonic)
+        agent = Agent(settings, node, source, ledger, time.monotonic, state_dir / INTERFACES_NAME)
         agent.start()
         footprint.settle()
         log.info(

@@ -16,6 +16,7 @@ from typing import Protocol
 
 from netpol_ebpf.agent.adoption import Live, look_at_connections
 from netpol_ebpf.agent.barrier import Tables
+from netpol_ebpf.agent.cni import DEFAULT_DIR, PluginResults
 from netpol_ebpf.agent.timeouts import set_timeouts
 from netpol_ebpf.agent.wiring import Link, Wiring
 from netpol_ebpf.apply import surroundings
@@ -38,6 +39,8 @@ POLICY_MAPS = frozenset({
 """Maps that say what policy is, or what was remembered of that. The others hold connections, counters and settings, and belong to no agent."""
 
 
+PAIR_KINDS = frozenset({"veth", "netkit"})
+"""Kinds of devices that come in pairs, one end in a workload's namespace."""
 LOOPBACK_NET = ip_network("127.0.0.0/8")
 EVENTS_A_LOOK = 1000
 """Events taken at a time, so that a flood of them does not keep the agent from everything else; arbitrary."""
@@ -120,8 +123,13 @@ class KernelNode:
         *,
         group: int | None = None,
         timeouts_s: Mapping[str, int] | None = None,
+        plugin_results: Path | None = None,
     ) -> None:
-        """``group``: the number of one that may read the maps. ``timeouts_s``: those that are not the default (`timeouts`)."""
+        """``group``: the number of one that may read the maps. ``timeouts_s``: those that are not the default (`timeouts`).
+
+        ``plugin_results``: the directory of `cni.PluginResults`.
+        """
+        self._results = PluginResults(plugin_results or DEFAULT_DIR)
         self._pin_root = pin_root
         self._group = group
         self._timeouts_s = dict(timeouts_s or {})
@@ -218,14 +226,20 @@ class KernelNode:
         links, tables = {one.ifindex: _link(one) for one in found}, [one.table for one in found if one.table]
         namespaces = {link.peer[0] for link in links.values() if link.peer is not None}
         meanings, nets = _meanings(netlink.local_routes(tables), netlink.joined_groups())
+        connected = netlink.connected()
         return Wiring(
             links=links,
-            host_routes=netlink.host_routes(),
-            uplinks=frozenset(netlink.node_interfaces()),
+            host_routes=connected.host_routes,
+            uplinks=connected.uplinks,
             peer_addresses=load_peer_addresses(namespaces),
             addresses=netlink.addresses(),
             meanings=meanings,
             local_nets=nets,
+            subnets=connected.subnets,
+            next_hops=connected.next_hops,
+            shared=connected.shared,
+            results=tuple(self._results.look()),
+            problems=self._results.problems,
         )
 
     @contextlib.contextmanager
@@ -334,7 +348,7 @@ class KernelNode:
 
 def _link(link: netlink.Link | netlink.News) -> Link:
     kind = link.link_kind if isinstance(link, netlink.News) else link.kind
-    is_pair = kind == "veth" and link.peer_nsid is not None
+    is_pair = kind in PAIR_KINDS and link.peer_nsid is not None
     peer = (link.peer_nsid, link.peer_ifindex) if is_pair and link.peer_nsid is not None else None
     if isinstance(link, netlink.News):
         return Link(link.ifindex, link.name, kind, peer, hardware=link.hardware)

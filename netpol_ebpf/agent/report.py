@@ -14,12 +14,14 @@ from ipaddress import ip_address
 from typing import Any
 
 from netpol_ebpf import __version__
+from netpol_ebpf.agent.bonds import Evidence
 from netpol_ebpf.agent.core import Agent
 from netpol_ebpf.agent.timeouts import STATES, read_timeouts
 from netpol_ebpf.apply.applier import KernelMap
 from netpol_ebpf.apply.events import FlowEvent
 from netpol_ebpf.errors import Problem
 from netpol_ebpf.policy.provenance import trace
+from netpol_ebpf.policy.types import EndpointKey
 from netpol_loader import abi
 
 WAITING = 100
@@ -109,17 +111,33 @@ def local_endpoints(agent: Agent) -> list[dict[str, Any]]:
             "ifindex": None if binding is None else binding.ifindex,
             "interface": None if binding is None else name_of(agent, binding.ifindex),
             "state": "enforced" if agent.applier.is_enforced(endpoint.key) else "waiting",
+            "evidence": evidence(agent, endpoint.key),
+            "isolated_by": {
+                way.value: [str(policy.key) for policy in policies]
+                for way, policies in agent.isolation(endpoint.key).items()
+            },
         })  # fmt: skip
     return found
 
 
+def evidence(agent: Agent, key: EndpointKey) -> str | None:
+    """What says which interface is a workload's, "address (weak)" where the workload could have had a hand in it."""
+    found = agent.evidence.get(key)
+    if found is None:
+        return None
+    return f"{found.name.lower()} (weak)" if found is Evidence.ADDRESS else found.name.lower()
+
+
 def interfaces(agent: Agent) -> list[dict[str, Any]]:
-    """Interfaces under policy. ``endpoint`` None: nobody's as far as is known, so everything there is denied."""
+    """Interfaces with programs. ``state``: enforced, own (the node's), or closed: a workload's, and nobody knows whose."""
     owners = {binding.ifindex: str(key) for key, binding in agent.applier.bindings.items()}
-    return [
-        {"ifindex": ifindex, "interface": name_of(agent, ifindex), "endpoint": owners.get(ifindex)}
-        for ifindex in sorted(agent.attached)
-    ]
+    found = []
+    for ifindex in sorted(agent.attached):
+        state = "enforced" if ifindex in owners else "own" if agent.is_own(ifindex) else "closed"
+        found.append(
+            {"ifindex": ifindex, "interface": name_of(agent, ifindex), "endpoint": owners.get(ifindex), "state": state}
+        )
+    return found
 
 
 def name_of(agent: Agent, ifindex: int) -> str | None:

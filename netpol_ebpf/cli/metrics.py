@@ -95,8 +95,13 @@ def _enforcement(state: Mapping[str, Any]) -> Iterator[Family]:
             }.items())
         ),
     )  # fmt: skip
-    closed = sum(one["endpoint"] is None for one in state["interfaces"])
-    yield _one("netpol_closed_interfaces", "gauge", "Interfaces under policy of which no endpoint is known.", closed)
+    closed = sum(one["state"] == "closed" for one in state["interfaces"])
+    yield _one(
+        "netpol_closed_interfaces",
+        "gauge",
+        "Interfaces of workloads that no endpoint is known of: everything there is denied.",
+        closed,
+    )
     problems = Counter((one["severity"], one["slug"]) for one in state["problems"])
     yield Family(
         "netpol_problems", "gauge", "What keeps the node from being as the manifests say, by kind.",

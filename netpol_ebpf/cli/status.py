@@ -13,6 +13,7 @@ from netpol_ebpf.cli.agent_access import add_state_dir_option, ask_agent
 from netpol_ebpf.cli.output import add_output_option, print_value, render_table
 
 EXIT_NOT_IN_FORCE = 1
+_UNKNOWN = {"closed": "closed (no endpoint is known here)", "own": "the node's own"}
 
 
 def register(subparsers: Any) -> None:
@@ -53,15 +54,24 @@ def _print_text(state: dict[str, Any], *, wide: bool) -> None:
         print(f"refused    {', '.join(refused['waiting'])}: no room in {refused['map']}")
     print()
     rows = [
-        (one["interface"] or "-", one["endpoint"], one["state"], " ".join(one["addresses"]))
+        (
+            one["interface"] or "-",
+            one["endpoint"],
+            one["state"],
+            " ".join(one["addresses"]),
+            one["evidence"] or "-",
+            *(_isolation(one["isolated_by"][way]) for way in ("ingress", "egress")),
+        )
         for one in state["endpoints"]
     ]
     rows += [
-        (one["interface"] or one["ifindex"], "-", "closed (no endpoint is known here)", "")
+        (one["interface"] or one["ifindex"], "-", _UNKNOWN[one["state"]], "", "", "", "")
         for one in state["interfaces"]
         if one["endpoint"] is None
     ]
-    print(render_table(("interface", "endpoint", "state", "addresses"), rows))
+    print(render_table(("interface", "endpoint", "state", "addresses", "known by", "ingress", "egress"), rows))
+    if wide:
+        _print_isolation(state["endpoints"])
     if wide:
         print()
         print(
@@ -91,6 +101,23 @@ def _print_text(state: dict[str, Any], *, wide: bool) -> None:
             place = f"{one['file']}:{one['line']}: " if one["line"] else f"{one['file']}: " if one["file"] else ""
             subject = "".join(f"{part}: " for part in (one["object"], one["path"]) if part)
             print(f"{one['severity']}: {place}{subject}{one['message']}")
+
+
+def _isolation(policies: list[str]) -> str:
+    """Whether a direction is isolated, and by how many policies."""
+    return f"isolated ({len(policies)})" if policies else "open"
+
+
+def _print_isolation(endpoints: list[dict[str, Any]]) -> None:
+    """By which policies each endpoint is isolated."""
+    rows = [
+        (one["endpoint"], way, policy)
+        for one in endpoints
+        for way, policies in one["isolated_by"].items()
+        for policy in policies
+    ]
+    print()
+    print(render_table(("endpoint", "direction", "isolated by"), rows))
 
 
 def _barrier(state: dict[str, Any]) -> str:

@@ -25,6 +25,7 @@ from netpol_ebpf.compiler.state import KnownNumbers, State
 from netpol_ebpf.compiler.tables import Change, Tables
 from netpol_ebpf.policy.types import (
     Endpoint,
+    EndpointKey,
     NetworkSet,
     Node,
     Policy,
@@ -81,6 +82,11 @@ class Compiler:
     def canonical(self) -> dict[str, Hashable]:
         """What the tables say, independent of history; equal for compilers with equal objects in force."""
         return canonical(self.tables)
+
+    def policies_of(self, endpoint: EndpointKey) -> list[Policy]:
+        """The policies that select an endpoint whose tables are compiled, staged ones too, in the order of their keys."""
+        policies = self._state.world.policies
+        return [policies[key] for key in sorted(self._state.subjects.policies_of(endpoint)) if key in policies]
 
     def release_known(self) -> None:
         """Rule and endpoint numbers of an earlier run that nothing has asked for are free from now on."""

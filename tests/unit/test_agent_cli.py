@@ -65,11 +65,15 @@ STATE: dict[str, Any] = {
     "changes_applied": 1, "packets": {"policy-deny": 4}, "problems": [],
     "objects": {"policies": 1, "endpoints": 2, "local_endpoints": 2, "enforced_endpoints": 1},
     "endpoints": [
-        {"endpoint": "Pod/shop/web", "addresses": ["10.0.0.1"], "number": 1, "ifindex": 5, "interface": "cali1", "state": "enforced"},
-        {"endpoint": "Pod/shop/db", "addresses": ["10.0.0.2"], "number": 2, "ifindex": None, "interface": None, "state": "waiting"},
+        {"endpoint": "Pod/shop/web", "addresses": ["10.0.0.1"], "number": 1, "ifindex": 5, "interface": "cali1", "state": "enforced",
+         "evidence": "route", "isolated_by": {"ingress": [], "egress": []}},
+        {"endpoint": "Pod/shop/db", "addresses": ["10.0.0.2"], "number": 2, "ifindex": None, "interface": None, "state": "waiting",
+         "evidence": None, "isolated_by": {"ingress": ["KubernetesNetworkPolicy/shop/db"], "egress": []}},
     ],
     "interfaces": [
-        {"ifindex": 5, "interface": "cali1", "endpoint": "Pod/shop/web"}, {"ifindex": 9, "interface": "cali9", "endpoint": None},
+        {"ifindex": 2, "interface": "eth0", "endpoint": None, "state": "own"},
+        {"ifindex": 5, "interface": "cali1", "endpoint": "Pod/shop/web", "state": "enforced"},
+        {"ifindex": 9, "interface": "cali9", "endpoint": None, "state": "closed"},
     ],
     "maps": {"np_rule": {"entries": 8, "size": 65536}},
     "timeouts": {"tcp-open": 3600.0, "udp": 180.0},
@@ -223,8 +227,9 @@ def test_status_shows_interfaces_known_and_closed(
     assert agent
     assert run(tmp_path, "status") == 0
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert ["cali1", "Pod/shop/web", "enforced", "10.0.0.1"] in lines
-    assert ["-", "Pod/shop/db", "waiting", "10.0.0.2"] in lines
+    assert ["cali1", "Pod/shop/web", "enforced", "10.0.0.1", "route", "open", "open"] in lines
+    assert ["eth0", "-", "the", "node's", "own"] in lines
+    assert ["-", "Pod/shop/db", "waiting", "10.0.0.2", "-", "isolated", "(1)", "open"] in lines
     assert ["cali9", "-", "closed", "(no", "endpoint", "is", "known", "here)"] in lines
     assert run(tmp_path, "status", "-o", "wide") == 0
     shown = capsys.readouterr().out

@@ -12,9 +12,17 @@ from test_agent_core import CLUSTER, POD, POLICY, Bench, settle
 
 from netpol_ebpf.agent.core import AUDIT_S, SEARCH_S, Settings
 from netpol_ebpf.agent.trouble import RETRY_S, Refusals
+from netpol_ebpf.agent.wiring import Link
 from netpol_ebpf.compiler import Compiler
 from netpol_ebpf.errors import InvalidInputError, LimitError, MapFullError, PlatformError
 from netpol_loader.drift import Drift, PartlyMendedError
+
+BRIDGE_HOST = """\
+apiVersion: projectcalico.org/v3
+kind: HostEndpoint
+metadata: {name: bridge}
+spec: {node: here, interfaceName: br9}
+"""
 
 
 @pytest.fixture
@@ -54,25 +62,26 @@ def test_interface_that_refuses_programs_is_named_and_the_others_are_served(
 
 def test_interface_that_keeps_programs_is_named_and_tried_again(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     """What cannot be taken off an interface that nobody's policy is for any more is an error until it can."""
-    agent = bench.agent()
     wiring = bench.node.wiring
+    bench.node.wiring = replace(wiring, links={**wiring.links, 9: Link(9, "br9", "bridge")})
+    bench.write("host.yaml", BRIDGE_HOST)
+    agent = bench.agent()
+    assert 9 in agent.attached
 
     def detach(_ifindex: int) -> None:
         raise PlatformError("the kernel says no")
 
     monkeypatch.setattr(bench.node, "detach", detach)
-    bridge = replace(wiring.links[5], kind="bridge", peer=None)
-    bench.node.wiring = type(wiring)({**wiring.links, 5: bridge}, {}, wiring.uplinks)
-    bench.node.news = True
-    agent.step()
+    bench.write("host.yaml", "---\n")
+    settle(agent)
     assert [problem.message for problem in agent.problems] == [
-        "interface cali1 is to be under policy no more: the kernel says no"
+        "interface br9 is to be under policy no more: the kernel says no"
     ]
-    assert 5 in agent.attached
+    assert 9 in agent.attached
     monkeypatch.undo()
     bench.now_s += SEARCH_S
     agent.step()
-    assert 5 not in bench.node.programs
+    assert 9 not in bench.node.programs
     assert agent.problems == []
 
 

@@ -1,0 +1,474 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whose interface is which: the node's own or a workload's, and which workload's, decided once and kept.
+
+An interface is bound to one endpoint for as long as it exists, by the strongest `Evidence` there is.  All kinds but one are out
+of a workload's reach.  The weak one is an address at the other end of a veth, where a workload with CAP_NET_ADMIN can add any:
+so only the addresses count that were there when the interface was first seen with some, and only to bind what is not bound yet.
+
+Invariants: nothing inside a workload's namespace moves a bond, and a conflict leaves the older bond as it is; a bound interface
+is never taken for the node's own; what is in doubt is left as it is and told.  What is decided outlives the process, in a file
+beside the pins.  Asks no kernel; must not know of programs.
+"""
+
+from __future__ import annotations
+
+import enum
+import hashlib
+import json
+import logging
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
+from ipaddress import ip_address
+from pathlib import Path
+from typing import Any
+
+from netpol_ebpf.agent.wiring import ETHERNET, NOWHERE, TAP_KINDS, Link, Wiring
+from netpol_ebpf.errors import Location, Problem
+from netpol_ebpf.policy.types import Endpoint, EndpointKey, IPAddress
+
+log = logging.getLogger(__name__)
+
+FORMAT = 1
+POD = "Pod"
+DERIVED_NAME = re.compile(r"(?:cali|eni|gke)([0-9a-f]{11})")
+"""Names of a pod's interface on the node that container networks make of the first 11 digits of the SHA-1 of ``namespace.name``
+(Calico; AWS VPC CNI; GKE)."""
+
+
+class Evidence(enum.IntEnum):
+    """What says that an interface is an endpoint's, strongest first."""
+
+    NAMED = 1
+    """The endpoint's own object names it."""
+    CNI = 2
+    """The result that the container network's plugin left on the node."""
+    NAME = 3
+    """The interface's name is made of the pod's."""
+    ROUTE = 4
+    """The node's own route to an address of the endpoint."""
+    ADDRESS = 5
+    """The first address seen at the interface's other end. Weak: the workload could have chosen it."""
+
+
+class Side(enum.Enum):
+    """What an interface was decided to be."""
+
+    OWN = "own"
+    WORKLOAD = "workload"
+
+
+@dataclass(frozen=True, slots=True)
+class Bond:
+    """Whose an interface is. ``addresses``: of the endpoint, when it was last found here; None: not known."""
+
+    key: EndpointKey
+    evidence: Evidence
+    addresses: tuple[IPAddress, ...] | None
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What is kept of an interface. ``first``: the addresses at its other end when there first were any."""
+
+    name: str
+    side: Side | None = None
+    first: tuple[IPAddress, ...] = ()
+    bond: Bond | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Located:
+    """What was found. ``problems``: endpoints that could not be given an interface although there is a trace of one, and why.
+
+    Endpoints in neither are not here (yet).
+    """
+
+    interfaces: Mapping[EndpointKey, int] = field(default_factory=dict)
+    evidence: Mapping[EndpointKey, Evidence] = field(default_factory=dict)
+    problems: Mapping[EndpointKey, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class _Trace:
+    """Where one endpoint would be."""
+
+    endpoint: Endpoint
+    evidence: Evidence
+    ifindex: int
+
+
+def may_be_workloads(link: Link) -> bool:
+    """Whether an interface is of a kind that workloads have: one end of a pair into another namespace, or a tap."""
+    is_tap = link.kind in TAP_KINDS and link.hardware == ETHERNET  # else it is a tunnel of the node's own
+    return link.peer is not None or is_tap
+
+
+def derived_hash(key: EndpointKey) -> str:
+    """What `DERIVED_NAME` ends with for a pod."""
+    return hashlib.sha1(f"{key.namespace}.{key.name}".encode(), usedforsecurity=False).hexdigest()[:11]
+
+
+class Bonds:
+    """`look` at each new wiring, or when endpoints changed; `save` when ``is_dirty``.
+
+    ``doubts``: interfaces that may be the node's own or a workload's, and what becomes of them.
+    """
+
+    def __init__(self, workloads: Sequence[str] = (), own: Sequence[str] = ()) -> None:
+        """``workloads``: patterns of names; where there are any, exactly what matches is a workload's. ``own``: never is."""
+        self._workload_patterns, self._own_patterns = tuple(workloads), tuple(own)
+        self._seen: dict[int, Seen] = {}
+        self._lost: set[EndpointKey] = set()  # whose interface went
+        self.doubts: dict[int, str] = {}
+        self.is_dirty = False
+        self._is_recalled = False
+
+    def look(
+        self,
+        wiring: Wiring,
+        endpoints: Collection[Endpoint],
+        *,
+        node_addresses: Collection[IPAddress] = (),
+        results: Mapping[EndpointKey, Collection[str]] | None = None,
+        is_contested: Callable[[EndpointKey], bool] = lambda _key: False,
+    ) -> Located:
+        """Decide what each interface is and find that of each endpoint; what was decided before stays.
+
+        ``node_addresses``: those that this node's object in the cluster states.  ``results``: names of interfaces that plugins
+        made for pods.  ``is_contested``: whether others claim an address of an endpoint, which then gets no other interface
+        than the one it has.  Cost: linear in endpoints, links and addresses.
+        """
+        self.forget([ifindex for ifindex, one in self._seen.items() if not self._is_there(ifindex, one, wiring)])
+        self._is_recalled = False
+        self._release_named(wiring, endpoints)
+        stated = {wiring.addresses[one] for one in node_addresses if one in wiring.addresses}
+        places = _Places(wiring, results or {}, closed_to_routes=wiring.uplinks | stated)
+        traces = {endpoint.key: places.beyond_reach(endpoint) for endpoint in endpoints}
+        self.doubts = {}
+        self._decide_all(wiring, stated, {ifindex for _, found in traces.values() for ifindex in found})
+        first = _First(self._seen)
+        problems: dict[EndpointKey, str] = {}
+        wanted: dict[int, list[_Trace]] = {}
+        held = {one.bond.key: ifindex for ifindex, one in self._seen.items() if one.bond is not None}
+        for endpoint in endpoints:
+            evidence, found = traces[endpoint.key]
+            if not found and endpoint.interface is None:
+                evidence, found = Evidence.ADDRESS, first.of(endpoint)
+            trace, problem = self._trace(endpoint, evidence, found, held.get(endpoint.key), wiring, is_contested)
+            if problem:
+                problems[endpoint.key] = problem
+            if trace is not None:
+                wanted.setdefault(trace.ifindex, []).append(trace)
+        interfaces: dict[EndpointKey, int] = {}
+        by: dict[EndpointKey, Evidence] = {}
+        for ifindex, claims in wanted.items():
+            winner = self._choose(ifindex, claims, wiring, problems)
+            if winner is not None:
+                interfaces[winner.endpoint.key] = ifindex
+                by[winner.endpoint.key] = self._bind(ifindex, winner, wiring)
+        return Located(interfaces, by, problems)
+
+    def _release_named(self, wiring: Wiring, endpoints: Iterable[Endpoint]) -> None:
+        """What an object named is free when no object names it any more: whoever writes those is not who sits behind it."""
+        named = {(one.key, one.interface) for one in endpoints}
+        for ifindex, seen in self._seen.items():
+            bond = seen.bond
+            if bond is None or bond.evidence is not Evidence.NAMED:
+                continue
+            if (bond.key, wiring.name_of(ifindex)) not in named:
+                self._keep(ifindex, replace(seen, side=None, bond=None))
+
+    def _is_there(self, ifindex: int, seen: Seen, wiring: Wiring) -> bool:
+        """Whether an interface is still the same. Of one that another agent saw, its name tells; one that only rows show has none."""
+        link = wiring.links.get(ifindex)
+        return link is not None and (not self._is_recalled or seen.name in (link.name, ""))
+
+    # --- own or workload's ------------------------------------------------------------------------------------------
+
+    def close_newborn(self, link: Link) -> bool:
+        """Whether an interface that has come just now is to be closed; in doubt it stays so."""
+        if link.ifindex in self._seen or not self._is_possible(link):
+            return False
+        self._keep(link.ifindex, Seen(link.name, Side.WORKLOAD))
+        return True
+
+    def is_workload(self, ifindex: int) -> bool:
+        """Whether an interface is a workload's, and so closed while nothing is known about it."""
+        seen = self._seen.get(ifindex)
+        return seen is not None and seen.side is Side.WORKLOAD
+
+    def _is_possible(self, link: Link) -> bool:
+        if self._workload_patterns:
+            return any(fnmatchcase(link.name, pattern) for pattern in self._workload_patterns)
+        return may_be_workloads(link) and not any(fnmatchcase(link.name, pattern) for pattern in self._own_patterns)
+
+    def _decide_all(self, wiring: Wiring, stated: Collection[int], claimed: Collection[int]) -> None:
+        """``stated``: interfaces with an address that the node's object states; ``claimed``: those of endpoints, by strong evidence."""
+        for link in wiring.links.values():
+            if not may_be_workloads(link) and not self._workload_patterns:
+                continue
+            seen = self._seen.get(link.ifindex, Seen(link.name))
+            side = self._side(link, wiring, seen, is_stated=link.ifindex in stated, is_claimed=link.ifindex in claimed)
+            if seen.side not in (None, side):
+                log.warning("interface %s is %s", link.name, _SAID[side])
+            first = seen.first
+            if not first and link.peer is not None:
+                first = tuple(one for one in wiring.peer_addresses.get(link.peer, ()) if not one.is_link_local)
+            self._keep(link.ifindex, replace(seen, name=link.name, side=side, first=first))
+
+    def _side(self, link: Link, wiring: Wiring, seen: Seen, *, is_stated: bool, is_claimed: bool) -> Side | None:
+        """None: in doubt, and taken for the node's own until something speaks."""
+        if self._workload_patterns:
+            return Side.WORKLOAD if self._is_possible(link) else Side.OWN
+        if seen.bond is not None or is_claimed:
+            return Side.WORKLOAD
+        is_routed = link.ifindex in wiring.uplinks | wiring.next_hops
+        if not self._is_possible(link) or is_stated or is_routed or seen.side is Side.OWN:
+            return Side.OWN
+        if link.ifindex in wiring.shared:
+            is_closed = seen.side is Side.WORKLOAD
+            self.doubts[link.ifindex] = (
+                f"interface {link.name} may be the node's own or a workload's: the node has an address there, but no route leads "
+                f"on from it; it is {'closed' if is_closed else 'taken for the own one, NOT enforced,'} until --own-interfaces or "
+                "--workload-interfaces names it, or a workload is known to be there"
+            )
+            return seen.side
+        return Side.WORKLOAD
+
+    # --- whose ------------------------------------------------------------------------------------------------------
+
+    def _trace(
+        self, endpoint: Endpoint, evidence: Evidence, found: set[int], old: int | None, wiring: Wiring,
+        is_contested: Callable[[EndpointKey], bool],
+    ) -> tuple[_Trace | None, str]:  # fmt: skip
+        """Where an endpoint would be, and what is wrong with that. ``old``: the interface that it has."""
+        bond = self._seen[old].bond if old is not None else None
+        kept = None
+        if old is not None and bond is not None and endpoint.interface is None and _is_same(bond, endpoint):
+            kept = _Trace(endpoint, bond.evidence, old)
+        if kept is not None and kept.ifindex in found:
+            return replace(kept, evidence=min(evidence, kept.evidence)), ""
+        if kept is not None and (not found or evidence is Evidence.ADDRESS):
+            return kept, ""
+        if not found:
+            return None, ""
+        if len(found) > 1:
+            names = ", ".join(sorted(wiring.links[ifindex].name for ifindex in found))
+            return kept, f"its addresses lead to several interfaces: {names}"
+        (ifindex,) = found
+        if (old is not None or endpoint.key in self._lost) and is_contested(endpoint.key):
+            return kept, f"{wiring.name_of(ifindex)} has an address that others claim as well"
+        return _Trace(endpoint, evidence, ifindex), ""
+
+    def _choose(
+        self, ifindex: int, traces: Sequence[_Trace], wiring: Wiring, problems: dict[EndpointKey, str]
+    ) -> _Trace | None:
+        """Who of those that an interface would belong to has it; the others learn why they have not."""
+        name = wiring.name_of(ifindex)
+        bond = self._seen[ifindex].bond if ifindex in self._seen else None
+        holder = next((one for one in traces if bond is not None and one.endpoint.key == bond.key), None)
+        best = min(one.evidence for one in traces)
+        strongest = [one for one in traces if one.evidence is best]
+        if holder is not None and holder in strongest:
+            winner: _Trace | None = holder
+        elif bond is not None and holder is None and best is Evidence.ADDRESS:
+            for one in traces:
+                problems[one.endpoint.key] = (
+                    f"interface {name} was {bond.key}'s, and is no other's by an address at its other end"
+                )
+            return None
+        else:
+            winner = strongest[0] if len(strongest) == 1 else None
+        if winner is None:
+            others = ", ".join(str(key) for key in sorted(one.endpoint.key for one in traces))
+            problems.update({one.endpoint.key: f"interface {name} would belong to several: {others}" for one in traces})
+            return None
+        problems.update(
+            {one.endpoint.key: f"interface {name} is {winner.endpoint.key}'s" for one in traces if one is not winner}
+        )
+        return winner
+
+    def _bind(self, ifindex: int, trace: _Trace, wiring: Wiring) -> Evidence:
+        seen = self._seen.get(ifindex, Seen(wiring.links[ifindex].name))
+        evidence = trace.evidence
+        if seen.bond is not None and seen.bond.key == trace.endpoint.key:
+            evidence = min(evidence, seen.bond.evidence)
+        bond = Bond(trace.endpoint.key, evidence, trace.endpoint.addresses)
+        self.doubts.pop(ifindex, None)
+        self._lost.discard(trace.endpoint.key)
+        self._keep(ifindex, replace(seen, name=wiring.links[ifindex].name, side=Side.WORKLOAD, bond=bond))
+        return evidence
+
+    def forget(self, gone: Iterable[int]) -> None:
+        """These interfaces are no more."""
+        for ifindex in gone:
+            seen = self._seen.pop(ifindex, None)
+            if seen is not None:
+                self.is_dirty = True
+                if seen.bond is not None:
+                    self._lost.add(seen.bond.key)
+
+    def _keep(self, ifindex: int, seen: Seen) -> None:
+        if self._seen.get(ifindex) != seen:
+            self._seen[ifindex] = seen
+            self.is_dirty = True
+
+    # --- beyond the process -----------------------------------------------------------------------------------------
+
+    def load(self, path: Path) -> Problem | None:
+        """Take up what an earlier agent decided; what cannot be read is told, and decided anew."""
+        try:
+            document = json.loads(path.read_text(encoding="utf-8"))
+            interfaces = {FORMAT: document["interfaces"]}[document["format"]]
+            self._seen = {int(ifindex): _read_seen(one) for ifindex, one in interfaces.items()}
+            self._is_recalled = True
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            self._seen = {}
+            message = f"what was decided about interfaces cannot be read ({error}): it is decided anew"
+            return Problem(Location(str(path)), "", message, severity="warning", slug="interfaces-file")
+        return None
+
+    def expect(self, key: EndpointKey, ifindex: int) -> None:
+        """A bond of an earlier agent that the kernel's rows show, should the file not. ``ifindex``: NOWHERE when it is gone."""
+        seen = self._seen.get(ifindex)
+        if ifindex == NOWHERE:
+            self._lost.add(key)
+        elif seen is None or seen.bond is None:
+            bond = Bond(key, Evidence.ADDRESS, None)
+            self._keep(ifindex, replace(seen or Seen(""), side=Side.WORKLOAD, bond=bond))
+
+    def save(self, path: Path) -> None:
+        """Write what was decided, whole or not at all. Raises OSError."""
+        interfaces = {str(ifindex): _write_seen(one) for ifindex, one in self._seen.items()}
+        draft = path.with_suffix(".draft")
+        draft.write_text(json.dumps({"format": FORMAT, "interfaces": interfaces}) + "\n", encoding="utf-8")
+        draft.replace(path)
+        self.is_dirty = False
+
+
+_SAID = {
+    Side.OWN: "the node's own: it is no workload's any more",
+    Side.WORKLOAD: "a workload's: it is closed until it is known whose",
+    None: "in doubt",
+}
+
+
+class _Places:
+    """Where endpoints would be by evidence that is beyond a workload's reach."""
+
+    def __init__(
+        self, wiring: Wiring, results: Mapping[EndpointKey, Collection[str]], *, closed_to_routes: Collection[int]
+    ) -> None:
+        """``closed_to_routes``: the node's own for certain, whatever route leads there."""
+        self._wiring, self._results, self._closed = wiring, results, closed_to_routes
+        self._by_name = {link.name: link.ifindex for link in wiring.links.values()}
+        self._by_hash = {
+            match[1]: link.ifindex
+            for link in wiring.links.values()
+            if may_be_workloads(link) and (match := DERIVED_NAME.fullmatch(link.name))
+        }
+
+    def beyond_reach(self, endpoint: Endpoint) -> tuple[Evidence, set[int]]:
+        """The strongest evidence that leads anywhere, and where."""
+        if endpoint.interface is not None:
+            named = self._by_name.get(endpoint.interface)
+            return Evidence.NAMED, set() if named is None else {named}
+        for evidence, find in (
+            (Evidence.CNI, self._by_result),
+            (Evidence.NAME, self._by_derived_name),
+            (Evidence.ROUTE, self._by_route),
+        ):
+            found = set(find(endpoint))
+            if found:
+                return evidence, found
+        return Evidence.ADDRESS, set()
+
+    def _by_result(self, endpoint: Endpoint) -> Iterator[int]:
+        for name in self._results.get(endpoint.key, ()):
+            ifindex = self._by_name.get(name)
+            if ifindex is not None and may_be_workloads(self._wiring.links[ifindex]):
+                yield ifindex
+
+    def _by_derived_name(self, endpoint: Endpoint) -> Iterator[int]:
+        if self._by_hash and endpoint.key.kind == POD:
+            ifindex = self._by_hash.get(derived_hash(endpoint.key))
+            if ifindex is not None:
+                yield ifindex
+
+    def _by_route(self, endpoint: Endpoint) -> Iterator[int]:
+        for address in endpoint.addresses:
+            ifindex = self._wiring.host_routes.get(address)
+            if ifindex is None:
+                ifindex = self._by_subnet(address)
+            if ifindex is not None and ifindex in self._wiring.links and ifindex not in self._closed:
+                yield ifindex
+
+    def _by_subnet(self, address: IPAddress) -> int | None:
+        """An interface of a workload's kind that a subnet of the node is on alone, by the longest prefix."""
+        nets = [net for net in self._wiring.subnets if net.version == address.version and address in net]
+        if not nets:
+            return None
+        found = self._wiring.subnets[max(nets, key=lambda net: net.prefixlen)]
+        if len(found) != 1:
+            return None
+        (ifindex,) = found
+        link = self._wiring.links.get(ifindex)
+        return ifindex if link is not None and may_be_workloads(link) else None
+
+
+class _First:
+    """Where endpoints would be by the first addresses at the other ends of interfaces."""
+
+    def __init__(self, seen: Mapping[int, Seen]) -> None:
+        self._by_address: dict[IPAddress, list[tuple[bool, int]]] = {}
+        for ifindex, one in seen.items():
+            for address in one.first if one.side is not Side.OWN else ():
+                leading = next(other for other in one.first if other.version == address.version)
+                self._by_address.setdefault(address, []).append((address == leading, ifindex))
+
+    def of(self, endpoint: Endpoint) -> set[int]:
+        """Of several interfaces with an address that one whose first it is, should there be one."""
+        found = {pair for address in endpoint.addresses for pair in self._by_address.get(address, ())}
+        leading = {ifindex for is_leading, ifindex in found if is_leading}
+        return leading if len(leading) == 1 else {ifindex for _, ifindex in found}
+
+
+def _is_same(bond: Bond, endpoint: Endpoint) -> bool:
+    """Whether an endpoint is still the one that was bound: a new pod of that name has other addresses, and another interface."""
+    if bond.addresses is None or not (bond.addresses or endpoint.addresses):
+        return True
+    return bool(set(bond.addresses) & set(endpoint.addresses))
+
+
+def _write_seen(seen: Seen) -> dict[str, Any]:
+    written: dict[str, Any] = {
+        "name": seen.name,
+        "side": seen.side and seen.side.value,
+        "first": [*map(str, seen.first)],
+    }
+    if seen.bond is not None:
+        addresses = seen.bond.addresses
+        written["bond"] = {
+            "endpoint": [seen.bond.key.kind, seen.bond.key.namespace, seen.bond.key.name],
+            "evidence": seen.bond.evidence.name,
+            "addresses": None if addresses is None else [*map(str, addresses)],
+        }
+    return written
+
+
+def _read_seen(written: Mapping[str, Any]) -> Seen:
+    bond = written.get("bond")
+    return Seen(
+        written["name"],
+        None if written["side"] is None else Side(written["side"]),
+        tuple(map(ip_address, written["first"])),
+        None if bond is None else Bond(
+            EndpointKey(*bond["endpoint"]),
+            Evidence[bond["evidence"]],
+            None if bond["addresses"] is None else tuple(map(ip_address, bond["addresses"])),
+        ),
+    )  # fmt: skip

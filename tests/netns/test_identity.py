@@ -1,0 +1,253 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whose interface is which, against root in a pod's own network namespace: addresses it adds, routers it plays, ends of the node.
+
+And the twins: a node that is a container, a pod that comes again, a plugin's result, an agent that starts late.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import sys
+from collections.abc import Iterator
+from ipaddress import ip_address
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from agent_scene import NODE, POD, Scene
+from border_scene import (
+    LAST,
+    NARROW,
+    OPEN_PORT,
+    address_of,
+    border,
+    framed,
+    ip,
+    port_of,
+    put,
+    say,
+    station,
+)
+from scapy.layers.inet6 import ICMPv6ND_RA, ICMPv6NDOptPrefixInfo, ICMPv6NDOptSrcLLAddr, IPv6
+
+from netpol_ebpf.lab.attempt import Attempt
+from netpol_ebpf.lab.laboratory import Lab
+from netpol_ebpf.lab.topology import UDP
+
+pytestmark = pytest.mark.netns
+
+STRANGER = "stranger"
+"""A pod that no manifest knows."""
+
+
+def owners(state: dict[str, Any]) -> dict[str, str | None]:
+    """Interface to endpoint."""
+    return {one["interface"]: one["endpoint"] for one in state["interfaces"]}
+
+
+def slugs(state: dict[str, Any]) -> dict[str, str]:
+    """Kind of problem to message."""
+    return {one["slug"]: one["message"] for one in state["problems"]}
+
+
+def plug(lab: Lab, name: str, *, address: str | None = None, master: str | None = None, end: str | None = None) -> str:
+    """A pair into a namespace of its own; the end on the node has the name. ``end``: address of the node's end."""
+    namespace = f"{lab.token}-{name}"
+    lab.record(namespaces=[namespace])
+    ip(lab, NODE, f"netns add {namespace}", f"link add {name} type veth peer name eth0 netns {namespace}")
+    if master is not None:
+        ip(lab, NODE, f"link set {name} master {master}")
+    if end is not None:
+        ip(lab, NODE, f"address add {end} dev {name}")
+    ip(lab, NODE, f"link set {name} up", f"-n {namespace} link set eth0 up")
+    if address is not None:
+        ip(lab, NODE, f"-n {namespace} address add {address} dev eth0")
+    return namespace
+
+
+def unplug(lab: Lab, name: str) -> None:
+    ip(lab, NODE, f"link del {name}", f"netns del {lab.token}-{name}")
+
+
+@pytest.fixture(scope="module")
+def bridged_scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
+    with border(tmp_path_factory.mktemp("identity"), is_bridged=True) as one:
+        yield one
+
+
+@pytest.fixture
+def bridged(bridged_scene: Scene) -> Scene:
+    (bridged_scene.manifests / "late.yaml").unlink(missing_ok=True)
+    put(bridged_scene, NARROW)
+    return bridged_scene
+
+
+def test_neighbour_s_address_harms_only_who_takes_it(bridged: Scene) -> None:
+    """A pod that adds a neighbour's address keeps its own identity, and the neighbour its interface, also for the next agent."""
+    lab = bridged.lab
+    before = owners(bridged.state())
+    assert before[port_of("db")] == "Pod/shop/db"
+    ip(lab, "shop/web", f"address del {address_of('web')}/24 dev eth0", f"address add {address_of('db')}/24 dev eth0")
+    try:
+        bridged.kill()
+        bridged.start()
+        state = bridged.await_status(lambda one: bool(one["interfaces"]), "the next agent has looked")
+        assert owners(state) == before
+        assert bridged.reached(Attempt("shop/other", ip_address(address_of("db")), UDP, OPEN_PORT)) == [True]
+    finally:
+        ip(lab, "shop/web", f"address del {address_of('db')}/24 dev eth0",
+           f"address add {address_of('web')}/24 broadcast 10.1.0.255 dev eth0")  # fmt: skip
+
+
+def test_stranger_becomes_no_pod_that_is_to_come(bridged: Scene) -> None:
+    """An interface that is nobody's stays closed, whatever address is added behind it; the pod that comes gets its own."""
+    lab = bridged.lab
+    namespace = plug(lab, STRANGER, address="10.1.0.77/24", master="br0")
+    try:
+        bridged.await_status(lambda one: STRANGER in owners(one), "the new interface is under policy")
+        seen(bridged, STRANGER)
+        ip(lab, NODE, f"-n {namespace} address add 10.1.0.9/24 dev eth0")
+        bridged.write("late.yaml", POD.format(name="late", node=NODE, last=9))
+        state = bridged.await_status(lambda one: "not-found" in slugs(one), "the pod is missed")
+        assert owners(state)[STRANGER] is None
+        assert "NOT enforced" in slugs(state)["not-found"]
+        assert STRANGER in slugs(state)["not-found"]
+        plug(lab, "latecomer", address="10.1.0.9/24", master="br0")
+        state = bridged.await_status(lambda one: owners(one).get("latecomer") == "Pod/shop/late", "the pod has its own")
+        assert owners(state)[STRANGER] is None
+        (row,) = (one for one in state["endpoints"] if one["endpoint"] == "Pod/shop/late")
+        assert row["evidence"] == "address (weak)"
+        unplug(lab, "latecomer")
+        # A StatefulSet's pod comes again under its name, with its address.
+        plug(lab, "again", address="10.1.0.9/24", master="br0")
+        bridged.await_status(
+            lambda one: owners(one).get("again") == "Pod/shop/late", "the pod that came again has its own"
+        )
+        unplug(lab, "again")
+    finally:
+        unplug(lab, STRANGER)
+
+
+def seen(scene: Scene, name: str) -> None:
+    """Wait until the agent has kept what it first saw behind an interface."""
+
+    def is_kept(_state: dict[str, Any]) -> bool:
+        kept = json.loads((scene.state_dir / "interfaces").read_text())["interfaces"]
+        return any(one["name"] == name and one["first"] for one in kept.values())
+
+    scene.await_status(is_kept, f"the first address behind {name} is kept")
+
+
+def test_plugin_s_result_binds_what_addresses_do_not(tmp_path: Path) -> None:
+    """What the plugin left on the node counts from the first; a further interface that no program sees is told."""
+    results = tmp_path / "results"
+    results.mkdir(mode=0o700)
+
+    def write(name: str, pod: str, inside: str, plugin: str, interfaces: list[dict[str, str]], ips: list[str]) -> None:
+        config = base64.b64encode(json.dumps({"plugins": [{"type": plugin}]}).encode()).decode()
+        document = {
+            "kind": "cniCacheV1", "config": config, "ifName": inside, "cniArgs": [["K8S_POD_NAMESPACE", "shop"], ["K8S_POD_NAME", pod]],
+            "result": {"interfaces": interfaces, "ips": [{"address": one} for one in ips]},
+        }  # fmt: skip
+        path = results / name
+        path.write_text(json.dumps(document))
+        path.chmod(0o600)
+
+    for pod, last in LAST.items():
+        write(f"net-{pod}-eth0", pod, "eth0", "bridge", [{"name": "br0"}, {"name": port_of(pod)}, {"name": "eth0", "sandbox": "x"}],
+              [f"10.1.0.{last}/24"])  # fmt: skip
+
+    def strip(lab: Lab) -> None:
+        ip(lab, "shop/other", "address del 10.1.0.3/24 dev eth0")  # nothing at its other end says whose it is
+        ip(lab, "shop/other", "-6 address flush dev eth0 scope global")
+
+    with border(tmp_path, is_bridged=True, options=("--cni-results", str(results)), prepare=strip) as scene:
+        state = scene.await_status(
+            lambda one: {row["evidence"] for row in one["endpoints"]} == {"cni"}, "all are known by their results"
+        )
+        assert owners(state)[port_of("other")] == "Pod/shop/other"
+        write("net-web-net1", "web", "net1", "macvlan", [{"name": "net1", "sandbox": "x"}], ["10.9.0.1/24"])
+        ip(scene.lab, NODE, "link add news0 type bridge")
+        state = scene.await_status(lambda one: "further-interface" in slugs(one), "the further interface is told")
+        assert "net1 is NOT enforced" in slugs(state)["further-interface"]
+        assert not state["in_force"]
+
+
+def test_router_that_a_pod_plays_takes_no_program_off(tmp_path: Path) -> None:
+    """On a node that takes router advertisements, what a pod announces makes its interface no uplink: default route, address."""
+
+    def accept(lab: Lab) -> None:
+        for name in (port_of("web"), "all"):
+            lab.prober.write_settings(NODE, [(f"ipv6/conf/{name}/accept_ra", "2"), (f"ipv6/conf/{name}/autoconf", "1")])
+
+    with border(tmp_path, prepare=accept) as scene:
+        lab, web = scene.lab, station(scene.lab, "web")
+        before = owners(scene.state())
+        announcement = (
+            IPv6(src=web.link_local, dst="ff02::1", hlim=255)
+            / ICMPv6ND_RA(routerlifetime=1800)
+            / ICMPv6NDOptPrefixInfo(prefix="2001:db8:77::", prefixlen=64, validlifetime=3600, preferredlifetime=3600)
+            / ICMPv6NDOptSrcLLAddr(lladdr=web.mac)
+        )
+        say(lab, web.host, framed(announcement, web.mac, "33:33:00:00:00:01"))
+        # The program drops it already; the node's own tools do what it would have done.
+        ip(lab, NODE, f"-6 route add default via {web.link_local} dev {port_of('web')} proto ra metric 9999",
+           f"address add 2001:db8:77::1/64 dev {port_of('web')} nodad valid_lft 3600 preferred_lft 3600")  # fmt: skip
+        scene.write("marker.yaml", "apiVersion: v1\nkind: Namespace\nmetadata: {name: marker}\n")
+        state = scene.await_status(lambda one: one["changes_applied"] > 0, "the agent has looked")
+        assert owners(state) == before
+        scene.kill()
+        scene.start()
+        assert owners(scene.state()) == before
+        assert {"ingress", "egress"} == scene.attached()[port_of("web")]
+
+
+@pytest.mark.parametrize("end", ["10.1.7.1/24", "10.1.7.8/31"])
+def test_node_s_end_with_a_prefix_leaves_no_pod_open(routed: Scene, end: str) -> None:
+    """A pod behind an end of the node with an address in its prefix is its pod's; before it is known, it is closed, and told."""
+    lab = routed.lab
+    own = "10.1.7.9"
+    plug(lab, "wide", address=f"{own}/{end.partition('/')[2]}", end=end)
+    try:
+        state = routed.await_status(lambda one: "wide" in owners(one), "the new interface is under policy")
+        assert owners(state)["wide"] is None
+        state = routed.await_status(lambda one: "interface-doubt" in slugs(one), "the doubt is told")
+        assert "wide" in slugs(state)["interface-doubt"]
+        routed.write("late.yaml", POD.format(name="late", node=NODE, last=9).replace("10.1.0.9", own))
+        state = routed.await_status(lambda one: owners(one).get("wide") == "Pod/shop/late", "the pod is known")
+        assert "interface-doubt" not in slugs(state)
+    finally:
+        (routed.manifests / "late.yaml").unlink(missing_ok=True)
+        unplug(lab, "wide")
+
+
+@pytest.fixture(scope="module")
+def routed_scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
+    with border(tmp_path_factory.mktemp("routed")) as one:
+        yield one
+
+
+@pytest.fixture
+def routed(routed_scene: Scene) -> Scene:
+    (routed_scene.manifests / "late.yaml").unlink(missing_ok=True)
+    put(routed_scene, NARROW)
+    return routed_scene
+
+
+def test_status_tells_own_interfaces_from_closed_ones(routed: Scene) -> None:
+    """An uplink that bears the programs is not closed; each pod says by which policies it is isolated."""
+    state = routed.state()
+    assert {one["interface"]: one["state"] for one in state["interfaces"]} == {
+        **{port_of(name): "enforced" for name in LAST}, "eth0": "own",
+    }  # fmt: skip
+    (web,) = (one for one in state["endpoints"] if one["endpoint"] == "Pod/shop/web")
+    policy = "KubernetesNetworkPolicy/shop/narrow"
+    assert web["isolated_by"] == {"ingress": [policy], "egress": [policy]}
+    assert web["evidence"] == "name"
+    text = routed.ctl("status", "--state-dir", str(routed.state_dir)).stdout
+    assert "the node's own" in text
+    assert "closed" not in text

@@ -1,0 +1,389 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whose interface is which: by what evidence, for how long, against whom; and what is in doubt."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import replace
+from ipaddress import ip_address, ip_network
+from pathlib import Path
+
+import pytest
+
+from netpol_ebpf.agent.bonds import Bonds, Evidence, Located, derived_hash
+from netpol_ebpf.agent.wiring import Link, Wiring
+from netpol_ebpf.policy.types import Endpoint, EndpointKey, EndpointKind
+
+LO = Link(1, "lo")
+UPLINK = Link(2, "eth0", "veth", (0, 2))
+WEB = Link(5, "vethweb", "veth", (1, 2))
+DB = Link(6, "vethdb", "veth", (2, 2))
+TAP = Link(7, "tap0", "tun")
+BRIDGE = Link(8, "cni0", "bridge")
+LINKS = {link.ifindex: link for link in (LO, UPLINK, WEB, DB, TAP, BRIDGE)}
+
+
+def key(name: str) -> EndpointKey:
+    return EndpointKey("Pod", "shop", name)
+
+
+def endpoint(name: str, *addresses: str, interface: str | None = None) -> Endpoint:
+    return Endpoint(key(name), EndpointKind.WORKLOAD, {}, tuple(map(ip_address, addresses)), interface=interface)
+
+
+def wiring(
+    routes: Mapping[str, int] | None = None,
+    peers: Mapping[tuple[int, int], Collection[str]] | None = None,
+    subnets: Mapping[str, int] | None = None,
+    shared: Collection[int] = (),
+) -> Wiring:
+    """A node with a default route by eth0. ``peers``: addresses at other ends; ``shared``: interfaces with an address of the node."""
+    return Wiring(
+        LINKS,
+        {ip_address(address): ifindex for address, ifindex in (routes or {}).items()},
+        frozenset({UPLINK.ifindex}),
+        {peer: tuple(map(ip_address, addresses)) for peer, addresses in (peers or {}).items()},
+        subnets={ip_network(net): frozenset({ifindex}) for net, ifindex in (subnets or {}).items()},
+        shared=frozenset(shared),
+    )
+
+
+def names(located: Located) -> dict[str, int]:
+    return {one.name: ifindex for one, ifindex in located.interfaces.items()}
+
+
+def found(snapshot: Wiring, *endpoints: Endpoint) -> dict[str, int]:
+    return names(Bonds().look(snapshot, endpoints))
+
+
+# --- by what evidence -----------------------------------------------------------------------------------------------
+
+
+def test_host_route_leads_to_the_interface() -> None:
+    """A pod is where the node's route to one of its addresses goes; a family without a route does no harm."""
+    located = Bonds().look(wiring({"10.0.0.1": 5}), [endpoint("web", "10.0.0.1", "fd00::1")])
+    assert (names(located), located.evidence) == ({"web": 5}, {key("web"): Evidence.ROUTE})
+
+
+def test_other_end_of_the_pair_leads_to_the_interface() -> None:
+    """Without a route, the veth whose other end has the address; the same address index in two namespaces is no confusion."""
+    snapshot = wiring(peers={(1, 2): ["10.0.0.1", "fe80::1"], (2, 2): ["10.0.0.2", "fe80::1"]})
+    located = Bonds().look(snapshot, [endpoint("web", "10.0.0.1"), endpoint("db", "10.0.0.2")])
+    assert names(located) == {"web": 5, "db": 6}
+    assert set(located.evidence.values()) == {Evidence.ADDRESS}
+
+
+def test_subnet_on_the_node_s_end_leads_to_the_interface() -> None:
+    """A node end with a prefix of its own, be it /24 or /31: the node routes the pod's address there."""
+    snapshot = wiring(subnets={"10.0.0.0/31": 5, "10.0.0.0/8": 2}, peers={(1, 2): ["10.0.0.1"]}, shared=[5])
+    bonds = Bonds()
+    located = bonds.look(snapshot, [endpoint("web", "10.0.0.1")])
+    assert (names(located), located.evidence[key("web")]) == ({"web": 5}, Evidence.ROUTE)
+    assert bonds.is_workload(5)
+    assert not bonds.doubts
+
+
+def test_subnet_of_a_bridge_is_no_trace() -> None:
+    """What a bridge's prefix leads to may be any of its ports."""
+    assert found(wiring(subnets={"10.0.0.0/24": 8}), endpoint("web", "10.0.0.1")) == {}
+
+
+def test_route_tells_more_than_a_peer() -> None:
+    """Where both lead somewhere, the route counts."""
+    assert found(wiring({"10.0.0.1": 6}, {(1, 2): ["10.0.0.1"]}), endpoint("web", "10.0.0.1")) == {"web": 6}
+
+
+def test_plugin_s_result_tells_more_than_a_route() -> None:
+    """What the plugin left on the node names the interface; a bridge that it names as well is none."""
+    located = Bonds().look(
+        wiring({"10.0.0.1": 6}), [endpoint("web", "10.0.0.1")], results={key("web"): {"vethweb", "cni0"}}
+    )
+    assert (names(located), located.evidence) == ({"web": 5}, {key("web"): Evidence.CNI})
+
+
+def test_name_made_of_the_pod_s_is_evidence() -> None:
+    """As Calico, AWS and GKE name interfaces."""
+    named = Link(9, f"cali{derived_hash(key('web'))}", "veth", (3, 2))
+    snapshot = replace(wiring(peers={(1, 2): ["10.0.0.1"]}), links={**LINKS, 9: named})
+    located = Bonds().look(snapshot, [endpoint("web", "10.0.0.1")])
+    assert (names(located), located.evidence) == ({"web": 9}, {key("web"): Evidence.NAME})
+    assert derived_hash(EndpointKey("Pod", "kube-system", "coredns-0")) == "8c346e38bf4"
+
+
+def test_named_interface_needs_no_address() -> None:
+    """An endpoint that names its interface has that one, and none while it does not exist."""
+    snapshot = wiring({"10.0.0.1": 5})
+    assert found(snapshot, endpoint("vm", "10.0.0.1", interface="tap0")) == {"vm": 7}
+    assert found(snapshot, endpoint("vm", "10.0.0.1", interface="tap9")) == {}
+
+
+def test_interface_that_was_named_is_free_with_its_name() -> None:
+    """Objects are written by those who decide; another name, or none, and the interface is what it would be without."""
+    bonds = Bonds()
+    bonds.look(wiring(), [endpoint("vm", "10.0.0.1", interface="eth0")])
+    assert bonds.is_workload(2)
+    located = bonds.look(wiring(), [endpoint("vm", "10.0.0.1", interface="tap0")])
+    assert (names(located), bonds.is_workload(2)) == ({"vm": 7}, False)
+    bonds.look(wiring(), [])
+    assert bonds.is_workload(7)
+    assert names(bonds.look(wiring({"10.0.0.2": 7}), [endpoint("other", "10.0.0.2")])) == {"other": 7}
+
+
+def test_route_to_a_vanished_interface_is_no_trace() -> None:
+    """A route whose interface is not in the snapshot leads nowhere."""
+    assert found(wiring({"10.0.0.1": 99}), endpoint("web", "10.0.0.1")) == {}
+
+
+def test_uplink_is_nobody_s_by_address() -> None:
+    """Neither a route nor a peer's address makes an uplink a workload's interface; an endpoint that names it does."""
+    snapshot = wiring({"10.0.0.1": 2}, {(0, 2): ["10.0.0.2"]})
+    assert found(snapshot, endpoint("a", "10.0.0.1"), endpoint("b", "10.0.0.2")) == {}
+    assert found(snapshot, endpoint("c", interface="eth0")) == {"c": 2}
+
+
+def test_pod_that_is_not_here_is_no_problem() -> None:
+    """An endpoint without a trace is neither found nor a problem."""
+    assert Bonds().look(wiring(), [endpoint("web", "10.0.0.1")]) == Located()
+
+
+# --- conflicts ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("routes", "peers"),
+    [({"10.0.0.1": 5, "fd00::1": 6}, {}), ({}, {(1, 2): ["10.0.0.1"], (2, 2): ["10.0.0.1"]})],
+    ids=["by family", "one address twice"],
+)
+def test_endpoint_with_two_interfaces_has_none(routes: dict[str, int], peers: dict[tuple[int, int], list[str]]) -> None:
+    """Addresses that lead to several interfaces from the first are a problem that names them, not a guess."""
+    located = Bonds().look(wiring(routes, peers), [endpoint("web", "10.0.0.1", "fd00::1")])
+    assert located.interfaces == {}
+    assert list(located.problems.values()) == ["its addresses lead to several interfaces: vethdb, vethweb"]
+
+
+def test_interface_of_two_endpoints_is_neither_s() -> None:
+    """Two endpoints that lead to one interface from the first are both left out; a third is not affected."""
+    snapshot = wiring({"10.0.0.1": 5, "10.0.0.2": 5, "10.0.0.3": 6})
+    located = Bonds().look(snapshot, [endpoint("a", "10.0.0.1"), endpoint("b", "10.0.0.2"), endpoint("c", "10.0.0.3")])
+    assert set(names(located)) == {"c"}
+    assert set(located.problems.values()) == {"interface vethweb would belong to several: Pod/shop/a, Pod/shop/b"}
+    assert {one.name for one in located.problems} == {"a", "b"}
+
+
+def test_of_several_with_an_address_it_is_the_one_whose_first_it_is() -> None:
+    """Who adds a neighbour's address behind its own harms nobody, not even an agent that sees both for the first time."""
+    snapshot = wiring(peers={(1, 2): ["10.0.0.1", "10.0.0.2"], (2, 2): ["10.0.0.2"]})
+    assert found(snapshot, endpoint("web", "10.0.0.1"), endpoint("db", "10.0.0.2")) == {"web": 5, "db": 6}
+
+
+def test_neighbour_s_address_closes_no_neighbour() -> None:
+    """Of an interface that is bound, nothing at the other end of another one changes anything."""
+    bonds = Bonds()
+    pods = [endpoint("web", "10.0.0.1"), endpoint("db", "10.0.0.2")]
+    bonds.look(wiring(peers={(1, 2): ["10.0.0.1"], (2, 2): ["10.0.0.2"]}), pods)
+    located = bonds.look(wiring(peers={(1, 2): ["10.0.0.2"], (2, 2): ["10.0.0.2"]}), pods)
+    assert (names(located), located.problems) == ({"web": 5, "db": 6}, {})
+
+
+def test_address_added_later_makes_nobody_of_a_pod_that_is_to_come() -> None:
+    """An interface that is nobody's stays so, whatever address is added at its other end; the pod gets its own."""
+    bonds = Bonds()
+    bonds.look(wiring(peers={(1, 2): ["10.0.0.9"]}), [])
+    both = wiring(peers={(1, 2): ["10.0.0.9", "10.0.0.1"]})
+    assert names(bonds.look(both, [endpoint("web", "10.0.0.1")])) == {}
+    own = wiring(peers={(1, 2): ["10.0.0.9", "10.0.0.1"], (2, 2): ["10.0.0.1"]})
+    assert names(bonds.look(own, [endpoint("web", "10.0.0.1")])) == {"web": 6}
+
+
+def test_interface_of_a_pod_that_went_is_no_other_s_by_an_address() -> None:
+    """Nor that of a pod whose object is gone, though the new one has its address; a route of the node makes it the new one's."""
+    bonds = Bonds()
+    snapshot = wiring(peers={(1, 2): ["10.0.0.1"]})
+    bonds.look(snapshot, [endpoint("old", "10.0.0.1")])
+    located = bonds.look(snapshot, [endpoint("new", "10.0.0.1")])
+    assert located.interfaces == {}
+    assert located.problems == {
+        key("new"): "interface vethweb was Pod/shop/old's, and is no other's by an address at its other end"
+    }
+    routed = wiring({"10.0.0.1": 5}, {(1, 2): ["10.0.0.1"]})
+    assert names(bonds.look(routed, [endpoint("new", "10.0.0.1")])) == {"new": 5}
+
+
+def test_bond_outlives_what_made_it() -> None:
+    """Neither a route that went nor an address that the pod gave up lets the interface go."""
+    bonds = Bonds()
+    bonds.look(wiring({"10.0.0.1": 5}), [endpoint("web", "10.0.0.1")])
+    located = bonds.look(wiring(), [endpoint("web", "10.0.0.1")])
+    assert (names(located), located.evidence) == ({"web": 5}, {key("web"): Evidence.ROUTE})
+
+
+def test_stronger_evidence_takes_an_interface_from_a_weaker() -> None:
+    """The node's route says that the interface is another's than its first address said; who had it learns so."""
+    bonds = Bonds()
+    peers = {(1, 2): ["10.0.0.2"]}
+    bonds.look(wiring(peers=peers), [endpoint("thief", "10.0.0.2")])
+    located = bonds.look(wiring({"10.0.0.1": 5}, peers), [endpoint("thief", "10.0.0.2"), endpoint("web", "10.0.0.1")])
+    assert names(located) == {"web": 5}
+    assert located.problems == {key("thief"): "interface vethweb is Pod/shop/web's"}
+
+
+# --- pods that come again ---------------------------------------------------------------------------------------------
+
+
+def test_pod_under_its_old_name_gets_its_new_interface() -> None:
+    """With another address: by the new one, though the old interface is still there."""
+    bonds = Bonds()
+    bonds.look(wiring(peers={(1, 2): ["10.0.0.1"]}), [endpoint("web", "10.0.0.1")])
+    snapshot = wiring(peers={(1, 2): ["10.0.0.1"], (2, 2): ["10.0.0.7"]})
+    assert names(bonds.look(snapshot, [endpoint("web", "10.0.0.7")])) == {"web": 6}
+
+
+def test_pod_that_keeps_its_address_gets_its_new_interface_when_the_old_one_is_gone() -> None:
+    """As a StatefulSet's does where addresses are fixed; while both are there, the first one has it."""
+    bonds = Bonds()
+    pod = endpoint("web", "10.0.0.1")
+    bonds.look(wiring(peers={(1, 2): ["10.0.0.1"]}), [pod])
+    both = wiring(peers={(1, 2): ["10.0.0.1"], (2, 2): ["10.0.0.1"]})
+    assert names(bonds.look(both, [pod])) == {"web": 5}
+    bonds.forget([5])
+    after = replace(wiring(peers={(2, 2): ["10.0.0.1"]}), links={1: LO, 2: UPLINK, 6: DB})
+    assert names(bonds.look(after, [pod])) == {"web": 6}
+
+
+def test_contested_pod_gets_no_other_interface() -> None:
+    """While another object claims its address, it keeps what it has; when that is gone, it has none."""
+    bonds = Bonds()
+    pod = endpoint("web", "10.0.0.1")
+    bonds.look(wiring({"10.0.0.1": 5}), [pod])
+    moved = wiring({"10.0.0.1": 6})
+    located = bonds.look(moved, [pod], is_contested=lambda _key: True)
+    assert names(located) == {"web": 5}
+    assert located.problems == {key("web"): "vethdb has an address that others claim as well"}
+    bonds.forget([5])
+    gone = replace(moved, links={1: LO, 2: UPLINK, 6: DB})
+    assert names(bonds.look(gone, [pod], is_contested=lambda _key: True)) == {}
+    assert names(bonds.look(gone, [pod])) == {"web": 6}
+
+
+# --- own or workload's ------------------------------------------------------------------------------------------------
+
+
+def workloads(bonds: Bonds) -> list[str]:
+    return [link.name for link in LINKS.values() if bonds.is_workload(link.ifindex)]
+
+
+def test_workload_interfaces_are_told_from_the_node_s_own() -> None:
+    """Veths into other namespaces and taps are workloads'; loopback, bridges and what a default route leads through are not."""
+    bonds = Bonds()
+    bonds.look(wiring(), [])
+    assert workloads(bonds) == ["vethweb", "vethdb", "tap0"]
+
+
+def test_netkit_is_a_workload_s_kind() -> None:
+    """As a veth is; a tunnel of the node's own is none, whatever its addresses."""
+    bonds = Bonds()
+    netkit, tun = Link(9, "nk0", "netkit", (3, 2)), Link(10, "tun0", "tun", hardware=65534)
+    bonds.look(replace(wiring(), links={9: netkit, 10: tun}), [])
+    assert (bonds.is_workload(9), bonds.is_workload(10)) == (True, False)
+
+
+def test_patterns_decide_alone() -> None:
+    """With patterns given, they say what is a workload's interface; those of own ones take from what kinds say."""
+    bonds = Bonds(workloads=("tap*", "eth0"))
+    bonds.look(wiring(), [])
+    assert workloads(bonds) == ["eth0", "tap0"]
+    bonds = Bonds(own=("tap*", "vethd*"))
+    bonds.look(wiring(), [])
+    assert workloads(bonds) == ["vethweb"]
+    assert not bonds.close_newborn(Link(11, "tap1", "tun"))
+
+
+def test_address_of_the_node_s_object_speaks_for_its_own() -> None:
+    """A node that is a container: its uplink is a veth as pods' are."""
+    bonds = Bonds()
+    snapshot = replace(wiring(), uplinks=frozenset(), addresses={ip_address("192.0.2.1"): 2}, shared=frozenset({2}))
+    bonds.look(snapshot, [], node_addresses=[ip_address("192.0.2.1")])
+    assert workloads(bonds) == ["vethweb", "vethdb", "tap0"]
+    assert not bonds.doubts
+
+
+@pytest.mark.parametrize("born", [True, False], ids=["born under the agent", "there before"])
+def test_doubt_is_told_and_changes_nothing(*, born: bool) -> None:
+    """The node has an address there and no route on: what was closed stays closed, what was open stays open, both loudly."""
+    bonds = Bonds()
+    if born:
+        assert bonds.close_newborn(WEB)
+    bonds.look(wiring(shared=[5]), [])
+    assert bonds.is_workload(5) is born
+    assert (("closed" if born else "NOT enforced") in bonds.doubts[5], list(bonds.doubts)) == (True, [5])
+    routed = replace(wiring(shared=[5]), next_hops=frozenset({5}))
+    bonds.look(routed, [])
+    assert not bonds.is_workload(5)
+    assert not bonds.doubts
+
+
+def test_bound_interface_is_never_let_go() -> None:
+    """Not for an address, nor for a route, that makes it look like the node's own."""
+    bonds = Bonds()
+    pod = endpoint("web", "10.0.0.1")
+    bonds.look(wiring({"10.0.0.1": 5}), [pod])
+    lured = replace(wiring({}, shared=[5]), uplinks=frozenset({2, 5}), addresses={ip_address("192.0.2.1"): 5})
+    assert names(bonds.look(lured, [pod], node_addresses=[ip_address("192.0.2.1")])) == {"web": 5}
+    assert bonds.is_workload(5)
+    bonds.look(lured, [])
+    assert bonds.is_workload(5)
+
+
+def test_own_interface_stays_the_node_s() -> None:
+    """An uplink whose route goes for a while is not closed."""
+    bonds = Bonds()
+    bonds.look(wiring(), [])
+    bonds.look(replace(wiring(), uplinks=frozenset()), [])
+    assert not bonds.is_workload(2)
+
+
+# --- beyond the process -----------------------------------------------------------------------------------------------
+
+
+def test_what_was_decided_outlives_the_agent(tmp_path: Path) -> None:
+    """Bonds, first addresses and sides; of an interface that has another's number by now, nothing."""
+    path = tmp_path / "interfaces"
+    bonds = Bonds()
+    bonds.close_newborn(DB)
+    bonds.look(wiring(peers={(1, 2): ["10.0.0.1"], (2, 2): ["10.0.0.9"]}), [endpoint("web", "10.0.0.1")])
+    assert bonds.is_dirty
+    bonds.save(path)
+    assert not bonds.is_dirty
+    again = Bonds()
+    assert again.load(path) is None
+    later = wiring(peers={(1, 2): ["10.0.0.2"], (2, 2): ["10.0.0.9", "10.0.0.5"]})
+    pods = [endpoint("web", "10.0.0.1"), endpoint("db", "10.0.0.5")]
+    assert names(again.look(later, pods)) == {"web": 5}
+    other = Bonds()
+    other.load(path)
+    renamed = replace(later, links={**LINKS, 5: replace(WEB, name="vethnew")})
+    assert names(other.look(renamed, [endpoint("web", "10.0.0.1")])) == {}
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", '{"format": 99, "interfaces": {}}', '{"format": 1, "interfaces": {"5": {}}}', "\xff"]
+)
+def test_damaged_file_is_told(tmp_path: Path, text: str) -> None:
+    """And everything decided anew."""
+    path = tmp_path / "interfaces"
+    path.write_bytes(text.encode("latin-1"))
+    bonds = Bonds()
+    problem = bonds.load(path)
+    assert problem is not None
+    assert problem.slug == "interfaces-file"
+    assert names(bonds.look(wiring({"10.0.0.1": 5}), [endpoint("web", "10.0.0.1")])) == {"web": 5}
+
+
+def test_rows_of_the_kernel_stand_in_for_the_file() -> None:
+    """Whose interface it was is known from its row, and nothing at its other end changes that."""
+    bonds = Bonds()
+    bonds.expect(key("web"), 5)
+    located = bonds.look(
+        wiring(peers={(1, 2): ["10.0.0.2"]}), [endpoint("web", "10.0.0.1"), endpoint("db", "10.0.0.2")]
+    )
+    assert names(located) == {"web": 5}

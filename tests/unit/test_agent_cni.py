@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What plugins of container networks left on the node: read once, trusted only when root alone can write it."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+from ipaddress import ip_address
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from netpol_ebpf.agent.cni import PluginResults, Result, parse_result
+from netpol_ebpf.policy.types import EndpointKey
+
+WEB = EndpointKey("Pod", "shop", "web")
+
+
+def cached(plugin: str = "bridge", inside: str = "eth0", arguments: Any = None, interfaces: Any = None) -> str:
+    """A file as libcni writes it."""
+    return json.dumps({
+        "kind": "cniCacheV1",
+        "containerId": "c0ffee",
+        "config": base64.b64encode(json.dumps({"plugins": [{"type": plugin}, {"type": "portmap"}]}).encode()).decode(),
+        "ifName": inside,
+        "networkName": "net",
+        "cniArgs": [["K8S_POD_NAMESPACE", "shop"], ["K8S_POD_NAME", "web"]] if arguments is None else arguments,
+        "result": {
+            "interfaces": interfaces
+            or [{"name": "cni0"}, {"name": "veth1"}, {"name": inside, "sandbox": "/var/run/netns/x"}],
+            "ips": [{"address": "10.0.0.1/24", "interface": 2}, {"address": "fd00::1/64", "interface": 2}],
+        },
+    })  # fmt: skip
+
+
+def write(path: Path, text: str) -> None:
+    path.write_text(text)
+    path.chmod(0o600)
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    found = tmp_path / "results"
+    found.mkdir(mode=0o700)
+    return found
+
+
+def test_result_names_pod_and_interface() -> None:
+    """The pod by the runtime's arguments, the interfaces on the node, the first plugin's type."""
+    addresses = frozenset({ip_address("10.0.0.1"), ip_address("fd00::1")})
+    assert parse_result(cached()) == Result(WEB, frozenset({"cni0", "veth1"}), addresses, "eth0", "bridge")
+    assert not Result(WEB, frozenset(), frozenset(), "eth0", "bridge").is_unseen
+    found = parse_result(cached("macvlan", "net1"))
+    assert found is not None
+    assert found.is_unseen
+
+
+def test_what_is_no_pod_s_counts_for_nothing() -> None:
+    """Containers that no Kubernetes pod has."""
+    assert parse_result(cached(arguments=[])) is None
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only what root owns is trusted")
+def test_directory_is_followed(directory: Path) -> None:
+    """Files that come, change and go; what is there already is not read again."""
+    results = PluginResults(directory)
+    assert results.look() == []
+    write(directory / "net-c0ffee-eth0", cached())
+    assert [one.inside for one in results.look()] == ["eth0"]
+    write(directory / "net-c0ffee-eth0", cached(inside="eth00"))
+    assert [one.inside for one in results.look()] == ["eth00"]
+    (directory / "net-c0ffee-eth0").unlink()
+    assert results.look() == []
+    assert results.problems == ()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only what root owns is trusted")
+@pytest.mark.parametrize("bad", ["{", "[]", "null", '{"cniArgs": 5}'])
+def test_file_that_cannot_be_read_is_told(directory: Path, bad: str) -> None:
+    """And the others count."""
+    write(directory / "good", cached())
+    write(directory / "bad", bad)
+    results = PluginResults(directory)
+    assert [one.pod for one in results.look()] == [WEB]
+    assert [one.slug for one in results.problems] == ["cni-results"]
+    write(directory / "bad", cached(inside="net1"))
+    assert len(results.look()) == 2
+    assert results.problems == ()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only what root owns is trusted")
+def test_what_others_can_write_counts_for_nothing(directory: Path) -> None:
+    """Neither a file nor a directory, nor a link."""
+    write(directory / "open", cached())
+    (directory / "open").chmod(0o666)
+    write(directory.parent / "elsewhere", cached())
+    (directory / "link").symlink_to(directory.parent / "elsewhere")
+    results = PluginResults(directory)
+    assert results.look() == []
+    assert len(results.problems) == 2
+    directory.chmod(0o777)
+    write(directory / "good", cached())
+    assert results.look() == []
+    assert "others than root may write it" in results.problems[0].message
+
+
+def test_no_directory_is_no_problem(tmp_path: Path) -> None:
+    """Most nodes without a runtime have none."""
+    results = PluginResults(tmp_path / "none")
+    assert (results.look(), results.problems) == ([], ())
