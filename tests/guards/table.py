@@ -30,6 +30,10 @@ TUNNELS = "tests/netns/test_border_tunnels.py::"
 NODE = "tests/netns/test_border_node.py::"
 LIFETIMES = "tests/netns/test_border_lifetimes.py::"
 
+BONDS = "tests/unit/test_agent_bonds.py::"
+IDENTITY = "tests/netns/test_identity.py::"
+
+ANNOUNCED = 'if not is_main or message["type"] != RTN_UNICAST or message["proto"] in ANNOUNCED:'
 IS_FROM_NODE = "!skb->ingress_ifindex && (skb->sk || skb->mark & config->node_mark)"
 
 GUARDS = (
@@ -316,5 +320,67 @@ GUARDS = (
         "loader/netpol_loader/dataplane.py",
         ("abi.NP_CONN_TCP_OPEN: 8100,", "abi.NP_CONN_TCP_OPEN: 7200,"),
         (f"{LIFETIMES}test_time_outs_outlast_keep_alive",),
+    ),
+    # --- whose interface it is
+    Guard(
+        "first-address",
+        "addresses that are added later behind an interface do not count",
+        "netpol_ebpf/agent/bonds.py",
+        ("if not first and link.peer is not None:", "if link.peer is not None:"),
+        (
+            f"{BONDS}test_address_added_later_makes_nobody_of_a_pod_that_is_to_come",
+            f"{IDENTITY}test_stranger_becomes_no_pod_that_is_to_come",
+        ),
+    ),
+    Guard(
+        "leading-address",
+        "of several interfaces with an address it is that one whose first it is",
+        "netpol_ebpf/agent/bonds.py",
+        (
+            "return leading if len(leading) == 1 else {ifindex for _, ifindex in found}",
+            "return {ifindex for _, ifindex in found}",
+        ),
+        (f"{BONDS}test_of_several_with_an_address_it_is_the_one_whose_first_it_is",),
+    ),
+    Guard(
+        "bond-kept",
+        "an address at another interface moves no bond",
+        "netpol_ebpf/agent/bonds.py",
+        ("if kept is not None and kept.ifindex in found:", "if False:"),
+        (f"{BONDS}test_neighbour_s_address_closes_no_neighbour",),
+    ),
+    Guard(
+        "bond-inherited",
+        "the interface of a pod that went is no other's by an address",
+        "netpol_ebpf/agent/bonds.py",
+        ("elif bond is not None and holder is None and best is Evidence.ADDRESS:", "elif False:"),
+        (f"{BONDS}test_interface_of_a_pod_that_went_is_no_other_s_by_an_address",),
+    ),
+    Guard(
+        "bound-is-a-workload",
+        "a bound interface is never taken for the node's own",
+        "netpol_ebpf/agent/bonds.py",
+        ("if seen.bond is not None or is_claimed:", "if is_claimed:"),
+        (f"{BONDS}test_bound_interface_is_never_let_go",),
+    ),
+    Guard(
+        "announced-routes",
+        "a route that a router announced makes no interface the node's own",
+        "loader/netpol_loader/netlink.py",
+        (ANNOUNCED, ANNOUNCED.replace(' or message["proto"] in ANNOUNCED', "")),
+        (f"{IDENTITY}test_unknown_pod_s_router_opens_nothing",),
+    ),
+    Guard(
+        "doubt-closed",
+        "what was closed at its birth stays closed in doubt",
+        "netpol_ebpf/agent/bonds.py",
+        (
+            "            return seen.side\n        return Side.WORKLOAD",
+            "            return Side.OWN\n        return Side.WORKLOAD",
+        ),
+        (
+            f"{BONDS}test_doubt_is_told_and_changes_nothing",
+            f"{IDENTITY}test_node_s_end_with_a_prefix_leaves_no_pod_open",
+        ),
     ),
 )

@@ -206,6 +206,22 @@ def test_router_that_a_pod_plays_takes_no_program_off(tmp_path: Path) -> None:
         assert {"ingress", "egress"} == scene.attached()[port_of("web")]
 
 
+def test_unknown_pod_s_router_opens_nothing(routed: Scene) -> None:
+    """An interface that nobody is known to have stays closed, although its pod announced a default route and a prefix by it."""
+    lab = routed.lab
+    plug(lab, "router0", address="10.1.9.9/24")
+    try:
+        routed.await_status(lambda one: "router0" in owners(one), "the new interface is under policy")
+        ip(lab, NODE, "-6 route add default via fe80::99 dev router0 proto ra metric 9999",
+           "address add 2001:db8:78::1/64 dev router0 nodad valid_lft 3600 preferred_lft 3600")  # fmt: skip
+        plug(lab, "after")
+        state = routed.await_status(lambda one: "after" in owners(one), "the agent has looked again")
+        assert {one["interface"]: one["state"] for one in state["interfaces"]}["router0"] == "closed"
+        unplug(lab, "after")
+    finally:
+        unplug(lab, "router0")
+
+
 @pytest.mark.parametrize("end", ["10.1.7.1/24", "10.1.7.8/31"])
 def test_node_s_end_with_a_prefix_leaves_no_pod_open(routed: Scene, end: str) -> None:
     """A pod behind an end of the node with an address in its prefix is its pod's; before it is known, it is closed, and told."""
