@@ -24,6 +24,7 @@ from netpol_ebpf.policy.provenance import trace
 from netpol_ebpf.policy.translate import derive
 from netpol_ebpf.policy.types import ICMP, ICMPV6, PORT_PROTOCOLS, SCTP, TCP, UDP, UDPLITE, Cause, IPAddress, World
 from netpol_ebpf.resources.load import load_paths
+from netpol_ebpf.terminal import say
 
 EXIT_DENIED = 1
 PROTOCOLS = {"tcp": TCP, "udp": UDP, "sctp": SCTP, "icmp": ICMP, "icmpv6": ICMPV6, "udplite": UDPLITE}
@@ -82,7 +83,7 @@ def run(arguments: argparse.Namespace) -> int:
     found = [(journey, walk(journey, engine.decide)) for journey in Cast(resources, world).journeys(probe)]
     plain = [describe(world, journey, finding) for journey, finding in found]
     if not print_value(arguments.output, plain):
-        print("\n\n".join(render(one) for one in plain))
+        say("\n\n".join(render(one) for one in plain))
     return 0 if all(finding.allowed for _, finding in found) else EXIT_DENIED
 
 

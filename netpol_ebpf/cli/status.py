@@ -11,6 +11,7 @@ from typing import Any
 
 from netpol_ebpf.cli.agent_access import add_state_dir_option, ask_agent
 from netpol_ebpf.cli.output import add_output_option, print_value, render_table
+from netpol_ebpf.terminal import paragraph, say
 
 EXIT_NOT_IN_FORCE = 1
 
@@ -38,20 +39,20 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _print_text(state: dict[str, Any], *, wide: bool) -> None:
     objects = state["objects"]
-    print(f"agent      {state['version']}, process {state['pid']}, node {state['node'] or '(any)'}")
-    print(f"manifests  {state['manifests']}: {objects['policies']} policies, {objects['endpoints']} endpoints")
-    print(f"pinned in  {state['pin_dir']}, generation {state['generation']}")
+    say(f"agent      {state['version']}, process {state['pid']}, node {state['node'] or '(any)'}")
+    say(f"manifests  {state['manifests']}: {objects['policies']} policies, {objects['endpoints']} endpoints")
+    say(f"pinned in  {state['pin_dir']}, generation {state['generation']}")
     if state.get("upgrade"):
-        print(f"upgraded   {state['upgrade']}")
-    print(f"in force   {'yes' if state['in_force'] else 'NO, see the problems below'}")
-    print(f"endpoints  {objects['enforced_endpoints']} enforced of {objects['local_endpoints']} local")
-    print(f"barrier    {_barrier(state['barrier'])}")
+        say(f"upgraded   {state['upgrade']}")
+    say(f"in force   {'yes' if state['in_force'] else 'NO, see the problems below'}")
+    say(f"endpoints  {objects['enforced_endpoints']} enforced of {objects['local_endpoints']} local")
+    say(f"barrier    {_barrier(state['barrier'])}")
     for one in state["barrier"]["open"]:
-        print(f"           open: {one}")
+        say(f"           open: {one}")
     refused = state["refused"]
     if refused["waiting"]:
-        print(f"refused    {', '.join(refused['waiting'])}: no room in {refused['map']}")
-    print()
+        say(f"refused    {', '.join(refused['waiting'])}: no room in {refused['map']}")
+    say()
     rows = [
         (one["interface"] or "-", one["endpoint"], one["state"], " ".join(one["addresses"]))
         for one in state["endpoints"]
@@ -61,36 +62,36 @@ def _print_text(state: dict[str, Any], *, wide: bool) -> None:
         for one in state["interfaces"]
         if one["endpoint"] is None
     ]
-    print(render_table(("interface", "endpoint", "state", "addresses"), rows))
+    say(render_table(("interface", "endpoint", "state", "addresses"), rows))
     if wide:
-        print()
-        print(
+        say()
+        say(
             render_table(
                 ("map", "entries", "size"), [(name, m["entries"], m["size"]) for name, m in state["maps"].items()]
             )
         )
-        print()
-        print(render_table(("reason", "packets"), sorted(state["packets"].items())))
-        print()
+        say()
+        say(render_table(("reason", "packets"), sorted(state["packets"].items())))
+        say()
         counts = state["barrier"]["packets"].items()
-        print(
+        say(
             render_table(
                 ("dropped by the barrier", "family", "packets"),
                 [(name, family, packets) for name, one in counts for family, packets in one.items()],
             )
         )
-        print()
-        print(
+        say()
+        say(
             render_table(
                 ("connection", "remembered for"), [(name, f"{one:g} s") for name, one in state["timeouts"].items()]
             )
         )
     if state["problems"]:
-        print()
+        say()
         for one in state["problems"]:
             place = f"{one['file']}:{one['line']}: " if one["line"] else f"{one['file']}: " if one["file"] else ""
             subject = "".join(f"{part}: " for part in (one["object"], one["path"]) if part)
-            print(f"{one['severity']}: {place}{subject}{one['message']}")
+            say(paragraph(f"{one['severity']}: {place}{subject}{one['message']}"))
 
 
 def _barrier(state: dict[str, Any]) -> str:
