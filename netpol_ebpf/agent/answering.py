@@ -21,6 +21,7 @@ import signal
 import socket
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from netpol_ebpf.errors import NetpolError, PlatformError
@@ -161,4 +162,6 @@ def _part_from(agent: int) -> None:
         signal.signal(number, signal.SIG_DFL)
     signal.alarm(WORK_S)
     os.nice(NICE)
+    with contextlib.suppress(OSError):  # where memory runs short, an answer is given up rather than the agent
+        Path("/proc/self/oom_score_adj").write_text("1000", encoding="ascii")
     gc.disable()  # a collection would copy every page that it looks at

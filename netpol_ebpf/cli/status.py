@@ -11,7 +11,7 @@ from typing import Any
 
 from netpol_ebpf.cli.agent_access import add_state_dir_option, ask_agent
 from netpol_ebpf.cli.output import add_output_option, print_value, render_table
-from netpol_ebpf.terminal import paragraph, say
+from netpol_ebpf.terminal import escaped, paragraph, say
 
 EXIT_NOT_IN_FORCE = 1
 
@@ -39,19 +39,19 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _print_text(state: dict[str, Any], *, wide: bool) -> None:
     objects = state["objects"]
-    say(f"agent      {state['version']}, process {state['pid']}, node {state['node'] or '(any)'}")
-    say(f"manifests  {state['manifests']}: {objects['policies']} policies, {objects['endpoints']} endpoints")
-    say(f"pinned in  {state['pin_dir']}, generation {state['generation']}")
+    say(escaped(f"agent      {state['version']}, process {state['pid']}, node {state['node'] or '(any)'}"))
+    say(escaped(f"manifests  {state['manifests']}: {objects['policies']} policies, {objects['endpoints']} endpoints"))
+    say(escaped(f"pinned in  {state['pin_dir']}, generation {state['generation']}"))
     if state.get("upgrade"):
-        say(f"upgraded   {state['upgrade']}")
-    say(f"in force   {'yes' if state['in_force'] else 'NO, see the problems below'}")
-    say(f"endpoints  {objects['enforced_endpoints']} enforced of {objects['local_endpoints']} local")
-    say(f"barrier    {_barrier(state['barrier'])}")
+        say(escaped(f"upgraded   {state['upgrade']}"))
+    say(escaped(f"in force   {'yes' if state['in_force'] else 'NO, see the problems below'}"))
+    say(escaped(f"endpoints  {objects['enforced_endpoints']} enforced of {objects['local_endpoints']} local"))
+    say(escaped(f"barrier    {_barrier(state['barrier'])}"))
     for one in state["barrier"]["open"]:
-        say(f"           open: {one}")
+        say(escaped(f"           open: {one}"))
     refused = state["refused"]
     if refused["waiting"]:
-        say(f"refused    {', '.join(refused['waiting'])}: no room in {refused['map']}")
+        say(escaped(f"refused    {', '.join(refused['waiting'])}: no room in {refused['map']}"))
     say()
     rows = [
         (one["interface"] or "-", one["endpoint"], one["state"], " ".join(one["addresses"]))

@@ -181,6 +181,22 @@ def test_explain_tells_what_no_policy_decides(manifests: Path, capsys: pytest.Ca
     assert "With staged policies in force: denied" in shown
 
 
+def test_hostile_names_make_no_lines_of_their_own(manifests: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A file whose name has line breaks and control characters changes neither how many lines there are nor the terminal."""
+    assert explain(manifests, "shop/other", "10.0.0.2", "--port", "5432") == 1
+    before = capsys.readouterr().out.splitlines()
+    (manifests / "policy.yaml").rename(manifests / "x\nALLOWED\x1b[2J\u202e.yaml")
+    assert explain(manifests, "shop/other", "10.0.0.2", "--port", "5432") == 1
+    after = capsys.readouterr().out.splitlines()
+    assert len(after) == len(before)
+    assert all(line.isprintable() for line in after)
+    (manifests / "y\n\rerror: z.yaml").write_text("kind: [")
+    assert main(["check", str(manifests)]) == 3
+    shown = capsys.readouterr().out.splitlines()
+    assert all(line.isprintable() for line in shown)
+    assert not any(line.startswith("error: z") for line in shown)
+
+
 def test_explain_refuses_what_it_cannot_answer(
     manifests: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
