@@ -2,7 +2,8 @@
 """Who may open what is pinned: root (or the agent's user), and a group for reading, if one is named.
 
 The group may list the directory of the pins and open maps for reading.  Not programs, since who holds one may run it, and a
-run writes connections; not links.  It may pass through the directory above but not open it: who can may hold the lock of
+run writes connections; not links; not the secret of the connection tables nor the tables themselves, whose order gives the
+secret away: who knows it can aim flows at one bucket.  It may pass through the directory above but not open it: who can may hold the lock of
 those that build there.
 
 Invariant: what is not for the group is for nobody but the owner.  Must not know what the maps mean.
@@ -16,8 +17,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from netpol_ebpf.errors import PlatformError
+from netpol_loader.connections import TAG_NAMES
 from netpol_loader.dataplane import LINKS, Dataplane
 from netpol_loader.programs import CURRENT
+
+PRIVATE = frozenset({"np_secret", "np_scratch", *TAG_NAMES, *TAG_NAMES.values()})
+"""Maps that are not for the group: the secret of the hash, where it puts each connection, and what a packet has just computed."""
 
 _OWNER_OF_DIRECTORY, _OWNER_OF_PIN = 0o700, 0o600
 _LIST, _PASS, _READ = 0o050, 0o010, 0o040
@@ -47,7 +52,7 @@ def _modes(dataplane: Dataplane) -> Iterator[tuple[Path, int]]:
     yield dataplane.pin_dir / LINKS, _OWNER_OF_DIRECTORY
     yield dataplane.pin_dir / CURRENT, _OWNER_OF_DIRECTORY
     for name in dataplane.pinned:
-        yield dataplane.pin_dir / name, _OWNER_OF_PIN | _READ
+        yield dataplane.pin_dir / name, _OWNER_OF_PIN | (0 if name in PRIVATE else _READ)
 
 
 def _set(path: Path, mode: int, group: int | None) -> bool:

@@ -172,6 +172,15 @@ class BarrierTables:
         self._socket = self._news = None
         self._verified = None
 
+    def part(self) -> None:
+        """In a fork of the process that opened the tables: read by a socket of its own, for on the other the parent talks.
+
+        The parent keeps its copy of the other, and the tables with it.
+        """
+        if self._socket is not None:
+            self._socket.close()
+            self._socket = Nftables()
+
     @property
     def families(self) -> tuple[str, ...]:
         """Families of tables that the kernel has, by their names."""

@@ -33,8 +33,9 @@ from netpol_loader.connections import choose_secret, viewed
 from netpol_loader.events import EventReader
 from netpol_loader.grace import order_stores
 from netpol_loader.hook import Hook
+from netpol_loader.lock import locked_alone
 from netpol_loader.maps import Map
-from netpol_loader.programs import CURRENT, OLD, ProgramSet, begin_exchange, finish_exchange, recover
+from netpol_loader.programs import CURRENT, DAMAGED_HINT, OLD, ProgramSet, begin_exchange, finish_exchange, recover
 
 log = logging.getLogger(__name__)
 
@@ -116,7 +117,7 @@ class Dataplane:
                 raise PlatformError(
                     f"{pin_root} holds maps of an older schema ({', '.join(path.name for path in older)}); "
                     f"this version speaks schema {abi.SCHEMA_VERSION}",
-                    hint="netpol-agent of this version takes them over; `netpolctl cleanup` removes them.",
+                    hint="netpol-agent of this version takes them over; `netpolctl cleanup` removes them and ends enforcement.",
                 )
             remove_unfinished(pin_root)
             if schema_dir(pin_root).exists():
@@ -324,7 +325,7 @@ def open_maps(pin_dir: Path) -> dict[str, Map]:
         except OSError as error:
             raise PlatformError(
                 f"{pin_dir / spec.name} cannot be opened: {error.strerror}",
-                hint="The pin directory is damaged; `netpolctl cleanup` removes it.",
+                hint=DAMAGED_HINT,
             ) from error
         maps[spec.name] = one
         seen = (one.type, one.key_size, one.value_size)
@@ -370,9 +371,41 @@ def remove_unfinished(pin_root: Path) -> None:
         shutil.rmtree(path)
 
 
+_held: set[Path] = set()
+"""Pin roots that this process holds."""
+
+
+@contextlib.contextmanager
+def held(pin_root: Path, *, hint: str) -> Iterator[None]:
+    """Be the one process that works under a root, which must exist, until the block ends; the process's end ends it too.
+
+    `locked` is satisfied meanwhile.  Raises PlatformError, with the hint, while another process does the same; FileNotFoundError when
+    the root goes meanwhile.
+    """
+    place = pin_root.absolute()
+    while True:
+        fd = os.open(pin_root, os.O_RDONLY | os.O_DIRECTORY)
+        with contextlib.ExitStack() as stack:
+            try:
+                stack.enter_context(locked_alone(fd))
+            except BlockingIOError as error:
+                raise PlatformError(
+                    f"another netpol-agent, or `netpolctl cleanup`, is at work on {pin_root}", hint=hint
+                ) from error
+            if not os.path.samestat(os.fstat(fd), pin_root.stat()):  # made anew by who held it, which has ended since
+                continue
+            _held.add(place)
+            stack.callback(_held.discard, place)
+            yield
+            return
+
+
 @contextlib.contextmanager
 def locked(pin_root: Path) -> Iterator[None]:
     """One process at a time makes or changes what is pinned under a root."""
+    if pin_root.absolute() in _held:
+        yield
+        return
     fd = os.open(pin_root, os.O_RDONLY | os.O_DIRECTORY)
     try:
         try:

@@ -41,6 +41,10 @@ COMPARE_AND_SWAP = b"".join(
 
 BPF_FS_MAGIC = 0xCAFE4A11
 BPFFS = Path("/sys/fs/bpf")
+MOUNT_HINT = "On the node: mount -t bpf bpf /sys/fs/bpf. A container gets that directory from the node."
+PROC = Path("/proc")
+INITIAL_PID_NAMESPACE = 0xEFFF_FFFC
+"""PROC_PID_INIT_INO of include/linux/proc_ns.h: the number of the one in which process 1 is the node's."""
 CAP_SYS_ADMIN = 21
 """Stands for CAP_BPF and CAP_PERFMON, which were made out of it."""
 
@@ -100,23 +104,79 @@ def require_all(pin_root: Path = BPFFS) -> None:
 
 
 def require_bpffs(pin_root: Path) -> None:
-    """Make sure that ``pin_root`` is, or can be made, on a BPF file system. Mounts /sys/fs/bpf when that is all it needs.
+    """Make sure that ``pin_root`` is, or can be made, on a BPF file system that outlives this process.
 
-    Raises PrivilegeError without CAPABILITIES, PlatformError when the path is elsewhere.
+    Mounts /sys/fs/bpf when that is all it needs, and only where the node has it mounted then.  Raises PrivilegeError without
+    CAPABILITIES, PlatformError when the path is elsewhere, or what is pinned there would go with this process.
     """
     _look_at_privilege()
     existing = _nearest_existing(pin_root)
     if _is_bpffs(existing):
+        _require_lasting(existing)
         return
-    if pin_root.is_relative_to(BPFFS) and BPFFS.is_dir():
-        libc = ctypes.CDLL(None, use_errno=True)
-        if libc.mount(b"bpf", bytes(BPFFS), b"bpf", 0, b"mode=0700") == 0:
-            return
+    _require_mountable(pin_root)
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.mount(b"bpf", bytes(BPFFS), b"bpf", 0, b"mode=0700") != 0:
         raise PlatformError(
-            f"{BPFFS} is not mounted and mounting it failed: {os.strerror(ctypes.get_errno())}",
-            hint="mount -t bpf bpf /sys/fs/bpf",
+            f"{BPFFS} is not mounted and mounting it failed: {os.strerror(ctypes.get_errno())}", hint=MOUNT_HINT
         )
-    raise PlatformError(f"{pin_root} is not on a BPF file system", hint="Give a directory below /sys/fs/bpf.")
+
+
+def _require_mountable(pin_root: Path) -> None:
+    """Raise PlatformError unless all that is missing is a BPF file system at /sys/fs/bpf that this process may mount for the node."""
+    if not (pin_root.is_relative_to(BPFFS) and BPFFS.is_dir()):
+        raise PlatformError(f"{pin_root} is not on a BPF file system", hint="Give a directory below /sys/fs/bpf.")
+    apart = _apart_from_node()
+    if apart:
+        raise PlatformError(
+            f"{BPFFS} is not mounted here, and {apart}: what is mounted and pinned here would be gone when this process ends",
+            hint=MOUNT_HINT,
+        )
+
+
+def _require_lasting(place: Path) -> None:
+    """Raise PlatformError when a BPF file system is not the node's, as far as that can be seen."""
+    ours, nodes = mounts_of("self"), mounts_of_node()
+    if nodes is None or ours is None or ours.keys() & nodes.keys():
+        return  # what the node has mounted cannot be seen, or it is what is mounted here
+    status = place.stat()
+    if f"{os.major(status.st_dev)}:{os.minor(status.st_dev)}" not in nodes.values():
+        raise PlatformError(
+            f"the BPF file system at {place} is mounted in a mount namespace of its own and not on the node: what is pinned "
+            "there would be gone when the last process of that namespace ends",
+            hint=MOUNT_HINT,
+        )
+
+
+def _apart_from_node() -> str:
+    """Why what this process mounts is not seen to be the node's; empty: it is the node's."""
+    ours, nodes = mounts_of("self"), mounts_of_node()
+    if nodes is None or ours is None:
+        return "this process may not see what the node has mounted (it has a PID namespace of its own, or /proc hides process 1)"
+    return "" if ours.keys() & nodes.keys() else "this process is in a mount namespace of its own"
+
+
+def mounts_of_node() -> dict[int, str] | None:
+    """As `mounts_of`, of the node: of its process 1. None when that cannot be seen."""
+    try:
+        is_seen = (PROC / "self" / "ns" / "pid").stat().st_ino == INITIAL_PID_NAMESPACE
+    except OSError:
+        is_seen = False
+    return mounts_of("1") if is_seen else None
+
+
+def mounts_of(process: str) -> dict[int, str] | None:
+    """What is mounted for a process: device by the mount's number; None when that may not be seen.
+
+    Numbers are the machine's: two processes with one in common are in one mount namespace.  (The links in /proc/PID/ns say the
+    same, and not to everybody.)
+    """
+    try:
+        lines = (PROC / process / "mountinfo").read_text(errors="replace").splitlines()
+    except OSError:
+        return None
+    fields = [line.split() for line in lines]
+    return {int(one[0]): one[2] for one in fields}
 
 
 def _check(name: str, look: Callable[[], str]) -> Check:
@@ -249,11 +309,12 @@ def _look_at_libbpf() -> str:
 
 
 def _look_at_bpffs(pin_root: Path) -> str:
-    if _is_bpffs(_nearest_existing(pin_root)):
+    existing = _nearest_existing(pin_root)
+    if _is_bpffs(existing):
+        _require_lasting(existing)
         return str(pin_root)
-    if pin_root.is_relative_to(BPFFS):
-        return f"{BPFFS} is not mounted; it will be"
-    raise PlatformError(f"{pin_root} is not on a BPF file system", hint="Give a directory below /sys/fs/bpf.")
+    _require_mountable(pin_root)
+    return f"{BPFFS} is not mounted; it will be"
 
 
 def _look_at_jit() -> str:

@@ -34,6 +34,10 @@ from netpol_loader.link import link, load_program
 from netpol_loader.maps import Map
 
 CURRENT, NEW, OLD = "programs", "programs_new", "programs_old"
+DAMAGED_HINT = (
+    "The pin directory is damaged. `netpolctl cleanup` removes it and ends all enforcement of this node until an agent has started "
+    "again: see first whether the right BPF file system is mounted there (netpolctl doctor)."
+)
 CALL_MAP = "np_call"
 _SLOT = struct.Struct("=I")
 
@@ -86,7 +90,7 @@ class ProgramSet:
                 os.close(fd)
             raise PlatformError(
                 f"a program in {directory} cannot be opened: {error.strerror}",
-                hint="The pin directory is damaged; `netpolctl cleanup` removes it.",
+                hint=DAMAGED_HINT,
             ) from error
 
     def pin(self, directory: Path) -> None:

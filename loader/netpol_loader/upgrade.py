@@ -38,7 +38,7 @@ from netpol_loader.dataplane import (
 )
 from netpol_loader.grace import order_stores, wait_for_readers
 from netpol_loader.maps import Map
-from netpol_loader.programs import program_ids
+from netpol_loader.programs import DAMAGED_HINT, program_ids
 
 log = logging.getLogger(__name__)
 
@@ -213,7 +213,7 @@ def _layouts(one: Map) -> tuple[btf.Layout, btf.Layout]:
     if found is None:
         raise PlatformError(
             f"the kernel does not know the layout of map {one.name}, so it cannot be upgraded",
-            hint="Run `netpolctl cleanup`, then start netpol-agent.",
+            hint="Start the version that made it, which goes on; or end enforcement with `netpolctl cleanup`, then start this one.",
         )
     return found
 
@@ -224,7 +224,7 @@ def _field(one: Map, layout: btf.Layout, name: str) -> btf.Field:
             return field
     raise PlatformError(
         f"map {one.name} of the older schema has no field {name}, so it cannot be upgraded",
-        hint="Run `netpolctl cleanup`, then start netpol-agent.",
+        hint="Start the version that made it, which goes on; or end enforcement with `netpolctl cleanup`, then start this one.",
     )
 
 
@@ -239,7 +239,7 @@ def _opened_map(path: Path) -> Iterator[Map]:
     except OSError as error:
         raise PlatformError(
             f"{path} cannot be opened: {error.strerror}",
-            hint="The pin directory is damaged; `netpolctl cleanup` removes it.",
+            hint=DAMAGED_HINT,
         ) from error
     try:
         yield one

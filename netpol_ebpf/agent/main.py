@@ -10,30 +10,35 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import fcntl
 import grp
 import logging
+import math
 import os
 import select
 import signal
 import sys
 import time
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from netpol_ebpf import __version__
 from netpol_ebpf.agent import footprint
+from netpol_ebpf.agent.answering import Answer
 from netpol_ebpf.agent.service import SOCKET_NAME, Service
 from netpol_ebpf.apply.ledger import Ledger
 from netpol_ebpf.errors import InvalidInputError, NetpolError, PlatformError, UsageError
 from netpol_ebpf.sources.files import INTERVAL_S, LastGoodCopies, ManifestDirectory
+from netpol_ebpf.terminal import LogFormatter, escaped, paragraph, say
 
 DEFAULT_STATE_DIR = Path("/run/netpol-ebpf")
 """On a tmpfs, like the pins: both are gone after a reboot."""
 NEWS_GAP_S = 0.05
 """Least time between two looks at all interfaces; arbitrary. Programs are put on new ones without such a gap."""
+RETRY_S = 5.0
+"""How often it is tried again to make the socket; arbitrary."""
 TUNNEL_PROTOCOLS = {"udp": 17, "ipip": 4, "ip6": 41, "gre": 47}
 """IP protocols that may carry other packets, by what the option --tunnel calls them."""
 BARRIER_MARKS = "0x20,0x40,0x10"
@@ -44,6 +49,7 @@ MOST_ENTRIES = 0xFFFF_FFFF
 """What the kernel's 32 bits hold; a larger number would lose its upper bits on the way."""
 PRIVATE_UMASK = 0o077
 """Of everything that the agent makes: what others may have is given to them explicitly."""
+IN_USE_HINT = "Stop it, or give this one a --state-dir and a --pin-root of its own."
 LOCK_NAME = "lock"
 LEDGER_NAME = "numbers"
 INTERFACES_NAME = "interfaces"
@@ -156,35 +162,30 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
     arguments = build_parser().parse_args(argv)
-    logging.basicConfig(
-        level=logging.DEBUG if arguments.verbose else logging.INFO,
-        format="%(asctime)s %(levelname)s %(message)s",
-        stream=sys.stderr,
-    )
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(LogFormatter("%(asctime)s %(levelname)s %(message)s"))
+    logging.basicConfig(level=logging.DEBUG if arguments.verbose else logging.INFO, handlers=[handler])
     try:
         return run(arguments)
     except NetpolError as error:
         if arguments.debug:
-            traceback.print_exc()
-        print(f"netpol-agent: error: {error.message}", file=sys.stderr)
+            say(traceback.format_exc(), file=sys.stderr)
+        say(paragraph(f"netpol-agent: error: {error.message}"), file=sys.stderr)
         if error.hint:
-            print(f"netpol-agent: hint: {error.hint}", file=sys.stderr)
+            say(paragraph(f"netpol-agent: hint: {error.hint}"), file=sys.stderr)
         return error.exit_code
     except OSError as error:  # no room, no permission, a name that is taken: the machine's state, not a bug
         if arguments.debug:
-            traceback.print_exc()
+            say(traceback.format_exc(), file=sys.stderr)
         what = f"{error.filename}: {error.strerror}" if error.filename is not None else error.strerror or str(error)
-        print(f"netpol-agent: error: {what}; what is in force stays in force", file=sys.stderr)
+        say(escaped(f"netpol-agent: error: {what}; what is in force stays in force"), file=sys.stderr)
         return PlatformError.exit_code
     except Exception as error:  # noqa: BLE001 - the one place where a bug becomes a line and an exit code
         if arguments.debug:
-            traceback.print_exc()
+            say(traceback.format_exc(), file=sys.stderr)
         where = traceback.extract_tb(error.__traceback__)[-1]
-        print(
-            f"netpol-agent: bug: {type(error).__name__}: {error} ({where.filename}:{where.lineno}); "
-            "what is in force stays in force",
-            file=sys.stderr,
-        )
+        message = f"netpol-agent: bug: {type(error).__name__}: {error} ({where.filename}:{where.lineno})"
+        say(paragraph(f"{message}; what is in force stays in force"), file=sys.stderr)
         return NetpolError.exit_code
 
 
@@ -226,7 +227,7 @@ def run(arguments: argparse.Namespace) -> int:
     source = ManifestDirectory(arguments.manifests, LastGoodCopies(state_dir / COPIES_NAME))
     ledger = Ledger(state_dir / LEDGER_NAME)
     kernel_node = KernelNode(pin_root, sizes, group=group, timeouts_s=timeouts_s, plugin_results=arguments.cni_results)
-    with exclusive(state_dir), kernel_node as node, contextlib.closing(ledger):
+    with exclusive(state_dir), claimed(pin_root), kernel_node as node, contextlib.closing(ledger):
         open_to_group(state_dir, pin_root, group)
         agent = Agent(settings, node, source, ledger, time.monotonic, state_dir / INTERFACES_NAME)
         agent.start()
@@ -241,12 +242,31 @@ def run(arguments: argparse.Namespace) -> int:
                 return PlatformError.exit_code
             return InvalidInputError.exit_code if slugs else 0
         place = {
+            "pid": os.getpid(),
             "manifests": str(arguments.manifests.resolve()),
             "pin_dir": str(node.pin_dir),
             "upgrade": node.upgraded,
         }
-        serve(agent, node, state_dir, place, group)
+        serve(
+            Turns(agent, node, ledger, Service(state_dir / SOCKET_NAME, answers_of(agent, node, ledger, place), group))
+        )
     return 0
+
+
+@contextlib.contextmanager
+def claimed(pin_root: Path) -> Iterator[None]:
+    """One agent, or one `netpolctl cleanup`, at a pin root, which is made. Raises PlatformError."""
+    from netpol_loader import doctor
+    from netpol_loader.dataplane import held
+
+    doctor.require_bpffs(pin_root)
+    pin_root.mkdir(parents=True, exist_ok=True)
+    with held(pin_root, hint=IN_USE_HINT):
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):  # what is pinned stays; without any the directory is nobody's
+                pin_root.rmdir()
 
 
 def open_to_group(state_dir: Path, pin_root: Path, group: int | None) -> None:
@@ -269,49 +289,94 @@ def open_to_group(state_dir: Path, pin_root: Path, group: int | None) -> None:
         )
 
 
-def serve(agent: Any, node: Any, state_dir: Path, place: Mapping[str, str], group: int | None = None) -> None:
-    """Step and answer until a signal asks to end. The endless loop; what it repeats is `Agent.step` and `Service.poll`."""
+def answers_of(agent: Any, node: Any, ledger: Ledger, place: Mapping[str, Any]) -> dict[str, Answer]:
+    """What the agent answers, by operation. They run in children of this process (`netpol_ebpf.agent.answering`)."""
     from netpol_ebpf.agent import report
 
-    service = Service(
-        state_dir / SOCKET_NAME,
-        {
-            "status": lambda _request: report.status(agent, node.maps, place),
-            "rules": lambda _request: report.rules(agent, node.maps),
-            "identities": lambda _request: report.identities(agent),
-            "connections": lambda _request: report.connections(agent, node.maps),
-        },
-        group,
-    )
-    service.open()
+    def apart(answer: Callable[[], Any]) -> Answer:
+        def in_child(_request: Mapping[str, Any]) -> Any:
+            node.barrier.part()
+            return answer()
+
+        return in_child
+
+    return {
+        "status": apart(lambda: report.status(agent, node.maps, place, ledger.problems)),
+        "rules": apart(lambda: report.rules(agent, node.maps)),
+        "identities": apart(lambda: report.identities(agent)),
+        "connections": apart(lambda: report.connections(agent, node.maps)),
+    }
+
+
+@dataclass
+class Turns:
+    """The agent's loop, turn by turn: new interfaces first, then a step when one is due, then at most one answer is begun.
+
+    ``clock``: seconds.
+    """
+
+    agent: Any
+    node: Any
+    ledger: Ledger
+    service: Service
+    clock: Callable[[], float] = time.monotonic
+    _stepped_s: float = -math.inf
+    _is_news: bool = False
+    _opened_s: float = -math.inf
+
+    def open(self) -> None:
+        """Answer from now on; where there is no room for the socket, as soon as there is. Raises PlatformError."""
+        self._opened_s = self.clock()
+        try:
+            self.service.open()
+        except OSError as error:
+            log.error(  # noqa: TRY400 - the machine's state
+                "nobody can ask this agent: %s: %s; what is in force is followed all the same, and it is tried again",
+                self.service.path, error.strerror,
+            )  # fmt: skip
+
+    def turn(self, wake: int) -> None:
+        """Wait until something is to be done, or ``wake`` is readable, and do it."""
+        from netpol_ebpf.agent import report
+
+        readable, writable = self.service.descriptors()
+        readable += [wake, self.node.fileno()]
+        barrier = self.node.barrier.fileno()
+        readable += [] if barrier is None else [barrier]
+        woken, _, _ = select.select(readable, writable, [], max(0.0, self._due_s() - self.clock()))
+        if self.node.fileno() in woken:
+            self.agent.close_newborn()
+            self._is_news = True
+        if barrier in woken:
+            self.node.barrier.note_news()
+            self._is_news = True
+        # All interfaces are not looked at while the last look is recent, lest a busy node keep us busy.
+        if self.clock() >= self._due_s():
+            self._is_news = False
+            self._stepped_s = self.clock()
+            self.service.publish(report.flow(self.agent, event) for event in self.agent.step())
+            self.ledger.try_again()
+        if not self.service.is_open and self.clock() >= self._opened_s + RETRY_S:
+            self.open()
+        self.service.poll()
+
+    def _due_s(self) -> float:
+        return self._stepped_s + (NEWS_GAP_S if self._is_news else INTERVAL_S)
+
+
+def serve(turns: Turns) -> None:
+    """Step and answer until a signal asks to end: the endless loop."""
+    turns.open()
     notify_ready()
     try:
         with wakened_by(signal.SIGTERM, signal.SIGINT) as (received, wake):
-            stepped_s, is_news = -INTERVAL_S, False
             while not received:
-                due_s = stepped_s + (NEWS_GAP_S if is_news else INTERVAL_S)
-                readable, writable = service.descriptors()
-                readable += [wake, node.fileno()]
-                barrier = node.barrier.fileno()
-                readable += [] if barrier is None else [barrier]
-                woken, _, _ = select.select(readable, writable, [], max(0.0, due_s - time.monotonic()))
-                if node.fileno() in woken:
-                    agent.close_newborn()
-                    is_news = True
-                if barrier in woken:
-                    node.barrier.note_news()
-                    is_news = True
-                # All interfaces are not looked at while the last look is recent, lest a busy node keep us busy.
-                if time.monotonic() >= stepped_s + (NEWS_GAP_S if is_news else INTERVAL_S):
-                    is_news = False
-                    stepped_s = time.monotonic()
-                    service.publish(report.flow(agent, event) for event in agent.step())
-                service.poll()
+                turns.turn(wake)
             log.info(
                 "ended by %s; enforcement stays as it is, `netpolctl cleanup` ends it", signal.Signals(received[0]).name
             )
     finally:
-        service.close()
+        turns.service.close()
 
 
 @contextlib.contextmanager
@@ -332,18 +397,18 @@ def wakened_by(*signals: signal.Signals) -> Iterator[tuple[list[int], int]]:
 
 
 @contextlib.contextmanager
-def exclusive(state_dir: Path) -> Iterator[None]:
-    """One agent per state directory; the lock goes with the process. Raises PlatformError when another one runs."""
+def exclusive(state_dir: Path, *, hint: str = IN_USE_HINT) -> Iterator[None]:
+    """One agent per state directory; the lock goes with the process. Raises PlatformError, with the hint, when another one runs."""
+    from netpol_loader.lock import locked_alone
+
     state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-    with (state_dir / LOCK_NAME).open("a+") as file:
-        os.fchmod(file.fileno(), 0o600)  # who can open it can hold it, and a group may pass through the directory
+    fd = os.open(state_dir / LOCK_NAME, os.O_RDWR | os.O_CREAT, 0o600)
+    os.fchmod(fd, 0o600)  # who can open it can hold it, and a group may pass through the directory
+    with contextlib.ExitStack() as stack:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            stack.enter_context(locked_alone(fd))
         except BlockingIOError as error:
-            raise PlatformError(
-                f"another netpol-agent uses {state_dir}",
-                hint="Stop it, or give a --state-dir and --pin-root of its own.",
-            ) from error
+            raise PlatformError(f"another netpol-agent uses {state_dir}", hint=hint) from error
         yield
 
 

@@ -7,9 +7,9 @@ stable: scripts read them.
 
 from __future__ import annotations
 
-import os
+import heapq
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from ipaddress import ip_address
 from typing import Any
 
@@ -32,14 +32,15 @@ CONNECTION_TABLES = (("np_conn4", "open"), ("np_conn6", "open"), ("np_young4", "
 _COUNT = struct.Struct("=QQ")  # struct np_count: packets, bytes
 
 
-def status(agent: Agent, maps: Mapping[str, KernelMap], place: Mapping[str, str]) -> dict[str, Any]:
-    """The whole state. ``place``: directories the agent was started with, by name."""
+def status(
+    agent: Agent, maps: Mapping[str, KernelMap], place: Mapping[str, Any], others: Iterable[Problem] = ()
+) -> dict[str, Any]:
+    """The whole state. ``place``: the agent's process, and directories it was started with, by name; ``others``: more problems."""
     world = agent.derivation.world
     endpoints = local_endpoints(agent)
-    problems = [problem(one) for one in agent.problems]
+    problems = [problem(one) for one in (*agent.problems, *others)]
     return {
         "version": __version__,
-        "pid": os.getpid(),
         "node": agent.settings.node,
         **place,
         "in_force": not any(one["severity"] == "error" for one in problems),
@@ -183,34 +184,40 @@ def connections(agent: Agent, maps: Mapping[str, KernelMap]) -> dict[str, Any]:
     endpoints = {row.number: str(key) for key, row in agent.tables.endpoints.items()}
     states = {number: state for state, number in STATES.items()}
     directions = {abi.NP_DIRECTION_INGRESS: "ingress", abi.NP_DIRECTION_EGRESS: "egress"}
+    total = 0
+
+    def rows() -> Iterator[tuple[int, bytes, bytes]]:
+        nonlocal total
+        for table, (name, _) in enumerate(CONNECTION_TABLES):
+            for raw_key, raw_row in maps[name].items():
+                total += 1
+                yield table, raw_key, raw_row
+
     found: list[dict[str, Any]] = []
-    more = 0
-    for name, form in CONNECTION_TABLES:
-        for raw_key, raw_row in maps[name].items():
-            if len(found) == CONNECTIONS:
-                more += 1
-                continue
-            kind = abi.np_conn4_key if name.endswith("4") else abi.np_conn6_key
-            key, row = kind.from_buffer_copy(raw_key), abi.np_conn.from_buffer_copy(raw_row)
-            ends = [
-                (str(ip_address(bytes(key.local))), key.local_port),
-                (str(ip_address(bytes(key.remote))), key.remote_port),
-            ]
-            if row.direction == abi.NP_DIRECTION_INGRESS:
-                ends.reverse()
-            rule = agent.tables.rules.get(row.rule)
-            found.append({
-                "endpoint": endpoints.get(key.endpoint, f"number {key.endpoint}"),
-                "direction": directions[row.direction],
-                "protocol": int(key.protocol),
-                "source": ends[0][0], "source_port": ends[0][1],
-                "destination": ends[1][0], "destination_port": ends[1][1],
-                "form": form,
-                "state": states[row.state],
-                "generation": row.generation,
-                "rule": None if rule is None else str(rule),
-            })  # fmt: skip
-    return {"connections": found, "more": more}
+    # Sorted by what they are: the order in which the tables have them tells the secret of their hash.
+    for table, raw_key, raw_row in heapq.nsmallest(CONNECTIONS, rows()):
+        name, form = CONNECTION_TABLES[table]
+        kind = abi.np_conn4_key if name.endswith("4") else abi.np_conn6_key
+        key, row = kind.from_buffer_copy(raw_key), abi.np_conn.from_buffer_copy(raw_row)
+        ends = [
+            (str(ip_address(bytes(key.local))), key.local_port),
+            (str(ip_address(bytes(key.remote))), key.remote_port),
+        ]
+        if row.direction == abi.NP_DIRECTION_INGRESS:
+            ends.reverse()
+        rule = agent.tables.rules.get(row.rule)
+        found.append({
+            "endpoint": endpoints.get(key.endpoint, f"number {key.endpoint}"),
+            "direction": directions[row.direction],
+            "protocol": int(key.protocol),
+            "source": ends[0][0], "source_port": ends[0][1],
+            "destination": ends[1][0], "destination_port": ends[1][1],
+            "form": form,
+            "state": states[row.state],
+            "generation": row.generation,
+            "rule": None if rule is None else str(rule),
+        })  # fmt: skip
+    return {"connections": found, "more": total - len(found)}
 
 
 def reason_counts(counted: KernelMap) -> dict[str, int]:

@@ -7,7 +7,8 @@ the recent ones and then each new one until the reader goes.
 Every operation only reads.  Invariants: only root, the agent's own user and members of one group, if the agent has one, are
 answered (SO_PEERCRED, SO_PEERGROUPS: the kernel says who connected); a reader that does not read is dropped and never
 delays the agent; whatever is sent, it is answered and harms nobody; one user's connections leave room for everybody
-else's.  Runs no loop: `Service.poll` is one look.
+else's.  This process walks no table for anybody: `netpol_ebpf.agent.answering` has that done elsewhere, and one look begins one
+answer at most.  Runs no loop: `Service.poll` is one look.
 """
 
 from __future__ import annotations
@@ -19,64 +20,99 @@ import os
 import socket
 import stat
 import struct
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from netpol_ebpf.errors import NetpolError, PlatformError, UnreachableError, UsageError
+from netpol_ebpf.agent.answering import Answer, Answering, encode, encode_error
+from netpol_ebpf.errors import NetpolError, PlatformError, PrivilegeError, UnreachableError, UsageError
 
 SOCKET_NAME = "agent.sock"
 REQUEST_BYTES = 4096
 """Longest request; arbitrary."""
+REQUEST_S = 5.0
+"""Within what time of connecting a request must be there, and within what time of it flows that nobody follows be read; arbitrary."""
 BACKLOG_BYTES = 1 << 20
 """What a reader may lag behind before it is dropped; arbitrary."""
-READERS_OF_USER = 16
+SEND_BYTES = 1 << 16
+"""What is sent to one reader at a look; arbitrary."""
+READERS_OF_USER = 8
 """Connections that one user may have at a time; arbitrary. So nobody takes what others, or the agent, need."""
-READERS = 256
+READERS = 64
 """Connections of all users but root; arbitrary, and far below 1024, where select(2) and the usual limit end."""
+WELCOMES = 16
+"""Connections that are taken at a look; arbitrary. Whoever connects again and again does not keep the agent at it."""
 RECENT_FLOWS = 1000
 """Flows remembered for readers that come later; arbitrary."""
 CLIENT_TIMEOUT_S = 5.0
+NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT})
+"""What a file system without room answers."""
+FLOWS = "flows"
+"""The operation that the service answers by itself."""
 _SO_PEERGROUPS = 59
 """asm-generic/socket.h; Linux 4.13."""
 _GROUPS_BYTES = 1024
 """As much as Python's getsockopt takes: 256 groups."""
 
-Answer = Callable[[Mapping[str, Any]], Any]
-"""From a request to a value that JSON can hold. May raise NetpolError."""
-
 
 @dataclass(slots=True)
 class _Client:
+    """A connection. ``unsent``: lines, shared with all readers of the same flow. ``request``: one that waits for a child."""
+
     channel: socket.socket
     user: int
+    since_s: float
     received: bytes = b""
-    unsent: bytes = b""
+    unsent: deque[bytes] = field(default_factory=deque)
+    unsent_bytes: int = 0
     follows: bool = False
     is_answered: bool = False
+    request: Mapping[str, Any] | None = None
 
-    def send(self, value: Any) -> None:
-        self.unsent += json.dumps(value, separators=(",", ":")).encode() + b"\n"
+    def send(self, line: bytes) -> None:
+        """Have a line sent as soon as the reader takes it."""
+        self.unsent.append(line)
+        self.unsent_bytes += len(line)
+
+    def flush(self) -> None:
+        """Send what the reader takes now, up to SEND_BYTES. Raises OSError when it is gone."""
+        chunk = bytearray()
+        while self.unsent and len(chunk) < SEND_BYTES:
+            chunk += self.unsent.popleft()
+        sent = 0
+        with contextlib.suppress(BlockingIOError):
+            sent = self.channel.send(chunk)
+        if sent < len(chunk):
+            self.unsent.appendleft(bytes(chunk[sent:]))
+        self.unsent_bytes -= sent
 
 
 @dataclass(slots=True)
 class Service:
-    """The listening side. ``answers``: what each operation is answered with; "flows" is the service's own.
+    """The listening side. ``answers``: what each operation is answered with, by a child; "flows" is the service's own.
 
-    ``group``: number of a group whose members are answered as well.
+    ``group``: number of a group whose members are answered as well.  ``clock``: seconds.
     """
 
     path: Path
     answers: Mapping[str, Answer]
     group: int | None = None
+    clock: Callable[[], float] = time.monotonic
     _listener: socket.socket | None = None
     _clients: list[_Client] = field(default_factory=list)
-    _recent: deque[Any] = field(default_factory=lambda: deque(maxlen=RECENT_FLOWS))
+    _answering: Answering = field(default_factory=Answering)
+    _recent: deque[bytes] = field(default_factory=lambda: deque(maxlen=RECENT_FLOWS))
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it listens."""
+        return self._listener is not None
 
     def open(self) -> None:
-        """Listen. Raises PlatformError when another process does, or the socket cannot be given to the group."""
+        """Listen. Raises PlatformError when another process does, or the socket cannot be given to the group; OSError for want of room."""
         self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         with contextlib.suppress(UnreachableError), connect(self.path):
             raise PlatformError(
@@ -94,6 +130,8 @@ class Service:
                 self.path.chmod(0o660)
         except OSError as error:
             listener.close()
+            if error.errno in NO_ROOM:
+                raise
             raise PlatformError(f"cannot listen at {self.path}: {error.strerror}") from error
         finally:
             os.umask(before)
@@ -101,7 +139,8 @@ class Service:
         self._listener = listener
 
     def close(self) -> None:
-        """Stop listening, drop all readers, remove the socket."""
+        """Stop listening, drop all readers, end all answers, remove the socket."""
+        self._answering.close()
         for client in self._clients:
             client.channel.close()
         self._clients.clear()
@@ -112,61 +151,61 @@ class Service:
 
     def descriptors(self) -> tuple[list[int], list[int]]:
         """What to wait for: descriptors to read, descriptors to write."""
-        readable = [client.channel.fileno() for client in self._clients]
+        heard = [
+            client for client in self._clients if not client.is_answered or client.follows
+        ]  # what others send waits
+        readable = [*(client.channel.fileno() for client in heard), *self._answering.descriptors()]
         if self._listener is not None:
             readable.append(self._listener.fileno())
         return readable, [client.channel.fileno() for client in self._clients if client.unsent]
 
     def poll(self) -> None:
-        """Accept, read, answer and send whatever is possible now. Never blocks."""
-        while self._listener is not None:
+        """Accept, read, begin an answer and send whatever is possible now. Never blocks, and walks no table."""
+        self._answering.reap()
+        for _ in range(WELCOMES if self._listener is not None else 0):
             try:
-                channel, _ = self._listener.accept()
-            except (
-                OSError
-            ):  # nobody is there, who was has gone, or there is no descriptor left: the next look tries again
+                channel, _address = self._listener.accept()  # type: ignore[union-attr]  # it is not None
+            except OSError:  # nobody is there, who was has gone, or no descriptor is left: the next look tries again
                 break
             self._welcome(channel)
         for client in list(self._clients):
             if not self._serve(client):
                 self._drop(client)
+        self._begin_answer()
 
     def publish(self, flows: Iterable[Any]) -> None:
         """Flows for those who follow, and for those who come later."""
         for flow in flows:
-            self._recent.append(flow)
+            line = encode(flow)
+            self._recent.append(line)
             for client in self._clients:
                 if client.follows:
-                    client.send(flow)
+                    client.send(line)
 
     def _welcome(self, channel: socket.socket) -> None:
         channel.settimeout(0)
-        client = _Client(channel, peer_user(channel))
+        client = _Client(channel, peer_user(channel), self.clock())
         if client.user not in (0, os.geteuid()) and self.group not in peer_groups(channel):
-            self._turn_away(
-                client,
-                "only root and members of the agent's group (netpol-agent --group) may ask the agent",
-                "Ask as one of them." if self.group is not None else "The agent was started without a group.",
-                "privilege",
-            )
+            message = "only root and members of the agent's group (netpol-agent --group) may ask the agent"
+            hint = "Ask as one of them." if self.group is not None else "The agent was started without a group."
+            self._turn_away(client, PrivilegeError(message, hint=hint))
         elif self._is_crowded(client.user):
             message = f"there are too many connections to the agent, {READERS_OF_USER} of one user at most"
-            self._turn_away(client, message, "Close some, and ask again.", "busy")
+            self._turn_away(client, UnreachableError(message, hint="Close some, and ask again."))
         else:
             self._clients.append(client)
 
     @staticmethod
-    def _turn_away(client: _Client, message: str, hint: str, slug: str) -> None:
+    def _turn_away(client: _Client, error: NetpolError) -> None:
         """Hang up, with a word why; there is room for it, since nothing was sent before."""
-        client.send({"error": message, "hint": hint, "slug": slug})
         with contextlib.suppress(OSError):  # the other side is gone: nobody to tell
-            client.channel.send(client.unsent)
+            client.channel.send(encode_error(error))
         client.channel.close()
 
     def _is_crowded(self, user: int) -> bool:
-        """Whether there is no room for one more connection of a user."""
-        own = sum(one.user == user for one in self._clients)
-        return own >= READERS_OF_USER or (user != 0 and len(self._clients) >= READERS)
+        """Whether there is no room for one more connection of a user; those that are being answered count."""
+        own = sum(one.user == user for one in self._clients) + self._answering.count(user)
+        return own >= READERS_OF_USER or (user != 0 and len(self._clients) + self._answering.count() >= READERS)
 
     def _serve(self, client: _Client) -> bool:
         """Do what can be done for one reader; False when it is to be dropped."""
@@ -174,18 +213,20 @@ class Service:
             if not client.is_answered:
                 self._receive(client)
             if client.unsent:
-                with contextlib.suppress(BlockingIOError):
-                    client.unsent = client.unsent[client.channel.send(client.unsent) :]
+                client.flush()
         except OSError:  # the other side is gone: nobody to tell
             return False
+        if client.request is not None:
+            return not self._is_gone(client)
         if client.follows:
-            return len(client.unsent) <= BACKLOG_BYTES and not self._is_gone(client)
-        return bool(client.unsent) or not client.is_answered
+            return client.unsent_bytes <= BACKLOG_BYTES and not self._is_gone(client)
+        return (bool(client.unsent) or not client.is_answered) and self.clock() - client.since_s < REQUEST_S
 
     @staticmethod
     def _is_gone(client: _Client) -> bool:
+        """Whether the other side has closed. What it says after its request is dropped, lest it wakes the agent for ever."""
         try:
-            return client.channel.recv(1, socket.MSG_PEEK) == b""
+            return client.channel.recv(REQUEST_BYTES) == b""
         except BlockingIOError:
             return False
         except OSError:
@@ -202,12 +243,14 @@ class Service:
         if b"\n" not in client.received and len(client.received) <= REQUEST_BYTES:
             return
         client.is_answered = True
+        client.since_s = self.clock()
         try:
-            self._answer(client, client.received.split(b"\n", 1)[0])
+            self._hear(client, client.received.split(b"\n", 1)[0])
         except NetpolError as error:
-            client.send({"error": error.message, "hint": error.hint, "slug": error.slug})
+            client.send(encode_error(error))
 
-    def _answer(self, client: _Client, line: bytes) -> None:
+    def _hear(self, client: _Client, line: bytes) -> None:
+        """Answer a request, or have it wait for a child that does."""
         try:
             request = json.loads(line)
         except (ValueError, RecursionError) as error:
@@ -215,14 +258,31 @@ class Service:
         operation = request.get("op") if isinstance(request, dict) else None
         if not isinstance(operation, str):
             raise UsageError(f"not a request: {line[:80]!r}")
-        if operation == "flows":
+        if operation == FLOWS:
             for flow in self._recent:
                 client.send(flow)
             client.follows = bool(request.get("follow"))
         elif operation in self.answers:
-            client.send(self.answers[operation](request))
+            client.request = request
         else:
-            raise UsageError(f"unknown operation {operation!r}; known are flows, {', '.join(sorted(self.answers))}")
+            raise UsageError(f"unknown operation {operation!r}; known are {FLOWS}, {', '.join(sorted(self.answers))}")
+
+    def _begin_answer(self) -> None:
+        """Have the first request that may be answered now be answered. One at a look: each takes a moment of this process."""
+        for client in self._clients:
+            request = client.request
+            if request is None or not self._answering.has_room(client.user):
+                continue
+            foreign = [one.channel for one in self._clients if one is not client]
+            foreign += [] if self._listener is None else [self._listener]
+            try:
+                self._answering.begin(client.channel, client.user, self.answers[request["op"]], request, foreign)
+            except PlatformError as error:
+                client.request = None
+                client.send(encode_error(error))
+            else:
+                self._drop(client)
+            return
 
     def _drop(self, client: _Client) -> None:
         client.channel.close()
@@ -270,13 +330,19 @@ def ask(path: Path, request: Mapping[str, Any], *, timeout_s: float | None = CLI
                 BrokenPipeError
             ) as error:  # who is not answered is told so before he has asked: that can be read still
                 hung_up = error
+            is_answered = request.get("op") == FLOWS  # of which there may be none
             with channel.makefile("rb") as lines:
                 for line in lines:
+                    if not line.endswith(b"\n"):
+                        raise UnreachableError(f"the agent at {path} was cut short in its answer", hint="Ask again.")
+                    is_answered = True
                     value = json.loads(line)
                     if isinstance(value, dict) and "error" in value:
                         raise UnreachableError(f"the agent refused: {value['error']}", hint=value.get("hint"))
                     yield value
             if hung_up is not None:
                 raise hung_up
+            if not is_answered:
+                raise UnreachableError(f"the agent at {path} gave the answer up", hint="Its log says why; ask again.")
         except OSError as error:
             raise UnreachableError(f"the agent at {path} stopped answering: {error.strerror or error}") from error

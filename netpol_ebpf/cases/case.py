@@ -14,7 +14,8 @@ from typing import Any
 
 from netpol_ebpf.errors import Location, Problem
 from netpol_ebpf.policy.types import ICMP, ICMPV6, PORT_PROTOCOLS, UDPLITE, IPAddress
-from netpol_ebpf.resources.load import SUFFIXES, parse_objects
+from netpol_ebpf.resources.load import parse_objects
+from netpol_ebpf.resources.manifest_files import find_manifests
 from netpol_ebpf.resources.reader import Reader, Report
 from netpol_ebpf.resources.syntax import parse_address
 from netpol_ebpf.resources.types import Meta, Namespace, NetworkSet, Pod, Resource, WorkloadEndpoint
@@ -85,21 +86,23 @@ def load_cases(paths: Iterable[Path]) -> LoadedCases:
     seen: set[Path] = set()
     for path in paths:
         is_searched = path.is_dir()
-        for file in _files(path) if is_searched else [path]:
+        for file in _files(path, loaded) if is_searched else [path]:
             if file.resolve() not in seen:
                 seen.add(file.resolve())
                 _load_file(file, loaded, must_be_case=not is_searched)
     return loaded
 
 
-def _files(directory: Path) -> list[Path]:
-    return sorted(
-        file
-        for file in directory.rglob("*")
-        if file.suffix.lower() in SUFFIXES
-        and file.is_file()
-        and not any(part.startswith(".") for part in file.relative_to(directory).parts)
-    )
+def _files(directory: Path, loaded: LoadedCases) -> list[Path]:
+    """The files of a directory, sorted; what may be one and cannot be read is an invalid case."""
+    try:
+        names, refused = find_manifests(directory).readable()
+    except OSError as error:
+        names, refused = [], {"": error.strerror or str(error)}
+    for name, reason in refused.items():
+        file = str(directory / name)
+        loaded.invalid.append(InvalidCase(file, f"{file}: cannot be read: {reason}"))
+    return sorted(directory / name for name in names)
 
 
 def _load_file(file: Path, loaded: LoadedCases, *, must_be_case: bool) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from netpol_ebpf.errors import PlatformError, UsageError
+from netpol_ebpf.terminal import say
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 
@@ -52,9 +53,9 @@ def run(arguments: argparse.Namespace) -> int:
     remote = site.Remote(*given) if all(given) else None
     chosen = [name.strip() for name in arguments.suites.split(",") if name.strip()]
     result = suite.run_all(_command(arguments), arguments.output, smoke=arguments.smoke, chosen=chosen, remote=remote)
-    print(f"{len(result.cases)} cases, {result.seconds:.0f} s: {arguments.output}")
+    say(f"{len(result.cases)} cases, {result.seconds:.0f} s: {arguments.output}")
     if not arguments.no_report:
-        print(report.write(result, arguments.output.with_suffix("")))
+        say(report.write(result, arguments.output.with_suffix("")))
     return 0
 
 

@@ -15,6 +15,7 @@ from netpol_ebpf.cli.output import add_output_option, print_value
 from netpol_ebpf.errors import InvalidInputError, Problem
 from netpol_ebpf.policy.lint import lint
 from netpol_ebpf.resources.load import load_paths
+from netpol_ebpf.terminal import paragraph, say
 
 EXIT_INVALID = 3
 
@@ -63,10 +64,10 @@ def run(arguments: argparse.Namespace) -> int:
     }
     if not print_value(arguments.output, value):
         for problem in problems:
-            print(problem)
-        print(f"{len(loaded.resources)} objects valid: {errors} errors, {warnings} warnings")
+            say(paragraph(str(problem)))
+        say(f"{len(loaded.resources)} objects valid: {errors} errors, {warnings} warnings")
         if not linted:
-            print("Checks that need all objects together were left out; they run once there are no errors.")
+            say("Checks that need all objects together were left out; they run once there are no errors.")
     return EXIT_INVALID if errors or (warnings and arguments.strict) else 0
 
 

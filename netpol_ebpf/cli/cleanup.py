@@ -7,6 +7,7 @@ Exit codes: 0 nothing is left, 5 something could not be removed, or an agent is 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import shutil
 from collections.abc import Iterator
@@ -15,8 +16,12 @@ from typing import Any
 
 from netpol_ebpf.agent.main import COPIES_NAME, DEFAULT_STATE_DIR, LEDGER_NAME, LOCK_NAME, exclusive
 from netpol_ebpf.agent.service import SOCKET_NAME
+from netpol_ebpf.apply.ledger import DAMAGED_SUFFIX
 from netpol_ebpf.cli.output import add_output_option, print_value
 from netpol_ebpf.errors import PlatformError, PrivilegeError
+from netpol_ebpf.terminal import escaped, say
+
+IN_USE_HINT = "Stop it first (systemctl stop netpol-agent): an agent at work would put back what is removed."
 
 
 def register(subparsers: Any) -> None:
@@ -41,10 +46,15 @@ def run(arguments: argparse.Namespace) -> int:
     """Run the command; returns the exit code."""
     if os.geteuid() != 0:
         raise PrivilegeError("what netpol-ebpf leaves behind belongs to root")
+    from netpol_loader.dataplane import DEFAULT_PIN_ROOT, held
+
     state_dir: Path = arguments.state_dir
-    if not state_dir.is_dir():
-        return _clean(arguments)
-    with exclusive(state_dir):  # an agent at work would put everything back
+    pin_root: Path = arguments.pin_root or DEFAULT_PIN_ROOT
+    with contextlib.ExitStack() as stack:  # an agent at work would put everything back
+        if state_dir.is_dir():
+            stack.enter_context(exclusive(state_dir, hint=IN_USE_HINT))
+        if pin_root.is_dir():  # whatever the state directory of who works there is called
+            stack.enter_context(held(pin_root, hint=IN_USE_HINT))
         return _clean(arguments)
 
 
@@ -76,11 +86,10 @@ def _clean(arguments: argparse.Namespace) -> int:
             {"kind": one.kind, "name": one.name, "removed": not arguments.dry_run and error is None, "error": error}
         )
         if is_text:
-            print(
-                f"{'would remove' if arguments.dry_run else 'NOT REMOVED' if error else 'removed'} {one.kind} {one.name}"
-            )
+            done = "would remove" if arguments.dry_run else "NOT REMOVED" if error else "removed"
+            say(escaped(f"{done} {one.kind} {one.name}"))
     if not print_value(arguments.output, plain) and not leftovers:
-        print("nothing to remove")
+        say("nothing to remove")
     if failures:
         raise PlatformError("could not remove " + "; ".join(failures), hint="Run `netpolctl cleanup` again.")
     return 0
@@ -96,7 +105,8 @@ def _abandoned_engines(parent: Path) -> list[Any]:
 
 def _state(state_dir: Path) -> Iterator[Path]:
     """What the agent keeps there, the directory last if nothing of others is in it."""
-    ours = [state_dir / name for name in (SOCKET_NAME, LEDGER_NAME, f"{LEDGER_NAME}.draft", COPIES_NAME, LOCK_NAME)]
+    names = (SOCKET_NAME, LEDGER_NAME, f"{LEDGER_NAME}.draft", f"{LEDGER_NAME}{DAMAGED_SUFFIX}", COPIES_NAME, LOCK_NAME)
+    ours = [state_dir / name for name in names]
     present = [path for path in ours if path.exists() or path.is_socket()]
     yield from present
     if state_dir.is_dir() and set(state_dir.iterdir()) <= set(present):

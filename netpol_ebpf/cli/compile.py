@@ -13,6 +13,7 @@ from typing import Any
 
 from netpol_ebpf.cli.output import add_output_option, print_value
 from netpol_ebpf.errors import PlatformError
+from netpol_ebpf.terminal import say
 
 
 def register(subparsers: Any) -> None:
@@ -59,7 +60,5 @@ def run(arguments: argparse.Namespace) -> int:
         "instructions": instructions,
     }
     if not print_value(arguments.output, plain):
-        print(
-            f"{path}: {len(instructions)} programs, {sum(instructions.values())} instructions, by {compiled.compiler}"
-        )
+        say(f"{path}: {len(instructions)} programs, {sum(instructions.values())} instructions, by {compiled.compiler}")
     return 0

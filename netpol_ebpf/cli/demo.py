@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
 import shutil
 import signal
@@ -26,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from netpol_ebpf.agent.service import CLIENT_TIMEOUT_S, SOCKET_NAME, ask
+from netpol_ebpf.cli.output import print_value
 from netpol_ebpf.errors import InvalidInputError, Location, PlatformError, PrivilegeError, UnreachableError
 from netpol_ebpf.lab import shop
 from netpol_ebpf.lab.attempt import Attempt
@@ -37,6 +37,7 @@ from netpol_ebpf.lab.throughput import Pair, compare
 from netpol_ebpf.policy.types import Cause
 from netpol_ebpf.resources.load import load_paths
 from netpol_ebpf.resources.types import KubernetesNetworkPolicy, Resource
+from netpol_ebpf.terminal import escaped
 
 READY_DEADLINE_S = 120.0  # seconds, on a quiet machine; a busy one may compile for half a minute
 CHANGE_DEADLINE_S = 10.0
@@ -87,7 +88,7 @@ def run(arguments: argparse.Namespace) -> int:
     result = "all as predicted" if summary["ok"] else "NOT as predicted"
     stage.verdict(f"{summary['seconds']:.0f} seconds; {result}", good=summary["ok"])
     if arguments.output == "json":
-        print(json.dumps(summary, indent=2))
+        print_value("json", summary)
     return 0 if summary["ok"] else EXIT_DIFFERS
 
 
@@ -103,27 +104,28 @@ class Stage:
     def headline(self, text: str) -> None:
         """Begin the next part."""
         self._number += 1
-        self._print(f"\n{self._paint(f'{self._number}. {text}', BOLD)}")
+        self._print(f"\n{self._paint(f'{self._number}. {escaped(text)}', BOLD)}")
 
     def say(self, text: str) -> None:
         """Print an indented line."""
-        self._print(f"   {text}")
+        self._print(f"   {escaped(text)}")
 
     def detail(self, text: str) -> None:
         """Print a quiet line."""
-        self.say(self._paint(text, DIM))
+        self._print(f"   {self._paint(escaped(text), DIM)}")
 
     def verdict(self, text: str, *, good: bool) -> None:
         """Print a line that is green or red."""
-        self.say(self._paint(text, GREEN if good else RED))
+        self._print(f"   {self._paint(escaped(text), GREEN if good else RED)}")
 
     def table(self, observation: Observation, earlier: Observation | None = None) -> None:
         """Print a matrix."""
         table = observation.render(colour=self.colour, earlier=earlier, ascii_only=self.ascii_only)
         for line in table.splitlines():
-            self.say(line)
+            self._print(f"   {line}")
 
     def _print(self, text: str) -> None:
+        """Print a text whose names are escaped; what is left are our own colours."""
         if not self.quiet:
             print(text, flush=True)
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from netpol_ebpf.cli.output import add_output_option, print_value
 from netpol_ebpf.errors import PlatformError
+from netpol_ebpf.terminal import paragraph, say
 
 
 def register(subparsers: Any) -> None:
@@ -52,7 +53,7 @@ def run(arguments: argparse.Namespace) -> int:
     ]
     if not print_value(arguments.output, plain):
         for check in checks:
-            print(f"{'ok' if check.error is None else 'MISSING':<8}{check.name:<10} {check.detail}")
+            say(paragraph(f"{'ok' if check.error is None else 'MISSING':<8}{check.name:<10} {check.detail}"))
             if check.error is not None and check.error.hint:
-                print(f"{'':<19}-> {check.error.hint}")
+                say(f"{'':<19}-> {check.error.hint}")
     return 0 if all(check.error is None for check in checks) else PlatformError.exit_code

@@ -24,6 +24,7 @@ from netpol_ebpf.policy.provenance import trace
 from netpol_ebpf.policy.translate import derive
 from netpol_ebpf.policy.types import ICMP, ICMPV6, PORT_PROTOCOLS, SCTP, TCP, UDP, UDPLITE, Cause, IPAddress, World
 from netpol_ebpf.resources.load import load_paths
+from netpol_ebpf.terminal import escaped, say
 
 EXIT_DENIED = 1
 PROTOCOLS = {"tcp": TCP, "udp": UDP, "sctp": SCTP, "icmp": ICMP, "icmpv6": ICMPV6, "udplite": UDPLITE}
@@ -82,7 +83,7 @@ def run(arguments: argparse.Namespace) -> int:
     found = [(journey, walk(journey, engine.decide)) for journey in Cast(resources, world).journeys(probe)]
     plain = [describe(world, journey, finding) for journey, finding in found]
     if not print_value(arguments.output, plain):
-        print("\n\n".join(render(one) for one in plain))
+        say("\n\n".join(render(one) for one in plain))
     return 0 if all(finding.allowed for _, finding in found) else EXIT_DENIED
 
 
@@ -135,21 +136,21 @@ def render(one: dict[str, Any]) -> str:
     lines = [f"{'ALLOWED' if one['allowed'] else 'DENIED'}  {what}"]
     for number, step in enumerate(one["steps"], 1):
         if step["endpoint"] is None:
-            lines.append(f"  {number}. {step['verdict']}: {step['sentence']}")
+            lines.append(f"  {number}. {step['verdict']}: {escaped(step['sentence'])}")
             continue
         stage = "" if step["stage"] == "normal" else f", {step['stage']}"
-        lines.append(f"  {number}. {step['direction']} of {step['endpoint']}{stage}: {step['verdict']}")
-        lines += [f"       {log['sentence']}{_place(log)}" for log in step["logs"]]
-        lines.append(f"       {step['sentence']}{_place(step)}")
+        lines.append(f"  {number}. {step['direction']} of {escaped(step['endpoint'])}{stage}: {step['verdict']}")
+        lines += [f"       {escaped(log['sentence'])}{_place(log)}" for log in step["logs"]]
+        lines.append(f"       {escaped(step['sentence'])}{_place(step)}")
         if step["staged_verdict"] != step["verdict"]:
-            lines.append(f"       staged: {step['staged']['sentence']}{_place(step['staged'])}")
+            lines.append(f"       staged: {escaped(step['staged']['sentence'])}{_place(step['staged'])}")
     if one["staged_allowed"] != one["allowed"]:
         lines.append(f"  With staged policies in force: {'allowed' if one['staged_allowed'] else 'denied'}")
     return "\n".join(lines)
 
 
 def _place(step: dict[str, Any]) -> str:
-    return "" if step["file"] is None else f"\n         {step['file']}:{step['line']}"
+    return "" if step["file"] is None else f"\n         {escaped(step['file'])}:{step['line']}"
 
 
 def _engine(name: str) -> Engine:

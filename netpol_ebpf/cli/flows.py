@@ -7,12 +7,12 @@ Exit codes: 0, 4 no agent answers.
 from __future__ import annotations
 
 import argparse
-import json
-import sys
 from typing import Any
 
 from netpol_ebpf.cli.agent_access import add_state_dir_option, ask_agent
+from netpol_ebpf.cli.output import render_json
 from netpol_ebpf.policy.types import ICMP, ICMPV6, SCTP, TCP, UDP
+from netpol_ebpf.terminal import escaped, say
 
 PROTOCOLS = {ICMP: "ICMP", TCP: "TCP", UDP: "UDP", ICMPV6: "ICMPv6", SCTP: "SCTP"}
 
@@ -34,8 +34,7 @@ def register(subparsers: Any) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Run the command; returns the exit code."""
     for flow in ask_agent(arguments, "flows", wait=arguments.follow, follow=arguments.follow):
-        print(json.dumps(flow) if arguments.output == "json" else render_flow(flow))
-        sys.stdout.flush()
+        say(render_json(flow) if arguments.output == "json" else escaped(render_flow(flow)), flush=True)
     return 0
 
 

@@ -14,6 +14,7 @@ from typing import Any
 from netpol_ebpf.cli.agent_access import add_state_dir_option, ask_agent
 from netpol_ebpf.cli.flows import PROTOCOLS, render_end
 from netpol_ebpf.cli.output import add_output_option, print_value, render_table
+from netpol_ebpf.terminal import say
 
 MEMBERS_SHOWN = 4
 
@@ -38,10 +39,10 @@ def run(arguments: argparse.Namespace) -> int:
     (answer,) = ask_agent(arguments, operation)
     found = pick(answer)
     if not print_value(arguments.output, found):
-        print(render_table(header, [cells(one, arguments.output == "wide") for one in found]))
+        say(render_table(header, [cells(one, arguments.output == "wide") for one in found]))
     more = answer.get("more") if isinstance(answer, dict) else 0
     if more:
-        print(f"and {more} more", file=sys.stderr)
+        say(f"and {more} more", file=sys.stderr)
     return 0
 
 

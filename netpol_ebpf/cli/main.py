@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import importlib.util
+import logging
 import os
 import sys
 import traceback
@@ -20,6 +21,7 @@ from collections.abc import Callable, Sequence
 
 from netpol_ebpf import __version__
 from netpol_ebpf.errors import NetpolError
+from netpol_ebpf.terminal import LogFormatter, paragraph, say
 
 EXIT_BUG = 70
 EXIT_INTERRUPTED = 130
@@ -66,6 +68,8 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point: returns the exit code (argparse exits by itself with 2 on wrong usage)."""
     arguments = build_parser().parse_args(argv)
+    if logging.lastResort is not None:  # where warnings of the modules below go
+        logging.lastResort.setFormatter(LogFormatter())
     return run(arguments.run, arguments)
 
 
@@ -94,10 +98,10 @@ def run(command: Callable[[argparse.Namespace], int], arguments: argparse.Namesp
 
 def _report(message: str, hint: str, *, debug: bool) -> None:
     if debug:
-        traceback.print_exc()
-    print(f"netpolctl: {message}", file=sys.stderr)
+        say(traceback.format_exc(), file=sys.stderr)
+    say(paragraph(f"netpolctl: {message}"), file=sys.stderr)
     if hint:
-        print(f"netpolctl: hint: {hint}", file=sys.stderr)
+        say(paragraph(f"netpolctl: hint: {hint}"), file=sys.stderr)
 
 
 if __name__ == "__main__":

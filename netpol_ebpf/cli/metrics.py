@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from netpol_ebpf.cli.agent_access import add_state_dir_option, ask_agent
+from netpol_ebpf.terminal import escaped
 
 EVENTS_LOST = "event-lost"
 """The reason (netpol_loader.abi) that counts events instead of packets."""
@@ -186,4 +187,5 @@ def render(found: Iterable[Family]) -> str:
 
 
 def _escaped(text: str) -> str:
-    return text.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
+    """A label's value: as people would see it, and then as the format wants it."""
+    return escaped(text, keep="\n").replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The ``-o`` option that all commands share, and writing values and tables.
 
-Invariant: what `json` and `yaml` print is one document of plain values and nothing else, whatever the command.
+Invariants: what `json` and `yaml` print is one document of plain values and nothing else, whatever the command, exact and in
+printable ASCII; no cell of a table holds anything unprintable.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import yaml
+
+from netpol_ebpf.terminal import escaped
 
 FORMATS = ("text", "wide", "json", "yaml")
 
@@ -24,7 +27,7 @@ def add_output_option(parser: argparse.ArgumentParser) -> None:
 def print_value(output: str, value: Any) -> bool:
     """Print a plain value when JSON or YAML is asked for; False when the caller is to print text."""
     if output == "json":
-        print(json.dumps(value, indent=2))
+        print(render_json(value, indent=2))
     elif output == "yaml":
         print(yaml.safe_dump(value, sort_keys=False), end="")
     else:
@@ -32,9 +35,14 @@ def print_value(output: str, value: Any) -> bool:
     return True
 
 
+def render_json(value: Any, indent: int | None = None) -> str:
+    """A plain value as JSON in printable ASCII."""
+    return json.dumps(value, indent=indent).replace("\x7f", "\\u007f")  # the one control character that it leaves
+
+
 def render_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     """A table with aligned columns, header in capitals; ends without a newline."""
-    lines = [[title.upper() for title in header], *([str(cell) for cell in row] for row in rows)]
+    lines = [[title.upper() for title in header], *([escaped(str(cell)) for cell in row] for row in rows)]
     widths = [max(len(line[at]) for line in lines) for at in range(len(header))]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines

@@ -11,6 +11,7 @@ from typing import Any
 
 from netpol_ebpf.cli.agent_access import add_state_dir_option, ask_agent
 from netpol_ebpf.cli.output import add_output_option, print_value, render_table
+from netpol_ebpf.terminal import escaped, paragraph, say
 
 EXIT_NOT_IN_FORCE = 1
 _UNKNOWN = {"closed": "closed (no endpoint is known here)", "own": "the node's own"}
@@ -39,20 +40,20 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _print_text(state: dict[str, Any], *, wide: bool) -> None:
     objects = state["objects"]
-    print(f"agent      {state['version']}, process {state['pid']}, node {state['node'] or '(any)'}")
-    print(f"manifests  {state['manifests']}: {objects['policies']} policies, {objects['endpoints']} endpoints")
-    print(f"pinned in  {state['pin_dir']}, generation {state['generation']}")
+    say(escaped(f"agent      {state['version']}, process {state['pid']}, node {state['node'] or '(any)'}"))
+    say(escaped(f"manifests  {state['manifests']}: {objects['policies']} policies, {objects['endpoints']} endpoints"))
+    say(escaped(f"pinned in  {state['pin_dir']}, generation {state['generation']}"))
     if state.get("upgrade"):
-        print(f"upgraded   {state['upgrade']}")
-    print(f"in force   {'yes' if state['in_force'] else 'NO, see the problems below'}")
-    print(f"endpoints  {objects['enforced_endpoints']} enforced of {objects['local_endpoints']} local")
-    print(f"barrier    {_barrier(state['barrier'])}")
+        say(escaped(f"upgraded   {state['upgrade']}"))
+    say(escaped(f"in force   {'yes' if state['in_force'] else 'NO, see the problems below'}"))
+    say(escaped(f"endpoints  {objects['enforced_endpoints']} enforced of {objects['local_endpoints']} local"))
+    say(escaped(f"barrier    {_barrier(state['barrier'])}"))
     for one in state["barrier"]["open"]:
-        print(f"           open: {one}")
+        say(escaped(f"           open: {one}"))
     refused = state["refused"]
     if refused["waiting"]:
-        print(f"refused    {', '.join(refused['waiting'])}: no room in {refused['map']}")
-    print()
+        say(escaped(f"refused    {', '.join(refused['waiting'])}: no room in {refused['map']}"))
+    say()
     rows = [
         (
             one["interface"] or "-",
@@ -69,38 +70,37 @@ def _print_text(state: dict[str, Any], *, wide: bool) -> None:
         for one in state["interfaces"]
         if one["endpoint"] is None
     ]
-    print(render_table(("interface", "endpoint", "state", "addresses", "known by", "ingress", "egress"), rows))
+    say(render_table(("interface", "endpoint", "state", "addresses", "known by", "ingress", "egress"), rows))
     if wide:
         _print_isolation(state["endpoints"])
-    if wide:
-        print()
-        print(
+        say()
+        say(
             render_table(
                 ("map", "entries", "size"), [(name, m["entries"], m["size"]) for name, m in state["maps"].items()]
             )
         )
-        print()
-        print(render_table(("reason", "packets"), sorted(state["packets"].items())))
-        print()
+        say()
+        say(render_table(("reason", "packets"), sorted(state["packets"].items())))
+        say()
         counts = state["barrier"]["packets"].items()
-        print(
+        say(
             render_table(
                 ("dropped by the barrier", "family", "packets"),
                 [(name, family, packets) for name, one in counts for family, packets in one.items()],
             )
         )
-        print()
-        print(
+        say()
+        say(
             render_table(
                 ("connection", "remembered for"), [(name, f"{one:g} s") for name, one in state["timeouts"].items()]
             )
         )
     if state["problems"]:
-        print()
+        say()
         for one in state["problems"]:
             place = f"{one['file']}:{one['line']}: " if one["line"] else f"{one['file']}: " if one["file"] else ""
             subject = "".join(f"{part}: " for part in (one["object"], one["path"]) if part)
-            print(f"{one['severity']}: {place}{subject}{one['message']}")
+            say(paragraph(f"{one['severity']}: {place}{subject}{one['message']}"))
 
 
 def _isolation(policies: list[str]) -> str:
@@ -116,8 +116,8 @@ def _print_isolation(endpoints: list[dict[str, Any]]) -> None:
         for way, policies in one["isolated_by"].items()
         for policy in policies
     ]
-    print()
-    print(render_table(("endpoint", "direction", "isolated by"), rows))
+    say()
+    say(render_table(("endpoint", "direction", "isolated by"), rows))
 
 
 def _barrier(state: dict[str, Any]) -> str:

@@ -12,11 +12,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from netpol_ebpf.cases.case import load_cases
 from netpol_ebpf.cases.engines import ENGINES
 from netpol_ebpf.cases.runner import Report, run_cases
+from netpol_ebpf.cli.output import print_value
+from netpol_ebpf.terminal import escaped, say
 
 EXIT_FAILED = 1
 EXIT_INVALID = 3
@@ -52,16 +52,12 @@ def run(arguments: argparse.Namespace) -> int:
     """Run the command; returns the exit code."""
     loaded = load_cases(arguments.paths)
     report = run_cases(loaded, arguments.engine)
-    if arguments.output == "json":
-        print(json.dumps(report.as_dict(), indent=2))
-    elif arguments.output == "yaml":
-        print(yaml.safe_dump(report.as_dict(), sort_keys=False), end="")
-    else:
+    if not print_value(arguments.output, report.as_dict()):
         _print_text(report, wide=arguments.output == "wide")
     for file in loaded.skipped:
-        print(f"note: {file} holds no case (neither manifests nor probes); skipped", file=sys.stderr)
+        say(f"note: {file} holds no case (neither manifests nor probes); skipped", file=sys.stderr)
     if not report.cases and not report.invalid:
-        print("error: no case found", file=sys.stderr)
+        say("error: no case found", file=sys.stderr)
         return EXIT_INVALID
     return EXIT_INVALID if report.invalid else EXIT_FAILED if report.failed else 0
 
@@ -69,17 +65,17 @@ def run(arguments: argparse.Namespace) -> int:
 def _print_text(report: Report, *, wide: bool) -> None:
     if wide:
         for judged in report.judged:
-            print(f"{judged.got:<6} {_render_probe(judged.probe)}  [{judged.case}]  {judged.rule}")
+            say(escaped(f"{judged.got:<6} {_render_probe(judged.probe)}  [{judged.case}]  {judged.rule}"))
     for failure in report.failed:
-        print(f"FAILED {failure.case}")
-        print(f"  {failure.location}: {_render_probe(failure.probe)}")
-        print(f"  expected {failure.expected}, got {failure.got}")
-        print(f"  rule: {failure.rule}")
+        say(escaped(f"FAILED {failure.case}"))
+        say(escaped(f"  {failure.location}: {_render_probe(failure.probe)}"))
+        say(f"  expected {failure.expected}, got {failure.got}")
+        say(escaped(f"  rule: {failure.rule}"))
     for invalid in report.invalid:
-        print(f"INVALID {invalid.case}")
+        say(escaped(f"INVALID {invalid.case}"))
         for line in invalid.error.splitlines():
-            print(f"  {line}")
-    print(
+            say(f"  {line}")
+    say(
         f"{report.cases} cases, {report.probes} probes: {report.probes - len(report.failed)} as expected, "
         f"{len(report.failed)} failed; {len(report.invalid)} cases not valid"
     )

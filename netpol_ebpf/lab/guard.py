@@ -21,6 +21,8 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
+from netpol_ebpf.terminal import say
+
 NETNS_DIR = Path("/run/netns")
 KILL_DEADLINE_S = 5.0
 POLL_S = 0.01
@@ -91,7 +93,7 @@ def main() -> int:
         directories += [Path(text) for text in record.get("directories", [])]
     failures = remove(namespaces, directories)
     for failure in failures:
-        print(f"netpol lab: cannot remove {failure}", file=sys.stderr)
+        say(f"netpol lab: cannot remove {failure}", file=sys.stderr)
     return 5 if failures else 0
 
 

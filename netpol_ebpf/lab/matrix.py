@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from netpol_ebpf.lab.attempt import Attempt, Outcome, Result
 from netpol_ebpf.lab.laboratory import Lab
 from netpol_ebpf.lab.topology import ICMP, ICMPV6, UDP, Plan
+from netpol_ebpf.terminal import escaped
 
 GREEN, RED, YELLOW, BOLD, DIM, RESET = "\033[32m", "\033[31m", "\033[33m", "\033[1m", "\033[2m", "\033[0m"
 CELL_WIDTH = 4
@@ -138,20 +139,19 @@ class Observation:
     def render(self, *, colour: bool, earlier: Observation | None = None, ascii_only: bool = False) -> str:
         """The table. Cells that changed since ``earlier`` are marked with an asterisk."""
         changed = set(self.changed(earlier)) if earlier is not None else set()
-        names = self.matrix.names
+        hosts = {*self.matrix.sources, *(service.host for service in self.matrix.services)}
+        names = {host: escaped(self.matrix.names.get(host, host)) for host in hosts}
         groups = _groups(self.matrix.services)
-        label_width = max(
-            len(text) for text in ("from", *(names.get(source, source) for source in self.matrix.sources))
-        )
-        widths = [max(len(names.get(host, host)), (CELL_WIDTH + 1) * len(services) - 1) for host, services in groups]
+        label_width = max(len(text) for text in ("from", *(names[source] for source in self.matrix.sources)))
+        widths = [max(len(names[host]), (CELL_WIDTH + 1) * len(services) - 1) for host, services in groups]
         head = " " * label_width
         ports = "from".ljust(label_width)
         for (host, services), width in zip(groups, widths, strict=True):
-            head += GAP + names.get(host, host).ljust(width)
+            head += GAP + names[host].ljust(width)
             ports += GAP + " ".join(service.label.rjust(CELL_WIDTH) for service in services).ljust(width)
         lines = [_paint(head.rstrip(), BOLD, on=colour), _paint(ports.rstrip(), DIM, on=colour)]
         for source in self.matrix.sources:
-            line = names.get(source, source).ljust(label_width)
+            line = names[source].ljust(label_width)
             for (_, services), width in zip(groups, widths, strict=True):
                 cells = []
                 for service in services:

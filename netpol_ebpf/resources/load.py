@@ -18,6 +18,7 @@ from typing import Any
 from netpol_ebpf.errors import Location, Problem, ValidationError
 from netpol_ebpf.resources import calico, core, kubernetes, signetwork
 from netpol_ebpf.resources.kind import Kind
+from netpol_ebpf.resources.manifest_files import find_manifests
 from netpol_ebpf.resources.reader import Reader, Report, describe, suggestion
 from netpol_ebpf.resources.sharing import share_text, share_texts
 from netpol_ebpf.resources.syntax import check_annotations, check_dns_label, check_label
@@ -25,7 +26,6 @@ from netpol_ebpf.resources.types import Meta, Resource
 from netpol_ebpf.resources.yamltree import Path, Positions, read_documents
 
 STANDARD_INPUT = FilePath("-")
-SUFFIXES = (".yaml", ".yml", ".json")
 
 KINDS: dict[tuple[str, str], Kind] = {
     (kind.api_version, kind.kind): kind for module in (core, kubernetes, calico, signetwork) for kind in module.KINDS
@@ -115,7 +115,7 @@ def _files(paths: Sequence[FilePath], loader: _Loader) -> list[FilePath]:
     for path in paths:
         try:
             if path.is_dir():
-                candidates = [file for file in sorted(path.rglob("*")) if _is_manifest(file, path)]
+                candidates = _files_below(path, loader)
             elif path.exists():
                 candidates = [path]
             else:
@@ -128,9 +128,12 @@ def _files(paths: Sequence[FilePath], loader: _Loader) -> list[FilePath]:
     return list(found.values())
 
 
-def _is_manifest(file: FilePath, top: FilePath) -> bool:
-    hidden = any(part.startswith(".") for part in file.relative_to(top).parts)
-    return file.suffix.lower() in SUFFIXES and not hidden and file.is_file()
+def _files_below(top: FilePath, loader: _Loader) -> list[FilePath]:
+    """The manifests below a directory, sorted; what may be one and cannot be read is a problem. Raises OSError."""
+    names, refused = find_manifests(top).readable()
+    for name, reason in refused.items():
+        loader.problems.append(Problem(Location(str(top / name)), "", f"cannot be read: {reason}", slug="file"))
+    return sorted(top / name for name in names)
 
 
 class _Loader:

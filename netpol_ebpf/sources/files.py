@@ -4,9 +4,11 @@
 The directory is looked at by polling (name, inode, size and times of every file), not by inotify: polling sees atomic renames,
 symlink swaps of mounted ConfigMaps and network file systems alike, and has no queue that can overflow.
 
-Invariants: one look yields one batch, so objects that change together arrive together; a file that cannot be read or is not
-valid keeps the objects of its last good state (also over a restart, when a directory for copies is given) and is reported
-until it is mended; of an object that is written twice the first by file name counts and the others are reported.
+Invariants: one look yields one batch, so objects that change together arrive together; a file that cannot be read, is not
+valid, or says nothing keeps the objects of its last good state (also over a restart, when a directory for copies is given) and
+is reported until it is mended; so does everything below a place that cannot be looked at.  Objects go when their file goes or
+says so: by leaving them out, or by ``---`` or an empty List where it has no others.  Of an object that is written twice the first by
+file name counts and the others are reported.
 
 A directory is taken up when two looks in a row saw the same, so neither a half-written file nor the moment between the removal
 of a file and the appearance of its successor becomes policy.  This module runs no loop and keeps no clock of its own for that:
@@ -15,21 +17,23 @@ of a file and the appearance of its successor becomes policy.  This module runs 
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import hashlib
 import os
+import re
 import stat
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Union
 
 from netpol_ebpf.errors import Location, Problem
 from netpol_ebpf.policy.translate import ResourceKey, key_of
-from netpol_ebpf.resources.load import SUFFIXES, LoadResult, parse_documents
+from netpol_ebpf.resources.load import LoadResult, parse_documents
+from netpol_ebpf.resources.manifest_files import find_manifests
 from netpol_ebpf.resources.types import Resource
+from netpol_ebpf.resources.yamltree import read_documents
 
 INTERVAL_S = 0.2
 """Recommended time between two looks: a change is taken up after one to two of them, well within a second."""
@@ -44,6 +48,8 @@ Signature = tuple[int, int, int, int, int]
 """Device, inode, size in bytes, modification time, change time (ns)."""
 UNREAD: Signature = (0, 0, 0, 0, 0)
 """Equals the signature of no file."""
+
+_DOCUMENT_MARK = re.compile(r"^---(?:\s|$)", re.MULTILINE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +98,8 @@ class _File:
 class LastGoodCopies:
     """Texts of the last good state of each file, so that a restart with a broken file changes no policy.
 
-    ``directory`` is made when the first copy is stored. Names are hashed: a manifest may have any name.  All raise OSError.
+    ``directory`` is made when the first copy is stored. Names are hashed, since a manifest may have any name; each copy has the
+    name beside it.  All raise OSError.
     """
 
     directory: Path
@@ -114,10 +121,21 @@ class LastGoodCopies:
         draft = path.with_suffix(".draft")
         draft.write_text(text, encoding="utf-8")
         draft.replace(path)
+        beside, raw = path.with_suffix(".name"), name.encode(errors="surrogateescape")
+        if not beside.exists() or beside.read_bytes() != raw:
+            beside.write_bytes(raw)
+
+    def names(self) -> list[str]:
+        """The files that there are copies of, whatever has become of the files."""
+        if not self.directory.is_dir():
+            return []
+        found = [path.read_bytes().decode(errors="surrogateescape") for path in self.directory.glob("*.name")]
+        return [name for name in found if self._path(name).exists()]  # a name that was written in part has no copy
 
     def forget(self, name: str) -> None:
         """Remove the copy, if there is one."""
-        self._path(name).unlink(missing_ok=True)
+        for path in (self._path(name), self._path(name).with_suffix(".name")):
+            path.unlink(missing_ok=True)
 
     def keep_only(self, names: Mapping[str, object]) -> None:
         """Forget the copies of all other files."""
@@ -125,8 +143,20 @@ class LastGoodCopies:
             return
         wanted = {self._path(name).name for name in names}
         for path in self.directory.iterdir():
-            if path.name not in wanted:
+            if path.name.removesuffix(".name") not in wanted:
                 path.unlink()
+
+
+@dataclass(frozen=True, slots=True)
+class _Sight:
+    """One look: manifests by name ("" for a root that is a file), and why other places could not be looked at, by name."""
+
+    files: dict[str, Signature]
+    hidden: dict[str, str]
+
+    def is_hidden(self, name: str) -> bool:
+        """Whether a file may be there, at or below a place that could not be looked at."""
+        return any(name == place or name.startswith(f"{place}/") for place in self.hidden)
 
 
 Place = tuple[str, int]
@@ -218,6 +248,7 @@ class ManifestDirectory:
     clock: Callable[[], float] = time.time
     _files: dict[str, _File] = field(default_factory=dict)
     _taken: dict[str, Signature] = field(default_factory=dict)
+    _hidden: dict[str, str] = field(default_factory=dict)
     _racy: set[str] = field(default_factory=set)
     _faulty: set[str] = field(default_factory=set)
     _unmerged: set[str] = field(default_factory=set)
@@ -226,7 +257,7 @@ class ManifestDirectory:
     _is_swept: bool = False  # of copies of files that went while nobody looked
     _copy_problems: tuple[Problem, ...] = ()
     _directory_problems: tuple[Problem, ...] = ()
-    _seen: dict[str, Signature] | None = None
+    _seen: _Sight | None = None
     _unsettled_looks: int = 0
     _started: bool = False
     _is_read: bool = False
@@ -241,6 +272,9 @@ class ManifestDirectory:
     def problems(self) -> tuple[Problem, ...]:
         """Everything wrong with the manifests as they were last taken up, in file and line order."""
         found = [*self._directory_problems, *self._copy_problems, *self._merged.duplicates()]
+        found += [_hidden(self._path(name), reason) for name, reason in self._hidden.items()]
+        if self._is_read and not self._taken and not self._hidden:
+            found.append(_without_manifests(self.root))
         for name in self._faulty:
             found.extend(self._files[name].problems)
         return tuple(sorted(found, key=lambda p: (p.location.file, p.location.line, p.location.column, p.message)))
@@ -251,7 +285,10 @@ class ManifestDirectory:
         Never raises for the state of the manifests; that is in ``Batch.problems``.
         """
         try:
-            snapshot = dict(_look(self.root))
+            sight = _look(self.root)
+            for name in self._known() if sight.hidden else ():
+                if sight.is_hidden(name):
+                    sight.files.setdefault(name, UNREAD)  # nobody knows that it went
         except OSError as error:
             message = f"cannot be read ({error.strerror}); until it can, no change of the manifests is taken up"
             place = Location(str(error.filename or self.root))
@@ -262,26 +299,31 @@ class ManifestDirectory:
         if self._uncopied:
             self._keep_copies()
             self._sweep_copies()
-        if not self._is_due(snapshot):
+        if not self._is_due(sight):
             return None
-        return self._batch(self._take_up(snapshot))
+        return self._batch(self._take_up(sight))
 
-    def _is_due(self, snapshot: dict[str, Signature]) -> bool:
+    def _known(self) -> list[str]:
+        """The files taken up, and before there are any those that a predecessor had. Raises OSError."""
+        return list(self._taken) if self._is_read or self.copies is None else self.copies.names()
+
+    def _is_due(self, sight: _Sight) -> bool:
         """Whether the directory differs from what was taken up and has settled."""
-        is_taken = snapshot == self._taken
+        is_taken = sight == _Sight(self._taken, self._hidden)
         if self._started and is_taken and not self._racy and self.problems == self._reported:
             self._seen, self._unsettled_looks = None, 0
             return False
-        settled = is_taken or snapshot == self._seen
+        settled = is_taken or sight == self._seen
         if self._started and not settled and self._unsettled_looks < MAX_UNSETTLED_LOOKS:
-            self._seen = snapshot
+            self._seen = sight
             self._unsettled_looks += 1
             return False
         self._seen, self._unsettled_looks = None, 0
         return True
 
-    def _take_up(self, snapshot: dict[str, Signature]) -> tuple[Event, ...]:
+    def _take_up(self, sight: _Sight) -> tuple[Event, ...]:
         """Read what changed and forget what went; what that makes of the objects."""
+        snapshot, self._hidden = sight.files, sight.hidden
         for name in self._taken.keys() - snapshot.keys():
             self._unmerged.add(name)
             del self._files[name], self._taken[name]
@@ -292,7 +334,10 @@ class ManifestDirectory:
         changed = {name for name, signature in snapshot.items() if taken.get(name) != signature}
         for name in sorted(changed | self._racy):
             before = self._files.get(name)
-            self._read(name, snapshot[name], before)
+            if snapshot[name] == UNREAD:
+                self._keep(name, before)
+            else:
+                self._read(name, snapshot[name], before)
             if name in self._uncopied and not self._copy_problems:
                 self._keep_copies()  # the texts of all files at once would be the agent's peak of memory
             after = self._files.get(name)
@@ -325,8 +370,8 @@ class ManifestDirectory:
             self._copy_problems = (_uncopied(self.copies, error),)
 
     def _sweep_copies(self) -> None:
-        """Remove copies of files that went while nobody looked. Once, when all files have been read."""
-        if self.copies is None or self._is_swept or self._copy_problems:
+        """Remove copies of files that went while nobody looked. Once, when all files have been read and nothing is hidden."""
+        if self.copies is None or self._is_swept or self._copy_problems or self._hidden:
             return
         try:
             self.copies.keep_only(self._taken)
@@ -342,6 +387,13 @@ class ManifestDirectory:
                 names.add(name)
             else:
                 names.discard(name)
+
+    def _keep(self, name: str, before: _File | None) -> None:
+        """Have a file that cannot be looked at stay what it was; that of its place is told once for all below it."""
+        if before is None:
+            self._files[name] = self._or_last_good(name, _File(UNREAD, self.clock()), None)
+        else:
+            self._files[name] = replace(before, signature=UNREAD)
 
     def _read(self, name: str, signature: Signature, before: _File | None) -> None:
         """Bring one file up to date; a file that is not valid keeps its objects."""
@@ -401,41 +453,29 @@ def _parse(raw: bytes, path: Path) -> LoadResult:
         line = raw.count(b"\n", 0, error.start) + 1
         message = f"is not UTF-8 text (byte {error.start}: {error.reason}); save it as UTF-8"
         return LoadResult(resources=[], problems=[Problem(Location(str(path), line), "", message, slug="encoding")])
-    return parse_documents(text, str(path))
+    result = parse_documents(text, str(path))
+    if not result.resources and not result.errors and not _says_none(text, str(path)):
+        message = (
+            "says nothing (it is empty, or has spaces and comments alone); its last good state stays in force: write `---` "
+            "into it if it is meant to have no objects, or remove it"
+        )
+        result.problems.append(Problem(Location(str(path)), "", message, slug="empty"))
+    return result
 
 
-def _look(root: Path) -> Iterator[tuple[str, Signature]]:
-    """Names relative to ``root`` ("" for a root that is a file) and signatures of all manifests. Raises OSError."""
+def _says_none(text: str, file: str) -> bool:
+    """Whether a text without objects means that: it begins a document, or has an empty List."""
+    has_mark = _DOCUMENT_MARK.search(text.removeprefix("\ufeff")) is not None
+    return has_mark or any(True for _ in read_documents(text, file, []))
+
+
+def _look(root: Path) -> _Sight:
+    """All manifests below ``root``, which may be one itself. Raises OSError."""
     status = root.stat()
-    if not root.is_dir():
-        yield "", _signature(status)
-        return
-    yield from _look_in(root, "", {(status.st_dev, status.st_ino)})
-
-
-def _look_in(directory: Path, prefix: str, above: set[tuple[int, int]]) -> Iterator[tuple[str, Signature]]:
-    """One directory and those under it; ``above`` stops at links that lead back up."""
-    with os.scandir(directory) as entries:
-        for entry in entries:
-            if entry.name.startswith("."):  # also the ..data and timestamp directories of mounted ConfigMaps
-                continue
-            name = f"{prefix}{entry.name}"
-            is_manifest = entry.name.lower().endswith(SUFFIXES)
-            try:
-                status = entry.stat()
-            except FileNotFoundError:  # went during the look, or a dangling link: not there
-                continue
-            except OSError:  # a link to itself, or no permission: reading tells
-                if is_manifest:
-                    yield name, UNREAD
-                continue
-            if stat.S_ISDIR(status.st_mode):
-                here = (status.st_dev, status.st_ino)
-                if here not in above:
-                    with contextlib.suppress(FileNotFoundError):  # went during the look
-                        yield from _look_in(directory / entry.name, f"{name}/", above | {here})
-            elif is_manifest:
-                yield name, _signature(status)
+    if not stat.S_ISDIR(status.st_mode):
+        return _Sight({"": _signature(status)}, {})
+    found = find_manifests(root)
+    return _Sight({name: _signature(one) for name, one in found.files.items()}, found.hidden)
 
 
 def _read_regular(path: Path) -> bytes:
@@ -453,6 +493,19 @@ def _signature(status: os.stat_result) -> Signature:
 def _unreadable(path: Path, error: OSError) -> Problem:
     message = f"cannot be read ({error.strerror}); its last good state stays in force"
     return Problem(Location(str(path)), "", message, slug="unreadable")
+
+
+def _hidden(path: Path, reason: str) -> Problem:
+    message = f"cannot be read ({reason}); what was last known of it, and of what is below it, stays in force"
+    return Problem(Location(str(path)), "", message, slug="unreadable")
+
+
+def _without_manifests(root: Path) -> Problem:
+    message = (
+        "holds no manifest (*.yaml, *.yml, *.json): no policy is in force, so policy denies nothing to any workload; a file with "
+        "`---` alone says that this is meant"
+    )
+    return Problem(Location(str(root)), "", message, severity="warning", slug="no-manifests")
 
 
 def _uncopied(copies: LastGoodCopies, error: OSError) -> Problem:

@@ -227,6 +227,31 @@ def test_doctor_is_content_here() -> None:
     assert [check for check in doctor.check_all() if check.error] == []
 
 
+MOUNTS = {
+    "the node's, handed down": ("true", ""),
+    "nothing": ("umount /sys/fs/bpf", "would be gone when this process ends"),
+    "one of its own": ("umount /sys/fs/bpf && mount -t bpf bpf /sys/fs/bpf", "not on the node"),
+}
+
+
+@pytest.mark.parametrize(("before", "complaint"), MOUNTS.values(), ids=MOUNTS)
+def test_pins_are_made_where_the_node_keeps_them(before: str, complaint: str) -> None:
+    """In a mount namespace of its own the node's file system is taken, and another neither taken nor mounted: one line says why."""
+    if complaint == "not on the node" and doctor.mounts_of_node() is None:
+        pytest.skip("missing feature: a PID namespace in which process 1 is the node's")
+    code = "from netpol_loader import doctor; doctor.require_bpffs(doctor.BPFFS / 'netpol')"
+    script = f'set -e\n{before}\nset +e\n{sys.executable} -c "{code}"\nended=$?\n'
+    script += "grep -c ' /sys/fs/bpf ' /proc/self/mountinfo\nexit $ended\n"
+    environment = {"PYTHONPATH": os.pathsep.join([str(ROOT / "loader"), str(ROOT)]), "PATH": os.environ["PATH"]}
+    done = subprocess.run(
+        ["unshare", "--mount", "sh", "-c", script], env=environment, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode == 0) == (not complaint), done.stderr
+    if complaint:
+        assert complaint in done.stderr.splitlines()[-1]
+    assert int(done.stdout) == (0 if before.endswith("umount /sys/fs/bpf") else 1), "nothing was mounted"
+
+
 def test_it_compiles_without_any_header() -> None:
     """With /usr/include, /usr/src and /lib/modules hidden, the program compiles from the shim alone."""
     hidden = [path for path in ("/usr/include", "/usr/src", "/lib/modules") if Path(path).is_dir()]

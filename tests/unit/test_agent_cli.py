@@ -8,6 +8,7 @@ import os
 import re
 import signal
 import socket
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,10 +18,14 @@ import pytest
 import yaml
 
 from netpol_ebpf.agent import main as agent_main
-from netpol_ebpf.agent.service import SOCKET_NAME, Service
+from netpol_ebpf.agent.service import SOCKET_NAME, connect
 from netpol_ebpf.cli.main import main
 from netpol_ebpf.errors import PlatformError, UsageError
 from netpol_loader import doctor
+from netpol_loader.dataplane import held, locked
+
+pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+"""Of the threads of a test runner."""
 
 CLUSTER = """\
 apiVersion: v1
@@ -107,24 +112,30 @@ def manifests(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def agent(tmp_path: Path) -> Iterator[dict[str, Any]]:
-    """An agent's socket, served by a thread; the answers may be changed."""
+    """An agent's socket, behind which a thread gives canned answers; they may be changed."""
     answers: dict[str, Any] = {"status": dict(STATE), "rules": [], "identities": [], "connections": {}}
-    operations = {name: lambda _request, name=name: answers[name] for name in answers}
-    service = Service(tmp_path / SOCKET_NAME, operations)
-    service.open()
-    service.publish([FLOW, {**FLOW, "decided_by": None, "reason": "spoofed", "source": "fd00::3", "source_name": None}])
-    done = threading.Event()
+    flows = [FLOW, {**FLOW, "decided_by": None, "reason": "spoofed", "source": "fd00::3", "source_name": None}]
 
     def serve() -> None:
-        while not done.wait(0.001):
-            service.poll()
+        while True:
+            channel, _ = listener.accept()
+            with channel, channel.makefile("rwb") as lines:
+                line = lines.readline()
+                if not line:
+                    return
+                operation = json.loads(line)["op"]
+                for value in flows if operation == "flows" else [answers[operation]]:
+                    lines.write(json.dumps(value).encode() + b"\n")
 
-    thread = threading.Thread(target=serve)
-    thread.start()
-    yield answers
-    done.set()
-    thread.join()
-    service.close()
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / SOCKET_NAME))
+        listener.listen()
+        thread = threading.Thread(target=serve)
+        thread.start()
+        yield answers
+        with connect(tmp_path / SOCKET_NAME):
+            pass
+        thread.join()
 
 
 def run(tmp_path: Path, *arguments: str) -> int:
@@ -172,6 +183,22 @@ def test_explain_tells_what_no_policy_decides(manifests: Path, capsys: pytest.Ca
     shown = capsys.readouterr().out
     assert "staged: denied at the end of tier default" in shown
     assert "With staged policies in force: denied" in shown
+
+
+def test_hostile_names_make_no_lines_of_their_own(manifests: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A file whose name has line breaks and control characters changes neither how many lines there are nor the terminal."""
+    assert explain(manifests, "shop/other", "10.0.0.2", "--port", "5432") == 1
+    before = capsys.readouterr().out.splitlines()
+    (manifests / "policy.yaml").rename(manifests / "x\nALLOWED\x1b[2J\u202e.yaml")
+    assert explain(manifests, "shop/other", "10.0.0.2", "--port", "5432") == 1
+    after = capsys.readouterr().out.splitlines()
+    assert len(after) == len(before)
+    assert all(line.isprintable() for line in after)
+    (manifests / "y\n\rerror: z.yaml").write_text("kind: [")
+    assert main(["check", str(manifests)]) == 3
+    shown = capsys.readouterr().out.splitlines()
+    assert all(line.isprintable() for line in shown)
+    assert not any(line.startswith("error: z") for line in shown)
 
 
 def test_explain_refuses_what_it_cannot_answer(
@@ -434,12 +461,73 @@ def test_cleanup_removes_the_agent_s_state_and_nothing_else(tmp_path: Path, caps
     assert capsys.readouterr().out == "nothing to remove\n"
 
 
+IN_THE_WAY = {
+    "an agent of the same state directory": ("pins", "state"),
+    "an agent of another state directory": ("pins", "other-state"),
+    "an agent of another pin root": ("other-pins", "state"),
+}
+
+
 @pytest.mark.usefixtures("as_root")
-def test_cleanup_refuses_while_an_agent_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """An agent at work would put everything back."""
-    with agent_main.exclusive(tmp_path):
-        assert main(["cleanup", "--pin-root", str(tmp_path / "no-pins"), "--state-dir", str(tmp_path)]) == 5
-    assert "another netpol-agent uses" in capsys.readouterr().err
+@pytest.mark.parametrize(("pins", "state"), IN_THE_WAY.values(), ids=IN_THE_WAY)
+@pytest.mark.parametrize("is_dry", [False, True])
+def test_cleanup_refuses_while_an_agent_runs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], pins: str, state: str, *, is_dry: bool
+) -> None:
+    """An agent at work would put everything back; whichever of both directories it shares, and the hint is no way round."""
+    for name in ("pins", "other-pins", "state", "other-state"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "state" / agent_main.LEDGER_NAME).touch()
+    arguments = ["cleanup", "--pin-root", str(tmp_path / "pins"), "--state-dir", str(tmp_path / "state")]
+    with agent_main.exclusive(tmp_path / state), held(tmp_path / pins, hint=""):
+        # In a process of its own, as it would be.
+        process = os.fork()
+        if process == 0:
+            os._exit(main([*arguments, "--dry-run"] if is_dry else arguments))
+        _, status = os.waitpid(process, 0)
+        assert os.waitstatus_to_exitcode(status) == 5
+    assert (tmp_path / "state" / agent_main.LEDGER_NAME).exists()
+    assert main(arguments) == 0
+    assert not (tmp_path / "pins").exists()
+    capsys.readouterr()
+
+
+@pytest.mark.usefixtures("as_root")
+@pytest.mark.parametrize("guard", ["state", "pins"])
+def test_hint_of_cleanup_is_to_stop_the_agent(tmp_path: Path, capfd: pytest.CaptureFixture[str], guard: str) -> None:
+    """It names no option: another directory would pass the guard by."""
+    for name in ("state", "pins"):
+        (tmp_path / name).mkdir()
+    with agent_main.exclusive(tmp_path / "state") if guard == "state" else held(tmp_path / "pins", hint=""):
+        process = os.fork()
+        if process == 0:
+            code = main(["cleanup", "--pin-root", str(tmp_path / "pins"), "--state-dir", str(tmp_path / "state")])
+            sys.stderr.flush()
+            os._exit(code)
+        os.waitpid(process, 0)
+    (hint,) = [line for line in capfd.readouterr().err.splitlines() if "hint:" in line]
+    assert "Stop it first" in hint
+    assert "--" not in hint
+
+
+def test_pin_root_is_held_by_one_process(tmp_path: Path) -> None:
+    """A second one is refused at once, with its own hint, until the first is done; also when the directory was made anew."""
+    root = tmp_path / "pins"
+    for _ in range(2):
+        root.mkdir()
+        with held(root, hint="first"), locked(root):
+            process = os.fork()
+            if process == 0:
+                code = 0
+                try:
+                    with held(root, hint="second"):
+                        pass
+                except PlatformError as error:
+                    code = 5 if error.hint == "second" else 1
+                os._exit(code)
+            _, status = os.waitpid(process, 0)
+            assert os.waitstatus_to_exitcode(status) == 5
+            root.rmdir()
 
 
 def test_cleanup_needs_root(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,17 +7,22 @@ import contextlib
 import json
 import os
 import resource
+import select
+import signal
 import socket
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from netpol_ebpf.agent import answering
 from netpol_ebpf.agent import service as module
 from netpol_ebpf.agent.service import Service, ask, connect
 from netpol_ebpf.errors import InvalidInputError, PlatformError, UnreachableError
+
+pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+"""Of the threads of a test runner; the agent has one."""
 
 
 def refuse(_request: Any) -> Any:
@@ -33,20 +38,49 @@ def agent(tmp_path: Path) -> Iterator[Service]:
 
 
 def answers(agent: Service, request: dict[str, Any]) -> list[Any]:
-    """All lines of an answer; the agent is polled by another thread meanwhile."""
-    done = threading.Event()
-
-    def serve() -> None:
-        while not done.wait(0.001):
+    """All lines of an answer, asked by another process; the agent is polled meanwhile, in this one, as a loop would."""
+    reading, writing = os.pipe()
+    process = os.fork()
+    if process == 0:
+        found: dict[str, Any]
+        try:
+            found = {"lines": list(ask(agent.path, request))}
+        except UnreachableError as error:
+            found = {"error": error.message, "hint": error.hint}
+        os.write(writing, json.dumps(found).encode())
+        os._exit(0)
+    os.close(writing)
+    with os.fdopen(reading, "rb") as said:
+        while not select.select([said], [], [], 0)[0]:
+            readable, writable = agent.descriptors()
+            select.select([said, *readable], writable, [], 1)
             agent.poll()
+        text = said.read()
+    os.waitpid(process, 0)
+    found = json.loads(text)
+    if "error" in found:
+        raise UnreachableError(found["error"], hint=found["hint"])
+    return list(found["lines"])
 
-    thread = threading.Thread(target=serve)
-    thread.start()
-    try:
-        return list(ask(agent.path, request))
-    finally:
-        done.set()
-        thread.join()
+
+def finish(agent: Service) -> None:
+    """Poll until nobody works for anybody; a child has copies of what this process holds, the clients' ends included."""
+    while agent._answering.count() or any(client.request is not None for client in agent._clients):
+        select.select(agent.descriptors()[0], [], [], 1)
+        agent.poll()
+
+
+def told(agent: Service, channel: socket.socket) -> Any:
+    """The one line that comes at a channel; the agent is polled meanwhile."""
+    channel.settimeout(0)
+    data = b""
+    while not data.endswith(b"\n"):
+        readable, writable = agent.descriptors()
+        select.select([channel, *readable], writable, [], 1)
+        agent.poll()
+        with contextlib.suppress(BlockingIOError):
+            data += channel.recv(1 << 16)
+    return json.loads(data)
 
 
 def test_question_is_answered(agent: Service) -> None:
@@ -138,6 +172,7 @@ def test_user_with_too_many_connections_leaves_room_for_others(agent: Service, m
             answers(agent, {"op": "echo", "word": "hello"})
         monkeypatch.setattr(module, "peer_user", lambda _channel: 0)
         assert answers(agent, {"op": "echo", "word": "hello"}) == [{"you": "hello"}]
+        finish(agent)
     agent.poll()
     assert len(agent.descriptors()[0]) == 1
 
@@ -153,9 +188,7 @@ def test_lack_of_descriptors_is_waited_out(agent: Service) -> None:
             assert len(agent.descriptors()[0]) == 1
         finally:
             resource.setrlimit(resource.RLIMIT_NOFILE, before)
-        agent.poll()
-        agent.poll()
-        assert json.loads(channel.recv(100)) == {"you": "hello"}
+        assert told(agent, channel) == {"you": "hello"}
 
 
 def test_stranger_is_refused(agent: Service, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -231,3 +264,191 @@ def test_second_agent_is_refused_and_a_dead_one_s_socket_is_replaced(agent: Serv
     heir = Service(dead, {})
     heir.open()
     heir.close()
+
+
+# --- who works out the answers, and what they may cost ---------------------------------------------------------------
+
+
+@pytest.fixture
+def stops(tmp_path: Path) -> Iterator[tuple[Service, int]]:
+    """An agent whose answer waits until something is written into a pipe; the pipe's end."""
+    reading, writing = os.pipe()
+
+    def wait(_request: Any) -> Any:
+        os.read(reading, 1)
+        return {"by": os.getpid()}
+
+    service = Service(tmp_path / "agent.sock", {"wait": wait, "bug": lambda request: request["missing"], "die": die})
+    service.open()
+    yield service, writing
+    service.close()
+    os.close(reading)
+    os.close(writing)
+
+
+def die(_request: Any) -> Any:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@contextlib.contextmanager
+def asking(agent: Service, operation: str) -> Iterator[socket.socket]:
+    """A connection whose request the agent has heard."""
+    with connect(agent.path) as channel:
+        channel.sendall(json.dumps({"op": operation}).encode() + b"\n")
+        agent.poll()
+        yield channel
+
+
+def test_answer_is_worked_out_by_another_process(stops: tuple[Service, int]) -> None:
+    """However long it takes, the agent goes on: it hears, tells flows and begins other answers meanwhile."""
+    agent, pipe = stops
+    agent.publish([{"n": 1}])
+    with asking(agent, "wait") as slow:
+        for _ in range(50):
+            agent.poll()
+        assert answers(agent, {"op": "flows"}) == [{"n": 1}]
+        os.write(pipe, b"x")
+        assert told(agent, slow)["by"] != os.getpid()
+
+
+def test_one_answer_at_a_time_for_a_user(stops: tuple[Service, int]) -> None:
+    """Whoever asks twice waits for the first answer; one look begins one answer at most; who hangs up costs nothing more."""
+    agent, pipe = stops
+    with asking(agent, "wait") as first, asking(agent, "wait") as second, asking(agent, "wait"):
+        for _ in range(20):
+            agent.poll()
+        assert agent._answering.count() == 1
+        os.write(pipe, b"x")
+        by_first = told(agent, first)["by"]
+        os.write(pipe, b"x")
+        assert told(agent, second)["by"] != by_first
+    os.write(pipe, b"x")
+    finish(agent)
+    assert agent._clients == []
+
+
+def test_members_leave_room_for_each_other_and_for_root(
+    stops: tuple[Service, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Children are bounded, root has one of its own, and whoever comes next gets the place that is free."""
+    agent, pipe = stops
+    agent.group = 4321
+    monkeypatch.setattr(module, "peer_groups", lambda _channel: frozenset({4321}))
+    with contextlib.ExitStack() as stack:
+        for user in range(12345, 12345 + answering.MOST + 2):
+            monkeypatch.setattr(module, "peer_user", lambda _channel, user=user: user)
+            stack.enter_context(asking(agent, "wait"))
+            agent.poll()
+        assert agent._answering.count() == answering.MOST
+        monkeypatch.setattr(module, "peer_user", lambda _channel: 0)
+        root = stack.enter_context(asking(agent, "wait"))
+        agent.poll()
+        assert agent._answering.count(0) == 1
+        os.write(pipe, b"x" * (answering.MOST + 1))
+        assert "by" in told(agent, root)
+        os.write(pipe, b"xx")
+        finish(agent)
+
+
+def test_bug_in_an_answer_ends_nothing(stops: tuple[Service, int]) -> None:
+    """It is told as one, and the agent goes on."""
+    agent, _ = stops
+    with pytest.raises(UnreachableError, match="bug: KeyError"):
+        answers(agent, {"op": "bug"})
+    assert answers(agent, {"op": "flows"}) == []
+
+
+def test_answer_that_is_given_up_is_no_answer(stops: tuple[Service, int], caplog: pytest.LogCaptureFixture) -> None:
+    """A process that ends without a word leaves its reader with an error, and a line in the log."""
+    agent, _ = stops
+    with pytest.raises(UnreachableError, match="gave the answer up"):
+        answers(agent, {"op": "die"})
+    agent.poll()
+    assert "given up: SIGKILL" in caplog.text
+    assert agent._answering.count() == 0
+
+
+def test_children_end_with_the_agent(stops: tuple[Service, int]) -> None:
+    """An agent that ends leaves no process behind, whoever still waits for its answer."""
+    agent, _ = stops
+    with asking(agent, "wait") as channel:
+        assert agent._answering.count() == 1
+        agent.close()
+        channel.settimeout(60)
+        assert channel.recv(10) == b""
+
+
+def test_children_hold_no_socket_of_others(stops: tuple[Service, int]) -> None:
+    """A reader that the agent is done with sees the end of its answer while a process works for somebody else."""
+    agent, _ = stops
+    agent.publish([{"n": 1}])
+    with connect(agent.path) as reader:
+        agent.poll()
+        with asking(agent, "wait"):
+            assert agent._answering.count() == 1
+            reader.sendall(b'{"op": "flows"}\n')
+            agent.poll()
+            agent.poll()
+            reader.settimeout(60)
+            with reader.makefile("rb") as lines:
+                assert lines.read() == b'{"n":1}\n'
+
+
+def test_silence_and_slowness_are_bounded(tmp_path: Path) -> None:
+    """Who says nothing, and who does not read flows that are not followed, is dropped; a follower may be silent for ever."""
+    now_s = 0.0
+    agent = Service(tmp_path / "agent.sock", {}, clock=lambda: now_s)
+    agent.open()
+    agent.publish({"n": "x" * 1000} for _ in range(900))
+    with connect(agent.path), connect(agent.path) as slow, connect(agent.path) as follower:
+        slow.sendall(b'{"op": "flows"}\n')
+        follower.sendall(b'{"op": "flows", "follow": true}\n')
+        agent.poll()
+        assert len(agent._clients) == 3
+        now_s += module.REQUEST_S
+        agent.poll()
+        assert [client.follows for client in agent._clients] == [True]
+    agent.close()
+
+
+def test_connecting_again_and_again_is_bounded(agent: Service) -> None:
+    """One look takes a few connections, however many there are."""
+    with contextlib.ExitStack() as stack:
+        for _ in range(module.WELCOMES + 5):
+            stack.enter_context(connect(agent.path))
+        asked: list[int] = []
+        real = module.peer_user
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(module, "peer_user", lambda channel: asked.append(1) or real(channel))
+            agent.poll()
+        assert len(asked) == module.WELCOMES
+
+
+def test_talk_after_the_request_does_not_wake_the_agent(agent: Service) -> None:
+    """What a follower says is read and dropped; what another says after its request is not waited for."""
+    with connect(agent.path) as channel:
+        channel.sendall(b'{"op": "flows", "follow": true}\n')
+        agent.poll()
+        channel.sendall(b"blah blah\n")
+        agent.poll()
+        assert select.select(agent.descriptors()[0], [], [], 0)[0] == []
+
+
+def test_line_that_was_cut_short_is_no_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of an answer is an error that says so, not a bug."""
+    path, real = tmp_path / "curt.sock", module.connect
+
+    @contextlib.contextmanager
+    def connect_and_be_left(path: Path, timeout_s: float | None) -> Iterator[socket.socket]:
+        with real(path, timeout_s) as channel:
+            other, _ = listener.accept()
+            other.sendall(b'{"half": ')
+            other.close()
+            yield channel
+
+    monkeypatch.setattr(module, "connect", connect_and_be_left)
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+        listener.listen()
+        with pytest.raises(UnreachableError, match="cut short"):
+            list(ask(path, {"op": "echo"}))

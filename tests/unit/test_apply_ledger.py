@@ -3,11 +3,15 @@
 
 from __future__ import annotations
 
+import ctypes
+import errno
+import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from netpol_ebpf.apply.ledger import Ledger, Numbers
+from netpol_ebpf.apply.ledger import DAMAGED_SUFFIX, RETRY_S, Ledger, Numbers
 from netpol_ebpf.errors import PlatformError
 from netpol_ebpf.policy.types import Action, Cause, CauseKind, Direction, EndpointKey, PolicyKey
 
@@ -96,11 +100,159 @@ def test_another_format_is_refused(path: Path) -> None:
         Ledger(path).open()
 
 
-@pytest.mark.parametrize("line", ["x", "[]", '["rule"]', '["wish", [], 1]', '["rule", [1, 2], 3]', "null", "5"])
-def test_damage_is_named_by_its_line(path: Path, line: str) -> None:
-    """A line in the middle that nobody wrote so is an error of the machine, told with its place, not a bug."""
+DAMAGE = {
+    "no JSON": b"x", "no entry": b"[]", "too short": b'["rule"]', "unknown kind": b'["wish", [], 1]',
+    "no cause": b'["rule", [1, 2], 3]', "null": b"null", "number": b"5", "not UTF-8": b"\xff\xfe", "too deep": b"[" * 100_000,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("line", DAMAGE.values(), ids=DAMAGE)
+def test_damage_is_told_and_the_numbers_count_as_lost(path: Path, line: bytes) -> None:
+    """A line that nobody wrote so ends nothing: it is named, the file is kept aside, and a new one is written."""
     recorded(path).close()
-    lines = path.read_text().split("\n")
-    path.write_text("\n".join([lines[0], line, *lines[1:]]))
-    with pytest.raises(PlatformError, match=f"{path.name}:2 is damaged"):
-        Ledger(path).open()
+    lines = path.read_bytes().split(b"\n")
+    damaged = b"\n".join([lines[0], line, *lines[1:]])
+    path.write_bytes(damaged)
+    ledger = Ledger(path)
+    assert ledger.open() == Numbers()
+    (problem,) = ledger.problems
+    assert (problem.slug, problem.severity, problem.location.file) == ("ledger", "warning", str(path))
+    assert "line 2" in problem.message
+    assert path.with_suffix(DAMAGED_SUFFIX).read_bytes() == damaged
+    ledger.record("endpoint", {WEB: 3})
+    ledger.close()
+    again = Ledger(path)
+    assert again.open().endpoints == {WEB: 3}
+    assert again.problems == []
+    again.close()
+
+
+def test_what_is_no_file_is_kept_aside_too(path: Path) -> None:
+    """A directory in the ledger's place is moved out of the way."""
+    path.mkdir(parents=True)
+    ledger = Ledger(path)
+    assert ledger.open() == Numbers()
+    assert len(ledger.problems) == 1
+    assert path.is_file()
+    ledger.close()
+
+
+class Full:
+    """A file system that is full while ``is_full``: writing fails as the kernel says, opening and reading do not."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.is_full = False
+        real = Path.open
+
+        def opened(one: Path, mode: str = "r", **options: Any) -> Any:
+            file = real(one, mode, **options)
+            if mode[0] in "wa":
+                return _Guarded(file, self)
+            return file
+
+        monkeypatch.setattr(Path, "open", opened)
+
+
+class _Guarded:
+    """A file that writes nothing while the disk is full."""
+
+    def __init__(self, file: Any, disk: Full) -> None:
+        self._real, self._disk = file, disk
+
+    def _try(self) -> None:
+        if self._disk.is_full:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def write(self, text: str) -> None:
+        self._try()
+        self._real.write(text)
+
+    def writelines(self, lines: Any) -> None:
+        self._try()
+        self._real.writelines(lines)
+
+    def flush(self) -> None:
+        self._try()
+        self._real.flush()
+
+    def close(self) -> None:
+        self._real.close()
+
+    def __enter__(self) -> _Guarded:  # noqa: PYI034 - typing.Self comes with Python 3.11
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._real.close()
+
+
+@pytest.fixture
+def disk(monkeypatch: pytest.MonkeyPatch) -> Full:
+    return Full(monkeypatch)
+
+
+def test_full_disk_ends_nothing_and_is_made_up_for(path: Path, disk: Full) -> None:
+    """Numbers that cannot be written are a problem until they are: then all of them are in the file, in one rewriting."""
+    now_s = 0.0
+    ledger = Ledger(path, lambda: now_s)
+    ledger.open()
+    ledger.record("endpoint", {WEB: 7})
+    disk.is_full = True
+    ledger.record("endpoint", {DB: 8})
+    ledger.record("rule", {RULE: 1})
+    ledger.forget("endpoint", [WEB])
+    assert [(one.slug, one.severity) for one in ledger.problems] == [("ledger", "warning")]
+    assert ledger.numbers == Numbers({RULE: 1}, {DB: 8}, {})
+    now_s += RETRY_S
+    ledger.try_again()
+    assert len(ledger.problems) == 1
+    disk.is_full = False
+    ledger.try_again()
+    assert len(ledger.problems) == 1, "it is not tried at every step"
+    now_s += RETRY_S
+    ledger.try_again()
+    assert ledger.problems == []
+    ledger.record("identity", {"ab": 16})
+    ledger.close()
+    assert read(path) == Numbers({RULE: 1}, {DB: 8}, {"ab": 16})
+
+
+def test_start_on_a_full_disk_knows_what_was_written(path: Path, disk: Full) -> None:
+    """The file of the agent before is read; that it cannot be rewritten is told, and it stays as it is."""
+    recorded(path).close()
+    before = path.read_bytes()
+    disk.is_full = True
+    ledger = Ledger(path)
+    assert ledger.open().endpoints == {WEB: 7, DB: 8}
+    assert len(ledger.problems) == 1
+    ledger.record("endpoint", {WEB: 9})
+    assert path.read_bytes() == before
+    assert not path.with_suffix(".draft").exists(), "what was begun takes room"
+    ledger.close()
+
+
+def test_really_full_file_system(tmp_path: Path) -> None:
+    """On a tmpfs of one page that others have filled, the ledger goes on, and writes when there is room."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    place = tmp_path / "small"
+    place.mkdir()
+    if libc.mount(b"none", bytes(place), b"tmpfs", 0, b"size=64k") != 0:
+        pytest.skip("missing feature: the right to mount a tmpfs")
+    try:
+        now_s = 0.0
+        ledger = Ledger(place / "numbers", lambda: now_s)
+        ledger.open()
+        (place / "others").write_bytes(bytes((64 << 10) - 4096))  # a page is the ledger's
+        ledger.record("identity", {f"{number:064x}": number for number in range(1, 1000)})
+        assert len(ledger.problems) == 1
+        (place / "others").unlink()
+        now_s += RETRY_S
+        ledger.try_again()
+        assert len(ledger.problems) == 1, "it does not fit: still told"
+        ledger.forget("identity", [f"{number:064x}" for number in range(100, 1000)])
+        now_s += RETRY_S
+        ledger.try_again()
+        assert ledger.problems == []
+        ledger.close()
+        assert len(read(place / "numbers").identities) == 99
+    finally:
+        assert libc.umount2(bytes(place), 0) == 0

@@ -137,6 +137,15 @@ def test_directories_are_searched(tmp_path: Path) -> None:
     assert loaded.skipped == [str(tmp_path / "d.yaml")]
 
 
+def test_case_that_cannot_be_looked_at_is_invalid(tmp_path: Path) -> None:
+    """A link to nothing is a case that was not run, and is told."""
+    (tmp_path / "a.yaml").write_text(GOOD)
+    (tmp_path / "b.yaml").symlink_to("nowhere.yaml")
+    loaded = load_cases([tmp_path])
+    assert len(loaded.cases) == 1
+    assert [invalid.case for invalid in loaded.invalid] == [str(tmp_path / "b.yaml")]
+
+
 def test_a_file_that_is_not_there_is_invalid(tmp_path: Path) -> None:
     """It is said which."""
     (invalid,) = load_cases([tmp_path / "none.yaml"]).invalid

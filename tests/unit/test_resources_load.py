@@ -267,6 +267,26 @@ def test_unreadable_file(tmp_path: Path) -> None:
     assert problem.slug == "file"
 
 
+def test_directory_is_searched_as_the_agent_does(tmp_path: Path) -> None:
+    """Linked directories are searched; links to nothing or to themselves, and pipes, are problems, not silence; a circle ends."""
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "b.yaml").write_text("kind: Namespace\napiVersion: v1\nmetadata: {name: b}\n", encoding="utf-8")
+    root = tmp_path / "root"
+    root.mkdir()
+    (root / "linked").symlink_to(elsewhere)
+    (elsewhere / "up").symlink_to(root)
+    (root / "gone.yaml").symlink_to("nowhere.yaml")
+    (root / "team").symlink_to("nowhere")
+    (root / "self").symlink_to("self")
+    os.mkfifo(root / "pipe.yaml")
+    result = load_paths([root])
+    assert [one.meta.name for one in result.resources] == ["b"]
+    assert {(Path(one.location.file).name, one.slug) for one in result.errors} == {
+        ("gone.yaml", "file"), ("team", "file"), ("self", "file"), ("pipe.yaml", "file"),
+    }  # fmt: skip
+
+
 def test_parsed_objects_without_positions_still_name_their_file() -> None:
     """Line 0 is left out of the text."""
     (problem,) = parse_object({"kind": "Pod", "apiVersion": "v1"}, "case.yaml").problems

@@ -4,9 +4,11 @@
 from __future__ import annotations
 
 import os
+import tempfile
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from random import Random
-from typing import Any
 
 import pytest
 
@@ -414,7 +416,7 @@ def test_what_is_no_file_is_reported_and_not_waited_for(source: ManifestDirector
     assert names(batch) == {"one": "Upsert"}
     assert batch is not None
     assert [(one.slug, Path(one.location.file).name) for one in batch.problems] == [
-        ("unreadable", "b.yaml"), ("unreadable", "c.yaml"),
+        ("unreadable", "b.yaml"), ("unreadable", "c.yaml"), ("unreadable", "d"),
     ]  # fmt: skip
     assert "no regular file" in batch.problems[0].message
     (source.root / "c.yaml").unlink()
@@ -422,28 +424,204 @@ def test_what_is_no_file_is_reported_and_not_waited_for(source: ManifestDirector
     assert names(settled(source)) == {"two": "Upsert"}
 
 
-def test_directory_inside_that_cannot_be_listed_is_the_one_reported(
-    source: ManifestDirectory, monkeypatch: pytest.MonkeyPatch
+# --- places that cannot be looked at ---------------------------------------------------------------------------------
+
+
+def by_mode(mode: int, place: Path) -> Callable[[], None]:
+    place.chmod(mode)
+    return lambda: place.chmod(0o755)
+
+
+def by_link_to_nothing(place: Path) -> Callable[[], None]:
+    target = place.with_name(f".{place.name}.target")
+    place.rename(target)
+    place.symlink_to(target.with_name(".gone"))
+
+    def restore() -> None:
+        place.unlink()
+        target.rename(place)
+
+    return restore
+
+
+def by_link_to_itself(place: Path) -> Callable[[], None]:
+    restore = by_link_to_nothing(place)
+    place.unlink()
+    place.symlink_to(place)
+    return restore
+
+
+HIDING = {
+    "directory may not be listed": ("deep", partial(by_mode, 0o000)),
+    "directory may be listed and not entered": ("deep", partial(by_mode, 0o444)),
+    "directory is a link to nothing": ("deep", by_link_to_nothing),
+    "directory is a link to itself": ("deep", by_link_to_itself),
+    "file is a link to nothing": ("deep/b.yaml", by_link_to_nothing),
+    "file is a link to itself": ("deep/b.yaml", by_link_to_itself),
+}
+
+
+@pytest.fixture
+def plain_user() -> Iterator[Path]:
+    """A directory of a user without root's leave to open everything, and that user's rights."""
+    with tempfile.TemporaryDirectory(prefix="netpol-manifests-") as name:
+        if os.geteuid() != 0:
+            yield Path(name)
+            return
+        os.chown(name, 65534, 65534)
+        os.seteuid(65534)
+        try:
+            yield Path(name)
+        finally:
+            os.seteuid(0)
+
+
+@pytest.mark.parametrize(("name", "hide"), HIDING.values(), ids=HIDING)
+@pytest.mark.parametrize("restarted", [False, True])
+def test_what_cannot_be_looked_at_stays_as_it_was(
+    plain_user: Path, name: str, hide: Callable[[Path], Callable[[], None]], *, restarted: bool
 ) -> None:
-    """Nothing is taken up without it, since its objects would be missed; what there is stays."""
+    """Of a place that cannot be looked at the last good objects stay, also over a restart; it is told, and all else is taken up."""
+    copies = LastGoodCopies(plain_user / "copies")
+    source = ManifestDirectory(plain_user / "manifests", copies)
     write(source, "a.yaml", pod("one"))
     write(source, "deep/b.yaml", pod("two"))
     source.step()
-    real = os.scandir
+    restore = hide(source.root / name)
+    try:
+        write(source, "c.yaml", pod("three"))
+        if restarted:
+            source = ManifestDirectory(source.root, copies)
+            batch = source.step()
+            assert names(batch) == {"one": "Upsert", "two": "Upsert", "three": "Upsert"}
+        else:
+            batch = settled(source)
+            assert names(batch) == {"three": "Upsert"}
+        assert batch is not None
+        assert {one.slug for one in batch.problems} == {"unreadable"}
+        assert all(one.severity == "error" for one in batch.problems)
+        assert {one.location.file for one in batch.problems} <= {
+            str(source.root / "deep"),
+            str(source.root / "deep/b.yaml"),
+        }
+        assert [source.step() for _ in range(3)] == [None] * 3
+    finally:
+        restore()
+    back = source.step() or source.step()
+    assert back is not None
+    assert (back.events, back.problems) == ((), ())
+    (source.root / "deep/b.yaml").unlink()
+    (source.root / "deep").rmdir()
+    assert names(settled(source)) == {"two": "Remove"}, "what is seen to be gone is"
 
-    def forbidden(directory: Path) -> Any:
-        if directory.name == "deep":
-            raise PermissionError(13, "Permission denied", str(directory))
-        return real(directory)
 
-    monkeypatch.setattr(os, "scandir", forbidden)
-    write(source, "a.yaml", pod("three"))
+def test_place_that_was_never_seen_is_reported(source: ManifestDirectory) -> None:
+    """A link to nothing, of whatever name, may be a directory of policies: it is an error from the first look on."""
+    write(source, "a.yaml", pod("one"))
+    (source.root / "team").symlink_to("nowhere")
+    batch = source.step()
+    assert names(batch) == {"one": "Upsert"}
+    assert batch is not None
+    assert [(one.slug, one.severity, Path(one.location.file).name) for one in batch.problems] == [
+        ("unreadable", "error", "team")
+    ]
+
+
+# --- nothing, said and unsaid ----------------------------------------------------------------------------------------
+
+UNSAID = {
+    "empty": "",
+    "spaces": " \n\t\n",
+    "comments": "# kind: Pod\n#---\n",
+    "null": "null\n",
+    "byte order mark": "\ufeff",
+}
+SAID = {
+    "document mark": "---\n",
+    "document mark with a comment": "# none\n--- # none\n",
+    "byte order mark": "\ufeff---\n",
+    "list": "apiVersion: v1\nkind: List\nitems: []\n",
+    "list of JSON": '{"apiVersion": "v1", "kind": "List", "items": []}',
+    "typed list": "apiVersion: v1\nkind: PodList\nitems: []\n",
+}
+
+
+@pytest.mark.parametrize("text", UNSAID.values(), ids=UNSAID)
+@pytest.mark.parametrize("restarted", [False, True])
+def test_file_that_says_nothing_keeps_its_last_good_objects(tmp_path: Path, text: str, *, restarted: bool) -> None:
+    """A file that was truncated, or that has no document at all, changes nothing and is reported until it says something."""
+    copies = LastGoodCopies(tmp_path / "copies")
+    source = ManifestDirectory(tmp_path / "manifests", copies)
+    write(source, "a.yaml", pod("one"))
+    source.step()
+    write(source, "a.yaml", text)
+    if restarted:
+        source = ManifestDirectory(source.root, copies)
+        batch = source.step()
+        assert names(batch) == {"one": "Upsert"}
+    else:
+        batch = settled(source)
+        assert names(batch) == {}
+    assert batch is not None
+    assert [(one.slug, one.severity) for one in batch.problems] == [("empty", "error")]
+    write(source, "a.yaml", pod("one", app="db"))
+    after = settled(source)
+    assert names(after) == {"one": "Upsert"}
+    assert after is not None
+    assert after.problems == ()
+
+
+@pytest.mark.parametrize("text", SAID.values(), ids=SAID)
+@pytest.mark.parametrize("restarted", [False, True])
+def test_file_that_says_that_it_has_no_objects_has_none(tmp_path: Path, text: str, *, restarted: bool) -> None:
+    """A document mark or an empty List ends the objects of a file, and is its last good state from then on."""
+    copies = LastGoodCopies(tmp_path / "copies")
+    source = ManifestDirectory(tmp_path / "manifests", copies)
+    write(source, "a.yaml", pod("one"))
+    write(source, "b.yaml", pod("two"))
+    source.step()
+    write(source, "a.yaml", text)
+    batch = settled(source)
+    assert names(batch) == {"one": "Remove"}
+    assert batch is not None
+    assert batch.problems == ()
+    write(source, "a.yaml", "")
+    if restarted:
+        source = ManifestDirectory(source.root, copies)
+        assert names(source.step()) == {"two": "Upsert"}
+    else:
+        assert names(settled(source)) == {}
+    assert [one.slug for one in source.problems] == ["empty"]
+
+
+def test_truncated_and_written_later_is_never_without_objects(source: ManifestDirectory) -> None:
+    """However many looks fall between truncating a file and writing it, no look takes its objects away."""
+    write(source, "a.yaml", pod("one"))
+    source.step()
+    write(source, "a.yaml", "")
+    seen = [source.step() for _ in range(5)]
+    write(source, "a.yaml", pod("one"))
+    seen += [source.step() for _ in range(3)]
+    assert [event for batch in seen if batch is not None for event in batch.events] == []
+    assert source.problems == ()
+
+
+def test_directory_without_manifests_says_what_that_means(source: ManifestDirectory) -> None:
+    """At start and later: no manifest at all is a warning with its consequence, until there is one, which may say that it has none."""
+    source.root.mkdir()
+    (source.root / "notes.txt").touch()
     batch = source.step()
     assert batch is not None
-    assert batch.events == ()
-    assert [one.location.file for one in batch.problems] == [str(source.root / "deep")]
-    monkeypatch.setattr(os, "scandir", real)
-    assert names(source.step() or source.step()) == {"one": "Remove", "three": "Upsert"}
+    assert [(one.slug, one.severity) for one in batch.problems] == [("no-manifests", "warning")]
+    assert "no policy is in force" in batch.problems[0].message
+    path = write(source, "a.yaml", "---\n")
+    batch = settled(source)
+    assert batch is not None
+    assert batch.problems == ()
+    path.unlink()
+    batch = settled(source)
+    assert batch is not None
+    assert [one.slug for one in batch.problems] == ["no-manifests"]
 
 
 def test_directory_that_was_never_read_says_so(source: ManifestDirectory) -> None:

@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Answers that take a walk through tables: each is worked out and sent by a child process, a fork of the agent.
+
+The child sees the agent's state and the open maps as they are at the fork, and may take its time; the agent only begins it
+and notes its end.  Rejected: walking the tables in the agent's loop, in portions (they change between two portions), and answers
+that are kept (old, and still walked for in the loop).
+
+Invariants: a child changes nothing but its own memory, writes to one socket, and ends without running anything of the agent's: when
+it is done, when its time is up, when the agent ends.  One at a time for each user, MOST for all but root, one more for root.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+import json
+import logging
+import os
+import signal
+import socket
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from netpol_ebpf.errors import NetpolError, PlatformError
+
+log = logging.getLogger(__name__)
+
+MOST = 3
+"""Children for users other than root; arbitrary."""
+WORK_S = 30
+"""What working out an answer may take; arbitrary: tables of a million rows take some seconds."""
+SEND_S = 5
+"""What reading the answer may take; arbitrary."""
+NICE = 19
+"""The agent's own work, and everybody else's, comes first."""
+_PR_SET_PDEATHSIG = 1
+"""linux/prctl.h"""
+
+Answer = Callable[[Mapping[str, Any]], Any]
+"""From a request to a value that JSON can hold. May raise NetpolError. Runs in the child."""
+
+
+@dataclass(slots=True)
+class Answering:
+    """The children at work, by the descriptors that become readable when they end."""
+
+    _users: dict[int, int] = field(default_factory=dict)
+    _processes: dict[int, int] = field(default_factory=dict)
+
+    def descriptors(self) -> list[int]:
+        """Readable when a child has ended: `reap` then."""
+        return list(self._users)
+
+    def count(self, user: int | None = None) -> int:
+        """How many children work for a user, or for all."""
+        return len(self._users) if user is None else sum(one == user for one in self._users.values())
+
+    def has_room(self, user: int) -> bool:
+        """Whether a child may begin for a user."""
+        others = sum(one != 0 for one in self._users.values())
+        return not self.count(user) and (user == 0 or others < MOST)
+
+    def begin(
+        self,
+        channel: socket.socket,
+        user: int,
+        answer: Answer,
+        request: Mapping[str, Any],
+        foreign: Iterable[socket.socket],
+    ) -> None:
+        """Have a child answer at a channel; this process may close it. ``foreign``: sockets that are none of the child's.
+
+        Raises PlatformError when there can be no child now.
+        """
+        agent = os.getpid()
+        try:
+            process = os.fork()
+        except OSError as error:
+            raise PlatformError(
+                f"the agent cannot begin a process to answer: {error.strerror}", hint="Ask again."
+            ) from error
+        if process == 0:
+            _work(agent, channel, answer, request, foreign)
+        descriptor = os.pidfd_open(process)
+        self._users[descriptor], self._processes[descriptor] = user, process
+
+    def reap(self) -> None:
+        """Forget the children that have ended. Never blocks."""
+        for descriptor, process in list(self._processes.items()):
+            done, status = os.waitpid(process, os.WNOHANG)
+            if done:
+                if os.WIFSIGNALED(status):
+                    log.warning("an answer was given up: %s", signal.Signals(os.WTERMSIG(status)).name)
+                self._forget(descriptor)
+
+    def close(self) -> None:
+        """End all children."""
+        for descriptor, process in list(self._processes.items()):
+            os.kill(process, signal.SIGKILL)
+            os.waitpid(process, 0)
+            self._forget(descriptor)
+
+    def _forget(self, descriptor: int) -> None:
+        os.close(descriptor)
+        del self._users[descriptor], self._processes[descriptor]
+
+
+def encode_error(error: NetpolError) -> bytes:
+    """An answer that says why there is none."""
+    return encode({"error": error.message, "hint": error.hint, "slug": error.slug})
+
+
+def encode(value: Any) -> bytes:
+    """A value as the one line that it is sent as."""
+    return json.dumps(value, separators=(",", ":")).encode() + b"\n"
+
+
+def _work(
+    agent: int,
+    channel: socket.socket,
+    answer: Answer,
+    request: Mapping[str, Any],
+    foreign: Iterable[socket.socket],
+) -> None:
+    """All that the child does. Does not return, whatever happens."""
+    try:
+        _part_from(agent)
+        for one in foreign:
+            one.close()
+        line = _line(answer, request)
+        signal.alarm(SEND_S)
+        channel.setblocking(True)  # noqa: FBT003 - the library's
+        with contextlib.suppress(OSError):  # nobody reads any more
+            channel.sendall(line)
+            channel.shutdown(socket.SHUT_WR)
+    finally:
+        os._exit(0)
+
+
+def _line(answer: Answer, request: Mapping[str, Any]) -> bytes:
+    """What is sent. A bug in an answer is told, and ends nothing."""
+    try:
+        return encode(answer(request))
+    except NetpolError as error:
+        return encode_error(error)
+    except Exception as error:  # noqa: BLE001 - the one place where a bug in an answer becomes a line
+        message = f"bug: {type(error).__name__}: {error}"
+        log.error("cannot answer %s: %s", request, message)  # noqa: TRY400 - one line
+        return encode_error(NetpolError(message))
+
+
+def _part_from(agent: int) -> None:
+    """Become a process that its parent's signals and end do not leave behind, and that leaves the parent the machine."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != agent:  # it ended before
+        os._exit(0)
+    signal.set_wakeup_fd(-1)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGALRM):
+        signal.signal(number, signal.SIG_DFL)
+    signal.alarm(WORK_S)
+    os.nice(NICE)
+    with contextlib.suppress(OSError):  # where memory runs short, an answer is given up rather than the agent
+        Path("/proc/self/oom_score_adj").write_text("1000", encoding="ascii")
+    gc.disable()  # a collection would copy every page that it looks at
