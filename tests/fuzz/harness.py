@@ -195,7 +195,7 @@ class Harness:
         self._place(OTHER_ENDPOINT, OTHER_INTERFACE, link=OTHER_INTERFACE)
         for version in (4, 6):
             rig.address(_text(world.FRIEND[version]), IDENTITIES["friend"])
-            rig.address(_text(world.FOE[version]), IDENTITIES["foe"])
+            rig.address(_text(world.FOE[version]), IDENTITIES["foe"], abi.NP_NODE_FIRST)
             rig.cidr(_prefix(world.NEAR[version], world.NEAR_BYTES[version]), IDENTITIES["near"])
             rig.source(_prefix(world.BORROWED[version], world.BORROWED_BYTES[version]))
             key = struct.pack("=I", world.RANGE_BYTES[version] * 8) + world.NODE_RANGE[version]
@@ -277,6 +277,7 @@ class Harness:
         flags = abi.NP_ENDPOINT_SOURCES
         flags |= abi.NP_ENDPOINT_HOST if one.is_host else 0
         flags |= abi.NP_ENDPOINT_OUTSIDE if one.is_outside else 0
+        flags |= abi.NP_ENDPOINT_EXTERNAL if one.is_external else 0
         flags |= 0 if one.has_link else abi.NP_ENDPOINT_LAYER3
         flags |= abi.NP_ENDPOINT_ROUTES if self._routes else 0
         ingress, egress = self._set(self._variant, Way.INGRESS), self._set(self._variant, Way.EGRESS)
