@@ -197,6 +197,8 @@ class Harness:
             rig.address(_text(world.FRIEND[version]), IDENTITIES["friend"])
             rig.address(_text(world.FOE[version]), IDENTITIES["foe"], abi.NP_NODE_FIRST)
             rig.cidr(_prefix(world.NEAR[version], world.NEAR_BYTES[version]), IDENTITIES["near"])
+            world_identity = abi.NP_IDENTITY_WORLD_V4 if version == 4 else abi.NP_IDENTITY_WORLD_V6
+            rig.address(_text(world.BORROWED[version]), world_identity, abi.NP_NODE_FIRST)
             rig.source(_prefix(world.BORROWED[version], world.BORROWED_BYTES[version]))
             key = struct.pack("=I", world.RANGE_BYTES[version] * 8) + world.NODE_RANGE[version]
             rig.map(f"np_local{version}_net").put(key, bytes(abi.np_local(flags=abi.NP_LOCAL_OWN)))

@@ -344,7 +344,7 @@ WHOSE = [
         (out, p.eth(p.ip4(FOE4, FRIEND4, p.UDP, bytes(16), offset=24), p.IP4), "tunnel-source"),
         (out, udp(SIBLING4, FRIEND4), "foreign-source"),
         (out, udp(FRIEND4, SIBLING4), "policy-allow"),
-        (into, udp(FOE4, FRIEND4, 3), "policy-deny"),
+        (into, udp(FOE4, FRIEND4, 3), "policy-allow"),
         Hairpin(on=True),
         (out, udp(FOE4, FRIEND4), "policy-deny"),
         is_host=True,

@@ -75,8 +75,8 @@ def both(one: Pair) -> frozenset[bytes]:
     return frozenset(one.values())
 
 
-ELSEWHERE = both(FOE)
-"""A workload of another node owns these addresses."""
+ELSEWHERE = both(FOE) | both(BORROWED)
+"""Workloads of another node own these addresses, of which the one under test may borrow some."""
 OWN = both(POD) | {POD_LINK}
 """The endpoint under test always owns these addresses."""
 MOVING = both(SECOND) | {SECOND_LINK}

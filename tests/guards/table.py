@@ -241,7 +241,6 @@ GUARDS = (
             f"{TUNNELS}test_nobody_speaks_for_another_node",
             f"{TUNNELS}test_pod_that_moved_speaks_from_its_new_node",
             f"{TUNNELS}test_node_that_changed_its_address_speaks_from_that",
-            f"{TUNNELS}test_other_tunnels_that_tell",
         ),
     ),
     Guard(
