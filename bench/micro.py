@@ -138,7 +138,7 @@ def write_scale(dataplane: Dataplane, scale: Scale) -> None:
         maps[name].settle()
     pods = range(scale.pods)
     addr = [bytes(abi.np_addr(identity=FIRST_IDENTITY + pod)) for pod in pods]
-    own = bytes(abi.np_addr(identity=OWN_IDENTITY, endpoint=ENDPOINT))
+    own = bytes(abi.np_addr(identity=OWN_IDENTITY, holder=ENDPOINT))
     maps["np_addr4"].put_many([(POD4.packed, own), *((struct.pack("!I", FIRST4 + pod), addr[pod]) for pod in pods)])
     maps["np_addr6"].put_many([(POD6.packed, own), *(((FIRST6 + pod).to_bytes(16, "big"), addr[pod]) for pod in pods)])
 

@@ -21,9 +21,10 @@
 // parsing, no time call and no tail call.  A call that fails drops the packet and is counted.
 //
 // Files, in the order of use: np_lang (words), np_abi (what is shared), np_maps (tables), np_parse, np_flow (what the
-// steps tell each other), np_count, np_event, np_bucket (addresses and classes), np_endpoint (whose), np_classify (one
-// policy), np_judge (which policies), np_table (connections), np_conn, np_service (what is judged elsewhere),
-// np_fragment, np_link (messages of the link), np_kernel (what the kernel alone knows), np_recent (the short way).
+// steps tell each other), np_count, np_event, np_bucket (addresses and classes), np_endpoint (whose), np_outside (from
+// whom), np_classify (one policy), np_judge (which policies), np_table (connections), np_conn, np_service (what is
+// judged elsewhere), np_fragment, np_link (messages of the link), np_kernel (what the kernel alone knows), np_recent
+// (the short way).
 
 #include "np_lang.h"
 #include "np_abi.h"
@@ -33,6 +34,7 @@
 #include "np_count.h"
 #include "np_event.h"
 #include "np_endpoint.h"
+#include "np_outside.h"
 #include "np_classify.h"
 #include "np_table.h"
 #include "np_conn.h"
@@ -506,8 +508,12 @@ NP_INLINE int np_ip(struct __sk_buff *skb, const struct np_bytes *bytes, struct 
     flow->leg->direction = np_direction_at(hook, flow->leg->endpoint_flags);
     if (NP_UNLIKELY(np_is_forged(flow, hook, version)))
         return NP_REASON_LINK_FORGED;
-    if (hook == NP_HOOK_INGRESS && np_is_foreign(flow, version))
-        return NP_REASON_FOREIGN_SOURCE;
+    if (hook == NP_HOOK_INGRESS) {
+        reason = np_outside(skb, flow, &work->outer, version);
+        np_barrier();
+        if (NP_UNLIKELY(reason))
+            return reason;
+    }
     if (hook == NP_HOOK_INGRESS && flow->leg->carried) {
         // A workload cannot have a sender before it; what a host's interface gets may come from one behind a bridge.
         if (!(flow->leg->endpoint_flags & NP_ENDPOINT_HOST))

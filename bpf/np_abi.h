@@ -12,7 +12,7 @@
 
 #include <linux/types.h>
 
-#define NP_SCHEMA_VERSION 7 // part of the pin directory's name
+#define NP_SCHEMA_VERSION 8 // part of the pin directory's name
 
 // --- limits ----------------------------------------------------------------------------------------------------------
 
@@ -53,6 +53,8 @@
 #define NP_CHECK_SEED 2166136261 // FNV-1a's own 32-bit offset basis and prime
 #define NP_CHECK_PRIME 16777619
 
+#define NP_NODE_FIRST 1048576 // in np_addr.holder: numbers of nodes begin here, those of endpoints are below; arbitrary
+
 #define NP_IDENTITY_UNKNOWN 0 // no packet has it
 #define NP_IDENTITY_WORLD_V4 1 // an IPv4 address that no table describes
 #define NP_IDENTITY_WORLD_V6 2 // an IPv6 address that no table describes
@@ -90,6 +92,7 @@ enum np_endpoint_flag {
     NP_ENDPOINT_LAYER3 = 16, // packets begin with the network header (tun, WireGuard, IPIP, PPP)
     NP_ENDPOINT_UNREADABLE = 32, // packets begin with a link header that nothing here reads
     NP_ENDPOINT_OUTSIDE = 64, // a host interface that no workload of this node is behind
+    NP_ENDPOINT_EXTERNAL = 128, // the same, a tunnel that keeps each packet's outer addresses (external, collect_md)
 };
 
 // Flags of the configuration.
@@ -229,6 +232,7 @@ enum np_reason {
     NP_REASON_TUNNEL = 62, // from a workload to a node, in an encapsulation that nodes take from anyone
     NP_REASON_FOREIGN_SOURCE = 63, // from outside, with the source of this node or of a workload of it
     NP_REASON_LINK_TYPE = 64, // on an interface whose link header nothing here reads
+    NP_REASON_TUNNEL_SOURCE = 65, // out of a tunnel, sent by another node than the one that has the source
     NP_REASON_EVENT_LOST = 96, // the ring buffer had no room for an event
     NP_REASON_LOG_LIMITED = 97, // a log event held back by the rate limit
     NP_REASON_RULE_RANGE = 98, // a rule number beyond np_rule_count or np_staged_count, once for each
@@ -300,8 +304,9 @@ _Static_assert(sizeof(struct np_place) == 4, "np_place");
 struct np_local {
     __u32 flags; // enum np_local_flag
     __u32 ifindex; // of the interface that has it; 0: none in particular
+    __u32 node; // number of the other node that has it, from NP_NODE_FIRST on; 0: not known
 };
-_Static_assert(sizeof(struct np_local) == 8, "np_local");
+_Static_assert(sizeof(struct np_local) == 12, "np_local");
 
 // Encapsulation that a device of the node takes from anyone.
 struct np_tunnel_key {
@@ -352,7 +357,7 @@ _Static_assert(sizeof(struct np_addr6_key) == 16, "np_addr6_key");
 
 struct np_addr {
     __u32 identity; // never 0
-    __u32 endpoint; // number of the local endpoint that owns the address, else 0
+    __u32 holder; // number of the local endpoint that owns the address, or of the other node that has it; 0: not known
 };
 _Static_assert(sizeof(struct np_addr) == 8, "np_addr");
 

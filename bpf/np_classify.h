@@ -44,15 +44,15 @@ NP_INLINE int np_is_to_node(const struct np_flow *flow, struct np_question *ques
     return question->to_node == NP_TO_NODE_YES;
 }
 
-// Identity of a question's source (`side` 0) or destination (1), and the local endpoint that has the address (0: none).
-NP_INLINE __u32 np_identity_of(struct np_flow *flow, const struct np_question *question, __u32 side, __u32 *endpoint,
+// Identity of a question's source (`side` 0) or destination (1), and who has the address, as in np_addr.
+NP_INLINE __u32 np_identity_of(struct np_flow *flow, const struct np_question *question, __u32 side, __u32 *holder,
                                const int version)
 {
     __u32 address[4];
     const void *chosen = (const void *)question->source + (side & 1) * sizeof(question->source);
     __builtin_memcpy(address, chosen, version == 4 ? 4 : 16);
     const struct np_addr *addr = np_addr_find(flow, address, version);
-    *endpoint = addr->endpoint;
+    *holder = addr->holder;
     if (NP_LIKELY(addr->identity))
         return addr->identity;
     union np_cidr_key key;

@@ -118,6 +118,13 @@ NP_INLINE int np_endpoint_find(struct np_flow *flow)
     return NP_REASON_NONE;
 }
 
+// Where the local workload is that has an address; NULL when none has, or its interface is not known.
+NP_INLINE const struct np_place *np_place_of(struct np_flow *flow, const __u32 *address, const int version)
+{
+    __u32 holder = np_addr_find(flow, address, version)->holder;
+    return holder && holder < NP_NODE_FIRST ? np_place_lookup(holder) : 0;
+}
+
 NP_INLINE int np_is_loopback(const __u32 *address, const int version)
 {
     return version == 4 && (address[0] & np_host32(0xff000000)) == np_host32(0x7f000000);
@@ -225,7 +232,7 @@ NP_INLINE int np_is_own(struct np_flow *flow, const __u32 *address, const int ve
         other |= (own[1] ^ address[1]) | (own[2] ^ address[2]) | (own[3] ^ address[3]);
     if (NP_UNLIKELY(other || !*identity)) {
         const struct np_addr *addr = np_addr_find(flow, address, version);
-        if (!addr->identity || addr->endpoint != flow->leg->endpoint)
+        if (!addr->identity || addr->holder != flow->leg->endpoint)
             return 0;
         *identity = addr->identity;
         __builtin_memcpy(own, address, version == 4 ? 4 : 16);
@@ -278,19 +285,6 @@ NP_INLINE int np_is_misdelivered(struct np_flow *flow, const int version)
     if (np_is_many(destination, version) || (version == 6 && np_is_link_local(destination)))
         return 0;
     return !(np_local_flags(flow, destination, version) & NP_LOCAL_MANY) && !np_may_borrow(flow, destination, version);
-}
-
-// Whether a packet from outside has the source of this node, or of a workload of it, which would have come in at its
-// interface.  Link-local addresses are those of many nodes.
-NP_INLINE int np_is_foreign(struct np_flow *flow, const int version)
-{
-    const __u32 *source = flow->packet->source;
-    if (NP_LIKELY(!(flow->leg->endpoint_flags & NP_ENDPOINT_OUTSIDE)) || flow->config->flags & NP_CONFIG_HAIRPIN)
-        return 0;
-    if (np_is_local(flow, source, version) && !(version == 6 && np_is_link_local(source)))
-        return 1;
-    const struct np_addr *addr = np_addr_find(flow, source, version);
-    return addr->endpoint && np_place_lookup(addr->endpoint);
 }
 
 // Whether a workload sends a node what a tunnel device there would take from anyone, and unpack.

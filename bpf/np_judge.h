@@ -23,6 +23,7 @@
 #include "np_endpoint.h"
 #include "np_flow.h"
 #include "np_maps.h"
+#include "np_outside.h"
 
 // Whom to ask; four bits each in np_work.asks, the first in the lowest.
 enum np_ask {
@@ -58,7 +59,10 @@ struct np_work {
     struct np_decision kept; // what the workload's policy said
     struct np_found found;
     struct np_found sender_found;
-    union np_conn_key key; // of the packet's connection
+    union {
+        union np_conn_key key; // of the packet's connection
+        struct np_outer outer; // before that is made: who sent the packet that this one was in
+    };
     union np_conn_key sender_key; // of its sender's, where that is judged here
     __u32 asks; // enum np_ask
     __u32 number; // of the workload

@@ -50,6 +50,8 @@ static long (*const np_tail_call)(void *context, void *map, __u32 slot) = (void 
 static struct bpf_sock *(*const np_socket_lookup)(void *context, struct bpf_sock_tuple *tuple, __u32 bytes, __u64 netns,
                                                   __u64 flags) = (void *)BPF_FUNC_skc_lookup_tcp;
 static long (*const np_socket_release)(struct bpf_sock *socket) = (void *)BPF_FUNC_sk_release;
+static long (*const np_outer_key)(void *context, void *key, __u32 bytes,
+                                  __u64 flags) = (void *)BPF_FUNC_skb_get_tunnel_key;
 static long (*const np_fib_lookup)(void *context, void *route, int bytes, __u32 flags) = (void *)BPF_FUNC_fib_lookup;
 static long (*const np_probe_read_kernel)(void *to, __u32 bytes, const void *from) = (void *)BPF_FUNC_probe_read_kernel;
 static void *(*const np_ringbuf_reserve)(void *map, __u64 bytes, __u64 flags) = (void *)BPF_FUNC_ringbuf_reserve;

@@ -104,8 +104,7 @@ NP_INLINE int np_is_nobodys(struct np_flow *flow, const __u32 *address, const in
 {
     if (np_local_flags(flow, address, version) & NP_LOCAL_OWN)
         return 0;
-    __u32 endpoint = np_addr_find(flow, address, version)->endpoint;
-    return !endpoint || !np_place_lookup(endpoint);
+    return !np_place_of(flow, address, version);
 }
 
 // Whether a workload may speak for an address: one of its own, or that it may borrow.  Of a link-local one it is enough
@@ -120,8 +119,7 @@ NP_INLINE int np_may_claim(struct np_flow *flow, const __u32 *address, const int
 // Whether a known workload of the node is on the interface's own link.
 NP_INLINE int np_is_beside(struct np_flow *flow, const __u32 *address)
 {
-    __u32 endpoint = np_addr_find(flow, address, 6)->endpoint;
-    const struct np_place *place = endpoint ? np_place_lookup(endpoint) : 0;
+    const struct np_place *place = np_place_of(flow, address, 6);
     const struct np_endpoint *row = place ? np_endpoint_lookup(place->ifindex) : 0;
     return row && row->link == flow->leg->link;
 }

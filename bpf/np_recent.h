@@ -65,7 +65,9 @@ NP_INLINE void np_recent_store(const struct np_flow *flow, const __u32 *source, 
     __u32 ports_be;
     __builtin_memcpy(&ports_be, &ports, sizeof(ports_be));
     struct np_recent_fact *fact = np_recent_slot(source, destination, ports_be, hook, version);
-    if (!fact || flow->leg->endpoint_flags & NP_ENDPOINT_LAYER3) // the fast path reads Ethernet
+    // The fast path reads Ethernet, and does not ask who sent what comes out of a tunnel.
+    const __u32 never = hook == NP_HOOK_INGRESS ? NP_ENDPOINT_LAYER3 | NP_ENDPOINT_EXTERNAL : NP_ENDPOINT_LAYER3;
+    if (!fact || flow->leg->endpoint_flags & never)
         return;
     const int words = version == 4 ? 1 : 4;
     __u32 *address = (__u32 *)fact - 2 * words;

@@ -88,7 +88,7 @@ NP_INLINE void np_sender_plan(struct np_flow *flow, struct np_work *work, const 
     work->outwards = NP_OUTWARDS_WORKLOAD; // what leaves a workload enters the host
     if (work->ifindex) { // a workload
         const struct np_addr *addr = np_addr_find(flow, source, version);
-        work->hides_source = !addr->identity || addr->endpoint != flow->leg->carried;
+        work->hides_source = !addr->identity || addr->holder != flow->leg->carried;
         work->host = flow->config->wildcard;
         work->asks = NP_ASK_WORKLOAD | (work->host ? NP_ASK_FORWARD << 4 : 0);
     } else {

@@ -44,7 +44,7 @@ class MapSpec:
 
 # fmt: off
 
-NP_SCHEMA_VERSION = 7  # part of the pin directory's name
+NP_SCHEMA_VERSION = 8  # part of the pin directory's name
 NP_RULE_NAME_BYTES = 120  # longest readable rule name, with its terminating zero
 NP_ATOM_BLOCK = 256  # atoms per row of np_l4_atom
 NP_ATOM_BLOCKS = 1537  # 6 slots of 256 blocks, and the block of the other protocols
@@ -72,6 +72,7 @@ NP_KERNEL_BYTES = 96  # copied of a packet's own structure, where it cannot be r
 NP_RECENT_DUE = 2  # flag in np_recent_fact.hook: packets of the connection bear np_config.due_mark
 NP_CHECK_SEED = 2166136261  # FNV-1a's own 32-bit offset basis and prime
 NP_CHECK_PRIME = 16777619
+NP_NODE_FIRST = 1048576  # in np_addr.holder: numbers of nodes begin here, those of endpoints are below; arbitrary
 NP_IDENTITY_UNKNOWN = 0  # no packet has it
 NP_IDENTITY_WORLD_V4 = 1  # an IPv4 address that no table describes
 NP_IDENTITY_WORLD_V6 = 2  # an IPv6 address that no table describes
@@ -101,6 +102,7 @@ NP_ENDPOINT_ROUTES = 8  # a workload that others route through: what it gets nee
 NP_ENDPOINT_LAYER3 = 16  # packets begin with the network header (tun, WireGuard, IPIP, PPP)
 NP_ENDPOINT_UNREADABLE = 32  # packets begin with a link header that nothing here reads
 NP_ENDPOINT_OUTSIDE = 64  # a host interface that no workload of this node is behind
+NP_ENDPOINT_EXTERNAL = 128  # the same, a tunnel that keeps each packet's outer addresses (external, collect_md)
 
 # np_config_flag: Flags of the configuration.
 NP_CONFIG_ALLOW_EVENTS = 1  # an event for each new allowed flow
@@ -217,6 +219,7 @@ NP_REASON_MISDELIVERED = 61  # to a workload's interface, but for none of its ad
 NP_REASON_TUNNEL = 62  # from a workload to a node, in an encapsulation that nodes take from anyone
 NP_REASON_FOREIGN_SOURCE = 63  # from outside, with the source of this node or of a workload of it
 NP_REASON_LINK_TYPE = 64  # on an interface whose link header nothing here reads
+NP_REASON_TUNNEL_SOURCE = 65  # out of a tunnel, sent by another node than the one that has the source
 NP_REASON_EVENT_LOST = 96  # the ring buffer had no room for an event
 NP_REASON_LOG_LIMITED = 97  # a log event held back by the rate limit
 NP_REASON_RULE_RANGE = 98  # a rule number beyond np_rule_count or np_staged_count, once for each
@@ -346,10 +349,12 @@ class np_local(ctypes.Structure):
 
     flags: int  # enum np_local_flag
     ifindex: int  # of the interface that has it; 0: none in particular
+    node: int  # number of the other node that has it, from NP_NODE_FIRST on; 0: not known
 
     _fields_ = (
         ("flags", ctypes.c_uint32),
         ("ifindex", ctypes.c_uint32),
+        ("node", ctypes.c_uint32),
     )
 
 
@@ -449,11 +454,11 @@ class np_addr(ctypes.Structure):
     """``struct np_addr``."""
 
     identity: int  # never 0
-    endpoint: int  # number of the local endpoint that owns the address, else 0
+    holder: int  # number of the local endpoint that owns the address, or of the other node that has it; 0: not known
 
     _fields_ = (
         ("identity", ctypes.c_uint32),
-        ("endpoint", ctypes.c_uint32),
+        ("holder", ctypes.c_uint32),
     )
 
 
@@ -1197,6 +1202,8 @@ REASONS: Mapping[int, Reason] = MappingProxyType(
             NP_REASON_FOREIGN_SOURCE, "foreign-source", "from outside, with the source of this node or of a workload of it"),
         NP_REASON_LINK_TYPE: Reason(
             NP_REASON_LINK_TYPE, "link-type", "on an interface whose link header nothing here reads"),
+        NP_REASON_TUNNEL_SOURCE: Reason(
+            NP_REASON_TUNNEL_SOURCE, "tunnel-source", "out of a tunnel, sent by another node than the one that has the source"),
         NP_REASON_EVENT_LOST: Reason(
             NP_REASON_EVENT_LOST, "event-lost", "the ring buffer had no room for an event"),
         NP_REASON_LOG_LIMITED: Reason(

@@ -62,6 +62,12 @@ TUNNEL_PORTS: Mapping[str, tuple[str, int]] = {
 }
 """Kinds that unpack a port of UDP: the attribute that names it, and what it is without one."""
 
+EXTERNAL: Mapping[str, str] = {
+    "vxlan": "IFLA_VXLAN_COLLECT_METADATA", "geneve": "IFLA_GENEVE_COLLECT_METADATA", "ipip": "IFLA_IPIP_COLLECT_METADATA",
+    "ip6tnl": "IFLA_IP6TNL_COLLECT_METADATA", "gre": "IFLA_GRE_COLLECT_METADATA", "gretap": "IFLA_GRE_COLLECT_METADATA",
+}  # fmt: skip
+"""Kinds that may keep the outer addresses of each packet, by the attribute that says so; bareudp always does."""
+
 TABLE_MAIN, TABLE_LOCAL = 254, 255
 RTN_UNICAST, RTN_LOCAL, RTN_BROADCAST, RTN_ANYCAST = 1, 2, 3, 4
 RT_SCOPE_UNIVERSE, IFA_F_PERMANENT = 0, 0x80
@@ -75,7 +81,7 @@ class Link:
 
     ``peer_nsid``: that namespace's number in this one, None when it is this one.  ``hardware``: ARPHRD_*, of include/uapi/
     linux/if_arp.h; NO_REMOTE of a GRE device without the one remote end.  ``table``: of a VRF.  ``takes``: encapsulation that
-    it takes from anyone.
+    it takes from anyone.  ``is_external``: it keeps the outer addresses of each packet (``external``, collect_md).
     """
 
     ifindex: int
@@ -89,6 +95,7 @@ class Link:
     hardware: int = ETHERNET
     table: int = 0
     takes: tuple[Encapsulation, ...] = ()
+    is_external: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,6 +169,7 @@ def _link(message: Any) -> Link:
         hardware=_hardware(message["ifi_type"], data),
         table=(data.get_attr("IFLA_VRF_TABLE") if kind == "vrf" and data else None) or 0,
         takes=_takes(kind, data),
+        is_external=_is_external(kind, data),
         is_up=bool(message["flags"] & 1),
         mac=message.get_attr("IFLA_ADDRESS") or "",
         master=message.get_attr("IFLA_MASTER") or 0,
@@ -184,6 +192,12 @@ def _takes(kind: str, data: Any) -> tuple[Encapsulation, ...]:
         port = data.get_attr(attribute) if data is not None and attribute else None
         return ((UDP, port or usual),)
     return tuple((protocol, 0) for protocol in TUNNELS.get(kind, ()))
+
+
+def _is_external(kind: str, data: Any) -> bool:
+    if kind in EXTERNAL and data is not None:
+        return bool(data.get_attr(EXTERNAL[kind]))  # of some kinds a number that may be 0
+    return kind == "bareudp"
 
 
 def links() -> list[Link]:

@@ -133,7 +133,8 @@ def build_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     parser.add_argument(
         "--hairpin", action="store_true",
-        help="take packets from outside that have a source of this node or its workloads, as some load balancers send them back",
+        help="take packets from outside that have a source of this node or its workloads, as some load balancers send them back, "
+        "and out of a tunnel those of other nodes than the one that sent them",
     )  # fmt: skip
     parser.add_argument(
         "--barrier", choices=("nft", "off"), default="nft", metavar="WHAT",

@@ -352,7 +352,7 @@ def _link(link: netlink.Link | netlink.News) -> Link:
     peer = (link.peer_nsid, link.peer_ifindex) if is_pair and link.peer_nsid is not None else None
     if isinstance(link, netlink.News):
         return Link(link.ifindex, link.name, kind, peer, hardware=link.hardware)
-    return Link(link.ifindex, link.name, kind, peer, link.master, link.hardware, link.takes)
+    return Link(link.ifindex, link.name, kind, peer, link.master, link.hardware, link.takes, link.is_external)
 
 
 def _meanings(

@@ -36,7 +36,7 @@ HOST_BINDING = Binding(NOWHERE, EndpointKind.HOST)
 class Grounds:
     """What decides on the node's own interfaces, as it is in force.
 
-    Host endpoints with their numbers, services, and the addresses of all nodes.
+    Host endpoints with their numbers, services, and the addresses of all nodes with these nodes' numbers, 0: none.
 
     Apart from the manifests and the compiler's tables, which are ahead of it while a change is refused.
     """
@@ -44,21 +44,24 @@ class Grounds:
     hosts: Mapping[EndpointKey, Endpoint] = field(default_factory=dict)
     numbers: Mapping[EndpointKey, int] = field(default_factory=dict)
     vips: Mapping[VipKey, Vip] = field(default_factory=dict)
-    nodes: frozenset[IPAddress] = frozenset()
+    nodes: Mapping[IPAddress, int] = field(default_factory=dict)
 
     @classmethod
     def of(cls, world: World, tables: Tables, node: str | None) -> Grounds:
         """Of the manifests, with the tables that were made of them, on the node of that name (None: not known)."""
         rows = tables.endpoints
         hosts = {key: one for key, one in world.endpoints.items() if one.kind is EndpointKind.HOST and key in rows}
-        nodes = frozenset(address for node in world.nodes.values() for address in node.addresses)
+        nodes = {address: tables.nodes.get(name) or 0 for name, one in world.nodes.items() for address in one.addresses}
         vips = {key: vip for key, vip in world.vips.items() if node is None or key.node in ("", node)}
         return cls(hosts, {key: rows[key].number for key in hosts}, vips, nodes)
 
     def on_the_way_to(self, after: Grounds) -> Grounds:
-        """These without the host endpoints that are about to go: interfaces do without them before they go."""
+        """These without the host endpoints that are about to go: interfaces do without them before they go.
+
+        Nodes have their addresses of before and after: rows of their workloads are written in between.
+        """
         staying = {key: after.hosts[key] for key in self.hosts if key in after.hosts}
-        return Grounds(staying, self.numbers, after.vips, after.nodes)
+        return Grounds(staying, self.numbers, after.vips, {**self.nodes, **after.nodes})
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,9 +226,9 @@ class OwnInterfaces:
             key, link = plan.interfaces.get(ifindex), wiring.links.get(ifindex)
             flags = device_flags(link)
             if link is not None and link.kind != BRIDGE_KIND:
-                flags |= EndpointFlag.OUTSIDE
+                flags |= EndpointFlag.OUTSIDE | (EndpointFlag.EXTERNAL if link.is_external else EndpointFlag.NONE)
             interfaces[ifindex] = OwnInterface(UPLINK if key is None else grounds.numbers[key], flags)
-        others = dict.fromkeys(grounds.nodes, Meaning(LocalFlag.NODE))
+        others = {address: Meaning(LocalFlag.NODE, node=number) for address, number in grounds.nodes.items()}
         return Surroundings(
             {**others, **wiring.meanings},
             interfaces,

@@ -29,8 +29,9 @@ NOWHERE = 0
 class Link:
     """An interface.
 
-    ``peer``: (namespace id, interface index there) of a veth or netkit whose other end is in another namespace.  ``master``: the bridge
-    or VRF that it belongs to.  ``hardware``: ARPHRD_*.  ``takes``: encapsulation that it takes from anyone, as protocol and port.
+    ``peer``: (namespace id, interface index there) of a veth or netkit whose other end is in another namespace.  ``master``: the
+    bridge or VRF that it belongs to.  ``hardware``: ARPHRD_*.  ``takes``: encapsulation that it takes from anyone, as protocol and
+    port; ``is_external``: it keeps the outer addresses of what it takes.
     """
 
     ifindex: int
@@ -40,6 +41,7 @@ class Link:
     master: int = NOWHERE
     hardware: int = ETHERNET
     takes: tuple[tuple[int, int], ...] = ()
+    is_external: bool = False
 
 
 @dataclass(frozen=True, slots=True)

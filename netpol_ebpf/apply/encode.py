@@ -76,7 +76,7 @@ def layout(structure: type[ctypes.Structure], *names: str) -> struct.Struct:
 _INDEX = struct.Struct("=I")
 _ADDR4_KEY = layout(abi.np_addr4_key, "address")
 _ADDR6_KEY = layout(abi.np_addr6_key, "address")
-_ADDR = layout(abi.np_addr, "identity", "endpoint")
+_ADDR = layout(abi.np_addr, "identity", "holder")
 _CIDR4_KEY = layout(abi.np_cidr4_key, "prefix_bits", "address")
 _CIDR6_KEY = layout(abi.np_cidr6_key, "prefix_bits", "address")
 _CIDR = layout(abi.np_cidr, "identity")
@@ -93,7 +93,7 @@ _RULE = layout(abi.np_rule, "name")
 _ENDPOINT_KEY = layout(abi.np_endpoint_key, "ifindex")
 _NUMBER_KEY = layout(abi.np_number_key, "number")
 _PLACE = layout(abi.np_place, "ifindex")
-_LOCAL = layout(abi.np_local, "flags", "ifindex")
+_LOCAL = layout(abi.np_local, "flags", "ifindex", "node")
 _TUNNEL_KEY = layout(abi.np_tunnel_key, "port", "protocol")
 _TUNNEL = layout(abi.np_tunnel, "taken")
 _SPECIAL = layout(abi.np_special, "bits")
@@ -117,7 +117,7 @@ def render_rule_name(cause: Cause) -> bytes:
 
 def _address(address: IPAddress, row: AddressRow) -> Element:
     name, key = address_key(address)
-    return name, key, _ADDR.pack(row.identity, row.endpoint)
+    return name, key, _ADDR.pack(row.identity, row.endpoint or row.node)
 
 
 def address_key(address: IPAddress) -> tuple[str, bytes]:
@@ -220,6 +220,7 @@ class EndpointFlag(enum.IntFlag):
     LAYER3 = abi.NP_ENDPOINT_LAYER3
     UNREADABLE = abi.NP_ENDPOINT_UNREADABLE
     OUTSIDE = abi.NP_ENDPOINT_OUTSIDE
+    EXTERNAL = abi.NP_ENDPOINT_EXTERNAL
 
 
 class LocalFlag(enum.IntFlag):
@@ -233,10 +234,14 @@ class LocalFlag(enum.IntFlag):
 
 @dataclass(frozen=True, slots=True)
 class Meaning:
-    """Of an address to the node. ``ifindex``: of the interface that has it, 0: none in particular."""
+    """Of an address to the node. ``ifindex``: of the interface that has it, 0: none in particular.
+
+    ``node``: number of the other node that has it, 0: not known.
+    """
 
     flags: LocalFlag
     ifindex: int = 0
+    node: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -302,13 +307,13 @@ def host_element(number: int, sets: Mapping[tuple[Direction, Stage], SetRow]) ->
 
 def local_element(address: IPAddress, meaning: Meaning) -> Element:
     """An address that means this node, or another one."""
-    return f"np_local{address.version}", address.packed, _LOCAL.pack(int(meaning.flags), meaning.ifindex)
+    return f"np_local{address.version}", address.packed, _LOCAL.pack(int(meaning.flags), meaning.ifindex, meaning.node)
 
 
 def local_net_element(net: IPNetwork) -> Element:
     """A prefix all of whose addresses are the node's own."""
     _, key = cidr_key(net)
-    return f"np_local{net.version}_net", key, _LOCAL.pack(int(LocalFlag.OWN), 0)
+    return f"np_local{net.version}_net", key, _LOCAL.pack(int(LocalFlag.OWN), 0, 0)
 
 
 def tunnel_element(protocol: int, port: int) -> Element:

@@ -51,12 +51,13 @@ Claim = tuple[int, EndpointKey, int]
 
 @dataclass(slots=True, eq=False)
 class AddressEntry:
-    """A stored address. ``claims``: local endpoints that have it."""
+    """A stored address. ``claims``: local endpoints that have it. ``nodes``: numbers of nodes that have it, with repetitions."""
 
     address: IPAddress
     owners: tuple[int, ...] = ()
     atoms: tuple[int, ...] = ()
     claims: tuple[Claim, ...] = ()
+    nodes: tuple[int, ...] = ()
     identity: int = 0
     row: AddressRow | None = None
 
@@ -207,6 +208,16 @@ class Addresses:
         entry = self._address(address, journal)
         journal.assign(entry, "claims", tuple(each for each in entry.claims if each != claim))
 
+    def add_node(self, address: IPAddress, node: int, journal: Journal) -> None:
+        """A node has the address, or an endpoint there. It must also be added as an owner."""
+        entry = self._address(address, journal)
+        journal.assign(entry, "nodes", share((*entry.nodes, node)))
+
+    def remove_node(self, address: IPAddress, node: int, journal: Journal) -> None:
+        """It has it no more."""
+        entry = self._address(address, journal)
+        journal.assign(entry, "nodes", _without(entry.nodes, node))
+
     def identity_of(self, address: IPAddress) -> int:
         """The identity of any address, known or not."""
         entry = self._families[address.version].addresses.get(int(address))
@@ -322,7 +333,7 @@ class Addresses:
             )
             if before:
                 release(before, journal)
-            row = _row(identity, entry.claims[0][2] if entry.claims else 0)
+            row = _row(identity, entry.claims[0][2], 0) if entry.claims else _row(identity, 0, _only(entry.nodes))
             if row != entry.row:
                 if changed is not None:
                     changed.addresses.append((entry, entry.row, row))
@@ -365,9 +376,14 @@ class Addresses:
 
 
 @lru_cache(maxsize=REMEMBERED)
-def _row(identity: int, endpoint: int) -> AddressRow:
+def _row(identity: int, endpoint: int, node: int) -> AddressRow:
     """One row for all addresses that say the same."""
-    return AddressRow(identity, endpoint)
+    return AddressRow(identity, endpoint, node)
+
+
+def _only(nodes: tuple[int, ...]) -> int:
+    """The one node of an address; 0 when there is none, or there are several."""
+    return nodes[0] if nodes and nodes.count(nodes[0]) == len(nodes) else 0
 
 
 def _with(around: frozenset[int], own: tuple[int, ...]) -> frozenset[int]:

@@ -132,6 +132,7 @@ def canonical(tables: Tables) -> dict[str, Hashable]:
     """The content of the tables, to be compared with ``==``. Cost: all of the tables, and all cells of all sets in use."""
     reader = _Reader(tables)
     keys = {row.number: key for key, row in tables.endpoints.items()}
+    nodes = {number: name for name, number in tables.nodes.items()}
     return {
         "endpoints": frozenset(
             (key, slot, reader.set(set_row))
@@ -139,9 +140,15 @@ def canonical(tables: Tables) -> dict[str, Hashable]:
             for slot, set_row in row.sets.items()
         ),
         "addresses": frozenset(
-            (address, reader.name(row.identity), keys[row.endpoint] if row.endpoint else None)
+            (
+                address,
+                reader.name(row.identity),
+                keys[row.endpoint] if row.endpoint else None,
+                nodes[row.node] if row.node else None,
+            )
             for address, row in tables.addresses.items()
-        ),
+        ),  # fmt: skip
+        "nodes": frozenset(nodes.values()),
         "cidrs": frozenset((network, reader.name(identity)) for network, identity in tables.cidrs.items()),
         "identities": frozenset(digest for _, digest in tables.identities.items()),
         "rules": frozenset(cause for _, cause in tables.rules.items()),

@@ -177,6 +177,10 @@ class Commit:
             (addresses.add_prefix_owner if comes else addresses.remove_prefix_owner)(net, owner, journal)
         for address, claim, add in self._intake.claims:
             (addresses.claim if add else addresses.disclaim)(address, claim, journal)
+        for address, node, comes in self._intake.node_moves:
+            (addresses.add_node if comes else addresses.remove_node)(address, node, journal)
+        for name, number in self._intake.numbered.items():
+            draft.write(Phase.FLIP, "nodes", name, number or DELETED)
         # At first nothing is compared with what was before, and all local endpoints are new.
         addresses.settle(Phase.FLIP, draft, journal, None if self._is_first else self._relabelled)
         claims = [claim[1] for entry, _, _ in self._relabelled.addresses for claim in entry.claims]

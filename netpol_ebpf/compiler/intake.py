@@ -42,8 +42,9 @@ class Intake:
     """Takes changes, by type and key the new object or None, and notes what they concern.
 
     ``dirty``: local endpoints whose programs may change; ``stale``: templates whose object changed; ``*_moves``: addresses or
-    nets, the owner that they get or lose, and whether they get it; ``claims``: local endpoints that got or lost an address; ``disappeared``: owners
-    with an object less; ``gone``: local endpoints that are no more.
+    nets, the owner that they get or lose, and whether they get it; ``node_moves``: addresses, the number of the node that they get or lose,
+    and whether they get it; ``numbered``: nodes with the numbers that they have now, 0 for none; ``claims``: local endpoints that got or lost
+    an address; ``disappeared``: owners with an object less; ``gone``: local endpoints that are no more.
     """
 
     def __init__(self, state: State, local: Callable[[Endpoint], bool], journal: Journal) -> None:
@@ -54,6 +55,8 @@ class Intake:
         self.stale: dict[TemplateKey, None] = {}
         self.address_moves: list[tuple[IPAddress, int, bool]] = []
         self.net_moves: list[tuple[IPNetwork, int, bool]] = []
+        self.node_moves: list[tuple[IPAddress, int, bool]] = []
+        self.numbered: dict[str, int] = {}
         self.service_moves: list[tuple[Service | None, Service | None]] = []
         self.claims: list[tuple[IPAddress, Claim, bool]] = []
         self.disappeared: list[int] = []
@@ -73,6 +76,8 @@ class Intake:
         }
         world, journal = self._state.world, self._journal
         others: dict[type, dict[Any, Any]] = _containers(world)
+        if Node in changes:  # first: what is said of endpoints' nodes is said in the numbers that hold afterwards
+            self._number_nodes(changes[Node])
         for kind, objects in changes.items():
             taker: Any = takers[kind]
             if kind is Settings:
@@ -137,6 +142,9 @@ class Intake:
         if old is None or new is None or before != after or old.addresses != new.addresses:
             had, has = old.addresses if old else (), new.addresses if new else ()
             self.address_moves.extend(_moves(had, before, has, after))
+        self._move_nodes(
+            old.addresses if old else (), self._node_of(old), new.addresses if new else (), self._node_of(new)
+        )
         known = self._state.local.get(key)
         is_local = new is not None and self._local(new)
         if known is not None and (new is None or not is_local or known.endpoint.kind is not new.kind):
@@ -195,6 +203,35 @@ class Intake:
         had, has = old.addresses if old else (), new.addresses if new else ()
         self.address_moves.extend(_moves(had, before, has, after))
 
+    def _number_nodes(self, changes: Mapping[str, Node | None]) -> None:
+        """Nodes change their addresses: note what they and the endpoints on them, as they are so far, get and lose by it."""
+        before = self._state.world.nodes
+        moved = {name: new for name, new in changes.items() if _addresses(before.get(name)) != _addresses(new)}
+        if not moved:
+            return
+        after = {name: node for name, node in {**before, **moved}.items() if node is not None}
+        numbers = self._state.nodes.numbers
+        renumbered = self._state.nodes.renumber(after, self._journal)
+        for name in {**moved, **renumbered}:
+            old, new = renumbered.get(name, (numbers.get(name, 0),) * 2)
+            self._move_nodes(_addresses(before.get(name)), old, _addresses(after.get(name)), new)
+        self.numbered = {name: new for name, (_, new) in renumbered.items()}
+        if not renumbered:
+            return
+        for endpoint in self._state.world.endpoints.values():
+            if endpoint.node in renumbered and not self._local(endpoint):
+                old, new = renumbered[endpoint.node]
+                self._move_nodes(endpoint.addresses, old, endpoint.addresses, new)
+
+    def _move_nodes(self, had: Iterable[IPAddress], before: int, has: Iterable[IPAddress], after: int) -> None:
+        self.node_moves.extend(_moves(had if before else (), before, has if after else (), after))
+
+    def _node_of(self, endpoint: Endpoint | None) -> int:
+        """Number of the node of an endpoint that is elsewhere."""
+        if endpoint is None or endpoint.node is None or self._local(endpoint):
+            return 0
+        return self._state.nodes.numbers.get(endpoint.node, 0)
+
     def _take_service(self, old: Service | None, new: Service | None) -> None:
         self.service_moves.append((old, new))
 
@@ -220,6 +257,10 @@ class Intake:
                     else:
                         journal.pop(state.replaced, twin)
                     self.touch(state.subjects.endpoints_of(twin))
+
+
+def _addresses(node: Node | None) -> tuple[IPAddress, ...]:
+    return () if node is None else node.addresses
 
 
 def _containers(world: World) -> dict[type, dict[Any, Any]]:

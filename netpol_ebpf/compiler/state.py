@@ -15,6 +15,7 @@ from netpol_ebpf.compiler.identities import IdentityIndex
 from netpol_ebpf.compiler.journal import Journal
 from netpol_ebpf.compiler.l4 import ANY_L4, ANY_SOURCE, SOURCE_BLOCK, AtomSpace
 from netpol_ebpf.compiler.limits import Limits
+from netpol_ebpf.compiler.nodes import NodeNumbers
 from netpol_ebpf.compiler.numbers import Numbers, Ranges
 from netpol_ebpf.compiler.owners import OwnerIndex
 from netpol_ebpf.compiler.programs import Program
@@ -85,6 +86,7 @@ class State:
         self.endpoint_owners: dict[EndpointKey, int] = {}
         self.set_owners: dict[str, int] = {}
         self.node_owners: dict[str, int] = {}
+        self.nodes = NodeNumbers()
         self.by_tier: dict[str, set[PolicyKey]] = {}
         self.replaced: dict[PolicyKey, int] = {}  # key -> how many staged policies stand for it
         self.with_profile: dict[str, set[EndpointKey]] = {}  # local endpoints

@@ -46,6 +46,9 @@ WORLD_V6 = 2
 FIRST_IDENTITY = 16
 """Identities below this are reserved: 0 never used by a packet, 1 and 2 an address that nothing describes."""
 
+FIRST_NODE = 1 << 20
+"""Numbers of nodes begin here; those of endpoints are below."""
+
 ATOM_BLOCK = 256
 """Atoms are kept in blocks of 256: the low byte of a port, or an ICMP code, is the index in the block."""
 
@@ -101,10 +104,15 @@ class EndpointRow:
 
 @dataclass(frozen=True, slots=True)
 class AddressRow:
-    """A known address. ``endpoint``: number of the local endpoint that owns it (anti-spoofing), 0 for a remote one."""
+    """A known address.
+
+    ``endpoint``: number of the local endpoint that owns it (anti-spoofing), 0 for a remote one.  ``node``: number of the node
+    that has it, itself or as the address of an endpoint there; 0: not known, or it is a local endpoint's.
+    """
 
     identity: int
     endpoint: int = 0
+    node: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,7 +215,7 @@ class Tables:
 
     l4_atoms: block -> 256 atom numbers; l4_columns: block -> 64 class numbers; verdicts: index -> row.
     cidrs: a default route has a row only while a network set contains it; without one, a miss is WORLD_V4/WORLD_V6.
-    l4_atoms: a block without a row is all zeros.
+    l4_atoms: a block without a row is all zeros.  nodes: name -> number, of those that their addresses tell.
     """
 
     endpoints: Table[EndpointKey, EndpointRow] = field(default_factory=lambda: Table("endpoints"))
@@ -220,11 +228,12 @@ class Tables:
     rules: Table[int, Cause] = field(default_factory=lambda: Table("rules"))
     log_lists: Table[int, tuple[int, ...]] = field(default_factory=lambda: Table("log_lists"))
     identities: Table[int, str] = field(default_factory=lambda: Table("identities"))
+    nodes: Table[str, int] = field(default_factory=lambda: Table("nodes"))
 
     def all(self) -> tuple[Table[object, object], ...]:
         """Every table, in an order in which rows may be written (what is referred to comes first)."""
         return (
-            self.rules, self.log_lists, self.identities, self.verdicts, self.l4_columns, self.l4_atoms,
+            self.rules, self.log_lists, self.identities, self.nodes, self.verdicts, self.l4_columns, self.l4_atoms,
             self.peer_classes, self.addresses, self.cidrs, self.endpoints,
         )  # type: ignore[return-value]  # fmt: skip
 

@@ -4,14 +4,14 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 from netpol_ebpf.apply.encode import OUTCOME, decode_endpoint, decode_key
 from netpol_ebpf.apply.ledger import Ledger
-from netpol_ebpf.compiler.tables import AddressRow, EndpointRow, SetRow, Tables, VerdictRow
-from netpol_ebpf.policy.types import Direction, Stage
+from netpol_ebpf.compiler.tables import FIRST_NODE, AddressRow, EndpointRow, SetRow, Tables, VerdictRow
+from netpol_ebpf.policy.types import Direction, Node, Stage
 from netpol_loader import abi
 from netpol_loader.buckets import open_map
 from netpol_loader.maps import Map
@@ -38,8 +38,8 @@ def rows(pins: Path, name: str) -> dict[bytes, bytes]:
         return {key: value for key, value in one.items() if any(value) or not one.type.endswith("array")}
 
 
-def read_tables(pins: Path, ledger: Path, scratch: Path) -> Tables:
-    """The tables in force. ``scratch``: where a copy of the ledger may be written."""
+def read_tables(pins: Path, ledger: Path, scratch: Path, nodes: Mapping[str, Node]) -> Tables:
+    """The tables in force. ``scratch``: where a copy of the ledger may be written. ``nodes``: whose numbers are in no map."""
     scratch.write_bytes(ledger.read_bytes())
     book = Ledger(scratch)
     numbers = book.open()
@@ -50,7 +50,12 @@ def read_tables(pins: Path, ledger: Path, scratch: Path) -> Tables:
     for name in ("np_addr4", "np_addr6"):
         for key, value in rows(pins, name).items():
             address = abi.np_addr.from_buffer_copy(value)
-            tables.addresses.set(decode_key(name, key)[1], AddressRow(address.identity, address.endpoint))
+            holder = (0, address.holder) if address.holder >= FIRST_NODE else (address.holder, 0)
+            tables.addresses.set(decode_key(name, key)[1], AddressRow(address.identity, *holder))
+    for name, node in nodes.items():
+        for row in filter(None, map(tables.addresses.get, node.addresses)):
+            if row.node:
+                tables.nodes.set(name, row.node)
     for name in ("np_cidr4", "np_cidr6"):
         for key, value in rows(pins, name).items():
             tables.cidrs.set(decode_key(name, key)[1], struct.unpack("=I", value)[0])

@@ -155,7 +155,7 @@ def check_tables(scene: Scene, scratch: Path) -> None:
     fresh = Compiler(lambda endpoint: endpoint.node == NODE)
     fresh.replace(world)
     fresh.commit()
-    kernel = read_tables(pins, scene.state_dir / "numbers", scratch)
+    kernel = read_tables(pins, scene.state_dir / "numbers", scratch, world.nodes)
     assert len(rows(pins, "np_rule")) == len(kernel.rules)
     read = Compiler()
     read.tables = kernel

@@ -35,13 +35,13 @@ class Regression:
 
 
 def case(
-    name: str, *steps: Union[Told, Step], is_host: bool = False, is_outside: bool = False, has_link: bool = True,
-    is_bridged: bool = False,
+    name: str, *steps: Union[Told, Step], is_host: bool = False, is_outside: bool = False, is_external: bool = False,
+    has_link: bool = True, is_bridged: bool = False,
 ) -> Regression:  # fmt: skip
     """A regression from frames with reasons, and other steps, in order."""
     episode = Episode(
         tuple(step[0](step[1]) if isinstance(step, tuple) else step for step in steps),
-        is_host=is_host, is_outside=is_outside, has_link=has_link, is_bridged=is_bridged,
+        is_host=is_host, is_outside=is_outside, is_external=is_external, has_link=has_link, is_bridged=is_bridged,
     )  # fmt: skip
     return Regression(name, episode, tuple(step[2] for step in steps if isinstance(step, tuple)))
 

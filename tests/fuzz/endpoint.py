@@ -75,6 +75,8 @@ class Node:
     """Other workloads of this node have these addresses. One that moves may be the endpoint's at the same time."""
     workloads_on_link: frozenset[bytes] = frozenset()
     """Those of ``workloads`` that are at the interface's own bridge."""
+    elsewhere: frozenset[bytes] = frozenset()
+    """Workloads of other nodes have these addresses."""
     is_bridged: bool = False
     """The interface is at a bridge, so others than the node may receive what the workload sends."""
     tunnels: frozenset[tuple[int, int]] = frozenset()
@@ -109,6 +111,8 @@ class Endpoint:
     """Packets begin with an Ethernet header."""
     is_outside: bool = False
     """No workload of this node is behind this host interface."""
+    is_external: bool = False
+    """It is a tunnel that tells who sent a packet: in a test run nobody did."""
 
     def may_claim(self, address: bytes) -> bool:
         """Whether the workload may say on its link that it has the address.

@@ -117,6 +117,7 @@ class Episode:
     """Steps from an empty table under the first variant.
 
     ``short_way``: its second never ends, else it is over. ``is_outside``: no workload is behind the host interface.
+    ``is_external``: that is a tunnel which tells who sent a packet.
     ``has_link``: packets begin with an Ethernet header. ``is_bridged``: the interface is at a bridge.
     """
 
@@ -124,6 +125,7 @@ class Episode:
     is_host: bool = False
     short_way: bool = False
     is_outside: bool = False
+    is_external: bool = False
     has_link: bool = True
     is_bridged: bool = False
 
@@ -132,6 +134,7 @@ class Episode:
         """The interface in words."""
         words = ["host" if self.is_host else "workload", "interface"]
         words += ["to outside"] if self.is_outside else []
+        words += ["by a tunnel"] if self.is_external else []
         words += [] if self.has_link else ["without link headers"]
         words += ["at a bridge"] if self.is_bridged else []
         return " ".join(words) + (", short way" if self.short_way else "")
@@ -141,7 +144,7 @@ def episode(seed: int, number: int, size: int = EPISODE) -> Episode:
     """The episode of that number.
 
     Of 8 episodes one meets nothing but denial, one has no link headers, two take the short way, and one is at a host
-    interface, of which every second one leads outside.  Half of all other interfaces are at a bridge.
+    interface, of which every second one leads outside, and half of these out of a tunnel.  Half of all other interfaces are at a bridge.
     """
     chance = random.Random(f"{seed}/{number}/steps").random
     turn, flavour = divmod(number, 8)
@@ -165,7 +168,7 @@ def episode(seed: int, number: int, size: int = EPISODE) -> Episode:
         steps.append(generator.stimulus())
     return Episode(
         tuple(steps), is_host=is_host, short_way=flavour in (5, 6), is_outside=is_host and turn % 4 in (0, 3),
-        has_link=has_link, is_bridged=has_link and not is_host and (turn + number) % 2 == 0,
+        is_external=is_host and turn % 4 == 0, has_link=has_link, is_bridged=has_link and not is_host and (turn + number) % 2 == 0,
     )  # fmt: skip
 
 
@@ -173,7 +176,7 @@ def reference_endpoint(episode: Episode) -> Endpoint:
     """The endpoint under test, as the reference knows it."""
     return Endpoint(
         world.OWN, policy(2), episode.is_host, world.may_borrow, world.around(is_bridged=episode.is_bridged),
-        has_link=episode.has_link, is_outside=episode.is_outside,
+        has_link=episode.has_link, is_outside=episode.is_outside, is_external=episode.is_external,
     )  # fmt: skip
 
 

@@ -195,8 +195,10 @@ class Harness:
         self._place(OTHER_ENDPOINT, OTHER_INTERFACE, link=OTHER_INTERFACE)
         for version in (4, 6):
             rig.address(_text(world.FRIEND[version]), IDENTITIES["friend"])
-            rig.address(_text(world.FOE[version]), IDENTITIES["foe"])
+            rig.address(_text(world.FOE[version]), IDENTITIES["foe"], abi.NP_NODE_FIRST)
             rig.cidr(_prefix(world.NEAR[version], world.NEAR_BYTES[version]), IDENTITIES["near"])
+            world_identity = abi.NP_IDENTITY_WORLD_V4 if version == 4 else abi.NP_IDENTITY_WORLD_V6
+            rig.address(_text(world.BORROWED[version]), world_identity, abi.NP_NODE_FIRST)
             rig.source(_prefix(world.BORROWED[version], world.BORROWED_BYTES[version]))
             key = struct.pack("=I", world.RANGE_BYTES[version] * 8) + world.NODE_RANGE[version]
             rig.map(f"np_local{version}_net").put(key, bytes(abi.np_local(flags=abi.NP_LOCAL_OWN)))
@@ -277,6 +279,7 @@ class Harness:
         flags = abi.NP_ENDPOINT_SOURCES
         flags |= abi.NP_ENDPOINT_HOST if one.is_host else 0
         flags |= abi.NP_ENDPOINT_OUTSIDE if one.is_outside else 0
+        flags |= abi.NP_ENDPOINT_EXTERNAL if one.is_external else 0
         flags |= 0 if one.has_link else abi.NP_ENDPOINT_LAYER3
         flags |= abi.NP_ENDPOINT_ROUTES if self._routes else 0
         ingress, egress = self._set(self._variant, Way.INGRESS), self._set(self._variant, Way.EGRESS)

@@ -197,6 +197,8 @@ class _Passage:
             reason = "link-forged"
         if not reason and not out_of_host and self._is_foreign():
             reason = "foreign-source"
+        if not reason and not out_of_host and self._is_sent_by_another():
+            reason = "tunnel-source"
         return reason
 
     def _ip(self) -> str:
@@ -321,6 +323,11 @@ class _Passage:
             endpoint.is_host and endpoint.is_outside and not self.machine.hairpin
             and (source in endpoint.node.workloads or (endpoint.node.is_own(source) and not is_link_local(source)))
         )  # fmt: skip
+
+    def _is_sent_by_another(self) -> bool:
+        """Whether a packet out of a tunnel has a source that is on another node, which did not send it."""
+        endpoint = self.machine.endpoint
+        return endpoint.is_external and not self.machine.hairpin and self.facts.source in endpoint.node.elsewhere
 
     # --- connections
 

@@ -85,6 +85,7 @@ def test_mutations_reach_every_reason() -> None:
         "policy-allow", "established", "related", "host", "self", "arp", "neighbour", "dhcp", "host-non-ip",
         "policy-deny", "revoked", "spoofed", "non-ip", "short", "bad-ip", "bad-l4", "ip6-headers", "no-next-header",
         "fragment", "icmp-unrelated", "link-forged", "misdelivered", "tunnel", "foreign-source",
+        "tunnel-source",
     }  # fmt: skip
     assert {reason: count for reason, count in reasons.items() if count < OFTEN} == {}
 
@@ -148,6 +149,7 @@ SLIPS: dict[str, Slip] = {
     "ranges": (Node, "is_own", lambda self, one: one in self.own),
     "foreign": (machine._Passage, "_is_foreign", lambda _: False),
     "foreign workloads": (Node, "workloads", property(lambda _: frozenset(), lambda *_: None)),
+    "sent by another": (machine._Passage, "_is_sent_by_another", lambda _: False),
     "questions to servers": (wire.Facts, "is_dhcp_request", property(lambda _: False)),
     "hairpin": (Machine, "hairpin", property(lambda _: False, lambda *_: None)),
     "link headers": (machine, "parse", lambda frame, has_link: wire.parse(frame)),  # noqa: ARG005  # by keyword

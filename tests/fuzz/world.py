@@ -75,6 +75,8 @@ def both(one: Pair) -> frozenset[bytes]:
     return frozenset(one.values())
 
 
+ELSEWHERE = both(FOE) | both(BORROWED)
+"""Workloads of another node own these addresses, of which the one under test may borrow some."""
 OWN = both(POD) | {POD_LINK}
 """The endpoint under test always owns these addresses."""
 MOVING = both(SECOND) | {SECOND_LINK}
@@ -94,6 +96,7 @@ def around(*, is_bridged: bool) -> Node:
         other_nodes=both(OTHER_NODE),
         workloads=SIBLINGS | both(OTHER),
         workloads_on_link=SIBLINGS if is_bridged else frozenset(),
+        elsewhere=ELSEWHERE,
         tunnels=TUNNELS,
         listening=frozenset({LISTENING_PORT}),
     )

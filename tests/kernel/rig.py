@@ -187,12 +187,12 @@ class Rig:
             row.present |= 1 << stage * 2 + direction
         self.map("np_host").put(struct.pack("=I", number), bytes(seal_host(row)))
 
-    def local(self, *addresses: str, flags: int = abi.NP_LOCAL_OWN, ifindex: int = 0) -> None:
-        """Addresses that mean the node. ``ifindex``: of the interface that has them."""
+    def local(self, *addresses: str, flags: int = abi.NP_LOCAL_OWN, ifindex: int = 0, node: int = 0) -> None:
+        """Addresses that mean the node. ``ifindex``: of the interface that has them; ``node``: number of another node."""
         for text in addresses:
             packed = ip_address(text).packed
             self._special(packed)
-            row = abi.np_local(flags=flags, ifindex=ifindex)
+            row = abi.np_local(flags=flags, ifindex=ifindex, node=node)
             self.map("np_local4" if len(packed) == 4 else "np_local6").put(packed, bytes(row))
 
     def vip(
@@ -223,11 +223,11 @@ class Rig:
             self.address(own, POD_IDENTITY, ENDPOINT)
             self.address(peer, PEER_IDENTITY)
 
-    def address(self, address: str, identity: int, endpoint: int = 0) -> None:
-        """Write an address row."""
+    def address(self, address: str, identity: int, holder: int = 0) -> None:
+        """Write an address row. ``holder``: number of the endpoint that owns it, or of the node that has it."""
         packed = ip_address(address).packed
         name = "np_addr4" if len(packed) == 4 else "np_addr6"
-        self.map(name).put(packed, bytes(abi.np_addr(identity=identity, endpoint=endpoint)))
+        self.map(name).put(packed, bytes(abi.np_addr(identity=identity, holder=holder)))
 
     def cidr(self, text: str, identity: int) -> None:
         """Write a row of the tries."""

@@ -139,4 +139,4 @@ def test_bpftool_shows_names(rig: Rig) -> None:
     )  # fmt: skip
     (bucket,) = (one["formatted"]["value"] for one in json.loads(done.stdout) if one["formatted"]["value"]["used"])
     assert bucket["used"] == 1
-    assert (bucket["key"][0], bucket["row"][0]) == ({"address": [10, 0, 0, 7]}, {"identity": 100, "endpoint": 7})
+    assert (bucket["key"][0], bucket["row"][0]) == ({"address": [10, 0, 0, 7]}, {"identity": 100, "holder": 7})

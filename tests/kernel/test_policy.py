@@ -305,6 +305,39 @@ def test_no_tunnel_ends_at_a_node(
     assert rig.out(p.frame(pod, peer, protocol, payload)).reason == "policy-allow"
 
 
+@FAMILIES
+def test_nobody_speaks_for_another_node_out_of_a_tunnel(rig: Rig, pod: str, peer: str) -> None:
+    """Who sent it is not known here, so what is on another node did not; other sources and interfaces are as they were."""
+    outside = abi.NP_ENDPOINT_HOST | abi.NP_ENDPOINT_OUTSIDE
+    packet = p.frame(peer, pod, p.UDP, p.udp(1, 2))
+    rig.pod(everything(INGRESS, ALLOW, 11), everything(EGRESS, ALLOW, 12), flags=outside | abi.NP_ENDPOINT_EXTERNAL)
+    assert rig.out(packet).reason == "policy-allow", "on no node that is known"
+    for holder, reason in ((abi.NP_NODE_FIRST, "tunnel-source"), (abi.NP_NODE_FIRST - 1, "established")):
+        rig.address(peer, PEER_IDENTITY, holder)
+        assert rig.out(packet).reason == reason
+    rig.address(peer, PEER_IDENTITY, abi.NP_NODE_FIRST)
+    rig.flags(abi.NP_CONFIG_HAIRPIN)
+    assert rig.out(packet).reason == "established"
+    rig.flags(0)
+    rig.pod(everything(INGRESS, ALLOW, 11), everything(EGRESS, ALLOW, 12), flags=outside)
+    rig.address(peer, PEER_IDENTITY, abi.NP_NODE_FIRST)
+    rig.epoch()
+    assert rig.out(packet).reason == "established", "no device that tells"
+
+
+@FAMILIES
+def test_what_comes_out_of_a_tunnel_takes_no_fast_path(rig: Rig, pod: str, peer: str) -> None:
+    """Each packet may have been sent by another one; what goes into it, by this node."""
+    flags = abi.NP_ENDPOINT_HOST | abi.NP_ENDPOINT_OUTSIDE | abi.NP_ENDPOINT_EXTERNAL
+    rig.pod(everything(INGRESS, ALLOW, 11), everything(EGRESS, ALLOW, 12), flags=flags)
+    asks, answers = p.frame(peer, pod, p.UDP, p.udp(1, 2)), p.frame(pod, peer, p.UDP, p.udp(2, 1))
+    for packet, send in ((asks, rig.out), (answers, rig.into), (asks, rig.out), (answers, rig.into)):
+        assert send(packet).passed
+    rig.address(peer, PEER_IDENTITY, abi.NP_NODE_FIRST)
+    assert rig.out(asks).reason == "tunnel-source"
+    assert rig.into(answers).reason == "established"
+
+
 def test_borrowed_sources_need_the_flag_and_leave_no_connection(rig: Rig) -> None:
     """A workload that may borrow addresses cannot fill the connection table with them."""
     rig.pod(everything(INGRESS, DENY, 11), everything(EGRESS, ALLOW, 12), flags=abi.NP_ENDPOINT_SOURCES)
@@ -370,10 +403,10 @@ def test_own_address_is_remembered_for_an_epoch(rig: Rig, pod: str, peer: str) -
     """An address that is the workload's no longer is somebody else's from the next epoch on."""
     rig.pod(everything(1, DENY, 11), everything(2, ALLOW, 12))
     assert rig.out(p.frame(pod, peer, p.UDP, p.udp(1, 2))).rules == {12: 1}
-    rig.address(pod, 100, endpoint=8)
+    rig.address(pod, 100, holder=8)
     rig.epoch()
     assert rig.out(p.frame(pod, peer, p.UDP, p.udp(3, 4))).reason == "spoofed"
-    rig.address(pod, 100, endpoint=7)
+    rig.address(pod, 100, holder=7)
     assert rig.out(p.frame(pod, peer, p.UDP, p.udp(3, 4))).rules == {12: 1}, "what is not its own is not remembered"
 
 

@@ -24,6 +24,7 @@ from border_scene import (
     NARROW,
     NODE_ADDRESS,
     OPEN_PORT,
+    PODS,
     WORLD,
     Station,
     address_of,
@@ -34,6 +35,7 @@ from border_scene import (
     framed,
     gets,
     has_device,
+    inside,
     ip,
     network,
     put,
@@ -54,6 +56,7 @@ from scapy.packet import Packet
 from netpol_ebpf.lab.attempt import Attempt
 from netpol_ebpf.lab.laboratory import Lab
 from netpol_ebpf.lab.scene import INTERNET
+from netpol_loader import netlink
 
 pytestmark = pytest.mark.netns
 
@@ -88,6 +91,38 @@ spec:
   ingress:
   - from: [{{ipBlock: {{cidr: {NODE_ADDRESS[4]}/32}}}}, {{ipBlock: {{cidr: "{NODE_ADDRESS[6]}/128"}}}}]
   - ports: [{{protocol: UDP, port: {OPEN_PORT}}}]
+"""
+THIRD_NODE_ADDRESS = {4: "172.30.0.30", 6: "fd00:30::30"}
+THIRD_NODE = f"""\
+---
+apiVersion: v1
+kind: Node
+metadata: {{name: node-3}}
+status:
+  addresses:
+  - {{type: InternalIP, address: {THIRD_NODE_ADDRESS[4]}}}
+  - {{type: InternalIP, address: "{THIRD_NODE_ADDRESS[6]}"}}
+"""
+THREE_NODES = PODS + THIRD_NODE
+FAR_NODE = '{type: InternalIP, address: 172.30.0.20}, {type: InternalIP, address: "fd00:30::20"}'
+"""Addresses of the other node in the manifests."""
+DB_FROM_FAR_NODE = DB_FROM_OTHERS.replace("db-from-others", "db-from-far-node").replace(
+    "from: [",
+    f'from: [{{ipBlock: {{cidr: {FAR_NODE_ADDRESS[4]}/32}}}}, {{ipBlock: {{cidr: "{FAR_NODE_ADDRESS[6]}/128"}}}}, ',
+)
+TELLING, TELLING_PORT = "vx9", 4790
+"""A tunnel device of the node that keeps the outer addresses of what it takes."""
+TELLING_ENDPOINT = f"""\
+apiVersion: projectcalico.org/v3
+kind: HostEndpoint
+metadata: {{name: overlay, labels: {{role: overlay}}}}
+spec: {{node: node-1, interfaceName: {TELLING}}}
+"""
+TELLING_POLICY = """\
+apiVersion: projectcalico.org/v3
+kind: GlobalNetworkPolicy
+metadata: {name: overlay}
+spec: {selector: role == 'overlay', applyOnForward: true, types: [Ingress], ingress: [{action: Allow}]}
 """
 VPN, VPN_PEER = {4: "10.8.0.1", 6: "fd00:8::1"}, {4: "10.8.0.2", 6: "fd00:8::2"}
 HOST_TUN = """\
@@ -187,7 +222,8 @@ def as_pod(source: str, payload: bytes) -> Packet:
 
 def in_vxlan(own: str, node: str, inner: Packet, port: int = PORT) -> Packet:
     frame = Ether(src="02:00:00:00:00:78", dst=DEVICE_MAC) / inner
-    return network(own, node) / UDP(sport=4000, dport=port, chksum=0) / VXLAN(vni=VNI, flags="Instance") / frame
+    udp = UDP(sport=4000, dport=port, **({"chksum": 0} if ip_address(node).version == 4 else {}))
+    return network(own, node) / udp / VXLAN(vni=VNI, flags="Instance") / frame
 
 
 def arrived_at_db(scene: Scene, speaker: Station, packets: Mapping[str, tuple[bytes, Packet]]) -> set[str]:
@@ -356,6 +392,173 @@ def test_nobody_outside_is_the_node(scene: Scene, version: int) -> None:
             framed(datagram(WORLD[version], address_of("db", version), OPEN_PORT, control), *macs),
         )  # fmt: skip
         assert hearing.heard([attack], control) == set()
+
+
+# --- out of a tunnel that tells who sent it ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def telling(scene: Scene) -> Iterator[Scene]:
+    put(scene, WEB_MAY_ALL, DB_FROM_OTHERS, cluster=THREE_NODES)
+    with device(scene, TELLING, f"address {DEVICE_MAC} type vxlan external dstport {TELLING_PORT}"):
+        yield scene
+
+
+@contextlib.contextmanager
+def device(scene: Scene, name: str, options: str) -> Iterator[None]:
+    """A device of the node that the agent knows."""
+    ip(scene.lab, NODE, f"link add {name} {options}", f"link set {name} up")
+    try:
+        wait_for(lambda: name in scene.attached(), "the agent knows the device")
+        yield
+    finally:
+        ip(scene.lab, NODE, f"link del {name}")
+
+
+Wrap = Callable[[str, str, Packet], Packet]
+"""Outer source and destination, and what is in it."""
+
+
+def in_telling(outer: str, node: str, inner: Packet) -> Packet:
+    return in_vxlan(outer, node, inner, TELLING_PORT)
+
+
+def arrived_from(
+    scene: Scene,
+    right: str,
+    *wrong: str,
+    source: str,
+    port: int = CLOSED_PORT,
+    wrap: Wrap = in_telling,
+    rounds: int = 1,
+) -> set[str]:
+    """Those of the outer sources ``wrong`` by which a packet of ``source`` comes to the database; by ``right`` it must, and first."""
+    lab, macs = scene.lab, macs_of_uplink(scene.lab)
+    to = address_of("db", ip_address(source).version)
+    tokens = {outer: token() for outer in wrong}
+    firsts, control = [token() for _ in range(rounds)], token()
+
+    def packed(outer: str, payload: bytes) -> Packet:
+        return framed(wrap(outer, NODE_ADDRESS[ip_address(outer).version], datagram(source, to, port, payload)), *macs)
+
+    with ear(lab, "shop/db") as hearing:
+        for one in firsts:
+            say(lab, INTERNET, packed(right, one))
+            assert hearing.hears(one), f"{source} from {right}"
+        say(lab, INTERNET, *(packed(outer, one) for outer, one in tokens.items()), packed(right, control))
+        heard = hearing.heard(tokens.values(), control)
+    return {outer for outer, one in tokens.items() if one in heard}
+
+
+@pytest.mark.parametrize("inner", [4, 6])
+@pytest.mark.parametrize("outer", [4, 6])
+def test_nobody_speaks_for_a_pod_of_another_node(telling: Scene, outer: int, inner: int) -> None:
+    """Neither the world, nor another node, nor a pod of that node, be it the very pod; that node does."""
+    before = counted(telling, "tunnel-source")
+    wrong = [WORLD[outer], THIRD_NODE_ADDRESS[outer], FAR[outer], {4: "10.1.0.77", 6: "fd00:1::77"}[outer]]
+    assert arrived_from(telling, FAR_NODE_ADDRESS[outer], *wrong, source=FAR[inner]) == set()
+    assert counted(telling, "tunnel-source") - before == len(wrong)
+
+
+@pytest.mark.parametrize("version", [4, 6])
+def test_nobody_speaks_for_another_node(telling: Scene, version: int) -> None:
+    """The same for the addresses of that node itself, which a rule of a pod may name."""
+    put(telling, DB_FROM_FAR_NODE, cluster=THREE_NODES)
+    wrong = (WORLD[version], THIRD_NODE_ADDRESS[version])
+    assert arrived_from(telling, FAR_NODE_ADDRESS[version], *wrong, source=FAR_NODE_ADDRESS[version]) == set()
+
+
+@pytest.mark.parametrize("version", [4, 6])
+def test_pod_that_moved_speaks_from_its_new_node(telling: Scene, version: int) -> None:
+    """And from there alone, and back."""
+    moved = PODS.replace("{nodeName: node-2,", "{nodeName: node-3,") + THIRD_NODE
+    assert moved != THREE_NODES
+    places = FAR_NODE_ADDRESS[version], THIRD_NODE_ADDRESS[version]
+    for cluster, (right, wrong) in ((moved, places[::-1]), (THREE_NODES, places)):
+        put(telling, DB_FROM_OTHERS, cluster=cluster)
+        assert arrived_from(telling, right, wrong, source=FAR[version]) == set()
+
+
+def test_node_that_changed_its_address_speaks_from_that(telling: Scene) -> None:
+    """Its former address is nobody's, and may become another node's."""
+    other = "172.30.0.40"
+    assert FAR_NODE in PODS
+    for cluster in (PODS + THIRD_NODE, PODS + THIRD_NODE.replace(THIRD_NODE_ADDRESS[4], FAR_NODE_ADDRESS[4])):
+        put(telling, DB_FROM_OTHERS, cluster=cluster.replace(FAR_NODE, f"{{type: InternalIP, address: {other}}}"))
+        assert arrived_from(telling, other, FAR_NODE_ADDRESS[4], source=FAR[4]) == set()
+
+
+@pytest.mark.parametrize("unknown", ["no address", "no node", "another's address"])
+def test_pod_on_a_node_that_is_not_known_speaks_from_anywhere(telling: Scene, unknown: str) -> None:
+    """A node without an address of its own says nothing about its pods: what cannot be told is not denied."""
+    cluster = {
+        "no address": THREE_NODES.replace(FAR_NODE, ""),
+        "no node": THREE_NODES.replace("metadata: {name: node-2}", "metadata: {name: node-4}"),
+        "another's address": THREE_NODES.replace(
+            f"address: {THIRD_NODE_ADDRESS[4]}", f"address: {FAR_NODE_ADDRESS[4]}"
+        ),
+    }[unknown]
+    assert cluster != THREE_NODES
+    put(telling, DB_FROM_OTHERS, cluster=cluster)
+    assert arrived_from(telling, FAR_NODE_ADDRESS[4], WORLD[4], source=FAR[4]) == {WORLD[4]}
+
+
+@pytest.mark.parametrize("version", [4, 6])
+def test_what_is_no_pods_comes_out_of_a_tunnel(telling: Scene, version: int) -> None:
+    """Sources of which no node is known are policy's affair, whoever sends them."""
+    wrong = THIRD_NODE_ADDRESS[version]
+    assert arrived_from(telling, WORLD[version], wrong, source="192.0.2.77", port=OPEN_PORT) == {wrong}
+
+
+@pytest.mark.parametrize("version", [4, 6])
+def test_nobody_speaks_in_an_open_connection_of_another_node(telling: Scene, version: int) -> None:
+    """Where a host endpoint's policy remembers connections, each packet of one still has to come from that node."""
+    put(telling, DB_FROM_OTHERS, TELLING_ENDPOINT, TELLING_POLICY, cluster=THREE_NODES)
+    right, wrong = FAR_NODE_ADDRESS[version], THIRD_NODE_ADDRESS[version]
+    assert arrived_from(telling, right, wrong, source=FAR[version], rounds=4) == set()
+
+
+def in_geneve(outer: str, node: str, inner: Packet) -> Packet:
+    frame = Ether(src="02:00:00:00:00:78", dst=DEVICE_MAC) / inner
+    return network(outer, node) / UDP(sport=4000, dport=6081, chksum=0) / bytes.fromhex("0000655800000700") / frame
+
+
+TELLING_KINDS: dict[str, tuple[str, Wrap]] = {
+    "geneve": (f"address {DEVICE_MAC} ", in_geneve),
+    "gre": ("", lambda outer, node, inner: network(outer, node) / GRE() / inner),
+    "ipip": ("", lambda outer, node, inner: network(outer, node) / inner),
+}
+"""What stands before the kind of a device, and what it takes."""
+
+
+def test_other_tunnels_that_tell(telling: Scene, record_property: Callable[[str, object], None]) -> None:
+    """Geneve, GRE and IPIP, as far as the kernel has them; which those are goes into the report."""
+    kinds = [kind for kind in TELLING_KINDS if has_device(telling.lab, kind, "external")]
+    record_property("kinds of tunnels that tell", ", ".join(kinds) or "none")
+    for kind in kinds:
+        before, wrap = TELLING_KINDS[kind]
+        with device(telling, "tell0", f"{before}type {kind} external"):
+            wrong = (WORLD[4], THIRD_NODE_ADDRESS[4])
+            assert arrived_from(telling, FAR_NODE_ADDRESS[4], *wrong, source=FAR[4], wrap=wrap) == set(), kind
+
+
+PLAIN = {"vxlan": "id 9 dstport 8481", "geneve": "id 9 remote 172.30.0.20", "gretap": KINDS["gre"][1]}
+
+
+def test_which_devices_tell(scene: Scene) -> None:
+    """Of each kind that the kernel has: with `external`, and not without."""
+    found = {}
+    for kind in netlink.EXTERNAL:
+        told = "external dstport 8481" if kind == "vxlan" else "external"
+        plain = PLAIN.get(kind) or KINDS[kind][1]
+        for words, tells in ((told, True), (plain, False)):
+            if has_device(scene.lab, kind, *words.split()):
+                ip(scene.lab, NODE, f"link add tell0 type {kind} {words}")
+                links = inside(scene.lab, NODE, netlink.links)
+                ip(scene.lab, NODE, "link del tell0")
+                (found[kind, tells],) = [one.is_external for one in links if one.name == "tell0"]
+    assert {("vxlan", True), ("vxlan", False)} <= found.keys()
+    assert found == {(kind, tells): tells for kind, tells in found}
 
 
 # --- what tunnels there may be ---------------------------------------------------------------------------------------------

@@ -13,11 +13,13 @@ import pytest
 from test_agent_core import CLUSTER, POD, POLICY, Bench, settle
 
 from netpol_ebpf.agent.trouble import RETRY_S
+from netpol_ebpf.agent.wiring import Link
 from netpol_ebpf.apply.encode import LocalFlag, Meaning
 from netpol_ebpf.errors import MapFullError
 from netpol_ebpf.policy.types import EndpointKey
 from netpol_loader import abi
 
+NODE = "---\napiVersion: v1\nkind: Node\nmetadata: {name: NAME}\nstatus: {addresses: [{type: InternalIP, address: ADDRESS}]}\n"
 HOST = "apiVersion: projectcalico.org/v3\nkind: HostEndpoint\nmetadata: {name: h}\nspec: {node: here, interfaceName: NAME}\n"
 SERVICE = """\
 apiVersion: v1
@@ -100,6 +102,67 @@ def test_node_with_more_addresses_than_room_is_told(bench: Bench) -> None:
     agent.step()
     assert agent.problems == []
     assert len(bench.node.in_force["np_local4"].rows) == 2
+
+
+@pytest.mark.parametrize("is_external", [True, False])
+def test_tunnel_that_tells_who_sent_a_packet_is_marked(bench: Bench, is_external: bool) -> None:  # noqa: FBT001
+    """Others are own interfaces like any other."""
+    tunnel = Link(9, "vx0", "vxlan", is_external=is_external)
+    bench.node.wiring = replace(bench.node.wiring, links={**bench.node.wiring.links, 9: tunnel})
+    bench.agent()
+    row = bench.node.row(9)
+    assert row is not None
+    assert row.flags & abi.NP_ENDPOINT_OUTSIDE
+    assert bool(row.flags & abi.NP_ENDPOINT_EXTERNAL) == is_external
+
+
+def node_numbers(bench: Bench) -> tuple[int, dict[str, int]]:
+    """Of the node that the pod elsewhere is on, by the row of its address; and of nodes, by their addresses in the kernel."""
+    maps = bench.node.in_force
+    pod = abi.np_addr.from_buffer_copy(maps["np_addr4"].rows[ip_address("10.0.0.3").packed])
+    rows = {str(ip_address(key)): abi.np_local.from_buffer_copy(value) for key, value in maps["np_local4"].rows.items()}
+    return pod.holder, {address: row.node for address, row in rows.items() if row.flags & abi.NP_LOCAL_NODE}
+
+
+def test_addresses_of_nodes_and_of_their_pods_have_one_number(bench: Bench) -> None:
+    """Also when the pod moves, the node changes its address, or loses it; and after a restart."""
+    nodes = NODE.replace("NAME", "there").replace("ADDRESS", "172.16.0.2") + NODE.replace("NAME", "yonder").replace(
+        "ADDRESS", "172.16.0.3"
+    )
+    bench.write("nodes.yaml", nodes)
+    agent = bench.agent()
+    pod, numbers = node_numbers(bench)
+    assert numbers == {"172.16.0.2": pod, "172.16.0.3": pod + 1}
+    assert pod >= abi.NP_NODE_FIRST
+    bench.write("cluster.yaml", CLUSTER.replace("nodeName: there", "nodeName: yonder"))
+    settle(agent)
+    assert node_numbers(bench) == (pod + 1, numbers)
+    bench.write("nodes.yaml", nodes.replace("172.16.0.3", "172.16.0.4"))
+    settle(agent)
+    assert node_numbers(bench) == (pod + 1, {"172.16.0.2": pod, "172.16.0.4": pod + 1})
+    bench.write("nodes.yaml", nodes.replace("172.16.0.3", "172.16.0.2"))
+    settle(agent)
+    assert node_numbers(bench) == (0, {"172.16.0.2": 0})
+    bench.write("nodes.yaml", nodes)
+    bench.agent()
+    pod, numbers = node_numbers(bench)
+    assert numbers["172.16.0.3"] == pod != numbers["172.16.0.2"]
+
+
+def test_node_keeps_its_addresses_until_rows_of_its_pods_are_written(bench: Bench) -> None:
+    """So no packet of a pod is compared with a node that is just losing its number."""
+    nodes = NODE.replace("NAME", "there").replace("ADDRESS", "172.16.0.2")
+    bench.write("nodes.yaml", nodes)
+    agent = bench.agent()
+    before = node_numbers(bench)
+    log = bench.node.in_force["np_local4"].log
+    log.clear()
+    bench.remove("nodes.yaml")
+    settle(agent)
+    key, pod = ip_address("172.16.0.2").packed, ip_address("10.0.0.3").packed
+    assert node_numbers(bench) == (0, {})
+    assert before[1] == {"172.16.0.2": before[0]}
+    assert log.index(("put", "np_addr4", pod)) < log.index(("delete", "np_local4", key))
 
 
 def test_refused_host_endpoint_leaves_the_node_s_interface_alone(bench: Bench) -> None:

@@ -9,7 +9,8 @@ from ipaddress import ip_address, ip_network
 import pytest
 
 from netpol_ebpf.apply import encode
-from netpol_ebpf.compiler.tables import AddressRow, EndpointRow, SetRow, VerdictRow
+from netpol_ebpf.compiler.limits import Limits
+from netpol_ebpf.compiler.tables import FIRST_NODE, AddressRow, EndpointRow, SetRow, VerdictRow
 from netpol_ebpf.errors import NetpolError
 from netpol_ebpf.policy.types import Action, Cause, CauseKind, Direction, Outcome, PolicyKey, Stage
 from netpol_loader import abi
@@ -47,10 +48,19 @@ def encoded(table: str, key: object, row: object) -> tuple[str, dict[str, object
 def test_addresses_go_to_the_map_of_their_family() -> None:
     """A known address is a key in network order, with identity and owner."""
     name, key, value = encoded("addresses", ip_address("10.1.2.3"), AddressRow(77, 5))
-    assert (name, key, value) == ("np_addr4", {"address": [10, 1, 2, 3]}, {"identity": 77, "endpoint": 5})
+    assert (name, key, value) == ("np_addr4", {"address": [10, 1, 2, 3]}, {"identity": 77, "holder": 5})
     name, key, value = encoded("addresses", ip_address("fd00::7"), AddressRow(78))
     assert (name, key["address"]) == ("np_addr6", [0xFD, *[0] * 14, 7])
-    assert value == {"identity": 78, "endpoint": 0}
+    assert value == {"identity": 78, "holder": 0}
+
+
+def test_address_elsewhere_is_held_by_its_node() -> None:
+    """Numbers of nodes begin where those of endpoints have ended."""
+    assert FIRST_NODE == abi.NP_NODE_FIRST > Limits().endpoints
+    _, _, value = encoded("addresses", ip_address("10.1.2.3"), AddressRow(77, node=FIRST_NODE + 3))
+    assert value == {"identity": 77, "holder": abi.NP_NODE_FIRST + 3}
+    _, _, raw = encode.local_element(ip_address("10.1.2.3"), encode.Meaning(encode.LocalFlag.NODE, node=FIRST_NODE + 3))
+    assert read(abi.np_local, raw) == {"flags": abi.NP_LOCAL_NODE, "ifindex": 0, "node": FIRST_NODE + 3}
 
 
 def test_prefixes_go_to_the_trie_of_their_family() -> None:
@@ -158,6 +168,6 @@ def test_tables_without_a_map_yield_no_element(table: str) -> None:
 
 def test_changed_layout_is_an_error() -> None:
     """A structure whose fields are not as expected is refused, rather than filled in another order."""
-    assert encode.layout(abi.np_addr, "identity", "endpoint").size == 8
-    with pytest.raises(NetpolError, match="np_addr has the fields identity, endpoint"):
-        encode.layout(abi.np_addr, "endpoint", "identity")
+    assert encode.layout(abi.np_addr, "identity", "holder").size == 8
+    with pytest.raises(NetpolError, match="np_addr has the fields identity, holder"):
+        encode.layout(abi.np_addr, "holder", "identity")

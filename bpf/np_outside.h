@@ -1,0 +1,58 @@
+// SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause
+//
+// What comes in from outside, and in whose name.  A workload of this node would have come in at its own interface.  One
+// of another node comes from that node: where it comes out of a tunnel whose device keeps the outer addresses, these
+// tell who sent it.  Other tunnels, and the wire, do not.
+#pragma once
+
+#include "np_endpoint.h"
+#include "np_flow.h"
+#include "np_lang.h"
+#include "np_maps.h"
+
+// What Linux 5.15 has of struct bpf_tunnel_key; newer kernels have more and take this size as well.
+struct np_outer {
+    __u32 tunnel;
+    __u32 source[4]; // of IPv4 one word in the machine's byte order, of IPv6 network order
+    __u8 tos;
+    __u8 ttl;
+    __u16 pad;
+    __u32 label;
+};
+_Static_assert(sizeof(struct np_outer) == 28, "np_outer");
+
+#define NP_OUTER_IP4 0
+#define NP_OUTER_IP6 1 // BPF_F_TUNINFO_IPV6
+
+// Whether a node sent what came out of a tunnel: by its own address, not by one of its workloads'. `outer`: room.
+NP_INLINE int np_is_sent_by(struct __sk_buff *skb, struct np_outer *outer, __u32 node)
+{
+    union np_addr_key *key = (void *)outer->source;
+    const struct np_local *sender = 0;
+    if (!np_outer_key(skb, outer, sizeof(*outer), NP_OUTER_IP4)) {
+        outer->source[0] = np_host32(outer->source[0]);
+        sender = np_local_lookup(key, 4);
+    } else if (!np_outer_key(skb, outer, sizeof(*outer), NP_OUTER_IP6)) {
+        sender = np_local_lookup(key, 6);
+    }
+    return sender && sender->node == node;
+}
+
+// Why a packet from outside may not have its source: it is this node's, that of a workload of this node, or of another
+// node than the one that sent it.  Link-local addresses are those of many nodes.  NP_REASON_NONE: nothing is known
+// against it.
+NP_INLINE int np_outside(struct __sk_buff *skb, struct np_flow *flow, struct np_outer *outer, const int version)
+{
+    const __u32 *source = flow->packet->source;
+    __u32 flags = flow->leg->endpoint_flags;
+    if (NP_LIKELY(!(flags & NP_ENDPOINT_OUTSIDE)) || flow->config->flags & NP_CONFIG_HAIRPIN)
+        return NP_REASON_NONE;
+    if (np_is_local(flow, source, version) && !(version == 6 && np_is_link_local(source)))
+        return NP_REASON_FOREIGN_SOURCE;
+    if (np_place_of(flow, source, version))
+        return NP_REASON_FOREIGN_SOURCE;
+    __u32 node = flow->leg->addr.holder;
+    if (NP_UNLIKELY(flags & NP_ENDPOINT_EXTERNAL && node >= NP_NODE_FIRST) && !np_is_sent_by(skb, outer, node))
+        return NP_REASON_TUNNEL_SOURCE;
+    return NP_REASON_NONE;
+}

@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Numbers of nodes, by which the program compares who sent a packet through a tunnel with who has the packet's source.
+
+A node has a number while its addresses tell it: it has some, and no other node has one of them.  A second object of one
+machine, left over from before it was registered under another name, so takes nothing from the first one's workloads.
+
+Invariants: a number is never given to another node, nor to the same one again after it was without; what depends on numbers
+is the caller's matter.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+
+from netpol_ebpf.compiler.journal import Journal
+from netpol_ebpf.compiler.tables import FIRST_NODE
+from netpol_ebpf.policy.types import Node
+
+
+class NodeNumbers:
+    """``numbers``: of the nodes that have one, by name."""
+
+    def __init__(self) -> None:
+        self.numbers: dict[str, int] = {}
+        self._next = FIRST_NODE
+
+    def renumber(self, nodes: Mapping[str, Node], journal: Journal) -> dict[str, tuple[int, int]]:
+        """Take in the addresses of all nodes. Returns (old number, new number), 0 for none, of those whose number changed.
+
+        Cost: linear in the nodes.
+        """
+        holders = Counter(address for node in nodes.values() for address in set(node.addresses))
+        before = self.numbers
+        told = [
+            name for name, one in nodes.items() if one.addresses and all(holders[each] == 1 for each in one.addresses)
+        ]
+        fresh = {name: number for number, name in enumerate((name for name in told if name not in before), self._next)}
+        after = {name: before.get(name) or fresh[name] for name in told}
+        journal.assign(self, "numbers", after)
+        journal.assign(self, "_next", self._next + len(fresh))
+        names = sorted(before.keys() ^ after.keys())
+        return {name: (before.get(name, 0), after.get(name, 0)) for name in names}
