@@ -453,7 +453,8 @@ def _parse(raw: bytes, path: Path) -> LoadResult:
         line = raw.count(b"\n", 0, error.start) + 1
         message = f"is not UTF-8 text (byte {error.start}: {error.reason}); save it as UTF-8"
         return LoadResult(resources=[], problems=[Problem(Location(str(path), line), "", message, slug="encoding")])
-    result = parse_documents(text, str(path))
+    blank = not text.removeprefix("\ufeff").strip()  # tabs as well, which YAML would find fault with
+    result = parse_documents("" if blank else text, str(path))
     if not result.resources and not result.errors and not _says_none(text, str(path)):
         message = (
             "says nothing (it is empty, or has spaces and comments alone); its last good state stays in force: write `---` "

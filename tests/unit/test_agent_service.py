@@ -363,7 +363,7 @@ def test_answer_that_is_given_up_is_no_answer(stops: tuple[Service, int], caplog
     agent, _ = stops
     with pytest.raises(UnreachableError, match="gave the answer up"):
         answers(agent, {"op": "die"})
-    agent.poll()
+    finish(agent)
     assert "given up: SIGKILL" in caplog.text
     assert agent._answering.count() == 0
 
