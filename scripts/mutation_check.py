@@ -204,7 +204,7 @@ SLIPS = (
          "or self.stage not in (Stage.NORMAL, Stage.UNTRACKED)", ""),
     Slip("there are no failsafes", REFERENCE, "for index, failsafe in enumerate(own):", "for index, failsafe in enumerate(()):"),
     Slip("tunnels pass from anyone", REFERENCE,
-         "and any(self._remote in node.addresses for node in self.world.nodes.values())", ""),
+         "self._remote in node.addresses for node in self.world.nodes.values()", "node for node in self.world.nodes"),
     Slip("a node has no failsafes of its own", "policy/types.py",
          'return self.node_failsafes.get((node or "", direction), of_all)', "return of_all"),
     Slip("an address claims before a name", "policy/journey.py",
