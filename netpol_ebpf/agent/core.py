@@ -37,6 +37,7 @@ from netpol_ebpf.compiler import Change, Compiler, KnownNumbers, Limits, Tables
 from netpol_ebpf.errors import InvalidInputError, LimitError, Location, MapFullError, PlatformError, Problem
 from netpol_ebpf.policy.translate import Derivation
 from netpol_ebpf.policy.types import (
+    TUNNELS,
     Action,
     Cause,
     Changes,
@@ -52,6 +53,7 @@ from netpol_ebpf.policy.types import (
     Service,
     Staged,
     Tier,
+    Tunnel,
 )
 from netpol_ebpf.policy.types import Node as ClusterNode
 from netpol_ebpf.policy.types import Settings as PolicySettings
@@ -87,7 +89,7 @@ class Settings:
     ``keep_revoked``: connections that policy no longer allows live on until they end.  ``workload_to_host``: what becomes of
     packets of workloads to their own node, PASS: a wildcard host endpoint's policy decides.  ``mark_shift``: lowest of 16
     bits of the packets' mark that are ours, 0: none.  ``tunnels``: encapsulation, as IP protocol and UDP port, that nodes take
-    from anyone, besides that of this node's devices.  ``routers``: patterns of ``NAMESPACE/NAME`` of workloads that others
+    from anyone, besides that of this node's devices; between known nodes it passes host endpoints.  ``routers``: patterns of ``NAMESPACE/NAME`` of workloads that others
     route through.  ``hairpin``: what comes from outside may have the source of a workload of this node.  ``barrier``: what
     stands behind the programs.
     """
@@ -289,6 +291,7 @@ class Agent:
         self._take_changes(older=set(self._ledger.numbers.endpoints))
         self._recall_bonds()
         self._look_at_interfaces()
+        self._take_changes()  # what the interfaces tell of tunnels is in the world already
         self._attachments.find()  # by an earlier agent
         self._adoption.expect(self._wanted_interfaces() - self.attached)
         self._install()
@@ -307,7 +310,7 @@ class Agent:
             self._look_at_interfaces()
             self._let_go(gone)
             self._close_and_open()
-        if self._look_at_manifests():
+        if self._look_at_manifests() or self._derivation.is_changed:
             self._bring_into_force(self._take_changes())
         elif self.refusals.retry_at_s is not None and self._clock() >= self.refusals.retry_at_s:
             self._bring_into_force(Changes())
@@ -527,6 +530,8 @@ class Agent:
     def _look_at_interfaces(self) -> None:
         self._looked_at_s = self._clock()
         self._wiring = self._node.snapshot()
+        encapsulations = self._wiring.tunnels | self.settings.tunnels
+        self._derivation.set_tunnels(TUNNELS.union(Tunnel(*one) for one in encapsulations))
         self._locate()
 
     def _locate(self) -> None:
@@ -822,3 +827,5 @@ def _objects(changes: Changes) -> Iterable[tuple[Any, Any, Any]]:
     for kind, table in kinds:
         for key, new in table.items():
             yield kind, key, new
+    if changes.settings is not None:
+        yield PolicySettings, None, changes.settings

@@ -2,6 +2,7 @@
 """Which of the node's own interfaces bear the programs, and by which host endpoint's policy: pure reasoning over one snapshot.
 
 A host endpoint has the interface that it names, else those that have one of its addresses; a wildcard has all that no other has.
+Of several that claim an interface `claim_order` says which has it; the others are told.
 Every own interface bears the programs: a packet to a service could leave by any, and one that says it is from a workload of
 this node could come in by any.  Those without a host endpoint pass everything else.
 
@@ -15,7 +16,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from netpol_ebpf.agent.wiring import BRIDGE_KIND, Wiring
-from netpol_ebpf.policy.journey import WILDCARD
+from netpol_ebpf.policy.journey import WILDCARD, claim_order
 from netpol_ebpf.policy.types import Endpoint, EndpointKey
 
 LOOPBACK = 1
@@ -52,7 +53,7 @@ def plan_hosts(wiring: Wiring, endpoints: Iterable[Endpoint], workloads: Collect
     wildcard: EndpointKey | None = None
     taken: dict[int, EndpointKey] = {}
     problems: dict[EndpointKey, str] = {}
-    for endpoint in sorted(endpoints, key=lambda one: (one.interface is None, one.key)):
+    for endpoint in sorted(endpoints, key=claim_order):
         if endpoint.interface == WILDCARD:
             if wildcard is None:
                 wildcard = endpoint.key

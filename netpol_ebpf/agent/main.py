@@ -123,8 +123,8 @@ def build_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     parser.add_argument(
         "--tunnel", action="append", default=[], metavar="PROTOCOL[:PORT]",
-        help="encapsulation that nodes of the cluster take from anyone, such as udp:8472, ipip or gre, and workloads may not "
-        "send to them (may be repeated); that of this node's own devices is known",
+        help="encapsulation that nodes of the cluster take from anyone, such as udp:8472, ipip or gre: workloads may not send it "
+        "to them, and between them it passes host endpoints (may be repeated); that of this node's own devices is known",
     )  # fmt: skip
     parser.add_argument(
         "--router", action="append", default=[], metavar="NAMESPACE/NAME",

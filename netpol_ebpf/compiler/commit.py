@@ -28,7 +28,17 @@ from netpol_ebpf.compiler.entries import PortPair
 from netpol_ebpf.compiler.intake import Intake
 from netpol_ebpf.compiler.journal import Journal
 from netpol_ebpf.compiler.limits import exceeded
-from netpol_ebpf.compiler.programs import Part, Program, Template, TierPart, cut, is_of_stage, order_tiers, stages_of
+from netpol_ebpf.compiler.programs import (
+    Part,
+    Program,
+    Template,
+    TierPart,
+    cut,
+    exceptions_of,
+    is_of_stage,
+    order_tiers,
+    stages_of,
+)
 from netpol_ebpf.compiler.revocation import Revocation
 from netpol_ebpf.compiler.sets import Fold, LiveSet
 from netpol_ebpf.compiler.state import LocalEndpoint, Slot, State
@@ -120,7 +130,7 @@ class Commit:
                 tiers, profiles = cut(
                     self._tiers(policies, direction, stage), self._profiles(endpoint, direction, stage)
                 )
-                program = Program(direction, stage, self._failsafes(endpoint, direction, stage), tiers, profiles)
+                program = Program(direction, stage, self._exceptions(endpoint, direction, stage), tiers, profiles)
                 if not program.is_idle:
                     programs[(direction, stage)] = program
         if programs == local.programs:
@@ -146,10 +156,11 @@ class Commit:
             self._ordered[(keys, direction, stage)] = known
         return known
 
-    def _failsafes(self, endpoint: Endpoint, direction: Direction, stage: Stage) -> tuple[Part, ...]:
+    def _exceptions(self, endpoint: Endpoint, direction: Direction, stage: Stage) -> tuple[Part, ...]:
         if endpoint.kind is not EndpointKind.HOST or stage not in (Stage.NORMAL, Stage.UNTRACKED):
             return ()
-        template = self._state.templates.get((stage, direction), self._journal)
+        exceptions = exceptions_of(self._state.world.settings, endpoint.node, direction, stage)
+        template = self._state.templates.get((exceptions, direction), self._journal)
         return (Part(template),) if template.entries else ()
 
     def _profiles(self, endpoint: Endpoint, direction: Direction, stage: Stage) -> tuple[Part, ...]:

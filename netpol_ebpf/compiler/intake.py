@@ -29,7 +29,6 @@ from netpol_ebpf.policy.types import (
     Profile,
     Service,
     Settings,
-    Stage,
     Staged,
     Tier,
     World,
@@ -117,8 +116,6 @@ class Intake:
         if settings == self._state.world.settings:
             return
         self._journal.assign(self._state.world, "settings", settings)
-        for stage in (Stage.NORMAL, Stage.UNTRACKED):
-            self.stale.update(dict.fromkeys((stage, direction) for direction in Direction))
         self.touch(key for key, local in self._state.local.items() if local.endpoint.kind is EndpointKind.HOST)
 
     def _own(self, registered: dict[Any, int], key: Any, kind: OwnerKind, old: Any, new: Any) -> tuple[int, int]:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Everything that applies to one endpoint in one direction and stage, in the order of evaluation.
 
-A *template* is what one policy (or profile, or failsafe list) says in one direction, as entries; it is shared by all
-programs that hold it.  A *program* is the order: failsafes, tiers of templates, profiles, and what is left at the end.
+A *template* is what one policy (or profile, or list of exceptions) says in one direction, as entries; it is shared by all
+programs that hold it.  A *program* is the order: exceptions, tiers of templates, profiles, and what is left at the end.
 Two evaluations share one program: the enforced and the pending one (staged policies take part, and stand for those they
 replace); each template and each end of a tier says in which it is.
 
@@ -12,12 +12,14 @@ Invariant: equal programs are equal values, whatever order the policies came in 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 from netpol_ebpf.compiler.entries import EFFECTS, Effect, Entry, Resolver, expand
 from netpol_ebpf.compiler.identities import MatchRecord
 from netpol_ebpf.compiler.terms import NetsTerm
 from netpol_ebpf.policy.types import (
+    ANY_ENTITY,
     PORT_PROTOCOLS,
     Action,
     Cause,
@@ -37,14 +39,16 @@ from netpol_ebpf.policy.types import (
     Stage,
     Staged,
     Tier,
+    Tunnel,
 )
+from netpol_ebpf.selector import EVERYTHING
 
 _OTHER = {Direction.INGRESS: Direction.EGRESS, Direction.EGRESS: Direction.INGRESS}
 
 
 @dataclass(slots=True, eq=False)
 class Template:
-    """The entries of one policy, profile or failsafe list in one direction. Compared by identity.
+    """The entries of one policy, profile or list of exceptions in one direction. Compared by identity.
 
     ``names_own_nets``: some entry asks which nets the own address is in.  ``peers``, ``owns``: the records of the entries' matches, while ``references`` (programs) is not 0.
     """
@@ -150,6 +154,24 @@ def nothing_decided(direction: Direction, stage: Stage) -> tuple[Outcome, Cause]
 # --- templates ------------------------------------------------------------------------------------------------------
 
 
+class Exceptions(NamedTuple):
+    """What policy of a host never blocks in one direction and stage.
+
+    ``replies``: failsafes of the other direction, whose replies pass UNTRACKED too.
+    """
+
+    stage: Stage
+    failsafes: tuple[Failsafe, ...]
+    replies: tuple[Failsafe, ...]
+    tunnels: frozenset[Tunnel]
+
+
+def exceptions_of(settings: Settings, node: str | None, direction: Direction, stage: Stage) -> Exceptions:
+    """Of the host endpoints of a node."""
+    replies = settings.failsafes(node, _OTHER[direction]) if stage is Stage.UNTRACKED else ()
+    return Exceptions(stage, settings.failsafes(node, direction), replies, settings.tunnels)
+
+
 def policy_entries(policy: Policy, direction: Direction, resolver: Resolver) -> list[Entry]:
     """What a policy says in one direction."""
     found: list[Entry] = []
@@ -175,32 +197,32 @@ def missing_profile_entries(name: str, direction: Direction, resolver: Resolver)
     return list(expand(Rule(Action.DENY, -1), direction, Effect.DENY, cause, resolver))
 
 
-def failsafe_entries(settings: Settings, direction: Direction, stage: Stage, resolver: Resolver) -> list[Entry]:
-    """The failsafes of a host: allow in NORMAL, continue in UNTRACKED, there also for the replies of the other direction."""
-    lists = {Direction.INGRESS: settings.failsafe_inbound, Direction.EGRESS: settings.failsafe_outbound}
-    effect = Effect.ALLOW if stage is Stage.NORMAL else Effect.CONTINUE
+def exception_entries(exceptions: Exceptions, direction: Direction, resolver: Resolver) -> list[Entry]:
+    """What policy of a host never blocks, in one direction: allow in NORMAL, continue in UNTRACKED."""
+    effect = Effect.ALLOW if exceptions.stage is Stage.NORMAL else Effect.CONTINUE
     found: list[Entry] = []
 
-    def add(index: int, failsafe: Failsafe, *, reply: bool) -> None:
-        nets = () if failsafe.net is None else (failsafe.net,)
-        ports: Ports | None = Ports(ranges=((failsafe.port, failsafe.port),))
-        if failsafe.protocol not in PORT_PROTOCOLS:
-            if failsafe.port:
+    def add(kind: CauseKind, index: int, remote: Entity, protocol: int, port: int, *, reply: bool = False) -> None:
+        """Add one. ``remote``: the remote side's addresses; ``port``: the destination's, of a reply the source's."""
+        ports: Ports | None = Ports(ranges=((port, port),))
+        if protocol not in PORT_PROTOCOLS:
+            if port:
                 return  # such packets have port 0
             ports = None
-        # The port is the destination's, or of a reply the source's; the net is always the remote side's.
         ingress = direction is Direction.INGRESS
-        source = Entity(nets=nets if ingress else (), ports=ports if reply else None)
-        destination = Entity(nets=() if ingress else nets, ports=None if reply else ports)
-        rule = Rule(Action.ALLOW, index, protocol=failsafe.protocol, source=source, destination=destination)
-        cause = Cause(CauseKind.FAILSAFE, direction, index=index, action=Action.ALLOW)
+        source, destination = (remote, ANY_ENTITY) if ingress else (ANY_ENTITY, remote)
+        source = replace(source, ports=ports if reply else None)
+        destination = replace(destination, ports=None if reply else ports)
+        rule = Rule(Action.ALLOW, index, protocol=protocol, source=source, destination=destination)
+        cause = Cause(kind, direction, index=index, action=Action.ALLOW)
         found.extend(expand(rule, direction, effect, cause, resolver))
 
-    for index, failsafe in enumerate(lists[direction]):
-        add(index, failsafe, reply=False)
-    if stage is Stage.UNTRACKED:
-        for index, failsafe in enumerate(lists[_OTHER[direction]], start=len(lists[direction])):
-            add(index, failsafe, reply=True)
+    for index, failsafe in enumerate((*exceptions.failsafes, *exceptions.replies)):
+        remote = Entity(nets=() if failsafe.net is None else (failsafe.net,))
+        is_reply = index >= len(exceptions.failsafes)
+        add(CauseKind.FAILSAFE, index, remote, failsafe.protocol, failsafe.port, reply=is_reply)
+    for tunnel in sorted(exceptions.tunnels):
+        add(CauseKind.TUNNEL, tunnel.number, Entity(nodes=EVERYTHING), tunnel.protocol, tunnel.port)
     return found
 
 

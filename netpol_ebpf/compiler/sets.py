@@ -37,6 +37,9 @@ SetKey = tuple[Program, "Fold | None"]
 _TRIM_ABOVE = 256
 """Verdicts that a set may remember in vain; arbitrary."""
 
+EXCEPTIONS = (CauseKind.FAILSAFE, CauseKind.TUNNEL)
+"""What nothing that comes before normal policy may drop either."""
+
 _OUTCOMES = {Effect.ALLOW: Outcome.ALLOW, Effect.DENY: Outcome.DENY, Effect.CONTINUE: Outcome.CONTINUE}
 
 
@@ -177,8 +180,8 @@ class LiveSet:
         if len(entries.effects) > stores.limits.entries_per_set:
             raise exceeded(what, "entries_per_set", stores.limits.entries_per_set, len(entries.effects))
         self._rules = [stores.causes.acquire(cause, what, draft, journal) for cause in entries.causes]
-        self._failsafes = frozenset(
-            rule for rule, cause in zip(self._rules, entries.causes, strict=True) if cause.kind is CauseKind.FAILSAFE
+        self._exceptions = frozenset(
+            rule for rule, cause in zip(self._rules, entries.causes, strict=True) if cause.kind in EXCEPTIONS
         )
         self._tail, cause = nothing_decided(program.direction, program.stage)
         self._tail_rule = stores.causes.acquire(cause, what, draft, journal)
@@ -300,7 +303,7 @@ class LiveSet:
         log_list = 0
         if logs:
             log_list = self._stores.log_lists.acquire(tuple(logs), self.what, draft, journal)
-        return VerdictRow(outcome, rule, staged_outcome, staged_rule, log_list, rule in self._failsafes)
+        return VerdictRow(outcome, rule, staged_outcome, staged_rule, log_list, rule in self._exceptions)
 
     def _trim(self, journal: Journal) -> None:
         """Forget verdicts of classes that are gone, when they have become many."""

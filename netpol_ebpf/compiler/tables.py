@@ -120,7 +120,7 @@ class VerdictRow:
     """One verdict. Rule numbers are keys of ``Tables.rules``.
 
     ``log_list``: key of ``Tables.log_lists`` (the Log rules that matched on the way), 0 for none.  ``failsafe``: the rule is a
-    failsafe port, so nothing that comes before may drop the packet either.
+    failsafe port or a tunnel between nodes, so nothing that comes before may drop the packet either.
     """
 
     outcome: Outcome

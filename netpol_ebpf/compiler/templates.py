@@ -17,20 +17,21 @@ from netpol_ebpf.compiler.journal import Journal
 from netpol_ebpf.compiler.limits import Limits, exceeded
 from netpol_ebpf.compiler.owners import NameKey, OwnerIndex
 from netpol_ebpf.compiler.programs import (
+    Exceptions,
     Program,
     Template,
-    failsafe_entries,
+    exception_entries,
     make_template,
     missing_profile_entries,
     policy_entries,
     profile_entries,
 )
-from netpol_ebpf.policy.types import Direction, PolicyKey, Service, Stage, World
+from netpol_ebpf.policy.types import Direction, PolicyKey, Service, World
 from netpol_ebpf.selector import Selector
 
 ServiceKey = tuple[str, str]
-TemplateKey = tuple[Union[PolicyKey, str, Stage], Direction]
-"""A policy, a profile's name, or the failsafes of a stage; and the direction."""
+TemplateKey = tuple[Union[PolicyKey, str, Exceptions], Direction]
+"""A policy, a profile's name, or what policy of a host never blocks; and the direction."""
 _Watched = tuple[frozenset[NameKey], frozenset[ServiceKey]]
 
 
@@ -162,8 +163,11 @@ class Templates:
                 self._forget(key, journal)
 
     def _exists(self, key: TemplateKey) -> bool:
+        """Whether there is an object that the template is of; exceptions are values, and of none."""
         subject = key[0]
-        return not isinstance(subject, PolicyKey) or subject in self._world.policies
+        if isinstance(subject, PolicyKey):
+            return subject in self._world.policies
+        return not isinstance(subject, Exceptions)
 
     def _build(self, key: TemplateKey, journal: Journal) -> tuple[Template, _Watched]:
         subject, direction = key
@@ -175,9 +179,9 @@ class Templates:
             if len(policy.rules(direction)) > self._limits.rules_per_policy:
                 raise exceeded(what, "rules_per_policy", self._limits.rules_per_policy, len(policy.rules(direction)))
             entries = policy_entries(policy, direction, asking)
-        elif isinstance(subject, Stage):
-            what = f"failsafes, {direction.value}"
-            entries = failsafe_entries(self._world.settings, direction, subject, asking)
+        elif isinstance(subject, Exceptions):
+            what = f"failsafes and tunnels, {direction.value}"
+            entries = exception_entries(subject, direction, asking)
         else:
             what = f"Profile/{subject}"
             profile = self._world.profiles.get(subject)

@@ -17,6 +17,7 @@ from netpol_ebpf.policy.types import (
     Endpoint,
     EndpointKind,
     Failsafe,
+    IPAddress,
     Outcome,
     Policy,
     Question,
@@ -77,37 +78,52 @@ class _Run:
         self.logs: list[Cause] = []
 
     def evaluate(self, policies: list[Policy]) -> tuple[Outcome, Cause]:
-        """Failsafes, tiers, profiles, and what is left when none of them decides."""
+        """Failsafes and tunnels, tiers, profiles, and what is left when none of them decides."""
         return (
-            self._failsafes()
+            self._exceptions()
             or self._tiers([policy for policy in policies if self._takes_part(policy)])
             or self._profiles()
             or _nothing_decided(self.direction, self.stage)
         )
 
-    def _failsafes(self) -> tuple[Outcome, Cause] | None:
+    def _exceptions(self) -> tuple[Outcome, Cause] | None:
         """Of hosts: allow in NORMAL; in UNTRACKED leave the packet (or the reply to one) to the later stages."""
         if self.endpoint.kind is not EndpointKind.HOST or self.stage not in (Stage.NORMAL, Stage.UNTRACKED):
             return None
-        own = _failsafe_list(self.world, self.direction)
+        cause = self._failsafe() or self._tunnel()
+        return None if cause is None else (Outcome.ALLOW if self.stage is Stage.NORMAL else Outcome.CONTINUE, cause)
+
+    def _failsafe(self) -> Cause | None:
+        settings, node = self.world.settings, self.endpoint.node
+        own = settings.failsafes(node, self.direction)
         for index, failsafe in enumerate(own):
             if self._is_failsafe(failsafe, self.packet.destination_port):
-                outcome = Outcome.ALLOW if self.stage is Stage.NORMAL else Outcome.CONTINUE
-                return outcome, Cause(CauseKind.FAILSAFE, self.direction, index=index, action=Action.ALLOW)
+                return Cause(CauseKind.FAILSAFE, self.direction, index=index, action=Action.ALLOW)
         if self.stage is Stage.UNTRACKED:
-            for index, failsafe in enumerate(_failsafe_list(self.world, _OTHER[self.direction]), start=len(own)):
+            for index, failsafe in enumerate(settings.failsafes(node, _OTHER[self.direction]), start=len(own)):
                 if self._is_failsafe(failsafe, self.packet.source_port):
-                    cause = Cause(CauseKind.FAILSAFE, self.direction, index=index, action=Action.ALLOW)
-                    return Outcome.CONTINUE, cause
+                    return Cause(CauseKind.FAILSAFE, self.direction, index=index, action=Action.ALLOW)
         return None
 
     def _is_failsafe(self, failsafe: Failsafe, port: int) -> bool:
-        remote = self.packet.source if self.direction is Direction.INGRESS else self.packet.destination
         return (
             failsafe.protocol == self.packet.protocol
             and failsafe.port == port
-            and (failsafe.net is None or remote in failsafe.net)
+            and (failsafe.net is None or self._remote in failsafe.net)
         )
+
+    def _tunnel(self) -> Cause | None:
+        """Encapsulation from (ingress) or to (egress) an address of a known node."""
+        for tunnel in self.world.settings.tunnels:
+            if tunnel.carries(self.packet) and any(
+                self._remote in node.addresses for node in self.world.nodes.values()
+            ):
+                return Cause(CauseKind.TUNNEL, self.direction, index=tunnel.number, action=Action.ALLOW)
+        return None
+
+    @property
+    def _remote(self) -> IPAddress:
+        return self.packet.source if self.direction is Direction.INGRESS else self.packet.destination
 
     def _takes_part(self, policy: Policy) -> bool:
         """Whether a policy is of this stage and direction and selects the endpoint."""
@@ -180,11 +196,6 @@ def _is_of_stage(policy: Policy, stage: Stage, kind: EndpointKind) -> bool:
     if stage is Stage.FORWARD:
         return kind is EndpointKind.HOST and policy.apply_on_forward
     return True
-
-
-def _failsafe_list(world: World, direction: Direction) -> tuple[Failsafe, ...]:
-    settings = world.settings
-    return settings.failsafe_inbound if direction is Direction.INGRESS else settings.failsafe_outbound
 
 
 def _outcome(action: Action) -> Outcome:

@@ -4,7 +4,7 @@
 `Topology.plan` turns a `Flow` (the first packet of a connection) into a `Journey`: hops in the order the packet meets them.
 `walk` asks an engine and combines the answers.  All engines take the same journey; only ``decide`` differs.
 
-Sources: SEMANTICS 3.3 (no policy at all), 4.2 to 4.5 (which policy of a host applies where), 4.6 (failsafes), 4.8
+Sources: SEMANTICS 3.3 (no policy at all), 4.2 to 4.5 (which policy of a host applies where), 4.6 and 4.7 (failsafes, tunnels), 4.8
 (untracked), 5.4 (services and hairpins), 5.6 (neighbour discovery); DHCP, and what is forged: see docs/adr.
 
 Invariant: a hop allows unless one of its questions is answered with DENY or its reason refuses; the journey allows when
@@ -239,6 +239,15 @@ def _first_word(questions: tuple[Question, ...], ask: _Ask) -> tuple[Outcome, Qu
     return outcome, question, cause
 
 
+def claim_order(endpoint: Endpoint) -> tuple[int, EndpointKey]:
+    """Sorts the host endpoints of a node: of those that could have an interface, the first one has it.
+
+    One that names its interface, then one with an address of it, then the wildcard; by name among equals.
+    """
+    rank = 1 if endpoint.interface is None else 2 if endpoint.interface == WILDCARD else 0
+    return rank, endpoint.key
+
+
 class Topology:
     """Who is where in a world: a snapshot for planning journeys. Cost to build: linear in endpoints and nodes."""
 
@@ -252,6 +261,7 @@ class Topology:
             self._node_addresses[node.name] = node.addresses
             for address in node.addresses:
                 self._hosts.setdefault(address, Place(PlaceKind.HOST, node=node.name))
+        self._of_nodes = frozenset(self._hosts)
         for endpoint in sorted(world.endpoints.values(), key=lambda endpoint: endpoint.key):
             if endpoint.kind is EndpointKind.WORKLOAD:
                 place = Place(PlaceKind.WORKLOAD, endpoint.key, endpoint.node)
@@ -262,6 +272,8 @@ class Topology:
                 self._host_endpoints.setdefault(endpoint.node or "", []).append(endpoint)
             for address in endpoint.addresses:
                 known.setdefault(address, place)
+        for endpoints in self._host_endpoints.values():
+            endpoints.sort(key=claim_order)
 
     def locate(self, address: IPAddress) -> Place:
         """What an address belongs to: a workload, else a host (by its Node or a host endpoint), else nothing of ours."""
@@ -277,33 +289,33 @@ class Topology:
         return next(found, None)
 
     def uplink(self, node: str, address: IPAddress | None, version: int) -> Endpoint | None:
-        """The host endpoint of a node's interface to the world, by name the first of the most specific ones.
+        """The host endpoint of a node's interface to the world, in the order of `claim_order`.
 
         ``address``: that of the node in the packet, None for a packet that only passes (then the node's own first
-        address of the packet's family stands for the interface).  The most specific is a named one with the address, then a named one
-        without any, then the wildcard; a named one with other addresses only is better than none.
+        address of the packet's family stands for the interface).  The interface is taken to be the one that a host endpoint
+        with the address names, else one without any address.  Where neither this nor an address nor a wildcard tells, any
+        host endpoint is better than none.
         """
         if address is None:
             own = self._node_addresses.get(node, ())
             address = next((one for one in own if one.version == version), None)
         candidates = self._host_endpoints.get(node, [])
-        named = [one for one in candidates if one.interface != WILDCARD]
-        wildcards = [one for one in candidates if one.interface == WILDCARD]
         if address is None:
-            ranked = [*named, *wildcards]
-        else:
-            owners = [one for one in named if address in one.addresses]
-            unplaced = [one for one in named if not one.addresses]
-            ranked = [*owners, *unplaced, *wildcards, *named]
-        return ranked[0] if ranked else None
+            return next(iter(candidates), None)
+        named = [one for one in candidates if one.interface not in (None, WILDCARD)]
+        places = [one.interface for one in named if address in one.addresses]
+        places += [one.interface for one in named if not one.addresses]
+        claims = [one for one in named if one.interface == places[0]] if places else []
+        claims += [one for one in candidates if one.interface is None and address in one.addresses]
+        claims += [one for one in candidates if one.interface == WILDCARD]
+        return next(iter((*claims, *candidates)), None)
 
-    def is_failsafe(self, packet: Packet, direction: Direction) -> bool:
-        """Whether a failsafe port protects a packet to (ingress) or from (egress) a host's own process."""
-        settings = self._settings
-        inbound = direction is Direction.INGRESS
-        failsafes = settings.failsafe_inbound if inbound else settings.failsafe_outbound
-        remote = packet.source if inbound else packet.destination
-        return any(_is_covered(packet, failsafe, remote) for failsafe in failsafes)
+    def is_excepted(self, node: str, packet: Packet, direction: Direction) -> bool:
+        """Whether a failsafe port or a tunnel protects a packet to (ingress) or from (egress) a host's own process."""
+        remote = packet.source if direction is Direction.INGRESS else packet.destination
+        if remote in self._of_nodes and any(tunnel.carries(packet) for tunnel in self._settings.tunnels):
+            return True
+        return any(_is_covered(packet, one, remote) for one in self._settings.failsafes(node, direction))
 
     @property
     def workload_to_host(self) -> Action:
@@ -444,7 +456,7 @@ class _Planner:
             if is_local:
                 yield Hop(direction=direction, reason=Reason.NO_HOST_ENDPOINT)
             return
-        if is_local and self.topology.is_failsafe(self.final, direction):
+        if is_local and self.topology.is_excepted(node, self.final, direction):
             yield _ask(host.key, direction, ((Stage.NORMAL, self.final),))
             return
         stages = _stages(host, direction, wire, self.final, is_local=is_local)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from netpol_ebpf.errors import Location
-from netpol_ebpf.policy.types import Action, Cause, CauseKind, Direction, World
+from netpol_ebpf.policy.types import UDP, Action, Cause, CauseKind, Direction, Tunnel, World
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +31,7 @@ class Provenance:
             "tier": cause.tier or None,
             "policy": None if cause.policy is None else str(cause.policy),
             "profile": cause.profile or None,
-            "rule": cause.index if cause.index >= 0 else None,
+            "rule": cause.index if cause.index >= 0 and cause.kind is not CauseKind.TUNNEL else None,
             "file": None if place is None else place.file,
             "line": None if place is None else place.line,
             "sentence": self.sentence,
@@ -64,7 +64,13 @@ def _sentence(cause: Cause) -> str:
         return f"{did} by {what}"
     if cause.kind is CauseKind.FAILSAFE:
         return f"{did}: a failsafe port ({'inbound' if cause.direction is Direction.INGRESS else 'outbound'})"
+    if cause.kind is CauseKind.TUNNEL:
+        return f"{did}: {_tunnel(Tunnel.of_number(cause.index))} between the addresses of known nodes"
     return f"{did}: nothing decided" if cause.action is not Action.PASS else "nothing decided: on to the next stage"
+
+
+def _tunnel(tunnel: Tunnel) -> str:
+    return f"UDP port {tunnel.port}" if tunnel.protocol == UDP else f"IP protocol {tunnel.protocol}"
 
 
 def _location(world: World, cause: Cause) -> Location | None:

@@ -27,7 +27,7 @@ IPNetwork = Union[IPv4Network, IPv6Network]
 K = TypeVar("K")
 V = TypeVar("V")
 
-TCP, UDP, SCTP, UDPLITE, ICMP, ICMPV6 = 6, 17, 132, 136, 1, 58
+TCP, UDP, SCTP, UDPLITE, ICMP, ICMPV6, IPIP = 6, 17, 132, 136, 1, 58, 4
 PORT_PROTOCOLS = frozenset({TCP, UDP, SCTP})
 """Protocols whose ports the dataplane parses and rules may match."""
 
@@ -336,13 +336,50 @@ FAILSAFE_OUTBOUND = (
 )  # fmt: skip
 
 
+class Tunnel(NamedTuple):
+    """Encapsulation by which the nodes carry each other's packets. ``port``: of UDP, 0 for a protocol without ports."""
+
+    protocol: int
+    port: int = 0
+
+    @property
+    def number(self) -> int:
+        """Protocol and port as one number: what a `Cause` names it by."""
+        return self.protocol << 16 | self.port
+
+    @classmethod
+    def of_number(cls, number: int) -> Tunnel:
+        """The tunnel that has a number."""
+        return cls(number >> 16, number & 0xFFFF)
+
+    def carries(self, packet: Packet) -> bool:
+        """Whether a packet is of this encapsulation."""
+        port = packet.destination_port if packet.protocol in PORT_PROTOCOLS else 0
+        return (self.protocol, self.port) == (packet.protocol, port)
+
+
+TUNNELS = frozenset({Tunnel(IPIP), Tunnel(UDP, 4789), Tunnel(UDP, 51820), Tunnel(UDP, 51821)})
+"""IPIP, VXLAN, WireGuard and WireGuard of IPv6 with the ports that they have by default (SEMANTICS 4.7)."""
+
+
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """Cluster-wide settings that change verdicts (SEMANTICS 4.5, 4.6)."""
+    """Cluster-wide settings that change verdicts (SEMANTICS 4.5 to 4.7).
+
+    ``node_failsafes``: by node and direction the list that one node has in place of the cluster's.  ``tunnels``: what policy of
+    host endpoints never blocks between the addresses of known nodes.
+    """
 
     failsafe_inbound: tuple[Failsafe, ...] = FAILSAFE_INBOUND
     failsafe_outbound: tuple[Failsafe, ...] = FAILSAFE_OUTBOUND
     workload_to_host: Action = Action.ALLOW  # DENY (drop), PASS (host policy decides), ALLOW
+    node_failsafes: Mapping[tuple[str, Direction], tuple[Failsafe, ...]] = field(default_factory=dict, hash=False)
+    tunnels: frozenset[Tunnel] = TUNNELS
+
+    def failsafes(self, node: str | None, direction: Direction) -> tuple[Failsafe, ...]:
+        """The list of a node in one direction."""
+        of_all = self.failsafe_inbound if direction is Direction.INGRESS else self.failsafe_outbound
+        return self.node_failsafes.get((node or "", direction), of_all)
 
 
 @dataclass(slots=True)
@@ -368,7 +405,10 @@ class World:
 
 @dataclass(slots=True)
 class Changes:
-    """What became of internal objects: the new one, or None where it went. The tables have `World`'s names and keys."""
+    """What became of internal objects: the new one, or None where it went. The tables have `World`'s names and keys.
+
+    ``settings``: None when they are as they were.
+    """
 
     tiers: dict[str, Tier | None] = field(default_factory=dict)
     policies: dict[PolicyKey, Policy | None] = field(default_factory=dict)
@@ -378,9 +418,10 @@ class Changes:
     nodes: dict[str, Node | None] = field(default_factory=dict)
     services: dict[tuple[str, str], Service | None] = field(default_factory=dict)
     vips: dict[VipKey, Vip | None] = field(default_factory=dict)
+    settings: Settings | None = None
 
     def __bool__(self) -> bool:
-        return any((
+        return self.settings is not None or any((
             self.tiers, self.policies, self.profiles, self.endpoints, self.network_sets, self.nodes, self.services,
             self.vips,
         ))  # fmt: skip
@@ -395,6 +436,8 @@ class Changes:
         _apply(self.nodes, world.nodes)
         _apply(self.services, world.services)
         _apply(self.vips, world.vips)
+        if self.settings is not None:
+            world.settings = self.settings
 
 
 def _apply(changes: Mapping[K, V | None], table: dict[K, V]) -> None:
@@ -441,6 +484,7 @@ class CauseKind(enum.Enum):
     PROFILE = "profile"  # profile name in ``tier``-less ``profile``, index
     NO_MATCH = "no match"  # nothing decided: the implicit deny (or continue) after the profiles
     FAILSAFE = "failsafe"  # index into the failsafe list
+    TUNNEL = "tunnel"  # between known nodes; index: the tunnel's number
 
 
 @dataclass(frozen=True, slots=True)

@@ -289,14 +289,14 @@ def _network_set(obj: Reader, meta: Meta) -> NetworkSet:
         path = ("metadata", "labels", _NAMESPACE_LABEL)
         obj.report.error(path, "this label is reserved: it is set from the namespace of the object", slug="label")
     nets = tuple(
-        network for network in (_set_net(spec, path, text) for path, text in spec.indexed_strings("nets")) if network
+        network for network in (read_net(spec, path, text) for path, text in spec.indexed_strings("nets")) if network
     )
     domains = read_domains(spec, "allowedEgressDomains")
     spec.done()
     return NetworkSet(meta, nets, domains)
 
 
-def _set_net(spec: Reader, path: tuple[str | int, ...], text: str) -> IPNetwork | None:
+def read_net(spec: Reader, path: tuple[str | int, ...], text: str) -> IPNetwork | None:
     """A CIDR or a bare address; host bits are cleared."""
     full = text if "/" in text else f"{text}/{128 if ':' in text else 32}"
     try:
@@ -414,7 +414,7 @@ def _workload_endpoint(obj: Reader, meta: Meta) -> WorkloadEndpoint:
                 spec.error(key, f"must be an IPv{version} address, is {describe(text)}", slug="address")
     if (mac := spec.string("mac")) and not _MAC.match(mac):
         spec.error("mac", f"must be a MAC address such as ee:ee:ee:ee:ee:ee; is {describe(mac)}")
-    prefixes = [_set_net(spec, path, text) for path, text in spec.indexed_strings("allowSpoofedSourcePrefixes")]
+    prefixes = [read_net(spec, path, text) for path, text in spec.indexed_strings("allowSpoofedSourcePrefixes")]
     ports = [_endpoint_port(port, may_be_unnamed=True) for port in spec.mappings("ports")]
     profiles = _profiles(spec)
     spec.ignore("qosControls")

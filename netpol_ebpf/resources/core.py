@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from typing import Any
 
 from netpol_ebpf.resources.kind import Kind
 from netpol_ebpf.resources.reader import Reader, describe
@@ -23,6 +24,7 @@ from netpol_ebpf.resources.types import (
     Meta,
     Namespace,
     Node,
+    NodeInterface,
     Pod,
     Service,
     ServiceAccount,
@@ -50,6 +52,8 @@ _NODE_ADDRESS_ANNOTATIONS = (
     "projectcalico.org/IPv4WireguardInterfaceAddr",
     "projectcalico.org/IPv6WireguardInterfaceAddr",
 )
+
+_NODE_INTERFACES = "projectcalico.org/Interfaces"
 
 
 def _namespace(obj: Reader, meta: Meta) -> Namespace:
@@ -175,18 +179,47 @@ def _source_prefixes(obj: Reader, annotations: Mapping[str, str]) -> tuple[IPNet
 
 def _node(obj: Reader, meta: Meta) -> Node:
     texts: list[tuple[Path, str]] = []
+    own: list[tuple[Path, str]] = []
     status = obj.mapping("status")
     if status is not None:
         for entry in status.mappings("addresses"):
             address = entry.string("address")
-            if entry.string("type") in ("InternalIP", "ExternalIP") and address:
+            kind = entry.string("type")
+            if kind in ("InternalIP", "ExternalIP") and address:
                 texts.append(((*entry.path, "address"), address))
+                own += texts[-1:] if kind == "InternalIP" else ()
     annotations = _annotations(obj.mapping("metadata"))
     for annotation in _NODE_ADDRESS_ANNOTATIONS:
         address = annotations.get(annotation, "").partition("/")[0]
         if address:
             texts.append((("metadata", "annotations", annotation), address))
-    return Node(meta, _addresses(obj, texts))
+            own += texts[-1:]
+    addresses = _addresses(obj, texts)
+    external = frozenset(addresses).difference(_addresses(obj, own))
+    return Node(meta, addresses, external, tuple(_node_interfaces(obj, annotations)))
+
+
+def _node_interfaces(obj: Reader, annotations: Mapping[str, str]) -> Iterable[NodeInterface]:
+    """The annotation that lists a node's interfaces: JSON, each with its name and its addresses (with or without prefix)."""
+    text = annotations.get(_NODE_INTERFACES)
+    if not text:
+        return
+    path = ("metadata", "annotations", _NODE_INTERFACES)
+    found: list[tuple[Any, list[str]]] | None
+    try:
+        interfaces = json.loads(text)
+        found = [(one["name"], [str(address) for address in one.get("addresses") or ()]) for one in interfaces]
+    except (ValueError, RecursionError, TypeError, LookupError, AttributeError):
+        found = None
+    if (
+        found is None
+        or not isinstance(interfaces, list)
+        or not all(isinstance(name, str) and name for name, _ in found)
+    ):
+        obj.report.error(path, f"must be a JSON list of interfaces with name and addresses; is {describe(text)}")
+        return
+    for name, addresses in found:
+        yield NodeInterface(name, _addresses(obj, [(path, address.partition("/")[0]) for address in addresses]))
 
 
 def _service(obj: Reader, meta: Meta) -> Service:

@@ -16,7 +16,7 @@ from pathlib import Path as FilePath
 from typing import Any
 
 from netpol_ebpf.errors import Location, Problem, ValidationError
-from netpol_ebpf.resources import calico, core, kubernetes, signetwork
+from netpol_ebpf.resources import calico, calico_configuration, core, kubernetes, signetwork
 from netpol_ebpf.resources.kind import Kind
 from netpol_ebpf.resources.manifest_files import find_manifests
 from netpol_ebpf.resources.reader import Reader, Report, describe, suggestion
@@ -28,7 +28,9 @@ from netpol_ebpf.resources.yamltree import Path, Positions, read_documents
 STANDARD_INPUT = FilePath("-")
 
 KINDS: dict[tuple[str, str], Kind] = {
-    (kind.api_version, kind.kind): kind for module in (core, kubernetes, calico, signetwork) for kind in module.KINDS
+    (kind.api_version, kind.kind): kind
+    for module in (core, kubernetes, calico, calico_configuration, signetwork)
+    for kind in module.KINDS
 }
 
 SERVICE_ACCOUNT_LABEL = "projectcalico.org/serviceaccount"

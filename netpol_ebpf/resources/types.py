@@ -102,11 +102,25 @@ class Pod:
 
 
 @dataclass(frozen=True, slots=True)
+class NodeInterface:
+    """An interface of a node, as the origin's agent notes it on the Node object."""
+
+    name: str
+    addresses: tuple[IPAddress, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Node:
-    """v1 Node. ``addresses``: status.addresses of type InternalIP/ExternalIP plus Calico tunnel annotations."""
+    """v1 Node. ``addresses``: status.addresses of type InternalIP/ExternalIP plus Calico tunnel annotations.
+
+    ``external``: those of them that are of type ExternalIP and nothing else.  ``interfaces`` from annotation
+    projectcalico.org/Interfaces, () without it.
+    """
 
     meta: Meta
     addresses: tuple[IPAddress, ...]
+    external: frozenset[IPAddress] = frozenset()
+    interfaces: tuple[NodeInterface, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -430,6 +444,49 @@ class Profile:
     labels_to_apply: Mapping[str, str]
 
 
+@dataclass(frozen=True, slots=True)
+class FailsafePort:
+    """An entry of a list of failsafe ports. ``protocol``: IANA number (6, 17); ``net`` None: any remote address."""
+
+    protocol: int
+    port: int
+    net: IPNetwork | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class FelixConfiguration:
+    """projectcalico.org/v3 FelixConfiguration; a list is None where it is not given, () where it is given empty."""
+
+    meta: Meta
+    failsafe_inbound: tuple[FailsafePort, ...] | None = None
+    failsafe_outbound: tuple[FailsafePort, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class HostEndpointTemplate:
+    """A template of automatic host endpoints.
+
+    ``nets``: the node's addresses that count; ``pattern``: a regular expression for the names of its interfaces, found
+    anywhere in them; ``node_selector`` None: all nodes.
+    """
+
+    name: str
+    nets: tuple[IPNetwork, ...] = ()
+    pattern: str | None = None
+    node_selector: Selector | None = None
+    labels: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class KubeControllersConfiguration:
+    """projectcalico.org/v3 KubeControllersConfiguration, as far as it is about automatic host endpoints."""
+
+    meta: Meta
+    creates_hosts: bool = False
+    creates_default: bool = True
+    templates: tuple[HostEndpointTemplate, ...] = ()
+
+
 # --- policy.networking.k8s.io ---------------------------------------------------------------------------------------
 
 
@@ -540,6 +597,8 @@ Resource = Union[
     HostEndpoint,
     WorkloadEndpoint,
     Profile,
+    FelixConfiguration,
+    KubeControllersConfiguration,
     ClusterNetworkPolicy,
     AdminNetworkPolicy,
     BaselineAdminNetworkPolicy,

@@ -141,6 +141,18 @@ spec:
   ingress: [{{action: Allow, protocol: UDP, destination: {{ports: [{OPEN_PORT}]}}}}]
   egress: [{{action: Allow, protocol: UDP, destination: {{ports: [{OPEN_PORT}]}}}}]
 """
+EVERY_INTERFACE = HOST_TUN.replace("name: vpn, labels: {role: vpn}", "name: all, labels: {role: all}").replace(
+    "interfaceName: tun0", "interfaceName: '*'"
+)
+DENY_ALL = """\
+apiVersion: projectcalico.org/v3
+kind: GlobalNetworkPolicy
+metadata: {name: deny-all}
+spec: {selector: role == 'all', types: [Ingress, Egress], ingress: [{action: Deny}], egress: [{action: Deny}]}
+"""
+WITHOUT_THE_OTHER_NODE = "---\n".join(
+    one for one in PODS.split("---\n") if "kind: Node\nmetadata: {name: node-2}" not in one
+)
 BALANCED = {4: "203.0.113.80", 6: "2001:db8:80::80"}
 BALANCER = f"""\
 apiVersion: v1
@@ -564,11 +576,9 @@ def test_which_devices_tell(scene: Scene) -> None:
 # --- what tunnels there may be ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("version", [4, 6])
-def test_overlay_of_the_nodes(scene: Scene, version: int) -> None:
-    """Packets between the pods of two nodes go through the nodes' tunnel, in both directions, as policy says."""
-    lab = scene.lab
-    put(scene, WEB_MAY_ALL, DB_FROM_OTHERS)
+@contextlib.contextmanager
+def overlay(lab: Lab, version: int) -> Iterator[None]:
+    """Routes by which packets between the pods of two nodes go through the nodes' tunnel."""
     hop = {4: "10.77.0.{}", 6: "fd00:77::{}"}[version]
     routes = [
         (NODE, FAR[version], hop.format(2)),
@@ -579,16 +589,49 @@ def test_overlay_of_the_nodes(scene: Scene, version: int) -> None:
         for host, to, via in routes:
             was[host, to] = lab.run(host, ["ip", f"-{version}", "route", "show", to]).stdout.strip()
             ip(lab, host, f"-{version} route replace {to} via {via} dev {DEVICE} onlink")
-        with ear(lab, NODE, DEVICE) as passing:
-            assert scene.reached(Attempt("shop/web", ip_address(FAR[version]), 6, 5432)) == [True]
-            assert scene.reached(Attempt("shop/far", ip_address(address_of("db", version)), 6, 5432)) == [True]
-            passing.hears(b"nobody sends this", 0.1)
-            assert passing.frames, "it went another way"
+        yield
     finally:
         for host, to, via in routes:
             ip(lab, host, f"-{version} route del {to} via {via} dev {DEVICE}")
             if was.get((host, to)):
                 ip(lab, host, f"-{version} route replace {was[host, to]}")
+
+
+def between_pods(version: int) -> list[Attempt]:
+    """A connection from a pod of this node to one of the other, and one the other way."""
+    return [
+        Attempt("shop/web", ip_address(FAR[version]), 6, 5432),
+        Attempt("shop/far", ip_address(address_of("db", version)), 6, 5432),
+    ]
+
+
+@pytest.mark.parametrize("version", [4, 6])
+def test_overlay_of_the_nodes(scene: Scene, version: int) -> None:
+    """Packets between the pods of two nodes go through the nodes' tunnel, in both directions, as policy says."""
+    put(scene, WEB_MAY_ALL, DB_FROM_OTHERS)
+    with overlay(scene.lab, version), ear(scene.lab, NODE, DEVICE) as passing:
+        assert scene.reached(*between_pods(version)) == [True, True]
+        passing.hears(b"nobody sends this", 0.1)
+        assert passing.frames, "it went another way"
+
+
+@pytest.mark.parametrize("version", [4, 6])
+def test_overlay_passes_a_host_endpoint_that_denies_all(scene: Scene, version: int) -> None:
+    """As long as the other node is known by its Node object; an address that is nobody's is judged, and so cut."""
+    lab = scene.lab
+    put(scene, WEB_MAY_ALL, DB_FROM_OTHERS, EVERY_INTERFACE, DENY_ALL)
+    try:
+        with overlay(lab, version):
+            with ear(lab, NODE, DEVICE) as passing:
+                assert scene.reached(*between_pods(version)) == [True, True]
+                passing.hears(b"nobody sends this", 0.1)
+                assert passing.frames, "it went another way"
+            put(scene, WEB_MAY_ALL, DB_FROM_OTHERS, EVERY_INTERFACE, DENY_ALL, cluster=WITHOUT_THE_OTHER_NODE)
+            assert scene.reached(*between_pods(version)) == [False, False]
+            put(scene, WEB_MAY_ALL, DB_FROM_OTHERS, EVERY_INTERFACE, DENY_ALL)
+            assert scene.reached(*between_pods(version)) == [True, True]
+    finally:
+        put(scene, WEB_MAY_ALL, DB_FROM_OTHERS)
 
 
 def test_tunnels_between_workloads(scene: Scene) -> None:

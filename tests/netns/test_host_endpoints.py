@@ -27,7 +27,8 @@ pytestmark = pytest.mark.netns
 NODE_ADDRESS = {4: ip_address("172.30.0.10"), 6: ip_address("fd00:30::10")}
 WORLD_ADDRESS = {4: ip_address("192.0.2.1"), 6: ip_address("2001:db8::1")}
 POD_ADDRESS = {4: ip_address("10.1.0.2"), 6: ip_address("fd00:1::2")}
-SSH, WEB, STATELESS, NODE_PORT = 22, 8080, 9000, 30080
+SSH, WEB, STATELESS, NODE_PORT, VXLAN = 22, 8080, 9000, 30080, 4789
+OTHER_NODE, OTHER_ADDRESS = "node-2", {4: ip_address("172.30.0.20"), 6: ip_address("fd00:30::20")}
 
 HOST_ENDPOINT = """\
 apiVersion: projectcalico.org/v3
@@ -99,6 +100,23 @@ NO_NODE_PORT = policy(
     "  preDNAT: true\n  applyOnForward: true\n  types: [Ingress]\n"
     f"  ingress: [{{action: Deny, protocol: TCP, destination: {{ports: [{NODE_PORT}, {SSH}]}}}}]\n",
 )
+NO_TUNNEL_BEFORE = policy(
+    "no-tunnel-before",
+    "  preDNAT: true\n  applyOnForward: true\n  types: [Ingress]\n"
+    f"  ingress: [{{action: Deny, protocol: UDP, destination: {{ports: [{VXLAN}]}}}}]\n",
+)
+FAILSAFES = f"""\
+apiVersion: projectcalico.org/v3
+kind: FelixConfiguration
+metadata: {{name: node.node-1}}
+spec: {{failsafeInboundHostPorts: [{{protocol: TCP, port: {WEB}, net: 192.0.2.0/24}}]}}
+"""
+AUTOMATIC = """\
+apiVersion: projectcalico.org/v3
+kind: KubeControllersConfiguration
+metadata: {name: default}
+spec: {controllers: {node: {hostEndpoint: {autoCreate: Enabled}}}}
+"""
 STATELESS_IN = policy(
     "stateless-in",
     "  doNotTrack: true\n  applyOnForward: true\n  types: [Ingress]\n"
@@ -133,7 +151,9 @@ def pin_root() -> Path:
 def lab(pin_root: Path) -> Iterator[Lab]:
     with Lab(plan_for(parse_documents(PODS, "cluster.yaml").check()), directories=[pin_root]) as one:
         one.prober.listen(NODE, NODE_ADDRESS.values(), [Listen(TCP, port) for port in (SSH, WEB, STATELESS)])
-        one.prober.listen(INTERNET, WORLD_ADDRESS.values(), [Listen(TCP, WEB), Listen(UDP, 53)])
+        one.prober.listen(NODE, NODE_ADDRESS.values(), [Listen(UDP, VXLAN)])
+        one.prober.listen(INTERNET, WORLD_ADDRESS.values(), [Listen(TCP, WEB), Listen(UDP, 53), Listen(UDP, VXLAN)])
+        one.prober.listen(OTHER_NODE, OTHER_ADDRESS.values(), [Listen(TCP, WEB), Listen(UDP, VXLAN)])
         yield one
 
 
@@ -257,6 +277,64 @@ def test_untracked_policy_is_stateless(scene: Scene) -> None:
     scene.write("stateless.yaml", STATELESS_BOTH)
     scene.await_reached(to_node(STATELESS), expected=True)
     assert scene.reached(to_node(STATELESS, 6), to_node(WEB), to_node(SSH)) == [True, False, True]
+
+
+@pytest.mark.parametrize("manifest", [HOST_ENDPOINT, WILDCARD], ids=["named", "wildcard"])
+def test_tunnel_ports_are_open_between_known_nodes(scene: Scene, manifest: str) -> None:
+    """To and from the other node, whatever policy denies; another port of it, and the port for others, are judged."""
+    others = [
+        attempt
+        for version in (4, 6)
+        for attempt in (
+            Attempt(INTERNET, NODE_ADDRESS[version], UDP, VXLAN),
+            Attempt(NODE, WORLD_ADDRESS[version], UDP, VXLAN),
+            Attempt(OTHER_NODE, NODE_ADDRESS[version], TCP, WEB),
+            Attempt(NODE, OTHER_ADDRESS[version], TCP, WEB),
+        )
+    ]
+    tunnels = [
+        attempt
+        for version in (4, 6)
+        for attempt in (
+            Attempt(OTHER_NODE, NODE_ADDRESS[version], UDP, VXLAN),
+            Attempt(NODE, OTHER_ADDRESS[version], UDP, VXLAN),
+        )
+    ]
+    assert scene.reached(*others, *tunnels) == [True] * 12
+    scene.write("host.yaml", manifest)
+    scene.write("deny.yaml", DENY_ALL)
+    scene.write("before.yaml", NO_TUNNEL_BEFORE)
+    settle(scene, policies=2)
+    scene.await_reached(to_node(WEB), expected=False)
+    assert scene.reached(*others, *tunnels) == [False] * 8 + [True] * 4
+
+
+def test_failsafe_ports_of_a_configuration(scene: Scene) -> None:
+    """They take the place of the built-in ones, for the remote addresses that they name; without it those are back."""
+    scene.write("host.yaml", HOST_ENDPOINT)
+    scene.await_reached(to_node(WEB), expected=False)
+    scene.write("felix.yaml", FAILSAFES)
+    scene.await_reached(to_node(WEB), expected=True)
+    attempts = [to_node(WEB, 6), to_node(WEB, source=OTHER_NODE), to_node(SSH), from_node(port=53, protocol=UDP)]
+    assert scene.reached(*attempts) == [False, False, False, True]
+    (scene.manifests / "felix.yaml").unlink()
+    scene.await_reached(to_node(WEB), expected=False)
+    assert scene.reached(to_node(SSH)) == [True]
+
+
+def test_automatic_host_endpoint(scene: Scene) -> None:
+    """It protects every interface of the node as policy for its labels says, and allows the rest by its profile."""
+    before = scene.state()["changes_applied"]
+    scene.write("controllers.yaml", AUTOMATIC)
+    scene.await_status(lambda state: state["changes_applied"] > before, "the host endpoint is in force")
+    assert scene.reached(to_node(WEB), to_node(SSH), from_node()) == [True] * 3
+    scene.write(
+        "web.yaml", ALLOW_WEB.replace("role == 'node'", "projectcalico.org/created-by == 'calico-kube-controllers'")
+    )
+    scene.await_reached(to_node(STATELESS), expected=False)
+    assert scene.reached(to_node(WEB), to_node(SSH, 6), to_pod(), from_node()) == [True] * 4
+    (scene.manifests / "controllers.yaml").unlink()
+    scene.await_reached(to_node(STATELESS), expected=True)
 
 
 def test_host_endpoint_of_an_interface_that_is_not_there_is_reported(scene: Scene) -> None:

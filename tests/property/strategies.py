@@ -50,6 +50,7 @@ from netpol_ebpf.policy.types import (
     Stage,
     Staged,
     Tier,
+    Tunnel,
     World,
 )  # fmt: skip
 from netpol_ebpf.selector import Selector, tree
@@ -285,8 +286,16 @@ policy_keys = st.builds(
 failsafes = st.builds(
     Failsafe, st.sampled_from((TCP, UDP)), st.sampled_from((80, 443)), st.none() | st.sampled_from(NETS)
 )
+tunnels = st.frozensets(st.sampled_from((Tunnel(47), Tunnel(UDP, 80), Tunnel(UDP, 443), Tunnel(SCTP, 80))), max_size=3)
 settings_ = st.just(Settings()) | st.builds(
-    Settings, _tuples(failsafes), _tuples(failsafes), st.sampled_from((Action.DENY, Action.PASS, Action.ALLOW))
+    Settings,
+    _tuples(failsafes),
+    _tuples(failsafes),
+    st.sampled_from((Action.DENY, Action.PASS, Action.ALLOW)),
+    st.dictionaries(
+        st.tuples(st.sampled_from(NODES), st.sampled_from(tuple(Direction))), _tuples(failsafes), max_size=2
+    ),
+    tunnels,
 )
 tiers = st.dictionaries(
     st.sampled_from(TIERS), st.tuples(st.sampled_from(ORDERS), st.sampled_from((Action.DENY, Action.PASS))), max_size=3

@@ -19,7 +19,65 @@ def read(manifests: list[Manifest]) -> list[Resource]:
     return parse_documents(yaml.safe_dump_all(manifests, sort_keys=False), "cluster.yaml").check()
 
 
-@given(clusters(), clusters(), st.data())
+def _configurations(count: int) -> st.SearchStrategy[list[Manifest]]:
+    """Nodes, what makes host endpoints of them, and failsafe ports; few names, so that they meet."""
+    api = "projectcalico.org/v3"
+    names = st.sampled_from(("a", "a-b"))
+    spec = st.fixed_dictionaries(
+        {},
+        optional={
+            f"failsafe{way}HostPorts": st.just([]) | st.just([{"protocol": "TCP", "port": 22}])
+            for way in ("Inbound", "Outbound")
+        },
+    )
+    template = st.fixed_dictionaries(
+        {"generateName": st.sampled_from(("c", "b-c"))}, optional={"labels": st.just({"x": "y"})}
+    )
+    hosts = st.fixed_dictionaries(
+        {
+            "autoCreate": st.sampled_from(("Enabled", "Disabled")),
+            "createDefaultHostEndpoint": st.sampled_from(("Enabled", "Disabled")),
+            "templates": st.lists(
+                template.map(lambda one: {**one, "interfaceCIDRs": ["10.0.0.0/8"]}),
+                max_size=2,
+                unique_by=lambda one: str(one["generateName"]),
+            ),
+        }
+    )
+    nodes = st.builds(
+        lambda name, last: {
+            "apiVersion": "v1", "kind": "Node", "metadata": {"name": name},
+            "status": {"addresses": [{"type": "InternalIP", "address": f"10.0.0.{last}"}]},
+        },
+        names, st.integers(1, 2),
+    )  # fmt: skip
+    felix = st.builds(
+        lambda name, given: {"apiVersion": api, "kind": "FelixConfiguration", "metadata": {"name": name}, "spec": given},
+        st.sampled_from(("default", "node.a")), spec,
+    )  # fmt: skip
+    controllers = hosts.map(
+        lambda one: {
+            "apiVersion": api, "kind": "KubeControllersConfiguration", "metadata": {"name": "default"},
+            "spec": {"controllers": {"node": {"hostEndpoint": one}}},
+        }
+    )  # fmt: skip
+    written = names.map(
+        lambda name: {
+            "apiVersion": api, "kind": "HostEndpoint", "metadata": {"name": f"{name}-auto-hep"},
+            "spec": {"node": name, "interfaceName": "eth0"},
+        }
+    )  # fmt: skip
+    return st.lists(
+        nodes | nodes | felix | controllers | written,
+        max_size=count,
+        unique_by=lambda one: (str(one["kind"]), str(one["metadata"]["name"])),
+    )
+
+
+CLUSTERS = st.builds(list.__add__, clusters(), _configurations(6))
+
+
+@given(CLUSTERS, CLUSTERS, st.data())
 def test_any_order_ends_in_the_same_world(final: list[Manifest], before: list[Manifest], data: st.DataObject) -> None:
     """Whatever was there first, and in whatever order objects come and go, the world is that of what is there now."""
     resources, passing = read(final), read(before)
@@ -42,7 +100,7 @@ def test_any_order_ends_in_the_same_world(final: list[Manifest], before: list[Ma
     assert copy == derivation.world
 
 
-@given(clusters(), st.data())
+@given(CLUSTERS, st.data())
 def test_all_removed_is_a_fresh_world(manifests: list[Manifest], data: st.DataObject) -> None:
     """Adding objects and removing them all leaves what there was without any."""
     resources = read(manifests)

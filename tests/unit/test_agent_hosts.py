@@ -4,6 +4,9 @@
 from __future__ import annotations
 
 from ipaddress import ip_address
+from itertools import permutations
+
+import pytest
 
 from netpol_ebpf.agent.hosts import plan_hosts
 from netpol_ebpf.agent.wiring import Link, Wiring
@@ -44,6 +47,26 @@ def test_wildcard_has_what_no_other_has() -> None:
     assert {ifindex: key and key.name for ifindex, key in plan.interfaces.items()} == {2: "a", 3: "all"}
     alone = plan_hosts(Wiring({1: LINKS[1]}), [wildcard], ())
     assert (alone.interfaces, alone.in_force) == ({}, {wildcard.key})
+
+
+@pytest.mark.parametrize(
+    ("endpoints", "eth0", "eth1"),
+    [
+        ([host("b", "eth1"), host("a", None, str(ADDRESS))], None, "b"),
+        ([host("b", "eth1"), host("a", "eth1")], None, "a"),
+        ([host("b", None, str(ADDRESS)), host("a", None, str(ADDRESS))], None, "a"),
+        ([host("a", "*"), host("b", None, str(ADDRESS))], "a", "b"),
+        ([host("a", "*"), host("b", "eth1"), host("c", None, str(ADDRESS))], "a", "b"),
+        ([host("b", "*"), host("a", "*")], "a", "a"),
+    ],
+)
+def test_order_of_claims(endpoints: list[Endpoint], eth0: str | None, eth1: str) -> None:
+    """A name of the interface before an address of it before the wildcard; by name among equals, however they came."""
+    for order in permutations(endpoints):
+        plan = plan_hosts(WIRING, order, POD_LINKS)
+        names = {ifindex: None if key is None else key.name for ifindex, key in plan.interfaces.items()}
+        assert names == {2: eth0, 3: eth1}
+        assert {key.name for key in plan.problems} == {one.key.name for one in endpoints} - set(names.values())
 
 
 def test_what_cannot_be_is_told() -> None:

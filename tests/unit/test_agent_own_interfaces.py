@@ -11,12 +11,15 @@ from pathlib import Path
 
 import pytest
 from test_agent_core import CLUSTER, POD, POLICY, Bench, settle
+from worlds import packet
 
+from netpol_ebpf.agent.core import Agent, Settings
 from netpol_ebpf.agent.trouble import RETRY_S
 from netpol_ebpf.agent.wiring import Link
 from netpol_ebpf.apply.encode import LocalFlag, Meaning
+from netpol_ebpf.compiler import Interpreter
 from netpol_ebpf.errors import MapFullError
-from netpol_ebpf.policy.types import EndpointKey
+from netpol_ebpf.policy.types import IPIP, TCP, UDP, Direction, EndpointKey, Outcome, Question, Stage
 from netpol_loader import abi
 
 NODE = "---\napiVersion: v1\nkind: Node\nmetadata: {name: NAME}\nstatus: {addresses: [{type: InternalIP, address: ADDRESS}]}\n"
@@ -210,3 +213,92 @@ def test_host_endpoint_whose_end_was_refused_stays_in_force(bench: Bench) -> Non
     after = bench.node.row(2)
     assert after is not None
     assert after.flags & abi.NP_ENDPOINT_UPLINK
+
+
+NODES = """\
+apiVersion: v1
+kind: Node
+metadata: {name: here}
+status: {addresses: [{type: InternalIP, address: 172.16.0.1}]}
+---
+apiVersion: v1
+kind: Node
+metadata: {name: there}
+status: {addresses: [{type: InternalIP, address: 172.16.0.2}]}
+"""
+FELIX = """\
+apiVersion: projectcalico.org/v3
+kind: FelixConfiguration
+metadata: {name: node.here}
+spec: {failsafeInboundHostPorts: [{protocol: TCP, port: 2222, net: 192.0.2.0/24}]}
+"""
+
+
+def passes(agent: Agent, source: str, protocol: int, port: int) -> bool:
+    """Whether the host endpoint's tables let a packet to the node in."""
+    about = packet(source, "172.16.0.1", protocol, port)
+    question = Question(EndpointKey("HostEndpoint", "", "h"), Direction.INGRESS, Stage.NORMAL, about)
+    return Interpreter(agent.tables).decide(question).outcome is Outcome.ALLOW
+
+
+def test_failsafe_ports_follow_the_manifests(bench: Bench) -> None:
+    """Those of this node are in force while they are written, the built-in ones before and after."""
+    bench.write("host.yaml", HOST.replace("NAME", "'*'"))
+    agent = bench.agent()
+    ports = [("192.0.2.1", TCP, 22), ("192.0.2.1", TCP, 2222), ("198.51.100.1", TCP, 2222)]
+    assert [passes(agent, *one) for one in ports] == [True, False, False]
+    bench.write("felix.yaml", FELIX)
+    settle(agent)
+    assert [passes(agent, *one) for one in ports] == [False, True, False]
+    bench.write("felix.yaml", FELIX.replace("2222", "a"))
+    settle(agent)
+    assert [problem.slug for problem in agent.problems] == ["type"]
+    assert [passes(agent, *one) for one in ports] == [False, True, False]
+    bench.remove("felix.yaml")
+    settle(agent)
+    assert [passes(agent, *one) for one in ports] == [True, False, False]
+
+
+def test_tunnels_of_devices_and_of_the_option_pass_between_nodes(bench: Bench) -> None:
+    """A device that comes or goes changes what policy never blocks; a start brings it into force at once."""
+    bench.write("host.yaml", HOST.replace("NAME", "'*'"))
+    bench.write("nodes.yaml", NODES)
+    agent = bench.agent(Settings("here", tunnels=frozenset({(UDP, 8472)})))
+    settle(agent)
+    assert agent.changes_applied == 1
+    ports = [(UDP, 4789), (UDP, 8472), (UDP, 6081), (IPIP, 0), (47, 0)]
+    assert [passes(agent, "172.16.0.2", *one) for one in ports] == [True, True, False, True, False]
+    assert [passes(agent, "192.0.2.1", *one) for one in ports] == [False] * 5
+    plain = bench.node.wiring
+    device = Link(9, "gnv0", "geneve", takes=((UDP, 6081),))
+    bench.node.wiring, bench.node.news = replace(plain, links={**plain.links, 9: device}), True
+    agent.step()
+    assert agent.changes_applied == 2
+    assert [passes(agent, "172.16.0.2", *one) for one in ports] == [True, True, True, True, False]
+    again = bench.agent()
+    settle(again)
+    assert again.changes_applied == 1
+    assert passes(again, "172.16.0.2", UDP, 6081)
+    bench.node.wiring, bench.node.news = plain, True
+    again.step()
+    assert not passes(again, "172.16.0.2", UDP, 6081)
+
+
+def test_automatic_host_endpoint_is_in_force(bench: Bench) -> None:
+    """It is the host endpoint of the node's interfaces like one that is written, and goes with its configuration."""
+    bench.write("nodes.yaml", NODES)
+    agent = bench.agent()
+    bench.write(
+        "controllers.yaml",
+        "apiVersion: projectcalico.org/v3\nkind: KubeControllersConfiguration\nmetadata: {name: default}\n"
+        "spec: {controllers: {node: {hostEndpoint: {autoCreate: Enabled}}}}\n",
+    )
+    settle(agent)
+    key = EndpointKey("HostEndpoint", "", "here-auto-hep")
+    row = bench.node.row(2)
+    assert row is not None
+    assert row.number == agent.tables.endpoints[key].number
+    assert agent.problems == []
+    bench.remove("controllers.yaml")
+    settle(agent)
+    assert key not in agent.tables.endpoints

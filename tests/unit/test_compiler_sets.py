@@ -22,7 +22,9 @@ from netpol_ebpf.policy.types import (
     EndpointKey,
     EndpointKind,
     Entity,
+    Failsafe,
     NamedPort,
+    Node,
     Outcome,
     Packet,
     Policy,
@@ -30,6 +32,7 @@ from netpol_ebpf.policy.types import (
     Ports,
     Question,
     Rule,
+    Settings,
     Stage,
     Staged,
     Verdict,
@@ -325,3 +328,43 @@ def test_canonical_form_ignores_numbers_and_history() -> None:
     forward.upsert(policy("q", Rule(Action.LOG, 0, source=Entity(nets=(ip_network("10.0.0.0/9"),)))))
     forward.commit()
     assert forward.canonical() != backward.canonical()
+
+
+def test_hosts_with_the_same_exceptions_share_their_sets() -> None:
+    """Lists of failsafe ports that are equal are one, wherever they come from; others make sets of their own."""
+    hosts = [endpoint(name, f"172.16.0.{last}", host=True, node=name) for last, name in enumerate("abc", 1)]
+    compiler = compiled(*hosts)
+    assert len({ingress(compiler, name, host=True) for name in "abc"}) == 1
+    own = (Failsafe(TCP, 80, ip_network("192.0.2.0/24")),)
+    lists = {("a", Direction.INGRESS): own, ("b", Direction.INGRESS): own}
+    compiler.upsert(Settings(node_failsafes=lists))
+    compiler.commit()
+    rows = [ingress(compiler, name, host=True) for name in "abc"]
+    assert rows[0] == rows[1] != rows[2]
+    web, far = tcp("192.0.2.1", "172.16.0.1"), tcp("192.0.3.1", "172.16.0.1")
+    assert [ask(compiler, "a", one, host=True).outcome for one in (web, far)] == [Outcome.ALLOW, Outcome.DENY]
+    assert ask(compiler, "c", web, host=True).outcome is Outcome.DENY
+
+
+def test_exceptions_that_went_leave_nothing() -> None:
+    """However often they change, the tables are those of a compiler that never knew others."""
+    host = endpoint("a", "172.16.0.1", host=True, node="a")
+    compiler = compiled(host)
+    form = compiler.canonical()
+    for port in range(1, 50):
+        compiler.upsert(Settings(failsafe_inbound=(Failsafe(TCP, port),), failsafe_outbound=(), tunnels=frozenset()))
+        compiler.commit()
+    compiler.upsert(Settings())
+    compiler.commit()
+    assert compiler.canonical() == form
+    assert len(compiler.tables.rules) == len(compiled(host).tables.rules)
+
+
+def test_failsafe_ports_and_tunnels_are_marked_in_their_rows() -> None:
+    """The mark is what keeps untracked and pre-DNAT policy from dropping them; no other row has it."""
+    node = Node("n", {}, (ip_address("172.16.0.9"),))
+    compiler = compiled(endpoint("a", "172.16.0.1", host=True), node, policy("p", allow()))
+    marked = {compiler.tables.rules[row.rule].kind for _, row in compiler.tables.verdicts.items() if row.failsafe}
+    plain = {compiler.tables.rules[row.rule].kind for _, row in compiler.tables.verdicts.items() if not row.failsafe}
+    assert marked == {CauseKind.FAILSAFE, CauseKind.TUNNEL}
+    assert not marked & plain

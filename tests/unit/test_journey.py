@@ -209,12 +209,20 @@ def test_workload_to_its_own_host(action: Action, hosts: tuple[Endpoint, ...], e
         ((ANY1, host("x", "n1", "eth0", "172.17.0.1")), N1, "any1"),
         ((host("x", "n1", "eth0", "172.17.0.1"),), N1, "x"),
         ((host("x", "n1", None, N1), ANY1), N1, "x"),
+        ((host("b", "n1", "eth0"), host("a", "n1", None, N1)), N1, "b"),
+        ((host("b", "n1", "eth0", N1), host("a", "n1", None, N1)), N1, "b"),
+        ((host("b", "n1", "eth0", N1), host("a", "n1", "eth0")), N1, "a"),
+        ((host("b", "n1", "eth0", N1), host("a", "n1", "eth1")), N1, "b"),
+        ((host("b", "n1", None, N1), host("a", "n1", None, N1), ANY1), N1, "a"),
+        ((host("b", "n1", "*"), host("a", "n1", "*")), N1, "a"),
+        ((host("a", "n1", None, "172.17.0.1"), ANY1), N1, "any1"),
+        ((host("a", "n1", None, "172.17.0.1"), host("b", "n1", "*"), host("c", "n1", "eth0")), None, "c"),
         ((ETH1, ANY1), None, "eth1"),
         ((host("x", "n9", "eth0", "172.17.0.1"), host("y", "n9", "*")), None, "x"),
     ],
 )
 def test_which_host_endpoint_an_interface_has(hosts: tuple[Endpoint, ...], address: str | None, expected: str) -> None:
-    """The named one with the address, one without addresses, the wildcard, then any; by name among equals."""
+    """One that names the interface, then one with the address, then the wildcard, then any; by name among equals."""
     held = world(*hosts)
     node = hosts[0].node
     assert node is not None
@@ -231,6 +239,38 @@ def test_failsafe_traffic_meets_nothing_before_normal_policy() -> None:
     assert hops(held, packet(OUT, A, TCP, 22)) == [f"eth1 ingress {IN}", "a ingress normal"]
     held.settings = Settings(failsafe_inbound=(Failsafe(TCP, 22, None),), failsafe_outbound=())
     assert hops(held, packet(N1, OUT, UDP, 53)) == [f"eth1 egress {OUT_LOCAL}"]
+
+
+def test_failsafe_ports_are_those_of_the_node() -> None:
+    """Of the node whose interface it is."""
+    held = world(ETH1, ETH2, settings=Settings(node_failsafes={("n1", INGRESS): ()}))
+    assert hops(held, packet(OUT, N1, TCP, 22)) == [f"eth1 ingress {IN_LOCAL}"]
+    assert hops(held, packet(OUT, N2, TCP, 22)) == ["eth2 ingress normal"]
+
+
+def test_tunnels_between_nodes_meet_nothing_before_normal_policy() -> None:
+    """At both ends, whatever host endpoint they have; from and to anybody else they are packets like any other."""
+    for hosts, names in (((ETH1, ETH2), ("eth1", "eth2")), ((ANY1, ANY2), ("any1", "any2"))):
+        held = world(*hosts)
+        expected = [f"{names[0]} egress normal", f"{names[1]} ingress normal"]
+        assert hops(held, packet(N1, N2, UDP, 4789)) == expected
+        assert hops(held, packet(N1, N2, 4, 0)) == expected
+    held = world(ETH1, ETH2)
+    assert hops(held, packet(OUT, N1, UDP, 4789)) == [f"eth1 ingress {IN_LOCAL}"]
+    assert hops(held, packet(N1, OUT, UDP, 4789)) == [f"eth1 egress {OUT_LOCAL}"]
+    assert hops(held, packet(N1, C, UDP, 4789)) == [
+        f"eth1 egress {OUT_LOCAL}",
+        f"eth2 ingress {IN}",
+        "c ingress normal",
+    ]
+    assert hops(held, packet(A, N2, UDP, 4789))[-1] == f"eth2 ingress {IN_LOCAL}"
+    assert hops(held, packet(N1, N2, TCP, 4789)) == [f"eth1 egress {OUT_LOCAL}", f"eth2 ingress {IN_LOCAL}"]
+
+
+def test_the_address_of_a_host_endpoint_makes_no_known_node() -> None:
+    """Whoever writes host endpoints must not open tunnels by it."""
+    held = world(ETH1, host("other", "n7", "eth0", OUT))
+    assert hops(held, packet(OUT, N1, UDP, 4789))[-1] == f"eth1 ingress {IN_LOCAL}"
 
 
 def test_a_failsafe_port_is_the_one_after_translation() -> None:

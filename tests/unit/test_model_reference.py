@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from ipaddress import ip_network
+from ipaddress import ip_address, ip_network
 
 import pytest
 from worlds import ALLOW, DENY, HOST, LOG, PASS, POD, ask, by_rule, packet, policy, world
@@ -13,6 +13,7 @@ from netpol_ebpf.model import ReferenceModel
 from netpol_ebpf.policy.types import (
     ICMP,
     TCP,
+    TUNNELS,
     UDP,
     Action,
     Cause,
@@ -20,6 +21,7 @@ from netpol_ebpf.policy.types import (
     Direction,
     EndpointKey,
     Failsafe,
+    Node,
     Outcome,
     Policy,
     PolicyKey,
@@ -30,6 +32,7 @@ from netpol_ebpf.policy.types import (
     Stage,
     Staged,
     Tier,
+    Tunnel,
     Verdict,
     World,
 )
@@ -291,6 +294,56 @@ def test_a_failsafe_may_be_limited_to_remote_addresses() -> None:
     assert decide(held, ask(HOST, about=inside)).outcome is Outcome.ALLOW
     assert decide(held, ask(HOST, about=outside)).outcome is Outcome.DENY
     assert decide(held, ask(HOST, EGRESS, about=packet("172.16.0.1", "192.0.2.1", port=22))).outcome is Outcome.ALLOW
+
+
+def test_a_node_may_have_failsafes_of_its_own() -> None:
+    """The list of the endpoint's node, also for replies; an empty one is a list."""
+    held = world(policy("raw", DENY, do_not_track=True))
+    held.settings = Settings(node_failsafes={("n1", INGRESS): (Failsafe(TCP, 80),), ("n1", EGRESS): ()})
+    ssh, web = packet("192.0.2.1", "172.16.0.1", TCP, 22), packet("192.0.2.1", "172.16.0.1", TCP, 80)
+    assert decide(held, ask(HOST, about=ssh)).outcome is Outcome.DENY
+    assert decide(held, ask(HOST, about=web)) == both(Outcome.ALLOW, failsafe(0))
+    reply = packet("192.0.2.1", "172.16.0.1", UDP, 40000, source_port=53)
+    assert decide(held, ask(HOST, stage=Stage.UNTRACKED, about=reply)).outcome is Outcome.DENY
+    held.settings = Settings(node_failsafes={("n2", INGRESS): ()})
+    assert decide(held, ask(HOST, about=ssh)) == both(Outcome.ALLOW, failsafe(0))
+
+
+KNOWN = "172.16.0.2"
+
+
+@pytest.mark.parametrize(("stage", "outcome"), [(Stage.NORMAL, Outcome.ALLOW), (Stage.UNTRACKED, Outcome.CONTINUE)])
+@pytest.mark.parametrize("tunnel", sorted(TUNNELS), ids=str)
+def test_tunnels_between_known_nodes_go_before_policy(stage: Stage, outcome: Outcome, tunnel: Tunnel) -> None:
+    """To and from the address of a Node; with anybody else's address policy decides, as on any other port."""
+    held = world(policy("no", DENY), policy("raw", DENY, do_not_track=True))
+    held.nodes = {"n2": Node("n2", {}, (ip_address(KNOWN),))}
+    cause = {
+        direction: Cause(CauseKind.TUNNEL, direction, index=tunnel.number, action=Action.ALLOW)
+        for direction in Direction
+    }
+    ports = {"port": tunnel.port, "source_port": 40000 if tunnel.port else 0}
+    inwards = packet(KNOWN, "172.16.0.1", tunnel.protocol, **ports)
+    outwards = packet("172.16.0.1", KNOWN, tunnel.protocol, **ports)
+    assert decide(held, ask(HOST, INGRESS, stage, inwards)) == both(outcome, cause[INGRESS])
+    assert decide(held, ask(HOST, EGRESS, stage, outwards)) == both(outcome, cause[EGRESS])
+    for direction, about in ((INGRESS, outwards), (EGRESS, inwards)):  # the known address is not the remote one
+        assert decide(held, ask(HOST, direction, stage, about)).outcome is Outcome.DENY
+    stranger = packet("192.0.2.1", "172.16.0.1", tunnel.protocol, **ports)
+    assert decide(held, ask(HOST, INGRESS, stage, stranger)).outcome is Outcome.DENY
+    assert decide(held, ask(HOST, INGRESS, stage, packet(KNOWN, "172.16.0.1", UDP, 4790))).outcome is Outcome.DENY
+    held.settings = Settings(tunnels=frozenset())
+    assert decide(held, ask(HOST, INGRESS, stage, inwards)).outcome is Outcome.DENY
+
+
+def test_tunnels_are_of_hosts_and_local_traffic_only() -> None:
+    """What passes through, and what is for a workload, is judged."""
+    held = world(policy("no", DENY, apply_on_forward=True), policy("pre", DENY, pre_dnat=True))
+    held.nodes = {"n2": Node("n2", {}, (ip_address(KNOWN),))}
+    vxlan = packet(KNOWN, "172.16.0.1", UDP, 4789)
+    assert decide(held, ask(POD, about=vxlan)).outcome is Outcome.DENY
+    for stage in (Stage.FORWARD, Stage.PRE_DNAT):
+        assert decide(held, ask(HOST, stage=stage, about=vxlan)).outcome is Outcome.DENY
 
 
 # --- staged policies --------------------------------------------------------------------------------------------------

@@ -10,13 +10,15 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import TypeVar
 
-from netpol_ebpf.policy.translate import calico, endpoints, kubernetes, signetwork
+from netpol_ebpf.policy.translate import calico, endpoints, hosts, kubernetes, signetwork
 from netpol_ebpf.policy.types import (
     Action,
     Backend,
     Changes,
+    Endpoint,
     EndpointKey,
     Policy,
     PolicyKey,
@@ -25,11 +27,13 @@ from netpol_ebpf.policy.types import (
     Service,
     Settings,
     Tier,
+    Tunnel,
     Vip,
     VipKey,
     World,
 )
 from netpol_ebpf.resources import types as resources
+from netpol_ebpf.resources.calico_configuration import DEFAULT
 from netpol_ebpf.resources.types import Resource
 
 K = TypeVar("K")
@@ -56,10 +60,15 @@ _KINDS: Mapping[type, str] = {
     resources.HostEndpoint: endpoints.HOST_ENDPOINT,
     resources.WorkloadEndpoint: endpoints.WORKLOAD_ENDPOINT,
     resources.Profile: "Profile",
+    resources.FelixConfiguration: "FelixConfiguration",
+    resources.KubeControllersConfiguration: "KubeControllersConfiguration",
     resources.ClusterNetworkPolicy: signetwork.CLUSTER,
     resources.AdminNetworkPolicy: signetwork.ADMIN,
     resources.BaselineAdminNetworkPolicy: signetwork.BASELINE,
 }
+
+_CONTROLLERS = ResourceKey("KubeControllersConfiguration", "", DEFAULT)
+"""The only object of its kind that counts."""
 
 BUILT_IN_TIERS: Mapping[str, Tier] = {
     tier.name: tier
@@ -96,9 +105,10 @@ class Derivation:
     """Holds resources and keeps ``world`` their translation. ``world`` is to be read only; it changes with each call."""
 
     def __init__(self, settings: Settings | None = None) -> None:
-        self.world = World(settings=settings or Settings())
+        self._given = settings or Settings()
+        self.world = World(settings=self._given)
         self.world.tiers.update(BUILT_IN_TIERS)
-        self._changes = Changes()
+        self._changes = Changes(settings=self._given)
         self._changes.tiers.update(BUILT_IN_TIERS)
         self._resources: dict[ResourceKey, Resource] = {}
         self._profile_labels: dict[str, Mapping[str, str]] = {}
@@ -107,6 +117,9 @@ class Derivation:
         self._vips: defaultdict[VipKey, dict[ResourceKey, Vip]] = defaultdict(dict)  # by whose they are
         self._namespace_values: dict[tuple[str, ...], Counter[signetwork.LabelValues]] = {}
         self._related: defaultdict[tuple[str, ...], set[ResourceKey]] = defaultdict(set)
+        self._configurations: dict[str, resources.FelixConfiguration] = {}
+        self._automatic: defaultdict[EndpointKey, dict[str, Endpoint]] = defaultdict(dict)  # by the node they are of
+        self._automatic_of: dict[str, tuple[EndpointKey, ...]] = {}
         self._derive_profile(endpoints.DEFAULT_ALLOW)
 
     def upsert(self, resource: Resource, key: ResourceKey | None = None) -> None:
@@ -125,6 +138,16 @@ class Derivation:
     def get(self, key: ResourceKey) -> Resource | None:
         """The resource held under a key."""
         return self._resources.get(key)
+
+    @property
+    def is_changed(self) -> bool:
+        """Whether there are changes to be taken."""
+        return bool(self._changes)
+
+    def set_tunnels(self, tunnels: Iterable[Tunnel]) -> None:
+        """Say by which encapsulation nodes carry each other's packets, in place of what was said before."""
+        self._given = replace(self._given, tunnels=frozenset(tunnels))
+        self._derive_settings()
 
     def take_changes(self) -> Changes:
         """What changed in ``world`` since the last call (at first: everything, built-in objects too)."""
@@ -152,6 +175,15 @@ class Derivation:
         elif kind is resources.Node:
             node = endpoints.node(new) if isinstance(new, resources.Node) else None
             _put(self.world.nodes, self._changes.nodes, key.name, node)
+            self._derive_automatic_hosts(key.name)
+        elif kind is resources.KubeControllersConfiguration:
+            for name in self.world.nodes:
+                self._derive_automatic_hosts(name)
+        elif kind is resources.FelixConfiguration:
+            self._configurations.pop(key.name, None)
+            if isinstance(new, resources.FelixConfiguration):
+                self._configurations[key.name] = new
+            self._derive_settings()
         elif kind is resources.Tier:
             tier = calico.translate_tier(new) if isinstance(new, resources.Tier) else None
             if key.name not in BUILT_IN_TIERS:
@@ -161,6 +193,27 @@ class Derivation:
         else:
             self._relate(key, old, new)
             self._derive_policy(key)
+
+    def _derive_settings(self) -> None:
+        settings = hosts.with_failsafes(self._given, self._configurations.values())
+        if settings != self.world.settings:
+            self.world.settings = self._changes.settings = settings
+
+    def _derive_automatic_hosts(self, node: str) -> None:
+        """The host endpoints that a node has without anybody writing them."""
+        configuration, resource = self._resources.get(_CONTROLLERS), self._resources.get(ResourceKey("Node", "", node))
+        wanted: Mapping[EndpointKey, Endpoint] = {}
+        if isinstance(configuration, resources.KubeControllersConfiguration) and isinstance(resource, resources.Node):
+            wanted = hosts.automatic_hosts(configuration, resource)
+        for key in dict.fromkeys((*self._automatic_of.pop(node, ()), *wanted)):
+            self._automatic[key].pop(node, None)
+            if key in wanted:
+                self._automatic[key][node] = wanted[key]
+            if not self._automatic[key]:
+                del self._automatic[key]
+            self._derive_heir(key)
+        if wanted:
+            self._automatic_of[node] = tuple(wanted)
 
     def _derive_policy(self, key: ResourceKey) -> None:
         policy = self._policy(self._resources.get(key))
@@ -246,6 +299,8 @@ class Derivation:
             endpoint = endpoints.workload_endpoint(key, resource, self._labels_of)
         elif isinstance(resource, resources.HostEndpoint):
             endpoint = endpoints.host_endpoint(key, resource, self._labels_of)
+        elif key in self._automatic:  # one that is written takes its place; of two nodes' the first one's counts
+            endpoint = min(self._automatic[key].items())[1]
         _put(self.world.endpoints, self._changes.endpoints, key, endpoint)
 
     def _labels_of(self, profile: str) -> Mapping[str, str]:
