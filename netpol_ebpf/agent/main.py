@@ -265,7 +265,7 @@ def serve(agent: Any, node: Any, state_dir: Path, place: Mapping[str, str], grou
     service = Service(
         state_dir / SOCKET_NAME,
         {
-            "status": lambda _request: report.status(agent, node.maps, place),
+            "status": lambda _request: report.status(agent, node.maps, place, node.listed_again),
             "rules": lambda _request: report.rules(agent, node.maps),
             "identities": lambda _request: report.identities(agent),
             "connections": lambda _request: report.connections(agent, node.maps),

@@ -30,8 +30,10 @@ CONNECTION_TABLES = (("np_conn4", "open"), ("np_conn6", "open"), ("np_young4", "
 _COUNT = struct.Struct("=QQ")  # struct np_count: packets, bytes
 
 
-def status(agent: Agent, maps: Mapping[str, KernelMap], place: Mapping[str, str]) -> dict[str, Any]:
-    """The whole state. ``place``: directories the agent was started with, by name."""
+def status(
+    agent: Agent, maps: Mapping[str, KernelMap], place: Mapping[str, str], listed_again: Mapping[str, int] | None = None
+) -> dict[str, Any]:
+    """The whole state. ``place``: directories the agent was started with, by name; ``listed_again``: see `KernelNode`."""
     world = agent.derivation.world
     endpoints = local_endpoints(agent)
     problems = [problem(one) for one in agent.problems]
@@ -64,6 +66,7 @@ def status(agent: Agent, maps: Mapping[str, KernelMap], place: Mapping[str, str]
             "map": agent.refusals.full,
             "waiting": list(agent.refusals.objects)[:WAITING],
         },
+        "listed_again": dict(listed_again or {}),
         "drift": {
             "put_back": dict(agent.drift.counts),
             "rounds": agent.audited_rounds,
