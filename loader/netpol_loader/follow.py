@@ -12,8 +12,9 @@ What the kernel does not tell is asked for, of one interface at a time:
 - An IPv6 address is told when the kernel has found it to be unique; the route that the kernel makes for it comes before.
 - The end of a veth pair is not told that the other end went to another namespace, or came from there.  (When that goes from one
   pod's to another's nothing is said in this one; it comes to light when the pair begins to run, before any packet.)
-- Routes that have their hops from a next hop object are listed again with each change of such an object: whether it is told
-  depends on a setting (net.ipv4.nexthop_compat_mode).
+- Routes that have their hops from a next hop object are listed again with each change of such an object, or of an interface that
+  one leads by: whether those routes are told of depends on a setting (net.ipv4.nexthop_compat_mode), and an object that vanishes
+  with the carrier of its interface is not told of at all.
 
 Invariant: what is followed is what a new follower would find, SETTLE_S after the last change.  Must not know of policy.
 """
@@ -22,6 +23,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import math
 import socket
 import struct
 import time
@@ -110,6 +112,7 @@ class Follower:
         self._version = 0
         self._doubts = _Doubts()
         self._again: dict[int, float] = {}
+        self._objects_again_s = math.inf
         self._lost = ""
         self.links: dict[int, Link] = {}
         self.listed_again: Counter[str] = Counter()
@@ -211,8 +214,8 @@ class Follower:
                 self._doubts.routes |= self._routes.apply(kind, flags, payload)
                 if kind == NEW_ROUTE and payload[0] == socket.AF_INET6 and is_kernel_s_own(payload):
                     self._doubts.addresses.add(interface_of(payload))
-            elif kind in (_NEW_NEXT_HOP, _DELETE_NEXT_HOP) and self._routes.uses_objects:
-                self._doubts.all_routes = "a next hop object changed"
+            elif kind in (_NEW_NEXT_HOP, _DELETE_NEXT_HOP) and self._routes.uses_objects():
+                self._doubt_objects()
         return found
 
     def _take_link(self, payload: bytes, *, is_gone: bool) -> LinkNews | None:
@@ -236,7 +239,7 @@ class Follower:
             return False
         self.links[link.ifindex] = link
         self._version += 1
-        if before is not None and (before.master != link.master or (before.is_up and not link.is_up)):
+        if before is not None and (before.master != link.master or _is_less(before, link)):
             self._doubt_routes(link.ifindex)
         if link.table or (before is not None and before.table):
             self._name_tables()
@@ -245,6 +248,8 @@ class Follower:
     def _drop_link(self, ifindex: int) -> None:
         link = self.links.pop(ifindex, None)
         self._version += 1
+        if self._routes.uses_objects(ifindex):
+            self._doubt_objects()
         self._routes.drop_interface(ifindex)
         for key in self._keys_of.pop(ifindex, ()):
             del self._by_key[key]
@@ -283,6 +288,12 @@ class Follower:
     def _doubt_routes(self, ifindex: int) -> None:
         self._doubts.routes.add(ifindex)
         self._again[ifindex] = self._clock() + SETTLE_S
+        if self._routes.uses_objects(ifindex):
+            self._doubt_objects()
+
+    def _doubt_objects(self) -> None:
+        self._doubts.all_routes = "a next hop object changed"
+        self._objects_again_s = self._clock() + SETTLE_S
 
     def _put_address(self, key: tuple[object, ...], one: _Address) -> None:
         if self._by_key.get(key) != one:
@@ -303,6 +314,8 @@ class Follower:
         due = {ifindex for ifindex, at_s in self._again.items() if at_s <= now_s}
         doubts.routes |= due
         doubts.links |= due
+        if self._objects_again_s <= now_s:
+            doubts.all_routes, self._objects_again_s = "a next hop object changed", math.inf
         found: list[LinkNews] = []
         try:
             if len(doubts.routes & self.links.keys()) > DOUBTS:
@@ -352,7 +365,7 @@ class Follower:
         """List everything. ``reason``: why again."""
         if reason:
             self._count(reason)
-        self._doubts, self._again = _Doubts(), {}
+        self._doubts, self._again, self._objects_again_s = _Doubts(), {}, math.inf
         links = dump_links(self._channel)
         self.links = {link.ifindex: link for link in links}
         self._by_key, self._keys_of = {}, {}
@@ -373,6 +386,11 @@ class Follower:
     def _count(self, reason: str) -> None:
         self.listed_again[reason.partition(":")[0]] += 1
         log.warning("interfaces and routes are listed anew: %s", reason)
+
+
+def _is_less(before: Link, link: Link) -> bool:
+    """Whether an interface was switched off, or what is at its other end."""
+    return (before.is_up and not link.is_up) or (before.is_running and not link.is_running)
 
 
 def _parse_address(payload: bytes) -> tuple[tuple[object, ...], _Address | None]:

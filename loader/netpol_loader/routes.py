@@ -187,10 +187,10 @@ class RouteTable:
         self._by_interface: dict[int, set[Destination]] = {}
         self._local_tables = frozenset({TABLE_LOCAL})
 
-    @property
-    def uses_objects(self) -> bool:
-        """Whether a route has its hops from a next hop object, whose changes need not be told as those of routes."""
-        return any(route.uses_object for routes in self._routes.values() for route in routes)
+    def uses_objects(self, ifindex: int = 0) -> bool:
+        """Whether a route (0: any, else one that leads by that interface) has its hops from a next hop object."""
+        routes = self._leading_by(ifindex) if ifindex else (one for some in self._routes.values() for one in some)
+        return any(route.uses_object for route in routes)
 
     # --- from messages ----------------------------------------------------------------------------------------------
 

@@ -26,7 +26,7 @@ pytestmark = pytest.mark.netns
 T = TypeVar("T")
 DEADLINE_S = 30.0
 """For what takes milliseconds, or the two seconds in which an IPv6 address is found to be unique."""
-SEEDS, ROUNDS, CHANGES = 12, 8, 8
+SEEDS, ROUNDS, CHANGES = 150, 10, 10
 PODS = 50
 
 
@@ -328,8 +328,14 @@ def change(random_: random.Random, pods: tuple[str, ...]) -> str:
 def test_whatever_happens_what_is_followed_is_what_there_is(node: Node, seed: int) -> None:
     """After random changes, of which the kernel refuses some, a follower knows what a new one finds."""
     random_ = random.Random(seed)
-    node.do("link add br0 type bridge")
-    has_vrf(node)
+    node.do("link add br0 type bridge", "link set br0 up")
+    if has_vrf(node):
+        node.do("link set red up")
+    for number in range(1, 5):
+        far = f" netns {node.pods[number % 2]}" if number > 2 else ""
+        node.do(f"link add v{number} type veth peer name p{number}{far}", f"link set v{number} up")
+        node.do(f"link set p{number} up", where=far.removeprefix(" netns ") or node.name)
+        node.do(f"address add 10.0.{number}.1/24 dev v{number}", f"address add fd00:{number}::1/64 nodad dev v{number}")
     follower = node.follower()
     said: list[str] = []
     for _ in range(ROUNDS):
