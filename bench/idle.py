@@ -61,14 +61,15 @@ def run_suite(run: Run, *, windows: int, seconds: float) -> None:
 
 def _share(pid: int, seconds: float) -> float:
     """Percent of one processor that a process takes, over so long."""
-    before = _ticks(pid)
+    before = processor_s(pid)
     time.sleep(seconds)
-    return 100 * (_ticks(pid) - before) / os.sysconf("SC_CLK_TCK") / seconds
+    return 100 * (processor_s(pid) - before) / seconds
 
 
-def _ticks(pid: int) -> int:
+def processor_s(pid: int) -> float:
+    """Seconds of processor time that a process has taken, in ticks of the clock."""
     fields = Path(f"/proc/{pid}/stat").read_text(encoding="ascii").rpartition(")")[2].split()
-    return int(fields[11]) + int(fields[12])
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def _resident_bytes(pid: int) -> float:

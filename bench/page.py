@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from bench import targets
+from bench import pods, targets
 from bench.end_to_end import ended_by
 from bench.guards import CHECKSUMS, SIGN, WHOLE
 from bench.guards import SUITE as GUARDS
@@ -82,9 +82,9 @@ def _end_to_end(run: Run) -> list[targets.Row]:
 
 
 def _control_plane(run: Run) -> list[targets.Row]:
-    def found(name: str) -> Case | None:
+    def found(name: str, size: Mapping[str, int] = LARGE) -> Case | None:
         for case in run.cases:
-            same_size = all(case.parameters.get(key) == value for key, value in LARGE.items())
+            same_size = all(case.parameters.get(key) == value for key, value in size.items())
             if case.suite == "control plane" and case.name == name and same_size:
                 return case
         return None
@@ -99,6 +99,10 @@ def _control_plane(run: Run) -> list[targets.Row]:
             figure = case.median / MEGA if unit == "MB" else percentile(case.samples, 0.99)
         rows.append(targets.Row(f"{name}{', p99' if name in ('pod added elsewhere', 'policy changed') else ''}, "
                                 "100 000 pods, 10 000 policies", figure, limit, unit))  # fmt: skip
+    for name, label, limit in ((pods.UNTIL, f"{pods.UNTIL}, p99", 100), (pods.COST, pods.COST, 20)):
+        case = found(name, {"pods": pods.PODS})
+        figure = None if case is None else percentile(case.samples, 0.99)
+        rows.append(targets.Row(f"{label}, {pods.PODS} pods on the node", figure, limit, "ms"))
     return rows
 
 

@@ -328,13 +328,13 @@ def enter_namespace(namespace: Path) -> None:
         os.close(handle)
 
 
-def wait_until(condition: Callable[[], Any], what: str, deadline_s: float = 5.0) -> None:
+def wait_until(condition: Callable[[], Any], what: str, deadline_s: float = 5.0, *, every_s: float = 0.02) -> None:
     """Poll until something is true. Raises PlatformError naming what did not come."""
     deadline = time.monotonic() + deadline_s
     while not condition():
         if time.monotonic() > deadline:
             raise PlatformError(f"{what} within {deadline_s:.0f} s: it did not happen")
-        time.sleep(0.02)
+        time.sleep(every_s)
 
 
 @contextlib.contextmanager

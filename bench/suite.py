@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import control_plane, end_to_end, guards, idle, loads, scale, targets
+from bench import control_plane, end_to_end, guards, idle, loads, pods, scale, targets
 from bench.record import LESS, ROOT, Case, Run, begin, case_id, save
 from bench.site import EMPTY, NOTHING, OURS, Remote
 from netpol_ebpf.errors import PlatformError, PrivilegeError, UsageError
@@ -27,6 +27,7 @@ MICRO_BASE = "parse only, v4"
 """What micro cases are divided by when runs are compared: work of the same sort, in the same rounds."""
 SMOKE_LOADS = (loads.UDP_64, loads.CONNECTS)
 SMOKE_RULES = (10, 1000)
+SMOKE_PODS, SMOKE_NEW = 20, 3
 
 
 def micro(run: Run, *, smoke: bool) -> None:
@@ -56,9 +57,10 @@ def add_micro(run: Run, found: Mapping[str, Any]) -> None:
 
 
 def control(run: Run, *, smoke: bool) -> None:
-    """Changes at work, and the agent at rest."""
+    """Changes at work, pods that come and go, and the agent at rest."""
     sizes = control_plane.SMOKE_SIZES if smoke else control_plane.SIZES
     control_plane.run_suite(run, sizes=sizes, events=10 if smoke else 100, churn_s=1.0 if smoke else 5.0)
+    pods.run_suite(run, pods=SMOKE_PODS if smoke else pods.PODS, new=SMOKE_NEW if smoke else pods.NEW)
     idle.run_suite(run, windows=1 if smoke else 5, seconds=1.0 if smoke else 2.0)
 
 

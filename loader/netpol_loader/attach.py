@@ -122,8 +122,8 @@ def attached(ifindex: int, dataplane: Dataplane) -> tuple[Attachment, ...]:
 def attachments(dataplane: Dataplane) -> tuple[Attachment, ...]:
     """Everything of ours on all interfaces of this network namespace."""
     found = set(_tcx_attachments(dataplane))
-    for link in netlink.links():
-        found |= _clsact_attachments(dataplane, link.ifindex)
+    for ifindex in netlink.clsact_interfaces():
+        found |= _clsact_attachments(dataplane, ifindex)
     return tuple(sorted(found, key=_order))
 
 
@@ -156,9 +156,9 @@ def detach_all(dataplane: Dataplane) -> None:
     prune(dataplane)
 
 
-def prune(dataplane: Dataplane) -> None:
-    """Remove what is kept about interfaces that are gone."""
-    for ifindex in {int(path.name.partition("_")[0]) for path in _listed(dataplane)}:
+def prune(dataplane: Dataplane, present: Collection[int] = ()) -> None:
+    """Remove what is kept about interfaces that are gone. ``present``: those that need no look, since they are there."""
+    for ifindex in {int(path.name.partition("_")[0]) for path in _listed(dataplane)} - set(present):
         _forget_dead(dataplane, ifindex)
 
 
@@ -166,10 +166,10 @@ def replace(dataplane: Dataplane, old: Mapping[Hook, Collection[int]]) -> None:
     """Exchange the program everywhere; ``old``: ids of the programs to be exchanged on clsact."""
     for path in _link_paths(dataplane):
         _update_link(dataplane, path)
-    for link in netlink.links():
-        for one in netlink.clsact_filters(link.ifindex):
+    for ifindex in netlink.clsact_interfaces():
+        for one in netlink.clsact_filters(ifindex):
             if one.prog_id in old[one.hook]:
-                _put_filter(link.ifindex, dataplane, one.hook)
+                _put_filter(ifindex, dataplane, one.hook)
 
 
 def take_links(dataplane: Dataplane, links: Path) -> None:

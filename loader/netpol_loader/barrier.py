@@ -25,7 +25,9 @@ import hashlib
 import re
 import struct
 from collections.abc import Iterator, Mapping
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 
 from netpol_ebpf.errors import PlatformError
 from netpol_loader import nftables
@@ -137,6 +139,7 @@ class BarrierTables:
         self._flags = 0
         self._families: tuple[int, ...] = ()
         self._verified: int | None = None  # generation at which the tables were as they should be
+        self._written = Layout(Marks())  # what that was
 
     # --- opening ----------------------------------------------------------------------------------------------------
 
@@ -292,6 +295,17 @@ class BarrierTables:
         """Make the tables as they should be, in one transaction; what was otherwise. Keeps the counters."""
         channel = self._channel()
         generation = channel.generation()
+        known = self._changes(layout) if generation == self._verified else None
+        messages, differences = self._compared(layout) if known is None else known
+        if messages:
+            channel.commit(messages)
+        after = channel.generation()
+        is_undisturbed = after in (generation, generation + 1) if messages else after == generation
+        self._verified, self._written = after if is_undisturbed else None, layout
+        return differences
+
+    def _compared(self, layout: Layout) -> tuple[list[Message], list[Difference]]:
+        """What has to be done to the tables that there are, and what is otherwise in them."""
         messages: list[Message] = []
         differences: list[Difference] = []
         for family, found in self._read().items():
@@ -299,12 +313,28 @@ class BarrierTables:
             apart = list(_differences(found, content, FAMILIES[family]))
             differences += apart
             messages += self._repair(family, found, content, apart)
-        if messages:
-            channel.commit(messages)
-        after = channel.generation()
-        is_undisturbed = after in (generation, generation + 1) if messages else after == generation
-        self._verified = after if is_undisturbed else None
-        return differences
+        return messages, differences
+
+    def _changes(self, layout: Layout) -> tuple[list[Message], list[Difference]] | None:
+        """The same, when nobody has changed the tables since they were last written: without reading them, which takes long.
+
+        None: more changes than elements of sets.
+        """
+        messages: list[Message] = []
+        differences: list[Difference] = []
+        for family in self._families:
+            before, content = _content(self._written, family), _content(layout, family)
+            if before is None and content is None:
+                continue
+            if before is None or content is None or replace(before, sets=content.sets) != content:
+                return None
+            if before.sets.keys() != content.sets.keys():
+                return None
+            for name, keys in content.sets.items():
+                if keys != before.sets[name]:
+                    differences.append(Difference(f"set {name} of table {FAMILIES[family]} {TABLE}", "changed"))
+                    messages += _set_changes(family, name, before.sets[name], keys)
+        return messages, differences
 
     def _repair(
         self, family: int, found: _Found, content: _Content | None, apart: list[Difference]
@@ -321,12 +351,7 @@ class BarrierTables:
         if self._flags and not found.table.flags & nftables.OWNER and found.table.flags & nftables.PERSIST:
             yield nftables.new_table(family, TABLE, self._flags, self._remark)  # its owner has ended
         for name, keys in content.sets.items():
-            old = found.sets[name].keys()
-            for kind, some in (
-                (nftables.DELETE_ELEMENTS, sorted(old - keys)),
-                (nftables.NEW_ELEMENTS, sorted(keys - old)),
-            ):
-                yield from nftables.change_elements(kind, family, TABLE, name, some)
+            yield from _set_changes(family, name, found.sets[name].keys(), keys)
 
     def _whole(self, family: int, found: _Found, content: _Content) -> Iterator[Message]:
         """A table anew. The packet that is between the old chain and the new one passes: the new one has no rule for it yet."""
@@ -405,6 +430,14 @@ def _content(layout: Layout, family: int) -> _Content | None:
     return _Content(rules, sets, tuple(counters)) if rules else None
 
 
+def _set_changes(family: int, name: str, before: AbstractSet[bytes], keys: AbstractSet[bytes]) -> Iterator[Message]:
+    for kind, some in (
+        (nftables.DELETE_ELEMENTS, sorted(before - keys)),
+        (nftables.NEW_ELEMENTS, sorted(keys - before)),
+    ):
+        yield from nftables.change_elements(kind, family, TABLE, name, some)
+
+
 def _prerouting(layout: Layout) -> Iterator[_Rule]:
     for sign in (layout.marks.seen, layout.also_seen):
         if sign:
@@ -464,6 +497,7 @@ def _is_new(key: int) -> tuple[bytes, bytes]:
     return nftables.load_meta(key), nftables.look_up(KNOWN, is_absent=True)
 
 
+@lru_cache(maxsize=4096)
 def raw_name(name: str) -> bytes:
     r"""A name as the kernel has it. `netpol_loader.netlink` writes bytes that are no UTF-8 as ``\xNN``."""
     raw = re.sub(rb"\\x([0-9a-f]{2})", lambda one: bytes.fromhex(one[1].decode()), name.encode())

@@ -17,6 +17,7 @@ import sys
 from abc import abstractmethod
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,7 @@ def _hash6(key: bytes) -> int:
     return (mixed * _MULTIPLIER & _MASK64) >> 32
 
 
+@lru_cache(maxsize=1 << 16)  # the same ones are asked for with each change of the node's addresses
 def special_place(address: bytes) -> tuple[int, int]:
     """Row of np_special and bit in it that stand for an address."""
     hashed = _hash4(address) if len(address) == 4 else _hash6(address)  # noqa: PLR2004 - an IPv4 address

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""rtnetlink: interfaces, addresses, routes, clsact filters, news about interfaces.
+"""rtnetlink: interfaces, multicast groups, clsact filters; each call is a question of its own.
 
-The one module that imports pyroute2.  Invariant: everything is about the network namespace the calling thread is in (for
-the other ends of veth pairs there is `netpol_loader.peers`).  Must not know of programs' contents or of policy.
+What changes all the time is followed by `netpol_loader.follow`.  Invariant: everything is about the network namespace the
+calling thread is in (for the other ends of veth pairs there is `netpol_loader.peers`).  Must not know of programs' contents
+or of policy.
 """
 
 from __future__ import annotations
@@ -10,17 +11,19 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import select
+import re
 import socket
 import struct
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
+from functools import lru_cache
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 from pathlib import Path
-from typing import Any, Union
+from typing import Union
 
 from netpol_ebpf.errors import PlatformError
 from netpol_loader.hook import Hook
+from netpol_loader.rtnetlink import CREATE, EXCLUSIVE, REPLACE, Rtnetlink, RtnetlinkError, attribute, attributes, nested
 
 IPAddress = Union[IPv4Address, IPv6Address]
 IPNetwork = Union[IPv4Network, IPv6Network]
@@ -31,16 +34,23 @@ FILTER_PRIORITY = 1
 FILTER_HANDLE = 0x4E50
 """Ours among filters of the same priority; arbitrary ("NP")."""
 
-RTM_NEWLINK, RTM_DELLINK = 16, 17
-RTM_NEWADDR, RTM_DELADDR = 20, 21
-RTM_NEWROUTE, RTM_DELROUTE = 24, 25
-GROUPS = 0x1 | 0x10 | 0x40 | 0x100 | 0x400
-"""RTMGRP_LINK, _IPV4_IFADDR, _IPV4_ROUTE, _IPV6_IFADDR, _IPV6_ROUTE."""
-IFLA_IFNAME, IFLA_LINK, IFLA_LINKINFO, IFLA_LINK_NETNSID = 3, 5, 18, 37
-IFLA_INFO_KIND = 1
-NETLINK_HEADER = struct.Struct("=IHHII")
-LINK_HEADER = struct.Struct("=BBHiII")
-
+# include/uapi/linux/rtnetlink.h, if_link.h, if_tunnel.h
+NEW_LINK, DELETE_LINK, GET_LINK = 16, 17, 18
+_NEW_QDISC, _DELETE_QDISC, _GET_QDISC = 36, 37, 38
+_NEW_FILTER, _DELETE_FILTER, _GET_FILTER = 44, 45, 46
+_LINK_HEADER = struct.Struct("=BBHiII")  # family, -, ARPHRD_*, index, flags, change mask
+_IFNAME, _LINK, _MASTER, _LINKINFO, _EXT_MASK, _LINK_NETNSID = 3, 5, 10, 18, 29, 37
+_INFO_KIND, _INFO_DATA = 1, 2
+_VRF_TABLE = 1
+_GRE_REMOTE, _GRE_COLLECT_METADATA = 7, 18
+_SKIP_STATISTICS = attribute(_EXT_MASK, struct.pack("=I", 1 << 3))
+_IFF_UP, _IFF_RUNNING = 0x1, 0x40
+# include/uapi/linux/pkt_sched.h, pkt_cls.h
+_TC_HEADER = struct.Struct("=BxxxiIII")  # family, index, handle, parent, info
+_TCA_KIND, _TCA_OPTIONS = 1, 2
+_BPF_FD, _BPF_NAME, _BPF_FLAGS, _BPF_DIRECT_ACTION = 6, 7, 8, 1
+_CLSACT_PARENT, _CLSACT_HANDLE = 0xFFFF_FFF1, 0xFFFF_0000
+_ALL_PROTOCOLS = 0x0003
 
 ETHERNET, NO_REMOTE = 1, -1
 GRE_HARDWARE = frozenset({778, 823})
@@ -54,25 +64,16 @@ TUNNELS: Mapping[str, tuple[int, ...]] = {
     "gre": (GRE,), "gretap": (GRE,), "ip6gre": (GRE,), "ip6gretap": (GRE,), "erspan": (GRE,), "ip6erspan": (GRE,),
 }  # fmt: skip
 """Kinds of devices that unpack an IP protocol, whoever sent it."""
-TUNNEL_PORTS: Mapping[str, tuple[str, int]] = {
-    "vxlan": ("IFLA_VXLAN_PORT", 8472),
-    "geneve": ("IFLA_GENEVE_PORT", 6081),
-    "bareudp": ("IFLA_BAREUDP_PORT", 0),
-    "gtp": ("", 2152),
+TUNNEL_PORTS: Mapping[str, tuple[int, int]] = {
+    "vxlan": (15, 8472),  # IFLA_VXLAN_PORT
+    "geneve": (5, 6081),  # IFLA_GENEVE_PORT
+    "bareudp": (1, 0),  # IFLA_BAREUDP_PORT
+    "gtp": (0, 2152),
 }
-"""Kinds that unpack a port of UDP: the attribute that names it, and what it is without one."""
+"""Kinds that unpack a port of UDP: the attribute that holds it (0: none does), and what it is without one."""
 
-EXTERNAL: Mapping[str, str] = {
-    "vxlan": "IFLA_VXLAN_COLLECT_METADATA", "geneve": "IFLA_GENEVE_COLLECT_METADATA", "ipip": "IFLA_IPIP_COLLECT_METADATA",
-    "ip6tnl": "IFLA_IP6TNL_COLLECT_METADATA", "gre": "IFLA_GRE_COLLECT_METADATA", "gretap": "IFLA_GRE_COLLECT_METADATA",
-}  # fmt: skip
-"""Kinds that may keep the outer addresses of each packet, by the attribute that says so; bareudp always does."""
-
-TABLE_MAIN, TABLE_LOCAL = 254, 255
-RTN_UNICAST, RTN_LOCAL, RTN_BROADCAST, RTN_ANYCAST = 1, 2, 3, 4
-RT_SCOPE_UNIVERSE, IFA_F_PERMANENT = 0, 0x80
-ANNOUNCED = frozenset({1, 9})
-"""Protocols of routes that others put there by a message: RTPROT_REDIRECT, RTPROT_RA."""
+EXTERNAL: Mapping[str, int] = {"vxlan": 25, "geneve": 6, "ipip": 19, "ip6tnl": 19, "gre": 18, "gretap": 18}
+"""Kinds that may keep the outer addresses of each packet, by the attribute that says so (IFLA_*_COLLECT_METADATA); bareudp always does."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,14 +82,15 @@ class Link:
 
     ``peer_nsid``: that namespace's number in this one, None when it is this one.  ``hardware``: ARPHRD_*, of include/uapi/
     linux/if_arp.h; NO_REMOTE of a GRE device without the one remote end.  ``table``: of a VRF.  ``takes``: encapsulation that
-    it takes from anyone.  ``is_external``: it keeps the outer addresses of each packet (``external``, collect_md).
+    it takes from anyone.  ``is_up``: it is switched on; ``is_running``: and so is what is at its other end.
+    ``is_external``: it keeps the outer addresses of each packet (``external``, collect_md).
     """
 
     ifindex: int
     name: str
     kind: str
     is_up: bool
-    mac: str
+    is_running: bool
     master: int
     peer_ifindex: int
     peer_nsid: int | None
@@ -99,15 +101,6 @@ class Link:
 
 
 @dataclass(frozen=True, slots=True)
-class LocalRoute:
-    """Addresses that the node takes for its own. ``is_many``: broadcast. ``ifindex``: of the interface that has them."""
-
-    net: IPNetwork
-    is_many: bool
-    ifindex: int
-
-
-@dataclass(frozen=True, slots=True)
 class ClsactFilter:
     """One of our filters. ``prog_id`` as written in its name."""
 
@@ -115,205 +108,142 @@ class ClsactFilter:
     prog_id: int
 
 
-@dataclass(frozen=True, slots=True)
-class News:
-    """Something changed. ``ifindex`` 0 for routes: look again.
+def _text(raw: bytes) -> str:
+    """A name for people and JSON: the kernel takes any bytes."""
+    return raw.split(b"\0")[0].decode(errors="backslashreplace")
 
-    Of interfaces also, as in `Link`: ``link_kind``, ``peer_ifindex``, ``peer_nsid``, ``hardware``.
+
+def _number(raw: bytes | None) -> int:
+    return 0 if raw is None else int(struct.unpack("=I", raw)[0])
+
+
+# --- interfaces -----------------------------------------------------------------------------------------------------
+
+
+def parse_link(payload: bytes) -> Link | None:
+    """The interface of a message; None: it is of a family, and says what that knows of the interface.
+
+    Raises struct.error and ValueError for what is no such message.
     """
-
-    kind: str  # link, address, route
-    is_gone: bool
-    ifindex: int
-    name: str
-    link_kind: str = ""
-    peer_ifindex: int = 0
-    peer_nsid: int | None = None
-    hardware: int = ETHERNET
-
-
-@contextlib.contextmanager
-def _route() -> Iterator[Any]:
-    """An rtnetlink socket of the calling thread's namespace; its errors become PlatformErrors."""
-    from pyroute2 import IPRoute
-    from pyroute2.netlink.exceptions import NetlinkError
-
-    try:
-        with IPRoute() as route:
-            yield route
-    except NetlinkError as error:
-        raise _NetlinkError(error.code) from error
-
-
-class _NetlinkError(PlatformError):
-    """An answer of the kernel; ``code`` is its errno."""
-
-    def __init__(self, code: int) -> None:
-        super().__init__(f"rtnetlink: {os.strerror(code)}")
-        self.code = code
-
-
-def _name(raw: str | bytes) -> str:
-    """An interface's name for people and JSON: the kernel takes any bytes, pyroute2 gives those that are no UTF-8 as they are."""
-    return raw if isinstance(raw, str) else raw.split(b"\0")[0].decode(errors="backslashreplace")
-
-
-def _link(message: Any) -> Link:
-    info = message.get_attr("IFLA_LINKINFO")
-    kind = (info.get_attr("IFLA_INFO_KIND") if info else None) or ""
-    data = info.get_attr("IFLA_INFO_DATA") if info else None
+    family, hardware_type, ifindex, flags = link_header(payload)
+    if family != socket.AF_UNSPEC:
+        return None
+    if ifindex <= 0:
+        raise ValueError(f"an interface with the number {ifindex}")
+    found = attributes(payload, _LINK_HEADER.size)
+    info = attributes(found.get(_LINKINFO, b""))
+    kind = _text(info.get(_INFO_KIND, b""))
+    data = info.get(_INFO_DATA, b"")
+    nsid = found.get(_LINK_NETNSID)
     return Link(
-        ifindex=message["index"],
-        name=_name(message.get_attr("IFLA_IFNAME")),
+        ifindex=ifindex,
+        name=_text(found.get(_IFNAME, b"")),
         kind=kind,
-        hardware=_hardware(message["ifi_type"], data),
-        table=(data.get_attr("IFLA_VRF_TABLE") if kind == "vrf" and data else None) or 0,
+        is_up=bool(flags & _IFF_UP),
+        is_running=bool(flags & _IFF_RUNNING),
+        master=_number(found.get(_MASTER)),
+        peer_ifindex=_number(found.get(_LINK)),
+        peer_nsid=None if nsid is None else struct.unpack("=i", nsid)[0],
+        hardware=_hardware(hardware_type, data),
+        table=_number(attributes(data).get(_VRF_TABLE)) if kind == "vrf" else 0,
         takes=_takes(kind, data),
         is_external=_is_external(kind, data),
-        is_up=bool(message["flags"] & 1),
-        mac=message.get_attr("IFLA_ADDRESS") or "",
-        master=message.get_attr("IFLA_MASTER") or 0,
-        peer_ifindex=message.get_attr("IFLA_LINK") or 0,
-        peer_nsid=message.get_attr("IFLA_LINK_NETNSID"),
     )
 
 
-def _hardware(hardware: int, data: Any) -> int:
+def link_header(payload: bytes) -> tuple[int, int, int, int]:
+    """Family, ARPHRD_*, number and flags of the interface of a message."""
+    family, _, hardware_type, ifindex, flags, _ = _LINK_HEADER.unpack_from(payload)
+    return family, hardware_type, ifindex, flags
+
+
+def _hardware(hardware: int, data: bytes) -> int:
     """A GRE device that has no remote end puts its outer header before packets that go out by it."""
-    if hardware not in GRE_HARDWARE or data is None or data.get_attr("IFLA_GRE_COLLECT_METADATA") is not None:
+    if hardware not in GRE_HARDWARE:
         return hardware
-    remote = data.get_attr("IFLA_GRE_REMOTE") or data.get_attr("IFLA_IP6GRE_REMOTE") or "0.0.0.0"  # noqa: S104
-    return NO_REMOTE if ip_address(remote).is_unspecified or ip_address(remote).is_multicast else hardware
+    found = attributes(data)
+    if not found or _GRE_COLLECT_METADATA in found:
+        return hardware
+    raw = found.get(_GRE_REMOTE, bytes(4))
+    remote = IPv4Address(raw) if len(raw) == 4 else IPv6Address(raw)  # noqa: PLR2004 - bytes of an IPv4 address
+    return NO_REMOTE if remote.is_unspecified or remote.is_multicast else hardware
 
 
-def _takes(kind: str, data: Any) -> tuple[Encapsulation, ...]:
+def _takes(kind: str, data: bytes) -> tuple[Encapsulation, ...]:
     if kind in TUNNEL_PORTS:
-        attribute, usual = TUNNEL_PORTS[kind]
-        port = data.get_attr(attribute) if data is not None and attribute else None
-        return ((UDP, port or usual),)
+        number, usual = TUNNEL_PORTS[kind]
+        raw = attributes(data).get(number) if number else None
+        return ((UDP, (0 if raw is None else int.from_bytes(raw, "big")) or usual),)
     return tuple((protocol, 0) for protocol in TUNNELS.get(kind, ()))
 
 
-def _is_external(kind: str, data: Any) -> bool:
-    if kind in EXTERNAL and data is not None:
-        return bool(data.get_attr(EXTERNAL[kind]))  # of some kinds a number that may be 0
-    return kind == "bareudp"
+def _is_external(kind: str, data: bytes) -> bool:
+    """Of some kinds the attribute is a flag, of some a number that may be 0."""
+    if kind not in EXTERNAL:
+        return kind == "bareudp"
+    raw = attributes(data).get(EXTERNAL[kind])
+    return raw is not None and (not raw or any(raw))
+
+
+def dump_links(channel: Rtnetlink) -> list[Link]:
+    """All interfaces of the socket's namespace."""
+    found = map(parse_link, channel.dump(GET_LINK, _LINK_HEADER.pack(0, 0, 0, 0, 0, 0) + _SKIP_STATISTICS))
+    return [link for link in found if link is not None]
+
+
+def ask_link(channel: Rtnetlink, name_or_ifindex: str | int) -> Link | None:
+    """One interface of the socket's namespace by name or number, or None."""
+    number = name_or_ifindex if isinstance(name_or_ifindex, int) else 0
+    body = _LINK_HEADER.pack(0, 0, 0, number, 0, 0) + _SKIP_STATISTICS
+    if isinstance(name_or_ifindex, str):
+        body += attribute(_IFNAME, name_or_ifindex.encode() + b"\0")
+    try:
+        ((_, _, payload),) = channel.ask(GET_LINK, body)
+    except RtnetlinkError as error:
+        if error.code in (errno.ENODEV, errno.EINVAL, errno.ERANGE):  # no such number; no name that one could have
+            return None
+        raise
+    return parse_link(payload)
 
 
 def links() -> list[Link]:
     """All interfaces."""
-    with _route() as route:
-        return [_link(message) for message in route.get_links()]
+    with Rtnetlink() as channel:
+        return dump_links(channel)
 
 
 def link(name_or_ifindex: str | int) -> Link | None:
     """One interface by name or number, or None."""
-    return next((one for one in links() if name_or_ifindex in (one.name, one.ifindex)), None)
+    with Rtnetlink() as channel:
+        return ask_link(channel, name_or_ifindex)
 
 
-def addresses() -> dict[IPAddress, int]:
-    """The addresses of this namespace and the interface each is on."""
-    with _route() as route:
-        return dict(_addresses(route))
+# --- multicast groups -----------------------------------------------------------------------------------------------
 
-
-def local_routes(tables: Collection[int] = ()) -> list[LocalRoute]:
-    """What the node takes for its own: own addresses, prefixes, broadcast and anycast addresses of the table `local`.
-
-    ``tables``: those of VRFs, whose local routes are there.  Other tables do not count: what stands there (a transparent
-    proxy's ``local 0.0.0.0/0``) is for chosen packets.
-    """
-    found = []
-    wanted = {TABLE_LOCAL, *tables}
-    with _route() as route:
-        for family, bits in ((socket.AF_INET, 32), (socket.AF_INET6, 128)):
-            for message in route.get_routes(family=family):
-                kind = message["type"]
-                if kind not in (RTN_LOCAL, RTN_BROADCAST, RTN_ANYCAST):
-                    continue
-                if (message.get_attr("RTA_TABLE") or message["table"]) not in wanted:
-                    continue
-                destination = message.get_attr("RTA_DST") or ("0.0.0.0" if bits == 32 else "::")  # noqa: PLR2004, S104
-                net = ip_network(f"{destination}/{message['dst_len']}")
-                found.append(LocalRoute(net, kind == RTN_BROADCAST, message.get_attr("RTA_OIF") or 0))
-    return found
+_GROUP4 = re.compile(rb"\t\t\t\t([0-9A-F]{8}) ")
+_IGMP6_COLUMNS, _IGMP6_GROUP = 6, 2
 
 
 def joined_groups() -> frozenset[IPAddress]:
     """The multicast groups that this namespace's interfaces have joined. Nothing announces a change of these."""
     groups: set[IPAddress] = set()
     with contextlib.suppress(FileNotFoundError):  # a kernel without that family
-        for line in Path("/proc/thread-self/net/igmp").read_text().splitlines():
-            if line.startswith("\t\t\t\t"):
-                groups.add(IPv4Address(struct.pack("=I", int(line.split()[0], 16))))
-    with contextlib.suppress(FileNotFoundError):
-        for line in Path("/proc/thread-self/net/igmp6").read_text().splitlines():
-            groups.add(IPv6Address(bytes.fromhex(line.split()[2])))
+        raw = Path("/proc/thread-self/net/igmp").read_bytes()
+        groups.update(map(_group4, set(_GROUP4.findall(raw))))
+    with contextlib.suppress(FileNotFoundError):  # an interface's name has no white space
+        columns = Path("/proc/thread-self/net/igmp6").read_bytes().split()
+        groups.update(map(_group6, set(columns[_IGMP6_GROUP::_IGMP6_COLUMNS])))
     return frozenset(groups)
 
 
-def _addresses(route: Any) -> Iterator[tuple[IPAddress, int]]:
-    for message in route.get_addr():
-        text = message.get_attr("IFA_LOCAL") or message.get_attr("IFA_ADDRESS")
-        if text:
-            yield ip_address(text), message["index"]
+@lru_cache(maxsize=4096)
+def _group4(text: bytes) -> IPv4Address:
+    return IPv4Address(struct.pack("=I", int(text, 16)))
 
 
-@dataclass(frozen=True, slots=True)
-class Connected:
-    """What the main table says of this namespace's interfaces, apart from what a router announced.
-
-    ``host_routes``: directly connected single addresses (/32, /128); ``subnets``: directly connected prefixes; ``uplinks``:
-    interfaces of default routes; ``next_hops``: of other routes with a next hop; ``shared``: interfaces with a lasting
-    address in a prefix that others share.
-    """
-
-    host_routes: Mapping[IPAddress, int]
-    subnets: Mapping[IPNetwork, frozenset[int]]
-    uplinks: frozenset[int]
-    next_hops: frozenset[int]
-    shared: frozenset[int]
-
-
-def connected() -> Connected:
-    """As it is now."""
-    hosts: dict[IPAddress, int] = {}
-    subnets: dict[IPNetwork, set[int]] = {}
-    uplinks: set[int] = set()
-    next_hops: set[int] = set()
-    with _route() as route:
-        shared = {message["index"] for message in route.get_addr() if _is_shared(message)}
-        for family, bits in ((socket.AF_INET, 32), (socket.AF_INET6, 128)):
-            for message in route.get_routes(family=family):
-                is_main = (message.get_attr("RTA_TABLE") or message["table"]) == TABLE_MAIN
-                if not is_main or message["type"] != RTN_UNICAST or message["proto"] in ANNOUNCED:
-                    continue
-                hops = message.get_attr("RTA_MULTIPATH") or ()
-                interfaces = {message.get_attr("RTA_OIF"), *(hop["oif"] for hop in hops)} - {None}
-                destination, length = message.get_attr("RTA_DST"), message["dst_len"]
-                if length == 0:
-                    uplinks |= interfaces
-                elif hops or message.get_attr("RTA_GATEWAY") or message.get_attr("RTA_VIA"):
-                    next_hops |= interfaces
-                elif length == bits and destination and interfaces:
-                    (hosts[ip_address(destination)],) = interfaces
-                elif destination:
-                    net = ip_network(f"{destination}/{length}")
-                    if not net.is_link_local and not net.is_multicast:
-                        subnets.setdefault(net, set()).update(interfaces)
-    nets = {net: frozenset(found) for net, found in subnets.items()}
-    return Connected(hosts, nets, frozenset(uplinks), frozenset(next_hops), frozenset(shared))
-
-
-def _is_shared(message: Any) -> bool:
-    """Whether an address of a namespace is in a prefix that others share.
-
-    Link-local addresses and single ones (/32, /128), which container networks give to a pod's gateway, do not count, nor do IPv6
-    addresses that last only as long as somebody announces them.
-    """
-    is_ip4 = message["family"] == socket.AF_INET
-    is_lasting = is_ip4 or bool(message["flags"] & IFA_F_PERMANENT)
-    return message["scope"] == RT_SCOPE_UNIVERSE and message["prefixlen"] < (32 if is_ip4 else 128) and is_lasting
+@lru_cache(maxsize=4096)
+def _group6(text: bytes) -> IPv6Address:
+    return IPv6Address(bytes.fromhex(text.decode()))
 
 
 # --- clsact ---------------------------------------------------------------------------------------------------------
@@ -325,9 +255,9 @@ def add_clsact(ifindex: int) -> bool:
     To the older *ingress* discipline the kernel would let filters of both hooks be added, and run all of them at ingress.
     """
     try:
-        with _route() as route:
-            route.tc("add", "clsact", index=ifindex)
-    except _NetlinkError as error:
+        with Rtnetlink() as channel:
+            channel.ask(_NEW_QDISC, _clsact(ifindex), CREATE | EXCLUSIVE)
+    except RtnetlinkError as error:
         if error.code == errno.EEXIST and has_clsact(ifindex):
             return False
         if error.code == errno.EEXIST:
@@ -339,34 +269,50 @@ def add_clsact(ifindex: int) -> bool:
     return True
 
 
+def _clsact(ifindex: int) -> bytes:
+    header = _TC_HEADER.pack(socket.AF_UNSPEC, ifindex, _CLSACT_HANDLE, _CLSACT_PARENT, 0)
+    return header + attribute(_TCA_KIND, b"clsact\0")
+
+
+def clsact_interfaces() -> set[int]:
+    """The interfaces that have the discipline."""
+    with Rtnetlink() as channel:
+        found = channel.dump(_GET_QDISC, _TC_HEADER.pack(socket.AF_UNSPEC, 0, 0, 0, 0))
+    disciplines = ((_TC_HEADER.unpack_from(one)[1], attributes(one, _TC_HEADER.size)) for one in found)
+    return {ifindex for ifindex, one in disciplines if _text(one.get(_TCA_KIND, b"")) == "clsact"}
+
+
 def has_clsact(ifindex: int) -> bool:
     """Whether an interface exists and has the discipline."""
     try:
-        with _route() as route:
-            return any(message.get_attr("TCA_KIND") == "clsact" for message in route.get_qdiscs(index=ifindex))
-    except _NetlinkError as error:
-        if error.code == errno.ENODEV:
+        with Rtnetlink() as channel:
+            channel.ask(_GET_QDISC, _clsact(ifindex))
+    except RtnetlinkError as error:
+        if error.code in (errno.ENODEV, errno.ENOENT, errno.EINVAL):  # no interface; none; another in its place
             return False
         raise
+    return True
 
 
 def delete_clsact_if_unused(ifindex: int) -> None:
     """Remove the clsact discipline of an interface, unless somebody else's filters are on it."""
-    with contextlib.suppress(_NetlinkError), _route() as route:  # no interface, no discipline
-        if any(list(route.get_filters(index=ifindex, parent=parent)) for parent in CLSACT_PARENTS.values()):
-            return
-        route.tc("del", "clsact", index=ifindex)
+    with contextlib.suppress(RtnetlinkError), Rtnetlink() as channel:  # no interface, no discipline
+        if not any(_filters(channel, ifindex, hook) for hook in CLSACT_PARENTS):
+            channel.ask(_DELETE_QDISC, _clsact(ifindex))
 
 
 def put_clsact_filter(ifindex: int, hook: Hook, prog_fd: int, prog_id: int) -> None:
     """Put a program on a hook, in the place of one that we put there before; in one step, no packet sees neither."""
+    options = nested(
+        _TCA_OPTIONS,
+        attribute(_BPF_FD, struct.pack("=I", prog_fd)),
+        attribute(_BPF_NAME, f"{hook.value}#{prog_id}\0".encode()),
+        attribute(_BPF_FLAGS, struct.pack("=I", _BPF_DIRECT_ACTION)),
+    )
     try:
-        with _route() as route:
-            route.tc(
-                "replace-filter", "bpf", index=ifindex, parent=CLSACT_PARENTS[hook], prio=FILTER_PRIORITY,
-                handle=FILTER_HANDLE, fd=prog_fd, name=f"{hook.value}#{prog_id}", direct_action=True,
-            )  # fmt: skip
-    except _NetlinkError as error:
+        with Rtnetlink() as channel:
+            channel.ask(_NEW_FILTER, _our_filter(ifindex, hook) + options, CREATE | REPLACE)
+    except RtnetlinkError as error:
         raise PlatformError(
             f"cannot put {hook.value} on clsact of interface {ifindex}: {os.strerror(error.code)}"
         ) from error
@@ -374,134 +320,49 @@ def put_clsact_filter(ifindex: int, hook: Hook, prog_fd: int, prog_id: int) -> N
 
 def delete_clsact_filter(ifindex: int, hook: Hook) -> None:
     """Take our filter off a hook."""
-    with _route() as route:
-        route.tc(
-            "del-filter", "bpf", index=ifindex, parent=CLSACT_PARENTS[hook], prio=FILTER_PRIORITY, handle=FILTER_HANDLE
-        )
+    with Rtnetlink() as channel:
+        channel.ask(_DELETE_FILTER, _our_filter(ifindex, hook))
+
+
+def _our_filter(ifindex: int, hook: Hook) -> bytes:
+    info = FILTER_PRIORITY << 16 | socket.htons(_ALL_PROTOCOLS)
+    header = _TC_HEADER.pack(socket.AF_UNSPEC, ifindex, FILTER_HANDLE, CLSACT_PARENTS[hook], info)
+    return header + attribute(_TCA_KIND, b"bpf\0")
 
 
 def clsact_filters(ifindex: int) -> list[ClsactFilter]:
     """Filters on an interface that bear our programs' names; none when the interface has no clsact, or is gone."""
     found = []
-    for hook, parent in CLSACT_PARENTS.items():
-        try:
-            with _route() as route:
-                messages = list(route.get_filters(index=ifindex, parent=parent))
-        except _NetlinkError:  # ENODEV, or no such parent
-            continue
-        for message in messages:
-            options = message.get_attr("TCA_OPTIONS")
-            name, _, number = ((options.get_attr("TCA_BPF_NAME") if options else None) or "").partition("#")
-            if name == hook.value and number.isdecimal():
-                found.append(ClsactFilter(hook, int(number)))
+    with Rtnetlink() as channel:
+        for hook in CLSACT_PARENTS:
+            for name in _filter_names(channel, ifindex, hook):
+                ours, _, number = name.partition("#")
+                if ours == hook.value and number.isdecimal():
+                    found.append(ClsactFilter(hook, int(number)))
     return found
 
 
 def foreign_filters(ifindex: int, hook: Hook) -> list[str]:
     """Filters of others on a hook of clsact, for people; none when the interface is gone."""
+    with Rtnetlink() as channel:
+        return [name for name in _filter_names(channel, ifindex, hook) if not name.startswith(f"{hook.value}#")]
+
+
+def _filter_names(channel: Rtnetlink, ifindex: int, hook: Hook) -> list[str]:
+    """Names of the filters on a hook; of those without a name, and of other kinds than bpf, the kind."""
     try:
-        with _route() as route:
-            messages = list(route.get_filters(index=ifindex, parent=CLSACT_PARENTS[hook]))
-    except _NetlinkError:  # ENODEV, or no such parent
+        filters = _filters(channel, ifindex, hook)
+    except RtnetlinkError:  # ENODEV, or no such parent
         return []
-    found = []
-    for message in messages:
-        options = message.get_attr("TCA_OPTIONS")
-        name = (options.get_attr("TCA_BPF_NAME") if hasattr(options, "get_attr") else None) or message.get_attr(
-            "TCA_KIND"
-        )
-        if options is not None and not str(name).startswith(f"{hook.value}#"):
-            found.append(str(name))
-    return found
+    names = []
+    for one in filters:
+        kind = _text(one.get(_TCA_KIND, b""))
+        if _TCA_OPTIONS in one:  # else it stands for the whole of its priority
+            options = attributes(one[_TCA_OPTIONS]) if kind == "bpf" else {}
+            names.append(_text(options.get(_BPF_NAME, b"")) or kind)
+    return names
 
 
-# --- news -----------------------------------------------------------------------------------------------------------
-
-
-class Monitor:
-    """News about interfaces, addresses and routes of this namespace, from the moment it is made.
-
-    A plain netlink socket: it has to live in a select loop, and losing messages must be noticed.
-    """
-
-    KINDS: Mapping[int, tuple[str, bool]] = {
-        RTM_NEWLINK: ("link", False), RTM_DELLINK: ("link", True),
-        RTM_NEWADDR: ("address", False), RTM_DELADDR: ("address", True),
-        RTM_NEWROUTE: ("route", False), RTM_DELROUTE: ("route", True),
-    }  # fmt: skip
-
-    def __init__(self) -> None:
-        self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, socket.NETLINK_ROUTE)
-        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)
-        self._socket.bind((0, GROUPS))
-        self._socket.settimeout(0)
-
-    def fileno(self) -> int:
-        """For select: readable when there is news."""
-        return self._socket.fileno()
-
-    def wait(self, timeout_s: float) -> list[News] | None:
-        """News, waiting at most ``timeout_s`` for the first. None: some were lost, look at everything again."""
-        if not select.select([self._socket], [], [], timeout_s)[0]:
-            return []
-        news: list[News] = []
-        while True:
-            try:
-                datagram = self._socket.recv(1 << 16)
-            except BlockingIOError:
-                return news
-            except OSError as error:
-                if error.errno == errno.ENOBUFS:
-                    return None
-                raise
-            news += self._parse(datagram)
-
-    def close(self) -> None:
-        """Stop listening."""
-        self._socket.close()
-
-    def __enter__(self) -> Monitor:  # noqa: PYI034  # typing.Self is newer than Python 3.10
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def _parse(self, datagram: bytes) -> Iterator[News]:
-        at = 0
-        while at + NETLINK_HEADER.size <= len(datagram):
-            length, kind, *_ = NETLINK_HEADER.unpack_from(datagram, at)
-            if kind in self.KINDS:
-                what, is_gone = self.KINDS[kind]
-                yield self._news(what, is_gone, datagram[at + NETLINK_HEADER.size : at + length])
-            at += max((length + 3) & ~3, NETLINK_HEADER.size)
-
-    @staticmethod
-    def _news(what: str, is_gone: bool, body: bytes) -> News:  # noqa: FBT001  # private
-        if what == "route":
-            return News(what, is_gone, ifindex=0, name="")
-        if what == "address":
-            return News(what, is_gone, struct.unpack_from("=I", body, 4)[0], "")
-        family, _, hardware, ifindex, _, _ = LINK_HEADER.unpack_from(body)
-        is_gone = is_gone and family != socket.AF_BRIDGE  # that one says that it left a bridge
-        found = _attributes(body[LINK_HEADER.size :])
-        nsid = found.get(IFLA_LINK_NETNSID)
-        return News(
-            what,
-            is_gone,
-            ifindex,
-            name=_name(found.get(IFLA_IFNAME, b"")),
-            link_kind=_name(_attributes(found.get(IFLA_LINKINFO, b"")).get(IFLA_INFO_KIND, b"")),
-            peer_ifindex=struct.unpack("=I", found.get(IFLA_LINK, bytes(4)))[0],
-            peer_nsid=None if nsid is None else struct.unpack("=i", nsid)[0],
-            hardware=hardware,
-        )
-
-
-def _attributes(body: bytes) -> dict[int, bytes]:
-    """Attributes by type."""
-    found, at = {}, 0
-    while at + 4 <= len(body):
-        size, kind = struct.unpack_from("=HH", body, at)
-        found[kind & 0x3FFF] = body[at + 4 : at + size]  # without NLA_F_NESTED, NLA_F_NET_BYTEORDER
-        at += max((size + 3) & ~3, 4)
-    return found
+def _filters(channel: Rtnetlink, ifindex: int, hook: Hook) -> list[dict[int, bytes]]:
+    body = _TC_HEADER.pack(socket.AF_UNSPEC, ifindex, 0, CLSACT_PARENTS[hook], 0)
+    return [attributes(one, _TC_HEADER.size) for one in channel.dump(_GET_FILTER, body)]

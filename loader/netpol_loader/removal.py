@@ -103,12 +103,12 @@ def _program_ids(directory: Path) -> Iterator[int]:
 
 
 def _filters(programs: set[int], names: dict[int, str]) -> Iterator[Leftover]:
-    for ifindex, name in names.items():
+    for ifindex in sorted(netlink.clsact_interfaces()):
         for one in netlink.clsact_filters(ifindex):
             if one.prog_id in programs:
                 yield Leftover(
                     "filter",
-                    f"{one.hook.value} on interface {name}",
+                    f"{one.hook.value} on interface {names.get(ifindex, ifindex)}",
                     lambda ifindex=ifindex, hook=one.hook: netlink.delete_clsact_filter(ifindex, hook),  # type: ignore[misc]
                 )
 

@@ -89,9 +89,9 @@ class Upgrade:
             found |= attach.listed_interfaces(older / LINKS)
             ours = {number for numbers in program_ids(_sets(older)).values() for number in numbers}
             found |= {
-                link.ifindex
-                for link in netlink.links()
-                for one in netlink.clsact_filters(link.ifindex)
+                ifindex
+                for ifindex in netlink.clsact_interfaces()
+                for one in netlink.clsact_filters(ifindex)
                 if one.prog_id in ours
             }
         return found

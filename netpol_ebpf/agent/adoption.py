@@ -130,6 +130,11 @@ class Adoption:
     warnings: dict[str, Problem] = field(default_factory=dict)
     _begun: set[int] = field(default_factory=set)
 
+    @property
+    def concerned(self) -> set[int]:
+        """Interfaces whose old connections are still to be looked for."""
+        return self.interfaces | self._begun
+
     def expect(self, interfaces: Iterable[int]) -> None:
         """These may have old connections."""
         self.interfaces |= set(interfaces)

@@ -236,7 +236,9 @@ class Barrier:
         if not self.settings.is_on:
             return
         before, self._unsigned = self._unsigned, self.tables.unsigned()
-        if self._unsigned == before and self._numbers.keys() == self._counted.keys():
+        known = {name: self._counted.get(name, (number, 0)) for name, number in self._numbers.items()}
+        if self._unsigned == before and all(one[0] == self._numbers[name] for name, one in known.items()):
+            self._counted = known  # nothing was dropped since, so nothing of those that are new
             return
         counted = self.tables.counts().by_interface
         for name, number in self._numbers.items():

@@ -529,7 +529,8 @@ class Agent:
 
     def _look_at_interfaces(self) -> None:
         self._looked_at_s = self._clock()
-        self._wiring = self._node.snapshot()
+        bound = {} if self._applier is None else self._applier.bindings
+        self._wiring = self._node.snapshot({binding.ifindex for binding in bound.values()})
         encapsulations = self._wiring.tunnels | self.settings.tunnels
         self._derivation.set_tunnels(TUNNELS.union(Tunnel(*one) for one in encapsulations))
         self._locate()
@@ -660,10 +661,10 @@ class Agent:
         self._adoption.go_behind(self._node, *self._adoptable())
 
     def _adoptable(self) -> tuple[dict[int, Workload], Place]:
-        """The workloads by their interfaces, as far as policy for them is in force, and what their connections depend on."""
-        workloads = {}
+        """The workloads whose old connections are looked for, as far as policy for them is in force, and what those depend on."""
+        workloads, concerned = {}, self._adoption.concerned
         for key, ifindex in self._located.interfaces.items():
-            if key in self.tables.endpoints:
+            if ifindex in concerned and key in self.tables.endpoints:
                 peer = self._wiring.links[ifindex].peer
                 number, addresses = self.tables.endpoints[key].number, self._local[key].addresses
                 workloads[ifindex] = Workload(number, addresses, None if peer is None else peer[0])

@@ -302,7 +302,7 @@ def answers_of(agent: Any, node: Any, ledger: Ledger, place: Mapping[str, Any]) 
         return in_child
 
     return {
-        "status": apart(lambda: report.status(agent, node.maps, place, ledger.problems)),
+        "status": apart(lambda: report.status(agent, node.maps, place, ledger.problems, node.listed_again)),
         "rules": apart(lambda: report.rules(agent, node.maps)),
         "identities": apart(lambda: report.identities(agent)),
         "connections": apart(lambda: report.connections(agent, node.maps)),

@@ -10,6 +10,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from functools import lru_cache
 from ipaddress import ip_network
 from pathlib import Path
 from typing import Protocol
@@ -26,8 +27,10 @@ from netpol_ebpf.errors import PlatformError
 from netpol_loader import abi, access, attach, netlink
 from netpol_loader.barrier import BarrierTables
 from netpol_loader.drift import Drift, PartlyMendedError, mend_attachments, mend_pins
+from netpol_loader.follow import Follower
 from netpol_loader.peers import load_peer_addresses
 from netpol_loader.renewal import Renewal
+from netpol_loader.routes import LocalRoute
 from netpol_loader.upgrade import Upgrade, open_dataplane
 
 log = logging.getLogger(__name__)
@@ -41,11 +44,14 @@ POLICY_MAPS = frozenset({
 
 PAIR_KINDS = frozenset({"veth", "netkit"})
 """Kinds of devices that come in pairs, one end in a workload's namespace."""
+GROUP = Meaning(LocalFlag.GROUP)
 LOOPBACK_NET = ip_network("127.0.0.0/8")
 EVENTS_A_LOOK = 1000
 """Events taken at a time, so that a flood of them does not keep the agent from everything else; arbitrary."""
 GROUPS_S = 1.0
 """How often to look for groups that the node has joined; arbitrary."""
+PEERS_S = 0.5
+"""How often to look again behind an interface that a host route leads to, and that is nobody's all the same; arbitrary."""
 CLSACT_TURN = 10
 """Interfaces with clsact to be looked at in one audit; arbitrary."""
 
@@ -61,8 +67,12 @@ class Node(Protocol):
     def barrier(self) -> Tables:
         """The tables of the second barrier in this node's network namespace."""
 
-    def snapshot(self) -> Wiring:
-        """Interfaces, routes and addresses as they are now."""
+    def snapshot(self, bound: Collection[int] = ()) -> Wiring:
+        """Interfaces, routes and addresses as they are now.
+
+        ``bound``: interfaces that are known to be whose they are. Addresses at their other ends are not looked for again, as
+        long as nothing is told of the interface.
+        """
 
     def has_news(self) -> bool:
         """Whether interfaces, routes or addresses may have changed since the last call."""
@@ -141,6 +151,12 @@ class KernelNode:
         self._is_news = False  # what was read and not looked at yet
         self._groups: frozenset[netlink.IPAddress] = frozenset()
         self._groups_s = -GROUPS_S
+        self._version: tuple[int, int] | None = None  # of the follower, when its news were read
+        self._links: dict[int, tuple[netlink.Link, Link]] = {}
+        self._asked: dict[
+            int, tuple[netlink.Link, bool, float]
+        ] = {}  # behind an interface: had it a host route, and when
+        self._peer_addresses: dict[tuple[int, int], tuple[netlink.IPAddress, ...]] = {}
         self._mended = 0  # of clsact interfaces: whose turn it is
         self._upgrade: Upgrade | None = None  # until it has taken over
         self.upgraded = ""  # what an upgrade of the pins did, for people; empty: there was none
@@ -148,7 +164,7 @@ class KernelNode:
 
     def __enter__(self) -> KernelNode:  # noqa: PYI034 - typing.Self comes with Python 3.11
         with contextlib.ExitStack() as stack:
-            self._monitor = stack.enter_context(netlink.Monitor())
+            self._follower = stack.enter_context(Follower())
             self._dataplane, self._upgrade = open_dataplane(self._pin_root, self._sizes)
             stack.enter_context(self._dataplane)
             if self._upgrade is not None:
@@ -181,7 +197,12 @@ class KernelNode:
 
     def fileno(self) -> int:
         """Readable when there is news."""
-        return self._monitor.fileno()
+        return self._follower.fileno()
+
+    @property
+    def listed_again(self) -> Mapping[str, int]:
+        """How often all interfaces and routes were listed again since the start, by why."""
+        return self._follower.listed_again
 
     def has_news(self) -> bool:
         """See `Node`."""
@@ -197,15 +218,16 @@ class KernelNode:
         return born
 
     def _read_news(self) -> None:
-        news = self._monitor.wait(0)
-        self._is_news = self._is_news or news != []
+        news = self._follower.poll()
+        before, self._version = self._version, self._follower.version
+        self._is_news = self._is_news or self._version != before
         if news is None:
             self._gone = None
+            self._born = [link for _, link in self._known_links().values()]
             return
-        of_links = [one for one in news if one.kind == "link"]
-        self._born += [_link(one) for one in of_links if not one.is_gone]
+        self._born += [_link(one.link) for one in news if not one.is_gone]
         if self._gone is not None:
-            self._gone |= {one.ifindex for one in of_links if one.is_gone}
+            self._gone |= {one.link.ifindex for one in news if one.is_gone}
 
     def _look_at_groups(self) -> None:
         """Multicast groups that processes of the node join or leave are news that nobody tells."""
@@ -220,27 +242,62 @@ class KernelNode:
         gone, self._gone = self._gone, set()
         return gone
 
-    def snapshot(self) -> Wiring:
-        """See `Node`."""
-        found = netlink.links()
-        links, tables = {one.ifindex: _link(one) for one in found}, [one.table for one in found if one.table]
-        namespaces = {link.peer[0] for link in links.values() if link.peer is not None}
-        meanings, nets = _meanings(netlink.local_routes(tables), netlink.joined_groups())
-        connected = netlink.connected()
+    def snapshot(self, bound: Collection[int] = ()) -> Wiring:
+        """See `Node`. As of the last news that were read: what comes after those is news of the next time."""
+        if self._version is None:
+            self._read_news()
+        follower, links = self._follower, self._known_links()
+        self._look_behind(links, bound)
+        self._groups = netlink.joined_groups()
+        meanings, nets = _meanings(follower.local_routes, self._groups)
         return Wiring(
-            links=links,
-            host_routes=connected.host_routes,
-            uplinks=connected.uplinks,
-            peer_addresses=load_peer_addresses(namespaces),
-            addresses=netlink.addresses(),
+            links={ifindex: link for ifindex, (_, link) in links.items()},
+            host_routes=dict(follower.host_routes),
+            uplinks=follower.default_interfaces,
+            peer_addresses=dict(self._peer_addresses),
+            addresses=follower.addresses,
             meanings=meanings,
             local_nets=nets,
-            subnets=connected.subnets,
-            next_hops=connected.next_hops,
-            shared=connected.shared,
+            subnets=follower.subnets,
+            shared=follower.shared_interfaces,
             results=tuple(self._results.look()),
             problems=self._results.problems,
         )
+
+    def _known_links(self) -> dict[int, tuple[netlink.Link, Link]]:
+        """The interfaces, as the kernel tells of them and as the agent sees them."""
+        before = self._links
+        self._links = {}
+        for ifindex, one in self._follower.links.items():
+            known = before.get(ifindex)
+            self._links[ifindex] = known if known is not None and known[0] is one else (one, _link(one))
+        return self._links
+
+    def _look_behind(self, links: Mapping[int, tuple[netlink.Link, Link]], bound: Collection[int]) -> None:
+        """Addresses at the other ends of pairs, where anything about the interface is new, or it is nobody's yet.
+
+        A host route tells more than those addresses; so where one leads, they are looked at now and then.
+        """
+        now_s = time.monotonic()
+        routed, uplinks = set(self._follower.host_routes.values()), self._follower.default_interfaces
+        peers = {ifindex: link.peer for ifindex, (_, link) in links.items() if link.peer is not None}
+        namespaces = set()
+        for ifindex, (number, _) in peers.items():
+            is_routed = ifindex in routed
+            one, was_routed, asked_s = self._asked.get(ifindex, (None, False, 0.0))
+            is_new = one is not links[ifindex][0] or (was_routed and not is_routed)
+            is_due = ifindex not in bound and (not is_routed or now_s - asked_s >= PEERS_S)
+            if (is_new or is_due) and ifindex not in uplinks:
+                namespaces.add(number)
+        found = load_peer_addresses(namespaces) if namespaces else {}
+        known = {number for number, _ in peers.values()} - namespaces
+        self._peer_addresses = {key: one for key, one in self._peer_addresses.items() if key[0] in known} | found
+        asked = {
+            ifindex: (links[ifindex][0], ifindex in routed, now_s)
+            for ifindex, (number, _) in peers.items()
+            if number in namespaces
+        }
+        self._asked = {ifindex: one for ifindex, one in self._asked.items() if ifindex in peers} | asked
 
     @contextlib.contextmanager
     def renewal(self) -> Iterator[Mapping[str, KernelMap]]:
@@ -303,11 +360,11 @@ class KernelNode:
     def detach(self, ifindex: int) -> None:
         """See `Node`."""
         attach.detach(ifindex, self._dataplane)
-        attach.prune(self._dataplane)
+        self.prune()
 
     def prune(self) -> None:
         """See `Node`."""
-        attach.prune(self._dataplane)
+        attach.prune(self._dataplane, self._follower.links.keys())
 
     def mend(self, ifindexes: Collection[int]) -> list[Drift]:
         """See `Node`. Of interfaces with clsact, CLSACT_TURN at a time are looked at: it takes long."""
@@ -346,25 +403,26 @@ class KernelNode:
         return self._reader.consume(EVENTS_A_LOOK)
 
 
-def _link(link: netlink.Link | netlink.News) -> Link:
-    kind = link.link_kind if isinstance(link, netlink.News) else link.kind
-    is_pair = kind in PAIR_KINDS and link.peer_nsid is not None
+def _link(link: netlink.Link) -> Link:
+    is_pair = link.kind in PAIR_KINDS and link.peer_nsid is not None
     peer = (link.peer_nsid, link.peer_ifindex) if is_pair and link.peer_nsid is not None else None
-    if isinstance(link, netlink.News):
-        return Link(link.ifindex, link.name, kind, peer, hardware=link.hardware)
-    return Link(link.ifindex, link.name, kind, peer, link.master, link.hardware, link.takes, link.is_external)
+    return Link(link.ifindex, link.name, link.kind, peer, link.master, link.hardware, link.takes, link.is_external)
 
 
 def _meanings(
-    routes: Iterable[netlink.LocalRoute], groups: Iterable[netlink.IPAddress]
+    routes: Iterable[LocalRoute], groups: Iterable[netlink.IPAddress]
 ) -> tuple[dict[netlink.IPAddress, Meaning], frozenset[netlink.IPNetwork]]:
     """Single addresses that mean the node, and prefixes that are its own; the program knows 127.0.0.0/8 by itself."""
-    found = {address: Meaning(LocalFlag.GROUP) for address in groups}
+    found = dict.fromkeys(groups, GROUP)
     nets = set()
     for route in routes:
-        if route.net.prefixlen == route.net.max_prefixlen:
-            flag = LocalFlag.MANY if route.is_many else LocalFlag.OWN
-            found[route.net.network_address] = Meaning(flag, route.ifindex)
+        if route.is_single:
+            found[route.address] = _meaning(route.is_many, route.ifindex)
         elif not route.is_many and route.net != LOOPBACK_NET:
             nets.add(route.net)
     return found, frozenset(nets)
+
+
+@lru_cache(maxsize=4096)
+def _meaning(is_many: bool, ifindex: int) -> Meaning:  # noqa: FBT001  # private
+    return Meaning(LocalFlag.MANY if is_many else LocalFlag.OWN, ifindex)

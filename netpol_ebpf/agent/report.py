@@ -33,9 +33,16 @@ _COUNT = struct.Struct("=QQ")  # struct np_count: packets, bytes
 
 
 def status(
-    agent: Agent, maps: Mapping[str, KernelMap], place: Mapping[str, Any], others: Iterable[Problem] = ()
+    agent: Agent,
+    maps: Mapping[str, KernelMap],
+    place: Mapping[str, Any],
+    others: Iterable[Problem] = (),
+    listed_again: Mapping[str, int] | None = None,
 ) -> dict[str, Any]:
-    """The whole state. ``place``: the agent's process, and directories it was started with, by name; ``others``: more problems."""
+    """The whole state. ``place``: the agent's process, and directories it was started with, by name; ``others``: more problems.
+
+    ``listed_again``: see `KernelNode`.
+    """
     world = agent.derivation.world
     endpoints = local_endpoints(agent)
     problems = [problem(one) for one in (*agent.problems, *others)]
@@ -67,6 +74,7 @@ def status(
             "map": agent.refusals.full,
             "waiting": list(agent.refusals.objects)[:WAITING],
         },
+        "listed_again": dict(listed_again or {}),
         "drift": {
             "put_back": dict(agent.drift.counts),
             "rounds": agent.audited_rounds,

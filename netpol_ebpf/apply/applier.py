@@ -326,9 +326,10 @@ class Applier:
 
         A row on the same interface is replaced, one on another interface is deleted afterwards.
         """
-        before, old = self._bindings.get(key), self._keys(key)
+        before = self._bindings.get(key)
         if before == binding:
             return
+        old = self._keys(key)
         self._bindings[key] = binding
         step = _Step()
         self._put_endpoint(step, key)

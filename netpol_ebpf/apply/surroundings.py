@@ -96,6 +96,7 @@ class SurroundingsWriter:
         self._maps = maps
         self._renew = renew
         self._rows: dict[tuple[str, bytes], bytes] = {}
+        self._written: Surroundings | None = None
 
     @property
     def rows(self) -> Mapping[tuple[str, bytes], bytes]:
@@ -104,6 +105,8 @@ class SurroundingsWriter:
 
     def write(self, wanted: Surroundings, *, keep: Iterable[tuple[str, bytes]] = ()) -> None:
         """Make it so. ``keep``: rows that have meanwhile become somebody else's. Raises MapFullError; then nothing has changed."""
+        if wanted == self._written:
+            return
         rows = {(name, key): value for name, key, value in wanted.elements()}
         self._require_room(rows.keys())
         before = self._rows
@@ -129,7 +132,7 @@ class SurroundingsWriter:
                 self._maps[name].delete(key)
         for key, value in both.items():
             self._put_bits(key, value, rows.get((SPECIAL, key), NO_BITS))
-        self._rows = rows
+        self._rows, self._written = rows, wanted
         if any(name == "np_endpoint" for name, _ in (*done, *gone)):
             self._renew()
 

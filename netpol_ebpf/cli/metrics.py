@@ -71,6 +71,12 @@ def families(state: Mapping[str, Any], rules: Iterable[Mapping[str, Any]]) -> It
     yield _one(
         "netpol_audit_rounds_total", "counter", "Comparisons of all rows with what they are to be.", drift["rounds"]
     )
+    yield _one(
+        "netpol_listed_again_total",
+        "counter",
+        "Times that all interfaces and routes were listed again, mostly since messages of the kernel were lost.",
+        sum(state["listed_again"].values()),
+    )
 
 
 def _enforcement(state: Mapping[str, Any]) -> Iterator[Family]:

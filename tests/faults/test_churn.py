@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import ctypes
+import select
 import statistics
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +17,7 @@ from agent_scene import DB_POLICY, DEADLINE_S, NODE, POD, Scene, to_db, wait_for
 
 from netpol_ebpf.lab.attempt import Attempt
 from netpol_ebpf.lab.topology import TCP
-from netpol_loader import netlink
+from netpol_loader.follow import Follower
 
 pytestmark = pytest.mark.netns
 
@@ -252,12 +253,13 @@ def enter(namespace: str) -> None:
             raise OSError(ctypes.get_errno(), "setns")
 
 
-def open_ms(monitor: netlink.Monitor, name: str, pins: Path) -> float:
+def open_ms(follower: Follower, name: str, pins: Path) -> float:
     """From the kernel's first news of an interface to the pin of the second program on it."""
     deadline_s = time.monotonic() + DEADLINE_S
     news: list[int] = []
     while not news and time.monotonic() < deadline_s:
-        news = [one.ifindex for one in monitor.wait(1.0) or () if one.name == name]
+        select.select([follower], [], [], 1.0)
+        news = [one.link.ifindex for one in follower.poll() or () if one.link.name == name]
     born_s = time.monotonic()
     pin = pins / "links" / f"{news[0]}_out"
     while not pin.exists():
@@ -273,12 +275,12 @@ def test_how_long_a_new_interface_is_open(scene: Scene, record_property: pytest.
     taken = []
     with ThreadPoolExecutor(1) as thread:
         thread.submit(enter, scene.lab.namespace_of[NODE]).result()
-        with thread.submit(netlink.Monitor).result() as monitor:
+        with thread.submit(Follower).result() as follower:
             for number in range(1, 11):
-                monitor.wait(0)
+                follower.poll()
                 line = f"link add churn{number} type veth peer name eth{number} netns {plug.namespace}"
                 done = thread.submit(plug.batch, line)
-                taken.append(open_ms(monitor, f"churn{number}", pins))
+                taken.append(open_ms(follower, f"churn{number}", pins))
                 done.result()
                 plug.remove(number)
     record_property("open_ms", taken)  # type: ignore[operator]

@@ -33,7 +33,7 @@ LIFETIMES = "tests/netns/test_border_lifetimes.py::"
 BONDS = "tests/unit/test_agent_bonds.py::"
 IDENTITY = "tests/netns/test_identity.py::"
 
-ANNOUNCED = 'if not is_main or message["type"] != RTN_UNICAST or message["proto"] in ANNOUNCED:'
+ANNOUNCED = " and route.protocol not in ANNOUNCED"
 IS_FROM_NODE = "!skb->ingress_ifindex && (skb->sk || skb->mark & config->node_mark)"
 
 GUARDS = (
@@ -290,8 +290,8 @@ GUARDS = (
     Guard(
         "node-broadcast",
         "broadcast and anycast addresses of any of its links are the node",
-        "loader/netpol_loader/netlink.py",
-        ("if kind not in (RTN_LOCAL, RTN_BROADCAST, RTN_ANYCAST):", "if kind != RTN_LOCAL:"),
+        "loader/netpol_loader/routes.py",
+        ("_OF_THE_NODE = frozenset({LOCAL, BROADCAST, ANYCAST})", "_OF_THE_NODE = frozenset({LOCAL})"),
         (
             f"{NODE}test_closed_node_has_no_other_door[broadcast of another link-4]",
             f"{NODE}test_closed_node_has_no_other_door[anycast of the routers-6]",
@@ -309,7 +309,7 @@ GUARDS = (
         "groups that the node has joined are the node",
         "netpol_ebpf/agent/node.py",
         (
-            "found = {address: Meaning(LocalFlag.GROUP) for address in groups}",
+            "found = dict.fromkeys(groups, GROUP)",
             "found: dict[netlink.IPAddress, Meaning] = {}",
         ),
         (f"{NODE}test_closed_node_has_no_other_door[all-6]",),
@@ -317,8 +317,8 @@ GUARDS = (
     Guard(
         "node-tables",
         "local routes of other tables do not make everything the node",
-        "loader/netpol_loader/netlink.py",
-        ('if (message.get_attr("RTA_TABLE") or message["table"]) not in wanted:', "if False:"),
+        "loader/netpol_loader/routes.py",
+        ("[one for one in routes if one.table in self._local_tables]", "list(routes)"),
         (f"{NODE}test_transparent_proxy_does_not_make_the_world_the_node",),
     ),
     # --- verdicts that were put off, and connections at their ends
@@ -388,8 +388,8 @@ GUARDS = (
     Guard(
         "announced-routes",
         "a route that a router announced makes no interface the node's own",
-        "loader/netpol_loader/netlink.py",
-        (ANNOUNCED, ANNOUNCED.replace(' or message["proto"] in ANNOUNCED', "")),
+        "loader/netpol_loader/routes.py",
+        (ANNOUNCED, ""),
         (f"{IDENTITY}test_unknown_pod_s_router_opens_nothing",),
     ),
     Guard(

@@ -27,6 +27,7 @@ from netpol_loader import attach, compilation, netlink, syscall
 from netpol_loader.attach import Mechanism
 from netpol_loader.dataplane import Dataplane
 from netpol_loader.drift import PartlyMendedError, mend_attachments
+from netpol_loader.follow import Follower, LinkNews
 from netpol_loader.hook import Hook
 from netpol_loader.peers import load_peer_addresses
 
@@ -335,10 +336,12 @@ def test_links_addresses_routes(pair: Pair) -> None:
     assert link is not None
     assert (link.ifindex, link.kind, link.is_up) == (pair.ifindex, "veth", True)
     assert pair.at_node(lambda: netlink.link(pair.ifindex)) == link
-    assert pair.at_node(lambda: netlink.link("nothing")) is None
-    addresses = pair.at_node(netlink.addresses)
+    assert link in pair.at_node(netlink.links)
+    for nothing in ("nothing", "a name that is too long", 99_999):
+        assert pair.at_node(lambda one=nothing: netlink.link(one)) is None  # type: ignore[misc]
+    with pair.at_node(Follower) as follower:
+        addresses, routes = follower.addresses, follower.host_routes
     assert addresses[ip_address(NODE4)] == addresses[ip_address(NODE6)] == pair.ifindex
-    routes = pair.at_node(netlink.host_routes)
     assert routes[ip_address("10.98.0.7")] == routes[ip_address("fd98::7")] == pair.ifindex
     assert ip_address(NODE4) not in routes
 
@@ -353,53 +356,18 @@ def test_addresses_behind_a_veth(pair: Pair) -> None:
     assert pair.at_node(lambda: load_peer_addresses([4242])) == {}, "no such namespace"
 
 
-def test_news(pair: Pair) -> None:
-    """A new interface, its address and its end are told in order."""
-    monitor = pair.at_node(netlink.Monitor)
-    with monitor:
-        assert monitor.wait(0) == []
-        run("ip", "-n", pair.node, "link", "add", "v9", "type", "veth", "peer", "name", "v8")
-        run("ip", "-n", pair.node, "link", "del", "v9")
-        seen: list[netlink.News] = []
-        while not any(one.is_gone and one.name == "v9" for one in seen):
-            news = monitor.wait(5)
-            assert news, f"nothing more; so far {seen}"
-            seen += news
-    first = next(one for one in seen if one.name == "v9")
-    assert (first.kind, first.is_gone) == ("link", False)
-    assert first.ifindex > 0
-    assert (first.link_kind, first.peer_nsid) == ("veth", None)
-
-
-def test_news_of_a_pod_s_interface(pair: Pair) -> None:
-    """The first news of an interface whose other end is in another namespace tells so, as the list of interfaces does."""
-    with pair.at_node(netlink.Monitor) as monitor:
-        run("ip", "-n", pair.node, "link", "add", "v9", "type", "veth", "peer", "name", "v8", "netns", pair.pod)
-        seen: list[netlink.News] = []
-        while not any(one.name == "v9" for one in seen):
-            news = monitor.wait(5)
-            assert news, f"nothing more; so far {seen}"
-            seen += news
-    first = next(one for one in seen if one.name == "v9")
-    link = pair.at_node(lambda: netlink.link("v9"))
-    assert link is not None
-    assert link.peer_nsid is not None
-    told = (first.ifindex, first.link_kind, first.peer_ifindex, first.peer_nsid)
-    assert told == (link.ifindex, link.kind, link.peer_ifindex, link.peer_nsid)
-
-
 def test_interface_s_name_may_be_any_bytes(pair: Pair) -> None:
     """A name that is no text is told in a readable form, by the list and by the news alike."""
     wild = b"v\xff\xfe"
 
-    def rename() -> list[netlink.News] | None:
-        with netlink.Monitor() as monitor:
+    def rename() -> list[LinkNews] | None:
+        with Follower() as follower:
             subprocess.run([b"ip", b"link", b"set", b"v0", b"name", wild], check=True)
-            return monitor.wait(5.0)
+            return follower.poll()
 
     news = pair.at_node(rename)
     assert news
-    assert {one.name for one in news if one.kind == "link"} == {"v\\xff\\xfe"}
+    assert {one.link.name for one in news} == {"v\\xff\\xfe"}
     link = pair.at_node(lambda: netlink.link(pair.ifindex))
     assert link is not None
     assert link.name == "v\\xff\\xfe"

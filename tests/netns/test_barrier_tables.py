@@ -157,6 +157,30 @@ def test_only_what_differs_is_written(namespace: Namespace) -> None:
         assert namespace.do(one.counts).by_counter["unsigned"]["inet"] == 7
 
 
+def test_what_nobody_else_changed_is_not_read_again(namespace: Namespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Names are written as they come and go; after any change of others what there is is compared."""
+    with ExitStack() as stack:
+        one = tables(stack, namespace, is_held=False)
+        namespace.do(lambda: one.write(PLAIN))
+        reads = []
+        read = one._read
+        monkeypatch.setattr(one, "_read", lambda: reads.append(1) or read())
+        other = Layout(MARKS, workloads=frozenset({"cali2", "cali3"}))
+        found = namespace.do(lambda: one.write(other))
+        assert wheres(found) == [f"set workloads of table {name} np_barrier changed" for name in one.families]
+        assert namespace.do(lambda: one.write(other)) == []
+        assert not reads
+        assert namespace.do(one.members)[0] == {"cali2", "cali3"}
+        reads.clear()
+        namespace.nft("delete", "element", "inet", "np_barrier", "workloads", "{ cali3 }")
+        namespace.do(lambda: one.write(PLAIN))
+        assert reads
+        assert namespace.do(one.members)[0] == PLAIN.workloads
+        reads.clear()
+        namespace.do(lambda: one.write(without_sign(PLAIN)))
+        assert reads, "more than the names changes"
+
+
 @pytest.mark.parametrize(
     ("change", "told"),
     [

@@ -211,6 +211,25 @@ def test_what_a_new_interface_sent_before_its_program_is_no_problem(bench: Bench
     assert bench.slugs(barrier) == ["unsigned"]
 
 
+def test_new_interfaces_are_not_counted_while_nothing_is_dropped(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counting all of them takes long, and those that are new have nothing to count; what they drop later is told."""
+    barrier = bench.barrier()
+    bench.tables.by_interface = {"cali1": 7}
+    barrier.look()
+    asked = []
+    counts = bench.tables.counts
+    monkeypatch.setattr(bench.tables, "counts", lambda: asked.append(1) or counts())
+    barrier.settle(Wiring(links={**LINKS, 9: Link(9, "cali9")}), {5, 6, 9}, {2, 5, 6, 9})
+    barrier.look()
+    assert asked == []
+    assert barrier.problems == []
+    bench.tables.by_interface = {"cali1": 7, "cali9": 1}
+    barrier.look()
+    assert asked
+    (told,) = barrier.problems
+    assert "1 packets of interface cali9" in told.message
+
+
 def test_what_stays_open_is_reported(bench: Bench) -> None:
     """Without patterns newborn interfaces; where the kernel has no such tables, bridges."""
     bench.tables.families = ("inet",)

@@ -83,6 +83,7 @@ STATE: dict[str, Any] = {
     "maps": {"np_rule": {"entries": 8, "size": 65536}},
     "timeouts": {"tcp-open": 3600.0, "udp": 180.0},
     "refused": {"changes": 0, "by_map": {}, "map": "", "waiting": []},
+    "listed_again": {"messages were lost": 2},
     "drift": {"put_back": {"pin": 2}, "rounds": 6, "recent": []},
     "barrier": {
         "mode": "nft", "installed": True, "families": ["inet", "bridge"], "held": True, "patterns": [],
@@ -393,6 +394,7 @@ def test_metrics_are_prometheus_text(tmp_path: Path, agent: dict[str, Any], caps
         'netpol_local_endpoints{state="waiting"} 1',
         'netpol_problems{severity="error",kind="invalid"} 1',
         "netpol_refused_changes_total 0",
+        "netpol_listed_again_total 2",
         "netpol_closed_interfaces 1",
         "netpol_in_force 1",
     ):

@@ -105,7 +105,7 @@ class MemoryNode:
     def maps(self) -> Mapping[str, KernelMap]:
         return self.in_force
 
-    def snapshot(self) -> Wiring:
+    def snapshot(self, bound: Collection[int] = ()) -> Wiring:  # noqa: ARG002
         return self.wiring
 
     def has_news(self) -> bool:

@@ -1,0 +1,353 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is followed is what there is: after changes that the kernel tells, and after those that it does not tell."""
+
+from __future__ import annotations
+
+import os
+import random
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from ipaddress import ip_address
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pytest
+
+from bench.site import enter_namespace
+from netpol_loader import rtnetlink
+from netpol_loader.follow import SETTLE_S, Follower, LinkNews
+
+pytestmark = pytest.mark.netns
+
+T = TypeVar("T")
+DEADLINE_S = 30.0
+"""For what takes milliseconds, or the two seconds in which an IPv6 address is found to be unique."""
+SEEDS, ROUNDS, CHANGES = 12, 8, 8
+PODS = 50
+
+
+@dataclass
+class Node:
+    """A namespace that is a node, others that are pods, and a follower of the node, whose clock is turned by hand."""
+
+    name: str
+    pods: tuple[str, ...]
+    now_s: float = 0.0
+    followers: list[Follower] = field(default_factory=list)
+
+    def inside(self, work: Callable[[], T]) -> T:
+        """Call something in the node's namespace, on a thread of its own."""
+
+        def body() -> T:
+            enter_namespace(Path("/run/netns") / self.name)
+            return work()
+
+        with ThreadPoolExecutor(1) as thread:
+            return thread.submit(body).result()
+
+    def follower(self) -> Follower:
+        self.followers.append(self.inside(lambda: Follower(lambda: self.now_s)))
+        return self.followers[-1]
+
+    def do(self, *lines: str, where: str = "", is_forced: bool = False) -> None:
+        """Lines for `ip`; with ``is_forced`` those that the kernel refuses are passed over."""
+        force = ["-force"] if is_forced else []
+        command = ["ip", *force, "-n", where or self.name, "-batch", "-"]
+        done = subprocess.run(command, input="\n".join(lines) + "\n", capture_output=True, text=True, check=False)
+        assert is_forced or done.returncode == 0, done.stderr
+
+    def settle(self, follower: Follower) -> list[LinkNews]:
+        """Have everything read, and asked for a second time."""
+        found = follower.poll() or []
+        self.now_s += SETTLE_S
+        return found + (follower.poll() or [])
+
+    def agrees(self, follower: Follower) -> None:
+        """Fails when what is followed stays other than what there is. Addresses become usable after a while by themselves."""
+        deadline = time.monotonic() + DEADLINE_S
+        while True:
+            self.settle(follower)
+            with self.inside(Follower) as fresh:
+                followed, found = view(follower), view(fresh)
+            if followed == found:
+                return
+            if time.monotonic() > deadline:
+                assert followed == found
+            time.sleep(0.05)
+
+
+def view(follower: Follower) -> dict[str, Any]:
+    return {
+        "links": dict(follower.links),
+        "addresses": dict(follower.addresses),
+        "host routes": dict(follower.host_routes),
+        "uplinks": set(follower.default_interfaces),
+        "subnets": dict(follower.subnets),
+        "local": set(follower.local_routes),
+    }
+
+
+@pytest.fixture
+def node() -> Iterator[Node]:
+    names = [f"npf{os.getpid()}{suffix}" for suffix in ("n", "a", "b")]
+    one = Node(names[0], tuple(names[1:]))
+    try:
+        for name in names:
+            subprocess.run(["ip", "netns", "add", name], check=True)
+        one.do("link set lo up")
+        yield one
+    finally:
+        for follower in one.followers:
+            follower.close()
+        for name in names:
+            subprocess.run(["ip", "netns", "del", name], check=False, capture_output=True)
+
+
+@pytest.fixture
+def wired(node: Node) -> Node:
+    """Two pods' interfaces that are up at both ends."""
+    for number, pod in enumerate(node.pods, 1):
+        node.do(f"link add v{number} type veth peer name eth0 netns {pod}", f"link set v{number} up")
+        node.do("link set eth0 up", where=pod)
+    return node
+
+
+def index(follower: Follower, name: str) -> int:
+    return next(one.ifindex for one in follower.links.values() if one.name == name)
+
+
+# --- what the kernel tells ------------------------------------------------------------------------------------------
+
+
+def test_pods_come_and_go_without_listing_anything_again(node: Node) -> None:
+    """Fifty pods with addresses and routes of both families: all is followed, and everything was listed once, at the start."""
+    follower, pod = node.follower(), node.pods[0]
+    numbers = range(1, PODS + 1)
+    for some in (range(1, 11), range(11, PODS + 1)):  # a few while others are read, and many at a time
+        for number in some:
+            node.do(
+                f"link add v{number} type veth peer name eth{number} netns {pod}",
+                f"link set v{number} up",
+                f"address add 169.254.1.1/32 dev v{number}",
+                f"address add fe80::{number:x}:1/64 dev v{number} nodad",
+                f"route add 10.1.0.{number}/32 dev v{number} src 169.254.1.1",
+                f"route add fd00::{number:x}/128 dev v{number}",
+            )
+            node.do(f"link set eth{number} up", f"address add 10.1.0.{number}/32 dev eth{number}", where=pod)
+            if number < 11:
+                follower.poll()
+    node.agrees(follower)
+    assert {str(one) for one in follower.host_routes} >= {f"10.1.0.{number}" for number in numbers}
+    for number in numbers:
+        node.do(f"link del v{number}")
+        if number < 11:
+            follower.poll()
+    node.agrees(follower)
+    assert [one.name for one in follower.links.values()] == ["lo"]
+    assert follower.listed_again == {}
+
+
+def test_a_new_interface_is_news_and_so_is_its_end(node: Node) -> None:
+    """In order, with what the list of interfaces says; a number that was given away again was gone in between."""
+    follower = node.follower()
+    node.do(f"link add v1 index 77 type veth peer name eth0 netns {node.pods[0]}")
+    (born,) = (one for one in node.settle(follower) if one.link.name == "v1")
+    assert (born.is_gone, born.link) == (False, follower.links[77])
+    assert born.link.kind == "veth"
+    assert born.link.peer_nsid is not None
+    node.do("link del v1", f"link add v2 index 77 type veth peer name eth0 netns {node.pods[0]}")
+    told = [(one.link.name, one.is_gone) for one in node.settle(follower)]
+    assert told[:2] == [("v1", True), ("v2", False)]
+    node.agrees(follower)
+
+
+def test_what_says_nothing_new_is_no_news(wired: Node) -> None:
+    """A port that joins a bridge is an interface still when it leaves; a change of no interest changes nothing."""
+    follower = wired.follower()
+    wired.do("link add br0 type bridge", "link set v1 master br0")
+    wired.settle(follower)
+    before = follower.version
+    wired.do("link set v1 alias somebody", "route add 192.0.2.0/24 dev v2", "route del 192.0.2.0/24 dev v2")
+    assert wired.settle(follower) == []
+    assert follower.version == before
+    wired.do("link set v1 nomaster")
+    assert not any(one.is_gone for one in wired.settle(follower))
+    wired.agrees(follower)
+
+
+# --- what it does not tell ------------------------------------------------------------------------------------------
+
+UNTOLD = {
+    "interface switched off": (["link set v1 down"], ["10.1.0.1", "10.1.0.2", "fd00::1"]),
+    "interface removed": (["link del v1"], ["10.1.0.1", "10.1.0.2", "fd00::1"]),
+    "last address removed": (["address del 10.0.0.1/24 dev v1"], ["10.1.0.1", "10.1.0.2"]),
+    "address that a route sends from removed": (["address del 10.0.0.2/24 dev v2"], ["10.1.0.2"]),
+    "put into a VRF": (["link set v1 master red"], ["10.1.0.1", "10.1.0.2", "fd00::1"]),
+    "next hop object removed": (["nexthop del id 7"], ["10.1.0.7"]),
+    "one of two replaced": (["route replace 10.1.0.8/32 dev v1 src 10.0.0.1"], []),
+}
+"""What is done, and addresses whose routes go or lead elsewhere with it."""
+
+
+def has_vrf(node: Node) -> bool:
+    """Whether the kernel has such devices; then the node has one of the name red."""
+    command = ["ip", "-n", node.name, "link", "add", "red", "type", "vrf", "table", "100"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 or "Unknown device type" in done.stderr, done.stderr
+    return done.returncode == 0
+
+
+@pytest.mark.parametrize("case", UNTOLD)
+def test_routes_that_go_without_a_word(wired: Node, case: str) -> None:
+    """They are found to be gone, without listing all; where next hop objects are at work, with."""
+    lines, expected = UNTOLD[case]
+    if "VRF" in case and not has_vrf(wired):
+        pytest.skip("the kernel has no VRF devices")
+    wired.do(
+        "address add 10.0.0.1/24 dev v1", "address add 10.0.0.2/24 dev v2",
+        "route add 10.1.0.1/32 dev v1", "route add 10.1.0.2/32 dev v1 src 10.0.0.2", "route add fd00::1/128 dev v1",
+        "nexthop add id 7 dev v1", "route add 10.1.0.7/32 nhid 7",
+        "route add 10.1.0.8/32 dev v1", "route append 10.1.0.8/32 dev v2",
+    )  # fmt: skip
+    follower = wired.follower()
+    before = dict(follower.host_routes)
+    assert before[ip_address("10.1.0.1")] == index(follower, "v1")
+    wired.do(*lines)
+    wired.agrees(follower)
+    changed = {str(one) for one in before if follower.host_routes.get(one) != before[one]}
+    assert set(expected) <= changed
+    assert set(follower.listed_again) <= {"a next hop object changed"}
+
+
+def test_a_pair_whose_other_end_moves(node: Node) -> None:
+    """Away and back again: the end that stays is not told, and is news all the same."""
+    follower = node.follower()
+    node.do("link add v1 type veth peer name p1")
+    node.settle(follower)
+    assert follower.links[index(follower, "v1")].peer_nsid is None
+    node.do(f"link set p1 netns {node.pods[0]}")
+    moved = [one.link for one in node.settle(follower) if one.link.name == "v1"]
+    assert moved
+    assert moved[-1].peer_nsid is not None
+    node.agrees(follower)
+    node.do(f"link set p1 netns {node.name}", where=node.pods[0])
+    node.settle(follower)
+    assert follower.links[index(follower, "v1")].peer_nsid is None
+    node.agrees(follower)
+    assert follower.listed_again == {}
+
+
+def test_an_address_that_is_not_known_to_be_unique_yet(wired: Node) -> None:
+    """It is there from the start, though it is told only when it is known to be unique."""
+    follower = wired.follower()
+    wired.do("address add fd00:7::1/64 dev v1")
+    wired.settle(follower)
+    assert ip_address("fd00:7::1") in follower.addresses
+    wired.agrees(follower)
+
+
+# --- what goes wrong ------------------------------------------------------------------------------------------------
+
+
+def test_lost_messages(wired: Node) -> None:
+    """More than the socket holds: everything is listed again, once, and what went is not known."""
+    follower = wired.follower()
+    follower._news._socket.setsockopt(socket.SOL_SOCKET, rtnetlink._SO_RCVBUFFORCE, 4096)
+    wired.do(*(f"route add 10.2.0.{number}/32 dev v1" for number in range(1, 200)))
+    assert follower.poll() is None
+    assert follower.listed_again == {"messages were lost": 1}
+    wired.agrees(follower)
+    assert len([one for one in follower.host_routes if str(one).startswith("10.2.0.")]) == 199
+    wired.do("route add 10.3.0.1/32 dev v1")
+    assert follower.poll() == []
+    assert follower.listed_again == {"messages were lost": 1}
+    wired.agrees(follower)
+
+
+@pytest.mark.parametrize("raw", [b"\x20\0\0\0\x10\0\0\0" + bytes(24), b"\xff\0\0\0" + bytes(12), bytes(7) + bytes(9)])
+def test_a_message_that_makes_no_sense(wired: Node, raw: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything is listed again."""
+    follower = wired.follower()
+    wired.do("route add 10.2.0.1/32 dev v1")
+    rest = [raw]
+    take = follower._news.take
+    monkeypatch.setattr(follower._news, "take", lambda: rest.pop() if rest else take())
+    assert follower.poll() is None
+    assert follower.listed_again == {"a message makes no sense": 1}
+    wired.agrees(follower)
+
+
+# --- anything -------------------------------------------------------------------------------------------------------
+
+
+def change(random_: random.Random, pods: tuple[str, ...]) -> str:
+    """A line for `ip` that changes something, if it is possible."""
+    number, other = random_.randint(1, 4), random_.randint(1, 4)
+    link, pod = random_.choice((f"v{number}", f"v{number}", f"p{number}", "br0", "red")), random_.choice(pods)
+    host, metric = f"10.1.0.{random_.randint(1, 5)}/32", random_.choice(("", "", " metric 7"))
+    host6 = f"fd00::{random_.randint(1, 5)}/128"
+    address = random_.choice((f"10.0.{number}.1/24", "10.0.9.1/24", "10.0.9.1/32", f"fd00:{number}::1/64 nodad",
+                              "fd00:9::1/128 nodad", f"fd00:{number}::2/64"))  # fmt: skip
+    source = random_.choice(("", "", f" src 10.0.{number}.1", " src 10.0.9.1"))
+    table = random_.choice(("", "", " table 100"))
+    verb = random_.choice(("add", "replace", "append", "replace", "del"))
+    return random_.choice((
+        f"link add v{number} type veth peer name p{number} netns {pod}",
+        f"link add v{number} type veth peer name p{number}",
+        f"link del {link}",
+        f"link set {link} up", f"link set {link} up", f"link set {link} up", f"link set {link} down",
+        f"link set p{number} netns {pod}",
+        f"link set {link} master {random_.choice(('br0', 'red'))}", f"link set {link} nomaster",
+        f"link set v{number} name v{other}",
+        f"link set {link} mtu {random_.choice((1500, 1200, 60))}",
+        "link add br0 type bridge", "link add red type vrf table 100", "link set red up",
+        "link add tun0 type vxlan id 7 dstport 4790 external", "link del tun0",
+        f"address add {address} dev {link}", f"address add {address} dev {link}",
+        f"address del {address.removesuffix(' nodad')} dev {link}",
+        f"route {verb} {host} dev {link}{metric}{source}{table}",
+        f"route {verb} {host} dev {link}{metric}{source}{table}",
+        f"route {verb} {host6} dev {link}{metric}{table}",
+        f"route {verb} {host} via 10.0.{number}.9{metric}",
+        f"route {verb} {host6} via fd00:{number}::9{metric}",
+        f"route {verb} default via 10.0.{number}.9{metric}{table}",
+        f"route {verb} default nexthop via 10.0.{number}.9 nexthop via 10.0.{other}.9",
+        f"-6 route {verb} default via fd00:{number}::9{metric}",
+        f"-6 route {verb} default nexthop via fd00:{number}::9 nexthop via fd00:{other}::9",
+        f"route {verb} local 10.7.0.0/24 dev lo table 100", f"route {verb} 10.7.0.0/24 dev {link} table 100",
+        f"route {verb} blackhole {host}", f"route {verb} local {host} dev lo",
+        f"route flush dev {link}",
+        f"nexthop {random_.choice(('add', 'replace'))} id {number} dev {link}", f"nexthop del id {number}",
+        f"route {verb} {host} nhid {number}",
+    ))  # fmt: skip
+
+
+@pytest.mark.parametrize("seed", range(SEEDS))
+def test_whatever_happens_what_is_followed_is_what_there_is(node: Node, seed: int) -> None:
+    """After random changes, of which the kernel refuses some, a follower knows what a new one finds."""
+    random_ = random.Random(seed)
+    node.do("link add br0 type bridge", "link set br0 up")
+    if has_vrf(node):
+        node.do("link set red up")
+    for number in range(1, 5):
+        far = f" netns {node.pods[number % 2]}" if number > 2 else ""
+        node.do(f"link add v{number} type veth peer name p{number}{far}", f"link set v{number} up")
+        node.do(f"link set p{number} up", where=far.removeprefix(" netns ") or node.name)
+        node.do(f"address add 10.0.{number}.1/24 dev v{number}", f"address add fd00:{number}::1/64 nodad dev v{number}")
+    follower = node.follower()
+    said: list[str] = []
+    for _ in range(ROUNDS):
+        for line in (change(random_, node.pods) for _ in range(CHANGES)):
+            said.append(line)
+            arguments = ["-6", *line.split()[1:]] if line.startswith("-6") else line.split()
+            subprocess.run(["ip", "-n", node.name, *arguments], check=False, capture_output=True)
+            if random_.random() < 0.3:
+                follower.poll()
+        try:
+            node.agrees(follower)
+        except AssertionError as error:
+            raise AssertionError("after\n" + "\n".join(said)) from error
+    assert set(follower.listed_again) <= {"a next hop object changed"}

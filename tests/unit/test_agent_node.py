@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the real node makes of the interfaces that it follows, without a kernel: when it looks behind them, and what counts as news."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from ipaddress import ip_address
+from pathlib import Path
+
+import pytest
+
+from netpol_ebpf.agent import node as module
+from netpol_ebpf.agent.node import PEERS_S, KernelNode
+from netpol_ebpf.apply.encode import LocalFlag, Meaning
+from netpol_loader.follow import LinkNews
+from netpol_loader.netlink import IPAddress, Link
+from netpol_loader.routes import IPNetwork, LocalRoute
+
+UPLINK, WEB, DB = (
+    Link(number, name, "veth", is_up=True, is_running=True, master=0, peer_ifindex=2, peer_nsid=nsid)
+    for number, name, nsid in ((2, "eth0", 9), (5, "cali1", 0), (6, "cali2", 1))
+)
+WEB_ADDRESS, DB_ADDRESS = ip_address("10.0.0.1"), ip_address("10.0.0.2")
+BEHIND = {(0, 2): (WEB_ADDRESS,), (1, 2): (DB_ADDRESS,)}
+
+
+@dataclass
+class MemoryFollower:
+    links: dict[int, Link] = field(default_factory=lambda: {one.ifindex: one for one in (UPLINK, WEB, DB)})
+    host_routes: dict[IPAddress, int] = field(default_factory=dict)
+    addresses: dict[IPAddress, int] = field(default_factory=dict)
+    local_routes: list[LocalRoute] = field(default_factory=list)
+    default_interfaces: frozenset[int] = frozenset({2})
+    subnets: dict[IPNetwork, frozenset[int]] = field(default_factory=dict)
+    shared_interfaces: frozenset[int] = frozenset()
+    version: tuple[int, int] = (0, 0)
+    news: list[list[LinkNews] | None] = field(default_factory=list)
+
+    def poll(self) -> list[LinkNews] | None:
+        return self.news.pop(0) if self.news else []
+
+
+@dataclass
+class Bench:
+    """A node over a follower in memory. ``asked``: the namespaces that were looked into, look by look."""
+
+    node: KernelNode
+    follower: MemoryFollower
+    now_s: float = 1000.0
+    asked: list[set[int]] = field(default_factory=list)
+    groups: frozenset[IPAddress] = frozenset()
+
+    def look(self, *bound: int) -> set[int]:
+        """The namespaces that a snapshot looks into."""
+        self.asked.clear()
+        self.node.snapshot(set(bound))
+        return set().union(*self.asked)
+
+
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch) -> Bench:
+    follower = MemoryFollower()
+    one = Bench(KernelNode(Path("/nowhere")), follower)
+
+    def load(namespaces: Iterable[int]) -> dict[tuple[int, int], tuple[IPAddress, ...]]:
+        one.asked.append(set(namespaces))
+        return {key: found for key, found in BEHIND.items() if key[0] in one.asked[-1]}
+
+    monkeypatch.setattr(one.node, "_follower", follower, raising=False)
+    monkeypatch.setattr(module, "load_peer_addresses", load)
+    monkeypatch.setattr(module.netlink, "joined_groups", lambda: one.groups)
+    monkeypatch.setattr(module.time, "monotonic", lambda: one.now_s)
+    return one
+
+
+def test_only_what_is_nobody_s_yet_is_looked_behind_again(bench: Bench) -> None:
+    """At first all pods' interfaces, then those that are not bound; never the node's own."""
+    assert bench.look() == {0, 1}
+    assert bench.look(5) == {1}
+    assert bench.look(5, 6) == set()
+    assert bench.node.snapshot({5, 6}).peer_addresses == BEHIND, "what was found stays known"
+
+
+def test_something_new_about_an_interface_has_it_looked_behind(bench: Bench) -> None:
+    """Whoever's it is."""
+    bench.look()
+    bench.follower.links[5] = replace(WEB, is_running=False)
+    assert bench.look(5, 6) == {0}
+    assert bench.look(5, 6) == set()
+
+
+def test_a_host_route_spares_the_look(bench: Bench) -> None:
+    """While it is there, but for now and then; when it has gone the other end tells again."""
+    bench.follower.host_routes[WEB_ADDRESS] = 5
+    assert bench.look() == {0, 1}
+    assert bench.look(6) == set()
+    bench.now_s += PEERS_S
+    assert bench.look(6) == {0}
+    del bench.follower.host_routes[WEB_ADDRESS]
+    assert bench.look(5, 6) == {0}
+
+
+def test_interfaces_that_went_are_forgotten(bench: Bench) -> None:
+    """With what was behind them; another one with the number is new."""
+    bench.look()
+    del bench.follower.links[5]
+    assert bench.node.snapshot({6}).peer_addresses == {(1, 2): (DB_ADDRESS,)}
+    bench.follower.links[5] = replace(WEB)
+    assert bench.look(5, 6) == {0}
+
+
+def test_news(bench: Bench) -> None:
+    """Interfaces that came and went are told once; what changes nothing is no news."""
+    node, follower = bench.node, bench.follower
+    node.has_news()
+    assert not node.has_news()
+    follower.version = (1, 0)
+    follower.news = [[LinkNews(WEB, is_gone=True), LinkNews(replace(WEB, name="other"), is_gone=False)]]
+    assert [one.name for one in node.take_born()] == ["other"]
+    assert node.has_news()
+    assert (node.take_gone(), node.take_gone()) == ({5}, set())
+    assert node.take_born() == []
+    assert not node.has_news()
+
+
+def test_lost_news(bench: Bench) -> None:
+    """All interfaces may be new, and which went is not known."""
+    node, follower = bench.node, bench.follower
+    node.has_news()
+    follower.version, follower.news = (1, 0), [None]
+    assert node.has_news()
+    assert {one.ifindex for one in node.take_born()} == {2, 5, 6}
+    assert node.take_gone() is None
+
+
+def test_what_the_node_takes_for_its_own(bench: Bench) -> None:
+    """Single addresses by what they mean, an own one before a group; prefixes apart, but for the loopback's, which the program knows."""
+    own, group, both = ip_address("10.0.0.9"), ip_address("ff02::1"), ip_address("ff02::2")
+    bench.groups = frozenset({group, both})
+    bench.follower.local_routes = [
+        LocalRoute(own, 32, is_many=False, ifindex=5),
+        LocalRoute(both, 128, is_many=True, ifindex=6),
+        LocalRoute(ip_address("127.0.0.0"), 8, is_many=False, ifindex=1),
+        LocalRoute(ip_address("10.7.0.0"), 16, is_many=False, ifindex=1),
+    ]
+    wiring = bench.node.snapshot()
+    assert wiring.meanings == {
+        own: Meaning(LocalFlag.OWN, 5), group: Meaning(LocalFlag.GROUP), both: Meaning(LocalFlag.MANY, 6),
+    }  # fmt: skip
+    assert {str(net) for net in wiring.local_nets} == {"10.7.0.0/16"}
