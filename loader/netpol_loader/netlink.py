@@ -66,7 +66,10 @@ EXTERNAL: Mapping[str, str] = {
     "vxlan": "IFLA_VXLAN_COLLECT_METADATA", "geneve": "IFLA_GENEVE_COLLECT_METADATA", "ipip": "IFLA_IPIP_COLLECT_METADATA",
     "ip6tnl": "IFLA_IP6TNL_COLLECT_METADATA", "gre": "IFLA_GRE_COLLECT_METADATA", "gretap": "IFLA_GRE_COLLECT_METADATA",
 }  # fmt: skip
-"""Kinds that may keep the outer addresses of each packet, by the attribute that says so; bareudp always does."""
+"""Kinds that may keep the outer addresses of each packet, by the attribute that says so; bareudp always does.
+
+GRE over IPv6 and ERSPAN may as well, but pyroute2 does not know their attribute: they count as devices that do not.
+"""
 
 TABLE_MAIN, TABLE_LOCAL = 254, 255
 RTN_UNICAST, RTN_LOCAL, RTN_BROADCAST, RTN_ANYCAST = 1, 2, 3, 4
