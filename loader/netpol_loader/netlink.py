@@ -72,7 +72,10 @@ TUNNEL_PORTS: Mapping[str, tuple[int, int]] = {
 }
 """Kinds that unpack a port of UDP: the attribute that holds it (0: none does), and what it is without one."""
 
-EXTERNAL: Mapping[str, int] = {"vxlan": 25, "geneve": 6, "ipip": 19, "ip6tnl": 19, "gre": 18, "gretap": 18}
+EXTERNAL: Mapping[str, int] = {
+    "vxlan": 25, "geneve": 6, "ipip": 19, "ip6tnl": 19,
+    "gre": 18, "gretap": 18, "ip6gre": 18, "ip6gretap": 18, "erspan": 18, "ip6erspan": 18,
+}  # fmt: skip
 """Kinds that may keep the outer addresses of each packet, by the attribute that says so (IFLA_*_COLLECT_METADATA); bareudp always does."""
 
 

@@ -158,15 +158,19 @@ class Addresses:
 
     # --- content ----------------------------------------------------------------------------------------------------
 
-    def add_owner(self, address: IPAddress, owner: int, journal: Journal) -> None:
-        """An object that is this owner has the address."""
+    def add_owner(self, address: IPAddress, owner: int, journal: Journal, node: int = 0) -> None:
+        """An object that is this owner has the address. ``node``: number of the node that it is on, 0: here, or not known."""
         entry = self._address(address, journal)
         journal.assign(entry, "owners", share((*entry.owners, owner)))
+        if node:
+            journal.assign(entry, "nodes", share((*entry.nodes, node)))
 
-    def remove_owner(self, address: IPAddress, owner: int, journal: Journal) -> None:
-        """It has it no more."""
+    def remove_owner(self, address: IPAddress, owner: int, journal: Journal, node: int = 0) -> None:
+        """It has it no more. ``node``: the one that it was added with."""
         entry = self._address(address, journal)
         journal.assign(entry, "owners", _without(entry.owners, owner))
+        if node:
+            journal.assign(entry, "nodes", _without(entry.nodes, node))
 
     def add_atom(self, address: IPAddress, atom: int, journal: Journal) -> None:
         """The address itself is in an atom (a service)."""
@@ -207,16 +211,6 @@ class Addresses:
         """It has it no more."""
         entry = self._address(address, journal)
         journal.assign(entry, "claims", tuple(each for each in entry.claims if each != claim))
-
-    def add_node(self, address: IPAddress, node: int, journal: Journal) -> None:
-        """A node has the address, or an endpoint there. It must also be added as an owner."""
-        entry = self._address(address, journal)
-        journal.assign(entry, "nodes", share((*entry.nodes, node)))
-
-    def remove_node(self, address: IPAddress, node: int, journal: Journal) -> None:
-        """It has it no more."""
-        entry = self._address(address, journal)
-        journal.assign(entry, "nodes", _without(entry.nodes, node))
 
     def identity_of(self, address: IPAddress) -> int:
         """The identity of any address, known or not."""
@@ -333,7 +327,9 @@ class Addresses:
             )
             if before:
                 release(before, journal)
-            row = _row(identity, entry.claims[0][2], 0) if entry.claims else _row(identity, 0, _only(entry.nodes))
+            node = 0 if entry.claims else _only(entry.nodes)
+            endpoint = entry.claims[0][2] if entry.claims else 0
+            row = AddressRow(identity, 0, node) if node else _row(identity, endpoint)
             if row != entry.row:
                 if changed is not None:
                     changed.addresses.append((entry, entry.row, row))
@@ -376,9 +372,9 @@ class Addresses:
 
 
 @lru_cache(maxsize=REMEMBERED)
-def _row(identity: int, endpoint: int, node: int) -> AddressRow:
-    """One row for all addresses that say the same."""
-    return AddressRow(identity, endpoint, node)
+def _row(identity: int, endpoint: int) -> AddressRow:
+    """One row for all addresses that say the same, on no node that is known."""
+    return AddressRow(identity, endpoint)
 
 
 def _only(nodes: tuple[int, ...]) -> int:

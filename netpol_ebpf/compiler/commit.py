@@ -181,15 +181,13 @@ class Commit:
                 self._place_atom(atom_id, identities.atoms[atom_id].atom, add=True)
         addresses.settle(Phase.GROW, draft, journal)
         self._move_services(added)
-        for address, owner, comes in self._intake.address_moves:
-            (addresses.add_owner if comes else addresses.remove_owner)(address, owner, journal)
+        for address, (owner, node), comes in self._intake.address_moves:
+            (addresses.add_owner if comes else addresses.remove_owner)(address, owner, journal, node)
         self._intake.address_moves.clear()  # of a whole cluster as large as what is made of them next
         for net, owner, comes in self._intake.net_moves:
             (addresses.add_prefix_owner if comes else addresses.remove_prefix_owner)(net, owner, journal)
         for address, claim, add in self._intake.claims:
             (addresses.claim if add else addresses.disclaim)(address, claim, journal)
-        for address, node, comes in self._intake.node_moves:
-            (addresses.add_node if comes else addresses.remove_node)(address, node, journal)
         for name, number in self._intake.numbered.items():
             draft.write(Phase.FLIP, "nodes", name, number or DELETED)
         # At first nothing is compared with what was before, and all local endpoints are new.

@@ -35,15 +35,17 @@ from netpol_ebpf.policy.types import (
 )
 
 T = TypeVar("T")
+U = TypeVar("U")
 
 
 class Intake:
     """Takes changes, by type and key the new object or None, and notes what they concern.
 
-    ``dirty``: local endpoints whose programs may change; ``stale``: templates whose object changed; ``*_moves``: addresses or
-    nets, the owner that they get or lose, and whether they get it; ``node_moves``: addresses, the number of the node that they get or lose,
-    and whether they get it; ``numbered``: nodes with the numbers that they have now, 0 for none; ``claims``: local endpoints that got or lost
-    an address; ``disappeared``: owners with an object less; ``gone``: local endpoints that are no more.
+    ``dirty``: local endpoints whose programs may change; ``stale``: templates whose object changed; ``address_moves``: addresses,
+    the owner that they get or lose with the number of the node that it is on (0: here, or not known), and whether they get it;
+    ``net_moves``: the same of nets, without nodes; ``numbered``: nodes with the numbers that they have now, 0 for none;
+    ``claims``: local endpoints that got or lost an address; ``disappeared``: owners with an object less; ``gone``: local
+    endpoints that are no more.
     """
 
     def __init__(self, state: State, local: Callable[[Endpoint], bool], journal: Journal) -> None:
@@ -52,9 +54,8 @@ class Intake:
         self._journal = journal
         self.dirty: dict[EndpointKey, None] = {}
         self.stale: dict[TemplateKey, None] = {}
-        self.address_moves: list[tuple[IPAddress, int, bool]] = []
+        self.address_moves: list[tuple[IPAddress, tuple[int, int], bool]] = []
         self.net_moves: list[tuple[IPNetwork, int, bool]] = []
-        self.node_moves: list[tuple[IPAddress, int, bool]] = []
         self.numbered: dict[str, int] = {}
         self.service_moves: list[tuple[Service | None, Service | None]] = []
         self.claims: list[tuple[IPAddress, Claim, bool]] = []
@@ -136,12 +137,10 @@ class Intake:
     def _take_endpoint(self, old: Endpoint | None, new: Endpoint | None) -> None:
         key = (new or old).key  # type: ignore[union-attr]  # one of them is there
         before, after = self._own(self._state.endpoint_owners, key, OwnerKind.ENDPOINT, old, new)
-        if old is None or new is None or before != after or old.addresses != new.addresses:
+        was, now = (before, self._node_of(old)), (after, self._node_of(new))
+        if old is None or new is None or was != now or old.addresses != new.addresses:
             had, has = old.addresses if old else (), new.addresses if new else ()
-            self.address_moves.extend(_moves(had, before, has, after))
-        self._move_nodes(
-            old.addresses if old else (), self._node_of(old), new.addresses if new else (), self._node_of(new)
-        )
+            self.address_moves.extend(_moves(had, was, has, now))
         known = self._state.local.get(key)
         is_local = new is not None and self._local(new)
         if known is not None and (new is None or not is_local or known.endpoint.kind is not new.kind):
@@ -197,37 +196,40 @@ class Intake:
     def _take_node(self, old: Node | None, new: Node | None) -> None:
         name = (new or old).name  # type: ignore[union-attr]  # one of them is there
         before, after = self._own(self._state.node_owners, name, OwnerKind.NODE, old, new)
-        had, has = old.addresses if old else (), new.addresses if new else ()
-        self.address_moves.extend(_moves(had, before, has, after))
+        number = self._state.nodes.numbers.get(name, 0)
+        self.address_moves.extend(_moves(_addresses(old), (before, number), _addresses(new), (after, number)))
 
     def _number_nodes(self, changes: Mapping[str, Node | None]) -> None:
-        """Nodes change their addresses: note what they and the endpoints on them, as they are so far, get and lose by it."""
-        before = self._state.world.nodes
+        """Nodes change their addresses: give those numbers that these tell now, and to what is on nodes, as it is so far.
+
+        Whatever is taken afterwards has the new numbers, also what it takes the place of.
+        """
+        state, before = self._state, self._state.world.nodes
         moved = {name: new for name, new in changes.items() if _addresses(before.get(name)) != _addresses(new)}
         if not moved:
             return
         after = {name: node for name, node in {**before, **moved}.items() if node is not None}
-        numbers = self._state.nodes.numbers
-        renumbered = self._state.nodes.renumber(after, self._journal)
-        for name in {**moved, **renumbered}:
-            old, new = renumbered.get(name, (numbers.get(name, 0),) * 2)
-            self._move_nodes(_addresses(before.get(name)), old, _addresses(after.get(name)), new)
-        self.numbered = {name: new for name, (_, new) in renumbered.items()}
+        renumbered = state.nodes.renumber(after, self._journal)
         if not renumbered:
             return
-        for endpoint in self._state.world.endpoints.values():
+        self.numbered = {name: new for name, (_, new) in renumbered.items()}
+        for name in renumbered.keys() & before.keys():
+            self._move_node(before[name].addresses, state.node_owners[name], renumbered[name])
+        for key, endpoint in state.world.endpoints.items():
             if endpoint.node in renumbered and not self._local(endpoint):
-                old, new = renumbered[endpoint.node]
-                self._move_nodes(endpoint.addresses, old, endpoint.addresses, new)
+                self._move_node(endpoint.addresses, state.endpoint_owners[key], renumbered[endpoint.node])
 
-    def _move_nodes(self, had: Iterable[IPAddress], before: int, has: Iterable[IPAddress], after: int) -> None:
-        self.node_moves.extend(_moves(had if before else (), before, has if after else (), after))
+    def _move_node(self, addresses: Iterable[IPAddress], owner: int, numbers: tuple[int, int]) -> None:
+        """Addresses of an owner pass from one node number to another one."""
+        old, new = numbers
+        self.address_moves.extend(_moves(addresses, (owner, old), addresses, (owner, new)))
 
     def _node_of(self, endpoint: Endpoint | None) -> int:
         """Number of the node of an endpoint that is elsewhere."""
-        if endpoint is None or endpoint.node is None or self._local(endpoint):
+        numbers = self._state.nodes.numbers
+        if not numbers or endpoint is None or endpoint.node not in numbers or self._local(endpoint):
             return 0
-        return self._state.nodes.numbers.get(endpoint.node, 0)
+        return numbers[endpoint.node]
 
     def _take_service(self, old: Service | None, new: Service | None) -> None:
         self.service_moves.append((old, new))
@@ -272,7 +274,7 @@ def _containers(world: World) -> dict[type, dict[Any, Any]]:
     }
 
 
-def _moves(had: Iterable[T], before: int, has: Iterable[T], after: int) -> Iterator[tuple[T, int, bool]]:
+def _moves(had: Iterable[T], before: U, has: Iterable[T], after: U) -> Iterator[tuple[T, U, bool]]:
     """What comes, then what goes. With the same owner only the difference."""
     old, new = set(had), set(has)
     same = old & new if before == after else set()
