@@ -55,6 +55,7 @@ class ReadableNode(MemoryNode):
     """A node whose news make a pipe readable."""
 
     pipe: tuple[int, int] = field(default_factory=os.pipe)
+    listed_again: dict[str, int] = field(default_factory=dict)
 
     def fileno(self) -> int:
         return self.pipe[0]
