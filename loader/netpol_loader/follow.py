@@ -33,7 +33,17 @@ from dataclasses import dataclass, field
 from ipaddress import IPv4Address, IPv6Address
 
 from netpol_ebpf.errors import PlatformError
-from netpol_loader.netlink import DELETE_LINK, NEW_LINK, IPAddress, Link, ask_link, dump_links, link_header, parse_link
+from netpol_loader.netlink import (
+    DELETE_LINK,
+    NEW_LINK,
+    IPAddress,
+    IPNetwork,
+    Link,
+    ask_link,
+    dump_links,
+    link_header,
+    parse_link,
+)
 from netpol_loader.routes import (
     BITS,
     DELETE_ROUTE,
@@ -56,7 +66,7 @@ _NEW_ADDRESS, _DELETE_ADDRESS, _GET_ADDRESS = 20, 21, 22
 _NEW_NEXT_HOP, _DELETE_NEXT_HOP = 104, 105
 _ADDRESS_HEADER = struct.Struct("=BBBBI")  # family, bits, flags, scope, interface
 _IFA_ADDRESS, _IFA_LOCAL = 1, 2
-_UNIVERSE = 0  # RT_SCOPE_UNIVERSE
+_UNIVERSE, _PERMANENT = 0, 0x80  # RT_SCOPE_UNIVERSE, IFA_F_PERMANENT
 
 SETTLE_S = 0.2
 """After so long routes that vanish with a message have vanished; arbitrary, they do within the same call in the kernel."""
@@ -76,7 +86,7 @@ class LinkNews:
 
 @dataclass(frozen=True, slots=True)
 class _Address:
-    """An address on an interface. ``is_shared``: on a subnet that others share."""
+    """An address on an interface. ``is_shared``: it lasts, and is in a prefix that others share."""
 
     address: IPAddress
     ifindex: int
@@ -151,21 +161,37 @@ class Follower:
 
     @property
     def host_routes(self) -> Mapping[IPAddress, int]:
-        """Directly connected single addresses and their interface, of the main table; no gateway in between."""
+        """Directly connected single addresses (/32, /128) and their interface. As the next three: of the main table, apart from what a router announced."""
         return self._routes.host_routes
+
+    @property
+    def subnets(self) -> Mapping[IPNetwork, frozenset[int]]:
+        """Directly connected prefixes and their interfaces."""
+        return self._routes.subnets
+
+    @property
+    def uplinks(self) -> frozenset[int]:
+        """Interfaces of default routes."""
+        return self._routes.uplinks
+
+    @property
+    def next_hops(self) -> frozenset[int]:
+        """Interfaces of other routes with a next hop."""
+        return frozenset(self._routes.next_hops)
+
+    @property
+    def shared(self) -> frozenset[int]:
+        """Interfaces with a lasting address in a prefix that others share.
+
+        Link-local addresses and single ones (/32, /128), which container networks give to a pod's gateway, do not count, nor do
+        IPv6 addresses that last only as long as somebody announces them.
+        """
+        return self._derived()[1]
 
     @property
     def local_routes(self) -> Iterable[LocalRoute]:
         """What the node takes for its own: own addresses, prefixes, broadcast and anycast addresses, of VRFs too."""
         return self._routes.local.values()
-
-    @property
-    def node_interfaces(self) -> frozenset[int]:
-        """Interfaces of the node's own traffic: with a default route, or an address on a subnet that others share.
-
-        Link-local addresses and single ones (/32, /128), which container networks give to a pod's gateway, do not count.
-        """
-        return self._derived()[1] | self._routes.default_interfaces
 
     def _derived(self) -> tuple[dict[IPAddress, int], frozenset[int]]:
         if self._addresses is None:
@@ -395,7 +421,7 @@ def _is_less(before: Link, link: Link) -> bool:
 
 def _parse_address(payload: bytes) -> tuple[tuple[object, ...], _Address | None]:
     """What tells an address from others, and the address; None of other families, and of the like without an address."""
-    family, bits, _, scope, ifindex = _ADDRESS_HEADER.unpack_from(payload)
+    family, bits, flags, scope, ifindex = _ADDRESS_HEADER.unpack_from(payload)
     if family not in BITS:
         return (), None
     found = attributes(payload, _ADDRESS_HEADER.size)
@@ -406,5 +432,6 @@ def _parse_address(payload: bytes) -> tuple[tuple[object, ...], _Address | None]
     address = IPv4Address(raw) if family == socket.AF_INET else IPv6Address(raw)
     # Of IPv6 an interface has an address once, with whatever prefix.
     rest = (remote, bits) if family == socket.AF_INET else ()
-    is_shared = scope == _UNIVERSE and bits < BITS[family]
+    is_lasting = family == socket.AF_INET or bool(flags & _PERMANENT)
+    is_shared = scope == _UNIVERSE and bits < BITS[family] and is_lasting
     return (family, ifindex, raw, *rest), _Address(address, ifindex, is_shared)

@@ -72,6 +72,10 @@ TUNNEL_PORTS: Mapping[str, tuple[int, int]] = {
 }
 """Kinds that unpack a port of UDP: the attribute that holds it (0: none does), and what it is without one."""
 
+EXTERNAL: Mapping[str, int] = {"vxlan": 25, "geneve": 6, "ipip": 19, "ip6tnl": 19, "gre": 18, "gretap": 18}
+"""Kinds that may keep the outer addresses of each packet, by the attribute that says so (``IFLA_*_COLLECT_METADATA``); bareudp always
+does."""
+
 
 @dataclass(frozen=True, slots=True)
 class Link:
@@ -79,7 +83,8 @@ class Link:
 
     ``peer_nsid``: that namespace's number in this one, None when it is this one.  ``hardware``: ARPHRD_*, of include/uapi/
     linux/if_arp.h; NO_REMOTE of a GRE device without the one remote end.  ``table``: of a VRF.  ``takes``: encapsulation that
-    it takes from anyone.  ``is_up``: it is switched on; ``is_running``: and so is what is at its other end.
+    it takes from anyone.  ``is_up``: it is switched on; ``is_running``: and so is what is at its other end.  ``is_external``: it keeps the
+    outer addresses of each packet (``external``, collect_md).
     """
 
     ifindex: int
@@ -93,6 +98,7 @@ class Link:
     hardware: int = ETHERNET
     table: int = 0
     takes: tuple[Encapsulation, ...] = ()
+    is_external: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +148,7 @@ def parse_link(payload: bytes) -> Link | None:
         hardware=_hardware(hardware_type, data),
         table=_number(attributes(data).get(_VRF_TABLE)) if kind == "vrf" else 0,
         takes=_takes(kind, data),
+        is_external=_is_external(kind, data),
     )
 
 
@@ -169,6 +176,13 @@ def _takes(kind: str, data: bytes) -> tuple[Encapsulation, ...]:
         raw = attributes(data).get(number) if number else None
         return ((UDP, (0 if raw is None else int.from_bytes(raw, "big")) or usual),)
     return tuple((protocol, 0) for protocol in TUNNELS.get(kind, ()))
+
+
+def _is_external(kind: str, data: bytes) -> bool:
+    if kind not in EXTERNAL:
+        return kind == "bareudp"
+    raw = attributes(data).get(EXTERNAL[kind])
+    return raw is not None and (not raw or any(raw))  # of some kinds a number that may be 0, of others a flag
 
 
 def dump_links(channel: Rtnetlink) -> list[Link]:

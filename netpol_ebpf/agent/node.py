@@ -245,7 +245,7 @@ class KernelNode:
         return Wiring(
             links={ifindex: link for ifindex, (_, link) in links.items()},
             host_routes=dict(follower.host_routes),
-            uplinks=follower.node_interfaces,
+            uplinks=follower.uplinks | follower.shared,
             peer_addresses=dict(self._peer_addresses),
             addresses=follower.addresses,
             meanings=meanings,
@@ -267,7 +267,7 @@ class KernelNode:
         A host route tells more than those addresses; so where one leads, they are looked at now and then.
         """
         now_s = time.monotonic()
-        routed, uplinks = set(self._follower.host_routes.values()), self._follower.node_interfaces
+        routed, uplinks = set(self._follower.host_routes.values()), self._follower.uplinks | self._follower.shared
         peers = {ifindex: link.peer for ifindex, (_, link) in links.items() if link.peer is not None}
         namespaces = set()
         for ifindex, (number, _) in peers.items():

@@ -211,9 +211,7 @@ def test_what_a_new_interface_sent_before_its_program_is_no_problem(bench: Bench
     assert bench.slugs(barrier) == ["unsigned"]
 
 
-def test_new_interfaces_are_not_counted_while_nothing_is_dropped(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_new_interfaces_are_not_counted_while_nothing_is_dropped(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     """Counting all of them takes long, and those that are new have nothing to count; what they drop later is told."""
     barrier = bench.barrier()
     bench.tables.by_interface = {"cali1": 7}

@@ -31,7 +31,8 @@ class MemoryFollower:
     host_routes: dict[IPAddress, int] = field(default_factory=dict)
     addresses: dict[IPAddress, int] = field(default_factory=dict)
     local_routes: list[LocalRoute] = field(default_factory=list)
-    node_interfaces: frozenset[int] = frozenset({2})
+    uplinks: frozenset[int] = frozenset({2})
+    shared: frozenset[int] = frozenset()
     version: tuple[int, int] = (0, 0)
     news: list[list[LinkNews] | None] = field(default_factory=list)
 
