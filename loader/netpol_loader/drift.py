@@ -12,7 +12,7 @@ import contextlib
 import errno
 import os
 import shutil
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -84,9 +84,10 @@ def mend_attachments(dataplane: Dataplane, ifindexes: Iterable[int]) -> list[Dri
     """
     found: list[Drift] = []
     failures: list[str] = []
+    ours = {hook: syscall.prog_info(dataplane.program_fd(hook)).id for hook in Hook}
     for ifindex in ifindexes:
         try:
-            found += _mend_interface(dataplane, ifindex)
+            found += _mend_interface(dataplane, ifindex, ours)
         except (OSError, PlatformError) as error:  # noqa: PERF203 - one that fails is not the others' matter
             if netlink.link(ifindex) is not None:  # else it went meanwhile
                 failures.append(error.message if isinstance(error, PlatformError) else f"interface {ifindex}: {error}")
@@ -95,7 +96,8 @@ def mend_attachments(dataplane: Dataplane, ifindexes: Iterable[int]) -> list[Dri
     return found
 
 
-def _mend_interface(dataplane: Dataplane, ifindex: int) -> list[Drift]:
+def _mend_interface(dataplane: Dataplane, ifindex: int, ours: Mapping[Hook, int]) -> list[Drift]:
+    """``ours``: the kernel's numbers of our programs."""
     found, absent = [], set()
     for hook in Hook:
         fd = _try_open(attach.link_path(dataplane, ifindex, hook))
@@ -106,7 +108,7 @@ def _mend_interface(dataplane: Dataplane, ifindex: int) -> list[Drift]:
             info = syscall.link_info(fd)
             if not info.ifindex:
                 absent.add(hook)
-            elif info.prog_id != syscall.prog_info(dataplane.program_fd(hook)).id:
+            elif info.prog_id != ours[hook]:
                 syscall.link_update(fd, dataplane.program_fd(hook))
                 found.append(Drift("program", f"{hook.value} of interface {ifindex}", "changed"))
     if absent:

@@ -30,16 +30,25 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from ipaddress import IPv4Address, IPv6Address, ip_network
+from ipaddress import IPv4Address, IPv6Address
 
 from netpol_ebpf.errors import PlatformError
-from netpol_loader.netlink import DELETE_LINK, NEW_LINK, IPAddress, Link, ask_link, dump_links, link_header, parse_link
+from netpol_loader.netlink import (
+    DELETE_LINK,
+    NEW_LINK,
+    IPAddress,
+    IPNetwork,
+    Link,
+    ask_link,
+    dump_links,
+    link_header,
+    parse_link,
+)
 from netpol_loader.routes import (
     BITS,
     DELETE_ROUTE,
     GET_ROUTE,
     NEW_ROUTE,
-    IPNetwork,
     LocalRoute,
     RouteTable,
     interface_of,
@@ -57,8 +66,7 @@ _NEW_ADDRESS, _DELETE_ADDRESS, _GET_ADDRESS = 20, 21, 22
 _NEW_NEXT_HOP, _DELETE_NEXT_HOP = 104, 105
 _ADDRESS_HEADER = struct.Struct("=BBBBI")  # family, bits, flags, scope, interface
 _IFA_ADDRESS, _IFA_LOCAL = 1, 2
-_UNIVERSE = 0  # RT_SCOPE_UNIVERSE
-_IFA_F_PERMANENT = 0x80
+_UNIVERSE, _PERMANENT = 0, 0x80  # RT_SCOPE_UNIVERSE, IFA_F_PERMANENT
 
 SETTLE_S = 0.2
 """After so long routes that vanish with a message have vanished; arbitrary, they do within the same call in the kernel."""
@@ -78,15 +86,11 @@ class LinkNews:
 
 @dataclass(frozen=True, slots=True)
 class _Address:
-    """An address on an interface. ``net``: the prefix that others share with it, None: none does, or it is not there to stay.
-
-    Link-local addresses and single ones (/32, /128), which container networks give to a pod's gateway, do not count, nor do IPv6
-    addresses that last only as long as a router announces them.
-    """
+    """An address on an interface. ``is_shared``: it lasts, and is in a prefix that others share."""
 
     address: IPAddress
     ifindex: int
-    net: IPNetwork | None
+    is_shared: bool
 
 
 @dataclass(slots=True)
@@ -114,7 +118,7 @@ class Follower:
         self._by_key: dict[tuple[object, ...], _Address] = {}
         self._keys_of: dict[int, set[tuple[object, ...]]] = {}
         self._addresses: dict[IPAddress, int] | None = None
-        self._subnets: dict[IPNetwork, frozenset[int]] = {}
+        self._shared: frozenset[int] = frozenset()
         self._version = 0
         self._doubts = _Doubts()
         self._again: dict[int, float] = {}
@@ -157,40 +161,46 @@ class Follower:
 
     @property
     def host_routes(self) -> Mapping[IPAddress, int]:
-        """Directly connected single addresses and their interface, of the main table; no gateway in between."""
+        """Directly connected single addresses (/32, /128) and their interface. As the next three: of the main table, apart from what a router announced."""
         return self._routes.host_routes
+
+    @property
+    def subnets(self) -> Mapping[IPNetwork, frozenset[int]]:
+        """Directly connected prefixes and their interfaces."""
+        return self._routes.subnets
+
+    @property
+    def uplinks(self) -> frozenset[int]:
+        """Interfaces of default routes."""
+        return self._routes.uplinks
+
+    @property
+    def next_hops(self) -> frozenset[int]:
+        """Interfaces of other routes with a next hop."""
+        return frozenset(self._routes.next_hops)
+
+    @property
+    def shared(self) -> frozenset[int]:
+        """Interfaces with a lasting address in a prefix that others share.
+
+        Link-local addresses and single ones (/32, /128), which container networks give to a pod's gateway, do not count, nor do
+        IPv6 addresses that last only as long as somebody announces them.
+        """
+        return self._derived()[1]
 
     @property
     def local_routes(self) -> Iterable[LocalRoute]:
         """What the node takes for its own: own addresses, prefixes, broadcast and anycast addresses, of VRFs too."""
         return self._routes.local.values()
 
-    @property
-    def default_interfaces(self) -> frozenset[int]:
-        """Those that a default route leads by, unless a router announced it."""
-        return self._routes.default_interfaces
-
-    @property
-    def subnets(self) -> Mapping[IPNetwork, frozenset[int]]:
-        """Interfaces by the prefixes of the node's addresses there; see `_Address`."""
-        return self._derived()[1]
-
-    @property
-    def shared_interfaces(self) -> frozenset[int]:
-        """Interfaces with an address of the node in a prefix that others share."""
-        return frozenset(ifindex for found in self.subnets.values() for ifindex in found)
-
-    def _derived(self) -> tuple[dict[IPAddress, int], dict[IPNetwork, frozenset[int]]]:
+    def _derived(self) -> tuple[dict[IPAddress, int], frozenset[int]]:
         if self._addresses is None:
             found: dict[IPAddress, int] = {}
-            nets: dict[IPNetwork, set[int]] = {}
             for one in self._by_key.values():
                 found[one.address] = min(one.ifindex, found.get(one.address, one.ifindex))
-                if one.net is not None:
-                    nets.setdefault(one.net, set()).add(one.ifindex)
             self._addresses = found
-            self._subnets = {net: frozenset(some) for net, some in nets.items()}
-        return self._addresses, self._subnets
+            self._shared = frozenset(one.ifindex for one in self._by_key.values() if one.is_shared)
+        return self._addresses, self._shared
 
     # --- keeping in step --------------------------------------------------------------------------------------------
 
@@ -422,7 +432,6 @@ def _parse_address(payload: bytes) -> tuple[tuple[object, ...], _Address | None]
     address = IPv4Address(raw) if family == socket.AF_INET else IPv6Address(raw)
     # Of IPv6 an interface has an address once, with whatever prefix.
     rest = (remote, bits) if family == socket.AF_INET else ()
-    is_lasting = family == socket.AF_INET or bool(flags & _IFA_F_PERMANENT)
+    is_lasting = family == socket.AF_INET or bool(flags & _PERMANENT)
     is_shared = scope == _UNIVERSE and bits < BITS[family] and is_lasting
-    net = ip_network((remote or raw, bits), strict=False) if is_shared else None
-    return (family, ifindex, raw, *rest), _Address(address, ifindex, net)
+    return (family, ifindex, raw, *rest), _Address(address, ifindex, is_shared)

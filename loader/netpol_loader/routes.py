@@ -1,19 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """The routes of a node as far as they say whose an interface is, and which addresses are the node's own.
 
-That are routes to single addresses, default routes, and those by which the node takes addresses for its own; all others are
-passed over.  A table of them is kept from the kernel's messages.  Two things those do not say: IPv4 routes that vanish with an
+That are the routes of the main table, and those by which the node takes addresses for its own; all others are passed over.  A table
+of them is kept from the kernel's messages.  Two things those do not say: IPv4 routes that vanish with an
 interface, its being switched off or its last address; and which of several routes of one metric another one replaced.  Then
 `RouteTable.apply`, or who knows of the interface, names interfaces by which the kernel has to be asked again.
 
-Invariant: what is derived (`host_routes`, `default_interfaces`, `local`) follows from the routes alone, whatever the order in which
-they came.  Asks no kernel.
+Invariant: what is derived (`host_routes`, `subnets`, `uplinks`, `next_hops`, `local`) follows from the routes alone, whatever the
+order in which they came.  Asks no kernel.
 """
 
 from __future__ import annotations
 
 import socket
 import struct
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_network
@@ -43,7 +44,7 @@ TABLE_MAIN, TABLE_LOCAL = 254, 255
 REDIRECT, KERNEL, ROUTER_ADVERTISEMENT = 1, 2, 9
 """RTPROT_*: who made a route."""
 ANNOUNCED = frozenset({REDIRECT, ROUTER_ADVERTISEMENT})
-"""Who can be anybody on the link: what they made says nothing of whose an interface is."""
+"""Of routes that others put there by a message."""
 BITS: Mapping[int, int] = {socket.AF_INET: 32, socket.AF_INET6: 128}
 """Of an address, by the families that are looked at."""
 
@@ -80,6 +81,11 @@ class Route:
     def place(self) -> tuple[int, tuple[int, int]]:
         """What routes to one destination have in common that can replace each other."""
         return self.table, self.order
+
+    @property
+    def is_indirect(self) -> bool:
+        """Whether it leads to another router, or by several interfaces."""
+        return len(self.hops) > 1 or self.has_gateway
 
     @property
     def has_gateway(self) -> bool:
@@ -129,14 +135,14 @@ def request(family: int, ifindex: int = 0) -> bytes:
 
 def parse_routes(payload: bytes) -> list[Route]:
     """The routes of a message that matter here. Raises struct.error and ValueError for what is no such message."""
-    family, bits, source_bits, tos, _, protocol, scope, kind, flags = _ROUTE_HEADER.unpack_from(payload)
-    if family not in BITS or flags & _CLONED or (bits not in (0, BITS[family]) and kind not in _OF_THE_NODE):
+    family, bits, source_bits, tos, small_table, protocol, scope, kind, flags = _ROUTE_HEADER.unpack_from(payload)
+    if family not in BITS or flags & _CLONED or (small_table != TABLE_MAIN and kind not in _OF_THE_NODE):
         return []
     found = attributes(payload, _ROUTE_HEADER.size)
     size = BITS[family] // 8
     metric = struct.unpack("=I", found[_PRIORITY])[0] if _PRIORITY in found else 0
     hops = tuple(_hops(found))
-    table = struct.unpack("=I", found[_TABLE])[0] if _TABLE in found else payload[4]
+    table = struct.unpack("=I", found[_TABLE])[0] if _TABLE in found else small_table
     destination = (family, found.get(_DST, b"").ljust(size, b"\0"), bits)
     others = tuple((number, raw) for number, raw in sorted(found.items()) if number not in _TOLD_APART)
 
@@ -175,18 +181,22 @@ def _address(destination: Destination) -> IPAddress:
 class RouteTable:
     """All routes that matter, and what follows from them, kept in step with each message.
 
-    ``host_routes``: interface of each single address that is directly connected by the main table, no gateway in between.
-    ``default_interfaces``: those that a default route of the main table leads by.  Neither by what was `ANNOUNCED`.  ``local``: what the node takes for its own.  To be read only.
-    ``version``: another one when any of these may be otherwise.
+    Of the main table, apart from what a router announced: ``host_routes``: interface of each directly connected single address
+    (/32, /128), ``subnets``: interfaces of each directly connected prefix, ``uplinks``: interfaces of default routes,
+    ``next_hops``: how many destinations each interface leads to by another router.  ``local``: what the node takes for its own.
+    To be read only.  ``version``: another one when any of these may be otherwise.
     """
 
     def __init__(self) -> None:
         self.host_routes: dict[IPAddress, int] = {}
-        self.default_interfaces: frozenset[int] = frozenset()
+        self.subnets: dict[IPNetwork, frozenset[int]] = {}
+        self.uplinks: frozenset[int] = frozenset()
+        self.next_hops: Counter[int] = Counter()
         self.local: dict[Destination, LocalRoute] = {}
         self.version = 0
         self._routes: dict[Destination, list[Route]] = {}
         self._by_interface: dict[int, set[Destination]] = {}
+        self._behind: dict[Destination, frozenset[int]] = {}  # interfaces that lead there by another router
         self._local_tables = frozenset({TABLE_LOCAL})
 
     def uses_objects(self, ifindex: int = 0) -> bool:
@@ -213,10 +223,9 @@ class RouteTable:
         doubtful = set()
         for route in routes:
             present = self._routes.get(route.destination, [])
-            same = _find(route, present)
-            if same is not None:
-                self._remove(same)
-            elif any(one.place == route.place for one in present) and route.destination[0] == socket.AF_INET:
+            if route in present:
+                self._remove(route)
+            elif any(one.place == route.place for one in present):
                 doubtful |= route.interfaces  # told of already, or not known by what it is told by
         return doubtful
 
@@ -258,7 +267,7 @@ class RouteTable:
         """The routes of a family that lead by an interface, as they were listed."""
         listed = [route for payload in payloads for route in parse_routes(payload) if ifindex in route.interfaces]
         for route in self._leading_by(ifindex):
-            if route.destination[0] == family and _find(route, listed) is None:
+            if route.destination[0] == family and route not in listed:
                 self._remove(route)
         for route in listed:
             self._add(route)
@@ -292,7 +301,7 @@ class RouteTable:
 
     def _add(self, route: Route) -> None:
         routes = self._routes.setdefault(route.destination, [])
-        if _find(route, routes) is None:
+        if route not in routes:
             routes.append(route)
             for ifindex in route.interfaces:
                 self._by_interface.setdefault(ifindex, set()).add(route.destination)
@@ -318,43 +327,53 @@ class RouteTable:
         family, _, bits = destination
         routes = self._routes.get(destination, ())
         local = _local(destination, [one for one in routes if one.table in self._local_tables])
-        changed = _put(self.local, destination, local)
-        if bits == BITS[family]:
-            changed |= _put(self.host_routes, _address(destination), _direct(routes))
+        is_changed = _put(self.local, destination, local)
+        main = [one for one in routes if one.table == TABLE_MAIN and one.kind == _UNICAST]
+        stated = [one for one in main if one.protocol not in ANNOUNCED]
         if bits == 0:
-            self._derive_defaults()
-        if changed:
+            is_changed |= self._derive_uplinks()
+        else:
+            is_changed |= self._derive_next_hops(destination, stated)
+            direct = [one for one in stated if not one.is_indirect]
+            if bits == BITS[family]:
+                is_changed |= _put(self.host_routes, _address(destination), _first(direct))
+            else:
+                is_changed |= self._derive_subnet(destination, direct)
+        if is_changed:
             self.version += 1
 
-    def _derive_defaults(self) -> None:
+    def _derive_uplinks(self) -> bool:
         found: set[int] = set()
         for family, size in BITS.items():
             for route in self._routes.get((family, bytes(size // 8), 0), ()):
-                if _counts(route):
+                if route.table == TABLE_MAIN and route.kind == _UNICAST and route.protocol not in ANNOUNCED:
                     found |= route.interfaces
-        if found != self.default_interfaces:
-            self.default_interfaces = frozenset(found)
-            self.version += 1
+        before, self.uplinks = self.uplinks, frozenset(found)
+        return self.uplinks != before
+
+    def _derive_next_hops(self, destination: Destination, routes: Iterable[Route]) -> bool:
+        found = frozenset(ifindex for one in routes if one.is_indirect for ifindex in one.interfaces)
+        before = self._behind.get(destination, frozenset())
+        if not _put(self._behind, destination, found or None):
+            return False
+        known = self.next_hops.keys() - ()
+        self.next_hops.update(found)
+        self.next_hops.subtract(before)
+        for ifindex in before - found:
+            if not self.next_hops[ifindex]:
+                del self.next_hops[ifindex]
+        return self.next_hops.keys() != known
+
+    def _derive_subnet(self, destination: Destination, routes: Iterable[Route]) -> bool:
+        found = frozenset(ifindex for one in routes for ifindex in one.interfaces)
+        net = ip_network((_address(destination), destination[2]))
+        return not (net.is_link_local or net.is_multicast) and _put(self.subnets, net, found or None)
 
 
-def _find(route: Route, among: Iterable[Route]) -> Route | None:
-    """The same route. Of IPv6 whoever made it: there are no two hops of one metric that are the same."""
-    if route.destination[0] == socket.AF_INET:
-        return next((one for one in among if one == route), None)
-    wanted = (route.destination, route.table, route.order, route.hops, route.rest)
-    return next((one for one in among if (one.destination, one.table, one.order, one.hops, one.rest) == wanted), None)
-
-
-def _counts(route: Route) -> bool:
-    """Whether a route says whose an interface is."""
-    return route.table == TABLE_MAIN and route.kind == _UNICAST and route.protocol not in ANNOUNCED
-
-
-def _direct(routes: Iterable[Route]) -> int | None:
-    """The interface that the first of the main table's routes leads to without a gateway; several at one time are none."""
-    direct = [one for one in routes if _counts(one) and not one.has_gateway]
-    first = min((one.order for one in direct), default=None)
-    found = {hop[0] for one in direct if one.order == first for hop in one.hops} - {0}
+def _first(routes: Collection[Route]) -> int | None:
+    """The interface that the first of directly connected routes leads by; several at one time are none."""
+    first = min((one.order for one in routes), default=None)
+    found = {ifindex for one in routes if one.order == first for ifindex in one.interfaces}
     return found.pop() if len(found) == 1 else None
 
 

@@ -224,14 +224,14 @@ class Bonds:
             return Side.WORKLOAD if self._is_possible(link) else Side.OWN
         if seen.bond is not None or is_claimed:
             return Side.WORKLOAD
-        is_routed = link.ifindex in wiring.uplinks
+        is_routed = link.ifindex in wiring.uplinks or link.ifindex in wiring.next_hops
         if not self._is_possible(link) or is_stated or is_routed or seen.side is Side.OWN:
             return Side.OWN
         if link.ifindex in wiring.shared:
             is_closed = seen.side is Side.WORKLOAD
             self.doubts[link.ifindex] = (
-                f"interface {link.name} may be the node's own or a workload's: the node has an address there, but no default "
-                f"route; it is {'closed' if is_closed else 'taken for the own one, NOT enforced,'} until --own-interfaces or "
+                f"interface {link.name} may be the node's own or a workload's: the node has an address there, but no route leads "
+                f"on from it; it is {'closed' if is_closed else 'taken for the own one, NOT enforced,'} until --own-interfaces or "
                 "--workload-interfaces names it, or a workload is known to be there"
             )
             return seen.side

@@ -11,7 +11,7 @@ import logging
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from functools import lru_cache
-from ipaddress import ip_network
+from ipaddress import IPv6Address, ip_network
 from pathlib import Path
 from typing import Protocol
 
@@ -45,6 +45,8 @@ POLICY_MAPS = frozenset({
 PAIR_KINDS = frozenset({"veth", "netkit"})
 """Kinds of devices that come in pairs, one end in a workload's namespace."""
 GROUP = Meaning(LocalFlag.GROUP)
+IPV6 = 6
+SOLICITED = int(IPv6Address("ff02::1:ff00:0"))
 LOOPBACK_NET = ip_network("127.0.0.0/8")
 EVENTS_A_LOOK = 1000
 """Events taken at a time, so that a flood of them does not keep the agent from everything else; arbitrary."""
@@ -149,7 +151,8 @@ class KernelNode:
         self._gone: set[int] | None = set()
         self._born: list[Link] = []
         self._is_news = False  # what was read and not looked at yet
-        self._groups: frozenset[netlink.IPAddress] = frozenset()
+        self._groups: frozenset[netlink.IPAddress] = frozenset()  # but for those of addresses
+        self._not_joined: set[netlink.IPAddress] = set()  # of those of addresses
         self._groups_s = -GROUPS_S
         self._version: tuple[int, int] | None = None  # of the follower, when its news were read
         self._links: dict[int, tuple[netlink.Link, Link]] = {}
@@ -230,12 +233,19 @@ class KernelNode:
             self._gone |= {one.link.ifindex for one in news if one.is_gone}
 
     def _look_at_groups(self) -> None:
-        """Multicast groups that processes of the node join or leave are news that nobody tells."""
+        """Multicast groups that processes of the node join or leave are news that nobody tells. It takes milliseconds to list them."""
         now_s = time.monotonic()
         if now_s - self._groups_s < GROUPS_S:
             return
-        before, self._groups, self._groups_s = self._groups, netlink.joined_groups(), now_s
+        before, of_addresses = self._groups, self._address_groups()
+        joined, self._groups_s = netlink.joined_groups(), now_s
+        self._groups, self._not_joined = joined - of_addresses, of_addresses - joined
         self._is_news = self._is_news or self._groups != before
+
+    def _address_groups(self) -> set[netlink.IPAddress]:
+        """Groups that interfaces join for each of their addresses, so that neighbours find them; not where there are no neighbours."""
+        anycast = (one.address for one in self._follower.local_routes if one.is_single)
+        return {_solicited(one) for one in (*self._follower.addresses, *anycast) if one.version == IPV6}
 
     def take_gone(self) -> set[int] | None:
         """See `Node`."""
@@ -246,20 +256,21 @@ class KernelNode:
         """See `Node`. As of the last news that were read: what comes after those is news of the next time."""
         if self._version is None:
             self._read_news()
+            self._look_at_groups()
         follower, links = self._follower, self._known_links()
         self._look_behind(links, bound)
-        self._groups = netlink.joined_groups()
-        meanings, nets = _meanings(follower.local_routes, self._groups)
+        meanings, nets = _meanings(follower.local_routes, self._groups | (self._address_groups() - self._not_joined))
         return Wiring(
             links={ifindex: link for ifindex, (_, link) in links.items()},
             host_routes=dict(follower.host_routes),
-            uplinks=follower.default_interfaces,
+            uplinks=follower.uplinks,
             peer_addresses=dict(self._peer_addresses),
             addresses=follower.addresses,
             meanings=meanings,
             local_nets=nets,
-            subnets=follower.subnets,
-            shared=follower.shared_interfaces,
+            subnets=dict(follower.subnets),
+            next_hops=follower.next_hops,
+            shared=follower.shared,
             results=tuple(self._results.look()),
             problems=self._results.problems,
         )
@@ -279,7 +290,7 @@ class KernelNode:
         A host route tells more than those addresses; so where one leads, they are looked at now and then.
         """
         now_s = time.monotonic()
-        routed, uplinks = set(self._follower.host_routes.values()), self._follower.default_interfaces
+        routed, uplinks = set(self._follower.host_routes.values()), self._follower.uplinks
         peers = {ifindex: link.peer for ifindex, (_, link) in links.items() if link.peer is not None}
         namespaces = set()
         for ifindex, (number, _) in peers.items():
@@ -421,6 +432,12 @@ def _meanings(
         elif not route.is_many and route.net != LOOPBACK_NET:
             nets.add(route.net)
     return found, frozenset(nets)
+
+
+@lru_cache(maxsize=1 << 14)
+def _solicited(address: IPv6Address) -> IPv6Address:
+    """The solicited-node group of an address (RFC 4291, 2.7.1)."""
+    return IPv6Address(SOLICITED | (int(address) & 0xFF_FFFF))
 
 
 @lru_cache(maxsize=4096)

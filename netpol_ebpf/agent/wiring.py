@@ -49,8 +49,8 @@ class Wiring:
     """A snapshot of the node.
 
     ``host_routes``: interface of each directly connected single address.  ``subnets``: interfaces of each directly connected
-    prefix.  ``uplinks``: interfaces of default routes; ``shared``: those with an address of the node in a prefix; none of them
-    by what a router announced.  ``peer_addresses``: by (namespace id,
+    prefix.  ``uplinks``: interfaces of default routes; ``next_hops``: of other routes with a next hop; ``shared``: those with
+    an address of the node in a prefix; none of them by what a router announced.  ``peer_addresses``: by (namespace id,
     interface index there), in the order in which they were added.  ``addresses``: the node's own and the interface each is
     on; ``meanings``: all single addresses that mean the node; ``local_nets``: prefixes that are its own.  ``results``: the
     interfaces that plugins of container networks made for pods; ``problems``: what of that could not be read.
@@ -64,6 +64,7 @@ class Wiring:
     meanings: Mapping[IPAddress, Meaning] = field(default_factory=dict)
     local_nets: frozenset[IPNetwork] = frozenset()
     subnets: Mapping[IPNetwork, frozenset[int]] = field(default_factory=dict)
+    next_hops: frozenset[int] = frozenset()
     shared: frozenset[int] = frozenset()
     results: tuple[Result, ...] = ()
     problems: tuple[Problem, ...] = ()

@@ -33,7 +33,7 @@ LIFETIMES = "tests/netns/test_border_lifetimes.py::"
 BONDS = "tests/unit/test_agent_bonds.py::"
 IDENTITY = "tests/netns/test_identity.py::"
 
-ANNOUNCED = " and route.protocol not in ANNOUNCED"
+ANNOUNCED = " and route.protocol not in ANNOUNCED:"
 IS_FROM_NODE = "!skb->ingress_ifindex && (skb->sk || skb->mark & config->node_mark)"
 
 GUARDS = (
@@ -389,7 +389,7 @@ GUARDS = (
         "announced-routes",
         "a route that a router announced makes no interface the node's own",
         "loader/netpol_loader/routes.py",
-        (ANNOUNCED, ""),
+        (ANNOUNCED, ":"),
         (f"{IDENTITY}test_unknown_pod_s_router_opens_nothing",),
     ),
     Guard(

@@ -85,8 +85,10 @@ def view(follower: Follower) -> dict[str, Any]:
         "links": dict(follower.links),
         "addresses": dict(follower.addresses),
         "host routes": dict(follower.host_routes),
-        "uplinks": set(follower.default_interfaces),
         "subnets": dict(follower.subnets),
+        "uplinks": set(follower.uplinks),
+        "next hops": set(follower.next_hops),
+        "shared": set(follower.shared),
         "local": set(follower.local_routes),
     }
 
@@ -171,7 +173,7 @@ def test_what_says_nothing_new_is_no_news(wired: Node) -> None:
     wired.do("link add br0 type bridge", "link set v1 master br0")
     wired.settle(follower)
     before = follower.version
-    wired.do("link set v1 alias somebody", "route add 192.0.2.0/24 dev v2", "route del 192.0.2.0/24 dev v2")
+    wired.do("link set v1 alias somebody", "route add 192.0.2.0/24 dev v2 table 9", "route del 192.0.2.0/24 table 9")
     assert wired.settle(follower) == []
     assert follower.version == before
     wired.do("link set v1 nomaster")
@@ -250,6 +252,20 @@ def test_an_address_that_is_not_known_to_be_unique_yet(wired: Node) -> None:
     wired.agrees(follower)
 
 
+def test_what_the_node_shares_with_others(wired: Node) -> None:
+    """A lasting address in a prefix does, one that lasts as long as somebody announces it does not, nor a single one."""
+    follower = wired.follower()
+    wired.do("address add 10.0.0.1/32 dev v1", "address add fd00::1/64 dev v1 nodad valid_lft 900 preferred_lft 900")
+    wired.settle(follower)
+    assert follower.shared == frozenset()
+    wired.do("address add fd00:1::1/64 dev v1 nodad", "address add 10.0.2.1/24 dev v2")
+    wired.settle(follower)
+    assert follower.shared == {index(follower, "v1"), index(follower, "v2")}
+    wired.do("address del fd00:1::1/64 dev v1")
+    wired.agrees(follower)
+    assert follower.shared == {index(follower, "v2")}
+
+
 # --- what goes wrong ------------------------------------------------------------------------------------------------
 
 
@@ -314,6 +330,10 @@ def change(random_: random.Random, pods: tuple[str, ...]) -> str:
         f"route {verb} {host} via 10.0.{number}.9{metric}",
         f"route {verb} {host6} via fd00:{number}::9{metric}",
         f"route {verb} default via 10.0.{number}.9{metric}{table}",
+        f"route {verb} 10.8.{number}.0/24 via 10.0.{other}.9{metric}", f"route {verb} 10.8.{number}.0/24 dev {link}{metric}",
+        f"route {verb} 10.8.{number}.0/24 nexthop via 10.0.{number}.9 nexthop via 10.0.{other}.9",
+        f"-6 route {verb} fd08:{number}::/64 via fd00:{other}::9", f"-6 route {verb} fd08:{number}::/64 dev {link}{metric}",
+        f"-6 route {verb} fd08:{number}::/64 dev {link} proto ra", f"route {verb} {host} dev {link} proto redirect",
         f"route {verb} default nexthop via 10.0.{number}.9 nexthop via 10.0.{other}.9",
         f"-6 route {verb} default via fd00:{number}::9{metric}",
         f"-6 route {verb} default nexthop via fd00:{number}::9 nexthop via fd00:{other}::9",

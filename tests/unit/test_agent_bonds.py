@@ -316,7 +316,7 @@ def test_doubt_is_told_and_changes_nothing(*, born: bool) -> None:
     bonds.look(wiring(shared=[5]), [])
     assert bonds.is_workload(5) is born
     assert (("closed" if born else "NOT enforced") in bonds.doubts[5], list(bonds.doubts)) == (True, [5])
-    routed = replace(wiring(shared=[5]), uplinks=frozenset({2, 5}))
+    routed = replace(wiring(shared=[5]), next_hops=frozenset({5}))
     bonds.look(routed, [])
     assert not bonds.is_workload(5)
     assert not bonds.doubts

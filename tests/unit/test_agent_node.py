@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from netpol_ebpf.agent import node as module
-from netpol_ebpf.agent.node import PEERS_S, KernelNode
+from netpol_ebpf.agent.node import GROUPS_S, PEERS_S, KernelNode
 from netpol_ebpf.apply.encode import LocalFlag, Meaning
 from netpol_loader.follow import LinkNews
 from netpol_loader.netlink import IPAddress, Link
@@ -31,9 +31,10 @@ class MemoryFollower:
     host_routes: dict[IPAddress, int] = field(default_factory=dict)
     addresses: dict[IPAddress, int] = field(default_factory=dict)
     local_routes: list[LocalRoute] = field(default_factory=list)
-    default_interfaces: frozenset[int] = frozenset({2})
+    uplinks: frozenset[int] = frozenset({2})
+    next_hops: frozenset[int] = frozenset()
     subnets: dict[IPNetwork, frozenset[int]] = field(default_factory=dict)
-    shared_interfaces: frozenset[int] = frozenset()
+    shared: frozenset[int] = frozenset()
     version: tuple[int, int] = (0, 0)
     news: list[list[LinkNews] | None] = field(default_factory=list)
 
@@ -134,13 +135,32 @@ def test_lost_news(bench: Bench) -> None:
     assert node.take_gone() is None
 
 
+def test_groups(bench: Bench) -> None:
+    """Those that processes joined are looked for now and then; those of an IPv6 address are there with it, and no news of their own."""
+    node, address, of_address = bench.node, ip_address("fe80::12:3456"), ip_address("ff02::1:ff12:3456")
+    bench.groups = frozenset({ip_address("ff02::fb"), of_address})
+    bench.follower.addresses = {address: 5, ip_address("10.0.0.9"): 5, ip_address("::1"): 1}
+    node.has_news()
+    assert set(node.snapshot().meanings) == {ip_address("ff02::fb"), of_address}
+    bench.follower.addresses = {}
+    assert set(node.snapshot().meanings) == {ip_address("ff02::fb")}
+    bench.groups = frozenset({ip_address("ff02::fb")})
+    bench.now_s += GROUPS_S
+    assert not node.has_news()
+    bench.groups = frozenset({ip_address("224.0.0.9")})
+    assert not node.has_news(), "not before its time"
+    bench.now_s += GROUPS_S
+    assert node.has_news()
+    assert set(node.snapshot().meanings) == bench.groups
+
+
 def test_what_the_node_takes_for_its_own(bench: Bench) -> None:
     """Single addresses by what they mean, an own one before a group; prefixes apart, but for the loopback's, which the program knows."""
-    own, group, both = ip_address("10.0.0.9"), ip_address("ff02::1"), ip_address("ff02::2")
+    own, group, both = ip_address("10.0.0.9"), ip_address("ff02::1"), ip_address("224.0.0.2")
     bench.groups = frozenset({group, both})
     bench.follower.local_routes = [
         LocalRoute(own, 32, is_many=False, ifindex=5),
-        LocalRoute(both, 128, is_many=True, ifindex=6),
+        LocalRoute(both, 32, is_many=True, ifindex=6),
         LocalRoute(ip_address("127.0.0.0"), 8, is_many=False, ifindex=1),
         LocalRoute(ip_address("10.7.0.0"), 16, is_many=False, ifindex=1),
     ]

@@ -139,20 +139,20 @@ def test_hops_of_ipv6_go_one_by_one() -> None:
     """A route with several hops is told whole and goes hop by hop; one with others in their place replaces all of them."""
     hops = ((5, "fe80::1"), (6, "fe80::2"))
     found = table(route("::/0", hops=hops, metric=1024))
-    assert found.default_interfaces == {5, 6}
+    assert found.uplinks == {5, 6}
     found.apply(DELETE_ROUTE, 0, route("::/0", 5, via="fe80::1", metric=1024))
-    assert found.default_interfaces == {6}
+    assert found.uplinks == {6}
     found.apply(NEW_ROUTE, 0, route("::/0", hops=hops, metric=1024))
     assert found.apply(NEW_ROUTE, REPLACE, route("::/0", 7, via="fe80::3", metric=1024)) == set()
-    assert found.default_interfaces == {7}
+    assert found.uplinks == {7}
 
 
 def test_a_route_of_ipv4_with_several_hops_is_one() -> None:
     """It goes with any of its interfaces."""
     found = table(route("0.0.0.0/0", hops=((5, "10.0.0.1"), (6, "10.0.1.1"))))
-    assert found.default_interfaces == {5, 6}
+    assert found.uplinks == {5, 6}
     found.drop_interface(6)
-    assert found.default_interfaces == frozenset()
+    assert found.uplinks == frozenset()
 
 
 def test_what_the_node_takes_for_its_own() -> None:
@@ -184,7 +184,7 @@ def test_what_the_node_takes_for_its_own() -> None:
 
 def test_a_default_route_to_oneself_makes_no_uplink() -> None:
     """A transparent proxy's ``local default`` is no way out."""
-    assert table(route("0.0.0.0/0", 1, kind=LOCAL, table=100)).default_interfaces == frozenset()
+    assert table(route("0.0.0.0/0", 1, kind=LOCAL, table=100)).uplinks == frozenset()
 
 
 def test_routes_that_send_from_an_address() -> None:
@@ -206,3 +206,35 @@ def test_a_message_that_ends_too_early_is_refused(cut: int) -> None:
     whole = route(f"{POD4}/32", hops=((5, "10.0.0.1"),))
     with pytest.raises((struct.error, ValueError)):
         parse_routes(whole[:cut])
+
+
+def test_what_the_main_table_says_of_interfaces() -> None:
+    """Prefixes that are directly connected, interfaces that lead to other routers, and those of default routes."""
+    found = table(
+        route("10.0.0.0/24", 5),
+        route("10.0.0.0/24", 6, metric=7),
+        route("10.2.0.0/24", 7, via="10.0.0.9"),
+        route("10.3.0.0/24", hops=((8, ""), (9, ""))),
+        route("0.0.0.0/0", 10, via="10.0.0.1"),
+        route("fe80::/64", 11),
+        route("10.4.0.0/24", 12, table=100),
+        route("0.0.0.0/0", 13, table=100),
+    )
+    assert found.subnets == {ip_network("10.0.0.0/24"): {5, 6}}
+    assert (set(found.next_hops), found.uplinks) == ({7, 8, 9}, {10})
+    found.apply(DELETE_ROUTE, 0, route("10.2.0.0/24", 7, via="10.0.0.9"))
+    found.apply(DELETE_ROUTE, 0, route("10.0.0.0/24", 5))
+    assert found.subnets == {ip_network("10.0.0.0/24"): {6}}
+    assert set(found.next_hops) == {8, 9}
+
+
+@pytest.mark.parametrize("protocol", [1, 9])
+def test_what_a_router_announced_says_nothing(protocol: int) -> None:
+    """Whoever reaches the node's link could say it."""
+    found = table(
+        route(f"{POD6}/128", 5, protocol=protocol),
+        route("::/0", 6, via="fe80::1", protocol=protocol),
+        route("fd09::/64", 7, protocol=protocol),
+        route("fd0a::/64", 8, via="fe80::1", protocol=protocol),
+    )
+    assert (found.host_routes, found.subnets, found.uplinks, set(found.next_hops)) == ({}, {}, frozenset(), set())

@@ -89,3 +89,23 @@ def test_gre_without_the_one_remote_end(hardware: int, data: bytes, expected: in
 def test_a_family_s_word_on_an_interface_is_passed_over() -> None:
     """A bridge's of a port has no kind, and would make another interface of it."""
     assert parse_link(link("veth", family=socket.AF_BRIDGE)) is None
+
+
+@pytest.mark.parametrize(
+    ("kind", "data", "expected"),
+    [
+        ("vxlan", attribute(25, b"\x01"), True),
+        ("vxlan", attribute(25, b"\x00"), False),
+        ("vxlan", attribute(15, b"\x12\xb5"), False),
+        ("geneve", attribute(6, b""), True),
+        ("ipip", attribute(19, b""), True),
+        ("gretap", attribute(18, b""), True),
+        ("bareudp", b"", True),
+        ("veth", attribute(25, b"\x01"), False),
+    ],
+)
+def test_what_keeps_the_outer_addresses(kind: str, data: bytes, expected: bool) -> None:  # noqa: FBT001
+    """By the attribute of its kind, a flag or a number."""
+    found = parse_link(link(kind, data))
+    assert found is not None
+    assert found.is_external is expected
