@@ -117,9 +117,9 @@ class Scene:
         ]  # fmt: skip
 
     def write(self, name: str, text: str) -> None:
-        """Put a manifest in place in one step."""
+        """Put a manifest in place in one step. An empty text: a file that says that it has no objects."""
         draft = self.home / "draft"
-        draft.write_text(text)
+        draft.write_text(text or "---\n")
         draft.rename(self.manifests / name)
 
     def launch(self) -> None:
