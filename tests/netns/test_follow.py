@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import socket
@@ -113,9 +114,22 @@ def node() -> Iterator[Node]:
 def wired(node: Node) -> Node:
     """Two pods' interfaces that are up at both ends."""
     for number, pod in enumerate(node.pods, 1):
-        node.do(f"link add v{number} type veth peer name eth0 netns {pod}", f"link set v{number} up")
+        node.do(
+            f"link add v{number} type veth peer name eth0 netns {pod}",
+            f"link set v{number} addrgenmode none",  # whose address would come a second later
+            f"link set v{number} up",
+        )
         node.do("link set eth0 up", where=pod)
+    deadline = time.monotonic() + DEADLINE_S
+    while any(link["operstate"] != "UP" for link in links_of(node) if link["ifname"] != "lo"):
+        assert time.monotonic() < deadline, "the pairs do not begin to run"
+        time.sleep(0.02)
     return node
+
+
+def links_of(node: Node) -> list[dict[str, Any]]:
+    done = subprocess.run(["ip", "-n", node.name, "-json", "link"], check=True, capture_output=True, text=True)
+    return list(json.loads(done.stdout))
 
 
 def index(follower: Follower, name: str) -> int:
@@ -232,8 +246,8 @@ def test_a_pair_whose_other_end_moves(node: Node) -> None:
     node.settle(follower)
     assert follower.links[index(follower, "v1")].peer_nsid is None
     node.do(f"link set p1 netns {node.pods[0]}")
-    moved = [one.link for one in node.settle(follower) if one.link.name == "v1"]
-    assert moved
+    moved = [one.link for one in follower.poll() or () if one.link.name == "v1"]
+    assert moved, "at once: from now on the interface is a pod's"
     assert moved[-1].peer_nsid is not None
     node.agrees(follower)
     node.do(f"link set p1 netns {node.name}", where=node.pods[0])

@@ -193,7 +193,7 @@ def _succession(scene: Any) -> int:
 
 
 def border(*names: str) -> int:
-    """The attacks at the border and their twins, as the tests of those names have them; and the second barrier's tests."""
+    """The attacks at the border and their twins, as the tests of those names have them; the second barrier's tests, and those of what is followed."""
     import pytest
 
     class Kept:
@@ -207,7 +207,10 @@ def border(*names: str) -> int:
                 self.outcomes[report.outcome].append(report.nodeid.rpartition("/")[2])
 
     kept = Kept()
-    files = [f"tests/netns/test_border_{name}.py" for name in names] + ["tests/netns/test_barrier.py"]
+    files = [f"tests/netns/test_border_{name}.py" for name in names] + [
+        "tests/netns/test_barrier.py",
+        "tests/netns/test_follow.py",
+    ]
     os.chdir(ROOT)
     with contextlib.redirect_stdout(sys.stderr):
         code = pytest.main(["-q", "-p", "no:cacheprovider", "--tb=line", *files], plugins=[kept])

@@ -26,8 +26,8 @@ CASES = (
 
 
 BORDER = ("origin", "links", "headers", "node")
-"""Tests of the border (tests/netns/test_border_*.py) that a guest runs, and of the second barrier: those of what kernels do
-in different ways.  Tunnels and lifetimes are the program's alone."""
+"""Tests of the border (tests/netns/test_border_*.py) that a guest runs, besides those of the second barrier and of what is followed of interfaces
+and routes: those of what kernels do in different ways.  Tunnels and lifetimes are the program's alone."""
 
 
 @dataclass(frozen=True, slots=True)
