@@ -40,7 +40,8 @@ def built(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 def test_network(built: tuple[World, bool], network: Network, record_property: Callable[[str, object], None]) -> None:
     """What policy denies is not reached and what it allows is; or the pod is named, and nobody can take it for enforced."""
     found, keeps_results = built
-    row: dict[str, Any] = {"network": network.name, "ipam": network.ipam, "result": keeps_results}
+    kept = "-" if network.with_result is None else keeps_results
+    row: dict[str, Any] = {"network": network.name, "ipam": network.ipam, "plugin": network.plugin, "result": kept}
     if network.name in found.missing:
         record_property("row", {**row, "verdict": "not run", "why": found.missing[network.name]})
         return
