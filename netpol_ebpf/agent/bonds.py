@@ -32,9 +32,9 @@ log = logging.getLogger(__name__)
 
 FORMAT = 1
 POD = "Pod"
-DERIVED_NAME = re.compile(r"(?:cali|eni|gke)([0-9a-f]{11})")
+DERIVED_NAME = re.compile(r"(?:cali|eni|vlan|gke|azv)([0-9a-f]{11})")
 """Names of a pod's interface on the node that container networks make of the first 11 digits of the SHA-1 of ``namespace.name``
-(Calico; AWS VPC CNI; GKE)."""
+(Calico; AWS VPC CNI, with ``vlan`` for pods that have security groups; GKE; Azure CNI)."""
 
 
 class Evidence(enum.IntEnum):

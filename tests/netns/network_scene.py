@@ -511,17 +511,22 @@ def link_local(lab: Lab, name: str) -> str:
 
 
 def build_aws(site: Site, network: Network) -> None:
-    """As AWS's plugin does: no address on the node's end, its neighbour entry in the pod, and rules: to a pod by the main table, from it by another."""
-    found = {}
+    """As AWS's plugin does: no address on the node's end, the gateway's neighbour entry in the pod, and rules.
+
+    To a pod by the main table, from it by another; where pods have security groups of their own, both by a table of the pod's.
+    """
     (way_out,) = json.loads(site.lab.run(NODE, ["ip", "-j", "route", "show", "default"]).stdout)
-    ip(site.lab, NODE, f"route add default via {way_out['gateway']} dev eth0 onlink table 2")
+    has_groups = network.name == "aws-vpc-groups"
+    found = {}
     for number, pod in enumerate(network.pods, 2):
-        name, namespace = f"eni{derived_hash(EndpointKey('Pod', 'shop', pod))}", site.namespace(pod)
+        prefix, table, to = ("vlan", 100 + number, f"{100 + number}") if has_groups else ("eni", number, "main")
+        name, namespace = f"{prefix}{derived_hash(EndpointKey('Pod', 'shop', pod))}", site.namespace(pod)
         own = site.address(network, number, 4)
         ip(
             site.lab, NODE, f"link add {name} address {PARENT_MAC} type veth peer name eth0 netns {namespace}",
-            f"link set {name} up", f"-n {namespace} link set eth0 up", f"route add {own}/32 dev {name}",
-            f"rule add from all to {own} lookup main priority 512", f"rule add from {own} lookup 2 priority 1536",
+            f"link set {name} up", f"-n {namespace} link set eth0 up", f"route add {own}/32 dev {name} table {to}",
+            f"route add default via {way_out['gateway']} dev eth0 onlink table {table}",
+            f"rule add from all to {own} lookup {to} priority 512", f"rule add from {own} lookup {table} priority 1536",
             f"-n {namespace} address add {own}/32 dev eth0", f"-n {namespace} route add 169.254.1.1 dev eth0 scope link",
             f"-n {namespace} route add default via 169.254.1.1 dev eth0",
             f"-n {namespace} neigh add 169.254.1.1 lladdr {PARENT_MAC} dev eth0 nud permanent",
@@ -542,6 +547,7 @@ NETWORKS = (
     Network("flannel", "host-local", "address (weak)", build_flannel, kind="vxlan", options="id 99 dstport 4799"),
     Network("calico", "by hand", "name", build_calico, with_result=None),
     Network("aws-vpc", "by hand", "name", build_aws, with_result=None),
+    Network("aws-vpc-groups", "by hand", "name", build_aws, with_result=None),
     Network("kindnet", "by hand", "route", build_kindnet, with_result=None),
     Network("netkit", "by hand", "route", build_kindnet, with_result=None, kind="netkit"),
     Network("macvlan", "host-local", "", build_on_master, kind="macvlan", plugin="macvlan"),

@@ -151,9 +151,10 @@ def test_plugin_s_result_tells_more_than_a_route() -> None:
     assert (names(located), located.evidence) == ({"web": 5}, {key("web"): Evidence.CNI})
 
 
-def test_name_made_of_the_pod_s_is_evidence() -> None:
-    """As Calico, AWS and GKE name interfaces."""
-    named = Link(9, f"cali{derived_hash(key('web'))}", "veth", (3, 2))
+@pytest.mark.parametrize("prefix", ["cali", "eni", "vlan", "gke", "azv"])
+def test_name_made_of_the_pod_s_is_evidence(prefix: str) -> None:
+    """As Calico, AWS (also for pods with security groups), GKE and Azure name interfaces."""
+    named = Link(9, f"{prefix}{derived_hash(key('web'))}", "veth", (3, 2))
     snapshot = replace(wiring(peers={(1, 2): ["10.0.0.1"]}), links={**LINKS, 9: named})
     located = Bonds().look(snapshot, [endpoint("web", "10.0.0.1")])
     assert (names(located), located.evidence) == ({"web": 9}, {key("web"): Evidence.NAME})
