@@ -435,7 +435,10 @@ class _Places:
                 yield ifindex
 
     def _by_subnet(self, address: IPAddress) -> int | None:
-        """The interface that a subnet of the node is on alone, by the longest prefix."""
+        """The interface that a subnet of the node is on alone, by the longest prefix; of a pair, if the address is at its other end.
+
+        A link with a prefix may have others on it than the one at the other end, and their packets do not all pass the node.
+        """
         nets = [net for net in self._wiring.subnets if net.version == address.version and address in net]
         if not nets:
             return None
@@ -443,7 +446,10 @@ class _Places:
         if len(found) != 1:
             return None
         (ifindex,) = found
-        return ifindex
+        link = self._wiring.links.get(ifindex)
+        if link is None or link.peer is None:
+            return ifindex
+        return ifindex if address in self._wiring.peer_addresses.get(link.peer, ()) else None
 
 
 class _First:

@@ -43,7 +43,8 @@ ALLOWED, DENIED = 5432, 5433
 HOST_PORTS = {18032: ALLOWED, 18033: DENIED}
 FAR_NODE = "node-2"
 LANS = ("eth1", "eth2")
-"""Further interfaces of the node into links that the world is on; veths as pods' are, so an option has to call them the node's."""
+"""Further interfaces of the node into links that the world is on: veths as pods' are, as on a node that is a container. An
+option calls the first one the node's, nothing the second."""
 VXLAN_PORT = 8472
 
 CLUSTER = """\
@@ -160,13 +161,12 @@ class Site:
     pods: dict[str, Pod] = field(default_factory=dict)
     questions: dict[str, Questions] = field(default_factory=dict)
     _undo: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
-    _number: dict[str, int] = field(default_factory=dict)
 
     # --- addresses --------------------------------------------------------------------------------------------------
 
     def number(self, network: Network) -> int:
         """The third part of the network's IPv4 prefix, the last one of its IPv6 prefix."""
-        return self._number.setdefault(network.name, len(self._number) + 1)
+        return NETWORKS.index(network) + 1
 
     def prefix(self, network: Network, version: int) -> str:
         number = self.number(network)
@@ -339,18 +339,16 @@ def bridge_outside(site: Site, network: Network, *ports: str) -> None:
     outside_on_link(site, network, name)
 
 
+MASTERS = {"macvlan": "eth0", "ipvlan": LANS[0], "macvlan-lan": LANS[1]}
+"""By network: the node's interface below its pods'."""
+
+
 def build_on_master(site: Site, network: Network) -> None:
-    """Macvlan and ipvlan: further interfaces of one of the node's own, where the node has an address beside its pods'."""
-    master, config = {
-        "macvlan": ("eth0", {"mode": "bridge"}),
-        "ipvlan": ("eth1", {"mode": "l2"}),
-        "macvlan-lan": ("eth2", {"mode": "bridge"}),
-    }[network.name]
+    """Macvlan and ipvlan: further interfaces of one of the node's own."""
+    master = MASTERS[network.name]
     outside_on_link(site, network, {"eth0": "node0"}.get(master, master))
-    if master in LANS:
-        ip(site.lab, NODE, f"address add {site.address(network, 1, 4)}/24 dev {master}",
-           f"address add {site.address(network, 1, 6)}/64 dev {master} nodad")  # fmt: skip
-    config = {"type": network.plugin, "master": master, **config}
+    mode = {"macvlan": "bridge", "ipvlan": "l2"}[network.plugin]
+    config = {"type": network.plugin, "master": master, "mode": mode}
     found = {
         pod: site.plug(network, pod, {**config, "ipam": site.ipam(network, pod, gateway=254)}) for pod in network.pods
     }
@@ -358,11 +356,11 @@ def build_on_master(site: Site, network: Network) -> None:
 
 
 def build_macvlan_shim(site: Site, network: Network) -> None:
-    """Macvlan, and the node's own way to its pods: further macvlan devices with a host route to each."""
+    """Macvlan, and the node's own way to one of its pods: a further macvlan device with a host route."""
     build_on_master(site, network)
-    for number, pod in enumerate(network.pods):
-        ip(site.lab, NODE, f"link add shim{number} link eth2 type macvlan mode bridge", f"link set shim{number} up",
-           *(f"-{one.version} route add {one}/{one.max_prefixlen} dev shim{number}" for one in site.pods[pod].addresses))  # fmt: skip
+    master, pod = MASTERS[network.name], site.pods[network.pods[0]]
+    ip(site.lab, NODE, f"link add shim0 link {master} type macvlan mode bridge", "link set shim0 up",
+       *(f"-{one.version} route add {one}/{one.max_prefixlen} dev shim0" for one in pod.addresses))  # fmt: skip
 
 
 def build_vlan(site: Site, network: Network) -> None:
@@ -594,12 +592,11 @@ def world(home: Path, *, is_late: bool, keeps_results: bool) -> Iterator[World]:
     """
     pin_root = Path(f"/sys/fs/bpf/netpol-test-networks-{os.getpid()}-{secrets.token_hex(3)}")
     with Lab(plan_for(parse_documents(CLUSTER, "cluster.yaml").check()), directories=[pin_root]) as lab:
-        prepare(lab)
         results = home / "results"
         results.mkdir(mode=0o700)
         site = Site(lab, home, results if keeps_results else None)
-        own = [part for name in LANS for part in ("--own-interfaces", name)]
-        options = (*own, "--cni-results", str(results))
+        prepare(site)
+        options = ("--own-interfaces", LANS[0], "--cni-results", str(results))
         missing = {one.name: why for one in NETWORKS if (why := lacks(lab, one))}
         with scene_in(lab, home / "home", pin_root / "own", options=options) as scene:
             (scene.manifests / "db.yaml").unlink()
@@ -614,16 +611,19 @@ def world(home: Path, *, is_late: bool, keeps_results: bool) -> Iterator[World]:
                 site.close()
 
 
-def prepare(lab: Lab) -> None:
-    """The node's further links, and the way back from the world to the pods."""
-    for name in LANS:
+def prepare(site: Site) -> None:
+    """The node's further links, with addresses of it beside its pods', and the way back from the world to the pods."""
+    lab = site.lab
+    for network in NETWORKS:
+        master = MASTERS.get(network.name)
+        if master not in LANS:
+            continue
         ip(
-            lab,
-            NODE,
-            f"link add {name} type veth peer name {name} netns {lab.namespace_of[INTERNET]}",
-            f"link set {name} up",
-        )
-        ip(lab, INTERNET, f"link set {name} up")
+            lab, NODE, f"link add {master} type veth peer name {master} netns {lab.namespace_of[INTERNET]}",
+            f"link set {master} up", f"address add {site.address(network, 1, 4)}/24 dev {master}",
+            f"address add {site.address(network, 1, 6)}/64 dev {master} nodad",
+        )  # fmt: skip
+        ip(lab, INTERNET, f"link set {master} up")
     ip(
         lab, INTERNET,
         f"route add 10.40.0.0/16 via {NODE_ADDRESS[4]} dev node0 onlink src {WORLD[4]}",

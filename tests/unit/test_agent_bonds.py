@@ -83,6 +83,16 @@ def test_subnet_on_the_node_s_end_leads_to_the_interface() -> None:
     assert not bonds.doubts
 
 
+def test_subnet_of_a_link_without_the_pod_is_no_trace() -> None:
+    """A further link of a node that is a container: its pods there may be macvlan devices, whose packets are not that link's alone."""
+    snapshot = wiring(subnets={"10.0.0.0/24": 5}, peers={(1, 2): ["10.0.0.254"]}, shared=[5])
+    bonds = Bonds()
+    assert names(bonds.look(snapshot, [endpoint("web", "10.0.0.1")])) == {}
+    assert (bonds.is_workload(5), list(bonds.doubts)) == (False, [5])
+    virtual_machine = wiring(subnets={"10.0.0.0/24": 7}, shared=[7])  # nobody can look behind a tap
+    assert found(virtual_machine, endpoint("web", "10.0.0.1")) == {"web": 7}
+
+
 def test_subnet_of_a_bridge_is_no_trace() -> None:
     """What a bridge's prefix leads to may be any of its ports."""
     assert found(wiring(subnets={"10.0.0.0/24": 8}), endpoint("web", "10.0.0.1")) == {}
