@@ -46,9 +46,12 @@ asked: is the denied port silent, from the neighbour and from outside (*ingress 
 port reached, all ways (*allowed passes*). Without policy everything is reached, which is tried first. *Evidence* is how the agent
 [knows the pod's interface](agent.md#interfaces). Each row holds under an agent that was there before the pods and under one that came after them.
 
-Plugins are those of Debian's `containernetworking-plugins`, run as a runtime runs them. *Result kept*: whether the runtime keeps
+Plugins (*bridge* to *ptp*, *macvlan* to *host-device*, and *flannel*'s delegate) are those of Debian's `containernetworking-plugins`, run as a runtime runs them. *Result kept*: whether the runtime keeps
 plugins' results (`--cni-results`), as containerd and CRI-O do. Layouts *by hand* have the interfaces, addresses and routes that the
 network is known for, without its software.
+
+*bridge-vlan*: ports of one VLAN of a bridge that filters them. *aws-vpc-groups*: AWS's pods with security groups of their own, whose routes are in tables of
+their own. *macvlan-lan*: on a further link where the node has an address, with a macvlan device of the node and a host route to one of the pods.
 
 A pod that is *named as not enforced* is an error of `netpolctl status` (`not-found`; with the plugin's result also `further-interface`), and its exit code is 1. These are
 the pods whose packets pass no interface of the node that is theirs alone. Every other network must be enforced: the tests fail else.
@@ -111,7 +114,8 @@ def render(found: Sequence[Ran]) -> str:
                 lacking.setdefault(row["network"], {})[one.label] = row["why"]
             else:
                 ran.setdefault(tuple(_cell(row[name]) for name in FIELDS), {})[one.label] = None
-    lines = [(*cells, ", ".join(where)) for cells, where in ran.items()]
+    names = list(dict.fromkeys(row["network"] for one in found for row in one.rows))
+    lines = [(*cells, ", ".join(ran[cells])) for cells in sorted(ran, key=lambda cells: names.index(cells[0]))]
     never = [name for name in lacking if name not in {cells[0] for cells in ran}]
     lines += [(name, *["-"] * 6, f"{NOT_RUN}: {why}", "-") for name in never for why in set(lacking[name].values())]
     types = {row["plugin"] for one in found for row in one.rows}
