@@ -91,6 +91,7 @@ step "codespell" codespell
 step "generated files are fresh" python scripts/generate_abi.py --check
 step "documented results are the recorded ones" python -m bench.page --check
 step "documented kernels are the recorded ones" python -m tests.vm.page --check
+step "documented networks are the recorded ones" python -m tests.netns.networks --check
 step "C sources" scripts/check_c.sh
 step "wheel" scripts/check_wheel.sh
 if [[ "$mode" == nightly ]]; then

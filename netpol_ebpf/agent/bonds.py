@@ -32,9 +32,9 @@ log = logging.getLogger(__name__)
 
 FORMAT = 1
 POD = "Pod"
-DERIVED_NAME = re.compile(r"(?:cali|eni|gke)([0-9a-f]{11})")
+DERIVED_NAME = re.compile(r"(?:cali|eni|vlan|gke|azv)([0-9a-f]{11})")
 """Names of a pod's interface on the node that container networks make of the first 11 digits of the SHA-1 of ``namespace.name``
-(Calico; AWS VPC CNI; GKE)."""
+(Calico; AWS VPC CNI, with ``vlan`` for pods that have security groups; GKE; Azure CNI)."""
 
 
 class Evidence(enum.IntEnum):
@@ -137,14 +137,17 @@ class Bonds:
         """Decide what each interface is and find that of each endpoint; what was decided before stays.
 
         ``node_addresses``: those that this node's object in the cluster states.  ``results``: names of interfaces that plugins
-        made for pods.  ``is_contested``: whether others claim an address of an endpoint, which then gets no other interface
-        than the one it has.  Cost: linear in endpoints, links and addresses.
+        made for pods, none where the plugin left nothing on the node.  ``is_contested``: whether others claim an address of an
+        endpoint, which then gets no other interface than the one it has.  Cost: linear in endpoints, links and addresses.
         """
         self.forget([ifindex for ifindex, one in self._seen.items() if not self._is_there(ifindex, one, wiring)])
+        bindable = {ifindex for ifindex, link in wiring.links.items() if self._may_be_bound(link)}
+        if self._is_recalled:
+            self._release_unbindable(bindable)
         self._is_recalled = False
         self._release_named(wiring, endpoints)
         stated = {wiring.addresses[one] for one in node_addresses if one in wiring.addresses}
-        places = _Places(wiring, results or {}, closed_to_routes=wiring.uplinks | stated)
+        places = _Places(wiring, results or {}, bindable, closed_to_routes=wiring.uplinks | stated)
         traces = {endpoint.key: places.beyond_reach(endpoint) for endpoint in endpoints}
         self.doubts = {}
         self._decide_all(wiring, stated, {ifindex for _, found in traces.values() for ifindex in found})
@@ -154,8 +157,8 @@ class Bonds:
         held = {one.bond.key: ifindex for ifindex, one in self._seen.items() if one.bond is not None}
         for endpoint in endpoints:
             evidence, found = traces[endpoint.key]
-            if not found and endpoint.interface is None:
-                evidence, found = Evidence.ADDRESS, first.of(endpoint)
+            if evidence is Evidence.ADDRESS:
+                found = first.of(endpoint)
             trace, problem = self._trace(endpoint, evidence, found, held.get(endpoint.key), wiring, is_contested)
             if problem:
                 problems[endpoint.key] = problem
@@ -178,6 +181,12 @@ class Bonds:
             if bond is None or bond.evidence is not Evidence.NAMED:
                 continue
             if (bond.key, wiring.name_of(ifindex)) not in named:
+                self._keep(ifindex, replace(seen, side=None, bond=None))
+
+    def _release_unbindable(self, bindable: Collection[int]) -> None:
+        """What an earlier agent bound is free where this one would not bind it: an option may have been given since."""
+        for ifindex, seen in self._seen.items():
+            if seen.bond is not None and seen.bond.evidence is not Evidence.NAMED and ifindex not in bindable:
                 self._keep(ifindex, replace(seen, side=None, bond=None))
 
     def _is_there(self, ifindex: int, seen: Seen, wiring: Wiring) -> bool:
@@ -203,6 +212,12 @@ class Bonds:
         if self._workload_patterns:
             return any(fnmatchcase(link.name, pattern) for pattern in self._workload_patterns)
         return may_be_workloads(link) and not any(fnmatchcase(link.name, pattern) for pattern in self._own_patterns)
+
+    def _may_be_bound(self, link: Link) -> bool:
+        """Whether an interface can be that of an endpoint whose object does not name it."""
+        is_named = any(fnmatchcase(link.name, pattern) for pattern in self._workload_patterns)
+        is_own = any(fnmatchcase(link.name, pattern) for pattern in self._own_patterns)
+        return (is_named or may_be_workloads(link)) and not is_own
 
     def _decide_all(self, wiring: Wiring, stated: Collection[int], claimed: Collection[int]) -> None:
         """``stated``: interfaces with an address that the node's object states; ``claimed``: those of endpoints, by strong evidence."""
@@ -339,6 +354,7 @@ class Bonds:
             self._lost.add(key)
         elif seen is None or seen.bond is None:
             bond = Bond(key, Evidence.ADDRESS, None)
+            self._is_recalled = True
             self._keep(ifindex, replace(seen or Seen(""), side=Side.WORKLOAD, bond=bond))
 
     def save(self, path: Path) -> None:
@@ -361,22 +377,33 @@ class _Places:
     """Where endpoints would be by evidence that is beyond a workload's reach."""
 
     def __init__(
-        self, wiring: Wiring, results: Mapping[EndpointKey, Collection[str]], *, closed_to_routes: Collection[int]
+        self,
+        wiring: Wiring,
+        results: Mapping[EndpointKey, Collection[str]],
+        bindable: Collection[int],
+        *,
+        closed_to_routes: Collection[int],
     ) -> None:
-        """``closed_to_routes``: the node's own for certain, whatever route leads there."""
-        self._wiring, self._results, self._closed = wiring, results, closed_to_routes
+        """``bindable``: interfaces that can be an endpoint's.  ``closed_to_routes``: the node's own for certain, whatever route leads there.
+
+        A route alone proves nothing: the node's way to a macvlan pod may be a macvlan device of its own, which the pod's other
+        packets do not pass.
+        """
+        self._wiring, self._results, self._bindable, self._closed = wiring, results, bindable, closed_to_routes
         self._by_name = {link.name: link.ifindex for link in wiring.links.values()}
         self._by_hash = {
             match[1]: link.ifindex
             for link in wiring.links.values()
-            if may_be_workloads(link) and (match := DERIVED_NAME.fullmatch(link.name))
+            if link.ifindex in bindable and (match := DERIVED_NAME.fullmatch(link.name))
         }
 
     def beyond_reach(self, endpoint: Endpoint) -> tuple[Evidence, set[int]]:
-        """The strongest evidence that leads anywhere, and where."""
+        """The strongest evidence that leads anywhere, and where; of a plugin that left nothing on the node, that it is nowhere."""
         if endpoint.interface is not None:
             named = self._by_name.get(endpoint.interface)
             return Evidence.NAMED, set() if named is None else {named}
+        if endpoint.key in self._results and not self._results[endpoint.key]:
+            return Evidence.CNI, set()
         for evidence, find in (
             (Evidence.CNI, self._by_result),
             (Evidence.NAME, self._by_derived_name),
@@ -390,7 +417,7 @@ class _Places:
     def _by_result(self, endpoint: Endpoint) -> Iterator[int]:
         for name in self._results.get(endpoint.key, ()):
             ifindex = self._by_name.get(name)
-            if ifindex is not None and may_be_workloads(self._wiring.links[ifindex]):
+            if ifindex is not None and ifindex in self._bindable:
                 yield ifindex
 
     def _by_derived_name(self, endpoint: Endpoint) -> Iterator[int]:
@@ -404,11 +431,14 @@ class _Places:
             ifindex = self._wiring.host_routes.get(address)
             if ifindex is None:
                 ifindex = self._by_subnet(address)
-            if ifindex is not None and ifindex in self._wiring.links and ifindex not in self._closed:
+            if ifindex is not None and ifindex in self._bindable and ifindex not in self._closed:
                 yield ifindex
 
     def _by_subnet(self, address: IPAddress) -> int | None:
-        """An interface of a workload's kind that a subnet of the node is on alone, by the longest prefix."""
+        """The interface that a subnet of the node is on alone, by the longest prefix; of a pair, if the address is at its other end.
+
+        A link with a prefix may have others on it than the one at the other end, and their packets do not all pass the node.
+        """
         nets = [net for net in self._wiring.subnets if net.version == address.version and address in net]
         if not nets:
             return None
@@ -417,7 +447,9 @@ class _Places:
             return None
         (ifindex,) = found
         link = self._wiring.links.get(ifindex)
-        return ifindex if link is not None and may_be_workloads(link) else None
+        if link is None or link.peer is None:
+            return ifindex
+        return ifindex if address in self._wiring.peer_addresses.get(link.peer, ()) else None
 
 
 class _First:

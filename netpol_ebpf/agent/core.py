@@ -559,12 +559,12 @@ class Agent:
         self._keep_bonds()
 
     def _plugin_names(self) -> dict[EndpointKey, set[str]]:
-        """Interfaces on the node that plugins made for local workloads."""
+        """Interfaces on the node that plugins made for local workloads; none for those whose plugin leaves none there."""
         found: dict[EndpointKey, set[str]] = {}
         for one in self._wiring.results:
             endpoint = self._local.get(one.pod)
-            if endpoint is not None and _is_first(one, endpoint):
-                found.setdefault(one.pod, set()).update(one.names)
+            if endpoint is not None and _is_first(one, endpoint) and (one.names or one.is_unseen):
+                found.setdefault(one.pod, set()).update(() if one.is_unseen else one.names)
         return found
 
     def _note_missing(self) -> None:

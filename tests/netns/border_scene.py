@@ -265,9 +265,10 @@ def reads(fd: int, wanted: bytes, seconds: float = PATIENCE_S) -> bool:
     return False
 
 
-def has_device(lab: Lab, kind: str, *options: str) -> bool:
-    """Whether the kernel has devices of this kind."""
-    if lab.run(NODE, ["ip", "link", "add", "probe0", "type", kind, *options], check=False).returncode:
+def has_device(lab: Lab, kind: str, *options: str, below: str = "") -> bool:
+    """Whether the kernel has devices of this kind. ``below``: the device that such a one is made on."""
+    link = ["link", below] if below else []
+    if lab.run(NODE, ["ip", "link", "add", *link, "name", "probe0", "type", kind, *options], check=False).returncode:
         return False
     ip(lab, NODE, "link del probe0")
     return True

@@ -83,6 +83,16 @@ def test_subnet_on_the_node_s_end_leads_to_the_interface() -> None:
     assert not bonds.doubts
 
 
+def test_subnet_of_a_link_without_the_pod_is_no_trace() -> None:
+    """A further link of a node that is a container: its pods there may be macvlan devices, whose packets are not that link's alone."""
+    snapshot = wiring(subnets={"10.0.0.0/24": 5}, peers={(1, 2): ["10.0.0.254"]}, shared=[5])
+    bonds = Bonds()
+    assert names(bonds.look(snapshot, [endpoint("web", "10.0.0.1")])) == {}
+    assert (bonds.is_workload(5), list(bonds.doubts)) == (False, [5])
+    virtual_machine = wiring(subnets={"10.0.0.0/24": 7}, shared=[7])  # nobody can look behind a tap
+    assert found(virtual_machine, endpoint("web", "10.0.0.1")) == {"web": 7}
+
+
 def test_subnet_of_a_bridge_is_no_trace() -> None:
     """What a bridge's prefix leads to may be any of its ports."""
     assert found(wiring(subnets={"10.0.0.0/24": 8}), endpoint("web", "10.0.0.1")) == {}
@@ -93,6 +103,56 @@ def test_route_tells_more_than_a_peer() -> None:
     assert found(wiring({"10.0.0.1": 6}, {(1, 2): ["10.0.0.1"]}), endpoint("web", "10.0.0.1")) == {"web": 6}
 
 
+@pytest.mark.parametrize("kind", ["macvlan", "bridge", "vxlan"])
+def test_route_by_an_interface_that_no_workload_has_is_no_trace(kind: str) -> None:
+    """The node's own way to a pod: its packets to others do not pass there, so policy there would be none."""
+    own = Link(9, "shim0", kind)
+    snapshot = replace(wiring({"10.0.0.1": 9}), links={**LINKS, 9: own})
+    bonds = Bonds()
+    assert names(bonds.look(snapshot, [endpoint("web", "10.0.0.1")])) == {}
+    assert not bonds.is_workload(9)
+    assert names(Bonds(workloads=["shim*"]).look(snapshot, [endpoint("web", "10.0.0.1")])) == {"web": 9}
+
+
+@pytest.mark.parametrize("name", ["vethweb", f"cali{derived_hash(key('web'))}"])
+def test_interface_that_an_option_calls_the_node_s_is_no_trace(name: str) -> None:
+    """Neither a route to it nor the node's prefix there, a plugin's result or its name makes it a workload's."""
+    own = replace(WEB, name=name)
+    links = {**LINKS, own.ifindex: own}
+    for snapshot, results in (
+        (wiring({"10.0.0.1": 5}), {}),
+        (wiring(subnets={"10.0.0.0/24": 5}, shared=[5]), {}),
+        (wiring(), {key("web"): {name}}),
+        (wiring(), {}),
+    ):
+        bonds = Bonds(own=["vethw*", "cali*"])
+        located = bonds.look(replace(snapshot, links=links), [endpoint("web", "10.0.0.1")], results=results)
+        assert (located.interfaces, bonds.is_workload(5), bonds.doubts) == ({}, False, {})
+
+
+@pytest.mark.parametrize("is_kept", [True, False], ids=["by the file", "by the rows"])
+def test_option_that_was_given_since_frees_what_an_earlier_agent_bound(tmp_path: Path, *, is_kept: bool) -> None:
+    """A bond outlives the agent, but not the operator's word; what an object names stays."""
+    pods = [endpoint("web", "10.0.0.1"), endpoint("db", interface="vethdb")]
+    earlier = Bonds()
+    assert names(earlier.look(wiring({"10.0.0.1": 5}), pods)) == {"web": 5, "db": 6}
+    later = Bonds(own=["veth*"])
+    if is_kept:
+        earlier.save(tmp_path / "interfaces")
+        assert later.load(tmp_path / "interfaces") is None
+    else:
+        later.expect(key("web"), 5)
+    assert names(later.look(wiring({"10.0.0.1": 5}), pods)) == {"db": 6}
+    assert (later.is_workload(5), later.is_workload(6)) == (False, True)
+
+
+def test_plugin_that_left_nothing_on_the_node_speaks_against_all_else() -> None:
+    """A macvlan pod's address is in the prefix of the interface below it, and perhaps at the other end of one of the node's."""
+    snapshot = wiring({"fd00::1": 6}, {(1, 2): ["10.0.0.1"]}, subnets={"10.0.0.0/24": 5}, shared=[5])
+    located = Bonds().look(snapshot, [endpoint("web", "10.0.0.1", "fd00::1")], results={key("web"): set()})
+    assert located == Located()
+
+
 def test_plugin_s_result_tells_more_than_a_route() -> None:
     """What the plugin left on the node names the interface; a bridge that it names as well is none."""
     located = Bonds().look(
@@ -101,9 +161,10 @@ def test_plugin_s_result_tells_more_than_a_route() -> None:
     assert (names(located), located.evidence) == ({"web": 5}, {key("web"): Evidence.CNI})
 
 
-def test_name_made_of_the_pod_s_is_evidence() -> None:
-    """As Calico, AWS and GKE name interfaces."""
-    named = Link(9, f"cali{derived_hash(key('web'))}", "veth", (3, 2))
+@pytest.mark.parametrize("prefix", ["cali", "eni", "vlan", "gke", "azv"])
+def test_name_made_of_the_pod_s_is_evidence(prefix: str) -> None:
+    """As Calico, AWS (also for pods with security groups), GKE and Azure name interfaces."""
+    named = Link(9, f"{prefix}{derived_hash(key('web'))}", "veth", (3, 2))
     snapshot = replace(wiring(peers={(1, 2): ["10.0.0.1"]}), links={**LINKS, 9: named})
     located = Bonds().look(snapshot, [endpoint("web", "10.0.0.1")])
     assert (names(located), located.evidence) == ({"web": 9}, {key("web"): Evidence.NAME})

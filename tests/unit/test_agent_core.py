@@ -15,7 +15,8 @@ from memory_maps import MemoryMap, memory_maps
 
 from netpol_ebpf.agent import report
 from netpol_ebpf.agent.adoption import Live
-from netpol_ebpf.agent.core import AUDIT_S, ROUND_S, SEARCH_S, Agent, Settings
+from netpol_ebpf.agent.cni import UNSEEN_TYPES, Result
+from netpol_ebpf.agent.core import AUDIT_S, MISSING_S, ROUND_S, SEARCH_S, Agent, Settings
 from netpol_ebpf.agent.node import POLICY_MAPS
 from netpol_ebpf.agent.timeouts import STATES
 from netpol_ebpf.agent.trouble import RETRY_S
@@ -498,6 +499,19 @@ def test_without_a_node_every_workload_is_local(bench: Bench) -> None:
     agent = bench.agent(Settings(None))
     assert set(agent.tables.endpoints) == {WEB, DB, FAR}
     assert set(agent.applier.bindings) == {WEB, DB}
+
+
+@pytest.mark.parametrize("plugin", sorted(UNSEEN_TYPES))
+def test_pod_of_a_plugin_without_an_interface_on_the_node_is_named(bench: Bench, plugin: str) -> None:
+    """Nothing binds it, though a route leads to an interface of a workload's kind; both what is missing and why is an error."""
+    result = Result(DB, frozenset(), frozenset({ip_address("10.0.0.2")}), "eth0", plugin)
+    bench.node.wiring = replace(WIRING, results=(result,))
+    agent = bench.agent()
+    assert set(agent.applier.bindings) == {WEB}
+    bench.now_s += MISSING_S
+    said = {one.slug: one for one in agent.problems if one.obj == str(DB)}
+    assert said.keys() == {"not-found", "further-interface"}
+    assert all(one.severity == "error" and "is NOT enforced" in one.message for one in said.values())
 
 
 def test_patterns_choose_the_interfaces(bench: Bench) -> None:

@@ -62,7 +62,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--budget", type=float, default=CI_BUDGET_S, metavar="SECONDS", help="with --ci (default %(default)g)"
     )
     parser.add_argument(
-        "--steps", type=lambda text: tuple(text.split(",")), help="only these: load,cases,demo,succession"
+        "--steps",
+        type=lambda text: tuple(text.split(",")),
+        help="only these: load,cases,demo,succession,border,networks",
     )
     parser.add_argument(
         "--compiled", type=Path, metavar="FILE", help="a compiled packet path of these sources, by any compiler"

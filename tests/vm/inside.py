@@ -192,30 +192,45 @@ def _succession(scene: Any) -> int:
     return 0 if all(_facts(seen)) and "connections kept" in seen["upgrade"]["said"] else 1
 
 
-def border(*names: str) -> int:
-    """The attacks at the border and their twins, as the tests of those names have them; the second barrier's tests, and those of what is followed."""
+class Kept:
+    """What became of each test, and the rows that tests of networks leave; a plugin of pytest."""
+
+    def __init__(self) -> None:
+        self.outcomes: dict[str, list[str]] = {"passed": [], "failed": [], "skipped": []}
+        self.rows: list[Any] = []
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        """Called by pytest for each phase of each test."""
+        if report.when == "call" or report.outcome != "passed":
+            self.outcomes[report.outcome].append(report.nodeid.rpartition("/")[2])
+        if report.when == "call" and report.outcome == "passed":
+            self.rows += [value for name, value in report.user_properties if name == "row"]
+
+
+def _run_tests(*files: str) -> tuple[Kept, int]:
+    """Run files of tests; what became of them, and pytest's exit code."""
     import pytest
 
-    class Kept:
-        """What became of each test."""
-
-        def __init__(self) -> None:
-            self.outcomes: dict[str, list[str]] = {"passed": [], "failed": [], "skipped": []}
-
-        def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-            if report.when == "call" or report.outcome != "passed":
-                self.outcomes[report.outcome].append(report.nodeid.rpartition("/")[2])
-
     kept = Kept()
-    files = [f"tests/netns/test_border_{name}.py" for name in names] + [
-        "tests/netns/test_barrier.py",
-        "tests/netns/test_follow.py",
-    ]
     os.chdir(ROOT)
     with contextlib.redirect_stdout(sys.stderr):
         code = pytest.main(["-q", "-p", "no:cacheprovider", "--tb=line", *files], plugins=[kept])
+    return kept, int(code)
+
+
+def border(*names: str) -> int:
+    """The attacks at the border and their twins, as the tests of those names have them; the second barrier's tests, and those of what is followed."""
+    files = [f"tests/netns/test_border_{name}.py" for name in names]
+    kept, code = _run_tests(*files, "tests/netns/test_barrier.py", "tests/netns/test_follow.py")
     _print(kept.outcomes)
-    return int(code)
+    return code
+
+
+def networks() -> int:
+    """Real plugins and well-known layouts of networks: the rows of their tests, those that this kernel has no devices for among them."""
+    kept, code = _run_tests("tests/netns/test_networks.py")
+    _print({**{outcome: len(names) for outcome, names in kept.outcomes.items()}, "rows": kept.rows})
+    return code
 
 
 def _facts(seen: Any) -> Iterator[bool]:

@@ -65,6 +65,7 @@ def all_steps(older: Path) -> tuple[Step, ...]:
         Step("demo", "netpolctl", ("demo", "--no-iperf", "--output", "json"), _keep_demo, 900.0),
         Step("succession", "succession", (str(older),), timeout_s=900.0),
         Step("border", "border", BORDER, timeout_s=3600.0),
+        Step("networks", "networks", timeout_s=3600.0),
     )
 
 

@@ -1,0 +1,675 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Networks of pods on a laboratory's node: by the real plugins, run as a runtime runs them, and well-known layouts by hand.
+
+All of them are on one node at once, two pods each, ``NETWORK-a`` and ``NETWORK-b``, and the world outside.  Under `POLICY` each pod
+may open and take TCP connections to one port and to no other, so every network is asked the same questions.
+
+Invariants: plugins run inside the node's namespace, keep their state below the directory they are given, and are undone by
+their own DEL; what a plugin said goes into a results directory only in the form in which libcni keeps it.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import json
+import os
+import secrets
+import subprocess
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from ipaddress import ip_address, ip_interface
+from pathlib import Path
+from typing import Any
+
+from agent_scene import NODE, Scene, scene_in, wait_for
+from border_scene import NODE_ADDRESS, WORLD, has_device, ip
+
+from netpol_ebpf.agent.bonds import derived_hash
+from netpol_ebpf.lab.attempt import Attempt
+from netpol_ebpf.lab.guard import NETNS_DIR
+from netpol_ebpf.lab.laboratory import SETTINGS_ALL, SETTINGS_ROUTER, Lab
+from netpol_ebpf.lab.patience import scaled
+from netpol_ebpf.lab.scene import INTERNET, plan_for
+from netpol_ebpf.lab.topology import PARENT_MAC, TCP, IPAddress, Listen
+from netpol_ebpf.policy.types import EndpointKey
+from netpol_ebpf.resources.load import parse_documents
+
+PLUGINS_DIR = Path("/usr/lib/cni")
+"""Of Debian's package containernetworking-plugins."""
+PLUGIN_DEADLINE_S = 60.0
+CNI_VERSION = "1.0.0"
+ALLOWED, DENIED = 5432, 5433
+HOST_PORTS = {18032: ALLOWED, 18033: DENIED}
+FAR_NODE = "node-2"
+LANS = ("eth1", "eth2")
+"""Further interfaces of the node into links that the world is on: veths as pods' are, as on a node that is a container. An
+option calls the first one the node's, nothing the second."""
+VXLAN_PORT = 8472
+
+CLUSTER = """\
+apiVersion: v1
+kind: Node
+metadata: {name: node-1}
+status: {addresses: [{type: InternalIP, address: 172.30.0.10}, {type: InternalIP, address: "fd00:30::10"}]}
+---
+apiVersion: v1
+kind: Node
+metadata: {name: node-2}
+status: {addresses: [{type: InternalIP, address: 172.30.0.20}, {type: InternalIP, address: "fd00:30::20"}]}
+---
+apiVersion: v1
+kind: Namespace
+metadata: {name: shop}
+"""
+POLICY = f"""\
+apiVersion: networking.k8s.io/v1
+kind: NetworkPolicy
+metadata: {{name: narrow, namespace: shop}}
+spec:
+  podSelector: {{}}
+  policyTypes: [Ingress, Egress]
+  ingress: [{{ports: [{{port: {ALLOWED}}}]}}]
+  egress: [{{ports: [{{port: {ALLOWED}}}]}}]
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Pod:
+    """A pod that is there. ``host``: its name in the laboratory."""
+
+    name: str
+    addresses: tuple[IPAddress, ...]
+    node: str = NODE
+
+    @property
+    def host(self) -> str:
+        return f"shop/{self.name}"
+
+    @property
+    def endpoint(self) -> str:
+        return f"Pod/shop/{self.name}"
+
+    def render(self) -> str:
+        """Its manifest."""
+        addresses = ", ".join(f'{{ip: "{one}"}}' for one in self.addresses)
+        return (
+            "---\napiVersion: v1\nkind: Pod\n"
+            f"metadata: {{name: {self.name}, namespace: shop}}\n"
+            f"spec: {{nodeName: {self.node}, containers: [{{name: c, image: x}}]}}\n"
+            f"status: {{podIPs: [{addresses}]}}\n"
+        )
+
+
+@dataclass(slots=True)
+class Questions:
+    """Connections between a network's pods, and with the world, by what policy says of them."""
+
+    ingress_denied: list[Attempt] = field(default_factory=list)
+    egress_denied: list[Attempt] = field(default_factory=list)
+    allowed: list[Attempt] = field(default_factory=list)
+
+    def __iter__(self) -> Iterator[Attempt]:
+        return iter([*self.ingress_denied, *self.egress_denied, *self.allowed])
+
+
+@dataclass(frozen=True, slots=True)
+class Answers:
+    """What came of a network's questions. ``open``: without policy, all of them; None: it was not tried."""
+
+    open: tuple[bool, ...]
+    ingress_denied: tuple[bool, ...]
+    egress_denied: tuple[bool, ...]
+    allowed: tuple[bool, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Network:
+    """One row of the matrix.
+
+    ``evidence``: by which the agent knows its pods without the plugin's result; "" where it cannot know them.  ``with_result``: and with it;
+    None where nobody leaves one.  ``kind``: of device that it needs, ``options`` of it.  ``build``: makes the pods.
+    """
+
+    name: str
+    ipam: str
+    evidence: str
+    build: Callable[[Site, Network], None]
+    with_result: str | None = "cni"
+    kind: str = "veth"
+    options: str = ""
+    plugin: str = ""
+
+    @property
+    def is_seen(self) -> bool:
+        """Whether its packets pass an interface of the node that is the pod's alone."""
+        return bool(self.evidence)
+
+    @property
+    def pods(self) -> tuple[str, str]:
+        """The names of its two pods."""
+        return f"{self.name}-a", f"{self.name}-b"
+
+
+@dataclass
+class Site:
+    """The node on which networks are built. ``results``: the directory of libcni's cache; None: nobody keeps any."""
+
+    lab: Lab
+    home: Path
+    results: Path | None
+    pods: dict[str, Pod] = field(default_factory=dict)
+    questions: dict[str, Questions] = field(default_factory=dict)
+    _undo: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
+
+    # --- addresses --------------------------------------------------------------------------------------------------
+
+    def number(self, network: Network) -> int:
+        """The third part of the network's IPv4 prefix, the last one of its IPv6 prefix."""
+        return NETWORKS.index(network) + 1
+
+    def prefix(self, network: Network, version: int) -> str:
+        number = self.number(network)
+        return f"10.40.{number}.0/24" if version == 4 else f"fd00:40:0:{number}::/64"
+
+    def address(self, network: Network, last: int, version: int) -> str:
+        number = self.number(network)
+        return f"10.40.{number}.{last}" if version == 4 else f"fd00:40:0:{number}::{last:x}"
+
+    # --- namespaces -------------------------------------------------------------------------------------------------
+
+    def namespace(self, pod: str) -> str:
+        """A new namespace for a pod, as a runtime makes it before it calls a plugin; its name."""
+        host = f"shop/{pod}"
+        name = f"{self.lab.token}-{host.replace('/', '.')}"
+        self.lab.record(namespaces=[name])
+        ip(self.lab, NODE, f"netns add {name}")
+        self.lab.namespace_of[host] = name
+        self.lab.prober.write_settings(host, SETTINGS_ALL)
+        ip(self.lab, host, "link set lo up")
+        return name
+
+    def settle(self, network: Network, addresses: Mapping[str, Iterable[IPAddress]], *, node: str = NODE) -> None:
+        """Pods are there: they listen, and are asked the same as all others."""
+        for name, found in addresses.items():
+            pod = Pod(name, tuple(found), node)
+            self.pods[name] = pod
+            self.lab.prober.listen(pod.host, pod.addresses, [Listen(TCP, port) for port in (ALLOWED, DENIED)])
+        if node == NODE:
+            self.questions[network.name] = self._common(*(self.pods[name] for name in network.pods))
+
+    def _common(self, client: Pod, server: Pod) -> Questions:
+        asked = Questions()
+        for own in server.addresses:
+            world = ip_address(WORLD[own.version])
+            asked.ingress_denied += [Attempt(INTERNET, own, TCP, DENIED), Attempt(client.host, own, TCP, DENIED)]
+            asked.egress_denied += [Attempt(client.host, world, TCP, DENIED)]
+            asked.allowed += [
+                Attempt(INTERNET, own, TCP, ALLOWED),
+                Attempt(client.host, own, TCP, ALLOWED),
+                Attempt(client.host, world, TCP, ALLOWED),
+            ]
+        return asked
+
+    # --- plugins ----------------------------------------------------------------------------------------------------
+
+    def ipam(self, network: Network, pod: str, *, gateway: int = 1) -> dict[str, Any]:
+        """The part of a plugin's configuration that says who gives addresses. ``gateway``: last part of the gateway's."""
+        routes = [{"dst": "0.0.0.0/0"}, {"dst": "::/0"}]
+        if network.ipam == "host-local":
+            ranges = [
+                [{"subnet": self.prefix(network, version), "rangeStart": self.address(network, 16, version),
+                  "gateway": self.address(network, gateway, version)}]
+                for version in (4, 6)
+            ]  # fmt: skip
+            return {"type": "host-local", "ranges": ranges, "routes": routes, "dataDir": str(self.home / "ipam")}
+        last = 0x20 + network.pods.index(pod)
+        bits = {4: 24, 6: 64}
+        return {
+            "type": "static", "routes": routes,
+            "addresses": [{"address": f"{self.address(network, last, version)}/{bits[version]}",
+                           "gateway": self.address(network, gateway, version)} for version in (4, 6)],
+        }  # fmt: skip
+
+    def plug(self, network: Network, pod: str, *plugins: dict[str, Any]) -> tuple[IPAddress, ...]:
+        """Attach a pod by a chain of plugins, each with the result of the one before; the pod's addresses."""
+        namespace = NETNS_DIR / self.namespace(pod)
+        container = secrets.token_hex(32)
+        arguments = {"K8S_POD_NAMESPACE": "shop", "K8S_POD_NAME": pod, "K8S_POD_INFRA_CONTAINER_ID": container}
+        environment = {
+            "CNI_CONTAINERID": container, "CNI_NETNS": str(namespace), "CNI_IFNAME": "eth0", "CNI_PATH": str(PLUGINS_DIR),
+            "CNI_ARGS": ";".join(["IgnoreUnknown=1", *(f"{key}={value}" for key, value in arguments.items())]),
+        }  # fmt: skip
+        configs = [{"cniVersion": CNI_VERSION, "name": network.name, **one} for one in plugins]
+        result: dict[str, Any] = {}
+        for config in configs:
+            if result:
+                config["prevResult"] = result
+            self._undo.callback(self._call, "DEL", config, environment)
+            result = json.loads(self._call("ADD", config, environment))
+        self._keep(network, container, configs, arguments, result)
+        return tuple(ip_interface(one["address"]).ip for one in result["ips"])
+
+    def _call(self, command: str, config: Mapping[str, Any], environment: Mapping[str, str]) -> str:
+        """Run a plugin in the node's namespace; what it printed."""
+        program = PLUGINS_DIR / str(config["type"])
+        assert program.exists(), f"{program} is missing: apt install containernetworking-plugins"
+        done = subprocess.run(
+            self.lab.command(NODE, [str(program)]),
+            input=json.dumps(config), env={**os.environ, **environment, "CNI_COMMAND": command},
+            check=False, capture_output=True, text=True, timeout=scaled(PLUGIN_DEADLINE_S),
+        )  # fmt: skip
+        assert done.returncode == 0, f"{program.name} {command}: {done.stdout}{done.stderr}"
+        return done.stdout
+
+    def _keep(
+        self, network: Network, container: str, configs: list[dict[str, Any]], arguments: Mapping[str, str], result: Any
+    ) -> None:
+        """Write the result where a runtime's libcni would, in one step (libcni, cache of `cniCacheV1`)."""
+        if self.results is None:
+            return
+        chain = {"cniVersion": CNI_VERSION, "name": network.name, "plugins": configs}
+        document = {
+            "kind": "cniCacheV1", "containerId": container, "config": base64.b64encode(json.dumps(chain).encode()).decode(),
+            "ifName": "eth0", "networkName": network.name, "cniArgs": [list(pair) for pair in arguments.items()], "result": result,
+        }  # fmt: skip
+        path = self.results / f"{network.name}-{container}-eth0"
+        draft = self.results / f".{path.name}"
+        draft.write_text(json.dumps(document))
+        draft.chmod(0o600)
+        draft.rename(path)
+        self._undo.callback(path.unlink)
+
+    def close(self) -> None:
+        """Undo what plugins did, each by its own DEL."""
+        self._undo.close()
+
+
+# --- by plugins ---------------------------------------------------------------------------------------------------------
+
+
+def bridge_plugin(site: Site, network: Network, **more: Any) -> dict[str, Any]:
+    """The bridge plugin's configuration; of the pod, ``ipam`` is to be added."""
+    return {"type": "bridge", "bridge": f"cni{site.number(network)}", "isGateway": True, "hairpinMode": True, **more}
+
+
+def build_bridge(site: Site, network: Network, **more: Any) -> None:
+    config = bridge_plugin(site, network, **more)
+    found = {pod: site.plug(network, pod, {**config, "ipam": site.ipam(network, pod)}) for pod in network.pods}
+    site.settle(network, found)
+
+
+def build_bridge_vlan(site: Site, network: Network) -> None:
+    """Ports of one VLAN on a bridge that filters them; the gateway is an interface of its own in that VLAN."""
+    build_bridge(site, network, vlan=5)
+
+
+def build_portmap(site: Site, network: Network) -> None:
+    """A bridge, and ports of the node that lead to the server."""
+    config = bridge_plugin(site, network)
+    found = {}
+    for pod in network.pods:
+        ports = [{"hostPort": port, "containerPort": to, "protocol": "tcp"} for port, to in HOST_PORTS.items()]
+        mapped = {"portMappings": ports if pod == network.pods[1] else []}
+        chained = {"type": "portmap", "capabilities": {"portMappings": True}, "runtimeConfig": mapped}
+        found[pod] = site.plug(network, pod, {**config, "ipam": site.ipam(network, pod)}, chained)
+    site.settle(network, found)
+    asked = site.questions[network.name]
+    by_verdict = {ALLOWED: asked.allowed, DENIED: asked.ingress_denied}
+    for port, to in HOST_PORTS.items():
+        by_verdict[to].append(Attempt(INTERNET, ip_address(NODE_ADDRESS[4]), TCP, port))
+
+
+def build_ptp(site: Site, network: Network) -> None:
+    found = {pod: site.plug(network, pod, {"type": "ptp", "ipam": site.ipam(network, pod)}) for pod in network.pods}
+    site.settle(network, found)
+
+
+def outside_on_link(site: Site, network: Network, device: str) -> None:
+    """The world is on the network's link, as its gateway."""
+    ip(site.lab, INTERNET, *(f"address add {site.address(network, 254, v)}/{bits} dev {device}{dad}"
+                             for v, bits, dad in ((4, 24, ""), (6, 64, " nodad"))))  # fmt: skip
+
+
+def bridge_outside(site: Site, network: Network, *ports: str) -> None:
+    """Join interfaces of the world, and be the gateway there."""
+    name = f"br{site.number(network)}"
+    ip(site.lab, INTERNET, f"link add {name} type bridge", f"link set {name} up",
+       *(f"link set {port} master {name} up" for port in ports))  # fmt: skip
+    outside_on_link(site, network, name)
+
+
+MASTERS = {"macvlan": "eth0", "ipvlan": LANS[0], "macvlan-lan": LANS[1]}
+"""By network: the node's interface below its pods'."""
+
+
+def build_on_master(site: Site, network: Network) -> None:
+    """Macvlan and ipvlan: further interfaces of one of the node's own."""
+    master = MASTERS[network.name]
+    outside_on_link(site, network, {"eth0": "node0"}.get(master, master))
+    mode = {"macvlan": "bridge", "ipvlan": "l2"}[network.plugin]
+    config = {"type": network.plugin, "master": master, "mode": mode}
+    found = {
+        pod: site.plug(network, pod, {**config, "ipam": site.ipam(network, pod, gateway=254)}) for pod in network.pods
+    }
+    site.settle(network, found)
+
+
+def build_macvlan_shim(site: Site, network: Network) -> None:
+    """Macvlan, and the node's own way to one of its pods: a further macvlan device with a host route."""
+    build_on_master(site, network)
+    master, pod = MASTERS[network.name], site.pods[network.pods[0]]
+    ip(site.lab, NODE, f"link add shim0 link {master} type macvlan mode bridge", "link set shim0 up",
+       *(f"-{one.version} route add {one}/{one.max_prefixlen} dev shim0" for one in pod.addresses))  # fmt: skip
+
+
+def build_vlan(site: Site, network: Network) -> None:
+    """A VLAN of the uplink for each pod; the world joins them."""
+    ports = []
+    found = {}
+    for number, pod in enumerate(network.pods, 5):
+        ip(site.lab, INTERNET, f"link add link node0 name node0.{number} type vlan id {number}")
+        ports.append(f"node0.{number}")
+        config = {"type": "vlan", "master": "eth0", "vlanId": number, "ipam": site.ipam(network, pod, gateway=254)}
+        found[pod] = site.plug(network, pod, config)
+    bridge_outside(site, network, *ports)
+    site.settle(network, found)
+
+
+def build_host_device(site: Site, network: Network) -> None:
+    """A device of the node for each pod, as SR-IOV's are; the world joins their other ends."""
+    ports = []
+    found = {}
+    for number, pod in enumerate(network.pods):
+        device = f"dev{number}"
+        ip(site.lab, NODE, f"link add {device} type veth peer name {device} netns {site.lab.namespace_of[INTERNET]}")
+        ports.append(device)
+        config = {"type": "host-device", "device": device, "ipam": site.ipam(network, pod, gateway=254)}
+        found[pod] = site.plug(network, pod, config)
+    bridge_outside(site, network, *ports)
+    site.settle(network, found)
+
+
+def build_flannel(site: Site, network: Network) -> None:
+    """What flannel has its delegate, the bridge plugin, do; and VXLAN between the nodes, to a pod on the other one."""
+    build_bridge(site, network, mtu=1450)
+    lab, far = site.lab, f"{network.name}-far"
+    other = f"10.41.{site.number(network)}"
+    ends = {NODE: (NODE_ADDRESS[4], site.address(network, 0, 4), "02:00:00:00:40:01"),
+            FAR_NODE: ("172.30.0.20", f"{other}.0", "02:00:00:00:40:02")}  # fmt: skip
+    for node, peer in ((NODE, FAR_NODE), (FAR_NODE, NODE)):
+        local, own, mac = ends[node]
+        remote, gateway, remote_mac = ends[peer]
+        ip(
+            lab, node,
+            f"link add flannel.1 address {mac} type vxlan id 1 local {local} dev eth0 dstport {VXLAN_PORT} nolearning",
+            f"address add {own}/32 dev flannel.1", "link set flannel.1 up",
+            f"neigh add {gateway} lladdr {remote_mac} dev flannel.1 nud permanent",
+            f"route add {gateway}/24 via {gateway} dev flannel.1 onlink",
+        )  # fmt: skip
+        lab.run(node, ["bridge", "fdb", "append", remote_mac, "dev", "flannel.1", "dst", remote])
+    namespace = site.namespace(far)
+    route_pair(site, FAR_NODE, "farveth", namespace, [f"{other}.2"], {4: f"{other}.1"})
+    site.settle(network, {far: [ip_address(f"{other}.2")]}, node=FAR_NODE)
+    near_a, near_b = (site.pods[pod] for pod in network.pods)
+    asked, pod = site.questions[network.name], site.pods[far]
+    asked.ingress_denied.append(Attempt(pod.host, near_b.addresses[0], TCP, DENIED))
+    asked.egress_denied.append(Attempt(near_a.host, pod.addresses[0], TCP, DENIED))
+    asked.allowed += [
+        Attempt(pod.host, near_b.addresses[0], TCP, ALLOWED), Attempt(near_a.host, pod.addresses[0], TCP, ALLOWED),
+    ]  # fmt: skip
+
+
+# --- by hand --------------------------------------------------------------------------------------------------------------
+
+
+def route_pair(
+    site: Site,
+    node: str,
+    name: str,
+    namespace: str,
+    addresses: Iterable[str],
+    gateways: Mapping[int, str],
+    *,
+    kind: str = "veth",
+) -> None:
+    """A pair into a namespace, single addresses on both ends, a host route for each of the pod's. ``gateways``: by IP version."""
+    if kind == "netkit":  # no tool of older distributions knows its attributes; the peer is made along with it
+        before = names_of(site.lab, node)
+        ip(site.lab, node, f"link add {name} type netkit")
+        (peer,) = names_of(site.lab, node) - before - {name}
+        ip(site.lab, node, f"link set {peer} netns {namespace} name eth0")
+    else:
+        ip(site.lab, node, f"link add {name} type {kind} peer name eth0 netns {namespace}")
+    ip(site.lab, node, f"link set {name} up", f"-n {namespace} link set eth0 up")
+    for text in addresses:
+        one = ip_address(text)
+        gateway, bits = gateways[one.version], one.max_prefixlen
+        dad = " nodad" if one.version == 6 else ""
+        ip(
+            site.lab, node,
+            f"address add {gateway}/{bits} dev {name}{dad}",
+            f"-{one.version} route add {one}/{bits} dev {name}",
+            f"-n {namespace} address add {one}/{bits} dev eth0{dad}",
+            f"-n {namespace} -{one.version} route add {gateway}/{bits} dev eth0",
+            f"-n {namespace} -{one.version} route add default via {gateway} dev eth0",
+        )  # fmt: skip
+
+
+def names_of(lab: Lab, host: str) -> set[str]:
+    """Interfaces of a host."""
+    return {one["ifname"] for one in json.loads(lab.run(host, ["ip", "-j", "link"]).stdout)}
+
+
+def build_kindnet(site: Site, network: Network) -> None:
+    """As kindnet does: a pair for each pod, the node's end of each with the same single gateway address."""
+    found = {}
+    for number, pod in enumerate(network.pods, 2):
+        addresses = [site.address(network, number, version) for version in (4, 6)]
+        gateways = {version: site.address(network, 1, version) for version in (4, 6)}
+        name = f"{network.kind}{secrets.token_hex(4)}"
+        route_pair(site, NODE, name, site.namespace(pod), addresses, gateways, kind=network.kind)
+        found[pod] = [ip_address(one) for one in addresses]
+    site.settle(network, found)
+
+
+def build_calico(site: Site, network: Network) -> None:
+    """As Calico does: a node's end without addresses that answers for 169.254.1.1, and by its link-local address for IPv6."""
+    found = {}
+    for number, pod in enumerate(network.pods, 2):
+        name, namespace = f"cali{derived_hash(EndpointKey('Pod', 'shop', pod))}", site.namespace(pod)
+        own4, own6 = (site.address(network, number, version) for version in (4, 6))
+        ip(site.lab, NODE, f"link add {name} address {PARENT_MAC} type veth peer name eth0 netns {namespace}",
+           f"link set {name} up", f"-n {namespace} link set eth0 up")  # fmt: skip
+        site.lab.prober.write_settings(
+            NODE, [(f"ipv4/conf/{name}/proxy_arp", "1"), (f"ipv4/neigh/{name}/proxy_delay", "0")]
+        )
+        ip(
+            site.lab, NODE,
+            f"route add {own4}/32 dev {name}", f"-6 route add {own6}/128 dev {name}",
+            f"-n {namespace} address add {own4}/32 dev eth0", f"-n {namespace} address add {own6}/128 dev eth0 nodad",
+            f"-n {namespace} route add 169.254.1.1 dev eth0", f"-n {namespace} route add default via 169.254.1.1 dev eth0",
+            f"-n {namespace} -6 route add default via {link_local(site.lab, name)} dev eth0",
+        )  # fmt: skip
+        found[pod] = [ip_address(own4), ip_address(own6)]
+    site.settle(network, found)
+
+
+def link_local(lab: Lab, name: str) -> str:
+    """The address of the link that the kernel gave to one of the node's interfaces."""
+
+    def look() -> str | None:
+        links = json.loads(lab.run(NODE, ["ip", "-6", "-j", "address", "show", "dev", name]).stdout)
+        return next(
+            (one["local"] for link in links for one in link.get("addr_info", ()) if one["scope"] == "link"), None
+        )
+
+    address: str = wait_for(look, f"{name} has a link-local address")
+    return address
+
+
+def build_aws(site: Site, network: Network) -> None:
+    """As AWS's plugin does: no address on the node's end, the gateway's neighbour entry in the pod, and rules.
+
+    To a pod by the main table, from it by another; where pods have security groups of their own, both by a table of the pod's.
+    """
+    (way_out,) = json.loads(site.lab.run(NODE, ["ip", "-j", "route", "show", "default"]).stdout)
+    has_groups = network.name == "aws-vpc-groups"
+    found = {}
+    for number, pod in enumerate(network.pods, 2):
+        prefix, table, to = ("vlan", 100 + number, f"{100 + number}") if has_groups else ("eni", number, "main")
+        name, namespace = f"{prefix}{derived_hash(EndpointKey('Pod', 'shop', pod))}", site.namespace(pod)
+        own = site.address(network, number, 4)
+        ip(
+            site.lab, NODE, f"link add {name} address {PARENT_MAC} type veth peer name eth0 netns {namespace}",
+            f"link set {name} up", f"-n {namespace} link set eth0 up", f"route add {own}/32 dev {name} table {to}",
+            f"route add default via {way_out['gateway']} dev eth0 onlink table {table}",
+            f"rule add from all to {own} lookup {to} priority 512", f"rule add from {own} lookup {table} priority 1536",
+            f"-n {namespace} address add {own}/32 dev eth0", f"-n {namespace} route add 169.254.1.1 dev eth0 scope link",
+            f"-n {namespace} route add default via 169.254.1.1 dev eth0",
+            f"-n {namespace} neigh add 169.254.1.1 lladdr {PARENT_MAC} dev eth0 nud permanent",
+        )  # fmt: skip
+        found[pod] = [ip_address(own)]
+    site.settle(network, found)
+
+
+NETWORKS = (
+    Network("bridge", "host-local", "address (weak)", build_bridge),
+    Network("bridge-static", "static", "address (weak)", build_bridge),
+    Network(
+        "bridge-vlan", "host-local", "address (weak)", build_bridge_vlan, kind="bridge", options="vlan_filtering 1"
+    ),
+    Network("portmap", "host-local", "address (weak)", build_portmap),
+    Network("ptp", "host-local", "route", build_ptp),
+    Network("ptp-static", "static", "route", build_ptp),
+    Network("flannel", "host-local", "address (weak)", build_flannel, kind="vxlan", options="id 99 dstport 4799"),
+    Network("calico", "by hand", "name", build_calico, with_result=None),
+    Network("aws-vpc", "by hand", "name", build_aws, with_result=None),
+    Network("aws-vpc-groups", "by hand", "name", build_aws, with_result=None),
+    Network("kindnet", "by hand", "route", build_kindnet, with_result=None),
+    Network("netkit", "by hand", "route", build_kindnet, with_result=None, kind="netkit"),
+    Network("macvlan", "host-local", "", build_on_master, kind="macvlan", plugin="macvlan"),
+    Network("macvlan-lan", "static", "", build_macvlan_shim, kind="macvlan", plugin="macvlan"),
+    Network("ipvlan", "host-local", "", build_on_master, kind="ipvlan", plugin="ipvlan"),
+    Network("vlan", "static", "", build_vlan, kind="vlan", options="id 99", plugin="vlan"),
+    Network("host-device", "static", "", build_host_device, plugin="host-device"),
+)
+
+
+# --- the node, its agent, and what is seen ------------------------------------------------------------------------------
+
+
+@dataclass
+class World:
+    """All networks that the kernel has devices for, under an agent. ``answers``: by network; ``state``: the agent's status."""
+
+    site: Site
+    scene: Scene
+    missing: dict[str, str] = field(default_factory=dict)
+    answers: dict[str, Answers] = field(default_factory=dict)
+    state: dict[str, Any] = field(default_factory=dict)
+
+
+LINKED = frozenset({"macvlan", "ipvlan", "vlan"})
+"""Kinds of devices that are made on top of another."""
+
+
+def lacks(lab: Lab, network: Network) -> str:
+    """What this kernel has not that a network needs; empty: nothing."""
+    below = LANS[0] if network.kind in LINKED else ""
+    if has_device(lab, network.kind, *network.options.split(), below=below):
+        return ""
+    return f"this kernel has no {network.kind} devices" + (
+        f" with {network.options}" if network.kind == "bridge" else ""
+    )
+
+
+@contextlib.contextmanager
+def world(home: Path, *, is_late: bool, keeps_results: bool) -> Iterator[World]:
+    """Networks and an agent, and what came of all questions without policy and under it.
+
+    ``is_late``: the agent starts when all is there, and policy with it; else it is there before, and policy comes last.
+    """
+    pin_root = Path(f"/sys/fs/bpf/netpol-test-networks-{os.getpid()}-{secrets.token_hex(3)}")
+    with Lab(plan_for(parse_documents(CLUSTER, "cluster.yaml").check()), directories=[pin_root]) as lab:
+        results = home / "results"
+        results.mkdir(mode=0o700)
+        site = Site(lab, home, results if keeps_results else None)
+        prepare(site)
+        options = ("--own-interfaces", LANS[0], "--cni-results", str(results))
+        missing = {one.name: why for one in NETWORKS if (why := lacks(lab, one))}
+        with scene_in(lab, home / "home", pin_root / "own", options=options) as scene:
+            (scene.manifests / "db.yaml").unlink()
+            scene.write("cluster.yaml", CLUSTER)
+            found = World(site, scene, missing)
+            if not is_late:
+                scene.start()
+            try:
+                look(found, is_late=is_late)
+                yield found
+            finally:
+                site.close()
+
+
+def prepare(site: Site) -> None:
+    """The node's further links, with addresses of it beside its pods', and the way back from the world to the pods."""
+    lab = site.lab
+    for network in NETWORKS:
+        master = MASTERS.get(network.name)
+        if master not in LANS:
+            continue
+        ip(
+            lab, NODE, f"link add {master} type veth peer name {master} netns {lab.namespace_of[INTERNET]}",
+            f"link set {master} up", f"address add {site.address(network, 1, 4)}/24 dev {master}",
+            f"address add {site.address(network, 1, 6)}/64 dev {master} nodad",
+        )  # fmt: skip
+        ip(lab, INTERNET, f"link set {master} up")
+    ip(
+        lab, INTERNET,
+        f"route add 10.40.0.0/16 via {NODE_ADDRESS[4]} dev node0 onlink src {WORLD[4]}",
+        f"-6 route add fd00:40::/32 via {NODE_ADDRESS[6]} dev node0 onlink src {WORLD[6]}",
+    )  # fmt: skip
+    lab.prober.write_settings(FAR_NODE, SETTINGS_ROUTER)
+    world = [ip_address(one) for one in WORLD.values()]
+    lab.prober.listen(INTERNET, world, [Listen(TCP, port) for port in (ALLOWED, DENIED)])
+
+
+def look(found: World, *, is_late: bool) -> None:
+    """Build all networks, ask all questions without policy and under it."""
+    site, scene = found.site, found.scene
+    there = [one for one in NETWORKS if one.name not in found.missing]
+    for network in there:
+        network.build(site, network)
+    scene.write("pods.yaml", "".join(one.render() for one in site.pods.values()))
+    local = {pod.endpoint for pod in site.pods.values() if pod.node == NODE}
+    if not is_late:
+        scene.await_status(
+            lambda state: local <= decided(state), "of each pod it is known where it is, or told that it is not"
+        )
+    before = ask_all(site, there)
+    scene.write("policy.yaml", POLICY)
+    if is_late:
+        scene.start()
+    found.state = scene.await_status(
+        lambda state: state["objects"]["policies"] == 1 and local <= decided(state),
+        "policy is in force where it can be",
+    )
+    after = ask_all(site, there)
+    for network in there:
+        asked = site.questions[network.name]
+        parts = [
+            tuple(after[one] for one in part) for part in (asked.ingress_denied, asked.egress_denied, asked.allowed)
+        ]
+        found.answers[network.name] = Answers(tuple(before[one] for one in asked), *parts)
+
+
+def ask_all(site: Site, networks: Iterable[Network]) -> dict[Attempt, bool]:
+    """Real connections, all at once; whether each was answered."""
+    asked = [one for network in networks for one in site.questions[network.name]]
+    return {one.attempt: one.reached for one in site.lab.attempt(asked)}
+
+
+def decided(state: Mapping[str, Any]) -> set[str]:
+    """Endpoints that policy is enforced for, and those of which it is told that it is not."""
+    enforced = {one["endpoint"] for one in state["endpoints"] if one["state"] == "enforced"}
+    return enforced | {one["object"] for one in state["problems"] if one["slug"] in {"not-found", "interface"}}

@@ -1,0 +1,26 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Of the networks that the tests make, docs/networks.md leaves none out. In a file of its own: guests run those tests without the page."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from network_scene import NETWORKS, Network
+
+from tests.netns.networks import PAGE
+
+pytestmark = pytest.mark.netns
+
+
+@pytest.mark.parametrize("network", NETWORKS, ids=lambda one: one.name)
+def test_page_has_the_network(network: Network) -> None:
+    """It was run on some kernel, and its rows say what the test demands."""
+    begin, verdict = f"| {network.name} |", "enforced" if network.is_seen else "named as not enforced"
+    found = [line for line in PAGE.read_text(encoding="utf-8").splitlines() if line.startswith(begin)]
+    assert found
+    assert all(f"| {verdict} |" in line for line in found)
