@@ -44,9 +44,9 @@ START, UNTIL, COST, GOES = (
 )  # fmt: skip
 PODS, NEW = 300, 50
 READY_DEADLINE_S = 300.0
-APART_S = 0.6
+APART_S = 0.3
 """Between a pod's object and its interface, and between pods: the agent reads manifests five times a second; arbitrary."""
-REST_LOOK_S = 5.0
+REST_LOOK_S = 15.0
 
 NAMESPACE = "apiVersion: v1\nkind: Namespace\nmetadata: {name: shop}\n"
 POLICY = """---
