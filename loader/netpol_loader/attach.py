@@ -283,10 +283,12 @@ def _clsact_attachments(dataplane: Dataplane, ifindex: int) -> set[Attachment]:
 
 
 def _forget_dead(dataplane: Dataplane, ifindex: int) -> None:
+    """Of an interface that went to another network namespace the programs are taken off: there they would judge by nobody's row."""
+    is_here = netlink.link(ifindex) is not None
     for path in _link_paths(dataplane, ifindex):
         with _opened(path) as fd:
             alive = syscall.link_info(fd).ifindex
-        if not alive:
+        if not alive or not is_here:
             path.unlink()
     mark = _clsact_mark(dataplane, ifindex)
     if mark.exists() and not netlink.has_clsact(ifindex):

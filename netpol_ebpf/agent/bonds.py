@@ -32,6 +32,7 @@ log = logging.getLogger(__name__)
 
 FORMAT = 1
 POD = "Pod"
+IPV4, IPV6 = 4, 6
 DERIVED_NAME = re.compile(r"(?:cali|eni|vlan|gke|azv)([0-9a-f]{11})")
 """Names of a pod's interface on the node that container networks make of the first 11 digits of the SHA-1 of ``namespace.name``
 (Calico; AWS VPC CNI, with ``vlan`` for pods that have security groups; GKE; Azure CNI)."""
@@ -193,6 +194,14 @@ class Bonds:
         """Whether an interface is still the same. Of one that another agent saw, its name tells; one that only rows show has none."""
         link = wiring.links.get(ifindex)
         return link is not None and (not self._is_recalled or seen.name in (link.name, ""))
+
+    def is_curious(self, wiring: Wiring) -> bool:
+        """Whether there is an interface of which the first address at its other end is yet to be seen."""
+        peers = {ifindex for ifindex, link in wiring.links.items() if link.peer is not None}
+        return any(
+            seen.side is Side.WORKLOAD and seen.bond is None and not seen.first and ifindex in peers
+            for ifindex, seen in self._seen.items()
+        )
 
     # --- own or workload's ------------------------------------------------------------------------------------------
 
@@ -456,17 +465,20 @@ class _First:
     """Where endpoints would be by the first addresses at the other ends of interfaces."""
 
     def __init__(self, seen: Mapping[int, Seen]) -> None:
-        self._by_address: dict[IPAddress, list[tuple[bool, int]]] = {}
+        self._by_address: dict[IPAddress, set[int]] = {}
         for ifindex, one in seen.items():
-            for address in one.first if one.side is not Side.OWN else ():
-                leading = next(other for other in one.first if other.version == address.version)
-                self._by_address.setdefault(address, []).append((address == leading, ifindex))
+            for address in _oldest(one.first) if one.side is not Side.OWN else ():
+                self._by_address.setdefault(address, set()).add(ifindex)
 
     def of(self, endpoint: Endpoint) -> set[int]:
-        """Of several interfaces with an address that one whose first it is, should there be one."""
-        found = {pair for address in endpoint.addresses for pair in self._by_address.get(address, ())}
-        leading = {ifindex for is_leading, ifindex in found if is_leading}
-        return leading if len(leading) == 1 else {ifindex for _, ifindex in found}
+        """Interfaces with an address of the endpoint as their oldest one."""
+        return {ifindex for address in endpoint.addresses for ifindex in self._by_address.get(address, ())}
+
+
+def _oldest(addresses: Sequence[IPAddress]) -> list[IPAddress]:
+    """Of each family the address that is there longest: the kernel lists those of IPv4 from the oldest on, of IPv6 from the newest."""
+    found = [[one for one in addresses if one.version == version] for version in (IPV4, IPV6)]
+    return [*found[0][:1], *found[1][-1:]]
 
 
 def _is_same(bond: Bond, endpoint: Endpoint) -> bool:

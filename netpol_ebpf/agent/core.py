@@ -517,7 +517,7 @@ class Agent:
     def _is_searching(self) -> bool:
         """Whether it is time to look for what nobody announces, or to try again what failed."""
         return self._clock() - self._looked_at_s >= SEARCH_S and (
-            bool(self._attachments.problems) or self._is_waiting()
+            bool(self._attachments.problems) or self._is_waiting() or self._bonds.is_curious(self._wiring)
         )
 
     def _is_waiting(self) -> bool:

@@ -358,10 +358,7 @@ GUARDS = (
         "leading-address",
         "of several interfaces with an address it is that one whose first it is",
         "netpol_ebpf/agent/bonds.py",
-        (
-            "return leading if len(leading) == 1 else {ifindex for _, ifindex in found}",
-            "return {ifindex for _, ifindex in found}",
-        ),
+        ("for address in _oldest(one.first) if", "for address in one.first if"),
         (f"{BONDS}test_of_several_with_an_address_it_is_the_one_whose_first_it_is",),
     ),
     Guard(

@@ -562,7 +562,7 @@ def test_which_devices_tell(scene: Scene) -> None:
     found = {}
     for kind in netlink.EXTERNAL:
         told = "external dstport 8481" if kind == "vxlan" else "external"
-        plain = PLAIN.get(kind) or KINDS[kind][1]
+        plain = PLAIN.get(kind) or KINDS.get(kind, ("", ""))[1]
         for words, tells in ((told, True), (plain, False)):
             if has_device(scene.lab, kind, *words.split()):
                 ip(scene.lab, NODE, f"link add tell0 type {kind} {words}")
