@@ -289,6 +289,7 @@ class Agent:
         self._take_changes(older=set(self._ledger.numbers.endpoints))
         self._recall_bonds()
         self._look_at_interfaces()
+        self._take_off_moved()
         self._attachments.find()  # by an earlier agent
         self._adoption.expect(self._wanted_interfaces() - self.attached)
         self._install()
@@ -612,6 +613,12 @@ class Agent:
         for key in [key for key, binding in self.applier.bindings.items() if binding.ifindex in gone]:
             self.applier.unbind(key)
         self._node.prune()
+        self._take_off_moved()
+
+    def _take_off_moved(self) -> None:
+        """Programs come off interfaces that are in another network namespace now: the kernel leaves tcx programs on them."""
+        for ifindex in self._node.attached() - self._wiring.links.keys():
+            self._attachments.detach(ifindex, f"{ifindex}, which is not in this network namespace any more,")
 
     def _bindings(self) -> dict[EndpointKey, Binding]:
         """Which interface each local endpoint is on."""

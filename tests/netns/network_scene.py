@@ -160,6 +160,8 @@ class Site:
     results: Path | None
     pods: dict[str, Pod] = field(default_factory=dict)
     questions: dict[str, Questions] = field(default_factory=dict)
+    await_programs: Callable[[str], None] = lambda _name: None
+    """Waits until the agent has seen an interface of the node, if there is one yet."""
     _undo: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
 
     # --- addresses --------------------------------------------------------------------------------------------------
@@ -364,13 +366,15 @@ def build_macvlan_shim(site: Site, network: Network) -> None:
 
 
 def build_vlan(site: Site, network: Network) -> None:
-    """A VLAN of the uplink for each pod; the world joins them."""
+    """A VLAN for each pod, each on an uplink of its own: on one, both had its hardware address. The world joins them."""
     ports = []
     found = {}
-    for number, pod in enumerate(network.pods, 5):
-        ip(site.lab, INTERNET, f"link add link node0 name node0.{number} type vlan id {number}")
-        ports.append(f"node0.{number}")
-        config = {"type": "vlan", "master": "eth0", "vlanId": number, "ipam": site.ipam(network, pod, gateway=254)}
+    for number, (pod, master, outside) in enumerate(
+        zip(network.pods, ("eth0", LANS[0]), ("node0", LANS[0]), strict=True), 5
+    ):
+        ip(site.lab, INTERNET, f"link add link {outside} name vlan{number} type vlan id {number}")
+        ports.append(f"vlan{number}")
+        config = {"type": "vlan", "master": master, "vlanId": number, "ipam": site.ipam(network, pod, gateway=254)}
         found[pod] = site.plug(network, pod, config)
     bridge_outside(site, network, *ports)
     site.settle(network, found)
@@ -384,6 +388,7 @@ def build_host_device(site: Site, network: Network) -> None:
         device = f"dev{number}"
         ip(site.lab, NODE, f"link add {device} type veth peer name {device} netns {site.lab.namespace_of[INTERNET]}")
         ports.append(device)
+        site.await_programs(device)
         config = {"type": "host-device", "device": device, "ipam": site.ipam(network, pod, gateway=254)}
         found[pod] = site.plug(network, pod, config)
     bridge_outside(site, network, *ports)
@@ -604,11 +609,18 @@ def world(home: Path, *, is_late: bool, keeps_results: bool) -> Iterator[World]:
             found = World(site, scene, missing)
             if not is_late:
                 scene.start()
+                site.await_programs = lambda name: _await_programs(scene, name)
             try:
                 look(found, is_late=is_late)
                 yield found
             finally:
                 site.close()
+
+
+def _await_programs(scene: Scene, name: str) -> None:
+    scene.await_status(
+        lambda state: name in {one["interface"] for one in state["interfaces"]}, f"the programs are on {name}"
+    )
 
 
 def prepare(site: Site) -> None:
