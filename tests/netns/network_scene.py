@@ -306,6 +306,25 @@ def build_bridge_vlan(site: Site, network: Network) -> None:
     build_bridge(site, network, vlan=5)
 
 
+def build_bridge_inner(site: Site, network: Network) -> None:
+    """The gateway is one end of a pair of the node's own, the other end a port of the bridge: as the plugin does for a VLAN, without one."""
+    config = {"type": "bridge", "bridge": f"cni{site.number(network)}", "hairpinMode": True}
+    found = {pod: site.plug(network, pod, {**config, "ipam": site.ipam(network, pod)}) for pod in network.pods}
+    ip(
+        site.lab, NODE, "link add inner0 type veth peer name inner1", "link set inner0 up",
+        f"link set inner1 master {config['bridge']} up", f"address add {site.address(network, 1, 4)}/24 dev inner0",
+        f"address add {site.address(network, 1, 6)}/64 dev inner0 nodad",
+    )  # fmt: skip
+    wait_for(lambda: "inner1" in forwarding_ports(site.lab), "the port of the gateway forwards")
+    site.settle(network, found)
+
+
+def forwarding_ports(lab: Lab) -> set[str]:
+    """Ports of the node's bridges that forward."""
+    ports = json.loads(lab.run(NODE, ["bridge", "-j", "link", "show"]).stdout)
+    return {one["ifname"] for one in ports if one["state"] == "forwarding"}
+
+
 def build_portmap(site: Site, network: Network) -> None:
     """A bridge, and ports of the node that lead to the server."""
     config = bridge_plugin(site, network)
@@ -544,6 +563,7 @@ NETWORKS = (
     Network(
         "bridge-vlan", "host-local", "address (weak)", build_bridge_vlan, kind="bridge", options="vlan_filtering 1"
     ),
+    Network("bridge-inner", "host-local", "address (weak)", build_bridge_inner),
     Network("portmap", "host-local", "address (weak)", build_portmap),
     Network("ptp", "host-local", "route", build_ptp),
     Network("ptp-static", "static", "route", build_ptp),
@@ -641,7 +661,8 @@ def prepare(site: Site) -> None:
         f"route add 10.40.0.0/16 via {NODE_ADDRESS[4]} dev node0 onlink src {WORLD[4]}",
         f"-6 route add fd00:40::/32 via {NODE_ADDRESS[6]} dev node0 onlink src {WORLD[6]}",
     )  # fmt: skip
-    lab.prober.write_settings(FAR_NODE, SETTINGS_ROUTER)
+    for node in (NODE, FAR_NODE):
+        lab.prober.write_settings(node, SETTINGS_ROUTER)
     world = [ip_address(one) for one in WORLD.values()]
     lab.prober.listen(INTERNET, world, [Listen(TCP, port) for port in (ALLOWED, DENIED)])
 
