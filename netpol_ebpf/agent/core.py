@@ -292,6 +292,7 @@ class Agent:
         self._recall_bonds()
         self._look_at_interfaces()
         self._take_changes()  # what the interfaces tell of tunnels is in the world already
+        self._take_off_moved()
         self._attachments.find()  # by an earlier agent
         self._adoption.expect(self._wanted_interfaces() - self.attached)
         self._install()
@@ -618,6 +619,11 @@ class Agent:
         for key in [key for key, binding in self.applier.bindings.items() if binding.ifindex in gone]:
             self.applier.unbind(key)
         self._node.prune()
+
+    def _take_off_moved(self) -> None:
+        """Programs come off interfaces that went to another network namespace while no agent ran: the kernel leaves tcx programs on them."""
+        for ifindex in self._node.attached() - self._wiring.links.keys():
+            self._attachments.detach(ifindex, f"{ifindex}, which is not in this network namespace any more,")
 
     def _bindings(self) -> dict[EndpointKey, Binding]:
         """Which interface each local endpoint is on."""

@@ -17,7 +17,8 @@ from dataclasses import dataclass, field
 
 from netpol_ebpf.agent.attachments import Attachments
 from netpol_ebpf.agent.hosts import HostPlan, own_interfaces, plan_hosts
-from netpol_ebpf.agent.wiring import BRIDGE_KIND, NOWHERE, Wiring, device_flags
+from netpol_ebpf.agent.node import PAIR_KINDS
+from netpol_ebpf.agent.wiring import BRIDGE_KIND, NOWHERE, Link, Wiring, device_flags
 from netpol_ebpf.apply.applier import Applier, Binding, KernelMap, too_small
 from netpol_ebpf.apply.encode import EndpointFlag, LocalFlag, Meaning, endpoint_key
 from netpol_ebpf.apply.surroundings import UPLINK, OwnInterface, Surroundings, SurroundingsWriter
@@ -225,7 +226,7 @@ class OwnInterfaces:
         for ifindex in bearing:
             key, link = plan.interfaces.get(ifindex), wiring.links.get(ifindex)
             flags = device_flags(link)
-            if link is not None and link.kind != BRIDGE_KIND:
+            if link is not None and _is_outside(link):
                 flags |= EndpointFlag.OUTSIDE | (EndpointFlag.EXTERNAL if link.is_external else EndpointFlag.NONE)
             interfaces[ifindex] = OwnInterface(UPLINK if key is None else grounds.numbers[key], flags)
         others = {address: Meaning(LocalFlag.NODE, node=number) for address, number in grounds.nodes.items()}
@@ -246,6 +247,15 @@ class OwnInterfaces:
         surroundings.write(wanted, keep=rows)
         nets = abi.NP_CONFIG_LOCAL_NETS
         applier.set_flags(**({"on": nets} if wanted.nets else {"off": nets}))
+
+
+def _is_outside(link: Link) -> bool:
+    """Whether what comes in by an interface of the node's own comes from elsewhere.
+
+    Not from a bridge, whose ports have judged it, nor from the other end of a pair that is all in the node: it left there.
+    """
+    is_inner = link.kind in PAIR_KINDS and link.peer is None
+    return link.kind != BRIDGE_KIND and not is_inner
 
 
 def _warning(key: EndpointKey, message: str, locate: Callable[[EndpointKey], Location]) -> Problem:

@@ -160,6 +160,8 @@ class Site:
     results: Path | None
     pods: dict[str, Pod] = field(default_factory=dict)
     questions: dict[str, Questions] = field(default_factory=dict)
+    await_programs: Callable[[str], None] = lambda _name: None
+    """Waits until the agent has seen an interface of the node, if there is one yet."""
     _undo: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
 
     # --- addresses --------------------------------------------------------------------------------------------------
@@ -304,6 +306,25 @@ def build_bridge_vlan(site: Site, network: Network) -> None:
     build_bridge(site, network, vlan=5)
 
 
+def build_bridge_inner(site: Site, network: Network) -> None:
+    """The gateway is one end of a pair of the node's own, the other end a port of the bridge: as the plugin does for a VLAN, without one."""
+    config = {"type": "bridge", "bridge": f"cni{site.number(network)}", "hairpinMode": True}
+    found = {pod: site.plug(network, pod, {**config, "ipam": site.ipam(network, pod)}) for pod in network.pods}
+    ip(
+        site.lab, NODE, "link add inner0 type veth peer name inner1", "link set inner0 up",
+        f"link set inner1 master {config['bridge']} up", f"address add {site.address(network, 1, 4)}/24 dev inner0",
+        f"address add {site.address(network, 1, 6)}/64 dev inner0 nodad",
+    )  # fmt: skip
+    wait_for(lambda: "inner1" in forwarding_ports(site.lab), "the port of the gateway forwards")
+    site.settle(network, found)
+
+
+def forwarding_ports(lab: Lab) -> set[str]:
+    """Ports of the node's bridges that forward."""
+    ports = json.loads(lab.run(NODE, ["bridge", "-j", "link", "show"]).stdout)
+    return {one["ifname"] for one in ports if one["state"] == "forwarding"}
+
+
 def build_portmap(site: Site, network: Network) -> None:
     """A bridge, and ports of the node that lead to the server."""
     config = bridge_plugin(site, network)
@@ -364,13 +385,15 @@ def build_macvlan_shim(site: Site, network: Network) -> None:
 
 
 def build_vlan(site: Site, network: Network) -> None:
-    """A VLAN of the uplink for each pod; the world joins them."""
+    """A VLAN for each pod, each on an uplink of its own: on one, both had its hardware address. The world joins them."""
     ports = []
     found = {}
-    for number, pod in enumerate(network.pods, 5):
-        ip(site.lab, INTERNET, f"link add link node0 name node0.{number} type vlan id {number}")
-        ports.append(f"node0.{number}")
-        config = {"type": "vlan", "master": "eth0", "vlanId": number, "ipam": site.ipam(network, pod, gateway=254)}
+    for number, (pod, master, outside) in enumerate(
+        zip(network.pods, ("eth0", LANS[0]), ("node0", LANS[0]), strict=True), 5
+    ):
+        ip(site.lab, INTERNET, f"link add link {outside} name vlan{number} type vlan id {number}")
+        ports.append(f"vlan{number}")
+        config = {"type": "vlan", "master": master, "vlanId": number, "ipam": site.ipam(network, pod, gateway=254)}
         found[pod] = site.plug(network, pod, config)
     bridge_outside(site, network, *ports)
     site.settle(network, found)
@@ -384,6 +407,7 @@ def build_host_device(site: Site, network: Network) -> None:
         device = f"dev{number}"
         ip(site.lab, NODE, f"link add {device} type veth peer name {device} netns {site.lab.namespace_of[INTERNET]}")
         ports.append(device)
+        site.await_programs(device)
         config = {"type": "host-device", "device": device, "ipam": site.ipam(network, pod, gateway=254)}
         found[pod] = site.plug(network, pod, config)
     bridge_outside(site, network, *ports)
@@ -539,6 +563,7 @@ NETWORKS = (
     Network(
         "bridge-vlan", "host-local", "address (weak)", build_bridge_vlan, kind="bridge", options="vlan_filtering 1"
     ),
+    Network("bridge-inner", "host-local", "address (weak)", build_bridge_inner),
     Network("portmap", "host-local", "address (weak)", build_portmap),
     Network("ptp", "host-local", "route", build_ptp),
     Network("ptp-static", "static", "route", build_ptp),
@@ -604,11 +629,18 @@ def world(home: Path, *, is_late: bool, keeps_results: bool) -> Iterator[World]:
             found = World(site, scene, missing)
             if not is_late:
                 scene.start()
+                site.await_programs = lambda name: _await_programs(scene, name)
             try:
                 look(found, is_late=is_late)
                 yield found
             finally:
                 site.close()
+
+
+def _await_programs(scene: Scene, name: str) -> None:
+    scene.await_status(
+        lambda state: name in {one["interface"] for one in state["interfaces"]}, f"the programs are on {name}"
+    )
 
 
 def prepare(site: Site) -> None:
@@ -629,7 +661,8 @@ def prepare(site: Site) -> None:
         f"route add 10.40.0.0/16 via {NODE_ADDRESS[4]} dev node0 onlink src {WORLD[4]}",
         f"-6 route add fd00:40::/32 via {NODE_ADDRESS[6]} dev node0 onlink src {WORLD[6]}",
     )  # fmt: skip
-    lab.prober.write_settings(FAR_NODE, SETTINGS_ROUTER)
+    for node in (NODE, FAR_NODE):
+        lab.prober.write_settings(node, SETTINGS_ROUTER)
     world = [ip_address(one) for one in WORLD.values()]
     lab.prober.listen(INTERNET, world, [Listen(TCP, port) for port in (ALLOWED, DENIED)])
 

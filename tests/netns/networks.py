@@ -44,13 +44,14 @@ HEAD = """\
 In each of these networks stand two pods of one node, and the world outside. Policy lets each open and take TCP connections to one port and to no other. What is
 asked: is the denied port silent, from the neighbour and from outside (*ingress denied*) and towards the world (*egress denied*); is the allowed
 port reached, all ways (*allowed passes*). Without policy everything is reached, which is tried first. *Evidence* is how the agent
-[knows the pod's interface](agent.md#interfaces). Each row holds under an agent that was there before the pods and under one that came after them.
+[knows the pod's interface](agent.md#interfaces). Each row holds under an agent that was there before the pods and under one that came after them; in a VM,
+with results under the former and without under the latter.
 
 Plugins (*bridge* to *ptp*, *macvlan* to *host-device*, and *flannel*'s delegate) are those of Debian's `containernetworking-plugins`, run as a runtime runs them. *Result kept*: whether the runtime keeps
 plugins' results (`--cni-results`), as containerd and CRI-O do. Layouts *by hand* have the interfaces, addresses and routes that the
 network is known for, without its software.
 
-*bridge-vlan*: ports of one VLAN of a bridge that filters them. *aws-vpc-groups*: AWS's pods with security groups of their own, whose routes are in tables of
+*bridge-vlan*: ports of one VLAN of a bridge that filters them. *bridge-inner*: the gateway is on a pair of the node's own, one end of which is a port of the bridge. *aws-vpc-groups*: AWS's pods with security groups of their own, whose routes are in tables of
 their own. *macvlan-lan*: on a further link where the node has an address, with a macvlan device of the node and a host route to one of the pods.
 
 A pod that is *named as not enforced* is an error of `netpolctl status` (`not-found`; with the plugin's result also `further-interface`), and its exit code is 1. These are

@@ -501,6 +501,21 @@ def test_without_a_node_every_workload_is_local(bench: Bench) -> None:
     assert set(agent.applier.bindings) == {WEB, DB}
 
 
+def test_interface_that_moves_to_another_namespace_goes_without_the_programs(bench: Bench) -> None:
+    """The kernel leaves them on it; they are taken off, also where an earlier agent did not get to it."""
+    agent = bench.agent()
+    moving = Link(9, "dev0", "veth", (7, 2))
+    bench.node.born.append(moving)
+    agent.step()
+    assert 9 in bench.node.programs
+    bench.node.news, bench.node.gone = True, {9}
+    agent.step()
+    assert bench.node.programs == {2, 5, 6}
+    bench.node.programs.add(9)
+    bench.agent()
+    assert bench.node.programs == {2, 5, 6}
+
+
 @pytest.mark.parametrize("plugin", sorted(UNSEEN_TYPES))
 def test_pod_of_a_plugin_without_an_interface_on_the_node_is_named(bench: Bench, plugin: str) -> None:
     """Nothing binds it, though a route leads to an interface of a workload's kind; both what is missing and why is an error."""

@@ -10,7 +10,7 @@ from ipaddress import ip_address
 from pathlib import Path
 
 import pytest
-from test_agent_core import CLUSTER, POD, POLICY, Bench, settle
+from test_agent_core import CLUSTER, POD, POLICY, WIRING, Bench, settle
 from worlds import packet
 
 from netpol_ebpf.agent.core import Agent, Settings
@@ -68,6 +68,17 @@ def test_uplink_has_its_row_before_it_gets_programs(bench: Bench) -> None:
     assert bench.node.row(2) is not None
     assert not agent.applier.config_flags & abi.NP_CONFIG_DEFER
     assert agent.problems == []
+
+
+def test_pair_within_the_node_is_not_outside(bench: Bench) -> None:
+    """What comes in by one end left the node by the other, such as a bridge's packets to its gateway: sources there are judged already."""
+    links = {8: Link(8, "cni0", "bridge"), 9: Link(9, "gw0", "veth"), 10: Link(10, "gw1", "veth", master=8)}
+    bench.node.wiring = replace(WIRING, links={**WIRING.links, **links})
+    bench.write("service.yaml", SERVICE)  # programs at every exit
+    bench.agent()
+    flags = {ifindex: row.flags for ifindex in (2, *links) if (row := bench.node.row(ifindex)) is not None}
+    assert [ifindex for ifindex, one in flags.items() if one & abi.NP_ENDPOINT_OUTSIDE] == [2]
+    assert flags.keys() == {2, 9, 10}
 
 
 def test_services_are_closed_while_an_exit_has_no_program(bench: Bench) -> None:

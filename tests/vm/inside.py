@@ -207,14 +207,14 @@ class Kept:
             self.rows += [value for name, value in report.user_properties if name == "row"]
 
 
-def _run_tests(*files: str) -> tuple[Kept, int]:
-    """Run files of tests; what became of them, and pytest's exit code."""
+def _run_tests(*arguments: str) -> tuple[Kept, int]:
+    """Run pytest; what became of the tests, and its exit code."""
     import pytest
 
     kept = Kept()
     os.chdir(ROOT)
     with contextlib.redirect_stdout(sys.stderr):
-        code = pytest.main(["-q", "-p", "no:cacheprovider", "--tb=line", *files], plugins=[kept])
+        code = pytest.main(["-q", "-p", "no:cacheprovider", "--tb=line", *arguments], plugins=[kept])
     return kept, int(code)
 
 
@@ -226,9 +226,12 @@ def border(*names: str) -> int:
     return code
 
 
-def networks() -> int:
-    """Real plugins and well-known layouts of networks: the rows of their tests, those that this kernel has no devices for among them."""
-    kept, code = _run_tests("tests/netns/test_networks.py")
+def networks(*worlds: str) -> int:
+    """Real plugins and well-known layouts of networks: the rows of their tests, those that this kernel has no devices for among them.
+
+    ``worlds``: of test_networks.WORLDS, none: all of them.
+    """
+    kept, code = _run_tests("tests/netns/test_networks.py", "-k", " or ".join(f"{one}-" for one in worlds))
     _print({**{outcome: len(names) for outcome, names in kept.outcomes.items()}, "rows": kept.rows})
     return code
 

@@ -30,6 +30,10 @@ BORDER = ("origin", "links", "headers", "node")
 and routes: those of what kernels do in different ways.  Tunnels and lifetimes are the program's alone."""
 
 
+WORLDS = ("before-with", "after-without")
+"""Of those of tests/netns/test_networks.py, that a guest runs: each takes ten minutes there."""
+
+
 @dataclass(frozen=True, slots=True)
 class Step:
     """One step. ``call``: a function of `tests.vm.inside`; ``keep``: what of its JSON document goes into the result."""
@@ -65,7 +69,7 @@ def all_steps(older: Path) -> tuple[Step, ...]:
         Step("demo", "netpolctl", ("demo", "--no-iperf", "--output", "json"), _keep_demo, 900.0),
         Step("succession", "succession", (str(older),), timeout_s=900.0),
         Step("border", "border", BORDER, timeout_s=3600.0),
-        Step("networks", "networks", timeout_s=3600.0),
+        Step("networks", "networks", WORLDS, timeout_s=3600.0),
     )
 
 
