@@ -104,7 +104,7 @@ class Node(Protocol):
         """Take our programs off an interface."""
 
     def prune(self) -> None:
-        """Forget interfaces that are gone."""
+        """Forget interfaces that are gone; programs come off those that went to another network namespace."""
 
     def mend(self, ifindexes: Collection[int]) -> list[Drift]:
         """Put back pins, and our programs on these interfaces, where something removed or changed them; what it was.

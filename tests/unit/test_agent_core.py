@@ -123,6 +123,7 @@ class MemoryNode:
 
     def prune(self) -> None:
         self.prunings += 1
+        self.programs.intersection_update(self.wiring.links)
 
     def mend(self, ifindexes: Collection[int]) -> list[Drift]:
         missing = sorted(set(ifindexes) - self.programs)
