@@ -626,7 +626,7 @@ TO_SERVICE = f"""\
 def test_a_deferred_packet_reaches_no_process_that_its_sender_may_not_reach(scene: Scene) -> None:
     """Bound on the node's loopback or redirected to: only a policy that allows the service's own address opens it."""
     lab = scene.lab
-    ip(lab, NODE, *(f"address add {SERVICE[version]}/{32 if version == 4 else 128} dev lo" for version in (4, 6)))
+    ip(lab, NODE, f"address add {SERVICE[4]}/32 dev lo", f"address add {SERVICE[6]}/128 dev lo nodad")
     lab.prober.listen(
         NODE, [ip_address(SERVICE[version]) for version in (4, 6)], [Listen(TCP_NUMBER, 80), Listen(UDP, 80)]
     )
