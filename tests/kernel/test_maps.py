@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import struct
@@ -26,11 +27,14 @@ def keys4(count: int) -> list[bytes]:
 )
 @pytest.mark.parametrize("count", [1, 900])
 def test_round_trip_in_batches(rig: Rig, name: str, count: int) -> None:
-    """What is put in batches is what is read, for every kind of map; deletion takes absent keys in its stride."""
+    """What is put in batches is what is read, for every kind of map; deletion takes absent keys in its stride.
+
+    Keys that are no sequence: under one secret in many a sequence fills some buckets and leaves others empty.
+    """
     one = rig.map(name)
     prefix = struct.pack("=I", (one.key_size - 4) * 8) if one.type == "lpm_trie" else b""
     pairs = {
-        prefix + struct.pack("=I", number).rjust(one.key_size - len(prefix), b"\1"):
+        prefix + hashlib.sha256(b"%d" % number).digest()[:4].rjust(one.key_size - len(prefix), b"\1"):
             struct.pack("=I", number).ljust(one.value_size, b"\2")
         for number in range(count)
     }  # fmt: skip
