@@ -124,8 +124,10 @@ NP_INLINE int np_is_beside(struct np_flow *flow, const __u32 *address)
     return row && row->link == flow->leg->link;
 }
 
-// Whether an address is on the interface's own link: the node or a workload has it there, or routing leads there
-// without a gateway.  Where the node does not route, that is not known of others.
+// Whether an address is on the interface's own link: a workload has it there, or routing leads there without a gateway.
+// Where the node does not route, that is not known of others.  An address of the node always is: container networks
+// give one gateway address to many interfaces, and have a bridge's gateway beside the bridge, so the one interface that
+// a row names says nothing; and a message about the node, or to it, goes no further than the node and the link.
 NP_INLINE int np_is_on_link(struct __sk_buff *skb, struct np_flow *flow, const __u32 *address)
 {
     if (np_is_link_local(address))
@@ -136,7 +138,7 @@ NP_INLINE int np_is_on_link(struct __sk_buff *skb, struct np_flow *flow, const _
         return 1;
     const struct np_local *local = np_local_find(flow, address, 6);
     if (local && local->flags & NP_LOCAL_OWN)
-        return local->ifindex == flow->leg->link;
+        return 1;
     struct bpf_fib_lookup route = {.family = NP_FAMILY_IP6, .ifindex = flow->leg->link};
     __builtin_memcpy(route.ipv6_src, flow->packet->source, sizeof(route.ipv6_src));
     __builtin_memcpy(route.ipv6_dst, address, sizeof(route.ipv6_dst));

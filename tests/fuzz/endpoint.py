@@ -134,8 +134,11 @@ class Endpoint:
         return is_link_local(address) and (not self.node.is_bridged or to in self.node.own_on_link)
 
     def is_on_link(self, address: bytes) -> bool:
-        """Whether an IPv6 address is on the interface's link. No route leads anywhere, so no other address is."""
-        known = self.addresses | self.node.own_on_link | self.node.workloads_on_link
+        """Whether an IPv6 address is on the interface's link. No route leads anywhere, so no other address is.
+
+        The node may have any of its addresses there: only one of its interfaces with an address is known.
+        """
+        known = self.addresses | self.node.own | self.node.workloads_on_link
         return is_link_local(address) or address in known
 
     def may_receive(self, address: bytes) -> bool:

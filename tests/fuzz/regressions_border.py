@@ -98,8 +98,8 @@ DISCOVERY = [
     single("asks for a workload beside it", discovery(135, POD6, GROUP, SIBLING6, OWN1), "neighbour"),
     single("asks for the node", discovery(135, POD6, GROUP, NODE6), "neighbour"),
     single("asks for the node, at no bridge", discovery(135, POD6, GROUP, NODE_PORT6), "neighbour", is_bridged=False),
-    single("asks for the node elsewhere", discovery(135, POD6, GROUP, NODE_PORT6), "policy-deny"),
-    single("asks for the bridge, at none", discovery(135, POD6, GROUP, NODE6), "policy-deny", is_bridged=False),
+    single("asks for the node elsewhere", discovery(135, POD6, GROUP, NODE_PORT6), "neighbour"),
+    single("asks for the bridge, at none", discovery(135, POD6, GROUP, NODE6), "neighbour", is_bridged=False),
     single("asks for a workload elsewhere", discovery(135, POD6, GROUP, OTHER6), "policy-deny"),
     single(
         "asks for a workload at a bridge, at none",

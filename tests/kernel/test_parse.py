@@ -87,6 +87,7 @@ def test_frames_from_a_workload(rig: Rig, frame: bytes, reason: str) -> None:
 MAC, OTHER_MAC = bytes.fromhex("020000000001"), bytes.fromhex("020000000099")
 """The sender's in all frames, and another's."""
 GROUP, NODE_LINK = "ff02::1:ff00:9", "fe80::1"
+GATEWAY6 = "fd00:0:0:9::1"
 ALERT = bytes.fromhex("050200000100")
 """A router alert for listener discovery, and padding."""
 
@@ -147,6 +148,8 @@ LINK = [
     ("to an address that is routed", discovery(135, POD6, "2001:db8::1", NODE_LINK), "policy-deny"),
     ("to a group that is routed", discovery(135, POD6, "ff05::1", NODE_LINK), "policy-deny"),
     ("with a code", discovery(135, POD6, GROUP, NODE_LINK, code=1), "policy-deny"),
+    ("asks for a gateway that is elsewhere as well", discovery(135, POD6, GROUP, GATEWAY6, mac_option(1)), "neighbour"),
+    ("answers a gateway that is elsewhere as well", discovery(136, POD6, GATEWAY6, POD6, mac_option(2)), "neighbour"),
     ("asks for an address that is routed", discovery(135, POD6, GROUP, "2001:db8::1"), "policy-deny"),
     (
         "with another's hardware address",
@@ -197,6 +200,7 @@ def test_messages_of_the_link(rig: Rig, frame: bytes, reason: str) -> None:
     """What a workload says on its link passes before policy when it is well-formed and in its own name."""
     rig.pod(everything(1, DENY, 11), everything(2, DENY, 12), flags=abi.NP_ENDPOINT_SOURCES)
     rig.local(NODE_LINK)
+    rig.local(GATEWAY6, ifindex=9998)  # the last of the interfaces that have it
     rig.source("fd20::/32")
     rig.endpoint(everything(3, DENY, 13), everything(4, DENY, 14), number=8, ifindex=9999)
     rig.address(PEER6, PEER_IDENTITY, 8)

@@ -687,6 +687,7 @@ def look(found: World, *, is_late: bool) -> None:
         lambda state: state["objects"]["policies"] == 1 and local <= decided(state),
         "policy is in force where it can be",
     )
+    forget_neighbours(site)  # neighbour discovery has to work under policy, too
     after = ask_all(site, there)
     for network in there:
         asked = site.questions[network.name]
@@ -694,6 +695,14 @@ def look(found: World, *, is_late: bool) -> None:
             tuple(after[one] for one in part) for part in (asked.ingress_denied, asked.egress_denied, asked.allowed)
         ]
         found.answers[network.name] = Answers(tuple(before[one] for one in asked), *parts)
+
+
+def forget_neighbours(site: Site) -> None:
+    """Let everybody but whose entries are fixed ask for hardware addresses anew."""
+    states = [word for state in ("reachable", "stale", "delay", "probe") for word in ("nud", state)]
+    for host in (INTERNET, NODE, FAR_NODE, *(pod.host for pod in site.pods.values())):
+        for family in ("-4", "-6"):
+            site.lab.run(host, ["ip", family, "neigh", "flush", *states])
 
 
 def ask_all(site: Site, networks: Iterable[Network]) -> dict[Attempt, bool]:
