@@ -13,7 +13,8 @@ from __future__ import annotations
 import mmap
 import os
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,8 @@ ROWS_PER_BUCKET = 4
 _WAYS = abi.NP_CONN_WAYS
 _YOUNG = 1 << 31
 _HASH_SHIFT, _HASH_BIT = 32, 1 << 31
+_STEP_SHIFTS = (0, 8, 16, 24)
+"""Where the lowest bit of a sequence may be in a word of the key: ports are halves of one, addresses in network order."""
 _TIME_SHIFT, _TIME_BITS = 2, 29
 _TIME_MASK, _RANK_MASK = (1 << _TIME_BITS) - 1, 3
 _JIFFIES = 64
@@ -224,6 +227,46 @@ def choose_secret(pin_dir: Path) -> None:
     secret = Map(syscall.obj_get(pin_dir / "np_secret"))
     try:
         if not any(secret.get(bytes(4)) or b""):
-            secret.put(bytes(4), os.urandom(secret.value_size))
+            buckets = {_max_entries(pin_dir / name) for name in TAG_NAMES.values()}
+            numbers = [draw_number(buckets) for _ in range(abi.NP_HASH_WORDS)]
+            secret.put(bytes(4), struct.pack(f"={abi.NP_HASH_WORDS}Q", *numbers))
     finally:
         secret.close()
+
+
+def spreads(number: int, buckets: int) -> bool:
+    """Whether sequences of one word of a key, consecutive ports or addresses, fill the buckets evenly under this number.
+
+    The hashes of a sequence are an arithmetic progression. Of as many keys as the table is there for, no nine at one
+    distance may fall into the width of one bucket, which has room for eight. The convergents of the step's continued
+    fraction are its best approximations, so the distances to try are their denominators.
+
+    ``number``: of 64 bits. ``buckets``: a power of two.
+    """
+    distances = ROWS_PER_BUCKET * buckets // _WAYS
+    for shift in _STEP_SHIFTS:
+        before, left = buckets << _HASH_SHIFT, (number << shift) % (buckets << _HASH_SHIFT)
+        earlier, distance = 0, 1
+        while distance <= distances:
+            if left * _WAYS < 1 << _HASH_SHIFT:
+                return False
+            times = before // left
+            before, left = left, before - times * left
+            earlier, distance = distance, earlier + times * distance
+    return True
+
+
+def draw_number(buckets: Iterable[int]) -> int:
+    """A number at random, of those that spread: about one in two."""
+    while True:
+        number = int.from_bytes(os.urandom(8), sys.byteorder)
+        if all(spreads(number, one) for one in buckets):
+            return number
+
+
+def _max_entries(path: Path) -> int:
+    one = Map(syscall.obj_get(path))
+    try:
+        return one.max_entries
+    finally:
+        one.close()

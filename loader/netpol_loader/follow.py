@@ -95,7 +95,7 @@ class _Address:
 
 @dataclass(slots=True)
 class _Doubts:
-    """What is to be asked for when all messages are read: interfaces, and whether all routes are."""
+    """What to ask the kernel for when all messages are read: interfaces, and whether all routes."""
 
     routes: set[int] = field(default_factory=set)
     addresses: set[int] = field(default_factory=set)

@@ -67,7 +67,7 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """A workload whose old connections are to be found. ``namespace``: at the other end of its interface, None: unknown."""
+    """A workload whose old connections must be found. ``namespace``: at the other end of its interface, None: unknown."""
 
     number: int
     addresses: Collection[IPAddress]

@@ -40,7 +40,7 @@ class Attachments:
         self.interfaces.difference_update(gone)
 
     def begin_round(self, present: Collection[int]) -> None:
-        """Everything that is to be done is about to be asked for again. ``present``: the interfaces there are."""
+        """A new look at all interfaces begins. ``present``: the interfaces there are."""
         self.interfaces.intersection_update(present)
         self._stuck_before, self._stuck = self._stuck, {}
 
@@ -49,7 +49,7 @@ class Attachments:
         try:
             is_there = self._node.attach(ifindex, is_newborn=is_newborn)
         except PlatformError as error:
-            self._note_stuck(ifindex, f"interface {name} is open, and is to be under policy: {error.message}")
+            self._note_stuck(ifindex, f"policy NOT enforced on interface {name}: {error.message}")
             return
         if is_there:
             self.interfaces.add(ifindex)
@@ -61,7 +61,7 @@ class Attachments:
         try:
             self._node.detach(ifindex)
         except PlatformError as error:
-            self._note_stuck(ifindex, f"interface {name} is to be under policy no more: {error.message}")
+            self._note_stuck(ifindex, f"interface {name} should have left policy and is still under it: {error.message}")
             return
         self.interfaces.discard(ifindex)
 

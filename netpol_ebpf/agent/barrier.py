@@ -258,7 +258,7 @@ class Barrier:
         if sum(one.asked_s == now_s for one in self._risen.values()) < ASKED_A_LOOK:
             rise.others, rise.asked_s = tuple(self.others(number)), now_s
 
-    # --- what is to be told -----------------------------------------------------------------------------------------
+    # --- problems and status -----------------------------------------------------------------------------------------
 
     @property
     def problems(self) -> list[Problem]:

@@ -206,7 +206,7 @@ class Bonds:
     # --- own or workload's ------------------------------------------------------------------------------------------
 
     def close_newborn(self, link: Link) -> bool:
-        """Whether an interface that has come just now is to be closed; in doubt it stays so."""
+        """Whether an interface that has come just now must stay closed; in doubt it must."""
         if link.ifindex in self._seen or not self._is_possible(link):
             return False
         self._keep(link.ifindex, Seen(link.name, Side.WORKLOAD))

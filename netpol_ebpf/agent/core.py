@@ -179,7 +179,7 @@ class Agent:
         self.changes_applied = 0
         self.last_change_s: float | None = None
 
-    # --- what is to be told -----------------------------------------------------------------------------------------
+    # --- problems and status -----------------------------------------------------------------------------------------
 
     @property
     def problems(self) -> list[Problem]:
@@ -269,13 +269,13 @@ class Agent:
         return endpoint.kind is EndpointKind.WORKLOAD and self.settings.node in (None, endpoint.node)
 
     def _is_ours(self, endpoint: Endpoint) -> bool:
-        """Whether policy is to be compiled for an endpoint: a workload of this node, or a host endpoint of it.
+        """Whether policy must be compiled for an endpoint: a workload of this node, or a host endpoint of it.
 
         Without a node's name, every host endpoint may be one: its addresses tell, when it is given its interfaces.
         """
         return self.settings.node in (None, endpoint.node)
 
-    # --- what is to be done -----------------------------------------------------------------------------------------
+    # --- desired state ----------------------------------------------------------------------------------------------
 
     def start(self) -> None:
         """Put the manifests as they are now in force, in one exchange with what an earlier agent left.
@@ -575,7 +575,7 @@ class Agent:
         self._missed_s = {key: self._missed_s.get(key, now_s) for key in missed}
 
     def _is_expected(self, endpoint: Endpoint) -> bool:
-        """Whether a workload is to be here: without a node's name, any may be elsewhere; without an address, it does not run."""
+        """Whether a workload must be here: without a node's name, any may be elsewhere; without an address, it does not run."""
         return endpoint.node is not None and endpoint.node == self.settings.node and bool(endpoint.addresses)
 
     def _keep_bonds(self) -> None:
@@ -706,7 +706,7 @@ class Agent:
             self.drift.note(self._audit.step(), now_s)
         except PlatformError as error:
             message = f"what something else changed cannot be put back: {error.message}"
-            log.error("%s", message)  # noqa: TRY400 - the machine's state, not this code, is to be looked at
+            log.error("%s", message)  # noqa: TRY400 - the machine's state, not this code, needs attention
             self._unmended = Problem(Location(""), "", message, slug="drift")
 
     def _look_for_overtaking(self) -> None:

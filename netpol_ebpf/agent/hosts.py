@@ -25,7 +25,7 @@ LOOPBACK = 1
 
 @dataclass(frozen=True, slots=True)
 class HostPlan:
-    """``interfaces``: own interfaces that are to bear the programs, each with its host endpoint or None.
+    """``interfaces``: own interfaces that must bear the programs, each with its host endpoint or None.
 
     ``problems``: host endpoints that are not in force as they are written, and why.
     """

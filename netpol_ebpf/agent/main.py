@@ -281,7 +281,7 @@ def open_to_group(state_dir: Path, pin_root: Path, group: int | None) -> None:
     except PermissionError as error:
         raise PlatformError(
             f"cannot give {state_dir} to the group with the number {group}: {error.strerror}",
-            hint="The directory is to belong to the agent's user, and that one to the group (systemd: SupplementaryGroups=).",
+            hint="The directory must belong to the agent's user, and that one to the group (systemd: SupplementaryGroups=).",
         ) from error
     closed = None if group is None else access.closed_parent(pin_root, group)
     if closed is not None:
@@ -337,7 +337,7 @@ class Turns:
             )  # fmt: skip
 
     def turn(self, wake: int) -> None:
-        """Wait until something is to be done, or ``wake`` is readable, and do it."""
+        """Wait until there is work, or ``wake`` is readable, and do it."""
         from netpol_ebpf.agent import report
 
         readable, writable = self.service.descriptors()

@@ -103,7 +103,7 @@ class OwnInterfaces:
 
     @property
     def interfaces(self) -> Collection[int]:
-        """Those that are to bear the programs."""
+        """Those that must bear the programs."""
         return self._plan.interfaces.keys()
 
     def problems(
@@ -166,7 +166,7 @@ class OwnInterfaces:
             )
             problem = Problem(Location(""), "", message, slug=error.slug)
             if problem != self.no_room:
-                log.error("%s", message)  # noqa: TRY400 - the node's state, not this code, is to be looked at
+                log.error("%s", message)  # noqa: TRY400 - the node's state, not this code, needs attention
             self.no_room = problem
 
     def place(self, wiring: Wiring, workloads: Collection[int]) -> None:

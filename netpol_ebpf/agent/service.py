@@ -208,7 +208,7 @@ class Service:
         return own >= READERS_OF_USER or (user != 0 and len(self._clients) + self._answering.count() >= READERS)
 
     def _serve(self, client: _Client) -> bool:
-        """Do what can be done for one reader; False when it is to be dropped."""
+        """Do what can be done for one reader; False when it must be dropped."""
         try:
             if not client.is_answered:
                 self._receive(client)

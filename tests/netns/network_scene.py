@@ -291,7 +291,7 @@ class Site:
 
 
 def bridge_plugin(site: Site, network: Network, **more: Any) -> dict[str, Any]:
-    """The bridge plugin's configuration; of the pod, ``ipam`` is to be added."""
+    """The bridge plugin's configuration; the caller adds the pod's ``ipam``."""
     return {"type": "bridge", "bridge": f"cni{site.number(network)}", "isGateway": True, "hairpinMode": True, **more}
 
 

@@ -50,7 +50,7 @@ def test_interface_that_refuses_programs_is_named_and_the_others_are_served(
     assert bench.node.programs == {2, 6}
     (problem,) = agent.problems
     assert (problem.slug, problem.severity) == ("attach", "error")
-    assert problem.message == "interface cali1 is open, and is to be under policy: the kernel says no"
+    assert problem.message == "policy NOT enforced on interface cali1: the kernel says no"
     monkeypatch.undo()
     agent.step()
     assert bench.node.programs == {2, 6}
@@ -75,7 +75,7 @@ def test_interface_that_keeps_programs_is_named_and_tried_again(bench: Bench, mo
     bench.write("host.yaml", "---\n")
     settle(agent)
     assert [problem.message for problem in agent.problems] == [
-        "interface br9 is to be under policy no more: the kernel says no"
+        "interface br9 should have left policy and is still under it: the kernel says no"
     ]
     assert 9 in agent.attached
     monkeypatch.undo()
