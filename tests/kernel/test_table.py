@@ -6,7 +6,6 @@ from __future__ import annotations
 import multiprocessing
 import os
 import struct
-import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
