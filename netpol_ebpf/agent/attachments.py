@@ -61,7 +61,9 @@ class Attachments:
         try:
             self._node.detach(ifindex)
         except PlatformError as error:
-            self._note_stuck(ifindex, f"interface {name} should have left policy and is still under it: {error.message}")
+            self._note_stuck(
+                ifindex, f"interface {name} should have left policy and is still under it: {error.message}"
+            )
             return
         self.interfaces.discard(ifindex)
 
