@@ -17,7 +17,7 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from ipaddress import ip_address
@@ -125,6 +125,7 @@ class Bonds:
         self.doubts: dict[int, str] = {}
         self.is_dirty = False
         self._is_recalled = False
+        self._written: dict[int, tuple[Seen, str]] = {}  # as in the file, so that one new interface costs one
 
     def look(
         self,
@@ -152,13 +153,14 @@ class Bonds:
         traces = {endpoint.key: places.beyond_reach(endpoint) for endpoint in endpoints}
         self.doubts = {}
         self._decide_all(wiring, stated, {ifindex for _, found in traces.values() for ifindex in found})
-        first = _First(self._seen)
+        first: _First | None = None  # few endpoints are found by it, if any
         problems: dict[EndpointKey, str] = {}
         wanted: dict[int, list[_Trace]] = {}
         held = {one.bond.key: ifindex for ifindex, one in self._seen.items() if one.bond is not None}
         for endpoint in endpoints:
             evidence, found = traces[endpoint.key]
             if evidence is Evidence.ADDRESS:
+                first = first or _First(self._seen)
                 found = first.of(endpoint)
             trace, problem = self._trace(endpoint, evidence, found, held.get(endpoint.key), wiring, is_contested)
             if problem:
@@ -233,14 +235,16 @@ class Bonds:
         for link in wiring.links.values():
             if not may_be_workloads(link) and not self._workload_patterns:
                 continue
-            seen = self._seen.get(link.ifindex, Seen(link.name))
+            seen = self._seen.get(link.ifindex) or Seen(link.name)
             side = self._side(link, wiring, seen, is_stated=link.ifindex in stated, is_claimed=link.ifindex in claimed)
             if seen.side not in (None, side):
                 log.warning("interface %s is %s", link.name, _SAID[side])
             first = seen.first
             if not first and link.peer is not None:
                 first = tuple(one for one in wiring.peer_addresses.get(link.peer, ()) if not one.is_link_local)
-            self._keep(link.ifindex, replace(seen, name=link.name, side=side, first=first))
+            if (seen.name, seen.side, seen.first) != (link.name, side, first):
+                seen = replace(seen, name=link.name, side=side, first=first)
+            self._keep(link.ifindex, seen)
 
     def _side(self, link: Link, wiring: Wiring, seen: Seen, *, is_stated: bool, is_claimed: bool) -> Side | None:
         """None: in doubt, and taken for the node's own until something speaks."""
@@ -273,7 +277,7 @@ class Bonds:
         if old is not None and bond is not None and endpoint.interface is None and _is_same(bond, endpoint):
             kept = _Trace(endpoint, bond.evidence, old)
         if kept is not None and kept.ifindex in found:
-            return replace(kept, evidence=min(evidence, kept.evidence)), ""
+            return (kept if kept.evidence <= evidence else _Trace(endpoint, evidence, kept.ifindex)), ""
         if kept is not None and (not found or evidence is Evidence.ADDRESS):
             return kept, ""
         if not found:
@@ -290,8 +294,10 @@ class Bonds:
         self, ifindex: int, traces: Sequence[_Trace], wiring: Wiring, problems: dict[EndpointKey, str]
     ) -> _Trace | None:
         """Who of those that an interface would belong to has it; the others learn why they have not."""
-        name = wiring.name_of(ifindex)
         bond = self._seen[ifindex].bond if ifindex in self._seen else None
+        if len(traces) == 1 and bond is not None and traces[0].endpoint.key == bond.key:
+            return traces[0]
+        name = wiring.name_of(ifindex)
         holder = next((one for one in traces if bond is not None and one.endpoint.key == bond.key), None)
         best = min(one.evidence for one in traces)
         strongest = [one for one in traces if one.evidence is best]
@@ -315,14 +321,15 @@ class Bonds:
         return winner
 
     def _bind(self, ifindex: int, trace: _Trace, wiring: Wiring) -> Evidence:
-        seen = self._seen.get(ifindex, Seen(wiring.links[ifindex].name))
-        evidence = trace.evidence
-        if seen.bond is not None and seen.bond.key == trace.endpoint.key:
+        name, endpoint, evidence = wiring.links[ifindex].name, trace.endpoint, trace.evidence
+        seen = self._seen.get(ifindex) or Seen(name)
+        if seen.bond is not None and seen.bond.key == endpoint.key:
             evidence = min(evidence, seen.bond.evidence)
-        bond = Bond(trace.endpoint.key, evidence, trace.endpoint.addresses)
         self.doubts.pop(ifindex, None)
-        self._lost.discard(trace.endpoint.key)
-        self._keep(ifindex, replace(seen, name=wiring.links[ifindex].name, side=Side.WORKLOAD, bond=bond))
+        self._lost.discard(endpoint.key)
+        bond = Bond(endpoint.key, evidence, endpoint.addresses)
+        if (seen.name, seen.side, seen.bond) != (name, Side.WORKLOAD, bond):
+            self._keep(ifindex, replace(seen, name=name, side=Side.WORKLOAD, bond=bond))
         return evidence
 
     def forget(self, gone: Iterable[int]) -> None:
@@ -335,7 +342,8 @@ class Bonds:
                     self._lost.add(seen.bond.key)
 
     def _keep(self, ifindex: int, seen: Seen) -> None:
-        if self._seen.get(ifindex) != seen:
+        before = self._seen.get(ifindex)
+        if before is not seen and before != seen:
             self._seen[ifindex] = seen
             self.is_dirty = True
 
@@ -368,9 +376,15 @@ class Bonds:
 
     def save(self, path: Path) -> None:
         """Write what was decided, whole or not at all. Raises OSError."""
-        interfaces = {str(ifindex): _write_seen(one) for ifindex, one in self._seen.items()}
+        before, self._written = self._written, {}
+        for ifindex, seen in self._seen.items():
+            known = before.get(ifindex)
+            if known is None or known[0] is not seen:
+                known = seen, json.dumps(_write_seen(seen))
+            self._written[ifindex] = known
+        interfaces = ", ".join(f'"{ifindex}": {text}' for ifindex, (_, text) in self._written.items())
         draft = path.with_suffix(".draft")
-        draft.write_text(json.dumps({"format": FORMAT, "interfaces": interfaces}) + "\n", encoding="utf-8")
+        draft.write_text(f'{{"format": {FORMAT}, "interfaces": {{{interfaces}}}}}\n', encoding="utf-8")
         draft.replace(path)
         self.is_dirty = False
 
@@ -405,6 +419,11 @@ class _Places:
             for link in wiring.links.values()
             if link.ifindex in bindable and (match := DERIVED_NAME.fullmatch(link.name))
         }
+        self._ways = [(Evidence.ROUTE, self._by_route)]  # strongest first, without those that lead nowhere
+        if self._by_hash:
+            self._ways.insert(0, (Evidence.NAME, self._by_derived_name))
+        if results:
+            self._ways.insert(0, (Evidence.CNI, self._by_result))
 
     def beyond_reach(self, endpoint: Endpoint) -> tuple[Evidence, set[int]]:
         """The strongest evidence that leads anywhere, and where; of a plugin that left nothing on the node, that it is nowhere."""
@@ -413,35 +432,29 @@ class _Places:
             return Evidence.NAMED, set() if named is None else {named}
         if endpoint.key in self._results and not self._results[endpoint.key]:
             return Evidence.CNI, set()
-        for evidence, find in (
-            (Evidence.CNI, self._by_result),
-            (Evidence.NAME, self._by_derived_name),
-            (Evidence.ROUTE, self._by_route),
-        ):
-            found = set(find(endpoint))
+        for evidence, find in self._ways:
+            found = find(endpoint)
             if found:
                 return evidence, found
         return Evidence.ADDRESS, set()
 
-    def _by_result(self, endpoint: Endpoint) -> Iterator[int]:
-        for name in self._results.get(endpoint.key, ()):
-            ifindex = self._by_name.get(name)
-            if ifindex is not None and ifindex in self._bindable:
-                yield ifindex
+    def _by_result(self, endpoint: Endpoint) -> set[int]:
+        named = {self._by_name.get(name, NOWHERE) for name in self._results.get(endpoint.key, ())}
+        return {ifindex for ifindex in named if ifindex in self._bindable}
 
-    def _by_derived_name(self, endpoint: Endpoint) -> Iterator[int]:
-        if self._by_hash and endpoint.key.kind == POD:
-            ifindex = self._by_hash.get(derived_hash(endpoint.key))
-            if ifindex is not None:
-                yield ifindex
+    def _by_derived_name(self, endpoint: Endpoint) -> set[int]:
+        ifindex = self._by_hash.get(derived_hash(endpoint.key)) if endpoint.key.kind == POD else None
+        return set() if ifindex is None else {ifindex}
 
-    def _by_route(self, endpoint: Endpoint) -> Iterator[int]:
+    def _by_route(self, endpoint: Endpoint) -> set[int]:
+        found = set()
         for address in endpoint.addresses:
             ifindex = self._wiring.host_routes.get(address)
             if ifindex is None:
                 ifindex = self._by_subnet(address)
             if ifindex is not None and ifindex in self._bindable and ifindex not in self._closed:
-                yield ifindex
+                found.add(ifindex)
+        return found
 
     def _by_subnet(self, address: IPAddress) -> int | None:
         """The interface that a subnet of the node is on alone, by the longest prefix; of a pair, if the address is at its other end.
@@ -483,7 +496,7 @@ def _oldest(addresses: Sequence[IPAddress]) -> list[IPAddress]:
 
 def _is_same(bond: Bond, endpoint: Endpoint) -> bool:
     """Whether an endpoint is still the one that was bound: a new pod of that name has other addresses, and another interface."""
-    if bond.addresses is None or not (bond.addresses or endpoint.addresses):
+    if bond.addresses is None or bond.addresses == endpoint.addresses:
         return True
     return bool(set(bond.addresses) & set(endpoint.addresses))
 

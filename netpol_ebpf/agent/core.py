@@ -172,6 +172,7 @@ class Agent:
         self._is_behind = False  # the compiler dropped changes: hand it the whole world
         self._is_ahead = False  # the kernel refused what the compiler holds: start over with new maps
         self._looked_at_s = self._audited_s = self._round_s = clock()
+        self._has_looked = False  # at the interfaces, in this step
         self._others: dict[IPAddress, str] | None = None
         self.refusals = Refusals()
         self.drift = DriftLog()
@@ -304,6 +305,7 @@ class Agent:
 
     def step(self) -> list[FlowEvent]:
         """Do whatever there is to do now; returns the flows that were reported since the last step."""
+        self._has_looked = False
         self.close_newborn()
         if self._node.has_news() or self._is_searching():
             gone = self._gone()
@@ -396,7 +398,7 @@ class Agent:
                 self._close_and_open()
             return
         self.refusals.accept()
-        if self._is_waiting():
+        if self._is_waiting() and not self._has_looked:
             self._look_at_interfaces()  # an address inside a pod's namespace is not announced
         else:
             self._locate()
@@ -529,7 +531,7 @@ class Agent:
         )
 
     def _look_at_interfaces(self) -> None:
-        self._looked_at_s = self._clock()
+        self._looked_at_s, self._has_looked = self._clock(), True
         bound = {} if self._applier is None else self._applier.bindings
         self._wiring = self._node.snapshot({binding.ifindex for binding in bound.values()})
         encapsulations = self._wiring.tunnels | self.settings.tunnels
@@ -627,16 +629,16 @@ class Agent:
 
     def _bindings(self) -> dict[EndpointKey, Binding]:
         """Which interface each local endpoint is on."""
-        return {
-            key: Binding(
-                ifindex,
-                allowed_sources=self._local[key].allowed_sources if self.settings.borrow_sources else (),
-                link=self._wiring.link_of(ifindex),
-                flags=device_flags(self._wiring.links.get(ifindex))
-                | (EndpointFlag.ROUTES if self.settings.is_router(key) else EndpointFlag.NONE),
-            )
-            for key, ifindex in self._located.interfaces.items()
-        }
+        found = {}
+        for key, ifindex in self._located.interfaces.items():
+            flags = device_flags(self._wiring.links.get(ifindex))
+            if self.settings.is_router(key):
+                flags |= EndpointFlag.ROUTES
+            sources = self._local[key].allowed_sources if self.settings.borrow_sources else ()
+            found[key] = Binding(
+                ifindex, allowed_sources=sources, link=self._wiring.link_of(ifindex), flags=flags
+            )  # fmt: skip
+        return found
 
     def _wanted_interfaces(self) -> set[int]:
         """Workloads' interfaces, which are to have programs on them."""

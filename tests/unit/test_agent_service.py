@@ -10,6 +10,7 @@ import resource
 import select
 import signal
 import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,9 @@ from netpol_ebpf.errors import InvalidInputError, PlatformError, UnreachableErro
 
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 """Of the threads of a test runner; the agent has one."""
+
+DEADLINE_S = 30.0
+"""For any answer; arbitrary, and far more than one takes."""
 
 
 def refuse(_request: Any) -> Any:
@@ -65,7 +69,9 @@ def answers(agent: Service, request: dict[str, Any]) -> list[Any]:
 
 def finish(agent: Service) -> None:
     """Poll until nobody works for anybody; a child has copies of what this process holds, the clients' ends included."""
+    deadline = time.monotonic() + DEADLINE_S
     while agent._answering.count() or any(client.request is not None for client in agent._clients):
+        assert time.monotonic() < deadline
         select.select(agent.descriptors()[0], [], [], 1)
         agent.poll()
 
@@ -73,8 +79,9 @@ def finish(agent: Service) -> None:
 def told(agent: Service, channel: socket.socket) -> Any:
     """The one line that comes at a channel; the agent is polled meanwhile."""
     channel.settimeout(0)
-    data = b""
+    data, deadline = b"", time.monotonic() + DEADLINE_S
     while not data.endswith(b"\n"):
+        assert time.monotonic() < deadline
         readable, writable = agent.descriptors()
         select.select([channel, *readable], writable, [], 1)
         agent.poll()
@@ -344,9 +351,8 @@ def test_members_leave_room_for_each_other_and_for_root(
         root = stack.enter_context(asking(agent, "wait"))
         agent.poll()
         assert agent._answering.count(0) == 1
-        os.write(pipe, b"x" * (answering.MOST + 1))
+        os.write(pipe, b"x" * (answering.MOST + 3))  # one for each: who waits for a place may read before root's child
         assert "by" in told(agent, root)
-        os.write(pipe, b"xx")
         finish(agent)
 
 
