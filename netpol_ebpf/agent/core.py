@@ -362,9 +362,6 @@ class Agent:
         changes = self._derivation.take_changes()
         before = set(self._claims.disputes())
         self._claims.settle(changes, older)
-        for dispute in self._claims.disputes():
-            if dispute not in before:
-                log.warning("%s", _dispute(*dispute))
         for key, endpoint in changes.endpoints.items():
             if endpoint is not None and self.is_local(endpoint):
                 self._local[key] = endpoint
@@ -375,6 +372,9 @@ class Agent:
                 self._others = None
         if changes.nodes:
             self._others = None
+        for dispute in self._claims.disputes():
+            if dispute not in before:
+                log.log(logging.ERROR if dispute[2] in self._local else logging.WARNING, "%s", _dispute(*dispute))
         return changes
 
     def _bring_into_force(self, changes: Changes) -> None:
@@ -557,7 +557,7 @@ class Agent:
         for key, message in self._located.problems.items() - before.problems.items():
             log.warning("%s: interface: %s", key, message)
         for message in set(self._bonds.doubts.values()) - doubts:
-            log.warning("%s", message)
+            log.error("%s", message)
         self._note_missing()
         self._keep_bonds()
 
@@ -719,9 +719,9 @@ class Agent:
             message = (
                 f"programs of others run before policy at {', '.join(names)}: what they let pass, policy does not see"
             )
-            self._overtaken = Problem(Location(""), "", message, severity="warning", slug="overtaken")
+            self._overtaken = Problem(Location(""), "", message, slug="overtaken")
             if self._overtaken != before:
-                log.warning("%s", message)
+                log.error("%s", message)
 
     def _note_mended(self, found: Collection[Drift], now_s: float) -> None:
         self.drift.note(found, now_s)
@@ -733,13 +733,12 @@ class Agent:
     def _disputes(self) -> Iterable[Problem]:
         for address, holder, other in self._claims.disputes():
             message = _dispute(address, holder, other)
-            yield Problem(
-                self._location(other), "", message, obj=str(other), severity="warning", slug="address-claimed"
-            )
+            severity = "error" if other in self._local else "warning"  # elsewhere it is that node's
+            yield Problem(self._location(other), "", message, obj=str(other), severity=severity, slug="address-claimed")
 
     def _doubts(self) -> Iterable[Problem]:
         for message in self._bonds.doubts.values():
-            yield Problem(Location(""), "", message, severity="warning", slug="interface-doubt")
+            yield Problem(Location(""), "", message, slug="interface-doubt")
 
     def _missing(self) -> Iterable[Problem]:
         """Workloads of this node that no interface is known of, and for how long."""
@@ -769,7 +768,7 @@ class Agent:
         for key in sorted(self._local):
             if key.namespace and self._derivation.get(ResourceKey("Namespace", "", key.namespace)) is None:
                 message = f"its Namespace {key.namespace} is not among the manifests: no rule matches it by the namespace's labels"
-                yield Problem(self._location(key), "", message, obj=str(key), severity="warning", slug="no-namespace")
+                yield Problem(self._location(key), "", message, obj=str(key), slug="no-namespace")
 
     def _further_interfaces(self) -> Iterable[Problem]:
         """Interfaces of local workloads that policy does not reach, or that are nobody's."""

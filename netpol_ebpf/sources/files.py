@@ -506,7 +506,7 @@ def _without_manifests(root: Path) -> Problem:
         "holds no manifest (*.yaml, *.yml, *.json): no policy is in force, so policy denies nothing to any workload; a file with "
         "`---` alone says that this is meant"
     )
-    return Problem(Location(str(root)), "", message, severity="warning", slug="no-manifests")
+    return Problem(Location(str(root)), "", message, slug="no-manifests")
 
 
 def _uncopied(copies: LastGoodCopies, error: OSError) -> Problem:

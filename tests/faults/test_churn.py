@@ -169,11 +169,11 @@ def test_address_that_another_pod_has_at_once(scene: Scene) -> None:
 
 
 def test_two_pods_that_claim_one_address(scene: Scene) -> None:
-    """A pod that claims an address of another is named with it in a warning, and gains nothing by it, nor the other."""
+    """A pod that claims an address of another is named with it in a problem, and gains nothing by it, nor the other."""
     scene.write("late.yaml", pod("twin", "10.1.0.3", "web"))
-    state = scene.await_status(lambda state: bool(state["problems"]), "a warning")
+    state = scene.await_status(lambda state: bool(state["problems"]), "a problem")
     (problem,) = state["problems"]
-    assert (problem["severity"], problem["slug"], state["in_force"]) == ("warning", "address-claimed", True)
+    assert (problem["severity"], problem["slug"], state["in_force"]) == ("error", "address-claimed", False)
     assert "10.1.0.3 is claimed by Pod/shop/other and by Pod/shop/twin" in problem["message"]
     assert scene.reached(to_db("shop/other"), to_db("shop/web")) == [False, True]
     assert states(scene)["Pod/shop/other"][0] == "enforced"

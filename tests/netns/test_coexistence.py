@@ -136,7 +136,7 @@ def test_program_that_is_put_before_ours_is_told(scene: Scene) -> None:
         Other(scene.lab, stack)
         overtaking = Other(scene.lab, stack, syscall.BPF_F_BEFORE)
         state = scene.await_status(lambda state: bool(state["problems"]), "a warning")
-        assert [(one["slug"], one["severity"]) for one in state["problems"]] == [("overtaken", "warning")]
+        assert [(one["slug"], one["severity"]) for one in state["problems"]] == [("overtaken", "error")]
         assert DB_LINK in state["problems"][0]["message"]
         assert overtaking.ifindex
     scene.await_status(lambda state: not state["problems"], "no warning any more")

@@ -619,7 +619,7 @@ def test_two_pods_with_one_address_are_named_and_the_newer_is_closed(bench: Benc
     bench.write("twin.yaml", TWIN)
     settle(agent)
     (problem,) = agent.problems
-    assert problem.severity == "warning"
+    assert problem.severity == "error"
     assert "10.0.0.2 is claimed by Pod/shop/db and by Pod/shop/twin" in problem.message
     assert agent.applier.bindings[DB].ifindex == 6
     _with_twin_link(bench)

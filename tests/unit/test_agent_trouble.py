@@ -231,7 +231,7 @@ def test_program_of_others_before_ours_is_a_warning_as_long_as_it_is(bench: Benc
     bench.now_s += AUDIT_S
     agent.step()
     (problem,) = agent.problems
-    assert (problem.slug, problem.severity) == ("overtaken", "warning")
+    assert (problem.slug, problem.severity) == ("overtaken", "error")
     assert "before policy at cali1:" in problem.message
     bench.node.behind = set()
     bench.now_s += AUDIT_S

@@ -612,7 +612,7 @@ def test_directory_without_manifests_says_what_that_means(source: ManifestDirect
     (source.root / "notes.txt").touch()
     batch = source.step()
     assert batch is not None
-    assert [(one.slug, one.severity) for one in batch.problems] == [("no-manifests", "warning")]
+    assert [(one.slug, one.severity) for one in batch.problems] == [("no-manifests", "error")]
     assert "no policy is in force" in batch.problems[0].message
     path = write(source, "a.yaml", "---\n")
     batch = settled(source)
