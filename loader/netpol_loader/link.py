@@ -9,6 +9,7 @@ Invariant: an instruction that names what is not given is an error, never loaded
 
 from __future__ import annotations
 
+import contextlib
 import struct
 import sys
 from collections.abc import Mapping, Sequence
@@ -35,6 +36,7 @@ CALLS_CAST = 0x4E50
 PER_CPU_RANGES = frozenset({"np_recent4", "np_recent6"})
 """Arrays that all processors share, each with a range of slots to itself."""
 
+LOAD_TRIES = 5
 ERROR_LINES = 25
 """How much of the verifier's output an error carries; the end says what failed."""
 
@@ -86,7 +88,7 @@ def mask_of(one: syscall.MapInfo) -> int:
 def load_program(name: str, instructions: bytes) -> int:
     """Load a program for packets; its descriptor. Raises LoadError with the end of what the verifier says."""
     try:
-        return syscall.prog_load(instructions, name=name)
+        return _load(name, instructions)
     except OSError as error:
         failed = error
     try:  # again, to be told why
@@ -95,6 +97,14 @@ def load_program(name: str, instructions: bytes) -> int:
         said = room.value.decode(errors="replace").strip().splitlines()
     tail = "\n  ".join(said[-ERROR_LINES:]) or "the verifier said nothing"
     raise LoadError(f"the kernel refuses program {name} ({failed.strerror}):\n  {tail}") from failed
+
+
+def _load(name: str, instructions: bytes) -> int:
+    """The verifier gives up with EAGAIN when a signal comes, so it is tried as often as libbpf does. Raises OSError."""
+    for _ in range(LOAD_TRIES - 1):
+        with contextlib.suppress(BlockingIOError):
+            return syscall.prog_load(instructions, name=name)
+    return syscall.prog_load(instructions, name=name)
 
 
 def _registers(byte: int) -> tuple[int, int]:

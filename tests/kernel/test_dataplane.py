@@ -8,10 +8,12 @@ import logging
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import packets as p
 import pytest
@@ -27,6 +29,8 @@ from netpol_loader.hook import Hook
 pytestmark = pytest.mark.kernel
 
 ROOT = Path(__file__).resolve().parents[2]
+LARGE_BYTES, SIGNAL_EVERY_S, MOST_SIGNALS = 100_000, 0.01, 4
+"""A program that takes longer to verify than that; fewer signals than it is tried."""
 
 
 @pytest.fixture
@@ -142,6 +146,32 @@ def test_program_that_does_not_verify(root: Path, sources: Path) -> None:
         change(sources / "np_parse.h", "if (0)", "if ((void *)(eth + 1) > bytes->end)")
         with Dataplane.open(root) as after:
             assert program_ids(after) == ids
+
+
+def test_signals_while_it_is_verified(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel gives up a verification when a signal comes; it is begun again."""
+    came, load = 0, syscall.prog_load
+
+    def count(*_: object) -> None:
+        nonlocal came
+        came += 1
+        if came == MOST_SIGNALS:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+
+    def load_under_signals(instructions: bytes, **options: Any) -> int:
+        if came < MOST_SIGNALS and len(instructions) > LARGE_BYTES:
+            signal.setitimer(signal.ITIMER_REAL, SIGNAL_EVERY_S, SIGNAL_EVERY_S)
+        return load(instructions, **options)
+
+    before = signal.signal(signal.SIGALRM, count)
+    monkeypatch.setattr(syscall, "prog_load", load_under_signals)
+    try:
+        with Dataplane.open(root, sizes=SIZES) as dataplane:
+            assert program_ids(dataplane)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert came == MOST_SIGNALS
 
 
 @pytest.mark.parametrize(("step", "words"), [(1, "made by a newer version"), (-1, "an older schema")])

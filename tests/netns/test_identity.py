@@ -104,13 +104,18 @@ def test_neighbour_s_address_harms_only_who_takes_it(bridged: Scene) -> None:
 
 
 def test_stranger_becomes_no_pod_that_is_to_come(bridged: Scene) -> None:
-    """An interface that is nobody's stays closed, whatever address is added behind it; the pod that comes gets its own."""
+    """An interface that is nobody's stays closed, whatever address is put in place of its first; the pod that comes gets its own."""
     lab = bridged.lab
     namespace = plug(lab, STRANGER, address="10.1.0.77/24", master="br0")
     try:
         bridged.await_status(lambda one: STRANGER in owners(one), "the new interface is under policy")
         seen(bridged, STRANGER)
-        ip(lab, NODE, f"-n {namespace} address add 10.1.0.9/24 dev eth0")
+        ip(
+            lab,
+            NODE,
+            f"-n {namespace} address del 10.1.0.77/24 dev eth0",
+            f"-n {namespace} address add 10.1.0.9/24 dev eth0",
+        )
         bridged.write("late.yaml", POD.format(name="late", node=NODE, last=9))
         state = bridged.await_status(lambda one: "not-found" in slugs(one), "the pod is missed")
         assert owners(state)[STRANGER] is None
@@ -233,6 +238,7 @@ def test_node_s_end_with_a_prefix_leaves_no_pod_open(routed: Scene, end: str) ->
         assert owners(state)["wide"] is None
         state = routed.await_status(lambda one: "interface-doubt" in slugs(one), "the doubt is told")
         assert "wide" in slugs(state)["interface-doubt"]
+        assert {one["interface"]: one["state"] for one in state["interfaces"]}["wide"] == "closed"
         routed.write("late.yaml", POD.format(name="late", node=NODE, last=9).replace("10.1.0.9", own))
         state = routed.await_status(lambda one: owners(one).get("wide") == "Pod/shop/late", "the pod is known")
         assert "interface-doubt" not in slugs(state)

@@ -246,13 +246,21 @@ def test_neighbour_s_address_closes_no_neighbour() -> None:
     assert (names(located), located.problems) == ({"web": 5, "db": 6}, {})
 
 
-def test_address_added_later_makes_nobody_of_a_pod_that_is_to_come() -> None:
-    """An interface that is nobody's stays so, whatever address is added at its other end; the pod gets its own."""
+def test_address_at_another_interface_moves_no_bond() -> None:
+    """Though nothing else leads to the interface any more, and the address is the other one's first."""
+    bonds = Bonds()
+    bonds.look(wiring({"10.0.0.1": 5}), [endpoint("web", "10.0.0.1")])
+    located = bonds.look(wiring(peers={(2, 2): ["10.0.0.1"]}), [endpoint("web", "10.0.0.1")])
+    assert (names(located), located.problems) == ({"web": 5}, {})
+
+
+@pytest.mark.parametrize("later", [["10.0.0.9", "10.0.0.1"], ["10.0.0.1"]], ids=["beside the first", "in its place"])
+def test_address_that_comes_later_makes_nobody_of_a_pod_that_is_to_come(later: list[str]) -> None:
+    """An interface that is nobody's stays so, whatever address comes at its other end; the pod gets its own."""
     bonds = Bonds()
     bonds.look(wiring(peers={(1, 2): ["10.0.0.9"]}), [])
-    both = wiring(peers={(1, 2): ["10.0.0.9", "10.0.0.1"]})
-    assert names(bonds.look(both, [endpoint("web", "10.0.0.1")])) == {}
-    own = wiring(peers={(1, 2): ["10.0.0.9", "10.0.0.1"], (2, 2): ["10.0.0.1"]})
+    assert names(bonds.look(wiring(peers={(1, 2): later}), [endpoint("web", "10.0.0.1")])) == {}
+    own = wiring(peers={(1, 2): later, (2, 2): ["10.0.0.1"]})
     assert names(bonds.look(own, [endpoint("web", "10.0.0.1")])) == {"web": 6}
 
 
