@@ -19,7 +19,7 @@ from netpol_ebpf.agent.adoption import Live, look_at_connections
 from netpol_ebpf.agent.barrier import Tables
 from netpol_ebpf.agent.cni import DEFAULT_DIR, PluginResults
 from netpol_ebpf.agent.timeouts import set_timeouts
-from netpol_ebpf.agent.wiring import Link, Wiring
+from netpol_ebpf.agent.wiring import NOWHERE, Link, Wiring
 from netpol_ebpf.apply import surroundings
 from netpol_ebpf.apply.applier import KernelMap
 from netpol_ebpf.apply.encode import LocalFlag, Meaning, decode_endpoint
@@ -43,6 +43,8 @@ POLICY_MAPS = frozenset({
 
 
 PAIR_KINDS = frozenset({"veth", "netkit"})
+STACKED_KINDS = frozenset({"vlan", "macvlan", "ipvlan"})
+"""Devices that hand on what comes in by another one, as it is; a tunnel's underlay is no such thing."""
 """Kinds of devices that come in pairs, one end in a workload's namespace."""
 GROUP = Meaning(LocalFlag.GROUP)
 IPV6 = 6
@@ -417,7 +419,10 @@ class KernelNode:
 def _link(link: netlink.Link) -> Link:
     is_pair = link.kind in PAIR_KINDS and link.peer_nsid is not None
     peer = (link.peer_nsid, link.peer_ifindex) if is_pair and link.peer_nsid is not None else None
-    return Link(link.ifindex, link.name, link.kind, peer, link.master, link.hardware, link.takes, link.is_external)
+    lower = link.peer_ifindex if link.kind in STACKED_KINDS and link.peer_nsid is None else NOWHERE
+    return Link(
+        link.ifindex, link.name, link.kind, peer, link.master, link.hardware, link.takes, link.is_external, lower
+    )  # fmt: skip
 
 
 def _meanings(

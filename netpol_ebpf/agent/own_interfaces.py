@@ -226,7 +226,7 @@ class OwnInterfaces:
         for ifindex in bearing:
             key, link = plan.interfaces.get(ifindex), wiring.links.get(ifindex)
             flags = device_flags(link)
-            if link is not None and _is_outside(link):
+            if link is not None and _is_outside(wiring.lowest(link)):
                 flags |= EndpointFlag.OUTSIDE | (EndpointFlag.EXTERNAL if link.is_external else EndpointFlag.NONE)
             interfaces[ifindex] = OwnInterface(UPLINK if key is None else grounds.numbers[key], flags)
         others = {address: Meaning(LocalFlag.NODE, node=number) for address, number in grounds.nodes.items()}
@@ -250,7 +250,7 @@ class OwnInterfaces:
 
 
 def _is_outside(link: Link) -> bool:
-    """Whether what comes in by an interface of the node's own comes from elsewhere.
+    """Whether what comes in by an interface of the node's own, which is on no other one, comes from elsewhere.
 
     Not from a bridge, whose ports have judged it, nor from the other end of a pair that is all in the node: it left there.
     """

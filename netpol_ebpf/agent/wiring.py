@@ -21,6 +21,8 @@ WireGuard, xfrm)."""
 BRIDGE_KIND = "bridge"
 TAP_KINDS = frozenset({"tun"})
 """What the kernel calls a tap or tun device; a tap is a virtual machine's interface."""
+MOST_STACKED = 8
+"""Devices on top of each other: the kernel's MAX_NEST_DEV."""
 NOWHERE = 0
 """In place of an interface's number: none."""
 
@@ -31,7 +33,8 @@ class Link:
 
     ``peer``: (namespace id, interface index there) of a veth or netkit whose other end is in another namespace.  ``master``: the
     bridge or VRF that it belongs to.  ``hardware``: ARPHRD_*.  ``takes``: encapsulation that it takes from anyone, as protocol and
-    port; ``is_external``: it keeps the outer addresses of what it takes.
+    port; ``is_external``: it keeps the outer addresses of what it takes.  ``lower``: the device in this namespace that a VLAN,
+    macvlan or ipvlan device is on.
     """
 
     ifindex: int
@@ -42,6 +45,7 @@ class Link:
     hardware: int = ETHERNET
     takes: tuple[tuple[int, int], ...] = ()
     is_external: bool = False
+    lower: int = NOWHERE
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +83,12 @@ class Wiring:
         link = self.links.get(ifindex)
         master = self.links.get(link.master) if link is not None else None
         return master.ifindex if master is not None and master.kind == BRIDGE_KIND else ifindex
+
+    def lowest(self, link: Link) -> Link:
+        """The device by which packets come in that a stacked one hands on; itself where it is not stacked."""
+        for _ in range(MOST_STACKED):
+            link = self.links.get(link.lower, link)
+        return link
 
     def name_of(self, ifindex: int) -> str:
         """An interface's name; its number when it is gone."""

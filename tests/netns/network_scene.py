@@ -319,6 +319,18 @@ def build_bridge_inner(site: Site, network: Network) -> None:
     site.settle(network, found)
 
 
+def build_bridge_macvlan(site: Site, network: Network) -> None:
+    """The gateway is a macvlan device on the bridge."""
+    config = {"type": "bridge", "bridge": f"cni{site.number(network)}", "hairpinMode": True}
+    found = {pod: site.plug(network, pod, {**config, "ipam": site.ipam(network, pod)}) for pod in network.pods}
+    ip(
+        site.lab, NODE, f"link add upper0 link {config['bridge']} type macvlan mode bridge", "link set upper0 up",
+        f"address add {site.address(network, 1, 4)}/24 dev upper0",
+        f"address add {site.address(network, 1, 6)}/64 dev upper0 nodad",
+    )  # fmt: skip
+    site.settle(network, found)
+
+
 def forwarding_ports(lab: Lab) -> set[str]:
     """Ports of the node's bridges that forward."""
     ports = json.loads(lab.run(NODE, ["bridge", "-j", "link", "show"]).stdout)
@@ -564,6 +576,7 @@ NETWORKS = (
         "bridge-vlan", "host-local", "address (weak)", build_bridge_vlan, kind="bridge", options="vlan_filtering 1"
     ),
     Network("bridge-inner", "host-local", "address (weak)", build_bridge_inner),
+    Network("bridge-macvlan", "host-local", "address (weak)", build_bridge_macvlan, kind="macvlan"),
     Network("portmap", "host-local", "address (weak)", build_portmap),
     Network("ptp", "host-local", "route", build_ptp),
     Network("ptp-static", "static", "route", build_ptp),

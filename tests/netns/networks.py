@@ -51,7 +51,7 @@ Plugins (*bridge* to *ptp*, *macvlan* to *host-device*, and *flannel*'s delegate
 plugins' results (`--cni-results`), as containerd and CRI-O do. Layouts *by hand* have the interfaces, addresses and routes that the
 network is known for, without its software.
 
-*bridge-vlan*: ports of one VLAN of a bridge that filters them. *bridge-inner*: the gateway is on a pair of the node's own, one end of which is a port of the bridge. *aws-vpc-groups*: AWS's pods with security groups of their own, whose routes are in tables of
+*bridge-vlan*: ports of one VLAN of a bridge that filters them. *bridge-inner*: the gateway is on a pair of the node's own, one end of which is a port of the bridge; *bridge-macvlan*: on a macvlan device on top of it. *aws-vpc-groups*: AWS's pods with security groups of their own, whose routes are in tables of
 their own. *macvlan-lan*: on a further link where the node has an address, with a macvlan device of the node and a host route to one of the pods.
 
 A pod that is *named as not enforced* is an error of `netpolctl status` (`not-found`; with the plugin's result also `further-interface`), and its exit code is 1. These are

@@ -70,15 +70,19 @@ def test_uplink_has_its_row_before_it_gets_programs(bench: Bench) -> None:
     assert agent.problems == []
 
 
-def test_pair_within_the_node_is_not_outside(bench: Bench) -> None:
-    """What comes in by one end left the node by the other, such as a bridge's packets to its gateway: sources there are judged already."""
-    links = {8: Link(8, "cni0", "bridge"), 9: Link(9, "gw0", "veth"), 10: Link(10, "gw1", "veth", master=8)}
+def test_gateway_within_the_node_is_not_outside(bench: Bench) -> None:
+    """What comes in by a bridge, or by one end of a pair within the node, was judged already; so it is by a device on top of those."""
+    links = {
+        8: Link(8, "cni0", "bridge"), 9: Link(9, "gw0", "veth"), 10: Link(10, "gw1", "veth", master=8),
+        11: Link(11, "cni0.5", "vlan", lower=8), 12: Link(12, "shim0", "macvlan", lower=11), 13: Link(13, "gw0.5", "vlan", lower=9),
+        14: Link(14, "eth0.5", "vlan", lower=2),
+    }  # fmt: skip
     bench.node.wiring = replace(WIRING, links={**WIRING.links, **links})
     bench.write("service.yaml", SERVICE)  # programs at every exit
     bench.agent()
     flags = {ifindex: row.flags for ifindex in (2, *links) if (row := bench.node.row(ifindex)) is not None}
-    assert [ifindex for ifindex, one in flags.items() if one & abi.NP_ENDPOINT_OUTSIDE] == [2]
-    assert flags.keys() == {2, 9, 10}
+    assert [ifindex for ifindex, one in flags.items() if one & abi.NP_ENDPOINT_OUTSIDE] == [2, 14]
+    assert flags.keys() == {2, 9, 10, 11, 12, 13, 14}
 
 
 def test_services_are_closed_while_an_exit_has_no_program(bench: Bench) -> None:
