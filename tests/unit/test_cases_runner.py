@@ -228,32 +228,6 @@ def test_a_packet_that_an_engine_does_not_judge_is_a_failure(monkeypatch: pytest
     )
 
 
-CLOSED = """\
-manifests:
-- {apiVersion: v1, kind: Pod, metadata: {name: closed, namespace: ns}, status: {podIPs: [{ip: 10.0.0.1}]}}
-- {apiVersion: v1, kind: Pod, metadata: {name: guarded, namespace: ns, labels: {in: only}}, status: {podIPs: [{ip: 10.0.0.2}]}}
-- apiVersion: networking.k8s.io/v1
-  kind: NetworkPolicy
-  metadata: {name: both, namespace: ns}
-  spec: {podSelector: {matchExpressions: [{key: in, operator: DoesNotExist}]}, policyTypes: [Ingress, Egress]}
-- apiVersion: networking.k8s.io/v1
-  kind: NetworkPolicy
-  metadata: {name: in, namespace: ns}
-  spec: {podSelector: {matchLabels: {in: only}}, policyTypes: [Ingress]}
-"""
-
-
-@pytest.mark.parametrize("engine", ["model", "tables"])
-def test_a_pod_reaches_itself_through_a_service_as_its_egress_allows(engine: str) -> None:
-    """SEMANTICS 1.14 and 5.4: on the way back in it looks like its host."""
-    loaded = cases(
-        "from: ns/closed, to: 10.96.0.1, protocol: TCP, port: 80, dnatTo: {ip: 10.0.0.1, port: 8080}, expect: deny",
-        "from: ns/guarded, to: 10.96.0.1, protocol: TCP, port: 80, dnatTo: {ip: 10.0.0.2, port: 8080}, expect: allow",
-        manifests=CLOSED,
-    )
-    assert run_cases(loaded, engine).failed == []
-
-
 def test_a_world_an_engine_refuses_makes_the_case_invalid(monkeypatch: pytest.MonkeyPatch) -> None:
     """A limit exceeded, for example."""
 
