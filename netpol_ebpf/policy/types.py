@@ -30,6 +30,9 @@ V = TypeVar("V")
 TCP, UDP, SCTP, UDPLITE, ICMP, ICMPV6, IPIP = 6, 17, 132, 136, 1, 58, 4
 PORT_PROTOCOLS = frozenset({TCP, UDP, SCTP})
 """Protocols whose ports the dataplane parses and rules may match."""
+IPV6_HEADERS = frozenset({0, 43, 44, 51, 59, 60})
+"""Numbers that over IPv6 are no packet's protocol: hop-by-hop, routing, fragment, AH and destination options headers precede
+what the packet carries (docs/packet-parsing.md), and 59 says that it carries nothing.  Over IPv4 they are like any other."""
 
 
 class Direction(enum.Enum):
@@ -464,7 +467,7 @@ def _apply(changes: Mapping[K, V | None], table: dict[K, V]) -> None:
 class Packet:
     """The first packet of a connection, as policy sees it. For ICMP, ports are 0 and type/code are given.
 
-    Addresses are of one family.  ``protocol``: IANA number.  Ports are 0 for protocols without ports; type and code are 0
+    Addresses are of one family.  ``protocol``: IANA number, over IPv6 none of `IPV6_HEADERS`.  Ports are 0 for protocols without ports; type and code are 0
     for all but ICMP over IPv4 and ICMPv6 over IPv6 (the other two combinations are not ICMP to the kernel).
     """
 
