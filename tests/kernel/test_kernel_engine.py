@@ -183,11 +183,11 @@ spec: {order: 3, selector: app == 'web', types: [Egress], egress: [{action: Allo
     model = ReferenceModel(world)
     with KernelEngine(over_veth=over_veth) as one:
         one.load(world)
-        for port in (80, 81):
-            asked = question(WEB, Direction.EGRESS, destination, destination, UDP, 4000, port)
+        for source_port, port in ((4000, 80), (4000, 81), (80, 80), (81, 81)):
+            asked = question(WEB, Direction.EGRESS, destination, destination, UDP, source_port, port)
             assert one.decide(asked) == model.decide(asked)
             assert model.decide(asked).outcome is (Outcome.ALLOW if port == 80 else Outcome.DENY)
-            back = question(WEB, Direction.INGRESS, destination, destination, UDP, 4000, port)
+            back = question(WEB, Direction.INGRESS, destination, destination, UDP, source_port, port)
             assert one.decide(back) == model.decide(back)
 
 
