@@ -39,6 +39,7 @@ from netpol_ebpf.apply.encode import (
     host_element,
     host_key,
     local_element,
+    place_element,
     special_elements,
 )
 from netpol_ebpf.apply.events import FlowEvent, Names, decode_event
@@ -77,9 +78,13 @@ SIZES: Mapping[str, int] = {
 }
 """Where the default size would only cost time: one packet at a time needs little. Ring buffer in bytes."""
 
+MARK_SHIFT = 16
+"""In this half of the mark a packet to a service carries the number of its sender. The engine's packets have no other mark."""
+
 BROADCAST = IPv4Address("255.255.255.255")
 OWN = Meaning(LocalFlag.OWN)
 
+SELF = "self"
 JUDGED = frozenset({"policy-allow", "policy-deny", "continue"})
 NO_OPINION = (Outcome.CONTINUE, Action.PASS)
 UNKNOWN = (Outcome.DENY, Action.DENY)
@@ -91,7 +96,7 @@ _count = itertools.count()
 class NotJudgedError(NetpolError):
     """The program decided a packet without asking policy; ``reason`` is the slug it gave, ``passed`` what it did.
 
-    So it is for IPv6 neighbour discovery, traffic of a workload to itself, and packets from a source it does not own.
+    So it is for IPv6 neighbour discovery and packets from a source that the workload does not own.
     """
 
     slug = "not-judged"
@@ -114,8 +119,8 @@ class Runner(Protocol):
     def elsewhere(self) -> int:
         """The interface by which packets from elsewhere enter the node; the program compares it with 0 and with `ifindex`."""
 
-    def run(self, hook: Hook, frame: bytes, *, ingress_ifindex: int, ifindex: int) -> TestRun:
-        """Run the program. ``ingress_ifindex`` 0 at TC_EGRESS: the node itself sends the packet."""
+    def run(self, hook: Hook, frame: bytes, *, ingress_ifindex: int, ifindex: int, mark: int) -> TestRun:
+        """Run the program. ``ingress_ifindex`` 0 at TC_EGRESS: the node itself sends the packet; ``mark``: beforehand."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,9 +131,9 @@ class _TestRunner:
     ifindex: int = 1
     elsewhere: int = 2
 
-    def run(self, hook: Hook, frame: bytes, *, ingress_ifindex: int, ifindex: int) -> TestRun:
+    def run(self, hook: Hook, frame: bytes, *, ingress_ifindex: int, ifindex: int, mark: int) -> TestRun:
         """See `Runner`."""
-        return self.dataplane.test_run(hook, frame, ingress_ifindex=ingress_ifindex, ifindex=ifindex)
+        return self.dataplane.test_run(hook, frame, ingress_ifindex=ingress_ifindex, ifindex=ifindex, mark=mark)
 
 
 @contextlib.contextmanager
@@ -171,7 +176,8 @@ class KernelEngine:
             self._reader = stack.enter_context(self._dataplane.events(self._events.append))
             # No packet is under way between two questions, so there is nothing to wait for.
             self._applier = Applier(self._dataplane.maps, wait=lambda: None)
-            self._applier.set_flags(on=abi.NP_CONFIG_ALLOW_EVENTS)
+            self._applier.set_carrier(MARK_SHIFT)
+            self._applier.set_flags(on=abi.NP_CONFIG_ALLOW_EVENTS | abi.NP_CONFIG_DEFER)
             self._runner = stack.enter_context(open_runner(self._dataplane, over_veth=self._over_veth))
             self._stack = stack.pop_all()
         return self
@@ -200,6 +206,8 @@ class KernelEngine:
         self._install(question, row, host=host)
         hook = next(hook for hook in Hook if DIRECTION[hook.direction(host=host)] is question.direction)
         event = self._run(hook, question, sent_here=host and question.stage is Stage.NORMAL)
+        if row is not None and event.reason == SELF and question.direction is Direction.EGRESS:
+            event = self._run_returning(question, row.number)
         if row is None and event.reason == "unknown-endpoint":
             return _without_rule(question.direction, *UNKNOWN)
         if event.reason not in JUDGED:
@@ -261,26 +269,48 @@ class KernelEngine:
 
         ``sent_here``: a process of this node is what sends it, if it leaves.
         """
-        self._events.clear()
         is_sent_here = sent_here or hook is Hook.TC_INGRESS  # there the program does not read where the packet entered
-        run = self._runner.run(
-            hook, render_frame(question.packet), ifindex=self._runner.ifindex,
-            ingress_ifindex=0 if is_sent_here else self._runner.elsewhere,
-        )  # fmt: skip
-        self._reader.consume()
-        events = [event for event in self._events if event.kind != abi.NP_EVENT_LOG]
-        if not events:
-            raise NotJudgedError(
-                "passed without an event" if run.passed else "dropped without an event", passed=run.passed
-            )
-        event = decode_event(events[0], self._names)
+        run, events = self._send(hook, question, ingress_ifindex=0 if is_sent_here else self._runner.elsewhere)
+        event = events[0]
         if len(events) > 1 or event.packet != question.packet or run.passed != (event.kind == "allow"):
-            raise NetpolError(
-                f"the program returned {run.verdict} and reported {len(events)} events, {event}, for {question}"
+            raise _unexpected(run, events, question)
+        return event
+
+    def _run_returning(self, question: Question, number: int) -> FlowEvent:
+        """What the program said of a workload's packet to itself, where it asks the workload's egress policy about one.
+
+        A packet that a workload sends to its own address is nobody's business.  One that it sent to a service is judged when it
+        comes back with that address: at the other hook, where it carries its sender's number.  What passes there is
+        reported once more, as the receiver's, unless both ends of its connection are the same down to the port.
+        """
+        name, key, value = place_element(number, self._runner.ifindex)
+        self._dataplane.maps[name].put(key, value)
+        try:
+            run, events = self._send(
+                Hook.TC_EGRESS, question, ingress_ifindex=self._runner.ifindex, mark=number << MARK_SHIFT
             )
+        finally:
+            self._dataplane.maps[name].delete(key)
+        event, *received = events
+        is_passed_on = all(one.reason == SELF for one in received)
+        if event.packet != question.packet or run.passed != (event.kind == "allow") or not is_passed_on:
+            raise _unexpected(run, events, question)
+        return event
+
+    def _send(
+        self, hook: Hook, question: Question, *, ingress_ifindex: int, mark: int = 0
+    ) -> tuple[TestRun, list[FlowEvent]]:
+        """Run the program on the packet. What it returned, and its events but for those of Log rules: one at least."""
+        self._events.clear()
+        frame = render_frame(question.packet)
+        run = self._runner.run(hook, frame, ifindex=self._runner.ifindex, ingress_ifindex=ingress_ifindex, mark=mark)
+        self._reader.consume()
         if run.passed:
             self._forget_connection(question)
-        return event
+        events = [decode_event(event, self._names) for event in self._events if event.kind != abi.NP_EVENT_LOG]
+        if not events:
+            raise NotJudgedError(f"{'passed' if run.passed else 'dropped'} without an event", passed=run.passed)
+        return run, events
 
     def _forget_connection(self, question: Question) -> None:
         """Remove what the program remembers of an allowed packet, lest a later question be taken for its reply."""
@@ -296,6 +326,13 @@ class _Installed:
     stage: Stage
     slot: Stage
     flags: EndpointFlag
+
+
+def _unexpected(run: TestRun, events: list[FlowEvent], question: Question) -> NetpolError:
+    reported = ", ".join(map(str, events))
+    return NetpolError(
+        f"the program returned {run.verdict} and reported {len(events)} events, {reported}, for {question}"
+    )
 
 
 def _slot(question: Question) -> Stage:

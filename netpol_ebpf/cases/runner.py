@@ -20,6 +20,7 @@ from netpol_ebpf.policy.translate import derive
 from netpol_ebpf.policy.types import (
     ICMP,
     ICMPV6,
+    IPV6_HEADERS,
     PORT_PROTOCOLS,
     IPAddress,
     Packet,
@@ -32,6 +33,9 @@ from netpol_ebpf.resources.types import Pod, Resource, WorkloadEndpoint
 
 DEFAULT_SOURCE_PORT = 40000
 """An ephemeral port like any other, where a probe names none; arbitrary."""
+
+NOT_JUDGED = "not-judged"
+"""Slug of the kernel engine's error, which is not imported: the other engines work without that one."""
 
 ECHO_REQUEST = {ICMP: 8, ICMPV6: 128}
 
@@ -148,8 +152,8 @@ def _judge(journey: Journey, engines: Mapping[str, Engine]) -> tuple[str, str]:
                 answers[question] = engine.decide(question)
         except NetpolError as error:
             # The program in the kernel passes some packets without asking policy.  A journey never asks about those,
-            # so this is a disagreement, to be shown as one instead of ending the run.
-            if error.slug != "not-judged":
+            # so this is a disagreement.  It, and a fault of the engine, is shown at its probe instead of ending the run.
+            if error.slug not in (NOT_JUDGED, NetpolError.slug):
                 raise
             return f"not judged by {name}", f"{_where(questions[len(answers)])}: {error.message}"
         findings[name] = walk(journey, answers.__getitem__)
@@ -213,7 +217,10 @@ class Cast:
                 self._named[key] = resource.addresses
 
     def journeys(self, probe: Probe) -> Iterator[Journey]:
-        """One for each address family that both ends have. Raises InvalidInputError when a name or a family is missing."""
+        """One for each address family that both ends have and the protocol goes over.
+
+        Raises InvalidInputError when a name or a family is missing, and for a header of IPv6 instead of a protocol.
+        """
         sources, destinations = self._addresses(probe.source, probe), self._addresses(probe.destination, probe)
         versions = sorted({address.version for address in sources} & {address.version for address in destinations})
         if probe.dnat_to is not None:
@@ -222,6 +229,14 @@ class Cast:
             versions = [version for version in versions if (version == 4) == (probe.protocol == ICMP)]  # noqa: PLR2004
         if not versions:
             raise InvalidInputError(f"{probe.location}: the two ends of the probe have no address family in common")
+        if probe.protocol in IPV6_HEADERS:
+            versions = [version for version in versions if version == 4]  # noqa: PLR2004
+        if not versions:
+            raise InvalidInputError(
+                f"{probe.location}: protocol {probe.protocol} over IPv6 is a header before what a packet carries, so no packet "
+                "can be built of it alone",
+                hint="Name the protocol that the packet carries: policy judges that one.",
+            )
         for version in versions:
             source = next(address for address in sources if address.version == version)
             destination = next(address for address in destinations if address.version == version)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether one rule surely matches all that another one matches.
+"""Whether one rule surely matches all that another one matches, or nothing of it.
 
-`covers` is sound and not complete: True is a proof that holds for every packet and every state of the cluster (by the
+`covers` and `excludes` are sound and not complete: True is a proof that holds for every packet and every state of the cluster (by the
 definition in MATCHING.md); False says nothing.  It compares rules only and never looks at endpoints.
 """
 
@@ -33,6 +33,33 @@ def covers(wide: Rule, narrow: Rule) -> bool:
         and _icmp_covers(wide, narrow)
         and _entity_covers(wide.source, narrow.source, narrow, family)
         and _entity_covers(wide.destination, narrow.destination, narrow, family)
+    )
+
+
+def excludes(one: Rule, other: Rule) -> bool:
+    """Whether no packet is matched by both. A rule that matches nothing excludes all others."""
+    if is_dead(one) or is_dead(other):
+        return True
+    families = {_family(one), _family(other)} - {None}
+    protocols = {one.protocol, other.protocol} - {None}
+    return (
+        len(families) > 1
+        or len(protocols) > 1
+        or (one.protocol is not None and one.protocol == other.not_protocol)
+        or (other.protocol is not None and other.protocol == one.not_protocol)
+        or _sides_exclude(one.source, other.source)
+        or _sides_exclude(one.destination, other.destination)
+    )
+
+
+def _sides_exclude(one: Entity, other: Entity) -> bool:
+    """By nets or by ports. Not by selectors: an address may have an owner that the one picks and another for the other."""
+    if one.nets and other.nets and not any(_overlap(net, each) for net in one.nets for each in other.nets):
+        return True
+    if one.ports is None or other.ports is None or one.ports.names or other.ports.names:
+        return False
+    return not any(
+        first <= high and low <= last for first, last in one.ports.ranges for low, high in other.ports.ranges
     )
 
 

@@ -330,7 +330,11 @@ def _is_covered(packet: Packet, failsafe: Failsafe, remote: IPAddress) -> bool:
 
 
 class _Planner:
-    """Plans one journey. ``original`` is the packet before, ``final`` the packet after destination translation."""
+    """Plans one journey.
+
+    ``original`` is the packet before, ``final`` the packet after destination translation; ``sent``: as it leaves its sender's
+    node, which translates all but what is for an address of another node.
+    """
 
     def __init__(self, topology: Topology, flow: Flow) -> None:
         self.topology = topology
@@ -342,13 +346,15 @@ class _Planner:
             self.final = replace(flow.packet, destination=address, destination_port=port)
         self.source = flow.source or topology.locate(self.original.source)
         self.destination = flow.destination or topology.locate(self.final.destination)
-        self.translating_node = self._translating_node()
+        written = topology.locate(self.original.destination)
+        self.translating_node = self._translating_node(written)
+        is_sent_on = self.is_translated and written.kind is PlaceKind.HOST and written.node != self.source.node
+        self.sent = self.original if is_sent_on else self.final
 
-    def _translating_node(self) -> str | None:
+    def _translating_node(self, written: Place) -> str | None:
         """The node whose address the sender wrote, else the sender's own, else the receiver's; None: not translated."""
         if not self.is_translated:
             return None
-        written = self.topology.locate(self.original.destination)
         if written.kind is PlaceKind.HOST:
             return written.node
         return self.source.node or self.destination.node
@@ -401,7 +407,7 @@ class _Planner:
         source = self.source
         if source.kind is not PlaceKind.WORKLOAD or source.endpoint is None:
             return
-        yield _ask(source.endpoint, Direction.EGRESS, ((Stage.NORMAL, self.final),))
+        yield _ask(source.endpoint, Direction.EGRESS, ((Stage.NORMAL, self.sent),))
         to_own_host = self._is_local() and self.destination.kind is PlaceKind.HOST
         wildcard = self.topology.wildcard(source.node)
         action = self.topology.workload_to_host
@@ -409,7 +415,7 @@ class _Planner:
             # What leaves the workload enters the host: the host's view of the direction.
             stages = [(Stage.PRE_DNAT, self.original)]
             if not to_own_host:
-                stages.append((Stage.FORWARD, self.final))
+                stages.append((Stage.FORWARD, self.sent))
             elif action is Action.PASS:
                 stages.append((Stage.NORMAL, self.final))
             yield _ask(wildcard.key, Direction.INGRESS, tuple(stages))
@@ -440,14 +446,20 @@ class _Planner:
             if not starts:
                 is_local = ends and self.destination.kind is PlaceKind.HOST
                 arriving = self.final if translated else self.original
-                yield from self._interface(node, Direction.INGRESS, arriving, is_local=is_local)
+                yield from self._interface(node, Direction.INGRESS, arriving, self.final, is_local=is_local)
             translated = translated or node == self.translating_node
             if not ends:
                 is_local = starts and self.source.kind is PlaceKind.HOST
-                yield from self._interface(node, Direction.EGRESS, self.final, is_local=is_local)
+                leaving = self.final if translated else self.original
+                yield from self._interface(node, Direction.EGRESS, leaving, leaving, is_local=is_local)
 
-    def _interface(self, node: str, direction: Direction, wire: Packet, *, is_local: bool) -> Iterator[Hop]:
-        """A node's interface to the world. ``wire``: the packet as it is there; ``is_local``: a process ends it here."""
+    def _interface(
+        self, node: str, direction: Direction, wire: Packet, final: Packet, *, is_local: bool
+    ) -> Iterator[Hop]:
+        """A node's interface to the world.
+
+        ``wire``: the packet as it is there; ``final``: as it leaves the node; ``is_local``: a process ends it here.
+        """
         address = None
         if is_local:
             address = wire.destination if direction is Direction.INGRESS else wire.source
@@ -456,10 +468,10 @@ class _Planner:
             if is_local:
                 yield Hop(direction=direction, reason=Reason.NO_HOST_ENDPOINT)
             return
-        if is_local and self.topology.is_excepted(node, self.final, direction):
-            yield _ask(host.key, direction, ((Stage.NORMAL, self.final),))
+        if is_local and self.topology.is_excepted(node, final, direction):
+            yield _ask(host.key, direction, ((Stage.NORMAL, final),))
             return
-        stages = _stages(host, direction, wire, self.final, is_local=is_local)
+        stages = _stages(host, direction, wire, final, is_local=is_local)
         other = Direction.EGRESS if direction is Direction.INGRESS else Direction.INGRESS
         back = _reversed(wire)
         reply = _stages(host, other, back, back, is_local=is_local)
@@ -474,7 +486,7 @@ class _Planner:
         destination = self.destination
         if destination.kind is not PlaceKind.WORKLOAD or destination.endpoint is None:
             return
-        if self._is_to_itself():
+        if self._is_to_itself() and self.sent == self.final:
             yield Hop(reason=Reason.HAIRPIN)
             return
         if self.source.kind is PlaceKind.HOST and self._is_local():

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from netpol_ebpf.errors import Location, Problem
-from netpol_ebpf.policy.coverage import covers, implies, is_dead
+from netpol_ebpf.policy.shadows import KUBERNETES, Shadows
 from netpol_ebpf.policy.translate import derive, key_of
 from netpol_ebpf.policy.types import (
     Action,
@@ -31,7 +31,6 @@ from netpol_ebpf.policy.types import (
 from netpol_ebpf.resources.types import Resource
 from netpol_ebpf.selector import SelectorIndex
 
-KUBERNETES = ("KubernetesNetworkPolicy", "StagedKubernetesNetworkPolicy")
 _WITH_PRIORITY = ("ClusterNetworkPolicy", "AdminNetworkPolicy")
 _MIN_PODS = 2  # a CIDR that holds one pod may be about that pod
 
@@ -88,11 +87,11 @@ class _Linter:
 
     def problems(self) -> Iterator[Problem]:
         """Every warning, in no particular order."""
-        shadows = _Shadows(self.world)
+        shadows = Shadows(self.world)
         for policy in self.world.policies.values():
             if policy.staged is Staged.DELETE:
                 continue
-            for warning in (*self._of_policy(policy), *self._of_rules(policy), *shadows.of(policy)):
+            for warning in (*self._of_policy(policy), *self._of_rules(policy), *_of_shadows(policy, shadows)):
                 location = warning.location or policy.location or Location("")
                 yield Problem(
                     location,
@@ -239,76 +238,20 @@ def _missing_profiles(resources: Iterable[Resource], world: World) -> Iterator[P
             )
 
 
-class _Shadows:
-    """Finds rules that no packet can reach, because earlier rules surely match all they match."""
-
-    def __init__(self, world: World) -> None:
-        self._deciding: dict[Direction, list[tuple[Policy, int, list[Rule]]]] = {}
-        tiers = list(world.sorted_tiers())
-        self._position: dict[PolicyKey, int] = {}
-        by_tier: dict[str, list[Policy]] = defaultdict(list)
-        for policy in world.policies.values():
-            by_tier[policy.tier].append(policy)
-        for number, tier in enumerate(tiers):
-            for policy in sorted(by_tier[tier.name], key=lambda policy: policy.sort_key):
-                self._position[policy.key] = len(self._position)
-                # Kubernetes policies have no order among each other: none of them shadows another one.
-                if policy.staged is Staged.NO and policy.key.kind not in KUBERNETES:
-                    for direction in policy.types:
-                        rules = [rule for rule in policy.rules(direction) if rule.action is not Action.LOG]
-                        self._deciding.setdefault(direction, []).append((policy, number, rules))
-        self._tier_number = {tier.name: number for number, tier in enumerate(tiers)}
-
-    def of(self, policy: Policy) -> Iterator[_Warning]:
-        """A warning for each of the user's rules that is shadowed as a whole."""
-        for direction in policy.types:
-            rules = policy.rules(direction)
-            if not rules:
-                continue
-            earlier = list(self._earlier(policy, direction))
-            by_index: dict[int, list[Rule]] = defaultdict(list)
-            for rule in rules:
-                by_index[rule.index].append(rule)
-            for index, parts in by_index.items():
-                own = [(policy, rule) for rule in rules if rule.index < index and rule.action is not Action.LOG]
-                causes = [_first_cover((*own, *earlier), part) for part in parts]
-                if all(cause is not None for cause in causes) and not any(map(is_dead, parts)):
-                    named = _named(policy, (cause for cause in causes if cause is not None))
-                    kind = (
-                        "adds nothing: all it allows is allowed"
-                        if policy.key.kind in KUBERNETES and named[0]
-                        else "is never reached: all it matches is decided"
-                    )
-                    yield _Warning(
-                        f"spec.{direction.value}[{index}]", f"{kind} by {named[1]}", "shadowed-rule", parts[0].location
-                    )
-
-    def _earlier(self, policy: Policy, direction: Direction) -> Iterator[tuple[Policy, Rule]]:
-        """Rules of other policies that decide before this one, for all endpoints that this one selects."""
-        number = self._tier_number[policy.tier]
-        for other, other_number, rules in self._deciding.get(direction, ()):
-            if self._position[other.key] >= self._position[policy.key]:
-                break
-            same_stage = (other.do_not_track, other.pre_dnat) == (policy.do_not_track, policy.pre_dnat)
-            if not same_stage or (policy.apply_on_forward and not other.apply_on_forward):
-                continue
-            if policy.replaces == other.key or not implies(policy.subject, other.subject):
-                continue
-            for rule in rules:
-                if other_number == number or rule.action is not Action.PASS:  # Pass ends its own tier only
-                    yield other, rule
+def _of_shadows(policy: Policy, shadows: Shadows) -> Iterator[_Warning]:
+    """A warning for each of the user's rules that is out of reach as a whole."""
+    for shadow in shadows.of(policy):
+        own = all(other.key == policy.key for other, _ in shadow.causes)
+        named = " and ".join(dict.fromkeys(_cause_name(policy, *cause) for cause in shadow.causes))
+        message = (
+            f"adds nothing: all it allows is allowed by {named}"
+            if policy.key.kind in KUBERNETES and own
+            else f"is never reached: all it matches is decided by {named} at the latest"
+        )
+        path = f"spec.{shadow.direction.value}[{shadow.rule.index}]"
+        yield _Warning(path, message, "shadowed-rule", shadow.rule.location)
 
 
-def _first_cover(earlier: Iterable[tuple[Policy, Rule]], rule: Rule) -> tuple[Policy, Rule] | None:
-    return next(((policy, one) for policy, one in earlier if covers(one, rule)), None)
-
-
-def _named(policy: Policy, causes: Iterable[tuple[Policy, Rule]]) -> tuple[bool, str]:
-    """Whether all causes are rules of the policy itself, and their names."""
-    names: dict[str, None] = {}
-    own = True
-    for other, rule in causes:
-        own = own and other.key == policy.key
-        where = "" if other.key == policy.key else f" of {shown_name(other.key)}"
-        names[f"rule {rule.index} ({rule.action.value}){where}"] = None
-    return own, " and ".join(names)
+def _cause_name(policy: Policy, other: Policy, rule: Rule) -> str:
+    where = "" if other.key == policy.key else f" of {shown_name(other.key)}"
+    return f"rule {rule.index} ({rule.action.value}){where}"

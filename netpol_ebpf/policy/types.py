@@ -30,6 +30,9 @@ V = TypeVar("V")
 TCP, UDP, SCTP, UDPLITE, ICMP, ICMPV6, IPIP = 6, 17, 132, 136, 1, 58, 4
 PORT_PROTOCOLS = frozenset({TCP, UDP, SCTP})
 """Protocols whose ports the dataplane parses and rules may match."""
+IPV6_HEADERS = frozenset({0, 43, 44, 51, 59, 60})
+"""Numbers that over IPv6 are no packet's protocol: hop-by-hop, routing, fragment, AH and destination options headers precede
+what the packet carries (docs/packet-parsing.md), and 59 says that it carries nothing.  Over IPv4 they are like any other."""
 
 
 class Direction(enum.Enum):
@@ -87,9 +90,10 @@ class Entity:
     """One side (source or destination) of a rule; all given parts are ANDed. None or () is: no constraint.
 
     An address *matches a selector* when some endpoint or network set that owns or contains it has labels that match
-    (SEMANTICS 2.6 e); it matches ``not_selector`` when no owner's labels match it.  ``nodes`` is evaluated on the
+    (SEMANTICS 2.6 e); it matches ``not_selector`` when no owner's labels match it.  Never both: beside a selector, what is
+    negated is part of that one's expression (2.6 c).  ``nodes`` is evaluated on the
     labels of Node objects owning the address, and only on those.  ``impossible`` marks an entity nothing matches
-    (an unknown peer of an Accept rule, an ipBlock that cannot be read).
+    (an Accept rule with an unknown peer, an ipBlock that cannot be read).
     """
 
     nets: tuple[IPNetwork, ...] = ()
@@ -101,6 +105,10 @@ class Entity:
     not_ports: Ports | None = None
     service: ServiceMatch | None = None
     impossible: bool = False
+
+    def __post_init__(self) -> None:
+        if self.selector is not None and self.not_selector is not None:
+            raise ValueError("an entity has a selector or a not_selector; join them to one selector")
 
 
 ANY_ENTITY = Entity()
@@ -193,17 +201,21 @@ class Policy:
 
 @dataclass(frozen=True, slots=True)
 class Tier:
-    """A tier. ``exists`` is False for one that policies name but nobody created: sorted last, ends in deny."""
+    """A tier. ``exists`` is False for one that policies name but nobody created: sorted last, ends in deny.
+
+    ``follows``: the name of a tier of the same order; this one comes directly after it, and no other tier in between.
+    """
 
     name: str
     order: float = math.inf
     default_action: Action = Action.DENY
     exists: bool = True
+    follows: str = ""
 
     @property
-    def sort_key(self) -> tuple[bool, float, str]:
-        """Existing tiers first, then order (nil last), then name."""
-        return (not self.exists, self.order, self.name)
+    def sort_key(self) -> tuple[bool, float, str, bool]:
+        """Existing tiers first, then order (nil last), then name, of which a tier that follows another one has the other's."""
+        return (not self.exists, self.order, self.follows or self.name, bool(self.follows))
 
 
 @dataclass(frozen=True, slots=True)
@@ -455,7 +467,7 @@ def _apply(changes: Mapping[K, V | None], table: dict[K, V]) -> None:
 class Packet:
     """The first packet of a connection, as policy sees it. For ICMP, ports are 0 and type/code are given.
 
-    Addresses are of one family.  ``protocol``: IANA number.  Ports are 0 for protocols without ports; type and code are 0
+    Addresses are of one family.  ``protocol``: IANA number, over IPv6 none of `IPV6_HEADERS`.  Ports are 0 for protocols without ports; type and code are 0
     for all but ICMP over IPv4 and ICMPv6 over IPv6 (the other two combinations are not ICMP to the kernel).
     """
 

@@ -77,7 +77,9 @@ def _pod(obj: Reader, meta: Meta) -> Pod:
     deleting = metadata is not None and metadata.has("deletionTimestamp")
     status = obj.mapping("status")
     phase = status.string("phase") if status is not None else None
-    finished = phase in ("Succeeded", "Failed") or (deleting and annotations.get(_POD_IP) == "")
+    # A network plugin says by its emptied annotation that it has taken the address back.
+    taken_back = deleting and "" in (annotations.get(_POD_IP), annotations.get(_AWS_POD_IPS))
+    finished = phase in ("Succeeded", "Failed") or taken_back
     addresses = _pod_addresses(obj, annotations, status)
     spec = obj.mapping("spec") or Reader({}, (*obj.path, "spec"), obj.report)
     ports: list[ContainerPort] = []

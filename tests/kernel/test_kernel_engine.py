@@ -94,11 +94,9 @@ def is_asked(world: World, asked: Question) -> bool:
     endpoint = world.endpoints.get(asked.endpoint)
     if endpoint is None or endpoint.kind is EndpointKind.HOST:
         return True
-    own, peer = packet.source, packet.destination
-    if asked.direction is Direction.INGRESS:
-        own, peer = peer, own
+    own = packet.destination if asked.direction is Direction.INGRESS else packet.source
     owners = [key for key, one in world.endpoints.items() if own in one.addresses]
-    return owners == [asked.endpoint] and peer not in endpoint.addresses
+    return owners == [asked.endpoint]
 
 
 @settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck))
@@ -148,17 +146,49 @@ def test_staged_policy_is_reported_beside_the_enforced_one(engine: KernelEngine)
 
 
 def test_packets_that_policy_is_not_asked_about_are_told_apart(engine: KernelEngine) -> None:
-    """Neighbour discovery, a workload to itself and a borrowed source are no verdicts of policy."""
+    """Neighbour discovery and a borrowed source are no verdicts of policy."""
     engine.load(derive(parse_documents(SHOP, "shop.yaml").check()))
     solicitation = Packet(ip_address("fd00::1"), ip_address("ff02::1:ff00:2"), ICMPV6, icmp_type=135)
     for asked, reason, passed in (
         (Question(WEB, Direction.EGRESS, Stage.NORMAL, solicitation), "passed without an event", True),
-        (question(WEB, Direction.EGRESS, "10.0.0.1", "10.0.0.1", TCP, 1, 2), "self", True),
         (question(WEB, Direction.EGRESS, "10.0.0.2", "192.0.2.1", TCP, 1, 2), "spoofed", False),
     ):
         with pytest.raises(NotJudgedError) as caught:
             engine.decide(asked)
         assert (caught.value.reason, caught.value.passed) == (reason, passed)
+
+
+@pytest.mark.parametrize("over_veth", [False, True])
+@pytest.mark.parametrize("destination", ["10.0.0.1", "fd00::1"])
+def test_what_a_workload_sends_to_itself_through_a_service_is_judged(destination: str, over_veth: bool) -> None:  # noqa: FBT001
+    """By its egress policy, with the pending verdict and the logs, and by policy that denies it too; then others as before."""
+    egress = """\
+---
+apiVersion: projectcalico.org/v3
+kind: GlobalNetworkPolicy
+metadata: {name: log}
+spec: {order: 1, selector: app == 'web', types: [Egress], egress: [{action: Log}]}
+---
+apiVersion: projectcalico.org/v3
+kind: StagedGlobalNetworkPolicy
+metadata: {name: staged}
+spec: {order: 2, selector: app == 'web', types: [Egress], egress: [{action: Deny}]}
+---
+apiVersion: projectcalico.org/v3
+kind: GlobalNetworkPolicy
+metadata: {name: web}
+spec: {order: 3, selector: app == 'web', types: [Egress], egress: [{action: Allow, protocol: UDP, destination: {ports: [80]}}]}
+"""
+    world = derive(parse_documents(SHOP + egress, "shop.yaml").check())
+    model = ReferenceModel(world)
+    with KernelEngine(over_veth=over_veth) as one:
+        one.load(world)
+        for source_port, port in ((4000, 80), (4000, 81), (80, 80), (81, 81)):
+            asked = question(WEB, Direction.EGRESS, destination, destination, UDP, source_port, port)
+            assert one.decide(asked) == model.decide(asked)
+            assert model.decide(asked).outcome is (Outcome.ALLOW if port == 80 else Outcome.DENY)
+            back = question(WEB, Direction.INGRESS, destination, destination, UDP, source_port, port)
+            assert one.decide(back) == model.decide(back)
 
 
 def test_unknown_endpoint_is_denied(engine: KernelEngine) -> None:

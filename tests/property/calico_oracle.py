@@ -215,8 +215,11 @@ class CalicoCluster:
         has_namespace = bool(owner.namespace)
         confined = "namespaceSelector" in spec
         selector = spec.get("selector", "")
-        # An all() that is written beside a namespaceSelector asks for a namespace; an empty selector asks for nothing.
-        if selector and not _holds(selector, owner.labels, everything=has_namespace or not confined):
+        # In a global policy an all() that is written beside a namespaceSelector asks for a namespace, else beside a
+        # serviceAccountSelector for an account; an empty selector asks for nothing.
+        by_account = not namespace and not confined and "serviceAccountSelector" in spec
+        everything = has_namespace if confined else bool(owner.account) if by_account else True
+        if selector and not _holds(selector, owner.labels, everything=everything):
             return False
         if confined and not _holds(spec["namespaceSelector"], owner.namespace_labels, everything=has_namespace):
             return False
@@ -254,11 +257,15 @@ class CalicoCluster:
         named = [name for name in ("selector", "serviceAccounts", "namespaceSelector") if name in entity]
         if namespace and "notSelector" in entity:
             named.append("notSelector")
-        chosen = [owner for owner in owners if not named or self._is_peer(entity, namespace, owner)]
-        if named and not chosen:
-            return False
-        if "notSelector" in entity and any(_holds(entity["notSelector"], owner.labels) for owner in owners):
-            return False
+        refused = [owner for owner in owners if "notSelector" in entity and _holds(entity["notSelector"], owner.labels)]
+        if named:  # one owner has to be the one and not the other
+            chosen = [owner for owner in owners if self._is_peer(entity, namespace, owner) and owner not in refused]
+            if not chosen:
+                return False
+        else:
+            chosen = owners
+            if refused:
+                return False
         declared = {
             name
             for owner in chosen

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from hypothesis import assume, given
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from strategies import (
     ADDRESSES,
@@ -25,7 +25,7 @@ from strategies import (
 )  # fmt: skip
 
 from netpol_ebpf.model.matching import destination_side, rule_matches, source_side
-from netpol_ebpf.policy.coverage import covers
+from netpol_ebpf.policy.coverage import covers, excludes
 from netpol_ebpf.policy.types import ICMP, ICMPV6, SCTP, TCP, UDP, Action, Entity, Packet, Rule, World
 
 PORTS = sorted({port for edge in EDGES for port in (edge - 1, edge, edge + 1) if 0 < port < 65536})
@@ -51,8 +51,10 @@ PROTOCOL_FIELDS: dict[str, st.SearchStrategy[Any]] = {
 def _pair(draw: st.DrawFn, least: Any, fields: dict[str, st.SearchStrategy[Any]]) -> tuple[Any, Any]:
     """Two values with few fields, so that much matches them, and of which the first is the second with one field changed."""
     names = st.sampled_from(sorted(fields))
-    narrow = replace(least, **{name: draw(fields[name]) for name in draw(st.sets(names, max_size=2))})
+    chosen = draw(st.sets(names, max_size=2))
     name = draw(names)
+    assume(not {"selector", "not_selector"} <= {*chosen, name})  # no entity has both
+    narrow = replace(least, **{one: draw(fields[one]) for one in sorted(chosen)})
     return replace(narrow, **{name: draw(st.just(getattr(least, name)) | fields[name])}), narrow
 
 
@@ -120,3 +122,32 @@ def test_a_rule_covers_itself(rule: Rule) -> None:
     assert covers(rule, rule) is alive
     if alive:
         assert covers(Rule(Action.ALLOW, 0), rule)
+
+
+def _assert_exclusive(world: World, one: Rule, other: Rule, *, destination_ports: bool) -> None:
+    for packet in _packets(destination_ports):
+        source, destination = source_side(world, packet), destination_side(world, packet)
+        matched = [rule_matches(world, rule, packet, source, destination) for rule in (one, other)]
+        assert not all(matched), packet
+
+
+@st.composite
+def _exclusive(draw: st.DrawFn, pairs: st.SearchStrategy[tuple[Rule, Rule]]) -> tuple[Rule, Rule]:
+    one, other = draw(pairs)[0], draw(pairs)[0]
+    assume(excludes(one, other))
+    return one, other
+
+
+@settings(suppress_health_check=list(HealthCheck))
+@given(world=worlds(max_policies=0), pair=_exclusive(_entity_pairs()))
+def test_exclusion_of_entities_is_sound(world: World, pair: tuple[Rule, Rule]) -> None:
+    """Nets, selectors, ports and services; on either side."""
+    _assert_exclusive(world, *pair, destination_ports=True)
+    assert excludes(*(replace(rule, source=rule.destination, destination=Entity()) for rule in pair))
+
+
+@settings(suppress_health_check=list(HealthCheck))
+@given(pair=_exclusive(_protocol_pairs()))
+def test_exclusion_of_protocols_is_sound(pair: tuple[Rule, Rule]) -> None:
+    """IP version, protocol, ICMP type and code, and their negations."""
+    _assert_exclusive(World(), *pair, destination_ports=False)

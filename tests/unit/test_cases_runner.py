@@ -13,11 +13,22 @@ import pytest
 from netpol_ebpf.cases import runner
 from netpol_ebpf.cases.case import Case, LoadedCases, parse_cases
 from netpol_ebpf.cases.engines import Engine, ModelEngine
-from netpol_ebpf.cases.runner import Cast, in_order, run_cases
+from netpol_ebpf.cases.runner import NOT_JUDGED, Cast, in_order, run_cases
 from netpol_ebpf.errors import InvalidInputError, NetpolError
 from netpol_ebpf.policy.journey import PlaceKind, Reason
 from netpol_ebpf.policy.translate import derive
-from netpol_ebpf.policy.types import Action, Cause, CauseKind, Direction, Outcome, Packet, Question, Verdict, World
+from netpol_ebpf.policy.types import (
+    IPV6_HEADERS,
+    Action,
+    Cause,
+    CauseKind,
+    Direction,
+    Outcome,
+    Packet,
+    Question,
+    Verdict,
+    World,
+)
 
 MANIFESTS = """\
 manifests:
@@ -206,13 +217,16 @@ def test_engines_that_disagree_are_a_failure(
     assert "; tables: " in failure.rule
 
 
-def test_a_packet_that_an_engine_does_not_judge_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is shown, and the run goes on."""
+@pytest.mark.parametrize("slug", [NOT_JUDGED, NetpolError.slug])
+def test_a_packet_that_an_engine_does_not_judge_is_a_failure(monkeypatch: pytest.MonkeyPatch, slug: str) -> None:
+    """It is shown, and the run goes on; so it does when the engine has a fault."""
 
     class Mute(ModelEngine):
         def decide(self, question: Question) -> Verdict:
+            if question.packet.destination_port == 81:
+                return super().decide(question)
             error = NetpolError(f"nothing to say to {question.direction.value}")
-            error.slug = "not-judged"  # type: ignore[misc]  # as the kernel engine's own error has it
+            error.slug = slug  # type: ignore[misc]  # as the kernel engine's own error has it
             raise error
 
     @contextlib.contextmanager
@@ -220,38 +234,29 @@ def test_a_packet_that_an_engine_does_not_judge_is_a_failure(monkeypatch: pytest
         yield Mute()
 
     monkeypatch.setattr(runner, "open_engine", open_engine)
-    report = run_cases(cases("from: ns/four, to: ns/dual, protocol: TCP, port: 80, expect: allow"), "kernel")
+    probes = (f"from: ns/four, to: ns/dual, protocol: TCP, port: {port}, expect: allow" for port in (80, 81))
+    report = run_cases(cases(*probes), "kernel")
     (failure,) = report.failed
+    assert report.probes == len(report.judged) == 2
     assert (failure.got, failure.rule) == (
         "not judged by kernel",
         "Pod/ns/four egress normal: nothing to say to egress",
     )
 
 
-CLOSED = """\
-manifests:
-- {apiVersion: v1, kind: Pod, metadata: {name: closed, namespace: ns}, status: {podIPs: [{ip: 10.0.0.1}]}}
-- {apiVersion: v1, kind: Pod, metadata: {name: guarded, namespace: ns, labels: {in: only}}, status: {podIPs: [{ip: 10.0.0.2}]}}
-- apiVersion: networking.k8s.io/v1
-  kind: NetworkPolicy
-  metadata: {name: both, namespace: ns}
-  spec: {podSelector: {matchExpressions: [{key: in, operator: DoesNotExist}]}, policyTypes: [Ingress, Egress]}
-- apiVersion: networking.k8s.io/v1
-  kind: NetworkPolicy
-  metadata: {name: in, namespace: ns}
-  spec: {podSelector: {matchLabels: {in: only}}, policyTypes: [Ingress]}
-"""
-
-
-@pytest.mark.parametrize("engine", ["model", "tables"])
-def test_a_pod_reaches_itself_through_a_service_as_its_egress_allows(engine: str) -> None:
-    """SEMANTICS 1.14 and 5.4: on the way back in it looks like its host."""
-    loaded = cases(
-        "from: ns/closed, to: 10.96.0.1, protocol: TCP, port: 80, dnatTo: {ip: 10.0.0.1, port: 8080}, expect: deny",
-        "from: ns/guarded, to: 10.96.0.1, protocol: TCP, port: 80, dnatTo: {ip: 10.0.0.2, port: 8080}, expect: allow",
-        manifests=CLOSED,
-    )
-    assert run_cases(loaded, engine).failed == []
+@pytest.mark.parametrize("protocol", sorted(IPV6_HEADERS))
+def test_headers_of_ipv6_are_protocols_over_ipv4_alone(protocol: int) -> None:
+    """Between ends of both families the probe is of IPv4; over IPv6 alone the case is not valid, and others are run."""
+    both = cases(f"from: ns/dual, to: ns/dual, protocol: {protocol}, expect: allow")
+    (probe,) = both.cases[0].probes
+    world = derive(both.cases[0].resources)
+    (journey,) = Cast(both.cases[0].resources, world).journeys(probe)
+    assert (journey.flow.packet.source.version, journey.flow.packet.protocol) == (4, protocol)
+    both.cases.append(cases(f"from: 'fd00::9', to: 'fd00::8', protocol: {protocol}, expect: allow").cases[0])
+    report = run_cases(both)
+    assert (report.cases, report.failed) == (1, [])
+    (invalid,) = report.invalid
+    assert f"protocol {protocol} over IPv6 is a header" in invalid.error
 
 
 def test_a_world_an_engine_refuses_makes_the_case_invalid(monkeypatch: pytest.MonkeyPatch) -> None:

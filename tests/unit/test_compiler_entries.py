@@ -95,7 +95,6 @@ def test_own_side_is_the_destination_of_ingress(direction: Direction) -> None:
         rule(protocol=TCP, not_protocol=TCP),
         rule(source=Entity(not_nets=(V4, V6))),
         rule(source=Entity(nets=(V6,)), destination=Entity(not_nets=(V6,))),
-        rule(source=Entity(selector=A, not_selector=A)),
         rule(destination=Entity(ports=Ports(names=("nobody",)))),
         rule(destination=Entity(selector=B, ports=Ports(names=("http",)))),
         rule(destination=Entity(ports=Ports())),

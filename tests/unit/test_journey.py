@@ -311,14 +311,58 @@ def test_a_failsafe_port_is_the_one_after_translation() -> None:
         (OUT, "10.96.0.1", (C, 80), ["eth2 ingress untracked+pre-dnat+forward'", "c ingress normal'"]),
         (N1, "10.96.0.1", (A, 80), ["HOST_TO_LOCAL_WORKLOAD"]),
         (A, "10.96.0.1", (A, 80), ["a egress normal'", "HAIRPIN"]),
-        # another node's port, with the backend at home
+        # another node's port, with the backend there, at home, and the sender itself; of a process of the node, too
+        (
+            A,
+            N2,
+            (C, 80),
+            [
+                "a egress normal",
+                "eth1 egress untracked+forward",
+                "eth2 ingress untracked+pre-dnat+forward'",
+                "c ingress normal'",
+            ],
+        ),
+        (D, N2, (C, 80), ["d egress normal", "eth2 ingress untracked+pre-dnat+forward'", "c ingress normal'"]),
+        (
+            A,
+            N2,
+            (A, 80),
+            [
+                "a egress normal",
+                "eth1 egress untracked+forward",
+                "eth2 ingress untracked+pre-dnat+forward'",
+                "eth2 egress untracked'+forward'",
+                "eth1 ingress untracked'+pre-dnat'+forward'",
+                "a ingress normal'",
+            ],
+        ),
+        (
+            N1,
+            N2,
+            (C, 80),
+            ["eth1 egress untracked+normal", "eth2 ingress untracked+pre-dnat+forward'", "c ingress normal'"],
+        ),
+        # its own node's port is translated before it leaves
+        (
+            A,
+            N1,
+            (C, 80),
+            [
+                "a egress normal'",
+                "eth1 egress untracked'+forward'",
+                "eth2 ingress untracked'+pre-dnat'+forward'",
+                "c ingress normal'",
+            ],
+        ),
+        (A, N1, (A, 80), ["a egress normal'", "HAIRPIN"]),
         (
             A,
             N2,
             (B, 80),
             [
-                "a egress normal'",
-                "eth1 egress untracked'+forward'",
+                "a egress normal",
+                "eth1 egress untracked+forward",
                 "eth2 ingress untracked+pre-dnat+forward'",
                 "eth2 egress untracked'+forward'",
                 "eth1 ingress untracked'+pre-dnat'+forward'",
@@ -330,8 +374,15 @@ def test_a_failsafe_port_is_the_one_after_translation() -> None:
     ],
 )
 def test_translation(source: str, destination: str, dnat_to: tuple[str, int], expected: list[str]) -> None:
-    """Untracked and preDNAT policy before the translation see the original (no mark), all other the translated (')."""
+    """Before the node that translates, all policy sees the original (no mark); there, untracked and preDNAT policy do."""
     assert hops(world(ETH1, ETH2), packet(source, destination), dnat_to) == expected
+
+
+def test_a_wildcard_and_failsafes_of_the_sender_see_what_another_node_translates_as_it_was_written() -> None:
+    """What leaves the sender's node is for the other node's address, whatever becomes of it there."""
+    assert hops(world(ANY1), packet(A, N2), (C, 80))[:2] == ["a egress normal", "any1 ingress pre-dnat+forward"]
+    assert hops(world(ETH1), packet(N1, N2, TCP, 6443), (C, 80))[0] == "eth1 egress normal"
+    assert hops(world(ETH1), packet(N1, N2, TCP, 80), (C, 6443))[0] == "eth1 egress untracked+normal"
 
 
 @pytest.mark.parametrize(

@@ -139,9 +139,11 @@ def entity_cases() -> list[tuple[Entity, str, bool]]:
         (Entity(not_selector=parse("has(app)")), "203.0.113.1", True),
         (Entity(not_selector=parse("has(app)")), "10.0.0.1", False),
         (Entity(selector=parse("kind == 'set'")), "192.0.2.77", True),
-        # two owners: each side of a pair of selectors may be met by another of them
+        # two owners: one of them has to match the whole selector, none of them the negated one
         (Entity(selector=parse("app == 'one'")), "10.0.0.3", True),
-        (Entity(selector=parse("app == 'one'"), not_selector=parse("app == 'two'")), "10.0.0.3", False),
+        (Entity(selector=parse("app == 'one' && app != 'two'")), "10.0.0.3", True),
+        (Entity(selector=parse("has(app) && app != 'one' && app != 'two'")), "10.0.0.3", False),
+        (Entity(not_selector=parse("app == 'two'")), "10.0.0.3", False),
         (Entity(selector=parse("kind == 'set'"), nets=nets), "10.0.0.2", True),
         (Entity(selector=parse("kind == 'set'"), nets=nets), "192.0.2.77", False),
         (Entity(nodes=parse("zone == 'a'")), "172.16.0.1", True),
@@ -203,9 +205,15 @@ def test_ports(entity: Entity, address: str, protocol: int, port: int, expected:
 
 
 def test_negated_named_ports_are_filtered_by_the_positive_selector() -> None:
-    """The name is looked up among the endpoints that the selector picks, not among those of notSelector."""
+    """The name is looked up among the endpoints that the selector picks; a notSelector alone picks none out."""
     about = packet("203.0.113.9", "10.0.0.3", TCP, 1111)
     http = Ports(names=("http",))
     assert matches(rule(destination=Entity(selector=parse("app == 'two'"), not_ports=http)), about)
     assert not matches(rule(destination=Entity(selector=parse("app == 'one'"), not_ports=http)), about)
     assert not matches(rule(destination=Entity(not_selector=parse("app == 'three'"), not_ports=http)), about)
+
+
+def test_no_entity_has_both_a_selector_and_a_negated_one() -> None:
+    """No engine has to know what the two together mean: translation joins them."""
+    with pytest.raises(ValueError, match="join them"):
+        Entity(selector=parse("a == 'b'"), not_selector=parse("c == 'd'"))

@@ -191,9 +191,76 @@ def test_shadows_from_earlier_tiers() -> None:
     tier = "{apiVersion: projectcalico.org/v3, kind: Tier, metadata: {name: t}, spec: {order: 1}}\n---\n"
     later = _global("{ingress: [{action: Allow}]}", "h")
     (problem,) = _lint(tier + _global("{tier: t, ingress: [{action: Deny}]}") + later)
-    assert problem.message == "is never reached: all it matches is decided by rule 0 (deny) of GlobalNetworkPolicy/g"
+    assert (
+        problem.message
+        == "is never reached: all it matches is decided by rule 0 (deny) of GlobalNetworkPolicy/g at the latest"
+    )
     assert problem.obj == "GlobalNetworkPolicy/h"
     assert _slugs(tier + _global("{tier: t, ingress: [{action: Pass}]}") + later) == []
+
+
+@pytest.mark.parametrize(
+    ("guard", "later", "is_shadowed"),
+    [
+        ("{action: Pass, protocol: TCP, destination: {ports: [80]}}, {action: Deny}", "{ports: [{port: 80}]}", False),
+        ("{action: Pass, protocol: TCP, destination: {ports: [80]}}, {action: Deny}", "{ports: [{port: 81}]}", True),
+        ("{action: Pass, protocol: UDP}, {action: Allow}", "{ports: [{port: 80}]}", True),
+        (
+            "{action: Pass, source: {nets: [10.0.0.0/8]}}, {action: Deny}",
+            "{from: [{ipBlock: {cidr: 10.1.0.0/16}}]}",
+            False,
+        ),
+        (
+            "{action: Pass, source: {nets: [10.0.0.0/8]}}, {action: Deny}",
+            "{from: [{ipBlock: {cidr: 11.1.0.0/16}}]}",
+            True,
+        ),
+        (
+            "{action: Pass, source: {selector: has(x)}}, {action: Deny}",
+            "{from: [{podSelector: {matchLabels: {app: a}}}]}",
+            False,
+        ),
+        ("{action: Deny}, {action: Pass}", "{ports: [{port: 80}]}", True),
+    ],
+)
+def test_a_pass_of_an_earlier_tier_hands_packets_on(guard: str, later: str, is_shadowed: bool) -> None:  # noqa: FBT001
+    """What it matches never meets the rest of its tier, in the same policy or in another one."""
+    tier = "{apiVersion: projectcalico.org/v3, kind: Tier, metadata: {name: t}, spec: {order: 1}}\n---\n"
+    rules = guard.replace("}, {action", "}|{action").split("|")
+    whole = _global(f"{{tier: t, ingress: [{guard}]}}")
+    split = "".join(
+        _global(f"{{tier: t, order: {order}, selector: all(), ingress: [{rule}]}}", f"g{order}")
+        for order, rule in enumerate(rules)
+    )
+    for policies in (whole, split):
+        problems = _lint(tier + policies + _kubernetes(f"{{ingress: [{later}]}}"))
+        warned = [problem.obj for problem in problems if problem.obj.startswith("NetworkPolicy")]
+        assert warned == (["NetworkPolicy/n/p"] if is_shadowed else [])
+
+
+def test_what_is_staged_is_held_against_what_would_be_enforced() -> None:
+    """A namesake that it replaces or deletes shadows no staged policy; one that stays does; a staged Pass hands on."""
+    old = _global("{order: 1, ingress: [{action: Deny, protocol: TCP}]}", "old")
+    new = _global("{order: 2, ingress: [{action: Allow, protocol: TCP}]}", "new", "StagedGlobalNetworkPolicy")
+    tier = "{apiVersion: projectcalico.org/v3, kind: Tier, metadata: {name: t}, spec: {order: 1}}\n---\n"
+    for policies, warned in (
+        (old + new, ["StagedGlobalNetworkPolicy/new"]),
+        (old + new + _global("{stagedAction: Delete}", "old", "StagedGlobalNetworkPolicy"), []),
+        (
+            old
+            + new
+            + _global("{order: 3, ingress: [{action: Deny, protocol: UDP}]}", "old", "StagedGlobalNetworkPolicy"),
+            [],
+        ),
+        (
+            tier
+            + _global("{tier: t, order: 2, ingress: [{action: Deny}]}", "shut")
+            + _global("{tier: t, order: 1, ingress: [{action: Pass}]}", "hand-on", "StagedGlobalNetworkPolicy")
+            + new,
+            [],
+        ),
+    ):
+        assert [problem.obj for problem in _lint(policies) if problem.slug == "shadowed-rule"] == warned
 
 
 def test_equal_priorities() -> None:

@@ -57,3 +57,16 @@ def test_tiers() -> None:
     tiers = list(world.sorted_tiers())
     assert [tier.name for tier in tiers] == ["zz", "b", "default", "a", "x", "away", "gone"]
     assert [tier.exists for tier in tiers] == [True] * 5 + [False] * 2
+
+
+def test_a_tier_that_follows_another_one_has_none_in_between() -> None:
+    """Whatever order and name a third tier has; the order of both is that of the first."""
+    first, second = Tier("kube", 1000.0), Tier("admin", 1000.0, follows="kube")
+    others = [
+        Tier(name, order)
+        for order in (1000.0, math.nextafter(1000.0, 0), math.nextafter(1000.0, math.inf))
+        for name in ("a", "kube-", "kubf", "z")
+    ]
+    tiers = {tier.name + str(tier.order): tier for tier in (second, *others, first)}
+    ordered = list(World(tiers=tiers).sorted_tiers())
+    assert ordered.index(second) == ordered.index(first) + 1

@@ -78,9 +78,10 @@ def test_finished_pods_have_no_address(phase: str) -> None:
     assert pod.addresses == ()
 
 
-def test_pod_being_deleted_is_finished_once_the_plugin_gave_its_address_back() -> None:
-    """An emptied annotation on a pod under deletion says so; on a living pod, or without it, nothing does."""
-    emptied = {"cni.projectcalico.org/podIP": ""}
+@pytest.mark.parametrize("annotation", ["cni.projectcalico.org/podIP", "vpc.amazonaws.com/pod-ips"])
+def test_pod_being_deleted_is_finished_once_the_plugin_took_its_address_back(annotation: str) -> None:
+    """The plugin's emptied annotation on a pod under deletion says so; on a living pod, or without it, nothing does."""
+    emptied = {annotation: ""}
     status = {"phase": "Running", "podIP": "10.0.0.1"}
     deleting = {"name": "p", "deletionTimestamp": "2026-01-01T00:00:00Z"}
     assert _pod(metadata={**deleting, "annotations": emptied}, status=status).finished

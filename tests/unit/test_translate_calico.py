@@ -44,6 +44,7 @@ def namespaced_policy(spec: str) -> Policy:
 OWN = 'projectcalico.org/namespace == "ns"'
 HAS_NS = "has(projectcalico.org/namespace)"
 HAS_SA = "has(projectcalico.org/serviceaccount)"
+X_ACCOUNT = 'projectcalico.org/serviceaccount in {"x"}'
 
 
 @pytest.mark.parametrize(
@@ -72,11 +73,18 @@ def test_subjects_of_namespaced_policies(spec: str, subject: str) -> None:
         ("selector: all(), namespaceSelector: n == 'm'", f'({HAS_NS} && pcns.n == "m")'),
         ("selector: '!all()', namespaceSelector: '!has(n)'", f"(!{HAS_NS} && !has(pcns.n))"),
         ("selector: '!all()'", "!all()"),
-        ("serviceAccountSelector: t != 'u'", '(all() && pcsa.t != "u")'),
+        ("serviceAccountSelector: t != 'u'", 'pcsa.t != "u"'),
+        ("selector: all(), serviceAccountSelector: t != 'u'", f'({HAS_SA} && pcsa.t != "u")'),
+        ("selector: '!all()', serviceAccountSelector: t != 'u'", f'(!{HAS_SA} && pcsa.t != "u")'),
+        ("serviceAccountSelector: all()", HAS_SA),
+        (
+            "selector: all(), namespaceSelector: n != 'm', serviceAccountSelector: all()",
+            f'({HAS_NS} && pcns.n != "m" && {HAS_SA})',
+        ),
     ],
 )
 def test_subjects_of_global_policies(spec: str, subject: str) -> None:
-    """With a namespaceSelector every all() of the combined text changes, be it of the base selector (a quirk kept).
+    """Beside a selector of namespaces or accounts every all() of the joined text changes, of the base too (a quirk kept).
 
     A base selector that is not written is no part of that text.
     """
@@ -94,14 +102,20 @@ ENTITIES = [
     ("{ports: [web]}", None, None),
     ("{selector: a == 'b'}", f'({OWN} && a == "b")', 'a == "b"'),
     ("{selector: all()}", f"({OWN} && all())", "all()"),
-    ("{notSelector: a == 'b'}", OWN, None),
+    ("{notSelector: a == 'b'}", f'({OWN} && !a == "b")', None),
+    ("{selector: has(a), notSelector: a == 'b'}", f'({OWN} && has(a) && !a == "b")', '(has(a) && !a == "b")'),
+    (
+        "{serviceAccounts: {names: [x]}, notSelector: has(a)}",
+        f"({OWN} && {X_ACCOUNT} && !has(a))",
+        f"({X_ACCOUNT} && !has(a))",
+    ),
     ("{namespaceSelector: n == 'm'}", 'pcns.n == "m"', 'pcns.n == "m"'),
     ("{namespaceSelector: all()}", HAS_NS, HAS_NS),
     ("{namespaceSelector: '!all()'}", f"!{HAS_NS}", f"!{HAS_NS}"),
     ("{namespaceSelector: all(), selector: a == 'b'}", f'({HAS_NS} && a == "b")', f'({HAS_NS} && a == "b")'),
     ("{namespaceSelector: global(), selector: a == 'b'}", f'(!{HAS_NS} && a == "b")', f'(!{HAS_NS} && a == "b")'),
     ("{namespaceSelector: global()}", f"!{HAS_NS}", f"!{HAS_NS}"),
-    ("{namespaceSelector: n == 'm', notSelector: a == 'b'}", 'pcns.n == "m"', 'pcns.n == "m"'),
+    ("{namespaceSelector: n == 'm', notSelector: has(a)}", '(pcns.n == "m" && !has(a))', '(pcns.n == "m" && !has(a))'),
     (
         "{serviceAccounts: {names: [x, y]}}",
         f'({OWN} && projectcalico.org/serviceaccount in {{"x", "y"}})',
@@ -126,10 +140,11 @@ def test_positive_selectors_of_entities(entity: str, namespaced: str | None, clu
         assert (None if selector is None else str(selector)) == expected
 
 
-def test_a_negative_selector_stays_as_it_is() -> None:
-    """2.6 c: neither prefixed nor confined."""
-    entity = source(namespaced_policy("ingress: [{action: Allow, source: {notSelector: a == 'b'}}]"))
-    assert str(entity.not_selector) == 'a == "b"'
+def test_a_negative_selector_alone_stays_as_it_is() -> None:
+    """2.6 c: in a global policy nothing is positive beside it; where something is, it is part of that."""
+    spec = "ingress: [{action: Allow, source: {notSelector: a == 'b'}}]"
+    assert str(source(global_policy(spec)).not_selector) == 'a == "b"'
+    assert source(namespaced_policy(spec)).not_selector is None
 
 
 def test_every_field_of_a_rule() -> None:

@@ -148,14 +148,18 @@ def test_what_is_not_known_denies_where_it_would_deny_or_pass(rule: SigRule) -> 
     assert of_rule(rule) == (Rule(Action.DENY, 0),)
 
 
-def test_what_is_not_known_matches_nothing_where_it_would_allow() -> None:
-    """Only that peer, only that port."""
-    one, other = of_rule(SigRule("", "Allow", (UNKNOWN_PEER, EVERYONE), None, HERE))
-    assert one.source.impossible
-    assert not other.source.impossible
-    (rule,) = of_rule(SigRule("", "Allow", (EVERYONE,), (UNKNOWN_PORT, SigPort(TCP, 80, 80)), HERE))
-    assert rule.protocol == TCP
-    assert of_rule(SigRule("", "Allow", (EVERYONE,), (UNKNOWN_PORT,), HERE)) == ()
+@pytest.mark.parametrize(
+    "rule",
+    [
+        SigRule("", "Allow", (UNKNOWN_PEER, EVERYONE), None, HERE),
+        SigRule("", "Allow", (EVERYONE,), (UNKNOWN_PORT, SigPort(TCP, 80, 80)), HERE),
+        SigRule("", "Allow", (EVERYONE,), (UNKNOWN_PORT,), HERE),
+        SigRule("", "Allow", (SigPeer(domain_names=("example.com",)), UNKNOWN_PEER), None, HERE),
+    ],
+)
+def test_what_is_not_known_matches_nothing_where_it_would_allow(rule: SigRule) -> None:
+    """SEMANTICS 1.14: the whole rule, its known peers and ports too."""
+    assert of_rule(rule) == (Rule(Action.ALLOW, 0, source=Entity(impossible=True)),)
 
 
 ADMIN = """

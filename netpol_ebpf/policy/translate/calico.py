@@ -13,9 +13,11 @@ from typing import Union
 
 from netpol_ebpf.policy.translate.composition import (
     HAS_NAMESPACE,
+    HAS_SERVICE_ACCOUNT,
     NAMESPACE_PREFIX,
     NO_NAMESPACE,
     SERVICE_ACCOUNT,
+    SERVICE_ACCOUNT_PREFIX,
     in_namespace,
     make_ports,
     namespace_selector,
@@ -38,7 +40,7 @@ from netpol_ebpf.policy.types import (
 from netpol_ebpf.resources import types as resources
 from netpol_ebpf.resources.sharing import share
 from netpol_ebpf.resources.types import CalicoPolicySpec, CalicoRule, EntityRule, PortSpec, ServiceAccountMatch
-from netpol_ebpf.selector import EVERYTHING, Selector, all_of, is_in
+from netpol_ebpf.selector import EVERYTHING, Selector, all_of, is_in, negate
 
 NETWORK_POLICY = "NetworkPolicy"
 GLOBAL_NETWORK_POLICY = "GlobalNetworkPolicy"
@@ -114,18 +116,24 @@ def _policy(
 
 
 def _subject(spec: CalicoPolicySpec, namespace: str) -> Selector:
-    """SEMANTICS 2.6 a."""
-    selector = spec.selector or EVERYTHING
+    """SEMANTICS 2.6 a.
+
+    The origin joins a global policy's selectors to one text and replaces each all() in it, so the one in the policy's own
+    selector changes as well.  One that is not written is no part of that text: a negative namespaceSelector or
+    serviceAccountSelector then reaches what has no namespace, no account.
+    """
     if namespace:
-        selector = all_of(selector, in_namespace(namespace))
-    elif spec.namespace_selector is not None:
-        # The origin replaces all() in the combined text, so the one in the policy's own selector changes as well.  One that
-        # is not written is no part of that text: a negative namespaceSelector then reaches what has no namespace.
-        written = () if spec.selector is None else (spec.selector,)
-        selector = all_of(*written, spec.namespace_selector.prefixed(NAMESPACE_PREFIX)).with_all_as(HAS_NAMESPACE)
-    if spec.service_account_selector is not None:
-        selector = all_of(selector, service_account_selector(spec.service_account_selector))
-    return selector
+        accounts = () if spec.service_account_selector is None else (spec.service_account_selector,)
+        own = spec.selector or EVERYTHING
+        return all_of(own, in_namespace(namespace), *map(service_account_selector, accounts))
+    joined = () if spec.selector is None else (spec.selector,)
+    for given, prefix, any_of_them in (
+        (spec.namespace_selector, NAMESPACE_PREFIX, HAS_NAMESPACE),
+        (spec.service_account_selector, SERVICE_ACCOUNT_PREFIX, HAS_SERVICE_ACCOUNT),
+    ):
+        if given is not None:
+            joined = (all_of(*joined, given.prefixed(prefix)).with_all_as(any_of_them),)
+    return all_of(*joined)
 
 
 def _rules(rules: tuple[CalicoRule, ...], namespace: str, direction: Direction) -> Iterator[Rule]:
@@ -171,11 +179,15 @@ def _entity(entity: EntityRule, namespace: str, *, service_ports: bool) -> Entit
     service = None
     if entity.services is not None:
         service = ServiceMatch(entity.services.namespace, entity.services.name, service_ports)
+    selector, not_selector = _positive_selector(entity, namespace), entity.not_selector
+    if selector is not None and not_selector is not None:
+        # SEMANTICS 2.6 c: one owner of the address has to match the one and not the other.
+        selector, not_selector = all_of(selector, negate(not_selector)), None
     return Entity(
         nets=entity.nets,
         not_nets=entity.not_nets,
-        selector=_positive_selector(entity, namespace),
-        not_selector=entity.not_selector,
+        selector=selector,
+        not_selector=not_selector,
         ports=_ports(entity.ports),
         not_ports=_ports(entity.not_ports),
         service=service,
@@ -183,7 +195,7 @@ def _entity(entity: EntityRule, namespace: str, *, service_ports: bool) -> Entit
 
 
 def _positive_selector(entity: EntityRule, namespace: str) -> Selector | None:
-    """SEMANTICS 2.6 b. ``not_selector`` stays as it is (2.6 c), but confines the positive side of a namespaced policy."""
+    """SEMANTICS 2.6 b. ``not_selector`` is not prefixed (2.6 c), but confines the positive side of a namespaced policy."""
     parts: list[Selector] = []
     if entity.service_accounts is not None:
         parts += _service_accounts(entity.service_accounts)

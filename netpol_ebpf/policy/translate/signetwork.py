@@ -5,13 +5,12 @@ The newer kind uses tiers kube-admin and kube-baseline; the older kinds have tie
 their order relative to each other is not defined upstream (SEMANTICS 3.5) and the newer one goes first here.
 
 Invariants: a direction without rules has no effect.  Subjects and peers by namespaces or pods are pods of Kubernetes
-only.  What this build does not know fails closed (SEMANTICS 1.14): in a rule that allows, the unknown peer or port
-matches nothing; a rule that denies or passes and has one becomes a Deny of everything.
+only.  What this build does not know fails closed (SEMANTICS 1.14): a rule that allows and has an unknown peer or port
+matches nothing, its known ones neither; a rule that denies or passes and has one becomes a Deny of everything.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Union
@@ -44,8 +43,8 @@ BASELINE = "BaselineAdminNetworkPolicy"
 
 KUBE_ADMIN = Tier("kube-admin", 1000.0, Action.PASS)
 KUBE_BASELINE = Tier("kube-baseline", 10_000_000.0, Action.PASS)
-OLD_ADMIN = Tier("adminnetworkpolicy", math.nextafter(KUBE_ADMIN.order, math.inf), Action.PASS)
-OLD_BASELINE = Tier("baselineadminnetworkpolicy", math.nextafter(KUBE_BASELINE.order, math.inf), Action.PASS)
+OLD_ADMIN = replace(KUBE_ADMIN, name="adminnetworkpolicy", follows=KUBE_ADMIN.name)
+OLD_BASELINE = replace(KUBE_BASELINE, name="baselineadminnetworkpolicy", follows=KUBE_BASELINE.name)
 
 BASELINE_ORDER = 1000.0
 """The order of the singleton in its tier (SEMANTICS 1.8)."""
@@ -109,6 +108,9 @@ def _rules(rules: tuple[SigRule, ...], direction: Direction, distinct_values: Di
         if action is not Action.ALLOW and (unknown or any(peer.domain_names for peer in rule.peers)):
             yield replace(base, action=Action.DENY)
             continue
+        if unknown:
+            yield replace(base, source=Entity(impossible=True))
+            continue
         for own, peer, unsupported in _sides(rule.peers, distinct_values):
             for protocol, ports in _protocols(rule.ports):
                 rule_of_both = replace(base, protocol=protocol, unsupported=unsupported)
@@ -121,9 +123,7 @@ def _rules(rules: tuple[SigRule, ...], direction: Direction, distinct_values: Di
 def _sides(peers: Sequence[SigPeer], distinct_values: DistinctValues) -> Iterator[tuple[Entity, Entity, str]]:
     """For each peer (or each value it depends on): own side, peer's side, what is unsupported about it."""
     for peer in peers:
-        if peer.unknown:
-            yield ANY_ENTITY, Entity(impossible=True), ""
-        elif peer.domain_names:
+        if peer.domain_names:
             yield ANY_ENTITY, ANY_ENTITY, "domains"
         elif _is_related(peer):
             yield from _related_sides(peer, distinct_values)
@@ -173,15 +173,13 @@ def _has_value(label: str, value: str | None) -> Selector:
 
 
 def _protocols(ports: tuple[SigPort, ...] | None) -> list[tuple[int | None, Ports | None]]:
-    """Each protocol with its ports; ports None: all of it. A named port is of any protocol. Unknown entries match nothing."""
+    """Each protocol with its ports; ports None: all of it. A named port is of any protocol."""
     if ports is None:
         return [(None, None)]
     ranges: dict[int, list[tuple[int, int]]] = {}
     whole: set[int] = set()
     names: list[str] = []
     for port in ports:
-        if port.unknown:
-            continue
         if port.named_port is not None or port.protocol is None:
             names.append(port.named_port or "")
         elif (port.first, port.last) == (0, 0):

@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rules that no packet can reach, because rules before them surely match all that they match.
+
+Sound and not complete, as `netpol_ebpf.policy.coverage` is: what is named here is never reached in any state of the cluster's
+endpoints, so whoever deletes it changes no verdict; what is not named may still be out of reach.
+
+A rule of a policy is out of reach when another one matches all its packets, comes before it for all endpoints of the policy,
+and either ends the evaluation or leaves the tier that both are in.  In an earlier tier a Pass stands in the way of that proof:
+what it matches goes on to the next tier and never meets the rest of its own.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from netpol_ebpf.policy.coverage import covers, excludes, implies, is_dead
+from netpol_ebpf.policy.types import Action, Direction, Policy, Rule, Staged, World
+from netpol_ebpf.selector import all_of
+
+KUBERNETES = ("KubernetesNetworkPolicy", "StagedKubernetesNetworkPolicy")
+
+
+@dataclass(frozen=True, slots=True)
+class Shadow:
+    """One of the user's rules that is out of reach. ``rule``: its first internal one; ``causes``: what comes before it."""
+
+    direction: Direction
+    rule: Rule
+    causes: tuple[tuple[Policy, Rule], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Before:
+    """A rule that comes before another policy's, unless one of ``passes`` matches: Pass rules ahead of it in an earlier tier."""
+
+    policy: Policy
+    rule: Rule
+    passes: tuple[Rule, ...] = ()
+
+
+class Shadows:
+    """Finds the rules of a world that are out of reach. Cost of `of`: linear in the rules of all policies."""
+
+    def __init__(self, world: World) -> None:
+        by_tier: dict[str, list[Policy]] = defaultdict(list)
+        for policy in world.policies.values():
+            if policy.staged is not Staged.DELETE:
+                by_tier[policy.tier].append(policy)
+        self._in_order = [
+            policy
+            for tier in world.sorted_tiers()
+            for policy in sorted(by_tier[tier.name], key=lambda policy: policy.sort_key)
+        ]
+        self._replaced = {policy.replaces for policy in world.policies.values() if policy.staged is not Staged.NO}
+
+    def of(self, policy: Policy) -> Iterator[Shadow]:
+        """The user's rules of a policy that are out of reach as a whole, in the run that the policy takes part in."""
+        for direction in policy.types:
+            rules = policy.rules(direction)
+            if not rules or policy.staged is Staged.DELETE:
+                continue
+            earlier = list(self._earlier(policy, direction))
+            by_index: dict[int, list[Rule]] = defaultdict(list)
+            for rule in rules:
+                by_index[rule.index].append(rule)
+            for index, parts in by_index.items():
+                if any(map(is_dead, parts)):
+                    continue
+                own = [_Before(policy, rule) for rule in rules if rule.index < index and rule.action is not Action.LOG]
+                causes = [_first_cover((*own, *earlier), part) for part in parts]
+                found = [(cause.policy, cause.rule) for cause in causes if cause is not None]
+                if len(found) == len(parts):
+                    yield Shadow(direction, parts[0], tuple(found))
+
+    def _earlier(self, policy: Policy, direction: Direction) -> Iterator[_Before]:
+        """Rules of other policies that come before this one's for all endpoints that this one selects."""
+        tier, passes = "", list[Rule]()
+        for other in self._in_order:
+            if other.key == policy.key:
+                return
+            if other.tier != tier:
+                tier, passes = other.tier, []
+            if direction not in other.types or not self._are_together(policy, other):
+                continue
+            precedes = _precedes(policy, other)
+            for rule in other.rules(direction):
+                if rule.action is Action.PASS and tier != policy.tier:
+                    passes.append(rule)
+                elif precedes and rule.action is not Action.LOG:
+                    yield _Before(other, rule, tuple(passes))
+
+    def _are_together(self, policy: Policy, other: Policy) -> bool:
+        """Whether some endpoint may have both in one list of a run: of the enforced one, for a staged policy of the pending one."""
+        if (other.do_not_track, other.pre_dnat) != (policy.do_not_track, policy.pre_dnat):
+            return False
+        if (other.staged is not Staged.NO) if policy.staged is Staged.NO else (other.key in self._replaced):
+            return False
+        return not all_of(policy.subject, other.subject).is_unsatisfiable()
+
+
+def _precedes(policy: Policy, other: Policy) -> bool:
+    """Whether a policy of an earlier place is in every list that this one is in.
+
+    Staged ones are not named as causes; nor are Kubernetes policies, which have no order among each other.
+    """
+    return (
+        other.staged is Staged.NO
+        and other.key.kind not in KUBERNETES
+        and (other.apply_on_forward or not policy.apply_on_forward)
+        and implies(policy.subject, other.subject)
+    )
+
+
+def _first_cover(earlier: Iterable[_Before], rule: Rule) -> _Before | None:
+    return next(
+        (one for one in earlier if covers(one.rule, rule) and all(excludes(passing, rule) for passing in one.passes)),
+        None,
+    )
