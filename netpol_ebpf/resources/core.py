@@ -235,7 +235,8 @@ def _service(obj: Reader, meta: Meta) -> Service:
         number = port.integer("port", 1, MAX_PORT)
         target = port.raw("targetPort")
         if isinstance(target, bool) or not isinstance(target, (int, str, type(None))):
-            port.error("targetPort", f"must be a port number or name, is {describe(target)}", slug="type")
+            seen = port.report.describe((*port.path, "targetPort"), target)
+            port.error("targetPort", f"must be a port number or name, is {seen}", slug="type")
             target = None
         node_port = port.integer("nodePort", 0, MAX_PORT)
         protocol = _protocol(port)

@@ -5,14 +5,15 @@ One pass over the parser's events builds, for each document, the values (dict, l
 beside them a compact tree of positions, so that a problem found later names its line without a second parse.
 
 Invariant: whatever the input, the result is documents and problems, never an exception and never unbounded work
-(nesting and alias expansion are limited).  A syntax error ends one document, not the file.  Scalars are read as
-kubectl reads them (YAML 1.1 words and numbers, but neither timestamps nor base-60 numbers: ``1:30`` is a port range).
+(nesting and alias expansion are limited).  A syntax error ends one document, not the file.  Scalars and keys are read as
+kubectl reads them (`scalars`).  JSON values may follow each other without ``---`` between them, as `jq -c` prints them.
 This module knows nothing of Kubernetes objects; `yaml_mistakes` words what is wrong with a text.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -23,12 +24,14 @@ import yaml
 
 from netpol_ebpf.errors import Location, Problem
 from netpol_ebpf.resources import yaml_mistakes
+from netpol_ebpf.resources.scalars import read_plain
 from netpol_ebpf.resources.sharing import share
 
 Path = tuple[Union[str, int], ...]
 
-# A position is line << 24 | column, both zero-based.  A leaf's mark is its position; a container's mark is its position
-# and the marks of its children.  In a mapping the position of an entry is that of its key.
+# A position is line << 24 | column, both zero-based.  A leaf's mark is its position, or its position and the text that was
+# written where the value alone does not tell it (0755 is 493); a container's mark is its position and the marks of its
+# children.  In a mapping the position of an entry is that of its key.
 _Mark = Union[int, tuple[int, Any]]
 
 _COLUMN_BITS = 24
@@ -39,19 +42,10 @@ MAX_ALIAS_NODES = 1_000_000  # arbitrary; what all aliases of one document may e
 
 _LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
+_LONGEST_PLAIN_FLOAT = 1e21
+"""From here on Go's encoding of JSON writes a number with an exponent."""
+
 _ABSENT: Any = object()
-_WORDS: dict[str, Any] = {
-    **dict.fromkeys(("~", "null", "Null", "NULL"), None),
-    **dict.fromkeys(("true", "True", "TRUE", "yes", "Yes", "YES", "on", "On", "ON"), True),
-    **dict.fromkeys(("false", "False", "FALSE", "no", "No", "NO", "off", "Off", "OFF"), False),
-    **dict.fromkeys((".inf", ".Inf", ".INF", "+.inf", "+.Inf", "+.INF"), float("inf")),
-    **dict.fromkeys(("-.inf", "-.Inf", "-.INF"), float("-inf")),
-    **dict.fromkeys((".nan", ".NaN", ".NAN"), float("nan")),
-}
-_MAYBE_NOT_TEXT = frozenset("0123456789+-.~nNtTfFyYoO")
-_DECIMAL = re.compile(r"[-+]?(?:0|[1-9][0-9]{0,39})\Z")
-_BASED = re.compile(r"[-+]?(?:0[xX][0-9a-fA-F]{1,32}|0[bB][01]{1,128}|0[oO]?[0-7]{1,42})\Z")
-_FLOAT = re.compile(r"[-+]?(?:[0-9]{1,40}\.[0-9]{0,400}|\.[0-9]{1,400}|[0-9]{1,40}(?=[eE]))(?:[eE][-+]?[0-9]{1,4})?\Z")
 # Line breaks to YAML 1.1, which folds them, and ordinary characters inside a string to JSON.
 _NO_BREAKS_IN_JSON = re.compile("[\x85\u2028\u2029]")
 _TAG = "tag:yaml.org,2002:"
@@ -82,6 +76,17 @@ class Positions:
             mark = below
         position = mark if isinstance(mark, int) else mark[0]
         return Location(self.file, (position >> _COLUMN_BITS) + 1, (position & _COLUMN_MASK) + 1)
+
+    def written(self, path: Path) -> str | None:
+        """The text of the scalar at ``path`` where its value alone does not tell it (``0755``, ``yes``, ``null``); else None."""
+        mark = self.mark
+        for step in path:
+            if mark is None:
+                return None
+            mark = _step(mark, step)
+        if isinstance(mark, tuple) and isinstance(mark[1], str):
+            return mark[1]
+        return None
 
     def child(self, path: Path) -> Positions:
         """The positions of the value at ``path``; of its deepest part that was written when it is missing."""
@@ -259,18 +264,41 @@ class _Tree:
 
     def _scalar(self, event: Any) -> None:
         self.nodes += 1
-        mark = event.start_mark
-        position = (mark.line << _COLUMN_BITS | min(mark.column, _COLUMN_MASK)) + self.offset
+        start = event.start_mark
+        position = (start.line << _COLUMN_BITS | min(start.column, _COLUMN_MASK)) + self.offset
+        text = event.value
         if self.key is None and self.container.__class__ is dict:
-            self._set_key(event.value, position)
+            is_plain = event.tag is None and event.implicit[0]
+            key = self._plain_key(text, position) if is_plain else text
+            if event.anchor is not None:
+                self.anchors[event.anchor] = (key, position, 1)
+            self._set_key(key, position)
             return
         if event.tag is not None:
             value = self._tagged(event, position)
         else:
-            value = _plain(event.value) if event.implicit[0] else event.value
+            value = _as_json_number(read_plain(text)) if event.implicit[0] else text
+        mark: _Mark = position if value.__class__ is str or _is_told_by(value, text) else (position, text)
         if event.anchor is not None:
-            self.anchors[event.anchor] = (value, position, 1)
-        self._add(value, position)
+            self.anchors[event.anchor] = (value, mark, 1)
+        self._add(value, mark)
+
+    def _plain_key(self, text: str, position: int) -> str:
+        """A key without quotes, in the form that kubectl gives to keys that are no text."""
+        value = read_plain(text)
+        if value.__class__ is str:
+            return text
+        if value is None or isinstance(value, float):
+            what = "nothing" if value is None else "a number"
+            self._problem(position, f'the key `{text}` is read as {what}; put it in quotes: "{text}"')
+            return text
+        key = str(value).lower() if isinstance(value, bool) else str(value)
+        if key != text:
+            message = f'the key `{text}` is read as `{key}`, as kubectl reads it; put it in quotes: "{text}"'
+            self.stream.problems.append(
+                Problem(_place(self.stream.file, position), "", message, severity="warning", slug="yaml-key")
+            )
+        return key
 
     def _set_key(self, key: str, position: int) -> None:
         if key in self.container:
@@ -335,9 +363,9 @@ class _Tree:
         if tag not in _TAGGED:
             self._problem(position, f"the tag {tag} is not supported; remove it")
             return text
-        value = _plain(text)
+        value = read_plain(text)
         if isinstance(value, _TAGGED[tag]):
-            return value
+            return _as_json_number(value)
         self._problem(position, f"`{text}` is not a value of the type its tag names")
         return None
 
@@ -357,25 +385,20 @@ class _Tree:
                     marks[name] = one_mark[1][name]
 
 
-def _plain(text: str) -> Any:
-    """The value of a plain (unquoted, untagged) scalar."""
-    if not text:
-        return None
-    if text[0] not in _MAYBE_NOT_TEXT:
-        return text
-    value = _WORDS.get(text, _ABSENT)
-    if value is not _ABSENT:
-        return value
-    if _DECIMAL.match(text):
-        return int(text)
-    if _BASED.match(text):
-        digits = text.lstrip("+-")
-        if digits[1] not in "xXbBoO":
-            digits = "0o" + digits[1:]
-        return int(digits, 0) * (-1 if text[0] == "-" else 1)
-    if _FLOAT.match(text):
-        return float(text)
-    return text
+def _as_json_number(value: Any) -> Any:
+    """A number as it reaches the API server, which gets JSON: without a fraction it is a whole number (``80.0``, ``1e3``)."""
+    if value.__class__ is float and math.isfinite(value) and value.is_integer() and abs(value) < _LONGEST_PLAIN_FLOAT:
+        return int(value)
+    return value
+
+
+def _is_told_by(value: Any, text: str) -> bool:
+    """Whether the text of a scalar that is no text is what a reader of its value would write."""
+    if value is None:
+        return not text
+    if value.__class__ is bool:
+        return text == ("true" if value else "false")
+    return str(value) == text
 
 
 def _place(file: str, position: int) -> Location:

@@ -17,8 +17,8 @@ from netpol_ebpf.resources.load import LoadResult, load_paths, parse_documents, 
 SEEDS = """
 apiVersion: v1
 kind: Pod
-metadata: {name: p, namespace: n, labels: {a: b}, annotations: {cni.projectcalico.org/allowedSourcePrefixes: '["10.0.0.0/8"]'}}
-spec: {nodeName: n, hostNetwork: false, containers: [{name: c, ports: [{name: http, containerPort: 80, protocol: TCP}]}]}
+metadata: {name: p, namespace: 'n', labels: {a: b}, annotations: {cni.projectcalico.org/allowedSourcePrefixes: '["10.0.0.0/8"]'}}
+spec: {nodeName: 'n', hostNetwork: false, containers: [{name: c, ports: [{name: http, containerPort: 80, protocol: TCP}]}]}
 status: {phase: Running, podIP: 10.0.0.1, podIPs: [{ip: 10.0.0.1}]}
 ---
 apiVersion: v1
@@ -28,7 +28,7 @@ spec: {selector: {a: b}, clusterIPs: [10.96.0.1], ports: [{port: 80, targetPort:
 ---
 apiVersion: v1
 kind: Node
-metadata: {name: n}
+metadata: {name: 'n'}
 status: {addresses: [{type: InternalIP, address: 10.0.0.9}]}
 ---
 apiVersion: discovery.k8s.io/v1
@@ -63,7 +63,7 @@ spec:
     source: {nets: [10.0.0.0/8], notPorts: [http, '1:2'], serviceAccounts: {names: [x]}, namespaceSelector: global()}
     http: {methods: [GET], paths: [{exact: /a}], headers: [{header: h, operator: In, values: [v]}]}
     metadata: {annotations: {a: b}}
-  - {action: Deny, protocol: ICMP, icmp: {type: 8, code: 0}, source: {services: {name: s, namespace: n}}}
+  - {action: Deny, protocol: ICMP, icmp: {type: 8, code: 0}, source: {services: {name: s, namespace: 'n'}}}
   egress: [{action: Allow, destination: {domains: [a.b]}}]
 ---
 apiVersion: projectcalico.org/v3
@@ -84,7 +84,7 @@ spec: {nets: [10.0.0.1], allowedEgressDomains: [a.b]}
 apiVersion: projectcalico.org/v3
 kind: HostEndpoint
 metadata: {name: h}
-spec: {node: n, interfaceName: eth0, expectedIPs: [10.0.0.1], profiles: [p], ports: [{name: a, protocol: TCP, port: 1}]}
+spec: {node: 'n', interfaceName: eth0, expectedIPs: [10.0.0.1], profiles: [p], ports: [{name: a, protocol: TCP, port: 1}]}
 ---
 apiVersion: projectcalico.org/v3
 kind: WorkloadEndpoint
@@ -115,7 +115,7 @@ spec:
 ---
 apiVersion: v1
 kind: List
-items: [{apiVersion: v1, kind: Namespace, metadata: {name: n}}]
+items: [{apiVersion: v1, kind: Namespace, metadata: {name: 'n'}}]
 """
 DOCUMENTS: list[Any] = list(yaml.safe_load_all(SEEDS))
 

@@ -30,7 +30,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threade
 CLUSTER = """\
 apiVersion: v1
 kind: Node
-metadata: {name: n}
+metadata: {name: 'n'}
 status: {addresses: [{type: InternalIP, address: 172.30.0.10}]}
 ---
 apiVersion: v1
@@ -40,19 +40,19 @@ metadata: {name: shop}
 apiVersion: v1
 kind: Pod
 metadata: {name: web, namespace: shop, labels: {app: web}}
-spec: {nodeName: n, containers: [{name: c, image: x}]}
+spec: {nodeName: 'n', containers: [{name: c, image: x}]}
 status: {podIPs: [{ip: 10.0.0.1}, {ip: "fd00::1"}]}
 ---
 apiVersion: v1
 kind: Pod
 metadata: {name: db, namespace: shop, labels: {app: db}}
-spec: {nodeName: n, containers: [{name: c, image: x}]}
+spec: {nodeName: 'n', containers: [{name: c, image: x}]}
 status: {podIPs: [{ip: 10.0.0.2}, {ip: "fd00::2"}]}
 ---
 apiVersion: v1
 kind: Pod
 metadata: {name: other, namespace: shop, labels: {app: other}}
-spec: {nodeName: n, containers: [{name: c, image: x}]}
+spec: {nodeName: 'n', containers: [{name: c, image: x}]}
 status: {podIPs: [{ip: 10.0.0.3}]}
 """
 POLICY = """\

@@ -50,7 +50,7 @@ def test_a_case() -> None:
 
 def test_remarks_are_accepted() -> None:
     """They mean nothing to the runner; a sequence does."""
-    remarks = "source: {repo: x}\nnotes: n\ndns: {}\ntags: [a]\nconfidence: low\noptional: true\nderived: y\n"
+    remarks = "source: {repo: x}\nnotes: 'n'\ndns: {}\ntags: [a]\nconfidence: low\noptional: true\nderived: 'y'\n"
     (case,) = parse(GOOD + remarks + "sequence: {group: g, step: 2, of: 3}\n").cases
     assert case.sequence == ("g", 2)
 

@@ -12,7 +12,7 @@ import pytest
 
 from netpol_ebpf.cli.main import main
 
-VALID = "apiVersion: v1\nkind: Namespace\nmetadata: {name: n}\n"
+VALID = "apiVersion: v1\nkind: Namespace\nmetadata: {name: 'n'}\n"
 SUSPICIOUS = "apiVersion: networking.k8s.io/v1\nkind: NetworkPolicy\nmetadata: {name: p}\nspec:\n  ingress:\n  - {}\n  - ports:\n    - port: 80\n"
 BROKEN = "apiVersion: networking.k8s.io/v1\nkind: NetworkPolicy\nmetadata: {name: q}\nspec:\n  ingress:\n  - ports:\n    - port: 0\n"
 
@@ -94,7 +94,7 @@ def test_nothing_to_check(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
 def test_a_case_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """It is called what it is, and the command that runs it is named."""
     file = tmp_path / "case.yaml"
-    file.write_text("name: n\nmanifests: []\nprobes: []\n", encoding="utf-8")
+    file.write_text("name: 'n'\nmanifests: []\nprobes: []\n", encoding="utf-8")
     assert main(["check", str(file)]) == 3
     out = capsys.readouterr().out.splitlines()
     assert out[0].endswith(

@@ -20,7 +20,7 @@ from netpol_ebpf.resources.types import (
 )
 from netpol_ebpf.resources.yamltree import Positions
 
-SA = "apiVersion: v1\nkind: ServiceAccount\nmetadata: {name: %s, namespace: n}\n"
+SA = "apiVersion: v1\nkind: ServiceAccount\nmetadata: {name: %s, namespace: 'n'}\n"
 
 
 def _metas(text: str) -> list[Meta]:
@@ -38,7 +38,7 @@ def test_resources_come_in_the_order_written_with_their_lines() -> None:
 def test_namespace_defaults() -> None:
     """Namespaced objects without a namespace are in "default"; others have none."""
     metas = _metas(
-        "{apiVersion: v1, kind: Pod, metadata: {name: p}}\n---\n{apiVersion: v1, kind: Node, metadata: {name: n}}\n---\n"
+        "{apiVersion: v1, kind: Pod, metadata: {name: p}}\n---\n{apiVersion: v1, kind: Node, metadata: {name: 'n'}}\n---\n"
         "{apiVersion: v1, kind: Pod, metadata: {name: p, namespace: x}}\n"
     )
     assert [meta.namespace for meta in metas] == ["default", "", "x"]
@@ -98,7 +98,7 @@ metadata:
   generation: 1
   managedFields: [{manager: kubectl, operation: Update}]
   name: p
-  namespace: n
+  namespace: 'n'
   ownerReferences: []
   resourceVersion: "12"
   selfLink: /apis
@@ -112,7 +112,7 @@ status: {}
 
 def test_same_name_in_two_groups_or_kinds_is_no_duplicate() -> None:
     """Kubernetes and Calico have a NetworkPolicy each."""
-    policy = "kind: NetworkPolicy\nmetadata: {name: p, namespace: n}\nspec: {}\n"
+    policy = "kind: NetworkPolicy\nmetadata: {name: p, namespace: 'n'}\nspec: {}\n"
     result = parse_documents(
         f"apiVersion: networking.k8s.io/v1\n{policy}---\napiVersion: projectcalico.org/v3\n{policy}", "f"
     )
@@ -122,14 +122,14 @@ def test_same_name_in_two_groups_or_kinds_is_no_duplicate() -> None:
 def test_duplicates_name_both_places(tmp_path: Path) -> None:
     """The second one is the problem; it names the first."""
     (tmp_path / "a.yaml").write_text(SA % "x", encoding="utf-8")
-    (tmp_path / "b.yaml").write_text(f"---\n{SA % 'y'}---\n{SA % 'x'}", encoding="utf-8")
+    (tmp_path / "b.yaml").write_text(f"---\n{SA % 'w'}---\n{SA % 'x'}", encoding="utf-8")
     result = load_paths([tmp_path])
     (problem,) = result.problems
     assert problem.slug == "duplicate"
     assert problem.obj == "ServiceAccount/n/x"
     assert str(problem.location) == f"{tmp_path}/b.yaml:6"
     assert f"first at {tmp_path}/a.yaml:1" in problem.message
-    assert [resource.meta.name for resource in result.resources] == ["x", "y"]
+    assert [resource.meta.name for resource in result.resources] == ["x", "w"]
 
 
 @pytest.mark.parametrize(

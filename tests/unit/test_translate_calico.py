@@ -103,7 +103,7 @@ ENTITIES = [
     ("{namespaceSelector: global()}", f"!{HAS_NS}", f"!{HAS_NS}"),
     ("{namespaceSelector: n == 'm', notSelector: a == 'b'}", 'pcns.n == "m"', 'pcns.n == "m"'),
     (
-        "{serviceAccounts: {names: [x, y]}}",
+        "{serviceAccounts: {names: [x, 'y']}}",
         f'({OWN} && projectcalico.org/serviceaccount in {{"x", "y"}})',
         'projectcalico.org/serviceaccount in {"x", "y"}',
     ),
