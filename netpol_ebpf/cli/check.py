@@ -45,7 +45,7 @@ def register(subparsers: Any) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Run the command; returns the exit code."""
     loaded = load_paths(arguments.paths)
-    if not loaded.resources and not loaded.problems:
+    if not loaded.documents and not loaded.problems:
         paths = " ".join(map(str, arguments.paths))
         raise InvalidInputError(f"no object found in {paths}", hint="Manifests end in .yaml, .yml or .json.")
     problems = list(loaded.problems)

@@ -53,10 +53,14 @@ _META_WRITTEN_BY_SERVER = (
 
 @dataclass(frozen=True, slots=True)
 class LoadResult:
-    """What was read: the valid resources, and all problems (errors and warnings)."""
+    """What was read: the valid resources, and all problems (errors and warnings).
+
+    ``documents``: how many there were, empty ones left out; one of them may be an empty List.
+    """
 
     resources: list[Resource]
     problems: list[Problem]
+    documents: int = 0
 
     @property
     def errors(self) -> list[Problem]:
@@ -145,6 +149,7 @@ class _Loader:
         self.lenient = lenient
         self.resources: list[Resource] = []
         self.problems: list[Problem] = []
+        self._documents = 0
         self._files: dict[str, int] = {}
         self._seen: dict[tuple[str, str, str, str], Location] = {}
 
@@ -152,7 +157,7 @@ class _Loader:
         """All that was read, the problems in the order of files and lines."""
         order = self._files
         self.problems.sort(key=lambda problem: (order.get(problem.location.file, -1), problem.location.line))
-        return LoadResult(self.resources, self.problems)
+        return LoadResult(self.resources, self.problems, self._documents)
 
     def file(self, path: FilePath) -> None:
         """Read one file."""
@@ -184,11 +189,16 @@ class _Loader:
         """Read the documents of one text."""
         self._order(file)
         for document in read_documents(text, file, self.problems):
+            self._documents += 1
             self.value(document.value, (), document.positions)
 
     def value(self, value: Any, path: Path, positions: Positions, default: tuple[str, str] = ("", "")) -> None:
         """Read one object, or the items of a List; ``default`` is the apiVersion and kind that a typed List implies."""
         self._order(positions.file)
+        if isinstance(value, (list, tuple)):  # as calicoctl reads and writes several objects
+            for index, item in enumerate(value):
+                self.value(item, (*path, index), positions)
+            return
         report = Report(positions.child(path), problems=self.problems, lenient=self.lenient)
         if not isinstance(value, Mapping):
             report.error(
@@ -203,7 +213,7 @@ class _Loader:
             return
         obj = Reader(value, (), report)
         api_version, kind_name = obj.string("apiVersion") or default[0], obj.string("kind") or default[1]
-        if kind_name.endswith("List") and (isinstance(value.get("items"), (list, tuple)) or kind_name == "List"):
+        if kind_name.endswith("List") and ("items" in value or kind_name == "List"):
             implied = (api_version, kind_name[: -len("List")]) if kind_name != "List" else ("", "")
             for index, item in enumerate(obj.list("items")):
                 self.value(item, (*path, "items", index), positions, implied)

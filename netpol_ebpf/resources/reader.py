@@ -80,7 +80,8 @@ class Report:
         """Record that something other than text stands where text belongs."""
         written = self.positions.written(path)
         if written is None and not isinstance(value, (bool, int, float)):
-            self.error(path, f"must be text, is {describe(value)}", slug="type")
+            hint = '; write "" for an empty text, "null" for the word' if value is None else ""
+            self.error(path, f"must be text, is {describe(value)}{hint}", slug="type")
             return
         quoted = describe(value) if written is None else written
         seen = f"{quoted}, which is read as nothing" if value is None else self.describe(path, value)

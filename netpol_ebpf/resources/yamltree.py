@@ -45,9 +45,9 @@ _LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _LONGEST_PLAIN_FLOAT = 1e21
 """From here on Go's encoding of JSON writes a number with an exponent."""
 
-_ABSENT: Any = object()
-# Line breaks to YAML 1.1, which folds them, and ordinary characters inside a string to JSON.
-_NO_BREAKS_IN_JSON = re.compile("[\x85\u2028\u2029]")
+_MARK = re.compile(r"^---(?=\s|\Z)", re.MULTILINE)
+_BLANK = re.compile(r"(?:\s+|#[^\n]*|^\.\.\.(?=\s|\Z))*", re.MULTILINE)
+_MORE_OF_YAML = re.compile(r"[ \t]*[^\s#{[]")
 _TAG = "tag:yaml.org,2002:"
 _TAGGED: dict[str, tuple[type, ...]] = {
     _TAG + "int": (int,),
@@ -78,7 +78,7 @@ class Positions:
         return Location(self.file, (position >> _COLUMN_BITS) + 1, (position & _COLUMN_MASK) + 1)
 
     def written(self, path: Path) -> str | None:
-        """The text of the scalar at ``path`` where its value alone does not tell it (``0755``, ``yes``, ``null``); else None."""
+        """The text of the scalar at ``path`` where its value alone does not tell it (``0755``, ``yes``, ``~``); else None."""
         mark = self.mark
         for step in path:
             if mark is None:
@@ -130,36 +130,129 @@ class _Refused(Exception):  # noqa: N818 - control flow inside this module: a li
 def read_documents(text: str, file: str, problems: list[Problem]) -> Iterator[Document]:
     """Yield the documents of ``text`` (empty ones left out); append what is wrong with them to ``problems``.
 
-    After a syntax error reading goes on at the next line that begins with ``---``.
+    JSON values are documents each, with or without ``---`` between them.  After a syntax error reading goes on at the next
+    line that begins with ``---``.
     """
-    text = text.removeprefix("\ufeff")
-    if _NO_BREAKS_IN_JSON.search(text) and (value := _as_json(text, problems, file)) is not _ABSENT:
-        yield Document(value, Positions(file, 0))
-        return
-    lines: list[str] | None = None
-    chunk, first_line = text, 0
-    while True:
-        stream = _Stream(chunk, file, first_line, problems)
+    yield from _Text(text.removeprefix("\ufeff"), file, problems).documents()
+
+
+class _Text:
+    """A whole file: runs of YAML documents and of JSON values, read one after the other.
+
+    ``offset``: where reading goes on; ``line``: the number of its line.
+    """
+
+    def __init__(self, text: str, file: str, problems: list[Problem]) -> None:
+        self.text = text
+        self.file = file
+        self.problems = problems
+        self.offset = 0
+        self.line = 0
+
+    def documents(self) -> Iterator[Document]:
+        """Yield each document that is not empty."""
+        is_after_json = False
+        while (begin := _end_of_blank(self.text, self.offset)) < len(self.text):
+            mark = _MARK.match(self.text, begin)
+            json_begin = begin if mark is None else _end_of_blank(self.text, mark.end())
+            json_end = _end_of_json(self.text, json_begin)
+            if json_end is not None:
+                self._go_to(json_begin)
+                yield from self._json(json_end)
+                is_after_json = True
+            elif is_after_json and mark is None:
+                self._go_to(begin)
+                message = "not valid YAML: a document that is not JSON begins here; write `---` in a line before it"
+                self.problems.append(Problem(_place(self.file, self._position()), "", message, slug="yaml"))
+                self._go_to_mark(begin)
+                is_after_json = False
+            else:
+                if mark is not None:
+                    self._go_to(begin)
+                yield from self._yaml()
+                is_after_json = False
+
+    def _go_to(self, offset: int) -> None:
+        self.line += self.text.count("\n", self.offset, offset)
+        self.offset = offset
+
+    def _go_to_mark(self, offset: int) -> None:
+        """Go on at the first line from ``offset`` on that begins with ``---``, or at the end."""
+        mark = _MARK.search(self.text, offset)
+        self._go_to(len(self.text) if mark is None else mark.start())
+
+    def _position(self) -> int:
+        column = self.offset - (self.text.rfind("\n", 0, self.offset) + 1)
+        return self.line << _COLUMN_BITS | min(column, _COLUMN_MASK)
+
+    def _json(self, end: int) -> Iterator[Document]:
+        """The JSON value from here to ``end``: YAML for its positions, and JSON where YAML takes it for something else."""
+        position, known = self._position(), len(self.problems)
+        text = self.text[self.offset : end]
+        chunk = " " * (position & _COLUMN_MASK) + text
+        document: Document | None = None
+        stream = _Stream(chunk, self.file, self.line, self.problems)
+        first_line = self.line
+        self._go_to(end)
+        try:
+            stream.start()
+            document = next(stream.documents(), None)
+        except _Refused as error:
+            _report(error, self.text.split("\n"), first_line, self.file, self.problems)
+            return
+        except (yaml.YAMLError, UnicodeEncodeError):
+            pass  # surrogate pairs in escapes, for one
+        if document is None or document.value != _JSON.decode(text):
+            del self.problems[known:]
+            value = _unique_json(text, _place(self.file, position), self.problems)
+            document = Document(value, Positions(self.file, position))
+        yield document
+
+    def _yaml(self) -> Iterator[Document]:
+        """The YAML documents from here on, up to a JSON value that follows one, or to the first that is not valid."""
+        stream = _Stream(self.text[self.offset :], self.file, self.line, self.problems)
         try:
             stream.start()
             yield from stream.documents()
         except (yaml.YAMLError, UnicodeEncodeError, _Refused) as error:
-            if (
-                first_line == 0
-                and not stream.documents_seen
-                and (value := _as_json(text, problems, file)) is not _ABSENT
-            ):
-                yield Document(value, Positions(file, 0))
+            json_begin = self._json_behind(stream, error)
+            if json_begin is not None:
+                if stream.begin is not None:
+                    del self.problems[stream.known :]  # of a document that is read once more
+                self._go_to(json_begin)
                 return
-            lines = text.split("\n") if lines is None else lines
-            failed_at = _report(error, lines, first_line, file, problems)
+            lines = self.text.split("\n")
+            failed_at = _report(error, lines, self.line, self.file, self.problems)
+            self._go_to_mark(sum(len(line) + 1 for line in lines[: max(failed_at, self.line + 1)]))
         else:
-            return
-        following = range(max(failed_at, first_line + 1), len(lines))
-        first_line = next((number for number in following if lines[number].startswith("---")), -1)
-        if first_line < 0:
-            return
-        chunk = "\n".join(lines[first_line:])
+            self._go_to(len(self.text))
+
+    def _json_behind(self, stream: _Stream, error: Exception) -> int | None:
+        """Where the JSON value begins at which YAML failed: the document it could not read, or what follows the last one."""
+        index = stream.begin
+        if index is None and isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
+            index = error.problem_mark.index
+        if index is None:
+            return None
+        begin = _end_of_blank(self.text, self.offset + index)
+        return None if _end_of_json(self.text, begin) is None else begin
+
+
+def _end_of_blank(text: str, offset: int) -> int:
+    """The end of white space, comments and marks of a document's end that begin at ``offset``."""
+    match = _BLANK.match(text, offset)
+    return offset if match is None else match.end()
+
+
+def _end_of_json(text: str, offset: int) -> int | None:
+    """The end of the JSON object or list at ``offset``; None when there is none, or something else in its last line."""
+    if not text.startswith(("{", "["), offset):
+        return None
+    try:
+        _, end = _JSON.raw_decode(text, offset)
+    except (ValueError, RecursionError):
+        return None
+    return None if _MORE_OF_YAML.match(text, end) else end
 
 
 def _report(error: Exception, lines: list[str], first_line: int, file: str, problems: list[Problem]) -> int:
@@ -188,7 +281,8 @@ class _Stream:
         self.file = file
         self.offset = first_line << _COLUMN_BITS
         self.problems = problems
-        self.documents_seen = 0
+        self.begin: int | None = None  # index of the document that is being read
+        self.known = 0  # problems before it
         self.get_event: Any = None
 
     def start(self) -> None:
@@ -198,12 +292,15 @@ class _Stream:
     def documents(self) -> Iterator[Document]:
         """Yield each document that is not empty."""
         while True:
-            kind = type(self.get_event())
+            event = self.get_event()
+            kind = type(event)
             if kind is yaml.StreamEndEvent:
                 return
             if kind is yaml.DocumentStartEvent:
+                self.begin = event.start_mark.index + (len("---") if event.explicit else 0)
+                self.known = len(self.problems)
                 value, mark = _Tree(self).read()
-                self.documents_seen += 1
+                self.begin = None
                 if value is not None:
                     yield Document(value, Positions(self.file, mark))
 
@@ -395,7 +492,7 @@ def _as_json_number(value: Any) -> Any:
 def _is_told_by(value: Any, text: str) -> bool:
     """Whether the text of a scalar that is no text is what a reader of its value would write."""
     if value is None:
-        return not text
+        return text in ("", "null")
     if value.__class__ is bool:
         return text == ("true" if value else "false")
     return str(value) == text
@@ -405,22 +502,22 @@ def _place(file: str, position: int) -> Location:
     return Location(file, (position >> _COLUMN_BITS) + 1, (position & _COLUMN_MASK) + 1)
 
 
-def _as_json(text: str, problems: list[Problem], file: str) -> Any:
-    """The value of ``text`` when it is JSON that YAML cannot read (surrogate pairs in escapes), or the absent marker."""
-    if not text.lstrip().startswith(("{", "[")):
-        return _ABSENT
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"{name} is no JSON")  # Python reads NaN and Infinity
+
+
+_JSON = json.JSONDecoder(parse_constant=_refuse_constant, parse_float=lambda text: _as_json_number(float(text)))
+
+
+def _unique_json(text: str, place: Location, problems: list[Problem]) -> Any:
+    """The value of a JSON text that YAML reads otherwise; a key that is given twice is a problem."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         value = dict(pairs)
         if len(value) != len(pairs):
             keys = [key for key, _ in pairs]
             twice = next(key for key in keys if keys.count(key) > 1)
-            problems.append(
-                Problem(Location(file), "", f"the key `{twice}` is given twice; keep one of them", slug="yaml")
-            )
+            problems.append(Problem(place, "", f"the key `{twice}` is given twice; keep one of them", slug="yaml"))
         return value
 
-    try:
-        return json.loads(text, object_pairs_hook=unique)
-    except (ValueError, RecursionError):
-        return _ABSENT
+    return json.loads(text, object_pairs_hook=unique, parse_float=_JSON.parse_float)

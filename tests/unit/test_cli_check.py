@@ -91,6 +91,15 @@ def test_nothing_to_check(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert f"no object found in {tmp_path}" in capsys.readouterr().err
 
 
+def test_an_empty_cluster(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What `kubectl get networkpolicy -A -o yaml` prints there is valid: a List without items says that there are none."""
+    file = tmp_path / "empty.yaml"
+    for text in ("apiVersion: v1\nkind: List\nmetadata: {resourceVersion: ''}\nitems: []\n", "[]\n"):
+        file.write_text(text, encoding="utf-8")
+        assert main(["check", str(file)]) == 0
+        assert capsys.readouterr().out == "0 objects valid: 0 errors, 0 warnings\n"
+
+
 def test_a_case_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """It is called what it is, and the command that runs it is named."""
     file = tmp_path / "case.yaml"

@@ -21,6 +21,7 @@ from netpol_ebpf.resources.types import (
 from netpol_ebpf.resources.yamltree import Positions
 
 SA = "apiVersion: v1\nkind: ServiceAccount\nmetadata: {name: %s, namespace: 'n'}\n"
+ACCOUNTS = [{"apiVersion": "v1", "kind": "ServiceAccount", "metadata": {"name": name}} for name in "ab"]
 
 
 def _metas(text: str) -> list[Meta]:
@@ -73,6 +74,55 @@ def test_lists_of_all_forms() -> None:
         }
     )
     assert [meta.name for meta in _metas(text)] == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"- {json.dumps(ACCOUNTS[0])}\n- {json.dumps(ACCOUNTS[1])}\n",
+        json.dumps(ACCOUNTS),
+        json.dumps(ACCOUNTS, indent=2),
+        f"[{json.dumps(ACCOUNTS[0])}]\n[[{json.dumps(ACCOUNTS[1])}]]\n",
+        "\n".join(map(json.dumps, ACCOUNTS)),
+        "".join(map(json.dumps, ACCOUNTS)),
+        " ".join(json.dumps(account, indent=2) for account in ACCOUNTS),
+        f"{json.dumps(ACCOUNTS[0])}\n---\n{json.dumps(ACCOUNTS[1])}\n",
+        f"{json.dumps(ACCOUNTS[0])}\n---\n{SA % 'b'}",
+        f"{json.dumps(ACCOUNTS[0])}\n...\n---\n{SA % 'b'}---\n",
+        f"# first\n{json.dumps(ACCOUNTS[0])} # one\n# then\n{json.dumps(ACCOUNTS[1])}\n# end\n",
+        f"{SA % 'a'}---\n{json.dumps(ACCOUNTS[1])}\n",
+        f"---\n{json.dumps(ACCOUNTS[0])}\n{json.dumps(ACCOUNTS[1])}\n",
+        f"\ufeff{json.dumps(ACCOUNTS[0])}\r\n{json.dumps(ACCOUNTS[1])}\r\n",
+    ],
+)
+def test_several_objects_in_every_form(text: str) -> None:
+    """Lists at the top as of calicoctl, JSON objects in a row as of `jq -c`, and both mixed with YAML documents."""
+    assert [meta.name for meta in _metas(text)] == ["a", "b"]
+
+
+def test_objects_in_a_row_keep_their_lines() -> None:
+    """Each problem names its own line and column, whatever stands before."""
+    pod = '{"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "%s"}, "status": {"podIP": "ten"}}'
+    text = f"{SA % 'a'}---\n{pod % 'b'}\n{pod % 'c'} {pod % 'd'}\n---\n{SA % 'a'}"
+    places = [(problem.location.line, problem.location.column) for problem in parse_documents(text, "f").problems]
+    assert places == [(5, 75), (6, 75), (6, 75 + len(pod)), (8, 1)]
+
+
+def test_what_follows_json_and_is_none() -> None:
+    """A YAML document needs its mark; without one it is a problem, and reading goes on at the next mark."""
+    result = parse_documents(f"{json.dumps(ACCOUNTS[0])}\n{SA % 'x'}---\n{SA % 'b'}", "f")
+    assert [resource.meta.name for resource in result.resources] == ["a", "b"]
+    assert [(problem.location.line, problem.message) for problem in result.problems] == [
+        (2, "not valid YAML: a document that is not JSON begins here; write `---` in a line before it")
+    ]
+
+
+def test_what_only_begins_like_json() -> None:
+    """A flow mapping is YAML; JSON with something behind it is none."""
+    assert [meta.name for meta in _metas("{apiVersion: v1, kind: Namespace, metadata: {name: a}}\n")] == ["a"]
+    result = parse_documents(f"{json.dumps(ACCOUNTS[0])} x\n---\n{SA % 'b'}", "f")
+    assert [problem.slug for problem in result.problems] == ["yaml"]
+    assert result.resources[-1].meta.name == "b"
 
 
 def test_problem_in_a_list_names_the_line_of_its_item() -> None:
@@ -155,7 +205,11 @@ def test_unknown_kinds_and_versions(head: str, words: str) -> None:
 @pytest.mark.parametrize(
     ("text", "messages"),
     [
-        ("- 1\n", ["must be a Kubernetes object (a mapping with apiVersion and kind), is a list"]),
+        ("- 1\n", ["must be a Kubernetes object (a mapping with apiVersion and kind), is 1"]),
+        ("- \n", ["must be a Kubernetes object (a mapping with apiVersion and kind), is nothing"]),
+        ("[]\n", []),
+        ("kind: PodList\napiVersion: v1\nitems: null\n", []),
+        ("kind: PodList\napiVersion: v1\nitems: {}\n", ["must be a list (each item begins with `- `), is a mapping"]),
         ("hello\n", ['must be a Kubernetes object (a mapping with apiVersion and kind), is "hello"']),
         ("{}\n", ["the field `apiVersion` is required", "the field `kind` is required"]),
         ("kind: Pod\n", ["the field `apiVersion` is required"]),

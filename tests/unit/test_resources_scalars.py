@@ -35,7 +35,7 @@ def _calico(spec: str, kind: str = "GlobalNetworkPolicy") -> list[Problem]:
         ("y", "true"),
         ("N", "false"),
         ("TRUE", "true"),
-        ("null", "nothing"),
+        ("Null", "nothing"),
         ("~", "nothing"),
     ],
 )
@@ -57,13 +57,14 @@ def test_a_label_is_quoted_as_written(spec: str, written: str, reading: str) -> 
 def test_a_value_that_tells_itself_is_quoted_once() -> None:
     """No word of how it is read where that is how it is written."""
     messages = [
-        problem.message for problem in _kubernetes("{podSelector: {matchLabels: {a: true, b: 80, c: -1.5, d: }}}")
+        problem.message
+        for problem in _kubernetes("{podSelector: {matchLabels: {a: true, b: 80, c: -1.5, d: , e: null}}}")
     ]
     assert messages == [
         'must be text, is the value true; put it in quotes: "true"',
         'must be text, is the value 80; put it in quotes: "80"',
         'must be text, is the value -1.5; put it in quotes: "-1.5"',
-        "must be text, is nothing",
+        *['must be text, is nothing; write "" for an empty text, "null" for the word'] * 2,
     ]
 
 

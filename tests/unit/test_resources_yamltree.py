@@ -117,7 +117,7 @@ def test_the_text_of_a_scalar_is_kept_where_its_value_does_not_tell_it() -> None
     assert [written(("a", "b")), written(("a", "d")), written(("e", "f")), written(("g",))] == [
         "0755", "0755", "1e3", "0x1F",
     ]  # fmt: skip
-    assert [written(("a", "c", index)) for index in range(7)] == ["yes", None, None, "null", "~", None, "1.10"]
+    assert [written(("a", "c", index)) for index in range(7)] == ["yes", None, None, None, "~", None, "1.10"]
     assert [written(path) for path in (("a",), ("h",), ("absent", "x"), ("a", "b", "below"))] == [None] * 4
     assert documents[0].positions.location(("a", "b")).column == 5
 
