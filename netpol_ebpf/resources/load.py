@@ -9,14 +9,15 @@ needs all or nothing uses `LoadResult.check`.
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, field
 from pathlib import Path as FilePath
 from typing import Any
 
 from netpol_ebpf.errors import Location, Problem, ValidationError
 from netpol_ebpf.resources import calico, calico_configuration, core, kubernetes, signetwork
+from netpol_ebpf.resources.foreign import find_slip, is_policy
 from netpol_ebpf.resources.kind import Kind
 from netpol_ebpf.resources.manifest_files import find_manifests
 from netpol_ebpf.resources.reader import Reader, Report, describe, suggestion
@@ -55,12 +56,14 @@ _META_WRITTEN_BY_SERVER = (
 class LoadResult:
     """What was read: the valid resources, and all problems (errors and warnings).
 
-    ``documents``: how many there were, empty ones left out; one of them may be an empty List.
+    ``documents``: how many there were, empty ones left out; one of them may be an empty List.  ``skipped``: how many objects of
+    kinds that are not read, by apiVersion and kind with a space between.
     """
 
     resources: list[Resource]
     problems: list[Problem]
     documents: int = 0
+    skipped: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def errors(self) -> list[Problem]:
@@ -150,6 +153,7 @@ class _Loader:
         self.resources: list[Resource] = []
         self.problems: list[Problem] = []
         self._documents = 0
+        self._skipped: Counter[str] = Counter()
         self._files: dict[str, int] = {}
         self._seen: dict[tuple[str, str, str, str], Location] = {}
 
@@ -157,7 +161,7 @@ class _Loader:
         """All that was read, the problems in the order of files and lines."""
         order = self._files
         self.problems.sort(key=lambda problem: (order.get(problem.location.file, -1), problem.location.line))
-        return LoadResult(self.resources, self.problems, self._documents)
+        return LoadResult(self.resources, self.problems, self._documents, dict(sorted(self._skipped.items())))
 
     def file(self, path: FilePath) -> None:
         """Read one file."""
@@ -223,11 +227,22 @@ class _Loader:
         kind = KINDS.get((api_version, kind_name))
         if kind is None:
             report.obj = "/".join(part for part in (kind_name, _name_of(value)) if part)
-            _unknown_kind(obj, api_version, kind_name)
+            self._skip(obj, api_version, kind_name)
             return
         resource = _parse(kind, obj)
         if resource is not None and self._is_first(kind, resource):
             self.resources.append(resource)
+
+    def _skip(self, obj: Reader, api_version: str, kind: str) -> None:
+        """Count an object of a kind that is not read; a slip is a problem, and so is a policy that is not in force."""
+        slip = find_slip(api_version, kind, KINDS)
+        if slip is not None:
+            obj.error(*slip, slug="unknown-kind")
+            return
+        self._skipped[f"{api_version} {kind}"] += 1
+        if is_policy(kind):
+            message = f"a {kind} of {api_version} is not enforced here; nothing of it is in force"
+            obj.warning(None, message, slug="not-enforced")
 
     def _is_first(self, kind: Kind, resource: Resource) -> bool:
         """Record the object; False, with a problem, when the same one was given before."""
@@ -318,28 +333,7 @@ def _is_case_file(value: Mapping[str, Any]) -> bool:
 def _is_typed(obj: Reader, api_version: str, kind: str) -> bool:
     if api_version and kind:
         return True
-    for field, value in (("apiVersion", api_version), ("kind", kind)):
+    for key, value in (("apiVersion", api_version), ("kind", kind)):
         if not value:
-            obj.missing(field)
+            obj.missing(key)
     return False
-
-
-def _unknown_kind(obj: Reader, api_version: str, kind: str) -> None:
-    """An object this project does not read: say which it does, nearest first."""
-    versions = [version for version, name in KINDS if name == kind]
-    if versions:
-        message = f'unknown apiVersion "{api_version}" of {kind}; write {" or ".join(versions)}'
-        obj.error("apiVersion", message, slug="unknown-kind")
-        return
-    in_version = [name for version, name in KINDS if version == api_version]
-    near = suggestion(kind, in_version or [name for _, name in KINDS])
-    message = f"unknown kind {kind} of {api_version}{near}; supported are: {_supported()}"
-    obj.error("kind", message, slug="unknown-kind")
-
-
-@lru_cache(maxsize=1)
-def _supported() -> str:
-    by_version: dict[str, list[str]] = {}
-    for version, name in KINDS:
-        by_version.setdefault(version, []).append(name)
-    return "; ".join(f"{version}: {', '.join(names)}" for version, names in by_version.items())

@@ -23,6 +23,7 @@ import os
 import re
 import stat
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -81,13 +82,18 @@ class Batch:
 
 @dataclass(slots=True)
 class _File:
-    """What is known of one file. ``digest`` is of the text last read, good or not; ``problems`` are of that text."""
+    """What is known of one file.
+
+    ``digest`` is of the text last read, good or not; ``problems`` are of that text; ``skipped``: objects beside ``resources`` of
+    kinds that are not read, by apiVersion and kind.
+    """
 
     signature: Signature
     read_at_s: float
     digest: bytes = b""
     resources: tuple[Resource, ...] = ()
     problems: tuple[Problem, ...] = ()
+    skipped: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def is_racy(self) -> bool:
@@ -269,6 +275,15 @@ class ManifestDirectory:
         return self._is_read
 
     @property
+    def skipped(self) -> dict[str, int]:
+        """How many objects of kinds that are not read there are, by apiVersion and kind."""
+        total: Counter[str] = Counter()
+        for file in self._files.values():
+            if file.skipped:
+                total.update(file.skipped)
+        return dict(sorted(total.items()))
+
+    @property
     def problems(self) -> tuple[Problem, ...]:
         """Everything wrong with the manifests as they were last taken up, in file and line order."""
         found = [*self._directory_problems, *self._copy_problems, *self._merged.duplicates()]
@@ -401,6 +416,7 @@ class ManifestDirectory:
         entry = _File(signature, self.clock())
         if before is not None:
             entry.digest, entry.resources, entry.problems = before.digest, before.resources, before.problems
+            entry.skipped = before.skipped
         try:
             raw = _read_regular(path) if name else path.read_bytes()
         except FileNotFoundError:
@@ -418,7 +434,7 @@ class ManifestDirectory:
             if result.errors:
                 entry = self._or_last_good(name, entry, before)
             else:
-                entry.resources = tuple(result.resources)
+                entry.resources, entry.skipped = tuple(result.resources), result.skipped
                 self._uncopied[name] = raw.decode("utf-8")
         self._files[name] = entry
 
@@ -432,7 +448,8 @@ class ManifestDirectory:
                 message = f"its last good state cannot be read from {self.copies.directory} either ({error})"
                 entry.problems += (Problem(Location(str(self._path(name))), "", message, slug="copies"),)
             if text is not None:
-                entry.resources = tuple(parse_documents(text, str(self._path(name))).resources)
+                good = parse_documents(text, str(self._path(name)))
+                entry.resources, entry.skipped = tuple(good.resources), good.skipped
         return entry
 
     def _path(self, name: str) -> Path:

@@ -62,6 +62,7 @@ def test_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         "objects": 0,
         "errors": 1,
         "warnings": 0,
+        "skipped": {},
         "clusterChecks": False,
         "problems": [
             {
@@ -98,6 +99,20 @@ def test_an_empty_cluster(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
         file.write_text(text, encoding="utf-8")
         assert main(["check", str(file)]) == 0
         assert capsys.readouterr().out == "0 objects valid: 0 errors, 0 warnings\n"
+
+
+def test_objects_of_other_programs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """They are skipped and counted, and the exit code is that of the rest."""
+    other = "---\napiVersion: v1\nkind: ConfigMap\n---\napiVersion: example.com/v1\nkind: Thing\n"
+    file = tmp_path / "a.yaml"
+    file.write_text(f"{VALID}{other}---\napiVersion: v1\nkind: ConfigMap\n", encoding="utf-8")
+    assert main(["check", "--strict", str(file)]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "1 objects valid: 0 errors, 0 warnings",
+        "Skipped, since they are of other kinds: 1 example.com/v1 Thing, 2 v1 ConfigMap",
+    ]
+    assert main(["check", "-o", "json", str(file)]) == 0
+    assert json.loads(capsys.readouterr().out)["skipped"] == {"example.com/v1 Thing": 1, "v1 ConfigMap": 2}
 
 
 def test_a_case_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -185,13 +185,33 @@ def test_duplicates_name_both_places(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("head", "words"),
     [
-        ("apiVersion: apps/v1\nkind: Deployment\n", "unknown kind Deployment of apps/v1; supported are: v1: Namespace"),
         ("apiVersion: v1\nkind: Namepsace\n", "did you mean `Namespace`?"),
         (
             "apiVersion: networking.k8s.io/v1beta1\nkind: NetworkPolicy\n",
-            "write networking.k8s.io/v1 or projectcalico.org/v3",
+            'unknown apiVersion "networking.k8s.io/v1beta1" of NetworkPolicy; write networking.k8s.io/v1',
         ),
-        ("apiVersion: crd.projectcalico.org/v1\nkind: Tier\n", "write projectcalico.org/v3"),
+        ("apiVersion: networking.k8s.io/v1\nkind: NetworkPolcy\n", "did you mean `NetworkPolicy`?"),
+        ("apiVersion: projectcalico.org/v3\nkind: GlobalNetworkpolicy\n", "did you mean `GlobalNetworkPolicy`?"),
+        (
+            "apiVersion: policy.networking.k8s.io/v1alpha2\nkind: ClusterNetworkPolices\n",
+            "mean `ClusterNetworkPolicy`?",
+        ),
+        ("apiVersion: networking.k8s.io/v1\nkind: Nonsense\n", "; what is read: networking.k8s.io/v1: NetworkPolicy"),
+        ("apiVersion: v1\nkind: Deployment\n", "unknown kind Deployment of v1; what is read: v1: Namespace"),
+        ("apiVersion: extensions/v1beta1\nkind: NetworkPolicy\n", "write networking.k8s.io/v1 or projectcalico.org/v3"),
+        ("apiVersion: networking.k8s.io\nkind: NetworkPolicy\n", "write networking.k8s.io/v1 or projectcalico.org/v3"),
+        ("apiVersion: v1\nkind: GlobalNetworkPolicy\n", "write projectcalico.org/v3"),
+        ("apiVersion: networking.k8s.io/v1\nkind: GlobalNetworkPolicy\n", "write projectcalico.org/v3"),
+        (
+            "apiVersion: networking.k8s.oi/v1\nkind: NetworkPolicy\n",
+            "; write networking.k8s.io/v1",
+        ),
+        ("apiVersion: projectcalico.com/v3\nkind: Teir\n", "did you mean `Tier`?"),
+        ("apiVersion: projectcalico.org/v4\nkind: Tier\n", "write projectcalico.org/v3"),
+        (
+            "apiVersion: policy.networking.x-k8s.io/v1alpha1\nkind: AdminNetworkPolicy\n",
+            "write policy.networking.k8s.io/",
+        ),
     ],
 )
 def test_unknown_kinds_and_versions(head: str, words: str) -> None:
@@ -200,6 +220,58 @@ def test_unknown_kinds_and_versions(head: str, words: str) -> None:
     assert problem.slug == "unknown-kind"
     assert words in problem.message
     assert problem.obj.endswith("/d")
+
+
+@pytest.mark.parametrize(
+    ("api_version", "kind"),
+    [
+        ("apps/v1", "Deployment"),
+        ("v1", "ConfigMap"),
+        ("v1", "Secret"),
+        ("networking.k8s.io/v1", "Ingress"),
+        ("networking.istio.io/v1", "Gateway"),
+        ("networking.istio.io/v1", "ServiceEntry"),
+        ("gateway.networking.k8s.io/v1", "HTTPRoute"),
+        ("projectcalico.org/v3", "IPPool"),
+        ("serving.knative.dev/v1", "Service"),
+        ("management.cattle.io/v3", "Node"),
+        ("metrics.k8s.io/v1beta1", "PodMetrics"),
+        ("apiextensions.k8s.io/v1", "CustomResourceDefinition"),
+        ("kustomize.config.k8s.io/v1beta1", "Kustomization"),
+        ("policy/v1", "PodDisruptionBudget"),
+        ("example.com/v1", "AccessList"),
+    ],
+)
+def test_objects_of_other_programs_are_skipped(api_version: str, kind: str) -> None:
+    """They are counted, in lists too; nothing of them is checked, and the policy beside them is read."""
+    other = f"apiVersion: {api_version}\nkind: {kind}\nspec: {{x: [1]}}\n"
+    listed = json.dumps({"apiVersion": api_version, "kind": f"{kind}List", "items": [{"metadata": {}}]})
+    policy = "apiVersion: networking.k8s.io/v1\nkind: NetworkPolicy\nmetadata: {name: p}\nspec: {}\n"
+    result = parse_documents(f"{other}---\n{policy}---\n{listed}\n", "f")
+    assert [resource.meta.name for resource in result.resources] == ["p"]
+    assert result.problems == []
+    assert result.skipped == {f"{api_version} {kind}": 2}
+
+
+@pytest.mark.parametrize(
+    ("api_version", "kind"),
+    [
+        ("cilium.io/v2", "CiliumNetworkPolicy"),
+        ("cilium.io/v2", "CiliumClusterwideNetworkPolicy"),
+        ("crd.antrea.io/v1beta1", "NetworkPolicy"),
+        ("crd.antrea.io/v1beta1", "ClusterNetworkPolicy"),
+        ("k8s.cni.cncf.io/v1beta1", "MultiNetworkPolicy"),
+    ],
+)
+def test_policies_of_other_programs_are_named(api_version: str, kind: str) -> None:
+    """They are skipped, and a warning names each, since nobody enforces it here."""
+    text = f"---\napiVersion: {api_version}\nkind: {kind}\nmetadata: {{name: c}}\n"
+    result = parse_documents(text, "f")
+    assert result.skipped == {f"{api_version} {kind}": 1}
+    assert [(problem.severity, problem.slug, problem.obj, problem.location.line) for problem in result.problems] == [
+        ("warning", "not-enforced", f"{kind}/c", 2)
+    ]
+    assert f"a {kind} of {api_version} is not enforced here" in result.problems[0].message
 
 
 @pytest.mark.parametrize(
