@@ -16,7 +16,7 @@ from pathlib import Path as FilePath
 from typing import Any
 
 from netpol_ebpf.errors import Location, Problem, ValidationError
-from netpol_ebpf.resources import calico, calico_configuration, core, kubernetes, signetwork
+from netpol_ebpf.resources import calico, calico_configuration, calico_storage, core, kubernetes, signetwork
 from netpol_ebpf.resources.foreign import find_slip, is_policy
 from netpol_ebpf.resources.kind import Kind
 from netpol_ebpf.resources.manifest_files import find_manifests
@@ -30,7 +30,7 @@ STANDARD_INPUT = FilePath("-")
 
 KINDS: dict[tuple[str, str], Kind] = {
     (kind.api_version, kind.kind): kind
-    for module in (core, kubernetes, calico, calico_configuration, signetwork)
+    for module in (core, kubernetes, calico, calico_configuration, signetwork, calico_storage)
     for kind in module.KINDS
 }
 
@@ -161,7 +161,8 @@ class _Loader:
         """All that was read, the problems in the order of files and lines."""
         order = self._files
         self.problems.sort(key=lambda problem: (order.get(problem.location.file, -1), problem.location.line))
-        return LoadResult(self.resources, self.problems, self._documents, dict(sorted(self._skipped.items())))
+        resources = calico_storage.without_stored_copies(self.resources)
+        return LoadResult(resources, self.problems, self._documents, dict(sorted(self._skipped.items())))
 
     def file(self, path: FilePath) -> None:
         """Read one file."""
@@ -278,6 +279,9 @@ def _metadata(kind: Kind, obj: Reader) -> Meta:
     report = obj.report
     name = metadata.required_string("name")
     namespace = metadata.string("namespace") or ""
+    kept = calico_storage.kept_metadata(metadata) if kind.is_stored else {}
+    if kind.is_stored:
+        name = calico_storage.restored_name(kind.kind, name, kept)
     report.obj = _object_name(kind.kind, (namespace or "default") if kind.namespaced else "", name)
     if name and (message := kind.check_name(name)) is not None:
         metadata.error("name", message, slug="name")
@@ -291,12 +295,14 @@ def _metadata(kind: Kind, obj: Reader) -> Meta:
         namespace = namespace or "default"
         if kind.strict and (message := check_dns_label(namespace)) is not None:
             metadata.error("namespace", message, slug="name")
-    labels = metadata.string_map("labels", _check_meta_label if kind.strict else None)
+    labels = calico_storage.restored_labels(
+        metadata.string_map("labels", _check_meta_label if kind.strict else None), kept
+    )
     annotations = metadata.string_map("annotations")
     if kind.strict and (message := check_annotations(annotations)) is not None:
         metadata.error("annotations", message, slug="annotation")
     _check_meta_fields(kind, metadata)
-    return Meta(name, share_text(namespace), share_texts(labels), location)
+    return Meta(name, share_text(namespace), share_texts(labels), location, kind.is_stored)
 
 
 def _check_meta_label(key: str, value: str) -> str | None:

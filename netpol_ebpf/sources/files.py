@@ -165,8 +165,8 @@ class _Sight:
         return any(name == place or name.startswith(f"{place}/") for place in self.hidden)
 
 
-Place = tuple[str, int]
-"""Name of a file and the object's number in it: where two files give an object, the lesser place counts."""
+Place = tuple[bool, str, int]
+"""Whether it is the form in which Calico stores an object, name of the file, the object's number in it: the least place counts."""
 
 
 @dataclass(slots=True)
@@ -188,7 +188,7 @@ class _Merged:
             for number, resource in enumerate(self.given.get(name, ())):
                 key = key_of(resource)
                 was.setdefault(key, self._first(key))
-                self._retract(key, (name, number))
+                self._retract(key, (resource.meta.is_stored, name, number))
         for name in files:
             self.given.pop(name, None)
         for name, resources in files.items():
@@ -197,7 +197,7 @@ class _Merged:
             for number, resource in enumerate(resources):
                 key = key_of(resource)
                 was.setdefault(key, self._first(key))
-                self._claim(key, (name, number))
+                self._claim(key, (resource.meta.is_stored, name, number))
         removals: list[tuple[Place, Event]] = []
         upserts: list[tuple[Place, Event]] = []
         for key, old in was.items():
@@ -210,13 +210,15 @@ class _Merged:
         return tuple(event for part in (removals, upserts) for _, event in sorted(part, key=lambda one: one[0]))
 
     def duplicates(self) -> Iterator[Problem]:
-        """A problem for each place but the first of each object."""
+        """A problem for each place but the first of each object; none where Calico's stored form is given beside the object."""
         for key, others in self.others.items():
-            for place in others:
-                yield _duplicate(key, self._at(place), self._at(self.homes[key]))
+            home = self._at(self.homes[key])
+            for one in map(self._at, others):
+                if one.meta.is_stored == home.meta.is_stored:
+                    yield _duplicate(key, one, home)
 
     def _at(self, place: Place) -> Resource:
-        name, number = place
+        _, name, number = place
         return self.given[name][number]
 
     def _first(self, key: ResourceKey) -> tuple[Place, Resource] | None:
