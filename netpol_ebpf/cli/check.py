@@ -15,6 +15,7 @@ from netpol_ebpf.cli.output import add_output_option, counted, print_value
 from netpol_ebpf.errors import InvalidInputError, Problem
 from netpol_ebpf.policy.lint import lint
 from netpol_ebpf.resources.load import load_paths
+from netpol_ebpf.resources.workloads import as_cluster
 from netpol_ebpf.terminal import escaped, paragraph, say
 
 EXIT_INVALID = 3
@@ -27,7 +28,7 @@ def register(subparsers: Any) -> None:
         help="say what is wrong or suspicious in manifests",
         description="Validate manifests as the API servers do, and warn of what is legal but probably not meant. All problems "
         "of all files come out at once. Objects of other kinds (a Service of Knative, a ConfigMap) are skipped and counted. Warnings that need the whole cluster (a policy that selects nothing, a rule that "
-        "is never reached) are about the objects given, so give pods and namespaces too.",
+        "is never reached) are about the objects given, so give pods, or Deployments and other workloads, and namespaces too.",
         epilog="exit codes: 0 valid, 3 some input is not valid",
     )
     parser.add_argument(
@@ -51,7 +52,7 @@ def run(arguments: argparse.Namespace) -> int:
     problems = list(loaded.problems)
     linted = not loaded.errors  # with objects missing, what depends on all of them would be wrong
     if linted:
-        problems.extend(lint(loaded.resources))
+        problems.extend(lint(as_cluster(loaded.resources)))
         problems = _in_file_order(problems)
     errors = sum(problem.severity == "error" for problem in problems)
     warnings = len(problems) - errors

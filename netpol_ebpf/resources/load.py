@@ -16,7 +16,7 @@ from pathlib import Path as FilePath
 from typing import Any
 
 from netpol_ebpf.errors import Location, Problem, ValidationError
-from netpol_ebpf.resources import calico, calico_configuration, calico_storage, core, kubernetes, signetwork
+from netpol_ebpf.resources import calico, calico_configuration, calico_storage, core, kubernetes, signetwork, workloads
 from netpol_ebpf.resources.foreign import find_slip, is_policy
 from netpol_ebpf.resources.kind import Kind
 from netpol_ebpf.resources.manifest_files import find_manifests
@@ -33,6 +33,9 @@ KINDS: dict[tuple[str, str], Kind] = {
     for module in (core, kubernetes, calico, calico_configuration, signetwork, calico_storage)
     for kind in module.KINDS
 }
+
+WORKLOADS: dict[tuple[str, str], Kind] = {(kind.api_version, kind.kind): kind for kind in workloads.KINDS}
+"""Kinds that are read only where no cluster has their pods."""
 
 SERVICE_ACCOUNT_LABEL = "projectcalico.org/serviceaccount"
 
@@ -78,8 +81,11 @@ class LoadResult:
 
 
 def parse_documents(text: str, file: str) -> LoadResult:
-    """The objects of a multi-document YAML or JSON text; ``file`` is the name that locations carry."""
-    loader = _Loader()
+    """The objects of a multi-document YAML or JSON text; ``file`` is the name that locations carry.
+
+    Workloads such as Deployments are skipped, other than by the functions below: this is how the agent reads.
+    """
+    loader = _Loader(workloads=False)
     loader.text(text, file)
     return loader.result()
 
@@ -148,8 +154,9 @@ def _files_below(top: FilePath, loader: _Loader) -> list[FilePath]:
 class _Loader:
     """Collects resources and problems over all inputs of one call."""
 
-    def __init__(self, *, lenient: bool = False) -> None:
+    def __init__(self, *, lenient: bool = False, workloads: bool = True) -> None:
         self.lenient = lenient
+        self._kinds = KINDS | WORKLOADS if workloads else KINDS
         self.resources: list[Resource] = []
         self.problems: list[Problem] = []
         self._documents = 0
@@ -225,7 +232,7 @@ class _Loader:
             return
         if report.failed or not _is_typed(obj, api_version, kind_name):
             return
-        kind = KINDS.get((api_version, kind_name))
+        kind = self._kinds.get((api_version, kind_name))
         if kind is None:
             report.obj = "/".join(part for part in (kind_name, _name_of(value)) if part)
             self._skip(obj, api_version, kind_name)

@@ -88,7 +88,9 @@ class ContainerPort:
 
 @dataclass(frozen=True, slots=True)
 class Pod:
-    """v1 Pod. ``addresses``: by the precedence of status.podIPs, podIP, then the CNI annotations; () for a finished pod.
+    """v1 Pod, or the pod of a workload's template (`workloads`), which has no address and the name KIND/NAME.
+
+    ``addresses``: by the precedence of status.podIPs, podIP, then the CNI annotations; () for a finished pod.
 
     ``allowed_source_prefixes`` from annotation cni.projectcalico.org/allowedSourcePrefixes.
     """
