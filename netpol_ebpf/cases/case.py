@@ -273,7 +273,8 @@ def _parse_protocol(probe: Reader) -> int | None:
     if value is None:
         probe.missing("protocol")
     else:
-        probe.error("protocol", f"must be TCP, UDP, SCTP, UDPLite, ICMP, ICMPv6 or 0 to {MAX_PROTOCOL}; is {value!r}")
+        seen = probe.report.describe((*probe.path, "protocol"), value)
+        probe.error("protocol", f"must be TCP, UDP, SCTP, UDPLite, ICMP, ICMPv6 or 0 to {MAX_PROTOCOL}; is {seen}")
     return None
 
 

@@ -234,7 +234,7 @@ class _Loader:
             return
         kind = self._kinds.get((api_version, kind_name))
         if kind is None:
-            report.obj = "/".join(part for part in (kind_name, _name_of(value)) if part)
+            report.obj = _object_name(kind_name, _meta_text(value, "namespace"), _meta_text(value, "name"))
             self._skip(obj, api_version, kind_name)
             return
         resource = _parse(kind, obj)
@@ -332,10 +332,11 @@ def _object_name(kind: str, namespace: str, name: str) -> str:
     return "/".join(part for part in (kind, namespace, name) if part)
 
 
-def _name_of(value: Mapping[str, Any]) -> str:
+def _meta_text(value: Mapping[str, Any], key: str) -> str:
+    """A field of the metadata of an object that is not read; "" where it is no text."""
     metadata = value.get("metadata")
-    name = metadata.get("name") if isinstance(metadata, Mapping) else None
-    return name if isinstance(name, str) else ""
+    text = metadata.get(key) if isinstance(metadata, Mapping) else None
+    return text if isinstance(text, str) else ""
 
 
 def _is_case_file(value: Mapping[str, Any]) -> bool:

@@ -21,7 +21,7 @@ from netpol_ebpf.resources.core import NAMESPACE_NAME_LABEL, any_name, read_temp
 from netpol_ebpf.resources.kind import Kind
 from netpol_ebpf.resources.reader import Reader
 from netpol_ebpf.resources.sharing import share_texts
-from netpol_ebpf.resources.types import Meta, Namespace, Pod, Resource, WorkloadEndpoint
+from netpol_ebpf.resources.types import Meta, Namespace, NetworkSet, Pod, Resource, WorkloadEndpoint
 
 STAND_INS = (ip_network("240.0.0.0/4"), ip_network("100::/64"))
 """Addresses that no pod has: the reserved ones of RFC 1112, and those of RFC 6666, which are for packets to be discarded."""
@@ -37,6 +37,7 @@ _TEMPLATES: dict[tuple[str, str], tuple[str, ...]] = {
     ("v1", "ReplicationController"): ("spec", "template"),
 }
 """Where each kind has the template of its pods."""
+_IN_NAMESPACES = (Pod, WorkloadEndpoint, NetworkSet)
 _KIND_NAMES = frozenset(kind for _, kind in _TEMPLATES)
 
 
@@ -61,18 +62,21 @@ KINDS = tuple(
 
 
 def as_cluster(resources: Iterable[Resource], *, addressed: bool = False) -> list[Resource]:
-    """The resources as those of a cluster: the namespaces of workloads exist, with no label but that of their name.
+    """The resources as those of a cluster: namespaces in which there are only workloads exist, with no label but that of their name.
 
+    Where a pod or a network set is in a namespace that is not given, it is not there for workloads either: a Namespace changes what
+    is allowed to that pod.
     ``addressed``: besides, each pod of a workload has an address of `STAND_INS` of each family, and the workload's own name where
     no pod and no other workload of its namespace has it.
     """
     given = list(resources)
     pods = [one for one in given if _is_of_workload(one)]
-    named = {one.meta.name for one in given if isinstance(one, Namespace)}
+    settled = {one.meta.name for one in given if isinstance(one, Namespace)}
+    settled |= {one.meta.namespace for one in given if isinstance(one, _IN_NAMESPACES) and not _is_of_workload(one)}
     for pod in pods:
         namespace = pod.meta.namespace
-        if namespace not in named:
-            named.add(namespace)
+        if namespace not in settled:
+            settled.add(namespace)
             given.append(Namespace(Meta(namespace, "", {NAMESPACE_NAME_LABEL: namespace}, pod.meta.location)))
     return list(_addressed(given)) if addressed and pods else given
 

@@ -45,6 +45,8 @@ _LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _LONGEST_PLAIN_FLOAT = 1e21
 """From here on Go's encoding of JSON writes a number with an exponent."""
 
+# Line breaks to YAML 1.1, which folds them, and ordinary characters inside a string to JSON.
+_BREAKS_OF_YAML = re.compile("[\x85\u2028\u2029]")
 _MARK = re.compile(r"^---(?=\s|\Z)", re.MULTILINE)
 _BLANK = re.compile(r"(?:\s+|#[^\n]*|^\.\.\.(?=\s|\Z))*", re.MULTILINE)
 _MORE_OF_YAML = re.compile(r"[ \t]*[^\s#{[]")
@@ -186,24 +188,22 @@ class _Text:
         return self.line << _COLUMN_BITS | min(column, _COLUMN_MASK)
 
     def _json(self, end: int) -> Iterator[Document]:
-        """The JSON value from here to ``end``: YAML for its positions, and JSON where YAML takes it for something else."""
+        """The JSON value from here to ``end``: read as YAML for its positions, and as JSON where YAML does not read it alike."""
         position, known = self._position(), len(self.problems)
-        text = self.text[self.offset : end]
-        chunk = " " * (position & _COLUMN_MASK) + text
-        document: Document | None = None
-        stream = _Stream(chunk, self.file, self.line, self.problems)
-        first_line = self.line
+        text, first_line = self.text[self.offset : end], self.line
         self._go_to(end)
-        try:
-            stream.start()
-            document = next(stream.documents(), None)
-        except _Refused as error:
-            _report(error, self.text.split("\n"), first_line, self.file, self.problems)
-            return
-        except (yaml.YAMLError, UnicodeEncodeError):
-            pass  # surrogate pairs in escapes, for one
-        if document is None or document.value != _JSON.decode(text):
-            del self.problems[known:]
+        document: Document | None = None
+        if not _BREAKS_OF_YAML.search(text):
+            stream = _Stream(" " * (position & _COLUMN_MASK) + text, self.file, first_line, self.problems)
+            try:
+                stream.start()
+                document = next(stream.documents(), None)
+            except _Refused as error:
+                _report(error, self.text.split("\n"), first_line, self.file, self.problems)
+                return
+            except (yaml.YAMLError, UnicodeEncodeError):  # surrogate pairs in escapes, for one
+                del self.problems[known:]
+        if document is None:
             value = _unique_json(text, _place(self.file, position), self.problems)
             document = Document(value, Positions(self.file, position))
         yield document

@@ -97,7 +97,7 @@ def test_all_probe_fields() -> None:
         (("manifests:", "manifest:"), "the field `manifests` is required"),
         (("probes:", "probe:"), "a case needs at least one probe"),
         (("name: good", "name: ''"), "the field `name` is required"),
-        (("kind: Pod", "kind: Prod"), "c.yaml:3: error: Prod/p: kind: unknown kind Prod"),
+        (("kind: Pod", "kind: Prod"), "c.yaml:3: error: Prod/ns/p: kind: unknown kind Prod"),
         (("name: good", "name: good\nsequence: {group: g}"), "the field `step` is required"),
     ],
 )

@@ -265,11 +265,11 @@ def test_objects_of_other_programs_are_skipped(api_version: str, kind: str) -> N
 )
 def test_policies_of_other_programs_are_named(api_version: str, kind: str) -> None:
     """They are skipped, and a warning names each, since nobody enforces it here."""
-    text = f"---\napiVersion: {api_version}\nkind: {kind}\nmetadata: {{name: c}}\n"
+    text = f"---\napiVersion: {api_version}\nkind: {kind}\nmetadata: {{name: c, namespace: x}}\n"
     result = parse_documents(text, "f")
     assert result.skipped == {f"{api_version} {kind}": 1}
     assert [(problem.severity, problem.slug, problem.obj, problem.location.line) for problem in result.problems] == [
-        ("warning", "not-enforced", f"{kind}/c", 2)
+        ("warning", "not-enforced", f"{kind}/x/c", 2)
     ]
     assert f"a {kind} of {api_version} is not enforced here" in result.problems[0].message
 

@@ -207,6 +207,15 @@ def _as_json_lines(text: str) -> list[str]:
     return [json.dumps(one) for one in yaml.safe_load_all(text)]
 
 
+@pytest.mark.parametrize("kind", ["Pod", "NetworkSet"])
+def test_a_workload_gives_nobody_a_namespace(tmp_path: Path, kind: str) -> None:
+    """A pod whose Namespace is missing is denied what no policy decides, on the node; a Deployment beside it changes no answer."""
+    version = "v1" if kind == "Pod" else "projectcalico.org/v3"
+    other = f"apiVersion: {version}\nkind: {kind}\nmetadata: {{name: p, namespace: shop}}\n"
+    cluster = as_cluster(load_paths([_write(tmp_path, DEPLOYMENT, other)]).check(), addressed=True)
+    assert not any(isinstance(one, Namespace) for one in cluster)
+
+
 def test_as_cluster_without_workloads_changes_nothing(tmp_path: Path) -> None:
     """Pods keep their addresses, and no Namespace is added for them."""
     resources = load_paths([_write(tmp_path, DB)]).check()
