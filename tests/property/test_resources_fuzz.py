@@ -226,6 +226,40 @@ def test_any_bytes(data: bytes, tmp_path_factory: pytest.TempPathFactory) -> Non
     _sound(load_paths([Path(path)]))
 
 
+FORMS = ("yaml", "marked json", "json", "indented json", "same line", "list", "yaml list")
+
+
+@given(forms=st.lists(st.sampled_from(FORMS), min_size=1, max_size=8))
+def test_any_mixture_of_yaml_and_json(forms: list[str]) -> None:
+    """Documents and JSON values in a row give the same objects in the same order, each with its line and column.
+
+    Only what is not JSON needs a mark before and behind it.
+    """
+    text = ""
+    places = []
+    for number, form in enumerate(forms):
+        value = {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": f"a{number}"}}
+        compact = json.dumps(value)
+        opening = {"yaml": "---\n", "marked json": "--- ", "yaml list": "---\n"}.get(form, "")
+        if not opening and number and forms[number - 1] in ("yaml", "yaml list"):
+            opening = "---\n"
+        if form == "same line" and text.endswith("}\n"):
+            text = text[:-1] + " "
+        text += opening
+        body = {
+            "yaml": yaml.safe_dump(value), "indented json": f"{json.dumps(value, indent=1)}\n", "list": f"[{compact}]\n",
+            "yaml list": f"- {compact}\n",
+        }.get(form, f"{compact}\n")  # fmt: skip
+        inside = {"list": 1, "yaml list": 2}.get(form, 0)
+        places.append((f"a{number}", text.count("\n") + 1, len(text) - text.rfind("\n") + inside))
+        text += body
+    result = parse_documents(text, "f")
+    assert result.problems == []
+    assert result.documents == len(forms)
+    found = [(one.meta.name, one.meta.location.line, one.meta.location.column) for one in result.resources]
+    assert found == places
+
+
 def test_the_seeds_are_valid() -> None:
     """The mutations start from objects that are accepted."""
     assert len(parse_documents(SEEDS, "f").check()) == len(DOCUMENTS)
