@@ -40,6 +40,8 @@ _COLUMN_MASK = (1 << _COLUMN_BITS) - 1
 MAX_DEPTH = 100  # arbitrary; real objects stay below 30
 MAX_ALIAS_NODES = 1_000_000  # arbitrary; what all aliases of one document may expand to
 
+MAX_JSON_COLUMN = 10_000  # arbitrary; columns of JSON values that begin further to the right in a line are told too low
+
 _LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 _LONGEST_PLAIN_FLOAT = 1e21
@@ -141,7 +143,7 @@ def read_documents(text: str, file: str, problems: list[Problem]) -> Iterator[Do
 class _Text:
     """A whole file: runs of YAML documents and of JSON values, read one after the other.
 
-    ``offset``: where reading goes on; ``line``: the number of its line.
+    ``offset``: where reading goes on; ``line``: the number of its line; ``line_offset``: where that line begins.
     """
 
     def __init__(self, text: str, file: str, problems: list[Problem]) -> None:
@@ -150,6 +152,7 @@ class _Text:
         self.problems = problems
         self.offset = 0
         self.line = 0
+        self.line_offset = 0
 
     def documents(self) -> Iterator[Document]:
         """Yield each document that is not empty."""
@@ -176,6 +179,7 @@ class _Text:
 
     def _go_to(self, offset: int) -> None:
         self.line += self.text.count("\n", self.offset, offset)
+        self.line_offset = max(self.line_offset, self.text.rfind("\n", self.offset, offset) + 1)
         self.offset = offset
 
     def _go_to_mark(self, offset: int) -> None:
@@ -184,8 +188,7 @@ class _Text:
         self._go_to(len(self.text) if mark is None else mark.start())
 
     def _position(self) -> int:
-        column = self.offset - (self.text.rfind("\n", 0, self.offset) + 1)
-        return self.line << _COLUMN_BITS | min(column, _COLUMN_MASK)
+        return self.line << _COLUMN_BITS | min(self.offset - self.line_offset, MAX_JSON_COLUMN)
 
     def _json(self, end: int) -> Iterator[Document]:
         """The JSON value from here to ``end``: read as YAML for its positions, and as JSON where YAML does not read it alike."""

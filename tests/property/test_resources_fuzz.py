@@ -243,8 +243,8 @@ def test_any_mixture_of_yaml_and_json(forms: list[str]) -> None:
         opening = {"yaml": "---\n", "marked json": "--- ", "yaml list": "---\n"}.get(form, "")
         if not opening and number and forms[number - 1] in ("yaml", "yaml list"):
             opening = "---\n"
-        if form == "same line" and text.endswith("}\n"):
-            text = text[:-1] + " "
+        elif form == "same line" and text.endswith("\n"):
+            text = f"{text[:-1]} "
         text += opening
         body = {
             "yaml": yaml.safe_dump(value), "indented json": f"{json.dumps(value, indent=1)}\n", "list": f"[{compact}]\n",

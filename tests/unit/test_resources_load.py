@@ -18,7 +18,7 @@ from netpol_ebpf.resources.types import (
     Meta,
     Resource,
 )
-from netpol_ebpf.resources.yamltree import Positions
+from netpol_ebpf.resources.yamltree import MAX_JSON_COLUMN, Positions, read_documents
 
 SA = "apiVersion: v1\nkind: ServiceAccount\nmetadata: {name: %s, namespace: 'n'}\n"
 ACCOUNTS = [{"apiVersion": "v1", "kind": "ServiceAccount", "metadata": {"name": name}} for name in "ab"]
@@ -106,6 +106,27 @@ def test_objects_in_a_row_keep_their_lines() -> None:
     text = f"{SA % 'a'}---\n{pod % 'b'}\n{pod % 'c'} {pod % 'd'}\n---\n{SA % 'a'}"
     places = [(problem.location.line, problem.location.column) for problem in parse_documents(text, "f").problems]
     assert places == [(5, 75), (6, 75), (6, 75 + len(pod)), (8, 1)]
+
+
+def test_objects_in_a_row_after_other_characters() -> None:
+    """Places are those of characters, whatever their size, and whatever ends the lines."""
+    text = "a: \U0001f600\u00e4\r\n---\r\n" + '{"b": "\U0001f600"} {"c": \t1}\r\n{"d": 1}'
+    found = [
+        (document.value, document.positions.location().line, document.positions.location().column)
+        for document in read_documents(text, "f", [])
+    ]
+    assert found == [
+        ({"a": "\U0001f600\u00e4"}, 1, 1), ({"b": "\U0001f600"}, 3, 1), ({"c": 1}, 3, 12), ({"d": 1}, 4, 1),
+    ]  # fmt: skip
+
+
+def test_many_objects_in_one_line() -> None:
+    """The work for each does not grow with what stands before it, and all are read."""
+    result = parse_documents(
+        "".join(f'{{"apiVersion": "v1", "kind": "Namespace", "metadata": {{"name": "a{n}"}}}}' for n in range(500)), "f"
+    )
+    assert [resource.meta.name for resource in result.resources] == [f"a{n}" for n in range(500)]
+    assert max(resource.meta.location.column for resource in result.resources) == MAX_JSON_COLUMN + 1
 
 
 def test_what_follows_json_and_is_none() -> None:
