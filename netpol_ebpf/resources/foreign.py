@@ -56,7 +56,10 @@ _POLICY = re.compile(r"NetworkPolicy\Z")
 
 
 def find_slip(api_version: str, kind: str, known: Collection[KindName]) -> tuple[str, str] | None:
-    """What is wrong with an object that none of ``known`` describes, as field and message; None: it is another program's."""
+    """What is wrong with an object that none of ``known`` describes, as field and message; None: it is another program's.
+
+    ``known``: the kinds that may be meant.
+    """
     group = group_of(api_version)
     groups = {group_of(version) for version, _ in known}
     if group in groups:

@@ -17,7 +17,7 @@ from typing import Any
 
 from netpol_ebpf.errors import Location, Problem, ValidationError
 from netpol_ebpf.resources import calico, calico_configuration, calico_storage, core, kubernetes, signetwork, workloads
-from netpol_ebpf.resources.foreign import find_slip, is_policy
+from netpol_ebpf.resources.foreign import find_slip, group_of, is_policy
 from netpol_ebpf.resources.kind import Kind
 from netpol_ebpf.resources.manifest_files import find_manifests
 from netpol_ebpf.resources.reader import Reader, Report, describe, suggestion
@@ -243,7 +243,8 @@ class _Loader:
 
     def _skip(self, obj: Reader, api_version: str, kind: str) -> None:
         """Count an object of a kind that is not read; a slip is a problem, and so is a policy that is not in force."""
-        slip = find_slip(api_version, kind, KINDS)
+        stored = group_of(api_version) == group_of(calico_storage.VERSION)
+        slip = find_slip(api_version, kind, [key for key, one in KINDS.items() if stored or not one.is_stored])
         if slip is not None:
             obj.error(*slip, slug="unknown-kind")
             return

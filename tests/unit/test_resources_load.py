@@ -221,7 +221,8 @@ def test_duplicates_name_both_places(tmp_path: Path) -> None:
         ("apiVersion: v1\nkind: Deployment\n", "unknown kind Deployment of v1; what is read: v1: Namespace"),
         ("apiVersion: extensions/v1beta1\nkind: NetworkPolicy\n", "write networking.k8s.io/v1 or projectcalico.org/v3"),
         ("apiVersion: networking.k8s.io\nkind: NetworkPolicy\n", "write networking.k8s.io/v1 or projectcalico.org/v3"),
-        ("apiVersion: v1\nkind: GlobalNetworkPolicy\n", "write projectcalico.org/v3"),
+        ("apiVersion: v1\nkind: GlobalNetworkPolicy\n", "of GlobalNetworkPolicy; write projectcalico.org/v3$"),
+        ("apiVersion: crd.projectcalico.org/v3\nkind: Tier\n", "of Tier; write crd.projectcalico.org/v1$"),
         ("apiVersion: networking.k8s.io/v1\nkind: GlobalNetworkPolicy\n", "write projectcalico.org/v3"),
         (
             "apiVersion: networking.k8s.oi/v1\nkind: NetworkPolicy\n",
@@ -239,7 +240,7 @@ def test_unknown_kinds_and_versions(head: str, words: str) -> None:
     """What is not read is said, with what is; the object is named."""
     (problem,) = parse_documents(f"{head}metadata: {{name: d}}\n", "f").problems
     assert problem.slug == "unknown-kind"
-    assert words in problem.message
+    assert words in f"{problem.message}$"
     assert problem.obj.endswith("/d")
 
 
