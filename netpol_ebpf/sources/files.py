@@ -452,6 +452,8 @@ class ManifestDirectory:
             if text is not None:
                 good = parse_documents(text, str(self._path(name)))
                 entry.resources, entry.skipped = tuple(good.resources), good.skipped
+                if good.errors:  # another version of the agent took it for good
+                    entry.problems += (_no_longer_good(self._path(name), good),)
         return entry
 
     def _path(self, name: str) -> Path:
@@ -513,6 +515,14 @@ def _signature(status: os.stat_result) -> Signature:
 def _unreadable(path: Path, error: OSError) -> Problem:
     message = f"cannot be read ({error.strerror}); its last good state stays in force"
     return Problem(Location(str(path)), "", message, slug="unreadable")
+
+
+def _no_longer_good(path: Path, good: LoadResult) -> Problem:
+    message = (
+        f"its last good state is not valid to this version of the agent either ({good.errors[0].message}): "
+        f"{len(good.resources)} of its objects are in force, the others are not; mend the file"
+    )
+    return Problem(Location(str(path)), "", message, slug="copies")
 
 
 def _hidden(path: Path, reason: str) -> Problem:
