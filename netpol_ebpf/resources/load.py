@@ -37,6 +37,8 @@ KINDS: dict[tuple[str, str], Kind] = {
 WORKLOADS: dict[tuple[str, str], Kind] = {(kind.api_version, kind.kind): kind for kind in workloads.KINDS}
 """Kinds that are read only where no cluster has their pods."""
 
+KUSTOMIZATION = ("kustomize.config.k8s.io/v1beta1", "Kustomization")
+
 SERVICE_ACCOUNT_LABEL = "projectcalico.org/serviceaccount"
 
 _META_FIELDS = ("name", "namespace", "labels", "annotations")
@@ -223,6 +225,9 @@ class _Loader:
             message = "is a case file, not a manifest: `netpolctl test` runs it, and validates the manifests in it"
             report.error((), message, slug="case-file")
             return
+        if _is_kustomization(value, positions.file):
+            self._skipped[f"{KUSTOMIZATION[0]} {KUSTOMIZATION[1]}"] += 1
+            return
         obj = Reader(value, (), report)
         api_version, kind_name = obj.string("apiVersion") or default[0], obj.string("kind") or default[1]
         if kind_name.endswith("List") and ("items" in value or kind_name == "List"):
@@ -343,6 +348,11 @@ def _meta_text(value: Mapping[str, Any], key: str) -> str:
 def _is_case_file(value: Mapping[str, Any]) -> bool:
     """What the runner of case files reads; no object of an API server has these at its top."""
     return "apiVersion" not in value and "kind" not in value and "manifests" in value and "probes" in value
+
+
+def _is_kustomization(value: Mapping[str, Any], file: str) -> bool:
+    """What `kustomize` reads beside manifests; it may leave out its own apiVersion and kind."""
+    return "apiVersion" not in value and "kind" not in value and FilePath(file).stem == "kustomization"
 
 
 def _is_typed(obj: Reader, api_version: str, kind: str) -> bool:

@@ -275,6 +275,16 @@ def test_objects_of_other_programs_are_skipped(api_version: str, kind: str) -> N
     assert result.skipped == {f"{api_version} {kind}": 2}
 
 
+@pytest.mark.parametrize("name", ["kustomization.yaml", "dir/kustomization.yml"])
+def test_a_kustomization_without_its_kind(name: str) -> None:
+    """It lies beside manifests, and may leave out what it is; elsewhere such a mapping is no object."""
+    text = "resources: [policy.yaml]\n"
+    result = parse_documents(text, name)
+    assert (result.problems, result.skipped) == ([], {"kustomize.config.k8s.io/v1beta1 Kustomization": 1})
+    assert {problem.slug for problem in parse_documents(text, "policy.yaml").problems} == {"required"}
+    assert {problem.slug for problem in parse_documents("kind: Pod\n", name).problems} == {"required"}
+
+
 @pytest.mark.parametrize(
     ("api_version", "kind"),
     [
