@@ -183,6 +183,11 @@ class Agent:
     # --- problems and status -----------------------------------------------------------------------------------------
 
     @property
+    def skipped(self) -> dict[str, int]:
+        """How many objects of the manifests are of kinds that are not read, by apiVersion and kind."""
+        return self._source.skipped
+
+    @property
     def problems(self) -> list[Problem]:
         """Everything that keeps the node from being as the manifests say."""
         found = [*self._manifest_problems, *self._own.problems(self._derivation.world.endpoints, self._location)]

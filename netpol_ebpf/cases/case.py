@@ -19,6 +19,7 @@ from netpol_ebpf.resources.manifest_files import find_manifests
 from netpol_ebpf.resources.reader import Reader, Report
 from netpol_ebpf.resources.syntax import parse_address
 from netpol_ebpf.resources.types import Meta, Namespace, NetworkSet, Pod, Resource, WorkloadEndpoint
+from netpol_ebpf.resources.workloads import as_cluster
 from netpol_ebpf.resources.yamltree import Document, read_documents
 
 PROTOCOLS = {"TCP": 6, "UDP": 17, "SCTP": 132, "UDPLITE": UDPLITE, "ICMP": ICMP, "ICMPV6": ICMPV6}
@@ -171,7 +172,8 @@ def _parse_case(document: Document, problems: list[Problem]) -> Case | None:
         case.error("probes", "a case needs at least one probe", slug="required")
     sequence = _parse_sequence(case)
     case.done()
-    resources = (*parsed.resources, *_implied_namespaces(parsed.resources))
+    given = as_cluster(parsed.resources, addressed=True)
+    resources = (*given, *_implied_namespaces(given))
     return Case(name, resources, probes, document.positions.location(), sequence)
 
 
@@ -271,7 +273,8 @@ def _parse_protocol(probe: Reader) -> int | None:
     if value is None:
         probe.missing("protocol")
     else:
-        probe.error("protocol", f"must be TCP, UDP, SCTP, UDPLite, ICMP, ICMPv6 or 0 to {MAX_PROTOCOL}; is {value!r}")
+        seen = probe.report.describe((*probe.path, "protocol"), value)
+        probe.error("protocol", f"must be TCP, UDP, SCTP, UDPLite, ICMP, ICMPv6 or 0 to {MAX_PROTOCOL}; is {seen}")
     return None
 
 

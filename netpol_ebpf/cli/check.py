@@ -11,11 +11,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from netpol_ebpf.cli.output import add_output_option, print_value
+from netpol_ebpf.cli.output import add_output_option, counted, print_value
 from netpol_ebpf.errors import InvalidInputError, Problem
 from netpol_ebpf.policy.lint import lint
 from netpol_ebpf.resources.load import load_paths
-from netpol_ebpf.terminal import paragraph, say
+from netpol_ebpf.resources.workloads import as_cluster
+from netpol_ebpf.terminal import escaped, paragraph, say
 
 EXIT_INVALID = 3
 
@@ -26,8 +27,8 @@ def register(subparsers: Any) -> None:
         "check",
         help="say what is wrong or suspicious in manifests",
         description="Validate manifests as the API servers do, and warn of what is legal but probably not meant. All problems "
-        "of all files come out at once. Warnings that need the whole cluster (a policy that selects nothing, a rule that "
-        "is never reached) are about the objects given, so give pods and namespaces too.",
+        "of all files come out at once. Objects of other kinds (a Service of Knative, a ConfigMap) are skipped and counted. Warnings that need the whole cluster (a policy that selects nothing, a rule that "
+        "is never reached) are about the objects given, so give pods, or Deployments and other workloads, and namespaces too.",
         epilog="exit codes: 0 valid, 3 some input is not valid",
     )
     parser.add_argument(
@@ -45,13 +46,13 @@ def register(subparsers: Any) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Run the command; returns the exit code."""
     loaded = load_paths(arguments.paths)
-    if not loaded.resources and not loaded.problems:
+    if not loaded.documents and not loaded.problems:
         paths = " ".join(map(str, arguments.paths))
         raise InvalidInputError(f"no object found in {paths}", hint="Manifests end in .yaml, .yml or .json.")
     problems = list(loaded.problems)
     linted = not loaded.errors  # with objects missing, what depends on all of them would be wrong
     if linted:
-        problems.extend(lint(loaded.resources))
+        problems.extend(lint(as_cluster(loaded.resources)))
         problems = _in_file_order(problems)
     errors = sum(problem.severity == "error" for problem in problems)
     warnings = len(problems) - errors
@@ -59,6 +60,7 @@ def run(arguments: argparse.Namespace) -> int:
         "objects": len(loaded.resources),
         "errors": errors,
         "warnings": warnings,
+        "skipped": dict(loaded.skipped),
         "clusterChecks": linted,
         "problems": [_as_dict(problem) for problem in problems],
     }
@@ -66,6 +68,8 @@ def run(arguments: argparse.Namespace) -> int:
         for problem in problems:
             say(paragraph(str(problem)))
         say(f"{len(loaded.resources)} objects valid: {errors} errors, {warnings} warnings")
+        if loaded.skipped:
+            say(escaped(f"Skipped, since they are of other kinds: {counted(loaded.skipped)}"))
         if not linted:
             say("Checks that need all objects together were left out; they run once there are no errors.")
     return EXIT_INVALID if errors or (warnings and arguments.strict) else 0

@@ -8,6 +8,7 @@ Works on manifests alone (those of the agent when none are given): no root, no k
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable
 from ipaddress import ip_address
 from pathlib import Path
@@ -24,7 +25,8 @@ from netpol_ebpf.policy.provenance import trace
 from netpol_ebpf.policy.translate import derive
 from netpol_ebpf.policy.types import ICMP, ICMPV6, PORT_PROTOCOLS, SCTP, TCP, UDP, UDPLITE, Cause, IPAddress, World
 from netpol_ebpf.resources.load import load_paths
-from netpol_ebpf.terminal import escaped, say
+from netpol_ebpf.resources.workloads import as_cluster, stand_in_notes
+from netpol_ebpf.terminal import escaped, paragraph, say
 
 EXIT_DENIED = 1
 PROTOCOLS = {"tcp": TCP, "udp": UDP, "sctp": SCTP, "icmp": ICMP, "icmpv6": ICMPV6, "udplite": UDPLITE}
@@ -38,7 +40,7 @@ def register(subparsers: Any) -> None:
         description="Say whether a new connection is allowed, and which rule of which policy decides at each endpoint.",
         epilog="exit codes: 0 allowed, 1 denied, 3 invalid input, 4 no manifests given and no agent answers",
     )
-    end = "NAMESPACE/POD, or an address"
+    end = "NAMESPACE/NAME of a pod (or of a Deployment or another workload), or an address"
     parser.add_argument("--from", dest="source", required=True, type=parse_end, metavar="WHO", help=end)
     parser.add_argument("--to", dest="destination", required=True, type=parse_end, metavar="WHO", help=end)
     parser.add_argument(
@@ -71,7 +73,10 @@ def run(arguments: argparse.Namespace) -> int:
     """Run the command; returns the exit code."""
     if (arguments.protocol in PORT_PROTOCOLS) != (arguments.port is not None):
         raise UsageError("--port is needed for tcp, udp and sctp, and only for those")
-    resources = load_paths(arguments.manifests or [_manifests_of_agent(arguments)]).check()
+    loaded = load_paths(arguments.manifests or [_manifests_of_agent(arguments)]).check()
+    resources = as_cluster(loaded, addressed=True)
+    for note in stand_in_notes(resources, (arguments.source, arguments.destination)):
+        say(paragraph(escaped(f"note: {note}")), file=sys.stderr)
     world = derive(resources)
     engine = _engine(arguments.engine)
     engine.load(world)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import yaml
@@ -38,6 +38,11 @@ def print_value(output: str, value: Any) -> bool:
 def render_json(value: Any, indent: int | None = None) -> str:
     """A plain value as JSON in printable ASCII."""
     return json.dumps(value, indent=indent).replace("\x7f", "\\u007f")  # the one control character that it leaves
+
+
+def counted(counts: Mapping[str, int]) -> str:
+    """How many there are of each, as ``2 apps/v1 Deployment, 1 v1 ConfigMap``."""
+    return ", ".join(f"{number} {name}" for name, number in counts.items())
 
 
 def render_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:

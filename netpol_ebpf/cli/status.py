@@ -10,7 +10,7 @@ import argparse
 from typing import Any
 
 from netpol_ebpf.cli.agent_access import add_state_dir_option, ask_agent
-from netpol_ebpf.cli.output import add_output_option, print_value, render_table
+from netpol_ebpf.cli.output import add_output_option, counted, print_value, render_table
 from netpol_ebpf.terminal import escaped, paragraph, say
 
 EXIT_NOT_IN_FORCE = 1
@@ -42,6 +42,8 @@ def _print_text(state: dict[str, Any], *, wide: bool) -> None:
     objects = state["objects"]
     say(escaped(f"agent      {state['version']}, process {state['pid']}, node {state['node'] or '(any)'}"))
     say(escaped(f"manifests  {state['manifests']}: {objects['policies']} policies, {objects['endpoints']} endpoints"))
+    if objects["skipped"]:
+        say(escaped(f"skipped    objects of other kinds: {counted(objects['skipped'])}"))
     say(escaped(f"pinned in  {state['pin_dir']}, generation {state['generation']}"))
     if state.get("upgrade"):
         say(escaped(f"upgraded   {state['upgrade']}"))

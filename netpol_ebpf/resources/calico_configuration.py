@@ -138,6 +138,9 @@ def _template(entry: Reader) -> HostEndpointTemplate:
 
 
 def _check_pattern(entry: Reader, pattern: str) -> None:
+    if "\n" in pattern:
+        entry.error("interfacePattern", f"holds a line break, so it matches no interface: {describe(pattern)}")
+        return
     if (foreign := _FOREIGN.search(pattern)) is not None:
         message = f"holds {describe(foreign.group())}, which is not read here"
         entry.error("interfacePattern", f"{message}; write it with letters, [classes], (groups), | and *, +, ?")

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from netpol_ebpf.errors import SelectorError
-from netpol_ebpf.resources.reader import Reader, describe, suggestion
+from netpol_ebpf.resources.reader import FOLDING_HINT, Reader, describe, suggestion
 from netpol_ebpf.resources.syntax import (
     MAX_PORT,
     check_annotations,
@@ -50,6 +50,7 @@ MAX_HTTP = 20
 MAX_PATH = 1024
 
 _PORT_NAME = re.compile(r"[a-zA-Z0-9_.-]{1,128}\Z")
+_LETTER = re.compile(r"[a-zA-Z]")
 _RANGE = re.compile(r"([0-9]{1,8}):([0-9]{1,8})\Z")
 _HEADER_OPERATORS = ("Exists", "DoesNotExist", "HasPrefix", "HasSuffix", "In", "NotIn", "MatchesRegex")
 _NO_VALUES = ("Exists", "DoesNotExist")
@@ -131,7 +132,8 @@ def _ip_version(rule: Reader) -> int | None:
     value = rule.raw("ipVersion")
     if value is None or (value in (4, 6) and isinstance(value, int)):
         return value
-    rule.error("ipVersion", f"must be 4 or 6 (without quotes), is {describe(value)}", slug="enum")
+    seen = rule.report.describe((*rule.path, "ipVersion"), value)
+    rule.error("ipVersion", f"must be 4 or 6 (without quotes), is {seen}", slug="enum")
     return None
 
 
@@ -144,13 +146,15 @@ def read_protocol(reader: Reader, key: str) -> int | None:
     if isinstance(number, int) and not isinstance(number, bool):
         if 0 < number <= 255:  # noqa: PLR2004 - the width of the IP header's field
             return number
-        reader.error(key, f"must be a protocol number from 1 to 255, is {number}", slug="range")
+        seen = reader.report.describe((*reader.path, key), number)
+        reader.error(key, f"must be a protocol number from 1 to 255, is {seen}", slug="range")
         return None
     if isinstance(value, str) and value in PROTOCOLS:
         return PROTOCOLS[value]
     near = suggestion(value, tuple(PROTOCOLS)) if isinstance(value, str) else ""
     names = ", ".join(PROTOCOLS)
-    reader.error(key, f"must be one of {names} or a number from 1 to 255; is {describe(value)}{near}", slug="enum")
+    seen = reader.report.describe((*reader.path, key), value)
+    reader.error(key, f"must be one of {names} or a number from 1 to 255; is {seen}{near}", slug="enum")
     return None
 
 
@@ -229,7 +233,7 @@ def read_selector(reader: Reader, key: str, *, allow_global: bool = False) -> Se
     try:
         selector = parse(text)
     except SelectorError as error:
-        reader.error(key, str(error), slug="selector")
+        _wrong_selector(reader, key, text, error)
         return None
     if selector.mentions_global and not allow_global:
         reader.error(
@@ -242,27 +246,53 @@ def read_selector(reader: Reader, key: str, *, allow_global: bool = False) -> Se
     return selector
 
 
+def _wrong_selector(reader: Reader, key: str, text: str, error: SelectorError) -> None:
+    """Record what is wrong with a selector; a line break, which no caret can show, apart from the rest."""
+    one_line = " ".join(text.split("\n"))
+    if one_line != text:
+        reader.error(key, f"holds a line break, which a selector cannot have; {FOLDING_HINT}", slug="selector")
+        try:
+            parse(one_line)
+        except SelectorError as other:
+            error = other
+        else:
+            return
+    reader.error(key, str(error), slug="selector")
+
+
 def _ports(entity: Reader, key: str) -> Iterator[PortSpec]:
     entries = entity.list(key)
     if len(entries) > MAX_PORTS:
         entity.error(key, f"must have at most {MAX_PORTS} entries, has {len(entries)}", slug="limit")
     for index, entry in enumerate(entries):
+        path = (*entity.path, key, index)
         try:
-            yield _port(entry)
-        except ValueError as error:  # noqa: PERF203 - every wrong port is to be reported
-            entity.report.error((*entity.path, key, index), str(error), slug="port")
+            port = _port(entry, entity.report.describe(path, entry))
+        except ValueError as error:
+            entity.report.error(path, str(error), slug="port")
+            continue
+        if port.name and not _LETTER.search(port.name):
+            entity.report.warning(path, _not_a_range(port.name), slug="port-range")
+        yield port
 
 
-def _port(value: Any) -> PortSpec:
-    """A number, "first:last" or a name; raises ValueError."""
+def _not_a_range(name: str) -> str:
+    """The message for a port name without a letter, which no port of a pod can have."""
+    ends = re.fullmatch(r"([0-9]+)[-_.]+([0-9]+)", name)
+    hint = f'; a range is written "{ends[1]}:{ends[2]}"' if ends else ""
+    return f'"{name}" is read as the name of a port, and the name of a pod\'s port has a letter, so it matches no pod{hint}'
+
+
+def _port(value: Any, seen: str) -> PortSpec:
+    """A number, "first:last" or a name; ``seen``: how a message calls it.  Raises ValueError."""
     if isinstance(value, str) and value.isascii() and value.isdigit() and len(value) < 9:  # noqa: PLR2004 - before int()
         value = int(value)
     if isinstance(value, int) and not isinstance(value, bool):
         if not 1 <= value <= MAX_PORT:
-            raise ValueError(f"must be a port from 1 to {MAX_PORT}, is {value}")
+            raise ValueError(f"must be a port from 1 to {MAX_PORT}, is {seen}")
         return PortSpec(value, value)
     if not isinstance(value, str):
-        raise ValueError(f'must be a port number, a range such as "8000:8080" or a port name; is {describe(value)}')  # noqa: TRY004
+        raise ValueError(f'must be a port number, a range such as "8000:8080" or a port name; is {seen}')  # noqa: TRY004
     match = _RANGE.match(value)
     if match is not None:
         first, last = int(match[1]), int(match[2])
@@ -272,10 +302,7 @@ def _port(value: Any) -> PortSpec:
             raise ValueError(f'the range "{value}" ends before it begins')
         return PortSpec(first, last)
     if not _PORT_NAME.match(value):
-        hint = f'; a range is written "{value.replace("-", ":")}"' if re.match(r"[0-9]+-[0-9]+\Z", value) else ""
-        raise ValueError(
-            f'must be a port number, a range such as "8000:8080" or a port name; is {describe(value)}{hint}'
-        )
+        raise ValueError(f'must be a port number, a range such as "8000:8080" or a port name; is {seen}')
     return PortSpec(0, 0, value)
 
 
@@ -284,6 +311,7 @@ def _service_accounts(entity: Reader) -> ServiceAccountMatch | None:
     if match is None:
         return None
     names = match.strings("names")
+    match.refuse_line_breaks("names")
     selector = read_selector(match, "selector")
     match.done()
     if not names and selector is None and set(match.fields()) <= {"names", "selector"}:
@@ -411,6 +439,7 @@ def _http(rule: Reader, context: RuleContext, action: str, protocol: int | None)
     if rule.has("protocol") and protocol != TCP:
         rule.error("http", "needs `protocol: TCP`, or none", slug="conflict")
     methods = http.strings("methods")
+    http.refuse_line_breaks("methods")
     if len(methods) != len(set(methods)):
         http.error("methods", "names a method twice", slug="duplicate-entry")
     for key in ("methods", "paths"):
@@ -434,7 +463,7 @@ def _path(path: Reader) -> HttpPath:
     for key, text in (("exact", exact), ("prefix", prefix)):
         if text is None:
             continue
-        if not text.startswith("/") or any(character in text for character in "? #"):
+        if not text.startswith("/") or any(character in text for character in "? #\n"):
             path.error(key, f'must begin with "/" and hold neither "?", "#" nor a space; is {describe(text)}')
         if len(text) > MAX_PATH:
             path.error(key, f"must have at most {MAX_PATH} characters, has {len(text)}", slug="limit")
@@ -446,6 +475,7 @@ def _header(header: Reader) -> HttpHeader:
     name = header.required_string("header")
     operator = header.enum("operator", _HEADER_OPERATORS, required=True) or "Exists"
     values = header.strings("values")
+    header.refuse_line_breaks("values")
     header.done()
     if header.has("operator"):
         if operator in _NO_VALUES and values:

@@ -81,7 +81,17 @@ def _pod(obj: Reader, meta: Meta) -> Pod:
     taken_back = deleting and "" in (annotations.get(_POD_IP), annotations.get(_AWS_POD_IPS))
     finished = phase in ("Succeeded", "Failed") or taken_back
     addresses = _pod_addresses(obj, annotations, status)
-    spec = obj.mapping("spec") or Reader({}, (*obj.path, "spec"), obj.report)
+    return replace(
+        read_template(obj, meta),
+        finished=finished,
+        addresses=() if finished else addresses,
+        allowed_source_prefixes=_source_prefixes(obj, annotations),
+    )
+
+
+def read_template(template: Reader, meta: Meta) -> Pod:
+    """A pod without address from what is written in its spec: that of the pod, or of a template in another object."""
+    spec = template.mapping("spec") or Reader({}, (*template.path, "spec"), template.report)
     ports: list[ContainerPort] = []
     for containers in ("initContainers", "containers"):
         for container in spec.mappings(containers):
@@ -93,10 +103,9 @@ def _pod(obj: Reader, meta: Meta) -> Pod:
         node=share_text(node) if node else None,
         service_account=share_text(account),
         host_network=spec.boolean("hostNetwork"),
-        finished=finished,
-        addresses=() if finished else addresses,
+        finished=False,
+        addresses=(),
         ports=share(tuple(ports)),
-        allowed_source_prefixes=_source_prefixes(obj, annotations),
     )
 
 
@@ -237,7 +246,8 @@ def _service(obj: Reader, meta: Meta) -> Service:
         number = port.integer("port", 1, MAX_PORT)
         target = port.raw("targetPort")
         if isinstance(target, bool) or not isinstance(target, (int, str, type(None))):
-            port.error("targetPort", f"must be a port number or name, is {describe(target)}", slug="type")
+            seen = port.report.describe((*port.path, "targetPort"), target)
+            port.error("targetPort", f"must be a port number or name, is {seen}", slug="type")
             target = None
         node_port = port.integer("nodePort", 0, MAX_PORT)
         protocol = _protocol(port)
@@ -267,24 +277,24 @@ def _endpoint_slice(obj: Reader, meta: Meta) -> EndpointSlice:
     return EndpointSlice(meta, meta.labels.get(SERVICE_NAME_LABEL), addresses, ports)
 
 
-def _any_name(name: str) -> str | None:
+def any_name(name: str) -> str | None:
     """The cluster made these objects: whatever it called them is their name."""
     del name
     return None
 
 
 KINDS = (
-    Kind("v1", "Namespace", namespaced=False, parse=_namespace, check_name=_any_name, strict=False),
-    Kind("v1", "ServiceAccount", namespaced=True, parse=_service_account, check_name=_any_name, strict=False),
-    Kind("v1", "Pod", namespaced=True, parse=_pod, check_name=_any_name, strict=False),
-    Kind("v1", "Node", namespaced=False, parse=_node, check_name=_any_name, strict=False),
-    Kind("v1", "Service", namespaced=True, parse=_service, check_name=_any_name, strict=False),
+    Kind("v1", "Namespace", namespaced=False, parse=_namespace, check_name=any_name, strict=False),
+    Kind("v1", "ServiceAccount", namespaced=True, parse=_service_account, check_name=any_name, strict=False),
+    Kind("v1", "Pod", namespaced=True, parse=_pod, check_name=any_name, strict=False),
+    Kind("v1", "Node", namespaced=False, parse=_node, check_name=any_name, strict=False),
+    Kind("v1", "Service", namespaced=True, parse=_service, check_name=any_name, strict=False),
     Kind(
         "discovery.k8s.io/v1",
         "EndpointSlice",
         namespaced=True,
         parse=_endpoint_slice,
-        check_name=_any_name,
+        check_name=any_name,
         strict=False,
     ),
 )

@@ -16,7 +16,8 @@ class Kind:
 
     ``parse`` reads the object's own fields (metadata is read before) and may return None after it recorded an error;
     ``check_name`` returns what is wrong with a name, or None; ``strict``: unknown fields and labels that the API
-    server would refuse are errors (policies), not ignored (objects that the cluster itself wrote).
+    server would refuse are errors (policies), not ignored (objects that the cluster itself wrote); ``is_stored``: the form in which
+    Calico stores the object, with other metadata than the object's own.
     """
 
     api_version: str
@@ -25,3 +26,4 @@ class Kind:
     parse: Callable[[Reader, Meta], Resource | None]
     check_name: Callable[[str], str | None]
     strict: bool = True
+    is_stored: bool = False

@@ -304,7 +304,8 @@ def _end_port(port: Reader) -> int | None:
     """The last port of a range; one beyond the last possible port is refused, and read as that one if tolerated."""
     end = port.integer("endPort", 1, 2**31 - 1)
     if end is not None and end > MAX_PORT:
-        port.error("endPort", f"must be at most {MAX_PORT}, is {end}", slug="end-port")
+        seen = port.report.describe((*port.path, "endPort"), end)
+        port.error("endPort", f"must be at most {MAX_PORT}, is {seen}", slug="end-port")
         return MAX_PORT
     return end
 

@@ -9,14 +9,15 @@ needs all or nothing uses `LoadResult.check`.
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, field
 from pathlib import Path as FilePath
 from typing import Any
 
 from netpol_ebpf.errors import Location, Problem, ValidationError
-from netpol_ebpf.resources import calico, calico_configuration, core, kubernetes, signetwork
+from netpol_ebpf.resources import calico, calico_configuration, calico_storage, core, kubernetes, signetwork, workloads
+from netpol_ebpf.resources.foreign import find_slip, group_of, is_policy
 from netpol_ebpf.resources.kind import Kind
 from netpol_ebpf.resources.manifest_files import find_manifests
 from netpol_ebpf.resources.reader import Reader, Report, describe, suggestion
@@ -29,9 +30,14 @@ STANDARD_INPUT = FilePath("-")
 
 KINDS: dict[tuple[str, str], Kind] = {
     (kind.api_version, kind.kind): kind
-    for module in (core, kubernetes, calico, calico_configuration, signetwork)
+    for module in (core, kubernetes, calico, calico_configuration, signetwork, calico_storage)
     for kind in module.KINDS
 }
+
+WORKLOADS: dict[tuple[str, str], Kind] = {(kind.api_version, kind.kind): kind for kind in workloads.KINDS}
+"""Kinds that are read only where no cluster has their pods."""
+
+KUSTOMIZATION = ("kustomize.config.k8s.io/v1beta1", "Kustomization")
 
 SERVICE_ACCOUNT_LABEL = "projectcalico.org/serviceaccount"
 
@@ -53,10 +59,16 @@ _META_WRITTEN_BY_SERVER = (
 
 @dataclass(frozen=True, slots=True)
 class LoadResult:
-    """What was read: the valid resources, and all problems (errors and warnings)."""
+    """What was read: the valid resources, and all problems (errors and warnings).
+
+    ``documents``: how many there were, empty ones left out; one of them may be an empty List.  ``skipped``: how many objects of
+    kinds that are not read, by apiVersion and kind with a space between.
+    """
 
     resources: list[Resource]
     problems: list[Problem]
+    documents: int = 0
+    skipped: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def errors(self) -> list[Problem]:
@@ -71,8 +83,11 @@ class LoadResult:
 
 
 def parse_documents(text: str, file: str) -> LoadResult:
-    """The objects of a multi-document YAML or JSON text; ``file`` is the name that locations carry."""
-    loader = _Loader()
+    """The objects of a multi-document YAML or JSON text; ``file`` is the name that locations carry.
+
+    Workloads such as Deployments are skipped, other than by the functions below: this is how the agent reads.
+    """
+    loader = _Loader(workloads=False)
     loader.text(text, file)
     return loader.result()
 
@@ -141,10 +156,13 @@ def _files_below(top: FilePath, loader: _Loader) -> list[FilePath]:
 class _Loader:
     """Collects resources and problems over all inputs of one call."""
 
-    def __init__(self, *, lenient: bool = False) -> None:
+    def __init__(self, *, lenient: bool = False, workloads: bool = True) -> None:
         self.lenient = lenient
+        self._kinds = KINDS | WORKLOADS if workloads else KINDS
         self.resources: list[Resource] = []
         self.problems: list[Problem] = []
+        self._documents = 0
+        self._skipped: Counter[str] = Counter()
         self._files: dict[str, int] = {}
         self._seen: dict[tuple[str, str, str, str], Location] = {}
 
@@ -152,7 +170,8 @@ class _Loader:
         """All that was read, the problems in the order of files and lines."""
         order = self._files
         self.problems.sort(key=lambda problem: (order.get(problem.location.file, -1), problem.location.line))
-        return LoadResult(self.resources, self.problems)
+        resources = calico_storage.without_stored_copies(self.resources)
+        return LoadResult(resources, self.problems, self._documents, dict(sorted(self._skipped.items())))
 
     def file(self, path: FilePath) -> None:
         """Read one file."""
@@ -184,11 +203,16 @@ class _Loader:
         """Read the documents of one text."""
         self._order(file)
         for document in read_documents(text, file, self.problems):
+            self._documents += 1
             self.value(document.value, (), document.positions)
 
     def value(self, value: Any, path: Path, positions: Positions, default: tuple[str, str] = ("", "")) -> None:
         """Read one object, or the items of a List; ``default`` is the apiVersion and kind that a typed List implies."""
         self._order(positions.file)
+        if isinstance(value, (list, tuple)):  # as calicoctl reads and writes several objects
+            for index, item in enumerate(value):
+                self.value(item, (*path, index), positions)
+            return
         report = Report(positions.child(path), problems=self.problems, lenient=self.lenient)
         if not isinstance(value, Mapping):
             report.error(
@@ -201,23 +225,38 @@ class _Loader:
             message = "is a case file, not a manifest: `netpolctl test` runs it, and validates the manifests in it"
             report.error((), message, slug="case-file")
             return
+        if _is_kustomization(value, positions.file):
+            self._skipped[f"{KUSTOMIZATION[0]} {KUSTOMIZATION[1]}"] += 1
+            return
         obj = Reader(value, (), report)
         api_version, kind_name = obj.string("apiVersion") or default[0], obj.string("kind") or default[1]
-        if kind_name.endswith("List") and (isinstance(value.get("items"), (list, tuple)) or kind_name == "List"):
+        if kind_name.endswith("List") and ("items" in value or kind_name == "List"):
             implied = (api_version, kind_name[: -len("List")]) if kind_name != "List" else ("", "")
             for index, item in enumerate(obj.list("items")):
                 self.value(item, (*path, "items", index), positions, implied)
             return
         if report.failed or not _is_typed(obj, api_version, kind_name):
             return
-        kind = KINDS.get((api_version, kind_name))
+        kind = self._kinds.get((api_version, kind_name))
         if kind is None:
-            report.obj = "/".join(part for part in (kind_name, _name_of(value)) if part)
-            _unknown_kind(obj, api_version, kind_name)
+            report.obj = _object_name(kind_name, _meta_text(value, "namespace"), _meta_text(value, "name"))
+            self._skip(obj, api_version, kind_name)
             return
         resource = _parse(kind, obj)
         if resource is not None and self._is_first(kind, resource):
             self.resources.append(resource)
+
+    def _skip(self, obj: Reader, api_version: str, kind: str) -> None:
+        """Count an object of a kind that is not read; a slip is a problem, and so is a policy that is not in force."""
+        stored = group_of(api_version) == group_of(calico_storage.VERSION)
+        slip = find_slip(api_version, kind, [key for key, one in KINDS.items() if stored or not one.is_stored])
+        if slip is not None:
+            obj.error(*slip, slug="unknown-kind")
+            return
+        self._skipped[f"{api_version} {kind}"] += 1
+        if is_policy(kind):
+            message = f"a {kind} of {api_version} is not enforced here; nothing of it is in force"
+            obj.warning(None, message, slug="not-enforced")
 
     def _is_first(self, kind: Kind, resource: Resource) -> bool:
         """Record the object; False, with a problem, when the same one was given before."""
@@ -253,6 +292,9 @@ def _metadata(kind: Kind, obj: Reader) -> Meta:
     report = obj.report
     name = metadata.required_string("name")
     namespace = metadata.string("namespace") or ""
+    kept = calico_storage.kept_metadata(metadata) if kind.is_stored else {}
+    if kind.is_stored:
+        name = calico_storage.restored_name(kind.kind, name, kept)
     report.obj = _object_name(kind.kind, (namespace or "default") if kind.namespaced else "", name)
     if name and (message := kind.check_name(name)) is not None:
         metadata.error("name", message, slug="name")
@@ -266,12 +308,14 @@ def _metadata(kind: Kind, obj: Reader) -> Meta:
         namespace = namespace or "default"
         if kind.strict and (message := check_dns_label(namespace)) is not None:
             metadata.error("namespace", message, slug="name")
-    labels = metadata.string_map("labels", _check_meta_label if kind.strict else None)
+    labels = calico_storage.restored_labels(
+        metadata.string_map("labels", _check_meta_label if kind.strict else None), kept
+    )
     annotations = metadata.string_map("annotations")
     if kind.strict and (message := check_annotations(annotations)) is not None:
         metadata.error("annotations", message, slug="annotation")
     _check_meta_fields(kind, metadata)
-    return Meta(name, share_text(namespace), share_texts(labels), location)
+    return Meta(name, share_text(namespace), share_texts(labels), location, kind.is_stored)
 
 
 def _check_meta_label(key: str, value: str) -> str | None:
@@ -294,10 +338,11 @@ def _object_name(kind: str, namespace: str, name: str) -> str:
     return "/".join(part for part in (kind, namespace, name) if part)
 
 
-def _name_of(value: Mapping[str, Any]) -> str:
+def _meta_text(value: Mapping[str, Any], key: str) -> str:
+    """A field of the metadata of an object that is not read; "" where it is no text."""
     metadata = value.get("metadata")
-    name = metadata.get("name") if isinstance(metadata, Mapping) else None
-    return name if isinstance(name, str) else ""
+    text = metadata.get(key) if isinstance(metadata, Mapping) else None
+    return text if isinstance(text, str) else ""
 
 
 def _is_case_file(value: Mapping[str, Any]) -> bool:
@@ -305,31 +350,15 @@ def _is_case_file(value: Mapping[str, Any]) -> bool:
     return "apiVersion" not in value and "kind" not in value and "manifests" in value and "probes" in value
 
 
+def _is_kustomization(value: Mapping[str, Any], file: str) -> bool:
+    """What `kustomize` reads beside manifests; it may leave out its own apiVersion and kind."""
+    return "apiVersion" not in value and "kind" not in value and FilePath(file).stem == "kustomization"
+
+
 def _is_typed(obj: Reader, api_version: str, kind: str) -> bool:
     if api_version and kind:
         return True
-    for field, value in (("apiVersion", api_version), ("kind", kind)):
+    for key, value in (("apiVersion", api_version), ("kind", kind)):
         if not value:
-            obj.missing(field)
+            obj.missing(key)
     return False
-
-
-def _unknown_kind(obj: Reader, api_version: str, kind: str) -> None:
-    """An object this project does not read: say which it does, nearest first."""
-    versions = [version for version, name in KINDS if name == kind]
-    if versions:
-        message = f'unknown apiVersion "{api_version}" of {kind}; write {" or ".join(versions)}'
-        obj.error("apiVersion", message, slug="unknown-kind")
-        return
-    in_version = [name for version, name in KINDS if version == api_version]
-    near = suggestion(kind, in_version or [name for _, name in KINDS])
-    message = f"unknown kind {kind} of {api_version}{near}; supported are: {_supported()}"
-    obj.error("kind", message, slug="unknown-kind")
-
-
-@lru_cache(maxsize=1)
-def _supported() -> str:
-    by_version: dict[str, list[str]] = {}
-    for version, name in KINDS:
-        by_version.setdefault(version, []).append(name)
-    return "; ".join(f"{version}: {', '.join(names)}" for version, names in by_version.items())

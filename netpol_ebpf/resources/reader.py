@@ -19,6 +19,10 @@ from typing import Any
 from netpol_ebpf.errors import Location, Problem
 from netpol_ebpf.resources.yamltree import Path, Positions
 
+FOLDING_HINT = (
+    "a block that begins with `>` or `|` keeps the line break at its end; begin it with `>-`, or write one line"
+)
+
 TOLERATED = frozenset({"name", "label", "limit", "end-port", "excludes-all", "built-in-order"})
 
 
@@ -50,6 +54,8 @@ class Report:
         self._add(path, message, slug, "warning")
 
     def _add(self, path: Path, message: str, slug: str, severity: str) -> None:
+        if "\n" in message and slug != "selector":  # a message is one line, so the line break is of the value it quotes
+            message = message.replace("\n", "\\n") + f"; {FOLDING_HINT}"
         if (path, message) in self._seen:  # a field read twice is reported once
             return
         self._seen.add((path, message))
@@ -62,6 +68,24 @@ class Report:
     def location(self, path: Path) -> Location:
         """Where ``path`` stands."""
         return self.positions.location(path)
+
+    def describe(self, path: Path, value: Any) -> str:
+        """What was seen at ``path``, for a message: as written, and how it is read where that differs (``yes``, ``0755``)."""
+        written = self.positions.written(path)
+        if written is None or value is None:
+            return describe(value)
+        return f"{written}, which is read as {describe(value)}"
+
+    def wrong_text(self, path: Path, value: Any) -> None:
+        """Record that something other than text stands where text belongs."""
+        written = self.positions.written(path)
+        if written is None and not isinstance(value, (bool, int, float)):
+            hint = '; write "" for an empty text, "null" for the word' if value is None else ""
+            self.error(path, f"must be text, is {describe(value)}{hint}", slug="type")
+            return
+        quoted = describe(value) if written is None else written
+        seen = f"{quoted}, which is read as nothing" if value is None else self.describe(path, value)
+        self.error(path, f'must be text, is the value {seen}; put it in quotes: "{quoted}"', slug="type")
 
 
 def render_path(path: Path) -> str:
@@ -152,7 +176,8 @@ class Reader:
         self.error(None, f"the field `{key}` is required", slug="required")
 
     def _wrong_type(self, key: str, wanted: str) -> None:
-        self.error(key, f"must be {wanted}, is {describe(self._value.get(key))}", slug="type")
+        seen = self.report.describe((*self.path, key), self._value.get(key))
+        self.error(key, f"must be {wanted}, is {seen}", slug="type")
 
     # --- scalars ----------------------------------------------------------------------------------------------------
 
@@ -161,16 +186,8 @@ class Reader:
         value = self.raw(key)
         if value is None or isinstance(value, str):
             return value
-        self._wrong_string(key, value)
+        self.report.wrong_text((*self.path, key), value)
         return None
-
-    def _wrong_string(self, key: str, value: Any) -> None:
-        if isinstance(value, (bool, int, float)):
-            self.error(
-                key, f'must be text, is the value {describe(value)}; put it in quotes: "{describe(value)}"', slug="type"
-            )
-        else:
-            self._wrong_type(key, "text")
 
     def required_string(self, key: str) -> str:
         """A string field that must be given and not empty; "" after a problem."""
@@ -207,7 +224,8 @@ class Reader:
             self._wrong_type(key, f"a whole number from {low} to {high}{quotes}")
             return None
         if not low <= value <= high:
-            self.error(key, f"must be from {low} to {high}, is {value}", slug="range")
+            seen = self.report.describe((*self.path, key), value)
+            self.error(key, f"must be from {low} to {high}, is {seen}", slug="range")
             return None
         return int(value)
 
@@ -250,7 +268,7 @@ class Reader:
             if isinstance(value, Mapping):
                 yield Reader(value, path, self.report)
             else:
-                self.report.error(path, f"must be a mapping, is {describe(value)}", slug="type")
+                self.report.error(path, f"must be a mapping, is {self.report.describe(path, value)}", slug="type")
 
     def strings(self, key: str) -> tuple[str, ...]:
         """A list of strings; items of another type are reported and left out."""
@@ -262,14 +280,14 @@ class Reader:
             path = (*self.path, key, index)
             if isinstance(value, str):
                 yield path, value
-            elif isinstance(value, (bool, int, float)):
-                self.report.error(
-                    path,
-                    f'must be text, is the value {describe(value)}; put it in quotes: "{describe(value)}"',
-                    slug="type",
-                )
             else:
-                self.report.error(path, f"must be text, is {describe(value)}", slug="type")
+                self.report.wrong_text(path, value)
+
+    def refuse_line_breaks(self, key: str) -> None:
+        """Report the entries of a list of strings that hold a line break, where none can ever match."""
+        for path, text in self.indexed_strings(key):
+            if "\n" in text:
+                self.report.error(path, f"holds a line break, so it matches nothing: {describe(text)}")
 
     def string_map(self, key: str, check: Callable[[str, str], str | None] | None = None) -> dict[str, str]:
         """A mapping of text to text; ``check`` may object to an entry by returning a message."""
@@ -280,11 +298,9 @@ class Reader:
             self._wrong_type(key, "a mapping of names to text")
             return {}
         result = {}
-        nested: Reader | None = None
         for name, text in value.items():
             if not isinstance(text, str) or not isinstance(name, str):
-                nested = nested or Reader(value, (*self.path, key), self.report)
-                nested._wrong_string(name, text)  # noqa: SLF001 - its own class
+                self.report.wrong_text((*self.path, key, name), text)
                 continue
             result[name] = text
             if check is not None and (message := check(name, text)) is not None:

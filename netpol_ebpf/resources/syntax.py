@@ -23,6 +23,7 @@ _DNS_LABEL = re.compile(r"[a-z0-9](?:[-a-z0-9]*[a-z0-9])?\Z")
 _DNS_SUBDOMAIN = re.compile(r"[a-z0-9](?:[-a-z0-9]*[a-z0-9])?(?:\.[a-z0-9](?:[-a-z0-9]*[a-z0-9])?)*\Z")
 _QUALIFIED = re.compile(r"[A-Za-z0-9](?:[-A-Za-z0-9_.]*[A-Za-z0-9])?\Z")
 _SERVICE_NAME = re.compile(r"(?=.*[a-z])[a-z0-9](?:-?[a-z0-9])*\Z")
+_RANGE = re.compile(r"([0-9]+)[-:._]+([0-9]+)\Z")
 
 PROTOCOLS = {"TCP": 6, "UDP": 17, "SCTP": 132}
 
@@ -86,9 +87,11 @@ def check_port_name(name: str) -> str | None:
         return None
     if name.isascii() and name.isdigit():
         return f'is the text "{name}"; write the number without quotes: {name}'
+    ends = _RANGE.match(name)
+    hint = f"; a range has its first port here and its last, {ends[2]}, in `endPort`" if ends else ""
     return (
         "must be a port number, or a port name: at most 15 lower-case letters, digits and single dashes, with at least "
-        f'one letter, beginning and ending with a letter or digit; is "{name}"'
+        f'one letter, beginning and ending with a letter or digit; is "{name}"{hint}'
     )
 
 

@@ -27,13 +27,15 @@ IPNetwork = Union[IPv4Network, IPv6Network]
 class Meta:
     """Object metadata. ``namespace`` is "" for cluster-scoped kinds ("default" is filled in for namespaced ones).
 
-    Annotations are not kept: pods have large ones, and what a kind means by one is in a field of its own.
+    Annotations are not kept: pods have large ones, and what a kind means by one is in a field of its own.  ``is_stored``: read from
+    the form in which Calico stores the object, to which the same object as projectcalico.org/v3 is preferred.
     """
 
     name: str
     namespace: str
     labels: Mapping[str, str]
     location: Location
+    is_stored: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +88,9 @@ class ContainerPort:
 
 @dataclass(frozen=True, slots=True)
 class Pod:
-    """v1 Pod. ``addresses``: by the precedence of status.podIPs, podIP, then the CNI annotations; () for a finished pod.
+    """v1 Pod, or the pod of a workload's template (`workloads`), which has no address and the name KIND/NAME.
+
+    ``addresses``: by the precedence of status.podIPs, podIP, then the CNI annotations; () for a finished pod.
 
     ``allowed_source_prefixes`` from annotation cni.projectcalico.org/allowedSourcePrefixes.
     """

@@ -5,14 +5,15 @@ One pass over the parser's events builds, for each document, the values (dict, l
 beside them a compact tree of positions, so that a problem found later names its line without a second parse.
 
 Invariant: whatever the input, the result is documents and problems, never an exception and never unbounded work
-(nesting and alias expansion are limited).  A syntax error ends one document, not the file.  Scalars are read as
-kubectl reads them (YAML 1.1 words and numbers, but neither timestamps nor base-60 numbers: ``1:30`` is a port range).
+(nesting and alias expansion are limited).  A syntax error ends one document, not the file.  Scalars and keys are read as
+kubectl reads them (`scalars`).  JSON values may follow each other without ``---`` between them, as `jq -c` prints them.
 This module knows nothing of Kubernetes objects; `yaml_mistakes` words what is wrong with a text.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -23,12 +24,14 @@ import yaml
 
 from netpol_ebpf.errors import Location, Problem
 from netpol_ebpf.resources import yaml_mistakes
+from netpol_ebpf.resources.scalars import read_plain
 from netpol_ebpf.resources.sharing import share
 
 Path = tuple[Union[str, int], ...]
 
-# A position is line << 24 | column, both zero-based.  A leaf's mark is its position; a container's mark is its position
-# and the marks of its children.  In a mapping the position of an entry is that of its key.
+# A position is line << 24 | column, both zero-based.  A leaf's mark is its position, or its position and the text that was
+# written where the value alone does not tell it (0755 is 493); a container's mark is its position and the marks of its
+# children.  In a mapping the position of an entry is that of its key.
 _Mark = Union[int, tuple[int, Any]]
 
 _COLUMN_BITS = 24
@@ -37,23 +40,18 @@ _COLUMN_MASK = (1 << _COLUMN_BITS) - 1
 MAX_DEPTH = 100  # arbitrary; real objects stay below 30
 MAX_ALIAS_NODES = 1_000_000  # arbitrary; what all aliases of one document may expand to
 
+MAX_JSON_COLUMN = 10_000  # arbitrary; columns of JSON values that begin further to the right in a line are told too low
+
 _LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
-_ABSENT: Any = object()
-_WORDS: dict[str, Any] = {
-    **dict.fromkeys(("~", "null", "Null", "NULL"), None),
-    **dict.fromkeys(("true", "True", "TRUE", "yes", "Yes", "YES", "on", "On", "ON"), True),
-    **dict.fromkeys(("false", "False", "FALSE", "no", "No", "NO", "off", "Off", "OFF"), False),
-    **dict.fromkeys((".inf", ".Inf", ".INF", "+.inf", "+.Inf", "+.INF"), float("inf")),
-    **dict.fromkeys(("-.inf", "-.Inf", "-.INF"), float("-inf")),
-    **dict.fromkeys((".nan", ".NaN", ".NAN"), float("nan")),
-}
-_MAYBE_NOT_TEXT = frozenset("0123456789+-.~nNtTfFyYoO")
-_DECIMAL = re.compile(r"[-+]?(?:0|[1-9][0-9]{0,39})\Z")
-_BASED = re.compile(r"[-+]?(?:0[xX][0-9a-fA-F]{1,32}|0[bB][01]{1,128}|0[oO]?[0-7]{1,42})\Z")
-_FLOAT = re.compile(r"[-+]?(?:[0-9]{1,40}\.[0-9]{0,400}|\.[0-9]{1,400}|[0-9]{1,40}(?=[eE]))(?:[eE][-+]?[0-9]{1,4})?\Z")
+_LONGEST_PLAIN_FLOAT = 1e21
+"""From here on Go's encoding of JSON writes a number with an exponent."""
+
 # Line breaks to YAML 1.1, which folds them, and ordinary characters inside a string to JSON.
-_NO_BREAKS_IN_JSON = re.compile("[\x85\u2028\u2029]")
+_BREAKS_OF_YAML = re.compile("[\x85\u2028\u2029]")
+_MARK = re.compile(r"^---(?=\s|\Z)", re.MULTILINE)
+_BLANK = re.compile(r"(?:\s+|#[^\n]*|^\.\.\.(?=\s|\Z))*", re.MULTILINE)
+_MORE_OF_YAML = re.compile(r"[ \t]*[^\s#{[]")
 _TAG = "tag:yaml.org,2002:"
 _TAGGED: dict[str, tuple[type, ...]] = {
     _TAG + "int": (int,),
@@ -82,6 +80,17 @@ class Positions:
             mark = below
         position = mark if isinstance(mark, int) else mark[0]
         return Location(self.file, (position >> _COLUMN_BITS) + 1, (position & _COLUMN_MASK) + 1)
+
+    def written(self, path: Path) -> str | None:
+        """The text of the scalar at ``path`` where its value alone does not tell it (``0755``, ``yes``, ``~``); else None."""
+        mark = self.mark
+        for step in path:
+            if mark is None:
+                return None
+            mark = _step(mark, step)
+        if isinstance(mark, tuple) and isinstance(mark[1], str):
+            return mark[1]
+        return None
 
     def child(self, path: Path) -> Positions:
         """The positions of the value at ``path``; of its deepest part that was written when it is missing."""
@@ -125,36 +134,128 @@ class _Refused(Exception):  # noqa: N818 - control flow inside this module: a li
 def read_documents(text: str, file: str, problems: list[Problem]) -> Iterator[Document]:
     """Yield the documents of ``text`` (empty ones left out); append what is wrong with them to ``problems``.
 
-    After a syntax error reading goes on at the next line that begins with ``---``.
+    JSON values are documents each, with or without ``---`` between them.  After a syntax error reading goes on at the next
+    line that begins with ``---``.
     """
-    text = text.removeprefix("\ufeff")
-    if _NO_BREAKS_IN_JSON.search(text) and (value := _as_json(text, problems, file)) is not _ABSENT:
-        yield Document(value, Positions(file, 0))
-        return
-    lines: list[str] | None = None
-    chunk, first_line = text, 0
-    while True:
-        stream = _Stream(chunk, file, first_line, problems)
+    yield from _Text(text.removeprefix("\ufeff"), file, problems).documents()
+
+
+class _Text:
+    """A whole file: runs of YAML documents and of JSON values, read one after the other.
+
+    ``offset``: where reading goes on; ``line``: the number of its line; ``line_offset``: where that line begins.
+    """
+
+    def __init__(self, text: str, file: str, problems: list[Problem]) -> None:
+        self.text = text
+        self.file = file
+        self.problems = problems
+        self.offset = 0
+        self.line = 0
+        self.line_offset = 0
+
+    def documents(self) -> Iterator[Document]:
+        """Yield each document that is not empty."""
+        is_after_json = False
+        while (begin := _end_of_blank(self.text, self.offset)) < len(self.text):
+            mark = _MARK.match(self.text, begin)
+            json_begin = begin if mark is None else _end_of_blank(self.text, mark.end())
+            json_end = _end_of_json(self.text, json_begin)
+            if json_end is not None:
+                self._go_to(json_begin)
+                yield from self._json(json_end)
+                is_after_json = True
+            elif is_after_json and mark is None:
+                self._go_to(begin)
+                message = "not valid YAML: a document that is not JSON begins here; write `---` in a line before it"
+                self.problems.append(Problem(_place(self.file, self._position()), "", message, slug="yaml"))
+                self._go_to_mark(begin)
+                is_after_json = False
+            else:
+                if mark is not None:
+                    self._go_to(begin)
+                yield from self._yaml()
+                is_after_json = False
+
+    def _go_to(self, offset: int) -> None:
+        self.line += self.text.count("\n", self.offset, offset)
+        self.line_offset = max(self.line_offset, self.text.rfind("\n", self.offset, offset) + 1)
+        self.offset = offset
+
+    def _go_to_mark(self, offset: int) -> None:
+        """Go on at the first line from ``offset`` on that begins with ``---``, or at the end."""
+        mark = _MARK.search(self.text, offset)
+        self._go_to(len(self.text) if mark is None else mark.start())
+
+    def _position(self) -> int:
+        return self.line << _COLUMN_BITS | min(self.offset - self.line_offset, MAX_JSON_COLUMN)
+
+    def _json(self, end: int) -> Iterator[Document]:
+        """The JSON value from here to ``end``: read as YAML for its positions, and as JSON where YAML does not read it alike."""
+        position, known = self._position(), len(self.problems)
+        text, first_line = self.text[self.offset : end], self.line
+        self._go_to(end)
+        document: Document | None = None
+        if not _BREAKS_OF_YAML.search(text):
+            stream = _Stream(" " * (position & _COLUMN_MASK) + text, self.file, first_line, self.problems)
+            try:
+                stream.start()
+                document = next(stream.documents(), None)
+            except _Refused as error:
+                _report(error, self.text.split("\n"), first_line, self.file, self.problems)
+                return
+            except (yaml.YAMLError, UnicodeEncodeError):  # surrogate pairs in escapes, for one
+                del self.problems[known:]
+        if document is None:
+            value = _unique_json(text, _place(self.file, position), self.problems)
+            document = Document(value, Positions(self.file, position))
+        yield document
+
+    def _yaml(self) -> Iterator[Document]:
+        """The YAML documents from here on, up to a JSON value that follows one, or to the first that is not valid."""
+        stream = _Stream(self.text[self.offset :], self.file, self.line, self.problems)
         try:
             stream.start()
             yield from stream.documents()
         except (yaml.YAMLError, UnicodeEncodeError, _Refused) as error:
-            if (
-                first_line == 0
-                and not stream.documents_seen
-                and (value := _as_json(text, problems, file)) is not _ABSENT
-            ):
-                yield Document(value, Positions(file, 0))
+            json_begin = self._json_behind(stream, error)
+            if json_begin is not None:
+                if stream.begin is not None:
+                    del self.problems[stream.known :]  # of a document that is read once more
+                self._go_to(json_begin)
                 return
-            lines = text.split("\n") if lines is None else lines
-            failed_at = _report(error, lines, first_line, file, problems)
+            lines = self.text.split("\n")
+            failed_at = _report(error, lines, self.line, self.file, self.problems)
+            self._go_to_mark(sum(len(line) + 1 for line in lines[: max(failed_at, self.line + 1)]))
         else:
-            return
-        following = range(max(failed_at, first_line + 1), len(lines))
-        first_line = next((number for number in following if lines[number].startswith("---")), -1)
-        if first_line < 0:
-            return
-        chunk = "\n".join(lines[first_line:])
+            self._go_to(len(self.text))
+
+    def _json_behind(self, stream: _Stream, error: Exception) -> int | None:
+        """Where the JSON value begins at which YAML failed: the document it could not read, or what follows the last one."""
+        index = stream.begin
+        if index is None and isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
+            index = error.problem_mark.index
+        if index is None:
+            return None
+        begin = _end_of_blank(self.text, self.offset + index)
+        return None if _end_of_json(self.text, begin) is None else begin
+
+
+def _end_of_blank(text: str, offset: int) -> int:
+    """The end of white space, comments and marks of a document's end that begin at ``offset``."""
+    match = _BLANK.match(text, offset)
+    return offset if match is None else match.end()
+
+
+def _end_of_json(text: str, offset: int) -> int | None:
+    """The end of the JSON object or list at ``offset``; None when there is none, or something else in its last line."""
+    if not text.startswith(("{", "["), offset):
+        return None
+    try:
+        _, end = _JSON.raw_decode(text, offset)
+    except (ValueError, RecursionError):
+        return None
+    return None if _MORE_OF_YAML.match(text, end) else end
 
 
 def _report(error: Exception, lines: list[str], first_line: int, file: str, problems: list[Problem]) -> int:
@@ -183,7 +284,8 @@ class _Stream:
         self.file = file
         self.offset = first_line << _COLUMN_BITS
         self.problems = problems
-        self.documents_seen = 0
+        self.begin: int | None = None  # index of the document that is being read
+        self.known = 0  # problems before it
         self.get_event: Any = None
 
     def start(self) -> None:
@@ -193,12 +295,15 @@ class _Stream:
     def documents(self) -> Iterator[Document]:
         """Yield each document that is not empty."""
         while True:
-            kind = type(self.get_event())
+            event = self.get_event()
+            kind = type(event)
             if kind is yaml.StreamEndEvent:
                 return
             if kind is yaml.DocumentStartEvent:
+                self.begin = event.start_mark.index + (len("---") if event.explicit else 0)
+                self.known = len(self.problems)
                 value, mark = _Tree(self).read()
-                self.documents_seen += 1
+                self.begin = None
                 if value is not None:
                     yield Document(value, Positions(self.file, mark))
 
@@ -259,18 +364,41 @@ class _Tree:
 
     def _scalar(self, event: Any) -> None:
         self.nodes += 1
-        mark = event.start_mark
-        position = (mark.line << _COLUMN_BITS | min(mark.column, _COLUMN_MASK)) + self.offset
+        start = event.start_mark
+        position = (start.line << _COLUMN_BITS | min(start.column, _COLUMN_MASK)) + self.offset
+        text = event.value
         if self.key is None and self.container.__class__ is dict:
-            self._set_key(event.value, position)
+            is_plain = event.tag is None and event.implicit[0]
+            key = self._plain_key(text, position) if is_plain else text
+            if event.anchor is not None:
+                self.anchors[event.anchor] = (key, position, 1)
+            self._set_key(key, position)
             return
         if event.tag is not None:
             value = self._tagged(event, position)
         else:
-            value = _plain(event.value) if event.implicit[0] else event.value
+            value = _as_json_number(read_plain(text)) if event.implicit[0] else text
+        mark: _Mark = position if value.__class__ is str or _is_told_by(value, text) else (position, text)
         if event.anchor is not None:
-            self.anchors[event.anchor] = (value, position, 1)
-        self._add(value, position)
+            self.anchors[event.anchor] = (value, mark, 1)
+        self._add(value, mark)
+
+    def _plain_key(self, text: str, position: int) -> str:
+        """A key without quotes, in the form that kubectl gives to keys that are no text."""
+        value = read_plain(text)
+        if value.__class__ is str:
+            return text
+        if value is None or isinstance(value, float):
+            what = "nothing" if value is None else "a number"
+            self._problem(position, f'the key `{text}` is read as {what}; put it in quotes: "{text}"')
+            return text
+        key = str(value).lower() if isinstance(value, bool) else str(value)
+        if key != text:
+            message = f'the key `{text}` is read as `{key}`, as kubectl reads it; put it in quotes: "{text}"'
+            self.stream.problems.append(
+                Problem(_place(self.stream.file, position), "", message, severity="warning", slug="yaml-key")
+            )
+        return key
 
     def _set_key(self, key: str, position: int) -> None:
         if key in self.container:
@@ -335,9 +463,9 @@ class _Tree:
         if tag not in _TAGGED:
             self._problem(position, f"the tag {tag} is not supported; remove it")
             return text
-        value = _plain(text)
+        value = read_plain(text)
         if isinstance(value, _TAGGED[tag]):
-            return value
+            return _as_json_number(value)
         self._problem(position, f"`{text}` is not a value of the type its tag names")
         return None
 
@@ -357,47 +485,42 @@ class _Tree:
                     marks[name] = one_mark[1][name]
 
 
-def _plain(text: str) -> Any:
-    """The value of a plain (unquoted, untagged) scalar."""
-    if not text:
-        return None
-    if text[0] not in _MAYBE_NOT_TEXT:
-        return text
-    value = _WORDS.get(text, _ABSENT)
-    if value is not _ABSENT:
-        return value
-    if _DECIMAL.match(text):
-        return int(text)
-    if _BASED.match(text):
-        digits = text.lstrip("+-")
-        if digits[1] not in "xXbBoO":
-            digits = "0o" + digits[1:]
-        return int(digits, 0) * (-1 if text[0] == "-" else 1)
-    if _FLOAT.match(text):
-        return float(text)
-    return text
+def _as_json_number(value: Any) -> Any:
+    """A number as it reaches the API server, which gets JSON: without a fraction it is a whole number (``80.0``, ``1e3``)."""
+    if value.__class__ is float and math.isfinite(value) and value.is_integer() and abs(value) < _LONGEST_PLAIN_FLOAT:
+        return int(value)
+    return value
+
+
+def _is_told_by(value: Any, text: str) -> bool:
+    """Whether the text of a scalar that is no text is what a reader of its value would write."""
+    if value is None:
+        return text in ("", "null")
+    if value.__class__ is bool:
+        return text == ("true" if value else "false")
+    return str(value) == text
 
 
 def _place(file: str, position: int) -> Location:
     return Location(file, (position >> _COLUMN_BITS) + 1, (position & _COLUMN_MASK) + 1)
 
 
-def _as_json(text: str, problems: list[Problem], file: str) -> Any:
-    """The value of ``text`` when it is JSON that YAML cannot read (surrogate pairs in escapes), or the absent marker."""
-    if not text.lstrip().startswith(("{", "[")):
-        return _ABSENT
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"{name} is no JSON")  # Python reads NaN and Infinity
+
+
+_JSON = json.JSONDecoder(parse_constant=_refuse_constant, parse_float=lambda text: _as_json_number(float(text)))
+
+
+def _unique_json(text: str, place: Location, problems: list[Problem]) -> Any:
+    """The value of a JSON text that YAML reads otherwise; a key that is given twice is a problem."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         value = dict(pairs)
         if len(value) != len(pairs):
             keys = [key for key, _ in pairs]
             twice = next(key for key in keys if keys.count(key) > 1)
-            problems.append(
-                Problem(Location(file), "", f"the key `{twice}` is given twice; keep one of them", slug="yaml")
-            )
+            problems.append(Problem(place, "", f"the key `{twice}` is given twice; keep one of them", slug="yaml"))
         return value
 
-    try:
-        return json.loads(text, object_pairs_hook=unique)
-    except (ValueError, RecursionError):
-        return _ABSENT
+    return json.loads(text, object_pairs_hook=unique, parse_float=_JSON.parse_float)

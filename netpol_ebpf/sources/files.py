@@ -23,6 +23,7 @@ import os
 import re
 import stat
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -81,13 +82,18 @@ class Batch:
 
 @dataclass(slots=True)
 class _File:
-    """What is known of one file. ``digest`` is of the text last read, good or not; ``problems`` are of that text."""
+    """What is known of one file.
+
+    ``digest`` is of the text last read, good or not; ``problems`` are of that text; ``skipped``: objects beside ``resources`` of
+    kinds that are not read, by apiVersion and kind.
+    """
 
     signature: Signature
     read_at_s: float
     digest: bytes = b""
     resources: tuple[Resource, ...] = ()
     problems: tuple[Problem, ...] = ()
+    skipped: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def is_racy(self) -> bool:
@@ -159,8 +165,8 @@ class _Sight:
         return any(name == place or name.startswith(f"{place}/") for place in self.hidden)
 
 
-Place = tuple[str, int]
-"""Name of a file and the object's number in it: where two files give an object, the lesser place counts."""
+Place = tuple[bool, str, int]
+"""Whether it is the form in which Calico stores an object, name of the file, the object's number in it: the least place counts."""
 
 
 @dataclass(slots=True)
@@ -182,7 +188,7 @@ class _Merged:
             for number, resource in enumerate(self.given.get(name, ())):
                 key = key_of(resource)
                 was.setdefault(key, self._first(key))
-                self._retract(key, (name, number))
+                self._retract(key, (resource.meta.is_stored, name, number))
         for name in files:
             self.given.pop(name, None)
         for name, resources in files.items():
@@ -191,7 +197,7 @@ class _Merged:
             for number, resource in enumerate(resources):
                 key = key_of(resource)
                 was.setdefault(key, self._first(key))
-                self._claim(key, (name, number))
+                self._claim(key, (resource.meta.is_stored, name, number))
         removals: list[tuple[Place, Event]] = []
         upserts: list[tuple[Place, Event]] = []
         for key, old in was.items():
@@ -204,13 +210,15 @@ class _Merged:
         return tuple(event for part in (removals, upserts) for _, event in sorted(part, key=lambda one: one[0]))
 
     def duplicates(self) -> Iterator[Problem]:
-        """A problem for each place but the first of each object."""
+        """A problem for each place but the first of each object; none where Calico's stored form is given beside the object."""
         for key, others in self.others.items():
-            for place in others:
-                yield _duplicate(key, self._at(place), self._at(self.homes[key]))
+            home = self._at(self.homes[key])
+            for one in map(self._at, others):
+                if one.meta.is_stored == home.meta.is_stored:
+                    yield _duplicate(key, one, home)
 
     def _at(self, place: Place) -> Resource:
-        name, number = place
+        _, name, number = place
         return self.given[name][number]
 
     def _first(self, key: ResourceKey) -> tuple[Place, Resource] | None:
@@ -267,6 +275,15 @@ class ManifestDirectory:
     def was_read(self) -> bool:
         """Whether the directory has been taken up at least once."""
         return self._is_read
+
+    @property
+    def skipped(self) -> dict[str, int]:
+        """How many objects of kinds that are not read there are, by apiVersion and kind."""
+        total: Counter[str] = Counter()
+        for file in self._files.values():
+            if file.skipped:
+                total.update(file.skipped)
+        return dict(sorted(total.items()))
 
     @property
     def problems(self) -> tuple[Problem, ...]:
@@ -401,6 +418,7 @@ class ManifestDirectory:
         entry = _File(signature, self.clock())
         if before is not None:
             entry.digest, entry.resources, entry.problems = before.digest, before.resources, before.problems
+            entry.skipped = before.skipped
         try:
             raw = _read_regular(path) if name else path.read_bytes()
         except FileNotFoundError:
@@ -418,7 +436,7 @@ class ManifestDirectory:
             if result.errors:
                 entry = self._or_last_good(name, entry, before)
             else:
-                entry.resources = tuple(result.resources)
+                entry.resources, entry.skipped = tuple(result.resources), result.skipped
                 self._uncopied[name] = raw.decode("utf-8")
         self._files[name] = entry
 
@@ -432,7 +450,10 @@ class ManifestDirectory:
                 message = f"its last good state cannot be read from {self.copies.directory} either ({error})"
                 entry.problems += (Problem(Location(str(self._path(name))), "", message, slug="copies"),)
             if text is not None:
-                entry.resources = tuple(parse_documents(text, str(self._path(name))).resources)
+                good = parse_documents(text, str(self._path(name)))
+                entry.resources, entry.skipped = tuple(good.resources), good.skipped
+                if good.errors:  # another version of the agent took it for good
+                    entry.problems += (_no_longer_good(self._path(name), good),)
         return entry
 
     def _path(self, name: str) -> Path:
@@ -494,6 +515,14 @@ def _signature(status: os.stat_result) -> Signature:
 def _unreadable(path: Path, error: OSError) -> Problem:
     message = f"cannot be read ({error.strerror}); its last good state stays in force"
     return Problem(Location(str(path)), "", message, slug="unreadable")
+
+
+def _no_longer_good(path: Path, good: LoadResult) -> Problem:
+    message = (
+        f"its last good state is not valid to this version of the agent either ({good.errors[0].message}): "
+        f"{len(good.resources)} of its objects are in force, the others are not; mend the file"
+    )
+    return Problem(Location(str(path)), "", message, slug="copies")
 
 
 def _hidden(path: Path, reason: str) -> Problem:

@@ -366,7 +366,7 @@ metadata: {name: shop}
 apiVersion: v1
 kind: Pod
 metadata: {name: web, namespace: shop}
-spec: {nodeName: n, containers: [{name: c, image: x}]}
+spec: {nodeName: 'n', containers: [{name: c, image: x}]}
 status: {podIPs: [{ip: 10.0.0.1}, {ip: "fd00::1"}]}
 """
 
@@ -395,7 +395,7 @@ HOST = """\
 apiVersion: projectcalico.org/v3
 kind: HostEndpoint
 metadata: {name: h%d}
-spec: {node: n, interfaceName: eth%d, expectedIPs: [10.2.0.%d]}
+spec: {node: 'n', interfaceName: eth%d, expectedIPs: [10.2.0.%d]}
 """
 
 

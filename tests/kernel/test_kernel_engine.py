@@ -53,13 +53,13 @@ metadata: {name: shop}
 apiVersion: v1
 kind: Pod
 metadata: {name: web, namespace: shop, labels: {app: web}}
-spec: {nodeName: n, containers: [{name: c, image: x}]}
+spec: {nodeName: 'n', containers: [{name: c, image: x}]}
 status: {podIPs: [{ip: 10.0.0.1}, {ip: "fd00::1"}]}
 ---
 apiVersion: v1
 kind: Pod
 metadata: {name: db, namespace: shop, labels: {app: db}}
-spec: {nodeName: n, containers: [{name: c, image: x}]}
+spec: {nodeName: 'n', containers: [{name: c, image: x}]}
 status: {podIPs: [{ip: 10.0.0.2}, {ip: "fd00::2"}]}
 ---
 apiVersion: networking.k8s.io/v1

@@ -14,7 +14,7 @@ Manifest = dict[str, Any]
 
 KEYS = ("app", "tier")
 VALUES = ("a", "b", "")
-NAMESPACES = ("x", "y")
+NAMESPACES = ("x", "w")
 PODS = tuple((namespace, name) for namespace in NAMESPACES for name in ("p", "q", "r"))
 OUTSIDE = ("192.0.2.9", "198.51.100.1", "2001:db8::9")
 PORTS = (79, 80, 81, 82, 255, 256, 65535)

@@ -21,12 +21,12 @@ CASES = """
 name: a pod that answers
 sequence: {group: g, step: 1}
 manifests:
-- {apiVersion: v1, kind: Namespace, metadata: {name: n, labels: {a: b}}}
-- {apiVersion: v1, kind: Pod, metadata: {name: p, namespace: n, labels: {app: p}}, status: {podIPs: [{ip: 10.0.1.1}]}}
-- {apiVersion: v1, kind: Pod, metadata: {name: q, namespace: n, labels: {app: q}}, status: {podIPs: [{ip: 'fd00::1'}]}}
+- {apiVersion: v1, kind: Namespace, metadata: {name: 'n', labels: {a: b}}}
+- {apiVersion: v1, kind: Pod, metadata: {name: p, namespace: 'n', labels: {app: p}}, status: {podIPs: [{ip: 10.0.1.1}]}}
+- {apiVersion: v1, kind: Pod, metadata: {name: q, namespace: 'n', labels: {app: q}}, status: {podIPs: [{ip: 'fd00::1'}]}}
 - apiVersion: networking.k8s.io/v1
   kind: NetworkPolicy
-  metadata: {name: k, namespace: n}
+  metadata: {name: k, namespace: 'n'}
   spec: {podSelector: {}, ingress: [{ports: [{protocol: TCP, port: 80}]}]}
 probes:
 - {from: n/p, to: n/p, protocol: TCP, port: 80, srcPort: 1, expect: allow}
@@ -130,7 +130,9 @@ def test_endless_numbers(field: str, value: str) -> None:
     written = ", ".join(f"{key}: {text}" for key, text in probe.items()).replace("@", value)
     loaded = LoadedCases()
     parse_cases(
-        f"name: n\nmanifests: []\nprobes: [{{from: 192.0.2.1, to: 192.0.2.2, {written}, expect: deny}}]\n", "f", loaded
+        f"name: 'n'\nmanifests: []\nprobes: [{{from: 192.0.2.1, to: 192.0.2.2, {written}, expect: deny}}]\n",
+        "f",
+        loaded,
     )
     assert [invalid.case for invalid in loaded.invalid] == ["n"]
 

@@ -31,7 +31,7 @@ def _configurations(count: int) -> st.SearchStrategy[list[Manifest]]:
         },
     )
     template = st.fixed_dictionaries(
-        {"generateName": st.sampled_from(("c", "b-c"))}, optional={"labels": st.just({"x": "y"})}
+        {"generateName": st.sampled_from(("c", "b-c"))}, optional={"labels": st.just({"x": "w"})}
     )
     hosts = st.fixed_dictionaries(
         {

@@ -17,8 +17,8 @@ from netpol_ebpf.resources.load import LoadResult, load_paths, parse_documents, 
 SEEDS = """
 apiVersion: v1
 kind: Pod
-metadata: {name: p, namespace: n, labels: {a: b}, annotations: {cni.projectcalico.org/allowedSourcePrefixes: '["10.0.0.0/8"]'}}
-spec: {nodeName: n, hostNetwork: false, containers: [{name: c, ports: [{name: http, containerPort: 80, protocol: TCP}]}]}
+metadata: {name: p, namespace: 'n', labels: {a: b}, annotations: {cni.projectcalico.org/allowedSourcePrefixes: '["10.0.0.0/8"]'}}
+spec: {nodeName: 'n', hostNetwork: false, containers: [{name: c, ports: [{name: http, containerPort: 80, protocol: TCP}]}]}
 status: {phase: Running, podIP: 10.0.0.1, podIPs: [{ip: 10.0.0.1}]}
 ---
 apiVersion: v1
@@ -28,7 +28,7 @@ spec: {selector: {a: b}, clusterIPs: [10.96.0.1], ports: [{port: 80, targetPort:
 ---
 apiVersion: v1
 kind: Node
-metadata: {name: n}
+metadata: {name: 'n'}
 status: {addresses: [{type: InternalIP, address: 10.0.0.9}]}
 ---
 apiVersion: discovery.k8s.io/v1
@@ -63,7 +63,7 @@ spec:
     source: {nets: [10.0.0.0/8], notPorts: [http, '1:2'], serviceAccounts: {names: [x]}, namespaceSelector: global()}
     http: {methods: [GET], paths: [{exact: /a}], headers: [{header: h, operator: In, values: [v]}]}
     metadata: {annotations: {a: b}}
-  - {action: Deny, protocol: ICMP, icmp: {type: 8, code: 0}, source: {services: {name: s, namespace: n}}}
+  - {action: Deny, protocol: ICMP, icmp: {type: 8, code: 0}, source: {services: {name: s, namespace: 'n'}}}
   egress: [{action: Allow, destination: {domains: [a.b]}}]
 ---
 apiVersion: projectcalico.org/v3
@@ -84,7 +84,7 @@ spec: {nets: [10.0.0.1], allowedEgressDomains: [a.b]}
 apiVersion: projectcalico.org/v3
 kind: HostEndpoint
 metadata: {name: h}
-spec: {node: n, interfaceName: eth0, expectedIPs: [10.0.0.1], profiles: [p], ports: [{name: a, protocol: TCP, port: 1}]}
+spec: {node: 'n', interfaceName: eth0, expectedIPs: [10.0.0.1], profiles: [p], ports: [{name: a, protocol: TCP, port: 1}]}
 ---
 apiVersion: projectcalico.org/v3
 kind: WorkloadEndpoint
@@ -115,7 +115,7 @@ spec:
 ---
 apiVersion: v1
 kind: List
-items: [{apiVersion: v1, kind: Namespace, metadata: {name: n}}]
+items: [{apiVersion: v1, kind: Namespace, metadata: {name: 'n'}}]
 """
 DOCUMENTS: list[Any] = list(yaml.safe_load_all(SEEDS))
 
@@ -224,6 +224,40 @@ def test_any_bytes(data: bytes, tmp_path_factory: pytest.TempPathFactory) -> Non
     path = tmp_path_factory.getbasetemp() / "fuzz.yaml"
     path.write_bytes(data)
     _sound(load_paths([Path(path)]))
+
+
+FORMS = ("yaml", "marked json", "json", "indented json", "same line", "list", "yaml list")
+
+
+@given(forms=st.lists(st.sampled_from(FORMS), min_size=1, max_size=8))
+def test_any_mixture_of_yaml_and_json(forms: list[str]) -> None:
+    """Documents and JSON values in a row give the same objects in the same order, each with its line and column.
+
+    Only what is not JSON needs a mark before and behind it.
+    """
+    text = ""
+    places = []
+    for number, form in enumerate(forms):
+        value = {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": f"a{number}"}}
+        compact = json.dumps(value)
+        opening = {"yaml": "---\n", "marked json": "--- ", "yaml list": "---\n"}.get(form, "")
+        if not opening and number and forms[number - 1] in ("yaml", "yaml list"):
+            opening = "---\n"
+        elif form == "same line" and text.endswith("\n"):
+            text = f"{text[:-1]} "
+        text += opening
+        body = {
+            "yaml": yaml.safe_dump(value), "indented json": f"{json.dumps(value, indent=1)}\n", "list": f"[{compact}]\n",
+            "yaml list": f"- {compact}\n",
+        }.get(form, f"{compact}\n")  # fmt: skip
+        inside = {"list": 1, "yaml list": 2}.get(form, 0)
+        places.append((f"a{number}", text.count("\n") + 1, len(text) - text.rfind("\n") + inside))
+        text += body
+    result = parse_documents(text, "f")
+    assert result.problems == []
+    assert result.documents == len(forms)
+    found = [(one.meta.name, one.meta.location.line, one.meta.location.column) for one in result.resources]
+    assert found == places
 
 
 def test_the_seeds_are_valid() -> None:

@@ -30,7 +30,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threade
 CLUSTER = """\
 apiVersion: v1
 kind: Node
-metadata: {name: n}
+metadata: {name: 'n'}
 status: {addresses: [{type: InternalIP, address: 172.30.0.10}]}
 ---
 apiVersion: v1
@@ -40,19 +40,19 @@ metadata: {name: shop}
 apiVersion: v1
 kind: Pod
 metadata: {name: web, namespace: shop, labels: {app: web}}
-spec: {nodeName: n, containers: [{name: c, image: x}]}
+spec: {nodeName: 'n', containers: [{name: c, image: x}]}
 status: {podIPs: [{ip: 10.0.0.1}, {ip: "fd00::1"}]}
 ---
 apiVersion: v1
 kind: Pod
 metadata: {name: db, namespace: shop, labels: {app: db}}
-spec: {nodeName: n, containers: [{name: c, image: x}]}
+spec: {nodeName: 'n', containers: [{name: c, image: x}]}
 status: {podIPs: [{ip: 10.0.0.2}, {ip: "fd00::2"}]}
 ---
 apiVersion: v1
 kind: Pod
 metadata: {name: other, namespace: shop, labels: {app: other}}
-spec: {nodeName: n, containers: [{name: c, image: x}]}
+spec: {nodeName: 'n', containers: [{name: c, image: x}]}
 status: {podIPs: [{ip: 10.0.0.3}]}
 """
 POLICY = """\
@@ -68,7 +68,7 @@ spec:
 STATE: dict[str, Any] = {
     "version": "1", "pid": 7, "node": None, "manifests": "/m", "pin_dir": "/p", "in_force": True, "generation": 3,
     "changes_applied": 1, "packets": {"policy-deny": 4}, "problems": [],
-    "objects": {"policies": 1, "endpoints": 2, "local_endpoints": 2, "enforced_endpoints": 1},
+    "objects": {"policies": 1, "endpoints": 2, "local_endpoints": 2, "enforced_endpoints": 1, "skipped": {"v1 ConfigMap": 2}},
     "endpoints": [
         {"endpoint": "Pod/shop/web", "addresses": ["10.0.0.1"], "number": 1, "ifindex": 5, "interface": "cali1", "state": "enforced",
          "evidence": "route", "isolated_by": {"ingress": [], "egress": []}},
@@ -257,6 +257,7 @@ def test_status_shows_interfaces_known_and_closed(
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert ["cali1", "Pod/shop/web", "enforced", "10.0.0.1", "route", "open", "open"] in lines
     assert ["eth0", "-", "the", "node's", "own"] in lines
+    assert ["skipped", "objects", "of", "other", "kinds:", "2", "v1", "ConfigMap"] in lines
     assert ["-", "Pod/shop/db", "waiting", "10.0.0.2", "-", "isolated", "(1)", "open"] in lines
     assert ["cali9", "-", "closed", "(no", "endpoint", "is", "known", "here)"] in lines
     assert run(tmp_path, "status", "-o", "wide") == 0

@@ -577,6 +577,19 @@ def test_report_holds_all_of_it(bench: Bench) -> None:
     assert {"10.0.0.1", "10.0.0.2", "10.0.0.3"} <= set(members)
 
 
+def test_report_counts_what_is_skipped(bench: Bench) -> None:
+    """A policy beside a Deployment is in force, and the Deployment, whose pods come from elsewhere, is no endpoint."""
+    bench.write(
+        "more.yaml",
+        "apiVersion: apps/v1\nkind: Deployment\nmetadata: {name: d}\n---\n" + POLICY.replace("name: db", "name: more"),
+    )
+    agent = bench.agent()
+    objects = report.status(agent, bench.node.maps, {})["objects"]
+    assert (objects["skipped"], objects["policies"]) == ({"apps/v1 Deployment": 1}, 2)
+    assert objects["endpoints"] == len(agent.derivation.world.endpoints)
+    assert not any(key.name == "d" for key in agent.derivation.world.endpoints)
+
+
 def test_report_of_connections_says_who_opened_them(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     """The source is the side of the first packet, whichever side the workload is; what is left out is counted."""
     agent = bench.agent()

@@ -50,7 +50,7 @@ def test_a_case() -> None:
 
 def test_remarks_are_accepted() -> None:
     """They mean nothing to the runner; a sequence does."""
-    remarks = "source: {repo: x}\nnotes: n\ndns: {}\ntags: [a]\nconfidence: low\noptional: true\nderived: y\n"
+    remarks = "source: {repo: x}\nnotes: 'n'\ndns: {}\ntags: [a]\nconfidence: low\noptional: true\nderived: 'y'\n"
     (case,) = parse(GOOD + remarks + "sequence: {group: g, step: 2, of: 3}\n").cases
     assert case.sequence == ("g", 2)
 
@@ -97,7 +97,7 @@ def test_all_probe_fields() -> None:
         (("manifests:", "manifest:"), "the field `manifests` is required"),
         (("probes:", "probe:"), "a case needs at least one probe"),
         (("name: good", "name: ''"), "the field `name` is required"),
-        (("kind: Pod", "kind: Prod"), "c.yaml:3: error: Prod/p: kind: unknown kind Prod"),
+        (("kind: Pod", "kind: Prod"), "c.yaml:3: error: Prod/ns/p: kind: unknown kind Prod"),
         (("name: good", "name: good\nsequence: {group: g}"), "the field `step` is required"),
     ],
 )

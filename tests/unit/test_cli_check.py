@@ -12,7 +12,7 @@ import pytest
 
 from netpol_ebpf.cli.main import main
 
-VALID = "apiVersion: v1\nkind: Namespace\nmetadata: {name: n}\n"
+VALID = "apiVersion: v1\nkind: Namespace\nmetadata: {name: 'n'}\n"
 SUSPICIOUS = "apiVersion: networking.k8s.io/v1\nkind: NetworkPolicy\nmetadata: {name: p}\nspec:\n  ingress:\n  - {}\n  - ports:\n    - port: 80\n"
 BROKEN = "apiVersion: networking.k8s.io/v1\nkind: NetworkPolicy\nmetadata: {name: q}\nspec:\n  ingress:\n  - ports:\n    - port: 0\n"
 
@@ -62,6 +62,7 @@ def test_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         "objects": 0,
         "errors": 1,
         "warnings": 0,
+        "skipped": {},
         "clusterChecks": False,
         "problems": [
             {
@@ -91,10 +92,33 @@ def test_nothing_to_check(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert f"no object found in {tmp_path}" in capsys.readouterr().err
 
 
+def test_an_empty_cluster(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What `kubectl get networkpolicy -A -o yaml` prints there is valid: a List without items says that there are none."""
+    file = tmp_path / "empty.yaml"
+    for text in ("apiVersion: v1\nkind: List\nmetadata: {resourceVersion: ''}\nitems: []\n", "[]\n"):
+        file.write_text(text, encoding="utf-8")
+        assert main(["check", str(file)]) == 0
+        assert capsys.readouterr().out == "0 objects valid: 0 errors, 0 warnings\n"
+
+
+def test_objects_of_other_programs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """They are skipped and counted, and the exit code is that of the rest."""
+    other = "---\napiVersion: v1\nkind: ConfigMap\n---\napiVersion: example.com/v1\nkind: Thing\n"
+    file = tmp_path / "a.yaml"
+    file.write_text(f"{VALID}{other}---\napiVersion: v1\nkind: ConfigMap\n", encoding="utf-8")
+    assert main(["check", "--strict", str(file)]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "1 objects valid: 0 errors, 0 warnings",
+        "Skipped, since they are of other kinds: 1 example.com/v1 Thing, 2 v1 ConfigMap",
+    ]
+    assert main(["check", "-o", "json", str(file)]) == 0
+    assert json.loads(capsys.readouterr().out)["skipped"] == {"example.com/v1 Thing": 1, "v1 ConfigMap": 2}
+
+
 def test_a_case_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """It is called what it is, and the command that runs it is named."""
     file = tmp_path / "case.yaml"
-    file.write_text("name: n\nmanifests: []\nprobes: []\n", encoding="utf-8")
+    file.write_text("name: 'n'\nmanifests: []\nprobes: []\n", encoding="utf-8")
     assert main(["check", str(file)]) == 3
     out = capsys.readouterr().out.splitlines()
     assert out[0].endswith(

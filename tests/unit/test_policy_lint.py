@@ -12,17 +12,17 @@ from netpol_ebpf.resources.load import parse_documents
 CLUSTER = """
 apiVersion: v1
 kind: Namespace
-metadata: {name: n}
+metadata: {name: 'n'}
 ---
 apiVersion: v1
 kind: Pod
-metadata: {name: a, namespace: n, labels: {app: a}}
+metadata: {name: a, namespace: 'n', labels: {app: a}}
 spec: {containers: [{name: c, ports: [{name: http, containerPort: 80}]}]}
 status: {podIP: 10.0.0.1}
 ---
 apiVersion: v1
 kind: Pod
-metadata: {name: b, namespace: n, labels: {app: b}}
+metadata: {name: b, namespace: 'n', labels: {app: b}}
 status: {podIP: 10.0.0.2}
 ---
 """
@@ -37,7 +37,7 @@ def _slugs(policies: str, cluster: str = CLUSTER) -> list[tuple[str, str]]:
 
 
 def _kubernetes(spec: str, name: str = "p") -> str:
-    return f"{{apiVersion: networking.k8s.io/v1, kind: NetworkPolicy, metadata: {{name: {name}, namespace: n}}, spec: {spec}}}\n---\n"
+    return f"{{apiVersion: networking.k8s.io/v1, kind: NetworkPolicy, metadata: {{name: {name}, namespace: 'n'}}, spec: {spec}}}\n---\n"
 
 
 def _global(spec: str, name: str = "g", kind: str = "GlobalNetworkPolicy") -> str:
@@ -67,7 +67,7 @@ def test_a_sound_cluster_has_no_warning() -> None:
         (_global("{selector: app == 'a' && app == 'b'}"), [("impossible-selector", "spec")]),
         (
             _kubernetes(
-                "{ingress: [{from: [{podSelector: {matchLabels: {x: y}, matchExpressions: [{key: x, operator: DoesNotExist}]}}]}]}"
+                "{ingress: [{from: [{podSelector: {matchLabels: {x: 'y'}, matchExpressions: [{key: x, operator: DoesNotExist}]}}]}]}"
             ),
             [("impossible-selector", "spec.ingress[0]")],
         ),
@@ -281,10 +281,10 @@ def test_equal_priorities() -> None:
 
 def test_missing_profiles() -> None:
     """A namespace that is not given is said once, at the first of its pods; so is a missing Profile."""
-    pods = "".join(f"{{apiVersion: v1, kind: Pod, metadata: {{name: {name}, namespace: m}}}}\n---\n" for name in "xy")
+    pods = "".join(f"{{apiVersion: v1, kind: Pod, metadata: {{name: {name}, namespace: m}}}}\n---\n" for name in "xw")
     host = (
         "{apiVersion: projectcalico.org/v3, kind: HostEndpoint, metadata: {name: h}, "
-        "spec: {node: n, interfaceName: eth0, profiles: [p]}}\n---\n"
+        "spec: {node: 'n', interfaceName: eth0, profiles: [p]}}\n---\n"
     )
     problems = _lint(pods + host)
     assert [(problem.slug, problem.obj) for problem in problems] == [

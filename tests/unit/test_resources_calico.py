@@ -207,7 +207,7 @@ def test_all_fields_of_a_rule() -> None:
         "{action: Log, ipVersion: 4, protocol: '6', notProtocol: UDPLite, notICMP: {type: 8, code: 0}, "
         "source: {nets: [10.0.0.0/8], notNets: [10.1.0.0/16], selector: a == 'b', notSelector: has(c), "
         "namespaceSelector: global(), ports: [1, '2', '3:4', http, a_B.c-1], notPorts: [5], "
-        "serviceAccounts: {names: [x, y], selector: has(z)}}, "
+        "serviceAccounts: {names: [x, 'y'], selector: has(z)}}, "
         "destination: {selector: ''}, metadata: {annotations: {n/k: v}}}"
     )
     assert rule == CalicoRule(
@@ -238,7 +238,7 @@ def test_icmp_and_services_and_domains() -> None:
     assert _rule("{action: Allow, protocol: 58, icmp: {}}").icmp is None
     service = _rule("{action: Allow, source: {services: {name: s}}}", kind="NetworkPolicy").source.services
     assert service == ServiceMatch("s", "default")
-    rule = _rule("{action: Allow, destination: {services: {name: s, namespace: n}}}", "egress")
+    rule = _rule("{action: Allow, destination: {services: {name: s, namespace: 'n'}}}", "egress")
     assert rule.destination.services == ServiceMatch("s", "n")
     rule = _rule("{action: Allow, destination: {domains: [Example.COM., '*.a.b', x.*.c]}}", "egress")
     assert rule.destination.domains == ("example.com", "*.a.b", "x.*.c")
@@ -248,7 +248,7 @@ def test_http() -> None:
     """Methods, paths and headers."""
     rule = _rule(
         "{action: Allow, protocol: TCP, http: {methods: [GET, '*'], paths: [{exact: /a}, {prefix: /b}], "
-        "headers: [{header: X, operator: In, values: [y]}, {header: Z, operator: Exists}]}}"
+        "headers: [{header: X, operator: In, values: ['y']}, {header: Z, operator: Exists}]}}"
     )
     assert rule.http == HttpMatch(
         ("GET", "*"),
@@ -311,15 +311,15 @@ def test_http() -> None:
             "did you mean `names`?",
         ),
         ("{action: Allow, source: {services: {name: s}}}", ".source.services", "`namespace` is required"),
-        ("{action: Allow, source: {services: {namespace: n}}}", ".source.services", "`name` is required"),
-        ("{action: Allow, source: {services: {name: S, namespace: n}}}", ".source.services.name", "lower-case"),
+        ("{action: Allow, source: {services: {namespace: 'n'}}}", ".source.services", "`name` is required"),
+        ("{action: Allow, source: {services: {name: S, namespace: 'n'}}}", ".source.services.name", "lower-case"),
         (
-            "{action: Allow, destination: {services: {name: s, namespace: n}}}",
+            "{action: Allow, destination: {services: {name: s, namespace: 'n'}}}",
             ".destination.services",
             "only in the `source`",
         ),
         (
-            "{action: Allow, source: {services: {name: s, namespace: n}, notSelector: a == 'b'}}",
+            "{action: Allow, source: {services: {name: s, namespace: 'n'}, notSelector: a == 'b'}}",
             ".source.services",
             "cannot be combined with `notSelector`",
         ),
@@ -380,12 +380,12 @@ def test_what_is_refused_in_a_rule(rule: str, path: str, words: str) -> None:
     [
         ("{action: Allow, http: {}}", ".http", "only in ingress rules"),
         (
-            "{action: Allow, source: {services: {name: s, namespace: n}}}",
+            "{action: Allow, source: {services: {name: s, namespace: 'n'}}}",
             ".source.services",
             "only in the `destination`",
         ),
         (
-            "{action: Allow, protocol: TCP, destination: {services: {name: s, namespace: n}, ports: [80]}}",
+            "{action: Allow, protocol: TCP, destination: {services: {name: s, namespace: 'n'}, ports: [80]}}",
             ".destination.ports",
             "the service's own ports apply",
         ),
@@ -544,34 +544,34 @@ def test_host_endpoints() -> None:
     """A node, and an interface or addresses."""
     endpoint = _one(
         "HostEndpoint",
-        "{node: n, interfaceName: '*', expectedIPs: [10.0.0.1, 'fd00::1'], profiles: [knp.default.x], "
+        "{node: 'n', interfaceName: '*', expectedIPs: [10.0.0.1, 'fd00::1'], profiles: [knp.default.x], "
         "ports: [{name: ssh, protocol: 6, port: 22}]}",
     )
     assert isinstance(endpoint, HostEndpoint)
     assert (endpoint.node, endpoint.interface, endpoint.profiles) == ("n", "*", ("knp.default.x",))
     assert endpoint.expected_ips == (ip_address("10.0.0.1"), ip_address("fd00::1"))
     assert endpoint.ports == (EndpointPort("ssh", 6, 22),)
-    assert _one("HostEndpoint", "{node: n, expectedIPs: [10.0.0.1]}").interface is None
+    assert _one("HostEndpoint", "{node: 'n', expectedIPs: [10.0.0.1]}").interface is None
 
 
 @pytest.mark.parametrize(
     ("spec", "paths"),
     [
         ("{}", ["spec", "spec"]),
-        ("{node: n}", ["spec"]),
-        ("{node: n, interfaceName: '', expectedIPs: []}", ["spec.interfaceName"]),
+        ("{node: 'n'}", ["spec"]),
+        ("{node: 'n', interfaceName: '', expectedIPs: []}", ["spec.interfaceName"]),
         ("{interfaceName: eth0}", ["spec"]),
-        ("{node: N, interfaceName: eth0}", ["spec.node"]),
-        ("{node: n, interfaceName: abcdefghijklmnop}", ["spec.interfaceName"]),
-        ("{node: n, expectedIPs: [10.0.0.0/8]}", ["spec.expectedIPs[0]"]),
-        ("{node: n, interfaceName: eth0, profiles: [.x]}", ["spec.profiles[0]"]),
-        ("{node: n, interfaceName: eth0, ports: [{protocol: TCP, port: 1}]}", ["spec.ports[0]"]),
-        ("{node: n, interfaceName: eth0, ports: [{name: a b, protocol: TCP, port: 1}]}", ["spec.ports[0].name"]),
-        ("{node: n, interfaceName: eth0, ports: [{name: a, protocol: ICMP, port: 1}]}", ["spec.ports[0].protocol"]),
-        ("{node: n, interfaceName: eth0, ports: [{name: a, protocol: 123, port: 1}]}", ["spec.ports[0].protocol"]),
-        ("{node: n, interfaceName: eth0, ports: [{name: a, port: 1}]}", ["spec.ports[0]"]),
-        ("{node: n, interfaceName: eth0, ports: [{name: a, protocol: TCP}]}", ["spec.ports[0]"]),
-        ("{node: n, interfaceName: eth0, ports: [{name: a, protocol: TCP, port: 0}]}", ["spec.ports[0].port"]),
+        ("{node: 'N', interfaceName: eth0}", ["spec.node"]),
+        ("{node: 'n', interfaceName: abcdefghijklmnop}", ["spec.interfaceName"]),
+        ("{node: 'n', expectedIPs: [10.0.0.0/8]}", ["spec.expectedIPs[0]"]),
+        ("{node: 'n', interfaceName: eth0, profiles: [.x]}", ["spec.profiles[0]"]),
+        ("{node: 'n', interfaceName: eth0, ports: [{protocol: TCP, port: 1}]}", ["spec.ports[0]"]),
+        ("{node: 'n', interfaceName: eth0, ports: [{name: a b, protocol: TCP, port: 1}]}", ["spec.ports[0].name"]),
+        ("{node: 'n', interfaceName: eth0, ports: [{name: a, protocol: ICMP, port: 1}]}", ["spec.ports[0].protocol"]),
+        ("{node: 'n', interfaceName: eth0, ports: [{name: a, protocol: 123, port: 1}]}", ["spec.ports[0].protocol"]),
+        ("{node: 'n', interfaceName: eth0, ports: [{name: a, port: 1}]}", ["spec.ports[0]"]),
+        ("{node: 'n', interfaceName: eth0, ports: [{name: a, protocol: TCP}]}", ["spec.ports[0]"]),
+        ("{node: 'n', interfaceName: eth0, ports: [{name: a, protocol: TCP, port: 0}]}", ["spec.ports[0].port"]),
     ],
 )
 def test_what_is_refused_in_host_endpoints(spec: str, paths: list[str]) -> None:
@@ -584,7 +584,7 @@ def test_workload_endpoints() -> None:
     metadata = f"{{name: n-k8s-p-eth0, namespace: s, labels: {{projectcalico.org/serviceaccount: {'a' * 64}}}}}"
     endpoint = _one(
         "WorkloadEndpoint",
-        "{node: n, orchestrator: libvirt, workload: vm, endpoint: eth0, interfaceName: tap0, mac: 'ee:ee:ee:ee:ee:ee', "
+        "{node: 'n', orchestrator: libvirt, workload: vm, endpoint: eth0, interfaceName: tap0, mac: 'ee:ee:ee:ee:ee:ee', "
         "containerID: Ab-1, ipNetworks: [10.0.0.1/32, 'fd00::1'], ipNATs: [{internalIP: 10.0.0.1, externalIP: 192.0.2.1}], "
         "ipv4Gateway: 169.254.1.1, profiles: [p], ports: [{name: a, protocol: UDP, port: 5}, "
         "{protocol: TCP, port: 6, hostPort: 7, hostIP: 192.0.2.1}], serviceAccountName: sa, "

@@ -160,7 +160,7 @@ def test_node_addresses() -> None:
 apiVersion: v1
 kind: Node
 metadata:
-  name: n
+  name: 'n'
   annotations:
     projectcalico.org/IPv4Address: 10.0.0.1/24
     projectcalico.org/IPv4VXLANTunnelAddr: 192.168.1.1
@@ -182,7 +182,7 @@ def test_service() -> None:
         """
 apiVersion: v1
 kind: Service
-metadata: {name: s, namespace: n}
+metadata: {name: s, namespace: 'n'}
 spec:
   selector: {app: web}
   clusterIP: 10.96.0.1
@@ -228,7 +228,7 @@ apiVersion: discovery.k8s.io/v1
 kind: EndpointSlice
 metadata:
   name: s-1
-  namespace: n
+  namespace: 'n'
   labels: {kubernetes.io/service-name: s}
 addressType: %s
 endpoints:

@@ -18,7 +18,7 @@ from netpol_ebpf.resources.types import (
     Requirement,
 )
 
-HEAD = "apiVersion: networking.k8s.io/v1\nkind: NetworkPolicy\nmetadata: {name: p, namespace: n}\n"
+HEAD = "apiVersion: networking.k8s.io/v1\nkind: NetworkPolicy\nmetadata: {name: p, namespace: 'n'}\n"
 
 
 def _load(spec: str) -> LoadResult:

@@ -34,8 +34,31 @@ def _value(text: str) -> Any:
         ("0o17", 15),
         ("017", 15),
         ("0b11", 3),
+        ("0B_11", 3),
+        ("-0o7", -7),
+        ("0b12", "0b12"),
+        ("0o8", "0o8"),
+        ("0x1p-2", "0x1p-2"),
+        ("08", 8),
+        ("0_8", 8),
+        ("-_5", -5),
+        ("1_", 1),
+        ("00", 0),
         ("1.5", 1.5),
-        ("1e3", 1000.0),
+        ("1e3", 1000),
+        ("80.0", 80),
+        ("1.", 1),
+        (".1e3", 100),
+        ("-0.0", 0),
+        ("1e20", 10**20),
+        ("1e21", 1e21),
+        ("1e400", "1e400"),
+        ("1e-400", 0),
+        ("+.5", 0.5),
+        (".5_0", 0.5),
+        ("._5", "._5"),
+        ("1_000.5", 1000.5),
+        ("1e1_0", 10**10),
         ("true", True),
         ("yes", True),
         ("off", False),
@@ -44,22 +67,59 @@ def _value(text: str) -> Any:
         ("1:30", "1:30"),
         ("2024-01-01", "2024-01-01"),
         ("10.0.0.1", "10.0.0.1"),
-        ("1_000", "1_000"),
-        ("089", "089"),
+        ("1_000", 1000),
+        ("089", 89),
+        ("007.5", 7.5),
         ('"80"', "80"),
         ("'true'", "true"),
         ("!!str 80", "80"),
         ("! 80", "80"),
         ("!!int 80", 80),
-        ("n", "n"),
-        ("9" * 50, "9" * 50),
+        ("n", False),
+        ("Y", True),
+        ("tRue", "tRue"),
+        ("=", "="),
+        ("9" * 50, int("9" * 50)),
+        ("9" * 401, "9" * 401),
     ],
 )
 def test_scalars_are_read_as_kubectl_reads_them(text: str, value: object) -> None:
-    """Words and numbers of YAML 1.1, without timestamps and base-60 numbers."""
+    """Words and numbers of YAML 1.1, without timestamps and base-60 numbers, as kubectl 1.32 prints them."""
     seen = _value(f"a: {text}\n")["a"]
     assert seen == value
     assert type(seen) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("text", "key"), [("y", "true"), ("off", "false"), ("010", "8"), ("0x10", "16"), ("1_0", "10"), ("80", "80")]
+)
+def test_keys_are_read_as_kubectl_reads_them(text: str, key: str) -> None:
+    """A word or a number is a key by its value; that it differs from what was written is said."""
+    documents, problems = _read(f"a: {{{text}: 1}}\n")
+    assert documents[0].value == {"a": {key: 1}}
+    assert [(problem.severity, problem.slug) for problem in problems] == [("warning", "yaml-key")] * (text != key)
+    assert all(f'put it in quotes: "{text}"' in problem.message for problem in problems)
+    assert _value(f'a: {{"{text}": 1}}\n') == {"a": {text: 1}}
+
+
+@pytest.mark.parametrize("text", ["1.10", "08", "1e10", "~", ".inf"])
+def test_keys_without_a_fixed_form_are_refused(text: str) -> None:
+    """What a float or nothing becomes as a key depends on the reader, so it is to be written as text."""
+    _, problems = _read(f"a: {{{text}: 1}}\n")
+    assert [(problem.severity, problem.location.column) for problem in problems] == [("error", 5)]
+
+
+def test_the_text_of_a_scalar_is_kept_where_its_value_does_not_tell_it() -> None:
+    """For messages; also of an alias, of what a merge key brings, and of a tagged scalar."""
+    text = "a: {b: &x 0755, c: [yes, 80, true, null, ~, 'no', 1.10], d: *x}\ne: {<<: {f: 1e3}}\ng: !!int 0x1F\nh:\n"
+    documents, _ = _read(text)
+    written = documents[0].positions.written
+    assert [written(("a", "b")), written(("a", "d")), written(("e", "f")), written(("g",))] == [
+        "0755", "0755", "1e3", "0x1F",
+    ]  # fmt: skip
+    assert [written(("a", "c", index)) for index in range(7)] == ["yes", None, None, None, "~", None, "1.10"]
+    assert [written(path) for path in (("a",), ("h",), ("absent", "x"), ("a", "b", "below"))] == [None] * 4
+    assert documents[0].positions.location(("a", "b")).column == 5
 
 
 def test_documents_and_empty_ones() -> None:
@@ -92,11 +152,11 @@ def test_positions_of_keys_items_and_missing_fields() -> None:
 
 def test_anchors_aliases_and_merge_keys() -> None:
     """Aliases repeat values; merge keys give defaults that the mapping itself overrides."""
-    text = "base: &b {x: 1, y: [1, 2]}\nname: &n web\none: *b\ntwo:\n  <<: *b\n  x: 3\nthree: {<<: [*b, {z: 4}]}\nfour: {*n : 5}\n"
+    text = "base: &b {x: 1, w: [1, 2]}\nname: &n web\none: *b\ntwo:\n  <<: *b\n  x: 3\nthree: {<<: [*b, {z: 4}]}\nfour: {*n : 5}\n"
     value = _value(text)
-    assert value["one"] == {"x": 1, "y": [1, 2]}
-    assert value["two"] == {"x": 3, "y": [1, 2]}
-    assert value["three"] == {"x": 1, "y": [1, 2], "z": 4}
+    assert value["one"] == {"x": 1, "w": [1, 2]}
+    assert value["two"] == {"x": 3, "w": [1, 2]}
+    assert value["three"] == {"x": 1, "w": [1, 2], "z": 4}
     assert value["four"] == {"web": 5}
 
 

@@ -177,6 +177,51 @@ def test_invalid_object_makes_its_whole_file_broken(source: ManifestDirectory) -
     assert [problem.slug for problem in batch.problems] == ["unknown-kind"]
 
 
+def test_objects_of_other_kinds_are_counted(tmp_path: Path) -> None:
+    """A policy beside a Deployment is taken up; what is skipped is known of the last good state of each file, over a restart too."""
+    copies = LastGoodCopies(tmp_path / "copies")
+    root = tmp_path / "manifests"
+    root.mkdir()
+    source = ManifestDirectory(root, copies)
+    deployment = "---\napiVersion: apps/v1\nkind: Deployment\n"
+    write(source, "a.yaml", pod("one") + deployment)
+    write(
+        source, "b.yaml", deployment + "---\napiVersion: cilium.io/v2\nkind: CiliumNetworkPolicy\nmetadata: {name: c}\n"
+    )
+    batch = source.step()
+    assert names(batch) == {"one": "Upsert"}
+    assert batch is not None
+    assert [(problem.severity, problem.slug) for problem in batch.problems] == [("warning", "not-enforced")]
+    counts = {"apps/v1 Deployment": 2, "cilium.io/v2 CiliumNetworkPolicy": 1}
+    assert source.skipped == counts
+    write(source, "a.yaml", "kind: [")
+    settled(source)
+    assert source.skipped == counts
+    again = ManifestDirectory(root, copies)
+    again.step()
+    assert again.skipped == counts
+    (root / "b.yaml").unlink()
+    settled(source)
+    assert source.skipped == {"apps/v1 Deployment": 1}
+
+
+def test_a_last_good_state_that_is_no_longer_valid_is_told(tmp_path: Path) -> None:
+    """A stricter version refuses the file and its copy alike: what of it is in force, and that the rest is not, is said."""
+    root = tmp_path / "manifests"
+    root.mkdir()
+    text = pod("one") + "---\n" + pod("two").replace("name: two", "name: y")
+    copies = LastGoodCopies(tmp_path / "copies")
+    copies.store("a.yaml", text)
+    (root / "a.yaml").write_text(text, encoding="utf-8")
+    batch = ManifestDirectory(root, copies).step()
+    assert names(batch) == {"one": "Upsert"}
+    assert batch is not None
+    (told,) = [problem for problem in batch.problems if problem.slug == "copies"]
+    assert told.severity == "error"
+    assert "1 of its objects are in force, the others are not" in told.message
+    assert "which is read as true" in told.message
+
+
 def test_file_that_was_never_good_contributes_nothing(source: ManifestDirectory) -> None:
     """A broken file without a last good state is reported and adds no object; the others count."""
     write(source, "a.yaml", pod("one"))

@@ -117,7 +117,7 @@ ENTITIES = [
     ("{namespaceSelector: global()}", f"!{HAS_NS}", f"!{HAS_NS}"),
     ("{namespaceSelector: n == 'm', notSelector: has(a)}", '(pcns.n == "m" && !has(a))', '(pcns.n == "m" && !has(a))'),
     (
-        "{serviceAccounts: {names: [x, y]}}",
+        "{serviceAccounts: {names: [x, 'y']}}",
         f'({OWN} && projectcalico.org/serviceaccount in {{"x", "y"}})',
         'projectcalico.org/serviceaccount in {"x", "y"}',
     ),

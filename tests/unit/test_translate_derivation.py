@@ -302,7 +302,9 @@ def test_policies_that_compare_namespaces_follow_the_values_there_are() -> None:
 def test_a_profile_object_gives_way_to_a_namespace_of_its_name() -> None:
     """And comes back when the namespace goes."""
     derivation = Derivation()
-    text = "apiVersion: projectcalico.org/v3\nkind: Profile\nmetadata: {name: kns.ns}\nspec: {labelsToApply: {x: y}}\n"
+    text = (
+        "apiVersion: projectcalico.org/v3\nkind: Profile\nmetadata: {name: kns.ns}\nspec: {labelsToApply: {x: 'y'}}\n"
+    )
     for resource in [*read(text), *read(POD)]:
         derivation.upsert(resource)
     assert derivation.world.profiles["kns.ns"].ingress == ()

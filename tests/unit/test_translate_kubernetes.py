@@ -58,7 +58,7 @@ def test_label_selectors_become_terms() -> None:
   podSelector:
     matchLabels: {b: "2", a: "1"}
     matchExpressions:
-    - {key: c, operator: In, values: [y, x]}
+    - {key: c, operator: In, values: ['y', x]}
     - {key: d, operator: NotIn, values: [z]}
     - {key: e, operator: Exists}
     - {key: f, operator: DoesNotExist}
@@ -76,8 +76,8 @@ def test_peers() -> None:
     """PodSelector is of the own namespace; namespaceSelector reads inherited labels; both together are ANDed."""
     k8s = 'projectcalico.org/orchestrator == "k8s"'
     found = peers(
-        "[{podSelector: {matchLabels: {a: b}}}, {podSelector: {}}, {namespaceSelector: {matchLabels: {n: m}}}, "
-        "{namespaceSelector: {}}, {namespaceSelector: {matchLabels: {n: m}}, podSelector: {matchLabels: {a: b}}}]"
+        "[{podSelector: {matchLabels: {a: b}}}, {podSelector: {}}, {namespaceSelector: {matchLabels: {'n': m}}}, "
+        "{namespaceSelector: {}}, {namespaceSelector: {matchLabels: {'n': m}}, podSelector: {matchLabels: {a: b}}}]"
     )
     assert [str(entity.selector) for entity in found] == [
         f'({POD_OF_NS} && a == "b")',

@@ -93,7 +93,7 @@ def test_peers_of_each_sort() -> None:
     """One internal rule for each, all with the user's index; peers are on the other side."""
     policy = cluster_policy(
         "egress: [{action: Pass, name: r, to: [{namespaces: {}}, {pods: {namespaceSelector: {matchLabels: {a: b}}, podSelector: {}}}, "
-        "{networks: [10.0.0.0/8, 'fd00::/8']}, {nodes: {matchLabels: {z: y}}}]}]"
+        "{networks: [10.0.0.0/8, 'fd00::/8']}, {nodes: {matchLabels: {z: 'y'}}}]}]"
     )
     assert policy.types == {Direction.EGRESS}
     assert all((rule.index, rule.name, rule.action) == (0, "r", Action.PASS) for rule in policy.egress)
@@ -172,7 +172,7 @@ SPACES = """
 ---
 {apiVersion: v1, kind: Namespace, metadata: {name: x, labels: {team: a, kubernetes.io/metadata.name: x}}}
 ---
-{apiVersion: v1, kind: Namespace, metadata: {name: y, labels: {team: a, kubernetes.io/metadata.name: y}}}
+{apiVersion: v1, kind: Namespace, metadata: {name: 'y', labels: {team: a, kubernetes.io/metadata.name: 'y'}}}
 ---
 {apiVersion: v1, kind: Namespace, metadata: {name: z, labels: {kubernetes.io/metadata.name: z}}}
 """

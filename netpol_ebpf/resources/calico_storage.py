@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""crd.projectcalico.org/v1: the form in which Calico stores its objects in a Kubernetes cluster.
+
+A stored object has the spec of its projectcalico.org/v3 form and other metadata.  Policies bear their tier's name before their own,
+``default.`` too, which the v3 form may lack; what else the v3 object's metadata held lies as JSON in the annotation
+``projectcalico.org/metadata``.  The rules are those of libcalico-go (`ConvertK8sResourceToCalicoResource`) and of Calico's API
+server since 3.29.4: the annotation's name is the v3 name, and a policy without one loses ``default.``.
+
+Invariant: what is read here has the name, labels and spec that the same object has as projectcalico.org/v3.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from netpol_ebpf.resources import calico, calico_configuration
+from netpol_ebpf.resources.reader import Reader, describe
+from netpol_ebpf.resources.types import Resource
+
+VERSION = "crd.projectcalico.org/v1"
+METADATA = "projectcalico.org/metadata"
+
+_TIERED = ("NetworkPolicy", "GlobalNetworkPolicy", "StagedNetworkPolicy", "StagedGlobalNetworkPolicy")
+_NOT_STORED = ("WorkloadEndpoint", "Profile")
+"""Calico makes these of pods, namespaces and service accounts."""
+_DEFAULT_PREFIX = f"{calico.DEFAULT_TIER}."
+
+KINDS = tuple(
+    replace(kind, api_version=VERSION, is_stored=True)
+    for kind in (*calico.KINDS, *calico_configuration.KINDS)
+    if kind.kind not in _NOT_STORED
+)
+
+
+def kept_metadata(metadata: Reader) -> Mapping[str, Any]:
+    """What the annotation says of the v3 object: its ``name`` and ``labels``, as far as they lie there; empty without it."""
+    annotations = metadata.peek("annotations")
+    text = annotations.get(METADATA) if isinstance(annotations, Mapping) else None
+    if not isinstance(text, str):
+        return {}
+    try:
+        kept = json.loads(text)
+    except (ValueError, RecursionError):
+        kept = None
+    if isinstance(kept, Mapping):
+        kept = {key: value for key, value in kept.items() if value is not None}
+        if isinstance(kept.get("name", ""), str) and _are_labels(kept.get("labels", {})):
+            return kept
+    path = (*metadata.path, "annotations", METADATA)
+    metadata.report.error(path, f"must be the JSON of an object's metadata; is {describe(text)}", slug="annotation")
+    return {}
+
+
+def _are_labels(labels: object) -> bool:
+    return isinstance(labels, Mapping) and all(isinstance(text, str) for text in labels.values())
+
+
+def restored_name(kind: str, name: str, kept: Mapping[str, Any]) -> str:
+    """The name of the v3 form of a stored object; ``kept`` as from `kept_metadata`."""
+    return kept.get("name") or (name.removeprefix(_DEFAULT_PREFIX) if kind in _TIERED else name)
+
+
+def restored_labels(labels: Mapping[str, str], kept: Mapping[str, Any]) -> dict[str, str]:
+    """The labels of the v3 form: older versions of Calico kept them in the annotation only, newer ones only on the object."""
+    return {**kept.get("labels", {}), **labels}
+
+
+def without_stored_copies(resources: Iterable[Resource]) -> list[Resource]:
+    """The resources but those stored ones that are given in their v3 form as well, which is the one that counts."""
+    given = list(resources)
+    current = {_identity(one) for one in given if not one.meta.is_stored}
+    return [one for one in given if not one.meta.is_stored or _identity(one) not in current]
+
+
+def _identity(resource: Resource) -> tuple[type, str, str]:
+    return type(resource), resource.meta.namespace, resource.meta.name

@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Objects that are not read: those of other programs, which may stand beside policies, and slips in the name of a kind.
+
+`helm template` and `kubectl get all` write Deployments and ConfigMaps into the files that hold policies.  Such objects are skipped
+and counted.  Invariant: an object that is probably one of ours with its kind or its apiVersion misspelt is never taken for foreign,
+since it would be a policy that is not in force in silence: in API groups of which all kinds are known here, every other kind is an
+error; elsewhere what has nearly the name of such a group and of one of its kinds.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+from difflib import get_close_matches
+
+from netpol_ebpf.resources.reader import suggestion
+
+KindName = tuple[str, str]
+"""apiVersion and kind."""
+
+_CALICO = (
+    *(
+        "AlertException",
+        "BFDConfiguration",
+        "BGPConfiguration",
+        "BGPFilter",
+        "BGPPeer",
+        "BlockAffinity",
+        "CalicoNodeStatus",
+    ),
+    *("ClusterInformation", "DeepPacketInspection", "EgressGatewayPolicy", "ExternalNetwork", "GlobalAlert"),
+    *("GlobalAlertTemplate", "GlobalReport", "GlobalReportType", "GlobalThreatFeed", "IPAMConfiguration", "IPPool"),
+    *("IPReservation", "LicenseKey", "LiveMigration", "ManagedCluster", "Node", "PacketCapture"),
+    *(
+        "PolicyRecommendationScope",
+        "RemoteClusterConfiguration",
+        "SecurityEventWebhook",
+        "UISettings",
+        "UISettingsGroup",
+    ),
+)
+_OTHER_KINDS: dict[str, frozenset[str]] = {
+    "": frozenset((
+        *("Binding", "ComponentStatus", "ConfigMap", "Endpoints", "Event", "LimitRange", "PersistentVolume"),
+        *("PersistentVolumeClaim", "PodTemplate", "ReplicationController", "ResourceQuota", "Secret"),
+    )),
+    "networking.k8s.io": frozenset(("ClusterCIDR", "IPAddress", "Ingress", "IngressClass", "ServiceCIDR")),
+    "projectcalico.org": frozenset(_CALICO),
+    "crd.projectcalico.org": frozenset((*_CALICO, "IPAMBlock", "IPAMConfig", "IPAMHandle", "Profile")),
+}  # fmt: skip
+"""What else there is in the API groups of the kinds that are read (Kubernetes 1.34, Calico 3.31 and its commercial edition)."""
+
+_NEAR = 0.8
+"""How alike two API groups are of which one is probably the other; arbitrary: one or two letters of `networking.k8s.io`."""
+_POLICY = re.compile(r"NetworkPolicy\Z")
+
+
+def find_slip(api_version: str, kind: str, known: Collection[KindName]) -> tuple[str, str] | None:
+    """What is wrong with an object that none of ``known`` describes, as field and message; None: it is another program's.
+
+    ``known``: the kinds that may be meant.
+    """
+    group = group_of(api_version)
+    groups = {group_of(version) for version, _ in known}
+    if group in groups:
+        if kind in _OTHER_KINDS.get(group, ()):
+            return None
+        near = [(version, name) for version, name in known if group_of(version) == group]
+        return _wrong_version(api_version, kind, near) or _wrong_version(api_version, kind, known) or (
+            "kind", _unknown_kind(api_version, kind, near),
+        )  # fmt: skip
+    near_groups = get_close_matches(group, groups - {""}, cutoff=_NEAR)
+    near = [(version, name) for version, name in known if group_of(version) in near_groups]
+    if suggestion(kind, [name for _, name in near]):
+        return _wrong_version(api_version, kind, near) or ("kind", _unknown_kind(api_version, kind, near))
+    if "." not in group or group.endswith(".k8s.io"):  # a group of Kubernetes itself
+        return _wrong_version(api_version, kind, known)
+    return None
+
+
+def is_policy(kind: str) -> bool:
+    """Whether a kind of another program is, by its name, a network policy that nobody enforces here."""
+    return _POLICY.search(kind) is not None
+
+
+def group_of(api_version: str) -> str:
+    """The API group of an apiVersion; "" for the core group."""
+    return api_version.rpartition("/")[0]
+
+
+def _wrong_version(api_version: str, kind: str, known: Collection[KindName]) -> tuple[str, str] | None:
+    versions = [version for version, name in known if name == kind]
+    if not versions:
+        return None
+    return "apiVersion", f'unknown apiVersion "{api_version}" of {kind}; write {" or ".join(versions)}'
+
+
+def _unknown_kind(api_version: str, kind: str, known: Collection[KindName]) -> str:
+    by_version: dict[str, list[str]] = {}
+    for version, name in known:
+        by_version.setdefault(version, []).append(name)
+    read = "; ".join(f"{version}: {', '.join(names)}" for version, names in by_version.items())
+    near = suggestion(kind, [name for _, name in known])
+    return f"unknown kind {kind} of {api_version}{near}; what is read: {read}"
