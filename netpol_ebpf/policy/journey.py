@@ -87,7 +87,7 @@ def is_forged(packet: Packet) -> bool:
 
 
 class Reason(enum.Enum):
-    """Why a hop is decided without asking policy. All but WORKLOAD_TO_HOST_DROPPED and FORGED allow."""
+    """Why a hop is decided without asking policy. All but WORKLOAD_TO_HOST_DROPPED, FORGED and LOCAL_BACKENDS allow."""
 
     NEIGHBOUR_DISCOVERY = "IPv6 neighbour discovery always passes"
     FORGED = "a workload does not speak for a router or a DHCP server"
@@ -98,13 +98,16 @@ class Reason(enum.Enum):
     HAIRPIN = "a workload that reaches itself through a service looks like its host"
     WORKLOAD_TO_HOST_ACCEPTED = "traffic of a workload to its own host is allowed by the setting workload_to_host"
     WORKLOAD_TO_HOST_DROPPED = "traffic of a workload to its own host is dropped by the setting workload_to_host"
+    LOCAL_BACKENDS = (
+        "no hook stands before the several processes of the node behind this service, so nothing of it is reached"
+    )
     NO_HOST_ENDPOINT = "the interface has no host endpoint, so nothing is policed there"
     NOT_OURS = "neither end is known, so nothing is policed"
 
     @property
     def allows(self) -> bool:
         """False where the hop is refused."""
-        return self not in (Reason.WORKLOAD_TO_HOST_DROPPED, Reason.FORGED)
+        return self not in (Reason.WORKLOAD_TO_HOST_DROPPED, Reason.FORGED, Reason.LOCAL_BACKENDS)
 
 
 class PlaceKind(enum.Enum):
@@ -282,6 +285,11 @@ class Topology:
     def plan(self, flow: Flow) -> Journey:
         """The journey of a flow."""
         return Journey(flow, tuple(_Planner(self, flow).hops()))
+
+    def translation(self, flow: Flow) -> tuple[str | None, Place]:
+        """The node that translates a flow's destination, and what is at the translated one."""
+        planner = _Planner(self, flow)
+        return planner.translating_node, planner.destination
 
     def wildcard(self, node: str | None) -> Endpoint | None:
         """The host endpoint that covers all interfaces of a node, and so those of its workloads."""
