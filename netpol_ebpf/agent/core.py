@@ -23,6 +23,7 @@ from netpol_ebpf.agent.barrier import Barrier, BarrierSettings
 from netpol_ebpf.agent.bonds import Bonds, Evidence, Located
 from netpol_ebpf.agent.claims import Claims
 from netpol_ebpf.agent.cni import Result
+from netpol_ebpf.agent.in_force import WorldInForce
 from netpol_ebpf.agent.node import Node
 from netpol_ebpf.agent.own_interfaces import Grounds, OwnInterfaces
 from netpol_ebpf.agent.trouble import DriftLog, Refusals
@@ -54,6 +55,7 @@ from netpol_ebpf.policy.types import (
     Staged,
     Tier,
     Tunnel,
+    World,
 )
 from netpol_ebpf.policy.types import Node as ClusterNode
 from netpol_ebpf.policy.types import Settings as PolicySettings
@@ -150,6 +152,7 @@ class Agent:
         self._clock = clock
         self._derivation = Derivation(PolicySettings(workload_to_host=settings.workload_to_host))
         self._claims = Claims(self._derivation.world)
+        self._in_force = WorldInForce()
         self._local: dict[EndpointKey, Endpoint] = {}  # with the addresses that count as theirs
         self._names = NumberNames()
         self._compiler = Compiler()
@@ -205,6 +208,16 @@ class Agent:
     def derivation(self) -> Derivation:
         """The objects of the manifests, translated; for reading."""
         return self._derivation
+
+    @property
+    def world_in_force(self) -> World:
+        """The objects that the rows in force were made of, each address its holder's alone; for reading."""
+        return self._in_force.world
+
+    @property
+    def own(self) -> OwnInterfaces:
+        """The node's own interfaces, and whose policy is in force there; for reading."""
+        return self._own
 
     @property
     def tables(self) -> Tables:
@@ -373,6 +386,7 @@ class Agent:
                 self._others = None
         if changes.nodes:
             self._others = None
+        self._in_force.expect(changes)
         return changes
 
     def _bring_into_force(self, changes: Changes) -> None:
@@ -510,6 +524,7 @@ class Agent:
         self._compiler.release_known()
 
     def _note_change(self) -> None:
+        self._in_force.accept()
         self.changes_applied += 1
         self.last_change_s = self._clock()
 

@@ -8,7 +8,7 @@ probe's journey are a failure, whatever the expectation.  Steps of one sequence 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,11 +17,12 @@ from netpol_ebpf.cases.engines import ENGINES, Engine, open_engine
 from netpol_ebpf.errors import InvalidInputError, NetpolError
 from netpol_ebpf.policy.journey import Finding, Flow, Hop, Journey, Place, PlaceKind, Reason, Topology, walk
 from netpol_ebpf.policy.services import ServiceAddresses, Translation
-from netpol_ebpf.policy.translate import derive
+from netpol_ebpf.policy.translate import derive, key_of
 from netpol_ebpf.policy.types import (
     ICMP,
     ICMPV6,
     PORT_PROTOCOLS,
+    EndpointKey,
     IPAddress,
     Packet,
     Question,
@@ -204,9 +205,20 @@ def _in_full(verdict: Verdict) -> str:
 class Cast:
     """Who the names and addresses of a case's probes stand for."""
 
-    def __init__(self, resources: Iterable[Resource], world: World) -> None:
-        resources = list(resources)
-        self._topology = Topology(world)
+    def __init__(
+        self,
+        resources: Collection[Resource],
+        world: World,
+        *,
+        borrow_sources: bool = False,
+        topology: Topology | None = None,
+    ) -> None:
+        """``borrow_sources``: workloads may send from the prefixes that they are allowed besides their addresses.
+
+        ``topology``: of the world, where more is known of it than the world tells.
+        """
+        self._topology = Topology(world) if topology is None else topology
+        self._borrowers = [one for one in world.endpoints.values() if borrow_sources and one.allowed_sources]
         self._services = ServiceAddresses(world.vips, resources)
         self._named: dict[tuple[str, str], tuple[IPAddress, ...]] = {}
         self._host_network: dict[tuple[str, str], Place] = {}
@@ -221,10 +233,18 @@ class Cast:
                 for address in resource.addresses:
                     self._host_addresses.setdefault(address, place)
             if isinstance(resource, Pod) or key not in self._named:
-                self._named[key] = resource.addresses
+                self._named[key] = self._addresses_of(resource, world)
+
+    @staticmethod
+    def _addresses_of(resource: Pod | WorkloadEndpoint, world: World) -> tuple[IPAddress, ...]:
+        """Those that a workload has by the world, which may give one to another that claims it too."""
+        if isinstance(resource, Pod) and resource.host_network:
+            return resource.addresses
+        endpoint = world.endpoints.get(EndpointKey(*key_of(resource)))
+        return () if endpoint is None else endpoint.addresses
 
     def journeys(self, probe: Probe) -> Iterator[Journey]:
-        """One for each address family that both ends have and, of a service's address, for each backend.
+        """One for each address family that both ends have, each workload that may have sent it and each backend of a service.
 
         Raises InvalidInputError when a name or a family is missing, or nothing is known of what is behind a service.
         """
@@ -244,16 +264,22 @@ class Cast:
                 packet, _translation(probe, packet), self._place(probe.source, source), self._end(probe, destination)
             )
             service = self.service_of(flow)
-            if service is None:
-                yield self._topology.plan(flow)
-            elif service.backends:
-                yield from self._journeys_to(flow, service)
-            else:
+            if service is not None and not service.backends:
                 raise InvalidInputError(
                     f"{probe.location}: nothing is known to be behind {' and '.join(service.owners)} at {destination} port "
                     f"{packet.destination_port}",
                     hint="Name a backend, or give the EndpointSlices of the service or the pods that it selects.",
                 )
+            for sender in self._senders(probe.source, source):
+                each = flow if sender is None else replace(flow, source=sender)
+                yield from [self._topology.plan(each)] if service is None else self._journeys_to(each, service)
+
+    def _senders(self, end: IPAddress | tuple[str, str], address: IPAddress) -> Iterator[Place | None]:
+        """Who may have sent a packet from an address: whose it is (None), and workloads that are allowed to use it."""
+        yield None
+        for one in self._borrowers if not isinstance(end, tuple) else ():
+            if address not in one.addresses and any(address in net for net in one.allowed_sources):
+                yield Place(PlaceKind.WORKLOAD, one.key, one.node)
 
     def service_of(self, flow: Flow) -> Translation | None:
         """What a node puts in place of a flow's destination where the flow itself does not say it; None: nothing."""
@@ -299,7 +325,7 @@ class Cast:
             )
         if not addresses:
             raise InvalidInputError(
-                f"{probe.location}: the probe names the pod {end[0]}/{end[1]}, which has no address"
+                f"{probe.location}: the probe names the pod {end[0]}/{end[1]}, which has no address in force"
             )
         return addresses
 

@@ -236,13 +236,49 @@ def test_explain_reads_numbers_strictly(arguments: list[str]) -> None:
     assert caught.value.code == 2
 
 
-def test_explain_takes_the_manifests_of_the_agent(
+def test_explain_asks_the_agent_unless_files_are_named(
     agent: dict[str, Any], manifests: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Without --manifests, those the agent enforces."""
-    agent["status"]["manifests"] = str(manifests)
-    assert run(tmp_path, "explain", "--from", "shop/web", "--to", "shop/db", "--port", "5432") == 0
-    assert "ALLOWED" in capsys.readouterr().out
+    """Without --manifests the agent answers for what is in force; with it the files count, and that is said."""
+    assert explain(manifests, "shop/web", "shop/db", "--port", "5432", "-o", "json") == 0
+    by_files = capsys.readouterr()
+    assert "worked out from the files named" in by_files.err
+    ways = json.loads(by_files.out)
+    agent["explain"] = {"node": "n", "ways": [{**ways[0], "allowed": False}]}
+    assert run(tmp_path, "explain", "--from", "shop/web", "--to", "shop/db", "--port", "5432") == 1
+    asked = capsys.readouterr()
+    assert asked.out.startswith("DENIED  10.0.0.1 -> 10.0.0.2 TCP port 5432\n")
+    assert asked.err == ""
+
+
+SERVICE = """\
+apiVersion: v1
+kind: Service
+metadata: {name: db, namespace: shop}
+spec: {clusterIP: 10.96.0.5, selector: {app: db}, ports: [{port: 80, targetPort: 5432}]}
+"""
+TO_SERVICE_ALONE = """\
+apiVersion: networking.k8s.io/v1
+kind: NetworkPolicy
+metadata: {name: web, namespace: shop}
+spec: {podSelector: {matchLabels: {app: web}}, policyTypes: [Egress], egress: [{to: [PEER]}]}
+"""
+
+
+def test_explain_answers_as_the_backend_of_a_service(manifests: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Allowed where policy allows the backend; where it allows the service's own address alone, denied, and that is said."""
+    (manifests / "service.yaml").write_text(SERVICE)
+    policy = manifests / "web.yaml"
+    policy.write_text(TO_SERVICE_ALONE.replace("PEER", "{podSelector: {matchLabels: {app: db}}}"))
+    assert explain(manifests, "shop/web", "10.96.0.5", "--port", "80") == 0
+    assert "10.96.0.5 TCP port 80, by way of Service/shop/db to 10.0.0.2 port 5432" in capsys.readouterr().out
+    policy.write_text(TO_SERVICE_ALONE.replace("PEER", "{ipBlock: {cidr: 10.96.0.5/32}}"))
+    assert explain(manifests, "shop/web", "10.96.0.5", "--port", "80") == 1
+    shown = capsys.readouterr().out
+    assert (
+        "policy allows 10.96.0.5 port 80, the service's own address; what is judged is the backend, 10.0.0.2 port 5432"
+        in shown
+    )
 
 
 # --- status, flows, get ---------------------------------------------------------------------------------------------
