@@ -15,6 +15,7 @@ from ipaddress import IPv4Address
 from pathlib import Path
 from typing import Any
 
+from netpol_ebpf.ending import ended_by_signals
 from netpol_ebpf.errors import PlatformError, UsageError
 from netpol_ebpf.terminal import say
 
@@ -52,7 +53,10 @@ def run(arguments: argparse.Namespace) -> int:
         raise UsageError("two machines need --peer, --device and --address")
     remote = site.Remote(*given) if all(given) else None
     chosen = [name.strip() for name in arguments.suites.split(",") if name.strip()]
-    result = suite.run_all(_command(arguments), arguments.output, smoke=arguments.smoke, chosen=chosen, remote=remote)
+    with ended_by_signals():
+        result = suite.run_all(
+            _command(arguments), arguments.output, smoke=arguments.smoke, chosen=chosen, remote=remote
+        )
     say(f"{len(result.cases)} cases, {result.seconds:.0f} s: {arguments.output}")
     if not arguments.no_report:
         say(report.write(result, arguments.output.with_suffix("")))
