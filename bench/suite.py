@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Everything in one run and one file; what `netpolctl bench` runs.
 
-The whole takes about a quarter of an hour on two quiet cores and makes the recorded result; *smoke* takes some minutes, for continuous
+The whole takes about a quarter of an hour on two quiet cores and makes the recorded result; *smoke* takes two or three minutes, for continuous
 integration: it shows that every part works, its figures are few and rough.
 """
 

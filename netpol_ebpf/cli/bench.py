@@ -31,11 +31,16 @@ def register(subparsers: Any) -> None:
         "rules stay in network namespaces made for it. Needs root.",
         epilog="exit codes: 0 measured, 2 usage, 5 not root or something is missing",
     )
-    parser.add_argument("--smoke", action="store_true", help="a minute: shows that all parts work; figures are rough")
+    parser.add_argument(
+        "--smoke", action="store_true", help="two or three minutes: shows that all parts work; figures are rough"
+    )
     parser.add_argument(
         "--suites", default="", metavar="NAMES", help="of micro,guards,end-to-end,scale,control-plane; default all"
     )
-    parser.add_argument("-o", "--output", type=Path, default=Path("bench.json"), metavar="FILE", help="the result")
+    parser.add_argument(
+        "-o", "--output", type=Path, default=Path("result.json"), metavar="FILE",
+        help="the result, as JSON; the report is in the directory of the same name (default: result.json, result/)",
+    )  # fmt: skip
     parser.add_argument("--no-report", action="store_true", help="leave the report out")
     parser.add_argument("--peer", type=IPv4Address, metavar="ADDRESS", help="end to end: the other machine's address")
     parser.add_argument("--device", metavar="NAME", help="end to end: the unused network card towards it")

@@ -13,6 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from netpol_ebpf.policy.types import UDP, Action, Cause, CauseKind, Direction, PolicyKey, Tunnel
+from netpol_loader.abi import SCHEMA_VERSION
+
 ROOT = Path(__file__).parents[2]
 PAGES = [*sorted((ROOT / "docs").rglob("*.md")), *sorted(ROOT.glob("*.md"))]
 WHOLE = re.compile(r"pytest((?: +(?:-s\b|-k +(?:\"[^\"]+\"|\w+)|[\w./-]+))*)")
@@ -111,3 +114,26 @@ def test_commands_are_found() -> None:
     assert lies_in(test, "tests/unit")
     assert lies_in(test, "test_docs_commands.py")
     assert not lies_in(test, "tests/un")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_pins_are_where_a_page_says(page: Path) -> None:
+    """A path with the schema in it has the schema of these sources; a table of two schemas names each by itself."""
+    named = re.findall(r"/netpol/v(\d+)", page.read_text(encoding="utf-8"))
+    assert set(named) <= {str(SCHEMA_VERSION)}
+
+
+def test_rules_are_written_as_the_page_of_case_files_says() -> None:
+    """Each form of a cause is one of the page's, with this very text for an example."""
+    page = (ROOT / "docs" / "case-files.md").read_text(encoding="utf-8")
+    policy = PolicyKey("KubernetesNetworkPolicy", "shop", "db")
+    causes = (
+        Cause(CauseKind.RULE, Direction.INGRESS, "default", policy, index=0, action=Action.ALLOW),
+        Cause(CauseKind.TIER_END, Direction.INGRESS, "default", policy),
+        Cause(CauseKind.PROFILE, Direction.EGRESS, profile="kns.shop", index=0, action=Action.ALLOW),
+        Cause(CauseKind.NO_MATCH, Direction.INGRESS),
+        Cause(CauseKind.FAILSAFE, Direction.INGRESS, index=0, action=Action.ALLOW),
+        Cause(CauseKind.TUNNEL, Direction.EGRESS, index=Tunnel(UDP, 4789).number, action=Action.ALLOW),
+    )
+    assert [str(one) for one in causes if f"`{one}`" not in page] == []
+    assert {one.kind for one in causes} == set(CauseKind)
