@@ -214,6 +214,10 @@ class Agent:
         """The objects that the rows in force were made of, each address its holder's alone; for reading."""
         return self._in_force.world
 
+    def interface_towards(self, address: IPAddress) -> int | None:
+        """The interface by which the node would send to an address now, None where there is no way."""
+        return self._node.interface_towards(address)
+
     @property
     def own(self) -> OwnInterfaces:
         """The node's own interfaces, and whose policy is in force there; for reading."""

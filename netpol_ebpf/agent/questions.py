@@ -13,19 +13,44 @@ from typing import Any
 
 from netpol_ebpf.agent.core import Agent
 from netpol_ebpf.analysis.explanation import explain, parse_engine, parse_request
+from netpol_ebpf.cases.engines import open_engine
 from netpol_ebpf.cases.runner import Cast
 from netpol_ebpf.errors import InvalidInputError
-from netpol_ebpf.policy.journey import Journey
-from netpol_ebpf.policy.types import EndpointKey, EndpointKind, World
+from netpol_ebpf.policy.journey import Journey, Topology
+from netpol_ebpf.policy.types import Direction, Endpoint, EndpointKey, EndpointKind, Packet, World
+
+STATUS_HINT = "`netpolctl status` says what is in the way."
 
 
 def answer_question(agent: Agent, request: Mapping[str, Any]) -> dict[str, Any]:
     """``ways``: see `netpol_ebpf.analysis.explanation.explain`. Raises NetpolError."""
-    probe, engine = parse_request(request), parse_engine(request)
+    probe, name = parse_request(request), parse_engine(request)
     world = _enforced(agent)
-    cast = Cast(agent.derivation.resources(), world, borrow_sources=agent.settings.borrow_sources)
-    ways = explain(cast, world, probe, engine, lambda journey: _require_enforced(agent, journey))
+    topology = NodeTopology(world, agent)
+    resources = agent.derivation.resources()
+    cast = Cast(resources, world, borrow_sources=agent.settings.borrow_sources, topology=topology)
+    with open_engine(name) as engine:
+        engine.load(world)
+        ways = explain(cast, world, probe, engine, lambda journey: _require_enforced(agent, journey))
     return {"node": agent.settings.node, "ways": ways}
+
+
+class NodeTopology(Topology):
+    """Of this node it knows the interfaces: a packet takes the one by which the node would send to its other end."""
+
+    def __init__(self, world: World, agent: Agent) -> None:
+        super().__init__(world)
+        self._world = world
+        self._agent = agent
+
+    def uplink_of(self, node: str, direction: Direction, wire: Packet, *, is_local: bool) -> Endpoint | None:
+        """See `Topology`."""
+        remote = wire.source if direction is Direction.INGRESS else wire.destination
+        ifindex = self._agent.interface_towards(remote) if node == self._agent.settings.node else None
+        if ifindex is None:
+            return super().uplink_of(node, direction, wire, is_local=is_local)
+        key = self._agent.own.plan.interfaces.get(ifindex)
+        return None if key is None else self._world.endpoints.get(key)
 
 
 def _enforced(agent: Agent) -> World:
@@ -48,8 +73,7 @@ def _require_enforced(agent: Agent, journey: Journey) -> None:
         key = question.endpoint
         if key in local and not agent.applier.is_enforced(key):
             raise InvalidInputError(
-                f"policy of {key} is NOT enforced: no interface of this node is known to be its",
-                hint="`netpolctl status` says what is in the way.",
+                f"policy of {key} is NOT enforced: no interface of this node is known to be its", hint=STATUS_HINT
             )
         if key in local and journey.flow.dnat_to is not None and agent.own.no_exit is not None:
-            raise InvalidInputError(agent.own.no_exit.message, hint="`netpolctl status` says what is in the way.")
+            raise InvalidInputError(agent.own.no_exit.message, hint=STATUS_HINT)

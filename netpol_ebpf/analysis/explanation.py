@@ -13,7 +13,7 @@ from ipaddress import ip_address
 from typing import Any
 
 from netpol_ebpf.cases.case import Probe
-from netpol_ebpf.cases.engines import Engine, ModelEngine
+from netpol_ebpf.cases.engines import Engine
 from netpol_ebpf.cases.runner import Cast
 from netpol_ebpf.errors import Location, UsageError
 from netpol_ebpf.policy.journey import Finding, Journey, Reason, walk
@@ -30,19 +30,17 @@ Ways = list[dict[str, Any]]
 
 
 def explain(
-    cast: Cast, world: World, probe: Probe, engine: str, check: Callable[[Journey], None] | None = None
+    cast: Cast, world: World, probe: Probe, engine: Engine, check: Callable[[Journey], None] | None = None
 ) -> Ways:
     """Each way that the probe's packets take, as plain values: one for each family, backend and possible sender.
 
-    ``engine``: one of `ENGINES`.  ``check``: raises where a journey cannot be answered for.  Raises InvalidInputError for unknown
+    ``engine``: holds the world.  ``check``: raises where a journey cannot be answered for.  Raises InvalidInputError for unknown
     names and for what cannot be known.
     """
     journeys = list(cast.journeys(probe))
     for journey in journeys if check is not None else ():
         check(journey)  # type: ignore[misc]  # it is not None
-    judge = _engine(engine)
-    judge.load(world)
-    return [describe(cast, world, journey, judge) for journey in journeys]
+    return [describe(cast, world, journey, engine) for journey in journeys]
 
 
 def describe(cast: Cast, world: World, journey: Journey, engine: Engine) -> dict[str, Any]:
@@ -165,11 +163,3 @@ def parse_engine(request: Mapping[str, Any]) -> str:
     if engine not in ENGINES:
         raise UsageError(f"engine must be one of {', '.join(ENGINES)}")
     return str(engine)
-
-
-def _engine(name: str) -> Engine:
-    if name == "model":
-        return ModelEngine()
-    from netpol_ebpf.cases.tables import TablesEngine
-
-    return TablesEngine()

@@ -17,6 +17,7 @@ from netpol_ebpf.agent.answering import SEND_S, WORK_S
 from netpol_ebpf.analysis.explanation import ENGINES, Ways, as_request, explain
 from netpol_ebpf.analysis.explanation import parse_end as read_end
 from netpol_ebpf.cases.case import Probe
+from netpol_ebpf.cases.engines import open_engine
 from netpol_ebpf.cases.runner import Cast
 from netpol_ebpf.cli.agent_access import add_state_dir_option, ask_agent
 from netpol_ebpf.cli.output import add_output_option, print_value
@@ -97,7 +98,9 @@ def run(arguments: argparse.Namespace) -> int:
 def _by_files(paths: list[Path], probe: Probe, engine: str) -> Ways:
     resources = load_paths(paths).check()
     world = derive(resources)
-    return explain(Cast(resources, world), world, probe, engine)
+    with open_engine(engine) as judge:
+        judge.load(world)
+        return explain(Cast(resources, world), world, probe, judge)
 
 
 def render(one: dict[str, Any]) -> str:

@@ -318,6 +318,11 @@ class Topology:
         claims += [one for one in candidates if one.interface == WILDCARD]
         return next(iter((*claims, *candidates)), None)
 
+    def uplink_of(self, node: str, direction: Direction, wire: Packet, *, is_local: bool) -> Endpoint | None:
+        """The host endpoint of the interface by which a packet enters (ingress) or leaves a node. ``is_local``: a process there ends it."""
+        own = wire.destination if direction is Direction.INGRESS else wire.source
+        return self.uplink(node, own if is_local else None, wire.source.version)
+
     def is_excepted(self, node: str, packet: Packet, direction: Direction) -> bool:
         """Whether a failsafe port or a tunnel protects a packet to (ingress) or from (egress) a host's own process."""
         remote = packet.source if direction is Direction.INGRESS else packet.destination
@@ -456,10 +461,7 @@ class _Planner:
 
     def _interface(self, node: str, direction: Direction, wire: Packet, *, is_local: bool) -> Iterator[Hop]:
         """A node's interface to the world. ``wire``: the packet as it is there; ``is_local``: a process ends it here."""
-        address = None
-        if is_local:
-            address = wire.destination if direction is Direction.INGRESS else wire.source
-        host = self.topology.uplink(node, address, wire.source.version)
+        host = self.topology.uplink_of(node, direction, wire, is_local=is_local)
         if host is None:
             if is_local:
                 yield Hop(direction=direction, reason=Reason.NO_HOST_ENDPOINT)

@@ -18,6 +18,7 @@ from test_agent_core import CLUSTER, POD, POLICY, WIRING, Bench, settle
 
 from netpol_ebpf.agent.core import Agent, Settings
 from netpol_ebpf.agent.questions import answer_question
+from netpol_ebpf.agent.wiring import Link
 from netpol_ebpf.errors import InvalidInputError, LimitError, UsageError
 from netpol_ebpf.policy.types import Action
 
@@ -39,6 +40,12 @@ apiVersion: projectcalico.org/v3
 kind: HostEndpoint
 metadata: {name: uplink}
 spec: {node: here, interfaceName: INTERFACE}
+"""
+CLOSED = """\
+apiVersion: projectcalico.org/v3
+kind: GlobalNetworkPolicy
+metadata: {name: closed}
+spec: {selector: role == 'n', applyOnForward: true, types: [Ingress, Egress]}
 """
 
 
@@ -153,6 +160,22 @@ def test_host_endpoint_without_an_interface_here_has_no_say(bench: Bench) -> Non
     assert not allowed(bench.agent(), "192.0.2.1", "172.30.0.10")
     bench.write("host.yaml", HOST_ENDPOINT.replace("INTERFACE", "eth7"))
     assert allowed(bench.agent(), "192.0.2.1", "172.30.0.10")
+
+
+def test_host_endpoint_of_another_interface_has_no_say(bench: Bench) -> None:
+    """What leaves by a tunnel of the node is not judged by the endpoint of its uplink, and the other way round."""
+    tunnel = Link(9, "vxlan.calico", "vxlan")
+    bench.node.wiring = replace(WIRING, links={**WIRING.links, 9: tunnel})
+    bench.node.routes[ip_address("10.0.0.3")] = 9
+    endpoint = HOST_ENDPOINT.replace("{name: uplink}", "{name: uplink, labels: {role: n}}")
+    bench.write("host.yaml", endpoint.replace("INTERFACE", "eth0") + "---\n" + CLOSED)
+    agent = bench.agent()
+    assert allowed(agent, "shop/web", "shop/far")
+    assert not allowed(agent, "shop/web", "192.0.2.1")
+    bench.write("host.yaml", endpoint.replace("INTERFACE", "vxlan.calico") + "---\n" + CLOSED)
+    agent = bench.agent()
+    assert not allowed(agent, "shop/web", "shop/far")
+    assert allowed(agent, "shop/web", "192.0.2.1")
 
 
 def test_address_of_a_service_is_answered_by_backend(bench: Bench) -> None:
