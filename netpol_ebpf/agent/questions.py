@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from ipaddress import ip_address
 from typing import Any
 
 from netpol_ebpf.agent.core import Agent
@@ -16,15 +17,34 @@ from netpol_ebpf.analysis.explanation import explain, parse_engine, parse_reques
 from netpol_ebpf.cases.engines import open_engine
 from netpol_ebpf.cases.runner import Cast
 from netpol_ebpf.errors import InvalidInputError
-from netpol_ebpf.policy.journey import Journey, Topology
-from netpol_ebpf.policy.types import Direction, Endpoint, EndpointKey, EndpointKind, Packet, World
+from netpol_ebpf.policy.journey import Journey, Place, PlaceKind, Topology
+from netpol_ebpf.policy.types import (
+    ICMP,
+    ICMPV6,
+    UDP,
+    Direction,
+    Endpoint,
+    EndpointKey,
+    EndpointKind,
+    IPAddress,
+    Packet,
+    World,
+)
 
+BROADCAST = ip_address("255.255.255.255")
+ICMP_ERRORS = frozenset({*((ICMP, kind) for kind in (3, 4, 5, 11, 12)), *((ICMPV6, kind) for kind in (1, 2, 3, 4))})
+"""Types of messages about another packet (bpf/np_parse.h)."""
 STATUS_HINT = "`netpolctl status` says what is in the way."
 
 
 def answer_question(agent: Agent, request: Mapping[str, Any]) -> dict[str, Any]:
     """``ways``: see `netpol_ebpf.analysis.explanation.explain`. Raises NetpolError."""
     probe, name = parse_request(request), parse_engine(request)
+    if (probe.protocol, probe.icmp_type) in ICMP_ERRORS:
+        raise InvalidInputError(
+            "an ICMP error begins no connection: it passes with the connection that it is about, else it is dropped",
+            hint="Ask about that connection.",
+        )
     world = _enforced(agent)
     topology = NodeTopology(world, agent)
     resources = agent.derivation.resources()
@@ -36,12 +56,30 @@ def answer_question(agent: Agent, request: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class NodeTopology(Topology):
-    """Of this node it knows the interfaces: a packet takes the one by which the node would send to its other end."""
+    """Of this node it knows addresses, devices and interfaces: a packet takes the one by which the node would send to its other end."""
 
     def __init__(self, world: World, agent: Agent) -> None:
         super().__init__(world)
         self._world = world
         self._agent = agent
+        self._takes = agent.wiring.tunnels | agent.settings.tunnels
+        self._own = frozenset(agent.wiring.addresses)
+
+    def locate(self, address: IPAddress) -> Place:
+        """See `Topology`."""
+        place = super().locate(address)
+        if place.kind is PlaceKind.OUTSIDE and address in self._own and self._agent.settings.node is not None:
+            return Place(PlaceKind.HOST, node=self._agent.settings.node)
+        return place
+
+    def is_tunnelled(self, packet: Packet) -> bool:
+        """See `Topology`."""
+        port = packet.destination_port if packet.protocol == UDP else 0
+        if (packet.protocol, port) not in self._takes:
+            return False
+        destination = packet.destination
+        is_many = destination.is_multicast or destination == BROADCAST
+        return is_many or self.locate(destination).kind is PlaceKind.HOST
 
     def uplink_of(self, node: str, direction: Direction, wire: Packet, *, is_local: bool) -> Endpoint | None:
         """See `Topology`."""

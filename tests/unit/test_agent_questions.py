@@ -142,6 +142,47 @@ def test_setting_of_workloads_to_their_node(bench: Bench, action: Action, expect
     assert allowed(agent, "shop/web", "172.30.0.10") == expected
 
 
+@pytest.mark.parametrize("version", [4, 6])
+def test_addresses_of_the_node_that_no_object_states_are_the_node(bench: Bench, version: int) -> None:
+    """A bridge's or a gateway's: a workload's packet there is one to its own node."""
+    gateway = ip_address("169.254.1.1" if version == 4 else "fe80::1")
+    bench.node.wiring = replace(WIRING, addresses={gateway: 2})
+    web = POD.format(name="web", node="here", last=1)
+    bench.write("cluster.yaml", CLUSTER.replace(web, web.replace("10.0.0.1}", '10.0.0.1}, {ip: "fd00::1"}')) + NODE)
+    assert allowed(bench.agent(), "shop/web", str(gateway))
+    agent = bench.agent(Settings("here", workload_to_host=Action.DENY))
+    assert not allowed(agent, "shop/web", str(gateway))
+    assert allowed(agent, "shop/web", "192.0.2.9" if version == 4 else "2001:db8::9")
+
+
+def test_encapsulation_that_nodes_take_is_dropped(bench: Bench) -> None:
+    """What a workload sends to a node in it, by an option or for a device of this node; between others it is a packet like any."""
+    tunnel = {"protocol": 17, "port": 8472}
+    assert allowed(bench.agent(), "shop/web", "172.30.0.10", **tunnel)
+    agent = bench.agent(Settings("here", tunnels=frozenset({(17, 8472)})))
+    (way,) = ways(agent, "shop/web", "172.30.0.10", **tunnel)
+    assert not way["allowed"]
+    assert "encapsulation" in way["decided_by"]["sentence"]
+    assert not allowed(agent, "shop/web", "239.0.0.1", **tunnel)
+    assert allowed(agent, "shop/web", "shop/far", **tunnel)
+    assert allowed(agent, "172.30.0.10", "192.0.2.1", **tunnel)
+    vxlan = Link(9, "vxlan.calico", "vxlan", takes=((17, 4789),))
+    bench.node.wiring = replace(WIRING, links={**WIRING.links, 9: vxlan})
+    assert not allowed(bench.agent(), "shop/web", "172.30.0.10", protocol=17, port=4789)
+
+
+@pytest.mark.parametrize(("protocol", "kind"), [(1, 3), (1, 11), (58, 2)])
+def test_error_begins_no_connection(bench: Bench, protocol: int, kind: int) -> None:
+    """An ICMP error passes with the connection that it is about, and otherwise not: the question is refused with that."""
+    agent = bench.agent()
+    ends = ("shop/web", "shop/db") if protocol == 1 else ("fd00::9", "fd00::8")
+    with pytest.raises(InvalidInputError, match="passes with the connection that it is about"):
+        ways(agent, *ends, protocol=protocol, port=None, icmp_type=kind)
+    assert allowed(
+        agent, ends[0], "192.0.2.1" if protocol == 1 else ends[1], protocol=protocol, port=None, icmp_type=None
+    )
+
+
 def test_borrowed_sources_have_another_sender(bench: Bench) -> None:
     """An address that a pod may use as its source is answered for both, from outside and from the pod; unless that is off."""
     borrowing = POD.format(name="web", node="here", last=1).replace(
