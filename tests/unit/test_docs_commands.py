@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import argparse
 import re
 import shlex
 import subprocess
@@ -13,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from netpol_ebpf.agent.main import build_parser as build_agent_parser
+from netpol_ebpf.cli.main import build_parser
 from netpol_ebpf.policy.types import UDP, Action, Cause, CauseKind, Direction, PolicyKey, Tunnel
 from netpol_loader.abi import SCHEMA_VERSION
 
@@ -137,3 +140,43 @@ def test_rules_are_written_as_the_page_of_case_files_says() -> None:
     )
     assert [str(one) for one in causes if f"`{one}`" not in page] == []
     assert {one.kind for one in causes} == set(CauseKind)
+
+
+TYPED = re.compile(
+    r"(?:^ *(?:[\w$]+\$ +)?(?:sudo )?(?:\.venv/bin/)?|`)(netpolctl|netpol-agent) ([^`\n]+)", re.MULTILINE
+)
+"""A command at the beginning of a line or of a code span."""
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_of_a_page_are_taken_as_they_stand(page: Path) -> None:
+    """Each verb exists, and so does each option that is shown with it; words in capitals stand for values."""
+    wrong = []
+    for program, rest in TYPED.findall(page.read_text(encoding="utf-8")):
+        words = shlex.split(re.split(r" +#| {2,}| [|>&] ", rest)[0].replace("[", " ").replace("]", " "), posix=False)
+        options = [one.partition("=")[0] for one in words if one.startswith("-") and one != "-"]
+        parser = build_agent_parser() if program == "netpol-agent" else verbs().get(words[0])
+        if parser is None:
+            wrong.append(f"{program} {rest}: there is no {words[0]}")
+        else:
+            wrong += [
+                f"{program} {rest}: no option {one}" for one in options if one not in parser._option_string_actions
+            ]
+    assert wrong == []
+
+
+def verbs() -> dict[str, argparse.ArgumentParser]:
+    """The parser of each command of netpolctl."""
+    (found,) = [one.choices for one in build_parser()._actions if isinstance(one, argparse._SubParsersAction)]
+    return dict(found)
+
+
+def test_commands_with_options_are_found() -> None:
+    """The reading itself: some pages show commands with options, at the beginning of a line and in the middle."""
+    shown = {
+        (program, rest.split()[0])
+        for page in PAGES
+        for program, rest in TYPED.findall(page.read_text(encoding="utf-8"))
+    }
+    assert {("netpolctl", one) for one in ("bench", "explain", "flows", "get", "test", "compile")} <= shown
+    assert ("netpol-agent", "--manifests") in shown
