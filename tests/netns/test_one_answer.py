@@ -32,14 +32,21 @@ pytestmark = pytest.mark.netns
 
 OPEN, SHUT = 8080, 8081
 """Ports that somebody listens on and that policy allows, or does not, wherever an address alone does not decide."""
-NODE_PORTS = {"db": 30080, "other": 30081}
+NODE_PORTS, HOST_PORTS = {"db": 30080, "other": 30081}, {"db": 31080, "other": 31081}
+"""Of services and pods by these names."""
+EXTERNAL = {4: "203.0.113.{}", 6: "2001:db8:1::{}"}
+"""Addresses of services that do not belong to the cluster, with the last part of their pod's."""
 
-WITH_NODE_PORTS = SERVICES
+ALL_SERVICES, PODS_WITH_PORTS = SERVICES, PODS
 for _name, _port in NODE_PORTS.items():
-    WITH_NODE_PORTS = WITH_NODE_PORTS.replace(
-        f'clusterIPs: [10.96.0.{BACKENDS[_name]}, "fd00:96::{BACKENDS[_name]}"]\n  ports:\n  - {{name: t, port: 80,',
-        f'clusterIPs: [10.96.0.{BACKENDS[_name]}, "fd00:96::{BACKENDS[_name]}"]\n  ports:\n  - {{name: t, nodePort: {_port}, port: 80,',
+    _last = BACKENDS[_name]
+    _ips = f'clusterIPs: [10.96.0.{_last}, "fd00:96::{_last}"]\n  ports:\n  - {{name: t,'
+    _external = f'externalIPs: [{EXTERNAL[4].format(_last)}, "{EXTERNAL[6].format(_last)}"]'
+    ALL_SERVICES = ALL_SERVICES.replace(
+        _ips, _ips.replace("]\n", f"]\n  {_external}\n", 1).replace("{name: t,", f"{{name: t, nodePort: {_port},")
     )
+    _pod = re.compile(rf"(name: {_name}, namespace: shop, .*\n.*containerPort: 5432)(}})")
+    PODS_WITH_PORTS = _pod.sub(rf"\1, hostPort: {HOST_PORTS[_name]}\2", PODS_WITH_PORTS, count=1)
 WEB = f"""\
 apiVersion: networking.k8s.io/v1
 kind: NetworkPolicy
@@ -71,7 +78,13 @@ spec: {{node: {NODE}, interfaceName: eth0}}
     f"  types: [Ingress, Egress]\n  ingress: [{{action: Allow, protocol: TCP, destination: {{ports: [{OPEN}]}}}}]\n"
     f"  egress: [{{action: Allow, protocol: TCP, destination: {{ports: [{OPEN}]}}}}]\n",
 )
-MANIFESTS = {"cluster.yaml": PODS, "services.yaml": WITH_NODE_PORTS, "web.yaml": WEB, "db.yaml": DB, "host.yaml": HOST}
+MANIFESTS = {
+    "cluster.yaml": PODS_WITH_PORTS,
+    "services.yaml": ALL_SERVICES,
+    "web.yaml": WEB,
+    "db.yaml": DB,
+    "host.yaml": HOST,
+}
 
 
 def pod(name: str, version: int) -> IPAddress:
@@ -80,6 +93,10 @@ def pod(name: str, version: int) -> IPAddress:
 
 def service(name: str, version: int) -> IPAddress:
     return ip_address(f"10.96.0.{BACKENDS[name]}" if version == 4 else f"fd00:96::{BACKENDS[name]}")
+
+
+def external(name: str, version: int) -> IPAddress:
+    return ip_address(EXTERNAL[version].format(BACKENDS[name]))
 
 
 @dataclass(frozen=True)
@@ -105,11 +122,16 @@ def pair(kind: str, version: int) -> Pair:
         )  # fmt: skip
     if kind == "service":
         return Pair(
-            (to(service("db", version), 80), to(service("db", version), 80, UDP), to(service("far", version), 80, source="shop/other")),
-            (to(service("other", version), 80), to(service("far", version), 80, UDP), to(service("db", version), 80, source="shop/other")),
+            (to(service("db", version), 80), to(service("db", version), 80, UDP), to(service("far", version), 80, source="shop/other"),
+             to(external("db", version), 80), to(external("other", version), 80, source=INTERNET)),
+            (to(external("other", version), 80), to(external("db", version), 80, source=INTERNET), to(service("other", version), 80), to(service("far", version), 80, UDP), to(service("db", version), 80, source="shop/other")),
         )  # fmt: skip
     if kind == "node port":
-        return Pair((to(NODE_ADDRESS[version], NODE_PORTS["db"]),), (to(NODE_ADDRESS[version], NODE_PORTS["other"]),))
+        here, ports = NODE_ADDRESS[version], (NODE_PORTS, HOST_PORTS)
+        return Pair(
+            (*(to(here, one["db"]) for one in ports), *(to(here, one["other"], source=INTERNET) for one in ports)),
+            (*(to(here, one["other"]) for one in ports), *(to(here, one["db"], source=INTERNET) for one in ports)),
+        )
     if kind == "itself":  # by its own address always; through a service as its policy says
         return Pair(
             (to(pod("web", version), 5432),), (to(service("web", version), 80), to(service("web", version), 80, UDP))
@@ -138,12 +160,17 @@ def lab(pin_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[La
         for host, addresses in ((NODE, NODE_ADDRESS), (OTHER_NODE, OTHER_ADDRESS), (INTERNET, WORLD_ADDRESS)):
             one.prober.listen(host, addresses.values(), ports)
         rules = nft_rules()
-        for family, node, behind in (("ip", NODE_ADDRESS[4], "10.1.0.{}"), ("ip6", NODE_ADDRESS[6], "[fd00:1::{}]")):
-            for name, port in NODE_PORTS.items():
-                target = behind.format(BACKENDS[name])
-                rules += (
-                    f"add rule {family} proxy prerouting {family} daddr {node} tcp dport {port} dnat to {target}:5432\n"
+        for family, version, behind in (("ip", 4, "10.1.0.{}"), ("ip6", 6, "[fd00:1::{}]")):
+            here = NODE_ADDRESS[version]
+            for name in NODE_PORTS:
+                there = external(name, version)
+                for address, port in ((here, NODE_PORTS[name]), (here, HOST_PORTS[name]), (there, 80)):
+                    rules += f"add rule {family} proxy prerouting {family} daddr {address} tcp dport {port} "
+                    rules += f"dnat to {behind.format(BACKENDS[name])}:5432\n"
+                way = (
+                    f"-{version} route add {there} via {here} dev node0 onlink"  # as others send what is for a service
                 )
+                one.run(INTERNET, ["ip", *way.split()])
         file = tmp_path_factory.mktemp("rules") / "rules.nft"
         file.write_text(rules)
         one.run(NODE, ["nft", "-f", str(file)])
