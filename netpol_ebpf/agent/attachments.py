@@ -57,7 +57,7 @@ class Attachments:
 
     def detach(self, ifindex: int, name: str) -> None:
         """Take the programs off an interface; what fails is told, and tried again."""
-        log.info("interface %s is to be without the programs: taking them off", name)
+        log.info("interface %s needs the programs no longer: taking them off", name)
         try:
             self._node.detach(ifindex)
         except PlatformError as error:

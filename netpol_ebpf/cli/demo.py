@@ -59,8 +59,8 @@ def register(subparsers: Any) -> None:
         help="see it at work on real connections between network namespaces",
         description="Build a small cluster of network namespaces, enforce policies in it, show who reaches whom. "
         "Needs root; touches nothing of the machine's own network; leaves nothing behind.",
-        epilog="exit codes: 0 all as the reference model predicts, 1 something was not, 5 the machine lacks something; "
-        "environment: NETPOL_TIMEOUT_FACTOR multiplies every time limit, for an emulated or overloaded machine",
+        epilog="exit codes: 0 all as the reference model predicts, 1 something was not, 3 there are no manifests, 5 the machine "
+        "lacks something; environment: NETPOL_TIMEOUT_FACTOR multiplies every time limit, for an emulated or overloaded machine",
     )
     parser.add_argument("--manifests", type=Path, metavar="DIR", help="the demonstration's manifests, when not found")
     parser.add_argument("--keep", action="store_true", help="keep it all running at the end, until Ctrl-C")
