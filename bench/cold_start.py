@@ -25,6 +25,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "loader")]
 
+from bench.end_to_end import ended_by  # noqa: E402
 from netpol_ebpf.lab.laboratory import Lab  # noqa: E402
 from netpol_ebpf.lab.topology import Host  # noqa: E402
 
@@ -123,4 +124,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(ended_by(main))

@@ -20,7 +20,6 @@ import contextlib
 import json
 import os
 import re
-import subprocess
 import sys
 import tempfile
 import time
@@ -32,6 +31,7 @@ from typing import Any
 
 from bench.cluster import ELSEWHERE, HERE, Object, Size, namespace, objects, pod, policy, write_manifests
 from bench.end_to_end import ended_by
+from bench.parts import run_part
 from bench.progress import Progress
 from bench.record import LESS, MORE, Case, Run, begin, case_id, save, this_command
 from bench.site import BPFFS
@@ -378,10 +378,8 @@ def run_suite(run: Run, *, sizes: Sequence[Size], events: int, churn_s: float) -
             write_manifests(size, manifests)
             command = [sys.executable, "-m", "bench.control_plane", "--child", written, "--manifests", str(manifests)]
             command += ["--events", str(events), "--churn", str(churn_s)]
-            done = subprocess.run(command, check=False, stdout=subprocess.PIPE, text=True)
-        if done.returncode != 0:
-            raise PlatformError(f"the control plane at {written} ended with {done.returncode}", hint="See above.")
-        _record(run, size, json.loads(done.stdout))
+            said = run_part(command, f"the control plane at {written}")
+        _record(run, size, json.loads(said))
     progress.end()
 
 

@@ -24,11 +24,10 @@ from __future__ import annotations
 import argparse
 import contextlib
 import shutil
-import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from ipaddress import IPv4Address
 from pathlib import Path
 
@@ -55,6 +54,7 @@ from bench.site import (
     Site,
     sites,
 )
+from netpol_ebpf.ending import ended_by_signals
 from netpol_ebpf.errors import NetpolError, UsageError
 from netpol_ebpf.policy.types import Direction
 
@@ -108,13 +108,11 @@ def run_suite(
 
     progress = Progress("setting up", len(listed))
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_terminated_as_interrupt())
         made = stack.enter_context(sites(listed, local, lambda one: progress.step(str(one))))
         progress.end()
         _examine(run, examination, made)
         if remote is not None:
             stack.pop_all().close()
-            stack.enter_context(_terminated_as_interrupt())
             away = Scenario(direction, measured, local.peers, remote)
             made = stack.enter_context(sites(listed, away, lambda _: None))
         tools = stack.enter_context(loads.workshop())
@@ -185,23 +183,9 @@ def _present_loads(run: Run, chosen: Sequence[Load]) -> list[Load]:
     return [load for load in chosen if shutil.which(load.tool) is not None]
 
 
-@contextlib.contextmanager
-def _terminated_as_interrupt() -> Iterator[None]:
-    """Have SIGTERM end it as Ctrl-C does, with everything removed."""
-
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
 def serve(address: IPv4Address) -> None:
     """The other machine's part: the tools' servers, until Ctrl-C."""
-    with loads.workshop() as tools, _terminated_as_interrupt():
+    with loads.workshop() as tools:
         commands = loads.servers(address, tools).values()
         running = [subprocess.Popen(command, stdout=subprocess.DEVNULL) for command in commands]
         try:
@@ -271,9 +255,10 @@ def choose(text: str, known: Mapping[str, Load]) -> list[Load]:
 
 
 def ended_by(main_function: Callable[[], int]) -> int:
-    """Run a program of this directory: an error is one line and its exit code."""
+    """Run a program of this directory: an error is one line and its exit code, and SIGTERM leaves nothing behind."""
     try:
-        return main_function()
+        with ended_by_signals():
+            return main_function()
     except NetpolError as error:
         print(f"error: {error.message}", file=sys.stderr)
         if error.hint:

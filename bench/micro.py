@@ -38,6 +38,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "loader"), str(ROOT)]
 
 from bench import targets  # noqa: E402
+from netpol_ebpf.ending import ended_by_signals  # noqa: E402
 from netpol_ebpf.errors import MapFullError  # noqa: E402
 from netpol_loader import abi, build, syscall  # noqa: E402
 from netpol_loader.dataplane import SKB_BYTES, SKB_INGRESS_IFINDEX, Dataplane  # noqa: E402
@@ -576,4 +577,5 @@ def print_tables(results: Mapping[Scale, Mapping[str, Sequence[float]]], verifie
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with ended_by_signals():
+        sys.exit(main())

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Everything in one run and one file; what `netpolctl bench` runs.
 
-The whole takes about a quarter of an hour on two quiet cores and makes the recorded result; *smoke* takes a minute, for continuous
+The whole takes about a quarter of an hour on two quiet cores and makes the recorded result; *smoke* takes two or three minutes, for continuous
 integration: it shows that every part works, its figures are few and rough.
 """
 
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -17,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from bench import control_plane, end_to_end, guards, idle, loads, pods, scale, targets
+from bench.parts import run_part
 from bench.record import LESS, ROOT, Case, Run, begin, case_id, save
 from bench.site import EMPTY, NOTHING, OURS, Remote
-from netpol_ebpf.errors import PlatformError, PrivilegeError, UsageError
+from netpol_ebpf.errors import PrivilegeError, UsageError
 
 MICRO = "micro"
 CONTENDER = "netpol-ebpf"
@@ -34,10 +34,7 @@ def micro(run: Run, *, smoke: bool) -> None:
     """The figures of `bench/micro.py`, as cases."""
     command = [sys.executable, str(ROOT / "bench" / "micro.py"), "-o", "json"]
     command += ["--quick", "--rounds", "3"] if smoke else []
-    done = subprocess.run(command, check=False, stdout=subprocess.PIPE, text=True)
-    if done.returncode != 0:
-        raise PlatformError(f"bench/micro.py ended with {done.returncode}", hint="What it said is above.")
-    found = json.loads(done.stdout)
+    found = json.loads(run_part(command, "bench/micro.py"))
     for scale_ in found:
         add_micro(run, scale_)
     for program, count in found[0]["verified"].items():

@@ -31,6 +31,7 @@ for _place in (ROOT, ROOT / "loader", ROOT / "tests" / "kernel"):
 import packets as p  # noqa: E402
 from rig import PEER4, PEER6, POD4, POD6  # noqa: E402
 
+from bench.end_to_end import ended_by  # noqa: E402
 from netpol_ebpf.errors import PlatformError  # noqa: E402
 from netpol_loader import syscall  # noqa: E402
 from netpol_loader.dataplane import SKB_BYTES, SKB_IFINDEX, SKB_INGRESS_IFINDEX  # noqa: E402
@@ -150,4 +151,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(ended_by(main))

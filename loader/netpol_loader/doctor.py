@@ -43,6 +43,8 @@ BPF_FS_MAGIC = 0xCAFE4A11
 BPFFS = Path("/sys/fs/bpf")
 MOUNT_HINT = "On the node: mount -t bpf bpf /sys/fs/bpf. A container gets that directory from the node."
 PROC = Path("/proc")
+JIT_SWITCH = Path("/proc/sys/net/core/bpf_jit_enable")
+"""Not there in a kernel that always compiles (CONFIG_BPF_JIT_ALWAYS_ON)."""
 INITIAL_PID_NAMESPACE = 0xEFFF_FFFC
 """PROC_PID_INIT_INO of include/linux/proc_ns.h: the number of the one in which process 1 is the node's."""
 CAP_SYS_ADMIN = 21
@@ -320,7 +322,9 @@ def _look_at_bpffs(pin_root: Path) -> str:
 def _look_at_jit() -> str:
     if not _is_jit_on():
         raise PlatformError("the BPF JIT is switched off", hint="sysctl -w net.core.bpf_jit_enable=1")
-    return f"bpf(2) is number {syscall.SYSCALL_NUMBERS.get(platform.machine(), 'unknown')} on {platform.machine()}"
+    if not JIT_SWITCH.exists():
+        return "on, and cannot be switched off"
+    return f"on (net.core.bpf_jit_enable is {JIT_SWITCH.read_text().strip()})"
 
 
 def _look_at_barrier() -> str:
@@ -338,5 +342,4 @@ def _look_at_barrier() -> str:
 
 
 def _is_jit_on() -> bool:
-    switch = Path("/proc/sys/net/core/bpf_jit_enable")
-    return not switch.exists() or switch.read_text().strip() != "0"
+    return not JIT_SWITCH.exists() or JIT_SWITCH.read_text().strip() != "0"

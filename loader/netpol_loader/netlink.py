@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Union
 
 from netpol_ebpf.errors import PlatformError
+from netpol_loader import routes
 from netpol_loader.hook import Hook
 from netpol_loader.rtnetlink import CREATE, EXCLUSIVE, REPLACE, Rtnetlink, RtnetlinkError, attribute, attributes, nested
 
@@ -219,6 +220,18 @@ def link(name_or_ifindex: str | int) -> Link | None:
     """One interface by name or number, or None."""
     with Rtnetlink() as channel:
         return ask_link(channel, name_or_ifindex)
+
+
+def interface_towards(address: IPAddress) -> int | None:
+    """The number of the interface by which the node itself would send to an address, None where there is no way."""
+    with Rtnetlink() as channel:
+        try:
+            ((_, _, payload),) = channel.ask(routes.GET_ROUTE, routes.question(address))
+        except RtnetlinkError as error:
+            if error.code in (errno.ENETUNREACH, errno.EHOSTUNREACH, errno.EACCES, errno.EINVAL, errno.EAGAIN):
+                return None  # no route, or one of a kind that leads nowhere
+            raise
+    return routes.interface_of(payload) or None
 
 
 # --- multicast groups -----------------------------------------------------------------------------------------------

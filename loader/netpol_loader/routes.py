@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_network
 from typing import TypeVar, Union
 
-from netpol_loader.rtnetlink import REPLACE, attributes
+from netpol_loader.rtnetlink import REPLACE, attribute, attributes
 
 IPAddress = Union[IPv4Address, IPv6Address]
 IPNetwork = Union[IPv4Network, IPv6Network]
@@ -131,6 +131,12 @@ def request(family: int, ifindex: int = 0) -> bytes:
     """The body of a dump of a family's routes, of all or of those that lead by an interface."""
     body = _ROUTE_HEADER.pack(family, 0, 0, 0, 0, 0, 0, 0, 0)
     return body + struct.pack("=HHi", 8, _OIF, ifindex) if ifindex else body
+
+
+def question(address: IPAddress) -> bytes:
+    """The body of a question for the way to an address."""
+    family = socket.AF_INET if address.version == 4 else socket.AF_INET6  # noqa: PLR2004 - the IP version
+    return _ROUTE_HEADER.pack(family, BITS[family], 0, 0, 0, 0, 0, 0, 0) + attribute(_DST, address.packed)
 
 
 def parse_routes(payload: bytes) -> list[Route]:

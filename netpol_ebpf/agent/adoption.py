@@ -168,7 +168,7 @@ class Adoption:
         wanted = {key: one for key, one in found.items() if with_services or not one.flags & abi.NP_CONN_DEFERRED}
         count = self._write(node.maps, wanted, live.now_jiffies)
         if count:
-            log.info("%d connections are older than enforcement: policy is asked about them", count)
+            log.info("ends of connections that are older than enforcement: %d; policy is asked about each", count)
 
     def _write(self, maps: Mapping[str, KernelMap], wanted: Mapping[bytes, Old], now_jiffies: int) -> int:
         """Put rows where there are none yet, or wrong ones; how many."""

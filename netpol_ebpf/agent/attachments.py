@@ -53,11 +53,11 @@ class Attachments:
             return
         if is_there:
             self.interfaces.add(ifindex)
-            log.info("interface %s is under policy", name)
+            log.info("interface %s has the programs", name)
 
     def detach(self, ifindex: int, name: str) -> None:
         """Take the programs off an interface; what fails is told, and tried again."""
-        log.info("interface %s is under policy no more: taking the programs off", name)
+        log.info("interface %s needs the programs no longer: taking them off", name)
         try:
             self._node.detach(ifindex)
         except PlatformError as error:

@@ -23,6 +23,7 @@ from netpol_ebpf.agent.barrier import Barrier, BarrierSettings
 from netpol_ebpf.agent.bonds import Bonds, Evidence, Located
 from netpol_ebpf.agent.claims import Claims
 from netpol_ebpf.agent.cni import Result
+from netpol_ebpf.agent.in_force import WorldInForce
 from netpol_ebpf.agent.node import Node
 from netpol_ebpf.agent.own_interfaces import Grounds, OwnInterfaces
 from netpol_ebpf.agent.trouble import DriftLog, Refusals
@@ -54,6 +55,7 @@ from netpol_ebpf.policy.types import (
     Staged,
     Tier,
     Tunnel,
+    World,
 )
 from netpol_ebpf.policy.types import Node as ClusterNode
 from netpol_ebpf.policy.types import Settings as PolicySettings
@@ -150,6 +152,7 @@ class Agent:
         self._clock = clock
         self._derivation = Derivation(PolicySettings(workload_to_host=settings.workload_to_host))
         self._claims = Claims(self._derivation.world)
+        self._in_force = WorldInForce()
         self._local: dict[EndpointKey, Endpoint] = {}  # with the addresses that count as theirs
         self._names = NumberNames()
         self._compiler = Compiler()
@@ -211,6 +214,20 @@ class Agent:
     def derivation(self) -> Derivation:
         """The objects of the manifests, translated; for reading."""
         return self._derivation
+
+    @property
+    def world_in_force(self) -> World:
+        """The objects that the rows in force were made of, each address its holder's alone; for reading."""
+        return self._in_force.world
+
+    def interface_towards(self, address: IPAddress) -> int | None:
+        """The interface by which the node would send to an address now, None where there is no way."""
+        return self._node.interface_towards(address)
+
+    @property
+    def own(self) -> OwnInterfaces:
+        """The node's own interfaces, and whose policy is in force there; for reading."""
+        return self._own
 
     @property
     def tables(self) -> Tables:
@@ -377,6 +394,7 @@ class Agent:
                 self._others = None
         if changes.nodes:
             self._others = None
+        self._in_force.expect(changes)
         for dispute in self._claims.disputes():
             if dispute not in before:
                 log.log(logging.ERROR if dispute[2] in self._local else logging.WARNING, "%s", _dispute(*dispute))
@@ -517,6 +535,7 @@ class Agent:
         self._compiler.release_known()
 
     def _note_change(self) -> None:
+        self._in_force.accept()
         self.changes_applied += 1
         self.last_change_s = self._clock()
 

@@ -152,7 +152,7 @@ def build_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     parser.add_argument(
         "--group", metavar="NAME",
-        help="a group whose members may ask the agent (netpolctl status, flows, get, metrics) and read its maps; "
+        help="a group whose members may ask the agent (netpolctl status, explain, flows, get, metrics) and read its maps; "
         "without it, root alone",
     )  # fmt: skip
     parser.add_argument("--verbose", action="store_true", help="log more")
@@ -293,19 +293,24 @@ def open_to_group(state_dir: Path, pin_root: Path, group: int | None) -> None:
 def answers_of(agent: Any, node: Any, ledger: Ledger, place: Mapping[str, Any]) -> dict[str, Answer]:
     """What the agent answers, by operation. They run in children of this process (`netpol_ebpf.agent.answering`)."""
     from netpol_ebpf.agent import report
+    from netpol_ebpf.agent.questions import answer_question
 
-    def apart(answer: Callable[[], Any]) -> Answer:
-        def in_child(_request: Mapping[str, Any]) -> Any:
+    def asked(answer: Answer) -> Answer:
+        def in_child(request: Mapping[str, Any]) -> Any:
             node.barrier.part()
-            return answer()
+            return answer(request)
 
         return in_child
+
+    def apart(answer: Callable[[], Any]) -> Answer:
+        return asked(lambda _request: answer())
 
     return {
         "status": apart(lambda: report.status(agent, node.maps, place, ledger.problems, node.listed_again)),
         "rules": apart(lambda: report.rules(agent, node.maps)),
         "identities": apart(lambda: report.identities(agent)),
         "connections": apart(lambda: report.connections(agent, node.maps)),
+        "explain": asked(lambda request: answer_question(agent, request)),
     }
 
 

@@ -24,6 +24,7 @@ from netpol_ebpf.apply import surroundings
 from netpol_ebpf.apply.applier import KernelMap
 from netpol_ebpf.apply.encode import LocalFlag, Meaning, decode_endpoint
 from netpol_ebpf.errors import PlatformError
+from netpol_ebpf.policy.types import IPAddress
 from netpol_loader import abi, access, attach, netlink
 from netpol_loader.barrier import BarrierTables
 from netpol_loader.drift import Drift, PartlyMendedError, mend_attachments, mend_pins
@@ -119,6 +120,9 @@ class Node(Protocol):
 
     def others(self, ifindex: int) -> list[str]:
         """Programs of others on the hook by which an interface's packets come in, for people."""
+
+    def interface_towards(self, address: IPAddress) -> int | None:
+        """The interface by which the node would send to an address, None where there is no way."""
 
     def live_connections(self, namespaces: Collection[int]) -> Live:
         """The connections of this node, and those that sockets in these network namespaces show."""
@@ -405,6 +409,10 @@ class KernelNode:
     def others(self, ifindex: int) -> list[str]:
         """See `Node`."""
         return attach.others(ifindex, self._dataplane)
+
+    def interface_towards(self, address: IPAddress) -> int | None:
+        """See `Node`."""
+        return netlink.interface_towards(address)
 
     def live_connections(self, namespaces: Collection[int]) -> Live:
         """See `Node`."""

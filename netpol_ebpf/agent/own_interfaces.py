@@ -106,6 +106,11 @@ class OwnInterfaces:
         """Those that must bear the programs."""
         return self._plan.interfaces.keys()
 
+    @property
+    def plan(self) -> HostPlan:
+        """Which interfaces are under policy, and by which host endpoint's; for reading."""
+        return self._plan
+
     def problems(
         self, endpoints: Mapping[EndpointKey, Endpoint], locate: Callable[[EndpointKey], Location]
     ) -> Iterator[Problem]:

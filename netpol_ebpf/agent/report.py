@@ -90,7 +90,7 @@ def flow(agent: Agent, event: FlowEvent) -> dict[str, Any]:
     if event.packet is not None:
         plain["source_name"] = agent.owner_of(event.packet.source)
         plain["destination_name"] = agent.owner_of(event.packet.destination)
-    world = agent.derivation.world
+    world = agent.world_in_force
     plain["decided_by"] = None if event.cause is None else trace(world, event.cause).as_dict()
     return plain
 

@@ -28,7 +28,14 @@ from pathlib import Path
 from typing import Any
 
 from netpol_ebpf.agent.answering import Answer, Answering, encode, encode_error
-from netpol_ebpf.errors import NetpolError, PlatformError, PrivilegeError, UnreachableError, UsageError
+from netpol_ebpf.errors import (
+    InvalidInputError,
+    NetpolError,
+    PlatformError,
+    PrivilegeError,
+    UnreachableError,
+    UsageError,
+)
 
 SOCKET_NAME = "agent.sock"
 REQUEST_BYTES = 4096
@@ -320,7 +327,10 @@ def connect(path: Path, timeout_s: float | None = CLIENT_TIMEOUT_S) -> Iterator[
 
 
 def ask(path: Path, request: Mapping[str, Any], *, timeout_s: float | None = CLIENT_TIMEOUT_S) -> Iterator[Any]:
-    """The agent's answer to a request, line by line as it comes. Raises UnreachableError, also for an error it answers with."""
+    """The agent's answer to a request, line by line as it comes.
+
+    Raises UnreachableError, also for an error it answers with; where that is about the question itself InvalidInputError.
+    """
     with connect(path, timeout_s) as channel:
         hung_up: BrokenPipeError | None = None
         try:
@@ -338,7 +348,8 @@ def ask(path: Path, request: Mapping[str, Any], *, timeout_s: float | None = CLI
                     is_answered = True
                     value = json.loads(line)
                     if isinstance(value, dict) and "error" in value:
-                        raise UnreachableError(f"the agent refused: {value['error']}", hint=value.get("hint"))
+                        kind = InvalidInputError if value.get("slug") == InvalidInputError.slug else UnreachableError
+                        raise kind(f"the agent refused: {value['error']}", hint=value.get("hint"))
                     yield value
             if hung_up is not None:
                 raise hung_up

@@ -13,12 +13,25 @@ from ipaddress import IPv4Address, IPv6Address
 from typing import Any, Protocol, TypeVar
 
 from netpol_ebpf.apply.encode import DIRECTION, OUTCOME
-from netpol_ebpf.policy.types import ICMP, ICMPV6, PORT_PROTOCOLS, Cause, Direction, EndpointKey, Outcome, Packet
+from netpol_ebpf.policy.types import (
+    ICMP,
+    ICMPV6,
+    PORT_PROTOCOLS,
+    Action,
+    Cause,
+    Direction,
+    EndpointKey,
+    Outcome,
+    Packet,
+)
 from netpol_loader import abi
 
 V_co = TypeVar("V_co", covariant=True)
 
 KIND: Mapping[int, str] = {abi.NP_EVENT_DENY: "deny", abi.NP_EVENT_ALLOW: "allow", abi.NP_EVENT_LOG: "log"}
+
+DROPPED_BY_RULE = frozenset({abi.NP_REASON_POLICY_DENY, abi.NP_REASON_REVOKED})
+"""Of what is dropped, what a rule dropped. Elsewhere policy may have allowed what something else dropped then."""
 
 
 class Lookup(Protocol[V_co]):
@@ -43,7 +56,7 @@ class FlowEvent:
 
     ``kind``: deny, allow or log.  ``reason``: slug of the registry in bpf/np_abi.h.  ``packet``: of the flow's first packet,
     None where there is no IP header to speak of.  ``cause`` and ``staged_cause`` are None where no rule decided (spoofing, say)
-    or the rule is no longer known; ``rule`` and ``staged_rule`` are the numbers.  ``time_jiffies``: the kernel's clock.
+    or the rule is not known any more; ``rule`` and ``staged_rule`` are the numbers.  ``time_jiffies``: the kernel's clock.
     """
 
     kind: str
@@ -96,17 +109,19 @@ class FlowEvent:
 
 def decode_event(event: abi.np_event, names: Names) -> FlowEvent:
     """An event with its numbers resolved."""
+    reason = abi.REASONS[event.reason]
+    is_by_rule = not reason.dropped or event.reason in DROPPED_BY_RULE
     return FlowEvent(
         kind=KIND[event.kind],
-        reason=abi.REASONS[event.reason].slug,
+        reason=reason.slug,
         direction=DIRECTION[event.direction],
         endpoint=names.endpoints.get(event.endpoint),
         ifindex=event.ifindex,
         packet=_packet(event),
         outcome=OUTCOME.get(event.action),
-        cause=names.rules.get(event.rule),
+        cause=_cause(names, event.rule, event.action) if is_by_rule else None,
         staged_outcome=OUTCOME.get(event.staged_action),
-        staged_cause=names.rules.get(event.staged_rule),
+        staged_cause=_cause(names, event.staged_rule, event.staged_action) if is_by_rule else None,
         logs=tuple(cause for rule in names.log_lists.get(event.log_list) or () if (cause := names.rules.get(rule))),
         rule=event.rule,
         staged_rule=event.staged_rule,
@@ -115,6 +130,15 @@ def decode_event(event: abi.np_event, names: Names) -> FlowEvent:
         frame_bytes=event.frame_bytes,
         time_jiffies=event.time_jiffies,
     )  # fmt: skip
+
+
+def _cause(names: Names, rule: int, action: int) -> Cause | None:
+    """What decided, None where the number stands for a rule that says something else: it was given away again meanwhile."""
+    cause = names.rules.get(rule)
+    decided = OUTCOME.get(action)
+    if cause is None or decided not in (Outcome.ALLOW, Outcome.DENY):
+        return cause
+    return cause if (cause.action is Action.DENY) == (decided is Outcome.DENY) else None
 
 
 def _packet(event: abi.np_event) -> Packet | None:

@@ -8,20 +8,22 @@ probe's journey are a failure, whatever the expectation.  Steps of one sequence 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from netpol_ebpf.cases.case import Case, InvalidCase, LoadedCases, Probe
 from netpol_ebpf.cases.engines import ENGINES, Engine, open_engine
 from netpol_ebpf.errors import InvalidInputError, NetpolError
-from netpol_ebpf.policy.journey import Finding, Flow, Journey, Place, PlaceKind, Topology, walk
-from netpol_ebpf.policy.translate import derive
+from netpol_ebpf.policy.journey import Finding, Flow, Hop, Journey, Place, PlaceKind, Reason, Topology, walk
+from netpol_ebpf.policy.services import ServiceAddresses, Translation
+from netpol_ebpf.policy.translate import derive, key_of
 from netpol_ebpf.policy.types import (
     ICMP,
     ICMPV6,
     IPV6_HEADERS,
     PORT_PROTOCOLS,
+    EndpointKey,
     IPAddress,
     Packet,
     Question,
@@ -160,9 +162,17 @@ def _judge(journey: Journey, engines: Mapping[str, Engine]) -> tuple[str, str]:
         verdicts[name] = list(answers.values())
     first = next(iter(engines))
     if all(answers == verdicts[first] for answers in verdicts.values()):
-        return _word(findings[first]), str(findings[first])
+        return _word(findings[first]), f"{findings[first]}{_backend(journey)}"
     got = ", ".join(f"{name}: {_word(finding)}" for name, finding in findings.items())
     return f"engines disagree ({got})", _disagreement(questions, verdicts)
+
+
+def _backend(journey: Journey) -> str:
+    """Which backend the answer is about, where a node translates."""
+    if journey.flow.dnat_to is None:
+        return ""
+    address, port = journey.flow.dnat_to
+    return f" (to {f'[{address}]' if address.version == 6 else address}:{port})"  # noqa: PLR2004 - the IP version
 
 
 def _word(finding: Finding) -> str:
@@ -199,8 +209,21 @@ def _in_full(verdict: Verdict) -> str:
 class Cast:
     """Who the names and addresses of a case's probes stand for."""
 
-    def __init__(self, resources: Iterable[Resource], world: World) -> None:
-        self._topology = Topology(world)
+    def __init__(
+        self,
+        resources: Collection[Resource],
+        world: World,
+        *,
+        borrow_sources: bool = False,
+        topology: Topology | None = None,
+    ) -> None:
+        """``borrow_sources``: workloads may send from the prefixes that they are allowed besides their addresses.
+
+        ``topology``: of the world, where more is known of it than the world tells.
+        """
+        self._topology = Topology(world) if topology is None else topology
+        self._borrowers = [one for one in world.endpoints.values() if borrow_sources and one.allowed_sources]
+        self._services = ServiceAddresses(world.vips, resources)
         self._named: dict[tuple[str, str], tuple[IPAddress, ...]] = {}
         self._host_network: dict[tuple[str, str], Place] = {}
         self._host_addresses: dict[IPAddress, Place] = {}
@@ -214,12 +237,21 @@ class Cast:
                 for address in resource.addresses:
                     self._host_addresses.setdefault(address, place)
             if isinstance(resource, Pod) or key not in self._named:
-                self._named[key] = resource.addresses
+                self._named[key] = self._addresses_of(resource, world)
+
+    @staticmethod
+    def _addresses_of(resource: Pod | WorkloadEndpoint, world: World) -> tuple[IPAddress, ...]:
+        """Those that a workload has by the world, which may give one to another that claims it too."""
+        if isinstance(resource, Pod) and resource.host_network:
+            return resource.addresses
+        endpoint = world.endpoints.get(EndpointKey(*key_of(resource)))
+        return () if endpoint is None else endpoint.addresses
 
     def journeys(self, probe: Probe) -> Iterator[Journey]:
-        """One for each address family that both ends have and the protocol goes over.
+        """One for each address family of both ends that the protocol goes over, each possible sender and each backend of a service.
 
-        Raises InvalidInputError when a name or a family is missing, and for a header of IPv6 instead of a protocol.
+        Raises InvalidInputError when a name or a family is missing, for a header of IPv6 instead of a protocol, or when nothing is
+        known of what is behind a service.
         """
         sources, destinations = self._addresses(probe.source, probe), self._addresses(probe.destination, probe)
         versions = sorted({address.version for address in sources} & {address.version for address in destinations})
@@ -244,7 +276,57 @@ class Cast:
             flow = Flow(
                 packet, _translation(probe, packet), self._place(probe.source, source), self._end(probe, destination)
             )
-            yield self._topology.plan(flow)
+            service = self.service_of(flow)
+            if service is not None and not service.backends:
+                raise InvalidInputError(
+                    f"{probe.location}: nothing is known to be behind {' and '.join(service.owners)} at {destination} port "
+                    f"{packet.destination_port}",
+                    hint="Name a backend, or give the EndpointSlices of the service or the pods that it selects.",
+                )
+            for sender in self._senders(probe.source, source):
+                each = flow if sender is None else replace(flow, source=sender)
+                yield from [self._topology.plan(each)] if service is None else self._journeys_to(each, service)
+
+    def _senders(self, end: IPAddress | tuple[str, str], address: IPAddress) -> Iterator[Place | None]:
+        """Who may have sent a packet from an address: whose it is (None), and workloads that are allowed to use it."""
+        yield None
+        for one in self._borrowers if not isinstance(end, tuple) else ():
+            if address not in one.addresses and any(address in net for net in one.allowed_sources):
+                yield Place(PlaceKind.WORKLOAD, one.key, one.node)
+
+    def service_of(self, flow: Flow) -> Translation | None:
+        """What a node puts in place of a flow's destination where the flow itself does not say it; None: nothing."""
+        place = flow.destination or self._topology.locate(flow.packet.destination)
+        if flow.dnat_to is not None or place.kind is PlaceKind.WORKLOAD:
+            return None
+        return self._services.find(flow.packet, place.node if place.kind is PlaceKind.HOST else None)
+
+    def _journeys_to(self, flow: Flow, service: Translation) -> Iterator[Journey]:
+        """One for each backend. A process of the node that translates is judged whichever backend that node takes."""
+        journeys = []
+        for backend in service.backends:
+            place = self._place(backend[0], backend[0])
+            journeys.append(self._topology.plan(replace(flow, dnat_to=backend, destination=place)))
+        ends = [self._topology.translation(journey.flow) for journey in journeys]
+        own = [
+            journey
+            for journey, (node, end) in zip(journeys, ends, strict=True)
+            if end.kind is PlaceKind.HOST and end.node == node and self._is_policed_at(flow, node)
+        ]
+        for journey in journeys:
+            if len(own) > 1:
+                yield replace(journey, hops=(Hop(reason=Reason.LOCAL_BACKENDS),))
+            elif own and journey is not own[0]:
+                yield replace(journey, hops=(*own[0].hops, *journey.hops))
+            else:
+                yield journey
+
+    def _is_policed_at(self, flow: Flow, node: str | None) -> bool:
+        """Whether a flow meets a hook of ours where a node translates it: from a workload of it, or by a host endpoint's interface."""
+        source = flow.source or self._topology.locate(flow.packet.source)
+        if source.node == node:
+            return source.kind is PlaceKind.WORKLOAD
+        return node is not None and self._topology.uplink(node, None, flow.packet.source.version) is not None
 
     def _addresses(self, end: IPAddress | tuple[str, str], probe: Probe) -> tuple[IPAddress, ...]:
         if not isinstance(end, tuple):
@@ -256,7 +338,7 @@ class Cast:
             )
         if not addresses:
             raise InvalidInputError(
-                f"{probe.location}: the probe names the pod {end[0]}/{end[1]}, which has no address"
+                f"{probe.location}: the probe names the pod {end[0]}/{end[1]}, which has no address in force"
             )
         return addresses
 

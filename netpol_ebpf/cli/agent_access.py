@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from netpol_ebpf.agent.main import DEFAULT_STATE_DIR
-from netpol_ebpf.agent.service import SOCKET_NAME, ask
+from netpol_ebpf.agent.service import CLIENT_TIMEOUT_S, SOCKET_NAME, ask
 
 
 def add_state_dir_option(parser: argparse.ArgumentParser) -> None:
@@ -20,8 +20,8 @@ def add_state_dir_option(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
-def ask_agent(arguments: argparse.Namespace, operation: str, *, wait: bool = False, **request: Any) -> Iterator[Any]:
-    """The agent's answer, line by line. ``wait``: without a time limit. Raises UnreachableError."""
-    request["op"] = operation
-    path = arguments.state_dir / SOCKET_NAME
-    return ask(path, request, timeout_s=None) if wait else ask(path, request)
+def ask_agent(
+    arguments: argparse.Namespace, operation: str, *, timeout_s: float | None = CLIENT_TIMEOUT_S, **request: Any
+) -> Iterator[Any]:
+    """The agent's answer, line by line. ``timeout_s``: for each line, None: no limit. Raises as `ask` does."""
+    return ask(arguments.state_dir / SOCKET_NAME, {**request, "op": operation}, timeout_s=timeout_s)

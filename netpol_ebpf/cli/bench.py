@@ -15,6 +15,7 @@ from ipaddress import IPv4Address
 from pathlib import Path
 from typing import Any
 
+from netpol_ebpf.ending import ended_by_signals
 from netpol_ebpf.errors import PlatformError, UsageError
 from netpol_ebpf.terminal import say
 
@@ -30,11 +31,16 @@ def register(subparsers: Any) -> None:
         "rules stay in network namespaces made for it. Needs root.",
         epilog="exit codes: 0 measured, 2 usage, 5 not root or something is missing",
     )
-    parser.add_argument("--smoke", action="store_true", help="a minute: shows that all parts work; figures are rough")
+    parser.add_argument(
+        "--smoke", action="store_true", help="two or three minutes: shows that all parts work; figures are rough"
+    )
     parser.add_argument(
         "--suites", default="", metavar="NAMES", help="of micro,guards,end-to-end,scale,control-plane; default all"
     )
-    parser.add_argument("-o", "--output", type=Path, default=Path("bench.json"), metavar="FILE", help="the result")
+    parser.add_argument(
+        "-o", "--output", type=Path, default=Path("result.json"), metavar="FILE",
+        help="the result, as JSON; the report is in the directory of the same name (default: result.json, result/)",
+    )  # fmt: skip
     parser.add_argument("--no-report", action="store_true", help="leave the report out")
     parser.add_argument("--peer", type=IPv4Address, metavar="ADDRESS", help="end to end: the other machine's address")
     parser.add_argument("--device", metavar="NAME", help="end to end: the unused network card towards it")
@@ -52,7 +58,10 @@ def run(arguments: argparse.Namespace) -> int:
         raise UsageError("two machines need --peer, --device and --address")
     remote = site.Remote(*given) if all(given) else None
     chosen = [name.strip() for name in arguments.suites.split(",") if name.strip()]
-    result = suite.run_all(_command(arguments), arguments.output, smoke=arguments.smoke, chosen=chosen, remote=remote)
+    with ended_by_signals():
+        result = suite.run_all(
+            _command(arguments), arguments.output, smoke=arguments.smoke, chosen=chosen, remote=remote
+        )
     say(f"{len(result.cases)} cases, {result.seconds:.0f} s: {arguments.output}")
     if not arguments.no_report:
         say(report.write(result, arguments.output.with_suffix("")))

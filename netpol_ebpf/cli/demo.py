@@ -26,6 +26,7 @@ from typing import Any
 
 from netpol_ebpf.agent.service import CLIENT_TIMEOUT_S, SOCKET_NAME, ask
 from netpol_ebpf.cli.output import print_value
+from netpol_ebpf.ending import ended_by_signals
 from netpol_ebpf.errors import InvalidInputError, Location, PlatformError, PrivilegeError, UnreachableError
 from netpol_ebpf.lab import shop
 from netpol_ebpf.lab.attempt import Attempt
@@ -58,8 +59,8 @@ def register(subparsers: Any) -> None:
         help="see it at work on real connections between network namespaces",
         description="Build a small cluster of network namespaces, enforce policies in it, show who reaches whom. "
         "Needs root; touches nothing of the machine's own network; leaves nothing behind.",
-        epilog="exit codes: 0 all as the reference model predicts, 1 something was not, 5 the machine lacks something; "
-        "environment: NETPOL_TIMEOUT_FACTOR multiplies every time limit, for an emulated or overloaded machine",
+        epilog="exit codes: 0 all as the reference model predicts, 1 something was not, 3 there are no manifests, 5 the machine "
+        "lacks something; environment: NETPOL_TIMEOUT_FACTOR multiplies every time limit, for an emulated or overloaded machine",
     )
     parser.add_argument("--manifests", type=Path, metavar="DIR", help="the demonstration's manifests, when not found")
     parser.add_argument("--keep", action="store_true", help="keep it all running at the end, until Ctrl-C")
@@ -77,7 +78,7 @@ def run(arguments: argparse.Namespace) -> int:
     _require_machine(with_iperf=not arguments.no_iperf)
     stage = Stage(quiet=arguments.output == "json", colour=_wants_colour(arguments.color))
     began = time.monotonic()
-    with _ended_by_signals(), _workshop() as workshop:
+    with ended_by_signals(), _workshop() as workshop:
         shutil.copytree(manifests, workshop / "manifests")
         with Demo(stage, workshop) as demo:
             summary = demo.play(with_iperf=not arguments.no_iperf)
@@ -438,18 +439,3 @@ def _workshop() -> Iterator[Path]:
         yield path
     finally:
         shutil.rmtree(path, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def _ended_by_signals() -> Iterator[None]:
-    """SIGTERM and SIGHUP end the command as Ctrl-C does, so that everything is removed on the way out."""
-
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    previous = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """`netpolctl explain`: whether one connection is allowed, and by which rule of which policy at each endpoint it meets.
 
-Works on manifests alone (those of the agent when none are given): no root, no kernel.  Exit codes: 0 allowed, 1 denied,
-3 invalid manifests or unknown names, 4 no manifests are given and no agent answers.
+Asks the agent of this node, which answers for what is in force; or, of manifests that are named, works the answer out here without
+root and kernel.  Exit codes: 0 allowed, 1 denied, 3 invalid manifests, unknown names or no answer, 4 no agent answers.
 """
 
 from __future__ import annotations
@@ -10,26 +10,30 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
-from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
+from netpol_ebpf.agent.answering import SEND_S, WORK_S
+from netpol_ebpf.analysis.explanation import ENGINES, Ways, as_request, explain
+from netpol_ebpf.analysis.explanation import parse_end as read_end
 from netpol_ebpf.cases.case import Probe
-from netpol_ebpf.cases.engines import Engine, ModelEngine
+from netpol_ebpf.cases.engines import open_engine
 from netpol_ebpf.cases.runner import Cast
 from netpol_ebpf.cli.agent_access import add_state_dir_option, ask_agent
 from netpol_ebpf.cli.output import add_output_option, print_value
 from netpol_ebpf.errors import Location, UsageError
-from netpol_ebpf.policy.journey import Finding, Journey, Reason, walk
-from netpol_ebpf.policy.provenance import trace
 from netpol_ebpf.policy.translate import derive
-from netpol_ebpf.policy.types import ICMP, ICMPV6, PORT_PROTOCOLS, SCTP, TCP, UDP, UDPLITE, Cause, IPAddress, World
+from netpol_ebpf.policy.types import ICMP, ICMPV6, PORT_PROTOCOLS, SCTP, TCP, UDP, UDPLITE, IPAddress
 from netpol_ebpf.resources.load import load_paths
 from netpol_ebpf.resources.workloads import as_cluster, stand_in_notes
 from netpol_ebpf.terminal import escaped, paragraph, say
 
 EXIT_DENIED = 1
 PROTOCOLS = {"tcp": TCP, "udp": UDP, "sctp": SCTP, "icmp": ICMP, "icmpv6": ICMPV6, "udplite": UDPLITE}
+FROM_FILES = (
+    "note: worked out from the files named, as an agent would that was started without options; without --manifests the agent of "
+    "this node is asked, and answers for what is in force"
+)
 
 
 def register(subparsers: Any) -> None:
@@ -37,8 +41,10 @@ def register(subparsers: Any) -> None:
     parser: argparse.ArgumentParser = subparsers.add_parser(
         "explain",
         help="say whether a connection is allowed, and by which rule",
-        description="Say whether a new connection is allowed, and which rule of which policy decides at each endpoint.",
-        epilog="exit codes: 0 allowed, 1 denied, 3 invalid input, 4 no manifests given and no agent answers",
+        description="Say whether a new connection is allowed, and which rule of which policy decides at each endpoint. The agent of "
+        "this node is asked, and answers for what is in force. The address of a service, a node port or a host port stands for what "
+        "is behind it: each backend gets its own answer.",
+        epilog="exit codes: 0 allowed, 1 denied, 3 invalid input or no answer, 4 no manifests given and no agent answers",
     )
     end = "NAMESPACE/NAME of a pod (or of a Deployment or another workload), or an address"
     parser.add_argument("--from", dest="source", required=True, type=parse_end, metavar="WHO", help=end)
@@ -48,20 +54,20 @@ def register(subparsers: Any) -> None:
         type=parse_protocol,
         default=TCP,
         metavar="NAME",
-        help="tcp (default), udp, sctp, icmp, icmpv6, a number",
+        help="tcp (default), udp, sctp, icmp, icmpv6, udplite, a number",
     )
     parser.add_argument("--port", type=parse_port, help="destination port, of tcp, udp and sctp")
     parser.add_argument("--source-port", type=parse_port, help="source port; rarely matters")
-    parser.add_argument("--icmp-type", type=int, help="default: echo request")
-    parser.add_argument("--icmp-code", type=int, help="default: 0")
+    parser.add_argument("--icmp-type", type=parse_octet, metavar="NUMBER", help="default: echo request")
+    parser.add_argument("--icmp-code", type=parse_octet, metavar="NUMBER", help="default: 0")
     parser.add_argument(
         "--manifests", action="append", type=Path, metavar="PATH",
-        help="files and directories of manifests (may be repeated); default: those of the agent of this node",
+        help="do not ask the agent, but read these files and directories of manifests (may be repeated)",
     )  # fmt: skip
     parser.add_argument(
         "--engine",
-        choices=("model", "tables"),
-        default="model",
+        choices=ENGINES,
+        default=ENGINES[0],
         help="what judges: the reference model, or the compiled tables",
     )
     add_state_dir_option(parser)
@@ -73,111 +79,72 @@ def run(arguments: argparse.Namespace) -> int:
     """Run the command; returns the exit code."""
     if (arguments.protocol in PORT_PROTOCOLS) != (arguments.port is not None):
         raise UsageError("--port is needed for tcp, udp and sctp, and only for those")
-    loaded = load_paths(arguments.manifests or [_manifests_of_agent(arguments)]).check()
-    resources = as_cluster(loaded, addressed=True)
-    for note in stand_in_notes(resources, (arguments.source, arguments.destination)):
-        say(paragraph(escaped(f"note: {note}")), file=sys.stderr)
-    world = derive(resources)
-    engine = _engine(arguments.engine)
-    engine.load(world)
     probe = Probe(
         source=arguments.source, destination=arguments.destination, protocol=arguments.protocol, expect_allow=True,
         port=arguments.port, source_port=arguments.source_port, icmp_type=arguments.icmp_type,
         icmp_code=arguments.icmp_code, location=Location("netpolctl explain"),
     )  # fmt: skip
-    found = [(journey, walk(journey, engine.decide)) for journey in Cast(resources, world).journeys(probe)]
-    plain = [describe(world, journey, finding) for journey, finding in found]
-    if not print_value(arguments.output, plain):
-        say("\n\n".join(render(one) for one in plain))
-    return 0 if all(finding.allowed for _, finding in found) else EXIT_DENIED
+    if arguments.manifests:
+        ways = _by_files(arguments.manifests, probe, arguments.engine)
+        say(FROM_FILES, file=sys.stderr)
+    else:
+        request = {**as_request(probe), "engine": arguments.engine}
+        (answer,) = ask_agent(arguments, "explain", timeout_s=WORK_S + SEND_S, **request)
+        ways = answer["ways"]
+    if not print_value(arguments.output, ways):
+        say("\n\n".join(render(one) for one in ways))
+    return 0 if all(one["allowed"] for one in ways) else EXIT_DENIED
 
 
-def describe(world: World, journey: Journey, finding: Finding) -> dict[str, Any]:
-    """One way through the cluster as plain values. ``steps``: each endpoint's say, in the order the packet meets them."""
-    packet = journey.flow.packet
-    steps: list[dict[str, Any]] = []
-    for hop in journey.hops:
-        if hop.reason is not None:
-            steps.append(_reason_step(hop.reason))
-            continue
-        for question, verdict in finding.answers:
-            if question in hop.questions or question in hop.reply:
-                steps.append({
-                    "endpoint": str(question.endpoint),
-                    "direction": question.direction.value,
-                    "stage": question.stage.value,
-                    "verdict": verdict.outcome.value,
-                    **trace(world, verdict.cause).as_dict(),
-                    "logs": [trace(world, cause).as_dict() for cause in verdict.logs],
-                    "staged_verdict": verdict.staged_outcome.value,
-                    "staged": trace(world, verdict.staged_cause).as_dict(),
-                })  # fmt: skip
-    decided = finding.cause
-    return {
-        "source": str(packet.source),
-        "destination": str(packet.destination),
-        "protocol": packet.protocol,
-        "port": packet.destination_port if packet.protocol in PORT_PROTOCOLS else None,
-        "allowed": finding.allowed,
-        "staged_allowed": finding.staged_allowed,
-        "decided_by": trace(world, decided).as_dict() if isinstance(decided, Cause) else _reason_step(decided),
-        "steps": steps,
-    }
-
-
-def _reason_step(reason: Reason) -> dict[str, Any]:
-    return {
-        "endpoint": None, "direction": None, "stage": None, "verdict": "allow" if reason.allows else "deny",
-        "kind": "no policy", "sentence": reason.value, "file": None, "line": None, "tier": None, "policy": None,
-        "rule": None, "logs": [],
-    }  # fmt: skip
+def _by_files(paths: list[Path], probe: Probe, engine: str) -> Ways:
+    resources = as_cluster(load_paths(paths).check(), addressed=True)
+    for note in stand_in_notes(resources, (probe.source, probe.destination)):
+        say(paragraph(escaped(f"note: {note}")), file=sys.stderr)
+    world = derive(resources)
+    with open_engine(engine) as judge:
+        judge.load(world)
+        return explain(Cast(resources, world), world, probe, judge)
 
 
 def render(one: dict[str, Any]) -> str:
-    """The same for people."""
+    """One way as lines for people."""
     names = {number: name.upper() for name, number in PROTOCOLS.items()}
     port = "" if one["port"] is None else f" port {one['port']}"
     what = f"{one['source']} -> {one['destination']} {names.get(one['protocol'], one['protocol'])}{port}"
-    lines = [f"{'ALLOWED' if one['allowed'] else 'DENIED'}  {what}"]
+    if one["backend"] is not None:
+        what += f", by way of {', '.join(one['service'])} to {_end(one['backend'])}"
+    lines = [escaped(f"{'ALLOWED' if one['allowed'] else 'DENIED'}  {what}")]
     for number, step in enumerate(one["steps"], 1):
         if step["endpoint"] is None:
             lines.append(f"  {number}. {step['verdict']}: {escaped(step['sentence'])}")
             continue
         stage = "" if step["stage"] == "normal" else f", {step['stage']}"
-        lines.append(f"  {number}. {step['direction']} of {escaped(step['endpoint'])}{stage}: {step['verdict']}")
+        about = {"address": step["destination"], "port": step["port"]}
+        asked = "" if one["backend"] in (None, about) else f", asked about {_end(about)}"
+        lines.append(f"  {number}. {step['direction']} of {escaped(step['endpoint'])}{stage}: {step['verdict']}{asked}")
         lines += [f"       {escaped(log['sentence'])}{_place(log)}" for log in step["logs"]]
         lines.append(f"       {escaped(step['sentence'])}{_place(step)}")
         if step["staged_verdict"] != step["verdict"]:
             lines.append(f"       staged: {escaped(step['staged']['sentence'])}{_place(step['staged'])}")
+    if one["note"] is not None:
+        lines.append(f"  {escaped(one['note'])}")
     if one["staged_allowed"] != one["allowed"]:
         lines.append(f"  With staged policies in force: {'allowed' if one['staged_allowed'] else 'denied'}")
     return "\n".join(lines)
+
+
+def _end(end: dict[str, Any]) -> str:
+    return str(end["address"]) if end["port"] is None else f"{end['address']} port {end['port']}"
 
 
 def _place(step: dict[str, Any]) -> str:
     return "" if step["file"] is None else f"\n         {escaped(step['file'])}:{step['line']}"
 
 
-def _engine(name: str) -> Engine:
-    if name == "model":
-        return ModelEngine()
-    from netpol_ebpf.cases.tables import TablesEngine
-
-    return TablesEngine()
-
-
-def _manifests_of_agent(arguments: argparse.Namespace) -> Path:
-    (state,) = ask_agent(arguments, "status")
-    return Path(state["manifests"])
-
-
 def parse_end(text: str) -> IPAddress | tuple[str, str]:
     """An address, or (namespace, name). Raises ArgumentTypeError."""
-    namespace, slash, name = text.partition("/")
-    if slash and namespace and name and "/" not in name:
-        return namespace, name
-    address: IPAddress = _parse(ip_address, text, "neither NAMESPACE/POD nor an address")
-    return address
+    end: IPAddress | tuple[str, str] = _parse(read_end, text, "neither NAMESPACE/POD nor an address")
+    return end
 
 
 def parse_protocol(text: str) -> int:
@@ -192,6 +159,12 @@ def parse_port(text: str) -> int:
     """A port. Raises ArgumentTypeError."""
     number: int = _parse(int, text, "not a port number")
     return _within(number, 1, 65535)
+
+
+def parse_octet(text: str) -> int:
+    """A number of one byte. Raises ArgumentTypeError."""
+    number: int = _parse(int, text, "not a number")
+    return _within(number, 0, 255)
 
 
 def _parse(read: Callable[[str], Any], text: str, complaint: str) -> Any:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from netpol_ebpf.agent.service import CLIENT_TIMEOUT_S
 from netpol_ebpf.cli.agent_access import add_state_dir_option, ask_agent
 from netpol_ebpf.cli.output import render_json
 from netpol_ebpf.policy.types import ICMP, ICMPV6, SCTP, TCP, UDP
@@ -33,7 +34,9 @@ def register(subparsers: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the command; returns the exit code."""
-    for flow in ask_agent(arguments, "flows", wait=arguments.follow, follow=arguments.follow):
+    for flow in ask_agent(
+        arguments, "flows", timeout_s=None if arguments.follow else CLIENT_TIMEOUT_S, follow=arguments.follow
+    ):
         say(render_json(flow) if arguments.output == "json" else escaped(render_flow(flow)), flush=True)
     return 0
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import importlib.util
 import logging
 import os
 import sys
@@ -31,24 +30,21 @@ COMMANDS = (
     "netpol_ebpf.cli.test",
     "netpol_ebpf.cli.check",
     "netpol_ebpf.cli.explain",
-    "netpol_ebpf.cli.plan",
-    "netpol_ebpf.cli.who_can",
     "netpol_ebpf.cli.get",
     "netpol_ebpf.cli.status",
     "netpol_ebpf.cli.metrics",
     "netpol_ebpf.cli.flows",
-    "netpol_ebpf.cli.bpf",
     "netpol_ebpf.cli.bench",
     "netpol_ebpf.cli.demo",
     "netpol_ebpf.cli.cleanup",
     "netpol_ebpf.cli.compile",
     "netpol_ebpf.cli.doctor",
 )
-"""Modules with ``register(subparsers)``, in the order of the help. One that is not part of this build is left out."""
+"""Modules with ``register(subparsers)``, in the order of the help."""
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser with every subcommand of this build; each sets ``run``, a function of the arguments to an exit code."""
+    """The parser with every subcommand; each sets ``run``, a function of the arguments to an exit code."""
     parser = argparse.ArgumentParser(
         prog="netpolctl",
         description="Network policy enforced with eBPF: test policies, look into the dataplane, ask why.",
@@ -57,11 +53,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--debug", action="store_true", help="show tracebacks of errors")
     subparsers = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND", required=True)
     for name in COMMANDS:
-        if importlib.util.find_spec(name) is None:
-            continue
-        register = getattr(importlib.import_module(name), "register", None)
-        if register is not None:
-            register(subparsers)
+        importlib.import_module(name).register(subparsers)
     return parser
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`netpolctl metrics`: the agent's counters in Prometheus' text format, on standard output.
+"""`netpolctl metrics`: the agent's counters in Prometheus' text format, or as plain values, on standard output.
 
 For the textfile collector of the node exporter: nothing of ours listens on the network.  Names are stable; a counter starts
 again when its map is made anew.  Works out nothing: every value is one of `netpolctl status` or `netpolctl get rules`.
@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from netpol_ebpf.cli.agent_access import add_state_dir_option, ask_agent
+from netpol_ebpf.cli.output import print_value
 from netpol_ebpf.terminal import escaped
 
 EVENTS_LOST = "event-lost"
@@ -34,6 +35,11 @@ class Family:
     meaning: str
     samples: tuple[Sample, ...]
 
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        samples = [{"labels": dict(labels), "value": value} for labels, value in self.samples]
+        return {"name": self.name, "kind": self.kind, "meaning": self.meaning, "samples": samples}
+
 
 def register(subparsers: Any) -> None:
     """Add the command to the parser of `netpolctl`."""
@@ -44,6 +50,9 @@ def register(subparsers: Any) -> None:
         "of the node exporter.",
         epilog="exit codes: 0 done, 4 no agent answers",
     )
+    parser.add_argument(
+        "-o", "--output", choices=("text", "json", "yaml"), default="text", help="text: Prometheus' format (default)"
+    )
     add_state_dir_option(parser)
     parser.set_defaults(run=run)
 
@@ -52,7 +61,9 @@ def run(arguments: argparse.Namespace) -> int:
     """Run the command; returns the exit code."""
     (state,) = ask_agent(arguments, "status")
     (rules,) = ask_agent(arguments, "rules")
-    print(render(families(state, rules)), end="")
+    found = list(families(state, rules))
+    if not print_value(arguments.output, [one.as_dict() for one in found]):
+        print(render(found), end="")
     return 0
 
 

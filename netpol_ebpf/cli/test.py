@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """`netpolctl test`: run case files.
 
-Exit codes: 0 every probe went as expected, 1 some did not, 3 some input is not valid (be there failures or not).
+Exit codes: 0 every probe went as expected, 1 some did not, 3 some input is not valid (be there failures or not), 5 the engine
+`kernel` cannot run here.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ def register(subparsers: Any) -> None:
         "test",
         help="run case files: manifests, probes, and what should become of them",
         description="Run case files: manifests, probes, and what should become of them.",
-        epilog="exit codes: 0 all as expected, 1 some probes failed, 3 some input is not valid",
+        epilog="exit codes: 0 all as expected, 1 some probes failed, 3 some input is not valid, 5 the engine kernel cannot run here",
     )
     parser.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="a case file, or a directory of them")
     parser.add_argument(

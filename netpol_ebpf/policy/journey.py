@@ -87,10 +87,11 @@ def is_forged(packet: Packet) -> bool:
 
 
 class Reason(enum.Enum):
-    """Why a hop is decided without asking policy. All but WORKLOAD_TO_HOST_DROPPED and FORGED allow."""
+    """Why a hop is decided without asking policy. Those of `_REFUSALS` do not allow."""
 
     NEIGHBOUR_DISCOVERY = "IPv6 neighbour discovery always passes"
     FORGED = "a workload does not speak for a router or a DHCP server"
+    TUNNELLED = "a workload sends nothing to nodes in an encapsulation that they take from anyone"
     DHCP = "a workload may always ask its link for an address"
     TO_ITSELF = "traffic of a workload to itself is never policed"
     LOOPBACK = "traffic of a host to itself is never policed"
@@ -98,13 +99,19 @@ class Reason(enum.Enum):
     HAIRPIN = "a workload that reaches itself through a service looks like its host"
     WORKLOAD_TO_HOST_ACCEPTED = "traffic of a workload to its own host is allowed by the setting workload_to_host"
     WORKLOAD_TO_HOST_DROPPED = "traffic of a workload to its own host is dropped by the setting workload_to_host"
+    LOCAL_BACKENDS = (
+        "no hook stands before the several processes of the node behind this service, so nothing of it is reached"
+    )
     NO_HOST_ENDPOINT = "the interface has no host endpoint, so nothing is policed there"
     NOT_OURS = "neither end is known, so nothing is policed"
 
     @property
     def allows(self) -> bool:
         """False where the hop is refused."""
-        return self not in (Reason.WORKLOAD_TO_HOST_DROPPED, Reason.FORGED)
+        return self not in _REFUSALS
+
+
+_REFUSALS = frozenset({Reason.WORKLOAD_TO_HOST_DROPPED, Reason.FORGED, Reason.TUNNELLED, Reason.LOCAL_BACKENDS})
 
 
 class PlaceKind(enum.Enum):
@@ -283,6 +290,11 @@ class Topology:
         """The journey of a flow."""
         return Journey(flow, tuple(_Planner(self, flow).hops()))
 
+    def translation(self, flow: Flow) -> tuple[str | None, Place]:
+        """The node that translates a flow's destination, and what is at the translated one."""
+        planner = _Planner(self, flow)
+        return planner.translating_node, planner.destination
+
     def wildcard(self, node: str | None) -> Endpoint | None:
         """The host endpoint that covers all interfaces of a node, and so those of its workloads."""
         found = (one for one in self._host_endpoints.get(node or "", ()) if one.interface == WILDCARD)
@@ -309,6 +321,16 @@ class Topology:
         claims += [one for one in candidates if one.interface is None and address in one.addresses]
         claims += [one for one in candidates if one.interface == WILDCARD]
         return next(iter((*claims, *candidates)), None)
+
+    def uplink_of(self, node: str, direction: Direction, wire: Packet, *, is_local: bool) -> Endpoint | None:
+        """The host endpoint of the interface by which a packet enters (ingress) or leaves a node. ``is_local``: a process there ends it."""
+        own = wire.destination if direction is Direction.INGRESS else wire.source
+        return self.uplink(node, own if is_local else None, wire.source.version)
+
+    def is_tunnelled(self, packet: Packet) -> bool:
+        """Whether nodes take a packet of a workload for another one's, whoever sent it. Manifests do not tell: no."""
+        del packet
+        return False
 
     def is_excepted(self, node: str, packet: Packet, direction: Direction) -> bool:
         """Whether a failsafe port or a tunnel protects a packet to (ingress) or from (egress) a host's own process."""
@@ -407,6 +429,8 @@ class _Planner:
         source = self.source
         if source.kind is not PlaceKind.WORKLOAD or source.endpoint is None:
             return
+        if self.topology.is_tunnelled(self.sent):
+            yield Hop(reason=Reason.TUNNELLED)
         yield _ask(source.endpoint, Direction.EGRESS, ((Stage.NORMAL, self.sent),))
         to_own_host = self._is_local() and self.destination.kind is PlaceKind.HOST
         wildcard = self.topology.wildcard(source.node)
@@ -460,10 +484,7 @@ class _Planner:
 
         ``wire``: the packet as it is there; ``final``: as it leaves the node; ``is_local``: a process ends it here.
         """
-        address = None
-        if is_local:
-            address = wire.destination if direction is Direction.INGRESS else wire.source
-        host = self.topology.uplink(node, address, wire.source.version)
+        host = self.topology.uplink_of(node, direction, wire, is_local=is_local)
         if host is None:
             if is_local:
                 yield Hop(direction=direction, reason=Reason.NO_HOST_ENDPOINT)

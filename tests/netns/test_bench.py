@@ -4,13 +4,21 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from agent_scene import wait_for
 
 from bench.end_to_end import NEEDS
 from bench.loads import CONNECTS, Traffic, workshop
 from bench.site import (
+    BPFFS,
     EMPTY,
     IPTABLES_RULES,
     IPTABLES_SET,
@@ -69,3 +77,37 @@ def test_connections_are_counted_and_metered() -> None:
         figures = {figure.name: figure.value for figure in Traffic(site, tools).measure(CONNECTS, 0.2)}
     assert figures.keys() >= {"", "latency p50", "cpu per packet, client and server"}
     assert all(value > 0 for name, value in figures.items() if not name.startswith("cpu"))
+
+
+@pytest.mark.parametrize("suite", ["micro", "scale", "end-to-end"])
+def test_a_run_that_is_told_to_end_leaves_nothing_behind(suite: str, tmp_path: Path) -> None:
+    """SIGTERM in the middle of a suite, with maps pinned by the command itself or by a part of it: all are gone when it has ended."""
+    before = pins()
+    command = [
+        sys.executable,
+        "-m",
+        "netpol_ebpf.cli.main",
+        "bench",
+        "--smoke",
+        "--suites",
+        suite,
+        "-o",
+        str(tmp_path / "r.json"),
+    ]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    try:
+        wait_for(lambda: pins() - before or process.poll() is not None, "maps are pinned")
+        assert process.poll() is None, process.communicate()[1]
+        process.terminate()
+        assert process.wait(120) == 130
+    finally:
+        process.kill()
+        process.communicate()
+    assert pins() - before == set()
+
+
+def pins() -> set[Path]:
+    """Directories of benchmarks' maps that have any."""
+    return {
+        path.parent.parent for prefix in ("bench", "scale") for path in BPFFS.glob(f"netpol-{prefix}-*/*/np_config")
+    }

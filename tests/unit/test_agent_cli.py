@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import re
@@ -19,6 +20,7 @@ import yaml
 
 from netpol_ebpf.agent import main as agent_main
 from netpol_ebpf.agent.service import SOCKET_NAME, connect
+from netpol_ebpf.cli import main as cli
 from netpol_ebpf.cli.main import main
 from netpol_ebpf.errors import PlatformError, UsageError
 from netpol_loader import doctor
@@ -236,13 +238,49 @@ def test_explain_reads_numbers_strictly(arguments: list[str]) -> None:
     assert caught.value.code == 2
 
 
-def test_explain_takes_the_manifests_of_the_agent(
+def test_explain_asks_the_agent_unless_files_are_named(
     agent: dict[str, Any], manifests: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Without --manifests, those the agent enforces."""
-    agent["status"]["manifests"] = str(manifests)
-    assert run(tmp_path, "explain", "--from", "shop/web", "--to", "shop/db", "--port", "5432") == 0
-    assert "ALLOWED" in capsys.readouterr().out
+    """Without --manifests the agent answers for what is in force; with it the files count, and that is said."""
+    assert explain(manifests, "shop/web", "shop/db", "--port", "5432", "-o", "json") == 0
+    by_files = capsys.readouterr()
+    assert "worked out from the files named" in by_files.err
+    ways = json.loads(by_files.out)
+    agent["explain"] = {"node": "n", "ways": [{**ways[0], "allowed": False}]}
+    assert run(tmp_path, "explain", "--from", "shop/web", "--to", "shop/db", "--port", "5432") == 1
+    asked = capsys.readouterr()
+    assert asked.out.startswith("DENIED  10.0.0.1 -> 10.0.0.2 TCP port 5432\n")
+    assert asked.err == ""
+
+
+SERVICE = """\
+apiVersion: v1
+kind: Service
+metadata: {name: db, namespace: shop}
+spec: {clusterIP: 10.96.0.5, selector: {app: db}, ports: [{port: 80, targetPort: 5432}]}
+"""
+TO_SERVICE_ALONE = """\
+apiVersion: networking.k8s.io/v1
+kind: NetworkPolicy
+metadata: {name: web, namespace: shop}
+spec: {podSelector: {matchLabels: {app: web}}, policyTypes: [Egress], egress: [{to: [PEER]}]}
+"""
+
+
+def test_explain_answers_as_the_backend_of_a_service(manifests: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Allowed where policy allows the backend; where it allows the service's own address alone, denied, and that is said."""
+    (manifests / "service.yaml").write_text(SERVICE)
+    policy = manifests / "web.yaml"
+    policy.write_text(TO_SERVICE_ALONE.replace("PEER", "{podSelector: {matchLabels: {app: db}}}"))
+    assert explain(manifests, "shop/web", "10.96.0.5", "--port", "80") == 0
+    assert "10.96.0.5 TCP port 80, by way of Service/shop/db to 10.0.0.2 port 5432" in capsys.readouterr().out
+    policy.write_text(TO_SERVICE_ALONE.replace("PEER", "{ipBlock: {cidr: 10.96.0.5/32}}"))
+    assert explain(manifests, "shop/web", "10.96.0.5", "--port", "80") == 1
+    shown = capsys.readouterr().out
+    assert (
+        "policy allows 10.96.0.5 port 80, the service's own address; what is judged is the backend, 10.0.0.2 port 5432"
+        in shown
+    )
 
 
 # --- status, flows, get ---------------------------------------------------------------------------------------------
@@ -644,3 +682,46 @@ def test_tunnels_and_routers_are_read_or_refused() -> None:
     for text in ("router", "/router", "network/", "a/b/c", ""):
         with pytest.raises(UsageError, match="--router"):
             agent_main.parse_router(text)
+
+
+# --- the tools' own words -------------------------------------------------------------------------------------------
+
+
+def test_every_command_there_is_is_found_and_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The list of commands names each module that has one, and one that does not exist is a bug that is seen at once."""
+    directory = Path(str(cli.__file__)).parent
+    found = {path.stem for path in directory.glob("*.py") if "\ndef register(" in path.read_text()}
+    assert {name.rpartition(".")[2] for name in cli.COMMANDS} == found
+    monkeypatch.setattr(cli, "COMMANDS", (*cli.COMMANDS, "netpol_ebpf.cli.ststus"))
+    with pytest.raises(ModuleNotFoundError, match="ststus"):
+        cli.build_parser()
+
+
+def test_every_command_prints_json_as_the_readme_says() -> None:
+    """-o json; that of the benchmarks names a file, which is JSON."""
+    parser = cli.build_parser()
+    (commands,) = [action.choices for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+    choices = {name: one._option_string_actions["-o"].choices for name, one in commands.items()}
+    assert choices.pop("bench") is None
+    assert [name for name, known in choices.items() if "json" not in known] == []
+
+
+def test_metrics_as_plain_values(tmp_path: Path, agent: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    """The same names and values as in the text."""
+    assert agent
+    assert run(tmp_path, "metrics", "-o", "json") == 0
+    families = {one["name"]: one for one in json.loads(capsys.readouterr().out)}
+    assert families["netpol_packets_total"]["samples"] == [{"labels": {"reason": "policy-deny"}, "value": 4}]
+    assert families["netpol_in_force"]["kind"] == "gauge"
+
+
+def test_doctor_says_of_the_jit_whether_it_is_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """By the kernel's switch, or for want of one."""
+    switch = tmp_path / "bpf_jit_enable"
+    monkeypatch.setattr(doctor, "JIT_SWITCH", switch)
+    assert doctor._look_at_jit() == "on, and cannot be switched off"
+    switch.write_text("1\n")
+    assert doctor._look_at_jit() == "on (net.core.bpf_jit_enable is 1)"
+    switch.write_text("0\n")
+    with pytest.raises(PlatformError, match="switched off"):
+        doctor._look_at_jit()

@@ -25,7 +25,7 @@ from netpol_ebpf.apply import encode
 from netpol_ebpf.apply.applier import KernelMap
 from netpol_ebpf.apply.ledger import Ledger
 from netpol_ebpf.errors import LimitError, MapFullError
-from netpol_ebpf.policy.types import EndpointKey
+from netpol_ebpf.policy.types import EndpointKey, IPAddress
 from netpol_ebpf.sources.files import ManifestDirectory
 from netpol_loader import abi
 from netpol_loader.drift import Drift
@@ -91,12 +91,16 @@ class MemoryNode:
     behind: set[int] = field(default_factory=set)
     asked: list[set[int]] = field(default_factory=list)
     barrier: MemoryTables = field(default_factory=MemoryTables)
+    routes: dict[IPAddress, int] = field(default_factory=dict)
 
     def others(self, ifindex: int) -> list[str]:
         return ["another"] if ifindex in self.behind else []
 
     def overtaken(self, ifindexes: Collection[int]) -> set[int]:
         return self.behind & set(ifindexes)
+
+    def interface_towards(self, address: IPAddress) -> int | None:
+        return self.routes.get(address, min(self.wiring.uplinks, default=None))
 
     def live_connections(self, namespaces: Collection[int]) -> Live:
         self.asked.append(set(namespaces))

@@ -20,7 +20,7 @@ import pytest
 from netpol_ebpf.agent import answering
 from netpol_ebpf.agent import service as module
 from netpol_ebpf.agent.service import Service, ask, connect
-from netpol_ebpf.errors import InvalidInputError, PlatformError, UnreachableError
+from netpol_ebpf.errors import InvalidInputError, NetpolError, PlatformError, UnreachableError
 
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 """Of the threads of a test runner; the agent has one."""
@@ -49,8 +49,8 @@ def answers(agent: Service, request: dict[str, Any]) -> list[Any]:
         found: dict[str, Any]
         try:
             found = {"lines": list(ask(agent.path, request))}
-        except UnreachableError as error:
-            found = {"error": error.message, "hint": error.hint}
+        except NetpolError as error:
+            found = {"error": error.message, "hint": error.hint, "slug": error.slug}
         os.write(writing, json.dumps(found).encode())
         os._exit(0)
     os.close(writing)
@@ -63,7 +63,8 @@ def answers(agent: Service, request: dict[str, Any]) -> list[Any]:
     os.waitpid(process, 0)
     found = json.loads(text)
     if "error" in found:
-        raise UnreachableError(found["error"], hint=found["hint"])
+        kind = {one.slug: one for one in (UnreachableError, InvalidInputError)}[found["slug"]]
+        raise kind(found["error"], hint=found["hint"])
     return list(found["lines"])
 
 
@@ -97,7 +98,7 @@ def test_question_is_answered(agent: Service) -> None:
 
 def test_error_is_told_with_its_hint(agent: Service) -> None:
     """What an operation refuses arrives as an error with message and hint."""
-    with pytest.raises(UnreachableError, match="the agent refused: no such pod") as caught:
+    with pytest.raises(InvalidInputError, match="the agent refused: no such pod") as caught:
         answers(agent, {"op": "refuse"})
     assert caught.value.hint == "Look again."
 

@@ -6,6 +6,8 @@ from __future__ import annotations
 import json
 from ipaddress import ip_address
 
+import pytest
+
 from netpol_ebpf.apply.events import FlowEvent, Names, decode_event
 from netpol_ebpf.policy.types import (
     ICMP,
@@ -96,3 +98,34 @@ def test_every_kind_and_reason_of_the_registry_is_known() -> None:
     for kind in (abi.NP_EVENT_DENY, abi.NP_EVENT_ALLOW, abi.NP_EVENT_LOG):
         for reason in abi.REASONS:
             assert decoded(kind=kind, reason=reason).reason == abi.REASONS[reason].slug
+
+
+@pytest.mark.parametrize(
+    "reason",
+    [
+        abi.NP_REASON_TO_HOST,
+        abi.NP_REASON_HIDDEN_SOURCE,
+        abi.NP_REASON_CONN_FULL,
+        abi.NP_REASON_POLICY_DENY,
+        abi.NP_REASON_REVOKED,
+    ],
+)
+def test_what_is_dropped_is_never_told_as_allowed(reason: int) -> None:
+    """Dropped though a rule allows it, or with the number of a rule that is another one by now: the reason is told, and no rule."""
+    event = decoded(reason=reason, rule=2)
+    assert (event.reason, event.cause) == (abi.REASONS[reason].slug, None)
+    assert event.as_dict()["rule"] is None
+
+
+@pytest.mark.parametrize("reason", [abi.NP_REASON_TO_HOST, abi.NP_REASON_HIDDEN_SOURCE, abi.NP_REASON_SPOOFED])
+def test_what_no_rule_dropped_names_no_rule(reason: int) -> None:
+    """The rule that policy came to does not count where something else decided, whatever it says."""
+    event = decoded(reason=reason)
+    assert (event.cause, event.staged_cause) == (None, None)
+
+
+def test_what_is_allowed_is_never_told_as_denied() -> None:
+    """Nor is the rule of an allowed flow one that denies."""
+    passed = {"kind": abi.NP_EVENT_ALLOW, "reason": abi.NP_REASON_POLICY_ALLOW, "action": abi.NP_ACTION_ALLOW}
+    assert decoded(**passed, rule=2).cause == ALLOW
+    assert decoded(**passed, rule=1).cause is None

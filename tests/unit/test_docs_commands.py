@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import argparse
 import re
 import shlex
 import subprocess
@@ -12,6 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
+from netpol_ebpf.agent.main import build_parser as build_agent_parser
+from netpol_ebpf.cli.main import build_parser
+from netpol_ebpf.policy.types import UDP, Action, Cause, CauseKind, Direction, PolicyKey, Tunnel
+from netpol_loader.abi import SCHEMA_VERSION
 
 ROOT = Path(__file__).parents[2]
 PAGES = [*sorted((ROOT / "docs").rglob("*.md")), *sorted(ROOT.glob("*.md"))]
@@ -111,3 +117,66 @@ def test_commands_are_found() -> None:
     assert lies_in(test, "tests/unit")
     assert lies_in(test, "test_docs_commands.py")
     assert not lies_in(test, "tests/un")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_pins_are_where_a_page_says(page: Path) -> None:
+    """A path with the schema in it has the schema of these sources; a table of two schemas names each by itself."""
+    named = re.findall(r"/netpol/v(\d+)", page.read_text(encoding="utf-8"))
+    assert set(named) <= {str(SCHEMA_VERSION)}
+
+
+def test_rules_are_written_as_the_page_of_case_files_says() -> None:
+    """Each form of a cause is one of the page's, with this very text for an example."""
+    page = (ROOT / "docs" / "case-files.md").read_text(encoding="utf-8")
+    policy = PolicyKey("KubernetesNetworkPolicy", "shop", "db")
+    causes = (
+        Cause(CauseKind.RULE, Direction.INGRESS, "default", policy, index=0, action=Action.ALLOW),
+        Cause(CauseKind.TIER_END, Direction.INGRESS, "default", policy),
+        Cause(CauseKind.PROFILE, Direction.EGRESS, profile="kns.shop", index=0, action=Action.ALLOW),
+        Cause(CauseKind.NO_MATCH, Direction.INGRESS),
+        Cause(CauseKind.FAILSAFE, Direction.INGRESS, index=0, action=Action.ALLOW),
+        Cause(CauseKind.TUNNEL, Direction.EGRESS, index=Tunnel(UDP, 4789).number, action=Action.ALLOW),
+    )
+    assert [str(one) for one in causes if f"`{one}`" not in page] == []
+    assert {one.kind for one in causes} == set(CauseKind)
+
+
+TYPED = re.compile(
+    r"(?:^ *(?:[\w$]+\$ +)?(?:sudo )?(?:\.venv/bin/)?|`)(netpolctl|netpol-agent) ([^`\n]+)", re.MULTILINE
+)
+"""A command at the beginning of a line or of a code span."""
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_of_a_page_are_taken_as_they_stand(page: Path) -> None:
+    """Each verb exists, and so does each option that is shown with it; words in capitals stand for values."""
+    wrong = []
+    for program, rest in TYPED.findall(page.read_text(encoding="utf-8")):
+        words = shlex.split(re.split(r" +#| {2,}| [|>&] ", rest)[0].replace("[", " ").replace("]", " "), posix=False)
+        options = [one.partition("=")[0] for one in words if one.startswith("-") and one != "-"]
+        parser = build_agent_parser() if program == "netpol-agent" else verbs().get(words[0])
+        if parser is None:
+            wrong.append(f"{program} {rest}: there is no {words[0]}")
+        else:
+            wrong += [
+                f"{program} {rest}: no option {one}" for one in options if one not in parser._option_string_actions
+            ]
+    assert wrong == []
+
+
+def verbs() -> dict[str, argparse.ArgumentParser]:
+    """The parser of each command of netpolctl."""
+    (found,) = [one.choices for one in build_parser()._actions if isinstance(one, argparse._SubParsersAction)]
+    return dict(found)
+
+
+def test_commands_with_options_are_found() -> None:
+    """The reading itself: some pages show commands with options, at the beginning of a line and in the middle."""
+    shown = {
+        (program, rest.split()[0])
+        for page in PAGES
+        for program, rest in TYPED.findall(page.read_text(encoding="utf-8"))
+    }
+    assert {("netpolctl", one) for one in ("bench", "explain", "flows", "get", "test", "compile")} <= shown
+    assert ("netpol-agent", "--manifests") in shown

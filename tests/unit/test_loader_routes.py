@@ -9,6 +9,7 @@ from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
 
 import pytest
 
+from netpol_loader import netlink
 from netpol_loader.routes import (
     ANYCAST,
     BROADCAST,
@@ -238,3 +239,8 @@ def test_what_a_router_announced_says_nothing(protocol: int) -> None:
         route("fd0a::/64", 8, via="fe80::1", protocol=protocol),
     )
     assert (found.host_routes, found.subnets, found.uplinks, set(found.next_hops)) == ({}, {}, frozenset(), set())
+
+
+def test_the_kernel_is_asked_for_the_way_to_an_address() -> None:
+    """The loopback's own address is behind the loopback, by the kernel of this machine."""
+    assert netlink.interface_towards(ip_address("127.0.0.1")) == netlink.link("lo").ifindex

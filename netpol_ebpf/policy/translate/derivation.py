@@ -9,7 +9,7 @@ one service), never the cluster.  An object derived equal to what it was is not 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from typing import TypeVar
 
@@ -138,6 +138,10 @@ class Derivation:
     def get(self, key: ResourceKey) -> Resource | None:
         """The resource held under a key."""
         return self._resources.get(key)
+
+    def resources(self) -> Collection[Resource]:
+        """All resources held; for reading, and until the next change."""
+        return self._resources.values()
 
     @property
     def is_changed(self) -> bool:

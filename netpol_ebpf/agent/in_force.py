@@ -1,0 +1,33 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The world that the rows in the kernel were made of, which the manifests are ahead of while a change is refused.
+
+Invariant: `WorldInForce.world` is that of the last change that was applied whole.  Costs a reference for each object, not a copy.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+
+from netpol_ebpf.policy.types import Changes, World
+
+
+@dataclass(slots=True)
+class WorldInForce:
+    """``world``: for reading; the objects in it are those of the translation."""
+
+    world: World = field(default_factory=World)
+    _awaited: Changes = field(default_factory=Changes)
+
+    def expect(self, changes: Changes) -> None:
+        """Take note of what is about to be put in force, together with what still waits. Cost: linear in the changes."""
+        for one in fields(Changes):
+            later = getattr(changes, one.name)
+            if isinstance(later, dict):
+                getattr(self._awaited, one.name).update(later)
+            elif later is not None:
+                setattr(self._awaited, one.name, later)
+
+    def accept(self) -> None:
+        """All that was expected is in force."""
+        self._awaited.apply_to(self.world)
+        self._awaited = Changes()

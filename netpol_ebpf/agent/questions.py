@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`netpolctl explain`, asked of the agent: the answer for the objects that are in force here, with its own settings.
+
+Invariant: where this node does not do what policy alone says, or nobody can say what it does, the question is refused with the
+reason.  Reads only; runs in a child of the agent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from ipaddress import ip_address
+from typing import Any
+
+from netpol_ebpf.agent.core import Agent
+from netpol_ebpf.analysis.explanation import explain, parse_engine, parse_request
+from netpol_ebpf.cases.engines import open_engine
+from netpol_ebpf.cases.runner import Cast
+from netpol_ebpf.errors import InvalidInputError
+from netpol_ebpf.policy.journey import Journey, Place, PlaceKind, Topology
+from netpol_ebpf.policy.types import (
+    ICMP,
+    ICMPV6,
+    UDP,
+    Direction,
+    Endpoint,
+    EndpointKey,
+    EndpointKind,
+    IPAddress,
+    Packet,
+    World,
+)
+
+BROADCAST = ip_address("255.255.255.255")
+ICMP_ERRORS = frozenset({*((ICMP, kind) for kind in (3, 4, 5, 11, 12)), *((ICMPV6, kind) for kind in (1, 2, 3, 4))})
+"""Types of messages about another packet (bpf/np_parse.h)."""
+STATUS_HINT = "`netpolctl status` says what is in the way."
+
+
+def answer_question(agent: Agent, request: Mapping[str, Any]) -> dict[str, Any]:
+    """``ways``: see `netpol_ebpf.analysis.explanation.explain`. Raises NetpolError."""
+    probe, name = parse_request(request), parse_engine(request)
+    if (probe.protocol, probe.icmp_type) in ICMP_ERRORS:
+        raise InvalidInputError(
+            "an ICMP error begins no connection: it passes with the connection that it is about, else it is dropped",
+            hint="Ask about that connection.",
+        )
+    world = _enforced(agent)
+    topology = NodeTopology(world, agent)
+    resources = agent.derivation.resources()
+    cast = Cast(resources, world, borrow_sources=agent.settings.borrow_sources, topology=topology)
+    with open_engine(name) as engine:
+        engine.load(world)
+        ways = explain(cast, world, probe, engine, lambda journey: _require_enforced(agent, journey))
+    return {"node": agent.settings.node, "ways": ways}
+
+
+class NodeTopology(Topology):
+    """Of this node it knows addresses, devices and interfaces: a packet takes the one by which the node would send to its other end."""
+
+    def __init__(self, world: World, agent: Agent) -> None:
+        super().__init__(world)
+        self._world = world
+        self._agent = agent
+        self._takes = agent.wiring.tunnels | agent.settings.tunnels
+        self._own = frozenset(agent.wiring.addresses)
+
+    def locate(self, address: IPAddress) -> Place:
+        """See `Topology`."""
+        place = super().locate(address)
+        if place.kind is PlaceKind.OUTSIDE and address in self._own and self._agent.settings.node is not None:
+            return Place(PlaceKind.HOST, node=self._agent.settings.node)
+        return place
+
+    def is_tunnelled(self, packet: Packet) -> bool:
+        """See `Topology`."""
+        port = packet.destination_port if packet.protocol == UDP else 0
+        if (packet.protocol, port) not in self._takes:
+            return False
+        destination = packet.destination
+        is_many = destination.is_multicast or destination == BROADCAST
+        return is_many or self.locate(destination).kind is PlaceKind.HOST
+
+    def uplink_of(self, node: str, direction: Direction, wire: Packet, *, is_local: bool) -> Endpoint | None:
+        """See `Topology`."""
+        remote = wire.source if direction is Direction.INGRESS else wire.destination
+        ifindex = self._agent.interface_towards(remote) if node == self._agent.settings.node else None
+        if ifindex is None:
+            return super().uplink_of(node, direction, wire, is_local=is_local)
+        key = self._agent.own.plan.interfaces.get(ifindex)
+        return None if key is None else self._world.endpoints.get(key)
+
+
+def _enforced(agent: Agent) -> World:
+    """The world in force without the host endpoints of this node that have no interface here."""
+    world, here = agent.world_in_force, agent.own.plan.in_force
+
+    def is_absent(key: EndpointKey) -> bool:
+        one = world.endpoints[key]
+        return one.kind is EndpointKind.HOST and one.node == agent.settings.node and key not in here
+
+    return replace(world, endpoints={key: one for key, one in world.endpoints.items() if not is_absent(key)})
+
+
+def _require_enforced(agent: Agent, journey: Journey) -> None:
+    """Refuse where a workload of this node has a say and is not under its policy, or packets to services are denied altogether."""
+    if agent.settings.node is None:  # a workload without an interface here may be on any node
+        return
+    local = {one.key for one in agent.local_endpoints()}
+    for question in journey.questions():
+        key = question.endpoint
+        if key in local and not agent.applier.is_enforced(key):
+            raise InvalidInputError(
+                f"policy of {key} is NOT enforced: no interface of this node is known to be its", hint=STATUS_HINT
+            )
+        if key in local and journey.flow.dnat_to is not None and agent.own.no_exit is not None:
+            raise InvalidInputError(agent.own.no_exit.message, hint=STATUS_HINT)

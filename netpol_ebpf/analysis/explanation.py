@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whether one connection is allowed, and who decides: the answer of `netpolctl explain`, from files or inside the agent.
+
+Invariant: files and agent give the same answer for the same objects; both come from here.  Needs no root and no kernel, and
+opens nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from ipaddress import ip_address
+from typing import Any
+
+from netpol_ebpf.cases.case import Probe
+from netpol_ebpf.cases.engines import Engine
+from netpol_ebpf.cases.runner import Cast
+from netpol_ebpf.errors import Location, UsageError
+from netpol_ebpf.policy.journey import Finding, Journey, Reason, walk
+from netpol_ebpf.policy.provenance import trace
+from netpol_ebpf.policy.types import PORT_PROTOCOLS, Cause, Direction, IPAddress, Outcome, Question, World
+
+ENGINES = ("model", "tables")
+"""What may judge: the reference model, or the compiled tables."""
+WHERE = Location("the question")
+_NUMBERS = {"port": 65535, "source_port": 65535, "icmp_type": 255, "icmp_code": 255}
+"""Fields of a question that are numbers or absent, and their greatest values."""
+
+Ways = list[dict[str, Any]]
+
+
+def explain(
+    cast: Cast, world: World, probe: Probe, engine: Engine, check: Callable[[Journey], None] | None = None
+) -> Ways:
+    """Each way that the probe's packets take, as plain values: one for each family, backend and possible sender.
+
+    ``engine``: holds the world.  ``check``: raises where a journey cannot be answered for.  Raises InvalidInputError for unknown
+    names and for what cannot be known.
+    """
+    journeys = list(cast.journeys(probe))
+    for journey in journeys if check is not None else ():
+        check(journey)  # type: ignore[misc]  # it is not None
+    return [describe(cast, world, journey, engine) for journey in journeys]
+
+
+def describe(cast: Cast, world: World, journey: Journey, engine: Engine) -> dict[str, Any]:
+    """One way through the cluster as plain values. ``steps``: each endpoint's say, in the order the packet meets them."""
+    finding = walk(journey, engine.decide)
+    flow, packet = journey.flow, journey.flow.packet
+    decided = finding.cause
+    service = cast.service_of(replace(flow, dnat_to=None, destination=None))
+    return {
+        "source": str(packet.source),
+        "destination": str(packet.destination),
+        "protocol": packet.protocol,
+        "port": packet.destination_port if packet.protocol in PORT_PROTOCOLS else None,
+        "backend": None if flow.dnat_to is None else {"address": str(flow.dnat_to[0]), "port": flow.dnat_to[1]},
+        "service": [] if service is None else list(service.owners),
+        "allowed": finding.allowed,
+        "staged_allowed": finding.staged_allowed,
+        "decided_by": trace(world, decided).as_dict() if isinstance(decided, Cause) else _reason_step(decided),
+        "note": _note(journey, finding, engine),
+        "steps": list(_steps(world, journey, finding)),
+    }
+
+
+def _steps(world: World, journey: Journey, finding: Finding) -> Iterator[dict[str, Any]]:
+    for hop in journey.hops:
+        if hop.reason is not None:
+            yield _reason_step(hop.reason)
+            continue
+        for question, verdict in finding.answers:
+            if question in hop.questions or question in hop.reply:
+                yield {
+                    "endpoint": str(question.endpoint),
+                    "direction": question.direction.value,
+                    "stage": question.stage.value,
+                    "destination": str(question.packet.destination),
+                    "port": question.packet.destination_port if question.packet.protocol in PORT_PROTOCOLS else None,
+                    "verdict": verdict.outcome.value,
+                    **trace(world, verdict.cause).as_dict(),
+                    "logs": [trace(world, cause).as_dict() for cause in verdict.logs],
+                    "staged_verdict": verdict.staged_outcome.value,
+                    "staged": trace(world, verdict.staged_cause).as_dict(),
+                }
+
+
+def _reason_step(reason: Reason) -> dict[str, Any]:
+    return {
+        "endpoint": None, "direction": None, "stage": None, "verdict": "allow" if reason.allows else "deny",
+        "kind": "no policy", "sentence": reason.value, "file": None, "line": None, "tier": None, "policy": None,
+        "rule": None, "logs": [],
+    }  # fmt: skip
+
+
+def _note(journey: Journey, finding: Finding, engine: Engine) -> str | None:
+    """That the sender's policy says something else of the service's own address than of the backend."""
+    question = finding.question
+    written = journey.flow.packet
+    if journey.flow.dnat_to is None or question is None or question.direction is not Direction.EGRESS:
+        return None
+    if question.packet == written:
+        return None
+    of_service: Question = replace(question, packet=written)
+    says = engine.decide(of_service).outcome
+    if finding.allowed or says is not Outcome.ALLOW:
+        return None
+    address, port = journey.flow.dnat_to
+    return (
+        f"policy allows {written.destination} port {written.destination_port}, the service's own address; "
+        f"what is judged is the backend, {address} port {port}"
+    )
+
+
+# --- questions ----------------------------------------------------------------------------------------------------------
+
+
+def parse_end(text: str) -> IPAddress | tuple[str, str]:
+    """An address, or (namespace, name). Raises ValueError."""
+    namespace, slash, name = text.partition("/")
+    if slash and namespace and name and "/" not in name:
+        return namespace, name
+    return ip_address(text)
+
+
+def as_request(probe: Probe) -> dict[str, Any]:
+    """A probe as it is sent to the agent."""
+    ends = {"source": probe.source, "destination": probe.destination}
+    return {
+        **{name: "/".join(end) if isinstance(end, tuple) else str(end) for name, end in ends.items()},
+        "protocol": probe.protocol,
+        **{name: getattr(probe, name) for name in _NUMBERS},
+    }
+
+
+def parse_request(request: Mapping[str, Any]) -> Probe:
+    """What `as_request` made. Raises UsageError for anything else."""
+    try:
+        source, destination = parse_end(request["source"]), parse_end(request["destination"])
+    except (KeyError, ValueError, AttributeError) as error:
+        raise UsageError("source and destination must each be NAMESPACE/POD or an address") from error
+    protocol = _number(request, "protocol", 255)
+    port, source_port, icmp_type, icmp_code = (_number(request, name, most) for name, most in _NUMBERS.items())
+    if protocol is None or (protocol in PORT_PROTOCOLS) != (port is not None):
+        raise UsageError("a protocol is needed, and a port for TCP, UDP and SCTP, and only for those")
+    return Probe(
+        source=source, destination=destination, protocol=protocol, expect_allow=True, port=port, source_port=source_port,
+        icmp_type=icmp_type, icmp_code=icmp_code, location=WHERE,
+    )  # fmt: skip
+
+
+def _number(request: Mapping[str, Any], name: str, most: int) -> int | None:
+    """A field of a request that is a number or absent. Raises UsageError."""
+    number = request.get(name)
+    if number is not None and not (type(number) is int and 0 <= number <= most):
+        raise UsageError(f"{name} must be a number of 0 to {most}")
+    return number
+
+
+def parse_engine(request: Mapping[str, Any]) -> str:
+    """Which engine a request asks for. Raises UsageError."""
+    engine = request.get("engine", ENGINES[0])
+    if engine not in ENGINES:
+        raise UsageError(f"engine must be one of {', '.join(ENGINES)}")
+    return str(engine)

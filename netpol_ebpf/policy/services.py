@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a node translates the destination of a packet to: the backends of services, node ports and host ports.
+
+Sources: EndpointSlices, as kube-proxy has it; for a service without any, the pods that its selector selects.
+
+Invariant: every backend that a node may choose is told.  Which one it chooses is not known here, nor is whether anything on
+the node translates at all.  Evaluates no policy.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+
+from netpol_ebpf.policy.translate import endpoints
+from netpol_ebpf.policy.types import PORT_PROTOCOLS, IPAddress, Packet, Vip, VipKey
+from netpol_ebpf.resources.types import EndpointSlice, Pod, Resource, Service, SlicePort
+
+Backend = tuple[IPAddress, int]
+"""Address and port."""
+
+
+@dataclass(frozen=True, slots=True)
+class Translation:
+    """What is behind a packet's destination. ``owners``: the objects it belongs to, such as ``Service/shop/db``."""
+
+    owners: tuple[str, ...]
+    backends: tuple[Backend, ...]
+
+
+class ServiceAddresses:
+    """The addresses and ports that nodes translate. Cost to build: linear in the resources."""
+
+    def __init__(self, vips: Mapping[VipKey, Vip], resources: Iterable[Resource]) -> None:
+        """``vips``: those of a world; ``resources``: the objects that it was derived from, which name them."""
+        services: list[Service] = []
+        pods: defaultdict[str, list[Pod]] = defaultdict(list)
+        sliced: set[tuple[str, str]] = set()
+        self._vips = vips
+        self._owners: defaultdict[VipKey, list[str]] = defaultdict(list)
+        self._selected: defaultdict[VipKey, set[Backend]] = defaultdict(set)  # where no EndpointSlice tells
+        for one in resources:
+            if isinstance(one, Service):
+                services.append(one)
+            elif isinstance(one, Pod):
+                pods[one.meta.namespace].append(one)
+                for vip in endpoints.host_ports(one):
+                    self._owners[vip.key].append(f"Pod/{one.meta.namespace}/{one.meta.name}")
+            elif isinstance(one, EndpointSlice) and one.service:
+                sliced.add((one.meta.namespace, one.service))
+        for service in services:
+            name = service.meta.namespace, service.meta.name
+            stand_ins = () if name in sliced else _slices_of(service, pods[name[0]])
+            for vip in endpoints.vips(service, stand_ins):
+                self._owners[vip.key].append("/".join(("Service", *name)))
+                self._selected[vip.key] |= vip.backends
+
+    def find(self, packet: Packet, node: str | None) -> Translation | None:
+        """What a packet's destination stands for, None where nobody translates it.
+
+        ``node``: the one that has the destination's address, None: no node has it.
+        """
+        if packet.protocol not in PORT_PROTOCOLS:
+            return None
+        addresses = (packet.destination,) if node is None else (packet.destination, None)
+        nodes = ("",) if node is None else ("", node)
+        keys = [VipKey(address, packet.protocol, packet.destination_port, at) for address in addresses for at in nodes]
+        found = [key for key in keys if key in self._vips]
+        if not found:
+            return None
+        behind = {one for key in found for one in self._vips[key].backends | self._selected.get(key, set())}
+        version = packet.destination.version
+        owners = dict.fromkeys(owner for key in found for owner in sorted(self._owners.get(key, ())))
+        return Translation(tuple(owners), tuple(sorted(one for one in behind if one[0].version == version)))
+
+
+def _slices_of(service: Service, pods: Iterable[Pod]) -> Iterator[EndpointSlice]:
+    """What the cluster would write for a service: a slice for each pod that it selects. ``pods``: of its namespace."""
+    if not service.selector:
+        return
+    for pod in pods:
+        if service.selector.items() <= pod.meta.labels.items() and pod.addresses:
+            ports = tuple(
+                SlicePort(port.name, port.protocol, _target(port.target_port or port.port, port.protocol, pod))
+                for port in service.ports
+            )
+            yield EndpointSlice(replace(pod.meta, name=service.meta.name), service.meta.name, pod.addresses, ports)
+
+
+def _target(target: int | str, protocol: int, pod: Pod) -> int | None:
+    """The number of a target port at a pod; None where it declares none of that name."""
+    if isinstance(target, int):
+        return target
+    return next((one.port for one in pod.ports if (one.name, one.protocol) == (target, protocol)), None)
