@@ -45,7 +45,7 @@ CLOSED = """\
 apiVersion: projectcalico.org/v3
 kind: GlobalNetworkPolicy
 metadata: {name: closed}
-spec: {selector: role == 'n', applyOnForward: true, types: [Ingress, Egress]}
+spec: {selector: role == 'edge', applyOnForward: true, types: [Ingress, Egress]}
 """
 
 
@@ -208,7 +208,7 @@ def test_host_endpoint_of_another_interface_has_no_say(bench: Bench) -> None:
     tunnel = Link(9, "vxlan.calico", "vxlan")
     bench.node.wiring = replace(WIRING, links={**WIRING.links, 9: tunnel})
     bench.node.routes[ip_address("10.0.0.3")] = 9
-    endpoint = HOST_ENDPOINT.replace("{name: uplink}", "{name: uplink, labels: {role: n}}")
+    endpoint = HOST_ENDPOINT.replace("{name: uplink}", "{name: uplink, labels: {role: edge}}")
     bench.write("host.yaml", endpoint.replace("INTERFACE", "eth0") + "---\n" + CLOSED)
     agent = bench.agent()
     assert allowed(agent, "shop/web", "shop/far")

@@ -170,7 +170,7 @@ def test_explain_of_a_workload(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert main([*arguments, "--from", "shop/db", "--to", "shop/web", "--port", "8081"]) == 1
     capsys.readouterr()
     assert main([*arguments, "--from", "shop/db", "--to", "10.9.9.9", "--port", "80"]) == 0
-    assert capsys.readouterr().err == ""
+    assert "stand for" not in capsys.readouterr().err
 
 
 def test_explain_prefers_a_pod_and_refuses_to_guess(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -183,7 +183,7 @@ def test_explain_prefers_a_pod_and_refuses_to_guess(tmp_path: Path, capsys: pyte
     assert main([*arguments, str(_write(tmp_path, DEPLOYMENT, job, DB, pod))]) == 1
     shown = capsys.readouterr()
     assert "DENIED  10.0.0.9 -> 10.0.0.2" in shown.out
-    assert shown.err == ""
+    assert "stand for" not in shown.err
 
 
 @pytest.mark.parametrize("engine", ["model", "tables"])
