@@ -42,7 +42,7 @@ def _print_text(state: dict[str, Any], *, wide: bool) -> None:
     objects = state["objects"]
     say(escaped(f"agent      {state['version']}, process {state['pid']}, node {state['node'] or '(any)'}"))
     say(escaped(f"manifests  {state['manifests']}: {objects['policies']} policies, {objects['endpoints']} endpoints"))
-    if objects["skipped"]:
+    if objects.get("skipped"):  # an agent of an older version does not count them
         say(escaped(f"skipped    objects of other kinds: {counted(objects['skipped'])}"))
     say(escaped(f"pinned in  {state['pin_dir']}, generation {state['generation']}"))
     if state.get("upgrade"):

@@ -135,7 +135,7 @@ def _misplaced(*, is_global: bool) -> dict[str, str]:
     hints = {
         "policyTypes": "unknown field `policyTypes`; in a projectcalico.org policy it is `types`",
         "podSelector": "unknown field `podSelector`; in a projectcalico.org policy it is `selector`, an expression",
-        "ports": "`ports:` stands at the wrong depth: directly under `spec:`. Move it inside the `source:` or "
+        "ports": "`ports:` is at the wrong indentation level: directly under `spec:`. Move it inside the `source:` or "
         "`destination:` of a rule under `ingress:` or `egress:`",
     }
     if not is_global:

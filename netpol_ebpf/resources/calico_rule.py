@@ -57,7 +57,7 @@ _NO_VALUES = ("Exists", "DoesNotExist")
 
 _MISPLACED = {
     **{
-        field: f"`{field}:` stands at the wrong depth: directly in the rule. Move it inside `source:` or `destination:`"
+        field: f"`{field}:` is at the wrong indentation level: directly in the rule. Move it inside `source:` or `destination:`"
         for field in (
             *("ports", "notPorts", "nets", "notNets", "selector", "notSelector", "namespaceSelector"),
             *("serviceAccounts", "services", "domains"),

@@ -71,6 +71,8 @@ def restored_labels(labels: Mapping[str, str], kept: Mapping[str, Any]) -> dict[
 def without_stored_copies(resources: Iterable[Resource]) -> list[Resource]:
     """The resources but those stored ones that are given in their v3 form as well, which is the one that counts."""
     given = list(resources)
+    if not any(one.meta.is_stored for one in given):
+        return given
     current = {_identity(one) for one in given if not one.meta.is_stored}
     return [one for one in given if not one.meta.is_stored or _identity(one) not in current]
 

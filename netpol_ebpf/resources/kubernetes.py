@@ -103,10 +103,10 @@ def read_policy_spec(spec: Reader, *, more: tuple[str, ...] = ()) -> KubernetesP
     rules = "`ingress:` or `egress:`"
     spec.done(
         {
-            "ports": f"`ports:` stands at the wrong depth: directly under `{spec.path[-1]}:`. Move it inside the "
+            "ports": f"`ports:` is at the wrong indentation level: directly under `{spec.path[-1]}:`. Move it inside the "
             "`- from:` item under `ingress:` (or the `- to:` item under `egress:`), in line with `from:`",
-            "from": "`from:` stands at the wrong depth: move it inside an item (`- from:`) of the list under `ingress:`",
-            "to": "`to:` stands at the wrong depth: move it inside an item (`- to:`) of the list under `egress:`",
+            "from": "`from:` is at the wrong indentation level: move it inside an item (`- from:`) of the list under `ingress:`",
+            "to": "`to:` is at the wrong indentation level: move it inside an item (`- to:`) of the list under `egress:`",
             "matchLabels": "unknown field `matchLabels`; it belongs inside `podSelector:`",
             "types": "unknown field `types`; in a networking.k8s.io NetworkPolicy it is `policyTypes`",
             "selector": "unknown field `selector`; in a networking.k8s.io NetworkPolicy it is `podSelector`",
@@ -165,7 +165,7 @@ def _not_a_list(spec: Reader, direction: str, peers_key: str, written: Mapping[o
     if "ports" in written:
         spec.report.error(
             (*spec.path, direction, "ports"),
-            f"`ports:` stands at the wrong depth: directly under `{direction}:`. `{direction}:` is a list of rules; "
+            f"`ports:` is at the wrong indentation level: directly under `{direction}:`. `{direction}:` is a list of rules; "
             f"move `ports:` inside its `- {peers_key}:` item, in line with `{peers_key}:`",
             slug="wrong-depth",
         )
@@ -186,15 +186,15 @@ def _rule(rule: Reader, direction: str, peers_key: str) -> KubernetesRule:
             slug="empty-peers",
         )
     other, other_direction = ("to", "egress") if peers_key == "from" else ("from", "ingress")
-    peer_hint = "stands at the wrong depth: move it inside an item of the list under "
+    peer_hint = "is at the wrong indentation level: move it inside an item of the list under "
     rule.done(
         {
             other: f"`{other}:` belongs to {other_direction} rules; a rule under `{direction}:` has `{peers_key}:`",
             "podSelector": f"`podSelector:` {peer_hint}`{peers_key}:`",
             "namespaceSelector": f"`namespaceSelector:` {peer_hint}`{peers_key}:`",
             "ipBlock": f"`ipBlock:` {peer_hint}`{peers_key}:`",
-            "port": "`port:` stands at the wrong depth: move it inside an item of the list under `ports:`",
-            "protocol": "`protocol:` stands at the wrong depth: move it inside an item of the list under `ports:`",
+            "port": "`port:` is at the wrong indentation level: move it inside an item of the list under `ports:`",
+            "protocol": "`protocol:` is at the wrong indentation level: move it inside an item of the list under `ports:`",
         }
     )
     return KubernetesRule(peers, ports, rule.report.location(rule.path))
@@ -226,7 +226,7 @@ def _peer(peer: Reader, direction: str, peers_key: str) -> KubernetesPeer:
             slug="conflict",
         )
     wrong_depth = {
-        "ports": f"`ports:` stands at the wrong depth: inside a peer of `{peers_key}:`. Move it out, inside the "
+        "ports": f"`ports:` is at the wrong indentation level: inside a peer of `{peers_key}:`. Move it out, inside the "
         f"`- {peers_key}:` item of `{direction}:`, in line with `{peers_key}:`",
         "matchLabels": "unknown field `matchLabels`; it belongs inside `podSelector:` or `namespaceSelector:`",
         "matchExpressions": "unknown field `matchExpressions`; it belongs inside `podSelector:` or `namespaceSelector:`",

@@ -318,7 +318,9 @@ class Reader:
             if key in known:
                 continue
             if hints is not None and key in hints:
-                self.error(key, hints[key], slug="wrong-depth" if "wrong depth" in hints[key] else "unknown-field")
+                self.error(
+                    key, hints[key], slug="wrong-depth" if "wrong indentation level" in hints[key] else "unknown-field"
+                )
                 continue
             near = suggestion(str(key), known)
             what = near or f"; the fields here are {', '.join(known)}"

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 import re
+import struct
 from typing import Union
 
 Scalar = Union[str, int, float, bool, None]
@@ -32,6 +33,10 @@ _BASED = re.compile(r"[-+]?0(?:[xX][0-9a-fA-F]+|[bB][01]+|[oO]?[0-7]+)\Z")
 _FLOAT = re.compile(r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?\Z")
 _GO_FLOAT = re.compile(r"\.[0-9]+(?:_[0-9]+)*(?:[eE][-+]?[0-9]+(?:_[0-9]+)*)?\Z")
 """Go's own syntax, which alone counts for what begins with a dot: an underscore stands between two digits."""
+_DIGITS_OF_SINGLE = 9
+"""As many tell every float of 32 bits."""
+_LEAST_PLAIN, _FIRST_WITH_EXPONENT = -4, 6
+"""Exponents between which Go writes a float without one, when it may choose the precision."""
 
 
 def read_plain(text: str) -> Scalar:
@@ -68,3 +73,31 @@ def _finite(text: str) -> float | None:
     """A float; None for one that 64 bits cannot hold, which Go leaves text."""
     value = float(text)
     return value if math.isfinite(value) else None
+
+
+def key_text(value: float) -> str:
+    """The key that a number or a boolean without quotes becomes: of a float, the shortest text of its 32-bit value."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    return str(value) if isinstance(value, int) else _short_float(value)
+
+
+def _short_float(value: float) -> str:
+    """As Go's FormatFloat(value, 'g', -1, 32), which sigs.k8s.io/yaml uses for keys and nothing else."""
+    single = _single(value)
+    if not math.isfinite(single):
+        return ".nan" if math.isnan(single) else ".inf" if single > 0 else "-.inf"
+    digits = next(digits for digits in range(_DIGITS_OF_SINGLE) if _single(float(f"{single:.{digits}e}")) == single)
+    mantissa, _, exponent = f"{single:.{digits}e}".partition("e")
+    if _LEAST_PLAIN <= int(exponent) < _FIRST_WITH_EXPONENT:
+        return f"{single:.{max(digits - int(exponent), 0)}f}"
+    return f"{mantissa}e{int(exponent):+03d}"
+
+
+def _single(value: float) -> float:
+    """The nearest float of 32 bits, an infinity where it is beyond them."""
+    try:
+        (single,) = struct.unpack("f", struct.pack("f", value))
+    except OverflowError:
+        return math.copysign(math.inf, value)
+    return float(single)

@@ -327,7 +327,7 @@ def _rule(rule: Reader, dialect: _Dialect, *, ingress: bool) -> SigRule:
             for key in _WITHOUT_NAMED_PORTS:
                 if peer.has(key):
                     peer.error(key, "has no named ports; a rule with this peer needs port numbers", slug="conflict")
-    depth = f"stands at the wrong depth: directly in the rule. Move it inside an item of the list under `{peers_key}:`"
+    depth = f"is at the wrong indentation level: directly in the rule. Move it inside an item of the list under `{peers_key}:`"
     other_key = "protocols" if dialect.ports_key == "ports" else "ports"
     rule.done(
         {

@@ -37,7 +37,6 @@ _TEMPLATES: dict[tuple[str, str], tuple[str, ...]] = {
     ("v1", "ReplicationController"): ("spec", "template"),
 }
 """Where each kind has the template of its pods."""
-_IN_NAMESPACES = (Pod, WorkloadEndpoint, NetworkSet)
 _KIND_NAMES = frozenset(kind for _, kind in _TEMPLATES)
 
 
@@ -62,17 +61,17 @@ KINDS = tuple(
 
 
 def as_cluster(resources: Iterable[Resource], *, addressed: bool = False) -> list[Resource]:
-    """The resources as those of a cluster: namespaces in which there are only workloads exist, with no label but that of their name.
+    """The resources as those of a cluster: the namespaces of workloads exist, with no label but that of their name.
 
-    Where a pod or a network set is in a namespace that is not given, it is not there for workloads either: a Namespace changes what
-    is allowed to that pod.
+    A namespace that is not given and has a pod with an address, or a network set, stays absent: a Namespace would change what is
+    allowed to that pod, while the agent has none.
     ``addressed``: besides, each pod of a workload has an address of `STAND_INS` of each family, and the workload's own name where
     no pod and no other workload of its namespace has it.
     """
     given = list(resources)
     pods = [one for one in given if _is_of_workload(one)]
     settled = {one.meta.name for one in given if isinstance(one, Namespace)}
-    settled |= {one.meta.namespace for one in given if isinstance(one, _IN_NAMESPACES) and not _is_of_workload(one)}
+    settled |= {one.meta.namespace for one in given if isinstance(one, NetworkSet) or _has_address(one)}
     for pod in pods:
         namespace = pod.meta.namespace
         if namespace not in settled:
@@ -120,6 +119,10 @@ def stand_in_notes(resources: Iterable[Resource], ends: Iterable[object]) -> Ite
 
 def _is_of_workload(resource: Resource) -> bool:
     return isinstance(resource, Pod) and resource.meta.name.partition("/")[0] in _KIND_NAMES and not resource.addresses
+
+
+def _has_address(resource: Resource) -> bool:
+    return isinstance(resource, (Pod, WorkloadEndpoint)) and bool(resource.addresses)
 
 
 def _own_name(resource: Resource) -> tuple[str, str]:

@@ -117,7 +117,7 @@ def _item_above(lines: list[str], first: int, number: int, depth: int) -> int | 
 
 def _wrong_depth_message(name: str, item: str, line: int, columns: int) -> str:
     return (
-        f"`{name}:` stands at the wrong depth: beside the `{item}:` item of line {line}, at the depth of its dash, instead "
+        f"`{name}:` is at the wrong indentation level: beside the `{item}:` item of line {line}, at the level of its dash, instead "
         f"of inside the item. Move `{name}:` and the lines that belong to it {columns} columns to the right, inside "
         f"the `{item}:` item, so that `{name}:` stands under `{item.removeprefix('- ')}:`"
     )

@@ -24,7 +24,7 @@ import yaml
 
 from netpol_ebpf.errors import Location, Problem
 from netpol_ebpf.resources import yaml_mistakes
-from netpol_ebpf.resources.scalars import read_plain
+from netpol_ebpf.resources.scalars import key_text, read_plain
 from netpol_ebpf.resources.sharing import share
 
 Path = tuple[Union[str, int], ...]
@@ -386,13 +386,12 @@ class _Tree:
     def _plain_key(self, text: str, position: int) -> str:
         """A key without quotes, in the form that kubectl gives to keys that are no text."""
         value = read_plain(text)
-        if value.__class__ is str:
+        if isinstance(value, str):
             return text
-        if value is None or isinstance(value, float):
-            what = "nothing" if value is None else "a number"
-            self._problem(position, f'the key `{text}` is read as {what}; put it in quotes: "{text}"')
+        if value is None:
+            self._problem(position, f'the key `{text}` is read as nothing; put it in quotes: "{text}"')
             return text
-        key = str(value).lower() if isinstance(value, bool) else str(value)
+        key = key_text(value)
         if key != text:
             message = f'the key `{text}` is read as `{key}`, as kubectl reads it; put it in quotes: "{text}"'
             self.stream.problems.append(

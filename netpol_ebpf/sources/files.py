@@ -8,7 +8,7 @@ Invariants: one look yields one batch, so objects that change together arrive to
 valid, or says nothing keeps the objects of its last good state (also over a restart, when a directory for copies is given) and
 is reported until it is mended; so does everything below a place that cannot be looked at.  Objects go when their file goes or
 says so: by leaving them out, or by ``---`` or an empty List where it has no others.  Of an object that is written twice the first by
-file name counts and the others are reported.
+file name counts and the others are reported; of one in the form in which Calico stores it and as projectcalico.org/v3, the latter counts.
 
 A directory is taken up when two looks in a row saw the same, so neither a half-written file nor the moment between the removal
 of a file and the appearance of its successor becomes policy.  This module runs no loop and keeps no clock of its own for that:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The classic slip: ``ports:`` at the wrong depth, in every place where people put it."""
+"""The classic slip: ``ports:`` at the wrong indentation level, in every place where people put it."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ def test_ports_beside_the_dash_of_from() -> None:
     assert result.resources == []
     first, second = result.problems
     assert str(first) == (
-        "front-end.yaml:15: error: NetworkPolicy/staging/front-end: spec.ingress.ports: `ports:` stands at the wrong depth: "
-        "beside the `- from:` item of line 11, at the depth of its dash, instead of inside the item. Move `ports:` and the "
+        "front-end.yaml:15: error: NetworkPolicy/staging/front-end: spec.ingress.ports: `ports:` is at the wrong indentation level: "
+        "beside the `- from:` item of line 11, at the level of its dash, instead of inside the item. Move `ports:` and the "
         "lines that belong to it 2 columns to the right, inside the `- from:` item, so that `ports:` stands under `from:`"
     )
     assert second.location.line == 23
@@ -106,7 +106,7 @@ def test_wrong_depth_in_text_that_is_valid_yaml(spec: str, line: int, path: str,
     """Slips that YAML accepts are found as fields in the wrong place, in the same words."""
     result = parse_documents(_HEAD + spec, "p.yaml")
     problem = next(problem for problem in result.problems if problem.slug == "wrong-depth")
-    assert "stands at the wrong depth" in problem.message
+    assert "is at the wrong indentation level" in problem.message
     assert (problem.location.line, problem.path) == (line, path)
     assert words in problem.message
     assert result.resources == []

@@ -236,7 +236,7 @@ TO = "to: [{namespaces: {}}]"
         (
             _cluster(f"ingress: [{{action: Deny, {FROM}, namespaces: {{}}}}]"),
             "spec.ingress[0].namespaces",
-            "wrong depth",
+            "wrong indentation level",
         ),
         (_cluster(f"ingress: [{{name: {'n' * 101}, action: Deny, {FROM}}}]"), "spec.ingress[0].name", "at most 100"),
         (

@@ -212,8 +212,16 @@ def test_a_workload_gives_nobody_a_namespace(tmp_path: Path, kind: str) -> None:
     """A pod whose Namespace is missing is denied what no policy decides, on the node; a Deployment beside it changes no answer."""
     version = "v1" if kind == "Pod" else "projectcalico.org/v3"
     other = f"apiVersion: {version}\nkind: {kind}\nmetadata: {{name: p, namespace: shop}}\n"
+    other += "status: {podIP: 10.0.0.3}\n" if kind == "Pod" else ""
     cluster = as_cluster(load_paths([_write(tmp_path, DEPLOYMENT, other)]).check(), addressed=True)
     assert not any(isinstance(one, Namespace) for one in cluster)
+
+
+def test_a_pod_of_a_chart_leaves_the_namespace(tmp_path: Path) -> None:
+    """A pod without address, such as a test hook of Helm, runs in no cluster yet."""
+    hook = "apiVersion: v1\nkind: Pod\nmetadata: {name: p, namespace: shop}\n"
+    cluster = as_cluster(load_paths([_write(tmp_path, DEPLOYMENT, hook)]).check())
+    assert [one.meta.name for one in cluster if isinstance(one, Namespace)] == ["shop"]
 
 
 def test_as_cluster_without_workloads_changes_nothing(tmp_path: Path) -> None:

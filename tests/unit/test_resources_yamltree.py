@@ -91,8 +91,14 @@ def test_scalars_are_read_as_kubectl_reads_them(text: str, value: object) -> Non
 
 
 @pytest.mark.parametrize(
-    ("text", "key"), [("y", "true"), ("off", "false"), ("010", "8"), ("0x10", "16"), ("1_0", "10"), ("80", "80")]
-)
+    ("text", "key"),
+    [
+        ("y", "true"), ("off", "false"), ("010", "8"), ("0x10", "16"), ("1_0", "10"), ("80", "80"), ("1.5", "1.5"),
+        ("1.10", "1.1"), ("08", "8"), ("1e10", "1e+10"), ("0.5e1", "5"), ("123456789.5", "1.2345679e+08"),
+        ("100000.0", "100000"), ("1000000.0", "1e+06"), ("0.00001", "1e-05"), ("0.0001", "0.0001"), ("1e-50", "0"),
+        ("1e40", ".inf"), ("-.Inf", "-.inf"), (".NaN", ".nan"), ("-16777217.0", "-1.6777216e+07"),
+    ],
+)  # fmt: skip
 def test_keys_are_read_as_kubectl_reads_them(text: str, key: str) -> None:
     """A word or a number is a key by its value; that it differs from what was written is said."""
     documents, problems = _read(f"a: {{{text}: 1}}\n")
@@ -102,9 +108,9 @@ def test_keys_are_read_as_kubectl_reads_them(text: str, key: str) -> None:
     assert _value(f'a: {{"{text}": 1}}\n') == {"a": {text: 1}}
 
 
-@pytest.mark.parametrize("text", ["1.10", "08", "1e10", "~", ".inf"])
-def test_keys_without_a_fixed_form_are_refused(text: str) -> None:
-    """What a float or nothing becomes as a key depends on the reader, so it is to be written as text."""
+@pytest.mark.parametrize("text", ["~", "null", "Null"])
+def test_a_key_that_is_nothing_is_refused(text: str) -> None:
+    """As kubectl refuses it: there is no such key in JSON."""
     _, problems = _read(f"a: {{{text}: 1}}\n")
     assert [(problem.severity, problem.location.column) for problem in problems] == [("error", 5)]
 
