@@ -103,15 +103,25 @@ def _enforced(agent: Agent) -> World:
 
 
 def _require_enforced(agent: Agent, journey: Journey) -> None:
-    """Refuse where a workload of this node has a say and is not under its policy, or packets to services are denied altogether."""
-    if agent.settings.node is None:  # a workload without an interface here may be on any node
-        return
-    local = {one.key for one in agent.local_endpoints()}
-    for question in journey.questions():
-        key = question.endpoint
-        if key in local and not agent.applier.is_enforced(key):
-            raise InvalidInputError(
-                f"policy of {key} is NOT enforced: no interface of this node is known to be its", hint=STATUS_HINT
-            )
-        if key in local and journey.flow.dnat_to is not None and agent.own.no_exit is not None:
-            raise InvalidInputError(agent.own.no_exit.message, hint=STATUS_HINT)
+    """Refuse where this node asks no policy of an endpoint with a say, or denies what a workload sends to services."""
+    no_exit = agent.own.no_exit
+    for key in dict.fromkeys(question.endpoint for question in journey.questions()):
+        reason = _unenforced(agent, key)
+        if reason:
+            raise InvalidInputError(f"policy of {key} is NOT enforced: {reason}", hint=STATUS_HINT)
+        if no_exit is not None and journey.flow.dnat_to is not None and key in agent.applier.bindings:
+            raise InvalidInputError(no_exit.message, hint=STATUS_HINT)
+
+
+def _unenforced(agent: Agent, key: EndpointKey) -> str:
+    """Why policy of an endpoint is not asked here; empty: it is, or the endpoint is another node's."""
+    own = agent.own.plan.interfaces
+    bearing = {ifindex for ifindex, one in own.items() if one == key}
+    binding = agent.applier.bindings.get(key)
+    if binding is not None and agent.applier.is_enforced(key):
+        bearing |= {binding.ifindex} if binding.kind is EndpointKind.WORKLOAD else set()
+        missing = sorted(agent.wiring.name_of(ifindex) for ifindex in bearing - agent.attached)
+        return f"{', '.join(missing)} has no program" if missing else ""
+    # Without a node's name, a workload that has no interface here may be on any node.
+    is_here = agent.settings.node is not None and any(one.key == key for one in agent.local_endpoints())
+    return "no interface of this node is known to be its" if is_here else ""

@@ -286,20 +286,23 @@ def test_agent_listens_on_no_network(make: Callable[..., LeastScene]) -> None:
 
 
 def test_group_reads_with_the_command_line(make: Callable[..., LeastScene]) -> None:
-    """`netpolctl status`, `get`, `flows` and `metrics` work for a member of the group who has no capability at all."""
+    """`netpolctl status`, `get`, `flows`, `metrics` and `explain` work for a member who has no capability and may not read the manifests."""
     scene = make(options=("--group", GROUP))
     scene.start()
     group = str(grp.getgrnam(GROUP).gr_gid)
     assert scene.reached(to_db("shop/other")) == [False]
     prefix = ["setpriv", "--reuid", str(MEMBER), "--regid", str(MEMBER), "--groups", group, "--bounding-set", "-all"]
+    scene.manifests.chmod(0o700)
     shown = {}
-    for command in ("status", "get rules", "get connections", "flows", "metrics"):
+    explain = "explain --from shop/web --to shop/db --port 5432"
+    for command in ("status", "get rules", "get connections", "flows", "metrics", explain):
         done = subprocess.run(
             [*prefix, sys.executable, "-m", "netpol_ebpf.cli.main", *command.split(), "--state-dir", str(scene.state_dir)],
             check=False, capture_output=True, text=True,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
         shown[command] = done.stdout
+    assert f"{scene.manifests}/db.yaml" in shown[explain]
     assert "in force   yes" in shown["status"]
     assert "netpol_in_force 1" in shown["metrics"].splitlines()
     assert 'netpol_packets_total{reason="policy-deny"}' in shown["metrics"]

@@ -135,6 +135,30 @@ def test_workload_that_nothing_is_enforced_for_is_no_answer(bench: Bench) -> Non
     assert not allowed(agent, "shop/far", "shop/db")
 
 
+def test_interface_that_refuses_the_programs_is_no_answer(bench: Bench) -> None:
+    """A workload's, and the node's own where a host endpoint is: what passes there meets no policy."""
+    bench.node.refuses = {2, 5}
+    bench.write("host.yaml", HOST_ENDPOINT.replace("INTERFACE", "eth0"))
+    agent = bench.agent()
+    with pytest.raises(InvalidInputError, match="policy of Pod/shop/web is NOT enforced: cali1 has no program"):
+        ways(agent, "shop/web", "shop/db")
+    with pytest.raises(InvalidInputError, match="policy of HostEndpoint/uplink is NOT enforced: eth0 has no program"):
+        ways(agent, "192.0.2.1", "172.30.0.10")
+    assert allowed(agent, "172.30.0.10", "shop/db")
+
+
+def test_service_that_no_exit_is_guarded_for_is_no_answer(bench: Bench) -> None:
+    """While an interface of the node has no program, what a workload sends to services is denied where it enters."""
+    bench.node.refuses = {2}
+    bench.write("service.yaml", SERVICE)
+    agent = bench.agent()
+    with pytest.raises(
+        InvalidInputError, match="packets to services are denied while these interfaces have no program: eth0"
+    ):
+        ways(agent, "shop/web", "10.96.0.5", port=80)
+    assert allowed(agent, "shop/web", "shop/db")
+
+
 @pytest.mark.parametrize(("action", "expected"), [(Action.ALLOW, True), (Action.DENY, False), (Action.PASS, True)])
 def test_setting_of_workloads_to_their_node(bench: Bench, action: Action, expected: bool) -> None:  # noqa: FBT001 - a parameter
     """What the agent was started with decides."""
