@@ -43,6 +43,7 @@
 #define NP_CONN_WAYS 8 // connections of a bucket; their tags fill a cache line
 #define NP_HASH_WORDS 12 // random numbers of the connections' hash: one for each word of the longest key, and one
 
+#define NP_FAMILY_CLASSES 2 // the most classes of a side of whose address no rule asks for more than the family
 #define NP_HOST_SETS 8 // policy sets of a host endpoint: stage * 2 + direction
 #define NP_SCRATCH_WORDS 76 // working memory of one packet, in units of 8 bytes
 
@@ -248,11 +249,11 @@ struct np_set {
     __u32 number; // key part of np_peer_class; sets that tell peers apart alike share it
     __u16 default_class4; // class of IPv4 identities without a row
     __u16 default_class6; // and of IPv6 ones: a rule on 0.0.0.0/0 tells the families apart
-    __u32 peer_classes; // bound of the peer class
+    __u32 peer_classes; // bound of the peer class; up to NP_FAMILY_CLASSES: no rule asks for more than its family
     __u32 own_set; // the same for the endpoint's own side; 0: constant
     __u16 own_default_class4;
     __u16 own_default_class6;
-    __u32 own_classes; // 1 when own_set is 0
+    __u32 own_classes; // bound of the own class, likewise; 1 when own_set is 0
     __u32 l4_base; // first row in np_l4_col for destination atoms
     __u32 l4_classes; // 1: the L4 dimension is constant
     __u32 source_base; // first row in np_l4_col for source port atoms

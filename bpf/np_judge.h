@@ -129,11 +129,11 @@ NP_INLINE int np_ask_find(const struct np_flow *flow, struct np_work *work, __u3
     return np_host_read(work->host, stage * 2 + direction, &work->owner);
 }
 
-// Whether a set's verdict depends on where the packet comes from.
-NP_INLINE int np_depends_on_source(const struct np_set *set, __u8 direction)
+// Whether some rule of a set asks where the packet comes from: for the owner of its address, or for its port.
+NP_INLINE int np_asks_for_source(const struct np_set *set, __u8 direction)
 {
-    int by_address = direction == NP_DIRECTION_EGRESS ? set->own_set != 0 : set->peer_classes > 1;
-    return by_address || set->source_classes > 1;
+    __u32 address_classes = direction == NP_DIRECTION_EGRESS ? set->own_classes : set->peer_classes;
+    return address_classes > NP_FAMILY_CLASSES || set->source_classes > 1;
 }
 
 // Ask one. Fills in the decision; returns whether policy has answered.
@@ -167,7 +167,7 @@ NP_INLINE int np_ask(struct np_flow *flow, struct np_work *work, const int versi
         const struct np_question *question = (void *)work->questions + which * sizeof(*question);
         __u32 self = ask == NP_ASK_WORKLOAD ? work->self : 0;
         reason = np_classify(flow, question, set, direction, self, version);
-        if (!reason && work->hides_source && np_depends_on_source(set, direction))
+        if (!reason && work->hides_source && np_asks_for_source(set, direction))
             reason = NP_REASON_HIDDEN_SOURCE;
         work->reason = reason;
         np_barrier();

@@ -40,6 +40,7 @@ PYTEST_UNUSABLE = (3, 4, 5)
 
 PROPERTIES = (
     "port_ranges", "kubernetes_semantics", "calico_semantics", "derivation_order", "engines_agree", "event_order", "changes",
+    "shadows",
 )  # fmt: skip
 
 
@@ -126,6 +127,11 @@ SLIPS = (
          "UNORDERED_TIER if tier.order is None else tier.order", "math.inf if tier.order is None else tier.order"),
     Slip("a NetworkPolicy's notSelector is not confined", CALICO,
          "elif namespace and (parts or entity.not_selector is not None):", "elif namespace and parts:"),
+    Slip("notSelector beside a selector is ignored", CALICO,
+         "selector, not_selector = all_of(selector, negate(not_selector)), None", "not_selector = None"),
+    Slip("all() beside a serviceAccountSelector matches hosts", CALICO,
+         "(spec.service_account_selector, SERVICE_ACCOUNT_PREFIX, HAS_SERVICE_ACCOUNT)",
+         "(spec.service_account_selector, SERVICE_ACCOUNT_PREFIX, EVERYTHING)"),
     Slip("global() means every namespace", CALICO, "parts.insert(0, NO_NAMESPACE)", "pass"),
     Slip("all() of a namespaceSelector matches hosts", COMPOSITION,
          "return selector.prefixed(NAMESPACE_PREFIX).with_all_as(HAS_NAMESPACE)", "return selector.prefixed(NAMESPACE_PREFIX)"),
@@ -142,6 +148,8 @@ SLIPS = (
          'KUBE_BASELINE if policy.tier == "Baseline" else KUBE_ADMIN', "KUBE_ADMIN"),
     Slip("an unknown peer in a Deny rule matches nothing", SIG,
          "if action is not Action.ALLOW and (unknown", "if action is Action.ALLOW and (unknown"),
+    Slip("known peers beside an unknown one are accepted", SIG,
+         "        if unknown:\n            yield replace(base, source=Entity(impossible=True))\n            continue\n", ""),
     Slip("the end of kube-admin denies", SIG,
          'KUBE_ADMIN = Tier("kube-admin", 1000.0, Action.PASS)', 'KUBE_ADMIN = Tier("kube-admin", 1000.0, Action.DENY)'),
     # order
@@ -151,9 +159,11 @@ SLIPS = (
          'return (self.order, f"{self.key.name}/{self.key.namespace}/{self.key.kind}")',
          'return (self.order, f"{self.key.namespace}/{self.key.name}/{self.key.kind}")'),
     Slip("ties between tiers go against the name", TYPES,
-         "return (not self.exists, self.order, self.name)", 'return (not self.exists, self.order, "".join(chr(255 - ord(c)) for c in self.name))'),
+         "return (not self.exists, self.order, self.follows or self.name, bool(self.follows))", 'return (not self.exists, self.order, "".join(chr(255 - ord(c)) for c in self.name))'),
     Slip("a missing tier comes first", TYPES,
-         "return (not self.exists, self.order, self.name)", "return (self.exists, self.order, self.name)"),
+         "return (not self.exists, self.order, self.follows or self.name, bool(self.follows))", "return (self.exists, self.order, self.name)"),
+    Slip("a tier that follows another one is ordered by its own name", TYPES,
+         "self.follows or self.name, bool(self.follows)", "self.name, bool(self.follows)"),
     # matching
     Slip("a named port matches whatever its protocol", MATCHING,
          "named.name in ports.names and named.protocol == protocol and", "named.name in ports.names and"),
@@ -210,6 +220,12 @@ SLIPS = (
     Slip("an address claims before a name", "policy/journey.py",
          "rank = 1 if endpoint.interface is None else 2 if endpoint.interface == WILDCARD else 0",
          "rank = 0 if endpoint.interface is None else 2 if endpoint.interface == WILDCARD else 1"),
+    Slip("what another node translates is judged translated", "policy/journey.py",
+         "self.sent = self.original if is_sent_on else self.final", "self.sent = self.final"),
+    Slip("check: a Pass of an earlier tier hands nothing on", "policy/shadows.py",
+         "yield _Before(other, rule, tuple(passes))", "yield _Before(other, rule)"),
+    Slip("check: what is staged is held against what it replaces", "policy/shadows.py",
+         "if policy.staged is Staged.NO else (other.key in self._replaced)", "if policy.staged is Staged.NO else False"),
     Slip("an automatic host endpoint hides one that is written", "policy/translate/derivation.py",
          "elif key in self._automatic:  # one", "if key in self._automatic:  # one"),
     Slip("a host is open when nothing decides", REFERENCE,

@@ -66,6 +66,7 @@ NP_LINE_CLASSES = 24  # identities of a line
 NP_CLASS_NONE = 65535  # no class
 NP_CONN_WAYS = 8  # connections of a bucket; their tags fill a cache line
 NP_HASH_WORDS = 12  # random numbers of the connections' hash: one for each word of the longest key, and one
+NP_FAMILY_CLASSES = 2  # the most classes of a side of whose address no rule asks for more than the family
 NP_HOST_SETS = 8  # policy sets of a host endpoint: stage * 2 + direction
 NP_SCRATCH_WORDS = 76  # working memory of one packet, in units of 8 bytes
 NP_KERNEL_BYTES = 96  # copied of a packet's own structure, where it cannot be read in place
@@ -237,11 +238,11 @@ class np_set(ctypes.Structure):
     number: int  # key part of np_peer_class; sets that tell peers apart alike share it
     default_class4: int  # class of IPv4 identities without a row
     default_class6: int  # and of IPv6 ones: a rule on 0.0.0.0/0 tells the families apart
-    peer_classes: int  # bound of the peer class
+    peer_classes: int  # bound of the peer class; up to NP_FAMILY_CLASSES: no rule asks for more than its family
     own_set: int  # the same for the endpoint's own side; 0: constant
     own_default_class4: int
     own_default_class6: int
-    own_classes: int  # 1 when own_set is 0
+    own_classes: int  # bound of the own class, likewise; 1 when own_set is 0
     l4_base: int  # first row in np_l4_col for destination atoms
     l4_classes: int  # 1: the L4 dimension is constant
     source_base: int  # first row in np_l4_col for source port atoms

@@ -26,7 +26,7 @@ from netpol_ebpf.compiler.limits import Limits, exceeded
 from netpol_ebpf.compiler.numbers import Ranges
 from netpol_ebpf.compiler.programs import Part, Program, nothing_decided
 from netpol_ebpf.compiler.registers import RowRegister
-from netpol_ebpf.compiler.tables import COLUMN_BLOCK, SetRow, VerdictRow
+from netpol_ebpf.compiler.tables import COLUMN_BLOCK, FAMILY_CLASSES, SetRow, VerdictRow
 from netpol_ebpf.compiler.terms import ANYONE
 from netpol_ebpf.policy.types import Action, Cause, CauseKind, Outcome
 
@@ -167,6 +167,17 @@ class _Column:
             rows[self.base + block] = tuple(self.classes[block * COLUMN_BLOCK : (block + 1) * COLUMN_BLOCK])
 
 
+def _room(class_map: ClassMap) -> int:
+    """The bound of a side's classes: how many there are, and room for some that may come.
+
+    Where no match asks for more than the family, none may come, and FAMILY_CLASSES is the most: by that the program knows
+    that no rule asks whose address it is.  Where one does, the bound is higher.
+    """
+    if all(record.match.is_family_alone for record in class_map.matches):
+        return class_map.span
+    return class_map.span + max(FAMILY_CLASSES, class_map.span // 4)
+
+
 class LiveSet:
     """A policy set in force, or about to be. ``references``: (endpoint, direction, stage) that use it."""
 
@@ -242,10 +253,9 @@ class LiveSet:
 
     def _place_verdicts(self, phase: Phase, draft: Draft, journal: Journal) -> None:
         """Take a range with room for some more classes, and write the verdicts of all there are."""
-        peers = self.peer.map.span
-        self.peer_room = peers + max(2, peers // 4)
+        self.peer_room = _room(self.peer.map)
         if self.own is not None:
-            self.own_room = self.own.map.span + max(1, self.own.map.span // 4)
+            self.own_room = _room(self.own.map)
         size = self.peer_room * self.own_room * len(self._l4.vectors) * len(self._source.vectors)
         limits = self._stores.limits
         if size > limits.verdicts_per_set:

@@ -64,6 +64,10 @@ OTHER_BLOCK = 6 * 256
 ATOM_BLOCKS = OTHER_BLOCK + 1
 
 
+FAMILY_CLASSES = 2
+"""The most classes of a side of whose address no rule asks for more than the family; the program knows the same number."""
+
+
 @dataclass(frozen=True, slots=True)
 class SetRow:
     """One policy set: the ordered list of everything that applies to an endpoint in one direction and stage.
@@ -71,8 +75,8 @@ class SetRow:
     ``number``: the ``set`` of peer_classes, shared by policy sets that tell peers apart alike; ``default_class*``: the class
     of identities of that family without a row there.  ``own_set``: its counterpart for the endpoint's own side, 0 when the
     own side is constant (then own_classes is 1).  ``l4_base``: first block in l4_columns for destination atoms;
-    ``source_base``: the same for source-port atoms, unused when source_classes is 1.  ``peer_classes``: how many peer
-    classes have verdicts (for bounds).
+    ``source_base``: the same for source-port atoms, unused when source_classes is 1.  ``peer_classes`` and
+    ``own_classes``: bounds of the classes; up to FAMILY_CLASSES no rule asks for more of that side's address than its family.
     """
 
     number: int

@@ -70,5 +70,10 @@ class AddressMatch:
     positive: frozenset[Term] = frozenset()
     negative: frozenset[Term] = frozenset()
 
+    @property
+    def is_family_alone(self) -> bool:
+        """It asks for no more of an address than its family, if for that."""
+        return not self.positive and not self.negative
+
 
 ANYONE = AddressMatch()
