@@ -185,14 +185,14 @@ class _Linter:
         """A CIDR that holds all pods allows them too; often only the world outside is meant."""
         for net in peer.nets:
             pods = self.pod_addresses[net.version]
-            if len(pods) < _MIN_PODS or not all(address in net for address in pods):
+            allowed = sum(not any(address in one for one in peer.not_nets) for address in pods)
+            if allowed < _MIN_PODS or not all(address in net for address in pods):
                 continue
-            if all(any(address in one for one in peer.not_nets) for address in pods):
-                continue
+            which = f"all {allowed}" if allowed == len(pods) else f"{allowed} of the {len(pods)}"
             yield (
                 "contains-pods",
-                f"{net} contains the addresses of all {len(pods)} pods given, so it allows them too; if only the world "
-                "outside is meant, except the pod network",
+                f"{net} contains the addresses of {which} pods given, so it allows them too; if only the world outside is "
+                "meant, except the pod network",
             )
 
     def _named_ports(self, policy: Policy, direction: Direction, rule: Rule) -> Iterator[tuple[str, str]]:

@@ -6,12 +6,13 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from ipaddress import ip_address
 from pathlib import Path
 
 import hypothesis.strategies as st
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "property"))
 
@@ -22,10 +23,14 @@ from netpol_ebpf.cases.case import load_cases
 from netpol_ebpf.cases.runner import run_cases
 from netpol_ebpf.errors import PlatformError
 from netpol_ebpf.model import ReferenceModel
+from netpol_ebpf.policy.journey import Flow, Topology
 from netpol_ebpf.policy.translate import derive
 from netpol_ebpf.policy.types import (
     ICMP,
     ICMPV6,
+    IPV6_HEADERS,
+    PORT_PROTOCOLS,
+    SCTP,
     TCP,
     UDP,
     Direction,
@@ -111,6 +116,66 @@ def test_kernel_agrees_with_the_model(engine: KernelEngine, steps: list[World], 
         for asked in questions_about(world, drawn):
             if is_asked(world, asked):
                 assert engine.decide(asked) == model.decide(asked), asked
+
+
+NODES = """\
+---
+{apiVersion: v1, kind: Node, metadata: {name: n}, status: {addresses: [{type: InternalIP, address: 172.16.0.1}, {type: InternalIP, address: "fd16::1"}]}}
+---
+{apiVersion: v1, kind: Node, metadata: {name: m}, status: {addresses: [{type: InternalIP, address: 172.16.0.2}, {type: InternalIP, address: "fd16::2"}]}}
+---
+apiVersion: projectcalico.org/v3
+kind: HostEndpoint
+metadata: {name: any}
+spec: {node: n, interfaceName: "*", expectedIPs: [172.16.0.1, "fd16::1"], profiles: [projectcalico-default-allow]}
+---
+apiVersion: projectcalico.org/v3
+kind: HostEndpoint
+metadata: {name: eth0}
+spec: {node: m, interfaceName: eth0, expectedIPs: [172.16.0.2, "fd16::2"]}
+---
+apiVersion: projectcalico.org/v3
+kind: GlobalNetworkPolicy
+metadata: {name: forward}
+spec: {applyOnForward: true, types: [Ingress, Egress], ingress: [{action: Allow, protocol: UDP}], egress: [{action: Allow}]}
+"""
+ENDS = {
+    4: ("10.0.0.1", "10.0.0.2", "172.16.0.1", "172.16.0.2", "192.0.2.1", "10.96.0.1", "224.0.0.1", "255.255.255.255"),
+    6: ("fd00::1", "fd00::2", "fd16::1", "fd16::2", "2001:db8::1", "fd96::1", "ff02::1", "fe80::1"),
+}
+
+
+@st.composite
+def flows(draw: st.DrawFn) -> Flow:
+    """Any protocol between any two ends, translated on the way or not."""
+    version = draw(st.sampled_from((4, 6)))
+    source, destination, behind = (ip_address(draw(st.sampled_from(ENDS[version][:ends]))) for ends in (5, 8, 5))
+    protocol = draw(st.sampled_from((TCP, UDP, SCTP, ICMP, ICMPV6)) | st.integers(0, 255))
+    assume(version == 4 or protocol not in IPV6_HEADERS)
+    packet = Packet(source, destination, protocol)
+    if protocol in PORT_PROTOCOLS:
+        ports = st.sampled_from((0, 22, 53, 67, 68, 80, 546, 547, 4789, 40000))
+        packet = replace(packet, source_port=draw(ports), destination_port=draw(ports))
+    elif (protocol, version) in ((ICMP, 4), (ICMPV6, 6)):
+        kinds = st.sampled_from((3, 5, 8, 128, 130, 133, 134, 135, 136, 137, 143)) | st.integers(0, 255)
+        packet = replace(packet, icmp_type=draw(kinds), icmp_code=draw(st.sampled_from((0, 1))))
+    has_ports = protocol in PORT_PROTOCOLS
+    return Flow(packet, (behind, 8080 if has_ports else 0) if draw(st.booleans()) else None)
+
+
+def test_every_question_of_a_journey_is_answered(engine: KernelEngine) -> None:
+    """Whatever is sent between whatever ends: what a journey asks is asked about a packet that policy judges."""
+    world = derive(parse_documents(SHOP + NODES, "shop.yaml").check())
+    engine.load(world)
+    topology, model = Topology(world), ReferenceModel(world)
+
+    @settings(max_examples=20 * EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck))
+    @given(flow=flows())
+    def is_answered(flow: Flow) -> None:
+        for asked in topology.plan(flow).questions():
+            assert engine.decide(asked) == model.decide(asked), asked
+
+    is_answered()
 
 
 def test_case_files_of_the_repository_pass() -> None:

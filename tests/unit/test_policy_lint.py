@@ -120,6 +120,7 @@ def test_log_only_policies(rules: str, warned: bool) -> None:  # noqa: FBT001 - 
         ("{cidr: 0.0.0.0/0}", True),
         ("{cidr: 10.0.0.0/8}", True),
         ("{cidr: 0.0.0.0/0, except: [10.0.0.0/16]}", False),
+        ("{cidr: 0.0.0.0/0, except: [10.0.0.1/32]}", False),
         ("{cidr: 10.0.0.1/32}", False),
         ("{cidr: '::/0'}", False),
     ],
@@ -128,6 +129,14 @@ def test_cidrs_that_contain_the_pod_network(block: str, warned: bool) -> None:  
     """Only a CIDR with all pods of its family in it, and only when they are not excepted."""
     slugs = _slugs(_kubernetes(f"{{ingress: [{{from: [{{ipBlock: {block}}}]}}]}}"))
     assert slugs == ([("contains-pods", "spec.ingress[0]")] if warned else [])
+
+
+def test_pods_that_a_cidr_excepts_are_not_counted() -> None:
+    """What is said to be allowed is what the CIDR allows."""
+    third = "{apiVersion: v1, kind: Pod, metadata: {name: c, namespace: n}, status: {podIP: 10.0.0.3}}\n---\n"
+    block = "{cidr: 10.0.0.0/8, except: [10.0.0.3/32]}"
+    (problem,) = _lint(third + _kubernetes(f"{{ingress: [{{from: [{{ipBlock: {block}}}]}}]}}"))
+    assert "contains the addresses of 2 of the 3 pods given, so it allows them too" in problem.message
 
 
 def test_denying_everything_is_no_mistake() -> None:
