@@ -28,20 +28,20 @@ from netpol_loader.dataplane import Dataplane
 
 pytestmark = pytest.mark.kernel
 
-POD, WILDCARD = EndpointKey("Pod", "n", "pod"), EndpointKey("HostEndpoint", "", "all")
+POD, WILDCARD = EndpointKey("Pod", "shop", "pod"), EndpointKey("HostEndpoint", "", "all")
 POD4, POD6, NODE4, NODE6, PEER4, PEER6 = "10.0.0.7", "fd00::7", "192.0.2.9", "2001:db8::9", "10.0.0.9", "fd00::9"
 CLUSTER = f"""\
-{{apiVersion: v1, kind: Namespace, metadata: {{name: n}}}}
+{{apiVersion: v1, kind: Namespace, metadata: {{name: shop}}}}
 ---
 apiVersion: v1
 kind: Pod
-metadata: {{name: pod, namespace: n, labels: {{app: pod}}}}
+metadata: {{name: pod, namespace: shop, labels: {{app: pod}}}}
 spec: {{nodeName: node}}
 status: {{podIPs: [{{ip: {POD4}}}, {{ip: "{POD6}"}}]}}
 ---
 apiVersion: v1
 kind: Pod
-metadata: {{name: peer, namespace: n, labels: {{app: peer}}}}
+metadata: {{name: peer, namespace: shop, labels: {{app: peer}}}}
 spec: {{containers: [{{name: c, ports: [{{name: web, containerPort: 9090}}]}}]}}
 status: {{podIPs: [{{ip: {PEER4}}}, {{ip: "{PEER6}"}}]}}
 ---

@@ -120,14 +120,14 @@ def test_kernel_agrees_with_the_model(engine: KernelEngine, steps: list[World], 
 
 NODES = """\
 ---
-{apiVersion: v1, kind: Node, metadata: {name: n}, status: {addresses: [{type: InternalIP, address: 172.16.0.1}, {type: InternalIP, address: "fd16::1"}]}}
+{apiVersion: v1, kind: Node, metadata: {name: 'n'}, status: {addresses: [{type: InternalIP, address: 172.16.0.1}, {type: InternalIP, address: "fd16::1"}]}}
 ---
 {apiVersion: v1, kind: Node, metadata: {name: m}, status: {addresses: [{type: InternalIP, address: 172.16.0.2}, {type: InternalIP, address: "fd16::2"}]}}
 ---
 apiVersion: projectcalico.org/v3
 kind: HostEndpoint
 metadata: {name: any}
-spec: {node: n, interfaceName: "*", expectedIPs: [172.16.0.1, "fd16::1"], profiles: [projectcalico-default-allow]}
+spec: {node: 'n', interfaceName: "*", expectedIPs: [172.16.0.1, "fd16::1"], profiles: [projectcalico-default-allow]}
 ---
 apiVersion: projectcalico.org/v3
 kind: HostEndpoint
