@@ -32,11 +32,11 @@ Removal = tuple[str, str, str]
 """File, text that occurs once in it, what takes its place."""
 REMOVALS: Mapping[str, Sequence[Removal]] = {
     CHECKSUMS: (
-        ("bpf/np_recent.h", "__u32 checksum = np_checksum_at(skb);", "__u32 checksum = NP_NO_CHECKSUM;"),
+        ("bpf/np_flow_cache.h", "__u32 checksum = np_checksum_at(skb);", "__u32 checksum = NP_NO_CHECKSUM;"),
         ("bpf/netpol.c", "if (NP_UNLIKELY(np_checksum_misaims(skb, packet)))", "if (0)"),
     ),
     SIGN: (
-        ("bpf/np_recent.h", "skb->mark |= config->seen_mark;", ";"),
+        ("bpf/np_flow_cache.h", "skb->mark |= config->seen_mark;", ";"),
         ("bpf/netpol.c", "skb->mark |= flow->config->seen_mark;", ";"),
     ),
 }

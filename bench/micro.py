@@ -54,14 +54,14 @@ HOT_REPEAT = 200_000
 DENY_REPEAT = 4_000  # an event each: fewer than the ring holds
 SPREAD_RUNS = 1_000
 OPEN_FLOWS = 8_192
-"""More than np_recent has slots, so that most packets need the connection table."""
+"""More than np_flow_cache has slots, so that most packets need the connection table."""
 RANDOM_FLOWS = 65_536
 RANDOM_REPEAT = 50_000
 RANDOM_DENY_REPEAT = 20_000
 STEADY_REPEAT = 4 * RANDOM_FLOWS
 RESTED_REPEAT = RANDOM_FLOWS // 8
 REST_S = 1.1
-"""Longer than np_recent remembers."""
+"""Longer than np_flow_cache remembers."""
 FLOW_HASH = 2_654_435_761
 """As in primitives.c: (flow * this) modulo 2**32, scaled to the number of clients, is the client."""
 CLIENT_OFFSET, PORT_OFFSET = 30, 34
@@ -469,8 +469,8 @@ class Bench:
             "SYN denied, v4": ("empty", self.hot(out, four(0, 42_000, DENIED_PORT, SYN), DENY_REPEAT)),
             "SYN denied, v6": ("empty", self.hot(out, six(0, 42_000, DENIED_PORT, SYN), DENY_REPEAT)),
             "spread: established, v4": ("empty, once", self.spread(out, many4)),
-            "spread: new allowed, v4": ("empty, once", self.spread(out, spread4, self.forget("np_young4"))),
-            "spread: new allowed, v6": ("empty, once", self.spread(out, spread6, self.forget("np_young6"))),
+            "spread: new allowed, v4": ("empty, once", self.spread(out, spread4, self.forget("np_unreplied4"))),
+            "spread: new allowed, v6": ("empty, once", self.spread(out, spread6, self.forget("np_unreplied6"))),
             "spread: new denied, v4": ("empty, once", self.spread(out, denied4)),
         }
 

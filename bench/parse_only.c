@@ -20,7 +20,7 @@ int np_parse_only(struct __sk_buff *skb) {
   if (reason)
     return 2;
   __u32 all = packet.protocol ^ packet.tcp_flags ^ packet.fragment ^
-              packet.special ^ packet.source_port ^ packet.destination_port;
+              packet.slow_only ^ packet.source_port ^ packet.destination_port;
 #pragma unroll
   for (int word = 0; word < 4; word++)
     all ^= packet.source[word] ^ packet.destination[word];

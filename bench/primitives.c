@@ -10,7 +10,7 @@
 
 #include "np_abi.h"
 #include "np_count.h"
-#include "np_flow.h"
+#include "np_ctx.h"
 #include "np_lang.h"
 #include "np_maps.h"
 #include "np_table.h"
@@ -58,10 +58,10 @@ NP_INLINE __u32 np_vary_flow(const struct np_vary *vary) {
   return bpf_get_prandom_u32() & vary->mask;
 }
 
-NP_INLINE __u32 np_vary_client(const struct np_vary *vary, __u32 flow) {
+NP_INLINE __u32 np_vary_client(const struct np_vary *vary, __u32 ctx) {
   return __builtin_bswap32(
       vary->client_base +
-      (__u32)(((__u64)(flow * 2654435761u) * vary->clients) >> 32));
+      (__u32)(((__u64)(ctx * 2654435761u) * vary->clients) >> 32));
 }
 
 int np_vary(struct __sk_buff *skb) {
@@ -70,9 +70,9 @@ int np_vary(struct __sk_buff *skb) {
     return 2;
   void *start = (void *)(long)skb->data;
   void *end = (void *)(long)skb->data_end;
-  __u32 flow = np_vary_flow(vary);
-  __u32 client = np_vary_client(vary, flow);
-  __u16 port = __builtin_bswap16((__u16)flow);
+  __u32 ctx = np_vary_flow(vary);
+  __u32 client = np_vary_client(vary, ctx);
+  __u16 port = __builtin_bswap16((__u16)ctx);
   __u32 at = vary->client_offset & 127;
   __u32 port_at = vary->port_offset & 127;
   if (start + at + 4 > end || start + port_at + 2 > end)
@@ -87,13 +87,13 @@ NP_INLINE int np_bare_key(struct np_conn4_key *key) {
   const struct np_vary *vary = np_vary_row();
   if (!vary)
     return 0;
-  __u32 flow = np_vary_flow(vary);
-  __u32 client = np_vary_client(vary, flow);
+  __u32 ctx = np_vary_flow(vary);
+  __u32 client = np_vary_client(vary, ctx);
   __builtin_memset(key, 0, sizeof(*key));
   key->endpoint = vary->endpoint;
   __builtin_memcpy(key->local, &vary->own, 4);
   __builtin_memcpy(key->remote, &client, 4);
-  key->local_port = (__u16)flow;
+  key->local_port = (__u16)ctx;
   key->remote_port = vary->service;
   key->protocol = 6;
   return 1;
@@ -129,21 +129,21 @@ int np_bare_lru_insert(struct __sk_buff *skb) {
 // The product's own table, with nothing around it.
 int np_bare_table_insert(struct __sk_buff *skb) {
   NP_BARE_BEGIN;
-  struct np_leg leg = {};
+  struct np_endpoint_ctx ep = {};
   struct np_arrival arrival = {.now_jiffies = bpf_jiffies64()};
-  struct np_flow flow = {.leg = &leg,
+  struct np_ctx ctx = {.ep = &ep,
                          .arrival = &arrival,
                          .config = np_config_lookup()};
-  if (!flow.config)
+  if (!ctx.config)
     return 2;
-  np_slot_seek(&flow, (union np_conn_key *)&key, 4);
-  struct np_slot slot = np_slot_own(&flow, 4);
+  np_ct_probe(&ctx, (union np_conn_key *)&key, 4);
+  struct np_ct_slot slot = np_ct_reserve(&ctx, 4);
   if (!slot.conn)
     return 2;
-  __builtin_memcpy(np_slot_key(&slot, 4), &key, sizeof(key));
+  __builtin_memcpy(np_ct_slot_key(&slot, 4), &key, sizeof(key));
   *slot.conn = (struct np_conn){
       .seen_jiffies = arrival.now_jiffies, .generation = 1, .rule = 1};
-  np_slot_publish(&slot, &flow);
+  np_ct_commit(&slot, &ctx);
   return -1;
 }
 

@@ -81,7 +81,7 @@ PASSED = (-1, 0)
 DENIED_PORT = 9
 FIRST_CIDR = int(IPv4Address("172.16.0.0"))
 MAP_SIZES = {"np_event": 1 << 22, "np_addr4": 1 << 18, "np_cidr4": 1 << 18, "np_verdict": 1 << 20, "np_l4_col": 1 << 16}
-STATE_MAPS = ("np_conn", "np_young", "np_secret", "np_frag", "np_recent", "np_near", "np_event")
+STATE_MAPS = ("np_conn", "np_unreplied", "np_secret", "np_frag", "np_flow_cache", "np_ep_cache", "np_event")
 """Maps that hold what happened, not policy: their size is chosen once and does not grow with the cluster."""
 
 

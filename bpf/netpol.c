@@ -3,10 +3,10 @@
 // A packet's way through the policy of one interface.  A program for each hook, and two that they call (enum np_call);
 // read them from the bottom up:
 //
-//     np_tc          the short way, else: the packet's facts and whose it is -> np_frame -> np_conclude
+//     np_tc          the fast path, else: the packet's facts and whose it is -> np_frame -> np_conclude
 //     np_frame       frame -> ARP | IPv4 | IPv6 | the rest
 //     np_ip          parse -> messages of the link -> what nobody may send -> fragment -> np_sender -> np_ip_own
-//     np_ip_own      open connection: done
+//     np_ip_own      established connection: done
 //     np_ip_slow     anti-spoofing -> connection: np_ip_known, else np_ip_plan -> np_tc_judge
 //     np_tc_judge    one policy list, and the next one -> np_tc_sender | np_ip_verdict
 //     np_tc_sender   policy has answered for a sender that was deferred to here -> np_ip_own
@@ -17,20 +17,20 @@
 // call does not return; what the called program needs is in np_scratch, so it is verified by itself.
 //
 // Invariants.  Whatever is not understood is dropped, and counted under a reason.  A verdict carries the rule of the
-// table entry that decided.  A packet of an open connection costs at most one look-up in the table of connections after
-// parsing, no time call and no tail call.  A call that fails drops the packet and is counted.
+// table entry that decided.  A packet of an established connection costs at most one look-up in the table of
+// connections after parsing, no time call and no tail call.  A call that fails drops the packet and is counted.
 //
-// Files, in the order of use: np_lang (words), np_abi (what is shared), np_maps (tables), np_parse, np_flow (what the
+// Files, in the order of use: np_lang (words), np_abi (what is shared), np_maps (tables), np_parse, np_ctx (what the
 // steps tell each other), np_count, np_event, np_bucket (addresses and classes), np_endpoint (whose), np_outside (from
 // whom), np_classify (one policy), np_judge (which policies), np_table (connections), np_conn, np_service (what is
-// judged elsewhere), np_fragment, np_link (messages of the link), np_kernel (what the kernel alone knows), np_recent
-// (the short way).
+// judged elsewhere), np_fragment, np_link (messages of the link), np_kernel (what the kernel alone knows),
+// np_flow_cache (the fast path).
 
 #include "np_lang.h"
 #include "np_abi.h"
 #include "np_maps.h"
 #include "np_parse.h"
-#include "np_flow.h"
+#include "np_ctx.h"
 #include "np_count.h"
 #include "np_event.h"
 #include "np_endpoint.h"
@@ -43,7 +43,7 @@
 #include "np_fragment.h"
 #include "np_link.h"
 #include "np_kernel.h"
-#include "np_recent.h"
+#include "np_flow_cache.h"
 
 // The policy's direction at this hook.
 NP_INLINE __u8 np_direction_at(const int hook, __u32 endpoint_flags)
@@ -84,27 +84,27 @@ NP_INLINE int np_is_new_flow(int reason)
 }
 
 // Let the packet pass; where it comes in, with the sign that it was seen.
-NP_INLINE int np_pass(struct __sk_buff *skb, const struct np_flow *flow)
+NP_INLINE int np_pass(struct __sk_buff *skb, const struct np_ctx *ctx)
 {
-    if (flow->arrival->hook == NP_HOOK_INGRESS)
-        skb->mark |= flow->config->seen_mark;
-    return flow->leg->ends ? NP_PASS_ALONE : NP_PASS;
+    if (ctx->arrival->hook == NP_HOOK_INGRESS)
+        skb->mark |= ctx->config->seen_mark;
+    return ctx->ep->end_chain ? NP_PASS_ALONE : NP_PASS;
 }
 
 // Count, tell whoever wants to know, and say to the kernel what becomes of the packet.
-NP_INLINE int np_conclude(struct __sk_buff *skb, struct np_flow *flow, int reason)
+NP_INLINE int np_conclude(struct __sk_buff *skb, struct np_ctx *ctx, int reason)
 {
-    struct np_decision *decision = flow->decision;
+    struct np_decision *decision = ctx->decision;
     int dropped = reason >= NP_REASON_POLICY_DENY || reason == NP_REASON_NONE;
     if (np_has_rule(reason))
-        np_count_rule(decision->rule, flow->arrival->frame_bytes);
+        np_count_rule(decision->rule, ctx->arrival->frame_bytes);
     if (reason == NP_REASON_ESTABLISHED)
-        return np_pass(skb, flow);
-    np_count_reason(reason, flow->arrival->frame_bytes);
+        return np_pass(skb, ctx);
+    np_count_reason(reason, ctx->arrival->frame_bytes);
     if (np_is_judged(reason))
-        np_count_staged(decision->staged_rule, flow->arrival->frame_bytes);
+        np_count_staged(decision->staged_rule, ctx->arrival->frame_bytes);
     if (decision->log_list)
-        np_event_log(flow, reason);
+        np_event_log(ctx, reason);
 
     __u8 kind = 0;
     if (dropped) {
@@ -112,65 +112,64 @@ NP_INLINE int np_conclude(struct __sk_buff *skb, struct np_flow *flow, int reaso
         if (!np_has_rule(reason)) // not policy's doing, so not a staged policy's either
             decision->action = decision->staged_action = NP_ACTION_DENY;
     } else if (np_is_new_flow(reason) || reason == NP_REASON_CONTINUE) { // the latter opens none, and is told likewise
-        __u32 wanted = flow->config->flags;
+        __u32 wanted = ctx->config->flags;
         if (wanted & NP_CONFIG_ALLOW_EVENTS ||
             (wanted & NP_CONFIG_STAGED_EVENTS && decision->staged_action != decision->action))
             kind = NP_EVENT_ALLOW;
     }
     if (kind)
-        np_event_write(flow, kind, reason);
-    return dropped ? NP_DROP : np_pass(skb, flow);
+        np_event_write(ctx, kind, reason);
+    return dropped ? NP_DROP : np_pass(skb, ctx);
 }
 
 // Traffic that no policy applies to: of the node's own processes to its workload, and of a workload to itself through
 // the node, which may have put its own address in place of the workload's.
-NP_INLINE int np_exempt(const struct np_flow *flow, const int hook, const int version)
+NP_INLINE int np_exempt(const struct np_ctx *ctx, const int hook, const int version)
 {
-    if (hook != NP_HOOK_EGRESS || flow->leg->endpoint_flags & NP_ENDPOINT_HOST)
+    if (hook != NP_HOOK_EGRESS || ctx->ep->endpoint_flags & NP_ENDPOINT_HOST)
         return NP_REASON_NONE;
-    if (flow->arrival->is_from_node)
+    if (ctx->arrival->is_from_node)
         return NP_REASON_HOST;
-    if (flow->arrival->ingress_ifindex == flow->arrival->ifindex)
+    if (ctx->arrival->ingress_ifindex == ctx->arrival->ifindex)
         return NP_REASON_SELF;
-    if (flow->leg->carried && flow->leg->carried == flow->leg->endpoint &&
-        np_is_local(flow, flow->packet->source, version))
+    if (ctx->ep->sender && ctx->ep->sender == ctx->ep->endpoint && np_is_local(ctx, ctx->packet->source, version))
         return NP_REASON_SELF;
     return NP_REASON_NONE;
 }
 
 // What kind of flow a first packet begins: NP_CONN_DEFERRED, NP_CONN_FORWARDED.
-NP_INLINE __u8 np_ip_kind(const struct np_flow *flow, struct np_question *question, const int hook, const int version)
+NP_INLINE __u8 np_ip_kind(const struct np_ctx *ctx, struct np_question *question, const int hook, const int version)
 {
-    int is_host = (flow->leg->endpoint_flags & NP_ENDPOINT_HOST) != 0;
+    int is_host = (ctx->ep->endpoint_flags & NP_ENDPOINT_HOST) != 0;
     if (hook == NP_HOOK_EGRESS)
-        return is_host && !flow->arrival->is_from_node ? NP_CONN_FORWARDED : 0;
-    if (np_vip_of(flow, question, version))
+        return is_host && !ctx->arrival->is_from_node ? NP_CONN_FORWARDED : 0;
+    if (np_vip_of(ctx, question, version))
         return NP_CONN_DEFERRED;
-    return is_host && !np_is_for_node(flow, question->destination, version) ? NP_CONN_FORWARDED : 0;
+    return is_host && !np_is_for_node(ctx, question->destination, version) ? NP_CONN_FORWARDED : 0;
 }
 
-// Lay down whom to ask about a flow of that kind, whose first packet (work->questions[NP_QUESTION_WIRE]) had this
+// Lay down whom to ask about a flow of that kind, whose first packet (scratch->questions[NP_QUESTION_WIRE]) had this
 // direction. Returns why it is dropped unasked, or NP_REASON_NONE.
-NP_INLINE int np_ip_plan(struct np_flow *flow, struct np_work *work, __u8 kind, __u8 direction, const int version)
+NP_INLINE int np_ip_plan(struct np_ctx *ctx, struct np_scratch *scratch, __u8 kind, __u8 direction, const int version)
 {
-    const struct np_config *config = flow->config;
+    const struct np_config *config = ctx->config;
     __u32 behind = 0; // asked about what is behind a service on this node
     int is_deferred = (kind & NP_CONN_DEFERRED) != 0;
-    struct np_question *wire = &work->questions[NP_QUESTION_WIRE];
-    work->hides_source = work->refuses = 0;
-    work->number = flow->leg->endpoint;
-    work->ifindex = flow->arrival->ifindex;
-    work->final = NP_QUESTION_WIRE;
+    struct np_question *wire = &scratch->questions[NP_QUESTION_WIRE];
+    scratch->hides_source = scratch->refuses = 0;
+    scratch->number = ctx->ep->endpoint;
+    scratch->ifindex = ctx->arrival->ifindex;
+    scratch->final = NP_QUESTION_WIRE;
     if (is_deferred) {
-        struct np_vip *vip = np_vip_of(flow, wire, version);
+        struct np_vip *vip = np_vip_of(ctx, wire, version);
         if (!(config->flags & NP_CONFIG_DEFER))
             return NP_REASON_NO_EXIT;
         if (vip && vip->flags & NP_VIP_MANY)
             return NP_REASON_LOCAL_BACKENDS;
         if (vip && vip->flags & NP_VIP_LOCAL) {
-            struct np_question *final = &work->questions[NP_QUESTION_FINAL];
+            struct np_question *final = &scratch->questions[NP_QUESTION_FINAL];
             behind = 1;
-            work->final = NP_QUESTION_FINAL;
+            scratch->final = NP_QUESTION_FINAL;
             *final = *wire;
             final->destination_port = vip->local_port;
             final->to_node = NP_TO_NODE_UNASKED;
@@ -178,31 +177,31 @@ NP_INLINE int np_ip_plan(struct np_flow *flow, struct np_work *work, __u8 kind, 
         }
     }
 
-    if (flow->leg->endpoint_flags & NP_ENDPOINT_HOST) {
+    if (ctx->ep->endpoint_flags & NP_ENDPOINT_HOST) {
         int inwards = direction == NP_DIRECTION_INGRESS;
         __u32 before = inwards ? NP_ASK_UNTRACKED | NP_ASK_PRE_DNAT << 4 : NP_ASK_UNTRACKED;
         __u32 width = inwards ? 8 : 4;
-        work->host = flow->leg->endpoint;
-        work->outwards = inwards ? 0 : NP_OUTWARDS_HOST;
+        scratch->host = ctx->ep->endpoint;
+        scratch->outwards = inwards ? 0 : NP_OUTWARDS_HOST;
         if (is_deferred && !behind)
-            work->asks = before;
+            scratch->asks = before;
         else if (kind & NP_CONN_FORWARDED)
-            work->asks = before | (__u32)NP_ASK_FORWARD << width;
+            scratch->asks = before | (__u32)NP_ASK_FORWARD << width;
         else
-            work->asks = NP_ASK_FAILSAFE | before << 4 | (__u32)NP_ASK_NORMAL << (width + 4);
+            scratch->asks = NP_ASK_FAILSAFE | before << 4 | (__u32)NP_ASK_NORMAL << (width + 4);
         return NP_REASON_NONE;
     }
 
-    work->host = config->wildcard;
+    scratch->host = config->wildcard;
     // What leaves a workload enters the host.
-    work->outwards = direction == NP_DIRECTION_EGRESS ? NP_OUTWARDS_WORKLOAD : NP_OUTWARDS_HOST;
+    scratch->outwards = direction == NP_DIRECTION_EGRESS ? NP_OUTWARDS_WORKLOAD : NP_OUTWARDS_HOST;
     if (direction == NP_DIRECTION_INGRESS) {
-        work->asks = work->host ? NP_ASK_FORWARD | NP_ASK_WORKLOAD << 4 : NP_ASK_WORKLOAD;
+        scratch->asks = scratch->host ? NP_ASK_FORWARD | NP_ASK_WORKLOAD << 4 : NP_ASK_WORKLOAD;
         return NP_REASON_NONE;
     }
-    int to_host = is_deferred ? (int)behind : np_is_to_node(flow, wire, version);
+    int to_host = is_deferred ? (int)behind : np_is_to_node(ctx, wire, version);
     __u32 asks = 0;
-    if (work->host) {
+    if (scratch->host) {
         if (to_host && config->flags & NP_CONFIG_TO_HOST_PASS)
             asks = NP_ASK_NORMAL;
         else if (!to_host && !is_deferred)
@@ -213,9 +212,9 @@ NP_INLINE int np_ip_plan(struct np_flow *flow, struct np_work *work, __u8 kind, 
         asks = asks << 4 | NP_ASK_WORKLOAD;
     else if (config->due_mark)
         asks = asks << 4 | NP_ASK_SERVICE;
-    work->asks = asks;
+    scratch->asks = asks;
     if (to_host && config->flags & NP_CONFIG_TO_HOST_DENY)
-        work->refuses = NP_REASON_TO_HOST;
+        scratch->refuses = NP_REASON_TO_HOST;
     return NP_REASON_NONE;
 }
 
@@ -223,45 +222,45 @@ NP_INLINE int np_ip_plan(struct np_flow *flow, struct np_work *work, __u8 kind, 
 // first packet.  What is no longer allowed keeps its entry, and that its generation: it is cut as long as policy says
 // so, and no packet of the other side passes for the first of a flow of its own.  Returns why the packet is dropped, or
 // NP_REASON_NONE.
-NP_INLINE int np_ip_again(struct np_flow *flow, const struct np_work *work, struct np_conn *conn)
+NP_INLINE int np_ip_again(struct np_ctx *ctx, const struct np_scratch *scratch, struct np_conn *conn)
 {
-    struct np_decision *decision = flow->decision;
+    struct np_decision *decision = ctx->decision;
     int allowed = decision->action != NP_ACTION_DENY;
-    if (!allowed && !(flow->config->flags & NP_CONFIG_KEEP_REVOKED))
+    if (!allowed && !(ctx->config->flags & NP_CONFIG_KEEP_REVOKED))
         return decision->reason == NP_REASON_POLICY_DENY ? NP_REASON_REVOKED : decision->reason;
     if (allowed)
         conn->rule = decision->rule;
     if (allowed && conn->flags & NP_CONN_DEFERRED) {
         __u32 flags = conn->flags & ~NP_CONN_DUE;
-        if (flow->leg->endpoint_flags & NP_ENDPOINT_HOST)
-            flags = decision->action == NP_ACTION_ALLOW ? flags & ~NP_CONN_CARRIES : flags | NP_CONN_CARRIES;
-        conn->flags = work->is_due ? flags | NP_CONN_DUE : flags;
+        if (ctx->ep->endpoint_flags & NP_ENDPOINT_HOST)
+            flags = decision->action == NP_ACTION_ALLOW ? flags & ~NP_CONN_TAGGED : flags | NP_CONN_TAGGED;
+        conn->flags = scratch->is_due ? flags | NP_CONN_DUE : flags;
     }
     decision->log_list = 0; // Log rules speak of new flows
     return NP_REASON_NONE;
 }
 
 // A packet of a known connection that is allowed under this generation.
-NP_INLINE int np_ip_known(struct __sk_buff *skb, struct np_flow *flow, union np_conn_key *key,
-                          const struct np_found *found, struct np_slot *slot, int hook, const int version)
+NP_INLINE int np_ip_known(struct __sk_buff *skb, struct np_ctx *ctx, union np_conn_key *key,
+                          const struct np_found *found, struct np_ct_slot *slot, int hook, const int version)
 {
-    const struct np_packet *packet = flow->packet;
+    const struct np_packet *packet = ctx->packet;
     struct np_conn *conn = slot->conn;
-    __u32 carries = conn->flags & NP_CONN_CARRIES ? flow->leg->endpoint : 0;
-    if (conn->generation != flow->arrival->generation)
-        np_conn_renew(conn, flow->arrival->generation);
-    flow->decision->rule = conn->rule;
+    __u32 sender_tag = conn->flags & NP_CONN_TAGGED ? ctx->ep->endpoint : 0;
+    if (conn->generation != ctx->arrival->generation)
+        np_conn_renew(conn, ctx->arrival->generation);
+    ctx->decision->rule = conn->rule;
     int is_due = (conn->flags & NP_CONN_DUE) != 0;
-    if (conn->flags & NP_CONN_CARRIES && !flow->leg->reply)
-        flow->leg->ends = np_carry(skb, flow->config, flow->leg->endpoint, is_due);
-    if (flow->leg->related)
+    if (conn->flags & NP_CONN_TAGGED && !ctx->ep->reply)
+        ctx->ep->end_chain = np_sender_tag_set(skb, ctx->config, ctx->ep->endpoint, is_due);
+    if (ctx->ep->related)
         return NP_REASON_RELATED;
-    np_conn_advance(flow, key, slot, found, version);
-    if (found->is_young && flow->leg->reply && !(packet->tcp_flags & NP_TCP_RST)) { // it is open from now on
-        np_recent_fill(flow, flow->decision->rule, 0, 0, hook, version);
-        np_recent_fill_other(flow, flow->decision->rule, carries, is_due, hook, version);
-    } else if (found->is_young && packet->protocol == NP_PROTOCOL_UDP && packet->fragment == NP_FRAGMENT_WHOLE) {
-        np_recent_fill(flow, flow->decision->rule, carries, is_due, hook, version); // nobody answers some streams
+    np_conn_advance(ctx, key, slot, found, version);
+    if (found->is_unreplied && ctx->ep->reply && !(packet->tcp_flags & NP_TCP_RST)) { // it is open from now on
+        np_flow_cache_fill(ctx, ctx->decision->rule, 0, 0, hook, version);
+        np_flow_cache_fill_reply(ctx, ctx->decision->rule, sender_tag, is_due, hook, version);
+    } else if (found->is_unreplied && packet->protocol == NP_PROTOCOL_UDP && packet->fragment == NP_FRAGMENT_WHOLE) {
+        np_flow_cache_fill(ctx, ctx->decision->rule, sender_tag, is_due, hook, version); // nobody answers some streams
     }
     return NP_REASON_ESTABLISHED;
 }
@@ -289,295 +288,295 @@ NP_INLINE int np_is_served(struct __sk_buff *skb, const struct np_packet *packet
 }
 
 // The first packet of a flow that was allowed.
-NP_INLINE int np_ip_new(struct __sk_buff *skb, struct np_flow *flow, const struct np_work *work, union np_conn_key *key,
-                        __u8 kind, const int version)
+NP_INLINE int np_ip_new(struct __sk_buff *skb, struct np_ctx *ctx, const struct np_scratch *scratch,
+                        union np_conn_key *key, __u8 kind, const int version)
 {
-    const struct np_packet *packet = flow->packet;
-    int reason = flow->decision->reason;
+    const struct np_packet *packet = ctx->packet;
+    int reason = ctx->decision->reason;
     __u8 flags = reason == NP_REASON_HOST || reason == NP_REASON_SELF ? NP_CONN_EXEMPT : kind;
     if (kind & NP_CONN_DEFERRED &&
-        (flow->decision->action == NP_ACTION_CONTINUE || !(flow->leg->endpoint_flags & NP_ENDPOINT_HOST))) {
-        flags |= work->is_due ? NP_CONN_CARRIES | NP_CONN_DUE : NP_CONN_CARRIES;
-        flow->leg->ends = np_carry(skb, flow->config, flow->leg->endpoint, work->is_due);
+        (ctx->decision->action == NP_ACTION_CONTINUE || !(ctx->ep->endpoint_flags & NP_ENDPOINT_HOST))) {
+        flags |= scratch->is_due ? NP_CONN_TAGGED | NP_CONN_DUE : NP_CONN_TAGGED;
+        ctx->ep->end_chain = np_sender_tag_set(skb, ctx->config, ctx->ep->endpoint, scratch->is_due);
         reason = NP_REASON_DEFERRED;
     }
     // A packet in the middle of a TCP connection that the workload opened, and whose entry was evicted, opens none.
     if (reason == NP_REASON_HOST && packet->protocol == NP_PROTOCOL_TCP && !(packet->tcp_flags & NP_TCP_SYN) &&
         np_is_served(skb, packet, version))
         return reason;
-    if (!np_conn_opens(flow))
+    if (!np_conn_opens(ctx))
         return reason;
-    int failed = np_conn_open(flow, key, 0, flags, version);
+    int failed = np_conn_open(ctx, key, 0, flags, version);
     return failed ? failed : reason;
 }
 
 // Whether a workload asks all DHCP servers on its link for an address.
-NP_INLINE int np_asks_for_address(const struct np_flow *flow, const int version)
+NP_INLINE int np_asks_for_address(const struct np_ctx *ctx, const int version)
 {
-    return flow->leg->direction == NP_DIRECTION_EGRESS && !(flow->leg->endpoint_flags & NP_ENDPOINT_HOST) &&
-           np_is_dhcp_request(flow->packet, version);
+    return ctx->ep->direction == NP_DIRECTION_EGRESS && !(ctx->ep->endpoint_flags & NP_ENDPOINT_HOST) &&
+           np_is_dhcp_request(ctx->packet, version);
 }
 
 // A first fragment that passes is remembered for the later ones. Returns why the packet passes or is dropped.
-NP_INLINE int np_ip_remember(const struct np_flow *flow, const struct np_work *work, int reason, const int version)
+NP_INLINE int np_ip_remember(const struct np_ctx *ctx, const struct np_scratch *scratch, int reason, const int version)
 {
     // Errors fit into one packet; the rest of one would be taken for its beginning.
-    if (flow->packet->fragment != NP_FRAGMENT_FIRST || reason >= NP_REASON_POLICY_DENY || work->is_error)
+    if (ctx->packet->fragment != NP_FRAGMENT_FIRST || reason >= NP_REASON_POLICY_DENY || scratch->is_error)
         return reason;
-    int failed = np_fragment_remember(flow, version);
+    int failed = np_fragment_remember(ctx, version);
     return failed ? failed : reason;
 }
 
 // Policy has answered for the interface's endpoint, or was not asked; the decision says which.
-NP_INLINE int np_ip_verdict(struct __sk_buff *skb, struct np_flow *flow, struct np_work *work, const int version)
+NP_INLINE int np_ip_verdict(struct __sk_buff *skb, struct np_ctx *ctx, struct np_scratch *scratch, const int version)
 {
-    union np_conn_key *key = &work->key;
-    struct np_slot slot = {};
-    int reason = flow->decision->reason;
-    if (work->found.is_known) {
-        slot = np_conn_again(flow, &work->found, key, version);
+    union np_conn_key *key = &scratch->key;
+    struct np_ct_slot slot = {};
+    int reason = ctx->decision->reason;
+    if (scratch->found.is_known) {
+        slot = np_conn_again(ctx, &scratch->found, key, version);
         if (slot.conn) {
-            int cut = np_ip_again(flow, work, slot.conn);
+            int cut = np_ip_again(ctx, scratch, slot.conn);
             if (cut)
                 return cut;
         } // else it was evicted meanwhile; what policy says counts
     }
     if (slot.conn)
-        reason = np_ip_known(skb, flow, key, &work->found, &slot, flow->arrival->hook, version);
-    else if (flow->decision->action != NP_ACTION_DENY)
-        reason = np_ip_new(skb, flow, work, key, flow->leg->kind, version);
-    return np_ip_remember(flow, work, reason, version);
+        reason = np_ip_known(skb, ctx, key, &scratch->found, &slot, ctx->arrival->hook, version);
+    else if (ctx->decision->action != NP_ACTION_DENY)
+        reason = np_ip_new(skb, ctx, scratch, key, ctx->ep->kind, version);
+    return np_ip_remember(ctx, scratch, reason, version);
 }
 
-// Ask policy about the flow under a connection key, unless it is exempt as `work->reason` says; then comes
+// Ask policy about the flow under a connection key, unless it is exempt as `scratch->reason` says; then comes
 // np_ip_verdict.
-NP_INLINE int np_ip_ask(struct __sk_buff *skb, struct np_flow *flow, struct np_work *work, const union np_conn_key *key,
-                        const int hook, const int version)
+NP_INLINE int np_ip_ask(struct __sk_buff *skb, struct np_ctx *ctx, struct np_scratch *scratch,
+                        const union np_conn_key *key, const int hook, const int version)
 {
-    struct np_question *question = &work->questions[NP_QUESTION_WIRE];
-    struct np_leg *leg = flow->leg;
-    np_question_of(question, key, leg->first_direction, version);
-    if (!work->found.is_known && !work->reason)
-        leg->kind = np_ip_kind(flow, question, hook, version);
-    work->self = leg->first_direction == NP_DIRECTION_EGRESS && !(leg->endpoint_flags & NP_ENDPOINT_HOST) &&
-                         !(leg->kind & NP_CONN_DEFERRED)
-                     ? leg->endpoint
-                     : 0;
+    struct np_question *question = &scratch->questions[NP_QUESTION_WIRE];
+    struct np_endpoint_ctx *ep = ctx->ep;
+    np_question_of(question, key, ep->first_direction, version);
+    if (!scratch->found.is_known && !scratch->reason)
+        ep->kind = np_ip_kind(ctx, question, hook, version);
+    scratch->self = ep->first_direction == NP_DIRECTION_EGRESS && !(ep->endpoint_flags & NP_ENDPOINT_HOST) &&
+                            !(ep->kind & NP_CONN_DEFERRED)
+                        ? ep->endpoint
+                        : 0;
     np_barrier();
     __u8 action = NP_ACTION_ALLOW;
-    if (!work->reason) {
-        work->reason = np_ip_plan(flow, work, leg->kind, leg->first_direction, version);
+    if (!scratch->reason) {
+        scratch->reason = np_ip_plan(ctx, scratch, ep->kind, ep->first_direction, version);
         action = NP_ACTION_DENY;
     }
     np_barrier();
-    if (!work->reason) {
-        work->is_sender = 0;
-        return np_judge(skb, flow, work);
+    if (!scratch->reason) {
+        scratch->is_sender = 0;
+        return np_judge(skb, ctx, scratch);
     }
-    flow->decision->action = flow->decision->staged_action = action;
-    flow->decision->reason = work->reason;
-    return np_ip_verdict(skb, flow, work, version);
+    ctx->decision->action = ctx->decision->staged_action = action;
+    ctx->decision->reason = scratch->reason;
+    return np_ip_verdict(skb, ctx, scratch, version);
 }
 
-// Everything but a packet in the middle of an open connection.
-NP_INLINE int np_ip_slow(struct __sk_buff *skb, struct np_flow *flow, union np_conn_key *key, struct np_work *work,
+// Everything but a packet in the middle of an established connection.
+NP_INLINE int np_ip_slow(struct __sk_buff *skb, struct np_ctx *ctx, union np_conn_key *key, struct np_scratch *scratch,
                          const int hook, const int version)
 {
-    const struct np_packet *packet = flow->packet;
-    struct np_question *question = &work->questions[NP_QUESTION_WIRE];
-    struct np_found *found = &work->found;
-    struct np_leg *leg = flow->leg;
-    work->is_error = packet->icmp_kind == NP_ICMP_ERROR;
-    work->is_due = 0;
+    const struct np_packet *packet = ctx->packet;
+    struct np_question *question = &scratch->questions[NP_QUESTION_WIRE];
+    struct np_found *found = &scratch->found;
+    struct np_endpoint_ctx *ep = ctx->ep;
+    scratch->is_error = packet->icmp_kind == NP_ICMP_ERROR;
+    scratch->is_due = 0;
 
-    if (np_is_spoofed(flow, version)) { // the client has no address yet, or one of the link alone
+    if (np_is_spoofed(ctx, version)) { // the client has no address yet, or one of the link alone
         int has_none = version == 4 ? !packet->source[0] : np_is_link_local(packet->source);
-        return has_none && np_asks_for_address(flow, version) ? NP_REASON_DHCP : NP_REASON_SPOOFED;
+        return has_none && np_asks_for_address(ctx, version) ? NP_REASON_DHCP : NP_REASON_SPOOFED;
     }
-    if (np_is_misdelivered(flow, version))
+    if (np_is_misdelivered(ctx, version))
         return NP_REASON_MISDELIVERED;
-    if (np_is_workloads_own(flow, hook) && np_is_tunnelled(flow, version))
+    if (np_is_workloads_own(ctx, hook) && np_is_tunnelled(ctx, version))
         return NP_REASON_TUNNEL;
 
-    leg->related = NP_REASON_NONE;
-    if (work->is_error) {
-        leg->related = np_conn_key_inner(skb, key, flow, version);
-        if (leg->related == NP_REASON_ICMP_UNRELATED)
+    ep->related = NP_REASON_NONE;
+    if (scratch->is_error) {
+        ep->related = np_conn_key_inner(skb, key, ctx, version);
+        if (ep->related == NP_REASON_ICMP_UNRELATED)
             return NP_REASON_ICMP_UNRELATED;
-        if (leg->related == NP_REASON_NONE)
-            flow->packet->icmp_kind = NP_ICMP_PLAIN; // a message like any other
+        if (ep->related == NP_REASON_NONE)
+            ctx->packet->icmp_kind = NP_ICMP_PLAIN; // a message like any other
     }
     np_barrier();
-    if (leg->related)
-        np_slot_seek(flow, key, version);
-    struct np_slot slot = np_conn_find(found, key, flow, version);
+    if (ep->related)
+        np_ct_probe(ctx, key, version);
+    struct np_ct_slot slot = np_conn_find(found, key, ctx, version);
     struct np_conn *conn = slot.conn;
-    if (leg->related && !conn)
+    if (ep->related && !conn)
         return NP_REASON_ICMP_UNRELATED;
-    if (!conn && np_asks_for_address(flow, version))
+    if (!conn && np_asks_for_address(ctx, version))
         return NP_REASON_DHCP;
 
-    leg->first_direction = leg->direction;
+    ep->first_direction = ep->direction;
     question->icmp_type = packet->icmp_type;
     question->icmp_code = packet->icmp_code;
-    work->reason = NP_REASON_NONE;
+    scratch->reason = NP_REASON_NONE;
     if (conn) {
-        leg->first_direction = found->direction;
-        leg->kind = found->flags & (NP_CONN_DEFERRED | NP_CONN_FORWARDED);
-        leg->reply = found->direction != leg->direction;
+        ep->first_direction = found->direction;
+        ep->kind = found->flags & (NP_CONN_DEFERRED | NP_CONN_FORWARDED);
+        ep->reply = found->direction != ep->direction;
         question->icmp_type = found->icmp_type;
         question->icmp_code = found->icmp_code;
-        if (found->generation == flow->arrival->generation || found->flags & NP_CONN_EXEMPT)
-            return np_ip_remember(flow, work, np_ip_known(skb, flow, key, found, &slot, hook, version), version);
+        if (found->generation == ctx->arrival->generation || found->flags & NP_CONN_EXEMPT)
+            return np_ip_remember(ctx, scratch, np_ip_known(skb, ctx, key, found, &slot, hook, version), version);
     } else {
-        work->reason = np_exempt(flow, hook, version);
+        scratch->reason = np_exempt(ctx, hook, version);
     }
     np_barrier();
-    return np_ip_ask(skb, flow, work, key, hook, version);
+    return np_ip_ask(skb, ctx, scratch, key, hook, version);
 }
 
-// The endpoint whose number the packet carries allows it, as `work->reason` says: the flow is this interface's again,
-// and the packet carries nothing.
-NP_INLINE void np_ip_sender_allowed(struct __sk_buff *skb, struct np_flow *flow, struct np_work *work)
+// The endpoint whose number is the sender tag of the packet allows it, as `scratch->reason` says: the flow is this
+// interface's again, and the packet has no sender tag.
+NP_INLINE void np_ip_sender_allowed(struct __sk_buff *skb, struct np_ctx *ctx, struct np_scratch *scratch)
 {
-    np_conclude(skb, flow, work->reason);
+    np_conclude(skb, ctx, scratch->reason);
     np_barrier();
-    flow->leg->endpoint = work->own_endpoint;
-    flow->leg->direction = np_direction_at(NP_HOOK_EGRESS, flow->leg->endpoint_flags);
-    flow->leg->untracked = 0;
-    __builtin_memset(flow->decision, 0, sizeof(*flow->decision));
-    flow->leg->ends = np_carry(skb, flow->config, 0, 0);
+    ctx->ep->endpoint = scratch->own_endpoint;
+    ctx->ep->direction = np_direction_at(NP_HOOK_EGRESS, ctx->ep->endpoint_flags);
+    ctx->ep->untracked = 0;
+    __builtin_memset(ctx->decision, 0, sizeof(*ctx->decision));
+    ctx->ep->end_chain = np_sender_tag_set(skb, ctx->config, 0, 0);
 }
 
-// The packet's own endpoint: a packet in the middle of an open connection passes, the rest goes on.
-NP_INLINE int np_ip_own(struct __sk_buff *skb, struct np_flow *flow, struct np_work *work, const int hook,
+// The packet's own endpoint: a packet in the middle of an established connection passes, the rest goes on.
+NP_INLINE int np_ip_own(struct __sk_buff *skb, struct np_ctx *ctx, struct np_scratch *scratch, const int hook,
                         const int version)
 {
-    const struct np_packet *packet = flow->packet;
-    union np_conn_key *key = &work->key;
-    if (flow->leg->endpoint_flags & NP_ENDPOINT_UPLINK)
+    const struct np_packet *packet = ctx->packet;
+    union np_conn_key *key = &scratch->key;
+    if (ctx->ep->endpoint_flags & NP_ENDPOINT_UPLINK)
         return NP_REASON_UPLINK;
-    np_conn_key_of(key, flow, version);
+    np_conn_key_of(key, ctx, version);
     if (NP_LIKELY(!np_conn_is_initial(packet)))
-        np_slot_seek(flow, key, version);
-    if (NP_LIKELY(!packet->special)) {
-        struct np_slot slot = np_slot_find(flow, key, 0, version);
+        np_ct_probe(ctx, key, version);
+    if (NP_LIKELY(!packet->slow_only)) {
+        struct np_ct_slot slot = np_ct_lookup(ctx, key, 0, version);
         struct np_conn *open = slot.conn;
         __u32 generation = open ? open->generation : 0; // before rule and flags; no generation is 0
-        if (NP_LIKELY(open && generation == flow->arrival->generation && np_conn_is_alive(open, flow) &&
+        if (NP_LIKELY(open && generation == ctx->arrival->generation && np_conn_is_alive(open, ctx) &&
                       !np_conn_is_closed(open))) {
             open = np_load_after(open, generation);
             __u32 rule = open->rule;
             __u32 flags = open->flags;
-            int carries = flags & NP_CONN_CARRIES && open->direction == flow->leg->direction;
+            int sender_tag = flags & NP_CONN_TAGGED && open->direction == ctx->ep->direction;
             int is_due = (flags & NP_CONN_DUE) != 0;
-            if (NP_LIKELY(np_slot_is_kept(&slot, rule + flags, 0, flow))) {
-                np_conn_touch(&slot, flow);
-                np_recent_fill(flow, rule, carries ? flow->leg->endpoint : 0, is_due, hook, version);
-                if (NP_UNLIKELY(carries))
-                    flow->leg->ends = np_carry(skb, flow->config, flow->leg->endpoint, is_due);
-                flow->decision->rule = rule;
+            if (NP_LIKELY(np_ct_slot_is_kept(&slot, rule + flags, 0, ctx))) {
+                np_conn_touch(&slot, ctx);
+                np_flow_cache_fill(ctx, rule, sender_tag ? ctx->ep->endpoint : 0, is_due, hook, version);
+                if (NP_UNLIKELY(sender_tag))
+                    ctx->ep->end_chain = np_sender_tag_set(skb, ctx->config, ctx->ep->endpoint, is_due);
+                ctx->decision->rule = rule;
                 return NP_REASON_ESTABLISHED;
             }
         }
     }
-    return np_ip_slow(skb, flow, key, work, hook, version);
+    return np_ip_slow(skb, ctx, key, scratch, hook, version);
 }
 
 // Malformed. That is no business of ours on an interface without policy.
-NP_INLINE int np_malformed(struct np_flow *flow, int reason)
+NP_INLINE int np_malformed(struct np_ctx *ctx, int reason)
 {
-    return flow->leg->endpoint_flags & NP_ENDPOINT_UPLINK && !flow->leg->carried ? NP_REASON_UPLINK : reason;
+    return ctx->ep->endpoint_flags & NP_ENDPOINT_UPLINK && !ctx->ep->sender ? NP_REASON_UPLINK : reason;
 }
 
-NP_INLINE int np_ip(struct __sk_buff *skb, const struct np_bytes *bytes, struct np_flow *flow, struct np_work *work,
+NP_INLINE int np_ip(struct __sk_buff *skb, const struct np_bytes *bytes, struct np_ctx *ctx, struct np_scratch *scratch,
                     const int hook, const int version)
 {
-    struct np_packet *packet = flow->packet;
+    struct np_packet *packet = ctx->packet;
     int reason = np_parse_ip(bytes, packet, version);
     if (NP_UNLIKELY(reason))
-        return np_malformed(flow, reason);
+        return np_malformed(ctx, reason);
     if (version == 6) {
-        reason = np_link_message(skb, flow, hook);
+        reason = np_link_message(skb, ctx, hook);
         np_barrier();
         if (NP_UNLIKELY(reason))
             return reason;
     }
-    if (NP_UNLIKELY(flow->leg->missing))
-        return flow->leg->missing;
-    flow->leg->direction = np_direction_at(hook, flow->leg->endpoint_flags);
-    if (NP_UNLIKELY(np_is_forged(flow, hook, version)))
+    if (NP_UNLIKELY(ctx->ep->missing))
+        return ctx->ep->missing;
+    ctx->ep->direction = np_direction_at(hook, ctx->ep->endpoint_flags);
+    if (NP_UNLIKELY(np_is_forged(ctx, hook, version)))
         return NP_REASON_LINK_FORGED;
     if (hook == NP_HOOK_INGRESS) {
-        reason = np_outside(skb, flow, &work->outer, version);
+        reason = np_outside(skb, ctx, &scratch->outer, version);
         np_barrier();
         if (NP_UNLIKELY(reason))
             return reason;
     }
-    if (hook == NP_HOOK_INGRESS && flow->leg->carried) {
+    if (hook == NP_HOOK_INGRESS && ctx->ep->sender) {
         // A workload cannot have a sender before it; what a host's interface gets may come from one behind a bridge.
-        if (!(flow->leg->endpoint_flags & NP_ENDPOINT_HOST))
-            flow->leg->ends = np_carry(skb, flow->config, 0, 0);
-        flow->leg->carried = 0;
+        if (!(ctx->ep->endpoint_flags & NP_ENDPOINT_HOST))
+            ctx->ep->end_chain = np_sender_tag_set(skb, ctx->config, 0, 0);
+        ctx->ep->sender = 0;
     }
-    if (flow->leg->endpoint_flags & NP_ENDPOINT_UPLINK && !flow->leg->carried)
+    if (ctx->ep->endpoint_flags & NP_ENDPOINT_UPLINK && !ctx->ep->sender)
         return NP_REASON_UPLINK;
     if (NP_UNLIKELY(np_checksum_misaims(skb, packet)))
         return NP_REASON_CHECKSUM_AIM;
     if (NP_UNLIKELY(packet->fragment == NP_FRAGMENT_LATER)) {
-        reason = np_fragment_recall(flow, version);
-        if (reason && !(flow->leg->endpoint_flags & NP_ENDPOINT_UPLINK))
+        reason = np_fragment_recall(ctx, version);
+        if (reason && !(ctx->ep->endpoint_flags & NP_ENDPOINT_UPLINK))
             return reason;
     }
-    if (hook == NP_HOOK_EGRESS && NP_UNLIKELY(flow->leg->carried)) {
-        work->own_endpoint = flow->leg->endpoint;
-        reason = np_sender(skb, flow, work, version);
+    if (hook == NP_HOOK_EGRESS && NP_UNLIKELY(ctx->ep->sender)) {
+        scratch->own_endpoint = ctx->ep->endpoint;
+        reason = np_sender(skb, ctx, scratch, version);
         np_barrier();
         if (reason)
             return reason;
-        np_ip_sender_allowed(skb, flow, work);
+        np_ip_sender_allowed(skb, ctx, scratch);
     }
-    return np_ip_own(skb, flow, work, hook, version);
+    return np_ip_own(skb, ctx, scratch, hook, version);
 }
 
 // Neither IP nor ARP: nothing that a workload may send or get; a host interface may.
-NP_INLINE int np_not_ip(struct np_flow *flow)
+NP_INLINE int np_not_ip(struct np_ctx *ctx)
 {
-    if (flow->leg->missing)
-        return flow->leg->missing;
-    if (flow->leg->endpoint_flags & NP_ENDPOINT_UPLINK)
+    if (ctx->ep->missing)
+        return ctx->ep->missing;
+    if (ctx->ep->endpoint_flags & NP_ENDPOINT_UPLINK)
         return NP_REASON_UPLINK;
-    return flow->leg->endpoint_flags & NP_ENDPOINT_HOST ? NP_REASON_HOST_NON_IP : NP_REASON_NON_IP;
+    return ctx->ep->endpoint_flags & NP_ENDPOINT_HOST ? NP_REASON_HOST_NON_IP : NP_REASON_NON_IP;
 }
 
-NP_INLINE int np_frame(struct __sk_buff *skb, struct np_flow *flow, struct np_work *work, const int hook)
+NP_INLINE int np_frame(struct __sk_buff *skb, struct np_ctx *ctx, struct np_scratch *scratch, const int hook)
 {
     struct np_bytes bytes;
-    __u32 flags = flow->leg->endpoint_flags;
+    __u32 flags = ctx->ep->endpoint_flags;
     if (NP_UNLIKELY(flags & NP_ENDPOINT_UNREADABLE))
-        return flags & NP_ENDPOINT_UPLINK && !flow->leg->carried ? NP_REASON_UPLINK : NP_REASON_LINK_TYPE;
-    int reason = np_parse_frame(skb, &bytes, flow->packet, !(flags & NP_ENDPOINT_LAYER3));
+        return flags & NP_ENDPOINT_UPLINK && !ctx->ep->sender ? NP_REASON_UPLINK : NP_REASON_LINK_TYPE;
+    int reason = np_parse_frame(skb, &bytes, ctx->packet, !(flags & NP_ENDPOINT_LAYER3));
     if (NP_UNLIKELY(reason))
-        return np_malformed(flow, reason);
-    switch (flow->packet->ethertype) {
+        return np_malformed(ctx, reason);
+    switch (ctx->packet->ethertype) {
     case NP_ETHERTYPE_IP4:
-        return np_ip(skb, &bytes, flow, work, hook, 4);
+        return np_ip(skb, &bytes, ctx, scratch, hook, 4);
     case NP_ETHERTYPE_IP6:
-        return np_ip(skb, &bytes, flow, work, hook, 6);
+        return np_ip(skb, &bytes, ctx, scratch, hook, 6);
     case NP_ETHERTYPE_ARP:
-        return np_link_arp(skb, flow, hook);
+        return np_link_arp(skb, ctx, hook);
     default:
-        return np_not_ip(flow);
+        return np_not_ip(ctx);
     }
 }
 
-NP_INLINE void np_flow_set(struct np_flow *flow, struct np_work *work, const struct np_config *config)
+NP_INLINE void np_ctx_set(struct np_ctx *ctx, struct np_scratch *scratch, const struct np_config *config)
 {
-    flow->packet = &work->packet;
-    flow->decision = &work->decision;
-    flow->leg = &work->leg;
-    flow->arrival = &work->arrival;
-    flow->config = config;
+    ctx->packet = &scratch->packet;
+    ctx->decision = &scratch->decision;
+    ctx->ep = &scratch->ep;
+    ctx->arrival = &scratch->arrival;
+    ctx->config = config;
 }
 
 NP_INLINE int np_tc(struct __sk_buff *skb, const int hook)
@@ -587,22 +586,22 @@ NP_INLINE int np_tc(struct __sk_buff *skb, const int hook)
         np_count_reason(NP_REASON_NO_CONFIG, skb->len);
         return NP_DROP;
     }
-    int verdict = np_short_way(skb, config, hook);
-    if (NP_LIKELY(verdict != NP_LONG_WAY))
+    int verdict = np_fast_path(skb, config, hook);
+    if (NP_LIKELY(verdict != NP_SLOW_PATH))
         return verdict;
 
-    struct np_work *work = (void *)np_scratch_lookup();
-    struct np_flow flow;
-    if (!work) { // likewise
+    struct np_scratch *scratch = (void *)np_scratch_lookup();
+    struct np_ctx ctx;
+    if (!scratch) { // likewise
         np_count_reason(NP_REASON_NO_CONFIG, skb->len);
         return NP_DROP;
     }
-    np_flow_set(&flow, work, config);
+    np_ctx_set(&ctx, scratch, config);
     // Generation and epoch by one load, before any row: a row remembered under the old epoch must not bear the new
     // generation.
     __u64 version = *(const volatile __u64 *)config;
     np_barrier();
-    work->arrival = (struct np_arrival){
+    scratch->arrival = (struct np_arrival){
         .now_jiffies = bpf_jiffies64(),
         .ifindex = skb->ifindex,
         .ingress_ifindex = skb->ingress_ifindex,
@@ -612,81 +611,82 @@ NP_INLINE int np_tc(struct __sk_buff *skb, const int hook)
         // on still has its sender's socket.
         .is_from_node = !skb->ingress_ifindex && (skb->sk || skb->mark & config->node_mark),
     };
-    *(np_word *)&work->arrival.generation = version;
-    work->calls_left = NP_JUDGE_CALLS;
+    *(np_word *)&scratch->arrival.generation = version;
+    scratch->calls_left = NP_JUDGE_CALLS;
     np_barrier();
-    np_zero_words(&work->packet, sizeof(work->packet));
-    np_zero_words(&work->decision, sizeof(work->decision));
-    np_zero_words(&work->leg, sizeof(work->leg));
-    flow.leg->direction = np_direction_at(hook, 0);
-    flow.leg->carried = np_carried(skb, config);
-    np_keep_in_memory(&flow);
-    flow.leg->missing = np_endpoint_find(&flow);
+    np_zero_words(&scratch->packet, sizeof(scratch->packet));
+    np_zero_words(&scratch->decision, sizeof(scratch->decision));
+    np_zero_words(&scratch->ep, sizeof(scratch->ep));
+    ctx.ep->direction = np_direction_at(hook, 0);
+    ctx.ep->sender = np_sender_tag_get(skb, config);
+    np_keep_in_memory(&ctx);
+    ctx.ep->missing = np_endpoint_find(&ctx);
     np_barrier();
-    work->reason = np_frame(skb, &flow, work, hook);
+    scratch->reason = np_frame(skb, &ctx, scratch, hook);
     np_barrier(); // the verifier forgets which way it came: one walk through the end instead of one for each reason
-    return np_conclude(skb, &flow, work->reason);
+    return np_conclude(skb, &ctx, scratch->reason);
 }
 
 // A called program takes up the packet where its caller left it. NULL: it cannot.
-NP_INLINE struct np_work *np_resume(struct __sk_buff *skb, struct np_flow *flow)
+NP_INLINE struct np_scratch *np_resume(struct __sk_buff *skb, struct np_ctx *ctx)
 {
     const struct np_config *config = np_config_lookup();
-    struct np_work *work = (void *)np_scratch_lookup();
-    if (!config || !work) { // rows of arrays: cannot happen
+    struct np_scratch *scratch = (void *)np_scratch_lookup();
+    if (!config || !scratch) { // rows of arrays: cannot happen
         np_count_reason(NP_REASON_NO_CONFIG, skb->len);
         return 0;
     }
-    np_flow_set(flow, work, config);
-    return work;
+    np_ctx_set(ctx, scratch, config);
+    return scratch;
 }
 
 int np_tc_judge(struct __sk_buff *skb)
 {
-    struct np_flow flow;
-    struct np_work *work = np_resume(skb, &flow);
-    if (!work)
+    struct np_ctx ctx;
+    struct np_scratch *scratch = np_resume(skb, &ctx);
+    if (!scratch)
         return NP_DROP;
-    int is_answered = flow.packet->version == 4 ? np_ask(&flow, work, 4) : np_ask(&flow, work, 6);
+    int is_answered = ctx.packet->version == 4 ? np_ask(&ctx, scratch, 4) : np_ask(&ctx, scratch, 6);
     np_barrier();
     if (!is_answered) {
-        work->reason = np_judge_next(skb, work);
+        scratch->reason = np_judge_next(skb, scratch);
     } else {
-        np_judge_end(&flow, work);
+        np_judge_end(&ctx, scratch);
         np_barrier();
-        if (NP_UNLIKELY(work->is_sender)) {
+        if (NP_UNLIKELY(scratch->is_sender)) {
             np_call_program(skb, NP_CALL_SENDER);
-            work->reason = NP_REASON_CALL_MISSING;
-        } else if (flow.packet->version == 4) {
-            work->reason = np_ip_verdict(skb, &flow, work, 4);
+            scratch->reason = NP_REASON_CALL_MISSING;
+        } else if (ctx.packet->version == 4) {
+            scratch->reason = np_ip_verdict(skb, &ctx, scratch, 4);
         } else {
-            work->reason = np_ip_verdict(skb, &flow, work, 6);
+            scratch->reason = np_ip_verdict(skb, &ctx, scratch, 6);
         }
     }
     np_barrier();
-    return np_conclude(skb, &flow, work->reason);
+    return np_conclude(skb, &ctx, scratch->reason);
 }
 
-NP_INLINE int np_sender_goes_on(struct __sk_buff *skb, struct np_flow *flow, struct np_work *work, const int version)
+NP_INLINE int np_sender_goes_on(struct __sk_buff *skb, struct np_ctx *ctx, struct np_scratch *scratch,
+                                const int version)
 {
-    int reason = np_sender_verdict(flow, work, version);
+    int reason = np_sender_verdict(ctx, scratch, version);
     np_barrier();
     if (reason)
         return reason;
-    np_ip_sender_allowed(skb, flow, work);
-    return np_ip_own(skb, flow, work, NP_HOOK_EGRESS, version);
+    np_ip_sender_allowed(skb, ctx, scratch);
+    return np_ip_own(skb, ctx, scratch, NP_HOOK_EGRESS, version);
 }
 
 int np_tc_sender(struct __sk_buff *skb)
 {
-    struct np_flow flow;
-    struct np_work *work = np_resume(skb, &flow);
-    if (!work)
+    struct np_ctx ctx;
+    struct np_scratch *scratch = np_resume(skb, &ctx);
+    if (!scratch)
         return NP_DROP;
-    work->reason =
-        flow.packet->version == 4 ? np_sender_goes_on(skb, &flow, work, 4) : np_sender_goes_on(skb, &flow, work, 6);
+    scratch->reason =
+        ctx.packet->version == 4 ? np_sender_goes_on(skb, &ctx, scratch, 4) : np_sender_goes_on(skb, &ctx, scratch, 6);
     np_barrier();
-    return np_conclude(skb, &flow, work->reason);
+    return np_conclude(skb, &ctx, scratch->reason);
 }
 
 int np_tc_ingress(struct __sk_buff *skb)

@@ -12,7 +12,7 @@
 
 #include <linux/types.h>
 
-#define NP_SCHEMA_VERSION 8 // part of the pin directory's name
+#define NP_SCHEMA_VERSION 9 // part of the pin directory's name
 
 // --- limits ----------------------------------------------------------------------------------------------------------
 
@@ -49,7 +49,7 @@
 
 #define NP_KERNEL_BYTES 96 // copied of a packet's own structure, where it cannot be read in place
 
-#define NP_RECENT_DUE 2 // flag in np_recent_fact.hook: packets of the connection bear np_config.due_mark
+#define NP_FLOW_CACHE_DUE 2 // flag in np_flow_cache_fact.hook: packets of the connection bear np_config.due_mark
 
 #define NP_CHECK_SEED 2166136261 // FNV-1a's own 32-bit offset basis and prime
 #define NP_CHECK_PRIME 16777619
@@ -128,7 +128,7 @@ enum np_conn_flag {
     NP_CONN_EXEMPT = 4, // opened by the host itself or by the workload to itself: no policy applies
     NP_CONN_DEFERRED = 8, // opened towards a service: policy judges where the packet leaves
     NP_CONN_FORWARDED = 16, // of a host endpoint: opened by a packet that only passes through the node
-    NP_CONN_CARRIES = 32, // deferred, and nothing before policy where it leaves has allowed it for good
+    NP_CONN_TAGGED = 32, // deferred, and nothing before policy where it leaves has allowed it for good
     NP_CONN_DUE = 64, // deferred, and not allowed to the service's own address either
 };
 
@@ -136,8 +136,8 @@ enum np_conn_flag {
 enum np_rank {
     NP_RANK_NONE = 0, // no connection: being written until the tag's time, then free
     NP_RANK_CLOSED = 1, // FIN from both sides, or RST
-    NP_RANK_YOUNG = 2, // no reply was seen yet
-    NP_RANK_OPEN = 3, // both sides were seen
+    NP_RANK_UNREPLIED = 2, // no reply was seen yet
+    NP_RANK_ESTABLISHED = 3, // both sides were seen
 };
 
 // Flags of a verdict.
@@ -162,7 +162,7 @@ enum np_vip_flag {
 // Slots of np_call: the programs that a hook's program calls, each under the name np_tc_*. A tail call never returns.
 enum np_call {
     NP_CALL_JUDGE = 0, // ask one policy list, then the next one; what the interface's endpoint says is the verdict
-    NP_CALL_SENDER = 1, // policy has answered for the endpoint whose number the packet carries
+    NP_CALL_SENDER = 1, // policy has answered for the endpoint whose number is the sender tag of the packet
     NP_CALLS = 2, // how many there are
 };
 
@@ -201,7 +201,7 @@ enum np_reason {
     NP_REASON_UPLINK = 11, // on a host interface without policy
     NP_REASON_DHCP = 12, // a workload asks for an address
     NP_REASON_POLICY_DENY = 32, // policy denies the flow
-    NP_REASON_REVOKED = 33, // policy no longer allows an open connection
+    NP_REASON_REVOKED = 33, // policy no longer allows an established connection
     NP_REASON_UNKNOWN_ENDPOINT = 34, // the interface has no endpoint row
     NP_REASON_SPOOFED = 35, // the workload does not own the source address
     NP_REASON_NON_IP = 36, // neither IP nor ARP, on a workload interface
@@ -237,7 +237,7 @@ enum np_reason {
     NP_REASON_EVENT_LOST = 96, // the ring buffer had no room for an event
     NP_REASON_LOG_LIMITED = 97, // a log event held back by the rate limit
     NP_REASON_RULE_RANGE = 98, // a rule number beyond np_rule_count or np_staged_count, once for each
-    NP_REASON_CONN_EVICTED = 99, // an open connection was forgotten for a new one: eight open ones shared its bucket
+    NP_REASON_CONN_EVICTED = 99, // an established connection made room for a new one in its bucket
     NP_REASON_COUNT = 128, // size of np_reason_count
 };
 
@@ -297,10 +297,10 @@ struct np_host {
 };
 _Static_assert(sizeof(struct np_host) == 400, "np_host");
 
-struct np_place {
+struct np_ifindex {
     __u32 ifindex; // key of np_endpoint
 };
-_Static_assert(sizeof(struct np_place) == 4, "np_place");
+_Static_assert(sizeof(struct np_ifindex) == 4, "np_ifindex");
 
 struct np_local {
     __u32 flags; // enum np_local_flag
@@ -381,10 +381,10 @@ struct np_addr6_bucket {
 _Static_assert(sizeof(struct np_addr6_bucket) == 128, "np_addr6_bucket is two cache lines");
 
 // Node addresses and service addresses, as bits by hash: where the bit is 0 no table of those need be asked.
-struct np_special {
+struct np_vip_filter {
     __u64 bits;
 };
-_Static_assert(sizeof(struct np_special) == 8, "np_special");
+_Static_assert(sizeof(struct np_vip_filter) == 8, "np_vip_filter");
 
 struct np_cidr4_key {
     __u32 prefix_bits;
@@ -543,7 +543,7 @@ struct np_conn6_entry {
 _Static_assert(sizeof(struct np_conn6_entry) == 72, "np_conn6_entry");
 
 // Of connections with the same hash. A tag says what a look-up and a choice of what goes have to know: in bits 63 to 32
-// the key's hash, 31 whether it is young, 30 to 2 when it expires in units of 64 jiffies, 1 and 0 enum np_rank. An
+// the key's hash, 31 whether it is unreplied, 30 to 2 when it expires in units of 64 jiffies, 1 and 0 enum np_rank. An
 // entry means what its tag says; 0: free.
 struct np_conn_tags {
     __u64 tag[NP_CONN_WAYS];
@@ -627,11 +627,11 @@ _Static_assert(sizeof(struct np_log_limit) == 8, "np_log_limit");
 
 struct np_config {
     __u32 generation; // raised when an allow may have become a deny
-    __u32 epoch; // raised when an endpoint's row or address changed: what np_near remembers is void
+    __u32 epoch; // raised when an endpoint's row or address changed: what np_ep_cache remembers is void
     __u32 flags; // enum np_config_flag
     __u32 jiffies_per_second;
     __u32 wildcard; // number of the host endpoint of all interfaces, workloads' included; 0: none
-    __u32 mark_shift; // where a packet to a service carries its sender's 16-bit number: skb->mark; 0: skb->tc_index
+    __u32 mark_shift; // where a packet to a service has its sender tag, of 16 bits: skb->mark; 0: skb->tc_index
     __u32 seen_mark; // bit of skb->mark that says that the program saw the packet come in; 0: it is not to say so
     __u32 node_mark; // bit that the node sets in what its own processes send; 0: it does not
     __u32 due_mark; // bit that says that no process of the node may get the packet; 0: nobody would look
@@ -649,42 +649,42 @@ _Static_assert(sizeof(struct np_schema) == 40, "np_schema");
 
 // What is remembered of a connection's packets in one direction, by the CPU that saw them. Valid for one generation,
 // until the table is to be asked again.
-struct np_recent_fact {
+struct np_flow_cache_fact {
     __u32 ports_be; // source and destination, as in the packet
     __u32 ifindex;
     __u32 generation; // 0: unused
     __u32 until_jiffies; // a second after the table was asked; the lower 32 bits
     __u32 rule;
-    __u16 carries; // number that packets of the connection carry on, 0: none
+    __u16 sender_tag; // of the packets of the connection, 0: none
     __u8 protocol;
-    __u8 hook; // enum np_hook, and NP_RECENT_DUE
+    __u8 hook; // enum np_hook, and NP_FLOW_CACHE_DUE
 };
-_Static_assert(sizeof(struct np_recent_fact) == 24, "np_recent_fact");
+_Static_assert(sizeof(struct np_flow_cache_fact) == 24, "np_flow_cache_fact");
 
-struct np_recent4 {
+struct np_flow_cache4 {
     __u8 source[4];
     __u8 destination[4];
-    struct np_recent_fact fact;
+    struct np_flow_cache_fact fact;
 };
-_Static_assert(sizeof(struct np_recent4) == 32, "two np_recent4 are one cache line");
+_Static_assert(sizeof(struct np_flow_cache4) == 32, "two np_flow_cache4 are one cache line");
 
-struct np_recent6 {
+struct np_flow_cache6 {
     __u8 source[16];
     __u8 destination[16];
-    struct np_recent_fact fact;
+    struct np_flow_cache_fact fact;
     __u64 pad;
 };
-_Static_assert(sizeof(struct np_recent6) == 64, "np_recent6 is one cache line");
+_Static_assert(sizeof(struct np_flow_cache6) == 64, "np_flow_cache6 is one cache line");
 
 // What a packet's way through policy needs besides the stack.
-struct np_scratch {
+struct np_scratch_words {
     __u64 words[NP_SCRATCH_WORDS];
 };
-_Static_assert(sizeof(struct np_scratch) == 608, "np_scratch");
+_Static_assert(sizeof(struct np_scratch_words) == 608, "np_scratch_words");
 
 // An endpoint's row by interface, whole and checked, remembered per CPU and direct-mapped; and the last source
 // addresses that turned out to be the workload's own. Valid for one epoch.
-struct np_near {
+struct np_ep_cache {
     __u32 ifindex;
     __u32 epoch; // 0: unused
     __u32 number;
@@ -697,4 +697,4 @@ struct np_near {
     struct np_set ingress;
     struct np_set egress;
 };
-_Static_assert(sizeof(struct np_near) == 144, "np_near");
+_Static_assert(sizeof(struct np_ep_cache) == 144, "np_ep_cache");

@@ -7,7 +7,7 @@
 // each row of the bucket.
 #pragma once
 
-#include "np_flow.h"
+#include "np_ctx.h"
 #include "np_maps.h"
 
 #define NP_HASH_MULTIPLIER 0x9e3779b97f4a7c15ull // 2^64 divided by the golden ratio: spreads neighbours
@@ -27,10 +27,10 @@ NP_INLINE __u32 np_addr_hash(const __u32 *address, const int version)
 }
 
 // Whether an address may be one of the node's or of a service.
-NP_INLINE int np_is_special(const __u32 *address, const int version)
+NP_INLINE int np_vip_filter_has(const __u32 *address, const int version)
 {
     __u32 hash = np_addr_hash(address, version);
-    struct np_special *row = np_special_lookup(hash);
+    struct np_vip_filter *row = np_vip_filter_lookup(hash);
     return !row || row->bits >> (hash & 63) & 1;
 }
 
@@ -74,9 +74,9 @@ NP_INLINE __u32 np_addr6_seek(struct np_addr *found, const __u32 *address)
 }
 
 // The row of a known address; its identity is 0 when there is none. Good until the next look-up.
-NP_INLINE const struct np_addr *np_addr_find(struct np_flow *flow, const __u32 *address, const int version)
+NP_INLINE const struct np_addr *np_addr_find(struct np_ctx *ctx, const __u32 *address, const int version)
 {
-    struct np_addr *found = &flow->leg->addr;
+    struct np_addr *found = &ctx->ep->addr;
     *found = (struct np_addr){};
     if (NP_UNLIKELY(version == 4 ? np_addr4_seek(found, address) : np_addr6_seek(found, address))) {
         union np_addr_key key;
@@ -106,9 +106,9 @@ NP_INLINE __u32 np_class_seek(const struct np_peer_bucket *bucket, __u32 set, __
 }
 
 // The class of an identity, as the policy set `set` and those that share its number tell peers apart.
-NP_INLINE __u32 np_class_of(struct np_flow *flow, __u32 set, __u32 identity, __u32 default_class)
+NP_INLINE __u32 np_class_of(struct np_ctx *ctx, __u32 set, __u32 identity, __u32 default_class)
 {
-    __u32 *found = &flow->leg->class;
+    __u32 *found = &ctx->ep->class;
     __u32 more = 0;
     __u32 block = identity / NP_LINE_CLASSES;
     __u32 index = identity - block * NP_LINE_CLASSES;

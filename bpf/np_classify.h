@@ -14,7 +14,7 @@
 #pragma once
 
 #include "np_endpoint.h"
-#include "np_flow.h"
+#include "np_ctx.h"
 #include "np_maps.h"
 
 // Whether a destination is one of the node's own addresses: asked twice of most packets, looked up once.
@@ -37,21 +37,21 @@ struct np_question {
 };
 _Static_assert(NP_DIRECTION_EGRESS == 1 && NP_DIRECTION_INGRESS == 0, "a direction chooses an address");
 
-NP_INLINE int np_is_to_node(const struct np_flow *flow, struct np_question *question, const int version)
+NP_INLINE int np_is_to_node(const struct np_ctx *ctx, struct np_question *question, const int version)
 {
     if (question->to_node == NP_TO_NODE_UNASKED)
-        question->to_node = np_reaches_node(flow, question->destination, version) ? NP_TO_NODE_YES : NP_TO_NODE_NO;
+        question->to_node = np_reaches_node(ctx, question->destination, version) ? NP_TO_NODE_YES : NP_TO_NODE_NO;
     return question->to_node == NP_TO_NODE_YES;
 }
 
 // Identity of a question's source (`side` 0) or destination (1), and who has the address, as in np_addr.
-NP_INLINE __u32 np_identity_of(struct np_flow *flow, const struct np_question *question, __u32 side, __u32 *holder,
+NP_INLINE __u32 np_identity_of(struct np_ctx *ctx, const struct np_question *question, __u32 side, __u32 *holder,
                                const int version)
 {
     __u32 address[4];
     const void *chosen = (const void *)question->source + (side & 1) * sizeof(question->source);
     __builtin_memcpy(address, chosen, version == 4 ? 4 : 16);
-    const struct np_addr *addr = np_addr_find(flow, address, version);
+    const struct np_addr *addr = np_addr_find(ctx, address, version);
     *holder = addr->holder;
     if (NP_LIKELY(addr->identity))
         return addr->identity;
@@ -123,17 +123,16 @@ NP_INLINE int np_source_class_of(const struct np_question *question, const struc
 
 // All four steps. Fills in the decision but for its reason; returns NP_REASON_NONE, why it denies, or NP_REASON_SELF
 // when the peer is `self` (the number of an endpoint; 0: nobody is).
-NP_INLINE int np_classify(struct np_flow *flow, const struct np_question *question, const struct np_set *set,
+NP_INLINE int np_classify(struct np_ctx *ctx, const struct np_question *question, const struct np_set *set,
                           __u8 direction, __u32 self, const int version)
 {
-    struct np_decision *decision = flow->decision;
+    struct np_decision *decision = ctx->decision;
     __u32 endpoint;
-    decision->peer_identity =
-        np_identity_of(flow, question, direction, &endpoint, version); // outwards: the destination
+    decision->peer_identity = np_identity_of(ctx, question, direction, &endpoint, version); // outwards: the destination
     if (self && endpoint == self)
         return NP_REASON_SELF;
     decision->set = set->number;
-    __u32 class = np_class_of(flow, set->number, decision->peer_identity,
+    __u32 class = np_class_of(ctx, set->number, decision->peer_identity,
                               version == 4 ? set->default_class4 : set->default_class6);
     decision->peer_class = class;
     if (NP_UNLIKELY(class >= set->peer_classes))
@@ -141,8 +140,8 @@ NP_INLINE int np_classify(struct np_flow *flow, const struct np_question *questi
 
     __u32 index = class * set->own_classes;
     if (NP_UNLIKELY(set->own_set)) {
-        flow->leg->own_identity = np_identity_of(flow, question, !direction, &endpoint, version);
-        __u32 own_class = np_class_of(flow, set->own_set, flow->leg->own_identity,
+        ctx->ep->own_identity = np_identity_of(ctx, question, !direction, &endpoint, version);
+        __u32 own_class = np_class_of(ctx, set->own_set, ctx->ep->own_identity,
                                       version == 4 ? set->own_default_class4 : set->own_default_class6);
         if (own_class >= set->own_classes)
             return NP_REASON_CLASS_RANGE;

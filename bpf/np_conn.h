@@ -3,11 +3,11 @@
 // Connections: which one a packet belongs to, whether that is still alive, how it moves on.  Knows nothing of policy: a
 // connection only says under which generation policy allowed it, and who may re-judge it with the first packet's tuple.
 //
-// A connection is young until its first reply, and then open.  A new one does not touch an open one with the same
-// tuple: else anybody could end connections by a SYN with a forged source.  Its reply does.
+// A connection is unreplied until its first reply, and then open.  A new one does not touch an established one with the
+// same tuple: else anybody could end connections by a SYN with a forged source.  Its reply does.
 #pragma once
 
-#include "np_flow.h"
+#include "np_ctx.h"
 #include "np_table.h"
 
 #define NP_ICMP_HEADER_BYTES 8
@@ -18,7 +18,7 @@ struct np_found {
     __u32 generation; // of struct np_conn, as all that follow the first two flags
     __u32 rule;
     __u8 is_known; // a connection that is alive and covers the packet
-    __u8 is_young; // it is a young one
+    __u8 is_unreplied; // it is an unreplied one
     __u8 direction;
     __u8 flags;
     __u8 icmp_type;
@@ -27,7 +27,7 @@ struct np_found {
 };
 
 // The leg's key for a pair of addresses and ports; `from_endpoint`: the source is the endpoint's side.
-NP_INLINE void np_conn_key_set(union np_conn_key *key, const struct np_flow *flow, const __u32 *source,
+NP_INLINE void np_conn_key_set(union np_conn_key *key, const struct np_ctx *ctx, const __u32 *source,
                                const __u32 *destination, __u16 source_port, __u16 destination_port, __u8 protocol,
                                int from_endpoint, const int version)
 {
@@ -37,18 +37,14 @@ NP_INLINE void np_conn_key_set(union np_conn_key *key, const struct np_flow *flo
     __u8 *remote;
     int words;
     if (version == 4) {
-        key->v4 = (struct np_conn4_key){.endpoint = flow->leg->endpoint,
-                                        .local_port = local_port,
-                                        .remote_port = remote_port,
-                                        .protocol = protocol};
+        key->v4 = (struct np_conn4_key){
+            .endpoint = ctx->ep->endpoint, .local_port = local_port, .remote_port = remote_port, .protocol = protocol};
         local = key->v4.local;
         remote = key->v4.remote;
         words = 1;
     } else {
-        key->v6 = (struct np_conn6_key){.endpoint = flow->leg->endpoint,
-                                        .local_port = local_port,
-                                        .remote_port = remote_port,
-                                        .protocol = protocol};
+        key->v6 = (struct np_conn6_key){
+            .endpoint = ctx->ep->endpoint, .local_port = local_port, .remote_port = remote_port, .protocol = protocol};
         local = key->v6.local;
         remote = key->v6.remote;
         words = 4;
@@ -62,11 +58,11 @@ NP_INLINE void np_conn_key_set(union np_conn_key *key, const struct np_flow *flo
     }
 }
 
-NP_INLINE void np_conn_key_of(union np_conn_key *key, const struct np_flow *flow, const int version)
+NP_INLINE void np_conn_key_of(union np_conn_key *key, const struct np_ctx *ctx, const int version)
 {
-    const struct np_packet *packet = flow->packet;
-    np_conn_key_set(key, flow, packet->source, packet->destination, packet->source_port, packet->destination_port,
-                    packet->protocol, flow->leg->direction == NP_DIRECTION_EGRESS, version);
+    const struct np_packet *packet = ctx->packet;
+    np_conn_key_set(key, ctx, packet->source, packet->destination, packet->source_port, packet->destination_port,
+                    packet->protocol, ctx->ep->direction == NP_DIRECTION_EGRESS, version);
 }
 
 // For an ICMP error: the leg of the packet it is about.  That packet went the other way, so its source is the
@@ -74,10 +70,10 @@ NP_INLINE void np_conn_key_of(union np_conn_key *key, const struct np_flow *flow
 // carries no readable header (then it is about nothing, and policy judges it like any other message); or
 // NP_REASON_ICMP_UNRELATED when it is not addressed to the sender of that packet: else a workload could send errors
 // with any content to anyone as long as it has one connection.
-NP_INLINE int np_conn_key_inner(struct __sk_buff *skb, union np_conn_key *key, const struct np_flow *flow,
+NP_INLINE int np_conn_key_inner(struct __sk_buff *skb, union np_conn_key *key, const struct np_ctx *ctx,
                                 const int version)
 {
-    __u32 offset = flow->packet->l4_offset + NP_ICMP_HEADER_BYTES;
+    __u32 offset = ctx->packet->l4_offset + NP_ICMP_HEADER_BYTES;
     __u32 source[4] = {};
     __u32 destination[4] = {};
     __u8 protocol;
@@ -123,12 +119,12 @@ NP_INLINE int np_conn_key_inner(struct __sk_buff *skb, union np_conn_key *key, c
     __u16 source_port = 0;
     __u16 destination_port = 0;
     struct np_icmp_header l4; // eight bytes: of any protocol, the most an error must carry
-    if (offset + sizeof(l4) > flow->packet->end || bpf_skb_load_bytes(skb, offset, &l4, sizeof(l4)))
+    if (offset + sizeof(l4) > ctx->packet->end || bpf_skb_load_bytes(skb, offset, &l4, sizeof(l4)))
         return NP_REASON_NONE;
-    __u32 other = source[0] ^ flow->packet->destination[0];
+    __u32 other = source[0] ^ ctx->packet->destination[0];
     if (version == 6)
-        other |= (source[1] ^ flow->packet->destination[1]) | (source[2] ^ flow->packet->destination[2]) |
-                 (source[3] ^ flow->packet->destination[3]);
+        other |= (source[1] ^ ctx->packet->destination[1]) | (source[2] ^ ctx->packet->destination[2]) |
+                 (source[3] ^ ctx->packet->destination[3]);
     if (other)
         return NP_REASON_ICMP_UNRELATED;
     if (protocol == NP_PROTOCOL_TCP || protocol == NP_PROTOCOL_UDP || protocol == NP_PROTOCOL_SCTP) {
@@ -143,8 +139,8 @@ NP_INLINE int np_conn_key_inner(struct __sk_buff *skb, union np_conn_key *key, c
         else if (kind == NP_ICMP_ANSWER)
             destination_port = np_host16(l4.id_be);
     }
-    np_conn_key_set(key, flow, source, destination, source_port, destination_port, protocol,
-                    flow->leg->direction == NP_DIRECTION_INGRESS, version);
+    np_conn_key_set(key, ctx, source, destination, source_port, destination_port, protocol,
+                    ctx->ep->direction == NP_DIRECTION_INGRESS, version);
     return NP_REASON_RELATED;
 }
 
@@ -154,14 +150,14 @@ NP_INLINE int np_conn_is_closed(const struct np_conn *conn)
     return conn->state == NP_CONN_TCP_CLOSING || conn->state == NP_CONN_TCP_RESET;
 }
 
-// Whether the connection still speaks for its packets.  A closed one does as long as an open one, should it not be over
-// after all; only its place is free for others sooner (np_slot_renew).
-NP_INLINE int np_conn_is_alive(const struct np_conn *conn, const struct np_flow *flow)
+// Whether the connection still speaks for its packets.  A closed one does as long as an established one, should it not
+// be over after all; only its place is free for others sooner (np_ct_refresh).
+NP_INLINE int np_conn_is_alive(const struct np_conn *conn, const struct np_ctx *ctx)
 {
     __u32 state = np_conn_is_closed(conn) ? NP_CONN_TCP_OPEN : conn->state;
     // seen_jiffies may be a tick ahead of us when another CPU wrote it; the difference is then negative, and small
-    return (long long)(flow->arrival->now_jiffies - conn->seen_jiffies) <=
-           (long long)flow->config->timeout_jiffies[state & (NP_CONN_STATES - 1)];
+    return (long long)(ctx->arrival->now_jiffies - conn->seen_jiffies) <=
+           (long long)ctx->config->timeout_jiffies[state & (NP_CONN_STATES - 1)];
 }
 
 // Policy allows the connection under a newer generation: that is seen only by who sees its rule and flags as they are.
@@ -188,9 +184,9 @@ NP_INLINE int np_conn_is_initial(const struct np_packet *packet)
 // Whether the connection speaks for the packet, which is no initial SYN.  An ICMP query must ask what the first one
 // asked, an answer must answer it, an error must be about it (then its key is the connection's); all other ICMP stands
 // alone, whatever was asked with the identifier 0.
-NP_INLINE int np_conn_covers(const struct np_conn *conn, const struct np_flow *flow)
+NP_INLINE int np_conn_covers(const struct np_conn *conn, const struct np_ctx *ctx)
 {
-    const struct np_packet *packet = flow->packet;
+    const struct np_packet *packet = ctx->packet;
     if (packet->icmp_kind == NP_ICMP_QUERY)
         return packet->icmp_type == conn->icmp_type && packet->icmp_code == conn->icmp_code;
     if (packet->icmp_kind == NP_ICMP_ANSWER) // 0 answers 8; 14, 16, 18 and 129 answer the type before
@@ -200,8 +196,9 @@ NP_INLINE int np_conn_covers(const struct np_conn *conn, const struct np_flow *f
     return 1;
 }
 
-// Whether a packet may answer an initial SYN, by SYN with ACK or by RST.  Then young connections come first: there may
-// still be an older open one with the same tuple, which the SYN did not look for, and which the answer replaces.
+// Whether a packet may answer an initial SYN, by SYN with ACK or by RST.  Then unreplied connections come first: there
+// may still be an older established one with the same tuple, which the SYN did not look for, and which the answer
+// replaces.
 NP_INLINE int np_conn_may_answer(const struct np_packet *packet)
 {
     return packet->protocol == NP_PROTOCOL_TCP && packet->tcp_flags & (NP_TCP_SYN | NP_TCP_RST);
@@ -209,7 +206,8 @@ NP_INLINE int np_conn_may_answer(const struct np_packet *packet)
 
 // Copy what the packet needs of its connection.  The generation comes first: rule and flags are those of that
 // generation, or newer.  Returns whether all that was read until now is this connection's.
-NP_INLINE int np_conn_copy(struct np_found *found, const struct np_slot *slot, const struct np_flow *flow, int young)
+NP_INLINE int np_conn_copy(struct np_found *found, const struct np_ct_slot *slot, const struct np_ctx *ctx,
+                           int unreplied)
 {
     __u32 generation = slot->conn->generation;
     const struct np_conn *conn = np_load_after((const struct np_conn *)slot->conn, generation);
@@ -219,28 +217,28 @@ NP_INLINE int np_conn_copy(struct np_found *found, const struct np_slot *slot, c
     found->flags = conn->flags;
     found->icmp_type = conn->icmp_type;
     found->icmp_code = conn->icmp_code;
-    return np_slot_is_kept(slot, found->rule + found->flags, young, flow);
+    return np_ct_slot_is_kept(slot, found->rule + found->flags, unreplied, ctx);
 }
 
-// Find the packet's connection, after np_slot_seek; none that is alive and covers the packet: no slot.  An initial SYN
+// Find the packet's connection, after np_ct_probe; none that is alive and covers the packet: no slot.  An initial SYN
 // has none, and the table is not asked: a denied one costs no look-up in a table as large as this.
-NP_INLINE struct np_slot np_conn_find(struct np_found *found, const union np_conn_key *key, const struct np_flow *flow,
-                                      const int version)
+NP_INLINE struct np_ct_slot np_conn_find(struct np_found *found, const union np_conn_key *key, const struct np_ctx *ctx,
+                                         const int version)
 {
-    const struct np_slot none = {};
-    int may_answer = np_conn_may_answer(flow->packet);
-    struct np_slot slot = none;
+    const struct np_ct_slot none = {};
+    int may_answer = np_conn_may_answer(ctx->packet);
+    struct np_ct_slot slot = none;
     *found = (struct np_found){};
-    if (np_conn_is_initial(flow->packet))
+    if (np_conn_is_initial(ctx->packet))
         return none;
 #pragma clang loop unroll(disable)
     for (int turn = 0; turn < 2; turn++) {
-        int young = may_answer ? !turn : turn;
-        slot = np_slot_find(flow, key, young, version);
-        if (slot.conn && np_conn_is_alive(slot.conn, flow) && np_conn_covers(slot.conn, flow) &&
-            np_conn_copy(found, &slot, flow, young)) {
+        int unreplied = may_answer ? !turn : turn;
+        slot = np_ct_lookup(ctx, key, unreplied, version);
+        if (slot.conn && np_conn_is_alive(slot.conn, ctx) && np_conn_covers(slot.conn, ctx) &&
+            np_conn_copy(found, &slot, ctx, unreplied)) {
             found->is_known = 1;
-            found->is_young = young;
+            found->is_unreplied = unreplied;
             return slot;
         }
     }
@@ -248,19 +246,19 @@ NP_INLINE struct np_slot np_conn_find(struct np_found *found, const union np_con
 }
 
 // The connection that was found, again; no slot when it has been evicted since.
-NP_INLINE struct np_slot np_conn_again(const struct np_flow *flow, const struct np_found *found,
-                                       const union np_conn_key *key, const int version)
+NP_INLINE struct np_ct_slot np_conn_again(const struct np_ctx *ctx, const struct np_found *found,
+                                          const union np_conn_key *key, const int version)
 {
-    return np_slot_find(flow, key, found->is_young, version);
+    return np_ct_lookup(ctx, key, found->is_unreplied, version);
 }
 
 // Note that the connection lives, at most once a second: the entry is shared by all CPUs.
-NP_INLINE void np_conn_touch(const struct np_slot *slot, const struct np_flow *flow)
+NP_INLINE void np_conn_touch(const struct np_ct_slot *slot, const struct np_ctx *ctx)
 {
-    if (flow->arrival->now_jiffies - slot->conn->seen_jiffies < flow->config->jiffies_per_second)
+    if (ctx->arrival->now_jiffies - slot->conn->seen_jiffies < ctx->config->jiffies_per_second)
         return;
-    slot->conn->seen_jiffies = flow->arrival->now_jiffies;
-    np_slot_renew(slot, (*slot->tag & NP_TAG_YOUNG) != 0, flow);
+    slot->conn->seen_jiffies = ctx->arrival->now_jiffies;
+    np_ct_refresh(slot, (*slot->tag & NP_TAG_UNREPLIED) != 0, ctx);
 }
 
 NP_INLINE __u8 np_conn_first_state(__u8 protocol)
@@ -280,10 +278,10 @@ NP_INLINE __u8 np_conn_first_state(__u8 protocol)
 
 // Whether a packet that policy allowed opens a connection.  A SYN with ACK, a RST and an ICMP answer follow or end
 // something; ICMP messages that are no queries stand alone; borrowed sources are not remembered.
-NP_INLINE int np_conn_opens(const struct np_flow *flow)
+NP_INLINE int np_conn_opens(const struct np_ctx *ctx)
 {
-    const struct np_packet *packet = flow->packet;
-    if (flow->leg->untracked || packet->tcp_flags & NP_TCP_RST ||
+    const struct np_packet *packet = ctx->packet;
+    if (ctx->ep->untracked || packet->tcp_flags & NP_TCP_RST ||
         (packet->tcp_flags & (NP_TCP_SYN | NP_TCP_ACK)) == (NP_TCP_SYN | NP_TCP_ACK))
         return 0;
     if (packet->protocol == NP_PROTOCOL_ICMP || packet->protocol == NP_PROTOCOL_ICMPV6)
@@ -291,42 +289,42 @@ NP_INLINE int np_conn_opens(const struct np_flow *flow)
     return 1;
 }
 
-// An older open connection with the same key is over.
-NP_INLINE void np_conn_remove(const struct np_flow *flow, const union np_conn_key *key, const int version)
+// An older established connection with the same key is over.
+NP_INLINE void np_conn_remove(const struct np_ctx *ctx, const union np_conn_key *key, const int version)
 {
-    struct np_slot open = np_slot_find(flow, key, 0, version);
+    struct np_ct_slot open = np_ct_lookup(ctx, key, 0, version);
     if (open.conn)
-        np_slot_free(&open);
+        np_ct_release(&open);
 }
 
-// Record the packet as the first of a connection.  `state` 0: the protocol's first one.  An older open connection that
-// is not the packet's goes, but not for an initial SYN.
-NP_INLINE int np_conn_open(const struct np_flow *flow, const union np_conn_key *key, __u8 state, __u8 flags,
+// Record the packet as the first of a connection.  `state` 0: the protocol's first one.  An older established
+// connection that is not the packet's goes, but not for an initial SYN.
+NP_INLINE int np_conn_open(const struct np_ctx *ctx, const union np_conn_key *key, __u8 state, __u8 flags,
                            const int version)
 {
-    const struct np_packet *packet = flow->packet;
+    const struct np_packet *packet = ctx->packet;
     if (np_conn_is_initial(packet))
-        np_slot_seek(flow, key, version);
+        np_ct_probe(ctx, key, version);
     else
-        np_conn_remove(flow, key, version);
-    struct np_slot slot = np_slot_own(flow, version);
+        np_conn_remove(ctx, key, version);
+    struct np_ct_slot slot = np_ct_reserve(ctx, version);
     if (!slot.conn)
         return NP_REASON_CONN_FULL;
-    np_half *stored = np_slot_key(&slot, version);
+    np_half *stored = np_ct_slot_key(&slot, version);
 #pragma unroll
     for (__u32 word = 0; word < np_key_words(version); word++)
         stored[word] = ((const np_half *)key)[word];
     *slot.conn = (struct np_conn){
-        .seen_jiffies = flow->arrival->now_jiffies,
-        .generation = flow->arrival->generation,
-        .rule = flow->decision->rule,
-        .direction = flow->leg->direction,
+        .seen_jiffies = ctx->arrival->now_jiffies,
+        .generation = ctx->arrival->generation,
+        .rule = ctx->decision->rule,
+        .direction = ctx->ep->direction,
         .state = state ? state : np_conn_first_state(packet->protocol),
         .flags = flags,
         .icmp_type = packet->icmp_type,
         .icmp_code = packet->icmp_code,
     };
-    np_slot_publish(&slot, flow);
+    np_ct_commit(&slot, ctx);
     return NP_REASON_NONE;
 }
 
@@ -337,37 +335,37 @@ NP_INLINE int np_goes_on(const struct np_packet *packet)
            packet->end > packet->l4_offset + packet->l4_bytes;
 }
 
-// Move the connection on by one of its packets: time, TCP flags, from young to open with the first reply, and from
-// closed back to open when data goes on.
-NP_INLINE void np_conn_advance(const struct np_flow *flow, const union np_conn_key *key, const struct np_slot *slot,
+// Move the connection on by one of its packets: time, TCP flags, from unreplied to established with the first reply,
+// and from closed back to open when data goes on.
+NP_INLINE void np_conn_advance(const struct np_ctx *ctx, const union np_conn_key *key, const struct np_ct_slot *slot,
                                const struct np_found *found, const int version)
 {
-    const struct np_packet *packet = flow->packet;
+    const struct np_packet *packet = ctx->packet;
     struct np_conn *conn = slot->conn;
-    int young = found->is_young;
+    int unreplied = found->is_unreplied;
     int is_over = 0;
-    int revives = !young && np_conn_is_closed(conn) && np_goes_on(packet);
-    np_conn_touch(slot, flow);
+    int revives = !unreplied && np_conn_is_closed(conn) && np_goes_on(packet);
+    np_conn_touch(slot, ctx);
     if (NP_UNLIKELY(revives)) {
         conn->state = NP_CONN_TCP_OPEN;
         conn->flags &= ~(NP_CONN_FIN_ORIGINAL | NP_CONN_FIN_REPLY);
     }
     if (packet->tcp_flags & NP_TCP_FIN && !(packet->tcp_flags & NP_TCP_RST)) {
-        conn->flags |= flow->leg->reply ? NP_CONN_FIN_REPLY : NP_CONN_FIN_ORIGINAL;
+        conn->flags |= ctx->ep->reply ? NP_CONN_FIN_REPLY : NP_CONN_FIN_ORIGINAL;
         is_over = !(~conn->flags & (NP_CONN_FIN_ORIGINAL | NP_CONN_FIN_REPLY));
     }
     if (packet->tcp_flags & NP_TCP_RST)
         conn->state = NP_CONN_TCP_RESET;
     else if (is_over)
         conn->state = NP_CONN_TCP_CLOSING;
-    if (young && flow->leg->reply && !(packet->tcp_flags & NP_TCP_RST)) {
-        np_conn_remove(flow, key, version); // an older one, if there is
+    if (unreplied && ctx->ep->reply && !(packet->tcp_flags & NP_TCP_RST)) {
+        np_conn_remove(ctx, key, version); // an older one, if there is
         if (conn->state == NP_CONN_TCP_NEW)
             conn->state = NP_CONN_TCP_OPEN;
-        conn->seen_jiffies = flow->arrival->now_jiffies;
-        young = 0;
+        conn->seen_jiffies = ctx->arrival->now_jiffies;
+        unreplied = 0;
     } else if (!(packet->tcp_flags & NP_TCP_RST) && !is_over && !revives) {
         return;
     }
-    np_slot_renew(slot, young, flow);
+    np_ct_refresh(slot, unreplied, ctx);
 }

@@ -5,32 +5,32 @@
 // keep them would be a table an attacker fills.
 #pragma once
 
-#include "np_flow.h"
+#include "np_ctx.h"
 #include "np_maps.h"
 
-NP_INLINE void np_fragment_key(union np_frag_key *key, const struct np_flow *flow, const int version)
+NP_INLINE void np_fragment_key(union np_frag_key *key, const struct np_ctx *ctx, const int version)
 {
-    const struct np_packet *packet = flow->packet;
+    const struct np_packet *packet = ctx->packet;
     if (version == 4) {
         key->v4 = (struct np_frag4_key){
-            .endpoint = flow->leg->endpoint, .id = packet->fragment_id, .protocol = packet->protocol};
+            .endpoint = ctx->ep->endpoint, .id = packet->fragment_id, .protocol = packet->protocol};
         __builtin_memcpy(key->v4.source, packet->source, sizeof(key->v4.source));
         __builtin_memcpy(key->v4.destination, packet->destination, sizeof(key->v4.destination));
     } else { // the protocol is no part: behind the fragment header may stand another extension header
-        key->v6 = (struct np_frag6_key){.endpoint = flow->leg->endpoint, .id = packet->fragment_id};
+        key->v6 = (struct np_frag6_key){.endpoint = ctx->ep->endpoint, .id = packet->fragment_id};
         __builtin_memcpy(key->v6.source, packet->source, sizeof(key->v6.source));
         __builtin_memcpy(key->v6.destination, packet->destination, sizeof(key->v6.destination));
     }
 }
 
 // Give a later fragment the transport header's fields of its first one.
-NP_INLINE int np_fragment_recall(struct np_flow *flow, const int version)
+NP_INLINE int np_fragment_recall(struct np_ctx *ctx, const int version)
 {
-    struct np_packet *packet = flow->packet;
+    struct np_packet *packet = ctx->packet;
     union np_frag_key key;
-    np_fragment_key(&key, flow, version);
+    np_fragment_key(&key, ctx, version);
     struct np_frag *first = np_frag_lookup(&key, version);
-    if (!first || flow->arrival->now_jiffies - first->seen_jiffies > flow->config->timeout_jiffies[NP_CONN_FRAGMENT])
+    if (!first || ctx->arrival->now_jiffies - first->seen_jiffies > ctx->config->timeout_jiffies[NP_CONN_FRAGMENT])
         return NP_REASON_FRAGMENT;
     if (packet->fragment_units < first->header_units)
         return NP_REASON_FRAGMENT;
@@ -45,13 +45,13 @@ NP_INLINE int np_fragment_recall(struct np_flow *flow, const int version)
 }
 
 // Remember a first fragment that was allowed.
-NP_INLINE int np_fragment_remember(const struct np_flow *flow, const int version)
+NP_INLINE int np_fragment_remember(const struct np_ctx *ctx, const int version)
 {
-    const struct np_packet *packet = flow->packet;
+    const struct np_packet *packet = ctx->packet;
     union np_frag_key key;
-    np_fragment_key(&key, flow, version);
+    np_fragment_key(&key, ctx, version);
     struct np_frag first = {
-        .seen_jiffies = flow->arrival->now_jiffies,
+        .seen_jiffies = ctx->arrival->now_jiffies,
         .source_port = packet->source_port,
         .destination_port = packet->destination_port,
         .protocol = packet->protocol,

@@ -21,11 +21,11 @@
 #include "np_classify.h"
 #include "np_conn.h"
 #include "np_endpoint.h"
-#include "np_flow.h"
+#include "np_ctx.h"
 #include "np_maps.h"
 #include "np_outside.h"
 
-// Whom to ask; four bits each in np_work.asks, the first in the lowest.
+// Whom to ask; four bits each in np_scratch.asks, the first in the lowest.
 enum np_ask {
     NP_ASK_NOBODY = 0,
     NP_ASK_WORKLOAD = 1,
@@ -48,10 +48,10 @@ enum np_ask {
 #define NP_JUDGE_CALLS 10
 
 // A packet's working memory.
-struct np_work {
+struct np_scratch {
     struct np_packet packet;
     struct np_decision decision;
-    struct np_leg leg;
+    struct np_endpoint_ctx ep;
     struct np_arrival arrival;
     struct np_owner owner; // of a host endpoint: the set at hand
     struct np_question questions[2]; // as the packet is on the wire, and with the destination that it will have
@@ -85,7 +85,7 @@ struct np_work {
 };
 #define NP_QUESTION_WIRE 0
 #define NP_QUESTION_FINAL 1
-_Static_assert(sizeof(struct np_work) <= sizeof(struct np_scratch), "np_work fits");
+_Static_assert(sizeof(struct np_scratch) <= sizeof(struct np_scratch_words), "np_scratch fits");
 
 // The first packet of the flow under a connection key. `direction` and ICMP fields are that packet's.
 NP_INLINE void np_question_of(struct np_question *question, const union np_conn_key *key, __u8 direction,
@@ -111,22 +111,22 @@ NP_INLINE void np_question_of(struct np_question *question, const union np_conn_
     question->to_node = NP_TO_NODE_UNASKED;
 }
 
-// Find the set to ask, which stays where it is remembered, or is copied from a host endpoint's row into `work->owner`.
-// NP_REASON_CONTINUE: there is none.
-NP_INLINE int np_ask_find(const struct np_flow *flow, struct np_work *work, __u32 ask, __u8 direction,
+// Find the set to ask, which stays where it is remembered, or is copied from a host endpoint's row into
+// `scratch->owner`. NP_REASON_CONTINUE: there is none.
+NP_INLINE int np_ask_find(const struct np_ctx *ctx, struct np_scratch *scratch, __u32 ask, __u8 direction,
                           const struct np_set **set)
 {
-    *set = &work->owner.set;
+    *set = &scratch->owner.set;
     if (ask == NP_ASK_WORKLOAD || ask == NP_ASK_SERVICE) {
         int reason;
-        const struct np_near *near = np_near_find(work->ifindex, flow->arrival->epoch, &reason);
-        if (!near)
+        const struct np_ep_cache *cached = np_ep_cache_find(scratch->ifindex, ctx->arrival->epoch, &reason);
+        if (!cached)
             return reason;
-        *set = direction == NP_DIRECTION_EGRESS ? &near->egress : &near->ingress;
-        return near->number == work->number ? NP_REASON_NONE : NP_REASON_LOST_SENDER;
+        *set = direction == NP_DIRECTION_EGRESS ? &cached->egress : &cached->ingress;
+        return cached->number == scratch->number ? NP_REASON_NONE : NP_REASON_LOST_SENDER;
     }
     __u32 stage = NP_ASK_STAGES >> ((ask & 7) - 2) * 4 & 3;
-    return np_host_read(work->host, stage * 2 + direction, &work->owner);
+    return np_host_read(scratch->host, stage * 2 + direction, &scratch->owner);
 }
 
 // Whether some rule of a set asks where the packet comes from: for the owner of its address, or for its port.
@@ -137,44 +137,44 @@ NP_INLINE int np_asks_for_source(const struct np_set *set, __u8 direction)
 }
 
 // Ask one. Fills in the decision; returns whether policy has answered.
-NP_INLINE int np_ask(struct np_flow *flow, struct np_work *work, const int version)
+NP_INLINE int np_ask(struct np_ctx *ctx, struct np_scratch *scratch, const int version)
 {
-    struct np_decision *decision = flow->decision;
-    __u32 ask = work->asks_left & 15;
+    struct np_decision *decision = ctx->decision;
+    __u32 ask = scratch->asks_left & 15;
     if (ask == NP_ASK_NOBODY)
         return 1;
-    __u8 direction = work->outwards >> ask & 1; // NP_DIRECTION_EGRESS is 1
+    __u8 direction = scratch->outwards >> ask & 1; // NP_DIRECTION_EGRESS is 1
     const struct np_set *set;
-    work->reason = np_ask_find(flow, work, ask, direction, &set);
+    scratch->reason = np_ask_find(ctx, scratch, ask, direction, &set);
     np_barrier();
-    int reason = work->reason;
+    int reason = scratch->reason;
     if (reason == NP_REASON_TORN_ENDPOINT)
         return 0; // read it again
-    work->asks_left >>= 4;
+    scratch->asks_left >>= 4;
     int is_workload = ask == NP_ASK_WORKLOAD || ask == NP_ASK_SERVICE;
     if (!is_workload && (reason == NP_REASON_NONE || reason == NP_REASON_CONTINUE)) {
-        if (work->seen && work->owner.flags != work->seen) { // the row changed between two lists: begin again
-            work->asks_left = work->asks;
-            work->seen = 0;
+        if (scratch->seen && scratch->owner.flags != scratch->seen) { // the row changed between two lists: begin again
+            scratch->asks_left = scratch->asks;
+            scratch->seen = 0;
             return 0;
         }
-        work->seen = work->owner.flags;
+        scratch->seen = scratch->owner.flags;
     }
     if (reason == NP_REASON_CONTINUE)
         return 0;
     if (!reason) {
-        __u32 which = ask & NP_ASK_ON_WIRE ? NP_QUESTION_WIRE : work->final & 1;
-        const struct np_question *question = (void *)work->questions + which * sizeof(*question);
-        __u32 self = ask == NP_ASK_WORKLOAD ? work->self : 0;
-        reason = np_classify(flow, question, set, direction, self, version);
-        if (!reason && work->hides_source && np_asks_for_source(set, direction))
+        __u32 which = ask & NP_ASK_ON_WIRE ? NP_QUESTION_WIRE : scratch->final & 1;
+        const struct np_question *question = (void *)scratch->questions + which * sizeof(*question);
+        __u32 self = ask == NP_ASK_WORKLOAD ? scratch->self : 0;
+        reason = np_classify(ctx, question, set, direction, self, version);
+        if (!reason && scratch->hides_source && np_asks_for_source(set, direction))
             reason = NP_REASON_HIDDEN_SOURCE;
-        work->reason = reason;
+        scratch->reason = reason;
         np_barrier();
-        reason = work->reason;
+        reason = scratch->reason;
     }
     if (NP_UNLIKELY(ask == NP_ASK_SERVICE)) { // no verdict: the packet is judged where it leaves
-        work->is_due = reason || decision->action != NP_ACTION_ALLOW;
+        scratch->is_due = reason || decision->action != NP_ACTION_ALLOW;
         decision->action = decision->staged_action = NP_ACTION_CONTINUE;
         decision->reason = NP_REASON_CONTINUE;
         decision->rule = decision->staged_rule = decision->log_list = 0;
@@ -194,9 +194,9 @@ NP_INLINE int np_ask(struct np_flow *flow, struct np_work *work, const int versi
     if (decision->action == NP_ACTION_DENY) {
         if (!reason)
             decision->reason = NP_REASON_POLICY_DENY;
-        if (!is_workload && work->host != flow->leg->endpoint) {
-            flow->leg->endpoint = work->host; // whose verdict it is
-            flow->leg->direction = flow->leg->reply ? !direction : direction;
+        if (!is_workload && scratch->host != ctx->ep->endpoint) {
+            ctx->ep->endpoint = scratch->host; // whose verdict it is
+            ctx->ep->direction = ctx->ep->reply ? !direction : direction;
         }
         return 1;
     }
@@ -204,50 +204,50 @@ NP_INLINE int np_ask(struct np_flow *flow, struct np_work *work, const int versi
         return 0;
     decision->reason = NP_REASON_POLICY_ALLOW;
     if (ask == NP_ASK_WORKLOAD) {
-        if (NP_LIKELY(!work->asks_left))
+        if (NP_LIKELY(!scratch->asks_left))
             return 1;
-        work->kept = *decision;
-        work->is_kept = 1;
+        scratch->kept = *decision;
+        scratch->is_kept = 1;
         return 0;
     }
     if (ask == NP_ASK_UNTRACKED)
-        flow->leg->untracked = 1;
+        ctx->ep->untracked = 1;
     return ask == NP_ASK_UNTRACKED || ask == NP_ASK_PRE_DNAT || ask == NP_ASK_FAILSAFE;
 }
 
 // Policy has answered: the decision holds NP_ACTION_ALLOW, _DENY or _CONTINUE, and its reason, from here on.
-NP_INLINE void np_judge_end(struct np_flow *flow, struct np_work *work)
+NP_INLINE void np_judge_end(struct np_ctx *ctx, struct np_scratch *scratch)
 {
-    struct np_decision *decision = flow->decision;
+    struct np_decision *decision = ctx->decision;
     if (decision->action == NP_ACTION_DENY)
         return;
-    if (work->refuses) {
+    if (scratch->refuses) {
         decision->action = decision->staged_action = NP_ACTION_DENY;
-        decision->reason = work->refuses;
-    } else if (work->is_kept) {
-        *decision = work->kept;
+        decision->reason = scratch->refuses;
+    } else if (scratch->is_kept) {
+        *decision = scratch->kept;
     }
 }
 
 // Call np_tc_judge for the next list. Returns only when that fails: why the packet is dropped.
-NP_INLINE int np_judge_next(struct __sk_buff *skb, struct np_work *work)
+NP_INLINE int np_judge_next(struct __sk_buff *skb, struct np_scratch *scratch)
 {
-    if (!work->calls_left)
+    if (!scratch->calls_left)
         return NP_REASON_CALL_BUDGET;
-    work->calls_left--;
+    scratch->calls_left--;
     np_call_program(skb, NP_CALL_JUDGE);
     return NP_REASON_CALL_MISSING;
 }
 
-// Have all lists of `work->asks` asked.  Returns only when that fails: why the packet is dropped.
-NP_INLINE int np_judge(struct __sk_buff *skb, struct np_flow *flow, struct np_work *work)
+// Have all lists of `scratch->asks` asked.  Returns only when that fails: why the packet is dropped.
+NP_INLINE int np_judge(struct __sk_buff *skb, struct np_ctx *ctx, struct np_scratch *scratch)
 {
-    struct np_decision *decision = flow->decision;
+    struct np_decision *decision = ctx->decision;
     decision->action = decision->staged_action = NP_ACTION_CONTINUE;
     decision->reason = NP_REASON_CONTINUE;
-    work->asks_left = work->asks;
-    work->seen = 0;
-    work->is_kept = 0;
-    work->is_due = 0;
-    return np_judge_next(skb, work);
+    scratch->asks_left = scratch->asks;
+    scratch->seen = 0;
+    scratch->is_kept = 0;
+    scratch->is_due = 0;
+    return np_judge_next(skb, scratch);
 }

@@ -8,7 +8,7 @@
 // may say a port or an address, which then is another one on the wire than the one that was judged.
 #pragma once
 
-#include "np_flow.h"
+#include "np_ctx.h"
 #include "np_lang.h"
 #include "np_parse.h"
 

@@ -10,7 +10,7 @@
 #pragma once
 
 #include "np_endpoint.h"
-#include "np_flow.h"
+#include "np_ctx.h"
 #include "np_parse.h"
 
 #define NP_MLD_QUERY 130
@@ -77,9 +77,9 @@ struct np_link_option {
     __u8 mac[6];
 };
 
-NP_INLINE int np_is_workloads_own(const struct np_flow *flow, const int hook)
+NP_INLINE int np_is_workloads_own(const struct np_ctx *ctx, const int hook)
 {
-    return hook == NP_HOOK_INGRESS && !(flow->leg->endpoint_flags & NP_ENDPOINT_HOST);
+    return hook == NP_HOOK_INGRESS && !(ctx->ep->endpoint_flags & NP_ENDPOINT_HOST);
 }
 
 NP_INLINE int np_is_unspecified(const __u32 *address)
@@ -94,69 +94,69 @@ NP_INLINE int np_is_link_group(const __u32 *address)
 }
 
 // Whether nothing is in the frame but the packet.
-NP_INLINE int np_is_alone(const struct np_flow *flow)
+NP_INLINE int np_is_alone(const struct np_ctx *ctx)
 {
-    return flow->packet->end == flow->arrival->frame_bytes;
+    return ctx->packet->end == ctx->arrival->frame_bytes;
 }
 
 // Whether an address is neither the node's nor that of a workload whose interface is known.
-NP_INLINE int np_is_nobodys(struct np_flow *flow, const __u32 *address, const int version)
+NP_INLINE int np_is_nobodys(struct np_ctx *ctx, const __u32 *address, const int version)
 {
-    if (np_local_flags(flow, address, version) & NP_LOCAL_OWN)
+    if (np_local_flags(ctx, address, version) & NP_LOCAL_OWN)
         return 0;
-    return !np_place_of(flow, address, version);
+    return !np_ifindex_of(ctx, address, version);
 }
 
 // Whether a workload may speak for an address: one of its own, or that it may borrow.  Of a link-local one it is enough
 // that nobody else has it; and that is all as long as it is not known whose the interface is.
-NP_INLINE int np_may_claim(struct np_flow *flow, const __u32 *address, const int version)
+NP_INLINE int np_may_claim(struct np_ctx *ctx, const __u32 *address, const int version)
 {
-    if (!flow->leg->missing && (np_is_own(flow, address, version) || np_may_borrow(flow, address, version)))
+    if (!ctx->ep->missing && (np_is_own(ctx, address, version) || np_may_borrow(ctx, address, version)))
         return 1;
-    return version == 6 && np_is_link_local(address) && np_is_nobodys(flow, address, version);
+    return version == 6 && np_is_link_local(address) && np_is_nobodys(ctx, address, version);
 }
 
 // Whether a known workload of the node is on the interface's own link.
-NP_INLINE int np_is_beside(struct np_flow *flow, const __u32 *address)
+NP_INLINE int np_is_beside(struct np_ctx *ctx, const __u32 *address)
 {
-    const struct np_place *place = np_place_of(flow, address, 6);
+    const struct np_ifindex *place = np_ifindex_of(ctx, address, 6);
     const struct np_endpoint *row = place ? np_endpoint_lookup(place->ifindex) : 0;
-    return row && row->link == flow->leg->link;
+    return row && row->link == ctx->ep->link;
 }
 
 // Whether an address is on the interface's own link: a workload has it there, or routing leads there without a gateway.
 // Where the node does not route, that is not known of others.  An address of the node always is: container networks
 // give one gateway address to many interfaces, and have a bridge's gateway beside the bridge, so the one interface that
 // a row names says nothing; and a message about the node, or to it, goes no further than the node and the link.
-NP_INLINE int np_is_on_link(struct __sk_buff *skb, struct np_flow *flow, const __u32 *address)
+NP_INLINE int np_is_on_link(struct __sk_buff *skb, struct np_ctx *ctx, const __u32 *address)
 {
     if (np_is_link_local(address))
         return 1;
-    if (flow->leg->missing)
+    if (ctx->ep->missing)
         return 0;
-    if (np_is_own(flow, address, 6) || np_is_beside(flow, address))
+    if (np_is_own(ctx, address, 6) || np_is_beside(ctx, address))
         return 1;
-    const struct np_local *local = np_local_find(flow, address, 6);
+    const struct np_local *local = np_local_find(ctx, address, 6);
     if (local && local->flags & NP_LOCAL_OWN)
         return 1;
-    struct bpf_fib_lookup route = {.family = NP_FAMILY_IP6, .ifindex = flow->leg->link};
-    __builtin_memcpy(route.ipv6_src, flow->packet->source, sizeof(route.ipv6_src));
+    struct bpf_fib_lookup route = {.family = NP_FAMILY_IP6, .ifindex = ctx->ep->link};
+    __builtin_memcpy(route.ipv6_src, ctx->packet->source, sizeof(route.ipv6_src));
     __builtin_memcpy(route.ipv6_dst, address, sizeof(route.ipv6_dst));
     long seen = np_fib_lookup(skb, &route, sizeof(route), 0);
     if (seen && seen != NP_FIB_NO_NEIGHBOUR)
         return 0;
     __u32 other = route.ipv6_dst[0] ^ address[0]; // a gateway stands in its place
     other |= (route.ipv6_dst[1] ^ address[1]) | (route.ipv6_dst[2] ^ address[2]) | (route.ipv6_dst[3] ^ address[3]);
-    return !other && route.ifindex == flow->leg->link;
+    return !other && route.ifindex == ctx->ep->link;
 }
 
 // Whether all that follows a message's fixed part is the sender's own link-layer address, or a nonce.
-NP_INLINE int np_link_options_fit(struct __sk_buff *skb, const struct np_flow *flow, __u32 offset)
+NP_INLINE int np_link_options_fit(struct __sk_buff *skb, const struct np_ctx *ctx, __u32 offset)
 {
     struct np_link_option option;
     __u8 mac[6];
-    __u32 end = flow->packet->end;
-    int has_link = !(flow->leg->endpoint_flags & NP_ENDPOINT_LAYER3);
+    __u32 end = ctx->packet->end;
+    int has_link = !(ctx->ep->endpoint_flags & NP_ENDPOINT_LAYER3);
     if (bpf_skb_load_bytes(skb, __builtin_offsetof(struct np_eth_header, source), mac, sizeof(mac)))
         return 0;
 #pragma unroll
@@ -169,7 +169,7 @@ NP_INLINE int np_link_options_fit(struct __sk_buff *skb, const struct np_flow *f
         if (option.type == NP_OPTION_SOURCE || option.type == NP_OPTION_TARGET) {
             int is_own = option.mac[0] == mac[0] && option.mac[1] == mac[1] && option.mac[2] == mac[2] &&
                          option.mac[3] == mac[3] && option.mac[4] == mac[4] && option.mac[5] == mac[5];
-            if (!has_link || !is_own || np_is_unspecified(flow->packet->source))
+            if (!has_link || !is_own || np_is_unspecified(ctx->packet->source))
                 return 0;
         } else if (option.type != NP_OPTION_NONCE) {
             return 0;
@@ -181,38 +181,38 @@ NP_INLINE int np_link_options_fit(struct __sk_buff *skb, const struct np_flow *f
 
 // Neighbour discovery by a workload, with the hop limit that it must have.  Who advertises for another is heard
 // whatever stands before and behind it, so that is looked at first.
-NP_INLINE int np_link_spoken(struct __sk_buff *skb, struct np_flow *flow)
+NP_INLINE int np_link_spoken(struct __sk_buff *skb, struct np_ctx *ctx)
 {
-    const struct np_packet *packet = flow->packet;
+    const struct np_packet *packet = ctx->packet;
     const __u32 *source = packet->source;
     const __u32 *destination = packet->destination;
     int is_nobody = np_is_unspecified(source);
     int has_target = packet->icmp_type != NP_ROUTER_SOLICITATION;
-    int forged = flow->leg->endpoint_flags & NP_ENDPOINT_ROUTES ? NP_REASON_NONE : NP_REASON_LINK_FORGED;
+    int forged = ctx->ep->endpoint_flags & NP_ENDPOINT_ROUTES ? NP_REASON_NONE : NP_REASON_LINK_FORGED;
     __u32 offset = packet->l4_offset + sizeof(struct np_icmp_header);
     __u32 target[4] = {};
-    if (flow->leg->missing)
-        forged = flow->leg->missing;
+    if (ctx->ep->missing)
+        forged = ctx->ep->missing;
     if (has_target) {
         if (offset + sizeof(target) > packet->end || bpf_skb_load_bytes(skb, offset, target, sizeof(target)))
             return NP_REASON_NONE;
         offset += sizeof(target);
-        if (packet->icmp_type == NP_NEIGHBOUR_ADVERTISEMENT && !np_may_claim(flow, target, 6))
+        if (packet->icmp_type == NP_NEIGHBOUR_ADVERTISEMENT && !np_may_claim(ctx, target, 6))
             return forged;
     }
-    if (packet->l4_offset != packet->l3_offset + sizeof(struct np_ip6_header) || !np_is_alone(flow))
+    if (packet->l4_offset != packet->l3_offset + sizeof(struct np_ip6_header) || !np_is_alone(ctx))
         return NP_REASON_NONE;
-    if (!is_nobody && !np_may_claim(flow, source, 6))
+    if (!is_nobody && !np_may_claim(ctx, source, 6))
         return NP_REASON_NONE;
-    if (!np_is_link_group(destination) && !np_is_on_link(skb, flow, destination))
+    if (!np_is_link_group(destination) && !np_is_on_link(skb, ctx, destination))
         return NP_REASON_NONE;
     if (packet->icmp_type == NP_NEIGHBOUR_SOLICITATION) {
-        if (is_nobody && !np_may_claim(flow, target, 6))
+        if (is_nobody && !np_may_claim(ctx, target, 6))
             return forged;
-        if (!is_nobody && !flow->leg->missing && !np_is_on_link(skb, flow, target))
+        if (!is_nobody && !ctx->ep->missing && !np_is_on_link(skb, ctx, target))
             return NP_REASON_NONE;
     }
-    return np_link_options_fit(skb, flow, offset) ? NP_REASON_NEIGHBOUR : NP_REASON_NONE;
+    return np_link_options_fit(skb, ctx, offset) ? NP_REASON_NEIGHBOUR : NP_REASON_NONE;
 }
 
 // Whether a report's records name groups, no sources and nothing else.
@@ -232,9 +232,9 @@ NP_INLINE int np_are_records_plain(struct __sk_buff *skb, __u32 offset, __u32 co
 }
 
 // Whether a workload's listener message is no longer than it must be, behind a router alert or nothing (RFC 2711).
-NP_INLINE int np_is_listener_whole(struct __sk_buff *skb, const struct np_flow *flow)
+NP_INLINE int np_is_listener_whole(struct __sk_buff *skb, const struct np_ctx *ctx)
 {
-    const struct np_packet *packet = flow->packet;
+    const struct np_packet *packet = ctx->packet;
     __u32 begin = packet->l3_offset + sizeof(struct np_ip6_header);
     __u32 length = packet->end - packet->l4_offset;
     struct np_icmp_header message;
@@ -247,7 +247,7 @@ NP_INLINE int np_is_listener_whole(struct __sk_buff *skb, const struct np_flow *
             alert.pad_be != np_net16(NP_PAD_NOTHING))
             return 0;
     }
-    if (!np_is_alone(flow) || bpf_skb_load_bytes(skb, packet->l4_offset, &message, sizeof(message)))
+    if (!np_is_alone(ctx) || bpf_skb_load_bytes(skb, packet->l4_offset, &message, sizeof(message)))
         return 0;
     if (packet->icmp_type == NP_MLD2_REPORT) {
         __u32 count = np_host16(message.sequence_be);
@@ -258,53 +258,53 @@ NP_INLINE int np_is_listener_whole(struct __sk_buff *skb, const struct np_flow *
 }
 
 // Whether a listener report, done or query is one of the link.
-NP_INLINE int np_is_listener_message(struct __sk_buff *skb, struct np_flow *flow, int is_workloads_own)
+NP_INLINE int np_is_listener_message(struct __sk_buff *skb, struct np_ctx *ctx, int is_workloads_own)
 {
-    const struct np_packet *packet = flow->packet;
+    const struct np_packet *packet = ctx->packet;
     const __u32 *source = packet->source;
     if (packet->hop_limit != NP_MLD_HOP_LIMIT || !np_is_many(packet->destination, 6))
         return 0;
-    if (is_workloads_own && !np_is_listener_whole(skb, flow))
+    if (is_workloads_own && !np_is_listener_whole(skb, ctx))
         return 0;
     if (np_is_unspecified(source))
         return 1;
-    return np_is_link_local(source) && (!is_workloads_own || np_may_claim(flow, source, 6));
+    return np_is_link_local(source) && (!is_workloads_own || np_may_claim(ctx, source, 6));
 }
 
 // NP_REASON_NEIGHBOUR: a message of the link, which passes; NP_REASON_LINK_FORGED; NP_REASON_NONE: anything else.
-NP_INLINE int np_link_message(struct __sk_buff *skb, struct np_flow *flow, const int hook)
+NP_INLINE int np_link_message(struct __sk_buff *skb, struct np_ctx *ctx, const int hook)
 {
-    const struct np_packet *packet = flow->packet;
+    const struct np_packet *packet = ctx->packet;
     if (NP_LIKELY(packet->protocol != NP_PROTOCOL_ICMPV6))
         return NP_REASON_NONE;
-    int is_workloads_own = np_is_workloads_own(flow, hook);
+    int is_workloads_own = np_is_workloads_own(ctx, hook);
     __u8 type = packet->icmp_type;
     if (is_workloads_own && (type == NP_ROUTER_ADVERTISEMENT || type == NP_REDIRECT6))
-        return flow->leg->endpoint_flags & NP_ENDPOINT_ROUTES ? NP_REASON_NONE : NP_REASON_LINK_FORGED;
+        return ctx->ep->endpoint_flags & NP_ENDPOINT_ROUTES ? NP_REASON_NONE : NP_REASON_LINK_FORGED;
     if (packet->icmp_code || packet->fragment != NP_FRAGMENT_WHOLE)
         return NP_REASON_NONE;
     if ((type >= NP_MLD_QUERY && type <= NP_MLD_DONE) || type == NP_MLD2_REPORT)
-        return np_is_listener_message(skb, flow, is_workloads_own) ? NP_REASON_NEIGHBOUR : NP_REASON_NONE;
+        return np_is_listener_message(skb, ctx, is_workloads_own) ? NP_REASON_NEIGHBOUR : NP_REASON_NONE;
     if ((type != NP_ROUTER_SOLICITATION && type != NP_NEIGHBOUR_SOLICITATION && type != NP_NEIGHBOUR_ADVERTISEMENT) ||
         packet->hop_limit != NP_LINK_HOP_LIMIT)
         return NP_REASON_NONE;
     if (is_workloads_own)
-        return np_link_spoken(skb, flow);
+        return np_link_spoken(skb, ctx);
     if (hook == NP_HOOK_EGRESS) // with this hop limit it was not routed
         return NP_REASON_NEIGHBOUR;
     int stays = np_is_many(packet->destination, 6) || np_is_link_local(packet->destination) ||
-                np_is_local(flow, packet->destination, 6);
+                np_is_local(ctx, packet->destination, 6);
     return stays ? NP_REASON_NEIGHBOUR : NP_REASON_NONE;
 }
 
 // Whether a frame ends behind its ARP, or has zeros there up to the shortest length of a frame.
-NP_INLINE int np_is_arp_whole(struct __sk_buff *skb, const struct np_flow *flow)
+NP_INLINE int np_is_arp_whole(struct __sk_buff *skb, const struct np_ctx *ctx)
 {
     __u8 padding[NP_ARP_PADDING];
-    __u32 end = flow->packet->l3_offset + sizeof(struct np_arp);
-    if (flow->arrival->frame_bytes == end)
+    __u32 end = ctx->packet->l3_offset + sizeof(struct np_arp);
+    if (ctx->arrival->frame_bytes == end)
         return 1;
-    if (flow->arrival->frame_bytes != end + sizeof(padding) || bpf_skb_load_bytes(skb, end, padding, sizeof(padding)))
+    if (ctx->arrival->frame_bytes != end + sizeof(padding) || bpf_skb_load_bytes(skb, end, padding, sizeof(padding)))
         return 0;
     __u8 any = 0;
 #pragma unroll
@@ -314,18 +314,18 @@ NP_INLINE int np_is_arp_whole(struct __sk_buff *skb, const struct np_flow *flow)
 }
 
 // ARP: from a workload in its own name, or asking in nobody's whether its own address is taken.
-NP_INLINE int np_link_arp(struct __sk_buff *skb, struct np_flow *flow, const int hook)
+NP_INLINE int np_link_arp(struct __sk_buff *skb, struct np_ctx *ctx, const int hook)
 {
     struct np_arp arp;
     __u8 mac[6];
     __u32 sender;
     __u32 target;
-    if (!np_is_workloads_own(flow, hook) || flow->leg->endpoint_flags & NP_ENDPOINT_ROUTES)
+    if (!np_is_workloads_own(ctx, hook) || ctx->ep->endpoint_flags & NP_ENDPOINT_ROUTES)
         return NP_REASON_ARP;
-    flow->leg->direction = NP_DIRECTION_EGRESS;
-    if (flow->leg->endpoint_flags & NP_ENDPOINT_LAYER3) // there are no hardware addresses
+    ctx->ep->direction = NP_DIRECTION_EGRESS;
+    if (ctx->ep->endpoint_flags & NP_ENDPOINT_LAYER3) // there are no hardware addresses
         return NP_REASON_LINK_FORGED;
-    if (!np_is_arp_whole(skb, flow) || bpf_skb_load_bytes(skb, flow->packet->l3_offset, &arp, sizeof(arp)) ||
+    if (!np_is_arp_whole(skb, ctx) || bpf_skb_load_bytes(skb, ctx->packet->l3_offset, &arp, sizeof(arp)) ||
         bpf_skb_load_bytes(skb, __builtin_offsetof(struct np_eth_header, source), mac, sizeof(mac)))
         return NP_REASON_LINK_FORGED;
     if (arp.hardware_be != np_net16(1) || arp.protocol_be != np_net16(NP_ETHERTYPE_IP4) || arp.hardware_bytes != 6 ||
@@ -336,16 +336,16 @@ NP_INLINE int np_link_arp(struct __sk_buff *skb, struct np_flow *flow, const int
     __builtin_memcpy(&sender, arp.sender, sizeof(sender));
     __builtin_memcpy(&target, arp.target, sizeof(target));
     const __u32 *claimed = sender ? &sender : &target;
-    if (flow->leg->missing) // it may ask whether anybody has an address, in nobody's name
-        return is_own && !sender && np_is_nobodys(flow, claimed, 4) ? NP_REASON_ARP : flow->leg->missing;
-    return is_own && np_may_claim(flow, claimed, 4) ? NP_REASON_ARP : NP_REASON_LINK_FORGED;
+    if (ctx->ep->missing) // it may ask whether anybody has an address, in nobody's name
+        return is_own && !sender && np_is_nobodys(ctx, claimed, 4) ? NP_REASON_ARP : ctx->ep->missing;
+    return is_own && np_may_claim(ctx, claimed, 4) ? NP_REASON_ARP : NP_REASON_LINK_FORGED;
 }
 
 // Whether a workload speaks in the name of a router, or of a DHCP server.
-NP_INLINE int np_is_forged(const struct np_flow *flow, const int hook, const int version)
+NP_INLINE int np_is_forged(const struct np_ctx *ctx, const int hook, const int version)
 {
-    const struct np_packet *packet = flow->packet;
-    if (!np_is_workloads_own(flow, hook) || flow->leg->endpoint_flags & NP_ENDPOINT_ROUTES)
+    const struct np_packet *packet = ctx->packet;
+    if (!np_is_workloads_own(ctx, hook) || ctx->ep->endpoint_flags & NP_ENDPOINT_ROUTES)
         return 0;
     if (packet->protocol == NP_PROTOCOL_UDP)
         return version == 4 ? packet->source_port == 67 && packet->destination_port == 68

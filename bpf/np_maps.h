@@ -20,19 +20,19 @@ enum { NP_MAP_FIRST = __COUNTER__ + 1 };
 #define NP_MAP_RINGBUF(name, size) enum { name = __COUNTER__ - NP_MAP_FIRST } // its size is in bytes
 
 // Interface to endpoint, with both policy sets.  The agent writes, the program reads.  Looked up per packet only when
-// np_near misses.  When full: the agent refuses the endpoint, its packets are dropped as unknown.  Key: host order.
-// Lives until the endpoint goes.  Every change needs a new epoch (np_near).
+// np_ep_cache misses.  When full: the agent refuses the endpoint, its packets are dropped as unknown.  Key: host order.
+// Lives until the endpoint goes.  Every change needs a new epoch (np_ep_cache).
 NP_MAP("hash", np_endpoint, struct np_endpoint_key, struct np_endpoint, 4096, BPF_F_NO_PREALLOC);
 
 // A hash of the packet's tuple to its connection's verdict, direct-mapped, a range of slots for each CPU.  The program
 // writes and reads.  Looked up per packet.  A collision overwrites.  Key: CPU times slots, and the hash.  Valid for one
 // generation and one second.
-NP_MAP("array", np_recent4, __u32, struct np_recent4, 262144, 0); // of all CPUs together
-NP_MAP("array", np_recent6, __u32, struct np_recent6, 131072, 0); // of all CPUs together
+NP_MAP("array", np_flow_cache4, __u32, struct np_flow_cache4, 262144, 0); // of all CPUs together
+NP_MAP("array", np_flow_cache6, __u32, struct np_flow_cache6, 131072, 0); // of all CPUs together
 
-// Interface to the endpoint's row, direct-mapped.  The program writes and reads.  Looked up per packet that np_recent
-// does not know.  A collision overwrites.  Key: ifindex modulo size.  Valid for one epoch.
-NP_MAP("percpu_array", np_near, __u32, struct np_near, 512, 0);
+// Interface to the endpoint's row, direct-mapped.  The program writes and reads.  Looked up per packet that
+// np_flow_cache does not know.  A collision overwrites.  Key: ifindex modulo size.  Valid for one epoch.
+NP_MAP("percpu_array", np_ep_cache, __u32, struct np_ep_cache, 512, 0);
 
 // Host endpoint's number to its policy sets.  The agent writes, the program reads.  Looked up for a new flow on a host
 // interface, or on any while there is a wildcard host endpoint.  When full: the agent refuses the change.  Key: host
@@ -42,7 +42,7 @@ NP_MAP("hash", np_host, struct np_number_key, struct np_host, 64, BPF_F_NO_PREAL
 // Workload endpoint's number to its interface.  The agent writes, the program reads.  Looked up where a packet to a
 // service leaves and its sender's verdict is not known.  When full: the agent refuses the endpoint.  Key: host order.
 // Lives as long as the endpoint's row.
-NP_MAP("hash", np_place, struct np_number_key, struct np_place, 4096, BPF_F_NO_PREALLOC);
+NP_MAP("hash", np_ifindex, struct np_number_key, struct np_ifindex, 4096, BPF_F_NO_PREALLOC);
 
 // Single addresses that mean this node or another one, and how: own, broadcast, joined groups, other nodes'.  The agent
 // writes, the program reads.  Looked up for a new flow from a workload or on a host interface.  When full: the agent
@@ -69,13 +69,13 @@ NP_MAP("hash", np_vip4, struct np_vip4_key, struct np_vip, 65536, BPF_F_NO_PREAL
 NP_MAP("hash", np_vip6, struct np_vip6_key, struct np_vip, 65536, BPF_F_NO_PREALLOC);
 
 // Working memory, because the stack has 512 bytes.  The program writes and reads.  Looked up for every packet that is
-// not part of an open connection.  One row per CPU.  Means nothing between two packets.
-NP_MAP("percpu_array", np_scratch, __u32, struct np_scratch, 1, 0);
+// not part of an established connection.  One row per CPU.  Means nothing between two packets.
+NP_MAP("percpu_array", np_scratch, __u32, struct np_scratch_words, 1, 0);
 
 // Hash of a node's or a service's address to a bit, set while there is such an address in np_local or np_vip: spares a
 // new flow those look-ups.  The agent writes, the program reads.  Looked up for a new flow.  Fixed size; the more bits
 // are set, the more often the tables are asked in vain.  Key: host order.  Set before the address's row, cleared after.
-NP_MAP("array", np_special, __u32, struct np_special, 2048, 0); // of 64 bits each
+NP_MAP("array", np_vip_filter, __u32, struct np_vip_filter, 2048, 0); // of 64 bits each
 
 // Known address to identity and owner, in buckets by hash (struct np_addr4_bucket); rows that found their bucket full
 // are in _more.  The agent writes, the program reads.  Looked up for a new flow.  When full: the agent refuses the
@@ -126,19 +126,19 @@ NP_MAP("hash", np_rule, struct np_rule_key, struct np_rule, 65536, BPF_F_NO_PREA
 NP_MAP("percpu_array", np_rule_count, __u32, struct np_count, 65536, 0);
 
 // Rule number to packets and bytes it would decide if staged policies were enforced, per CPU.  The program writes, the
-// agent reads.  Looked up for each packet that policy judges, so packets of open connections are not in it.  A number
-// beyond its size is counted as NP_REASON_RULE_RANGE.  Key: host order.  Lives as np_rule_count.
+// agent reads.  Looked up for each packet that policy judges, so packets of established connections are not in it.  A
+// number beyond its size is counted as NP_REASON_RULE_RANGE.  Key: host order.  Lives as np_rule_count.
 NP_MAP("percpu_array", np_staged_count, __u32, struct np_count, 65536, 0);
 
 // enum np_reason to packets and bytes, per CPU.  The program writes, the agent reads.  Looked up for every packet that
-// is not part of an open connection.  Fixed size.  Key: host order.  Lives across agents and programs.
+// is not part of an established connection.  Fixed size.  Key: host order.  Lives across agents and programs.
 NP_MAP("percpu_array", np_reason_count, __u32, struct np_count, NP_REASON_COUNT, 0);
 
 // A leg's canonical tuple to its connection, in buckets by hash (np_table.h): the connections, and what is where.  The
-// program writes and reads; the agent adds what is older than it.  Looked up per packet that np_recent does not know.
-// When a bucket is full: the connection of the lowest rank that would expire first goes, and its flow is judged as a
-// new one.  Key: the hash, and of np_conn times NP_CONN_WAYS and the place; in the entry ports in host order, addresses
-// in network order.  Lives across agents and programs; expiry is checked when a packet meets the entry.
+// program writes and reads; the agent adds what is older than it.  Looked up per packet that np_flow_cache does not
+// know. When a bucket is full: the connection of the lowest rank that would expire first goes, and its flow is judged
+// as a new one.  Key: the hash, and of np_conn times NP_CONN_WAYS and the place; in the entry ports in host order,
+// addresses in network order.  Lives across agents and programs; expiry is checked when a packet meets the entry.
 NP_MAP("array", np_conn4, __u32, struct np_conn4_entry, 524288, BPF_F_MMAPABLE); // places: NP_CONN_WAYS for each bucket
 NP_MAP("array", np_conn6, __u32, struct np_conn6_entry, 262144, BPF_F_MMAPABLE); // places: NP_CONN_WAYS for each bucket
 NP_MAP("array", np_conn4_tag, __u32, struct np_conn_tags, 65536, BPF_F_MMAPABLE); // buckets
@@ -214,30 +214,30 @@ NP_INLINE struct np_endpoint *np_endpoint_lookup(__u32 ifindex)
 }
 
 // The slot of a hash in this CPU's range, which is a power of two.
-NP_INLINE struct np_recent4 *np_recent4_lookup(__u32 hash)
+NP_INLINE struct np_flow_cache4 *np_flow_cache4_lookup(__u32 hash)
 {
-    __u64 mask = NP_MASK(np_recent4);
+    __u64 mask = NP_MASK(np_flow_cache4);
     __u32 slot = (__u32)(bpf_get_smp_processor_id() * (mask + 1) + (hash & mask));
-    return np_lookup(NP_MAP_OF(np_recent4), &slot);
+    return np_lookup(NP_MAP_OF(np_flow_cache4), &slot);
 }
 
-NP_INLINE struct np_recent6 *np_recent6_lookup(__u32 hash)
+NP_INLINE struct np_flow_cache6 *np_flow_cache6_lookup(__u32 hash)
 {
-    __u64 mask = NP_MASK(np_recent6);
+    __u64 mask = NP_MASK(np_flow_cache6);
     __u32 slot = (__u32)(bpf_get_smp_processor_id() * (mask + 1) + (hash & mask));
-    return np_lookup(NP_MAP_OF(np_recent6), &slot);
+    return np_lookup(NP_MAP_OF(np_flow_cache6), &slot);
 }
 
-NP_INLINE struct np_near *np_near_lookup(__u32 ifindex)
+NP_INLINE struct np_ep_cache *np_ep_cache_lookup(__u32 ifindex)
 {
-    __u32 slot = ifindex & NP_MASK(np_near);
-    return np_lookup(NP_MAP_OF(np_near), &slot);
+    __u32 slot = ifindex & NP_MASK(np_ep_cache);
+    return np_lookup(NP_MAP_OF(np_ep_cache), &slot);
 }
 
-NP_INLINE struct np_special *np_special_lookup(__u32 hash)
+NP_INLINE struct np_vip_filter *np_vip_filter_lookup(__u32 hash)
 {
-    __u32 row = hash / 64 & NP_MASK(np_special);
-    return np_lookup(NP_MAP_OF(np_special), &row);
+    __u32 row = hash / 64 & NP_MASK(np_vip_filter);
+    return np_lookup(NP_MAP_OF(np_vip_filter), &row);
 }
 
 NP_INLINE const struct np_addr4_bucket *np_addr4_bucket_lookup(__u32 hash)
@@ -265,10 +265,10 @@ NP_INLINE struct np_host *np_host_lookup(__u32 number)
     return np_lookup(NP_MAP_OF(np_host), &key);
 }
 
-NP_INLINE struct np_place *np_place_lookup(__u32 number)
+NP_INLINE struct np_ifindex *np_ifindex_lookup(__u32 number)
 {
     struct np_number_key key = {.number = number};
-    return np_lookup(NP_MAP_OF(np_place), &key);
+    return np_lookup(NP_MAP_OF(np_ifindex), &key);
 }
 
 NP_INLINE struct np_local *np_local_lookup(union np_addr_key *key, const int version)
@@ -298,7 +298,7 @@ NP_INLINE struct np_vip *np_vip_lookup(union np_vip_key *key, const int version)
     return np_lookup(NP_MAP_OF(np_vip6), &key->v6);
 }
 
-NP_INLINE struct np_scratch *np_scratch_lookup(void)
+NP_INLINE struct np_scratch_words *np_scratch_lookup(void)
 {
     __u32 only = 0;
     return np_lookup(NP_MAP_OF(np_scratch), &only);

@@ -6,7 +6,7 @@
 #pragma once
 
 #include "np_endpoint.h"
-#include "np_flow.h"
+#include "np_ctx.h"
 #include "np_lang.h"
 #include "np_maps.h"
 
@@ -41,17 +41,17 @@ NP_INLINE int np_is_sent_by(struct __sk_buff *skb, struct np_outer *outer, __u32
 // Why a packet from outside may not have its source: it is this node's, that of a workload of this node, or of another
 // node than the one that sent it.  Link-local addresses are those of many nodes.  NP_REASON_NONE: nothing is known
 // against it.
-NP_INLINE int np_outside(struct __sk_buff *skb, struct np_flow *flow, struct np_outer *outer, const int version)
+NP_INLINE int np_outside(struct __sk_buff *skb, struct np_ctx *ctx, struct np_outer *outer, const int version)
 {
-    const __u32 *source = flow->packet->source;
-    __u32 flags = flow->leg->endpoint_flags;
-    if (NP_LIKELY(!(flags & NP_ENDPOINT_OUTSIDE)) || flow->config->flags & NP_CONFIG_HAIRPIN)
+    const __u32 *source = ctx->packet->source;
+    __u32 flags = ctx->ep->endpoint_flags;
+    if (NP_LIKELY(!(flags & NP_ENDPOINT_OUTSIDE)) || ctx->config->flags & NP_CONFIG_HAIRPIN)
         return NP_REASON_NONE;
-    if (np_is_local(flow, source, version) && !(version == 6 && np_is_link_local(source)))
+    if (np_is_local(ctx, source, version) && !(version == 6 && np_is_link_local(source)))
         return NP_REASON_FOREIGN_SOURCE;
-    if (np_place_of(flow, source, version))
+    if (np_ifindex_of(ctx, source, version))
         return NP_REASON_FOREIGN_SOURCE;
-    __u32 node = flow->leg->addr.holder;
+    __u32 node = ctx->ep->addr.holder;
     if (NP_UNLIKELY(flags & NP_ENDPOINT_EXTERNAL && node >= NP_NODE_FIRST) && !np_is_sent_by(skb, outer, node))
         return NP_REASON_TUNNEL_SOURCE;
     return NP_REASON_NONE;

@@ -142,7 +142,7 @@ struct np_packet {
     __u8 icmp_code;
     __u8 icmp_kind; // enum np_icmp_kind
     __u8 version; // 4, 6; 0: not IP or not known
-    __u8 special; // never takes the short way: SYN, FIN, RST, ICMP, fragments
+    __u8 slow_only; // never takes the fast path: SYN, FIN, RST, ICMP, fragments
     __u32 fragment_id; // as on the wire
     __u8 hop_limit; // of IPv6
     __u8 l4_bytes; // of the transport header, with TCP's options; 0: there is none, or none that is read
@@ -224,7 +224,7 @@ NP_INLINE int np_parse_ip4(const struct np_bytes *bytes, struct np_packet *packe
         packet->fragment_start = packet->l4_offset;
         packet->fragment_units = np_host16(ip->fragment_be) & 0x1fff;
         packet->fragment_id = ip->id_be;
-        packet->special = 1;
+        packet->slow_only = 1;
     }
     return NP_REASON_NONE;
 }
@@ -269,7 +269,7 @@ NP_INLINE int np_parse_ip6_headers(const struct np_bytes *bytes, struct np_packe
                     return NP_REASON_BAD_IP;
                 packet->fragment = place & np_net16(0xfff8) ? NP_FRAGMENT_LATER : NP_FRAGMENT_FIRST;
                 packet->fragment_units = np_host16(fragment->offset_be) >> 3;
-                packet->special = 1;
+                packet->slow_only = 1;
             }
         } else if (next == NP_PROTOCOL_AUTHENTICATION) {
             offset += (extension->length + 2) * 4;
@@ -369,7 +369,7 @@ NP_INLINE int np_parse_l4(const struct np_bytes *bytes, struct np_packet *packet
         np_parse_ports(&tcp->ports, packet);
         packet->tcp_flags = tcp->flags;
         if (tcp->flags & (NP_TCP_SYN | NP_TCP_FIN | NP_TCP_RST))
-            packet->special = 1;
+            packet->slow_only = 1;
     } else if (protocol == NP_PROTOCOL_UDP || protocol == NP_PROTOCOL_SCTP) {
         if (protocol == NP_PROTOCOL_SCTP)
             header_bytes = 12;
@@ -383,7 +383,7 @@ NP_INLINE int np_parse_l4(const struct np_bytes *bytes, struct np_packet *packet
         packet->icmp_type = icmp->type;
         packet->icmp_code = icmp->code;
         packet->icmp_kind = np_icmp_kind_of(icmp->type, version);
-        packet->special = 1;
+        packet->slow_only = 1;
         if (packet->icmp_kind == NP_ICMP_QUERY)
             packet->source_port = np_host16(icmp->id_be);
         else if (packet->icmp_kind == NP_ICMP_ANSWER)

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause
 //
 // Packets to services.  Where they enter the node they still have the service's address; which backend they go to is
-// decided after that, by netfilter or IPVS.  So their sender's verdict is deferred: the packet carries the number of
-// its endpoint to the hook where it enters a workload or leaves the node, and is judged there with the address it then
-// has.
+// decided after that, by netfilter or IPVS.  So their sender's verdict is deferred: the packet's sender tag is the
+// number of its endpoint to the hook where it enters a workload or leaves the node, and is judged there with the
+// address it then has.
 //
 // Invariants.  A packet whose verdict was deferred passes no hook of ours on its way out without that verdict.  Where
 // there may be no hook (a process of this node is behind the service) that backend is judged at once, and a packet that
@@ -13,17 +13,17 @@
 
 #include "np_conn.h"
 #include "np_endpoint.h"
-#include "np_flow.h"
+#include "np_ctx.h"
 #include "np_judge.h"
 #include "np_maps.h"
 
 #define NP_CARRY_MASK 0xffffu // a number has 16 bits: skb->tc_index has no more
 
 // What is known of a service address: by itself, else as a port of each of the node's own addresses.
-NP_INLINE struct np_vip *np_vip_of(const struct np_flow *flow, struct np_question *question, const int version)
+NP_INLINE struct np_vip *np_vip_of(const struct np_ctx *ctx, struct np_question *question, const int version)
 {
-    if (NP_LIKELY(!np_is_special(question->destination, version))) {
-        if (NP_LIKELY(!np_may_be_in_net(flow, question->destination, version)))
+    if (NP_LIKELY(!np_vip_filter_has(question->destination, version))) {
+        if (NP_LIKELY(!np_may_be_in_net(ctx, question->destination, version)))
             question->to_node = NP_TO_NODE_NO;
         return 0;
     }
@@ -41,7 +41,7 @@ NP_INLINE struct np_vip *np_vip_of(const struct np_flow *flow, struct np_questio
     vip = np_vip_lookup(&key, version);
     if (vip)
         return vip;
-    if (!np_is_to_node(flow, question, version))
+    if (!np_is_to_node(ctx, question, version))
         return 0;
     if (version == 4)
         __builtin_memset(key.v4.address, 0, sizeof(key.v4.address));
@@ -51,7 +51,7 @@ NP_INLINE struct np_vip *np_vip_of(const struct np_flow *flow, struct np_questio
 }
 
 // What the packet carries.
-NP_INLINE __u32 np_carried(const struct __sk_buff *skb, const struct np_config *config)
+NP_INLINE __u32 np_sender_tag_get(const struct __sk_buff *skb, const struct np_config *config)
 {
     if (!(config->flags & NP_CONFIG_DEFER))
         return 0;
@@ -63,7 +63,7 @@ NP_INLINE __u32 np_carried(const struct __sk_buff *skb, const struct np_config *
 // Let the packet carry a number (0: none).  tc_index survives all of netfilter, but another program's TC_ACT_OK in
 // clsact overwrites it; so a packet that carries one there is not to be shown to programs behind this one: whether that
 // is so is returned.  clsact takes the new tc_index from tc_classid.  `is_due`: no process of this node may get it.
-NP_INLINE __u8 np_carry(struct __sk_buff *skb, const struct np_config *config, __u32 number, __u32 is_due)
+NP_INLINE __u8 np_sender_tag_set(struct __sk_buff *skb, const struct np_config *config, __u32 number, __u32 is_due)
 {
     __u32 shift = config->mark_shift & 31;
     __u32 mark = (skb->mark & ~config->due_mark) | (is_due ? config->due_mark : 0);
@@ -78,75 +78,75 @@ NP_INLINE __u8 np_carry(struct __sk_buff *skb, const struct np_config *config, _
 }
 
 // Fill in what the sender's policy is asked, at the place where the packet leaves.
-NP_INLINE void np_sender_plan(struct np_flow *flow, struct np_work *work, const int version)
+NP_INLINE void np_sender_plan(struct np_ctx *ctx, struct np_scratch *scratch, const int version)
 {
-    const __u32 *source = work->questions[NP_QUESTION_FINAL].source;
-    work->refuses = 0;
-    work->self = 0;
-    work->final = NP_QUESTION_FINAL;
-    work->number = flow->leg->carried;
-    work->outwards = NP_OUTWARDS_WORKLOAD; // what leaves a workload enters the host
-    if (work->ifindex) { // a workload
-        const struct np_addr *addr = np_addr_find(flow, source, version);
-        work->hides_source = !addr->identity || addr->holder != flow->leg->carried;
-        work->host = flow->config->wildcard;
-        work->asks = NP_ASK_WORKLOAD | (work->host ? NP_ASK_FORWARD << 4 : 0);
+    const __u32 *source = scratch->questions[NP_QUESTION_FINAL].source;
+    scratch->refuses = 0;
+    scratch->self = 0;
+    scratch->final = NP_QUESTION_FINAL;
+    scratch->number = ctx->ep->sender;
+    scratch->outwards = NP_OUTWARDS_WORKLOAD; // what leaves a workload enters the host
+    if (scratch->ifindex) { // a workload
+        const struct np_addr *addr = np_addr_find(ctx, source, version);
+        scratch->hides_source = !addr->identity || addr->holder != ctx->ep->sender;
+        scratch->host = ctx->config->wildcard;
+        scratch->asks = NP_ASK_WORKLOAD | (scratch->host ? NP_ASK_FORWARD << 4 : 0);
     } else {
-        work->hides_source = np_is_local(flow, source, version);
-        work->host = flow->leg->carried;
-        work->asks = NP_ASK_FORWARD;
+        scratch->hides_source = np_is_local(ctx, source, version);
+        scratch->host = ctx->ep->sender;
+        scratch->asks = NP_ASK_FORWARD;
     }
 }
 
-// Find the verdict of the endpoint whose number the packet carries.  The leg has a connection of its own, under the
-// sender's number; replies do not pass here, so it stays a young one.  Returns NP_REASON_NONE when that connection is
-// allowed under this generation (`work->reason` says how); else why the packet is dropped, with the flow then saying
-// whose verdict that is.  Where policy has to be asked, np_tc_sender goes on.
-NP_INLINE int np_sender(struct __sk_buff *skb, struct np_flow *flow, struct np_work *work, const int version)
+// Find the verdict of the endpoint whose number is the sender tag of the packet.  The leg has a connection of its own,
+// under the sender's number; replies do not pass here, so it stays an unreplied one.  Returns NP_REASON_NONE when that
+// connection is allowed under this generation (`scratch->reason` says how); else why the packet is dropped, with the
+// flow then saying whose verdict that is.  Where policy has to be asked, np_tc_sender goes on.
+NP_INLINE int np_sender(struct __sk_buff *skb, struct np_ctx *ctx, struct np_scratch *scratch, const int version)
 {
-    const struct np_packet *packet = flow->packet;
-    struct np_question *question = &work->questions[NP_QUESTION_FINAL];
-    union np_conn_key *key = &work->sender_key;
-    struct np_found *found = &work->sender_found;
-    struct np_leg *leg = flow->leg;
-    struct np_place *place = np_place_lookup(leg->carried);
-    work->ifindex = place ? place->ifindex : 0;
+    const struct np_packet *packet = ctx->packet;
+    struct np_question *question = &scratch->questions[NP_QUESTION_FINAL];
+    union np_conn_key *key = &scratch->sender_key;
+    struct np_found *found = &scratch->sender_found;
+    struct np_endpoint_ctx *ep = ctx->ep;
+    struct np_ifindex *place = np_ifindex_lookup(ep->sender);
+    scratch->ifindex = place ? place->ifindex : 0;
     np_barrier();
-    leg->endpoint = leg->carried;
-    leg->direction = work->ifindex ? NP_DIRECTION_EGRESS : NP_DIRECTION_INGRESS;
+    ep->endpoint = ep->sender;
+    ep->direction = scratch->ifindex ? NP_DIRECTION_EGRESS : NP_DIRECTION_INGRESS;
 
-    leg->related = NP_REASON_NONE;
+    ep->related = NP_REASON_NONE;
     if (packet->icmp_kind == NP_ICMP_ERROR) {
-        leg->related = np_conn_key_inner(skb, key, flow, version);
-        if (leg->related == NP_REASON_ICMP_UNRELATED)
+        ep->related = np_conn_key_inner(skb, key, ctx, version);
+        if (ep->related == NP_REASON_ICMP_UNRELATED)
             return NP_REASON_ICMP_UNRELATED;
-        if (leg->related == NP_REASON_NONE)
-            flow->packet->icmp_kind = NP_ICMP_PLAIN; // a message like any other
+        if (ep->related == NP_REASON_NONE)
+            ctx->packet->icmp_kind = NP_ICMP_PLAIN; // a message like any other
     }
     np_barrier();
-    if (work->ifindex && np_is_tunnelled(flow, version))
+    if (scratch->ifindex && np_is_tunnelled(ctx, version))
         return NP_REASON_TUNNEL;
-    if (!leg->related)
-        np_conn_key_of(key, flow, version);
-    np_slot_seek(flow, key, version);
-    struct np_slot slot = np_conn_find(found, key, flow, version);
+    if (!ep->related)
+        np_conn_key_of(key, ctx, version);
+    np_ct_probe(ctx, key, version);
+    struct np_ct_slot slot = np_conn_find(found, key, ctx, version);
     struct np_conn *conn = slot.conn;
-    if (leg->related && !conn)
+    if (ep->related && !conn)
         return NP_REASON_ICMP_UNRELATED;
     // The same connection as where the packet came in: nobody has translated the service's address.  What was deferred
     // there is no verdict.
-    work->is_first_leg = conn && found->flags & NP_CONN_DEFERRED;
-    if (work->is_first_leg) {
+    scratch->is_first_leg = conn && found->flags & NP_CONN_DEFERRED;
+    if (scratch->is_first_leg) {
         found->is_known = 0;
         conn = 0;
     }
     question->icmp_type = packet->icmp_type;
     question->icmp_code = packet->icmp_code;
     if (conn) {
-        if (found->generation == flow->arrival->generation) {
-            np_conn_touch(&slot, flow);
-            flow->decision->rule = found->rule;
-            work->reason = leg->related ? NP_REASON_RELATED : NP_REASON_ESTABLISHED;
+        if (found->generation == ctx->arrival->generation) {
+            np_conn_touch(&slot, ctx);
+            ctx->decision->rule = found->rule;
+            scratch->reason = ep->related ? NP_REASON_RELATED : NP_REASON_ESTABLISHED;
             return NP_REASON_NONE;
         }
         question->icmp_type = found->icmp_type;
@@ -154,42 +154,42 @@ NP_INLINE int np_sender(struct __sk_buff *skb, struct np_flow *flow, struct np_w
     }
     np_barrier();
 
-    np_question_of(question, key, leg->direction, version);
-    np_sender_plan(flow, work, version);
+    np_question_of(question, key, ep->direction, version);
+    np_sender_plan(ctx, scratch, version);
     np_barrier();
-    work->is_sender = 1;
-    return np_judge(skb, flow, work);
+    scratch->is_sender = 1;
+    return np_judge(skb, ctx, scratch);
 }
 
 // Policy has answered for the sender. Returns as np_sender does.
-NP_INLINE int np_sender_verdict(struct np_flow *flow, struct np_work *work, const int version)
+NP_INLINE int np_sender_verdict(struct np_ctx *ctx, struct np_scratch *scratch, const int version)
 {
-    const struct np_packet *packet = flow->packet;
-    const struct np_question *question = &work->questions[NP_QUESTION_FINAL];
-    union np_conn_key *key = &work->sender_key;
-    int denied = flow->decision->action == NP_ACTION_DENY;
-    work->reason = flow->decision->reason;
-    if (work->sender_found.is_known) {
-        if (denied && !(flow->config->flags & NP_CONFIG_KEEP_REVOKED))
-            return work->reason == NP_REASON_POLICY_DENY ? NP_REASON_REVOKED : work->reason;
-        struct np_slot slot = np_conn_again(flow, &work->sender_found, key, version);
+    const struct np_packet *packet = ctx->packet;
+    const struct np_question *question = &scratch->questions[NP_QUESTION_FINAL];
+    union np_conn_key *key = &scratch->sender_key;
+    int denied = ctx->decision->action == NP_ACTION_DENY;
+    scratch->reason = ctx->decision->reason;
+    if (scratch->sender_found.is_known) {
+        if (denied && !(ctx->config->flags & NP_CONFIG_KEEP_REVOKED))
+            return scratch->reason == NP_REASON_POLICY_DENY ? NP_REASON_REVOKED : scratch->reason;
+        struct np_ct_slot slot = np_conn_again(ctx, &scratch->sender_found, key, version);
         if (slot.conn) {
             if (!denied)
-                slot.conn->rule = flow->decision->rule;
-            flow->decision->rule = slot.conn->rule;
-            np_conn_renew(slot.conn, flow->arrival->generation);
-            np_conn_touch(&slot, flow);
+                slot.conn->rule = ctx->decision->rule;
+            ctx->decision->rule = slot.conn->rule;
+            np_conn_renew(slot.conn, ctx->arrival->generation);
+            np_conn_touch(&slot, ctx);
         }
-        flow->decision->log_list = 0; // Log rules speak of new flows
-        work->reason = NP_REASON_ESTABLISHED;
+        ctx->decision->log_list = 0; // Log rules speak of new flows
+        scratch->reason = NP_REASON_ESTABLISHED;
         return NP_REASON_NONE;
     }
     if (denied)
-        return work->reason;
+        return scratch->reason;
     // Sources of the sender's choice are not remembered, those that the node put in their place are.
-    if (np_conn_opens(flow) && !work->is_first_leg &&
-        (!work->hides_source || np_is_local(flow, question->source, version)) &&
-        np_conn_open(flow, key, packet->protocol == NP_PROTOCOL_TCP ? NP_CONN_TCP_OPEN : 0, 0, version))
+    if (np_conn_opens(ctx) && !scratch->is_first_leg &&
+        (!scratch->hides_source || np_is_local(ctx, question->source, version)) &&
+        np_conn_open(ctx, key, packet->protocol == NP_PROTOCOL_TCP ? NP_CONN_TCP_OPEN : 0, 0, version))
         return NP_REASON_CONN_FULL;
     return NP_REASON_NONE;
 }

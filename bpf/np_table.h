@@ -3,9 +3,9 @@
 // The connection table: buckets of eight, whose tags lie in one cache line, apart from the connections, so that the
 // tags of all buckets stay near the processor.  A look-up reads a bucket's tags and one entry; a new flow writes one. A
 // new connection takes the place that is free, else the one whose tag says that least is lost with it: first what is
-// closed, then what is young, then what is open, and of these what expires first.  So there is no list to keep, nothing
-// to collect, and a flood of new flows evicts young ones; only where all eight are open does the one go that was silent
-// longest, and then it is the newcomer's place that is taken next.
+// closed, then what is unreplied, then what is established, and of these what expires first.  So there is no list to
+// keep, nothing to collect, and a flood of new flows evicts unreplied ones; only where all eight are open does the one
+// go that was silent longest, and then it is the newcomer's place that is taken next.
 //
 // Invariants.  A place is owned by whoever puts a tag of rank NONE into it by compare-and-swap, until the entry is
 // written.  An entry is read only behind a tag of its key's hash.  A tag's time and rank serve the choice of what goes;
@@ -15,10 +15,10 @@
 #pragma once
 
 #include "np_count.h"
-#include "np_flow.h"
+#include "np_ctx.h"
 #include "np_maps.h"
 
-#define NP_TAG_YOUNG (1ull << 31)
+#define NP_TAG_UNREPLIED (1ull << 31)
 #define NP_TAG_WHO 0xffffffff80000000ull // the part that does not change with time
 #define NP_TAG_JIFFIES 64 // in a unit of a tag's time
 #define NP_TAG_TIME_BITS 29
@@ -28,7 +28,7 @@
 #define NP_WORTH_OWNED (~0ull >> 4) // more than any connection's
 
 // A connection in its place.
-struct np_slot {
+struct np_ct_slot {
     struct np_conn *conn; // NULL: there is none
     __u64 *tag;
 };
@@ -52,12 +52,12 @@ NP_INLINE __u32 np_tag_time(__u64 jiffies)
 }
 
 // When a connection in this state expires, as far as a tag can tell.
-NP_INLINE __u64 np_tag_expiry(const struct np_flow *flow, __u32 state)
+NP_INLINE __u64 np_tag_expiry(const struct np_ctx *ctx, __u32 state)
 {
-    __u64 units = flow->config->timeout_jiffies[state & (NP_CONN_STATES - 1)] / NP_TAG_JIFFIES;
+    __u64 units = ctx->config->timeout_jiffies[state & (NP_CONN_STATES - 1)] / NP_TAG_JIFFIES;
     if (units > NP_TAG_TIME_MASK / 2)
         units = NP_TAG_TIME_MASK / 2;
-    return (np_tag_time(flow->arrival->now_jiffies) + units) & NP_TAG_TIME_MASK;
+    return (np_tag_time(ctx->arrival->now_jiffies) + units) & NP_TAG_TIME_MASK;
 }
 
 // What is lost when a place is taken: 0 free, 1 its time is past, NP_WORTH_OWNED it is being written.  Without a
@@ -78,10 +78,10 @@ NP_INLINE __u64 np_tag_worth(__u64 tag, __u32 now)
 
 // Where a connection stands, in both of its forms: the bucket's hash, and the places in it; NP_CONN_WAYS or more: none.
 // A place at most has a hash: a second key with it is not found, and judged anew with each packet, which does no harm.
-NP_INLINE void np_slot_seek(const struct np_flow *flow, const union np_conn_key *key, const int version)
+NP_INLINE void np_ct_probe(const struct np_ctx *ctx, const union np_conn_key *key, const int version)
 {
-    struct np_leg *leg = flow->leg;
-    leg->open_place = leg->young_place = NP_CONN_WAYS;
+    struct np_endpoint_ctx *ep = ctx->ep;
+    ep->established_slot = ep->unreplied_slot = NP_CONN_WAYS;
     const struct np_secret *secret = np_secret_lookup();
     if (!secret) // never: there is one row
         return;
@@ -91,58 +91,58 @@ NP_INLINE void np_slot_seek(const struct np_flow *flow, const union np_conn_key 
         sum += secret->number[word] * ((const np_half *)key)[word]; // multilinear: the upper half is as good as random
     __u32 hash = (__u32)(sum >> 32) | 1u << 31; // not 0
     const struct np_conn_tags *tags = np_conn_tags_lookup(hash, version);
-    leg->hash = hash;
+    ep->hash = hash;
     if (!tags)
         return;
     __u64 open = NP_CONN_WAYS;
-    __u64 young = NP_CONN_WAYS;
+    __u64 unreplied = NP_CONN_WAYS;
 #pragma unroll
     for (int place = 0; place < NP_CONN_WAYS; place++) {
-        __u64 other =
-            (tags->tag[place] >> 31 ^ (__u64)hash << 1) << 3 | place; // only `place`: it is; 8 more: as a young one
+        __u64 other = (tags->tag[place] >> 31 ^ (__u64)hash << 1) << 3 |
+                      place; // only `place`: it is; 8 more: as an unreplied one
         open = np_lesser(open, other);
-        young = np_lesser(young, other ^ NP_CONN_WAYS);
+        unreplied = np_lesser(unreplied, other ^ NP_CONN_WAYS);
         np_barrier(); // else the compiler reads all tags at once, into more registers than there are
     }
-    leg->open_place = (__u32)open;
-    leg->young_place = (__u32)young;
+    ep->established_slot = (__u32)open;
+    ep->unreplied_slot = (__u32)unreplied;
     np_barrier();
 }
 
 // A place of the bucket, whatever is there.
-NP_INLINE struct np_slot np_slot_at(const struct np_flow *flow, __u32 place, const int version)
+NP_INLINE struct np_ct_slot np_ct_slot_at(const struct np_ctx *ctx, __u32 place, const int version)
 {
-    struct np_slot slot = {};
-    struct np_conn_tags *tags = np_conn_tags_lookup(flow->leg->hash, version);
+    struct np_ct_slot slot = {};
+    struct np_conn_tags *tags = np_conn_tags_lookup(ctx->ep->hash, version);
     if (!tags)
         return slot;
     np_forget(place); // the compiler may know its range, the verifier has to be shown one
     place &= NP_CONN_WAYS - 1;
     np_forget(tags); // else the compiler adds to it before it looks whether it is there
     slot.tag = &tags->tag[place];
-    slot.conn = np_conn_lookup(flow->leg->hash, place, version);
+    slot.conn = np_conn_lookup(ctx->ep->hash, place, version);
     return slot;
 }
 
 // Where an entry keeps its key.
-NP_INLINE void *np_slot_key(const struct np_slot *slot, const int version)
+NP_INLINE void *np_ct_slot_key(const struct np_ct_slot *slot, const int version)
 {
     return (void *)slot->conn - (version == 4 ? __builtin_offsetof(struct np_conn4_entry, conn)
                                               : __builtin_offsetof(struct np_conn6_entry, conn));
 }
 
-// What np_slot_seek found, if it is still there. `young`: in that form.
-NP_INLINE struct np_slot np_slot_find(const struct np_flow *flow, const union np_conn_key *key, int young,
-                                      const int version)
+// What np_ct_probe found, if it is still there. `unreplied`: in that form.
+NP_INLINE struct np_ct_slot np_ct_lookup(const struct np_ctx *ctx, const union np_conn_key *key, int unreplied,
+                                         const int version)
 {
-    const struct np_slot none = {};
-    __u32 place = young ? flow->leg->young_place : flow->leg->open_place;
+    const struct np_ct_slot none = {};
+    __u32 place = unreplied ? ctx->ep->unreplied_slot : ctx->ep->established_slot;
     if (place >= NP_CONN_WAYS)
         return none;
-    struct np_slot slot = np_slot_at(flow, place, version);
+    struct np_ct_slot slot = np_ct_slot_at(ctx, place, version);
     if (!slot.conn)
         return none;
-    const np_half *stored = np_slot_key(&slot, version);
+    const np_half *stored = np_ct_slot_key(&slot, version);
     __u32 other = 0;
 #pragma unroll
     for (__u32 word = 0; word < np_key_words(version); word++) {
@@ -156,72 +156,72 @@ NP_INLINE struct np_slot np_slot_find(const struct np_flow *flow, const union np
     return slot;
 }
 
-// Whether a slot is still that of the connection that np_slot_find found.  `read`: made of what was read of the entry,
+// Whether a slot is still that of the connection that np_ct_lookup found.  `read`: made of what was read of the entry,
 // so that the tag is read after that.
-NP_INLINE int np_slot_is_kept(const struct np_slot *slot, __u32 read, int young, const struct np_flow *flow)
+NP_INLINE int np_ct_slot_is_kept(const struct np_ct_slot *slot, __u32 read, int unreplied, const struct np_ctx *ctx)
 {
     const __u64 *tag = np_load_after((const __u64 *)slot->tag, read);
-    return *tag >> 31 == ((__u64)flow->leg->hash << 1 | (young ? 1 : 0));
+    return *tag >> 31 == ((__u64)ctx->ep->hash << 1 | (unreplied ? 1 : 0));
 }
 
 // Let the tag say what became of the connection.  Whose it is stays: if another took the place meanwhile, nothing is
 // lost but its time.  When another CPU changes the tag at this moment, that one's word counts.
-NP_INLINE void np_slot_renew(const struct np_slot *slot, int young, const struct np_flow *flow)
+NP_INLINE void np_ct_refresh(const struct np_ct_slot *slot, int unreplied, const struct np_ctx *ctx)
 {
     __u32 state = slot->conn->state;
-    __u64 expires = np_tag_expiry(flow, state);
-    __u64 rank = young ? NP_RANK_YOUNG : NP_RANK_OPEN;
+    __u64 expires = np_tag_expiry(ctx, state);
+    __u64 rank = unreplied ? NP_RANK_UNREPLIED : NP_RANK_ESTABLISHED;
     if (state == NP_CONN_TCP_CLOSING || state == NP_CONN_TCP_RESET)
         rank = NP_RANK_CLOSED;
     __u64 was = *slot->tag;
-    __u64 who = was & NP_TAG_WHO & ~NP_TAG_YOUNG;
+    __u64 who = was & NP_TAG_WHO & ~NP_TAG_UNREPLIED;
     if (was & 3)
-        __sync_val_compare_and_swap(slot->tag, was, who | (young ? NP_TAG_YOUNG : 0) | expires << 2 | rank);
+        __sync_val_compare_and_swap(slot->tag, was, who | (unreplied ? NP_TAG_UNREPLIED : 0) | expires << 2 | rank);
 }
 
-NP_INLINE void np_slot_free(const struct np_slot *slot)
+NP_INLINE void np_ct_release(const struct np_ct_slot *slot)
 {
     __u64 was = *slot->tag;
     if (was & 3)
         __sync_val_compare_and_swap(slot->tag, was, 0);
 }
 
-// Own a place for a young connection: the one that np_slot_seek found, else the one that is worth least.  No slot:
+// Own a place for an unreplied connection: the one that np_ct_probe found, else the one that is worth least.  No slot:
 // others were writing wherever it looked.
-NP_INLINE struct np_slot np_slot_own(const struct np_flow *flow, const int version)
+NP_INLINE struct np_ct_slot np_ct_reserve(const struct np_ctx *ctx, const int version)
 {
-    struct np_slot slot = {};
-    const struct np_conn_tags *tags = np_conn_tags_lookup(flow->leg->hash, version);
+    struct np_ct_slot slot = {};
+    const struct np_conn_tags *tags = np_conn_tags_lookup(ctx->ep->hash, version);
     if (!tags)
         return slot;
-    __u32 now = np_tag_time(flow->arrival->now_jiffies);
-    if (flow->leg->young_place >= NP_CONN_WAYS) {
+    __u32 now = np_tag_time(ctx->arrival->now_jiffies);
+    if (ctx->ep->unreplied_slot >= NP_CONN_WAYS) {
         __u64 least = NP_WORTH_OWNED << 3;
 #pragma unroll
         for (int place = 0; place < NP_CONN_WAYS; place++) {
             least = np_lesser(least, np_tag_worth(tags->tag[place], now) << 3 | place);
             np_barrier();
         }
-        flow->leg->young_place = least & (NP_CONN_WAYS - 1);
+        ctx->ep->unreplied_slot = least & (NP_CONN_WAYS - 1);
     }
     np_barrier();
     __u64 owned = (__u64)((now + NP_TAG_OWNED_UNITS) & NP_TAG_TIME_MASK) << 2 | NP_RANK_NONE;
-    slot = np_slot_at(flow, flow->leg->young_place, version);
+    slot = np_ct_slot_at(ctx, ctx->ep->unreplied_slot, version);
     if (!slot.conn)
         return slot;
     __u64 was = *slot.tag;
     __u64 worth = np_tag_worth(was, now);
     if (worth == NP_WORTH_OWNED || __sync_val_compare_and_swap(slot.tag, was, owned) != was)
         slot.conn = 0;
-    else if (worth >> NP_TAG_TIME_BITS == NP_RANK_OPEN)
-        np_count_reason(NP_REASON_CONN_EVICTED, flow->arrival->frame_bytes);
+    else if (worth >> NP_TAG_TIME_BITS == NP_RANK_ESTABLISHED)
+        np_count_reason(NP_REASON_CONN_EVICTED, ctx->arrival->frame_bytes);
     return slot;
 }
 
 // The owned connection is written: let everybody see it.  Where the processor keeps the order of stores that is a plain
 // one, which need not wait until the entry's line has come.
-NP_INLINE void np_slot_publish(const struct np_slot *slot, const struct np_flow *flow)
+NP_INLINE void np_ct_commit(const struct np_ct_slot *slot, const struct np_ctx *ctx)
 {
-    __u64 expires = np_tag_expiry(flow, slot->conn->state);
-    np_store_last(slot->tag, (__u64)flow->leg->hash << 32 | NP_TAG_YOUNG | expires << 2 | NP_RANK_YOUNG);
+    __u64 expires = np_tag_expiry(ctx, slot->conn->state);
+    np_store_last(slot->tag, (__u64)ctx->ep->hash << 32 | NP_TAG_UNREPLIED | expires << 2 | NP_RANK_UNREPLIED);
 }

@@ -44,7 +44,7 @@ class MapSpec:
 
 # fmt: off
 
-NP_SCHEMA_VERSION = 8  # part of the pin directory's name
+NP_SCHEMA_VERSION = 9  # part of the pin directory's name
 NP_RULE_NAME_BYTES = 120  # longest readable rule name, with its terminating zero
 NP_ATOM_BLOCK = 256  # atoms per row of np_l4_atom
 NP_ATOM_BLOCKS = 1537  # 6 slots of 256 blocks, and the block of the other protocols
@@ -70,7 +70,7 @@ NP_FAMILY_CLASSES = 2  # the most classes of a side of whose address no rule ask
 NP_HOST_SETS = 8  # policy sets of a host endpoint: stage * 2 + direction
 NP_SCRATCH_WORDS = 76  # working memory of one packet, in units of 8 bytes
 NP_KERNEL_BYTES = 96  # copied of a packet's own structure, where it cannot be read in place
-NP_RECENT_DUE = 2  # flag in np_recent_fact.hook: packets of the connection bear np_config.due_mark
+NP_FLOW_CACHE_DUE = 2  # flag in np_flow_cache_fact.hook: packets of the connection bear np_config.due_mark
 NP_CHECK_SEED = 2166136261  # FNV-1a's own 32-bit offset basis and prime
 NP_CHECK_PRIME = 16777619
 NP_NODE_FIRST = 1048576  # in np_addr.holder: numbers of nodes begin here, those of endpoints are below; arbitrary
@@ -132,14 +132,14 @@ NP_CONN_FIN_REPLY = 2  # FIN seen from the other side
 NP_CONN_EXEMPT = 4  # opened by the host itself or by the workload to itself: no policy applies
 NP_CONN_DEFERRED = 8  # opened towards a service: policy judges where the packet leaves
 NP_CONN_FORWARDED = 16  # of a host endpoint: opened by a packet that only passes through the node
-NP_CONN_CARRIES = 32  # deferred, and nothing before policy where it leaves has allowed it for good
+NP_CONN_TAGGED = 32  # deferred, and nothing before policy where it leaves has allowed it for good
 NP_CONN_DUE = 64  # deferred, and not allowed to the service's own address either
 
 # np_rank: How little is lost with a connection; in the low bits of its tag.
 NP_RANK_NONE = 0  # no connection: being written until the tag's time, then free
 NP_RANK_CLOSED = 1  # FIN from both sides, or RST
-NP_RANK_YOUNG = 2  # no reply was seen yet
-NP_RANK_OPEN = 3  # both sides were seen
+NP_RANK_UNREPLIED = 2  # no reply was seen yet
+NP_RANK_ESTABLISHED = 3  # both sides were seen
 
 # np_verdict_flag: Flags of a verdict.
 NP_VERDICT_FAILSAFE = 1  # a failsafe port decided: nothing before normal policy may drop the packet
@@ -156,7 +156,7 @@ NP_VIP_MANY = 2  # several of those: not known which one
 
 # np_call
 NP_CALL_JUDGE = 0  # ask one policy list, then the next one; what the interface's endpoint says is the verdict
-NP_CALL_SENDER = 1  # policy has answered for the endpoint whose number the packet carries
+NP_CALL_SENDER = 1  # policy has answered for the endpoint whose number is the sender tag of the packet
 NP_CALLS = 2  # how many there are
 
 # np_kernel_fact: Facts of the running kernel that the loader puts into the program (NP_KERNEL).
@@ -188,7 +188,7 @@ NP_REASON_DEFERRED = 10  # to a service: policy judges where the packet leaves t
 NP_REASON_UPLINK = 11  # on a host interface without policy
 NP_REASON_DHCP = 12  # a workload asks for an address
 NP_REASON_POLICY_DENY = 32  # policy denies the flow
-NP_REASON_REVOKED = 33  # policy no longer allows an open connection
+NP_REASON_REVOKED = 33  # policy no longer allows an established connection
 NP_REASON_UNKNOWN_ENDPOINT = 34  # the interface has no endpoint row
 NP_REASON_SPOOFED = 35  # the workload does not own the source address
 NP_REASON_NON_IP = 36  # neither IP nor ARP, on a workload interface
@@ -224,7 +224,7 @@ NP_REASON_TUNNEL_SOURCE = 65  # out of a tunnel, sent by another node than the o
 NP_REASON_EVENT_LOST = 96  # the ring buffer had no room for an event
 NP_REASON_LOG_LIMITED = 97  # a log event held back by the rate limit
 NP_REASON_RULE_RANGE = 98  # a rule number beyond np_rule_count or np_staged_count, once for each
-NP_REASON_CONN_EVICTED = 99  # an open connection was forgotten for a new one: eight open ones shared its bucket
+NP_REASON_CONN_EVICTED = 99  # an established connection made room for a new one in its bucket
 NP_REASON_COUNT = 128  # size of np_reason_count
 
 
@@ -335,8 +335,8 @@ class np_host(ctypes.Structure):
     )
 
 
-class np_place(ctypes.Structure):
-    """``struct np_place``."""
+class np_ifindex(ctypes.Structure):
+    """``struct np_ifindex``."""
 
     ifindex: int  # key of np_endpoint
 
@@ -498,7 +498,7 @@ class np_addr6_bucket(ctypes.Structure):
     )
 
 
-class np_special(ctypes.Structure):
+class np_vip_filter(ctypes.Structure):
     """Node addresses and service addresses, as bits by hash: where the bit is 0 no table of those need be asked."""
 
     bits: int
@@ -816,8 +816,8 @@ class np_conn_tags(ctypes.Structure):
     """Of connections with the same hash.
 
     A tag says what a look-up and a choice of what goes have to know: in bits 63 to 32 the key's hash, 31 whether it
-    is young, 30 to 2 when it expires in units of 64 jiffies, 1 and 0 enum np_rank. An entry means what its tag says;
-    0: free.
+    is unreplied, 30 to 2 when it expires in units of 64 jiffies, 1 and 0 enum np_rank. An entry means what its tag
+    says; 0: free.
     """
 
     tag: ctypes.Array[ctypes.c_uint64]
@@ -971,11 +971,11 @@ class np_config(ctypes.Structure):
     """``struct np_config``."""
 
     generation: int  # raised when an allow may have become a deny
-    epoch: int  # raised when an endpoint's row or address changed: what np_near remembers is void
+    epoch: int  # raised when an endpoint's row or address changed: what np_ep_cache remembers is void
     flags: int  # enum np_config_flag
     jiffies_per_second: int
     wildcard: int  # number of the host endpoint of all interfaces, workloads' included; 0: none
-    mark_shift: int  # where a packet to a service carries its sender's 16-bit number: skb->mark; 0: skb->tc_index
+    mark_shift: int  # where a packet to a service has its sender tag, of 16 bits: skb->mark; 0: skb->tc_index
     seen_mark: int  # bit of skb->mark that says that the program saw the packet come in; 0: it is not to say so
     node_mark: int  # bit that the node sets in what its own processes send; 0: it does not
     due_mark: int  # bit that says that no process of the node may get the packet; 0: nobody would look
@@ -1011,7 +1011,7 @@ class np_schema(ctypes.Structure):
     )
 
 
-class np_recent_fact(ctypes.Structure):
+class np_flow_cache_fact(ctypes.Structure):
     """What is remembered of a connection's packets in one direction, by the CPU that saw them.
 
     Valid for one generation, until the table is to be asked again.
@@ -1022,9 +1022,9 @@ class np_recent_fact(ctypes.Structure):
     generation: int  # 0: unused
     until_jiffies: int  # a second after the table was asked; the lower 32 bits
     rule: int
-    carries: int  # number that packets of the connection carry on, 0: none
+    sender_tag: int  # of the packets of the connection, 0: none
     protocol: int
-    hook: int  # enum np_hook, and NP_RECENT_DUE
+    hook: int  # enum np_hook, and NP_FLOW_CACHE_DUE
 
     _fields_ = (
         ("ports_be", ctypes.c_uint32),
@@ -1032,43 +1032,43 @@ class np_recent_fact(ctypes.Structure):
         ("generation", ctypes.c_uint32),
         ("until_jiffies", ctypes.c_uint32),
         ("rule", ctypes.c_uint32),
-        ("carries", ctypes.c_uint16),
+        ("sender_tag", ctypes.c_uint16),
         ("protocol", ctypes.c_uint8),
         ("hook", ctypes.c_uint8),
     )
 
 
-class np_recent4(ctypes.Structure):
-    """``struct np_recent4``."""
+class np_flow_cache4(ctypes.Structure):
+    """``struct np_flow_cache4``."""
 
     source: ctypes.Array[ctypes.c_uint8]
     destination: ctypes.Array[ctypes.c_uint8]
-    fact: np_recent_fact
+    fact: np_flow_cache_fact
 
     _fields_ = (
         ("source", ctypes.c_uint8 * 4),
         ("destination", ctypes.c_uint8 * 4),
-        ("fact", np_recent_fact),
+        ("fact", np_flow_cache_fact),
     )
 
 
-class np_recent6(ctypes.Structure):
-    """``struct np_recent6``."""
+class np_flow_cache6(ctypes.Structure):
+    """``struct np_flow_cache6``."""
 
     source: ctypes.Array[ctypes.c_uint8]
     destination: ctypes.Array[ctypes.c_uint8]
-    fact: np_recent_fact
+    fact: np_flow_cache_fact
     pad: int
 
     _fields_ = (
         ("source", ctypes.c_uint8 * 16),
         ("destination", ctypes.c_uint8 * 16),
-        ("fact", np_recent_fact),
+        ("fact", np_flow_cache_fact),
         ("pad", ctypes.c_uint64),
     )
 
 
-class np_scratch(ctypes.Structure):
+class np_scratch_words(ctypes.Structure):
     """What a packet's way through policy needs besides the stack."""
 
     words: ctypes.Array[ctypes.c_uint64]
@@ -1078,7 +1078,7 @@ class np_scratch(ctypes.Structure):
     )
 
 
-class np_near(ctypes.Structure):
+class np_ep_cache(ctypes.Structure):
     """An endpoint's row by interface, whole and checked, remembered per CPU and direct-mapped; and the last source addresses that turned out to be the workload's own.
 
     Valid for one epoch.
@@ -1140,7 +1140,7 @@ REASONS: Mapping[int, Reason] = MappingProxyType(
         NP_REASON_POLICY_DENY: Reason(
             NP_REASON_POLICY_DENY, "policy-deny", "policy denies the flow"),
         NP_REASON_REVOKED: Reason(
-            NP_REASON_REVOKED, "revoked", "policy no longer allows an open connection"),
+            NP_REASON_REVOKED, "revoked", "policy no longer allows an established connection"),
         NP_REASON_UNKNOWN_ENDPOINT: Reason(
             NP_REASON_UNKNOWN_ENDPOINT, "unknown-endpoint", "the interface has no endpoint row"),
         NP_REASON_SPOOFED: Reason(
@@ -1212,7 +1212,7 @@ REASONS: Mapping[int, Reason] = MappingProxyType(
         NP_REASON_RULE_RANGE: Reason(
             NP_REASON_RULE_RANGE, "rule-range", "a rule number beyond np_rule_count or np_staged_count, once for each"),
         NP_REASON_CONN_EVICTED: Reason(
-            NP_REASON_CONN_EVICTED, "conn-evicted", "an open connection was forgotten for a new one: eight open ones shared its bucket"),
+            NP_REASON_CONN_EVICTED, "conn-evicted", "an established connection made room for a new one in its bucket"),
     }
 )
 
@@ -1230,25 +1230,25 @@ MAP_SPECS: Mapping[str, MapSpec] = MappingProxyType(
             "np_endpoint", "hash", np_endpoint_key, np_endpoint,
             ctypes.sizeof(np_endpoint_key), ctypes.sizeof(np_endpoint), 4096, ("BPF_F_NO_PREALLOC",),
         ),
-        "np_recent4": MapSpec(
-            "np_recent4", "array", None, np_recent4,
-            4, ctypes.sizeof(np_recent4), 262144, (),
+        "np_flow_cache4": MapSpec(
+            "np_flow_cache4", "array", None, np_flow_cache4,
+            4, ctypes.sizeof(np_flow_cache4), 262144, (),
         ),
-        "np_recent6": MapSpec(
-            "np_recent6", "array", None, np_recent6,
-            4, ctypes.sizeof(np_recent6), 131072, (),
+        "np_flow_cache6": MapSpec(
+            "np_flow_cache6", "array", None, np_flow_cache6,
+            4, ctypes.sizeof(np_flow_cache6), 131072, (),
         ),
-        "np_near": MapSpec(
-            "np_near", "percpu_array", None, np_near,
-            4, ctypes.sizeof(np_near), 512, (),
+        "np_ep_cache": MapSpec(
+            "np_ep_cache", "percpu_array", None, np_ep_cache,
+            4, ctypes.sizeof(np_ep_cache), 512, (),
         ),
         "np_host": MapSpec(
             "np_host", "hash", np_number_key, np_host,
             ctypes.sizeof(np_number_key), ctypes.sizeof(np_host), 64, ("BPF_F_NO_PREALLOC",),
         ),
-        "np_place": MapSpec(
-            "np_place", "hash", np_number_key, np_place,
-            ctypes.sizeof(np_number_key), ctypes.sizeof(np_place), 4096, ("BPF_F_NO_PREALLOC",),
+        "np_ifindex": MapSpec(
+            "np_ifindex", "hash", np_number_key, np_ifindex,
+            ctypes.sizeof(np_number_key), ctypes.sizeof(np_ifindex), 4096, ("BPF_F_NO_PREALLOC",),
         ),
         "np_local4": MapSpec(
             "np_local4", "hash", np_addr4_key, np_local,
@@ -1279,12 +1279,12 @@ MAP_SPECS: Mapping[str, MapSpec] = MappingProxyType(
             ctypes.sizeof(np_vip6_key), ctypes.sizeof(np_vip), 65536, ("BPF_F_NO_PREALLOC",),
         ),
         "np_scratch": MapSpec(
-            "np_scratch", "percpu_array", None, np_scratch,
-            4, ctypes.sizeof(np_scratch), 1, (),
+            "np_scratch", "percpu_array", None, np_scratch_words,
+            4, ctypes.sizeof(np_scratch_words), 1, (),
         ),
-        "np_special": MapSpec(
-            "np_special", "array", None, np_special,
-            4, ctypes.sizeof(np_special), 2048, (),
+        "np_vip_filter": MapSpec(
+            "np_vip_filter", "array", None, np_vip_filter,
+            4, ctypes.sizeof(np_vip_filter), 2048, (),
         ),
         "np_addr4": MapSpec(
             "np_addr4", "array", None, np_addr4_bucket,

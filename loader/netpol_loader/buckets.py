@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from netpol_loader import abi, syscall
-from netpol_loader.connections import TAG_NAMES, YOUNG_NAMES, viewed
+from netpol_loader.connections import TAG_NAMES, UNREPLIED_NAMES, viewed
 from netpol_loader.grace import order_stores
 from netpol_loader.maps import Map
 
@@ -40,7 +40,9 @@ MORE_NAMES: Mapping[str, str] = {
 """The bucketed tables, each with the table of what found no place in its bucket."""
 
 SIZED = tuple(
-    name for name in abi.MAP_SPECS if name not in {"np_special", "np_secret", *MORE_NAMES.values(), *TAG_NAMES.values()}
+    name
+    for name in abi.MAP_SPECS
+    if name not in {"np_vip_filter", "np_secret", *MORE_NAMES.values(), *TAG_NAMES.values()}
 )
 """Maps whose size may be chosen; of a bucketed table it is the number of its rows."""
 
@@ -56,10 +58,10 @@ def _hash6(key: bytes) -> int:
 
 
 @lru_cache(maxsize=1 << 16)  # the same ones are asked for with each change of the node's addresses
-def special_place(address: bytes) -> tuple[int, int]:
-    """Row of np_special and bit in it that stand for an address."""
+def vip_filter_bit(address: bytes) -> tuple[int, int]:
+    """Row of np_vip_filter and bit in it that stand for an address."""
     hashed = _hash4(address) if len(address) == 4 else _hash6(address)  # noqa: PLR2004 - an IPv4 address
-    return hashed // 64 & (abi.MAP_SPECS["np_special"].max_entries - 1), hashed & 63
+    return hashed // 64 & (abi.MAP_SPECS["np_vip_filter"].max_entries - 1), hashed & 63
 
 
 def buckets_for(name: str, rows: int) -> int:
@@ -81,7 +83,7 @@ def bucketed(maps: Mapping[str, Map]) -> dict[str, Map]:
 
 def open_map(pin_dir: Path, name: str) -> Map:
     """A pinned map by its name, or a view of one, with the tables it needs beside it. Raises OSError."""
-    table = next((table for table, young in YOUNG_NAMES.items() if name in (table, young)), name)
+    table = next((table for table, unreplied in UNREPLIED_NAMES.items() if name in (table, unreplied)), name)
     names = [
         table,
         *([MORE_NAMES[name]] if name in MORE_NAMES else []),

@@ -139,7 +139,7 @@ def kernel_sizes(sizes: Mapping[str, int]) -> dict[str, int]:
     return result
 
 
-MASKED = frozenset({"np_near", "np_special", "np_log_limit"})
+MASKED = frozenset({"np_ep_cache", "np_vip_filter", "np_log_limit"})
 """Arrays of any size but that a hash chooses from."""
 
 

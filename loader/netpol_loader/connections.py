@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The connection tables, seen as maps from key to row: the open connections of one, or the young.
+"""The connection tables, seen as maps from key to row: the established connections of one, or the unreplied.
 
 `bpf/np_table.h` keeps them, in buckets whose tags say what is where; here are the same hash and the same tags.
 
@@ -27,14 +27,14 @@ from netpol_loader.maps import Map
 TAG_NAMES: Mapping[str, str] = {"np_conn4": "np_conn4_tag", "np_conn6": "np_conn6_tag"}
 """The tables, each with the map of its tags."""
 
-YOUNG_NAMES: Mapping[str, str] = {"np_conn4": "np_young4", "np_conn6": "np_young6"}
-"""The tables, each with the name of the view of its young connections, which is no map of the kernel's."""
+UNREPLIED_NAMES: Mapping[str, str] = {"np_conn4": "np_unreplied4", "np_conn6": "np_unreplied6"}
+"""The tables, each with the name of the view of its unreplied connections, which is no map of the kernel's."""
 
 ROWS_PER_BUCKET = 4
 """How many connections a bucket is there for: half of its places, for buckets fill unevenly."""
 
 _WAYS = abi.NP_CONN_WAYS
-_YOUNG = 1 << 31
+_UNREPLIED = 1 << 31
 _HASH_SHIFT, _HASH_BIT = 32, 1 << 31
 _STEP_SHIFTS = (0, 8, 16, 24)
 """Where the lowest bit of a sequence may be in a word of the key: ports are halves of one, addresses in network order."""
@@ -69,18 +69,18 @@ class Tags:
 class ConnectionMap(Map):
     """Keys to struct np_conn. Owns the array. ``max_entries``: see ROWS_PER_BUCKET."""
 
-    def __init__(self, array: Map, tags: Tags, secret: Map, *, is_young: bool = False) -> None:
+    def __init__(self, array: Map, tags: Tags, secret: Map, *, is_unreplied: bool = False) -> None:
         """Take over the array; ``tags``: of the same table; ``secret``: the numbers of the hash, read once."""
         layout: Any = abi.np_conn4_entry if array.name == "np_conn4" else abi.np_conn6_entry
         self.fd, self.type = array.fd, "buckets"
-        self.name = YOUNG_NAMES[array.name] if is_young else array.name
+        self.name = UNREPLIED_NAMES[array.name] if is_unreplied else array.name
         self.has_btf, self.is_per_cpu = array.has_btf, False
         self.key_size, self.value_size = layout.key.size, layout.conn.size
         self.max_entries = tags.buckets * ROWS_PER_BUCKET
         self._room = self.value_size
         self._array = array
         self._tags = tags
-        self._who = _YOUNG if is_young else 0
+        self._who = _UNREPLIED if is_unreplied else 0
         self._layout = layout
         self._numbers = list(abi.np_secret.from_buffer_copy(secret.get(bytes(4)) or b"").number)
         self._words = struct.Struct(f"={self.key_size // 4}I")
@@ -201,23 +201,23 @@ class ConnectionMap(Map):
     def _tag(self, who: int, _key: bytes, value: bytes) -> int:
         """The tag of a connection that no packet was seen of."""
         expires = (abi.np_conn.from_buffer_copy(value).seen_jiffies + _ASSUMED_JIFFIES) // _JIFFIES
-        rank = abi.NP_RANK_YOUNG if self._who else abi.NP_RANK_OPEN
+        rank = abi.NP_RANK_UNREPLIED if self._who else abi.NP_RANK_ESTABLISHED
         return who | (expires & _TIME_MASK) << _TIME_SHIFT | rank
 
     def _used(self) -> Iterator[int]:
         """The places of this form's connections."""
         for number, tag in enumerate(self._tags.words.tolist()):
-            if tag & _RANK_MASK and tag & _YOUNG == self._who:
+            if tag & _RANK_MASK and tag & _UNREPLIED == self._who:
                 yield number
 
 
 def viewed(maps: Mapping[str, Map]) -> dict[str, Map]:
-    """The same maps, each connection table as its open connections and, under another name, its young ones."""
+    """The same maps, each connection table as its established connections and, under another name, its unreplied ones."""
     result = dict(maps)
-    for name, young in YOUNG_NAMES.items():
+    for name, unreplied in UNREPLIED_NAMES.items():
         if name in maps:
             tags, secret = Tags(maps[TAG_NAMES[name]]), maps["np_secret"]
-            result[young] = ConnectionMap(Map(os.dup(maps[name].fd)), tags, secret, is_young=True)
+            result[unreplied] = ConnectionMap(Map(os.dup(maps[name].fd)), tags, secret, is_unreplied=True)
             result[name] = ConnectionMap(maps[name], tags, secret)
     return result
 

@@ -200,7 +200,7 @@ class Dataplane:
 
     @property
     def pinned(self) -> dict[str, Map]:
-        """The maps that are pins: all but the views of young connections."""
+        """The maps that are pins: all but the views of unreplied connections."""
         return {name: self.maps[name] for name in abi.MAP_SPECS}
 
     def program_fd(self, hook: Hook) -> int:

@@ -33,7 +33,7 @@ CALLS_KERNEL = 2
 CALLS_CAST = 0x4E50
 """Number of the helper, which there is not, in whose place bpf_cast_to_kern_ctx is called (np_kernel_skb)."""
 
-PER_CPU_RANGES = frozenset({"np_recent4", "np_recent6"})
+PER_CPU_RANGES = frozenset({"np_flow_cache4", "np_flow_cache6"})
 """Arrays that all processors share, each with a range of slots to itself."""
 
 LOAD_TRIES = 5

@@ -230,18 +230,18 @@ def _deferred(protocol: int, ends: Ends, place: Place) -> int:
     if ends.destination in place.addresses:
         keys.append(VipKey(None, protocol, ends.destination_port))
     is_service = any(key in place.services for key in keys)
-    return abi.NP_CONN_DEFERRED | abi.NP_CONN_CARRIES if is_service else 0
+    return abi.NP_CONN_DEFERRED | abi.NP_CONN_TAGGED if is_service else 0
 
 
 def _place_of(maps: Mapping[str, KernelMap], key: bytes, one: Old) -> str | None:
     """The table that a connection's row belongs in; None: it has one that says the same."""
-    for table in (f"np_conn{one.version}", f"np_young{one.version}"):  # the order in which the program asks
+    for table in (f"np_conn{one.version}", f"np_unreplied{one.version}"):  # the order in which the program asks
         value = maps[table].get(key)
         if value is not None:
             present = abi.np_conn.from_buffer_copy(value)
             is_same = present.direction == one.direction and not (present.flags ^ one.flags) & abi.NP_CONN_DEFERRED
             return None if is_same else table
-    return f"np_conn{one.version}" if one.is_replied else f"np_young{one.version}"
+    return f"np_conn{one.version}" if one.is_replied else f"np_unreplied{one.version}"
 
 
 def look_at_connections(namespaces: Collection[int]) -> Live:

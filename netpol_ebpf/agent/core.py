@@ -484,7 +484,7 @@ class Agent:
         applier.set_flags(on=to_host.get(self.settings.workload_to_host, 0))
         hairpin = abi.NP_CONFIG_HAIRPIN
         applier.set_flags(**({"on": hairpin} if self.settings.hairpin else {"off": hairpin}))
-        applier.set_carrier(self.settings.mark_shift)
+        applier.set_sender_tag_bits(self.settings.mark_shift)
         self.barrier.sign(applier)
         applier.bump_generation()  # the new policy may allow less than what an earlier agent left
         self._forget_unused()

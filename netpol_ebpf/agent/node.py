@@ -38,7 +38,7 @@ log = logging.getLogger(__name__)
 
 POLICY_MAPS = frozenset({
     "np_endpoint", "np_addr4", "np_addr6", "np_cidr4", "np_cidr6", "np_source4", "np_source6", "np_peer_class", "np_l4_atom",
-    "np_l4_col", "np_verdict", "np_rule", "np_host", "np_place", "np_special", "np_near", *surroundings.MAPS,
+    "np_l4_col", "np_verdict", "np_rule", "np_host", "np_ifindex", "np_vip_filter", "np_ep_cache", *surroundings.MAPS,
 })  # fmt: skip
 """Maps that say what policy is, or what was remembered of that. The others hold connections, counters and settings, and belong to no agent."""
 

@@ -28,7 +28,12 @@ WAITING = 100
 """Objects shown of a refused change; arbitrary."""
 CONNECTIONS = 10_000
 """Connections shown; arbitrary: some megabytes of answer."""
-CONNECTION_TABLES = (("np_conn4", "open"), ("np_conn6", "open"), ("np_young4", "young"), ("np_young6", "young"))
+CONNECTION_TABLES = (
+    ("np_conn4", "established"),
+    ("np_conn6", "established"),
+    ("np_unreplied4", "unreplied"),
+    ("np_unreplied6", "unreplied"),
+)
 _COUNT = struct.Struct("=QQ")  # struct np_count: packets, bytes
 
 
@@ -188,7 +193,7 @@ def identities(agent: Agent) -> list[dict[str, Any]]:
 def connections(agent: Agent, maps: Mapping[str, KernelMap]) -> dict[str, Any]:
     """What the program remembers, expired connections included until others need their places, of `CONNECTIONS` at most.
 
-    ``more``: how many are left out.  ``form``: open, or young while no reply was seen.  ``rule`` None: exempt, or judged elsewhere.
+    ``more``: how many are left out.  ``form``: established, or unreplied while no reply was seen.  ``rule`` None: exempt, or judged elsewhere.
     """
     endpoints = {row.number: str(key) for key, row in agent.tables.endpoints.items()}
     states = {number: state for state, number in STATES.items()}

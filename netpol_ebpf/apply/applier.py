@@ -411,7 +411,7 @@ class Applier:
         config.flags = (config.flags | on) & ~off
         self._put_config(config)
 
-    def set_carrier(self, mark_shift: int) -> None:
+    def set_sender_tag_bits(self, mark_shift: int) -> None:
         """Where packets to services carry their sender's number: the mark from this bit on; 0: elsewhere."""
         config = self._config()
         config.mark_shift = mark_shift

@@ -23,9 +23,9 @@ from netpol_loader.drift import Drift
 ROWS = 2000
 """Rows looked at in a step: some 10 ms; arbitrary."""
 
-BY_ENDPOINT = ("np_endpoint", "np_source4", "np_source6", "np_host", "np_place")
+BY_ENDPOINT = ("np_endpoint", "np_source4", "np_source6", "np_host", "np_ifindex")
 BY_NODE = MAPS
-"""What is too much is looked for in these; a bit of np_special that is too much costs look-ups, nothing else."""
+"""What is too much is looked for in these; a bit of np_vip_filter that is too much costs look-ups, nothing else."""
 BY_TABLE = ("np_addr4", "np_addr6", "np_cidr4", "np_cidr6", "np_peer_class", "np_rule")
 
 

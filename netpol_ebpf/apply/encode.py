@@ -22,7 +22,7 @@ from netpol_ebpf.compiler.tables import AddressRow, EndpointRow, SetRow, Verdict
 from netpol_ebpf.errors import NetpolError
 from netpol_ebpf.policy.types import Cause, Direction, IPAddress, IPNetwork, Outcome, Stage, Vip, VipKey
 from netpol_loader import abi
-from netpol_loader.buckets import special_place
+from netpol_loader.buckets import vip_filter_bit
 from netpol_loader.seal import fold, seal_endpoint, seal_host
 
 Element = tuple[str, bytes, bytes]
@@ -92,11 +92,11 @@ _RULE_KEY = layout(abi.np_rule_key, "rule")
 _RULE = layout(abi.np_rule, "name")
 _ENDPOINT_KEY = layout(abi.np_endpoint_key, "ifindex")
 _NUMBER_KEY = layout(abi.np_number_key, "number")
-_PLACE = layout(abi.np_place, "ifindex")
+_PLACE = layout(abi.np_ifindex, "ifindex")
 _LOCAL = layout(abi.np_local, "flags", "ifindex", "node")
 _TUNNEL_KEY = layout(abi.np_tunnel_key, "port", "protocol")
 _TUNNEL = layout(abi.np_tunnel, "taken")
-_SPECIAL = layout(abi.np_special, "bits")
+_SPECIAL = layout(abi.np_vip_filter, "bits")
 _VIP4_KEY = layout(abi.np_vip4_key, "address", "port", "protocol")
 _VIP6_KEY = layout(abi.np_vip6_key, "address", "port", "protocol")
 _VIP = layout(abi.np_vip, "flags", "local_port", "local")
@@ -276,7 +276,7 @@ NO_SETS = EndpointSets(None, None)
 
 def place_element(number: int, ifindex: int) -> Element:
     """Where a workload's row is, for packets that carry its number."""
-    return "np_place", _NUMBER_KEY.pack(number), _PLACE.pack(ifindex)
+    return "np_ifindex", _NUMBER_KEY.pack(number), _PLACE.pack(ifindex)
 
 
 STAGE: Mapping[Stage, int] = {
@@ -324,18 +324,18 @@ def tunnel_element(protocol: int, port: int) -> Element:
 NO_BITS = _SPECIAL.pack(0)
 
 
-def special_elements(addresses: Iterable[IPAddress]) -> Iterator[Element]:
+def vip_filter_elements(addresses: Iterable[IPAddress]) -> Iterator[Element]:
     """The bits that stand for addresses of the node and of services."""
     words: dict[int, int] = {}
     for address in addresses:
-        row, bit = special_place(address.packed)
+        row, bit = vip_filter_bit(address.packed)
         words[row] = words.get(row, 0) | 1 << bit
     for row, bits in words.items():
-        yield "np_special", _INDEX.pack(row), _SPECIAL.pack(bits)
+        yield "np_vip_filter", _INDEX.pack(row), _SPECIAL.pack(bits)
 
 
 def either(one: bytes, other: bytes) -> bytes:
-    """The bits of both rows of np_special."""
+    """The bits of both rows of np_vip_filter."""
     return _SPECIAL.pack(_SPECIAL.unpack(one)[0] | _SPECIAL.unpack(other)[0])
 
 

@@ -40,7 +40,7 @@ from netpol_ebpf.apply.encode import (
     host_key,
     local_element,
     place_element,
-    special_elements,
+    vip_filter_elements,
 )
 from netpol_ebpf.apply.events import FlowEvent, Names, decode_event
 from netpol_ebpf.apply.frames import render_frame
@@ -176,7 +176,7 @@ class KernelEngine:
             self._reader = stack.enter_context(self._dataplane.events(self._events.append))
             # No packet is under way between two questions, so there is nothing to wait for.
             self._applier = Applier(self._dataplane.maps, wait=lambda: None)
-            self._applier.set_carrier(MARK_SHIFT)
+            self._applier.set_sender_tag_bits(MARK_SHIFT)
             self._applier.set_flags(on=abi.NP_CONFIG_ALLOW_EVENTS | abi.NP_CONFIG_DEFER)
             self._runner = stack.enter_context(open_runner(self._dataplane, over_veth=self._over_veth))
             self._stack = stack.pop_all()
@@ -257,10 +257,10 @@ class KernelEngine:
         if self._own_address is not None:
             name, key, _ = local_element(self._own_address, OWN)
             maps[name].delete(key)
-            for name, key, _ in special_elements([self._own_address]):
+            for name, key, _ in vip_filter_elements([self._own_address]):
                 maps[name].put(key, NO_BITS)
         if address is not None:
-            for name, key, value in (*special_elements([address]), local_element(address, OWN)):
+            for name, key, value in (*vip_filter_elements([address]), local_element(address, OWN)):
                 maps[name].put(key, value)
         self._own_address = address
 
@@ -314,8 +314,8 @@ class KernelEngine:
 
     def _forget_connection(self, question: Question) -> None:
         """Remove what the program remembers of an allowed packet, lest a later question be taken for its reply."""
-        for name in ("np_young4", "np_conn4") if question.packet.source.version == 4 else ("np_young6", "np_conn6"):  # noqa: PLR2004 - the IP version
-            self._dataplane.maps[name].clear()
+        for name in ("np_unreplied", "np_conn"):
+            self._dataplane.maps[f"{name}{question.packet.source.version}"].clear()
 
 
 @dataclass(frozen=True, slots=True)

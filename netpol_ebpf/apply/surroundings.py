@@ -26,16 +26,16 @@ from netpol_ebpf.apply.encode import (
     endpoint_element,
     local_element,
     local_net_element,
-    special_elements,
     tunnel_element,
     vip_elements,
+    vip_filter_elements,
 )
 from netpol_ebpf.errors import PlatformError
 from netpol_ebpf.policy.types import IPAddress, IPNetwork, Vip
 
 MAPS = ("np_local4", "np_local6", "np_local4_net", "np_local6_net", "np_tunnel", "np_vip4", "np_vip6")
-"""Maps that nothing else writes, besides SPECIAL; of np_endpoint only the rows of the node's own interfaces are meant here."""
-SPECIAL = "np_special"
+"""Maps that nothing else writes, besides VIP_FILTER; of np_endpoint only the rows of the node's own interfaces are meant here."""
+VIP_FILTER = "np_vip_filter"
 """An array of bits by hash of the addresses in MAPS."""
 UPLINK = 0
 """In place of a host endpoint's number: none, the interface has no policy of its own."""
@@ -73,7 +73,7 @@ class Surroundings:
     def elements(self) -> Iterator[Element]:
         """All rows, bits first."""
         vips = list(self.vips)
-        yield from special_elements(
+        yield from vip_filter_elements(
             [*self.addresses, *(vip.key.address for vip in vips if vip.key.address is not None)]
         )
         for address, meaning in self.addresses.items():
@@ -111,27 +111,27 @@ class SurroundingsWriter:
         self._require_room(rows.keys())
         before = self._rows
         gone = before.keys() - rows.keys() - set(keep)
-        bits = [key for name, key in {**before, **rows} if name == SPECIAL]
-        both = {key: either(*(of.get((SPECIAL, key), NO_BITS) for of in (before, rows))) for key in bits}
+        bits = [key for name, key in {**before, **rows} if name == VIP_FILTER]
+        both = {key: either(*(of.get((VIP_FILTER, key), NO_BITS) for of in (before, rows))) for key in bits}
         # An address has its bit as long as it has a row.
         for key, value in both.items():
-            self._put_bits(key, before.get((SPECIAL, key), NO_BITS), value)
+            self._put_bits(key, before.get((VIP_FILTER, key), NO_BITS), value)
         done: list[tuple[str, bytes]] = []
         try:
             for (name, key), value in rows.items():
-                if name != SPECIAL and before.get((name, key)) != value:
+                if name != VIP_FILTER and before.get((name, key)) != value:
                     self._maps[name].put(key, value)
                     done.append((name, key))
         except PlatformError:
             self._put_back(done)
             for key, value in both.items():
-                self._put_bits(key, value, before.get((SPECIAL, key), NO_BITS))
+                self._put_bits(key, value, before.get((VIP_FILTER, key), NO_BITS))
             raise
         for name, key in gone:
-            if name != SPECIAL:
+            if name != VIP_FILTER:
                 self._maps[name].delete(key)
         for key, value in both.items():
-            self._put_bits(key, value, rows.get((SPECIAL, key), NO_BITS))
+            self._put_bits(key, value, rows.get((VIP_FILTER, key), NO_BITS))
         self._rows, self._written = rows, wanted
         if any(name == "np_endpoint" for name, _ in (*done, *gone)):
             self._renew()
@@ -163,4 +163,4 @@ class SurroundingsWriter:
 
     def _put_bits(self, key: bytes, before: bytes, after: bytes) -> None:
         if before != after:
-            self._maps[SPECIAL].put(key, after)
+            self._maps[VIP_FILTER].put(key, after)

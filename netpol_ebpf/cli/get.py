@@ -58,7 +58,7 @@ def _flow(one: dict[str, Any]) -> str:
 
 
 def _state(one: dict[str, Any]) -> str:
-    return f"{one['state']}, no reply yet" if one["form"] == "young" else str(one["state"])
+    return f"{one['state']}, no reply yet" if one["form"] == "unreplied" else str(one["state"])
 
 
 _Cells = Callable[[dict[str, Any], bool], tuple[object, ...]]

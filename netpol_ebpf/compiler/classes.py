@@ -72,7 +72,7 @@ class ClassMap:
         Cost: the members of all matches, never identities times matches.  The class of most identities of a family is
         its default.
         """
-        vectors = self._special_vectors()
+        vectors = self._vip_filter_vectors()
         v6 = self._identities.v6
         populations: dict[int, dict[int, int]] = {4: {}, 6: {}}
         for number, vector in vectors.items():
@@ -100,7 +100,7 @@ class ClassMap:
                 self._rows[number] = class_
                 rows[(self.number, number)] = class_
 
-    def _special_vectors(self) -> dict[int, int]:
+    def _vip_filter_vectors(self) -> dict[int, int]:
         """Vectors of the identities that some term holds of."""
         identities = self._identities
         removed: dict[int, int] = {}

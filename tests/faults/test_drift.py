@@ -92,9 +92,9 @@ def clear_buckets(scene: Scene) -> None:
         buckets.close()
 
 
-def forget_special(scene: Scene) -> None:
+def forget_vip_filter(scene: Scene) -> None:
     """The bits of the node's addresses go."""
-    special = opened(pins(scene) / "np_special")
+    special = opened(pins(scene) / "np_vip_filter")
     special.put_many([(key, bytes(8)) for key, value in special.items() if any(value)])
     special.close()
 
@@ -131,7 +131,7 @@ def reset_configuration(scene: Scene) -> None:
 
 
 FAULTS = (
-    detach, unpin_links, exchange_program, empty_calls, unpin_maps, unpin_everything, forget_addresses, clear_buckets, forget_special,
+    detach, unpin_links, exchange_program, empty_calls, unpin_maps, unpin_everything, forget_addresses, clear_buckets, forget_vip_filter,
     give_away_address, unknown_interfaces, clear_verdicts, reset_configuration,
 )  # fmt: skip
 

@@ -29,7 +29,7 @@ SIZES = {
     "np_conn4": ROOM, "np_conn6": ROOM, "np_frag4": 256, "np_frag6": 256,
     "np_event": 65536,
 }  # fmt: skip
-FLOW_MAPS = ("np_conn4", "np_conn6", "np_young4", "np_young6", "np_frag4", "np_frag6", "np_event")
+FLOW_MAPS = ("np_conn4", "np_conn6", "np_unreplied4", "np_unreplied6", "np_frag4", "np_frag6", "np_event")
 PEER = {4: "192.0.2.1", 6: "2001:db8::1"}
 POD = {4: POD4, 6: POD6}
 
@@ -113,7 +113,7 @@ def test_allowed_flood(rig: Rig, flows: int, version: int) -> None:
     packets, before = open_connections(rig, version), footprint(rig)
     assert flood(rig.dataplane, version, flows) == flows
     assert footprint(rig) == before
-    rig.forget_recent()
+    rig.forget_flow_cache()
     assert still_open(rig, packets) == OPEN
 
 
@@ -123,7 +123,7 @@ def test_denied_flood(rig: Rig, flows: int, version: int) -> None:
     rig.pod(everything(1, ALLOW, 11), everything(2, ALLOW, 12))
     packets, before = open_connections(rig, version), footprint(rig)
     rig.pod(everything(1, DENY, 11), everything(2, DENY, 12))
-    young = sum(1 for _ in rig.map(f"np_young{version}").items())
+    unreplied = sum(1 for _ in rig.map(f"np_unreplied{version}").items())
     rig.reader.consume()
     rig.events.clear()
     denied, lost = reason(rig, abi.NP_REASON_POLICY_DENY), reason(rig, abi.NP_REASON_EVENT_LOST)
@@ -133,8 +133,8 @@ def test_denied_flood(rig: Rig, flows: int, version: int) -> None:
     assert reason(rig, abi.NP_REASON_POLICY_DENY) - denied == flows
     assert lost > 0
     assert len(rig.events) + lost == flows
-    assert sum(1 for _ in rig.map(f"np_young{version}").items()) == young
+    assert sum(1 for _ in rig.map(f"np_unreplied{version}").items()) == unreplied
     assert footprint(rig) == before
-    rig.forget_recent()
+    rig.forget_flow_cache()
     assert still_open(rig, packets) == OPEN
     print(f"{flows} denied flows over IPv{version}: {len(rig.events)} events read, {lost} counted as lost")

@@ -137,13 +137,13 @@ class Episode:
         words += ["by a tunnel"] if self.is_external else []
         words += [] if self.has_link else ["without link headers"]
         words += ["at a bridge"] if self.is_bridged else []
-        return " ".join(words) + (", short way" if self.short_way else "")
+        return " ".join(words) + (", fast path" if self.short_way else "")
 
 
 def episode(seed: int, number: int, size: int = EPISODE) -> Episode:
     """The episode of that number.
 
-    Of 8 episodes one meets nothing but denial, one has no link headers, two take the short way, and one is at a host
+    Of 8 episodes one meets nothing but denial, one has no link headers, two take the fast path, and one is at a host
     interface, of which every second one leads outside, and half of these out of a tunnel.  Half of all other interfaces are at a bridge.
     """
     chance = random.Random(f"{seed}/{number}/steps").random

@@ -4,7 +4,7 @@
 An episode is a list of steps from an empty connection table.  It is first run in bulk; every verdict, every event,
 every reason's and every rule's count, and every connection that is left in the end must be what the reference says.  If
 something differs it is run again frame by frame, to find the first one that differs, and the episode is made as short
-as it can be.  Invariant: time plays no part: time-outs are either endless or over at once, and the short way's second
+as it can be.  Invariant: time plays no part: time-outs are either endless or over at once, and the fast path's second
 is either endless or over at once.
 
 What a test run (BPF_PROG_TEST_RUN) can set limits what is tried here.
@@ -67,7 +67,7 @@ ENTERED = {"elsewhere": ELSEWHERE, "host": 0, "self": LO}
 
 
 Connections = dict[object, tuple[object, ...]]
-"""By whether it is young, and its key."""
+"""By whether it is unreplied, and its key."""
 
 
 @dataclass
@@ -96,16 +96,16 @@ def expected(outcomes: Sequence[Outcome], machine: Machine | None = None) -> See
 def standing(machine: Machine) -> Connections:
     """The connections of the reference."""
     return {
-        (is_young, key): (
+        (is_unreplied, key): (
             one.rule, one.way, one.state, one.fin, one.exempt, one.icmp, one.generation == machine.generation,
         )
-        for is_young, table in ((False, machine.connections), (True, machine.young))
+        for is_unreplied, table in ((False, machine.connections), (True, machine.unreplied))
         for key, one in table.items()
     }  # fmt: skip
 
 
 def told_connection(
-    key: bytes, row: abi.np_conn, *, is_young: bool, generation: int
+    key: bytes, row: abi.np_conn, *, is_unreplied: bool, generation: int
 ) -> tuple[object, tuple[object, ...]]:
     """A row of the program's table as the reference has it."""
     version: Any = abi.np_conn4_key if len(key) == ctypes.sizeof(abi.np_conn4_key) else abi.np_conn6_key
@@ -114,7 +114,7 @@ def told_connection(
     fin = {
         reply for flag, reply in ((abi.NP_CONN_FIN_ORIGINAL, False), (abi.NP_CONN_FIN_REPLY, True)) if row.flags & flag
     }
-    return (is_young, tuple_), (
+    return (is_unreplied, tuple_), (
         row.rule, Way(row.direction), State(row.state), fin, bool(row.flags & abi.NP_CONN_EXEMPT),
         (row.icmp_type, row.icmp_code), row.generation == generation,
     )  # fmt: skip
@@ -239,7 +239,7 @@ class Harness:
         key = struct.pack("=I", interface)
         row = seal_endpoint(abi.np_endpoint(number=number, ifindex=interface, link=link))
         self.rig.map("np_endpoint").put(key, bytes(row))
-        self.rig.map("np_place").put(struct.pack("=I", number), key)
+        self.rig.map("np_ifindex").put(struct.pack("=I", number), key)
 
     @staticmethod
     def _set(variant: int, way: Way) -> PolicySet:
@@ -256,11 +256,11 @@ class Harness:
     # --- settings
 
     def _empty(self, episode: Episode) -> None:
-        for name in ("np_conn4", "np_conn6", "np_young4", "np_young6", "np_frag4", "np_frag6"):
+        for name in ("np_conn4", "np_conn6", "np_unreplied4", "np_unreplied6", "np_frag4", "np_frag6"):
             one = self.rig.map(name)
             one.delete_many([key for key, _ in one.items()])
         if episode.is_host:
-            self.rig.map("np_place").delete(struct.pack("=I", ENDPOINT))
+            self.rig.map("np_ifindex").delete(struct.pack("=I", ENDPOINT))
         config = self._config
         config.flags = abi.NP_CONFIG_ALLOW_EVENTS | abi.NP_CONFIG_LOCAL_NETS
         config.jiffies_per_second = 0xFFFF_FFFF if episode.short_way else 0
@@ -381,8 +381,8 @@ class Harness:
 
     def _connections(self) -> Connections:
         return dict(
-            told_connection(key, row, is_young=name.startswith("np_young"), generation=self._config.generation)
-            for name in ("np_conn4", "np_conn6", "np_young4", "np_young6")
+            told_connection(key, row, is_unreplied=name.startswith("np_unreplied"), generation=self._config.generation)
+            for name in ("np_conn4", "np_conn6", "np_unreplied4", "np_unreplied6")
             for key, row in self.rig.connections(name).items()
         )
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The reference of everything after the parser: whose packet, fragments, connections, policy; what each packet becomes.
 
-One dictionary of open connections, one of young ones, one of first fragments, one function per step, so that it is
+One dictionary of established connections, one of unreplied ones, one of first fragments, one function per step, so that it is
 right at a glance.  Written from docs/SEMANTICS.md 5.1 to 5.6 and docs/packet-parsing.md.  Invariant: `Machine.step` is
 the only thing that changes state.  Must not know of maps, hashes, time stamps or caches: which connections are timed
 out is said from outside.
@@ -121,7 +121,7 @@ class Machine:
         self.endpoint = endpoint
         self.connections: dict[Key, Connection] = {}
         """With packets of both sides."""
-        self.young: dict[Key, Connection] = {}
+        self.unreplied: dict[Key, Connection] = {}
         """Without an answer yet."""
         self.firsts: dict[tuple[object, ...], First] = {}
         self.generation = 1
@@ -131,7 +131,7 @@ class Machine:
         self.hairpin = False
         """Packets from outside may have the source of a workload of this node."""
         self.shortened: dict[tuple[object, ...], int] | None = None
-        """Rules of packets that may take a short way, which need not notice changes at once; None: there is none."""
+        """Rules of packets that may take a fast path, which need not notice changes at once; None: there is none."""
 
     def renew(self) -> None:
         """Policy has changed: connections are judged again when a packet meets them."""
@@ -140,7 +140,7 @@ class Machine:
             self.shortened = {}
 
     def step(self, stimulus: Stimulus) -> Outcome | None:
-        """What becomes of the next frame; None where the short way may know better than the tables: nothing changes."""
+        """What becomes of the next frame; None where the fast path may know better than the tables: nothing changes."""
         reason, facts = parse(stimulus.frame, has_link=self.endpoint.has_link)
         way = Way.INGRESS if stimulus.out_of_host is not self.endpoint.is_host else Way.EGRESS
         return _Passage(self, stimulus, facts, way).outcome(reason)
@@ -231,7 +231,7 @@ class _Passage:
             )  # fmt: skip
         return reason
 
-    # --- the short way
+    # --- the fast path
 
     def _as_sent(self) -> tuple[object, ...]:
         facts = self.facts
@@ -248,7 +248,7 @@ class _Passage:
         )  # fmt: skip
 
     def _is_plain(self) -> bool:
-        """Neither a fragment nor a packet that changes a TCP connection: those never take the short way."""
+        """Neither a fragment nor a packet that changes a TCP connection: those never take the fast path."""
         return self.facts.place is Place.WHOLE and not self.facts.tcp_flags & (SYN | FIN | RST)
 
     def _may_be_shortened(self) -> bool:
@@ -338,8 +338,8 @@ class _Passage:
         return facts.destination, facts.source, facts.protocol, facts.destination_port, facts.source_port
 
     def _find(self, key: Key) -> Connection | None:
-        """The connection that speaks for the packet. What may answer a SYN belongs to the young one, if there is one."""
-        tables = [self.machine.connections, self.machine.young]
+        """The connection that speaks for the packet. What may answer a SYN belongs to the unreplied one, if there is one."""
+        tables = [self.machine.connections, self.machine.unreplied]
         if self.facts.tcp_flags & (SYN | RST):
             tables.reverse()
         for table in tables:
@@ -431,7 +431,7 @@ class _Passage:
             connection.replied = True
             if connection.state is State.TCP_NEW:
                 connection.state = State.TCP_OPEN
-            self.machine.connections[key] = self.machine.young.pop(key)
+            self.machine.connections[key] = self.machine.unreplied.pop(key)
             if self.machine.shortened is not None:  # from now on, for packets of both directions
                 self.machine.shortened |= {self._as_sent(): self.rule, self._as_answered(): self.rule}
         return "established"
@@ -450,7 +450,7 @@ class _Passage:
         if reason in PASSES and self._opens(reason):
             if not facts.is_initial_syn:  # that does not look for an older one
                 self.machine.connections.pop(key, None)
-            self.machine.young[key] = Connection(
+            self.machine.unreplied[key] = Connection(
                 self.rule, self.way, self.machine.generation, _first_state(facts.protocol),
                 (facts.icmp_type, facts.icmp_code), exempt=reason != "policy-allow",
             )  # fmt: skip

@@ -83,28 +83,28 @@ GUARDS = (
         "link-source",
         "and a source of the sender's own",
         "bpf/np_link.h",
-        ("    if (!is_nobody && !np_may_claim(flow, source, 6))\n        return NP_REASON_NONE;\n", ""),
+        ("    if (!is_nobody && !np_may_claim(ctx, source, 6))\n        return NP_REASON_NONE;\n", ""),
         (f"{LINKS}test_one_condition_is_enough_for_policy_to_decide",),
     ),
     Guard(
         "link-destination",
         "and a destination on the very link",
         "bpf/np_link.h",
-        ("if (!np_is_link_group(destination) && !np_is_on_link(skb, flow, destination))", "if (0)"),
+        ("if (!np_is_link_group(destination) && !np_is_on_link(skb, ctx, destination))", "if (0)"),
         (f"{LINKS}test_link_ends_at_the_router",),
     ),
     Guard(
         "link-target",
         "and asks about an address of the link",
         "bpf/np_link.h",
-        ("!flow->leg->missing && !np_is_on_link(skb, flow, target)", "0"),
+        ("!ctx->ep->missing && !np_is_on_link(skb, ctx, target)", "0"),
         (f"{LINKS}test_one_condition_is_enough_for_policy_to_decide",),
     ),
     Guard(
         "link-claim",
         "or claims one of the sender's own",
         "bpf/np_link.h",
-        ("packet->icmp_type == NP_NEIGHBOUR_ADVERTISEMENT && !np_may_claim(flow, target, 6)", "0"),
+        ("packet->icmp_type == NP_NEIGHBOUR_ADVERTISEMENT && !np_may_claim(ctx, target, 6)", "0"),
         (f"{LINKS}test_nobody_speaks_for_another", f"{LINKS}test_gateway_of_another_pod_is_not_taken_over[6]"),
     ),
     Guard(
@@ -112,7 +112,7 @@ GUARDS = (
         "and carries nothing but the sender's hardware address, or a nonce",
         "bpf/np_link.h",
         (
-            "return np_link_options_fit(skb, flow, offset) ? NP_REASON_NEIGHBOUR : NP_REASON_NONE;",
+            "return np_link_options_fit(skb, ctx, offset) ? NP_REASON_NEIGHBOUR : NP_REASON_NONE;",
             "return NP_REASON_NEIGHBOUR;",
         ),
         (
@@ -131,7 +131,7 @@ GUARDS = (
         "listener-source",
         "and a link-local source",
         "bpf/np_link.h",
-        ("return np_is_link_local(source) && (!is_workloads_own || np_may_claim(flow, source, 6));", "return 1;"),
+        ("return np_is_link_local(source) && (!is_workloads_own || np_may_claim(ctx, source, 6));", "return 1;"),
         (f"{LINKS}test_link_types_carry_nothing_to_a_pod_of_the_same_link",),
     ),
     Guard(
@@ -146,7 +146,7 @@ GUARDS = (
         "ARP is in the sender's own name",
         "bpf/np_link.h",
         (
-            "return is_own && np_may_claim(flow, claimed, 4) ? NP_REASON_ARP : NP_REASON_LINK_FORGED;",
+            "return is_own && np_may_claim(ctx, claimed, 4) ? NP_REASON_ARP : NP_REASON_LINK_FORGED;",
             "return NP_REASON_ARP;",
         ),
         (f"{LINKS}test_nobody_speaks_for_another", f"{LINKS}test_gateway_of_another_pod_is_not_taken_over[4]"),
@@ -155,7 +155,7 @@ GUARDS = (
         "link-server",
         "no workload answers as a DHCP server, or redirects by ICMP",
         "bpf/netpol.c",
-        ("if (NP_UNLIKELY(np_is_forged(flow, hook, version)))", "if (0)"),
+        ("if (NP_UNLIKELY(np_is_forged(ctx, hook, version)))", "if (0)"),
         (f"{LINKS}test_nobody_speaks_for_another",),
     ),
     Guard(
@@ -163,9 +163,9 @@ GUARDS = (
         "a link-local source is an address that a workload must own, like any other",
         "bpf/np_endpoint.h",
         (
-            "        return 0;\n    if (np_may_borrow(flow, source, version)) {",
+            "        return 0;\n    if (np_may_borrow(ctx, source, version)) {",
             "        return 0;\n    if (version == 6 && np_is_link_local(source))\n        return 0;\n"
-            "    if (np_may_borrow(flow, source, version)) {",
+            "    if (np_may_borrow(ctx, source, version)) {",
         ),
         (f"{LINKS}test_link_local_source_evades_no_label",),
     ),
@@ -173,7 +173,7 @@ GUARDS = (
         "delivery",
         "a workload's interface gets what is for the workload",
         "bpf/netpol.c",
-        ("if (np_is_misdelivered(flow, version))", "if (0)"),
+        ("if (np_is_misdelivered(ctx, version))", "if (0)"),
         (f"{LINKS}test_what_is_for_another_is_not_delivered",),
     ),
     # --- headers that are not final
@@ -187,7 +187,7 @@ GUARDS = (
     Guard(
         "checksum-aim-short",
         "nor in the middle of an open connection",
-        "bpf/np_recent.h",
+        "bpf/np_flow_cache.h",
         ("if (NP_UNLIKELY(checksum != NP_NO_CHECKSUM &&", "if (NP_UNLIKELY(0 && checksum != NP_NO_CHECKSUM &&"),
         (f"{HEADERS}test_checksum_changes_nothing_that_was_judged",),
     ),
@@ -210,7 +210,7 @@ GUARDS = (
         "tunnel",
         "a workload sends its node nothing that the node's tunnels unpack",
         "bpf/netpol.c",
-        ("if (np_is_workloads_own(flow, hook) && np_is_tunnelled(flow, version))", "if (0)"),
+        ("if (np_is_workloads_own(ctx, hook) && np_is_tunnelled(ctx, version))", "if (0)"),
         (
             f"{TUNNELS}test_pod_speaks_as_no_other_through_the_nodes_tunnel[scene]",
             f"{TUNNELS}test_pod_speaks_as_no_other_through_the_nodes_tunnel[bridged]",
@@ -232,7 +232,7 @@ GUARDS = (
         "foreign-source",
         "what comes from outside has no source of a workload of this node",
         "bpf/np_outside.h",
-        ("if (np_place_of(flow, source, version))", "if (np_place_of(flow, source, version) && 0)"),
+        ("if (np_ifindex_of(ctx, source, version))", "if (np_ifindex_of(ctx, source, version) && 0)"),
         (f"{TUNNELS}test_nobody_outside_is_a_pod_of_this_node",),
     ),
     Guard(
@@ -250,7 +250,7 @@ GUARDS = (
     Guard(
         "tunnel-source-short",
         "nor in the middle of an open connection of that node's",
-        "bpf/np_recent.h",
+        "bpf/np_flow_cache.h",
         ("NP_ENDPOINT_LAYER3 | NP_ENDPOINT_EXTERNAL", "NP_ENDPOINT_LAYER3"),
         (f"{TUNNELS}test_nobody_speaks_in_an_open_connection_of_another_node",),
     ),
@@ -277,7 +277,7 @@ GUARDS = (
         "node-prefixes",
         "local prefixes are the node",
         "bpf/np_endpoint.h",
-        ("!found && flow->config->flags & NP_CONFIG_LOCAL_NETS", "0"),
+        ("!found && ctx->config->flags & NP_CONFIG_LOCAL_NETS", "0"),
         (f"{NODE}test_closed_node_has_no_other_door[prefix-4]", f"{NODE}test_closed_node_has_no_other_door[prefix-6]"),
     ),
     Guard(
@@ -326,7 +326,7 @@ GUARDS = (
         "first-leg",
         "a verdict that was put off is no verdict where the packet leaves as it came",
         "bpf/np_service.h",
-        ("work->is_first_leg = conn && found->flags & NP_CONN_DEFERRED;", "work->is_first_leg = 0;"),
+        ("scratch->is_first_leg = conn && found->flags & NP_CONN_DEFERRED;", "scratch->is_first_leg = 0;"),
         (f"{ORIGIN}test_untranslated_service_is_judged_where_it_leaves",),
     ),
     Guard(

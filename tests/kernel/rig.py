@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from ipaddress import ip_address, ip_network
 
 from netpol_loader import abi
-from netpol_loader.buckets import special_place
+from netpol_loader.buckets import vip_filter_bit
 from netpol_loader.dataplane import Dataplane, default_config
 from netpol_loader.hook import Hook
 from netpol_loader.maps import Map
@@ -26,7 +26,7 @@ ELSEWHERE = 77
 """Where packets towards a workload entered the node; need not exist."""
 EMPTIED = (
     "np_endpoint", "np_addr4", "np_addr6", "np_cidr4", "np_cidr6", "np_source4", "np_source6", "np_peer_class",
-    "np_conn4", "np_conn6", "np_young4", "np_young6", "np_frag4", "np_frag6", "np_host", "np_place", "np_local4",
+    "np_conn4", "np_conn6", "np_unreplied4", "np_unreplied6", "np_frag4", "np_frag6", "np_host", "np_ifindex", "np_local4",
     "np_local6", "np_local4_net", "np_local6_net", "np_tunnel", "np_vip4", "np_vip6",
 )  # fmt: skip
 ALLOW, DENY, CONTINUE = abi.NP_ACTION_ALLOW, abi.NP_ACTION_DENY, abi.NP_ACTION_CONTINUE
@@ -176,7 +176,7 @@ class Rig:
             self.host({(one, way): of for one in stages for way, of in ((IN, ingress), (OUT, egress))}, number=number)
         else:
             row.ingress, row.egress = self.policy(ingress), self.policy(egress)
-            self.map("np_place").put(struct.pack("=I", number), struct.pack("=I", ifindex))
+            self.map("np_ifindex").put(struct.pack("=I", number), struct.pack("=I", ifindex))
         self.map("np_endpoint").put(struct.pack("=I", ifindex), bytes(seal_endpoint(row)))
 
     def host(self, sets: Mapping[tuple[int, int], PolicySet], *, number: int = ENDPOINT, version: int = 1) -> None:
@@ -255,9 +255,9 @@ class Rig:
 
     def _special(self, address: bytes) -> None:
         """Say that an address is the node's or a service's."""
-        row, bit = special_place(address)
-        found = self.map("np_special").get(struct.pack("=I", row)) or b""
-        self._row("np_special", row, struct.pack("=Q", struct.unpack("=Q", found)[0] | 1 << bit))
+        row, bit = vip_filter_bit(address)
+        found = self.map("np_vip_filter").get(struct.pack("=I", row)) or b""
+        self._row("np_vip_filter", row, struct.pack("=Q", struct.unpack("=Q", found)[0] | 1 << bit))
 
     def _element(self, name: str, block: int, index: int, number: int) -> None:
         row = bytearray(self.map(name).get(struct.pack("=I", block)) or b"")
@@ -315,16 +315,16 @@ class Rig:
         """The rows of a connection table."""
         return {key: abi.np_conn.from_buffer_copy(value) for key, value in self.map(name).items()}
 
-    def forget_recent(self) -> None:
-        """Empty the short way, so that the connection tables are asked."""
-        for name in ("np_recent4", "np_recent6"):
+    def forget_flow_cache(self) -> None:
+        """Empty the fast path, so that the connection tables are asked."""
+        for name in ("np_flow_cache4", "np_flow_cache6"):
             recent = self.map(name)
             zero = bytes(recent.cell_bytes)
             recent.put_many([(key, zero) for key, value in recent.items() if value != zero])
 
     def age(self, name: str, seconds: float) -> None:
         """Make every row of a table look as if it was last used that long ago."""
-        self.forget_recent()
+        self.forget_flow_cache()
         back = int(seconds * self.dataplane.config().jiffies_per_second)
         for key, value in self.map(name).items():
             seen = struct.unpack_from("=Q", value)[0]

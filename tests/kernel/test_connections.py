@@ -42,10 +42,10 @@ def test_replies_pass(rig: Rig, pod: str, peer: str, protocol: int, first: bytes
     egress_only(rig)
     assert rig.into(p.frame(peer, pod, protocol, reply)).reason == "policy-deny"
     assert rig.out(p.frame(pod, peer, protocol, first)).reason == "policy-allow"
-    assert only_entry(rig, f"np_young{family(pod)}").direction == abi.NP_DIRECTION_EGRESS
+    assert only_entry(rig, f"np_unreplied{family(pod)}").direction == abi.NP_DIRECTION_EGRESS
     seen = rig.into(p.frame(peer, pod, protocol, reply))
     assert (seen.reason, seen.rules) == ("established", {12: 1})
-    assert not rig.connections(f"np_young{family(pod)}")
+    assert not rig.connections(f"np_unreplied{family(pod)}")
     assert only_entry(rig, f"np_conn{family(pod)}").rule == 12
     assert rig.into(p.frame(peer, pod, protocol, reply)).reason == "established"
 
@@ -62,12 +62,12 @@ def test_incoming_connection(rig: Rig, pod: str, peer: str) -> None:
 
 @FAMILIES
 def test_retransmissions_do_not_make_a_connection_open(rig: Rig, pod: str, peer: str) -> None:
-    """Only the other side's packets do, so a flood stays among the young."""
+    """Only the other side's packets do, so a flood stays among the unreplied."""
     egress_only(rig)
     for flags in (p.SYN, p.SYN, p.ACK):
         assert rig.out(p.frame(pod, peer, p.TCP, p.tcp(1000, 80, flags))).passed
     assert not rig.connections(f"np_conn{family(pod)}")
-    assert only_entry(rig, f"np_young{family(pod)}").state == abi.NP_CONN_TCP_NEW
+    assert only_entry(rig, f"np_unreplied{family(pod)}").state == abi.NP_CONN_TCP_NEW
 
 
 @FAMILIES
@@ -86,7 +86,7 @@ def test_initial_syn_is_always_decided_by_policy(rig: Rig, pod: str, peer: str) 
     assert rig.into(p.frame(peer, pod, p.TCP, p.tcp(80, 1000, SYNACK))).reason == "established"
     (newer,) = rig.connections(table).values()
     assert (newer.flags, newer.state) == (0, abi.NP_CONN_TCP_OPEN), "the ports are used again"
-    assert not rig.connections(f"np_young{family(pod)}")
+    assert not rig.connections(f"np_unreplied{family(pod)}")
 
 
 @FAMILIES
@@ -105,7 +105,7 @@ def test_tcp_states(rig: Rig, pod: str, peer: str) -> None:
     assert rig.out(p.frame(pod, peer, p.TCP, p.tcp(1000, 80, p.ACK))).reason == "established"
 
 
-@pytest.mark.parametrize("table", ["np_young", "np_conn"])
+@pytest.mark.parametrize("table", ["np_unreplied", "np_conn"])
 @FAMILIES
 def test_reset(rig: Rig, pod: str, peer: str, table: str) -> None:
     """A RST from either side is let through and shortens the connection's life; it never makes one open."""
@@ -121,7 +121,7 @@ def test_reset_of_nothing_opens_nothing(rig: Rig) -> None:
     """A RST that policy allows passes without a connection."""
     egress_only(rig)
     assert rig.out(p.frame(POD4, PEER4, p.TCP, p.tcp(1000, 80, p.RST))).reason == "policy-allow"
-    assert not rig.connections("np_young4")
+    assert not rig.connections("np_unreplied4")
 
 
 TIMEOUTS = [
@@ -152,7 +152,7 @@ def test_timeouts(rig: Rig, ours: list[bytes], theirs: list[bytes], protocol: in
             if protocol == p.TCP and packet[13] == p.FIN:
                 assert rig.out(p.frame(POD4, PEER4, p.TCP, p.tcp(1000, 80, p.FIN))).passed
 
-    table = "np_conn4" if theirs else "np_young4"
+    table = "np_conn4" if theirs else "np_unreplied4"
     start()
     rig.age(table, seconds - 2)
     assert rig.into(reply).reason == "established"
@@ -187,7 +187,7 @@ def test_timeouts_that_were_asked_for(
         config = rig.dataplane.config()
         set_timeouts(config, {state: asked_s})
         rig.dataplane.set_config(config)
-        rig.age("np_conn4" if theirs else "np_young4", idle_s)
+        rig.age("np_conn4" if theirs else "np_unreplied4", idle_s)
         assert rig.into(reply).reason == reason
 
 
@@ -239,7 +239,7 @@ def test_answers_do_not_reopen_what_was_revoked(
     rig.out(p.frame(pod, peer, protocol, segment(1000, 80, p.SYN)))
     if reply_seen:
         rig.into(p.frame(peer, pod, protocol, segment(80, 1000, SYNACK)))
-    table = f"np_{'conn' if reply_seen else 'young'}{family(pod)}"
+    table = f"np_{'conn' if reply_seen else 'unreplied'}{family(pod)}"
     before = {key: bytes(entry) for key, entry in rig.connections(table).items()}
     rig.pod(everything(INGRESS, ALLOW, 13), everything(EGRESS, DENY, 14))
     rig.dataplane.bump_generation()
@@ -308,7 +308,7 @@ def test_revoked_connections_may_be_kept(rig: Rig) -> None:
 
 
 def test_exempt_connections_follow_the_generation(rig: Rig) -> None:
-    """A connection of the node's own goes the short way again after a new generation, still without a rule."""
+    """A connection of the node's own goes the fast path again after a new generation, still without a rule."""
     rig.pod(everything(INGRESS, DENY, 11), everything(EGRESS, DENY, 12))
     rig.into(p.frame(PEER4, POD4, p.UDP, p.udp(1, 2)), ingress=0)
     rig.out(p.frame(POD4, PEER4, p.UDP, p.udp(2, 1)))
@@ -399,7 +399,7 @@ def test_unsolicited_answers_and_other_types_open_nothing(rig: Rig) -> None:
     egress_only(rig)
     for kind in (0, 9, 14, 42):
         assert rig.out(p.frame(POD4, PEER4, p.ICMP, p.icmp(kind, 0, 77))).reason == "policy-allow"
-    assert not rig.connections("np_young4")
+    assert not rig.connections("np_unreplied4")
 
 
 def inner(pod: str, peer: str, protocol: int, l4: bytes) -> bytes:
@@ -494,7 +494,7 @@ def test_icmp_error_about_nothing_readable_is_for_policy(rig: Rig) -> None:
     """An error without an inner header is a message like any other, so that rules by ICMP type can be tested."""
     rig.pod(everything(INGRESS, ALLOW, 11), everything(EGRESS, DENY, 12))
     assert rig.into(p.frame(PEER4, POD4, p.ICMP, p.icmp(3, 1))).reason == "policy-allow"
-    assert not rig.connections("np_young4")
+    assert not rig.connections("np_unreplied4")
 
 
 def test_icmp_error_of_a_revoked_connection(rig: Rig) -> None:

@@ -83,7 +83,7 @@ def test_verdict_is_deferred_and_the_number_carried(rig: Rig, at: Addresses) -> 
     assert (seen.reason, seen.rules, seen.carries) == ("deferred", {}, ENDPOINT)
     answer = rig.into(p.frame(at.vip, at.pod, p.TCP, p.tcp(80, 40000, p.SYN | p.ACK)))
     assert (answer.reason, answer.carries) == ("established", 0)
-    for _ in range(3):  # the table, then the short way
+    for _ in range(3):  # the table, then the fast path
         assert rig.out(p.frame(at.pod, at.vip, p.TCP, p.tcp(40000, 80, p.ACK))).carries == ENDPOINT
     assert rig.out(p.frame(at.pod, at.vip, p.TCP, p.tcp(40000, 80, p.ACK | p.FIN))).carries == ENDPOINT
     assert rig.out(p.frame(at.pod, at.vip, p.TCP, p.tcp(1, 81))).rules == {20: 1}
@@ -297,7 +297,7 @@ def test_untracked_allow_leaves_no_connection(rig: Rig) -> None:
     """What untracked policy allows is not remembered: its answer is judged by itself."""
     host(rig, {(UNTRACKED, IN): everything(10, ALLOW, 41), (NORMAL, OUT): everything(11, DENY, 43)})
     assert rig.send(Hook.TC_INGRESS, p.frame(PEER4, NODE4, p.UDP, p.udp(1, 2))).passed
-    assert not rig.connections("np_young4")
+    assert not rig.connections("np_unreplied4")
     assert not rig.into(p.frame(NODE4, PEER4, p.UDP, p.udp(2, 1)), ingress=0).passed
 
 

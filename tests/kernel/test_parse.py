@@ -307,7 +307,7 @@ def test_dhcp_of_a_workload(
     """A workload may ask all servers on its link for an address, whatever policy says, and be no server itself."""
     rig.pod(everything(1, ALLOW, 11), everything(2, DENY, 12))
     assert rig.out(p.frame(source, destination, p.UDP, p.udp(source_port, destination_port))).reason == reason
-    assert not rig.connections("np_young4") | rig.connections("np_young6")
+    assert not rig.connections("np_unreplied4") | rig.connections("np_unreplied6")
 
 
 def test_dhcp_fragment_is_no_request(rig: Rig) -> None:

@@ -149,8 +149,8 @@ def test_l4_class(rig: Rig, pod: str, peer: str, protocol: int, l4: bytes, block
     verdicts = [Verdict(DENY, 20), Verdict(ALLOW, 21), Verdict(ALLOW, 22)]
     rig.pod(PolicySet(INGRESS, verdicts, l4_classes=3), PolicySet(EGRESS, verdicts, l4_classes=3))
     assert rig.into(p.frame(peer, pod, protocol, l4)).rules == {21: 1}
-    rig.map("np_young4").delete_many([key for key, _ in rig.map("np_young4").items()])
-    rig.map("np_young6").delete_many([key for key, _ in rig.map("np_young6").items()])
+    rig.map("np_unreplied4").delete_many([key for key, _ in rig.map("np_unreplied4").items()])
+    rig.map("np_unreplied6").delete_many([key for key, _ in rig.map("np_unreplied6").items()])
     rig.peer_class(EGRESS, PEER_IDENTITY, 0)
     assert rig.out(p.frame(pod, peer, protocol, l4)).passed
 
@@ -343,7 +343,7 @@ def test_borrowed_sources_need_the_flag_and_leave_no_connection(rig: Rig) -> Non
     rig.pod(everything(INGRESS, DENY, 11), everything(EGRESS, ALLOW, 12), flags=abi.NP_ENDPOINT_SOURCES)
     rig.source("10.20.0.0/16")
     assert rig.out(p.frame("10.20.1.1", PEER4, p.UDP, p.udp(1, 2))).reason == "policy-allow"
-    assert not rig.connections("np_young4")
+    assert not rig.connections("np_unreplied4")
     rig.dataplane.bump_generation()
     rig.pod(everything(INGRESS, DENY, 11), everything(EGRESS, ALLOW, 12))
     assert rig.out(p.frame("10.20.1.1", PEER4, p.UDP, p.udp(1, 2))).reason == "spoofed"
@@ -413,8 +413,8 @@ def test_own_address_is_remembered_for_an_epoch(rig: Rig, pod: str, peer: str) -
 def test_interfaces_of_one_slot_do_not_mix(rig: Rig) -> None:
     """Two interfaces that share a slot of the memory each keep their own endpoint."""
     rig.pod(everything(1, DENY, 11), everything(2, ALLOW, 12))
-    near = rig.map("np_near")
-    other = abi.np_near(ifindex=1 + near.max_entries, epoch=rig.dataplane.config().epoch, number=99)
+    near = rig.map("np_ep_cache")
+    other = abi.np_ep_cache(ifindex=1 + near.max_entries, epoch=rig.dataplane.config().epoch, number=99)
     cells = bytes(other) * (near.cell_bytes // len(bytes(other)))
     near.put(struct.pack("=I", 1), cells)
     assert rig.out(p.frame(POD4, PEER4, p.UDP, p.udp(1, 2))).rules == {12: 1}

@@ -55,7 +55,7 @@ def test_a_missing_program_drops_new_flows_and_is_counted(emptied: Rig, pod: str
     assert emptied.out(opening).reason == "policy-allow"
     assert emptied.into(answer).reason == "established"
     assert emptied.dataplane.programs.calls.delete(struct.pack("=I", abi.NP_CALL_JUDGE))
-    emptied.forget_recent()
+    emptied.forget_flow_cache()
     assert emptied.out(opening).reason == "established"
     seen = emptied.out(p.frame(pod, peer, p.UDP, p.udp(1001, 53)))
     assert (seen.passed, seen.reason) == (False, "call-missing")
@@ -97,15 +97,15 @@ def test_one_file_serves_any_number_of_processors_and_any_size(
     monkeypatch.setattr(build, "possible_cpus", lambda: cpus)
     sizes = {
         **SIZES,
-        "np_recent4": 1024 * scale,
-        "np_recent6": 512 * scale,
+        "np_flow_cache4": 1024 * scale,
+        "np_flow_cache6": 512 * scale,
         "np_addr4": 100 * scale,
-        "np_near": 3 * scale,
+        "np_ep_cache": 3 * scale,
     }
     with Dataplane.open(root, sizes=sizes) as dataplane:
         try:
             assert build.compiled_program() == before
-            recent = syscall.map_info(dataplane.maps["np_recent4"].fd)
+            recent = syscall.map_info(dataplane.maps["np_flow_cache4"].fd)
             assert link.mask_of(recent) + 1 == max(1024 * scale // cpus, 1)
             rig = Rig(dataplane)
             rig.pod(everything(1, DENY, 11), everything(2, ALLOW, 12))

@@ -78,7 +78,7 @@ def end(rig: Rig, pod: str, peer: str, port: int) -> None:
 
 
 def ports(rig: Rig, pod: str, form: str) -> set[int]:
-    """The workload's ports of the young or the open connections."""
+    """The workload's ports of the unreplied or the established connections."""
     kind = abi.np_conn4_key if pod == POD4 else abi.np_conn6_key
     return {kind.from_buffer_copy(key).local_port for key in rig.connections(f"np_{form}{family(pod)}")}
 
@@ -92,12 +92,12 @@ def test_what_is_closed_goes_first_then_what_is_young(small: Rig, pod: str, peer
         answer(small, pod, peer, port)
     end(small, pod, peer, 5)
     begin(small, pod, peer, 100)
-    assert (ports(small, pod, "young"), ports(small, pod, "conn")) == ({1, 2, 100}, {3, 4, 6, 7, 8})
+    assert (ports(small, pod, "unreplied"), ports(small, pod, "conn")) == ({1, 2, 100}, {3, 4, 6, 7, 8})
     for port in (101, 102, 103, 104):
         begin(small, pod, peer, port)
         assert ports(small, pod, "conn") == {3, 4, 6, 7, 8}
-        assert port in ports(small, pod, "young")
-    assert len(ports(small, pod, "young")) == PLACES - 5
+        assert port in ports(small, pod, "unreplied")
+    assert len(ports(small, pod, "unreplied")) == PLACES - 5
 
 
 @FAMILIES
@@ -115,7 +115,7 @@ def test_a_flood_takes_one_of_eight_open_connections_and_no_more(small: Rig, pod
     for port in range(201, 240):
         assert small.out(p.frame(pod, peer, p.TCP, p.tcp(port, 80, p.SYN))).reasons == {"policy-allow": 1}
     assert ports(small, pod, "conn") == set(range(1, PLACES + 1)) - {4}
-    assert ports(small, pod, "young") == {239}
+    assert ports(small, pod, "unreplied") == {239}
 
 
 @FAMILIES
@@ -132,7 +132,7 @@ def test_what_expired_goes_before_anything_alive(small: Rig, pod: str, peer: str
     tags.put(bytes(4), struct.pack(f"={PLACES}Q", *words))
     begin(small, pod, peer, 100)
     assert ports(small, pod, "conn") == set()
-    assert ports(small, pod, "young") == {*range(1, PLACES + 1), 100} - {6}
+    assert ports(small, pod, "unreplied") == {*range(1, PLACES + 1), 100} - {6}
 
 
 @FAMILIES
@@ -140,9 +140,9 @@ def test_the_same_flow_keeps_its_place(small: Rig, pod: str, peer: str) -> None:
     """A SYN that is sent again is no second connection."""
     for _ in range(PLACES + 1):
         begin(small, pod, peer, 7)
-    assert ports(small, pod, "young") == {7}
+    assert ports(small, pod, "unreplied") == {7}
     answer(small, pod, peer, 7)
-    assert (ports(small, pod, "young"), ports(small, pod, "conn")) == (set(), {7})
+    assert (ports(small, pod, "unreplied"), ports(small, pod, "conn")) == (set(), {7})
 
 
 @FAMILIES
@@ -151,25 +151,25 @@ def test_an_older_open_connection_lives_until_the_new_one_is_answered(small: Rig
     begin(small, pod, peer, 7)
     answer(small, pod, peer, 7)
     begin(small, pod, peer, 7)
-    assert (ports(small, pod, "young"), ports(small, pod, "conn")) == ({7}, {7})
+    assert (ports(small, pod, "unreplied"), ports(small, pod, "conn")) == ({7}, {7})
     answer(small, pod, peer, 7)
-    assert (ports(small, pod, "young"), ports(small, pod, "conn")) == (set(), {7})
+    assert (ports(small, pod, "unreplied"), ports(small, pod, "conn")) == (set(), {7})
 
 
 @FAMILIES
 def test_python_and_the_program_agree(rig: Rig, pod: str, peer: str) -> None:
     """What one writes the other finds, and what one removes is gone for the other."""
     rig.pod(everything(1, ALLOW, 11), everything(2, ALLOW, 12))
-    view, young = rig.map(f"np_conn{family(pod)}"), rig.map(f"np_young{family(pod)}")
+    view, unreplied = rig.map(f"np_conn{family(pod)}"), rig.map(f"np_unreplied{family(pod)}")
     for port in range(1, 400):
         begin(rig, pod, peer, port)
         if port % 2:
             answer(rig, pod, peer, port)
-    assert (len(rig.connections(view.name)), len(rig.connections(young.name))) == (200, 199)
+    assert (len(rig.connections(view.name)), len(rig.connections(unreplied.name))) == (200, 199)
     rows = dict(view.items())
-    assert all(view.get(key) == row and young.get(key) is None for key, row in rows.items())
+    assert all(view.get(key) == row and unreplied.get(key) is None for key, row in rows.items())
     view.clear()
-    rig.forget_recent()
+    rig.forget_flow_cache()
     rig.pod(everything(1, DENY, 11), everything(2, DENY, 12))
     assert not rig.out(p.frame(pod, peer, p.TCP, p.tcp(1, 80, p.ACK))).passed
     view.put_many(list(rows.items()))
@@ -198,7 +198,7 @@ def test_a_place_that_a_program_took_meanwhile_is_left_to_it(small: Rig, monkeyp
     """A program that had chosen the place before it was marked publishes after the mark: what it wrote stands."""
     view = small.map("np_conn4")
     assert isinstance(view, ConnectionMap)
-    theirs = 1 << 63 | abi.NP_RANK_OPEN
+    theirs = 1 << 63 | abi.NP_RANK_ESTABLISHED
 
     def late() -> None:
         view._tags.words[0] = theirs
@@ -226,7 +226,7 @@ def test_processors_that_write_into_one_place_never_mix_connections(small: Rig, 
     """
     bursts, runs, deadline = 20_000, 4, time.monotonic() + 300
     outwards, inwards = (pod, peer, 1000, Hook.TC_INGRESS), (peer, pod, 1001, Hook.TC_EGRESS)
-    tags, young = small.map(f"np_conn{family(pod)}_tag"), small.map(f"np_young{family(pod)}")
+    tags, unreplied = small.map(f"np_conn{family(pod)}_tag"), small.map(f"np_unreplied{family(pod)}")
     owned_long = ((read_jiffies() // 64 + (1 << 20)) & ((1 << 29) - 1)) << 2 | abi.NP_RANK_NONE
     tags.put(bytes(4), struct.pack(f"={PLACES}Q", 0, *[owned_long] * (PLACES - 1)))
     kind = abi.np_conn4_key if pod == POD4 else abi.np_conn6_key
@@ -249,7 +249,7 @@ def test_processors_that_write_into_one_place_never_mix_connections(small: Rig, 
             small.dataplane.test_run(hook, packet, ingress_ifindex=ELSEWHERE, repeat=runs)
             meet(me, 2 * burst + 2)
             if me == 0:
-                for raw, row in small.connections(young.name).items():
+                for raw, row in small.connections(unreplied.name).items():
                     seen[kind.from_buffer_copy(raw).remote_port == 80, row.direction, row.rule] += 1
 
     other = fork.Process(target=send, args=(1, inwards))

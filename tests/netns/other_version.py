@@ -10,7 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,10 +43,19 @@ def schema(step: int) -> Change:
     return (ABI, f"{name}{abi.SCHEMA_VERSION} ", f"{name}{abi.SCHEMA_VERSION + step} ")
 
 
-def make_version(tree: Path, changes: Iterable[Change]) -> Path:
-    """Copy the sources and change them; the directory."""
+NAMES_OF_SCHEMA_8 = {
+    "np_flow_cache4": "np_recent4", "np_flow_cache6": "np_recent6", "np_flow_cache_fact": "np_recent_fact",
+    "np_ep_cache": "np_near", "np_vip_filter": "np_special", "np_ifindex": "np_place",
+}  # fmt: skip
+"""Maps and layouts that had other names."""
+
+
+def make_version(tree: Path, changes: Iterable[Change], names: Mapping[str, str] | None = None) -> Path:
+    """Copy the sources and change them; the directory. ``names``: of this version, each with that of the other one."""
     for part in ("bpf", "loader", "netpol_ebpf", "scripts"):
         shutil.copytree(ROOT / part, tree / part, ignore=shutil.ignore_patterns("__pycache__"))
+    for path in (*tree.rglob("*.py"), *tree.rglob("*.[ch]")) if names else ():
+        path.write_text(re.sub(r"\b\w+\b", lambda word: names.get(word[0], word[0]), path.read_text()))
     for name, old, new in changes:
         path = tree / name
         text = path.read_text()

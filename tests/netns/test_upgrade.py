@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from agent_scene import CLUSTER, DEFAULTS, NODE, to_db, wait_for
 from other_version import (
+    NAMES_OF_SCHEMA_8,
     OTHER_CONNECTION,
     OTHER_PROGRAM,
     WIDER_CONFIG,
@@ -117,8 +118,8 @@ def replaced(scene: VersionedScene, tree: Path | None) -> dict[str, Any]:
 
 
 def test_older_schema_is_taken_over(scene: VersionedScene, tmp_path: Path) -> None:
-    """Every setting at another place and a policy map of another layout: connections, numbers and counters go on."""
-    scene.tree = make_version(tmp_path / "older", [schema(-1), WIDER_CONFIG, WIDER_ENDPOINT])
+    """Every setting at another place, a policy map of another layout, other names: connections, numbers and counters go on."""
+    scene.tree = make_version(tmp_path / "older", [schema(-1), WIDER_CONFIG, WIDER_ENDPOINT], NAMES_OF_SCHEMA_8)
     scene.options = ("--timeout", "udp=180")
     before = scene.start()
     assert pinned(scene) == [f"v{abi.SCHEMA_VERSION - 1}"]

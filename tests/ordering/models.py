@@ -372,7 +372,7 @@ def _check_words(has: Has) -> Scene:
 
 
 def _own(name: str, has: Has, *, only: str = "") -> list[Op]:
-    """A program takes a slot, writes the entry, publishes it; `np_slot_own`, `np_conn_open`, `np_slot_publish`.
+    """A program takes a slot, writes the entry, publishes it; `np_ct_reserve`, `np_conn_open`, `np_ct_commit`.
 
     ``only``: the one tag that it would take; else any that is nobody's mark.
     """
@@ -400,7 +400,7 @@ def _own(name: str, has: Has, *, only: str = "") -> list[Op]:
 
 
 def _find(has: Has) -> list[Op]:
-    """A program looks for a connection; `np_slot_seek`, `np_slot_find`."""
+    """A program looks for a connection; `np_ct_probe`, `np_ct_lookup`."""
     kept = has(FROM_TAG.name)
     return section(load("tag", "tag"), behind("key", "tag", kept=kept), behind("conn", "tag", kept=kept))
 

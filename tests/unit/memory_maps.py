@@ -11,7 +11,7 @@ from netpol_ebpf.apply.applier import ARRAYS
 from netpol_ebpf.errors import MapFullError
 from netpol_loader import abi
 from netpol_loader.buckets import MORE_NAMES
-from netpol_loader.connections import YOUNG_NAMES
+from netpol_loader.connections import UNREPLIED_NAMES
 
 CPUS = 3
 PER_CPU = frozenset(name for name, spec in abi.MAP_SPECS.items() if spec.kind.startswith("percpu"))
@@ -69,9 +69,9 @@ class MemoryMap:
 def memory_maps(log: list[tuple[str, str, bytes]]) -> dict[str, MemoryMap]:
     """All maps of the program, empty; they note their writes in one log."""
     specs = {name: abi.MAP_SPECS[MORE_NAMES.get(name, name)] for name in abi.MAP_SPECS}
-    specs |= {young: specs[name] for name, young in YOUNG_NAMES.items()}
+    specs |= {unreplied: specs[name] for name, unreplied in UNREPLIED_NAMES.items()}
     sizes = {
-        name: CONNECTION_BYTES if name in {*YOUNG_NAMES, *YOUNG_NAMES.values()} else spec.value_size
+        name: CONNECTION_BYTES if name in {*UNREPLIED_NAMES, *UNREPLIED_NAMES.values()} else spec.value_size
         for name, spec in specs.items()
     }
     return {name: MemoryMap(name, spec.max_entries, sizes[name], log) for name, spec in specs.items()}

@@ -55,7 +55,9 @@ def seen(*tracked: Tracked, opened: Collection[Opened] = ()) -> set[tuple[int, i
 def rows(node: Node) -> dict[str, int]:
     """How many rows each table of connections has."""
     return {
-        name: len(one.rows) for name, one in node.maps.items() if name.startswith(("np_conn", "np_young")) and one.rows
+        name: len(one.rows)
+        for name, one in node.maps.items()
+        if name.startswith(("np_conn", "np_unreplied")) and one.rows
     }
 
 
@@ -70,7 +72,7 @@ def test_both_ends_see_a_connection_each_in_its_direction() -> None:
 def test_each_end_sees_its_side_of_a_translation() -> None:
     """The sender sees the service, whose verdict is deferred; the receiver the backend and the node's address."""
     one = Tracked(TCP, ends(WEB, VIP), ends(DB, NODE, 7000, 61000), is_replied=True)
-    deferred = abi.NP_CONN_DEFERRED | abi.NP_CONN_CARRIES
+    deferred = abi.NP_CONN_DEFERRED | abi.NP_CONN_TAGGED
     assert seen(one) == {(11, OUT, ends(WEB, VIP), deferred), (12, IN, ends(NODE, DB, 61000, 7000), 0)}
 
 
@@ -89,13 +91,13 @@ def test_sockets_of_a_workload_speak_of_no_other() -> None:
 
 
 def test_rows_are_of_no_generation_and_tracking_goes_before_sockets() -> None:
-    """Policy is asked at the next packet, in the direction that tracking tells; what had no answer yet is a young one."""
-    young = Tracked(UDP, ends(OUTSIDE, DB), ends(DB, OUTSIDE, 80, 4000), is_replied=False)
+    """Policy is asked at the next packet, in the direction that tracking tells; what had no answer yet is an unreplied one."""
+    unreplied = Tracked(UDP, ends(OUTSIDE, DB), ends(DB, OUTSIDE, 80, 4000), is_replied=False)
     lie = Opened(ends(DB, WEB, 80, 4000), 2)
-    node = Node(Live([plain(ends(WEB, DB)), young], [lie], 77))
+    node = Node(Live([plain(ends(WEB, DB)), unreplied], [lie], 77))
     old = Adoption({6})
     old.go_ahead(node, WORKLOADS, PLACE)
-    assert rows(node) == {"np_conn4": 1, "np_young4": 1}
+    assert rows(node) == {"np_conn4": 1, "np_unreplied4": 1}
     ((key, value),) = node.maps["np_conn4"].rows.items()
     row, place = abi.np_conn.from_buffer_copy(value), abi.np_conn4_key.from_buffer_copy(key)
     assert (row.generation, row.direction, row.state, row.seen_jiffies) == (NO_GENERATION, IN, abi.NP_CONN_TCP_OPEN, 77)

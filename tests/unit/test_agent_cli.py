@@ -354,7 +354,7 @@ def test_get_lists(agent: dict[str, Any], tmp_path: Path, capsys: pytest.Capture
     assert "Pod/shop/db" in capsys.readouterr().out
     one = {
         "endpoint": "Pod/shop/db", "direction": "ingress", "protocol": 6, "source": "fd00::3", "source_port": 40000,
-        "destination": "fd00::2", "destination_port": 5432, "form": "young", "state": "tcp-new", "generation": 2, "rule": None,
+        "destination": "fd00::2", "destination_port": 5432, "form": "unreplied", "state": "tcp-new", "generation": 2, "rule": None,
     }  # fmt: skip
     agent["connections"] = {"connections": [one], "more": 7}
     assert run(tmp_path, "get", "connections") == 0

@@ -604,13 +604,13 @@ def test_report_of_connections_says_who_opened_them(bench: Bench, monkeypatch: p
     inwards = abi.np_conn(direction=abi.NP_DIRECTION_INGRESS, state=abi.NP_CONN_TCP_OPEN, rule=rule)
     outwards = abi.np_conn(direction=abi.NP_DIRECTION_EGRESS, state=abi.NP_CONN_TCP_NEW)
     bench.node.maps["np_conn4"].rows[bytes(key)] = bytes(inwards)
-    bench.node.maps["np_young4"].rows[bytes(key)] = bytes(outwards)
+    bench.node.maps["np_unreplied4"].rows[bytes(key)] = bytes(outwards)
     found = report.connections(agent, bench.node.maps)
     first, second = found["connections"]
     assert (first["endpoint"], first["source"], first["source_port"]) == (str(DB), "10.0.0.3", 40000)
-    assert (first["form"], first["state"], first["rule"]) == ("open", "tcp-open", str(agent.tables.rules[rule]))
+    assert (first["form"], first["state"], first["rule"]) == ("established", "tcp-open", str(agent.tables.rules[rule]))
     assert (second["source"], second["destination_port"]) == ("10.0.0.2", 40000)
-    assert (second["form"], second["rule"], found["more"]) == ("young", None, 0)
+    assert (second["form"], second["rule"], found["more"]) == ("unreplied", None, 0)
     monkeypatch.setattr(report, "CONNECTIONS", 1)
     assert report.connections(agent, bench.node.maps) == {"connections": [first], "more": 1}
 

@@ -19,7 +19,7 @@ from netpol_ebpf.apply.applier import ARRAYS
 from netpol_ebpf.apply.encode import LocalFlag, Meaning
 from netpol_ebpf.errors import LimitError, MapFullError
 
-FILLED = sorted(POLICY_MAPS - {"np_near", "np_special"})
+FILLED = sorted(POLICY_MAPS - {"np_ep_cache", "np_vip_filter"})
 """All but what the program writes itself, and what has a row for every hash."""
 SETTINGS = Settings("here", borrow_sources=True)
 PREFIXES = """'["198.51.100.0/24", "2001:db8::/64"]'"""

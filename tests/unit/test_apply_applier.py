@@ -161,7 +161,7 @@ def test_allowed_sources_are_told_in_the_row(kernel: Kernel) -> None:
     assert row is not None
     assert row.flags == abi.NP_ENDPOINT_SOURCES
     assert len(kernel.maps["np_source4"].rows) == 1
-    assert kernel.maps["np_place"].rows == {(5).to_bytes(4, "little"): (42).to_bytes(4, "little")}
+    assert kernel.maps["np_ifindex"].rows == {(5).to_bytes(4, "little"): (42).to_bytes(4, "little")}
 
 
 def test_host_endpoint_has_one_row_for_all_its_lists(kernel: Kernel) -> None:

@@ -14,7 +14,7 @@ from netpol_ebpf.apply.encode import LocalFlag, Meaning
 from netpol_ebpf.apply.surroundings import OwnInterface, Surroundings, SurroundingsWriter
 from netpol_ebpf.errors import MapFullError
 from netpol_ebpf.policy.types import IPAddress, Vip, VipKey
-from netpol_loader.buckets import special_place
+from netpol_loader.buckets import vip_filter_bit
 
 OWN = Meaning(LocalFlag.OWN)
 NODE, OTHER, SERVICE = ip_address("192.0.2.1"), ip_address("fd00::1"), ip_address("10.96.0.1")
@@ -25,7 +25,7 @@ def surroundings(*addresses: IPAddress, vips: tuple[Vip, ...] = ()) -> Surroundi
 
 
 def bits(maps: Mapping[str, MemoryMap]) -> set[tuple[int, int]]:
-    rows = maps["np_special"].rows.items()
+    rows = maps["np_vip_filter"].rows.items()
     return {
         (struct.unpack("=I", key)[0], bit)
         for key, value in rows for bit in range(64) if struct.unpack("=Q", value)[0] >> bit & 1
@@ -39,9 +39,9 @@ def test_addresses_and_services_have_their_bits() -> None:
     service = Vip(VipKey(SERVICE, 6, 443), frozenset({(NODE, 6443)}))
     node_port = Vip(VipKey(None, 6, 30_000))
     writer.write(surroundings(NODE, OTHER, vips=(service, node_port)))
-    assert bits(maps) == {special_place(one.packed) for one in (NODE, OTHER, SERVICE)}
+    assert bits(maps) == {vip_filter_bit(one.packed) for one in (NODE, OTHER, SERVICE)}
     writer.write(surroundings(NODE))
-    assert bits(maps) == {special_place(NODE.packed)}
+    assert bits(maps) == {vip_filter_bit(NODE.packed)}
     writer.write(surroundings())
     assert not bits(maps)
 
@@ -51,27 +51,27 @@ def test_bit_is_there_before_the_row_and_goes_after_it() -> None:
     log: list[tuple[str, str, bytes]] = []
     writer = SurroundingsWriter(memory_maps(log), lambda: None)
     writer.write(surroundings(NODE))
-    assert [name for _, name, _ in log] == ["np_special", "np_local4"]
+    assert [name for _, name, _ in log] == ["np_vip_filter", "np_local4"]
     log.clear()
     writer.write(surroundings(OTHER))
     names = [(operation, name) for operation, name, _ in log]
-    assert names.index(("put", "np_special")) < names.index(("put", "np_local6"))
-    assert names[-2:] == [("delete", "np_local4"), ("put", "np_special")]
+    assert names.index(("put", "np_vip_filter")) < names.index(("put", "np_local6"))
+    assert names[-2:] == [("delete", "np_local4"), ("put", "np_vip_filter")]
 
 
 def test_bits_of_neighbours_are_kept() -> None:
     """Of two addresses whose bits are in one row, the other keeps its own when one goes."""
     one = NODE
-    row, bit = special_place(one.packed)
+    row, bit = vip_filter_bit(one.packed)
     neighbours = (ip_address(number) for number in range(int(ip_address("10.0.0.1")), int(ip_address("10.9.0.1"))))
     other = next(
-        each for each in neighbours if special_place(each.packed)[0] == row and special_place(each.packed)[1] != bit
+        each for each in neighbours if vip_filter_bit(each.packed)[0] == row and vip_filter_bit(each.packed)[1] != bit
     )
     maps = memory_maps([])
     writer = SurroundingsWriter(maps, lambda: None)
     writer.write(surroundings(one, other))
     writer.write(surroundings(other))
-    assert bits(maps) == {special_place(other.packed)}
+    assert bits(maps) == {vip_filter_bit(other.packed)}
 
 
 def test_what_does_not_fit_changes_nothing() -> None:

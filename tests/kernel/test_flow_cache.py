@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The short way for packets of open connections: it says what the table said, and only so long."""
+"""The fast path for packets of open connections: it says what the table said, and only so long."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SYNACK = p.SYN | p.ACK
 
 
 def opened(rig: Rig, pod: str, peer: str) -> None:
-    """An open TCP connection of the workload, seen by the short way in both directions."""
+    """An open TCP connection of the workload, seen by the fast path in both directions."""
     rig.pod(everything(INGRESS, DENY, 11), everything(EGRESS, ALLOW, 12))
     rig.out(p.frame(pod, peer, p.TCP, p.tcp(1000, 80)))
     rig.into(p.frame(peer, pod, p.TCP, p.tcp(80, 1000, SYNACK)))
@@ -27,10 +27,10 @@ def opened(rig: Rig, pod: str, peer: str) -> None:
     assert rig.into(p.frame(peer, pod, p.TCP, p.tcp(80, 1000, p.ACK))).reason == "established"
 
 
-TABLES = {"np_recent4": abi.np_recent4, "np_recent6": abi.np_recent6}
+TABLES = {"np_flow_cache4": abi.np_flow_cache4, "np_flow_cache6": abi.np_flow_cache6}
 
 
-def rows(rig: Rig) -> list[abi.np_recent_fact]:
+def rows(rig: Rig) -> list[abi.np_flow_cache_fact]:
     """The facts of the slots in use, of all CPUs."""
     generation = rig.dataplane.config().generation
     facts = [kind.from_buffer_copy(value).fact for name, kind in TABLES.items() for _, value in rig.map(name).items()]
@@ -46,7 +46,7 @@ def test_it_needs_no_table(rig: Rig, pod: str, peer: str) -> None:
         rig.map(name).delete_many([key for key, _ in rig.map(name).items()])
     assert rig.out(p.frame(pod, peer, p.TCP, p.tcp(1000, 80, p.ACK))).rules == {12: 1}
     assert rig.into(p.frame(peer, pod, p.TCP, p.tcp(80, 1000, p.ACK))).rules == {12: 1}
-    rig.forget_recent()
+    rig.forget_flow_cache()
     rig.dataplane.bump_generation()
     assert rig.out(p.frame(pod, peer, p.TCP, p.tcp(1000, 80, p.ACK))).reason == "unknown-endpoint"
 
@@ -68,7 +68,7 @@ DIFFERENCES: dict[str, Callable[[str, str], bytes]] = {
 @pytest.mark.parametrize("make", DIFFERENCES.values(), ids=DIFFERENCES.keys())
 @FAMILIES
 def test_it_is_exact(rig: Rig, pod: str, peer: str, make: Callable[[str, str], bytes]) -> None:
-    """A packet that differs in any part of the tuple goes the long way."""
+    """A packet that differs in any part of the tuple goes the slow path."""
     opened(rig, pod, peer)
     rig.pod(everything(INGRESS, DENY, 11), everything(EGRESS, DENY, 13))
     seen = rig.out(make(pod, peer))
@@ -98,7 +98,7 @@ def test_it_ends_after_a_second(rig: Rig, pod: str, peer: str) -> None:
     """Then the table is asked, which refreshes the connection there."""
     opened(rig, pod, peer)
     for name, kind in TABLES.items():
-        recent, until = rig.map(name), kind.fact.offset + abi.np_recent_fact.until_jiffies.offset
+        recent, until = rig.map(name), kind.fact.offset + abi.np_flow_cache_fact.until_jiffies.offset
         old = [(key, value[:until] + bytes(4) + value[until + 4 :]) for key, value in recent.items() if any(value)]
         recent.put_many(old)
     name = "np_conn4" if pod == POD4 else "np_conn6"
@@ -107,7 +107,7 @@ def test_it_ends_after_a_second(rig: Rig, pod: str, peer: str) -> None:
 
 
 def test_what_changes_a_connection_goes_to_the_table(rig: Rig) -> None:
-    """FIN and RST move the state although the short way knows the flow."""
+    """FIN and RST move the state although the fast path knows the flow."""
     opened(rig, POD4, PEER4)
     rig.out(p.frame(POD4, PEER4, p.TCP, p.tcp(1000, 80, p.FIN | p.ACK)))
     (entry,) = rig.connections("np_conn4").values()
@@ -177,7 +177,7 @@ def longer(frame: bytes) -> bytes:
 @pytest.mark.parametrize("what", LONG)
 @FAMILIES
 def test_what_is_not_plain_goes_the_long_way(rig: Rig, pod: str, peer: str, what: str) -> None:
-    """Also of a connection that is at hand: the long way says what is wrong with a packet, or finds nothing wrong with it."""
+    """Also of a connection that is at hand: the slow path says what is wrong with a packet, or finds nothing wrong with it."""
     opened(rig, pod, peer)
     seen = rig.out(LONG[what](pod, peer, p.tcp(1000, 80, p.ACK)))
     if what == "VLAN":

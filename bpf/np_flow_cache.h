@@ -1,44 +1,46 @@
 // SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause
 //
-// The short way for packets of open connections: what this CPU saw of the connection table within the last second.  To
-// get to that table costs more than all the rest of the way; this costs a multiplication and one cache line.
+// The fast path for packets of established connections: what this CPU saw of the connection table within the last
+// second.  To get to that table costs more than all the rest of the way; this costs a multiplication and one cache
+// line.
 //
 // Only plain packets take it: Ethernet, IPv4 without options or IPv6 without extension headers, whole, TCP without SYN,
-// FIN and RST, or UDP.  Everything else, and whatever is not exactly as it should be, goes the long way, which decides.
+// FIN and RST, or UDP.  Everything else, and whatever is not exactly as it should be, goes the slow path, which
+// decides.
 //
-// Invariant: an entry says only what np_conn said of an open connection, or of UDP that nobody answers, under the same
-// generation, at most a second ago; so a connection is refreshed there once a second, and one that was removed there
-// passes for a second at most.  Packets that change a connection and packets whose sender is judged here never pass
-// here.
+// Invariant: an entry says only what np_conn said of an established connection, or of UDP that nobody answers, under
+// the same generation, at most a second ago; so a connection is refreshed there once a second, and one that was removed
+// there passes for a second at most.  Packets that change a connection and packets whose sender is judged here never
+// pass here.
 #pragma once
 
 #include "np_count.h"
-#include "np_flow.h"
+#include "np_ctx.h"
 #include "np_kernel.h"
 #include "np_maps.h"
 #include "np_service.h"
 
-#define NP_LONG_WAY (-2) // no verdict of TC
+#define NP_SLOW_PATH (-2) // no verdict of TC
 
 // The facts of a plain packet that tell its connection, besides the addresses.
-struct np_plain {
+struct np_candidate {
     __u32 ports_be;
     __u32 protocol;
 };
 
 // Where a packet's connection is remembered.  What goes from a workload to another of the node passes two hooks on one
 // CPU: their slots lie side by side.
-NP_INLINE struct np_recent_fact *np_recent_slot(const __u32 *source, const __u32 *destination, __u32 ports_be,
-                                                const int hook, const int version)
+NP_INLINE struct np_flow_cache_fact *np_flow_cache_slot(const __u32 *source, const __u32 *destination, __u32 ports_be,
+                                                        const int hook, const int version)
 {
     __u64 mixed = (__u64)(source[0] ^ ports_be) << 32 | (destination[0] ^ ports_be);
     if (version == 4) {
-        struct np_recent4 *slot = np_recent4_lookup(np_hash(mixed) ^ (__u32)hook);
+        struct np_flow_cache4 *slot = np_flow_cache4_lookup(np_hash(mixed) ^ (__u32)hook);
         np_forget(slot); // else the compiler adds to it before it compares it with NULL (LLVM 14 on arm64)
         return slot ? &slot->fact : 0;
     }
     mixed ^= (__u64)(source[3] ^ source[1]) << 32 | (destination[3] ^ destination[1]);
-    struct np_recent6 *slot = np_recent6_lookup(np_hash(mixed) ^ (__u32)hook);
+    struct np_flow_cache6 *slot = np_flow_cache6_lookup(np_hash(mixed) ^ (__u32)hook);
     np_forget(slot);
     return slot ? &slot->fact : 0;
 }
@@ -46,7 +48,7 @@ NP_INLINE struct np_recent_fact *np_recent_slot(const __u32 *source, const __u32
 // How the addresses of a slot differ from a packet's, which stand one behind the other in both; in the slot before its
 // facts.  Of IPv6 by eight bytes at a time, which in the packet are not aligned: the verifier allows that where the
 // processor does, and it spares half of the loads.
-NP_INLINE __u64 np_recent_other(const struct np_recent_fact *fact, const __u32 *source, const int version)
+NP_INLINE __u64 np_flow_cache_differs(const struct np_flow_cache_fact *fact, const __u32 *source, const int version)
 {
     if (version == 4) {
         const __u32 *address = (const __u32 *)fact - 2;
@@ -58,16 +60,16 @@ NP_INLINE __u64 np_recent_other(const struct np_recent_fact *fact, const __u32 *
 }
 
 // Remember what np_conn says of a tuple at a hook of the packet's interface.
-NP_INLINE void np_recent_store(const struct np_flow *flow, const __u32 *source, const __u32 *destination,
-                               struct np_ports ports, __u32 rule, __u32 carries, int is_due, const int hook,
-                               const int version)
+NP_INLINE void np_flow_cache_store(const struct np_ctx *ctx, const __u32 *source, const __u32 *destination,
+                                   struct np_ports ports, __u32 rule, __u32 sender_tag, int is_due, const int hook,
+                                   const int version)
 {
     __u32 ports_be;
     __builtin_memcpy(&ports_be, &ports, sizeof(ports_be));
-    struct np_recent_fact *fact = np_recent_slot(source, destination, ports_be, hook, version);
+    struct np_flow_cache_fact *fact = np_flow_cache_slot(source, destination, ports_be, hook, version);
     // The fast path reads Ethernet, and does not ask who sent what comes out of a tunnel.
     const __u32 never = hook == NP_HOOK_INGRESS ? NP_ENDPOINT_LAYER3 | NP_ENDPOINT_EXTERNAL : NP_ENDPOINT_LAYER3;
-    if (!fact || flow->leg->endpoint_flags & never)
+    if (!fact || ctx->ep->endpoint_flags & never)
         return;
     const int words = version == 4 ? 1 : 4;
     __u32 *address = (__u32 *)fact - 2 * words;
@@ -77,40 +79,41 @@ NP_INLINE void np_recent_store(const struct np_flow *flow, const __u32 *source, 
         address[words + word] = destination[word];
     }
     fact->ports_be = ports_be;
-    fact->ifindex = flow->arrival->ifindex;
-    fact->generation = flow->arrival->generation;
-    fact->until_jiffies = (__u32)flow->arrival->now_jiffies + flow->config->jiffies_per_second;
+    fact->ifindex = ctx->arrival->ifindex;
+    fact->generation = ctx->arrival->generation;
+    fact->until_jiffies = (__u32)ctx->arrival->now_jiffies + ctx->config->jiffies_per_second;
     fact->rule = rule;
-    fact->carries = carries;
-    fact->protocol = flow->packet->protocol;
-    fact->hook = is_due ? hook | NP_RECENT_DUE : hook;
+    fact->sender_tag = sender_tag;
+    fact->protocol = ctx->packet->protocol;
+    fact->hook = is_due ? hook | NP_FLOW_CACHE_DUE : hook;
 }
 
 // Remember what np_conn says of the packet's connection for packets like this one.
-NP_INLINE void np_recent_fill(const struct np_flow *flow, __u32 rule, __u32 carries, int is_due, const int hook,
-                              const int version)
+NP_INLINE void np_flow_cache_fill(const struct np_ctx *ctx, __u32 rule, __u32 sender_tag, int is_due, const int hook,
+                                  const int version)
 {
-    const struct np_packet *packet = flow->packet;
+    const struct np_packet *packet = ctx->packet;
     if (packet->protocol != NP_PROTOCOL_TCP && packet->protocol != NP_PROTOCOL_UDP)
         return;
     struct np_ports ports = {np_net16(packet->source_port), np_net16(packet->destination_port)};
-    np_recent_store(flow, packet->source, packet->destination, ports, rule, carries, is_due, hook, version);
+    np_flow_cache_store(ctx, packet->source, packet->destination, ports, rule, sender_tag, is_due, hook, version);
 }
 
 // And for those of the other direction, which pass the interface's other hook: when a connection becomes open, the next
 // packets of both directions are at hand.
-NP_INLINE void np_recent_fill_other(const struct np_flow *flow, __u32 rule, __u32 carries, int is_due, const int hook,
-                                    const int version)
+NP_INLINE void np_flow_cache_fill_reply(const struct np_ctx *ctx, __u32 rule, __u32 sender_tag, int is_due,
+                                        const int hook, const int version)
 {
-    const struct np_packet *packet = flow->packet;
+    const struct np_packet *packet = ctx->packet;
     if (packet->protocol != NP_PROTOCOL_TCP && packet->protocol != NP_PROTOCOL_UDP)
         return;
     struct np_ports ports = {np_net16(packet->destination_port), np_net16(packet->source_port)};
-    np_recent_store(flow, packet->destination, packet->source, ports, rule, carries, is_due, !hook, version);
+    np_flow_cache_store(ctx, packet->destination, packet->source, ports, rule, sender_tag, is_due, !hook, version);
 }
 
 // The transport header of a plain packet with so many bytes from there on, of which 20 can be read.
-NP_INLINE int np_plain_l4(const struct np_tcp_header *tcp, __u8 protocol, __u32 room, struct np_plain *plain)
+NP_INLINE int np_candidate_l4(const struct np_tcp_header *tcp, __u8 protocol, __u32 room,
+                              struct np_candidate *candidate)
 {
     if (NP_LIKELY(protocol == NP_PROTOCOL_TCP)) {
         __u32 header_bytes = (tcp->words >> 4) * 4;
@@ -119,68 +122,70 @@ NP_INLINE int np_plain_l4(const struct np_tcp_header *tcp, __u8 protocol, __u32 
     } else if (protocol != NP_PROTOCOL_UDP || room < 8) {
         return 0;
     }
-    __builtin_memcpy(&plain->ports_be, &tcp->ports, sizeof(plain->ports_be));
-    plain->protocol = protocol;
+    __builtin_memcpy(&candidate->ports_be, &tcp->ports, sizeof(candidate->ports_be));
+    candidate->protocol = protocol;
     return 1;
 }
 
-// The verdict for a packet whose connection is remembered, else NP_LONG_WAY.
-NP_INLINE int np_short_pass(struct __sk_buff *skb, const struct np_config *config, const struct np_plain *plain,
-                            const __u32 *source, const __u32 *destination, const int hook, const int version)
+// The verdict for a packet whose connection is remembered, else NP_SLOW_PATH.
+NP_INLINE int np_fast_path_pass(struct __sk_buff *skb, const struct np_config *config,
+                                const struct np_candidate *candidate, const __u32 *source, const __u32 *destination,
+                                const int hook, const int version)
 {
-    struct np_recent_fact *fact = np_recent_slot(source, destination, plain->ports_be, hook, version);
+    struct np_flow_cache_fact *fact = np_flow_cache_slot(source, destination, candidate->ports_be, hook, version);
     if (!fact)
-        return NP_LONG_WAY;
-    __u64 other = np_recent_other(fact, source, version) | (fact->ports_be ^ plain->ports_be) |
-                  (fact->protocol ^ plain->protocol) | ((fact->hook ^ (__u32)hook) & NP_HOOK_EGRESS) |
+        return NP_SLOW_PATH;
+    __u64 other = np_flow_cache_differs(fact, source, version) | (fact->ports_be ^ candidate->ports_be) |
+                  (fact->protocol ^ candidate->protocol) | ((fact->hook ^ (__u32)hook) & NP_HOOK_EGRESS) |
                   (fact->ifindex ^ skb->ifindex) | (fact->generation ^ config->generation);
     // not yet, and not long ago either: the low bits come round
     __u32 left = fact->until_jiffies - (__u32)bpf_jiffies64() - 1;
     if (NP_UNLIKELY(other || left >= config->jiffies_per_second))
-        return NP_LONG_WAY;
+        return NP_SLOW_PATH;
     const __u32 l4_offset =
         sizeof(struct np_eth_header) + (version == 4 ? sizeof(struct np_ip4_header) : sizeof(struct np_ip6_header));
     __u32 checksum = np_checksum_at(skb);
     if (NP_UNLIKELY(checksum != NP_NO_CHECKSUM &&
-                    checksum != l4_offset + (plain->protocol == NP_PROTOCOL_TCP ? 16 : 6)))
-        return NP_LONG_WAY;
+                    checksum != l4_offset + (candidate->protocol == NP_PROTOCOL_TCP ? 16 : 6)))
+        return NP_SLOW_PATH;
     np_count_rule(fact->rule, skb->len);
     if (hook == NP_HOOK_INGRESS)
         skb->mark |= config->seen_mark;
-    if (NP_UNLIKELY(fact->carries) && np_carry(skb, config, fact->carries, fact->hook & NP_RECENT_DUE))
+    if (NP_UNLIKELY(fact->sender_tag) &&
+        np_sender_tag_set(skb, config, fact->sender_tag, fact->hook & NP_FLOW_CACHE_DUE))
         return NP_PASS_ALONE;
     return NP_PASS;
 }
 
-NP_INLINE int np_short_way(struct __sk_buff *skb, const struct np_config *config, const int hook)
+NP_INLINE int np_fast_path(struct __sk_buff *skb, const struct np_config *config, const int hook)
 {
     void *start = (void *)(long)skb->data;
     void *end = (void *)(long)skb->data_end;
     struct np_eth_header *eth = start;
-    struct np_plain plain;
-    if (NP_UNLIKELY(np_carried(skb, config)))
-        return NP_LONG_WAY;
+    struct np_candidate candidate;
+    if (NP_UNLIKELY(np_sender_tag_get(skb, config)))
+        return NP_SLOW_PATH;
 
     struct np_ip4_header *ip4 = (void *)(eth + 1);
     struct np_tcp_header *tcp4 = (void *)(ip4 + 1);
     if ((void *)(tcp4 + 1) > end)
-        return NP_LONG_WAY;
+        return NP_SLOW_PATH;
     if (eth->type_be == np_net16(NP_ETHERTYPE_IP4)) {
         __u32 total_bytes = np_host16(ip4->total_bytes_be);
         if (ip4->version_words != 0x45 || ip4->fragment_be & np_net16(0x3fff) ||
             total_bytes > skb->len - sizeof(*eth) || total_bytes < sizeof(*ip4) ||
-            !np_plain_l4(tcp4, ip4->protocol, total_bytes - sizeof(*ip4), &plain))
-            return NP_LONG_WAY;
-        return np_short_pass(skb, config, &plain, &ip4->source, &ip4->destination, hook, 4);
+            !np_candidate_l4(tcp4, ip4->protocol, total_bytes - sizeof(*ip4), &candidate))
+            return NP_SLOW_PATH;
+        return np_fast_path_pass(skb, config, &candidate, &ip4->source, &ip4->destination, hook, 4);
     }
 
     struct np_ip6_header *ip6 = (void *)(eth + 1);
     struct np_tcp_header *tcp6 = (void *)(ip6 + 1);
     if (eth->type_be != np_net16(NP_ETHERTYPE_IP6) || (void *)(tcp6 + 1) > end)
-        return NP_LONG_WAY;
+        return NP_SLOW_PATH;
     __u32 payload_bytes = np_host16(ip6->payload_bytes_be);
     if (ip6->version_class >> 4 != 6 || payload_bytes > skb->len - sizeof(*eth) - sizeof(*ip6) ||
-        !np_plain_l4(tcp6, ip6->next, payload_bytes, &plain))
-        return NP_LONG_WAY;
-    return np_short_pass(skb, config, &plain, ip6->source, ip6->destination, hook, 6);
+        !np_candidate_l4(tcp6, ip6->next, payload_bytes, &candidate))
+        return NP_SLOW_PATH;
+    return np_fast_path_pass(skb, config, &candidate, ip6->source, ip6->destination, hook, 6);
 }

@@ -35,28 +35,28 @@ struct np_decision {
 _Static_assert(sizeof(struct np_decision) == 32, "np_decision is whole words");
 
 // Whose packet it is here, and what that means for it.
-struct np_leg {
+struct np_endpoint_ctx {
     __u32 endpoint; // number
     __u32 endpoint_flags;
     __u32 own_identity; // 0: not looked up
-    __u32 carried; // number of the endpoint whose policy is to judge the packet here, 0: none
+    __u32 sender; // number of the endpoint whose policy is to judge the packet here, 0: none
     __u32 link; // interface that has the addresses of this link; 0: not known
     struct np_addr addr; // found last (np_bucket.h)
     __u32 class; // found last (np_bucket.h)
     __u8 direction; // of this packet, enum np_direction
     __u8 reply; // goes against its connection's first packet
     __u8 untracked; // from a borrowed source address, or allowed by untracked policy: policy applies to every packet
-    __u8 ends; // programs behind this one could lose what the packet carries
+    __u8 end_chain; // programs behind this one could overwrite the sender tag
     __u8 first_direction; // of the flow's first packet
     __u8 kind; // of the flow: NP_CONN_DEFERRED, NP_CONN_FORWARDED
     __u8 related; // an ICMP error, about the flow
     __u8 missing; // enum np_reason: why the interface has no endpoint
     __u32 hash; // of the connection's key (np_table.h), as the next two
-    __u32 open_place; // of the open connection with the key
-    __u32 young_place; // of the young one
+    __u32 established_slot; // of the established connection with the key
+    __u32 unreplied_slot; // of the unreplied one
     __u32 pad;
 };
-_Static_assert(sizeof(struct np_leg) == 56, "np_leg is whole words");
+_Static_assert(sizeof(struct np_endpoint_ctx) == 56, "np_endpoint_ctx is whole words");
 
 // When and where the packet was met.
 struct np_arrival {
@@ -74,10 +74,10 @@ struct np_arrival {
 // What the pointers point to lives in np_scratch: the stack has 512 bytes, a called program has a stack of its own, and
 // what is in a map the verifier does not remember, which spares it to walk all that follows once for each way in which
 // it came about.
-struct np_flow {
+struct np_ctx {
     struct np_packet *packet;
     struct np_decision *decision;
-    struct np_leg *leg;
+    struct np_endpoint_ctx *ep;
     struct np_arrival *arrival;
     const struct np_config *config;
 };
