@@ -56,7 +56,7 @@ def cases(*probes: str, manifests: str = MANIFESTS, name: str = "case", extra: s
 
 def packets(probe: str) -> list[Packet]:
     (case,) = cases(probe + ", expect: allow").cases
-    return [journey.ctx.packet for journey in Cast(case.resources, derive(case.resources)).journeys(case.probes[0])]
+    return [journey.flow.packet for journey in Cast(case.resources, derive(case.resources)).journeys(case.probes[0])]
 
 
 def test_an_address_decides_the_family() -> None:
@@ -251,7 +251,7 @@ def test_headers_of_ipv6_are_protocols_over_ipv4_alone(protocol: int) -> None:
     (probe,) = both.cases[0].probes
     world = derive(both.cases[0].resources)
     (journey,) = Cast(both.cases[0].resources, world).journeys(probe)
-    assert (journey.ctx.packet.source.version, journey.ctx.packet.protocol) == (4, protocol)
+    assert (journey.flow.packet.source.version, journey.flow.packet.protocol) == (4, protocol)
     both.cases.append(cases(f"from: 'fd00::9', to: 'fd00::8', protocol: {protocol}, expect: allow").cases[0])
     report = run_cases(both)
     assert (report.cases, report.failed) == (1, [])
