@@ -138,83 +138,99 @@ NP_INLINE int np_exempt(const struct np_ctx *ctx, const int hook, const int vers
 }
 
 // What kind of flow a first packet begins: NP_CONN_DEFERRED, NP_CONN_FORWARDED.
-NP_INLINE __u8 np_ip_kind(const struct np_ctx *ctx, struct np_question *question, const int hook, const int version)
+NP_INLINE __u8 np_ip_kind(const struct np_ctx *ctx, struct np_tuple *tuple, const int hook, const int version)
 {
     int is_host = (ctx->ep->endpoint_flags & NP_ENDPOINT_HOST) != 0;
     if (hook == NP_HOOK_EGRESS)
         return is_host && !ctx->arrival->is_from_node ? NP_CONN_FORWARDED : 0;
-    if (np_vip_of(ctx, question, version))
+    if (np_vip_of(ctx, tuple, version))
         return NP_CONN_DEFERRED;
-    return is_host && !np_is_for_node(ctx, question->destination, version) ? NP_CONN_FORWARDED : 0;
+    return is_host && !np_is_for_node(ctx, tuple->destination, version) ? NP_CONN_FORWARDED : 0;
 }
 
-// Lay down whom to ask about a flow of that kind, whose first packet (scratch->questions[NP_QUESTION_WIRE]) had this
-// direction. Returns why it is dropped unasked, or NP_REASON_NONE.
+// The steps at a host's interface. `last`: NP_STEP_NORMAL for a process of the node, NP_STEP_FORWARD for what passes
+// through, NP_STEP_NONE where the verdict of those is deferred.
+NP_INLINE __u32 np_host_steps(__u8 direction, __u32 last)
+{
+    int is_local = last == NP_STEP_NORMAL;
+    if (direction == NP_DIRECTION_INGRESS)
+        return is_local ? np_steps(NP_STEP_FAILSAFE, NP_STEP_UNTRACKED, NP_STEP_PRE_DNAT, last)
+                        : np_steps(NP_STEP_UNTRACKED, NP_STEP_PRE_DNAT, last, NP_STEP_NONE);
+    return is_local ? np_steps(NP_STEP_FAILSAFE, NP_STEP_UNTRACKED, last, NP_STEP_NONE)
+                    : np_steps(NP_STEP_UNTRACKED, last, NP_STEP_NONE, NP_STEP_NONE);
+}
+
+// The steps for what a workload sends, which enters the host. `is_deferred`: to a service whose backend is judged
+// elsewhere; `to_host`: to a process of the node.
+NP_INLINE __u32 np_workload_steps(const struct np_config *config, __u32 host, int is_deferred, int to_host)
+{
+    __u32 last = NP_STEP_NONE;
+    if (to_host && config->flags & NP_CONFIG_TO_HOST_PASS)
+        last = NP_STEP_NORMAL;
+    else if (!to_host && !is_deferred)
+        last = NP_STEP_FORWARD;
+    __u32 steps = host ? np_steps(NP_STEP_PRE_DNAT, last, NP_STEP_NONE, NP_STEP_NONE) : 0;
+    if (!is_deferred)
+        return steps << NP_STEP_BITS | NP_STEP_WORKLOAD;
+    return config->due_mark ? steps << NP_STEP_BITS | NP_STEP_SERVICE : steps;
+}
+
+// Choose the steps that judge a flow of that kind, whose first packet had the original tuple and this direction.
+// Returns why it is dropped without them, or NP_REASON_NONE.
 NP_INLINE int np_ip_plan(struct np_ctx *ctx, struct np_scratch *scratch, __u8 kind, __u8 direction, const int version)
 {
     const struct np_config *config = ctx->config;
-    __u32 behind = 0; // asked about what is behind a service on this node
+    struct np_tuple *original = &scratch->tuples[NP_TUPLE_ORIGINAL];
     int is_deferred = (kind & NP_CONN_DEFERRED) != 0;
-    struct np_question *wire = &scratch->questions[NP_QUESTION_WIRE];
-    scratch->hides_source = scratch->refuses = 0;
+    int is_node_backend = 0; // the service's backend is a process of this node, which no hook stands before
+    scratch->is_source_hidden = scratch->default_drop = 0;
     scratch->number = ctx->ep->endpoint;
     scratch->ifindex = ctx->arrival->ifindex;
-    scratch->final = NP_QUESTION_WIRE;
+    scratch->asked_tuple = NP_TUPLE_ORIGINAL;
     if (is_deferred) {
-        struct np_vip *vip = np_vip_of(ctx, wire, version);
+        struct np_vip *vip = np_vip_of(ctx, original, version);
         if (!(config->flags & NP_CONFIG_DEFER))
             return NP_REASON_NO_EXIT;
         if (vip && vip->flags & NP_VIP_MANY)
             return NP_REASON_LOCAL_BACKENDS;
         if (vip && vip->flags & NP_VIP_LOCAL) {
-            struct np_question *final = &scratch->questions[NP_QUESTION_FINAL];
-            behind = 1;
-            scratch->final = NP_QUESTION_FINAL;
-            *final = *wire;
-            final->destination_port = vip->local_port;
-            final->to_node = NP_TO_NODE_UNASKED;
-            __builtin_memcpy(final->destination, vip->local, version == 4 ? 4 : 16);
+            struct np_tuple *translated = &scratch->tuples[NP_TUPLE_TRANSLATED];
+            is_node_backend = 1;
+            scratch->asked_tuple = NP_TUPLE_TRANSLATED;
+            *translated = *original;
+            translated->destination_port = vip->local_port;
+            translated->to_node = NP_TO_NODE_UNASKED;
+            __builtin_memcpy(translated->destination, vip->local, version == 4 ? 4 : 16);
         }
     }
+    int to_host = is_node_backend;
+    is_deferred = is_deferred && !is_node_backend;
 
     if (ctx->ep->endpoint_flags & NP_ENDPOINT_HOST) {
-        int inwards = direction == NP_DIRECTION_INGRESS;
-        __u32 before = inwards ? NP_ASK_UNTRACKED | NP_ASK_PRE_DNAT << 4 : NP_ASK_UNTRACKED;
-        __u32 width = inwards ? 8 : 4;
         scratch->host = ctx->ep->endpoint;
-        scratch->outwards = inwards ? 0 : NP_OUTWARDS_HOST;
-        if (is_deferred && !behind)
-            scratch->asks = before;
+        scratch->egress_steps = direction == NP_DIRECTION_EGRESS ? NP_EGRESS_STEPS_HOST : 0;
+        if (is_deferred)
+            scratch->steps = np_host_steps(direction, NP_STEP_NONE);
         else if (kind & NP_CONN_FORWARDED)
-            scratch->asks = before | (__u32)NP_ASK_FORWARD << width;
+            scratch->steps = np_host_steps(direction, NP_STEP_FORWARD);
         else
-            scratch->asks = NP_ASK_FAILSAFE | before << 4 | (__u32)NP_ASK_NORMAL << (width + 4);
+            scratch->steps = np_host_steps(direction, NP_STEP_NORMAL);
         return NP_REASON_NONE;
     }
 
     scratch->host = config->wildcard;
-    // What leaves a workload enters the host.
-    scratch->outwards = direction == NP_DIRECTION_EGRESS ? NP_OUTWARDS_WORKLOAD : NP_OUTWARDS_HOST;
-    if (direction == NP_DIRECTION_INGRESS) {
-        scratch->asks = scratch->host ? NP_ASK_FORWARD | NP_ASK_WORKLOAD << 4 : NP_ASK_WORKLOAD;
+    if (direction == NP_DIRECTION_INGRESS) { // what enters a workload leaves the host
+        scratch->egress_steps = NP_EGRESS_STEPS_HOST;
+        scratch->steps =
+            scratch->host ? np_steps(NP_STEP_FORWARD, NP_STEP_WORKLOAD, NP_STEP_NONE, NP_STEP_NONE) : NP_STEP_WORKLOAD;
         return NP_REASON_NONE;
     }
-    int to_host = is_deferred ? (int)behind : np_is_to_node(ctx, wire, version);
-    __u32 asks = 0;
-    if (scratch->host) {
-        if (to_host && config->flags & NP_CONFIG_TO_HOST_PASS)
-            asks = NP_ASK_NORMAL;
-        else if (!to_host && !is_deferred)
-            asks = NP_ASK_FORWARD;
-        asks = asks << 4 | NP_ASK_PRE_DNAT;
-    }
-    if (!is_deferred || behind)
-        asks = asks << 4 | NP_ASK_WORKLOAD;
-    else if (config->due_mark)
-        asks = asks << 4 | NP_ASK_SERVICE;
-    scratch->asks = asks;
+    scratch->egress_steps = NP_EGRESS_STEPS_WORKLOAD;
+    if (!(kind & NP_CONN_DEFERRED))
+        to_host = np_is_to_node(ctx, original, version);
+    scratch->steps = np_workload_steps(config, scratch->host, is_deferred, to_host);
     if (to_host && config->flags & NP_CONFIG_TO_HOST_DENY)
-        scratch->refuses = NP_REASON_TO_HOST;
+        scratch->default_drop = NP_REASON_TO_HOST;
     return NP_REASON_NONE;
 }
 
@@ -353,11 +369,11 @@ NP_INLINE int np_ip_verdict(struct __sk_buff *skb, struct np_ctx *ctx, struct np
 NP_INLINE int np_ip_ask(struct __sk_buff *skb, struct np_ctx *ctx, struct np_scratch *scratch,
                         const union np_conn_key *key, const int hook, const int version)
 {
-    struct np_question *question = &scratch->questions[NP_QUESTION_WIRE];
+    struct np_tuple *tuple = &scratch->tuples[NP_TUPLE_ORIGINAL];
     struct np_endpoint_ctx *ep = ctx->ep;
-    np_question_of(question, key, ep->first_direction, version);
+    np_tuple_of_key(tuple, key, ep->first_direction, version);
     if (!scratch->found.is_known && !scratch->reason)
-        ep->kind = np_ip_kind(ctx, question, hook, version);
+        ep->kind = np_ip_kind(ctx, tuple, hook, version);
     scratch->self = ep->first_direction == NP_DIRECTION_EGRESS && !(ep->endpoint_flags & NP_ENDPOINT_HOST) &&
                             !(ep->kind & NP_CONN_DEFERRED)
                         ? ep->endpoint
@@ -383,7 +399,7 @@ NP_INLINE int np_ip_slow(struct __sk_buff *skb, struct np_ctx *ctx, union np_con
                          const int hook, const int version)
 {
     const struct np_packet *packet = ctx->packet;
-    struct np_question *question = &scratch->questions[NP_QUESTION_WIRE];
+    struct np_tuple *tuple = &scratch->tuples[NP_TUPLE_ORIGINAL];
     struct np_found *found = &scratch->found;
     struct np_endpoint_ctx *ep = ctx->ep;
     scratch->is_error = packet->icmp_kind == NP_ICMP_ERROR;
@@ -417,15 +433,15 @@ NP_INLINE int np_ip_slow(struct __sk_buff *skb, struct np_ctx *ctx, union np_con
         return NP_REASON_DHCP;
 
     ep->first_direction = ep->direction;
-    question->icmp_type = packet->icmp_type;
-    question->icmp_code = packet->icmp_code;
+    tuple->icmp_type = packet->icmp_type;
+    tuple->icmp_code = packet->icmp_code;
     scratch->reason = NP_REASON_NONE;
     if (conn) {
         ep->first_direction = found->direction;
         ep->kind = found->flags & (NP_CONN_DEFERRED | NP_CONN_FORWARDED);
         ep->reply = found->direction != ep->direction;
-        question->icmp_type = found->icmp_type;
-        question->icmp_code = found->icmp_code;
+        tuple->icmp_type = found->icmp_type;
+        tuple->icmp_code = found->icmp_code;
         if (found->generation == ctx->arrival->generation || found->flags & NP_CONN_EXEMPT)
             return np_ip_remember(ctx, scratch, np_ip_known(skb, ctx, key, found, &slot, hook, version), version);
     } else {
@@ -646,7 +662,7 @@ int np_tc_judge(struct __sk_buff *skb)
     struct np_scratch *scratch = np_resume(skb, &ctx);
     if (!scratch)
         return NP_DROP;
-    int is_answered = ctx.packet->version == 4 ? np_ask(&ctx, scratch, 4) : np_ask(&ctx, scratch, 6);
+    int is_answered = ctx.packet->version == 4 ? np_judge_step(&ctx, scratch, 4) : np_judge_step(&ctx, scratch, 6);
     np_barrier();
     if (!is_answered) {
         scratch->reason = np_judge_next(skb, scratch);

@@ -25,7 +25,7 @@ enum np_to_node {
 };
 
 // What is asked: the first packet of a flow, as policy sees it.
-struct np_question {
+struct np_tuple {
     __u32 source[4];
     __u32 destination[4]; // right behind the source
     __u16 source_port;
@@ -37,19 +37,19 @@ struct np_question {
 };
 _Static_assert(NP_DIRECTION_EGRESS == 1 && NP_DIRECTION_INGRESS == 0, "a direction chooses an address");
 
-NP_INLINE int np_is_to_node(const struct np_ctx *ctx, struct np_question *question, const int version)
+NP_INLINE int np_is_to_node(const struct np_ctx *ctx, struct np_tuple *tuple, const int version)
 {
-    if (question->to_node == NP_TO_NODE_UNASKED)
-        question->to_node = np_reaches_node(ctx, question->destination, version) ? NP_TO_NODE_YES : NP_TO_NODE_NO;
-    return question->to_node == NP_TO_NODE_YES;
+    if (tuple->to_node == NP_TO_NODE_UNASKED)
+        tuple->to_node = np_reaches_node(ctx, tuple->destination, version) ? NP_TO_NODE_YES : NP_TO_NODE_NO;
+    return tuple->to_node == NP_TO_NODE_YES;
 }
 
-// Identity of a question's source (`side` 0) or destination (1), and who has the address, as in np_addr.
-NP_INLINE __u32 np_identity_of(struct np_ctx *ctx, const struct np_question *question, __u32 side, __u32 *holder,
+// Identity of a tuple's source (`side` 0) or destination (1), and who has the address, as in np_addr.
+NP_INLINE __u32 np_identity_of(struct np_ctx *ctx, const struct np_tuple *tuple, __u32 side, __u32 *holder,
                                const int version)
 {
     __u32 address[4];
-    const void *chosen = (const void *)question->source + (side & 1) * sizeof(question->source);
+    const void *chosen = (const void *)tuple->source + (side & 1) * sizeof(tuple->source);
     __builtin_memcpy(address, chosen, version == 4 ? 4 : 16);
     const struct np_addr *addr = np_addr_find(ctx, address, version);
     *holder = addr->holder;
@@ -82,10 +82,10 @@ NP_INLINE int np_column_class(__u32 block, __u32 index, __u32 column_base)
     return column->l4_class[atom % NP_COLUMN_BLOCK];
 }
 
-NP_INLINE int np_l4_class_of(const struct np_question *question, const struct np_set *set)
+NP_INLINE int np_l4_class_of(const struct np_tuple *tuple, const struct np_set *set)
 {
-    __u8 protocol = question->protocol;
-    __u16 port = question->destination_port;
+    __u8 protocol = tuple->protocol;
+    __u16 port = tuple->destination_port;
     __u32 slot;
     __u32 high = port >> 8;
     __u32 low = port & 255;
@@ -102,8 +102,8 @@ NP_INLINE int np_l4_class_of(const struct np_question *question, const struct np
     case NP_PROTOCOL_ICMP:
     case NP_PROTOCOL_ICMPV6:
         slot = protocol == NP_PROTOCOL_ICMP ? NP_SLOT_ICMP : NP_SLOT_ICMPV6;
-        high = question->icmp_type;
-        low = question->icmp_code;
+        high = tuple->icmp_type;
+        low = tuple->icmp_code;
         break;
     default:
         return np_column_class(NP_OTHER_BLOCK, protocol, set->l4_base);
@@ -112,10 +112,10 @@ NP_INLINE int np_l4_class_of(const struct np_question *question, const struct np
 }
 
 // Source ports are those of TCP, UDP and SCTP; 0 stands for all else.
-NP_INLINE int np_source_class_of(const struct np_question *question, const struct np_set *set)
+NP_INLINE int np_source_class_of(const struct np_tuple *tuple, const struct np_set *set)
 {
-    __u8 protocol = question->protocol;
-    __u16 port = question->source_port;
+    __u8 protocol = tuple->protocol;
+    __u16 port = tuple->source_port;
     if (protocol != NP_PROTOCOL_TCP && protocol != NP_PROTOCOL_UDP && protocol != NP_PROTOCOL_SCTP)
         port = 0;
     return np_column_class(NP_SLOT_SOURCE * 256 + (port >> 8), port & 255, set->source_base);
@@ -123,12 +123,12 @@ NP_INLINE int np_source_class_of(const struct np_question *question, const struc
 
 // All four steps. Fills in the decision but for its reason; returns NP_REASON_NONE, why it denies, or NP_REASON_SELF
 // when the peer is `self` (the number of an endpoint; 0: nobody is).
-NP_INLINE int np_classify(struct np_ctx *ctx, const struct np_question *question, const struct np_set *set,
-                          __u8 direction, __u32 self, const int version)
+NP_INLINE int np_classify(struct np_ctx *ctx, const struct np_tuple *tuple, const struct np_set *set, __u8 direction,
+                          __u32 self, const int version)
 {
     struct np_decision *decision = ctx->decision;
     __u32 endpoint;
-    decision->peer_identity = np_identity_of(ctx, question, direction, &endpoint, version); // outwards: the destination
+    decision->peer_identity = np_identity_of(ctx, tuple, direction, &endpoint, version); // outwards: the destination
     if (self && endpoint == self)
         return NP_REASON_SELF;
     decision->set = set->number;
@@ -140,7 +140,7 @@ NP_INLINE int np_classify(struct np_ctx *ctx, const struct np_question *question
 
     __u32 index = class * set->own_classes;
     if (NP_UNLIKELY(set->own_set)) {
-        ctx->ep->own_identity = np_identity_of(ctx, question, !direction, &endpoint, version);
+        ctx->ep->own_identity = np_identity_of(ctx, tuple, !direction, &endpoint, version);
         __u32 own_class = np_class_of(ctx, set->own_set, ctx->ep->own_identity,
                                       version == 4 ? set->own_default_class4 : set->own_default_class6);
         if (own_class >= set->own_classes)
@@ -150,7 +150,7 @@ NP_INLINE int np_classify(struct np_ctx *ctx, const struct np_question *question
 
     index *= set->l4_classes;
     if (set->l4_classes > 1) {
-        int l4_class = np_l4_class_of(question, set);
+        int l4_class = np_l4_class_of(tuple, set);
         if (l4_class < 0 || (__u32)l4_class >= set->l4_classes)
             return NP_REASON_L4_RANGE;
         index += l4_class;
@@ -158,7 +158,7 @@ NP_INLINE int np_classify(struct np_ctx *ctx, const struct np_question *question
 
     index *= set->source_classes;
     if (NP_UNLIKELY(set->source_classes > 1)) {
-        int source_class = np_source_class_of(question, set);
+        int source_class = np_source_class_of(tuple, set);
         if (source_class < 0 || (__u32)source_class >= set->source_classes)
             return NP_REASON_L4_RANGE;
         index += source_class;

@@ -25,24 +25,26 @@
 #include "np_maps.h"
 #include "np_outside.h"
 
-// Whom to ask; four bits each in np_scratch.asks, the first in the lowest.
-enum np_ask {
-    NP_ASK_NOBODY = 0,
-    NP_ASK_WORKLOAD = 1,
-    NP_ASK_NORMAL = 2,
-    NP_ASK_FORWARD = 3,
-    NP_ASK_PRE_DNAT = 4,
-    NP_ASK_UNTRACKED = 5,
-    NP_ASK_SERVICE = 6, // the workload's policy about a service's own address: what it says only makes the packet due
-    NP_ASK_FAILSAFE = 10, // normal policy, of which only a failsafe port counts
+// The policy lists that a flow is judged by, one after the other (np_steps).
+enum np_step {
+    NP_STEP_NONE = 0,
+    NP_STEP_WORKLOAD = 1, // the workload's policy
+    NP_STEP_NORMAL = 2, // of the host endpoint, as the next three
+    NP_STEP_FORWARD = 3,
+    NP_STEP_PRE_DNAT = 4,
+    NP_STEP_UNTRACKED = 5,
+    NP_STEP_SERVICE = 6, // the workload's policy about a service's own address; a deny only makes the packet due
+    NP_STEP_FAILSAFE = 10, // the host endpoint's normal policy, of which only a failsafe port counts
 };
 
-#define NP_ASK_STAGES 0x3210u // stage of NORMAL, FORWARD, PRE_DNAT, UNTRACKED: four bits for each, from ask 2 on
-#define NP_OUTWARDS_WORKLOAD (1u << NP_ASK_WORKLOAD | 1u << NP_ASK_SERVICE)
-#define NP_OUTWARDS_HOST                                                                                               \
-    (1u << NP_ASK_NORMAL | 1u << NP_ASK_FORWARD | 1u << NP_ASK_PRE_DNAT | 1u << NP_ASK_UNTRACKED |                     \
-     1u << NP_ASK_FAILSAFE)
-#define NP_ASK_ON_WIRE 4u // this bit: asked about the packet as it is
+#define NP_STEP_BITS 4 // of one step in np_scratch.steps
+// enum np_stage of NORMAL, FORWARD, PRE_DNAT and UNTRACKED: four bits for each, from step 2 on.
+#define NP_STEP_STAGES 0x3210u
+#define NP_EGRESS_STEPS_WORKLOAD (1u << NP_STEP_WORKLOAD | 1u << NP_STEP_SERVICE)
+#define NP_EGRESS_STEPS_HOST                                                                                           \
+    (1u << NP_STEP_NORMAL | 1u << NP_STEP_FORWARD | 1u << NP_STEP_PRE_DNAT | 1u << NP_STEP_UNTRACKED |                 \
+     1u << NP_STEP_FAILSAFE)
+#define NP_STEP_ORIGINAL 4u // this bit of a step: it judges the original tuple
 // Calls of the judge for a packet: two lists of its sender, four of its own interface, and four for rows that change
 // meanwhile. The kernel allows 33 tail calls; docs/adr/0012-program-set.md says who may spend how many.
 #define NP_JUDGE_CALLS 10
@@ -54,9 +56,9 @@ struct np_scratch {
     struct np_endpoint_ctx ep;
     struct np_arrival arrival;
     struct np_owner owner; // of a host endpoint: the set at hand
-    struct np_question questions[2]; // as the packet is on the wire, and with the destination that it will have
+    struct np_tuple tuples[2]; // as the packet is on the wire, and with the destination that it will have
     __u32 reason; // the result
-    struct np_decision kept; // what the workload's policy said
+    struct np_decision workload_decision; // what the workload's policy said
     struct np_found found;
     struct np_found sender_found;
     union {
@@ -64,60 +66,65 @@ struct np_scratch {
         struct np_outer outer; // before that is made: who sent the packet that this one was in
     };
     union np_conn_key sender_key; // of its sender's, where that is judged here
-    __u32 asks; // enum np_ask
+    __u32 steps; // see np_steps
     __u32 number; // of the workload
     __u32 ifindex; // of the workload's row
     __u32 host; // number of the host endpoint
     __u32 self; // workload that may be its own peer; 0: none
-    __u32 asks_left;
-    __u32 outwards; // bit i: the policy that enum np_ask i stands for is that of egress
-    __u32 seen; // version of the host's row
-    __u32 final; // question with the destination that the packet will have
+    __u32 steps_left;
+    __u32 egress_steps; // bit i: egress policy is the one that enum np_step i stands for
+    __u32 host_version; // version of the host's row
+    __u32 asked_tuple; // tuple with the destination that the packet will have
     __u32 own_endpoint; // number of the interface's endpoint, while the sender is judged
-    __u8 is_kept; // `kept` counts
-    __u8 hides_source; // the source is not the one that the sender wrote
-    __u8 refuses; // when nobody else does: NP_REASON_TO_HOST
+    __u8 has_workload_decision; // `kept` counts
+    __u8 is_source_hidden; // the source is not the one that the sender wrote
+    __u8 default_drop; // when nobody else does: NP_REASON_TO_HOST
     __u8 is_sender; // the lists are those of the sender
     __u8 calls_left; // of NP_JUDGE_CALLS
     __u8 is_error; // came as an ICMP error
     __u8 is_first_leg; // the sender's connection is the one that deferred the verdict
     __u8 is_due; // the sender may not send to the service's own address
 };
-#define NP_QUESTION_WIRE 0
-#define NP_QUESTION_FINAL 1
+#define NP_TUPLE_ORIGINAL 0
+#define NP_TUPLE_TRANSLATED 1
 _Static_assert(sizeof(struct np_scratch) <= sizeof(struct np_scratch_words), "np_scratch fits");
 
+// The list of steps, the first in the lowest bits. Where one is NP_STEP_NONE the list ends.
+NP_INLINE __u32 np_steps(__u32 first, __u32 second, __u32 third, __u32 fourth)
+{
+    return first | second << NP_STEP_BITS | third << 2 * NP_STEP_BITS | fourth << 3 * NP_STEP_BITS;
+}
+
 // The first packet of the flow under a connection key. `direction` and ICMP fields are that packet's.
-NP_INLINE void np_question_of(struct np_question *question, const union np_conn_key *key, __u8 direction,
-                              const int version)
+NP_INLINE void np_tuple_of_key(struct np_tuple *tuple, const union np_conn_key *key, __u8 direction, const int version)
 {
     const __u8 *local = version == 4 ? key->v4.local : key->v6.local;
     const __u8 *remote = version == 4 ? key->v4.remote : key->v6.remote;
     __u16 local_port = version == 4 ? key->v4.local_port : key->v6.local_port;
     __u16 remote_port = version == 4 ? key->v4.remote_port : key->v6.remote_port;
-    int outwards = direction == NP_DIRECTION_EGRESS;
+    int is_egress = direction == NP_DIRECTION_EGRESS;
 #pragma unroll
     for (int word = 0; word < (version == 4 ? 1 : 4); word++) {
         __u32 ours;
         __u32 theirs;
         __builtin_memcpy(&ours, local + word * 4, 4);
         __builtin_memcpy(&theirs, remote + word * 4, 4);
-        question->source[word] = outwards ? ours : theirs;
-        question->destination[word] = outwards ? theirs : ours;
+        tuple->source[word] = is_egress ? ours : theirs;
+        tuple->destination[word] = is_egress ? theirs : ours;
     }
-    question->source_port = outwards ? local_port : remote_port;
-    question->destination_port = outwards ? remote_port : local_port;
-    question->protocol = version == 4 ? key->v4.protocol : key->v6.protocol;
-    question->to_node = NP_TO_NODE_UNASKED;
+    tuple->source_port = is_egress ? local_port : remote_port;
+    tuple->destination_port = is_egress ? remote_port : local_port;
+    tuple->protocol = version == 4 ? key->v4.protocol : key->v6.protocol;
+    tuple->to_node = NP_TO_NODE_UNASKED;
 }
 
 // Find the set to ask, which stays where it is remembered, or is copied from a host endpoint's row into
 // `scratch->owner`. NP_REASON_CONTINUE: there is none.
-NP_INLINE int np_ask_find(const struct np_ctx *ctx, struct np_scratch *scratch, __u32 ask, __u8 direction,
+NP_INLINE int np_step_set(const struct np_ctx *ctx, struct np_scratch *scratch, __u32 step, __u8 direction,
                           const struct np_set **set)
 {
     *set = &scratch->owner.set;
-    if (ask == NP_ASK_WORKLOAD || ask == NP_ASK_SERVICE) {
+    if (step == NP_STEP_WORKLOAD || step == NP_STEP_SERVICE) {
         int reason;
         const struct np_ep_cache *cached = np_ep_cache_find(scratch->ifindex, ctx->arrival->epoch, &reason);
         if (!cached)
@@ -125,7 +132,7 @@ NP_INLINE int np_ask_find(const struct np_ctx *ctx, struct np_scratch *scratch, 
         *set = direction == NP_DIRECTION_EGRESS ? &cached->egress : &cached->ingress;
         return cached->number == scratch->number ? NP_REASON_NONE : NP_REASON_LOST_SENDER;
     }
-    __u32 stage = NP_ASK_STAGES >> ((ask & 7) - 2) * 4 & 3;
+    __u32 stage = NP_STEP_STAGES >> ((step & 7) - 2) * 4 & 3;
     return np_host_read(scratch->host, stage * 2 + direction, &scratch->owner);
 }
 
@@ -137,43 +144,44 @@ NP_INLINE int np_asks_for_source(const struct np_set *set, __u8 direction)
 }
 
 // Ask one. Fills in the decision; returns whether policy has answered.
-NP_INLINE int np_ask(struct np_ctx *ctx, struct np_scratch *scratch, const int version)
+NP_INLINE int np_judge_step(struct np_ctx *ctx, struct np_scratch *scratch, const int version)
 {
     struct np_decision *decision = ctx->decision;
-    __u32 ask = scratch->asks_left & 15;
-    if (ask == NP_ASK_NOBODY)
+    __u32 step = scratch->steps_left & ((1u << NP_STEP_BITS) - 1);
+    if (step == NP_STEP_NONE)
         return 1;
-    __u8 direction = scratch->outwards >> ask & 1; // NP_DIRECTION_EGRESS is 1
+    __u8 direction = scratch->egress_steps >> step & 1; // NP_DIRECTION_EGRESS is 1
     const struct np_set *set;
-    scratch->reason = np_ask_find(ctx, scratch, ask, direction, &set);
+    scratch->reason = np_step_set(ctx, scratch, step, direction, &set);
     np_barrier();
     int reason = scratch->reason;
     if (reason == NP_REASON_TORN_ENDPOINT)
         return 0; // read it again
-    scratch->asks_left >>= 4;
-    int is_workload = ask == NP_ASK_WORKLOAD || ask == NP_ASK_SERVICE;
+    scratch->steps_left >>= NP_STEP_BITS;
+    int is_workload = step == NP_STEP_WORKLOAD || step == NP_STEP_SERVICE;
     if (!is_workload && (reason == NP_REASON_NONE || reason == NP_REASON_CONTINUE)) {
-        if (scratch->seen && scratch->owner.flags != scratch->seen) { // the row changed between two lists: begin again
-            scratch->asks_left = scratch->asks;
-            scratch->seen = 0;
+        if (scratch->host_version &&
+            scratch->owner.flags != scratch->host_version) { // the row changed between two lists: begin again
+            scratch->steps_left = scratch->steps;
+            scratch->host_version = 0;
             return 0;
         }
-        scratch->seen = scratch->owner.flags;
+        scratch->host_version = scratch->owner.flags;
     }
     if (reason == NP_REASON_CONTINUE)
         return 0;
     if (!reason) {
-        __u32 which = ask & NP_ASK_ON_WIRE ? NP_QUESTION_WIRE : scratch->final & 1;
-        const struct np_question *question = (void *)scratch->questions + which * sizeof(*question);
-        __u32 self = ask == NP_ASK_WORKLOAD ? scratch->self : 0;
-        reason = np_classify(ctx, question, set, direction, self, version);
-        if (!reason && scratch->hides_source && np_asks_for_source(set, direction))
+        __u32 which = step & NP_STEP_ORIGINAL ? NP_TUPLE_ORIGINAL : scratch->asked_tuple & 1;
+        const struct np_tuple *tuple = (void *)scratch->tuples + which * sizeof(*tuple);
+        __u32 self = step == NP_STEP_WORKLOAD ? scratch->self : 0;
+        reason = np_classify(ctx, tuple, set, direction, self, version);
+        if (!reason && scratch->is_source_hidden && np_asks_for_source(set, direction))
             reason = NP_REASON_HIDDEN_SOURCE;
         scratch->reason = reason;
         np_barrier();
         reason = scratch->reason;
     }
-    if (NP_UNLIKELY(ask == NP_ASK_SERVICE)) { // no verdict: the packet is judged where it leaves
+    if (NP_UNLIKELY(step == NP_STEP_SERVICE)) { // no verdict: the packet is judged where it leaves
         scratch->is_due = reason || decision->action != NP_ACTION_ALLOW;
         decision->action = decision->staged_action = NP_ACTION_CONTINUE;
         decision->reason = NP_REASON_CONTINUE;
@@ -188,7 +196,7 @@ NP_INLINE int np_ask(struct np_ctx *ctx, struct np_scratch *scratch, const int v
     if (NP_UNLIKELY(reason)) {
         decision->action = decision->staged_action = NP_ACTION_DENY;
         decision->reason = reason;
-    } else if (ask == NP_ASK_FAILSAFE && !(decision->flags & NP_VERDICT_FAILSAFE)) {
+    } else if (step == NP_STEP_FAILSAFE && !(decision->flags & NP_VERDICT_FAILSAFE)) {
         decision->action = NP_ACTION_CONTINUE;
     }
     if (decision->action == NP_ACTION_DENY) {
@@ -203,16 +211,16 @@ NP_INLINE int np_ask(struct np_ctx *ctx, struct np_scratch *scratch, const int v
     if (decision->action == NP_ACTION_CONTINUE)
         return 0;
     decision->reason = NP_REASON_POLICY_ALLOW;
-    if (ask == NP_ASK_WORKLOAD) {
-        if (NP_LIKELY(!scratch->asks_left))
+    if (step == NP_STEP_WORKLOAD) {
+        if (NP_LIKELY(!scratch->steps_left))
             return 1;
-        scratch->kept = *decision;
-        scratch->is_kept = 1;
+        scratch->workload_decision = *decision;
+        scratch->has_workload_decision = 1;
         return 0;
     }
-    if (ask == NP_ASK_UNTRACKED)
+    if (step == NP_STEP_UNTRACKED)
         ctx->ep->untracked = 1;
-    return ask == NP_ASK_UNTRACKED || ask == NP_ASK_PRE_DNAT || ask == NP_ASK_FAILSAFE;
+    return step == NP_STEP_UNTRACKED || step == NP_STEP_PRE_DNAT || step == NP_STEP_FAILSAFE;
 }
 
 // Policy has answered: the decision holds NP_ACTION_ALLOW, _DENY or _CONTINUE, and its reason, from here on.
@@ -221,11 +229,11 @@ NP_INLINE void np_judge_end(struct np_ctx *ctx, struct np_scratch *scratch)
     struct np_decision *decision = ctx->decision;
     if (decision->action == NP_ACTION_DENY)
         return;
-    if (scratch->refuses) {
+    if (scratch->default_drop) {
         decision->action = decision->staged_action = NP_ACTION_DENY;
-        decision->reason = scratch->refuses;
-    } else if (scratch->is_kept) {
-        *decision = scratch->kept;
+        decision->reason = scratch->default_drop;
+    } else if (scratch->has_workload_decision) {
+        *decision = scratch->workload_decision;
     }
 }
 
@@ -239,15 +247,15 @@ NP_INLINE int np_judge_next(struct __sk_buff *skb, struct np_scratch *scratch)
     return NP_REASON_CALL_MISSING;
 }
 
-// Have all lists of `scratch->asks` asked.  Returns only when that fails: why the packet is dropped.
+// Have all lists of `scratch->steps` asked.  Returns only when that fails: why the packet is dropped.
 NP_INLINE int np_judge(struct __sk_buff *skb, struct np_ctx *ctx, struct np_scratch *scratch)
 {
     struct np_decision *decision = ctx->decision;
     decision->action = decision->staged_action = NP_ACTION_CONTINUE;
     decision->reason = NP_REASON_CONTINUE;
-    scratch->asks_left = scratch->asks;
-    scratch->seen = 0;
-    scratch->is_kept = 0;
+    scratch->steps_left = scratch->steps;
+    scratch->host_version = 0;
+    scratch->has_workload_decision = 0;
     scratch->is_due = 0;
     return np_judge_next(skb, scratch);
 }

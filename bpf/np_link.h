@@ -142,8 +142,8 @@ NP_INLINE int np_is_on_link(struct __sk_buff *skb, struct np_ctx *ctx, const __u
     struct bpf_fib_lookup route = {.family = NP_FAMILY_IP6, .ifindex = ctx->ep->link};
     __builtin_memcpy(route.ipv6_src, ctx->packet->source, sizeof(route.ipv6_src));
     __builtin_memcpy(route.ipv6_dst, address, sizeof(route.ipv6_dst));
-    long seen = np_fib_lookup(skb, &route, sizeof(route), 0);
-    if (seen && seen != NP_FIB_NO_NEIGHBOUR)
+    long host_version = np_fib_lookup(skb, &route, sizeof(route), 0);
+    if (host_version && host_version != NP_FIB_NO_NEIGHBOUR)
         return 0;
     __u32 other = route.ipv6_dst[0] ^ address[0]; // a gateway stands in its place
     other |= (route.ipv6_dst[1] ^ address[1]) | (route.ipv6_dst[2] ^ address[2]) | (route.ipv6_dst[3] ^ address[3]);

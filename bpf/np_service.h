@@ -17,31 +17,31 @@
 #include "np_judge.h"
 #include "np_maps.h"
 
-#define NP_CARRY_MASK 0xffffu // a number has 16 bits: skb->tc_index has no more
+#define NP_SENDER_TAG_MASK 0xffffu // a number has 16 bits: skb->tc_index has no more
 
 // What is known of a service address: by itself, else as a port of each of the node's own addresses.
-NP_INLINE struct np_vip *np_vip_of(const struct np_ctx *ctx, struct np_question *question, const int version)
+NP_INLINE struct np_vip *np_vip_of(const struct np_ctx *ctx, struct np_tuple *tuple, const int version)
 {
-    if (NP_LIKELY(!np_vip_filter_has(question->destination, version))) {
-        if (NP_LIKELY(!np_may_be_in_net(ctx, question->destination, version)))
-            question->to_node = NP_TO_NODE_NO;
+    if (NP_LIKELY(!np_vip_filter_has(tuple->destination, version))) {
+        if (NP_LIKELY(!np_may_be_in_net(ctx, tuple->destination, version)))
+            tuple->to_node = NP_TO_NODE_NO;
         return 0;
     }
     union np_vip_key key = {};
     struct np_vip *vip;
     if (version == 4) {
-        key.v4.port = question->destination_port;
-        key.v4.protocol = question->protocol;
-        __builtin_memcpy(key.v4.address, question->destination, sizeof(key.v4.address));
+        key.v4.port = tuple->destination_port;
+        key.v4.protocol = tuple->protocol;
+        __builtin_memcpy(key.v4.address, tuple->destination, sizeof(key.v4.address));
     } else {
-        key.v6.port = question->destination_port;
-        key.v6.protocol = question->protocol;
-        __builtin_memcpy(key.v6.address, question->destination, sizeof(key.v6.address));
+        key.v6.port = tuple->destination_port;
+        key.v6.protocol = tuple->protocol;
+        __builtin_memcpy(key.v6.address, tuple->destination, sizeof(key.v6.address));
     }
     vip = np_vip_lookup(&key, version);
     if (vip)
         return vip;
-    if (!np_is_to_node(ctx, question, version))
+    if (!np_is_to_node(ctx, tuple, version))
         return 0;
     if (version == 4)
         __builtin_memset(key.v4.address, 0, sizeof(key.v4.address));
@@ -56,7 +56,7 @@ NP_INLINE __u32 np_sender_tag_get(const struct __sk_buff *skb, const struct np_c
     if (!(config->flags & NP_CONFIG_DEFER))
         return 0;
     if (config->mark_shift)
-        return skb->mark >> (config->mark_shift & 31) & NP_CARRY_MASK;
+        return skb->mark >> (config->mark_shift & 31) & NP_SENDER_TAG_MASK;
     return skb->tc_index;
 }
 
@@ -68,7 +68,7 @@ NP_INLINE __u8 np_sender_tag_set(struct __sk_buff *skb, const struct np_config *
     __u32 shift = config->mark_shift & 31;
     __u32 mark = (skb->mark & ~config->due_mark) | (is_due ? config->due_mark : 0);
     if (shift) {
-        skb->mark = (mark & ~(NP_CARRY_MASK << shift)) | number << shift;
+        skb->mark = (mark & ~(NP_SENDER_TAG_MASK << shift)) | number << shift;
         return 0;
     }
     skb->mark = mark;
@@ -80,21 +80,22 @@ NP_INLINE __u8 np_sender_tag_set(struct __sk_buff *skb, const struct np_config *
 // Fill in what the sender's policy is asked, at the place where the packet leaves.
 NP_INLINE void np_sender_plan(struct np_ctx *ctx, struct np_scratch *scratch, const int version)
 {
-    const __u32 *source = scratch->questions[NP_QUESTION_FINAL].source;
-    scratch->refuses = 0;
+    const __u32 *source = scratch->tuples[NP_TUPLE_TRANSLATED].source;
+    scratch->default_drop = 0;
     scratch->self = 0;
-    scratch->final = NP_QUESTION_FINAL;
+    scratch->asked_tuple = NP_TUPLE_TRANSLATED;
     scratch->number = ctx->ep->sender;
-    scratch->outwards = NP_OUTWARDS_WORKLOAD; // what leaves a workload enters the host
+    scratch->egress_steps = NP_EGRESS_STEPS_WORKLOAD; // what leaves a workload enters the host
     if (scratch->ifindex) { // a workload
         const struct np_addr *addr = np_addr_find(ctx, source, version);
-        scratch->hides_source = !addr->identity || addr->holder != ctx->ep->sender;
+        scratch->is_source_hidden = !addr->identity || addr->holder != ctx->ep->sender;
         scratch->host = ctx->config->wildcard;
-        scratch->asks = NP_ASK_WORKLOAD | (scratch->host ? NP_ASK_FORWARD << 4 : 0);
+        scratch->steps =
+            np_steps(NP_STEP_WORKLOAD, scratch->host ? NP_STEP_FORWARD : NP_STEP_NONE, NP_STEP_NONE, NP_STEP_NONE);
     } else {
-        scratch->hides_source = np_is_local(ctx, source, version);
+        scratch->is_source_hidden = np_is_local(ctx, source, version);
         scratch->host = ctx->ep->sender;
-        scratch->asks = NP_ASK_FORWARD;
+        scratch->steps = NP_STEP_FORWARD;
     }
 }
 
@@ -105,7 +106,7 @@ NP_INLINE void np_sender_plan(struct np_ctx *ctx, struct np_scratch *scratch, co
 NP_INLINE int np_sender(struct __sk_buff *skb, struct np_ctx *ctx, struct np_scratch *scratch, const int version)
 {
     const struct np_packet *packet = ctx->packet;
-    struct np_question *question = &scratch->questions[NP_QUESTION_FINAL];
+    struct np_tuple *tuple = &scratch->tuples[NP_TUPLE_TRANSLATED];
     union np_conn_key *key = &scratch->sender_key;
     struct np_found *found = &scratch->sender_found;
     struct np_endpoint_ctx *ep = ctx->ep;
@@ -140,8 +141,8 @@ NP_INLINE int np_sender(struct __sk_buff *skb, struct np_ctx *ctx, struct np_scr
         found->is_known = 0;
         conn = 0;
     }
-    question->icmp_type = packet->icmp_type;
-    question->icmp_code = packet->icmp_code;
+    tuple->icmp_type = packet->icmp_type;
+    tuple->icmp_code = packet->icmp_code;
     if (conn) {
         if (found->generation == ctx->arrival->generation) {
             np_conn_touch(&slot, ctx);
@@ -149,12 +150,12 @@ NP_INLINE int np_sender(struct __sk_buff *skb, struct np_ctx *ctx, struct np_scr
             scratch->reason = ep->related ? NP_REASON_RELATED : NP_REASON_ESTABLISHED;
             return NP_REASON_NONE;
         }
-        question->icmp_type = found->icmp_type;
-        question->icmp_code = found->icmp_code;
+        tuple->icmp_type = found->icmp_type;
+        tuple->icmp_code = found->icmp_code;
     }
     np_barrier();
 
-    np_question_of(question, key, ep->direction, version);
+    np_tuple_of_key(tuple, key, ep->direction, version);
     np_sender_plan(ctx, scratch, version);
     np_barrier();
     scratch->is_sender = 1;
@@ -165,7 +166,7 @@ NP_INLINE int np_sender(struct __sk_buff *skb, struct np_ctx *ctx, struct np_scr
 NP_INLINE int np_sender_verdict(struct np_ctx *ctx, struct np_scratch *scratch, const int version)
 {
     const struct np_packet *packet = ctx->packet;
-    const struct np_question *question = &scratch->questions[NP_QUESTION_FINAL];
+    const struct np_tuple *tuple = &scratch->tuples[NP_TUPLE_TRANSLATED];
     union np_conn_key *key = &scratch->sender_key;
     int denied = ctx->decision->action == NP_ACTION_DENY;
     scratch->reason = ctx->decision->reason;
@@ -188,7 +189,7 @@ NP_INLINE int np_sender_verdict(struct np_ctx *ctx, struct np_scratch *scratch, 
         return scratch->reason;
     // Sources of the sender's choice are not remembered, those that the node put in their place are.
     if (np_conn_opens(ctx) && !scratch->is_first_leg &&
-        (!scratch->hides_source || np_is_local(ctx, question->source, version)) &&
+        (!scratch->is_source_hidden || np_is_local(ctx, tuple->source, version)) &&
         np_conn_open(ctx, key, packet->protocol == NP_PROTOCOL_TCP ? NP_CONN_TCP_OPEN : 0, 0, version))
         return NP_REASON_CONN_FULL;
     return NP_REASON_NONE;

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Derive loader/netpol_loader/abi.py from bpf/np_abi.h and the declarations in bpf/np_maps.h.
+"""Derive loader/netpol_loader/abi.py, and the table of maps in bpf/README.md, from bpf/np_abi.h and bpf/np_maps.h.
 
 The C headers are the one place where the shared layout is declared.  They use a small part of C on purpose: numeric
 `#define`s, enums with explicit values, structs of fixed-width members, a `//` comment per line and per declaration.
 Anything else in np_abi.h is an error here, never skipped.
 
-    generate_abi.py            write the file
-    generate_abi.py --check    exit 1 when the file is not what would be written
+    generate_abi.py            write the files
+    generate_abi.py --check    exit 1 when a file is not what would be written
 """
 
 from __future__ import annotations
@@ -22,6 +22,10 @@ ROOT = Path(__file__).resolve().parent.parent
 ABI_HEADER = ROOT / "bpf" / "np_abi.h"
 MAPS_HEADER = ROOT / "bpf" / "np_maps.h"
 TARGET = ROOT / "loader" / "netpol_loader" / "abi.py"
+PAGE = ROOT / "bpf" / "README.md"
+TABLE = re.compile(r"(?<=np_maps\.h -->\n).*(?=<!-- end of maps -->)", re.DOTALL)
+BLOCK = re.compile(r"^((?://[^\n]*\n)+)((?:NP_MAP[^\n]*\n)+)", re.MULTILINE)
+"""A comment and the maps that it is about."""
 
 SCALARS = {
     "__u8": ("ctypes.c_uint8", 1),
@@ -296,22 +300,45 @@ def render_maps(header: Header, text: str, numbers: dict[str, int]) -> str:
     return "\n".join([*lines, "    }", ")\n"])
 
 
+def render_table(maps_text: str) -> str:
+    """The maps as a Markdown table, in the words of their comments, which state facts in a fixed order."""
+    lines = ["| maps | type | rows | what it maps | looked up | when full |", "| --- | --- | --- | --- | --- | --- |"]
+    for match in BLOCK.finditer(maps_text):
+        comment = " ".join(line.removeprefix("//").strip() for line in match[1].splitlines())
+        sentences = re.split(r"(?<=\.)\s+(?=[A-Z])", comment)
+        looked = next(
+            (one for one in sentences if re.match(r"Looked up|Never looked|.*never looked up|Written for", one)), ""
+        )
+        full = next((one for one in sentences if re.match(r"When |A collision|Fixed|One row|A number", one)), "")
+        declared = [*MAP.finditer(match[2]), *RINGBUF.finditer(match[2])]
+        names = ", ".join(f"`{one[1]}`" if one.re is RINGBUF else f"`{one[2]}`" for one in declared)
+        kinds = " ".join(dict.fromkeys("ringbuf" if one.re is RINGBUF else one[1] for one in declared))
+        rows = ", ".join(dict.fromkeys(one[2] if one.re is RINGBUF else one[5] for one in declared))
+        lines.append(f"| {names} | {kinds} | {rows} | {sentences[0]} | {looked} | {full} |")
+    return "\n".join(lines) + "\n"
+
+
 def main(argv: list[str] | None = None) -> int:
-    """Write or check the generated file."""
+    """Write or check the generated files."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 when the file is stale")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 when a file is stale")
     check = parser.parse_args(argv).check
-    wanted = render(parse_header(ABI_HEADER.read_text()), MAPS_HEADER.read_text())
-    found = TARGET.read_text() if TARGET.exists() else ""
-    if wanted == found:
-        return 0
-    if check:
-        diff = difflib.unified_diff(found.splitlines(), wanted.splitlines(), str(TARGET), "generated", lineterm="")
-        print("\n".join(diff))
-        print(f"{TARGET} is stale: run scripts/generate_abi.py", file=sys.stderr)
-        return 1
-    TARGET.write_text(wanted)
-    print(f"wrote {TARGET.relative_to(ROOT)}")
+    maps_text, page = MAPS_HEADER.read_text(), PAGE.read_text()
+    wanted = {
+        TARGET: render(parse_header(ABI_HEADER.read_text()), maps_text),
+        PAGE: TABLE.sub(lambda _: render_table(maps_text), page),
+    }
+    for path, text in wanted.items():
+        found = path.read_text() if path.exists() else ""
+        if text == found:
+            continue
+        if check:
+            diff = difflib.unified_diff(found.splitlines(), text.splitlines(), str(path), "generated", lineterm="")
+            print("\n".join(diff))
+            print(f"{path} is stale: run scripts/generate_abi.py", file=sys.stderr)
+            return 1
+        path.write_text(text)
+        print(f"wrote {path.relative_to(ROOT)}")
     return 0
 
 

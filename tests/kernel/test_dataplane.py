@@ -113,8 +113,8 @@ def test_changed_program_replaces_its_predecessor(root: Path, sources: Path) -> 
     with Dataplane.open(root, sizes=SIZES) as before:
         rig = Rig(before)
         rig.pod(everything(1, DENY, 11), everything(2, ALLOW, 12))
-        frame = p.frame(POD4, PEER4, p.UDP, p.udp(1, 2))
-        assert rig.out(frame).reason == "policy-allow"
+        assert rig.out(p.frame(POD4, PEER4, p.TCP, p.tcp(1, 2, p.SYN))).reason == "policy-allow"
+        assert rig.into(p.frame(PEER4, POD4, p.TCP, p.tcp(2, 1, p.SYN | p.ACK))).passed  # one that lives for hours
         rig.reader.close()
         ids, tags = program_ids(before), [before.program_tag(hook) for hook in Hook]
     change(sources / "np_endpoint.h", "NP_ENDPOINT_TRIES 4", "NP_ENDPOINT_TRIES 3")
@@ -122,7 +122,8 @@ def test_changed_program_replaces_its_predecessor(root: Path, sources: Path) -> 
         assert not set(program_ids(after)) & set(ids)
         assert not {after.program_tag(hook) for hook in Hook} & set(tags)
         rig = Rig(after)
-        assert rig.out(frame).reason == "established", "the connection is still there"
+        answer = p.frame(POD4, PEER4, p.TCP, p.tcp(1, 2, p.ACK))
+        assert rig.out(answer).reason == "established", "the connection is still there"
         assert after.maps["np_endpoint"].max_entries == SIZES["np_endpoint"]
         assert not list(after.pin_dir.glob("*_new"))
         rig.reader.close()
