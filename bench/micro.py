@@ -95,7 +95,7 @@ PORT_CLASSES = 50
 
 @dataclass(frozen=True)
 class Scale:
-    """How much there is to be looked up in."""
+    """How large the tables are that are looked up."""
 
     pods: int
     rules: int

@@ -2,7 +2,7 @@
 """The one format of a benchmark's results: which machine, which source, which cases, and every sample.
 
 Invariant: samples are kept as they were measured, in the order of the rounds, so that whoever doubts a median can look
-at what it stands for; a case names the case it is to be divided by (its base), measured in the same rounds of the same
+at what it stands for; a case names the case it must be divided by (its base), measured in the same rounds of the same
 run.  Must not judge: `bench/compare.py` does, and `bench/report.py` draws.
 """
 

@@ -84,7 +84,7 @@ class Contender:
 
 @dataclass(frozen=True, slots=True)
 class Remote:
-    """The other machine. ``device``: the card towards it, of this machine; ``address``: what the measured pod is to have there."""
+    """The other machine. ``device``: the card towards it, of this machine; ``address``: the measured pod's address there."""
 
     peer: IPv4Address
     device: str

@@ -648,7 +648,7 @@ struct np_schema {
 _Static_assert(sizeof(struct np_schema) == 40, "np_schema");
 
 // What is remembered of a connection's packets in one direction, by the CPU that saw them. Valid for one generation,
-// until the table is to be asked again.
+// until the table must be asked again.
 struct np_flow_cache_fact {
     __u32 ports_be; // source and destination, as in the packet
     __u32 ifindex;

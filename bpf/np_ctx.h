@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause
 //
-// What the steps tell each other about the packet at hand: the packet, whose it is, what was decided; and what is said
+// What the steps tell each other about the packet: the packet, whose it is, what was decided; and what is said
 // to TC.  No behaviour.
 #pragma once
 

@@ -7,7 +7,7 @@
 #include "np_count.h"
 #include "np_ctx.h"
 
-// One event about the packet at hand and the decision in `flow`.
+// One event about the packet and the decision in `ctx`.
 NP_INLINE void np_event_write(const struct np_ctx *ctx, __u8 kind, __u16 reason)
 {
     const struct np_packet *packet = ctx->packet;

@@ -100,7 +100,7 @@ NP_INLINE void np_flow_cache_fill(const struct np_ctx *ctx, __u32 rule, __u32 se
 }
 
 // And for those of the other direction, which pass the interface's other hook: when a connection becomes open, the next
-// packets of both directions are at hand.
+// packets of both directions find it in the cache.
 NP_INLINE void np_flow_cache_fill_reply(const struct np_ctx *ctx, __u32 rule, __u32 sender_tag, int is_due,
                                         const int hook, const int version)
 {

@@ -55,7 +55,7 @@ struct np_scratch {
     struct np_decision decision;
     struct np_endpoint_ctx ep;
     struct np_arrival arrival;
-    struct np_owner owner; // of a host endpoint: the set at hand
+    struct np_owner owner; // of a host endpoint: the policy set of this step
     struct np_tuple tuples[2]; // as the packet is on the wire, and with the destination that it will have
     __u32 reason; // the result
     struct np_decision workload_decision; // what the workload's policy said

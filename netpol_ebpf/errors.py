@@ -157,7 +157,7 @@ class MapFullError(PlatformError):
     """A map has no room for a change; names the map, its size and the figure needed. ``map_name``: the map's."""
 
     slug = "map-full"
-    default_hint = "The change was refused whole; the old policy is still in force."
+    default_hint = "The change was rejected; the previous policy stays in force."
 
     def __init__(self, message: str, *, hint: str | None = None, map_name: str = "") -> None:
         super().__init__(message, hint=hint)

@@ -1014,7 +1014,7 @@ class np_schema(ctypes.Structure):
 class np_flow_cache_fact(ctypes.Structure):
     """What is remembered of a connection's packets in one direction, by the CPU that saw them.
 
-    Valid for one generation, until the table is to be asked again.
+    Valid for one generation, until the table must be asked again.
     """
 
     ports_be: int  # source and destination, as in the packet

@@ -29,7 +29,7 @@ _LIST, _PASS, _READ = 0o050, 0o010, 0o040
 
 
 def grant(dataplane: Dataplane, group: int | None) -> list[Path]:
-    """Give all pins the modes they are to have, and the group (by number); what had others. Cost: a system call for each pin.
+    """Give all pins the modes they must have, and the group (by number); what had others. Cost: a system call for each pin.
 
     Raises PlatformError when the process may not: a group is given away by its members and those with CAP_CHOWN.
     """

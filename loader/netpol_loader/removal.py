@@ -37,7 +37,7 @@ class Leftover:
 
 
 def find_leftovers(pin_root: Path) -> list[Leftover]:
-    """Everything of ours, in the order in which it is to be removed; empty when there is nothing."""
+    """Everything of ours, in the order in which it must be removed; empty when there is nothing."""
     directories = [path for path in _listed(pin_root) if path.is_dir() and OUR_DIRECTORY.fullmatch(path.name)]
     names = {link.ifindex: link.name for link in netlink.links()}
     found: list[Leftover] = list(_tables(pin_root))

@@ -3,7 +3,7 @@
 
 Invariant: one interface's misfortune is not another's: what fails is told and tried again, and stops nothing else.
 
-Must not decide which interfaces are to have programs.
+Must not decide which interfaces get programs.
 """
 
 from __future__ import annotations

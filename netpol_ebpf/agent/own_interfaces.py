@@ -130,7 +130,7 @@ class OwnInterfaces:
     def beginning(
         self, grounds: Grounds, wiring: Wiring, workloads: Collection[int], bearing: Collection[int]
     ) -> Beginning:
-        """What a new set of maps is to hold. ``bearing``: the interfaces that have the programs, their own or an older set's."""
+        """What a new set of maps must hold. ``bearing``: the interfaces that have the programs, their own or an older set's."""
         plan = self._planned(grounds, wiring, workloads)
         own = own_interfaces(wiring, workloads)
         at_first = self._known(plan, grounds, wiring, own & set(bearing))
@@ -221,7 +221,7 @@ class OwnInterfaces:
         *,
         are_exits_known: bool = False,
     ) -> Surroundings:
-        """What the program has to know of the node. ``bearing``: the own interfaces that are to have a row.
+        """What the program has to know of the node. ``bearing``: the own interfaces that must have a row.
 
         The addresses of services only when every exit has the programs, or is known to be without: until then packets there
         are judged like all others.

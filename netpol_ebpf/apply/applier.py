@@ -83,7 +83,7 @@ class Binding:
 
     ``link``: the bridge that its interface is a port of, 0: none.  ``flags``: what its interface is besides.
 
-    Of a host only that its policy is to be there; `netpol_ebpf.apply.surroundings` says for which interfaces.
+    Of a host only that its policy must be there; `netpol_ebpf.apply.surroundings` says for which interfaces.
     """
 
     ifindex: int

@@ -80,7 +80,7 @@ def families(state: Mapping[str, Any], rules: Iterable[Mapping[str, Any]]) -> It
         tuple(({"kind": kind}, count) for kind, count in sorted(kinds.items())),
     )  # fmt: skip
     yield _one(
-        "netpol_audit_rounds_total", "counter", "Comparisons of all rows with what they are to be.", drift["rounds"]
+        "netpol_audit_rounds_total", "counter", "Comparisons of all rows with what they must be.", drift["rounds"]
     )
     yield _one(
         "netpol_listed_again_total",

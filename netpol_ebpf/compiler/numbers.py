@@ -13,7 +13,7 @@ from collections import deque
 from netpol_ebpf.compiler.journal import Journal
 
 QUARANTINE = 1024
-"""Freed numbers that are kept back while fresh ones are to be had; arbitrary."""
+"""Freed numbers that are kept back while there are fresh ones; arbitrary."""
 
 
 class Numbers:

@@ -254,7 +254,7 @@ class Change:
     grow: new rows and neutral re-labellings; no packet's verdict changes.
     flip: endpoint rows, and the address rows of endpoints that appeared, changed labels or went.
     shrink: rows nothing refers to any more; to be written after a grace period.
-    ``revokes``: an allow may have become a deny, so the generation is to be bumped after the flip.
+    ``revokes``: an allow may have become a deny, so the generation must be bumped after the flip.
     """
 
     prepare: dict[str, Delta] = field(default_factory=dict)  # type: ignore[type-arg]

@@ -208,7 +208,7 @@ class SelectorIndex(Generic[S, L]):
         return group
 
     def _popularity(self, pairs: tuple[_Pair, ...]) -> tuple[int, int, int]:
-        """How many tests are to be expected of a selector that waits under these pairs; smaller is better."""
+        """How many tests a selector may cost that waits under these pairs; smaller is better."""
         present = sum(value is None for _, value in pairs)
         labelled = sum(self._labels_having(pair) for pair in pairs)
         return (sum(self._mentions[pair] for pair in pairs) + labelled, present, len(pairs))

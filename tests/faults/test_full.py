@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every map of policy full: the change is refused whole and named, what was in force stays, and room that returns is used.
+"""Every map of policy full: the change is rejected and named, what was in force stays, and room that returns is used.
 
 Tables that the packets fill: nothing is passed that policy denies, and nothing is lost that it allows but later fragments.
 """

@@ -38,7 +38,7 @@ class Probes:
     done: threading.Event = field(default_factory=threading.Event)
 
     def keep_trying(self, attempts: list[Attempt], *, expected: bool) -> None:
-        """Until `done`. What is to be reached may take long on a busy machine; what is not has to stay so."""
+        """Until `done`. What must be reached may take long on a busy machine; what is not has to stay so."""
         deadline_s, rounds = (5.0, 2) if expected else (0.1, 1)
         while not self.done.is_set():
             for result in self.scene.lab.attempt(attempts, deadline_s=deadline_s, rounds=rounds):

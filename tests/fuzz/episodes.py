@@ -116,14 +116,14 @@ Step = Union[Stimulus, Policies, TimedOut, Keep, Moves, Routes, Hairpin]
 class Episode:
     """Steps from an empty table under the first variant.
 
-    ``short_way``: its second never ends, else it is over. ``is_outside``: no workload is behind the host interface.
+    ``takes_fast_path``: its second never ends, else it is over. ``is_outside``: no workload is behind the host interface.
     ``is_external``: that is a tunnel which tells who sent a packet.
     ``has_link``: packets begin with an Ethernet header. ``is_bridged``: the interface is at a bridge.
     """
 
     steps: tuple[Step, ...]
     is_host: bool = False
-    short_way: bool = False
+    takes_fast_path: bool = False
     is_outside: bool = False
     is_external: bool = False
     has_link: bool = True
@@ -137,7 +137,7 @@ class Episode:
         words += ["by a tunnel"] if self.is_external else []
         words += [] if self.has_link else ["without link headers"]
         words += ["at a bridge"] if self.is_bridged else []
-        return " ".join(words) + (", fast path" if self.short_way else "")
+        return " ".join(words) + (", fast path" if self.takes_fast_path else "")
 
 
 def episode(seed: int, number: int, size: int = EPISODE) -> Episode:
@@ -167,7 +167,7 @@ def episode(seed: int, number: int, size: int = EPISODE) -> Episode:
                 steps.append(Moves(chance() < 0.5) if kind < 0.93 else Routes(chance() < 0.3))
         steps.append(generator.stimulus())
     return Episode(
-        tuple(steps), is_host=is_host, short_way=flavour in (5, 6), is_outside=is_host and turn % 4 in (0, 3),
+        tuple(steps), is_host=is_host, takes_fast_path=flavour in (5, 6), is_outside=is_host and turn % 4 in (0, 3),
         is_external=is_host and turn % 4 == 0, has_link=has_link, is_bridged=has_link and not is_host and (turn + number) % 2 == 0,
     )  # fmt: skip
 

@@ -263,7 +263,7 @@ class Harness:
             self.rig.map("np_ifindex").delete(struct.pack("=I", ENDPOINT))
         config = self._config
         config.flags = abi.NP_CONFIG_ALLOW_EVENTS | abi.NP_CONFIG_LOCAL_NETS
-        config.jiffies_per_second = 0xFFFF_FFFF if episode.short_way else 0
+        config.jiffies_per_second = 0xFFFF_FFFF if episode.takes_fast_path else 0
         for state in range(abi.NP_CONN_STATES):
             config.timeout_jiffies[state] = ENDLESS
         self._episode, self._routes, self._variant = episode, False, 0
@@ -363,7 +363,7 @@ class Harness:
     def _start(self, episode: Episode) -> Machine:
         self._empty(episode)
         machine = Machine(episodes.reference_endpoint(episode))
-        machine.shortened = {} if episode.short_way else None
+        machine.shortened = {} if episode.takes_fast_path else None
         self._apply(Policies(0))
         episodes.change(machine, Policies(0))
         return machine

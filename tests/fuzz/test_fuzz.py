@@ -72,7 +72,7 @@ def test_mutations_reach_every_reason() -> None:
     """Packets of every kind that the reference tells apart are no rarity."""
     reasons: Counter[str] = Counter()
     for number in range(8):
-        one = replace(episode(SEED, number), short_way=False)
+        one = replace(episode(SEED, number), takes_fast_path=False)
         machine = Machine(reference_endpoint(one))
         for step in one.steps:
             if isinstance(step, Stimulus):

@@ -205,7 +205,7 @@ def test_killed_agent_is_followed_by_one_that_takes_over_unnoticed(scene: Scene)
     def keep_trying() -> None:
         nonlocal tried
         while not done.is_set():
-            # What is to be reached may take long on a busy machine; what is not has to stay so.
+            # What must be reached may take long on a busy machine; what is not has to stay so.
             (allowed,) = scene.lab.attempt([to_db("shop/web")], deadline_s=5.0)
             (denied,) = scene.lab.attempt([to_db("shop/other")], deadline_s=0.1, rounds=1)
             tried += 1
@@ -340,7 +340,7 @@ def test_without_a_node_name_everything_found_is_local(own_scene: Scene) -> None
 
 
 def test_too_small_a_map_refuses_the_change_and_keeps_the_old(own_scene: Scene) -> None:
-    """A change that does not fit is refused whole and reported; what is in force stays, and a smaller change is taken."""
+    """A change that does not fit is rejected and reported; what is in force stays, and a smaller change is taken."""
     scene = own_scene
     scene.options = ("--map-size", "np_cidr4=4", "--map-size", "np_cidr6=4")
     scene.start()

@@ -102,7 +102,7 @@ def derive(objects: Iterable[Resource], settings: Settings | None = None) -> Wor
 
 
 class Derivation:
-    """Holds resources and keeps ``world`` their translation. ``world`` is to be read only; it changes with each call."""
+    """Holds resources and keeps ``world`` their translation. ``world`` must only be read; it changes with each call."""
 
     def __init__(self, settings: Settings | None = None) -> None:
         self._given = settings or Settings()
