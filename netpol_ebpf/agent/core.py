@@ -25,7 +25,7 @@ from netpol_ebpf.agent.claims import Claims
 from netpol_ebpf.agent.cni import Result
 from netpol_ebpf.agent.in_force import WorldInForce
 from netpol_ebpf.agent.node import Node
-from netpol_ebpf.agent.own_interfaces import Grounds, OwnInterfaces
+from netpol_ebpf.agent.own_interfaces import HostPolicyInputs, OwnInterfaces
 from netpol_ebpf.agent.trouble import DriftLog, Refusals
 from netpol_ebpf.agent.wiring import NOWHERE, Wiring, device_flags
 from netpol_ebpf.apply.applier import Applier, Binding, require_room
@@ -405,7 +405,7 @@ class Agent:
         if not changes and not self._is_behind and not self._is_ahead:
             return
         self.refusals.expect(changes, self._location_of)
-        before = self._own.grounds
+        before = self._own.inputs
         try:
             if self._is_ahead:
                 self._locate()  # endpoints may have gone since
@@ -416,8 +416,8 @@ class Agent:
             self.refusals.refuse(error, self._clock())
             self._is_behind = self._is_behind or isinstance(error, LimitError)
             self._is_ahead = self._is_ahead or isinstance(error, MapFullError)
-            if self._own.grounds is not before:  # what was to go has to come back
-                self._own.grounds = before
+            if self._own.inputs is not before:  # what was to go has to come back
+                self._own.inputs = before
                 self._close_and_open()
             return
         self.refusals.accept()
@@ -439,16 +439,16 @@ class Agent:
         change = self._compiler.commit()
         self._is_behind = False
         after, own, workloads = (
-            Grounds.of(self._derivation.world, self.tables, self.settings.node),
+            HostPolicyInputs.of(self._derivation.world, self.tables, self.settings.node),
             self._own,
             self._wanted_interfaces(),
         )
         own.require_room(after, self._wiring, workloads)
         self._record(change, self.applier)
-        own.grounds = own.grounds.on_the_way_to(after)
+        own.inputs = own.inputs.without_removed(after)
         own.place(self._wiring, workloads)
         self.applier.apply(change)
-        own.grounds = after
+        own.inputs = after
         self._forget(change)
         self._note_change()
 
@@ -460,11 +460,11 @@ class Agent:
         compiler = Compiler(self._is_ours, limits=limits_of(sizes), known=known)
         compiler.replace(self._claims.effective_world())
         change = compiler.commit()
-        grounds = Grounds.of(self._derivation.world, compiler.tables, self.settings.node)
-        own = self._own.beginning(grounds, self._wiring, self._wanted_interfaces(), self._node.attached())
+        inputs = HostPolicyInputs.of(self._derivation.world, compiler.tables, self.settings.node)
+        own = self._own.initial_state(inputs, self._wiring, self._wanted_interfaces(), self._node.attached())
         bindings = {**self._bindings(), **own.bindings}
         # Before maps and programs are made in vain.
-        require_room(compiler.tables, sizes, bindings, own.in_the_end.elements())
+        require_room(compiler.tables, sizes, bindings, own.complete.elements())
         with self._node.renewal() as maps:
             applier = Applier(maps)
             for key, binding in bindings.items():
@@ -700,7 +700,7 @@ class Agent:
                 peer = self._wiring.links[ifindex].peer
                 number, addresses = self.tables.endpoints[key].number, self._local[key].addresses
                 workloads[ifindex] = Workload(number, addresses, None if peer is None else peer[0])
-        return workloads, Place(self._wiring.addresses, self._own.grounds.vips)
+        return workloads, Place(self._wiring.addresses, self._own.inputs.vips)
 
     def _attach(self, ifindex: int) -> None:
         self._attachments.attach(ifindex, self._wiring.name_of(ifindex))

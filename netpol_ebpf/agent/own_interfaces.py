@@ -34,7 +34,7 @@ HOST_BINDING = Binding(NOWHERE, EndpointKind.HOST)
 
 
 @dataclass(frozen=True, slots=True)
-class Grounds:
+class HostPolicyInputs:
     """What decides on the node's own interfaces, as it is in force.
 
     Host endpoints with their numbers, services, and the addresses of all nodes with these nodes' numbers, 0: none.
@@ -48,7 +48,7 @@ class Grounds:
     nodes: Mapping[IPAddress, int] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, world: World, tables: Tables, node: str | None) -> Grounds:
+    def of(cls, world: World, tables: Tables, node: str | None) -> HostPolicyInputs:
         """Of the manifests, with the tables that were made of them, on the node of that name (None: not known)."""
         rows = tables.endpoints
         hosts = {key: one for key, one in world.endpoints.items() if one.kind is EndpointKind.HOST and key in rows}
@@ -56,23 +56,23 @@ class Grounds:
         vips = {key: vip for key, vip in world.vips.items() if node is None or key.node in ("", node)}
         return cls(hosts, {key: rows[key].number for key in hosts}, vips, nodes)
 
-    def on_the_way_to(self, after: Grounds) -> Grounds:
+    def without_removed(self, after: HostPolicyInputs) -> HostPolicyInputs:
         """These without the host endpoints that are about to go: interfaces do without them before they go.
 
         Nodes have their addresses of before and after: rows of their workloads are written in between.
         """
         staying = {key: after.hosts[key] for key in self.hosts if key in after.hosts}
-        return Grounds(staying, self.numbers, after.vips, {**self.nodes, **after.nodes})
+        return HostPolicyInputs(staying, self.numbers, after.vips, {**self.nodes, **after.nodes})
 
 
 @dataclass(frozen=True, slots=True)
-class Beginning:
-    """What a new set of maps is filled with. ``surroundings``: at first; ``in_the_end``: when every exit has the programs."""
+class InitialState:
+    """What a new set of maps is filled with. ``surroundings``: at first; ``complete``: when every exit has the programs."""
 
-    grounds: Grounds
+    inputs: HostPolicyInputs
     plan: HostPlan
     surroundings: Surroundings
-    in_the_end: Surroundings
+    complete: Surroundings
 
     @property
     def bindings(self) -> dict[EndpointKey, Binding]:
@@ -81,9 +81,9 @@ class Beginning:
 
 
 class OwnInterfaces:
-    """Begins with the first set of maps (`beginning`, `take_over`); `place` and `settle` work on the one in force.
+    """Begins with the first set of maps (`initial_state`, `take_over`); `place` and `settle` work on the one in force.
 
-    ``grounds``: what decides now; whoever changes it calls `place` or `settle`.  ``no_room``: why the maps do not say
+    ``inputs``: what decides now; whoever changes it calls `place` or `settle`.  ``no_room``: why the maps do not say
     what they should; ``no_exit``: why services are closed.
     """
 
@@ -93,7 +93,7 @@ class OwnInterfaces:
         ``tunnels``: encapsulation that nodes take from anyone, besides that of this node's devices.
         """
         self._tunnels = frozenset(tunnels)
-        self.grounds = Grounds()
+        self.inputs = HostPolicyInputs()
         self.no_room: Problem | None = None
         self.no_exit: Problem | None = None
         self._node = node
@@ -127,32 +127,32 @@ class OwnInterfaces:
 
     # --- a new set of maps ------------------------------------------------------------------------------------------
 
-    def beginning(
-        self, grounds: Grounds, wiring: Wiring, workloads: Collection[int], bearing: Collection[int]
-    ) -> Beginning:
+    def initial_state(
+        self, inputs: HostPolicyInputs, wiring: Wiring, workloads: Collection[int], bearing: Collection[int]
+    ) -> InitialState:
         """What a new set of maps must hold. ``bearing``: the interfaces that have the programs, their own or an older set's."""
-        plan = self._planned(grounds, wiring, workloads)
+        plan = self._planned(inputs, wiring, workloads)
         own = own_interfaces(wiring, workloads)
-        at_first = self._known(plan, grounds, wiring, own & set(bearing))
-        in_the_end = self._known(plan, grounds, wiring, own & {*plan.interfaces, *bearing}, are_exits_known=True)
-        return Beginning(grounds, plan, at_first, in_the_end)
+        at_first = self._known(plan, inputs, wiring, own & set(bearing))
+        complete = self._known(plan, inputs, wiring, own & {*plan.interfaces, *bearing}, are_exits_known=True)
+        return InitialState(inputs, plan, at_first, complete)
 
     def take_over(
-        self, begun: Beginning, maps: Mapping[str, KernelMap], applier: Applier, surroundings: SurroundingsWriter
+        self, initial: InitialState, maps: Mapping[str, KernelMap], applier: Applier, surroundings: SurroundingsWriter
     ) -> None:
-        """The maps that were filled with ``begun`` are in force, and these their writers."""
-        self.grounds, self._plan = begun.grounds, begun.plan
+        """The maps that were filled with ``initial`` are in force, and these their writers."""
+        self.inputs, self._plan = initial.inputs, initial.plan
         self._in_force = maps, applier, surroundings
 
     # --- the maps in force ------------------------------------------------------------------------------------------
 
-    def require_room(self, grounds: Grounds, wiring: Wiring, workloads: Collection[int]) -> None:
+    def require_room(self, inputs: HostPolicyInputs, wiring: Wiring, workloads: Collection[int]) -> None:
         """Raise MapFullError when the maps have no room for what is to decide."""
-        if grounds == self.grounds:
+        if inputs == self.inputs:
             return
         maps, _, surroundings = self._writers()
-        wanted = self.beginning(grounds, wiring, workloads, self._attachments.interfaces)
-        surroundings.require_room(wanted.in_the_end)
+        wanted = self.initial_state(inputs, wiring, workloads, self._attachments.interfaces)
+        surroundings.require_room(wanted.complete)
         hosts, size = len(wanted.bindings), maps["np_host"].max_entries
         if hosts > size:
             raise too_small("np_host", size, hosts)
@@ -177,7 +177,7 @@ class OwnInterfaces:
     def place(self, wiring: Wiring, workloads: Collection[int]) -> None:
         """Rows before programs, where they are wanted; takes no programs off. Raises MapFullError."""
         (_, applier, _), attachments = self._writers(), self._attachments
-        self._plan = plan = self._planned(self.grounds, wiring, workloads)
+        self._plan = plan = self._planned(self.inputs, wiring, workloads)
         for key in sorted(plan.in_force):
             applier.bind(key, HOST_BINDING)
         if plan.wildcard is None:
@@ -191,7 +191,7 @@ class OwnInterfaces:
                 applier.unbind(key)
         missing = sorted(wiring.name_of(ifindex) for ifindex in plan.interfaces.keys() - attachments.interfaces)
         self.no_exit = None
-        has_services = bool(self.grounds.vips)
+        has_services = bool(self.inputs.vips)
         if has_services and missing:
             message = f"packets to services are denied while these interfaces have no program: {', '.join(missing)}"
             self.no_exit = Problem(Location(""), "", message, slug="no-exit")
@@ -205,9 +205,9 @@ class OwnInterfaces:
             raise AssertionError("no maps are in force")
         return self._in_force
 
-    def _planned(self, grounds: Grounds, wiring: Wiring, workloads: Collection[int]) -> HostPlan:
+    def _planned(self, inputs: HostPolicyInputs, wiring: Wiring, workloads: Collection[int]) -> HostPlan:
         """Which own interfaces are under policy."""
-        hosts = list(grounds.hosts.values())
+        hosts = list(inputs.hosts.values())
         if self._node is None:
             hosts = [one for one in hosts if any(address in wiring.addresses for address in one.addresses)]
         return plan_hosts(wiring, hosts, workloads)
@@ -215,7 +215,7 @@ class OwnInterfaces:
     def _known(
         self,
         plan: HostPlan,
-        grounds: Grounds,
+        inputs: HostPolicyInputs,
         wiring: Wiring,
         bearing: Collection[int],
         *,
@@ -233,12 +233,12 @@ class OwnInterfaces:
             flags = device_flags(link)
             if link is not None and _is_outside(wiring.lowest(link)):
                 flags |= EndpointFlag.OUTSIDE | (EndpointFlag.EXTERNAL if link.is_external else EndpointFlag.NONE)
-            interfaces[ifindex] = OwnInterface(UPLINK if key is None else grounds.numbers[key], flags)
-        others = {address: Meaning(LocalFlag.NODE, node=number) for address, number in grounds.nodes.items()}
+            interfaces[ifindex] = OwnInterface(UPLINK if key is None else inputs.numbers[key], flags)
+        others = {address: Meaning(LocalFlag.NODE, node=number) for address, number in inputs.nodes.items()}
         return Surroundings(
             {**others, **wiring.meanings},
             interfaces,
-            tuple(grounds.vips.values()) if are_exits_known else (),
+            tuple(inputs.vips.values()) if are_exits_known else (),
             wiring.local_nets,
             wiring.tunnels | self._tunnels,
         )
@@ -248,7 +248,7 @@ class OwnInterfaces:
         _, applier, surroundings = self._writers()
         rows = [("np_endpoint", endpoint_key(one.ifindex)) for one in applier.bindings.values()]
         own = own_interfaces(wiring, workloads) & set(bearing)
-        wanted = self._known(self._plan, self.grounds, wiring, own)
+        wanted = self._known(self._plan, self.inputs, wiring, own)
         surroundings.write(wanted, keep=rows)
         nets = abi.NP_CONFIG_LOCAL_NETS
         applier.set_flags(**({"on": nets} if wanted.nets else {"off": nets}))

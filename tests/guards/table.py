@@ -223,7 +223,7 @@ GUARDS = (
         "nor other nodes",
         "netpol_ebpf/agent/own_interfaces.py",
         (
-            "others = {address: Meaning(LocalFlag.NODE, node=number) for address, number in grounds.nodes.items()}",
+            "others = {address: Meaning(LocalFlag.NODE, node=number) for address, number in inputs.nodes.items()}",
             "others: dict[IPAddress, Meaning] = {}",
         ),
         (f"{TUNNELS}test_pod_sends_no_tunnel_packets_to_another_node",),

@@ -21,6 +21,9 @@ GIVEN_UP = {
     r"NP_CONN_CARRIES|\bnp_carr(y|ied)\b|\bset_carrier\b": "sender tag",
     r"\bnp_slot_\w+": "np_ct_*: probe, lookup, reserve, refresh, commit, release",
     r"NP_ASK_\w+|NP_OUTWARDS_\w+|\bhides_source\b": "NP_STEP_*, a list of policy steps",
+    r"\bon_the_way_to\b": "without_removed",
+    r"\bGrounds\b": "HostPolicyInputs",
+    r"class Beginning\b|\bBeginning\(": "InitialState",
     r"wrong depth": "wrong indentation level",
     r"refused whole": "rejected; the previous policy stays in force",
 }
@@ -60,7 +63,7 @@ def test_the_list_finds_what_it_is_for() -> None:
     """Each pattern matches the word it stands for, and none the word in its place."""
     words = [
         "short_way", "np_recent4", "np_near_find", "np_leg", "np_work", "np_special", "np_young6", "NP_CONN_CARRIES",
-        "np_slot_own", "NP_ASK_NORMAL", "wrong depth", "refused whole",
+        "np_slot_own", "NP_ASK_NORMAL", "on_the_way_to", "Grounds", "Beginning(", "wrong depth", "refused whole",
     ]  # fmt: skip
     assert all(re.search(pattern, word) for pattern, word in zip(GIVEN_UP, words, strict=True))
     assert not any(re.search(pattern, better) for pattern in GIVEN_UP for better in GIVEN_UP.values())
