@@ -146,7 +146,7 @@ class ControlPlane:
 
     def _take_changes(self) -> Changes:
         changes = self._derivation.take_changes()
-        self._claims.settle(changes)
+        self._claims.apply_changes(changes)
         return changes
 
     def _bind(self, applier: Applier, changes: Changes) -> None:
@@ -227,7 +227,7 @@ def measure_size(size: Size, manifests: Path, events: int, churn_s: float) -> Fi
     """A cold start, single events, churn. ``manifests``: where `write_manifests` wrote this size; copies come beside it."""
     found = Findings()
     source = ManifestDirectory(manifests, LastGoodCopies(manifests.with_name("copies")))
-    footprint.give_back_large_blocks()  # this and `settle` as the agent does
+    footprint.give_back_large_blocks()  # this and `freeze` as the agent does
     with contextlib.ExitStack() as stack:
         applier = _open_maps(stack, found)
         plane = ControlPlane(applier)
@@ -237,7 +237,7 @@ def measure_size(size: Size, manifests: Path, events: int, churn_s: float) -> Fi
         found.cold = {**cold.stages, "total": cold.total, "read manifests": read_s}
         found.cold["from manifests"] = cold.total - cold.stages["parse"] + read_s
         found.rows = plane.rows
-        footprint.settle()
+        footprint.freeze()
         found.memory["after the start"] = _resident_bytes()
         _single_events(plane, size, events, found)
         found.memory["after single changes"] = _resident_bytes()

@@ -136,7 +136,7 @@ def write_scale(dataplane: Dataplane, scale: Scale) -> None:
     maps = dataplane.maps
     for name in ("np_addr4", "np_addr6", "np_cidr4", "np_peer_class", "np_rule"):
         maps[name].delete_many([key for key, _ in maps[name].items()])
-        maps[name].settle()
+        maps[name].end_grace_period()
     pods = range(scale.pods)
     addr = [bytes(abi.np_addr(identity=FIRST_IDENTITY + pod)) for pod in pods]
     own = bytes(abi.np_addr(identity=OWN_IDENTITY, holder=ENDPOINT))

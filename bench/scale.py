@@ -265,7 +265,7 @@ def empty_maps(maps: Mapping[str, Map]) -> None:
     for name, one in maps.items():
         if name not in beside and one.type != "ringbuf" and not one.type.endswith("array"):
             one.delete_many([key for key, _ in one.items()])
-            one.settle()
+            one.end_grace_period()
 
 
 def memlock(fd: int) -> int:

@@ -5,7 +5,7 @@
 the bucket says so.  The array is mapped into memory: a write is a store, in the order that the reader needs.
 
 Invariants: a row is complete before anything says that it is there; a place that became free is not used again until
-`settle`, since a packet may still be reading it; a key is in its bucket or in the other table, never in both.  Must not know
+`end_grace_period`, since a packet may still be reading it; a key is in its bucket or in the other table, never in both.  Must not know
 what rows mean.  The order of stores is the processor's where that is strong (x86); elsewhere a reader could be ahead of it.
 """
 
@@ -109,7 +109,7 @@ class BucketMap(Map):
         self._bytes = array.value_size
         self._memory = mmap.mmap(array.fd, array.max_entries * array.value_size)
         self._words = memoryview(self._memory).cast("I")
-        self._resting: set[int] = set()  # places, by their offset, that became free since the last `settle`
+        self._resting: set[int] = set()  # places, by their offset, that became free since the last `end_grace_period`
         self._untold: dict[int, int] = {}  # words, by their index, that are about to be stored
 
     @abstractmethod
@@ -159,7 +159,7 @@ class BucketMap(Map):
         """Remove every row there is now."""
         self.delete_many([key for key, _ in self.items()])
 
-    def settle(self) -> None:
+    def end_grace_period(self) -> None:
         """A grace period has passed since the last removal: no packet reads any more what went before."""
         self._resting.clear()
 

@@ -156,7 +156,7 @@ class Map:
                 raise self._failure("read", error, 1) from error
             self.delete(key.raw[: self.key_size])
 
-    def settle(self) -> None:
+    def end_grace_period(self) -> None:
         """A grace period has passed since the last removal; here nothing waits for it."""
 
     def close(self) -> None:

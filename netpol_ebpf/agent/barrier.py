@@ -106,7 +106,7 @@ class _Rise:
 
 @dataclass(slots=True)
 class Barrier:
-    """`sign` with each new set of maps, `settle` when interfaces have changed, `look` now and then.
+    """`sign` with each new set of maps, `reconcile` when interfaces have changed, `look` now and then.
 
     ``clock``: seconds.  ``others``: programs of others on the TC hook of an interface by which its packets come in.
     """
@@ -162,7 +162,7 @@ class Barrier:
         except PlatformError:
             return True  # nobody knows
 
-    def settle(self, wiring: Wiring, workloads: Collection[int], attached: Collection[int]) -> None:
+    def reconcile(self, wiring: Wiring, workloads: Collection[int], attached: Collection[int]) -> None:
         """Name the interfaces. ``workloads``: those that are workloads'; ``attached``: those that bear the programs, which sign."""
         bound = {wiring.links[one].name: one for one in workloads if one in attached and one in wiring.links}
         known = {*attached, *(wiring.links.keys() - set(workloads))} & wiring.links.keys()

@@ -18,7 +18,7 @@ from netpol_ebpf.policy.types import Changes, Endpoint, EndpointKey, EndpointKin
 
 
 class Claims:
-    """Addresses of the workloads of a world. ``world`` is read whenever something of it changed (`settle`)."""
+    """Addresses of the workloads of a world. ``world`` is read whenever something of it changed (`apply_changes`)."""
 
     def __init__(self, world: World) -> None:
         self._world = world
@@ -26,7 +26,7 @@ class Claims:
         self._others: dict[IPAddress, list[EndpointKey]] = {}  # of contested addresses: who claims it too, oldest first
         self._addresses: dict[EndpointKey, tuple[IPAddress, ...]] = {}  # as claimed
 
-    def settle(self, changes: Changes, older: Collection[EndpointKey] = ()) -> None:
+    def apply_changes(self, changes: Changes, older: Collection[EndpointKey] = ()) -> None:
         """Take in what became of endpoints, and put into ``changes`` what they have after that.
 
         ``older``: of those that appear now, the ones that were there first.  The world must be that after the changes.

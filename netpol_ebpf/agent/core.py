@@ -380,10 +380,10 @@ class Agent:
                 self._derivation.remove(*event.key)
 
     def _take_changes(self, older: Collection[EndpointKey] = ()) -> Changes:
-        """What the manifests changed, addresses going to those who had them first. ``older``: see `Claims.settle`."""
+        """What the manifests changed, addresses going to those who had them first. ``older``: see `Claims.apply_changes`."""
         changes = self._derivation.take_changes()
         before = set(self._claims.disputes())
-        self._claims.settle(changes, older)
+        self._claims.apply_changes(changes, older)
         for key, endpoint in changes.endpoints.items():
             if endpoint is not None and self.is_local(endpoint):
                 self._local[key] = endpoint
@@ -675,7 +675,9 @@ class Agent:
         wanted = self._wanted_interfaces()
         for ifindex in wanted - self.attached:
             self._attach(ifindex)
-        self.barrier.settle(self._wiring, wanted, self.attached)  # before programs are taken off what is no workload's
+        self.barrier.reconcile(
+            self._wiring, wanted, self.attached
+        )  # before programs are taken off what is no workload's
         bindings = self._bindings()
         for key, binding in list(self.applier.bindings.items()):
             if binding.kind is EndpointKind.WORKLOAD and key not in bindings:
@@ -688,8 +690,8 @@ class Agent:
             except MapFullError as error:  # noqa: PERF203 - one endpoint's misfortune is not another's
                 message = f"its interface {self._wiring.name_of(binding.ifindex)} stays as it is: {error.message}"
                 self._no_room[key] = Problem(self._location(key), "", message, obj=str(key), slug=error.slug)
-        self._own.settle(self._wiring, wanted)
-        self.barrier.settle(self._wiring, wanted, self.attached)
+        self._own.reconcile(self._wiring, wanted)
+        self.barrier.reconcile(self._wiring, wanted, self.attached)
         self._adoption.go_behind(self._node, *self._adoptable())
 
     def _adoptable(self) -> tuple[dict[int, Workload], Place]:

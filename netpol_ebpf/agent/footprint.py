@@ -25,7 +25,7 @@ def give_back_large_blocks() -> None:
         mallopt(_M_MMAP_THRESHOLD, LARGE_BLOCK_BYTES)
 
 
-def settle() -> None:
+def freeze() -> None:
     """Leave what is there now out of all later garbage collections: it stays, and going through it is a pause of half a second."""
     gc.collect()
     gc.freeze()

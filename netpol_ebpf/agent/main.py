@@ -232,7 +232,7 @@ def run(arguments: argparse.Namespace) -> int:
         open_to_group(state_dir, pin_root, group)
         agent = Agent(settings, node, source, ledger, time.monotonic, state_dir / INTERFACES_NAME)
         agent.start()
-        footprint.settle()
+        footprint.freeze()
         log.info(
             "in force: %d policies; %d of %d local endpoints have their interface; pinned in %s",
             len(agent.derivation.world.policies), len(agent.applier.bindings), len(agent.local_endpoints()), node.pin_dir,

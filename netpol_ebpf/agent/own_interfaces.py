@@ -81,9 +81,9 @@ class InitialState:
 
 
 class OwnInterfaces:
-    """Begins with the first set of maps (`initial_state`, `take_over`); `place` and `settle` work on the one in force.
+    """Begins with the first set of maps (`initial_state`, `take_over`); `place` and `reconcile` work on the one in force.
 
-    ``inputs``: what decides now; whoever changes it calls `place` or `settle`.  ``no_room``: why the maps do not say
+    ``inputs``: what decides now; whoever changes it calls `place` or `reconcile`.  ``no_room``: why the maps do not say
     what they should; ``no_exit``: why services are closed.
     """
 
@@ -157,7 +157,7 @@ class OwnInterfaces:
         if hosts > size:
             raise too_small("np_host", size, hosts)
 
-    def settle(self, wiring: Wiring, workloads: Collection[int]) -> None:
+    def reconcile(self, wiring: Wiring, workloads: Collection[int]) -> None:
         """Make everything as it should be, or say why not. ``workloads``: interfaces of workloads, the others are own ones."""
         try:
             self.place(wiring, workloads)

@@ -74,7 +74,7 @@ class KernelMap(Protocol):
     def items(self) -> Iterator[tuple[bytes, bytes]]: ...  # noqa: D102
     def put_many(self, pairs: Sequence[tuple[bytes, bytes]]) -> None: ...  # noqa: D102
     def delete_many(self, keys: Sequence[bytes]) -> None: ...  # noqa: D102
-    def settle(self) -> None: ...  # noqa: D102 - a grace period has passed
+    def end_grace_period(self) -> None: ...  # noqa: D102 - a grace period has passed
 
 
 @dataclass(frozen=True, slots=True)
@@ -395,7 +395,7 @@ class Applier:
     def _grace(self) -> None:
         self._wait()
         for name in MORE_NAMES:
-            self._maps[name].settle()
+            self._maps[name].end_grace_period()
 
     def reset_counters(self, rules: Iterable[int]) -> None:
         """Zero the counters of rule numbers that are about to stand for something new."""

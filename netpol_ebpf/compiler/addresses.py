@@ -4,7 +4,7 @@
 An address has the owners at the address itself and everything that its containing prefixes have; a prefix has its own and
 that of the prefixes around it.  So the longest match alone answers for an address that has no row of its own.
 
-Invariants: a prefix is stored exactly while an owner or an atom is at it, an address likewise; after `Addresses.settle`
+Invariants: a prefix is stored exactly while an owner or an atom is at it, an address likewise; after `Addresses.apply_changes`
 each has the identity of its content, and the rows that changed are in the draft.
 """
 
@@ -229,7 +229,7 @@ class Addresses:
 
     # --- identities -------------------------------------------------------------------------------------------------
 
-    def settle(self, phase: Phase, draft: Draft, journal: Journal, changed: Relabelled | None = None) -> None:
+    def apply_changes(self, phase: Phase, draft: Draft, journal: Journal, changed: Relabelled | None = None) -> None:
         """Give every touched prefix and address its identity. ``changed``: where to note what changed.
 
         Cost: linear in what was touched and in the addresses inside touched prefixes.

@@ -179,7 +179,7 @@ class Commit:
         for atom_id in identities.atoms_added:
             if atom_id in identities.atoms:
                 self._place_atom(atom_id, identities.atoms[atom_id].atom, add=True)
-        addresses.settle(Phase.GROW, draft, journal)
+        addresses.apply_changes(Phase.GROW, draft, journal)
         self._move_services(added)
         for address, (owner, node), comes in self._intake.address_moves:
             (addresses.add_owner if comes else addresses.remove_owner)(address, owner, journal, node)
@@ -191,7 +191,7 @@ class Commit:
         for name, number in self._intake.numbered.items():
             draft.write(Phase.FLIP, "nodes", name, number or DELETED)
         # At first nothing is compared with what was before, and all local endpoints are new.
-        addresses.settle(Phase.FLIP, draft, journal, None if self._is_first else self._relabelled)
+        addresses.apply_changes(Phase.FLIP, draft, journal, None if self._is_first else self._relabelled)
         claims = [claim[1] for entry, _, _ in self._relabelled.addresses for claim in entry.claims]
         return [key for key in claims if key in state.local]
 
@@ -298,7 +298,7 @@ class Commit:
         state.templates.collect(journal)
         for atom_id, atom in state.identities.atoms_removed:
             self._place_atom(atom_id, atom, add=False)
-        state.addresses.settle(Phase.SHRINK, draft, journal)
+        state.addresses.apply_changes(Phase.SHRINK, draft, journal)
 
     def _write_sets(self) -> None:
         state, draft, journal = self._state, self._draft, self._journal

@@ -143,7 +143,7 @@ class Compiler:
                     journal.rollback()
                 raise
             finally:
-                self._state.settle()
+                self._state.end_commit()
             self._is_new = False
             return draft.publish(self.tables)
 

@@ -309,7 +309,7 @@ class IdentityIndex:
             found |= self._owners.owners[owner].identities
         return found
 
-    def settle(self) -> None:
+    def end_commit(self) -> None:
         """A commit is over, one way or the other: forget what was noted for it."""
         self._found.clear()
         self.created.clear()

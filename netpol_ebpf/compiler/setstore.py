@@ -170,7 +170,7 @@ class SetStore:
         for base, blocks in self._left_columns:
             free_columns(base, blocks, self.stores, draft)
 
-    def settle(self) -> None:
+    def end_commit(self) -> None:
         """A commit is over, one way or the other."""
         self._created.clear()
         self._dying.clear()

@@ -103,9 +103,9 @@ class State:
         self.stores.verdicts.begin(journal)
         self.stores.columns.begin(journal)
 
-    def settle(self) -> None:
+    def end_commit(self) -> None:
         """A commit is over, one way or the other: forget what was noted for it."""
-        self.identities.settle()
+        self.identities.end_commit()
         self.owners.changed_names.clear()
         self.addresses.forget_dirt()
-        self.sets.settle()
+        self.sets.end_commit()

@@ -133,7 +133,7 @@ class Rig:
         for name in EMPTIED:
             one = self.map(name)
             one.delete_many([key for key, _ in one.items()])
-            one.settle()
+            one.end_grace_period()
         for name, key in self._written:
             self.map(name).put(key, bytes(self.map(name).value_size))
         self._written.clear()

@@ -55,7 +55,7 @@ def test_it_is_a_map_whatever_happens(rig: Rig, name: str, seed: int) -> None:
         else:
             assert one.delete(key) == (wanted.pop(key, None) is not None)
         if chance.random() < 0.01:
-            one.settle()
+            one.end_grace_period()
     assert dict(one.items()) == wanted
     assert all(one.get(key) == value for key, value in wanted.items())
     again = reopened(rig)[name]
@@ -96,7 +96,7 @@ def test_place_that_became_free_rests(rig: Rig, name: str) -> None:
     assert len(dict(raw(rig, name.replace("_class", "") + "_more").items())) > len(others) - free_places(name)
     for number in others:
         one.delete(key_of(name, number))
-    one.settle()
+    one.end_grace_period()
     one.put(key_of(name, others[0]), value_of(name, others[0]))
     assert not dict(raw(rig, name.replace("_class", "") + "_more").items())
 

@@ -105,7 +105,7 @@ def _address6(has: Has) -> Scene:
 
 
 def _address_reuse(has: Has) -> Scene:
-    """A row goes, and another takes its place; `AddressMap.delete`, `settle`, `put`."""
+    """A row goes, and another takes its place; `AddressMap.delete`, `end_grace_period`, `put`."""
     return Scene(
         {
             "agent": [
@@ -134,7 +134,7 @@ def _class_line(has: Has) -> Scene:
 
 
 def _class_line_reuse(has: Has) -> Scene:
-    """The last class of a line goes, and another set takes the line; `ClassMap.delete`, `settle`, `_claim`."""
+    """The last class of a line goes, and another set takes the line; `ClassMap.delete`, `end_grace_period`, `_claim`."""
     return Scene(
         {
             "agent": [

@@ -62,7 +62,7 @@ class MemoryMap:
         for key in keys:
             assert self.delete(key), f"{self.name} has no {key!r} to delete"
 
-    def settle(self) -> None:
+    def end_grace_period(self) -> None:
         pass
 
 

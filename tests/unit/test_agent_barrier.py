@@ -39,7 +39,7 @@ class Bench:
             settings or BarrierSettings(), self.tables, lambda: self.now_s, lambda number: [f"program at {number}"]
         )
         one.sign(self.writer)
-        one.settle(WIRING, {5, 6}, {2, 5, 6})
+        one.reconcile(WIRING, {5, 6}, {2, 5, 6})
         return one
 
     def slugs(self, barrier: Barrier) -> list[str]:
@@ -125,16 +125,16 @@ def test_names_follow_the_interfaces(bench: Bench) -> None:
     """Workloads' interfaces that bear the programs are named, and no others; what does not change is not written."""
     barrier = bench.barrier()
     bench.tables.log.clear()
-    barrier.settle(WIRING, {5, 6}, {2, 5, 6})
+    barrier.reconcile(WIRING, {5, 6}, {2, 5, 6})
     assert bench.tables.log == []
-    barrier.settle(WIRING, {5, 6}, {2, 5})
+    barrier.reconcile(WIRING, {5, 6}, {2, 5})
     assert bench.tables.layout == full("cali1")
 
 
 def test_with_patterns_interfaces_are_known_that_have_programs_or_are_the_nodes(bench: Bench) -> None:
     """A workload's interface that could not be given the programs stays as a new one is."""
     barrier = bench.barrier(BarrierSettings(patterns=("cali*",)))
-    barrier.settle(WIRING, {5, 6}, {2, 5})
+    barrier.reconcile(WIRING, {5, 6}, {2, 5})
     assert bench.tables.layout == Layout(ALL, 0, ("cali*",), frozenset({"cali1"}), frozenset({1, 2, 5, 7}))
     assert barrier.report()["open"] == []
 
@@ -143,7 +143,7 @@ def test_a_failing_change_is_told_and_tried_again(bench: Bench) -> None:
     """The programs go on signing meanwhile."""
     barrier = bench.barrier()
     bench.tables.refuses = "no memory"
-    barrier.settle(WIRING, {5}, {2, 5})
+    barrier.reconcile(WIRING, {5}, {2, 5})
     assert bench.slugs(barrier) == ["barrier"]
     assert bench.writer.marks == ALL
     bench.tables.refuses = ""
@@ -189,7 +189,7 @@ def test_many_interfaces_are_told_and_few_are_asked_about(bench: Bench) -> None:
     barrier = bench.barrier()
     asked: list[int] = []
     barrier.others = lambda number: asked.append(number) or []  # type: ignore[func-returns-value]
-    barrier.settle(Wiring(links=links), set(links), set(links))
+    barrier.reconcile(Wiring(links=links), set(links), set(links))
     barrier.look()
     bench.tables.by_interface = {link.name: 1 for link in links.values()}
     barrier.look()
@@ -203,7 +203,7 @@ def test_what_a_new_interface_sent_before_its_program_is_no_problem(bench: Bench
     barrier.look()
     again = Wiring(links={**LINKS, 9: Link(9, "cali1")})
     bench.tables.by_interface = {"cali1": 3}
-    barrier.settle(again, {6, 9}, {2, 6, 9})
+    barrier.reconcile(again, {6, 9}, {2, 6, 9})
     barrier.look()
     assert barrier.problems == []
     bench.tables.by_interface = {"cali1": 4}
@@ -219,7 +219,7 @@ def test_new_interfaces_are_not_counted_while_nothing_is_dropped(bench: Bench, m
     asked = []
     counts = bench.tables.counts
     monkeypatch.setattr(bench.tables, "counts", lambda: asked.append(1) or counts())
-    barrier.settle(Wiring(links={**LINKS, 9: Link(9, "cali9")}), {5, 6, 9}, {2, 5, 6, 9})
+    barrier.reconcile(Wiring(links={**LINKS, 9: Link(9, "cali9")}), {5, 6, 9}, {2, 5, 6, 9})
     barrier.look()
     assert asked == []
     assert barrier.problems == []

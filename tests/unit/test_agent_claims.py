@@ -29,7 +29,7 @@ class Cluster:
                 None if own is None else Endpoint(key, EndpointKind.WORKLOAD, {"app": name}, own)  # type: ignore[arg-type]
             )
         changes.apply_to(self.world)
-        self.claims.settle(changes, older)
+        self.claims.apply_changes(changes, older)
         for key, endpoint in changes.endpoints.items():
             if endpoint is None:
                 self.seen.pop(key, None)

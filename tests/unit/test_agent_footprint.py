@@ -37,5 +37,5 @@ def test_freed_tables_are_given_back() -> None:
 def test_what_has_settled_is_not_looked_through_again() -> None:
     """The collector leaves it out, and still finds what comes later."""
     assert (
-        _run("import gc; from netpol_ebpf.agent import footprint; footprint.settle(); print(gc.get_freeze_count())") > 0
+        _run("import gc; from netpol_ebpf.agent import footprint; footprint.freeze(); print(gc.get_freeze_count())") > 0
     )
