@@ -222,6 +222,23 @@ def test_a_last_good_state_that_is_no_longer_valid_is_told(tmp_path: Path) -> No
     assert "which is read as true" in told.message
 
 
+@pytest.mark.parametrize("restarted", [False, True])
+def test_text_that_no_file_can_hold_is_refused(tmp_path: Path, *, restarted: bool) -> None:
+    """Half of a surrogate pair in a name or a label: the file keeps its last good objects, also those of a copy."""
+    copies = LastGoodCopies(tmp_path / "copies")
+    source = ManifestDirectory(tmp_path / "manifests", copies)
+    write(source, "a.json", pod("one"))
+    source.step()
+    metadata = r'{"name": "p\udfff", "namespace": "shop", "labels": {"a": "\ud800"}}'
+    write(source, "a.json", f'{{"apiVersion": "v1", "kind": "Pod", "metadata": {metadata}}}')
+    if restarted:
+        source = ManifestDirectory(source.root, copies)
+        assert names(source.step()) == {"one": "Upsert"}
+    else:
+        assert names(settled(source)) == {}
+    assert [one.slug for one in source.problems] == ["encoding"]
+
+
 def test_file_that_was_never_good_contributes_nothing(source: ManifestDirectory) -> None:
     """A broken file without a last good state is reported and adds no object; the others count."""
     write(source, "a.yaml", pod("one"))
