@@ -45,7 +45,8 @@ from netpol_ebpf.policy.types import Changes, Endpoint, EndpointKey, NetworkSet,
 from netpol_ebpf.policy.types import Node as ClusterNode
 from netpol_ebpf.resources.load import parse_object
 from netpol_ebpf.resources.types import Resource
-from netpol_ebpf.sources.files import LastGoodCopies, ManifestDirectory
+from netpol_ebpf.sources.copies import LastGoodCopies
+from netpol_ebpf.sources.files import ManifestDirectory
 
 SUITE = "control plane"
 CONTENDER = "netpol-ebpf"

@@ -12,8 +12,6 @@ it is done, when its time is up, when the agent ends.  One at a time for each us
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import gc
 import json
 import logging
 import os
@@ -21,9 +19,9 @@ import signal
 import socket
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
+from netpol_ebpf.child import part_from
 from netpol_ebpf.errors import NetpolError, PlatformError
 
 log = logging.getLogger(__name__)
@@ -34,10 +32,9 @@ WORK_S = 30
 """What working out an answer may take; arbitrary: tables of a million rows take some seconds."""
 SEND_S = 5
 """What reading the answer may take; arbitrary."""
+
 NICE = 19
 """The agent's own work, and everybody else's, comes first."""
-_PR_SET_PDEATHSIG = 1
-"""linux/prctl.h"""
 
 Answer = Callable[[Mapping[str, Any]], Any]
 """From a request to a value that JSON can hold. May raise NetpolError. Runs in the child."""
@@ -127,7 +124,8 @@ def _work(
 ) -> None:
     """All that the child does. Does not return, whatever happens."""
     try:
-        _part_from(agent)
+        part_from(agent, WORK_S)
+        os.nice(NICE)
         for one in foreign:
             one.close()
         line = _line(answer, request)
@@ -150,18 +148,3 @@ def _line(answer: Answer, request: Mapping[str, Any]) -> bytes:
         message = f"bug: {type(error).__name__}: {error}"
         log.error("cannot answer %s: %s", request, message)  # noqa: TRY400 - one line
         return encode_error(NetpolError(message))
-
-
-def _part_from(agent: int) -> None:
-    """Become a process that its parent's signals and end do not leave behind, and that leaves the parent the machine."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != agent:  # it ended before
-        os._exit(0)
-    signal.set_wakeup_fd(-1)
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGALRM):
-        signal.signal(number, signal.SIG_DFL)
-    signal.alarm(WORK_S)
-    os.nice(NICE)
-    with contextlib.suppress(OSError):  # where memory runs short, an answer is given up rather than the agent
-        Path("/proc/self/oom_score_adj").write_text("1000", encoding="ascii")
-    gc.disable()  # a collection would copy every page that it looks at

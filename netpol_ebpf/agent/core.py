@@ -307,7 +307,9 @@ class Agent:
         not the same as an empty one. Then everything is as it was.
         """
         self._ledger.open()
-        self._look_at_manifests()
+        batch = self._source.step()
+        if batch is not None:
+            self._take(batch)
         if not self._source.was_read:
             reasons = "; ".join(f"{one.location} {one.message}" for one in self._source.problems)
             raise InvalidInputError(f"the manifests are not known: {reasons}")
@@ -329,13 +331,16 @@ class Agent:
         """Do whatever there is to do now; returns the flows that were reported since the last step."""
         self._has_looked = False
         self.close_newborn()
+        batch = self._source.step(self.close_newborn)  # what is born meanwhile is looked at below
         if self._node.has_news() or self._is_searching():
             gone = self._gone()
             self._bonds.forget(gone)  # before another interface with such a number is taken for the same
             self._look_at_interfaces()
             self._let_go(gone)
             self._close_and_open()
-        if self._look_at_manifests() or self._derivation.is_changed:
+        if batch is not None:
+            self._take(batch)
+        if batch is not None or self._derivation.is_changed:
             self._bring_into_force(self._take_changes())
         elif self.refusals.retry_at_s is not None and self._clock() >= self.refusals.retry_at_s:
             self._bring_into_force(Changes())
@@ -361,14 +366,8 @@ class Agent:
 
     # --- manifests --------------------------------------------------------------------------------------------------
 
-    def _look_at_manifests(self) -> bool:
-        """Take up what changed; whether anything did. Nothing of the batch is kept: of a cluster it is large."""
-        batch = self._source.step()
-        if batch is not None:
-            self._take(batch)
-        return batch is not None
-
     def _take(self, batch: Batch) -> None:
+        """Take up what changed. Nothing of the batch is kept: of a cluster it is large."""
         for problem in batch.problems:
             if problem not in self._manifest_problems:
                 log.log(logging.ERROR if problem.severity == "error" else logging.WARNING, "%s", problem)

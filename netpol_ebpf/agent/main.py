@@ -30,7 +30,8 @@ from netpol_ebpf.agent.answering import Answer
 from netpol_ebpf.agent.service import SOCKET_NAME, Service
 from netpol_ebpf.apply.ledger import Ledger
 from netpol_ebpf.errors import InvalidInputError, NetpolError, PlatformError, UsageError
-from netpol_ebpf.sources.files import INTERVAL_S, LastGoodCopies, ManifestDirectory
+from netpol_ebpf.sources.copies import LastGoodCopies
+from netpol_ebpf.sources.files import INTERVAL_S, ManifestDirectory
 from netpol_ebpf.terminal import LogFormatter, escaped, paragraph, say
 
 DEFAULT_STATE_DIR = Path("/run/netpol-ebpf")
@@ -228,7 +229,8 @@ def run(arguments: argparse.Namespace) -> int:
     source = ManifestDirectory(arguments.manifests, LastGoodCopies(state_dir / COPIES_NAME))
     ledger = Ledger(state_dir / LEDGER_NAME)
     kernel_node = KernelNode(pin_root, sizes, group=group, timeouts_s=timeouts_s, plugin_results=arguments.cni_results)
-    with exclusive(state_dir), claimed(pin_root), kernel_node as node, contextlib.closing(ledger):
+    closing = contextlib.closing
+    with exclusive(state_dir), claimed(pin_root), kernel_node as node, closing(ledger), closing(source):
         open_to_group(state_dir, pin_root, group)
         agent = Agent(settings, node, source, ledger, time.monotonic, state_dir / INTERFACES_NAME)
         agent.start()

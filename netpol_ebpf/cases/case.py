@@ -15,7 +15,7 @@ from typing import Any
 from netpol_ebpf.errors import Location, Problem
 from netpol_ebpf.policy.types import ICMP, ICMPV6, PORT_PROTOCOLS, UDPLITE, IPAddress
 from netpol_ebpf.resources.load import parse_objects
-from netpol_ebpf.resources.manifest_files import find_manifests
+from netpol_ebpf.resources.manifest_files import find_manifests, read_regular
 from netpol_ebpf.resources.reader import Reader, Report
 from netpol_ebpf.resources.syntax import parse_address
 from netpol_ebpf.resources.types import Meta, Namespace, NetworkSet, Pod, Resource, WorkloadEndpoint
@@ -108,7 +108,7 @@ def _files(directory: Path, loaded: LoadedCases) -> list[Path]:
 
 def _load_file(file: Path, loaded: LoadedCases, *, must_be_case: bool) -> None:
     try:
-        text = file.read_text(encoding="utf-8")
+        text = (read_regular(file) if file.is_file() else file.read_bytes()).decode("utf-8")
     except (OSError, ValueError) as error:
         loaded.invalid.append(InvalidCase(str(file), f"{file}: cannot be read: {error}"))
         return

@@ -19,7 +19,7 @@ from netpol_ebpf.errors import Location, Problem, ValidationError
 from netpol_ebpf.resources import calico, calico_configuration, calico_storage, core, kubernetes, signetwork, workloads
 from netpol_ebpf.resources.foreign import find_slip, group_of, is_policy
 from netpol_ebpf.resources.kind import Kind
-from netpol_ebpf.resources.manifest_files import find_manifests
+from netpol_ebpf.resources.manifest_files import find_manifests, read_regular
 from netpol_ebpf.resources.reader import Reader, Report, describe, suggestion
 from netpol_ebpf.resources.sharing import share_text, share_texts
 from netpol_ebpf.resources.syntax import check_annotations, check_dns_label, check_label
@@ -177,7 +177,8 @@ class _Loader:
         """Read one file."""
         name = str(path)
         try:
-            data = path.read_bytes()
+            # What was named on the command line may be a pipe of the shell's, and is waited for.
+            data = read_regular(path) if path.is_file() else path.read_bytes()
         except (OSError, ValueError) as error:
             reason = error.strerror if isinstance(error, OSError) else str(error)
             self.problems.append(Problem(Location(name), "", f"cannot be read: {reason}", slug="file"))

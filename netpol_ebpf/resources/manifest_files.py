@@ -1,32 +1,51 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which files below a directory are manifests, and which places could not be looked at.
+"""Which files below a directory are manifests, which places could not be looked at, and what a file holds.
 
 The agent and the command line share this search, so `netpolctl check DIR` reads what the agent would read.
 
-Invariant: everything that may be a manifest, or a directory of manifests, is either found or named as hidden.  Only what is not
-there is neither.  Reads no file.
+Invariants: everything that may be a manifest, or a directory of manifests, is either found or named as hidden; only what is not
+there is neither.  Each directory is listed once, however many names lead to it, so links cost what they are and no more.  Nothing
+here waits for another process: no pipe and no device is ever opened.
 """
 
 from __future__ import annotations
 
+import errno
+import heapq
 import os
 import stat
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 SUFFIXES = (".yaml", ".yml", ".json")
+MOST_ENTRIES = 200_000
+"""Names in all directories of one search; arbitrary. A search costs some 10 microseconds for each."""
+PAUSE_ENTRIES = 250
+"""Entries between two pauses of a search; arbitrary, a few milliseconds."""
+MOST_BYTES = 64 << 20
+"""Of one file. `kubectl get all --all-namespaces -o yaml` of a cluster with some thousand pods has tens of MiB."""
+
+DirectoryId = tuple[int, int]
+"""Device and inode: the same under all names of a directory."""
+
+
+def never_pause() -> None:
+    """Let a search run to its end without doing anything else meanwhile."""
 
 
 @dataclass(frozen=True, slots=True)
 class ManifestFiles:
-    """Both by the path relative to the directory of the search, with ``/`` between its parts.
+    """All by the path relative to the directory of the search, with ``/`` between its parts.
 
     ``files``: the status of each file with a manifest's suffix; it may be a pipe or a device.  ``hidden``: why a link or a
-    directory, or a file with a manifest's suffix, could not be looked at.
+    directory, or a file with a manifest's suffix, could not be looked at.  ``directories``: the identity of each directory, that
+    of the search ("") included; of a directory with several names the files are under one of them.
     """
 
     files: dict[str, os.stat_result] = field(default_factory=dict)
     hidden: dict[str, str] = field(default_factory=dict)
+    directories: dict[str, DirectoryId] = field(default_factory=dict)
 
     def readable(self) -> tuple[list[str], dict[str, str]]:
         """The regular files, sorted; and everything else that may be or hold a manifest, with the reason why it cannot be read."""
@@ -34,40 +53,83 @@ class ManifestFiles:
         return sorted(self.files.keys() - others.keys()), {**self.hidden, **others}
 
 
-def find_manifests(root: Path) -> ManifestFiles:
+def find_manifests(root: Path, pause: Callable[[], None] = never_pause) -> ManifestFiles:
     """Search a directory and everything below it, through links too; names that begin with a dot are left out.
 
-    Raises OSError when ``root`` itself cannot be listed.
+    A directory with several names is listed under one of them: under its place below ``root`` if it has one, else under the link
+    that is first by name.  ``pause`` is called again and again, every few milliseconds.
+
+    Raises OSError when ``root`` itself cannot be listed, or has more than MOST_ENTRIES names in all.
     """
-    found = ManifestFiles()
-    status = root.stat()
-    _search(root, "", {(status.st_dev, status.st_ino)}, found)
-    return found
+    search = _Search(root, pause)
+    search.run()
+    return search.found
 
 
-def _search(directory: Path, prefix: str, above: set[tuple[int, int]], found: ManifestFiles) -> None:
-    """One directory and those under it; ``above`` stops at links that lead back up."""
-    with os.scandir(directory) as entries:
-        for entry in entries:
-            if entry.name.startswith("."):  # also the ..data and timestamp directories of mounted ConfigMaps
-                continue
-            name = f"{prefix}{entry.name}"
-            is_manifest = entry.name.lower().endswith(SUFFIXES)
-            try:
-                status = entry.stat()
-                if stat.S_ISDIR(status.st_mode):
-                    here = (status.st_dev, status.st_ino)
-                    if here not in above:
-                        _search(directory / entry.name, f"{name}/", above | {here}, found)
-                elif is_manifest:
-                    found.files[name] = status
-            except FileNotFoundError:
+class _Search:
+    """One search: the directories that are to be listed, those reached by links after all others, by name."""
+
+    def __init__(self, root: Path, pause: Callable[[], None]) -> None:
+        self.root = root
+        self.found = ManifestFiles()
+        self._pause = pause
+        self._listed: set[DirectoryId] = set()
+        self._entries = 0
+        self._directories = [""]
+        self._links: list[str] = []
+
+    def run(self) -> None:
+        status = self.root.stat()
+        self.found.directories[""] = status.st_dev, status.st_ino
+        while self._directories or self._links:
+            name = self._directories.pop() if self._directories else heapq.heappop(self._links)
+            identity = self.found.directories[name]
+            if identity not in self._listed:
+                self._listed.add(identity)
+                self._list(name)
+
+    def _list(self, name: str) -> None:
+        path = os.path.join(self.root, name) if name else os.fspath(self.root)  # noqa: PTH118 - a Path for each costs more than the rest
+        try:
+            with os.scandir(path) as entries:
+                for entry in entries:
+                    self._count()
+                    if not entry.name.startswith(
+                        "."
+                    ):  # also the ..data and timestamp directories of mounted ConfigMaps
+                        self._look_at(f"{name}/{entry.name}" if name else entry.name, entry)
+        except OSError as error:
+            if not name or error.errno == errno.E2BIG:
+                raise
+            if not isinstance(error, FileNotFoundError):  # else it went during the search
+                self.found.hidden[name] = error.strerror or str(error)
+
+    def _count(self) -> None:
+        self._entries += 1
+        if self._entries % PAUSE_ENTRIES == 0:
+            self._pause()
+        if self._entries > MOST_ENTRIES:
+            raise OSError(errno.E2BIG, f"it has more than {MOST_ENTRIES} names", str(self.root))
+
+    def _look_at(self, name: str, entry: os.DirEntry[str]) -> None:
+        is_manifest = entry.name.lower().endswith(SUFFIXES)
+        try:
+            status = entry.stat()
+            if stat.S_ISDIR(status.st_mode):
+                self.found.directories[name] = status.st_dev, status.st_ino
                 if entry.is_symlink():
-                    found.hidden[name] = "a link to what is not there"
-                # else it went during the search
-            except OSError as error:
-                if is_manifest or _may_be_directory(entry):
-                    found.hidden[name] = error.strerror or str(error)
+                    heapq.heappush(self._links, name)
+                else:
+                    self._directories.append(name)
+            elif is_manifest:
+                self.found.files[name] = status
+        except FileNotFoundError:
+            if entry.is_symlink():
+                self.found.hidden[name] = "a link to what is not there"
+            # else it went during the search
+        except OSError as error:
+            if is_manifest or _may_be_directory(entry):
+                self.found.hidden[name] = error.strerror or str(error)
 
 
 def _may_be_directory(entry: os.DirEntry[str]) -> bool:
@@ -75,3 +137,36 @@ def _may_be_directory(entry: os.DirEntry[str]) -> bool:
         return entry.is_symlink() or entry.is_dir(follow_symlinks=False)
     except OSError:  # the file system does not say without a look at the entry
         return True
+
+
+def read_regular(path: Path, most_bytes: int = MOST_BYTES) -> bytes:
+    """The content of a regular file; of nothing else, since a pipe might never end and opening a device may do anything.
+
+    A file that says that it is empty is not read: those of procfs and tracefs do, whatever they hold.  Raises OSError, also for
+    more than ``most_bytes``.
+    """
+    place = os.open(path, os.O_PATH | os.O_CLOEXEC)
+    try:
+        status = os.fstat(place)
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError(errno.EINVAL, "it is no regular file")
+        if status.st_size > most_bytes:
+            raise _too_large(most_bytes)
+        if status.st_size == 0:
+            return b""
+        file = os.open(f"/proc/self/fd/{place}", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # the very file looked at
+    finally:
+        os.close(place)
+    try:
+        read = bytearray()
+        while block := os.read(file, status.st_size + 1 if not read else 1 << 16):  # raises where it would have to wait
+            read += block
+            if len(read) > most_bytes:
+                raise _too_large(most_bytes)
+        return bytes(read)
+    finally:
+        os.close(file)
+
+
+def _too_large(most_bytes: int) -> OSError:
+    return OSError(errno.EFBIG, f"it is larger than {most_bytes >> 20} MiB; write its objects into several files")

@@ -5,7 +5,7 @@ One pass over the parser's events builds, for each document, the values (dict, l
 beside them a compact tree of positions, so that a problem found later names its line without a second parse.
 
 Invariant: whatever the input, the result is documents and problems, never an exception and never unbounded work
-(nesting and alias expansion are limited).  A syntax error ends one document, not the file.  Scalars and keys are read as
+(nesting and alias expansion are limited); every text in a document can be written as UTF-8.  A syntax error ends one document, not the file.  Scalars and keys are read as
 kubectl reads them (`scalars`).  JSON values may follow each other without ``---`` between them, as `jq -c` prints them.
 This module knows nothing of Kubernetes objects; `yaml_mistakes` words what is wrong with a text.
 """
@@ -40,6 +40,8 @@ _COLUMN_MASK = (1 << _COLUMN_BITS) - 1
 MAX_DEPTH = 100  # arbitrary; real objects stay below 30
 MAX_ALIAS_NODES = 1_000_000  # arbitrary; what all aliases of one document may expand to
 
+MAX_QUOTED = 100  # arbitrary; characters of a text in a message
+
 MAX_JSON_COLUMN = 10_000  # arbitrary; columns of JSON values that begin further to the right in a line are told too low
 
 _LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
@@ -49,6 +51,8 @@ _LONGEST_PLAIN_FLOAT = 1e21
 
 # Line breaks to YAML 1.1, which folds them, and ordinary characters inside a string to JSON.
 _BREAKS_OF_YAML = re.compile("[\x85\u2028\u2029]")
+# Escapes of halves of surrogate pairs: JSON makes a character of two, libyaml refuses each, PyYAML's own parser keeps each.
+_SURROGATE = re.compile(r"\\(?:u|U0000)[dD][89a-fA-F]")
 _MARK = re.compile(r"^---(?=\s|\Z)", re.MULTILINE)
 _BLANK = re.compile(r"(?:\s+|#[^\n]*|^\.\.\.(?=\s|\Z))*", re.MULTILINE)
 _MORE_OF_YAML = re.compile(r"[ \t]*[^\s#{[]")
@@ -156,6 +160,20 @@ class _Text:
 
     def documents(self) -> Iterator[Document]:
         """Yield each document that is not empty."""
+        if _SURROGATE.search(self.text) is None:
+            yield from self._documents()
+            return
+        for document in self._documents():
+            text = _unwritable(document.value)
+            if text is None:
+                yield document
+                continue
+            message = (
+                f"the text {_quoted(text)} holds half of a surrogate pair, which is no character; write the character"
+            )
+            self.problems.append(Problem(document.positions.location(), "", message, slug="encoding"))
+
+    def _documents(self) -> Iterator[Document]:
         is_after_json = False
         while (begin := _end_of_blank(self.text, self.offset)) < len(self.text):
             mark = _MARK.match(self.text, begin)
@@ -196,7 +214,7 @@ class _Text:
         text, first_line = self.text[self.offset : end], self.line
         self._go_to(end)
         document: Document | None = None
-        if not _BREAKS_OF_YAML.search(text):
+        if not _BREAKS_OF_YAML.search(text) and not _SURROGATE.search(text):
             stream = _Stream(" " * (position & _COLUMN_MASK) + text, self.file, first_line, self.problems)
             try:
                 stream.start()
@@ -204,10 +222,14 @@ class _Text:
             except _Refused as error:
                 _report(error, self.text.split("\n"), first_line, self.file, self.problems)
                 return
-            except (yaml.YAMLError, UnicodeEncodeError):  # surrogate pairs in escapes, for one
+            except (yaml.YAMLError, UnicodeEncodeError):  # a tab where YAML has none, for one
                 del self.problems[known:]
         if document is None:
-            value = _unique_json(text, _place(self.file, position), self.problems)
+            place = _place(self.file, position)
+            value = _unique_json(text, place, self.problems)
+            if _is_too_deep(value):
+                self.problems.append(Problem(place, "", f"nested deeper than {MAX_DEPTH} levels", slug="yaml"))
+                return
             document = Document(value, Positions(self.file, position))
         yield document
 
@@ -509,6 +531,41 @@ def _refuse_constant(name: str) -> Any:
 
 
 _JSON = json.JSONDecoder(parse_constant=_refuse_constant, parse_float=lambda text: _as_json_number(float(text)))
+
+
+def _unwritable(value: Any) -> str | None:
+    """A text of the value, or a key, that UTF-8 cannot hold; None when there is none."""
+    rest = [value]
+    while rest:
+        one = rest.pop()
+        if isinstance(one, str):
+            try:
+                one.encode()
+            except UnicodeEncodeError:
+                return one
+        elif isinstance(one, dict):
+            rest += [*one.values(), *one]
+        elif isinstance(one, list):
+            rest += one
+    return None
+
+
+def _quoted(text: str) -> str:
+    """A text that cannot be written, with escapes in place of what cannot."""
+    return f"`{text.encode('ascii', 'backslashreplace').decode()[:MAX_QUOTED]}`"
+
+
+def _is_too_deep(value: Any) -> bool:
+    """Whether containers are nested deeper than MAX_DEPTH."""
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        level = [
+            below
+            for one in level
+            if isinstance(one, (dict, list))
+            for below in (one.values() if isinstance(one, dict) else one)
+        ]
+    return any(isinstance(one, (dict, list)) for one in level)
 
 
 def _unique_json(text: str, place: Location, problems: list[Problem]) -> Any:

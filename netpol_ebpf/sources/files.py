@@ -18,9 +18,7 @@ of a file and the appearance of its successor becomes policy.  This module runs 
 from __future__ import annotations
 
 import errno
-import hashlib
 import os
-import re
 import stat
 import time
 from collections import Counter
@@ -31,10 +29,10 @@ from typing import Union
 
 from netpol_ebpf.errors import Location, Problem
 from netpol_ebpf.policy.translate import ResourceKey, key_of
-from netpol_ebpf.resources.load import LoadResult, parse_documents
-from netpol_ebpf.resources.manifest_files import find_manifests
+from netpol_ebpf.resources.manifest_files import MOST_BYTES, DirectoryId, find_manifests, never_pause
 from netpol_ebpf.resources.types import Resource
-from netpol_ebpf.resources.yamltree import read_documents
+from netpol_ebpf.sources.copies import LastGoodCopies
+from netpol_ebpf.sources.reading import Outcome, Reading, Task, can_read_in_place, read, unreadable
 
 INTERVAL_S = 0.2
 """Recommended time between two looks: a change is taken up after one to two of them, well within a second."""
@@ -45,12 +43,24 @@ MAX_UNSETTLED_LOOKS = 3
 RACY_S = 2.0
 """A file younger than this when read may change again without its times or size showing it; it is compared by content."""
 
+RETRY_S = 60.0
+"""After which time a file is read again whose reading was ended by somebody else; arbitrary."""
+
+SLOW_S = 5.0
+"""How long reading may take until it is told that it is not done; arbitrary."""
+
+MOST_BYTES_IN_ALL = 256 << 20
+"""What is read of a directory: four of the largest files."""
+
+_UNKNOWN: DirectoryId = (0, 0)
+"""No directory's."""
+
+_IF_MEANT = "remove it, or have a manifest in it, if that is meant"
+
 Signature = tuple[int, int, int, int, int]
 """Device, inode, size in bytes, modification time, change time (ns)."""
 UNREAD: Signature = (0, 0, 0, 0, 0)
 """Equals the signature of no file."""
-
-_DOCUMENT_MARK = re.compile(r"^---(?:\s|$)", re.MULTILINE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,69 +110,27 @@ class _File:
         return self.read_at_s - self.signature[3] / 1e9 < RACY_S
 
 
-@dataclass(slots=True)
-class LastGoodCopies:
-    """Texts of the last good state of each file, so that a restart with a broken file changes no policy.
-
-    ``directory`` is made when the first copy is stored. Names are hashed, since a manifest may have any name; each copy has the
-    name beside it.  All raise OSError.
-    """
-
-    directory: Path
-
-    def _path(self, name: str) -> Path:
-        return self.directory / hashlib.sha256(name.encode(errors="surrogateescape")).hexdigest()
-
-    def load(self, name: str) -> str | None:
-        """The copy, or None when there is none. Raises UnicodeDecodeError, too."""
-        try:
-            return self._path(name).read_text(encoding="utf-8")
-        except FileNotFoundError:
-            return None
-
-    def store(self, name: str, text: str) -> None:
-        """Replace the copy in one step."""
-        self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        path = self._path(name)
-        draft = path.with_suffix(".draft")
-        draft.write_text(text, encoding="utf-8")
-        draft.replace(path)
-        beside, raw = path.with_suffix(".name"), name.encode(errors="surrogateescape")
-        if not beside.exists() or beside.read_bytes() != raw:
-            beside.write_bytes(raw)
-
-    def names(self) -> list[str]:
-        """The files that there are copies of, whatever has become of the files."""
-        if not self.directory.is_dir():
-            return []
-        found = [path.read_bytes().decode(errors="surrogateescape") for path in self.directory.glob("*.name")]
-        return [name for name in found if self._path(name).exists()]  # a name that was written in part has no copy
-
-    def forget(self, name: str) -> None:
-        """Remove the copy, if there is one."""
-        for path in (self._path(name), self._path(name).with_suffix(".name")):
-            path.unlink(missing_ok=True)
-
-    def keep_only(self, names: Mapping[str, object]) -> None:
-        """Forget the copies of all other files."""
-        if not self.directory.is_dir():
-            return
-        wanted = {self._path(name).name for name in names}
-        for path in self.directory.iterdir():
-            if path.name.removesuffix(".name") not in wanted:
-                path.unlink()
-
-
 @dataclass(frozen=True, slots=True)
 class _Sight:
     """One look: manifests by name ("" for a root that is a file), and why other places could not be looked at, by name."""
 
     files: dict[str, Signature]
     hidden: dict[str, str]
+    directories: dict[str, DirectoryId] = field(default_factory=dict, compare=False)
 
     def is_hidden(self, name: str) -> bool:
         """Whether a file may be there, at or below a place that could not be looked at."""
-        return any(name == place or name.startswith(f"{place}/") for place in self.hidden)
+        return any(not place or name == place or name.startswith(f"{place}/") for place in self.hidden)
+
+
+@dataclass(slots=True)
+class _Pending:
+    """A look that is to be taken up: what of it is to be read, since when, and who does. ``reading``: None where it is read in place."""
+
+    sight: _Sight
+    tasks: list[Task]
+    began_s: float
+    reading: Reading | None = None
 
 
 Place = tuple[bool, str, int]
@@ -265,11 +233,24 @@ class ManifestDirectory:
     _is_swept: bool = False  # of copies of files that went while nobody looked
     _copy_problems: tuple[Problem, ...] = ()
     _directory_problems: tuple[Problem, ...] = ()
+    _process_problems: tuple[Problem, ...] = ()
+    _homes: dict[str, DirectoryId] | None = field(default_factory=dict)  # directories with manifests; None: not known
+    _copied_homes: dict[str, DirectoryId] | None = None
+    _too_many: frozenset[str] = frozenset()  # files beyond what is read in all
+    _retries: dict[str, float] = field(default_factory=dict)  # files to be read again though they do not change: when
+    _pending: _Pending | None = None
     _seen: _Sight | None = None
     _unsettled_looks: int = 0
     _started: bool = False
     _is_read: bool = False
+    _is_file: bool = False
     _reported: tuple[Problem, ...] = ()
+
+    def close(self) -> None:
+        """End what is still at work."""
+        if self._pending is not None and self._pending.reading is not None:
+            self._pending.reading.close()
+        self._pending = None
 
     @property
     def was_read(self) -> bool:
@@ -288,7 +269,8 @@ class ManifestDirectory:
     @property
     def problems(self) -> tuple[Problem, ...]:
         """Everything wrong with the manifests as they were last taken up, in file and line order."""
-        found = [*self._directory_problems, *self._copy_problems, *self._merged.duplicates()]
+        found = [*self._directory_problems, *self._copy_problems, *self._process_problems, *self._slowness()]
+        found += self._merged.duplicates()
         found += [_hidden(self._path(name), reason) for name, reason in self._hidden.items()]
         if self._is_read and not self._taken and not self._hidden:
             found.append(_without_manifests(self.root))
@@ -296,16 +278,18 @@ class ManifestDirectory:
             found.extend(self._files[name].problems)
         return tuple(sorted(found, key=lambda p: (p.location.file, p.location.line, p.location.column, p.message)))
 
-    def step(self) -> Batch | None:
-        """Look once. None: nothing to take up (yet). The first look is taken up at once.
+    def step(self, pause: Callable[[], None] = never_pause) -> Batch | None:
+        """Look once, or see whether what the last look found has been read. None: nothing to take up (yet).
 
-        Never raises for the state of the manifests; that is in ``Batch.problems``.
+        The first look is taken up at once, however long that takes; no other waits for the reading of files.  ``pause`` is called
+        every few milliseconds while there is work in this process.  Never raises for the state of the manifests; that is in
+        ``Batch.problems``.
         """
+        if self._pending is not None:
+            return self._go_on(self._pending, pause)
         try:
-            sight = _look(self.root)
-            for name in self._known() if sight.hidden else ():
-                if sight.is_hidden(name):
-                    sight.files.setdefault(name, UNREAD)  # nobody knows that it went
+            sight = self._look(pause)
+            self._look_for_displaced(sight)
         except OSError as error:
             message = f"cannot be read ({error.strerror}); until it can, no change of the manifests is taken up"
             place = Location(str(error.filename or self.root))
@@ -313,21 +297,53 @@ class ManifestDirectory:
             self._seen = None
             return self._batch(()) if self.problems != self._reported or not self._started else None
         self._directory_problems = ()
-        if self._uncopied:
+        if self._uncopied or self._copy_problems:
             self._keep_copies()
             self._sweep_copies()
         if not self._is_due(sight):
             return None
-        return self._batch(self._take_up(sight))
+        self._pending = self._begin(sight)
+        return self._go_on(self._pending, pause)
+
+    def _look(self, pause: Callable[[], None]) -> _Sight:
+        """All manifests below the root, which may be one itself. Raises OSError."""
+        status = self.root.stat()
+        is_file = not stat.S_ISDIR(status.st_mode)
+        if is_file and not stat.S_ISREG(status.st_mode):
+            raise OSError(errno.EINVAL, "it is neither a directory nor a regular file", str(self.root))
+        if self._is_read and is_file != self._is_file:
+            raise OSError(
+                errno.EINVAL,
+                f"it is a {'file' if is_file else 'directory'} now; begin the agent anew if that is meant",
+                str(self.root),
+            )
+        if is_file:
+            return _Sight({"": _signature(status)}, {})
+        found = find_manifests(self.root, pause)
+        files = {name: _signature(one) for name, one in found.files.items()}
+        return _Sight(files, found.hidden, found.directories)
+
+    def _look_for_displaced(self, sight: _Sight) -> None:
+        """Add to a look the files that it has not, and of which nobody can say that they went. Raises OSError."""
+        if not self._is_read and self.copies is not None:
+            self._homes = self.copies.directories()
+        missing = [name for name in self._known() if name not in sight.files]
+        told = _Places(sight, self.root, self._homes) if missing else None
+        for name in missing:
+            if told is not None and not sight.is_hidden(name):
+                sight.hidden.update(told.displaced(name))
+            if sight.is_hidden(name):
+                sight.files[name] = UNREAD
 
     def _known(self) -> list[str]:
         """The files taken up, and before there are any those that a predecessor had. Raises OSError."""
-        return list(self._taken) if self._is_read or self.copies is None else self.copies.names()
+        return list(self._taken) if self._is_read or self.copies is None else sorted(self.copies.names())
 
     def _is_due(self, sight: _Sight) -> bool:
         """Whether the directory differs from what was taken up and has settled."""
         is_taken = sight == _Sight(self._taken, self._hidden)
-        if self._started and is_taken and not self._racy and self.problems == self._reported:
+        is_retry = any(at_s <= self.clock() for at_s in self._retries.values())
+        if self._started and is_taken and not self._racy and not is_retry and self.problems == self._reported:
             self._seen, self._unsettled_looks = None, 0
             return False
         settled = is_taken or sight == self._seen
@@ -338,37 +354,108 @@ class ManifestDirectory:
         self._seen, self._unsettled_looks = None, 0
         return True
 
-    def _take_up(self, sight: _Sight) -> tuple[Event, ...]:
-        """Read what changed and forget what went; what that makes of the objects."""
-        snapshot, self._hidden = sight.files, sight.hidden
-        for name in self._taken.keys() - snapshot.keys():
+    def _begin(self, sight: _Sight) -> _Pending:
+        """What is to be read of a look; a child begins if it is much."""
+        now_s, before = self.clock(), self._too_many
+        too_many = self._too_many = _beyond_all(sight.files)
+        changed = {name for name, signature in sight.files.items() if self._taken.get(name) != signature}
+        again = {name for name, at_s in self._retries.items() if at_s <= now_s and name in sight.files}
+        names = changed | self._racy | again | (too_many ^ before)
+        tasks = [self._task(name, sight.files[name]) for name in sorted(names & sight.files.keys())]
+        pending = _Pending(sight, tasks, now_s)
+        if not can_read_in_place(tasks):
+            pending.reading = Reading(tasks, self.copies)
+        return pending
+
+    def _task(self, name: str, signature: Signature) -> Task:
+        before, place = self._files.get(name), self._path(name)
+        copy = before is None and self.copies is not None
+        digest = b"" if before is None else before.digest
+        if signature == UNREAD:  # its place is told, once for all below it
+            return Task(name, place, None, digest, copy, 0)
+        if name in self._too_many:
+            reason = (
+                f"with those before it by name it is more than the {MOST_BYTES_IN_ALL >> 20} MiB that are read in all"
+            )
+            return Task(name, place, None, b"", copy, 0, (unreadable(place, reason),))
+        return Task(name, place, place, digest, copy, signature[2])
+
+    def _go_on(self, pending: _Pending, pause: Callable[[], None]) -> Batch | None:
+        """Take up what was to be read, if it has been."""
+        reading = pending.reading
+        if reading is None:
+            self._pending = None
+            return self._batch(self._take_up(pending, ((task, read(task, self.copies)) for task in pending.tasks)))
+        try:
+            if not reading.has_begun:
+                reading.begin()
+            if not reading.has_ended(wait=not self._is_read):
+                return self._batch(()) if self.problems != self._reported else None
+        except OSError as error:  # no process, no memory
+            reading.close()
+            self._pending = None
+            message = f"no process can be begun to read the manifests ({error.strerror}); what was last known of them stays in force"
+            self._process_problems = (Problem(Location(str(self.root)), "", message, slug="unreadable"),)
+            return self._batch(())
+        self._pending = None
+        try:
+            return self._batch(self._take_up(pending, reading.outcomes(pause)))
+        finally:
+            reading.close()
+
+    def _slowness(self) -> Iterator[Problem]:
+        """That a change is not in force yet, when it takes long."""
+        reading = None if self._pending is None else self._pending.reading
+        if reading is not None and time.monotonic() - reading.began_s >= SLOW_S:
+            message = f"{len(reading.tasks)} files that changed are still being read; what they said before stays in force until then"
+            yield Problem(Location(str(self.root)), "", message, severity="warning", slug="reading")
+
+    def _take_up(self, pending: _Pending, outcomes: Iterator[tuple[Task, Outcome]]) -> tuple[Event, ...]:
+        """Take over what was read and forget what went; what that makes of the objects."""
+        sight = pending.sight
+        for name in self._taken.keys() - sight.files.keys():
             self._unmerged.add(name)
             del self._files[name], self._taken[name]
             self._uncopied[name] = None
             self._racy.discard(name)
             self._faulty.discard(name)
-        taken = self._taken
-        changed = {name for name, signature in snapshot.items() if taken.get(name) != signature}
-        for name in sorted(changed | self._racy):
-            before = self._files.get(name)
-            if snapshot[name] == UNREAD:
-                self._keep(name, before)
-            else:
-                self._read(name, snapshot[name], before)
-            if name in self._uncopied and not self._copy_problems:
+            self._retries.pop(name, None)
+        for task, outcome in outcomes:
+            before = self._files.get(task.name)
+            self._note(task.name, self._entry(sight.files[task.name], pending.began_s, before, outcome), before)
+            if task.name in self._uncopied and not self._copy_problems:
                 self._keep_copies()  # the texts of all files at once would be the agent's peak of memory
-            after = self._files.get(name)
-            if after is not None:
-                self._note(name, after)
-                if before is None or after.resources is not before.resources:
-                    self._unmerged.add(name)
-        self._is_read = True
+        self._is_read, self._process_problems = True, ()
+        self._hidden, self._is_file = sight.hidden, not sight.directories
+        self._homes = _Places(sight, self.root, self._homes).homes()
         self._keep_copies()
         self._sweep_copies()
         files = self._files
         events = self._merged.replace({name: files[name].resources if name in files else () for name in self._unmerged})
         self._unmerged.clear()
         return events
+
+    def _entry(self, signature: Signature, began_s: float, before: _File | None, outcome: Outcome) -> _File | None:
+        """What is known of a file from now on; one that is not valid keeps its objects. None: nothing yet."""
+        if outcome.state == "gone":  # after the look; the next look shows that
+            return before
+        entry = _File(signature, began_s) if before is None else replace(before, signature=signature, read_at_s=began_s)
+        if outcome.state == "same":
+            return entry
+        if outcome.state == "good" or before is None:
+            entry.resources, entry.skipped = outcome.resources, outcome.skipped
+        if outcome.state == "good":
+            self._uncopied[outcome.name] = outcome.text
+        if outcome.state == "unreadable":
+            entry.signature = UNREAD  # whatever the reason, the next look tries again
+        if outcome.state == "kept":
+            entry.read_at_s = self.clock()  # what failed is not tried again for its age
+        if outcome.state != "kept" or outcome.problems:
+            entry.digest, entry.problems = outcome.digest, outcome.problems
+        self._retries.pop(outcome.name, None)
+        if outcome.again:
+            self._retries[outcome.name] = self.clock() + RETRY_S
+        return entry
 
     def _keep_copies(self) -> None:
         """Bring the copies up to date. What cannot be written is told, and tried again at the next look."""
@@ -383,6 +470,9 @@ class ManifestDirectory:
                 else:
                     self.copies.store(name, text)
                 del self._uncopied[name]
+            if self._is_read and self._homes is not None and self._homes != self._copied_homes:
+                self.copies.store_directories(self._homes)
+                self._copied_homes = self._homes
         except OSError as error:
             self._copy_problems = (_uncopied(self.copies, error),)
 
@@ -396,65 +486,19 @@ class ManifestDirectory:
         except OSError as error:
             self._copy_problems = (_uncopied(self.copies, error),)
 
-    def _note(self, name: str, entry: _File) -> None:
+    def _note(self, name: str, entry: _File | None, before: _File | None) -> None:
         """Keep what every look asks of all files, so that it need not go through them."""
+        if entry is None:
+            return
+        self._files[name] = entry
         self._taken[name] = entry.signature
         for names, holds in ((self._racy, entry.is_racy), (self._faulty, bool(entry.problems))):
             if holds:
                 names.add(name)
             else:
                 names.discard(name)
-
-    def _keep(self, name: str, before: _File | None) -> None:
-        """Have a file that cannot be looked at stay what it was; that of its place is told once for all below it."""
-        if before is None:
-            self._files[name] = self._or_last_good(name, _File(UNREAD, self.clock()), None)
-        else:
-            self._files[name] = replace(before, signature=UNREAD)
-
-    def _read(self, name: str, signature: Signature, before: _File | None) -> None:
-        """Bring one file up to date; a file that is not valid keeps its objects."""
-        path = self._path(name)
-        entry = _File(signature, self.clock())
-        if before is not None:
-            entry.digest, entry.resources, entry.problems = before.digest, before.resources, before.problems
-            entry.skipped = before.skipped
-        try:
-            raw = _read_regular(path) if name else path.read_bytes()
-        except FileNotFoundError:
-            return  # it went after the look; the next look shows that
-        except OSError as error:
-            entry.problems, entry.digest = (_unreadable(path, error),), b""
-            entry.signature = UNREAD  # whatever the reason, the next look tries again
-            self._files[name] = self._or_last_good(name, entry, before)
-            return
-        digest = hashlib.sha256(raw).digest()
-        if before is None or digest != before.digest:
-            entry.digest = digest
-            result = _parse(raw, path)
-            entry.problems = tuple(result.problems)
-            if result.errors:
-                entry = self._or_last_good(name, entry, before)
-            else:
-                entry.resources, entry.skipped = tuple(result.resources), result.skipped
-                self._uncopied[name] = raw.decode("utf-8")
-        self._files[name] = entry
-
-    def _or_last_good(self, name: str, entry: _File, before: _File | None) -> _File:
-        """For a file that this process has never seen good: the state a predecessor stored."""
-        if before is None and self.copies is not None:
-            try:
-                text = self.copies.load(name)
-            except (OSError, UnicodeDecodeError) as error:
-                text = None
-                message = f"its last good state cannot be read from {self.copies.directory} either ({error})"
-                entry.problems += (Problem(Location(str(self._path(name))), "", message, slug="copies"),)
-            if text is not None:
-                good = parse_documents(text, str(self._path(name)))
-                entry.resources, entry.skipped = tuple(good.resources), good.skipped
-                if good.errors:  # another version of the agent took it for good
-                    entry.problems += (_no_longer_good(self._path(name), good),)
-        return entry
+        if before is None or entry.resources is not before.resources:
+            self._unmerged.add(name)
 
     def _path(self, name: str) -> Path:
         return self.root / name if name else self.root
@@ -467,62 +511,84 @@ class ManifestDirectory:
         return Batch(events, problems)
 
 
-def _parse(raw: bytes, path: Path) -> LoadResult:
-    try:
-        text = raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
-        message = f"is not UTF-8 text (byte {error.start}: {error.reason}); save it as UTF-8"
-        return LoadResult(resources=[], problems=[Problem(Location(str(path), line), "", message, slug="encoding")])
-    blank = not text.removeprefix("\ufeff").strip()  # tabs as well, which YAML would find fault with
-    result = parse_documents("" if blank else text, str(path))
-    if not result.resources and not result.errors and not _says_none(text, str(path)):
-        message = (
-            "says nothing (it is empty, or has spaces and comments alone); its last good state stays in force: write `---` "
-            "into it if it is meant to have no objects, or remove it"
-        )
-        result.problems.append(Problem(Location(str(path)), "", message, slug="empty"))
-    return result
+@dataclass(slots=True)
+class _Places:
+    """What one look tells of places: in which directories there are manifests, and which files nobody can say that they went.
+
+    ``known``: the directories in which there were manifests when they were last taken up, None when that was lost.
+    """
+
+    sight: _Sight
+    root: Path
+    known: Mapping[str, DirectoryId] | None
+    _with_manifests: set[str] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        directories = self.sight.directories
+        found = {name.rpartition("/")[0] for name, signature in self.sight.files.items() if signature != UNREAD}
+        holders = {directories[above] for one in found & directories.keys() for above in _with_parents(one)}
+        for name in directories:
+            if directories[name] in holders:  # under whatever name its files are
+                self._with_manifests.update(_with_parents(name))
+
+    def displaced(self, name: str) -> dict[str, str]:
+        """The place of a file that is not found, and what is there now; nothing when it, or its directory, went."""
+        directories = self.sight.directories
+        if name in directories:
+            return (
+                {} if name in self._with_manifests else {name: f"it is a directory without a manifest now; {_IF_MEANT}"}
+            )
+        for place in reversed(_with_parents(name)[1:]):  # from the root down
+            if place not in directories:
+                return {place: f"it is no directory any more; {_IF_MEANT}"} if self._is_there(place) else {}
+            was = None if self.known is None else self.known.get(place, directories[place])
+            if was != directories[place] and place not in self._with_manifests:
+                return {place: f"it is another directory now, without a manifest; {_IF_MEANT}"}
+        return {}
+
+    def homes(self) -> dict[str, DirectoryId]:
+        """The directories of all files, those that nobody can say that they went included; a place that is hidden is what it was."""
+        now, known = self.sight.directories, self.known or {}
+        parents = {one.rpartition("/")[0] for one in self.sight.files if one}
+        names = {above for one in parents for above in _with_parents(one)}
+        return {
+            name: known.get(name, _UNKNOWN) if name not in now or self.sight.is_hidden(name) else now[name]
+            for name in names
+        }
+
+    def _is_there(self, name: str) -> bool:
+        try:
+            (self.root / name).lstat()
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        return True
 
 
-def _says_none(text: str, file: str) -> bool:
-    """Whether a text without objects means that: it begins a document, or has an empty List."""
-    has_mark = _DOCUMENT_MARK.search(text.removeprefix("\ufeff")) is not None
-    return has_mark or any(True for _ in read_documents(text, file, []))
+def _with_parents(name: str) -> list[str]:
+    """A name and those of the directories above it, the root's "" last."""
+    names = [name]
+    while names[-1]:
+        names.append(names[-1].rpartition("/")[0])
+    return names
 
 
-def _look(root: Path) -> _Sight:
-    """All manifests below ``root``, which may be one itself. Raises OSError."""
-    status = root.stat()
-    if not stat.S_ISDIR(status.st_mode):
-        return _Sight({"": _signature(status)}, {})
-    found = find_manifests(root)
-    return _Sight({name: _signature(one) for name, one in found.files.items()}, found.hidden)
-
-
-def _read_regular(path: Path) -> bytes:
-    """The content of a regular file; of nothing else, since a pipe might never end. Raises OSError."""
-    with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-            raise OSError(errno.EINVAL, "it is no regular file")
-        return file.read()
+def _beyond_all(files: Mapping[str, Signature]) -> frozenset[str]:
+    """The files, last by name, that are too much together with those before them."""
+    left, beyond = MOST_BYTES_IN_ALL, set()
+    if sum(signature[2] for signature in files.values()) <= left:
+        return frozenset()
+    for name in sorted(files):
+        size_bytes = files[name][2]
+        if size_bytes > MOST_BYTES:  # refused by itself
+            continue
+        left -= size_bytes
+        if left < 0:
+            beyond.add(name)
+    return frozenset(beyond)
 
 
 def _signature(status: os.stat_result) -> Signature:
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
-
-
-def _unreadable(path: Path, error: OSError) -> Problem:
-    message = f"cannot be read ({error.strerror}); its last good state stays in force"
-    return Problem(Location(str(path)), "", message, slug="unreadable")
-
-
-def _no_longer_good(path: Path, good: LoadResult) -> Problem:
-    message = (
-        f"its last good state is not valid to this version of the agent either ({good.errors[0].message}): "
-        f"{len(good.resources)} of its objects are in force, the others are not; mend the file"
-    )
-    return Problem(Location(str(path)), "", message, slug="copies")
 
 
 def _hidden(path: Path, reason: str) -> Problem:

@@ -8,6 +8,7 @@ import errno
 import itertools
 import json
 import os
+import signal
 import socket
 from collections import Counter
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ import pytest
 from memory_barrier import MemoryTables
 from memory_maps import MemoryMap
 from test_agent_core import CLUSTER, DB, POD, POLICY, WIRING, Bench, MemoryNode
+from test_sources_reading import in_child, stop, wait_for_stop
 
 from netpol_ebpf.agent import main as agent_main
 from netpol_ebpf.agent import report
@@ -29,6 +31,8 @@ from netpol_ebpf.agent.core import Agent
 from netpol_ebpf.agent.main import Turns, answers_of
 from netpol_ebpf.agent.service import Service
 from netpol_ebpf.agent.wiring import Link
+from netpol_ebpf.resources import manifest_files
+from netpol_ebpf.sources import reading
 
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 """Of the threads of a test runner; the agent has one."""
@@ -219,6 +223,66 @@ def test_policy_and_interfaces_are_dealt_with_while_everybody_asks(stage: Stage)
     finally:
         crowd.close()
     assert stage.agent.applier.is_enforced(DB)
+
+
+def bear(node: MemoryNode) -> None:
+    """A new interface, of a pod that the manifests do not know."""
+    late = Link(9, "cali9", "veth", (7, 2))
+    node.wiring = replace(WIRING, links={**WIRING.links, 9: late})
+    node.born.append(late)
+    node.news = True
+
+
+def test_interfaces_and_questions_do_not_wait_for_large_manifests(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While a child reads them, what is born is closed at once and who asks is answered; then they are in force together."""
+    in_child(monkeypatch, stop, "more.yaml")
+    before = stage.agent.changes_applied
+    stage.bench.write("policy.yaml", POLICY.replace("ingress: [{", "# ingress: [{"))
+    stage.bench.write("more.yaml", POD.format(name="late", node="here", last=9) + "#" * reading.IN_PLACE_BYTES)
+    child = wait_for_stop(stage.agent._source, stage.turn)
+    crowd = Crowd(stage.turns.service.path)
+    try:
+        bear(stage.bench.node)
+        assert isinstance(stage.bench.node, ReadableNode)
+        stage.bench.node.tell()
+        assert stage.turn()[0] == "newborn"
+        assert 9 in stage.bench.node.programs
+        while min(crowd.answered[operation] for operation in OPERATIONS) < 1:
+            stage.turn()
+            crowd.go_on()
+        assert stage.agent.changes_applied == before
+        os.read(stage.bench.node.pipe[0], 16)
+    finally:
+        crowd.close()
+        os.kill(child, signal.SIGCONT)
+    while stage.agent.changes_applied == before:
+        stage.turn()
+    assert "late" in {one.key.name for one in stage.agent.local_endpoints()}
+    assert not {one.slug for one in stage.agent.problems} & {"unreadable", "reading"}
+
+
+def test_interface_that_is_born_during_a_look_is_closed_before_it_ends(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A search of many files stops for it; the step goes on, and finds out whose it is."""
+    monkeypatch.setattr(manifest_files, "PAUSE_ENTRIES", 1)
+    closed: list[bool] = []
+    real = manifest_files._Search._look_at
+
+    def look_at(self: Any, name: str, entry: Any) -> None:
+        closed.append(9 in stage.bench.node.programs)
+        if len(closed) == 1:
+            bear(stage.bench.node)
+        real(self, name, entry)
+
+    monkeypatch.setattr(manifest_files._Search, "_look_at", look_at)
+    stage.agent.step()
+    assert closed[0] is False
+    assert closed[-1] is True
+    assert 9 in stage.agent.wiring.links
+    assert stage.bench.node.row(9) is None
 
 
 def test_answers_are_those_of_the_agent(stage: Stage) -> None:

@@ -7,6 +7,7 @@ import json
 from typing import Any
 
 import pytest
+import yaml
 
 from netpol_ebpf.errors import Problem
 from netpol_ebpf.resources import yamltree
@@ -247,3 +248,47 @@ def test_compact_json_and_long_keys() -> None:
 def test_byte_order_mark_is_ignored() -> None:
     """Editors of some systems write one."""
     assert _value("\ufeffa: 1\n") == {"a": 1}
+
+
+LONE = {
+    "name": (r'{"kind": "Pod", "metadata": {"name": "p\udfff"}}', r"p\udfff"),
+    "key of a mapping": (r'{"labels": {"a\uD800": "b"}}', r"a\ud800"),
+    "deep in a list": (r'{"a": [{"b": ["c", "\ud83dx"]}]}', r"\ud83dx"),
+    "the halves the wrong way round": (r'{"a": "\ude00\ud83d"}', r"\ude00\ud83d"),
+    "beside a whole pair": (r'{"a": "\ud83d\ude00\udfff"}', r"\udfff"),
+}
+
+
+@pytest.mark.parametrize(("text", "told"), LONE.values(), ids=LONE)
+def test_half_of_a_surrogate_pair_is_no_text(text: str, told: str) -> None:
+    """A text that UTF-8 cannot hold reaches nobody: its document is refused with its line, the others are read."""
+    documents, problems = _read(f'{{"first": 1}}\n{text}\n---\nlast: 1\n')
+    assert [document.value for document in documents] == [{"first": 1}, {"last": 1}]
+    assert [(problem.severity, problem.location.line) for problem in problems] == [("error", 2)]
+    assert told in problems[0].message
+    problems[0].message.encode()
+
+
+def test_half_of_a_surrogate_pair_in_yaml_is_refused_by_every_parser(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The parser in Python, used where there is none in C, takes such escapes; they are refused all the same."""
+    for loader in (yamltree._LOADER, yaml.SafeLoader):
+        monkeypatch.setattr(yamltree, "_LOADER", loader)
+        documents, problems = _read(r'name: "p\udfff"')
+        assert documents == []
+        assert [problem.severity for problem in problems] == ["error"]
+
+
+@pytest.mark.parametrize(
+    "text", [r'{"a": "\ud83d\ude00"}', '{"a": "\U0001f600"}', "a: \U0001f600\n", r'a: "\U0001F600"']
+)
+def test_whole_surrogate_pairs_and_their_characters_are_text(text: str) -> None:
+    """A pair of escapes is the character it stands for, as in JSON of the API server."""
+    assert _value(text) == {"a": "\U0001f600"}
+
+
+def test_json_is_not_nested_deeper_for_a_text_that_yaml_reads_otherwise() -> None:
+    """The limit of nesting holds whichever parser reads a JSON value in the end."""
+    for inner in (r'"\ud83d\ude00"', '"\u2028"'):
+        documents, problems = _read('{"a":' * 900 + inner + "}" * 900)
+        assert documents == []
+        assert "nested deeper than" in problems[0].message

@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -14,10 +16,10 @@ import pytest
 
 from netpol_ebpf.policy.translate import ResourceKey, key_of
 from netpol_ebpf.resources.types import Resource
+from netpol_ebpf.sources.copies import LastGoodCopies
 from netpol_ebpf.sources.files import (
     MAX_UNSETTLED_LOOKS,
     Batch,
-    LastGoodCopies,
     ManifestDirectory,
     Remove,
     Upsert,
@@ -220,6 +222,23 @@ def test_a_last_good_state_that_is_no_longer_valid_is_told(tmp_path: Path) -> No
     assert told.severity == "error"
     assert "1 of its objects are in force, the others are not" in told.message
     assert "which is read as true" in told.message
+
+
+@pytest.mark.parametrize("restarted", [False, True])
+def test_text_that_no_file_can_hold_is_refused(tmp_path: Path, *, restarted: bool) -> None:
+    """Half of a surrogate pair in a name or a label: the file keeps its last good objects, also those of a copy."""
+    copies = LastGoodCopies(tmp_path / "copies")
+    source = ManifestDirectory(tmp_path / "manifests", copies)
+    write(source, "a.json", pod("one"))
+    source.step()
+    metadata = r'{"name": "p\udfff", "namespace": "shop", "labels": {"a": "\ud800"}}'
+    write(source, "a.json", f'{{"apiVersion": "v1", "kind": "Pod", "metadata": {metadata}}}')
+    if restarted:
+        source = ManifestDirectory(source.root, copies)
+        assert names(source.step()) == {"one": "Upsert"}
+    else:
+        assert names(settled(source)) == {}
+    assert [one.slug for one in source.problems] == ["encoding"]
 
 
 def test_file_that_was_never_good_contributes_nothing(source: ManifestDirectory) -> None:
@@ -570,6 +589,218 @@ def test_place_that_was_never_seen_is_reported(source: ManifestDirectory) -> Non
     assert [(one.slug, one.severity, Path(one.location.file).name) for one in batch.problems] == [
         ("unreadable", "error", "team")
     ]
+
+
+# --- other things in the place of manifests --------------------------------------------------------------------------
+
+
+def later() -> float:
+    """A time at which no file is young."""
+    return time.time() + 1000
+
+
+def put_empty_directory(place: Path) -> None:
+    place.mkdir()
+
+
+def put_directory_with_notes(place: Path) -> None:
+    (place / "deeper").mkdir(parents=True)
+    (place / "README").touch()
+
+
+def put_pipe(place: Path) -> None:
+    os.mkfifo(place)
+
+
+def put_link_to_a_device(place: Path) -> None:
+    place.symlink_to("/dev/tty")
+
+
+def put_link_to_other_text(place: Path) -> None:
+    place.symlink_to("/proc/self/cmdline")
+
+
+def put_file(place: Path) -> None:
+    place.write_text("kind: [", encoding="utf-8")
+
+
+PUT_IN_PLACE = [
+    put_empty_directory, put_directory_with_notes, put_pipe, put_link_to_a_device, put_link_to_other_text, put_file,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("put", PUT_IN_PLACE)
+@pytest.mark.parametrize("name", ["b.yaml", "deep", "deep/er"])
+@pytest.mark.parametrize("restarted", [False, True])
+def test_something_else_in_the_place_of_manifests_ends_nothing(
+    tmp_path: Path, name: str, put: Callable[[Path], None], *, restarted: bool
+) -> None:
+    """A mount that is gone, a pipe, a link elsewhere: the objects stay and it is told; when the manifests are back, or the place goes, so does that."""
+    copies = LastGoodCopies(tmp_path / "copies")
+    source = ManifestDirectory(tmp_path / "manifests", copies, clock=later)
+    write(source, "a.yaml", pod("one"))
+    write(source, "b.yaml", pod("two"))
+    write(source, "deep/er/c.yaml", pod("three"))
+    source.step()
+    place, away = source.root / name, tmp_path / "away"
+    place.rename(away)
+    put(place)
+    write(source, "d.yaml", pod("four"))
+    if restarted:
+        source = ManifestDirectory(source.root, copies, clock=later)
+        batch = source.step()
+        assert names(batch) == dict.fromkeys(("one", "two", "three", "four"), "Upsert")
+    else:
+        batch = settled(source)
+        assert names(batch) == {"four": "Upsert"}
+    assert batch is not None
+    assert batch.problems
+    assert {(one.severity, one.location.file) for one in batch.problems} == {("error", str(place))}
+    assert [source.step() for _ in range(5)] == [None] * 5
+    if place.is_dir() and not place.is_symlink():
+        shutil.rmtree(place)
+    else:
+        place.unlink()
+    away.rename(place)
+    back = source.step() or source.step()
+    assert back is not None
+    assert (back.events, back.problems) == ((), ())
+    place.rename(away)
+    assert names(settled(source)) == {"two" if name == "b.yaml" else "three": "Remove"}
+    assert source.problems == ()
+
+
+def test_mount_that_is_gone_ends_nothing_at_the_root_either(tmp_path: Path) -> None:
+    """An empty directory in place of the whole one: nothing is known to have gone; nor by a restart."""
+    copies = LastGoodCopies(tmp_path / "copies")
+    source = ManifestDirectory(tmp_path / "manifests", copies)
+    write(source, "a.yaml", pod("one"))
+    source.step()
+    source.root.rename(tmp_path / "away")
+    source.root.mkdir()
+    batch = settled(source)
+    assert batch is not None
+    assert batch.events == ()
+    assert [(one.slug, one.location.file) for one in batch.problems] == [("unreadable", str(source.root))]
+    again = ManifestDirectory(source.root, copies)
+    assert names(again.step()) == {"one": "Upsert"}
+    assert again.problems == batch.problems
+    write(source, "none.yaml", "---\n")
+    assert names(settled(source)) == {"one": "Remove"}
+    assert source.problems == ()
+
+
+def test_empty_directory_of_which_nobody_knows_ends_nothing(tmp_path: Path) -> None:
+    """A damaged record of where the files were: an empty directory may be the mount that is gone."""
+    copies = LastGoodCopies(tmp_path / "copies")
+    source = ManifestDirectory(tmp_path / "manifests", copies)
+    path = write(source, "deep/a.yaml", pod("one"))
+    write(source, "b.yaml", pod("two"))
+    source.step()
+    path.unlink()
+    (copies.directory / "directories").write_text("[1", encoding="utf-8")
+    again = ManifestDirectory(source.root, copies, clock=later)
+    assert names(again.step()) == {"one": "Upsert", "two": "Upsert"}
+    assert [one.location.file for one in again.problems] == [str(path.parent)]
+    assert [again.step() for _ in range(5)] == [None] * 5
+    assert names(ManifestDirectory(source.root, copies).step()) == {"one": "Upsert", "two": "Upsert"}
+
+
+def test_place_that_was_never_seen_as_it_was_ends_nothing(tmp_path: Path) -> None:
+    """A pipe in place of a directory at the start, then an empty directory in place of the pipe."""
+    copies = LastGoodCopies(tmp_path / "copies")
+    copies.store("deep/a.yaml", pod("one"))
+    source = ManifestDirectory(tmp_path / "manifests", copies)
+    write(source, "b.yaml", pod("two"))
+    os.mkfifo(source.root / "deep")
+    assert names(source.step()) == {"one": "Upsert", "two": "Upsert"}
+    (source.root / "deep").unlink()
+    (source.root / "deep").mkdir()
+    assert names(settled(source)) == {}
+    assert [one.slug for one in source.problems] == ["unreadable"]
+
+
+@pytest.mark.parametrize("restarted", [False, True])
+def test_files_that_went_from_their_directory_went(tmp_path: Path, *, restarted: bool) -> None:
+    """The last file of a directory that stays, a whole directory, and a file that became a directory of manifests end what they had."""
+    copies = LastGoodCopies(tmp_path / "copies")
+    source = ManifestDirectory(tmp_path / "manifests", copies)
+    write(source, "deep/a.yaml", pod("one"))
+    write(source, "b/c.yaml", pod("two"))
+    write(source, "d.yaml", pod("three"))
+    source.step()
+    (source.root / "deep/a.yaml").unlink()
+    shutil.rmtree(source.root / "b")
+    (source.root / "d.yaml").unlink()
+    write(source, "d.yaml/e.yaml", pod("four"))
+    if restarted:
+        source = ManifestDirectory(source.root, copies)
+        assert names(source.step()) == {"four": "Upsert"}
+    else:
+        assert names(settled(source)) == {"one": "Remove", "two": "Remove", "three": "Remove", "four": "Upsert"}
+    assert source.problems == ()
+
+
+def test_release_that_is_swapped_by_a_link_is_a_change_like_others(source: ManifestDirectory) -> None:
+    """Another directory under the same name that has manifests says what there is, also when the same is found under a further name."""
+    write(source, ".v1/a.yaml", pod("one"))
+    write(source, ".v1/b.yaml", pod("two"))
+    write(source, ".v2/a.yaml", pod("one", app="db"))
+    (source.root / "current").symlink_to(".v1")
+    assert names(source.step()) == {"one": "Upsert", "two": "Upsert"}
+    (source.root / "next").symlink_to(".v2")
+    (source.root / "next").rename(source.root / "current")
+    assert names(settled(source)) == {"one": "Upsert", "two": "Remove"}
+    (source.root / "another").symlink_to(".v2")
+    assert names(settled(source)) == {"one": "Upsert"}, "it is under the first name now"
+    assert source.problems == ()
+
+
+@pytest.mark.parametrize("put", [put_pipe, put_link_to_a_device, put_file])
+def test_root_that_is_no_directory_any_more_ends_nothing(
+    source: ManifestDirectory, put: Callable[[Path], None]
+) -> None:
+    """A pipe or a file in place of the whole directory is not read, and told; the directory counts again when it is back."""
+    write(source, "a.yaml", pod("one"))
+    source.step()
+    away = source.root.with_name("away")
+    source.root.rename(away)
+    put(source.root)
+    batch = source.step()
+    assert batch is not None
+    assert (batch.events, [one.slug for one in batch.problems]) == ((), ["unreadable"])
+    source.root.unlink()
+    away.rename(source.root)
+    back = source.step()
+    assert back is not None
+    assert (back.events, back.problems) == ((), ())
+
+
+def test_root_that_is_a_pipe_is_not_waited_for(source: ManifestDirectory) -> None:
+    """At the start too: nothing is opened, and nothing is taken for an empty directory."""
+    os.mkfifo(source.root)
+    batch = source.step()
+    assert batch is not None
+    assert "neither a directory nor a regular file" in batch.problems[0].message
+    assert not source.was_read
+
+
+def test_pipe_among_the_copies_is_not_waited_for(tmp_path: Path) -> None:
+    """Neither to read a copy nor to write one."""
+    copies = LastGoodCopies(tmp_path / "copies")
+    copies.store("a.yaml", pod("one"))
+    path = copies._path("a.yaml")
+    path.unlink()
+    for name in (path, path.with_suffix(".draft")):
+        os.mkfifo(name)
+    source = ManifestDirectory(tmp_path / "manifests", copies)
+    write(source, "a.yaml", "kind: [")
+    batch = source.step()
+    assert batch is not None
+    assert [one.slug for one in batch.problems] == ["copies", "yaml"]
+    write(source, "a.yaml", pod("one"))
+    assert names(settled(source)) == {"one": "Upsert"}
+    assert copies.load("a.yaml") == pod("one")
 
 
 # --- nothing, said and unsaid ----------------------------------------------------------------------------------------

@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Texts of the last good state of each file of manifests, so that a restart with a broken file changes no policy.
+
+Invariant: a copy is whole or not there; nothing in the directory of the copies is waited for, whatever it is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from netpol_ebpf.resources.manifest_files import DirectoryId, read_regular
+
+DIRECTORIES = "directories"
+"""No hash, so no copy's name."""
+
+
+@dataclass(slots=True)
+class LastGoodCopies:
+    """The copies in one directory, which is made when the first one is stored.
+
+    Names are hashed, since a manifest may have any name; each copy has the name beside it.  All but `directories` raise OSError.
+    """
+
+    directory: Path
+
+    def _path(self, name: str) -> Path:
+        return self.directory / hashlib.sha256(name.encode(errors="surrogateescape")).hexdigest()
+
+    def load(self, name: str) -> str | None:
+        """The copy, or None when there is none. Raises UnicodeDecodeError, too."""
+        try:
+            return read_regular(self._path(name)).decode("utf-8")
+        except FileNotFoundError:
+            return None
+
+    def store(self, name: str, text: str) -> None:
+        """Replace the copy in one step."""
+        self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        path = self._path(name)
+        _replace(path, text.encode("utf-8"))
+        beside, raw = path.with_suffix(".name"), name.encode(errors="surrogateescape")
+        if _content(beside) != raw:
+            _replace(beside, raw)
+
+    def names(self) -> list[str]:
+        """The files that there are copies of, whatever has become of the files."""
+        if not self.directory.is_dir():
+            return []
+        found = [(_content(path) or b"").decode(errors="surrogateescape") for path in self.directory.glob("*.name")]
+        return [name for name in found if self._path(name).exists()]  # a name that was written in part has no copy
+
+    def forget(self, name: str) -> None:
+        """Remove the copy, if there is one."""
+        for path in (self._path(name), self._path(name).with_suffix(".name")):
+            path.unlink(missing_ok=True)
+
+    def keep_only(self, names: Mapping[str, object]) -> None:
+        """Forget the copies of all other files."""
+        if not self.directory.is_dir():
+            return
+        wanted = {self._path(name).name for name in names}
+        for path in self.directory.iterdir():
+            if path.name.removesuffix(".name") not in wanted and path.name != DIRECTORIES:
+                path.unlink()
+
+    def store_directories(self, directories: Mapping[str, DirectoryId]) -> None:
+        """Keep in which directories the files are: one of the same name may be another one the next time."""
+        path = self.directory / DIRECTORIES
+        if directories:
+            self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            _replace(path, json.dumps(directories).encode())
+        else:
+            path.unlink(missing_ok=True)
+
+    def directories(self) -> dict[str, DirectoryId] | None:
+        """As they were stored, none where nothing was; None when what was stored is damaged."""
+        path = self.directory / DIRECTORIES
+        if not path.exists():
+            return {}
+        try:
+            return {
+                str(name): (int(device), int(inode)) for name, (device, inode) in json.loads(read_regular(path)).items()
+            }
+        except (OSError, ValueError, TypeError, AttributeError):
+            return None
+
+
+def _content(path: Path) -> bytes | None:
+    """What a file holds; None for what is no file."""
+    with contextlib.suppress(OSError):
+        return read_regular(path)
+    return None
+
+
+def _replace(path: Path, content: bytes) -> None:
+    """Write a file in one step, into a new file: what has the draft's name may be a pipe."""
+    draft = path.with_suffix(".draft")
+    draft.unlink(missing_ok=True)
+    with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), "wb") as file:
+        file.write(content)
+    draft.replace(path)

@@ -1,0 +1,346 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Files of manifests to objects: in place where that takes milliseconds, else by a child process, a fork of this one.
+
+A megabyte of YAML takes seconds, and may take a hundred times its size of memory.  The child has limits of both; the process
+that begins it goes on with its work, asks now and then whether the child has ended, and takes up what it left in a file in
+memory.  Rejected: portions in the loop (a comment of 30 MB is one step of the parser), threads (the parser holds the
+interpreter's lock).
+
+Invariant: what comes out is the same on both ways, in the order of the tasks.  A file on which the child fails is told, and keeps no other
+file from being read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import logging
+import os
+import pickle
+import re
+import resource
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import NoReturn
+
+from netpol_ebpf.child import part_from
+from netpol_ebpf.errors import Location, Problem
+from netpol_ebpf.resources.load import LoadResult, parse_documents
+from netpol_ebpf.resources.manifest_files import never_pause, read_regular
+from netpol_ebpf.resources.types import Resource
+from netpol_ebpf.resources.yamltree import read_documents
+from netpol_ebpf.sources.copies import LastGoodCopies
+
+IN_PLACE_BYTES = 4096
+"""What is read in place, in all: a few milliseconds. A child costs as much."""
+READ_S = 300
+"""What one file may take; 64 MiB of a cluster's objects take half of it on a slow processor."""
+CHILD_BYTES = 2 << 30
+"""Memory of the child beside what it shares; 64 MiB of a cluster's objects need half of it."""
+MOST_PROBLEMS = 100
+"""Of one file that are told; arbitrary."""
+TAKEN_TOGETHER = 250
+"""Objects between two pauses; arbitrary, a few milliseconds."""
+
+_DOCUMENT_MARK = re.compile(r"^---(?:\s|$)", re.MULTILINE)
+_ALIAS = re.compile(rb"[&*]\w")
+"""Small texts with aliases may stand for large values."""
+
+_LENGTH_BYTES = 8
+_NO_MEMORY, _BUG = 12, 70
+"""Exit codes of the child."""
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """A file to be read.
+
+    ``path``: None for a file that is not to be read, of which only the last good state can be.  ``digest``: of what was last read,
+    b"" for nothing.  ``copy``: read the last good state if the file has none.  ``size_bytes``: as the search saw it.  ``problems``,
+    ``again``: why it is not to be read, and whether that may be otherwise the next time although the file does not change.
+    """
+
+    name: str
+    place: Path
+    path: Path | None
+    digest: bytes
+    copy: bool
+    size_bytes: int
+    problems: tuple[Problem, ...] = ()
+    again: bool = False
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What became of a file.
+
+    ``state``: "good", "bad", "same" as last read, "gone", "unreadable", or "kept" when it was not read.  ``resources`` and
+    ``skipped`` of what is not good are those of its last good state, if that was to be read.  ``text``: of a good file, to be copied.
+    ``again``: as in the task.
+    """
+
+    name: str
+    state: str
+    digest: bytes = b""
+    problems: tuple[Problem, ...] = ()
+    skipped: Mapping[str, int] = field(default_factory=dict)
+    text: str | None = None
+    again: bool = False
+    resources: tuple[Resource, ...] = ()
+
+
+def can_read_in_place(tasks: Sequence[Task]) -> bool:
+    """Whether reading takes no more than some milliseconds."""
+    if sum(task.size_bytes for task in tasks) > IN_PLACE_BYTES:
+        return False
+    return not any(_has_aliases(task.path) for task in tasks if task.path is not None)
+
+
+def _has_aliases(path: Path) -> bool:
+    with contextlib.suppress(OSError):  # that is found out again, and told
+        return len(_ALIAS.findall(read_regular(path))) > 1
+    return False
+
+
+def read(task: Task, copies: LastGoodCopies | None) -> Outcome:
+    """Read one file, here and now; what is wrong with it is in the outcome."""
+    if task.path is None:
+        return _with_last_good(Outcome(task.name, "kept", problems=task.problems, again=task.again), task, copies)
+    try:
+        raw = read_regular(task.path)
+    except FileNotFoundError:
+        return Outcome(task.name, "gone")
+    except OSError as error:
+        outcome = Outcome(task.name, "unreadable", problems=(unreadable(task.place, error.strerror),))
+        return _with_last_good(outcome, task, copies)
+    digest = hashlib.sha256(raw).digest()
+    if digest == task.digest:
+        return Outcome(task.name, "same", digest)
+    result = _parse(raw, task.place)
+    outcome = Outcome(task.name, "bad", digest, tuple(_few(result.problems, task.place)))
+    if result.errors:
+        return _with_last_good(outcome, task, copies)
+    outcome.state, outcome.text = "good", raw.decode("utf-8")
+    outcome.resources, outcome.skipped = tuple(result.resources), result.skipped
+    return outcome
+
+
+def _with_last_good(outcome: Outcome, task: Task, copies: LastGoodCopies | None) -> Outcome:
+    """For a file that this process has never seen good: the state a predecessor stored."""
+    if not task.copy or copies is None:
+        return outcome
+    try:
+        text = copies.load(task.name)
+    except (OSError, UnicodeDecodeError) as error:
+        text = None
+        message = f"its last good state cannot be read from {copies.directory} either ({error})"
+        outcome.problems += (Problem(Location(str(task.place)), "", message, slug="copies"),)
+    if text is not None:
+        good = parse_documents(text, str(task.place))
+        outcome.resources, outcome.skipped = tuple(good.resources), good.skipped
+        if good.errors:  # another version of the agent took it for good
+            outcome.problems += (_no_longer_good(task.place, good),)
+    return outcome
+
+
+@dataclass(slots=True)
+class Reading:
+    """The files of one look, on their way to objects. `begin`, ask `has_ended` again and again, then take `outcomes` once."""
+
+    tasks: Sequence[Task]
+    copies: LastGoodCopies | None
+    began_s: float = field(default_factory=time.monotonic)
+    _left: list[Task] = field(default_factory=list)
+    _done: list[tuple[Task, int]] = field(default_factory=list)  # and in which of the results
+    _results: list[io.BufferedReader] = field(default_factory=list)
+    _process: int = 0
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether a child was begun."""
+        return bool(self._results)
+
+    def begin(self) -> None:
+        """Have a child read the files. Raises OSError when there can be no child now."""
+        self._left = list(self.tasks)
+        self._fork()
+
+    def _fork(self) -> None:
+        parent, results = os.getpid(), os.memfd_create("manifests", os.MFD_CLOEXEC)
+        self._results.append(os.fdopen(results, "rb"))
+        self._process = os.fork()
+        if self._process == 0:
+            _work(parent, results, self._left, self.copies)
+
+    def has_ended(self, *, wait: bool = False) -> bool:
+        """Whether all files have been read. Blocks only to ``wait``. Raises OSError when there can be no further child now."""
+        while self._left:
+            done, status = os.waitpid(self._process, 0 if wait else os.WNOHANG)
+            if not done:
+                return False
+            self._process = 0
+            self._note_end(os.waitstatus_to_exitcode(status))
+        return True
+
+    def _note_end(self, code: int) -> None:
+        """After a child: begin another one for what it left, without the file that ended it."""
+        number, results = len(self._results) - 1, self._results[-1]
+        results.seek(0)
+        while self._left and _skip(results):
+            self._done.append((self._left.pop(0), number))
+        results.seek(0)
+        if self._left:
+            why, again = _reason(code)
+            failed = self._left[0]
+            if failed.path is None:  # not even its last good state can be read
+                failed = replace(failed, copy=False)
+            problems = (*failed.problems, unreadable(failed.place, why))
+            self._left[0] = replace(failed, path=None, problems=problems, again=again)
+            self._fork()
+
+    def outcomes(self, pause: Callable[[], None] = never_pause) -> Iterator[tuple[Task, Outcome]]:
+        """What became of each file, in the order of the tasks. ``pause`` is called every few milliseconds."""
+        # Without `peek` an unpickler reads no further than its object.
+        feeds = [SimpleNamespace(read=one.read, readline=one.readline) for one in self._results]
+        unpicklers = [pickle.Unpickler(one) for one in feeds]  # noqa: S301 - written by our own child
+        for task, number in self._done:
+            yield task, _load(self._results[number], unpicklers[number], pause)
+
+    def close(self) -> None:
+        """End the child if there is one, and let go of what it left."""
+        if self._process:
+            os.kill(self._process, signal.SIGKILL)
+            os.waitpid(self._process, 0)
+            self._process = 0
+        for one in self._results:
+            one.close()
+        self._results.clear()
+
+
+# --- what the child leaves: for each file its length in bytes, 0 while it is being read, an outcome, its text, its objects ------
+
+
+def _skip(results: io.BufferedReader) -> bool:
+    """Go past what was left of one file; whether it is whole."""
+    length = int.from_bytes(results.read(_LENGTH_BYTES), "little")
+    if length:
+        results.seek(length, os.SEEK_CUR)
+    return bool(length)
+
+
+def _load(results: io.BufferedReader, unpickler: pickle.Unpickler, pause: Callable[[], None]) -> Outcome:
+    results.read(_LENGTH_BYTES)
+    outcome: Outcome = unpickler.load()
+    outcome.text = pickle.load(results)  # noqa: S301 - written by our own child
+    resources: list[Resource] = []
+    while part := unpickler.load():
+        pause()
+        resources += part
+    outcome.resources = tuple(resources)
+    pause()
+    return outcome
+
+
+def _work(parent: int, results: int, tasks: Sequence[Task], copies: LastGoodCopies | None) -> NoReturn:
+    """All that the child does."""
+    code = _BUG
+    try:
+        part_from(parent, READ_S)
+        os.closerange(3, results)
+        os.closerange(results + 1, os.sysconf("SC_OPEN_MAX"))
+        shared = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (shared + CHILD_BYTES, shared + CHILD_BYTES))
+        _leave_all(results, tasks, copies)
+        code = 0
+    except MemoryError:
+        code = _NO_MEMORY
+    except Exception:  # the one place where a bug in reading becomes an exit code
+        log.exception("bug: manifests cannot be read")
+    finally:
+        os._exit(code)
+
+
+def _leave_all(results: int, tasks: Sequence[Task], copies: LastGoodCopies | None) -> None:
+    with os.fdopen(results, "wb", closefd=False) as file:
+        pickler = pickle.Pickler(file, pickle.HIGHEST_PROTOCOL)  # one for all: what objects share stays shared
+        for task in tasks:
+            signal.alarm(READ_S)
+            begin = file.tell()
+            file.write(bytes(_LENGTH_BYTES))
+            outcome = read(task, copies)
+            pickler.dump(replace(outcome, resources=(), text=None))
+            pickle.dump(outcome.text, file, pickle.HIGHEST_PROTOCOL)
+            for first in range(0, len(outcome.resources), TAKEN_TOGETHER):
+                pickler.dump(outcome.resources[first : first + TAKEN_TOGETHER])
+            pickler.dump(())
+            file.flush()
+            os.pwrite(results, (file.tell() - begin - _LENGTH_BYTES).to_bytes(_LENGTH_BYTES, "little"), begin)
+
+
+def _reason(code: int) -> tuple[str, bool]:
+    """Why a child ended before it was done, and whether that may be otherwise the next time."""
+    if code == -signal.SIGALRM:
+        return f"that takes longer than {READ_S} s; write its objects into several files", False
+    if code == _NO_MEMORY:
+        return f"that takes more than {CHILD_BYTES >> 20} MiB of memory; write its objects into several files", False
+    if code < 0:
+        return f"the process that read it was ended by {signal.Signals(-code).name}", True
+    return "a bug, which the log tells", False
+
+
+# --- one text --------------------------------------------------------------------------------------------------------------------
+
+
+def unreadable(place: Path, reason: str | None) -> Problem:
+    """That a file cannot be read, and what that means."""
+    message = f"cannot be read ({reason}); its last good state stays in force"
+    return Problem(Location(str(place)), "", message, slug="unreadable")
+
+
+def _parse(raw: bytes, path: Path) -> LoadResult:
+    try:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        message = f"is not UTF-8 text (byte {error.start}: {error.reason}); save it as UTF-8"
+        return LoadResult(resources=[], problems=[Problem(Location(str(path), line), "", message, slug="encoding")])
+    blank = not text.removeprefix("\ufeff").strip()  # tabs as well, which YAML would find fault with
+    result = parse_documents("" if blank else text, str(path))
+    if not result.resources and not result.errors and not _says_none(text, str(path)):
+        message = (
+            "says nothing (it is empty, or has spaces and comments alone); its last good state stays in force: write `---` "
+            "into it if it is meant to have no objects, or remove it"
+        )
+        result.problems.append(Problem(Location(str(path)), "", message, slug="empty"))
+    return result
+
+
+def _says_none(text: str, file: str) -> bool:
+    """Whether a text without objects means that: it begins a document, or has an empty List."""
+    has_mark = _DOCUMENT_MARK.search(text.removeprefix("\ufeff")) is not None
+    return has_mark or any(True for _ in read_documents(text, file, []))
+
+
+def _few(problems: Sequence[Problem], place: Path) -> Iterator[Problem]:
+    """No more than people read: the first ones, errors among them if there are any, and how many there are."""
+    yield from problems[:MOST_PROBLEMS]
+    more = problems[MOST_PROBLEMS:]
+    if more:
+        severity = "error" if any(one.severity == "error" for one in more) else "warning"
+        message = f"has {len(more)} problems more, which are not told"
+        yield Problem(Location(str(place), more[0].location.line), "", message, severity=severity, slug="more")
+
+
+def _no_longer_good(path: Path, good: LoadResult) -> Problem:
+    message = (
+        f"its last good state is not valid to this version of the agent either ({good.errors[0].message}): "
+        f"{len(good.resources)} of its objects are in force, the others are not; mend the file"
+    )
+    return Problem(Location(str(path)), "", message, slug="copies")
