@@ -22,7 +22,7 @@ DAMAGED_SUFFIX = ".damaged"
 MOST_TOLD, MOST_LETTERS = 3, 200
 """Of what is wrong in a file: how much of it is said, and how much of each; arbitrary."""
 _JSON_NAMES = {
-    dict: "an object", list: "a list", str: "a text", int: "a whole number", float: "a number", bool: "true or false", type(None): "null",
+    dict: "an object", list: "a list", str: "a text", int: "a whole number", float: "a fraction", bool: "true or false", type(None): "null",
 }  # fmt: skip
 
 
@@ -53,6 +53,8 @@ def set_aside(path: Path) -> str:
     """Move a file to where nobody reads it. Returns what became of it, as the end of a sentence."""
     aside = path.with_suffix(DAMAGED_SUFFIX)
     try:
+        if not aside.is_dir():
+            aside.unlink(missing_ok=True)  # no directory can take its place
         path.replace(aside)
     except OSError as error:
         return f"it cannot be kept aside ({error.strerror})"

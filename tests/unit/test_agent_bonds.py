@@ -591,13 +591,19 @@ def directory(path: Path) -> None:
 
 
 @pytest.mark.parametrize("make", [fifo, sparse, link, directory])
-def test_what_is_no_file_of_interfaces_keeps_nobody_waiting(tmp_path: Path, make: Callable[[Path], None]) -> None:
+@pytest.mark.parametrize("before", [None, fifo, link], ids=["", "beside an earlier FIFO", "beside an earlier link"])
+def test_what_is_no_file_of_interfaces_keeps_nobody_waiting(
+    tmp_path: Path, make: Callable[[Path], None], before: Callable[[Path], None] | None
+) -> None:
     """Neither where it is read nor where it is written; it is told, and the next agent finds a file."""
     path = tmp_path / "interfaces"
     make(path)
+    if before is not None:
+        before(path.with_suffix(DAMAGED_SUFFIX))
     bonds = Bonds()
     problem = bonds.load(path)
     assert problem is not None
+    assert "is kept as" in problem.message
     if make is not directory:
         make(path.with_suffix(".draft"))
     bonds.look(wiring({"10.0.0.1": 5}), [endpoint("web", "10.0.0.1")])
