@@ -7,7 +7,7 @@ so only the addresses count that were there when the interface was first seen wi
 
 Invariants: nothing inside a workload's namespace moves a bond, and a conflict leaves the older bond as it is; a bound interface
 is never taken for the node's own; what is in doubt is left as it is and told.  What is decided outlives the process, in a file
-beside the pins.  Asks no kernel; must not know of programs.
+beside the pins, of which each part is believed only if it is as an agent writes it.  Asks no kernel; must not know of programs.
 """
 
 from __future__ import annotations
@@ -25,14 +25,27 @@ from pathlib import Path
 from typing import Any
 
 from netpol_ebpf.agent.wiring import ETHERNET, NOWHERE, TAP_KINDS, Link, Wiring
+from netpol_ebpf.apply.records import (
+    checked,
+    checked_list,
+    load_regular,
+    open_draft,
+    parse_json,
+    reason_of,
+    set_aside,
+    told,
+)
 from netpol_ebpf.errors import Location, Problem
 from netpol_ebpf.policy.types import Endpoint, EndpointKey, IPAddress
 
 log = logging.getLogger(__name__)
 
 FORMAT = 1
+MOST_BYTES = 1 << 26
+"""Of the file, to be read; arbitrary, a hundred times what a full node needs."""
 POD = "Pod"
 IPV4, IPV6 = 4, 6
+MOST_IFINDEX = (1 << 31) - 1
 DERIVED_NAME = re.compile(r"(?:cali|eni|vlan|gke|azv)([0-9a-f]{11})")
 """Names of a pod's interface on the node that container networks make of the first 11 digits of the SHA-1 of ``namespace.name``
 (Calico; AWS VPC CNI, with ``vlan`` for pods that have security groups; GKE; Azure CNI)."""
@@ -48,9 +61,9 @@ class Evidence(enum.IntEnum):
     NAME = 3
     """The interface's name is made of the pod's."""
     ROUTE = 4
-    """The node's own route to an address of the endpoint."""
+    """The node's own route to an address of the endpoint; a prefix is one where nobody can look at the other end."""
     ADDRESS = 5
-    """The first address seen at the interface's other end. Weak: the workload could have chosen it."""
+    """The first addresses seen at the interface's other end. Weak: the workload could have chosen them."""
 
 
 class Side(enum.Enum):
@@ -71,7 +84,7 @@ class Bond:
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """What is kept of an interface. ``first``: the addresses at its other end when there first were any."""
+    """What is kept of an interface. ``first``: when there first were addresses at its other end, the oldest one of each family."""
 
     name: str
     side: Side | None = None
@@ -201,7 +214,7 @@ class Bonds:
         """Whether there is an interface of which the first address at its other end is yet to be seen."""
         peers = {ifindex for ifindex, link in wiring.links.items() if link.peer is not None}
         return any(
-            seen.side is Side.WORKLOAD and seen.bond is None and not seen.first and ifindex in peers
+            seen.side is not Side.OWN and seen.bond is None and not seen.first and ifindex in peers
             for ifindex, seen in self._seen.items()
         )
 
@@ -241,7 +254,7 @@ class Bonds:
                 log.warning("interface %s is %s", link.name, _SAID[side])
             first = seen.first
             if not first and link.peer is not None:
-                first = tuple(one for one in wiring.peer_addresses.get(link.peer, ()) if not one.is_link_local)
+                first = _oldest(wiring.peer_addresses.get(link.peer, ()))
             if (seen.name, seen.side, seen.first) != (link.name, side, first):
                 seen = replace(seen, name=link.name, side=side, first=first)
             self._keep(link.ifindex, seen)
@@ -350,19 +363,31 @@ class Bonds:
     # --- beyond the process -----------------------------------------------------------------------------------------
 
     def load(self, path: Path) -> Problem | None:
-        """Take up what an earlier agent decided; what cannot be read is told, and decided anew."""
+        """Take up what an earlier agent decided; what of it cannot be read is told, kept aside, and decided anew."""
+        self._seen, wrong = {}, []
         try:
-            document = json.loads(path.read_text(encoding="utf-8"))
-            interfaces = {FORMAT: document["interfaces"]}[document["format"]]
-            self._seen = {int(ifindex): _read_seen(one) for ifindex, one in interfaces.items()}
+            document = checked(parse_json(load_regular(path, MOST_BYTES)), dict, "it")
+            if checked(document.get("format"), int, "the format") != FORMAT:
+                raise ValueError(f"format {document['format']} is not {FORMAT}")  # noqa: TRY301 - told like all others
+            interfaces = checked(document.get("interfaces"), dict, "interfaces")
             self._is_recalled = True
         except FileNotFoundError:
             return None
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            self._seen = {}
-            message = f"what was decided about interfaces cannot be read ({error}): it is decided anew"
-            return Problem(Location(str(path)), "", message, severity="warning", slug="interfaces-file")
-        return None
+        except (OSError, ValueError) as error:
+            interfaces, wrong = {}, [reason_of(error)]
+        for ifindex, written in interfaces.items():
+            try:
+                self._seen[_read_ifindex(ifindex)] = _read_seen(written)
+            except ValueError as error:  # noqa: PERF203 - each entry counts by itself
+                wrong.append(f"interface {ifindex!r}: {error}")
+        if not wrong:
+            return None
+        self.is_dirty = True
+        message = (
+            f"what was decided about interfaces is damaged ({told(wrong)}); {set_aside(path)}: what is right in it "
+            "counts, all else is decided anew"
+        )
+        return Problem(Location(str(path)), "", message, severity="warning", slug="interfaces-file")
 
     def expect(self, key: EndpointKey, ifindex: int) -> None:
         """A bond of an earlier agent that the kernel's rows show, should the file not. ``ifindex``: NOWHERE when it is gone."""
@@ -384,7 +409,8 @@ class Bonds:
             self._written[ifindex] = known
         interfaces = ", ".join(f'"{ifindex}": {text}' for ifindex, (_, text) in self._written.items())
         draft = path.with_suffix(".draft")
-        draft.write_text(f'{{"format": {FORMAT}, "interfaces": {{{interfaces}}}}}\n', encoding="utf-8")
+        with open_draft(draft) as file:
+            file.write(f'{{"format": {FORMAT}, "interfaces": {{{interfaces}}}}}\n')
         draft.replace(path)
         self.is_dirty = False
 
@@ -457,9 +483,10 @@ class _Places:
         return found
 
     def _by_subnet(self, address: IPAddress) -> int | None:
-        """The interface that a subnet of the node is on alone, by the longest prefix; of a pair, if the address is at its other end.
+        """The interface that a subnet of the node is on alone, by the longest prefix, unless it is one end of a pair.
 
-        A link with a prefix may have others on it than the one at the other end, and their packets do not all pass the node.
+        Of a pair, the prefix leads to whoever is at the other end, who may be one of many that the prefix has room for: which one
+        only the addresses there tell, and those are the workload's to choose.
         """
         nets = [net for net in self._wiring.subnets if net.version == address.version and address in net]
         if not nets:
@@ -469,29 +496,40 @@ class _Places:
             return None
         (ifindex,) = found
         link = self._wiring.links.get(ifindex)
-        if link is None or link.peer is None:
-            return ifindex
-        return ifindex if address in self._wiring.peer_addresses.get(link.peer, ()) else None
+        return ifindex if link is None or link.peer is None else None
 
 
 class _First:
     """Where endpoints would be by the first addresses at the other ends of interfaces."""
 
     def __init__(self, seen: Mapping[int, Seen]) -> None:
+        self._seen = seen
         self._by_address: dict[IPAddress, set[int]] = {}
         for ifindex, one in seen.items():
-            for address in _oldest(one.first) if one.side is not Side.OWN else ():
+            for address in one.first if one.side is not Side.OWN else ():
                 self._by_address.setdefault(address, set()).add(ifindex)
 
     def of(self, endpoint: Endpoint) -> set[int]:
-        """Interfaces with an address of the endpoint as their oldest one."""
-        return {ifindex for address in endpoint.addresses for ifindex in self._by_address.get(address, ())}
+        """Interfaces whose first addresses are the endpoint's; one that is bound to another only if there is nothing else."""
+        candidates = {ifindex for address in endpoint.addresses for ifindex in self._by_address.get(address, ())}
+        found = {ifindex for ifindex in candidates if self._speaks_for(ifindex, endpoint)}
+        free = {ifindex for ifindex in found if self._is_free(ifindex, endpoint)}
+        return free or found
+
+    def _speaks_for(self, ifindex: int, endpoint: Endpoint) -> bool:
+        """Whether no first address contradicts: of a family that the endpoint has, it must be one of the endpoint's."""
+        families = {address.version for address in endpoint.addresses}
+        return all(one in endpoint.addresses for one in self._seen[ifindex].first if one.version in families)
+
+    def _is_free(self, ifindex: int, endpoint: Endpoint) -> bool:
+        bond = self._seen[ifindex].bond
+        return bond is None or bond.key == endpoint.key
 
 
-def _oldest(addresses: Sequence[IPAddress]) -> list[IPAddress]:
+def _oldest(addresses: Sequence[IPAddress]) -> tuple[IPAddress, ...]:
     """Of each family the address that is there longest: the kernel lists those of IPv4 from the oldest on, of IPv6 from the newest."""
-    found = [[one for one in addresses if one.version == version] for version in (IPV4, IPV6)]
-    return [*found[0][:1], *found[1][-1:]]
+    found = [[one for one in addresses if one.version == version and not one.is_link_local] for version in (IPV4, IPV6)]
+    return (*found[0][:1], *found[1][-1:])
 
 
 def _is_same(bond: Bond, endpoint: Endpoint) -> bool:
@@ -517,15 +555,34 @@ def _write_seen(seen: Seen) -> dict[str, Any]:
     return written
 
 
-def _read_seen(written: Mapping[str, Any]) -> Seen:
-    bond = written.get("bond")
+def _read_ifindex(written: str) -> int:
+    if not written.isascii() or not written.isdecimal() or not NOWHERE < int(written) <= MOST_IFINDEX:
+        raise ValueError("it is no interface's number")
+    return int(written)
+
+
+def _read_seen(written: Any) -> Seen:
+    """Raises ValueError."""
+    fields = checked(written, dict, "it")
+    side, bond = fields.get("side"), fields.get("bond")
     return Seen(
-        written["name"],
-        None if written["side"] is None else Side(written["side"]),
-        tuple(map(ip_address, written["first"])),
-        None if bond is None else Bond(
-            EndpointKey(*bond["endpoint"]),
-            Evidence[bond["evidence"]],
-            None if bond["addresses"] is None else tuple(map(ip_address, bond["addresses"])),
-        ),
-    )  # fmt: skip
+        checked(fields.get("name"), str, "its name"),
+        None if side is None else Side(checked(side, str, "its side")),
+        _oldest(_read_addresses(fields.get("first"))),
+        None if bond is None else _read_bond(checked(bond, dict, "its bond")),
+    )
+
+
+def _read_bond(fields: dict[Any, Any]) -> Bond:
+    evidence, addresses = checked(fields.get("evidence"), str, "the evidence"), fields.get("addresses")
+    if evidence not in Evidence.__members__:
+        raise ValueError(f"{evidence!r} is no evidence")
+    return Bond(
+        EndpointKey(*checked_list(fields.get("endpoint"), str, "an endpoint", 3)),
+        Evidence[evidence],
+        None if addresses is None else _read_addresses(addresses),
+    )
+
+
+def _read_addresses(written: Any) -> tuple[IPAddress, ...]:
+    return tuple(map(ip_address, checked_list(written, str, "addresses")))

@@ -10,15 +10,14 @@ Invariant: only what root alone can write counts; a file that cannot be read is 
 from __future__ import annotations
 
 import base64
-import json
 import os
 import stat
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from ipaddress import ip_interface
 from pathlib import Path
 from typing import Any
 
+from netpol_ebpf.apply.records import checked, checked_list, load_regular, parse_json, reason_of
 from netpol_ebpf.errors import Location, Problem
 from netpol_ebpf.policy.types import EndpointKey, IPAddress
 
@@ -88,31 +87,41 @@ class PluginResults:
                 return
             self._faulty.pop(name, None)
             self._read[name] = (signature, None)
-            if not stat.S_ISREG(status.st_mode) or not _is_trusted(status) or status.st_size > MOST_BYTES:
-                raise ValueError("it is no file of root's alone, or too large")  # noqa: TRY301 - told like all others
-            self._read[name] = (signature, parse_result(path.read_text(encoding="utf-8")))
+            if not _is_trusted(status):
+                raise ValueError("others than root may write it")  # noqa: TRY301 - told like all others
+            self._read[name] = (signature, parse_result(load_regular(path, MOST_BYTES)))
         except FileNotFoundError:
             self._read.pop(name, None)
-        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-            self._faulty[name] = _problem(path, str(error))
+        except (OSError, ValueError) as error:
+            self._faulty[name] = _problem(path, reason_of(error))
 
 
-def parse_result(text: str) -> Result | None:
-    """One file of libcni's cache; None for what is no pod's. Raises ValueError, LookupError, TypeError or AttributeError for nonsense."""
-    document: Mapping[str, Any] = json.loads(text)
-    arguments = {str(key): str(value) for key, value in document.get("cniArgs") or ()}
+def parse_result(text: bytes) -> Result | None:
+    """One file of libcni's cache; None for what is no pod's. Raises ValueError for what libcni would not write."""
+    document = checked(parse_json(text), dict, "the file")
+    given = (
+        checked_list(one, str, "an argument", 2) for one in checked_list(document.get("cniArgs") or [], list, "cniArgs")
+    )
+    arguments = {key: value for key, value in given}  # noqa: C416 - mypy takes no lists for pairs
     if not all(arguments.get(name) for name in NAMES):
         return None
-    config = json.loads(base64.b64decode(document.get("config") or "e30="))
-    plugins = config.get("plugins") or [config]
-    result = document.get("result") or {}
+    config = checked(parse_json(base64.b64decode(_text(document, "config") or "e30=")), dict, "config")
+    plugins = checked_list(config.get("plugins") or [config], dict, "plugins")
+    result = checked(document.get("result") or {}, dict, "result")
+    interfaces = checked_list(result.get("interfaces") or [], dict, "interfaces")
+    addresses = checked_list(result.get("ips") or [], dict, "ips")
     return Result(
         EndpointKey(POD, *(arguments[name] for name in NAMES)),
-        frozenset(str(one["name"]) for one in result.get("interfaces") or () if not one.get("sandbox")),
-        frozenset(ip_interface(one["address"]).ip for one in result.get("ips") or ()),
-        str(document.get("ifName", "")),
-        str(plugins[0].get("type", "")),
+        frozenset(checked(one.get("name"), str, "name") for one in interfaces if not _text(one, "sandbox")),
+        frozenset(ip_interface(checked(one.get("address"), str, "address")).ip for one in addresses),
+        _text(document, "ifName"),
+        _text(plugins[0], "type"),
     )
+
+
+def _text(document: dict[Any, Any], name: str) -> str:
+    """A field that may be absent or null, as Go writes what is empty."""
+    return checked(document.get(name) or "", str, name)
 
 
 def _is_trusted(status: os.stat_result) -> bool:

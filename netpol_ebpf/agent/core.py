@@ -11,6 +11,7 @@ Runs no loop and opens no files or sockets: `netpol_ebpf.agent.main` does, and t
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -163,6 +164,7 @@ class Agent:
         self._wiring = Wiring()
         self._bonds = Bonds(settings.interfaces, settings.own_interfaces)
         self._bonds_file = bonds_file
+        self._bonds_damage: tuple[Problem, ...] = ()
         self._bonds_problems: tuple[Problem, ...] = ()
         self._located = Located()
         self._told: frozenset[str] = frozenset()  # of what is not enforced
@@ -203,7 +205,7 @@ class Agent:
             found.append(Problem(self._location(key), "", f"interface: {message}", obj=str(key), slug="interface"))
         found += self._doubts()
         found += self._unenforced()
-        return [*found, *self._wiring.problems, *self._bonds_problems]
+        return [*found, *self._wiring.problems, *self._bonds_damage, *self._bonds_problems]
 
     @property
     def names(self) -> Names:
@@ -492,13 +494,19 @@ class Agent:
     def _known_endpoints(self) -> dict[EndpointKey, int]:
         """Numbers of the ledger and, should that have been lost, of the rows that the interfaces of our endpoints have now."""
         known = dict(self._ledger.numbers.endpoints)
-        taken, former = set(known.values()), self._node.former_numbers()
+        taken, former = set(known.values()), self._former_numbers()
         for key, ifindex in self._located.interfaces.items():
             number = former.get(ifindex)
             if key not in known and number is not None and number not in taken:
                 known[key] = number
                 taken.add(number)
         return known
+
+    def _former_numbers(self) -> dict[int, int]:
+        """Numbers of the rows in force, by interface; one that several interfaces have tells nothing."""
+        former = self._node.former_numbers()
+        users = Counter(former.values())
+        return {ifindex: number for ifindex, number in former.items() if users[number] == 1}
 
     def _record(self, change: Change, applier: Applier) -> None:
         """Numbers to the ledger, before the kernel sees them; what a number counted for something else is forgotten."""
@@ -623,10 +631,10 @@ class Agent:
             problem = self._bonds.load(self._bonds_file)
             if problem is not None:
                 log.warning("%s", problem)
-                self._bonds_problems = (problem,)
+                self._bonds_damage = (problem,)
         keys = {number: key for key, number in self._ledger.numbers.endpoints.items() if key.kind != HOST_ENDPOINT}
         attached = self._node.attached()
-        for ifindex, number in self._node.former_numbers().items():
+        for ifindex, number in self._former_numbers().items():
             if number in keys:
                 self._bonds.expect(keys[number], ifindex if ifindex in attached else NOWHERE)
 

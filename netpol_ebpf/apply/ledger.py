@@ -7,31 +7,48 @@ number is written to a file before the kernel first sees it, and read back by th
 
 Invariants: at any instruction at which the process may die, every number in the kernel is in the file, or `Ledger.problems` says
 that it is not; whatever is wrong with the file or its file system ends nothing.  What cannot be written is written as soon as it
-can be, the whole file anew; a file that cannot be understood is kept aside, and the numbers count as lost.  Numbers that went are
-forgotten when the file is next rewritten, at start.  The file lives where the pins live and die, on a tmpfs: it is worthless
-after a reboot, and so are they.
+can be, the whole file anew.  Two things of one kind never have one number: a file with a line that is wrong, or with a number
+that several have, is kept aside, what is wrong counts as lost and what is right as known.  Numbers that went are forgotten when
+the file is next rewritten, at start or when half of it is about what went.  The file lives where the pins live and die, on a
+tmpfs: it is worthless after a reboot, and so are they.
 """
 
 from __future__ import annotations
 
 import contextlib
+import enum
 import json
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
+from netpol_ebpf.apply.records import (
+    checked,
+    checked_list,
+    load_regular,
+    open_draft,
+    parse_json,
+    reason_of,
+    set_aside,
+    told,
+)
+from netpol_ebpf.compiler.tables import FIRST_NODE
 from netpol_ebpf.errors import Location, PlatformError, Problem
 from netpol_ebpf.policy.types import Action, Cause, CauseKind, Direction, EndpointKey, PolicyKey
 
 FORMAT = 1
 """Of the file; a file of another format is refused."""
-DAMAGED_SUFFIX = ".damaged"
-"""Of a file that could not be understood."""
 RETRY_S = 5.0
 """How often it is tried again to write; arbitrary."""
+MOST_BYTES = 1 << 28
+"""Of the file, to be read; arbitrary, more than all numbers of the maps' default sizes under names of usual length."""
+SMALL_BYTES = 1 << 20
+"""Below this size the file is not rewritten for what went; arbitrary."""
+
+E = TypeVar("E", bound=enum.Enum)
 
 log = logging.getLogger(__name__)
 
@@ -57,10 +74,6 @@ class Numbers:
                 yield kind, what, number
 
 
-class _DamagedError(Exception):
-    """The file is not what a ledger wrote; where, and what was seen."""
-
-
 class Ledger:
     """The file of numbers. One writer; ``close`` it, or let it go with the process."""
 
@@ -74,6 +87,7 @@ class Ledger:
         self._damage: Problem | None = None
         self._failure: Problem | None = None
         self._tried_s = 0.0
+        self._bytes = self._whole_bytes = 0  # of the file now, and when it was last rewritten
 
     @property
     def problems(self) -> list[Problem]:
@@ -84,19 +98,18 @@ class Ledger:
         """Read what an earlier agent wrote, rewrite it without what went, and be ready to append.
 
         Raises PlatformError when the file is of another format. A last line that is cut short (its writer died before the kernel
-        saw the number) is dropped. Whatever else is wrong is in `problems`, and the numbers count as lost.
+        saw the number) is dropped. Whatever else is wrong is in `problems`, and counts as lost.
         """
         self.numbers, self._whats = Numbers(), {}
         self._damage = self._failure = None
         try:
-            self._read()
+            wrong = self._read()
         except FileNotFoundError:
-            pass
-        except (_DamagedError, OSError) as error:
-            self.numbers = Numbers()
-            self._set_aside(error)
-        for kind, what, number in self.numbers.entries():
-            self._whats.setdefault(kind, {})[number] = what
+            wrong = []
+        except (OSError, ValueError) as error:
+            wrong = [reason_of(error)]
+        if wrong:
+            self._set_aside(wrong)
         self._is_open = True
         self._rewrite()
         return self.numbers
@@ -114,11 +127,12 @@ class Ledger:
         draft = self._path.with_suffix(".draft")
         try:
             self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            with draft.open("w", encoding="utf-8") as file:
+            with open_draft(draft) as file:
                 file.write(json.dumps({"format": FORMAT}) + "\n")
                 file.writelines(_line(kind, what, number) for kind, what, number in self.numbers.entries())
             draft.replace(self._path)
             self._file = self._path.open("a", encoding="utf-8")
+            self._bytes = self._whole_bytes = self._path.stat().st_size
         except OSError as error:
             with contextlib.suppress(OSError):  # what is left of it takes room
                 draft.unlink(missing_ok=True)
@@ -141,44 +155,53 @@ class Ledger:
             log.warning("%s", problem)
         self._failure = problem
 
-    def _set_aside(self, error: Exception) -> None:
-        """Keep a file that is not understood where nobody reads it, and say so."""
-        aside = self._path.with_suffix(DAMAGED_SUFFIX)
-        seen = error.strerror if isinstance(error, OSError) else str(error)
-        try:
-            self._path.replace(aside)
-            kept = f"it is kept as {aside}"
-        except OSError as second:
-            kept = f"it cannot be kept aside ({second.strerror})"
+    def _set_aside(self, wrong: list[str]) -> None:
+        """Keep a file that is not as an agent wrote it where nobody reads it, and say so."""
         message = (
-            f"what an earlier agent wrote down cannot be read ({seen}); {kept}. Endpoints keep the numbers of the rows in force; "
-            "all others are new, so names in flows and counters from before may be wrong"
+            f"the numbers that an earlier agent wrote down are damaged ({told(wrong)}); {set_aside(self._path)}. "
+            "What is right in it counts. Other endpoints keep the numbers of the rows in force; all else is numbered anew, so names in "
+            "flows and counters from before may be wrong"
         )
         self._damage = Problem(Location(str(self._path)), "", message, severity="warning", slug="ledger")
         log.warning("%s", self._damage)
 
     def record(self, kind: str, numbers: Mapping[Any, int]) -> None:
-        """Note numbers before the kernel sees them. ``kind``: "rule", "endpoint" or "identity"; what is noted already is free."""
-        table = self.numbers._table(kind)  # noqa: SLF001 - two classes of one file
-        news = [(what, number) for what, number in numbers.items() if table.get(what) != number]
-        table.update(news)
-        self._whats.setdefault(kind, {}).update((number, what) for what, number in news)
-        self._append(_line(kind, what, number) for what, number in news)
+        """Note numbers before the kernel sees them. ``kind``: "rule", "endpoint" or "identity"; what is noted already is free.
+
+        What had one of the numbers, as after a change that failed, has none any more. Raises AssertionError when two would have one.
+        """
+        if len(set(numbers.values())) != len(numbers):
+            raise AssertionError(f"several of one {kind} number")
+        table, whats = self.numbers._table(kind), self._whats.setdefault(kind, {})  # noqa: SLF001 - two classes of one file
+        news = {what: number for what, number in numbers.items() if table.get(what) != number}
+        self.forget(kind, [whats[number] for number in news.values() if number in whats])
+        for what, number in news.items():
+            self._put(kind, what, number)
+        self._append(_line(kind, what, number) for what, number in news.items())
 
     def forget(self, kind: str, gone: Iterable[Any]) -> None:
         """Note that these have no number any more, after the kernel has forgotten them."""
         table = self.numbers._table(kind)  # noqa: SLF001 - two classes of one file
-        present = [what for what in gone if table.pop(what, None) is not None]
+        present = [what for what in dict.fromkeys(gone) if what in table]
+        for what in present:
+            self._put(kind, what, 0)
         self._append(_line(kind, what, 0) for what in present)
+
+    def _put(self, kind: str, what: Any, number: int) -> None:
+        """Give a number that nothing has, or take one away (0)."""
+        table, whats = self.numbers._table(kind), self._whats.setdefault(kind, {})  # noqa: SLF001 - two classes of one file
+        if what in table:
+            del whats[table.pop(what)]
+        if number:
+            table[what], whats[number] = number, what
 
     def release(self, kind: str, numbers: Iterable[int]) -> None:
         """Note that these numbers stand for nothing any more, after the kernel has forgotten them.
 
         What has meanwhile been given another number keeps that.
         """
-        table, whats = self.numbers._table(kind), self._whats.get(kind, {})  # noqa: SLF001 - two classes of one file
-        gone = [(whats.pop(number), number) for number in numbers if number in whats]
-        self.forget(kind, [what for what, number in gone if table.get(what) == number])
+        whats = self._whats.get(kind, {})
+        self.forget(kind, [whats[number] for number in numbers if number in whats])
 
     def close(self) -> None:
         """Close the file; the numbers stay."""
@@ -192,43 +215,57 @@ class Ledger:
             raise AssertionError("the ledger is not open")
         if self._file is None:  # all of it is written when it can be
             return
+        text = "".join(lines)
         try:
-            self._file.writelines(lines)
+            self._file.write(text)
             self._file.flush()
         except OSError as error:
             self._fail(error)  # a line that was cut short is dropped by who reads it
             self._tried_s = self._clock()
+            return
+        self._bytes += len(text)  # it is ASCII
+        if self._bytes > max(2 * self._whole_bytes, SMALL_BYTES):
+            self._file.close()
+            self._file = None
+            self._rewrite()
 
-    def _read(self) -> None:
-        """Raises OSError, _DamagedError, PlatformError for another format."""
+    def _read(self) -> list[str]:
+        """Take up what is right in the file; returns what is wrong. Raises OSError, ValueError, PlatformError for another format."""
+        first, *lines = load_regular(self._path, MOST_BYTES).split(b"\n")
         try:
-            lines = self._path.read_bytes().split(b"\n")
-            for number, line in enumerate(lines[:-1], 1):  # what follows the last newline was cut short
-                self._read_line(number, line.decode("utf-8"))
-        except UnicodeDecodeError as error:
-            raise _DamagedError(f"line {number}: {error.reason}") from error
-
-    def _read_line(self, number: int, line: str) -> None:
-        try:
-            found = json.loads(line)
-            if number > 1:
-                self._take(*found)
-                return
-            written_format = found["format"]
-        except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
-            raise _DamagedError(f"line {number}: {error}") from error
+            written_format = checked(checked(parse_json(first), dict, "it").get("format"), int, "the format")
+        except ValueError as error:
+            raise ValueError(f"line 1: {error}") from error
         if written_format != FORMAT:
             raise PlatformError(
                 f"{self._path} is of format {written_format}, this program writes format {FORMAT}",
                 hint="Start the version that wrote it, or remove the file: then names in flows and counters from before may be wrong.",
             )
+        wrong: list[str] = []
+        several: dict[tuple[str, int], list[str]] = {}  # numbers that were given away while something had them
+        for at, line in enumerate(lines[:-1], 2):  # what follows the last newline was cut short
+            try:
+                kind, what, number = _parse_line(line)
+            except ValueError as error:  # noqa: PERF203 - each line counts by itself
+                wrong.append(f"line {at}: {error}")
+            else:
+                self._take(kind, what, number, several)
+        wrong.extend(
+            f"{kind} number {number} is given to several: {', '.join(all_)}" for (kind, number), all_ in several.items()
+        )
+        return wrong
 
-    def _take(self, kind: str, written: Any, number: int) -> None:
-        table, what = self.numbers._table(kind), _READERS[kind](written)  # noqa: SLF001 - two classes of one file
-        if number:
-            table[what] = number
+    def _take(self, kind: str, what: Any, number: int, several: dict[tuple[str, int], list[str]]) -> None:
+        """What a line says, unless the number is another's: then it is nobody's."""
+        self._put(kind, what, 0)
+        holder = self._whats[kind].get(number)
+        if holder is not None:
+            self._put(kind, holder, 0)
+            several[kind, number] = [str(holder)]
+        if (kind, number) in several:
+            several[kind, number].append(str(what))
         else:
-            table.pop(what, None)
+            self._put(kind, what, number)
 
 
 def _line(kind: str, what: Any, number: int) -> str:
@@ -240,10 +277,48 @@ def _write_cause(cause: Cause) -> list[Any]:
     return [cause.kind.name, cause.direction.name, cause.tier, policy, cause.profile, cause.index, cause.action.name]
 
 
-def _read_cause(written: list[Any]) -> Cause:
+def _parse_line(line: bytes) -> tuple[str, Any, int]:
+    """Kind, what it is, and its number, 0 if it has none any more. Raises ValueError."""
+    found = checked(parse_json(line), list, "it")
+    if len(found) != 3:  # noqa: PLR2004 - the three of the docstring
+        raise ValueError(f"it must have 3 values, not {len(found)}")
+    kind, number = checked(found[0], str, "the kind"), checked(found[2], int, "the number")
+    if kind not in _READERS:
+        raise ValueError(f"unknown kind {kind!r}")
+    if not 0 <= number < _NUMBER_ENDS[kind]:
+        raise ValueError(f"{kind} number {number} is out of range")
+    return kind, _READERS[kind](found[1]), number
+
+
+def _read_cause(written: Any) -> Cause:
+    if len(checked(written, list, "a rule")) != 7:  # noqa: PLR2004 - the fields below
+        raise ValueError("a rule has 7 fields")
     kind, direction, tier, policy, profile, index, action = written
-    key = None if policy is None else PolicyKey(*policy)
-    return Cause(CauseKind[kind], Direction[direction], tier, key, profile, index, Action[action])
+    return Cause(
+        _member(CauseKind, kind),
+        _member(Direction, direction),
+        checked(tier, str, "a tier"),
+        None if policy is None else PolicyKey(*checked_list(policy, str, "a policy", 3)),
+        checked(profile, str, "a profile"),
+        checked(index, int, "an index"),
+        _member(Action, action),
+    )
+
+
+def _member(kind: type[E], name: Any) -> E:
+    """A member of an enumeration by its name. Raises ValueError."""
+    found = kind.__members__.get(checked(name, str, kind.__name__))
+    if found is None:
+        raise ValueError(f"{name!r} is no {kind.__name__}")
+    return found
+
+
+def _read_endpoint(written: Any) -> EndpointKey:
+    return EndpointKey(*checked_list(written, str, "an endpoint", 3))
+
+
+def _read_identity(written: Any) -> str:
+    return checked(written, str, "an identity")
 
 
 _WRITERS: Mapping[str, Any] = {
@@ -251,8 +326,10 @@ _WRITERS: Mapping[str, Any] = {
     "endpoint": lambda key: [key.kind, key.namespace, key.name],
     "identity": str,
 }
-_READERS: Mapping[str, Any] = {
+_READERS: Mapping[str, Callable[[Any], Any]] = {
     "rule": _read_cause,
-    "endpoint": lambda written: EndpointKey(*written),
-    "identity": str,
+    "endpoint": _read_endpoint,
+    "identity": _read_identity,
 }
+_NUMBER_ENDS = {"rule": 1 << 32, "endpoint": FIRST_NODE, "identity": 1 << 32}
+"""Numbers are below these: what a row has room for, and where those of nodes begin."""

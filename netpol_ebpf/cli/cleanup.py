@@ -16,7 +16,7 @@ from typing import Any
 
 from netpol_ebpf.agent.main import COPIES_NAME, DEFAULT_STATE_DIR, INTERFACES_NAME, LEDGER_NAME, LOCK_NAME, exclusive
 from netpol_ebpf.agent.service import SOCKET_NAME
-from netpol_ebpf.apply.ledger import DAMAGED_SUFFIX
+from netpol_ebpf.apply.records import DAMAGED_SUFFIX
 from netpol_ebpf.cli.output import add_output_option, print_value
 from netpol_ebpf.errors import PlatformError, PrivilegeError
 from netpol_ebpf.terminal import escaped, say
@@ -105,8 +105,8 @@ def _abandoned_engines(parent: Path) -> list[Any]:
 
 def _state(state_dir: Path) -> Iterator[Path]:
     """What the agent keeps there, the directory last if nothing of others is in it."""
-    files = [f"{name}{suffix}" for name in (LEDGER_NAME, INTERFACES_NAME) for suffix in ("", ".draft")]
-    names = (SOCKET_NAME, *files, f"{LEDGER_NAME}{DAMAGED_SUFFIX}", COPIES_NAME, LOCK_NAME)
+    files = [f"{name}{suffix}" for name in (LEDGER_NAME, INTERFACES_NAME) for suffix in ("", ".draft", DAMAGED_SUFFIX)]
+    names = (SOCKET_NAME, *files, COPIES_NAME, LOCK_NAME)
     ours = [state_dir / name for name in names]
     present = [path for path in ours if path.exists() or path.is_socket()]
     yield from present

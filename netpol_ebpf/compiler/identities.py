@@ -92,10 +92,8 @@ class IdentityIndex:
 
     def __init__(self, owners: OwnerIndex, known: Mapping[str, int] | None = None) -> None:
         self._owners = owners
-        self._known = {text: number for text, number in (known or {}).items() if number >= FIRST_IDENTITY}
         self._numbers = Numbers(FIRST_IDENTITY, _NUMBERS)
-        for number in self._known.values():
-            self._numbers.reserve(number)
+        self._known = self._numbers.keep(known or {})
         self.identities: dict[int, IdentityRecord] = {}
         self._keys: dict[IdentityKey, int] = {}
         for number, family in ((WORLD_V4, 4), (WORLD_V6, 6)):

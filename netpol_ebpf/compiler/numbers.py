@@ -8,9 +8,13 @@ is reused last, so that a reader with a stale number is not soon shown another t
 from __future__ import annotations
 
 from bisect import insort
-from collections import deque
+from collections import Counter, deque
+from collections.abc import Mapping
+from typing import TypeVar
 
 from netpol_ebpf.compiler.journal import Journal
+
+V = TypeVar("V")
 
 QUARANTINE = 1024
 """Freed numbers that are kept back while there are fresh ones; arbitrary."""
@@ -20,14 +24,22 @@ class Numbers:
     """Single numbers from ``first`` on, at most ``count`` in use."""
 
     def __init__(self, first: int, count: int) -> None:
-        self._next = first
+        self._first = self._next = first
         self._end = first + count
         self._freed: deque[int] = deque()
         self._skip: set[int] = set()
 
-    def reserve(self, number: int) -> None:
-        """Never hand this one out by itself; `give_back` makes it an ordinary one."""
-        self._skip.add(number)
+    def keep(self, known: Mapping[V, int]) -> dict[V, int]:
+        """What of an earlier run's numbers is in range and one thing's alone: never handed out until `give_back` makes them ordinary ones.
+
+        Whatever was read from outside, no two things get one number by it. To be called before the first number is taken.
+        """
+        users = Counter(known.values())
+        kept = {
+            what: number for what, number in known.items() if self._first <= number < self._end and users[number] == 1
+        }
+        self._skip.update(kept.values())
+        return kept
 
     def take(self, journal: Journal) -> int | None:
         """A number, or None when all are in use."""

@@ -28,9 +28,7 @@ class RowRegister(Generic[V]):
         self._table = table
         self._limit = limit
         self._numbers = Numbers(1, limit)
-        self._kept = dict(kept or {})
-        for number in self._kept.values():
-            self._numbers.reserve(number)
+        self._kept = self._numbers.keep(kept or {})
         self._known: dict[V, int] = {}
         self._values: dict[int, V] = {}
         self._references: dict[int, int] = {}

@@ -32,7 +32,10 @@ Slot = tuple[Direction, Stage]
 
 @dataclass(frozen=True, slots=True)
 class KnownNumbers:
-    """Numbers that an earlier run left in force: identities by digest (table ``identities``), rules, endpoints."""
+    """Numbers that an earlier run left in force: identities by digest (table ``identities``), rules, endpoints.
+
+    Those that several things have, or that are out of range, are not kept.
+    """
 
     identities: Mapping[str, int] = field(default_factory=dict)
     rules: Mapping[Cause, int] = field(default_factory=dict)
@@ -79,9 +82,7 @@ class State:
         )
         self.sets = SetStore(self.stores)
         self.numbers = Numbers(1, limits.endpoints)
-        self.kept_numbers = dict(known.endpoints)  # of endpoints that did not appear yet
-        for number in self.kept_numbers.values():
-            self.numbers.reserve(number)
+        self.kept_numbers = self.numbers.keep(known.endpoints)  # of endpoints that did not appear yet
         self.local: dict[EndpointKey, LocalEndpoint] = {}
         self.endpoint_owners: dict[EndpointKey, int] = {}
         self.set_owners: dict[str, int] = {}

@@ -15,7 +15,7 @@ import pytest
 from agent_scene import NODE, OTHER_ALLOWED, Scene, scene_in, to_db
 
 from netpol_ebpf.agent.main import LEDGER_NAME
-from netpol_ebpf.apply.ledger import DAMAGED_SUFFIX
+from netpol_ebpf.apply.records import DAMAGED_SUFFIX
 from netpol_ebpf.lab.laboratory import Lab
 
 pytestmark = pytest.mark.netns

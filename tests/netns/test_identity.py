@@ -137,6 +137,28 @@ def test_stranger_becomes_no_pod_that_is_to_come(bridged: Scene) -> None:
         unplug(lab, STRANGER)
 
 
+def test_first_address_that_contradicts_makes_nobody_of_a_pod_that_is_to_come(bridged: Scene) -> None:
+    """An interface that has an IPv4 address of nobody and the IPv6 address of a pod that is to come, both from the first."""
+    lab = bridged.lab
+    namespace = plug(lab, STRANGER, master="br0")
+    try:
+        bridged.await_status(lambda one: STRANGER in owners(one), "the new interface is under policy")
+        ip(
+            lab,
+            NODE,
+            f"-n {namespace} link set eth0 down",
+            f"-n {namespace} address add 10.1.0.66/24 dev eth0",
+            f"-n {namespace} address add fd00:1::9/64 dev eth0 nodad",
+            f"-n {namespace} link set eth0 up",
+        )
+        seen(bridged, STRANGER)
+        bridged.write("late.yaml", POD.format(name="late", node=NODE, last=9))
+        state = bridged.await_status(lambda one: "not-found" in slugs(one), "the pod is missed")
+        assert owners(state)[STRANGER] is None
+    finally:
+        unplug(lab, STRANGER)
+
+
 def seen(scene: Scene, name: str) -> None:
     """Wait until the agent has kept what it first saw behind an interface."""
 
@@ -244,6 +266,61 @@ def test_node_s_end_with_a_prefix_leaves_no_pod_open(routed: Scene, end: str) ->
         assert "interface-doubt" not in slugs(state)
     finally:
         (routed.manifests / "late.yaml").unlink(missing_ok=True)
+        unplug(lab, "wide")
+
+
+def late_pod(name: str, last: int) -> str:
+    """A pod behind an end of the node with the prefix 10.1.7.0/24."""
+    return POD.format(name=name, node=NODE, last=last).replace(f"10.1.0.{last}", f"10.1.7.{last}")
+
+
+def test_later_address_in_the_node_s_prefix_makes_nobody_of_a_pod_that_is_to_come(routed: Scene) -> None:
+    """What a stranger takes in place of its first address counts for nothing; the pod gets its own pair, known by its first address."""
+    lab = routed.lab
+    namespace = plug(lab, STRANGER, address="10.1.7.77/24", end="10.1.7.1/24")
+    try:
+        routed.await_status(lambda one: STRANGER in owners(one), "the new interface is under policy")
+        seen(routed, STRANGER)
+        ip(
+            lab,
+            NODE,
+            f"-n {namespace} address del 10.1.7.77/24 dev eth0",
+            f"-n {namespace} address add 10.1.7.9/24 dev eth0",
+        )
+        routed.write("late.yaml", late_pod("late", 9))
+        state = routed.await_status(lambda one: "not-found" in slugs(one), "the pod is missed")
+        assert owners(state)[STRANGER] is None
+        plug(lab, "latecomer", address="10.1.7.9/24", end="10.1.7.1/24")
+        state = routed.await_status(lambda one: owners(one).get("latecomer") == "Pod/shop/late", "the pod has its own")
+        assert owners(state)[STRANGER] is None
+        (row,) = (one for one in state["endpoints"] if one["endpoint"] == "Pod/shop/late")
+        assert row["evidence"] == "address (weak)"
+        unplug(lab, "latecomer")
+    finally:
+        unplug(lab, STRANGER)
+
+
+def test_bound_pod_closes_no_pod_that_is_to_come(routed: Scene) -> None:
+    """A pod that takes the address of one that is to come keeps its own identity, and the other one gets its interface."""
+    lab = routed.lab
+    routed.write("late.yaml", late_pod("late", 9))
+    namespace = plug(lab, "wide", address="10.1.7.9/24", end="10.1.7.1/24")
+    try:
+        routed.await_status(lambda one: owners(one).get("wide") == "Pod/shop/late", "the pod is known")
+        ip(
+            lab,
+            NODE,
+            f"-n {namespace} address del 10.1.7.9/24 dev eth0",
+            f"-n {namespace} address add 10.1.7.10/24 dev eth0",
+            f"-n {namespace} link set eth0 down",
+            f"-n {namespace} link set eth0 up",
+        )
+        routed.write("late.yaml", late_pod("late", 9) + late_pod("vic", 10))
+        plug(lab, "vic0", address="10.1.7.10/24")
+        state = routed.await_status(lambda one: owners(one).get("vic0") == "Pod/shop/vic", "the other pod has its own")
+        assert owners(state)["wide"] == "Pod/shop/late"
+        unplug(lab, "vic0")
+    finally:
         unplug(lab, "wide")
 
 

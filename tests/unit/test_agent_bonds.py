@@ -3,15 +3,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+import json
+import os
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from ipaddress import ip_address, ip_network
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from netpol_ebpf.agent.bonds import Bonds, Evidence, Located, derived_hash
 from netpol_ebpf.agent.wiring import Link, Wiring
+from netpol_ebpf.apply.records import DAMAGED_SUFFIX
 from netpol_ebpf.policy.types import Endpoint, EndpointKey, EndpointKind
 
 LO = Link(1, "lo")
@@ -74,13 +78,41 @@ def test_other_end_of_the_pair_leads_to_the_interface() -> None:
 
 
 def test_subnet_on_the_node_s_end_leads_to_the_interface() -> None:
-    """A node end with a prefix of its own, be it /24 or /31: the node routes the pod's address there."""
+    """A node end with a prefix of its own, be it /24 or /31, by the first address behind it: which of the prefix's it is, the pod says."""
     snapshot = wiring(subnets={"10.0.0.0/31": 5, "10.0.0.0/8": 2}, peers={(1, 2): ["10.0.0.1"]}, shared=[5])
     bonds = Bonds()
     located = bonds.look(snapshot, [endpoint("web", "10.0.0.1")])
-    assert (names(located), located.evidence[key("web")]) == ({"web": 5}, Evidence.ROUTE)
+    assert (names(located), located.evidence[key("web")]) == ({"web": 5}, Evidence.ADDRESS)
     assert bonds.is_workload(5)
     assert not bonds.doubts
+
+
+@pytest.mark.parametrize("born", [True, False], ids=["born under the agent", "there before"])
+def test_later_address_in_the_node_s_prefix_makes_nobody_of_a_pod_that_is_to_come(
+    tmp_path: Path, *, born: bool
+) -> None:
+    """On an end of the node with a prefix the first address counts alone, for the interface's life, also for the next agent."""
+    bonds = Bonds()
+    if born:
+        bonds.close_newborn(WEB)
+    bonds.look(wiring(subnets={"10.0.0.0/24": 5}, peers={(1, 2): ["10.0.0.77"]}, shared=[5]), [])
+    later = wiring(subnets={"10.0.0.0/24": 5}, peers={(1, 2): ["10.0.0.1"]}, shared=[5])
+    bonds.save(tmp_path / "interfaces")
+    again = Bonds()
+    assert again.load(tmp_path / "interfaces") is None
+    for one in (bonds, again):
+        assert names(one.look(later, [endpoint("web", "10.0.0.1")])) == {}
+        assert names(one.look(later, [endpoint("first", "10.0.0.77")])) == {"first": 5}
+
+
+def test_first_address_behind_an_end_in_doubt_is_looked_for() -> None:
+    """Nothing tells when it comes, and without it nobody is known to be there."""
+    bonds = Bonds()
+    empty = wiring(subnets={"10.0.0.0/24": 5}, peers={(2, 2): ["10.0.0.9"]}, shared=[5])
+    bonds.look(empty, [])
+    assert (bonds.is_workload(5), bonds.is_curious(empty)) == (False, True)
+    bonds.look(wiring(subnets={"10.0.0.0/24": 5}, peers={(1, 2): ["10.0.0.1"], (2, 2): ["10.0.0.9"]}, shared=[5]), [])
+    assert not bonds.is_curious(empty)
 
 
 def test_subnet_of_a_link_without_the_pod_is_no_trace() -> None:
@@ -252,6 +284,58 @@ def test_address_at_another_interface_moves_no_bond() -> None:
     bonds.look(wiring({"10.0.0.1": 5}), [endpoint("web", "10.0.0.1")])
     located = bonds.look(wiring(peers={(2, 2): ["10.0.0.1"]}), [endpoint("web", "10.0.0.1")])
     assert (names(located), located.problems) == ({"web": 5}, {})
+
+
+@pytest.mark.parametrize(
+    ("routes", "evidence"), [({}, Evidence.ADDRESS), ({"10.0.0.9": 5}, Evidence.ROUTE)], ids=["weakly", "by a route"]
+)
+@pytest.mark.parametrize("subnets", [{}, {"10.0.0.0/24": 5}], ids=["", "with a prefix"])
+def test_bound_pod_closes_no_pod_that_is_to_come(
+    routes: dict[str, int], evidence: Evidence, subnets: dict[str, int]
+) -> None:
+    """Neither by an address that it takes later nor by one that was there first: its interface is no trace of a third one's."""
+    bonds = Bonds()
+    late, vic = endpoint("late", "10.0.0.9"), endpoint("vic", "10.0.0.10", "fd00::10")
+    shared = list(subnets.values())
+    first = wiring(routes, {(1, 2): ["10.0.0.9", "fd00::10"]}, subnets, shared)
+    located = bonds.look(first, [late])
+    assert (names(located), located.evidence) == ({"late": 5}, {late.key: evidence})
+    taken = wiring(routes, {(1, 2): ["10.0.0.10", "fd00::10"]}, subnets, shared)
+    bonds.look(taken, [late, vic])
+    both = wiring(routes, {(1, 2): ["10.0.0.10"], (2, 2): ["10.0.0.10", "fd00::10"]}, subnets, shared)
+    located = bonds.look(both, [late, vic])
+    assert (names(located), located.problems) == ({"late": 5, "vic": 6}, {})
+
+
+def test_first_address_that_contradicts_makes_nobody_of_a_pod_that_is_to_come() -> None:
+    """Of each family that the pod has, in either order; the pod gets its own."""
+    pod = endpoint("web", "10.0.0.1", "fd00::1")
+    for first in (["10.0.0.66", "fd00::1"], ["10.0.0.1", "fd00::66"], ["fd00::1", "10.0.0.66"]):
+        bonds = Bonds()
+        bonds.look(wiring(peers={(1, 2): first}), [])
+        assert names(bonds.look(wiring(peers={(1, 2): first}), [pod])) == {}
+        own = wiring(peers={(1, 2): first, (2, 2): ["10.0.0.1", "fd00::1"]})
+        assert names(bonds.look(own, [pod])) == {"web": 6}
+
+
+@pytest.mark.parametrize(
+    ("first", "addresses"),
+    [
+        (["10.0.0.1"], ["10.0.0.1", "fd00::1"]),
+        (["fd00::1"], ["10.0.0.1", "fd00::1"]),
+        (["10.0.0.1", "fe80::1"], ["10.0.0.1", "fd00::1"]),
+        (["10.0.0.1", "10.0.0.200", "2001:db8::77", "fd00::1", "fe80::1"], ["10.0.0.1", "fd00::1"]),
+        (["10.0.0.1", "2001:db8::77"], ["10.0.0.1"]),
+        (["10.0.0.200", "fd00::1"], ["fd00::1"]),
+    ],
+    ids=["second family later", "first family later", "link-local", "further ones beside", "SLAAC beside IPv4", "IPv4 beside IPv6"],
+)  # fmt: skip
+def test_address_of_a_family_that_a_pod_lacks_contradicts_nothing(first: list[str], addresses: list[str]) -> None:
+    """A pod's second family comes later, a router announces it one that its object does not have, temporary ones come on top."""
+    bonds = Bonds()
+    bonds.look(wiring(peers={(1, 2): first}), [])
+    late = [*first, *(one for one in addresses if one not in first)]
+    assert names(bonds.look(wiring(peers={(1, 2): late}), [endpoint("web", *addresses)])) == {"web": 5}
 
 
 @pytest.mark.parametrize("later", [["10.0.0.9", "10.0.0.1"], ["10.0.0.1"]], ids=["beside the first", "in its place"])
@@ -434,18 +518,107 @@ def test_what_was_decided_outlives_the_agent(tmp_path: Path) -> None:
     assert names(other.look(renamed, [endpoint("web", "10.0.0.1")])) == {}
 
 
-@pytest.mark.parametrize(
-    "text", ["", "[]", '{"format": 99, "interfaces": {}}', '{"format": 1, "interfaces": {"5": {}}}', "\xff"]
-)
+WHOLE = {
+    "empty": "", "list": "[]", "other format": '{"format": 99, "interfaces": {}}', "not UTF-8": "\xff", "too deep": "[" * 200_000,
+    "text for a format": '{"format": "1", "interfaces": {}}', "list for a format": '{"format": [], "interfaces": {}}',
+    "list of interfaces": '{"format": 1, "interfaces": []}', "no interfaces": '{"format": 1}',
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("text", WHOLE.values(), ids=WHOLE)
 def test_damaged_file_is_told(tmp_path: Path, text: str) -> None:
-    """And everything decided anew."""
+    """It is kept aside, and everything decided anew."""
     path = tmp_path / "interfaces"
     path.write_bytes(text.encode("latin-1"))
     bonds = Bonds()
     problem = bonds.load(path)
     assert problem is not None
     assert problem.slug == "interfaces-file"
+    assert path.with_suffix(DAMAGED_SUFFIX).read_bytes() == text.encode("latin-1")
     assert names(bonds.look(wiring({"10.0.0.1": 5}), [endpoint("web", "10.0.0.1")])) == {"web": 5}
+
+
+ENTRIES: dict[str, Any] = {
+    "list": [], "nothing": {}, "no name": {"name": None}, "numbers for addresses": {"first": [1, 2]}, "no addresses": {"first": None},
+    "no address": {"first": ["x"]}, "unknown side": {"side": "mine"}, "list for a side": {"side": ["own"]}, "bond is a text": {"bond": "x"},
+    "endpoint of numbers": {"endpoint": [1, 2, 3]}, "endpoint of lists": {"endpoint": [["a"], ["b"], ["c"]]},
+    "endpoint too short": {"endpoint": ["Pod"]}, "unknown evidence": {"evidence": "HEARSAY"}, "list for evidence": {"evidence": ["CNI"]},
+    "text for addresses": {"addresses": "10.0.0.1"}, "half a character": {"name": "\udfff"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", ENTRIES.values(), ids=ENTRIES)
+@pytest.mark.parametrize("number", ["5", "0", "-5", "05x", "\u0665", "99999999999999999999999", ""])
+def test_damaged_entry_is_told_and_the_others_count(tmp_path: Path, damage: Any, number: str) -> None:
+    """Also where it is still JSON: what it says is decided anew, what is right is kept, and the next agent finds a file that is."""
+    path = tmp_path / "interfaces"
+    earlier = Bonds()
+    pods = [endpoint("web", "10.0.0.1"), endpoint("db", "10.0.0.2")]
+    earlier.look(wiring({"10.0.0.1": 5, "10.0.0.2": 6}), pods)
+    earlier.save(path)
+    document = json.loads(path.read_text())
+    whole = document["interfaces"].pop("5")
+    if isinstance(damage, dict):
+        inner = damage.keys() & whole["bond"].keys()
+        damage = {**whole, **({"bond": {**whole["bond"], **damage}} if inner else damage)} if damage else damage
+    document["interfaces"][number] = damage
+    path.write_text(json.dumps(document))
+    bonds = Bonds()
+    problem = bonds.load(path)
+    assert problem is not None
+    assert problem.slug == "interfaces-file"
+    assert bonds.is_dirty
+    assert names(bonds.look(wiring({"10.0.0.1": 5}), pods)) == {"web": 5, "db": 6}
+    bonds.save(path)
+    assert Bonds().load(path) is None
+
+
+def fifo(path: Path) -> None:
+    os.mkfifo(path)
+
+
+def sparse(path: Path) -> None:
+    with path.open("wb") as file:
+        file.truncate(100 << 30)
+
+
+def link(path: Path) -> None:
+    path.symlink_to("/dev/zero")
+
+
+def directory(path: Path) -> None:
+    path.mkdir()
+
+
+@pytest.mark.parametrize("make", [fifo, sparse, link, directory])
+@pytest.mark.parametrize("before", [None, fifo, link], ids=["", "beside an earlier FIFO", "beside an earlier link"])
+def test_what_is_no_file_of_interfaces_keeps_nobody_waiting(
+    tmp_path: Path, make: Callable[[Path], None], before: Callable[[Path], None] | None
+) -> None:
+    """Neither where it is read nor where it is written; it is told, and the next agent finds a file."""
+    path = tmp_path / "interfaces"
+    make(path)
+    if before is not None:
+        before(path.with_suffix(DAMAGED_SUFFIX))
+    bonds = Bonds()
+    problem = bonds.load(path)
+    assert problem is not None
+    assert "is kept as" in problem.message
+    if make is not directory:
+        make(path.with_suffix(".draft"))
+    bonds.look(wiring({"10.0.0.1": 5}), [endpoint("web", "10.0.0.1")])
+    bonds.save(path)
+    again = Bonds()
+    assert again.load(path) is None
+    assert names(again.look(wiring(), [endpoint("web", "10.0.0.1")])) == {"web": 5}
+
+
+def test_workload_cannot_make_the_file_grow(tmp_path: Path) -> None:
+    """Of all addresses behind an interface the oldest of each family is kept."""
+    bonds = Bonds()
+    bonds.look(wiring(peers={(1, 2): [f"10.{one >> 8}.{one & 255}.1" for one in range(3000)]}), [])
+    bonds.save(tmp_path / "interfaces")
+    assert (tmp_path / "interfaces").stat().st_size < 1000
 
 
 def test_rows_of_the_kernel_stand_in_for_the_file() -> None:

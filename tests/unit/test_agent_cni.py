@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import os
+import socket
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
@@ -35,6 +37,10 @@ def cached(plugin: str = "bridge", inside: str = "eth0", arguments: Any = None, 
     })  # fmt: skip
 
 
+def encoded(plugin: str = "bridge", inside: str = "eth0", arguments: Any = None) -> bytes:
+    return cached(plugin, inside, arguments).encode()
+
+
 def write(path: Path, text: str) -> None:
     path.write_text(text)
     path.chmod(0o600)
@@ -50,16 +56,16 @@ def directory(tmp_path: Path) -> Path:
 def test_result_names_pod_and_interface() -> None:
     """The pod by the runtime's arguments, the interfaces on the node, the first plugin's type."""
     addresses = frozenset({ip_address("10.0.0.1"), ip_address("fd00::1")})
-    assert parse_result(cached()) == Result(WEB, frozenset({"cni0", "veth1"}), addresses, "eth0", "bridge")
+    assert parse_result(encoded()) == Result(WEB, frozenset({"cni0", "veth1"}), addresses, "eth0", "bridge")
     assert not Result(WEB, frozenset(), frozenset(), "eth0", "bridge").is_unseen
-    found = parse_result(cached("macvlan", "net1"))
+    found = parse_result(encoded("macvlan", "net1"))
     assert found is not None
     assert found.is_unseen
 
 
 def test_what_is_no_pod_s_counts_for_nothing() -> None:
     """Containers that no Kubernetes pod has."""
-    assert parse_result(cached(arguments=[])) is None
+    assert parse_result(encoded(arguments=[])) is None
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only what root owns is trusted")
@@ -76,8 +82,18 @@ def test_directory_is_followed(directory: Path) -> None:
     assert results.problems == ()
 
 
+BAD = {
+    "empty": "", "cut short": "{", "list": "[]", "null": "null", "number for arguments": '{"cniArgs": 5}', "too deep": "[" * 100_000,
+    "half an argument": '{"cniArgs": [["K8S_POD_NAME"]]}', "lists for an argument": '{"cniArgs": [[[], []]]}',
+    "list for a name": cached(interfaces=[{"name": ["a"]}]), "no name": cached(interfaces=[{}]), "number": cached(interfaces=[5]),
+    "object for a list": cached(interfaces={"name": "a"}), "number for a sandbox": cached(interfaces=[{"name": "a", "sandbox": 5}]),
+    "half a character": cached(arguments=[["K8S_POD_NAMESPACE", "shop"], ["K8S_POD_NAME", "\udfff"]]),
+    "number for an address": cached().replace('"10.0.0.1/24"', "5"), "list for a text": cached().replace('"ifName": "eth0"', '"ifName": [1]'),
+}  # fmt: skip
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="only what root owns is trusted")
-@pytest.mark.parametrize("bad", ["{", "[]", "null", '{"cniArgs": 5}'])
+@pytest.mark.parametrize("bad", BAD.values(), ids=BAD)
 def test_file_that_cannot_be_read_is_told(directory: Path, bad: str) -> None:
     """And the others count."""
     write(directory / "good", cached())
@@ -104,6 +120,22 @@ def test_what_others_can_write_counts_for_nothing(directory: Path) -> None:
     write(directory / "good", cached())
     assert results.look() == []
     assert "others than root may write it" in results.problems[0].message
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only what root owns is trusted")
+def test_what_is_no_file_keeps_nobody_waiting(directory: Path) -> None:
+    """A FIFO without a writer, a socket, more than anybody can read: told, and the others count."""
+    write(directory / "good", cached())
+    os.mkfifo(directory / "fifo", 0o600)
+    with contextlib.closing(socket.socket(socket.AF_UNIX)) as one:
+        one.bind(str(directory / "socket"))
+    (directory / "socket").chmod(0o600)
+    with (directory / "sparse").open("wb") as file:
+        file.truncate(100 << 30)
+    (directory / "sparse").chmod(0o600)
+    results = PluginResults(directory)
+    assert [one.pod for one in results.look()] == [WEB]
+    assert sorted(Path(one.location.file).name for one in results.problems) == ["fifo", "socket", "sparse"]
 
 
 def test_no_directory_is_no_problem(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from ipaddress import ip_address
@@ -389,6 +390,44 @@ def test_lost_ledger_is_made_up_for_from_the_rows_in_force(bench: Bench) -> None
     bench.close()
     (bench.home / "numbers").unlink()
     assert {key: row.number for key, row in bench.agent().tables.endpoints.items()} == numbers
+
+
+@pytest.mark.parametrize("number", [2, 1 << 15, 0])
+def test_number_that_the_ledger_gives_to_several_is_nobody_s(bench: Bench, number: int) -> None:
+    """With one number, a pod could speak with another's address: each keeps its row's, rules and identities get new ones, and it is told."""
+    agent = bench.agent()
+    bench.write("cluster.yaml", CLUSTER.replace("name: web", "name: aaa"))
+    settle(agent)
+    numbers = {key: row.number for key, row in agent.tables.endpoints.items()}
+    assert len(set(numbers.values())) == len(numbers) > 1
+    bench.close()
+    ledger = bench.home / "numbers"
+    lines = [json.loads(line) for line in ledger.read_text().splitlines()]
+    ledger.write_text(
+        "".join(json.dumps([*line[:2], number] if isinstance(line, list) else line) + "\n" for line in lines)
+    )
+    heir = bench.agent()
+    assert {key: row.number for key, row in heir.tables.endpoints.items()} == numbers
+    assert [one.slug for one in bench.ledgers[-1].problems] == (["ledger"] if number else [])
+    written = [json.loads(line) for line in ledger.read_text().splitlines()[1:]]
+    assert len({(kind, one) for kind, _, one in written}) == len(written)
+
+
+def test_number_that_the_rows_give_to_several_is_nobody_s(bench: Bench) -> None:
+    """What an agent left that believed such a ledger is not kept by the next one."""
+    agent = bench.agent()
+    rows = bench.node.in_force["np_endpoint"].rows
+    for name, value in rows.items():
+        row = encode.decode_endpoint(value)
+        row.number = 2
+        rows[name] = bytes(row)
+    assert len(rows) > 1
+    assert set(bench.node.former_numbers().values()) == {2}
+    bench.close()
+    (bench.home / "numbers").unlink()
+    agent = bench.agent()
+    numbers = [row.number for _, row in agent.tables.endpoints.items()]
+    assert len(set(numbers)) == len(numbers)
 
 
 def test_numbers_are_in_the_ledger_before_the_kernel_sees_them(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:

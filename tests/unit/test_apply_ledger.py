@@ -3,15 +3,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
+import json
 import os
+import socket
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from netpol_ebpf.apply.ledger import DAMAGED_SUFFIX, RETRY_S, Ledger, Numbers
+from netpol_ebpf.apply import ledger as ledger_module
+from netpol_ebpf.apply.ledger import RETRY_S, Ledger, Numbers
+from netpol_ebpf.apply.records import DAMAGED_SUFFIX
 from netpol_ebpf.errors import PlatformError
 from netpol_ebpf.policy.types import Action, Cause, CauseKind, Direction, EndpointKey, PolicyKey
 
@@ -101,20 +107,26 @@ def test_another_format_is_refused(path: Path) -> None:
 
 
 DAMAGE = {
-    "no JSON": b"x", "no entry": b"[]", "too short": b'["rule"]', "unknown kind": b'["wish", [], 1]',
+    "no JSON": b"x", "no entry": b"[]", "too short": b'["rule"]', "unknown kind": b'["wish", [], 1]', "kind is a list": b"[[], [], 1]",
     "no cause": b'["rule", [1, 2], 3]', "null": b"null", "number": b"5", "not UTF-8": b"\xff\xfe", "too deep": b"[" * 100_000,
+    "text for a number": b'["endpoint", ["Pod", "shop", "x"], "9"]', "negative": b'["endpoint", ["Pod", "shop", "x"], -5]',
+    "too large": b'["endpoint", ["Pod", "shop", "x"], 1099511627776]', "a node's": b'["endpoint", ["Pod", "shop", "x"], 1048576]',
+    "fraction": b'["endpoint", ["Pod", "shop", "x"], 2.5]', "list for a number": b'["endpoint", ["Pod", "shop", "x"], [1]]',
+    "true": b'["endpoint", ["Pod", "shop", "x"], true]', "lists for names": b'["endpoint", [["Pod"], ["shop"], ["x"]], 9]',
+    "text for a list": b'["endpoint", "Pod", 9]', "digest is a number": b'["identity", 5, 9]', "large rule": b'["rule", null, 4294967296]',
+    "half a character": b'["endpoint", ["Pod", "shop", "\\udfff"], 9]', "huge": b'["identity", "x", 1%s]' % (b"0" * 5000),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("line", DAMAGE.values(), ids=DAMAGE)
-def test_damage_is_told_and_the_numbers_count_as_lost(path: Path, line: bytes) -> None:
-    """A line that nobody wrote so ends nothing: it is named, the file is kept aside, and a new one is written."""
+def test_damaged_line_is_told_and_the_others_count(path: Path, line: bytes) -> None:
+    """A line that nobody wrote so ends nothing: it is named, the file is kept aside, a new one is written with what was right."""
     recorded(path).close()
     lines = path.read_bytes().split(b"\n")
     damaged = b"\n".join([lines[0], line, *lines[1:]])
     path.write_bytes(damaged)
     ledger = Ledger(path)
-    assert ledger.open() == Numbers()
+    assert ledger.open() == Numbers({RULE: 1, END: 2, PROFILE: 3}, {WEB: 7, DB: 8}, {"ab12": 16})
     (problem,) = ledger.problems
     assert (problem.slug, problem.severity, problem.location.file) == ("ledger", "warning", str(path))
     assert "line 2" in problem.message
@@ -122,9 +134,106 @@ def test_damage_is_told_and_the_numbers_count_as_lost(path: Path, line: bytes) -
     ledger.record("endpoint", {WEB: 3})
     ledger.close()
     again = Ledger(path)
-    assert again.open().endpoints == {WEB: 3}
+    assert again.open().endpoints == {WEB: 3, DB: 8}
     assert again.problems == []
     again.close()
+
+
+@pytest.mark.parametrize("first", [b"", b"x", b"[]", b"{}", b'{"format": "1"}', b'{"format": true}', b"[" * 1_000])
+def test_file_of_no_format_is_told_and_counts_as_lost(path: Path, first: bytes) -> None:
+    """What is behind a first line that nobody wrote so may mean anything."""
+    recorded(path).close()
+    path.write_bytes(b"\n".join([first, *path.read_bytes().split(b"\n")[1:]]))
+    ledger = Ledger(path)
+    assert ledger.open() == Numbers()
+    assert "line 1" in ledger.problems[0].message
+    ledger.close()
+
+
+@pytest.mark.parametrize(("kind", "number"), [("endpoint", 8), ("rule", 2), ("identity", 16)])
+def test_number_of_several_is_nobody_s(path: Path, kind: str, number: int) -> None:
+    """Two pods with one number would be one pod to the program, two rules one name and counter: neither has it, all others keep theirs."""
+    recorded(path).close()
+    writer = Ledger(path)
+    writer.open()
+    writer.record("identity", {"cd34": 17})
+    writer.close()
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    for line in lines[1:]:
+        if line[0] == kind:
+            line[2] = number
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    ledger = Ledger(path)
+    everything = Numbers({RULE: 1, END: 2, PROFILE: 3}, {WEB: 7, DB: 8}, {"ab12": 16, "cd34": 17})
+    everything._table(kind).clear()
+    assert ledger.open() == everything
+    assert f"{kind} number {number} is given to several" in ledger.problems[0].message
+    ledger.close()
+    again = Ledger(path)
+    assert again.open() == everything
+    assert again.problems == []
+    again.close()
+
+
+def test_number_that_passes_on_is_one_s_alone(path: Path) -> None:
+    """A number that was noted for what never came into force is the next one's, here and for the next agent; so are two that are exchanged."""
+    ledger = recorded(path)
+    other = EndpointKey("Pod", "shop", "other")
+    ledger.record("endpoint", {other: 8})
+    assert ledger.numbers.endpoints == {WEB: 7, other: 8}
+    ledger.record("endpoint", {other: 7, WEB: 8})
+    ledger.close()
+    again = Ledger(path)
+    assert again.open().endpoints == {WEB: 8, other: 7}
+    assert again.problems == []
+    with pytest.raises(AssertionError, match="several"):
+        again.record("endpoint", {DB: 9, other: 9})
+    again.close()
+
+
+def test_file_does_not_grow_by_what_went(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What comes and goes for years is not all kept: the next agent could not read it."""
+    monkeypatch.setattr(ledger_module, "SMALL_BYTES", 1000)
+    ledger = recorded(path)
+    for number in range(100, 400):
+        ledger.record("endpoint", {DB: number})
+        assert path.stat().st_size < 2000
+    ledger.close()
+    assert read(path).endpoints == {WEB: 7, DB: 399}
+
+
+def fifo(path: Path) -> None:
+    os.mkfifo(path)
+
+
+def stream(path: Path) -> None:
+    with contextlib.closing(socket.socket(socket.AF_UNIX)) as one:
+        one.bind(str(path))
+
+
+def sparse(path: Path) -> None:
+    with path.open("wb") as file:
+        file.truncate(100 << 30)
+
+
+def link(path: Path) -> None:
+    path.symlink_to("/dev/zero")
+
+
+@pytest.mark.parametrize("make", [fifo, stream, sparse, link])
+@pytest.mark.parametrize("suffix", ["", ".draft"])
+def test_what_is_no_file_of_numbers_keeps_nobody_waiting(path: Path, make: Callable[[Path], None], suffix: str) -> None:
+    """Neither where the numbers are read nor where they are written; the next agent finds a file."""
+    recorded(path).close()
+    place = path.with_suffix(suffix)
+    place.unlink(missing_ok=True)
+    make(place)
+    ledger = Ledger(path)
+    ledger.open()
+    assert [one.slug for one in ledger.problems] == ([] if suffix else ["ledger"])
+    ledger.record("endpoint", {WEB: 3})
+    ledger.close()
+    assert read(path).endpoints[WEB] == 3
 
 
 def test_what_is_no_file_is_kept_aside_too(path: Path) -> None:
@@ -146,7 +255,7 @@ class Full:
 
         def opened(one: Path, mode: str = "r", **options: Any) -> Any:
             file = real(one, mode, **options)
-            if mode[0] in "wa":
+            if mode[0] in "wax":
                 return _Guarded(file, self)
             return file
 

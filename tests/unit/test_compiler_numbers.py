@@ -47,10 +47,17 @@ def test_rollback_forgets_what_was_taken_and_given_back() -> None:
 def test_reserved_number_is_not_handed_out() -> None:
     """Numbers of an earlier run are left out until they are given back."""
     numbers, journal = Numbers(1, 3), Journal()
-    numbers.reserve(2)
+    assert numbers.keep({"here": 2}) == {"here": 2}
     assert [numbers.take(journal) for _ in range(3)] == [1, 3, None]
     numbers.give_back(2, journal)
     assert numbers.take(journal) == 2
+
+
+def test_number_of_several_or_out_of_range_is_not_kept() -> None:
+    """Whatever an earlier run is said to have left, what comes gets a number of its own."""
+    numbers, journal = Numbers(1, 3), Journal()
+    assert numbers.keep({"a": 2, "b": 2, "c": 3, "d": 0, "e": 4, "f": -1}) == {"c": 3}
+    assert [numbers.take(journal) for _ in range(3)] == [1, 2, None]
 
 
 def test_ranges_never_overlap_and_join_again() -> None:

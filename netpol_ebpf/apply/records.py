@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Files in which programs leave values for each other, and the values themselves: read as data from outside.
+
+Invariant: whatever is in the place of a file, and whatever is in it, a reader gets values of the types that it asked for, or
+OSError or ValueError, and waits for nobody.  Must not know what the values mean.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import stat
+from collections.abc import Sequence
+from pathlib import Path
+from typing import IO, Any, TypeVar
+
+T = TypeVar("T")
+
+DAMAGED_SUFFIX = ".damaged"
+"""Of a file that was set aside."""
+MOST_TOLD, MOST_LETTERS = 3, 200
+"""Of what is wrong in a file: how much of it is said, and how much of each; arbitrary."""
+_JSON_NAMES = {
+    dict: "an object", list: "a list", str: "a text", int: "a whole number", float: "a fraction", bool: "true or false", type(None): "null",
+}  # fmt: skip
+
+
+def load_regular(path: Path, most_bytes: int) -> bytes:
+    """The content of a regular file. Raises OSError, also for what is no regular file or larger than ``most_bytes``.
+
+    A FIFO would keep the reader waiting, and opening a device can have effects: neither is opened.
+    """
+    if not stat.S_ISREG(path.lstat().st_mode):
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC), "rb") as file:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):  # it was replaced meanwhile
+            raise OSError(errno.EINVAL, "not a regular file", str(path))
+        content = b"" if status.st_size > most_bytes else file.read(most_bytes + 1)
+        if max(status.st_size, len(content)) > most_bytes:
+            raise OSError(errno.EFBIG, f"larger than {most_bytes} bytes", str(path))
+    return content
+
+
+def open_draft(path: Path) -> IO[str]:
+    """A new file to write UTF-8 into, in place of whatever is there. Raises OSError."""
+    path.unlink(missing_ok=True)
+    return path.open("x", encoding="utf-8")
+
+
+def set_aside(path: Path) -> str:
+    """Move a file to where nobody reads it. Returns what became of it, as the end of a sentence."""
+    aside = path.with_suffix(DAMAGED_SUFFIX)
+    try:
+        if not aside.is_dir():
+            aside.unlink(missing_ok=True)  # no directory can take its place
+        path.replace(aside)
+    except OSError as error:
+        return f"it cannot be kept aside ({error.strerror})"
+    return f"it is kept as {aside}"
+
+
+def told(wrong: Sequence[str]) -> str:
+    """What is wrong in a file, in one line of bounded length."""
+    more = [f"and {len(wrong) - MOST_TOLD} more"] if len(wrong) > MOST_TOLD else []
+    return "; ".join([*(one[:MOST_LETTERS] for one in wrong[:MOST_TOLD]), *more])
+
+
+def reason_of(error: OSError | ValueError) -> str:
+    """What went wrong, without the path."""
+    return (error.strerror if isinstance(error, OSError) else None) or str(error)
+
+
+def parse_json(text: bytes) -> Any:
+    """The one JSON value of a UTF-8 text. Raises ValueError."""
+    try:
+        return json.loads(text.decode("utf-8"))
+    except RecursionError as error:
+        raise ValueError("it is nested too deep") from error
+
+
+def checked(value: object, kind: type[T], what: str) -> T:
+    """A value of JSON that must be of exactly this type: true is no number, and half of a surrogate pair no text. Raises ValueError."""
+    if not isinstance(value, kind) or kind is not type(value):
+        raise ValueError(f"{what} must be {_JSON_NAMES[kind]}, not {_JSON_NAMES[type(value)]}")
+    result: T = value
+    if isinstance(result, str) and not result.isascii():
+        try:
+            result.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise ValueError(f"{what} is not valid Unicode") from error
+    return result
+
+
+def checked_list(value: Any, kind: type[T], what: str, count: int | None = None) -> list[T]:
+    """A list of values of one type, exactly ``count`` of them if given. Raises ValueError."""
+    values = [checked(one, kind, f"each of {what}") for one in checked(value, list, what)]
+    if count is not None and len(values) != count:
+        raise ValueError(f"{what} must have {count} values, not {len(values)}")
+    return values
