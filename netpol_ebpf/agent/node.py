@@ -55,8 +55,8 @@ EVENTS_A_LOOK = 1000
 """Events taken at a time, so that a flood of them does not keep the agent from everything else; arbitrary."""
 GROUPS_S = 1.0
 """How often to look for groups that the node has joined; arbitrary."""
-PEERS_S = 0.5
-"""How often to look again behind an interface that a host route leads to, and that is nobody's all the same; arbitrary."""
+PEERS_S = 0.25
+"""How often to look again behind an interface that is nobody's, and of which there is no news; arbitrary."""
 CLSACT_TURN = 10
 """Interfaces with clsact to be looked at in one audit; arbitrary."""
 
@@ -75,8 +75,7 @@ class Node(Protocol):
     def snapshot(self, bound: Collection[int] = ()) -> Wiring:
         """Interfaces, routes and addresses as they are now.
 
-        ``bound``: interfaces that are known to be whose they are. Addresses at their other ends are not looked for again, as
-        long as nothing is told of the interface.
+        ``bound``: interfaces that are known to be whose they are. Addresses at their other ends are not looked for again.
         """
 
     def has_news(self) -> bool:
@@ -291,29 +290,23 @@ class KernelNode:
         return self._links
 
     def _look_behind(self, links: Mapping[int, tuple[netlink.Link, Link]], bound: Collection[int]) -> None:
-        """Addresses at the other ends of pairs, where anything about the interface is new, or it is nobody's yet.
+        """Addresses at the other ends of pairs that are nobody's yet: of each when anything about it is new, else now and then.
 
-        A host route tells more than those addresses; so where one leads, they are looked at now and then.
+        Behind a bound interface nothing counts any more. What one interface costs is bounded, whatever is done at its other end.
         """
         now_s = time.monotonic()
         routed, uplinks = set(self._follower.host_routes.values()), self._follower.uplinks
         peers = {ifindex: link.peer for ifindex, (_, link) in links.items() if link.peer is not None}
-        namespaces = set()
-        for ifindex, (number, _) in peers.items():
-            is_routed = ifindex in routed
+        asked = {}
+        for ifindex in peers.keys() - uplinks - set(bound):
             one, was_routed, asked_s = self._asked.get(ifindex, (None, False, 0.0))
-            is_new = one is not links[ifindex][0] or (was_routed and not is_routed)
-            is_due = ifindex not in bound and (not is_routed or now_s - asked_s >= PEERS_S)
-            if (is_new or is_due) and ifindex not in uplinks:
-                namespaces.add(number)
-        found = load_peer_addresses(namespaces) if namespaces else {}
-        known = {number for number, _ in peers.values()} - namespaces
-        self._peer_addresses = {key: one for key, one in self._peer_addresses.items() if key[0] in known} | found
-        asked = {
-            ifindex: (links[ifindex][0], ifindex in routed, now_s)
-            for ifindex, (number, _) in peers.items()
-            if number in namespaces
-        }
+            is_new = one is not links[ifindex][0] or (was_routed and ifindex not in routed)
+            if is_new or now_s - asked_s >= PEERS_S:
+                asked[ifindex] = (links[ifindex][0], ifindex in routed, now_s)
+        concerned = {peers[ifindex] for ifindex in asked}
+        found = load_peer_addresses(concerned) if concerned else {}
+        known = set(peers.values()) - concerned
+        self._peer_addresses = {key: one for key, one in self._peer_addresses.items() if key in known} | found
         self._asked = {ifindex: one for ifindex, one in self._asked.items() if ifindex in peers} | asked
 
     @contextlib.contextmanager
