@@ -12,6 +12,8 @@ What the kernel does not tell is asked for, of one interface at a time:
 - An IPv6 address is told when the kernel has found it to be unique; the route that the kernel makes for it comes before.
 - The end of a veth pair is not told that the other end went to another namespace, or came from there.  (When that goes from one
   pod's to another's nothing is said in this one; it comes to light when the pair begins to run, before any packet.)
+- What one interface is asked for at once it is asked for SETTLE_S later again at the earliest, and everything after the last change:
+  whoever flaps the other end of a pair all the time takes no time from the others.
 - Routes that have their hops from a next hop object are listed again with each change of such an object, or of an interface that
   one leads by: whether those routes are told of depends on a setting (net.ipv4.nexthop_compat_mode), and an object that vanishes
   with the carrier of its interface is not told of at all.
@@ -122,7 +124,9 @@ class Follower:
         self._version = 0
         self._doubts = _Doubts()
         self._again: dict[int, float] = {}
+        self._quiet_s: dict[int, float] = {}  # until when not to ask for routes and addresses of an interface again
         self._objects_again_s = math.inf
+        self._objects_quiet_s = -math.inf
         self._lost = ""
         self.links: dict[int, Link] = {}
         self.listed_again: Counter[str] = Counter()
@@ -337,11 +341,15 @@ class Follower:
         """Ask for what was not told; what is new of interfaces."""
         now_s = self._clock()
         doubts, self._doubts = self._doubts, _Doubts()
+        self._put_off(doubts, now_s)
         due = {ifindex for ifindex, at_s in self._again.items() if at_s <= now_s}
         doubts.routes |= due
         doubts.links |= due
         if self._objects_again_s <= now_s:
             doubts.all_routes, self._objects_again_s = "a next hop object changed", math.inf
+        self._quiet_s.update(dict.fromkeys(doubts.routes | doubts.addresses, now_s + SETTLE_S))
+        if doubts.all_routes:
+            self._objects_quiet_s = now_s + SETTLE_S
         found: list[LinkNews] = []
         try:
             if len(doubts.routes & self.links.keys()) > DOUBTS:
@@ -365,6 +373,15 @@ class Follower:
         for ifindex in due:
             self._again.pop(ifindex, None)
         return found
+
+    def _put_off(self, doubts: _Doubts, now_s: float) -> None:
+        """Leave for later what was asked for just now. Of routes the last doubt is in ``_again``, of next hop objects likewise."""
+        self._quiet_s = {ifindex: at_s for ifindex, at_s in self._quiet_s.items() if at_s > now_s}
+        self._doubts.addresses = doubts.addresses & self._quiet_s.keys()
+        doubts.addresses -= self._doubts.addresses
+        doubts.routes -= self._quiet_s.keys() & self._again.keys()
+        if now_s < self._objects_quiet_s and self._objects_again_s < math.inf:
+            doubts.all_routes = ""
 
     def _listed(self, kind: int, body: bytes) -> list[bytes]:
         """What the kernel lists of one interface; nothing when it is gone, or has none of the family."""

@@ -121,10 +121,10 @@ class Rtnetlink:
         raise PlatformError("rtnetlink: whatever is listed changes faster than the kernel can list it")
 
     def first(self, kind: int, body: bytes, most: int) -> list[bytes]:
-        """As `dump`, at most so many and one more, and also what was listed between changes: of a list that somebody else may make as
-        long as they like, and change all the time.
+        """As `dump`, at most ``most`` objects and one more: of a list whose owner may make it long, and change it, at will.
 
-        A list that was not read to its end is left in the socket: it can ask nothing else. Raises RtnetlinkError.
+        What changes did to the list meanwhile will do.  A list that was not read to its end leaves the socket unable to ask anything
+        else.  Raises RtnetlinkError.
         """
         return self._dump_once(kind, body, most)[0]
 

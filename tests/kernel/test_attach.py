@@ -369,7 +369,10 @@ def test_addresses_behind_a_veth_are_read_to_a_bound(pair: Pair) -> None:
     few, many = range(10), range(10, 2 * MOST_ADDRESSES)
 
     def add(numbers: range) -> None:
-        lines = [f"address add 10.97.{one >> 8}.{one & 255}/32 dev eth0\naddress add fd97::{one:x}/128 dev eth0" for one in numbers]
+        lines = [
+            f"address add 10.97.{one >> 8}.{one & 255}/32 dev eth0\naddress add fd97::{one:x}/128 dev eth0"
+            for one in numbers
+        ]
         subprocess.run(["ip", "-n", pair.pod, "-batch", "-"], input="\n".join(lines), text=True, check=True)
 
     add(few)
