@@ -29,6 +29,7 @@ from netpol_loader import abi, access, attach, netlink
 from netpol_loader.barrier import BarrierTables
 from netpol_loader.drift import Drift, PartlyMendedError, mend_attachments, mend_pins
 from netpol_loader.follow import Follower
+from netpol_loader.others import Other, OtherPrograms
 from netpol_loader.peers import load_peer_addresses
 from netpol_loader.renewal import Renewal
 from netpol_loader.routes import LocalRoute
@@ -114,8 +115,8 @@ class Node(Protocol):
         Raises PlatformError, PartlyMendedError with what could be put back, when something could not.
         """
 
-    def overtaken(self, ifindexes: Collection[int]) -> set[int]:
-        """Those on which a program of others runs before ours."""
+    def other_programs(self, attached: Collection[int]) -> list[Other]:
+        """Programs of others where packets pass the node's interfaces. ``attached``: those with our programs."""
 
     def others(self, ifindex: int) -> list[str]:
         """Programs of others on the hook by which an interface's packets come in, for people."""
@@ -165,6 +166,7 @@ class KernelNode:
             int, tuple[netlink.Link, bool, float]
         ] = {}  # behind an interface: had it a host route, and when
         self._peer_addresses: dict[tuple[int, int], tuple[netlink.IPAddress, ...]] = {}
+        self._others = OtherPrograms()
         self._mended = 0  # of clsact interfaces: whose turn it is
         self._upgrade: Upgrade | None = None  # until it has taken over
         self.upgraded = ""  # what an upgrade of the pins did, for people; empty: there was none
@@ -395,9 +397,9 @@ class KernelNode:
         except PartlyMendedError as error:
             raise PartlyMendedError(error.message, [*found, *error.found]) from error
 
-    def overtaken(self, ifindexes: Collection[int]) -> set[int]:
+    def other_programs(self, attached: Collection[int]) -> list[Other]:
         """See `Node`."""
-        return attach.overtaken(ifindexes, self._dataplane)
+        return self._others.look(self._follower.links.keys(), attached, self._dataplane)
 
     def others(self, ifindex: int) -> list[str]:
         """See `Node`."""
