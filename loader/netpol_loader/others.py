@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Programs of others where packets pass the node's interfaces: which there are, whether they run before ours, and whether they redirect.
 
-A packet that a program redirects (bpf_redirect_peer into a pod, XDP into another interface) passes no program at its destination, ours
-included.  Whether a program can do that is read from its translated instructions, where a call of a helper is a distance that differs
-from kernel to kernel: a program of our own that calls the same helpers shows what it is here.  Looking the helpers up in
-/proc/kallsyms was rejected: it has ten megabytes, and needs the same privileges.
+A packet that bpf_redirect_peer puts into a pod, or that XDP sends to another interface, passes no program at its destination, ours
+included.  (What bpf_redirect, bpf_redirect_neigh and bpf_clone_redirect send from TC passes the hooks of the device that it is sent to.)
+Whether a program can do that is read from its translated instructions, where a call of a helper is a distance that differs from
+kernel to kernel: a program of our own that calls the same helper shows what it is here.  Looking the helpers up in /proc/kallsyms
+was rejected: it has ten megabytes, and needs the same privileges.
 
 Invariant: what cannot be read is said to be unknown, never harmless.  Changes nothing; must not know of policy.
 """
@@ -30,24 +31,22 @@ CLSACT_TURN = 10
 """Interfaces with filters of others to be looked at in one look; arbitrary."""
 
 _TAIL_CALL = 12
-_REDIRECT, _CLONE_REDIRECT, _REDIRECT_NEIGH, _REDIRECT_PEER = 23, 13, 152, 155
-"""enum bpf_func_id."""
+_REDIRECTS: Mapping[int, int] = {syscall.PROG_TYPE_SCHED_CLS: 155, syscall.PROG_TYPE_XDP: 23}
+"""The helper (enum bpf_func_id) that redirects past all hooks, by type of program: bpf_redirect_peer, and bpf_redirect of XDP."""
 _REDIRECT_MAPS = frozenset({"devmap", "cpumap", "xskmap", "devmap_hash"})
 """What XDP programs redirect through (bpf_redirect_map); they serve for nothing else."""
 _CALLS_FUNCTION = 1
 """Source register of a call of a function of the program itself: BPF_PSEUDO_CALL. Another program may have taken its place
 (BPF_PROG_TYPE_EXT), as the dispatcher of libxdp is made for."""
-_MOVE, _MOVE_REGISTER, _EXIT = 0xB7, 0xBF, 0x95
-_CONTEXT = 6
-"""The register that keeps the context."""
+_MOVE, _EXIT = 0xB7, 0x95
 
 
 class Reach(enum.Enum):
-    """Whether a program can send packets on by itself, past the programs at their destination."""
+    """Whether a program can send packets past the programs at their destination."""
 
-    NONE = "cannot redirect"
-    REDIRECTS = "can redirect"
-    UNKNOWN = "may redirect"
+    NONE = "cannot"
+    REDIRECTS = "can"
+    UNKNOWN = "cannot be told"
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -147,7 +146,7 @@ def _read(number: int, program_type: int) -> tuple[str, Reach]:
 
 
 def reach_of(fd: int, program_type: int) -> Reach:
-    """Whether a program can redirect, by what it calls and the maps it uses. Raises OSError."""
+    """Whether a program can send packets past others, by what it calls and the maps it uses. Raises OSError."""
     if any(_map_kind(number) in _REDIRECT_MAPS for number in syscall.prog_maps(fd)):
         return Reach.REDIRECTS
     code = syscall.prog_code(fd)
@@ -188,22 +187,11 @@ def _calls_functions(code: bytes) -> bool:
 
 
 def _probe(program_type: int) -> bytes:
-    """The translated instructions of a program that calls all helpers that redirect, and nothing else; empty where none can be loaded."""
-
-    def move(target: int, value: int) -> bytes:
-        return INSTRUCTION.pack(_MOVE, packed(0, target), 0, value)
-
-    def call(helper: int, *arguments: int) -> bytes:
-        first = 2 if helper == _CLONE_REDIRECT else 1  # it takes the context
-        given = b"".join(move(target, value) for target, value in enumerate(arguments, first))
-        context = INSTRUCTION.pack(_MOVE_REGISTER, packed(_CONTEXT, 1), 0, 0) if first > 1 else b""
-        return context + given + INSTRUCTION.pack(CALL, 0, 0, helper)
-
-    code = INSTRUCTION.pack(_MOVE_REGISTER, packed(1, _CONTEXT), 0, 0) + call(_REDIRECT, 1, 0)
-    if program_type == syscall.PROG_TYPE_SCHED_CLS:
-        code += call(_CLONE_REDIRECT, 1, 0) + call(_REDIRECT_NEIGH, 1, 0, 0, 0) + call(_REDIRECT_PEER, 1, 0)
+    """The translated instructions of a program that calls the helper that redirects, and nothing else; empty where it cannot be loaded."""
+    arguments = INSTRUCTION.pack(_MOVE, packed(0, 1), 0, 1) + INSTRUCTION.pack(_MOVE, packed(0, 2), 0, 0)
+    call = INSTRUCTION.pack(CALL, 0, 0, _REDIRECTS[program_type])
     try:
-        fd = syscall.prog_load(code + move(0, 0) + INSTRUCTION.pack(_EXIT, 0, 0, 0), program_type)
+        fd = syscall.prog_load(arguments + call + INSTRUCTION.pack(_EXIT, 0, 0, 0), program_type)
     except OSError:
         return b""
     try:

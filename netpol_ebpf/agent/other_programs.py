@@ -16,7 +16,7 @@ OVERTAKEN, REDIRECT = "overtaken", "redirect"
 WHY_UNKNOWN = "it hands on to programs that are not known (a tail call, libxdp), or this process may not read it (CAP_SYS_ADMIN, CAP_SYSLOG)"
 SAID: dict[tuple[bool, Reach], tuple[str, str, str]] = {
     (True, Reach.REDIRECTS): (
-        OVERTAKEN, "error", "XDP programs of others can redirect packets, policy NOT enforced on those: {}",
+        OVERTAKEN, "error", "XDP programs of others can redirect packets, on which policy is NOT enforced: {}",
     ),
     (True, Reach.UNKNOWN): (
         OVERTAKEN, "warning", "whether XDP programs of others redirect packets past policy cannot be told: {}; " + WHY_UNKNOWN,
@@ -26,7 +26,7 @@ SAID: dict[tuple[bool, Reach], tuple[str, str, str]] = {
     ),
     (False, Reach.REDIRECTS): (
         REDIRECT, "error",
-        "programs of others can redirect packets, policy NOT enforced on those where they arrive: {}",
+        "programs of others can redirect packets into pods (bpf_redirect_peer), where policy is NOT enforced on those: {}",
     ),
     (False, Reach.UNKNOWN): (
         REDIRECT, "warning", "whether programs of others redirect packets past policy cannot be told: {}; " + WHY_UNKNOWN,

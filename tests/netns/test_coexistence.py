@@ -22,6 +22,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 
 from agent_scene import CLUSTER, DB_POLICY, NODE, Scene, scene_in, to_db
+from border_scene import NARROW, OPEN_PORT, border, datagram, ear, framed, put, say, station, token
 from test_clsact import WITHOUT_TCX
 
 from netpol_ebpf.lab.guard import NETNS_DIR
@@ -38,7 +39,7 @@ T = TypeVar("T")
 GO_ON, PASS, DROP = -1, 0, 2
 """TCX_NEXT, TCX_PASS, TCX_DROP (linux/bpf.h)."""
 DB_LINK, WEB_LINK = (Host(name, NODE, ()).parent_interface for name in ("shop/db", "shop/web"))
-REDIRECT, REDIRECT_PEER = 23, 155
+CLONE_REDIRECT, REDIRECT, REDIRECT_NEIGH, REDIRECT_PEER = 13, 23, 152, 155
 """Helpers (enum bpf_func_id)."""
 XDP_PASS, ATTACH_XDP = 2, 37  # linux/bpf.h
 SET_LINK, IFLA_XDP, IFLA_XDP_FD, IFLA_XDP_FLAGS, GENERIC = 19, 43, 1, 3, 2  # linux/rtnetlink.h, if_link.h
@@ -195,6 +196,42 @@ def test_program_behind_ours_that_redirects_is_told(scene: Scene, pin_root: Path
         assert f"{name} {mechanism} ingress program {syscall.prog_info(fd).id} (shortcut)" in message
         assert scene.ctl("status", "--state-dir", str(scene.state_dir)).returncode == 1
     scene.await_status(lambda state: not state["problems"], "no problem any more")
+
+
+def test_what_is_redirected_to_a_device_meets_policy_there(tmp_path: Path) -> None:
+    """Of all ways to redirect from TC only that into a pod goes past the program at its interface; so that alone is told."""
+    only_ingress = NARROW.replace("policyTypes: [Ingress, Egress]", "policyTypes: [Ingress]").partition("  egress:")[0]
+    with border(tmp_path) as scene:
+        lab = scene.lab
+        put(scene, only_ingress)
+        web, db, place = station(lab, "web"), station(lab, "db"), number_of(lab, DB_LINK)
+        zeros = {number: one(0xB7, number, 0) for number in (2, 3, 4)}
+        target, by_context = one(0xB7, 1, place), one(0xB7, 2, place)
+        ways = {
+            REDIRECT: target + zeros[2],
+            CLONE_REDIRECT: by_context + zeros[3],
+            REDIRECT_NEIGH: target + zeros[2] + zeros[3] + zeros[4],
+            REDIRECT_PEER: target + zeros[2],
+        }
+        for helper, arguments in ways.items():
+            result = one(0xB7, 0, DROP) if helper == CLONE_REDIRECT else b""
+            with contextlib.ExitStack() as stack:
+                fd = syscall.prog_load(arguments + one(link.CALL, 0, helper) + result + one(0x95, 0, 0))
+                stack.callback(os.close, fd)
+                at = number_of(lab, WEB_LINK)
+                stack.callback(
+                    os.close, at_node(lab, lambda fd=fd, at=at: syscall.link_create(fd, at, syscall.TCX_INGRESS))
+                )  # type: ignore[misc]
+                denied, allowed = token(), token()
+                listening = stack.enter_context(ear(lab, db.host))
+                for port, mark in ((9999, denied), (OPEN_PORT, allowed)):
+                    say(lab, web.host, framed(datagram(web.address[4], db.address[4], port, mark), web.mac, db.mac))
+                is_past = helper == REDIRECT_PEER
+                assert listening.heard([denied], allowed) == ({denied} if is_past else set()), helper
+                if is_past:
+                    state = scene.await_status(lambda state: bool(state["problems"]), "it is told")
+                    assert told(state) == {("redirect", "error")}
+        scene.await_status(lambda state: not state["problems"], "no problem any more")
 
 
 @pytest.mark.parametrize("is_link", [True, False], ids=["link", "netlink"])
