@@ -54,6 +54,8 @@ SOLICITED = int(IPv6Address("ff02::1:ff00:0"))
 LOOPBACK_NET = ip_network("127.0.0.0/8")
 EVENTS_A_LOOK = 1000
 """Events taken at a time, so that a flood of them does not keep the agent from everything else; arbitrary."""
+PEERS_A_LOOK = 50
+"""Of these, the number that one look goes behind, so that many of them do not keep the agent from a new one; arbitrary."""
 GROUPS_S = 1.0
 """How often to look for groups that the node has joined; arbitrary."""
 PEERS_S = 0.25
@@ -223,12 +225,12 @@ class KernelNode:
 
     def take_born(self) -> list[Link]:
         """See `Node`."""
-        self._read_news()
+        self._read_news(is_brief=True)
         born, self._born = self._born, []
         return born
 
-    def _read_news(self) -> None:
-        news = self._follower.poll()
+    def _read_news(self, *, is_brief: bool = False) -> None:
+        news = self._follower.poll(is_brief=is_brief)
         before, self._version = self._version, self._follower.version
         self._is_news = self._is_news or self._version != before
         if news is None:
@@ -299,12 +301,15 @@ class KernelNode:
         now_s = time.monotonic()
         routed, uplinks = set(self._follower.host_routes.values()), self._follower.uplinks
         peers = {ifindex: link.peer for ifindex, (_, link) in links.items() if link.peer is not None}
-        asked = {}
+        new, due = [], []
         for ifindex in peers.keys() - uplinks - set(bound):
             one, was_routed, asked_s = self._asked.get(ifindex, (None, False, 0.0))
-            is_new = one is not links[ifindex][0] or (was_routed and ifindex not in routed)
-            if is_new or now_s - asked_s >= PEERS_S:
-                asked[ifindex] = (links[ifindex][0], ifindex in routed, now_s)
+            if one is not links[ifindex][0] or (was_routed and ifindex not in routed):
+                new.append(ifindex)
+            elif now_s - asked_s >= PEERS_S:
+                due.append((asked_s, ifindex))
+        turn = [*new, *(ifindex for _, ifindex in sorted(due)[:PEERS_A_LOOK])]
+        asked = {ifindex: (links[ifindex][0], ifindex in routed, now_s) for ifindex in turn}
         concerned = {peers[ifindex] for ifindex in asked}
         found = load_peer_addresses(concerned) if concerned else {}
         known = set(peers.values()) - concerned

@@ -295,6 +295,9 @@ def test_an_interface_that_flaps_is_asked_for_now_and_then(wired: Node, monkeypa
 
     monkeypatch.setattr(rtnetlink.Rtnetlink, "dump", counted)
     wired.do("link set v1 down")
+    wired.do("link add v9 type veth peer name p9")
+    assert "v9" in {one.link.name for one in follower.poll(is_brief=True) or ()}
+    assert asked == [], "a new interface does not wait for what the others are asked"
     follower.poll()
     once = len(asked)
     assert once, "at once"

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from netpol_ebpf.agent import node as module
-from netpol_ebpf.agent.node import GROUPS_S, PEERS_S, KernelNode
+from netpol_ebpf.agent.node import GROUPS_S, PEERS_A_LOOK, PEERS_S, KernelNode
 from netpol_ebpf.apply.encode import LocalFlag, Meaning
 from netpol_loader.follow import LinkNews
 from netpol_loader.netlink import IPAddress, Link
@@ -38,7 +38,7 @@ class MemoryFollower:
     version: tuple[int, int] = (0, 0)
     news: list[list[LinkNews] | None] = field(default_factory=list)
 
-    def poll(self) -> list[LinkNews] | None:
+    def poll(self, *, is_brief: bool = False) -> list[LinkNews] | None:  # noqa: ARG002
         return self.news.pop(0) if self.news else []
 
 
@@ -85,6 +85,19 @@ def test_only_what_is_nobody_s_yet_is_looked_behind_again(bench: Bench) -> None:
     bench.now_s += PEERS_S
     assert bench.look(5, 6) == set()
     assert bench.node.snapshot({5, 6}).peer_addresses == BEHIND, "what was found stays known"
+
+
+def test_many_that_are_nobody_s_are_looked_behind_in_turn(bench: Bench) -> None:
+    """Those first that were asked longest ago; what is new does not wait for them."""
+    crowd = {number: replace(WEB, ifindex=number, peer_nsid=number) for number in range(100, 100 + 2 * PEERS_A_LOOK)}
+    bench.follower.links.update(crowd)
+    assert crowd.keys() <= bench.look(5, 6)
+    bench.now_s += PEERS_S
+    bench.follower.links[5] = replace(WEB, is_running=False)
+    first = bench.look(6)
+    assert len(first) == PEERS_A_LOOK + 1
+    assert 5 in first
+    assert first | bench.look(5, 6) == {5, *crowd}
 
 
 def test_something_new_about_an_interface_has_it_looked_behind(bench: Bench) -> None:
