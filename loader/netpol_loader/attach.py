@@ -13,7 +13,7 @@ import contextlib
 import enum
 import errno
 import os
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -125,18 +125,6 @@ def attachments(dataplane: Dataplane) -> tuple[Attachment, ...]:
     for ifindex in netlink.clsact_interfaces():
         found |= _clsact_attachments(dataplane, ifindex)
     return tuple(sorted(found, key=_order))
-
-
-def overtaken(ifindexes: Iterable[int], dataplane: Dataplane) -> set[int]:
-    """Interfaces on which a tcx program of others runs before ours: what it lets pass, ours does not see."""
-    ours = {hook: syscall.prog_info(dataplane.program_fd(hook)).id for hook in Hook}
-    found = set()
-    for ifindex in ifindexes:
-        with contextlib.suppress(OSError):  # it is gone, or the kernel has no tcx
-            orders = {hook: syscall.prog_query(ifindex, kind) for hook, kind in ATTACH_TYPES.items()}
-            if any(number in orders[hook][1:] for hook, number in ours.items()):
-                found.add(ifindex)
-    return found
 
 
 def others(ifindex: int, dataplane: Dataplane) -> list[str]:

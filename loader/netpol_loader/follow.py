@@ -12,6 +12,8 @@ What the kernel does not tell is asked for, of one interface at a time:
 - An IPv6 address is told when the kernel has found it to be unique; the route that the kernel makes for it comes before.
 - The end of a veth pair is not told that the other end went to another namespace, or came from there.  (When that goes from one
   pod's to another's nothing is said in this one; it comes to light when the pair begins to run, before any packet.)
+- What one interface is asked for at once it is asked for SETTLE_S later again at the earliest, and everything after the last change:
+  whoever flaps the other end of a pair all the time takes no time from the others.
 - Routes that have their hops from a next hop object are listed again with each change of such an object, or of an interface that
   one leads by: whether those routes are told of depends on a setting (net.ipv4.nexthop_compat_mode), and an object that vanishes
   with the carrier of its interface is not told of at all.
@@ -122,7 +124,9 @@ class Follower:
         self._version = 0
         self._doubts = _Doubts()
         self._again: dict[int, float] = {}
+        self._quiet_s: dict[int, float] = {}  # until when not to ask for routes and addresses of an interface again
         self._objects_again_s = math.inf
+        self._objects_quiet_s = -math.inf
         self._lost = ""
         self.links: dict[int, Link] = {}
         self.listed_again: Counter[str] = Counter()
@@ -204,8 +208,10 @@ class Follower:
 
     # --- keeping in step --------------------------------------------------------------------------------------------
 
-    def poll(self) -> list[LinkNews] | None:
+    def poll(self, *, is_brief: bool = False) -> list[LinkNews] | None:
         """Take up what there is to read, and ask for what was not told. News of interfaces, in order; None: some were lost.
+
+        ``is_brief``: routes and addresses are left to be asked for by the next call: a new interface does not wait for those of others.
 
         Raises PlatformError when the kernel does not answer; what was followed stays, and the next call tries again.
         """
@@ -226,7 +232,8 @@ class Follower:
         if self._lost:
             self._list_all(self._lost)
             return None
-        return found + self._settle_doubts()
+        found += self._ask_links()
+        return found if is_brief else found + self._settle_doubts()
 
     def _take(self, data: bytes) -> list[LinkNews]:
         found: list[LinkNews] = []
@@ -333,16 +340,32 @@ class Follower:
 
     # --- asking -----------------------------------------------------------------------------------------------------
 
+    def _ask_links(self) -> list[LinkNews]:
+        """Ask for interfaces that are in doubt; what is new of them."""
+        doubted, self._doubts.links = self._doubts.links, set()
+        found: list[LinkNews] = []
+        try:
+            for ifindex in doubted & self.links.keys():
+                link = ask_link(self._channel, ifindex)
+                if link is not None and self._put_link(link):
+                    found.append(LinkNews(link, is_gone=False))
+        except (PlatformError, struct.error, ValueError) as error:
+            self._lost = f"the kernel does not answer: {error}"
+            raise
+        return found
+
     def _settle_doubts(self) -> list[LinkNews]:
-        """Ask for what was not told; what is new of interfaces."""
+        """Ask for what was not told, and again for what changed; what is new of interfaces."""
         now_s = self._clock()
         doubts, self._doubts = self._doubts, _Doubts()
+        self._put_off(doubts, now_s)
         due = {ifindex for ifindex, at_s in self._again.items() if at_s <= now_s}
         doubts.routes |= due
-        doubts.links |= due
         if self._objects_again_s <= now_s:
             doubts.all_routes, self._objects_again_s = "a next hop object changed", math.inf
-        found: list[LinkNews] = []
+        self._quiet_s.update(dict.fromkeys(doubts.routes | doubts.addresses, now_s + SETTLE_S))
+        if doubts.all_routes:
+            self._objects_quiet_s = now_s + SETTLE_S
         try:
             if len(doubts.routes & self.links.keys()) > DOUBTS:
                 doubts.all_routes = doubts.all_routes or "too many interfaces changed at a time"
@@ -350,10 +373,6 @@ class Follower:
                 self._count(doubts.all_routes)
                 self._list_routes()
                 doubts.routes.clear()
-            for ifindex in doubts.links & self.links.keys():
-                link = ask_link(self._channel, ifindex)
-                if link is not None and self._put_link(link):
-                    found.append(LinkNews(link, is_gone=False))
             for ifindex in doubts.routes & self.links.keys():
                 for family in BITS:
                     self._routes.replace_interface(family, ifindex, self._listed(GET_ROUTE, request(family, ifindex)))
@@ -364,7 +383,17 @@ class Follower:
             raise
         for ifindex in due:
             self._again.pop(ifindex, None)
-        return found
+        self._doubts.links |= due
+        return self._ask_links()
+
+    def _put_off(self, doubts: _Doubts, now_s: float) -> None:
+        """Leave for later what was asked for just now. Of routes the last doubt is in ``_again``, of next hop objects likewise."""
+        self._quiet_s = {ifindex: at_s for ifindex, at_s in self._quiet_s.items() if at_s > now_s}
+        self._doubts.addresses = doubts.addresses & self._quiet_s.keys()
+        doubts.addresses -= self._doubts.addresses
+        doubts.routes -= self._quiet_s.keys() & self._again.keys()
+        if now_s < self._objects_quiet_s and self._objects_again_s < math.inf:
+            doubts.all_routes = ""
 
     def _listed(self, kind: int, body: bytes) -> list[bytes]:
         """What the kernel lists of one interface; nothing when it is gone, or has none of the family."""

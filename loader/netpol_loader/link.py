@@ -49,26 +49,26 @@ def link(instructions: bytes, names: Sequence[str], maps: Mapping[str, int], fac
     code = bytearray(instructions)
     at = 0
     while at < len(code):
-        opcode, registers, offset, immediate = INSTRUCTION.unpack_from(code, at)
+        opcode, operands, offset, immediate = INSTRUCTION.unpack_from(code, at)
         if opcode != LOAD_IMMEDIATE_64:
             if opcode == CALL and immediate == CALLS_CAST and facts.cast_function:
-                INSTRUCTION.pack_into(code, at, opcode, _packed(CALLS_KERNEL, 0), 0, facts.cast_function)
+                INSTRUCTION.pack_into(code, at, opcode, packed(CALLS_KERNEL, 0), 0, facts.cast_function)
             at += INSTRUCTION.size
             continue
-        source, target = _registers(registers)
+        source, target = registers(operands)
         if source in (LOADS_MAP, LOADS_MASK):
             if immediate >= len(names) or names[immediate] not in maps:
                 raise LoadError(f"instruction {at // INSTRUCTION.size} names map {immediate}, which was not made")
             fd = maps[names[immediate]]
             value = fd if source == LOADS_MAP else mask_of(syscall.map_info(fd))
             kept = LOADS_MAP if source == LOADS_MAP else 0
-            INSTRUCTION.pack_into(code, at, opcode, _packed(kept, target), offset, value)
+            INSTRUCTION.pack_into(code, at, opcode, packed(kept, target), offset, value)
         elif source == LOADS_FACT:
             if immediate not in facts.numbers:
                 raise LoadError(
                     f"instruction {at // INSTRUCTION.size} wants the unknown fact {immediate} of the kernel"
                 )
-            INSTRUCTION.pack_into(code, at, opcode, _packed(0, target), offset, facts.numbers[immediate])
+            INSTRUCTION.pack_into(code, at, opcode, packed(0, target), offset, facts.numbers[immediate])
         elif source != 0:
             raise LoadError(f"instruction {at // INSTRUCTION.size} loads something of the unknown kind {source}")
         at += 2 * INSTRUCTION.size
@@ -107,10 +107,11 @@ def _load(name: str, instructions: bytes) -> int:
     return syscall.prog_load(instructions, name=name)
 
 
-def _registers(byte: int) -> tuple[int, int]:
+def registers(byte: int) -> tuple[int, int]:
     """(source, target) of an instruction; struct bpf_insn has them as bit fields."""
     return (byte >> 4, byte & 15) if sys.byteorder == "little" else (byte & 15, byte >> 4)
 
 
-def _packed(source: int, target: int) -> int:
+def packed(source: int, target: int) -> int:
+    """The inverse of `registers`."""
     return source << 4 | target if sys.byteorder == "little" else target << 4 | source

@@ -40,7 +40,9 @@ NEW_LINK, DELETE_LINK, GET_LINK = 16, 17, 18
 _NEW_QDISC, _DELETE_QDISC, _GET_QDISC = 36, 37, 38
 _NEW_FILTER, _DELETE_FILTER, _GET_FILTER = 44, 45, 46
 _LINK_HEADER = struct.Struct("=BBHiII")  # family, -, ARPHRD_*, index, flags, change mask
-_IFNAME, _LINK, _MASTER, _LINKINFO, _EXT_MASK, _LINK_NETNSID = 3, 5, 10, 18, 29, 37
+_IFNAME, _LINK, _MASTER, _LINKINFO, _EXT_MASK, _LINK_NETNSID, _XDP = 3, 5, 10, 18, 29, 37, 43
+_XDP_ATTACHED, _XDP_NUMBERS = 2, (4, 5, 6, 7)
+"""IFLA_XDP_ATTACHED; IFLA_XDP_PROG_ID, and those of the driver, of the stack (generic) and of the hardware."""
 _INFO_KIND, _INFO_DATA = 1, 2
 _VRF_TABLE = 1
 _GRE_REMOTE, _GRE_COLLECT_METADATA = 7, 18
@@ -49,7 +51,7 @@ _IFF_UP, _IFF_RUNNING = 0x1, 0x40
 # include/uapi/linux/pkt_sched.h, pkt_cls.h
 _TC_HEADER = struct.Struct("=BxxxiIII")  # family, index, handle, parent, info
 _TCA_KIND, _TCA_OPTIONS = 1, 2
-_BPF_FD, _BPF_NAME, _BPF_FLAGS, _BPF_DIRECT_ACTION = 6, 7, 8, 1
+_BPF_FD, _BPF_NAME, _BPF_FLAGS, _BPF_ID, _BPF_DIRECT_ACTION = 6, 7, 8, 11, 1
 _CLSACT_PARENT, _CLSACT_HANDLE = 0xFFFF_FFF1, 0xFFFF_0000
 _ALL_PROTOCOLS = 0x0003
 
@@ -193,6 +195,21 @@ def dump_links(channel: Rtnetlink) -> list[Link]:
     """All interfaces of the socket's namespace."""
     found = map(parse_link, channel.dump(GET_LINK, _LINK_HEADER.pack(0, 0, 0, 0, 0, 0) + _SKIP_STATISTICS))
     return [link for link in found if link is not None]
+
+
+def xdp_programs() -> dict[int, tuple[int, ...]]:
+    """Numbers of the XDP programs on interfaces that have any, in whatever mode and however attached.
+
+    Asked, not followed: a program that comes by a BPF link is not told of.
+    """
+    found = {}
+    with Rtnetlink() as channel:
+        for one in channel.dump(GET_LINK, _LINK_HEADER.pack(0, 0, 0, 0, 0, 0) + _SKIP_STATISTICS):
+            xdp = attributes(attributes(one, _LINK_HEADER.size).get(_XDP, b""))
+            if any(xdp.get(_XDP_ATTACHED, b"")):
+                numbers = {_number(xdp[kind]) for kind in _XDP_NUMBERS if kind in xdp}
+                found[link_header(one)[2]] = tuple(sorted(numbers))
+    return found
 
 
 def ask_link(channel: Rtnetlink, name_or_ifindex: str | int) -> Link | None:
@@ -361,7 +378,26 @@ def clsact_filters(ifindex: int) -> list[ClsactFilter]:
 def foreign_filters(ifindex: int, hook: Hook) -> list[str]:
     """Filters of others on a hook of clsact, for people; none when the interface is gone."""
     with Rtnetlink() as channel:
-        return [name for name in _filter_names(channel, ifindex, hook) if not name.startswith(f"{hook.value}#")]
+        return [name for name in _filter_names(channel, ifindex, hook) if not is_our_filter(name, hook)]
+
+
+def is_our_filter(name: str, hook: Hook) -> bool:
+    """Whether a filter bears the name of a program of ours."""
+    return name.startswith(f"{hook.value}#")
+
+
+def filter_programs(ifindex: int, hook: Hook) -> list[tuple[str, int]]:
+    """Name and program of the filters on a hook of clsact, in the order in which they run; 0: it is none of a BPF program.
+
+    None when the interface is gone.
+    """
+    with Rtnetlink() as channel:
+        try:
+            filters = _filters(channel, ifindex, hook)
+        except RtnetlinkError:  # ENODEV, or no such parent
+            return []
+    kept = [attributes(one[_TCA_OPTIONS]) for one in filters if one.get(_TCA_KIND) == b"bpf\0" and _TCA_OPTIONS in one]
+    return [(_text(one.get(_BPF_NAME, b"")), _number(one.get(_BPF_ID))) for one in kept]
 
 
 def _filter_names(channel: Rtnetlink, ifindex: int, hook: Hook) -> list[str]:

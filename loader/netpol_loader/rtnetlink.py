@@ -112,18 +112,23 @@ class Rtnetlink:
             found.append(message)
         return found
 
-    def dump(self, kind: int, body: bytes, *, is_of_another: bool = False) -> list[bytes]:
-        """All objects of a kind: what follows the header, of each. Raises RtnetlinkError, and PlatformError when changes never let it end.
-
-        ``is_of_another``: of a namespace whose owner may change it all the time; then what was listed between changes will do.
-        """
+    def dump(self, kind: int, body: bytes) -> list[bytes]:
+        """All objects of a kind: what follows the header, of each. Raises RtnetlinkError, and PlatformError when changes never let it end."""
         for _ in range(DUMP_ATTEMPTS):
             found, is_whole = self._dump_once(kind, body)
-            if is_whole or is_of_another:
+            if is_whole:
                 return found
         raise PlatformError("rtnetlink: whatever is listed changes faster than the kernel can list it")
 
-    def _dump_once(self, kind: int, body: bytes) -> tuple[list[bytes], bool]:
+    def first(self, kind: int, body: bytes, most: int) -> list[bytes]:
+        """As `dump`, at most ``most`` objects and one more: of a list whose owner may make it long, and change it, at will.
+
+        What changes did to the list meanwhile will do.  A list that was not read to its end leaves the socket unable to ask anything
+        else.  Raises RtnetlinkError.
+        """
+        return self._dump_once(kind, body, most)[0]
+
+    def _dump_once(self, kind: int, body: bytes, most: int | None = None) -> tuple[list[bytes], bool]:
         self._send(kind, body, _DUMP)
         found: list[bytes] = []
         is_whole = True
@@ -137,6 +142,8 @@ class Rtnetlink:
                 _raise_error(payload)
                 break
             found.append(payload)
+            if most is not None and len(found) > most:
+                break
         return found, is_whole
 
     def _send(self, kind: int, body: bytes, flags: int) -> None:

@@ -26,6 +26,8 @@ PROG_LOAD = 5
 OBJ_PIN = 6
 OBJ_GET = 7
 PROG_TEST_RUN = 10
+PROG_GET_FD_BY_ID = 13
+MAP_GET_FD_BY_ID = 14
 OBJ_GET_INFO_BY_FD = 15
 PROG_QUERY = 16
 BTF_LOAD = 18
@@ -42,7 +44,7 @@ ATTR_BYTES = 152
 
 MAP_KINDS = {
     1: "hash", 2: "array", 3: "prog_array", 5: "percpu_hash", 6: "percpu_array", 9: "lru_hash", 11: "lpm_trie",
-    12: "array_of_maps", 27: "ringbuf",
+    12: "array_of_maps", 14: "devmap", 16: "cpumap", 17: "xskmap", 25: "devmap_hash", 27: "ringbuf",
 }  # fmt: skip
 PER_CPU_KINDS = frozenset({"percpu_hash", "percpu_array"})
 
@@ -53,6 +55,7 @@ BPF_F_BEFORE = 1 << 3
 MOST_PROGRAMS = 64
 """What the kernel puts on one hook of an interface at most (BPF_MPROG_MAX)."""
 PROG_TYPE_SCHED_CLS = 3
+PROG_TYPE_XDP = 6
 NAME_BYTES = 15
 """Of the name of a map or program, without the terminating zero."""
 LOG_BYTES = (1 << 24) - 1
@@ -447,6 +450,37 @@ def prog_info(fd: int) -> ProgInfo:
     return ProgInfo(
         info.id, info.name.decode("ascii"), bytes(info.tag).hex(), info.xlated_len, info.jited_len, info.verified_insns
     )
+
+
+def prog_fd(number: int) -> int:
+    """A descriptor of the program with the kernel's number. EPERM without CAP_SYS_ADMIN."""
+    return _bpf(PROG_GET_FD_BY_ID, _IdAttr(id=number))
+
+
+def map_fd(number: int) -> int:
+    """A descriptor of the map with the kernel's number. EPERM without CAP_SYS_ADMIN."""
+    return _bpf(MAP_GET_FD_BY_ID, _IdAttr(id=number))
+
+
+def prog_code(fd: int) -> bytes:
+    """A program's instructions as the verifier left them; empty when the kernel does not show them to this process."""
+    info = _ProgInfo()
+    _info(fd, info)
+    size = info.xlated_len
+    room = empty(size)
+    info = _ProgInfo(xlated_len=size, xlated_insns=ctypes.addressof(room))
+    _info(fd, info)
+    return room.raw[: min(size, info.xlated_len)] if info.xlated_insns else b""
+
+
+def prog_maps(fd: int) -> list[int]:
+    """The kernel's numbers of the maps that a program uses."""
+    info = _ProgInfo()
+    _info(fd, info)
+    numbers = (ctypes.c_uint32 * max(info.nr_map_ids, 1))()
+    info = _ProgInfo(nr_map_ids=info.nr_map_ids, map_ids=ctypes.addressof(numbers))
+    _info(fd, info)
+    return list(numbers[: info.nr_map_ids])
 
 
 def link_info(fd: int) -> LinkInfo:

@@ -26,6 +26,7 @@ from netpol_ebpf.agent.claims import Claims
 from netpol_ebpf.agent.cni import Result
 from netpol_ebpf.agent.in_force import WorldInForce
 from netpol_ebpf.agent.node import Node
+from netpol_ebpf.agent.other_programs import REDIRECT, problems_of
 from netpol_ebpf.agent.own_interfaces import HostPolicyInputs, OwnInterfaces
 from netpol_ebpf.agent.trouble import DriftLog, Refusals
 from netpol_ebpf.agent.wiring import NOWHERE, Wiring, device_flags
@@ -173,7 +174,7 @@ class Agent:
         self._manifest_problems: tuple[Problem, ...] = ()
         self._no_room: dict[EndpointKey, Problem] = {}  # endpoints whose row did not fit
         self._unmended: Problem | None = None
-        self._overtaken: Problem | None = None
+        self._other_programs: list[Problem] = []
         self._is_behind = False  # the compiler dropped changes: hand it the whole world
         self._is_ahead = False  # the kernel refused what the compiler holds: start over with new maps
         self._looked_at_s = self._audited_s = self._round_s = clock()
@@ -199,7 +200,8 @@ class Agent:
         found += [*self._disputes(), *self._no_room.values(), *self._attachments.problems]
         found += self._adoption.warnings.values()
         found += self.barrier.problems
-        others = (self.refusals.problem, self._unmended, self._own.no_room, self._overtaken)
+        found += self._other_programs
+        others = (self.refusals.problem, self._unmended, self._own.no_room)
         found += [one for one in others if one is not None]
         for key, message in sorted(self._located.problems.items()):
             found.append(Problem(self._location(key), "", f"interface: {message}", obj=str(key), slug="interface"))
@@ -723,7 +725,7 @@ class Agent:
             return
         self._audited_s = now_s
         self._tell_unenforced()
-        self._look_for_overtaking()
+        self._look_for_others()
         self.drift.note(self.barrier.look(), now_s)
         self._unmended = None
         try:
@@ -744,17 +746,17 @@ class Agent:
             log.error("%s", message)  # noqa: TRY400 - the machine's state, not this code, needs attention
             self._unmended = Problem(Location(""), "", message, slug="drift")
 
-    def _look_for_overtaking(self) -> None:
-        """Tell of programs before ours. They stay: of two that both want to be first, neither would rest."""
-        before, self._overtaken = self._overtaken, None
-        names = sorted(self._wiring.name_of(ifindex) for ifindex in self._node.overtaken(self.attached))
-        if names:
-            message = (
-                f"programs of others run before policy at {', '.join(names)}: what they let pass, policy does not see"
-            )
-            self._overtaken = Problem(Location(""), "", message, slug="overtaken")
-            if self._overtaken != before:
-                log.error("%s", message)
+    def _look_for_others(self) -> None:
+        """Tell of programs that policy may be passed by. They stay: of two that both want to be first, neither would rest."""
+        before = self._other_programs
+        try:
+            self._other_programs = problems_of(self._node.other_programs(self.attached), self._wiring.name_of)
+        except PlatformError as error:
+            message = f"whether programs of others pass policy by cannot be told: {error.message}"
+            self._other_programs = [Problem(Location(""), "", message, severity="warning", slug=REDIRECT)]
+        for one in self._other_programs:
+            if one not in before:
+                log.log(logging.ERROR if one.severity == "error" else logging.WARNING, "%s", one.message)
 
     def _note_mended(self, found: Collection[Drift], now_s: float) -> None:
         self.drift.note(found, now_s)

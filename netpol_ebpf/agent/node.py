@@ -29,6 +29,7 @@ from netpol_loader import abi, access, attach, netlink
 from netpol_loader.barrier import BarrierTables
 from netpol_loader.drift import Drift, PartlyMendedError, mend_attachments, mend_pins
 from netpol_loader.follow import Follower
+from netpol_loader.others import Other, OtherPrograms
 from netpol_loader.peers import load_peer_addresses
 from netpol_loader.renewal import Renewal
 from netpol_loader.routes import LocalRoute
@@ -53,10 +54,12 @@ SOLICITED = int(IPv6Address("ff02::1:ff00:0"))
 LOOPBACK_NET = ip_network("127.0.0.0/8")
 EVENTS_A_LOOK = 1000
 """Events taken at a time, so that a flood of them does not keep the agent from everything else; arbitrary."""
+PEERS_A_LOOK = 50
+"""Of these, the number that one look goes behind, so that many of them do not keep the agent from a new one; arbitrary."""
 GROUPS_S = 1.0
 """How often to look for groups that the node has joined; arbitrary."""
-PEERS_S = 0.5
-"""How often to look again behind an interface that a host route leads to, and that is nobody's all the same; arbitrary."""
+PEERS_S = 0.25
+"""How often to look again behind an interface that is nobody's, and of which there is no news; arbitrary."""
 CLSACT_TURN = 10
 """Interfaces with clsact to be looked at in one audit; arbitrary."""
 
@@ -75,8 +78,7 @@ class Node(Protocol):
     def snapshot(self, bound: Collection[int] = ()) -> Wiring:
         """Interfaces, routes and addresses as they are now.
 
-        ``bound``: interfaces that are known to be whose they are. Addresses at their other ends are not looked for again, as
-        long as nothing is told of the interface.
+        ``bound``: interfaces that are known to be whose they are. Addresses at their other ends are not looked for again.
         """
 
     def has_news(self) -> bool:
@@ -115,8 +117,8 @@ class Node(Protocol):
         Raises PlatformError, PartlyMendedError with what could be put back, when something could not.
         """
 
-    def overtaken(self, ifindexes: Collection[int]) -> set[int]:
-        """Those on which a program of others runs before ours."""
+    def other_programs(self, attached: Collection[int]) -> list[Other]:
+        """Programs of others where packets pass the node's interfaces. ``attached``: those with our programs."""
 
     def others(self, ifindex: int) -> list[str]:
         """Programs of others on the hook by which an interface's packets come in, for people."""
@@ -166,6 +168,7 @@ class KernelNode:
             int, tuple[netlink.Link, bool, float]
         ] = {}  # behind an interface: had it a host route, and when
         self._peer_addresses: dict[tuple[int, int], tuple[netlink.IPAddress, ...]] = {}
+        self._others = OtherPrograms()
         self._mended = 0  # of clsact interfaces: whose turn it is
         self._upgrade: Upgrade | None = None  # until it has taken over
         self.upgraded = ""  # what an upgrade of the pins did, for people; empty: there was none
@@ -222,12 +225,12 @@ class KernelNode:
 
     def take_born(self) -> list[Link]:
         """See `Node`."""
-        self._read_news()
+        self._read_news(is_brief=True)
         born, self._born = self._born, []
         return born
 
-    def _read_news(self) -> None:
-        news = self._follower.poll()
+    def _read_news(self, *, is_brief: bool = False) -> None:
+        news = self._follower.poll(is_brief=is_brief)
         before, self._version = self._version, self._follower.version
         self._is_news = self._is_news or self._version != before
         if news is None:
@@ -291,29 +294,26 @@ class KernelNode:
         return self._links
 
     def _look_behind(self, links: Mapping[int, tuple[netlink.Link, Link]], bound: Collection[int]) -> None:
-        """Addresses at the other ends of pairs, where anything about the interface is new, or it is nobody's yet.
+        """Addresses at the other ends of pairs that are nobody's yet: of each when anything about it is new, else now and then.
 
-        A host route tells more than those addresses; so where one leads, they are looked at now and then.
+        Behind a bound interface nothing counts any more. What one interface costs is bounded, whatever is done at its other end.
         """
         now_s = time.monotonic()
         routed, uplinks = set(self._follower.host_routes.values()), self._follower.uplinks
         peers = {ifindex: link.peer for ifindex, (_, link) in links.items() if link.peer is not None}
-        namespaces = set()
-        for ifindex, (number, _) in peers.items():
-            is_routed = ifindex in routed
+        new, due = [], []
+        for ifindex in peers.keys() - uplinks - set(bound):
             one, was_routed, asked_s = self._asked.get(ifindex, (None, False, 0.0))
-            is_new = one is not links[ifindex][0] or (was_routed and not is_routed)
-            is_due = ifindex not in bound and (not is_routed or now_s - asked_s >= PEERS_S)
-            if (is_new or is_due) and ifindex not in uplinks:
-                namespaces.add(number)
-        found = load_peer_addresses(namespaces) if namespaces else {}
-        known = {number for number, _ in peers.values()} - namespaces
-        self._peer_addresses = {key: one for key, one in self._peer_addresses.items() if key[0] in known} | found
-        asked = {
-            ifindex: (links[ifindex][0], ifindex in routed, now_s)
-            for ifindex, (number, _) in peers.items()
-            if number in namespaces
-        }
+            if one is not links[ifindex][0] or (was_routed and ifindex not in routed):
+                new.append(ifindex)
+            elif now_s - asked_s >= PEERS_S:
+                due.append((asked_s, ifindex))
+        turn = [*new, *(ifindex for _, ifindex in sorted(due)[:PEERS_A_LOOK])]
+        asked = {ifindex: (links[ifindex][0], ifindex in routed, now_s) for ifindex in turn}
+        concerned = {peers[ifindex] for ifindex in asked}
+        found = load_peer_addresses(concerned) if concerned else {}
+        known = set(peers.values()) - concerned
+        self._peer_addresses = {key: one for key, one in self._peer_addresses.items() if key in known} | found
         self._asked = {ifindex: one for ifindex, one in self._asked.items() if ifindex in peers} | asked
 
     @contextlib.contextmanager
@@ -402,9 +402,9 @@ class KernelNode:
         except PartlyMendedError as error:
             raise PartlyMendedError(error.message, [*found, *error.found]) from error
 
-    def overtaken(self, ifindexes: Collection[int]) -> set[int]:
+    def other_programs(self, attached: Collection[int]) -> list[Other]:
         """See `Node`."""
-        return attach.overtaken(ifindexes, self._dataplane)
+        return self._others.look(self._follower.links.keys(), attached, self._dataplane)
 
     def others(self, ifindex: int) -> list[str]:
         """See `Node`."""

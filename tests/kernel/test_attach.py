@@ -29,7 +29,7 @@ from netpol_loader.dataplane import Dataplane
 from netpol_loader.drift import PartlyMendedError, mend_attachments
 from netpol_loader.follow import Follower, LinkNews
 from netpol_loader.hook import Hook
-from netpol_loader.peers import load_peer_addresses
+from netpol_loader.peers import MOST_ADDRESSES, load_peer_addresses
 
 pytestmark = [pytest.mark.kernel, pytest.mark.netns]
 
@@ -351,9 +351,37 @@ def test_addresses_behind_a_veth(pair: Pair) -> None:
     link = pair.at_node(lambda: netlink.link("v0"))
     assert link is not None
     assert link.peer_nsid is not None
-    found = pair.at_node(lambda: load_peer_addresses([link.peer_nsid or 0]))
-    assert {ip_address(POD4), ip_address(POD6)} <= set(found[link.peer_nsid, link.peer_ifindex])
-    assert pair.at_node(lambda: load_peer_addresses([4242])) == {}, "no such namespace"
+    peer = (link.peer_nsid, link.peer_ifindex)
+    found = pair.at_node(lambda: load_peer_addresses([peer]))
+    assert found.keys() == {peer}, "not those of the loopback there"
+    assert {ip_address(POD4), ip_address(POD6)} <= set(found[peer])
+    nowhere = [(4242, link.peer_ifindex), (link.peer_nsid, 4242)]
+    assert pair.at_node(lambda: load_peer_addresses(nowhere)) == {}, "no such namespace, no such interface"
+
+
+def test_addresses_behind_a_veth_are_read_to_a_bound(pair: Pair) -> None:
+    """Of more IPv4 addresses than are read those that were there first are among them; of IPv6, which tells the newest first, none."""
+    link = pair.at_node(lambda: netlink.link("v0"))
+    assert link is not None
+    assert link.peer_nsid is not None
+    peer = (link.peer_nsid, link.peer_ifindex)
+    first = pair.at_node(lambda: load_peer_addresses([peer]))[peer]
+    few, many = range(10), range(10, 2 * MOST_ADDRESSES)
+
+    def add(numbers: range) -> None:
+        lines = [
+            f"address add 10.97.{one >> 8}.{one & 255}/32 dev eth0\naddress add fd97::{one:x}/128 dev eth0"
+            for one in numbers
+        ]
+        subprocess.run(["ip", "-n", pair.pod, "-batch", "-"], input="\n".join(lines), text=True, check=True)
+
+    add(few)
+    assert len(pair.at_node(lambda: load_peer_addresses([peer]))[peer]) == len(first) + 2 * len(few), "all of a few"
+    add(many)
+    found = pair.at_node(lambda: load_peer_addresses([peer]))[peer]
+    assert len(found) == MOST_ADDRESSES
+    assert {one.version for one in found} == {4}
+    assert found[0] == ip_address(POD4)
 
 
 def test_interface_s_name_may_be_any_bytes(pair: Pair) -> None:

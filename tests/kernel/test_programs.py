@@ -135,14 +135,14 @@ def test_masks_follow_from_the_kernels_sizes() -> None:
 def test_an_instruction_that_names_no_map_is_refused() -> None:
     """A number without a map, or a load of an unknown kind, is never handed to the kernel."""
     one = syscall.map_create("array", "np_try", 4, 8, 1)
-    wide = link.INSTRUCTION.pack(link.LOAD_IMMEDIATE_64, link._packed(link.LOADS_MAP, 1), 0, 3) + bytes(8)
-    odd = link.INSTRUCTION.pack(link.LOAD_IMMEDIATE_64, link._packed(7, 1), 0, 0) + bytes(8)
+    wide = link.INSTRUCTION.pack(link.LOAD_IMMEDIATE_64, link.packed(link.LOADS_MAP, 1), 0, 3) + bytes(8)
+    odd = link.INSTRUCTION.pack(link.LOAD_IMMEDIATE_64, link.packed(7, 1), 0, 0) + bytes(8)
     try:
         with pytest.raises(LoadError, match="names map 3, which was not made"):
             link.link(wide, ("np_a", "np_b"), {"np_a": one}, FACTS)
         with pytest.raises(LoadError, match="unknown kind 7"):
             link.link(odd, (), {}, FACTS)
-        fact = link.INSTRUCTION.pack(link.LOAD_IMMEDIATE_64, link._packed(link.LOADS_FACT, 1), 0, 4) + bytes(8)
+        fact = link.INSTRUCTION.pack(link.LOAD_IMMEDIATE_64, link.packed(link.LOADS_FACT, 1), 0, 4) + bytes(8)
         with pytest.raises(LoadError, match="unknown fact 4"):
             link.link(fact, (), {}, FACTS)
     finally:
@@ -151,10 +151,10 @@ def test_an_instruction_that_names_no_map_is_refused() -> None:
 
 def test_facts_of_the_kernel_are_put_in() -> None:
     """A number where a fact stands, and a call of the kernel's function where there is one; else that call stays, unreached."""
-    fact = link.INSTRUCTION.pack(link.LOAD_IMMEDIATE_64, link._packed(link.LOADS_FACT, 1), 0, 3) + bytes(8)
+    fact = link.INSTRUCTION.pack(link.LOAD_IMMEDIATE_64, link.packed(link.LOADS_FACT, 1), 0, 3) + bytes(8)
     call = link.INSTRUCTION.pack(link.CALL, 0, 0, link.CALLS_CAST)
-    put = link.INSTRUCTION.pack(link.LOAD_IMMEDIATE_64, link._packed(0, 1), 0, 5) + bytes(8)
-    made = link.INSTRUCTION.pack(link.CALL, link._packed(link.CALLS_KERNEL, 0), 0, 77)
+    put = link.INSTRUCTION.pack(link.LOAD_IMMEDIATE_64, link.packed(0, 1), 0, 5) + bytes(8)
+    made = link.INSTRUCTION.pack(link.CALL, link.packed(link.CALLS_KERNEL, 0), 0, 77)
     assert link.link(fact + call, (), {}, FACTS) == put + made
     assert link.link(call, (), {}, KernelFacts({}, 0)) == call
 

@@ -30,6 +30,7 @@ from border_scene import (
     WORLD,
     Station,
     border,
+    counted,
     datagram,
     ear,
     framed,
@@ -70,6 +71,7 @@ from netpol_ebpf.lab.laboratory import Lab
 from netpol_ebpf.lab.scene import INTERNET
 from netpol_ebpf.lab.topology import ICMP as ICMP4
 from netpol_ebpf.lab.topology import ICMPV6, TCP
+from netpol_ebpf.lab.topology import UDP as UDP_PROTOCOL
 
 pytestmark = pytest.mark.netns
 
@@ -648,3 +650,81 @@ def test_groups_and_broadcasts_are_delivered(bridged: Scene, version: int) -> No
         with ear(bridged.lab, db.host) as hearing:
             say(bridged.lab, web.host, framed(datagram(web.address[version], destination, 7000, one), web.mac, mac))
             assert hearing.hears(one), destination
+
+
+def place_of(scene: Scene, mac: str) -> str | None:
+    """The port at which the bridge has a hardware address."""
+    rows = json.loads(scene.lab.run(NODE, ["bridge", "-j", "fdb", "show", "br", BRIDGE]).stdout)
+    return next((one["ifname"] for one in rows if one["mac"] == mac and one.get("master") == BRIDGE), None)
+
+
+def test_pod_that_takes_a_neighbour_s_hardware_address_is_told_by_a_count(bridged: Scene) -> None:
+    """The bridge sends it what is for the neighbour: none of that is delivered, and the count and the flows say to whose interface it came.
+
+    The neighbour's next frame ends it.
+    """
+    put(bridged, NARROW)
+    lab, (thief, db), other = bridged.lab, web_and_db(bridged), station(bridged.lab, "other", is_bridged=True)
+    attempt = Attempt(other.host, ip_address(db.address[4]), UDP_PROTOCOL, OPEN_PORT)
+    assert bridged.reached(attempt) == [True]
+    assert place_of(bridged, db.mac) == port_of("db")
+    before, one, control = counted(bridged, "misdelivered"), token(), token()
+    with ear(lab, thief.host) as listening:
+        say(lab, thief.host, framed(datagram(thief.address[4], BRIDGE_ADDRESS[4], OPEN_PORT, b"x"), db.mac, BRIDGE_MAC))
+        wait_for(lambda: place_of(bridged, db.mac) == port_of("web"), "the bridge has learned it")
+        say(lab, other.host, framed(datagram(other.address[4], db.address[4], OPEN_PORT, one), other.mac, db.mac))
+        say(
+            lab,
+            other.host,
+            framed(datagram(other.address[4], thief.address[4], OPEN_PORT, control), other.mac, thief.mac),
+        )
+        assert listening.heard([one], control) == set()
+    assert counted(bridged, "misdelivered") == before + 1
+    flows = [
+        json.loads(line)
+        for line in bridged.ctl("flows", "-o", "json", "--state-dir", str(bridged.state_dir)).stdout.splitlines()
+    ]
+    assert any(
+        (flow["reason"], flow["endpoint"], flow["destination_name"]) == ("misdelivered", "Pod/shop/web", "Pod/shop/db")
+        for flow in flows
+    )
+    assert bridged.reached(Attempt(db.host, ip_address(other.address[4]), UDP_PROTOCOL, OPEN_PORT), attempt) == [
+        True,
+        True,
+    ]
+
+
+@pytest.mark.parametrize("remedy", ["sticky", "learning off"])
+def test_bridge_that_learns_nothing_from_the_thief(bridged: Scene, remedy: str) -> None:
+    """What the administrator of a bridge can do: an entry that does not move, or a port that teaches nothing."""
+    put(bridged, NARROW)
+    lab, (thief, db) = bridged.lab, web_and_db(bridged)
+    lab.run(
+        NODE,
+        [
+            "bridge",
+            "fdb",
+            "replace",
+            db.mac,
+            "dev",
+            port_of("db"),
+            "master",
+            "static",
+            *(["sticky"] if remedy == "sticky" else []),
+        ],
+    )
+    if remedy == "learning off":
+        lab.run(NODE, ["bridge", "link", "set", "dev", port_of("web"), "learning", "off"])
+    try:
+        one = token()
+        with ear(lab, NODE, BRIDGE) as listening:
+            say(
+                lab,
+                thief.host,
+                framed(datagram(thief.address[4], BRIDGE_ADDRESS[4], OPEN_PORT, one), db.mac, BRIDGE_MAC),
+            )
+            assert listening.hears(one)
+        assert place_of(bridged, db.mac) == port_of("db")
+    finally:
+        lab.run(NODE, ["bridge", "fdb", "del", db.mac, "dev", port_of("db"), "master"])
+        lab.run(NODE, ["bridge", "link", "set", "dev", port_of("web"), "learning", "on"])

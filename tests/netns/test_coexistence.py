@@ -15,13 +15,14 @@ import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
 from agent_scene import CLUSTER, DB_POLICY, NODE, Scene, scene_in, to_db
+from border_scene import NARROW, OPEN_PORT, border, datagram, ear, framed, put, say, station, token
 from test_clsact import WITHOUT_TCX
 
 from netpol_ebpf.lab.guard import NETNS_DIR
@@ -29,14 +30,19 @@ from netpol_ebpf.lab.laboratory import Lab
 from netpol_ebpf.lab.scene import plan_for
 from netpol_ebpf.lab.topology import Host
 from netpol_ebpf.resources.load import parse_documents
-from netpol_loader import syscall
+from netpol_loader import link, syscall
+from netpol_loader.rtnetlink import Rtnetlink, attribute, nested
 
 pytestmark = pytest.mark.netns
 
 T = TypeVar("T")
 GO_ON, PASS, DROP = -1, 0, 2
 """TCX_NEXT, TCX_PASS, TCX_DROP (linux/bpf.h)."""
-DB_LINK = Host("shop/db", NODE, ()).parent_interface
+DB_LINK, WEB_LINK = (Host(name, NODE, ()).parent_interface for name in ("shop/db", "shop/web"))
+CLONE_REDIRECT, REDIRECT, REDIRECT_NEIGH, REDIRECT_PEER = 13, 23, 152, 155
+"""Helpers (enum bpf_func_id)."""
+XDP_PASS, ATTACH_XDP = 2, 37  # linux/bpf.h
+SET_LINK, IFLA_XDP, IFLA_XDP_FD, IFLA_XDP_FLAGS, GENERIC = 19, 43, 1, 3, 2  # linux/rtnetlink.h, if_link.h
 
 
 @pytest.fixture(scope="module")
@@ -69,9 +75,29 @@ def at_node(lab: Lab, work: Callable[[], T]) -> T:
         return thread.submit(body).result()
 
 
-def program(verdict: int) -> int:
-    """A program that says the same of every packet; its descriptor."""
-    return syscall.prog_load(struct.pack("=BBhi", 0xB7, 0, 0, verdict) + struct.pack("=BBhi", 0x95, 0, 0, 0))
+def program(verdict: int, program_type: int = syscall.PROG_TYPE_SCHED_CLS) -> int:
+    """A program that says the same of every packet, after it has called the kernel; its descriptor."""
+    return syscall.prog_load(COUNTS + one(0xB7, 0, verdict) + one(0x95, 0, 0), program_type)
+
+
+def one(opcode: int, target: int, immediate: int) -> bytes:
+    """An instruction."""
+    return link.INSTRUCTION.pack(opcode, link.packed(0, target), 0, immediate & 0xFFFF_FFFF)
+
+
+COUNTS = one(link.CALL, 0, 5)  # bpf_ktime_get_ns
+
+
+def redirecting(helper: int, target: int, program_type: int = syscall.PROG_TYPE_SCHED_CLS) -> int:
+    """A program that sends everything to an interface; its descriptor."""
+    code = one(0xB7, 1, target) + one(0xB7, 2, 0) + one(link.CALL, 0, helper) + one(0x95, 0, 0)
+    return syscall.prog_load(code, program_type, name="shortcut")
+
+
+def number_of(lab: Lab, name: str) -> int:
+    """An interface's number."""
+    (found,) = json.loads(lab.run(NODE, ["ip", "-j", "link", "show", name]).stdout)
+    return int(found["ifindex"])
 
 
 class Other:
@@ -79,10 +105,8 @@ class Other:
 
     def __init__(self, lab: Lab, stack: contextlib.ExitStack, flags: int = 0) -> None:
         self._programs = {verdict: program(verdict) for verdict in (GO_ON, PASS, DROP)}
-        (link,) = json.loads(lab.run(NODE, ["ip", "-j", "link", "show", DB_LINK]).stdout)
-        self._fd = at_node(
-            lab, lambda: syscall.link_create(self._programs[GO_ON], link["ifindex"], syscall.TCX_EGRESS, flags)
-        )
+        place = number_of(lab, DB_LINK)
+        self._fd = at_node(lab, lambda: syscall.link_create(self._programs[GO_ON], place, syscall.TCX_EGRESS, flags))
         for fd in (*self._programs.values(), self._fd):
             stack.callback(os.close, fd)
 
@@ -140,6 +164,127 @@ def test_program_that_is_put_before_ours_is_told(scene: Scene) -> None:
         assert DB_LINK in state["problems"][0]["message"]
         assert overtaking.ifindex
     scene.await_status(lambda state: not state["problems"], "no warning any more")
+
+
+def told(state: dict[str, Any]) -> set[tuple[str, str]]:
+    """Kind and severity of the problems."""
+    return {(one["slug"], one["severity"]) for one in state["problems"]}
+
+
+@pytest.mark.parametrize("mechanism", ["tcx", "clsact"])
+@pytest.mark.parametrize("name", [WEB_LINK, "eth0"])
+def test_program_behind_ours_that_redirects_is_told(scene: Scene, pin_root: Path, name: str, mechanism: str) -> None:
+    """Into a pod it goes past the program there: the status names interface and program, says so by its exit code, until it is gone."""
+    lab = scene.lab
+    scene.start()
+    fd, place = redirecting(REDIRECT_PEER, number_of(lab, DB_LINK)), number_of(lab, name)
+    with contextlib.ExitStack() as stack:
+        stack.callback(os.close, fd)
+        if mechanism == "tcx":
+            attached = at_node(lab, lambda: syscall.link_create(fd, place, syscall.TCX_INGRESS))
+            stack.callback(os.close, attached)
+        else:
+            pin = pin_root / "shortcut"
+            syscall.obj_pin(fd, pin)
+            stack.callback(pin.unlink)
+            lab.run(NODE, ["tc", "qdisc", "add", "dev", name, "clsact"])
+            stack.callback(lab.run, NODE, ["tc", "qdisc", "del", "dev", name, "clsact"])
+            lab.run(NODE, ["tc", "filter", "add", "dev", name, "ingress", "bpf", "da", "pinned", str(pin)])
+        state = scene.await_status(lambda state: bool(state["problems"]), "a problem")
+        assert told(state) == {("redirect", "error")}
+        message = state["problems"][0]["message"]
+        assert f"{name} {mechanism} ingress program {syscall.prog_info(fd).id} (shortcut)" in message
+        assert scene.ctl("status", "--state-dir", str(scene.state_dir)).returncode == 1
+    scene.await_status(lambda state: not state["problems"], "no problem any more")
+
+
+def test_what_is_redirected_to_a_device_meets_policy_there(tmp_path: Path) -> None:
+    """Of all ways to redirect from TC only that into a pod goes past the program at its interface; so that alone is told."""
+    only_ingress = NARROW.replace("policyTypes: [Ingress, Egress]", "policyTypes: [Ingress]").partition("  egress:")[0]
+    with border(tmp_path) as scene:
+        lab = scene.lab
+        put(scene, only_ingress)
+        web, db, place = station(lab, "web"), station(lab, "db"), number_of(lab, DB_LINK)
+        zeros = {number: one(0xB7, number, 0) for number in (2, 3, 4)}
+        target, by_context = one(0xB7, 1, place), one(0xB7, 2, place)
+        ways = {
+            REDIRECT: target + zeros[2],
+            CLONE_REDIRECT: by_context + zeros[3],
+            REDIRECT_NEIGH: target + zeros[2] + zeros[3] + zeros[4],
+            REDIRECT_PEER: target + zeros[2],
+        }
+        for helper, arguments in ways.items():
+            result = one(0xB7, 0, DROP) if helper == CLONE_REDIRECT else b""
+            with contextlib.ExitStack() as stack:
+                fd = syscall.prog_load(arguments + one(link.CALL, 0, helper) + result + one(0x95, 0, 0))
+                stack.callback(os.close, fd)
+                at = number_of(lab, WEB_LINK)
+                stack.callback(
+                    os.close, at_node(lab, lambda fd=fd, at=at: syscall.link_create(fd, at, syscall.TCX_INGRESS))
+                )  # type: ignore[misc]
+                denied, allowed = token(), token()
+                listening = stack.enter_context(ear(lab, db.host))
+                for port, mark in ((9999, denied), (OPEN_PORT, allowed)):
+                    say(lab, web.host, framed(datagram(web.address[4], db.address[4], port, mark), web.mac, db.mac))
+                is_past = helper == REDIRECT_PEER
+                assert listening.heard([denied], allowed) == ({denied} if is_past else set()), helper
+                if is_past:
+                    state = scene.await_status(lambda state: bool(state["problems"]), "it is told")
+                    assert told(state) == {("redirect", "error")}
+        scene.await_status(lambda state: not state["problems"], "no problem any more")
+
+
+@pytest.mark.parametrize("is_link", [True, False], ids=["link", "netlink"])
+def test_xdp_programs_of_others_are_told(scene: Scene, *, is_link: bool) -> None:
+    """One that redirects is an error, one that lets pass or drops a warning: it is before policy, and lets nothing past it."""
+    lab = scene.lab
+    scene.start()
+    place = number_of(lab, WEB_LINK)
+
+    def set_xdp(fd: int) -> None:
+        options = attribute(IFLA_XDP_FD, struct.pack("=i", fd)) + attribute(IFLA_XDP_FLAGS, struct.pack("=I", GENERIC))
+        with Rtnetlink() as channel:
+            channel.ask(SET_LINK, struct.pack("=BxHiII", 0, 0, place, 0, 0) + nested(IFLA_XDP, options))
+
+    cases = {
+        ("overtaken", "error"): redirecting(REDIRECT, number_of(lab, DB_LINK), syscall.PROG_TYPE_XDP),
+        ("overtaken", "warning"): program(XDP_PASS, syscall.PROG_TYPE_XDP),
+    }
+    for expected, fd in cases.items():
+        with contextlib.ExitStack() as stack:
+            stack.callback(os.close, fd)
+            if is_link:
+                stack.callback(
+                    os.close, at_node(lab, lambda fd=fd: syscall.link_create(fd, place, ATTACH_XDP, GENERIC))
+                )  # type: ignore[misc]
+            else:
+                at_node(lab, lambda fd=fd: set_xdp(fd))  # type: ignore[misc]
+                stack.callback(at_node, lab, lambda: set_xdp(-1))
+            state = scene.await_status(lambda state: bool(state["problems"]), "it is told")
+            assert told(state) == {expected}
+            assert f"{WEB_LINK} XDP program {syscall.prog_info(fd).id}" in state["problems"][0]["message"]
+            assert state["in_force"] == (expected[1] == "warning")
+        scene.await_status(lambda state: not state["problems"], "no problem any more")
+
+
+def test_program_of_others_that_only_counts_is_no_problem(scene: Scene) -> None:
+    """Behind ours, on either hook: what is told after it has been there is not about it."""
+    lab = scene.lab
+    scene.start()
+    with contextlib.ExitStack() as stack:
+        counting = program(GO_ON)
+        stack.callback(os.close, counting)
+        for name in (WEB_LINK, "eth0"):
+            place = number_of(lab, name)
+            for hook in (syscall.TCX_INGRESS, syscall.TCX_EGRESS):
+                fd = at_node(lab, lambda hook=hook, place=place: syscall.link_create(counting, place, hook))  # type: ignore[misc]
+                stack.callback(os.close, fd)
+        Other(lab, stack)
+        Other(lab, stack, syscall.BPF_F_BEFORE)
+        state = scene.await_status(lambda state: bool(state["problems"]), "a problem")
+        assert told(state) == {("overtaken", "error")}
+        (found,) = state["problems"]
+        assert found["message"].count(" program ") == 1, "that before ours alone"
 
 
 @pytest.mark.parametrize("is_tcx", [True, False], ids=["tcx", "clsact"])

@@ -280,6 +280,37 @@ def test_what_the_node_shares_with_others(wired: Node) -> None:
     assert follower.shared == {index(follower, "v2")}
 
 
+def test_an_interface_that_flaps_is_asked_for_now_and_then(wired: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever has the other end of a pair switches it as often as they like; what comes of the last time is known all the same."""
+    wired.do("address add 10.0.0.1/24 dev v1", "address add fd00::1/64 dev v1 nodad", "nexthop add id 7 dev v1",
+             "route add 10.1.0.7/32 nhid 7")  # fmt: skip
+    follower = wired.follower()
+    wired.settle(follower)
+    asked: list[int] = []
+    dump = rtnetlink.Rtnetlink.dump
+
+    def counted(channel: rtnetlink.Rtnetlink, kind: int, body: bytes) -> list[bytes]:
+        asked.append(kind)
+        return dump(channel, kind, body)
+
+    monkeypatch.setattr(rtnetlink.Rtnetlink, "dump", counted)
+    wired.do("link set v1 down")
+    wired.do("link add v9 type veth peer name p9")
+    assert "v9" in {one.link.name for one in follower.poll(is_brief=True) or ()}
+    assert asked == [], "a new interface does not wait for what the others are asked"
+    follower.poll()
+    once = len(asked)
+    assert once, "at once"
+    for _ in range(20):
+        wired.do("link set v1 up", "link set v1 down")
+        follower.poll()
+    assert len(asked) <= once + 2, "by the next change of another kind at most"
+    wired.settle(follower)
+    assert len(asked) <= 3 * once + 2
+    monkeypatch.undo()
+    wired.agrees(follower)
+
+
 # --- what goes wrong ------------------------------------------------------------------------------------------------
 
 

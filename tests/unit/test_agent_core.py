@@ -30,6 +30,7 @@ from netpol_ebpf.policy.types import EndpointKey, IPAddress
 from netpol_ebpf.sources.files import ManifestDirectory
 from netpol_loader import abi
 from netpol_loader.drift import Drift
+from netpol_loader.others import Other, Reach
 
 POD = """\
 ---
@@ -97,8 +98,10 @@ class MemoryNode:
     def others(self, ifindex: int) -> list[str]:
         return ["another"] if ifindex in self.behind else []
 
-    def overtaken(self, ifindexes: Collection[int]) -> set[int]:
-        return self.behind & set(ifindexes)
+    def other_programs(self, attached: Collection[int]) -> list[Other]:
+        return [
+            Other(one, "tcx ingress", 7, "", is_first=True, reach=Reach.NONE) for one in self.behind & set(attached)
+        ]
 
     def interface_towards(self, address: IPAddress) -> int | None:
         return self.routes.get(address, min(self.wiring.uplinks, default=None))

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from netpol_ebpf.agent import node as module
-from netpol_ebpf.agent.node import GROUPS_S, PEERS_S, KernelNode
+from netpol_ebpf.agent.node import GROUPS_S, PEERS_A_LOOK, PEERS_S, KernelNode
 from netpol_ebpf.apply.encode import LocalFlag, Meaning
 from netpol_loader.follow import LinkNews
 from netpol_loader.netlink import IPAddress, Link
@@ -38,25 +38,26 @@ class MemoryFollower:
     version: tuple[int, int] = (0, 0)
     news: list[list[LinkNews] | None] = field(default_factory=list)
 
-    def poll(self) -> list[LinkNews] | None:
+    def poll(self, *, is_brief: bool = False) -> list[LinkNews] | None:  # noqa: ARG002
         return self.news.pop(0) if self.news else []
 
 
 @dataclass
 class Bench:
-    """A node over a follower in memory. ``asked``: the namespaces that were looked into, look by look."""
+    """A node over a follower in memory. ``asked``: the other ends that were asked for, look by look."""
 
     node: KernelNode
     follower: MemoryFollower
     now_s: float = 1000.0
-    asked: list[set[int]] = field(default_factory=list)
+    asked: list[set[tuple[int, int]]] = field(default_factory=list)
     groups: frozenset[IPAddress] = frozenset()
 
     def look(self, *bound: int) -> set[int]:
-        """The namespaces that a snapshot looks into."""
+        """The interfaces that a snapshot looks behind."""
         self.asked.clear()
         self.node.snapshot(set(bound))
-        return set().union(*self.asked)
+        peers = {(one.peer_nsid, one.peer_ifindex): number for number, one in self.follower.links.items()}
+        return {peers[one] for asked in self.asked for one in asked}
 
 
 @pytest.fixture
@@ -64,9 +65,9 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> Bench:
     follower = MemoryFollower()
     one = Bench(KernelNode(Path("/nowhere")), follower)
 
-    def load(namespaces: Iterable[int]) -> dict[tuple[int, int], tuple[IPAddress, ...]]:
-        one.asked.append(set(namespaces))
-        return {key: found for key, found in BEHIND.items() if key[0] in one.asked[-1]}
+    def load(peers: Iterable[tuple[int, int]]) -> dict[tuple[int, int], tuple[IPAddress, ...]]:
+        one.asked.append(set(peers))
+        return {key: found for key, found in BEHIND.items() if key in one.asked[-1]}
 
     monkeypatch.setattr(one.node, "_follower", follower, raising=False)
     monkeypatch.setattr(module, "load_peer_addresses", load)
@@ -76,30 +77,49 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> Bench:
 
 
 def test_only_what_is_nobody_s_yet_is_looked_behind_again(bench: Bench) -> None:
-    """At first all pods' interfaces, then those that are not bound; never the node's own."""
-    assert bench.look() == {0, 1}
-    assert bench.look(5) == {1}
+    """At first all pods' interfaces, then those that are not bound, now and then; never the node's own."""
+    assert bench.look() == {5, 6}
+    assert bench.look() == set(), "news of others are none of theirs"
+    bench.now_s += PEERS_S
+    assert bench.look(5) == {6}
+    bench.now_s += PEERS_S
     assert bench.look(5, 6) == set()
     assert bench.node.snapshot({5, 6}).peer_addresses == BEHIND, "what was found stays known"
 
 
+def test_many_that_are_nobody_s_are_looked_behind_in_turn(bench: Bench) -> None:
+    """Those first that were asked longest ago; what is new does not wait for them."""
+    crowd = {number: replace(WEB, ifindex=number, peer_nsid=number) for number in range(100, 100 + 2 * PEERS_A_LOOK)}
+    bench.follower.links.update(crowd)
+    assert crowd.keys() <= bench.look(5, 6)
+    bench.now_s += PEERS_S
+    bench.follower.links[5] = replace(WEB, is_running=False)
+    first = bench.look(6)
+    assert len(first) == PEERS_A_LOOK + 1
+    assert 5 in first
+    assert first | bench.look(5, 6) == {5, *crowd}
+
+
 def test_something_new_about_an_interface_has_it_looked_behind(bench: Bench) -> None:
-    """Whoever's it is."""
+    """At once, and it alone; but not when it is bound: whatever is done at the other end then, nothing is asked."""
     bench.look()
     bench.follower.links[5] = replace(WEB, is_running=False)
-    assert bench.look(5, 6) == {0}
-    assert bench.look(5, 6) == set()
-
-
-def test_a_host_route_spares_the_look(bench: Bench) -> None:
-    """While it is there, but for now and then; when it has gone the other end tells again."""
-    bench.follower.host_routes[WEB_ADDRESS] = 5
-    assert bench.look() == {0, 1}
+    assert bench.look(6) == {5}
     assert bench.look(6) == set()
-    bench.now_s += PEERS_S
-    assert bench.look(6) == {0}
+    for number in range(3):
+        bench.follower.links[5] = replace(WEB, is_running=bool(number % 2), peer_nsid=number)
+        bench.now_s += PEERS_S
+        assert bench.look(5, 6) == set()
+    assert bench.look(6) == {5}, "it is nobody's any more"
+
+
+def test_a_host_route_that_goes_has_the_other_end_asked(bench: Bench) -> None:
+    """A route tells more than addresses at the other end, which count when it has gone."""
+    bench.follower.host_routes[WEB_ADDRESS] = 5
+    assert bench.look() == {5, 6}
     del bench.follower.host_routes[WEB_ADDRESS]
-    assert bench.look(5, 6) == {0}
+    assert bench.look(6) == {5}
+    assert bench.look(6) == set()
 
 
 def test_interfaces_that_went_are_forgotten(bench: Bench) -> None:
@@ -108,7 +128,7 @@ def test_interfaces_that_went_are_forgotten(bench: Bench) -> None:
     del bench.follower.links[5]
     assert bench.node.snapshot({6}).peer_addresses == {(1, 2): (DB_ADDRESS,)}
     bench.follower.links[5] = replace(WEB)
-    assert bench.look(5, 6) == {0}
+    assert bench.look(6) == {5}
 
 
 def test_news(bench: Bench) -> None:

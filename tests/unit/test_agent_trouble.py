@@ -232,7 +232,8 @@ def test_program_of_others_before_ours_is_a_warning_as_long_as_it_is(bench: Benc
     agent.step()
     (problem,) = agent.problems
     assert (problem.slug, problem.severity) == ("overtaken", "error")
-    assert "before policy at cali1:" in problem.message
+    assert "before policy" in problem.message
+    assert "cali1 tcx ingress program 7" in problem.message
     bench.node.behind = set()
     bench.now_s += AUDIT_S
     agent.step()
