@@ -358,7 +358,7 @@ GUARDS = (
         "leading-address",
         "of several interfaces with an address it is that one whose first it is",
         "netpol_ebpf/agent/bonds.py",
-        ("for address in _oldest(one.first) if", "for address in one.first if"),
+        ("first = _oldest(wiring.peer_addresses", "first = tuple(wiring.peer_addresses"),
         (f"{BONDS}test_of_several_with_an_address_it_is_the_one_whose_first_it_is",),
     ),
     Guard(
