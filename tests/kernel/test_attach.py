@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import socket
+import struct
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -29,6 +30,7 @@ from netpol_loader.dataplane import Dataplane
 from netpol_loader.drift import PartlyMendedError, mend_attachments
 from netpol_loader.follow import Follower, LinkNews
 from netpol_loader.hook import Hook
+from netpol_loader.others import Other, OtherPrograms, Reach
 from netpol_loader.peers import MOST_ADDRESSES, load_peer_addresses
 
 pytestmark = [pytest.mark.kernel, pytest.mark.netns]
@@ -399,3 +401,31 @@ def test_interface_s_name_may_be_any_bytes(pair: Pair) -> None:
     link = pair.at_node(lambda: netlink.link(pair.ifindex))
     assert link is not None
     assert link.name == "v\\xff\\xfe"
+
+
+@pytest.mark.parametrize(("priority", "is_first"), [("50", False), ("1", True)])
+def test_filter_of_others_beside_ours_is_told_with_its_place(
+    pair: Pair, dataplane: Dataplane, priority: str, *, is_first: bool
+) -> None:
+    """On clsact; of the same priority the one that came last runs first. With its interface it is forgotten."""
+    pair.at_node(lambda: attach.attach(pair.ifindex, dataplane, Mechanism.CLSACT))
+    fd = syscall.prog_load(struct.pack("=BBhi", 0xB7, 0, 0, -1) + struct.pack("=BBhi", 0x95, 0, 0, 0), name="another")
+    pin = dataplane.pin_dir / "another"
+    syscall.obj_pin(fd, pin)
+    others = OtherPrograms()
+
+    def look() -> list[Other]:
+        return pair.at_node(lambda: others.look([pair.ifindex], [pair.ifindex], dataplane))
+
+    try:
+        assert look() == [], "ours are none of others"
+        rule = ["pref", priority, "protocol", "all", "bpf", "direct-action", "pinned", str(pin)]
+        run("nsenter", f"--net=/run/netns/{pair.node}", "tc", "filter", "add", "dev", "v0", "ingress", *rule)
+        number = syscall.prog_info(fd).id
+        expected = Other(pair.ifindex, "clsact ingress", number, "another", is_first, Reach.NONE)
+        assert look() == look() == [expected]
+        run("ip", "-n", pair.node, "link", "del", "v0")
+        assert look() == []
+    finally:
+        pin.unlink()
+        os.close(fd)
