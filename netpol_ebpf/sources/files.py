@@ -21,6 +21,7 @@ import errno
 import os
 import stat
 import time
+from bisect import bisect_left, insort
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -200,20 +201,22 @@ class _Merged:
 
     def _claim(self, key: ResourceKey, place: Place) -> None:
         first = self.homes.get(key)
-        if first is not None:
-            place, *self.others[key] = sorted([first, *self.others.get(key, ()), place])
-        self.homes[key] = place
+        if first is None:
+            self.homes[key] = place
+            return
+        self.homes[key] = min(first, place)
+        insort(self.others.setdefault(key, []), max(first, place))
 
     def _retract(self, key: ResourceKey, place: Place) -> None:
-        others = self.others.pop(key, [])
+        others = self.others.get(key, [])
         if self.homes[key] != place:
-            others = [other for other in others if other != place]
+            del others[bisect_left(others, place)]
         elif others:
-            self.homes[key], *others = others
+            self.homes[key] = others.pop(0)
         else:
             del self.homes[key]
-        if others:
-            self.others[key] = others
+        if not others:
+            self.others.pop(key, None)
 
 
 @dataclass(slots=True)
