@@ -113,9 +113,12 @@ def find_compiled(digest: str, machine: str, compiler: str | None, directories: 
 def load_compiled(path: Path) -> Compiled:
     """Read a file. Raises FileNotFoundError, another OSError, PlatformError when others could have written or damaged it."""
     _require_ours(path.parent, path.parent.stat())
-    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe would be waited for
     with os.fdopen(fd, "rb") as file:
-        _require_ours(path, os.fstat(fd))
+        seen = os.fstat(fd)
+        _require_ours(path, seen)
+        if not stat.S_ISREG(seen.st_mode):
+            raise PlatformError(f"{path} is no regular file")
         return decode_compiled(file.read(), str(path))
 
 

@@ -145,7 +145,7 @@ def _look_around(missing: set[int], found: Sockets) -> None:
                 with contextlib.suppress(
                     OSError
                 ):  # a process that ended meanwhile, or whose namespace is not ours to see
-                    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+                    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
                     stack.callback(os.close, fd)
                     number = _id_of(channel, fd)
                     if number in missing:

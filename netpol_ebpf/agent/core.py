@@ -372,8 +372,9 @@ class Agent:
 
     def _take(self, batch: Batch) -> None:
         """Take up what changed. Nothing of the batch is kept: of a cluster it is large."""
+        known = set(self._manifest_problems)
         for problem in batch.problems:
-            if problem not in self._manifest_problems:
+            if problem not in known:
                 log.log(logging.ERROR if problem.severity == "error" else logging.WARNING, "%s", problem)
         self._manifest_problems = batch.problems
         for event in batch.events:

@@ -21,9 +21,12 @@ import errno
 import os
 import stat
 import time
+from bisect import bisect_left, insort
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from heapq import nsmallest
+from itertools import islice
 from pathlib import Path
 from typing import Union
 
@@ -48,6 +51,9 @@ RETRY_S = 60.0
 
 SLOW_S = 5.0
 """How long reading may take until it is told that it is not done; arbitrary."""
+
+MOST_TOLD = 1000
+"""Problems; arbitrary. All of them are gone through at every look."""
 
 MOST_BYTES_IN_ALL = 256 << 20
 """What is read of a directory: four of the largest files."""
@@ -120,7 +126,7 @@ class _Sight:
 
     def is_hidden(self, name: str) -> bool:
         """Whether a file may be there, at or below a place that could not be looked at."""
-        return any(not place or name == place or name.startswith(f"{place}/") for place in self.hidden)
+        return not self.hidden.keys().isdisjoint(_with_parents(name))
 
 
 @dataclass(slots=True)
@@ -179,9 +185,9 @@ class _Merged:
 
     def duplicates(self) -> Iterator[Problem]:
         """A problem for each place but the first of each object; none where Calico's stored form is given beside the object."""
-        for key, others in self.others.items():
+        for key in nsmallest(MOST_TOLD, self.others):
             home = self._at(self.homes[key])
-            for one in map(self._at, others):
+            for one in map(self._at, self.others[key]):
                 if one.meta.is_stored == home.meta.is_stored:
                     yield _duplicate(key, one, home)
 
@@ -195,20 +201,22 @@ class _Merged:
 
     def _claim(self, key: ResourceKey, place: Place) -> None:
         first = self.homes.get(key)
-        if first is not None:
-            place, *self.others[key] = sorted([first, *self.others.get(key, ()), place])
-        self.homes[key] = place
+        if first is None:
+            self.homes[key] = place
+            return
+        self.homes[key] = min(first, place)
+        insort(self.others.setdefault(key, []), max(first, place))
 
     def _retract(self, key: ResourceKey, place: Place) -> None:
-        others = self.others.pop(key, [])
+        others = self.others.get(key, [])
         if self.homes[key] != place:
-            others = [other for other in others if other != place]
+            del others[bisect_left(others, place)]
         elif others:
-            self.homes[key], *others = others
+            self.homes[key] = others.pop(0)
         else:
             del self.homes[key]
-        if others:
-            self.others[key] = others
+        if not others:
+            self.others.pop(key, None)
 
 
 @dataclass(slots=True)
@@ -268,15 +276,19 @@ class ManifestDirectory:
 
     @property
     def problems(self) -> tuple[Problem, ...]:
-        """Everything wrong with the manifests as they were last taken up, in file and line order."""
+        """What is wrong with the manifests as they were last taken up, in file and line order; of very much the first MOST_TOLD."""
         found = [*self._directory_problems, *self._copy_problems, *self._process_problems, *self._slowness()]
-        found += self._merged.duplicates()
-        found += [_hidden(self._path(name), reason) for name, reason in self._hidden.items()]
         if self._is_read and not self._taken and not self._hidden:
             found.append(_without_manifests(self.root))
-        for name in self._faulty:
+        found += islice(self._merged.duplicates(), MOST_TOLD)
+        found += [_hidden(self._path(name), self._hidden[name]) for name in nsmallest(MOST_TOLD, self._hidden)]
+        for name in nsmallest(MOST_TOLD, self._faulty):
             found.extend(self._files[name].problems)
-        return tuple(sorted(found, key=lambda p: (p.location.file, p.location.line, p.location.column, p.message)))
+        found.sort(key=lambda p: (p.location.file, p.location.line, p.location.column, p.message))
+        if len(found) > MOST_TOLD:
+            message = f"only the first {MOST_TOLD} problems of the manifests are told; there are more"
+            found[MOST_TOLD:] = [Problem(Location(str(self.root)), "", message, slug="more")]
+        return tuple(found)
 
     def step(self, pause: Callable[[], None] = never_pause) -> Batch | None:
         """Look once, or see whether what the last look found has been read. None: nothing to take up (yet).
@@ -407,7 +419,7 @@ class ManifestDirectory:
         """That a change is not in force yet, when it takes long."""
         reading = None if self._pending is None else self._pending.reading
         if reading is not None and time.monotonic() - reading.began_s >= SLOW_S:
-            message = f"{len(reading.tasks)} files that changed are still being read; what they said before stays in force until then"
+            message = "a change of the manifests is still being read; what they said before stays in force until then"
             yield Problem(Location(str(self.root)), "", message, severity="warning", slug="reading")
 
     def _take_up(self, pending: _Pending, outcomes: Iterator[tuple[Task, Outcome]]) -> tuple[Event, ...]:

@@ -52,6 +52,7 @@ _ALIAS = re.compile(rb"[&*]\w")
 """Small texts with aliases may stand for large values."""
 
 _LENGTH_BYTES = 8
+_STANDARD_ERROR = 2
 _NO_MEMORY, _BUG = 12, 70
 """Exit codes of the child."""
 
@@ -253,10 +254,8 @@ def _work(parent: int, results: int, tasks: Sequence[Task], copies: LastGoodCopi
     code = _BUG
     try:
         part_from(parent, READ_S)
-        os.closerange(3, results)
-        os.closerange(results + 1, os.sysconf("SC_OPEN_MAX"))
-        shared = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (shared + CHILD_BYTES, shared + CHILD_BYTES))
+        _let_go_of_all_but(results)
+        _limit_memory()
         _leave_all(results, tasks, copies)
         code = 0
     except MemoryError:
@@ -265,6 +264,23 @@ def _work(parent: int, results: int, tasks: Sequence[Task], copies: LastGoodCopi
         log.exception("bug: manifests cannot be read")
     finally:
         os._exit(code)
+
+
+def _let_go_of_all_but(results: int) -> None:
+    """Close what is the agent's: who waits for the end of a connection waits for all that hold it."""
+    for name in os.listdir("/proc/self/fd"):
+        if int(name) > _STANDARD_ERROR and int(name) != results:
+            with contextlib.suppress(OSError):  # that of the list itself
+                os.close(int(name))
+
+
+def _limit_memory() -> None:
+    shared = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0]) * resource.getpagesize()
+    _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    most = shared + CHILD_BYTES
+    if hard != resource.RLIM_INFINITY:
+        most = min(most, hard)
+    resource.setrlimit(resource.RLIMIT_AS, (most, hard))
 
 
 def _leave_all(results: int, tasks: Sequence[Task], copies: LastGoodCopies | None) -> None:

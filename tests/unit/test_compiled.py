@@ -105,6 +105,14 @@ def test_what_belongs_to_somebody_else_is_not_used(directory: Path, what: str) -
         load_compiled(path)
 
 
+def test_a_pipe_is_not_waited_for(directory: Path) -> None:
+    """What has the name of a compiled file and is none is refused at once."""
+    path = directory / "pipe"
+    os.mkfifo(path, 0o600)
+    with pytest.raises(PlatformError, match="no regular file"):
+        load_compiled(path)
+
+
 def test_a_symbolic_link_is_not_followed(directory: Path) -> None:
     """What it points to may be anybody's."""
     path = save_compiled(COMPILED, directory)

@@ -900,6 +900,25 @@ def test_directory_without_manifests_says_what_that_means(source: ManifestDirect
     assert [one.slug for one in batch.problems] == ["no-manifests"]
 
 
+def test_problems_without_number_cost_a_bounded_time(
+    source: ManifestDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of links to nothing, duplicates and broken files the first are told, and that there are more."""
+    monkeypatch.setattr("netpol_ebpf.sources.files.MOST_TOLD", 9)
+    for number in range(5):
+        write(source, f"b{number}.yaml", pod("one"))
+        write(source, f"c{number}.yaml", "kind: [")
+        (source.root / f"d{number}").symlink_to("nowhere")
+    source.step()
+    told = [Path(one.location.file).name for one in source.problems]
+    assert told == [
+        *(f"b{number}.yaml" for number in range(1, 5)),
+        *(f"c{number}.yaml" for number in range(5)),
+        "manifests",
+    ]
+    assert "there are more" in source.problems[-1].message
+
+
 def test_directory_that_was_never_read_says_so(source: ManifestDirectory) -> None:
     """Whether there is any state of the manifests at all is told apart from an empty one."""
     assert source.step() is not None
