@@ -287,18 +287,19 @@ def test_address_at_another_interface_moves_no_bond() -> None:
 
 
 @pytest.mark.parametrize(
-    ("routes", "evidence"), [({}, Evidence.ADDRESS), ({"10.0.0.9": 5}, Evidence.ROUTE)], ids=["weakly", "by a route"]
+    ("routes", "first", "evidence"),
+    [({}, ["10.0.0.9", "fd00::10"], Evidence.ADDRESS), ({"10.0.0.9": 5}, ["10.0.0.10", "fd00::10"], Evidence.ROUTE)],
+    ids=["weakly", "by a route"],
 )
 @pytest.mark.parametrize("subnets", [{}, {"10.0.0.0/24": 5}], ids=["", "with a prefix"])
 def test_bound_pod_closes_no_pod_that_is_to_come(
-    routes: dict[str, int], evidence: Evidence, subnets: dict[str, int]
+    routes: dict[str, int], first: list[str], evidence: Evidence, subnets: dict[str, int]
 ) -> None:
     """Neither by an address that it takes later nor by one that was there first: its interface is no trace of a third one's."""
     bonds = Bonds()
     late, vic = endpoint("late", "10.0.0.9"), endpoint("vic", "10.0.0.10", "fd00::10")
     shared = list(subnets.values())
-    first = wiring(routes, {(1, 2): ["10.0.0.9", "fd00::10"]}, subnets, shared)
-    located = bonds.look(first, [late])
+    located = bonds.look(wiring(routes, {(1, 2): first}, subnets, shared), [late])
     assert (names(located), located.evidence) == ({"late": 5}, {late.key: evidence})
     taken = wiring(routes, {(1, 2): ["10.0.0.10", "fd00::10"]}, subnets, shared)
     bonds.look(taken, [late, vic])
