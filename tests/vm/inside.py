@@ -13,6 +13,7 @@ import json
 import os
 import platform
 import re
+import subprocess
 import sys
 import tempfile
 import time
@@ -221,6 +222,8 @@ def _run_tests(*arguments: str) -> tuple[Kept, int]:
 def border(*names: str) -> int:
     """The attacks at the border and their twins, as the tests of those names have them; the second barrier's tests, and those of what is followed."""
     files = [f"tests/netns/test_border_{name}.py" for name in names]
+    # Nothing asks for it by itself; where it is built in, or not to be had, the tests' own look at its settings says so.
+    subprocess.run(["modprobe", "-q", "br_netfilter"], check=False)
     kept, code = _run_tests(*files, "tests/netns/test_barrier.py", "tests/netns/test_follow.py")
     _print(kept.outcomes)
     return code
