@@ -96,7 +96,7 @@ def test_a_child_reads_what_is_large_and_the_loop_goes_on(
     assert source.copies is not None
     assert source.copies.load("c.yaml") == large("three", "four")
     with pytest.raises(ChildProcessError):
-        os.waitpid(-1, os.WNOHANG)
+        os.waitpid(child, os.WNOHANG)
 
 
 def test_small_changes_are_read_in_place(source: ManifestDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
