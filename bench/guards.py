@@ -37,7 +37,7 @@ REMOVALS: Mapping[str, Sequence[Removal]] = {
     ),
     SIGN: (
         ("bpf/np_flow_cache.h", "skb->mark |= config->seen_mark;", ";"),
-        ("bpf/netpol.c", "skb->mark |= flow->config->seen_mark;", ";"),
+        ("bpf/netpol.c", "skb->mark |= ctx->config->seen_mark;", ";"),
     ),
 }
 

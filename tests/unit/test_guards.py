@@ -11,6 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
+from bench import guards as bench_guards
 from tests.guards.__main__ import PAGE, page  # noqa: E402  # the path comes first
 from tests.guards.table import GUARDS, Guard  # noqa: E402  # the same
 
@@ -40,3 +41,11 @@ def test_names_are_unique() -> None:
 def test_page_is_fresh() -> None:
     """The page is what the table says: `python -m tests.guards --write`."""
     assert PAGE.read_text() == page()
+
+
+@pytest.mark.parametrize(
+    ("file", "text"), [(file, text) for removals in bench_guards.REMOVALS.values() for file, text, _ in removals]
+)
+def test_the_benchmark_of_guards_finds_what_it_removes(file: str, text: str) -> None:
+    """Each text is there once."""
+    assert (ROOT / file).read_text().count(text) == 1
