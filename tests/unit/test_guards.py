@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from bench import guards as bench_guards
+from bench import guards as bench_guards  # noqa: E402  # the same
 from tests.guards.__main__ import PAGE, page  # noqa: E402  # the path comes first
 from tests.guards.table import GUARDS, Guard  # noqa: E402  # the same
 
