@@ -675,7 +675,7 @@ class Agent:
         return found
 
     def _wanted_interfaces(self) -> set[int]:
-        """Workloads' interfaces, which are to have programs on them."""
+        """Workloads' interfaces, which must bear the programs."""
         candidates = {ifindex for ifindex in self._wiring.links if self._bonds.is_workload(ifindex)}
         return candidates | set(self._located.interfaces.values())
 

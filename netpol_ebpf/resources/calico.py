@@ -351,7 +351,7 @@ def _addresses(spec: Reader, key: str, read: Callable[[str], IPAddress]) -> list
     for path, text in spec.indexed_strings(key):
         try:
             found.append(read(text))
-        except ValueError as error:  # noqa: PERF203 - every wrong address is to be reported
+        except ValueError as error:  # noqa: PERF203 - every wrong address must be reported
             spec.report.error(path, str(error), slug="address")
     return found
 

@@ -486,6 +486,6 @@ def _header(header: Reader) -> HttpHeader:
         for index, value in enumerate(values):
             try:
                 re.compile(value)
-            except (re.error, OverflowError, RecursionError) as error:  # noqa: PERF203 - every wrong one is to be reported
+            except (re.error, OverflowError, RecursionError) as error:  # noqa: PERF203 - every wrong one must be reported
                 header.report.error((*header.path, "values", index), f"not a regular expression: {error}")
     return HttpHeader(name, operator, values)

@@ -160,7 +160,7 @@ def _addresses(obj: Reader, texts: Iterable[tuple[Path, str]]) -> tuple[IPAddres
     for path, text in texts:
         try:
             found[parse_address(text)] = None
-        except ValueError as error:  # noqa: PERF203 - every wrong address is to be reported
+        except ValueError as error:  # noqa: PERF203 - every wrong address must be reported
             obj.report.error(path, str(error), slug="address")
     return tuple(found)
 

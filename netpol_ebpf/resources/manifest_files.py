@@ -67,7 +67,7 @@ def find_manifests(root: Path, pause: Callable[[], None] = never_pause) -> Manif
 
 
 class _Search:
-    """One search: the directories that are to be listed, those reached by links after all others, by name."""
+    """One search: the directories that it must still list, those reached by links after all others, by name."""
 
     def __init__(self, root: Path, pause: Callable[[], None]) -> None:
         self.root = root

@@ -131,7 +131,7 @@ class _Sight:
 
 @dataclass(slots=True)
 class _Pending:
-    """A look that is to be taken up: what of it is to be read, since when, and who does. ``reading``: None where it is read in place."""
+    """A look that was not taken up yet: what of it must be read, since when, and who reads. ``reading``: None where it is read in place."""
 
     sight: _Sight
     tasks: list[Task]
@@ -367,7 +367,7 @@ class ManifestDirectory:
         return True
 
     def _begin(self, sight: _Sight) -> _Pending:
-        """What is to be read of a look; a child begins if it is much."""
+        """Choose what of a look must be read; a child begins to read it if it is much."""
         now_s, before = self.clock(), self._too_many
         too_many = self._too_many = _beyond_all(sight.files)
         changed = {name for name, signature in sight.files.items() if self._taken.get(name) != signature}
