@@ -257,7 +257,7 @@ def spreads(number: int, buckets: int) -> bool:
 
 
 def draw_number(buckets: Iterable[int]) -> int:
-    """A number at random, of those that spread: about one in two."""
+    """Draw a number at random, of those that spread over all of these: two in three where there are two tables."""
     while True:
         number = int.from_bytes(os.urandom(8), sys.byteorder)
         if all(spreads(number, one) for one in buckets):
