@@ -31,6 +31,13 @@ def opened(path: Path) -> Map:
     return open_map(path.parent, path.name)
 
 
+def remove_directory(scene: Scene, path: Path) -> None:
+    """The directory goes from its place at once: during a removal file by file, the agent puts back what it misses."""
+    gone = scene.pin_root.with_name(f"{scene.pin_root.name}-gone")
+    path.rename(gone)
+    shutil.rmtree(gone)
+
+
 def detach(scene: Scene) -> None:
     """Every link of every interface is detached; the pins stay."""
     for pin in (pins(scene) / "links").iterdir():
@@ -41,7 +48,7 @@ def detach(scene: Scene) -> None:
 
 def unpin_links(scene: Scene) -> None:
     """The links go with their pins, and their directory too."""
-    shutil.rmtree(pins(scene) / "links")
+    remove_directory(scene, pins(scene) / "links")
 
 
 def exchange_program(scene: Scene) -> None:
@@ -66,7 +73,7 @@ def unpin_maps(scene: Scene) -> None:
 
 def unpin_everything(scene: Scene) -> None:
     """The whole directory goes."""
-    shutil.rmtree(pins(scene))
+    remove_directory(scene, pins(scene))
 
 
 def empty_calls(scene: Scene) -> None:
