@@ -253,7 +253,7 @@ def _open_maps(stack: contextlib.ExitStack, found: Findings) -> Applier | None:
     if os.geteuid() != 0:
         found.note = "without root: compiled, but not written to any map"
         return None
-    from netpol_loader.dataplane import Dataplane
+    from netpol_loader.pins.dataplane import Dataplane
 
     dataplane = stack.enter_context(Dataplane.open(BPFFS / f"netpol-bench-{os.getpid()}", sizes=MAP_SIZES))
     stack.callback(dataplane.remove)

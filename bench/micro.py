@@ -40,11 +40,13 @@ sys.path[:0] = [str(ROOT / "loader"), str(ROOT)]
 from bench import targets  # noqa: E402
 from netpol_ebpf.ending import ended_by_signals  # noqa: E402
 from netpol_ebpf.errors import MapFullError  # noqa: E402
-from netpol_loader import abi, build, syscall  # noqa: E402
-from netpol_loader.dataplane import SKB_BYTES, SKB_INGRESS_IFINDEX, Dataplane  # noqa: E402
-from netpol_loader.hook import Hook  # noqa: E402
-from netpol_loader.maps import Map  # noqa: E402
-from netpol_loader.seal import seal_endpoint  # noqa: E402
+from netpol_loader import abi  # noqa: E402
+from netpol_loader.kernel import syscall  # noqa: E402
+from netpol_loader.kernel.hook import Hook  # noqa: E402
+from netpol_loader.kernel.maps import Map  # noqa: E402
+from netpol_loader.pins import build  # noqa: E402
+from netpol_loader.pins.dataplane import SKB_BYTES, SKB_INGRESS_IFINDEX, Dataplane  # noqa: E402
+from netpol_loader.tables.seal import seal_endpoint  # noqa: E402
 
 MOV_MINUS_ONE = struct.pack("<BBhi", 0xB7, 0, 0, -1)
 EXIT = struct.pack("<BBhi", 0x95, 0, 0, 0)

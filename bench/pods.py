@@ -34,8 +34,8 @@ from netpol_ebpf.agent.service import SOCKET_NAME
 from netpol_ebpf.apply.encode import endpoint_key
 from netpol_ebpf.lab.laboratory import Lab
 from netpol_ebpf.lab.topology import Host
-from netpol_loader import syscall
-from netpol_loader.maps import Map
+from netpol_loader.kernel import syscall
+from netpol_loader.kernel.maps import Map
 
 SUITE = "control plane"
 CONTENDER = "netpol-ebpf"

@@ -58,11 +58,11 @@ from netpol_ebpf.policy.types import (
     World,
 )
 from netpol_ebpf.selector import equals
-from netpol_loader import syscall
-from netpol_loader.buckets import MORE_NAMES
-from netpol_loader.dataplane import SKB_BYTES, SKB_IFINDEX, SKB_INGRESS_IFINDEX, Dataplane
-from netpol_loader.hook import Hook
-from netpol_loader.maps import Map
+from netpol_loader.kernel import syscall
+from netpol_loader.kernel.hook import Hook
+from netpol_loader.kernel.maps import Map
+from netpol_loader.pins.dataplane import SKB_BYTES, SKB_IFINDEX, SKB_INGRESS_IFINDEX, Dataplane
+from netpol_loader.tables.buckets import MORE_NAMES
 
 SUITE = "scale"
 CONTENDER = "netpol-ebpf"

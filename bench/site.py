@@ -39,10 +39,11 @@ from netpol_ebpf.lab.laboratory import Lab
 from netpol_ebpf.lab.probe import CLONE_NEWNET
 from netpol_ebpf.lab.topology import Host, IPAddress
 from netpol_ebpf.policy.types import Direction, World
-from netpol_loader import attach, syscall
-from netpol_loader.attach import Mechanism
-from netpol_loader.barrier import BarrierTables, Layout
-from netpol_loader.dataplane import Dataplane
+from netpol_loader.host.barrier import BarrierTables, Layout
+from netpol_loader.kernel import syscall
+from netpol_loader.pins import attach
+from netpol_loader.pins.attach import Mechanism
+from netpol_loader.pins.dataplane import Dataplane
 
 T = TypeVar("T")
 

@@ -33,8 +33,8 @@ from rig import PEER4, PEER6, POD4, POD6  # noqa: E402
 
 from bench.end_to_end import ended_by  # noqa: E402
 from netpol_ebpf.errors import PlatformError  # noqa: E402
-from netpol_loader import syscall  # noqa: E402
-from netpol_loader.dataplane import SKB_BYTES, SKB_IFINDEX, SKB_INGRESS_IFINDEX  # noqa: E402
+from netpol_loader.kernel import syscall  # noqa: E402
+from netpol_loader.pins.dataplane import SKB_BYTES, SKB_IFINDEX, SKB_INGRESS_IFINDEX  # noqa: E402
 
 REPEAT = 1000
 SYN = 2
@@ -47,7 +47,7 @@ tree, root = sys.argv[1:]
 sys.path[:0] = [tree, tree + "/loader", tree + "/tests/kernel"]
 import packets as p, rig as r
 from map_sizes import SIZES
-from netpol_loader.dataplane import Dataplane
+from netpol_loader.pins.dataplane import Dataplane
 with Dataplane.open(Path(root), sizes=SIZES) as dataplane:
     rig = r.Rig(dataplane)
     rig.pod(r.everything(1, r.DENY, 11), r.everything(2, r.ALLOW, 12))

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause
 //
 // Look-ups in buckets: the rows of one hash lie in one cache line, so a look-up costs one fetch and at most five
-// compares, whatever is in the table.  The writer is netpol_loader/buckets.py, which has the same hashes.
+// compares, whatever is in the table.  The writer is netpol_loader/tables/buckets.py, which has the same hashes.
 //
 // What was found goes through the leg, which is in a map: the verifier then does not walk all that follows once for
 // each row of the bucket.

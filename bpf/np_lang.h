@@ -35,7 +35,7 @@
 #define np_forget(number) __asm__ __volatile__("" : "+r"(number))
 
 // A 64-bit number that the loader puts into the instructions: LLVM's intrinsic for a load whose source register is
-// `kind`.  netpol_loader/link.py knows the kinds; they have to be constants.
+// `kind`.  netpol_loader/kernel/relocation.py knows the kinds; they have to be constants.
 __u64 np_pseudo(__u64 kind, __u64 number) __asm__("llvm.bpf.pseudo");
 #define NP_MAP_OF(name) ((void *)np_pseudo(1, name)) // the map; 1 is BPF_PSEUDO_MAP_FD
 #define NP_MASK(name)                                                                                                  \

@@ -25,9 +25,9 @@ from netpol_ebpf.apply.applier import KernelMap
 from netpol_ebpf.errors import Location, MapFullError, PlatformError, Problem
 from netpol_ebpf.policy.types import ICMP, ICMPV6, TCP, UDP, IPAddress, VipKey
 from netpol_loader import abi
-from netpol_loader.clock import read_jiffies
-from netpol_loader.conntrack import Ends, Tracked, tracked
-from netpol_loader.sockets import Opened, look_for_sockets
+from netpol_loader.host.conntrack import Ends, Tracked, tracked
+from netpol_loader.host.sockets import Opened, look_for_sockets
+from netpol_loader.kernel.clock import read_jiffies
 
 log = logging.getLogger(__name__)
 

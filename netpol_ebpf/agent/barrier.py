@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The agent's side of the second barrier: when which part of it is in force, and what of it is missing.
 
-`netpol_loader.barrier` says what the tables hold and what the *sign* is.
+`netpol_loader.host.barrier` says what the tables hold and what the *sign* is.
 
 Invariants: the programs sign before a table drops what has no sign, and nothing drops it any more before they stop; a barrier
 that cannot be is a problem that says what is open, and stops nothing else.  Must not choose workloads' interfaces.
@@ -16,8 +16,8 @@ from typing import Any, Protocol
 
 from netpol_ebpf.agent.wiring import Wiring
 from netpol_ebpf.errors import Location, PlatformError, Problem, UsageError
-from netpol_loader.barrier import Counts, Difference, Layout, Marks, without_sign
-from netpol_loader.drift import Drift
+from netpol_loader.host.barrier import Counts, Difference, Layout, Marks, without_sign
+from netpol_loader.pins.drift import Drift
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ class BarrierSettings:
 
 
 class Tables(Protocol):
-    """What is needed of `netpol_loader.barrier.BarrierTables`; tests have another one."""
+    """What is needed of `netpol_loader.host.barrier.BarrierTables`; tests have another one."""
 
     @property
     def families(self) -> tuple[str, ...]:

@@ -63,7 +63,7 @@ from netpol_ebpf.policy.types import Node as ClusterNode
 from netpol_ebpf.policy.types import Settings as PolicySettings
 from netpol_ebpf.sources.files import Batch, ManifestDirectory, Upsert
 from netpol_loader import abi
-from netpol_loader.drift import Drift, PartlyMendedError
+from netpol_loader.pins.drift import Drift, PartlyMendedError
 
 log = logging.getLogger(__name__)
 

@@ -199,8 +199,8 @@ def run(arguments: argparse.Namespace) -> int:
     from netpol_ebpf.agent.node import KernelNode
     from netpol_ebpf.agent.timeouts import parse_timeouts
     from netpol_ebpf.policy.types import Action
-    from netpol_loader import doctor
-    from netpol_loader.dataplane import DEFAULT_PIN_ROOT
+    from netpol_loader.pins import doctor
+    from netpol_loader.pins.dataplane import DEFAULT_PIN_ROOT
 
     sizes = parse_sizes(arguments.map_size)
     timeouts_s = parse_timeouts(arguments.timeout)
@@ -259,8 +259,8 @@ def run(arguments: argparse.Namespace) -> int:
 @contextlib.contextmanager
 def claimed(pin_root: Path) -> Iterator[None]:
     """One agent, or one `netpolctl cleanup`, at a pin root, which is made. Raises PlatformError."""
-    from netpol_loader import doctor
-    from netpol_loader.dataplane import held
+    from netpol_loader.pins import doctor
+    from netpol_loader.pins.dataplane import held
 
     doctor.require_bpffs(pin_root)
     pin_root.mkdir(parents=True, exist_ok=True)
@@ -274,7 +274,7 @@ def claimed(pin_root: Path) -> Iterator[None]:
 
 def open_to_group(state_dir: Path, pin_root: Path, group: int | None) -> None:
     """Let the group pass through the state directory to the socket, to nothing else there. Raises PlatformError."""
-    from netpol_loader import access
+    from netpol_loader.pins import access
 
     try:
         if group is not None:
@@ -407,7 +407,7 @@ def wakened_by(*signals: signal.Signals) -> Iterator[tuple[list[int], int]]:
 @contextlib.contextmanager
 def exclusive(state_dir: Path, *, hint: str = IN_USE_HINT) -> Iterator[None]:
     """One agent per state directory; the lock goes with the process. Raises PlatformError, with the hint, when another one runs."""
-    from netpol_loader.lock import locked_alone
+    from netpol_loader.pins.lock import locked_alone
 
     state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
     fd = os.open(state_dir / LOCK_NAME, os.O_RDWR | os.O_CREAT, 0o600)
@@ -476,7 +476,7 @@ def parse_group(name: str | None) -> int | None:
 
 def parse_sizes(texts: Sequence[str]) -> dict[str, int]:
     """``MAP=ENTRIES`` pairs. Raises UsageError."""
-    from netpol_loader.buckets import SIZED
+    from netpol_loader.tables.buckets import SIZED
 
     sizes: dict[str, int] = {}
     for text in texts:

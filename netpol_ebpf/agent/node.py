@@ -25,15 +25,17 @@ from netpol_ebpf.apply.applier import KernelMap
 from netpol_ebpf.apply.encode import LocalFlag, Meaning, decode_endpoint
 from netpol_ebpf.errors import PlatformError
 from netpol_ebpf.policy.types import IPAddress
-from netpol_loader import abi, access, attach, netlink
-from netpol_loader.barrier import BarrierTables
-from netpol_loader.drift import Drift, PartlyMendedError, mend_attachments, mend_pins
-from netpol_loader.follow import Follower
-from netpol_loader.others import Other, OtherPrograms
-from netpol_loader.peers import load_peer_addresses
-from netpol_loader.renewal import Renewal
-from netpol_loader.routes import LocalRoute
-from netpol_loader.upgrade import Upgrade, open_dataplane
+from netpol_loader import abi
+from netpol_loader.host import netlink
+from netpol_loader.host.barrier import BarrierTables
+from netpol_loader.host.follow import Follower
+from netpol_loader.host.peers import load_peer_addresses
+from netpol_loader.host.routes import LocalRoute
+from netpol_loader.pins import access, attach
+from netpol_loader.pins.drift import Drift, PartlyMendedError, mend_attachments, mend_pins
+from netpol_loader.pins.others import Other, OtherPrograms
+from netpol_loader.pins.renewal import Renewal
+from netpol_loader.pins.upgrade import Upgrade, open_dataplane
 
 log = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 from netpol_ebpf.errors import Location, Problem
-from netpol_loader.others import XDP, Other, Reach
+from netpol_loader.pins.others import XDP, Other, Reach
 
 OVERTAKEN, REDIRECT = "overtaken", "redirect"
 WHY_UNKNOWN = "it hands on to programs that are not known (a tail call, libxdp), or this process may not read it (CAP_SYS_ADMIN, CAP_SYSLOG)"

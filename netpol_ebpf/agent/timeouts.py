@@ -2,7 +2,7 @@
 """How long the packet path remembers a connection that nothing is heard of: by the names that people use, in seconds.
 
 Invariant: what is not asked for has its default, whatever an earlier agent on the same maps was asked for.  The kernel's
-units (jiffies) appear here and in `netpol_loader.dataplane` alone.
+units (jiffies) appear here and in `netpol_loader.pins.dataplane` alone.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 
 from netpol_ebpf.errors import UsageError
 from netpol_loader import abi
-from netpol_loader.dataplane import TIMEOUTS_S
+from netpol_loader.pins.dataplane import TIMEOUTS_S
 
 STATES: Mapping[str, int] = {
     "tcp-new": abi.NP_CONN_TCP_NEW,

@@ -14,7 +14,7 @@ from typing import Any
 
 from netpol_ebpf.errors import LimitError, Location, MapFullError, Problem
 from netpol_ebpf.policy.types import Changes
-from netpol_loader.drift import Drift
+from netpol_loader.pins.drift import Drift
 
 log = logging.getLogger(__name__)
 

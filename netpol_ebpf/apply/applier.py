@@ -33,11 +33,11 @@ from netpol_ebpf.compiler.tables import Change, Delta, EndpointRow, Tables
 from netpol_ebpf.errors import MapFullError, PlatformError
 from netpol_ebpf.policy.types import EndpointKey, EndpointKind, IPNetwork
 from netpol_loader import abi
-from netpol_loader.barrier import Marks
-from netpol_loader.buckets import MORE_NAMES
-from netpol_loader.connections import TAG_NAMES
-from netpol_loader.dataplane import following
-from netpol_loader.grace import order_stores, wait_for_readers
+from netpol_loader.host.barrier import Marks
+from netpol_loader.kernel.grace import order_stores, wait_for_readers
+from netpol_loader.pins.dataplane import following
+from netpol_loader.tables.buckets import MORE_NAMES
+from netpol_loader.tables.connections import TAG_NAMES
 
 ARRAYS = frozenset(
     name
@@ -57,7 +57,7 @@ REMEMBERED = frozenset({"np_endpoint", "np_addr4", "np_addr6"})
 
 
 class KernelMap(Protocol):
-    """What is needed of `netpol_loader.maps.Map`."""
+    """What is needed of `netpol_loader.kernel.maps.Map`."""
 
     @property
     def name(self) -> str: ...  # noqa: D102 - the same in all maps

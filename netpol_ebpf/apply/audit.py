@@ -18,7 +18,7 @@ from netpol_ebpf.apply.encode import ENCODERS, Element, decode_key, elements
 from netpol_ebpf.apply.surroundings import MAPS, SurroundingsWriter
 from netpol_ebpf.compiler.tables import Tables
 from netpol_ebpf.errors import MapFullError
-from netpol_loader.drift import Drift
+from netpol_loader.pins.drift import Drift
 
 ROWS = 2000
 """Rows looked at in a step: some 10 ms; arbitrary."""

@@ -22,8 +22,8 @@ from netpol_ebpf.compiler.tables import AddressRow, EndpointRow, SetRow, Verdict
 from netpol_ebpf.errors import NetpolError
 from netpol_ebpf.policy.types import Cause, Direction, IPAddress, IPNetwork, Outcome, Stage, Vip, VipKey
 from netpol_loader import abi
-from netpol_loader.buckets import vip_filter_bit
-from netpol_loader.seal import fold, seal_endpoint, seal_host
+from netpol_loader.tables.buckets import vip_filter_bit
+from netpol_loader.tables.seal import fold, seal_endpoint, seal_host
 
 Element = tuple[str, bytes, bytes]
 """Map name, key, value."""

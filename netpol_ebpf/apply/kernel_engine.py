@@ -5,7 +5,7 @@ A world is compiled and written to the maps of a dataplane of the engine's own (
 running agent); a question becomes a frame, on which the loaded program runs at the hook of the question's direction.  The
 engine uses test runs (BPF_PROG_TEST_RUN), which attach nothing to any interface.  Where the kernel's test run cannot say by
 which interface a packet entered the node, the frame passes over a veth pair in a namespace of the engine's own
-(`netpol_loader.frames`).
+(`netpol_loader.pins.frames`).
 
 Invariants: the answer is what the program reported in its event, checked against what it returned; nothing is worked out
 here.  No question sees what an earlier one left: its connection is removed and, when the endpoint changes, a new
@@ -62,9 +62,9 @@ from netpol_ebpf.policy.types import (
     World,
 )
 from netpol_loader import abi
-from netpol_loader.dataplane import DEFAULT_PIN_ROOT, Dataplane, TestRun
-from netpol_loader.frames import FrameRunner, can_name_ingress
-from netpol_loader.hook import Hook
+from netpol_loader.kernel.hook import Hook
+from netpol_loader.pins.dataplane import DEFAULT_PIN_ROOT, Dataplane, TestRun
+from netpol_loader.pins.frames import FrameRunner, can_name_ingress
 
 ROOT_PREFIX = "netpol-engine-"
 """Engines pin below /sys/fs/bpf/netpol-engine-PID-COUNT."""

@@ -46,7 +46,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Run the command; returns the exit code."""
     if os.geteuid() != 0:
         raise PrivilegeError("what netpol-ebpf leaves behind belongs to root")
-    from netpol_loader.dataplane import DEFAULT_PIN_ROOT, held
+    from netpol_loader.pins.dataplane import DEFAULT_PIN_ROOT, held
 
     state_dir: Path = arguments.state_dir
     pin_root: Path = arguments.pin_root or DEFAULT_PIN_ROOT
@@ -59,9 +59,9 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _clean(arguments: argparse.Namespace) -> int:
-    from netpol_loader.compiled import kept_files
-    from netpol_loader.dataplane import DEFAULT_PIN_ROOT
-    from netpol_loader.removal import Leftover, find_leftovers
+    from netpol_loader.pins.compiled import kept_files
+    from netpol_loader.pins.dataplane import DEFAULT_PIN_ROOT
+    from netpol_loader.pins.removal import Leftover, find_leftovers
 
     leftovers = find_leftovers(arguments.pin_root or DEFAULT_PIN_ROOT)
     if arguments.pin_root is None:
@@ -98,7 +98,7 @@ def _clean(arguments: argparse.Namespace) -> int:
 def _abandoned_engines(parent: Path) -> list[Any]:
     """Pins of `netpolctl test` processes that were killed."""
     from netpol_ebpf.apply.kernel_engine import abandoned
-    from netpol_loader.removal import find_leftovers
+    from netpol_loader.pins.removal import find_leftovers
 
     return [leftover for root in abandoned(parent) for leftover in find_leftovers(root)]
 

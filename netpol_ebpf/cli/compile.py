@@ -40,8 +40,8 @@ def register(subparsers: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the command; returns the exit code."""
-    from netpol_loader.compilation import compile_program
-    from netpol_loader.compiled import PREPARED_DIR, save_compiled
+    from netpol_loader.pins.compilation import compile_program
+    from netpol_loader.pins.compiled import PREPARED_DIR, save_compiled
 
     directory: Path = arguments.output_dir or PREPARED_DIR
     compiled = compile_program(machine=arguments.machine)

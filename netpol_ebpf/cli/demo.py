@@ -400,7 +400,7 @@ class Demo:
 
 def _require_machine(*, with_iperf: bool) -> None:
     """Raise PlatformError for the first thing that is missing, before anything is built."""
-    from netpol_loader import doctor
+    from netpol_loader.pins import doctor
 
     if os.geteuid() != 0:
         raise PrivilegeError("the demonstration makes network namespaces and loads a BPF program, which needs root")

@@ -37,7 +37,7 @@ def register(subparsers: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the command; returns the exit code."""
-    from netpol_loader import doctor
+    from netpol_loader.pins import doctor
 
     checks = doctor.check_all(arguments.pin_root or doctor.BPFFS)
     if all(check.error is None for check in checks):

@@ -13,8 +13,9 @@ from types import ModuleType
 
 import pytest
 
-from netpol_loader import abi, seal
-from netpol_loader.hook import Hook
+from netpol_loader import abi
+from netpol_loader.kernel.hook import Hook
+from netpol_loader.tables import seal
 
 ROOT = Path(__file__).resolve().parents[2]
 

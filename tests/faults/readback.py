@@ -13,8 +13,8 @@ from netpol_ebpf.apply.ledger import Ledger
 from netpol_ebpf.compiler.tables import FIRST_NODE, AddressRow, EndpointRow, SetRow, Tables, VerdictRow
 from netpol_ebpf.policy.types import Direction, Node, Stage
 from netpol_loader import abi
-from netpol_loader.buckets import open_map
-from netpol_loader.maps import Map
+from netpol_loader.kernel.maps import Map
+from netpol_loader.tables.buckets import open_map
 
 SET_FIELDS = (
     "number", "default_class4", "default_class6", "peer_classes", "own_set", "own_default_class4", "own_default_class6",

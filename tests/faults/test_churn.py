@@ -17,7 +17,7 @@ from agent_scene import DB_POLICY, DEADLINE_S, NODE, POD, Scene, to_db, wait_for
 
 from netpol_ebpf.lab.attempt import Attempt
 from netpol_ebpf.lab.topology import TCP
-from netpol_loader.follow import Follower
+from netpol_loader.host.follow import Follower
 
 pytestmark = pytest.mark.netns
 

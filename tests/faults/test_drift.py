@@ -13,11 +13,12 @@ from pathlib import Path
 import pytest
 from agent_scene import NODE, Scene, to_db
 
-from netpol_loader import abi, syscall
-from netpol_loader.buckets import open_map
-from netpol_loader.compilation import PROGRAMS
-from netpol_loader.maps import Map
-from netpol_loader.programs import CALL_MAP, CURRENT
+from netpol_loader import abi
+from netpol_loader.kernel import syscall
+from netpol_loader.kernel.maps import Map
+from netpol_loader.pins.compilation import PROGRAMS
+from netpol_loader.pins.programs import CALL_MAP, CURRENT
+from netpol_loader.tables.buckets import open_map
 
 pytestmark = pytest.mark.netns
 

@@ -14,9 +14,9 @@ from packets import ACK, SYN, TCP, frame, tcp
 from rig import ALLOW, DENY, ELSEWHERE, POD4, POD6, Rig, everything
 
 from netpol_loader import abi
-from netpol_loader.dataplane import Dataplane
-from netpol_loader.hook import Hook
-from netpol_loader.maps import Map
+from netpol_loader.kernel.hook import Hook
+from netpol_loader.kernel.maps import Map
+from netpol_loader.pins.dataplane import Dataplane
 
 pytestmark = pytest.mark.kernel
 

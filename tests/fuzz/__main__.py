@@ -21,7 +21,7 @@ sys.path[:0] = [str(HERE), str(HERE.parent / "kernel"), str(HERE.parents[1]), st
 from episodes import episode  # noqa: E402  # the path comes first
 from harness import SIZES, Harness  # noqa: E402  # the same
 
-from netpol_loader.dataplane import Dataplane  # noqa: E402  # the same
+from netpol_loader.pins.dataplane import Dataplane  # noqa: E402  # the same
 
 
 def main() -> int:

@@ -37,10 +37,11 @@ from machine import RULED, Key, Machine, Outcome, State, Stimulus
 from own_netns import OwnNamespace
 from rig import ALLOW, DENY, ELSEWHERE, ENDPOINT, LO, POD_IDENTITY, PolicySet, Rig, Verdict
 
-from netpol_loader import abi, syscall
-from netpol_loader.dataplane import Dataplane, following
-from netpol_loader.hook import Hook
-from netpol_loader.seal import seal_endpoint
+from netpol_loader import abi
+from netpol_loader.kernel import syscall
+from netpol_loader.kernel.hook import Hook
+from netpol_loader.pins.dataplane import Dataplane, following
+from netpol_loader.tables.seal import seal_endpoint
 
 SIZES = {
     "np_endpoint": 16, "np_addr4": 64, "np_addr6": 64, "np_cidr4": 64, "np_cidr6": 64, "np_peer_class": 256,

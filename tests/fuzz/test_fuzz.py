@@ -26,7 +26,7 @@ from one_cpu import on_one_cpu
 from regressions import REGRESSIONS
 from regressions_border import BORDER
 
-from netpol_loader.dataplane import Dataplane
+from netpol_loader.pins.dataplane import Dataplane
 
 pytestmark = pytest.mark.kernel
 

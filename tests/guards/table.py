@@ -290,7 +290,7 @@ GUARDS = (
     Guard(
         "node-broadcast",
         "broadcast and anycast addresses of any of its links are the node",
-        "loader/netpol_loader/routes.py",
+        "loader/netpol_loader/host/routes.py",
         ("_OF_THE_NODE = frozenset({LOCAL, BROADCAST, ANYCAST})", "_OF_THE_NODE = frozenset({LOCAL})"),
         (
             f"{NODE}test_closed_node_has_no_other_door[broadcast of another link-4]",
@@ -317,7 +317,7 @@ GUARDS = (
     Guard(
         "node-tables",
         "local routes of other tables do not make everything the node",
-        "loader/netpol_loader/routes.py",
+        "loader/netpol_loader/host/routes.py",
         ("[one for one in routes if one.table in self._local_tables]", "list(routes)"),
         (f"{NODE}test_transparent_proxy_does_not_make_the_world_the_node",),
     ),
@@ -339,7 +339,7 @@ GUARDS = (
     Guard(
         "keep-alive",
         "an idle connection is remembered until Linux's keep-alive gives it up",
-        "loader/netpol_loader/dataplane.py",
+        "loader/netpol_loader/pins/dataplane.py",
         ("abi.NP_CONN_TCP_OPEN: 8100,", "abi.NP_CONN_TCP_OPEN: 7200,"),
         (f"{LIFETIMES}test_time_outs_outlast_keep_alive",),
     ),
@@ -433,7 +433,7 @@ GUARDS = (
     Guard(
         "announced-routes",
         "a route that a router announced makes no interface the node's own",
-        "loader/netpol_loader/routes.py",
+        "loader/netpol_loader/host/routes.py",
         (ANNOUNCED, ":"),
         (f"{IDENTITY}test_unknown_pod_s_router_opens_nothing",),
     ),

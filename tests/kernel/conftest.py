@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from netpol_loader.dataplane import Dataplane
+from netpol_loader.pins.dataplane import Dataplane
 
 sys.path.insert(0, str(Path(__file__).parent))
 

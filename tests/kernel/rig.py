@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 from ipaddress import ip_address, ip_network
 
 from netpol_loader import abi
-from netpol_loader.buckets import vip_filter_bit
-from netpol_loader.dataplane import Dataplane, default_config
-from netpol_loader.hook import Hook
-from netpol_loader.maps import Map
-from netpol_loader.seal import seal_endpoint, seal_host
+from netpol_loader.kernel.hook import Hook
+from netpol_loader.kernel.maps import Map
+from netpol_loader.pins.dataplane import Dataplane, default_config
+from netpol_loader.tables.buckets import vip_filter_bit
+from netpol_loader.tables.seal import seal_endpoint, seal_host
 
 LO = 1
 """The one interface every machine has; test runs need one that exists."""

@@ -24,14 +24,16 @@ from map_sizes import SIZES
 from rig import ALLOW, DENY, ENDPOINT, Rig, everything
 
 from netpol_ebpf.errors import PlatformError
-from netpol_loader import attach, compilation, netlink, syscall
-from netpol_loader.attach import Mechanism
-from netpol_loader.dataplane import Dataplane
-from netpol_loader.drift import PartlyMendedError, mend_attachments
-from netpol_loader.follow import Follower, LinkNews
-from netpol_loader.hook import Hook
-from netpol_loader.others import Other, OtherPrograms, Reach
-from netpol_loader.peers import MOST_ADDRESSES, load_peer_addresses
+from netpol_loader.host import netlink
+from netpol_loader.host.follow import Follower, LinkNews
+from netpol_loader.host.peers import MOST_ADDRESSES, load_peer_addresses
+from netpol_loader.kernel import syscall
+from netpol_loader.kernel.hook import Hook
+from netpol_loader.pins import attach, compilation
+from netpol_loader.pins.attach import Mechanism
+from netpol_loader.pins.dataplane import Dataplane
+from netpol_loader.pins.drift import PartlyMendedError, mend_attachments
+from netpol_loader.pins.others import Other, OtherPrograms, Reach
 
 pytestmark = [pytest.mark.kernel, pytest.mark.netns]
 

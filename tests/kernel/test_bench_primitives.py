@@ -9,8 +9,9 @@ from ipaddress import IPv4Address
 import pytest
 
 from bench.micro import ACK, ALLOWED_PORT, DROP, FIRST4, FIRST_CIDR, PASS, POD4, ROOT, Primitives, Vary, tcp4
-from netpol_loader import build, syscall
-from netpol_loader.dataplane import SKB_BYTES, Dataplane
+from netpol_loader.kernel import syscall
+from netpol_loader.pins import build
+from netpol_loader.pins.dataplane import SKB_BYTES, Dataplane
 
 pytestmark = pytest.mark.kernel
 FRAME = tcp4(int(POD4), FIRST4, 1, ALLOWED_PORT, ACK)

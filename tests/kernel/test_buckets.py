@@ -12,9 +12,10 @@ import pytest
 from rig import ALLOW, DENY, PEER4, PEER6, POD4, POD6, PolicySet, Rig, Verdict, everything
 
 from netpol_ebpf.errors import MapFullError
-from netpol_loader import abi, syscall
-from netpol_loader.buckets import BucketMap, ClassMap, bucketed, buckets_for
-from netpol_loader.maps import Map
+from netpol_loader import abi
+from netpol_loader.kernel import syscall
+from netpol_loader.kernel.maps import Map
+from netpol_loader.tables.buckets import BucketMap, ClassMap, bucketed, buckets_for
 
 pytestmark = pytest.mark.kernel
 

@@ -24,7 +24,7 @@ from netpol_ebpf.compiler import Compiler
 from netpol_ebpf.policy.translate import derive
 from netpol_ebpf.policy.types import EndpointKey
 from netpol_ebpf.resources.load import parse_documents
-from netpol_loader.dataplane import Dataplane
+from netpol_loader.pins.dataplane import Dataplane
 
 pytestmark = pytest.mark.kernel
 

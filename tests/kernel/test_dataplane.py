@@ -21,10 +21,12 @@ from map_sizes import SIZES
 from rig import ALLOW, DENY, PEER4, POD4, Rig, everything
 
 from netpol_ebpf.errors import LoadError, PlatformError, PrivilegeError
-from netpol_loader import abi, build, clock, compilation, doctor, syscall
-from netpol_loader.compiled import decode_compiled
-from netpol_loader.dataplane import TIMEOUTS_S, Dataplane, schema_dir
-from netpol_loader.hook import Hook
+from netpol_loader import abi
+from netpol_loader.kernel import clock, syscall
+from netpol_loader.kernel.hook import Hook
+from netpol_loader.pins import build, compilation, doctor
+from netpol_loader.pins.compiled import decode_compiled
+from netpol_loader.pins.dataplane import TIMEOUTS_S, Dataplane, schema_dir
 
 pytestmark = pytest.mark.kernel
 
@@ -289,9 +291,7 @@ def test_it_compiles_without_any_header() -> None:
     assert hidden, "nothing to hide: this would prove nothing"
     script = "set -e\n" + "".join(f"mount -t tmpfs none {path}\n" for path in hidden)
     script += f"test -z \"$(find {' '.join(hidden)} -name '*.h')\"\n"
-    script += (
-        f"exec {sys.executable} -m netpol_loader.compilation --sources {ROOT / 'bpf'} --machine {platform.machine()}"
-    )
+    script += f"exec {sys.executable} -m netpol_loader.pins.compilation --sources {ROOT / 'bpf'} --machine {platform.machine()}"
     environment = {"PYTHONPATH": os.pathsep.join([str(ROOT / "loader"), str(ROOT)]), "PATH": os.environ["PATH"]}
     done = subprocess.run(["unshare", "--mount", "sh", "-c", script], env=environment, capture_output=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]

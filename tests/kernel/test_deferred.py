@@ -26,7 +26,7 @@ from rig import (
 )  # fmt: skip
 
 from netpol_loader import abi
-from netpol_loader.hook import Hook
+from netpol_loader.kernel.hook import Hook
 
 pytestmark = pytest.mark.kernel
 

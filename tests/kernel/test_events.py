@@ -134,7 +134,7 @@ def test_lost_events_are_counted_and_change_no_verdict(rig: Rig) -> None:
     rig.pod(everything(INGRESS, DENY, 11), everything(EGRESS, DENY, 12))
     frame = p.frame(POD4, PEER4, p.UDP, p.udp(1, 2))
     room = rig.map("np_event").max_entries // (ctypes.sizeof(abi.np_event) + 8)
-    from netpol_loader.hook import Hook
+    from netpol_loader.kernel.hook import Hook
 
     rig.dataplane.test_run(Hook.TC_INGRESS, frame, repeat=room + 10)
     seen = rig.out(frame)
@@ -147,7 +147,7 @@ def test_lost_events_are_counted_and_change_no_verdict(rig: Rig) -> None:
 def test_reader_of_a_flood_comes_to_an_end(rig: Rig) -> None:
     """Events that come as fast as they are read are left for the next look; none is lost or told twice by that."""
     rig.pod(everything(INGRESS, DENY, 11), everything(EGRESS, DENY, 12))
-    from netpol_loader.hook import Hook
+    from netpol_loader.kernel.hook import Hook
 
     read: list[int] = []
 
@@ -180,7 +180,7 @@ def test_what_the_callback_raises_is_raised(rig: Rig) -> None:
         raise OopsError
 
     rig.reader.close()
-    from netpol_loader.hook import Hook
+    from netpol_loader.kernel.hook import Hook
 
     rig.dataplane.test_run(Hook.TC_INGRESS, p.frame(POD4, PEER4, p.UDP, p.udp(1, 2)))
     with rig.dataplane.events(fail) as reader, pytest.raises(OopsError):
@@ -191,7 +191,7 @@ def test_what_the_callback_raises_is_raised(rig: Rig) -> None:
 def test_poll_sees_events_without_a_wake_up(rig: Rig) -> None:
     """poll() hands over what is there although the program wakes nobody."""
     rig.pod(everything(INGRESS, DENY, 11), everything(EGRESS, DENY, 12))
-    from netpol_loader.hook import Hook
+    from netpol_loader.kernel.hook import Hook
 
     rig.dataplane.test_run(Hook.TC_INGRESS, p.frame(POD4, PEER4, p.UDP, p.udp(1, 2)))
     assert rig.reader.poll(1) == 1

@@ -41,10 +41,12 @@ from netpol_ebpf.errors import PlatformError
 from netpol_ebpf.policy.translate import derive
 from netpol_ebpf.policy.types import ICMPV6, TCP, Direction, EndpointKey, Outcome, Packet, Question, Stage
 from netpol_ebpf.resources.load import parse_documents
-from netpol_loader import abi, frames, syscall
-from netpol_loader.dataplane import SKB_IFINDEX, SKB_INGRESS_IFINDEX, SKB_MARK, Dataplane, TestRun
-from netpol_loader.frames import DROP, PASS, PASS_ALONE, FrameRunner, can_name_ingress
-from netpol_loader.hook import Hook
+from netpol_loader import abi
+from netpol_loader.kernel import syscall
+from netpol_loader.kernel.hook import Hook
+from netpol_loader.pins import frames
+from netpol_loader.pins.dataplane import SKB_IFINDEX, SKB_INGRESS_IFINDEX, SKB_MARK, Dataplane, TestRun
+from netpol_loader.pins.frames import DROP, PASS, PASS_ALONE, FrameRunner, can_name_ingress
 
 pytestmark = [pytest.mark.kernel, pytest.mark.netns]
 

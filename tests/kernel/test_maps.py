@@ -13,7 +13,8 @@ import pytest
 from rig import Rig
 
 from netpol_ebpf.errors import MapFullError, PlatformError
-from netpol_loader import abi, maps, syscall
+from netpol_loader import abi
+from netpol_loader.kernel import maps, syscall
 
 pytestmark = pytest.mark.kernel
 

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from netpol_loader import syscall
-from netpol_loader.link import CALL, INSTRUCTION, LOAD_IMMEDIATE_64, LOADS_MAP, packed
-from netpol_loader.others import Reach, _read, reach_of
-from netpol_loader.syscall import PROG_TYPE_SCHED_CLS as TC
-from netpol_loader.syscall import PROG_TYPE_XDP as XDP
+from netpol_loader.kernel import syscall
+from netpol_loader.kernel.relocation import CALL, INSTRUCTION, LOAD_IMMEDIATE_64, LOADS_MAP, packed
+from netpol_loader.kernel.syscall import PROG_TYPE_SCHED_CLS as TC
+from netpol_loader.kernel.syscall import PROG_TYPE_XDP as XDP
+from netpol_loader.pins.others import Reach, _read, reach_of
 
 LOOKUP, TIME, TAIL_CALL, CLONE_REDIRECT, REDIRECT, REDIRECT_MAP, REDIRECT_NEIGH, REDIRECT_PEER = (
     1, 5, 12, 13, 23, 51, 152, 155,
@@ -127,7 +127,9 @@ def test_process_that_may_not_read_it(without: str, expected: str) -> None:
     fd = syscall.prog_load(COUNTS + END, TC, name="another")
     try:
         number = syscall.prog_info(fd).id
-        script = f"from netpol_loader.others import _read; name, reach = _read({number}, {TC}); print(reach.name, name)"
+        script = (
+            f"from netpol_loader.pins.others import _read; name, reach = _read({number}, {TC}); print(reach.name, name)"
+        )
         command = [
             "setpriv",
             "--bounding-set",

@@ -11,7 +11,7 @@ import pytest
 from rig import ALLOW, DENY, LO, PEER4, PEER6, PEER_IDENTITY, POD4, POD6, Rig, everything
 
 from netpol_loader import abi
-from netpol_loader.hook import Hook
+from netpol_loader.kernel.hook import Hook
 
 pytestmark = pytest.mark.kernel
 

@@ -17,12 +17,14 @@ from map_sizes import SIZES
 from rig import ALLOW, DENY, PEER4, PEER6, POD4, POD6, Rig, everything
 
 from netpol_ebpf.errors import LoadError
-from netpol_loader import abi, build, link, syscall
-from netpol_loader.compilation import PROGRAMS, compile_program
-from netpol_loader.compiled import decode_compiled
-from netpol_loader.dataplane import Dataplane
-from netpol_loader.kernel import KernelFacts
-from netpol_loader.programs import ProgramSet
+from netpol_loader import abi
+from netpol_loader.kernel import relocation, syscall
+from netpol_loader.kernel.facts import KernelFacts
+from netpol_loader.pins import build
+from netpol_loader.pins.compilation import PROGRAMS, compile_program
+from netpol_loader.pins.compiled import decode_compiled
+from netpol_loader.pins.dataplane import Dataplane
+from netpol_loader.pins.programs import ProgramSet
 
 ROOT = Path(__file__).resolve().parents[2]
 FACTS = KernelFacts({3: 5}, cast_function=77)
@@ -93,7 +95,7 @@ def test_one_file_serves_any_number_of_processors_and_any_size(
     """The same compiled file, loaded for so many processors and on such maps, judges and remembers."""
     root = Path(f"/sys/fs/bpf/netpol-any-{os.getpid()}-{cpus}-{scale}")
     before = build.compiled_program()
-    monkeypatch.setattr(link, "possible_cpus", lambda: cpus)
+    monkeypatch.setattr(relocation, "possible_cpus", lambda: cpus)
     monkeypatch.setattr(build, "possible_cpus", lambda: cpus)
     sizes = {
         **SIZES,
@@ -106,7 +108,7 @@ def test_one_file_serves_any_number_of_processors_and_any_size(
         try:
             assert build.compiled_program() == before
             recent = syscall.map_info(dataplane.maps["np_flow_cache4"].fd)
-            assert link.mask_of(recent) + 1 == max(1024 * scale // cpus, 1)
+            assert relocation.mask_of(recent) + 1 == max(1024 * scale // cpus, 1)
             rig = Rig(dataplane)
             rig.pod(everything(1, DENY, 11), everything(2, ALLOW, 12))
             for pod, peer in ((POD4, PEER4), (POD6, PEER6)):
@@ -124,9 +126,9 @@ def test_masks_follow_from_the_kernels_sizes() -> None:
     """A table in buckets counts rows, its mask counts buckets; what is no power of two is refused, never masked wrongly."""
     fds = {size: syscall.map_create("array", "np_try", 4, 8, size) for size in (1, 8, 12)}
     try:
-        assert [link.mask_of(syscall.map_info(fds[size])) for size in (1, 8)] == [0, 7]
+        assert [relocation.mask_of(syscall.map_info(fds[size])) for size in (1, 8)] == [0, 7]
         with pytest.raises(LoadError, match="np_try has 12 entries; a power of two is needed"):
-            link.mask_of(syscall.map_info(fds[12]))
+            relocation.mask_of(syscall.map_info(fds[12]))
     finally:
         for fd in fds.values():
             os.close(fd)
@@ -135,33 +137,39 @@ def test_masks_follow_from_the_kernels_sizes() -> None:
 def test_an_instruction_that_names_no_map_is_refused() -> None:
     """A number without a map, or a load of an unknown kind, is never handed to the kernel."""
     one = syscall.map_create("array", "np_try", 4, 8, 1)
-    wide = link.INSTRUCTION.pack(link.LOAD_IMMEDIATE_64, link.packed(link.LOADS_MAP, 1), 0, 3) + bytes(8)
-    odd = link.INSTRUCTION.pack(link.LOAD_IMMEDIATE_64, link.packed(7, 1), 0, 0) + bytes(8)
+    wide = relocation.INSTRUCTION.pack(
+        relocation.LOAD_IMMEDIATE_64, relocation.packed(relocation.LOADS_MAP, 1), 0, 3
+    ) + bytes(8)
+    odd = relocation.INSTRUCTION.pack(relocation.LOAD_IMMEDIATE_64, relocation.packed(7, 1), 0, 0) + bytes(8)
     try:
         with pytest.raises(LoadError, match="names map 3, which was not made"):
-            link.link(wide, ("np_a", "np_b"), {"np_a": one}, FACTS)
+            relocation.link(wide, ("np_a", "np_b"), {"np_a": one}, FACTS)
         with pytest.raises(LoadError, match="unknown kind 7"):
-            link.link(odd, (), {}, FACTS)
-        fact = link.INSTRUCTION.pack(link.LOAD_IMMEDIATE_64, link.packed(link.LOADS_FACT, 1), 0, 4) + bytes(8)
+            relocation.link(odd, (), {}, FACTS)
+        fact = relocation.INSTRUCTION.pack(
+            relocation.LOAD_IMMEDIATE_64, relocation.packed(relocation.LOADS_FACT, 1), 0, 4
+        ) + bytes(8)
         with pytest.raises(LoadError, match="unknown fact 4"):
-            link.link(fact, (), {}, FACTS)
+            relocation.link(fact, (), {}, FACTS)
     finally:
         os.close(one)
 
 
 def test_facts_of_the_kernel_are_put_in() -> None:
     """A number where a fact stands, and a call of the kernel's function where there is one; else that call stays, unreached."""
-    fact = link.INSTRUCTION.pack(link.LOAD_IMMEDIATE_64, link.packed(link.LOADS_FACT, 1), 0, 3) + bytes(8)
-    call = link.INSTRUCTION.pack(link.CALL, 0, 0, link.CALLS_CAST)
-    put = link.INSTRUCTION.pack(link.LOAD_IMMEDIATE_64, link.packed(0, 1), 0, 5) + bytes(8)
-    made = link.INSTRUCTION.pack(link.CALL, link.packed(link.CALLS_KERNEL, 0), 0, 77)
-    assert link.link(fact + call, (), {}, FACTS) == put + made
-    assert link.link(call, (), {}, KernelFacts({}, 0)) == call
+    fact = relocation.INSTRUCTION.pack(
+        relocation.LOAD_IMMEDIATE_64, relocation.packed(relocation.LOADS_FACT, 1), 0, 3
+    ) + bytes(8)
+    call = relocation.INSTRUCTION.pack(relocation.CALL, 0, 0, relocation.CALLS_CAST)
+    put = relocation.INSTRUCTION.pack(relocation.LOAD_IMMEDIATE_64, relocation.packed(0, 1), 0, 5) + bytes(8)
+    made = relocation.INSTRUCTION.pack(relocation.CALL, relocation.packed(relocation.CALLS_KERNEL, 0), 0, 77)
+    assert relocation.link(fact + call, (), {}, FACTS) == put + made
+    assert relocation.link(call, (), {}, KernelFacts({}, 0)) == call
 
 
 def test_maps_have_the_field_names_of_the_headers(dataplane: Dataplane) -> None:
     """The kernel knows every map's types, and they are those of the declarations."""
-    from netpol_loader import btf
+    from netpol_loader.kernel import btf
 
     for name, spec in abi.MAP_SPECS.items():
         if spec.value is not None:
@@ -194,7 +202,7 @@ def test_compiling_needs_no_privilege_and_is_repeatable() -> None:
     command = [
         sys.executable,
         "-m",
-        "netpol_loader.compilation",
+        "netpol_loader.pins.compilation",
         "--sources",
         str(ROOT / "bpf"),
         "--entry",

@@ -16,11 +16,12 @@ import pytest
 from rig import ALLOW, DENY, ELSEWHERE, PEER4, PEER6, POD4, POD6, Rig, everything
 
 from netpol_ebpf.errors import MapFullError
-from netpol_loader import abi, connections
-from netpol_loader.clock import read_jiffies
-from netpol_loader.connections import ROWS_PER_BUCKET, TAG_NAMES, ConnectionMap, spreads
-from netpol_loader.dataplane import Dataplane
-from netpol_loader.hook import Hook
+from netpol_loader import abi
+from netpol_loader.kernel.clock import read_jiffies
+from netpol_loader.kernel.hook import Hook
+from netpol_loader.pins.dataplane import Dataplane
+from netpol_loader.tables import connections
+from netpol_loader.tables.connections import ROWS_PER_BUCKET, TAG_NAMES, ConnectionMap, spreads
 
 pytestmark = pytest.mark.kernel
 

@@ -22,7 +22,7 @@ from netpol_ebpf.errors import UnreachableError
 from netpol_ebpf.lab.attempt import Attempt
 from netpol_ebpf.lab.laboratory import Lab
 from netpol_ebpf.lab.topology import TCP
-from netpol_loader import syscall
+from netpol_loader.kernel import syscall
 
 NODE = "node-1"
 DEADLINE_S = 180.0

@@ -52,7 +52,7 @@ from netpol_ebpf.lab.laboratory import SETTINGS_ALL, Lab
 from netpol_ebpf.lab.scene import INTERNET
 from netpol_ebpf.lab.topology import ICMP, ICMPV6, PARENT_MAC, UDP, Listen
 from netpol_ebpf.lab.topology import TCP as TCP_NUMBER
-from netpol_loader import syscall
+from netpol_loader.kernel import syscall
 
 pytestmark = pytest.mark.netns
 

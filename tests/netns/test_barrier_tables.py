@@ -13,8 +13,8 @@ from typing import TypeVar
 
 import pytest
 
-from netpol_loader import nftables
-from netpol_loader.barrier import BarrierTables, HeldError, Layout, Marks, TakenError, without_sign
+from netpol_loader.host import nftables
+from netpol_loader.host.barrier import BarrierTables, HeldError, Layout, Marks, TakenError, without_sign
 
 pytestmark = pytest.mark.netns
 

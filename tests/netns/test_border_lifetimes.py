@@ -36,7 +36,7 @@ from scapy.packet import Packet
 from netpol_ebpf.lab.laboratory import Lab
 from netpol_ebpf.lab.scene import INTERNET
 from netpol_loader import abi
-from netpol_loader.dataplane import default_config
+from netpol_loader.pins.dataplane import default_config
 
 pytestmark = pytest.mark.netns
 

@@ -56,7 +56,7 @@ from scapy.packet import Packet
 from netpol_ebpf.lab.attempt import Attempt
 from netpol_ebpf.lab.laboratory import Lab
 from netpol_ebpf.lab.scene import INTERNET
-from netpol_loader import netlink
+from netpol_loader.host import netlink
 
 pytestmark = pytest.mark.netns
 

@@ -27,7 +27,7 @@ pytestmark = pytest.mark.netns
 
 WITHOUT_TCX = """\
 import sys
-from netpol_loader import attach
+from netpol_loader.pins import attach
 attach.preferred_mechanism = lambda dataplane: attach.Mechanism.CLSACT
 from netpol_ebpf.agent.main import main
 sys.exit(main())

@@ -30,8 +30,8 @@ from netpol_ebpf.lab.laboratory import Lab
 from netpol_ebpf.lab.scene import plan_for
 from netpol_ebpf.lab.topology import Host
 from netpol_ebpf.resources.load import parse_documents
-from netpol_loader import link, syscall
-from netpol_loader.rtnetlink import Rtnetlink, attribute, nested
+from netpol_loader.host.rtnetlink import Rtnetlink, attribute, nested
+from netpol_loader.kernel import relocation, syscall
 
 pytestmark = pytest.mark.netns
 
@@ -82,15 +82,15 @@ def program(verdict: int, program_type: int = syscall.PROG_TYPE_SCHED_CLS) -> in
 
 def one(opcode: int, target: int, immediate: int) -> bytes:
     """An instruction."""
-    return link.INSTRUCTION.pack(opcode, link.packed(0, target), 0, immediate & 0xFFFF_FFFF)
+    return relocation.INSTRUCTION.pack(opcode, relocation.packed(0, target), 0, immediate & 0xFFFF_FFFF)
 
 
-COUNTS = one(link.CALL, 0, 5)  # bpf_ktime_get_ns
+COUNTS = one(relocation.CALL, 0, 5)  # bpf_ktime_get_ns
 
 
 def redirecting(helper: int, target: int, program_type: int = syscall.PROG_TYPE_SCHED_CLS) -> int:
     """A program that sends everything to an interface; its descriptor."""
-    code = one(0xB7, 1, target) + one(0xB7, 2, 0) + one(link.CALL, 0, helper) + one(0x95, 0, 0)
+    code = one(0xB7, 1, target) + one(0xB7, 2, 0) + one(relocation.CALL, 0, helper) + one(0x95, 0, 0)
     return syscall.prog_load(code, program_type, name="shortcut")
 
 
@@ -216,7 +216,7 @@ def test_what_is_redirected_to_a_device_meets_policy_there(tmp_path: Path) -> No
         for helper, arguments in ways.items():
             result = one(0xB7, 0, DROP) if helper == CLONE_REDIRECT else b""
             with contextlib.ExitStack() as stack:
-                fd = syscall.prog_load(arguments + one(link.CALL, 0, helper) + result + one(0x95, 0, 0))
+                fd = syscall.prog_load(arguments + one(relocation.CALL, 0, helper) + result + one(0x95, 0, 0))
                 stack.callback(os.close, fd)
                 at = number_of(lab, WEB_LINK)
                 stack.callback(

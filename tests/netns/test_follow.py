@@ -19,8 +19,8 @@ from typing import Any, TypeVar
 import pytest
 
 from bench.site import enter_namespace
-from netpol_loader import rtnetlink
-from netpol_loader.follow import SETTLE_S, Follower, LinkNews
+from netpol_loader.host import rtnetlink
+from netpol_loader.host.follow import SETTLE_S, Follower, LinkNews
 
 pytestmark = pytest.mark.netns
 

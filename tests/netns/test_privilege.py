@@ -31,8 +31,10 @@ from netpol_ebpf.errors import UnreachableError
 from netpol_ebpf.lab.laboratory import Lab
 from netpol_ebpf.lab.scene import plan_for
 from netpol_ebpf.resources.load import parse_documents
-from netpol_loader import abi, access, syscall
-from netpol_loader.doctor import CAPABILITIES
+from netpol_loader import abi
+from netpol_loader.kernel import syscall
+from netpol_loader.pins import access
+from netpol_loader.pins.doctor import CAPABILITIES
 
 pytestmark = pytest.mark.netns
 

@@ -19,14 +19,17 @@ from typing import TypeVar
 import pytest
 
 from netpol_ebpf.errors import LoadError
-from netpol_loader import abi, attach, netlink, syscall
-from netpol_loader.attach import Mechanism
-from netpol_loader.dataplane import Dataplane
-from netpol_loader.hook import Hook
-from netpol_loader.programs import CURRENT, NEW, OLD
-from netpol_loader.removal import find_leftovers
-from netpol_loader.renewal import Renewal
-from netpol_loader.upgrade import open_dataplane
+from netpol_loader import abi
+from netpol_loader.host import netlink
+from netpol_loader.kernel import syscall
+from netpol_loader.kernel.hook import Hook
+from netpol_loader.pins import attach
+from netpol_loader.pins.attach import Mechanism
+from netpol_loader.pins.dataplane import Dataplane
+from netpol_loader.pins.programs import CURRENT, NEW, OLD
+from netpol_loader.pins.removal import find_leftovers
+from netpol_loader.pins.renewal import Renewal
+from netpol_loader.pins.upgrade import open_dataplane
 
 pytestmark = pytest.mark.netns
 

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 import pytest
 
 from netpol_ebpf.errors import PlatformError, PrivilegeError
-from netpol_loader import grace, syscall
+from netpol_loader.kernel import grace, syscall
 
 DEADLINE_S = 60.0
 ROUNDS = 40_000

@@ -27,9 +27,10 @@ from pathlib import Path
 from typing import Any
 
 from netpol_ebpf.errors import LoadError
-from netpol_loader import build, compilation, syscall
-from netpol_loader.compiled import CACHE_DIR, Compiled, encode_compiled, save_compiled
-from netpol_loader.programs import ProgramSet
+from netpol_loader.kernel import syscall
+from netpol_loader.pins import build, compilation
+from netpol_loader.pins.compiled import CACHE_DIR, Compiled, encode_compiled, save_compiled
+from netpol_loader.pins.programs import ProgramSet
 
 RESULTS = Path("/results")
 MOST_VERIFIED = 250_000

@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from netpol_ebpf.errors import PlatformError
-from netpol_loader.barrier import Counts, Difference, Layout, Marks
+from netpol_loader.host.barrier import Counts, Difference, Layout, Marks
 
 
 @dataclass

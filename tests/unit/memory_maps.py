@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from netpol_ebpf.apply.applier import ARRAYS
 from netpol_ebpf.errors import MapFullError
 from netpol_loader import abi
-from netpol_loader.buckets import MORE_NAMES
-from netpol_loader.connections import UNREPLIED_NAMES
+from netpol_loader.tables.buckets import MORE_NAMES
+from netpol_loader.tables.connections import UNREPLIED_NAMES
 
 CPUS = 3
 PER_CPU = frozenset(name for name, spec in abi.MAP_SPECS.items() if spec.kind.startswith("percpu"))

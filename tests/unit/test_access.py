@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 
-from netpol_loader import abi, access
-from netpol_loader.dataplane import LINKS
-from netpol_loader.programs import CURRENT
+from netpol_loader import abi
+from netpol_loader.pins import access
+from netpol_loader.pins.dataplane import LINKS
+from netpol_loader.pins.programs import CURRENT
 
 
 @dataclass

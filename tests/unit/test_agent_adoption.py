@@ -15,8 +15,8 @@ from netpol_ebpf.agent.adoption import NO_GENERATION, Adoption, Live, Place, Wor
 from netpol_ebpf.errors import PlatformError
 from netpol_ebpf.policy.types import ICMP, TCP, UDP, VipKey
 from netpol_loader import abi
-from netpol_loader.conntrack import Ends, Tracked
-from netpol_loader.sockets import Opened, Sockets
+from netpol_loader.host.conntrack import Ends, Tracked
+from netpol_loader.host.sockets import Opened, Sockets
 
 WEB, DB, NODE, OUTSIDE, VIP = (ip_address(f"10.0.0.{last}") for last in (1, 2, 100, 200, 250))
 WORKLOADS = {5: Workload(11, [WEB], 1), 6: Workload(12, [DB], 2)}

@@ -11,7 +11,7 @@ from memory_barrier import MemoryMarks, MemoryTables
 from netpol_ebpf.agent.barrier import ASKED_A_LOOK, RETRY_S, TOLD_S, Barrier, BarrierSettings, parse_barrier
 from netpol_ebpf.agent.wiring import Link, Wiring
 from netpol_ebpf.errors import UsageError
-from netpol_loader.barrier import Layout, Marks
+from netpol_loader.host.barrier import Layout, Marks
 
 ALL = Marks(0x20, 0x40, 0x10)
 OPEN = Marks(0, 0x40, 0x10)

@@ -29,8 +29,8 @@ from netpol_ebpf.errors import LimitError, MapFullError
 from netpol_ebpf.policy.types import EndpointKey, IPAddress
 from netpol_ebpf.sources.files import ManifestDirectory
 from netpol_loader import abi
-from netpol_loader.drift import Drift
-from netpol_loader.others import Other, Reach
+from netpol_loader.pins.drift import Drift
+from netpol_loader.pins.others import Other, Reach
 
 POD = """\
 ---

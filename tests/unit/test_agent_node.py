@@ -13,9 +13,9 @@ import pytest
 from netpol_ebpf.agent import node as module
 from netpol_ebpf.agent.node import GROUPS_S, PEERS_A_LOOK, PEERS_S, KernelNode
 from netpol_ebpf.apply.encode import LocalFlag, Meaning
-from netpol_loader.follow import LinkNews
-from netpol_loader.netlink import IPAddress, Link
-from netpol_loader.routes import IPNetwork, LocalRoute
+from netpol_loader.host.follow import LinkNews
+from netpol_loader.host.netlink import IPAddress, Link
+from netpol_loader.host.routes import IPNetwork, LocalRoute
 
 UPLINK, WEB, DB = (
     Link(number, name, "veth", is_up=True, is_running=True, master=0, peer_ifindex=2, peer_nsid=nsid)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 
 from netpol_ebpf.agent.other_programs import SHOWN, problems_of
-from netpol_loader.others import XDP, Other, Reach
+from netpol_loader.pins.others import XDP, Other, Reach
 
 BEHIND, BEFORE = False, True
 TC = "tcx ingress"

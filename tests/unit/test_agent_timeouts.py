@@ -11,7 +11,7 @@ from netpol_ebpf.agent.main import build_parser
 from netpol_ebpf.agent.timeouts import LONGEST_S, SHORTEST_S, STATES, parse_timeouts, read_timeouts, set_timeouts
 from netpol_ebpf.errors import UsageError
 from netpol_loader import abi
-from netpol_loader.dataplane import TIMEOUTS_S, default_config
+from netpol_loader.pins.dataplane import TIMEOUTS_S, default_config
 
 JIFFIES_PER_SECOND = 250
 

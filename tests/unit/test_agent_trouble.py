@@ -15,7 +15,7 @@ from netpol_ebpf.agent.trouble import RETRY_S, Refusals
 from netpol_ebpf.agent.wiring import Link
 from netpol_ebpf.compiler import Compiler
 from netpol_ebpf.errors import InvalidInputError, LimitError, MapFullError, PlatformError
-from netpol_loader.drift import Drift, PartlyMendedError
+from netpol_loader.pins.drift import Drift, PartlyMendedError
 
 BRIDGE_HOST = """\
 apiVersion: projectcalico.org/v3

@@ -14,8 +14,8 @@ from netpol_ebpf.compiler.tables import FIRST_NODE, AddressRow, EndpointRow, Set
 from netpol_ebpf.errors import NetpolError
 from netpol_ebpf.policy.types import Action, Cause, CauseKind, Direction, Outcome, PolicyKey, Stage
 from netpol_loader import abi
-from netpol_loader.buckets import MORE_NAMES
-from netpol_loader.seal import seal_endpoint
+from netpol_loader.tables.buckets import MORE_NAMES
+from netpol_loader.tables.seal import seal_endpoint
 
 SET = SetRow(
     number=3, default_class4=1, default_class6=11, peer_classes=5, own_set=9, own_default_class4=2, own_default_class6=12,

@@ -14,7 +14,7 @@ from netpol_ebpf.apply.encode import LocalFlag, Meaning
 from netpol_ebpf.apply.surroundings import OwnInterface, Surroundings, SurroundingsWriter
 from netpol_ebpf.errors import MapFullError
 from netpol_ebpf.policy.types import IPAddress, Vip, VipKey
-from netpol_loader.buckets import vip_filter_bit
+from netpol_loader.tables.buckets import vip_filter_bit
 
 OWN = Meaning(LocalFlag.OWN)
 NODE, OTHER, SERVICE = ip_address("192.0.2.1"), ip_address("fd00::1"), ip_address("10.96.0.1")

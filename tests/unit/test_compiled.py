@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from netpol_ebpf.errors import PlatformError
-from netpol_loader.compiled import (
+from netpol_loader.pins.compiled import (
     Compiled,
     decode_compiled,
     encode_compiled,

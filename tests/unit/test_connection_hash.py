@@ -11,7 +11,7 @@ import sys
 import pytest
 
 from netpol_loader import abi
-from netpol_loader.connections import ROWS_PER_BUCKET, draw_number, spreads
+from netpol_loader.tables.connections import ROWS_PER_BUCKET, draw_number, spreads
 
 BUCKETS = 256
 SHIFTS = (0, 8, 16, 24)

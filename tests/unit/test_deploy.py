@@ -8,8 +8,8 @@ from configparser import ConfigParser
 from pathlib import Path
 
 from netpol_ebpf.agent.main import DEFAULT_STATE_DIR, build_parser
-from netpol_loader.compiled import CACHE_DIR
-from netpol_loader.doctor import CAPABILITIES
+from netpol_loader.pins.compiled import CACHE_DIR
+from netpol_loader.pins.doctor import CAPABILITIES
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from netpol_ebpf.errors import PlatformError
-from netpol_loader import doctor
+from netpol_loader.pins import doctor
 
 ROOT_MOUNT = "{number} 1 8:1 / / rw - ext4 /dev/sda1 rw"
 BPF_MOUNT = "{number} 1 {device} / /sys/fs/bpf rw - bpf bpf rw"

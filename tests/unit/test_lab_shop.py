@@ -73,7 +73,7 @@ def test_a_missing_tool_is_named_before_anything_is_built(
 ) -> None:
     """Exit code 5, and nothing was shown."""
     monkeypatch.setattr(demo.os, "geteuid", lambda: 0)
-    monkeypatch.setattr("netpol_loader.doctor.require_all", lambda _: None)
+    monkeypatch.setattr("netpol_loader.pins.doctor.require_all", lambda _: None)
     monkeypatch.setattr(demo.shutil, "which", lambda _: None)
     assert main(["demo"]) == 5
     captured = capsys.readouterr()

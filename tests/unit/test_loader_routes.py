@@ -9,8 +9,8 @@ from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
 
 import pytest
 
-from netpol_loader import netlink
-from netpol_loader.routes import (
+from netpol_loader.host import netlink
+from netpol_loader.host.routes import (
     ANYCAST,
     BROADCAST,
     DELETE_ROUTE,
@@ -21,7 +21,7 @@ from netpol_loader.routes import (
     RouteTable,
     parse_routes,
 )
-from netpol_loader.rtnetlink import REPLACE, attribute
+from netpol_loader.host.rtnetlink import REPLACE, attribute
 
 UNICAST = 1
 POD4, POD6 = "10.1.0.5", "fd00::5"

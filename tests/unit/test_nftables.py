@@ -7,9 +7,19 @@ import struct
 
 import pytest
 
-from netpol_loader import nftables
-from netpol_loader.barrier import BRIDGE, FAMILIES, INET, Layout, Marks, _content, raw_name, remark_of, without_sign
-from netpol_loader.nftables import Attributes, parse
+from netpol_loader.host import nftables
+from netpol_loader.host.barrier import (
+    BRIDGE,
+    FAMILIES,
+    INET,
+    Layout,
+    Marks,
+    _content,
+    raw_name,
+    remark_of,
+    without_sign,
+)
+from netpol_loader.host.nftables import Attributes, parse
 
 ALL = Marks(0x20, 0x40, 0x10)
 WHOLE = Layout(ALL, 0, ("cali*", "tap0"), frozenset({"cali1"}), frozenset({1, 2}))

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from netpol_ebpf.errors import InvalidInputError, PlatformError, UsageError
-from netpol_loader import compilation
+from netpol_loader.pins import compilation
 from tests.vm import alone, kernels, page
 from tests.vm.record import REFUSED, RUNS, Result, read_results, series_of, write_result
 from tests.vm.report import parse_report, render_record

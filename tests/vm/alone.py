@@ -18,8 +18,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from netpol_loader import compilation
-from netpol_loader.build import compiled_program
+from netpol_loader.pins import compilation
+from netpol_loader.pins.build import compiled_program
 from tests.vm.record import RUNS, Result, current_commit, series_of, today, write_result
 from tests.vm.steps import all_steps, choose_steps, read_document
 

@@ -28,13 +28,14 @@ from netpol_ebpf.errors import PlatformError
 from netpol_ebpf.lab.laboratory import Lab
 from netpol_ebpf.lab.scene import plan_for
 from netpol_ebpf.resources.load import parse_documents
-from netpol_loader import attach, syscall
-from netpol_loader.build import compiled_program
-from netpol_loader.dataplane import Dataplane
-from netpol_loader.hook import Hook
-from netpol_loader.kernel import kernel_facts
-from netpol_loader.link import link
-from netpol_loader.programs import CALL_MAP
+from netpol_loader.kernel import syscall
+from netpol_loader.kernel.facts import kernel_facts
+from netpol_loader.kernel.hook import Hook
+from netpol_loader.kernel.relocation import link
+from netpol_loader.pins import attach
+from netpol_loader.pins.build import compiled_program
+from netpol_loader.pins.dataplane import Dataplane
+from netpol_loader.pins.programs import CALL_MAP
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT / "tests/netns"))  # agent_scene, other_version

@@ -34,7 +34,7 @@ make_version(Path(sys.argv[1]), [schema(-1), WIDER_CONFIG, WIDER_ENDPOINT])
 COMPILE = """
 import platform, sys
 from pathlib import Path
-from netpol_loader import compilation, compiled
+from netpol_loader.pins import compilation, compiled
 directory, digest = Path(sys.argv[1]), compilation.source_digest(compilation.source_dir()).hex()
 name = compilation.compiler_name()
 if name is None or compiled.find_compiled(digest, platform.machine(), name, [directory]) is None:

@@ -15,7 +15,7 @@ from typing import Any
 
 from netpol_ebpf.errors import PlatformError
 from netpol_ebpf.lab.patience import VARIABLE as FACTOR_VARIABLE
-from netpol_loader.compiled import PREPARED_DIR
+from netpol_loader.pins.compiled import PREPARED_DIR
 from tests.vm.emulator import Machine
 from tests.vm.kernels import Kernel
 from tests.vm.prepare import Prepared

@@ -1,0 +1,546 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The second barrier behind the programs: two nf_tables tables that drop what a workload sent past its TC hook.
+
+The program sets one bit of the packet's mark (the *sign*) on everything that it lets into the node.  The tables take the sign
+off at once, and drop packets without it that came by a workload's interface: the interface has lost its program, or never had
+one, or the packet skipped the hook.  A workload cannot forge the sign: the kernel zeroes the mark at every change of network
+namespace.
+
+    table inet np_barrier
+      prerouting (-450)   sign: take it off, accept.  Interface of a workload, or a new one by its name: count, drop
+      input (225)         mark of a deferred verdict that no process of the node may receive: count, drop
+      output (300)        mark what the node's own processes send
+      postrouting (250)   to a new interface by its name, and not of the node itself: count, drop
+    table bridge np_barrier
+      prerouting, postrouting: the same for the ports of bridges, which the inet table does not see
+
+Invariants: a change is one transaction, so no packet meets half of a table; a table with another's remark, or held by another
+process, is never touched; counters are kept when a table is written anew.  Must not decide which interfaces are workloads'.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import re
+import struct
+from collections.abc import Iterator, Mapping
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+
+from netpol_ebpf.errors import PlatformError
+from netpol_loader.host import nftables
+from netpol_loader.host.nftables import BRIDGE, INET, Chain, Message, Nftables, NftablesError, Table
+
+TABLE = "np_barrier"
+FAMILIES: Mapping[int, str] = {INET: "inet", BRIDGE: "bridge"}
+WORKLOADS, KNOWN = "workloads", "known"
+"""Sets: names of workloads' interfaces; numbers of interfaces that are no new ones any more."""
+UNSIGNED, NEWBORN, DUE = "unsigned", "newborn", "due"
+"""Counters: dropped for want of the sign; on the way to a new interface; that no process of the node may receive."""
+
+BEFORE_ALL, AFTER_IPVS, BEHIND_MANGLE, BEFORE_LAST = -450, 225, 300, 250
+"""Priorities: before defragmentation (-400), so before every mark of others; behind IPVS (98 to 102), which may take the packet
+elsewhere; behind mangle and NAT, whose rules may write the whole mark; behind NAT (100)."""
+ARP = 0x0806
+LONGEST_REMARK = 120
+"""Of the 128 bytes that `nft` shows."""
+
+
+@dataclass(frozen=True, slots=True)
+class Marks:
+    """Bits of the packets' mark, 0: the bit is not used. See `struct np_config` in bpf/np_abi.h."""
+
+    seen: int = 0
+    node: int = 0
+    due: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """What the tables hold.
+
+    ``marks.seen`` 0: nothing is dropped for want of the sign.  ``also_seen``: an older sign that counts as well, while the
+    programs pass from one to the other.  ``patterns``: names of interfaces (``cali*`` or whole) that are closed until they are in
+    ``known`` (their numbers).  ``workloads``: names of interfaces whose programs sign.
+    """
+
+    marks: Marks
+    also_seen: int = 0
+    patterns: tuple[str, ...] = ()
+    workloads: frozenset[str] = frozenset()
+    known: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """Something of a table that is not as it was written. ``was``: missing, changed or foreign."""
+
+    where: str
+    was: str
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """Packets that were dropped, by counter and family; and of the unsigned ones by interface."""
+
+    by_counter: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    by_interface: Mapping[str, int] = field(default_factory=dict)
+
+
+class TakenError(PlatformError):
+    """The table belongs to somebody else."""
+
+
+class HeldError(TakenError):
+    """The table would be ours, but another process is at work on it."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Rule:
+    remark: str
+    expressions: tuple[bytes, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Content:
+    """What one table must hold. ``rules``: by chain, with the chain."""
+
+    rules: Mapping[str, tuple[Chain, tuple[_Rule, ...]]]
+    sets: Mapping[str, frozenset[bytes]]
+    counters: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """What one table holds."""
+
+    table: Table | None
+    chains: Mapping[str, Chain] = field(default_factory=dict)
+    rules: Mapping[str, list[str]] = field(default_factory=dict)
+    sets: Mapping[str, dict[bytes, int]] = field(default_factory=dict)
+    counters: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+
+
+class BarrierTables:
+    """The tables of one owner in the network namespace of this process. Opened by `open` or the first use, closed by `close`.
+
+    What `write` brings about lasts until `remove`, however the process ends; from Linux 6.9 on nobody else can change the
+    tables while it lives.  All methods but `close` raise PlatformError: TakenError when a table is somebody else's.
+    """
+
+    def __init__(self, owner: str) -> None:
+        """``owner``: what the next process that may take the tables over has in common with this one."""
+        self._remark = remark_of(owner)
+        self._socket: Nftables | None = None
+        self._news: nftables.News | None = None
+        self._is_news = False
+        self._flags = 0
+        self._families: tuple[int, ...] = ()
+        self._verified: int | None = None  # generation at which the tables were as they should be
+        self._written = Layout(Marks())  # what that was
+
+    # --- opening ----------------------------------------------------------------------------------------------------
+
+    def open(self) -> None:
+        """Find out what the kernel can do. Does nothing when that is known."""
+        if self._socket is not None:
+            return
+        channel = Nftables()
+        try:
+            self._flags = (
+                nftables.OWNER | nftables.PERSIST
+                if _is_possible(channel, INET, nftables.OWNER | nftables.PERSIST)
+                else 0
+            )
+            families = [INET]
+            if not self._flags:
+                channel.commit([nftables.new_table(INET, f"{TABLE}_trial", 0, "")], is_trial=True)
+            if _is_possible(channel, BRIDGE, self._flags):
+                families.append(BRIDGE)
+            self._families = tuple(families)
+            if not self._flags and self._news is None:  # what is held nobody else changes
+                self._news = nftables.News()
+        except BaseException:
+            channel.close()
+            raise
+        self._socket = channel
+
+    def close(self) -> None:
+        """Let go of the tables, which stay."""
+        for one in (self._socket, self._news):
+            if one is not None:
+                one.close()
+        self._socket = self._news = None
+        self._verified = None
+
+    def part(self) -> None:
+        """In a fork of the process that opened the tables: read by a socket of its own, for on the other the parent talks.
+
+        The parent keeps its copy of the other, and the tables with it.
+        """
+        if self._socket is not None:
+            self._socket.close()
+            self._socket = Nftables()
+
+    @property
+    def families(self) -> tuple[str, ...]:
+        """Families of tables that the kernel has, by their names."""
+        return tuple(FAMILIES[family] for family in self._families)
+
+    @property
+    def is_held(self) -> bool:
+        """Whether the kernel keeps others from changing the tables."""
+        return bool(self._flags)
+
+    def fileno(self) -> int | None:
+        """Readable when something changed any table of the namespace; None where nobody else can change ours."""
+        return None if self._news is None else self._news.fileno()
+
+    def note_news(self) -> None:
+        """Take what there is to read at `fileno`."""
+        self._is_news = (self._news is not None and self._news.take()) or self._is_news
+
+    def has_news(self) -> bool:
+        """Whether something changed any table since the last call."""
+        self.note_news()
+        is_news, self._is_news = self._is_news, False
+        return is_news
+
+    def has_changed(self) -> bool:
+        """Whether anything may have changed our tables since they were last as they should be. One short question."""
+        return self._verified is None or self._verified != self._channel().generation()
+
+    # --- reading ----------------------------------------------------------------------------------------------------
+
+    def is_there(self) -> bool:
+        """Whether there is a table of ours."""
+        return bool(self.present())
+
+    def present(self) -> list[str]:
+        """The families of our tables that there are."""
+        return [FAMILIES[family] for family, found in self._read().items() if found.table is not None]
+
+    def members(self) -> tuple[frozenset[str], frozenset[int]]:
+        """Names of workloads' interfaces, and numbers of known ones, as they are in the tables."""
+        names: set[str] = set()
+        numbers: set[int] = set()
+        for found in self._read().values():
+            names |= {_name_of(key) for key in found.sets.get(WORKLOADS, ())}
+            numbers |= {struct.unpack("=I", key)[0] for key in found.sets.get(KNOWN, ())}
+        return frozenset(names), frozenset(numbers)
+
+    def counts(self) -> Counts:
+        """What was dropped so far."""
+        by_counter: dict[str, dict[str, int]] = {}
+        by_interface: dict[str, int] = {}
+        channel = self._channel()
+        for family in self._families:
+            for name, (packets, _) in channel.counters(family, TABLE).items():
+                by_counter.setdefault(name, {})[FAMILIES[family]] = packets
+            for key, packets in (channel.elements(family, TABLE, WORKLOADS) or {}).items():
+                by_interface[_name_of(key)] = by_interface.get(_name_of(key), 0) + packets
+        return Counts(by_counter, by_interface)
+
+    def unsigned(self) -> int:
+        """Packets dropped for want of the sign, of all families. A short question."""
+        channel = self._channel()
+        found = [channel.counters(family, TABLE).get(UNSIGNED, (0, 0)) for family in self._families]
+        return sum(packets for packets, _ in found)
+
+    def _read(self) -> dict[int, _Found]:
+        channel = self._channel()
+        found = {}
+        for family in self._families:
+            table = channel.table(family, TABLE)
+            self._require_ours(family, table)
+            if table is None:
+                found[family] = _Found(None)
+                continue
+            sets = {name: channel.elements(family, TABLE, name) for name in (WORKLOADS, KNOWN)}
+            found[family] = _Found(
+                table,
+                channel.chains(family, TABLE),
+                channel.rules(family, TABLE),
+                {name: elements for name, elements in sets.items() if elements is not None},
+                channel.counters(family, TABLE),
+            )
+        return found
+
+    def _require_ours(self, family: int, table: Table | None) -> None:
+        if table is None:
+            return
+        where = f"table {FAMILIES[family]} {TABLE}"
+        if table.remark != self._remark:
+            raise TakenError(
+                f"{where} belongs to somebody else ({table.remark or 'it does not say whom'})",
+                hint="Of an agent with another --pin-root: `netpolctl cleanup --pin-root DIR`.",
+            )
+        if table.flags & nftables.OWNER and table.owner != self._channel().port:
+            raise HeldError(
+                f"{where} is held by a process (netlink port {table.owner})", hint="Is another agent at work?"
+            )
+
+    def _channel(self) -> Nftables:
+        if self._socket is None:
+            self.open()
+        if self._socket is None:
+            raise AssertionError("opened, and not open")
+        return self._socket
+
+    # --- writing ----------------------------------------------------------------------------------------------------
+
+    def write(self, layout: Layout) -> list[Difference]:
+        """Make the tables as they should be, in one transaction; what was otherwise. Keeps the counters."""
+        channel = self._channel()
+        generation = channel.generation()
+        known = self._changes(layout) if generation == self._verified else None
+        messages, differences = self._compared(layout) if known is None else known
+        if messages:
+            channel.commit(messages)
+        after = channel.generation()
+        is_undisturbed = after in (generation, generation + 1) if messages else after == generation
+        self._verified, self._written = after if is_undisturbed else None, layout
+        return differences
+
+    def _compared(self, layout: Layout) -> tuple[list[Message], list[Difference]]:
+        """What has to be done to the tables that there are, and what is otherwise in them."""
+        messages: list[Message] = []
+        differences: list[Difference] = []
+        for family, found in self._read().items():
+            content = _content(layout, family)
+            apart = list(_differences(found, content, FAMILIES[family]))
+            differences += apart
+            messages += self._repair(family, found, content, apart)
+        return messages, differences
+
+    def _changes(self, layout: Layout) -> tuple[list[Message], list[Difference]] | None:
+        """The same, when nobody has changed the tables since they were last written: without reading them, which takes long.
+
+        None: more changes than elements of sets.
+        """
+        messages: list[Message] = []
+        differences: list[Difference] = []
+        for family in self._families:
+            before, content = _content(self._written, family), _content(layout, family)
+            if before is None and content is None:
+                continue
+            if before is None or content is None or replace(before, sets=content.sets) != content:
+                return None
+            if before.sets.keys() != content.sets.keys():
+                return None
+            for name, keys in content.sets.items():
+                if keys != before.sets[name]:
+                    differences.append(Difference(f"set {name} of table {FAMILIES[family]} {TABLE}", "changed"))
+                    messages += _set_changes(family, name, before.sets[name], keys)
+        return messages, differences
+
+    def _repair(
+        self, family: int, found: _Found, content: _Content | None, apart: list[Difference]
+    ) -> Iterator[Message]:
+        if content is None:
+            if found.table is not None:
+                yield nftables.delete_table(family, TABLE)
+            return
+        if found.table is None or any(not one.where.startswith("set ") for one in apart):
+            if found.table is not None:
+                yield nftables.delete_table(family, TABLE)
+            yield from self._whole(family, found, content)
+            return
+        if self._flags and not found.table.flags & nftables.OWNER and found.table.flags & nftables.PERSIST:
+            yield nftables.new_table(family, TABLE, self._flags, self._remark)  # its owner has ended
+        for name, keys in content.sets.items():
+            yield from _set_changes(family, name, found.sets[name].keys(), keys)
+
+    def _whole(self, family: int, found: _Found, content: _Content) -> Iterator[Message]:
+        """A table anew. The packet that is between the old chain and the new one passes: the new one has no rule for it yet."""
+        yield nftables.new_table(family, TABLE, self._flags, self._remark)
+        for name in content.counters:
+            yield nftables.new_counter(family, TABLE, name, *found.counters.get(name, (0, 0)))
+        for place, (name, keys) in enumerate(content.sets.items(), 1):
+            key = (
+                (nftables.NAME_TYPE, nftables.NAME_BYTES)
+                if name == WORKLOADS
+                else (nftables.INDEX_TYPE, nftables.INDEX_BYTES)
+            )
+            yield nftables.new_set(family, TABLE, name, *key, place)
+            yield from nftables.change_elements(nftables.NEW_ELEMENTS, family, TABLE, name, sorted(keys))
+        for name, (chain, rules) in content.rules.items():
+            yield nftables.new_chain(family, TABLE, name, chain.hook, chain.priority)
+            for rule in rules:
+                yield nftables.new_rule(family, TABLE, name, rule.expressions, rule.remark)
+
+    def remove(self, family: str) -> None:
+        """Delete our table of a family, if there is one."""
+        number = next(number for number, name in FAMILIES.items() if name == family)
+        if family in self.present():
+            self._channel().commit([nftables.delete_table(number, TABLE)])
+        self._verified = None
+
+
+def remark_of(owner: str) -> str:
+    """What our tables say of themselves; `nft list tables` shows it."""
+    remark = f"netpol-ebpf {owner}"
+    if len(remark.encode()) > LONGEST_REMARK:
+        remark = f"netpol-ebpf {hashlib.sha256(owner.encode()).hexdigest()}"
+    return remark
+
+
+def _is_possible(channel: Nftables, family: int, flags: int) -> bool:
+    """Whether the kernel has tables of that family with these flags."""
+    try:
+        channel.commit([nftables.new_table(family, f"{TABLE}_trial", flags, "")], is_trial=True)
+    except NftablesError as error:
+        if error.code in (errno.EOPNOTSUPP, errno.EAFNOSUPPORT, errno.EINVAL):
+            return False
+        raise
+    return True
+
+
+# --- what a table holds ---------------------------------------------------------------------------------------------
+
+
+def _content(layout: Layout, family: int) -> _Content | None:
+    """What a table must hold; None: the table must not exist."""
+    marks, patterns = layout.marks, layout.patterns
+    rules: dict[str, tuple[Chain, tuple[_Rule, ...]]] = {}
+    sets: dict[str, frozenset[bytes]] = {}
+    counters: list[str] = []
+    if marks.seen:
+        rules["prerouting"] = (_chain(nftables.PREROUTING, BEFORE_ALL), tuple(_prerouting(layout)))
+        sets[WORKLOADS] = frozenset(raw_name(name) for name in layout.workloads)
+        counters.append(UNSIGNED)
+    if marks.seen and patterns:
+        rules["postrouting"] = (_chain(nftables.POSTROUTING, BEFORE_LAST), tuple(_postrouting(layout, family)))
+        sets[KNOWN] = frozenset(struct.pack("=I", number) for number in layout.known)
+        counters.append(NEWBORN)
+    if family == INET and marks.due:
+        look = (nftables.load_meta(nftables.MARK), nftables.bitwise(marks.due), _is_not_zero())
+        drop = _rule("no process of the node may receive it", *look, *_drop(DUE))
+        rules["input"] = (_chain(nftables.INPUT, AFTER_IPVS), (drop,))
+        counters.append(DUE)
+    if family == INET and marks.node:
+        put = (
+            nftables.load_meta(nftables.MARK),
+            nftables.bitwise(_without(marks.node), marks.node),
+            nftables.store_mark(),
+        )
+        rules["output"] = (_chain(nftables.OUTPUT, BEHIND_MANGLE), (_rule("the node sends it", *put),))
+    return _Content(rules, sets, tuple(counters)) if rules else None
+
+
+def _set_changes(family: int, name: str, before: AbstractSet[bytes], keys: AbstractSet[bytes]) -> Iterator[Message]:
+    for kind, some in (
+        (nftables.DELETE_ELEMENTS, sorted(before - keys)),
+        (nftables.NEW_ELEMENTS, sorted(keys - before)),
+    ):
+        yield from nftables.change_elements(kind, family, TABLE, name, some)
+
+
+def _prerouting(layout: Layout) -> Iterator[_Rule]:
+    for sign in (layout.marks.seen, layout.also_seen):
+        if sign:
+            look = (
+                nftables.load_meta(nftables.MARK),
+                nftables.bitwise(sign),
+                nftables.compare(struct.pack("=I", sign)),
+            )
+            take_off = (nftables.load_meta(nftables.MARK), nftables.bitwise(_without(sign)), nftables.store_mark())
+            yield _rule("the program saw it", *look, *take_off, nftables.verdict(nftables.ACCEPT))
+    bound = (nftables.load_meta(nftables.IN_NAME), nftables.look_up(WORKLOADS))
+    yield _rule("from a workload, past its program", *bound, *_drop(UNSIGNED))
+    for pattern in layout.patterns:
+        new = (*_matches(nftables.IN_NAME, pattern), *_is_new(nftables.IN_INDEX))
+        yield _rule(f"from a new interface {pattern}", *new, *_drop(UNSIGNED))
+
+
+def _postrouting(layout: Layout, family: int) -> Iterator[_Rule]:
+    for pattern in layout.patterns:
+        look = [*_matches(nftables.OUT_NAME, pattern), *_is_new(nftables.OUT_INDEX)]
+        look += [nftables.load_meta(nftables.MARK), nftables.bitwise(layout.marks.node), nftables.compare(bytes(4))]
+        if family == BRIDGE:  # the node's ARP passes no hook that could mark it, and an address is no secret
+            arp = struct.pack("!H", ARP)
+            look += [nftables.load_meta(nftables.PROTOCOL), nftables.compare(arp, nftables.UNEQUAL)]
+        yield _rule(f"to a new interface {pattern}", *look, *_drop(NEWBORN))
+
+
+def _chain(hook: int, priority: int) -> Chain:
+    return Chain(hook, priority, nftables.ACCEPT, "filter")
+
+
+def _rule(what: str, *expressions: bytes) -> _Rule:
+    """A rule whose remark tells it from any other: what it does, and a digest of how."""
+    digest = hashlib.sha256(b"".join(expressions)).hexdigest()[:8]
+    return _Rule(f"{what} [{digest}]", expressions)
+
+
+def _drop(counter: str) -> tuple[bytes, bytes]:
+    return nftables.count(counter), nftables.verdict(nftables.DROP)
+
+
+def _without(bit: int) -> int:
+    """All bits of a mark but this one."""
+    return ~bit & 0xFFFF_FFFF
+
+
+def _is_not_zero() -> bytes:
+    return nftables.compare(bytes(4), nftables.UNEQUAL)
+
+
+def _matches(key: int, pattern: str) -> tuple[bytes, bytes]:
+    is_prefix = pattern.endswith("*")
+    return nftables.load_meta(key), nftables.compare(pattern[:-1].encode() if is_prefix else raw_name(pattern))
+
+
+def _is_new(key: int) -> tuple[bytes, bytes]:
+    return nftables.load_meta(key), nftables.look_up(KNOWN, is_absent=True)
+
+
+@lru_cache(maxsize=4096)
+def raw_name(name: str) -> bytes:
+    r"""A name as the kernel has it. `netpol_loader.host.netlink` writes bytes that are no UTF-8 as ``\xNN``."""
+    raw = re.sub(rb"\\x([0-9a-f]{2})", lambda one: bytes.fromhex(one[1].decode()), name.encode())
+    return raw[: nftables.NAME_BYTES - 1].ljust(nftables.NAME_BYTES, b"\0")
+
+
+def _name_of(key: bytes) -> str:
+    return key.split(b"\0")[0].decode(errors="backslashreplace")
+
+
+def _differences(found: _Found, content: _Content | None, family: str) -> Iterator[Difference]:
+    """What is not as it should be. Changes of a rule's expressions show in its remark."""
+    table = f"table {family} {TABLE}"
+    if content is None:
+        if found.table is not None:
+            yield Difference(table, "foreign")
+        return
+    if found.table is None:
+        yield Difference(table, "missing")
+        return
+    if found.table.flags & nftables.DORMANT:
+        yield Difference(table, "changed")
+    for name in sorted(content.rules.keys() | found.chains.keys()):
+        where = f"chain {name} of {table}"
+        if name not in content.rules:
+            yield Difference(where, "foreign")
+            continue
+        chain, rules = content.rules[name]
+        if name not in found.chains:
+            yield Difference(where, "missing")
+        elif found.chains[name] != chain or found.rules.get(name, []) != [rule.remark for rule in rules]:
+            yield Difference(where, "changed")
+    for name in sorted(content.sets.keys() | found.sets.keys()):
+        where = f"set {name} of {table}"
+        if name not in content.sets or name not in found.sets:
+            yield Difference(table, "changed")
+        elif content.sets[name] != found.sets[name].keys():
+            yield Difference(where, "changed")
+    for name in content.counters:
+        if name not in found.counters:
+            yield Difference(f"counter {name} of {table}", "missing")
+
+
+def without_sign(layout: Layout) -> Layout:
+    """The same without anything that closes."""
+    return replace(layout, marks=replace(layout.marks, seen=0), also_seen=0, patterns=(), workloads=frozenset())

@@ -1,0 +1,466 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The interfaces, addresses and routes of a network namespace, listed once and then followed by the kernel's own messages.
+
+A node with some hundred pods tells of a new pod in about thirty messages; to list everything again for each is what a follower is
+there to avoid.  It lists everything again only when messages were lost or make no sense, and counts that (`Follower.listed_again`).
+
+What the kernel does not tell is asked for, of one interface at a time:
+
+- IPv4 routes vanish without a word when an interface is switched off, changes its VRF or loses its last address, and with the
+  address that they send from.  The message comes before they vanish, and newer kernels list routes without waiting for
+  who changes them: so the interface is asked for twice, at once and after SETTLE_S.
+- An IPv6 address is told when the kernel has found it to be unique; the route that the kernel makes for it comes before.
+- The end of a veth pair is not told that the other end went to another namespace, or came from there.  (When that goes from one
+  pod's to another's nothing is said in this one; it comes to light when the pair begins to run, before any packet.)
+- What one interface is asked for at once it is asked for SETTLE_S later again at the earliest, and everything after the last change:
+  whoever flaps the other end of a pair all the time takes no time from the others.
+- Routes that have their hops from a next hop object are listed again with each change of such an object, or of an interface that
+  one leads by: whether those routes are told of depends on a setting (net.ipv4.nexthop_compat_mode), and an object that vanishes
+  with the carrier of its interface is not told of at all.
+
+Invariant: what is followed is what a new follower would find, SETTLE_S after the last change.  Must not know of policy.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import math
+import socket
+import struct
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from ipaddress import IPv4Address, IPv6Address
+
+from netpol_ebpf.errors import PlatformError
+from netpol_loader.host.netlink import (
+    DELETE_LINK,
+    NEW_LINK,
+    IPAddress,
+    IPNetwork,
+    Link,
+    ask_link,
+    dump_links,
+    link_header,
+    parse_link,
+)
+from netpol_loader.host.routes import (
+    BITS,
+    DELETE_ROUTE,
+    GET_ROUTE,
+    NEW_ROUTE,
+    LocalRoute,
+    RouteTable,
+    interface_of,
+    is_kernel_s_own,
+    request,
+)
+from netpol_loader.host.rtnetlink import News, Rtnetlink, RtnetlinkError, attributes, messages
+
+log = logging.getLogger(__name__)
+
+# include/uapi/linux/rtnetlink.h, if_addr.h
+_GROUPS = (1, 5, 7, 9, 11, 32)
+"""RTNLGRP_LINK, _IPV4_IFADDR, _IPV4_ROUTE, _IPV6_IFADDR, _IPV6_ROUTE, _NEXTHOP."""
+_NEW_ADDRESS, _DELETE_ADDRESS, _GET_ADDRESS = 20, 21, 22
+_NEW_NEXT_HOP, _DELETE_NEXT_HOP = 104, 105
+_ADDRESS_HEADER = struct.Struct("=BBBBI")  # family, bits, flags, scope, interface
+_IFA_ADDRESS, _IFA_LOCAL = 1, 2
+_UNIVERSE, _PERMANENT = 0, 0x80  # RT_SCOPE_UNIVERSE, IFA_F_PERMANENT
+
+SETTLE_S = 0.2
+"""After so long routes that vanish with a message have vanished; arbitrary, they do within the same call in the kernel."""
+DATAGRAMS_A_LOOK = 20_000
+"""Taken at a time, so that whoever changes the node all the time does not keep the agent from everything else; arbitrary."""
+DOUBTS = 200
+"""So many interfaces in doubt at a time are looked at one by one, of more all routes are listed; arbitrary."""
+
+
+@dataclass(frozen=True, slots=True)
+class LinkNews:
+    """An interface that came, changed, or went."""
+
+    link: Link
+    is_gone: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Address:
+    """An address on an interface. ``is_shared``: it lasts, and is in a prefix that others share."""
+
+    address: IPAddress
+    ifindex: int
+    is_shared: bool
+
+
+@dataclass(slots=True)
+class _Doubts:
+    """What to ask the kernel for when all messages are read: interfaces, and whether all routes."""
+
+    routes: set[int] = field(default_factory=set)
+    addresses: set[int] = field(default_factory=set)
+    links: set[int] = field(default_factory=set)
+    all_routes: str = ""
+
+
+class Follower:
+    """The namespace in which it is made, whatever thread asks later. A context manager; `poll` brings it up to date.
+
+    ``links``: by number.  ``listed_again``: how often and why everything, or all routes, were listed since it was made.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        """Raises PlatformError."""
+        self._clock = clock
+        self._news = News(_GROUPS)
+        self._channel = Rtnetlink()
+        self._routes = RouteTable()
+        self._by_key: dict[tuple[object, ...], _Address] = {}
+        self._keys_of: dict[int, set[tuple[object, ...]]] = {}
+        self._addresses: dict[IPAddress, int] | None = None
+        self._shared: frozenset[int] = frozenset()
+        self._version = 0
+        self._doubts = _Doubts()
+        self._again: dict[int, float] = {}
+        self._quiet_s: dict[int, float] = {}  # until when not to ask for routes and addresses of an interface again
+        self._objects_again_s = math.inf
+        self._objects_quiet_s = -math.inf
+        self._lost = ""
+        self.links: dict[int, Link] = {}
+        self.listed_again: Counter[str] = Counter()
+        try:
+            self._list_all()
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Stop following."""
+        self._news.close()
+        self._channel.close()
+
+    def __enter__(self) -> Follower:  # noqa: PYI034  # typing.Self is newer than Python 3.10
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def fileno(self) -> int:
+        """For select: readable when there is news."""
+        return self._news.fileno()
+
+    # --- what there is ----------------------------------------------------------------------------------------------
+
+    @property
+    def version(self) -> tuple[int, int]:
+        """Another one when anything here may be otherwise."""
+        return self._version, self._routes.version
+
+    @property
+    def addresses(self) -> Mapping[IPAddress, int]:
+        """The addresses of this namespace and the interface each is on; of several that of the lowest number."""
+        return self._derived()[0]
+
+    @property
+    def host_routes(self) -> Mapping[IPAddress, int]:
+        """Directly connected single addresses (/32, /128) and their interface. As the next three: of the main table, apart from what a router announced."""
+        return self._routes.host_routes
+
+    @property
+    def subnets(self) -> Mapping[IPNetwork, frozenset[int]]:
+        """Directly connected prefixes and their interfaces."""
+        return self._routes.subnets
+
+    @property
+    def uplinks(self) -> frozenset[int]:
+        """Interfaces of default routes."""
+        return self._routes.uplinks
+
+    @property
+    def next_hops(self) -> frozenset[int]:
+        """Interfaces of other routes with a next hop."""
+        return frozenset(self._routes.next_hops)
+
+    @property
+    def shared(self) -> frozenset[int]:
+        """Interfaces with a lasting address in a prefix that others share.
+
+        Link-local addresses and single ones (/32, /128), which container networks give to a pod's gateway, do not count, nor do
+        IPv6 addresses that last only as long as somebody announces them.
+        """
+        return self._derived()[1]
+
+    @property
+    def local_routes(self) -> Iterable[LocalRoute]:
+        """What the node takes for its own: own addresses, prefixes, broadcast and anycast addresses, of VRFs too."""
+        return self._routes.local.values()
+
+    def _derived(self) -> tuple[dict[IPAddress, int], frozenset[int]]:
+        if self._addresses is None:
+            found: dict[IPAddress, int] = {}
+            for one in self._by_key.values():
+                found[one.address] = min(one.ifindex, found.get(one.address, one.ifindex))
+            self._addresses = found
+            self._shared = frozenset(one.ifindex for one in self._by_key.values() if one.is_shared)
+        return self._addresses, self._shared
+
+    # --- keeping in step --------------------------------------------------------------------------------------------
+
+    def poll(self, *, is_brief: bool = False) -> list[LinkNews] | None:
+        """Take up what there is to read, and ask for what was not told. News of interfaces, in order; None: some were lost.
+
+        ``is_brief``: routes and addresses are left to be asked for by the next call: a new interface does not wait for those of others.
+
+        Raises PlatformError when the kernel does not answer; what was followed stays, and the next call tries again.
+        """
+        found: list[LinkNews] = []
+        for _ in range(DATAGRAMS_A_LOOK):
+            data = self._news.take()
+            if data == b"":
+                break
+            if self._lost:
+                continue
+            try:
+                if data is None:
+                    self._lost = "messages were lost"
+                else:
+                    found += self._take(data)
+            except (struct.error, ValueError) as error:
+                self._lost = f"a message makes no sense: {error}"
+        if self._lost:
+            self._list_all(self._lost)
+            return None
+        found += self._ask_links()
+        return found if is_brief else found + self._settle_doubts()
+
+    def _take(self, data: bytes) -> list[LinkNews]:
+        found: list[LinkNews] = []
+        for kind, flags, payload in messages(data):
+            if kind in (NEW_LINK, DELETE_LINK):
+                news = self._take_link(payload, is_gone=kind == DELETE_LINK)
+                found += [] if news is None else [news]
+            elif kind in (_NEW_ADDRESS, _DELETE_ADDRESS):
+                self._take_address(payload, is_gone=kind == _DELETE_ADDRESS)
+            elif kind in (NEW_ROUTE, DELETE_ROUTE):
+                self._doubts.routes |= self._routes.apply(kind, flags, payload)
+                if kind == NEW_ROUTE and payload[0] == socket.AF_INET6 and is_kernel_s_own(payload):
+                    self._doubts.addresses.add(interface_of(payload))
+            elif kind in (_NEW_NEXT_HOP, _DELETE_NEXT_HOP) and self._routes.uses_objects():
+                self._doubt_objects()
+        return found
+
+    def _take_link(self, payload: bytes, *, is_gone: bool) -> LinkNews | None:
+        if (
+            link_header(payload)[0] != socket.AF_UNSPEC
+        ):  # a bridge's port, which is still an interface when it is none any more
+            return None
+        link = parse_link(payload)
+        if link is None:
+            return None
+        self._doubt_ends(link, is_gone=is_gone)
+        if is_gone:
+            self._drop_link(link.ifindex)
+            return LinkNews(link, is_gone=True)
+        return LinkNews(link, is_gone=False) if self._put_link(link) else None
+
+    def _put_link(self, link: Link) -> bool:
+        """Take up an interface as it is now; whether it was otherwise."""
+        before = self.links.get(link.ifindex)
+        if before == link:
+            return False
+        self.links[link.ifindex] = link
+        self._version += 1
+        if before is not None and (before.master != link.master or _is_less(before, link)):
+            self._doubt_routes(link.ifindex)
+        if link.table or (before is not None and before.table):
+            self._name_tables()
+        return True
+
+    def _drop_link(self, ifindex: int) -> None:
+        link = self.links.pop(ifindex, None)
+        self._version += 1
+        if self._routes.uses_objects(ifindex):
+            self._doubt_objects()
+        self._routes.drop_interface(ifindex)
+        for key in self._keys_of.pop(ifindex, ()):
+            del self._by_key[key]
+            self._addresses = None
+        self._again.pop(ifindex, None)
+        if link is not None and link.table:
+            self._name_tables()
+
+    def _doubt_ends(self, link: Link, *, is_gone: bool) -> None:
+        """An end of a pair that came or went says that the other end's other end is elsewhere now."""
+        other = self.links.get(link.peer_ifindex) if link.peer_nsid is None and link.peer_ifindex else None
+        if other is None:
+            return
+        is_known = (other.peer_nsid, other.peer_ifindex) == (None, link.ifindex)
+        if is_gone == is_known and other.kind == link.kind == "veth":
+            self._doubts.links.add(other.ifindex)
+            self._again[other.ifindex] = self._clock() + SETTLE_S
+
+    def _name_tables(self) -> None:
+        self._routes.set_local_tables({one.table for one in self.links.values() if one.table})
+
+    def _take_address(self, payload: bytes, *, is_gone: bool) -> None:
+        key, one = _parse_address(payload)
+        if one is None:
+            return
+        if not is_gone:
+            self._put_address(key, one)
+            return
+        if self._by_key.pop(key, None) is not None:
+            self._keys_of[one.ifindex].discard(key)
+            self._note_addresses()
+        if one.address.version == 4:  # noqa: PLR2004 - the IP version
+            for ifindex in {one.ifindex, *self._routes.interfaces_sending_from(one.address.packed)}:
+                self._doubt_routes(ifindex)
+
+    def _doubt_routes(self, ifindex: int) -> None:
+        self._doubts.routes.add(ifindex)
+        self._again[ifindex] = self._clock() + SETTLE_S
+        if self._routes.uses_objects(ifindex):
+            self._doubt_objects()
+
+    def _doubt_objects(self) -> None:
+        self._doubts.all_routes = "a next hop object changed"
+        self._objects_again_s = self._clock() + SETTLE_S
+
+    def _put_address(self, key: tuple[object, ...], one: _Address) -> None:
+        if self._by_key.get(key) != one:
+            self._by_key[key] = one
+            self._keys_of.setdefault(one.ifindex, set()).add(key)
+            self._note_addresses()
+
+    def _note_addresses(self) -> None:
+        self._addresses = None
+        self._version += 1
+
+    # --- asking -----------------------------------------------------------------------------------------------------
+
+    def _ask_links(self) -> list[LinkNews]:
+        """Ask for interfaces that are in doubt; what is new of them."""
+        doubted, self._doubts.links = self._doubts.links, set()
+        found: list[LinkNews] = []
+        try:
+            for ifindex in doubted & self.links.keys():
+                link = ask_link(self._channel, ifindex)
+                if link is not None and self._put_link(link):
+                    found.append(LinkNews(link, is_gone=False))
+        except (PlatformError, struct.error, ValueError) as error:
+            self._lost = f"the kernel does not answer: {error}"
+            raise
+        return found
+
+    def _settle_doubts(self) -> list[LinkNews]:
+        """Ask for what was not told, and again for what changed; what is new of interfaces."""
+        now_s = self._clock()
+        doubts, self._doubts = self._doubts, _Doubts()
+        self._put_off(doubts, now_s)
+        due = {ifindex for ifindex, at_s in self._again.items() if at_s <= now_s}
+        doubts.routes |= due
+        if self._objects_again_s <= now_s:
+            doubts.all_routes, self._objects_again_s = "a next hop object changed", math.inf
+        self._quiet_s.update(dict.fromkeys(doubts.routes | doubts.addresses, now_s + SETTLE_S))
+        if doubts.all_routes:
+            self._objects_quiet_s = now_s + SETTLE_S
+        try:
+            if len(doubts.routes & self.links.keys()) > DOUBTS:
+                doubts.all_routes = doubts.all_routes or "too many interfaces changed at a time"
+            if doubts.all_routes:
+                self._count(doubts.all_routes)
+                self._list_routes()
+                doubts.routes.clear()
+            for ifindex in doubts.routes & self.links.keys():
+                for family in BITS:
+                    self._routes.replace_interface(family, ifindex, self._listed(GET_ROUTE, request(family, ifindex)))
+            for ifindex in doubts.addresses & self.links.keys():
+                self._list_addresses_of(ifindex)
+        except (PlatformError, struct.error, ValueError) as error:
+            self._lost = f"the kernel does not answer: {error}"
+            raise
+        for ifindex in due:
+            self._again.pop(ifindex, None)
+        self._doubts.links |= due
+        return self._ask_links()
+
+    def _put_off(self, doubts: _Doubts, now_s: float) -> None:
+        """Leave for later what was asked for just now. Of routes the last doubt is in ``_again``, of next hop objects likewise."""
+        self._quiet_s = {ifindex: at_s for ifindex, at_s in self._quiet_s.items() if at_s > now_s}
+        self._doubts.addresses = doubts.addresses & self._quiet_s.keys()
+        doubts.addresses -= self._doubts.addresses
+        doubts.routes -= self._quiet_s.keys() & self._again.keys()
+        if now_s < self._objects_quiet_s and self._objects_again_s < math.inf:
+            doubts.all_routes = ""
+
+    def _listed(self, kind: int, body: bytes) -> list[bytes]:
+        """What the kernel lists of one interface; nothing when it is gone, or has none of the family."""
+        try:
+            return self._channel.dump(kind, body)
+        except RtnetlinkError as error:
+            if error.code in (errno.ENODEV, errno.EAFNOSUPPORT, errno.EOPNOTSUPP, errno.ENOENT):
+                return []
+            raise
+
+    def _list_addresses_of(self, ifindex: int) -> None:
+        """The IPv6 addresses of an interface, as they are listed."""
+        body = _ADDRESS_HEADER.pack(socket.AF_INET6, 0, 0, 0, ifindex)
+        listed = dict(_parse_address(one) for one in self._listed(_GET_ADDRESS, body))
+        for key in [key for key in self._keys_of.get(ifindex, ()) if key[0] == socket.AF_INET6 and key not in listed]:
+            del self._by_key[key]
+            self._keys_of[ifindex].discard(key)
+            self._note_addresses()
+        for key, one in listed.items():
+            if one is not None and one.ifindex == ifindex:
+                self._put_address(key, one)
+
+    def _list_all(self, reason: str = "") -> None:
+        """List everything. ``reason``: why again."""
+        if reason:
+            self._count(reason)
+        self._doubts, self._again, self._objects_again_s = _Doubts(), {}, math.inf
+        links = dump_links(self._channel)
+        self.links = {link.ifindex: link for link in links}
+        self._by_key, self._keys_of = {}, {}
+        for family in BITS:
+            for payload in self._listed(_GET_ADDRESS, _ADDRESS_HEADER.pack(family, 0, 0, 0, 0)):
+                key, one = _parse_address(payload)
+                if one is not None:
+                    self._put_address(key, one)
+        self._note_addresses()
+        self._name_tables()
+        self._list_routes()
+        self._lost = ""
+
+    def _list_routes(self) -> None:
+        for family in BITS:
+            self._routes.replace_family(family, self._listed(GET_ROUTE, request(family)))
+
+    def _count(self, reason: str) -> None:
+        self.listed_again[reason.partition(":")[0]] += 1
+        log.warning("interfaces and routes are listed anew: %s", reason)
+
+
+def _is_less(before: Link, link: Link) -> bool:
+    """Whether an interface was switched off, or what is at its other end."""
+    return (before.is_up and not link.is_up) or (before.is_running and not link.is_running)
+
+
+def _parse_address(payload: bytes) -> tuple[tuple[object, ...], _Address | None]:
+    """What tells an address from others, and the address; None of other families, and of the like without an address."""
+    family, bits, flags, scope, ifindex = _ADDRESS_HEADER.unpack_from(payload)
+    if family not in BITS:
+        return (), None
+    found = attributes(payload, _ADDRESS_HEADER.size)
+    remote = found.get(_IFA_ADDRESS, b"")
+    raw = found.get(_IFA_LOCAL, remote)
+    if not raw:
+        return (), None
+    address = IPv4Address(raw) if family == socket.AF_INET else IPv6Address(raw)
+    # Of IPv6 an interface has an address once, with whatever prefix.
+    rest = (remote, bits) if family == socket.AF_INET else ()
+    is_lasting = family == socket.AF_INET or bool(flags & _PERMANENT)
+    is_shared = scope == _UNIVERSE and bits < BITS[family] and is_lasting
+    return (family, ifindex, raw, *rest), _Address(address, ifindex, is_shared)

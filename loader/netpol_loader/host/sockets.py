@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Open TCP connections as sockets show them, here and at the other ends of veth pairs: for where nothing is tracked.
+
+A socket does not say who opened its connection.  When something listens on its port it counts as accepted, else as opened
+from here; so a server that listens no more is taken for a client.
+
+A socket is seen in its own network namespace only, and the kernel does not list those of another by its number: that
+namespace is looked for among those of processes and the named ones, and entered by a thread that ends then.
+Invariant: only reads, and no thread but that one changes its namespace.  Must know nothing of endpoints or policy.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import socket
+import struct
+import threading
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, field
+from ipaddress import IPv4Address, IPv6Address
+from pathlib import Path
+from typing import Union
+
+from netpol_ebpf.errors import PlatformError, PrivilegeError
+from netpol_loader.host.conntrack import TCP, Ends
+
+IPAddress = Union[IPv4Address, IPv6Address]
+
+NAMED = Path("/run/netns")
+PROCESSES = Path("/proc")
+CLONE_NEWNET = 0x4000_0000  # linux/sched.h; os.setns comes with Python 3.12
+
+# include/uapi/linux/netlink.h, sock_diag.h, inet_diag.h, net_namespace.h, rtnetlink.h; include/net/tcp_states.h
+_NETLINK_SOCK_DIAG = 4
+_SOCK_DIAG_BY_FAMILY = 20
+_NLM_F_REQUEST, _NLM_F_DUMP = 0x1, 0x300
+_NLMSG_ERROR, _NLMSG_DONE = 2, 3
+_RTM_NEWNSID, _RTM_GETNSID = 88, 90
+_NETNSA_NSID, _NETNSA_FD = 1, 3
+_LISTEN = 10
+_OPEN_STATES = (1, 4, 5, 8, 9)  # ESTABLISHED, FIN_WAIT1, FIN_WAIT2, CLOSE_WAIT, LAST_ACK
+_HEADER = struct.Struct("=IHHII")
+_REQUEST = struct.Struct("=BBBBI48x")  # struct inet_diag_req_v2
+_ANSWER = struct.Struct("=BBBB2s2s16s16s")  # the beginning of struct inet_diag_msg
+_RECEIVE_BYTES = 1 << 17
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """A connection. ``ends``: of its first packet. ``namespace``: whose socket it is, None: this one's."""
+
+    ends: Ends
+    namespace: int | None = None
+
+
+@dataclass(slots=True)
+class Sockets:
+    """What was found. ``unseen``: why some could not be looked at."""
+
+    opened: list[Opened] = field(default_factory=list)
+    unseen: list[str] = field(default_factory=list)
+
+
+def look_for_sockets(namespace_ids: Collection[int]) -> Sockets:
+    """The open TCP connections of this namespace and of those with these ids."""
+    found = Sockets()
+    try:
+        found.opened += [Opened(ends) for ends in tcp_sockets()]
+    except OSError as error:
+        found.unseen.append(f"the kernel does not list this node's sockets: {error.strerror}")
+    missing = set(namespace_ids)
+    if missing:
+        thread = threading.Thread(target=_look_around, args=(missing, found), name="sockets")
+        thread.start()
+        thread.join()
+    if missing:
+        found.unseen.append(f"no process and no name leads to the network namespaces of {len(missing)} interfaces")
+    return found
+
+
+def tcp_sockets() -> list[Ends]:
+    """The open connections of the calling thread's namespace, as their first packets went. Raises OSError."""
+    listening: set[tuple[IPAddress | None, int]] = set()
+    pairs: list[Ends] = []
+    for family in (socket.AF_INET, socket.AF_INET6):
+        for state, ends in _dump(family):
+            if state != _LISTEN:
+                pairs.append(ends)
+            else:
+                listening.add((None if ends.source.is_unspecified else ends.source, ends.source_port))
+    return [
+        ends if listening.isdisjoint({(None, ends.source_port), (ends.source, ends.source_port)}) else ends.reversed()
+        for ends in pairs
+    ]
+
+
+def _dump(family: int) -> Iterator[tuple[int, Ends]]:
+    states = sum(1 << state for state in (_LISTEN, *_OPEN_STATES))
+    body = _REQUEST.pack(family, TCP, 0, 0, states)
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, _NETLINK_SOCK_DIAG) as channel:
+        flags = _NLM_F_REQUEST | _NLM_F_DUMP
+        channel.send(_HEADER.pack(_HEADER.size + len(body), _SOCK_DIAG_BY_FAMILY, flags, 1, 0) + body)
+        while True:
+            data = channel.recv(_RECEIVE_BYTES)
+            at = 0
+            while at + _HEADER.size <= len(data):
+                length, kind, _, _, _ = _HEADER.unpack_from(data, at)
+                if kind == _NLMSG_DONE:
+                    return
+                if kind == _NLMSG_ERROR:
+                    number = -struct.unpack_from("=i", data, at + _HEADER.size)[0]
+                    raise OSError(number, os.strerror(number))
+                yield _parse(data, at + _HEADER.size)
+                at += max((length + 3) & ~3, _HEADER.size)
+
+
+def _parse(data: bytes, at: int) -> tuple[int, Ends]:
+    family, state, _, _, source_port, destination_port, source, destination = _ANSWER.unpack_from(data, at)
+    ports = (int.from_bytes(source_port, "big"), int.from_bytes(destination_port, "big"))
+    if family == socket.AF_INET:
+        return state, Ends(IPv4Address(source[:4]), IPv4Address(destination[:4]), *ports)
+    return state, Ends(_unmapped(IPv6Address(source)), _unmapped(IPv6Address(destination)), *ports)
+
+
+def _unmapped(address: IPv6Address) -> IPAddress:
+    """An IPv6 socket may hold an IPv4 connection."""
+    return address.ipv4_mapped or address
+
+
+# --- other namespaces -----------------------------------------------------------------------------------------------
+
+
+def _look_around(missing: set[int], found: Sockets) -> None:
+    """Enter each of the namespaces that can be found. Ends as a thread that is somewhere else; takes ids out of ``missing``."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    with contextlib.ExitStack() as stack:
+        entries: dict[int, int] = {}
+        try:
+            channel = stack.enter_context(
+                socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, socket.NETLINK_ROUTE)
+            )
+            for path in _namespace_files():
+                with contextlib.suppress(
+                    OSError
+                ):  # a process that ended meanwhile, or whose namespace is not ours to see
+                    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+                    stack.callback(os.close, fd)
+                    number = _id_of(channel, fd)
+                    if number in missing:
+                        entries.setdefault(number, fd)
+            for number, fd in entries.items():
+                missing.discard(number)
+                if libc.setns(fd, CLONE_NEWNET) != 0:
+                    code = ctypes.get_errno()
+                    raise (PrivilegeError if code in (1, 13) else PlatformError)(os.strerror(code))
+                found.opened += [Opened(ends, number) for ends in tcp_sockets()]
+        except (OSError, PlatformError, PrivilegeError) as error:
+            missing.clear()
+            found.unseen.append(f"the sockets of workloads cannot be looked at: {error}")
+
+
+def _namespace_files() -> Iterator[Path]:
+    """A file for each network namespace that a name or a process leads to."""
+    seen: set[tuple[int, int]] = set()
+    named = NAMED.iterdir() if NAMED.is_dir() else ()
+    for path in (*named, *PROCESSES.glob("[0-9]*/ns/net")):
+        with contextlib.suppress(OSError):
+            status = path.stat()
+            if (status.st_dev, status.st_ino) not in seen:
+                seen.add((status.st_dev, status.st_ino))
+                yield path
+
+
+def _id_of(channel: socket.socket, fd: int) -> int:
+    """The number by which this namespace knows another one, -1: by none. Raises OSError."""
+    body = bytes(4) + struct.pack("=HHi", 8, _NETNSA_FD, fd)
+    channel.send(_HEADER.pack(_HEADER.size + len(body), _RTM_GETNSID, _NLM_F_REQUEST, 1, 0) + body)
+    data = channel.recv(_RECEIVE_BYTES)
+    _, kind, _, _, _ = _HEADER.unpack_from(data)
+    if kind == _NLMSG_ERROR:
+        number = -struct.unpack_from("=i", data, _HEADER.size)[0]
+        raise OSError(number, os.strerror(number))
+    at = _HEADER.size + 4
+    while kind == _RTM_NEWNSID and at + 8 <= len(data):
+        length, attribute, value = struct.unpack_from("=HHi", data, at)
+        if attribute == _NETNSA_NSID:
+            return int(value)
+        at += max((length + 3) & ~3, 4)
+    return -1

@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From compiled instructions to a program in the kernel: maps, masks and facts of the kernel are put where the compiler left numbers.
+
+Everything that depends on the node comes in here (which maps, how large, how many processors, where the kernel keeps its
+fields), so one compiled file serves every node, and there is one way to load it wherever it came from.
+
+Invariant: an instruction that names what is not given is an error, never loaded as it is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import struct
+import sys
+from collections.abc import Mapping, Sequence
+
+from netpol_ebpf.errors import LoadError
+from netpol_loader.kernel import syscall
+from netpol_loader.kernel.facts import KernelFacts
+from netpol_loader.kernel.maps import possible_cpus
+
+INSTRUCTION = struct.Struct("=BBhI")
+LOAD_IMMEDIATE_64 = 0x18
+"""BPF_LD | BPF_DW | BPF_IMM, the one instruction of 16 bytes."""
+LOADS_MAP = 1
+"""Source register of a load of a map: BPF_PSEUDO_MAP_FD."""
+LOADS_MASK, LOADS_FACT = 15, 14
+"""Source registers of loads of a map's mask and of a fact of the kernel, in the compiled file only (bpf/np_lang.h)."""
+CALL = 0x85
+"""BPF_JMP | BPF_CALL."""
+CALLS_KERNEL = 2
+"""Source register of a call of a kernel function by its number in the type information: BPF_PSEUDO_KFUNC_CALL."""
+CALLS_CAST = 0x4E50
+"""Number of the helper, which there is not, in whose place bpf_cast_to_kern_ctx is called (np_kernel_skb)."""
+
+PER_CPU_RANGES = frozenset({"np_flow_cache4", "np_flow_cache6"})
+"""Arrays that all processors share, each with a range of slots to itself."""
+
+LOAD_TRIES = 5
+ERROR_LINES = 25
+"""How much of the verifier's output an error carries; the end says what failed."""
+
+
+def link(instructions: bytes, names: Sequence[str], maps: Mapping[str, int], facts: KernelFacts) -> bytes:
+    """The instructions, with descriptors and masks of these maps, which are given by their descriptors.
+
+    ``names``: of the maps, by the number that instructions name them by.  Raises LoadError.
+    """
+    code = bytearray(instructions)
+    at = 0
+    while at < len(code):
+        opcode, operands, offset, immediate = INSTRUCTION.unpack_from(code, at)
+        if opcode != LOAD_IMMEDIATE_64:
+            if opcode == CALL and immediate == CALLS_CAST and facts.cast_function:
+                INSTRUCTION.pack_into(code, at, opcode, packed(CALLS_KERNEL, 0), 0, facts.cast_function)
+            at += INSTRUCTION.size
+            continue
+        source, target = registers(operands)
+        if source in (LOADS_MAP, LOADS_MASK):
+            if immediate >= len(names) or names[immediate] not in maps:
+                raise LoadError(f"instruction {at // INSTRUCTION.size} names map {immediate}, which was not made")
+            fd = maps[names[immediate]]
+            value = fd if source == LOADS_MAP else mask_of(syscall.map_info(fd))
+            kept = LOADS_MAP if source == LOADS_MAP else 0
+            INSTRUCTION.pack_into(code, at, opcode, packed(kept, target), offset, value)
+        elif source == LOADS_FACT:
+            if immediate not in facts.numbers:
+                raise LoadError(
+                    f"instruction {at // INSTRUCTION.size} wants the unknown fact {immediate} of the kernel"
+                )
+            INSTRUCTION.pack_into(code, at, opcode, packed(0, target), offset, facts.numbers[immediate])
+        elif source != 0:
+            raise LoadError(f"instruction {at // INSTRUCTION.size} loads something of the unknown kind {source}")
+        at += 2 * INSTRUCTION.size
+    return bytes(code)
+
+
+def mask_of(one: syscall.MapInfo) -> int:
+    """One less than the number of slots that a hash chooses from; that number is a power of two. Raises LoadError."""
+    slots = one.max_entries
+    if one.name in PER_CPU_RANGES:
+        return (1 << (slots // possible_cpus()).bit_length() - 1) - 1
+    if slots & slots - 1:
+        raise LoadError(f"map {one.name} has {slots} entries; a power of two is needed")
+    return slots - 1
+
+
+def load_program(name: str, instructions: bytes) -> int:
+    """Load a program for packets; its descriptor. Raises LoadError with the end of what the verifier says."""
+    try:
+        return _load(name, instructions)
+    except OSError as error:
+        failed = error
+    try:  # again, to be told why
+        return syscall.prog_load(instructions, name=name, log=(room := syscall.empty(syscall.LOG_BYTES)))
+    except OSError:
+        said = room.value.decode(errors="replace").strip().splitlines()
+    tail = "\n  ".join(said[-ERROR_LINES:]) or "the verifier said nothing"
+    raise LoadError(f"the kernel refuses program {name} ({failed.strerror}):\n  {tail}") from failed
+
+
+def _load(name: str, instructions: bytes) -> int:
+    """The verifier gives up with EAGAIN when a signal comes, so it is tried as often as libbpf does. Raises OSError."""
+    for _ in range(LOAD_TRIES - 1):
+        with contextlib.suppress(BlockingIOError):
+            return syscall.prog_load(instructions, name=name)
+    return syscall.prog_load(instructions, name=name)
+
+
+def registers(byte: int) -> tuple[int, int]:
+    """(source, target) of an instruction; struct bpf_insn has them as bit fields."""
+    return (byte >> 4, byte & 15) if sys.byteorder == "little" else (byte & 15, byte >> 4)
+
+
+def packed(source: int, target: int) -> int:
+    """The inverse of `registers`."""
+    return source << 4 | target if sys.byteorder == "little" else target << 4 | source

@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Who may open what is pinned: root (or the agent's user), and a group for reading, if one is named.
+
+The group may list the directory of the pins and open maps for reading.  Not programs, since who holds one may run it, and a
+run writes connections; not links; not the secret of the connection tables nor the tables themselves, whose order gives the
+secret away: who knows it can aim flows at one bucket.  It may pass through the directory above but not open it: who can may hold the lock of
+those that build there.
+
+Invariant: what is not for the group is for nobody but the owner.  Must not know what the maps mean.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+from netpol_ebpf.errors import PlatformError
+from netpol_loader.pins.dataplane import LINKS, Dataplane
+from netpol_loader.pins.programs import CURRENT
+from netpol_loader.tables.connections import TAG_NAMES
+
+PRIVATE = frozenset({"np_secret", "np_scratch", *TAG_NAMES, *TAG_NAMES.values()})
+"""Maps that are not for the group: the secret of the hash, where it puts each connection, and what a packet has just computed."""
+
+_OWNER_OF_DIRECTORY, _OWNER_OF_PIN = 0o700, 0o600
+_LIST, _PASS, _READ = 0o050, 0o010, 0o040
+
+
+def grant(dataplane: Dataplane, group: int | None) -> list[Path]:
+    """Give all pins the modes they must have, and the group (by number); what had others. Cost: a system call for each pin.
+
+    Raises PlatformError when the process may not: a group is given away by its members and those with CAP_CHOWN.
+    """
+    return [path for path, mode in _modes(dataplane) if _set(path, mode, group)]
+
+
+def closed_parent(pin_root: Path, group: int) -> Path | None:
+    """The first directory above the pins that the group cannot pass; None when it can pass all."""
+    for path in reversed(pin_root.absolute().parents):
+        seen = path.stat()
+        if not seen.st_mode & stat.S_IXOTH and not (seen.st_gid == group and seen.st_mode & stat.S_IXGRP):
+            return path
+    return None
+
+
+def _modes(dataplane: Dataplane) -> Iterator[tuple[Path, int]]:
+    """(path, mode), each with the part for the group."""
+    yield dataplane.pin_root, _OWNER_OF_DIRECTORY | _PASS
+    yield dataplane.pin_dir, _OWNER_OF_DIRECTORY | _LIST
+    yield dataplane.pin_dir / LINKS, _OWNER_OF_DIRECTORY
+    yield dataplane.pin_dir / CURRENT, _OWNER_OF_DIRECTORY
+    for name in dataplane.pinned:
+        yield dataplane.pin_dir / name, _OWNER_OF_PIN | (0 if name in PRIVATE else _READ)
+
+
+def _set(path: Path, mode: int, group: int | None) -> bool:
+    """Whether something had to be changed. A path that is not there is `netpol_loader.pins.drift`'s matter."""
+    wanted = mode if group is not None else mode & ~0o070
+    try:
+        seen = path.stat()
+        is_group_right = group is None or not mode & 0o070 or seen.st_gid == group
+        if is_group_right and stat.S_IMODE(seen.st_mode) == wanted:
+            return False
+        if not is_group_right and group is not None:
+            os.chown(path, -1, group)
+        path.chmod(wanted)
+    except FileNotFoundError:
+        return False
+    except PermissionError as error:
+        raise PlatformError(
+            f"cannot give {path} to the group with the number {group}: {error.strerror}",
+            hint="Run the agent as a member of that group (systemd: SupplementaryGroups=), or with CAP_CHOWN.",
+        ) from error
+    return True

@@ -1,0 +1,293 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Putting the programs on interfaces, finding where they are, taking them off.
+
+Two mechanisms.  *tcx* (kernel 6.6 and newer): a link pinned under the dataplane's ``links``, so it outlives the process and
+its program can be exchanged in one step.  *clsact*: a filter on a queueing discipline, through `netpol_loader.host.netlink`; the
+kernel keeps it with the interface, and its name says which program it is.  Invariants: attaching twice is attaching once; at no moment of an exchange is an
+interface without a program; only what is ours is ever taken off.  Must not choose interfaces.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import errno
+import os
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from netpol_ebpf.errors import PlatformError
+from netpol_loader.host import netlink
+from netpol_loader.kernel import syscall
+from netpol_loader.kernel.hook import Hook
+
+if TYPE_CHECKING:
+    from netpol_loader.pins.dataplane import Dataplane
+
+ATTACH_TYPES: Mapping[Hook, int] = {Hook.TC_INGRESS: syscall.TCX_INGRESS, Hook.TC_EGRESS: syscall.TCX_EGRESS}
+SUFFIXES: Mapping[Hook, str] = {Hook.TC_INGRESS: "_in", Hook.TC_EGRESS: "_out"}
+
+LINKS = "links"
+CLSACT_MARK = "_clsact"
+NO_INTERFACE = 0x7FFF_FFFF
+"""An interface number that cannot exist: asks a kernel whether it knows tcx without attaching anything."""
+
+
+class Mechanism(enum.Enum):
+    """How a program is attached."""
+
+    TCX = "tcx"
+    CLSACT = "clsact"
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Attachment:
+    """One program on one interface. ``prog_id``: the kernel's number of the program."""
+
+    ifindex: int
+    hook: Hook
+    mechanism: Mechanism
+    prog_id: int
+
+
+def preferred_mechanism(dataplane: Dataplane) -> Mechanism:
+    """The better one that this kernel has: tcx, else clsact."""
+    try:
+        fd = syscall.link_create(dataplane.program_fd(Hook.TC_INGRESS), NO_INTERFACE, syscall.TCX_INGRESS)
+    except OSError as error:
+        return Mechanism.TCX if error.errno == errno.ENODEV else Mechanism.CLSACT
+    os.close(fd)
+    raise AssertionError("attached to an interface that cannot exist")
+
+
+def attach(ifindex: int, dataplane: Dataplane, mechanism: Mechanism | None = None, *, is_newborn: bool = False) -> None:
+    """Put both programs on an interface; what is there already stays.
+
+    Raises PlatformError when the interface is gone, or the kernel refuses.
+
+    ``mechanism`` None: what is there already, else the preferred one.  ``is_newborn``: the interface has come just now, so
+    none of our filters can be on it; to ask for them takes longer than everything else.
+    """
+    found = _tcx_attachments(dataplane, ifindex)
+    if not is_newborn:
+        found |= _clsact_attachments(dataplane, ifindex)
+    present = {one.hook: one for one in found}
+    for hook in Hook:
+        if hook in present:
+            continue
+        chosen = mechanism or preferred_mechanism(dataplane)
+        try:
+            if chosen is Mechanism.TCX:
+                _attach_tcx(ifindex, dataplane, hook)
+            else:
+                _attach_clsact(ifindex, dataplane, hook)
+        except OSError as error:
+            raise PlatformError(
+                f"cannot note in {dataplane.pin_dir / LINKS} that {hook.value} is on interface {ifindex}: {error.strerror}"
+            ) from error
+
+
+def detach(ifindex: int, dataplane: Dataplane) -> bool:
+    """Take both programs off an interface, or forget one that is gone; False when there was nothing. Raises PlatformError."""
+    found = attached(ifindex, dataplane)
+    for one in found:
+        try:
+            _detach(one, dataplane)
+        except (OSError, PlatformError) as error:  # noqa: PERF203 - two at most
+            if netlink.link(ifindex) is not None:  # else it took them with it
+                what = error.message if isinstance(error, PlatformError) else error.strerror
+                raise PlatformError(f"cannot take {one.hook.value} off interface {ifindex}: {what}") from error
+    if _clsact_mark(dataplane, ifindex).exists():
+        netlink.delete_clsact_if_unused(ifindex)
+    _forget_dead(dataplane, ifindex)
+    return bool(found)
+
+
+def _detach(one: Attachment, dataplane: Dataplane) -> None:
+    if one.mechanism is Mechanism.CLSACT:
+        netlink.delete_clsact_filter(one.ifindex, one.hook)
+        return
+    path = link_path(dataplane, one.ifindex, one.hook)
+    with _opened(path) as fd:
+        syscall.link_detach(fd)  # at once; the end of the pin alone takes effect some time later
+    path.unlink()
+
+
+def attached(ifindex: int, dataplane: Dataplane) -> tuple[Attachment, ...]:
+    """What of ours is on an interface, by both mechanisms."""
+    return tuple(sorted(_tcx_attachments(dataplane, ifindex) | _clsact_attachments(dataplane, ifindex), key=_order))
+
+
+def attachments(dataplane: Dataplane) -> tuple[Attachment, ...]:
+    """Everything of ours on all interfaces of this network namespace."""
+    found = set(_tcx_attachments(dataplane))
+    for ifindex in netlink.clsact_interfaces():
+        found |= _clsact_attachments(dataplane, ifindex)
+    return tuple(sorted(found, key=_order))
+
+
+def others(ifindex: int, dataplane: Dataplane) -> list[str]:
+    """Programs of others on an interface's ingress hook, for people: tcx programs by number, filters of clsact by their name."""
+    ours = syscall.prog_info(dataplane.program_fd(Hook.TC_INGRESS)).id
+    found: list[str] = []
+    with contextlib.suppress(OSError):  # it is gone, or the kernel has no tcx
+        numbers = syscall.prog_query(ifindex, ATTACH_TYPES[Hook.TC_INGRESS])
+        found += [f"tcx program {number}" for number in numbers if number != ours]
+    return found + [f"filter {name}" for name in netlink.foreign_filters(ifindex, Hook.TC_INGRESS)]
+
+
+def detach_all(dataplane: Dataplane) -> None:
+    """Take everything off every interface."""
+    for ifindex in {one.ifindex for one in attachments(dataplane)}:
+        detach(ifindex, dataplane)
+    prune(dataplane)
+
+
+def prune(dataplane: Dataplane, present: Collection[int] = ()) -> None:
+    """Remove what is kept about interfaces that are gone. ``present``: those that need no look, since they are there."""
+    for ifindex in {int(path.name.partition("_")[0]) for path in _listed(dataplane)} - set(present):
+        _forget_dead(dataplane, ifindex)
+
+
+def replace(dataplane: Dataplane, old: Mapping[Hook, Collection[int]]) -> None:
+    """Exchange the program everywhere; ``old``: ids of the programs to be exchanged on clsact."""
+    for path in _link_paths(dataplane):
+        _update_link(dataplane, path)
+    for ifindex in netlink.clsact_interfaces():
+        for one in netlink.clsact_filters(ifindex):
+            if one.prog_id in old[one.hook]:
+                _put_filter(ifindex, dataplane, one.hook)
+
+
+def take_links(dataplane: Dataplane, links: Path) -> None:
+    """Make the tcx links and marks that are pinned in another directory ours: our programs on them, our pins.
+
+    Killed on the way, what is not yet ours is still there, to be taken the next time.
+    """
+    for path in sorted(links.iterdir()) if links.is_dir() else ():
+        target = dataplane.pin_dir / LINKS / path.name
+        if path.name.endswith(CLSACT_MARK):
+            target.mkdir(parents=True, exist_ok=True)
+            path.rmdir()
+        elif _update_link(dataplane, path):
+            path.rename(target)
+        else:
+            path.unlink()  # its interface is gone
+
+
+def listed_interfaces(links: Path) -> set[int]:
+    """Interfaces of the tcx links that are pinned in a directory."""
+    found = set()
+    for path in sorted(links.iterdir()) if links.is_dir() else ():
+        if not path.name.endswith(CLSACT_MARK):
+            with _opened(path) as fd:
+                found.add(syscall.link_info(fd).ifindex)
+    return found - {0}
+
+
+def _update_link(dataplane: Dataplane, path: Path) -> bool:
+    """Put our program on a link; False when its interface is gone."""
+    with _opened(path) as fd:
+        info = syscall.link_info(fd)
+        if info.ifindex:
+            hook = next(hook for hook, kind in ATTACH_TYPES.items() if kind == info.attach_type)
+            syscall.link_update(fd, dataplane.program_fd(hook))
+    return bool(info.ifindex)
+
+
+def _order(one: Attachment) -> tuple[int, str, str]:
+    return (one.ifindex, one.hook.value, one.mechanism.value)
+
+
+def _attach_tcx(ifindex: int, dataplane: Dataplane, hook: Hook) -> None:
+    path = link_path(dataplane, ifindex, hook)
+    path.parent.mkdir(parents=True, exist_ok=True)  # somebody may have removed it
+    path.unlink(missing_ok=True)  # of a former interface with this number; a live one was found before
+    try:
+        # First of all, as with clsact: a program of others that lets a packet pass must not come before policy.
+        fd = syscall.link_create(dataplane.program_fd(hook), ifindex, ATTACH_TYPES[hook], syscall.BPF_F_BEFORE)
+    except OSError as error:
+        raise PlatformError(f"cannot attach {hook.value} to interface {ifindex}: {error.strerror}") from error
+    try:
+        syscall.obj_pin(fd, path)
+    finally:
+        os.close(fd)
+
+
+def _attach_clsact(ifindex: int, dataplane: Dataplane, hook: Hook) -> None:
+    if netlink.add_clsact(ifindex):
+        _clsact_mark(dataplane, ifindex).mkdir(parents=True, exist_ok=True)
+    _put_filter(ifindex, dataplane, hook)
+
+
+def _put_filter(ifindex: int, dataplane: Dataplane, hook: Hook) -> None:
+    prog_fd = dataplane.program_fd(hook)
+    netlink.put_clsact_filter(ifindex, hook, prog_fd, syscall.prog_info(prog_fd).id)
+
+
+def _clsact_mark(dataplane: Dataplane, ifindex: int) -> Path:
+    """A directory that says that the interface's clsact is ours to remove; bpffs has no plain files."""
+    return dataplane.pin_dir / LINKS / f"{ifindex}{CLSACT_MARK}"
+
+
+def link_path(dataplane: Dataplane, ifindex: int, hook: Hook) -> Path:
+    """Where a tcx link is pinned."""
+    return dataplane.pin_dir / LINKS / f"{ifindex}{SUFFIXES[hook]}"
+
+
+def _link_paths(dataplane: Dataplane, ifindex: int | None = None) -> list[Path]:
+    if ifindex is not None:
+        return [path for hook in Hook if (path := link_path(dataplane, ifindex, hook)).exists()]
+    return [path for path in _listed(dataplane) if not path.name.endswith(CLSACT_MARK)]
+
+
+def _listed(dataplane: Dataplane) -> list[Path]:
+    """Everything kept about interfaces; nothing when somebody removed the directory."""
+    try:
+        return sorted((dataplane.pin_dir / LINKS).iterdir())
+    except FileNotFoundError:
+        return []
+
+
+def _tcx_attachments(dataplane: Dataplane, ifindex: int | None = None) -> set[Attachment]:
+    found = set()
+    for path in _link_paths(dataplane, ifindex):
+        with _opened(path) as fd:
+            info = syscall.link_info(fd)
+        if info.ifindex:
+            hook = next(hook for hook, kind in ATTACH_TYPES.items() if kind == info.attach_type)
+            found.add(Attachment(info.ifindex, hook, Mechanism.TCX, info.prog_id))
+    return found
+
+
+def _clsact_attachments(dataplane: Dataplane, ifindex: int) -> set[Attachment]:
+    ours = {syscall.prog_info(dataplane.program_fd(hook)).id for hook in Hook}
+    return {
+        Attachment(ifindex, one.hook, Mechanism.CLSACT, one.prog_id)
+        for one in netlink.clsact_filters(ifindex)
+        if one.prog_id in ours
+    }
+
+
+def _forget_dead(dataplane: Dataplane, ifindex: int) -> None:
+    """Of an interface that went to another network namespace the programs are taken off: there they would judge by nobody's row."""
+    is_here = netlink.link(ifindex) is not None
+    for path in _link_paths(dataplane, ifindex):
+        with _opened(path) as fd:
+            alive = syscall.link_info(fd).ifindex
+        if not alive or not is_here:
+            path.unlink()
+    mark = _clsact_mark(dataplane, ifindex)
+    if mark.exists() and not netlink.has_clsact(ifindex):
+        mark.rmdir()
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[int]:
+    fd = syscall.obj_get(path)
+    try:
+        yield fd
+    finally:
+        os.close(fd)

@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From the C sources to a compiled file, by BCC, in a child process that exits afterwards.
+
+BCC never gives back the memory of its compiler, so the process that enforces policy never compiles.  BCC serves as a
+compiler alone: the sources declare no map in its dialect, so it creates none, needs no privilege, and hands out
+instructions in which maps and masks are numbers (bpf/np_lang.h) that `netpol_loader.kernel.relocation` replaces.  No kernel headers:
+the shim directory beside the sources is all BCC gets.
+
+Invariant: this is the one module that imports bcc.  Must not know what the maps mean, nor call bpf(2).
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import hashlib
+import importlib.util
+import os
+import platform
+import re
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import netpol_ebpf
+import netpol_loader
+from netpol_ebpf.errors import LoadError, PlatformError
+from netpol_loader import abi
+from netpol_loader.kernel.grace import is_strongly_ordered
+from netpol_loader.kernel.hook import Hook
+from netpol_loader.pins.compiled import Compiled, decode_compiled, encode_compiled
+
+ENTRY = "netpol.c"
+
+COMPILE_TIMEOUT_S = 600.0
+"""A compilation takes some seconds, some minutes on an emulated processor; arbitrary beyond that."""
+
+ERROR_LINES = 25
+"""How much of clang's output an error carries; the end says what failed."""
+
+PROGRAMS = (*(hook.value for hook in Hook), *abi.CALLS.values())
+"""The functions of netpol.c that are programs."""
+
+FLAGS = ("-Wno-unknown-pragmas", "-Wno-pass-failed", "-Xclang", "-disable-llvm-passes")
+"""The last one: BCC runs LLVM's passes itself, after clang has run all of them, which takes as long again."""
+
+DECLARED_MAP = re.compile(r'^NP_MAP(?:_RINGBUF\(|\("\w+", )(\w+)', re.MULTILINE)
+
+
+def source_dir() -> Path:
+    """The C sources: inside the installed package, else in the repository."""
+    package = Path(netpol_loader.__file__).resolve().parent
+    for candidate in (package / "bpf", package.parent.parent / "bpf"):
+        if (candidate / ENTRY).is_file():
+            return candidate
+    raise PlatformError(
+        f"the C sources of the packet path are neither in {package / 'bpf'} nor in {package.parent.parent / 'bpf'}",
+        hint="The installation is incomplete; install netpol-ebpf again.",
+    )
+
+
+def source_digest(directory: Path, entry: Path | None = None, machine: str | None = None) -> bytes:
+    """SHA-256 of everything that makes the program, but for the compiler: sources, shim, options, machine."""
+    machine = machine or platform.machine()
+    digest = hashlib.sha256(repr((machine, _flags(machine), PROGRAMS)).encode())
+    for path in [
+        *sorted(directory.glob("*.[ch]")),
+        *sorted((directory / "shim").rglob("*.h")),
+        *([entry] if entry else []),
+    ]:
+        digest.update(f"{path.name} {path.stat().st_size}\n".encode() + path.read_bytes())
+    return digest.digest()
+
+
+def declared_maps(directory: Path, entry: Path | None = None) -> tuple[str, ...]:
+    """Names of the maps in the order of declaration, which gives them their numbers: the headers' and then the entry's."""
+    text = (directory / "np_maps.h").read_text() + (entry.read_text() if entry else "")
+    return tuple(DECLARED_MAP.findall(text))
+
+
+@functools.cache
+def compiler_name() -> str | None:
+    """BCC and LLVM by version, without loading either of them (which takes 60 MB); None: there is no BCC."""
+    spec = importlib.util.find_spec("bcc")
+    if spec is None or spec.submodule_search_locations is None:
+        return None
+    folder = Path(next(iter(spec.submodule_search_locations)))
+    if not (folder / "libbcc.py").exists():  # PyPI's bcc is an unrelated package
+        return None
+    version = re.search(r"__version__ = '([^']+)'", (folder / "version.py").read_text())
+    return f"BCC {version[1] if version else 'of unknown version'}, LLVM {_llvm_version()}"
+
+
+def _llvm_version() -> str:
+    """Of the library that BCC's names as the one it needs."""
+    for pattern in ("lib*/*/libbcc.so.0", "lib*/libbcc.so.0"):
+        for path in sorted(Path("/usr").glob(pattern)):
+            needed = re.search(rb"libLLVM(?:-|\.so\.)([0-9.]+)", path.read_bytes())
+            if needed:
+                return needed[1].decode().rstrip(".")
+    return "of unknown version"
+
+
+def compile_program(
+    *, entry: Path | None = None, programs: Sequence[str] = PROGRAMS, machine: str | None = None
+) -> Compiled:
+    """Compile in a child process. Takes some seconds and 200 MB, which go with it.
+
+    ``entry``, ``programs``: another C file over the same headers and its functions, for measurements.  ``machine``: as
+    platform.machine() says, if not for this one.  Raises LoadError with the last lines of what clang said, PlatformError
+    when BCC is missing.
+    """
+    if compiler_name() is None:
+        raise PlatformError(
+            "the packet path is not compiled for this version, and BCC, which could compile it, is missing",
+            hint="Install the distribution's python3-bpfcc (PyPI's bcc is an unrelated package) and make the virtual "
+            "environment with --system-site-packages, or bring the file that `netpolctl compile` makes elsewhere.",
+        )
+    machine = machine or platform.machine()
+    command = [sys.executable, "-m", __name__, "--sources", str(source_dir()), "--machine", machine]
+    command += ["--program", *programs, *(["--entry", str(entry)] if entry else [])]
+    environment = dict(os.environ)
+    roots = [str(Path(module).resolve().parent.parent) for module in (netpol_loader.__file__, netpol_ebpf.__file__)]
+    environment["PYTHONPATH"] = os.pathsep.join([*roots, environment.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+    try:
+        done = subprocess.run(command, env=environment, capture_output=True, check=False, timeout=COMPILE_TIMEOUT_S)
+    except subprocess.TimeoutExpired as error:
+        raise LoadError(f"compiling took longer than {COMPILE_TIMEOUT_S:.0f} s") from error
+    if done.returncode != 0:
+        tail = "\n  ".join(done.stderr.decode(errors="replace").strip().splitlines()[-ERROR_LINES:])
+        raise LoadError(f"the packet path does not compile (exit code {done.returncode}):\n  {tail}")
+    return decode_compiled(done.stdout, "the compiler's output")
+
+
+def _flags(machine: str) -> tuple[str, ...]:
+    return FLAGS if is_strongly_ordered(machine) else (*FLAGS, "-DNP_WEAK_ORDER")
+
+
+def _compile(directory: Path, entry: Path | None, programs: Sequence[str], machine: str) -> Compiled:
+    """The child's work. bcc prints what clang says to stderr by itself."""
+    os.environ["BCC_KERNEL_SOURCE"] = str(directory / "shim")
+    from bcc import BPF
+
+    path = entry or directory / ENTRY  # as a text: BCC looks for programs in the main file only
+    text = f'#line 1 "{path.name}"\n{path.read_text()}'
+    module = BPF(text=text, cflags=[f"-I{directory}", *_flags(machine)])
+    return Compiled(
+        digest=source_digest(directory, entry, machine).hex(),
+        machine=machine,
+        compiler=compiler_name() or "",
+        maps=declared_maps(directory, entry),
+        programs={name: bytes(module.dump_func(name)) for name in programs},
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry of the child: the compiled file on standard output."""
+    parser = argparse.ArgumentParser(prog="netpol_loader.pins.compilation", description="Compile the packet path.")
+    parser.add_argument("--sources", type=Path, required=True, help="the directory bpf/")
+    parser.add_argument("--machine", required=True, help="as `uname -m` says")
+    parser.add_argument("--program", nargs="+", default=PROGRAMS, help="functions that are programs")
+    parser.add_argument("--entry", type=Path, help="C file instead of netpol.c")
+    arguments = parser.parse_args(argv)
+    compiled = _compile(arguments.sources, arguments.entry, arguments.program, arguments.machine)
+    sys.stdout.buffer.write(encode_compiled(compiled))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The compiled packet path as a file, and where such files may lie.
+
+What is in it runs in the kernel, so a file is used only when nobody but root or this process's user can have written it:
+file and directory belong to one of them and nobody else may write there.  Its name and content carry the digest of the
+sources it was made of; its own digest tells a damaged one.  docs/compiled-program.md says what is trusted and why.
+
+Invariant: a file that does not fit in every respect is not used, and the reason is logged or raised.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import json
+import logging
+import os
+import stat
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from netpol_ebpf.errors import PlatformError
+
+log = logging.getLogger(__name__)
+
+FORMAT = 1
+PREPARED_DIR = Path("/usr/lib/netpol-ebpf")
+"""Where `netpolctl compile` puts a file for an image or a package. Nothing else is written there."""
+CACHE_DIR = Path("/var/cache/netpol-ebpf")
+"""Where an agent that had to compile keeps the result; `netpolctl cleanup` removes it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Compiled:
+    """Programs that are not loaded yet.
+
+    ``digest``: hex SHA-256 of the sources and options (`netpol_loader.pins.compilation.source_digest`).  ``machine``: as `uname -m`
+    says.  ``maps``: names, by the number that instructions name them by.  ``programs``: instructions of 8 bytes by name.
+    """
+
+    digest: str
+    machine: str
+    compiler: str
+    maps: tuple[str, ...]
+    programs: Mapping[str, bytes]
+
+
+def file_name(digest: str, machine: str) -> str:
+    """What a file of these sources is called."""
+    return f"packet-path-{machine}-{digest[:16]}.json"
+
+
+def encode_compiled(compiled: Compiled) -> bytes:
+    """As a JSON document with its own SHA-256."""
+    content = {
+        "format": FORMAT,
+        "digest": compiled.digest,
+        "machine": compiled.machine,
+        "compiler": compiled.compiler,
+        "maps": compiled.maps,
+        "programs": {name: base64.b64encode(code).decode() for name, code in compiled.programs.items()},
+    }
+    return json.dumps({**content, "sha256": _digest_of(content)}, indent=1).encode() + b"\n"
+
+
+def decode_compiled(raw: bytes, where: str) -> Compiled:
+    """The programs of a document. Raises PlatformError when it is damaged or of another form; ``where`` names it."""
+    try:
+        content = json.loads(raw)
+        stated = content.pop("sha256")
+        if content["format"] != FORMAT:
+            raise PlatformError(f"{where} is of format {content['format']}, not {FORMAT}")
+        if _digest_of(content) != stated:
+            raise PlatformError(f"{where} is damaged: its SHA-256 is not the one that it states")
+        programs = {name: base64.b64decode(code, validate=True) for name, code in content["programs"].items()}
+        return Compiled(
+            content["digest"], content["machine"], content["compiler"], tuple(content["maps"]), programs
+        )  # fmt: skip
+    except (ValueError, KeyError, TypeError, AttributeError, binascii.Error) as error:
+        raise PlatformError(f"{where} is no compiled packet path: {error}") from error
+
+
+def _digest_of(content: Mapping[str, object]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def find_compiled(digest: str, machine: str, compiler: str | None, directories: Sequence[Path]) -> Compiled | None:
+    """The file of these sources, or None when no directory has one that can be used.
+
+    ``compiler``: the one of this machine, whose result replaces that of another; None: there is none, any will do.
+    """
+    for path in (directory / file_name(digest, machine) for directory in directories):
+        try:
+            compiled = load_compiled(path)
+        except FileNotFoundError:
+            continue
+        except (OSError, PlatformError) as error:
+            log.warning(
+                "%s is not used: %s", path, error.message if isinstance(error, PlatformError) else error.strerror
+            )
+            continue
+        if (compiled.digest, compiled.machine) != (digest, machine):
+            log.warning("%s is not used: it was made of other sources", path)
+        elif compiler is not None and compiler != compiled.compiler:
+            log.info("%s is not used: %s made it, and %s is here", path, compiled.compiler, compiler)
+        else:
+            return compiled
+    return None
+
+
+def load_compiled(path: Path) -> Compiled:
+    """Read a file. Raises FileNotFoundError, another OSError, PlatformError when others could have written or damaged it."""
+    _require_ours(path.parent, path.parent.stat())
+    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe would be waited for
+    with os.fdopen(fd, "rb") as file:
+        seen = os.fstat(fd)
+        _require_ours(path, seen)
+        if not stat.S_ISREG(seen.st_mode):
+            raise PlatformError(f"{path} is no regular file")
+        return decode_compiled(file.read(), str(path))
+
+
+def save_compiled(compiled: Compiled, directory: Path) -> Path:
+    """Write a file, whole or not at all. Raises OSError, PlatformError when others may write into the directory."""
+    directory.mkdir(mode=0o755, parents=True, exist_ok=True)
+    _require_ours(directory, directory.stat())
+    path = directory / file_name(compiled.digest, compiled.machine)
+    staged = path.with_suffix(f".{os.getpid()}.new")
+    fd = os.open(staged, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+    try:
+        with os.fdopen(fd, "wb") as file:
+            file.write(encode_compiled(compiled))
+        staged.rename(path)
+    except BaseException:
+        staged.unlink(missing_ok=True)
+        raise
+    return path
+
+
+def kept_files() -> list[Path]:
+    """What agents keep in CACHE_DIR, the directory last if nothing of others is in it."""
+    if not CACHE_DIR.is_dir():
+        return []
+    ours = sorted(CACHE_DIR.glob(file_name("*", "*")))
+    return [*ours, CACHE_DIR] if set(CACHE_DIR.iterdir()) == set(ours) else ours
+
+
+def _require_ours(path: Path, seen: os.stat_result) -> None:
+    """Raise PlatformError when anybody but root and this process's user may have written there."""
+    if seen.st_uid not in {0, os.geteuid()}:
+        raise PlatformError(f"{path} belongs to user {seen.st_uid}, neither to root nor to the user of this process")
+    if seen.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise PlatformError(f"{path} can be written by its group or by everybody (mode {stat.S_IMODE(seen.st_mode):o})")

@@ -1,0 +1,422 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The pinned maps and programs of one node, as a whole: made, adopted, replaced, removed.
+
+All state lives in bpffs (whose names may have no dots); a process that holds a `Dataplane` is disposable.  Invariants:
+the pin directory appears whole, by one rename; what is pinned is never replaced by something that did not load; maps are
+kept when the program changes; a directory of another schema is never touched (`netpol_loader.pins.upgrade` takes over an
+older one).  Must not know what the maps mean, apart from configuration and schema.
+
+    PIN_ROOT/v1/np_<map>             maps
+    PIN_ROOT/v1/programs/            the program set (netpol_loader.pins.programs)
+    PIN_ROOT/v1/links/<ifindex>_in   tcx links (netpol_loader.pins.attach)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import fcntl
+import logging
+import os
+import shutil
+import struct
+import types
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from netpol_ebpf.errors import PlatformError
+from netpol_loader import abi
+from netpol_loader.kernel import clock, syscall
+from netpol_loader.kernel.grace import order_stores
+from netpol_loader.kernel.hook import Hook
+from netpol_loader.kernel.maps import Map
+from netpol_loader.pins import build, compilation, doctor
+from netpol_loader.pins.lock import locked_alone
+from netpol_loader.pins.programs import CURRENT, DAMAGED_HINT, OLD, ProgramSet, begin_exchange, finish_exchange, recover
+from netpol_loader.tables.buckets import bucketed
+from netpol_loader.tables.connections import choose_secret, viewed
+from netpol_loader.tables.events import EventReader
+
+log = logging.getLogger(__name__)
+
+DEFAULT_PIN_ROOT = Path("/sys/fs/bpf/netpol")
+LINKS = "links"
+
+FIRST = 1
+"""Of generations and epochs; 0 is that of what was never filled in."""
+TIMEOUTS_S: Mapping[int, float] = types.MappingProxyType(
+    {
+        abi.NP_CONN_TCP_NEW: 20,
+        abi.NP_CONN_TCP_OPEN: 8100,
+        abi.NP_CONN_TCP_CLOSING: 30,
+        abi.NP_CONN_TCP_RESET: 40,
+        abi.NP_CONN_UDP: 60,
+        abi.NP_CONN_ICMP: 5,
+        abi.NP_CONN_OTHER: 600,
+        abi.NP_CONN_FRAGMENT: 30,
+    }
+)
+"""Seconds by enum np_conn_state: those of Calico's BPF dataplane, but for two.
+
+TCP_OPEN outlasts Linux's keep-alive (7200 s and nine probes, 75 s apart); the fragments' is Linux's own.
+"""
+
+SKB_BYTES = 192
+SKB_MARK = 8
+SKB_INGRESS_IFINDEX = 36
+SKB_IFINDEX = 40
+"""Offsets in struct __sk_buff, a kernel interface that never changes."""
+
+
+@dataclass(frozen=True, slots=True)
+class TestRun:
+    """What a program said of a frame: -1 pass, 0 pass and ask nobody else, 2 drop; and the mean duration of a run.
+
+    ``mark``: of the packet, afterwards.
+    """
+
+    __test__ = False
+
+    verdict: int
+    duration_ns: int
+    mark: int = 0
+
+    @property
+    def passed(self) -> bool:
+        """Whether the packet would go on."""
+        return self.verdict in (-1, 0)
+
+
+class Dataplane:
+    """Open file descriptors of everything pinned in one directory. Get one by `open`; a context manager."""
+
+    def __init__(
+        self, pin_root: Path, maps: Mapping[str, Map], programs: ProgramSet, pin_dir: Path | None = None
+    ) -> None:
+        """``pin_dir``: where everything is pinned, if not (yet) in the directory of this schema."""
+        self.pin_root = pin_root
+        self.pin_dir = pin_dir or schema_dir(pin_root)
+        self.maps = maps
+        self.programs = programs
+
+    @classmethod
+    def open(
+        cls, pin_root: Path = DEFAULT_PIN_ROOT, *, sizes: Mapping[str, int] | None = None, beside_older: bool = False
+    ) -> Dataplane:
+        """Make what is missing under ``pin_root``, adopt what is there.
+
+        ``sizes`` (max_entries by map name; the ring buffer's in bytes) matters only where maps are created: existing maps
+        keep theirs, with a warning when another was asked for.  ``beside_older``: directories of older schemas are no
+        reason to refuse.  Raises PlatformError (no bpffs, other schema, no BCC), PrivilegeError, LoadError.
+        """
+        doctor.require_bpffs(pin_root)
+        pin_root.mkdir(parents=True, exist_ok=True)
+        with locked(pin_root):
+            older = find_older(pin_root)
+            if older and not beside_older:
+                raise PlatformError(
+                    f"{pin_root} holds maps of an older schema ({', '.join(path.name for path in older)}); "
+                    f"this version speaks schema {abi.SCHEMA_VERSION}",
+                    hint="netpol-agent of this version takes them over; `netpolctl cleanup` removes them and ends enforcement.",
+                )
+            remove_unfinished(pin_root)
+            if schema_dir(pin_root).exists():
+                return cls._adopt(pin_root, sizes or {})
+            return cls._create(pin_root, sizes or {})
+
+    @classmethod
+    def _create(cls, pin_root: Path, sizes: Mapping[str, int]) -> Dataplane:
+        staging = pin_root / f"new-{os.getpid()}"
+        (staging / LINKS).mkdir(parents=True)
+        try:
+            maps, programs = stage(staging, sizes, default_config(clock.measure_jiffies_per_second()))
+            staging.rename(schema_dir(pin_root))
+        except BaseException:
+            shutil.rmtree(staging, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                pin_root.rmdir()
+            raise
+        log.info("created %s", schema_dir(pin_root))
+        return cls(pin_root, maps, programs)
+
+    @classmethod
+    def _adopt(cls, pin_root: Path, sizes: Mapping[str, int]) -> Dataplane:
+        pin_dir = schema_dir(pin_root)
+        recover(pin_dir)
+        maps = open_maps(pin_dir)
+        for name, size in sizes.items():
+            if name in maps and maps[name].max_entries != size:
+                log.warning(
+                    "map %s keeps its size of %d until it is made anew; %d was asked for",
+                    name,
+                    maps[name].max_entries,
+                    size,
+                )
+        schema = abi.np_schema.from_buffer_copy(maps["np_schema"].get(_index(0)) or b"")
+        if schema.version != abi.SCHEMA_VERSION:
+            raise PlatformError(f"{pin_dir} holds schema {schema.version}, not {abi.SCHEMA_VERSION}")
+        dataplane = cls(pin_root, maps, ProgramSet.open(pin_dir / CURRENT))
+        if (pin_dir / OLD).exists():
+            dataplane.finish_exchange()
+            for one in maps.values():
+                one.close()
+            dataplane.maps = open_maps(pin_dir)
+        if bytes(schema.source_digest) != compilation.source_digest(compilation.source_dir()):
+            dataplane.replace_programs(schema.jiffies_per_second)
+        return dataplane
+
+    def replace_programs(self, jiffies_per_second: int) -> None:
+        """Load the programs of these sources beside the pinned ones and, if they differ, put them in their place everywhere."""
+        new = ProgramSet.load(build.compiled_program(), self.pinned)
+        if new.tags() == self.programs.tags():
+            log.info("the pinned programs are those of these sources already")
+            new.close()
+        else:
+            staged = self.pin_root / f"new-{os.getpid()}"
+            new.pin(staged)
+            self.exchange(staged, {}, new)
+            log.info("replaced the programs of %s; all maps are kept", self.pin_dir)
+        _write_schema(self.maps["np_schema"], jiffies_per_second)
+
+    def exchange(self, staged: Path, maps: Mapping[str, Map], programs: ProgramSet) -> None:
+        """Put a program set that is pinned in ``staged``, with maps of its own, in the place of what is in force, everywhere.
+
+        Killed on the way, the next `open` finishes it.  What is replaced is closed.
+        """
+        begin_exchange(self.pin_dir, staged)
+        previous, self.programs = self.programs, programs
+        for name in maps:
+            self.maps[name].close()
+        self.maps = {**self.maps, **maps}
+        order_stores()  # who runs the new programs sees their maps filled
+        self.finish_exchange()
+        previous.close()
+
+    def finish_exchange(self) -> None:
+        """End an exchange that has begun; nothing when there is none."""
+        from netpol_loader.pins import attach
+
+        finish_exchange(self.pin_dir, lambda old: attach.replace(self, old))
+
+    @property
+    def pinned(self) -> dict[str, Map]:
+        """The maps that are pins: all but the views of unreplied connections."""
+        return {name: self.maps[name] for name in abi.MAP_SPECS}
+
+    def program_fd(self, hook: Hook) -> int:
+        """The program for a hook; the descriptor stays this object's."""
+        return self.programs.hooks[hook]
+
+    def program_tag(self, hook: Hook) -> str:
+        """Digest of the program's instructions, as bpftool prints it."""
+        return syscall.prog_info(self.programs.hooks[hook]).tag
+
+    def test_run(
+        self,
+        hook: Hook,
+        frame: bytes,
+        *,
+        ingress_ifindex: int = 0,
+        ifindex: int = 1,
+        repeat: int = 1,
+        mark: int = 0,
+    ) -> TestRun:
+        """Run a hook's program on a frame that starts with its Ethernet header.
+
+        ``ifindex``: the interface it passes, which must exist (1: lo).  ``ingress_ifindex``: where it entered the node;
+        0 at TC_EGRESS means that the node itself sent it.  ``mark``: of the packet, beforehand.  Maps change as they would for
+        a real packet.
+        """
+        context = bytearray(SKB_BYTES)
+        struct.pack_into("=I", context, SKB_MARK, mark)
+        struct.pack_into("=I", context, SKB_INGRESS_IFINDEX, ingress_ifindex)
+        struct.pack_into("=I", context, SKB_IFINDEX, ifindex)
+        try:
+            verdict, duration_ns = syscall.prog_test_run(self.programs.hooks[hook], frame, context, repeat)
+        except OSError as error:
+            raise PlatformError(
+                f"cannot run {hook.value} on a frame of {len(frame)} bytes at interface {ifindex}: {error.strerror}"
+            ) from error
+        return TestRun(verdict, duration_ns, struct.unpack_from("=I", context, SKB_MARK)[0])
+
+    def events(self, callback: Callable[[abi.np_event], None]) -> EventReader:
+        """A reader of the event ring; one at a time."""
+        return EventReader(self.maps["np_event"].fd, callback)
+
+    def config(self) -> abi.np_config:
+        """The configuration in force."""
+        return abi.np_config.from_buffer_copy(self.maps["np_config"].get(_index(0)) or b"")
+
+    def set_config(self, config: abi.np_config) -> None:
+        """Put a configuration in force. Each word changes at once; the whole not necessarily."""
+        order_stores()
+        self.maps["np_config"].put(_index(0), bytes(config))
+
+    def bump_generation(self) -> int:
+        """Make every open flow take the policy step once more; returns the new generation.
+
+        Also begins a new epoch, as every change of an endpoint's row or addresses has to: the program remembers those.
+        """
+        config = self.config()
+        config.epoch = following(config.epoch)
+        self.set_config(config)  # in an update of its own: see Applier.bump_generation
+        config.generation = following(config.generation)
+        self.set_config(config)
+        return int(config.generation)
+
+    def remove(self) -> None:
+        """Detach every interface and unpin everything of this directory; the parent goes when it is empty."""
+        from netpol_loader.pins import attach
+
+        attach.detach_all(self)
+        self.close()
+        shutil.rmtree(self.pin_dir)
+        with contextlib.suppress(OSError):  # another schema's directory may be there
+            self.pin_root.rmdir()
+
+    def close(self) -> None:
+        """Close all descriptors. Enforcement goes on."""
+        for one in self.maps.values():
+            one.close()
+        self.programs.close()
+
+    def __enter__(self) -> Dataplane:  # noqa: PYI034  # typing.Self is newer than Python 3.10
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def schema_dir(pin_root: Path) -> Path:
+    """The directory of this schema."""
+    return pin_root / f"v{abi.SCHEMA_VERSION}"
+
+
+def default_config(jiffies_per_second: int) -> abi.np_config:
+    """The configuration of a new dataplane: first generation, no flags, TIMEOUTS_S."""
+    config = abi.np_config(generation=FIRST, epoch=FIRST, jiffies_per_second=jiffies_per_second)
+    for state, seconds in TIMEOUTS_S.items():
+        config.timeout_jiffies[state] = int(seconds * jiffies_per_second)
+    return config
+
+
+def following(number: int) -> int:
+    """The generation or epoch after one; never 0."""
+    return number % 0xFFFF_FFFF + 1
+
+
+def _index(number: int) -> bytes:
+    return struct.pack("=I", number)
+
+
+def _write_schema(schema_map: Map, jiffies_per_second: int) -> None:
+    digest = compilation.source_digest(compilation.source_dir())
+    row = abi.np_schema(version=abi.SCHEMA_VERSION, jiffies_per_second=jiffies_per_second)
+    ctypes.memmove(row.source_digest, digest, len(digest))
+    schema_map.put(_index(0), bytes(row))
+
+
+def open_maps(pin_dir: Path) -> dict[str, Map]:
+    """Open every map of MAP_SPECS and compare its layout with ours. Raises PlatformError."""
+    maps = {}
+    for spec in abi.MAP_SPECS.values():
+        try:
+            one = Map(syscall.obj_get(pin_dir / spec.name))
+        except OSError as error:
+            raise PlatformError(
+                f"{pin_dir / spec.name} cannot be opened: {error.strerror}",
+                hint=DAMAGED_HINT,
+            ) from error
+        maps[spec.name] = one
+        seen = (one.type, one.key_size, one.value_size)
+        wanted = (spec.kind, spec.key_size, spec.value_size)
+        if seen != wanted:
+            raise PlatformError(f"map {spec.name} in {pin_dir} is (type, key, value) {seen}; this build needs {wanted}")
+    return viewed(bucketed(maps))
+
+
+def stage(staging: Path, sizes: Mapping[str, int], config: abi.np_config) -> tuple[dict[str, Map], ProgramSet]:
+    """Make what is missing in a directory that nobody knows yet, apart from links; the maps and the programs, open."""
+    made = build.make_maps(staging, sizes)
+    try:
+        programs = ProgramSet.load(build.compiled_program(), made)
+        programs.pin(staging / CURRENT)
+        choose_secret(staging)
+    finally:
+        for one in made.values():
+            one.close()
+    maps = open_maps(staging)
+    maps["np_config"].put(_index(0), bytes(config))
+    _write_schema(maps["np_schema"], config.jiffies_per_second)
+    return maps, programs
+
+
+def find_older(pin_root: Path) -> list[Path]:
+    """Directories of older schemas, the oldest first. Raises PlatformError when there is a newer one."""
+    found = {int(path.name[1:]): path for path in pin_root.glob("v*") if path.name[1:].isdecimal()}
+    newer = [number for number in sorted(found) if number > abi.SCHEMA_VERSION]
+    if newer:
+        raise PlatformError(
+            f"{found[newer[-1]]} holds maps of schema {newer[-1]}, made by a newer version; this version speaks schema "
+            f"{abi.SCHEMA_VERSION} and has changed nothing: what the newer one enforces stays in force",
+            hint="Start netpol-agent of the newer version, or end enforcement with `netpolctl cleanup` and start this one.",
+        )
+    return [found[number] for number in sorted(found) if number < abi.SCHEMA_VERSION]
+
+
+def remove_unfinished(pin_root: Path) -> None:
+    """What builders that died left behind. We hold the lock, so none of them is still at work."""
+    for path in pin_root.glob("new-*"):
+        log.warning("removing %s, left by a process that died", path)
+        shutil.rmtree(path)
+
+
+_held: set[Path] = set()
+"""Pin roots that this process holds."""
+
+
+@contextlib.contextmanager
+def held(pin_root: Path, *, hint: str) -> Iterator[None]:
+    """Be the one process that works under a root, which must exist, until the block ends; the process's end ends it too.
+
+    `locked` is satisfied meanwhile.  Raises PlatformError, with the hint, while another process does the same; FileNotFoundError when
+    the root goes meanwhile.
+    """
+    place = pin_root.absolute()
+    while True:
+        fd = os.open(pin_root, os.O_RDONLY | os.O_DIRECTORY)
+        with contextlib.ExitStack() as stack:
+            try:
+                stack.enter_context(locked_alone(fd))
+            except BlockingIOError as error:
+                raise PlatformError(
+                    f"another netpol-agent, or `netpolctl cleanup`, is at work on {pin_root}", hint=hint
+                ) from error
+            if not os.path.samestat(os.fstat(fd), pin_root.stat()):  # made anew by who held it, which has ended since
+                continue
+            _held.add(place)
+            stack.callback(_held.discard, place)
+            yield
+            return
+
+
+@contextlib.contextmanager
+def locked(pin_root: Path) -> Iterator[None]:
+    """One process at a time makes or changes what is pinned under a root."""
+    if pin_root.absolute() in _held:
+        yield
+        return
+    fd = os.open(pin_root, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno != errno.EWOULDBLOCK:
+                raise
+            log.info("waiting for another process that builds in %s", pin_root)
+            fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)

@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pins, links and filters that something else removed or changed: found and put back.
+
+Works from what the process holds open: descriptors of maps and programs keep those alive whatever becomes of their pins.
+Invariants: what is as it should be is not touched; what is put back is told; nothing of others is removed, but for a pin of
+another object under one of our names.  Must not know what the maps mean, nor choose interfaces.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shutil
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from netpol_ebpf.errors import PlatformError
+from netpol_loader.host import netlink
+from netpol_loader.kernel import syscall
+from netpol_loader.kernel.hook import Hook
+from netpol_loader.pins import attach
+from netpol_loader.pins.dataplane import LINKS, Dataplane, locked
+from netpol_loader.pins.programs import CALL_MAP, CURRENT
+
+
+@dataclass(frozen=True, slots=True)
+class Drift:
+    """One thing that was not as we left it.
+
+    ``kind``: pin, program (on an interface), row, configuration or barrier; ``was``: missing, foreign or changed.
+    """
+
+    kind: str
+    where: str
+    was: str
+
+    def __str__(self) -> str:
+        return f"{self.kind} {self.where} was {self.was}"
+
+
+class PartlyMendedError(PlatformError):
+    """Something could not be put back; ``found``: what could."""
+
+    def __init__(self, message: str, found: Collection[Drift]) -> None:
+        super().__init__(message)
+        self.found = found
+
+
+def mend_pins(dataplane: Dataplane) -> list[Drift]:
+    """Pin again what is no longer pinned, or not as itself. Cost: some system calls for each map and program.
+
+    Raises PartlyMendedError when something cannot be pinned there.
+    """
+    found: list[Drift] = []
+    try:
+        found.extend(_mend_pins(dataplane))  # keeps what came before an error
+    except OSError as error:
+        raise PartlyMendedError(f"cannot pin in {dataplane.pin_dir} any more: {error.strerror}", found) from error
+    return found
+
+
+def _mend_pins(dataplane: Dataplane) -> Iterator[Drift]:
+    for directory in (dataplane.pin_dir / LINKS, dataplane.pin_dir / CURRENT):
+        if not directory.is_dir():
+            directory.mkdir(parents=True)
+            yield Drift("pin", str(directory), "missing")
+    with locked(dataplane.pin_root):
+        for path, fd, number in _pinned(dataplane):
+            was = _state_of(path, number)
+            if was is not None:
+                if was == "foreign":
+                    _remove(path)
+                syscall.obj_pin(fd, path)
+                yield Drift("pin", str(path), was)
+    for name in dataplane.programs.mend_calls():
+        yield Drift("program", f"{name} of {CALL_MAP}", "missing")
+
+
+def mend_attachments(dataplane: Dataplane, ifindexes: Iterable[int]) -> list[Drift]:
+    """Put the programs back on interfaces where they are not, or not ours. Interfaces that are gone are passed over.
+
+    Cost: some system calls for each tcx interface, some milliseconds for one with clsact.  Raises PartlyMendedError after all
+    have been looked at, when one could not be mended.
+    """
+    found: list[Drift] = []
+    failures: list[str] = []
+    ours = {hook: syscall.prog_info(dataplane.program_fd(hook)).id for hook in Hook}
+    for ifindex in ifindexes:
+        try:
+            found += _mend_interface(dataplane, ifindex, ours)
+        except (OSError, PlatformError) as error:  # noqa: PERF203 - one that fails is not the others' matter
+            if netlink.link(ifindex) is not None:  # else it went meanwhile
+                failures.append(error.message if isinstance(error, PlatformError) else f"interface {ifindex}: {error}")
+    if failures:
+        raise PartlyMendedError("; ".join(failures), found)
+    return found
+
+
+def _mend_interface(dataplane: Dataplane, ifindex: int, ours: Mapping[Hook, int]) -> list[Drift]:
+    """``ours``: the kernel's numbers of our programs."""
+    found, absent = [], set()
+    for hook in Hook:
+        fd = _try_open(attach.link_path(dataplane, ifindex, hook))
+        if fd is None:
+            absent.add(hook)
+            continue
+        with _closing(fd):
+            info = syscall.link_info(fd)
+            if not info.ifindex:
+                absent.add(hook)
+            elif info.prog_id != ours[hook]:
+                syscall.link_update(fd, dataplane.program_fd(hook))
+                found.append(Drift("program", f"{hook.value} of interface {ifindex}", "changed"))
+    if absent:
+        absent -= {one.hook for one in attach.attached(ifindex, dataplane)}
+    if not absent or netlink.link(ifindex) is None:
+        return found
+    attach.attach(ifindex, dataplane)
+    missing = [Drift("program", f"{hook.value} of interface {ifindex}", "missing") for hook in Hook if hook in absent]
+    return found + missing
+
+
+def _pinned(dataplane: Dataplane) -> Iterator[tuple[Path, int, int]]:
+    """(where, descriptor, the kernel's number) of everything that has to be pinned."""
+    for name, one in dataplane.pinned.items():
+        yield dataplane.pin_dir / name, one.fd, syscall.map_info(one.fd).id
+    for name, fd in dataplane.programs.programs():
+        yield dataplane.pin_dir / CURRENT / name, fd, syscall.prog_info(fd).id
+    calls = dataplane.programs.calls
+    yield dataplane.pin_dir / CURRENT / CALL_MAP, calls.fd, syscall.map_info(calls.fd).id
+
+
+def _state_of(path: Path, number: int) -> str | None:
+    """None: it is the object of that number; else what it is instead."""
+    fd = _try_open(path)
+    if fd is None:
+        return "foreign" if path.is_symlink() or path.exists() else "missing"
+    with _closing(fd):
+        return None if _number_of(fd) == number else "foreign"
+
+
+def _number_of(fd: int) -> int:
+    """The kernel's number of a map or program; 0, which it gives to nothing, of anything else."""
+    kind = Path(f"/proc/self/fd/{fd}").readlink().name
+    if "bpf-map" in kind:
+        return syscall.map_info(fd).id
+    return syscall.prog_info(fd).id if "bpf-prog" in kind else 0
+
+
+@contextlib.contextmanager
+def _closing(fd: int) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        os.close(fd)
+
+
+def _try_open(path: Path) -> int | None:
+    """A descriptor of what is pinned there; None when nothing that BPF knows is."""
+    try:
+        return syscall.obj_get(path)
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.EINVAL, errno.EISDIR, errno.EACCES):
+            return None
+        raise
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()

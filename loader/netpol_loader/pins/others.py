@@ -1,0 +1,202 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Programs of others where packets pass the node's interfaces: which there are, whether they run before ours, and whether they redirect.
+
+A packet that bpf_redirect_peer puts into a pod, or that XDP sends to another interface, passes no program at its destination, ours
+included.  (What bpf_redirect, bpf_redirect_neigh and bpf_clone_redirect send from TC passes the hooks of the device that it is sent to.)
+Whether a program can do that is read from its translated instructions, where a call of a helper is a distance that differs from
+kernel to kernel: a program of our own that calls the same helper shows what it is here.  Looking the helpers up in /proc/kallsyms
+was rejected: it has ten megabytes, and needs the same privileges.
+
+Invariant: what cannot be read is said to be unknown, never harmless.  Changes nothing; must not know of policy.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import os
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from netpol_loader.host import netlink
+from netpol_loader.kernel import syscall
+from netpol_loader.kernel.hook import Hook
+from netpol_loader.kernel.relocation import CALL, INSTRUCTION, LOAD_IMMEDIATE_64, packed, registers
+from netpol_loader.pins import attach
+
+if TYPE_CHECKING:
+    from netpol_loader.pins.dataplane import Dataplane
+
+XDP = "XDP"
+CLSACT_TURN = 10
+"""Interfaces with filters of others to be looked at in one look; arbitrary."""
+
+_TAIL_CALL = 12
+_REDIRECTS: Mapping[int, int] = {syscall.PROG_TYPE_SCHED_CLS: 155, syscall.PROG_TYPE_XDP: 23}
+"""The helper (enum bpf_func_id) that redirects past all hooks, by type of program: bpf_redirect_peer, and bpf_redirect of XDP."""
+_REDIRECT_MAPS = frozenset({"devmap", "cpumap", "xskmap", "devmap_hash"})
+"""What XDP programs redirect through (bpf_redirect_map); they serve for nothing else."""
+_CALLS_FUNCTION = 1
+"""Source register of a call of a function of the program itself: BPF_PSEUDO_CALL. Another program may have taken its place
+(BPF_PROG_TYPE_EXT), as the dispatcher of libxdp is made for."""
+_MOVE, _EXIT = 0xB7, 0x95
+
+
+class Reach(enum.Enum):
+    """Whether a program can send packets past the programs at their destination."""
+
+    NONE = "cannot"
+    REDIRECTS = "can"
+    UNKNOWN = "cannot be told"
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Other:
+    """A program of others on an interface. ``hook``: XDP, or mechanism and direction; ``name``: empty when it is not known.
+
+    ``is_first``: it runs before ours, which is there.
+    """
+
+    ifindex: int
+    hook: str
+    number: int
+    name: str
+    is_first: bool
+    reach: Reach
+
+
+class OtherPrograms:
+    """`look` again and again: a program is read once."""
+
+    def __init__(self) -> None:
+        self._known: dict[int, tuple[str, Reach]] = {}
+        self._on_clsact: dict[int, list[Other]] = {}
+        self._turn = 0
+
+    def look(self, ifindexes: Collection[int], attached: Collection[int], dataplane: Dataplane) -> list[Other]:
+        """All of this network namespace on these interfaces; ``attached``: those with our programs.
+
+        Cost: a microsecond or two for each interface and hook, and two lists of all interfaces; of those with filters,
+        CLSACT_TURN in a look are asked again.
+        """
+        ours = {hook: syscall.prog_info(dataplane.program_fd(hook)).id for hook in Hook}
+        found = [*self._by_tcx(ifindexes, ours), *self._by_xdp(attached), *self._by_clsact()]
+        numbers = {one.number for one in found}
+        self._known = {number: known for number, known in self._known.items() if number in numbers}
+        return sorted(found, key=lambda one: (one.ifindex, one.hook, one.number))
+
+    def _by_tcx(self, ifindexes: Collection[int], ours: Mapping[Hook, int]) -> Iterator[Other]:
+        for ifindex in ifindexes:
+            with contextlib.suppress(OSError):  # it is gone, or the kernel has no tcx
+                for hook, kind in attach.ATTACH_TYPES.items():
+                    order = syscall.prog_query(ifindex, kind)
+                    before = order.index(ours[hook]) if ours[hook] in order else 0
+                    for at, number in enumerate(order):
+                        if number != ours[hook]:
+                            yield self._other(ifindex, f"tcx {_WAYS[hook]}", number, is_first=at < before)
+
+    def _by_xdp(self, attached: Collection[int]) -> Iterator[Other]:
+        for ifindex, numbers in netlink.xdp_programs().items():
+            for number in numbers:
+                yield self._other(ifindex, XDP, number, is_first=ifindex in attached)
+
+    def _by_clsact(self) -> list[Other]:
+        present = sorted(netlink.clsact_interfaces())
+        turn = present
+        if len(present) > CLSACT_TURN:
+            first = self._turn % len(present)
+            turn = (present + present)[first : first + CLSACT_TURN]
+            self._turn = first + CLSACT_TURN
+        self._on_clsact = {
+            ifindex: list(self._filters_on(ifindex)) if ifindex in turn else self._on_clsact.get(ifindex, [])
+            for ifindex in present
+        }
+        return [one for found in self._on_clsact.values() for one in found]
+
+    def _filters_on(self, ifindex: int) -> Iterator[Other]:
+        for hook in Hook:
+            order = netlink.filter_programs(ifindex, hook)
+            is_ours = [netlink.is_our_filter(name, hook) for name, _ in order]
+            before = is_ours.index(True) if True in is_ours else 0
+            for at, (name, number) in enumerate(order):
+                if number and not is_ours[at]:
+                    yield self._other(ifindex, f"clsact {_WAYS[hook]}", number, is_first=at < before, name=name)
+
+    def _other(self, ifindex: int, hook: str, number: int, *, is_first: bool, name: str = "") -> Other:
+        if number not in self._known:
+            self._known[number] = _read(number, syscall.PROG_TYPE_XDP if hook == XDP else syscall.PROG_TYPE_SCHED_CLS)
+        known, reach = self._known[number]
+        return Other(ifindex, hook, number, known or name, is_first, reach)
+
+
+_WAYS: Mapping[Hook, str] = {Hook.TC_INGRESS: "ingress", Hook.TC_EGRESS: "egress"}
+
+
+def _read(number: int, program_type: int) -> tuple[str, Reach]:
+    """A program's name, and whether it redirects; without CAP_SYS_ADMIN neither is known."""
+    try:
+        fd = syscall.prog_fd(number)
+    except OSError:
+        return "", Reach.UNKNOWN
+    try:
+        return syscall.prog_info(fd).name, reach_of(fd, program_type)
+    except OSError:
+        return "", Reach.UNKNOWN
+    finally:
+        os.close(fd)
+
+
+def reach_of(fd: int, program_type: int) -> Reach:
+    """Whether a program can send packets past others, by what it calls and the maps it uses. Raises OSError."""
+    if any(_map_kind(number) in _REDIRECT_MAPS for number in syscall.prog_maps(fd)):
+        return Reach.REDIRECTS
+    code = syscall.prog_code(fd)
+    called = _helpers_called(code)
+    redirecting = _helpers_called(_probe(program_type))
+    if called & redirecting - {0}:
+        return Reach.REDIRECTS
+    is_readable = bool(code) and 0 not in called and (not called or bool(redirecting - {0}))
+    is_whole = _TAIL_CALL not in called and not (program_type == syscall.PROG_TYPE_XDP and _calls_functions(code))
+    return Reach.NONE if is_readable and is_whole else Reach.UNKNOWN
+
+
+def _map_kind(number: int) -> str:
+    fd = syscall.map_fd(number)
+    try:
+        return syscall.map_info(fd).kind
+    finally:
+        os.close(fd)
+
+
+def _calls(code: bytes) -> Iterator[tuple[int, int]]:
+    """Source register and number of all calls in translated instructions."""
+    at = 0
+    while at < len(code):
+        opcode, operands, _, immediate = INSTRUCTION.unpack_from(code, at)
+        if opcode == CALL:
+            yield registers(operands)[0], immediate
+        at += INSTRUCTION.size * (2 if opcode == LOAD_IMMEDIATE_64 else 1)
+
+
+def _helpers_called(code: bytes) -> set[int]:
+    """What calls of helpers say; 0: the kernel does not show this process which."""
+    return {immediate for source, immediate in _calls(code) if source == 0}
+
+
+def _calls_functions(code: bytes) -> bool:
+    return any(source == _CALLS_FUNCTION for source, _ in _calls(code))
+
+
+def _probe(program_type: int) -> bytes:
+    """The translated instructions of a program that calls the helper that redirects, and nothing else; empty where it cannot be loaded."""
+    arguments = INSTRUCTION.pack(_MOVE, packed(0, 1), 0, 1) + INSTRUCTION.pack(_MOVE, packed(0, 2), 0, 0)
+    call = INSTRUCTION.pack(CALL, 0, 0, _REDIRECTS[program_type])
+    try:
+        fd = syscall.prog_load(arguments + call + INSTRUCTION.pack(_EXIT, 0, 0, 0), program_type)
+    except OSError:
+        return b""
+    try:
+        return syscall.prog_code(fd)
+    finally:
+        os.close(fd)

@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A program set: the hooks' programs, the programs they call, and the program array through which they call them.
+
+The parts belong together.  Each set has a program array of its own, so a hook's program never calls into another set; and
+the kernel empties a program array when nothing in user space holds it any more, so the array is pinned as long as a hook
+may run its set.  A set is pinned in one directory:
+
+    PIN_DIR/programs        the set in force, or that is about to be
+    PIN_DIR/programs_new    one that is whole, but not in force
+    PIN_DIR/programs_old    the one before, while hooks may still run it
+
+and replaced in four steps, each atomic: NEW appears by one rename, CURRENT becomes OLD, NEW becomes CURRENT (the exchange
+has begun), OLD goes when every hook runs CURRENT.  New policy maps that come with a set are pinned in its directory until
+the exchange is over.  Invariant: killed between any two steps, `recover` and `finish_exchange` of the next process forget
+or finish what was begun.  Must not know what programs or maps mean, nor attach anything.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import struct
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from netpol_ebpf.errors import PlatformError
+from netpol_loader import abi
+from netpol_loader.kernel import syscall
+from netpol_loader.kernel.facts import kernel_facts
+from netpol_loader.kernel.grace import wait_for_readers
+from netpol_loader.kernel.hook import Hook
+from netpol_loader.kernel.maps import Map
+from netpol_loader.kernel.relocation import link, load_program
+from netpol_loader.pins.compiled import Compiled
+
+CURRENT, NEW, OLD = "programs", "programs_new", "programs_old"
+DAMAGED_HINT = (
+    "The pin directory is damaged. `netpolctl cleanup` removes it and ends all enforcement of this node until an agent has started "
+    "again: see first whether the right BPF file system is mounted there (netpolctl doctor)."
+)
+CALL_MAP = "np_call"
+_SLOT = struct.Struct("=I")
+
+
+@dataclass(frozen=True, slots=True)
+class ProgramSet:
+    """Descriptors of one set; `close` gives them up. ``called``: by slot."""
+
+    hooks: Mapping[Hook, int]
+    called: Mapping[int, int]
+    calls: Map
+
+    @classmethod
+    def load(cls, compiled: Compiled, maps: Mapping[str, Map]) -> ProgramSet:
+        """Load all programs on these maps, with a program array of their own. Raises LoadError, OSError."""
+        calls = Map(syscall.map_create("prog_array", CALL_MAP, _SLOT.size, _SLOT.size, len(abi.CALLS)))
+        every = {**{name: one.fd for name, one in maps.items()}, CALL_MAP: calls.fd}
+        opened = [calls.fd]
+
+        def load(name: str) -> int:
+            fd = load_program(name, link(compiled.programs[name], compiled.maps, every, kernel_facts()))
+            opened.append(fd)
+            return fd
+
+        try:
+            called = {slot: load(name) for slot, name in abi.CALLS.items()}
+            for slot, fd in called.items():
+                calls.put(_SLOT.pack(slot), _SLOT.pack(fd))
+            return cls({hook: load(hook.value) for hook in Hook}, called, calls)
+        except BaseException:
+            for fd in opened:
+                os.close(fd)
+            raise
+
+    @classmethod
+    def open(cls, directory: Path) -> ProgramSet:
+        """The set pinned in a directory. Raises PlatformError."""
+        opened: list[int] = []
+
+        def get(name: str) -> int:
+            opened.append(syscall.obj_get(directory / name))
+            return opened[-1]
+
+        try:
+            hooks = {hook: get(hook.value) for hook in Hook}
+            called = {slot: get(name) for slot, name in abi.CALLS.items()}
+            return cls(hooks, called, Map(get(CALL_MAP)))
+        except OSError as error:
+            for fd in opened:
+                os.close(fd)
+            raise PlatformError(
+                f"a program in {directory} cannot be opened: {error.strerror}",
+                hint=DAMAGED_HINT,
+            ) from error
+
+    def pin(self, directory: Path) -> None:
+        """Pin everything in a directory, which is made."""
+        directory.mkdir(exist_ok=True)
+        for name, fd in self.named():
+            syscall.obj_pin(fd, directory / name)
+
+    def named(self) -> Iterator[tuple[str, int]]:
+        """(name of the pin, descriptor) of everything."""
+        yield from ((hook.value, fd) for hook, fd in self.hooks.items())
+        yield from ((abi.CALLS[slot], fd) for slot, fd in self.called.items())
+        yield CALL_MAP, self.calls.fd
+
+    def programs(self) -> Iterator[tuple[str, int]]:
+        """(name, descriptor) of the programs, called ones first."""
+        yield from ((abi.CALLS[slot], fd) for slot, fd in self.called.items())
+        yield from ((hook.value, fd) for hook, fd in self.hooks.items())
+
+    def tags(self) -> dict[str, str]:
+        """The kernel's digests of the programs' instructions, by name."""
+        return {name: syscall.prog_info(fd).tag for name, fd in self.programs()}
+
+    def mend_calls(self) -> list[str]:
+        """Put each called program into its slot where it is not; the names of those that were missing."""
+        mended = []
+        for slot, fd in self.called.items():
+            found = self.calls.get(_SLOT.pack(slot))
+            if found is None or _SLOT.unpack(found)[0] != syscall.prog_info(fd).id:
+                self.calls.put(_SLOT.pack(slot), _SLOT.pack(fd))
+                mended.append(abi.CALLS[slot])
+        return mended
+
+    def close(self) -> None:
+        """Close all descriptors; nothing when that has been done."""
+        if self.calls.fd >= 0:
+            for fd in [*self.hooks.values(), *self.called.values()]:
+                os.close(fd)
+            self.calls.close()
+
+
+def begin_exchange(pin_dir: Path, staged: Path) -> None:
+    """Make a staged directory the set in force, as far as pins say; from here on `finish_exchange` has work."""
+    staged.rename(pin_dir / NEW)
+    (pin_dir / CURRENT).rename(pin_dir / OLD)
+    (pin_dir / NEW).rename(pin_dir / CURRENT)
+
+
+def recover(pin_dir: Path) -> None:
+    """Put the directories right that a killed process left between two steps."""
+    if (pin_dir / OLD).exists() and not (pin_dir / CURRENT).exists():
+        (pin_dir / NEW).rename(pin_dir / CURRENT)
+    elif (pin_dir / NEW).exists():
+        shutil.rmtree(pin_dir / NEW)
+
+
+def finish_exchange(pin_dir: Path, replace: Callable[[Mapping[Hook, set[int]]], None]) -> None:
+    """End an exchange that has begun, by this process or a killed one; nothing when there is none.
+
+    ``replace``: puts the current programs in the place of those with these numbers, on every interface.
+    """
+    if (pin_dir / OLD).exists():
+        replace(program_ids([pin_dir / OLD]))
+        wait_for_readers()  # no packet is in an old program any more, which could call
+        for path in sorted((pin_dir / CURRENT).iterdir()):
+            if path.name in abi.MAP_SPECS:
+                path.rename(pin_dir / path.name)
+        shutil.rmtree(pin_dir / OLD)
+
+
+def program_ids(directories: Sequence[Path]) -> dict[Hook, set[int]]:
+    """The kernel's numbers of the hooks' programs pinned in directories."""
+    ids: dict[Hook, set[int]] = {hook: set() for hook in Hook}
+    for hook in Hook:
+        for path in (path for directory in directories for path in directory.glob(hook.value + "*")):
+            fd = syscall.obj_get(path)
+            ids[hook].add(syscall.prog_info(fd).id)
+            os.close(fd)
+    return ids

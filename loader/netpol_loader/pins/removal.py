@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Finding everything of ours below a pin root, and taking it away, piece by piece, each told by name.
+
+Works on what is there, whatever its version or state: nothing is built, adopted or mended for it.  Invariants: only what is
+pinned below the root, filters that run programs pinned there, and tables that name the root, is ours; everything listed is
+removed in the order of the list: tables before the programs whose sign they want, then the rest of enforcement.  Filters of
+clsact and tables are seen in the network namespace of the caller only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from netpol_ebpf.errors import PlatformError
+from netpol_loader.host import netlink
+from netpol_loader.host.barrier import TABLE, BarrierTables, HeldError
+from netpol_loader.kernel import syscall
+from netpol_loader.kernel.hook import Hook
+from netpol_loader.pins.attach import CLSACT_MARK, LINKS
+
+OUR_DIRECTORY = re.compile(r"(v|new-)\d+")
+HOOKS = tuple(hook.value for hook in Hook)
+PROGRAMS = "np_tc_"
+
+
+@dataclass(frozen=True, slots=True)
+class Leftover:
+    """One thing of ours. ``kind``: table, link, filter, qdisc, map, program or directory; ``name``: what an administrator calls it."""
+
+    kind: str
+    name: str
+    remove: Callable[[], None]
+
+
+def find_leftovers(pin_root: Path) -> list[Leftover]:
+    """Everything of ours, in the order in which it must be removed; empty when there is nothing."""
+    directories = [path for path in _listed(pin_root) if path.is_dir() and OUR_DIRECTORY.fullmatch(path.name)]
+    names = {link.ifindex: link.name for link in netlink.links()}
+    found: list[Leftover] = list(_tables(pin_root))
+    for directory in directories:
+        found += _links(directory / LINKS, names)
+    found += _filters({number for directory in directories for number in _program_ids(directory)}, names)
+    for directory in directories:
+        found += _qdiscs(directory / LINKS, names)
+    for directory in directories:
+        found += _pins(directory)
+    if pin_root.is_dir() and all(path in directories for path in _listed(pin_root)):
+        found.append(Leftover("directory", str(pin_root), pin_root.rmdir))
+    return found
+
+
+def _listed(directory: Path) -> list[Path]:
+    return sorted(directory.iterdir()) if directory.is_dir() else []
+
+
+def _tables(pin_root: Path) -> Iterator[Leftover]:
+    tables = BarrierTables(str(pin_root.absolute()))
+    try:
+        families = tables.present()
+    except HeldError:
+        raise  # an agent is at work: without its programs, all that they sign would be dropped
+    except PlatformError:  # there are none, or they are somebody else's
+        return
+    finally:
+        tables.close()
+    for family in families:
+        yield Leftover("table", f"{family} {TABLE}", lambda family=family: _remove_table(pin_root, family))  # type: ignore[misc]
+
+
+def _remove_table(pin_root: Path, family: str) -> None:
+    tables = BarrierTables(str(pin_root.absolute()))
+    try:
+        tables.remove(family)
+    finally:
+        tables.close()
+
+
+def _links(links: Path, names: dict[int, str]) -> Iterator[Leftover]:
+    for path in _listed(links):
+        if path.name.endswith(CLSACT_MARK):
+            continue
+        with _opened(path) as fd:
+            ifindex = syscall.link_info(fd).ifindex
+        where = f"of interface {names.get(ifindex, ifindex)}" if ifindex else "of an interface that is gone"
+        yield Leftover("link", f"{path} {where}", lambda path=path: _detach(path))  # type: ignore[misc]  # bound in the loop
+
+
+def _detach(path: Path) -> None:
+    with _opened(path) as fd:
+        syscall.link_detach(fd)
+    path.unlink()
+
+
+def _program_ids(directory: Path) -> Iterator[int]:
+    for path in [*_listed(directory), *(path for each in directory.glob("programs*") for path in _listed(each))]:
+        if path.name.startswith(HOOKS):
+            with _opened(path) as fd:
+                yield syscall.prog_info(fd).id
+
+
+def _filters(programs: set[int], names: dict[int, str]) -> Iterator[Leftover]:
+    for ifindex in sorted(netlink.clsact_interfaces()):
+        for one in netlink.clsact_filters(ifindex):
+            if one.prog_id in programs:
+                yield Leftover(
+                    "filter",
+                    f"{one.hook.value} on interface {names.get(ifindex, ifindex)}",
+                    lambda ifindex=ifindex, hook=one.hook: netlink.delete_clsact_filter(ifindex, hook),  # type: ignore[misc]
+                )
+
+
+def _qdiscs(links: Path, names: dict[int, str]) -> Iterator[Leftover]:
+    for path in _listed(links):
+        number = path.name.removesuffix(CLSACT_MARK)
+        if path.name.endswith(CLSACT_MARK) and number.isdecimal() and int(number) in names:
+            yield Leftover(
+                "qdisc",
+                f"clsact of interface {names[int(number)]}, unless others use it",
+                lambda ifindex=int(number): netlink.delete_clsact_if_unused(ifindex),  # type: ignore[misc]
+            )
+
+
+def _pins(directory: Path) -> Iterator[Leftover]:
+    for path in _listed(directory):
+        if path.is_dir():
+            yield from _pins(path)
+        elif directory.name != LINKS:  # links were told before
+            yield Leftover("program" if path.name.startswith(PROGRAMS) else "map", str(path), path.unlink)
+    yield Leftover("directory", str(directory), directory.rmdir)
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[int]:
+    fd = syscall.obj_get(path)
+    try:
+        yield fd
+    finally:
+        os.close(fd)

@@ -1,0 +1,250 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pins of an older schema, taken over: new maps and programs are made beside them and then exchanged for them.
+
+Maps that say what happened rather than what policy is (connections, fragments, counters) stay the same maps where their
+layout is the one of this version, by the kernel's own type information: the new directory pins them a second time, so a
+connection that opens at the last moment is not missed, as it would be by a copy.  The configuration is translated field by
+field.  Everything else is made anew, to be filled by the caller.
+
+Order of things, each step atomic: a staging directory, filled while the old programs judge; renamed to this schema's
+directory, by which the exchange has begun; program after program exchanged; the old directory removed, by which it is over.
+Invariants: no interface is without a whole program at any instruction; before the exchange has begun nothing of the old is
+changed; killed at any moment, `open_dataplane` of the next process forgets or finishes what was begun.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import shutil
+import struct
+import sys
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+
+from netpol_ebpf.errors import PlatformError
+from netpol_loader import abi
+from netpol_loader.host import netlink
+from netpol_loader.kernel import btf, clock, syscall
+from netpol_loader.kernel.grace import order_stores, wait_for_readers
+from netpol_loader.kernel.maps import Map
+from netpol_loader.pins import attach, build, doctor
+from netpol_loader.pins.dataplane import (
+    LINKS,
+    Dataplane,
+    default_config,
+    find_older,
+    locked,
+    remove_unfinished,
+    schema_dir,
+    stage,
+)
+from netpol_loader.pins.programs import DAMAGED_HINT, program_ids
+from netpol_loader.tables.connections import ROWS_PER_BUCKET, TAG_NAMES
+
+log = logging.getLogger(__name__)
+
+LASTING = (
+    *TAG_NAMES,
+    *TAG_NAMES.values(),
+    "np_secret",
+    "np_frag4",
+    "np_frag6",
+    "np_rule_count",
+    "np_staged_count",
+    "np_reason_count",
+)
+"""Maps whose content outlives a change of schema, where their layout does."""
+
+OWN_SETTINGS = frozenset({"jiffies_per_second", "timeout_jiffies", "pad"})
+"""Fields of the configuration that each version sets by itself."""
+
+
+class Upgrade:
+    """A dataplane of this schema that is not in force yet, beside the older one that is."""
+
+    def __init__(self, dataplane: Dataplane, older: Path, restarted: Collection[str]) -> None:
+        self.dataplane = dataplane
+        self.restarted = tuple(restarted)
+        self._older = older
+
+    @property
+    def summary(self) -> str:
+        """What becomes of connections, for people."""
+        begun = f"schema {self._older.name[1:]} to {abi.SCHEMA_VERSION}"
+        lost = [name for name in self.restarted if name in TAG_NAMES]
+        if not lost:
+            return f"{begun}, connections kept"
+        return f"{begun}, open connections judged anew ({', '.join(lost)} of another layout)"
+
+    def numbers(self) -> dict[int, int]:
+        """Endpoint numbers by interface, as the older rows have them."""
+        with _opened_map(self._older / "np_endpoint") as rows:
+            key, value = _layouts(rows)
+            ifindex, number = _field(rows, key, "ifindex"), _field(rows, value, "number")
+            return {_read(one, ifindex): _read(row, number) for one, row in rows.items()}
+
+    def attached(self) -> set[int]:
+        """Interfaces on which the older programs are, or those of a still older version that were not exchanged yet."""
+        found: set[int] = set()
+        for older in find_older(self.dataplane.pin_root):
+            found |= attach.listed_interfaces(older / LINKS)
+            ours = {number for numbers in program_ids(_sets(older)).values() for number in numbers}
+            found |= {
+                ifindex
+                for ifindex in netlink.clsact_interfaces()
+                for one in netlink.clsact_filters(ifindex)
+                if one.prog_id in ours
+            }
+        return found
+
+    def take_over(self) -> None:
+        """Put the new programs in the place of the old on every interface, then remove the old directory."""
+        dataplane = self.dataplane
+        with locked(dataplane.pin_root):
+            target = schema_dir(dataplane.pin_root)
+            dataplane.pin_dir.rename(target)
+            dataplane.pin_dir = target
+            order_stores()  # who runs the new programs sees their maps filled
+            _finish(dataplane)
+        log.info("upgraded: %s", self.summary)
+
+    def discard(self) -> None:
+        """Forget the new one, if it has not taken over; the old stays in force."""
+        if self.dataplane.pin_dir != schema_dir(self.dataplane.pin_root):
+            shutil.rmtree(self.dataplane.pin_dir, ignore_errors=True)
+
+
+def open_dataplane(pin_root: Path, sizes: Mapping[str, int] | None = None) -> tuple[Dataplane, Upgrade | None]:
+    """What `Dataplane.open` gives, or, beside pins of an older schema, a new one that has yet to take over.
+
+    Raises as `Dataplane.open` does; pins of a newer schema are refused.
+    """
+    doctor.require_bpffs(pin_root)
+    pin_root.mkdir(parents=True, exist_ok=True)
+    older = find_older(pin_root)
+    if not older:
+        return Dataplane.open(pin_root, sizes=sizes), None
+    if schema_dir(pin_root).exists():  # a process died while it exchanged
+        dataplane = Dataplane.open(pin_root, sizes=sizes, beside_older=True)
+        with locked(pin_root):
+            _finish(dataplane)
+        log.info("finished an upgrade that another process had begun")
+        return dataplane, None
+    with locked(pin_root):
+        remove_unfinished(pin_root)
+        return _prepare(pin_root, older[-1], dict(sizes or {}))
+
+
+def _prepare(pin_root: Path, older: Path, sizes: dict[str, int]) -> tuple[Dataplane, Upgrade]:
+    staging = pin_root / f"new-{os.getpid()}"
+    (staging / LINKS).mkdir(parents=True)
+    try:
+        config = _config_of(older)
+        restarted = []
+        for name in LASTING:
+            reason = _keep(older / name, staging / name, abi.MAP_SPECS[name], sizes)
+            if reason:
+                restarted.append(name)
+                log.warning("%s of %s is not kept: %s", name, older, reason)
+        maps, programs = stage(staging, sizes, config)
+        dataplane = Dataplane(pin_root, maps, programs, staging)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+    upgrade = Upgrade(dataplane, older, restarted)
+    log.info("prepared an upgrade of %s: %s", older, upgrade.summary)
+    return dataplane, upgrade
+
+
+def _keep(old: Path, new: Path, spec: abi.MapSpec, sizes: dict[str, int]) -> str | None:
+    """Pin a map a second time; its size to ``sizes``. If it cannot be kept, why."""
+    if not old.exists():
+        return "there is none"
+    with _opened_map(old) as one:
+        if one.type != spec.kind:
+            return f"it is of type {one.type}, not {spec.kind}"
+        found, wanted = btf.layouts(syscall.map_info(one.fd)), (btf.declared(spec.key), btf.declared(spec.value))
+        if (one.key_size, one.value_size) != (spec.key_size, spec.value_size) or found != wanted:
+            return "its layout is another" if found is not None else "the kernel does not know its layout"
+        is_table = spec.name in {*TAG_NAMES, *TAG_NAMES.values()}  # in buckets, of any number
+        asked = build.kernel_sizes(sizes)[spec.name] if spec.name in sizes else spec.max_entries
+        if spec.kind.endswith("array") and one.max_entries < asked and not is_table:
+            return f"it has {one.max_entries} entries, not {asked}"
+        if spec.name in sizes and one.max_entries != asked:
+            log.warning("map %s keeps its size of %d; %d was asked for", spec.name, one.max_entries, asked)
+        if spec.name in TAG_NAMES:
+            sizes[spec.name] = one.max_entries // abi.NP_CONN_WAYS * ROWS_PER_BUCKET
+        elif not is_table:
+            sizes[spec.name] = one.max_entries
+    os.link(old, new)
+    return None
+
+
+def _config_of(older: Path) -> abi.np_config:
+    """The older configuration in this version's words: what an agent set, and the generation that connections name."""
+    config = default_config(clock.measure_jiffies_per_second())
+    with _opened_map(older / "np_config") as one:
+        _, layout = _layouts(one)
+        row = one.get(bytes(4)) or b""
+        _field(one, layout, "generation")  # without it, what is open could not be told from what was cut
+        for name, *_ in abi.np_config._fields_:
+            size = getattr(abi.np_config, name).size
+            for field in layout:
+                if field.name == name and field.size == size and name not in OWN_SETTINGS:
+                    setattr(config, name, _read(row, field))
+    return config
+
+
+def _finish(dataplane: Dataplane) -> None:
+    """Exchange whatever still runs an older program, then remove the older directories."""
+    for older in find_older(dataplane.pin_root):
+        attach.take_links(dataplane, older / LINKS)
+        attach.replace(dataplane, program_ids(_sets(older)))
+        wait_for_readers()  # no packet is in an older program any more, which could call
+        shutil.rmtree(older)
+
+
+def _sets(directory: Path) -> list[Path]:
+    """Where programs are pinned: before schema 6 beside the maps, since then in sets, of which an exchange leaves two."""
+    return [directory, *directory.glob("programs*")]
+
+
+def _layouts(one: Map) -> tuple[btf.Layout, btf.Layout]:
+    found = btf.layouts(syscall.map_info(one.fd))
+    if found is None:
+        raise PlatformError(
+            f"the kernel does not know the layout of map {one.name}, so it cannot be upgraded",
+            hint="Start the version that made it, which goes on; or end enforcement with `netpolctl cleanup`, then start this one.",
+        )
+    return found
+
+
+def _field(one: Map, layout: btf.Layout, name: str) -> btf.Field:
+    for field in layout:
+        if field.name == name and field.size <= struct.calcsize("=Q"):
+            return field
+    raise PlatformError(
+        f"map {one.name} of the older schema has no field {name}, so it cannot be upgraded",
+        hint="Start the version that made it, which goes on; or end enforcement with `netpolctl cleanup`, then start this one.",
+    )
+
+
+def _read(raw: bytes, field: btf.Field) -> int:
+    return int.from_bytes(raw[field.at : field.at + field.size], sys.byteorder)
+
+
+@contextlib.contextmanager
+def _opened_map(path: Path) -> Iterator[Map]:
+    try:
+        one = Map(syscall.obj_get(path))
+    except OSError as error:
+        raise PlatformError(
+            f"{path} cannot be opened: {error.strerror}",
+            hint=DAMAGED_HINT,
+        ) from error
+    try:
+        yield one
+    finally:
+        one.close()

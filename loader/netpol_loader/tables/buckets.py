@@ -1,0 +1,408 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tables kept in buckets of one or two cache lines, seen as the maps from key to row that they are.
+
+`bpf/np_bucket.h` reads them.  Rows whose keys have the same hash lie side by side in an array; what finds its bucket full is in a hash table of its own, and
+the bucket says so.  The array is mapped into memory: a write is a store, in the order that the reader needs.
+
+Invariants: a row is complete before anything says that it is there; a place that became free is not used again until
+`end_grace_period`, since a packet may still be reading it; a key is in its bucket or in the other table, never in both.  Must not know
+what rows mean.  The order of stores is the processor's where that is strong (x86); elsewhere a reader could be ahead of it.
+"""
+
+from __future__ import annotations
+
+import mmap
+import struct
+import sys
+from abc import abstractmethod
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from netpol_loader import abi
+from netpol_loader.kernel import syscall
+from netpol_loader.kernel.grace import order_stores
+from netpol_loader.kernel.maps import Map
+from netpol_loader.tables.connections import TAG_NAMES, UNREPLIED_NAMES, viewed
+
+_MULTIPLIER = 0x9E37_79B9_7F4A_7C15
+_MASK64 = (1 << 64) - 1
+_WORD = 4
+_WORDS2, _WORDS4 = struct.Struct("=2I"), struct.Struct("=4I")
+_U16, _U32, _U64 = struct.Struct("@H"), struct.Struct("@I"), struct.Struct("@Q")
+
+MORE_NAMES: Mapping[str, str] = {
+    "np_addr4": "np_addr4_more",
+    "np_addr6": "np_addr6_more",
+    "np_peer_class": "np_peer_more",
+}
+"""The bucketed tables, each with the table of what found no place in its bucket."""
+
+SIZED = tuple(
+    name
+    for name in abi.MAP_SPECS
+    if name not in {"np_vip_filter", "np_secret", *MORE_NAMES.values(), *TAG_NAMES.values()}
+)
+"""Maps whose size may be chosen; of a bucketed table it is the number of its rows."""
+
+
+def _hash4(key: bytes) -> int:
+    return (int.from_bytes(key, sys.byteorder) * _MULTIPLIER & _MASK64) >> 32
+
+
+def _hash6(key: bytes) -> int:
+    one, two, three, four = _WORDS4.unpack(key)
+    mixed: int = (four << 32 | three) ^ ((two << 32 | one) * _MULTIPLIER & _MASK64)
+    return (mixed * _MULTIPLIER & _MASK64) >> 32
+
+
+@lru_cache(maxsize=1 << 16)  # the same ones are asked for with each change of the node's addresses
+def vip_filter_bit(address: bytes) -> tuple[int, int]:
+    """Row of np_vip_filter and bit in it that stand for an address."""
+    hashed = _hash4(address) if len(address) == 4 else _hash6(address)  # noqa: PLR2004 - an IPv4 address
+    return hashed // 64 & (abi.MAP_SPECS["np_vip_filter"].max_entries - 1), hashed & 63
+
+
+def buckets_for(name: str, rows: int) -> int:
+    """How many buckets a table for so many rows has, a power of two: for four addresses each, or sixteen classes, or four connections."""
+    each = 16 if name == "np_peer_class" else 4
+    return 1 << (max(-(-rows // each), 1) - 1).bit_length()
+
+
+def bucketed(maps: Mapping[str, Map]) -> dict[str, Map]:
+    """The same maps, the bucketed ones as `BucketMap`. Raises OSError when an array cannot be mapped into memory."""
+    result = dict(maps)
+    for name, more in MORE_NAMES.items():
+        if name not in maps:
+            continue
+        kind = ClassMap if name == "np_peer_class" else AddressMap
+        result[name] = kind(maps[name], maps[more])
+    return result
+
+
+def open_map(pin_dir: Path, name: str) -> Map:
+    """A pinned map by its name, or a view of one, with the tables it needs beside it. Raises OSError."""
+    table = next((table for table, unreplied in UNREPLIED_NAMES.items() if name in (table, unreplied)), name)
+    names = [
+        table,
+        *([MORE_NAMES[name]] if name in MORE_NAMES else []),
+        *([TAG_NAMES[table], "np_secret"] if table in TAG_NAMES else []),
+    ]
+    return viewed(bucketed({one: Map(syscall.obj_get(pin_dir / one)) for one in names}))[name]
+
+
+class BucketMap(Map):
+    """A bucketed table. Owns the array's descriptor and mapping, not the other table's.
+
+    ``max_entries``: the rows it has room for whatever their hashes; with luck some more.
+    """
+
+    def __init__(self, array: Map, more: Map) -> None:
+        """Take over the array."""
+        self.fd, self.name, self.type = array.fd, array.name, "buckets"
+        self.has_btf, self.is_per_cpu = array.has_btf, False
+        self.key_size, self.value_size, self.max_entries = more.key_size, more.value_size, more.max_entries
+        self._room = more.value_size
+        self._more = more
+        self._mask = array.max_entries - 1
+        self._bytes = array.value_size
+        self._memory = mmap.mmap(array.fd, array.max_entries * array.value_size)
+        self._words = memoryview(self._memory).cast("I")
+        self._resting: set[int] = set()  # places, by their offset, that became free since the last `end_grace_period`
+        self._untold: dict[int, int] = {}  # words, by their index, that are about to be stored
+
+    @abstractmethod
+    def get(self, key: bytes) -> bytes | None:
+        """The row that a packet would find, or None."""
+
+    @abstractmethod
+    def delete(self, key: bytes) -> bool:
+        """Remove; False when there was nothing."""
+
+    @abstractmethod
+    def items(self) -> Iterator[tuple[bytes, bytes]]:
+        """All rows. What changes meanwhile may be missed or seen."""
+
+    def put(self, key: bytes, value: bytes) -> None:
+        """Insert or replace. Raises MapFullError."""
+        self.put_many([(key, value)])
+
+    def put_many(self, pairs: Sequence[tuple[bytes, bytes]]) -> None:
+        """Insert or replace all. Raises MapFullError; those before are then written.
+
+        Rows are written first, then what tells packets of them: between the two, one grace period on a weakly ordered machine.
+        """
+        try:
+            for key, value in pairs:
+                self._write(key, value)
+        finally:
+            if self._untold:
+                order_stores()
+                self._tell()
+                self._untold.clear()
+
+    @abstractmethod
+    def _write(self, key: bytes, value: bytes) -> None:
+        """Write a row to where no packet looks for it yet, and note in ``_untold`` what will tell of it; or replace one."""
+
+    @abstractmethod
+    def _tell(self) -> None:
+        """Store everything noted in ``_untold``."""
+
+    def delete_many(self, keys: Sequence[bytes]) -> None:
+        """Remove all; absent keys are no error."""
+        for key in keys:
+            self.delete(key)
+
+    def clear(self) -> None:
+        """Remove every row there is now."""
+        self.delete_many([key for key, _ in self.items()])
+
+    def end_grace_period(self) -> None:
+        """A grace period has passed since the last removal: no packet reads any more what went before."""
+        self._resting.clear()
+
+    def close(self) -> None:
+        """Close the descriptor and the mapping; the map lives on while it is pinned or used."""
+        if self.fd >= 0:
+            self._words.release()
+            self._memory.close()
+        super().close()
+
+
+_ROWS = abi.NP_BUCKET_ROWS
+_ALL_ROWS = (1 << _ROWS) - 1
+_LOWEST = tuple(next((i for i in range(_ROWS) if bits >> i & 1), _ROWS) for bits in range(_ALL_ROWS + 1))
+"""Bits of ``used`` to the first row that they name."""
+
+
+class AddressMap(BucketMap):
+    """Addresses to struct np_addr."""
+
+    def __init__(self, array: Map, more: Map) -> None:
+        """Take over the array."""
+        super().__init__(array, more)
+        layout: Any = abi.np_addr4_bucket if self.key_size == 4 else abi.np_addr6_bucket  # noqa: PLR2004 - an IPv4 address
+        self._hash = _hash4 if self.key_size == 4 else _hash6  # noqa: PLR2004
+        self._key_at, self._row_at = layout.key.offset, layout.row.offset
+        self._others = Counter(
+            self._bucket(key) for key, _ in more.items()
+        )  # offset of a bucket -> rows in the other table
+
+    def _bucket(self, key: bytes) -> int:
+        """Offset of a key's bucket."""
+        if len(key) != self.key_size:
+            raise ValueError(f"{self.name}: a key has {self.key_size} bytes, not {len(key)}")
+        return (self._hash(key) & self._mask) * self._bytes
+
+    def _seek(self, key: bytes, at: int, used: int) -> int:
+        """Which row of a bucket has the key, among those in use; -1: none."""
+        size, memory = self.key_size, self._memory
+        first, left = at + self._key_at, used & _ALL_ROWS
+        while left:
+            i = _LOWEST[left]
+            if memory[first + i * size : first + (i + 1) * size] == key:
+                return i
+            left &= left - 1
+        return -1
+
+    def get(self, key: bytes) -> bytes | None:
+        """See `BucketMap`."""
+        at = self._bucket(key)
+        used = self._words[at // _WORD]
+        i = self._seek(key, at, used)
+        if i >= 0:
+            start = at + self._row_at + i * self.value_size
+            return self._memory[start : start + self.value_size]
+        return self._more.get(key) if used & abi.NP_BUCKET_MORE else None
+
+    def _write(self, key: bytes, value: bytes) -> None:
+        if len(value) != self.value_size:
+            raise ValueError(f"{self.name}: a value has {self.value_size} bytes, not {len(value)}")
+        at = self._bucket(key)
+        flags = at // _WORD
+        used = self._untold[flags] if flags in self._untold else self._words[flags]
+        i = self._seek(key, at, used)
+        if i >= 0:
+            self._store_row(at, i, value)
+            return
+        is_elsewhere = at in self._others and self._more.get(key) is not None
+        if not is_elsewhere:
+            for i in range(_ROWS):
+                if not used >> i & 1 and at + i not in self._resting:
+                    for offset in range(0, self.key_size, _WORD):
+                        self._words[(at + self._key_at + i * self.key_size + offset) // _WORD] = _U32.unpack_from(
+                            key, offset
+                        )[0]
+                    self._store_row(at, i, value)
+                    self._untold[flags] = used | 1 << i
+                    return
+        self._more.put(key, value)
+        self._others[at] += not is_elsewhere
+        self._untold[flags] = used | abi.NP_BUCKET_MORE
+
+    def _tell(self) -> None:
+        for index, used in self._untold.items():
+            self._words[index] = used
+
+    def _store_row(self, at: int, i: int, value: bytes) -> None:
+        """By one store of the processor: no packet sees half of it."""
+        _U64.pack_into(self._memory, at + self._row_at + i * self.value_size, _U64.unpack(value)[0])
+
+    def delete(self, key: bytes) -> bool:
+        """See `BucketMap`."""
+        at = self._bucket(key)
+        used = self._words[at // _WORD]
+        i = self._seek(key, at, used)
+        if i >= 0:
+            self._words[at // _WORD] = used & ~(1 << i)
+            self._resting.add(at + i)
+            return True
+        if at not in self._others or not self._more.delete(key):
+            return False
+        self._others[at] -= 1
+        if not self._others[at]:
+            del self._others[at]
+            self._words[at // _WORD] = used & ~abi.NP_BUCKET_MORE
+        return True
+
+    def items(self) -> Iterator[tuple[bytes, bytes]]:
+        """See `BucketMap`."""
+        memory = self._memory
+        for bucket, used in enumerate(self._words[:: self._bytes // _WORD].tolist()):
+            at, left = bucket * self._bytes, used & _ALL_ROWS
+            while left:
+                i = _LOWEST[left]
+                key, row = at + self._key_at + i * self.key_size, at + self._row_at + i * self.value_size
+                yield memory[key : key + self.key_size], memory[row : row + self.value_size]
+                left &= left - 1
+        yield from self._more.items()
+
+
+_CLASSES = abi.NP_LINE_CLASSES
+_LINE_BYTES = 64
+_CLASSES_AT: int = abi.np_class_line.peer_class.offset  # type: ignore[attr-defined]
+_SET_WORD: int = abi.np_class_line.set.offset // _WORD  # type: ignore[attr-defined]
+_BLOCK_WORD: int = abi.np_class_line.block.offset // _WORD  # type: ignore[attr-defined]
+_FLAGS_WORD: int = abi.np_class_line.flags.offset // _WORD  # type: ignore[attr-defined]
+_NO_CLASSES = _U16.pack(abi.NP_CLASS_NONE) * _CLASSES
+
+
+class ClassMap(BucketMap):
+    """(Policy set, identity) to struct np_peer_class, whose class is below NP_CLASS_NONE. A set is never 0."""
+
+    def __init__(self, array: Map, more: Map) -> None:
+        """Take over the array."""
+        super().__init__(array, more)
+        self._others: Counter[tuple[int, int]] = Counter()  # set and block -> rows in the other table
+        self._buckets: Counter[int] = Counter()  # offset of a bucket -> the same
+        for key, _ in more.items():  # noqa: PERF102 - a map, no dict
+            self._count(*self._place(key)[:2], 1)
+        self._untold.clear()  # packets have been told
+
+    def _place(self, key: bytes) -> tuple[tuple[int, int], int, int]:
+        """Set and block, offset of the bucket, and which class of a line."""
+        if len(key) != self.key_size:
+            raise ValueError(f"{self.name}: a key has {self.key_size} bytes, not {len(key)}")
+        policy_set, identity = _WORDS2.unpack(key)
+        block, index = divmod(identity, _CLASSES)
+        hashed = ((block << 32 | policy_set) * _MULTIPLIER & _MASK64) >> 32
+        return (policy_set, block), (hashed & self._mask) * self._bytes, index
+
+    def _line(self, tag: tuple[int, int], at: int) -> int:
+        """Offset of the line of a set and block in a bucket; -1: none."""
+        words = self._words
+        for line in range(at, at + self._bytes, _LINE_BYTES):
+            index = line // _WORD
+            owner = self._untold.get(index + _SET_WORD, words[index + _SET_WORD])
+            if (owner, words[index + _BLOCK_WORD]) == tag:
+                return line
+        return -1
+
+    def _tell(self) -> None:
+        for index, policy_set in self._untold.items():
+            self._words[index] = policy_set
+
+    def _count(self, tag: tuple[int, int], at: int, step: int) -> None:
+        """Rows in the other table become more or fewer; the bucket says whether there are any."""
+        self._others[tag] += step
+        self._buckets[at] += step
+        if not self._others[tag]:
+            del self._others[tag]
+        flags = at // _WORD + _FLAGS_WORD
+        if not self._buckets[at]:
+            del self._buckets[at]
+            self._untold.pop(flags, None)
+            self._words[flags] = 0
+        elif step > 0:
+            self._untold[flags] = abi.NP_BUCKET_MORE
+
+    def get(self, key: bytes) -> bytes | None:
+        """See `BucketMap`."""
+        tag, at, index = self._place(key)
+        line = self._line(tag, at)
+        if line >= 0:
+            found = _U16.unpack_from(self._memory, line + _CLASSES_AT + 2 * index)[0]
+            return None if found == abi.NP_CLASS_NONE else _U32.pack(found)
+        return self._more.get(key) if self._words[at // _WORD + _FLAGS_WORD] & abi.NP_BUCKET_MORE else None
+
+    def _write(self, key: bytes, value: bytes) -> None:
+        (number,) = _U32.unpack(value)
+        tag, at, index = self._place(key)
+        if number >= abi.NP_CLASS_NONE or not tag[0]:
+            raise ValueError(f"{self.name}: no such class or set: {number} of {tag[0]}")
+        line = self._line(tag, at)
+        if line < 0 and tag not in self._others:
+            line = self._claim(tag, at)
+        if line >= 0:
+            _U16.pack_into(self._memory, line + _CLASSES_AT + 2 * index, number)
+            return
+        is_new = self._more.get(key) is None
+        self._more.put(key, value)
+        if is_new:
+            self._count(tag, at, 1)
+
+    def _claim(self, tag: tuple[int, int], at: int) -> int:
+        """Make an unused line of a bucket that of a set and block; its offset, or -1 when there is none."""
+        for line in range(at, at + self._bytes, _LINE_BYTES):
+            owner = line // _WORD + _SET_WORD
+            if not self._words[owner] and owner not in self._untold and line not in self._resting:
+                self._memory[line + _CLASSES_AT : line + _CLASSES_AT + len(_NO_CLASSES)] = _NO_CLASSES
+                self._words[line // _WORD + _BLOCK_WORD] = tag[1]
+                self._untold[owner] = tag[0]
+                return line
+        return -1
+
+    def delete(self, key: bytes) -> bool:
+        """See `BucketMap`."""
+        tag, at, index = self._place(key)
+        line = self._line(tag, at)
+        if line < 0:
+            if tag not in self._others or not self._more.delete(key):
+                return False
+            self._count(tag, at, -1)
+            return True
+        place = line + _CLASSES_AT + 2 * index
+        if _U16.unpack_from(self._memory, place)[0] == abi.NP_CLASS_NONE:
+            return False
+        _U16.pack_into(self._memory, place, abi.NP_CLASS_NONE)
+        if self._memory[line + _CLASSES_AT : line + _CLASSES_AT + len(_NO_CLASSES)] == _NO_CLASSES:
+            self._words[line // _WORD + _SET_WORD] = 0
+            self._resting.add(line)
+        return True
+
+    def items(self) -> Iterator[tuple[bytes, bytes]]:
+        """See `BucketMap`."""
+        step = _LINE_BYTES // _WORD
+        for number, policy_set in enumerate(self._words[_SET_WORD::step].tolist()):
+            if not policy_set:
+                continue
+            line = number * _LINE_BYTES
+            first = self._words[line // _WORD + _BLOCK_WORD] * _CLASSES
+            classes = struct.unpack_from(f"={_CLASSES}H", self._memory, line + _CLASSES_AT)
+            for index, one in enumerate(classes):
+                if one != abi.NP_CLASS_NONE:
+                    yield _WORDS2.pack(policy_set, first + index), _U32.pack(one)
+        yield from self._more.items()

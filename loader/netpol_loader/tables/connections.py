@@ -1,0 +1,273 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The connection tables, seen as maps from key to row: the established connections of one, or the unreplied.
+
+`bpf/np_table.h` keeps them, in buckets whose tags say what is where; here are the same hash and the same tags.
+
+Programs write while this does, and by compare-and-swap, which Python has not.  So a place is first marked as owned; after a
+grace period nobody can be writing there who had not seen the mark, and whoever began earlier has put a mark of its own over
+it.  Removing is one store: what a program writes into the place at that very moment goes with it.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import struct
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from netpol_ebpf.errors import MapFullError
+from netpol_loader import abi
+from netpol_loader.kernel import syscall
+from netpol_loader.kernel.clock import read_jiffies
+from netpol_loader.kernel.grace import order_stores, wait_for_readers
+from netpol_loader.kernel.maps import Map
+
+TAG_NAMES: Mapping[str, str] = {"np_conn4": "np_conn4_tag", "np_conn6": "np_conn6_tag"}
+"""The tables, each with the map of its tags."""
+
+UNREPLIED_NAMES: Mapping[str, str] = {"np_conn4": "np_unreplied4", "np_conn6": "np_unreplied6"}
+"""The tables, each with the name of the view of its unreplied connections, which is no map of the kernel's."""
+
+ROWS_PER_BUCKET = 4
+"""How many connections a bucket is there for: half of its places, for buckets fill unevenly."""
+
+_WAYS = abi.NP_CONN_WAYS
+_UNREPLIED = 1 << 31
+_HASH_SHIFT, _HASH_BIT = 32, 1 << 31
+_STEP_SHIFTS = (0, 8, 16, 24)
+"""Where the lowest bit of a sequence may be in a word of the key: ports are halves of one, addresses in network order."""
+_TIME_SHIFT, _TIME_BITS = 2, 29
+_TIME_MASK, _RANK_MASK = (1 << _TIME_BITS) - 1, 3
+_JIFFIES = 64
+_OWNED_UNITS = 64
+_ASSUMED_JIFFIES = 360_000
+"""How long after it was seen a connection counts in the choice of what goes, until its first packet tells better: an hour where a
+second has the fewest jiffies, less elsewhere, so never longer than one that had packets."""
+_MASK64 = (1 << 64) - 1
+_INDEX = struct.Struct("=I")
+
+
+class Tags:
+    """The tags of a table, by number. Mapped into memory when they are first used, which an agent may never do."""
+
+    def __init__(self, tags: Map) -> None:
+        """``tags``: not taken over."""
+        self.buckets = tags.max_entries
+        self._map = tags
+        self._words: memoryview | None = None
+
+    @property
+    def words(self) -> memoryview:
+        """Reading or writing one is one load or store. Raises OSError when they cannot be mapped."""
+        if self._words is None:
+            self._words = memoryview(mmap.mmap(self._map.fd, self.buckets * self._map.value_size)).cast("Q")
+        return self._words
+
+
+class ConnectionMap(Map):
+    """Keys to struct np_conn. Owns the array. ``max_entries``: see ROWS_PER_BUCKET."""
+
+    def __init__(self, array: Map, tags: Tags, secret: Map, *, is_unreplied: bool = False) -> None:
+        """Take over the array; ``tags``: of the same table; ``secret``: the numbers of the hash, read once."""
+        layout: Any = abi.np_conn4_entry if array.name == "np_conn4" else abi.np_conn6_entry
+        self.fd, self.type = array.fd, "buckets"
+        self.name = UNREPLIED_NAMES[array.name] if is_unreplied else array.name
+        self.has_btf, self.is_per_cpu = array.has_btf, False
+        self.key_size, self.value_size = layout.key.size, layout.conn.size
+        self.max_entries = tags.buckets * ROWS_PER_BUCKET
+        self._room = self.value_size
+        self._array = array
+        self._tags = tags
+        self._who = _UNREPLIED if is_unreplied else 0
+        self._layout = layout
+        self._numbers = list(abi.np_secret.from_buffer_copy(secret.get(bytes(4)) or b"").number)
+        self._words = struct.Struct(f"={self.key_size // 4}I")
+
+    def get(self, key: bytes) -> bytes | None:
+        """The row that a packet would find, or None."""
+        bucket, who = self._hash(key)
+        number = self._seek(bucket, who, key)
+        return None if number is None else self._entry(number)[1]
+
+    def put(self, key: bytes, value: bytes) -> None:
+        """Insert or replace. Takes a grace period. Raises MapFullError."""
+        self.put_many([(key, value)])
+
+    def put_many(self, pairs: Sequence[tuple[bytes, bytes]]) -> None:
+        """Insert or replace all, in a grace period.
+
+        Raises MapFullError when buckets were full of rows of this call; all others are written.
+        """
+        for key, value in pairs:
+            self._check(key, value)
+        tags = self._tags.words
+        now = read_jiffies() // _JIFFIES
+        owned = (now + _OWNED_UNITS & _TIME_MASK) << _TIME_SHIFT | abi.NP_RANK_NONE
+        taken = {}
+        for key, value in pairs:
+            bucket, who = self._hash(key)
+            number = self._seek(bucket, who, key)
+            if number is None:
+                number = self._least(bucket, now)
+            if number is not None:
+                taken[number] = who, key, value
+                tags[number] = owned
+        wait_for_readers()
+        ours = [number for number in taken if tags[number] == owned]
+        self._array.put_many([(_INDEX.pack(number), self._packed(*taken[number][1:])) for number in ours])
+        order_stores()
+        ours = [number for number in ours if tags[number] == owned]  # a mark expires
+        for number in ours:
+            tags[number] = self._tag(*taken[number])
+        if len(ours) < len(pairs):
+            raise MapFullError(
+                f"map {self.name} had no room for {len(pairs) - len(ours)} of {len(pairs)} connections",
+                map_name=self.name,
+            )
+
+    def delete(self, key: bytes) -> bool:
+        """Remove; False when there was nothing."""
+        bucket, who = self._hash(key)
+        number = self._seek(bucket, who, key)
+        if number is not None:
+            self._tags.words[number] = 0
+        return number is not None
+
+    def delete_many(self, keys: Sequence[bytes]) -> None:
+        """Remove all; absent keys are no error."""
+        for key in keys:
+            self.delete(key)
+
+    def clear(self) -> None:
+        """Remove every connection there is now."""
+        for number in self._used():
+            self._tags.words[number] = 0
+
+    def items(self) -> Iterator[tuple[bytes, bytes]]:
+        """All connections, expired ones too. What changes meanwhile may be missed or seen."""
+        for number in self._used():
+            yield self._entry(number)
+
+    def close(self) -> None:
+        """Close the descriptor; the map lives on while it is pinned or used."""
+        self._array.close()
+        self.fd = -1
+
+    # --- places, by their number in the whole table --------------------------------------------------------------------
+
+    def _hash(self, key: bytes) -> tuple[int, int]:
+        """The bucket, and the part of a tag that says whose it is."""
+        self._check(key, None)
+        words = self._words.unpack(key)
+        total = self._numbers[-1] + sum(number * word for number, word in zip(self._numbers, words, strict=False))
+        hashed = (total & _MASK64) >> _HASH_SHIFT | _HASH_BIT
+        return hashed & self._tags.buckets - 1, hashed << _HASH_SHIFT | self._who
+
+    def _entry(self, number: int) -> tuple[bytes, bytes]:
+        """Key and row at a place."""
+        raw = self._array.get(_INDEX.pack(number)) or b""
+        row = self._layout.conn.offset
+        return raw[: self.key_size], raw[row : row + self.value_size]
+
+    def _packed(self, key: bytes, value: bytes) -> bytes:
+        """An entry."""
+        row = self._layout.conn.offset
+        return (key.ljust(row, b"\0") + value).ljust(self._array.value_size, b"\0")
+
+    def _seek(self, bucket: int, who: int, key: bytes) -> int | None:
+        """The place of a key."""
+        for number in range(bucket * _WAYS, (bucket + 1) * _WAYS):
+            if (self._tags.words[number] ^ who) >> (_TIME_SHIFT + _TIME_BITS) == 0:
+                return number if self._entry(number)[0] == key else None
+        return None
+
+    def _least(self, bucket: int, now: int) -> int | None:
+        """The place that is worth least (np_tag_worth); None: all are being written."""
+        numbers = range(bucket * _WAYS, (bucket + 1) * _WAYS)
+        worths = [(self._worth(self._tags.words[number], now), number) for number in numbers]
+        return min(((worth, number) for worth, number in worths if worth is not None), default=(0, None))[1]
+
+    @staticmethod
+    def _worth(tag: int, now: int) -> int | None:
+        rank, left = tag & _RANK_MASK, ((tag >> _TIME_SHIFT) - now) & _TIME_MASK
+        if not tag:
+            return 0
+        if left >> (_TIME_BITS - 1):
+            return 1
+        return None if rank == abi.NP_RANK_NONE else rank << _TIME_BITS | left
+
+    def _tag(self, who: int, _key: bytes, value: bytes) -> int:
+        """The tag of a connection that no packet was seen of."""
+        expires = (abi.np_conn.from_buffer_copy(value).seen_jiffies + _ASSUMED_JIFFIES) // _JIFFIES
+        rank = abi.NP_RANK_UNREPLIED if self._who else abi.NP_RANK_ESTABLISHED
+        return who | (expires & _TIME_MASK) << _TIME_SHIFT | rank
+
+    def _used(self) -> Iterator[int]:
+        """The places of this form's connections."""
+        for number, tag in enumerate(self._tags.words.tolist()):
+            if tag & _RANK_MASK and tag & _UNREPLIED == self._who:
+                yield number
+
+
+def viewed(maps: Mapping[str, Map]) -> dict[str, Map]:
+    """The same maps, each connection table as its established connections and, under another name, its unreplied ones."""
+    result = dict(maps)
+    for name, unreplied in UNREPLIED_NAMES.items():
+        if name in maps:
+            tags, secret = Tags(maps[TAG_NAMES[name]]), maps["np_secret"]
+            result[unreplied] = ConnectionMap(Map(os.dup(maps[name].fd)), tags, secret, is_unreplied=True)
+            result[name] = ConnectionMap(maps[name], tags, secret)
+    return result
+
+
+def choose_secret(pin_dir: Path) -> None:
+    """Draw the numbers of the hash, unless they are there. Before `viewed`. Raises OSError."""
+    secret = Map(syscall.obj_get(pin_dir / "np_secret"))
+    try:
+        if not any(secret.get(bytes(4)) or b""):
+            buckets = {_max_entries(pin_dir / name) for name in TAG_NAMES.values()}
+            numbers = [draw_number(buckets) for _ in range(abi.NP_HASH_WORDS)]
+            secret.put(bytes(4), struct.pack(f"={abi.NP_HASH_WORDS}Q", *numbers))
+    finally:
+        secret.close()
+
+
+def spreads(number: int, buckets: int) -> bool:
+    """Whether sequences of one word of a key, consecutive ports or addresses, fill the buckets evenly under this number.
+
+    The hashes of a sequence are an arithmetic progression. Of as many keys as the table is there for, no nine at one
+    distance may fall into the width of one bucket, which has room for eight. The convergents of the step's continued
+    fraction are its best approximations, so the distances to try are their denominators.
+
+    ``number``: of 64 bits. ``buckets``: a power of two.
+    """
+    distances = ROWS_PER_BUCKET * buckets // _WAYS
+    for shift in _STEP_SHIFTS:
+        before, left = buckets << _HASH_SHIFT, (number << shift) % (buckets << _HASH_SHIFT)
+        earlier, distance = 0, 1
+        while distance <= distances:
+            if left * _WAYS < 1 << _HASH_SHIFT:
+                return False
+            times = before // left
+            before, left = left, before - times * left
+            earlier, distance = distance, earlier + times * distance
+    return True
+
+
+def draw_number(buckets: Iterable[int]) -> int:
+    """Draw a number at random, of those that spread over all of these: two in three where there are two tables."""
+    while True:
+        number = int.from_bytes(os.urandom(8), sys.byteorder)
+        if all(spreads(number, one) for one in buckets):
+            return number
+
+
+def _max_entries(path: Path) -> int:
+    one = Map(syscall.obj_get(path))
+    try:
+        return one.max_entries
+    finally:
+        one.close()
