@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import ast
 import ctypes
 import importlib.util
 import re
@@ -58,6 +59,43 @@ def test_unknown_c_is_refused(line: str) -> None:
     text = f"struct np_x {{\n{line}\n}};\n"
     with pytest.raises(module.HeaderError, match="np_abi.h:2: not understood inside np_x"):
         module.parse_header(text)
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        ("", "the comment of np_x does not end in a line with its role"),
+        ("// Role: nothing.\n", "np_x has the unknown role nothing"),
+        ("// Role: table, odd.\n", "not understood for np_x: odd"),
+        ("// Role: table, overflow of np_y, np_z.\n", "not understood for np_x: overflow of np_y, np_z"),
+    ],
+)
+def test_map_without_a_known_role_is_refused(line: str, problem: str) -> None:
+    """Every map has a role, traits and relations out of the lists at the head of np_maps.h."""
+    module = generator()
+    head = "// Role: one.\n//   table: rows\n//\n// Trait: any.\n//   cached: copies\n\n"
+    text = head + f'// What it maps.\n{line}NP_MAP("hash", np_x, __u32, __u32, 4, 0);\n'
+    with pytest.raises(module.HeaderError, match=problem):
+        module.parse_roles(text)
+
+
+def test_relations_lead_to_maps() -> None:
+    """What a map says that it belongs to is a map; a view is none."""
+    assert set(abi.OVERFLOW_MAPS) | set(abi.TAG_MAPS) | set(abi.UNREPLIED_VIEWS) <= abi.MAP_SPECS.keys()
+    assert abi.TAG_MAPS.keys() == abi.UNREPLIED_VIEWS.keys()
+    assert not set(abi.UNREPLIED_VIEWS.values()) & abi.MAP_SPECS.keys()
+
+
+def test_which_maps_are_which_is_said_once() -> None:
+    """No module lists maps of different tables: it derives them from the roles (maps_of, maps_with_rows, maps_with)."""
+    found = []
+    for path in (path for room in ("loader", "netpol_ebpf", "bench") for path in sorted((ROOT / room).rglob("*.py"))):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if path.name != "abi.py" else ():
+            if isinstance(node, ast.Set | ast.Tuple | ast.List):
+                texts = [one.value for one in node.elts if isinstance(one, ast.Constant)]
+                stems = {str(text).rstrip("46") for text in texts if text in abi.MAP_SPECS}
+                found += [f"{path.relative_to(ROOT)}:{node.lineno}"] if len(stems) > 1 else []
+    assert found == []
 
 
 def test_sizes_are_those_the_c_side_asserts() -> None:

@@ -21,7 +21,7 @@ from netpol_loader.kernel.clock import read_jiffies
 from netpol_loader.kernel.hook import Hook
 from netpol_loader.pins.dataplane import Dataplane
 from netpol_loader.tables import connections
-from netpol_loader.tables.connections import ROWS_PER_BUCKET, TAG_NAMES, ConnectionMap, spreads
+from netpol_loader.tables.connections import ROWS_PER_BUCKET, ConnectionMap, spreads
 
 pytestmark = pytest.mark.kernel
 
@@ -216,7 +216,7 @@ def test_each_node_has_a_hash_of_its_own(rig: Rig, small: Rig) -> None:
         abi.np_secret.from_buffer_copy(each.map("np_secret").get(bytes(4)) or b"").number for each in (rig, small)
     )
     assert len({*one, *other}) == 2 * abi.NP_HASH_WORDS
-    assert all(spreads(number, rig.map(name).max_entries) for name in TAG_NAMES.values() for number in one)
+    assert all(spreads(number, rig.map(name).max_entries) for name in abi.TAG_MAPS.values() for number in one)
 
 
 @FAMILIES

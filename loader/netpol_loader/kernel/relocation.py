@@ -15,6 +15,7 @@ import sys
 from collections.abc import Mapping, Sequence
 
 from netpol_ebpf.errors import LoadError
+from netpol_loader import abi
 from netpol_loader.kernel import syscall
 from netpol_loader.kernel.facts import KernelFacts
 from netpol_loader.kernel.maps import possible_cpus
@@ -33,7 +34,7 @@ CALLS_KERNEL = 2
 CALLS_CAST = 0x4E50
 """Number of the helper, which there is not, in whose place bpf_cast_to_kern_ctx is called (np_kernel_skb)."""
 
-PER_CPU_RANGES = frozenset({"np_flow_cache4", "np_flow_cache6"})
+PER_CPU_RANGES = frozenset(abi.maps_with(abi.MapTrait.RANGED))
 """Arrays that all processors share, each with a range of slots to itself."""
 
 LOAD_TRIES = 5

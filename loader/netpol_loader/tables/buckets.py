@@ -25,7 +25,7 @@ from netpol_loader import abi
 from netpol_loader.kernel import syscall
 from netpol_loader.kernel.grace import order_stores
 from netpol_loader.kernel.maps import Map
-from netpol_loader.tables.connections import TAG_NAMES, UNREPLIED_NAMES, viewed
+from netpol_loader.tables.connections import viewed
 
 _MULTIPLIER = 0x9E37_79B9_7F4A_7C15
 _MASK64 = (1 << 64) - 1
@@ -33,17 +33,10 @@ _WORD = 4
 _WORDS2, _WORDS4 = struct.Struct("=2I"), struct.Struct("=4I")
 _U16, _U32, _U64 = struct.Struct("@H"), struct.Struct("@I"), struct.Struct("@Q")
 
-MORE_NAMES: Mapping[str, str] = {
-    "np_addr4": "np_addr4_more",
-    "np_addr6": "np_addr6_more",
-    "np_peer_class": "np_peer_more",
-}
-"""The bucketed tables, each with the table of what found no place in its bucket."""
-
 SIZED = tuple(
     name
-    for name in abi.MAP_SPECS
-    if name not in {"np_vip_filter", "np_secret", *MORE_NAMES.values(), *TAG_NAMES.values()}
+    for name, spec in abi.MAP_SPECS.items()
+    if abi.MapTrait.FIXED not in spec.traits and not spec.overflow_of and not spec.tags_of
 )
 """Maps whose size may be chosen; of a bucketed table it is the number of its rows."""
 
@@ -74,7 +67,7 @@ def buckets_for(name: str, rows: int) -> int:
 def bucketed(maps: Mapping[str, Map]) -> dict[str, Map]:
     """The same maps, the bucketed ones as `BucketMap`. Raises OSError when an array cannot be mapped into memory."""
     result = dict(maps)
-    for name, more in MORE_NAMES.items():
+    for name, more in abi.OVERFLOW_MAPS.items():
         if name not in maps:
             continue
         kind = ClassMap if name == "np_peer_class" else AddressMap
@@ -84,11 +77,11 @@ def bucketed(maps: Mapping[str, Map]) -> dict[str, Map]:
 
 def open_map(pin_dir: Path, name: str) -> Map:
     """A pinned map by its name, or a view of one, with the tables it needs beside it. Raises OSError."""
-    table = next((table for table, unreplied in UNREPLIED_NAMES.items() if name in (table, unreplied)), name)
+    table = next((table for table, unreplied in abi.UNREPLIED_VIEWS.items() if name in (table, unreplied)), name)
     names = [
         table,
-        *([MORE_NAMES[name]] if name in MORE_NAMES else []),
-        *([TAG_NAMES[table], "np_secret"] if table in TAG_NAMES else []),
+        *([abi.OVERFLOW_MAPS[name]] if name in abi.OVERFLOW_MAPS else []),
+        *([abi.TAG_MAPS[table], "np_secret"] if table in abi.TAG_MAPS else []),
     ]
     return viewed(bucketed({one: Map(syscall.obj_get(pin_dir / one)) for one in names}))[name]
 

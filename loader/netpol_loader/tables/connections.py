@@ -25,12 +25,6 @@ from netpol_loader.kernel.clock import read_jiffies
 from netpol_loader.kernel.grace import order_stores, wait_for_readers
 from netpol_loader.kernel.maps import Map
 
-TAG_NAMES: Mapping[str, str] = {"np_conn4": "np_conn4_tag", "np_conn6": "np_conn6_tag"}
-"""The tables, each with the map of its tags."""
-
-UNREPLIED_NAMES: Mapping[str, str] = {"np_conn4": "np_unreplied4", "np_conn6": "np_unreplied6"}
-"""The tables, each with the name of the view of its unreplied connections, which is no map of the kernel's."""
-
 ROWS_PER_BUCKET = 4
 """How many connections a bucket is there for: half of its places, for buckets fill unevenly."""
 
@@ -74,7 +68,7 @@ class ConnectionMap(Map):
         """Take over the array; ``tags``: of the same table; ``secret``: the numbers of the hash, read once."""
         layout: Any = abi.np_conn4_entry if array.name == "np_conn4" else abi.np_conn6_entry
         self.fd, self.type = array.fd, "buckets"
-        self.name = UNREPLIED_NAMES[array.name] if is_unreplied else array.name
+        self.name = abi.UNREPLIED_VIEWS[array.name] if is_unreplied else array.name
         self.has_btf, self.is_per_cpu = array.has_btf, False
         self.key_size, self.value_size = layout.key.size, layout.conn.size
         self.max_entries = tags.buckets * ROWS_PER_BUCKET
@@ -215,9 +209,9 @@ class ConnectionMap(Map):
 def viewed(maps: Mapping[str, Map]) -> dict[str, Map]:
     """The same maps, each connection table as its established connections and, under another name, its unreplied ones."""
     result = dict(maps)
-    for name, unreplied in UNREPLIED_NAMES.items():
+    for name, unreplied in abi.UNREPLIED_VIEWS.items():
         if name in maps:
-            tags, secret = Tags(maps[TAG_NAMES[name]]), maps["np_secret"]
+            tags, secret = Tags(maps[abi.TAG_MAPS[name]]), maps["np_secret"]
             result[unreplied] = ConnectionMap(Map(os.dup(maps[name].fd)), tags, secret, is_unreplied=True)
             result[name] = ConnectionMap(maps[name], tags, secret)
     return result
@@ -228,7 +222,7 @@ def choose_secret(pin_dir: Path) -> None:
     secret = Map(syscall.obj_get(pin_dir / "np_secret"))
     try:
         if not any(secret.get(bytes(4)) or b""):
-            buckets = {_max_entries(pin_dir / name) for name in TAG_NAMES.values()}
+            buckets = {_max_entries(pin_dir / name) for name in abi.TAG_MAPS.values()}
             numbers = [draw_number(buckets) for _ in range(abi.NP_HASH_WORDS)]
             secret.put(bytes(4), struct.pack(f"={abi.NP_HASH_WORDS}Q", *numbers))
     finally:
