@@ -82,7 +82,7 @@ BARE = (
     "event",
     *(f"lpm_{n}" for n in LPM_SIZES),
 )
-PASS, DROP = 0xFFFF_FFFF, 2
+PASS, DROP = abi.NP_PASS & 0xFFFF_FFFF, abi.NP_DROP
 
 POD4, POD6 = IPv4Address("10.255.0.1"), IPv6Address("fd00:255::1")
 FIRST4, FIRST6 = int(IPv4Address("10.0.0.1")), int(IPv6Address("fd00::1"))

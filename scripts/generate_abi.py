@@ -152,8 +152,13 @@ class Constant:
     """One number; ``comment`` may be empty."""
 
     name: str
-    value: int
+    text: str
     comment: str
+
+    @property
+    def value(self) -> int:
+        """The number that the header's text stands for."""
+        return int(self.text, 0)
 
 
 @dataclass
@@ -174,7 +179,7 @@ class Header:
     structs: list[Struct] = field(default_factory=list)
 
 
-DEFINE = re.compile(r"#define (NP_\w+) (\d+)(?:\s+// (.*))?$")
+DEFINE = re.compile(r"#define (NP_\w+) \(?(-?\d+|0x[0-9a-f]+)(?:u|ull)?\)?(?:\s+// (.*))?$")
 ENUMERATOR = re.compile(r"(NP_\w+) = (\d+),(?:\s+// (.*))?$")
 MEMBER = re.compile(r"(?:struct )?(\w+) (\w+)(?:\[(\w+)\])?;(?:\s+// (.*))?$")
 MAP = re.compile(r'^NP_MAP\("(\w+)", (\w+), ([\w ]+), ([\w ]+), (\w+), ([\w |]+)\);', re.MULTILINE)
@@ -196,7 +201,7 @@ def parse_header(text: str) -> Header:
             elif not line or line.startswith(("#pragma", "#include", "_Static_assert")):
                 comment = []
             elif match := DEFINE.match(line):
-                header.defines.append(Constant(match[1], int(match[2]), match[3] or ""))
+                header.defines.append(Constant(match[1], match[2], match[3] or ""))
             elif match := re.match(r"(struct|enum) (\w+) \{$", line):
                 text_above = " ".join(comment)
                 current = Struct(match[2], text_above) if match[1] == "struct" else Enum(match[2], text_above)
@@ -211,7 +216,7 @@ def parse_header(text: str) -> Header:
         elif isinstance(current, Struct) and (match := MEMBER.match(line)) and is_known(match[1], header):
             current.members.append(Member(match[1], match[2], match[3] or "", match[4] or ""))
         elif isinstance(current, Enum) and (match := ENUMERATOR.match(line)):
-            current.constants.append(Constant(match[1], int(match[2]), match[3] or ""))
+            current.constants.append(Constant(match[1], match[2], match[3] or ""))
         else:
             raise HeaderError(f"{ABI_HEADER.name}:{number}: not understood inside {current.name}: {line}")
     return header
@@ -260,12 +265,12 @@ def render(header: Header, maps_text: str) -> str:
     """The whole generated module."""
     numbers = {constant.name: constant.value for constant in header.defines}
     out = [HEADER]
-    lines = [f"{c.name} = {c.value}" + (f"  # {c.comment}" if c.comment else "") for c in header.defines]
+    lines = [f"{c.name} = {c.text}" + (f"  # {c.comment}" if c.comment else "") for c in header.defines]
     out.append("\n".join(lines))
     out.append("SCHEMA_VERSION = NP_SCHEMA_VERSION\n")
     for enum in header.enums:
         lines = [f"# {enum.name}: {enum.comment}"] if len(enum.comment) < 100 else [f"# {enum.name}"]  # noqa: PLR2004
-        lines += [f"{c.name} = {c.value}" + (f"  # {c.comment}" if c.comment else "") for c in enum.constants]
+        lines += [f"{c.name} = {c.text}" + (f"  # {c.comment}" if c.comment else "") for c in enum.constants]
         numbers.update({constant.name: constant.value for constant in enum.constants})
         out.append("\n".join(lines) + "\n")
     out.extend(f"\n{render_struct(struct, numbers)}\n" for struct in header.structs)

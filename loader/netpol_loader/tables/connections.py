@@ -29,14 +29,12 @@ ROWS_PER_BUCKET = 4
 """How many connections a bucket is there for: half of its places, for buckets fill unevenly."""
 
 _WAYS = abi.NP_CONN_WAYS
-_UNREPLIED = 1 << 31
-_HASH_SHIFT, _HASH_BIT = 32, 1 << 31
 _STEP_SHIFTS = (0, 8, 16, 24)
 """Where the lowest bit of a sequence may be in a word of the key: ports are halves of one, addresses in network order."""
-_TIME_SHIFT, _TIME_BITS = 2, 29
-_TIME_MASK, _RANK_MASK = (1 << _TIME_BITS) - 1, 3
-_JIFFIES = 64
-_OWNED_UNITS = 64
+_TIME_SHIFT, _TIME_BITS = abi.NP_TAG_TIME_SHIFT, abi.NP_TAG_TIME_BITS
+_TIME_MASK = (1 << _TIME_BITS) - 1
+_SUM_SHIFT = 32
+"""The upper half of a sum of products is the hash: it is as good as random."""
 _ASSUMED_JIFFIES = 360_000
 """How long after it was seen a connection counts in the choice of what goes, until its first packet tells better: an hour where a
 second has the fewest jiffies, less elsewhere, so never longer than one that had packets."""
@@ -75,7 +73,7 @@ class ConnectionMap(Map):
         self._room = self.value_size
         self._array = array
         self._tags = tags
-        self._who = _UNREPLIED if is_unreplied else 0
+        self._who = abi.NP_TAG_UNREPLIED if is_unreplied else 0
         self._layout = layout
         self._numbers = list(abi.np_secret.from_buffer_copy(secret.get(bytes(4)) or b"").number)
         self._words = struct.Struct(f"={self.key_size // 4}I")
@@ -98,8 +96,8 @@ class ConnectionMap(Map):
         for key, value in pairs:
             self._check(key, value)
         tags = self._tags.words
-        now = read_jiffies() // _JIFFIES
-        owned = (now + _OWNED_UNITS & _TIME_MASK) << _TIME_SHIFT | abi.NP_RANK_NONE
+        now = read_jiffies() // abi.NP_TAG_JIFFIES
+        owned = (now + abi.NP_TAG_OWNED_UNITS & _TIME_MASK) << _TIME_SHIFT | abi.NP_RANK_NONE
         taken = {}
         for key, value in pairs:
             bucket, who = self._hash(key)
@@ -157,8 +155,8 @@ class ConnectionMap(Map):
         self._check(key, None)
         words = self._words.unpack(key)
         total = self._numbers[-1] + sum(number * word for number, word in zip(self._numbers, words, strict=False))
-        hashed = (total & _MASK64) >> _HASH_SHIFT | _HASH_BIT
-        return hashed & self._tags.buckets - 1, hashed << _HASH_SHIFT | self._who
+        hashed = (total & _MASK64) >> _SUM_SHIFT | abi.NP_HASH_BIT
+        return hashed & self._tags.buckets - 1, hashed << abi.NP_TAG_HASH_SHIFT | self._who
 
     def _entry(self, number: int) -> tuple[bytes, bytes]:
         """Key and row at a place."""
@@ -186,7 +184,7 @@ class ConnectionMap(Map):
 
     @staticmethod
     def _worth(tag: int, now: int) -> int | None:
-        rank, left = tag & _RANK_MASK, ((tag >> _TIME_SHIFT) - now) & _TIME_MASK
+        rank, left = tag & abi.NP_TAG_RANK_MASK, ((tag >> _TIME_SHIFT) - now) & _TIME_MASK
         if not tag:
             return 0
         if left >> (_TIME_BITS - 1):
@@ -195,14 +193,14 @@ class ConnectionMap(Map):
 
     def _tag(self, who: int, _key: bytes, value: bytes) -> int:
         """The tag of a connection that no packet was seen of."""
-        expires = (abi.np_conn.from_buffer_copy(value).seen_jiffies + _ASSUMED_JIFFIES) // _JIFFIES
+        expires = (abi.np_conn.from_buffer_copy(value).seen_jiffies + _ASSUMED_JIFFIES) // abi.NP_TAG_JIFFIES
         rank = abi.NP_RANK_UNREPLIED if self._who else abi.NP_RANK_ESTABLISHED
         return who | (expires & _TIME_MASK) << _TIME_SHIFT | rank
 
     def _used(self) -> Iterator[int]:
         """The places of this form's connections."""
         for number, tag in enumerate(self._tags.words.tolist()):
-            if tag & _RANK_MASK and tag & _UNREPLIED == self._who:
+            if tag & abi.NP_TAG_RANK_MASK and tag & abi.NP_TAG_UNREPLIED == self._who:
                 yield number
 
 
@@ -240,10 +238,10 @@ def spreads(number: int, buckets: int) -> bool:
     """
     distances = ROWS_PER_BUCKET * buckets // _WAYS
     for shift in _STEP_SHIFTS:
-        before, left = buckets << _HASH_SHIFT, (number << shift) % (buckets << _HASH_SHIFT)
+        before, left = buckets << _SUM_SHIFT, (number << shift) % (buckets << _SUM_SHIFT)
         earlier, distance = 0, 1
         while distance <= distances:
-            if left * _WAYS < 1 << _HASH_SHIFT:
+            if left * _WAYS < 1 << _SUM_SHIFT:
                 return False
             times = before // left
             before, left = left, before - times * left
