@@ -104,7 +104,7 @@ def tables(stack: ExitStack, namespace: Namespace, owner: str = OWNER, *, is_hel
     namespace.do(one.open)
     if not is_held:
         one._flags = 0
-        one._news = namespace.do(nftables.News)
+        one._news = namespace.do(nftables.TableNotifications)
     elif not one.is_held:
         pytest.skip("this kernel has no tables that outlive their owner (6.9)")
     return one

@@ -31,7 +31,8 @@ from functools import lru_cache
 
 from netpol_ebpf.errors import PlatformError
 from netpol_loader.host import nftables
-from netpol_loader.host.nftables import BRIDGE, INET, Chain, Message, Nftables, NftablesError, Table
+from netpol_loader.host.netlink import NetlinkError
+from netpol_loader.host.nftables import BRIDGE, INET, Nftables, NftChain, NftMessage, NftTable
 
 TABLE = "np_barrier"
 FAMILIES: Mapping[int, str] = {INET: "inet", BRIDGE: "bridge"}
@@ -107,7 +108,7 @@ class _Rule:
 class _Content:
     """What one table must hold. ``rules``: by chain, with the chain."""
 
-    rules: Mapping[str, tuple[Chain, tuple[_Rule, ...]]]
+    rules: Mapping[str, tuple[NftChain, tuple[_Rule, ...]]]
     sets: Mapping[str, frozenset[bytes]]
     counters: tuple[str, ...]
 
@@ -116,8 +117,8 @@ class _Content:
 class _Found:
     """What one table holds."""
 
-    table: Table | None
-    chains: Mapping[str, Chain] = field(default_factory=dict)
+    table: NftTable | None
+    chains: Mapping[str, NftChain] = field(default_factory=dict)
     rules: Mapping[str, list[str]] = field(default_factory=dict)
     sets: Mapping[str, dict[bytes, int]] = field(default_factory=dict)
     counters: Mapping[str, tuple[int, int]] = field(default_factory=dict)
@@ -134,7 +135,7 @@ class BarrierTables:
         """``owner``: what the next process that may take the tables over has in common with this one."""
         self._remark = remark_of(owner)
         self._socket: Nftables | None = None
-        self._news: nftables.News | None = None
+        self._news: nftables.TableNotifications | None = None
         self._is_news = False
         self._flags = 0
         self._families: tuple[int, ...] = ()
@@ -161,7 +162,7 @@ class BarrierTables:
                 families.append(BRIDGE)
             self._families = tuple(families)
             if not self._flags and self._news is None:  # what is held nobody else changes
-                self._news = nftables.News()
+                self._news = nftables.TableNotifications()
         except BaseException:
             channel.close()
             raise
@@ -200,7 +201,7 @@ class BarrierTables:
 
     def note_news(self) -> None:
         """Take what there is to read at `fileno`."""
-        self._is_news = (self._news is not None and self._news.take()) or self._is_news
+        self._is_news = (self._news is not None and self._news.clear()) or self._is_news
 
     def has_news(self) -> bool:
         """Whether something changed any table since the last call."""
@@ -268,7 +269,7 @@ class BarrierTables:
             )
         return found
 
-    def _require_ours(self, family: int, table: Table | None) -> None:
+    def _require_ours(self, family: int, table: NftTable | None) -> None:
         if table is None:
             return
         where = f"table {FAMILIES[family]} {TABLE}"
@@ -304,9 +305,9 @@ class BarrierTables:
         self._verified, self._written = after if is_undisturbed else None, layout
         return differences
 
-    def _compared(self, layout: Layout) -> tuple[list[Message], list[Difference]]:
+    def _compared(self, layout: Layout) -> tuple[list[NftMessage], list[Difference]]:
         """What has to be done to the tables that there are, and what is otherwise in them."""
-        messages: list[Message] = []
+        messages: list[NftMessage] = []
         differences: list[Difference] = []
         for family, found in self._read().items():
             content = _content(layout, family)
@@ -315,12 +316,12 @@ class BarrierTables:
             messages += self._repair(family, found, content, apart)
         return messages, differences
 
-    def _changes(self, layout: Layout) -> tuple[list[Message], list[Difference]] | None:
+    def _changes(self, layout: Layout) -> tuple[list[NftMessage], list[Difference]] | None:
         """The same, when nobody has changed the tables since they were last written: without reading them, which takes long.
 
         None: more changes than elements of sets.
         """
-        messages: list[Message] = []
+        messages: list[NftMessage] = []
         differences: list[Difference] = []
         for family in self._families:
             before, content = _content(self._written, family), _content(layout, family)
@@ -338,7 +339,7 @@ class BarrierTables:
 
     def _repair(
         self, family: int, found: _Found, content: _Content | None, apart: list[Difference]
-    ) -> Iterator[Message]:
+    ) -> Iterator[NftMessage]:
         if content is None:
             if found.table is not None:
                 yield nftables.delete_table(family, TABLE)
@@ -353,7 +354,7 @@ class BarrierTables:
         for name, keys in content.sets.items():
             yield from _set_changes(family, name, found.sets[name].keys(), keys)
 
-    def _whole(self, family: int, found: _Found, content: _Content) -> Iterator[Message]:
+    def _whole(self, family: int, found: _Found, content: _Content) -> Iterator[NftMessage]:
         """A table anew. The packet that is between the old chain and the new one passes: the new one has no rule for it yet."""
         yield nftables.new_table(family, TABLE, self._flags, self._remark)
         for name in content.counters:
@@ -391,7 +392,7 @@ def _is_possible(channel: Nftables, family: int, flags: int) -> bool:
     """Whether the kernel has tables of that family with these flags."""
     try:
         channel.commit([nftables.new_table(family, f"{TABLE}_trial", flags, "")], is_trial=True)
-    except NftablesError as error:
+    except NetlinkError as error:
         if error.code in (errno.EOPNOTSUPP, errno.EAFNOSUPPORT, errno.EINVAL):
             return False
         raise
@@ -404,7 +405,7 @@ def _is_possible(channel: Nftables, family: int, flags: int) -> bool:
 def _content(layout: Layout, family: int) -> _Content | None:
     """What a table must hold; None: the table must not exist."""
     marks, patterns = layout.marks, layout.patterns
-    rules: dict[str, tuple[Chain, tuple[_Rule, ...]]] = {}
+    rules: dict[str, tuple[NftChain, tuple[_Rule, ...]]] = {}
     sets: dict[str, frozenset[bytes]] = {}
     counters: list[str] = []
     if marks.seen:
@@ -430,7 +431,7 @@ def _content(layout: Layout, family: int) -> _Content | None:
     return _Content(rules, sets, tuple(counters)) if rules else None
 
 
-def _set_changes(family: int, name: str, before: AbstractSet[bytes], keys: AbstractSet[bytes]) -> Iterator[Message]:
+def _set_changes(family: int, name: str, before: AbstractSet[bytes], keys: AbstractSet[bytes]) -> Iterator[NftMessage]:
     for kind, some in (
         (nftables.DELETE_ELEMENTS, sorted(before - keys)),
         (nftables.NEW_ELEMENTS, sorted(keys - before)),
@@ -465,8 +466,8 @@ def _postrouting(layout: Layout, family: int) -> Iterator[_Rule]:
         yield _rule(f"to a new interface {pattern}", *look, *_drop(NEWBORN))
 
 
-def _chain(hook: int, priority: int) -> Chain:
-    return Chain(hook, priority, nftables.ACCEPT, "filter")
+def _chain(hook: int, priority: int) -> NftChain:
+    return NftChain(hook, priority, nftables.ACCEPT, "filter")
 
 
 def _rule(what: str, *expressions: bytes) -> _Rule:

@@ -35,17 +35,17 @@ from dataclasses import dataclass, field
 from ipaddress import IPv4Address, IPv6Address
 
 from netpol_ebpf.errors import PlatformError
-from netpol_loader.host.netlink import (
+from netpol_loader.host.address import IPAddress, IPNetwork
+from netpol_loader.host.interfaces import (
     DELETE_LINK,
     NEW_LINK,
-    IPAddress,
-    IPNetwork,
-    Link,
-    ask_link,
-    dump_links,
-    link_header,
-    parse_link,
+    Interface,
+    interface_header,
+    parse_interface,
+    read_interface,
+    read_interfaces,
 )
+from netpol_loader.host.netlink import ROUTE, NetlinkError, Notifications, RouteChannel, attributes, messages
 from netpol_loader.host.routes import (
     BITS,
     DELETE_ROUTE,
@@ -57,7 +57,6 @@ from netpol_loader.host.routes import (
     is_kernel_s_own,
     request,
 )
-from netpol_loader.host.rtnetlink import News, Rtnetlink, RtnetlinkError, attributes, messages
 
 log = logging.getLogger(__name__)
 
@@ -79,10 +78,10 @@ DOUBTS = 200
 
 
 @dataclass(frozen=True, slots=True)
-class LinkNews:
+class InterfaceChange:
     """An interface that came, changed, or went."""
 
-    link: Link
+    link: Interface
     is_gone: bool
 
 
@@ -114,8 +113,8 @@ class Follower:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         """Raises PlatformError."""
         self._clock = clock
-        self._news = News(_GROUPS)
-        self._channel = Rtnetlink()
+        self._news = Notifications(ROUTE, _GROUPS)
+        self._channel = RouteChannel()
         self._routes = RouteTable()
         self._by_key: dict[tuple[object, ...], _Address] = {}
         self._keys_of: dict[int, set[tuple[object, ...]]] = {}
@@ -128,7 +127,7 @@ class Follower:
         self._objects_again_s = math.inf
         self._objects_quiet_s = -math.inf
         self._lost = ""
-        self.links: dict[int, Link] = {}
+        self.links: dict[int, Interface] = {}
         self.listed_again: Counter[str] = Counter()
         try:
             self._list_all()
@@ -187,7 +186,7 @@ class Follower:
     def shared(self) -> frozenset[int]:
         """Interfaces with a lasting address in a prefix that others share.
 
-        Link-local addresses and single ones (/32, /128), which container networks give to a pod's gateway, do not count, nor do
+        Interface-local addresses and single ones (/32, /128), which container networks give to a pod's gateway, do not count, nor do
         IPv6 addresses that last only as long as somebody announces them.
         """
         return self._derived()[1]
@@ -208,14 +207,14 @@ class Follower:
 
     # --- keeping in step --------------------------------------------------------------------------------------------
 
-    def poll(self, *, is_brief: bool = False) -> list[LinkNews] | None:
+    def poll(self, *, is_brief: bool = False) -> list[InterfaceChange] | None:
         """Take up what there is to read, and ask for what was not told. News of interfaces, in order; None: some were lost.
 
         ``is_brief``: routes and addresses are left to be asked for by the next call: a new interface does not wait for those of others.
 
         Raises PlatformError when the kernel does not answer; what was followed stays, and the next call tries again.
         """
-        found: list[LinkNews] = []
+        found: list[InterfaceChange] = []
         for _ in range(DATAGRAMS_A_LOOK):
             data = self._news.take()
             if data == b"":
@@ -235,8 +234,8 @@ class Follower:
         found += self._ask_links()
         return found if is_brief else found + self._settle_doubts()
 
-    def _take(self, data: bytes) -> list[LinkNews]:
-        found: list[LinkNews] = []
+    def _take(self, data: bytes) -> list[InterfaceChange]:
+        found: list[InterfaceChange] = []
         for kind, flags, payload in messages(data):
             if kind in (NEW_LINK, DELETE_LINK):
                 news = self._take_link(payload, is_gone=kind == DELETE_LINK)
@@ -251,21 +250,21 @@ class Follower:
                 self._doubt_objects()
         return found
 
-    def _take_link(self, payload: bytes, *, is_gone: bool) -> LinkNews | None:
+    def _take_link(self, payload: bytes, *, is_gone: bool) -> InterfaceChange | None:
         if (
-            link_header(payload)[0] != socket.AF_UNSPEC
+            interface_header(payload)[0] != socket.AF_UNSPEC
         ):  # a bridge's port, which is still an interface when it is none any more
             return None
-        link = parse_link(payload)
+        link = parse_interface(payload)
         if link is None:
             return None
         self._doubt_ends(link, is_gone=is_gone)
         if is_gone:
             self._drop_link(link.ifindex)
-            return LinkNews(link, is_gone=True)
-        return LinkNews(link, is_gone=False) if self._put_link(link) else None
+            return InterfaceChange(link, is_gone=True)
+        return InterfaceChange(link, is_gone=False) if self._put_link(link) else None
 
-    def _put_link(self, link: Link) -> bool:
+    def _put_link(self, link: Interface) -> bool:
         """Take up an interface as it is now; whether it was otherwise."""
         before = self.links.get(link.ifindex)
         if before == link:
@@ -291,7 +290,7 @@ class Follower:
         if link is not None and link.table:
             self._name_tables()
 
-    def _doubt_ends(self, link: Link, *, is_gone: bool) -> None:
+    def _doubt_ends(self, link: Interface, *, is_gone: bool) -> None:
         """An end of a pair that came or went says that the other end's other end is elsewhere now."""
         other = self.links.get(link.peer_ifindex) if link.peer_nsid is None and link.peer_ifindex else None
         if other is None:
@@ -340,21 +339,21 @@ class Follower:
 
     # --- asking -----------------------------------------------------------------------------------------------------
 
-    def _ask_links(self) -> list[LinkNews]:
+    def _ask_links(self) -> list[InterfaceChange]:
         """Ask for interfaces that are in doubt; what is new of them."""
         doubted, self._doubts.links = self._doubts.links, set()
-        found: list[LinkNews] = []
+        found: list[InterfaceChange] = []
         try:
             for ifindex in doubted & self.links.keys():
-                link = ask_link(self._channel, ifindex)
+                link = read_interface(self._channel, ifindex)
                 if link is not None and self._put_link(link):
-                    found.append(LinkNews(link, is_gone=False))
+                    found.append(InterfaceChange(link, is_gone=False))
         except (PlatformError, struct.error, ValueError) as error:
             self._lost = f"the kernel does not answer: {error}"
             raise
         return found
 
-    def _settle_doubts(self) -> list[LinkNews]:
+    def _settle_doubts(self) -> list[InterfaceChange]:
         """Ask for what was not told, and again for what changed; what is new of interfaces."""
         now_s = self._clock()
         doubts, self._doubts = self._doubts, _Doubts()
@@ -399,7 +398,7 @@ class Follower:
         """What the kernel lists of one interface; nothing when it is gone, or has none of the family."""
         try:
             return self._channel.dump(kind, body)
-        except RtnetlinkError as error:
+        except NetlinkError as error:
             if error.code in (errno.ENODEV, errno.EAFNOSUPPORT, errno.EOPNOTSUPP, errno.ENOENT):
                 return []
             raise
@@ -421,7 +420,7 @@ class Follower:
         if reason:
             self._count(reason)
         self._doubts, self._again, self._objects_again_s = _Doubts(), {}, math.inf
-        links = dump_links(self._channel)
+        links = read_interfaces(self._channel)
         self.links = {link.ifindex: link for link in links}
         self._by_key, self._keys_of = {}, {}
         for family in BITS:
@@ -443,7 +442,7 @@ class Follower:
         log.warning("interfaces and routes are listed anew: %s", reason)
 
 
-def _is_less(before: Link, link: Link) -> bool:
+def _is_less(before: Interface, link: Interface) -> bool:
     """Whether an interface was switched off, or what is at its other end."""
     return (before.is_up and not link.is_up) or (before.is_running and not link.is_running)
 

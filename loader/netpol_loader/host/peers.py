@@ -17,12 +17,10 @@ import socket
 import struct
 from collections.abc import Iterable
 from ipaddress import IPv4Address, IPv6Address
-from typing import Union
 
 from netpol_ebpf.errors import PlatformError, PrivilegeError
-from netpol_loader.host.rtnetlink import Rtnetlink, RtnetlinkError, attribute, attributes
-
-IPAddress = Union[IPv4Address, IPv6Address]
+from netpol_loader.host.address import IPAddress
+from netpol_loader.host.netlink import NetlinkError, RouteChannel, attribute, attributes
 
 # include/uapi/linux/rtnetlink.h, if_addr.h
 _GET_ADDRESS = 22
@@ -57,11 +55,11 @@ def _listed(peer: tuple[int, int], family: int) -> list[bytes]:
     namespace_id, ifindex = peer
     target = attribute(_IFA_TARGET_NETNSID, struct.pack("=i", namespace_id))
     try:
-        with Rtnetlink() as channel:
+        with RouteChannel() as channel:
             return channel.first(
                 _GET_ADDRESS, _ADDRESS_HEADER.pack(family, 0, 0, 0, ifindex) + target, MOST_ADDRESSES
             )  # fmt: skip
-    except RtnetlinkError as error:
+    except NetlinkError as error:
         if error.code in (errno.EINVAL, errno.ENOENT, errno.ENODEV):  # EINVAL: "Invalid target network namespace id"
             return []
         message = f"the kernel does not list the addresses of another network namespace: {os.strerror(error.code)}"

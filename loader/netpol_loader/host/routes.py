@@ -17,13 +17,12 @@ import struct
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_network
-from typing import TypeVar, Union
+from ipaddress import IPv4Address, IPv6Address, ip_network
+from typing import TypeVar
 
-from netpol_loader.host.rtnetlink import REPLACE, attribute, attributes
+from netpol_loader.host.address import IPAddress, IPNetwork
+from netpol_loader.host.netlink import REPLACE, attribute, attributes
 
-IPAddress = Union[IPv4Address, IPv6Address]
-IPNetwork = Union[IPv4Network, IPv6Network]
 K = TypeVar("K")
 V = TypeVar("V")
 

@@ -19,7 +19,8 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from netpol_loader.host import netlink
+from netpol_loader.host import clsact
+from netpol_loader.host.interfaces import xdp_programs
 from netpol_loader.kernel import syscall
 from netpol_loader.kernel.hook import Hook
 from netpol_loader.kernel.relocation import CALL, INSTRUCTION, LOAD_IMMEDIATE_64, packed, registers
@@ -97,12 +98,12 @@ class OtherPrograms:
                             yield self._other(ifindex, f"tcx {_WAYS[hook]}", number, is_first=at < before)
 
     def _by_xdp(self, attached: Collection[int]) -> Iterator[Other]:
-        for ifindex, numbers in netlink.xdp_programs().items():
+        for ifindex, numbers in xdp_programs().items():
             for number in numbers:
                 yield self._other(ifindex, XDP, number, is_first=ifindex in attached)
 
     def _by_clsact(self) -> list[Other]:
-        present = sorted(netlink.clsact_interfaces())
+        present = sorted(clsact.interfaces())
         turn = present
         if len(present) > CLSACT_TURN:
             first = self._turn % len(present)
@@ -116,8 +117,8 @@ class OtherPrograms:
 
     def _filters_on(self, ifindex: int) -> Iterator[Other]:
         for hook in Hook:
-            order = netlink.filter_programs(ifindex, hook)
-            is_ours = [netlink.is_our_filter(name, hook) for name, _ in order]
+            order = clsact.filter_programs(ifindex, hook)
+            is_ours = [clsact.is_our_filter(name, hook) for name, _ in order]
             before = is_ours.index(True) if True in is_ours else 0
             for at, (name, number) in enumerate(order):
                 if number and not is_ours[at]:

@@ -17,8 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from netpol_ebpf.errors import PlatformError
-from netpol_loader.host import netlink
+from netpol_loader.host import clsact
 from netpol_loader.host.barrier import TABLE, BarrierTables, HeldError
+from netpol_loader.host.interfaces import list_interfaces
 from netpol_loader.kernel import syscall
 from netpol_loader.kernel.hook import Hook
 from netpol_loader.pins.attach import CLSACT_MARK, LINKS
@@ -40,7 +41,7 @@ class Leftover:
 def find_leftovers(pin_root: Path) -> list[Leftover]:
     """Everything of ours, in the order in which it must be removed; empty when there is nothing."""
     directories = [path for path in _listed(pin_root) if path.is_dir() and OUR_DIRECTORY.fullmatch(path.name)]
-    names = {link.ifindex: link.name for link in netlink.links()}
+    names = {link.ifindex: link.name for link in list_interfaces()}
     found: list[Leftover] = list(_tables(pin_root))
     for directory in directories:
         found += _links(directory / LINKS, names)
@@ -104,13 +105,13 @@ def _program_ids(directory: Path) -> Iterator[int]:
 
 
 def _filters(programs: set[int], names: dict[int, str]) -> Iterator[Leftover]:
-    for ifindex in sorted(netlink.clsact_interfaces()):
-        for one in netlink.clsact_filters(ifindex):
+    for ifindex in sorted(clsact.interfaces()):
+        for one in clsact.our_filters(ifindex):
             if one.prog_id in programs:
                 yield Leftover(
                     "filter",
                     f"{one.hook.value} on interface {names.get(ifindex, ifindex)}",
-                    lambda ifindex=ifindex, hook=one.hook: netlink.delete_clsact_filter(ifindex, hook),  # type: ignore[misc]
+                    lambda ifindex=ifindex, hook=one.hook: clsact.delete_filter(ifindex, hook),  # type: ignore[misc]
                 )
 
 
@@ -121,7 +122,7 @@ def _qdiscs(links: Path, names: dict[int, str]) -> Iterator[Leftover]:
             yield Leftover(
                 "qdisc",
                 f"clsact of interface {names[int(number)]}, unless others use it",
-                lambda ifindex=int(number): netlink.delete_clsact_if_unused(ifindex),  # type: ignore[misc]
+                lambda ifindex=int(number): clsact.delete_if_unused(ifindex),  # type: ignore[misc]
             )
 
 

@@ -25,7 +25,7 @@ from pathlib import Path
 
 from netpol_ebpf.errors import PlatformError
 from netpol_loader import abi
-from netpol_loader.host import netlink
+from netpol_loader.host import clsact
 from netpol_loader.kernel import btf, clock, syscall
 from netpol_loader.kernel.grace import order_stores, wait_for_readers
 from netpol_loader.kernel.maps import Map
@@ -83,10 +83,7 @@ class Upgrade:
             found |= attach.listed_interfaces(older / LINKS)
             ours = {number for numbers in program_ids(_sets(older)).values() for number in numbers}
             found |= {
-                ifindex
-                for ifindex in netlink.clsact_interfaces()
-                for one in netlink.clsact_filters(ifindex)
-                if one.prog_id in ours
+                ifindex for ifindex in clsact.interfaces() for one in clsact.our_filters(ifindex) if one.prog_id in ours
             }
         return found
 
