@@ -46,7 +46,8 @@ def run(arguments: argparse.Namespace) -> int:
     """Run the command; returns the exit code."""
     if os.geteuid() != 0:
         raise PrivilegeError("what netpol-ebpf leaves behind belongs to root")
-    from netpol_loader.pins.dataplane import DEFAULT_PIN_ROOT, held
+    from netpol_loader.pins.dataplane import DEFAULT_PIN_ROOT
+    from netpol_loader.pins.lock import held
 
     state_dir: Path = arguments.state_dir
     pin_root: Path = arguments.pin_root or DEFAULT_PIN_ROOT

@@ -18,7 +18,8 @@ from pathlib import Path
 
 from netpol_ebpf.errors import PlatformError
 from netpol_loader import abi
-from netpol_loader.pins.dataplane import LINKS, Dataplane
+from netpol_loader.pins.attach import LINKS
+from netpol_loader.pins.dataplane import Dataplane
 from netpol_loader.pins.programs import CURRENT
 
 PRIVATE = frozenset(abi.maps_with(abi.MapTrait.PRIVATE))

@@ -21,7 +21,9 @@ from netpol_loader.host.interfaces import find_interface
 from netpol_loader.kernel import syscall
 from netpol_loader.kernel.hook import Hook
 from netpol_loader.pins import attach
-from netpol_loader.pins.dataplane import LINKS, Dataplane, locked
+from netpol_loader.pins.attach import LINKS
+from netpol_loader.pins.dataplane import Dataplane
+from netpol_loader.pins.lock import locked
 from netpol_loader.pins.programs import CALL_MAP, CURRENT
 
 

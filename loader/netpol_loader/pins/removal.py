@@ -22,9 +22,10 @@ from netpol_loader.host.barrier import TABLE, BarrierTables, HeldError
 from netpol_loader.host.interfaces import list_interfaces
 from netpol_loader.kernel import syscall
 from netpol_loader.kernel.hook import Hook
+from netpol_loader.pins import staging
 from netpol_loader.pins.attach import CLSACT_MARK, LINKS
 
-OUR_DIRECTORY = re.compile(r"(v|new-)\d+")
+OUR_DIRECTORY = re.compile(rf"(v|{staging.PREFIX})\d+")
 HOOKS = tuple(hook.value for hook in Hook)
 PROGRAMS = "np_tc_"
 
