@@ -12,7 +12,7 @@ from netpol_loader.host.barrier import (
     BRIDGE,
     FAMILIES,
     INET,
-    Layout,
+    BarrierSpec,
     Marks,
     _content,
     raw_name,
@@ -22,7 +22,7 @@ from netpol_loader.host.barrier import (
 from netpol_loader.host.netlink import attribute, attributes, nested
 
 ALL = Marks(0x20, 0x40, 0x10)
-WHOLE = Layout(ALL, 0, ("cali*", "tap0"), frozenset({"cali1"}), frozenset({1, 2}))
+WHOLE = BarrierSpec(ALL, 0, ("cali*", "tap0"), frozenset({"cali1"}), frozenset({1, 2}))
 
 
 def expression(raw: bytes) -> tuple[str, dict[int, bytes]]:
@@ -75,14 +75,14 @@ def test_elements_are_sent_in_portions() -> None:
     [
         (WHOLE, INET, {"prerouting", "input", "output", "postrouting"}),
         (WHOLE, BRIDGE, {"prerouting", "postrouting"}),
-        (Layout(ALL), INET, {"prerouting", "input", "output"}),
-        (Layout(ALL), BRIDGE, {"prerouting"}),
+        (BarrierSpec(ALL), INET, {"prerouting", "input", "output"}),
+        (BarrierSpec(ALL), BRIDGE, {"prerouting"}),
         (without_sign(WHOLE), INET, {"input", "output"}),
         (without_sign(WHOLE), BRIDGE, None),
-        (Layout(Marks()), INET, None),
+        (BarrierSpec(Marks()), INET, None),
     ],
 )
-def test_chains_of_a_layout(layout: Layout, family: int, chains: set[str] | None) -> None:
+def test_chains_of_a_layout(layout: BarrierSpec, family: int, chains: set[str] | None) -> None:
     """What closes needs the sign, new interfaces a pattern; without anything to do there is no table."""
     content = _content(layout, family)
     assert (None if content is None else set(content.rules)) == chains, FAMILIES[family]
@@ -104,7 +104,7 @@ def test_a_pattern_compares_the_beginning_and_a_name_the_whole() -> None:
 
 def test_remarks_of_rules_tell_them_apart() -> None:
     """So a rule that was exchanged shows, whatever else is asked of the kernel."""
-    first, second = (_content(Layout(Marks(seen, 0x40, 0x10)), INET) for seen in (0x20, 0x80))
+    first, second = (_content(BarrierSpec(Marks(seen, 0x40, 0x10)), INET) for seen in (0x20, 0x80))
     assert first is not None
     assert second is not None
     signs = [one.rules["prerouting"][1][0].remark for one in (first, second)]

@@ -59,7 +59,7 @@ class Marks:
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
+class BarrierSpec:
     """What the tables hold.
 
     ``marks.seen`` 0: nothing is dropped for want of the sign.  ``also_seen``: an older sign that counts as well, while the
@@ -99,7 +99,7 @@ class HeldError(TakenError):
 
 
 @dataclass(frozen=True, slots=True)
-class _Rule:
+class _BarrierRule:
     remark: str
     expressions: tuple[bytes, ...]
 
@@ -108,7 +108,7 @@ class _Rule:
 class _Content:
     """What one table must hold. ``rules``: by chain, with the chain."""
 
-    rules: Mapping[str, tuple[NftChain, tuple[_Rule, ...]]]
+    rules: Mapping[str, tuple[NftChain, tuple[_BarrierRule, ...]]]
     sets: Mapping[str, frozenset[bytes]]
     counters: tuple[str, ...]
 
@@ -140,7 +140,7 @@ class BarrierTables:
         self._flags = 0
         self._families: tuple[int, ...] = ()
         self._verified: int | None = None  # generation at which the tables were as they should be
-        self._written = Layout(Marks())  # what that was
+        self._written = BarrierSpec(Marks())  # what that was
 
     # --- opening ----------------------------------------------------------------------------------------------------
 
@@ -292,7 +292,7 @@ class BarrierTables:
 
     # --- writing ----------------------------------------------------------------------------------------------------
 
-    def write(self, layout: Layout) -> list[Difference]:
+    def write(self, layout: BarrierSpec) -> list[Difference]:
         """Make the tables as they should be, in one transaction; what was otherwise. Keeps the counters."""
         channel = self._channel()
         generation = channel.generation()
@@ -305,7 +305,7 @@ class BarrierTables:
         self._verified, self._written = after if is_undisturbed else None, layout
         return differences
 
-    def _compared(self, layout: Layout) -> tuple[list[NftMessage], list[Difference]]:
+    def _compared(self, layout: BarrierSpec) -> tuple[list[NftMessage], list[Difference]]:
         """What has to be done to the tables that there are, and what is otherwise in them."""
         messages: list[NftMessage] = []
         differences: list[Difference] = []
@@ -316,7 +316,7 @@ class BarrierTables:
             messages += self._repair(family, found, content, apart)
         return messages, differences
 
-    def _changes(self, layout: Layout) -> tuple[list[NftMessage], list[Difference]] | None:
+    def _changes(self, layout: BarrierSpec) -> tuple[list[NftMessage], list[Difference]] | None:
         """The same, when nobody has changed the tables since they were last written: without reading them, which takes long.
 
         None: more changes than elements of sets.
@@ -402,10 +402,10 @@ def _is_possible(channel: Nftables, family: int, flags: int) -> bool:
 # --- what a table holds ---------------------------------------------------------------------------------------------
 
 
-def _content(layout: Layout, family: int) -> _Content | None:
+def _content(layout: BarrierSpec, family: int) -> _Content | None:
     """What a table must hold; None: the table must not exist."""
     marks, patterns = layout.marks, layout.patterns
-    rules: dict[str, tuple[NftChain, tuple[_Rule, ...]]] = {}
+    rules: dict[str, tuple[NftChain, tuple[_BarrierRule, ...]]] = {}
     sets: dict[str, frozenset[bytes]] = {}
     counters: list[str] = []
     if marks.seen:
@@ -439,7 +439,7 @@ def _set_changes(family: int, name: str, before: AbstractSet[bytes], keys: Abstr
         yield from nftables.change_elements(kind, family, TABLE, name, some)
 
 
-def _prerouting(layout: Layout) -> Iterator[_Rule]:
+def _prerouting(layout: BarrierSpec) -> Iterator[_BarrierRule]:
     for sign in (layout.marks.seen, layout.also_seen):
         if sign:
             look = (
@@ -456,7 +456,7 @@ def _prerouting(layout: Layout) -> Iterator[_Rule]:
         yield _rule(f"from a new interface {pattern}", *new, *_drop(UNSIGNED))
 
 
-def _postrouting(layout: Layout, family: int) -> Iterator[_Rule]:
+def _postrouting(layout: BarrierSpec, family: int) -> Iterator[_BarrierRule]:
     for pattern in layout.patterns:
         look = [*_matches(nftables.OUT_NAME, pattern), *_is_new(nftables.OUT_INDEX)]
         look += [nftables.load_meta(nftables.MARK), nftables.bitwise(layout.marks.node), nftables.compare(bytes(4))]
@@ -470,10 +470,10 @@ def _chain(hook: int, priority: int) -> NftChain:
     return NftChain(hook, priority, nftables.ACCEPT, "filter")
 
 
-def _rule(what: str, *expressions: bytes) -> _Rule:
+def _rule(what: str, *expressions: bytes) -> _BarrierRule:
     """A rule whose remark tells it from any other: what it does, and a digest of how."""
     digest = hashlib.sha256(b"".join(expressions)).hexdigest()[:8]
-    return _Rule(f"{what} [{digest}]", expressions)
+    return _BarrierRule(f"{what} [{digest}]", expressions)
 
 
 def _drop(counter: str) -> tuple[bytes, bytes]:
@@ -542,6 +542,6 @@ def _differences(found: _Found, content: _Content | None, family: str) -> Iterat
             yield Difference(f"counter {name} of {table}", "missing")
 
 
-def without_sign(layout: Layout) -> Layout:
+def without_sign(layout: BarrierSpec) -> BarrierSpec:
     """The same without anything that closes."""
     return replace(layout, marks=replace(layout.marks, seen=0), also_seen=0, patterns=(), workloads=frozenset())

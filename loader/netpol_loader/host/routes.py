@@ -49,7 +49,7 @@ BITS: Mapping[int, int] = {socket.AF_INET: 32, socket.AF_INET6: 128}
 
 Destination = tuple[int, bytes, int]
 """Family, packed address, bits."""
-Hop = tuple[int, bytes]
+NextHop = tuple[int, bytes]
 """Interface, and the gateway behind it, empty: none."""
 
 
@@ -66,7 +66,7 @@ class Route:
     order: tuple[int, int]
     kind: int
     protocol: int
-    hops: tuple[Hop, ...]
+    hops: tuple[NextHop, ...]
     source: bytes = b""
     rest: tuple[object, ...] = ()
     uses_object: bool = False
@@ -151,7 +151,7 @@ def parse_routes(payload: bytes) -> list[Route]:
     destination = (family, found.get(_DST, b"").ljust(size, b"\0"), bits)
     others = tuple((number, raw) for number, raw in sorted(found.items()) if number not in _TOLD_APART)
 
-    def route(hops: tuple[Hop, ...], source: bytes, rest: tuple[object, ...]) -> Route:
+    def route(hops: tuple[NextHop, ...], source: bytes, rest: tuple[object, ...]) -> Route:
         return Route(destination, table, (tos, metric), kind, protocol, hops, source, rest, _NH_ID in found)
 
     if family == socket.AF_INET6:
@@ -160,21 +160,21 @@ def parse_routes(payload: bytes) -> list[Route]:
     return [route(hops, found.get(_PREFSRC, b""), (scope, *others))]
 
 
-def _hops(found: dict[int, bytes]) -> Iterator[Hop]:
+def _hops(found: dict[int, bytes]) -> Iterator[NextHop]:
     if _MULTIPATH not in found:
         if _OIF in found or _GATEWAY in found or _VIA in found:
-            yield _hop(struct.unpack("=i", found[_OIF])[0] if _OIF in found else 0, found)
+            yield _next_hop(struct.unpack("=i", found[_OIF])[0] if _OIF in found else 0, found)
         return
     raw, at = found[_MULTIPATH], 0
     while at + _NEXT_HOP.size <= len(raw):
         length, _, _, ifindex = _NEXT_HOP.unpack_from(raw, at)
         if length < _NEXT_HOP.size or at + length > len(raw):
             raise ValueError(f"a next hop of {length} bytes where {len(raw) - at} are left")
-        yield _hop(ifindex, attributes(raw[at : at + length], _NEXT_HOP.size))
+        yield _next_hop(ifindex, attributes(raw[at : at + length], _NEXT_HOP.size))
         at += (length + 3) & ~3
 
 
-def _hop(ifindex: int, found: dict[int, bytes]) -> Hop:
+def _next_hop(ifindex: int, found: dict[int, bytes]) -> NextHop:
     return ifindex, found.get(_GATEWAY, b"") or found.get(_VIA, b"")
 
 

@@ -92,7 +92,7 @@ class FrameRunner:
             self._stack = stack
             self._marks: dict[socket.socket, int] = {}
             self._tapped: set[int] = set()
-            self._namespace = stack.enter_context(contextlib.closing(_Namespace()))
+            self._namespace = stack.enter_context(contextlib.closing(_FrameNamespace()))
             self._board = stack.enter_context(_opened(_create_board()))
             self._tap = stack.enter_context(_opened(_load(_tap(self._board), PROG_TYPE_SOCKET_FILTER)))
             indices = self._namespace.call(_create_interfaces)
@@ -237,7 +237,7 @@ def can_name_ingress() -> bool:
 # --- the namespace ------------------------------------------------------------------------------------------------------
 
 
-class _Namespace:
+class _FrameNamespace:
     """A network namespace without a name. Threads of their own enter it; the calling thread stays in its namespace."""
 
     def __init__(self) -> None:

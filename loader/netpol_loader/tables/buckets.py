@@ -71,7 +71,7 @@ def bucketed(maps: Mapping[str, Map]) -> dict[str, Map]:
     for name, more in abi.OVERFLOW_MAPS.items():
         if name not in maps:
             continue
-        kind = ClassMap if name == "np_peer_class" else AddressMap
+        kind = PeerClassMap if name == "np_peer_class" else AddressMap
         result[name] = kind(maps[name], maps[more])
     return result
 
@@ -284,7 +284,7 @@ _FLAGS_WORD: int = abi.np_class_line.flags.offset // _WORD  # type: ignore[attr-
 _NO_CLASSES = _U16.pack(abi.NP_CLASS_NONE) * _CLASSES
 
 
-class ClassMap(BucketMap):
+class PeerClassMap(BucketMap):
     """(Policy set, identity) to struct np_peer_class, whose class is below NP_CLASS_NONE. A set is never 0."""
 
     def __init__(self, array: Map, more: Map) -> None:
