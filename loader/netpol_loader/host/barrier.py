@@ -46,7 +46,7 @@ BEFORE_ALL, AFTER_IPVS, BEHIND_MANGLE, BEFORE_LAST = -450, 225, 300, 250
 elsewhere; behind mangle and NAT, whose rules may write the whole mark; behind NAT (100)."""
 ARP = 0x0806
 LONGEST_REMARK = 120
-"""Of the 128 bytes that `nft` shows."""
+"""Bytes; `nft` shows 128 of a comment."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +60,7 @@ class Marks:
 
 @dataclass(frozen=True, slots=True)
 class BarrierSpec:
-    """What the tables hold.
+    """What the tables must hold.
 
     ``marks.seen`` 0: nothing is dropped for want of the sign.  ``also_seen``: an older sign that counts as well, while the
     programs pass from one to the other.  ``patterns``: names of interfaces (``cali*`` or whole) that are closed until they are in
@@ -91,11 +91,11 @@ class Counts:
 
 
 class TakenError(PlatformError):
-    """The table belongs to somebody else."""
+    """The table belongs to another owner."""
 
 
 class HeldError(TakenError):
-    """The table would be ours, but another process is at work on it."""
+    """The table is ours, but another process holds it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,7 +200,7 @@ class BarrierTables:
         return None if self._news is None else self._news.fileno()
 
     def note_news(self) -> None:
-        """Take what there is to read at `fileno`."""
+        """Read the notifications at `fileno`."""
         self._is_news = (self._news is not None and self._news.clear()) or self._is_news
 
     def has_news(self) -> bool:
@@ -306,7 +306,7 @@ class BarrierTables:
         return differences
 
     def _compared(self, layout: BarrierSpec) -> tuple[list[NftMessage], list[Difference]]:
-        """What has to be done to the tables that there are, and what is otherwise in them."""
+        """Changes that make the present tables what they must be, and the differences found."""
         messages: list[NftMessage] = []
         differences: list[Difference] = []
         for family, found in self._read().items():
@@ -317,9 +317,9 @@ class BarrierTables:
         return messages, differences
 
     def _changes(self, layout: BarrierSpec) -> tuple[list[NftMessage], list[Difference]] | None:
-        """The same, when nobody has changed the tables since they were last written: without reading them, which takes long.
+        """As `_compared`, without reading the tables, which takes long: for tables unchanged since they were last written.
 
-        None: more changes than elements of sets.
+        None: elements of sets are not all that must change.
         """
         messages: list[NftMessage] = []
         differences: list[Difference] = []
@@ -381,7 +381,7 @@ class BarrierTables:
 
 
 def remark_of(owner: str) -> str:
-    """What our tables say of themselves; `nft list tables` shows it."""
+    """The comment of our tables, which names their owner; `nft list tables` shows it."""
     remark = f"netpol-ebpf {owner}"
     if len(remark.encode()) > LONGEST_REMARK:
         remark = f"netpol-ebpf {hashlib.sha256(owner.encode()).hexdigest()}"
@@ -471,7 +471,7 @@ def _chain(hook: int, priority: int) -> NftChain:
 
 
 def _rule(what: str, *expressions: bytes) -> _BarrierRule:
-    """A rule whose remark tells it from any other: what it does, and a digest of how."""
+    """A rule with a unique comment: what the rule does, and a digest of its expressions."""
     digest = hashlib.sha256(b"".join(expressions)).hexdigest()[:8]
     return _BarrierRule(f"{what} [{digest}]", expressions)
 

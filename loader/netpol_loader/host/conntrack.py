@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the kernel's connection tracking knows: the live connections of this namespace, with the direction each was opened in.
+"""The kernel's conntrack table: the live connections of this namespace, each with its original and its reply tuple.
 
-Raw netlink, because a busy node has hundreds of thousands of entries, and a general parser takes a minute for them.
 Invariant: only reads.  Must know nothing of endpoints or policy.
 """
 
@@ -41,7 +40,7 @@ class Ends(NamedTuple):
     destination_port: int
 
     def reversed(self) -> Ends:
-        """Of a packet back."""
+        """The ends of a packet in the other direction."""
         return Ends(self.destination, self.source, self.destination_port, self.source_port)
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is at the other end of a veth pair: addresses of interfaces in other network namespaces, without entering them.
+"""Addresses at the other end of a veth pair: read from another network namespace without entering it.
 
 The kernel lists a veth's peer as (namespace id, interface index), ids being relative to the asking namespace, and answers
 RTM_GETADDR for one interface there (IFA_TARGET_NETNSID, strict checking; Linux 4.20).  So pods are found whatever made their namespaces, named or not.
@@ -28,7 +28,7 @@ _IFA_ADDRESS, _IFA_LOCAL, _IFA_TARGET_NETNSID = 1, 2, 10
 _ADDRESS_HEADER = struct.Struct("=BBBBI")  # family, prefix length, flags, scope, interface index
 
 MOST_ADDRESSES = 256
-"""Of one family that are read of an interface in a namespace whose owner may add as many as they like; arbitrary."""
+"""The most addresses of one family that are read from an interface: its workload may add any number; arbitrary."""
 
 
 def load_peer_addresses(peers: Iterable[tuple[int, int]]) -> dict[tuple[int, int], tuple[IPAddress, ...]]:

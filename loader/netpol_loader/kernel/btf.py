@@ -46,11 +46,11 @@ class Field:
 
 
 Layout = tuple[Field, ...]
-"""Of a structure; empty for anything else."""
+"""Fields of a structure; empty for any other type."""
 
 
 def layouts(info: syscall.MapInfo) -> tuple[Layout, Layout] | None:
-    """Of a map's keys and values; None when the kernel knows no types of it. Raises PlatformError without CAP_SYS_ADMIN."""
+    """Layouts of a map's key and value; None when the map has no BTF. Raises PlatformError without CAP_SYS_ADMIN."""
     if not (info.btf_id and info.btf_key_type and info.btf_value_type):
         return None
     try:

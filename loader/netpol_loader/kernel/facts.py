@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a program has to be told of the running kernel: where it keeps some fields of a packet, and one of its functions.
+"""Facts of the running kernel that a program needs: the offsets of some fields of sk_buff, and one kernel function.
 
 Read from the kernel's own type information (/sys/kernel/btf/vmlinux, as Documentation/bpf/btf.rst describes it).  The
 header bpf/np_kernel.h says what each fact is for.
@@ -42,7 +42,7 @@ class Bits:
 
 @functools.cache
 def kernel_facts() -> KernelFacts:
-    """Of the running kernel. Takes a tenth of a second. Raises PlatformError when it does not tell its types."""
+    """The facts of the running kernel. Takes a tenth of a second. Raises PlatformError when the kernel has no BTF."""
     try:
         blob = VMLINUX.read_bytes()
     except OSError as error:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Waiting until no packet can still be using what was just unlinked, or can miss what was just written.
+"""Grace periods: wait until no program run can use what was unlinked before, or miss what was written before.
 
 A program's run is one RCU read-side section, so the kernel's own grace period is the exact answer: every run that began before
 it is over when it ends, and every run that ends after it began after everything that was written before it.  The kernel
@@ -60,10 +60,10 @@ def wait_for_readers() -> None:
 
 
 def order_stores() -> None:
-    """Between what was written and the flag that says so: a packet that sees the flag sees all that was written before.
+    """Order stores: call it after data is written and before the flag that publishes the data.
 
-    Nothing on x86-64, where stores are seen in their order.  Elsewhere a grace period, which orders both sides: a packet that
-    sees the flag began after the writing, whatever the order of its loads.  (An acquire, with which the program could order its
+    On x86-64 it does nothing: stores become visible in their order.  Elsewhere it is a grace period, which orders both sides: a
+    packet that sees the flag began after the data was written, whatever the order of its loads.  (An acquire, with which the program could order its
     own loads, is in no kernel before 6.15.)
     """
     if not IS_STRONGLY_ORDERED:

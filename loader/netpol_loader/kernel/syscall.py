@@ -53,15 +53,15 @@ MAP_FLAGS = {"BPF_F_NO_PREALLOC": 1 << 0, "BPF_F_MMAPABLE": 1 << 10}
 BPF_F_RDONLY = 1 << 3
 BPF_F_BEFORE = 1 << 3
 MOST_PROGRAMS = 64
-"""What the kernel puts on one hook of an interface at most (BPF_MPROG_MAX)."""
+"""The most programs on one hook of an interface (BPF_MPROG_MAX)."""
 PROG_TYPE_SCHED_CLS = 3
 PROG_TYPE_XDP = 6
 NAME_BYTES = 15
-"""Of the name of a map or program, without the terminating zero."""
+"""The longest name of a map or program, without the terminating zero."""
 LOG_BYTES = (1 << 24) - 1
 """The most that kernels before 6.4 accept as room for what the verifier says."""
 LOG_PATHS, LOG_COUNTS = 1, 4
-"""What the verifier says: what it walks, or only how much it walked (BPF_LOG_LEVEL1, BPF_LOG_STATS)."""
+"""Log levels of the verifier: the paths it walks, or only their statistics (BPF_LOG_LEVEL1, BPF_LOG_STATS)."""
 TCX_INGRESS = 46
 TCX_EGRESS = 47
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Putting the programs on interfaces, finding where they are, taking them off.
+"""Attach the programs to interfaces, list where they are, detach them.
 
 Two mechanisms.  *tcx* (kernel 6.6 and newer): a link pinned under the dataplane's ``links``, so it outlives the process and
 its program can be exchanged in one step.  *clsact*: a filter on a queueing discipline, through `netpol_loader.host.netlink`; the
@@ -64,7 +64,7 @@ def preferred_mechanism(dataplane: Dataplane) -> Mechanism:
 
 
 def attach(ifindex: int, dataplane: Dataplane, mechanism: Mechanism | None = None, *, is_newborn: bool = False) -> None:
-    """Put both programs on an interface; what is there already stays.
+    """Attach both programs to an interface; a program that is attached already stays.
 
     Raises PlatformError when the interface is gone, or the kernel refuses.
 
@@ -117,7 +117,7 @@ def _detach(one: Attachment, dataplane: Dataplane) -> None:
 
 
 def attached(ifindex: int, dataplane: Dataplane) -> tuple[Attachment, ...]:
-    """What of ours is on an interface, by both mechanisms."""
+    """Our programs on an interface, by both mechanisms."""
     return tuple(sorted(_tcx_attachments(dataplane, ifindex) | _clsact_attachments(dataplane, ifindex), key=_order))
 
 
@@ -273,7 +273,7 @@ def _clsact_attachments(dataplane: Dataplane, ifindex: int) -> set[Attachment]:
 
 
 def _forget_dead(dataplane: Dataplane, ifindex: int) -> None:
-    """Of an interface that went to another network namespace the programs are taken off: there they would judge by nobody's row."""
+    """Forget an interface that is gone. From one that moved to another network namespace the programs are removed: no row is for it there."""
     is_here = find_interface(ifindex) is not None
     for path in _link_paths(dataplane, ifindex):
         with _opened(path) as fd:

@@ -43,7 +43,7 @@ log = logging.getLogger(__name__)
 DEFAULT_PIN_ROOT = Path("/sys/fs/bpf/netpol")
 
 FIRST = 1
-"""Of generations and epochs; 0 is that of what was never filled in."""
+"""The first generation and epoch; 0 is in rows that were never written."""
 TIMEOUTS_S: Mapping[int, float] = types.MappingProxyType(
     {
         abi.NP_CONN_TCP_NEW: 20,
@@ -70,9 +70,9 @@ SKB_IFINDEX = 40
 
 @dataclass(frozen=True, slots=True)
 class TestRun:
-    """What a program said of a frame: -1 pass, 0 pass and ask nobody else, 2 drop; and the mean duration of a run.
+    """The verdict of a program on a frame (NP_PASS, NP_PASS_ALONE, NP_DROP), and the mean duration of a run.
 
-    ``mark``: of the packet, afterwards.
+    ``mark``: the packet's mark afterwards.
     """
 
     __test__ = False
@@ -165,7 +165,7 @@ class Dataplane:
         return dataplane
 
     def replace_programs(self, jiffies_per_second: int) -> None:
-        """Load the programs of these sources beside the pinned ones and, if they differ, put them in their place everywhere."""
+        """Load the programs of these sources beside the pinned ones and, if they differ, replace those on every interface."""
         with Staging(self.pin_root) as staging:
             staging.programs = ProgramSet.load(build.compiled_program(), self.pinned)
             if staging.programs.tags() == self.programs.tags():
@@ -240,11 +240,11 @@ class Dataplane:
         return EventReader(self.maps["np_event"].fd, callback)
 
     def config(self) -> abi.np_config:
-        """The configuration in force."""
+        """The present configuration."""
         return abi.np_config.from_buffer_copy(self.maps["np_config"].get(_index(0)) or b"")
 
     def set_config(self, config: abi.np_config) -> None:
-        """Put a configuration in force. Each word changes at once; the whole not necessarily."""
+        """Write the configuration. Each word changes in one step; the row as a whole may not."""
         order_stores()
         self.maps["np_config"].put(_index(0), bytes(config))
 

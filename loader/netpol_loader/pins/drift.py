@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pins, links and filters that something else removed or changed: found and put back.
+"""Drift of the pins, links and filters: what another process removed or changed is found and restored.
 
-Works from what the process holds open: descriptors of maps and programs keep those alive whatever becomes of their pins.
-Invariants: what is as it should be is not touched; what is put back is told; nothing of others is removed, but for a pin of
-another object under one of our names.  Must not know what the maps mean, nor choose interfaces.
+The open descriptors of this process are the desired state: they keep maps and programs alive whatever becomes of their pins.
+Invariants: nothing that is right is touched; every repair is reported; nothing of others is removed, except an object that is
+pinned under one of our names.  Must not know what the maps mean, nor choose interfaces.
 """
 
 from __future__ import annotations

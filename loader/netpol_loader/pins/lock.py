@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Locks of this very process: they end with it, whatever children it leaves. One process at a time works on a pin root.
+"""Locks of a process: they end with it, whatever children it leaves. One process at a time works on a pin root.
 
 Invariant: a fork has no copy of a lock's descriptor, so it keeps nobody waiting after its parent has ended.
 """
@@ -47,9 +47,9 @@ _held: set[Path] = set()
 
 @contextlib.contextmanager
 def held(pin_root: Path, *, hint: str) -> Iterator[None]:
-    """Be the one process that works under a root, which must exist, until the block ends; the process's end ends it too.
+    """Hold the lock of a root, which must exist, until the block or the process ends: this process alone works under the root.
 
-    `locked` is satisfied meanwhile.  Raises PlatformError, with the hint, while another process does the same; FileNotFoundError when
+    `locked` does not wait meanwhile.  Raises PlatformError, with the hint, while another process does the same; FileNotFoundError when
     the root goes meanwhile.
     """
     place = pin_root.absolute()

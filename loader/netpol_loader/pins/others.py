@@ -3,8 +3,8 @@
 
 A packet that bpf_redirect_peer puts into a pod, or that XDP sends to another interface, passes no program at its destination, ours
 included.  (What bpf_redirect, bpf_redirect_neigh and bpf_clone_redirect send from TC passes the hooks of the device that it is sent to.)
-Whether a program can do that is read from its translated instructions, where a call of a helper is a distance that differs from
-kernel to kernel: a program of our own that calls the same helper shows what it is here.  Looking the helpers up in /proc/kallsyms
+Whether a program can do that is read from its translated instructions.  A call of a helper is a distance there, which differs from
+kernel to kernel, so a program of our own that calls the same helper shows the distance of this kernel.  Looking the helpers up in /proc/kallsyms
 was rejected: it has ten megabytes, and needs the same privileges.
 
 Invariant: what cannot be read is said to be unknown, never harmless.  Changes nothing; must not know of policy.
@@ -76,7 +76,7 @@ class OtherPrograms:
         self._turn = 0
 
     def look(self, ifindexes: Collection[int], attached: Collection[int], dataplane: Dataplane) -> list[Other]:
-        """All of this network namespace on these interfaces; ``attached``: those with our programs.
+        """All programs of others on these interfaces of this network namespace; ``attached``: those with our programs.
 
         Cost: a microsecond or two for each interface and hook, and two lists of all interfaces; of those with filters,
         CLSACT_TURN in a look are asked again.

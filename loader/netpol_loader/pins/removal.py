@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Finding everything of ours below a pin root, and taking it away, piece by piece, each told by name.
+"""Removal: find everything of ours below a pin root, and remove it piece by piece, each reported by name.
 
-Works on what is there, whatever its version or state: nothing is built, adopted or mended for it.  Invariants: only what is
+It works with pins of any version and state: nothing is built, adopted or repaired for it.  Invariants: only what is
 pinned below the root, filters that run programs pinned there, and tables that name the root, is ours; everything listed is
 removed in the order of the list: tables before the programs whose sign they want, then the rest of enforcement.  Filters of
 clsact and tables are seen in the network namespace of the caller only.

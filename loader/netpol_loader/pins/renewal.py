@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A second set of maps and programs beside those in force, to be filled in peace and then to take their place.
+"""Renewal: a second set of policy maps and programs, which is filled beside the present set and then replaces it.
 
-For a writer that does not know what the numbers in the present maps mean (the process that knew is gone): it fills maps of
-its own, and each interface passes from the old programs and maps to the new ones in one exchange.  So no packet ever meets
+An agent that starts does not know what the numbers in the present maps mean, for the process that knew is gone.  So it fills
+maps of its own, and each interface changes from the old programs and maps to the new ones in one step.  So no packet ever meets
 rows of both.  Renumbering inside the maps in force was rejected: tables that all policy sets share cannot change meaning in
 one step.
 

@@ -20,7 +20,7 @@ from netpol_loader.pins.programs import ProgramSet
 log = logging.getLogger(__name__)
 
 PREFIX = "new-"
-"""Of the directory's name; the number of the process follows."""
+"""The beginning of the directory's name; the number of the process follows."""
 
 
 class Staging:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pins of an older schema, taken over: new maps and programs are made beside them and then exchanged for them.
+"""Upgrade from pins of an older schema: new maps and programs are made beside them, then replace them.
 
 Maps that say what happened rather than what policy is (connections, fragments, counters) stay the same maps where their
 layout is the one of this version, by the kernel's own type information: the new directory pins them a second time, so a
@@ -40,7 +40,7 @@ from netpol_loader.tables.connections import ROWS_PER_BUCKET
 log = logging.getLogger(__name__)
 
 LASTING = abi.maps_of(abi.MapRole.CONNECTION, abi.MapRole.COUNTER)
-"""Maps whose content outlives a change of schema, where their layout does."""
+"""Maps that are kept over a change of schema, if their layout is kept."""
 
 OWN_SETTINGS = frozenset({"jiffies_per_second", "timeout_jiffies", "pad"})
 """Fields of the configuration that each version sets by itself."""
@@ -57,7 +57,7 @@ class Upgrade:
 
     @property
     def summary(self) -> str:
-        """What becomes of connections, for people."""
+        """What the upgrade does to open connections, as text for users."""
         begun = f"schema {self._older.name[1:]} to {abi.SCHEMA_VERSION}"
         lost = [name for name in self.restarted if name in abi.TAG_MAPS]
         if not lost:
@@ -98,7 +98,7 @@ class Upgrade:
 
 
 def open_dataplane(pin_root: Path, sizes: Mapping[str, int] | None = None) -> tuple[Dataplane, Upgrade | None]:
-    """What `Dataplane.open` gives, or, beside pins of an older schema, a new one that has yet to take over.
+    """Open the dataplane; if there are pins of an older schema, a new one beside them that has not taken over yet.
 
     Raises as `Dataplane.open` does; pins of a newer schema are refused.
     """
