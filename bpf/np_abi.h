@@ -513,8 +513,9 @@ _Static_assert(sizeof(struct np_count) == 16, "np_count");
 
 // --- connections -----------------------------------------------------------------------------------------------------
 
-// One key for both directions of a leg: local is the endpoint's side, whoever sent the packet. An ICMP query has its
-// identifier in the port of the side that asks, 0 in the other; protocols without ports have 0 in both.
+// One key for both directions of a connection at one endpoint: local is the endpoint's side, whoever sent the packet.
+// An ICMP query has its identifier in the port of the side that asks, 0 in the other; protocols without ports have 0 in
+// both.
 struct np_conn4_key {
     __u32 endpoint; // number, not ifindex: an interface may be replaced
     __u8 local[4];

@@ -761,7 +761,7 @@ class np_count(ctypes.Structure):
 
 
 class np_conn4_key(ctypes.Structure):
-    """One key for both directions of a leg: local is the endpoint's side, whoever sent the packet.
+    """One key for both directions of a connection at one endpoint: local is the endpoint's side, whoever sent the packet.
 
     An ICMP query has its identifier in the port of the side that asks, 0 in the other; protocols without ports have 0
     in both.
