@@ -18,13 +18,13 @@ from netpol_ebpf.compiler.draft import DELETED, Draft, Phase
 from netpol_ebpf.compiler.identities import IdentityIndex, MatchRecord
 from netpol_ebpf.compiler.journal import Journal
 from netpol_ebpf.compiler.limits import Limits, exceeded
-from netpol_ebpf.compiler.numbers import Numbers
+from netpol_ebpf.compiler.numbers import NumberPool
 
 _REMEMBERED = 256
 """Vectors that a side may remember in vain; arbitrary."""
 
 
-class ClassMap:
+class ClassTable:
     """Identities by which of some matches hold of them.
 
     ``number``: ``set`` in the keys of ``peer_classes``.  ``masks``: match -> its bit.  ``vectors``: class -> the bits of the
@@ -195,28 +195,28 @@ class ClassMap:
         return len(self.vectors) + len(self._free)
 
 
-class ClassMaps:
+class ClassTables:
     """The class maps in use, by their matches."""
 
     def __init__(self, identities: IdentityIndex, limits: Limits) -> None:
         self._identities = identities
         self._limits = limits
-        self._numbers = Numbers(1, 1 << 31)
-        self._maps: dict[frozenset[MatchRecord], ClassMap] = {}
+        self._numbers = NumberPool(1, 1 << 31)
+        self._maps: dict[frozenset[MatchRecord], ClassTable] = {}
 
-    def acquire(self, matches: frozenset[MatchRecord], what: str, journal: Journal) -> ClassMap:
+    def acquire(self, matches: frozenset[MatchRecord], what: str, journal: Journal) -> ClassTable:
         """Count a use of the map of these matches; a new one has no classes until it is built."""
         found = self._maps.get(matches)
         if found is None:
             number = self._numbers.take(journal)
             if number is None:
                 raise exceeded(what, "endpoints", self._limits.endpoints, self._limits.endpoints + 1)
-            found = ClassMap(number, matches, self._identities, self._limits.classes_per_set, what)
+            found = ClassTable(number, matches, self._identities, self._limits.classes_per_set, what)
             journal.put(self._maps, matches, found)
         journal.assign(found, "references", found.references + 1)
         return found
 
-    def release(self, class_map: ClassMap, draft: Draft, journal: Journal) -> None:
+    def release(self, class_map: ClassTable, draft: Draft, journal: Journal) -> None:
         """Count one use less; a map without uses goes, with its rows. To be called at the end of a commit."""
         journal.assign(class_map, "references", class_map.references - 1)
         if not class_map.references:
@@ -225,12 +225,12 @@ class ClassMaps:
             self._numbers.give_back(class_map.number, journal)
 
 
-class Side:
+class EntryVectors:
     """A class map as one policy set sees it. ``masks``: match -> bits of the set's entries; ``always``: bits of any address."""
 
     __slots__ = ("_always", "_known", "_masks", "map")
 
-    def __init__(self, class_map: ClassMap, masks: Mapping[MatchRecord, int], always: int) -> None:
+    def __init__(self, class_map: ClassTable, masks: Mapping[MatchRecord, int], always: int) -> None:
         self.map = class_map
         self._always = always
         self._masks = [masks[record] for record in class_map.masks]

@@ -29,10 +29,10 @@ from netpol_ebpf.compiler.intake import Intake
 from netpol_ebpf.compiler.journal import Journal
 from netpol_ebpf.compiler.limits import exceeded
 from netpol_ebpf.compiler.programs import (
-    Part,
-    Program,
+    RuleList,
     Template,
-    TierPart,
+    TemplateUse,
+    TierTemplates,
     cut,
     exceptions_of,
     is_of_stage,
@@ -40,11 +40,11 @@ from netpol_ebpf.compiler.programs import (
     stages_of,
 )
 from netpol_ebpf.compiler.revocation import Revocation
-from netpol_ebpf.compiler.sets import Fold, LiveSet
+from netpol_ebpf.compiler.sets import LiveSet, OwnEntries
 from netpol_ebpf.compiler.state import LocalEndpoint, Slot, State
-from netpol_ebpf.compiler.tables import EndpointRow, Tables
+from netpol_ebpf.compiler.tables import CompiledTables, EndpointRow
 from netpol_ebpf.compiler.templates import service_key, service_ports
-from netpol_ebpf.compiler.terms import Atom, NetsTerm, ServiceTerm
+from netpol_ebpf.compiler.terms import AddressGroup, NetsTerm, ServiceTerm
 from netpol_ebpf.policy.types import (
     Direction,
     Endpoint,
@@ -52,7 +52,7 @@ from netpol_ebpf.policy.types import (
     EndpointKind,
     IPAddress,
     PolicyKey,
-    Service,
+    ServiceBackends,
     Stage,
     Staged,
 )
@@ -74,12 +74,12 @@ class Commit:
         self._journal = journal
         self._is_first = not state.local
         self._intake = Intake(state, local, journal)
-        self._old_programs: list[Program] = []
+        self._old_programs: list[RuleList] = []
         self._old_sets: list[LiveSet] = []
         self._replaced: dict[tuple[LiveSet | None, LiveSet | None], None] = {}
         self._relabelled = Relabelled()
         self._extended = 0  # how many of the new identities have their classes in the sets in force
-        self._ordered: dict[tuple[frozenset[PolicyKey], Direction, Stage], tuple[TierPart, ...]] = {}
+        self._ordered: dict[tuple[frozenset[PolicyKey], Direction, Stage], tuple[TierTemplates, ...]] = {}
         self._folds: dict[tuple[Template, tuple[int, ...]], int | None] = {}
 
     def run(self) -> None:
@@ -124,13 +124,13 @@ class Commit:
         state, journal = self._state, self._journal
         endpoint = local.endpoint
         policies = frozenset(state.subjects.policies_of(endpoint.key))
-        programs: dict[Slot, Program] = {}
+        programs: dict[Slot, RuleList] = {}
         for stage in stages_of(endpoint):
             for direction in Direction:
                 tiers, profiles = cut(
                     self._tiers(policies, direction, stage), self._profiles(endpoint, direction, stage)
                 )
-                program = Program(direction, stage, self._exceptions(endpoint, direction, stage), tiers, profiles)
+                program = RuleList(direction, stage, self._exceptions(endpoint, direction, stage), tiers, profiles)
                 if not program.is_idle:
                     programs[(direction, stage)] = program
         if programs == local.programs:
@@ -140,7 +140,7 @@ class Commit:
         self._old_programs.extend(local.programs.values())
         journal.assign(local, "programs", programs)
 
-    def _tiers(self, keys: frozenset[PolicyKey], direction: Direction, stage: Stage) -> tuple[TierPart, ...]:
+    def _tiers(self, keys: frozenset[PolicyKey], direction: Direction, stage: Stage) -> tuple[TierTemplates, ...]:
         """The ordered tiers of these policies, worked out once for all endpoints that the same ones select."""
         known = self._ordered.get((keys, direction, stage))
         if known is None:
@@ -156,18 +156,18 @@ class Commit:
             self._ordered[(keys, direction, stage)] = known
         return known
 
-    def _exceptions(self, endpoint: Endpoint, direction: Direction, stage: Stage) -> tuple[Part, ...]:
+    def _exceptions(self, endpoint: Endpoint, direction: Direction, stage: Stage) -> tuple[TemplateUse, ...]:
         if endpoint.kind is not EndpointKind.HOST or stage not in (Stage.NORMAL, Stage.UNTRACKED):
             return ()
         exceptions = exceptions_of(self._state.world.settings, endpoint.node, direction, stage)
         template = self._state.templates.get((exceptions, direction), self._journal)
-        return (Part(template),) if template.entries else ()
+        return (TemplateUse(template),) if template.entries else ()
 
-    def _profiles(self, endpoint: Endpoint, direction: Direction, stage: Stage) -> tuple[Part, ...]:
+    def _profiles(self, endpoint: Endpoint, direction: Direction, stage: Stage) -> tuple[TemplateUse, ...]:
         if stage is not Stage.NORMAL:
             return ()
         templates = [self._state.templates.get((name, direction), self._journal) for name in endpoint.profiles]
-        return tuple(Part(template) for template in templates if template.entries)
+        return tuple(TemplateUse(template) for template in templates if template.entries)
 
     # --- 3. and 4. addresses ----------------------------------------------------------------------------------------
 
@@ -195,7 +195,7 @@ class Commit:
         claims = [claim[1] for entry, _, _ in self._relabelled.addresses for claim in entry.claims]
         return [key for key in claims if key in state.local]
 
-    def _place_atom(self, atom_id: int, atom: Atom, *, add: bool) -> None:
+    def _place_atom(self, atom_id: int, atom: AddressGroup, *, add: bool) -> None:
         """Put a nets list's prefixes or a service's addresses into the address space, or take them out."""
         addresses, journal = self._state.addresses, self._journal
         if isinstance(atom, NetsTerm):
@@ -239,7 +239,7 @@ class Commit:
             self._replaced.update(dict.fromkeys(pairs))
         journal.assign(local, "sets", sets)
 
-    def _fold(self, endpoint: Endpoint, program: Program) -> Fold | None:
+    def _fold(self, endpoint: Endpoint, program: RuleList) -> OwnEntries | None:
         """What of the own side is constant; None: it has to be looked up for each packet."""
         if not program.constraining:
             return ()
@@ -383,7 +383,7 @@ class Commit:
         for local in self._intake.gone:
             state.numbers.give_back(local.number, journal)
 
-    def check_sizes(self, tables: Tables) -> None:
+    def check_sizes(self, tables: CompiledTables) -> None:
         """Raise LimitError when a table would not hold the rows it has during the change."""
         limits = self._state.limits
         names = [str(key or kind.__name__) for kind, objects in self._changes.items() for key in islice(objects, 3)]
@@ -396,7 +396,7 @@ class Commit:
                 raise exceeded(what, table, most, seen)
 
 
-def _members(service: Service | None, atom: ServiceTerm) -> set[IPAddress]:
+def _members(service: ServiceBackends | None, atom: ServiceTerm) -> set[IPAddress]:
     """Addresses of a service that a term is about."""
     if service is None:
         return set()

@@ -17,10 +17,10 @@ from dataclasses import dataclass, field
 
 from netpol_ebpf.compiler.journal import Journal
 from netpol_ebpf.compiler.limits import exceeded
-from netpol_ebpf.compiler.numbers import Numbers
+from netpol_ebpf.compiler.numbers import NumberPool
 from netpol_ebpf.compiler.owners import OwnerIndex, OwnerValue, pairs
 from netpol_ebpf.compiler.tables import FIRST_IDENTITY, WORLD_V4, WORLD_V6
-from netpol_ebpf.compiler.terms import AddressMatch, Atom, NetsTerm, ServiceTerm, Term
+from netpol_ebpf.compiler.terms import AddressGroup, AddressMatch, NetsTerm, ServiceTerm, Term
 
 _NUMBERS = 1 << 31
 """Numbers there are; how many may be in use at once is `Limits.identities`, checked by the commit."""
@@ -42,10 +42,10 @@ class IdentityRecord:
 
 
 @dataclass(slots=True)
-class AtomRecord:
+class AddressGroupRecord:
     """A nets list or service in use."""
 
-    atom: Atom
+    atom: AddressGroup
     references: int = 0
     identities: set[int] = field(default_factory=set)
 
@@ -74,7 +74,7 @@ class MatchRecord:
         )
 
 
-def digest(family: int, owners: Iterable[OwnerValue], atoms: Iterable[Atom]) -> str:
+def digest(family: int, owners: Iterable[OwnerValue], atoms: Iterable[AddressGroup]) -> str:
     """A name for what an identity stands for that is the same in every run: 32 hexadecimal digits of SHA-256."""
     lines = [str(family)]
     for kind, labels, ports in owners:
@@ -92,7 +92,7 @@ class IdentityIndex:
 
     def __init__(self, owners: OwnerIndex, known: Mapping[str, int] | None = None) -> None:
         self._owners = owners
-        self._numbers = Numbers(FIRST_IDENTITY, _NUMBERS)
+        self._numbers = NumberPool(FIRST_IDENTITY, _NUMBERS)
         self._known = self._numbers.keep(known or {})
         self.identities: dict[int, IdentityRecord] = {}
         self._keys: dict[IdentityKey, int] = {}
@@ -102,15 +102,15 @@ class IdentityIndex:
             self.identities[number] = IdentityRecord(number, *key, digest=digest(family, (), ()), references=1)
         self.v4: set[int] = {WORLD_V4}
         self.v6: set[int] = {WORLD_V6}
-        self.atoms: dict[int, AtomRecord] = {}
-        self._atom_ids: dict[Atom, int] = {}
+        self.atoms: dict[int, AddressGroupRecord] = {}
+        self._atom_ids: dict[AddressGroup, int] = {}
         self._next_atom = 1
         self._matches: dict[AddressMatch, MatchRecord] = {}
         self._next_match = 1
         self._by_positive: dict[int, set[MatchRecord]] = {}  # one positive term of a match -> matches
         self._by_negative: dict[int, set[MatchRecord]] = {}  # each negative term of a floating match -> matches
         self.atoms_added: list[int] = []
-        self.atoms_removed: list[tuple[int, Atom]] = []
+        self.atoms_removed: list[tuple[int, AddressGroup]] = []
         """Atoms whose first use came, and whose last one went, since these were last cleared."""
         self.created: list[int] = []
         """Identities made since this was last cleared (by the compiler, at the end of a commit)."""
@@ -197,17 +197,17 @@ class IdentityIndex:
 
     # --- atoms ------------------------------------------------------------------------------------------------------
 
-    def atom_id(self, atom: Atom) -> int | None:
+    def atom_id(self, atom: AddressGroup) -> int | None:
         """The id of an atom in use, or None."""
         return self._atom_ids.get(atom)
 
-    def _acquire_atom(self, atom: Atom, journal: Journal) -> int:
+    def _acquire_atom(self, atom: AddressGroup, journal: Journal) -> int:
         atom_id = self._atom_ids.get(atom)
         if atom_id is None:
             atom_id = self._next_atom
             journal.assign(self, "_next_atom", atom_id + 1)
             journal.put(self._atom_ids, atom, atom_id)
-            journal.put(self.atoms, atom_id, AtomRecord(atom))
+            journal.put(self.atoms, atom_id, AddressGroupRecord(atom))
             self.atoms_added.append(atom_id)
         record = self.atoms[atom_id]
         journal.assign(record, "references", record.references + 1)

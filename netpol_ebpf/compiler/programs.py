@@ -32,13 +32,13 @@ from netpol_ebpf.policy.types import (
     Outcome,
     Policy,
     PolicyKey,
+    PolicySettings,
+    PolicyTier,
     Ports,
-    Profile,
+    ProfileRules,
     Rule,
-    Settings,
     Stage,
     Staged,
-    Tier,
     Tunnel,
 )
 from netpol_ebpf.selector import EVERYTHING
@@ -78,7 +78,7 @@ def make_template(what: str, entries: Iterable[Entry]) -> Template:
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class TemplateUse:
     """One template's place in a program. ``enforced``, ``pending``: the evaluations it takes part in."""
 
     template: Template
@@ -87,11 +87,11 @@ class Part:
 
 
 @dataclass(frozen=True, slots=True)
-class TierPart:
+class TierTemplates:
     """A tier with at least one policy here. ``end_*``: the policy named when the tier ends in deny; None: it passes."""
 
     name: str
-    parts: tuple[Part, ...]
+    parts: tuple[TemplateUse, ...]
     end_enforced: PolicyKey | None
     end_pending: PolicyKey | None
     is_closed: bool = field(init=False, compare=False, repr=False)
@@ -108,7 +108,7 @@ class TierPart:
 
 
 @dataclass(frozen=True, slots=True)
-class Program:
+class RuleList:
     """The whole order of evaluation. Nothing decided: deny in NORMAL, continue elsewhere.
 
     ``constraining``: templates that constrain the own side, in order.  Hashes are worked out once: programs are keys, and may
@@ -117,9 +117,9 @@ class Program:
 
     direction: Direction
     stage: Stage
-    head: tuple[Part, ...]
-    tiers: tuple[TierPart, ...]
-    profiles: tuple[Part, ...]
+    head: tuple[TemplateUse, ...]
+    tiers: tuple[TierTemplates, ...]
+    profiles: tuple[TemplateUse, ...]
     constraining: tuple[Template, ...] = field(init=False, compare=False, repr=False)
     _hash: int = field(init=False, compare=False, repr=False)
 
@@ -131,7 +131,7 @@ class Program:
     def __hash__(self) -> int:
         return self._hash
 
-    def parts(self) -> Iterable[Part]:
+    def parts(self) -> Iterable[TemplateUse]:
         """All parts in order."""
         yield from self.head
         for tier in self.tiers:
@@ -166,7 +166,7 @@ class Exceptions(NamedTuple):
     tunnels: frozenset[Tunnel]
 
 
-def exceptions_of(settings: Settings, node: str | None, direction: Direction, stage: Stage) -> Exceptions:
+def exceptions_of(settings: PolicySettings, node: str | None, direction: Direction, stage: Stage) -> Exceptions:
     """Of the host endpoints of a node."""
     replies = settings.failsafes(node, _OTHER[direction]) if stage is Stage.UNTRACKED else ()
     return Exceptions(stage, settings.failsafes(node, direction), replies, settings.tunnels)
@@ -181,7 +181,7 @@ def policy_entries(policy: Policy, direction: Direction, resolver: Resolver) -> 
     return found
 
 
-def profile_entries(profile: Profile, direction: Direction, resolver: Resolver) -> list[Entry]:
+def profile_entries(profile: ProfileRules, direction: Direction, resolver: Resolver) -> list[Entry]:
     """What a profile says in one direction: Pass is Deny there."""
     found: list[Entry] = []
     for rule in profile.rules(direction):
@@ -247,11 +247,11 @@ def is_of_stage(policy: Policy, stage: Stage) -> bool:
 
 def order_tiers(
     policies: Iterable[Policy],
-    tiers: Mapping[str, Tier],
+    tiers: Mapping[str, PolicyTier],
     replaced: Collection[PolicyKey],
     stage: Stage,
     templates: Mapping[PolicyKey, Template],
-) -> tuple[TierPart, ...]:
+) -> tuple[TierTemplates, ...]:
     """Tiers in order, each with its policies in order. ``policies``: those of the stage and direction that select the endpoint.
 
     ``replaced``: keys that staged policies stand for (they are not in the pending evaluation).
@@ -260,11 +260,13 @@ def order_tiers(
     for policy in policies:
         if policy.staged is not Staged.DELETE:
             by_tier.setdefault(policy.tier, []).append(policy)
-    found: list[TierPart] = []
-    for tier in sorted((tiers.get(name, Tier(name, exists=False)) for name in by_tier), key=lambda tier: tier.sort_key):
+    found: list[TierTemplates] = []
+    for tier in sorted(
+        (tiers.get(name, PolicyTier(name, exists=False)) for name in by_tier), key=lambda tier: tier.sort_key
+    ):
         ordered = sorted(by_tier[tier.name], key=lambda policy: policy.sort_key)
         denies = tier.default_action is not Action.PASS and stage not in (Stage.PRE_DNAT, Stage.UNTRACKED)
-        parts: list[Part] = []
+        parts: list[TemplateUse] = []
         ends: dict[bool, PolicyKey | None] = {True: None, False: None}
         for policy in ordered:
             enforced, pending = policy.staged is Staged.NO, policy.key not in replaced
@@ -272,7 +274,7 @@ def order_tiers(
                 continue
             template = templates[policy.key]
             if template.entries:
-                parts.append(Part(template, enforced, pending))
+                parts.append(TemplateUse(template, enforced, pending))
             if enforced:
                 ends[True] = policy.key
             if pending:
@@ -280,11 +282,13 @@ def order_tiers(
         if not denies:
             ends = {True: None, False: None}
         if parts or ends[True] or ends[False]:
-            found.append(TierPart(tier.name, tuple(parts), ends[True], ends[False]))
+            found.append(TierTemplates(tier.name, tuple(parts), ends[True], ends[False]))
     return tuple(found)
 
 
-def cut(tiers: tuple[TierPart, ...], profiles: tuple[Part, ...]) -> tuple[tuple[TierPart, ...], tuple[Part, ...]]:
+def cut(
+    tiers: tuple[TierTemplates, ...], profiles: tuple[TemplateUse, ...]
+) -> tuple[tuple[TierTemplates, ...], tuple[TemplateUse, ...]]:
     """Leave out what is never reached, so that endpoints which differ in that alone share their policy sets."""
     for index, tier in enumerate(tiers):
         if tier.is_closed:

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from itertools import product
 
-from netpol_ebpf.compiler.classes import Side
+from netpol_ebpf.compiler.classes import EntryVectors
 from netpol_ebpf.compiler.identities import IdentityIndex
 from netpol_ebpf.compiler.sets import LiveSet
 from netpol_ebpf.compiler.setstore import SetStore
@@ -47,7 +47,7 @@ class Revocation:
                             return True
         return False
 
-    def _loses(self, live: LiveSet, side: Side, old: int, new: int) -> bool:
+    def _loses(self, live: LiveSet, side: EntryVectors, old: int, new: int) -> bool:
         is_peer = side is live.peer
         known = live.losses.get((is_peer, old, new))
         if known is None:
@@ -90,7 +90,7 @@ class Revocation:
             for peer, own, one, two in product(peers, owns, l4, sources)
         )
 
-    def _pairs(self, old: Side | None, new: Side | None) -> set[tuple[int, int]]:
+    def _pairs(self, old: EntryVectors | None, new: EntryVectors | None) -> set[tuple[int, int]]:
         """What identities are on one side before and after, each pair once. No side: anything."""
         if old is None or new is None:
             return {(before, after) for before in _all(old) for after in _all(new)}
@@ -106,7 +106,7 @@ class Revocation:
         return {(before[one], after[other]) for one, other in pairs}
 
 
-def _all(side: Side | None) -> Iterable[int]:
+def _all(side: EntryVectors | None) -> Iterable[int]:
     return (-1,) if side is None else side.vectors.values()
 
 

@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import product
 
-from netpol_ebpf.compiler.classes import ClassMap, ClassMaps, Side
+from netpol_ebpf.compiler.classes import ClassTable, ClassTables, EntryVectors
 from netpol_ebpf.compiler.draft import DELETED, Draft, Phase
 from netpol_ebpf.compiler.entries import Effect
 from netpol_ebpf.compiler.identities import IdentityIndex, MatchRecord
@@ -24,15 +24,15 @@ from netpol_ebpf.compiler.journal import Journal
 from netpol_ebpf.compiler.l4 import AtomSpace, Split
 from netpol_ebpf.compiler.limits import Limits, exceeded
 from netpol_ebpf.compiler.numbers import Ranges
-from netpol_ebpf.compiler.programs import Part, Program, nothing_decided
+from netpol_ebpf.compiler.programs import RuleList, TemplateUse, nothing_decided
 from netpol_ebpf.compiler.registers import RowRegister
 from netpol_ebpf.compiler.tables import COLUMN_BLOCK, FAMILY_CLASSES, SetRow, VerdictRow
 from netpol_ebpf.compiler.terms import ANYONE
 from netpol_ebpf.policy.types import Action, Cause, CauseKind, Outcome
 
-Fold = tuple[int, ...]
+OwnEntries = tuple[int, ...]
 """For each own-constraining part of a program, in order: the bits of its entries that hold for the own addresses."""
-SetKey = tuple[Program, "Fold | None"]
+SetKey = tuple[RuleList, "OwnEntries | None"]
 
 _TRIM_ABOVE = 256
 """Verdicts that a set may remember in vain; arbitrary."""
@@ -52,7 +52,7 @@ class Stores:
     sources: AtomSpace
     causes: RowRegister[Cause]
     log_lists: RowRegister[tuple[int, ...]]
-    maps: ClassMaps
+    maps: ClassTables
     verdicts: Ranges
     columns: Ranges
     limits: Limits
@@ -61,7 +61,7 @@ class Stores:
 class _Entries:
     """The entries of a program that are left under a fold, by bit; bit 0 is asked first."""
 
-    def __init__(self, program: Program, fold: Fold | None) -> None:
+    def __init__(self, program: RuleList, fold: OwnEntries | None) -> None:
         self.effects: list[Effect] = []
         self.outcomes: list[Outcome] = []
         self.causes: list[Cause] = []
@@ -102,7 +102,7 @@ class _Entries:
             self.pending |= bit
         return bit
 
-    def _add_part(self, part: Part) -> None:
+    def _add_part(self, part: TemplateUse) -> None:
         template = part.template
         kept = -1
         if self._folds is not None and template.constrains_own:
@@ -167,7 +167,7 @@ class _Column:
             rows[self.base + block] = tuple(self.classes[block * COLUMN_BLOCK : (block + 1) * COLUMN_BLOCK])
 
 
-def _room(class_map: ClassMap) -> int:
+def _room(class_map: ClassTable) -> int:
     """The bound of a side's classes: how many there are, and room for some that may come.
 
     Where no match asks for more than the family, none may come, and FAMILY_CLASSES is the most: by that the program knows
@@ -205,7 +205,7 @@ class LiveSet:
         for predicate in entries.sources:
             stores.sources.acquire(predicate, journal)
         self.peer = self._side(entries.peers, journal)
-        self.own: Side | None = None
+        self.own: EntryVectors | None = None
         if any(record.match != ANYONE for record in entries.owns):
             self.own = self._side(entries.owns, journal)
         self._l4: _Column
@@ -215,7 +215,7 @@ class LiveSet:
         self.peer_room = self.own_room = 1
         self.row: SetRow
 
-    def _side(self, matches: dict[MatchRecord, int], journal: Journal) -> Side:
+    def _side(self, matches: dict[MatchRecord, int], journal: Journal) -> EntryVectors:
         always = self._entries.ends
         masks: dict[MatchRecord, int] = {}
         for record, mask in matches.items():
@@ -223,15 +223,15 @@ class LiveSet:
                 always |= mask
             else:
                 masks[record] = mask
-        return Side(self._stores.maps.acquire(frozenset(masks), self.what, journal), masks, always)
+        return EntryVectors(self._stores.maps.acquire(frozenset(masks), self.what, journal), masks, always)
 
     @property
-    def sides(self) -> tuple[Side, ...]:
+    def sides(self) -> tuple[EntryVectors, ...]:
         """Both, or the peer's only."""
         return (self.peer,) if self.own is None else (self.peer, self.own)
 
     @property
-    def class_maps(self) -> Iterable[ClassMap]:
+    def class_maps(self) -> Iterable[ClassTable]:
         """Those of its sides, each once."""
         return dict.fromkeys(side.map for side in self.sides)
 

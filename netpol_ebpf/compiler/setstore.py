@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 
-from netpol_ebpf.compiler.classes import ClassMap
+from netpol_ebpf.compiler.classes import ClassTable
 from netpol_ebpf.compiler.draft import Draft
 from netpol_ebpf.compiler.identities import MatchRecord
 from netpol_ebpf.compiler.journal import Journal
@@ -25,9 +25,9 @@ class SetStore:
         self.stores = stores
         self._sets: dict[SetKey, LiveSet] = {}
         self._published: set[LiveSet] = set()
-        self._uses: dict[MatchRecord, dict[ClassMap, int]] = {}
-        self._sets_of: dict[ClassMap, dict[LiveSet, None]] = {}  # published sets
-        self._odd: dict[int, set[ClassMap]] = {4: set(), 6: set()}
+        self._uses: dict[MatchRecord, dict[ClassTable, int]] = {}
+        self._sets_of: dict[ClassTable, dict[LiveSet, None]] = {}  # published sets
+        self._odd: dict[int, set[ClassTable]] = {4: set(), 6: set()}
         """Class maps in which an ordinary identity of a family is not in the default class of that family."""
         self._created: list[LiveSet] = []
         self._dying: list[LiveSet] = []
@@ -67,7 +67,7 @@ class SetStore:
 
     def extend(self, created: Iterable[int], draft: Draft, journal: Journal) -> None:
         """Give new identities their classes in all published sets. Cost: the sets whose matches concern them."""
-        grown: dict[ClassMap, list[int]] = {}
+        grown: dict[ClassTable, list[int]] = {}
         for identity in created:
             for class_map, vector in self._vectors(identity).items():
                 class_ = class_map.add(identity, vector, draft, journal)
@@ -86,12 +86,12 @@ class SetStore:
                 self._left_verdicts.append(left)
                 self._moved.setdefault(live, row)
 
-    def that_tell(self, one: int, other: int) -> Iterator[tuple[ClassMap, Iterable[LiveSet]]]:
+    def that_tell(self, one: int, other: int) -> Iterator[tuple[ClassTable, Iterable[LiveSet]]]:
         """Class maps that may tell one identity from another, with their published sets."""
         for class_map in {**self._vectors(one), **self._vectors(other)}:
             yield class_map, self._sets_of[class_map]
 
-    def _vectors(self, identity: int) -> dict[ClassMap, int]:
+    def _vectors(self, identity: int) -> dict[ClassTable, int]:
         """The vectors of an identity in all class maps where it may not be in the default class."""
         holding, excluded = self.stores.identities.concerning(identity)
         family = self.stores.identities.identities[identity].family
@@ -124,7 +124,7 @@ class SetStore:
                     self._publish(class_map, journal)
                 journal.put(self._sets_of[class_map], live, None)
 
-    def _publish(self, class_map: ClassMap, journal: Journal) -> None:
+    def _publish(self, class_map: ClassTable, journal: Journal) -> None:
         journal.put(self._sets_of, class_map, {})
         for record, mask in class_map.masks.items():
             users = self._uses.get(record)
@@ -136,7 +136,7 @@ class SetStore:
             if class_map.base[family] != class_map.vectors[class_map.defaults[family]]:
                 journal.add(odd, class_map)
 
-    def _withdraw(self, class_map: ClassMap, journal: Journal) -> None:
+    def _withdraw(self, class_map: ClassTable, journal: Journal) -> None:
         journal.pop(self._sets_of, class_map)
         for record in class_map.masks:
             users = self._uses[record]

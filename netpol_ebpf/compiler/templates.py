@@ -18,7 +18,7 @@ from netpol_ebpf.compiler.limits import Limits, exceeded
 from netpol_ebpf.compiler.owners import NameKey, OwnerIndex
 from netpol_ebpf.compiler.programs import (
     Exceptions,
-    Program,
+    RuleList,
     Template,
     exception_entries,
     make_template,
@@ -26,7 +26,7 @@ from netpol_ebpf.compiler.programs import (
     policy_entries,
     profile_entries,
 )
-from netpol_ebpf.policy.types import Direction, PolicyKey, Service, World
+from netpol_ebpf.policy.types import Direction, PolicyKey, ServiceBackends, World
 from netpol_ebpf.selector import Selector
 
 ServiceKey = tuple[str, str]
@@ -35,12 +35,12 @@ TemplateKey = tuple[Union[PolicyKey, str, Exceptions], Direction]
 _Watched = tuple[frozenset[NameKey], frozenset[ServiceKey]]
 
 
-def service_ports(service: Service | None) -> frozenset[PortPair]:
+def service_ports(service: ServiceBackends | None) -> frozenset[PortPair]:
     """Every (protocol, port) among the backends."""
     return frozenset() if service is None else frozenset((each.protocol, each.port) for each in service.backends)
 
 
-def service_key(old: Service | None, new: Service | None) -> ServiceKey:
+def service_key(old: ServiceBackends | None, new: ServiceBackends | None) -> ServiceKey:
     """The key of a service that changes."""
     service = new or old
     if service is None:
@@ -51,7 +51,7 @@ def service_key(old: Service | None, new: Service | None) -> ServiceKey:
 class _Asking:
     """A resolver that notes what it is asked, and puts the names into use."""
 
-    def __init__(self, owners: OwnerIndex, services: Mapping[ServiceKey, Service], journal: Journal) -> None:
+    def __init__(self, owners: OwnerIndex, services: Mapping[ServiceKey, ServiceBackends], journal: Journal) -> None:
         self._owners = owners
         self._services = services
         self._journal = journal
@@ -83,7 +83,7 @@ class Templates:
         self._watched: dict[TemplateKey, _Watched] = {}
         self._by_name: dict[NameKey, set[TemplateKey]] = {}
         self._by_service: dict[ServiceKey, set[TemplateKey]] = {}
-        self._programs: dict[Program, int] = {}
+        self._programs: dict[RuleList, int] = {}
         self._idle: set[TemplateKey] = set()
         self._keys: dict[Template, TemplateKey] = {}
 
@@ -118,7 +118,7 @@ class Templates:
         for service in services:
             yield from self._by_service.get(service, ())
 
-    def acquire(self, program: Program, journal: Journal) -> None:
+    def acquire(self, program: RuleList, journal: Journal) -> None:
         """Count a use of a program, and so of its templates and their matches."""
         references = self._programs.get(program, 0)
         journal.put(self._programs, program, references + 1)
@@ -134,7 +134,7 @@ class Templates:
                 journal.assign(template, "owns", owns)
             journal.assign(template, "references", template.references + 1)
 
-    def release(self, program: Program, journal: Journal) -> None:
+    def release(self, program: RuleList, journal: Journal) -> None:
         """Count one use less."""
         references = self._programs[program]
         if references > 1:
