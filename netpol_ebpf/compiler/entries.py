@@ -101,7 +101,7 @@ def expand(rule: Rule, direction: Direction, effect: Effect, cause: Cause, resol
     """The entries of a rule for one direction; none when nothing can match it."""
     if rule.unsupported or rule.source.impossible or rule.destination.impossible:
         return ()
-    whole = _rule_part(rule)
+    whole = _rule_clause(rule)
     found: dict[Entry, None] = {}
     sources = tuple(_side(rule.source, rule.protocol, resolver, is_source=True))
     destinations = tuple(_side(rule.destination, rule.protocol, resolver, is_source=False))
@@ -126,7 +126,7 @@ def expand(rule: Rule, direction: Direction, effect: Effect, cause: Cause, resol
     return tuple(found)
 
 
-def _rule_part(rule: Rule) -> _Clause:
+def _rule_clause(rule: Rule) -> _Clause:
     """Family, protocol and ICMP clauses."""
     l4 = ANY_L4 if rule.protocol is None else protocol(rule.protocol)
     family = rule.ip_version or 0
@@ -166,21 +166,21 @@ def _side(entity: Entity, number: int | None, resolver: Resolver, *, is_source: 
         else _NO_CLAUSE,
         tuple(_service(entity, resolver, is_source=is_source)) if entity.service is not None else _NO_CLAUSE,
     )
-    for parts in product(*clauses):
-        joined = _join(parts)
+    for combination in product(*clauses):
+        joined = _join(combination)
         if joined is not None:
             yield joined
 
 
-def _join(parts: tuple[_Clause, ...]) -> _Clause | None:
+def _join(combination: tuple[_Clause, ...]) -> _Clause | None:
     """The conjunction, or None when it is a contradiction."""
     l4, source = ANY_L4, ANY_SOURCE
-    for part in parts:
-        l4 = intersection(l4, part.l4)
-        source = intersection(source, part.source)
-    families = {part.family for part in parts} - {0}
-    positive = frozenset(chain.from_iterable(part.positive for part in parts))
-    negative = frozenset(chain.from_iterable(part.negative for part in parts))
+    for clause in combination:
+        l4 = intersection(l4, clause.l4)
+        source = intersection(source, clause.source)
+    families = {clause.family for clause in combination} - {0}
+    positive = frozenset(chain.from_iterable(clause.positive for clause in combination))
+    negative = frozenset(chain.from_iterable(clause.negative for clause in combination))
     if not l4 or not source or len(families) > 1 or positive & negative:
         return None
     return _Clause(l4, source, families.pop() if families else 0, positive, negative)
@@ -220,10 +220,10 @@ def _not_nets(nets: tuple[IPNetwork, ...]) -> tuple[_Clause, ...]:
     if not nets:
         return _NO_CLAUSE
     excluded = tuple(_nets(nets))
-    families = {part.family for part in excluded if not part.positive}
+    families = {clause.family for clause in excluded if not clause.positive}
     if 0 in families:
         return ()
-    negative = frozenset(chain.from_iterable(part.positive for part in excluded))
+    negative = frozenset(chain.from_iterable(clause.positive for clause in excluded))
     return (_Clause(family=10 - families.pop() if families else 0, negative=negative),)
 
 
@@ -265,7 +265,7 @@ def _ports(entity: Entity, number: int | None, resolver: Resolver, *, is_source:
 
 
 def _not_ports(entity: Entity, number: int | None, resolver: Resolver, *, is_source: bool) -> Iterator[_Clause]:
-    """Disjoint parts: packets on a port that a name stands for somewhere, and all the others."""
+    """Disjoint clauses: packets on a port that a name stands for somewhere, and all the others."""
     unwanted = entity.not_ports
     if unwanted is None:
         return

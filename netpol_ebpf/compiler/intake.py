@@ -2,7 +2,7 @@
 """The first step of a commit: changed objects go into the world, and what has to be looked at again is noted.
 
 Invariant: afterwards the world, the owners, the subjects and the indexes of the state are those after the change; addresses,
-templates and programs are still those before it.
+templates and rule lists are still those before it.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ U = TypeVar("U")
 class Intake:
     """Takes changes, by type and key the new object or None, and notes what they concern.
 
-    ``dirty``: local endpoints whose programs may change; ``stale``: templates whose object changed; ``address_moves``: addresses,
+    ``dirty``: local endpoints whose rule lists may change; ``stale``: templates whose object changed; ``address_moves``: addresses,
     the owner that they get or lose with the number of the node that it is on (0: here, or not known), and whether they get it;
     ``net_moves``: the same of nets, without nodes; ``numbered``: nodes with the numbers that they have now, 0 for none;
     ``claims``: local endpoints that got or lost an address; ``disappeared``: owners with an object less; ``gone``: local
@@ -97,7 +97,7 @@ class Intake:
                 taker(old, new)
 
     def touch(self, endpoints: Iterable[EndpointKey]) -> None:
-        """Note local endpoints whose programs may change."""
+        """Note local endpoints whose rule lists may change."""
         self.dirty.update(dict.fromkeys(endpoints))
 
     def drop_unknown(self) -> None:

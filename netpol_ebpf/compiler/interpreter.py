@@ -6,7 +6,7 @@ Invariant: nothing but the tables is looked at; a row that is referred to and mi
 
 from __future__ import annotations
 
-from netpol_ebpf.compiler.programs import nothing_decided
+from netpol_ebpf.compiler.rule_lists import nothing_decided
 from netpol_ebpf.compiler.tables import (
     ATOM_BLOCK,
     COLUMN_BLOCK,

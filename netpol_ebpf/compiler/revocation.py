@@ -36,12 +36,12 @@ class Revocation:
     def by_relabelling(self, pairs: set[tuple[int, int]], sets: SetStore) -> bool:
         """Whether addresses that turn from one identity into the other lose something in any of the sets that stay."""
         for before, after in pairs:
-            for class_map, users in sets.that_tell(before, after):
-                old, new = class_map.vector_of(before), class_map.vector_of(after)
+            for class_table, users in sets.that_tell(before, after):
+                old, new = class_table.vector_of(before), class_table.vector_of(after)
                 if old != new:
                     for live in users:
                         if live.references and any(
-                            side.map is class_map and self._loses(live, side, side.vector(old), side.vector(new))
+                            side.table is class_table and self._loses(live, side, side.vector(old), side.vector(new))
                             for side in live.sides
                         ):
                             return True
@@ -94,14 +94,14 @@ class Revocation:
         """What identities are on one side before and after, each pair once. No side: anything."""
         if old is None or new is None:
             return {(before, after) for before in _all(old) for after in _all(new)}
-        if old.map is new.map:
-            return {(old.vector(each), new.vector(each)) for each in old.map.vectors.values()}
-        numbers = (old.map.rows.keys() | new.map.rows.keys()) - self._late
-        pairs = {(old.map.class_of(number), new.map.class_of(number)) for number in numbers}
+        if old.table is new.table:
+            return {(old.vector(each), new.vector(each)) for each in old.table.vectors.values()}
+        numbers = (old.table.rows.keys() | new.table.rows.keys()) - self._late
+        pairs = {(old.table.class_of(number), new.table.class_of(number)) for number in numbers}
         v6 = len(numbers & self._identities.v6)
         for family, told in ((4, len(numbers) - v6), (6, v6)):
             if len(self._identities.family_members(family) - self._late) > told:  # the others have no rows
-                pairs.add((old.map.defaults[family], new.map.defaults[family]))
+                pairs.add((old.table.defaults[family], new.table.defaults[family]))
         before, after = old.vectors, new.vectors
         return {(before[one], after[other]) for one, other in pairs}
 

@@ -18,8 +18,8 @@ from netpol_ebpf.compiler.limits import Limits
 from netpol_ebpf.compiler.nodes import NodeNumbers
 from netpol_ebpf.compiler.numbers import NumberPool, Ranges
 from netpol_ebpf.compiler.owners import OwnerIndex
-from netpol_ebpf.compiler.programs import RuleList
 from netpol_ebpf.compiler.registers import RowRegister
+from netpol_ebpf.compiler.rule_lists import RuleList
 from netpol_ebpf.compiler.sets import LiveSet, Stores
 from netpol_ebpf.compiler.setstore import SetStore
 from netpol_ebpf.compiler.subjects import Subjects
@@ -48,7 +48,7 @@ class LocalEndpoint:
 
     endpoint: Endpoint
     number: int
-    programs: dict[Slot, RuleList] = field(default_factory=dict)
+    rule_lists: dict[Slot, RuleList] = field(default_factory=dict)
     sets: dict[Slot, LiveSet] = field(default_factory=dict)
     row: EndpointRow | None = None
 
@@ -75,7 +75,7 @@ class State:
             sources=AtomSpace(ANY_SOURCE, SOURCE_BLOCK, 256, limits),
             causes=RowRegister("rules", limits.rules, known.rules),
             log_lists=RowRegister("log_lists", limits.log_lists),
-            maps=ClassTables(self.identities, limits),
+            class_tables=ClassTables(self.identities, limits),
             verdicts=Ranges(limits.verdicts),
             columns=Ranges(limits.column_blocks),
             limits=limits,

@@ -2,11 +2,11 @@
 """Everything that applies to one endpoint in one direction and stage, in the order of evaluation.
 
 A *template* is what one policy (or profile, or list of exceptions) says in one direction, as entries; it is shared by all
-programs that hold it.  A *program* is the order: exceptions, tiers of templates, profiles, and what is left at the end.
-Two evaluations share one program: the enforced and the pending one (staged policies take part, and stand for those they
+rule lists that hold it.  A *rule list* is the order: exceptions, tiers of templates, profiles, and what is left at the end.
+Two evaluations share one rule list: the enforced and the pending one (staged policies take part, and stand for those they
 replace); each template and each end of a tier says in which it is.
 
-Invariant: equal programs are equal values, whatever order the policies came in (sections 2 to 4 of policy/MATCHING.md).
+Invariant: equal rule lists are equal values, whatever order the policies came in (sections 2 to 4 of policy/MATCHING.md).
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ _OTHER = {Direction.INGRESS: Direction.EGRESS, Direction.EGRESS: Direction.INGRE
 class Template:
     """The entries of one policy, profile or list of exceptions in one direction. Compared by identity.
 
-    ``names_own_nets``: some entry asks which nets the own address is in.  ``peers``, ``owns``: the records of the entries' matches, while ``references`` (programs) is not 0.
+    ``names_own_nets``: some entry asks which nets the own address is in.  ``peers``, ``owns``: the records of the entries' matches, while ``references`` (rule lists) is not 0.
     """
 
     what: str
@@ -79,7 +79,7 @@ def make_template(what: str, entries: Iterable[Entry]) -> Template:
 
 @dataclass(frozen=True, slots=True)
 class TemplateUse:
-    """One template's place in a program. ``enforced``, ``pending``: the evaluations it takes part in."""
+    """One template's place in a rule list. ``enforced``, ``pending``: the evaluations it takes part in."""
 
     template: Template
     enforced: bool = True
@@ -91,7 +91,7 @@ class TierTemplates:
     """A tier with at least one policy here. ``end_*``: the policy named when the tier ends in deny; None: it passes."""
 
     name: str
-    parts: tuple[TemplateUse, ...]
+    uses: tuple[TemplateUse, ...]
     end_enforced: PolicyKey | None
     end_pending: PolicyKey | None
     is_closed: bool = field(init=False, compare=False, repr=False)
@@ -100,8 +100,8 @@ class TierTemplates:
 
     def __post_init__(self) -> None:
         ends = self.end_enforced is not None and self.end_pending is not None
-        object.__setattr__(self, "is_closed", ends and not any(part.template.passes for part in self.parts))
-        object.__setattr__(self, "_hash", hash((self.name, self.parts, self.end_enforced, self.end_pending)))
+        object.__setattr__(self, "is_closed", ends and not any(use.template.passes for use in self.uses))
+        object.__setattr__(self, "_hash", hash((self.name, self.uses, self.end_enforced, self.end_pending)))
 
     def __hash__(self) -> int:
         return self._hash
@@ -111,8 +111,8 @@ class TierTemplates:
 class RuleList:
     """The whole order of evaluation. Nothing decided: deny in NORMAL, continue elsewhere.
 
-    ``constraining``: templates that constrain the own side, in order.  Hashes are worked out once: programs are keys, and may
-    have a thousand parts.
+    ``constraining``: templates that constrain the own side, in order.  Hashes are worked out once: rule lists are keys, and may
+    have a thousand templates.
     """
 
     direction: Direction
@@ -124,18 +124,18 @@ class RuleList:
     _hash: int = field(init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        constraining = tuple(part.template for part in self.parts() if part.template.constrains_own)
+        constraining = tuple(use.template for use in self.uses() if use.template.constrains_own)
         object.__setattr__(self, "constraining", constraining)
         object.__setattr__(self, "_hash", hash((self.direction, self.stage, self.head, self.tiers, self.profiles)))
 
     def __hash__(self) -> int:
         return self._hash
 
-    def parts(self) -> Iterable[TemplateUse]:
-        """All parts in order."""
+    def uses(self) -> Iterable[TemplateUse]:
+        """All templates in order."""
         yield from self.head
         for tier in self.tiers:
-            yield from tier.parts
+            yield from tier.uses
         yield from self.profiles
 
     @property
@@ -226,7 +226,7 @@ def exception_entries(exceptions: Exceptions, direction: Direction, resolver: Re
     return found
 
 
-# --- programs -------------------------------------------------------------------------------------------------------
+# --- rule lists -------------------------------------------------------------------------------------------------------
 
 
 def stages_of(endpoint: Endpoint) -> tuple[Stage, ...]:
@@ -266,7 +266,7 @@ def order_tiers(
     ):
         ordered = sorted(by_tier[tier.name], key=lambda policy: policy.sort_key)
         denies = tier.default_action is not Action.PASS and stage not in (Stage.PRE_DNAT, Stage.UNTRACKED)
-        parts: list[TemplateUse] = []
+        uses: list[TemplateUse] = []
         ends: dict[bool, PolicyKey | None] = {True: None, False: None}
         for policy in ordered:
             enforced, pending = policy.staged is Staged.NO, policy.key not in replaced
@@ -274,15 +274,15 @@ def order_tiers(
                 continue
             template = templates[policy.key]
             if template.entries:
-                parts.append(TemplateUse(template, enforced, pending))
+                uses.append(TemplateUse(template, enforced, pending))
             if enforced:
                 ends[True] = policy.key
             if pending:
                 ends[False] = policy.key
         if not denies:
             ends = {True: None, False: None}
-        if parts or ends[True] or ends[False]:
-            found.append(TierTemplates(tier.name, tuple(parts), ends[True], ends[False]))
+        if uses or ends[True] or ends[False]:
+            found.append(TierTemplates(tier.name, tuple(uses), ends[True], ends[False]))
     return tuple(found)
 
 
