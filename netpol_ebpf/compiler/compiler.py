@@ -19,6 +19,7 @@ from typing import Any, Union
 from netpol_ebpf.compiler.canonical import canonical
 from netpol_ebpf.compiler.commit import Commit
 from netpol_ebpf.compiler.draft import Draft
+from netpol_ebpf.compiler.identities import IdentityContent
 from netpol_ebpf.compiler.journal import Journal, Unjournaled
 from netpol_ebpf.compiler.limits import Limits
 from netpol_ebpf.compiler.state import KnownNumbers, State
@@ -89,6 +90,10 @@ class Compiler:
         """The policies that select an endpoint whose tables are compiled, staged ones too, in the order of their keys."""
         policies = self._state.world.policies
         return [policies[key] for key in sorted(self._state.subjects.policies_of(endpoint)) if key in policies]
+
+    def content_of(self, identity: int) -> IdentityContent:
+        """What the addresses of an identity in use have in common: labels, nets, services. Raises KeyError."""
+        return self._state.identities.content_of(identity)
 
     def release_known(self) -> None:
         """Rule and endpoint numbers of an earlier run that nothing has asked for are free from now on."""
