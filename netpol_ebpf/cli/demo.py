@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from netpol_ebpf.agent.service import CLIENT_TIMEOUT_S, SOCKET_NAME, ask
+from netpol_ebpf.agent.control_socket import CLIENT_TIMEOUT_S, SOCKET_NAME, ask
 from netpol_ebpf.cli.output import print_value
 from netpol_ebpf.ending import ended_by_signals
 from netpol_ebpf.errors import InvalidInputError, Location, PlatformError, PrivilegeError, UnreachableError
