@@ -20,7 +20,6 @@ from netpol_ebpf.agent.barrier import BarrierAccess
 from netpol_ebpf.agent.cni import DEFAULT_DIR, CniResultCache
 from netpol_ebpf.agent.timeouts import set_timeouts
 from netpol_ebpf.agent.wiring import NOWHERE, Interface, Wiring
-from netpol_ebpf.apply import surroundings
 from netpol_ebpf.apply.applier import KernelMap
 from netpol_ebpf.apply.encode import LocalFlag, Meaning, decode_endpoint
 from netpol_ebpf.errors import PlatformError
@@ -39,10 +38,9 @@ from netpol_loader.pins.upgrade import Upgrade, open_dataplane
 
 log = logging.getLogger(__name__)
 
-POLICY_MAPS = frozenset({
-    "np_endpoint", "np_addr4", "np_addr6", "np_cidr4", "np_cidr6", "np_source4", "np_source6", "np_peer_class", "np_l4_atom",
-    "np_l4_col", "np_verdict", "np_rule", "np_host", "np_ifindex", "np_vip_filter", "np_ep_cache", *surroundings.MAPS,
-})  # fmt: skip
+POLICY_MAPS = frozenset(
+    abi.maps_of(abi.MapRole.ENDPOINT, abi.MapRole.ENDPOINT_CACHE, abi.MapRole.NODE, abi.MapRole.TABLE)
+)
 """Maps that say what policy is, or what was remembered of that. The others hold connections, counters and settings, and belong to no agent."""
 
 
