@@ -36,7 +36,7 @@ from netpol_ebpf.apply.encode import EndpointFlag
 from netpol_ebpf.apply.events import FlowEvent, Names, decode_event
 from netpol_ebpf.apply.ledger import Ledger
 from netpol_ebpf.apply.surroundings import SurroundingsWriter
-from netpol_ebpf.compiler import Change, Compiler, KnownNumbers, Limits, Tables
+from netpol_ebpf.compiler import Change, CompiledTables, Compiler, KnownNumbers, Limits
 from netpol_ebpf.errors import InvalidInputError, LimitError, Location, MapFullError, PlatformError, Problem
 from netpol_ebpf.policy.translate import Derivation
 from netpol_ebpf.policy.types import (
@@ -44,23 +44,23 @@ from netpol_ebpf.policy.types import (
     Action,
     Cause,
     Changes,
+    ClusterNode,
     Direction,
     Endpoint,
     EndpointKey,
     EndpointKind,
     IPAddress,
-    NetworkSet,
+    LabelledNets,
     Policy,
-    Profile,
+    PolicySettings,
+    PolicyTier,
+    ProfileRules,
     ResourceKey,
-    Service,
+    ServiceBackends,
     Staged,
-    Tier,
     Tunnel,
     World,
 )
-from netpol_ebpf.policy.types import Node as ClusterNode
-from netpol_ebpf.policy.types import Settings as PolicySettings
 from netpol_ebpf.sources.files import ManifestDirectory, SourceUpdate, Upsert
 from netpol_loader import abi
 from netpol_loader.pins.drift import Drift, PartlyMendedError
@@ -234,7 +234,7 @@ class Agent:
         return self._own
 
     @property
-    def tables(self) -> Tables:
+    def tables(self) -> CompiledTables:
         """The compiled tables in force; for reading."""
         return self._compiler.tables
 
@@ -860,13 +860,13 @@ def _dispute(address: IPAddress, holder: EndpointKey, other: EndpointKey) -> str
 def _objects(changes: Changes) -> Iterable[tuple[Any, Any, Any]]:
     """(type, key, new object or None) of everything that changed."""
     kinds: tuple[tuple[type, Mapping[Any, Any]], ...] = (
-        (Tier, changes.tiers),
+        (PolicyTier, changes.tiers),
         (Policy, changes.policies),
-        (Profile, changes.profiles),
+        (ProfileRules, changes.profiles),
         (Endpoint, changes.endpoints),
-        (NetworkSet, changes.network_sets),
+        (LabelledNets, changes.network_sets),
         (ClusterNode, changes.nodes),
-        (Service, changes.services),
+        (ServiceBackends, changes.services),
     )
     for kind, table in kinds:
         for key, new in table.items():

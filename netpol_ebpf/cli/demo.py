@@ -76,7 +76,7 @@ def run(arguments: argparse.Namespace) -> int:
     if not manifests.is_dir():
         raise InvalidInputError(f"--manifests {manifests}: there is no such directory")
     _require_machine(with_iperf=not arguments.no_iperf)
-    stage = Stage(quiet=arguments.output == "json", colour=_wants_colour(arguments.color))
+    stage = DemoOutput(quiet=arguments.output == "json", colour=_wants_colour(arguments.color))
     began = time.monotonic()
     with ended_by_signals(), _workshop() as workshop:
         shutil.copytree(manifests, workshop / "manifests")
@@ -93,7 +93,7 @@ def run(arguments: argparse.Namespace) -> int:
     return 0 if summary["ok"] else EXIT_DIFFERS
 
 
-class Stage:
+class DemoOutput:
     """Where the demonstration speaks: headlines, text, tables. Silent when only the summary is wanted."""
 
     def __init__(self, *, quiet: bool, colour: bool) -> None:
@@ -137,7 +137,7 @@ class Stage:
 class Demo:
     """One performance. As a context manager it builds the laboratory and takes it away again."""
 
-    def __init__(self, stage: Stage, workshop: Path) -> None:
+    def __init__(self, stage: DemoOutput, workshop: Path) -> None:
         self.stage = stage
         self.manifests = workshop / "manifests"
         self.state = workshop / "state"
