@@ -16,7 +16,7 @@ def add_state_dir_option(parser: argparse.ArgumentParser) -> None:
     """Add ``--state-dir``, as `netpol-agent` has it."""
     parser.add_argument(
         "--state-dir", type=Path, default=DEFAULT_STATE_DIR, metavar="DIR",
-        help=f"the state directory of the agent (default: {DEFAULT_STATE_DIR})",
+        help=f"state directory of the agent (default: {DEFAULT_STATE_DIR})",
     )  # fmt: skip
 
 
