@@ -36,7 +36,7 @@ from bench.progress import Progress
 from bench.record import LESS, MORE, Case, Run, begin, case_id, save, this_command
 from bench.site import BPFFS
 from netpol_ebpf.agent import footprint
-from netpol_ebpf.agent.claims import Claims
+from netpol_ebpf.agent.claims import AddressClaims
 from netpol_ebpf.apply.applier import Applier, Binding
 from netpol_ebpf.compiler import Compiler
 from netpol_ebpf.errors import PlatformError
@@ -95,7 +95,7 @@ class ControlPlane:
 
     def __init__(self, applier: Applier | None) -> None:
         self._derivation = Derivation()
-        self._claims = Claims(self._derivation.world)
+        self._claims = AddressClaims(self._derivation.world)
         self._compiler = Compiler(lambda endpoint: endpoint.node == HERE)
         self._applier = applier
         self._bound: dict[EndpointKey, int] = {}

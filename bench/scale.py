@@ -58,11 +58,11 @@ from netpol_ebpf.policy.types import (
     World,
 )
 from netpol_ebpf.selector import equals
+from netpol_loader import abi
 from netpol_loader.kernel import syscall
 from netpol_loader.kernel.hook import Hook
 from netpol_loader.kernel.maps import Map
 from netpol_loader.pins.dataplane import SKB_BYTES, SKB_IFINDEX, SKB_INGRESS_IFINDEX, Dataplane
-from netpol_loader.tables.buckets import MORE_NAMES
 
 SUITE = "scale"
 CONTENDER = "netpol-ebpf"
@@ -76,12 +76,17 @@ SIZE_ROUNDS = 3
 SPREAD_RUNS = 1_000
 IFINDEX, ELSEWHERE = 1, 77
 SYN, ACK = 2, 16
-PASSED = (-1, 0)
+PASSED = (abi.NP_PASS, abi.NP_PASS_ALONE)
 """Verdicts."""
 DENIED_PORT = 9
 FIRST_CIDR = int(IPv4Address("172.16.0.0"))
 MAP_SIZES = {"np_event": 1 << 22, "np_addr4": 1 << 18, "np_cidr4": 1 << 18, "np_verdict": 1 << 20, "np_l4_col": 1 << 16}
-STATE_MAPS = ("np_conn", "np_unreplied", "np_secret", "np_frag", "np_flow_cache", "np_ep_cache", "np_event")
+STATE_MAPS = frozenset(
+    {
+        *abi.maps_of(abi.MapRole.CONNECTION, abi.MapRole.FLOW_CACHE, abi.MapRole.ENDPOINT_CACHE, abi.MapRole.EVENT),
+        *abi.UNREPLIED_VIEWS.values(),
+    }
+)
 """Maps that hold what happened, not policy: their size is chosen once and does not grow with the cluster."""
 
 
@@ -224,7 +229,7 @@ class Node:
         """Bytes: what the kernel accounts to the maps that hold policy, what their rows hold, the connection tables filled or not."""
         accounted = {name: memlock(one.fd) for name, one in self.dataplane.maps.items()}
         return {
-            "kernel memory": sum(size for name, size in accounted.items() if not name.startswith(STATE_MAPS)),
+            "kernel memory": sum(size for name, size in accounted.items() if name not in STATE_MAPS),
             "rows": _rows_bytes(tables, self.dataplane.maps),
             "connection tables": accounted["np_conn4"],
         }
@@ -261,7 +266,7 @@ def spread_cases(point: Point) -> dict[str, Packets]:
 
 def empty_maps(maps: Mapping[str, Map]) -> None:
     """Leave no row in any table whose rows can go, be they policy or connections. No packet may be on its way."""
-    beside = set(MORE_NAMES.values())  # emptied with the tables that they belong to
+    beside = set(abi.OVERFLOW_MAPS.values())  # emptied with the tables that they belong to
     for name, one in maps.items():
         if name not in beside and one.type != "ringbuf" and not one.type.endswith("array"):
             one.delete_many([key for key, _ in one.items()])

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from netpol_ebpf.agent.attachments import Attachments
 from netpol_ebpf.agent.hosts import HostPlan, own_interfaces, plan_hosts
 from netpol_ebpf.agent.node import PAIR_KINDS
-from netpol_ebpf.agent.wiring import BRIDGE_KIND, NOWHERE, Link, Wiring, device_flags
+from netpol_ebpf.agent.wiring import BRIDGE_KIND, NOWHERE, Interface, Wiring, device_flags
 from netpol_ebpf.apply.applier import Applier, Binding, KernelMap, too_small
 from netpol_ebpf.apply.encode import EndpointFlag, LocalFlag, Meaning, endpoint_key
 from netpol_ebpf.apply.surroundings import UPLINK, OwnInterface, Surroundings, SurroundingsWriter
@@ -254,7 +254,7 @@ class OwnInterfaces:
         applier.set_flags(**({"on": nets} if wanted.nets else {"off": nets}))
 
 
-def _is_outside(link: Link) -> bool:
+def _is_outside(link: Interface) -> bool:
     """Whether what comes in by an interface of the node's own, which is on no other one, comes from elsewhere.
 
     Not from a bridge, whose ports have judged it, nor from the other end of a pair that is all in the node: it left there.

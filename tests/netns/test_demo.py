@@ -89,7 +89,7 @@ def test_interrupted_it_leaves_nothing(number: signal.Signals, temporary: Path) 
         os.kill(demo.pid, number)
         _, errors = demo.communicate(timeout=DEADLINE_S)
     assert demo.returncode == 130, shown + errors
-    named = re.search(r"names begin with (np\w+); maps will be pinned in (\S+)", shown)
+    named = re.search(r"names of namespaces begin with (np\w+); the agent will pin its maps in (\S+)", shown)
     assert named is not None
     assert left_behind(named[1], named[2], temporary) == []
 
