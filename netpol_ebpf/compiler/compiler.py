@@ -22,7 +22,7 @@ from netpol_ebpf.compiler.draft import Draft
 from netpol_ebpf.compiler.identities import IdentityContent
 from netpol_ebpf.compiler.journal import Journal, Unjournaled
 from netpol_ebpf.compiler.limits import Limits
-from netpol_ebpf.compiler.state import KnownNumbers, State
+from netpol_ebpf.compiler.state import CompilerState, KnownNumbers
 from netpol_ebpf.compiler.tables import Change, CompiledTables
 from netpol_ebpf.policy.types import (
     ClusterNode,
@@ -72,7 +72,7 @@ class Compiler:
         self._local = local
         self._limits = limits or Limits()
         self._known = known or KnownNumbers()
-        self._state = State(self._limits, self._known)
+        self._state = CompilerState(self._limits, self._known)
         self._is_new = True
         self._staged: defaultdict[type, dict[Any, PolicyObject | None]] = defaultdict(dict)
         self.tables = CompiledTables()
@@ -145,7 +145,7 @@ class Compiler:
                 work.check_sizes(self.tables)
             except BaseException:
                 if self._is_new:
-                    self._state = State(self._limits, self._known)
+                    self._state = CompilerState(self._limits, self._known)
                 else:
                     journal.rollback()
                 raise
