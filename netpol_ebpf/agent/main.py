@@ -27,7 +27,7 @@ from typing import Any
 from netpol_ebpf import __version__
 from netpol_ebpf.agent import footprint
 from netpol_ebpf.agent.answering import Answer
-from netpol_ebpf.agent.service import SOCKET_NAME, Service
+from netpol_ebpf.agent.control_socket import SOCKET_NAME, ControlSocket
 from netpol_ebpf.apply.ledger import Ledger
 from netpol_ebpf.errors import InvalidInputError, NetpolError, PlatformError, UsageError
 from netpol_ebpf.sources.copies import LastGoodCopies
@@ -204,7 +204,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Run the agent to its end; returns the exit code. Raises NetpolError."""
     # The kernel, root and BCC are needed from here on, not for --help.
     from netpol_ebpf.agent.barrier import parse_barrier
-    from netpol_ebpf.agent.core import Agent, Settings
+    from netpol_ebpf.agent.core import Agent, AgentSettings
     from netpol_ebpf.agent.node import KernelNode
     from netpol_ebpf.agent.timeouts import parse_timeouts
     from netpol_ebpf.policy.types import Action
@@ -220,7 +220,7 @@ def run(arguments: argparse.Namespace) -> int:
     if not arguments.manifests.exists():
         raise InvalidInputError(f"--manifests {arguments.manifests}: there is no such directory")
     doctor.require_all(pin_root)
-    settings = Settings(
+    settings = AgentSettings(
         node=arguments.node,
         interfaces=tuple(arguments.workload_interfaces),
         own_interfaces=tuple(arguments.own_interfaces),
@@ -260,7 +260,12 @@ def run(arguments: argparse.Namespace) -> int:
             "upgrade": node.upgraded,
         }
         serve(
-            Turns(agent, node, ledger, Service(state_dir / SOCKET_NAME, answers_of(agent, node, ledger, place), group))
+            AgentLoop(
+                agent,
+                node,
+                ledger,
+                ControlSocket(state_dir / SOCKET_NAME, answers_of(agent, node, ledger, place), group),
+            )
         )
     return 0
 
@@ -326,7 +331,7 @@ def answers_of(agent: Any, node: Any, ledger: Ledger, place: Mapping[str, Any]) 
 
 
 @dataclass
-class Turns:
+class AgentLoop:
     """The agent's loop, turn by turn: new interfaces first, then a step when one is due, then at most one answer is begun.
 
     ``clock``: seconds.
@@ -335,7 +340,7 @@ class Turns:
     agent: Any
     node: Any
     ledger: Ledger
-    service: Service
+    control_socket: ControlSocket
     clock: Callable[[], float] = time.monotonic
     _stepped_s: float = -math.inf
     _is_news: bool = False
@@ -345,18 +350,18 @@ class Turns:
         """Answer from now on; where there is no room for the socket, as soon as there is. Raises PlatformError."""
         self._opened_s = self.clock()
         try:
-            self.service.open()
+            self.control_socket.open()
         except OSError as error:
             log.error(  # noqa: TRY400 - the machine's state
                 "nobody can ask this agent: %s: %s; what is in force is followed all the same, and it is tried again",
-                self.service.path, error.strerror,
+                self.control_socket.path, error.strerror,
             )  # fmt: skip
 
-    def turn(self, wake: int) -> None:
+    def run_once(self, wake: int) -> None:
         """Wait until there is work, or ``wake`` is readable, and do it."""
         from netpol_ebpf.agent import report
 
-        readable, writable = self.service.descriptors()
+        readable, writable = self.control_socket.descriptors()
         readable += [wake, self.node.fileno()]
         barrier = self.node.barrier.fileno()
         readable += [] if barrier is None else [barrier]
@@ -371,29 +376,29 @@ class Turns:
         if self.clock() >= self._due_s():
             self._is_news = False
             self._stepped_s = self.clock()
-            self.service.publish(report.flow(self.agent, event) for event in self.agent.step())
+            self.control_socket.publish(report.flow(self.agent, event) for event in self.agent.step())
             self.ledger.try_again()
-        if not self.service.is_open and self.clock() >= self._opened_s + RETRY_S:
+        if not self.control_socket.is_open and self.clock() >= self._opened_s + RETRY_S:
             self.open()
-        self.service.poll()
+        self.control_socket.poll()
 
     def _due_s(self) -> float:
         return self._stepped_s + (NEWS_GAP_S if self._is_news else INTERVAL_S)
 
 
-def serve(turns: Turns) -> None:
+def serve(loop: AgentLoop) -> None:
     """Step and answer until a signal asks to end: the endless loop."""
-    turns.open()
+    loop.open()
     notify_ready()
     try:
         with wakened_by(signal.SIGTERM, signal.SIGINT) as (received, wake):
             while not received:
-                turns.turn(wake)
+                loop.run_once(wake)
             log.info(
                 "ended by %s; enforcement stays as it is, `netpolctl cleanup` ends it", signal.Signals(received[0]).name
             )
     finally:
-        turns.service.close()
+        loop.control_socket.close()
 
 
 @contextlib.contextmanager

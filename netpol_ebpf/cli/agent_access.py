@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from netpol_ebpf.agent.control_socket import CLIENT_TIMEOUT_S, SOCKET_NAME, ask
 from netpol_ebpf.agent.main import DEFAULT_STATE_DIR
-from netpol_ebpf.agent.service import CLIENT_TIMEOUT_S, SOCKET_NAME, ask
 
 
 def add_state_dir_option(parser: argparse.ArgumentParser) -> None:

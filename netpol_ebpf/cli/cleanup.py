@@ -14,8 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from netpol_ebpf.agent.control_socket import SOCKET_NAME
 from netpol_ebpf.agent.main import COPIES_NAME, DEFAULT_STATE_DIR, INTERFACES_NAME, LEDGER_NAME, LOCK_NAME, exclusive
-from netpol_ebpf.agent.service import SOCKET_NAME
 from netpol_ebpf.apply.records import DAMAGED_SUFFIX
 from netpol_ebpf.cli.output import add_output_option, print_value
 from netpol_ebpf.errors import PlatformError, PrivilegeError

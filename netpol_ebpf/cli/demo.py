@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from netpol_ebpf.agent.service import CLIENT_TIMEOUT_S, SOCKET_NAME, ask
+from netpol_ebpf.agent.control_socket import CLIENT_TIMEOUT_S, SOCKET_NAME, ask
 from netpol_ebpf.cli.output import print_value
 from netpol_ebpf.ending import ended_by_signals
 from netpol_ebpf.errors import InvalidInputError, Location, PlatformError, PrivilegeError, UnreachableError
@@ -80,7 +80,7 @@ def run(arguments: argparse.Namespace) -> int:
     if not manifests.is_dir():
         raise InvalidInputError(f"--manifests {manifests}: there is no such directory")
     _require_machine(with_iperf=not arguments.no_iperf)
-    stage = Stage(quiet=arguments.output == "json", colour=_wants_colour(arguments.color))
+    stage = DemoOutput(quiet=arguments.output == "json", colour=_wants_colour(arguments.color))
     began = time.monotonic()
     with ended_by_signals(), _workshop() as workshop:
         shutil.copytree(manifests, workshop / "manifests")
@@ -97,7 +97,7 @@ def run(arguments: argparse.Namespace) -> int:
     return 0 if summary["ok"] else EXIT_DIFFERS
 
 
-class Stage:
+class DemoOutput:
     """Where the demonstration speaks: headlines, text, tables. Silent when only the summary is wanted."""
 
     def __init__(self, *, quiet: bool, colour: bool) -> None:
@@ -141,7 +141,7 @@ class Stage:
 class Demo:
     """One performance. As a context manager it builds the laboratory and takes it away again."""
 
-    def __init__(self, stage: Stage, workshop: Path) -> None:
+    def __init__(self, stage: DemoOutput, workshop: Path) -> None:
         self.stage = stage
         self.manifests = workshop / "manifests"
         self.state = workshop / "state"

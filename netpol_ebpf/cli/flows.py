@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from netpol_ebpf.agent.service import CLIENT_TIMEOUT_S
+from netpol_ebpf.agent.control_socket import CLIENT_TIMEOUT_S
 from netpol_ebpf.cli.agent_access import add_state_dir_option, ask_agent
 from netpol_ebpf.cli.output import render_json
 from netpol_ebpf.policy.types import ICMP, ICMPV6, SCTP, TCP, UDP

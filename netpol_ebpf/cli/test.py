@@ -15,7 +15,7 @@ from typing import Any
 
 from netpol_ebpf.cases.case import load_cases
 from netpol_ebpf.cases.engines import ENGINES
-from netpol_ebpf.cases.runner import Report, run_cases
+from netpol_ebpf.cases.runner import CaseResults, run_cases
 from netpol_ebpf.cli.output import print_value
 from netpol_ebpf.terminal import escaped, say
 
@@ -63,7 +63,7 @@ def run(arguments: argparse.Namespace) -> int:
     return EXIT_INVALID if report.invalid else EXIT_FAILED if report.failed else 0
 
 
-def _print_text(report: Report, *, wide: bool) -> None:
+def _print_text(report: CaseResults, *, wide: bool) -> None:
     if wide:
         for judged in report.judged:
             say(escaped(f"{judged.got:<6} {_render_probe(judged.probe)}  [{judged.case}]  {judged.rule}"))

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from netpol_ebpf.cli.demo import PIN_PARENT, Demo, Stage
+from netpol_ebpf.cli.demo import PIN_PARENT, Demo, DemoOutput
 from netpol_ebpf.lab import shop
 from netpol_ebpf.lab.guard import NETNS_DIR
 
@@ -101,7 +101,7 @@ def test_it_notices_when_nothing_is_enforced(temporary: Path, monkeypatch: pytes
     (workshop / "manifests").mkdir(parents=True)
     for path in shop.manifests_dir().iterdir():
         (workshop / "manifests" / path.name).write_text(path.read_text())
-    with Demo(Stage(quiet=True, colour=False), workshop) as demo:
+    with Demo(DemoOutput(quiet=True, colour=False), workshop) as demo:
         before = demo._show_before()
         assert demo.summary["ok"]
         demo._show_enforced(before)

@@ -19,7 +19,7 @@ import pytest
 import yaml
 
 from netpol_ebpf.agent import main as agent_main
-from netpol_ebpf.agent.service import SOCKET_NAME, connect
+from netpol_ebpf.agent.control_socket import SOCKET_NAME, connect
 from netpol_ebpf.cli import main as cli
 from netpol_ebpf.cli.main import main
 from netpol_ebpf.errors import PlatformError, UsageError
