@@ -330,7 +330,7 @@ def test_silent_watch_ends_when_it_is_told_to(make: Make) -> None:
     """W13: from a lost future it is silent for ever; the probe asks for a list, and the stream is closed under the reader."""
     bench = listed(make, pod("web"), kind=PODS)
     silent = recorded("etcd-restored-backwards", 0)
-    silent.meanwhile, silent.is_cut = bench.watcher.relist, True
+    silent.meanwhile = bench.watcher.relist
     bench.script.replies = [silent, page(version="1")]
     assert bench.steps() == 0.0
     bench.watcher._streams = False

@@ -163,9 +163,11 @@ class KindStore:
         new = self.entries.keys() & set(names) - self.orphans
         if new:
             self.orphans |= new
+            self._cache.saves += 1
             self._cache.wake()
 
     def _synced(self) -> None:
+        self._cache.saves += 1  # the definition may be another one
         if not self.is_synced:
             self.is_synced = True
             self._cache.wake()
@@ -207,7 +209,7 @@ class KindStore:
         return SavedKind(self.definition_uid, [SavedObject(fields, name in self.orphans) for name, fields in good])
 
     def load(self, saved: SavedKind) -> None:
-        """Begin with the saved state. Raises MalformedError, and takes up nothing then."""
+        """Begin with the saved state."""
         entries: dict[Name, Entry] = {}
         orphans: set[Name] = set()
         for one in saved.objects:
@@ -241,6 +243,7 @@ class Cache:
     _changed: dict[str, Resource | None] = field(default_factory=dict)
     _merged: _Merged = field(default_factory=_Merged)
     _is_restored: bool = False
+    _is_given: bool = False
     _problems: dict[str, Problem] = field(default_factory=dict)
     _reported: tuple[Problem, ...] = ()
     _versions: dict[WatchedKind, str] = field(default_factory=dict)
@@ -308,9 +311,11 @@ class Cache:
             os.eventfd_read(self.descriptor)
         except BlockingIOError:
             return None
+        is_first = False
         with self.lock:
             changed: dict[str, Resource | None] = {}
             if self.has_synced or self._is_restored:
+                is_first, self._is_given = not self._is_given, True
                 changed, self._changed = self._changed, {}
                 self._versions = {kind: store.resource_version for kind, store in self.stores.items()}
             found = list(self._problems.values())
@@ -322,7 +327,7 @@ class Cache:
             message = f"only the first {MOST_TOLD} problems of the cluster's objects are reported; there are more"
             found[MOST_TOLD:] = [Problem(Location("/"), "", message, slug="more")]
         problems = tuple(found)
-        if not events and problems == self._reported:
+        if not events and problems == self._reported and not is_first:  # an empty cluster is worth saying
             return None
         self._reported = problems
         return Batch(events, problems)
