@@ -103,7 +103,7 @@ def test_unknown_field_of_a_policy_is_found() -> None:
     )
     for extra in (
         {"selector": "all()"},
-        {"spec": {"selecter": "all()"}},
+        {"spec": {"selector2": "all()"}},
         {"spec": {"ingress": [{"action": "Allow", "from": 1}]}},
     ):
         item = {

@@ -203,4 +203,3 @@ class KubernetesSource:
                 after_bug()
                 delay_s = AFTER_BUG_S
             self._stopped.wait(delay_s)
-
