@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 from netpol_ebpf.errors import Location, Problem
 from netpol_ebpf.resources.types import Resource
-from netpol_ebpf.sources.files import MOST_TOLD, Batch, _Merged
+from netpol_ebpf.sources.files import MOST_TOLD, SourceUpdate, _MergedFiles
 from netpol_ebpf.sources.kubernetes.decoding import (
     Decoded,
     Name,
@@ -241,7 +241,7 @@ class Cache:
     saves: int = 0
     """Grows with each change that the saved state must follow."""
     _changed: dict[str, Resource | None] = field(default_factory=dict)
-    _merged: _Merged = field(default_factory=_Merged)
+    _merged: _MergedFiles = field(default_factory=_MergedFiles)
     _is_restored: bool = False
     _is_given: bool = False
     _problems: dict[str, Problem] = field(default_factory=dict)
@@ -305,7 +305,7 @@ class Cache:
             self._is_restored = True
             self.wake()
 
-    def drain(self) -> Batch | None:
+    def drain(self) -> SourceUpdate | None:
         """What changed since the last call, and all problems there are now; None when neither is new. Never blocks for a server."""
         try:
             os.eventfd_read(self.descriptor)
@@ -330,7 +330,7 @@ class Cache:
         if not events and problems == self._reported and not is_first:  # an empty cluster is worth saying
             return None
         self._reported = problems
-        return Batch(events, problems)
+        return SourceUpdate(events, problems)
 
     def saved(self) -> dict[WatchedKind, SavedKind]:
         """The state to be saved. Only a state in which every kind was listed is one."""
