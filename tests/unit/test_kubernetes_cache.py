@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from apiserver_traces import NAMESPACES, PODS, TIERS, pod, tier
 
-from netpol_ebpf.sources.files import Batch, Remove, Upsert
+from netpol_ebpf.sources.files import Remove, SourceUpdate, Upsert
 from netpol_ebpf.sources.kubernetes.cache import Cache
 from netpol_ebpf.sources.kubernetes.decoding import KINDS, MalformedError, WatchedKind, decode_object
 from netpol_ebpf.sources.kubernetes.saved_state import load_state, store_state
@@ -41,7 +41,7 @@ def commit(cache: Cache, kind: WatchedKind, *items: dict[str, Any]) -> None:
     store.commit({one.name: store.prepare(one) for one in decoded}, orphaned=set())
 
 
-def sync(cache: Cache) -> Batch:
+def sync(cache: Cache) -> SourceUpdate:
     """Every kind listed, with nothing in it; the batch that says so."""
     for kind in cache.kinds:
         commit(cache, kind)
@@ -50,7 +50,7 @@ def sync(cache: Cache) -> Batch:
     return batch
 
 
-def changes(batch: Batch | None) -> list[str]:
+def changes(batch: SourceUpdate | None) -> list[str]:
     """The events as text."""
     assert batch is not None
     return [f"{'+' if isinstance(event, Upsert) else '-'}{event.key}" for event in batch.events]
@@ -70,7 +70,7 @@ def test_nothing_is_given_out_until_every_kind_was_listed(cache: Cache) -> None:
 
 def test_empty_cluster_is_said_once(cache: Cache) -> None:
     """Whoever waits for the first state gets it."""
-    assert sync(cache) == Batch((), ())
+    assert sync(cache) == SourceUpdate((), ())
     cache.wake()
     assert cache.drain() is None
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from netpol_ebpf.errors import InvalidInputError, Location, Problem
-from netpol_ebpf.sources.files import Batch
+from netpol_ebpf.sources.files import SourceUpdate
 from netpol_ebpf.sources.kubernetes.cache import Cache
 from netpol_ebpf.sources.kubernetes.client import Client, Cluster
 from netpol_ebpf.sources.kubernetes.decoding import KINDS, MalformedError, WatchedKind
@@ -94,7 +94,7 @@ class KubernetesSource:
         if self.state_path is not None:
             self._begin("kubernetes-state", self.save)
 
-    def drain(self) -> Batch | None:
+    def drain(self) -> SourceUpdate | None:
         """What changed, to be applied together, and all problems there are; None when neither is new. Never waits."""
         if self.cache.has_synced:
             self.cache.note(RESTORED, None)
