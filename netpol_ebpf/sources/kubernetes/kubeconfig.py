@@ -152,7 +152,9 @@ class _Config:
             raise top.error("is no kubeconfig (one document of kind Config)")
         self.current = self.current or top.text("current-context")
         for section in ("clusters", "users", "contexts"):
-            items = top.value.get(section) or []
+            items = top.value.get(section)
+            if items is None:
+                continue
             if not isinstance(items, list):
                 raise top.error(f"{section} must be a list")
             for item in items:
