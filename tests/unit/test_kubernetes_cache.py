@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 from apiserver_traces import NAMESPACES, PODS, TIERS, pod, tier
 
-from netpol_ebpf.sources.files import Remove, SourceUpdate, Upsert
 from netpol_ebpf.sources.kubernetes.cache import Cache
 from netpol_ebpf.sources.kubernetes.decoding import KINDS, MalformedError, WatchedKind, decode_object
 from netpol_ebpf.sources.kubernetes.saved_state import load_state, store_state
+from netpol_ebpf.sources.source import Event, Remove, Upsert
 
 STORED_TIERS = next(kind for kind in KINDS if (kind.api_version, kind.kind) == ("crd.projectcalico.org/v1", "Tier"))
 
@@ -41,19 +41,17 @@ def commit(cache: Cache, kind: WatchedKind, *items: dict[str, Any]) -> None:
     store.commit({one.name: store.prepare(one) for one in decoded}, orphaned=set())
 
 
-def sync(cache: Cache) -> SourceUpdate:
-    """Every kind listed, with nothing in it; the batch that says so."""
+def sync(cache: Cache) -> None:
+    """Every kind listed, with nothing in it, and that taken."""
     for kind in cache.kinds:
         commit(cache, kind)
-    batch = cache.drain()
-    assert batch is not None
-    return batch
+    assert cache.drain() == ()
+    cache.calm()
 
 
-def changes(batch: SourceUpdate | None) -> list[str]:
+def changes(events: tuple[Event, ...]) -> list[str]:
     """The events as text."""
-    assert batch is not None
-    return [f"{'+' if isinstance(event, Upsert) else '-'}{event.key}" for event in batch.events]
+    return [f"{'+' if isinstance(event, Upsert) else '-'}{event.key}" for event in events]
 
 
 def test_nothing_is_given_out_until_every_kind_was_listed(cache: Cache) -> None:
@@ -62,17 +60,18 @@ def test_nothing_is_given_out_until_every_kind_was_listed(cache: Cache) -> None:
     commit(cache, NAMESPACES)
     assert not cache.has_synced
     assert cache.unsynced == (TIERS,)
-    assert cache.drain() is None
+    assert cache.drain() == ()
     commit(cache, TIERS, tier("one"))
     assert cache.has_synced
     assert changes(cache.drain()) == ["+Pod/prod/web", "+Tier/one"]
 
 
-def test_empty_cluster_is_said_once(cache: Cache) -> None:
-    """Whoever waits for the first state gets it."""
-    assert sync(cache) == SourceUpdate((), ())
-    cache.wake()
-    assert cache.drain() is None
+def test_empty_cluster_is_a_state(cache: Cache) -> None:
+    """Given out once every kind was listed."""
+    cache.drain()
+    assert not cache.is_given
+    sync(cache)
+    assert cache.is_given
 
 
 def test_descriptor_is_readable_when_there_is_something(cache: Cache) -> None:
@@ -86,7 +85,7 @@ def test_descriptor_is_readable_when_there_is_something(cache: Cache) -> None:
     assert not is_readable()
     put(cache, PODS, pod("web"))
     assert is_readable()
-    cache.drain()
+    cache.calm()
     assert not is_readable()
     put(cache, PODS, pod("web", "6"))
     assert not is_readable()
@@ -98,7 +97,7 @@ def test_content_is_compared_not_versions(cache: Cache) -> None:
     put(cache, TIERS, tier("one", "5"))
     assert changes(cache.drain()) == ["+Tier/one"]
     put(cache, TIERS, tier("one", "6"))
-    assert cache.drain() is None
+    assert cache.drain() == ()
     put(cache, TIERS, tier("one", "6", order=99))
     assert changes(cache.drain()) == ["+Tier/one"]
 
@@ -108,10 +107,9 @@ def test_latest_state_alone_is_kept(cache: Cache) -> None:
     sync(cache)
     for number in range(100):
         put(cache, PODS, pod("web", str(number), address=f"10.0.0.{number}"))
-    batch = cache.drain()
-    assert changes(batch) == ["+Pod/prod/web"]
-    assert batch is not None
-    assert str(batch.events[0].resource.addresses[0]) == "10.0.0.99"  # type: ignore[union-attr]
+    events = cache.drain()
+    assert changes(events) == ["+Pod/prod/web"]
+    assert str(events[0].resource.addresses[0]) == "10.0.0.99"  # type: ignore[union-attr]
 
 
 def test_object_that_came_and_went_is_no_event(cache: Cache) -> None:
@@ -119,7 +117,7 @@ def test_object_that_came_and_went_is_no_event(cache: Cache) -> None:
     sync(cache)
     put(cache, PODS, pod("web"))
     cache.stores[PODS].remove(next(iter(cache.stores[PODS].entries)))
-    assert cache.drain() is None
+    assert cache.drain() == ()
 
 
 def test_list_is_a_difference(cache: Cache) -> None:
@@ -128,10 +126,9 @@ def test_list_is_a_difference(cache: Cache) -> None:
     commit(cache, PODS, pod("a"), pod("b"))
     cache.drain()
     commit(cache, PODS, pod("b", "9"), pod("c"))
-    batch = cache.drain()
-    assert changes(batch) == ["-Pod/prod/a", "+Pod/prod/c"]
-    assert batch is not None
-    assert isinstance(batch.events[0], Remove)
+    events = cache.drain()
+    assert changes(events) == ["-Pod/prod/a", "+Pod/prod/c"]
+    assert isinstance(events[0], Remove)
 
 
 def test_invalid_object_keeps_its_last_good_state(cache: Cache) -> None:
@@ -140,29 +137,22 @@ def test_invalid_object_keeps_its_last_good_state(cache: Cache) -> None:
     put(cache, TIERS, tier("one"))
     cache.drain()
     put(cache, TIERS, tier("one", order="first"))
-    batch = cache.drain()
-    assert batch is not None
-    assert batch.events == ()
-    assert {problem.obj for problem in batch.problems} == {"Tier/one"}
-    assert "last good state stays in force" in batch.problems[-1].message
+    assert cache.drain() == ()
+    assert {problem.obj for problem in cache.problems()} == {"Tier/one"}
+    assert "last good state stays in force" in cache.problems()[-1].message
     put(cache, TIERS, tier("one", order=11))
-    batch = cache.drain()
-    assert changes(batch) == ["+Tier/one"]
-    assert batch is not None
-    assert batch.problems == ()
+    assert changes(cache.drain()) == ["+Tier/one"]
+    assert cache.problems() == ()
 
 
 def test_invalid_object_without_a_good_state_is_reported(cache: Cache) -> None:
     """Nothing of it is in force, and that is said."""
     sync(cache)
     put(cache, TIERS, tier("one", order="first"))
-    batch = cache.drain()
-    assert batch is not None
-    assert "nothing of it is in force" in batch.problems[-1].message
+    assert "nothing of it is in force" in cache.problems()[-1].message
     cache.stores[TIERS].remove(next(iter(cache.stores[TIERS].entries)))
-    batch = cache.drain()
-    assert batch is not None
-    assert batch.problems == ()
+    assert cache.problems() == ()
+    assert cache.drain() == ()
 
 
 def test_stored_form_gives_way_to_the_object() -> None:
@@ -174,10 +164,26 @@ def test_stored_form_gives_way_to_the_object() -> None:
     put(cache, TIERS, tier("one", order=2))
     assert changes(cache.drain()) == ["+Tier/one"]
     cache.stores[STORED_TIERS].remove(next(iter(cache.stores[STORED_TIERS].entries)))
-    assert cache.drain() is None
+    assert cache.drain() == ()
     cache.stores[TIERS].remove(next(iter(cache.stores[TIERS].entries)))
     assert changes(cache.drain()) == ["-Tier/one"]
     cache.close()
+
+
+def test_different_states_have_different_versions(cache: Cache) -> None:
+    """Also those of one resourceVersion, between which a default of the definition changed; equal ones have one version."""
+    sync(cache)
+    versions = []
+    for item in (
+        tier("one", "5"),
+        tier("one", "6"),
+        tier("one", "6", order=1),
+        tier("one", "6", order=2),
+        tier("one", "7", order=3),
+    ):
+        put(cache, TIERS, item)
+        versions += [event.version for event in cache.drain()]
+    assert versions == ["5", "6", "6+", "7"]
 
 
 def test_versions_are_of_what_was_given_out(cache: Cache) -> None:
@@ -219,7 +225,7 @@ def saved(cache: Cache, tmp_path: Path) -> Path:
 def test_saved_state_is_given_out_on_request_alone(saved: Path) -> None:
     """A node with enforcement of its own must not go back to what was saved."""
     cache = refilled(saved, (NAMESPACES, PODS, TIERS))
-    assert cache.drain() is None
+    assert cache.drain() == ()
     cache.restore()
     assert changes(cache.drain()) == ["+Pod/prod/web", "+Tier/one", "+Tier/two"]
     cache.close()
@@ -233,10 +239,8 @@ def test_server_takes_the_place_of_the_saved_state(saved: Path) -> None:
     commit(cache, NAMESPACES)
     commit(cache, PODS)
     commit(cache, TIERS, tier("one"), tier("two", order="bad"))
-    batch = cache.drain()
-    assert changes(batch) == ["-Pod/prod/web"]
-    assert batch is not None
-    assert "last good state stays in force" in batch.problems[-1].message
+    assert changes(cache.drain()) == ["-Pod/prod/web"]
+    assert "last good state stays in force" in cache.problems()[-1].message
     cache.close()
 
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The source behind a cluster: threads that follow its API server, and a descriptor that says when there is something to take.
+"""A cluster as a source: threads that follow its API server, and a descriptor that says when there is something to take.
 
 One thread for each kind reads, one asks whether the server still speaks for the cluster, one keeps the saved state.  None of them
-waits for whoever calls `KubernetesSource.drain`, and that call waits for none of them.
+waits for whoever calls `KubernetesSource.step`, and that call waits for none of them.
 
 Invariant: an exception in a thread ends neither the thread nor enforcement: it is told as a bug, and the kind is listed again.
 """
@@ -10,22 +10,30 @@ Invariant: an exception in a thread ends neither the thread nor enforcement: it 
 from __future__ import annotations
 
 import logging
+import math
+import select
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from netpol_ebpf.errors import InvalidInputError, Location, Problem
-from netpol_ebpf.sources.files import SourceUpdate
+from netpol_ebpf.errors import InvalidInputError, Location, Problem, UnreachableError
+from netpol_ebpf.resources.manifest_files import never_pause
 from netpol_ebpf.sources.kubernetes.cache import Cache
 from netpol_ebpf.sources.kubernetes.client import Client, Cluster
 from netpol_ebpf.sources.kubernetes.decoding import KINDS, MalformedError, WatchedKind
 from netpol_ebpf.sources.kubernetes.probing import Probe
 from netpol_ebpf.sources.kubernetes.saved_state import load_state, store_state
 from netpol_ebpf.sources.kubernetes.watching import KindWatcher
+from netpol_ebpf.sources.source import SourceUpdate
 
+SYNC_S = 60.0
+"""What the first state of the cluster may take: a list of the largest clusters takes seconds, a failure is told after GRACE_S."""
+RESTORE_S = 10.0
+"""The same where nothing is in force and the saved state can be."""
+SHOWN_KINDS = 5
 SAVE_S = 10.0
 """Between two looks whether the saved state must be replaced; arbitrary."""
 AFTER_BUG_S = 60.0
@@ -49,20 +57,25 @@ class KindState(NamedTuple):
 
 @dataclass(slots=True)
 class KubernetesSource:
-    """Follows one cluster. `start` it, `drain` it when ``descriptor`` is readable, `close` it.
+    """Follows one cluster: a `Source`.
 
-    ``state_path``: the saved state, None to keep none.
+    ``state_path``: the saved state, None to keep none; ``may_restore``: whether it may be in force until the cluster was listed, which
+    is for a node on which nothing is in force; ``clock``: seconds.
     """
 
     cluster: Cluster
     state_path: Path | None = None
+    may_restore: bool = False
     kinds: tuple[WatchedKind, ...] = KINDS
+    clock: Callable[[], float] = time.monotonic
     client: Client = field(init=False)
     cache: Cache = field(init=False)
     watchers: dict[WatchedKind, KindWatcher] = field(init=False)
     probe: Probe = field(init=False)
     _stopped: threading.Event = field(default_factory=threading.Event)
     _threads: list[threading.Thread] = field(default_factory=list)
+    _has_news: bool = False
+    _reported: tuple[Problem, ...] = ()
     _saved_at: str = ""
     _saves: int = 0
 
@@ -75,42 +88,87 @@ class KubernetesSource:
         }
         self.probe = Probe(self.client, self.cache, self.watchers)
 
+    # --- what a source is -----------------------------------------------------------------------------------------------------
+
     @property
-    def descriptor(self) -> int:
-        """Readable when `drain` has something to say."""
-        return self.cache.descriptor
+    def name(self) -> str:
+        """The server's URL."""
+        return self.cluster.server
 
     @property
     def has_synced(self) -> bool:
-        """Whether every kind was listed whole, or is known to be absent."""
-        return self.cache.has_synced
+        """Whether a whole state was given out: of the cluster, or the one of the last run where that may be."""
+        return self.cache.is_given
 
-    def start(self) -> None:
-        """Load the saved state and begin to follow the cluster."""
+    @property
+    def skipped(self) -> Mapping[str, int]:
+        """Empty: kinds that are not read are not asked for."""
+        return {}
+
+    @property
+    def problems(self) -> tuple[Problem, ...]:
+        """Everything that is wrong with the cluster, its server, or the saved state."""
+        return self.cache.problems()
+
+    def sync(self) -> SourceUpdate:
+        """Begin to follow the cluster, and wait for its first state.
+
+        Raises UnreachableError when a kind could not be listed in time: nothing is given out then, and what is in force stays.
+        """
         self._load()
-        for kind, watcher in self.watchers.items():
-            self._begin(f"kubernetes-{kind}", watcher.step, watcher.relist)
-        self._begin("kubernetes-probe", self.probe.step)
-        if self.state_path is not None:
-            self._begin("kubernetes-state", self.save)
+        self._start()
+        is_saved = self.may_restore and bool(self._saved_at)
+        until_s = self.clock() + (RESTORE_S if is_saved else SYNC_S)
+        while not self.cache.has_synced and self.clock() < until_s:
+            select.select([self.fileno()], [], [], max(0.0, until_s - self.clock()))
+            self.cache.calm()
+        if not self.cache.has_synced:
+            if not is_saved:
+                raise self._unsynced()
+            message = (
+                f"the API server could not be read at the start: the state that was saved at {self._saved_at} is in force, "
+                "and later changes are missing"
+            )
+            self.cache.note(RESTORED, Problem(Location("/"), "", message, slug=RESTORED))
+            self.cache.restore()
+        return self.step() or SourceUpdate((), self.problems)
 
-    def drain(self) -> SourceUpdate | None:
-        """What changed, to be applied together, and all problems there are; None when neither is new. Never waits."""
+    def fileno(self) -> int:
+        """An eventfd."""
+        return self.cache.descriptor
+
+    def note_news(self) -> None:
+        """See `Source`."""
+        self.cache.calm()
+        self._has_news = True
+
+    def wait_s(self) -> float:
+        """0 after news; nothing is due otherwise."""
+        return 0.0 if self._has_news else math.inf
+
+    def step(self, pause: Callable[[], None] = never_pause) -> SourceUpdate | None:
+        """See `Source`. Never waits for the server or for a reader."""
+        self._has_news = False
         if self.cache.has_synced:
             self.cache.note(RESTORED, None)
-        return self.cache.drain()
+        events, problems = self.cache.drain(pause), self.problems
+        if not events and problems == self._reported:
+            return None
+        self._reported = problems
+        return SourceUpdate(events, problems)
 
-    def restore(self) -> bool:
-        """Have the state of the last run in force until the cluster was listed: for a node on which nothing is in force. Whether there is one."""
-        if not self._saved_at or self.cache.has_synced:
-            return False
-        message = (
-            f"the API server has not been read since the start: the state that was saved at {self._saved_at} is in force, "
-            "and later changes are missing"
-        )
-        self.cache.note(RESTORED, Problem(Location("/"), "", message, slug=RESTORED))
-        self.cache.restore()
-        return True
+    def close(self) -> None:
+        """End the threads, and give the descriptor back if they have ended."""
+        self._stopped.set()
+        for watcher in self.watchers.values():
+            watcher.relist()
+        until_s = time.monotonic() + END_S
+        for thread in self._threads:
+            thread.join(max(0.0, until_s - time.monotonic()))
+        if not any(thread.is_alive() for thread in self._threads):
+            self.cache.close()
+
+    # --- beyond that ----------------------------------------------------------------------------------------------------------
 
     def release(self, kind: str) -> int:
         """Forget what is kept of a kind (``tiers.projectcalico.org``) whose definition was deleted. How many objects that were.
@@ -156,19 +214,28 @@ class KubernetesSource:
             self.cache.note(SAVED, problem)
         return SAVE_S
 
-    def close(self) -> None:
-        """End the threads, and give the descriptor back if they have ended."""
-        self._stopped.set()
-        for watcher in self.watchers.values():
-            watcher.relist()
-        until_s = time.monotonic() + END_S
-        for thread in self._threads:
-            thread.join(max(0.0, until_s - time.monotonic()))
-        if not any(thread.is_alive() for thread in self._threads):
-            self.cache.close()
+    def _unsynced(self) -> UnreachableError:
+        """Which kinds were not listed, and why."""
+        unsynced = self.cache.unsynced
+        reasons = [one.message for kind in unsynced if (one := self.cache.stores[kind].problem) is not None]
+        message = (
+            f"{self.name}: {len(unsynced)} of {len(self.kinds)} kinds were not listed in {SYNC_S:.0f} s "
+            f"({', '.join(map(str, unsynced[:SHOWN_KINDS]))}{', ...' if unsynced[SHOWN_KINDS:] else ''})"
+        )
+        return UnreachableError(
+            f"{message}: {reasons[0]}" if reasons else message,
+            hint="What is in force stays. See whether this node reaches the API server, and whether the agent may list these kinds.",
+        )
 
     def _pace_s(self) -> float:
         return self.probe.period_s()
+
+    def _start(self) -> None:
+        for kind, watcher in self.watchers.items():
+            self._begin(f"kubernetes-{kind}", watcher.step, watcher.relist)
+        self._begin("kubernetes-probe", self.probe.step)
+        if self.state_path is not None:
+            self._begin("kubernetes-state", self.save)
 
     def _load(self) -> None:
         if self.state_path is None:
