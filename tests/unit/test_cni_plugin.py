@@ -388,7 +388,13 @@ def mutated(source: random.Random, text: bytes) -> bytes:
 def test_the_reader_agrees(read: Callable[[list[bytes]], list[bytes]]) -> None:
     """Accepted is what Python accepts, less what is stricter here, with the same values; nothing is read outside of the text."""
     source = random.Random(1)
-    texts = [*SEEDS, *PIECES, *(b'"%b"' % one for one in PIECES), b"", *(mutated(source, source.choice(SEEDS)) for _ in range(ROUNDS))]
+    texts = [
+        *SEEDS,
+        *PIECES,
+        *(b'"%b"' % one for one in PIECES),
+        b"",
+        *(mutated(source, source.choice(SEEDS)) for _ in range(ROUNDS)),
+    ]
     found = read(texts)
     assert len(found) == len(texts)
     wanted = [expected(text) for text in texts]
