@@ -16,7 +16,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from agent_scene import CLUSTER, DEFAULTS, NODE, to_db, wait_for
+from agent_scene import NODE, scene_in, to_db, wait_for
 from other_version import (
     NAMES_OF_SCHEMA_8,
     OTHER_CONNECTION,
@@ -29,8 +29,6 @@ from other_version import (
 )
 
 from netpol_ebpf.lab.laboratory import Lab
-from netpol_ebpf.lab.scene import plan_for
-from netpol_ebpf.resources.load import parse_documents
 from netpol_loader import abi
 
 pytestmark = pytest.mark.netns
@@ -39,28 +37,13 @@ KILLED_AT = ("new-*", "new-*/np_event", "new-*/programs/np_call")
 """What is there when an upgrade has begun, compiles, and has its programs: an agent dies there."""
 
 
-@pytest.fixture(scope="module")
-def pin_root() -> Path:
-    return Path(f"/sys/fs/bpf/netpol-test-upgrade-{os.getpid()}")
-
-
-@pytest.fixture(scope="module")
-def lab(pin_root: Path) -> Iterator[Lab]:
-    resources = parse_documents(CLUSTER, "cluster.yaml").check()
-    with Lab(plan_for(resources), directories=[pin_root]) as one:
-        yield one
-
-
 @pytest.fixture
-def scene(lab: Lab, tmp_path: Path, pin_root: Path) -> Iterator[VersionedScene]:
+def scene(lab: Lab, tmp_path: Path) -> Iterator[VersionedScene]:
     """Manifests, and no agent yet; a test chooses its version."""
-    one = VersionedScene(lab, tmp_path / "home", pin_root)
-    one.manifests.mkdir(parents=True)
-    for name, text in DEFAULTS.items():
-        one.write(name, text)
-    yield one
-    one.tree = None  # cleanup is for pins of any version
-    one.retire()
+    with scene_in(lab, tmp_path / "home", kind=VersionedScene) as one:
+        assert isinstance(one, VersionedScene)
+        yield one
+        one.tree = None  # cleanup is for pins of any version
 
 
 @contextmanager
