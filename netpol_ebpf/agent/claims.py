@@ -17,7 +17,7 @@ from dataclasses import replace
 from netpol_ebpf.policy.types import Changes, Endpoint, EndpointKey, EndpointKind, IPAddress, World
 
 
-class Claims:
+class AddressClaims:
     """Addresses of the workloads of a world. ``world`` is read whenever something of it changed (`apply_changes`)."""
 
     def __init__(self, world: World) -> None:

@@ -314,8 +314,9 @@ class KernelEngine:
 
     def _forget_connection(self, question: Question) -> None:
         """Remove what the program remembers of an allowed packet, lest a later question be taken for its reply."""
-        for name in ("np_unreplied", "np_conn"):
-            self._dataplane.maps[f"{name}{question.packet.source.version}"].clear()
+        table = f"np_conn{question.packet.source.version}"
+        for name in (abi.UNREPLIED_VIEWS[table], table):
+            self._dataplane.maps[name].clear()
 
 
 @dataclass(frozen=True, slots=True)

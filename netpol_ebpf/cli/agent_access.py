@@ -8,15 +8,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from netpol_ebpf.agent.control_socket import CLIENT_TIMEOUT_S, SOCKET_NAME, ask
 from netpol_ebpf.agent.main import DEFAULT_STATE_DIR
-from netpol_ebpf.agent.service import CLIENT_TIMEOUT_S, SOCKET_NAME, ask
 
 
 def add_state_dir_option(parser: argparse.ArgumentParser) -> None:
     """Add ``--state-dir``, as `netpol-agent` has it."""
     parser.add_argument(
         "--state-dir", type=Path, default=DEFAULT_STATE_DIR, metavar="DIR",
-        help=f"the state directory of the agent (default: {DEFAULT_STATE_DIR})",
+        help=f"state directory of the agent (default: {DEFAULT_STATE_DIR})",
     )  # fmt: skip
 
 

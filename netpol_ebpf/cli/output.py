@@ -21,7 +21,7 @@ FORMATS = ("text", "wide", "json", "yaml")
 
 def add_output_option(parser: argparse.ArgumentParser) -> None:
     """Add ``-o``/``--output``; the value is one of FORMATS."""
-    parser.add_argument("-o", "--output", choices=FORMATS, default="text", help="how to print (default: text)")
+    parser.add_argument("-o", "--output", choices=FORMATS, default="text", help="output format (default: text)")
 
 
 def print_value(output: str, value: Any) -> bool:

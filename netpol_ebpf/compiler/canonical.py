@@ -20,8 +20,8 @@ from netpol_ebpf.compiler.tables import (
     COLUMN_BLOCK,
     WORLD_V4,
     WORLD_V6,
+    CompiledTables,
     SetRow,
-    Tables,
     VerdictRow,
 )
 
@@ -34,7 +34,7 @@ Groups = dict[int, tuple[Hashable, ...]]
 class _Reader:
     """Reads the tables of one moment."""
 
-    def __init__(self, tables: Tables) -> None:
+    def __init__(self, tables: CompiledTables) -> None:
         self._tables = tables
         self._names = {**dict(tables.identities.items()), **_WORLDS}
         self._families = {WORLD_V4: 4, WORLD_V6: 6}  # an identity in use is that of an address or a prefix
@@ -128,7 +128,7 @@ class _Reader:
         )  # fmt: skip
 
 
-def canonical(tables: Tables) -> dict[str, Hashable]:
+def canonical(tables: CompiledTables) -> dict[str, Hashable]:
     """The content of the tables, to be compared with ``==``. Cost: all of the tables, and all cells of all sets in use."""
     reader = _Reader(tables)
     keys = {row.number: key for key, row in tables.endpoints.items()}
@@ -156,7 +156,7 @@ def canonical(tables: Tables) -> dict[str, Hashable]:
     }
 
 
-def _numbers_in_use(tables: Tables) -> set[int]:
+def _numbers_in_use(tables: CompiledTables) -> set[int]:
     """Numbers of policy sets that an endpoint has, on either side."""
     rows = [set_row for _, row in tables.endpoints.items() for set_row in row.sets.values()]
     return {row.number for row in rows} | {row.own_set for row in rows}

@@ -22,21 +22,23 @@ from netpol_ebpf.compiler.draft import Draft
 from netpol_ebpf.compiler.journal import Journal, Unjournaled
 from netpol_ebpf.compiler.limits import Limits
 from netpol_ebpf.compiler.state import KnownNumbers, State
-from netpol_ebpf.compiler.tables import Change, Tables
+from netpol_ebpf.compiler.tables import Change, CompiledTables
 from netpol_ebpf.policy.types import (
+    ClusterNode,
     Endpoint,
     EndpointKey,
-    NetworkSet,
-    Node,
+    LabelledNets,
     Policy,
-    Profile,
-    Service,
-    Settings,
-    Tier,
+    PolicySettings,
+    PolicyTier,
+    ProfileRules,
+    ServiceBackends,
     World,
 )
 
-PolicyObject = Union[Tier, Policy, Profile, Endpoint, NetworkSet, Node, Service, Settings]
+PolicyObject = Union[
+    PolicyTier, Policy, ProfileRules, Endpoint, LabelledNets, ClusterNode, ServiceBackends, PolicySettings
+]
 
 
 def everything(_: Endpoint) -> bool:
@@ -46,11 +48,11 @@ def everything(_: Endpoint) -> bool:
 
 def key_of(obj: PolicyObject) -> Any:
     """What an object is known by within its type; None for the settings."""
-    if isinstance(obj, (Policy, Endpoint, NetworkSet)):
+    if isinstance(obj, (Policy, Endpoint, LabelledNets)):
         return obj.key
-    if isinstance(obj, Service):
+    if isinstance(obj, ServiceBackends):
         return (obj.namespace, obj.name)
-    return None if isinstance(obj, Settings) else obj.name
+    return None if isinstance(obj, PolicySettings) else obj.name
 
 
 class Compiler:
@@ -72,7 +74,7 @@ class Compiler:
         self._state = State(self._limits, self._known)
         self._is_new = True
         self._staged: defaultdict[type, dict[Any, PolicyObject | None]] = defaultdict(dict)
-        self.tables = Tables()
+        self.tables = CompiledTables()
 
     @property
     def world(self) -> World:
@@ -98,20 +100,20 @@ class Compiler:
 
     def remove(self, kind: type[PolicyObject], key: Any) -> None:
         """Remove the object of that type and key at the next commit, if there is one; settings go back to the defaults."""
-        self._staged[kind][key] = Settings() if kind is Settings else None
+        self._staged[kind][key] = PolicySettings() if kind is PolicySettings else None
 
     def replace(self, world: World) -> None:
         """Make these the objects, at the next commit. What was handed over before and not committed is dropped."""
         self._staged.clear()
         ours = self._state.world
         kinds: tuple[tuple[type, Mapping[Any, Any], Mapping[Any, Any]], ...] = (
-            (Tier, ours.tiers, world.tiers),
+            (PolicyTier, ours.tiers, world.tiers),
             (Policy, ours.policies, world.policies),
-            (Profile, ours.profiles, world.profiles),
+            (ProfileRules, ours.profiles, world.profiles),
             (Endpoint, ours.endpoints, world.endpoints),
-            (NetworkSet, ours.network_sets, world.network_sets),
-            (Node, ours.nodes, world.nodes),
-            (Service, ours.services, world.services),
+            (LabelledNets, ours.network_sets, world.network_sets),
+            (ClusterNode, ours.nodes, world.nodes),
+            (ServiceBackends, ours.services, world.services),
         )
         for kind, have, want in kinds:
             for key in have.keys() - want.keys():
@@ -119,7 +121,7 @@ class Compiler:
             for key, obj in want.items():
                 if have.get(key) is not obj:
                     self._staged[kind][key] = obj
-        self._staged[Settings][None] = world.settings
+        self._staged[PolicySettings][None] = world.settings
 
     def commit(self) -> Change:
         """Apply everything handed over since the last commit. Returns the rows to write; empty when nothing changed.

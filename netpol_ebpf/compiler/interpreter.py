@@ -6,7 +6,7 @@ Invariant: nothing but the tables is looked at; a row that is referred to and mi
 
 from __future__ import annotations
 
-from netpol_ebpf.compiler.programs import nothing_decided
+from netpol_ebpf.compiler.rule_lists import nothing_decided
 from netpol_ebpf.compiler.tables import (
     ATOM_BLOCK,
     COLUMN_BLOCK,
@@ -15,8 +15,8 @@ from netpol_ebpf.compiler.tables import (
     SOURCE_SLOT,
     WORLD_V4,
     WORLD_V6,
+    CompiledTables,
     SetRow,
-    Tables,
     VerdictRow,
 )
 from netpol_ebpf.policy.types import (
@@ -35,7 +35,7 @@ from netpol_ebpf.policy.types import (
 class Interpreter:
     """Answers questions from tables, as they are when it is asked."""
 
-    def __init__(self, tables: Tables) -> None:
+    def __init__(self, tables: CompiledTables) -> None:
         self._tables = tables
         self._prefixes: dict[int, list[tuple[int, dict[int, int]]]] = {}
         self._prefix_version = -1

@@ -146,7 +146,7 @@ class Delta(Generic[K, V]):
         return bool(self.upserts or self.deletes)
 
 
-class Table(Generic[K, V]):
+class DesiredTable(Generic[K, V]):
     """Desired content of one map, with the writes that were not handed out yet. Cost of each call: constant."""
 
     __slots__ = ("_pending", "_rows", "name", "version")
@@ -214,7 +214,7 @@ class Table(Generic[K, V]):
 
 
 @dataclass(slots=True)
-class Tables:
+class CompiledTables:
     """All tables of one node. Keys and rows as the kernel sees them, before packing.
 
     l4_atoms: block -> 256 atom numbers; l4_columns: block -> 64 class numbers; verdicts: index -> row.
@@ -222,19 +222,19 @@ class Tables:
     l4_atoms: a block without a row is all zeros.  nodes: name -> number, of those that their addresses tell.
     """
 
-    endpoints: Table[EndpointKey, EndpointRow] = field(default_factory=lambda: Table("endpoints"))
-    addresses: Table[IPAddress, AddressRow] = field(default_factory=lambda: Table("addresses"))
-    cidrs: Table[IPNetwork, int] = field(default_factory=lambda: Table("cidrs"))
-    peer_classes: Table[tuple[int, int], int] = field(default_factory=lambda: Table("peer_classes"))
-    l4_atoms: Table[int, tuple[int, ...]] = field(default_factory=lambda: Table("l4_atoms"))
-    l4_columns: Table[int, tuple[int, ...]] = field(default_factory=lambda: Table("l4_columns"))
-    verdicts: Table[int, VerdictRow] = field(default_factory=lambda: Table("verdicts"))
-    rules: Table[int, Cause] = field(default_factory=lambda: Table("rules"))
-    log_lists: Table[int, tuple[int, ...]] = field(default_factory=lambda: Table("log_lists"))
-    identities: Table[int, str] = field(default_factory=lambda: Table("identities"))
-    nodes: Table[str, int] = field(default_factory=lambda: Table("nodes"))
+    endpoints: DesiredTable[EndpointKey, EndpointRow] = field(default_factory=lambda: DesiredTable("endpoints"))
+    addresses: DesiredTable[IPAddress, AddressRow] = field(default_factory=lambda: DesiredTable("addresses"))
+    cidrs: DesiredTable[IPNetwork, int] = field(default_factory=lambda: DesiredTable("cidrs"))
+    peer_classes: DesiredTable[tuple[int, int], int] = field(default_factory=lambda: DesiredTable("peer_classes"))
+    l4_atoms: DesiredTable[int, tuple[int, ...]] = field(default_factory=lambda: DesiredTable("l4_atoms"))
+    l4_columns: DesiredTable[int, tuple[int, ...]] = field(default_factory=lambda: DesiredTable("l4_columns"))
+    verdicts: DesiredTable[int, VerdictRow] = field(default_factory=lambda: DesiredTable("verdicts"))
+    rules: DesiredTable[int, Cause] = field(default_factory=lambda: DesiredTable("rules"))
+    log_lists: DesiredTable[int, tuple[int, ...]] = field(default_factory=lambda: DesiredTable("log_lists"))
+    identities: DesiredTable[int, str] = field(default_factory=lambda: DesiredTable("identities"))
+    nodes: DesiredTable[str, int] = field(default_factory=lambda: DesiredTable("nodes"))
 
-    def all(self) -> tuple[Table[object, object], ...]:
+    def all(self) -> tuple[DesiredTable[object, object], ...]:
         """Every table, in an order in which rows may be written (what is referred to comes first)."""
         return (
             self.rules, self.log_lists, self.identities, self.nodes, self.verdicts, self.l4_columns, self.l4_atoms,
@@ -246,7 +246,7 @@ class Tables:
 class Change:
     """One transition, as batches to be written in this order, each as ``{table name: delta}``.
 
-    Within a batch, upserts in the order of `Tables.all`, then deletes in the reverse order.  A change is written to its
+    Within a batch, upserts in the order of `CompiledTables.all`, then deletes in the reverse order.  A change is written to its
     end (grace period and shrink included) before the next one is begun: numbers and ranges are used again then.
 
     prepare: policy sets that need more room, copied to a larger range, and the endpoint rows that point at them; no

@@ -30,7 +30,7 @@ SIZES = {
     "np_conn4": ROOM, "np_conn6": ROOM, "np_frag4": 256, "np_frag6": 256,
     "np_event": 65536,
 }  # fmt: skip
-FLOW_MAPS = ("np_conn4", "np_conn6", "np_unreplied4", "np_unreplied6", "np_frag4", "np_frag6", "np_event")
+FLOW_MAPS = (*abi.maps_with_rows(abi.MapRole.CONNECTION), *abi.UNREPLIED_VIEWS.values(), "np_event")
 PEER = {4: "192.0.2.1", 6: "2001:db8::1"}
 POD = {4: POD4, 6: POD6}
 

@@ -24,7 +24,7 @@ from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
-from netpol_ebpf.agent.service import SOCKET_NAME, ask
+from netpol_ebpf.agent.control_socket import SOCKET_NAME, ask
 from netpol_ebpf.errors import UnreachableError
 from netpol_ebpf.lab.attempt import Attempt
 from netpol_ebpf.lab.laboratory import Lab

@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from agent_scene import DB_POLICY, NODE, OTHER_ALLOWED, Scene, scene_in, to_db
 
-from netpol_ebpf.agent.service import SOCKET_NAME, ask
+from netpol_ebpf.agent.control_socket import SOCKET_NAME, ask
 from netpol_ebpf.errors import UnreachableError
 from netpol_ebpf.lab.laboratory import Lab
 from netpol_loader import abi

@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from agent_scene import NODE, PODS, Scene, lab_for, scene_in, wait_for
 
-from netpol_ebpf.agent.service import SOCKET_NAME, ask
+from netpol_ebpf.agent.control_socket import SOCKET_NAME, ask
 from netpol_ebpf.lab.attempt import Attempt
 from netpol_ebpf.lab.laboratory import Lab
 from netpol_ebpf.lab.topology import TCP, UDP

@@ -6,7 +6,7 @@ from __future__ import annotations
 import itertools
 from ipaddress import ip_address
 
-from netpol_ebpf.agent.claims import Claims
+from netpol_ebpf.agent.claims import AddressClaims
 from netpol_ebpf.policy.types import Changes, Endpoint, EndpointKey, EndpointKind, World
 
 A, B, C = (EndpointKey("Pod", "shop", name) for name in "abc")
@@ -18,7 +18,7 @@ class Cluster:
 
     def __init__(self) -> None:
         self.world = World()
-        self.claims = Claims(self.world)
+        self.claims = AddressClaims(self.world)
         self.seen: dict[EndpointKey, tuple[object, ...]] = {}
 
     def change(self, older: tuple[EndpointKey, ...] = (), **addresses: tuple[object, ...] | None) -> None:

@@ -28,6 +28,7 @@ from netpol_ebpf.policy.types import (
     TCP,
     UDP,
     Action,
+    BackendMatch,
     Cause,
     CauseKind,
     Direction,
@@ -35,7 +36,6 @@ from netpol_ebpf.policy.types import (
     IcmpType,
     Ports,
     Rule,
-    ServiceMatch,
 )
 from netpol_ebpf.selector import Selector, parse
 
@@ -98,7 +98,7 @@ def test_own_side_is_the_destination_of_ingress(direction: Direction) -> None:
         rule(destination=Entity(ports=Ports(names=("nobody",)))),
         rule(destination=Entity(selector=B, ports=Ports(names=("http",)))),
         rule(destination=Entity(ports=Ports())),
-        rule(destination=Entity(service=ServiceMatch("n", "none", match_ports=True))),
+        rule(destination=Entity(service=BackendMatch("n", "none", match_ports=True))),
         rule(protocol=ICMP, destination=Entity(ports=Ports(((1, 2),)))),
     ],
 )
@@ -226,9 +226,9 @@ def test_source_ports_that_are_excluded() -> None:
 
 def test_service_by_address_and_by_triple() -> None:
     """With ports each (protocol, port) is an entry, except a backend without a port."""
-    (plain,) = entries(rule(source=Entity(service=ServiceMatch("n", "s", match_ports=False))))
+    (plain,) = entries(rule(source=Entity(service=BackendMatch("n", "s", match_ports=False))))
     assert plain.peer.positive == {ServiceTerm("n", "s")}
-    found = entries(rule(destination=Entity(service=ServiceMatch("n", "s", match_ports=True))), Direction.EGRESS)
+    found = entries(rule(destination=Entity(service=BackendMatch("n", "s", match_ports=True))), Direction.EGRESS)
     assert {(each.l4, each.peer.positive) for each in found} == {
         (ports((number,), ((port, port),)), frozenset({ServiceTerm("n", "s", number, port)}))
         for number, port in ((TCP, 443), (UDP, 53))

@@ -21,7 +21,7 @@ from netpol_ebpf.policy.types import (
     EndpointKey,
     EndpointKind,
     NamedPort,
-    Profile,
+    ProfileRules,
     Rule,
     World,
 )
@@ -87,8 +87,8 @@ def test_namespaces_and_accounts_are_profiles() -> None:
     """A namespace's allows everything, an account's has no rules."""
     world = derive(read(NAMESPACE + ACCOUNT))
     everything = (Rule(Action.ALLOW, 0),)
-    assert world.profiles["kns.ns"] == Profile("kns.ns", everything, everything)
-    assert world.profiles["ksa.ns.my.sa"] == Profile("ksa.ns.my.sa")
+    assert world.profiles["kns.ns"] == ProfileRules("kns.ns", everything, everything)
+    assert world.profiles["ksa.ns.my.sa"] == ProfileRules("ksa.ns.my.sa")
     assert world.profiles["projectcalico-default-allow"].ingress == everything
 
 

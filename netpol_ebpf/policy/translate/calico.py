@@ -25,17 +25,17 @@ from netpol_ebpf.policy.translate.composition import (
 )
 from netpol_ebpf.policy.types import (
     Action,
+    BackendMatch,
     Direction,
     Entity,
     IcmpType,
     Policy,
     PolicyKey,
+    PolicyTier,
     Ports,
-    Profile,
+    ProfileRules,
     Rule,
-    ServiceMatch,
     Staged,
-    Tier,
 )
 from netpol_ebpf.resources import types as resources
 from netpol_ebpf.resources.sharing import share
@@ -77,18 +77,18 @@ def translate_staged_policy(policy: StagedPolicy) -> Policy | None:
     return _policy(kind, policy.meta, policy.spec, Staged.SET, replaces)
 
 
-def translate_tier(tier: resources.Tier) -> Tier:
+def translate_tier(tier: resources.Tier) -> PolicyTier:
     """A user's tier."""
-    return Tier(
+    return PolicyTier(
         name=tier.meta.name,
         order=UNORDERED_TIER if tier.order is None else tier.order,
         default_action=Action.PASS if tier.default_action == "Pass" else Action.DENY,
     )
 
 
-def translate_profile(profile: resources.Profile) -> Profile:
+def translate_profile(profile: resources.Profile) -> ProfileRules:
     """A user's profile; its rules are read like those of a global policy."""
-    return Profile(
+    return ProfileRules(
         name=profile.meta.name,
         ingress=tuple(_rules(profile.ingress, "", Direction.INGRESS)),
         egress=tuple(_rules(profile.egress, "", Direction.EGRESS)),
@@ -178,7 +178,7 @@ def _entity(entity: EntityRule, namespace: str, *, service_ports: bool) -> Entit
     """``namespace``: that of the policy, "" for a global one."""
     service = None
     if entity.services is not None:
-        service = ServiceMatch(entity.services.namespace, entity.services.name, service_ports)
+        service = BackendMatch(entity.services.namespace, entity.services.name, service_ports)
     selector, not_selector = _positive_selector(entity, namespace), entity.not_selector
     if selector is not None and not_selector is not None:
         # SEMANTICS 2.6 c: one owner of the address has to match the one and not the other.

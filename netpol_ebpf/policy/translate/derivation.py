@@ -22,11 +22,11 @@ from netpol_ebpf.policy.types import (
     EndpointKey,
     Policy,
     PolicyKey,
-    Profile,
+    PolicySettings,
+    PolicyTier,
+    ProfileRules,
     ResourceKey,
-    Service,
-    Settings,
-    Tier,
+    ServiceBackends,
     Tunnel,
     Vip,
     VipKey,
@@ -70,12 +70,12 @@ _KINDS: Mapping[type, str] = {
 _CONTROLLERS = ResourceKey("KubeControllersConfiguration", "", DEFAULT)
 """The only object of its kind that counts."""
 
-BUILT_IN_TIERS: Mapping[str, Tier] = {
+BUILT_IN_TIERS: Mapping[str, PolicyTier] = {
     tier.name: tier
     for tier in (
         signetwork.KUBE_ADMIN,
         signetwork.OLD_ADMIN,
-        Tier(kubernetes.TIER, calico.UNORDERED_TIER, Action.DENY),
+        PolicyTier(kubernetes.TIER, calico.UNORDERED_TIER, Action.DENY),
         signetwork.KUBE_BASELINE,
         signetwork.OLD_BASELINE,
     )
@@ -93,7 +93,7 @@ def key_of(resource: Resource) -> ResourceKey:
     return ResourceKey(kind, resource.meta.namespace, resource.meta.name)
 
 
-def derive(objects: Iterable[Resource], settings: Settings | None = None) -> World:
+def derive(objects: Iterable[Resource], settings: PolicySettings | None = None) -> World:
     """The world of these resources; of two with one key the later counts."""
     derivation = Derivation(settings)
     for resource in objects:
@@ -104,8 +104,8 @@ def derive(objects: Iterable[Resource], settings: Settings | None = None) -> Wor
 class Derivation:
     """Holds resources and keeps ``world`` their translation. ``world`` must only be read; it changes with each call."""
 
-    def __init__(self, settings: Settings | None = None) -> None:
-        self._given = settings or Settings()
+    def __init__(self, settings: PolicySettings | None = None) -> None:
+        self._given = settings or PolicySettings()
         self.world = World(settings=self._given)
         self.world.tiers.update(BUILT_IN_TIERS)
         self._changes = Changes(settings=self._given)
@@ -249,7 +249,7 @@ class Derivation:
             self._slices[key.namespace, new.service][key] = endpoints.backends(new)
         for name in touched:
             slices = self._slices[name]
-            service = Service(*name, frozenset().union(*slices.values())) if slices else None
+            service = ServiceBackends(*name, frozenset().union(*slices.values())) if slices else None
             if not slices:
                 del self._slices[name]
             _put(self.world.services, self._changes.services, name, service)
@@ -322,7 +322,7 @@ class Derivation:
         for key in self._heirs.get(name, ()):
             self._derive_heir(key)
 
-    def _profile(self, name: str) -> tuple[Profile | None, Mapping[str, str]]:
+    def _profile(self, name: str) -> tuple[ProfileRules | None, Mapping[str, str]]:
         """What stands behind a profile's name: the built-in, else a namespace or account, else a Profile object."""
         if name == endpoints.DEFAULT_ALLOW:
             return endpoints.allow_all(name), {}
@@ -330,7 +330,7 @@ class Derivation:
         if isinstance(derived, resources.Namespace):
             return endpoints.allow_all(name), endpoints.namespace_labels(derived.meta)
         if isinstance(derived, resources.ServiceAccount):
-            return Profile(name), endpoints.service_account_labels(derived.meta)
+            return ProfileRules(name), endpoints.service_account_labels(derived.meta)
         written = self._resources.get(ResourceKey("Profile", "", name))
         if isinstance(written, resources.Profile):
             return calico.translate_profile(written), dict(written.labels_to_apply)

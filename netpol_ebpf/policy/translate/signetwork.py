@@ -23,7 +23,7 @@ from netpol_ebpf.policy.translate.composition import (
     namespace_selector,
     pods,
 )
-from netpol_ebpf.policy.types import ANY_ENTITY, Action, Direction, Entity, Policy, PolicyKey, Ports, Rule, Tier
+from netpol_ebpf.policy.types import ANY_ENTITY, Action, Direction, Entity, Policy, PolicyKey, PolicyTier, Ports, Rule
 from netpol_ebpf.resources.sharing import share
 from netpol_ebpf.resources.types import (
     AdminNetworkPolicy,
@@ -41,8 +41,8 @@ CLUSTER = "ClusterNetworkPolicy"
 ADMIN = "AdminNetworkPolicy"
 BASELINE = "BaselineAdminNetworkPolicy"
 
-KUBE_ADMIN = Tier("kube-admin", 1000.0, Action.PASS)
-KUBE_BASELINE = Tier("kube-baseline", 10_000_000.0, Action.PASS)
+KUBE_ADMIN = PolicyTier("kube-admin", 1000.0, Action.PASS)
+KUBE_BASELINE = PolicyTier("kube-baseline", 10_000_000.0, Action.PASS)
 OLD_ADMIN = replace(KUBE_ADMIN, name="adminnetworkpolicy", follows=KUBE_ADMIN.name)
 OLD_BASELINE = replace(KUBE_BASELINE, name="baselineadminnetworkpolicy", follows=KUBE_BASELINE.name)
 

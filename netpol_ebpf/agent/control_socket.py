@@ -8,7 +8,7 @@ Every operation only reads.  Invariants: only root, the agent's own user and mem
 answered (SO_PEERCRED, SO_PEERGROUPS: the kernel says who connected); a reader that does not read is dropped and never
 delays the agent; whatever is sent, it is answered and harms nobody; one user's connections leave room for everybody
 else's.  This process walks no table for anybody: `netpol_ebpf.agent.answering` has that done elsewhere, and one look begins one
-answer at most.  Runs no loop: `Service.poll` is one look.
+answer at most.  Runs no loop: `ControlSocket.poll` is one look.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ class _Client:
 
 
 @dataclass(slots=True)
-class Service:
+class ControlSocket:
     """The listening side. ``answers``: what each operation is answered with, by a child; "flows" is the service's own.
 
     ``group``: number of a group whose members are answered as well.  ``clock``: seconds.
