@@ -33,6 +33,8 @@ from netpol_loader import abi
 
 pytestmark = pytest.mark.netns
 
+OLDER = (schema(-1), WIDER_CONFIG, WIDER_ENDPOINT)
+"""One version for all tests that need no other: a version is compiled once, which takes longer than its agent."""
 KILLED_AT = ("new-*", "new-*/np_event", "new-*/programs/np_call")
 """What is there when an upgrade has begun, compiles, and has its programs: an agent dies there."""
 
@@ -102,7 +104,7 @@ def replaced(scene: VersionedScene, tree: Path | None) -> dict[str, Any]:
 
 def test_older_schema_is_taken_over(scene: VersionedScene, tmp_path: Path) -> None:
     """Every setting at another place, a policy map of another layout, other names: connections, numbers and counters go on."""
-    scene.tree = make_version(tmp_path / "older", [schema(-1), WIDER_CONFIG, WIDER_ENDPOINT], NAMES_OF_SCHEMA_8)
+    scene.tree = make_version(tmp_path / "older", OLDER, NAMES_OF_SCHEMA_8)
     scene.options = ("--timeout", "udp=180")
     before = scene.start()
     assert pinned(scene) == [f"v{abi.SCHEMA_VERSION - 1}"]
@@ -165,7 +167,7 @@ def test_changed_program_of_the_same_schema(scene: VersionedScene, tmp_path: Pat
 
 def test_upgrade_killed_at_any_time(scene: VersionedScene, tmp_path: Path) -> None:
     """Agents that die while they prepare an upgrade leave enforcement whole, and the last one completes it."""
-    scene.tree = make_version(tmp_path / "older", [schema(-1), WIDER_CONFIG])
+    scene.tree = make_version(tmp_path / "older", OLDER, NAMES_OF_SCHEMA_8)
     before = scene.start()
     scene.stop()
     scene.tree = None
