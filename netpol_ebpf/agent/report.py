@@ -14,7 +14,7 @@ from ipaddress import ip_address
 from typing import Any
 
 from netpol_ebpf import __version__
-from netpol_ebpf.agent.bonds import Evidence
+from netpol_ebpf.agent.assignments import Evidence
 from netpol_ebpf.agent.core import Agent
 from netpol_ebpf.agent.timeouts import STATES, read_timeouts
 from netpol_ebpf.apply.applier import KernelMap

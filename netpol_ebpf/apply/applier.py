@@ -29,7 +29,7 @@ from netpol_ebpf.apply.encode import (
     place_element,
     source_element,
 )
-from netpol_ebpf.compiler.tables import Change, Delta, EndpointRow, Tables
+from netpol_ebpf.compiler.tables import Change, CompiledTables, Delta, EndpointRow
 from netpol_ebpf.errors import MapFullError, PlatformError
 from netpol_ebpf.policy.types import EndpointKey, EndpointKind, IPNetwork
 from netpol_loader import abi
@@ -202,7 +202,7 @@ class Applier:
 
     # --- whole tables ---------------------------------------------------------------------------------------------
 
-    def fill(self, tables: Tables) -> None:
+    def fill(self, tables: CompiledTables) -> None:
         """Write all rows into empty maps, endpoints of known interfaces last. Raises MapFullError before the first write.
 
         Nothing may be attached yet, or nothing that refers to these maps.
@@ -489,7 +489,7 @@ def _endpoint_elements(row: EndpointRow, binding: Binding) -> Iterator[Element]:
 
 
 def require_room(
-    tables: Tables,
+    tables: CompiledTables,
     sizes: Mapping[str, int],
     bindings: Mapping[EndpointKey, Binding],
     others: Iterable[Element] = (),
@@ -522,4 +522,4 @@ def too_small(name: str, size: int, need: int) -> MapFullError:
 
 
 _FIRST = bytes(4)
-_TABLES = tuple(table.name for table in Tables().all())
+_TABLES = tuple(table.name for table in CompiledTables().all())

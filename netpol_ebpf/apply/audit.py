@@ -16,7 +16,7 @@ from itertools import islice
 from netpol_ebpf.apply.applier import ARRAYS, Applier, KernelMap
 from netpol_ebpf.apply.encode import ENCODERS, Element, decode_key, elements
 from netpol_ebpf.apply.surroundings import SurroundingsWriter
-from netpol_ebpf.compiler.tables import Tables
+from netpol_ebpf.compiler.tables import CompiledTables
 from netpol_ebpf.errors import MapFullError
 from netpol_loader import abi
 from netpol_loader.pins.drift import Drift
@@ -34,7 +34,7 @@ class Audit:
     """Goes round the maps that ``applier`` and ``node`` write, whose tables are ``tables``. To be asked between changes only."""
 
     def __init__(
-        self, maps: Mapping[str, KernelMap], tables: Tables, applier: Applier, node: SurroundingsWriter
+        self, maps: Mapping[str, KernelMap], tables: CompiledTables, applier: Applier, node: SurroundingsWriter
     ) -> None:
         self._maps = maps
         self._tables = {table.name: table for table in tables.all()}

@@ -70,8 +70,8 @@ ROOT_PREFIX = "netpol-engine-"
 """Engines pin below /sys/fs/bpf/netpol-engine-PID-COUNT."""
 
 SIZES: Mapping[str, int] = {
-    "np_conn4": 1024,
-    "np_conn6": 1024,
+    "np_conn4": 64,
+    "np_conn6": 64,
     "np_frag4": 64,
     "np_frag6": 64,
     "np_event": 65536,

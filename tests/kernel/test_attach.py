@@ -25,8 +25,8 @@ from rig import ALLOW, DENY, ENDPOINT, Rig, everything
 
 from netpol_ebpf.errors import PlatformError
 from netpol_loader.host import clsact
-from netpol_loader.host.follow import Follower, InterfaceChange
-from netpol_loader.host.interfaces import find_interface, list_interfaces
+from netpol_loader.host.follow import Follower, LinkChange
+from netpol_loader.host.links import find_link, list_links
 from netpol_loader.host.peers import MOST_ADDRESSES, load_peer_addresses
 from netpol_loader.kernel import syscall
 from netpol_loader.kernel.hook import Hook
@@ -337,13 +337,13 @@ def test_links_addresses_routes(pair: Pair) -> None:
     """Interfaces, addresses and single-address routes as they are."""
     run("ip", "-n", pair.node, "route", "add", "10.98.0.7/32", "dev", "v0")
     run("ip", "-n", pair.node, "route", "add", "fd98::7/128", "dev", "v0")
-    link = pair.at_node(lambda: find_interface("v0"))
+    link = pair.at_node(lambda: find_link("v0"))
     assert link is not None
     assert (link.ifindex, link.kind, link.is_up) == (pair.ifindex, "veth", True)
-    assert pair.at_node(lambda: find_interface(pair.ifindex)) == link
-    assert link in pair.at_node(list_interfaces)
+    assert pair.at_node(lambda: find_link(pair.ifindex)) == link
+    assert link in pair.at_node(list_links)
     for nothing in ("nothing", "a name that is too long", 99_999):
-        assert pair.at_node(lambda one=nothing: find_interface(one)) is None  # type: ignore[misc]
+        assert pair.at_node(lambda one=nothing: find_link(one)) is None  # type: ignore[misc]
     with pair.at_node(Follower) as follower:
         addresses, routes = follower.addresses, follower.host_routes
     assert addresses[ip_address(NODE4)] == addresses[ip_address(NODE6)] == pair.ifindex
@@ -353,7 +353,7 @@ def test_links_addresses_routes(pair: Pair) -> None:
 
 def test_addresses_behind_a_veth(pair: Pair) -> None:
     """The addresses of the pod's end, found from the node's end without entering the pod's namespace."""
-    link = pair.at_node(lambda: find_interface("v0"))
+    link = pair.at_node(lambda: find_link("v0"))
     assert link is not None
     assert link.peer_nsid is not None
     peer = (link.peer_nsid, link.peer_ifindex)
@@ -366,7 +366,7 @@ def test_addresses_behind_a_veth(pair: Pair) -> None:
 
 def test_addresses_behind_a_veth_are_read_to_a_bound(pair: Pair) -> None:
     """Of more IPv4 addresses than are read those that were there first are among them; of IPv6, which tells the newest first, none."""
-    link = pair.at_node(lambda: find_interface("v0"))
+    link = pair.at_node(lambda: find_link("v0"))
     assert link is not None
     assert link.peer_nsid is not None
     peer = (link.peer_nsid, link.peer_ifindex)
@@ -393,7 +393,7 @@ def test_interface_s_name_may_be_any_bytes(pair: Pair) -> None:
     """A name that is no text is told in a readable form, by the list and by the news alike."""
     wild = b"v\xff\xfe"
 
-    def rename() -> list[InterfaceChange] | None:
+    def rename() -> list[LinkChange] | None:
         with Follower() as follower:
             subprocess.run([b"ip", b"link", b"set", b"v0", b"name", wild], check=True)
             return follower.poll()
@@ -401,7 +401,7 @@ def test_interface_s_name_may_be_any_bytes(pair: Pair) -> None:
     news = pair.at_node(rename)
     assert news
     assert {one.link.name for one in news} == {"v\\xff\\xfe"}
-    link = pair.at_node(lambda: find_interface(pair.ifindex))
+    link = pair.at_node(lambda: find_link(pair.ifindex))
     assert link is not None
     assert link.name == "v\\xff\\xfe"
 

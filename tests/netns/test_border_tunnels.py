@@ -56,7 +56,7 @@ from scapy.packet import Packet
 from netpol_ebpf.lab.attempt import Attempt
 from netpol_ebpf.lab.laboratory import Lab
 from netpol_ebpf.lab.scene import INTERNET
-from netpol_loader.host.interfaces import EXTERNAL, list_interfaces
+from netpol_loader.host.links import EXTERNAL, list_links
 
 pytestmark = pytest.mark.netns
 
@@ -566,7 +566,7 @@ def test_which_devices_tell(scene: Scene) -> None:
         for words, tells in ((told, True), (plain, False)):
             if has_device(scene.lab, kind, *words.split()):
                 ip(scene.lab, NODE, f"link add tell0 type {kind} {words}")
-                links = inside(scene.lab, NODE, list_interfaces)
+                links = inside(scene.lab, NODE, list_links)
                 ip(scene.lab, NODE, "link del tell0")
                 (found[kind, tells],) = [one.is_external for one in links if one.name == "tell0"]
     assert {("vxlan", True), ("vxlan", False)} <= found.keys()

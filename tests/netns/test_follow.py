@@ -20,7 +20,7 @@ import pytest
 
 from bench.site import enter_namespace
 from netpol_loader.host import netlink
-from netpol_loader.host.follow import SETTLE_S, Follower, InterfaceChange
+from netpol_loader.host.follow import SETTLE_S, Follower, LinkChange
 
 pytestmark = pytest.mark.netns
 
@@ -61,7 +61,7 @@ class Node:
         done = subprocess.run(command, input="\n".join(lines) + "\n", capture_output=True, text=True, check=False)
         assert is_forced or done.returncode == 0, done.stderr
 
-    def settle(self, follower: Follower) -> list[InterfaceChange]:
+    def settle(self, follower: Follower) -> list[LinkChange]:
         """Have everything read, and asked for a second time."""
         found = follower.poll() or []
         self.now_s += SETTLE_S

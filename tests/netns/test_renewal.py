@@ -21,7 +21,7 @@ import pytest
 from netpol_ebpf.errors import LoadError
 from netpol_loader import abi
 from netpol_loader.host import clsact
-from netpol_loader.host.interfaces import list_interfaces
+from netpol_loader.host.links import list_links
 from netpol_loader.kernel import syscall
 from netpol_loader.kernel.hook import Hook
 from netpol_loader.pins import attach
@@ -104,7 +104,7 @@ def node() -> Iterator[Node]:
         subprocess.run(["ip", "-n", name, "link", "add", "v0", "type", "veth", "peer", "name", "v1"], check=True)
         with ThreadPoolExecutor(1) as thread:
             thread.submit(enter, name).result()
-            links = {link.name: link.ifindex for link in thread.submit(list_interfaces).result()}
+            links = {link.name: link.ifindex for link in thread.submit(list_links).result()}
             ifindexes = {Mechanism.TCX: links["v0"], Mechanism.CLSACT: links["v1"]}
             one = Node(thread, ifindexes, Path(f"/sys/fs/bpf/netpol-test-{name}"))
             yield one

@@ -14,12 +14,12 @@ from netpol_ebpf.agent import node as module
 from netpol_ebpf.agent.node import GROUPS_S, PEERS_A_LOOK, PEERS_S, KernelNode
 from netpol_ebpf.apply.encode import LocalFlag, Meaning
 from netpol_loader.host.address import IPAddress
-from netpol_loader.host.follow import InterfaceChange
-from netpol_loader.host.interfaces import Interface
+from netpol_loader.host.follow import LinkChange
+from netpol_loader.host.links import Link
 from netpol_loader.host.routes import IPNetwork, LocalRoute
 
 UPLINK, WEB, DB = (
-    Interface(number, name, "veth", is_up=True, is_running=True, master=0, peer_ifindex=2, peer_nsid=nsid)
+    Link(number, name, "veth", is_up=True, is_running=True, master=0, peer_ifindex=2, peer_nsid=nsid)
     for number, name, nsid in ((2, "eth0", 9), (5, "cali1", 0), (6, "cali2", 1))
 )
 WEB_ADDRESS, DB_ADDRESS = ip_address("10.0.0.1"), ip_address("10.0.0.2")
@@ -28,7 +28,7 @@ BEHIND = {(0, 2): (WEB_ADDRESS,), (1, 2): (DB_ADDRESS,)}
 
 @dataclass
 class MemoryFollower:
-    links: dict[int, Interface] = field(default_factory=lambda: {one.ifindex: one for one in (UPLINK, WEB, DB)})
+    links: dict[int, Link] = field(default_factory=lambda: {one.ifindex: one for one in (UPLINK, WEB, DB)})
     host_routes: dict[IPAddress, int] = field(default_factory=dict)
     addresses: dict[IPAddress, int] = field(default_factory=dict)
     local_routes: list[LocalRoute] = field(default_factory=list)
@@ -37,9 +37,9 @@ class MemoryFollower:
     subnets: dict[IPNetwork, frozenset[int]] = field(default_factory=dict)
     shared: frozenset[int] = frozenset()
     version: tuple[int, int] = (0, 0)
-    news: list[list[InterfaceChange] | None] = field(default_factory=list)
+    news: list[list[LinkChange] | None] = field(default_factory=list)
 
-    def poll(self, *, is_brief: bool = False) -> list[InterfaceChange] | None:  # noqa: ARG002
+    def poll(self, *, is_brief: bool = False) -> list[LinkChange] | None:  # noqa: ARG002
         return self.news.pop(0) if self.news else []
 
 
@@ -138,7 +138,7 @@ def test_news(bench: Bench) -> None:
     node.has_news()
     assert not node.has_news()
     follower.version = (1, 0)
-    follower.news = [[InterfaceChange(WEB, is_gone=True), InterfaceChange(replace(WEB, name="other"), is_gone=False)]]
+    follower.news = [[LinkChange(WEB, is_gone=True), LinkChange(replace(WEB, name="other"), is_gone=False)]]
     assert [one.name for one in node.take_born()] == ["other"]
     assert node.has_news()
     assert (node.take_gone(), node.take_gone()) == ({5}, set())

@@ -8,7 +8,7 @@ import struct
 
 import pytest
 
-from netpol_loader.host.interfaces import NO_REMOTE, parse_interface
+from netpol_loader.host.links import NO_REMOTE, parse_link
 from netpol_loader.host.netlink import attribute, attributes, messages, nested
 
 
@@ -61,7 +61,7 @@ def link(kind: str, data: bytes = b"", *, hardware: int = 1, family: int = socke
 )
 def test_what_a_device_unpacks(kind: str, data: bytes, takes: tuple[tuple[int, int], ...]) -> None:
     """By its kind and, where it has one, its port."""
-    found = parse_interface(link(kind, data))
+    found = parse_link(link(kind, data))
     assert found is not None
     assert (found.ifindex, found.name, found.kind, found.takes) == (7, "one", kind, takes)
 
@@ -81,14 +81,14 @@ def test_what_a_device_unpacks(kind: str, data: bytes, takes: tuple[tuple[int, i
 )
 def test_gre_without_the_one_remote_end(hardware: int, data: bytes, expected: int) -> None:
     """Its packets begin with the outer header; not where that is told packet by packet."""
-    found = parse_interface(link("gre", data, hardware=hardware))
+    found = parse_link(link("gre", data, hardware=hardware))
     assert found is not None
     assert found.hardware == expected
 
 
 def test_a_family_s_word_on_an_interface_is_passed_over() -> None:
     """A bridge's of a port has no kind, and would make another interface of it."""
-    assert parse_interface(link("veth", family=socket.AF_BRIDGE)) is None
+    assert parse_link(link("veth", family=socket.AF_BRIDGE)) is None
 
 
 @pytest.mark.parametrize(
@@ -106,6 +106,6 @@ def test_a_family_s_word_on_an_interface_is_passed_over() -> None:
 )
 def test_what_keeps_the_outer_addresses(kind: str, data: bytes, expected: bool) -> None:  # noqa: FBT001
     """By the attribute of its kind, a flag or a number."""
-    found = parse_interface(link(kind, data))
+    found = parse_link(link(kind, data))
     assert found is not None
     assert found.is_external is expected

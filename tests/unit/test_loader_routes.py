@@ -9,7 +9,7 @@ from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
 
 import pytest
 
-from netpol_loader.host.interfaces import find_interface, interface_towards
+from netpol_loader.host.links import find_link, interface_towards
 from netpol_loader.host.netlink import REPLACE, attribute
 from netpol_loader.host.routes import (
     ANYCAST,
@@ -243,4 +243,4 @@ def test_what_a_router_announced_says_nothing(protocol: int) -> None:
 
 def test_the_kernel_is_asked_for_the_way_to_an_address() -> None:
     """The loopback's own address is behind the loopback, by the kernel of this machine."""
-    assert interface_towards(ip_address("127.0.0.1")) == find_interface("lo").ifindex
+    assert interface_towards(ip_address("127.0.0.1")) == find_link("lo").ifindex

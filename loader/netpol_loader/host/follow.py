@@ -36,14 +36,14 @@ from ipaddress import IPv4Address, IPv6Address
 
 from netpol_ebpf.errors import PlatformError
 from netpol_loader.host.address import IPAddress, IPNetwork
-from netpol_loader.host.interfaces import (
+from netpol_loader.host.links import (
     DELETE_LINK,
     NEW_LINK,
-    Interface,
-    interface_header,
-    parse_interface,
-    read_interface,
-    read_interfaces,
+    Link,
+    link_header,
+    parse_link,
+    read_link,
+    read_links,
 )
 from netpol_loader.host.netlink import ROUTE, NetlinkError, Notifications, RouteChannel, attributes, messages
 from netpol_loader.host.routes import (
@@ -78,10 +78,10 @@ DOUBTS = 200
 
 
 @dataclass(frozen=True, slots=True)
-class InterfaceChange:
+class LinkChange:
     """An interface that came, changed, or went."""
 
-    link: Interface
+    link: Link
     is_gone: bool
 
 
@@ -127,7 +127,7 @@ class Follower:
         self._objects_again_s = math.inf
         self._objects_quiet_s = -math.inf
         self._lost = ""
-        self.links: dict[int, Interface] = {}
+        self.links: dict[int, Link] = {}
         self.listed_again: Counter[str] = Counter()
         try:
             self._list_all()
@@ -207,14 +207,14 @@ class Follower:
 
     # --- keeping in step --------------------------------------------------------------------------------------------
 
-    def poll(self, *, is_brief: bool = False) -> list[InterfaceChange] | None:
+    def poll(self, *, is_brief: bool = False) -> list[LinkChange] | None:
         """Read the notifications, then list what they leave in doubt. The changes of interfaces, in order; None: some were lost.
 
         ``is_brief``: the next call lists routes and addresses, so a new interface does not wait for those of others.
 
         Raises PlatformError when the kernel does not answer; the copy stays as it is, and the next call tries again.
         """
-        found: list[InterfaceChange] = []
+        found: list[LinkChange] = []
         for _ in range(DATAGRAMS_A_LOOK):
             data = self._news.take()
             if data == b"":
@@ -234,8 +234,8 @@ class Follower:
         found += self._ask_links()
         return found if is_brief else found + self._settle_doubts()
 
-    def _take(self, data: bytes) -> list[InterfaceChange]:
-        found: list[InterfaceChange] = []
+    def _take(self, data: bytes) -> list[LinkChange]:
+        found: list[LinkChange] = []
         for kind, flags, payload in messages(data):
             if kind in (NEW_LINK, DELETE_LINK):
                 news = self._take_link(payload, is_gone=kind == DELETE_LINK)
@@ -250,21 +250,21 @@ class Follower:
                 self._doubt_objects()
         return found
 
-    def _take_link(self, payload: bytes, *, is_gone: bool) -> InterfaceChange | None:
+    def _take_link(self, payload: bytes, *, is_gone: bool) -> LinkChange | None:
         if (
-            interface_header(payload)[0] != socket.AF_UNSPEC
+            link_header(payload)[0] != socket.AF_UNSPEC
         ):  # a bridge's port, which is still an interface when it is none any more
             return None
-        link = parse_interface(payload)
+        link = parse_link(payload)
         if link is None:
             return None
         self._doubt_ends(link, is_gone=is_gone)
         if is_gone:
             self._drop_link(link.ifindex)
-            return InterfaceChange(link, is_gone=True)
-        return InterfaceChange(link, is_gone=False) if self._put_link(link) else None
+            return LinkChange(link, is_gone=True)
+        return LinkChange(link, is_gone=False) if self._put_link(link) else None
 
-    def _put_link(self, link: Interface) -> bool:
+    def _put_link(self, link: Link) -> bool:
         """Take up an interface as it is now; whether it was otherwise."""
         before = self.links.get(link.ifindex)
         if before == link:
@@ -290,7 +290,7 @@ class Follower:
         if link is not None and link.table:
             self._name_tables()
 
-    def _doubt_ends(self, link: Interface, *, is_gone: bool) -> None:
+    def _doubt_ends(self, link: Link, *, is_gone: bool) -> None:
         """An end of a pair that came or went says that the other end's other end is elsewhere now."""
         other = self.links.get(link.peer_ifindex) if link.peer_nsid is None and link.peer_ifindex else None
         if other is None:
@@ -339,21 +339,21 @@ class Follower:
 
     # --- asking -----------------------------------------------------------------------------------------------------
 
-    def _ask_links(self) -> list[InterfaceChange]:
+    def _ask_links(self) -> list[LinkChange]:
         """Ask for interfaces that are in doubt; what is new of them."""
         doubted, self._doubts.links = self._doubts.links, set()
-        found: list[InterfaceChange] = []
+        found: list[LinkChange] = []
         try:
             for ifindex in doubted & self.links.keys():
-                link = read_interface(self._channel, ifindex)
+                link = read_link(self._channel, ifindex)
                 if link is not None and self._put_link(link):
-                    found.append(InterfaceChange(link, is_gone=False))
+                    found.append(LinkChange(link, is_gone=False))
         except (PlatformError, struct.error, ValueError) as error:
             self._lost = f"the kernel does not answer: {error}"
             raise
         return found
 
-    def _settle_doubts(self) -> list[InterfaceChange]:
+    def _settle_doubts(self) -> list[LinkChange]:
         """Ask for what was not told, and again for what changed; what is new of interfaces."""
         now_s = self._clock()
         doubts, self._doubts = self._doubts, _Doubts()
@@ -420,7 +420,7 @@ class Follower:
         if reason:
             self._count(reason)
         self._doubts, self._again, self._objects_again_s = _Doubts(), {}, math.inf
-        links = read_interfaces(self._channel)
+        links = read_links(self._channel)
         self.links = {link.ifindex: link for link in links}
         self._by_key, self._keys_of = {}, {}
         for family in BITS:
@@ -442,7 +442,7 @@ class Follower:
         log.warning("interfaces and routes are listed anew: %s", reason)
 
 
-def _is_less(before: Interface, link: Interface) -> bool:
+def _is_less(before: Link, link: Link) -> bool:
     """Whether an interface was switched off, or what is at its other end."""
     return (before.is_up and not link.is_up) or (before.is_running and not link.is_running)
 

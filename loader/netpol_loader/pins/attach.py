@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 from netpol_ebpf.errors import PlatformError
 from netpol_loader.host import clsact
-from netpol_loader.host.interfaces import find_interface
+from netpol_loader.host.links import find_link
 from netpol_loader.kernel import syscall
 from netpol_loader.kernel.hook import Hook
 
@@ -97,7 +97,7 @@ def detach(ifindex: int, dataplane: Dataplane) -> bool:
         try:
             _detach(one, dataplane)
         except (OSError, PlatformError) as error:  # noqa: PERF203 - two at most
-            if find_interface(ifindex) is not None:  # else it took them with it
+            if find_link(ifindex) is not None:  # else it took them with it
                 what = error.message if isinstance(error, PlatformError) else error.strerror
                 raise PlatformError(f"cannot take {one.hook.value} off interface {ifindex}: {what}") from error
     if _clsact_mark(dataplane, ifindex).exists():
@@ -274,7 +274,7 @@ def _clsact_attachments(dataplane: Dataplane, ifindex: int) -> set[Attachment]:
 
 def _forget_dead(dataplane: Dataplane, ifindex: int) -> None:
     """Forget an interface that is gone. From one that moved to another network namespace the programs are removed: no row is for it there."""
-    is_here = find_interface(ifindex) is not None
+    is_here = find_link(ifindex) is not None
     for path in _link_paths(dataplane, ifindex):
         with _opened(path) as fd:
             alive = syscall.link_info(fd).ifindex

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from netpol_ebpf.errors import PlatformError
-from netpol_loader.host.interfaces import find_interface
+from netpol_loader.host.links import find_link
 from netpol_loader.kernel import syscall
 from netpol_loader.kernel.hook import Hook
 from netpol_loader.pins import attach
@@ -93,7 +93,7 @@ def mend_attachments(dataplane: Dataplane, ifindexes: Iterable[int]) -> list[Dri
         try:
             found += _mend_interface(dataplane, ifindex, ours)
         except (OSError, PlatformError) as error:  # noqa: PERF203 - one that fails is not the others' matter
-            if find_interface(ifindex) is not None:  # else it went meanwhile
+            if find_link(ifindex) is not None:  # else it went meanwhile
                 failures.append(error.message if isinstance(error, PlatformError) else f"interface {ifindex}: {error}")
     if failures:
         raise PartlyMendedError("; ".join(failures), found)
@@ -117,7 +117,7 @@ def _mend_interface(dataplane: Dataplane, ifindex: int, ours: Mapping[Hook, int]
                 found.append(Drift("program", f"{hook.value} of interface {ifindex}", "changed"))
     if absent:
         absent -= {one.hook for one in attach.attached(ifindex, dataplane)}
-    if not absent or find_interface(ifindex) is None:
+    if not absent or find_link(ifindex) is None:
         return found
     attach.attach(ifindex, dataplane)
     missing = [Drift("program", f"{hook.value} of interface {ifindex}", "missing") for hook in Hook if hook in absent]

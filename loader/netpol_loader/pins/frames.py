@@ -37,7 +37,7 @@ from typing import Any, TypeVar
 from netpol_ebpf.errors import PlatformError, PrivilegeError
 from netpol_loader import abi
 from netpol_loader.host import clsact
-from netpol_loader.host.interfaces import list_interfaces
+from netpol_loader.host.links import list_links
 from netpol_loader.kernel import syscall
 from netpol_loader.kernel.hook import Hook
 from netpol_loader.pins.dataplane import SKB_BYTES, SKB_IFINDEX, SKB_INGRESS_IFINDEX, SKB_MARK, TestRun
@@ -302,7 +302,7 @@ def _create_interfaces() -> dict[str, int]:
     with _route() as route:
         for name, peer in PEERS.items():
             route.link("add", ifname=name, kind="veth", mtu=MTU_BYTES, peer={"ifname": peer, "mtu": MTU_BYTES})
-        indices = {one.name: one.ifindex for one in list_interfaces() if one.kind == "veth"}
+        indices = {one.name: one.ifindex for one in list_links() if one.kind == "veth"}
         for index in indices.values():
             route.link("set", index=index, state="up")
         deadline = time.monotonic() + DEADLINE_S

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from netpol_loader.host import clsact
-from netpol_loader.host.interfaces import xdp_programs
+from netpol_loader.host.links import xdp_programs
 from netpol_loader.kernel import syscall
 from netpol_loader.kernel.hook import Hook
 from netpol_loader.kernel.relocation import CALL, INSTRUCTION, LOAD_IMMEDIATE_64, packed, registers

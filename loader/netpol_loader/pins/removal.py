@@ -19,7 +19,7 @@ from pathlib import Path
 from netpol_ebpf.errors import PlatformError
 from netpol_loader.host import clsact
 from netpol_loader.host.barrier import TABLE, BarrierTables, HeldError
-from netpol_loader.host.interfaces import list_interfaces
+from netpol_loader.host.links import list_links
 from netpol_loader.kernel import syscall
 from netpol_loader.kernel.hook import Hook
 from netpol_loader.pins import staging
@@ -42,7 +42,7 @@ class Leftover:
 def find_leftovers(pin_root: Path) -> list[Leftover]:
     """Everything of ours, in the order in which it must be removed; empty when there is nothing."""
     directories = [path for path in _listed(pin_root) if path.is_dir() and OUR_DIRECTORY.fullmatch(path.name)]
-    names = {link.ifindex: link.name for link in list_interfaces()}
+    names = {link.ifindex: link.name for link in list_links()}
     found: list[Leftover] = list(_tables(pin_root))
     for directory in directories:
         found += _links(directory / LINKS, names)

@@ -1,0 +1,598 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whose interface is which: the node's own or a workload's, and which workload's, decided once and kept.
+
+An interface is bound to one endpoint for as long as it exists, by the strongest `Evidence` there is.  All kinds but one are out
+of a workload's reach.  The weak one is an address at the other end of a veth, where a workload with CAP_NET_ADMIN can add any:
+so only the addresses count that were there when the interface was first seen with some, and only to bind what is not bound yet.
+
+Invariants: nothing inside a workload's namespace moves a bond, and a conflict leaves the older bond as it is; a bound interface
+is never taken for the node's own; what is in doubt is left as it is and told.  What is decided outlives the process, in a file
+beside the pins, of which each part is believed only if it is as an agent writes it.  Asks no kernel; must not know of programs.
+"""
+
+from __future__ import annotations
+
+import enum
+import hashlib
+import json
+import logging
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
+from ipaddress import ip_address
+from pathlib import Path
+from typing import Any
+
+from netpol_ebpf.agent.wiring import ETHERNET, NOWHERE, TAP_KINDS, Interface, Wiring
+from netpol_ebpf.apply.records import (
+    checked,
+    checked_list,
+    load_regular,
+    open_draft,
+    parse_json,
+    reason_of,
+    set_aside,
+    told,
+)
+from netpol_ebpf.errors import Location, Problem
+from netpol_ebpf.policy.types import Endpoint, EndpointKey, IPAddress
+
+log = logging.getLogger(__name__)
+
+FORMAT = 1
+MOST_BYTES = 1 << 26
+"""Of the file, to be read; arbitrary, a hundred times what a full node needs."""
+POD = "Pod"
+IPV4, IPV6 = 4, 6
+MOST_IFINDEX = (1 << 31) - 1
+DERIVED_NAME = re.compile(r"(?:cali|eni|vlan|gke|azv)([0-9a-f]{11})")
+"""Names of a pod's interface on the node that container networks make of the first 11 digits of the SHA-1 of ``namespace.name``
+(Calico; AWS VPC CNI, with ``vlan`` for pods that have security groups; GKE; Azure CNI)."""
+
+
+class Evidence(enum.IntEnum):
+    """What says that an interface is an endpoint's, strongest first."""
+
+    NAMED = 1
+    """The endpoint's own object names it."""
+    CNI = 2
+    """The result that the container network's plugin left on the node."""
+    NAME = 3
+    """The interface's name is made of the pod's."""
+    ROUTE = 4
+    """The node's own route to an address of the endpoint; a prefix is one where nobody can look at the other end."""
+    ADDRESS = 5
+    """The first addresses seen at the interface's other end. Weak: the workload could have chosen them."""
+
+
+class InterfaceRole(enum.Enum):
+    """What an interface was decided to be."""
+
+    OWN = "own"
+    WORKLOAD = "workload"
+
+
+@dataclass(frozen=True, slots=True)
+class Assignment:
+    """Whose an interface is. ``addresses``: of the endpoint, when it was last found here; None: not known."""
+
+    key: EndpointKey
+    evidence: Evidence
+    addresses: tuple[IPAddress, ...] | None
+
+
+@dataclass(frozen=True, slots=True)
+class InterfaceRecord:
+    """What is kept of an interface. ``first``: when there first were addresses at its other end, the oldest one of each family."""
+
+    name: str
+    side: InterfaceRole | None = None
+    first: tuple[IPAddress, ...] = ()
+    assignment: Assignment | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LocatedEndpoints:
+    """What was found. ``problems``: endpoints that could not be given an interface although there is a trace of one, and why.
+
+    Endpoints in neither are not here (yet).
+    """
+
+    interfaces: Mapping[EndpointKey, int] = field(default_factory=dict)
+    evidence: Mapping[EndpointKey, Evidence] = field(default_factory=dict)
+    problems: Mapping[EndpointKey, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class _Candidate:
+    """Where one endpoint would be."""
+
+    endpoint: Endpoint
+    evidence: Evidence
+    ifindex: int
+
+
+def may_be_workloads(link: Interface) -> bool:
+    """Whether an interface is of a kind that workloads have: one end of a pair into another namespace, or a tap."""
+    is_tap = link.kind in TAP_KINDS and link.hardware == ETHERNET  # else it is a tunnel of the node's own
+    return link.peer is not None or is_tap
+
+
+def derived_hash(key: EndpointKey) -> str:
+    """What `DERIVED_NAME` ends with for a pod."""
+    return hashlib.sha1(f"{key.namespace}.{key.name}".encode(), usedforsecurity=False).hexdigest()[:11]
+
+
+class InterfaceAssignments:
+    """`look` at each new wiring, or when endpoints changed; `save` when ``is_dirty``.
+
+    ``doubts``: interfaces that may be the node's own or a workload's, and what becomes of them.
+    """
+
+    def __init__(self, workloads: Sequence[str] = (), own: Sequence[str] = ()) -> None:
+        """``workloads``: patterns of names; where there are any, exactly what matches is a workload's. ``own``: never is."""
+        self._workload_patterns, self._own_patterns = tuple(workloads), tuple(own)
+        self._seen: dict[int, InterfaceRecord] = {}
+        self._lost: set[EndpointKey] = set()  # whose interface went
+        self.doubts: dict[int, str] = {}
+        self.is_dirty = False
+        self._is_recalled = False
+        self._written: dict[
+            int, tuple[InterfaceRecord, str]
+        ] = {}  # as in the file, so that one new interface costs one
+
+    def look(
+        self,
+        wiring: Wiring,
+        endpoints: Collection[Endpoint],
+        *,
+        node_addresses: Collection[IPAddress] = (),
+        results: Mapping[EndpointKey, Collection[str]] | None = None,
+        is_contested: Callable[[EndpointKey], bool] = lambda _key: False,
+    ) -> LocatedEndpoints:
+        """Decide what each interface is and find that of each endpoint; what was decided before stays.
+
+        ``node_addresses``: those that this node's object in the cluster states.  ``results``: names of interfaces that plugins
+        made for pods, none where the plugin left nothing on the node.  ``is_contested``: whether others claim an address of an
+        endpoint, which then gets no other interface than the one it has.  Cost: linear in endpoints, links and addresses.
+        """
+        self.forget([ifindex for ifindex, one in self._seen.items() if not self._is_there(ifindex, one, wiring)])
+        bindable = {ifindex for ifindex, link in wiring.links.items() if self._may_be_bound(link)}
+        if self._is_recalled:
+            self._release_unbindable(bindable)
+        self._is_recalled = False
+        self._release_named(wiring, endpoints)
+        stated = {wiring.addresses[one] for one in node_addresses if one in wiring.addresses}
+        places = _TrustedEvidence(wiring, results or {}, bindable, closed_to_routes=wiring.uplinks | stated)
+        traces = {endpoint.key: places.beyond_reach(endpoint) for endpoint in endpoints}
+        self.doubts = {}
+        self._decide_all(wiring, stated, {ifindex for _, found in traces.values() for ifindex in found})
+        first: _FirstAddresses | None = None  # few endpoints are found by it, if any
+        problems: dict[EndpointKey, str] = {}
+        wanted: dict[int, list[_Candidate]] = {}
+        held = {one.assignment.key: ifindex for ifindex, one in self._seen.items() if one.assignment is not None}
+        for endpoint in endpoints:
+            evidence, found = traces[endpoint.key]
+            if evidence is Evidence.ADDRESS:
+                first = first or _FirstAddresses(self._seen)
+                found = first.of(endpoint)
+            trace, problem = self._trace(endpoint, evidence, found, held.get(endpoint.key), wiring, is_contested)
+            if problem:
+                problems[endpoint.key] = problem
+            if trace is not None:
+                wanted.setdefault(trace.ifindex, []).append(trace)
+        interfaces: dict[EndpointKey, int] = {}
+        by: dict[EndpointKey, Evidence] = {}
+        for ifindex, claims in wanted.items():
+            winner = self._choose(ifindex, claims, wiring, problems)
+            if winner is not None:
+                interfaces[winner.endpoint.key] = ifindex
+                by[winner.endpoint.key] = self._bind(ifindex, winner, wiring)
+        return LocatedEndpoints(interfaces, by, problems)
+
+    def _release_named(self, wiring: Wiring, endpoints: Iterable[Endpoint]) -> None:
+        """What an object named is free when no object names it any more: whoever writes those is not who sits behind it."""
+        named = {(one.key, one.interface) for one in endpoints}
+        for ifindex, seen in self._seen.items():
+            assignment = seen.assignment
+            if assignment is None or assignment.evidence is not Evidence.NAMED:
+                continue
+            if (assignment.key, wiring.name_of(ifindex)) not in named:
+                self._keep(ifindex, replace(seen, side=None, assignment=None))
+
+    def _release_unbindable(self, bindable: Collection[int]) -> None:
+        """What an earlier agent bound is free where this one would not bind it: an option may have been given since."""
+        for ifindex, seen in self._seen.items():
+            if (
+                seen.assignment is not None
+                and seen.assignment.evidence is not Evidence.NAMED
+                and ifindex not in bindable
+            ):
+                self._keep(ifindex, replace(seen, side=None, assignment=None))
+
+    def _is_there(self, ifindex: int, seen: InterfaceRecord, wiring: Wiring) -> bool:
+        """Whether an interface is still the same. Of one that another agent saw, its name tells; one that only rows show has none."""
+        link = wiring.links.get(ifindex)
+        return link is not None and (not self._is_recalled or seen.name in (link.name, ""))
+
+    def is_curious(self, wiring: Wiring) -> bool:
+        """Whether there is an interface of which the first address at its other end is yet to be seen."""
+        peers = {ifindex for ifindex, link in wiring.links.items() if link.peer is not None}
+        return any(
+            seen.side is not InterfaceRole.OWN and seen.assignment is None and not seen.first and ifindex in peers
+            for ifindex, seen in self._seen.items()
+        )
+
+    # --- own or workload's ------------------------------------------------------------------------------------------
+
+    def close_newborn(self, link: Interface) -> bool:
+        """Whether an interface that has come just now must stay closed; in doubt it must."""
+        if link.ifindex in self._seen or not self._is_possible(link):
+            return False
+        self._keep(link.ifindex, InterfaceRecord(link.name, InterfaceRole.WORKLOAD))
+        return True
+
+    def is_workload(self, ifindex: int) -> bool:
+        """Whether an interface is a workload's, and so closed while nothing is known about it."""
+        seen = self._seen.get(ifindex)
+        return seen is not None and seen.side is InterfaceRole.WORKLOAD
+
+    def _is_possible(self, link: Interface) -> bool:
+        if self._workload_patterns:
+            return any(fnmatchcase(link.name, pattern) for pattern in self._workload_patterns)
+        return may_be_workloads(link) and not any(fnmatchcase(link.name, pattern) for pattern in self._own_patterns)
+
+    def _may_be_bound(self, link: Interface) -> bool:
+        """Whether an interface can be that of an endpoint whose object does not name it."""
+        is_named = any(fnmatchcase(link.name, pattern) for pattern in self._workload_patterns)
+        is_own = any(fnmatchcase(link.name, pattern) for pattern in self._own_patterns)
+        return (is_named or may_be_workloads(link)) and not is_own
+
+    def _decide_all(self, wiring: Wiring, stated: Collection[int], claimed: Collection[int]) -> None:
+        """``stated``: interfaces with an address that the node's object states; ``claimed``: those of endpoints, by strong evidence."""
+        for link in wiring.links.values():
+            if not may_be_workloads(link) and not self._workload_patterns:
+                continue
+            seen = self._seen.get(link.ifindex) or InterfaceRecord(link.name)
+            side = self._side(link, wiring, seen, is_stated=link.ifindex in stated, is_claimed=link.ifindex in claimed)
+            if seen.side not in (None, side):
+                log.warning("interface %s is %s", link.name, _SAID[side])
+            first = seen.first
+            if not first and link.peer is not None:
+                first = _oldest(wiring.peer_addresses.get(link.peer, ()))
+            if (seen.name, seen.side, seen.first) != (link.name, side, first):
+                seen = replace(seen, name=link.name, side=side, first=first)
+            self._keep(link.ifindex, seen)
+
+    def _side(
+        self, link: Interface, wiring: Wiring, seen: InterfaceRecord, *, is_stated: bool, is_claimed: bool
+    ) -> InterfaceRole | None:
+        """None: in doubt, and taken for the node's own until something speaks."""
+        if self._workload_patterns:
+            return InterfaceRole.WORKLOAD if self._is_possible(link) else InterfaceRole.OWN
+        if seen.assignment is not None or is_claimed:
+            return InterfaceRole.WORKLOAD
+        is_routed = link.ifindex in wiring.uplinks or link.ifindex in wiring.next_hops
+        if not self._is_possible(link) or is_stated or is_routed or seen.side is InterfaceRole.OWN:
+            return InterfaceRole.OWN
+        if link.ifindex in wiring.shared:
+            is_closed = seen.side is InterfaceRole.WORKLOAD
+            self.doubts[link.ifindex] = (
+                f"interface {link.name} may be the node's own or a workload's: the node has an address there, but no route leads "
+                f"on from it; it is {'closed' if is_closed else 'taken for the own one, NOT enforced,'} until --own-interfaces or "
+                "--workload-interfaces names it, or a workload is known to be there"
+            )
+            return seen.side
+        return InterfaceRole.WORKLOAD
+
+    # --- whose ------------------------------------------------------------------------------------------------------
+
+    def _trace(
+        self, endpoint: Endpoint, evidence: Evidence, found: set[int], old: int | None, wiring: Wiring,
+        is_contested: Callable[[EndpointKey], bool],
+    ) -> tuple[_Candidate | None, str]:  # fmt: skip
+        """Where an endpoint would be, and what is wrong with that. ``old``: the interface that it has."""
+        assignment = self._seen[old].assignment if old is not None else None
+        kept = None
+        if old is not None and assignment is not None and endpoint.interface is None and _is_same(assignment, endpoint):
+            kept = _Candidate(endpoint, assignment.evidence, old)
+        if kept is not None and kept.ifindex in found:
+            return (kept if kept.evidence <= evidence else _Candidate(endpoint, evidence, kept.ifindex)), ""
+        if kept is not None and (not found or evidence is Evidence.ADDRESS):
+            return kept, ""
+        if not found:
+            return None, ""
+        if len(found) > 1:
+            names = ", ".join(sorted(wiring.links[ifindex].name for ifindex in found))
+            return kept, f"its addresses lead to several interfaces: {names}"
+        (ifindex,) = found
+        if (old is not None or endpoint.key in self._lost) and is_contested(endpoint.key):
+            return kept, f"{wiring.name_of(ifindex)} has an address that others claim as well"
+        return _Candidate(endpoint, evidence, ifindex), ""
+
+    def _choose(
+        self, ifindex: int, traces: Sequence[_Candidate], wiring: Wiring, problems: dict[EndpointKey, str]
+    ) -> _Candidate | None:
+        """Who of those that an interface would belong to has it; the others learn why they have not."""
+        assignment = self._seen[ifindex].assignment if ifindex in self._seen else None
+        if len(traces) == 1 and assignment is not None and traces[0].endpoint.key == assignment.key:
+            return traces[0]
+        name = wiring.name_of(ifindex)
+        holder = next((one for one in traces if assignment is not None and one.endpoint.key == assignment.key), None)
+        best = min(one.evidence for one in traces)
+        strongest = [one for one in traces if one.evidence is best]
+        if holder is not None and holder in strongest:
+            winner: _Candidate | None = holder
+        elif assignment is not None and holder is None and best is Evidence.ADDRESS:
+            for one in traces:
+                problems[one.endpoint.key] = (
+                    f"interface {name} was {assignment.key}'s, and is no other's by an address at its other end"
+                )
+            return None
+        else:
+            winner = strongest[0] if len(strongest) == 1 else None
+        if winner is None:
+            others = ", ".join(str(key) for key in sorted(one.endpoint.key for one in traces))
+            problems.update({one.endpoint.key: f"interface {name} would belong to several: {others}" for one in traces})
+            return None
+        problems.update(
+            {one.endpoint.key: f"interface {name} is {winner.endpoint.key}'s" for one in traces if one is not winner}
+        )
+        return winner
+
+    def _bind(self, ifindex: int, trace: _Candidate, wiring: Wiring) -> Evidence:
+        name, endpoint, evidence = wiring.links[ifindex].name, trace.endpoint, trace.evidence
+        seen = self._seen.get(ifindex) or InterfaceRecord(name)
+        if seen.assignment is not None and seen.assignment.key == endpoint.key:
+            evidence = min(evidence, seen.assignment.evidence)
+        self.doubts.pop(ifindex, None)
+        self._lost.discard(endpoint.key)
+        assignment = Assignment(endpoint.key, evidence, endpoint.addresses)
+        if (seen.name, seen.side, seen.assignment) != (name, InterfaceRole.WORKLOAD, assignment):
+            self._keep(ifindex, replace(seen, name=name, side=InterfaceRole.WORKLOAD, assignment=assignment))
+        return evidence
+
+    def forget(self, gone: Iterable[int]) -> None:
+        """These interfaces are no more."""
+        for ifindex in gone:
+            seen = self._seen.pop(ifindex, None)
+            if seen is not None:
+                self.is_dirty = True
+                if seen.assignment is not None:
+                    self._lost.add(seen.assignment.key)
+
+    def _keep(self, ifindex: int, seen: InterfaceRecord) -> None:
+        before = self._seen.get(ifindex)
+        if before is not seen and before != seen:
+            self._seen[ifindex] = seen
+            self.is_dirty = True
+
+    # --- beyond the process -----------------------------------------------------------------------------------------
+
+    def load(self, path: Path) -> Problem | None:
+        """Take up what an earlier agent decided; what of it cannot be read is told, kept aside, and decided anew."""
+        self._seen, wrong = {}, []
+        try:
+            document = checked(parse_json(load_regular(path, MOST_BYTES)), dict, "it")
+            if checked(document.get("format"), int, "the format") != FORMAT:
+                raise ValueError(f"format {document['format']} is not {FORMAT}")  # noqa: TRY301 - told like all others
+            interfaces = checked(document.get("interfaces"), dict, "interfaces")
+            self._is_recalled = True
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as error:
+            interfaces, wrong = {}, [reason_of(error)]
+        for ifindex, written in interfaces.items():
+            try:
+                self._seen[_read_ifindex(ifindex)] = _read_seen(written)
+            except ValueError as error:  # noqa: PERF203 - each entry counts by itself
+                wrong.append(f"interface {ifindex!r}: {error}")
+        if not wrong:
+            return None
+        self.is_dirty = True
+        message = (
+            f"what was decided about interfaces is damaged ({told(wrong)}); {set_aside(path)}: what is right in it "
+            "counts, all else is decided anew"
+        )
+        return Problem(Location(str(path)), "", message, severity="warning", slug="interfaces-file")
+
+    def expect(self, key: EndpointKey, ifindex: int) -> None:
+        """A bond of an earlier agent that the kernel's rows show, should the file not. ``ifindex``: NOWHERE when it is gone."""
+        seen = self._seen.get(ifindex)
+        if ifindex == NOWHERE:
+            self._lost.add(key)
+        elif seen is None or seen.assignment is None:
+            assignment = Assignment(key, Evidence.ADDRESS, None)
+            self._is_recalled = True
+            self._keep(
+                ifindex, replace(seen or InterfaceRecord(""), side=InterfaceRole.WORKLOAD, assignment=assignment)
+            )
+
+    def save(self, path: Path) -> None:
+        """Write what was decided, whole or not at all. Raises OSError."""
+        before, self._written = self._written, {}
+        for ifindex, seen in self._seen.items():
+            known = before.get(ifindex)
+            if known is None or known[0] is not seen:
+                known = seen, json.dumps(_write_seen(seen))
+            self._written[ifindex] = known
+        interfaces = ", ".join(f'"{ifindex}": {text}' for ifindex, (_, text) in self._written.items())
+        draft = path.with_suffix(".draft")
+        with open_draft(draft) as file:
+            file.write(f'{{"format": {FORMAT}, "interfaces": {{{interfaces}}}}}\n')
+        draft.replace(path)
+        self.is_dirty = False
+
+
+_SAID = {
+    InterfaceRole.OWN: "the node's own: it is no workload's any more",
+    InterfaceRole.WORKLOAD: "a workload's: it is closed until it is known whose",
+    None: "in doubt",
+}
+
+
+class _TrustedEvidence:
+    """Where endpoints would be by evidence that is beyond a workload's reach."""
+
+    def __init__(
+        self,
+        wiring: Wiring,
+        results: Mapping[EndpointKey, Collection[str]],
+        bindable: Collection[int],
+        *,
+        closed_to_routes: Collection[int],
+    ) -> None:
+        """``bindable``: interfaces that can be an endpoint's.  ``closed_to_routes``: the node's own for certain, whatever route leads there.
+
+        A route alone proves nothing: the node's way to a macvlan pod may be a macvlan device of its own, which the pod's other
+        packets do not pass.
+        """
+        self._wiring, self._results, self._bindable, self._closed = wiring, results, bindable, closed_to_routes
+        self._by_name = {link.name: link.ifindex for link in wiring.links.values()}
+        self._by_hash = {
+            match[1]: link.ifindex
+            for link in wiring.links.values()
+            if link.ifindex in bindable and (match := DERIVED_NAME.fullmatch(link.name))
+        }
+        self._ways = [(Evidence.ROUTE, self._by_route)]  # strongest first, without those that lead nowhere
+        if self._by_hash:
+            self._ways.insert(0, (Evidence.NAME, self._by_derived_name))
+        if results:
+            self._ways.insert(0, (Evidence.CNI, self._by_result))
+
+    def beyond_reach(self, endpoint: Endpoint) -> tuple[Evidence, set[int]]:
+        """The strongest evidence that leads anywhere, and where; of a plugin that left nothing on the node, that it is nowhere."""
+        if endpoint.interface is not None:
+            named = self._by_name.get(endpoint.interface)
+            return Evidence.NAMED, set() if named is None else {named}
+        if endpoint.key in self._results and not self._results[endpoint.key]:
+            return Evidence.CNI, set()
+        for evidence, find in self._ways:
+            found = find(endpoint)
+            if found:
+                return evidence, found
+        return Evidence.ADDRESS, set()
+
+    def _by_result(self, endpoint: Endpoint) -> set[int]:
+        named = {self._by_name.get(name, NOWHERE) for name in self._results.get(endpoint.key, ())}
+        return {ifindex for ifindex in named if ifindex in self._bindable}
+
+    def _by_derived_name(self, endpoint: Endpoint) -> set[int]:
+        ifindex = self._by_hash.get(derived_hash(endpoint.key)) if endpoint.key.kind == POD else None
+        return set() if ifindex is None else {ifindex}
+
+    def _by_route(self, endpoint: Endpoint) -> set[int]:
+        found = set()
+        for address in endpoint.addresses:
+            ifindex = self._wiring.host_routes.get(address)
+            if ifindex is None:
+                ifindex = self._by_subnet(address)
+            if ifindex is not None and ifindex in self._bindable and ifindex not in self._closed:
+                found.add(ifindex)
+        return found
+
+    def _by_subnet(self, address: IPAddress) -> int | None:
+        """The interface that a subnet of the node is on alone, by the longest prefix, unless it is one end of a pair.
+
+        Of a pair, the prefix leads to whoever is at the other end, who may be one of many that the prefix has room for: which one
+        only the addresses there tell, and those are the workload's to choose.
+        """
+        nets = [net for net in self._wiring.subnets if net.version == address.version and address in net]
+        if not nets:
+            return None
+        found = self._wiring.subnets[max(nets, key=lambda net: net.prefixlen)]
+        if len(found) != 1:
+            return None
+        (ifindex,) = found
+        link = self._wiring.links.get(ifindex)
+        return ifindex if link is None or link.peer is None else None
+
+
+class _FirstAddresses:
+    """Where endpoints would be by the first addresses at the other ends of interfaces."""
+
+    def __init__(self, seen: Mapping[int, InterfaceRecord]) -> None:
+        self._seen = seen
+        self._by_address: dict[IPAddress, set[int]] = {}
+        for ifindex, one in seen.items():
+            for address in one.first if one.side is not InterfaceRole.OWN else ():
+                self._by_address.setdefault(address, set()).add(ifindex)
+
+    def of(self, endpoint: Endpoint) -> set[int]:
+        """Interfaces whose first addresses are the endpoint's; one that is bound to another only if there is nothing else."""
+        candidates = {ifindex for address in endpoint.addresses for ifindex in self._by_address.get(address, ())}
+        found = {ifindex for ifindex in candidates if self._speaks_for(ifindex, endpoint)}
+        free = {ifindex for ifindex in found if self._is_free(ifindex, endpoint)}
+        return free or found
+
+    def _speaks_for(self, ifindex: int, endpoint: Endpoint) -> bool:
+        """Whether no first address contradicts: of a family that the endpoint has, it must be one of the endpoint's."""
+        families = {address.version for address in endpoint.addresses}
+        return all(one in endpoint.addresses for one in self._seen[ifindex].first if one.version in families)
+
+    def _is_free(self, ifindex: int, endpoint: Endpoint) -> bool:
+        assignment = self._seen[ifindex].assignment
+        return assignment is None or assignment.key == endpoint.key
+
+
+def _oldest(addresses: Sequence[IPAddress]) -> tuple[IPAddress, ...]:
+    """Of each family the address that is there longest: the kernel lists those of IPv4 from the oldest on, of IPv6 from the newest."""
+    found = [[one for one in addresses if one.version == version and not one.is_link_local] for version in (IPV4, IPV6)]
+    return (*found[0][:1], *found[1][-1:])
+
+
+def _is_same(assignment: Assignment, endpoint: Endpoint) -> bool:
+    """Whether an endpoint is still the one that was bound: a new pod of that name has other addresses, and another interface."""
+    if assignment.addresses is None or assignment.addresses == endpoint.addresses:
+        return True
+    return bool(set(assignment.addresses) & set(endpoint.addresses))
+
+
+def _write_seen(seen: InterfaceRecord) -> dict[str, Any]:
+    written: dict[str, Any] = {
+        "name": seen.name,
+        "side": seen.side and seen.side.value,
+        "first": [*map(str, seen.first)],
+    }
+    if seen.assignment is not None:
+        addresses = seen.assignment.addresses
+        written["bond"] = {
+            "endpoint": [seen.assignment.key.kind, seen.assignment.key.namespace, seen.assignment.key.name],
+            "evidence": seen.assignment.evidence.name,
+            "addresses": None if addresses is None else [*map(str, addresses)],
+        }
+    return written
+
+
+def _read_ifindex(written: str) -> int:
+    if not written.isascii() or not written.isdecimal() or not NOWHERE < int(written) <= MOST_IFINDEX:
+        raise ValueError("it is no interface's number")
+    return int(written)
+
+
+def _read_seen(written: Any) -> InterfaceRecord:
+    """Raises ValueError."""
+    fields = checked(written, dict, "it")
+    side, assignment = fields.get("side"), fields.get("bond")
+    return InterfaceRecord(
+        checked(fields.get("name"), str, "its name"),
+        None if side is None else InterfaceRole(checked(side, str, "its side")),
+        _oldest(_read_addresses(fields.get("first"))),
+        None if assignment is None else _read_assignment(checked(assignment, dict, "its bond")),
+    )
+
+
+def _read_assignment(fields: dict[Any, Any]) -> Assignment:
+    evidence, addresses = checked(fields.get("evidence"), str, "the evidence"), fields.get("addresses")
+    if evidence not in Evidence.__members__:
+        raise ValueError(f"{evidence!r} is no evidence")
+    return Assignment(
+        EndpointKey(*checked_list(fields.get("endpoint"), str, "an endpoint", 3)),
+        Evidence[evidence],
+        None if addresses is None else _read_addresses(addresses),
+    )
+
+
+def _read_addresses(written: Any) -> tuple[IPAddress, ...]:
+    return tuple(map(ip_address, checked_list(written, str, "addresses")))

@@ -1,0 +1,392 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The agent's socket: questions about its state, and the flows it saw, for the command line on the same machine.
+
+One JSON object a line both ways.  A request is ``{"op": NAME, ...}``; ``status`` and the like get one line back, ``flows`` gets
+the recent ones and then each new one until the reader goes.
+
+Every operation only reads.  Invariants: only root, the agent's own user and members of one group, if the agent has one, are
+answered (SO_PEERCRED, SO_PEERGROUPS: the kernel says who connected); a reader that does not read is dropped and never
+delays the agent; whatever is sent, it is answered and harms nobody; one user's connections leave room for everybody
+else's.  This process walks no table for anybody: `netpol_ebpf.agent.answering` has that done elsewhere, and one look begins one
+answer at most.  Runs no loop: `ControlSocket.poll` is one look.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import socket
+import stat
+import struct
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from netpol_ebpf.agent.answering import Answer, Answering, encode, encode_error
+from netpol_ebpf.errors import (
+    InvalidInputError,
+    NetpolError,
+    PlatformError,
+    PrivilegeError,
+    UnreachableError,
+    UsageError,
+)
+
+SOCKET_NAME = "agent.sock"
+REQUEST_BYTES = 4096
+"""Longest request; arbitrary."""
+REQUEST_S = 5.0
+"""Within what time of connecting a request must be there, and within what time of it flows that nobody follows be read; arbitrary."""
+BACKLOG_BYTES = 1 << 20
+"""What a reader may lag behind before it is dropped; arbitrary."""
+SEND_BYTES = 1 << 16
+"""What is sent to one reader at a look; arbitrary."""
+READERS_OF_USER = 8
+"""Connections that one user may have at a time; arbitrary. So nobody takes what others, or the agent, need."""
+READERS = 64
+"""Connections of all users but root; arbitrary, and far below 1024, where select(2) and the usual limit end."""
+WELCOMES = 16
+"""Connections that are taken at a look; arbitrary. Whoever connects again and again does not keep the agent at it."""
+RECENT_FLOWS = 1000
+"""Flows remembered for readers that come later; arbitrary."""
+CLIENT_TIMEOUT_S = 5.0
+NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT})
+"""What a file system without room answers."""
+FLOWS = "flows"
+"""The operation that the service answers by itself."""
+MOST_WAITING = 256
+"""Connections of root that wait for something to come about; arbitrary, more than a node has pods, and far below 1024."""
+
+Wait = Callable[[], Any]
+"""Looks whether what was asked for has come about: the answer, None: not yet. May raise NetpolError. Takes no time."""
+_SO_PEERGROUPS = 59
+"""asm-generic/socket.h; Linux 4.13."""
+_GROUPS_BYTES = 1024
+"""As much as Python's getsockopt takes: 256 groups."""
+
+
+@dataclass(slots=True)
+class _Client:
+    """A connection. ``unsent``: lines, shared with all readers of the same flow. ``request``: one that waits for a child.
+
+    ``wait``: what it waits for when this process answers.
+    """
+
+    channel: socket.socket
+    user: int
+    since_s: float
+    received: bytes = b""
+    unsent: deque[bytes] = field(default_factory=deque)
+    unsent_bytes: int = 0
+    follows: bool = False
+    is_answered: bool = False
+    request: Mapping[str, Any] | None = None
+    wait: Wait | None = None
+
+    def send(self, line: bytes) -> None:
+        """Have a line sent as soon as the reader takes it."""
+        self.unsent.append(line)
+        self.unsent_bytes += len(line)
+
+    def flush(self) -> None:
+        """Send what the reader takes now, up to SEND_BYTES. Raises OSError when it is gone."""
+        chunk = bytearray()
+        while self.unsent and len(chunk) < SEND_BYTES:
+            chunk += self.unsent.popleft()
+        sent = 0
+        with contextlib.suppress(BlockingIOError):
+            sent = self.channel.send(chunk)
+        if sent < len(chunk):
+            self.unsent.appendleft(bytes(chunk[sent:]))
+        self.unsent_bytes -= sent
+
+
+@dataclass(slots=True)
+class ControlSocket:
+    """The listening side. ``answers``: what each operation is answered with, by a child; "flows" is the service's own.
+
+    ``group``: number of a group whose members are answered as well.  ``waits``: what is begun by operations that change
+    something or wait for it, which are root's alone; they may raise NetpolError.  ``clock``: seconds.
+    """
+
+    path: Path
+    answers: Mapping[str, Answer]
+    group: int | None = None
+    waits: Mapping[str, Callable[[Mapping[str, Any]], Wait]] = field(default_factory=dict)
+    clock: Callable[[], float] = time.monotonic
+    _listener: socket.socket | None = None
+    _clients: list[_Client] = field(default_factory=list)
+    _answering: Answering = field(default_factory=Answering)
+    _recent: deque[bytes] = field(default_factory=lambda: deque(maxlen=RECENT_FLOWS))
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it listens."""
+        return self._listener is not None
+
+    def open(self) -> None:
+        """Listen. Raises PlatformError when another process does, or the socket cannot be given to the group; OSError for want of room."""
+        self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with contextlib.suppress(UnreachableError), connect(self.path):
+            raise PlatformError(
+                f"another agent answers at {self.path}", hint="Stop it, or give a --state-dir of its own."
+            )
+        with contextlib.suppress(FileNotFoundError):
+            if stat.S_ISSOCK(self.path.lstat().st_mode):  # left by an agent that was killed
+                self.path.unlink()
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+        before = os.umask(0o177)
+        try:
+            listener.bind(str(self.path))
+            if self.group is not None:
+                os.chown(self.path, -1, self.group)
+                self.path.chmod(0o660)
+        except OSError as error:
+            listener.close()
+            if error.errno in NO_ROOM:
+                raise
+            raise PlatformError(f"cannot listen at {self.path}: {error.strerror}") from error
+        finally:
+            os.umask(before)
+        listener.listen()
+        self._listener = listener
+
+    def close(self) -> None:
+        """Stop listening, drop all readers, end all answers, remove the socket."""
+        self._answering.close()
+        for client in self._clients:
+            client.channel.close()
+        self._clients.clear()
+        if self._listener is not None:
+            self._listener.close()
+            self._listener = None
+            self.path.unlink(missing_ok=True)
+
+    def descriptors(self) -> tuple[list[int], list[int]]:
+        """What to wait for: descriptors to read, descriptors to write."""
+        heard = [
+            client for client in self._clients if not client.is_answered or client.follows
+        ]  # what others send waits
+        readable = [*(client.channel.fileno() for client in heard), *self._answering.descriptors()]
+        if self._listener is not None:
+            readable.append(self._listener.fileno())
+        return readable, [client.channel.fileno() for client in self._clients if client.unsent]
+
+    def poll(self) -> None:
+        """Accept, read, begin an answer and send whatever is possible now. Never blocks, and walks no table."""
+        self._answering.reap()
+        for _ in range(WELCOMES if self._listener is not None else 0):
+            try:
+                channel, _address = self._listener.accept()  # type: ignore[union-attr]  # it is not None
+            except OSError:  # nobody is there, who was has gone, or no descriptor is left: the next look tries again
+                break
+            self._welcome(channel)
+        for client in list(self._clients):
+            if not self._serve(client):
+                self._drop(client)
+        self._begin_answer()
+
+    def publish(self, flows: Iterable[Any]) -> None:
+        """Flows for those who follow, and for those who come later."""
+        for flow in flows:
+            line = encode(flow)
+            self._recent.append(line)
+            for client in self._clients:
+                if client.follows:
+                    client.send(line)
+
+    def _welcome(self, channel: socket.socket) -> None:
+        channel.settimeout(0)
+        client = _Client(channel, peer_user(channel), self.clock())
+        if client.user not in (0, os.geteuid()) and self.group not in peer_groups(channel):
+            message = "only root and members of the agent's group (netpol-agent --group) may ask the agent"
+            hint = "Ask as one of them." if self.group is not None else "The agent was started without a group."
+            self._turn_away(client, PrivilegeError(message, hint=hint))
+        elif self._is_crowded(client.user):
+            message = f"there are too many connections to the agent, {READERS_OF_USER} of one user at most"
+            self._turn_away(client, UnreachableError(message, hint="Close some, and ask again."))
+        else:
+            self._clients.append(client)
+
+    @staticmethod
+    def _turn_away(client: _Client, error: NetpolError) -> None:
+        """Hang up, with a word why; there is room for it, since nothing was sent before."""
+        with contextlib.suppress(OSError):  # the other side is gone: nobody to tell
+            client.channel.send(encode_error(error))
+        client.channel.close()
+
+    def _is_crowded(self, user: int) -> bool:
+        """Whether there is no room for one more connection of a user; those that are being answered count."""
+        if sum(one.wait is not None for one in self._clients) >= MOST_WAITING:
+            return True
+        own = sum(one.user == user and one.wait is None for one in self._clients) + self._answering.count(user)
+        return own >= READERS_OF_USER or (user != 0 and len(self._clients) + self._answering.count() >= READERS)
+
+    def _serve(self, client: _Client) -> bool:
+        """Do what can be done for one reader; False when it must be dropped."""
+        try:
+            if not client.is_answered:
+                self._receive(client)
+            if client.wait is not None:
+                self._look(client, client.wait)
+            if client.unsent:
+                client.flush()
+        except OSError:  # the other side is gone: nobody to tell
+            return False
+        if client.request is not None or client.wait is not None:
+            return not self._is_gone(client)
+        if client.follows:
+            return client.unsent_bytes <= BACKLOG_BYTES and not self._is_gone(client)
+        return (bool(client.unsent) or not client.is_answered) and self.clock() - client.since_s < REQUEST_S
+
+    def _look(self, client: _Client, wait: Wait) -> None:
+        """Answer who waits, if what it waits for has come about, or cannot any more."""
+        try:
+            answer = wait()
+        except NetpolError as error:
+            line = encode_error(error)
+        else:
+            if answer is None:
+                return
+            line = encode(answer)
+        client.wait, client.since_s = None, self.clock()
+        client.send(line)
+
+    @staticmethod
+    def _is_gone(client: _Client) -> bool:
+        """Whether the other side has closed. What it says after its request is dropped, lest it wakes the agent for ever."""
+        try:
+            return client.channel.recv(REQUEST_BYTES) == b""
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
+
+    def _receive(self, client: _Client) -> None:
+        try:
+            data = client.channel.recv(REQUEST_BYTES)
+        except BlockingIOError:
+            return
+        if not data:
+            raise ConnectionResetError
+        client.received += data
+        if b"\n" not in client.received and len(client.received) <= REQUEST_BYTES:
+            return
+        client.is_answered = True
+        client.since_s = self.clock()
+        try:
+            self._hear(client, client.received.split(b"\n", 1)[0])
+        except NetpolError as error:
+            client.send(encode_error(error))
+
+    def _hear(self, client: _Client, line: bytes) -> None:
+        """Answer a request, or have it wait for a child that does."""
+        try:
+            request = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise UsageError(f"not a request: {line[:80]!r}") from error
+        operation = request.get("op") if isinstance(request, dict) else None
+        if not isinstance(operation, str):
+            raise UsageError(f"not a request: {line[:80]!r}")
+        if operation == FLOWS:
+            for flow in self._recent:
+                client.send(flow)
+            client.follows = bool(request.get("follow"))
+        elif operation in self.answers:
+            client.request = request
+        elif operation in self.waits and client.user != 0:
+            raise PrivilegeError(f"only root may ask for {operation!r}", hint="")
+        elif operation in self.waits:
+            client.wait = self.waits[operation](request)
+        else:
+            known = ", ".join([FLOWS, *sorted([*self.answers, *self.waits])])
+            raise UsageError(f"unknown operation {operation!r}; known are {known}")
+
+    def _begin_answer(self) -> None:
+        """Have the first request that may be answered now be answered. One at a look: each takes a moment of this process."""
+        for client in self._clients:
+            request = client.request
+            if request is None or not self._answering.has_room(client.user):
+                continue
+            foreign = [one.channel for one in self._clients if one is not client]
+            foreign += [] if self._listener is None else [self._listener]
+            try:
+                self._answering.begin(client.channel, client.user, self.answers[request["op"]], request, foreign)
+            except PlatformError as error:
+                client.request = None
+                client.send(encode_error(error))
+            else:
+                self._drop(client)
+            return
+
+    def _drop(self, client: _Client) -> None:
+        client.channel.close()
+        self._clients.remove(client)
+
+
+def peer_user(channel: socket.socket) -> int:
+    """The user id of the process at the other end."""
+    _, user, _ = struct.unpack("3i", channel.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+    return int(user)
+
+
+def peer_groups(channel: socket.socket) -> frozenset[int]:
+    """The ids of the groups of the process at the other end, when it connected. Of a process in very many: its first alone."""
+    _, _, first = struct.unpack("3i", channel.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+    try:
+        others = channel.getsockopt(socket.SOL_SOCKET, _SO_PEERGROUPS, _GROUPS_BYTES)
+    except OSError as error:
+        if error.errno != errno.ERANGE:
+            raise
+        others = b""
+    return frozenset({int(first), *(number for (number,) in struct.iter_unpack("=I", others))})
+
+
+@contextlib.contextmanager
+def connect(path: Path, timeout_s: float | None = CLIENT_TIMEOUT_S) -> Iterator[socket.socket]:
+    """A connection to the agent's socket. Raises UnreachableError."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as channel:
+        channel.settimeout(timeout_s)
+        try:
+            channel.connect(str(path))
+        except OSError as error:
+            raise UnreachableError(f"no agent answers at {path}: {error.strerror or error}") from error
+        yield channel
+
+
+def ask(path: Path, request: Mapping[str, Any], *, timeout_s: float | None = CLIENT_TIMEOUT_S) -> Iterator[Any]:
+    """The agent's answer to a request, line by line as it comes.
+
+    Raises UnreachableError, also for an error it answers with; where that is about the question itself InvalidInputError.
+    """
+    with connect(path, timeout_s) as channel:
+        hung_up: BrokenPipeError | None = None
+        try:
+            try:
+                channel.sendall(json.dumps(request).encode() + b"\n")
+            except (
+                BrokenPipeError
+            ) as error:  # who is not answered is told so before he has asked: that can be read still
+                hung_up = error
+            is_answered = request.get("op") == FLOWS  # of which there may be none
+            with channel.makefile("rb") as lines:
+                for line in lines:
+                    if not line.endswith(b"\n"):
+                        raise UnreachableError(f"the agent at {path} was cut short in its answer", hint="Ask again.")
+                    is_answered = True
+                    value = json.loads(line)
+                    if isinstance(value, dict) and "error" in value:
+                        kind = InvalidInputError if value.get("slug") == InvalidInputError.slug else UnreachableError
+                        raise kind(f"the agent refused: {value['error']}", hint=value.get("hint"))
+                    yield value
+            if hung_up is not None:
+                raise hung_up
+            if not is_answered:
+                raise UnreachableError(f"the agent at {path} gave the answer up", hint="Its log says why; ask again.")
+        except OSError as error:
+            raise UnreachableError(f"the agent at {path} stopped answering: {error.strerror or error}") from error

@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the agent remembers of things that went wrong: changes that did not fit, and what others changed under it.
+
+Invariant: counters only grow, and every count has its line in the log.  Decides nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from netpol_ebpf.errors import LimitError, Location, MapFullError, Problem
+from netpol_ebpf.policy.types import Changes
+from netpol_loader.pins.drift import Drift
+
+log = logging.getLogger(__name__)
+
+REMEMBERED = 20
+"""Things that were put back and are shown; arbitrary."""
+NAMED = 3
+"""Objects named in a message; arbitrary."""
+RETRY_S = 5.0
+LONGEST_RETRY_S = 300.0
+"""A change that the kernel had no memory for is tried again after the first, then twice as long each time; arbitrary."""
+
+MAPS_BY_LIMIT = {
+    "peer_classes": "np_peer_class",
+    "addresses": "np_addr4, np_addr6",
+    "cidrs": "np_cidr4, np_cidr6",
+    "column_blocks": "np_l4_col",
+    "verdicts": "np_verdict",
+    "rules": "np_rule, np_rule_count",
+}
+"""What a limit of the compiler stands for, where it is the size of maps."""
+
+
+@dataclass(slots=True)
+class RejectedChanges:
+    """Changes that did not fit.
+
+    ``objects``: what waits to be put in force, with where it is written; ``count``: refusals so far; ``by_map``: the same
+    for each map; ``full``: the map (or limit) that is in the way now.  ``retry_at_s``: when to try again without being asked, None: not before the next change.
+    """
+
+    objects: dict[str, Location] = field(default_factory=dict)
+    count: int = 0
+    by_map: Counter[str] = field(default_factory=Counter)
+    full: str = ""
+    problem: Problem | None = None
+    retry_at_s: float | None = None
+    _gap_s: float = RETRY_S
+
+    def expect(self, changes: Changes, locate: Callable[[object], Location]) -> None:
+        """Note what is about to be put in force, together with what still waits."""
+        tables: dict[str, Mapping[Any, Any]] = {
+            "Tier": changes.tiers, "": changes.policies, "Profile": changes.profiles, " ": changes.endpoints,
+            "NetworkSet": changes.network_sets, "Node": changes.nodes, "Service": changes.services,
+        }  # fmt: skip
+        for kind, table in tables.items():
+            for key, new in table.items():
+                name = "/".join(key) if isinstance(key, tuple) and kind == "Service" else str(key)
+                place = getattr(new, "location", None) or locate(key)
+                self.objects[f"{kind}/{name}" if kind.strip() else name] = place
+
+    def accept(self) -> None:
+        """Everything is in force."""
+        self.objects.clear()
+        self.full = ""
+        self.problem, self.retry_at_s, self._gap_s = None, None, RETRY_S
+
+    def refuse(self, error: LimitError | MapFullError, now_s: float) -> None:
+        """Nothing of it is; what was in force stays."""
+        self.count += 1
+        full = error.map_name if isinstance(error, MapFullError) else MAPS_BY_LIMIT.get(error.limit, error.limit)
+        self.full = full
+        self.by_map[full] += 1
+        names = list(self.objects)
+        named = ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
+        message = f"{error.message}; the state before stays in force"
+        message += f" without {named}" if named else ""
+        place = next(iter(self.objects.values()), Location(""))
+        self.problem = Problem(place, "", message, obj=names[0] if names else "", slug=error.slug)
+        self.retry_at_s = None  # what exceeds a limit does so until something changes
+        if isinstance(error, MapFullError):
+            self.retry_at_s = now_s + self._gap_s
+            self._gap_s = min(2 * self._gap_s, LONGEST_RETRY_S)
+        log.error("refused: %s", message)
+
+
+@dataclass(slots=True)
+class DriftLog:
+    """What something else changed, and was put back. ``recent``: (seconds of the agent's clock, what), oldest first."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+    recent: deque[tuple[float, Drift]] = field(default_factory=lambda: deque(maxlen=REMEMBERED))
+
+    def note(self, found: Iterable[Drift], now_s: float) -> None:
+        """Count and log."""
+        for drift in found:
+            self.counts[drift.kind] += 1
+            self.recent.append((now_s, drift))
+            log.warning("put back: %s", drift)

@@ -1,0 +1,296 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Everything that applies to one endpoint in one direction and stage, in the order of evaluation.
+
+A *template* is what one policy (or profile, or list of exceptions) says in one direction, as entries; it is shared by all
+rule lists that hold it.  A *rule list* is the order: exceptions, tiers of templates, profiles, and what is left at the end.
+Two evaluations share one rule list: the enforced and the pending one (staged policies take part, and stand for those they
+replace); each template and each end of a tier says in which it is.
+
+Invariant: equal rule lists are equal values, whatever order the policies came in (sections 2 to 4 of policy/MATCHING.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
+
+from netpol_ebpf.compiler.entries import EFFECTS, Effect, Resolver, RuleEntry, expand
+from netpol_ebpf.compiler.identities import MatchRecord
+from netpol_ebpf.compiler.terms import NetsTerm
+from netpol_ebpf.policy.types import (
+    ANY_ENTITY,
+    PORT_PROTOCOLS,
+    Action,
+    Cause,
+    CauseKind,
+    Direction,
+    Endpoint,
+    EndpointKind,
+    Entity,
+    Failsafe,
+    Outcome,
+    Policy,
+    PolicyKey,
+    PolicySettings,
+    PolicyTier,
+    Ports,
+    ProfileRules,
+    Rule,
+    Stage,
+    Staged,
+    Tunnel,
+)
+from netpol_ebpf.selector import EVERYTHING
+
+_OTHER = {Direction.INGRESS: Direction.EGRESS, Direction.EGRESS: Direction.INGRESS}
+
+
+@dataclass(slots=True, eq=False)
+class Template:
+    """The entries of one policy, profile or list of exceptions in one direction. Compared by identity.
+
+    ``names_own_nets``: some entry asks which nets the own address is in.  ``peers``, ``owns``: the records of the entries' matches, while ``references`` (rule lists) is not 0.
+    """
+
+    what: str
+    entries: tuple[RuleEntry, ...]
+    constrains_own: bool
+    names_own_nets: bool
+    passes: bool
+    references: int = 0
+    peers: tuple[MatchRecord, ...] = ()
+    owns: tuple[MatchRecord, ...] = ()
+
+
+def make_template(what: str, entries: Iterable[RuleEntry]) -> Template:
+    """A template without references."""
+    found = tuple(entries)
+    return Template(
+        what,
+        found,
+        constrains_own=any(entry.own.positive or entry.own.negative for entry in found),
+        names_own_nets=any(
+            isinstance(term, NetsTerm) for entry in found for term in (*entry.own.positive, *entry.own.negative)
+        ),
+        passes=any(entry.effect is Effect.PASS for entry in found),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class TemplateUse:
+    """One template's place in a rule list. ``enforced``, ``pending``: the evaluations it takes part in."""
+
+    template: Template
+    enforced: bool = True
+    pending: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class TierTemplates:
+    """A tier with at least one policy here. ``end_*``: the policy named when the tier ends in deny; None: it passes."""
+
+    name: str
+    uses: tuple[TemplateUse, ...]
+    end_enforced: PolicyKey | None
+    end_pending: PolicyKey | None
+    is_closed: bool = field(init=False, compare=False, repr=False)
+    """Nothing after this tier is ever reached: it ends in deny in both evaluations, and no rule leaves it."""
+    _hash: int = field(init=False, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        ends = self.end_enforced is not None and self.end_pending is not None
+        object.__setattr__(self, "is_closed", ends and not any(use.template.passes for use in self.uses))
+        object.__setattr__(self, "_hash", hash((self.name, self.uses, self.end_enforced, self.end_pending)))
+
+    def __hash__(self) -> int:
+        return self._hash
+
+
+@dataclass(frozen=True, slots=True)
+class RuleList:
+    """The whole order of evaluation. Nothing decided: deny in NORMAL, continue elsewhere.
+
+    ``constraining``: templates that constrain the own side, in order.  Hashes are worked out once: rule lists are keys, and may
+    have a thousand templates.
+    """
+
+    direction: Direction
+    stage: Stage
+    head: tuple[TemplateUse, ...]
+    tiers: tuple[TierTemplates, ...]
+    profiles: tuple[TemplateUse, ...]
+    constraining: tuple[Template, ...] = field(init=False, compare=False, repr=False)
+    _hash: int = field(init=False, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        constraining = tuple(use.template for use in self.uses() if use.template.constrains_own)
+        object.__setattr__(self, "constraining", constraining)
+        object.__setattr__(self, "_hash", hash((self.direction, self.stage, self.head, self.tiers, self.profiles)))
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def uses(self) -> Iterable[TemplateUse]:
+        """All templates in order."""
+        yield from self.head
+        for tier in self.tiers:
+            yield from tier.uses
+        yield from self.profiles
+
+    @property
+    def is_idle(self) -> bool:
+        """It says nothing about any packet, and leaves all to later stages."""
+        return self.stage is not Stage.NORMAL and not self.head and not self.tiers
+
+
+def nothing_decided(direction: Direction, stage: Stage) -> tuple[Outcome, Cause]:
+    """What is left when nothing decides."""
+    if stage is Stage.NORMAL:
+        return Outcome.DENY, Cause(CauseKind.NO_MATCH, direction, action=Action.DENY)
+    return Outcome.CONTINUE, Cause(CauseKind.NO_MATCH, direction, action=Action.PASS)
+
+
+# --- templates ------------------------------------------------------------------------------------------------------
+
+
+class Exceptions(NamedTuple):
+    """What policy of a host never blocks in one direction and stage.
+
+    ``replies``: failsafes of the other direction, whose replies pass UNTRACKED too.
+    """
+
+    stage: Stage
+    failsafes: tuple[Failsafe, ...]
+    replies: tuple[Failsafe, ...]
+    tunnels: frozenset[Tunnel]
+
+
+def exceptions_of(settings: PolicySettings, node: str | None, direction: Direction, stage: Stage) -> Exceptions:
+    """Of the host endpoints of a node."""
+    replies = settings.failsafes(node, _OTHER[direction]) if stage is Stage.UNTRACKED else ()
+    return Exceptions(stage, settings.failsafes(node, direction), replies, settings.tunnels)
+
+
+def policy_entries(policy: Policy, direction: Direction, resolver: Resolver) -> list[RuleEntry]:
+    """What a policy says in one direction."""
+    found: list[RuleEntry] = []
+    for rule in policy.rules(direction):
+        cause = Cause(CauseKind.RULE, direction, policy.tier, policy.key, index=rule.index, action=rule.action)
+        found.extend(expand(rule, direction, EFFECTS[rule.action], cause, resolver))
+    return found
+
+
+def profile_entries(profile: ProfileRules, direction: Direction, resolver: Resolver) -> list[RuleEntry]:
+    """What a profile says in one direction: Pass is Deny there."""
+    found: list[RuleEntry] = []
+    for rule in profile.rules(direction):
+        action = Action.DENY if rule.action is Action.PASS else rule.action
+        cause = Cause(CauseKind.PROFILE, direction, profile=profile.name, index=rule.index, action=action)
+        found.extend(expand(rule, direction, EFFECTS[action], cause, resolver))
+    return found
+
+
+def missing_profile_entries(name: str, direction: Direction, resolver: Resolver) -> list[RuleEntry]:
+    """A profile that nobody has made denies everything."""
+    cause = Cause(CauseKind.PROFILE, direction, profile=name, action=Action.DENY)
+    return list(expand(Rule(Action.DENY, -1), direction, Effect.DENY, cause, resolver))
+
+
+def exception_entries(exceptions: Exceptions, direction: Direction, resolver: Resolver) -> list[RuleEntry]:
+    """What policy of a host never blocks, in one direction: allow in NORMAL, continue in UNTRACKED."""
+    effect = Effect.ALLOW if exceptions.stage is Stage.NORMAL else Effect.CONTINUE
+    found: list[RuleEntry] = []
+
+    def add(kind: CauseKind, index: int, remote: Entity, protocol: int, port: int, *, reply: bool = False) -> None:
+        """Add one. ``remote``: the remote side's addresses; ``port``: the destination's, of a reply the source's."""
+        ports: Ports | None = Ports(ranges=((port, port),))
+        if protocol not in PORT_PROTOCOLS:
+            if port:
+                return  # such packets have port 0
+            ports = None
+        ingress = direction is Direction.INGRESS
+        source, destination = (remote, ANY_ENTITY) if ingress else (ANY_ENTITY, remote)
+        source = replace(source, ports=ports if reply else None)
+        destination = replace(destination, ports=None if reply else ports)
+        rule = Rule(Action.ALLOW, index, protocol=protocol, source=source, destination=destination)
+        cause = Cause(kind, direction, index=index, action=Action.ALLOW)
+        found.extend(expand(rule, direction, effect, cause, resolver))
+
+    for index, failsafe in enumerate((*exceptions.failsafes, *exceptions.replies)):
+        remote = Entity(nets=() if failsafe.net is None else (failsafe.net,))
+        is_reply = index >= len(exceptions.failsafes)
+        add(CauseKind.FAILSAFE, index, remote, failsafe.protocol, failsafe.port, reply=is_reply)
+    for tunnel in sorted(exceptions.tunnels):
+        add(CauseKind.TUNNEL, tunnel.number, Entity(nodes=EVERYTHING), tunnel.protocol, tunnel.port)
+    return found
+
+
+# --- rule lists -------------------------------------------------------------------------------------------------------
+
+
+def stages_of(endpoint: Endpoint) -> tuple[Stage, ...]:
+    """The stages an endpoint has policy in."""
+    return (Stage.NORMAL,) if endpoint.kind is EndpointKind.WORKLOAD else tuple(Stage)
+
+
+def is_of_stage(policy: Policy, stage: Stage) -> bool:
+    """Whether a policy belongs to a stage (of a host; a workload has NORMAL only)."""
+    if stage is Stage.UNTRACKED:
+        return policy.do_not_track
+    if stage is Stage.PRE_DNAT:
+        return policy.pre_dnat
+    if policy.do_not_track or policy.pre_dnat:
+        return False
+    return stage is Stage.NORMAL or policy.apply_on_forward
+
+
+def order_tiers(
+    policies: Iterable[Policy],
+    tiers: Mapping[str, PolicyTier],
+    replaced: Collection[PolicyKey],
+    stage: Stage,
+    templates: Mapping[PolicyKey, Template],
+) -> tuple[TierTemplates, ...]:
+    """Tiers in order, each with its policies in order. ``policies``: those of the stage and direction that select the endpoint.
+
+    ``replaced``: keys that staged policies stand for (they are not in the pending evaluation).
+    """
+    by_tier: dict[str, list[Policy]] = {}
+    for policy in policies:
+        if policy.staged is not Staged.DELETE:
+            by_tier.setdefault(policy.tier, []).append(policy)
+    found: list[TierTemplates] = []
+    for tier in sorted(
+        (tiers.get(name, PolicyTier(name, exists=False)) for name in by_tier), key=lambda tier: tier.sort_key
+    ):
+        ordered = sorted(by_tier[tier.name], key=lambda policy: policy.sort_key)
+        denies = tier.default_action is not Action.PASS and stage not in (Stage.PRE_DNAT, Stage.UNTRACKED)
+        uses: list[TemplateUse] = []
+        ends: dict[bool, PolicyKey | None] = {True: None, False: None}
+        for policy in ordered:
+            enforced, pending = policy.staged is Staged.NO, policy.key not in replaced
+            if not enforced and not pending:
+                continue
+            template = templates[policy.key]
+            if template.entries:
+                uses.append(TemplateUse(template, enforced, pending))
+            if enforced:
+                ends[True] = policy.key
+            if pending:
+                ends[False] = policy.key
+        if not denies:
+            ends = {True: None, False: None}
+        if uses or ends[True] or ends[False]:
+            found.append(TierTemplates(tier.name, tuple(uses), ends[True], ends[False]))
+    return tuple(found)
+
+
+def cut(
+    tiers: tuple[TierTemplates, ...], profiles: tuple[TemplateUse, ...]
+) -> tuple[tuple[TierTemplates, ...], tuple[TemplateUse, ...]]:
+    """Leave out what is never reached, so that endpoints which differ in that alone share their policy sets."""
+    for index, tier in enumerate(tiers):
+        if tier.is_closed:
+            return tiers[: index + 1], ()
+    return tiers, profiles

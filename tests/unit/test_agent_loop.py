@@ -1,0 +1,334 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The agent's loop while others ask it without a pause: what it does itself, in which order, and what others do for it."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import itertools
+import json
+import os
+import signal
+import socket
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from ipaddress import ip_address
+from pathlib import Path
+from typing import Any
+
+import pytest
+from memory_barrier import MemoryTables
+from memory_maps import MemoryMap
+from test_agent_core import CLUSTER, DB, POD, POLICY, WIRING, Bench, MemoryNode
+from test_sources_reading import in_child, stop, wait_for_stop
+
+from netpol_ebpf.agent import control_socket as control_socket_module
+from netpol_ebpf.agent import main as agent_main
+from netpol_ebpf.agent import report
+from netpol_ebpf.agent.answering import Answering
+from netpol_ebpf.agent.control_socket import ControlSocket
+from netpol_ebpf.agent.core import Agent
+from netpol_ebpf.agent.main import AgentLoop, answers_of
+from netpol_ebpf.agent.wiring import Interface
+from netpol_ebpf.resources import manifest_files
+from netpol_ebpf.sources import reading
+
+pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+"""Of the threads of a test runner; the agent has one."""
+
+OPERATIONS = ("status", "rules", "identities", "connections", "flows")
+CLIENTS = 6
+
+
+class ReadableTables(MemoryTables):
+    """Tables that a child parts from; the kernel has no news of them."""
+
+    def fileno(self) -> None:
+        return None
+
+    def part(self) -> None:
+        assert os.getpid() != AGENT
+
+
+AGENT = os.getpid()
+
+
+@dataclass
+class ReadableNode(MemoryNode):
+    """A node whose news make a pipe readable."""
+
+    pipe: tuple[int, int] = field(default_factory=os.pipe)
+    listed_again: dict[str, int] = field(default_factory=dict)
+
+    def fileno(self) -> int:
+        return self.pipe[0]
+
+    def tell(self) -> None:
+        os.write(self.pipe[1], b"x")
+
+
+@dataclass
+class Stage:
+    """The loop, and what happened in it since the last turn began."""
+
+    bench: Bench
+    agent: Agent
+    loop: AgentLoop
+    events: list[str] = field(default_factory=list)
+    steps: int = 0
+    wake: int = -1
+
+    def turn(self) -> list[str]:
+        self.events.clear()
+        self.loop.run_once(self.wake)
+        assert self.events.count("begin") <= 1, "one answer a turn"
+        return list(self.events)
+
+
+@pytest.fixture
+def stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Stage]:
+    monkeypatch.setitem(globals(), "AGENT", os.getpid())
+    node = ReadableNode(barrier=ReadableTables())
+    bench = Bench(tmp_path, node)
+    bench.write("cluster.yaml", CLUSTER)
+    bench.write("policy.yaml", POLICY)
+    agent = bench.agent()
+    place = {"pid": os.getpid(), "manifests": "m", "pin_dir": "p", "upgrade": ""}
+    ledger = bench.ledgers[-1]
+    service = ControlSocket(tmp_path / "agent.sock", answers_of(agent, node, ledger, place))
+    one = Stage(bench, agent, AgentLoop(agent, node, ledger, service))
+    one.wake, writing = os.pipe()
+
+    def noted(owner: Any, name: str, what: str) -> None:
+        real = getattr(owner, name)
+
+        def call(*arguments: Any, **options: Any) -> Any:
+            one.events.append(what)
+            one.steps += what == "step"
+            return real(*arguments, **options)
+
+        monkeypatch.setattr(owner, name, call)
+
+    noted(agent, "close_newborn", "newborn")
+    noted(agent, "step", "step")
+    noted(Answering, "begin", "begin")
+
+    # Nothing that an answer reads is read by the loop's own process while it serves.
+    serving = [False]
+    poll = control_socket_module.ControlSocket.poll
+
+    def served(self: ControlSocket) -> None:
+        serving[0] = True
+        try:
+            poll(self)
+        finally:
+            serving[0] = False
+
+    monkeypatch.setattr(control_socket_module.ControlSocket, "poll", served)
+
+    def elsewhere(owner: Any, name: str) -> None:
+        real = getattr(owner, name)
+
+        def call(*arguments: Any, **options: Any) -> Any:
+            assert not (serving[0] and os.getpid() == AGENT), f"{name} in the agent's own loop"
+            return real(*arguments, **options)
+
+        monkeypatch.setattr(owner, name, call)
+
+    for name in ("status", "rules", "identities", "connections"):
+        elsewhere(report, name)
+    for name in ("get", "items"):
+        elsewhere(MemoryMap, name)
+    one.loop.open()
+    yield one
+    service.close()
+    bench.close()
+    for descriptor in (one.wake, writing, *node.pipe):
+        os.close(descriptor)
+
+
+class Crowd:
+    """Clients that ask one thing after another, each as soon as it is answered."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.answered: Counter[str] = Counter()
+        self._asked: list[tuple[socket.socket, str, bytearray]] = []
+        self._operations = [itertools.cycle(OPERATIONS[at:] + OPERATIONS[:at]) for at in range(CLIENTS)]
+        for at in range(CLIENTS):
+            self._asked.append(self._ask(at))
+
+    def _ask(self, at: int) -> tuple[socket.socket, str, bytearray]:
+        operation = next(self._operations[at])
+        channel = socket.socket(socket.AF_UNIX)
+        channel.connect(str(self.path))
+        channel.sendall(json.dumps({"op": operation}).encode() + b"\n")
+        channel.settimeout(0)
+        return channel, operation, bytearray()
+
+    def go_on(self) -> None:
+        """Read what there is; whoever has its answer asks the next thing."""
+        for at, (channel, operation, received) in enumerate(self._asked):
+            with contextlib.suppress(BlockingIOError):
+                while data := channel.recv(1 << 16):
+                    received.extend(data)
+                channel.close()
+                for line in received.splitlines():
+                    value = json.loads(line)
+                    assert not (isinstance(value, dict) and "error" in value), value
+                assert received or operation == "flows"
+                self.answered[operation] += 1
+                self._asked[at] = self._ask(at)
+
+    def close(self) -> None:
+        for channel, _, _ in self._asked:
+            channel.close()
+
+
+def test_policy_and_interfaces_are_dealt_with_while_everybody_asks(stage: Stage) -> None:
+    """With clients that loop over every request: no turn walks a table for them, a new interface comes first, policy takes two steps."""
+    crowd = Crowd(stage.loop.control_socket.path)
+    try:
+        while min(crowd.answered[operation] for operation in OPERATIONS) < 2:
+            stage.turn()
+            crowd.go_on()
+
+        # A policy that allows nothing to db, in the steps that a directory takes to settle.
+        before = stage.agent.changes_applied
+        stage.bench.write("policy.yaml", POLICY.replace("ingress: [{", "# ingress: [{"))
+        begun, asked = stage.steps, sum(crowd.answered.values())
+        while stage.agent.changes_applied == before:
+            stage.turn()
+            crowd.go_on()
+            assert stage.steps - begun <= 3, "a change is taken up by the second look that sees it"
+        while sum(crowd.answered.values()) < asked + CLIENTS:  # and they were answered all the while
+            stage.turn()
+            crowd.go_on()
+
+        # A new interface: its programs before anything is done for those who ask.
+        node = stage.bench.node
+        assert isinstance(node, ReadableNode)
+        late = Interface(9, "cali9", "veth", (7, 2))
+        node.wiring = replace(
+            WIRING, links={**WIRING.links, 9: late}, host_routes={**WIRING.host_routes, ip_address("10.0.0.9"): 9}
+        )
+        node.born.append(late)
+        node.news = True
+        node.tell()
+        events = stage.turn()
+        assert events[0] == "newborn"
+        assert 9 in node.programs
+        os.read(node.pipe[0], 16)
+    finally:
+        crowd.close()
+    assert stage.agent.applier.is_enforced(DB)
+
+
+def bear(node: MemoryNode) -> None:
+    """A new interface, of a pod that the manifests do not know."""
+    late = Interface(9, "cali9", "veth", (7, 2))
+    node.wiring = replace(WIRING, links={**WIRING.links, 9: late})
+    node.born.append(late)
+    node.news = True
+
+
+def test_interfaces_and_questions_do_not_wait_for_large_manifests(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While a child reads them, what is born is closed at once and who asks is answered; then they are in force together."""
+    in_child(monkeypatch, stop, "more.yaml")
+    before = stage.agent.changes_applied
+    stage.bench.write("policy.yaml", POLICY.replace("ingress: [{", "# ingress: [{"))
+    stage.bench.write("more.yaml", POD.format(name="late", node="here", last=9) + "#" * reading.IN_PLACE_BYTES)
+    child = wait_for_stop(stage.agent._source, stage.turn)
+    crowd = Crowd(stage.loop.control_socket.path)
+    try:
+        bear(stage.bench.node)
+        assert isinstance(stage.bench.node, ReadableNode)
+        stage.bench.node.tell()
+        assert stage.turn()[0] == "newborn"
+        assert 9 in stage.bench.node.programs
+        while min(crowd.answered[operation] for operation in OPERATIONS) < 1:
+            stage.turn()
+            crowd.go_on()
+        assert stage.agent.changes_applied == before
+        os.read(stage.bench.node.pipe[0], 16)
+    finally:
+        crowd.close()
+        os.kill(child, signal.SIGCONT)
+    while stage.agent.changes_applied == before:
+        stage.turn()
+    assert "late" in {one.key.name for one in stage.agent.local_endpoints()}
+    assert not {one.slug for one in stage.agent.problems} & {"unreadable", "reading"}
+
+
+def test_interface_that_is_born_during_a_look_is_closed_before_it_ends(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A search of many files stops for it; the step goes on, and finds out whose it is."""
+    monkeypatch.setattr(manifest_files, "PAUSE_ENTRIES", 1)
+    closed: list[bool] = []
+    real = manifest_files._Search._look_at
+
+    def look_at(self: Any, name: str, entry: Any) -> None:
+        closed.append(9 in stage.bench.node.programs)
+        if len(closed) == 1:
+            bear(stage.bench.node)
+        real(self, name, entry)
+
+    monkeypatch.setattr(manifest_files._Search, "_look_at", look_at)
+    stage.agent.step()
+    assert closed[0] is False
+    assert closed[-1] is True
+    assert 9 in stage.agent.wiring.links
+    assert stage.bench.node.row(9) is None
+
+
+def test_answers_are_those_of_the_agent(stage: Stage) -> None:
+    """A child answers with the agent's state at that moment, and under the agent's own process number."""
+    stage.bench.write("late.yaml", POD.format(name="late", node="here", last=9))
+    before = stage.agent.changes_applied
+    while stage.agent.changes_applied == before:
+        stage.turn()
+    channel = socket.socket(socket.AF_UNIX)
+    with channel:
+        channel.connect(str(stage.loop.control_socket.path))
+        channel.sendall(b'{"op": "status"}\n')
+        channel.settimeout(0)
+        received = bytearray()
+        while not received.endswith(b"\n"):
+            stage.turn()
+            with contextlib.suppress(BlockingIOError):
+                received += channel.recv(1 << 20)
+    state = json.loads(received)
+    assert state["pid"] == os.getpid()
+    assert "Pod/shop/late" in {one["endpoint"] for one in state["endpoints"]}
+
+
+def test_no_room_for_the_socket_ends_nothing(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A full state directory keeps others from asking, until there is room; the agent steps on."""
+    service = stage.loop.control_socket
+    service.close()
+    full = [True]
+
+    class Bound(socket.socket):
+        def bind(self, address: Any) -> None:
+            if full[0]:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            super().bind(address)
+
+    monkeypatch.setattr(control_socket_module.socket, "socket", Bound)
+    stage.loop.open()
+    assert not service.is_open
+    assert "No space left on device" in caplog.text
+    steps = stage.steps
+    while stage.steps == steps:
+        stage.turn()
+    full[0] = False
+    now_s = stage.loop.clock() + agent_main.RETRY_S
+    stage.loop.clock = lambda: now_s
+    stage.turn()
+    assert service.is_open
