@@ -251,7 +251,9 @@ def test_links_that_cannot_be_pinned_are_a_clear_error(node_rig: Rig, pair: Pair
     shutil.rmtree(links)
     os.link(node_rig.dataplane.pin_dir / "np_rule", links)
     try:
-        with pytest.raises(PlatformError, match="cannot note in .*/links that np_tc_ingress is on interface"):
+        with pytest.raises(
+            PlatformError, match="cannot record in .*/links that np_tc_ingress is attached to interface"
+        ):
             pair.at_node(lambda: attach.attach(pair.ifindex, node_rig.dataplane))
     finally:
         links.unlink()

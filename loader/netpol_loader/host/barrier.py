@@ -275,12 +275,13 @@ class BarrierTables:
         where = f"table {FAMILIES[family]} {TABLE}"
         if table.remark != self._remark:
             raise TakenError(
-                f"{where} belongs to somebody else ({table.remark or 'it does not say whom'})",
-                hint="Of an agent with another --pin-root: `netpolctl cleanup --pin-root DIR`.",
+                f"{where} belongs to another owner ({table.remark or 'without a comment'}) and is left as it is",
+                hint="If an agent with another pin root made it, `netpolctl cleanup --pin-root DIR` removes it.",
             )
         if table.flags & nftables.OWNER and table.owner != self._channel().port:
             raise HeldError(
-                f"{where} is held by a process (netlink port {table.owner})", hint="Is another agent at work?"
+                f"{where} is held by a process (netlink port {table.owner})",
+                hint="Stop the other agent, or wait until it has ended.",
             )
 
     def _channel(self) -> Nftables:

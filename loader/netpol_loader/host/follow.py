@@ -439,7 +439,7 @@ class Follower:
 
     def _count(self, reason: str) -> None:
         self.listed_again[reason.partition(":")[0]] += 1
-        log.warning("interfaces and routes are listed anew: %s", reason)
+        log.warning("listing interfaces and routes again: %s", reason)
 
 
 def _is_less(before: Link, link: Link) -> bool:

@@ -57,7 +57,7 @@ def layouts(info: syscall.MapInfo) -> tuple[Layout, Layout] | None:
         types = _Types(syscall.btf(info.btf_id))
     except PermissionError as error:
         raise PlatformError(
-            f"the layout of map {info.name} cannot be asked for: {error.strerror}",
+            f"cannot read the layout of map {info.name}: {error.strerror}",
             hint="The kernel tells it to CAP_SYS_ADMIN alone: run `netpol-agent --once` of this version as root, with the "
             "options of the service; then start the service.",
         ) from error

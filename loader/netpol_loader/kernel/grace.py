@@ -56,7 +56,7 @@ def wait_for_readers() -> None:
     try:
         syscall.map_update(outer, syscall.buffer(_WORD.pack(0)), syscall.buffer(_WORD.pack(inner)))
     except OSError as error:
-        raise PlatformError(f"cannot wait for the packets on their way: {error.strerror}") from error
+        raise PlatformError(f"cannot wait for a grace period: {error.strerror}") from error
 
 
 def order_stores() -> None:
@@ -83,12 +83,10 @@ def _maps() -> tuple[int, int] | None:
     except OSError as error:
         if error.errno == errno.EPERM:
             return None
-        raise PlatformError(
-            f"cannot make the map by which to wait for the packets on their way: {error.strerror}"
-        ) from error
+        raise PlatformError(f"cannot make the map that grace periods need: {error.strerror}") from error
 
 
 def _wait_without_maps() -> None:
     number = _MEMBARRIER.get(platform.machine())
     if number is None or ctypes.CDLL(None).syscall(number, _CMD_GLOBAL, 0, 0) != 0:
-        raise PrivilegeError("cannot wait for the packets on their way: this process may not make maps")
+        raise PrivilegeError("cannot wait for a grace period: this process may not make maps")

@@ -86,7 +86,7 @@ def attach(ifindex: int, dataplane: Dataplane, mechanism: Mechanism | None = Non
                 _attach_clsact(ifindex, dataplane, hook)
         except OSError as error:
             raise PlatformError(
-                f"cannot note in {dataplane.pin_dir / LINKS} that {hook.value} is on interface {ifindex}: {error.strerror}"
+                f"cannot record in {dataplane.pin_dir / LINKS} that {hook.value} is attached to interface {ifindex}: {error.strerror}"
             ) from error
 
 
@@ -99,7 +99,9 @@ def detach(ifindex: int, dataplane: Dataplane) -> bool:
         except (OSError, PlatformError) as error:  # noqa: PERF203 - two at most
             if find_link(ifindex) is not None:  # else it took them with it
                 what = error.message if isinstance(error, PlatformError) else error.strerror
-                raise PlatformError(f"cannot take {one.hook.value} off interface {ifindex}: {what}") from error
+                raise PlatformError(
+                    f"cannot detach {one.hook.value} from interface {ifindex}, where it goes on enforcing: {what}"
+                ) from error
     if _clsact_mark(dataplane, ifindex).exists():
         clsact.delete_if_unused(ifindex)
     _forget_dead(dataplane, ifindex)

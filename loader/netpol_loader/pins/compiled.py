@@ -102,7 +102,7 @@ def find_compiled(digest: str, machine: str, compiler: str | None, directories: 
             )
             continue
         if (compiled.digest, compiled.machine) != (digest, machine):
-            log.warning("%s is not used: it was made of other sources", path)
+            log.warning("%s is not used: it was compiled from other sources", path)
         elif compiler is not None and compiler != compiled.compiler:
             log.info("%s is not used: %s made it, and %s is here", path, compiled.compiler, compiler)
         else:

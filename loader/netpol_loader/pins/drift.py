@@ -59,7 +59,10 @@ def mend_pins(dataplane: Dataplane) -> list[Drift]:
     try:
         found.extend(_mend_pins(dataplane))  # keeps what came before an error
     except OSError as error:
-        raise PartlyMendedError(f"cannot pin in {dataplane.pin_dir} any more: {error.strerror}", found) from error
+        raise PartlyMendedError(
+            f"cannot restore the pins in {dataplane.pin_dir}: {error.strerror}; enforcement goes on while this agent runs",
+            found,
+        ) from error
     return found
 
 

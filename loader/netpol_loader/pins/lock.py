@@ -83,7 +83,7 @@ def locked(pin_root: Path) -> Iterator[None]:
         except OSError as error:
             if error.errno != errno.EWOULDBLOCK:
                 raise
-            log.info("waiting for another process that builds in %s", pin_root)
+            log.info("waiting for another process that changes the pins in %s", pin_root)
             fcntl.flock(fd, fcntl.LOCK_EX)
         yield
     finally:
