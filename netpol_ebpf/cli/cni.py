@@ -49,45 +49,39 @@ def register(subparsers: Any) -> None:
         "cni",
         help="no pod starts before its policy is in force: the CNI plugin, in its place or not",
         description="Have the container runtime of this node run the CNI plugin for every pod, so that no pod starts before its "
-        "policy is in force; or no longer.",
+        "policy is in force: the program among the runtime's plugins, and the last one of the network configuration that the "
+        "runtime takes, the first one by name. Or no longer.",
+        epilog="exit codes: 0 it is as asked, 3 there is no network configuration that it can be put into, 5 a file cannot be "
+        "written or removed",
     )
-    actions = parser.add_subparsers(title="actions", dest="action", metavar="ACTION", required=True)
-    add = actions.add_parser(
-        "install",
-        help="put the plugin into its place",
-        description="Put the program among the runtime's plugins, and make it the last one of the network configuration that "
-        "the runtime takes, the first one by name.",
-        epilog="exit codes: 0 it is there, 3 there is no configuration that it can be put into, 5 a file cannot be written",
+    parser.add_argument(
+        "action", choices=ACTIONS, help="put it into its place, or take it away; pods that run stay as they are"
     )
-    remove = actions.add_parser(
-        "remove",
-        help="take it away",
-        description="Take the plugin out of all network configurations, and remove the program. Pods that run stay as they are.",
-        epilog="exit codes: 0 nothing is left, 5 something could not be removed",
-    )
-    for one in (add, remove):
-        add_directory_options(one, "")
-        add_output_option(one)
-    add.add_argument(
+    add_directory_options(parser, "")
+    parser.add_argument(
         "--state-dir", type=Path, default=DEFAULT_STATE_DIR, metavar="DIR",
-        help=f"as given to the agent (default: {DEFAULT_STATE_DIR})",
+        help=f"install: as given to the agent (default: {DEFAULT_STATE_DIR})",
     )  # fmt: skip
-    add.add_argument(
+    parser.add_argument(
         "--timeout", type=int, default=TIMEOUT_S, metavar="SECONDS",
-        help="how long a pod's start waits for its policy (default: %(default)s)",
+        help="install: how long a pod's start waits for its policy (default: %(default)s)",
     )  # fmt: skip
-    add.add_argument(
+    parser.add_argument(
         "--posture", choices=("closed", "open"), default="closed",
-        help="what becomes of a pod whose policy is not in force in time: its start fails and is tried again, or it starts "
-        "all the same and the runtime's log says so (default: %(default)s)",
+        help="install: what becomes of a pod whose policy is not in force in time: its start fails and is tried again, or it "
+        "starts all the same and the runtime's log says so (default: %(default)s)",
     )  # fmt: skip
-    add.add_argument(
-        "--follow",
-        action="store_true",
-        help="stay, wait for a configuration, and do it again when another program rewrites it",
-    )
-    add.set_defaults(run=run_install)
-    remove.set_defaults(run=run_remove)
+    parser.add_argument(
+        "--follow", action="store_true",
+        help="install: stay, wait for a configuration, and do it again when another program rewrites it",
+    )  # fmt: skip
+    add_output_option(parser)
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the command; returns the exit code."""
+    return ACTIONS[arguments.action](arguments)
 
 
 def add_directory_options(parser: argparse.ArgumentParser, prefix: str) -> None:
@@ -189,3 +183,6 @@ def run_remove(arguments: argparse.Namespace) -> int:
     if failures:
         raise PlatformError("could not remove " + "; ".join(failures), hint="Run `netpolctl cni remove` again.")
     return 0
+
+
+ACTIONS = {"install": run_install, "remove": run_remove}
