@@ -24,7 +24,7 @@ from apiserver_traces import (
 )
 
 from netpol_ebpf.errors import UnreachableError
-from netpol_ebpf.sources.kubernetes.decoding import WatchedKind
+from netpol_ebpf.sources.kubernetes.decoding import KINDS, WatchedKind
 from netpol_ebpf.sources.kubernetes.watching import GRACE_S, IDLE_S, State
 
 AWAY = UnreachableError("connection refused")
@@ -202,6 +202,37 @@ def test_life_of_a_pod(make: Make) -> None:
     assert bench.names() == sorted(name for name, kind in last.items() if kind != "DELETED")
 
 
+def test_life_of_a_custom_resource(make: Make) -> None:
+    """Created, changed, status written, annotated, deleted, then a bookmark of the deletion's resourceVersion."""
+    policies = next(
+        kind for kind in KINDS if (kind.kind, kind.api_version) == ("NetworkPolicy", "projectcalico.org/v3")
+    )
+    bench = listed(make, kind=policies)
+    bench.script.replies = [recorded("watch-custom-resource", 0)]
+    bench.steps()
+    assert bench.names() == []
+    assert bench.store.resource_version == "19204"
+    assert bench.slugs() == []
+
+
+def test_stopping_server_is_left_without_a_gap(make: Make) -> None:
+    """W7: events, a last bookmark, a clean end after 60 s; the next server goes on from there."""
+    bench = listed(make, kind=PODS)
+    bench.script.replies = [recorded("restart-sigterm-ha", 0), stream()]
+    bench.steps(2)
+    assert "resourceVersion=499" in bench.script.targets[-1]
+    assert bench.names() == ["web-0", "web-2"]
+
+
+def test_token_that_is_revoked_ends_no_policy(make: Make) -> None:
+    """W17: the open WATCH goes on, what follows is refused and tried again; what is known stays."""
+    bench = listed(make, kind=PODS)
+    bench.script.replies = [recorded("token-revoked", 2), *(recorded("token-revoked", 1) for _ in range(8))]
+    bench.steps(9)
+    assert bench.names() == ["web-3"]
+    assert bench.slugs() == ["unauthorized"]
+
+
 def test_bookmark_moves_the_version_and_is_no_object(make: Make) -> None:
     """W2, W3: of a built-in kind with an empty spec, of a custom kind without one."""
     bench = listed(make, kind=PODS)
@@ -330,7 +361,7 @@ def test_silent_watch_ends_when_it_is_told_to(make: Make) -> None:
     """W13: from a lost future it is silent for ever; the probe asks for a list, and the stream is closed under the reader."""
     bench = listed(make, pod("web"), kind=PODS)
     silent = recorded("etcd-restored-backwards", 0)
-    silent.meanwhile, silent.is_cut = bench.watcher.relist, True
+    silent.meanwhile = bench.watcher.relist
     bench.script.replies = [silent, page(version="1")]
     assert bench.steps() == 0.0
     bench.watcher._streams = False

@@ -82,8 +82,11 @@ class Answer(Protocol):
     def lines(self) -> Iterator[bytes]:
         """The lines of a WATCH until its clean end. Raises UnreachableError when it is cut, or silent for too long."""
 
+    def abort(self) -> None:
+        """End it from another thread: who reads meets the end of the connection."""
+
     def close(self) -> None:
-        """Let go of the connection; from any thread: who reads meets the end of it."""
+        """Let go of the connection."""
 
 
 class Transport(Protocol):
@@ -195,10 +198,16 @@ class KindWatcher:
     def relist(self) -> None:
         """Have the next step list, and the present one end; from any thread."""
         self._must_relist = True
-        self._close()
+        self.abort()
+
+    def abort(self) -> None:
+        """End the present request; from any thread."""
+        answer = self._answer
+        if answer is not None:
+            answer.abort()
 
     def _close(self) -> None:
-        answer = self._answer
+        answer, self._answer = self._answer, None
         if answer is not None:
             answer.close()
 
