@@ -36,13 +36,22 @@ from bench.progress import Progress
 from bench.record import LESS, MORE, Case, Run, begin, case_id, save, this_command
 from bench.site import BPFFS
 from netpol_ebpf.agent import footprint
-from netpol_ebpf.agent.claims import Claims
+from netpol_ebpf.agent.claims import AddressClaims
 from netpol_ebpf.apply.applier import Applier, Binding
 from netpol_ebpf.compiler import Compiler
 from netpol_ebpf.errors import PlatformError
 from netpol_ebpf.policy.translate import Derivation, key_of
-from netpol_ebpf.policy.types import Changes, Endpoint, EndpointKey, NetworkSet, Policy, Profile, Service, Tier
-from netpol_ebpf.policy.types import Node as ClusterNode
+from netpol_ebpf.policy.types import (
+    Changes,
+    ClusterNode,
+    Endpoint,
+    EndpointKey,
+    LabelledNets,
+    Policy,
+    PolicyTier,
+    ProfileRules,
+    ServiceBackends,
+)
 from netpol_ebpf.resources.load import parse_object
 from netpol_ebpf.resources.types import Resource
 from netpol_ebpf.sources.copies import LastGoodCopies
@@ -64,8 +73,8 @@ WINDOW_S = 0.25
 """Churn's latencies are summed up by windows of so long."""
 MAP_SIZES = {"np_peer_class": 1 << 22, "np_verdict": 1 << 22, "np_l4_col": 1 << 16}
 KINDS: Sequence[tuple[str, type[Any]]] = (
-    ("tiers", Tier), ("policies", Policy), ("profiles", Profile), ("endpoints", Endpoint), ("network_sets", NetworkSet),
-    ("nodes", ClusterNode), ("services", Service),
+    ("tiers", PolicyTier), ("policies", Policy), ("profiles", ProfileRules), ("endpoints", Endpoint), ("network_sets", LabelledNets),
+    ("nodes", ClusterNode), ("services", ServiceBackends),
 )  # fmt: skip
 
 
@@ -86,7 +95,7 @@ class ControlPlane:
 
     def __init__(self, applier: Applier | None) -> None:
         self._derivation = Derivation()
-        self._claims = Claims(self._derivation.world)
+        self._claims = AddressClaims(self._derivation.world)
         self._compiler = Compiler(lambda endpoint: endpoint.node == HERE)
         self._applier = applier
         self._bound: dict[EndpointKey, int] = {}

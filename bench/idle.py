@@ -16,7 +16,7 @@ from pathlib import Path
 from bench.cluster import Size, objects
 from bench.record import LESS, Case, Run
 from bench.site import BPFFS, NODE_ADDRESS, NODE_HOST, wait_until
-from netpol_ebpf.agent.service import SOCKET_NAME
+from netpol_ebpf.agent.control_socket import SOCKET_NAME
 from netpol_ebpf.lab.laboratory import Lab
 from netpol_ebpf.lab.topology import Host
 

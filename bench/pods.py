@@ -30,7 +30,7 @@ from bench.progress import Progress
 from bench.record import LESS, Case, Run, begin, this_command
 from bench.report import percentile
 from bench.site import BPFFS, NODE_ADDRESS, NODE_HOST, wait_until
-from netpol_ebpf.agent.service import SOCKET_NAME
+from netpol_ebpf.agent.control_socket import SOCKET_NAME
 from netpol_ebpf.apply.encode import endpoint_key
 from netpol_ebpf.lab.laboratory import Lab
 from netpol_ebpf.lab.topology import Host

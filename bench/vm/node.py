@@ -26,7 +26,7 @@ from ipaddress import IPv4Address
 from pathlib import Path
 from typing import Any
 
-from netpol_ebpf.agent.service import SOCKET_NAME, ask
+from netpol_ebpf.agent.control_socket import SOCKET_NAME, ask
 from netpol_ebpf.errors import PlatformError, UnreachableError
 from netpol_ebpf.lab.patience import scaled
 from netpol_ebpf.lab.topology import PARENT_MAC, Host

@@ -38,7 +38,7 @@ SHARE = 2
 
 
 @dataclass(frozen=True, slots=True)
-class Live:
+class LiveConnections:
     """What a node knows of its connections. ``now_jiffies``: when; ``unknown``: what it could not be asked, and why."""
 
     tracked: Collection[Tracked] = ()
@@ -47,18 +47,18 @@ class Live:
     unknown: Collection[str] = ()
 
 
-class Node(Protocol):
+class ConnectionAccess(Protocol):
     """Who is asked, and told."""
 
     @property
     def maps(self) -> Mapping[str, KernelMap]: ...  # noqa: D102 - see `netpol_ebpf.agent.node.Node`
 
-    def live_connections(self, namespaces: Collection[int]) -> Live:
+    def live_connections(self, namespaces: Collection[int]) -> LiveConnections:
         """The connections of this node, and those that sockets in these network namespaces show."""
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class NodeAddresses:
     """Of the node: its own addresses, and the services whose backends are judged where packets leave."""
 
     addresses: Collection[IPAddress]
@@ -75,7 +75,7 @@ class Workload:
 
 
 @dataclass(frozen=True, slots=True)
-class Old:
+class OldConnection:
     """An old connection, as one workload sees it. ``ends``: of its first packet; ``direction``: of that one."""
 
     number: int
@@ -144,7 +144,7 @@ class Adoption:
         self.interfaces -= set(interfaces)
         self._begun -= set(interfaces)
 
-    def go_ahead(self, node: Node, workloads: Mapping[int, Workload], place: Place) -> None:
+    def go_ahead(self, node: ConnectionAccess, workloads: Mapping[int, Workload], place: NodeAddresses) -> None:
         """Before these workloads have both their rows and the programs. ``workloads``: by interface, others may be among them."""
         begun = {ifindex: one for ifindex, one in workloads.items() if ifindex in self.interfaces}
         if begun:
@@ -152,14 +152,16 @@ class Adoption:
             self._begun |= begun.keys()
             self._adopt(node, begun, place, with_services=False)
 
-    def go_behind(self, node: Node, workloads: Mapping[int, Workload], place: Place) -> None:
+    def go_behind(self, node: ConnectionAccess, workloads: Mapping[int, Workload], place: NodeAddresses) -> None:
         """When all of it is in force."""
         begun = {ifindex: one for ifindex, one in workloads.items() if ifindex in self._begun}
         if begun:
             self._begun -= begun.keys()
             self._adopt(node, begun, place, with_services=True)
 
-    def _adopt(self, node: Node, workloads: Mapping[int, Workload], place: Place, *, with_services: bool) -> None:
+    def _adopt(
+        self, node: ConnectionAccess, workloads: Mapping[int, Workload], place: NodeAddresses, *, with_services: bool
+    ) -> None:
         namespaces = {one.namespace for one in workloads.values() if one.namespace is not None}
         live = node.live_connections(namespaces)
         for message in live.unknown:
@@ -170,7 +172,7 @@ class Adoption:
         if count:
             log.info("ends of connections that are older than enforcement: %d; policy is asked about each", count)
 
-    def _write(self, maps: Mapping[str, KernelMap], wanted: Mapping[bytes, Old], now_jiffies: int) -> int:
+    def _write(self, maps: Mapping[str, KernelMap], wanted: Mapping[bytes, OldConnection], now_jiffies: int) -> int:
         """Put rows where there are none yet, or wrong ones; how many."""
         rows: dict[str, list[tuple[bytes, bytes]]] = {}
         for key, one in wanted.items():
@@ -197,7 +199,9 @@ class Adoption:
             self.warnings[message] = Problem(Location(""), "", message, severity="warning", slug="adoption")
 
 
-def old_connections(live: Live, workloads: Iterable[Workload], place: Place) -> Iterator[Old]:
+def old_connections(
+    live: LiveConnections, workloads: Iterable[Workload], place: NodeAddresses
+) -> Iterator[OldConnection]:
     """How the workloads see the connections, what is surest first; an end that is another's is left out."""
     owners = {address: one for one in workloads for address in one.addresses}
     for one in live.tracked:
@@ -207,24 +211,24 @@ def old_connections(live: Live, workloads: Iterable[Workload], place: Place) -> 
         theirs = owners.get(one.reply.source)
         if ours is not None:
             flags = _deferred(one.protocol, one.original, place)
-            yield Old(ours.number, one.protocol, one.original, abi.NP_DIRECTION_EGRESS, one.is_replied, flags)
+            yield OldConnection(ours.number, one.protocol, one.original, abi.NP_DIRECTION_EGRESS, one.is_replied, flags)
         if theirs is not None:  # which sees the addresses after translation
             is_exempt = one.original.source in place.addresses or ours is theirs
             flags = abi.NP_CONN_EXEMPT if is_exempt else 0
             ends = one.reply.reversed()
-            yield Old(theirs.number, one.protocol, ends, abi.NP_DIRECTION_INGRESS, one.is_replied, flags)
+            yield OldConnection(theirs.number, one.protocol, ends, abi.NP_DIRECTION_INGRESS, one.is_replied, flags)
     for opened in live.opened:
         ends = opened.ends
         ours, theirs = owners.get(ends.source), owners.get(ends.destination)
         if ours is not None and opened.namespace in (None, ours.namespace):
             flags = _deferred(TCP, ends, place)
-            yield Old(ours.number, TCP, ends, abi.NP_DIRECTION_EGRESS, is_replied=True, flags=flags)
+            yield OldConnection(ours.number, TCP, ends, abi.NP_DIRECTION_EGRESS, is_replied=True, flags=flags)
         if theirs is not None and opened.namespace in (None, theirs.namespace):
             flags = abi.NP_CONN_EXEMPT if ends.source in place.addresses or ours is theirs else 0
-            yield Old(theirs.number, TCP, ends, abi.NP_DIRECTION_INGRESS, is_replied=True, flags=flags)
+            yield OldConnection(theirs.number, TCP, ends, abi.NP_DIRECTION_INGRESS, is_replied=True, flags=flags)
 
 
-def _deferred(protocol: int, ends: Ends, place: Place) -> int:
+def _deferred(protocol: int, ends: Ends, place: NodeAddresses) -> int:
     """The flags of a workload's connection to that destination."""
     keys = [VipKey(ends.destination, protocol, ends.destination_port)]
     if ends.destination in place.addresses:
@@ -233,7 +237,7 @@ def _deferred(protocol: int, ends: Ends, place: Place) -> int:
     return abi.NP_CONN_DEFERRED | abi.NP_CONN_TAGGED if is_service else 0
 
 
-def _place_of(maps: Mapping[str, KernelMap], key: bytes, one: Old) -> str | None:
+def _place_of(maps: Mapping[str, KernelMap], key: bytes, one: OldConnection) -> str | None:
     """The table that a connection's row belongs in; None: it has one that says the same."""
     for table in (f"np_conn{one.version}", f"np_unreplied{one.version}"):  # the order in which the program asks
         value = maps[table].get(key)
@@ -244,7 +248,7 @@ def _place_of(maps: Mapping[str, KernelMap], key: bytes, one: Old) -> str | None
     return f"np_conn{one.version}" if one.is_replied else f"np_unreplied{one.version}"
 
 
-def look_at_connections(namespaces: Collection[int]) -> Live:
+def look_at_connections(namespaces: Collection[int]) -> LiveConnections:
     """What the kernel knows. Sockets that cannot be seen are no loss where the kernel tracks connections."""
     unknown = []
     found: list[Tracked] = []
@@ -255,4 +259,4 @@ def look_at_connections(namespaces: Collection[int]) -> Live:
     sockets = look_for_sockets(namespaces)
     if not found:
         unknown += sockets.unseen
-    return Live(found, sockets.opened, read_jiffies(), unknown)
+    return LiveConnections(found, sockets.opened, read_jiffies(), unknown)

@@ -47,7 +47,7 @@ class BarrierSettings:
         return self.marks if self.is_on else replace(self.marks, seen=0)
 
 
-class Tables(Protocol):
+class BarrierAccess(Protocol):
     """What is needed of `netpol_loader.host.barrier.BarrierTables`; tests have another one."""
 
     @property
@@ -112,7 +112,7 @@ class Barrier:
     """
 
     settings: BarrierSettings
-    tables: Tables
+    tables: BarrierAccess
     clock: Callable[[], float]
     others: Callable[[int], Sequence[str]]
     _writer: MarksWriter | None = None

@@ -34,7 +34,7 @@ _Signature = tuple[int, int, int]
 
 
 @dataclass(frozen=True, slots=True)
-class Result:
+class CniResult:
     """One interface of a pod. ``names``: of interfaces on the node; ``inside``: its name in the pod; ``plugin``: its type."""
 
     pod: EndpointKey
@@ -50,15 +50,15 @@ class Result:
 
 
 @dataclass(slots=True)
-class PluginResults:
+class CniResultCache:
     """Follows the directory; ``problems``: what of it could not be read."""
 
     directory: Path
     problems: tuple[Problem, ...] = ()
-    _read: dict[str, tuple[_Signature, Result | None]] = field(default_factory=dict)
+    _read: dict[str, tuple[_Signature, CniResult | None]] = field(default_factory=dict)
     _faulty: dict[str, Problem] = field(default_factory=dict)
 
-    def look(self) -> list[Result]:
+    def look(self) -> list[CniResult]:
         """What there is now, nothing where there is no directory; only files that changed are read."""
         try:
             if not _is_trusted(self.directory.stat()):
@@ -96,7 +96,7 @@ class PluginResults:
             self._faulty[name] = _problem(path, reason_of(error))
 
 
-def parse_result(text: bytes) -> Result | None:
+def parse_result(text: bytes) -> CniResult | None:
     """One file of libcni's cache; None for what is no pod's. Raises ValueError for what libcni would not write."""
     document = checked(parse_json(text), dict, "the file")
     given = (
@@ -110,7 +110,7 @@ def parse_result(text: bytes) -> Result | None:
     result = checked(document.get("result") or {}, dict, "result")
     interfaces = checked_list(result.get("interfaces") or [], dict, "interfaces")
     addresses = checked_list(result.get("ips") or [], dict, "ips")
-    return Result(
+    return CniResult(
         EndpointKey(POD, *(arguments[name] for name in NAMES)),
         frozenset(checked(one.get("name"), str, "name") for one in interfaces if not _text(one, "sandbox")),
         frozenset(ip_interface(checked(one.get("address"), str, "address")).ip for one in addresses),

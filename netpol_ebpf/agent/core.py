@@ -18,17 +18,18 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from netpol_ebpf.agent.adoption import Adoption, Place, Workload
+from netpol_ebpf.agent.adoption import Adoption, NodeAddresses, Workload
+from netpol_ebpf.agent.assignments import Evidence, InterfaceAssignments, LocatedEndpoints
 from netpol_ebpf.agent.attachments import Attachments
 from netpol_ebpf.agent.barrier import Barrier, BarrierSettings
-from netpol_ebpf.agent.bonds import Bonds, Evidence, Located
-from netpol_ebpf.agent.claims import Claims
-from netpol_ebpf.agent.cni import Result
+from netpol_ebpf.agent.claims import AddressClaims
+from netpol_ebpf.agent.cni import CniResult
+from netpol_ebpf.agent.handover import Handover, Handovers
 from netpol_ebpf.agent.in_force import WorldInForce
-from netpol_ebpf.agent.node import Node
+from netpol_ebpf.agent.node import NodeAccess
 from netpol_ebpf.agent.other_programs import REDIRECT, problems_of
 from netpol_ebpf.agent.own_interfaces import HostPolicyInputs, OwnInterfaces
-from netpol_ebpf.agent.trouble import DriftLog, Refusals
+from netpol_ebpf.agent.rejected import DriftLog, RejectedChanges
 from netpol_ebpf.agent.wiring import NOWHERE, Wiring, device_flags
 from netpol_ebpf.apply.applier import Applier, Binding, require_room
 from netpol_ebpf.apply.audit import Audit
@@ -36,7 +37,7 @@ from netpol_ebpf.apply.encode import EndpointFlag
 from netpol_ebpf.apply.events import FlowEvent, Names, decode_event
 from netpol_ebpf.apply.ledger import Ledger
 from netpol_ebpf.apply.surroundings import SurroundingsWriter
-from netpol_ebpf.compiler import Change, Compiler, KnownNumbers, Limits, Tables
+from netpol_ebpf.compiler import Change, CompiledTables, Compiler, KnownNumbers, Limits
 from netpol_ebpf.errors import InvalidInputError, LimitError, Location, MapFullError, PlatformError, Problem
 from netpol_ebpf.policy.translate import Derivation
 from netpol_ebpf.policy.types import (
@@ -44,24 +45,25 @@ from netpol_ebpf.policy.types import (
     Action,
     Cause,
     Changes,
+    ClusterNode,
     Direction,
     Endpoint,
     EndpointKey,
     EndpointKind,
     IPAddress,
-    NetworkSet,
+    LabelledNets,
     Policy,
-    Profile,
+    PolicySettings,
+    PolicyTier,
+    ProfileRules,
     ResourceKey,
-    Service,
+    ServiceBackends,
     Staged,
-    Tier,
     Tunnel,
     World,
 )
-from netpol_ebpf.policy.types import Node as ClusterNode
-from netpol_ebpf.policy.types import Settings as PolicySettings
-from netpol_ebpf.sources.files import Batch, ManifestDirectory, Upsert
+from netpol_ebpf.resources.types import Pod
+from netpol_ebpf.sources.files import ManifestDirectory, SourceUpdate, Upsert
 from netpol_loader import abi
 from netpol_loader.pins.drift import Drift, PartlyMendedError
 
@@ -84,11 +86,11 @@ ROUND_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
-class Settings:
+class AgentSettings:
     """What the agent is asked to do.
 
     ``node``: name of this node, None: every workload that is found here is local.  ``interfaces``: patterns of workload
-    interfaces, () for the built-in rule (`bonds.may_be_workloads`); ``own_interfaces``: patterns of those that are the node's.
+    interfaces, () for the built-in rule (`assignments.may_be_workloads`); ``own_interfaces``: patterns of those that are the node's.
     ``borrow_sources``: honour a pod's allowed source prefixes.
     ``keep_revoked``: connections that policy no longer allows live on until they end.  ``workload_to_host``: what becomes of
     packets of workloads to their own node, PASS: a wildcard host endpoint's policy decides.  ``mark_shift``: lowest of 16
@@ -139,21 +141,22 @@ class Agent:
 
     def __init__(
         self,
-        settings: Settings,
-        node: Node,
+        settings: AgentSettings,
+        node: NodeAccess,
         source: ManifestDirectory,
         ledger: Ledger,
         clock: Callable[[], float],
-        bonds_file: Path | None = None,
+        assignments_file: Path | None = None,
     ) -> None:
-        """``bonds_file``: where what was decided about interfaces outlives the process; None: it does not."""
+        """``assignments_file``: where what was decided about interfaces outlives the process; None: it does not."""
         self.settings = settings
         self._node = node
         self._source = source
         self._ledger = ledger
         self._clock = clock
         self._derivation = Derivation(PolicySettings(workload_to_host=settings.workload_to_host))
-        self._claims = Claims(self._derivation.world)
+        self._claims = AddressClaims(self._derivation.world)
+        self._handovers = Handovers()
         self._in_force = WorldInForce()
         self._local: dict[EndpointKey, Endpoint] = {}  # with the addresses that count as theirs
         self._names = NumberNames()
@@ -163,11 +166,11 @@ class Agent:
         self._own = OwnInterfaces(settings.node, self._attachments, settings.tunnels)
         self._audit: Audit | None = None
         self._wiring = Wiring()
-        self._bonds = Bonds(settings.interfaces, settings.own_interfaces)
-        self._bonds_file = bonds_file
-        self._bonds_damage: tuple[Problem, ...] = ()
-        self._bonds_problems: tuple[Problem, ...] = ()
-        self._located = Located()
+        self._assignments = InterfaceAssignments(settings.interfaces, settings.own_interfaces)
+        self._assignments_file = assignments_file
+        self._assignments_damage: tuple[Problem, ...] = ()
+        self._assignments_problems: tuple[Problem, ...] = ()
+        self._located = LocatedEndpoints()
         self._told: frozenset[str] = frozenset()  # of what is not enforced
         self._missed_s: dict[EndpointKey, float] = {}  # since when there has been no interface of these
         self._adoption = Adoption()
@@ -180,7 +183,7 @@ class Agent:
         self._looked_at_s = self._audited_s = self._round_s = clock()
         self._has_looked = False  # at the interfaces, in this step
         self._others: dict[IPAddress, str] | None = None
-        self.refusals = Refusals()
+        self.refusals = RejectedChanges()
         self.drift = DriftLog()
         self.barrier = Barrier(settings.barrier, node.barrier, clock, node.others)
         self.changes_applied = 0
@@ -207,7 +210,7 @@ class Agent:
             found.append(Problem(self._location(key), "", f"interface: {message}", obj=str(key), slug="interface"))
         found += self._doubts()
         found += self._unenforced()
-        return [*found, *self._wiring.problems, *self._bonds_damage, *self._bonds_problems]
+        return [*found, *self._wiring.problems, *self._assignments_damage, *self._assignments_problems]
 
     @property
     def names(self) -> Names:
@@ -234,7 +237,7 @@ class Agent:
         return self._own
 
     @property
-    def tables(self) -> Tables:
+    def tables(self) -> CompiledTables:
         """The compiled tables in force; for reading."""
         return self._compiler.tables
 
@@ -318,7 +321,7 @@ class Agent:
             reasons = "; ".join(f"{one.location} {one.message}" for one in self._source.problems)
             raise InvalidInputError(f"the manifests are not known: {reasons}")
         self._take_changes(older=set(self._ledger.numbers.endpoints))
-        self._recall_bonds()
+        self._recall_assignments()
         self._look_at_interfaces()
         self._take_changes()  # what the interfaces tell of tunnels is in the world already
         self._take_off_moved()
@@ -338,19 +341,58 @@ class Agent:
         batch = self._source.step(self.close_newborn)  # what is born meanwhile is looked at below
         if self._node.has_news() or self._is_searching():
             gone = self._gone()
-            self._bonds.forget(gone)  # before another interface with such a number is taken for the same
+            self._handovers.forget(gone)
+            self._assignments.forget(gone)  # before another interface with such a number is taken for the same
             self._look_at_interfaces()
             self._let_go(gone)
             self._close_and_open()
         if batch is not None:
             self._take(batch)
-        if batch is not None or self._derivation.is_changed:
+        if batch is not None or self._derivation.is_changed or self._handovers.is_changed:
             self._bring_into_force(self._take_changes())
         elif self.refusals.retry_at_s is not None and self._clock() >= self.refusals.retry_at_s:
             self._bring_into_force(Changes())
         self.drift.note(self.barrier.follow(), self._clock())
         self._look_for_drift()
         return self.read_flows()
+
+    def hand_over(self, handed: Handover) -> None:
+        """Take up what the CNI plugin says of an interface; the next step acts on it, and `missing_for` says how far it is."""
+        self._handovers.add(handed)
+
+    @property
+    def has_handovers(self) -> bool:
+        """Whether a step is to act on what was handed over."""
+        return self._handovers.is_changed
+
+    def missing_for(self, handed: Handover) -> str:
+        """Why policy for an interface that was handed over is not in force yet; empty: it is."""
+        key = handed.pod
+        endpoint = self._local.get(key)
+        binding = self.applier.bindings.get(key)
+        if not self._is_there(handed):
+            return f"the node has no interface {handed.name} with its other end where it was said to be"
+        if not self._handed(key):
+            pod = self._derivation.get(key_of_endpoint(key))
+            return "its Pod object has not arrived" + (", only an older one's of its name" if pod is not None else "")
+        if endpoint is None:
+            return "its Pod object is that of a pod of another node, of the host's network, or of one that has ended"
+        if self._derivation.get(ResourceKey("Namespace", "", key.namespace)) is None:
+            return f"its Namespace {key.namespace} has not arrived"
+        if set(handed.addresses).isdisjoint(self._derivation.world.endpoints[key].addresses or handed.addresses):
+            return f"{handed.inside} is a further interface, and policy knows a workload by its first"
+        others = [
+            f"{one} is {holder}'s"
+            for one in handed.addresses
+            if (holder := self._claims.holder(one)) not in (None, key)
+        ]
+        if others:
+            return "; ".join(others)
+        if self._in_force.world.endpoints.get(key) != endpoint or binding is None or binding.ifindex != handed.ifindex:
+            reasons = [one.message for one in (self.refusals.problem, self._no_room.get(key)) if one is not None]
+            reasons += [self._located.problems.get(key, "its policy is not in the kernel yet")]
+            return reasons[0]
+        return "" if handed.ifindex in self.attached else f"interface {handed.name} has no programs"
 
     def close_newborn(self) -> None:
         """Put programs on interfaces that have come just now, before anything else is found out about them. Takes no time.
@@ -359,7 +401,7 @@ class Agent:
         """
         for link in self._node.take_born():
             is_known = link.ifindex in self._wiring.links or link.ifindex in self.attached
-            if not is_known and self._bonds.close_newborn(link):
+            if not is_known and self._assignments.close_newborn(link):
                 self._attachments.attach(link.ifindex, link.name, is_newborn=True)
 
     def read_flows(self) -> list[FlowEvent]:
@@ -370,7 +412,7 @@ class Agent:
 
     # --- manifests --------------------------------------------------------------------------------------------------
 
-    def _take(self, batch: Batch) -> None:
+    def _take(self, batch: SourceUpdate) -> None:
         """Take up what changed. Nothing of the batch is kept: of a cluster it is large."""
         known = set(self._manifest_problems)
         for problem in batch.problems:
@@ -384,9 +426,10 @@ class Agent:
                 self._derivation.remove(*event.key)
 
     def _take_changes(self, older: Collection[EndpointKey] = ()) -> Changes:
-        """What the manifests changed, addresses going to those who had them first. ``older``: see `Claims.apply_changes`."""
+        """What the manifests changed, addresses going to those who had them first. ``older``: see `AddressClaims.apply_changes`."""
         changes = self._derivation.take_changes()
         before = set(self._claims.disputes())
+        self._lend_addresses(changes)
         self._claims.apply_changes(changes, older)
         for key, endpoint in changes.endpoints.items():
             if endpoint is not None and self.is_local(endpoint):
@@ -403,6 +446,21 @@ class Agent:
             if dispute not in before:
                 log.log(logging.ERROR if dispute[2] in self._local else logging.WARNING, "%s", _dispute(*dispute))
         return changes
+
+    def _lend_addresses(self, changes: Changes) -> None:
+        """Pods without an address in their objects have those that the CNI plugin handed over; ``changes`` gets what that changes."""
+        changed = self._handovers.take_changed()
+        for key in {*changed, *self._handovers.pods, *self._claims.borrowers}:
+            handed = next(iter(self._handed(key)), None)
+            is_news = self._claims.lend(key, () if handed is None else handed.addresses)
+            endpoint = self._derivation.world.endpoints.get(key)
+            if endpoint is not None and (is_news or key in changed):
+                changes.endpoints.setdefault(key, endpoint)
+
+    def _handed(self, key: EndpointKey) -> list[Handover]:
+        """What the CNI plugin handed over for the pod that the cluster has under this name now, oldest first."""
+        pod = self._derivation.get(key_of_endpoint(key))
+        return [one for one in self._handovers.of(key) if isinstance(pod, Pod) and one.is_of(pod.uid)]
 
     def _bring_into_force(self, changes: Changes) -> None:
         """Compile and apply; when it does not fit, say so and try again with the next change, or when memory may be back."""
@@ -554,7 +612,7 @@ class Agent:
     def _is_searching(self) -> bool:
         """Whether it is time to look for what nobody announces, or to try again what failed."""
         return self._clock() - self._looked_at_s >= SEARCH_S and (
-            bool(self._attachments.problems) or self._is_waiting() or self._bonds.is_curious(self._wiring)
+            bool(self._attachments.problems) or self._is_waiting() or self._assignments.is_curious(self._wiring)
         )
 
     def _is_waiting(self) -> bool:
@@ -580,8 +638,8 @@ class Agent:
             if self.settings.node is None
             else [nodes[one] for one in (self.settings.node,) if one in nodes]
         )
-        before, doubts = self._located, set(self._bonds.doubts.values())
-        self._located = self._bonds.look(
+        before, doubts = self._located, set(self._assignments.doubts.values())
+        self._located = self._assignments.look(
             self._wiring,
             self._local.values(),
             node_addresses=[address for node in named for address in node.addresses],
@@ -590,10 +648,10 @@ class Agent:
         )
         for key, message in self._located.problems.items() - before.problems.items():
             log.warning("%s: interface: %s", key, message)
-        for message in set(self._bonds.doubts.values()) - doubts:
+        for message in set(self._assignments.doubts.values()) - doubts:
             log.error("%s", message)
         self._note_missing()
-        self._keep_bonds()
+        self._save_assignments()
 
     def _plugin_names(self) -> dict[EndpointKey, set[str]]:
         """Interfaces on the node that plugins made for local workloads; none for those whose plugin leaves none there."""
@@ -602,7 +660,17 @@ class Agent:
             endpoint = self._local.get(one.pod)
             if endpoint is not None and _is_first(one, endpoint) and (one.names or one.is_unseen):
                 found.setdefault(one.pod, set()).update(() if one.is_unseen else one.names)
+        for key in self._handovers.pods:
+            addresses = self._local[key].addresses if key in self._local else ()
+            for handed in self._handed(key):
+                if self._is_there(handed) and not set(handed.addresses).isdisjoint(addresses):
+                    found[key] = {handed.name}  # newer than what the runtime keeps of an interface before
         return found
+
+    def _is_there(self, handed: Handover) -> bool:
+        """Whether the node has the interface that was handed over, with its other end where it was said to be."""
+        link = self._wiring.links.get(handed.ifindex)
+        return link is not None and (link.name, link.peer) == (handed.name, handed.peer)
 
     def _note_missing(self) -> None:
         now_s = self._clock()
@@ -614,32 +682,32 @@ class Agent:
         """Whether a workload must be here: without a node's name, any may be elsewhere; without an address, it does not run."""
         return endpoint.node is not None and endpoint.node == self.settings.node and bool(endpoint.addresses)
 
-    def _keep_bonds(self) -> None:
+    def _save_assignments(self) -> None:
         """What was decided about interfaces, before the kernel sees it; what cannot be written is told, and tried again."""
-        if self._bonds_file is None or not self._bonds.is_dirty:
+        if self._assignments_file is None or not self._assignments.is_dirty:
             return
-        self._bonds_problems = ()
+        self._assignments_problems = ()
         try:
-            self._bonds.save(self._bonds_file)
+            self._assignments.save(self._assignments_file)
         except OSError as error:
             message = (
                 f"what was decided about interfaces cannot be kept ({error.strerror}): the next agent decides anew"
             )
-            place = Location(str(self._bonds_file))
-            self._bonds_problems = (Problem(place, "", message, severity="warning", slug="interfaces-file"),)
+            place = Location(str(self._assignments_file))
+            self._assignments_problems = (Problem(place, "", message, severity="warning", slug="interfaces-file"),)
 
-    def _recall_bonds(self) -> None:
+    def _recall_assignments(self) -> None:
         """Whose interfaces were, as an earlier agent left it: by its file, else by the rows in the kernel."""
-        if self._bonds_file is not None:
-            problem = self._bonds.load(self._bonds_file)
+        if self._assignments_file is not None:
+            problem = self._assignments.load(self._assignments_file)
             if problem is not None:
                 log.warning("%s", problem)
-                self._bonds_damage = (problem,)
+                self._assignments_damage = (problem,)
         keys = {number: key for key, number in self._ledger.numbers.endpoints.items() if key.kind != HOST_ENDPOINT}
         attached = self._node.attached()
         for ifindex, number in self._former_numbers().items():
             if number in keys:
-                self._bonds.expect(keys[number], ifindex if ifindex in attached else NOWHERE)
+                self._assignments.expect(keys[number], ifindex if ifindex in attached else NOWHERE)
 
     def _gone(self) -> set[int]:
         """Interfaces that went since the last look; when news were lost, all that have not our programs any more."""
@@ -676,7 +744,7 @@ class Agent:
 
     def _wanted_interfaces(self) -> set[int]:
         """Workloads' interfaces, which must bear the programs."""
-        candidates = {ifindex for ifindex in self._wiring.links if self._bonds.is_workload(ifindex)}
+        candidates = {ifindex for ifindex in self._wiring.links if self._assignments.is_workload(ifindex)}
         return candidates | set(self._located.interfaces.values())
 
     def _close_and_open(self) -> None:
@@ -704,7 +772,7 @@ class Agent:
         self.barrier.reconcile(self._wiring, wanted, self.attached)
         self._adoption.go_behind(self._node, *self._adoptable())
 
-    def _adoptable(self) -> tuple[dict[int, Workload], Place]:
+    def _adoptable(self) -> tuple[dict[int, Workload], NodeAddresses]:
         """The workloads whose old connections are looked for, as far as policy for them is in force, and what those depend on."""
         workloads, concerned = {}, self._adoption.concerned
         for key, ifindex in self._located.interfaces.items():
@@ -712,7 +780,7 @@ class Agent:
                 peer = self._wiring.links[ifindex].peer
                 number, addresses = self.tables.endpoints[key].number, self._local[key].addresses
                 workloads[ifindex] = Workload(number, addresses, None if peer is None else peer[0])
-        return workloads, Place(self._wiring.addresses, self._own.inputs.vips)
+        return workloads, NodeAddresses(self._wiring.addresses, self._own.inputs.vips)
 
     def _attach(self, ifindex: int) -> None:
         self._attachments.attach(ifindex, self._wiring.name_of(ifindex))
@@ -773,14 +841,14 @@ class Agent:
             yield Problem(self._location(other), "", message, obj=str(other), severity=severity, slug="address-claimed")
 
     def _doubts(self) -> Iterable[Problem]:
-        for message in self._bonds.doubts.values():
+        for message in self._assignments.doubts.values():
             yield Problem(Location(""), "", message, slug="interface-doubt")
 
     def _missing(self) -> Iterable[Problem]:
         """Workloads of this node that no interface is known of, and for how long."""
         bound = {binding.ifindex for binding in self.applier.bindings.values()}
         closed = sorted(
-            self._wiring.name_of(ifindex) for ifindex in self.attached - bound if self._bonds.is_workload(ifindex)
+            self._wiring.name_of(ifindex) for ifindex in self.attached - bound if self._assignments.is_workload(ifindex)
         )
         where = f"; closed, and perhaps its, are {', '.join(closed[:SHOWN])}" if closed else ""
         for key, since_s in sorted(self._missed_s.items()):
@@ -829,7 +897,7 @@ class Agent:
         return Location("") if resource is None else resource.meta.location
 
 
-def _is_first(result: Result, endpoint: Endpoint) -> bool:
+def _is_first(result: CniResult, endpoint: Endpoint) -> bool:
     """Whether a plugin's result is that of the interface whose addresses policy knows the workload by, and no further one's."""
     return not result.addresses or bool(result.addresses & set(endpoint.addresses))
 
@@ -860,13 +928,13 @@ def _dispute(address: IPAddress, holder: EndpointKey, other: EndpointKey) -> str
 def _objects(changes: Changes) -> Iterable[tuple[Any, Any, Any]]:
     """(type, key, new object or None) of everything that changed."""
     kinds: tuple[tuple[type, Mapping[Any, Any]], ...] = (
-        (Tier, changes.tiers),
+        (PolicyTier, changes.tiers),
         (Policy, changes.policies),
-        (Profile, changes.profiles),
+        (ProfileRules, changes.profiles),
         (Endpoint, changes.endpoints),
-        (NetworkSet, changes.network_sets),
+        (LabelledNets, changes.network_sets),
         (ClusterNode, changes.nodes),
-        (Service, changes.services),
+        (ServiceBackends, changes.services),
     )
     for kind, table in kinds:
         for key, new in table.items():

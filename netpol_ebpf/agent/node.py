@@ -15,12 +15,11 @@ from ipaddress import IPv6Address, ip_network
 from pathlib import Path
 from typing import Protocol
 
-from netpol_ebpf.agent.adoption import Live, look_at_connections
-from netpol_ebpf.agent.barrier import Tables
-from netpol_ebpf.agent.cni import DEFAULT_DIR, PluginResults
+from netpol_ebpf.agent.adoption import LiveConnections, look_at_connections
+from netpol_ebpf.agent.barrier import BarrierAccess
+from netpol_ebpf.agent.cni import DEFAULT_DIR, CniResultCache
 from netpol_ebpf.agent.timeouts import set_timeouts
-from netpol_ebpf.agent.wiring import NOWHERE, Link, Wiring
-from netpol_ebpf.apply import surroundings
+from netpol_ebpf.agent.wiring import NOWHERE, Interface, Wiring
 from netpol_ebpf.apply.applier import KernelMap
 from netpol_ebpf.apply.encode import LocalFlag, Meaning, decode_endpoint
 from netpol_ebpf.errors import PlatformError
@@ -39,10 +38,9 @@ from netpol_loader.pins.upgrade import Upgrade, open_dataplane
 
 log = logging.getLogger(__name__)
 
-POLICY_MAPS = frozenset({
-    "np_endpoint", "np_addr4", "np_addr6", "np_cidr4", "np_cidr6", "np_source4", "np_source6", "np_peer_class", "np_l4_atom",
-    "np_l4_col", "np_verdict", "np_rule", "np_host", "np_ifindex", "np_vip_filter", "np_ep_cache", *surroundings.MAPS,
-})  # fmt: skip
+POLICY_MAPS = frozenset(
+    abi.maps_of(abi.MapRole.ENDPOINT, abi.MapRole.ENDPOINT_CACHE, abi.MapRole.NODE, abi.MapRole.TABLE)
+)
 """Maps that say what policy is, or what was remembered of that. The others hold connections, counters and settings, and belong to no agent."""
 
 
@@ -66,7 +64,7 @@ CLSACT_TURN = 10
 """Interfaces with clsact to be looked at in one audit; arbitrary."""
 
 
-class Node(Protocol):
+class NodeAccess(Protocol):
     """What the agent needs of a node; tests have another one."""
 
     @property
@@ -74,7 +72,7 @@ class Node(Protocol):
         """The maps in force."""
 
     @property
-    def barrier(self) -> Tables:
+    def barrier(self) -> BarrierAccess:
         """The tables of the second barrier in this node's network namespace."""
 
     def snapshot(self, bound: Collection[int] = ()) -> Wiring:
@@ -86,7 +84,7 @@ class Node(Protocol):
     def has_news(self) -> bool:
         """Whether interfaces, routes or addresses may have changed since the last call."""
 
-    def take_born(self) -> list[Link]:
+    def take_born(self) -> list[Interface]:
         """Interfaces that the kernel told of since the last call, new ones among them; the rest of the news stays news."""
 
     def take_gone(self) -> set[int] | None:
@@ -128,7 +126,7 @@ class Node(Protocol):
     def interface_towards(self, address: IPAddress) -> int | None:
         """The interface by which the node would send to an address, None where there is no way."""
 
-    def live_connections(self, namespaces: Collection[int]) -> Live:
+    def live_connections(self, namespaces: Collection[int]) -> LiveConnections:
         """The connections of this node, and those that sockets in these network namespaces show."""
 
     def read_events(self, consume: Callable[[abi.np_event], None]) -> int:
@@ -151,7 +149,7 @@ class KernelNode:
 
         ``plugin_results``: the directory of `cni.PluginResults`.
         """
-        self._results = PluginResults(plugin_results or DEFAULT_DIR)
+        self._results = CniResultCache(plugin_results or DEFAULT_DIR)
         self._pin_root = pin_root
         self._group = group
         self._timeouts_s = dict(timeouts_s or {})
@@ -159,13 +157,13 @@ class KernelNode:
         self._stack = contextlib.ExitStack()
         self._consume: Callable[[abi.np_event], None] = lambda _event: None
         self._gone: set[int] | None = set()
-        self._born: list[Link] = []
+        self._born: list[Interface] = []
         self._is_news = False  # what was read and not looked at yet
         self._groups: frozenset[netlink.IPAddress] = frozenset()  # but for those of addresses
         self._not_joined: set[netlink.IPAddress] = set()  # of those of addresses
         self._groups_s = -GROUPS_S
         self._version: tuple[int, int] | None = None  # of the follower, when its news were read
-        self._links: dict[int, tuple[netlink.Link, Link]] = {}
+        self._links: dict[int, tuple[netlink.Link, Interface]] = {}
         self._asked: dict[
             int, tuple[netlink.Link, bool, float]
         ] = {}  # behind an interface: had it a host route, and when
@@ -201,12 +199,12 @@ class KernelNode:
 
     @property
     def maps(self) -> Mapping[str, KernelMap]:
-        """See `Node`."""
+        """See `NodeAccess`."""
         return self._dataplane.maps
 
     @property
     def barrier(self) -> BarrierTables:
-        """See `Node`."""
+        """See `NodeAccess`."""
         return self._barrier
 
     def fileno(self) -> int:
@@ -219,14 +217,14 @@ class KernelNode:
         return self._follower.listed_again
 
     def has_news(self) -> bool:
-        """See `Node`."""
+        """See `NodeAccess`."""
         self._read_news()
         self._look_at_groups()
         is_news, self._is_news = self._is_news, False
         return is_news
 
-    def take_born(self) -> list[Link]:
-        """See `Node`."""
+    def take_born(self) -> list[Interface]:
+        """See `NodeAccess`."""
         self._read_news(is_brief=True)
         born, self._born = self._born, []
         return born
@@ -259,12 +257,12 @@ class KernelNode:
         return {_solicited(one) for one in (*self._follower.addresses, *anycast) if one.version == IPV6}
 
     def take_gone(self) -> set[int] | None:
-        """See `Node`."""
+        """See `NodeAccess`."""
         gone, self._gone = self._gone, set()
         return gone
 
     def snapshot(self, bound: Collection[int] = ()) -> Wiring:
-        """See `Node`. As of the last news that were read: what comes after those is news of the next time."""
+        """See `NodeAccess`. As of the last news that were read: what comes after those is news of the next time."""
         if self._version is None:
             self._read_news()
             self._look_at_groups()
@@ -286,7 +284,7 @@ class KernelNode:
             problems=self._results.problems,
         )
 
-    def _known_links(self) -> dict[int, tuple[netlink.Link, Link]]:
+    def _known_links(self) -> dict[int, tuple[netlink.Link, Interface]]:
         """The interfaces, as the kernel tells of them and as the agent sees them."""
         before = self._links
         self._links = {}
@@ -295,7 +293,7 @@ class KernelNode:
             self._links[ifindex] = known if known is not None and known[0] is one else (one, _link(one))
         return self._links
 
-    def _look_behind(self, links: Mapping[int, tuple[netlink.Link, Link]], bound: Collection[int]) -> None:
+    def _look_behind(self, links: Mapping[int, tuple[netlink.Link, Interface]], bound: Collection[int]) -> None:
         """Addresses at the other ends of pairs that are nobody's yet: of each when anything about it is new, else now and then.
 
         Behind a bound interface nothing counts any more. What one interface costs is bounded, whatever is done at its other end.
@@ -320,7 +318,7 @@ class KernelNode:
 
     @contextlib.contextmanager
     def renewal(self) -> Iterator[Mapping[str, KernelMap]]:
-        """See `Node`."""
+        """See `NodeAccess`."""
         if self._upgrade is not None:
             yield self._dataplane.maps
             self._set_timeouts()  # before: an upgrade is no moment at which connections are given up earlier than asked
@@ -338,7 +336,7 @@ class KernelNode:
         self._set_timeouts()
 
     def renewal_sizes(self) -> Mapping[str, int]:
-        """See `Node`."""
+        """See `NodeAccess`."""
         sizes = {name: one.max_entries for name, one in self._dataplane.pinned.items()}
         if self._upgrade is None and not self._is_new():
             sizes |= {name: size for name, size in self._sizes.items() if name in POLICY_MAPS}
@@ -354,20 +352,20 @@ class KernelNode:
         return next(iter(self._dataplane.maps["np_rule"].items()), None) is None and not self.attached()
 
     def former_numbers(self) -> Mapping[int, int]:
-        """See `Node`."""
+        """See `NodeAccess`."""
         if self._upgrade is not None:
             return self._upgrade.numbers()
         rows = (decode_endpoint(value) for _, value in self._dataplane.maps["np_endpoint"].items())
         return {row.ifindex: row.number for row in rows}
 
     def attached(self) -> set[int]:
-        """See `Node`."""
+        """See `NodeAccess`."""
         if self._upgrade is not None:
             return self._upgrade.attached()
         return {one.ifindex for one in attach.attachments(self._dataplane)}
 
     def attach(self, ifindex: int, *, is_newborn: bool = False) -> bool:
-        """See `Node`."""
+        """See `NodeAccess`."""
         try:
             attach.attach(ifindex, self._dataplane, is_newborn=is_newborn)
         except PlatformError:
@@ -377,16 +375,16 @@ class KernelNode:
         return True
 
     def detach(self, ifindex: int) -> None:
-        """See `Node`."""
+        """See `NodeAccess`."""
         attach.detach(ifindex, self._dataplane)
         self.prune()
 
     def prune(self) -> None:
-        """See `Node`."""
+        """See `NodeAccess`."""
         attach.prune(self._dataplane, self._follower.links.keys())
 
     def mend(self, ifindexes: Collection[int]) -> list[Drift]:
-        """See `Node`. Of interfaces with clsact, CLSACT_TURN at a time are looked at: it takes long."""
+        """See `NodeAccess`. Of interfaces with clsact, CLSACT_TURN at a time are looked at: it takes long."""
         found = mend_pins(self._dataplane)
         restored = {one.where for one in found}
         try:
@@ -405,32 +403,32 @@ class KernelNode:
             raise PartlyMendedError(error.message, [*found, *error.found]) from error
 
     def other_programs(self, attached: Collection[int]) -> list[Other]:
-        """See `Node`."""
+        """See `NodeAccess`."""
         return self._others.look(self._follower.links.keys(), attached, self._dataplane)
 
     def others(self, ifindex: int) -> list[str]:
-        """See `Node`."""
+        """See `NodeAccess`."""
         return attach.others(ifindex, self._dataplane)
 
     def interface_towards(self, address: IPAddress) -> int | None:
-        """See `Node`."""
+        """See `NodeAccess`."""
         return netlink.interface_towards(address)
 
-    def live_connections(self, namespaces: Collection[int]) -> Live:
-        """See `Node`."""
+    def live_connections(self, namespaces: Collection[int]) -> LiveConnections:
+        """See `NodeAccess`."""
         return look_at_connections(namespaces)
 
     def read_events(self, consume: Callable[[abi.np_event], None]) -> int:
-        """See `Node`."""
+        """See `NodeAccess`."""
         self._consume = consume
         return self._reader.consume(EVENTS_A_LOOK)
 
 
-def _link(link: netlink.Link) -> Link:
+def _link(link: netlink.Link) -> Interface:
     is_pair = link.kind in PAIR_KINDS and link.peer_nsid is not None
     peer = (link.peer_nsid, link.peer_ifindex) if is_pair and link.peer_nsid is not None else None
     lower = link.peer_ifindex if link.kind in STACKED_KINDS and link.peer_nsid is None else NOWHERE
-    return Link(
+    return Interface(
         link.ifindex, link.name, link.kind, peer, link.master, link.hardware, link.takes, link.is_external, lower
     )  # fmt: skip
 

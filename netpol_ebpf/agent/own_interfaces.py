@@ -18,11 +18,11 @@ from dataclasses import dataclass, field
 from netpol_ebpf.agent.attachments import Attachments
 from netpol_ebpf.agent.hosts import HostPlan, own_interfaces, plan_hosts
 from netpol_ebpf.agent.node import PAIR_KINDS
-from netpol_ebpf.agent.wiring import BRIDGE_KIND, NOWHERE, Link, Wiring, device_flags
+from netpol_ebpf.agent.wiring import BRIDGE_KIND, NOWHERE, Interface, Wiring, device_flags
 from netpol_ebpf.apply.applier import Applier, Binding, KernelMap, too_small
 from netpol_ebpf.apply.encode import EndpointFlag, LocalFlag, Meaning, endpoint_key
 from netpol_ebpf.apply.surroundings import UPLINK, OwnInterface, Surroundings, SurroundingsWriter
-from netpol_ebpf.compiler import Tables
+from netpol_ebpf.compiler import CompiledTables
 from netpol_ebpf.errors import Location, MapFullError, Problem
 from netpol_ebpf.policy.types import Endpoint, EndpointKey, EndpointKind, IPAddress, Vip, VipKey, World
 from netpol_loader import abi
@@ -48,7 +48,7 @@ class HostPolicyInputs:
     nodes: Mapping[IPAddress, int] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, world: World, tables: Tables, node: str | None) -> HostPolicyInputs:
+    def of(cls, world: World, tables: CompiledTables, node: str | None) -> HostPolicyInputs:
         """Of the manifests, with the tables that were made of them, on the node of that name (None: not known)."""
         rows = tables.endpoints
         hosts = {key: one for key, one in world.endpoints.items() if one.kind is EndpointKind.HOST and key in rows}
@@ -254,7 +254,7 @@ class OwnInterfaces:
         applier.set_flags(**({"on": nets} if wanted.nets else {"off": nets}))
 
 
-def _is_outside(link: Link) -> bool:
+def _is_outside(link: Interface) -> bool:
     """Whether what comes in by an interface of the node's own, which is on no other one, comes from elsewhere.
 
     Not from a bridge, whose ports have judged it, nor from the other end of a pair that is all in the node: it left there.

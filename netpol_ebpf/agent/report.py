@@ -14,7 +14,7 @@ from ipaddress import ip_address
 from typing import Any
 
 from netpol_ebpf import __version__
-from netpol_ebpf.agent.bonds import Evidence
+from netpol_ebpf.agent.assignments import Evidence
 from netpol_ebpf.agent.core import Agent
 from netpol_ebpf.agent.timeouts import STATES, read_timeouts
 from netpol_ebpf.apply.applier import KernelMap
@@ -29,10 +29,8 @@ WAITING = 100
 CONNECTIONS = 10_000
 """Connections shown; arbitrary: some megabytes of answer."""
 CONNECTION_TABLES = (
-    ("np_conn4", "established"),
-    ("np_conn6", "established"),
-    ("np_unreplied4", "unreplied"),
-    ("np_unreplied6", "unreplied"),
+    *((name, "established") for name in abi.UNREPLIED_VIEWS),
+    *((name, "unreplied") for name in abi.UNREPLIED_VIEWS.values()),
 )
 _COUNT = struct.Struct("=QQ")  # struct np_count: packets, bytes
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the agent knows of the node's interfaces, addresses and routes: one snapshot, without a judgement.
 
-`netpol_ebpf.agent.bonds` says which interface is whose.  Runs nothing and asks no kernel.
+`netpol_ebpf.agent.assignments` says which interface is whose.  Runs nothing and asks no kernel.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from netpol_ebpf.agent.cni import Result
+from netpol_ebpf.agent.cni import CniResult
 from netpol_ebpf.apply.encode import EndpointFlag, Meaning
 from netpol_ebpf.errors import Problem
 from netpol_ebpf.policy.types import IPAddress, IPNetwork
@@ -28,7 +28,7 @@ NOWHERE = 0
 
 
 @dataclass(frozen=True, slots=True)
-class Link:
+class Interface:
     """An interface.
 
     ``peer``: (namespace id, interface index there) of a veth or netkit whose other end is in another namespace.  ``master``: the
@@ -60,7 +60,7 @@ class Wiring:
     interfaces that plugins of container networks made for pods; ``problems``: what of that could not be read.
     """
 
-    links: Mapping[int, Link] = field(default_factory=dict)
+    links: Mapping[int, Interface] = field(default_factory=dict)
     host_routes: Mapping[IPAddress, int] = field(default_factory=dict)
     uplinks: frozenset[int] = frozenset()
     peer_addresses: Mapping[tuple[int, int], tuple[IPAddress, ...]] = field(default_factory=dict)
@@ -70,7 +70,7 @@ class Wiring:
     subnets: Mapping[IPNetwork, frozenset[int]] = field(default_factory=dict)
     next_hops: frozenset[int] = frozenset()
     shared: frozenset[int] = frozenset()
-    results: tuple[Result, ...] = ()
+    results: tuple[CniResult, ...] = ()
     problems: tuple[Problem, ...] = ()
 
     @property
@@ -84,7 +84,7 @@ class Wiring:
         master = self.links.get(link.master) if link is not None else None
         return master.ifindex if master is not None and master.kind == BRIDGE_KIND else ifindex
 
-    def lowest(self, link: Link) -> Link:
+    def lowest(self, link: Interface) -> Interface:
         """The device by which packets come in that a stacked one hands on; itself where it is not stacked."""
         for _ in range(MOST_STACKED):
             link = self.links.get(link.lower, link)
@@ -96,7 +96,7 @@ class Wiring:
         return str(ifindex) if link is None else link.name
 
 
-def device_flags(link: Link | None) -> EndpointFlag:
+def device_flags(link: Interface | None) -> EndpointFlag:
     """What the program has to know of a device to read its packets."""
     if link is None or link.hardware == ETHERNET:
         return EndpointFlag.NONE

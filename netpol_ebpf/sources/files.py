@@ -35,7 +35,7 @@ from netpol_ebpf.policy.translate import ResourceKey, key_of
 from netpol_ebpf.resources.manifest_files import MOST_BYTES, DirectoryId, find_manifests, never_pause
 from netpol_ebpf.resources.types import Resource
 from netpol_ebpf.sources.copies import LastGoodCopies
-from netpol_ebpf.sources.reading import Outcome, Reading, Task, can_read_in_place, read, unreadable
+from netpol_ebpf.sources.reading import Reading, ReadResult, ReadTask, can_read_in_place, read, unreadable
 
 INTERVAL_S = 0.2
 """Recommended time between two looks: a change is taken up after one to two of them, well within a second."""
@@ -89,7 +89,7 @@ Event = Union[Upsert, Remove]
 
 
 @dataclass(frozen=True, slots=True)
-class Batch:
+class SourceUpdate:
     """What one look brought: events to be applied together, and all problems there are now, in file and line order."""
 
     events: tuple[Event, ...]
@@ -117,7 +117,7 @@ class _File:
 
 
 @dataclass(frozen=True, slots=True)
-class _Sight:
+class _Scan:
     """One look: manifests by name ("" for a root that is a file), and why other places could not be looked at, by name."""
 
     files: dict[str, Signature]
@@ -133,18 +133,18 @@ class _Sight:
 class _Pending:
     """A look that was not taken up yet: what of it must be read, since when, and who reads. ``reading``: None where it is read in place."""
 
-    sight: _Sight
-    tasks: list[Task]
+    sight: _Scan
+    tasks: list[ReadTask]
     began_s: float
     reading: Reading | None = None
 
 
-Place = tuple[bool, str, int]
+ObjectPosition = tuple[bool, str, int]
 """Whether it is the form in which Calico stores an object, name of the file, the object's number in it: the least place counts."""
 
 
 @dataclass(slots=True)
-class _Merged:
+class _MergedFiles:
     """The objects of all files, kept up file by file: a change costs what it touches, not what there is.
 
     Invariant: ``homes`` holds of each key the least place that gives it, ``others`` the further ones, in order; a key that is given
@@ -152,12 +152,12 @@ class _Merged:
     """
 
     given: dict[str, tuple[Resource, ...]] = field(default_factory=dict)
-    homes: dict[ResourceKey, Place] = field(default_factory=dict)
-    others: dict[ResourceKey, list[Place]] = field(default_factory=dict)
+    homes: dict[ResourceKey, ObjectPosition] = field(default_factory=dict)
+    others: dict[ResourceKey, list[ObjectPosition]] = field(default_factory=dict)
 
     def replace(self, files: Mapping[str, tuple[Resource, ...]]) -> tuple[Event, ...]:
         """Take up files given as name to resources, none for one that went. Removals come first; each part in file order."""
-        was: dict[ResourceKey, tuple[Place, Resource] | None] = {}
+        was: dict[ResourceKey, tuple[ObjectPosition, Resource] | None] = {}
         for name in files:
             for number, resource in enumerate(self.given.get(name, ())):
                 key = key_of(resource)
@@ -172,8 +172,8 @@ class _Merged:
                 key = key_of(resource)
                 was.setdefault(key, self._first(key))
                 self._claim(key, (resource.meta.is_stored, name, number))
-        removals: list[tuple[Place, Event]] = []
-        upserts: list[tuple[Place, Event]] = []
+        removals: list[tuple[ObjectPosition, Event]] = []
+        upserts: list[tuple[ObjectPosition, Event]] = []
         for key, old in was.items():
             new = self._first(key)
             if new is None:
@@ -191,15 +191,15 @@ class _Merged:
                 if one.meta.is_stored == home.meta.is_stored:
                     yield _duplicate(key, one, home)
 
-    def _at(self, place: Place) -> Resource:
+    def _at(self, place: ObjectPosition) -> Resource:
         _, name, number = place
         return self.given[name][number]
 
-    def _first(self, key: ResourceKey) -> tuple[Place, Resource] | None:
+    def _first(self, key: ResourceKey) -> tuple[ObjectPosition, Resource] | None:
         home = self.homes.get(key)
         return None if home is None else (home, self._at(home))
 
-    def _claim(self, key: ResourceKey, place: Place) -> None:
+    def _claim(self, key: ResourceKey, place: ObjectPosition) -> None:
         first = self.homes.get(key)
         if first is None:
             self.homes[key] = place
@@ -207,7 +207,7 @@ class _Merged:
         self.homes[key] = min(first, place)
         insort(self.others.setdefault(key, []), max(first, place))
 
-    def _retract(self, key: ResourceKey, place: Place) -> None:
+    def _retract(self, key: ResourceKey, place: ObjectPosition) -> None:
         others = self.others.get(key, [])
         if self.homes[key] != place:
             del others[bisect_left(others, place)]
@@ -236,7 +236,7 @@ class ManifestDirectory:
     _racy: set[str] = field(default_factory=set)
     _faulty: set[str] = field(default_factory=set)
     _unmerged: set[str] = field(default_factory=set)
-    _merged: _Merged = field(default_factory=_Merged)
+    _merged: _MergedFiles = field(default_factory=_MergedFiles)
     _uncopied: dict[str, str | None] = field(default_factory=dict)  # texts to be copied, None: a copy to be removed
     _is_swept: bool = False  # of copies of files that went while nobody looked
     _copy_problems: tuple[Problem, ...] = ()
@@ -247,7 +247,7 @@ class ManifestDirectory:
     _too_many: frozenset[str] = frozenset()  # files beyond what is read in all
     _retries: dict[str, float] = field(default_factory=dict)  # files to be read again though they do not change: when
     _pending: _Pending | None = None
-    _seen: _Sight | None = None
+    _seen: _Scan | None = None
     _unsettled_looks: int = 0
     _started: bool = False
     _is_read: bool = False
@@ -290,12 +290,12 @@ class ManifestDirectory:
             found[MOST_TOLD:] = [Problem(Location(str(self.root)), "", message, slug="more")]
         return tuple(found)
 
-    def step(self, pause: Callable[[], None] = never_pause) -> Batch | None:
+    def step(self, pause: Callable[[], None] = never_pause) -> SourceUpdate | None:
         """Look once, or see whether what the last look found has been read. None: nothing to take up (yet).
 
         The first look is taken up at once, however long that takes; no other waits for the reading of files.  ``pause`` is called
         every few milliseconds while there is work in this process.  Never raises for the state of the manifests; that is in
-        ``Batch.problems``.
+        ``SourceUpdate.problems``.
         """
         if self._pending is not None:
             return self._go_on(self._pending, pause)
@@ -317,7 +317,7 @@ class ManifestDirectory:
         self._pending = self._begin(sight)
         return self._go_on(self._pending, pause)
 
-    def _look(self, pause: Callable[[], None]) -> _Sight:
+    def _look(self, pause: Callable[[], None]) -> _Scan:
         """All manifests below the root, which may be one itself. Raises OSError."""
         status = self.root.stat()
         is_file = not stat.S_ISDIR(status.st_mode)
@@ -330,17 +330,17 @@ class ManifestDirectory:
                 str(self.root),
             )
         if is_file:
-            return _Sight({"": _signature(status)}, {})
+            return _Scan({"": _signature(status)}, {})
         found = find_manifests(self.root, pause)
         files = {name: _signature(one) for name, one in found.files.items()}
-        return _Sight(files, found.hidden, found.directories)
+        return _Scan(files, found.hidden, found.directories)
 
-    def _look_for_displaced(self, sight: _Sight) -> None:
+    def _look_for_displaced(self, sight: _Scan) -> None:
         """Add to a look the files that it has not, and of which nobody can say that they went. Raises OSError."""
         if not self._is_read and self.copies is not None:
             self._homes = self.copies.directories()
         missing = [name for name in self._known() if name not in sight.files]
-        told = _Places(sight, self.root, self._homes) if missing else None
+        told = _DirectoryHistory(sight, self.root, self._homes) if missing else None
         for name in missing:
             if told is not None and not sight.is_hidden(name):
                 sight.hidden.update(told.displaced(name))
@@ -351,9 +351,9 @@ class ManifestDirectory:
         """The files taken up, and before there are any those that a predecessor had. Raises OSError."""
         return list(self._taken) if self._is_read or self.copies is None else sorted(self.copies.names())
 
-    def _is_due(self, sight: _Sight) -> bool:
+    def _is_due(self, sight: _Scan) -> bool:
         """Whether the directory differs from what was taken up and has settled."""
-        is_taken = sight == _Sight(self._taken, self._hidden)
+        is_taken = sight == _Scan(self._taken, self._hidden)
         is_retry = any(at_s <= self.clock() for at_s in self._retries.values())
         if self._started and is_taken and not self._racy and not is_retry and self.problems == self._reported:
             self._seen, self._unsettled_looks = None, 0
@@ -366,7 +366,7 @@ class ManifestDirectory:
         self._seen, self._unsettled_looks = None, 0
         return True
 
-    def _begin(self, sight: _Sight) -> _Pending:
+    def _begin(self, sight: _Scan) -> _Pending:
         """Choose what of a look must be read; a child begins to read it if it is much."""
         now_s, before = self.clock(), self._too_many
         too_many = self._too_many = _beyond_all(sight.files)
@@ -379,20 +379,20 @@ class ManifestDirectory:
             pending.reading = Reading(tasks, self.copies)
         return pending
 
-    def _task(self, name: str, signature: Signature) -> Task:
+    def _task(self, name: str, signature: Signature) -> ReadTask:
         before, place = self._files.get(name), self._path(name)
         copy = before is None and self.copies is not None
         digest = b"" if before is None else before.digest
         if signature == UNREAD:  # its place is told, once for all below it
-            return Task(name, place, None, digest, copy, 0)
+            return ReadTask(name, place, None, digest, copy, 0)
         if name in self._too_many:
             reason = (
                 f"with those before it by name it is more than the {MOST_BYTES_IN_ALL >> 20} MiB that are read in all"
             )
-            return Task(name, place, None, b"", copy, 0, (unreadable(place, reason),))
-        return Task(name, place, place, digest, copy, signature[2])
+            return ReadTask(name, place, None, b"", copy, 0, (unreadable(place, reason),))
+        return ReadTask(name, place, place, digest, copy, signature[2])
 
-    def _go_on(self, pending: _Pending, pause: Callable[[], None]) -> Batch | None:
+    def _go_on(self, pending: _Pending, pause: Callable[[], None]) -> SourceUpdate | None:
         """Take up what was to be read, if it has been."""
         reading = pending.reading
         if reading is None:
@@ -422,7 +422,7 @@ class ManifestDirectory:
             message = "a change of the manifests is still being read; what they said before stays in force until then"
             yield Problem(Location(str(self.root)), "", message, severity="warning", slug="reading")
 
-    def _take_up(self, pending: _Pending, outcomes: Iterator[tuple[Task, Outcome]]) -> tuple[Event, ...]:
+    def _take_up(self, pending: _Pending, outcomes: Iterator[tuple[ReadTask, ReadResult]]) -> tuple[Event, ...]:
         """Take over what was read and forget what went; what that makes of the objects."""
         sight = pending.sight
         for name in self._taken.keys() - sight.files.keys():
@@ -439,7 +439,7 @@ class ManifestDirectory:
                 self._keep_copies()  # the texts of all files at once would be the agent's peak of memory
         self._is_read, self._process_problems = True, ()
         self._hidden, self._is_file = sight.hidden, not sight.directories
-        self._homes = _Places(sight, self.root, self._homes).homes()
+        self._homes = _DirectoryHistory(sight, self.root, self._homes).homes()
         self._keep_copies()
         self._sweep_copies()
         files = self._files
@@ -447,7 +447,7 @@ class ManifestDirectory:
         self._unmerged.clear()
         return events
 
-    def _entry(self, signature: Signature, began_s: float, before: _File | None, outcome: Outcome) -> _File | None:
+    def _entry(self, signature: Signature, began_s: float, before: _File | None, outcome: ReadResult) -> _File | None:
         """What is known of a file from now on; one that is not valid keeps its objects. None: nothing yet."""
         if outcome.state == "gone":  # after the look; the next look shows that
             return before
@@ -515,22 +515,22 @@ class ManifestDirectory:
     def _path(self, name: str) -> Path:
         return self.root / name if name else self.root
 
-    def _batch(self, events: tuple[Event, ...]) -> Batch | None:
+    def _batch(self, events: tuple[Event, ...]) -> SourceUpdate | None:
         problems = self.problems
         if self._started and not events and problems == self._reported:
             return None
         self._started, self._reported = True, problems
-        return Batch(events, problems)
+        return SourceUpdate(events, problems)
 
 
 @dataclass(slots=True)
-class _Places:
+class _DirectoryHistory:
     """What one look tells of places: in which directories there are manifests, and which files nobody can say that they went.
 
     ``known``: the directories in which there were manifests when they were last taken up, None when that was lost.
     """
 
-    sight: _Sight
+    sight: _Scan
     root: Path
     known: Mapping[str, DirectoryId] | None
     _with_manifests: set[str] = field(default_factory=set)

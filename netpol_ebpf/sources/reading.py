@@ -60,7 +60,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Task:
+class ReadTask:
     """A file to be read.
 
     ``path``: None for a file that is not to be read, of which only the last good state can be.  ``digest``: of what was last read,
@@ -79,7 +79,7 @@ class Task:
 
 
 @dataclass(slots=True)
-class Outcome:
+class ReadResult:
     """What became of a file.
 
     ``state``: "good", "bad", "same" as last read, "gone", "unreadable", or "kept" when it was not read.  ``resources`` and
@@ -97,7 +97,7 @@ class Outcome:
     resources: tuple[Resource, ...] = ()
 
 
-def can_read_in_place(tasks: Sequence[Task]) -> bool:
+def can_read_in_place(tasks: Sequence[ReadTask]) -> bool:
     """Whether reading takes no more than some milliseconds."""
     if sum(task.size_bytes for task in tasks) > IN_PLACE_BYTES:
         return False
@@ -110,22 +110,22 @@ def _has_aliases(path: Path) -> bool:
     return False
 
 
-def read(task: Task, copies: LastGoodCopies | None) -> Outcome:
+def read(task: ReadTask, copies: LastGoodCopies | None) -> ReadResult:
     """Read one file, here and now; what is wrong with it is in the outcome."""
     if task.path is None:
-        return _with_last_good(Outcome(task.name, "kept", problems=task.problems, again=task.again), task, copies)
+        return _with_last_good(ReadResult(task.name, "kept", problems=task.problems, again=task.again), task, copies)
     try:
         raw = read_regular(task.path)
     except FileNotFoundError:
-        return Outcome(task.name, "gone")
+        return ReadResult(task.name, "gone")
     except OSError as error:
-        outcome = Outcome(task.name, "unreadable", problems=(unreadable(task.place, error.strerror),))
+        outcome = ReadResult(task.name, "unreadable", problems=(unreadable(task.place, error.strerror),))
         return _with_last_good(outcome, task, copies)
     digest = hashlib.sha256(raw).digest()
     if digest == task.digest:
-        return Outcome(task.name, "same", digest)
+        return ReadResult(task.name, "same", digest)
     result = _parse(raw, task.place)
-    outcome = Outcome(task.name, "bad", digest, tuple(_few(result.problems, task.place)))
+    outcome = ReadResult(task.name, "bad", digest, tuple(_few(result.problems, task.place)))
     if result.errors:
         return _with_last_good(outcome, task, copies)
     outcome.state, outcome.text = "good", raw.decode("utf-8")
@@ -133,7 +133,7 @@ def read(task: Task, copies: LastGoodCopies | None) -> Outcome:
     return outcome
 
 
-def _with_last_good(outcome: Outcome, task: Task, copies: LastGoodCopies | None) -> Outcome:
+def _with_last_good(outcome: ReadResult, task: ReadTask, copies: LastGoodCopies | None) -> ReadResult:
     """For a file that this process has never seen good: the state a predecessor stored."""
     if not task.copy or copies is None:
         return outcome
@@ -155,11 +155,11 @@ def _with_last_good(outcome: Outcome, task: Task, copies: LastGoodCopies | None)
 class Reading:
     """The files of one look, on their way to objects. `begin`, ask `has_ended` again and again, then take `outcomes` once."""
 
-    tasks: Sequence[Task]
+    tasks: Sequence[ReadTask]
     copies: LastGoodCopies | None
     began_s: float = field(default_factory=time.monotonic)
-    _left: list[Task] = field(default_factory=list)
-    _done: list[tuple[Task, int]] = field(default_factory=list)  # and in which of the results
+    _left: list[ReadTask] = field(default_factory=list)
+    _done: list[tuple[ReadTask, int]] = field(default_factory=list)  # and in which of the results
     _results: list[io.BufferedReader] = field(default_factory=list)
     _process: int = 0
 
@@ -206,7 +206,7 @@ class Reading:
             self._left[0] = replace(failed, path=None, problems=problems, again=again)
             self._fork()
 
-    def outcomes(self, pause: Callable[[], None] = never_pause) -> Iterator[tuple[Task, Outcome]]:
+    def outcomes(self, pause: Callable[[], None] = never_pause) -> Iterator[tuple[ReadTask, ReadResult]]:
         """What became of each file, in the order of the tasks. ``pause`` is called every few milliseconds."""
         # Without `peek` an unpickler reads no further than its object.
         feeds = [SimpleNamespace(read=one.read, readline=one.readline) for one in self._results]
@@ -236,9 +236,9 @@ def _skip(results: io.BufferedReader) -> bool:
     return bool(length)
 
 
-def _load(results: io.BufferedReader, unpickler: pickle.Unpickler, pause: Callable[[], None]) -> Outcome:
+def _load(results: io.BufferedReader, unpickler: pickle.Unpickler, pause: Callable[[], None]) -> ReadResult:
     results.read(_LENGTH_BYTES)
-    outcome: Outcome = unpickler.load()
+    outcome: ReadResult = unpickler.load()
     outcome.text = pickle.load(results)  # noqa: S301 - written by our own child
     resources: list[Resource] = []
     while part := unpickler.load():
@@ -249,7 +249,7 @@ def _load(results: io.BufferedReader, unpickler: pickle.Unpickler, pause: Callab
     return outcome
 
 
-def _work(parent: int, results: int, tasks: Sequence[Task], copies: LastGoodCopies | None) -> NoReturn:
+def _work(parent: int, results: int, tasks: Sequence[ReadTask], copies: LastGoodCopies | None) -> NoReturn:
     """All that the child does."""
     code = _BUG
     try:
@@ -283,7 +283,7 @@ def _limit_memory() -> None:
     resource.setrlimit(resource.RLIMIT_AS, (most, hard))
 
 
-def _leave_all(results: int, tasks: Sequence[Task], copies: LastGoodCopies | None) -> None:
+def _leave_all(results: int, tasks: Sequence[ReadTask], copies: LastGoodCopies | None) -> None:
     with os.fdopen(results, "wb", closefd=False) as file:
         pickler = pickle.Pickler(file, pickle.HIGHEST_PROTOCOL)  # one for all: what objects share stays shared
         for task in tasks:

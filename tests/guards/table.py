@@ -30,7 +30,7 @@ TUNNELS = "tests/netns/test_border_tunnels.py::"
 NODE = "tests/netns/test_border_node.py::"
 LIFETIMES = "tests/netns/test_border_lifetimes.py::"
 
-BONDS = "tests/unit/test_agent_bonds.py::"
+BONDS = "tests/unit/test_agent_assignments.py::"
 IDENTITY = "tests/netns/test_identity.py::"
 
 ANNOUNCED = " and route.protocol not in ANNOUNCED:"
@@ -347,7 +347,7 @@ GUARDS = (
     Guard(
         "first-address",
         "addresses that are added later behind an interface do not count",
-        "netpol_ebpf/agent/bonds.py",
+        "netpol_ebpf/agent/assignments.py",
         ("if not first and link.peer is not None:", "if link.peer is not None:"),
         (
             f"{BONDS}test_address_that_comes_later_makes_nobody_of_a_pod_that_is_to_come[in its place]",
@@ -357,14 +357,14 @@ GUARDS = (
     Guard(
         "leading-address",
         "of several interfaces with an address it is that one whose first it is",
-        "netpol_ebpf/agent/bonds.py",
+        "netpol_ebpf/agent/assignments.py",
         ("return (*found[0][:1], *found[1][-1:])", "return (*found[0], *found[1])"),
         (f"{BONDS}test_of_several_with_an_address_it_is_the_one_whose_first_it_is",),
     ),
     Guard(
         "leading-addresses",
         "and only if the first ones of no family contradict",
-        "netpol_ebpf/agent/bonds.py",
+        "netpol_ebpf/agent/assignments.py",
         ("for ifindex in candidates if self._speaks_for(ifindex, endpoint)}", "for ifindex in candidates}"),
         (
             f"{BONDS}test_first_address_that_contradicts_makes_nobody_of_a_pod_that_is_to_come",
@@ -374,7 +374,7 @@ GUARDS = (
     Guard(
         "prefix-of-a-pair",
         "a prefix on the node's end of a pair is no route to whoever takes an address in it",
-        "netpol_ebpf/agent/bonds.py",
+        "netpol_ebpf/agent/assignments.py",
         ("return ifindex if link is None or link.peer is None else None", "return ifindex"),
         (
             f"{BONDS}test_later_address_in_the_node_s_prefix_makes_nobody_of_a_pod_that_is_to_come",
@@ -384,7 +384,7 @@ GUARDS = (
     Guard(
         "bound-no-trace",
         "a bound interface is no trace of another endpoint that has one",
-        "netpol_ebpf/agent/bonds.py",
+        "netpol_ebpf/agent/assignments.py",
         ("return free or found", "return found"),
         (f"{BONDS}test_bound_pod_closes_no_pod_that_is_to_come",),
     ),
@@ -412,22 +412,22 @@ GUARDS = (
     Guard(
         "bond-kept",
         "an address at another interface moves no bond",
-        "netpol_ebpf/agent/bonds.py",
+        "netpol_ebpf/agent/assignments.py",
         ("(not found or evidence is Evidence.ADDRESS):", "not found:"),
         (f"{BONDS}test_address_at_another_interface_moves_no_bond",),
     ),
     Guard(
         "bond-inherited",
         "the interface of a pod that went is no other's by an address",
-        "netpol_ebpf/agent/bonds.py",
-        ("elif bond is not None and holder is None and best is Evidence.ADDRESS:", "elif False:"),
+        "netpol_ebpf/agent/assignments.py",
+        ("elif assignment is not None and holder is None and best is Evidence.ADDRESS:", "elif False:"),
         (f"{BONDS}test_interface_of_a_pod_that_went_is_no_other_s_by_an_address",),
     ),
     Guard(
         "bound-is-a-workload",
         "a bound interface is never taken for the node's own",
-        "netpol_ebpf/agent/bonds.py",
-        ("if seen.bond is not None or is_claimed:", "if is_claimed:"),
+        "netpol_ebpf/agent/assignments.py",
+        ("if seen.assignment is not None or is_claimed:", "if is_claimed:"),
         (f"{BONDS}test_bound_interface_is_never_let_go",),
     ),
     Guard(
@@ -440,10 +440,10 @@ GUARDS = (
     Guard(
         "doubt-closed",
         "what was closed at its birth stays closed in doubt",
-        "netpol_ebpf/agent/bonds.py",
+        "netpol_ebpf/agent/assignments.py",
         (
-            "            return seen.side\n        return Side.WORKLOAD",
-            "            return Side.OWN\n        return Side.WORKLOAD",
+            "            return seen.side\n        return InterfaceRole.WORKLOAD",
+            "            return InterfaceRole.OWN\n        return InterfaceRole.WORKLOAD",
         ),
         (
             f"{BONDS}test_doubt_is_told_and_changes_nothing",

@@ -130,7 +130,7 @@ def render(found: Sequence[Ran]) -> str:
         + "".join(f"; {why}" for why in dict.fromkeys(row["why"] for row in one.rows if row["why"]))
         for one in found
     ]
-    tests = "    pytest tests/netns/test_networks.py tests/unit/test_agent_bonds.py tests/unit/test_agent_cni.py"
+    tests = "    pytest tests/netns/test_networks.py tests/unit/test_agent_assignments.py tests/unit/test_agent_cni.py"
     return "\n".join([HEAD, *table, "", "## Where it was run", "", *runs, "", tests]) + "\n"
 
 

@@ -14,9 +14,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from netpol_ebpf.agent.bonds import Bonds
-from netpol_ebpf.agent.cni import Result, parse_result
-from netpol_ebpf.agent.wiring import Link, Wiring
+from netpol_ebpf.agent.assignments import InterfaceAssignments
+from netpol_ebpf.agent.cni import CniResult, parse_result
+from netpol_ebpf.agent.wiring import Interface, Wiring
 from netpol_ebpf.apply.ledger import Ledger
 from netpol_ebpf.compiler import Compiler, KnownNumbers
 from netpol_ebpf.errors import PlatformError
@@ -100,14 +100,16 @@ def test_interfaces_of_any_kind_are_read_or_told(document: Any) -> None:
     with tempfile.TemporaryDirectory() as home:
         path = Path(home) / "interfaces"
         path.write_text(json.dumps(document))
-        bonds = Bonds()
-        problem = bonds.load(path)
+        assignments = InterfaceAssignments()
+        problem = assignments.load(path)
         assert problem is None or problem.slug == "interfaces-file"
-        bonds.look(Wiring({5: Link(5, "veth5", "veth", (1, 2)), 6: Link(6, "veth6", "veth", (2, 2))}), [])
-        bonds.save(path)
-        again = Bonds()
+        assignments.look(
+            Wiring({5: Interface(5, "veth5", "veth", (1, 2)), 6: Interface(6, "veth6", "veth", (2, 2))}), []
+        )
+        assignments.save(path)
+        again = InterfaceAssignments()
         assert again.load(path) is None
-        assert again._seen == bonds._seen
+        assert again._seen == assignments._seen
 
 
 @given(damaged(NUMBERS))
@@ -144,7 +146,7 @@ def test_results_of_any_kind_are_read_or_told(document: Any, config: Any) -> Non
         found = parse_result(json.dumps(document).encode())
     except ValueError:
         return
-    assert found is None or isinstance(found, Result)
+    assert found is None or isinstance(found, CniResult)
     if found is not None:
         assert all(text.encode() is not None for text in (*found.pod, *found.names, found.inside, found.plugin))
 
@@ -159,7 +161,7 @@ def test_bytes_of_any_kind_are_told(content: bytes) -> None:
     with tempfile.TemporaryDirectory() as home:
         path = Path(home) / "interfaces"
         path.write_bytes(content)
-        assert Bonds().load(path) is not None
+        assert InterfaceAssignments().load(path) is not None
         ledger = Ledger(Path(home) / "numbers")
         ledger._path.write_bytes(content + b"\n")
         assert [ledger.open(), *ledger.problems][1:], "it is told"

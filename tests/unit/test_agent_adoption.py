@@ -11,7 +11,14 @@ import pytest
 from memory_maps import MemoryMap, memory_maps
 
 from netpol_ebpf.agent import adoption
-from netpol_ebpf.agent.adoption import NO_GENERATION, Adoption, Live, Place, Workload, old_connections
+from netpol_ebpf.agent.adoption import (
+    NO_GENERATION,
+    Adoption,
+    LiveConnections,
+    NodeAddresses,
+    Workload,
+    old_connections,
+)
 from netpol_ebpf.errors import PlatformError
 from netpol_ebpf.policy.types import ICMP, TCP, UDP, VipKey
 from netpol_loader import abi
@@ -20,7 +27,7 @@ from netpol_loader.host.sockets import Opened, Sockets
 
 WEB, DB, NODE, OUTSIDE, VIP = (ip_address(f"10.0.0.{last}") for last in (1, 2, 100, 200, 250))
 WORKLOADS = {5: Workload(11, [WEB], 1), 6: Workload(12, [DB], 2)}
-PLACE = Place([NODE], [VipKey(VIP, TCP, 80)])
+PLACE = NodeAddresses([NODE], [VipKey(VIP, TCP, 80)])
 IN, OUT = abi.NP_DIRECTION_INGRESS, abi.NP_DIRECTION_EGRESS
 
 
@@ -37,18 +44,18 @@ def plain(one: Ends, protocol: int = TCP) -> Tracked:
 class Node:
     """Knows what it is told to."""
 
-    live: Live
+    live: LiveConnections
     maps: Mapping[str, MemoryMap] = field(default_factory=lambda: memory_maps([]))
     asked: list[set[int]] = field(default_factory=list)
 
-    def live_connections(self, namespaces: Collection[int]) -> Live:
+    def live_connections(self, namespaces: Collection[int]) -> LiveConnections:
         self.asked.append(set(namespaces))
         return self.live
 
 
 def seen(*tracked: Tracked, opened: Collection[Opened] = ()) -> set[tuple[int, int, Ends, int]]:
     """(number, direction, ends, flags) of what becomes of them."""
-    found = old_connections(Live(tracked, opened), WORKLOADS.values(), PLACE)
+    found = old_connections(LiveConnections(tracked, opened), WORKLOADS.values(), PLACE)
     return {(one.number, one.direction, one.ends, one.flags) for one in found}
 
 
@@ -57,7 +64,7 @@ def rows(node: Node) -> dict[str, int]:
     return {
         name: len(one.rows)
         for name, one in node.maps.items()
-        if name.startswith(("np_conn", "np_unreplied")) and one.rows
+        if name in {*abi.UNREPLIED_VIEWS, *abi.UNREPLIED_VIEWS.values()} and one.rows
     }
 
 
@@ -94,7 +101,7 @@ def test_rows_are_of_no_generation_and_tracking_goes_before_sockets() -> None:
     """Policy is asked at the next packet, in the direction that tracking tells; what had no answer yet is an unreplied one."""
     unreplied = Tracked(UDP, ends(OUTSIDE, DB), ends(DB, OUTSIDE, 80, 4000), is_replied=False)
     lie = Opened(ends(DB, WEB, 80, 4000), 2)
-    node = Node(Live([plain(ends(WEB, DB)), unreplied], [lie], 77))
+    node = Node(LiveConnections([plain(ends(WEB, DB)), unreplied], [lie], 77))
     old = Adoption({6})
     old.go_ahead(node, WORKLOADS, PLACE)
     assert rows(node) == {"np_conn4": 1, "np_unreplied4": 1}
@@ -108,7 +115,7 @@ def test_rows_are_of_no_generation_and_tracking_goes_before_sockets() -> None:
 
 def test_connections_to_services_come_last() -> None:
     """Ahead of the programs they are left out, since the program takes services up last; each interface has both turns once."""
-    node = Node(Live([Tracked(TCP, ends(WEB, VIP), ends(DB, WEB, 7000, 4000), is_replied=True)]))
+    node = Node(LiveConnections([Tracked(TCP, ends(WEB, VIP), ends(DB, WEB, 7000, 4000), is_replied=True)]))
     old = Adoption({5})
     old.go_behind(node, WORKLOADS, PLACE)
     assert node.asked == []
@@ -123,7 +130,7 @@ def test_connections_to_services_come_last() -> None:
 
 def test_what_the_program_learned_is_kept_unless_it_took_an_answer_for_a_request() -> None:
     """Behind the programs a row of the same direction stays as it is, one of the other direction is replaced."""
-    node = Node(Live([plain(ends(WEB, DB))]))
+    node = Node(LiveConnections([plain(ends(WEB, DB))]))
     old = Adoption({6})
     old.go_ahead(node, WORKLOADS, PLACE)
     (key,) = node.maps["np_conn4"].rows
@@ -138,7 +145,7 @@ def test_what_the_program_learned_is_kept_unless_it_took_an_answer_for_a_request
 def test_no_more_than_a_share_of_a_table_is_filled_and_the_rest_is_told() -> None:
     """Too many connections, and what the kernel did not tell, are warnings."""
     flood = [plain(ends(OUTSIDE, DB, port)) for port in range(1, 11)]
-    node = Node(Live(flood, unknown=["no tracking"]))
+    node = Node(LiveConnections(flood, unknown=["no tracking"]))
     node.maps["np_conn4"].max_entries = 8
     old = Adoption({6})
     old.go_ahead(node, WORKLOADS, PLACE)
@@ -158,9 +165,9 @@ def test_kernel_that_cannot_tell_is_reported_and_no_stop(monkeypatch: pytest.Mon
     monkeypatch.setattr(adoption, "read_jiffies", lambda: 7)
     monkeypatch.setattr(adoption, "look_for_sockets", lambda _ids: Sockets([Opened(ends(WEB, DB), 1)], ["no sockets"]))
     monkeypatch.setattr(adoption, "tracked", refuse)
-    assert adoption.look_at_connections([1]) == Live(
+    assert adoption.look_at_connections([1]) == LiveConnections(
         [], [Opened(ends(WEB, DB), 1)], 7, ["no tracking here", "no sockets"]
     )
     one = plain(ends(WEB, DB))
     monkeypatch.setattr(adoption, "tracked", lambda: iter([one]))
-    assert adoption.look_at_connections([1]) == Live([one], [Opened(ends(WEB, DB), 1)], 7, [])
+    assert adoption.look_at_connections([1]) == LiveConnections([one], [Opened(ends(WEB, DB), 1)], 7, [])

@@ -9,7 +9,7 @@ import pytest
 from memory_barrier import MemoryMarks, MemoryTables
 
 from netpol_ebpf.agent.barrier import ASKED_A_LOOK, RETRY_S, TOLD_S, Barrier, BarrierSettings, parse_barrier
-from netpol_ebpf.agent.wiring import Link, Wiring
+from netpol_ebpf.agent.wiring import Interface, Wiring
 from netpol_ebpf.errors import UsageError
 from netpol_loader.host.barrier import Layout, Marks
 
@@ -17,7 +17,13 @@ ALL = Marks(0x20, 0x40, 0x10)
 OPEN = Marks(0, 0x40, 0x10)
 LINKS = {
     one.ifindex: one
-    for one in (Link(1, "lo"), Link(2, "eth0"), Link(5, "cali1"), Link(6, "cali2"), Link(7, "br0", "bridge"))
+    for one in (
+        Interface(1, "lo"),
+        Interface(2, "eth0"),
+        Interface(5, "cali1"),
+        Interface(6, "cali2"),
+        Interface(7, "br0", "bridge"),
+    )
 }
 WIRING = Wiring(links=LINKS)
 
@@ -185,7 +191,7 @@ def test_unsigned_packets_of_an_interface_are_told_for_a_while(bench: Bench) -> 
 
 def test_many_interfaces_are_told_and_few_are_asked_about(bench: Bench) -> None:
     """All are problems; programs of others are looked for at some of them, since that takes time."""
-    links = {number: Link(number, f"cali{number}") for number in range(10, 30)}
+    links = {number: Interface(number, f"cali{number}") for number in range(10, 30)}
     barrier = bench.barrier()
     asked: list[int] = []
     barrier.others = lambda number: asked.append(number) or []  # type: ignore[func-returns-value]
@@ -201,7 +207,7 @@ def test_what_a_new_interface_sent_before_its_program_is_no_problem(bench: Bench
     """Also of one whose name another interface had before."""
     barrier = bench.barrier()
     barrier.look()
-    again = Wiring(links={**LINKS, 9: Link(9, "cali1")})
+    again = Wiring(links={**LINKS, 9: Interface(9, "cali1")})
     bench.tables.by_interface = {"cali1": 3}
     barrier.reconcile(again, {6, 9}, {2, 6, 9})
     barrier.look()
@@ -219,7 +225,7 @@ def test_new_interfaces_are_not_counted_while_nothing_is_dropped(bench: Bench, m
     asked = []
     counts = bench.tables.counts
     monkeypatch.setattr(bench.tables, "counts", lambda: asked.append(1) or counts())
-    barrier.reconcile(Wiring(links={**LINKS, 9: Link(9, "cali9")}), {5, 6, 9}, {2, 5, 6, 9})
+    barrier.reconcile(Wiring(links={**LINKS, 9: Interface(9, "cali9")}), {5, 6, 9}, {2, 5, 6, 9})
     barrier.look()
     assert asked == []
     assert barrier.problems == []

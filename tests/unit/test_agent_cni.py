@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from netpol_ebpf.agent.cni import PluginResults, Result, parse_result
+from netpol_ebpf.agent.cni import CniResult, CniResultCache, parse_result
 from netpol_ebpf.policy.types import EndpointKey
 
 WEB = EndpointKey("Pod", "shop", "web")
@@ -56,8 +56,8 @@ def directory(tmp_path: Path) -> Path:
 def test_result_names_pod_and_interface() -> None:
     """The pod by the runtime's arguments, the interfaces on the node, the first plugin's type."""
     addresses = frozenset({ip_address("10.0.0.1"), ip_address("fd00::1")})
-    assert parse_result(encoded()) == Result(WEB, frozenset({"cni0", "veth1"}), addresses, "eth0", "bridge")
-    assert not Result(WEB, frozenset(), frozenset(), "eth0", "bridge").is_unseen
+    assert parse_result(encoded()) == CniResult(WEB, frozenset({"cni0", "veth1"}), addresses, "eth0", "bridge")
+    assert not CniResult(WEB, frozenset(), frozenset(), "eth0", "bridge").is_unseen
     found = parse_result(encoded("macvlan", "net1"))
     assert found is not None
     assert found.is_unseen
@@ -71,7 +71,7 @@ def test_what_is_no_pod_s_counts_for_nothing() -> None:
 @pytest.mark.skipif(os.geteuid() != 0, reason="only what root owns is trusted")
 def test_directory_is_followed(directory: Path) -> None:
     """Files that come, change and go; what is there already is not read again."""
-    results = PluginResults(directory)
+    results = CniResultCache(directory)
     assert results.look() == []
     write(directory / "net-c0ffee-eth0", cached())
     assert [one.inside for one in results.look()] == ["eth0"]
@@ -98,7 +98,7 @@ def test_file_that_cannot_be_read_is_told(directory: Path, bad: str) -> None:
     """And the others count."""
     write(directory / "good", cached())
     write(directory / "bad", bad)
-    results = PluginResults(directory)
+    results = CniResultCache(directory)
     assert [one.pod for one in results.look()] == [WEB]
     assert [one.slug for one in results.problems] == ["cni-results"]
     write(directory / "bad", cached(inside="net1"))
@@ -113,7 +113,7 @@ def test_what_others_can_write_counts_for_nothing(directory: Path) -> None:
     (directory / "open").chmod(0o666)
     write(directory.parent / "elsewhere", cached())
     (directory / "link").symlink_to(directory.parent / "elsewhere")
-    results = PluginResults(directory)
+    results = CniResultCache(directory)
     assert results.look() == []
     assert len(results.problems) == 2
     directory.chmod(0o777)
@@ -133,12 +133,12 @@ def test_what_is_no_file_keeps_nobody_waiting(directory: Path) -> None:
     with (directory / "sparse").open("wb") as file:
         file.truncate(100 << 30)
     (directory / "sparse").chmod(0o600)
-    results = PluginResults(directory)
+    results = CniResultCache(directory)
     assert [one.pod for one in results.look()] == [WEB]
     assert sorted(Path(one.location.file).name for one in results.problems) == ["fifo", "socket", "sparse"]
 
 
 def test_no_directory_is_no_problem(tmp_path: Path) -> None:
     """Most nodes without a runtime have none."""
-    results = PluginResults(tmp_path / "none")
+    results = CniResultCache(tmp_path / "none")
     assert (results.look(), results.problems) == ([], ())

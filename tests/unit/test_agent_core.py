@@ -15,13 +15,13 @@ from memory_barrier import MemoryTables
 from memory_maps import MemoryMap, memory_maps
 
 from netpol_ebpf.agent import report
-from netpol_ebpf.agent.adoption import Live
-from netpol_ebpf.agent.cni import UNSEEN_TYPES, Result
-from netpol_ebpf.agent.core import AUDIT_S, MISSING_S, ROUND_S, SEARCH_S, Agent, Settings
+from netpol_ebpf.agent.adoption import LiveConnections
+from netpol_ebpf.agent.cni import UNSEEN_TYPES, CniResult
+from netpol_ebpf.agent.core import AUDIT_S, MISSING_S, ROUND_S, SEARCH_S, Agent, AgentSettings
 from netpol_ebpf.agent.node import POLICY_MAPS
+from netpol_ebpf.agent.rejected import RETRY_S
 from netpol_ebpf.agent.timeouts import STATES
-from netpol_ebpf.agent.trouble import RETRY_S
-from netpol_ebpf.agent.wiring import Link, Wiring
+from netpol_ebpf.agent.wiring import Interface, Wiring
 from netpol_ebpf.apply import encode
 from netpol_ebpf.apply.applier import KernelMap
 from netpol_ebpf.apply.ledger import Ledger
@@ -55,9 +55,9 @@ spec:
   ingress: [{from: [{podSelector: {matchLabels: {app: web}}}], ports: [{port: 5432}]}]
 """
 UPLINK, WEB_LINK, DB_LINK = (
-    Link(2, "eth0", "veth", (0, 2)),
-    Link(5, "cali1", "veth", (1, 2)),
-    Link(6, "cali2", "veth", (2, 2)),
+    Interface(2, "eth0", "veth", (0, 2)),
+    Interface(5, "cali1", "veth", (1, 2)),
+    Interface(6, "cali2", "veth", (2, 2)),
 )
 WIRING = Wiring(
     {link.ifindex: link for link in (UPLINK, WEB_LINK, DB_LINK)},
@@ -85,11 +85,11 @@ class MemoryNode:
     sizes: dict[str, int] = field(default_factory=dict)
     events: list[abi.np_event] = field(default_factory=list)
     gone: set[int] | None = field(default_factory=set)
-    born: list[Link] = field(default_factory=list)
+    born: list[Interface] = field(default_factory=list)
     prunings: int = 0
     drift: list[Drift] = field(default_factory=list)
     refuses: set[int] = field(default_factory=set)
-    live: Live = field(default_factory=Live)
+    live: LiveConnections = field(default_factory=LiveConnections)
     behind: set[int] = field(default_factory=set)
     asked: list[set[int]] = field(default_factory=list)
     barrier: MemoryTables = field(default_factory=MemoryTables)
@@ -106,7 +106,7 @@ class MemoryNode:
     def interface_towards(self, address: IPAddress) -> int | None:
         return self.routes.get(address, min(self.wiring.uplinks, default=None))
 
-    def live_connections(self, namespaces: Collection[int]) -> Live:
+    def live_connections(self, namespaces: Collection[int]) -> LiveConnections:
         self.asked.append(set(namespaces))
         return self.live
 
@@ -121,7 +121,7 @@ class MemoryNode:
         news, self.news = self.news, False
         return news
 
-    def take_born(self) -> list[Link]:
+    def take_born(self) -> list[Interface]:
         born, self.born = self.born, []
         return born
 
@@ -192,12 +192,12 @@ class Bench:
     now_s: float = 0.0
     ledgers: list[Ledger] = field(default_factory=list)
 
-    def agent(self, settings: Settings | None = None) -> Agent:
+    def agent(self, settings: AgentSettings | None = None) -> Agent:
         """A started agent, which finds what the one before left."""
         self.close()
         self.ledgers.append(Ledger(self.home / "numbers"))
         source = ManifestDirectory(self.home / "manifests")
-        one = Agent(settings or Settings("here"), self.node, source, self.ledgers[-1], lambda: self.now_s)
+        one = Agent(settings or AgentSettings("here"), self.node, source, self.ledgers[-1], lambda: self.now_s)
         one.start()
         return one
 
@@ -248,7 +248,7 @@ def test_only_the_first_agent_asks_for_old_connections(bench: Bench) -> None:
 
 def test_interface_of_nobody_is_closed(bench: Bench) -> None:
     """A workload interface without a known pod has programs and no row."""
-    stranger = Link(9, "cali9", "veth", (7, 2))
+    stranger = Interface(9, "cali9", "veth", (7, 2))
     bench.node.wiring = replace(WIRING, links={**WIRING.links, 9: stranger})
     bench.agent()
     assert 9 in bench.node.programs
@@ -260,7 +260,7 @@ def test_new_interface_is_closed_before_it_is_opened(bench: Bench) -> None:
     bench.write("more.yaml", POD.format(name="late", node="here", last=9))
     agent = bench.agent()
     bench.node.wiring = replace(
-        WIRING, links={**WIRING.links, 9: Link(9, "cali9", "veth", (7, 2))},
+        WIRING, links={**WIRING.links, 9: Interface(9, "cali9", "veth", (7, 2))},
         host_routes={**WIRING.host_routes, ip_address("10.0.0.9"): 9},
     )  # fmt: skip
     agent.step()
@@ -276,7 +276,7 @@ def test_newborn_interface_is_closed_before_anything_is_looked_at(bench: Bench) 
     """Of what the kernel tells of, a workload's new interface gets programs at once; the node's own and known ones do not."""
     agent = bench.agent()
     before, known = set(bench.node.programs), next(iter(bench.node.wiring.links.values()))
-    bench.node.born = [Link(77, "new77", "veth", (7, 2)), Link(78, "plain78", "dummy"), known]
+    bench.node.born = [Interface(77, "new77", "veth", (7, 2)), Interface(78, "plain78", "dummy"), known]
     bench.node.snapshot = pytest.fail  # type: ignore[method-assign]  # it takes long
     agent.close_newborn()
     assert bench.node.programs == before | {77}
@@ -287,7 +287,7 @@ def test_newborn_interface_is_closed_before_anything_is_looked_at(bench: Bench) 
 def test_newborn_interface_that_is_the_node_s_is_opened(bench: Bench) -> None:
     """An interface that was closed at birth and has an uplink's address when it is looked at gets an uplink's row."""
     agent = bench.agent()
-    link = Link(77, "new77", "veth", (7, 2))
+    link = Interface(77, "new77", "veth", (7, 2))
     bench.node.born = [link]
     agent.close_newborn()
     wiring = bench.node.wiring
@@ -320,7 +320,7 @@ def test_interface_that_goes_takes_its_row(bench: Bench) -> None:
     agent.step()
     assert bench.node.row(5) is None
     assert set(agent.attached) == {2, 6}
-    moved = Link(7, "cali1", "veth", (1, 2))
+    moved = Interface(7, "cali1", "veth", (1, 2))
     bench.node.wiring = replace(WIRING, links={**WIRING.links, 7: moved}, host_routes={ip_address("10.0.0.1"): 7})
     bench.node.news = True
     agent.step()
@@ -329,7 +329,7 @@ def test_interface_that_goes_takes_its_row(bench: Bench) -> None:
 
 def test_interface_that_turns_out_to_be_the_node_s_is_opened(bench: Bench) -> None:
     """An interface that gets the default route is closed no longer, as while it looked like a workload's."""
-    stranger = Link(9, "wan0", "veth", (7, 2))
+    stranger = Interface(9, "wan0", "veth", (7, 2))
     bench.node.wiring = replace(WIRING, links={**WIRING.links, 9: stranger})
     agent = bench.agent()
     assert 9 in bench.node.programs
@@ -544,7 +544,7 @@ def test_ambiguous_interface_is_a_problem(bench: Bench) -> None:
 
 def test_without_a_node_every_workload_is_local(bench: Bench) -> None:
     """An agent without a node's name compiles for all pods and binds those that are here."""
-    agent = bench.agent(Settings(None))
+    agent = bench.agent(AgentSettings(None))
     assert set(agent.tables.endpoints) == {WEB, DB, FAR}
     assert set(agent.applier.bindings) == {WEB, DB}
 
@@ -552,7 +552,7 @@ def test_without_a_node_every_workload_is_local(bench: Bench) -> None:
 def test_interface_that_moves_to_another_namespace_goes_without_the_programs(bench: Bench) -> None:
     """The kernel leaves them on it; they are taken off, also where an earlier agent did not get to it."""
     agent = bench.agent()
-    moving = Link(9, "dev0", "veth", (7, 2))
+    moving = Interface(9, "dev0", "veth", (7, 2))
     bench.node.born.append(moving)
     agent.step()
     assert 9 in bench.node.programs
@@ -567,7 +567,7 @@ def test_interface_that_moves_to_another_namespace_goes_without_the_programs(ben
 @pytest.mark.parametrize("plugin", sorted(UNSEEN_TYPES))
 def test_pod_of_a_plugin_without_an_interface_on_the_node_is_named(bench: Bench, plugin: str) -> None:
     """Nothing binds it, though a route leads to an interface of a workload's kind; both what is missing and why is an error."""
-    result = Result(DB, frozenset(), frozenset({ip_address("10.0.0.2")}), "eth0", plugin)
+    result = CniResult(DB, frozenset(), frozenset({ip_address("10.0.0.2")}), "eth0", plugin)
     bench.node.wiring = replace(WIRING, results=(result,))
     agent = bench.agent()
     assert set(agent.applier.bindings) == {WEB}
@@ -579,9 +579,9 @@ def test_pod_of_a_plugin_without_an_interface_on_the_node_is_named(bench: Bench,
 
 def test_patterns_choose_the_interfaces(bench: Bench) -> None:
     """With patterns only matching interfaces, and those of known pods, are closed; all others are the node's own."""
-    stranger = Link(9, "vnet9", "veth", (7, 2))
+    stranger = Interface(9, "vnet9", "veth", (7, 2))
     bench.node.wiring = replace(WIRING, links={**WIRING.links, 9: stranger})
-    bench.agent(Settings("here", interfaces=("nothing*",)))
+    bench.agent(AgentSettings("here", interfaces=("nothing*",)))
     rows = {ifindex: bench.node.row(ifindex) for ifindex in bench.node.programs}
     assert {ifindex for ifindex, row in rows.items() if row and row.flags & abi.NP_ENDPOINT_UPLINK} == {2, 9}
 
@@ -667,7 +667,7 @@ TWIN_KEY = EndpointKey("Pod", "shop", "twin")
 def _with_twin_link(bench: Bench) -> None:
     """A third interface, to which the database's address leads from now on."""
     bench.node.wiring = replace(
-        WIRING, links={**WIRING.links, 9: Link(9, "cali9", "veth", (7, 2))},
+        WIRING, links={**WIRING.links, 9: Interface(9, "cali9", "veth", (7, 2))},
         host_routes={**WIRING.host_routes, ip_address("10.0.0.2"): 9},
     )  # fmt: skip
     bench.node.news = True
@@ -713,7 +713,7 @@ def test_interface_reborn_under_its_number_is_a_stranger(bench: Bench) -> None:
     """An interface that went and came back between two looks gets programs again, without the former pod's row."""
     agent = bench.agent()
     bench.node.wiring = replace(
-        WIRING, links={**WIRING.links, 6: Link(6, "other", "veth", (8, 2))},
+        WIRING, links={**WIRING.links, 6: Interface(6, "other", "veth", (8, 2))},
         host_routes={ip_address("10.0.0.1"): 5},
     )  # fmt: skip
     bench.node.news, bench.node.gone = True, {6}

@@ -9,11 +9,11 @@ from itertools import permutations
 import pytest
 
 from netpol_ebpf.agent.hosts import plan_hosts
-from netpol_ebpf.agent.wiring import Link, Wiring
+from netpol_ebpf.agent.wiring import Interface, Wiring
 from netpol_ebpf.policy.types import Endpoint, EndpointKey, EndpointKind
 
 LINKS = {
-    1: Link(1, "lo"), 2: Link(2, "eth0"), 3: Link(3, "eth1"), 4: Link(4, "br0", "bridge"), 7: Link(7, "cali1", "veth", (1, 2)),
+    1: Interface(1, "lo"), 2: Interface(2, "eth0"), 3: Interface(3, "eth1"), 4: Interface(4, "br0", "bridge"), 7: Interface(7, "cali1", "veth", (1, 2)),
 }  # fmt: skip
 ADDRESS = ip_address("192.0.2.1")
 WIRING = Wiring(LINKS, addresses={ADDRESS: 3, ip_address("127.0.0.1"): 1})

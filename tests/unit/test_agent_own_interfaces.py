@@ -13,9 +13,9 @@ import pytest
 from test_agent_core import CLUSTER, POD, POLICY, WIRING, Bench, settle
 from worlds import packet
 
-from netpol_ebpf.agent.core import Agent, Settings
-from netpol_ebpf.agent.trouble import RETRY_S
-from netpol_ebpf.agent.wiring import Link
+from netpol_ebpf.agent.core import Agent, AgentSettings
+from netpol_ebpf.agent.rejected import RETRY_S
+from netpol_ebpf.agent.wiring import Interface
 from netpol_ebpf.apply.encode import LocalFlag, Meaning
 from netpol_ebpf.compiler import Interpreter
 from netpol_ebpf.errors import MapFullError
@@ -73,9 +73,9 @@ def test_uplink_has_its_row_before_it_gets_programs(bench: Bench) -> None:
 def test_gateway_within_the_node_is_not_outside(bench: Bench) -> None:
     """What comes in by a bridge, or by one end of a pair within the node, was judged already; so it is by a device on top of those."""
     links = {
-        8: Link(8, "cni0", "bridge"), 9: Link(9, "gw0", "veth"), 10: Link(10, "gw1", "veth", master=8),
-        11: Link(11, "cni0.5", "vlan", lower=8), 12: Link(12, "shim0", "macvlan", lower=11), 13: Link(13, "gw0.5", "vlan", lower=9),
-        14: Link(14, "eth0.5", "vlan", lower=2),
+        8: Interface(8, "cni0", "bridge"), 9: Interface(9, "gw0", "veth"), 10: Interface(10, "gw1", "veth", master=8),
+        11: Interface(11, "cni0.5", "vlan", lower=8), 12: Interface(12, "shim0", "macvlan", lower=11), 13: Interface(13, "gw0.5", "vlan", lower=9),
+        14: Interface(14, "eth0.5", "vlan", lower=2),
     }  # fmt: skip
     bench.node.wiring = replace(WIRING, links={**WIRING.links, **links})
     bench.write("service.yaml", SERVICE)  # programs at every exit
@@ -125,7 +125,7 @@ def test_node_with_more_addresses_than_room_is_told(bench: Bench) -> None:
 @pytest.mark.parametrize("is_external", [True, False])
 def test_tunnel_that_tells_who_sent_a_packet_is_marked(bench: Bench, is_external: bool) -> None:  # noqa: FBT001
     """Others are own interfaces like any other."""
-    tunnel = Link(9, "vx0", "vxlan", is_external=is_external)
+    tunnel = Interface(9, "vx0", "vxlan", is_external=is_external)
     bench.node.wiring = replace(bench.node.wiring, links={**bench.node.wiring.links, 9: tunnel})
     bench.agent()
     row = bench.node.row(9)
@@ -278,14 +278,14 @@ def test_tunnels_of_devices_and_of_the_option_pass_between_nodes(bench: Bench) -
     """A device that comes or goes changes what policy never blocks; a start brings it into force at once."""
     bench.write("host.yaml", HOST.replace("NAME", "'*'"))
     bench.write("nodes.yaml", NODES)
-    agent = bench.agent(Settings("here", tunnels=frozenset({(UDP, 8472)})))
+    agent = bench.agent(AgentSettings("here", tunnels=frozenset({(UDP, 8472)})))
     settle(agent)
     assert agent.changes_applied == 1
     ports = [(UDP, 4789), (UDP, 8472), (UDP, 6081), (IPIP, 0), (47, 0)]
     assert [passes(agent, "172.16.0.2", *one) for one in ports] == [True, True, False, True, False]
     assert [passes(agent, "192.0.2.1", *one) for one in ports] == [False] * 5
     plain = bench.node.wiring
-    device = Link(9, "gnv0", "geneve", takes=((UDP, 6081),))
+    device = Interface(9, "gnv0", "geneve", takes=((UDP, 6081),))
     bench.node.wiring, bench.node.news = replace(plain, links={**plain.links, 9: device}), True
     agent.step()
     assert agent.changes_applied == 2

@@ -16,9 +16,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from test_agent_core import CLUSTER, POD, POLICY, WIRING, Bench, settle
 
-from netpol_ebpf.agent.core import Agent, Settings
+from netpol_ebpf.agent.core import Agent, AgentSettings
 from netpol_ebpf.agent.questions import answer_question
-from netpol_ebpf.agent.wiring import Link
+from netpol_ebpf.agent.wiring import Interface
 from netpol_ebpf.errors import InvalidInputError, LimitError, UsageError
 from netpol_ebpf.policy.types import Action
 
@@ -162,7 +162,7 @@ def test_service_that_no_exit_is_guarded_for_is_no_answer(bench: Bench) -> None:
 @pytest.mark.parametrize(("action", "expected"), [(Action.ALLOW, True), (Action.DENY, False), (Action.PASS, True)])
 def test_setting_of_workloads_to_their_node(bench: Bench, action: Action, expected: bool) -> None:  # noqa: FBT001 - a parameter
     """What the agent was started with decides."""
-    agent = bench.agent(Settings("here", workload_to_host=action))
+    agent = bench.agent(AgentSettings("here", workload_to_host=action))
     assert allowed(agent, "shop/web", "172.30.0.10") == expected
 
 
@@ -174,7 +174,7 @@ def test_addresses_of_the_node_that_no_object_states_are_the_node(bench: Bench, 
     web = POD.format(name="web", node="here", last=1)
     bench.write("cluster.yaml", CLUSTER.replace(web, web.replace("10.0.0.1}", '10.0.0.1}, {ip: "fd00::1"}')) + NODE)
     assert allowed(bench.agent(), "shop/web", str(gateway))
-    agent = bench.agent(Settings("here", workload_to_host=Action.DENY))
+    agent = bench.agent(AgentSettings("here", workload_to_host=Action.DENY))
     assert not allowed(agent, "shop/web", str(gateway))
     assert allowed(agent, "shop/web", "192.0.2.9" if version == 4 else "2001:db8::9")
 
@@ -183,14 +183,14 @@ def test_encapsulation_that_nodes_take_is_dropped(bench: Bench) -> None:
     """What a workload sends to a node in it, by an option or for a device of this node; between others it is a packet like any."""
     tunnel = {"protocol": 17, "port": 8472}
     assert allowed(bench.agent(), "shop/web", "172.30.0.10", **tunnel)
-    agent = bench.agent(Settings("here", tunnels=frozenset({(17, 8472)})))
+    agent = bench.agent(AgentSettings("here", tunnels=frozenset({(17, 8472)})))
     (way,) = ways(agent, "shop/web", "172.30.0.10", **tunnel)
     assert not way["allowed"]
     assert "encapsulation" in way["decided_by"]["sentence"]
     assert not allowed(agent, "shop/web", "239.0.0.1", **tunnel)
     assert allowed(agent, "shop/web", "shop/far", **tunnel)
     assert allowed(agent, "172.30.0.10", "192.0.2.1", **tunnel)
-    vxlan = Link(9, "vxlan.calico", "vxlan", takes=((17, 4789),))
+    vxlan = Interface(9, "vxlan.calico", "vxlan", takes=((17, 4789),))
     bench.node.wiring = replace(WIRING, links={**WIRING.links, 9: vxlan})
     assert not allowed(bench.agent(), "shop/web", "172.30.0.10", protocol=17, port=4789)
 
@@ -214,7 +214,7 @@ def test_borrowed_sources_have_another_sender(bench: Bench) -> None:
     )
     bench.write("cluster.yaml", CLUSTER.replace(POD.format(name="web", node="here", last=1), borrowing) + NODE)
     assert len(ways(bench.agent(), "192.0.2.7", "shop/db")) == 1
-    (outside, pod) = ways(bench.agent(Settings("here", borrow_sources=True)), "192.0.2.7", "shop/db")
+    (outside, pod) = ways(bench.agent(AgentSettings("here", borrow_sources=True)), "192.0.2.7", "shop/db")
     assert [step["endpoint"] for step in outside["steps"]] == ["Pod/shop/db"]
     assert [step["endpoint"] for step in pod["steps"]] == ["Pod/shop/web", "Pod/shop/db"]
 
@@ -229,7 +229,7 @@ def test_host_endpoint_without_an_interface_here_has_no_say(bench: Bench) -> Non
 
 def test_host_endpoint_of_another_interface_has_no_say(bench: Bench) -> None:
     """What leaves by a tunnel of the node is not judged by the endpoint of its uplink, and the other way round."""
-    tunnel = Link(9, "vxlan.calico", "vxlan")
+    tunnel = Interface(9, "vxlan.calico", "vxlan")
     bench.node.wiring = replace(WIRING, links={**WIRING.links, 9: tunnel})
     bench.node.routes[ip_address("10.0.0.3")] = 9
     endpoint = HOST_ENDPOINT.replace("{name: uplink}", "{name: uplink, labels: {role: edge}}")

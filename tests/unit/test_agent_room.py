@@ -11,17 +11,18 @@ from pathlib import Path
 import pytest
 from test_agent_core import CLUSTER, POD, POLICY, WIRING, Bench, settle
 
-from netpol_ebpf.agent.core import Agent, Settings
+from netpol_ebpf.agent.core import Agent, AgentSettings
 from netpol_ebpf.agent.node import POLICY_MAPS
-from netpol_ebpf.agent.trouble import MAPS_BY_LIMIT, RETRY_S
-from netpol_ebpf.agent.wiring import Link
+from netpol_ebpf.agent.rejected import MAPS_BY_LIMIT, RETRY_S
+from netpol_ebpf.agent.wiring import Interface
 from netpol_ebpf.apply.applier import ARRAYS
 from netpol_ebpf.apply.encode import LocalFlag, Meaning
 from netpol_ebpf.errors import LimitError, MapFullError
+from netpol_loader.tables.buckets import SIZED
 
-FILLED = sorted(POLICY_MAPS - {"np_ep_cache", "np_vip_filter"})
+FILLED = sorted(POLICY_MAPS.intersection(SIZED) - {"np_ep_cache"})
 """All but what the program writes itself, and what has a row for every hash."""
-SETTINGS = Settings("here", borrow_sources=True)
+SETTINGS = AgentSettings("here", borrow_sources=True)
 PREFIXES = """'["198.51.100.0/24", "2001:db8::/64"]'"""
 SENDER = (
     POD.format(name="late", node="here", last=9)
@@ -41,7 +42,7 @@ spec: {clusterIPs: [10.96.0.1, "fd00:96::1"], ports: [{port: 80}]}
 ADDRESSES = {ip_address("192.0.2.1"): 2, ip_address("2001:db8::1"): 2}
 MEANINGS = {address: Meaning(LocalFlag.OWN, ifindex) for address, ifindex in ADDRESSES.items()}
 NETS = frozenset({ip_network("198.18.0.0/24"), ip_network("2001:db8:18::/48")})
-VXLAN = Link(8, "vxlan0", "vxlan", takes=((17, 4789),))
+VXLAN = Interface(8, "vxlan0", "vxlan", takes=((17, 4789),))
 
 
 @pytest.fixture

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from test_agent_core import CLUSTER, POD, POLICY, Bench, settle
 
-from netpol_ebpf.agent.core import AUDIT_S, SEARCH_S, Settings
-from netpol_ebpf.agent.trouble import RETRY_S, Refusals
-from netpol_ebpf.agent.wiring import Link
+from netpol_ebpf.agent.core import AUDIT_S, SEARCH_S, AgentSettings
+from netpol_ebpf.agent.rejected import RETRY_S, RejectedChanges
+from netpol_ebpf.agent.wiring import Interface
 from netpol_ebpf.compiler import Compiler
 from netpol_ebpf.errors import InvalidInputError, LimitError, MapFullError, PlatformError
 from netpol_loader.pins.drift import Drift, PartlyMendedError
@@ -63,7 +63,7 @@ def test_interface_that_refuses_programs_is_named_and_the_others_are_served(
 def test_interface_that_keeps_programs_is_named_and_tried_again(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     """What cannot be taken off an interface that nobody's policy is for any more is an error until it can."""
     wiring = bench.node.wiring
-    bench.node.wiring = replace(wiring, links={**wiring.links, 9: Link(9, "br9", "bridge")})
+    bench.node.wiring = replace(wiring, links={**wiring.links, 9: Interface(9, "br9", "bridge")})
     bench.write("host.yaml", BRIDGE_HOST)
     agent = bench.agent()
     assert 9 in agent.attached
@@ -99,7 +99,7 @@ def test_directory_that_cannot_be_read_is_no_empty_policy(bench: Bench) -> None:
 
 def test_pod_that_goes_while_memory_is_short_is_forgotten_with_its_sources(bench: Bench) -> None:
     """What makes room by going is not looked for in what replaces the maps."""
-    agent = bench.agent(Settings("here", borrow_sources=True))
+    agent = bench.agent(AgentSettings("here", borrow_sources=True))
     peers = bench.node.in_force["np_addr4"]
     peers.hard_limit = len(peers.rows)
     bench.write("late.yaml", POD.format(name="late", node="there", last=9))
@@ -139,7 +139,7 @@ def test_limit_is_not_tried_again_by_itself(bench: Bench, monkeypatch: pytest.Mo
 
 def test_retries_grow_rare_and_begin_anew() -> None:
     """Each refusal for want of memory doubles the time to the next try; success forgets that."""
-    refusals = Refusals()
+    refusals = RejectedChanges()
     full = MapFullError("full", map_name="np_rule")
     refusals.refuse(full, 0.0)
     refusals.refuse(full, RETRY_S)

@@ -19,9 +19,9 @@ from netpol_ebpf.resources.types import Resource
 from netpol_ebpf.sources.copies import LastGoodCopies
 from netpol_ebpf.sources.files import (
     MAX_UNSETTLED_LOOKS,
-    Batch,
     ManifestDirectory,
     Remove,
+    SourceUpdate,
     Upsert,
 )
 
@@ -32,14 +32,14 @@ def pod(name: str, app: str = "web") -> str:
     return POD.format(name=name, app=app)
 
 
-def settled(source: ManifestDirectory) -> Batch | None:
+def settled(source: ManifestDirectory) -> SourceUpdate | None:
     """What the directory brings once it has settled: the second of two looks."""
     first = source.step()
     assert first is None, "a change was taken up before it had settled"
     return source.step()
 
 
-def names(batch: Batch | None) -> dict[str, str]:
+def names(batch: SourceUpdate | None) -> dict[str, str]:
     """Events as {object name: kind of event}."""
     assert batch is not None
     return {event.resource.meta.name: type(event).__name__ for event in batch.events}

@@ -17,7 +17,7 @@ from test_sources_files import names, pod, settled, write
 
 from netpol_ebpf.sources import files, reading
 from netpol_ebpf.sources.copies import LastGoodCopies
-from netpol_ebpf.sources.files import Batch, ManifestDirectory
+from netpol_ebpf.sources.files import ManifestDirectory, SourceUpdate
 
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 """Of the threads of a test runner; the agent has one."""
@@ -44,7 +44,7 @@ def large(*names: str, app: str = "web") -> str:
     return "---\n".join(pod(name, app) for name in names) + "# " + "x" * reading.IN_PLACE_BYTES + "\n"
 
 
-def awaited(source: ManifestDirectory) -> Batch:
+def awaited(source: ManifestDirectory) -> SourceUpdate:
     """The next batch, whoever reads it."""
     deadline = time.monotonic() + DEADLINE_S
     while time.monotonic() < deadline:

@@ -24,7 +24,7 @@ from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
-from netpol_ebpf.agent.wiring import ETHERNET, NOWHERE, TAP_KINDS, Link, Wiring
+from netpol_ebpf.agent.wiring import ETHERNET, NOWHERE, TAP_KINDS, Interface, Wiring
 from netpol_ebpf.apply.records import (
     checked,
     checked_list,
@@ -66,7 +66,7 @@ class Evidence(enum.IntEnum):
     """The first addresses seen at the interface's other end. Weak: the workload could have chosen them."""
 
 
-class Side(enum.Enum):
+class InterfaceRole(enum.Enum):
     """What an interface was decided to be."""
 
     OWN = "own"
@@ -74,7 +74,7 @@ class Side(enum.Enum):
 
 
 @dataclass(frozen=True, slots=True)
-class Bond:
+class Assignment:
     """Whose an interface is. ``addresses``: of the endpoint, when it was last found here; None: not known."""
 
     key: EndpointKey
@@ -83,17 +83,17 @@ class Bond:
 
 
 @dataclass(frozen=True, slots=True)
-class Seen:
+class InterfaceRecord:
     """What is kept of an interface. ``first``: when there first were addresses at its other end, the oldest one of each family."""
 
     name: str
-    side: Side | None = None
+    side: InterfaceRole | None = None
     first: tuple[IPAddress, ...] = ()
-    bond: Bond | None = None
+    assignment: Assignment | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class Located:
+class LocatedEndpoints:
     """What was found. ``problems``: endpoints that could not be given an interface although there is a trace of one, and why.
 
     Endpoints in neither are not here (yet).
@@ -105,7 +105,7 @@ class Located:
 
 
 @dataclass(frozen=True, slots=True)
-class _Trace:
+class _Candidate:
     """Where one endpoint would be."""
 
     endpoint: Endpoint
@@ -113,7 +113,7 @@ class _Trace:
     ifindex: int
 
 
-def may_be_workloads(link: Link) -> bool:
+def may_be_workloads(link: Interface) -> bool:
     """Whether an interface is of a kind that workloads have: one end of a pair into another namespace, or a tap."""
     is_tap = link.kind in TAP_KINDS and link.hardware == ETHERNET  # else it is a tunnel of the node's own
     return link.peer is not None or is_tap
@@ -124,7 +124,7 @@ def derived_hash(key: EndpointKey) -> str:
     return hashlib.sha1(f"{key.namespace}.{key.name}".encode(), usedforsecurity=False).hexdigest()[:11]
 
 
-class Bonds:
+class InterfaceAssignments:
     """`look` at each new wiring, or when endpoints changed; `save` when ``is_dirty``.
 
     ``doubts``: interfaces that may be the node's own or a workload's, and what becomes of them.
@@ -133,12 +133,14 @@ class Bonds:
     def __init__(self, workloads: Sequence[str] = (), own: Sequence[str] = ()) -> None:
         """``workloads``: patterns of names; where there are any, exactly what matches is a workload's. ``own``: never is."""
         self._workload_patterns, self._own_patterns = tuple(workloads), tuple(own)
-        self._seen: dict[int, Seen] = {}
+        self._seen: dict[int, InterfaceRecord] = {}
         self._lost: set[EndpointKey] = set()  # whose interface went
         self.doubts: dict[int, str] = {}
         self.is_dirty = False
         self._is_recalled = False
-        self._written: dict[int, tuple[Seen, str]] = {}  # as in the file, so that one new interface costs one
+        self._written: dict[
+            int, tuple[InterfaceRecord, str]
+        ] = {}  # as in the file, so that one new interface costs one
 
     def look(
         self,
@@ -148,7 +150,7 @@ class Bonds:
         node_addresses: Collection[IPAddress] = (),
         results: Mapping[EndpointKey, Collection[str]] | None = None,
         is_contested: Callable[[EndpointKey], bool] = lambda _key: False,
-    ) -> Located:
+    ) -> LocatedEndpoints:
         """Decide what each interface is and find that of each endpoint; what was decided before stays.
 
         ``node_addresses``: those that this node's object in the cluster states.  ``results``: names of interfaces that plugins
@@ -162,18 +164,18 @@ class Bonds:
         self._is_recalled = False
         self._release_named(wiring, endpoints)
         stated = {wiring.addresses[one] for one in node_addresses if one in wiring.addresses}
-        places = _Places(wiring, results or {}, bindable, closed_to_routes=wiring.uplinks | stated)
+        places = _TrustedEvidence(wiring, results or {}, bindable, closed_to_routes=wiring.uplinks | stated)
         traces = {endpoint.key: places.beyond_reach(endpoint) for endpoint in endpoints}
         self.doubts = {}
         self._decide_all(wiring, stated, {ifindex for _, found in traces.values() for ifindex in found})
-        first: _First | None = None  # few endpoints are found by it, if any
+        first: _FirstAddresses | None = None  # few endpoints are found by it, if any
         problems: dict[EndpointKey, str] = {}
-        wanted: dict[int, list[_Trace]] = {}
-        held = {one.bond.key: ifindex for ifindex, one in self._seen.items() if one.bond is not None}
+        wanted: dict[int, list[_Candidate]] = {}
+        held = {one.assignment.key: ifindex for ifindex, one in self._seen.items() if one.assignment is not None}
         for endpoint in endpoints:
             evidence, found = traces[endpoint.key]
             if evidence is Evidence.ADDRESS:
-                first = first or _First(self._seen)
+                first = first or _FirstAddresses(self._seen)
                 found = first.of(endpoint)
             trace, problem = self._trace(endpoint, evidence, found, held.get(endpoint.key), wiring, is_contested)
             if problem:
@@ -187,25 +189,29 @@ class Bonds:
             if winner is not None:
                 interfaces[winner.endpoint.key] = ifindex
                 by[winner.endpoint.key] = self._bind(ifindex, winner, wiring)
-        return Located(interfaces, by, problems)
+        return LocatedEndpoints(interfaces, by, problems)
 
     def _release_named(self, wiring: Wiring, endpoints: Iterable[Endpoint]) -> None:
         """What an object named is free when no object names it any more: whoever writes those is not who sits behind it."""
         named = {(one.key, one.interface) for one in endpoints}
         for ifindex, seen in self._seen.items():
-            bond = seen.bond
-            if bond is None or bond.evidence is not Evidence.NAMED:
+            assignment = seen.assignment
+            if assignment is None or assignment.evidence is not Evidence.NAMED:
                 continue
-            if (bond.key, wiring.name_of(ifindex)) not in named:
-                self._keep(ifindex, replace(seen, side=None, bond=None))
+            if (assignment.key, wiring.name_of(ifindex)) not in named:
+                self._keep(ifindex, replace(seen, side=None, assignment=None))
 
     def _release_unbindable(self, bindable: Collection[int]) -> None:
         """What an earlier agent bound is free where this one would not bind it: an option may have been given since."""
         for ifindex, seen in self._seen.items():
-            if seen.bond is not None and seen.bond.evidence is not Evidence.NAMED and ifindex not in bindable:
-                self._keep(ifindex, replace(seen, side=None, bond=None))
+            if (
+                seen.assignment is not None
+                and seen.assignment.evidence is not Evidence.NAMED
+                and ifindex not in bindable
+            ):
+                self._keep(ifindex, replace(seen, side=None, assignment=None))
 
-    def _is_there(self, ifindex: int, seen: Seen, wiring: Wiring) -> bool:
+    def _is_there(self, ifindex: int, seen: InterfaceRecord, wiring: Wiring) -> bool:
         """Whether an interface is still the same. Of one that another agent saw, its name tells; one that only rows show has none."""
         link = wiring.links.get(ifindex)
         return link is not None and (not self._is_recalled or seen.name in (link.name, ""))
@@ -214,30 +220,30 @@ class Bonds:
         """Whether there is an interface of which the first address at its other end is yet to be seen."""
         peers = {ifindex for ifindex, link in wiring.links.items() if link.peer is not None}
         return any(
-            seen.side is not Side.OWN and seen.bond is None and not seen.first and ifindex in peers
+            seen.side is not InterfaceRole.OWN and seen.assignment is None and not seen.first and ifindex in peers
             for ifindex, seen in self._seen.items()
         )
 
     # --- own or workload's ------------------------------------------------------------------------------------------
 
-    def close_newborn(self, link: Link) -> bool:
+    def close_newborn(self, link: Interface) -> bool:
         """Whether an interface that has come just now must stay closed; in doubt it must."""
         if link.ifindex in self._seen or not self._is_possible(link):
             return False
-        self._keep(link.ifindex, Seen(link.name, Side.WORKLOAD))
+        self._keep(link.ifindex, InterfaceRecord(link.name, InterfaceRole.WORKLOAD))
         return True
 
     def is_workload(self, ifindex: int) -> bool:
         """Whether an interface is a workload's, and so closed while nothing is known about it."""
         seen = self._seen.get(ifindex)
-        return seen is not None and seen.side is Side.WORKLOAD
+        return seen is not None and seen.side is InterfaceRole.WORKLOAD
 
-    def _is_possible(self, link: Link) -> bool:
+    def _is_possible(self, link: Interface) -> bool:
         if self._workload_patterns:
             return any(fnmatchcase(link.name, pattern) for pattern in self._workload_patterns)
         return may_be_workloads(link) and not any(fnmatchcase(link.name, pattern) for pattern in self._own_patterns)
 
-    def _may_be_bound(self, link: Link) -> bool:
+    def _may_be_bound(self, link: Interface) -> bool:
         """Whether an interface can be that of an endpoint whose object does not name it."""
         is_named = any(fnmatchcase(link.name, pattern) for pattern in self._workload_patterns)
         is_own = any(fnmatchcase(link.name, pattern) for pattern in self._own_patterns)
@@ -248,7 +254,7 @@ class Bonds:
         for link in wiring.links.values():
             if not may_be_workloads(link) and not self._workload_patterns:
                 continue
-            seen = self._seen.get(link.ifindex) or Seen(link.name)
+            seen = self._seen.get(link.ifindex) or InterfaceRecord(link.name)
             side = self._side(link, wiring, seen, is_stated=link.ifindex in stated, is_claimed=link.ifindex in claimed)
             if seen.side not in (None, side):
                 log.warning("interface %s is %s", link.name, _SAID[side])
@@ -259,38 +265,40 @@ class Bonds:
                 seen = replace(seen, name=link.name, side=side, first=first)
             self._keep(link.ifindex, seen)
 
-    def _side(self, link: Link, wiring: Wiring, seen: Seen, *, is_stated: bool, is_claimed: bool) -> Side | None:
+    def _side(
+        self, link: Interface, wiring: Wiring, seen: InterfaceRecord, *, is_stated: bool, is_claimed: bool
+    ) -> InterfaceRole | None:
         """None: in doubt, and taken for the node's own until something speaks."""
         if self._workload_patterns:
-            return Side.WORKLOAD if self._is_possible(link) else Side.OWN
-        if seen.bond is not None or is_claimed:
-            return Side.WORKLOAD
+            return InterfaceRole.WORKLOAD if self._is_possible(link) else InterfaceRole.OWN
+        if seen.assignment is not None or is_claimed:
+            return InterfaceRole.WORKLOAD
         is_routed = link.ifindex in wiring.uplinks or link.ifindex in wiring.next_hops
-        if not self._is_possible(link) or is_stated or is_routed or seen.side is Side.OWN:
-            return Side.OWN
+        if not self._is_possible(link) or is_stated or is_routed or seen.side is InterfaceRole.OWN:
+            return InterfaceRole.OWN
         if link.ifindex in wiring.shared:
-            is_closed = seen.side is Side.WORKLOAD
+            is_closed = seen.side is InterfaceRole.WORKLOAD
             self.doubts[link.ifindex] = (
                 f"interface {link.name} may be the node's own or a workload's: the node has an address there, but no route leads "
                 f"on from it; it is {'closed' if is_closed else 'taken for the own one, NOT enforced,'} until --own-interfaces or "
                 "--workload-interfaces names it, or a workload is known to be there"
             )
             return seen.side
-        return Side.WORKLOAD
+        return InterfaceRole.WORKLOAD
 
     # --- whose ------------------------------------------------------------------------------------------------------
 
     def _trace(
         self, endpoint: Endpoint, evidence: Evidence, found: set[int], old: int | None, wiring: Wiring,
         is_contested: Callable[[EndpointKey], bool],
-    ) -> tuple[_Trace | None, str]:  # fmt: skip
+    ) -> tuple[_Candidate | None, str]:  # fmt: skip
         """Where an endpoint would be, and what is wrong with that. ``old``: the interface that it has."""
-        bond = self._seen[old].bond if old is not None else None
+        assignment = self._seen[old].assignment if old is not None else None
         kept = None
-        if old is not None and bond is not None and endpoint.interface is None and _is_same(bond, endpoint):
-            kept = _Trace(endpoint, bond.evidence, old)
+        if old is not None and assignment is not None and endpoint.interface is None and _is_same(assignment, endpoint):
+            kept = _Candidate(endpoint, assignment.evidence, old)
         if kept is not None and kept.ifindex in found:
-            return (kept if kept.evidence <= evidence else _Trace(endpoint, evidence, kept.ifindex)), ""
+            return (kept if kept.evidence <= evidence else _Candidate(endpoint, evidence, kept.ifindex)), ""
         if kept is not None and (not found or evidence is Evidence.ADDRESS):
             return kept, ""
         if not found:
@@ -301,25 +309,25 @@ class Bonds:
         (ifindex,) = found
         if (old is not None or endpoint.key in self._lost) and is_contested(endpoint.key):
             return kept, f"{wiring.name_of(ifindex)} has an address that others claim as well"
-        return _Trace(endpoint, evidence, ifindex), ""
+        return _Candidate(endpoint, evidence, ifindex), ""
 
     def _choose(
-        self, ifindex: int, traces: Sequence[_Trace], wiring: Wiring, problems: dict[EndpointKey, str]
-    ) -> _Trace | None:
+        self, ifindex: int, traces: Sequence[_Candidate], wiring: Wiring, problems: dict[EndpointKey, str]
+    ) -> _Candidate | None:
         """Who of those that an interface would belong to has it; the others learn why they have not."""
-        bond = self._seen[ifindex].bond if ifindex in self._seen else None
-        if len(traces) == 1 and bond is not None and traces[0].endpoint.key == bond.key:
+        assignment = self._seen[ifindex].assignment if ifindex in self._seen else None
+        if len(traces) == 1 and assignment is not None and traces[0].endpoint.key == assignment.key:
             return traces[0]
         name = wiring.name_of(ifindex)
-        holder = next((one for one in traces if bond is not None and one.endpoint.key == bond.key), None)
+        holder = next((one for one in traces if assignment is not None and one.endpoint.key == assignment.key), None)
         best = min(one.evidence for one in traces)
         strongest = [one for one in traces if one.evidence is best]
         if holder is not None and holder in strongest:
-            winner: _Trace | None = holder
-        elif bond is not None and holder is None and best is Evidence.ADDRESS:
+            winner: _Candidate | None = holder
+        elif assignment is not None and holder is None and best is Evidence.ADDRESS:
             for one in traces:
                 problems[one.endpoint.key] = (
-                    f"interface {name} was {bond.key}'s, and is no other's by an address at its other end"
+                    f"interface {name} was {assignment.key}'s, and is no other's by an address at its other end"
                 )
             return None
         else:
@@ -333,16 +341,16 @@ class Bonds:
         )
         return winner
 
-    def _bind(self, ifindex: int, trace: _Trace, wiring: Wiring) -> Evidence:
+    def _bind(self, ifindex: int, trace: _Candidate, wiring: Wiring) -> Evidence:
         name, endpoint, evidence = wiring.links[ifindex].name, trace.endpoint, trace.evidence
-        seen = self._seen.get(ifindex) or Seen(name)
-        if seen.bond is not None and seen.bond.key == endpoint.key:
-            evidence = min(evidence, seen.bond.evidence)
+        seen = self._seen.get(ifindex) or InterfaceRecord(name)
+        if seen.assignment is not None and seen.assignment.key == endpoint.key:
+            evidence = min(evidence, seen.assignment.evidence)
         self.doubts.pop(ifindex, None)
         self._lost.discard(endpoint.key)
-        bond = Bond(endpoint.key, evidence, endpoint.addresses)
-        if (seen.name, seen.side, seen.bond) != (name, Side.WORKLOAD, bond):
-            self._keep(ifindex, replace(seen, name=name, side=Side.WORKLOAD, bond=bond))
+        assignment = Assignment(endpoint.key, evidence, endpoint.addresses)
+        if (seen.name, seen.side, seen.assignment) != (name, InterfaceRole.WORKLOAD, assignment):
+            self._keep(ifindex, replace(seen, name=name, side=InterfaceRole.WORKLOAD, assignment=assignment))
         return evidence
 
     def forget(self, gone: Iterable[int]) -> None:
@@ -351,10 +359,10 @@ class Bonds:
             seen = self._seen.pop(ifindex, None)
             if seen is not None:
                 self.is_dirty = True
-                if seen.bond is not None:
-                    self._lost.add(seen.bond.key)
+                if seen.assignment is not None:
+                    self._lost.add(seen.assignment.key)
 
-    def _keep(self, ifindex: int, seen: Seen) -> None:
+    def _keep(self, ifindex: int, seen: InterfaceRecord) -> None:
         before = self._seen.get(ifindex)
         if before is not seen and before != seen:
             self._seen[ifindex] = seen
@@ -394,10 +402,12 @@ class Bonds:
         seen = self._seen.get(ifindex)
         if ifindex == NOWHERE:
             self._lost.add(key)
-        elif seen is None or seen.bond is None:
-            bond = Bond(key, Evidence.ADDRESS, None)
+        elif seen is None or seen.assignment is None:
+            assignment = Assignment(key, Evidence.ADDRESS, None)
             self._is_recalled = True
-            self._keep(ifindex, replace(seen or Seen(""), side=Side.WORKLOAD, bond=bond))
+            self._keep(
+                ifindex, replace(seen or InterfaceRecord(""), side=InterfaceRole.WORKLOAD, assignment=assignment)
+            )
 
     def save(self, path: Path) -> None:
         """Write what was decided, whole or not at all. Raises OSError."""
@@ -416,13 +426,13 @@ class Bonds:
 
 
 _SAID = {
-    Side.OWN: "the node's own: it is no workload's any more",
-    Side.WORKLOAD: "a workload's: it is closed until it is known whose",
+    InterfaceRole.OWN: "the node's own: it is no workload's any more",
+    InterfaceRole.WORKLOAD: "a workload's: it is closed until it is known whose",
     None: "in doubt",
 }
 
 
-class _Places:
+class _TrustedEvidence:
     """Where endpoints would be by evidence that is beyond a workload's reach."""
 
     def __init__(
@@ -499,14 +509,14 @@ class _Places:
         return ifindex if link is None or link.peer is None else None
 
 
-class _First:
+class _FirstAddresses:
     """Where endpoints would be by the first addresses at the other ends of interfaces."""
 
-    def __init__(self, seen: Mapping[int, Seen]) -> None:
+    def __init__(self, seen: Mapping[int, InterfaceRecord]) -> None:
         self._seen = seen
         self._by_address: dict[IPAddress, set[int]] = {}
         for ifindex, one in seen.items():
-            for address in one.first if one.side is not Side.OWN else ():
+            for address in one.first if one.side is not InterfaceRole.OWN else ():
                 self._by_address.setdefault(address, set()).add(ifindex)
 
     def of(self, endpoint: Endpoint) -> set[int]:
@@ -522,8 +532,8 @@ class _First:
         return all(one in endpoint.addresses for one in self._seen[ifindex].first if one.version in families)
 
     def _is_free(self, ifindex: int, endpoint: Endpoint) -> bool:
-        bond = self._seen[ifindex].bond
-        return bond is None or bond.key == endpoint.key
+        assignment = self._seen[ifindex].assignment
+        return assignment is None or assignment.key == endpoint.key
 
 
 def _oldest(addresses: Sequence[IPAddress]) -> tuple[IPAddress, ...]:
@@ -532,24 +542,24 @@ def _oldest(addresses: Sequence[IPAddress]) -> tuple[IPAddress, ...]:
     return (*found[0][:1], *found[1][-1:])
 
 
-def _is_same(bond: Bond, endpoint: Endpoint) -> bool:
+def _is_same(assignment: Assignment, endpoint: Endpoint) -> bool:
     """Whether an endpoint is still the one that was bound: a new pod of that name has other addresses, and another interface."""
-    if bond.addresses is None or bond.addresses == endpoint.addresses:
+    if assignment.addresses is None or assignment.addresses == endpoint.addresses:
         return True
-    return bool(set(bond.addresses) & set(endpoint.addresses))
+    return bool(set(assignment.addresses) & set(endpoint.addresses))
 
 
-def _write_seen(seen: Seen) -> dict[str, Any]:
+def _write_seen(seen: InterfaceRecord) -> dict[str, Any]:
     written: dict[str, Any] = {
         "name": seen.name,
         "side": seen.side and seen.side.value,
         "first": [*map(str, seen.first)],
     }
-    if seen.bond is not None:
-        addresses = seen.bond.addresses
+    if seen.assignment is not None:
+        addresses = seen.assignment.addresses
         written["bond"] = {
-            "endpoint": [seen.bond.key.kind, seen.bond.key.namespace, seen.bond.key.name],
-            "evidence": seen.bond.evidence.name,
+            "endpoint": [seen.assignment.key.kind, seen.assignment.key.namespace, seen.assignment.key.name],
+            "evidence": seen.assignment.evidence.name,
             "addresses": None if addresses is None else [*map(str, addresses)],
         }
     return written
@@ -561,23 +571,23 @@ def _read_ifindex(written: str) -> int:
     return int(written)
 
 
-def _read_seen(written: Any) -> Seen:
+def _read_seen(written: Any) -> InterfaceRecord:
     """Raises ValueError."""
     fields = checked(written, dict, "it")
-    side, bond = fields.get("side"), fields.get("bond")
-    return Seen(
+    side, assignment = fields.get("side"), fields.get("bond")
+    return InterfaceRecord(
         checked(fields.get("name"), str, "its name"),
-        None if side is None else Side(checked(side, str, "its side")),
+        None if side is None else InterfaceRole(checked(side, str, "its side")),
         _oldest(_read_addresses(fields.get("first"))),
-        None if bond is None else _read_bond(checked(bond, dict, "its bond")),
+        None if assignment is None else _read_assignment(checked(assignment, dict, "its bond")),
     )
 
 
-def _read_bond(fields: dict[Any, Any]) -> Bond:
+def _read_assignment(fields: dict[Any, Any]) -> Assignment:
     evidence, addresses = checked(fields.get("evidence"), str, "the evidence"), fields.get("addresses")
     if evidence not in Evidence.__members__:
         raise ValueError(f"{evidence!r} is no evidence")
-    return Bond(
+    return Assignment(
         EndpointKey(*checked_list(fields.get("endpoint"), str, "an endpoint", 3)),
         Evidence[evidence],
         None if addresses is None else _read_addresses(addresses),

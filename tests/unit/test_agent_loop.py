@@ -23,14 +23,14 @@ from memory_maps import MemoryMap
 from test_agent_core import CLUSTER, DB, POD, POLICY, WIRING, Bench, MemoryNode
 from test_sources_reading import in_child, stop, wait_for_stop
 
+from netpol_ebpf.agent import control_socket as control_socket_module
 from netpol_ebpf.agent import main as agent_main
 from netpol_ebpf.agent import report
-from netpol_ebpf.agent import service as service_module
 from netpol_ebpf.agent.answering import Answering
+from netpol_ebpf.agent.control_socket import ControlSocket
 from netpol_ebpf.agent.core import Agent
-from netpol_ebpf.agent.main import Turns, answers_of
-from netpol_ebpf.agent.service import Service
-from netpol_ebpf.agent.wiring import Link
+from netpol_ebpf.agent.main import AgentLoop, answers_of
+from netpol_ebpf.agent.wiring import Interface
 from netpol_ebpf.resources import manifest_files
 from netpol_ebpf.sources import reading
 
@@ -74,14 +74,14 @@ class Stage:
 
     bench: Bench
     agent: Agent
-    turns: Turns
+    loop: AgentLoop
     events: list[str] = field(default_factory=list)
     steps: int = 0
     wake: int = -1
 
     def turn(self) -> list[str]:
         self.events.clear()
-        self.turns.turn(self.wake)
+        self.loop.run_once(self.wake)
         assert self.events.count("begin") <= 1, "one answer a turn"
         return list(self.events)
 
@@ -96,8 +96,8 @@ def stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Stage]:
     agent = bench.agent()
     place = {"pid": os.getpid(), "manifests": "m", "pin_dir": "p", "upgrade": ""}
     ledger = bench.ledgers[-1]
-    service = Service(tmp_path / "agent.sock", answers_of(agent, node, ledger, place))
-    one = Stage(bench, agent, Turns(agent, node, ledger, service))
+    service = ControlSocket(tmp_path / "agent.sock", answers_of(agent, node, ledger, place))
+    one = Stage(bench, agent, AgentLoop(agent, node, ledger, service))
     one.wake, writing = os.pipe()
 
     def noted(owner: Any, name: str, what: str) -> None:
@@ -116,16 +116,16 @@ def stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Stage]:
 
     # Nothing that an answer reads is read by the loop's own process while it serves.
     serving = [False]
-    poll = service_module.Service.poll
+    poll = control_socket_module.ControlSocket.poll
 
-    def served(self: Service) -> None:
+    def served(self: ControlSocket) -> None:
         serving[0] = True
         try:
             poll(self)
         finally:
             serving[0] = False
 
-    monkeypatch.setattr(service_module.Service, "poll", served)
+    monkeypatch.setattr(control_socket_module.ControlSocket, "poll", served)
 
     def elsewhere(owner: Any, name: str) -> None:
         real = getattr(owner, name)
@@ -140,7 +140,7 @@ def stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Stage]:
         elsewhere(report, name)
     for name in ("get", "items"):
         elsewhere(MemoryMap, name)
-    one.turns.open()
+    one.loop.open()
     yield one
     service.close()
     bench.close()
@@ -188,7 +188,7 @@ class Crowd:
 
 def test_policy_and_interfaces_are_dealt_with_while_everybody_asks(stage: Stage) -> None:
     """With clients that loop over every request: no turn walks a table for them, a new interface comes first, policy takes two steps."""
-    crowd = Crowd(stage.turns.service.path)
+    crowd = Crowd(stage.loop.control_socket.path)
     try:
         while min(crowd.answered[operation] for operation in OPERATIONS) < 2:
             stage.turn()
@@ -209,7 +209,7 @@ def test_policy_and_interfaces_are_dealt_with_while_everybody_asks(stage: Stage)
         # A new interface: its programs before anything is done for those who ask.
         node = stage.bench.node
         assert isinstance(node, ReadableNode)
-        late = Link(9, "cali9", "veth", (7, 2))
+        late = Interface(9, "cali9", "veth", (7, 2))
         node.wiring = replace(
             WIRING, links={**WIRING.links, 9: late}, host_routes={**WIRING.host_routes, ip_address("10.0.0.9"): 9}
         )
@@ -227,7 +227,7 @@ def test_policy_and_interfaces_are_dealt_with_while_everybody_asks(stage: Stage)
 
 def bear(node: MemoryNode) -> None:
     """A new interface, of a pod that the manifests do not know."""
-    late = Link(9, "cali9", "veth", (7, 2))
+    late = Interface(9, "cali9", "veth", (7, 2))
     node.wiring = replace(WIRING, links={**WIRING.links, 9: late})
     node.born.append(late)
     node.news = True
@@ -242,7 +242,7 @@ def test_interfaces_and_questions_do_not_wait_for_large_manifests(
     stage.bench.write("policy.yaml", POLICY.replace("ingress: [{", "# ingress: [{"))
     stage.bench.write("more.yaml", POD.format(name="late", node="here", last=9) + "#" * reading.IN_PLACE_BYTES)
     child = wait_for_stop(stage.agent._source, stage.turn)
-    crowd = Crowd(stage.turns.service.path)
+    crowd = Crowd(stage.loop.control_socket.path)
     try:
         bear(stage.bench.node)
         assert isinstance(stage.bench.node, ReadableNode)
@@ -293,7 +293,7 @@ def test_answers_are_those_of_the_agent(stage: Stage) -> None:
         stage.turn()
     channel = socket.socket(socket.AF_UNIX)
     with channel:
-        channel.connect(str(stage.turns.service.path))
+        channel.connect(str(stage.loop.control_socket.path))
         channel.sendall(b'{"op": "status"}\n')
         channel.settimeout(0)
         received = bytearray()
@@ -310,7 +310,7 @@ def test_no_room_for_the_socket_ends_nothing(
     stage: Stage, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A full state directory keeps others from asking, until there is room; the agent steps on."""
-    service = stage.turns.service
+    service = stage.loop.control_socket
     service.close()
     full = [True]
 
@@ -320,15 +320,15 @@ def test_no_room_for_the_socket_ends_nothing(
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             super().bind(address)
 
-    monkeypatch.setattr(service_module.socket, "socket", Bound)
-    stage.turns.open()
+    monkeypatch.setattr(control_socket_module.socket, "socket", Bound)
+    stage.loop.open()
     assert not service.is_open
     assert "No space left on device" in caplog.text
     steps = stage.steps
     while stage.steps == steps:
         stage.turn()
     full[0] = False
-    now_s = stage.turns.clock() + agent_main.RETRY_S
-    stage.turns.clock = lambda: now_s
+    now_s = stage.loop.clock() + agent_main.RETRY_S
+    stage.loop.clock = lambda: now_s
     stage.turn()
     assert service.is_open

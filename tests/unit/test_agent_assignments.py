@@ -13,17 +13,17 @@ from typing import Any
 
 import pytest
 
-from netpol_ebpf.agent.bonds import Bonds, Evidence, Located, derived_hash
-from netpol_ebpf.agent.wiring import Link, Wiring
+from netpol_ebpf.agent.assignments import Evidence, InterfaceAssignments, LocatedEndpoints, derived_hash
+from netpol_ebpf.agent.wiring import Interface, Wiring
 from netpol_ebpf.apply.records import DAMAGED_SUFFIX
 from netpol_ebpf.policy.types import Endpoint, EndpointKey, EndpointKind
 
-LO = Link(1, "lo")
-UPLINK = Link(2, "eth0", "veth", (0, 2))
-WEB = Link(5, "vethweb", "veth", (1, 2))
-DB = Link(6, "vethdb", "veth", (2, 2))
-TAP = Link(7, "tap0", "tun")
-BRIDGE = Link(8, "cni0", "bridge")
+LO = Interface(1, "lo")
+UPLINK = Interface(2, "eth0", "veth", (0, 2))
+WEB = Interface(5, "vethweb", "veth", (1, 2))
+DB = Interface(6, "vethdb", "veth", (2, 2))
+TAP = Interface(7, "tap0", "tun")
+BRIDGE = Interface(8, "cni0", "bridge")
 LINKS = {link.ifindex: link for link in (LO, UPLINK, WEB, DB, TAP, BRIDGE)}
 
 
@@ -52,12 +52,12 @@ def wiring(
     )
 
 
-def names(located: Located) -> dict[str, int]:
+def names(located: LocatedEndpoints) -> dict[str, int]:
     return {one.name: ifindex for one, ifindex in located.interfaces.items()}
 
 
 def found(snapshot: Wiring, *endpoints: Endpoint) -> dict[str, int]:
-    return names(Bonds().look(snapshot, endpoints))
+    return names(InterfaceAssignments().look(snapshot, endpoints))
 
 
 # --- by what evidence -----------------------------------------------------------------------------------------------
@@ -65,14 +65,14 @@ def found(snapshot: Wiring, *endpoints: Endpoint) -> dict[str, int]:
 
 def test_host_route_leads_to_the_interface() -> None:
     """A pod is where the node's route to one of its addresses goes; a family without a route does no harm."""
-    located = Bonds().look(wiring({"10.0.0.1": 5}), [endpoint("web", "10.0.0.1", "fd00::1")])
+    located = InterfaceAssignments().look(wiring({"10.0.0.1": 5}), [endpoint("web", "10.0.0.1", "fd00::1")])
     assert (names(located), located.evidence) == ({"web": 5}, {key("web"): Evidence.ROUTE})
 
 
 def test_other_end_of_the_pair_leads_to_the_interface() -> None:
     """Without a route, the veth whose other end has the address; the same address index in two namespaces is no confusion."""
     snapshot = wiring(peers={(1, 2): ["10.0.0.1", "fe80::1"], (2, 2): ["10.0.0.2", "fe80::1"]})
-    located = Bonds().look(snapshot, [endpoint("web", "10.0.0.1"), endpoint("db", "10.0.0.2")])
+    located = InterfaceAssignments().look(snapshot, [endpoint("web", "10.0.0.1"), endpoint("db", "10.0.0.2")])
     assert names(located) == {"web": 5, "db": 6}
     assert set(located.evidence.values()) == {Evidence.ADDRESS}
 
@@ -80,11 +80,11 @@ def test_other_end_of_the_pair_leads_to_the_interface() -> None:
 def test_subnet_on_the_node_s_end_leads_to_the_interface() -> None:
     """A node end with a prefix of its own, be it /24 or /31, by the first address behind it: which of the prefix's it is, the pod says."""
     snapshot = wiring(subnets={"10.0.0.0/31": 5, "10.0.0.0/8": 2}, peers={(1, 2): ["10.0.0.1"]}, shared=[5])
-    bonds = Bonds()
-    located = bonds.look(snapshot, [endpoint("web", "10.0.0.1")])
+    assignments = InterfaceAssignments()
+    located = assignments.look(snapshot, [endpoint("web", "10.0.0.1")])
     assert (names(located), located.evidence[key("web")]) == ({"web": 5}, Evidence.ADDRESS)
-    assert bonds.is_workload(5)
-    assert not bonds.doubts
+    assert assignments.is_workload(5)
+    assert not assignments.doubts
 
 
 @pytest.mark.parametrize("born", [True, False], ids=["born under the agent", "there before"])
@@ -92,35 +92,37 @@ def test_later_address_in_the_node_s_prefix_makes_nobody_of_a_pod_that_is_to_com
     tmp_path: Path, *, born: bool
 ) -> None:
     """On an end of the node with a prefix the first address counts alone, for the interface's life, also for the next agent."""
-    bonds = Bonds()
+    assignments = InterfaceAssignments()
     if born:
-        bonds.close_newborn(WEB)
-    bonds.look(wiring(subnets={"10.0.0.0/24": 5}, peers={(1, 2): ["10.0.0.77"]}, shared=[5]), [])
+        assignments.close_newborn(WEB)
+    assignments.look(wiring(subnets={"10.0.0.0/24": 5}, peers={(1, 2): ["10.0.0.77"]}, shared=[5]), [])
     later = wiring(subnets={"10.0.0.0/24": 5}, peers={(1, 2): ["10.0.0.1"]}, shared=[5])
-    bonds.save(tmp_path / "interfaces")
-    again = Bonds()
+    assignments.save(tmp_path / "interfaces")
+    again = InterfaceAssignments()
     assert again.load(tmp_path / "interfaces") is None
-    for one in (bonds, again):
+    for one in (assignments, again):
         assert names(one.look(later, [endpoint("web", "10.0.0.1")])) == {}
         assert names(one.look(later, [endpoint("first", "10.0.0.77")])) == {"first": 5}
 
 
 def test_first_address_behind_an_end_in_doubt_is_looked_for() -> None:
     """Nothing tells when it comes, and without it nobody is known to be there."""
-    bonds = Bonds()
+    assignments = InterfaceAssignments()
     empty = wiring(subnets={"10.0.0.0/24": 5}, peers={(2, 2): ["10.0.0.9"]}, shared=[5])
-    bonds.look(empty, [])
-    assert (bonds.is_workload(5), bonds.is_curious(empty)) == (False, True)
-    bonds.look(wiring(subnets={"10.0.0.0/24": 5}, peers={(1, 2): ["10.0.0.1"], (2, 2): ["10.0.0.9"]}, shared=[5]), [])
-    assert not bonds.is_curious(empty)
+    assignments.look(empty, [])
+    assert (assignments.is_workload(5), assignments.is_curious(empty)) == (False, True)
+    assignments.look(
+        wiring(subnets={"10.0.0.0/24": 5}, peers={(1, 2): ["10.0.0.1"], (2, 2): ["10.0.0.9"]}, shared=[5]), []
+    )
+    assert not assignments.is_curious(empty)
 
 
 def test_subnet_of_a_link_without_the_pod_is_no_trace() -> None:
     """A further link of a node that is a container: its pods there may be macvlan devices, whose packets are not that link's alone."""
     snapshot = wiring(subnets={"10.0.0.0/24": 5}, peers={(1, 2): ["10.0.0.254"]}, shared=[5])
-    bonds = Bonds()
-    assert names(bonds.look(snapshot, [endpoint("web", "10.0.0.1")])) == {}
-    assert (bonds.is_workload(5), list(bonds.doubts)) == (False, [5])
+    assignments = InterfaceAssignments()
+    assert names(assignments.look(snapshot, [endpoint("web", "10.0.0.1")])) == {}
+    assert (assignments.is_workload(5), list(assignments.doubts)) == (False, [5])
     virtual_machine = wiring(subnets={"10.0.0.0/24": 7}, shared=[7])  # nobody can look behind a tap
     assert found(virtual_machine, endpoint("web", "10.0.0.1")) == {"web": 7}
 
@@ -138,12 +140,12 @@ def test_route_tells_more_than_a_peer() -> None:
 @pytest.mark.parametrize("kind", ["macvlan", "bridge", "vxlan"])
 def test_route_by_an_interface_that_no_workload_has_is_no_trace(kind: str) -> None:
     """The node's own way to a pod: its packets to others do not pass there, so policy there would be none."""
-    own = Link(9, "shim0", kind)
+    own = Interface(9, "shim0", kind)
     snapshot = replace(wiring({"10.0.0.1": 9}), links={**LINKS, 9: own})
-    bonds = Bonds()
-    assert names(bonds.look(snapshot, [endpoint("web", "10.0.0.1")])) == {}
-    assert not bonds.is_workload(9)
-    assert names(Bonds(workloads=["shim*"]).look(snapshot, [endpoint("web", "10.0.0.1")])) == {"web": 9}
+    assignments = InterfaceAssignments()
+    assert names(assignments.look(snapshot, [endpoint("web", "10.0.0.1")])) == {}
+    assert not assignments.is_workload(9)
+    assert names(InterfaceAssignments(workloads=["shim*"]).look(snapshot, [endpoint("web", "10.0.0.1")])) == {"web": 9}
 
 
 @pytest.mark.parametrize("name", ["vethweb", f"cali{derived_hash(key('web'))}"])
@@ -157,18 +159,18 @@ def test_interface_that_an_option_calls_the_node_s_is_no_trace(name: str) -> Non
         (wiring(), {key("web"): {name}}),
         (wiring(), {}),
     ):
-        bonds = Bonds(own=["vethw*", "cali*"])
-        located = bonds.look(replace(snapshot, links=links), [endpoint("web", "10.0.0.1")], results=results)
-        assert (located.interfaces, bonds.is_workload(5), bonds.doubts) == ({}, False, {})
+        assignments = InterfaceAssignments(own=["vethw*", "cali*"])
+        located = assignments.look(replace(snapshot, links=links), [endpoint("web", "10.0.0.1")], results=results)
+        assert (located.interfaces, assignments.is_workload(5), assignments.doubts) == ({}, False, {})
 
 
 @pytest.mark.parametrize("is_kept", [True, False], ids=["by the file", "by the rows"])
 def test_option_that_was_given_since_frees_what_an_earlier_agent_bound(tmp_path: Path, *, is_kept: bool) -> None:
     """A bond outlives the agent, but not the operator's word; what an object names stays."""
     pods = [endpoint("web", "10.0.0.1"), endpoint("db", interface="vethdb")]
-    earlier = Bonds()
+    earlier = InterfaceAssignments()
     assert names(earlier.look(wiring({"10.0.0.1": 5}), pods)) == {"web": 5, "db": 6}
-    later = Bonds(own=["veth*"])
+    later = InterfaceAssignments(own=["veth*"])
     if is_kept:
         earlier.save(tmp_path / "interfaces")
         assert later.load(tmp_path / "interfaces") is None
@@ -181,13 +183,15 @@ def test_option_that_was_given_since_frees_what_an_earlier_agent_bound(tmp_path:
 def test_plugin_that_left_nothing_on_the_node_speaks_against_all_else() -> None:
     """A macvlan pod's address is in the prefix of the interface below it, and perhaps at the other end of one of the node's."""
     snapshot = wiring({"fd00::1": 6}, {(1, 2): ["10.0.0.1"]}, subnets={"10.0.0.0/24": 5}, shared=[5])
-    located = Bonds().look(snapshot, [endpoint("web", "10.0.0.1", "fd00::1")], results={key("web"): set()})
-    assert located == Located()
+    located = InterfaceAssignments().look(
+        snapshot, [endpoint("web", "10.0.0.1", "fd00::1")], results={key("web"): set()}
+    )
+    assert located == LocatedEndpoints()
 
 
 def test_plugin_s_result_tells_more_than_a_route() -> None:
     """What the plugin left on the node names the interface; a bridge that it names as well is none."""
-    located = Bonds().look(
+    located = InterfaceAssignments().look(
         wiring({"10.0.0.1": 6}), [endpoint("web", "10.0.0.1")], results={key("web"): {"vethweb", "cni0"}}
     )
     assert (names(located), located.evidence) == ({"web": 5}, {key("web"): Evidence.CNI})
@@ -196,9 +200,9 @@ def test_plugin_s_result_tells_more_than_a_route() -> None:
 @pytest.mark.parametrize("prefix", ["cali", "eni", "vlan", "gke", "azv"])
 def test_name_made_of_the_pod_s_is_evidence(prefix: str) -> None:
     """As Calico, AWS (also for pods with security groups), GKE and Azure name interfaces."""
-    named = Link(9, f"{prefix}{derived_hash(key('web'))}", "veth", (3, 2))
+    named = Interface(9, f"{prefix}{derived_hash(key('web'))}", "veth", (3, 2))
     snapshot = replace(wiring(peers={(1, 2): ["10.0.0.1"]}), links={**LINKS, 9: named})
-    located = Bonds().look(snapshot, [endpoint("web", "10.0.0.1")])
+    located = InterfaceAssignments().look(snapshot, [endpoint("web", "10.0.0.1")])
     assert (names(located), located.evidence) == ({"web": 9}, {key("web"): Evidence.NAME})
     assert derived_hash(EndpointKey("Pod", "kube-system", "coredns-0")) == "8c346e38bf4"
 
@@ -212,14 +216,14 @@ def test_named_interface_needs_no_address() -> None:
 
 def test_interface_that_was_named_is_free_with_its_name() -> None:
     """Objects are written by those who decide; another name, or none, and the interface is what it would be without."""
-    bonds = Bonds()
-    bonds.look(wiring(), [endpoint("vm", "10.0.0.1", interface="eth0")])
-    assert bonds.is_workload(2)
-    located = bonds.look(wiring(), [endpoint("vm", "10.0.0.1", interface="tap0")])
-    assert (names(located), bonds.is_workload(2)) == ({"vm": 7}, False)
-    bonds.look(wiring(), [])
-    assert bonds.is_workload(7)
-    assert names(bonds.look(wiring({"10.0.0.2": 7}), [endpoint("other", "10.0.0.2")])) == {"other": 7}
+    assignments = InterfaceAssignments()
+    assignments.look(wiring(), [endpoint("vm", "10.0.0.1", interface="eth0")])
+    assert assignments.is_workload(2)
+    located = assignments.look(wiring(), [endpoint("vm", "10.0.0.1", interface="tap0")])
+    assert (names(located), assignments.is_workload(2)) == ({"vm": 7}, False)
+    assignments.look(wiring(), [])
+    assert assignments.is_workload(7)
+    assert names(assignments.look(wiring({"10.0.0.2": 7}), [endpoint("other", "10.0.0.2")])) == {"other": 7}
 
 
 def test_route_to_a_vanished_interface_is_no_trace() -> None:
@@ -236,7 +240,7 @@ def test_uplink_is_nobody_s_by_address() -> None:
 
 def test_pod_that_is_not_here_is_no_problem() -> None:
     """An endpoint without a trace is neither found nor a problem."""
-    assert Bonds().look(wiring(), [endpoint("web", "10.0.0.1")]) == Located()
+    assert InterfaceAssignments().look(wiring(), [endpoint("web", "10.0.0.1")]) == LocatedEndpoints()
 
 
 # --- conflicts ------------------------------------------------------------------------------------------------------
@@ -249,7 +253,7 @@ def test_pod_that_is_not_here_is_no_problem() -> None:
 )
 def test_endpoint_with_two_interfaces_has_none(routes: dict[str, int], peers: dict[tuple[int, int], list[str]]) -> None:
     """Addresses that lead to several interfaces from the first are a problem that names them, not a guess."""
-    located = Bonds().look(wiring(routes, peers), [endpoint("web", "10.0.0.1", "fd00::1")])
+    located = InterfaceAssignments().look(wiring(routes, peers), [endpoint("web", "10.0.0.1", "fd00::1")])
     assert located.interfaces == {}
     assert list(located.problems.values()) == ["its addresses lead to several interfaces: vethdb, vethweb"]
 
@@ -257,7 +261,9 @@ def test_endpoint_with_two_interfaces_has_none(routes: dict[str, int], peers: di
 def test_interface_of_two_endpoints_is_neither_s() -> None:
     """Two endpoints that lead to one interface from the first are both left out; a third is not affected."""
     snapshot = wiring({"10.0.0.1": 5, "10.0.0.2": 5, "10.0.0.3": 6})
-    located = Bonds().look(snapshot, [endpoint("a", "10.0.0.1"), endpoint("b", "10.0.0.2"), endpoint("c", "10.0.0.3")])
+    located = InterfaceAssignments().look(
+        snapshot, [endpoint("a", "10.0.0.1"), endpoint("b", "10.0.0.2"), endpoint("c", "10.0.0.3")]
+    )
     assert set(names(located)) == {"c"}
     assert set(located.problems.values()) == {"interface vethweb would belong to several: Pod/shop/a, Pod/shop/b"}
     assert {one.name for one in located.problems} == {"a", "b"}
@@ -271,18 +277,18 @@ def test_of_several_with_an_address_it_is_the_one_whose_first_it_is() -> None:
 
 def test_neighbour_s_address_closes_no_neighbour() -> None:
     """Of an interface that is bound, nothing at the other end of another one changes anything."""
-    bonds = Bonds()
+    assignments = InterfaceAssignments()
     pods = [endpoint("web", "10.0.0.1"), endpoint("db", "10.0.0.2")]
-    bonds.look(wiring(peers={(1, 2): ["10.0.0.1"], (2, 2): ["10.0.0.2"]}), pods)
-    located = bonds.look(wiring(peers={(1, 2): ["10.0.0.2"], (2, 2): ["10.0.0.2"]}), pods)
+    assignments.look(wiring(peers={(1, 2): ["10.0.0.1"], (2, 2): ["10.0.0.2"]}), pods)
+    located = assignments.look(wiring(peers={(1, 2): ["10.0.0.2"], (2, 2): ["10.0.0.2"]}), pods)
     assert (names(located), located.problems) == ({"web": 5, "db": 6}, {})
 
 
 def test_address_at_another_interface_moves_no_bond() -> None:
     """Though nothing else leads to the interface any more, and the address is the other one's first."""
-    bonds = Bonds()
-    bonds.look(wiring({"10.0.0.1": 5}), [endpoint("web", "10.0.0.1")])
-    located = bonds.look(wiring(peers={(2, 2): ["10.0.0.1"]}), [endpoint("web", "10.0.0.1")])
+    assignments = InterfaceAssignments()
+    assignments.look(wiring({"10.0.0.1": 5}), [endpoint("web", "10.0.0.1")])
+    located = assignments.look(wiring(peers={(2, 2): ["10.0.0.1"]}), [endpoint("web", "10.0.0.1")])
     assert (names(located), located.problems) == ({"web": 5}, {})
 
 
@@ -296,15 +302,15 @@ def test_bound_pod_closes_no_pod_that_is_to_come(
     routes: dict[str, int], first: list[str], evidence: Evidence, subnets: dict[str, int]
 ) -> None:
     """Neither by an address that it takes later nor by one that was there first: its interface is no trace of a third one's."""
-    bonds = Bonds()
+    assignments = InterfaceAssignments()
     late, vic = endpoint("late", "10.0.0.9"), endpoint("vic", "10.0.0.10", "fd00::10")
     shared = list(subnets.values())
-    located = bonds.look(wiring(routes, {(1, 2): first}, subnets, shared), [late])
+    located = assignments.look(wiring(routes, {(1, 2): first}, subnets, shared), [late])
     assert (names(located), located.evidence) == ({"late": 5}, {late.key: evidence})
     taken = wiring(routes, {(1, 2): ["10.0.0.10", "fd00::10"]}, subnets, shared)
-    bonds.look(taken, [late, vic])
+    assignments.look(taken, [late, vic])
     both = wiring(routes, {(1, 2): ["10.0.0.10"], (2, 2): ["10.0.0.10", "fd00::10"]}, subnets, shared)
-    located = bonds.look(both, [late, vic])
+    located = assignments.look(both, [late, vic])
     assert (names(located), located.problems) == ({"late": 5, "vic": 6}, {})
 
 
@@ -312,11 +318,11 @@ def test_first_address_that_contradicts_makes_nobody_of_a_pod_that_is_to_come() 
     """Of each family that the pod has, in either order; the pod gets its own."""
     pod = endpoint("web", "10.0.0.1", "fd00::1")
     for first in (["10.0.0.66", "fd00::1"], ["10.0.0.1", "fd00::66"], ["fd00::1", "10.0.0.66"]):
-        bonds = Bonds()
-        bonds.look(wiring(peers={(1, 2): first}), [])
-        assert names(bonds.look(wiring(peers={(1, 2): first}), [pod])) == {}
+        assignments = InterfaceAssignments()
+        assignments.look(wiring(peers={(1, 2): first}), [])
+        assert names(assignments.look(wiring(peers={(1, 2): first}), [pod])) == {}
         own = wiring(peers={(1, 2): first, (2, 2): ["10.0.0.1", "fd00::1"]})
-        assert names(bonds.look(own, [pod])) == {"web": 6}
+        assert names(assignments.look(own, [pod])) == {"web": 6}
 
 
 @pytest.mark.parametrize(
@@ -333,50 +339,52 @@ def test_first_address_that_contradicts_makes_nobody_of_a_pod_that_is_to_come() 
 )  # fmt: skip
 def test_address_of_a_family_that_a_pod_lacks_contradicts_nothing(first: list[str], addresses: list[str]) -> None:
     """A pod's second family comes later, a router announces it one that its object does not have, temporary ones come on top."""
-    bonds = Bonds()
-    bonds.look(wiring(peers={(1, 2): first}), [])
+    assignments = InterfaceAssignments()
+    assignments.look(wiring(peers={(1, 2): first}), [])
     late = [*first, *(one for one in addresses if one not in first)]
-    assert names(bonds.look(wiring(peers={(1, 2): late}), [endpoint("web", *addresses)])) == {"web": 5}
+    assert names(assignments.look(wiring(peers={(1, 2): late}), [endpoint("web", *addresses)])) == {"web": 5}
 
 
 @pytest.mark.parametrize("later", [["10.0.0.9", "10.0.0.1"], ["10.0.0.1"]], ids=["beside the first", "in its place"])
 def test_address_that_comes_later_makes_nobody_of_a_pod_that_is_to_come(later: list[str]) -> None:
     """An interface that is nobody's stays so, whatever address comes at its other end; the pod gets its own."""
-    bonds = Bonds()
-    bonds.look(wiring(peers={(1, 2): ["10.0.0.9"]}), [])
-    assert names(bonds.look(wiring(peers={(1, 2): later}), [endpoint("web", "10.0.0.1")])) == {}
+    assignments = InterfaceAssignments()
+    assignments.look(wiring(peers={(1, 2): ["10.0.0.9"]}), [])
+    assert names(assignments.look(wiring(peers={(1, 2): later}), [endpoint("web", "10.0.0.1")])) == {}
     own = wiring(peers={(1, 2): later, (2, 2): ["10.0.0.1"]})
-    assert names(bonds.look(own, [endpoint("web", "10.0.0.1")])) == {"web": 6}
+    assert names(assignments.look(own, [endpoint("web", "10.0.0.1")])) == {"web": 6}
 
 
 def test_interface_of_a_pod_that_went_is_no_other_s_by_an_address() -> None:
     """Nor that of a pod whose object is gone, though the new one has its address; a route of the node makes it the new one's."""
-    bonds = Bonds()
+    assignments = InterfaceAssignments()
     snapshot = wiring(peers={(1, 2): ["10.0.0.1"]})
-    bonds.look(snapshot, [endpoint("old", "10.0.0.1")])
-    located = bonds.look(snapshot, [endpoint("new", "10.0.0.1")])
+    assignments.look(snapshot, [endpoint("old", "10.0.0.1")])
+    located = assignments.look(snapshot, [endpoint("new", "10.0.0.1")])
     assert located.interfaces == {}
     assert located.problems == {
         key("new"): "interface vethweb was Pod/shop/old's, and is no other's by an address at its other end"
     }
     routed = wiring({"10.0.0.1": 5}, {(1, 2): ["10.0.0.1"]})
-    assert names(bonds.look(routed, [endpoint("new", "10.0.0.1")])) == {"new": 5}
+    assert names(assignments.look(routed, [endpoint("new", "10.0.0.1")])) == {"new": 5}
 
 
 def test_bond_outlives_what_made_it() -> None:
     """Neither a route that went nor an address that the pod gave up lets the interface go."""
-    bonds = Bonds()
-    bonds.look(wiring({"10.0.0.1": 5}), [endpoint("web", "10.0.0.1")])
-    located = bonds.look(wiring(), [endpoint("web", "10.0.0.1")])
+    assignments = InterfaceAssignments()
+    assignments.look(wiring({"10.0.0.1": 5}), [endpoint("web", "10.0.0.1")])
+    located = assignments.look(wiring(), [endpoint("web", "10.0.0.1")])
     assert (names(located), located.evidence) == ({"web": 5}, {key("web"): Evidence.ROUTE})
 
 
 def test_stronger_evidence_takes_an_interface_from_a_weaker() -> None:
     """The node's route says that the interface is another's than its first address said; who had it learns so."""
-    bonds = Bonds()
+    assignments = InterfaceAssignments()
     peers = {(1, 2): ["10.0.0.2"]}
-    bonds.look(wiring(peers=peers), [endpoint("thief", "10.0.0.2")])
-    located = bonds.look(wiring({"10.0.0.1": 5}, peers), [endpoint("thief", "10.0.0.2"), endpoint("web", "10.0.0.1")])
+    assignments.look(wiring(peers=peers), [endpoint("thief", "10.0.0.2")])
+    located = assignments.look(
+        wiring({"10.0.0.1": 5}, peers), [endpoint("thief", "10.0.0.2"), endpoint("web", "10.0.0.1")]
+    )
     assert names(located) == {"web": 5}
     assert located.problems == {key("thief"): "interface vethweb is Pod/shop/web's"}
 
@@ -386,134 +394,134 @@ def test_stronger_evidence_takes_an_interface_from_a_weaker() -> None:
 
 def test_pod_under_its_old_name_gets_its_new_interface() -> None:
     """With another address: by the new one, though the old interface is still there."""
-    bonds = Bonds()
-    bonds.look(wiring(peers={(1, 2): ["10.0.0.1"]}), [endpoint("web", "10.0.0.1")])
+    assignments = InterfaceAssignments()
+    assignments.look(wiring(peers={(1, 2): ["10.0.0.1"]}), [endpoint("web", "10.0.0.1")])
     snapshot = wiring(peers={(1, 2): ["10.0.0.1"], (2, 2): ["10.0.0.7"]})
-    assert names(bonds.look(snapshot, [endpoint("web", "10.0.0.7")])) == {"web": 6}
+    assert names(assignments.look(snapshot, [endpoint("web", "10.0.0.7")])) == {"web": 6}
 
 
 def test_pod_that_keeps_its_address_gets_its_new_interface_when_the_old_one_is_gone() -> None:
     """As a StatefulSet's does where addresses are fixed; while both are there, the first one has it."""
-    bonds = Bonds()
+    assignments = InterfaceAssignments()
     pod = endpoint("web", "10.0.0.1")
-    bonds.look(wiring(peers={(1, 2): ["10.0.0.1"]}), [pod])
+    assignments.look(wiring(peers={(1, 2): ["10.0.0.1"]}), [pod])
     both = wiring(peers={(1, 2): ["10.0.0.1"], (2, 2): ["10.0.0.1"]})
-    assert names(bonds.look(both, [pod])) == {"web": 5}
-    bonds.forget([5])
+    assert names(assignments.look(both, [pod])) == {"web": 5}
+    assignments.forget([5])
     after = replace(wiring(peers={(2, 2): ["10.0.0.1"]}), links={1: LO, 2: UPLINK, 6: DB})
-    assert names(bonds.look(after, [pod])) == {"web": 6}
+    assert names(assignments.look(after, [pod])) == {"web": 6}
 
 
 def test_contested_pod_gets_no_other_interface() -> None:
     """While another object claims its address, it keeps what it has; when that is gone, it has none."""
-    bonds = Bonds()
+    assignments = InterfaceAssignments()
     pod = endpoint("web", "10.0.0.1")
-    bonds.look(wiring({"10.0.0.1": 5}), [pod])
+    assignments.look(wiring({"10.0.0.1": 5}), [pod])
     moved = wiring({"10.0.0.1": 6})
-    located = bonds.look(moved, [pod], is_contested=lambda _key: True)
+    located = assignments.look(moved, [pod], is_contested=lambda _key: True)
     assert names(located) == {"web": 5}
     assert located.problems == {key("web"): "vethdb has an address that others claim as well"}
-    bonds.forget([5])
+    assignments.forget([5])
     gone = replace(moved, links={1: LO, 2: UPLINK, 6: DB})
-    assert names(bonds.look(gone, [pod], is_contested=lambda _key: True)) == {}
-    assert names(bonds.look(gone, [pod])) == {"web": 6}
+    assert names(assignments.look(gone, [pod], is_contested=lambda _key: True)) == {}
+    assert names(assignments.look(gone, [pod])) == {"web": 6}
 
 
 # --- own or workload's ------------------------------------------------------------------------------------------------
 
 
-def workloads(bonds: Bonds) -> list[str]:
-    return [link.name for link in LINKS.values() if bonds.is_workload(link.ifindex)]
+def workloads(assignments: InterfaceAssignments) -> list[str]:
+    return [link.name for link in LINKS.values() if assignments.is_workload(link.ifindex)]
 
 
 def test_workload_interfaces_are_told_from_the_node_s_own() -> None:
     """Veths into other namespaces and taps are workloads'; loopback, bridges and what a default route leads through are not."""
-    bonds = Bonds()
-    bonds.look(wiring(), [])
-    assert workloads(bonds) == ["vethweb", "vethdb", "tap0"]
+    assignments = InterfaceAssignments()
+    assignments.look(wiring(), [])
+    assert workloads(assignments) == ["vethweb", "vethdb", "tap0"]
 
 
 def test_netkit_is_a_workload_s_kind() -> None:
     """As a veth is; a tunnel of the node's own is none, whatever its addresses."""
-    bonds = Bonds()
-    netkit, tun = Link(9, "nk0", "netkit", (3, 2)), Link(10, "tun0", "tun", hardware=65534)
-    bonds.look(replace(wiring(), links={9: netkit, 10: tun}), [])
-    assert (bonds.is_workload(9), bonds.is_workload(10)) == (True, False)
+    assignments = InterfaceAssignments()
+    netkit, tun = Interface(9, "nk0", "netkit", (3, 2)), Interface(10, "tun0", "tun", hardware=65534)
+    assignments.look(replace(wiring(), links={9: netkit, 10: tun}), [])
+    assert (assignments.is_workload(9), assignments.is_workload(10)) == (True, False)
 
 
 def test_patterns_decide_alone() -> None:
     """With patterns given, they say what is a workload's interface; those of own ones take from what kinds say."""
-    bonds = Bonds(workloads=("tap*", "eth0"))
-    bonds.look(wiring(), [])
-    assert workloads(bonds) == ["eth0", "tap0"]
-    bonds = Bonds(own=("tap*", "vethd*"))
-    bonds.look(wiring(), [])
-    assert workloads(bonds) == ["vethweb"]
-    assert not bonds.close_newborn(Link(11, "tap1", "tun"))
+    assignments = InterfaceAssignments(workloads=("tap*", "eth0"))
+    assignments.look(wiring(), [])
+    assert workloads(assignments) == ["eth0", "tap0"]
+    assignments = InterfaceAssignments(own=("tap*", "vethd*"))
+    assignments.look(wiring(), [])
+    assert workloads(assignments) == ["vethweb"]
+    assert not assignments.close_newborn(Interface(11, "tap1", "tun"))
 
 
 def test_address_of_the_node_s_object_speaks_for_its_own() -> None:
     """A node that is a container: its uplink is a veth as pods' are."""
-    bonds = Bonds()
+    assignments = InterfaceAssignments()
     snapshot = replace(wiring(), uplinks=frozenset(), addresses={ip_address("192.0.2.1"): 2}, shared=frozenset({2}))
-    bonds.look(snapshot, [], node_addresses=[ip_address("192.0.2.1")])
-    assert workloads(bonds) == ["vethweb", "vethdb", "tap0"]
-    assert not bonds.doubts
+    assignments.look(snapshot, [], node_addresses=[ip_address("192.0.2.1")])
+    assert workloads(assignments) == ["vethweb", "vethdb", "tap0"]
+    assert not assignments.doubts
 
 
 @pytest.mark.parametrize("born", [True, False], ids=["born under the agent", "there before"])
 def test_doubt_is_told_and_changes_nothing(*, born: bool) -> None:
     """The node has an address there and no route on: what was closed stays closed, what was open stays open, both loudly."""
-    bonds = Bonds()
+    assignments = InterfaceAssignments()
     if born:
-        assert bonds.close_newborn(WEB)
-    bonds.look(wiring(shared=[5]), [])
-    assert bonds.is_workload(5) is born
-    assert (("closed" if born else "NOT enforced") in bonds.doubts[5], list(bonds.doubts)) == (True, [5])
+        assert assignments.close_newborn(WEB)
+    assignments.look(wiring(shared=[5]), [])
+    assert assignments.is_workload(5) is born
+    assert (("closed" if born else "NOT enforced") in assignments.doubts[5], list(assignments.doubts)) == (True, [5])
     routed = replace(wiring(shared=[5]), next_hops=frozenset({5}))
-    bonds.look(routed, [])
-    assert not bonds.is_workload(5)
-    assert not bonds.doubts
+    assignments.look(routed, [])
+    assert not assignments.is_workload(5)
+    assert not assignments.doubts
 
 
 def test_bound_interface_is_never_let_go() -> None:
     """Not for an address, nor for a route, that makes it look like the node's own."""
-    bonds = Bonds()
+    assignments = InterfaceAssignments()
     pod = endpoint("web", "10.0.0.1")
-    bonds.look(wiring({"10.0.0.1": 5}), [pod])
+    assignments.look(wiring({"10.0.0.1": 5}), [pod])
     lured = replace(wiring({}, shared=[5]), uplinks=frozenset({2, 5}), addresses={ip_address("192.0.2.1"): 5})
-    assert names(bonds.look(lured, [pod], node_addresses=[ip_address("192.0.2.1")])) == {"web": 5}
-    assert bonds.is_workload(5)
-    bonds.look(lured, [])
-    assert bonds.is_workload(5)
+    assert names(assignments.look(lured, [pod], node_addresses=[ip_address("192.0.2.1")])) == {"web": 5}
+    assert assignments.is_workload(5)
+    assignments.look(lured, [])
+    assert assignments.is_workload(5)
 
 
 def test_own_interface_stays_the_node_s() -> None:
     """An uplink whose route goes for a while is not closed."""
-    bonds = Bonds()
-    bonds.look(wiring(), [])
-    bonds.look(replace(wiring(), uplinks=frozenset()), [])
-    assert not bonds.is_workload(2)
+    assignments = InterfaceAssignments()
+    assignments.look(wiring(), [])
+    assignments.look(replace(wiring(), uplinks=frozenset()), [])
+    assert not assignments.is_workload(2)
 
 
 # --- beyond the process -----------------------------------------------------------------------------------------------
 
 
 def test_what_was_decided_outlives_the_agent(tmp_path: Path) -> None:
-    """Bonds, first addresses and sides; of an interface that has another's number by now, nothing."""
+    """Assignments, first addresses and roles; of an interface that has another's number by now, nothing."""
     path = tmp_path / "interfaces"
-    bonds = Bonds()
-    bonds.close_newborn(DB)
-    bonds.look(wiring(peers={(1, 2): ["10.0.0.1"], (2, 2): ["10.0.0.9"]}), [endpoint("web", "10.0.0.1")])
-    assert bonds.is_dirty
-    bonds.save(path)
-    assert not bonds.is_dirty
-    again = Bonds()
+    assignments = InterfaceAssignments()
+    assignments.close_newborn(DB)
+    assignments.look(wiring(peers={(1, 2): ["10.0.0.1"], (2, 2): ["10.0.0.9"]}), [endpoint("web", "10.0.0.1")])
+    assert assignments.is_dirty
+    assignments.save(path)
+    assert not assignments.is_dirty
+    again = InterfaceAssignments()
     assert again.load(path) is None
     later = wiring(peers={(1, 2): ["10.0.0.2"], (2, 2): ["10.0.0.9", "10.0.0.5"]})
     pods = [endpoint("web", "10.0.0.1"), endpoint("db", "10.0.0.5")]
     assert names(again.look(later, pods)) == {"web": 5}
-    other = Bonds()
+    other = InterfaceAssignments()
     other.load(path)
     renamed = replace(later, links={**LINKS, 5: replace(WEB, name="vethnew")})
     assert names(other.look(renamed, [endpoint("web", "10.0.0.1")])) == {}
@@ -531,12 +539,12 @@ def test_damaged_file_is_told(tmp_path: Path, text: str) -> None:
     """It is kept aside, and everything decided anew."""
     path = tmp_path / "interfaces"
     path.write_bytes(text.encode("latin-1"))
-    bonds = Bonds()
-    problem = bonds.load(path)
+    assignments = InterfaceAssignments()
+    problem = assignments.load(path)
     assert problem is not None
     assert problem.slug == "interfaces-file"
     assert path.with_suffix(DAMAGED_SUFFIX).read_bytes() == text.encode("latin-1")
-    assert names(bonds.look(wiring({"10.0.0.1": 5}), [endpoint("web", "10.0.0.1")])) == {"web": 5}
+    assert names(assignments.look(wiring({"10.0.0.1": 5}), [endpoint("web", "10.0.0.1")])) == {"web": 5}
 
 
 ENTRIES: dict[str, Any] = {
@@ -553,7 +561,7 @@ ENTRIES: dict[str, Any] = {
 def test_damaged_entry_is_told_and_the_others_count(tmp_path: Path, damage: Any, number: str) -> None:
     """Also where it is still JSON: what it says is decided anew, what is right is kept, and the next agent finds a file that is."""
     path = tmp_path / "interfaces"
-    earlier = Bonds()
+    earlier = InterfaceAssignments()
     pods = [endpoint("web", "10.0.0.1"), endpoint("db", "10.0.0.2")]
     earlier.look(wiring({"10.0.0.1": 5, "10.0.0.2": 6}), pods)
     earlier.save(path)
@@ -564,14 +572,14 @@ def test_damaged_entry_is_told_and_the_others_count(tmp_path: Path, damage: Any,
         damage = {**whole, **({"bond": {**whole["bond"], **damage}} if inner else damage)} if damage else damage
     document["interfaces"][number] = damage
     path.write_text(json.dumps(document))
-    bonds = Bonds()
-    problem = bonds.load(path)
+    assignments = InterfaceAssignments()
+    problem = assignments.load(path)
     assert problem is not None
     assert problem.slug == "interfaces-file"
-    assert bonds.is_dirty
-    assert names(bonds.look(wiring({"10.0.0.1": 5}), pods)) == {"web": 5, "db": 6}
-    bonds.save(path)
-    assert Bonds().load(path) is None
+    assert assignments.is_dirty
+    assert names(assignments.look(wiring({"10.0.0.1": 5}), pods)) == {"web": 5, "db": 6}
+    assignments.save(path)
+    assert InterfaceAssignments().load(path) is None
 
 
 def fifo(path: Path) -> None:
@@ -601,32 +609,32 @@ def test_what_is_no_file_of_interfaces_keeps_nobody_waiting(
     make(path)
     if before is not None:
         before(path.with_suffix(DAMAGED_SUFFIX))
-    bonds = Bonds()
-    problem = bonds.load(path)
+    assignments = InterfaceAssignments()
+    problem = assignments.load(path)
     assert problem is not None
     assert "is kept as" in problem.message
     if make is not directory:
         make(path.with_suffix(".draft"))
-    bonds.look(wiring({"10.0.0.1": 5}), [endpoint("web", "10.0.0.1")])
-    bonds.save(path)
-    again = Bonds()
+    assignments.look(wiring({"10.0.0.1": 5}), [endpoint("web", "10.0.0.1")])
+    assignments.save(path)
+    again = InterfaceAssignments()
     assert again.load(path) is None
     assert names(again.look(wiring(), [endpoint("web", "10.0.0.1")])) == {"web": 5}
 
 
 def test_workload_cannot_make_the_file_grow(tmp_path: Path) -> None:
     """Of all addresses behind an interface the oldest of each family is kept."""
-    bonds = Bonds()
-    bonds.look(wiring(peers={(1, 2): [f"10.{one >> 8}.{one & 255}.1" for one in range(3000)]}), [])
-    bonds.save(tmp_path / "interfaces")
+    assignments = InterfaceAssignments()
+    assignments.look(wiring(peers={(1, 2): [f"10.{one >> 8}.{one & 255}.1" for one in range(3000)]}), [])
+    assignments.save(tmp_path / "interfaces")
     assert (tmp_path / "interfaces").stat().st_size < 1000
 
 
 def test_rows_of_the_kernel_stand_in_for_the_file() -> None:
     """Whose interface it was is known from its row, and nothing at its other end changes that."""
-    bonds = Bonds()
-    bonds.expect(key("web"), 5)
-    located = bonds.look(
+    assignments = InterfaceAssignments()
+    assignments.expect(key("web"), 5)
+    located = assignments.look(
         wiring(peers={(1, 2): ["10.0.0.2"]}), [endpoint("web", "10.0.0.1"), endpoint("db", "10.0.0.2")]
     )
     assert names(located) == {"web": 5}

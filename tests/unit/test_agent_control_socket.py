@@ -18,8 +18,8 @@ from typing import Any
 import pytest
 
 from netpol_ebpf.agent import answering
-from netpol_ebpf.agent import service as module
-from netpol_ebpf.agent.service import Service, ask, connect
+from netpol_ebpf.agent import control_socket as module
+from netpol_ebpf.agent.control_socket import ControlSocket, ask, connect
 from netpol_ebpf.errors import InvalidInputError, NetpolError, PlatformError, UnreachableError
 
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
@@ -34,14 +34,16 @@ def refuse(_request: Any) -> Any:
 
 
 @pytest.fixture
-def agent(tmp_path: Path) -> Iterator[Service]:
-    service = Service(tmp_path / "agent.sock", {"echo": lambda request: {"you": request["word"]}, "refuse": refuse})
+def agent(tmp_path: Path) -> Iterator[ControlSocket]:
+    service = ControlSocket(
+        tmp_path / "agent.sock", {"echo": lambda request: {"you": request["word"]}, "refuse": refuse}
+    )
     service.open()
     yield service
     service.close()
 
 
-def answers(agent: Service, request: dict[str, Any]) -> list[Any]:
+def answers(agent: ControlSocket, request: dict[str, Any]) -> list[Any]:
     """All lines of an answer, asked by another process; the agent is polled meanwhile, in this one, as a loop would."""
     reading, writing = os.pipe()
     process = os.fork()
@@ -68,7 +70,7 @@ def answers(agent: Service, request: dict[str, Any]) -> list[Any]:
     return list(found["lines"])
 
 
-def finish(agent: Service) -> None:
+def finish(agent: ControlSocket) -> None:
     """Poll until nobody works for anybody; a child has copies of what this process holds, the clients' ends included."""
     deadline = time.monotonic() + DEADLINE_S
     while agent._answering.count() or any(client.request is not None for client in agent._clients):
@@ -77,7 +79,7 @@ def finish(agent: Service) -> None:
         agent.poll()
 
 
-def told(agent: Service, channel: socket.socket) -> Any:
+def told(agent: ControlSocket, channel: socket.socket) -> Any:
     """The one line that comes at a channel; the agent is polled meanwhile."""
     channel.settimeout(0)
     data, deadline = b"", time.monotonic() + DEADLINE_S
@@ -91,19 +93,19 @@ def told(agent: Service, channel: socket.socket) -> Any:
     return json.loads(data)
 
 
-def test_question_is_answered(agent: Service) -> None:
+def test_question_is_answered(agent: ControlSocket) -> None:
     """A request gets its answer, as one value."""
     assert answers(agent, {"op": "echo", "word": "hello"}) == [{"you": "hello"}]
 
 
-def test_error_is_told_with_its_hint(agent: Service) -> None:
+def test_error_is_told_with_its_hint(agent: ControlSocket) -> None:
     """What an operation refuses arrives as an error with message and hint."""
     with pytest.raises(InvalidInputError, match="the agent refused: no such pod") as caught:
         answers(agent, {"op": "refuse"})
     assert caught.value.hint == "Look again."
 
 
-def test_unknown_operation_names_the_known_ones(agent: Service) -> None:
+def test_unknown_operation_names_the_known_ones(agent: ControlSocket) -> None:
     """A request that is not understood is an error that says what would be."""
     with pytest.raises(UnreachableError, match="known are flows, echo, refuse"):
         answers(agent, {"op": "nonsense"})
@@ -122,7 +124,7 @@ GARBAGE = [
 
 
 @pytest.mark.parametrize("line", GARBAGE)
-def test_garbage_is_an_error_and_harms_nobody(agent: Service, line: bytes) -> None:
+def test_garbage_is_an_error_and_harms_nobody(agent: ControlSocket, line: bytes) -> None:
     """A line that is no request is answered as such, and the next reader is served."""
     with connect(agent.path) as channel:
         channel.sendall(line)
@@ -132,7 +134,7 @@ def test_garbage_is_an_error_and_harms_nobody(agent: Service, line: bytes) -> No
     assert answers(agent, {"op": "echo", "word": "still here"}) == [{"you": "still here"}]
 
 
-def test_flows_are_those_before_and_those_that_follow(agent: Service) -> None:
+def test_flows_are_those_before_and_those_that_follow(agent: ControlSocket) -> None:
     """A follower gets recent flows and then each new one; others get only the recent ones."""
     agent.publish([{"n": 1}, {"n": 2}])
     assert answers(agent, {"op": "flows"}) == [{"n": 1}, {"n": 2}]
@@ -144,7 +146,7 @@ def test_flows_are_those_before_and_those_that_follow(agent: Service) -> None:
         assert [json.loads(lines.readline()) for _ in range(3)] == [{"n": 1}, {"n": 2}, {"n": 3}]
 
 
-def test_follower_that_went_is_forgotten(agent: Service) -> None:
+def test_follower_that_went_is_forgotten(agent: ControlSocket) -> None:
     """A reader that closed is dropped at the next look."""
     with connect(agent.path) as channel:
         channel.sendall(b'{"op": "flows", "follow": true}\n')
@@ -154,7 +156,7 @@ def test_follower_that_went_is_forgotten(agent: Service) -> None:
     assert len(agent.descriptors()[0]) == 1
 
 
-def test_reader_that_does_not_read_is_dropped(agent: Service) -> None:
+def test_reader_that_does_not_read_is_dropped(agent: ControlSocket) -> None:
     """A follower that lags too far behind is cut off, and the agent does not wait for it."""
     with connect(agent.path) as channel:
         channel.sendall(b'{"op": "flows", "follow": true}\n')
@@ -165,7 +167,9 @@ def test_reader_that_does_not_read_is_dropped(agent: Service) -> None:
         assert len(agent.descriptors()[0]) == 1
 
 
-def test_user_with_too_many_connections_leaves_room_for_others(agent: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_user_with_too_many_connections_leaves_room_for_others(
+    agent: ControlSocket, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Who holds many connections gets no more, is told so, and keeps nobody else, root least of all, from asking."""
     agent.group = 4321
     monkeypatch.setattr(module, "peer_groups", lambda _channel: frozenset({4321}))
@@ -185,7 +189,7 @@ def test_user_with_too_many_connections_leaves_room_for_others(agent: Service, m
     assert len(agent.descriptors()[0]) == 1
 
 
-def test_lack_of_descriptors_is_waited_out(agent: Service) -> None:
+def test_lack_of_descriptors_is_waited_out(agent: ControlSocket) -> None:
     """Without a descriptor for who connects the agent lives on, and answers when there is one again."""
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     with connect(agent.path) as channel:
@@ -199,7 +203,7 @@ def test_lack_of_descriptors_is_waited_out(agent: Service) -> None:
         assert told(agent, channel) == {"you": "hello"}
 
 
-def test_stranger_is_refused(agent: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stranger_is_refused(agent: ControlSocket, monkeypatch: pytest.MonkeyPatch) -> None:
     """A user who is neither root nor the agent's own is told so, whatever is asked."""
     monkeypatch.setattr(module, "peer_user", lambda _channel: 12345)
     with pytest.raises(UnreachableError, match="only root and members"):
@@ -234,7 +238,7 @@ def test_refusal_before_the_question_is_heard(
 
 @pytest.mark.parametrize(("groups", "is_answered"), [({7, 4321}, True), ({7}, False), (set(), False)])
 def test_member_of_the_group_is_answered(
-    agent: Service, monkeypatch: pytest.MonkeyPatch, *, groups: set[int], is_answered: bool
+    agent: ControlSocket, monkeypatch: pytest.MonkeyPatch, *, groups: set[int], is_answered: bool
 ) -> None:
     """Another user is answered exactly when one of his groups is the agent's."""
     agent.group = 4321
@@ -247,13 +251,13 @@ def test_member_of_the_group_is_answered(
             answers(agent, {"op": "echo", "word": "hello"})
 
 
-def test_kernel_tells_all_groups_of_who_connects(agent: Service) -> None:
+def test_kernel_tells_all_groups_of_who_connects(agent: ControlSocket) -> None:
     """The peer's groups are those of the process at the other end: here this one."""
     with connect(agent.path) as channel:
         assert module.peer_groups(channel) == {os.getegid(), *os.getgroups()}
 
 
-def test_socket_is_private_and_goes_with_the_agent(agent: Service) -> None:
+def test_socket_is_private_and_goes_with_the_agent(agent: ControlSocket) -> None:
     """Nobody else may connect, and a closed agent leaves no socket."""
     assert agent.path.stat().st_mode & 0o077 == 0
     agent.close()
@@ -262,14 +266,14 @@ def test_socket_is_private_and_goes_with_the_agent(agent: Service) -> None:
         list(ask(agent.path, {"op": "echo"}))
 
 
-def test_second_agent_is_refused_and_a_dead_one_s_socket_is_replaced(agent: Service) -> None:
+def test_second_agent_is_refused_and_a_dead_one_s_socket_is_replaced(agent: ControlSocket) -> None:
     """A socket somebody answers at is not taken over; one that was left behind is."""
     with pytest.raises(PlatformError, match="another agent answers"):
-        Service(agent.path, {}).open()
+        ControlSocket(agent.path, {}).open()
     dead = agent.path.with_name("dead.sock")
     with socket.socket(socket.AF_UNIX) as left:
         left.bind(str(dead))
-    heir = Service(dead, {})
+    heir = ControlSocket(dead, {})
     heir.open()
     heir.close()
 
@@ -278,7 +282,7 @@ def test_second_agent_is_refused_and_a_dead_one_s_socket_is_replaced(agent: Serv
 
 
 @pytest.fixture
-def stops(tmp_path: Path) -> Iterator[tuple[Service, int]]:
+def stops(tmp_path: Path) -> Iterator[tuple[ControlSocket, int]]:
     """An agent whose answer waits until something is written into a pipe; the pipe's end."""
     reading, writing = os.pipe()
 
@@ -286,7 +290,9 @@ def stops(tmp_path: Path) -> Iterator[tuple[Service, int]]:
         os.read(reading, 1)
         return {"by": os.getpid()}
 
-    service = Service(tmp_path / "agent.sock", {"wait": wait, "bug": lambda request: request["missing"], "die": die})
+    service = ControlSocket(
+        tmp_path / "agent.sock", {"wait": wait, "bug": lambda request: request["missing"], "die": die}
+    )
     service.open()
     yield service, writing
     service.close()
@@ -299,7 +305,7 @@ def die(_request: Any) -> Any:
 
 
 @contextlib.contextmanager
-def asking(agent: Service, operation: str) -> Iterator[socket.socket]:
+def asking(agent: ControlSocket, operation: str) -> Iterator[socket.socket]:
     """A connection whose request the agent has heard."""
     with connect(agent.path) as channel:
         channel.sendall(json.dumps({"op": operation}).encode() + b"\n")
@@ -307,7 +313,7 @@ def asking(agent: Service, operation: str) -> Iterator[socket.socket]:
         yield channel
 
 
-def test_answer_is_worked_out_by_another_process(stops: tuple[Service, int]) -> None:
+def test_answer_is_worked_out_by_another_process(stops: tuple[ControlSocket, int]) -> None:
     """However long it takes, the agent goes on: it hears, tells flows and begins other answers meanwhile."""
     agent, pipe = stops
     agent.publish([{"n": 1}])
@@ -319,7 +325,7 @@ def test_answer_is_worked_out_by_another_process(stops: tuple[Service, int]) -> 
         assert told(agent, slow)["by"] != os.getpid()
 
 
-def test_one_answer_at_a_time_for_a_user(stops: tuple[Service, int]) -> None:
+def test_one_answer_at_a_time_for_a_user(stops: tuple[ControlSocket, int]) -> None:
     """Whoever asks twice waits for the first answer; one look begins one answer at most; who hangs up costs nothing more."""
     agent, pipe = stops
     with asking(agent, "wait") as first, asking(agent, "wait") as second, asking(agent, "wait"):
@@ -336,7 +342,7 @@ def test_one_answer_at_a_time_for_a_user(stops: tuple[Service, int]) -> None:
 
 
 def test_members_leave_room_for_each_other_and_for_root(
-    stops: tuple[Service, int], monkeypatch: pytest.MonkeyPatch
+    stops: tuple[ControlSocket, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Children are bounded, root has one of its own, and whoever comes next gets the place that is free."""
     agent, pipe = stops
@@ -357,7 +363,7 @@ def test_members_leave_room_for_each_other_and_for_root(
         finish(agent)
 
 
-def test_bug_in_an_answer_ends_nothing(stops: tuple[Service, int]) -> None:
+def test_bug_in_an_answer_ends_nothing(stops: tuple[ControlSocket, int]) -> None:
     """It is told as one, and the agent goes on."""
     agent, _ = stops
     with pytest.raises(UnreachableError, match="bug: KeyError"):
@@ -365,7 +371,9 @@ def test_bug_in_an_answer_ends_nothing(stops: tuple[Service, int]) -> None:
     assert answers(agent, {"op": "flows"}) == []
 
 
-def test_answer_that_is_given_up_is_no_answer(stops: tuple[Service, int], caplog: pytest.LogCaptureFixture) -> None:
+def test_answer_that_is_given_up_is_no_answer(
+    stops: tuple[ControlSocket, int], caplog: pytest.LogCaptureFixture
+) -> None:
     """A process that ends without a word leaves its reader with an error, and a line in the log."""
     agent, _ = stops
     with pytest.raises(UnreachableError, match="gave the answer up"):
@@ -375,7 +383,7 @@ def test_answer_that_is_given_up_is_no_answer(stops: tuple[Service, int], caplog
     assert agent._answering.count() == 0
 
 
-def test_children_end_with_the_agent(stops: tuple[Service, int]) -> None:
+def test_children_end_with_the_agent(stops: tuple[ControlSocket, int]) -> None:
     """An agent that ends leaves no process behind, whoever still waits for its answer."""
     agent, _ = stops
     with asking(agent, "wait") as channel:
@@ -385,7 +393,7 @@ def test_children_end_with_the_agent(stops: tuple[Service, int]) -> None:
         assert channel.recv(10) == b""
 
 
-def test_children_hold_no_socket_of_others(stops: tuple[Service, int]) -> None:
+def test_children_hold_no_socket_of_others(stops: tuple[ControlSocket, int]) -> None:
     """A reader that the agent is done with sees the end of its answer while a process works for somebody else."""
     agent, _ = stops
     agent.publish([{"n": 1}])
@@ -404,7 +412,7 @@ def test_children_hold_no_socket_of_others(stops: tuple[Service, int]) -> None:
 def test_silence_and_slowness_are_bounded(tmp_path: Path) -> None:
     """Who says nothing, and who does not read flows that are not followed, is dropped; a follower may be silent for ever."""
     now_s = 0.0
-    agent = Service(tmp_path / "agent.sock", {}, clock=lambda: now_s)
+    agent = ControlSocket(tmp_path / "agent.sock", {}, clock=lambda: now_s)
     agent.open()
     agent.publish({"n": "x" * 1000} for _ in range(900))
     with connect(agent.path), connect(agent.path) as slow, connect(agent.path) as follower:
@@ -418,7 +426,7 @@ def test_silence_and_slowness_are_bounded(tmp_path: Path) -> None:
     agent.close()
 
 
-def test_connecting_again_and_again_is_bounded(agent: Service) -> None:
+def test_connecting_again_and_again_is_bounded(agent: ControlSocket) -> None:
     """One look takes a few connections, however many there are."""
     with contextlib.ExitStack() as stack:
         for _ in range(module.WELCOMES + 5):
@@ -431,7 +439,7 @@ def test_connecting_again_and_again_is_bounded(agent: Service) -> None:
         assert len(asked) == module.WELCOMES
 
 
-def test_talk_after_the_request_does_not_wake_the_agent(agent: Service) -> None:
+def test_talk_after_the_request_does_not_wake_the_agent(agent: ControlSocket) -> None:
     """What a follower says is read and dropped; what another says after its request is not waited for."""
     with connect(agent.path) as channel:
         channel.sendall(b'{"op": "flows", "follow": true}\n')
@@ -459,3 +467,79 @@ def test_line_that_was_cut_short_is_no_answer(tmp_path: Path, monkeypatch: pytes
         listener.listen()
         with pytest.raises(UnreachableError, match="cut short"):
             list(ask(path, {"op": "echo"}))
+
+
+# --- operations of root that wait ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def waiting(agent: ControlSocket, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Root asks. The agent has an operation "until", which waits until something is in this list: its answer, or an error."""
+    come: list[Any] = []
+
+    def look() -> Any:
+        if come and isinstance(come[0], NetpolError):
+            raise come[0]
+        return come[0] if come else None
+
+    agent.waits = {"until": lambda _request: look}
+    monkeypatch.setattr(module, "peer_user", lambda _channel: 0)
+    return come
+
+
+@contextlib.contextmanager
+def asked(agent: ControlSocket, request: bytes) -> Iterator[socket.socket]:
+    with connect(agent.path) as channel:
+        channel.sendall(request)
+        agent.poll()
+        agent.poll()
+        yield channel
+
+
+def test_an_operation_that_waits(agent: ControlSocket, waiting: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is answered when there is an answer, however long that takes, and is none of the user's few connections."""
+    now_s = [0.0]
+    agent.clock = lambda: now_s[0]
+    monkeypatch.setattr(module, "READERS_OF_USER", 1)
+    with asked(agent, b'{"op":"until"}\n') as first, asked(agent, b'{"op":"until"}\n') as second:
+        now_s[0] = 1000.0
+        agent.poll()
+        assert select.select([first], [], [], 0)[0] == []
+        assert list(answers(agent, {"op": "echo", "word": "me"})) == [{"you": "me"}]
+        waiting.append({"in_force": True})
+        agent.poll()
+        assert [one.recv(100) for one in (first, second)] == [b'{"in_force":true}\n'] * 2
+        assert [one.recv(100) for one in (first, second)] == [b""] * 2
+
+
+def test_an_operation_that_waits_in_vain(agent: ControlSocket, waiting: list[Any]) -> None:
+    """What it raises is the answer; who hangs up is forgotten."""
+    with asked(agent, b'{"op":"until"}\n') as first:
+        with asked(agent, b'{"op":"until"}\n'):
+            assert len(agent._clients) == 2
+        agent.poll()
+        assert len(agent._clients) == 1
+        waiting.append(UnreachableError("not in time", hint=""))
+        agent.poll()
+        assert json.loads(first.recv(1000)) == {"error": "not in time", "hint": "", "slug": "unreachable"}
+
+
+def test_an_operation_of_root_alone(agent: ControlSocket, waiting: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither the agent's own user nor its group may ask for what changes something."""
+    waiting.append({})
+    monkeypatch.setattr(module, "peer_user", lambda _channel: os.geteuid() or 12345)
+    monkeypatch.setattr(module, "peer_groups", lambda _channel: {7})
+    agent.group = 7
+    with asked(agent, b'{"op":"until"}\n') as channel:
+        said = json.loads(channel.recv(1000))
+    assert said["slug"] == "privilege"
+    assert "only root" in said["error"]
+
+
+def test_room_for_those_who_wait(agent: ControlSocket, waiting: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beyond the bound, whoever comes is turned away, and told so."""
+    monkeypatch.setattr(module, "MOST_WAITING", 1)
+    with asked(agent, b'{"op":"until"}\n'), connect(agent.path) as channel:
+        agent.poll()
+        assert json.loads(channel.recv(1000))["slug"] == "unreachable"
+    assert not waiting

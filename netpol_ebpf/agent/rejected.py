@@ -38,7 +38,7 @@ MAPS_BY_LIMIT = {
 
 
 @dataclass(slots=True)
-class Refusals:
+class RejectedChanges:
     """Changes that did not fit.
 
     ``objects``: what waits to be put in force, with where it is written; ``count``: refusals so far; ``by_map``: the same
