@@ -294,6 +294,31 @@ def test_streams_that_end_at_once_are_waited_between(make: Make) -> None:
     assert 0 < delays[1] < delays[2] < delays[3]
 
 
+@pytest.mark.parametrize("is_cut", [False, True])
+def test_streams_that_never_last_are_a_problem(make: Make, *, is_cut: bool) -> None:
+    """Each opens with 200, so no request fails; and no event ever comes."""
+    bench = listed(make, kind=PODS)
+    bench.script.replies = [stream(is_cut=is_cut) for _ in range(12)]
+    bench.steps(12)
+    assert bench.slugs() == ["unreachable" if is_cut else "unstable"]
+    bench.script.replies = [stream(mark("9"), end_s=300.0)]
+    bench.steps()
+    assert bench.slugs() == []
+
+
+def test_stream_that_opens_again_is_a_recovery(make: Make) -> None:
+    """The first bookmark may be a minute away."""
+    bench = listed(make, kind=PODS)
+    seen: list[list[str]] = []
+    quiet = stream(end_s=300.0)
+    quiet.meanwhile = lambda: seen.append(bench.slugs())
+    bench.script.replies = [*(AWAY for _ in range(8)), quiet]
+    bench.steps(8)
+    assert bench.slugs() == ["unreachable"]
+    bench.steps()
+    assert seen == [[]]
+
+
 def test_cut_stream_is_resumed(make: Make) -> None:
     """W8: the connection ends without the final chunk."""
     bench = listed(make, kind=PODS)
