@@ -24,6 +24,7 @@ from netpol_ebpf.agent.attachments import Attachments
 from netpol_ebpf.agent.barrier import Barrier, BarrierSettings
 from netpol_ebpf.agent.claims import AddressClaims
 from netpol_ebpf.agent.cni import CniResult
+from netpol_ebpf.agent.handover import Handover, Handovers
 from netpol_ebpf.agent.in_force import WorldInForce
 from netpol_ebpf.agent.node import NodeAccess
 from netpol_ebpf.agent.other_programs import REDIRECT, problems_of
@@ -61,6 +62,7 @@ from netpol_ebpf.policy.types import (
     Tunnel,
     World,
 )
+from netpol_ebpf.resources.types import Pod
 from netpol_ebpf.sources.files import ManifestDirectory, SourceUpdate, Upsert
 from netpol_loader import abi
 from netpol_loader.pins.drift import Drift, PartlyMendedError
@@ -154,6 +156,7 @@ class Agent:
         self._clock = clock
         self._derivation = Derivation(PolicySettings(workload_to_host=settings.workload_to_host))
         self._claims = AddressClaims(self._derivation.world)
+        self._handovers = Handovers()
         self._in_force = WorldInForce()
         self._local: dict[EndpointKey, Endpoint] = {}  # with the addresses that count as theirs
         self._names = NumberNames()
@@ -338,19 +341,58 @@ class Agent:
         batch = self._source.step(self.close_newborn)  # what is born meanwhile is looked at below
         if self._node.has_news() or self._is_searching():
             gone = self._gone()
+            self._handovers.forget(gone)
             self._assignments.forget(gone)  # before another interface with such a number is taken for the same
             self._look_at_interfaces()
             self._let_go(gone)
             self._close_and_open()
         if batch is not None:
             self._take(batch)
-        if batch is not None or self._derivation.is_changed:
+        if batch is not None or self._derivation.is_changed or self._handovers.is_changed:
             self._bring_into_force(self._take_changes())
         elif self.refusals.retry_at_s is not None and self._clock() >= self.refusals.retry_at_s:
             self._bring_into_force(Changes())
         self.drift.note(self.barrier.follow(), self._clock())
         self._look_for_drift()
         return self.read_flows()
+
+    def hand_over(self, handed: Handover) -> None:
+        """Take up what the CNI plugin says of an interface; the next step acts on it, and `missing_for` says how far it is."""
+        self._handovers.add(handed)
+
+    @property
+    def has_handovers(self) -> bool:
+        """Whether a step is to act on what was handed over."""
+        return self._handovers.is_changed
+
+    def missing_for(self, handed: Handover) -> str:
+        """Why policy for an interface that was handed over is not in force yet; empty: it is."""
+        key = handed.pod
+        endpoint = self._local.get(key)
+        binding = self.applier.bindings.get(key)
+        if not self._is_there(handed):
+            return f"the node has no interface {handed.name} with its other end where it was said to be"
+        if not self._handed(key):
+            pod = self._derivation.get(key_of_endpoint(key))
+            return "its Pod object has not arrived" + (", only an older one's of its name" if pod is not None else "")
+        if endpoint is None:
+            return "its Pod object is that of a pod of another node, of the host's network, or of one that has ended"
+        if self._derivation.get(ResourceKey("Namespace", "", key.namespace)) is None:
+            return f"its Namespace {key.namespace} has not arrived"
+        if set(handed.addresses).isdisjoint(self._derivation.world.endpoints[key].addresses or handed.addresses):
+            return f"{handed.inside} is a further interface, and policy knows a workload by its first"
+        others = [
+            f"{one} is {holder}'s"
+            for one in handed.addresses
+            if (holder := self._claims.holder(one)) not in (None, key)
+        ]
+        if others:
+            return "; ".join(others)
+        if self._in_force.world.endpoints.get(key) != endpoint or binding is None or binding.ifindex != handed.ifindex:
+            reasons = [one.message for one in (self.refusals.problem, self._no_room.get(key)) if one is not None]
+            reasons += [self._located.problems.get(key, "its policy is not in the kernel yet")]
+            return reasons[0]
+        return "" if handed.ifindex in self.attached else f"interface {handed.name} has no programs"
 
     def close_newborn(self) -> None:
         """Put programs on interfaces that have come just now, before anything else is found out about them. Takes no time.
@@ -387,6 +429,7 @@ class Agent:
         """What the manifests changed, addresses going to those who had them first. ``older``: see `AddressClaims.apply_changes`."""
         changes = self._derivation.take_changes()
         before = set(self._claims.disputes())
+        self._lend_addresses(changes)
         self._claims.apply_changes(changes, older)
         for key, endpoint in changes.endpoints.items():
             if endpoint is not None and self.is_local(endpoint):
@@ -403,6 +446,21 @@ class Agent:
             if dispute not in before:
                 log.log(logging.ERROR if dispute[2] in self._local else logging.WARNING, "%s", _dispute(*dispute))
         return changes
+
+    def _lend_addresses(self, changes: Changes) -> None:
+        """Pods without an address in their objects have those that the CNI plugin handed over; ``changes`` gets what that changes."""
+        changed = self._handovers.take_changed()
+        for key in {*changed, *self._handovers.pods, *self._claims.borrowers}:
+            handed = next(iter(self._handed(key)), None)
+            is_news = self._claims.lend(key, () if handed is None else handed.addresses)
+            endpoint = self._derivation.world.endpoints.get(key)
+            if endpoint is not None and (is_news or key in changed):
+                changes.endpoints.setdefault(key, endpoint)
+
+    def _handed(self, key: EndpointKey) -> list[Handover]:
+        """What the CNI plugin handed over for the pod that the cluster has under this name now, oldest first."""
+        pod = self._derivation.get(key_of_endpoint(key))
+        return [one for one in self._handovers.of(key) if isinstance(pod, Pod) and one.is_of(pod.uid)]
 
     def _bring_into_force(self, changes: Changes) -> None:
         """Compile and apply; when it does not fit, say so and try again with the next change, or when memory may be back."""
@@ -602,7 +660,17 @@ class Agent:
             endpoint = self._local.get(one.pod)
             if endpoint is not None and _is_first(one, endpoint) and (one.names or one.is_unseen):
                 found.setdefault(one.pod, set()).update(() if one.is_unseen else one.names)
+        for key in self._handovers.pods:
+            addresses = self._local[key].addresses if key in self._local else ()
+            for handed in self._handed(key):
+                if self._is_there(handed) and not set(handed.addresses).isdisjoint(addresses):
+                    found[key] = {handed.name}  # newer than what the runtime keeps of an interface before
         return found
+
+    def _is_there(self, handed: Handover) -> bool:
+        """Whether the node has the interface that was handed over, with its other end where it was said to be."""
+        link = self._wiring.links.get(handed.ifindex)
+        return link is not None and (link.name, link.peer) == (handed.name, handed.peer)
 
     def _note_missing(self) -> None:
         now_s = self._clock()

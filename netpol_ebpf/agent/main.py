@@ -27,9 +27,9 @@ from typing import Any
 from netpol_ebpf import __version__
 from netpol_ebpf.agent import footprint
 from netpol_ebpf.agent.answering import Answer
-from netpol_ebpf.agent.control_socket import SOCKET_NAME, ControlSocket
+from netpol_ebpf.agent.control_socket import SOCKET_NAME, ControlSocket, Wait
 from netpol_ebpf.apply.ledger import Ledger
-from netpol_ebpf.errors import InvalidInputError, NetpolError, PlatformError, UsageError
+from netpol_ebpf.errors import InvalidInputError, NetpolError, PlatformError, UnreachableError, UsageError
 from netpol_ebpf.sources.copies import LastGoodCopies
 from netpol_ebpf.sources.files import INTERVAL_S, ManifestDirectory
 from netpol_ebpf.terminal import LogFormatter, escaped, paragraph, say
@@ -55,6 +55,8 @@ LOCK_NAME = "lock"
 LEDGER_NAME = "numbers"
 INTERFACES_NAME = "interfaces"
 COPIES_NAME = "manifests"
+IN_FORCE = {"in_force": True}
+"""The yes that the CNI plugin waits for (cni/agent.c)."""
 
 log = logging.getLogger("netpol-agent")
 
@@ -264,7 +266,7 @@ def run(arguments: argparse.Namespace) -> int:
                 agent,
                 node,
                 ledger,
-                ControlSocket(state_dir / SOCKET_NAME, answers_of(agent, node, ledger, place), group),
+                ControlSocket(state_dir / SOCKET_NAME, answers_of(agent, node, ledger, place), group, waits_of(agent)),
             )
         )
     return 0
@@ -330,6 +332,28 @@ def answers_of(agent: Any, node: Any, ledger: Ledger, place: Mapping[str, Any]) 
     }
 
 
+def waits_of(agent: Any, clock: Callable[[], float] = time.monotonic) -> dict[str, Callable[[Mapping[str, Any]], Wait]]:
+    """What the CNI plugin asks for, by operation; the agent's own loop answers. ``clock``: seconds."""
+    from netpol_ebpf.agent.handover import parse_attach
+
+    def attach(request: Mapping[str, Any]) -> Wait:
+        handed, wait_s = parse_attach(request)
+        deadline_s = clock() + wait_s
+        agent.hand_over(handed)
+
+        def look() -> Any:
+            missing = agent.missing_for(handed)
+            if missing and clock() >= deadline_s:
+                raise UnreachableError(
+                    f"{handed.pod} is not under policy within {wait_s} s: {missing}", hint="Try again."
+                )
+            return None if missing else IN_FORCE
+
+        return look
+
+    return {"attach": attach, "ready": lambda _request: lambda: IN_FORCE}
+
+
 @dataclass
 class AgentLoop:
     """The agent's loop, turn by turn: new interfaces first, then a step when one is due, then at most one answer is begun.
@@ -381,6 +405,7 @@ class AgentLoop:
         if not self.control_socket.is_open and self.clock() >= self._opened_s + RETRY_S:
             self.open()
         self.control_socket.poll()
+        self._is_news = self._is_news or self.agent.has_handovers
 
     def _due_s(self) -> float:
         return self._stepped_s + (NEWS_GAP_S if self._is_news else INTERVAL_S)

@@ -15,7 +15,17 @@ from typing import Any
 from netpol_ebpf.cases.case import Case, InvalidCase, LoadedCases, Probe
 from netpol_ebpf.cases.engines import ENGINES, Engine, open_engine
 from netpol_ebpf.errors import InvalidInputError, NetpolError
-from netpol_ebpf.policy.journey import Finding, Flow, FlowEnd, FlowEndKind, Hop, HopReason, Journey, Topology, walk
+from netpol_ebpf.policy.journey import (
+    Finding,
+    Flow,
+    FlowEnd,
+    FlowEndKind,
+    HopReason,
+    Journey,
+    JourneyHop,
+    Topology,
+    walk,
+)
 from netpol_ebpf.policy.services import ServiceAddresses, Translation
 from netpol_ebpf.policy.translate import derive, key_of
 from netpol_ebpf.policy.types import (
@@ -315,7 +325,7 @@ class Cast:
         ]
         for journey in journeys:
             if len(own) > 1:
-                yield replace(journey, hops=(Hop(reason=HopReason.LOCAL_BACKENDS),))
+                yield replace(journey, hops=(JourneyHop(reason=HopReason.LOCAL_BACKENDS),))
             elif own and journey is not own[0]:
                 yield replace(journey, hops=(*own[0].hops, *journey.hops))
             else:

@@ -42,7 +42,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def render_flow(flow: dict[str, Any]) -> str:
-    """One line."""
+    """Render a flow as one line."""
     what = f"{flow['kind']:<5} {flow['direction']:<7} "
     if "source" in flow:
         protocol = PROTOCOLS.get(flow["protocol"], str(flow["protocol"]))
@@ -59,7 +59,7 @@ def render_flow(flow: dict[str, Any]) -> str:
 
 
 def render_end(flow: dict[str, Any], side: str) -> str:
-    """The source or the destination: name, address and port, as far as they are known."""
+    """Render the source or the destination: name, address and port, as far as they are known."""
     name, address, port = flow.get(f"{side}_name"), flow[side], flow.get(f"{side}_port")
     text = (
         f"[{address}]:{port}"

@@ -41,7 +41,7 @@ from netpol_ebpf.compiler.rule_lists import (
     stages_of,
 )
 from netpol_ebpf.compiler.sets import LiveSet, OwnEntries
-from netpol_ebpf.compiler.state import LocalEndpoint, Slot, State
+from netpol_ebpf.compiler.state import CompilerState, LocalEndpoint, Slot
 from netpol_ebpf.compiler.tables import CompiledTables, EndpointRow
 from netpol_ebpf.compiler.templates import service_key, service_ports
 from netpol_ebpf.compiler.terms import AddressGroup, NetsTerm, ServiceTerm
@@ -65,7 +65,7 @@ class Commit:
     """The work of one commit. ``changes``: by type and key the new object, or None."""
 
     def __init__(
-        self, state: State, changes: Mapping[type, Mapping[Any, Any]], local: Callable[[Endpoint], bool],
+        self, state: CompilerState, changes: Mapping[type, Mapping[Any, Any]], local: Callable[[Endpoint], bool],
         draft: Draft, journal: Journal,
     ) -> None:  # fmt: skip
         self._state = state

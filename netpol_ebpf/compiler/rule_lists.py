@@ -15,7 +15,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
-from netpol_ebpf.compiler.entries import EFFECTS, Effect, Entry, Resolver, expand
+from netpol_ebpf.compiler.entries import EFFECTS, Effect, Resolver, RuleEntry, expand
 from netpol_ebpf.compiler.identities import MatchRecord
 from netpol_ebpf.compiler.terms import NetsTerm
 from netpol_ebpf.policy.types import (
@@ -54,7 +54,7 @@ class Template:
     """
 
     what: str
-    entries: tuple[Entry, ...]
+    entries: tuple[RuleEntry, ...]
     constrains_own: bool
     names_own_nets: bool
     passes: bool
@@ -63,7 +63,7 @@ class Template:
     owns: tuple[MatchRecord, ...] = ()
 
 
-def make_template(what: str, entries: Iterable[Entry]) -> Template:
+def make_template(what: str, entries: Iterable[RuleEntry]) -> Template:
     """A template without references."""
     found = tuple(entries)
     return Template(
@@ -172,18 +172,18 @@ def exceptions_of(settings: PolicySettings, node: str | None, direction: Directi
     return Exceptions(stage, settings.failsafes(node, direction), replies, settings.tunnels)
 
 
-def policy_entries(policy: Policy, direction: Direction, resolver: Resolver) -> list[Entry]:
+def policy_entries(policy: Policy, direction: Direction, resolver: Resolver) -> list[RuleEntry]:
     """What a policy says in one direction."""
-    found: list[Entry] = []
+    found: list[RuleEntry] = []
     for rule in policy.rules(direction):
         cause = Cause(CauseKind.RULE, direction, policy.tier, policy.key, index=rule.index, action=rule.action)
         found.extend(expand(rule, direction, EFFECTS[rule.action], cause, resolver))
     return found
 
 
-def profile_entries(profile: ProfileRules, direction: Direction, resolver: Resolver) -> list[Entry]:
+def profile_entries(profile: ProfileRules, direction: Direction, resolver: Resolver) -> list[RuleEntry]:
     """What a profile says in one direction: Pass is Deny there."""
-    found: list[Entry] = []
+    found: list[RuleEntry] = []
     for rule in profile.rules(direction):
         action = Action.DENY if rule.action is Action.PASS else rule.action
         cause = Cause(CauseKind.PROFILE, direction, profile=profile.name, index=rule.index, action=action)
@@ -191,16 +191,16 @@ def profile_entries(profile: ProfileRules, direction: Direction, resolver: Resol
     return found
 
 
-def missing_profile_entries(name: str, direction: Direction, resolver: Resolver) -> list[Entry]:
+def missing_profile_entries(name: str, direction: Direction, resolver: Resolver) -> list[RuleEntry]:
     """A profile that nobody has made denies everything."""
     cause = Cause(CauseKind.PROFILE, direction, profile=name, action=Action.DENY)
     return list(expand(Rule(Action.DENY, -1), direction, Effect.DENY, cause, resolver))
 
 
-def exception_entries(exceptions: Exceptions, direction: Direction, resolver: Resolver) -> list[Entry]:
+def exception_entries(exceptions: Exceptions, direction: Direction, resolver: Resolver) -> list[RuleEntry]:
     """What policy of a host never blocks, in one direction: allow in NORMAL, continue in UNTRACKED."""
     effect = Effect.ALLOW if exceptions.stage is Stage.NORMAL else Effect.CONTINUE
-    found: list[Entry] = []
+    found: list[RuleEntry] = []
 
     def add(kind: CauseKind, index: int, remote: Entity, protocol: int, port: int, *, reply: bool = False) -> None:
         """Add one. ``remote``: the remote side's addresses; ``port``: the destination's, of a reply the source's."""

@@ -58,7 +58,7 @@ class LocalEndpoint:
         return (int(self.endpoint.kind is EndpointKind.HOST), self.endpoint.key, self.number)
 
 
-class State:
+class CompilerState:
     """Everything the compiler keeps between commits."""
 
     def __init__(self, limits: Limits, known: KnownNumbers) -> None:

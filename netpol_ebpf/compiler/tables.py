@@ -35,6 +35,7 @@ from netpol_ebpf.policy.types import (
     IPNetwork,
     Outcome,
     Stage,
+    Verdict,
 )
 
 K = TypeVar("K", bound=Hashable)
@@ -92,6 +93,17 @@ class SetRow:
     source_base: int
     source_classes: int
     verdict_base: int
+
+    def verdict_index(self, peer_class: int, own_class: int, l4_class: int, source_class: int) -> int:
+        """The key in ``verdicts`` of one combination of classes. Raises IndexError for a class beyond its bound."""
+        for class_, bound in (
+            (peer_class, self.peer_classes), (own_class, self.own_classes),
+            (l4_class, self.l4_classes), (source_class, self.source_classes),
+        ):  # fmt: skip
+            if class_ >= bound:
+                raise IndexError(f"class {class_} of policy set {self.number} is beyond {bound}")
+        addresses = peer_class * self.own_classes + own_class
+        return self.verdict_base + (addresses * self.l4_classes + l4_class) * self.source_classes + source_class
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,6 +245,20 @@ class CompiledTables:
     log_lists: DesiredTable[int, tuple[int, ...]] = field(default_factory=lambda: DesiredTable("log_lists"))
     identities: DesiredTable[int, str] = field(default_factory=lambda: DesiredTable("identities"))
     nodes: DesiredTable[str, int] = field(default_factory=lambda: DesiredTable("nodes"))
+
+    def class_of_atom(self, column: int, atom: int) -> int:
+        """The class of an atom in the column that begins at a block of ``l4_columns``."""
+        return self.l4_columns[column + atom // COLUMN_BLOCK][atom % COLUMN_BLOCK]
+
+    def verdict_of(self, row: VerdictRow) -> Verdict:
+        """What a verdict row says, with causes in place of rule numbers."""
+        return Verdict(
+            row.outcome,
+            self.rules[row.rule],
+            row.staged_outcome,
+            self.rules[row.staged_rule],
+            tuple(self.rules[rule] for rule in (self.log_lists[row.log_list] if row.log_list else ())),
+        )
 
     def all(self) -> tuple[DesiredTable[object, object], ...]:
         """Every table, in an order in which rows may be written (what is referred to comes first)."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Union
 
-from netpol_ebpf.compiler.entries import Entry, PortPair
+from netpol_ebpf.compiler.entries import PortPair, RuleEntry
 from netpol_ebpf.compiler.identities import IdentityIndex
 from netpol_ebpf.compiler.journal import Journal
 from netpol_ebpf.compiler.limits import Limits, exceeded
@@ -172,7 +172,7 @@ class Templates:
     def _build(self, key: TemplateKey, journal: Journal) -> tuple[Template, _Watched]:
         subject, direction = key
         asking = _Asking(self._owners, self._world.services, journal)
-        entries: list[Entry]
+        entries: list[RuleEntry]
         if isinstance(subject, PolicyKey):
             what = str(subject)
             policy = self._world.policies[subject]

@@ -152,7 +152,7 @@ class Flow:
 
 
 @dataclass(frozen=True, slots=True)
-class Hop:
+class JourneyHop:
     """One endpoint's (or interface's) say.
 
     Either ``reason`` decides, or ``questions`` are asked in order until one is not answered with CONTINUE; if all are, the
@@ -172,7 +172,7 @@ class Journey:
     """All hops of a flow, in the order the packet meets them."""
 
     flow: Flow
-    hops: tuple[Hop, ...]
+    hops: tuple[JourneyHop, ...]
 
     def questions(self) -> Iterator[Question]:
         """Every question that could be asked."""
@@ -383,11 +383,11 @@ class _Planner:
             return written.node
         return self.source.node or self.destination.node
 
-    def hops(self) -> Iterator[Hop]:
+    def hops(self) -> Iterator[JourneyHop]:
         """All of them, in order."""
         reason = self._whole()
         if reason is not None:
-            yield Hop(reason=reason)
+            yield JourneyHop(reason=reason)
             return
         yield from self._leave_workload()
         yield from self._cross_nodes()
@@ -427,12 +427,12 @@ class _Planner:
 
     # --- the sender's own interface ---------------------------------------------------------------------------------------
 
-    def _leave_workload(self) -> Iterator[Hop]:
+    def _leave_workload(self) -> Iterator[JourneyHop]:
         source = self.source
         if source.kind is not FlowEndKind.WORKLOAD or source.endpoint is None:
             return
         if self.topology.is_tunnelled(self.sent):
-            yield Hop(reason=HopReason.TUNNELLED)
+            yield JourneyHop(reason=HopReason.TUNNELLED)
         yield _ask(source.endpoint, Direction.EGRESS, ((Stage.NORMAL, self.sent),))
         to_own_host = self._is_local() and self.destination.kind is FlowEndKind.HOST
         wildcard = self.topology.wildcard(source.node)
@@ -446,11 +446,11 @@ class _Planner:
                 stages.append((Stage.NORMAL, self.final))
             yield _ask(wildcard.key, Direction.INGRESS, tuple(stages))
         if to_own_host and action is Action.DENY:
-            yield Hop(reason=HopReason.WORKLOAD_TO_HOST_DROPPED)
+            yield JourneyHop(reason=HopReason.WORKLOAD_TO_HOST_DROPPED)
         elif to_own_host and action is not Action.PASS:
-            yield Hop(reason=HopReason.WORKLOAD_TO_HOST_ACCEPTED)
+            yield JourneyHop(reason=HopReason.WORKLOAD_TO_HOST_ACCEPTED)
         elif to_own_host and wildcard is None:
-            yield Hop(reason=HopReason.NO_HOST_ENDPOINT)
+            yield JourneyHop(reason=HopReason.NO_HOST_ENDPOINT)
 
     # --- the nodes' interfaces to each other and the world ------------------------------------------------------------------
 
@@ -463,7 +463,7 @@ class _Planner:
                 visited.append(node)
         return visited
 
-    def _cross_nodes(self) -> Iterator[Hop]:
+    def _cross_nodes(self) -> Iterator[JourneyHop]:
         nodes = self._nodes()
         translated = False
         for position, node in enumerate(nodes):
@@ -481,7 +481,7 @@ class _Planner:
 
     def _interface(
         self, node: str, direction: Direction, wire: Packet, final: Packet, *, is_local: bool
-    ) -> Iterator[Hop]:
+    ) -> Iterator[JourneyHop]:
         """A node's interface to the world.
 
         ``wire``: the packet as it is there; ``final``: as it leaves the node; ``is_local``: a process ends it here.
@@ -489,7 +489,7 @@ class _Planner:
         host = self.topology.uplink_of(node, direction, wire, is_local=is_local)
         if host is None:
             if is_local:
-                yield Hop(direction=direction, reason=HopReason.NO_HOST_ENDPOINT)
+                yield JourneyHop(direction=direction, reason=HopReason.NO_HOST_ENDPOINT)
             return
         if is_local and self.topology.is_excepted(node, final, direction):
             yield _ask(host.key, direction, ((Stage.NORMAL, final),))
@@ -505,15 +505,15 @@ class _Planner:
 
     # --- the receiver's own interface -----------------------------------------------------------------------------------------
 
-    def _enter_workload(self) -> Iterator[Hop]:
+    def _enter_workload(self) -> Iterator[JourneyHop]:
         destination = self.destination
         if destination.kind is not FlowEndKind.WORKLOAD or destination.endpoint is None:
             return
         if self._is_to_itself() and self.sent == self.final:
-            yield Hop(reason=HopReason.HAIRPIN)
+            yield JourneyHop(reason=HopReason.HAIRPIN)
             return
         if self.source.kind is FlowEndKind.HOST and self._is_local():
-            yield Hop(reason=HopReason.HOST_TO_LOCAL_WORKLOAD)
+            yield JourneyHop(reason=HopReason.HOST_TO_LOCAL_WORKLOAD)
             return
         wildcard = self.topology.wildcard(destination.node)
         if wildcard is not None:
@@ -534,9 +534,9 @@ def _stages(
     return tuple(stages)
 
 
-def _ask(endpoint: EndpointKey, direction: Direction, stages: tuple[tuple[Stage, Packet], ...]) -> Hop:
+def _ask(endpoint: EndpointKey, direction: Direction, stages: tuple[tuple[Stage, Packet], ...]) -> JourneyHop:
     questions = tuple(Question(endpoint, direction, stage, packet) for stage, packet in stages)
-    return Hop(endpoint, direction, questions)
+    return JourneyHop(endpoint, direction, questions)
 
 
 def _reversed(packet: Packet) -> Packet:
