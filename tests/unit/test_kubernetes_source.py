@@ -192,6 +192,18 @@ def test_all_kinds_of_a_cluster_without_definitions(server: FakeServer, api: Min
     assert all(one.is_synced for one in states.values())
 
 
+def test_kind_that_is_installed_later(server: FakeServer, api: MiniApi, open_source: Open) -> None:
+    """A probe finds it in its group, and it is listed at once."""
+    tiers = api.objects.pop(TIERS)
+    source = open_source(server.url)
+    assert changes(source.sync()) == ["+Namespace/prod", "+Pod/prod/web"]
+    api.objects[TIERS] = tiers
+    body = json.dumps({"resources": [{"name": "tiers"}]}).encode()
+    api.first[TIERS.group_path] = [Wire(Reply(chunks=[(0.0, body)]))]
+    source.probe.step()
+    assert wait_for(source, bool) == ["+Tier/one"]
+
+
 def test_start_of_a_server(server: FakeServer, api: MiniApi, open_source: Open) -> None:
     """403, 503, 429, a cut list, then the list: nothing of that is a state."""
     starting = [("startup-answers", 0), ("startup-answers", 1), ("startup-answers", 6), ("overload-429", 0)]

@@ -475,6 +475,18 @@ def test_wait_that_the_server_names_is_kept(make: Make) -> None:
     assert bench.steps() == pytest.approx(7.5)
 
 
+def test_wait_that_the_server_names_is_bounded(make: Make) -> None:
+    """A proxy that says to come back tomorrow."""
+    assert make(PODS, failure(503, retry_after_s=86400.0)).steps() == pytest.approx(90.0)
+
+
+def test_failure_is_no_refusal_of_streams(make: Make) -> None:
+    """500 once; the next list is by stream again."""
+    bench = make(PODS, failure(500), stream(mark("9", ends_list=True)))
+    bench.steps(2)
+    assert "sendInitialEvents" in bench.script.targets[-1]
+
+
 def test_wait_in_an_error_event_is_kept(make: Make) -> None:
     """W12: retryAfterSeconds of the Status."""
     assert make(PODS, recorded("expired-410", 9)).steps() == pytest.approx(1.5)

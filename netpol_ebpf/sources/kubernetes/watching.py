@@ -157,7 +157,7 @@ class _RelistError(Exception):
 
 @dataclass(slots=True)
 class KindWatcher:
-    """Follows one kind. ``pace_s``: seconds between two questions whether an absent kind is there by now; ``chance``: from [0, 1)."""
+    """Follows one kind. ``pace_s``: seconds until an absent kind is asked for again, by chance; ``chance``: from [0, 1)."""
 
     kind: WatchedKind
     transport: Transport
@@ -372,8 +372,9 @@ class KindWatcher:
         if status.code == _NOT_FOUND and not error.in_stream:
             return self._absent()
         is_list = not self._resource_version
-        if is_list and self._streams and status.code not in _TRANSIENT_IN_STREAM:
-            # Not offered: 422 when it is switched off or unknown; an ERROR event where etcd is too old for it.
+        is_not_offered = status.code in _OURS or (error.in_stream and status.code not in _TRANSIENT_IN_STREAM)
+        if is_list and self._streams and is_not_offered:
+            # 422 when streams are switched off or unknown; an ERROR event where etcd is too old for them.
             self._streams = False
             return 0.0
         if status.code in (_GONE, _ERROR) or status.code in _OURS:  # 500: a resourceVersion of another server
@@ -402,7 +403,7 @@ class KindWatcher:
         self.state = State.ABSENT if self.store.is_empty else State.DELETED
         self.store.commit_absent()
         self._succeeded()
-        return self.pace_s() * (0.5 + self.chance())
+        return self.pace_s()
 
     def _count_stream_failure(self) -> None:
         if self._resource_version:
@@ -432,7 +433,7 @@ class KindWatcher:
             message = f"cannot be followed: {reason}; what was last known of it stays in force, and no change of it is applied"
             self.store.note(Problem(Location(self.kind.path), "", message, obj=str(self.kind), slug=slug))
         if retry_after_s is not None:
-            return retry_after_s * (1 + self.chance())
+            return min(retry_after_s, LONGEST_RETRY_S) * (1 + self.chance())
         return self._backoff_s(self._failures)
 
     def _backoff_s(self, attempt: int) -> float:
