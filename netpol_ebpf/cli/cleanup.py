@@ -15,7 +15,15 @@ from pathlib import Path
 from typing import Any
 
 from netpol_ebpf.agent.control_socket import SOCKET_NAME
-from netpol_ebpf.agent.main import COPIES_NAME, DEFAULT_STATE_DIR, INTERFACES_NAME, LEDGER_NAME, LOCK_NAME, exclusive
+from netpol_ebpf.agent.main import (
+    COPIES_NAME,
+    DEFAULT_STATE_DIR,
+    HANDOVERS_NAME,
+    INTERFACES_NAME,
+    LEDGER_NAME,
+    LOCK_NAME,
+    exclusive,
+)
 from netpol_ebpf.apply.records import DAMAGED_SUFFIX
 from netpol_ebpf.cli.cni import add_directory_options
 from netpol_ebpf.cli.output import add_output_option, print_value
@@ -114,9 +122,9 @@ def _abandoned_engines(parent: Path) -> list[Any]:
 
 def _state(state_dir: Path) -> Iterator[Path]:
     """The agent's files in the state directory, then the directory itself if it has no other files."""
-    files = [f"{name}{suffix}" for name in (LEDGER_NAME, INTERFACES_NAME) for suffix in ("", ".draft", DAMAGED_SUFFIX)]
-    names = (SOCKET_NAME, *files, COPIES_NAME, LOCK_NAME)
-    ours = [state_dir / name for name in names]
+    names = (LEDGER_NAME, INTERFACES_NAME, HANDOVERS_NAME)
+    files = [f"{name}{suffix}" for name in names for suffix in ("", ".draft", DAMAGED_SUFFIX)]
+    ours = [state_dir / name for name in (SOCKET_NAME, *files, COPIES_NAME, LOCK_NAME)]
     present = [path for path in ours if path.exists() or path.is_socket()]
     yield from present
     if state_dir.is_dir() and set(state_dir.iterdir()) <= set(present):
