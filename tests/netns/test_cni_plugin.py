@@ -156,9 +156,9 @@ def plugged(home: Path, network: str) -> Iterator[Plugged]:
         )
         lab.prober.write_settings(NODE, SETTINGS_ROUTER)
         ip(lab, INTERNET, f"route add 10.41.0.0/16 via {NODE_ADDRESS[4]} dev node0 onlink src {WORLD[4]}")
-        binaries = home / "bin"
-        binaries.mkdir()
-        subprocess.run(["make", "-s", "-C", ROOT / "cni", f"OUT={binaries / 'netpol-cni'}"], check=True)
+        binaries, configurations = home / "bin", home / "net.d"
+        configurations.mkdir()
+        subprocess.run(["make", "-s", "-C", ROOT / "cni"], check=True)
         scene = stack.enter_context(scene_in(lab, home / "home", pin_root / "own"))
         (scene.manifests / "db.yaml").unlink()
         scene.write("cluster.yaml", cluster)
@@ -171,15 +171,20 @@ def plugged(home: Path, network: str) -> Iterator[Plugged]:
             "cniVersion": "1.0.0", "name": "pods",
             "plugins": [
                 {**NETWORKS[network], "ipam": ipam}, {"type": "portmap", "capabilities": {"portMappings": True}},
-                {"type": "netpol-cni", "socket": str(scene.state_dir / SOCKET_NAME), "timeout": 120},
             ],
         }  # fmt: skip
-        file = home / "10-pods.conflist"
+        file = configurations / "10-pods.conflist"
         file.write_text(json.dumps(chain))
+        places = ("--dir", str(binaries), "--conf-dir", str(configurations))
+        done = scene.ctl("cni", "install", *places, "--state-dir", str(scene.state_dir), "--timeout", "120")
+        assert done.returncode == 0, done.stderr
         scene.start()
         world = {port: stack.enter_context(socket_in(lab.namespace_of[INTERNET], port)) for port in (ALLOWED, DENIED)}
         found = Plugged(scene, PluginList(lab, file, [PLUGINS_DIR, binaries]), world)
         yield found
+        done = scene.ctl("cni", "remove", *places)
+        assert done.returncode == 0, done.stderr
+        assert json.loads(file.read_text()) == chain
 
 
 @pytest.fixture(scope="module", params=NETWORKS)
@@ -192,6 +197,8 @@ def lasting(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 def node(lasting: Plugged) -> Iterator[Plugged]:
     """A node without pods."""
     before = lasting.plugins.file.read_text()
+    for one in lasting.world.values():
+        receive_all(one)  # what came late of a test before
     yield lasting
     lasting.plugins.file.write_text(before)
     if lasting.scene.process is None or lasting.scene.process.poll() is not None:
@@ -342,6 +349,50 @@ def test_an_agent_that_is_late(node: Plugged) -> None:
     thread.join(DEADLINE_S)
     assert done
     assert node.endpoints()["Pod/shop/patient"]["state"] == "enforced"
+
+
+def test_the_next_agent_keeps_the_pod_open(node: Plugged) -> None:
+    """An agent that is killed before the object has an address leaves a pod that the next one knows."""
+    one = node.sandbox("kept")
+    node.scene.write("pods.yaml", render(one))
+    node.plugins.add(one)
+    node.scene.kill()
+    node.scene.start()
+    assert node.plugins.call_last("CHECK", one) is None
+    assert node.endpoints()["Pod/shop/kept"]["evidence"] == "cni"
+    with socket_in(one.namespace) as sender:
+        for port in (DENIED, ALLOWED):
+            sender.sendto(b"kept", (WORLD[4], port))
+        assert select.select([node.world[ALLOWED]], [], [], DEADLINE_S)[0]
+    assert [receive_all(node.world[port]) for port in (ALLOWED, DENIED)] == [[b"kept"], []]
+
+
+def test_without_the_plugin(node: Plugged, record_property: Callable[[str, object], None]) -> None:
+    """Measures how long a pod waits for its network when ADD does not wait for policy; nothing is asserted but that it ends."""
+    document = json.loads(node.plugins.file.read_text())
+    node.plugins.file.write_text(json.dumps({**document, "plugins": document["plugins"][:-1]}))
+    taken_ms: list[float] = []
+    for number in range(5):
+        one = node.sandbox(f"bare{number}")
+        node.scene.write("pods.yaml", render(one))
+        node.plugins.add(one)
+        (address,) = one.addresses
+        added_s = time.monotonic()
+        status = f"phase: Running, podIPs: [{{ip: {address}}}]"
+        node.scene.write("pods.yaml", render(one).replace("phase: Pending", status))
+        with socket_in(one.namespace) as sender:
+            wait_for(lambda: passes(node, sender), "the pod has its network")
+        taken_ms.append((time.monotonic() - added_s) * 1000)
+    record_property("closed_ms", taken_ms)
+    print(
+        f"without the plugin: closed for {statistics.median(taken_ms):.0f} ms (median), {max(taken_ms):.0f} ms (most)"
+    )
+
+
+def passes(node: Plugged, sender: socket.socket) -> bool:
+    """Whether a packet that policy allows comes out of a pod."""
+    sender.sendto(b"bare", (WORLD[4], ALLOWED))
+    return bool(select.select([node.world[ALLOWED]], [], [], 0.01)[0] and receive_all(node.world[ALLOWED]))
 
 
 def test_check_gc_and_status(node: Plugged) -> None:
