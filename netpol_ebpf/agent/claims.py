@@ -33,7 +33,7 @@ class AddressClaims:
         return self._lent.keys()
 
     def lend(self, key: EndpointKey, addresses: tuple[IPAddress, ...]) -> bool:
-        """Addresses that count while an endpoint's object has none, () for none; whether that is news, for `apply_changes`."""
+        """Addresses that an endpoint has until its object has one of them, () for none; whether that is news, for `apply_changes`."""
         if self._lent.get(key, ()) == addresses:
             return False
         if addresses:
@@ -103,7 +103,8 @@ class AddressClaims:
         endpoint = self._world.endpoints.get(key)
         if endpoint is None or endpoint.kind is not EndpointKind.WORKLOAD:
             return ()
-        return endpoint.addresses or self._lent.get(key, ())
+        lent = self._lent.get(key, ())
+        return lent if lent and set(lent).isdisjoint(endpoint.addresses) else endpoint.addresses
 
     def _give_up(self, key: EndpointKey, address: IPAddress) -> list[EndpointKey]:
         """Take a workload out of the line for an address; those that may have gained by it."""
