@@ -442,7 +442,9 @@ class Agent:
         changes = self._derivation.take_changes()
         before = set(self._claims.disputes())
         self._lend_addresses(changes)
-        self._claims.apply_changes(changes, older)
+        self._claims.apply_changes(
+            changes, older, lambda key: key in self._local and key not in self._located.interfaces
+        )
         for key, endpoint in changes.endpoints.items():
             if endpoint is not None and self.is_local(endpoint):
                 self._local[key] = endpoint

@@ -120,3 +120,19 @@ def test_lent_addresses_count_until_the_object_has_one() -> None:
     cluster.change(b=())
     cluster.check(b=(), c=())
     assert [*cluster.claims.borrowers] == []
+
+
+def test_a_lent_address_passes_from_who_has_no_interface() -> None:
+    """What the node's runtime gave to one is not another's whose object says so from before; with an interface it stays."""
+    cluster = Cluster()
+    cluster.change(a=(ONE,), b=())
+    assert cluster.claims.lend(B, (ONE,))
+    cluster.change(b=())
+    cluster.check(a=(ONE,), b=())
+    changes = Changes(endpoints={B: cluster.world.endpoints[B]})
+    cluster.claims.apply_changes(changes, is_idle=lambda key: key == A)
+    assert {key: one and one.addresses for key, one in changes.endpoints.items()} == {A: (), B: (ONE,)}
+    assert list(cluster.claims.disputes()) == [(ONE, B, A)]
+    cluster.seen = {A: (), B: (ONE,)}
+    cluster.change(b=None)
+    cluster.check(a=(ONE,))

@@ -227,6 +227,25 @@ def test_an_address_that_another_has(bench: Bench) -> None:
     assert not agent.world_in_force.endpoints[NEW].addresses
 
 
+def test_addresses_that_changed_places(bench: Bench) -> None:
+    """After a reboot, the addresses that objects still have may be others' already: each pod gets what the runtime gave it."""
+    bench.write("new.yaml", pod("u-1", "10.0.0.9") + pod("u-2", "10.0.0.8").replace("name: new", "name: old"))
+    agent = bench.agent()
+    mine = handed(addresses=["10.0.0.8/24"])
+    agent.hand_over(mine)
+    agent.step()
+    assert agent.missing_for(mine) == ""
+    assert agent.owner_of(ip_address("10.0.0.8")) == str(NEW)
+    other = handed(name="old", uid="u-2", ifindex=11, interface="veth11", peer=[11, 2])
+    links = {**WIRING.links, 9: LINK, 11: Interface(11, "veth11", "veth", (11, 2))}
+    bench.node.wiring, bench.node.news = replace(WIRING, links=links), True
+    agent.hand_over(other)
+    agent.step()
+    assert agent.missing_for(other) == agent.missing_for(mine) == ""
+    assert agent.owner_of(ADDRESS) == "Pod/shop/old"
+    assert not [one for one in agent.problems if one.slug == "address-claimed"]
+
+
 def test_what_no_policy_waits_for(bench: Bench) -> None:
     """A pod of another node, one of the host's network, and one without its Namespace get no yes, and are told why."""
     bench.write("new.yaml", pod().replace("nodeName: here", "nodeName: there"))
