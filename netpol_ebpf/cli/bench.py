@@ -76,7 +76,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _module(name: str) -> Any:
-    """A module of ``bench/``, which is no part of the package. Raises PlatformError where it is missing."""
+    """Import a module of ``bench/``, which the package does not contain. Raises PlatformError if the module is missing."""
     if not (CHECKOUT / "bench" / f"{name}.py").exists() or importlib.util.find_spec("bench") is None:
         raise PlatformError(
             f"no benchmarks in {CHECKOUT}: the source has them, the installed package does not",

@@ -51,7 +51,7 @@ def run(arguments: argparse.Namespace) -> int:
         paths = " ".join(map(str, arguments.paths))
         raise InvalidInputError(f"no object found in {paths}", hint="Manifests end in .yaml, .yml or .json.")
     problems = list(loaded.problems)
-    linted = not loaded.errors  # with objects missing, what depends on all of them would be wrong
+    linted = not loaded.errors  # checks of all objects together would be wrong if objects were missing
     if linted:
         problems.extend(lint(as_cluster(loaded.resources)))
         problems = _in_file_order(problems)
@@ -77,7 +77,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _in_file_order(problems: Sequence[Problem]) -> list[Problem]:
-    """By line within a file; files in the order in which they first come up."""
+    """Sort by line within a file; files keep the order of their first problem."""
     files = {file: number for number, file in enumerate(dict.fromkeys(one.location.file for one in problems))}
     return sorted(problems, key=lambda problem: (files[problem.location.file], problem.location.line))
 

@@ -61,10 +61,10 @@ def run(arguments: argparse.Namespace) -> int:
 
     state_dir: Path = arguments.state_dir
     pin_root: Path = arguments.pin_root or DEFAULT_PIN_ROOT
-    with contextlib.ExitStack() as stack:  # an agent at work would put everything back
+    with contextlib.ExitStack() as stack:  # a running agent would put everything back
         if state_dir.is_dir():
             stack.enter_context(exclusive(state_dir, hint=IN_USE_HINT))
-        if pin_root.is_dir():  # whatever the state directory of who works there is called
+        if pin_root.is_dir():  # also for an agent with another state directory
             stack.enter_context(held(pin_root, hint=IN_USE_HINT))
         return _clean(arguments)
 
@@ -113,7 +113,7 @@ def _clean(arguments: argparse.Namespace) -> int:
 
 
 def _abandoned_engines(parent: Path) -> list[Any]:
-    """Pins of `netpolctl test` processes that were killed."""
+    """Pins of killed `netpolctl test` processes."""
     from netpol_ebpf.apply.kernel_engine import abandoned
     from netpol_loader.pins.removal import find_leftovers
 
@@ -121,7 +121,7 @@ def _abandoned_engines(parent: Path) -> list[Any]:
 
 
 def _state(state_dir: Path) -> Iterator[Path]:
-    """What the agent keeps there, the directory last if nothing of others is in it."""
+    """The agent's files in the state directory, then the directory itself if it has no other files."""
     names = (LEDGER_NAME, INTERFACES_NAME, HANDOVERS_NAME)
     files = [f"{name}{suffix}" for name in names for suffix in ("", ".draft", DAMAGED_SUFFIX)]
     ours = [state_dir / name for name in (SOCKET_NAME, *files, COPIES_NAME, LOCK_NAME)]

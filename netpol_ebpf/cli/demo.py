@@ -40,9 +40,9 @@ from netpol_ebpf.resources.load import load_paths
 from netpol_ebpf.resources.types import KubernetesNetworkPolicy, Resource
 from netpol_ebpf.terminal import escaped
 
-READY_DEADLINE_S = 120.0  # seconds, on a quiet machine; a busy one may compile for half a minute
+READY_DEADLINE_S = 120.0  # seconds, on a quiet machine; a busy machine may compile for half a minute
 CHANGE_DEADLINE_S = 10.0
-CHANGE_ATTEMPT_S = 0.1  # how long silence is waited for while a change is awaited
+CHANGE_ATTEMPT_S = 0.1  # how long one attempt waits for an answer while a change is due
 POLL_S = 0.02
 MAP_SHOWN = "np_rule"
 MAP_LINES = 14
@@ -67,9 +67,15 @@ def register(subparsers: Any) -> None:
     )
     parser.add_argument("--keep", action="store_true", help="keep the cluster running at the end, until Ctrl-C")
     parser.add_argument("--no-iperf", action="store_true", help="do not measure throughput")
-    parser.add_argument("--color", choices=("auto", "always", "never"), default="auto")
     parser.add_argument(
-        "-o", "--output", choices=("text", "json"), default="text", help="json: print one summary at the end"
+        "--color", choices=("auto", "always", "never"), default="auto", help="colour the output (default: auto)"
+    )
+    parser.add_argument(
+        "-o",
+        "--output",
+        choices=("text", "json"),
+        default="text",
+        help="output format; json: one summary at the end (default: text)",
     )
     parser.set_defaults(run=run)
 
@@ -98,7 +104,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 class DemoOutput:
-    """Where the demonstration speaks: headlines, text, tables. Silent when only the summary is wanted."""
+    """Print the demonstration: headlines, text, tables. Prints nothing if the user wants only the summary."""
 
     def __init__(self, *, quiet: bool, colour: bool) -> None:
         self.quiet = quiet
@@ -130,7 +136,7 @@ class DemoOutput:
             self._print(f"   {line}")
 
     def _print(self, text: str) -> None:
-        """Print a text whose names are escaped; what is left are our own colours."""
+        """Print a text with escaped names; its colours are our own."""
         if not self.quiet:
             print(text, flush=True)
 
@@ -139,7 +145,7 @@ class DemoOutput:
 
 
 class Demo:
-    """One performance. As a context manager it builds the laboratory and takes it away again."""
+    """One run of the demonstration. The context manager builds the laboratory and removes it."""
 
     def __init__(self, stage: DemoOutput, workshop: Path) -> None:
         self.stage = stage
@@ -171,11 +177,11 @@ class Demo:
         self.lab.close()
 
     def resources(self) -> list[Resource]:
-        """What the manifests say now."""
+        """Parse the current manifests."""
         return load_paths([self.manifests]).check()
 
     def play(self, *, with_iperf: bool) -> dict[str, Any]:
-        """All parts in order; the summary, whose ``ok`` says whether all was as predicted."""
+        """Run all parts in order. Returns the summary; its ``ok`` says whether all was as predicted."""
         before = self._show_before()
         enforced = self._show_enforced(before)
         self._explain_denial()
@@ -185,7 +191,7 @@ class Demo:
         return self.summary
 
     def keep(self) -> None:
-        """Wait for Ctrl-C, having said what one can look at."""
+        """Print what the user can inspect, then wait for Ctrl-C."""
         self.stage.headline("Kept, until Ctrl-C")
         inside = f"nsenter --net=/run/netns/{self.lab.namespace_of['shop/debug']}"
         self.stage.say(f"edit the manifests:  {self.manifests}")
@@ -229,7 +235,7 @@ class Demo:
         predict: Callable[[Attempt], bool],
         good: str = "each as the reference model predicts",
     ) -> None:
-        """Compare with the prediction, say so, and keep both for the summary."""
+        """Compare with the prediction, print the result, and keep it for the summary."""
         mismatches = observation.mismatches(predict)
         total = len(observation.results)
         self.summary[part] = {
@@ -280,13 +286,13 @@ class Demo:
         self.summary["ok"] = self.summary["ok"] and agrees
 
     def _place(self, location: Location | None) -> str:
-        """File, relative to the manifests, and line."""
+        """File name and line of a location."""
         if location is None:
             return "?"
         return f"{Path(location.file).name}:{location.line}"
 
     def _reported_flow(self, attempt: Attempt) -> dict[str, Any]:
-        """What the agent heard from the kernel about an attempt that was denied."""
+        """The flow that the agent reported for a denied attempt. Raises PlatformError if none comes in time."""
         wanted = {
             "kind": "deny",
             "destination": str(attempt.destination),
@@ -351,7 +357,7 @@ class Demo:
         self.summary["ok"] = self.summary["ok"] and cut and bool(cells)
 
     def _seconds_until(self, *, reached: bool) -> float:
-        """Time from now until a new connection of the incident is answered, or no longer."""
+        """Seconds until a new connection of the incident is answered (``reached``) or no longer answered."""
         began = time.monotonic()
         limit_s = scaled(CHANGE_DEADLINE_S)
         while time.monotonic() - began < limit_s:
@@ -376,7 +382,7 @@ class Demo:
     # --- the agent --------------------------------------------------------------------------------------------------
 
     def _start_agent(self) -> float:
-        """Start it inside the node and wait until it says that all is in force; seconds taken."""
+        """Start the agent inside the node, and wait until it reports everything in force. Returns the seconds taken."""
         began = time.monotonic()
         command = [
             sys.executable, "-m", "netpol_ebpf.agent.main",
@@ -395,7 +401,7 @@ class Demo:
         return time.monotonic() - began
 
     def _is_in_force(self) -> bool:
-        with contextlib.suppress(UnreachableError):  # it does not listen yet
+        with contextlib.suppress(UnreachableError):  # the agent does not listen yet
             for status in self._ask({"op": "status"}):
                 objects = status["objects"]
                 return bool(status["in_force"] and objects["enforced_endpoints"] == objects["local_endpoints"])
@@ -410,7 +416,7 @@ class Demo:
 
 
 def _require_machine(*, with_iperf: bool) -> None:
-    """Raise PlatformError for the first thing that is missing, before anything is built."""
+    """Check the machine before anything is built. Raises PlatformError for the first missing tool, PrivilegeError without root."""
     from netpol_loader.pins import doctor
 
     if os.geteuid() != 0:
@@ -436,7 +442,7 @@ def _can_encode(text: str, encoding: str | None) -> bool:
 
 
 def _write_whole(path: Path, text: str) -> None:
-    """Write a file so that a reader sees all of it or nothing."""
+    """Write a file atomically: a reader sees all of it or nothing."""
     unfinished = path.with_suffix(".unfinished")
     unfinished.write_text(text)
     unfinished.rename(path)
@@ -444,7 +450,7 @@ def _write_whole(path: Path, text: str) -> None:
 
 @contextlib.contextmanager
 def _workshop() -> Iterator[Path]:
-    """A directory for the copies of this performance; gone afterwards (by then the guard may have removed it)."""
+    """A directory for the copies of this run, removed afterwards (the laboratory's guard may have removed it before)."""
     path = Path(tempfile.mkdtemp(prefix="netpol-demo-"))
     try:
         yield path

@@ -58,8 +58,8 @@ def register(subparsers: Any) -> None:
     )
     parser.add_argument("--port", type=parse_port, help="destination port; required for tcp, udp and sctp")
     parser.add_argument("--source-port", type=parse_port, help="source port; few policies have rules for it")
-    parser.add_argument("--icmp-type", type=parse_octet, metavar="NUMBER", help="default: echo request")
-    parser.add_argument("--icmp-code", type=parse_octet, metavar="NUMBER", help="default: 0")
+    parser.add_argument("--icmp-type", type=parse_octet, metavar="NUMBER", help="ICMP type (default: echo request)")
+    parser.add_argument("--icmp-code", type=parse_octet, metavar="NUMBER", help="ICMP code (default: 0)")
     parser.add_argument(
         "--manifests", action="append", type=Path, metavar="PATH",
         help="evaluate this file or directory of manifests instead of asking the agent (may be repeated)",
@@ -107,7 +107,7 @@ def _by_files(paths: list[Path], probe: Probe, engine: str) -> Ways:
 
 
 def render(one: dict[str, Any]) -> str:
-    """One way as lines for people."""
+    """Render one way of the connection as text."""
     names = {number: name.upper() for name, number in PROTOCOLS.items()}
     port = "" if one["port"] is None else f" port {one['port']}"
     what = f"{one['source']} -> {one['destination']} {names.get(one['protocol'], one['protocol'])}{port}"
@@ -142,13 +142,13 @@ def _place(step: dict[str, Any]) -> str:
 
 
 def parse_end(text: str) -> IPAddress | tuple[str, str]:
-    """An address, or (namespace, name). Raises ArgumentTypeError."""
+    """Parse an address, or a (namespace, name). Raises ArgumentTypeError."""
     end: IPAddress | tuple[str, str] = _parse(read_end, text, "neither NAMESPACE/NAME nor an address")
     return end
 
 
 def parse_protocol(text: str) -> int:
-    """A protocol's number by name or number. Raises ArgumentTypeError."""
+    """Parse a protocol's name or number to its number. Raises ArgumentTypeError."""
     if text.lower() in PROTOCOLS:
         return PROTOCOLS[text.lower()]
     number: int = _parse(int, text, f"neither a number nor one of {', '.join(PROTOCOLS)}")
@@ -156,13 +156,13 @@ def parse_protocol(text: str) -> int:
 
 
 def parse_port(text: str) -> int:
-    """A port. Raises ArgumentTypeError."""
+    """Parse a port, 1 to 65535. Raises ArgumentTypeError."""
     number: int = _parse(int, text, "not a port number")
     return _within(number, 1, 65535)
 
 
 def parse_octet(text: str) -> int:
-    """A number of one byte. Raises ArgumentTypeError."""
+    """Parse a number from 0 to 255. Raises ArgumentTypeError."""
     number: int = _parse(int, text, "not a number")
     return _within(number, 0, 255)
 

@@ -27,7 +27,13 @@ def register(subparsers: Any) -> None:
         epilog="exit codes: 0 done, 4 no agent answers",
     )
     parser.add_argument("-f", "--follow", action="store_true", help="print new flows as they happen, until interrupted")
-    parser.add_argument("-o", "--output", choices=("text", "json"), default="text", help="json: one object per line")
+    parser.add_argument(
+        "-o",
+        "--output",
+        choices=("text", "json"),
+        default="text",
+        help="output format; json: one object per line (default: text)",
+    )
     add_state_dir_option(parser)
     parser.set_defaults(run=run)
 
@@ -42,7 +48,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def render_flow(flow: dict[str, Any]) -> str:
-    """One line."""
+    """Render a flow as one line."""
     what = f"{flow['kind']:<5} {flow['direction']:<7} "
     if "source" in flow:
         protocol = PROTOCOLS.get(flow["protocol"], str(flow["protocol"]))
@@ -59,7 +65,7 @@ def render_flow(flow: dict[str, Any]) -> str:
 
 
 def render_end(flow: dict[str, Any], side: str) -> str:
-    """The source or the destination: name, address and port, as far as they are known."""
+    """Render the source or the destination: name, address and port, as far as they are known."""
     name, address, port = flow.get(f"{side}_name"), flow[side], flow.get(f"{side}_port")
     text = (
         f"[{address}]:{port}"

@@ -45,7 +45,7 @@ COMMANDS = (
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser with every subcommand; each sets ``run``, a function of the arguments to an exit code."""
+    """Build the parser with every subcommand; each sets ``run``, a function from the arguments to an exit code."""
     parser = argparse.ArgumentParser(
         prog="netpolctl",
         description="Network policy enforced with eBPF: check and test policies, explain verdicts, inspect the agent of this node.",
@@ -61,7 +61,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point: returns the exit code (argparse exits by itself with 2 on wrong usage)."""
     arguments = build_parser().parse_args(argv)
-    if logging.lastResort is not None:  # where warnings of the modules below go
+    if logging.lastResort is not None:  # warnings of the imported modules go there
         logging.lastResort.setFormatter(LogFormatter())
     return run(arguments.run, arguments)
 
@@ -75,7 +75,7 @@ def run(command: Callable[[argparse.Namespace], int], arguments: argparse.Namesp
         _report(f"error: {error.message}", error.hint, debug=arguments.debug)
         return error.exit_code
     except BrokenPipeError:
-        # Python flushes standard output once more at exit; give it something that takes it.
+        # Python flushes standard output once more at exit; that flush must succeed.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_BROKEN_PIPE
     except KeyboardInterrupt:

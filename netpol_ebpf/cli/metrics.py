@@ -51,7 +51,11 @@ def register(subparsers: Any) -> None:
         epilog="exit codes: 0 done, 4 no agent answers",
     )
     parser.add_argument(
-        "-o", "--output", choices=("text", "json", "yaml"), default="text", help="text: Prometheus' format (default)"
+        "-o",
+        "--output",
+        choices=("text", "json", "yaml"),
+        default="text",
+        help="output format; text: Prometheus' text format (default: text)",
     )
     add_state_dir_option(parser)
     parser.set_defaults(run=run)
@@ -68,7 +72,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def families(state: Mapping[str, Any], rules: Iterable[Mapping[str, Any]]) -> Iterator[Family]:
-    """Every metric. ``state``, ``rules``: the agent's answers of those names."""
+    """Yield every metric. ``state``, ``rules``: the agent's answers to ``status`` and ``rules``."""
     yield from _enforcement(state)
     yield from _packets(state["packets"], list(rules))
     yield from _maps(state["maps"], state["refused"])
@@ -196,7 +200,7 @@ def _one(name: str, kind: str, meaning: str, value: float) -> Family:
 
 
 def render(found: Iterable[Family]) -> str:
-    """The text exposition format, version 0.0.4."""
+    """Render the text exposition format, version 0.0.4."""
     lines: list[str] = []
     for family in found:
         lines += [f"# HELP {family.name} {family.meaning}", f"# TYPE {family.name} {family.kind}"]
@@ -207,5 +211,5 @@ def render(found: Iterable[Family]) -> str:
 
 
 def _escaped(text: str) -> str:
-    """A label's value: as people would see it, and then as the format wants it."""
+    """Escape a label's value: unprintable characters first, then what the format requires."""
     return escaped(text, keep="\n").replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")

@@ -106,12 +106,12 @@ def _print_text(state: dict[str, Any], *, wide: bool) -> None:
 
 
 def _isolation(policies: list[str]) -> str:
-    """Whether a direction is isolated, and by how many policies."""
+    """Render whether a direction is isolated, and by how many policies."""
     return f"isolated ({len(policies)})" if policies else "open"
 
 
 def _print_isolation(endpoints: list[dict[str, Any]]) -> None:
-    """By which policies each endpoint is isolated."""
+    """Print the policies that isolate each endpoint."""
     rows = [
         (one["endpoint"], way, policy)
         for one in endpoints
@@ -123,7 +123,7 @@ def _print_isolation(endpoints: list[dict[str, Any]]) -> None:
 
 
 def _barrier(state: dict[str, Any]) -> str:
-    """The second barrier in a few words."""
+    """Render the state of the second barrier."""
     if state["mode"] == "off":
         return "off"
     if not state["installed"]:

@@ -83,7 +83,7 @@ def _print_text(report: CaseResults, *, wide: bool) -> None:
 
 
 def _render_probe(probe: Any) -> str:
-    """The probe as one reads it: ends, protocol and port first, then whatever else was written."""
+    """Render a probe: ends, protocol and port first, then its other fields."""
     text = f"{probe['from']} -> {probe['to']} {probe['protocol']}"
     if "port" in probe:
         text += f" {probe['port']}"

@@ -19,9 +19,10 @@ from typing import Any, Union
 from netpol_ebpf.compiler.canonical import canonical
 from netpol_ebpf.compiler.commit import Commit
 from netpol_ebpf.compiler.draft import Draft
+from netpol_ebpf.compiler.identities import IdentityContent
 from netpol_ebpf.compiler.journal import Journal, Unjournaled
 from netpol_ebpf.compiler.limits import Limits
-from netpol_ebpf.compiler.state import KnownNumbers, State
+from netpol_ebpf.compiler.state import CompilerState, KnownNumbers
 from netpol_ebpf.compiler.tables import Change, CompiledTables
 from netpol_ebpf.policy.types import (
     ClusterNode,
@@ -47,7 +48,7 @@ def everything(_: Endpoint) -> bool:
 
 
 def key_of(obj: PolicyObject) -> Any:
-    """What an object is known by within its type; None for the settings."""
+    """The key of an object among those of its type; None for the settings."""
     if isinstance(obj, (Policy, Endpoint, LabelledNets)):
         return obj.key
     if isinstance(obj, ServiceBackends):
@@ -58,7 +59,7 @@ def key_of(obj: PolicyObject) -> Any:
 class Compiler:
     """Compiles for the endpoints that ``local`` says are on this node; all others count as peers only.
 
-    ``known``: numbers that an earlier run left in force. What has one keeps it; `release_known` makes the others free.
+    ``known``: numbers that an earlier run left in force. An object that had a number keeps it; `release_known` frees the others.
     """
 
     def __init__(
@@ -71,7 +72,7 @@ class Compiler:
         self._local = local
         self._limits = limits or Limits()
         self._known = known or KnownNumbers()
-        self._state = State(self._limits, self._known)
+        self._state = CompilerState(self._limits, self._known)
         self._is_new = True
         self._staged: defaultdict[type, dict[Any, PolicyObject | None]] = defaultdict(dict)
         self.tables = CompiledTables()
@@ -90,8 +91,12 @@ class Compiler:
         policies = self._state.world.policies
         return [policies[key] for key in sorted(self._state.subjects.policies_of(endpoint)) if key in policies]
 
+    def content_of(self, identity: int) -> IdentityContent:
+        """What the addresses of an identity in use have in common: labels, nets, services. Raises KeyError."""
+        return self._state.identities.content_of(identity)
+
     def release_known(self) -> None:
-        """Rule and endpoint numbers of an earlier run that nothing has asked for are free from now on."""
+        """Rule and endpoint numbers of an earlier run that nothing uses are free from now on."""
         self._state.release_kept()
 
     def upsert(self, obj: PolicyObject) -> None:
@@ -140,7 +145,7 @@ class Compiler:
                 work.check_sizes(self.tables)
             except BaseException:
                 if self._is_new:
-                    self._state = State(self._limits, self._known)
+                    self._state = CompilerState(self._limits, self._known)
                 else:
                     journal.rollback()
                 raise

@@ -71,7 +71,7 @@ EFFECTS = {Action.ALLOW: Effect.ALLOW, Action.DENY: Effect.DENY, Action.PASS: Ef
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class RuleEntry:
     """One line of a flattened policy. ``family``: 4, 6 or 0 for both; ``peer`` repeats it where its terms do not imply it."""
 
     effect: Effect
@@ -97,12 +97,12 @@ class _Clause:
 _NO_CLAUSE = (_Clause(),)
 
 
-def expand(rule: Rule, direction: Direction, effect: Effect, cause: Cause, resolver: Resolver) -> tuple[Entry, ...]:
+def expand(rule: Rule, direction: Direction, effect: Effect, cause: Cause, resolver: Resolver) -> tuple[RuleEntry, ...]:
     """The entries of a rule for one direction; none when nothing can match it."""
     if rule.unsupported or rule.source.impossible or rule.destination.impossible:
         return ()
     whole = _rule_clause(rule)
-    found: dict[Entry, None] = {}
+    found: dict[RuleEntry, None] = {}
     sources = tuple(_side(rule.source, rule.protocol, resolver, is_source=True))
     destinations = tuple(_side(rule.destination, rule.protocol, resolver, is_source=False))
     for source, destination in product(sources, destinations):
@@ -113,7 +113,7 @@ def expand(rule: Rule, direction: Direction, effect: Effect, cause: Cause, resol
             continue
         family = families.pop() if families else 0
         peer, own = (source, destination) if direction is Direction.INGRESS else (destination, source)
-        entry = Entry(
+        entry = RuleEntry(
             effect,
             cause,
             AddressMatch(0 if _implies_family(peer.positive) else family, peer.positive, peer.negative),

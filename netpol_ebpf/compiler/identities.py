@@ -12,7 +12,7 @@ reference goes stays until `collect`, so that everything in use during a change 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from netpol_ebpf.compiler.journal import Journal
@@ -74,17 +74,30 @@ class MatchRecord:
         )
 
 
-def digest(family: int, owners: Iterable[OwnerValue], groups: Iterable[AddressGroup]) -> str:
-    """A name for what an identity stands for that is the same in every run: 32 hexadecimal digits of SHA-256."""
-    lines = [str(family)]
-    for kind, labels, ports in owners:
-        lines.append(f"{kind.value} {pairs(labels)} {[(port.name, port.protocol, port.port) for port in ports]}")
-    for group in groups:
-        if isinstance(group, NetsTerm):
-            lines.append("nets " + " ".join(sorted(str(net) for net in group.nets)))
-        else:
-            lines.append(f"service {group.namespace}/{group.name} {group.protocol} {group.port}")
-    return hashlib.sha256("\n".join([lines[0], *sorted(lines[1:])]).encode()).hexdigest()[:32]
+@dataclass(frozen=True, slots=True)
+class IdentityContent:
+    """What all addresses of an identity have in common.
+
+    ``owners``: the distinct (kind, labels, named ports) of the endpoints, network sets and nodes that have or contain them.
+    ``groups``: the lists of nets and the services of rules that they are in.  Neither has an order.
+    """
+
+    family: int
+    owners: tuple[OwnerValue, ...] = ()
+    groups: tuple[AddressGroup, ...] = ()
+
+    def digest(self) -> str:
+        """A name for the content that is the same in every run: 32 hexadecimal digits of SHA-256."""
+        lines = [
+            f"{kind.value} {pairs(labels)} {[(port.name, port.protocol, port.port) for port in ports]}"
+            for kind, labels, ports in self.owners
+        ]
+        for group in self.groups:
+            if isinstance(group, NetsTerm):
+                lines.append("nets " + " ".join(sorted(str(net) for net in group.nets)))
+            else:
+                lines.append(f"service {group.namespace}/{group.name} {group.protocol} {group.port}")
+        return hashlib.sha256("\n".join([str(self.family), *sorted(lines)]).encode()).hexdigest()[:32]
 
 
 class IdentityIndex:
@@ -99,7 +112,9 @@ class IdentityIndex:
         for number, family in ((WORLD_V4, 4), (WORLD_V6, 6)):
             key: IdentityKey = (family, frozenset(), frozenset())
             self._keys[key] = number
-            self.identities[number] = IdentityRecord(number, *key, digest=digest(family, (), ()), references=1)
+            self.identities[number] = IdentityRecord(
+                number, *key, digest=IdentityContent(family).digest(), references=1
+            )
         self.v4: set[int] = {WORLD_V4}
         self.v6: set[int] = {WORLD_V6}
         self.groups: dict[int, AddressGroupRecord] = {}
@@ -169,13 +184,22 @@ class IdentityIndex:
             terms |= self._owners.owners[owner].terms
         return terms
 
+    def content_of(self, number: int) -> IdentityContent:
+        """What the addresses of an identity in use have in common. Raises KeyError for another number."""
+        record = self.identities[number]
+        return self._content((record.family, record.owners, record.groups))
+
+    def _content(self, key: IdentityKey) -> IdentityContent:
+        family, owners, groups = key
+        return IdentityContent(
+            family,
+            tuple(self._owners.owners[owner].value for owner in owners),
+            tuple(self.groups[group].group for group in groups),
+        )
+
     def _new_identity(self, key: IdentityKey, journal: Journal) -> int:
         family, owners, groups = key
-        text = digest(
-            family,
-            [self._owners.owners[owner].value for owner in owners],
-            [self.groups[group].group for group in groups],
-        )
+        text = self._content(key).digest()
         number = self._known.get(text)
         if number is not None and number not in self.identities:
             # Kept from an earlier run once; later on it is a number like all others.

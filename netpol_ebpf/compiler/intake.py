@@ -14,7 +14,7 @@ from netpol_ebpf.compiler.addresses import Claim
 from netpol_ebpf.compiler.journal import Journal
 from netpol_ebpf.compiler.limits import exceeded
 from netpol_ebpf.compiler.owners import OwnerKind
-from netpol_ebpf.compiler.state import LocalEndpoint, State
+from netpol_ebpf.compiler.state import CompilerState, LocalEndpoint
 from netpol_ebpf.compiler.templates import TemplateKey
 from netpol_ebpf.policy.types import (
     ClusterNode,
@@ -48,7 +48,7 @@ class Intake:
     endpoints that are no more.
     """
 
-    def __init__(self, state: State, local: Callable[[Endpoint], bool], journal: Journal) -> None:
+    def __init__(self, state: CompilerState, local: Callable[[Endpoint], bool], journal: Journal) -> None:
         self._state = state
         self._local = local
         self._journal = journal

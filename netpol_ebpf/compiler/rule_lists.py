@@ -15,7 +15,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
-from netpol_ebpf.compiler.entries import EFFECTS, Effect, Entry, Resolver, expand
+from netpol_ebpf.compiler.entries import EFFECTS, Effect, Resolver, RuleEntry, expand
 from netpol_ebpf.compiler.identities import MatchRecord
 from netpol_ebpf.compiler.terms import NetsTerm
 from netpol_ebpf.policy.types import (
@@ -50,11 +50,11 @@ _OTHER = {Direction.INGRESS: Direction.EGRESS, Direction.EGRESS: Direction.INGRE
 class Template:
     """The entries of one policy, profile or list of exceptions in one direction. Compared by identity.
 
-    ``names_own_nets``: some entry asks which nets the own address is in.  ``peers``, ``owns``: the records of the entries' matches, while ``references`` (rule lists) is not 0.
+    ``names_own_nets``: at least one entry depends on the nets that the own address is in.  ``peers``, ``owns``: the records of the entries' matches, while ``references`` (rule lists) is not 0.
     """
 
     what: str
-    entries: tuple[Entry, ...]
+    entries: tuple[RuleEntry, ...]
     constrains_own: bool
     names_own_nets: bool
     passes: bool
@@ -63,7 +63,7 @@ class Template:
     owns: tuple[MatchRecord, ...] = ()
 
 
-def make_template(what: str, entries: Iterable[Entry]) -> Template:
+def make_template(what: str, entries: Iterable[RuleEntry]) -> Template:
     """A template without references."""
     found = tuple(entries)
     return Template(
@@ -109,10 +109,10 @@ class TierTemplates:
 
 @dataclass(frozen=True, slots=True)
 class RuleList:
-    """The whole order of evaluation. Nothing decided: deny in NORMAL, continue elsewhere.
+    """All templates of an endpoint, direction and stage in the order of evaluation.
 
-    ``constraining``: templates that constrain the own side, in order.  Hashes are worked out once: rule lists are keys, and may
-    have a thousand templates.
+    ``constraining``: templates that constrain the own side, in order.  The hash is computed once: rule
+    lists are keys, and may have a thousand templates.
     """
 
     direction: Direction
@@ -140,12 +140,12 @@ class RuleList:
 
     @property
     def is_idle(self) -> bool:
-        """It says nothing about any packet, and leaves all to later stages."""
+        """Whether the rule list decides no packet, so that later stages decide all."""
         return self.stage is not Stage.NORMAL and not self.head and not self.tiers
 
 
 def nothing_decided(direction: Direction, stage: Stage) -> tuple[Outcome, Cause]:
-    """What is left when nothing decides."""
+    """Outcome and cause when no rule and no tier decides: deny in NORMAL, continue in the other stages."""
     if stage is Stage.NORMAL:
         return Outcome.DENY, Cause(CauseKind.NO_MATCH, direction, action=Action.DENY)
     return Outcome.CONTINUE, Cause(CauseKind.NO_MATCH, direction, action=Action.PASS)
@@ -157,7 +157,7 @@ def nothing_decided(direction: Direction, stage: Stage) -> tuple[Outcome, Cause]
 class Exceptions(NamedTuple):
     """What policy of a host never blocks in one direction and stage.
 
-    ``replies``: failsafes of the other direction, whose replies pass UNTRACKED too.
+    ``replies``: failsafes of the other direction; replies to them pass UNTRACKED too.
     """
 
     stage: Stage
@@ -167,23 +167,23 @@ class Exceptions(NamedTuple):
 
 
 def exceptions_of(settings: PolicySettings, node: str | None, direction: Direction, stage: Stage) -> Exceptions:
-    """Of the host endpoints of a node."""
+    """The exceptions that the host endpoints of a node have."""
     replies = settings.failsafes(node, _OTHER[direction]) if stage is Stage.UNTRACKED else ()
     return Exceptions(stage, settings.failsafes(node, direction), replies, settings.tunnels)
 
 
-def policy_entries(policy: Policy, direction: Direction, resolver: Resolver) -> list[Entry]:
+def policy_entries(policy: Policy, direction: Direction, resolver: Resolver) -> list[RuleEntry]:
     """What a policy says in one direction."""
-    found: list[Entry] = []
+    found: list[RuleEntry] = []
     for rule in policy.rules(direction):
         cause = Cause(CauseKind.RULE, direction, policy.tier, policy.key, index=rule.index, action=rule.action)
         found.extend(expand(rule, direction, EFFECTS[rule.action], cause, resolver))
     return found
 
 
-def profile_entries(profile: ProfileRules, direction: Direction, resolver: Resolver) -> list[Entry]:
+def profile_entries(profile: ProfileRules, direction: Direction, resolver: Resolver) -> list[RuleEntry]:
     """What a profile says in one direction: Pass is Deny there."""
-    found: list[Entry] = []
+    found: list[RuleEntry] = []
     for rule in profile.rules(direction):
         action = Action.DENY if rule.action is Action.PASS else rule.action
         cause = Cause(CauseKind.PROFILE, direction, profile=profile.name, index=rule.index, action=action)
@@ -191,16 +191,16 @@ def profile_entries(profile: ProfileRules, direction: Direction, resolver: Resol
     return found
 
 
-def missing_profile_entries(name: str, direction: Direction, resolver: Resolver) -> list[Entry]:
-    """A profile that nobody has made denies everything."""
+def missing_profile_entries(name: str, direction: Direction, resolver: Resolver) -> list[RuleEntry]:
+    """The entries of a profile that does not exist: it denies everything."""
     cause = Cause(CauseKind.PROFILE, direction, profile=name, action=Action.DENY)
     return list(expand(Rule(Action.DENY, -1), direction, Effect.DENY, cause, resolver))
 
 
-def exception_entries(exceptions: Exceptions, direction: Direction, resolver: Resolver) -> list[Entry]:
+def exception_entries(exceptions: Exceptions, direction: Direction, resolver: Resolver) -> list[RuleEntry]:
     """What policy of a host never blocks, in one direction: allow in NORMAL, continue in UNTRACKED."""
     effect = Effect.ALLOW if exceptions.stage is Stage.NORMAL else Effect.CONTINUE
-    found: list[Entry] = []
+    found: list[RuleEntry] = []
 
     def add(kind: CauseKind, index: int, remote: Entity, protocol: int, port: int, *, reply: bool = False) -> None:
         """Add one. ``remote``: the remote side's addresses; ``port``: the destination's, of a reply the source's."""

@@ -35,6 +35,7 @@ from netpol_ebpf.policy.types import (
     IPNetwork,
     Outcome,
     Stage,
+    Verdict,
 )
 
 K = TypeVar("K", bound=Hashable)
@@ -93,13 +94,24 @@ class SetRow:
     source_classes: int
     verdict_base: int
 
+    def verdict_index(self, peer_class: int, own_class: int, l4_class: int, source_class: int) -> int:
+        """The key in ``verdicts`` of one combination of classes. Raises IndexError for a class beyond its bound."""
+        for class_, bound in (
+            (peer_class, self.peer_classes), (own_class, self.own_classes),
+            (l4_class, self.l4_classes), (source_class, self.source_classes),
+        ):  # fmt: skip
+            if class_ >= bound:
+                raise IndexError(f"class {class_} of policy set {self.number} is beyond {bound}")
+        addresses = peer_class * self.own_classes + own_class
+        return self.verdict_base + (addresses * self.l4_classes + l4_class) * self.source_classes + source_class
+
 
 @dataclass(frozen=True, slots=True)
 class EndpointRow:
-    """What an endpoint's packets are judged by. ``number``: stable, unique on the node, never 0.
+    """The policy sets of an endpoint. ``number``: stable, unique on the node, never 0.
 
     ``sets`` has (Direction, Stage) for each policy set; NORMAL is always there in both directions.  A host's other stage
-    that is missing says nothing: the packet continues.
+    that is missing has no policy: the packet continues.
     """
 
     number: int
@@ -121,9 +133,9 @@ class AddressRow:
 
 @dataclass(frozen=True, slots=True)
 class VerdictRow:
-    """One verdict. Rule numbers are keys of ``Tables.rules``.
+    """One verdict. Rule numbers are keys of ``CompiledTables.rules``.
 
-    ``log_list``: key of ``Tables.log_lists`` (the Log rules that matched on the way), 0 for none.  ``failsafe``: the rule is a
+    ``log_list``: key of ``CompiledTables.log_lists`` (the Log rules that matched before the verdict), 0 for none.  ``failsafe``: the rule is a
     failsafe port or a tunnel between nodes, so nothing that comes before may drop the packet either.
     """
 
@@ -137,7 +149,7 @@ class VerdictRow:
 
 @dataclass(slots=True)
 class Delta(Generic[K, V]):
-    """Pending writes to one table; a key is in one of the two at most."""
+    """Pending writes to one table. A key has an upsert or a delete, never both."""
 
     upserts: dict[K, V] = field(default_factory=dict)
     deletes: set[K] = field(default_factory=set)
@@ -154,7 +166,7 @@ class DesiredTable(Generic[K, V]):
     def __init__(self, name: str) -> None:
         self.name = name
         self.version = 0
-        """Raised by every change, so that who derives something from the rows knows when it is stale."""
+        """Raised by every change, so that a cache derived from the rows can see that it is stale."""
         self._rows: dict[K, V] = {}
         self._pending: Delta[K, V] = Delta()
 
@@ -208,7 +220,7 @@ class DesiredTable(Generic[K, V]):
         self.version += 1
 
     def take(self) -> Delta[K, V]:
-        """The pending writes; they are then no longer pending."""
+        """Return the pending writes and forget them."""
         pending, self._pending = self._pending, Delta()
         return pending
 
@@ -233,6 +245,20 @@ class CompiledTables:
     log_lists: DesiredTable[int, tuple[int, ...]] = field(default_factory=lambda: DesiredTable("log_lists"))
     identities: DesiredTable[int, str] = field(default_factory=lambda: DesiredTable("identities"))
     nodes: DesiredTable[str, int] = field(default_factory=lambda: DesiredTable("nodes"))
+
+    def class_of_atom(self, column: int, atom: int) -> int:
+        """The class of an atom in the column that begins at a block of ``l4_columns``."""
+        return self.l4_columns[column + atom // COLUMN_BLOCK][atom % COLUMN_BLOCK]
+
+    def verdict_of(self, row: VerdictRow) -> Verdict:
+        """What a verdict row says, with causes in place of rule numbers."""
+        return Verdict(
+            row.outcome,
+            self.rules[row.rule],
+            row.staged_outcome,
+            self.rules[row.staged_rule],
+            tuple(self.rules[rule] for rule in (self.log_lists[row.log_list] if row.log_list else ())),
+        )
 
     def all(self) -> tuple[DesiredTable[object, object], ...]:
         """Every table, in an order in which rows may be written (what is referred to comes first)."""

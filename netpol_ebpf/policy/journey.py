@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A packet's way through the cluster: which endpoints are asked, in which direction and stage, and what their answers mean.
+"""The path of a packet through the cluster: which endpoints judge it, in which direction and stage, and what follows from that.
 
 `Topology.plan` turns a `Flow` (the first packet of a connection) into a `Journey`: hops in the order the packet meets them.
 `walk` asks an engine and combines the answers.  All engines take the same journey; only ``decide`` differs.
@@ -87,7 +87,7 @@ def is_forged(packet: Packet) -> bool:
 
 
 class HopReason(enum.Enum):
-    """Why a hop is decided without asking policy. Those of `_REFUSALS` do not allow."""
+    """Why a hop is decided without policy. Those of `_REFUSALS` deny."""
 
     NEIGHBOUR_DISCOVERY = "IPv6 neighbour discovery always passes"
     FORGED = "a workload does not speak for a router or a DHCP server"
@@ -107,7 +107,7 @@ class HopReason(enum.Enum):
 
     @property
     def allows(self) -> bool:
-        """False where the hop is refused."""
+        """Whether the hop allows the packet."""
         return self not in _REFUSALS
 
 
@@ -152,11 +152,11 @@ class Flow:
 
 
 @dataclass(frozen=True, slots=True)
-class Hop:
-    """One endpoint's (or interface's) say.
+class JourneyHop:
+    """The judgement of one endpoint, or of one interface without an endpoint.
 
-    Either ``reason`` decides, or ``questions`` are asked in order until one is not answered with CONTINUE; if all are, the
-    hop allows.  ``reply``: when an UNTRACKED question was what allowed, the connection has no state here, and these
+    Either ``reason`` decides, or ``questions`` are evaluated in order until one has another outcome than CONTINUE; if none has,
+    the hop allows.  ``reply``: when an UNTRACKED question was what allowed, the connection has no state here, and these
     questions, about the first reply, must allow as well.
     """
 
@@ -172,10 +172,10 @@ class Journey:
     """All hops of a flow, in the order the packet meets them."""
 
     flow: Flow
-    hops: tuple[Hop, ...]
+    hops: tuple[JourneyHop, ...]
 
     def questions(self) -> Iterator[Question]:
-        """Every question that could be asked."""
+        """Every question that `walk` may evaluate."""
         for hop in self.hops:
             yield from hop.questions
             yield from hop.reply
@@ -183,10 +183,10 @@ class Journey:
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """What became of a flow, and why: ``question`` and ``cause`` are those of the answer that decided.
+    """Whether a flow is allowed, and why: ``question`` and ``cause`` are those of the verdict that decided.
 
-    Of a refused flow that is the first refusal; of an allowed one, the last word said.  ``question`` is None when a
-    `HopReason` decided.  ``answers``: all that was asked, in order.  ``staged_allowed``: the same flow if all staged policies
+    For a denied flow that is the first denial; for an allowed one, the last verdict.  ``question`` is None when a
+    `HopReason` decided.  ``answers``: all questions that were evaluated, in order.  ``staged_allowed``: the same flow if all staged policies
     were enforced.
     """
 
@@ -205,7 +205,7 @@ Decide = Callable[[Question], Verdict]
 
 
 def walk(journey: Journey, decide: Decide) -> Finding:
-    """Ask until the flow is refused or has arrived. ``decide`` is asked each question once at most."""
+    """Evaluate the hops until one denies the flow, or all allowed it. ``decide`` is called once at most for each question."""
     known: dict[Question, Verdict] = {}
 
     def ask(question: Question) -> Verdict:
@@ -258,7 +258,7 @@ def claim_order(endpoint: Endpoint) -> tuple[int, EndpointKey]:
 
 
 class Topology:
-    """Who is where in a world: a snapshot for planning journeys. Cost to build: linear in endpoints and nodes."""
+    """Which endpoint or node has each address in a world: a snapshot for planning journeys. Cost to build: linear in endpoints and nodes."""
 
     def __init__(self, world: World) -> None:
         self._settings = world.settings
@@ -330,7 +330,7 @@ class Topology:
         return self.uplink(node, own if is_local else None, wire.source.version)
 
     def is_tunnelled(self, packet: Packet) -> bool:
-        """Whether nodes take a packet of a workload for another one's, whoever sent it. Manifests do not tell: no."""
+        """Whether nodes decapsulate a workload's packet, whoever sent it. Manifests do not say, so the answer is no."""
         del packet
         return False
 
@@ -343,7 +343,7 @@ class Topology:
 
     @property
     def workload_to_host(self) -> Action:
-        """The setting of that name."""
+        """The setting ``workload_to_host``."""
         return self._settings.workload_to_host
 
 
@@ -383,18 +383,18 @@ class _Planner:
             return written.node
         return self.source.node or self.destination.node
 
-    def hops(self) -> Iterator[Hop]:
-        """All of them, in order."""
+    def hops(self) -> Iterator[JourneyHop]:
+        """The hops of the journey, in order."""
         reason = self._whole()
         if reason is not None:
-            yield Hop(reason=reason)
+            yield JourneyHop(reason=reason)
             return
         yield from self._leave_workload()
         yield from self._cross_nodes()
         yield from self._enter_workload()
 
     def _whole(self) -> HopReason | None:
-        """Why nobody has a say at all."""
+        """The reason that decides the whole journey without policy, or None."""
         packet = self.original
         if is_link_message(packet):
             return HopReason.NEIGHBOUR_DISCOVERY
@@ -427,12 +427,12 @@ class _Planner:
 
     # --- the sender's own interface ---------------------------------------------------------------------------------------
 
-    def _leave_workload(self) -> Iterator[Hop]:
+    def _leave_workload(self) -> Iterator[JourneyHop]:
         source = self.source
         if source.kind is not FlowEndKind.WORKLOAD or source.endpoint is None:
             return
         if self.topology.is_tunnelled(self.sent):
-            yield Hop(reason=HopReason.TUNNELLED)
+            yield JourneyHop(reason=HopReason.TUNNELLED)
         yield _ask(source.endpoint, Direction.EGRESS, ((Stage.NORMAL, self.sent),))
         to_own_host = self._is_local() and self.destination.kind is FlowEndKind.HOST
         wildcard = self.topology.wildcard(source.node)
@@ -446,11 +446,11 @@ class _Planner:
                 stages.append((Stage.NORMAL, self.final))
             yield _ask(wildcard.key, Direction.INGRESS, tuple(stages))
         if to_own_host and action is Action.DENY:
-            yield Hop(reason=HopReason.WORKLOAD_TO_HOST_DROPPED)
+            yield JourneyHop(reason=HopReason.WORKLOAD_TO_HOST_DROPPED)
         elif to_own_host and action is not Action.PASS:
-            yield Hop(reason=HopReason.WORKLOAD_TO_HOST_ACCEPTED)
+            yield JourneyHop(reason=HopReason.WORKLOAD_TO_HOST_ACCEPTED)
         elif to_own_host and wildcard is None:
-            yield Hop(reason=HopReason.NO_HOST_ENDPOINT)
+            yield JourneyHop(reason=HopReason.NO_HOST_ENDPOINT)
 
     # --- the nodes' interfaces to each other and the world ------------------------------------------------------------------
 
@@ -463,7 +463,7 @@ class _Planner:
                 visited.append(node)
         return visited
 
-    def _cross_nodes(self) -> Iterator[Hop]:
+    def _cross_nodes(self) -> Iterator[JourneyHop]:
         nodes = self._nodes()
         translated = False
         for position, node in enumerate(nodes):
@@ -481,7 +481,7 @@ class _Planner:
 
     def _interface(
         self, node: str, direction: Direction, wire: Packet, final: Packet, *, is_local: bool
-    ) -> Iterator[Hop]:
+    ) -> Iterator[JourneyHop]:
         """A node's interface to the world.
 
         ``wire``: the packet as it is there; ``final``: as it leaves the node; ``is_local``: a process ends it here.
@@ -489,7 +489,7 @@ class _Planner:
         host = self.topology.uplink_of(node, direction, wire, is_local=is_local)
         if host is None:
             if is_local:
-                yield Hop(direction=direction, reason=HopReason.NO_HOST_ENDPOINT)
+                yield JourneyHop(direction=direction, reason=HopReason.NO_HOST_ENDPOINT)
             return
         if is_local and self.topology.is_excepted(node, final, direction):
             yield _ask(host.key, direction, ((Stage.NORMAL, final),))
@@ -505,15 +505,15 @@ class _Planner:
 
     # --- the receiver's own interface -----------------------------------------------------------------------------------------
 
-    def _enter_workload(self) -> Iterator[Hop]:
+    def _enter_workload(self) -> Iterator[JourneyHop]:
         destination = self.destination
         if destination.kind is not FlowEndKind.WORKLOAD or destination.endpoint is None:
             return
         if self._is_to_itself() and self.sent == self.final:
-            yield Hop(reason=HopReason.HAIRPIN)
+            yield JourneyHop(reason=HopReason.HAIRPIN)
             return
         if self.source.kind is FlowEndKind.HOST and self._is_local():
-            yield Hop(reason=HopReason.HOST_TO_LOCAL_WORKLOAD)
+            yield JourneyHop(reason=HopReason.HOST_TO_LOCAL_WORKLOAD)
             return
         wildcard = self.topology.wildcard(destination.node)
         if wildcard is not None:
@@ -534,9 +534,9 @@ def _stages(
     return tuple(stages)
 
 
-def _ask(endpoint: EndpointKey, direction: Direction, stages: tuple[tuple[Stage, Packet], ...]) -> Hop:
+def _ask(endpoint: EndpointKey, direction: Direction, stages: tuple[tuple[Stage, Packet], ...]) -> JourneyHop:
     questions = tuple(Question(endpoint, direction, stage, packet) for stage, packet in stages)
-    return Hop(endpoint, direction, questions)
+    return JourneyHop(endpoint, direction, questions)
 
 
 def _reversed(packet: Packet) -> Packet:

@@ -63,8 +63,8 @@ PERFORMANCE_HINT = "AssumeNeededOnEveryNode"
 _NAMESPACE_LABEL = "projectcalico.org/namespace"
 
 _LABEL = r"[a-z0-9](?:[-a-z0-9]*[a-z0-9])?"
-POLICY_NAME = re.compile(rf"(?:{_LABEL}\.)?{_LABEL}\Z")
-CONVERTED_NAME = re.compile(rf"(?:knp|ossg)\.default\.{_LABEL}(?:\.{_LABEL})*\Z")
+_POLICY_NAME = re.compile(rf"(?:{_LABEL}\.)?{_LABEL}\Z")
+_CONVERTED_NAME = re.compile(rf"(?:knp|ossg)\.default\.{_LABEL}(?:\.{_LABEL})*\Z")
 INTERFACE = re.compile(r"[a-zA-Z0-9_.-]{1,15}\Z")
 PORT_NAME = re.compile(r"[a-zA-Z0-9_.-]{1,128}\Z")
 _CONTAINER_ID = re.compile(r"[a-zA-Z0-9](?:[-a-zA-Z0-9]*[a-zA-Z0-9])?\Z")
@@ -78,15 +78,15 @@ _ONLY_GLOBAL = ("namespaceSelector", "doNotTrack", "preDNAT", "applyOnForward")
 
 def _check_policy_name(name: str) -> str | None:
     """A DNS label, or two with one dot between; or the name of a converted object."""
-    return None if len(name) <= 253 and CONVERTED_NAME.match(name) else _check_global_policy_name(name)  # noqa: PLR2004
+    return None if len(name) <= 253 and _CONVERTED_NAME.match(name) else _check_global_policy_name(name)  # noqa: PLR2004
 
 
 def _check_global_policy_name(name: str) -> str | None:
     """A DNS label, or two with one dot between."""
     if (message := check_dns_subdomain(name)) is not None:
         return message
-    if not POLICY_NAME.match(name):
-        reserved = "; knp.default. and ossg.default. are reserved" if CONVERTED_NAME.match(name) else ""
+    if not _POLICY_NAME.match(name):
+        reserved = "; knp.default. and ossg.default. are reserved" if _CONVERTED_NAME.match(name) else ""
         return f'must be a name without dots, or "tier.name" with a single dot{reserved}; is "{name}"'
     return None
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 from netpol_ebpf.resources import calico, calico_configuration
 from netpol_ebpf.resources.kubernetes import DIRECTIONS
 from netpol_ebpf.resources.schema import (
-    LABEL,
     LABEL_VALUE,
     MAX_CIDR,
     MAX_PORT_NAME,
@@ -42,17 +41,18 @@ _NET_OR_ADDRESS = [{"format": "cidr"}, {"format": "ipv4"}, {"format": "ipv6"}]
 # --- names ----------------------------------------------------------------------------------------------------------
 
 
-def _name_rule(pattern: str, message: str, longest: int = 253) -> dict[str, str]:
-    return rule(f"size(self.metadata.name) <= {longest} && self.metadata.name.matches('{pattern}')", message)
-
-
-_NAME = re2(calico.POLICY_NAME).replace("\\", "\\\\")
-_CONVERTED = re2(calico.CONVERTED_NAME).replace("\\", "\\\\")
-_POLICY_NAME = _name_rule(
-    f"{_NAME}|{_CONVERTED}", 'the name must be one without dots, or "tier.name" with a single dot'
+# The API server holds every name to a DNS subdomain by itself
+_ONE_DOT = "self.metadata.name.split('.').size() <= 2"
+_NAME_MESSAGE = 'the name must be one without dots, or "tier.name" with a single dot'
+_GLOBAL_POLICY_NAME = rule(_ONE_DOT, _NAME_MESSAGE)
+_POLICY_NAME = rule(
+    f"{_ONE_DOT} || self.metadata.name.startsWith('knp.default.') || self.metadata.name.startsWith('ossg.default.')",
+    _NAME_MESSAGE,
 )
-_GLOBAL_POLICY_NAME = _name_rule(_NAME, 'the name must be one without dots, or "tier.name" with a single dot')
-_TIER_NAME = _name_rule(f"^{LABEL}$", f"the name must have at most {MAX_LABEL} characters and no dots", MAX_LABEL)
+_TIER_NAME = rule(
+    f"size(self.metadata.name) <= {MAX_LABEL} && !self.metadata.name.contains('.')",
+    f"the name must have at most {MAX_LABEL} characters and no dots",
+)
 
 
 # --- policies -------------------------------------------------------------------------------------------------------

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The schema of a projectcalico.org/v3 rule: what `calico_rule` reads, and what of its checks CEL can say.
 
-What CEL cannot say, `netpolctl check` and the agent do: whether a selector parses, whether the ends of a range of ports are in
-order, whether all CIDRs of a rule are of one IP version.
+What is not said here, `netpolctl check` and the agent do: whether a selector parses, and what costs more than an API server spends on
+the 1 024 rules of a direction: whether a range of ports is in order, whether CIDRs are masked and of one IP version.
 """
 
 from __future__ import annotations

@@ -78,6 +78,9 @@ class Reply:
         if self.clock is not None:
             self.clock.now_s = began_s + at_s
 
+    def abort(self) -> None:
+        self.is_cut = True
+
     def close(self) -> None:
         pass
 

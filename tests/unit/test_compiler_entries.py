@@ -8,7 +8,7 @@ from ipaddress import ip_network
 
 import pytest
 
-from netpol_ebpf.compiler.entries import Effect, Entry, PortPair, expand
+from netpol_ebpf.compiler.entries import Effect, PortPair, RuleEntry, expand
 from netpol_ebpf.compiler.intervals import contains
 from netpol_ebpf.compiler.l4 import ANY_L4, ANY_SOURCE, WITH_PORTS, WITHOUT_PORTS, icmp, ports, protocol
 from netpol_ebpf.compiler.terms import (
@@ -56,7 +56,7 @@ class Resolutions:
         return ((TCP, 443), (UDP, 53), (TCP, 0)) if (namespace, name) == ("n", "s") else ()
 
 
-def entries(rule: Rule, direction: Direction = Direction.INGRESS) -> tuple[Entry, ...]:
+def entries(rule: Rule, direction: Direction = Direction.INGRESS) -> tuple[RuleEntry, ...]:
     """The rule's entries."""
     return expand(rule, direction, Effect.ALLOW, CAUSE, Resolutions())
 
@@ -68,7 +68,7 @@ def rule(**fields: object) -> Rule:
 
 def test_rule_without_clauses_is_one_entry_for_everything() -> None:
     """No constraint on either side, any family."""
-    assert entries(rule()) == (Entry(Effect.ALLOW, CAUSE, ANYONE, ANYONE, ANY_L4, ANY_SOURCE, 0),)
+    assert entries(rule()) == (RuleEntry(Effect.ALLOW, CAUSE, ANYONE, ANYONE, ANY_L4, ANY_SOURCE, 0),)
 
 
 @pytest.mark.parametrize("direction", Direction)

@@ -15,9 +15,9 @@ from netpol_ebpf.policy.journey import (
     Flow,
     FlowEnd,
     FlowEndKind,
-    Hop,
     HopReason,
     Journey,
+    JourneyHop,
     Topology,
     walk,
 )
@@ -79,7 +79,7 @@ def hops(held: World, about: Packet, dnat_to: tuple[str, int] | None = None) -> 
     return [render(hop, about) for hop in Topology(held).plan(Flow(about, translated)).hops]
 
 
-def render(hop: Hop, original: Packet) -> str:
+def render(hop: JourneyHop, original: Packet) -> str:
     if hop.reason is not None:
         return hop.reason.name
     assert hop.endpoint is not None
@@ -456,11 +456,11 @@ def question(stage: Stage, name: str = "h", direction: Direction = INGRESS) -> Q
 
 RAW, PRE, NORMAL = question(Stage.UNTRACKED), question(Stage.PRE_DNAT), question(Stage.NORMAL)
 RAW_BACK, NORMAL_BACK = question(Stage.UNTRACKED, direction=EGRESS), question(Stage.NORMAL, direction=EGRESS)
-ARRIVAL = Hop(RAW.endpoint, INGRESS, (RAW, PRE, NORMAL), (RAW_BACK, NORMAL_BACK))
+ARRIVAL = JourneyHop(RAW.endpoint, INGRESS, (RAW, PRE, NORMAL), (RAW_BACK, NORMAL_BACK))
 LAST = question(Stage.NORMAL, "pod")
 
 
-def result(answers: dict[Question, Verdict], *hops: Hop) -> Finding:
+def result(answers: dict[Question, Verdict], *hops: JourneyHop) -> Finding:
     return walk(Journey(Flow(packet(OUT, N1)), hops), answers.__getitem__)
 
 
@@ -487,7 +487,7 @@ def test_stages_of_one_hop(answers: dict[Question, Outcome], allowed: bool, deci
 
 def test_all_hops_must_allow_and_the_first_refusal_is_named() -> None:
     """What comes after a refusal is not asked."""
-    first, second = Hop(LAST.endpoint, INGRESS, (NORMAL,)), Hop(LAST.endpoint, INGRESS, (LAST,))
+    first, second = JourneyHop(LAST.endpoint, INGRESS, (NORMAL,)), JourneyHop(LAST.endpoint, INGRESS, (LAST,))
     found = result({NORMAL: answer(ALLOW), LAST: answer(DENY)}, first, second)
     assert (found.allowed, found.question) == (False, LAST)
     found = result({NORMAL: answer(DENY)}, first, second)
@@ -496,10 +496,10 @@ def test_all_hops_must_allow_and_the_first_refusal_is_named() -> None:
 
 def test_a_reason_decides_without_a_question() -> None:
     """The last word of an allowed journey may be one; the one that refuses ends it."""
-    asked = Hop(LAST.endpoint, INGRESS, (LAST,))
-    found = result({LAST: answer(ALLOW)}, asked, Hop(reason=HopReason.HAIRPIN))
+    asked = JourneyHop(LAST.endpoint, INGRESS, (LAST,))
+    found = result({LAST: answer(ALLOW)}, asked, JourneyHop(reason=HopReason.HAIRPIN))
     assert (found.allowed, found.question, found.cause) == (True, None, HopReason.HAIRPIN)
-    found = result({LAST: answer(ALLOW)}, asked, Hop(reason=HopReason.WORKLOAD_TO_HOST_DROPPED))
+    found = result({LAST: answer(ALLOW)}, asked, JourneyHop(reason=HopReason.WORKLOAD_TO_HOST_DROPPED))
     assert (found.allowed, found.cause) == (False, HopReason.WORKLOAD_TO_HOST_DROPPED)
     assert str(found) == HopReason.WORKLOAD_TO_HOST_DROPPED.value
 
@@ -517,7 +517,7 @@ def test_a_finding_names_where_and_why() -> None:
     """For people: the endpoint and the rule."""
     cause = Cause(CauseKind.RULE, INGRESS, "default", None, index=2, action=Action.DENY)
     verdict = replace(answer(DENY), cause=cause)
-    assert str(result({LAST: verdict}, Hop(LAST.endpoint, INGRESS, (LAST,)))) == f"HostEndpoint/pod: {cause}"
+    assert str(result({LAST: verdict}, JourneyHop(LAST.endpoint, INGRESS, (LAST,)))) == f"HostEndpoint/pod: {cause}"
 
 
 def test_a_journey_lists_every_question_there_could_be() -> None:

@@ -24,7 +24,7 @@ from apiserver_traces import (
 )
 
 from netpol_ebpf.errors import UnreachableError
-from netpol_ebpf.sources.kubernetes.decoding import WatchedKind
+from netpol_ebpf.sources.kubernetes.decoding import KINDS, WatchedKind
 from netpol_ebpf.sources.kubernetes.watching import GRACE_S, IDLE_S, State
 
 AWAY = UnreachableError("connection refused")
@@ -202,6 +202,37 @@ def test_life_of_a_pod(make: Make) -> None:
     assert bench.names() == sorted(name for name, kind in last.items() if kind != "DELETED")
 
 
+def test_life_of_a_custom_resource(make: Make) -> None:
+    """Created, changed, status written, annotated, deleted, then a bookmark of the deletion's resourceVersion."""
+    policies = next(
+        kind for kind in KINDS if (kind.kind, kind.api_version) == ("NetworkPolicy", "projectcalico.org/v3")
+    )
+    bench = listed(make, kind=policies)
+    bench.script.replies = [recorded("watch-custom-resource", 0)]
+    bench.steps()
+    assert bench.names() == []
+    assert bench.store.resource_version == "19204"
+    assert bench.slugs() == []
+
+
+def test_stopping_server_is_left_without_a_gap(make: Make) -> None:
+    """W7: events, a last bookmark, a clean end after 60 s; the next server goes on from there."""
+    bench = listed(make, kind=PODS)
+    bench.script.replies = [recorded("restart-sigterm-ha", 0), stream()]
+    bench.steps(2)
+    assert "resourceVersion=499" in bench.script.targets[-1]
+    assert bench.names() == ["web-0", "web-2"]
+
+
+def test_token_that_is_revoked_ends_no_policy(make: Make) -> None:
+    """W17: the open WATCH goes on, what follows is refused and tried again; what is known stays."""
+    bench = listed(make, kind=PODS)
+    bench.script.replies = [recorded("token-revoked", 2), *(recorded("token-revoked", 1) for _ in range(8))]
+    bench.steps(9)
+    assert bench.names() == ["web-3"]
+    assert bench.slugs() == ["unauthorized"]
+
+
 def test_bookmark_moves_the_version_and_is_no_object(make: Make) -> None:
     """W2, W3: of a built-in kind with an empty spec, of a custom kind without one."""
     bench = listed(make, kind=PODS)
@@ -261,6 +292,31 @@ def test_streams_that_end_at_once_are_waited_between(make: Make) -> None:
     delays = [bench.steps() for _ in range(4)]
     assert delays[0] == 0.0
     assert 0 < delays[1] < delays[2] < delays[3]
+
+
+@pytest.mark.parametrize("is_cut", [False, True])
+def test_streams_that_never_last_are_a_problem(make: Make, *, is_cut: bool) -> None:
+    """Each opens with 200, so no request fails; and no event ever comes."""
+    bench = listed(make, kind=PODS)
+    bench.script.replies = [stream(is_cut=is_cut) for _ in range(12)]
+    bench.steps(12)
+    assert bench.slugs() == ["unreachable" if is_cut else "unstable"]
+    bench.script.replies = [stream(mark("9"), end_s=300.0)]
+    bench.steps()
+    assert bench.slugs() == []
+
+
+def test_stream_that_opens_again_is_a_recovery(make: Make) -> None:
+    """The first bookmark may be a minute away."""
+    bench = listed(make, kind=PODS)
+    seen: list[list[str]] = []
+    quiet = stream(end_s=300.0)
+    quiet.meanwhile = lambda: seen.append(bench.slugs())
+    bench.script.replies = [*(AWAY for _ in range(8)), quiet]
+    bench.steps(8)
+    assert bench.slugs() == ["unreachable"]
+    bench.steps()
+    assert seen == [[]]
 
 
 def test_cut_stream_is_resumed(make: Make) -> None:
@@ -330,7 +386,7 @@ def test_silent_watch_ends_when_it_is_told_to(make: Make) -> None:
     """W13: from a lost future it is silent for ever; the probe asks for a list, and the stream is closed under the reader."""
     bench = listed(make, pod("web"), kind=PODS)
     silent = recorded("etcd-restored-backwards", 0)
-    silent.meanwhile, silent.is_cut = bench.watcher.relist, True
+    silent.meanwhile = bench.watcher.relist
     bench.script.replies = [silent, page(version="1")]
     assert bench.steps() == 0.0
     bench.watcher._streams = False
@@ -417,6 +473,18 @@ def test_wait_that_the_server_names_is_kept(make: Make) -> None:
     bench = make(PODS, recorded("overload-429", 0), failure(503, retry_after_s=5.0))
     assert bench.steps() == pytest.approx(1.5)
     assert bench.steps() == pytest.approx(7.5)
+
+
+def test_wait_that_the_server_names_is_bounded(make: Make) -> None:
+    """A proxy that says to come back tomorrow."""
+    assert make(PODS, failure(503, retry_after_s=86400.0)).steps() == pytest.approx(90.0)
+
+
+def test_failure_is_no_refusal_of_streams(make: Make) -> None:
+    """500 once; the next list is by stream again."""
+    bench = make(PODS, failure(500), stream(mark("9", ends_list=True)))
+    bench.steps(2)
+    assert "sendInitialEvents" in bench.script.targets[-1]
 
 
 def test_wait_in_an_error_event_is_kept(make: Make) -> None:

