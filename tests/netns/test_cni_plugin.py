@@ -29,16 +29,15 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from agent_scene import CLUSTER, DEADLINE_S, NODE, Scene, scene_in, wait_for
-from border_scene import NODE_ADDRESS, WORLD, ip
+from agent_scene import CLUSTER, DEADLINE_S, NODE, Scene, lab_for, scene_in, wait_for
+from border_scene import NODE_ADDRESS, WORLD, has_device, ip
 from cni_chain import CniError, PluginList, Sandbox
 from network_scene import PLUGINS_DIR
 
 from netpol_ebpf.agent.control_socket import SOCKET_NAME, ask
 from netpol_ebpf.lab.guard import NETNS_DIR
 from netpol_ebpf.lab.laboratory import SETTINGS_ROUTER, Lab
-from netpol_ebpf.lab.scene import INTERNET, plan_for
-from netpol_ebpf.resources.load import parse_documents
+from netpol_ebpf.lab.scene import INTERNET
 
 pytestmark = pytest.mark.netns
 
@@ -46,6 +45,8 @@ ROOT = Path(__file__).parents[2]
 ROUNDS = 1000 if os.environ.get("NETPOL_FAULTS") == "long" else 24
 GROUP = 8
 """Pods at a time."""
+TIMEOUT_S = 50
+"""How long an ADD waits: the plugin gives up, and says why, before its caller does."""
 ALLOWED, DENIED = 5432, 5433
 POLICY = f"""\
 apiVersion: networking.k8s.io/v1
@@ -148,21 +149,16 @@ class Plugged:
 @contextlib.contextmanager
 def plugged(home: Path, network: str) -> Iterator[Plugged]:
     """A node with an agent, and a runtime with a network and our plugin behind it."""
-    pin_root = Path(f"/sys/fs/bpf/netpol-test-cni-{os.getpid()}-{secrets.token_hex(3)}")
     cluster = CLUSTER.split("---\napiVersion: v1\nkind: Pod", maxsplit=1)[0]
     with contextlib.ExitStack() as stack:
-        lab = stack.enter_context(
-            Lab(plan_for(parse_documents(cluster, "cluster.yaml").check()), directories=[pin_root])
-        )
+        lab = stack.enter_context(lab_for(cluster))
         lab.prober.write_settings(NODE, SETTINGS_ROUTER)
         ip(lab, INTERNET, f"route add 10.41.0.0/16 via {NODE_ADDRESS[4]} dev node0 onlink src {WORLD[4]}")
         binaries, configurations = home / "bin", home / "net.d"
         configurations.mkdir()
         subprocess.run(["make", "-s", "-C", ROOT / "cni"], check=True)
-        scene = stack.enter_context(scene_in(lab, home / "home", pin_root / "own"))
-        (scene.manifests / "db.yaml").unlink()
-        scene.write("cluster.yaml", cluster)
-        scene.write("policy.yaml", POLICY)
+        manifests = {"cluster.yaml": cluster, "policy.yaml": POLICY}
+        scene = stack.enter_context(scene_in(lab, home / "home", manifests))
         ipam = {
             "type": "host-local", "ranges": [[{"subnet": "10.41.0.0/16"}]], "routes": [{"dst": "0.0.0.0/0"}],
             "dataDir": str(home / "ipam"),
@@ -176,7 +172,7 @@ def plugged(home: Path, network: str) -> Iterator[Plugged]:
         file = configurations / "10-pods.conflist"
         file.write_text(json.dumps(chain))
         places = ("--dir", str(binaries), "--conf-dir", str(configurations))
-        done = scene.ctl("cni", "install", *places, "--state-dir", str(scene.state_dir), "--timeout", "120")
+        done = scene.ctl("cni", "install", *places, "--state-dir", str(scene.state_dir), "--timeout", str(TIMEOUT_S))
         assert done.returncode == 0, done.stderr
         scene.start()
         world = {port: stack.enter_context(socket_in(lab.namespace_of[INTERNET], port)) for port in (ALLOWED, DENIED)}
@@ -415,8 +411,8 @@ def test_check_gc_and_status(node: Plugged) -> None:
     assert caught.value.error["code"] == 50
 
 
-def test_another_namespace(node: Plugged) -> None:
-    """A path that is no network namespace's, and an interface that is not there, are errors, whatever the posture."""
+def test_another_namespace(node: Plugged, record_property: Callable[[str, object], None]) -> None:
+    """A path that is no network namespace's, and an interface that is not there, are errors, whatever the posture; so is one without a pair."""
     node.configure(posture="open")
     one = node.sandbox("other")
     node.scene.write("pods.yaml", render(one))
@@ -429,7 +425,15 @@ def test_another_namespace(node: Plugged) -> None:
     with pytest.raises(CniError) as caught:
         node.plugins.call_last("CHECK", one)
     assert (caught.value.error["code"], caught.value.error["details"]) == (3, "eth0")
-    ip(node.lab, NODE, f"-n {one.namespace} link add eth0 type bridge")
-    with pytest.raises(CniError) as caught:
-        node.plugins.call_last("CHECK", one, posture="closed")
-    assert caught.value.error["code"] == 100
+    kinds = ["bridge", *(["macvlan"] if has_device(node.lab, "macvlan", below="eth0") else [])]
+    record_property("kinds", ", ".join(kinds))
+    for kind in kinds:
+        below = "link eth0 " if kind == "macvlan" else ""
+        ip(
+            node.lab, NODE, f"link add {below}name sole0 type {kind}", f"link set sole0 netns {one.namespace}",
+            f"-n {one.namespace} link set sole0 name eth0",
+        )  # fmt: skip
+        with pytest.raises(CniError) as caught:
+            node.plugins.call_last("CHECK", one, posture="closed")
+        assert caught.value.error["code"] == 100, kind
+        ip(node.lab, NODE, f"-n {one.namespace} link del eth0")
