@@ -64,6 +64,8 @@ step_where_possible() { # NAME COMMAND...
 
 # In the order of the directories: the files that take long come first, so that none of them is left alone at the end.
 run_pytest() {
+    # Once and before the processes, each of which would compile it: agents, engines and tests load what is kept.
+    python -c 'from netpol_loader.pins.build import compiled_program; compiled_program()' || return
     python -m pytest --numprocesses="$PROCESSES" --dist=loadfile --no-loadscope-reorder \
         --durations=15 --junit-xml="$reports/pytest.xml" "$@"
 }

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import struct
 from collections.abc import Iterator
 from ipaddress import ip_address
@@ -35,8 +36,8 @@ POD = {4: POD4, 6: POD6}
 
 
 @pytest.fixture(scope="module")
-def dataplane(pin_root: Path) -> Iterator[Dataplane]:
-    one = Dataplane.open(pin_root.with_name(f"{pin_root.name}-flood"), sizes=SIZES)
+def dataplane() -> Iterator[Dataplane]:
+    one = Dataplane.open(Path(f"/sys/fs/bpf/netpol-test-flood-{os.getpid()}"), sizes=SIZES)
     yield one
     one.remove()
 
