@@ -278,7 +278,9 @@ def test_interface_that_goes_while_it_is_detached_is_no_error(
         real_detach(one, dataplane)
 
     monkeypatch.setattr(attach, "_detach", refuse)
-    with pytest.raises(PlatformError, match=f"from interface {pair.ifindex}, where it goes on enforcing: Device or resource busy"):
+    with pytest.raises(
+        PlatformError, match=f"from interface {pair.ifindex}, where it goes on enforcing: Device or resource busy"
+    ):
         pair.at_node(lambda: attach.detach(pair.ifindex, dataplane))
     assert not pair.reaches(NODE4)
     monkeypatch.setattr(attach, "_detach", lose_first)
