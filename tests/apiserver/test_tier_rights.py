@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
-from conftest import DEPLOY, documents
+from sent_objects import DEPLOY, documents
 from server import Answer, Server, collection
 
 VERSION = "projectcalico.org/v3"
