@@ -147,8 +147,12 @@ class Agent:
         ledger: Ledger,
         clock: Callable[[], float],
         assignments_file: Path | None = None,
+        handovers_file: Path | None = None,
     ) -> None:
-        """``assignments_file``: where what was decided about interfaces outlives the process; None: it does not."""
+        """``assignments_file``: where what was decided about interfaces outlives the process; None: it does not.
+
+        ``handovers_file``: the same for what the CNI plugin said of them.
+        """
         self.settings = settings
         self._node = node
         self._source = source
@@ -156,7 +160,7 @@ class Agent:
         self._clock = clock
         self._derivation = Derivation(PolicySettings(workload_to_host=settings.workload_to_host))
         self._claims = AddressClaims(self._derivation.world)
-        self._handovers = Handovers()
+        self._handovers = Handovers(handovers_file)
         self._in_force = WorldInForce()
         self._local: dict[EndpointKey, Endpoint] = {}  # with the addresses that count as theirs
         self._names = NumberNames()
@@ -210,7 +214,13 @@ class Agent:
             found.append(Problem(self._location(key), "", f"interface: {message}", obj=str(key), slug="interface"))
         found += self._doubts()
         found += self._unenforced()
-        return [*found, *self._wiring.problems, *self._assignments_damage, *self._assignments_problems]
+        return [
+            *found,
+            *self._wiring.problems,
+            *self._assignments_damage,
+            *self._assignments_problems,
+            *self._handovers.problems,
+        ]
 
     @property
     def names(self) -> Names:
@@ -314,6 +324,7 @@ class Agent:
         not the same as an empty one. Then everything is as it was.
         """
         self._ledger.open()
+        self._handovers.recall()
         batch = self._source.step()
         if batch is not None:
             self._take(batch)
@@ -323,6 +334,7 @@ class Agent:
         self._take_changes(older=set(self._ledger.numbers.endpoints))
         self._recall_assignments()
         self._look_at_interfaces()
+        self._forget_stale_handovers()
         self._take_changes()  # what the interfaces tell of tunnels is in the world already
         self._take_off_moved()
         self._attachments.find()  # by an earlier agent
@@ -456,6 +468,11 @@ class Agent:
             endpoint = self._derivation.world.endpoints.get(key)
             if endpoint is not None and (is_news or key in changed):
                 changes.endpoints.setdefault(key, endpoint)
+
+    def _forget_stale_handovers(self) -> None:
+        """Of interfaces that went while no agent ran."""
+        known = [one for pod in self._handovers.pods for one in self._handovers.of(pod)]
+        self._handovers.forget([one.ifindex for one in known if not self._is_there(one)])
 
     def _handed(self, key: EndpointKey) -> list[Handover]:
         """What the CNI plugin handed over for the pod that the cluster has under this name now, oldest first."""

@@ -12,7 +12,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from sent_objects import DEPLOY, documents
+from api_objects import DEPLOY, documents
 from server import Server
 
 PROGRAMS = ("KUBE_APISERVER", "ETCD")

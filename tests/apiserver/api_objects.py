@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Objects that the API server is asked about: those of `deploy`, examples and case files, and wrong ones, each with one fault."""
+"""Objects that the API server is asked about: those of examples and case files, and wrong ones, each with one fault."""
 
 from __future__ import annotations
 
