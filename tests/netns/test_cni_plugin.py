@@ -29,7 +29,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from agent_scene import CLUSTER, DEADLINE_S, NODE, Scene, scene_in, wait_for
+from agent_scene import DEADLINE_S, NODE, Scene, lab_for, render_nodes, scene_in, wait_for
 from border_scene import NODE_ADDRESS, WORLD, ip
 from cni_chain import CniError, PluginList, Sandbox
 from network_scene import PLUGINS_DIR
@@ -37,8 +37,7 @@ from network_scene import PLUGINS_DIR
 from netpol_ebpf.agent.control_socket import SOCKET_NAME, ask
 from netpol_ebpf.lab.guard import NETNS_DIR
 from netpol_ebpf.lab.laboratory import SETTINGS_ROUTER, Lab
-from netpol_ebpf.lab.scene import INTERNET, plan_for
-from netpol_ebpf.resources.load import parse_documents
+from netpol_ebpf.lab.scene import INTERNET
 
 pytestmark = pytest.mark.netns
 
@@ -148,21 +147,15 @@ class Plugged:
 @contextlib.contextmanager
 def plugged(home: Path, network: str) -> Iterator[Plugged]:
     """A node with an agent, and a runtime with a network and our plugin behind it."""
-    pin_root = Path(f"/sys/fs/bpf/netpol-test-cni-{os.getpid()}-{secrets.token_hex(3)}")
-    cluster = CLUSTER.split("---\napiVersion: v1\nkind: Pod", maxsplit=1)[0]
+    cluster = render_nodes("172.30.0.{}")
     with contextlib.ExitStack() as stack:
-        lab = stack.enter_context(
-            Lab(plan_for(parse_documents(cluster, "cluster.yaml").check()), directories=[pin_root])
-        )
+        lab = stack.enter_context(lab_for(cluster))
         lab.prober.write_settings(NODE, SETTINGS_ROUTER)
         ip(lab, INTERNET, f"route add 10.41.0.0/16 via {NODE_ADDRESS[4]} dev node0 onlink src {WORLD[4]}")
         binaries = home / "bin"
         binaries.mkdir()
         subprocess.run(["make", "-s", "-C", ROOT / "cni", f"OUT={binaries / 'netpol-cni'}"], check=True)
-        scene = stack.enter_context(scene_in(lab, home / "home", pin_root / "own"))
-        (scene.manifests / "db.yaml").unlink()
-        scene.write("cluster.yaml", cluster)
-        scene.write("policy.yaml", POLICY)
+        scene = stack.enter_context(scene_in(lab, home / "home", {"cluster.yaml": cluster, "policy.yaml": POLICY}))
         ipam = {
             "type": "host-local", "ranges": [[{"subnet": "10.41.0.0/16"}]], "routes": [{"dst": "0.0.0.0/0"}],
             "dataDir": str(home / "ipam"),
