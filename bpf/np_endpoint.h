@@ -42,7 +42,7 @@ NP_INLINE __u32 np_set_check(const struct np_set *set, __u32 number, __u32 place
     value = np_fold(value, np_halves(set->own_default_class4, set->own_default_class6));
     value = np_fold(value, set->own_classes);
     value = np_fold(value, set->l4_base);
-    value = np_fold(value, set->l4_classes);
+    value = np_fold(value, np_halves(set->l4_classes, set->asks_source));
     value = np_fold(value, set->source_base);
     value = np_fold(value, set->source_classes);
     return np_fold(value, set->verdict_base);

@@ -136,13 +136,6 @@ NP_INLINE int np_step_set(const struct np_ctx *ctx, struct np_scratch *scratch, 
     return np_host_read(scratch->host, stage * 2 + direction, &scratch->owner);
 }
 
-// Whether a rule of a set depends on the source: on the owner of its address, or on its port.
-NP_INLINE int np_asks_for_source(const struct np_set *set, __u8 direction)
-{
-    __u32 address_classes = direction == NP_DIRECTION_EGRESS ? set->own_classes : set->peer_classes;
-    return address_classes > NP_FAMILY_CLASSES || set->source_classes > 1;
-}
-
 // Evaluate one policy list. Fills in the decision; returns whether it is final.
 NP_INLINE int np_judge_step(struct np_ctx *ctx, struct np_scratch *scratch, const int version)
 {
@@ -175,7 +168,7 @@ NP_INLINE int np_judge_step(struct np_ctx *ctx, struct np_scratch *scratch, cons
         const struct np_tuple *tuple = (void *)scratch->tuples + which * sizeof(*tuple);
         __u32 self = step == NP_STEP_WORKLOAD ? scratch->self : 0;
         reason = np_classify(ctx, tuple, set, direction, self, version);
-        if (!reason && scratch->is_source_hidden && np_asks_for_source(set, direction))
+        if (!reason && scratch->is_source_hidden && set->asks_source)
             reason = NP_REASON_HIDDEN_SOURCE;
         scratch->reason = reason;
         np_barrier();
