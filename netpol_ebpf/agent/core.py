@@ -37,7 +37,7 @@ from netpol_ebpf.apply.events import FlowEvent, Names, decode_event
 from netpol_ebpf.apply.ledger import Ledger
 from netpol_ebpf.apply.surroundings import SurroundingsWriter
 from netpol_ebpf.compiler import Change, Compiler, KnownNumbers, Limits, Tables
-from netpol_ebpf.errors import InvalidInputError, LimitError, Location, MapFullError, PlatformError, Problem
+from netpol_ebpf.errors import LimitError, Location, MapFullError, PlatformError, Problem
 from netpol_ebpf.policy.translate import Derivation
 from netpol_ebpf.policy.types import (
     TUNNELS,
@@ -61,7 +61,7 @@ from netpol_ebpf.policy.types import (
 )
 from netpol_ebpf.policy.types import Node as ClusterNode
 from netpol_ebpf.policy.types import Settings as PolicySettings
-from netpol_ebpf.sources.files import ManifestDirectory, SourceUpdate, Upsert
+from netpol_ebpf.sources.source import Source, SourceUpdate, Upsert
 from netpol_loader import abi
 from netpol_loader.pins.drift import Drift, PartlyMendedError
 
@@ -141,7 +141,7 @@ class Agent:
         self,
         settings: AgentSettings,
         node: NodeAccess,
-        source: ManifestDirectory,
+        source: Source,
         ledger: Ledger,
         clock: Callable[[], float],
         assignments_file: Path | None = None,
@@ -189,7 +189,7 @@ class Agent:
     # --- problems and status -----------------------------------------------------------------------------------------
 
     @property
-    def skipped(self) -> dict[str, int]:
+    def skipped(self) -> Mapping[str, int]:
         """How many objects of the manifests are of kinds that are not read, by apiVersion and kind."""
         return self._source.skipped
 
@@ -307,16 +307,11 @@ class Agent:
     def start(self) -> None:
         """Put the manifests as they are now in force, in one exchange with what an earlier agent left.
 
-        Raises LimitError or MapFullError when they do not fit, InvalidInputError when their directory cannot be read: that is
+        Raises LimitError or MapFullError when they do not fit, InvalidInputError or UnreachableError when a source cannot be read: that is
         not the same as an empty one. Then everything is as it was.
         """
         self._ledger.open()
-        batch = self._source.step()
-        if batch is not None:
-            self._take(batch)
-        if not self._source.was_read:
-            reasons = "; ".join(f"{one.location} {one.message}" for one in self._source.problems)
-            raise InvalidInputError(f"the manifests are not known: {reasons}")
+        self._take(self._source.sync())
         self._take_changes(older=set(self._ledger.numbers.endpoints))
         self._recall_assignments()
         self._look_at_interfaces()
@@ -335,7 +330,9 @@ class Agent:
         """Do whatever there is to do now; returns the flows that were reported since the last step."""
         self._has_looked = False
         self.close_newborn()
-        batch = self._source.step(self.close_newborn)  # what is born meanwhile is looked at below
+        batch = None
+        if self._source.wait_s() <= 0:
+            batch = self._source.step(self.close_newborn)  # what is born meanwhile is looked at below
         if self._node.has_news() or self._is_searching():
             gone = self._gone()
             self._assignments.forget(gone)  # before another interface with such a number is taken for the same

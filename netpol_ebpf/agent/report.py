@@ -63,7 +63,7 @@ def status(
             "endpoints": len(world.endpoints),
             "local_endpoints": len(endpoints),
             "enforced_endpoints": sum(one["state"] == "enforced" for one in endpoints),
-            "skipped": agent.skipped,
+            "skipped": dict(agent.skipped),
         },
         "endpoints": endpoints,
         "interfaces": interfaces(agent),

@@ -83,7 +83,8 @@ class ReadResult:
     """What became of a file.
 
     ``state``: "good", "bad", "same" as last read, "gone", "unreadable", or "kept" when it was not read.  ``resources`` and
-    ``skipped`` of what is not good are those of its last good state, if that was to be read.  ``text``: of a good file, to be copied.
+    ``skipped`` of what is not good are those of its last good state, if that was to be read; ``version``: the digest of the text that gave
+    them, in hexadecimal digits.  ``text``: of a good file, to be copied.
     ``again``: as in the task.
     """
 
@@ -95,6 +96,7 @@ class ReadResult:
     text: str | None = None
     again: bool = False
     resources: tuple[Resource, ...] = ()
+    version: str = ""
 
 
 def can_read_in_place(tasks: Sequence[ReadTask]) -> bool:
@@ -128,7 +130,7 @@ def read(task: ReadTask, copies: LastGoodCopies | None) -> ReadResult:
     outcome = ReadResult(task.name, "bad", digest, tuple(_few(result.problems, task.place)))
     if result.errors:
         return _with_last_good(outcome, task, copies)
-    outcome.state, outcome.text = "good", raw.decode("utf-8")
+    outcome.state, outcome.text, outcome.version = "good", raw.decode("utf-8"), digest.hex()
     outcome.resources, outcome.skipped = tuple(result.resources), result.skipped
     return outcome
 
@@ -146,6 +148,7 @@ def _with_last_good(outcome: ReadResult, task: ReadTask, copies: LastGoodCopies 
     if text is not None:
         good = parse_documents(text, str(task.place))
         outcome.resources, outcome.skipped = tuple(good.resources), good.skipped
+        outcome.version = hashlib.sha256(text.encode()).hexdigest()
         if good.errors:  # another version of the agent took it for good
             outcome.problems += (_no_longer_good(task.place, good),)
     return outcome

@@ -196,7 +196,7 @@ class Bench:
         """A started agent, which finds what the one before left."""
         self.close()
         self.ledgers.append(Ledger(self.home / "numbers"))
-        source = ManifestDirectory(self.home / "manifests")
+        source = ManifestDirectory(self.home / "manifests", interval_s=0.0)
         one = Agent(settings or AgentSettings("here"), self.node, source, self.ledgers[-1], lambda: self.now_s)
         one.start()
         return one

@@ -20,16 +20,18 @@ from typing import Any
 import pytest
 from memory_barrier import MemoryTables
 from memory_maps import MemoryMap
+from memory_source import MemorySource
 from test_agent_core import CLUSTER, DB, POD, POLICY, WIRING, Bench, MemoryNode
 from test_sources_reading import in_child, stop, wait_for_stop
 
 from netpol_ebpf.agent import control_socket as control_socket_module
-from netpol_ebpf.agent import main as agent_main
+from netpol_ebpf.agent import loop as agent_loop
 from netpol_ebpf.agent import report
 from netpol_ebpf.agent.answering import Answering
 from netpol_ebpf.agent.control_socket import ControlSocket
 from netpol_ebpf.agent.core import Agent
-from netpol_ebpf.agent.main import AgentLoop, answers_of
+from netpol_ebpf.agent.loop import AgentLoop
+from netpol_ebpf.agent.main import answers_of
 from netpol_ebpf.agent.wiring import Interface
 from netpol_ebpf.resources import manifest_files
 from netpol_ebpf.sources import reading
@@ -97,7 +99,7 @@ def stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Stage]:
     place = {"pid": os.getpid(), "manifests": "m", "pin_dir": "p", "upgrade": ""}
     ledger = bench.ledgers[-1]
     service = ControlSocket(tmp_path / "agent.sock", answers_of(agent, node, ledger, place))
-    one = Stage(bench, agent, AgentLoop(agent, node, ledger, service))
+    one = Stage(bench, agent, AgentLoop(agent, node, agent._source, ledger, service))
     one.wake, writing = os.pipe()
 
     def noted(owner: Any, name: str, what: str) -> None:
@@ -285,6 +287,21 @@ def test_interface_that_is_born_during_a_look_is_closed_before_it_ends(
     assert stage.bench.node.row(9) is None
 
 
+def test_news_of_a_source_makes_a_step_due(stage: Stage) -> None:
+    """A readable descriptor of the source wakes the loop, and the step follows at once, but not within NEWS_GAP_S of the last."""
+    source, now_s = MemorySource("objects", has_descriptor=True), [1000.0]
+    stage.loop.source, stage.loop.clock = source, lambda: now_s[0]
+    source.fileno()
+    assert "step" in stage.turn()
+    source.wake()
+    now_s[0] += agent_loop.NEWS_GAP_S / 2
+    assert "step" not in stage.turn()
+    now_s[0] += agent_loop.NEWS_GAP_S / 2
+    assert source.wait_s() == 0
+    assert "step" in stage.turn()
+    source.close()
+
+
 def test_answers_are_those_of_the_agent(stage: Stage) -> None:
     """A child answers with the agent's state at that moment, and under the agent's own process number."""
     stage.bench.write("late.yaml", POD.format(name="late", node="here", last=9))
@@ -328,7 +345,7 @@ def test_no_room_for_the_socket_ends_nothing(
     while stage.steps == steps:
         stage.turn()
     full[0] = False
-    now_s = stage.loop.clock() + agent_main.RETRY_S
+    now_s = stage.loop.clock() + agent_loop.RETRY_S
     stage.loop.clock = lambda: now_s
     stage.turn()
     assert service.is_open

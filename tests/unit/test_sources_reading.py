@@ -17,7 +17,8 @@ from test_sources_files import names, pod, settled, write
 
 from netpol_ebpf.sources import files, reading
 from netpol_ebpf.sources.copies import LastGoodCopies
-from netpol_ebpf.sources.files import ManifestDirectory, SourceUpdate
+from netpol_ebpf.sources.files import ManifestDirectory
+from netpol_ebpf.sources.source import SourceUpdate
 
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 """Of the threads of a test runner; the agent has one."""

@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a source of objects is to the agent: Kubernetes objects and policies, as events, with what is wrong with them.
+
+A source may read files, or watch an API from threads of its own.  The agent sees events only, and only in its own thread.
+
+Invariants: an update holds objects that change together; a source that cannot be read keeps its objects and reports a problem; the
+agent applies nothing of a source that has not synced.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Protocol, Union
+
+from netpol_ebpf.errors import Problem
+from netpol_ebpf.policy.translate import ResourceKey
+from netpol_ebpf.resources.manifest_files import never_pause
+from netpol_ebpf.resources.types import Resource
+
+
+@dataclass(frozen=True, slots=True)
+class Upsert:
+    """An object appeared, changed, or moved to another place of its source.
+
+    ``key``: (kind, namespace, name).  ``version``: what the source calls this state of the object; a source gives different states of
+    one key different versions.
+    """
+
+    resource: Resource
+    key: ResourceKey
+    version: str
+
+
+@dataclass(frozen=True, slots=True)
+class Remove:
+    """An object is gone. ``resource`` and ``version`` are those of its last state."""
+
+    resource: Resource
+    key: ResourceKey
+    version: str
+
+
+Event = Union[Upsert, Remove]
+
+
+@dataclass(frozen=True, slots=True)
+class SourceUpdate:
+    """Events that the agent must apply together, removals first, and all problems that the source has now.
+
+    A problem names its object (kind/namespace/name), or its file and line.
+    """
+
+    events: tuple[Event, ...]
+    problems: tuple[Problem, ...]
+
+
+class Source(Protocol):
+    """A source of objects. The agent calls `sync` once, then `step` whenever `wait_s` is 0."""
+
+    @property
+    def name(self) -> str:
+        """The source's name in messages, such as the path of a directory."""
+
+    @property
+    def has_synced(self) -> bool:
+        """Whether `sync` or `step` has returned all objects of the source at least once. It never becomes False again.
+
+        It becomes True with the update that completes them, not before the agent has that update.
+        """
+
+    @property
+    def skipped(self) -> Mapping[str, int]:
+        """Number of objects of kinds that are not read, by apiVersion and kind."""
+
+    @property
+    def problems(self) -> tuple[Problem, ...]:
+        """Everything that is wrong with the source now."""
+
+    def sync(self) -> SourceUpdate:
+        """Wait until the source has all its objects, and return them.
+
+        Raises InvalidInputError or UnreachableError when the source cannot be read: then nothing is known, which is not the same as no
+        objects.
+        """
+
+    def fileno(self) -> int | None:
+        """A descriptor that becomes readable when the source has news; None: the source has none."""
+
+    def note_news(self) -> None:
+        """Make the descriptor unreadable again. The news counts in `wait_s`."""
+
+    def wait_s(self) -> float:
+        """Seconds until the source needs the next `step` at the latest, whatever the descriptor says; 0: now."""
+
+    def step(self, pause: Callable[[], None] = never_pause) -> SourceUpdate | None:
+        """Do a bounded piece of work; what changed, or None.
+
+        ``pause`` is called every few milliseconds while there is work in this process.  Never raises for the state of the source: that is
+        a problem in the update.
+        """
+
+    def close(self) -> None:
+        """End the source's own processes and threads, and close its descriptors."""
