@@ -51,7 +51,7 @@ class ConnectionAccess(Protocol):
     """Who is asked, and told."""
 
     @property
-    def maps(self) -> Mapping[str, KernelMap]: ...  # noqa: D102 - see `netpol_ebpf.agent.node.Node`
+    def maps(self) -> Mapping[str, KernelMap]: ...  # noqa: D102 - see `KernelNode`
 
     def live_connections(self, namespaces: Collection[int]) -> LiveConnections:
         """The connections of this node, and those that sockets in these network namespaces show."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Collection
 
-from netpol_ebpf.agent.node import NodeAccess
+from netpol_ebpf.agent.node_access import ProgramAccess
 from netpol_ebpf.errors import Location, PlatformError, Problem
 
 log = logging.getLogger(__name__)
@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 class Attachments:
     """``interfaces``: those with the programs on them, as far as is known; to be read only."""
 
-    def __init__(self, node: NodeAccess) -> None:
+    def __init__(self, node: ProgramAccess) -> None:
         self.interfaces: set[int] = set()
         self._node = node
         self._stuck: dict[int, Problem] = {}

@@ -19,7 +19,6 @@ from typing import Any
 
 from netpol_ebpf.agent.control_socket import ControlSocket
 from netpol_ebpf.apply.ledger import Ledger
-from netpol_ebpf.sources.source import Source
 
 NEWS_GAP_S = 0.05
 """Least time between two looks at all interfaces; arbitrary. Programs are put on new ones without such a gap."""
@@ -39,7 +38,6 @@ class AgentLoop:
 
     agent: Any
     node: Any
-    source: Source
     ledger: Ledger
     control_socket: ControlSocket
     clock: Callable[[], float] = time.monotonic
@@ -63,19 +61,19 @@ class AgentLoop:
         from netpol_ebpf.agent import report
 
         readable, writable = self.control_socket.descriptors()
-        readable += [wake, self.node.fileno()]
+        readable += [wake, self.node.network.fileno()]
         barrier = self.node.barrier.fileno()
-        objects = self.source.fileno()
+        objects = self.agent.source.fileno()
         readable += [one for one in (barrier, objects) if one is not None]
         woken, _, _ = select.select(readable, writable, [], max(0.0, self._due_s() - self.clock()))
-        if self.node.fileno() in woken:
+        if self.node.network.fileno() in woken:
             self.agent.close_newborn()
             self._is_news = True
         if barrier in woken:
             self.node.barrier.note_news()
             self._is_news = True
         if objects in woken:
-            self.source.note_news()
+            self.agent.source.note_news()
         # All interfaces are not looked at while the last look is recent, lest a busy node keep us busy.
         if self.clock() >= self._due_s():
             self._is_news = False
@@ -92,7 +90,7 @@ class AgentLoop:
         return (
             soonest_s
             if self._is_news
-            else min(self._stepped_s + TICK_S, max(soonest_s, self.clock() + self.source.wait_s()))
+            else min(self._stepped_s + TICK_S, max(soonest_s, self.clock() + self.agent.source.wait_s()))
         )
 
 

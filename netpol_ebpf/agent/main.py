@@ -189,8 +189,9 @@ def run(arguments: argparse.Namespace) -> int:
     """Run the agent to its end; returns the exit code. Raises NetpolError."""
     # The kernel, root and BCC are needed from here on, not for --help.
     from netpol_ebpf.agent.barrier import parse_barrier
-    from netpol_ebpf.agent.core import Agent, AgentSettings
+    from netpol_ebpf.agent.core import Agent
     from netpol_ebpf.agent.node import KernelNode
+    from netpol_ebpf.agent.settings import AgentSettings
     from netpol_ebpf.agent.timeouts import parse_timeouts
     from netpol_ebpf.policy.types import Action
     from netpol_loader.pins import doctor
@@ -231,7 +232,7 @@ def run(arguments: argparse.Namespace) -> int:
         footprint.freeze()
         log.info(
             "in force: %d policies; %d of %d local endpoints have their interface; pinned in %s",
-            len(agent.derivation.world.policies), len(agent.applier.bindings), len(agent.local_endpoints()), node.pin_dir,
+            len(agent.objects.world.policies), len(agent.enforcement.applier.bindings), len(agent.objects.local), node.pin_dir,
         )  # fmt: skip
         if arguments.once:
             slugs = {problem.slug for problem in agent.problems if problem.severity == "error"}
@@ -245,7 +246,7 @@ def run(arguments: argparse.Namespace) -> int:
             "upgrade": node.upgraded,
         }
         control_socket = ControlSocket(state_dir / SOCKET_NAME, answers_of(agent, node, ledger, place), group)
-        serve(AgentLoop(agent, node, source, ledger, control_socket))
+        serve(AgentLoop(agent, node, ledger, control_socket))
     return 0
 
 
@@ -301,7 +302,7 @@ def answers_of(agent: Any, node: Any, ledger: Ledger, place: Mapping[str, Any]) 
         return asked(lambda _request: answer())
 
     return {
-        "status": apart(lambda: report.status(agent, node.maps, place, ledger.problems, node.listed_again)),
+        "status": apart(lambda: report.status(agent, node.maps, place, ledger.problems, node.network.listed_again)),
         "rules": apart(lambda: report.rules(agent, node.maps)),
         "identities": apart(lambda: report.identities(agent)),
         "connections": apart(lambda: report.connections(agent, node.maps)),

@@ -17,8 +17,7 @@ from dataclasses import dataclass, field
 
 from netpol_ebpf.agent.attachments import Attachments
 from netpol_ebpf.agent.hosts import HostPlan, own_interfaces, plan_hosts
-from netpol_ebpf.agent.node import PAIR_KINDS
-from netpol_ebpf.agent.wiring import BRIDGE_KIND, NOWHERE, Interface, Wiring, device_flags
+from netpol_ebpf.agent.wiring import BRIDGE_KIND, NOWHERE, PAIR_KINDS, Interface, Wiring, device_flags
 from netpol_ebpf.apply.applier import Applier, Binding, KernelMap, too_small
 from netpol_ebpf.apply.encode import EndpointFlag, LocalFlag, Meaning, endpoint_key
 from netpol_ebpf.apply.surroundings import UPLINK, OwnInterface, Surroundings, SurroundingsWriter

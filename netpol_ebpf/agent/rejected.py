@@ -1,25 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the agent remembers of things that went wrong: changes that did not fit, and what others changed under it.
+"""Changes that were rejected because they did not fit: how many, for want of which map, and what waits for the next attempt.
 
-Invariant: counters only grow, and every count has its line in the log.  Decides nothing.
+Invariant: counters only grow, and every count has its line in the log.
 """
 
 from __future__ import annotations
 
 import logging
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from netpol_ebpf.errors import LimitError, Location, MapFullError, Problem
 from netpol_ebpf.policy.types import Changes
-from netpol_loader.pins.drift import Drift
 
 log = logging.getLogger(__name__)
 
-REMEMBERED = 20
-"""Things that were put back and are shown; arbitrary."""
 NAMED = 3
 """Objects named in a message; arbitrary."""
 RETRY_S = 5.0
@@ -88,18 +85,3 @@ class RejectedChanges:
             self.retry_at_s = now_s + self._gap_s
             self._gap_s = min(2 * self._gap_s, LONGEST_RETRY_S)
         log.error("refused: %s", message)
-
-
-@dataclass(slots=True)
-class DriftLog:
-    """What something else changed, and was put back. ``recent``: (seconds of the agent's clock, what), oldest first."""
-
-    counts: Counter[str] = field(default_factory=Counter)
-    recent: deque[tuple[float, Drift]] = field(default_factory=lambda: deque(maxlen=REMEMBERED))
-
-    def note(self, found: Iterable[Drift], now_s: float) -> None:
-        """Count and log."""
-        for drift in found:
-            self.counts[drift.kind] += 1
-            self.recent.append((now_s, drift))
-            log.warning("put back: %s", drift)

@@ -99,7 +99,7 @@ def stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Stage]:
     place = {"pid": os.getpid(), "manifests": "m", "pin_dir": "p", "upgrade": ""}
     ledger = bench.ledgers[-1]
     service = ControlSocket(tmp_path / "agent.sock", answers_of(agent, node, ledger, place))
-    one = Stage(bench, agent, AgentLoop(agent, node, agent._source, ledger, service))
+    one = Stage(bench, agent, AgentLoop(agent, node, ledger, service))
     one.wake, writing = os.pipe()
 
     def noted(owner: Any, name: str, what: str) -> None:
@@ -197,10 +197,10 @@ def test_policy_and_interfaces_are_dealt_with_while_everybody_asks(stage: Stage)
             crowd.go_on()
 
         # A policy that allows nothing to db, in the steps that a directory takes to settle.
-        before = stage.agent.changes_applied
+        before = stage.agent.enforcement.changes_applied
         stage.bench.write("policy.yaml", POLICY.replace("ingress: [{", "# ingress: [{"))
         begun, asked = stage.steps, sum(crowd.answered.values())
-        while stage.agent.changes_applied == before:
+        while stage.agent.enforcement.changes_applied == before:
             stage.turn()
             crowd.go_on()
             assert stage.steps - begun <= 3, "a change is taken up by the second look that sees it"
@@ -224,7 +224,7 @@ def test_policy_and_interfaces_are_dealt_with_while_everybody_asks(stage: Stage)
         os.read(node.pipe[0], 16)
     finally:
         crowd.close()
-    assert stage.agent.applier.is_enforced(DB)
+    assert stage.agent.enforcement.applier.is_enforced(DB)
 
 
 def bear(node: MemoryNode) -> None:
@@ -240,10 +240,10 @@ def test_interfaces_and_questions_do_not_wait_for_large_manifests(
 ) -> None:
     """While a child reads them, what is born is closed at once and who asks is answered; then they are in force together."""
     in_child(monkeypatch, stop, "more.yaml")
-    before = stage.agent.changes_applied
+    before = stage.agent.enforcement.changes_applied
     stage.bench.write("policy.yaml", POLICY.replace("ingress: [{", "# ingress: [{"))
     stage.bench.write("more.yaml", POD.format(name="late", node="here", last=9) + "#" * reading.IN_PLACE_BYTES)
-    child = wait_for_stop(stage.agent._source, stage.turn)
+    child = wait_for_stop(stage.agent.source, stage.turn)
     crowd = Crowd(stage.loop.control_socket.path)
     try:
         bear(stage.bench.node)
@@ -254,14 +254,14 @@ def test_interfaces_and_questions_do_not_wait_for_large_manifests(
         while min(crowd.answered[operation] for operation in OPERATIONS) < 1:
             stage.turn()
             crowd.go_on()
-        assert stage.agent.changes_applied == before
+        assert stage.agent.enforcement.changes_applied == before
         os.read(stage.bench.node.pipe[0], 16)
     finally:
         crowd.close()
         os.kill(child, signal.SIGCONT)
-    while stage.agent.changes_applied == before:
+    while stage.agent.enforcement.changes_applied == before:
         stage.turn()
-    assert "late" in {one.key.name for one in stage.agent.local_endpoints()}
+    assert "late" in {one.key.name for one in stage.agent.objects.local.values()}
     assert not {one.slug for one in stage.agent.problems} & {"unreadable", "reading"}
 
 
@@ -283,14 +283,14 @@ def test_interface_that_is_born_during_a_look_is_closed_before_it_ends(
     stage.agent.step()
     assert closed[0] is False
     assert closed[-1] is True
-    assert 9 in stage.agent.wiring.links
+    assert 9 in stage.agent.interfaces.wiring.links
     assert stage.bench.node.row(9) is None
 
 
 def test_news_of_a_source_makes_a_step_due(stage: Stage) -> None:
     """A readable descriptor of the source wakes the loop, and the step follows at once, but not within NEWS_GAP_S of the last."""
     source, now_s = MemorySource("objects", has_descriptor=True), [1000.0]
-    stage.loop.source, stage.loop.clock = source, lambda: now_s[0]
+    stage.agent.source, stage.loop.clock = source, lambda: now_s[0]
     source.fileno()
     assert "step" in stage.turn()
     source.wake()
@@ -305,8 +305,8 @@ def test_news_of_a_source_makes_a_step_due(stage: Stage) -> None:
 def test_answers_are_those_of_the_agent(stage: Stage) -> None:
     """A child answers with the agent's state at that moment, and under the agent's own process number."""
     stage.bench.write("late.yaml", POD.format(name="late", node="here", last=9))
-    before = stage.agent.changes_applied
-    while stage.agent.changes_applied == before:
+    before = stage.agent.enforcement.changes_applied
+    while stage.agent.enforcement.changes_applied == before:
         stage.turn()
     channel = socket.socket(socket.AF_UNIX)
     with channel:
