@@ -30,12 +30,12 @@ from netpol_ebpf.agent.own_interfaces import OwnInterfaces
 from netpol_ebpf.agent.rejected import RejectedChanges
 from netpol_ebpf.agent.repair import Repair
 from netpol_ebpf.agent.settings import AgentSettings
-from netpol_ebpf.apply.events import FlowEvent, decode_event
+from netpol_ebpf.apply.events import Event, decode_event
 from netpol_ebpf.apply.ledger import Ledger
 from netpol_ebpf.errors import LimitError, Location, MapFullError, Problem
 from netpol_ebpf.policy.types import Changes, EndpointKey
 from netpol_ebpf.sources.source import Source
-from netpol_loader import abi
+from netpol_loader.tables.events import EventRecord
 
 log = logging.getLogger(__name__)
 
@@ -94,8 +94,8 @@ class Agent:
         self.enforcement.install()
         self.binder.take_over()
 
-    def step(self) -> list[FlowEvent]:
-        """Do whatever there is to do now; returns the flows that were reported since the last step."""
+    def step(self) -> list[Event]:
+        """Do whatever there is to do now; returns the events that the program reported since the last step."""
         self.interfaces.has_looked = False
         self.close_newborn()
         update = None
@@ -115,7 +115,7 @@ class Agent:
             self._bring_into_force(Changes())
         if self.repair.step():
             self._log_unenforced()
-        return self.read_flows()
+        return self.read_events()
 
     def close_newborn(self) -> None:
         """Put programs on interfaces that have come just now, before anything else is found out about them. Takes no time.
@@ -125,11 +125,11 @@ class Agent:
         for link in self._node.network.take_born():
             self.binder.close_newborn(link)
 
-    def read_flows(self) -> list[FlowEvent]:
-        """The flows that the program reported since the last call."""
-        raw: list[abi.np_event] = []
-        self._node.read_events(raw.append)
-        return [decode_event(event, self.enforcement.names) for event in raw]
+    def read_events(self) -> list[Event]:
+        """The events that the program reported since the last call."""
+        records: list[EventRecord] = []
+        self._node.read_events(records.append)
+        return [decode_event(record, self.enforcement.names) for record in records]
 
     def _take_changes(self, older: frozenset[EndpointKey] | set[EndpointKey] = frozenset()) -> Changes:
         changes = self.objects.take_changes(older)

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from netpol_ebpf.agent.control_socket import ControlSocket
+from netpol_ebpf.apply.events import FlowEvent
 from netpol_ebpf.apply.ledger import Ledger
 
 NEWS_GAP_S = 0.05
@@ -78,7 +79,8 @@ class AgentLoop:
         if self.clock() >= self._due_s():
             self._is_news = False
             self._stepped_s = self.clock()
-            self.control_socket.publish(report.flow(self.agent, event) for event in self.agent.step())
+            flows = [event for event in self.agent.step() if isinstance(event, FlowEvent)]
+            self.control_socket.publish(report.flow(self.agent, flow) for flow in flows)
             self.ledger.try_again()
         if not self.control_socket.is_open and self.clock() >= self._opened_s + RETRY_S:
             self.open()

@@ -17,7 +17,6 @@ from netpol_ebpf.apply import surroundings
 from netpol_ebpf.apply.applier import KernelMap
 from netpol_ebpf.apply.encode import decode_endpoint
 from netpol_ebpf.errors import PlatformError
-from netpol_loader import abi
 from netpol_loader.host import netlink
 from netpol_loader.host.barrier import BarrierTables
 from netpol_loader.pins import access, attach
@@ -25,6 +24,7 @@ from netpol_loader.pins.drift import Drift, PartlyMendedError, mend_attachments,
 from netpol_loader.pins.others import Other, OtherPrograms
 from netpol_loader.pins.renewal import Renewal
 from netpol_loader.pins.upgrade import Upgrade, open_dataplane
+from netpol_loader.tables.events import EventRecord
 
 POLICY_MAPS = frozenset({
     "np_endpoint", "np_addr4", "np_addr6", "np_cidr4", "np_cidr6", "np_source4", "np_source6", "np_peer_class", "np_l4_atom",
@@ -61,7 +61,7 @@ class KernelNode:
         self._timeouts_s = dict(timeouts_s or {})
         self._sizes = dict(sizes or {})
         self._stack = contextlib.ExitStack()
-        self._consume: Callable[[abi.np_event], None] = lambda _event: None
+        self._consume: Callable[[EventRecord], None] = lambda _event: None
         self._others = OtherPrograms()
         self._mended = 0  # of clsact interfaces: whose turn it is
         self._upgrade: Upgrade | None = None  # until it has taken over
@@ -204,7 +204,7 @@ class KernelNode:
         """See `NodeAccess`."""
         return look_at_connections(namespaces)
 
-    def read_events(self, consume: Callable[[abi.np_event], None]) -> int:
+    def read_events(self, consume: Callable[[EventRecord], None]) -> int:
         """See `NodeAccess`."""
         self._consume = consume
         return self._reader.consume(EVENTS_A_LOOK)

@@ -12,9 +12,9 @@ from netpol_ebpf.agent.barrier import BarrierAccess
 from netpol_ebpf.agent.wiring import Interface, Wiring
 from netpol_ebpf.apply.applier import KernelMap
 from netpol_ebpf.policy.types import IPAddress
-from netpol_loader import abi
 from netpol_loader.pins.drift import Drift
 from netpol_loader.pins.others import Other
+from netpol_loader.tables.events import EventRecord
 
 
 class NetworkAccess(Protocol):
@@ -95,5 +95,5 @@ class NodeAccess(ProgramAccess, MapAccess, RepairAccess, ConnectionAccess, Proto
     def others(self, ifindex: int) -> list[str]:
         """Programs of others on the hook by which an interface's packets come in, for people."""
 
-    def read_events(self, consume: Callable[[abi.np_event], None]) -> int:
+    def read_events(self, consume: Callable[[EventRecord], None]) -> int:
         """Hand over the events there are, or the first of very many; how many there were."""
