@@ -170,7 +170,10 @@ class Adoption:
         wanted = {key: one for key, one in found.items() if with_services or not one.flags & abi.NP_CONN_DEFERRED}
         count = self._write(node.maps, wanted, live.now_jiffies)
         if count:
-            log.info("ends of connections that are older than enforcement: %d; policy is asked about each", count)
+            log.info(
+                "adopted %d ends of connections that are older than enforcement; policy evaluates each at its next packet",
+                count,
+            )
 
     def _write(self, maps: Mapping[str, KernelMap], wanted: Mapping[bytes, OldConnection], now_jiffies: int) -> int:
         """Put rows where there are none yet, or wrong ones; how many."""

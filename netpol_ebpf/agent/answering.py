@@ -90,7 +90,10 @@ class Answering:
             done, status = os.waitpid(process, os.WNOHANG)
             if done:
                 if os.WIFSIGNALED(status):
-                    log.warning("an answer was given up: %s", signal.Signals(os.WTERMSIG(status)).name)
+                    log.warning(
+                        "the process that worked out an answer was ended by %s: its reader gets none",
+                        signal.Signals(os.WTERMSIG(status)).name,
+                    )
                 self._forget(descriptor)
 
     def close(self) -> None:

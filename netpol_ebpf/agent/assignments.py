@@ -280,7 +280,7 @@ class InterfaceAssignments:
             is_closed = seen.side is InterfaceRole.WORKLOAD
             self.doubts[link.ifindex] = (
                 f"interface {link.name} may be the node's own or a workload's: the node has an address there, but no route leads "
-                f"on from it; it is {'closed' if is_closed else 'taken for the own one, NOT enforced,'} until --own-interfaces or "
+                f"on from it; it is {'closed' if is_closed else 'NOT enforced, as an own one,'} until --own-interfaces or "
                 "--workload-interfaces names it, or a workload is known to be there"
             )
             return seen.side
@@ -327,17 +327,26 @@ class InterfaceAssignments:
         elif assignment is not None and holder is None and best is Evidence.ADDRESS:
             for one in traces:
                 problems[one.endpoint.key] = (
-                    f"interface {name} was {assignment.key}'s, and is no other's by an address at its other end"
+                    f"interface {name} belonged to {assignment.key}: an address at its other end gives it to no other workload"
                 )
             return None
         else:
             winner = strongest[0] if len(strongest) == 1 else None
         if winner is None:
             others = ", ".join(str(key) for key in sorted(one.endpoint.key for one in traces))
-            problems.update({one.endpoint.key: f"interface {name} would belong to several: {others}" for one in traces})
+            problems.update(
+                {
+                    one.endpoint.key: f"interface {name} belongs to several by evidence of the same strength: {others}"
+                    for one in traces
+                }
+            )
             return None
         problems.update(
-            {one.endpoint.key: f"interface {name} is {winner.endpoint.key}'s" for one in traces if one is not winner}
+            {
+                one.endpoint.key: f"interface {name} belongs to {winner.endpoint.key}"
+                for one in traces
+                if one is not winner
+            }
         )
         return winner
 
@@ -392,8 +401,8 @@ class InterfaceAssignments:
             return None
         self.is_dirty = True
         message = (
-            f"what was decided about interfaces is damaged ({told(wrong)}); {set_aside(path)}: what is right in it "
-            "counts, all else is decided anew"
+            f"the assignments of interfaces are damaged ({told(wrong)}); {set_aside(path)}: the agent keeps the valid ones "
+            "and decides the others anew"
         )
         return Problem(Location(str(path)), "", message, severity="warning", slug="interfaces-file")
 
@@ -426,8 +435,8 @@ class InterfaceAssignments:
 
 
 _SAID = {
-    InterfaceRole.OWN: "the node's own: it is no workload's any more",
-    InterfaceRole.WORKLOAD: "a workload's: it is closed until it is known whose",
+    InterfaceRole.OWN: "the node's own now, and no workload's",
+    InterfaceRole.WORKLOAD: "a workload's now: it is closed until its workload is known",
     None: "in doubt",
 }
 
@@ -567,7 +576,7 @@ def _write_seen(seen: InterfaceRecord) -> dict[str, Any]:
 
 def _read_ifindex(written: str) -> int:
     if not written.isascii() or not written.isdecimal() or not NOWHERE < int(written) <= MOST_IFINDEX:
-        raise ValueError("it is no interface's number")
+        raise ValueError("it is not the number of an interface")
     return int(written)
 
 
@@ -586,7 +595,7 @@ def _read_seen(written: Any) -> InterfaceRecord:
 def _read_assignment(fields: dict[Any, Any]) -> Assignment:
     evidence, addresses = checked(fields.get("evidence"), str, "the evidence"), fields.get("addresses")
     if evidence not in Evidence.__members__:
-        raise ValueError(f"{evidence!r} is no evidence")
+        raise ValueError(f"{evidence!r} is not a kind of evidence")
     return Assignment(
         EndpointKey(*checked_list(fields.get("endpoint"), str, "an endpoint", 3)),
         Evidence[evidence],

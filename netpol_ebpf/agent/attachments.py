@@ -53,16 +53,17 @@ class Attachments:
             return
         if is_there:
             self.interfaces.add(ifindex)
-            log.info("interface %s has the programs", name)
+            log.info("attached the programs to interface %s", name)
 
     def detach(self, ifindex: int, name: str) -> None:
         """Take the programs off an interface; what fails is told, and tried again."""
-        log.info("interface %s needs the programs no longer: taking them off", name)
+        log.info("detaching the programs from interface %s: no policy applies to it", name)
         try:
             self._node.detach(ifindex)
         except PlatformError as error:
             self._note_stuck(
-                ifindex, f"interface {name} should have left policy and is still under it: {error.message}"
+                ifindex,
+                f"policy is still enforced on interface {name}, to which it does not apply any more: {error.message}",
             )
             return
         self.interfaces.discard(ifindex)

@@ -188,7 +188,7 @@ class LocalInterfaces:
             self._assignments.save(self._file)
         except OSError as error:
             message = (
-                f"what was decided about interfaces cannot be kept ({error.strerror}): the next agent decides anew"
+                f"the assignments of interfaces cannot be written ({error.strerror}): the next agent decides them anew"
             )
             place = Location(str(self._file))
             self._unsaved = (Problem(place, "", message, severity="warning", slug="interfaces-file"),)
@@ -219,10 +219,10 @@ class LocalInterfaces:
         closed = sorted(
             self.wiring.name_of(ifindex) for ifindex in set(attached) - set(bound) if self.is_workload(ifindex)
         )
-        where = f"; closed, and perhaps its, are {', '.join(closed[:SHOWN])}" if closed else ""
+        where = f"; closed interfaces that may belong to it: {', '.join(closed[:SHOWN])}" if closed else ""
         for key, since_s in sorted(self._missed_s.items()):
             if self._clock() - since_s >= MISSING_S and key not in self._located.problems:
-                message = f"is NOT enforced: no interface of this node is known to be its{where}"
+                message = f"policy is NOT enforced on this workload: no interface of this node is known to belong to it{where}"
                 yield Problem(self._objects.location(key), "", message, obj=str(key), slug="not-found")
 
     def _further_interfaces(self) -> Iterable[Problem]:
@@ -233,10 +233,10 @@ class LocalInterfaces:
                 continue
             message = ""
             if one.is_unseen:
-                message = f"its interface {one.inside} is NOT enforced: packets of {one.plugin} interfaces pass no program on the node"
+                message = f"policy is NOT enforced on its interface {one.inside}: packets of {one.plugin} interfaces pass no program on the node"
             elif not _is_first(one, endpoint):
                 names = ", ".join(sorted(one.names))
-                message = f"its further interface {one.inside} is closed, on the node {names}: policy knows a workload by its first"
+                message = f"its further interface {one.inside} ({names} on the node) is closed: policy applies to the first interface of a workload"
             if message:
                 location = self._objects.location(one.pod)
                 yield Problem(location, "", message, obj=str(one.pod), slug="further-interface")

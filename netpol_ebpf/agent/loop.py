@@ -53,8 +53,8 @@ class AgentLoop:
             self.control_socket.open()
         except OSError as error:
             log.error(  # noqa: TRY400 - the machine's state
-                "nobody can ask this agent: %s: %s; what is in force is followed all the same, and it is tried again",
-                self.control_socket.path, error.strerror,
+                "cannot open the control socket %s (%s): enforcement goes on, and the agent tries again every %d s",
+                self.control_socket.path, error.strerror, RETRY_S,
             )  # fmt: skip
 
     def run_once(self, wake: int) -> None:

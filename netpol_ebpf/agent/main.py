@@ -64,14 +64,14 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"netpol-agent {__version__}")
     parser.add_argument(
         "--manifests", type=Path, required=True, metavar="DIR",
-        help="directory (or file) of Kubernetes objects and policies, followed as it changes",
+        help="directory (or file) of Kubernetes objects and policies, watched for changes",
     )  # fmt: skip
     parser.add_argument(
         "--node",
         metavar="NAME",
         help="enforce for pods of this node (spec.nodeName); without it, for all pods found here",
     )
-    parser.add_argument("--once", action="store_true", help="put the manifests in force, then exit; enforcement stays")
+    parser.add_argument("--once", action="store_true", help="apply the manifests, then exit; enforcement stays")
     parser.add_argument("--pin-root", type=Path, metavar="DIR", help="where maps and programs live (a BPF file system)")
     parser.add_argument(
         "--state-dir", type=Path, default=DEFAULT_STATE_DIR, metavar="DIR",
@@ -147,7 +147,7 @@ def build_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     parser.add_argument(
         "--group", metavar="NAME",
-        help="a group whose members may ask the agent (netpolctl status, explain, flows, get, metrics) and read its maps; "
+        help="a group with members that may connect to the agent (netpolctl status, explain, flows, get, metrics) and read its maps; "
         "without it, root alone",
     )  # fmt: skip
     parser.add_argument("--verbose", action="store_true", help="log more")
@@ -282,7 +282,8 @@ def open_to_group(state_dir: Path, pin_root: Path, group: int | None) -> None:
     closed = None if group is None else access.closed_parent(pin_root, group)
     if closed is not None:
         log.warning(
-            "the group can ask the agent but not read its maps: it cannot pass %s (chgrp and chmod g+x open it)", closed
+            "members of the group can connect to the agent but cannot read its maps: they may not enter %s (chgrp and chmod g+x open it)",
+            closed,
         )
 
 

@@ -165,9 +165,9 @@ class ClusterObjects:
         """Local workloads without a Namespace object, so that no label of it is known."""
         for key in sorted(self.local):
             if key.namespace and self.derivation.get(ResourceKey("Namespace", "", key.namespace)) is None:
-                message = f"its Namespace {key.namespace} is not among the manifests: no rule matches it by the namespace's labels"
+                message = f"its Namespace {key.namespace} is missing: no rule that selects by labels of the namespace matches it"
                 yield Problem(self.location(key), "", message, obj=str(key), slug="no-namespace")
 
 
 def _dispute(address: IPAddress, holder: EndpointKey, other: EndpointKey) -> str:
-    return f"{address} is claimed by {holder} and by {other}; {holder} had it first, and {other} is closed for it"
+    return f"{holder} and {other} both claim {address}: {holder} had it first and keeps it, and {other} may not use it"

@@ -13,23 +13,23 @@ from netpol_ebpf.errors import Location, Problem
 from netpol_loader.pins.others import XDP, Other, Reach
 
 OVERTAKEN, REDIRECT = "overtaken", "redirect"
-WHY_UNKNOWN = "it hands on to programs that are not known (a tail call, libxdp), or this process may not read it (CAP_SYS_ADMIN, CAP_SYSLOG)"
+WHY_UNKNOWN = "they call programs that are not known (tail calls, libxdp), or this process may not read them (CAP_SYS_ADMIN, CAP_SYSLOG)"
 SAID: dict[tuple[bool, Reach], tuple[str, str, str]] = {
     (True, Reach.REDIRECTS): (
         OVERTAKEN, "error", "XDP programs of others can redirect packets, on which policy is NOT enforced: {}",
     ),
     (True, Reach.UNKNOWN): (
-        OVERTAKEN, "warning", "whether XDP programs of others redirect packets past policy cannot be told: {}; " + WHY_UNKNOWN,
+        OVERTAKEN, "warning", "cannot tell whether XDP programs of others redirect packets past policy: {}; " + WHY_UNKNOWN,
     ),
     (True, Reach.NONE): (
-        OVERTAKEN, "warning", "XDP programs of others run before policy, which judges what they let pass: {}",
+        OVERTAKEN, "warning", "XDP programs of others run before policy, which evaluates what they let pass: {}",
     ),
     (False, Reach.REDIRECTS): (
         REDIRECT, "error",
         "programs of others can redirect packets into pods (bpf_redirect_peer), where policy is NOT enforced on those: {}",
     ),
     (False, Reach.UNKNOWN): (
-        REDIRECT, "warning", "whether programs of others redirect packets past policy cannot be told: {}; " + WHY_UNKNOWN,
+        REDIRECT, "warning", "cannot tell whether programs of others redirect packets past policy: {}; " + WHY_UNKNOWN,
     ),
 }  # fmt: skip
 """By whether it is an XDP program, and by what it can do: kind of problem, severity and message."""

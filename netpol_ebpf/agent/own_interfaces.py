@@ -119,7 +119,7 @@ class OwnInterfaces:
         if self._node is None:
             for key, endpoint in endpoints.items():
                 if endpoint.kind is EndpointKind.HOST and key not in self._plan.in_force:
-                    message = "may be of another node: the agent was not told the name of this one (--node)"
+                    message = "may belong to another node: the agent does not know the name of this one (--node)"
                     yield _warning(key, message, locate)
         if self.no_exit is not None:
             yield self.no_exit
@@ -165,9 +165,7 @@ class OwnInterfaces:
             self._write(wiring, workloads, self._plan.interfaces.keys())
             self.no_room = None
         except MapFullError as error:
-            message = (
-                f"what the program knows of the node's own addresses and interfaces stays as it was: {error.message}"
-            )
+            message = f"the maps keep the previous addresses and interfaces of the node: {error.message}"
             problem = Problem(Location(""), "", message, slug=error.slug)
             if problem != self.no_room:
                 log.error("%s", message)  # noqa: TRY400 - the node's state, not this code, needs attention

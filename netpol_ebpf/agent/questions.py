@@ -124,4 +124,4 @@ def _unenforced(agent: Agent, key: EndpointKey) -> str:
         return f"{', '.join(missing)} has no program" if missing else ""
     # Without a node's name, a workload that has no interface here may be on any node.
     is_here = agent.settings.node is not None and any(one.key == key for one in agent.objects.local.values())
-    return "no interface of this node is known to be its" if is_here else ""
+    return "no interface of this node is known to belong to it" if is_here else ""

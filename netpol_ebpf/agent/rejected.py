@@ -76,7 +76,7 @@ class RejectedChanges:
         self.by_map[full] += 1
         names = list(self.objects)
         named = ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
-        message = f"{error.message}; the state before stays in force"
+        message = f"{error.message}; the previous policy stays in force"
         message += f" without {named}" if named else ""
         place = next(iter(self.objects.values()), Location(""))
         self.problem = Problem(place, "", message, obj=names[0] if names else "", slug=error.slug)
@@ -84,4 +84,4 @@ class RejectedChanges:
         if isinstance(error, MapFullError):
             self.retry_at_s = now_s + self._gap_s
             self._gap_s = min(2 * self._gap_s, LONGEST_RETRY_S)
-        log.error("refused: %s", message)
+        log.error("rejected: %s", message)

@@ -43,7 +43,7 @@ class DriftLog:
         for drift in found:
             self.counts[drift.kind] += 1
             self.recent.append((now_s, drift))
-            log.warning("put back: %s", drift)
+            log.warning("restored: %s", drift)
 
 
 class Repair:
@@ -103,7 +103,7 @@ class Repair:
             self._restore_programs(now_s)
             self._restore_rows(now_s)
         except PlatformError as error:
-            message = f"what something else changed cannot be put back: {error.message}"
+            message = f"cannot restore what something else changed: {error.message}"
             log.error("%s", message)  # noqa: TRY400 - the machine's state, not this code, needs attention
             self._failure = Problem(Location(""), "", message, slug="drift")
         return True
@@ -136,7 +136,7 @@ class Repair:
             found = self._node.other_programs(frozenset(self._attachments.interfaces))
             self._other_programs = problems_of(found, self._name_of)
         except PlatformError as error:
-            message = f"whether programs of others pass policy by cannot be told: {error.message}"
+            message = f"cannot tell whether programs of others bypass policy: {error.message}"
             self._other_programs = [Problem(Location(""), "", message, severity="warning", slug=REDIRECT)]
         for one in self._other_programs:
             if one not in before:

@@ -73,7 +73,7 @@ _UNKNOWN: DirectoryId = (0, 0)
 _NOTHING: tuple[str, tuple[Resource, ...]] = ("", ())
 """Version and objects of a file that went."""
 
-_IF_MEANT = "remove it, or have a manifest in it, if that is meant"
+_IF_MEANT = "remove it, or put a manifest into it, if that is intended"
 
 Signature = tuple[int, int, int, int, int]
 """Device, inode, size in bytes, modification time, change time (ns)."""
@@ -288,7 +288,7 @@ class ManifestDirectory:
             found.extend(self._files[name].problems)
         found.sort(key=lambda p: (p.location.file, p.location.line, p.location.column, p.message))
         if len(found) > MOST_TOLD:
-            message = f"only the first {MOST_TOLD} problems of the manifests are told; there are more"
+            message = f"only the first {MOST_TOLD} problems of the manifests are reported; there are more"
             found[MOST_TOLD:] = [Problem(Location(str(self.root)), "", message, slug="more")]
         return tuple(found)
 
@@ -297,7 +297,7 @@ class ManifestDirectory:
         update = self.step()
         if update is None or not self.has_synced:
             reasons = "; ".join(f"{one.location} {one.message}" for one in self.problems)
-            raise InvalidInputError(f"the manifests are not known: {reasons}")
+            raise InvalidInputError(f"cannot read the manifests: {reasons}")
         return update
 
     def fileno(self) -> int | None:
@@ -338,7 +338,7 @@ class ManifestDirectory:
             self._watch(scan)
             self._look_for_displaced(scan)
         except OSError as error:
-            message = f"cannot be read ({error.strerror}); until it can, no change of the manifests is taken up"
+            message = f"cannot be read ({error.strerror}); the agent applies no change of the manifests until it can"
             place = Location(str(error.filename or self.root))
             self._directory_problems = (Problem(place, "", message, slug="unreadable"),)
             self._seen = None
@@ -361,7 +361,7 @@ class ManifestDirectory:
         if self._is_read and is_file != self._is_file:
             raise OSError(
                 errno.EINVAL,
-                f"it is a {'file' if is_file else 'directory'} now; begin the agent anew if that is meant",
+                f"it is a {'file' if is_file else 'directory'} now; restart the agent if that is intended",
                 str(self.root),
             )
         if is_file:
@@ -470,7 +470,9 @@ class ManifestDirectory:
         except OSError as error:  # no process, no memory
             reading.close()
             self._pending = None
-            message = f"no process can be begun to read the manifests ({error.strerror}); what was last known of them stays in force"
+            message = (
+                f"cannot start a process to read the manifests ({error.strerror}); their last good state stays in force"
+            )
             self._process_problems = (Problem(Location(str(self.root)), "", message, slug="unreadable"),)
             return self._batch(())
         self._pending = None
@@ -483,7 +485,9 @@ class ManifestDirectory:
         """That a change is not in force yet, when it takes long."""
         reading = None if self._pending is None else self._pending.reading
         if reading is not None and time.monotonic() - reading.began_s >= SLOW_S:
-            message = "a change of the manifests is still being read; what they said before stays in force until then"
+            message = (
+                "the agent is still reading a change of the manifests; their previous state stays in force until then"
+            )
             yield Problem(Location(str(self.root)), "", message, severity="warning", slug="reading")
 
     def _take_up(self, pending: _Pending, outcomes: Iterator[tuple[ReadTask, ReadResult]]) -> tuple[Event, ...]:
@@ -671,24 +675,26 @@ def _signature(status: os.stat_result) -> Signature:
 
 
 def _hidden(path: Path, reason: str) -> Problem:
-    message = f"cannot be read ({reason}); what was last known of it, and of what is below it, stays in force"
+    message = f"cannot be read ({reason}); the last good state of everything at and below it stays in force"
     return Problem(Location(str(path)), "", message, slug="unreadable")
 
 
 def _without_manifests(root: Path) -> Problem:
     message = (
-        "holds no manifest (*.yaml, *.yml, *.json): no policy is in force, so policy denies nothing to any workload; a file with "
-        "`---` alone says that this is meant"
+        "contains no manifest (*.yaml, *.yml, *.json): no policy is in force, so policy denies nothing to any workload; a file "
+        "with only `---` declares that this is intended"
     )
     return Problem(Location(str(root)), "", message, slug="no-manifests")
 
 
 def _uncopied(copies: LastGoodCopies, error: OSError) -> Problem:
-    message = f"last good states cannot be kept there ({error.strerror}): after a restart a broken file may have none"
+    message = f"cannot write copies of last good states ({error.strerror}): after a restart a broken file may have none"
     return Problem(Location(str(copies.directory)), "", message, severity="warning", slug="copies")
 
 
 def _duplicate(key: ResourceKey, resource: Resource, first: Resource) -> Problem:
-    message = f"the same object is given twice: first at {first.meta.location}, which counts; remove one of them"
+    message = (
+        f"the same object is written twice: the first one, at {first.meta.location}, is in force; remove one of them"
+    )
     obj = "/".join(part for part in key if part)
     return Problem(resource.meta.location, "", message, obj=obj, slug="duplicate")

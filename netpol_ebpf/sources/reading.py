@@ -311,7 +311,7 @@ def _reason(code: int) -> tuple[str, bool]:
         return f"that takes more than {CHILD_BYTES >> 20} MiB of memory; write its objects into several files", False
     if code < 0:
         return f"the process that read it was ended by {signal.Signals(-code).name}", True
-    return "a bug, which the log tells", False
+    return "a bug; the log has the details", False
 
 
 # --- one text --------------------------------------------------------------------------------------------------------------------
@@ -334,8 +334,8 @@ def _parse(raw: bytes, path: Path) -> LoadResult:
     result = parse_documents("" if blank else text, str(path))
     if not result.resources and not result.errors and not _says_none(text, str(path)):
         message = (
-            "says nothing (it is empty, or has spaces and comments alone); its last good state stays in force: write `---` "
-            "into it if it is meant to have no objects, or remove it"
+            "is empty, or has only spaces and comments; its last good state stays in force: write `---` into it if it must "
+            "have no objects, or remove it"
         )
         result.problems.append(Problem(Location(str(path)), "", message, slug="empty"))
     return result
@@ -353,13 +353,13 @@ def _few(problems: Sequence[Problem], place: Path) -> Iterator[Problem]:
     more = problems[MOST_PROBLEMS:]
     if more:
         severity = "error" if any(one.severity == "error" for one in more) else "warning"
-        message = f"has {len(more)} problems more, which are not told"
+        message = f"has {len(more)} more problems, which are not reported"
         yield Problem(Location(str(place), more[0].location.line), "", message, severity=severity, slug="more")
 
 
 def _no_longer_good(path: Path, good: LoadResult) -> Problem:
     message = (
         f"its last good state is not valid to this version of the agent either ({good.errors[0].message}): "
-        f"{len(good.resources)} of its objects are in force, the others are not; mend the file"
+        f"{len(good.resources)} of its objects are in force, the others are not; correct the file"
     )
     return Problem(Location(str(path)), "", message, slug="copies")

@@ -506,7 +506,7 @@ def test_limit_refuses_the_change_and_the_next_one_is_whole(bench: Bench, monkey
     bench.remove("policy.yaml")
     settle(agent)
     (problem,) = agent.problems
-    assert (problem.slug, "too many rules; the state before stays in force" in problem.message) == ("limit", True)
+    assert (problem.slug, "too many rules; the previous policy stays in force" in problem.message) == ("limit", True)
     monkeypatch.setattr(compiler, "commit", commit)
     bench.write("more.yaml", POD.format(name="late", node="here", last=9))
     settle(agent)
@@ -581,7 +581,7 @@ def test_pod_of_a_plugin_without_an_interface_on_the_node_is_named(bench: Bench,
     bench.now_s += MISSING_S
     said = {one.slug: one for one in agent.problems if one.obj == str(DB)}
     assert said.keys() == {"not-found", "further-interface"}
-    assert all(one.severity == "error" and "is NOT enforced" in one.message for one in said.values())
+    assert all(one.severity == "error" and "NOT enforced" in one.message for one in said.values())
 
 
 def test_patterns_choose_the_interfaces(bench: Bench) -> None:
@@ -691,7 +691,7 @@ def test_two_pods_with_one_address_are_named_and_the_newer_is_closed(bench: Benc
     settle(agent)
     (problem,) = agent.problems
     assert problem.severity == "error"
-    assert "10.0.0.2 is claimed by Pod/shop/db and by Pod/shop/twin" in problem.message
+    assert "Pod/shop/db and Pod/shop/twin both claim 10.0.0.2" in problem.message
     assert agent.enforcement.applier.bindings[DB].ifindex == 6
     _with_twin_link(bench)
     agent.step()

@@ -77,7 +77,7 @@ def test_interface_that_keeps_programs_is_named_and_tried_again(bench: Bench, mo
     bench.write("host.yaml", "---\n")
     settle(agent)
     assert [problem.message for problem in agent.problems] == [
-        "interface br9 should have left policy and is still under it: the kernel says no"
+        "policy is still enforced on interface br9, to which it does not apply any more: the kernel says no"
     ]
     assert 9 in agent.attachments.interfaces
     monkeypatch.undo()
@@ -93,7 +93,7 @@ def test_directory_that_cannot_be_read_is_no_empty_policy(bench: Bench) -> None:
     before = bench.node.exchanges
     manifests = bench.home / "manifests"
     manifests.rename(bench.home / "elsewhere")
-    with pytest.raises(InvalidInputError, match=r"manifests are not known: .*manifests cannot be read"):
+    with pytest.raises(InvalidInputError, match=r"cannot read the manifests: .*manifests cannot be read"):
         bench.agent()
     assert bench.node.exchanges == before
     assert bench.node.row(5) is not None
@@ -168,9 +168,7 @@ def test_what_could_be_put_back_counts_although_something_could_not(
     agent.step()
     assert agent.repair.drift.counts == {"program": 1, "pin": 1}
     assert agent.enforcement.applier.generation == generation + 1
-    assert [problem.message for problem in agent.problems] == [
-        "what something else changed cannot be put back: no room"
-    ]
+    assert [problem.message for problem in agent.problems] == ["cannot restore what something else changed: no room"]
     monkeypatch.undo()
     bench.now_s += AUDIT_S
     agent.step()
