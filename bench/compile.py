@@ -32,10 +32,10 @@ from netpol_ebpf.policy.types import (
     NamedPort,
     Policy,
     PolicyKey,
+    PolicyTier,
     Ports,
-    Profile,
+    ProfileRules,
     Rule,
-    Tier,
     World,
 )
 from netpol_ebpf.selector import EVERYTHING, Selector, all_of, equals, has
@@ -123,7 +123,8 @@ def make_world(pods: int, policies: int, local: int) -> World:
     chosen = {index * step % pods for index in range(local)}
     endpoints = [pod(index, node=NODE if index in chosen else "elsewhere") for index in range(pods)]
     profiles = [
-        Profile(f"kns.ns-{index}", (Rule(Action.ALLOW, 0),), (Rule(Action.ALLOW, 0),)) for index in range(namespaces)
+        ProfileRules(f"kns.ns-{index}", (Rule(Action.ALLOW, 0),), (Rule(Action.ALLOW, 0),))
+        for index in range(namespaces)
     ]
     made = [policy(index, namespaces) for index in range(policies)]
     baseline = Policy(
@@ -131,7 +132,7 @@ def make_world(pods: int, policies: int, local: int) -> World:
         egress=(Rule(Action.DENY, 0, destination=Entity(nets=(ip_network("169.254.169.254/32"),))), Rule(Action.PASS, 1)),
     )  # fmt: skip
     return World(
-        tiers={"default": Tier("default", 1_000_000.0), "admin": Tier("admin", 100.0)},
+        tiers={"default": PolicyTier("default", 1_000_000.0), "admin": PolicyTier("admin", 100.0)},
         policies={one.key: one for one in (*made, baseline)},
         profiles={profile.name: profile for profile in profiles},
         endpoints={endpoint.key: endpoint for endpoint in endpoints},

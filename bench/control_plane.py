@@ -41,8 +41,17 @@ from netpol_ebpf.apply.applier import Applier, Binding
 from netpol_ebpf.compiler import Compiler
 from netpol_ebpf.errors import PlatformError
 from netpol_ebpf.policy.translate import Derivation, key_of
-from netpol_ebpf.policy.types import Changes, Endpoint, EndpointKey, NetworkSet, Policy, Profile, Service, Tier
-from netpol_ebpf.policy.types import Node as ClusterNode
+from netpol_ebpf.policy.types import (
+    Changes,
+    ClusterNode,
+    Endpoint,
+    EndpointKey,
+    LabelledNets,
+    Policy,
+    PolicyTier,
+    ProfileRules,
+    ServiceBackends,
+)
 from netpol_ebpf.resources.load import parse_object
 from netpol_ebpf.resources.types import Resource
 from netpol_ebpf.sources.copies import LastGoodCopies
@@ -64,8 +73,8 @@ WINDOW_S = 0.25
 """Churn's latencies are summed up by windows of so long."""
 MAP_SIZES = {"np_peer_class": 1 << 22, "np_verdict": 1 << 22, "np_l4_col": 1 << 16}
 KINDS: Sequence[tuple[str, type[Any]]] = (
-    ("tiers", Tier), ("policies", Policy), ("profiles", Profile), ("endpoints", Endpoint), ("network_sets", NetworkSet),
-    ("nodes", ClusterNode), ("services", Service),
+    ("tiers", PolicyTier), ("policies", Policy), ("profiles", ProfileRules), ("endpoints", Endpoint), ("network_sets", LabelledNets),
+    ("nodes", ClusterNode), ("services", ServiceBackends),
 )  # fmt: skip
 
 

@@ -225,7 +225,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     given = (options.peer, options.device, options.address)
     if any(given) and not all(given):
-        raise UsageError("two machines need --peer, --device and --address")
+        raise UsageError("a run between two machines needs all of --peer, --device and --address")
     remote = Remote(options.peer, options.device, options.address) if all(given) else None
     run = begin(this_command())
     began = time.monotonic()

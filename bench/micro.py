@@ -82,7 +82,7 @@ BARE = (
     "event",
     *(f"lpm_{n}" for n in LPM_SIZES),
 )
-PASS, DROP = 0xFFFF_FFFF, 2
+PASS, DROP = abi.NP_PASS & 0xFFFF_FFFF, abi.NP_DROP
 
 POD4, POD6 = IPv4Address("10.255.0.1"), IPv6Address("fd00:255::1")
 FIRST4, FIRST6 = int(IPv4Address("10.0.0.1")), int(IPv6Address("fd00::1"))
@@ -136,7 +136,7 @@ def index(number: int) -> bytes:
 def write_scale(dataplane: Dataplane, scale: Scale) -> None:
     """Fill the maps for one scale: the first half of the ports and of the peers is allowed, the second denied."""
     maps = dataplane.maps
-    for name in ("np_addr4", "np_addr6", "np_cidr4", "np_peer_class", "np_rule"):
+    for name in abi.maps_with_rows(abi.MapRole.TABLE):
         maps[name].delete_many([key for key, _ in maps[name].items()])
         maps[name].end_grace_period()
     pods = range(scale.pods)
@@ -216,7 +216,7 @@ def conn_key(client: int, port: int, service: int) -> bytes:
 
 
 def _own(name: str, kind: str, key_size: int, value_size: int, rows: int, *flags: str) -> tuple[str, abi.MapSpec]:
-    return name, abi.MapSpec(name, kind, None, None, key_size, value_size, rows, flags)
+    return name, abi.MapSpec(name, kind, None, None, key_size, value_size, rows, flags, abi.MapRole.SCRATCH)
 
 
 _CONN_SIZES = (ctypes.sizeof(abi.np_conn4_key), ctypes.sizeof(abi.np_conn))

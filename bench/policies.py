@@ -31,11 +31,11 @@ from netpol_ebpf.policy.types import (
     Packet,
     Policy,
     PolicyKey,
+    PolicyTier,
     Ports,
-    Profile,
+    ProfileRules,
     Rule,
     Staged,
-    Tier,
     World,
 )
 from netpol_ebpf.selector import Selector, equals
@@ -141,9 +141,9 @@ def make_world(
     endpoints += [remote_pod(index) for index in range(pods)]
     allow = (Rule(Action.ALLOW, 0),)
     return World(
-        tiers={"default": Tier("default", 1_000_000.0)},
+        tiers={"default": PolicyTier("default", 1_000_000.0)},
         policies={policy.key: policy for policy in make_policies(count, direction, peer[0], pods, services)},
-        profiles={"open": Profile("open", allow, allow)},
+        profiles={"open": ProfileRules("open", allow, allow)},
         endpoints={endpoint.key: endpoint for endpoint in endpoints},
     )
 

@@ -40,7 +40,7 @@ from bench.record import LESS, Case, Run, begin, case_id, save, this_command
 from bench.site import BPFFS, EXIT, MEASURED_ADDRESS, MOV_MINUS_ONE, PEER_ADDRESS
 from netpol_ebpf.apply.applier import Applier, Binding
 from netpol_ebpf.compiler import Compiler
-from netpol_ebpf.compiler.tables import Tables
+from netpol_ebpf.compiler.tables import CompiledTables
 from netpol_ebpf.errors import NetpolError, PlatformError
 from netpol_ebpf.policy.types import (
     TCP,
@@ -50,7 +50,7 @@ from netpol_ebpf.policy.types import (
     EndpointKey,
     EndpointKind,
     Entity,
-    NetworkSet,
+    LabelledNets,
     Policy,
     PolicyKey,
     Ports,
@@ -58,11 +58,11 @@ from netpol_ebpf.policy.types import (
     World,
 )
 from netpol_ebpf.selector import equals
+from netpol_loader import abi
 from netpol_loader.kernel import syscall
 from netpol_loader.kernel.hook import Hook
 from netpol_loader.kernel.maps import Map
 from netpol_loader.pins.dataplane import SKB_BYTES, SKB_IFINDEX, SKB_INGRESS_IFINDEX, Dataplane
-from netpol_loader.tables.buckets import MORE_NAMES
 
 SUITE = "scale"
 CONTENDER = "netpol-ebpf"
@@ -76,12 +76,17 @@ SIZE_ROUNDS = 3
 SPREAD_RUNS = 1_000
 IFINDEX, ELSEWHERE = 1, 77
 SYN, ACK = 2, 16
-PASSED = (-1, 0)
+PASSED = (abi.NP_PASS, abi.NP_PASS_ALONE)
 """Verdicts."""
 DENIED_PORT = 9
 FIRST_CIDR = int(IPv4Address("172.16.0.0"))
 MAP_SIZES = {"np_event": 1 << 22, "np_addr4": 1 << 18, "np_cidr4": 1 << 18, "np_verdict": 1 << 20, "np_l4_col": 1 << 16}
-STATE_MAPS = ("np_conn", "np_unreplied", "np_secret", "np_frag", "np_flow_cache", "np_ep_cache", "np_event")
+STATE_MAPS = frozenset(
+    {
+        *abi.maps_of(abi.MapRole.CONNECTION, abi.MapRole.FLOW_CACHE, abi.MapRole.ENDPOINT_CACHE, abi.MapRole.EVENT),
+        *abi.UNREPLIED_VIEWS.values(),
+    }
+)
 """Maps that hold what happened, not policy: their size is chosen once and does not grow with the cluster."""
 
 
@@ -131,7 +136,7 @@ def world_of(point: Point) -> World:
         services=point.services,
     )  # fmt: skip
     nets = tuple(IPv4Network((FIRST_CIDR + 16 * number, 28)) for number in range(point.cidrs))
-    world.network_sets["partners"] = NetworkSet("partners", {"set": "partners"}, nets)
+    world.network_sets["partners"] = LabelledNets("partners", {"set": "partners"}, nets)
     source = Entity(selector=equals("set", "partners"))
     partners = Rule(Action.ALLOW, 0, protocol=TCP, source=source, destination=Entity(ports=Ports(ranges=((443, 443),))))
     _add_policy(world, "partners", "measured", partners)
@@ -160,7 +165,7 @@ def frame(source: int, destination: int, source_port: int, port: int, flags: int
     return bytes(12) + b"\x08\x00" + head + segment
 
 
-def compile_point(point: Point) -> Tables:
+def compile_point(point: Point) -> CompiledTables:
     """What the agent of the measured endpoint's node would write."""
     compiler = Compiler(lambda endpoint: endpoint.node == NODE)
     compiler.replace(world_of(point))
@@ -187,7 +192,7 @@ class Node:
     def __exit__(self, *_: object) -> None:
         self._stack.close()
 
-    def hold(self, point: Point, tables: Tables) -> None:
+    def hold(self, point: Point, tables: CompiledTables) -> None:
         """Be a node of that point, whatever was held before."""
         self.point = point
         empty_maps(self.dataplane.maps)
@@ -220,11 +225,11 @@ class Node:
         self._events.consume()  # a ring that is full takes no event, which is cheaper
         return statistics.median(costs)
 
-    def memory(self, tables: Tables) -> dict[str, int]:
+    def memory(self, tables: CompiledTables) -> dict[str, int]:
         """Bytes: what the kernel accounts to the maps that hold policy, what their rows hold, the connection tables filled or not."""
         accounted = {name: memlock(one.fd) for name, one in self.dataplane.maps.items()}
         return {
-            "kernel memory": sum(size for name, size in accounted.items() if not name.startswith(STATE_MAPS)),
+            "kernel memory": sum(size for name, size in accounted.items() if name not in STATE_MAPS),
             "rows": _rows_bytes(tables, self.dataplane.maps),
             "connection tables": accounted["np_conn4"],
         }
@@ -261,7 +266,7 @@ def spread_cases(point: Point) -> dict[str, Packets]:
 
 def empty_maps(maps: Mapping[str, Map]) -> None:
     """Leave no row in any table whose rows can go, be they policy or connections. No packet may be on its way."""
-    beside = set(MORE_NAMES.values())  # emptied with the tables that they belong to
+    beside = set(abi.OVERFLOW_MAPS.values())  # emptied with the tables that they belong to
     for name, one in maps.items():
         if name not in beside and one.type != "ringbuf" and not one.type.endswith("array"):
             one.delete_many([key for key, _ in one.items()])
@@ -276,7 +281,7 @@ def memlock(fd: int) -> int:
     raise PlatformError("this kernel's fdinfo says nothing of a map's memory")
 
 
-def _rows_bytes(tables: Tables, maps: Mapping[str, Map]) -> int:
+def _rows_bytes(tables: CompiledTables, maps: Mapping[str, Map]) -> int:
     """Keys and values of all rows that were written."""
     kernel = {
         "verdicts": "np_verdict", "l4_columns": "np_l4_col", "l4_atoms": "np_l4_atom", "peer_classes": "np_peer_class",
@@ -330,7 +335,7 @@ def run_suite(
     _record(run, named, samples, memory)
 
 
-def _one_after_the_other(tables: Mapping[Point, Tables], empty: int, rounds: int, samples: Samples) -> None:
+def _one_after_the_other(tables: Mapping[Point, CompiledTables], empty: int, rounds: int, samples: Samples) -> None:
     """Hot cases: all points on one node, so that the program and where its maps are in memory are the same for all."""
     with Node(0) as node:
         progress = Progress("measuring, hot", rounds * len(tables))
@@ -342,7 +347,7 @@ def _one_after_the_other(tables: Mapping[Point, Tables], empty: int, rounds: int
 
 
 def _side_by_side(
-    tables: Mapping[Point, Tables], empty: int, rounds: int, samples: Samples
+    tables: Mapping[Point, CompiledTables], empty: int, rounds: int, samples: Samples
 ) -> dict[Point, dict[str, int]]:
     """Spread cases, and memory by point: each point on a node of its own."""
     with contextlib.ExitStack() as stack:

@@ -40,8 +40,20 @@
 #define NP_LINE_CLASSES 24 // identities of a line
 #define NP_CLASS_NONE 65535 // no class
 
+#define NP_HASH_MULTIPLIER 0x9e3779b97f4a7c15ull // 2^64 divided by the golden ratio: spreads neighbours
+
 #define NP_CONN_WAYS 8 // connections of a bucket; their tags fill a cache line
 #define NP_HASH_WORDS 12 // random numbers of the connections' hash: one for each word of the longest key, and one
+#define NP_HASH_BIT 0x80000000u // set in every hash of a connection, so that none is 0
+
+// Parts of a tag (struct np_conn_tags).
+#define NP_TAG_HASH_SHIFT 32
+#define NP_TAG_UNREPLIED 0x80000000ull // the connection is unreplied
+#define NP_TAG_TIME_SHIFT 2
+#define NP_TAG_TIME_BITS 29
+#define NP_TAG_RANK_MASK 3 // enum np_rank
+#define NP_TAG_JIFFIES 64 // in a unit of a tag's time
+#define NP_TAG_OWNED_UNITS 64 // how long a slot is its owner's: longer than anybody writes
 
 #define NP_FAMILY_CLASSES 2 // the most classes of a side of whose address no rule asks for more than the family
 #define NP_HOST_SETS 8 // policy sets of a host endpoint: stage * 2 + direction
@@ -50,6 +62,17 @@
 #define NP_KERNEL_BYTES 96 // copied of a packet's own structure, where it cannot be read in place
 
 #define NP_FLOW_CACHE_DUE 2 // flag in np_flow_cache_fact.hook: packets of the connection bear np_config.due_mark
+
+// Verdicts, as the traffic control of the kernel numbers them.
+#define NP_PASS (-1) // TC_ACT_UNSPEC of clsact, TCX_NEXT of tcx: the next program decides
+#define NP_PASS_ALONE 0 // TC_ACT_OK, TCX_PASS: nobody else at this hook
+#define NP_DROP 2 // TC_ACT_SHOT, TCX_DROP
+
+// What the compiled file has where the loader fills in a number, by the source register of the load or the number of
+// the helper; both are the project's own.
+#define NP_LOADS_MASK 15 // slots of a map that a hash chooses from, less one
+#define NP_LOADS_FACT 14 // enum np_kernel_fact
+#define NP_CALLS_CAST 0x4e50 // no helper: bpf_cast_to_kern_ctx
 
 #define NP_CHECK_SEED 2166136261 // FNV-1a's own 32-bit offset basis and prime
 #define NP_CHECK_PRIME 16777619

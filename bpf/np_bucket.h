@@ -10,8 +10,6 @@
 #include "np_ctx.h"
 #include "np_maps.h"
 
-#define NP_HASH_MULTIPLIER 0x9e3779b97f4a7c15ull // 2^64 divided by the golden ratio: spreads neighbours
-
 NP_INLINE __u32 np_hash(__u64 value)
 {
     return value * NP_HASH_MULTIPLIER >> 32;

@@ -7,12 +7,6 @@
 #include "np_abi.h"
 #include "np_parse.h"
 
-// -1 is TC_ACT_UNSPEC for clsact and TCX_NEXT for tcx: the next program decides. 2 is TC_ACT_SHOT and TCX_DROP.
-// 0 is TC_ACT_OK and TCX_PASS: nobody else at this hook.
-#define NP_PASS (-1)
-#define NP_PASS_ALONE 0
-#define NP_DROP 2
-
 // Where the program sits. Not a direction: for a workload the two are opposite.
 enum np_hook {
     NP_HOOK_INGRESS = 0, // TC ingress of the host-side interface

@@ -8,6 +8,8 @@
 #include <linux/bpf.h>
 #include <linux/types.h>
 
+#include "np_abi.h"
+
 #define NP_INLINE static inline __attribute__((always_inline))
 #define NP_LIKELY(condition) __builtin_expect(!!(condition), 1)
 #define NP_UNLIKELY(condition) __builtin_expect(!!(condition), 0)
@@ -38,9 +40,8 @@
 // `kind`.  netpol_loader/kernel/relocation.py knows the kinds; they have to be constants.
 __u64 np_pseudo(__u64 kind, __u64 number) __asm__("llvm.bpf.pseudo");
 #define NP_MAP_OF(name) ((void *)np_pseudo(1, name)) // the map; 1 is BPF_PSEUDO_MAP_FD
-#define NP_MASK(name)                                                                                                  \
-    np_pseudo(15, name) // slots of the map that a hash chooses from, less one; 15 is the project's own
-#define NP_KERNEL(fact) np_pseudo(14, fact) // a fact of the running kernel, enum np_kernel_fact; likewise
+#define NP_MASK(name) np_pseudo(NP_LOADS_MASK, name) // slots of the map that a hash chooses from, less one
+#define NP_KERNEL(fact) np_pseudo(NP_LOADS_FACT, fact) // a fact of the running kernel, enum np_kernel_fact
 
 // The kernel's helper functions, by their numbers.
 static void *(*const np_lookup)(void *map, const void *key) = (void *)BPF_FUNC_map_lookup_elem;
@@ -59,7 +60,7 @@ static void (*const np_ringbuf_submit)(void *record, __u64 flags) = (void *)BPF_
 
 // The kernel's own form of a packet, by its function bpf_cast_to_kern_ctx, which BCC cannot call: the loader makes a
 // call of it out of this one.  Where there is none this is never reached (NP_KERNEL_CAST).
-static void *(*const np_kernel_skb)(void *context) = (void *)0x4e50;
+static void *(*const np_kernel_skb)(void *context) = (void *)NP_CALLS_CAST;
 
 // On machines that make loads and stores in another order than the program's (docs/adr/0010, docs/adr/0011): a store of
 // eight bytes that everything before it precedes, and a load whose address is made of what was loaded before it.

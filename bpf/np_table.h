@@ -18,13 +18,8 @@
 #include "np_ctx.h"
 #include "np_maps.h"
 
-#define NP_TAG_UNREPLIED (1ull << 31)
 #define NP_TAG_WHO 0xffffffff80000000ull // the part that does not change with time
-#define NP_TAG_JIFFIES 64 // in a unit of a tag's time
-#define NP_TAG_TIME_BITS 29
 #define NP_TAG_TIME_MASK ((1u << NP_TAG_TIME_BITS) - 1)
-#define NP_TAG_OWNED_UNITS 64 // how long a place is its owner's: longer than anybody writes
-#define NP_TAG_TRIES 3
 #define NP_WORTH_OWNED (~0ull >> 4) // more than any connection's
 
 // A connection in its place.
@@ -64,8 +59,8 @@ NP_INLINE __u64 np_tag_expiry(const struct np_ctx *ctx, __u32 state)
 // branch, as np_lesser.
 NP_INLINE __u64 np_tag_worth(__u64 tag, __u32 now)
 {
-    __u64 rank = tag & 3;
-    __u64 left = (((__u32)tag >> 2) - now) & NP_TAG_TIME_MASK;
+    __u64 rank = tag & NP_TAG_RANK_MASK;
+    __u64 left = (((__u32)tag >> NP_TAG_TIME_SHIFT) - now) & NP_TAG_TIME_MASK;
     __u64 is_past = left >> (NP_TAG_TIME_BITS - 1);
     __u64 is_owned = (rank - 1) >> 63 & ~is_past;
     __u64 is_used = (tag | -tag) >> 63;
@@ -89,7 +84,7 @@ NP_INLINE void np_ct_probe(const struct np_ctx *ctx, const union np_conn_key *ke
 #pragma unroll
     for (__u32 word = 0; word < np_key_words(version); word++)
         sum += secret->number[word] * ((const np_half *)key)[word]; // multilinear: the upper half is as good as random
-    __u32 hash = (__u32)(sum >> 32) | 1u << 31; // not 0
+    __u32 hash = (__u32)(sum >> 32) | NP_HASH_BIT;
     const struct np_conn_tags *tags = np_conn_tags_lookup(hash, version);
     ep->hash = hash;
     if (!tags)
@@ -175,14 +170,15 @@ NP_INLINE void np_ct_refresh(const struct np_ct_slot *slot, int unreplied, const
         rank = NP_RANK_CLOSED;
     __u64 was = *slot->tag;
     __u64 who = was & NP_TAG_WHO & ~NP_TAG_UNREPLIED;
-    if (was & 3)
-        __sync_val_compare_and_swap(slot->tag, was, who | (unreplied ? NP_TAG_UNREPLIED : 0) | expires << 2 | rank);
+    if (was & NP_TAG_RANK_MASK)
+        __sync_val_compare_and_swap(slot->tag, was,
+                                    who | (unreplied ? NP_TAG_UNREPLIED : 0) | expires << NP_TAG_TIME_SHIFT | rank);
 }
 
 NP_INLINE void np_ct_release(const struct np_ct_slot *slot)
 {
     __u64 was = *slot->tag;
-    if (was & 3)
+    if (was & NP_TAG_RANK_MASK)
         __sync_val_compare_and_swap(slot->tag, was, 0);
 }
 
@@ -205,7 +201,7 @@ NP_INLINE struct np_ct_slot np_ct_reserve(const struct np_ctx *ctx, const int ve
         ctx->ep->unreplied_slot = least & (NP_CONN_WAYS - 1);
     }
     np_barrier();
-    __u64 owned = (__u64)((now + NP_TAG_OWNED_UNITS) & NP_TAG_TIME_MASK) << 2 | NP_RANK_NONE;
+    __u64 owned = (__u64)((now + NP_TAG_OWNED_UNITS) & NP_TAG_TIME_MASK) << NP_TAG_TIME_SHIFT | NP_RANK_NONE;
     slot = np_ct_slot_at(ctx, ctx->ep->unreplied_slot, version);
     if (!slot.conn)
         return slot;
@@ -223,5 +219,6 @@ NP_INLINE struct np_ct_slot np_ct_reserve(const struct np_ctx *ctx, const int ve
 NP_INLINE void np_ct_commit(const struct np_ct_slot *slot, const struct np_ctx *ctx)
 {
     __u64 expires = np_tag_expiry(ctx, slot->conn->state);
-    np_store_last(slot->tag, (__u64)ctx->ep->hash << 32 | NP_TAG_UNREPLIED | expires << 2 | NP_RANK_UNREPLIED);
+    np_store_last(slot->tag, (__u64)ctx->ep->hash << NP_TAG_HASH_SHIFT | NP_TAG_UNREPLIED |
+                                 expires << NP_TAG_TIME_SHIFT | NP_RANK_UNREPLIED);
 }

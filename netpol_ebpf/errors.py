@@ -129,7 +129,7 @@ class UnreachableError(NetpolError):
 
     exit_code = 4
     slug = "unreachable"
-    default_hint = "Is netpol-agent running on this node?"
+    default_hint = "Start netpol-agent on this node, or name the state directory of the running agent (--state-dir)."
 
 
 class PlatformError(NetpolError):

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-r"""Text for people: on a terminal, and in a log that one reads on a terminal.
+r"""Text for people, on a terminal and in the log.
 
-Names of objects, files and interfaces come from others, and may hold characters that move the cursor, change colours, reorder the
-line or end it.  Everything that people read is printed here, where such characters become visible (``\x1b``, ``\u202e``).
+Names of objects, files and interfaces come from others, and may contain characters that move the cursor, change colours, reorder the
+line or end it.  This module prints all text for people and shows such characters as escapes (``\x1b``, ``\u202e``).
 
-Invariant: nothing unprintable gets out but the line breaks that are ours.  JSON and YAML are made exact by their own escapes
+Invariant: the output contains nothing unprintable but our own line breaks.  JSON and YAML have escapes of their own
 (`netpol_ebpf.cli.output`).
 """
 
@@ -16,9 +16,9 @@ from typing import TextIO
 
 
 def escaped(text: str, keep: str = "") -> str:
-    """A text with everything unprintable (control, bidirectional and other format characters, lone surrogates) as an escape.
+    """Replace every unprintable character (control, bidirectional and other format characters, lone surrogates) by an escape.
 
-    ``keep``: characters to be left as they are.
+    ``keep``: characters that stay.
     """
     if text.isprintable():
         return text
@@ -28,17 +28,17 @@ def escaped(text: str, keep: str = "") -> str:
 
 
 def paragraph(text: str) -> str:
-    """A text of several lines, escaped; all but the first are indented, so that none can be taken for another message."""
+    """Escape a text of several lines and indent all but the first, so that no line can pass for another message."""
     return "\n  ".join(escaped(line) for line in text.split("\n"))
 
 
 def say(text: object = "", *, file: TextIO | None = None, flush: bool = False) -> None:
-    """Print a text for people, on standard output if not to ``file``; its line breaks count."""
+    """Print a text for people, to ``file`` or standard output; keeps the text's line breaks."""
     print(escaped(str(text), keep="\n"), file=sys.stdout if file is None else file, flush=flush)
 
 
 class LogFormatter(logging.Formatter):
-    """Log lines, tracebacks included, as `paragraph` makes them."""
+    """Formats log lines, tracebacks included, with `paragraph`."""
 
     def format(self, record: logging.LogRecord) -> str:
         """See `logging.Formatter`."""

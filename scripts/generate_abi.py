@@ -26,6 +26,9 @@ PAGE = ROOT / "bpf" / "README.md"
 TABLE = re.compile(r"(?<=np_maps\.h -->\n).*(?=<!-- end of maps -->)", re.DOTALL)
 BLOCK = re.compile(r"^((?://[^\n]*\n)+)((?:NP_MAP[^\n]*\n)+)", re.MULTILINE)
 """A comment and the maps that it is about."""
+ROLE = re.compile(r"^// Role: ([\w ,]+)\.\n", re.MULTILINE)
+"""The last line of such a comment: the maps' role, traits and relations, which the head of np_maps.h explains."""
+RELATIONS = ("overflow of", "tags of", "views")
 
 SCALARS = {
     "__u8": ("ctypes.c_uint8", 1),
@@ -47,6 +50,7 @@ machine's, unless a name ends in _be; addresses are bytes in network order.
 from __future__ import annotations
 
 import ctypes
+import enum
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -68,7 +72,11 @@ class Reason:
 
 @dataclass(frozen=True, slots=True)
 class MapSpec:
-    """One map as the program declares it. Sizes in bytes; ``key`` None: a 4-byte index, or nothing (ring buffer)."""
+    """One map as the program declares it. Sizes in bytes; ``key`` None: a 4-byte index, or nothing (ring buffer).
+
+    ``overflow_of``, ``tags_of``: the bucketed table that this map belongs to.  ``view``: the name of the unreplied
+    connections of this connection table, which is no map of the kernel's.
+    """
 
     name: str
     kind: str
@@ -78,6 +86,38 @@ class MapSpec:
     value_size: int
     max_entries: int
     flags: tuple[str, ...]
+    role: MapRole
+    traits: frozenset[MapTrait] = frozenset()
+    overflow_of: str | None = None
+    tags_of: str | None = None
+    view: str | None = None
+
+    @property
+    def has_rows(self) -> bool:
+        """Whether rows come and go by their keys: False for numbered elements, the ring buffer and parts of a table."""
+        if self.overflow_of or self.tags_of or self.kind == "ringbuf":
+            return False
+        return self.name in {*OVERFLOW_MAPS, *TAG_MAPS} or not self.kind.endswith("array")
+
+    @property
+    def has_elements(self) -> bool:
+        """Whether all elements exist always, by their numbers."""
+        return self.kind.endswith("array") and not self.has_rows and not self.tags_of
+
+
+def maps_of(*roles: MapRole) -> tuple[str, ...]:
+    """Names of the maps of some roles, in the order of declaration."""
+    return tuple(name for name, spec in MAP_SPECS.items() if spec.role in roles)
+
+
+def maps_with_rows(*roles: MapRole) -> tuple[str, ...]:
+    """Those of some roles whose rows come and go, in the order of declaration."""
+    return tuple(name for name in maps_of(*roles) if MAP_SPECS[name].has_rows)
+
+
+def maps_with(trait: MapTrait) -> tuple[str, ...]:
+    """Names of the maps that have a trait, in the order of declaration."""
+    return tuple(name for name, spec in MAP_SPECS.items() if trait in spec.traits)
 
 
 # fmt: off
@@ -112,8 +152,13 @@ class Constant:
     """One number; ``comment`` may be empty."""
 
     name: str
-    value: int
+    text: str
     comment: str
+
+    @property
+    def value(self) -> int:
+        """The number that the header's text stands for."""
+        return int(self.text, 0)
 
 
 @dataclass
@@ -134,7 +179,7 @@ class Header:
     structs: list[Struct] = field(default_factory=list)
 
 
-DEFINE = re.compile(r"#define (NP_\w+) (\d+)(?:\s+// (.*))?$")
+DEFINE = re.compile(r"#define (NP_\w+) \(?(-?\d+|0x[0-9a-f]+)(?:u|ull)?\)?(?:\s+// (.*))?$")
 ENUMERATOR = re.compile(r"(NP_\w+) = (\d+),(?:\s+// (.*))?$")
 MEMBER = re.compile(r"(?:struct )?(\w+) (\w+)(?:\[(\w+)\])?;(?:\s+// (.*))?$")
 MAP = re.compile(r'^NP_MAP\("(\w+)", (\w+), ([\w ]+), ([\w ]+), (\w+), ([\w |]+)\);', re.MULTILINE)
@@ -156,7 +201,7 @@ def parse_header(text: str) -> Header:
             elif not line or line.startswith(("#pragma", "#include", "_Static_assert")):
                 comment = []
             elif match := DEFINE.match(line):
-                header.defines.append(Constant(match[1], int(match[2]), match[3] or ""))
+                header.defines.append(Constant(match[1], match[2], match[3] or ""))
             elif match := re.match(r"(struct|enum) (\w+) \{$", line):
                 text_above = " ".join(comment)
                 current = Struct(match[2], text_above) if match[1] == "struct" else Enum(match[2], text_above)
@@ -171,7 +216,7 @@ def parse_header(text: str) -> Header:
         elif isinstance(current, Struct) and (match := MEMBER.match(line)) and is_known(match[1], header):
             current.members.append(Member(match[1], match[2], match[3] or "", match[4] or ""))
         elif isinstance(current, Enum) and (match := ENUMERATOR.match(line)):
-            current.constants.append(Constant(match[1], int(match[2]), match[3] or ""))
+            current.constants.append(Constant(match[1], match[2], match[3] or ""))
         else:
             raise HeaderError(f"{ABI_HEADER.name}:{number}: not understood inside {current.name}: {line}")
     return header
@@ -220,18 +265,20 @@ def render(header: Header, maps_text: str) -> str:
     """The whole generated module."""
     numbers = {constant.name: constant.value for constant in header.defines}
     out = [HEADER]
-    lines = [f"{c.name} = {c.value}" + (f"  # {c.comment}" if c.comment else "") for c in header.defines]
+    lines = [f"{c.name} = {c.text}" + (f"  # {c.comment}" if c.comment else "") for c in header.defines]
     out.append("\n".join(lines))
     out.append("SCHEMA_VERSION = NP_SCHEMA_VERSION\n")
     for enum in header.enums:
         lines = [f"# {enum.name}: {enum.comment}"] if len(enum.comment) < 100 else [f"# {enum.name}"]  # noqa: PLR2004
-        lines += [f"{c.name} = {c.value}" + (f"  # {c.comment}" if c.comment else "") for c in enum.constants]
+        lines += [f"{c.name} = {c.text}" + (f"  # {c.comment}" if c.comment else "") for c in enum.constants]
         numbers.update({constant.name: constant.value for constant in enum.constants})
         out.append("\n".join(lines) + "\n")
     out.extend(f"\n{render_struct(struct, numbers)}\n" for struct in header.structs)
     out.append("\n" + render_reasons(header))
     out.append(render_calls(header))
-    out.append(render_maps(header, maps_text, numbers))
+    out.append("\n" + render_words("MapRole", "What a map is for.", parse_words(maps_text, "Role")))
+    out.append("\n" + render_words("MapTrait", "What else holds for a map.", parse_words(maps_text, "Trait")))
+    out.append("\n" + render_maps(header, maps_text, numbers))
     return "\n".join(out)
 
 
@@ -258,8 +305,71 @@ def render_calls(header: Header) -> str:
     return "\n".join([*lines, "    }", ")", '"""The called programs, by their slots of np_call."""', ""])
 
 
+def parse_words(text: str, heading: str) -> dict[str, str]:
+    """The words that the head of np_maps.h lists under a heading, each with its meaning."""
+    found = re.search(rf"^// {heading}: [^\n]*\n((?://   [^\n]*\n)+)", text, re.MULTILINE)
+    if found is None:
+        raise HeaderError(f"{MAPS_HEADER.name}: no list of words under {heading}")
+    entries = re.sub(r"\n//     +", " ", found[1])
+    return dict(re.findall(r"^//   ([\w ]+): (.+)$", entries, re.MULTILINE))
+
+
+def render_words(name: str, summary: str, words: dict[str, str]) -> str:
+    """An enumeration of such words."""
+    lines = [f"class {name}(enum.Enum):", f'    """{summary}"""', ""]
+    for word, meaning in words.items():
+        lines.append(f'    {enum_name(word)} = "{word}"  # {meaning}')
+    return "\n".join([*lines, ""])
+
+
+def enum_name(word: str) -> str:
+    """The name of a word as a member of an enumeration."""
+    return word.upper().replace(" ", "_")
+
+
+def declared_names(declarations: str) -> list[str]:
+    """Names of the maps of a block, in order."""
+    return re.findall(r'^NP_MAP(?:_RINGBUF\(|\("\w+", )(\w+)', declarations, re.MULTILINE)
+
+
+def parse_roles(text: str) -> dict[str, list[str]]:
+    """Role, traits and relations of each map, as arguments of MapSpec. Raises HeaderError for what np_maps.h does not list."""
+    roles, traits = parse_words(text, "Role"), parse_words(text, "Trait")
+    result: dict[str, list[str]] = {}
+    for comment, declarations in BLOCK.findall(text):
+        names = declared_names(declarations)
+        found = ROLE.search(comment)
+        if found is None or found.end() != len(comment):
+            raise HeaderError(f"{MAPS_HEADER.name}: the comment of {names[0]} does not end in a line with its role")
+        role, *parts = found[1].split(", ")
+        known = [part for part in parts if part in traits]
+        if role not in roles:
+            raise HeaderError(f"{MAPS_HEADER.name}: {names[0]} has the unknown role {role}")
+        arguments = [[f"MapRole.{enum_name(role)}"] for _ in names]
+        if known:
+            listed = ", ".join(f"MapTrait.{enum_name(part)}" for part in known)
+            for one in arguments:
+                one.append(f"frozenset({{{listed}}})")
+        parse_relation(", ".join(part for part in parts if part not in traits), names, arguments)
+        result.update(zip(names, arguments, strict=True))
+    return result
+
+
+def parse_relation(relation: str, names: list[str], arguments: list[list[str]]) -> None:
+    """Add what "overflow of", "tags of" or "views" says, a name for each map of the block. Raises HeaderError."""
+    if not relation:
+        return
+    kind = next((one for one in RELATIONS if relation.startswith(one + " ")), None)
+    others = relation.removeprefix(f"{kind} ").split(", ")
+    if kind is None or len(others) != len(names):
+        raise HeaderError(f"{MAPS_HEADER.name}: not understood for {', '.join(names)}: {relation}")
+    for one, other in zip(arguments, others, strict=True):
+        one.append(f'{"view" if kind == "views" else kind.replace(" ", "_")}="{other}"')
+
+
 def render_maps(header: Header, text: str, numbers: dict[str, int]) -> str:
     """MAP_SPECS from the declarations of np_maps.h."""
+    roles = parse_roles(text)
     structs = {struct.name for struct in header.structs}
     lines = ["MAP_SPECS: Mapping[str, MapSpec] = MappingProxyType(", "    {"]
     understood = 0
@@ -289,22 +399,53 @@ def render_maps(header: Header, text: str, numbers: dict[str, int]) -> str:
             f'        "{name}": MapSpec(',
             f'            "{name}", "{kind}", {key_type}, {value_type},',
             f"            {key_size}, {value_size}, {size_of(maximum)}, {flag_text},",
+            f"            {', '.join(roles[name])},",
             "        ),",
         ]
     for match in RINGBUF.finditer(text):
         understood += 1
         name, maximum = match.groups()
-        lines.append(f'        "{name}": MapSpec("{name}", "ringbuf", None, None, 0, 0, {size_of(maximum)}, ()),')
+        lines += [
+            f'        "{name}": MapSpec(',
+            f'            "{name}", "ringbuf", None, None, 0, 0, {size_of(maximum)}, (), {", ".join(roles[name])},',
+            "        ),",
+        ]
     if understood != len(re.findall(r"^NP_MAP(?:_RINGBUF)?\(", text, re.MULTILINE)):
         raise HeaderError(f"{MAPS_HEADER.name}: a map declaration was not understood")
-    return "\n".join([*lines, "    }", ")\n"])
+    return "\n".join([*lines, "    }", ")\n"]) + "".join(render_relation(*one) for one in RELATED)
+
+
+RELATED = (
+    (
+        "OVERFLOW_MAPS",
+        "overflow_of",
+        "The bucketed tables of policy, each with the map of the rows whose bucket is full.",
+    ),
+    ("TAG_MAPS", "tags_of", "The connection tables, each with the map of its tags."),
+    ("UNREPLIED_VIEWS", "view", "The connection tables, each with the name of the view of its unreplied connections."),
+)
+"""(name, attribute of MapSpec, docstring) of what abi.py derives from relations of maps."""
+
+
+def render_relation(name: str, attribute: str, summary: str) -> str:
+    """One mapping from a table to what belongs to it."""
+    pair = "spec.name: spec.view" if attribute == "view" else f"spec.{attribute}: spec.name"
+    return (
+        f"{name}: Mapping[str, str] = MappingProxyType(\n"
+        f"    {{{pair} for spec in MAP_SPECS.values() if spec.{attribute}}}\n"
+        f')\n"""{summary}"""\n'
+    )
 
 
 def render_table(maps_text: str) -> str:
     """The maps as a Markdown table, in the words of their comments, which state facts in a fixed order."""
-    lines = ["| maps | type | rows | what it maps | looked up | when full |", "| --- | --- | --- | --- | --- | --- |"]
+    lines = [
+        "| maps | role | type | rows | what it maps | looked up | when full |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
     for match in BLOCK.finditer(maps_text):
-        comment = " ".join(line.removeprefix("//").strip() for line in match[1].splitlines())
+        words = ", ".join(ROLE.findall(match[1]))
+        comment = " ".join(line.removeprefix("//").strip() for line in ROLE.sub("", match[1]).splitlines())
         sentences = re.split(r"(?<=\.)\s+(?=[A-Z])", comment)
         looked = next(
             (one for one in sentences if re.match(r"Looked up|Never looked|.*never looked up|Written for", one)), ""
@@ -314,7 +455,7 @@ def render_table(maps_text: str) -> str:
         names = ", ".join(f"`{one[1]}`" if one.re is RINGBUF else f"`{one[2]}`" for one in declared)
         kinds = " ".join(dict.fromkeys("ringbuf" if one.re is RINGBUF else one[1] for one in declared))
         rows = ", ".join(dict.fromkeys(one[2] if one.re is RINGBUF else one[5] for one in declared))
-        lines.append(f"| {names} | {kinds} | {rows} | {sentences[0]} | {looked} | {full} |")
+        lines.append(f"| {names} | {words} | {kinds} | {rows} | {sentences[0]} | {looked} | {full} |")
     return "\n".join(lines) + "\n"
 
 

@@ -3,10 +3,12 @@
 # Set up what is missing, then run every check and every test, those that load the program and make namespaces included.
 #
 # Usage: scripts/test.sh [PYTEST-ARGUMENT...]     the arguments narrow the pytest step only; -n 0: in one process
+#        scripts/test.sh unit [PYTEST-ARGUMENT...]   the unit tests and nothing else
 #        scripts/test.sh vm [KERNEL...]           boot other kernels and run the project in them: names of packaged
 #                                                 kernels, or paths of a vmlinux (python -m tests.vm --help)
-#        scripts/test.sh nightly [VMLINUX...]     everything: all steps, all packaged kernels and these, all suites of
-#                                                 Debian; the results are recorded for docs/kernels.md and docs/versions.md
+#        scripts/test.sh nightly [VMLINUX...]     everything: all steps, the coverage of the tests, the removal of each
+#                                                 guard, all packaged kernels and these, all suites of Debian; the results
+#                                                 are recorded for docs/kernels.md and docs/versions.md
 #
 # All steps are run whatever fails; the summary comes last and the exit code is 0 only when all passed. With CI=true a
 # skipped test is a failure too, some kernels are booted, and Debian's newest suite is run.
@@ -15,19 +17,23 @@ set -uo pipefail
 readonly ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 readonly VENV="${NETPOL_VENV:-$ROOT/.venv}"
 # Files of tests run side by side in so many processes, whatever the number of processors: most of them wait most of the
-# time.  A file stays whole, so its laboratory and its agent are made once; names of pins and namespaces differ by process.
-readonly PROCESSES=3
+# time, the unit tests do not.  A file stays whole, so its laboratory and its agent are made once; names of pins and
+# namespaces differ by process.
+readonly PROCESSES=3 UNIT_PROCESSES=2
 
 mode=steps
 case "${1:-}" in
-    vm | nightly) mode="$1"; shift ;;
+    unit | vm | nightly) mode="$1"; shift ;;
 esac
 setup=(--dev)
-[[ "$mode" == steps && "${CI:-}" != true ]] || setup+=(--vm)
+[[ "$mode" == unit || ( "$mode" == steps && "${CI:-}" != true ) ]] || setup+=(--vm)
 "$ROOT/scripts/setup.sh" "${setup[@]}" || exit
 cd "$ROOT" || exit
 export PATH="$VENV/bin:$PATH"
-[[ "$mode" != vm ]] || exec python -m tests.vm "$@"
+case "$mode" in
+    unit) exec python -m pytest --numprocesses="$UNIT_PROCESSES" --dist=loadfile tests/unit "$@" ;;
+    vm) exec python -m tests.vm "$@" ;;
+esac
 reports="$(mktemp -d)"
 trap 'rm -rf "$reports"' EXIT
 
@@ -57,11 +63,18 @@ step_where_possible() { # NAME COMMAND...
 }
 
 # In the order of the directories: the files that take long come first, so that none of them is left alone at the end.
-# Coverage needs the tests' own exit code first and the report whatever it was.
 run_pytest() {
+    # Once and before the processes, each of which would compile it: agents, engines and tests load what is kept.
+    python -c 'from netpol_loader.pins.build import compiled_program; compiled_program()' || return
+    python -m pytest --numprocesses="$PROCESSES" --dist=loadfile --no-loadscope-reorder \
+        --durations=15 --junit-xml="$reports/pytest.xml" "$@"
+}
+
+# Counting lines and branches doubles what the tests cost, so only nightly does.  Coverage needs the tests' own exit code
+# first and the report whatever it was.
+run_pytest_with_coverage() {
     local code=0
-    python -m pytest --numprocesses="$PROCESSES" --dist=loadfile --no-loadscope-reorder --cov --cov-report= \
-        --durations=15 --junit-xml="$reports/pytest.xml" "$@" || code=$?
+    run_pytest --cov --cov-report= || code=$?
     coverage report || code=$?
     return "$code"
 }
@@ -90,13 +103,15 @@ done
 step "import contracts" lint-imports
 step "codespell" codespell
 step "generated files are fresh" python scripts/generate_abi.py --check
+step "generated custom resources are fresh" python scripts/generate_crds.py --check
 step "documented results are the recorded ones" python -m bench.page --check
 step "documented kernels are the recorded ones" python -m tests.vm.page --check
 step "documented networks are the recorded ones" python -m tests.netns.networks --check
 step "C sources" scripts/check_c.sh
 step "wheel" scripts/check_wheel.sh
 if [[ "$mode" == nightly ]]; then
-    step "tests" run_pytest
+    step "tests" run_pytest_with_coverage
+    step "each guard is noticed when it goes" python -m tests.guards
     step "kernels in virtual machines" python -m tests.vm --all --record
     for vmlinux in "$@"; do
         step "kernel $vmlinux in a virtual machine" python -m tests.vm --record "$vmlinux"
@@ -111,7 +126,8 @@ if [[ "${CI:-}" == true && "$mode" == steps ]]; then
     step_where_possible "Debian's newest suite" scripts/suites.sh sid
 fi
 step "benchmarks, smoke" netpolctl bench --smoke --output "$reports/bench.json"
-step "case files, all engines" netpolctl test tests/cases examples/cases --engine all
+# The cases of the repository are run by tests/kernel; here, that the command can be told to.
+step "case files, all engines" netpolctl test examples/cases --engine all
 
 printf '\n%s\n' "==> summary"
 printf '%s\n' "${summary[@]}"

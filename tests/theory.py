@@ -91,7 +91,7 @@ class Example:
         rows = []
         for peer, peer_vector in sorted(self.live.peer.vectors.items()):
             for l4, l4_vector in enumerate(self.live._l4.vectors):
-                index = self.row.verdict_base + peer * self.row.l4_classes + l4
+                index = self.row.verdict_index(peer, 0, l4, 0)
                 verdict, both = self.tables.verdicts[index], peer_vector & l4_vector
                 lowest = (both & -both).bit_length() - 1
                 rows.append((index, peer, l4, self._bits(both), lowest, verdict.outcome.value, verdict.rule))
@@ -145,11 +145,11 @@ class Example:
         """Step 3. Of TCP."""
         block = self.tables.l4_atoms.get(PROTOCOL_SLOT[TCP] * ATOM_BLOCK + (port >> 8))
         atom = 0 if block is None else block[port & 255]
-        return self.tables.l4_columns[self.row.l4_base + atom // COLUMN_BLOCK][atom % COLUMN_BLOCK]
+        return self.tables.class_of_atom(self.row.l4_base, atom)
 
     def verdict_index(self, address: str, port: int) -> int:
         """Step 4: the row, of TCP."""
-        return self.row.verdict_base + self.peer_class(address) * self.row.l4_classes + self.l4_class(port)
+        return self.row.verdict_index(self.peer_class(address), 0, self.l4_class(port), 0)
 
 
 BLOCKS: dict[str, Callable[[Example], str]] = {

@@ -9,6 +9,7 @@ machine's, unless a name ends in _be; addresses are bytes in network order.
 from __future__ import annotations
 
 import ctypes
+import enum
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -30,7 +31,11 @@ class Reason:
 
 @dataclass(frozen=True, slots=True)
 class MapSpec:
-    """One map as the program declares it. Sizes in bytes; ``key`` None: a 4-byte index, or nothing (ring buffer)."""
+    """One map as the program declares it. Sizes in bytes; ``key`` None: a 4-byte index, or nothing (ring buffer).
+
+    ``overflow_of``, ``tags_of``: the bucketed table that this map belongs to.  ``view``: the name of the unreplied
+    connections of this connection table, which is no map of the kernel's.
+    """
 
     name: str
     kind: str
@@ -40,6 +45,38 @@ class MapSpec:
     value_size: int
     max_entries: int
     flags: tuple[str, ...]
+    role: MapRole
+    traits: frozenset[MapTrait] = frozenset()
+    overflow_of: str | None = None
+    tags_of: str | None = None
+    view: str | None = None
+
+    @property
+    def has_rows(self) -> bool:
+        """Whether rows come and go by their keys: False for numbered elements, the ring buffer and parts of a table."""
+        if self.overflow_of or self.tags_of or self.kind == "ringbuf":
+            return False
+        return self.name in {*OVERFLOW_MAPS, *TAG_MAPS} or not self.kind.endswith("array")
+
+    @property
+    def has_elements(self) -> bool:
+        """Whether all elements exist always, by their numbers."""
+        return self.kind.endswith("array") and not self.has_rows and not self.tags_of
+
+
+def maps_of(*roles: MapRole) -> tuple[str, ...]:
+    """Names of the maps of some roles, in the order of declaration."""
+    return tuple(name for name, spec in MAP_SPECS.items() if spec.role in roles)
+
+
+def maps_with_rows(*roles: MapRole) -> tuple[str, ...]:
+    """Those of some roles whose rows come and go, in the order of declaration."""
+    return tuple(name for name in maps_of(*roles) if MAP_SPECS[name].has_rows)
+
+
+def maps_with(trait: MapTrait) -> tuple[str, ...]:
+    """Names of the maps that have a trait, in the order of declaration."""
+    return tuple(name for name, spec in MAP_SPECS.items() if trait in spec.traits)
 
 
 # fmt: off
@@ -64,13 +101,28 @@ NP_BUCKET_LINES = 2  # lines of a bucket of classes
 NP_BUCKET_MORE = 128  # flag of a bucket: further rows of it are in a hash
 NP_LINE_CLASSES = 24  # identities of a line
 NP_CLASS_NONE = 65535  # no class
+NP_HASH_MULTIPLIER = 0x9e3779b97f4a7c15  # 2^64 divided by the golden ratio: spreads neighbours
 NP_CONN_WAYS = 8  # connections of a bucket; their tags fill a cache line
 NP_HASH_WORDS = 12  # random numbers of the connections' hash: one for each word of the longest key, and one
+NP_HASH_BIT = 0x80000000  # set in every hash of a connection, so that none is 0
+NP_TAG_HASH_SHIFT = 32
+NP_TAG_UNREPLIED = 0x80000000  # the connection is unreplied
+NP_TAG_TIME_SHIFT = 2
+NP_TAG_TIME_BITS = 29
+NP_TAG_RANK_MASK = 3  # enum np_rank
+NP_TAG_JIFFIES = 64  # in a unit of a tag's time
+NP_TAG_OWNED_UNITS = 64  # how long a slot is its owner's: longer than anybody writes
 NP_FAMILY_CLASSES = 2  # the most classes of a side of whose address no rule asks for more than the family
 NP_HOST_SETS = 8  # policy sets of a host endpoint: stage * 2 + direction
 NP_SCRATCH_WORDS = 76  # working memory of one packet, in units of 8 bytes
 NP_KERNEL_BYTES = 96  # copied of a packet's own structure, where it cannot be read in place
 NP_FLOW_CACHE_DUE = 2  # flag in np_flow_cache_fact.hook: packets of the connection bear np_config.due_mark
+NP_PASS = -1  # TC_ACT_UNSPEC of clsact, TCX_NEXT of tcx: the next program decides
+NP_PASS_ALONE = 0  # TC_ACT_OK, TCX_PASS: nobody else at this hook
+NP_DROP = 2  # TC_ACT_SHOT, TCX_DROP
+NP_LOADS_MASK = 15  # slots of a map that a hash chooses from, less one
+NP_LOADS_FACT = 14  # enum np_kernel_fact
+NP_CALLS_CAST = 0x4e50  # no helper: bpf_cast_to_kern_ctx
 NP_CHECK_SEED = 2166136261  # FNV-1a's own 32-bit offset basis and prime
 NP_CHECK_PRIME = 16777619
 NP_NODE_FIRST = 1048576  # in np_addr.holder: numbers of nodes begin here, those of endpoints are below; arbitrary
@@ -1224,176 +1276,260 @@ CALLS: Mapping[int, str] = MappingProxyType(
 )
 """The called programs, by their slots of np_call."""
 
+
+class MapRole(enum.Enum):
+    """What a map is for."""
+
+    ENDPOINT = "endpoint"  # rows of single endpoints
+    ENDPOINT_CACHE = "endpoint cache"  # per processor, rows of endpoints, for an epoch
+    NODE = "node"  # the node's addresses, tunnels and services
+    TABLE = "table"  # the compiled policy, which endpoints share
+    FLOW_CACHE = "flow cache"  # per processor, tuples of established connections, for a generation
+    CONNECTION = "connection"  # connections and first fragments
+    COUNTER = "counter"  # packets and bytes
+    EVENT = "event"  # what the program reports to the agent
+    CONFIG = "config"  # settings, and what the pins are
+    SCRATCH = "scratch"  # working memory of one packet
+    CALL = "call"  # the called programs of one program set
+
+
+class MapTrait(enum.Enum):
+    """What else holds for a map."""
+
+    PRIVATE = "private"  # no group may read it: it is the secret of the connections' hash, gives it away, or holds packets
+    MASKED = "masked"  # a hash chooses the slot, so the number of slots is a power of two
+    RANGED = "ranged"  # masked, and each processor has a range of slots of its own
+    CACHED = "cached"  # the endpoint cache has copies of rows, so a change needs a new epoch
+    REFERRING = "referring"  # rows name ranges of rows in other maps
+    FIXED = "fixed"  # no option sets its size
+
+
 MAP_SPECS: Mapping[str, MapSpec] = MappingProxyType(
     {
         "np_endpoint": MapSpec(
             "np_endpoint", "hash", np_endpoint_key, np_endpoint,
             ctypes.sizeof(np_endpoint_key), ctypes.sizeof(np_endpoint), 4096, ("BPF_F_NO_PREALLOC",),
+            MapRole.ENDPOINT, frozenset({MapTrait.CACHED, MapTrait.REFERRING}),
         ),
         "np_flow_cache4": MapSpec(
             "np_flow_cache4", "array", None, np_flow_cache4,
             4, ctypes.sizeof(np_flow_cache4), 262144, (),
+            MapRole.FLOW_CACHE, frozenset({MapTrait.RANGED}),
         ),
         "np_flow_cache6": MapSpec(
             "np_flow_cache6", "array", None, np_flow_cache6,
             4, ctypes.sizeof(np_flow_cache6), 131072, (),
+            MapRole.FLOW_CACHE, frozenset({MapTrait.RANGED}),
         ),
         "np_ep_cache": MapSpec(
             "np_ep_cache", "percpu_array", None, np_ep_cache,
             4, ctypes.sizeof(np_ep_cache), 512, (),
+            MapRole.ENDPOINT_CACHE, frozenset({MapTrait.MASKED}),
         ),
         "np_host": MapSpec(
             "np_host", "hash", np_number_key, np_host,
             ctypes.sizeof(np_number_key), ctypes.sizeof(np_host), 64, ("BPF_F_NO_PREALLOC",),
+            MapRole.ENDPOINT, frozenset({MapTrait.REFERRING}),
         ),
         "np_ifindex": MapSpec(
             "np_ifindex", "hash", np_number_key, np_ifindex,
             ctypes.sizeof(np_number_key), ctypes.sizeof(np_ifindex), 4096, ("BPF_F_NO_PREALLOC",),
+            MapRole.ENDPOINT,
         ),
         "np_local4": MapSpec(
             "np_local4", "hash", np_addr4_key, np_local,
             ctypes.sizeof(np_addr4_key), ctypes.sizeof(np_local), 4096, ("BPF_F_NO_PREALLOC",),
+            MapRole.NODE,
         ),
         "np_local6": MapSpec(
             "np_local6", "hash", np_addr6_key, np_local,
             ctypes.sizeof(np_addr6_key), ctypes.sizeof(np_local), 4096, ("BPF_F_NO_PREALLOC",),
+            MapRole.NODE,
         ),
         "np_local4_net": MapSpec(
             "np_local4_net", "lpm_trie", np_cidr4_key, np_local,
             ctypes.sizeof(np_cidr4_key), ctypes.sizeof(np_local), 256, ("BPF_F_NO_PREALLOC",),
+            MapRole.NODE,
         ),
         "np_local6_net": MapSpec(
             "np_local6_net", "lpm_trie", np_cidr6_key, np_local,
             ctypes.sizeof(np_cidr6_key), ctypes.sizeof(np_local), 256, ("BPF_F_NO_PREALLOC",),
+            MapRole.NODE,
         ),
         "np_tunnel": MapSpec(
             "np_tunnel", "hash", np_tunnel_key, np_tunnel,
             ctypes.sizeof(np_tunnel_key), ctypes.sizeof(np_tunnel), 64, ("BPF_F_NO_PREALLOC",),
+            MapRole.NODE,
         ),
         "np_vip4": MapSpec(
             "np_vip4", "hash", np_vip4_key, np_vip,
             ctypes.sizeof(np_vip4_key), ctypes.sizeof(np_vip), 65536, ("BPF_F_NO_PREALLOC",),
+            MapRole.NODE,
         ),
         "np_vip6": MapSpec(
             "np_vip6", "hash", np_vip6_key, np_vip,
             ctypes.sizeof(np_vip6_key), ctypes.sizeof(np_vip), 65536, ("BPF_F_NO_PREALLOC",),
+            MapRole.NODE,
         ),
         "np_scratch": MapSpec(
             "np_scratch", "percpu_array", None, np_scratch_words,
             4, ctypes.sizeof(np_scratch_words), 1, (),
+            MapRole.SCRATCH, frozenset({MapTrait.PRIVATE}),
         ),
         "np_vip_filter": MapSpec(
             "np_vip_filter", "array", None, np_vip_filter,
             4, ctypes.sizeof(np_vip_filter), 2048, (),
+            MapRole.NODE, frozenset({MapTrait.MASKED, MapTrait.FIXED}),
         ),
         "np_addr4": MapSpec(
             "np_addr4", "array", None, np_addr4_bucket,
             4, ctypes.sizeof(np_addr4_bucket), 65536, ("BPF_F_MMAPABLE",),
+            MapRole.TABLE, frozenset({MapTrait.CACHED}),
         ),
         "np_addr6": MapSpec(
             "np_addr6", "array", None, np_addr6_bucket,
             4, ctypes.sizeof(np_addr6_bucket), 65536, ("BPF_F_MMAPABLE",),
+            MapRole.TABLE, frozenset({MapTrait.CACHED}),
         ),
         "np_addr4_more": MapSpec(
             "np_addr4_more", "hash", np_addr4_key, np_addr,
             ctypes.sizeof(np_addr4_key), ctypes.sizeof(np_addr), 262144, ("BPF_F_NO_PREALLOC",),
+            MapRole.TABLE, overflow_of="np_addr4",
         ),
         "np_addr6_more": MapSpec(
             "np_addr6_more", "hash", np_addr6_key, np_addr,
             ctypes.sizeof(np_addr6_key), ctypes.sizeof(np_addr), 262144, ("BPF_F_NO_PREALLOC",),
+            MapRole.TABLE, overflow_of="np_addr6",
         ),
         "np_cidr4": MapSpec(
             "np_cidr4", "lpm_trie", np_cidr4_key, np_cidr,
             ctypes.sizeof(np_cidr4_key), ctypes.sizeof(np_cidr), 262144, ("BPF_F_NO_PREALLOC",),
+            MapRole.TABLE,
         ),
         "np_cidr6": MapSpec(
             "np_cidr6", "lpm_trie", np_cidr6_key, np_cidr,
             ctypes.sizeof(np_cidr6_key), ctypes.sizeof(np_cidr), 262144, ("BPF_F_NO_PREALLOC",),
+            MapRole.TABLE,
         ),
         "np_source4": MapSpec(
             "np_source4", "lpm_trie", np_source4_key, np_source,
             ctypes.sizeof(np_source4_key), ctypes.sizeof(np_source), 4096, ("BPF_F_NO_PREALLOC",),
+            MapRole.ENDPOINT,
         ),
         "np_source6": MapSpec(
             "np_source6", "lpm_trie", np_source6_key, np_source,
             ctypes.sizeof(np_source6_key), ctypes.sizeof(np_source), 4096, ("BPF_F_NO_PREALLOC",),
+            MapRole.ENDPOINT,
         ),
         "np_peer_class": MapSpec(
             "np_peer_class", "array", None, np_peer_bucket,
             4, ctypes.sizeof(np_peer_bucket), 65536, ("BPF_F_MMAPABLE",),
+            MapRole.TABLE,
         ),
         "np_peer_more": MapSpec(
             "np_peer_more", "hash", np_peer_class_key, np_peer_class,
             ctypes.sizeof(np_peer_class_key), ctypes.sizeof(np_peer_class), 1048576, ("BPF_F_NO_PREALLOC",),
+            MapRole.TABLE, overflow_of="np_peer_class",
         ),
         "np_l4_atom": MapSpec(
             "np_l4_atom", "array", None, np_l4_atom,
             4, ctypes.sizeof(np_l4_atom), 1537, (),
+            MapRole.TABLE,
         ),
         "np_l4_col": MapSpec(
             "np_l4_col", "array", None, np_l4_col,
             4, ctypes.sizeof(np_l4_col), 16384, (),
+            MapRole.TABLE,
         ),
         "np_verdict": MapSpec(
             "np_verdict", "array", None, np_verdict,
             4, ctypes.sizeof(np_verdict), 1048576, (),
+            MapRole.TABLE,
         ),
         "np_rule": MapSpec(
             "np_rule", "hash", np_rule_key, np_rule,
             ctypes.sizeof(np_rule_key), ctypes.sizeof(np_rule), 65536, ("BPF_F_NO_PREALLOC",),
+            MapRole.TABLE,
         ),
         "np_rule_count": MapSpec(
             "np_rule_count", "percpu_array", None, np_count,
             4, ctypes.sizeof(np_count), 65536, (),
+            MapRole.COUNTER,
         ),
         "np_staged_count": MapSpec(
             "np_staged_count", "percpu_array", None, np_count,
             4, ctypes.sizeof(np_count), 65536, (),
+            MapRole.COUNTER,
         ),
         "np_reason_count": MapSpec(
             "np_reason_count", "percpu_array", None, np_count,
             4, ctypes.sizeof(np_count), 128, (),
+            MapRole.COUNTER,
         ),
         "np_conn4": MapSpec(
             "np_conn4", "array", None, np_conn4_entry,
             4, ctypes.sizeof(np_conn4_entry), 524288, ("BPF_F_MMAPABLE",),
+            MapRole.CONNECTION, frozenset({MapTrait.PRIVATE}), view="np_unreplied4",
         ),
         "np_conn6": MapSpec(
             "np_conn6", "array", None, np_conn6_entry,
             4, ctypes.sizeof(np_conn6_entry), 262144, ("BPF_F_MMAPABLE",),
+            MapRole.CONNECTION, frozenset({MapTrait.PRIVATE}), view="np_unreplied6",
         ),
         "np_conn4_tag": MapSpec(
             "np_conn4_tag", "array", None, np_conn_tags,
             4, ctypes.sizeof(np_conn_tags), 65536, ("BPF_F_MMAPABLE",),
+            MapRole.CONNECTION, frozenset({MapTrait.PRIVATE}), tags_of="np_conn4",
         ),
         "np_conn6_tag": MapSpec(
             "np_conn6_tag", "array", None, np_conn_tags,
             4, ctypes.sizeof(np_conn_tags), 32768, ("BPF_F_MMAPABLE",),
+            MapRole.CONNECTION, frozenset({MapTrait.PRIVATE}), tags_of="np_conn6",
         ),
         "np_secret": MapSpec(
             "np_secret", "array", None, np_secret,
             4, ctypes.sizeof(np_secret), 1, (),
+            MapRole.CONNECTION, frozenset({MapTrait.PRIVATE, MapTrait.FIXED}),
         ),
         "np_frag4": MapSpec(
             "np_frag4", "lru_hash", np_frag4_key, np_frag,
             ctypes.sizeof(np_frag4_key), ctypes.sizeof(np_frag), 4096, (),
+            MapRole.CONNECTION,
         ),
         "np_frag6": MapSpec(
             "np_frag6", "lru_hash", np_frag6_key, np_frag,
             ctypes.sizeof(np_frag6_key), ctypes.sizeof(np_frag), 4096, (),
+            MapRole.CONNECTION,
         ),
         "np_log_limit": MapSpec(
             "np_log_limit", "array", None, np_log_limit,
             4, ctypes.sizeof(np_log_limit), 4096, (),
+            MapRole.EVENT, frozenset({MapTrait.MASKED}),
         ),
         "np_config": MapSpec(
             "np_config", "array", None, np_config,
             4, ctypes.sizeof(np_config), 1, (),
+            MapRole.CONFIG,
         ),
         "np_schema": MapSpec(
             "np_schema", "array", None, np_schema,
             4, ctypes.sizeof(np_schema), 1, (),
+            MapRole.CONFIG,
         ),
-        "np_event": MapSpec("np_event", "ringbuf", None, None, 0, 0, 1048576, ()),
+        "np_event": MapSpec(
+            "np_event", "ringbuf", None, None, 0, 0, 1048576, (), MapRole.EVENT,
+        ),
     }
 )
+OVERFLOW_MAPS: Mapping[str, str] = MappingProxyType(
+    {spec.overflow_of: spec.name for spec in MAP_SPECS.values() if spec.overflow_of}
+)
+"""The bucketed tables of policy, each with the map of the rows whose bucket is full."""
+TAG_MAPS: Mapping[str, str] = MappingProxyType(
+    {spec.tags_of: spec.name for spec in MAP_SPECS.values() if spec.tags_of}
+)
+"""The connection tables, each with the map of its tags."""
+UNREPLIED_VIEWS: Mapping[str, str] = MappingProxyType(
+    {spec.name: spec.view for spec in MAP_SPECS.values() if spec.view}
+)
+"""The connection tables, each with the name of the view of its unreplied connections."""

@@ -25,6 +25,22 @@ class AddressClaims:
         self._holders: dict[IPAddress, EndpointKey] = {}
         self._others: dict[IPAddress, list[EndpointKey]] = {}  # of contested addresses: who claims it too, oldest first
         self._addresses: dict[EndpointKey, tuple[IPAddress, ...]] = {}  # as claimed
+        self._lent: dict[EndpointKey, tuple[IPAddress, ...]] = {}
+
+    @property
+    def borrowers(self) -> Collection[EndpointKey]:
+        """Endpoints that `lend` gave addresses; to be read only."""
+        return self._lent.keys()
+
+    def lend(self, key: EndpointKey, addresses: tuple[IPAddress, ...]) -> bool:
+        """Addresses that count while an endpoint's object has none, () for none; whether that is news, for `apply_changes`."""
+        if self._lent.get(key, ()) == addresses:
+            return False
+        if addresses:
+            self._lent[key] = addresses
+        else:
+            del self._lent[key]
+        return True
 
     def apply_changes(self, changes: Changes, older: Collection[EndpointKey] = ()) -> None:
         """Take in what became of endpoints, and put into ``changes`` what they have after that.
@@ -50,23 +66,23 @@ class AddressClaims:
             else:
                 self._addresses.pop(key, None)
             touched[key] = None
-        if self._others or len(touched) > len(changes.endpoints):
+        if self._others or self._lent or len(touched) > len(changes.endpoints):
             changes.endpoints.update({key: self.effective(key) for key in touched})
 
     def effective(self, key: EndpointKey) -> Endpoint | None:
         """The endpoint with the addresses that count as its own; None when there is no such endpoint."""
         endpoint = self._world.endpoints.get(key)
-        if endpoint is None or not self.is_contested(key):
+        if endpoint is None or not (self.is_contested(key) or key in self._lent):
             return endpoint
-        own = tuple(address for address in endpoint.addresses if self._holders[address] == key)
+        own = tuple(address for address in self._wanted(key) if self._holders[address] == key)
         return endpoint if own == endpoint.addresses else replace(endpoint, addresses=own)
 
     def effective_world(self) -> World:
         """The world in which every workload has the addresses that count as its own; to be read only."""
-        losers = {key for line in self._others.values() for key in line}
-        if not losers:
+        others = {key for line in self._others.values() for key in line} | self._lent.keys()
+        if not others:
             return self._world
-        changed = {key: endpoint for key in losers if (endpoint := self.effective(key)) is not None}
+        changed = {key: endpoint for key in others if (endpoint := self.effective(key)) is not None}
         return replace(self._world, endpoints={**self._world.endpoints, **changed})
 
     def holder(self, address: IPAddress) -> EndpointKey | None:
@@ -87,7 +103,7 @@ class AddressClaims:
         endpoint = self._world.endpoints.get(key)
         if endpoint is None or endpoint.kind is not EndpointKind.WORKLOAD:
             return ()
-        return endpoint.addresses
+        return endpoint.addresses or self._lent.get(key, ())
 
     def _give_up(self, key: EndpointKey, address: IPAddress) -> list[EndpointKey]:
         """Take a workload out of the line for an address; those that may have gained by it."""

@@ -59,6 +59,11 @@ NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT})
 """What a file system without room answers."""
 FLOWS = "flows"
 """The operation that the service answers by itself."""
+MOST_WAITING = 256
+"""Connections of root that wait for something to come about; arbitrary, more than a node has pods, and far below 1024."""
+
+Wait = Callable[[], Any]
+"""Looks whether what was asked for has come about: the answer, None: not yet. May raise NetpolError. Takes no time."""
 _SO_PEERGROUPS = 59
 """asm-generic/socket.h; Linux 4.13."""
 _GROUPS_BYTES = 1024
@@ -67,7 +72,10 @@ _GROUPS_BYTES = 1024
 
 @dataclass(slots=True)
 class _Client:
-    """A connection. ``unsent``: lines, shared with all readers of the same flow. ``request``: one that waits for a child."""
+    """A connection. ``unsent``: lines, shared with all readers of the same flow. ``request``: one that waits for a child.
+
+    ``wait``: what it waits for when this process answers.
+    """
 
     channel: socket.socket
     user: int
@@ -78,6 +86,7 @@ class _Client:
     follows: bool = False
     is_answered: bool = False
     request: Mapping[str, Any] | None = None
+    wait: Wait | None = None
 
     def send(self, line: bytes) -> None:
         """Have a line sent as soon as the reader takes it."""
@@ -101,12 +110,14 @@ class _Client:
 class ControlSocket:
     """The listening side. ``answers``: what each operation is answered with, by a child; "flows" is the service's own.
 
-    ``group``: number of a group whose members are answered as well.  ``clock``: seconds.
+    ``group``: number of a group whose members are answered as well.  ``waits``: what is begun by operations that change
+    something or wait for it, which are root's alone; they may raise NetpolError.  ``clock``: seconds.
     """
 
     path: Path
     answers: Mapping[str, Answer]
     group: int | None = None
+    waits: Mapping[str, Callable[[Mapping[str, Any]], Wait]] = field(default_factory=dict)
     clock: Callable[[], float] = time.monotonic
     _listener: socket.socket | None = None
     _clients: list[_Client] = field(default_factory=list)
@@ -211,7 +222,9 @@ class ControlSocket:
 
     def _is_crowded(self, user: int) -> bool:
         """Whether there is no room for one more connection of a user; those that are being answered count."""
-        own = sum(one.user == user for one in self._clients) + self._answering.count(user)
+        if sum(one.wait is not None for one in self._clients) >= MOST_WAITING:
+            return True
+        own = sum(one.user == user and one.wait is None for one in self._clients) + self._answering.count(user)
         return own >= READERS_OF_USER or (user != 0 and len(self._clients) + self._answering.count() >= READERS)
 
     def _serve(self, client: _Client) -> bool:
@@ -219,15 +232,30 @@ class ControlSocket:
         try:
             if not client.is_answered:
                 self._receive(client)
+            if client.wait is not None:
+                self._look(client, client.wait)
             if client.unsent:
                 client.flush()
         except OSError:  # the other side is gone: nobody to tell
             return False
-        if client.request is not None:
+        if client.request is not None or client.wait is not None:
             return not self._is_gone(client)
         if client.follows:
             return client.unsent_bytes <= BACKLOG_BYTES and not self._is_gone(client)
         return (bool(client.unsent) or not client.is_answered) and self.clock() - client.since_s < REQUEST_S
+
+    def _look(self, client: _Client, wait: Wait) -> None:
+        """Answer who waits, if what it waits for has come about, or cannot any more."""
+        try:
+            answer = wait()
+        except NetpolError as error:
+            line = encode_error(error)
+        else:
+            if answer is None:
+                return
+            line = encode(answer)
+        client.wait, client.since_s = None, self.clock()
+        client.send(line)
 
     @staticmethod
     def _is_gone(client: _Client) -> bool:
@@ -271,8 +299,13 @@ class ControlSocket:
             client.follows = bool(request.get("follow"))
         elif operation in self.answers:
             client.request = request
+        elif operation in self.waits and client.user != 0:
+            raise PrivilegeError(f"only root may ask for {operation!r}", hint="")
+        elif operation in self.waits:
+            client.wait = self.waits[operation](request)
         else:
-            raise UsageError(f"unknown operation {operation!r}; known are {FLOWS}, {', '.join(sorted(self.answers))}")
+            known = ", ".join([FLOWS, *sorted([*self.answers, *self.waits])])
+            raise UsageError(f"unknown operation {operation!r}; known are {known}")
 
     def _begin_answer(self) -> None:
         """Have the first request that may be answered now be answered. One at a look: each takes a moment of this process."""

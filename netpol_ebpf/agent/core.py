@@ -23,6 +23,7 @@ from netpol_ebpf.agent.attachments import Attachments
 from netpol_ebpf.agent.barrier import Barrier
 from netpol_ebpf.agent.endpoint_binder import EndpointBinder
 from netpol_ebpf.agent.enforcement import Enforcement
+from netpol_ebpf.agent.handover import Handover
 from netpol_ebpf.agent.local_interfaces import LocalInterfaces
 from netpol_ebpf.agent.node_access import NodeAccess
 from netpol_ebpf.agent.objects import ClusterObjects
@@ -109,13 +110,35 @@ class Agent:
             self.binder.reconcile()
         if update is not None:
             self.objects.take(update)
-        if update is not None or self.objects.derivation.is_changed:
+        if update is not None or self.objects.is_changed:
             self._bring_into_force(self._take_changes())
         elif self.rejected.retry_at_s is not None and self._clock() >= self.rejected.retry_at_s:
             self._bring_into_force(Changes())
         if self.repair.step():
             self._log_unenforced()
         return self.read_events()
+
+    def hand_over(self, handed: Handover) -> None:
+        """Take up what the CNI plugin says of an interface; the next step acts on it, and `missing_for` says how far it is."""
+        self.objects.handovers.add(handed)
+
+    @property
+    def has_handovers(self) -> bool:
+        """Whether a step must act on what was handed over."""
+        return self.objects.handovers.is_changed
+
+    def missing_for(self, handed: Handover) -> str:
+        """Why policy for an interface that was handed over is not in force yet; empty: it is."""
+        if not self.interfaces.is_there(handed):
+            return f"the node has no interface {handed.name} with its other end where it was said to be"
+        missing = self.objects.missing_for(handed)
+        if missing:
+            return missing
+        if not self.binder.is_bound(handed.pod, handed.ifindex):
+            rejected = self.rejected.problem
+            return self.binder.why_unbound(handed.pod) if rejected is None else rejected.message
+        is_attached = handed.ifindex in self.attachments.interfaces
+        return "" if is_attached else f"interface {handed.name} has no programs"
 
     def close_newborn(self) -> None:
         """Put programs on interfaces that have come just now, before anything else is found out about them. Takes no time.

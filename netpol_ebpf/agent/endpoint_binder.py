@@ -111,6 +111,18 @@ class EndpointBinder:
         gone = self._node.network.take_gone()
         return self._attachments.interfaces - self._node.attached() if gone is None else gone
 
+    def is_bound(self, key: EndpointKey, ifindex: int) -> bool:
+        """Whether an interface has the row of a workload, for the workload as it is now."""
+        binding = self._enforcement.applier.bindings.get(key)
+        return self._objects.is_in_force(key) and binding is not None and binding.ifindex == ifindex
+
+    def why_unbound(self, key: EndpointKey) -> str:
+        """Why a workload has no interface yet."""
+        problem = self._no_room.get(key)
+        if problem is not None:
+            return problem.message
+        return self._interfaces.problem_of(key) or "its policy is not in the kernel yet"
+
     def forget(self, gone: Collection[int]) -> None:
         """Remove rows and programs of interfaces that went, though others may have their numbers now."""
         if not gone:

@@ -23,23 +23,23 @@ from netpol_ebpf.apply.audit import Audit
 from netpol_ebpf.apply.events import Names
 from netpol_ebpf.apply.ledger import Ledger
 from netpol_ebpf.apply.surroundings import SurroundingsWriter
-from netpol_ebpf.compiler import Change, Compiler, KnownNumbers, Limits, Tables
+from netpol_ebpf.compiler import Change, CompiledTables, Compiler, KnownNumbers, Limits
 from netpol_ebpf.errors import LimitError, MapFullError
 from netpol_ebpf.policy.types import (
     Action,
     Cause,
     Changes,
+    ClusterNode,
     Direction,
     Endpoint,
     EndpointKey,
-    NetworkSet,
-    Node,
+    LabelledNets,
     Policy,
-    Profile,
-    Service,
-    Settings,
+    PolicySettings,
+    PolicyTier,
+    ProfileRules,
+    ServiceBackends,
     Staged,
-    Tier,
 )
 from netpol_loader import abi
 
@@ -112,7 +112,7 @@ class Enforcement:
         return self._applier
 
     @property
-    def tables(self) -> Tables:
+    def tables(self) -> CompiledTables:
         """The compiled tables; for reading."""
         return self._compiler.tables
 
@@ -301,16 +301,16 @@ def limits_of(size: Mapping[str, int]) -> Limits:
 def _changed_objects(changes: Changes) -> Iterable[tuple[Any, Any, Any]]:
     """(type, key, new object or None) of everything that changed."""
     kinds: tuple[tuple[type, Mapping[Any, Any]], ...] = (
-        (Tier, changes.tiers),
+        (PolicyTier, changes.tiers),
         (Policy, changes.policies),
-        (Profile, changes.profiles),
+        (ProfileRules, changes.profiles),
         (Endpoint, changes.endpoints),
-        (NetworkSet, changes.network_sets),
-        (Node, changes.nodes),
-        (Service, changes.services),
+        (LabelledNets, changes.network_sets),
+        (ClusterNode, changes.nodes),
+        (ServiceBackends, changes.services),
     )
     for kind, table in kinds:
         for key, new in table.items():
             yield kind, key, new
     if changes.settings is not None:
-        yield Settings, None, changes.settings
+        yield PolicySettings, None, changes.settings

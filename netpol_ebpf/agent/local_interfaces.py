@@ -14,6 +14,7 @@ from pathlib import Path
 
 from netpol_ebpf.agent.assignments import Evidence, InterfaceAssignments, LocatedEndpoints
 from netpol_ebpf.agent.cni import CniResult
+from netpol_ebpf.agent.handover import Handover
 from netpol_ebpf.agent.node_access import NetworkAccess
 from netpol_ebpf.agent.objects import ClusterObjects
 from netpol_ebpf.agent.settings import AgentSettings
@@ -126,6 +127,15 @@ class LocalInterfaces:
         self._note_missing()
         self._save()
 
+    def is_there(self, handed: Handover) -> bool:
+        """Whether the node has the interface that was handed over, with its other end where it was said to be."""
+        link = self.wiring.links.get(handed.ifindex)
+        return link is not None and (link.name, link.peer) == (handed.name, handed.peer)
+
+    def problem_of(self, key: EndpointKey) -> str | None:
+        """Why a workload could not be given an interface although there is evidence of one; None: there is no such problem."""
+        return self._located.problems.get(key)
+
     def is_search_due(self) -> bool:
         """Whether the last look is old enough for a search for what nothing announces."""
         return self._clock() - self._looked_at_s >= SEARCH_S
@@ -140,6 +150,7 @@ class LocalInterfaces:
 
     def forget(self, gone: Collection[int]) -> None:
         """These interfaces are gone, though others may have their numbers now."""
+        self._objects.handovers.forget(gone)
         self._assignments.forget(gone)
 
     def forget_missing(self) -> None:
@@ -153,6 +164,11 @@ class LocalInterfaces:
             endpoint = self._objects.local.get(one.pod)
             if endpoint is not None and _is_first(one, endpoint) and (one.names or one.is_unseen):
                 found.setdefault(one.pod, set()).update(() if one.is_unseen else one.names)
+        for key in self._objects.handovers.pods:
+            addresses = self._objects.local[key].addresses if key in self._objects.local else ()
+            for handed in self._objects.handed(key):
+                if self.is_there(handed) and not set(handed.addresses).isdisjoint(addresses):
+                    found[key] = {handed.name}  # newer than what the runtime keeps of an interface before
         return found
 
     def _note_missing(self) -> None:

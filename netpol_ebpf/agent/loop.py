@@ -85,6 +85,7 @@ class AgentLoop:
         if not self.control_socket.is_open and self.clock() >= self._opened_s + RETRY_S:
             self.open()
         self.control_socket.poll()
+        self._is_news = self._is_news or self.agent.has_handovers
 
     def _due_s(self) -> float:
         """When the next step is due. NEWS_GAP_S holds for the source too, lest a busy one keep the agent from everything else."""

@@ -23,10 +23,10 @@ from typing import Any
 from netpol_ebpf import __version__
 from netpol_ebpf.agent import footprint
 from netpol_ebpf.agent.answering import Answer
-from netpol_ebpf.agent.control_socket import SOCKET_NAME, ControlSocket
+from netpol_ebpf.agent.control_socket import SOCKET_NAME, ControlSocket, Wait
 from netpol_ebpf.agent.loop import AgentLoop, serve
 from netpol_ebpf.apply.ledger import Ledger
-from netpol_ebpf.errors import InvalidInputError, NetpolError, PlatformError, UsageError
+from netpol_ebpf.errors import InvalidInputError, NetpolError, PlatformError, UnreachableError, UsageError
 from netpol_ebpf.sources.copies import LastGoodCopies
 from netpol_ebpf.sources.directory_watch import DirectoryWatch
 from netpol_ebpf.sources.files import ManifestDirectory
@@ -49,6 +49,8 @@ LOCK_NAME = "lock"
 LEDGER_NAME = "numbers"
 INTERFACES_NAME = "interfaces"
 COPIES_NAME = "manifests"
+IN_FORCE = {"in_force": True}
+"""The yes that the CNI plugin waits for (cni/agent.c)."""
 
 log = logging.getLogger("netpol-agent")
 
@@ -64,43 +66,52 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"netpol-agent {__version__}")
     parser.add_argument(
         "--manifests", type=Path, required=True, metavar="DIR",
-        help="directory (or file) of Kubernetes objects and policies, watched for changes",
+        help="directory (or file) of Kubernetes objects and policies; the agent watches it for changes",
     )  # fmt: skip
     parser.add_argument(
         "--node",
         metavar="NAME",
-        help="enforce for pods of this node (spec.nodeName); without it, for all pods found here",
+        help="name of this node: enforce for its pods (spec.nodeName); without the option, for all pods found here",
     )
     parser.add_argument("--once", action="store_true", help="apply the manifests, then exit; enforcement stays")
-    parser.add_argument("--pin-root", type=Path, metavar="DIR", help="where maps and programs live (a BPF file system)")
+    parser.add_argument(
+        "--pin-root",
+        type=Path,
+        metavar="DIR",
+        help="directory in which the agent pins maps and programs (on a BPF file system)",
+    )
     parser.add_argument(
         "--state-dir", type=Path, default=DEFAULT_STATE_DIR, metavar="DIR",
-        help=f"where the agent keeps its socket and what the next one needs (default: {DEFAULT_STATE_DIR})",
+        help=f"directory of the agent's socket and of the state that the next agent needs (default: {DEFAULT_STATE_DIR})",
     )  # fmt: skip
     parser.add_argument(
         "--workload-interfaces", action="append", default=[], metavar="PATTERN",
-        help="which interfaces are workloads' and so closed until their pod is known (shell pattern, may be repeated); "
-        "default: veths into other network namespaces and taps, but not the node's own",
+        help="interfaces of workloads (shell pattern, may be repeated); such an interface is closed until its pod is known; "
+        "default: veths into other network namespaces, and taps, but not the node's own",
     )  # fmt: skip
     parser.add_argument(
         "--own-interfaces", action="append", default=[], metavar="PATTERN",
-        help="which interfaces are the node's own although they are of a kind that workloads have (shell pattern, may be repeated)",
+        help="interfaces of the node itself that look like those of workloads (shell pattern, may be repeated)",
     )  # fmt: skip
     parser.add_argument(
         "--cni-results", type=Path, metavar="DIR",
-        help="where the runtime keeps what plugins of the container network said of pods' interfaces (default: "
+        help="directory in which the runtime caches the results of CNI plugins (default: "
         "/var/lib/cni/results)",
     )  # fmt: skip
     parser.add_argument(
-        "--map-size", action="append", default=[], metavar="MAP=ENTRIES", help="size of a map, such as np_addr4=1000000"
+        "--map-size",
+        action="append",
+        default=[],
+        metavar="MAP=ENTRIES",
+        help="size of a map (may be repeated), such as np_addr4=1000000",
     )
     parser.add_argument(
         "--timeout", action="append", default=[], metavar="STATE=SECONDS",
-        help="how long connections without packets are remembered, such as udp=180; states: tcp-new (no answer yet), tcp-open, "
+        help="idle time-out of connections (may be repeated), such as udp=180; states: tcp-new (no reply yet), tcp-open, "
         "tcp-closing, tcp-reset, udp, icmp, other, fragment (of a datagram)",
     )  # fmt: skip
     parser.add_argument(
-        "--keep-revoked", action="store_true", help="connections that policy no longer allows live on until they end"
+        "--keep-revoked", action="store_true", help="let connections that policy no longer allows go on until they end"
     )
     parser.add_argument(
         "--allow-source-prefixes", action="store_true",
@@ -108,50 +119,50 @@ def build_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     parser.add_argument(
         "--workload-to-host", choices=tuple(WORKLOAD_TO_HOST), default="allow", metavar="WHAT",
-        help="packets of workloads to their own node: allow (default), deny, or policy (that of a host endpoint of all "
-        "interfaces)",
+        help="verdict for packets from workloads to their own node: allow (default), deny, or policy (of the wildcard host "
+        "endpoint)",
     )  # fmt: skip
     parser.add_argument(
         "--service-mark", metavar="MASK",
-        help="16 adjacent bits of the packets' mark that the agent may use, such as 0xffff0000; without it packets to "
-        "services are not shown to other TC programs behind ours on a workload's interface",
+        help="16 adjacent bits of the packet mark that the agent may use, such as 0xffff0000; without the option, packets to "
+        "services skip the TC programs of others that run after ours on a workload's interface",
     )  # fmt: skip
     parser.add_argument(
         "--tunnel", action="append", default=[], metavar="PROTOCOL[:PORT]",
-        help="encapsulation that nodes of the cluster take from anyone, such as udp:8472, ipip or gre: workloads may not send it "
-        "to them, and between them it passes host endpoints (may be repeated); that of this node's own devices is known",
+        help="encapsulation that the cluster's nodes accept from any sender, such as udp:8472, ipip or gre (may be repeated): workloads "
+        "may not send it to nodes, and between nodes it passes host endpoints; the agent knows that of this node's own devices",
     )  # fmt: skip
     parser.add_argument(
         "--router", action="append", default=[], metavar="NAMESPACE/NAME",
-        help="a workload that others route through (shell pattern, may be repeated): it may get what is for others, announce "
-        "routers and answer DHCP",
+        help="a workload that routes for others (shell pattern, may be repeated): it may receive packets for other addresses, send "
+        "router advertisements and answer DHCP",
     )  # fmt: skip
     parser.add_argument(
         "--hairpin", action="store_true",
-        help="take packets from outside that have a source of this node or its workloads, as some load balancers send them back, "
-        "and out of a tunnel those of other nodes than the one that sent them",
+        help="accept packets from outside with a source address of this node or its workloads, which some load balancers send back, "
+        "and packets out of a tunnel with a source on another node than the one that sent them",
     )  # fmt: skip
     parser.add_argument(
         "--barrier", choices=("nft", "off"), default="nft", metavar="WHAT",
-        help="nft (default): what a workload sends past its program, or before it has one, is dropped by a table of nf_tables; "
-        "off: it passes",
+        help="nft (default): nf_tables tables drop what a workload sends past its program, or before it has one; "
+        "off: such packets pass",
     )  # fmt: skip
     parser.add_argument(
         "--barrier-interfaces", action="append", default=[], metavar="PATTERN",
-        help="names of workloads' interfaces (whole, or a beginning and *, such as cali*; may be repeated) that are closed from "
-        "their birth on, also while no agent runs; no interface of the node's own may be called so",
+        help="names of workloads' interfaces (a whole name, or a prefix and *, such as cali*; may be repeated) that are closed from "
+        "creation, also while no agent runs; no interface of the node itself may have such a name",
     )  # fmt: skip
     parser.add_argument(
         "--barrier-marks", default=BARRIER_MARKS, metavar="SEEN,NODE,DUE",
-        help=f"three single bits of the packets' mark that the agent may use (default: {BARRIER_MARKS})",
+        help=f"three single bits of the packet mark that the agent may use (default: {BARRIER_MARKS})",
     )  # fmt: skip
     parser.add_argument(
         "--group", metavar="NAME",
-        help="a group with members that may connect to the agent (netpolctl status, explain, flows, get, metrics) and read its maps; "
-        "without it, root alone",
+        help="group of users who may query the agent (netpolctl status, explain, flows, get, metrics) and read its maps; "
+        "without the option, root alone may",
     )  # fmt: skip
-    parser.add_argument("--verbose", action="store_true", help="log more")
-    parser.add_argument("--debug", action="store_true", help="show tracebacks of errors")
+    parser.add_argument("--verbose", action="store_true", help="log at level DEBUG")
+    parser.add_argument("--debug", action="store_true", help="print the traceback of an error")
     return parser
 
 
@@ -245,7 +256,9 @@ def run(arguments: argparse.Namespace) -> int:
             "pin_dir": str(node.pin_dir),
             "upgrade": node.upgraded,
         }
-        control_socket = ControlSocket(state_dir / SOCKET_NAME, answers_of(agent, node, ledger, place), group)
+        control_socket = ControlSocket(
+            state_dir / SOCKET_NAME, answers_of(agent, node, ledger, place), group, waits_of(agent)
+        )
         serve(AgentLoop(agent, node, ledger, control_socket))
     return 0
 
@@ -309,6 +322,28 @@ def answers_of(agent: Any, node: Any, ledger: Ledger, place: Mapping[str, Any]) 
         "connections": apart(lambda: report.connections(agent, node.maps)),
         "explain": asked(lambda request: answer_question(agent, request)),
     }
+
+
+def waits_of(agent: Any, clock: Callable[[], float] = time.monotonic) -> dict[str, Callable[[Mapping[str, Any]], Wait]]:
+    """What the CNI plugin asks for, by operation; the agent's own loop answers. ``clock``: seconds."""
+    from netpol_ebpf.agent.handover import parse_attach
+
+    def attach(request: Mapping[str, Any]) -> Wait:
+        handed, wait_s = parse_attach(request)
+        deadline_s = clock() + wait_s
+        agent.hand_over(handed)
+
+        def look() -> Any:
+            missing = agent.missing_for(handed)
+            if missing and clock() >= deadline_s:
+                raise UnreachableError(
+                    f"{handed.pod} is not under policy within {wait_s} s: {missing}", hint="Try again."
+                )
+            return None if missing else IN_FORCE
+
+        return look
+
+    return {"attach": attach, "ready": lambda _request: lambda: IN_FORCE}
 
 
 @contextlib.contextmanager

@@ -13,10 +13,10 @@ from pathlib import Path
 from netpol_ebpf.agent.adoption import LiveConnections, look_at_connections
 from netpol_ebpf.agent.kernel_network import KernelNetwork
 from netpol_ebpf.agent.timeouts import set_timeouts
-from netpol_ebpf.apply import surroundings
 from netpol_ebpf.apply.applier import KernelMap
 from netpol_ebpf.apply.encode import decode_endpoint
 from netpol_ebpf.errors import PlatformError
+from netpol_loader import abi
 from netpol_loader.host import netlink
 from netpol_loader.host.barrier import BarrierTables
 from netpol_loader.pins import access, attach
@@ -26,10 +26,9 @@ from netpol_loader.pins.renewal import Renewal
 from netpol_loader.pins.upgrade import Upgrade, open_dataplane
 from netpol_loader.tables.events import EventRecord
 
-POLICY_MAPS = frozenset({
-    "np_endpoint", "np_addr4", "np_addr6", "np_cidr4", "np_cidr6", "np_source4", "np_source6", "np_peer_class", "np_l4_atom",
-    "np_l4_col", "np_verdict", "np_rule", "np_host", "np_ifindex", "np_vip_filter", "np_ep_cache", *surroundings.MAPS,
-})  # fmt: skip
+POLICY_MAPS = frozenset(
+    abi.maps_of(abi.MapRole.ENDPOINT, abi.MapRole.ENDPOINT_CACHE, abi.MapRole.NODE, abi.MapRole.TABLE)
+)
 """Maps that say what policy is, or what was remembered of that. The others hold connections, counters and settings, and belong to no agent."""
 
 

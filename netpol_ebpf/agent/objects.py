@@ -11,6 +11,7 @@ import logging
 from collections.abc import Collection, Iterable
 
 from netpol_ebpf.agent.claims import AddressClaims
+from netpol_ebpf.agent.handover import Handover, Handovers
 from netpol_ebpf.agent.in_force import WorldInForce
 from netpol_ebpf.agent.settings import AgentSettings
 from netpol_ebpf.errors import Location, Problem
@@ -18,16 +19,17 @@ from netpol_ebpf.policy.translate import Derivation
 from netpol_ebpf.policy.types import (
     TUNNELS,
     Changes,
+    ClusterNode,
     Endpoint,
     EndpointKey,
     EndpointKind,
     IPAddress,
-    Node,
+    PolicySettings,
     ResourceKey,
-    Settings,
     Tunnel,
     World,
 )
+from netpol_ebpf.resources.types import Pod, Resource
 from netpol_ebpf.sources.source import SourceUpdate, Upsert
 
 log = logging.getLogger(__name__)
@@ -37,13 +39,14 @@ class ClusterObjects:
     """`take` an update of the source, then `take_changes`; `accept` when the changes are in force.
 
     ``derivation``: the objects, translated; for reading.  ``local``: the workloads of this node, with the addresses that count as theirs;
-    for reading.
+    for reading.  ``handovers``: interfaces that the CNI plugin handed over.
     """
 
     def __init__(self, settings: AgentSettings) -> None:
-        self.derivation = Derivation(Settings(workload_to_host=settings.workload_to_host))
+        self.derivation = Derivation(PolicySettings(workload_to_host=settings.workload_to_host))
         self.local: dict[EndpointKey, Endpoint] = {}
         self._settings = settings
+        self.handovers = Handovers()
         self._claims = AddressClaims(self.derivation.world)
         self._in_force = WorldInForce()
         self._source_problems: tuple[Problem, ...] = ()
@@ -78,6 +81,7 @@ class ClusterObjects:
         """What changed since the last call, each address given to the workload that had it first. ``older``: see `AddressClaims.apply_changes`."""
         changes = self.derivation.take_changes()
         before = set(self._claims.disputes())
+        self._lend_addresses(changes)
         self._claims.apply_changes(changes, older)
         for key, endpoint in changes.endpoints.items():
             if endpoint is not None and self.is_local(endpoint):
@@ -93,6 +97,21 @@ class ClusterObjects:
             if dispute not in before:
                 log.log(logging.ERROR if dispute[2] in self.local else logging.WARNING, "%s", _dispute(*dispute))
         return changes
+
+    @property
+    def is_changed(self) -> bool:
+        """Whether there is something for `take_changes`."""
+        return self.derivation.is_changed or self.handovers.is_changed
+
+    def _lend_addresses(self, changes: Changes) -> None:
+        """Give pods without an address in their objects those that the CNI plugin handed over; ``changes`` gets what that changes."""
+        changed = self.handovers.take_changed()
+        for key in {*changed, *self.handovers.pods, *self._claims.borrowers}:
+            handed = next(iter(self.handed(key)), None)
+            is_news = self._claims.lend(key, () if handed is None else handed.addresses)
+            endpoint = self.world.endpoints.get(key)
+            if endpoint is not None and (is_news or key in changed):
+                changes.endpoints.setdefault(key, endpoint)
 
     def accept(self) -> None:
         """All changes that were taken are in force."""
@@ -123,7 +142,7 @@ class ClusterObjects:
         """See `AddressClaims.effective_world`."""
         return self._claims.effective_world()
 
-    def nodes_here(self) -> list[Node]:
+    def nodes_here(self) -> list[ClusterNode]:
         """The Node object of this node; all of them where its name is not known."""
         nodes = self.world.nodes
         if self._settings.node is None:
@@ -142,9 +161,42 @@ class ClusterObjects:
             self._other_owners = {each: name for addresses, name in named for each in addresses}
         return self._other_owners.get(address)
 
+    def handed(self, key: EndpointKey) -> list[Handover]:
+        """What the CNI plugin handed over for the pod that the cluster has under this name now, oldest first."""
+        pod = self._resource(key)
+        return [one for one in self.handovers.of(key) if isinstance(pod, Pod) and one.is_of(pod.uid)]
+
+    def missing_for(self, handed: Handover) -> str:
+        """What of the objects keeps policy for an interface that was handed over from being in force; empty: nothing."""
+        key = handed.pod
+        if not self.handed(key):
+            return "its Pod object has not arrived" + (
+                ", only an older one's of its name" if self._resource(key) else ""
+            )
+        if key not in self.local:
+            return "its Pod object is that of a pod of another node, of the host's network, or of one that has ended"
+        if self.derivation.get(ResourceKey("Namespace", "", key.namespace)) is None:
+            return f"its Namespace {key.namespace} has not arrived"
+        if set(handed.addresses).isdisjoint(self.world.endpoints[key].addresses or handed.addresses):
+            return f"{handed.inside} is a further interface, and policy knows a workload by its first"
+        others = [
+            f"{one} is {holder}'s"
+            for one in handed.addresses
+            if (holder := self._claims.holder(one)) not in (None, key)
+        ]
+        return "; ".join(others)
+
+    def is_in_force(self, key: EndpointKey) -> bool:
+        """Whether the world in force has a local workload as it is now."""
+        return self.world_in_force.endpoints.get(key) == self.local.get(key)
+
+    def _resource(self, key: EndpointKey) -> Resource | None:
+        """The object behind an endpoint."""
+        return self.derivation.get(ResourceKey(key.kind, key.namespace, key.name))
+
     def location(self, key: EndpointKey) -> Location:
         """Where the object behind an endpoint is written."""
-        resource = self.derivation.get(ResourceKey(key.kind, key.namespace, key.name))
+        resource = self._resource(key)
         return Location("") if resource is None else resource.meta.location
 
     # --- problems ---------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from netpol_ebpf.agent.wiring import BRIDGE_KIND, NOWHERE, PAIR_KINDS, Interface
 from netpol_ebpf.apply.applier import Applier, Binding, KernelMap, too_small
 from netpol_ebpf.apply.encode import EndpointFlag, LocalFlag, Meaning, endpoint_key
 from netpol_ebpf.apply.surroundings import UPLINK, OwnInterface, Surroundings, SurroundingsWriter
-from netpol_ebpf.compiler import Tables
+from netpol_ebpf.compiler import CompiledTables
 from netpol_ebpf.errors import Location, MapFullError, Problem
 from netpol_ebpf.policy.types import Endpoint, EndpointKey, EndpointKind, IPAddress, Vip, VipKey, World
 from netpol_loader import abi
@@ -47,7 +47,7 @@ class HostPolicyInputs:
     nodes: Mapping[IPAddress, int] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, world: World, tables: Tables, node: str | None) -> HostPolicyInputs:
+    def of(cls, world: World, tables: CompiledTables, node: str | None) -> HostPolicyInputs:
         """Of the manifests, with the tables that were made of them, on the node of that name (None: not known)."""
         rows = tables.endpoints
         hosts = {key: one for key, one in world.endpoints.items() if one.kind is EndpointKind.HOST and key in rows}

@@ -17,7 +17,7 @@ from netpol_ebpf.analysis.explanation import explain, parse_engine, parse_reques
 from netpol_ebpf.cases.engines import open_engine
 from netpol_ebpf.cases.runner import Cast
 from netpol_ebpf.errors import InvalidInputError
-from netpol_ebpf.policy.journey import Journey, Place, PlaceKind, Topology
+from netpol_ebpf.policy.journey import FlowEnd, FlowEndKind, Journey, Topology
 from netpol_ebpf.policy.types import (
     ICMP,
     ICMPV6,
@@ -65,11 +65,11 @@ class NodeTopology(Topology):
         self._takes = agent.interfaces.wiring.tunnels | agent.settings.tunnels
         self._own = frozenset(agent.interfaces.wiring.addresses)
 
-    def locate(self, address: IPAddress) -> Place:
+    def locate(self, address: IPAddress) -> FlowEnd:
         """See `Topology`."""
         place = super().locate(address)
-        if place.kind is PlaceKind.OUTSIDE and address in self._own and self._agent.settings.node is not None:
-            return Place(PlaceKind.HOST, node=self._agent.settings.node)
+        if place.kind is FlowEndKind.OUTSIDE and address in self._own and self._agent.settings.node is not None:
+            return FlowEnd(FlowEndKind.HOST, node=self._agent.settings.node)
         return place
 
     def is_tunnelled(self, packet: Packet) -> bool:
@@ -79,7 +79,7 @@ class NodeTopology(Topology):
             return False
         destination = packet.destination
         is_many = destination.is_multicast or destination == BROADCAST
-        return is_many or self.locate(destination).kind is PlaceKind.HOST
+        return is_many or self.locate(destination).kind is FlowEndKind.HOST
 
     def uplink_of(self, node: str, direction: Direction, wire: Packet, *, is_local: bool) -> Endpoint | None:
         """See `Topology`."""

@@ -29,10 +29,8 @@ WAITING = 100
 CONNECTIONS = 10_000
 """Connections shown; arbitrary: some megabytes of answer."""
 CONNECTION_TABLES = (
-    ("np_conn4", "established"),
-    ("np_conn6", "established"),
-    ("np_unreplied4", "unreplied"),
-    ("np_unreplied6", "unreplied"),
+    *((name, "established") for name in abi.UNREPLIED_VIEWS),
+    *((name, "unreplied") for name in abi.UNREPLIED_VIEWS.values()),
 )
 _COUNT = struct.Struct("=QQ")  # struct np_count: packets, bytes
 

@@ -16,7 +16,7 @@ from netpol_ebpf.cases.case import Probe
 from netpol_ebpf.cases.engines import Engine
 from netpol_ebpf.cases.runner import Cast
 from netpol_ebpf.errors import Location, UsageError
-from netpol_ebpf.policy.journey import Finding, Journey, Reason, walk
+from netpol_ebpf.policy.journey import Finding, HopReason, Journey, walk
 from netpol_ebpf.policy.provenance import trace
 from netpol_ebpf.policy.types import PORT_PROTOCOLS, Cause, Direction, IPAddress, Outcome, Question, World
 
@@ -85,7 +85,7 @@ def _steps(world: World, journey: Journey, finding: Finding) -> Iterator[dict[st
                 }
 
 
-def _reason_step(reason: Reason) -> dict[str, Any]:
+def _reason_step(reason: HopReason) -> dict[str, Any]:
     return {
         "endpoint": None, "direction": None, "stage": None, "verdict": "allow" if reason.allows else "deny",
         "kind": "no policy", "sentence": reason.value, "file": None, "line": None, "tier": None, "policy": None,

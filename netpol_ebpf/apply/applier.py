@@ -29,30 +29,24 @@ from netpol_ebpf.apply.encode import (
     place_element,
     source_element,
 )
-from netpol_ebpf.compiler.tables import Change, Delta, EndpointRow, Tables
+from netpol_ebpf.compiler.tables import Change, CompiledTables, Delta, EndpointRow
 from netpol_ebpf.errors import MapFullError, PlatformError
 from netpol_ebpf.policy.types import EndpointKey, EndpointKind, IPNetwork
 from netpol_loader import abi
 from netpol_loader.host.barrier import Marks
 from netpol_loader.kernel.grace import order_stores, wait_for_readers
 from netpol_loader.pins.dataplane import following
-from netpol_loader.tables.buckets import MORE_NAMES
-from netpol_loader.tables.connections import TAG_NAMES
 
-ARRAYS = frozenset(
-    name
-    for name, spec in abi.MAP_SPECS.items()
-    if spec.kind in ("array", "percpu_array") and name not in {*MORE_NAMES, *TAG_NAMES, *TAG_NAMES.values()}
-)
+ARRAYS = frozenset(name for name, spec in abi.MAP_SPECS.items() if spec.has_elements)
 """Maps whose elements always exist: a deleted row is written as zeros, which deny."""
-OWNERS = frozenset({"np_endpoint", "np_host"})
+OWNERS = frozenset(abi.maps_with(abi.MapTrait.REFERRING))
 """Maps whose rows refer to ranges in others."""
 FILL_ROWS = 8192
 """Rows encoded before they are written, when whole tables are; arbitrary: some MB."""
 SHARED, OWN_ROWS = "np_endpoint", 64
 """The map that has rows of the node's own interfaces as well (`netpol_ebpf.apply.surroundings`), and how many there may be at
 most before every change counts them; arbitrary."""
-REMEMBERED = frozenset({"np_endpoint", "np_addr4", "np_addr6"})
+REMEMBERED = frozenset(abi.maps_with(abi.MapTrait.CACHED))
 """Maps of which the program remembers rows for an epoch."""
 
 
@@ -208,7 +202,7 @@ class Applier:
 
     # --- whole tables ---------------------------------------------------------------------------------------------
 
-    def fill(self, tables: Tables) -> None:
+    def fill(self, tables: CompiledTables) -> None:
         """Write all rows into empty maps, endpoints of known interfaces last. Raises MapFullError before the first write.
 
         Nothing may be attached yet, or nothing that refers to these maps.
@@ -394,7 +388,7 @@ class Applier:
 
     def _grace(self) -> None:
         self._wait()
-        for name in MORE_NAMES:
+        for name in abi.OVERFLOW_MAPS:
             self._maps[name].end_grace_period()
 
     def reset_counters(self, rules: Iterable[int]) -> None:
@@ -495,7 +489,7 @@ def _endpoint_elements(row: EndpointRow, binding: Binding) -> Iterator[Element]:
 
 
 def require_room(
-    tables: Tables,
+    tables: CompiledTables,
     sizes: Mapping[str, int],
     bindings: Mapping[EndpointKey, Binding],
     others: Iterable[Element] = (),
@@ -528,4 +522,4 @@ def too_small(name: str, size: int, need: int) -> MapFullError:
 
 
 _FIRST = bytes(4)
-_TABLES = tuple(table.name for table in Tables().all())
+_TABLES = tuple(table.name for table in CompiledTables().all())

@@ -15,25 +15,26 @@ from itertools import islice
 
 from netpol_ebpf.apply.applier import ARRAYS, Applier, KernelMap
 from netpol_ebpf.apply.encode import ENCODERS, Element, decode_key, elements
-from netpol_ebpf.apply.surroundings import MAPS, SurroundingsWriter
-from netpol_ebpf.compiler.tables import Tables
+from netpol_ebpf.apply.surroundings import SurroundingsWriter
+from netpol_ebpf.compiler.tables import CompiledTables
 from netpol_ebpf.errors import MapFullError
+from netpol_loader import abi
 from netpol_loader.pins.drift import Drift
 
 ROWS = 2000
 """Rows looked at in a step: some 10 ms; arbitrary."""
 
-BY_ENDPOINT = ("np_endpoint", "np_source4", "np_source6", "np_host", "np_ifindex")
-BY_NODE = MAPS
+BY_ENDPOINT = abi.maps_with_rows(abi.MapRole.ENDPOINT)
+BY_NODE = abi.maps_with_rows(abi.MapRole.NODE)
 """What is too much is looked for in these; a bit of np_vip_filter that is too much costs look-ups, nothing else."""
-BY_TABLE = ("np_addr4", "np_addr6", "np_cidr4", "np_cidr6", "np_peer_class", "np_rule")
+BY_TABLE = abi.maps_with_rows(abi.MapRole.TABLE)
 
 
 class Audit:
     """Goes round the maps that ``applier`` and ``node`` write, whose tables are ``tables``. To be asked between changes only."""
 
     def __init__(
-        self, maps: Mapping[str, KernelMap], tables: Tables, applier: Applier, node: SurroundingsWriter
+        self, maps: Mapping[str, KernelMap], tables: CompiledTables, applier: Applier, node: SurroundingsWriter
     ) -> None:
         self._maps = maps
         self._tables = {table.name: table for table in tables.all()}

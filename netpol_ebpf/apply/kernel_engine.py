@@ -71,8 +71,8 @@ ROOT_PREFIX = "netpol-engine-"
 """Engines pin below /sys/fs/bpf/netpol-engine-PID-COUNT."""
 
 SIZES: Mapping[str, int] = {
-    "np_conn4": 1024,
-    "np_conn6": 1024,
+    "np_conn4": 64,
+    "np_conn6": 64,
     "np_frag4": 64,
     "np_frag6": 64,
     "np_event": 65536,
@@ -315,8 +315,9 @@ class KernelEngine:
 
     def _forget_connection(self, question: Question) -> None:
         """Remove what the program remembers of an allowed packet, lest a later question be taken for its reply."""
-        for name in ("np_unreplied", "np_conn"):
-            self._dataplane.maps[f"{name}{question.packet.source.version}"].clear()
+        table = f"np_conn{question.packet.source.version}"
+        for name in (abi.UNREPLIED_VIEWS[table], table):
+            self._dataplane.maps[name].clear()
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,8 +32,9 @@ from netpol_ebpf.apply.encode import (
 )
 from netpol_ebpf.errors import PlatformError
 from netpol_ebpf.policy.types import IPAddress, IPNetwork, Vip
+from netpol_loader import abi
 
-MAPS = ("np_local4", "np_local6", "np_local4_net", "np_local6_net", "np_tunnel", "np_vip4", "np_vip6")
+MAPS = abi.maps_with_rows(abi.MapRole.NODE)
 """Maps that nothing else writes, besides VIP_FILTER; of np_endpoint only the rows of the node's own interfaces are meant here."""
 VIP_FILTER = "np_vip_filter"
 """An array of bits by hash of the addresses in MAPS."""

@@ -16,7 +16,7 @@ from netpol_ebpf.errors import Location, Problem
 from netpol_ebpf.policy.types import ICMP, ICMPV6, PORT_PROTOCOLS, UDPLITE, IPAddress
 from netpol_ebpf.resources.load import parse_objects
 from netpol_ebpf.resources.manifest_files import find_manifests, read_regular
-from netpol_ebpf.resources.reader import Reader, Report
+from netpol_ebpf.resources.reader import ProblemReport, Reader
 from netpol_ebpf.resources.syntax import parse_address
 from netpol_ebpf.resources.types import Meta, Namespace, NetworkSet, Pod, Resource, WorkloadEndpoint
 from netpol_ebpf.resources.workloads import as_cluster
@@ -153,7 +153,7 @@ def _render(problems: list[Problem]) -> str:
 
 
 def _parse_case(document: Document, problems: list[Problem]) -> Case | None:
-    report = Report(document.positions, problems=problems)
+    report = ProblemReport(document.positions, problems=problems)
     if not isinstance(document.value, Mapping):
         report.error((), "must be a case: a mapping with name, manifests and probes", slug="type")
         return None

@@ -15,7 +15,17 @@ from typing import Any
 from netpol_ebpf.cases.case import Case, InvalidCase, LoadedCases, Probe
 from netpol_ebpf.cases.engines import ENGINES, Engine, open_engine
 from netpol_ebpf.errors import InvalidInputError, NetpolError
-from netpol_ebpf.policy.journey import Finding, Flow, Hop, Journey, Place, PlaceKind, Reason, Topology, walk
+from netpol_ebpf.policy.journey import (
+    Finding,
+    Flow,
+    FlowEnd,
+    FlowEndKind,
+    HopReason,
+    Journey,
+    JourneyHop,
+    Topology,
+    walk,
+)
 from netpol_ebpf.policy.services import ServiceAddresses, Translation
 from netpol_ebpf.policy.translate import derive, key_of
 from netpol_ebpf.policy.types import (
@@ -26,8 +36,8 @@ from netpol_ebpf.policy.types import (
     EndpointKey,
     IPAddress,
     Packet,
+    PolicySettings,
     Question,
-    Settings,
     Verdict,
     World,
 )
@@ -65,7 +75,7 @@ class Judged:
 
 
 @dataclass(slots=True)
-class Report:
+class CaseResults:
     """``cases`` and ``probes`` count what was run."""
 
     cases: int = 0
@@ -93,9 +103,9 @@ class Report:
         }
 
 
-def run_cases(loaded: LoadedCases, engine: str = "model", settings: Settings | None = None) -> Report:
+def run_cases(loaded: LoadedCases, engine: str = "model", settings: PolicySettings | None = None) -> CaseResults:
     """Run all cases on an engine of `ENGINES`, or on "all" of them."""
-    report = Report(invalid=list(loaded.invalid))
+    report = CaseResults(invalid=list(loaded.invalid))
     names = ENGINES if engine == "all" else (engine,)
     with contextlib.ExitStack() as stack:
         engines = {name: stack.enter_context(open_engine(name)) for name in names}
@@ -121,7 +131,7 @@ def _step(case: Case) -> int:
     return case.sequence[1] if case.sequence is not None else 0
 
 
-def _run_case(case: Case, engines: Mapping[str, Engine], settings: Settings | None, report: Report) -> None:
+def _run_case(case: Case, engines: Mapping[str, Engine], settings: PolicySettings | None, report: CaseResults) -> None:
     world = derive(case.resources, settings)
     cast = Cast(case.resources, world)
     try:
@@ -225,14 +235,14 @@ class Cast:
         self._borrowers = [one for one in world.endpoints.values() if borrow_sources and one.allowed_sources]
         self._services = ServiceAddresses(world.vips, resources)
         self._named: dict[tuple[str, str], tuple[IPAddress, ...]] = {}
-        self._host_network: dict[tuple[str, str], Place] = {}
-        self._host_addresses: dict[IPAddress, Place] = {}
+        self._host_network: dict[tuple[str, str], FlowEnd] = {}
+        self._host_addresses: dict[IPAddress, FlowEnd] = {}
         for resource in resources:
             if not isinstance(resource, (Pod, WorkloadEndpoint)):
                 continue
             key = (resource.meta.namespace, resource.meta.name)
             if isinstance(resource, Pod) and resource.host_network:
-                place = Place(PlaceKind.HOST, node=resource.node or f"(the node of pod {key[0]}/{key[1]})")
+                place = FlowEnd(FlowEndKind.HOST, node=resource.node or f"(the node of pod {key[0]}/{key[1]})")
                 self._host_network[key] = place
                 for address in resource.addresses:
                     self._host_addresses.setdefault(address, place)
@@ -287,19 +297,19 @@ class Cast:
                 each = flow if sender is None else replace(flow, source=sender)
                 yield from [self._topology.plan(each)] if service is None else self._journeys_to(each, service)
 
-    def _senders(self, end: IPAddress | tuple[str, str], address: IPAddress) -> Iterator[Place | None]:
+    def _senders(self, end: IPAddress | tuple[str, str], address: IPAddress) -> Iterator[FlowEnd | None]:
         """Who may have sent a packet from an address: whose it is (None), and workloads that are allowed to use it."""
         yield None
         for one in self._borrowers if not isinstance(end, tuple) else ():
             if address not in one.addresses and any(address in net for net in one.allowed_sources):
-                yield Place(PlaceKind.WORKLOAD, one.key, one.node)
+                yield FlowEnd(FlowEndKind.WORKLOAD, one.key, one.node)
 
     def service_of(self, flow: Flow) -> Translation | None:
         """What a node puts in place of a flow's destination where the flow itself does not say it; None: nothing."""
         place = flow.destination or self._topology.locate(flow.packet.destination)
-        if flow.dnat_to is not None or place.kind is PlaceKind.WORKLOAD:
+        if flow.dnat_to is not None or place.kind is FlowEndKind.WORKLOAD:
             return None
-        return self._services.find(flow.packet, place.node if place.kind is PlaceKind.HOST else None)
+        return self._services.find(flow.packet, place.node if place.kind is FlowEndKind.HOST else None)
 
     def _journeys_to(self, flow: Flow, service: Translation) -> Iterator[Journey]:
         """One for each backend. A process of the node that translates is judged whichever backend that node takes."""
@@ -311,11 +321,11 @@ class Cast:
         own = [
             journey
             for journey, (node, end) in zip(journeys, ends, strict=True)
-            if end.kind is PlaceKind.HOST and end.node == node and self._is_policed_at(flow, node)
+            if end.kind is FlowEndKind.HOST and end.node == node and self._is_policed_at(flow, node)
         ]
         for journey in journeys:
             if len(own) > 1:
-                yield replace(journey, hops=(Hop(reason=Reason.LOCAL_BACKENDS),))
+                yield replace(journey, hops=(JourneyHop(reason=HopReason.LOCAL_BACKENDS),))
             elif own and journey is not own[0]:
                 yield replace(journey, hops=(*own[0].hops, *journey.hops))
             else:
@@ -325,7 +335,7 @@ class Cast:
         """Whether a flow meets a hook of ours where a node translates it: from a workload of it, or by a host endpoint's interface."""
         source = flow.source or self._topology.locate(flow.packet.source)
         if source.node == node:
-            return source.kind is PlaceKind.WORKLOAD
+            return source.kind is FlowEndKind.WORKLOAD
         return node is not None and self._topology.uplink(node, None, flow.packet.source.version) is not None
 
     def _addresses(self, end: IPAddress | tuple[str, str], probe: Probe) -> tuple[IPAddress, ...]:
@@ -342,17 +352,17 @@ class Cast:
             )
         return addresses
 
-    def _end(self, probe: Probe, destination: IPAddress) -> Place | None:
+    def _end(self, probe: Probe, destination: IPAddress) -> FlowEnd | None:
         """What is at the far end: that of the translated destination, where there is one."""
         if probe.dnat_to is not None:
             return self._place(probe.dnat_to[0], probe.dnat_to[0])
         return self._place(probe.destination, destination)
 
-    def _place(self, end: IPAddress | tuple[str, str], address: IPAddress) -> Place | None:
+    def _place(self, end: IPAddress | tuple[str, str], address: IPAddress) -> FlowEnd | None:
         """Only what the address alone does not tell."""
         if isinstance(end, tuple):
             return self._host_network.get(end)
-        if self._topology.locate(address).kind is PlaceKind.OUTSIDE:
+        if self._topology.locate(address).kind is FlowEndKind.OUTSIDE:
             return self._host_addresses.get(address)
         return None
 

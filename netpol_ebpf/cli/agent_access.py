@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the commands that talk to the agent share: the option that says where it is, and asking it."""
+"""Access to the agent for the commands that query it: the option ``--state-dir``, and the query itself."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ def add_state_dir_option(parser: argparse.ArgumentParser) -> None:
     """Add ``--state-dir``, as `netpol-agent` has it."""
     parser.add_argument(
         "--state-dir", type=Path, default=DEFAULT_STATE_DIR, metavar="DIR",
-        help=f"the state directory of the agent (default: {DEFAULT_STATE_DIR})",
+        help=f"state directory of the agent (default: {DEFAULT_STATE_DIR})",
     )  # fmt: skip
 
 
 def ask_agent(
     arguments: argparse.Namespace, operation: str, *, timeout_s: float | None = CLIENT_TIMEOUT_S, **request: Any
 ) -> Iterator[Any]:
-    """The agent's answer, line by line. ``timeout_s``: for each line, None: no limit. Raises as `ask` does."""
+    """Query the agent; yields the answer line by line. ``timeout_s``: seconds for each line, None: no limit. Raises what `ask` raises."""
     return ask(arguments.state_dir / SOCKET_NAME, {**request, "op": operation}, timeout_s=timeout_s)

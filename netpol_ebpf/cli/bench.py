@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`netpolctl bench`: measure this machine, and say how it compares with other ways to enforce the same policies.
+"""`netpolctl bench`: measure enforcement on this machine, beside nftables and iptables that enforce the same policies.
 
-The benchmarks are in ``bench/`` of the source; an installed package does not have them, and says so.
+The benchmarks are in ``bench/`` of the source.  An installed package lacks them; the command then fails and says so.
 
 Exit codes: 0 measured, 2 usage, 5 not root or something is missing.
 """
@@ -26,26 +26,33 @@ def register(subparsers: Any) -> None:
     """Add the command to the parser of `netpolctl`."""
     parser: argparse.ArgumentParser = subparsers.add_parser(
         "bench",
-        help="measure: packets, end to end, growth, control plane",
-        description="Run the benchmarks of the source checkout, write the result as JSON and a report beside it. Traffic and "
-        "rules stay in network namespaces made for it. Needs root.",
+        help="measure single packets, end to end, growth and the control plane",
+        description="Run the benchmarks of the source checkout. Writes the result as JSON, and a report beside it. Traffic and "
+        "rules stay in network namespaces that the run makes. Needs root.",
         epilog="exit codes: 0 measured, 2 usage, 5 not root or something is missing",
     )
     parser.add_argument(
-        "--smoke", action="store_true", help="two or three minutes: shows that all parts work; figures are rough"
+        "--smoke",
+        action="store_true",
+        help="run for two or three minutes only: every part works, the figures are rough",
     )
     parser.add_argument(
-        "--suites", default="", metavar="NAMES", help="of micro,guards,end-to-end,scale,control-plane; default all"
+        "--suites",
+        default="",
+        metavar="NAMES",
+        help="suites to run, of micro,guards,end-to-end,scale,control-plane (default: all)",
     )
     parser.add_argument(
         "-o", "--output", type=Path, default=Path("result.json"), metavar="FILE",
-        help="the result, as JSON; the report is in the directory of the same name (default: result.json, result/)",
+        help="file for the result, as JSON; the report goes to the directory of the same name (default: result.json, result/)",
     )  # fmt: skip
-    parser.add_argument("--no-report", action="store_true", help="leave the report out")
-    parser.add_argument("--peer", type=IPv4Address, metavar="ADDRESS", help="end to end: the other machine's address")
-    parser.add_argument("--device", metavar="NAME", help="end to end: the unused network card towards it")
+    parser.add_argument("--no-report", action="store_true", help="write no report")
+    parser.add_argument("--peer", type=IPv4Address, metavar="ADDRESS", help="end to end: address of the other machine")
     parser.add_argument(
-        "--address", type=IPv4Address, metavar="ADDRESS", help="end to end: a free address in its network"
+        "--device", metavar="NAME", help="end to end: unused network card that leads to the other machine"
+    )
+    parser.add_argument(
+        "--address", type=IPv4Address, metavar="ADDRESS", help="end to end: a free address in the network of --device"
     )
     parser.set_defaults(run=run)
 
@@ -55,7 +62,7 @@ def run(arguments: argparse.Namespace) -> int:
     suite, report, site = (_module(name) for name in ("suite", "report", "site"))
     given = (arguments.peer, arguments.device, arguments.address)
     if any(given) and not all(given):
-        raise UsageError("two machines need --peer, --device and --address")
+        raise UsageError("a run between two machines needs all of --peer, --device and --address")
     remote = site.Remote(*given) if all(given) else None
     chosen = [name.strip() for name in arguments.suites.split(",") if name.strip()]
     with ended_by_signals():
@@ -69,11 +76,11 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _module(name: str) -> Any:
-    """A module of ``bench/``, which is no part of the package. Raises PlatformError where it is missing."""
+    """Import a module of ``bench/``, which the package does not contain. Raises PlatformError if the module is missing."""
     if not (CHECKOUT / "bench" / f"{name}.py").exists() or importlib.util.find_spec("bench") is None:
         raise PlatformError(
-            f"the benchmarks are not in {CHECKOUT}: they are part of the source, not of the installed package",
-            hint="Run it from a checkout that was set up with scripts/setup.sh.",
+            f"no benchmarks in {CHECKOUT}: the source has them, the installed package does not",
+            hint="Run the command from a checkout that scripts/setup.sh has set up.",
         )
     return importlib.import_module(f"bench.{name}")
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`netpolctl check`: say everything that is wrong with manifests, and what is legal but probably not meant.
+"""`netpolctl check`: report every error in manifests, and warn of what is legal but probably not meant.
 
-Exit codes: 0 valid (be there warnings or not), 3 some input is not valid.
+Exit codes: 0 valid (with or without warnings), 3 some input is not valid.
 """
 
 from __future__ import annotations
@@ -25,10 +25,11 @@ def register(subparsers: Any) -> None:
     """Add the command to the parser of `netpolctl`."""
     parser: argparse.ArgumentParser = subparsers.add_parser(
         "check",
-        help="say what is wrong or suspicious in manifests",
-        description="Validate manifests as the API servers do, and warn of what is legal but probably not meant. All problems "
-        "of all files come out at once. Objects of other kinds (a Service of Knative, a ConfigMap) are skipped and counted. Warnings that need the whole cluster (a policy that selects nothing, a rule that "
-        "is never reached) are about the objects given, so give pods, or Deployments and other workloads, and namespaces too.",
+        help="report what is wrong or suspicious in manifests",
+        description="Validate manifests as the API servers do, and warn of what is legal but probably not meant. The command "
+        "reports all problems of all files at once. It skips and counts objects of other kinds (a Service of Knative, a "
+        "ConfigMap). Some warnings need the whole cluster (a policy that selects nothing, a rule that is never reached) and judge by "
+        "the objects given: give pods, or Deployments and other workloads, and namespaces too.",
         epilog="exit codes: 0 valid, 3 some input is not valid",
     )
     parser.add_argument(
@@ -36,9 +37,9 @@ def register(subparsers: Any) -> None:
         nargs="+",
         type=Path,
         metavar="PATH",
-        help="a file, a directory to search for *.yaml, *.yml and *.json, or - for standard input",
+        help="a file, a directory (searched for *.yaml, *.yml and *.json), or - for standard input",
     )
-    parser.add_argument("--strict", action="store_true", help="count warnings as errors")
+    parser.add_argument("--strict", action="store_true", help="exit with 3 for warnings, too")
     add_output_option(parser)
     parser.set_defaults(run=run)
 
@@ -50,7 +51,7 @@ def run(arguments: argparse.Namespace) -> int:
         paths = " ".join(map(str, arguments.paths))
         raise InvalidInputError(f"no object found in {paths}", hint="Manifests end in .yaml, .yml or .json.")
     problems = list(loaded.problems)
-    linted = not loaded.errors  # with objects missing, what depends on all of them would be wrong
+    linted = not loaded.errors  # checks of all objects together would be wrong if objects were missing
     if linted:
         problems.extend(lint(as_cluster(loaded.resources)))
         problems = _in_file_order(problems)
@@ -69,14 +70,14 @@ def run(arguments: argparse.Namespace) -> int:
             say(paragraph(str(problem)))
         say(f"{len(loaded.resources)} objects valid: {errors} errors, {warnings} warnings")
         if loaded.skipped:
-            say(escaped(f"Skipped, since they are of other kinds: {counted(loaded.skipped)}"))
+            say(escaped(f"Skipped objects of other kinds: {counted(loaded.skipped)}"))
         if not linted:
-            say("Checks that need all objects together were left out; they run once there are no errors.")
+            say("Checks that need all objects together did not run; they run once there are no errors.")
     return EXIT_INVALID if errors or (warnings and arguments.strict) else 0
 
 
 def _in_file_order(problems: Sequence[Problem]) -> list[Problem]:
-    """By line within a file; files in the order in which they first come up."""
+    """Sort by line within a file; files keep the order of their first problem."""
     files = {file: number for number, file in enumerate(dict.fromkeys(one.location.file for one in problems))}
     return sorted(problems, key=lambda problem: (files[problem.location.file], problem.location.line))
 

@@ -21,22 +21,22 @@ from netpol_ebpf.cli.output import add_output_option, print_value
 from netpol_ebpf.errors import PlatformError, PrivilegeError
 from netpol_ebpf.terminal import escaped, say
 
-IN_USE_HINT = "Stop it first (systemctl stop netpol-agent): an agent at work would put back what is removed."
+IN_USE_HINT = "Stop the agent first (systemctl stop netpol-agent): a running agent puts back what is removed."
 
 
 def register(subparsers: Any) -> None:
     """Add the command to the parser of `netpolctl`."""
     parser: argparse.ArgumentParser = subparsers.add_parser(
         "cleanup",
-        help="end enforcement and remove everything of ours",
-        description="End enforcement on this node and remove everything of ours: links, filters, maps, programs, state.",
+        help="end enforcement and remove everything that the agent made",
+        description="End enforcement on this node and remove everything that the agent made: links, filters, maps, programs, state.",
         epilog="exit codes: 0 nothing is left, 5 something could not be removed, or an agent is running",
     )
-    parser.add_argument("--dry-run", action="store_true", help="say what would be removed, and remove nothing")
-    parser.add_argument("--pin-root", type=Path, metavar="DIR", help="as given to the agent")
+    parser.add_argument("--dry-run", action="store_true", help="list what would be removed, and remove nothing")
+    parser.add_argument("--pin-root", type=Path, metavar="DIR", help="the agent's --pin-root")
     parser.add_argument(
         "--state-dir", type=Path, default=DEFAULT_STATE_DIR, metavar="DIR",
-        help=f"as given to the agent (default: {DEFAULT_STATE_DIR})",
+        help=f"the agent's --state-dir (default: {DEFAULT_STATE_DIR})",
     )  # fmt: skip
     add_output_option(parser)
     parser.set_defaults(run=run)
@@ -45,15 +45,15 @@ def register(subparsers: Any) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Run the command; returns the exit code."""
     if os.geteuid() != 0:
-        raise PrivilegeError("what netpol-ebpf leaves behind belongs to root")
+        raise PrivilegeError("pins and state belong to root; nothing was removed")
     from netpol_loader.pins.dataplane import DEFAULT_PIN_ROOT, held
 
     state_dir: Path = arguments.state_dir
     pin_root: Path = arguments.pin_root or DEFAULT_PIN_ROOT
-    with contextlib.ExitStack() as stack:  # an agent at work would put everything back
+    with contextlib.ExitStack() as stack:  # a running agent would put everything back
         if state_dir.is_dir():
             stack.enter_context(exclusive(state_dir, hint=IN_USE_HINT))
-        if pin_root.is_dir():  # whatever the state directory of who works there is called
+        if pin_root.is_dir():  # also for an agent with another state directory
             stack.enter_context(held(pin_root, hint=IN_USE_HINT))
         return _clean(arguments)
 
@@ -91,12 +91,15 @@ def _clean(arguments: argparse.Namespace) -> int:
     if not print_value(arguments.output, plain) and not leftovers:
         say("nothing to remove")
     if failures:
-        raise PlatformError("could not remove " + "; ".join(failures), hint="Run `netpolctl cleanup` again.")
+        raise PlatformError(
+            "could not remove " + "; ".join(failures),
+            hint="What is listed is still there. Run `netpolctl cleanup` again.",
+        )
     return 0
 
 
 def _abandoned_engines(parent: Path) -> list[Any]:
-    """Pins of `netpolctl test` processes that were killed."""
+    """Pins of killed `netpolctl test` processes."""
     from netpol_ebpf.apply.kernel_engine import abandoned
     from netpol_loader.pins.removal import find_leftovers
 
@@ -104,7 +107,7 @@ def _abandoned_engines(parent: Path) -> list[Any]:
 
 
 def _state(state_dir: Path) -> Iterator[Path]:
-    """What the agent keeps there, the directory last if nothing of others is in it."""
+    """The agent's files in the state directory, then the directory itself if it has no other files."""
     files = [f"{name}{suffix}" for name in (LEDGER_NAME, INTERFACES_NAME) for suffix in ("", ".draft", DAMAGED_SUFFIX)]
     names = (SOCKET_NAME, *files, COPIES_NAME, LOCK_NAME)
     ours = [state_dir / name for name in names]

@@ -21,18 +21,18 @@ def register(subparsers: Any) -> None:
     parser: argparse.ArgumentParser = subparsers.add_parser(
         "compile",
         help="compile the packet path into a file, for an image or a package",
-        description="Compile the packet path into a file that agents of this version load instead of compiling. Needs BCC, "
-        "and neither privileges nor a kernel that could load it; one file serves nodes with any number of processors and "
+        description="Compile the packet path into a file. Agents of this version load the file instead of compiling. Needs BCC; "
+        "needs no privileges and no kernel that can load the programs. One file serves nodes with any number of processors and "
         "any --map-size.",
         epilog="exit codes: 0 written, 5 it does not compile, there is no compiler, or others may write into the directory",
     )
     parser.add_argument(
         "--output-dir", type=Path, metavar="DIR",
-        help="where to write it; agents look in /usr/lib/netpol-ebpf (default) and /var/cache/netpol-ebpf",
+        help="directory of the file; agents look in /usr/lib/netpol-ebpf (default) and /var/cache/netpol-ebpf",
     )  # fmt: skip
     parser.add_argument(
         "--machine", default=platform.machine(), metavar="NAME",
-        help="for nodes of another architecture, as `uname -m` says there (default: %(default)s)",
+        help="architecture of the nodes, as `uname -m` prints it there (default: %(default)s)",
     )  # fmt: skip
     add_output_option(parser)
     parser.set_defaults(run=run)
@@ -49,7 +49,8 @@ def run(arguments: argparse.Namespace) -> int:
         path = save_compiled(compiled, directory)
     except OSError as error:
         raise PlatformError(
-            f"cannot write into {directory}: {error.strerror}", hint="Run it as root, or give --output-dir."
+            f"cannot write into {directory}: {error.strerror}",
+            hint="Run the command as root, or give another --output-dir.",
         ) from error
     instructions = {name: len(code) // 8 for name, code in compiled.programs.items()}
     plain = {

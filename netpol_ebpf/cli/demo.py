@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``netpolctl demo``: the whole of it at work, in network namespaces, in under two minutes.
+"""``netpolctl demo``: show enforcement at work, in network namespaces, in under two minutes.
 
 Builds a small cluster from manifests, shows who reaches whom before and after enforcement, explains one denial, changes
 a policy live, measures two pods against two others without enforcement, and shows a map as bpftool prints it.
@@ -40,9 +40,9 @@ from netpol_ebpf.resources.load import load_paths
 from netpol_ebpf.resources.types import KubernetesNetworkPolicy, Resource
 from netpol_ebpf.terminal import escaped
 
-READY_DEADLINE_S = 120.0  # seconds, on a quiet machine; a busy one may compile for half a minute
+READY_DEADLINE_S = 120.0  # seconds, on a quiet machine; a busy machine may compile for half a minute
 CHANGE_DEADLINE_S = 10.0
-CHANGE_ATTEMPT_S = 0.1  # how long silence is waited for while a change is awaited
+CHANGE_ATTEMPT_S = 0.1  # how long one attempt waits for an answer while a change is due
 POLL_S = 0.02
 MAP_SHOWN = "np_rule"
 MAP_LINES = 14
@@ -56,17 +56,21 @@ def register(subparsers: Any) -> None:
     """Add the command to the parser of `netpolctl`."""
     parser: argparse.ArgumentParser = subparsers.add_parser(
         "demo",
-        help="see it at work on real connections between network namespaces",
-        description="Build a small cluster of network namespaces, enforce policies in it, show who reaches whom. "
-        "Needs root; touches nothing of the machine's own network; leaves nothing behind.",
-        epilog="exit codes: 0 all as the reference model predicts, 1 something was not, 3 there are no manifests, 5 the machine "
+        help="show enforcement on real connections between network namespaces",
+        description="Build a small cluster of network namespaces, enforce policies in it, and show who reaches whom. "
+        "Needs root. Does not touch the machine's own network. Leaves nothing behind.",
+        epilog="exit codes: 0 all as the reference model predicts, 1 something differed, 3 no manifests, 5 the machine "
         "lacks something; environment: NETPOL_TIMEOUT_FACTOR multiplies every time limit, for an emulated or overloaded machine",
     )
-    parser.add_argument("--manifests", type=Path, metavar="DIR", help="the demonstration's manifests, when not found")
-    parser.add_argument("--keep", action="store_true", help="keep it all running at the end, until Ctrl-C")
-    parser.add_argument("--no-iperf", action="store_true", help="leave the throughput measurement out")
+    parser.add_argument(
+        "--manifests", type=Path, metavar="DIR", help="manifests to enforce, where the installation lacks examples/demo"
+    )
+    parser.add_argument("--keep", action="store_true", help="keep the cluster running at the end, until Ctrl-C")
+    parser.add_argument("--no-iperf", action="store_true", help="do not measure throughput")
     parser.add_argument("--color", choices=("auto", "always", "never"), default="auto")
-    parser.add_argument("-o", "--output", choices=("text", "json"), default="text", help="json: one summary at the end")
+    parser.add_argument(
+        "-o", "--output", choices=("text", "json"), default="text", help="json: print one summary at the end"
+    )
     parser.set_defaults(run=run)
 
 
@@ -76,7 +80,7 @@ def run(arguments: argparse.Namespace) -> int:
     if not manifests.is_dir():
         raise InvalidInputError(f"--manifests {manifests}: there is no such directory")
     _require_machine(with_iperf=not arguments.no_iperf)
-    stage = Stage(quiet=arguments.output == "json", colour=_wants_colour(arguments.color))
+    stage = DemoOutput(quiet=arguments.output == "json", colour=_wants_colour(arguments.color))
     began = time.monotonic()
     with ended_by_signals(), _workshop() as workshop:
         shutil.copytree(manifests, workshop / "manifests")
@@ -93,8 +97,8 @@ def run(arguments: argparse.Namespace) -> int:
     return 0 if summary["ok"] else EXIT_DIFFERS
 
 
-class Stage:
-    """Where the demonstration speaks: headlines, text, tables. Silent when only the summary is wanted."""
+class DemoOutput:
+    """Print the demonstration: headlines, text, tables. Prints nothing if the user wants only the summary."""
 
     def __init__(self, *, quiet: bool, colour: bool) -> None:
         self.quiet = quiet
@@ -126,7 +130,7 @@ class Stage:
             self._print(f"   {line}")
 
     def _print(self, text: str) -> None:
-        """Print a text whose names are escaped; what is left are our own colours."""
+        """Print a text with escaped names; its colours are our own."""
         if not self.quiet:
             print(text, flush=True)
 
@@ -135,9 +139,9 @@ class Stage:
 
 
 class Demo:
-    """One performance. As a context manager it builds the laboratory and takes it away again."""
+    """One run of the demonstration. The context manager builds the laboratory and removes it."""
 
-    def __init__(self, stage: Stage, workshop: Path) -> None:
+    def __init__(self, stage: DemoOutput, workshop: Path) -> None:
         self.stage = stage
         self.manifests = workshop / "manifests"
         self.state = workshop / "state"
@@ -157,19 +161,21 @@ class Demo:
             f"{len(self.plan.hosts)} namespaces, routed, IPv4 and IPv6, built in {time.monotonic() - began:.1f} s: "
             f"{len(self.plan.children(shop.NODE))} pods on {shop.NODE}, hosts outside"
         )
-        self.stage.detail(f"their names begin with {self.lab.token}; maps will be pinned in {self.pins}")
-        self.stage.detail("the machine's own interfaces and addresses are not touched")
+        self.stage.detail(
+            f"names of namespaces begin with {self.lab.token}; the agent will pin its maps in {self.pins}"
+        )
+        self.stage.detail("the machine's own interfaces and addresses stay as they are")
         return self
 
     def __exit__(self, *_: object) -> None:
         self.lab.close()
 
     def resources(self) -> list[Resource]:
-        """What the manifests say now."""
+        """Parse the current manifests."""
         return load_paths([self.manifests]).check()
 
     def play(self, *, with_iperf: bool) -> dict[str, Any]:
-        """All parts in order; the summary, whose ``ok`` says whether all was as predicted."""
+        """Run all parts in order. Returns the summary; its ``ok`` says whether all was as predicted."""
         before = self._show_before()
         enforced = self._show_enforced(before)
         self._explain_denial()
@@ -179,10 +185,10 @@ class Demo:
         return self.summary
 
     def keep(self) -> None:
-        """Wait for Ctrl-C, having said what one can look at."""
+        """Print what the user can inspect, then wait for Ctrl-C."""
         self.stage.headline("Kept, until Ctrl-C")
         inside = f"nsenter --net=/run/netns/{self.lab.namespace_of['shop/debug']}"
-        self.stage.say(f"manifests, to edit:  {self.manifests}")
+        self.stage.say(f"edit the manifests:  {self.manifests}")
         self.stage.say(f"the agent's log:     {self.log}")
         self.stage.say(f"the agent's state:   netpolctl status --state-dir {self.state}")
         self.stage.say(f"denied, as it comes: netpolctl flows --follow --state-dir {self.state}")
@@ -195,10 +201,10 @@ class Demo:
     # --- the parts --------------------------------------------------------------------------------------------------
 
     def _show_before(self) -> Observation:
-        self.stage.headline("Who reaches whom while nothing is enforced")
+        self.stage.headline("Who reaches whom before enforcement")
         observation = self.matrix.observe(self.lab)
         self.stage.table(observation)
-        self._judge("before", observation, lambda _: True, "as it must be where no policy is known")
+        self._judge("before", observation, lambda _: True, "as without any policy")
         return observation
 
     def _show_enforced(self, before: Observation) -> Observation:
@@ -206,7 +212,7 @@ class Demo:
         self.stage.headline(f"netpol-agent enforces {len(policies)} NetworkPolicies")
         took = self._start_agent()
         self.summary["agent_start_s"] = round(took, 2)
-        self.stage.say(f"compiled, loaded, attached and in force after {took:.1f} s")
+        self.stage.say(f"program loaded and attached, policy in force after {took:.1f} s")
         observation = self.matrix.observe(self.lab)
         self.stage.table(observation)
         self._judge("after", observation, self._prediction().reached)
@@ -223,7 +229,7 @@ class Demo:
         predict: Callable[[Attempt], bool],
         good: str = "each as the reference model predicts",
     ) -> None:
-        """Compare with the prediction, say so, and keep both for the summary."""
+        """Compare with the prediction, print the result, and keep it for the summary."""
         mismatches = observation.mismatches(predict)
         total = len(observation.results)
         self.summary[part] = {
@@ -268,19 +274,19 @@ class Demo:
         )
         ends = f"--from {attempt.source} --to shop/database --port {attempt.port}"
         self.stage.detail(
-            f"from manifests alone, without a cluster: netpolctl explain --manifests examples/demo {ends}"
+            f"the same answer from the manifests alone: netpolctl explain --manifests examples/demo {ends}"
         )
         self.summary["explained"] = explained
         self.summary["ok"] = self.summary["ok"] and agrees
 
     def _place(self, location: Location | None) -> str:
-        """File, relative to the manifests, and line."""
+        """File name and line of a location."""
         if location is None:
             return "?"
         return f"{Path(location.file).name}:{location.line}"
 
     def _reported_flow(self, attempt: Attempt) -> dict[str, Any]:
-        """What the agent heard from the kernel about an attempt that was denied."""
+        """The flow that the agent reported for a denied attempt. Raises PlatformError if none comes in time."""
         wanted = {
             "kind": "deny",
             "destination": str(attempt.destination),
@@ -298,12 +304,17 @@ class Demo:
 
     def _show_map(self) -> list[str]:
         pinned = next(self.pins.glob(f"*/{MAP_SHOWN}"))
-        self.stage.headline(f"What any tool can read: bpftool map dump pinned .../{pinned.parent.name}/{MAP_SHOWN}")
+        self.stage.headline(
+            f"The maps are readable by any tool: bpftool map dump pinned .../{pinned.parent.name}/{MAP_SHOWN}"
+        )
         done = subprocess.run(
             ["bpftool", "map", "dump", "pinned", str(pinned)], check=False, capture_output=True, text=True
         )
         if done.returncode != 0:
-            raise PlatformError(f"bpftool cannot read {pinned}: {done.stderr.strip()}", hint="Is it of this kernel?")
+            raise PlatformError(
+                f"bpftool cannot read {pinned}: {done.stderr.strip()}",
+                hint="Install the bpftool of the running kernel.",
+            )
         lines = done.stdout.splitlines()
         for line in lines[:MAP_LINES]:
             self.stage.say(line)
@@ -313,22 +324,22 @@ class Demo:
     def _change_policy(self, enforced: Observation) -> None:
         self.stage.headline("A policy changes, live")
         path = self.manifests / "incident.yaml"
-        self.stage.say(f"{path.name} is written: during an incident, {shop.INCIDENT.source} may reach the database")
+        self.stage.say(f"a new file, {path.name}: during an incident, {shop.INCIDENT.source} may reach the database")
         _write_whole(path, shop.INCIDENT_POLICY)
         added_s = self._seconds_until(reached=True)
         changed = self.matrix.observe(self.lab)
         self.stage.table(changed, enforced)
         self._judge("changed", changed, self._prediction().reached)
         cells = [f"{source} to {service.host}:{service.label}" for source, service in changed.changed(enforced)]
-        self.stage.say(f"in force {added_s:.2f} s after the file was written; changed (*): {', '.join(cells)}")
+        self.stage.say(f"in force {added_s:.2f} s after the write; changed (*): {', '.join(cells)}")
         held = self.lab.prober.hold(shop.INCIDENT)
         path.unlink()
         removed_s = self._seconds_until(reached=False)
-        self.stage.say(f"the file is removed; in force after {removed_s:.2f} s")
+        self.stage.say(f"the file is gone; in force after {removed_s:.2f} s")
         cut = held is not None and not held.exchange()
         if held is not None:
             held.close()
-        open_still = "the connection that was opened meanwhile is " + ("cut, too" if cut else "NOT cut")
+        open_still = "the connection that opened meanwhile is " + ("cut, too" if cut else "NOT cut")
         self.stage.verdict(open_still, good=cut)
         self._judge("restored", self.matrix.observe(self.lab), self._prediction().reached)
         self.summary["change"] = {
@@ -340,7 +351,7 @@ class Demo:
         self.summary["ok"] = self.summary["ok"] and cut and bool(cells)
 
     def _seconds_until(self, *, reached: bool) -> float:
-        """Time from now until a new connection of the incident is answered, or no longer."""
+        """Seconds until a new connection of the incident is answered (``reached``) or no longer answered."""
         began = time.monotonic()
         limit_s = scaled(CHANGE_DEADLINE_S)
         while time.monotonic() - began < limit_s:
@@ -365,7 +376,7 @@ class Demo:
     # --- the agent --------------------------------------------------------------------------------------------------
 
     def _start_agent(self) -> float:
-        """Start it inside the node and wait until it says that all is in force; seconds taken."""
+        """Start the agent inside the node, and wait until it reports everything in force. Returns the seconds taken."""
         began = time.monotonic()
         command = [
             sys.executable, "-m", "netpol_ebpf.agent.main",
@@ -384,7 +395,7 @@ class Demo:
         return time.monotonic() - began
 
     def _is_in_force(self) -> bool:
-        with contextlib.suppress(UnreachableError):  # it does not listen yet
+        with contextlib.suppress(UnreachableError):  # the agent does not listen yet
             for status in self._ask({"op": "status"}):
                 objects = status["objects"]
                 return bool(status["in_force"] and objects["enforced_endpoints"] == objects["local_endpoints"])
@@ -395,15 +406,15 @@ class Demo:
 
     def _log_tail(self) -> str:
         lines = self.log.read_text(errors="replace").splitlines()[-LOG_LINES_SHOWN:]
-        return "The agent's last words:\n" + "\n".join(lines)
+        return "Last lines of the agent's log:\n" + "\n".join(lines)
 
 
 def _require_machine(*, with_iperf: bool) -> None:
-    """Raise PlatformError for the first thing that is missing, before anything is built."""
+    """Check the machine before anything is built. Raises PlatformError for the first missing tool, PrivilegeError without root."""
     from netpol_loader.pins import doctor
 
     if os.geteuid() != 0:
-        raise PrivilegeError("the demonstration makes network namespaces and loads a BPF program, which needs root")
+        raise PrivilegeError("the demonstration needs root: it makes network namespaces and loads BPF programs")
     doctor.require_all(PIN_PARENT)
     for tool in ("bpftool", "iperf3") if with_iperf else ("bpftool",):
         if shutil.which(tool) is None:
@@ -425,7 +436,7 @@ def _can_encode(text: str, encoding: str | None) -> bool:
 
 
 def _write_whole(path: Path, text: str) -> None:
-    """Write a file so that a reader sees all of it or nothing."""
+    """Write a file atomically: a reader sees all of it or nothing."""
     unfinished = path.with_suffix(".unfinished")
     unfinished.write_text(text)
     unfinished.rename(path)
@@ -433,7 +444,7 @@ def _write_whole(path: Path, text: str) -> None:
 
 @contextlib.contextmanager
 def _workshop() -> Iterator[Path]:
-    """A directory for the copies of this performance; gone afterwards (by then the guard may have removed it)."""
+    """A directory for the copies of this run, removed afterwards (the laboratory's guard may have removed it before)."""
     path = Path(tempfile.mkdtemp(prefix="netpol-demo-"))
     try:
         yield path

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`netpolctl doctor`: whether this machine can enforce, thing by thing, and what to do about what is missing.
+"""`netpolctl doctor`: check what enforcement needs of this machine, and say how to get what is missing.
 
 Exit codes: 0 everything is there, 5 something is missing.
 """
@@ -19,8 +19,8 @@ def register(subparsers: Any) -> None:
     """Add the command to the parser of `netpolctl`."""
     parser: argparse.ArgumentParser = subparsers.add_parser(
         "doctor",
-        help="check what this machine has and lacks",
-        description="Check what this machine has of all that enforcement needs, and load the programs for a trial. Changes "
+        help="check what this machine has, and lacks, for enforcement",
+        description="Check everything that enforcement needs of this machine, and load the programs for a trial. Changes "
         "nothing.",
         epilog="exit codes: 0 everything is there, 5 something is missing",
     )
@@ -29,7 +29,7 @@ def register(subparsers: Any) -> None:
         type=Path,
         default=None,
         metavar="DIR",
-        help="where the agent would keep its maps (a BPF file system)",
+        help="directory in which the agent pins its maps (on a BPF file system)",
     )
     add_output_option(parser)
     parser.set_defaults(run=run)

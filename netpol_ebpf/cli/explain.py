@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`netpolctl explain`: whether one connection is allowed, and by which rule of which policy at each endpoint it meets.
+"""`netpolctl explain`: say whether one connection is allowed, and which rule of which policy decides at each endpoint.
 
-Asks the agent of this node, which answers for what is in force; or, of manifests that are named, works the answer out here without
+The agent of this node answers for what is in force.  With ``--manifests`` the command evaluates those files itself, without agent,
 root and kernel.  Exit codes: 0 allowed, 1 denied, 3 invalid manifests, unknown names or no answer, 4 no agent answers.
 """
 
@@ -31,8 +31,8 @@ from netpol_ebpf.terminal import escaped, paragraph, say
 EXIT_DENIED = 1
 PROTOCOLS = {"tcp": TCP, "udp": UDP, "sctp": SCTP, "icmp": ICMP, "icmpv6": ICMPV6, "udplite": UDPLITE}
 FROM_FILES = (
-    "note: worked out from the files named, as an agent would that was started without options; without --manifests the agent of "
-    "this node is asked, and answers for what is in force"
+    "note: this answer is for the files named and an agent without options; without --manifests the agent of this node answers for "
+    "what is in force"
 )
 
 
@@ -42,11 +42,11 @@ def register(subparsers: Any) -> None:
         "explain",
         help="say whether a connection is allowed, and by which rule",
         description="Say whether a new connection is allowed, and which rule of which policy decides at each endpoint. The agent of "
-        "this node is asked, and answers for what is in force. The address of a service, a node port or a host port stands for what "
-        "is behind it: each backend gets its own answer.",
+        "this node answers for what is in force. The address of a service, a node port or a host port stands for its backends: "
+        "each backend has its own answer.",
         epilog="exit codes: 0 allowed, 1 denied, 3 invalid input or no answer, 4 no manifests given and no agent answers",
     )
-    end = "NAMESPACE/NAME of a pod (or of a Deployment or another workload), or an address"
+    end = "an address, or NAMESPACE/NAME of a pod, a Deployment or another workload"
     parser.add_argument("--from", dest="source", required=True, type=parse_end, metavar="WHO", help=end)
     parser.add_argument("--to", dest="destination", required=True, type=parse_end, metavar="WHO", help=end)
     parser.add_argument(
@@ -54,21 +54,21 @@ def register(subparsers: Any) -> None:
         type=parse_protocol,
         default=TCP,
         metavar="NAME",
-        help="tcp (default), udp, sctp, icmp, icmpv6, udplite, a number",
+        help="tcp (default), udp, sctp, icmp, icmpv6, udplite, or a number",
     )
-    parser.add_argument("--port", type=parse_port, help="destination port, of tcp, udp and sctp")
-    parser.add_argument("--source-port", type=parse_port, help="source port; rarely matters")
+    parser.add_argument("--port", type=parse_port, help="destination port; required for tcp, udp and sctp")
+    parser.add_argument("--source-port", type=parse_port, help="source port; few policies have rules for it")
     parser.add_argument("--icmp-type", type=parse_octet, metavar="NUMBER", help="default: echo request")
     parser.add_argument("--icmp-code", type=parse_octet, metavar="NUMBER", help="default: 0")
     parser.add_argument(
         "--manifests", action="append", type=Path, metavar="PATH",
-        help="do not ask the agent, but read these files and directories of manifests (may be repeated)",
+        help="evaluate this file or directory of manifests instead of asking the agent (may be repeated)",
     )  # fmt: skip
     parser.add_argument(
         "--engine",
         choices=ENGINES,
         default=ENGINES[0],
-        help="what judges: the reference model, or the compiled tables",
+        help="engine that evaluates: the reference model, or the compiled tables",
     )
     add_state_dir_option(parser)
     add_output_option(parser)
@@ -78,7 +78,7 @@ def register(subparsers: Any) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Run the command; returns the exit code."""
     if (arguments.protocol in PORT_PROTOCOLS) != (arguments.port is not None):
-        raise UsageError("--port is needed for tcp, udp and sctp, and only for those")
+        raise UsageError("--port: tcp, udp and sctp need it, other protocols have no ports")
     probe = Probe(
         source=arguments.source, destination=arguments.destination, protocol=arguments.protocol, expect_allow=True,
         port=arguments.port, source_port=arguments.source_port, icmp_type=arguments.icmp_type,
@@ -107,12 +107,12 @@ def _by_files(paths: list[Path], probe: Probe, engine: str) -> Ways:
 
 
 def render(one: dict[str, Any]) -> str:
-    """One way as lines for people."""
+    """Render one way of the connection as text."""
     names = {number: name.upper() for name, number in PROTOCOLS.items()}
     port = "" if one["port"] is None else f" port {one['port']}"
     what = f"{one['source']} -> {one['destination']} {names.get(one['protocol'], one['protocol'])}{port}"
     if one["backend"] is not None:
-        what += f", by way of {', '.join(one['service'])} to {_end(one['backend'])}"
+        what += f", through {', '.join(one['service'])} to {_end(one['backend'])}"
     lines = [escaped(f"{'ALLOWED' if one['allowed'] else 'DENIED'}  {what}")]
     for number, step in enumerate(one["steps"], 1):
         if step["endpoint"] is None:
@@ -120,7 +120,7 @@ def render(one: dict[str, Any]) -> str:
             continue
         stage = "" if step["stage"] == "normal" else f", {step['stage']}"
         about = {"address": step["destination"], "port": step["port"]}
-        asked = "" if one["backend"] in (None, about) else f", asked about {_end(about)}"
+        asked = "" if one["backend"] in (None, about) else f", evaluated for {_end(about)}"
         lines.append(f"  {number}. {step['direction']} of {escaped(step['endpoint'])}{stage}: {step['verdict']}{asked}")
         lines += [f"       {escaped(log['sentence'])}{_place(log)}" for log in step["logs"]]
         lines.append(f"       {escaped(step['sentence'])}{_place(step)}")
@@ -129,7 +129,7 @@ def render(one: dict[str, Any]) -> str:
     if one["note"] is not None:
         lines.append(f"  {escaped(one['note'])}")
     if one["staged_allowed"] != one["allowed"]:
-        lines.append(f"  With staged policies in force: {'allowed' if one['staged_allowed'] else 'denied'}")
+        lines.append(f"  With staged policies enforced: {'allowed' if one['staged_allowed'] else 'denied'}")
     return "\n".join(lines)
 
 
@@ -142,13 +142,13 @@ def _place(step: dict[str, Any]) -> str:
 
 
 def parse_end(text: str) -> IPAddress | tuple[str, str]:
-    """An address, or (namespace, name). Raises ArgumentTypeError."""
-    end: IPAddress | tuple[str, str] = _parse(read_end, text, "neither NAMESPACE/POD nor an address")
+    """Parse an address, or a (namespace, name). Raises ArgumentTypeError."""
+    end: IPAddress | tuple[str, str] = _parse(read_end, text, "neither NAMESPACE/NAME nor an address")
     return end
 
 
 def parse_protocol(text: str) -> int:
-    """A protocol's number by name or number. Raises ArgumentTypeError."""
+    """Parse a protocol's name or number to its number. Raises ArgumentTypeError."""
     if text.lower() in PROTOCOLS:
         return PROTOCOLS[text.lower()]
     number: int = _parse(int, text, f"neither a number nor one of {', '.join(PROTOCOLS)}")
@@ -156,13 +156,13 @@ def parse_protocol(text: str) -> int:
 
 
 def parse_port(text: str) -> int:
-    """A port. Raises ArgumentTypeError."""
+    """Parse a port, 1 to 65535. Raises ArgumentTypeError."""
     number: int = _parse(int, text, "not a port number")
     return _within(number, 1, 65535)
 
 
 def parse_octet(text: str) -> int:
-    """A number of one byte. Raises ArgumentTypeError."""
+    """Parse a number from 0 to 255. Raises ArgumentTypeError."""
     number: int = _parse(int, text, "not a number")
     return _within(number, 0, 255)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`netpolctl flows`: the flows the agent saw denied (or logged, or would see denied by staged policy), each with its rule.
+"""`netpolctl flows`: print the flows that policy denied or logged, or that staged policy would deny, each with its rule.
 
 Exit codes: 0, 4 no agent answers.
 """
@@ -23,11 +23,11 @@ def register(subparsers: Any) -> None:
     parser: argparse.ArgumentParser = subparsers.add_parser(
         "flows",
         help="show denied flows, each with the rule that denied it",
-        description="Show the flows that the agent of this node saw denied or logged lately, each with the rule that decided.",
+        description="Show the recent flows that policy on this node denied or logged, each with the rule that decided.",
         epilog="exit codes: 0 done, 4 no agent answers",
     )
-    parser.add_argument("-f", "--follow", action="store_true", help="go on with new ones as they come")
-    parser.add_argument("-o", "--output", choices=("text", "json"), default="text", help="json: one object a line")
+    parser.add_argument("-f", "--follow", action="store_true", help="print new flows as they happen, until interrupted")
+    parser.add_argument("-o", "--output", choices=("text", "json"), default="text", help="json: one object per line")
     add_state_dir_option(parser)
     parser.set_defaults(run=run)
 
@@ -42,7 +42,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def render_flow(flow: dict[str, Any]) -> str:
-    """One line."""
+    """Render a flow as one line."""
     what = f"{flow['kind']:<5} {flow['direction']:<7} "
     if "source" in flow:
         protocol = PROTOCOLS.get(flow["protocol"], str(flow["protocol"]))
@@ -59,7 +59,7 @@ def render_flow(flow: dict[str, Any]) -> str:
 
 
 def render_end(flow: dict[str, Any], side: str) -> str:
-    """The source or the destination: name, address and port, as far as they are known."""
+    """Render the source or the destination: name, address and port, as far as they are known."""
     name, address, port = flow.get(f"{side}_name"), flow[side], flow.get(f"{side}_port")
     text = (
         f"[{address}]:{port}"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`netpolctl get`: what the agent holds: endpoints, rules with their counters, identities, connections, maps.
+"""`netpolctl get`: list endpoints, rules with their counters, identities, connections or maps of the agent.
 
 Exit codes: 0, 4 no agent answers.
 """
@@ -23,8 +23,8 @@ def register(subparsers: Any) -> None:
     """Add the command to the parser of `netpolctl`."""
     parser: argparse.ArgumentParser = subparsers.add_parser(
         "get",
-        help="list what the agent of this node holds",
-        description="List what the agent of this node holds.",
+        help="list endpoints, rules, identities, connections or maps of this node",
+        description="List endpoints, rules with their counters, identities, connections or maps of the agent of this node.",
         epilog="exit codes: 0 done, 4 no agent answers",
     )
     parser.add_argument("what", choices=tuple(_LISTS), help="what to list")

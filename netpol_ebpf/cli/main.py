@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`netpolctl`: the command line. Finds the subcommands, runs one, and turns every ending into an exit code.
+"""`netpolctl`: the command line. Finds the subcommands, runs one, and maps every outcome to an exit code.
 
-Exit codes: 0 yes or done, 1 the answer is no, 2 usage, 3 invalid input, 4 agent or API not reachable, 5 kernel or permission,
+Exit codes: 0 yes or done, 1 the answer is no, 2 usage, 3 invalid input, 4 agent not reachable, 5 kernel or permission,
 70 a bug; 130 interrupted, 141 the reader of the output went away.
 
 Invariant: a user sees a traceback only with ``--debug``.  Nothing imported here or by a subcommand's ``register`` needs root,
@@ -44,13 +44,13 @@ COMMANDS = (
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser with every subcommand; each sets ``run``, a function of the arguments to an exit code."""
+    """Build the parser with every subcommand; each sets ``run``, a function from the arguments to an exit code."""
     parser = argparse.ArgumentParser(
         prog="netpolctl",
-        description="Network policy enforced with eBPF: test policies, look into the dataplane, ask why.",
+        description="Network policy enforced with eBPF: check and test policies, explain verdicts, inspect the agent of this node.",
     )
     parser.add_argument("--version", action="version", version=f"netpolctl {__version__}")
-    parser.add_argument("--debug", action="store_true", help="show tracebacks of errors")
+    parser.add_argument("--debug", action="store_true", help="print the traceback of an error")
     subparsers = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND", required=True)
     for name in COMMANDS:
         importlib.import_module(name).register(subparsers)
@@ -60,7 +60,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point: returns the exit code (argparse exits by itself with 2 on wrong usage)."""
     arguments = build_parser().parse_args(argv)
-    if logging.lastResort is not None:  # where warnings of the modules below go
+    if logging.lastResort is not None:  # warnings of the imported modules go there
         logging.lastResort.setFormatter(LogFormatter())
     return run(arguments.run, arguments)
 
@@ -74,7 +74,7 @@ def run(command: Callable[[argparse.Namespace], int], arguments: argparse.Namesp
         _report(f"error: {error.message}", error.hint, debug=arguments.debug)
         return error.exit_code
     except BrokenPipeError:
-        # Python flushes standard output once more at exit; give it something that takes it.
+        # Python flushes standard output once more at exit; that flush must succeed.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_BROKEN_PIPE
     except KeyboardInterrupt:
@@ -82,7 +82,9 @@ def run(command: Callable[[argparse.Namespace], int], arguments: argparse.Namesp
     except Exception as error:  # noqa: BLE001 - the one place where a bug becomes a line and an exit code
         where = traceback.extract_tb(error.__traceback__)[-1]
         message = f"bug: {type(error).__name__}: {error} ({os.path.relpath(where.filename)}:{where.lineno})"
-        hint = NetpolError.default_hint + ("" if arguments.debug else " Run it with --debug for the traceback.")
+        hint = NetpolError.default_hint + (
+            "" if arguments.debug else " Run the command with --debug for the traceback."
+        )
         _report(message, hint, debug=arguments.debug)
         return EXIT_BUG
     return code

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`netpolctl metrics`: the agent's counters in Prometheus' text format, or as plain values, on standard output.
+"""`netpolctl metrics`: print the agent's counters in Prometheus' text format, or as plain values.
 
-For the textfile collector of the node exporter: nothing of ours listens on the network.  Names are stable; a counter starts
-again when its map is made anew.  Works out nothing: every value is one of `netpolctl status` or `netpolctl get rules`.
+The textfile collector of the node exporter reads the output, since the agent listens on no network socket.  Names are stable.  A
+counter restarts at 0 with a new map.  This module computes nothing: `netpolctl status` and `netpolctl get rules` have every value.
 
 Exit codes: 0, 4 no agent answers.
 """
@@ -68,7 +68,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def families(state: Mapping[str, Any], rules: Iterable[Mapping[str, Any]]) -> Iterator[Family]:
-    """Every metric. ``state``, ``rules``: the agent's answers of those names."""
+    """Yield every metric. ``state``, ``rules``: the agent's answers to ``status`` and ``rules``."""
     yield from _enforcement(state)
     yield from _packets(state["packets"], list(rules))
     yield from _maps(state["maps"], state["refused"])
@@ -76,16 +76,19 @@ def families(state: Mapping[str, Any], rules: Iterable[Mapping[str, Any]]) -> It
     drift = state["drift"]
     kinds = {**dict.fromkeys(("pin", "program", "row", "configuration", "barrier"), 0), **drift["put_back"]}
     yield Family(
-        "netpol_drift_repairs_total", "counter", "Things that something else changed and the agent put back.",
+        "netpol_drift_repairs_total", "counter", "Repairs of drift: objects that something else changed and the agent put back, by kind.",
         tuple(({"kind": kind}, count) for kind, count in sorted(kinds.items())),
     )  # fmt: skip
     yield _one(
-        "netpol_audit_rounds_total", "counter", "Comparisons of all rows with what they must be.", drift["rounds"]
+        "netpol_audit_rounds_total",
+        "counter",
+        "Comparisons of all map entries with the desired state.",
+        drift["rounds"],
     )
     yield _one(
         "netpol_listed_again_total",
         "counter",
-        "Times that all interfaces and routes were listed again, mostly since messages of the kernel were lost.",
+        "Full listings of interfaces and routes, mostly after the kernel dropped netlink messages.",
         sum(state["listed_again"].values()),
     )
 
@@ -94,19 +97,17 @@ def _enforcement(state: Mapping[str, Any]) -> Iterator[Family]:
     objects = state["objects"]
     labels = {"version": state["version"], "node": state["node"] or ""}
     yield Family("netpol_agent_info", "gauge", "The agent that answered.", ((labels, 1),))
-    yield _one("netpol_in_force", "gauge", "1 when all of the manifests is in force.", int(state["in_force"]))
+    yield _one("netpol_in_force", "gauge", "1 when everything in the manifests is in force.", int(state["in_force"]))
     yield _one(
         "netpol_generation",
         "gauge",
-        "Number of the policy state that connections are checked against.",
+        "Generation of policy; a connection of an older generation takes the policy step again.",
         state["generation"],
     )
-    yield _one(
-        "netpol_changes_applied_total", "counter", "Changes put in force by this agent.", state["changes_applied"]
-    )
-    yield _one("netpol_policies", "gauge", "Policies of the manifests.", objects["policies"])
+    yield _one("netpol_changes_applied_total", "counter", "Changes that this agent applied.", state["changes_applied"])
+    yield _one("netpol_policies", "gauge", "Policies in the manifests.", objects["policies"])
     yield Family(
-        "netpol_local_endpoints", "gauge", "Workloads of this node, by whether they are enforced.",
+        "netpol_local_endpoints", "gauge", "Workloads of this node, by state: enforced, or waiting for their interface.",
         tuple(
             ({"state": name}, count) for name, count in sorted({
                 **dict.fromkeys(("enforced", "waiting"), 0), **Counter(one["state"] for one in state["endpoints"]),
@@ -117,12 +118,12 @@ def _enforcement(state: Mapping[str, Any]) -> Iterator[Family]:
     yield _one(
         "netpol_closed_interfaces",
         "gauge",
-        "Interfaces of workloads that no endpoint is known of: everything there is denied.",
+        "Workload interfaces without a known endpoint; all of their traffic is denied.",
         closed,
     )
     problems = Counter((one["severity"], one["slug"]) for one in state["problems"])
     yield Family(
-        "netpol_problems", "gauge", "What keeps the node from being as the manifests say, by kind.",
+        "netpol_problems", "gauge", "Problems that keep the node from enforcing what the manifests say, by kind.",
         tuple(({"severity": severity, "kind": slug}, count) for (severity, slug), count in sorted(problems.items())),
     )  # fmt: skip
 
@@ -135,12 +136,12 @@ def _packets(packets: Mapping[str, int], rules: list[Mapping[str, Any]]) -> Iter
     lost = packets.get(EVENTS_LOST, 0)
     yield _one("netpol_events_lost_total", "counter", "Flow events for which the ring buffer had no room.", lost)
     for name, field, meaning in (
-        ("netpol_rule_packets_total", "packets", "Packets decided by each rule."),
-        ("netpol_rule_bytes_total", "bytes", "Bytes of the packets decided by each rule."),
+        ("netpol_rule_packets_total", "packets", "Packets that each rule decided."),
+        ("netpol_rule_bytes_total", "bytes", "Bytes of the packets that each rule decided."),
         (
             "netpol_rule_staged_packets_total",
             "staged_packets",
-            "Packets each rule would decide if staged policies were enforced.",
+            "Packets that each rule would decide if staged policies were enforced.",
         ),
     ):
         samples = tuple(({"rule": one["rule"], "number": one["number"]}, one[field]) for one in rules)
@@ -149,17 +150,19 @@ def _packets(packets: Mapping[str, int], rules: list[Mapping[str, Any]]) -> Iter
 
 def _maps(maps: Mapping[str, Any], refused: Mapping[str, Any]) -> Iterator[Family]:
     for name, field, meaning in (
-        ("netpol_map_entries", "entries", "Rows of each map that policy fills."),
-        ("netpol_map_max_entries", "size", "Rows that each map has room for."),
+        ("netpol_map_entries", "entries", "Entries in each map that policy fills."),
+        ("netpol_map_max_entries", "size", "Size of each map that policy fills, in entries."),
     ):
         yield Family(name, "gauge", meaning, tuple(({"map": key}, one[field]) for key, one in sorted(maps.items())))
-    yield _one("netpol_refused_changes_total", "counter", "Changes that did not fit.", refused["changes"])
+    yield _one(
+        "netpol_refused_changes_total", "counter", "Changes rejected because a map had no room.", refused["changes"]
+    )
     yield Family(
-        "netpol_map_refusals_total", "counter", "Changes that did not fit, by the map without room.",
+        "netpol_map_refusals_total", "counter", "Changes rejected because a map had no room, by map.",
         tuple(({"map": key}, count) for key, count in sorted(refused["by_map"].items())),
     )  # fmt: skip
     yield Family(
-        "netpol_refused_object", "gauge", "1 for each object that is not in force, with the map that has no room for it.",
+        "netpol_refused_object", "gauge", "1 for each object that is NOT in force because a map has no room for it.",
         tuple(({"object": one, "map": refused["map"]}, 1) for one in refused["waiting"]),
     )  # fmt: skip
 
@@ -179,11 +182,11 @@ def _barrier(barrier: Mapping[str, Any]) -> Iterator[Family]:
         for family, packets in sorted(one.items())
     ]
     yield Family(
-        "netpol_barrier_packets_total", "counter", "Packets that the second barrier dropped, by reason and family of the table.",
+        "netpol_barrier_packets_total", "counter", "Packets that the second barrier dropped, by reason and nftables family.",
         tuple(({"reason": name, "family": family}, packets) for name, family, packets in counts),
     )  # fmt: skip
     yield Family(
-        "netpol_barrier_unsigned_packets_total", "counter", "Packets of each interface dropped for want of the program's sign.",
+        "netpol_barrier_unsigned_packets_total", "counter", "Packets that the second barrier dropped because they lack the program's sign, by interface.",
         tuple(({"interface": name}, packets) for name, packets in barrier["unsigned"].items()),
     )  # fmt: skip
 
@@ -193,7 +196,7 @@ def _one(name: str, kind: str, meaning: str, value: float) -> Family:
 
 
 def render(found: Iterable[Family]) -> str:
-    """The text exposition format, version 0.0.4."""
+    """Render the text exposition format, version 0.0.4."""
     lines: list[str] = []
     for family in found:
         lines += [f"# HELP {family.name} {family.meaning}", f"# TYPE {family.name} {family.kind}"]
@@ -204,5 +207,5 @@ def render(found: Iterable[Family]) -> str:
 
 
 def _escaped(text: str) -> str:
-    """A label's value: as people would see it, and then as the format wants it."""
+    """Escape a label's value: unprintable characters first, then what the format requires."""
     return escaped(text, keep="\n").replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")

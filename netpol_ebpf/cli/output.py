@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ``-o`` option that all commands share, and writing values and tables.
+"""The ``-o`` option of all commands, and rendering of values and tables.
 
 Invariants: what `json` and `yaml` print is one document of plain values and nothing else, whatever the command, exact and in
 printable ASCII; no cell of a table holds anything unprintable.
@@ -21,11 +21,11 @@ FORMATS = ("text", "wide", "json", "yaml")
 
 def add_output_option(parser: argparse.ArgumentParser) -> None:
     """Add ``-o``/``--output``; the value is one of FORMATS."""
-    parser.add_argument("-o", "--output", choices=FORMATS, default="text", help="how to print (default: text)")
+    parser.add_argument("-o", "--output", choices=FORMATS, default="text", help="output format (default: text)")
 
 
 def print_value(output: str, value: Any) -> bool:
-    """Print a plain value when JSON or YAML is asked for; False when the caller is to print text."""
+    """Print a plain value as JSON or YAML. Returns False if ``output`` is another format: the caller must then print text."""
     if output == "json":
         print(render_json(value, indent=2))
     elif output == "yaml":
@@ -36,17 +36,19 @@ def print_value(output: str, value: Any) -> bool:
 
 
 def render_json(value: Any, indent: int | None = None) -> str:
-    """A plain value as JSON in printable ASCII."""
-    return json.dumps(value, indent=indent).replace("\x7f", "\\u007f")  # the one control character that it leaves
+    """Render a plain value as JSON in printable ASCII."""
+    return json.dumps(value, indent=indent).replace(
+        "\x7f", "\\u007f"
+    )  # json.dumps escapes every other control character
 
 
 def counted(counts: Mapping[str, int]) -> str:
-    """How many there are of each, as ``2 apps/v1 Deployment, 1 v1 ConfigMap``."""
+    """Render counts, such as ``2 apps/v1 Deployment, 1 v1 ConfigMap``."""
     return ", ".join(f"{number} {name}" for name, number in counts.items())
 
 
 def render_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """A table with aligned columns, header in capitals; ends without a newline."""
+    """Render a table with aligned columns and a header in capitals, without a final newline."""
     lines = [[title.upper() for title in header], *([escaped(str(cell)) for cell in row] for row in rows)]
     widths = [max(len(line[at]) for line in lines) for at in range(len(header))]
     return "\n".join(

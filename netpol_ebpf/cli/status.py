@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`netpolctl status`: what the agent of this node enforces, where, and what is in its way.
+"""`netpolctl status`: show what the agent of this node enforces, on which interfaces, and every problem.
 
-Exit codes: 0 all of the manifests is in force, 1 something is not, 4 no agent answers.
+Exit codes: 0 everything in the manifests is in force, 1 something is not, 4 no agent answers.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from netpol_ebpf.cli.output import add_output_option, counted, print_value, rend
 from netpol_ebpf.terminal import escaped, paragraph, say
 
 EXIT_NOT_IN_FORCE = 1
-_UNKNOWN = {"closed": "closed (no endpoint is known here)", "own": "the node's own"}
+_UNKNOWN = {"closed": "closed (no known endpoint)", "own": "the node's own"}
 
 
 def register(subparsers: Any) -> None:
     """Add the command to the parser of `netpolctl`."""
     parser: argparse.ArgumentParser = subparsers.add_parser(
         "status",
-        help="show what the agent of this node enforces",
-        description="Show what the agent of this node enforces, on which interfaces, and what is in its way.",
-        epilog="exit codes: 0 all of the manifests is in force, 1 something is not, 4 no agent answers",
+        help="show what the agent of this node enforces, and every problem",
+        description="Show what the agent of this node enforces, on which interfaces, and what keeps it from enforcing the rest.",
+        epilog="exit codes: 0 everything in the manifests is in force, 1 something is not, 4 no agent answers",
     )
     add_state_dir_option(parser)
     add_output_option(parser)
@@ -51,10 +51,10 @@ def _print_text(state: dict[str, Any], *, wide: bool) -> None:
     say(escaped(f"endpoints  {objects['enforced_endpoints']} enforced of {objects['local_endpoints']} local"))
     say(escaped(f"barrier    {_barrier(state['barrier'])}"))
     for one in state["barrier"]["open"]:
-        say(escaped(f"           open: {one}"))
+        say(escaped(f"           NOT closed: {one}"))
     refused = state["refused"]
     if refused["waiting"]:
-        say(escaped(f"refused    {', '.join(refused['waiting'])}: no room in {refused['map']}"))
+        say(escaped(f"rejected   {', '.join(refused['waiting'])}: no room in {refused['map']}"))
     say()
     rows = [
         (
@@ -87,14 +87,14 @@ def _print_text(state: dict[str, Any], *, wide: bool) -> None:
         counts = state["barrier"]["packets"].items()
         say(
             render_table(
-                ("dropped by the barrier", "family", "packets"),
+                ("dropped by the second barrier", "family", "packets"),
                 [(name, family, packets) for name, one in counts for family, packets in one.items()],
             )
         )
         say()
         say(
             render_table(
-                ("connection", "remembered for"), [(name, f"{one:g} s") for name, one in state["timeouts"].items()]
+                ("connection state", "time-out"), [(name, f"{one:g} s") for name, one in state["timeouts"].items()]
             )
         )
     if state["problems"]:
@@ -106,12 +106,12 @@ def _print_text(state: dict[str, Any], *, wide: bool) -> None:
 
 
 def _isolation(policies: list[str]) -> str:
-    """Whether a direction is isolated, and by how many policies."""
+    """Render whether a direction is isolated, and by how many policies."""
     return f"isolated ({len(policies)})" if policies else "open"
 
 
 def _print_isolation(endpoints: list[dict[str, Any]]) -> None:
-    """By which policies each endpoint is isolated."""
+    """Print the policies that isolate each endpoint."""
     rows = [
         (one["endpoint"], way, policy)
         for one in endpoints
@@ -123,11 +123,11 @@ def _print_isolation(endpoints: list[dict[str, Any]]) -> None:
 
 
 def _barrier(state: dict[str, Any]) -> str:
-    """The second barrier in a few words."""
+    """Render the state of the second barrier."""
     if state["mode"] == "off":
         return "off"
     if not state["installed"]:
         return "NOT IN FORCE, see the problems below"
     unsigned = sum(state["packets"].get("unsigned", {}).values())
-    names = f"; closed from birth: {', '.join(state['patterns'])}" if state["patterns"] else ""
+    names = f"; closed while no agent runs: {', '.join(state['patterns'])}" if state["patterns"] else ""
     return f"{' and '.join(state['families'])}, {state['interfaces']} interfaces; {unsigned} packets dropped{names}"

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`netpolctl test`: run case files.
 
-Exit codes: 0 every probe went as expected, 1 some did not, 3 some input is not valid (be there failures or not), 5 the engine
+Exit codes: 0 every probe had the expected verdict, 1 some did not, 3 some input is not valid (with or without failures), 5 the engine
 `kernel` cannot run here.
 """
 
@@ -15,7 +15,7 @@ from typing import Any
 
 from netpol_ebpf.cases.case import load_cases
 from netpol_ebpf.cases.engines import ENGINES
-from netpol_ebpf.cases.runner import Report, run_cases
+from netpol_ebpf.cases.runner import CaseResults, run_cases
 from netpol_ebpf.cli.output import print_value
 from netpol_ebpf.terminal import escaped, say
 
@@ -27,16 +27,16 @@ def register(subparsers: Any) -> None:
     """Add the command to the parser of `netpolctl`."""
     parser: argparse.ArgumentParser = subparsers.add_parser(
         "test",
-        help="run case files: manifests, probes, and what should become of them",
-        description="Run case files: manifests, probes, and what should become of them.",
-        epilog="exit codes: 0 all as expected, 1 some probes failed, 3 some input is not valid, 5 the engine kernel cannot run here",
+        help="run case files: unit tests for policies",
+        description="Run case files. A case has manifests, probes, and the expected verdict of each probe.",
+        epilog="exit codes: 0 all probes as expected, 1 some probes failed, 3 some input is not valid, 5 the engine kernel cannot run here",
     )
     parser.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="a case file, or a directory of them")
     parser.add_argument(
         "--engine",
         choices=(*ENGINES, "all"),
         default="model",
-        help="what judges the probes: the reference model (default), the compiled tables, the program in the kernel "
+        help="engine that evaluates the probes: the reference model (default), the compiled tables, the program in the kernel "
         "(needs root), or all three, which must agree in verdict and rule",
     )
     parser.add_argument(
@@ -44,7 +44,7 @@ def register(subparsers: Any) -> None:
         "--output",
         choices=("text", "wide", "json", "yaml"),
         default="text",
-        help="wide: every probe, not only failures",
+        help="output format; wide: every probe, not only failures (default: text)",
     )
     parser.set_defaults(run=run)
 
@@ -56,14 +56,14 @@ def run(arguments: argparse.Namespace) -> int:
     if not print_value(arguments.output, report.as_dict()):
         _print_text(report, wide=arguments.output == "wide")
     for file in loaded.skipped:
-        say(f"note: {file} holds no case (neither manifests nor probes); skipped", file=sys.stderr)
+        say(f"note: {file}: skipped, since it has neither manifests nor probes", file=sys.stderr)
     if not report.cases and not report.invalid:
-        say("error: no case found", file=sys.stderr)
+        say("error: no case found in the paths given", file=sys.stderr)
         return EXIT_INVALID
     return EXIT_INVALID if report.invalid else EXIT_FAILED if report.failed else 0
 
 
-def _print_text(report: Report, *, wide: bool) -> None:
+def _print_text(report: CaseResults, *, wide: bool) -> None:
     if wide:
         for judged in report.judged:
             say(escaped(f"{judged.got:<6} {_render_probe(judged.probe)}  [{judged.case}]  {judged.rule}"))
@@ -83,7 +83,7 @@ def _print_text(report: Report, *, wide: bool) -> None:
 
 
 def _render_probe(probe: Any) -> str:
-    """The probe as one reads it: ends, protocol and port first, then whatever else was written."""
+    """Render a probe: ends, protocol and port first, then its other fields."""
     text = f"{probe['from']} -> {probe['to']} {probe['protocol']}"
     if "port" in probe:
         text += f" {probe['port']}"

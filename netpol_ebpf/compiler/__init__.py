@@ -4,7 +4,8 @@
 from netpol_ebpf.compiler.compiler import Compiler
 from netpol_ebpf.compiler.interpreter import Interpreter
 from netpol_ebpf.compiler.limits import Limits
+from netpol_ebpf.compiler.reader import TableReader
 from netpol_ebpf.compiler.state import KnownNumbers
-from netpol_ebpf.compiler.tables import Change, Tables
+from netpol_ebpf.compiler.tables import Change, CompiledTables
 
-__all__ = ["Change", "Compiler", "Interpreter", "KnownNumbers", "Limits", "Tables"]
+__all__ = ["Change", "CompiledTables", "Compiler", "Interpreter", "KnownNumbers", "Limits", "TableReader"]

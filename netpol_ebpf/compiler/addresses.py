@@ -4,7 +4,7 @@
 An address has the owners at the address itself and everything that its containing prefixes have; a prefix has its own and
 that of the prefixes around it.  So the longest match alone answers for an address that has no row of its own.
 
-Invariants: a prefix is stored exactly while an owner or an atom is at it, an address likewise; after `Addresses.apply_changes`
+Invariants: a prefix is stored exactly while an owner or a group is at it, an address likewise; after `Addresses.apply_changes`
 each has the identity of its content, and the rows that changed are in the draft.
 """
 
@@ -31,16 +31,16 @@ class _Context:
     """What an address has from the prefixes around it. Interned, so that equal ones are the same object."""
 
     owners: frozenset[int]
-    atoms: frozenset[int]
+    groups: frozenset[int]
 
 
 @dataclass(slots=True, eq=False)
 class PrefixEntry:
-    """A stored prefix. ``owners``, ``atoms``: at this very prefix, with repetitions."""
+    """A stored prefix. ``owners``, ``groups``: at this very prefix, with repetitions."""
 
     network: IPNetwork
     owners: tuple[int, ...] = ()
-    atoms: tuple[int, ...] = ()
+    groups: tuple[int, ...] = ()
     context: _Context | None = None
     identity: int = 0
 
@@ -55,7 +55,7 @@ class AddressEntry:
 
     address: IPAddress
     owners: tuple[int, ...] = ()
-    atoms: tuple[int, ...] = ()
+    groups: tuple[int, ...] = ()
     claims: tuple[Claim, ...] = ()
     nodes: tuple[int, ...] = ()
     identity: int = 0
@@ -133,17 +133,17 @@ class _Family:
         self.prefix_keys.tidy(self.prefixes, len(self.prefixes))
         if len(self.contexts) > 2 * len(self.prefixes) + 64:
             live = [entry.context for entry in self.prefixes.values() if entry.context is not None]
-            self.contexts = {(context.owners, context.atoms): context for context in (self.nowhere, *live)}
+            self.contexts = {(context.owners, context.groups): context for context in (self.nowhere, *live)}
 
     def ordered_lengths(self) -> list[int]:
         """Lengths in use, the longest first."""
         return sorted(self.lengths, reverse=True)
 
-    def context(self, owners: frozenset[int], atoms: frozenset[int]) -> _Context:
+    def context(self, owners: frozenset[int], groups: frozenset[int]) -> _Context:
         """The interned context of that content."""
-        known = self.contexts.get((owners, atoms))
+        known = self.contexts.get((owners, groups))
         if known is None:
-            known = self.contexts[(owners, atoms)] = _Context(owners, atoms)
+            known = self.contexts[(owners, groups)] = _Context(owners, groups)
         return known
 
 
@@ -172,15 +172,15 @@ class Addresses:
         if node:
             journal.assign(entry, "nodes", _without(entry.nodes, node))
 
-    def add_atom(self, address: IPAddress, atom: int, journal: Journal) -> None:
-        """The address itself is in an atom (a service)."""
+    def add_group(self, address: IPAddress, group: int, journal: Journal) -> None:
+        """The address itself is in a group (a service)."""
         entry = self._address(address, journal)
-        journal.assign(entry, "atoms", (*entry.atoms, atom))
+        journal.assign(entry, "groups", (*entry.groups, group))
 
-    def remove_atom(self, address: IPAddress, atom: int, journal: Journal) -> None:
+    def remove_group(self, address: IPAddress, group: int, journal: Journal) -> None:
         """It is in it no more."""
         entry = self._address(address, journal)
-        journal.assign(entry, "atoms", _without(entry.atoms, atom))
+        journal.assign(entry, "groups", _without(entry.groups, group))
 
     def add_prefix_owner(self, network: IPNetwork, owner: int, journal: Journal) -> None:
         """A network set that is this owner contains the prefix."""
@@ -192,15 +192,15 @@ class Addresses:
         entry = self._prefix(network, journal)
         journal.assign(entry, "owners", _without(entry.owners, owner))
 
-    def add_prefix_atom(self, network: IPNetwork, atom: int, journal: Journal) -> None:
+    def add_prefix_group(self, network: IPNetwork, group: int, journal: Journal) -> None:
         """A nets list contains the prefix."""
         entry = self._prefix(network, journal)
-        journal.assign(entry, "atoms", (*entry.atoms, atom))
+        journal.assign(entry, "groups", (*entry.groups, group))
 
-    def remove_prefix_atom(self, network: IPNetwork, atom: int, journal: Journal) -> None:
+    def remove_prefix_group(self, network: IPNetwork, group: int, journal: Journal) -> None:
         """It contains it no more."""
         entry = self._prefix(network, journal)
-        journal.assign(entry, "atoms", _without(entry.atoms, atom))
+        journal.assign(entry, "groups", _without(entry.groups, group))
 
     def claim(self, address: IPAddress, claim: Claim, journal: Journal) -> None:
         """A local endpoint has the address. It must also be added as an owner."""
@@ -259,18 +259,18 @@ class Addresses:
                 start, length = key >> _LENGTH_BITS, key & 255
                 while stack and stack[-1][0] < start:
                     stack.pop()
-                if not entry.owners and not entry.atoms:
+                if not entry.owners and not entry.groups:
                     self._drop_prefix(family, key, entry, journal)
                     rows[entry.network] = DELETED
                     if changed is not None:
                         changed.prefixes.append((entry.identity, 0))
                     continue
                 around = stack[-1][1] if stack else family.context_at(start, length - 1)
-                context = family.context(_with(around.owners, entry.owners), _with(around.atoms, entry.atoms))
+                context = family.context(_with(around.owners, entry.owners), _with(around.groups, entry.groups))
                 stack.append((start + (1 << (family.bits - length)) - 1, context))
                 if context is not entry.context:
                     journal.assign(entry, "context", context)
-                    identity = self._identities.acquire(family.version, context.owners, context.atoms, journal)
+                    identity = self._identities.acquire(family.version, context.owners, context.groups, journal)
                     if entry.identity:
                         self._identities.release(entry.identity, journal)
                     if identity != entry.identity:
@@ -306,7 +306,7 @@ class Addresses:
             if entry is None:
                 continue
             before = entry.identity
-            if not entry.owners and not entry.atoms:
+            if not entry.owners and not entry.groups:
                 journal.pop(family.addresses, value)
                 journal.on_rollback(lambda value=value: family.address_keys.add(value))  # type: ignore[misc]
                 journal.assign(self, "address_count", self.address_count - 1)
@@ -323,7 +323,7 @@ class Addresses:
                     context = prefix.context
                     break
             identity = acquire(
-                family.version, _with(context.owners, entry.owners), _with(context.atoms, entry.atoms), journal
+                family.version, _with(context.owners, entry.owners), _with(context.groups, entry.groups), journal
             )
             if before:
                 release(before, journal)

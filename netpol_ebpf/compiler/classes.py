@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Classes of identities as policy sets see them: identities of which the same matches hold.
 
-A *class map* is a partition of the identities by a set of matches.  Policy sets with the same matches on a side share it,
+A *class table* is a partition of the identities by a set of matches.  Policy sets with the same matches on a side share it,
 however differently they judge its classes: what changes a policy's ports or actions changes no row of ``peer_classes``.
-A *side* is what one policy set makes of a class map: each class as a bit vector of the set's entries.  As every entry has
+A *side* is what one policy set makes of a class table: each class as a bit vector of the set's entries.  As every entry has
 one match, classes and vectors are one to one.
 
 Invariants: every identity in use has its class, through a row of ``peer_classes`` or as the default class of its family; a
@@ -18,13 +18,13 @@ from netpol_ebpf.compiler.draft import DELETED, Draft, Phase
 from netpol_ebpf.compiler.identities import IdentityIndex, MatchRecord
 from netpol_ebpf.compiler.journal import Journal
 from netpol_ebpf.compiler.limits import Limits, exceeded
-from netpol_ebpf.compiler.numbers import Numbers
+from netpol_ebpf.compiler.numbers import NumberPool
 
 _REMEMBERED = 256
 """Vectors that a side may remember in vain; arbitrary."""
 
 
-class ClassMap:
+class ClassTable:
     """Identities by which of some matches hold of them.
 
     ``number``: ``set`` in the keys of ``peer_classes``.  ``masks``: match -> its bit.  ``vectors``: class -> the bits of the
@@ -67,7 +67,7 @@ class ClassMap:
         return self._rows
 
     def build(self, draft: Draft) -> None:
-        """Classes and rows for all identities, of a map that is not in force yet.
+        """Classes and rows for all identities, of a table that is not in force yet.
 
         Cost: the members of all matches, never identities times matches.  The class of most identities of a family is
         its default.
@@ -118,7 +118,7 @@ class ClassMap:
         return vectors
 
     def _known(self, vector: int) -> int:
-        """The class of a vector, in a map that is being built."""
+        """The class of a vector, in a table that is being built."""
         class_ = self._classes.get(vector)
         if class_ is None:
             class_ = len(self.vectors)
@@ -195,52 +195,52 @@ class ClassMap:
         return len(self.vectors) + len(self._free)
 
 
-class ClassMaps:
-    """The class maps in use, by their matches."""
+class ClassTables:
+    """The class tables in use, by their matches."""
 
     def __init__(self, identities: IdentityIndex, limits: Limits) -> None:
         self._identities = identities
         self._limits = limits
-        self._numbers = Numbers(1, 1 << 31)
-        self._maps: dict[frozenset[MatchRecord], ClassMap] = {}
+        self._numbers = NumberPool(1, 1 << 31)
+        self._tables: dict[frozenset[MatchRecord], ClassTable] = {}
 
-    def acquire(self, matches: frozenset[MatchRecord], what: str, journal: Journal) -> ClassMap:
-        """Count a use of the map of these matches; a new one has no classes until it is built."""
-        found = self._maps.get(matches)
+    def acquire(self, matches: frozenset[MatchRecord], what: str, journal: Journal) -> ClassTable:
+        """Count a use of the table of these matches; a new one has no classes until it is built."""
+        found = self._tables.get(matches)
         if found is None:
             number = self._numbers.take(journal)
             if number is None:
                 raise exceeded(what, "endpoints", self._limits.endpoints, self._limits.endpoints + 1)
-            found = ClassMap(number, matches, self._identities, self._limits.classes_per_set, what)
-            journal.put(self._maps, matches, found)
+            found = ClassTable(number, matches, self._identities, self._limits.classes_per_set, what)
+            journal.put(self._tables, matches, found)
         journal.assign(found, "references", found.references + 1)
         return found
 
-    def release(self, class_map: ClassMap, draft: Draft, journal: Journal) -> None:
-        """Count one use less; a map without uses goes, with its rows. To be called at the end of a commit."""
-        journal.assign(class_map, "references", class_map.references - 1)
-        if not class_map.references:
-            journal.pop(self._maps, class_map.matches)
-            class_map.clear(draft)
-            self._numbers.give_back(class_map.number, journal)
+    def release(self, class_table: ClassTable, draft: Draft, journal: Journal) -> None:
+        """Count one use less; a table without uses goes, with its rows. To be called at the end of a commit."""
+        journal.assign(class_table, "references", class_table.references - 1)
+        if not class_table.references:
+            journal.pop(self._tables, class_table.matches)
+            class_table.clear(draft)
+            self._numbers.give_back(class_table.number, journal)
 
 
-class Side:
-    """A class map as one policy set sees it. ``masks``: match -> bits of the set's entries; ``always``: bits of any address."""
+class EntryVectors:
+    """A class table as one policy set sees it. ``masks``: match -> bits of the set's entries; ``always``: bits of any address."""
 
-    __slots__ = ("_always", "_known", "_masks", "map")
+    __slots__ = ("_always", "_known", "_masks", "table")
 
-    def __init__(self, class_map: ClassMap, masks: Mapping[MatchRecord, int], always: int) -> None:
-        self.map = class_map
+    def __init__(self, class_table: ClassTable, masks: Mapping[MatchRecord, int], always: int) -> None:
+        self.table = class_table
         self._always = always
-        self._masks = [masks[record] for record in class_map.masks]
+        self._masks = [masks[record] for record in class_table.masks]
         self._known: dict[int, int] = {}
 
     def vector(self, matching: int) -> int:
         """The set's entries whose match is among these."""
         known = self._known.get(matching)
         if known is None:
-            if len(self._known) > 2 * len(self.map.vectors) + _REMEMBERED:
+            if len(self._known) > 2 * len(self.table.vectors) + _REMEMBERED:
                 self._known.clear()
             known, rest = self._always, matching
             while rest:
@@ -253,8 +253,8 @@ class Side:
     @property
     def vectors(self) -> dict[int, int]:
         """Class -> the set's entries whose match holds."""
-        return {class_: self.vector(matching) for class_, matching in self.map.vectors.items()}
+        return {class_: self.vector(matching) for class_, matching in self.table.vectors.items()}
 
     def vector_of(self, identity: int) -> int:
         """The set's entries whose match holds of an identity in use."""
-        return self.vector(self.map.vector_of(identity))
+        return self.vector(self.table.vector_of(identity))

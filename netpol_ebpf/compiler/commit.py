@@ -3,13 +3,13 @@
 
 The order matters and is this (make before break):
 
-    1. objects change; which endpoints' programs that concerns (`netpol_ebpf.compiler.intake`)
-    2. programs of those endpoints; their terms and atoms come into use
-    3. GROW    addresses and prefixes learn of new atoms: no set in force looks at them yet
+    1. objects change; which endpoints' rule lists that concerns (`netpol_ebpf.compiler.intake`)
+    2. rule lists of those endpoints; their terms and address groups come into use
+    3. GROW    addresses and prefixes learn of new address groups: no set in force looks at them yet
     4. FLIP    addresses and prefixes whose owners or services changed
-    5. policy sets of endpoints whose program or own identity changed
+    5. policy sets of endpoints whose rule list or own identity changed
     6. GROW    classes of new identities and columns of new atoms in the sets in force, while what these look at is in use
-    7. SHRINK  programs, sets and atoms that are not needed any more go
+    7. SHRINK  rule lists, sets, address groups and atoms that are not needed any more go
     8. GROW    the new sets; whether the change revokes anything; then predicates go
     9. PREPARE, FLIP  endpoint rows
 
@@ -28,23 +28,23 @@ from netpol_ebpf.compiler.entries import PortPair
 from netpol_ebpf.compiler.intake import Intake
 from netpol_ebpf.compiler.journal import Journal
 from netpol_ebpf.compiler.limits import exceeded
-from netpol_ebpf.compiler.programs import (
-    Part,
-    Program,
+from netpol_ebpf.compiler.revocation import Revocation
+from netpol_ebpf.compiler.rule_lists import (
+    RuleList,
     Template,
-    TierPart,
+    TemplateUse,
+    TierTemplates,
     cut,
     exceptions_of,
     is_of_stage,
     order_tiers,
     stages_of,
 )
-from netpol_ebpf.compiler.revocation import Revocation
-from netpol_ebpf.compiler.sets import Fold, LiveSet
-from netpol_ebpf.compiler.state import LocalEndpoint, Slot, State
-from netpol_ebpf.compiler.tables import EndpointRow, Tables
+from netpol_ebpf.compiler.sets import LiveSet, OwnEntries
+from netpol_ebpf.compiler.state import CompilerState, LocalEndpoint, Slot
+from netpol_ebpf.compiler.tables import CompiledTables, EndpointRow
 from netpol_ebpf.compiler.templates import service_key, service_ports
-from netpol_ebpf.compiler.terms import Atom, NetsTerm, ServiceTerm
+from netpol_ebpf.compiler.terms import AddressGroup, NetsTerm, ServiceTerm
 from netpol_ebpf.policy.types import (
     Direction,
     Endpoint,
@@ -52,7 +52,7 @@ from netpol_ebpf.policy.types import (
     EndpointKind,
     IPAddress,
     PolicyKey,
-    Service,
+    ServiceBackends,
     Stage,
     Staged,
 )
@@ -65,7 +65,7 @@ class Commit:
     """The work of one commit. ``changes``: by type and key the new object, or None."""
 
     def __init__(
-        self, state: State, changes: Mapping[type, Mapping[Any, Any]], local: Callable[[Endpoint], bool],
+        self, state: CompilerState, changes: Mapping[type, Mapping[Any, Any]], local: Callable[[Endpoint], bool],
         draft: Draft, journal: Journal,
     ) -> None:  # fmt: skip
         self._state = state
@@ -74,20 +74,20 @@ class Commit:
         self._journal = journal
         self._is_first = not state.local
         self._intake = Intake(state, local, journal)
-        self._old_programs: list[Program] = []
+        self._old_rule_lists: list[RuleList] = []
         self._old_sets: list[LiveSet] = []
         self._replaced: dict[tuple[LiveSet | None, LiveSet | None], None] = {}
         self._relabelled = Relabelled()
         self._extended = 0  # how many of the new identities have their classes in the sets in force
-        self._ordered: dict[tuple[frozenset[PolicyKey], Direction, Stage], tuple[TierPart, ...]] = {}
-        self._folds: dict[tuple[Template, tuple[int, ...]], int | None] = {}
+        self._ordered: dict[tuple[frozenset[PolicyKey], Direction, Stage], tuple[TierTemplates, ...]] = {}
+        self._known_own_entries: dict[tuple[Template, tuple[int, ...]], int | None] = {}
 
     def run(self) -> None:
         """Do all of it; the draft then holds the rows. Raises LimitError."""
         intake = self._intake
         intake.take(self._changes)
         for local in intake.gone:
-            self._old_programs.extend(local.programs.values())
+            self._old_rule_lists.extend(local.rule_lists.values())
             self._old_sets.extend(local.sets.values())
         self._refresh_templates()
         for key in intake.dirty:
@@ -102,7 +102,7 @@ class Commit:
         self._write_endpoints(touched)
         self._collect()
 
-    # --- 2. programs ------------------------------------------------------------------------------------------------
+    # --- 2. rule lists ------------------------------------------------------------------------------------------------
 
     def _refresh_templates(self) -> None:
         """Rebuild templates whose objects, names or services changed, and note the endpoints that have them."""
@@ -124,23 +124,23 @@ class Commit:
         state, journal = self._state, self._journal
         endpoint = local.endpoint
         policies = frozenset(state.subjects.policies_of(endpoint.key))
-        programs: dict[Slot, Program] = {}
+        rule_lists: dict[Slot, RuleList] = {}
         for stage in stages_of(endpoint):
             for direction in Direction:
                 tiers, profiles = cut(
                     self._tiers(policies, direction, stage), self._profiles(endpoint, direction, stage)
                 )
-                program = Program(direction, stage, self._exceptions(endpoint, direction, stage), tiers, profiles)
-                if not program.is_idle:
-                    programs[(direction, stage)] = program
-        if programs == local.programs:
+                rule_list = RuleList(direction, stage, self._exceptions(endpoint, direction, stage), tiers, profiles)
+                if not rule_list.is_idle:
+                    rule_lists[(direction, stage)] = rule_list
+        if rule_lists == local.rule_lists:
             return
-        for program in programs.values():
-            state.templates.acquire(program, journal)
-        self._old_programs.extend(local.programs.values())
-        journal.assign(local, "programs", programs)
+        for rule_list in rule_lists.values():
+            state.templates.acquire(rule_list, journal)
+        self._old_rule_lists.extend(local.rule_lists.values())
+        journal.assign(local, "rule_lists", rule_lists)
 
-    def _tiers(self, keys: frozenset[PolicyKey], direction: Direction, stage: Stage) -> tuple[TierPart, ...]:
+    def _tiers(self, keys: frozenset[PolicyKey], direction: Direction, stage: Stage) -> tuple[TierTemplates, ...]:
         """The ordered tiers of these policies, worked out once for all endpoints that the same ones select."""
         known = self._ordered.get((keys, direction, stage))
         if known is None:
@@ -156,18 +156,18 @@ class Commit:
             self._ordered[(keys, direction, stage)] = known
         return known
 
-    def _exceptions(self, endpoint: Endpoint, direction: Direction, stage: Stage) -> tuple[Part, ...]:
+    def _exceptions(self, endpoint: Endpoint, direction: Direction, stage: Stage) -> tuple[TemplateUse, ...]:
         if endpoint.kind is not EndpointKind.HOST or stage not in (Stage.NORMAL, Stage.UNTRACKED):
             return ()
         exceptions = exceptions_of(self._state.world.settings, endpoint.node, direction, stage)
         template = self._state.templates.get((exceptions, direction), self._journal)
-        return (Part(template),) if template.entries else ()
+        return (TemplateUse(template),) if template.entries else ()
 
-    def _profiles(self, endpoint: Endpoint, direction: Direction, stage: Stage) -> tuple[Part, ...]:
+    def _profiles(self, endpoint: Endpoint, direction: Direction, stage: Stage) -> tuple[TemplateUse, ...]:
         if stage is not Stage.NORMAL:
             return ()
         templates = [self._state.templates.get((name, direction), self._journal) for name in endpoint.profiles]
-        return tuple(Part(template) for template in templates if template.entries)
+        return tuple(TemplateUse(template) for template in templates if template.entries)
 
     # --- 3. and 4. addresses ----------------------------------------------------------------------------------------
 
@@ -175,10 +175,10 @@ class Commit:
         """GROW, then FLIP. Returns local endpoints one of whose own addresses changed its identity."""
         state, draft, journal = self._state, self._draft, self._journal
         addresses, identities = state.addresses, state.identities
-        added = set(identities.atoms_added)
-        for atom_id in identities.atoms_added:
-            if atom_id in identities.atoms:
-                self._place_atom(atom_id, identities.atoms[atom_id].atom, add=True)
+        added = set(identities.groups_added)
+        for group_id in identities.groups_added:
+            if group_id in identities.groups:
+                self._place_group(group_id, identities.groups[group_id].group, add=True)
         addresses.apply_changes(Phase.GROW, draft, journal)
         self._move_services(added)
         for address, (owner, node), comes in self._intake.address_moves:
@@ -195,65 +195,67 @@ class Commit:
         claims = [claim[1] for entry, _, _ in self._relabelled.addresses for claim in entry.claims]
         return [key for key in claims if key in state.local]
 
-    def _place_atom(self, atom_id: int, atom: Atom, *, add: bool) -> None:
+    def _place_group(self, group_id: int, group: AddressGroup, *, add: bool) -> None:
         """Put a nets list's prefixes or a service's addresses into the address space, or take them out."""
         addresses, journal = self._state.addresses, self._journal
-        if isinstance(atom, NetsTerm):
-            change_net = addresses.add_prefix_atom if add else addresses.remove_prefix_atom
-            for net in atom.nets:
-                change_net(net, atom_id, journal)
+        if isinstance(group, NetsTerm):
+            change_net = addresses.add_prefix_group if add else addresses.remove_prefix_group
+            for net in group.nets:
+                change_net(net, group_id, journal)
         else:
-            change = addresses.add_atom if add else addresses.remove_atom
-            service = self._state.world.services.get((atom.namespace, atom.name))
-            for address in _members(service, atom):
-                change(address, atom_id, journal)
+            change = addresses.add_group if add else addresses.remove_group
+            service = self._state.world.services.get((group.namespace, group.name))
+            for address in _members(service, group):
+                change(address, group_id, journal)
 
     def _move_services(self, added: set[int]) -> None:
-        """Backends of services came and went; atoms that were added just now have the new ones already."""
+        """Backends of services came and went; address groups that were added just now have the new ones already."""
         state, journal = self._state, self._journal
         for old, new in self._intake.service_moves:
             namespace, name = service_key(old, new)
             pairs: set[PortPair] = {(0, 0), *service_ports(old), *service_ports(new)}
             for protocol, port in pairs:
-                atom = ServiceTerm(namespace, name, protocol, port)
-                atom_id = state.identities.atom_id(atom)
-                if atom_id is None or atom_id in added:
+                group = ServiceTerm(namespace, name, protocol, port)
+                group_id = state.identities.group_id(group)
+                if group_id is None or group_id in added:
                     continue
-                before, after = _members(old, atom), _members(new, atom)
+                before, after = _members(old, group), _members(new, group)
                 for address in after - before:
-                    state.addresses.add_atom(address, atom_id, journal)
+                    state.addresses.add_group(address, group_id, journal)
                 for address in before - after:
-                    state.addresses.remove_atom(address, atom_id, journal)
+                    state.addresses.remove_group(address, group_id, journal)
 
     # --- 5. sets ----------------------------------------------------------------------------------------------------
 
     def _choose_sets(self, local: LocalEndpoint) -> None:
         state, draft, journal = self._state, self._draft, self._journal
         sets: dict[Slot, LiveSet] = {}
-        for slot, program in local.programs.items():
+        for slot, rule_list in local.rule_lists.items():
             what = f"{local.endpoint.key}, {slot[0].value}" + ("" if slot[1] is Stage.NORMAL else f", {slot[1].value}")
-            sets[slot] = state.sets.acquire((program, self._fold(local.endpoint, program)), what, draft, journal)
+            sets[slot] = state.sets.acquire(
+                (rule_list, self._own_entries(local.endpoint, rule_list)), what, draft, journal
+            )
         self._old_sets.extend(local.sets.values())
         if local.row is not None:
             pairs = ((local.sets.get(slot), sets.get(slot)) for slot in {*local.sets, *sets})
             self._replaced.update(dict.fromkeys(pairs))
         journal.assign(local, "sets", sets)
 
-    def _fold(self, endpoint: Endpoint, program: Program) -> Fold | None:
+    def _own_entries(self, endpoint: Endpoint, rule_list: RuleList) -> OwnEntries | None:
         """What of the own side is constant; None: it has to be looked up for each packet."""
-        if not program.constraining:
+        if not rule_list.constraining:
             return ()
         if endpoint.kind is EndpointKind.HOST or endpoint.allowed_sources or not endpoint.addresses:
             return None
-        if program.direction is Direction.INGRESS and any(each.names_own_nets for each in program.constraining):
+        if rule_list.direction is Direction.INGRESS and any(each.names_own_nets for each in rule_list.constraining):
             return None  # a packet may come for a multicast address, which is in other nets than the workload's own
         identities = tuple(sorted({self._state.addresses.identity_of(address) for address in endpoint.addresses}))
-        bits = [self._fold_template(template, identities) for template in program.constraining]
+        bits = [self._own_entries_of(template, identities) for template in rule_list.constraining]
         return None if None in bits else tuple(bit for bit in bits if bit is not None)
 
-    def _fold_template(self, template: Template, identities: tuple[int, ...]) -> int | None:
+    def _own_entries_of(self, template: Template, identities: tuple[int, ...]) -> int | None:
         """Bits of the entries that hold for all the identities, or None when that differs among them."""
-        known = self._folds.get((template, identities), -1)
+        known = self._known_own_entries.get((template, identities), -1)
         if known != -1:
             return known
         kept = decided = 0
@@ -267,11 +269,11 @@ class Commit:
                     if own.holds(family, terms):
                         holding |= 1 << index
             if (kept ^ holding) & decided & applicable:
-                self._folds[(template, identities)] = None
+                self._known_own_entries[(template, identities)] = None
                 return None
             kept |= holding
             decided |= applicable
-        self._folds[(template, identities)] = kept
+        self._known_own_entries[(template, identities)] = kept
         return kept
 
     # --- 6. to 8. sets and what goes ---------------------------------------------------------------------------------
@@ -291,13 +293,13 @@ class Commit:
         self._extended = len(state.identities.created)
 
     def _retire(self) -> None:
-        """Let the old programs and predicates go."""
+        """Let the old rule lists and predicates go."""
         state, draft, journal = self._state, self._draft, self._journal
-        for program in self._old_programs:
-            state.templates.release(program, journal)
+        for rule_list in self._old_rule_lists:
+            state.templates.release(rule_list, journal)
         state.templates.collect(journal)
-        for atom_id, atom in state.identities.atoms_removed:
-            self._place_atom(atom_id, atom, add=False)
+        for group_id, group in state.identities.groups_removed:
+            self._place_group(group_id, group, add=False)
         state.addresses.apply_changes(Phase.SHRINK, draft, journal)
 
     def _write_sets(self) -> None:
@@ -383,7 +385,7 @@ class Commit:
         for local in self._intake.gone:
             state.numbers.give_back(local.number, journal)
 
-    def check_sizes(self, tables: Tables) -> None:
+    def check_sizes(self, tables: CompiledTables) -> None:
         """Raise LimitError when a table would not hold the rows it has during the change."""
         limits = self._state.limits
         names = [str(key or kind.__name__) for kind, objects in self._changes.items() for key in islice(objects, 3)]
@@ -396,12 +398,12 @@ class Commit:
                 raise exceeded(what, table, most, seen)
 
 
-def _members(service: Service | None, atom: ServiceTerm) -> set[IPAddress]:
+def _members(service: ServiceBackends | None, group: ServiceTerm) -> set[IPAddress]:
     """Addresses of a service that a term is about."""
     if service is None:
         return set()
     return {
         each.address
         for each in service.backends
-        if not atom.protocol or (each.protocol, each.port) == (atom.protocol, atom.port)
+        if not group.protocol or (each.protocol, each.port) == (group.protocol, group.port)
     }

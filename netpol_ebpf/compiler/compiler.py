@@ -19,24 +19,27 @@ from typing import Any, Union
 from netpol_ebpf.compiler.canonical import canonical
 from netpol_ebpf.compiler.commit import Commit
 from netpol_ebpf.compiler.draft import Draft
+from netpol_ebpf.compiler.identities import IdentityContent
 from netpol_ebpf.compiler.journal import Journal, Unjournaled
 from netpol_ebpf.compiler.limits import Limits
-from netpol_ebpf.compiler.state import KnownNumbers, State
-from netpol_ebpf.compiler.tables import Change, Tables
+from netpol_ebpf.compiler.state import CompilerState, KnownNumbers
+from netpol_ebpf.compiler.tables import Change, CompiledTables
 from netpol_ebpf.policy.types import (
+    ClusterNode,
     Endpoint,
     EndpointKey,
-    NetworkSet,
-    Node,
+    LabelledNets,
     Policy,
-    Profile,
-    Service,
-    Settings,
-    Tier,
+    PolicySettings,
+    PolicyTier,
+    ProfileRules,
+    ServiceBackends,
     World,
 )
 
-PolicyObject = Union[Tier, Policy, Profile, Endpoint, NetworkSet, Node, Service, Settings]
+PolicyObject = Union[
+    PolicyTier, Policy, ProfileRules, Endpoint, LabelledNets, ClusterNode, ServiceBackends, PolicySettings
+]
 
 
 def everything(_: Endpoint) -> bool:
@@ -46,11 +49,11 @@ def everything(_: Endpoint) -> bool:
 
 def key_of(obj: PolicyObject) -> Any:
     """What an object is known by within its type; None for the settings."""
-    if isinstance(obj, (Policy, Endpoint, NetworkSet)):
+    if isinstance(obj, (Policy, Endpoint, LabelledNets)):
         return obj.key
-    if isinstance(obj, Service):
+    if isinstance(obj, ServiceBackends):
         return (obj.namespace, obj.name)
-    return None if isinstance(obj, Settings) else obj.name
+    return None if isinstance(obj, PolicySettings) else obj.name
 
 
 class Compiler:
@@ -69,10 +72,10 @@ class Compiler:
         self._local = local
         self._limits = limits or Limits()
         self._known = known or KnownNumbers()
-        self._state = State(self._limits, self._known)
+        self._state = CompilerState(self._limits, self._known)
         self._is_new = True
         self._staged: defaultdict[type, dict[Any, PolicyObject | None]] = defaultdict(dict)
-        self.tables = Tables()
+        self.tables = CompiledTables()
 
     @property
     def world(self) -> World:
@@ -88,6 +91,10 @@ class Compiler:
         policies = self._state.world.policies
         return [policies[key] for key in sorted(self._state.subjects.policies_of(endpoint)) if key in policies]
 
+    def content_of(self, identity: int) -> IdentityContent:
+        """What the addresses of an identity in use have in common: labels, nets, services. Raises KeyError."""
+        return self._state.identities.content_of(identity)
+
     def release_known(self) -> None:
         """Rule and endpoint numbers of an earlier run that nothing has asked for are free from now on."""
         self._state.release_kept()
@@ -98,20 +105,20 @@ class Compiler:
 
     def remove(self, kind: type[PolicyObject], key: Any) -> None:
         """Remove the object of that type and key at the next commit, if there is one; settings go back to the defaults."""
-        self._staged[kind][key] = Settings() if kind is Settings else None
+        self._staged[kind][key] = PolicySettings() if kind is PolicySettings else None
 
     def replace(self, world: World) -> None:
         """Make these the objects, at the next commit. What was handed over before and not committed is dropped."""
         self._staged.clear()
         ours = self._state.world
         kinds: tuple[tuple[type, Mapping[Any, Any], Mapping[Any, Any]], ...] = (
-            (Tier, ours.tiers, world.tiers),
+            (PolicyTier, ours.tiers, world.tiers),
             (Policy, ours.policies, world.policies),
-            (Profile, ours.profiles, world.profiles),
+            (ProfileRules, ours.profiles, world.profiles),
             (Endpoint, ours.endpoints, world.endpoints),
-            (NetworkSet, ours.network_sets, world.network_sets),
-            (Node, ours.nodes, world.nodes),
-            (Service, ours.services, world.services),
+            (LabelledNets, ours.network_sets, world.network_sets),
+            (ClusterNode, ours.nodes, world.nodes),
+            (ServiceBackends, ours.services, world.services),
         )
         for kind, have, want in kinds:
             for key in have.keys() - want.keys():
@@ -119,7 +126,7 @@ class Compiler:
             for key, obj in want.items():
                 if have.get(key) is not obj:
                     self._staged[kind][key] = obj
-        self._staged[Settings][None] = world.settings
+        self._staged[PolicySettings][None] = world.settings
 
     def commit(self) -> Change:
         """Apply everything handed over since the last commit. Returns the rows to write; empty when nothing changed.
@@ -138,7 +145,7 @@ class Compiler:
                 work.check_sizes(self.tables)
             except BaseException:
                 if self._is_new:
-                    self._state = State(self._limits, self._known)
+                    self._state = CompilerState(self._limits, self._known)
                 else:
                     journal.rollback()
                 raise

@@ -9,7 +9,7 @@ from __future__ import annotations
 import enum
 from typing import Any
 
-from netpol_ebpf.compiler.tables import Change, Tables
+from netpol_ebpf.compiler.tables import Change, CompiledTables
 
 
 class Phase(enum.Enum):
@@ -44,7 +44,7 @@ class Draft:
         """The writes of a phase to a table, to be added to."""
         return self._writes[phase].setdefault(table, {})
 
-    def size_after(self, tables: Tables, table: str) -> int:
+    def size_after(self, tables: CompiledTables, table: str) -> int:
         """The most rows the table will have at any time during the change (deletions come last)."""
         existing = getattr(tables, table)
         added: set[object] = set()
@@ -54,7 +54,7 @@ class Draft:
             )
         return len(existing) + len(added)
 
-    def publish(self, tables: Tables) -> Change:
+    def publish(self, tables: CompiledTables) -> Change:
         """Write everything to the tables, leaving nothing here. Returns the same as a change."""
         change = Change(revokes=self.revokes)
         for phase, writes in self._writes.items():

@@ -71,7 +71,7 @@ EFFECTS = {Action.ALLOW: Effect.ALLOW, Action.DENY: Effect.DENY, Action.PASS: Ef
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class RuleEntry:
     """One line of a flattened policy. ``family``: 4, 6 or 0 for both; ``peer`` repeats it where its terms do not imply it."""
 
     effect: Effect
@@ -84,7 +84,7 @@ class Entry:
 
 
 @dataclass(frozen=True, slots=True)
-class _Part:
+class _Clause:
     """A conjunction in the making: what one clause of a rule adds. Families 4 and 6 at once are a contradiction."""
 
     l4: Intervals = ANY_L4
@@ -94,15 +94,15 @@ class _Part:
     negative: frozenset[Term] = frozenset()
 
 
-_NO_CLAUSE = (_Part(),)
+_NO_CLAUSE = (_Clause(),)
 
 
-def expand(rule: Rule, direction: Direction, effect: Effect, cause: Cause, resolver: Resolver) -> tuple[Entry, ...]:
+def expand(rule: Rule, direction: Direction, effect: Effect, cause: Cause, resolver: Resolver) -> tuple[RuleEntry, ...]:
     """The entries of a rule for one direction; none when nothing can match it."""
     if rule.unsupported or rule.source.impossible or rule.destination.impossible:
         return ()
-    whole = _rule_part(rule)
-    found: dict[Entry, None] = {}
+    whole = _rule_clause(rule)
+    found: dict[RuleEntry, None] = {}
     sources = tuple(_side(rule.source, rule.protocol, resolver, is_source=True))
     destinations = tuple(_side(rule.destination, rule.protocol, resolver, is_source=False))
     for source, destination in product(sources, destinations):
@@ -113,7 +113,7 @@ def expand(rule: Rule, direction: Direction, effect: Effect, cause: Cause, resol
             continue
         family = families.pop() if families else 0
         peer, own = (source, destination) if direction is Direction.INGRESS else (destination, source)
-        entry = Entry(
+        entry = RuleEntry(
             effect,
             cause,
             AddressMatch(0 if _implies_family(peer.positive) else family, peer.positive, peer.negative),
@@ -126,7 +126,7 @@ def expand(rule: Rule, direction: Direction, effect: Effect, cause: Cause, resol
     return tuple(found)
 
 
-def _rule_part(rule: Rule) -> _Part:
+def _rule_clause(rule: Rule) -> _Clause:
     """Family, protocol and ICMP clauses."""
     l4 = ANY_L4 if rule.protocol is None else protocol(rule.protocol)
     family = rule.ip_version or 0
@@ -135,13 +135,13 @@ def _rule_part(rule: Rule) -> _Part:
     if rule.protocol in (ICMP, ICMPV6):
         own = 4 if rule.protocol == ICMP else 6
         if family not in (0, own):
-            return _Part(l4=())
+            return _Clause(l4=())
         family = own
     if rule.icmp is not None:
         l4 = intersection(l4, _icmp(rule.icmp))
     if rule.not_icmp is not None:
         l4 = difference(l4, _icmp(rule.not_icmp))
-    return _Part(l4=l4, family=family)
+    return _Clause(l4=l4, family=family)
 
 
 def _icmp(wanted: IcmpType) -> Intervals:
@@ -154,7 +154,7 @@ def _implies_family(positive: frozenset[Term]) -> bool:
     return any(isinstance(term, NetsTerm) and len({net.version for net in term.nets}) == 1 for term in positive)
 
 
-def _side(entity: Entity, number: int | None, resolver: Resolver, *, is_source: bool) -> Iterator[_Part]:
+def _side(entity: Entity, number: int | None, resolver: Resolver, *, is_source: bool) -> Iterator[_Clause]:
     """Alternatives that together are what an entity says; ``number``: the rule's protocol."""
     clauses = (
         (_labels(entity),),
@@ -166,37 +166,37 @@ def _side(entity: Entity, number: int | None, resolver: Resolver, *, is_source: 
         else _NO_CLAUSE,
         tuple(_service(entity, resolver, is_source=is_source)) if entity.service is not None else _NO_CLAUSE,
     )
-    for parts in product(*clauses):
-        joined = _join(parts)
+    for combination in product(*clauses):
+        joined = _join(combination)
         if joined is not None:
             yield joined
 
 
-def _join(parts: tuple[_Part, ...]) -> _Part | None:
+def _join(combination: tuple[_Clause, ...]) -> _Clause | None:
     """The conjunction, or None when it is a contradiction."""
     l4, source = ANY_L4, ANY_SOURCE
-    for part in parts:
-        l4 = intersection(l4, part.l4)
-        source = intersection(source, part.source)
-    families = {part.family for part in parts} - {0}
-    positive = frozenset(chain.from_iterable(part.positive for part in parts))
-    negative = frozenset(chain.from_iterable(part.negative for part in parts))
+    for clause in combination:
+        l4 = intersection(l4, clause.l4)
+        source = intersection(source, clause.source)
+    families = {clause.family for clause in combination} - {0}
+    positive = frozenset(chain.from_iterable(clause.positive for clause in combination))
+    negative = frozenset(chain.from_iterable(clause.negative for clause in combination))
     if not l4 or not source or len(families) > 1 or positive & negative:
         return None
-    return _Part(l4, source, families.pop() if families else 0, positive, negative)
+    return _Clause(l4, source, families.pop() if families else 0, positive, negative)
 
 
-def _labels(entity: Entity) -> _Part:
+def _labels(entity: Entity) -> _Clause:
     positive: set[Term] = set()
     if entity.selector is not None:
         positive.add(SelectorTerm(entity.selector))
     if entity.nodes is not None:
         positive.add(NodeTerm(entity.nodes))
     negative: set[Term] = set() if entity.not_selector is None else {SelectorTerm(entity.not_selector)}
-    return _Part(positive=frozenset(positive), negative=frozenset(negative))
+    return _Clause(positive=frozenset(positive), negative=frozenset(negative))
 
 
-def _nets(nets: tuple[IPNetwork, ...]) -> Iterator[_Part]:
+def _nets(nets: tuple[IPNetwork, ...]) -> Iterator[_Clause]:
     """A default route is a family; other nets are one term, shared by all rules that list the same."""
     lists: dict[int, list[IPNetwork]] = {
         4: list(collapse_addresses(net for net in nets if isinstance(net, IPv4Network))),
@@ -204,27 +204,27 @@ def _nets(nets: tuple[IPNetwork, ...]) -> Iterator[_Part]:
     }
     whole = [version for version, found in lists.items() if found and found[0].prefixlen == 0]
     if len(whole) == len(lists):
-        yield _Part()
+        yield _Clause()
         return
     for version in whole:
-        yield _Part(family=version)
+        yield _Clause(family=version)
     rest = [net for version, found in lists.items() if version not in whole for net in found]
     if rest:
         versions = {net.version for net in rest}
-        yield _Part(
+        yield _Clause(
             family=versions.pop() if len(versions) == 1 else 0, positive=frozenset((NetsTerm(frozenset(rest)),))
         )
 
 
-def _not_nets(nets: tuple[IPNetwork, ...]) -> tuple[_Part, ...]:
+def _not_nets(nets: tuple[IPNetwork, ...]) -> tuple[_Clause, ...]:
     if not nets:
         return _NO_CLAUSE
     excluded = tuple(_nets(nets))
-    families = {part.family for part in excluded if not part.positive}
+    families = {clause.family for clause in excluded if not clause.positive}
     if 0 in families:
         return ()
-    negative = frozenset(chain.from_iterable(part.positive for part in excluded))
-    return (_Part(family=10 - families.pop() if families else 0, negative=negative),)
+    negative = frozenset(chain.from_iterable(clause.positive for clause in excluded))
+    return (_Clause(family=10 - families.pop() if families else 0, negative=negative),)
 
 
 def _named(entity: Entity, names: Ports, number: int | None, resolver: Resolver) -> dict[PortPair, set[str]]:
@@ -237,20 +237,20 @@ def _named(entity: Entity, names: Ports, number: int | None, resolver: Resolver)
     return found
 
 
-def _numeric(ranges: tuple[tuple[int, int], ...], *, is_source: bool) -> _Part:
+def _numeric(ranges: tuple[tuple[int, int], ...], *, is_source: bool) -> _Clause:
     if is_source:
-        return _Part(l4=WITH_PORTS, source=intersection(normalise(ranges), ANY_SOURCE))
-    return _Part(l4=ports(PORT_PROTOCOLS, ranges))
+        return _Clause(l4=WITH_PORTS, source=intersection(normalise(ranges), ANY_SOURCE))
+    return _Clause(l4=ports(PORT_PROTOCOLS, ranges))
 
 
-def _point(pair: PortPair, *, is_source: bool) -> _Part:
+def _point(pair: PortPair, *, is_source: bool) -> _Clause:
     number, port = pair
     if is_source:
-        return _Part(l4=protocol(number), source=((port, port),))
-    return _Part(l4=ports((number,), ((port, port),)))
+        return _Clause(l4=protocol(number), source=((port, port),))
+    return _Clause(l4=ports((number,), ((port, port),)))
 
 
-def _ports(entity: Entity, number: int | None, resolver: Resolver, *, is_source: bool) -> Iterator[_Part]:
+def _ports(entity: Entity, number: int | None, resolver: Resolver, *, is_source: bool) -> Iterator[_Clause]:
     """A range, or a name that an owner of the address declares."""
     wanted = entity.ports
     if wanted is None:
@@ -261,44 +261,44 @@ def _ports(entity: Entity, number: int | None, resolver: Resolver, *, is_source:
         point = _point(pair, is_source=is_source)
         for name in sorted(names):
             term = NamedPortTerm(entity.selector, name, *pair)
-            yield _Part(point.l4, point.source, positive=frozenset((term,)))
+            yield _Clause(point.l4, point.source, positive=frozenset((term,)))
 
 
-def _not_ports(entity: Entity, number: int | None, resolver: Resolver, *, is_source: bool) -> Iterator[_Part]:
-    """Disjoint parts: packets on a port that a name stands for somewhere, and all the others."""
+def _not_ports(entity: Entity, number: int | None, resolver: Resolver, *, is_source: bool) -> Iterator[_Clause]:
+    """Disjoint clauses: packets on a port that a name stands for somewhere, and all the others."""
     unwanted = entity.not_ports
     if unwanted is None:
         return
     named = _named(entity, unwanted, number, resolver)
     if is_source:
-        yield _Part(l4=WITHOUT_PORTS)
+        yield _Clause(l4=WITHOUT_PORTS)
         allowed = difference(ANY_SOURCE, normalise(unwanted.ranges))
         for each in sorted(PORT_PROTOCOLS):
             taken = normalise((port, port) for protocol_, port in named if protocol_ == each)
-            yield _Part(l4=protocol(each), source=difference(allowed, taken))
+            yield _Clause(l4=protocol(each), source=difference(allowed, taken))
     else:
         taken = normalise(chain.from_iterable(ports((pair[0],), ((pair[1], pair[1]),)) for pair in named))
         allowed = difference(ANY_L4, ports(PORT_PROTOCOLS, unwanted.ranges))
-        yield _Part(l4=difference(allowed, taken))
+        yield _Clause(l4=difference(allowed, taken))
     for pair, names in sorted(named.items()):
         point = _point(pair, is_source=is_source)
         negative = frozenset(NamedPortTerm(entity.selector, name, *pair) for name in names)
         if is_source:
-            yield _Part(point.l4, intersection(point.source, allowed), negative=negative)
+            yield _Clause(point.l4, intersection(point.source, allowed), negative=negative)
         else:
-            yield _Part(intersection(point.l4, allowed), point.source, negative=negative)
+            yield _Clause(intersection(point.l4, allowed), point.source, negative=negative)
 
 
-def _service(entity: Entity, resolver: Resolver, *, is_source: bool) -> Iterator[_Part]:
+def _service(entity: Entity, resolver: Resolver, *, is_source: bool) -> Iterator[_Clause]:
     wanted = entity.service
     if wanted is None:
         return
     if not wanted.match_ports:
-        yield _Part(positive=frozenset((ServiceTerm(wanted.namespace, wanted.name),)))
+        yield _Clause(positive=frozenset((ServiceTerm(wanted.namespace, wanted.name),)))
         return
     for number, port in sorted(resolver.service(wanted.namespace, wanted.name)):
         if number not in PORT_PROTOCOLS or not port:
             continue
         point = _point((number, port), is_source=is_source)
         term = ServiceTerm(wanted.namespace, wanted.name, number, port)
-        yield _Part(point.l4, point.source, positive=frozenset((term,)))
+        yield _Clause(point.l4, point.source, positive=frozenset((term,)))

@@ -1,32 +1,32 @@
 # SPDX-License-Identifier: Apache-2.0
 """Identities (what can be said of an address, numbered) and address matches, each found from the other.
 
-An identity is (family, set of owners, set of atoms): atoms are the nets lists and services in use that contain the
+An identity is (family, set of owners, set of groups): groups are the nets lists and services in use that contain the
 address.  A match in use knows how to find its identities by its most telling term; a new identity finds the matches that
 concern it by its own terms.  Nothing here is a product of identities and matches.
 
-Invariants: WORLD_V4 and WORLD_V6 are the identities without owners and atoms and always exist; an identity whose last
+Invariants: WORLD_V4 and WORLD_V6 are the identities without owners and groups and always exist; an identity whose last
 reference goes stays until `collect`, so that everything in use during a change has its rows.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from netpol_ebpf.compiler.journal import Journal
 from netpol_ebpf.compiler.limits import exceeded
-from netpol_ebpf.compiler.numbers import Numbers
+from netpol_ebpf.compiler.numbers import NumberPool
 from netpol_ebpf.compiler.owners import OwnerIndex, OwnerValue, pairs
 from netpol_ebpf.compiler.tables import FIRST_IDENTITY, WORLD_V4, WORLD_V6
-from netpol_ebpf.compiler.terms import AddressMatch, Atom, NetsTerm, ServiceTerm, Term
+from netpol_ebpf.compiler.terms import AddressGroup, AddressMatch, NetsTerm, ServiceTerm, Term
 
 _NUMBERS = 1 << 31
 """Numbers there are; how many may be in use at once is `Limits.identities`, checked by the commit."""
 
 IdentityKey = tuple[int, frozenset[int], frozenset[int]]
-"""(family, owner ids, atom ids)."""
+"""(family, owner ids, group ids)."""
 
 
 @dataclass(slots=True)
@@ -36,23 +36,23 @@ class IdentityRecord:
     number: int
     family: int
     owners: frozenset[int]
-    atoms: frozenset[int]
+    groups: frozenset[int]
     digest: str
     references: int = 0
 
 
 @dataclass(slots=True)
-class AtomRecord:
+class AddressGroupRecord:
     """A nets list or service in use."""
 
-    atom: Atom
+    group: AddressGroup
     references: int = 0
     identities: set[int] = field(default_factory=set)
 
 
 @dataclass(slots=True, eq=False)
 class MatchRecord:
-    """An address match in use. Terms by id, owner terms positive, atoms negative (so that the two never meet)."""
+    """An address match in use. Terms by id, owner terms positive, groups negative (so that the two never meet)."""
 
     number: int
     match: AddressMatch
@@ -74,44 +74,59 @@ class MatchRecord:
         )
 
 
-def digest(family: int, owners: Iterable[OwnerValue], atoms: Iterable[Atom]) -> str:
-    """A name for what an identity stands for that is the same in every run: 32 hexadecimal digits of SHA-256."""
-    lines = [str(family)]
-    for kind, labels, ports in owners:
-        lines.append(f"{kind.value} {pairs(labels)} {[(port.name, port.protocol, port.port) for port in ports]}")
-    for atom in atoms:
-        if isinstance(atom, NetsTerm):
-            lines.append("nets " + " ".join(sorted(str(net) for net in atom.nets)))
-        else:
-            lines.append(f"service {atom.namespace}/{atom.name} {atom.protocol} {atom.port}")
-    return hashlib.sha256("\n".join([lines[0], *sorted(lines[1:])]).encode()).hexdigest()[:32]
+@dataclass(frozen=True, slots=True)
+class IdentityContent:
+    """What all addresses of an identity have in common.
+
+    ``owners``: the distinct (kind, labels, named ports) of the endpoints, network sets and nodes that have or contain them.
+    ``groups``: the lists of nets and the services of rules that they are in.  Neither has an order.
+    """
+
+    family: int
+    owners: tuple[OwnerValue, ...] = ()
+    groups: tuple[AddressGroup, ...] = ()
+
+    def digest(self) -> str:
+        """A name for the content that is the same in every run: 32 hexadecimal digits of SHA-256."""
+        lines = [
+            f"{kind.value} {pairs(labels)} {[(port.name, port.protocol, port.port) for port in ports]}"
+            for kind, labels, ports in self.owners
+        ]
+        for group in self.groups:
+            if isinstance(group, NetsTerm):
+                lines.append("nets " + " ".join(sorted(str(net) for net in group.nets)))
+            else:
+                lines.append(f"service {group.namespace}/{group.name} {group.protocol} {group.port}")
+        return hashlib.sha256("\n".join([str(self.family), *sorted(lines)]).encode()).hexdigest()[:32]
 
 
 class IdentityIndex:
-    """The registers of identities, atoms and matches. ``known``: numbers to keep, by digest, from an earlier run."""
+    """The registers of identities, groups and matches. ``known``: numbers to keep, by digest, from an earlier run."""
 
     def __init__(self, owners: OwnerIndex, known: Mapping[str, int] | None = None) -> None:
         self._owners = owners
-        self._numbers = Numbers(FIRST_IDENTITY, _NUMBERS)
+        self._numbers = NumberPool(FIRST_IDENTITY, _NUMBERS)
         self._known = self._numbers.keep(known or {})
         self.identities: dict[int, IdentityRecord] = {}
         self._keys: dict[IdentityKey, int] = {}
         for number, family in ((WORLD_V4, 4), (WORLD_V6, 6)):
             key: IdentityKey = (family, frozenset(), frozenset())
             self._keys[key] = number
-            self.identities[number] = IdentityRecord(number, *key, digest=digest(family, (), ()), references=1)
+            self.identities[number] = IdentityRecord(
+                number, *key, digest=IdentityContent(family).digest(), references=1
+            )
         self.v4: set[int] = {WORLD_V4}
         self.v6: set[int] = {WORLD_V6}
-        self.atoms: dict[int, AtomRecord] = {}
-        self._atom_ids: dict[Atom, int] = {}
-        self._next_atom = 1
+        self.groups: dict[int, AddressGroupRecord] = {}
+        self._group_ids: dict[AddressGroup, int] = {}
+        self._next_group = 1
         self._matches: dict[AddressMatch, MatchRecord] = {}
         self._next_match = 1
         self._by_positive: dict[int, set[MatchRecord]] = {}  # one positive term of a match -> matches
         self._by_negative: dict[int, set[MatchRecord]] = {}  # each negative term of a floating match -> matches
-        self.atoms_added: list[int] = []
-        self.atoms_removed: list[tuple[int, Atom]] = []
-        """Atoms whose first use came, and whose last one went, since these were last cleared."""
+        self.groups_added: list[int] = []
+        self.groups_removed: list[tuple[int, AddressGroup]] = []
+        """Groups whose first use came, and whose last one went, since these were last cleared."""
         self.created: list[int] = []
         """Identities made since this was last cleared (by the compiler, at the end of a commit)."""
         self._unreferenced: set[int] = set()
@@ -119,9 +134,9 @@ class IdentityIndex:
 
     # --- identities -------------------------------------------------------------------------------------------------
 
-    def acquire(self, family: int, owners: frozenset[int], atoms: frozenset[int], journal: Journal) -> int:
+    def acquire(self, family: int, owners: frozenset[int], groups: frozenset[int], journal: Journal) -> int:
         """Count a use of the identity with this content. Returns its number."""
-        key = (family, owners, atoms)
+        key = (family, owners, groups)
         number = self._keys.get(key)
         if number is None:
             number = self._new_identity(key, journal)
@@ -142,13 +157,13 @@ class IdentityIndex:
         owners: set[int] = set()
         for number in gone:
             record = journal.pop(self.identities, number)
-            journal.pop(self._keys, (record.family, record.owners, record.atoms))
+            journal.pop(self._keys, (record.family, record.owners, record.groups))
             journal.discard(self.v4 if record.family == 4 else self.v6, number)  # noqa: PLR2004  # the family
             for owner in record.owners:
                 journal.discard(self._owners.owners[owner].identities, number)
-            for atom in record.atoms:
-                if atom in self.atoms:
-                    journal.discard(self.atoms[atom].identities, number)
+            for group in record.groups:
+                if group in self.groups:
+                    journal.discard(self.groups[group].identities, number)
             owners |= record.owners
             self._numbers.give_back(number, journal)
         for number in list(self._unreferenced):
@@ -162,20 +177,29 @@ class IdentityIndex:
         return self.v4 if family == 4 else self.v6  # noqa: PLR2004  # the family
 
     def terms_of(self, number: int) -> set[int]:
-        """Ids of the terms in use that hold of an identity: owner terms positive, atoms negative."""
+        """Ids of the terms in use that hold of an identity: owner terms positive, groups negative."""
         record = self.identities[number]
-        terms = {-atom for atom in record.atoms}
+        terms = {-group for group in record.groups}
         for owner in record.owners:
             terms |= self._owners.owners[owner].terms
         return terms
 
-    def _new_identity(self, key: IdentityKey, journal: Journal) -> int:
-        family, owners, atoms = key
-        text = digest(
+    def content_of(self, number: int) -> IdentityContent:
+        """What the addresses of an identity in use have in common. Raises KeyError for another number."""
+        record = self.identities[number]
+        return self._content((record.family, record.owners, record.groups))
+
+    def _content(self, key: IdentityKey) -> IdentityContent:
+        family, owners, groups = key
+        return IdentityContent(
             family,
-            [self._owners.owners[owner].value for owner in owners],
-            [self.atoms[atom].atom for atom in atoms],
+            tuple(self._owners.owners[owner].value for owner in owners),
+            tuple(self.groups[group].group for group in groups),
         )
+
+    def _new_identity(self, key: IdentityKey, journal: Journal) -> int:
+        family, owners, groups = key
+        text = self._content(key).digest()
         number = self._known.get(text)
         if number is not None and number not in self.identities:
             # Kept from an earlier run once; later on it is a number like all others.
@@ -185,41 +209,41 @@ class IdentityIndex:
         if number is None:
             raise exceeded(text, "identities", _NUMBERS, _NUMBERS + 1)
         journal.put(self._keys, key, number)
-        journal.put(self.identities, number, IdentityRecord(number, family, owners, atoms, text))
+        journal.put(self.identities, number, IdentityRecord(number, family, owners, groups, text))
         journal.add(self.family_members(family), number)
         for owner in owners:
             journal.add(self._owners.owners[owner].identities, number)
-        for atom in atoms:
-            journal.add(self.atoms[atom].identities, number)
+        for group in groups:
+            journal.add(self.groups[group].identities, number)
         self.created.append(number)
         self._found.clear()
         return number
 
-    # --- atoms ------------------------------------------------------------------------------------------------------
+    # --- groups ------------------------------------------------------------------------------------------------------
 
-    def atom_id(self, atom: Atom) -> int | None:
-        """The id of an atom in use, or None."""
-        return self._atom_ids.get(atom)
+    def group_id(self, group: AddressGroup) -> int | None:
+        """The id of a group in use, or None."""
+        return self._group_ids.get(group)
 
-    def _acquire_atom(self, atom: Atom, journal: Journal) -> int:
-        atom_id = self._atom_ids.get(atom)
-        if atom_id is None:
-            atom_id = self._next_atom
-            journal.assign(self, "_next_atom", atom_id + 1)
-            journal.put(self._atom_ids, atom, atom_id)
-            journal.put(self.atoms, atom_id, AtomRecord(atom))
-            self.atoms_added.append(atom_id)
-        record = self.atoms[atom_id]
+    def _acquire_group(self, group: AddressGroup, journal: Journal) -> int:
+        group_id = self._group_ids.get(group)
+        if group_id is None:
+            group_id = self._next_group
+            journal.assign(self, "_next_group", group_id + 1)
+            journal.put(self._group_ids, group, group_id)
+            journal.put(self.groups, group_id, AddressGroupRecord(group))
+            self.groups_added.append(group_id)
+        record = self.groups[group_id]
         journal.assign(record, "references", record.references + 1)
-        return atom_id
+        return group_id
 
-    def _release_atom(self, atom_id: int, journal: Journal) -> None:
-        record = self.atoms[atom_id]
+    def _release_group(self, group_id: int, journal: Journal) -> None:
+        record = self.groups[group_id]
         journal.assign(record, "references", record.references - 1)
         if not record.references:
-            journal.pop(self.atoms, atom_id)
-            journal.pop(self._atom_ids, record.atom)
-            self.atoms_removed.append((atom_id, record.atom))
+            journal.pop(self.groups, group_id)
+            journal.pop(self._group_ids, record.group)
+            self.groups_removed.append((group_id, record.group))
 
     # --- matches ----------------------------------------------------------------------------------------------------
 
@@ -250,7 +274,7 @@ class IdentityIndex:
             if term > 0:
                 self._owners.release(term, journal)
             else:
-                self._release_atom(-term, journal)
+                self._release_group(-term, journal)
 
     def match(self, match: AddressMatch) -> MatchRecord:
         """The record of a match in use. KeyError for another."""
@@ -296,12 +320,12 @@ class IdentityIndex:
 
     def _acquire_term(self, term: Term, journal: Journal) -> int:
         if isinstance(term, (NetsTerm, ServiceTerm)):
-            return -self._acquire_atom(term, journal)
+            return -self._acquire_group(term, journal)
         return self._owners.acquire(term, journal)
 
     def _identities_of(self, term: int) -> set[int]:
         if term < 0:
-            return self.atoms[-term].identities
+            return self.groups[-term].identities
         found: set[int] = set()
         for owner in self._owners.terms[term].owners:
             found |= self._owners.owners[owner].identities
@@ -311,5 +335,5 @@ class IdentityIndex:
         """A commit is over, one way or the other: forget what was noted for it."""
         self._found.clear()
         self.created.clear()
-        self.atoms_added.clear()
-        self.atoms_removed.clear()
+        self.groups_added.clear()
+        self.groups_removed.clear()

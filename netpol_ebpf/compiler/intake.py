@@ -2,7 +2,7 @@
 """The first step of a commit: changed objects go into the world, and what has to be looked at again is noted.
 
 Invariant: afterwards the world, the owners, the subjects and the indexes of the state are those after the change; addresses,
-templates and programs are still those before it.
+templates and rule lists are still those before it.
 """
 
 from __future__ import annotations
@@ -14,23 +14,23 @@ from netpol_ebpf.compiler.addresses import Claim
 from netpol_ebpf.compiler.journal import Journal
 from netpol_ebpf.compiler.limits import exceeded
 from netpol_ebpf.compiler.owners import OwnerKind
-from netpol_ebpf.compiler.state import LocalEndpoint, State
+from netpol_ebpf.compiler.state import CompilerState, LocalEndpoint
 from netpol_ebpf.compiler.templates import TemplateKey
 from netpol_ebpf.policy.types import (
+    ClusterNode,
     Direction,
     Endpoint,
     EndpointKey,
     EndpointKind,
     IPAddress,
     IPNetwork,
-    NetworkSet,
-    Node,
+    LabelledNets,
     Policy,
-    Profile,
-    Service,
-    Settings,
+    PolicySettings,
+    PolicyTier,
+    ProfileRules,
+    ServiceBackends,
     Staged,
-    Tier,
     World,
 )
 
@@ -41,14 +41,14 @@ U = TypeVar("U")
 class Intake:
     """Takes changes, by type and key the new object or None, and notes what they concern.
 
-    ``dirty``: local endpoints whose programs may change; ``stale``: templates whose object changed; ``address_moves``: addresses,
+    ``dirty``: local endpoints whose rule lists may change; ``stale``: templates whose object changed; ``address_moves``: addresses,
     the owner that they get or lose with the number of the node that it is on (0: here, or not known), and whether they get it;
     ``net_moves``: the same of nets, without nodes; ``numbered``: nodes with the numbers that they have now, 0 for none;
     ``claims``: local endpoints that got or lost an address; ``disappeared``: owners with an object less; ``gone``: local
     endpoints that are no more.
     """
 
-    def __init__(self, state: State, local: Callable[[Endpoint], bool], journal: Journal) -> None:
+    def __init__(self, state: CompilerState, local: Callable[[Endpoint], bool], journal: Journal) -> None:
         self._state = state
         self._local = local
         self._journal = journal
@@ -57,7 +57,7 @@ class Intake:
         self.address_moves: list[tuple[IPAddress, tuple[int, int], bool]] = []
         self.net_moves: list[tuple[IPNetwork, int, bool]] = []
         self.numbered: dict[str, int] = {}
-        self.service_moves: list[tuple[Service | None, Service | None]] = []
+        self.service_moves: list[tuple[ServiceBackends | None, ServiceBackends | None]] = []
         self.claims: list[tuple[IPAddress, Claim, bool]] = []
         self.disappeared: list[int] = []
         self.gone: list[LocalEndpoint] = []
@@ -66,21 +66,23 @@ class Intake:
         """Put the changes into the world. An object equal to the one in force is no change."""
         takers = {
             Endpoint: self._take_endpoint,
-            NetworkSet: self._take_network_set,
-            Node: self._take_node,
+            LabelledNets: self._take_network_set,
+            ClusterNode: self._take_node,
             Policy: self._take_policy,
-            Profile: self._take_profile,
-            Service: self._take_service,
-            Settings: self._take_settings,
-            Tier: self._take_tier,
+            ProfileRules: self._take_profile,
+            ServiceBackends: self._take_service,
+            PolicySettings: self._take_settings,
+            PolicyTier: self._take_tier,
         }
         world, journal = self._state.world, self._journal
         others: dict[type, dict[Any, Any]] = _containers(world)
-        if Node in changes:  # first: what is said of endpoints' nodes is said in the numbers that hold afterwards
-            self._number_nodes(changes[Node])
+        if (
+            ClusterNode in changes
+        ):  # first: what is said of endpoints' nodes is said in the numbers that hold afterwards
+            self._number_nodes(changes[ClusterNode])
         for kind, objects in changes.items():
             taker: Any = takers[kind]
-            if kind is Settings:
+            if kind is PolicySettings:
                 taker(objects[None])
                 continue
             container = others[kind]
@@ -95,7 +97,7 @@ class Intake:
                 taker(old, new)
 
     def touch(self, endpoints: Iterable[EndpointKey]) -> None:
-        """Note local endpoints whose programs may change."""
+        """Note local endpoints whose rule lists may change."""
         self.dirty.update(dict.fromkeys(endpoints))
 
     def drop_unknown(self) -> None:
@@ -103,17 +105,17 @@ class Intake:
         for key in self.dirty.keys() - self._state.local.keys():
             del self.dirty[key]
 
-    def _take_tier(self, old: Tier | None, new: Tier | None) -> None:
+    def _take_tier(self, old: PolicyTier | None, new: PolicyTier | None) -> None:
         name = (new or old).name  # type: ignore[union-attr]  # one of them is there
         for policy in self._state.by_tier.get(name, ()):
             self.touch(self._state.subjects.endpoints_of(policy))
 
-    def _take_profile(self, old: Profile | None, new: Profile | None) -> None:
+    def _take_profile(self, old: ProfileRules | None, new: ProfileRules | None) -> None:
         name = (new or old).name  # type: ignore[union-attr]  # one of them is there
         self.stale.update(dict.fromkeys((name, direction) for direction in Direction))
         self.touch(self._state.with_profile.get(name, ()))
 
-    def _take_settings(self, settings: Settings) -> None:
+    def _take_settings(self, settings: PolicySettings) -> None:
         if settings == self._state.world.settings:
             return
         self._journal.assign(self._state.world, "settings", settings)
@@ -188,18 +190,18 @@ class Intake:
         self.dirty.pop(key, None)
         self.gone.append(known)
 
-    def _take_network_set(self, old: NetworkSet | None, new: NetworkSet | None) -> None:
+    def _take_network_set(self, old: LabelledNets | None, new: LabelledNets | None) -> None:
         key = (new or old).key  # type: ignore[union-attr]  # one of them is there
         before, after = self._own(self._state.set_owners, key, OwnerKind.NETWORK_SET, old, new)
         self.net_moves.extend(_moves(old.nets if old else (), before, new.nets if new else (), after))
 
-    def _take_node(self, old: Node | None, new: Node | None) -> None:
+    def _take_node(self, old: ClusterNode | None, new: ClusterNode | None) -> None:
         name = (new or old).name  # type: ignore[union-attr]  # one of them is there
         before, after = self._own(self._state.node_owners, name, OwnerKind.NODE, old, new)
         number = self._state.nodes.numbers.get(name, 0)
         self.address_moves.extend(_moves(_addresses(old), (before, number), _addresses(new), (after, number)))
 
-    def _number_nodes(self, changes: Mapping[str, Node | None]) -> None:
+    def _number_nodes(self, changes: Mapping[str, ClusterNode | None]) -> None:
         """Nodes change their addresses: give those numbers that these tell now, and to what is on nodes, as it is so far.
 
         Whatever is taken afterwards has the new numbers, also what it takes the place of.
@@ -231,7 +233,7 @@ class Intake:
             return 0
         return numbers[endpoint.node]
 
-    def _take_service(self, old: Service | None, new: Service | None) -> None:
+    def _take_service(self, old: ServiceBackends | None, new: ServiceBackends | None) -> None:
         self.service_moves.append((old, new))
 
     def _take_policy(self, old: Policy | None, new: Policy | None) -> None:
@@ -258,19 +260,19 @@ class Intake:
                     self.touch(state.subjects.endpoints_of(twin))
 
 
-def _addresses(node: Node | None) -> tuple[IPAddress, ...]:
+def _addresses(node: ClusterNode | None) -> tuple[IPAddress, ...]:
     return () if node is None else node.addresses
 
 
 def _containers(world: World) -> dict[type, dict[Any, Any]]:
     return {
         Endpoint: world.endpoints,
-        NetworkSet: world.network_sets,
-        Node: world.nodes,
+        LabelledNets: world.network_sets,
+        ClusterNode: world.nodes,
         Policy: world.policies,
-        Profile: world.profiles,
-        Service: world.services,
-        Tier: world.tiers,
+        ProfileRules: world.profiles,
+        ServiceBackends: world.services,
+        PolicyTier: world.tiers,
     }
 
 

@@ -6,17 +6,16 @@ Invariant: nothing but the tables is looked at; a row that is referred to and mi
 
 from __future__ import annotations
 
-from netpol_ebpf.compiler.programs import nothing_decided
+from netpol_ebpf.compiler.rule_lists import nothing_decided
 from netpol_ebpf.compiler.tables import (
     ATOM_BLOCK,
-    COLUMN_BLOCK,
     OTHER_BLOCK,
     PROTOCOL_SLOT,
     SOURCE_SLOT,
     WORLD_V4,
     WORLD_V6,
+    CompiledTables,
     SetRow,
-    Tables,
     VerdictRow,
 )
 from netpol_ebpf.policy.types import (
@@ -35,7 +34,7 @@ from netpol_ebpf.policy.types import (
 class Interpreter:
     """Answers questions from tables, as they are when it is asked."""
 
-    def __init__(self, tables: Tables) -> None:
+    def __init__(self, tables: CompiledTables) -> None:
         self._tables = tables
         self._prefixes: dict[int, list[tuple[int, dict[int, int]]]] = {}
         self._prefix_version = -1
@@ -80,25 +79,16 @@ class Interpreter:
         if row.own_set:
             known = classes.get((row.own_set, self.identity_of(own)))
             own_class = _of_family(own, row.own_default_class4, row.own_default_class6) if known is None else known
-        l4_class = self._column(row.l4_base, *_position(packet)) if row.l4_classes > 1 else 0
+        l4_class = self._column(row.l4_base, 0, l4_position(packet)) if row.l4_classes > 1 else 0
         source_class = 0
         if row.source_classes > 1:
-            port = packet.source_port if packet.protocol in PORT_PROTOCOLS else 0
-            source_class = self._column(row.source_base, SOURCE_SLOT * 256 + (port >> 8), port & 255)
-        for class_, bound in (
-            (peer_class, row.peer_classes), (own_class, row.own_classes),
-            (l4_class, row.l4_classes), (source_class, row.source_classes),
-        ):  # fmt: skip
-            if class_ >= bound:
-                raise IndexError(f"class {class_} of policy set {row.number} is beyond {bound}")
-        wide = peer_class * row.own_classes + own_class
-        return row.verdict_base + (wide * row.l4_classes + l4_class) * row.source_classes + source_class
+            source_class = self._column(row.source_base, SOURCE_SLOT * 256, source_position(packet))
+        return row.verdict_index(peer_class, own_class, l4_class, source_class)
 
-    def _column(self, base: int, block: int, index: int) -> int:
-        """The class of the atom at (block, index), in the column at ``base``."""
-        atoms = self._tables.l4_atoms.get(block)
-        atom = 0 if atoms is None else atoms[index]
-        return self._tables.l4_columns[base + atom // COLUMN_BLOCK][atom % COLUMN_BLOCK]
+    def _column(self, base: int, first_block: int, position: int) -> int:
+        """The class of the atom at a position of the line that begins with ``first_block``, in the column at ``base``."""
+        atoms = self._tables.l4_atoms.get(first_block + position // ATOM_BLOCK)
+        return self._tables.class_of_atom(base, 0 if atoms is None else atoms[position % ATOM_BLOCK])
 
     def _index_prefixes(self) -> None:
         lengths: dict[tuple[int, int], dict[int, int]] = {}
@@ -119,14 +109,7 @@ class Interpreter:
             self._verdict_version = version
         verdict = self._verdicts.get(row)
         if verdict is None:
-            logs = tables.log_lists[row.log_list] if row.log_list else ()
-            verdict = self._verdicts[row] = Verdict(
-                row.outcome,
-                tables.rules[row.rule],
-                row.staged_outcome,
-                tables.rules[row.staged_rule],
-                tuple(tables.rules[rule] for rule in logs),
-            )
+            verdict = self._verdicts[row] = tables.verdict_of(row)
         return verdict
 
 
@@ -134,14 +117,19 @@ def _of_family(address: IPAddress, four: int, six: int) -> int:
     return four if address.version == 4 else six  # noqa: PLR2004  # the family
 
 
-def _position(packet: Packet) -> tuple[int, int]:
-    """(atom block, index) of a packet's protocol and destination port or ICMP type and code."""
+def l4_position(packet: Packet) -> int:
+    """A packet's position on the line of protocols and ports: its protocol and destination port, or ICMP type and code."""
     slot = PROTOCOL_SLOT.get(packet.protocol)
     if slot is None:
-        return OTHER_BLOCK, packet.protocol
+        return OTHER_BLOCK * ATOM_BLOCK + packet.protocol
     if packet.protocol in (ICMP, ICMPV6):
-        return slot * 256 + packet.icmp_type, packet.icmp_code
-    return slot * 256 + packet.destination_port // ATOM_BLOCK, packet.destination_port % ATOM_BLOCK
+        return slot * 256 * ATOM_BLOCK + packet.icmp_type * 256 + packet.icmp_code
+    return slot * 256 * ATOM_BLOCK + packet.destination_port
+
+
+def source_position(packet: Packet) -> int:
+    """A packet's position on the line of source ports; 0 for protocols without ports."""
+    return packet.source_port if packet.protocol in PORT_PROTOCOLS else 0
 
 
 def _undecided(direction: Direction, stage: Stage) -> Verdict:

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 
 from netpol_ebpf.compiler.journal import Journal
 from netpol_ebpf.compiler.tables import FIRST_NODE
-from netpol_ebpf.policy.types import Node
+from netpol_ebpf.policy.types import ClusterNode
 
 
 class NodeNumbers:
@@ -25,7 +25,7 @@ class NodeNumbers:
         self.numbers: dict[str, int] = {}
         self._next = FIRST_NODE
 
-    def renumber(self, nodes: Mapping[str, Node], journal: Journal) -> dict[str, tuple[int, int]]:
+    def renumber(self, nodes: Mapping[str, ClusterNode], journal: Journal) -> dict[str, tuple[int, int]]:
         """Take in the addresses of all nodes. Returns (old number, new number), 0 for none, of those whose number changed.
 
         Cost: linear in the nodes.

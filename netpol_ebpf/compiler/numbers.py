@@ -20,7 +20,7 @@ QUARANTINE = 1024
 """Freed numbers that are kept back while there are fresh ones; arbitrary."""
 
 
-class Numbers:
+class NumberPool:
     """Single numbers from ``first`` on, at most ``count`` in use."""
 
     def __init__(self, first: int, count: int) -> None:

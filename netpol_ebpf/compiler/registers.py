@@ -13,7 +13,7 @@ from typing import Generic, TypeVar
 from netpol_ebpf.compiler.draft import DELETED, Draft, Phase
 from netpol_ebpf.compiler.journal import Journal
 from netpol_ebpf.compiler.limits import exceeded
-from netpol_ebpf.compiler.numbers import Numbers
+from netpol_ebpf.compiler.numbers import NumberPool
 
 V = TypeVar("V", bound=Hashable)
 
@@ -27,7 +27,7 @@ class RowRegister(Generic[V]):
     def __init__(self, table: str, limit: int, kept: Mapping[V, int] | None = None) -> None:
         self._table = table
         self._limit = limit
-        self._numbers = Numbers(1, limit)
+        self._numbers = NumberPool(1, limit)
         self._kept = self._numbers.keep(kept or {})
         self._known: dict[V, int] = {}
         self._values: dict[int, V] = {}

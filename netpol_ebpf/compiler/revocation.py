@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from itertools import product
 
-from netpol_ebpf.compiler.classes import Side
+from netpol_ebpf.compiler.classes import EntryVectors
 from netpol_ebpf.compiler.identities import IdentityIndex
 from netpol_ebpf.compiler.sets import LiveSet
 from netpol_ebpf.compiler.setstore import SetStore
@@ -36,18 +36,18 @@ class Revocation:
     def by_relabelling(self, pairs: set[tuple[int, int]], sets: SetStore) -> bool:
         """Whether addresses that turn from one identity into the other lose something in any of the sets that stay."""
         for before, after in pairs:
-            for class_map, users in sets.that_tell(before, after):
-                old, new = class_map.vector_of(before), class_map.vector_of(after)
+            for class_table, users in sets.that_tell(before, after):
+                old, new = class_table.vector_of(before), class_table.vector_of(after)
                 if old != new:
                     for live in users:
                         if live.references and any(
-                            side.map is class_map and self._loses(live, side, side.vector(old), side.vector(new))
+                            side.table is class_table and self._loses(live, side, side.vector(old), side.vector(new))
                             for side in live.sides
                         ):
                             return True
         return False
 
-    def _loses(self, live: LiveSet, side: Side, old: int, new: int) -> bool:
+    def _loses(self, live: LiveSet, side: EntryVectors, old: int, new: int) -> bool:
         is_peer = side is live.peer
         known = live.losses.get((is_peer, old, new))
         if known is None:
@@ -90,23 +90,23 @@ class Revocation:
             for peer, own, one, two in product(peers, owns, l4, sources)
         )
 
-    def _pairs(self, old: Side | None, new: Side | None) -> set[tuple[int, int]]:
+    def _pairs(self, old: EntryVectors | None, new: EntryVectors | None) -> set[tuple[int, int]]:
         """What identities are on one side before and after, each pair once. No side: anything."""
         if old is None or new is None:
             return {(before, after) for before in _all(old) for after in _all(new)}
-        if old.map is new.map:
-            return {(old.vector(each), new.vector(each)) for each in old.map.vectors.values()}
-        numbers = (old.map.rows.keys() | new.map.rows.keys()) - self._late
-        pairs = {(old.map.class_of(number), new.map.class_of(number)) for number in numbers}
+        if old.table is new.table:
+            return {(old.vector(each), new.vector(each)) for each in old.table.vectors.values()}
+        numbers = (old.table.rows.keys() | new.table.rows.keys()) - self._late
+        pairs = {(old.table.class_of(number), new.table.class_of(number)) for number in numbers}
         v6 = len(numbers & self._identities.v6)
         for family, told in ((4, len(numbers) - v6), (6, v6)):
             if len(self._identities.family_members(family) - self._late) > told:  # the others have no rows
-                pairs.add((old.map.defaults[family], new.map.defaults[family]))
+                pairs.add((old.table.defaults[family], new.table.defaults[family]))
         before, after = old.vectors, new.vectors
         return {(before[one], after[other]) for one, other in pairs}
 
 
-def _all(side: Side | None) -> Iterable[int]:
+def _all(side: EntryVectors | None) -> Iterable[int]:
     return (-1,) if side is None else side.vectors.values()
 
 

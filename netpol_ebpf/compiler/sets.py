@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One live policy set: a program's entries as bit vectors, its classes, its columns and its verdicts.
+"""One live policy set: a rule list's entries as bit vectors, its classes, its columns and its verdicts.
 
-A *fold* says which entries of the own-constraining templates hold for the endpoint's own addresses; with a fold the own side
-is constant, without one it is a dimension of its own.
+*Own entries* say which entries of the templates that constrain the own side hold for the endpoint's own addresses: with them
+the own side is constant, without them it is a dimension of the verdict rows.
 
 Invariants: each combination of classes in use has its verdict row; the meaning of a published set never changes, it only
 gains and loses classes, and moves to a larger range when one gets too small (`Draft` phase PREPARE, so that whoever
@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import product
 
-from netpol_ebpf.compiler.classes import ClassMap, ClassMaps, Side
+from netpol_ebpf.compiler.classes import ClassTable, ClassTables, EntryVectors
 from netpol_ebpf.compiler.draft import DELETED, Draft, Phase
 from netpol_ebpf.compiler.entries import Effect
 from netpol_ebpf.compiler.identities import IdentityIndex, MatchRecord
@@ -24,15 +24,15 @@ from netpol_ebpf.compiler.journal import Journal
 from netpol_ebpf.compiler.l4 import AtomSpace, Split
 from netpol_ebpf.compiler.limits import Limits, exceeded
 from netpol_ebpf.compiler.numbers import Ranges
-from netpol_ebpf.compiler.programs import Part, Program, nothing_decided
 from netpol_ebpf.compiler.registers import RowRegister
+from netpol_ebpf.compiler.rule_lists import RuleList, TemplateUse, nothing_decided
 from netpol_ebpf.compiler.tables import COLUMN_BLOCK, FAMILY_CLASSES, SetRow, VerdictRow
 from netpol_ebpf.compiler.terms import ANYONE
 from netpol_ebpf.policy.types import Action, Cause, CauseKind, Outcome
 
-Fold = tuple[int, ...]
-"""For each own-constraining part of a program, in order: the bits of its entries that hold for the own addresses."""
-SetKey = tuple[Program, "Fold | None"]
+OwnEntries = tuple[int, ...]
+"""For each template of a rule list that constrains the own side, in order: the bits of its entries that hold for the own addresses."""
+SetKey = tuple[RuleList, "OwnEntries | None"]
 
 _TRIM_ABOVE = 256
 """Verdicts that a set may remember in vain; arbitrary."""
@@ -52,16 +52,16 @@ class Stores:
     sources: AtomSpace
     causes: RowRegister[Cause]
     log_lists: RowRegister[tuple[int, ...]]
-    maps: ClassMaps
+    class_tables: ClassTables
     verdicts: Ranges
     columns: Ranges
     limits: Limits
 
 
 class _Entries:
-    """The entries of a program that are left under a fold, by bit; bit 0 is asked first."""
+    """The entries of a rule list that are left, by bit; bit 0 is evaluated first. ``own_entries`` None: the own side is a dimension."""
 
-    def __init__(self, program: Program, fold: Fold | None) -> None:
+    def __init__(self, rule_list: RuleList, own_entries: OwnEntries | None) -> None:
         self.effects: list[Effect] = []
         self.outcomes: list[Outcome] = []
         self.causes: list[Cause] = []
@@ -71,24 +71,24 @@ class _Entries:
         self.l4: dict[Intervals, int] = {}
         self.sources: dict[Intervals, int] = {}
         self.enforced = self.pending = self.ends = 0
-        self._folds = None if fold is None else iter(fold)
-        for part in program.head:
-            self._add_part(part)
-        for tier in program.tiers:
+        self._own_iterator = None if own_entries is None else iter(own_entries)
+        for use in rule_list.head:
+            self._add_template(use)
+        for tier in rule_list.tiers:
             first = len(self.effects)
-            for part in tier.parts:
-                self._add_part(part)
+            for use in tier.uses:
+                self._add_template(use)
             ends = {(tier.end_enforced, True, tier.end_enforced == tier.end_pending)}
             if tier.end_pending != tier.end_enforced:
                 ends.add((tier.end_pending, False, True))
             for policy, enforced, pending in sorted(ends, key=lambda end: not end[1]):
                 if policy is not None:
-                    cause = Cause(CauseKind.TIER_END, program.direction, tier.name, policy, action=Action.DENY)
+                    cause = Cause(CauseKind.TIER_END, rule_list.direction, tier.name, policy, action=Action.DENY)
                     self.ends |= 1 << len(self.effects)
                     self._add(Effect.DENY, cause, enforced=enforced, pending=pending)
             self.targets[first:] = [len(self.effects)] * (len(self.effects) - first)
-        for part in program.profiles:
-            self._add_part(part)
+        for use in rule_list.profiles:
+            self._add_template(use)
 
     def _add(self, effect: Effect, cause: Cause, *, enforced: bool, pending: bool) -> int:
         bit = 1 << len(self.effects)
@@ -102,17 +102,17 @@ class _Entries:
             self.pending |= bit
         return bit
 
-    def _add_part(self, part: Part) -> None:
-        template = part.template
+    def _add_template(self, use: TemplateUse) -> None:
+        template = use.template
         kept = -1
-        if self._folds is not None and template.constrains_own:
-            kept = next(self._folds)
+        if self._own_iterator is not None and template.constrains_own:
+            kept = next(self._own_iterator)
         for index, (entry, peer, own) in enumerate(zip(template.entries, template.peers, template.owns, strict=True)):
             if not kept >> index & 1:
                 continue
-            bit = self._add(entry.effect, entry.cause, enforced=part.enforced, pending=part.pending)
+            bit = self._add(entry.effect, entry.cause, enforced=use.enforced, pending=use.pending)
             self.peers[peer] = self.peers.get(peer, 0) | bit
-            if self._folds is None:
+            if self._own_iterator is None:
                 self.owns[own] = self.owns.get(own, 0) | bit
             self.l4[entry.l4] = self.l4.get(entry.l4, 0) | bit
             self.sources[entry.source] = self.sources.get(entry.source, 0) | bit
@@ -167,15 +167,15 @@ class _Column:
             rows[self.base + block] = tuple(self.classes[block * COLUMN_BLOCK : (block + 1) * COLUMN_BLOCK])
 
 
-def _room(class_map: ClassMap) -> int:
+def _room(class_table: ClassTable) -> int:
     """The bound of a side's classes: how many there are, and room for some that may come.
 
-    Where no match asks for more than the family, none may come, and FAMILY_CLASSES is the most: by that the program knows
+    Where no match asks for more than the family, none may come, and FAMILY_CLASSES is the most: by that the packet path knows
     that no rule asks whose address it is.  Where one does, the bound is higher.
     """
-    if all(record.match.is_family_alone for record in class_map.matches):
-        return class_map.span
-    return class_map.span + max(FAMILY_CLASSES, class_map.span // 4)
+    if all(record.match.is_family_alone for record in class_table.matches):
+        return class_table.span
+    return class_table.span + max(FAMILY_CLASSES, class_table.span // 4)
 
 
 class LiveSet:
@@ -186,15 +186,15 @@ class LiveSet:
         self.what = what
         self.references = 0
         self._stores = stores
-        program, fold = key
-        self._entries = entries = _Entries(program, fold)
+        rule_list, own_entries = key
+        self._entries = entries = _Entries(rule_list, own_entries)
         if len(entries.effects) > stores.limits.entries_per_set:
             raise exceeded(what, "entries_per_set", stores.limits.entries_per_set, len(entries.effects))
         self._rules = [stores.causes.acquire(cause, what, draft, journal) for cause in entries.causes]
         self._exceptions = frozenset(
             rule for rule, cause in zip(self._rules, entries.causes, strict=True) if cause.kind in EXCEPTIONS
         )
-        self._tail, cause = nothing_decided(program.direction, program.stage)
+        self._tail, cause = nothing_decided(rule_list.direction, rule_list.stage)
         self._tail_rule = stores.causes.acquire(cause, what, draft, journal)
         self._verdicts: dict[int, VerdictRow] = {}
         self._trimmed = 0
@@ -205,7 +205,7 @@ class LiveSet:
         for predicate in entries.sources:
             stores.sources.acquire(predicate, journal)
         self.peer = self._side(entries.peers, journal)
-        self.own: Side | None = None
+        self.own: EntryVectors | None = None
         if any(record.match != ANYONE for record in entries.owns):
             self.own = self._side(entries.owns, journal)
         self._l4: _Column
@@ -215,7 +215,7 @@ class LiveSet:
         self.peer_room = self.own_room = 1
         self.row: SetRow
 
-    def _side(self, matches: dict[MatchRecord, int], journal: Journal) -> Side:
+    def _side(self, matches: dict[MatchRecord, int], journal: Journal) -> EntryVectors:
         always = self._entries.ends
         masks: dict[MatchRecord, int] = {}
         for record, mask in matches.items():
@@ -223,26 +223,26 @@ class LiveSet:
                 always |= mask
             else:
                 masks[record] = mask
-        return Side(self._stores.maps.acquire(frozenset(masks), self.what, journal), masks, always)
+        return EntryVectors(self._stores.class_tables.acquire(frozenset(masks), self.what, journal), masks, always)
 
     @property
-    def sides(self) -> tuple[Side, ...]:
+    def sides(self) -> tuple[EntryVectors, ...]:
         """Both, or the peer's only."""
         return (self.peer,) if self.own is None else (self.peer, self.own)
 
     @property
-    def class_maps(self) -> Iterable[ClassMap]:
+    def class_tables(self) -> Iterable[ClassTable]:
         """Those of its sides, each once."""
-        return dict.fromkeys(side.map for side in self.sides)
+        return dict.fromkeys(side.table for side in self.sides)
 
     # --- building ---------------------------------------------------------------------------------------------------
 
     def build(self, draft: Draft, journal: Journal) -> None:
         """Classes, columns and verdicts of a set that is not in force yet. The atom spaces must be up to date."""
         stores = self._stores
-        for class_map in self.class_maps:
-            if not class_map.is_built:
-                class_map.build(draft)
+        for class_table in self.class_tables:
+            if not class_table.is_built:
+                class_table.build(draft)
         limit, ends = stores.limits.classes_per_set, self._entries.ends
         self._l4 = _Column(self._entries.l4, ends, stores.atoms, limit, self.what)
         self._source = _Column(self._entries.sources, ends, stores.sources, limit, self.what)
@@ -253,9 +253,9 @@ class LiveSet:
 
     def _place_verdicts(self, phase: Phase, draft: Draft, journal: Journal) -> None:
         """Take a range with room for some more classes, and write the verdicts of all there are."""
-        self.peer_room = _room(self.peer.map)
+        self.peer_room = _room(self.peer.table)
         if self.own is not None:
-            self.own_room = _room(self.own.map)
+            self.own_room = _room(self.own.table)
         size = self.peer_room * self.own_room * len(self._l4.vectors) * len(self._source.vectors)
         limits = self._stores.limits
         if size > limits.verdicts_per_set:
@@ -270,13 +270,13 @@ class LiveSet:
 
     def _make_row(self) -> None:
         self.row = SetRow(
-            number=self.peer.map.number,
-            default_class4=self.peer.map.defaults[4],
-            default_class6=self.peer.map.defaults[6],
+            number=self.peer.table.number,
+            default_class4=self.peer.table.defaults[4],
+            default_class6=self.peer.table.defaults[6],
             peer_classes=self.peer_room,
-            own_set=0 if self.own is None else self.own.map.number,
-            own_default_class4=0 if self.own is None else self.own.map.defaults[4],
-            own_default_class6=0 if self.own is None else self.own.map.defaults[6],
+            own_set=0 if self.own is None else self.own.table.number,
+            own_default_class4=0 if self.own is None else self.own.table.defaults[4],
+            own_default_class6=0 if self.own is None else self.own.table.defaults[6],
             own_classes=self.own_room,
             l4_base=self._l4.base,
             l4_classes=len(self._l4.vectors),
@@ -351,13 +351,13 @@ class LiveSet:
     def add_classes(
         self, peers: dict[int, int], owns: dict[int, int], draft: Draft, journal: Journal
     ) -> tuple[int, int] | None:
-        """New classes of a published set, as class -> vector; already in the class maps. Returns the range it left, if it moved."""
+        """New classes of a published set, as class -> vector; already in the class tables. Returns the range it left, if it moved."""
         left: tuple[int, int] | None = None
         for name in ("base", "size", "peer_room", "own_room", "row"):
             journal.assign(self, name, getattr(self, name))
         if len(self._verdicts) > 2 * self._trimmed + _TRIM_ABOVE:
             self._trim(journal)
-        if self.peer.map.span > self.peer_room or (self.own is not None and self.own.map.span > self.own_room):
+        if self.peer.table.span > self.peer_room or (self.own is not None and self.own.table.span > self.own_room):
             left = (self.base, self.size)
             self._place_verdicts(Phase.PREPARE, draft, journal)
             return left
@@ -424,7 +424,7 @@ class LiveSet:
         """Remove everything, at the end of a commit."""
         stores = self._stores
         for side in self.sides:
-            stores.maps.release(side.map, draft, journal)
+            stores.class_tables.release(side.table, draft, journal)
         for rule in (*self._rules, self._tail_rule):
             stores.causes.release(rule, journal)
         for verdict in self._verdicts.values():

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """All live policy sets by content, and what happens to them when identities and atoms come and go.
 
-Endpoints whose programs and folds are equal share a set.  Invariant: every published set has a class for every identity
+Endpoints whose rule lists and own entries are equal share a set.  Invariant: every published set has a class for every identity
 and a column entry for every atom that a packet may meet, before any row shows that identity or atom to packets.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 
-from netpol_ebpf.compiler.classes import ClassMap
+from netpol_ebpf.compiler.classes import ClassTable
 from netpol_ebpf.compiler.draft import Draft
 from netpol_ebpf.compiler.identities import MatchRecord
 from netpol_ebpf.compiler.journal import Journal
@@ -25,10 +25,10 @@ class SetStore:
         self.stores = stores
         self._sets: dict[SetKey, LiveSet] = {}
         self._published: set[LiveSet] = set()
-        self._uses: dict[MatchRecord, dict[ClassMap, int]] = {}
-        self._sets_of: dict[ClassMap, dict[LiveSet, None]] = {}  # published sets
-        self._odd: dict[int, set[ClassMap]] = {4: set(), 6: set()}
-        """Class maps in which an ordinary identity of a family is not in the default class of that family."""
+        self._uses: dict[MatchRecord, dict[ClassTable, int]] = {}
+        self._sets_of: dict[ClassTable, dict[LiveSet, None]] = {}  # published sets
+        self._odd: dict[int, set[ClassTable]] = {4: set(), 6: set()}
+        """Class tables in which an ordinary identity of a family is not in the default class of that family."""
         self._created: list[LiveSet] = []
         self._dying: list[LiveSet] = []
         self._moved: dict[LiveSet, SetRow] = {}
@@ -39,7 +39,7 @@ class SetStore:
         return len(self._sets)
 
     def acquire(self, key: SetKey, what: str, draft: Draft, journal: Journal) -> LiveSet:
-        """Count a use of a set; a new one has no rows until `build_created`. Its program must be in use."""
+        """Count a use of a set; a new one has no rows until `build_created`. Its rule list must be in use."""
         live = self._sets.get(key)
         if live is None:
             live = LiveSet(key, what, self.stores, draft, journal)
@@ -67,17 +67,17 @@ class SetStore:
 
     def extend(self, created: Iterable[int], draft: Draft, journal: Journal) -> None:
         """Give new identities their classes in all published sets. Cost: the sets whose matches concern them."""
-        grown: dict[ClassMap, list[int]] = {}
+        grown: dict[ClassTable, list[int]] = {}
         for identity in created:
-            for class_map, vector in self._vectors(identity).items():
-                class_ = class_map.add(identity, vector, draft, journal)
+            for class_table, vector in self._vectors(identity).items():
+                class_ = class_table.add(identity, vector, draft, journal)
                 if class_ is not None:
-                    grown.setdefault(class_map, []).append(class_)
-        for live in dict.fromkeys(live for class_map in grown for live in self._sets_of[class_map]):
+                    grown.setdefault(class_table, []).append(class_)
+        for live in dict.fromkeys(live for class_table in grown for live in self._sets_of[class_table]):
             peers, owns = (
                 {}
                 if side is None
-                else {class_: side.vector(side.map.vectors[class_]) for class_ in grown.get(side.map, ())}
+                else {class_: side.vector(side.table.vectors[class_]) for class_ in grown.get(side.table, ())}
                 for side in (live.peer, live.own)
             )
             row = live.row
@@ -86,22 +86,22 @@ class SetStore:
                 self._left_verdicts.append(left)
                 self._moved.setdefault(live, row)
 
-    def that_tell(self, one: int, other: int) -> Iterator[tuple[ClassMap, Iterable[LiveSet]]]:
-        """Class maps that may tell one identity from another, with their published sets."""
-        for class_map in {**self._vectors(one), **self._vectors(other)}:
-            yield class_map, self._sets_of[class_map]
+    def that_tell(self, one: int, other: int) -> Iterator[tuple[ClassTable, Iterable[LiveSet]]]:
+        """Class tables that may tell one identity from another, with their published sets."""
+        for class_table in {**self._vectors(one), **self._vectors(other)}:
+            yield class_table, self._sets_of[class_table]
 
-    def _vectors(self, identity: int) -> dict[ClassMap, int]:
-        """The vectors of an identity in all class maps where it may not be in the default class."""
+    def _vectors(self, identity: int) -> dict[ClassTable, int]:
+        """The vectors of an identity in all class tables where it may not be in the default class."""
         holding, excluded = self.stores.identities.concerning(identity)
         family = self.stores.identities.identities[identity].family
-        vectors = {class_map: class_map.base[family] for class_map in self._odd[family]}
+        vectors = {class_table: class_table.base[family] for class_table in self._odd[family]}
         for record in excluded:
-            for class_map, mask in self._uses.get(record, {}).items():
-                vectors[class_map] = vectors.get(class_map, class_map.base[family]) & ~mask
+            for class_table, mask in self._uses.get(record, {}).items():
+                vectors[class_table] = vectors.get(class_table, class_table.base[family]) & ~mask
         for record in holding:
-            for class_map, mask in self._uses.get(record, {}).items():
-                vectors[class_map] = vectors.get(class_map, class_map.base[family]) | mask
+            for class_table, mask in self._uses.get(record, {}).items():
+                vectors[class_table] = vectors.get(class_table, class_table.base[family]) | mask
         return vectors
 
     def split_atoms(self, split: Split, *, source: bool, draft: Draft, journal: Journal) -> None:
@@ -119,40 +119,40 @@ class SetStore:
         for live in self._created:
             live.build(draft, journal)
             journal.add(self._published, live)
-            for class_map in live.class_maps:
-                if class_map not in self._sets_of:
-                    self._publish(class_map, journal)
-                journal.put(self._sets_of[class_map], live, None)
+            for class_table in live.class_tables:
+                if class_table not in self._sets_of:
+                    self._publish(class_table, journal)
+                journal.put(self._sets_of[class_table], live, None)
 
-    def _publish(self, class_map: ClassMap, journal: Journal) -> None:
-        journal.put(self._sets_of, class_map, {})
-        for record, mask in class_map.masks.items():
+    def _publish(self, class_table: ClassTable, journal: Journal) -> None:
+        journal.put(self._sets_of, class_table, {})
+        for record, mask in class_table.masks.items():
             users = self._uses.get(record)
             if users is None:
                 users = {}
                 journal.put(self._uses, record, users)
-            journal.put(users, class_map, mask)
+            journal.put(users, class_table, mask)
         for family, odd in self._odd.items():
-            if class_map.base[family] != class_map.vectors[class_map.defaults[family]]:
-                journal.add(odd, class_map)
+            if class_table.base[family] != class_table.vectors[class_table.defaults[family]]:
+                journal.add(odd, class_table)
 
-    def _withdraw(self, class_map: ClassMap, journal: Journal) -> None:
-        journal.pop(self._sets_of, class_map)
-        for record in class_map.masks:
+    def _withdraw(self, class_table: ClassTable, journal: Journal) -> None:
+        journal.pop(self._sets_of, class_table)
+        for record in class_table.masks:
             users = self._uses[record]
-            journal.pop(users, class_map)
+            journal.pop(users, class_table)
             if not users:
                 journal.pop(self._uses, record)
         for odd in self._odd.values():
-            journal.discard(odd, class_map)
+            journal.discard(odd, class_table)
 
     def remove_identities(self, gone: Iterable[int], draft: Draft, journal: Journal) -> None:
         """Drop the rows of identities that no address has any more."""
         numbers = list(gone)
         if numbers:
-            for class_map in self._sets_of:
+            for class_table in self._sets_of:
                 for number in numbers:
-                    class_map.remove(number, draft, journal)
+                    class_table.remove(number, draft, journal)
 
     def bury(self, draft: Draft, journal: Journal) -> None:
         """Remove what no endpoint uses any more, at the end of a commit."""
@@ -160,10 +160,10 @@ class SetStore:
             if live not in self._published:
                 raise AssertionError("a set that was never built was released")
             journal.discard(self._published, live)
-            for class_map in live.class_maps:
-                journal.pop(self._sets_of[class_map], live)
-                if not self._sets_of[class_map]:
-                    self._withdraw(class_map, journal)
+            for class_table in live.class_tables:
+                journal.pop(self._sets_of[class_table], live)
+                if not self._sets_of[class_table]:
+                    self._withdraw(class_table, journal)
             live.release(draft, journal)
         for base, size in self._left_verdicts:
             free_verdicts(base, size, self.stores, draft)

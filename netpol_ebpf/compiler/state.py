@@ -10,16 +10,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from netpol_ebpf.compiler.addresses import Addresses, Claim
-from netpol_ebpf.compiler.classes import ClassMaps
+from netpol_ebpf.compiler.classes import ClassTables
 from netpol_ebpf.compiler.identities import IdentityIndex
 from netpol_ebpf.compiler.journal import Journal
 from netpol_ebpf.compiler.l4 import ANY_L4, ANY_SOURCE, SOURCE_BLOCK, AtomSpace
 from netpol_ebpf.compiler.limits import Limits
 from netpol_ebpf.compiler.nodes import NodeNumbers
-from netpol_ebpf.compiler.numbers import Numbers, Ranges
+from netpol_ebpf.compiler.numbers import NumberPool, Ranges
 from netpol_ebpf.compiler.owners import OwnerIndex
-from netpol_ebpf.compiler.programs import Program
 from netpol_ebpf.compiler.registers import RowRegister
+from netpol_ebpf.compiler.rule_lists import RuleList
 from netpol_ebpf.compiler.sets import LiveSet, Stores
 from netpol_ebpf.compiler.setstore import SetStore
 from netpol_ebpf.compiler.subjects import Subjects
@@ -48,7 +48,7 @@ class LocalEndpoint:
 
     endpoint: Endpoint
     number: int
-    programs: dict[Slot, Program] = field(default_factory=dict)
+    rule_lists: dict[Slot, RuleList] = field(default_factory=dict)
     sets: dict[Slot, LiveSet] = field(default_factory=dict)
     row: EndpointRow | None = None
 
@@ -58,7 +58,7 @@ class LocalEndpoint:
         return (int(self.endpoint.kind is EndpointKind.HOST), self.endpoint.key, self.number)
 
 
-class State:
+class CompilerState:
     """Everything the compiler keeps between commits."""
 
     def __init__(self, limits: Limits, known: KnownNumbers) -> None:
@@ -75,13 +75,13 @@ class State:
             sources=AtomSpace(ANY_SOURCE, SOURCE_BLOCK, 256, limits),
             causes=RowRegister("rules", limits.rules, known.rules),
             log_lists=RowRegister("log_lists", limits.log_lists),
-            maps=ClassMaps(self.identities, limits),
+            class_tables=ClassTables(self.identities, limits),
             verdicts=Ranges(limits.verdicts),
             columns=Ranges(limits.column_blocks),
             limits=limits,
         )
         self.sets = SetStore(self.stores)
-        self.numbers = Numbers(1, limits.endpoints)
+        self.numbers = NumberPool(1, limits.endpoints)
         self.kept_numbers = self.numbers.keep(known.endpoints)  # of endpoints that did not appear yet
         self.local: dict[EndpointKey, LocalEndpoint] = {}
         self.endpoint_owners: dict[EndpointKey, int] = {}

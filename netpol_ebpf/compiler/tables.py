@@ -35,6 +35,7 @@ from netpol_ebpf.policy.types import (
     IPNetwork,
     Outcome,
     Stage,
+    Verdict,
 )
 
 K = TypeVar("K", bound=Hashable)
@@ -93,6 +94,17 @@ class SetRow:
     source_classes: int
     verdict_base: int
 
+    def verdict_index(self, peer_class: int, own_class: int, l4_class: int, source_class: int) -> int:
+        """The key in ``verdicts`` of one combination of classes. Raises IndexError for a class beyond its bound."""
+        for class_, bound in (
+            (peer_class, self.peer_classes), (own_class, self.own_classes),
+            (l4_class, self.l4_classes), (source_class, self.source_classes),
+        ):  # fmt: skip
+            if class_ >= bound:
+                raise IndexError(f"class {class_} of policy set {self.number} is beyond {bound}")
+        addresses = peer_class * self.own_classes + own_class
+        return self.verdict_base + (addresses * self.l4_classes + l4_class) * self.source_classes + source_class
+
 
 @dataclass(frozen=True, slots=True)
 class EndpointRow:
@@ -146,7 +158,7 @@ class Delta(Generic[K, V]):
         return bool(self.upserts or self.deletes)
 
 
-class Table(Generic[K, V]):
+class DesiredTable(Generic[K, V]):
     """Desired content of one map, with the writes that were not handed out yet. Cost of each call: constant."""
 
     __slots__ = ("_pending", "_rows", "name", "version")
@@ -214,7 +226,7 @@ class Table(Generic[K, V]):
 
 
 @dataclass(slots=True)
-class Tables:
+class CompiledTables:
     """All tables of one node. Keys and rows as the kernel sees them, before packing.
 
     l4_atoms: block -> 256 atom numbers; l4_columns: block -> 64 class numbers; verdicts: index -> row.
@@ -222,19 +234,33 @@ class Tables:
     l4_atoms: a block without a row is all zeros.  nodes: name -> number, of those that their addresses tell.
     """
 
-    endpoints: Table[EndpointKey, EndpointRow] = field(default_factory=lambda: Table("endpoints"))
-    addresses: Table[IPAddress, AddressRow] = field(default_factory=lambda: Table("addresses"))
-    cidrs: Table[IPNetwork, int] = field(default_factory=lambda: Table("cidrs"))
-    peer_classes: Table[tuple[int, int], int] = field(default_factory=lambda: Table("peer_classes"))
-    l4_atoms: Table[int, tuple[int, ...]] = field(default_factory=lambda: Table("l4_atoms"))
-    l4_columns: Table[int, tuple[int, ...]] = field(default_factory=lambda: Table("l4_columns"))
-    verdicts: Table[int, VerdictRow] = field(default_factory=lambda: Table("verdicts"))
-    rules: Table[int, Cause] = field(default_factory=lambda: Table("rules"))
-    log_lists: Table[int, tuple[int, ...]] = field(default_factory=lambda: Table("log_lists"))
-    identities: Table[int, str] = field(default_factory=lambda: Table("identities"))
-    nodes: Table[str, int] = field(default_factory=lambda: Table("nodes"))
+    endpoints: DesiredTable[EndpointKey, EndpointRow] = field(default_factory=lambda: DesiredTable("endpoints"))
+    addresses: DesiredTable[IPAddress, AddressRow] = field(default_factory=lambda: DesiredTable("addresses"))
+    cidrs: DesiredTable[IPNetwork, int] = field(default_factory=lambda: DesiredTable("cidrs"))
+    peer_classes: DesiredTable[tuple[int, int], int] = field(default_factory=lambda: DesiredTable("peer_classes"))
+    l4_atoms: DesiredTable[int, tuple[int, ...]] = field(default_factory=lambda: DesiredTable("l4_atoms"))
+    l4_columns: DesiredTable[int, tuple[int, ...]] = field(default_factory=lambda: DesiredTable("l4_columns"))
+    verdicts: DesiredTable[int, VerdictRow] = field(default_factory=lambda: DesiredTable("verdicts"))
+    rules: DesiredTable[int, Cause] = field(default_factory=lambda: DesiredTable("rules"))
+    log_lists: DesiredTable[int, tuple[int, ...]] = field(default_factory=lambda: DesiredTable("log_lists"))
+    identities: DesiredTable[int, str] = field(default_factory=lambda: DesiredTable("identities"))
+    nodes: DesiredTable[str, int] = field(default_factory=lambda: DesiredTable("nodes"))
 
-    def all(self) -> tuple[Table[object, object], ...]:
+    def class_of_atom(self, column: int, atom: int) -> int:
+        """The class of an atom in the column that begins at a block of ``l4_columns``."""
+        return self.l4_columns[column + atom // COLUMN_BLOCK][atom % COLUMN_BLOCK]
+
+    def verdict_of(self, row: VerdictRow) -> Verdict:
+        """What a verdict row says, with causes in place of rule numbers."""
+        return Verdict(
+            row.outcome,
+            self.rules[row.rule],
+            row.staged_outcome,
+            self.rules[row.staged_rule],
+            tuple(self.rules[rule] for rule in (self.log_lists[row.log_list] if row.log_list else ())),
+        )
+
+    def all(self) -> tuple[DesiredTable[object, object], ...]:
         """Every table, in an order in which rows may be written (what is referred to comes first)."""
         return (
             self.rules, self.log_lists, self.identities, self.nodes, self.verdicts, self.l4_columns, self.l4_atoms,
@@ -246,7 +272,7 @@ class Tables:
 class Change:
     """One transition, as batches to be written in this order, each as ``{table name: delta}``.
 
-    Within a batch, upserts in the order of `Tables.all`, then deletes in the reverse order.  A change is written to its
+    Within a batch, upserts in the order of `CompiledTables.all`, then deletes in the reverse order.  A change is written to its
     end (grace period and shrink included) before the next one is begun: numbers and ranges are used again then.
 
     prepare: policy sets that need more room, copied to a larger range, and the endpoint rows that point at them; no

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The templates in use: built when a program first needs one, rebuilt when what they were built from changes.
+"""The templates in use: built when a rule list first needs one, rebuilt when what they were built from changes.
 
 Invariants: a template that would come out the same stays the same object, so that nothing that holds it changes; a
-template's matches (and so their terms) are in use exactly while a program holds it; names and services that it asked for
+template's matches (and so their terms) are in use exactly while a rule list holds it; names and services that it asked for
 when it was built are watched while it is the current one of its key.
 """
 
@@ -11,14 +11,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Union
 
-from netpol_ebpf.compiler.entries import Entry, PortPair
+from netpol_ebpf.compiler.entries import PortPair, RuleEntry
 from netpol_ebpf.compiler.identities import IdentityIndex
 from netpol_ebpf.compiler.journal import Journal
 from netpol_ebpf.compiler.limits import Limits, exceeded
 from netpol_ebpf.compiler.owners import NameKey, OwnerIndex
-from netpol_ebpf.compiler.programs import (
+from netpol_ebpf.compiler.rule_lists import (
     Exceptions,
-    Program,
+    RuleList,
     Template,
     exception_entries,
     make_template,
@@ -26,7 +26,7 @@ from netpol_ebpf.compiler.programs import (
     policy_entries,
     profile_entries,
 )
-from netpol_ebpf.policy.types import Direction, PolicyKey, Service, World
+from netpol_ebpf.policy.types import Direction, PolicyKey, ServiceBackends, World
 from netpol_ebpf.selector import Selector
 
 ServiceKey = tuple[str, str]
@@ -35,12 +35,12 @@ TemplateKey = tuple[Union[PolicyKey, str, Exceptions], Direction]
 _Watched = tuple[frozenset[NameKey], frozenset[ServiceKey]]
 
 
-def service_ports(service: Service | None) -> frozenset[PortPair]:
+def service_ports(service: ServiceBackends | None) -> frozenset[PortPair]:
     """Every (protocol, port) among the backends."""
     return frozenset() if service is None else frozenset((each.protocol, each.port) for each in service.backends)
 
 
-def service_key(old: Service | None, new: Service | None) -> ServiceKey:
+def service_key(old: ServiceBackends | None, new: ServiceBackends | None) -> ServiceKey:
     """The key of a service that changes."""
     service = new or old
     if service is None:
@@ -51,7 +51,7 @@ def service_key(old: Service | None, new: Service | None) -> ServiceKey:
 class _Asking:
     """A resolver that notes what it is asked, and puts the names into use."""
 
-    def __init__(self, owners: OwnerIndex, services: Mapping[ServiceKey, Service], journal: Journal) -> None:
+    def __init__(self, owners: OwnerIndex, services: Mapping[ServiceKey, ServiceBackends], journal: Journal) -> None:
         self._owners = owners
         self._services = services
         self._journal = journal
@@ -83,7 +83,7 @@ class Templates:
         self._watched: dict[TemplateKey, _Watched] = {}
         self._by_name: dict[NameKey, set[TemplateKey]] = {}
         self._by_service: dict[ServiceKey, set[TemplateKey]] = {}
-        self._programs: dict[Program, int] = {}
+        self._rule_lists: dict[RuleList, int] = {}
         self._idle: set[TemplateKey] = set()
         self._keys: dict[Template, TemplateKey] = {}
 
@@ -118,14 +118,14 @@ class Templates:
         for service in services:
             yield from self._by_service.get(service, ())
 
-    def acquire(self, program: Program, journal: Journal) -> None:
-        """Count a use of a program, and so of its templates and their matches."""
-        references = self._programs.get(program, 0)
-        journal.put(self._programs, program, references + 1)
+    def acquire(self, rule_list: RuleList, journal: Journal) -> None:
+        """Count a use of a rule list, and so of its templates and their matches."""
+        references = self._rule_lists.get(rule_list, 0)
+        journal.put(self._rule_lists, rule_list, references + 1)
         if references:
             return
-        for part in program.parts():
-            template = part.template
+        for use in rule_list.uses():
+            template = use.template
             if not template.references:
                 identities = self._identities
                 peers = tuple(identities.acquire_match(entry.peer, journal) for entry in template.entries)
@@ -134,15 +134,15 @@ class Templates:
                 journal.assign(template, "owns", owns)
             journal.assign(template, "references", template.references + 1)
 
-    def release(self, program: Program, journal: Journal) -> None:
+    def release(self, rule_list: RuleList, journal: Journal) -> None:
         """Count one use less."""
-        references = self._programs[program]
+        references = self._rule_lists[rule_list]
         if references > 1:
-            journal.put(self._programs, program, references - 1)
+            journal.put(self._rule_lists, rule_list, references - 1)
             return
-        journal.pop(self._programs, program)
-        for part in program.parts():
-            template = part.template
+        journal.pop(self._rule_lists, rule_list)
+        for use in rule_list.uses():
+            template = use.template
             journal.assign(template, "references", template.references - 1)
             if not template.references:
                 for record in (*template.peers, *template.owns):
@@ -154,11 +154,11 @@ class Templates:
                     journal.add(self._idle, key)
 
     def collect(self, journal: Journal) -> None:
-        """Forget current templates that no program holds, at the end of a commit."""
+        """Forget current templates that no rule list holds, at the end of a commit."""
         for key in list(self._idle):
             journal.discard(self._idle, key)
             template = self._current.get(key)
-            # One without entries is in no program, and is kept while its object is.
+            # One without entries is in no rule list, and is kept while its object is.
             if template is not None and not template.references and (template.entries or not self._exists(key)):
                 self._forget(key, journal)
 
@@ -172,7 +172,7 @@ class Templates:
     def _build(self, key: TemplateKey, journal: Journal) -> tuple[Template, _Watched]:
         subject, direction = key
         asking = _Asking(self._owners, self._world.services, journal)
-        entries: list[Entry]
+        entries: list[RuleEntry]
         if isinstance(subject, PolicyKey):
             what = str(subject)
             policy = self._world.policies[subject]

@@ -57,9 +57,9 @@ class ServiceTerm:
 
 OwnerTerm = Union[SelectorTerm, NodeTerm, NamedPortTerm]
 """Terms about who owns the address."""
-Atom = Union[NetsTerm, ServiceTerm]
+AddressGroup = Union[NetsTerm, ServiceTerm]
 """Terms about what contains the address; they are part of an identity."""
-Term = Union[OwnerTerm, Atom]
+Term = Union[OwnerTerm, AddressGroup]
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from netpol_ebpf.lab.topology import IPAddress
 
 
-class Outcome(enum.Enum):
+class Reachability(enum.Enum):
     """What was seen at the source."""
 
     REACHED = "reached"  # an echo came back, over the same connection
@@ -38,14 +38,14 @@ class Attempt:
 
 
 @dataclass(frozen=True, slots=True)
-class Result:
+class AttemptResult:
     """Outcome of an attempt, after ``seconds``."""
 
     attempt: Attempt
-    outcome: Outcome
+    outcome: Reachability
     seconds: float
 
     @property
     def reached(self) -> bool:
         """Whether the echo came back."""
-        return self.outcome is Outcome.REACHED
+        return self.outcome is Reachability.REACHED

@@ -23,10 +23,10 @@ from typing import IO, Union
 
 from netpol_ebpf.errors import PlatformError, PrivilegeError
 from netpol_ebpf.lab import guard
-from netpol_ebpf.lab.attempt import Attempt, Result
+from netpol_ebpf.lab.attempt import Attempt, AttemptResult
 from netpol_ebpf.lab.patience import scaled
 from netpol_ebpf.lab.probe import DEADLINE_S, Prober
-from netpol_ebpf.lab.topology import Batch, Host, Plan
+from netpol_ebpf.lab.topology import Host, IpBatch, Plan
 
 STOP_DEADLINE_S = 3.0
 LINKS_DEADLINE_S = 30.0
@@ -128,7 +128,7 @@ class Lab:
         links = json.loads(self.run(host, ["ip", "-json", "link", "show"]).stdout)
         return {link["ifname"] for link in links if link["operstate"] == "UP"}
 
-    def _run_batch(self, batch: Batch) -> None:
+    def _run_batch(self, batch: IpBatch) -> None:
         # A batch applies one family option to all its lines, so neighbouring lines of one family go together.
         runs: list[tuple[str, list[str]]] = []
         for line in batch.lines:
@@ -182,7 +182,9 @@ class Lab:
             raise PlatformError("the laboratory is not running")
         return self._prober
 
-    def attempt(self, attempts: Sequence[Attempt], *, deadline_s: float = DEADLINE_S, rounds: int = 2) -> list[Result]:
+    def attempt(
+        self, attempts: Sequence[Attempt], *, deadline_s: float = DEADLINE_S, rounds: int = 2
+    ) -> list[AttemptResult]:
         """Make real connections, all at once; see `Prober.attempt`."""
         return self.prober.attempt(attempts, deadline_s=deadline_s, rounds=rounds)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from netpol_ebpf.lab.attempt import Attempt, Outcome, Result
+from netpol_ebpf.lab.attempt import Attempt, AttemptResult, Reachability
 from netpol_ebpf.lab.laboratory import Lab
 from netpol_ebpf.lab.topology import ICMP, ICMPV6, UDP, Plan
 from netpol_ebpf.terminal import escaped
@@ -21,7 +21,7 @@ GAP = "  "
 
 
 @dataclass(frozen=True, slots=True)
-class Service:
+class ProbedService:
     """What is tried at one host. ``protocol``: TCP or UDP with a port, or ICMP for an echo request of either family."""
 
     host: str
@@ -40,7 +40,7 @@ class Service:
 class Mismatch:
     """An attempt whose outcome is not what was predicted."""
 
-    result: Result
+    result: AttemptResult
     expected_reached: bool
 
     def __str__(self) -> str:
@@ -57,7 +57,11 @@ class Matrix:
     """Sources by services of one plan; ``names`` shortens host names for display."""
 
     def __init__(
-        self, plan: Plan, sources: Sequence[str], services: Sequence[Service], names: Mapping[str, str] | None = None
+        self,
+        plan: Plan,
+        sources: Sequence[str],
+        services: Sequence[ProbedService],
+        names: Mapping[str, str] | None = None,
     ) -> None:
         self.plan = plan
         self.sources = tuple(sources)
@@ -73,7 +77,7 @@ class Matrix:
             for attempt in self.attempts_of(source, service)
         ]
 
-    def attempts_of(self, source: str, service: Service) -> list[Attempt]:
+    def attempts_of(self, source: str, service: ProbedService) -> list[Attempt]:
         """The attempts of one cell."""
         if source == service.host:
             return []
@@ -93,7 +97,7 @@ class Matrix:
 class Observation:
     """What came of all attempts of a matrix at one time."""
 
-    def __init__(self, matrix: Matrix, results: Mapping[Attempt, Result]) -> None:
+    def __init__(self, matrix: Matrix, results: Mapping[Attempt, AttemptResult]) -> None:
         self.matrix = matrix
         self.results = dict(results)
 
@@ -107,15 +111,15 @@ class Observation:
         found = []
         for attempt, result in self.results.items():
             expected = predict(attempt)
-            if result.outcome is not (Outcome.REACHED if expected else Outcome.SILENT):
+            if result.outcome is not (Reachability.REACHED if expected else Reachability.SILENT):
                 found.append(Mismatch(result, expected))
         return found
 
-    def cell(self, source: str, service: Service) -> tuple[Outcome, ...]:
+    def cell(self, source: str, service: ProbedService) -> tuple[Reachability, ...]:
         """The outcomes of a cell, IPv4 before IPv6; () for a host and itself."""
         return tuple(self.results[attempt].outcome for attempt in self.matrix.attempts_of(source, service))
 
-    def changed(self, earlier: Observation) -> list[tuple[str, Service]]:
+    def changed(self, earlier: Observation) -> list[tuple[str, ProbedService]]:
         """The cells that are not as they were."""
         return [
             (source, service)
@@ -168,9 +172,9 @@ def _protocol(protocol: int, version: int) -> int:
     return ICMPV6 if protocol == ICMP and version == 6 else protocol  # noqa: PLR2004 - the IP version
 
 
-def _groups(services: Iterable[Service]) -> list[tuple[str, list[Service]]]:
+def _groups(services: Iterable[ProbedService]) -> list[tuple[str, list[ProbedService]]]:
     """Neighbouring services of one host together."""
-    groups: list[tuple[str, list[Service]]] = []
+    groups: list[tuple[str, list[ProbedService]]] = []
     for service in services:
         if not groups or groups[-1][0] != service.host:
             groups.append((service.host, []))
@@ -178,17 +182,17 @@ def _groups(services: Iterable[Service]) -> list[tuple[str, list[Service]]]:
     return groups
 
 
-def _sign(outcomes: tuple[Outcome, ...], *, ascii_only: bool) -> tuple[str, str]:
+def _sign(outcomes: tuple[Reachability, ...], *, ascii_only: bool) -> tuple[str, str]:
     """One character, and its colour."""
     if not outcomes:
         return ("." if ascii_only else "·"), DIM
-    if any(outcome not in {Outcome.REACHED, Outcome.SILENT} for outcome in outcomes):
+    if any(outcome not in {Reachability.REACHED, Reachability.SILENT} for outcome in outcomes):
         return "?", YELLOW
-    if all(outcome is Outcome.REACHED for outcome in outcomes):
+    if all(outcome is Reachability.REACHED for outcome in outcomes):
         return ("o" if ascii_only else "✓"), GREEN
-    if all(outcome is Outcome.SILENT for outcome in outcomes):
+    if all(outcome is Reachability.SILENT for outcome in outcomes):
         return ("x" if ascii_only else "✗"), RED
-    return ("4" if outcomes[0] is Outcome.REACHED else "6"), YELLOW
+    return ("4" if outcomes[0] is Reachability.REACHED else "6"), YELLOW
 
 
 def _paint(text: str, code: str, *, on: bool) -> str:

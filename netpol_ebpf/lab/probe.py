@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from netpol_ebpf.errors import PlatformError, PrivilegeError, UsageError
-from netpol_ebpf.lab.attempt import Attempt, Outcome, Result
+from netpol_ebpf.lab.attempt import Attempt, AttemptResult, Reachability
 from netpol_ebpf.lab.guard import NETNS_DIR
 from netpol_ebpf.lab.patience import scaled
 from netpol_ebpf.lab.topology import ICMP, ICMPV6, TCP, UDP, IPAddress, Listen
@@ -126,7 +126,9 @@ class Prober:
             for listen in listens:
                 self.call(self._serve(host, address, listen))
 
-    def attempt(self, attempts: Sequence[Attempt], *, deadline_s: float = DEADLINE_S, rounds: int = 2) -> list[Result]:
+    def attempt(
+        self, attempts: Sequence[Attempt], *, deadline_s: float = DEADLINE_S, rounds: int = 2
+    ) -> list[AttemptResult]:
         """Make all attempts at once and return their results in the same order.
 
         What stayed silent is tried again, up to ``rounds`` times in all, because the first SYN of a connection is sent
@@ -136,7 +138,7 @@ class Prober:
         limit_s = scaled(deadline_s)
         results = self.call(self._attempt_all(attempts, limit_s))
         for _ in range(rounds - 1):
-            silent = [place for place, result in enumerate(results) if result.outcome is Outcome.SILENT]
+            silent = [place for place, result in enumerate(results) if result.outcome is Reachability.SILENT]
             if not silent:
                 break
             again = self.call(self._attempt_all([attempts[place] for place in silent], limit_s))
@@ -227,7 +229,7 @@ class Prober:
                 if error.errno not in _UNREACHABLE | {errno.ECONNREFUSED}:
                     raise  # the others report an earlier answer's fate, which is the client's to see
 
-    async def _attempt_all(self, attempts: Sequence[Attempt], deadline_s: float) -> list[Result]:
+    async def _attempt_all(self, attempts: Sequence[Attempt], deadline_s: float) -> list[AttemptResult]:
         """Make attempts until all have an outcome, or until none of them got further for ``deadline_s``.
 
         A deadline of each attempt's own was rejected: all advance together, so on a machine that takes longer for the whole
@@ -250,20 +252,20 @@ class Prober:
             task.cancel()
         return await asyncio.gather(*tasks)
 
-    async def _attempt(self, attempt: Attempt, batch: _Batch, deadline_s: float) -> Result:
+    async def _attempt(self, attempt: Attempt, batch: _Batch, deadline_s: float) -> AttemptResult:
         began = time.monotonic()
         try:
             done = await self._try(attempt, batch, deadline_s)
-            outcome = Outcome.REACHED if done else Outcome.SILENT
+            outcome = Reachability.REACHED if done else Reachability.SILENT
         except asyncio.CancelledError:  # by the end of the batch
-            outcome = Outcome.SILENT
+            outcome = Reachability.SILENT
         except ConnectionRefusedError:
-            outcome = Outcome.REFUSED
+            outcome = Reachability.REFUSED
         except OSError as error:
             if error.errno not in _UNREACHABLE:
                 raise
-            outcome = Outcome.UNREACHABLE
-        return Result(attempt, outcome, time.monotonic() - began)
+            outcome = Reachability.UNREACHABLE
+        return AttemptResult(attempt, outcome, time.monotonic() - began)
 
     async def _try(self, attempt: Attempt, batch: _Batch, deadline_s: float) -> bool:
         if attempt.protocol == TCP:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from netpol_ebpf.errors import InvalidInputError, PlatformError
 from netpol_ebpf.lab.attempt import Attempt
-from netpol_ebpf.lab.matrix import Service
+from netpol_ebpf.lab.matrix import ProbedService
 from netpol_ebpf.lab.scene import INTERNET, plan_for
 from netpol_ebpf.lab.topology import ICMP, TCP, UDP, Host, Listen, Plan
 from netpol_ebpf.resources.types import Resource
@@ -52,18 +52,18 @@ SOURCES = (
     "outside/blocked",
 )
 SERVICES = (
-    Service("shop/front-end", TCP, 8080),
-    Service("shop/front-end", TCP, 9100),
-    Service("shop/back-end", TCP, 8443),
-    Service("shop/back-end", TCP, 9100),
-    Service("shop/database", TCP, 5432),
-    Service("shop/database", TCP, 9187),
-    Service("shop/database", ICMP),
-    Service("monitoring/prometheus", TCP, 9090),
-    Service("monitoring/grafana", TCP, 3000),
-    Service("kube-system/coredns", UDP, 53),
-    Service("kube-system/coredns", TCP, 53),
-    Service("outside/payments", TCP, 443),
+    ProbedService("shop/front-end", TCP, 8080),
+    ProbedService("shop/front-end", TCP, 9100),
+    ProbedService("shop/back-end", TCP, 8443),
+    ProbedService("shop/back-end", TCP, 9100),
+    ProbedService("shop/database", TCP, 5432),
+    ProbedService("shop/database", TCP, 9187),
+    ProbedService("shop/database", ICMP),
+    ProbedService("monitoring/prometheus", TCP, 9090),
+    ProbedService("monitoring/grafana", TCP, 3000),
+    ProbedService("kube-system/coredns", UDP, 53),
+    ProbedService("kube-system/coredns", TCP, 53),
+    ProbedService("outside/payments", TCP, 443),
 )
 NAMES = {name: name.rpartition("/")[2] for name in (*SOURCES, *(service.host for service in SERVICES))}
 

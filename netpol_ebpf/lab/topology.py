@@ -58,7 +58,7 @@ class Host:
 
 
 @dataclass(frozen=True, slots=True)
-class Batch:
+class IpBatch:
     """Lines for ``ip -batch``, to be run inside the namespace of one host."""
 
     host: str
@@ -126,7 +126,7 @@ class Plan:
             parent = self.hosts[parent].parent
         return f"169.254.{level}.1"
 
-    def render_batches(self, namespace_of: dict[str, str]) -> list[Batch]:
+    def render_batches(self, namespace_of: dict[str, str]) -> list[IpBatch]:
         """What to run, in this order; ``namespace_of`` gives the network namespace's name for each host."""
         batches = []
         for host in self.below(self.root):
@@ -134,7 +134,7 @@ class Plan:
             lines += self._render_own_side(host)
             for child in self._children[host.name]:
                 lines += self._render_link(host, child, namespace_of[child.name])
-            batches.append(Batch(host.name, tuple(lines)))
+            batches.append(IpBatch(host.name, tuple(lines)))
         return batches
 
     def _render_own_side(self, host: Host) -> Iterator[str]:

@@ -12,42 +12,42 @@ from netpol_ebpf.policy.types import (
     ICMP,
     ICMPV6,
     PORT_PROTOCOLS,
+    BackendMatch,
     Endpoint,
     Entity,
     IcmpType,
     IPAddress,
-    NetworkSet,
+    LabelledNets,
     Packet,
     Ports,
     Rule,
-    ServiceMatch,
     World,
 )
 from netpol_ebpf.selector import Selector
 
 
 @dataclass(frozen=True, slots=True)
-class Side:
+class PacketSide:
     """One side of a packet, with everything in the world that owns or contains its address."""
 
     address: IPAddress
     port: int
     endpoints: tuple[Endpoint, ...]
-    network_sets: tuple[NetworkSet, ...]
+    network_sets: tuple[LabelledNets, ...]
 
 
-def source_side(world: World, packet: Packet) -> Side:
+def source_side(world: World, packet: Packet) -> PacketSide:
     """Where the packet comes from."""
     return _side(world, packet.source, packet.source_port)
 
 
-def destination_side(world: World, packet: Packet) -> Side:
+def destination_side(world: World, packet: Packet) -> PacketSide:
     """Where the packet goes to."""
     return _side(world, packet.destination, packet.destination_port)
 
 
-def _side(world: World, address: IPAddress, port: int) -> Side:
-    return Side(
+def _side(world: World, address: IPAddress, port: int) -> PacketSide:
+    return PacketSide(
         address=address,
         port=port,
         endpoints=tuple(endpoint for endpoint in world.endpoints.values() if address in endpoint.addresses),
@@ -55,7 +55,7 @@ def _side(world: World, address: IPAddress, port: int) -> Side:
     )
 
 
-def rule_matches(world: World, rule: Rule, packet: Packet, source: Side, destination: Side) -> bool:
+def rule_matches(world: World, rule: Rule, packet: Packet, source: PacketSide, destination: PacketSide) -> bool:
     """Whether all parts of the rule hold. ``source`` and ``destination`` are the packet's sides."""
     version = packet.source.version
     if rule.unsupported:
@@ -83,7 +83,7 @@ def _icmp_matches(icmp: IcmpType, packet: Packet) -> bool:
     return icmp.type == packet.icmp_type and icmp.code in (None, packet.icmp_code)
 
 
-def _entity_matches(world: World, entity: Entity, packet: Packet, side: Side) -> bool:
+def _entity_matches(world: World, entity: Entity, packet: Packet, side: PacketSide) -> bool:
     address = side.address
     if entity.impossible:
         return False
@@ -104,7 +104,7 @@ def _entity_matches(world: World, entity: Entity, packet: Packet, side: Side) ->
     return entity.service is None or _is_backend(world, entity.service, packet.protocol, side)
 
 
-def _is_selected(selector: Selector, side: Side) -> bool:
+def _is_selected(selector: Selector, side: PacketSide) -> bool:
     """Whether the labels of some owner of the address match."""
     owners = [*(endpoint.labels for endpoint in side.endpoints), *(held.labels for held in side.network_sets)]
     return any(selector.matches(labels) for labels in owners)
@@ -114,7 +114,7 @@ def _is_node(world: World, selector: Selector, address: IPAddress) -> bool:
     return any(address in node.addresses and selector.matches(node.labels) for node in world.nodes.values())
 
 
-def _ports_match(ports: Ports, selector: Selector | None, protocol: int, side: Side) -> bool:
+def _ports_match(ports: Ports, selector: Selector | None, protocol: int, side: PacketSide) -> bool:
     """By number, or by a name that an endpoint of the address (a matching one, if there is a selector) has declared."""
     if protocol not in PORT_PROTOCOLS:
         return False
@@ -128,7 +128,7 @@ def _ports_match(ports: Ports, selector: Selector | None, protocol: int, side: S
     )
 
 
-def _is_backend(world: World, match: ServiceMatch, protocol: int, side: Side) -> bool:
+def _is_backend(world: World, match: BackendMatch, protocol: int, side: PacketSide) -> bool:
     service = world.services.get((match.namespace, match.name))
     if service is None:
         return False

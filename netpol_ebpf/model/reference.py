@@ -8,7 +8,7 @@ of its lines it makes.
 
 from __future__ import annotations
 
-from netpol_ebpf.model.matching import Side, destination_side, rule_matches, source_side
+from netpol_ebpf.model.matching import PacketSide, destination_side, rule_matches, source_side
 from netpol_ebpf.policy.types import (
     Action,
     Cause,
@@ -20,11 +20,11 @@ from netpol_ebpf.policy.types import (
     IPAddress,
     Outcome,
     Policy,
+    PolicyTier,
     Question,
     Rule,
     Stage,
     Staged,
-    Tier,
     Verdict,
     World,
 )
@@ -68,7 +68,9 @@ def pending_policies(world: World) -> list[Policy]:
 class _Run:
     """One evaluation: of the enforced or of the pending policies. ``logs``: Log rules that matched, as they did."""
 
-    def __init__(self, world: World, endpoint: Endpoint, question: Question, sides: tuple[Side, Side]) -> None:
+    def __init__(
+        self, world: World, endpoint: Endpoint, question: Question, sides: tuple[PacketSide, PacketSide]
+    ) -> None:
         self.world = world
         self.endpoint = endpoint
         self.direction = question.direction
@@ -144,7 +146,7 @@ class _Run:
                 return decision
         return None
 
-    def _tier(self, tier: Tier, policies: list[Policy]) -> tuple[Outcome, Cause] | None:
+    def _tier(self, tier: PolicyTier, policies: list[Policy]) -> tuple[Outcome, Cause] | None:
         """None: the tier was left by a Pass rule, or ends in Pass."""
         for policy in policies:
             for rule in policy.rules(self.direction):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 
-from netpol_ebpf.policy.types import ICMP, ICMPV6, PORT_PROTOCOLS, Entity, IPNetwork, Ports, Rule, ServiceMatch
+from netpol_ebpf.policy.types import ICMP, ICMPV6, PORT_PROTOCOLS, BackendMatch, Entity, IPNetwork, Ports, Rule
 from netpol_ebpf.selector import Selector, all_of, negate
 
 _FAMILY_OF_PROTOCOL = {ICMP: 4, ICMPV6: 6}
@@ -150,7 +150,7 @@ def _selectors_cover(wide: Entity, narrow: Entity) -> bool:
     )
 
 
-def _service_covers(wide: ServiceMatch | None, narrow: ServiceMatch | None) -> bool:
+def _service_covers(wide: BackendMatch | None, narrow: BackendMatch | None) -> bool:
     if wide is None:
         return True
     return (

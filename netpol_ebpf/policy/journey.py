@@ -86,7 +86,7 @@ def is_forged(packet: Packet) -> bool:
     return packet.protocol == ICMP and packet.source.version == 4 and packet.icmp_type == REDIRECT  # noqa: PLR2004
 
 
-class Reason(enum.Enum):
+class HopReason(enum.Enum):
     """Why a hop is decided without asking policy. Those of `_REFUSALS` do not allow."""
 
     NEIGHBOUR_DISCOVERY = "IPv6 neighbour discovery always passes"
@@ -111,10 +111,12 @@ class Reason(enum.Enum):
         return self not in _REFUSALS
 
 
-_REFUSALS = frozenset({Reason.WORKLOAD_TO_HOST_DROPPED, Reason.FORGED, Reason.TUNNELLED, Reason.LOCAL_BACKENDS})
+_REFUSALS = frozenset(
+    {HopReason.WORKLOAD_TO_HOST_DROPPED, HopReason.FORGED, HopReason.TUNNELLED, HopReason.LOCAL_BACKENDS}
+)
 
 
-class PlaceKind(enum.Enum):
+class FlowEndKind(enum.Enum):
     """What is at an end of a flow."""
 
     WORKLOAD = "workload"
@@ -123,15 +125,15 @@ class PlaceKind(enum.Enum):
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class FlowEnd:
     """An end of a flow. ``endpoint`` is given for a workload only; ``node`` is None outside, or for a workload without."""
 
-    kind: PlaceKind
+    kind: FlowEndKind
     endpoint: EndpointKey | None = None
     node: str | None = None
 
 
-OUTSIDE = Place(PlaceKind.OUTSIDE)
+OUTSIDE = FlowEnd(FlowEndKind.OUTSIDE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,12 +147,12 @@ class Flow:
 
     packet: Packet
     dnat_to: tuple[IPAddress, int] | None = None
-    source: Place | None = None
-    destination: Place | None = None
+    source: FlowEnd | None = None
+    destination: FlowEnd | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class Hop:
+class JourneyHop:
     """One endpoint's (or interface's) say.
 
     Either ``reason`` decides, or ``questions`` are asked in order until one is not answered with CONTINUE; if all are, the
@@ -162,7 +164,7 @@ class Hop:
     direction: Direction | None = None
     questions: tuple[Question, ...] = ()
     reply: tuple[Question, ...] = ()
-    reason: Reason | None = None
+    reason: HopReason | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,7 +172,7 @@ class Journey:
     """All hops of a flow, in the order the packet meets them."""
 
     flow: Flow
-    hops: tuple[Hop, ...]
+    hops: tuple[JourneyHop, ...]
 
     def questions(self) -> Iterator[Question]:
         """Every question that could be asked."""
@@ -184,19 +186,19 @@ class Finding:
     """What became of a flow, and why: ``question`` and ``cause`` are those of the answer that decided.
 
     Of a refused flow that is the first refusal; of an allowed one, the last word said.  ``question`` is None when a
-    `Reason` decided.  ``answers``: all that was asked, in order.  ``staged_allowed``: the same flow if all staged policies
+    `HopReason` decided.  ``answers``: all that was asked, in order.  ``staged_allowed``: the same flow if all staged policies
     were enforced.
     """
 
     allowed: bool
     question: Question | None
-    cause: Cause | Reason
+    cause: Cause | HopReason
     staged_allowed: bool
     answers: tuple[tuple[Question, Verdict], ...]
 
     def __str__(self) -> str:
         where = f"{self.question.endpoint}: " if self.question is not None else ""
-        return where + (self.cause.value if isinstance(self.cause, Reason) else str(self.cause))
+        return where + (self.cause.value if isinstance(self.cause, HopReason) else str(self.cause))
 
 
 Decide = Callable[[Question], Verdict]
@@ -220,9 +222,9 @@ def walk(journey: Journey, decide: Decide) -> Finding:
 _Ask = Callable[[Question], "tuple[Outcome, Cause]"]
 
 
-def _walk(journey: Journey, ask: _Ask) -> tuple[bool, Question | None, Cause | Reason]:
+def _walk(journey: Journey, ask: _Ask) -> tuple[bool, Question | None, Cause | HopReason]:
     question: Question | None = None
-    cause: Cause | Reason = Reason.NOT_OURS
+    cause: Cause | HopReason = HopReason.NOT_OURS
     for hop in journey.hops:
         if hop.reason is not None:
             question, cause = None, hop.reason
@@ -260,21 +262,21 @@ class Topology:
 
     def __init__(self, world: World) -> None:
         self._settings = world.settings
-        self._workloads: dict[IPAddress, Place] = {}
-        self._hosts: dict[IPAddress, Place] = {}
+        self._workloads: dict[IPAddress, FlowEnd] = {}
+        self._hosts: dict[IPAddress, FlowEnd] = {}
         self._node_addresses: dict[str, tuple[IPAddress, ...]] = {}
         self._host_endpoints: dict[str, list[Endpoint]] = {}
         for node in world.nodes.values():
             self._node_addresses[node.name] = node.addresses
             for address in node.addresses:
-                self._hosts.setdefault(address, Place(PlaceKind.HOST, node=node.name))
+                self._hosts.setdefault(address, FlowEnd(FlowEndKind.HOST, node=node.name))
         self._of_nodes = frozenset(self._hosts)
         for endpoint in sorted(world.endpoints.values(), key=lambda endpoint: endpoint.key):
             if endpoint.kind is EndpointKind.WORKLOAD:
-                place = Place(PlaceKind.WORKLOAD, endpoint.key, endpoint.node)
+                place = FlowEnd(FlowEndKind.WORKLOAD, endpoint.key, endpoint.node)
                 known = self._workloads
             else:
-                place = Place(PlaceKind.HOST, node=endpoint.node)
+                place = FlowEnd(FlowEndKind.HOST, node=endpoint.node)
                 known = self._hosts
                 self._host_endpoints.setdefault(endpoint.node or "", []).append(endpoint)
             for address in endpoint.addresses:
@@ -282,7 +284,7 @@ class Topology:
         for endpoints in self._host_endpoints.values():
             endpoints.sort(key=claim_order)
 
-    def locate(self, address: IPAddress) -> Place:
+    def locate(self, address: IPAddress) -> FlowEnd:
         """What an address belongs to: a workload, else a host (by its Node or a host endpoint), else nothing of ours."""
         return self._workloads.get(address) or self._hosts.get(address) or OUTSIDE
 
@@ -290,7 +292,7 @@ class Topology:
         """The journey of a flow."""
         return Journey(flow, tuple(_Planner(self, flow).hops()))
 
-    def translation(self, flow: Flow) -> tuple[str | None, Place]:
+    def translation(self, flow: Flow) -> tuple[str | None, FlowEnd]:
         """The node that translates a flow's destination, and what is at the translated one."""
         planner = _Planner(self, flow)
         return planner.translating_node, planner.destination
@@ -370,52 +372,52 @@ class _Planner:
         self.destination = flow.destination or topology.locate(self.final.destination)
         written = topology.locate(self.original.destination)
         self.translating_node = self._translating_node(written)
-        is_sent_on = self.is_translated and written.kind is PlaceKind.HOST and written.node != self.source.node
+        is_sent_on = self.is_translated and written.kind is FlowEndKind.HOST and written.node != self.source.node
         self.sent = self.original if is_sent_on else self.final
 
-    def _translating_node(self, written: Place) -> str | None:
+    def _translating_node(self, written: FlowEnd) -> str | None:
         """The node whose address the sender wrote, else the sender's own, else the receiver's; None: not translated."""
         if not self.is_translated:
             return None
-        if written.kind is PlaceKind.HOST:
+        if written.kind is FlowEndKind.HOST:
             return written.node
         return self.source.node or self.destination.node
 
-    def hops(self) -> Iterator[Hop]:
+    def hops(self) -> Iterator[JourneyHop]:
         """All of them, in order."""
         reason = self._whole()
         if reason is not None:
-            yield Hop(reason=reason)
+            yield JourneyHop(reason=reason)
             return
         yield from self._leave_workload()
         yield from self._cross_nodes()
         yield from self._enter_workload()
 
-    def _whole(self) -> Reason | None:
+    def _whole(self) -> HopReason | None:
         """Why nobody has a say at all."""
         packet = self.original
         if is_link_message(packet):
-            return Reason.NEIGHBOUR_DISCOVERY
-        if self.source.kind is PlaceKind.WORKLOAD and is_forged(packet):
-            return Reason.FORGED
+            return HopReason.NEIGHBOUR_DISCOVERY
+        if self.source.kind is FlowEndKind.WORKLOAD and is_forged(packet):
+            return HopReason.FORGED
         asks = (packet.source_port, packet.destination_port, packet.destination)
         if (
-            self.source.kind is PlaceKind.WORKLOAD
+            self.source.kind is FlowEndKind.WORKLOAD
             and packet.protocol == UDP
             and asks == _DHCP[packet.destination.version]
         ):
-            return Reason.DHCP
+            return HopReason.DHCP
         if self._is_to_itself() and not self.is_translated:
-            return Reason.TO_ITSELF
+            return HopReason.TO_ITSELF
         kinds = {self.source.kind, self.destination.kind}
-        if kinds == {PlaceKind.HOST} and self.source.node == self.destination.node:
-            return Reason.LOOPBACK
-        if kinds == {PlaceKind.OUTSIDE} and self.translating_node is None:
-            return Reason.NOT_OURS
+        if kinds == {FlowEndKind.HOST} and self.source.node == self.destination.node:
+            return HopReason.LOOPBACK
+        if kinds == {FlowEndKind.OUTSIDE} and self.translating_node is None:
+            return HopReason.NOT_OURS
         return None
 
     def _is_to_itself(self) -> bool:
-        return self.source.kind is PlaceKind.WORKLOAD and self.source.endpoint == self.destination.endpoint
+        return self.source.kind is FlowEndKind.WORKLOAD and self.source.endpoint == self.destination.endpoint
 
     def _is_local(self) -> bool:
         """Both ends are on one node and the packet does not leave it in between."""
@@ -425,14 +427,14 @@ class _Planner:
 
     # --- the sender's own interface ---------------------------------------------------------------------------------------
 
-    def _leave_workload(self) -> Iterator[Hop]:
+    def _leave_workload(self) -> Iterator[JourneyHop]:
         source = self.source
-        if source.kind is not PlaceKind.WORKLOAD or source.endpoint is None:
+        if source.kind is not FlowEndKind.WORKLOAD or source.endpoint is None:
             return
         if self.topology.is_tunnelled(self.sent):
-            yield Hop(reason=Reason.TUNNELLED)
+            yield JourneyHop(reason=HopReason.TUNNELLED)
         yield _ask(source.endpoint, Direction.EGRESS, ((Stage.NORMAL, self.sent),))
-        to_own_host = self._is_local() and self.destination.kind is PlaceKind.HOST
+        to_own_host = self._is_local() and self.destination.kind is FlowEndKind.HOST
         wildcard = self.topology.wildcard(source.node)
         action = self.topology.workload_to_host
         if wildcard is not None:
@@ -444,11 +446,11 @@ class _Planner:
                 stages.append((Stage.NORMAL, self.final))
             yield _ask(wildcard.key, Direction.INGRESS, tuple(stages))
         if to_own_host and action is Action.DENY:
-            yield Hop(reason=Reason.WORKLOAD_TO_HOST_DROPPED)
+            yield JourneyHop(reason=HopReason.WORKLOAD_TO_HOST_DROPPED)
         elif to_own_host and action is not Action.PASS:
-            yield Hop(reason=Reason.WORKLOAD_TO_HOST_ACCEPTED)
+            yield JourneyHop(reason=HopReason.WORKLOAD_TO_HOST_ACCEPTED)
         elif to_own_host and wildcard is None:
-            yield Hop(reason=Reason.NO_HOST_ENDPOINT)
+            yield JourneyHop(reason=HopReason.NO_HOST_ENDPOINT)
 
     # --- the nodes' interfaces to each other and the world ------------------------------------------------------------------
 
@@ -461,25 +463,25 @@ class _Planner:
                 visited.append(node)
         return visited
 
-    def _cross_nodes(self) -> Iterator[Hop]:
+    def _cross_nodes(self) -> Iterator[JourneyHop]:
         nodes = self._nodes()
         translated = False
         for position, node in enumerate(nodes):
             starts = position == 0 and self.source.node is not None
             ends = position == len(nodes) - 1 and self.destination.node is not None
             if not starts:
-                is_local = ends and self.destination.kind is PlaceKind.HOST
+                is_local = ends and self.destination.kind is FlowEndKind.HOST
                 arriving = self.final if translated else self.original
                 yield from self._interface(node, Direction.INGRESS, arriving, self.final, is_local=is_local)
             translated = translated or node == self.translating_node
             if not ends:
-                is_local = starts and self.source.kind is PlaceKind.HOST
+                is_local = starts and self.source.kind is FlowEndKind.HOST
                 leaving = self.final if translated else self.original
                 yield from self._interface(node, Direction.EGRESS, leaving, leaving, is_local=is_local)
 
     def _interface(
         self, node: str, direction: Direction, wire: Packet, final: Packet, *, is_local: bool
-    ) -> Iterator[Hop]:
+    ) -> Iterator[JourneyHop]:
         """A node's interface to the world.
 
         ``wire``: the packet as it is there; ``final``: as it leaves the node; ``is_local``: a process ends it here.
@@ -487,7 +489,7 @@ class _Planner:
         host = self.topology.uplink_of(node, direction, wire, is_local=is_local)
         if host is None:
             if is_local:
-                yield Hop(direction=direction, reason=Reason.NO_HOST_ENDPOINT)
+                yield JourneyHop(direction=direction, reason=HopReason.NO_HOST_ENDPOINT)
             return
         if is_local and self.topology.is_excepted(node, final, direction):
             yield _ask(host.key, direction, ((Stage.NORMAL, final),))
@@ -503,15 +505,15 @@ class _Planner:
 
     # --- the receiver's own interface -----------------------------------------------------------------------------------------
 
-    def _enter_workload(self) -> Iterator[Hop]:
+    def _enter_workload(self) -> Iterator[JourneyHop]:
         destination = self.destination
-        if destination.kind is not PlaceKind.WORKLOAD or destination.endpoint is None:
+        if destination.kind is not FlowEndKind.WORKLOAD or destination.endpoint is None:
             return
         if self._is_to_itself() and self.sent == self.final:
-            yield Hop(reason=Reason.HAIRPIN)
+            yield JourneyHop(reason=HopReason.HAIRPIN)
             return
-        if self.source.kind is PlaceKind.HOST and self._is_local():
-            yield Hop(reason=Reason.HOST_TO_LOCAL_WORKLOAD)
+        if self.source.kind is FlowEndKind.HOST and self._is_local():
+            yield JourneyHop(reason=HopReason.HOST_TO_LOCAL_WORKLOAD)
             return
         wildcard = self.topology.wildcard(destination.node)
         if wildcard is not None:
@@ -532,9 +534,9 @@ def _stages(
     return tuple(stages)
 
 
-def _ask(endpoint: EndpointKey, direction: Direction, stages: tuple[tuple[Stage, Packet], ...]) -> Hop:
+def _ask(endpoint: EndpointKey, direction: Direction, stages: tuple[tuple[Stage, Packet], ...]) -> JourneyHop:
     questions = tuple(Question(endpoint, direction, stage, packet) for stage, packet in stages)
-    return Hop(endpoint, direction, questions)
+    return JourneyHop(endpoint, direction, questions)
 
 
 def _reversed(packet: Packet) -> Packet:

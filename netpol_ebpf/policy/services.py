@@ -17,7 +17,7 @@ from netpol_ebpf.policy.translate import endpoints
 from netpol_ebpf.policy.types import PORT_PROTOCOLS, IPAddress, Packet, Vip, VipKey
 from netpol_ebpf.resources.types import EndpointSlice, Pod, Resource, Service, SlicePort
 
-Backend = tuple[IPAddress, int]
+BackendAddress = tuple[IPAddress, int]
 """Address and port."""
 
 
@@ -26,7 +26,7 @@ class Translation:
     """What is behind a packet's destination. ``owners``: the objects it belongs to, such as ``Service/shop/db``."""
 
     owners: tuple[str, ...]
-    backends: tuple[Backend, ...]
+    backends: tuple[BackendAddress, ...]
 
 
 class ServiceAddresses:
@@ -39,7 +39,7 @@ class ServiceAddresses:
         sliced: set[tuple[str, str]] = set()
         self._vips = vips
         self._owners: defaultdict[VipKey, list[str]] = defaultdict(list)
-        self._selected: defaultdict[VipKey, set[Backend]] = defaultdict(set)  # where no EndpointSlice tells
+        self._selected: defaultdict[VipKey, set[BackendAddress]] = defaultdict(set)  # where no EndpointSlice tells
         for one in resources:
             if isinstance(one, Service):
                 services.append(one)

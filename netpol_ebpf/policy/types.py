@@ -77,7 +77,7 @@ class IcmpType:
 
 
 @dataclass(frozen=True, slots=True)
-class ServiceMatch:
+class BackendMatch:
     """Backends of a service; with ``match_ports`` the (address, protocol, port) triple must match, else the address."""
 
     namespace: str
@@ -103,7 +103,7 @@ class Entity:
     nodes: Selector | None = None
     ports: Ports | None = None
     not_ports: Ports | None = None
-    service: ServiceMatch | None = None
+    service: BackendMatch | None = None
     impossible: bool = False
 
     def __post_init__(self) -> None:
@@ -200,7 +200,7 @@ class Policy:
 
 
 @dataclass(frozen=True, slots=True)
-class Tier:
+class PolicyTier:
     """A tier. ``exists`` is False for one that policies name but nobody created: sorted last, ends in deny.
 
     ``follows``: the name of a tier of the same order; this one comes directly after it, and no other tier in between.
@@ -219,7 +219,7 @@ class Tier:
 
 
 @dataclass(frozen=True, slots=True)
-class Profile:
+class ProfileRules:
     """Rules consulted when no tier decided; ``kns.<namespace>`` allows everything. A missing profile denies."""
 
     name: str
@@ -273,7 +273,7 @@ class Endpoint:
 
 
 @dataclass(frozen=True, slots=True)
-class NetworkSet:
+class LabelledNets:
     """Labelled nets; ``key`` is ``namespace/name`` or ``name``."""
 
     key: str
@@ -282,7 +282,7 @@ class NetworkSet:
 
 
 @dataclass(frozen=True, slots=True)
-class Node:
+class ClusterNode:
     """A node: its addresses, and its labels for ``Entity.nodes``."""
 
     name: str
@@ -300,7 +300,7 @@ class Backend:
 
 
 @dataclass(frozen=True, slots=True)
-class Service:
+class ServiceBackends:
     """Backends of a service, from all its slices."""
 
     namespace: str
@@ -375,7 +375,7 @@ TUNNELS = frozenset({Tunnel(IPIP), Tunnel(UDP, 4789), Tunnel(UDP, 51820), Tunnel
 
 
 @dataclass(frozen=True, slots=True)
-class Settings:
+class PolicySettings:
     """Cluster-wide settings that change verdicts (SEMANTICS 4.5 to 4.7).
 
     ``node_failsafes``: by node and direction the list that one node has in place of the cluster's.  ``tunnels``: what policy of
@@ -398,20 +398,20 @@ class Settings:
 class World:
     """Everything the engines judge by: the internal objects of one cluster state. Mutable; owned by its maker."""
 
-    tiers: dict[str, Tier] = field(default_factory=dict)
+    tiers: dict[str, PolicyTier] = field(default_factory=dict)
     policies: dict[PolicyKey, Policy] = field(default_factory=dict)
-    profiles: dict[str, Profile] = field(default_factory=dict)
+    profiles: dict[str, ProfileRules] = field(default_factory=dict)
     endpoints: dict[EndpointKey, Endpoint] = field(default_factory=dict)
-    network_sets: dict[str, NetworkSet] = field(default_factory=dict)
-    nodes: dict[str, Node] = field(default_factory=dict)
-    services: dict[tuple[str, str], Service] = field(default_factory=dict)
+    network_sets: dict[str, LabelledNets] = field(default_factory=dict)
+    nodes: dict[str, ClusterNode] = field(default_factory=dict)
+    services: dict[tuple[str, str], ServiceBackends] = field(default_factory=dict)
     vips: dict[VipKey, Vip] = field(default_factory=dict)
-    settings: Settings = field(default_factory=Settings)
+    settings: PolicySettings = field(default_factory=PolicySettings)
 
-    def sorted_tiers(self) -> Iterator[Tier]:
+    def sorted_tiers(self) -> Iterator[PolicyTier]:
         """Tiers in evaluation order, missing ones (named by a policy only) last."""
         missing = {policy.tier for policy in self.policies.values()} - self.tiers.keys()
-        tiers = [*self.tiers.values(), *(Tier(name, exists=False) for name in missing)]
+        tiers = [*self.tiers.values(), *(PolicyTier(name, exists=False) for name in missing)]
         return iter(sorted(tiers, key=lambda tier: tier.sort_key))
 
 
@@ -422,15 +422,15 @@ class Changes:
     ``settings``: None when they are as they were.
     """
 
-    tiers: dict[str, Tier | None] = field(default_factory=dict)
+    tiers: dict[str, PolicyTier | None] = field(default_factory=dict)
     policies: dict[PolicyKey, Policy | None] = field(default_factory=dict)
-    profiles: dict[str, Profile | None] = field(default_factory=dict)
+    profiles: dict[str, ProfileRules | None] = field(default_factory=dict)
     endpoints: dict[EndpointKey, Endpoint | None] = field(default_factory=dict)
-    network_sets: dict[str, NetworkSet | None] = field(default_factory=dict)
-    nodes: dict[str, Node | None] = field(default_factory=dict)
-    services: dict[tuple[str, str], Service | None] = field(default_factory=dict)
+    network_sets: dict[str, LabelledNets | None] = field(default_factory=dict)
+    nodes: dict[str, ClusterNode | None] = field(default_factory=dict)
+    services: dict[tuple[str, str], ServiceBackends | None] = field(default_factory=dict)
     vips: dict[VipKey, Vip | None] = field(default_factory=dict)
-    settings: Settings | None = None
+    settings: PolicySettings | None = None
 
     def __bool__(self) -> bool:
         return self.settings is not None or any((

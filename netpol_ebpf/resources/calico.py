@@ -56,16 +56,17 @@ BUILT_IN_TIERS = {
     "kube-baseline": (10_000_000.0, "Pass"),
 }
 
-_STAGED_ACTIONS = ("Set", "Delete", "Learn", "Ignore")
+STAGED_ACTIONS = ("Set", "Delete", "Learn", "Ignore")
+TIER_ACTIONS = ("Deny", "Pass")
 _DIRECTIONS = ("Ingress", "Egress")
-_HINT = "AssumeNeededOnEveryNode"
+PERFORMANCE_HINT = "AssumeNeededOnEveryNode"
 _NAMESPACE_LABEL = "projectcalico.org/namespace"
 
 _LABEL = r"[a-z0-9](?:[-a-z0-9]*[a-z0-9])?"
 _POLICY_NAME = re.compile(rf"(?:{_LABEL}\.)?{_LABEL}\Z")
 _CONVERTED_NAME = re.compile(rf"(?:knp|ossg)\.default\.{_LABEL}(?:\.{_LABEL})*\Z")
-_INTERFACE = re.compile(r"[a-zA-Z0-9_.-]{1,15}\Z")
-_PORT_NAME = re.compile(r"[a-zA-Z0-9_.-]{1,128}\Z")
+INTERFACE = re.compile(r"[a-zA-Z0-9_.-]{1,15}\Z")
+PORT_NAME = re.compile(r"[a-zA-Z0-9_.-]{1,128}\Z")
 _CONTAINER_ID = re.compile(r"[a-zA-Z0-9](?:[-a-zA-Z0-9]*[a-zA-Z0-9])?\Z")
 _MAC = re.compile(r"(?:[0-9a-fA-F]{2}[:-]){5}[0-9a-fA-F]{2}\Z")
 
@@ -195,8 +196,8 @@ def _check_host_flags(spec: Reader, flags: list[bool], types: tuple[str, ...]) -
 def _performance_hints(spec: Reader) -> tuple[str, ...]:
     hints = spec.strings("performanceHints")
     for path, hint in spec.indexed_strings("performanceHints"):
-        if hint != _HINT:
-            spec.report.error(path, f"must be {_HINT}, is {describe(hint)}", slug="enum")
+        if hint != PERFORMANCE_HINT:
+            spec.report.error(path, f"must be {PERFORMANCE_HINT}, is {describe(hint)}", slug="enum")
     if len(set(hints)) != len(hints):
         spec.error("performanceHints", "names a hint twice", slug="duplicate-entry")
     return hints
@@ -215,7 +216,7 @@ def _global_network_policy(obj: Reader, meta: Meta) -> GlobalNetworkPolicy:
 
 def _staged_action(spec: Reader, *, keep: tuple[str, ...]) -> str:
     """The action; with Delete every field but ``keep`` must be empty."""
-    action = spec.enum("stagedAction", _STAGED_ACTIONS) or "Set"
+    action = spec.enum("stagedAction", STAGED_ACTIONS) or "Set"
     if action == "Delete":
         for key in spec.fields():
             if key not in ("stagedAction", *keep) and not _is_zero(spec.peek(key)):
@@ -254,7 +255,7 @@ def _staged_kubernetes_network_policy(obj: Reader, meta: Meta) -> StagedKubernet
 def _tier(obj: Reader, meta: Meta) -> Tier:
     spec = _spec(obj)
     order = spec.number("order")
-    action = spec.enum("defaultAction", ("Deny", "Pass")) or "Deny"
+    action = spec.enum("defaultAction", TIER_ACTIONS) or "Deny"
     spec.done()
     built_in = BUILT_IN_TIERS.get(meta.name)
     if built_in is not None:
@@ -339,7 +340,7 @@ def _checked_name(spec: Reader, key: str) -> str | None:
 
 
 def _check_interface(spec: Reader, interface: str) -> None:
-    if not _INTERFACE.match(interface):
+    if not INTERFACE.match(interface):
         spec.error(
             "interfaceName",
             f'must be an interface name of at most 15 letters, digits, "-", "_" and "."; is {describe(interface)}',
@@ -370,7 +371,7 @@ def _endpoint_port(port: Reader, *, may_be_unnamed: bool = False) -> EndpointPor
     name = port.string("name") or ""
     if not name and not may_be_unnamed:
         port.missing("name")
-    elif name and not _PORT_NAME.match(name):
+    elif name and not PORT_NAME.match(name):
         port.error("name", f'must have 1 to 128 letters, digits, "-", "_" and "."; is {describe(name)}', slug="port")
     protocol = read_protocol(port, "protocol")
     if not port.has("protocol"):

@@ -29,7 +29,7 @@ NODE_PREFIX = "node."
 """Of the name of a FelixConfiguration for one node."""
 
 _FAILSAFES = ("failsafeInboundHostPorts", "failsafeOutboundHostPorts")
-_FAILSAFE_PROTOCOLS = ("TCP", "UDP")
+FAILSAFE_PROTOCOLS = ("TCP", "UDP")
 _NOT_FOLLOWED = {
     "allowIPIPPacketsFromWorkloads": "the agent's option --tunnel",
     "allowVXLANPacketsFromWorkloads": "the agent's option --tunnel",
@@ -42,7 +42,7 @@ _NOT_FOLLOWED = {
 }
 """Fields that change what passes in the origin, and what decides about it here."""
 
-_MODES = ("Enabled", "Disabled")
+MODES = ("Enabled", "Disabled")
 _FOREIGN = re.compile(r"\(\?(?!:)|\[\[:|\\[^\W_bBdDsSwW]|\\_|[*+?}][*+]|\{,")
 """What Python's regular expressions and the origin's (RE2) read differently, or only one of them reads."""
 
@@ -83,9 +83,9 @@ def _failsafes(spec: Reader, key: str) -> Iterator[FailsafePort]:
 def _failsafe_protocol(entry: Reader) -> int | None:
     """TCP or UDP, in any case, as the origin reads it."""
     name = entry.required_string("protocol")
-    if not name or name.upper() in _FAILSAFE_PROTOCOLS:
+    if not name or name.upper() in FAILSAFE_PROTOCOLS:
         return PROTOCOLS.get(name.upper())
-    entry.error("protocol", f"must be {' or '.join(_FAILSAFE_PROTOCOLS)}, is {describe(name)}", slug="enum")
+    entry.error("protocol", f"must be {' or '.join(FAILSAFE_PROTOCOLS)}, is {describe(name)}", slug="enum")
     return None
 
 
@@ -105,8 +105,8 @@ def _kube_controllers_configuration(obj: Reader, meta: Meta) -> KubeControllersC
         if found is None:
             return KubeControllersConfiguration(meta)
         hosts = found
-    creates = hosts.enum("autoCreate", _MODES) == "Enabled"
-    creates_default = hosts.enum("createDefaultHostEndpoint", _MODES) != "Disabled"
+    creates = hosts.enum("autoCreate", MODES) == "Enabled"
+    creates_default = hosts.enum("createDefaultHostEndpoint", MODES) != "Disabled"
     names: set[str] = set()
     templates = []
     for entry in hosts.mappings("templates"):

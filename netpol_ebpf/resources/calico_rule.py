@@ -52,8 +52,8 @@ MAX_PATH = 1024
 _PORT_NAME = re.compile(r"[a-zA-Z0-9_.-]{1,128}\Z")
 _LETTER = re.compile(r"[a-zA-Z]")
 _RANGE = re.compile(r"([0-9]{1,8}):([0-9]{1,8})\Z")
-_HEADER_OPERATORS = ("Exists", "DoesNotExist", "HasPrefix", "HasSuffix", "In", "NotIn", "MatchesRegex")
-_NO_VALUES = ("Exists", "DoesNotExist")
+HEADER_OPERATORS = ("Exists", "DoesNotExist", "HasPrefix", "HasSuffix", "In", "NotIn", "MatchesRegex")
+NO_VALUES = ("Exists", "DoesNotExist")
 
 _MISPLACED = {
     **{
@@ -473,14 +473,14 @@ def _path(path: Reader) -> HttpPath:
 
 def _header(header: Reader) -> HttpHeader:
     name = header.required_string("header")
-    operator = header.enum("operator", _HEADER_OPERATORS, required=True) or "Exists"
+    operator = header.enum("operator", HEADER_OPERATORS, required=True) or "Exists"
     values = header.strings("values")
     header.refuse_line_breaks("values")
     header.done()
     if header.has("operator"):
-        if operator in _NO_VALUES and values:
+        if operator in NO_VALUES and values:
             header.error("values", f"must be empty with operator {operator}", slug="conflict")
-        if operator not in _NO_VALUES and not header.list("values"):
+        if operator not in NO_VALUES and not header.list("values"):
             header.error(None, f"operator {operator} needs at least one entry in `values`", slug="required")
     if operator == "MatchesRegex":
         for index, value in enumerate(values):

@@ -86,6 +86,7 @@ def _pod(obj: Reader, meta: Meta) -> Pod:
         finished=finished,
         addresses=() if finished else addresses,
         allowed_source_prefixes=_source_prefixes(obj, annotations),
+        uid=(metadata.string("uid") or "") if metadata is not None else "",
     )
 
 

@@ -20,7 +20,7 @@ from netpol_ebpf.resources import calico, calico_configuration, calico_storage, 
 from netpol_ebpf.resources.foreign import find_slip, group_of, is_policy
 from netpol_ebpf.resources.kind import Kind
 from netpol_ebpf.resources.manifest_files import find_manifests, read_regular
-from netpol_ebpf.resources.reader import Reader, Report, describe, suggestion
+from netpol_ebpf.resources.reader import ProblemReport, Reader, describe, suggestion
 from netpol_ebpf.resources.sharing import share_text, share_texts
 from netpol_ebpf.resources.syntax import check_annotations, check_dns_label, check_label
 from netpol_ebpf.resources.types import Meta, Resource
@@ -214,7 +214,7 @@ class _Loader:
             for index, item in enumerate(value):
                 self.value(item, (*path, index), positions)
             return
-        report = Report(positions.child(path), problems=self.problems, lenient=self.lenient)
+        report = ProblemReport(positions.child(path), problems=self.problems, lenient=self.lenient)
         if not isinstance(value, Mapping):
             report.error(
                 (),

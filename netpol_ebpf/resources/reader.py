@@ -2,7 +2,7 @@
 """A strict reader over one object: typed access to fields, and a problem with its path for each that is wrong.
 
 A `Reader` is a cursor over one mapping.  Each accessor returns the field's value, or a harmless stand-in (None, empty)
-after recording a problem, so that a parser reads on and all problems of an object come out at once; `Report.failed`
+after recording a problem, so that a parser reads on and all problems of an object come out at once; `ProblemReport.failed`
 then says that the result must be thrown away.  Absent and null are the same, as in the Kubernetes API.
 
 Invariant: an accessor never raises for any value YAML or JSON can hold.  This module knows no particular kind.
@@ -27,7 +27,7 @@ TOLERATED = frozenset({"name", "label", "limit", "end-port", "excludes-all", "bu
 
 
 @dataclass(slots=True)
-class Report:
+class ProblemReport:
     """Collects the problems of one object; ``failed`` is True once one of them is an error.
 
     ``lenient`` is for objects that no API server has seen, such as the fixtures of unit tests: what an API server
@@ -132,7 +132,7 @@ class Reader:
 
     __slots__ = ("_known", "_value", "path", "report")
 
-    def __init__(self, value: Mapping[Any, Any], path: Path, report: Report) -> None:
+    def __init__(self, value: Mapping[Any, Any], path: Path, report: ProblemReport) -> None:
         self._value = value
         self._known: list[str] = []
         self.path = path

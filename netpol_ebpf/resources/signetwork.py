@@ -44,9 +44,10 @@ MAX_PRIORITY = 1000
 MAX_RULE_NAME = 100
 MAX_NETWORKS = 25
 MAX_DOMAINS = 25
+TIERS = ("Admin", "Baseline")
 
 _EGRESS_ONLY = ("nodes", "networks", "domainNames")
-_WITHOUT_NAMED_PORTS = ("nodes", "networks", "domainNames")
+WITHOUT_NAMED_PORTS = ("nodes", "networks", "domainNames")
 _KUBERNETES_PEERS = {
     "podSelector": "`pods: {namespaceSelector: ..., podSelector: ...}`",
     "namespaceSelector": "`namespaces:` with the selector directly inside",
@@ -56,7 +57,7 @@ _OLD_NAMESPACES = ("namespaceSelector", "sameLabels", "notSameLabels")
 
 
 @dataclass(frozen=True, slots=True)
-class _Dialect:
+class Dialect:
     """In what the three kinds differ: action names, egress peers, the field of ports and how it is read, sizes."""
 
     actions: tuple[str, ...]
@@ -197,7 +198,7 @@ def _subject(spec: Reader, *, namespace_required: bool) -> SigSubject:
     return result
 
 
-def _peer(peer: Reader, dialect: _Dialect, *, ingress: bool, allows: bool) -> SigPeer:
+def _peer(peer: Reader, dialect: Dialect, *, ingress: bool, allows: bool) -> SigPeer:
     known = ("namespaces", "pods") if ingress else ("namespaces", "pods", *dialect.egress_peers)
     for key in _EGRESS_ONLY:
         if ingress and peer.has(key):
@@ -296,7 +297,7 @@ def _check_size(reader: Reader, key: str, low: int, high: int) -> None:
 # --- rules ----------------------------------------------------------------------------------------------------------
 
 
-def _rules(spec: Reader, key: str, dialect: _Dialect) -> tuple[SigRule, ...]:
+def _rules(spec: Reader, key: str, dialect: Dialect) -> tuple[SigRule, ...]:
     written = spec.raw(key)
     if isinstance(written, Mapping):
         first = next(iter(written), "action")
@@ -309,7 +310,7 @@ def _rules(spec: Reader, key: str, dialect: _Dialect) -> tuple[SigRule, ...]:
     return tuple(_rule(rule, dialect, ingress=key == "ingress") for rule in spec.mappings(key))
 
 
-def _rule(rule: Reader, dialect: _Dialect, *, ingress: bool) -> SigRule:
+def _rule(rule: Reader, dialect: Dialect, *, ingress: bool) -> SigRule:
     peers_key, other = ("from", "to") if ingress else ("to", "from")
     name = rule.string("name") or ""
     if len(name) > MAX_RULE_NAME:
@@ -324,7 +325,7 @@ def _rule(rule: Reader, dialect: _Dialect, *, ingress: bool) -> SigRule:
     ports = tuple(dialect.read_port(port) for port in rule.mappings(dialect.ports_key))
     if any(port.named_port is not None for port in ports):
         for peer in rule.mappings(peers_key):
-            for key in _WITHOUT_NAMED_PORTS:
+            for key in WITHOUT_NAMED_PORTS:
                 if peer.has(key):
                     peer.error(key, "has no named ports; a rule with this peer needs port numbers", slug="conflict")
     depth = f"is at the wrong indentation level: directly in the rule. Move it inside an item of the list under `{peers_key}:`"
@@ -339,7 +340,7 @@ def _rule(rule: Reader, dialect: _Dialect, *, ingress: bool) -> SigRule:
     return SigRule(name, action, peers, ports if rule.has(dialect.ports_key) else None, rule.report.location(rule.path))
 
 
-def _action(rule: Reader, dialect: _Dialect) -> str:
+def _action(rule: Reader, dialect: Dialect) -> str:
     """Allow, Deny or Pass; "Deny" after a problem."""
     written = rule.peek("action")
     if written in ("Allow", "Accept") and written not in dialect.actions:
@@ -352,7 +353,7 @@ def _action(rule: Reader, dialect: _Dialect) -> str:
     return "Allow" if action == dialect.allow else action or "Deny"
 
 
-_ADMIN = _Dialect(
+ADMIN = Dialect(
     ("Allow", "Deny", "Pass"),
     "Allow",
     _EGRESS_ONLY,
@@ -362,7 +363,7 @@ _ADMIN = _Dialect(
     max_items=100,
     older_peers=True,
 )
-_BASELINE = _Dialect(
+BASELINE = Dialect(
     ("Allow", "Deny"),
     "Allow",
     ("nodes", "networks"),
@@ -372,7 +373,7 @@ _BASELINE = _Dialect(
     max_items=100,
     older_peers=True,
 )
-_CLUSTER = _Dialect(
+CLUSTER = Dialect(
     ("Accept", "Deny", "Pass"),
     "Accept",
     _EGRESS_ONLY,
@@ -406,8 +407,8 @@ def _admin(obj: Reader, meta: Meta) -> AdminNetworkPolicy:
         meta,
         _priority(spec),
         _subject(spec, namespace_required=True),
-        _rules(spec, "ingress", _ADMIN),
-        _rules(spec, "egress", _ADMIN),
+        _rules(spec, "ingress", ADMIN),
+        _rules(spec, "egress", ADMIN),
     )
     spec.done({"tier": "unknown field `tier`; a v1alpha2 ClusterNetworkPolicy has it"})
     return policy
@@ -418,8 +419,8 @@ def _baseline(obj: Reader, meta: Meta) -> BaselineAdminNetworkPolicy:
     policy = BaselineAdminNetworkPolicy(
         meta,
         _subject(spec, namespace_required=True),
-        _rules(spec, "ingress", _BASELINE),
-        _rules(spec, "egress", _BASELINE),
+        _rules(spec, "ingress", BASELINE),
+        _rules(spec, "egress", BASELINE),
     )
     spec.done(
         {"priority": "unknown field `priority`; there is only one BaselineAdminNetworkPolicy, without a priority"}
@@ -431,11 +432,11 @@ def _cluster(obj: Reader, meta: Meta) -> ClusterNetworkPolicy:
     spec = _spec(obj)
     policy = ClusterNetworkPolicy(
         meta,
-        spec.enum("tier", ("Admin", "Baseline"), required=True) or "Admin",
+        spec.enum("tier", TIERS, required=True) or "Admin",
         _priority(spec),
         _subject(spec, namespace_required=False),
-        _rules(spec, "ingress", _CLUSTER),
-        _rules(spec, "egress", _CLUSTER),
+        _rules(spec, "ingress", CLUSTER),
+        _rules(spec, "egress", CLUSTER),
     )
     spec.done()
     return policy

@@ -91,6 +91,7 @@ class Pod:
     """v1 Pod, or the pod of a workload's template (`workloads`), which has no address and the name KIND/NAME.
 
     ``addresses``: by the precedence of status.podIPs, podIP, then the CNI annotations; () for a finished pod.
+    ``uid``: empty where the cluster gave none: pods of the same name, one after the other, differ in it.
 
     ``allowed_source_prefixes`` from annotation cni.projectcalico.org/allowedSourcePrefixes.
     """
@@ -103,6 +104,7 @@ class Pod:
     addresses: tuple[IPAddress, ...]
     ports: tuple[ContainerPort, ...]
     allowed_source_prefixes: tuple[IPNetwork, ...] = ()
+    uid: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,11 +22,11 @@ from netpol_ebpf.selector.tree import (
     Global,
     Has,
     In,
-    Node,
     Not,
     NotEquals,
     NotIn,
     Or,
+    SelectorNode,
     StartsWith,
     negated,
     walk,
@@ -39,10 +39,10 @@ class Selector:
     __slots__ = ("_hash", "_root", "_text")
 
     _hash: int
-    _root: Node
+    _root: SelectorNode
     _text: str
 
-    def __init__(self, root: Node) -> None:
+    def __init__(self, root: SelectorNode) -> None:
         text = str(root)
         object.__setattr__(self, "_root", root)
         object.__setattr__(self, "_text", text)
@@ -53,7 +53,7 @@ class Selector:
         return self._root.matches(labels)
 
     @property
-    def root(self) -> Node:
+    def root(self) -> SelectorNode:
         """The expression tree (`netpol_ebpf.selector.tree`)."""
         return self._root
 
@@ -110,7 +110,7 @@ class Selector:
     def __delattr__(self, name: str) -> None:
         raise AttributeError(f"a Selector is immutable; {name} cannot be deleted")
 
-    def __reduce__(self) -> tuple[type[Selector], tuple[Node]]:
+    def __reduce__(self) -> tuple[type[Selector], tuple[SelectorNode]]:
         return (Selector, (self._root,))
 
     def __eq__(self, other: object) -> bool:
@@ -128,7 +128,7 @@ class Selector:
         return f"<Selector {self._text}>"
 
 
-def _with_prefix(leaf: Node, prefix: str) -> Node:
+def _with_prefix(leaf: SelectorNode, prefix: str) -> SelectorNode:
     if isinstance(leaf, (All, Global, Not, And, Or)):
         return leaf
     if isinstance(leaf, Has):
@@ -148,7 +148,7 @@ def _with_prefix(leaf: Node, prefix: str) -> Node:
     return EndsWith(prefix + leaf.key, leaf.value)
 
 
-def _rewritten(node: Node, change: Callable[[Node], Node]) -> Node:
+def _rewritten(node: SelectorNode, change: Callable[[SelectorNode], SelectorNode]) -> SelectorNode:
     """A copy of the tree with ``change`` applied to each leaf."""
     if isinstance(node, Not):
         return negated(_rewritten(node.operand, change))
@@ -168,7 +168,7 @@ def all_of(*selectors: Selector) -> Selector:
 
     An ``all()`` among the operands stays, for `Selector.with_all_as` gives it a meaning.
     """
-    operands: dict[Node, None] = {}
+    operands: dict[SelectorNode, None] = {}
     for selector in selectors:
         operands.update(dict.fromkeys(selector.root.operands if isinstance(selector.root, And) else (selector.root,)))
     if not operands:
@@ -178,7 +178,7 @@ def all_of(*selectors: Selector) -> Selector:
 
 def any_of(first: Selector, *others: Selector) -> Selector:
     """OR. Nested ORs are flattened and repetitions dropped; one operand is itself."""
-    operands: dict[Node, None] = {}
+    operands: dict[SelectorNode, None] = {}
     for selector in (first, *others):
         operands.update(dict.fromkeys(selector.root.operands if isinstance(selector.root, Or) else (selector.root,)))
     return Selector(next(iter(operands)) if len(operands) == 1 else Or(tuple(operands)))

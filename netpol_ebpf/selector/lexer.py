@@ -21,7 +21,7 @@ MAX_LABEL_CHARS = 512
 LABEL_NAME = re.compile(r"[A-Za-z0-9_./-]+")
 
 
-class Kind(enum.Enum):
+class TokenKind(enum.Enum):
     """What a token is; the value is how an error message calls it."""
 
     LABEL = "a label name"
@@ -51,7 +51,7 @@ class Kind(enum.Enum):
 class Token:
     """One token; ``text`` is the label name, or the content of a string without its quotes."""
 
-    kind: Kind
+    kind: TokenKind
     text: str
     offset: int
 
@@ -63,19 +63,19 @@ _WORD_OPERATOR = re.compile(
     r"|(?P<STARTS_WITH>starts[ \t]*with)|(?P<ENDS_WITH>ends[ \t]*with))(?![A-Za-z0-9_./-])"
 )
 _PUNCTUATION = {
-    "==": Kind.EQ,
-    "!=": Kind.NE,
-    "&&": Kind.AND,
-    "||": Kind.OR,
-    "!": Kind.NOT,
-    "(": Kind.LPAREN,
-    ")": Kind.RPAREN,
-    "{": Kind.LBRACE,
-    "}": Kind.RBRACE,
-    ",": Kind.COMMA,
+    "==": TokenKind.EQ,
+    "!=": TokenKind.NE,
+    "&&": TokenKind.AND,
+    "||": TokenKind.OR,
+    "!": TokenKind.NOT,
+    "(": TokenKind.LPAREN,
+    ")": TokenKind.RPAREN,
+    "{": TokenKind.LBRACE,
+    "}": TokenKind.RBRACE,
+    ",": TokenKind.COMMA,
 }
 _HALF_OPERATORS = {"=": "==", "&": "&&", "|": "||"}
-_CALLS = {"has": Kind.HAS, "all": Kind.ALL, "global": Kind.GLOBAL}
+_CALLS = {"has": TokenKind.HAS, "all": TokenKind.ALL, "global": TokenKind.GLOBAL}
 
 
 def scan_tokens(text: str) -> Iterator[Token]:
@@ -90,10 +90,10 @@ def scan_tokens(text: str) -> Iterator[Token]:
     while True:
         position = _BLANK.match(text, position).end()  # type: ignore[union-attr]  # matches the empty string too
         if position == len(text):
-            yield Token(Kind.END, "", position)
+            yield Token(TokenKind.END, "", position)
             return
         token, position = _scan_one(text, position, after_label=after_label)
-        after_label = token.kind is Kind.LABEL
+        after_label = token.kind is TokenKind.LABEL
         yield token
 
 
@@ -129,7 +129,7 @@ def _scan_one(text: str, position: int, *, after_label: bool) -> tuple[Token, in
                 offset=position,
                 hint="Operators are ==, !=, in, not in, contains, starts with, ends with.",
             )
-        kind = Kind[str(word.lastgroup)]
+        kind = TokenKind[str(word.lastgroup)]
         return Token(kind, kind.value, position), word.end()
     name = LABEL_NAME.match(text, position)
     if name is None:
@@ -144,7 +144,7 @@ def _scan_one(text: str, position: int, *, after_label: bool) -> tuple[Token, in
     call = _CALLS.get(name.group())
     if call is not None and text.startswith("(", end):
         return Token(call, call.value, position), end + 1
-    return Token(Kind.LABEL, name.group(), position), end
+    return Token(TokenKind.LABEL, name.group(), position), end
 
 
 def _scan_string(text: str, position: int) -> tuple[Token, int]:
@@ -157,4 +157,4 @@ def _scan_string(text: str, position: int) -> tuple[Token, int]:
             offset=position,
             hint="A string ends at the next quote of the sort that opened it; there are no escapes.",
         )
-    return Token(Kind.STRING, text[position + 1 : end], position), end + 1
+    return Token(TokenKind.STRING, text[position + 1 : end], position), end + 1

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 from netpol_ebpf.errors import SelectorError
 from netpol_ebpf.selector.expression import Selector
-from netpol_ebpf.selector.lexer import Kind, Token, scan_tokens
+from netpol_ebpf.selector.lexer import Token, TokenKind, scan_tokens
 from netpol_ebpf.selector.tree import (
     All,
     And,
@@ -21,10 +21,10 @@ from netpol_ebpf.selector.tree import (
     Global,
     Has,
     In,
-    Node,
     NotEquals,
     NotIn,
     Or,
+    SelectorNode,
     StartsWith,
     negated,
 )
@@ -32,14 +32,17 @@ from netpol_ebpf.selector.tree import (
 MAX_DEPTH = 64
 """Deepest nesting of parentheses; arbitrary, far beyond what people write, and far below Python's recursion limit."""
 
-_COMPARISONS: dict[Kind, Callable[[str, str], Node]] = {
-    Kind.EQ: Equals,
-    Kind.NE: NotEquals,
-    Kind.CONTAINS: Contains,
-    Kind.STARTS_WITH: StartsWith,
-    Kind.ENDS_WITH: EndsWith,
+_COMPARISONS: dict[TokenKind, Callable[[str, str], SelectorNode]] = {
+    TokenKind.EQ: Equals,
+    TokenKind.NE: NotEquals,
+    TokenKind.CONTAINS: Contains,
+    TokenKind.STARTS_WITH: StartsWith,
+    TokenKind.ENDS_WITH: EndsWith,
 }
-_MEMBERSHIPS: dict[Kind, Callable[[str, tuple[str, ...]], Node]] = {Kind.IN: In, Kind.NOT_IN: NotIn}
+_MEMBERSHIPS: dict[TokenKind, Callable[[str, tuple[str, ...]], SelectorNode]] = {
+    TokenKind.IN: In,
+    TokenKind.NOT_IN: NotIn,
+}
 
 
 def parse(text: str) -> Selector:
@@ -61,73 +64,73 @@ class _Parser:
         self._ahead: Token | None = None
         self._depth = 0
 
-    def selector(self) -> Node:
+    def selector(self) -> SelectorNode:
         """Grammar: selector = [ or ]."""
-        if self._peek().kind is Kind.END:
+        if self._peek().kind is TokenKind.END:
             return All()
         node = self._or()
-        self._expect(Kind.END)
+        self._expect(TokenKind.END)
         return node
 
-    def _or(self) -> Node:
+    def _or(self) -> SelectorNode:
         """Grammar: or = and , { "||" , and }."""
         operands = [self._and()]
-        while self._accept(Kind.OR):
+        while self._accept(TokenKind.OR):
             operands.append(self._and())
         return operands[0] if len(operands) == 1 else Or(tuple(operands))
 
-    def _and(self) -> Node:
+    def _and(self) -> SelectorNode:
         """Grammar: and = unary , { "&&" , unary }."""
         operands = [self._unary()]
-        while self._accept(Kind.AND):
+        while self._accept(TokenKind.AND):
             operands.append(self._unary())
         return operands[0] if len(operands) == 1 else And(tuple(operands))
 
-    def _unary(self) -> Node:
+    def _unary(self) -> SelectorNode:
         """Grammar: unary = { "!" } , primary."""
         negate = False
-        while self._accept(Kind.NOT):
+        while self._accept(TokenKind.NOT):
             negate = not negate
         primary = self._primary()
         return negated(primary) if negate else primary
 
-    def _primary(self) -> Node:
+    def _primary(self) -> SelectorNode:
         token = self._take()
-        if token.kind is Kind.HAS:
-            label = self._expect(Kind.LABEL)
-            self._expect(Kind.RPAREN)
+        if token.kind is TokenKind.HAS:
+            label = self._expect(TokenKind.LABEL)
+            self._expect(TokenKind.RPAREN)
             return Has(label.text)
-        if token.kind is Kind.ALL:
-            self._expect(Kind.RPAREN)
+        if token.kind is TokenKind.ALL:
+            self._expect(TokenKind.RPAREN)
             return All()
-        if token.kind is Kind.GLOBAL:
-            self._expect(Kind.RPAREN)
+        if token.kind is TokenKind.GLOBAL:
+            self._expect(TokenKind.RPAREN)
             return Global()
-        if token.kind is Kind.LABEL:
+        if token.kind is TokenKind.LABEL:
             return self._comparison(token)
-        if token.kind is Kind.LPAREN:
+        if token.kind is TokenKind.LPAREN:
             return self._group(token)
         raise self._unexpected(token, "a label name, has(...), all(), global(), '!' or '('")
 
-    def _group(self, opening: Token) -> Node:
+    def _group(self, opening: Token) -> SelectorNode:
         """The rest of "(" or ")"."""
         self._depth += 1
         if self._depth > MAX_DEPTH:
             raise SelectorError(f"parentheses nested deeper than {MAX_DEPTH}", text=self._text, offset=opening.offset)
         node = self._or()
-        self._expect(Kind.RPAREN)
+        self._expect(TokenKind.RPAREN)
         self._depth -= 1
         return node
 
-    def _comparison(self, label: Token) -> Node:
+    def _comparison(self, label: Token) -> SelectorNode:
         operator = self._take()
         comparison = _COMPARISONS.get(operator.kind)
         if comparison is not None:
-            return comparison(label.text, self._expect(Kind.STRING).text)
+            return comparison(label.text, self._expect(TokenKind.STRING).text)
         membership = _MEMBERSHIPS.get(operator.kind)
         if membership is not None:
             return membership(label.text, self._set())
-        if operator.kind is Kind.LPAREN and label.text in {"has", "all", "global"}:
+        if operator.kind is TokenKind.LPAREN and label.text in {"has", "all", "global"}:
             raise SelectorError(
                 f"{label.text}( must be written without a space before the parenthesis",
                 text=self._text,
@@ -137,13 +140,13 @@ class _Parser:
 
     def _set(self) -> tuple[str, ...]:
         """Grammar: set = "{" [ string { "," string } [ "," ] ] "}"; may be empty, may end in a comma."""
-        self._expect(Kind.LBRACE)
+        self._expect(TokenKind.LBRACE)
         values: list[str] = []
-        while self._peek().kind is Kind.STRING:
+        while self._peek().kind is TokenKind.STRING:
             values.append(self._take().text)
-            if not self._accept(Kind.COMMA):
+            if not self._accept(TokenKind.COMMA):
                 break
-        self._expect(Kind.RBRACE)
+        self._expect(TokenKind.RBRACE)
         return tuple(values)
 
     def _peek(self) -> Token:
@@ -153,17 +156,17 @@ class _Parser:
 
     def _take(self) -> Token:
         token = self._peek()
-        if token.kind is not Kind.END:
+        if token.kind is not TokenKind.END:
             self._ahead = None
         return token
 
-    def _accept(self, kind: Kind) -> bool:
+    def _accept(self, kind: TokenKind) -> bool:
         if self._peek().kind is not kind:
             return False
         self._ahead = None
         return True
 
-    def _expect(self, kind: Kind) -> Token:
+    def _expect(self, kind: TokenKind) -> Token:
         token = self._take()
         if token.kind is not kind:
             raise self._unexpected(token, kind.value if kind in _NAMED else f"'{kind.value}'")
@@ -174,5 +177,5 @@ class _Parser:
         return SelectorError(f"expected {wanted}, found {seen}", text=self._text, offset=token.offset)
 
 
-_NAMED = frozenset({Kind.LABEL, Kind.STRING, Kind.END})
+_NAMED = frozenset({TokenKind.LABEL, TokenKind.STRING, TokenKind.END})
 """Kinds whose value is a description, not the token itself."""

@@ -19,11 +19,11 @@ from netpol_ebpf.selector.tree import (
     Equals,
     Has,
     In,
-    Node,
     Not,
     NotEquals,
     NotIn,
     Or,
+    SelectorNode,
     StartsWith,
 )
 
@@ -47,7 +47,7 @@ Cover = tuple[Restriction, ...]
 """Labels that match satisfy at least one of these; () is: nothing can match. One restriction for each key at most."""
 
 
-def covers(node: Node) -> tuple[Cover, ...]:
+def covers(node: SelectorNode) -> tuple[Cover, ...]:
     """Every cover found; all of them hold at once. Empty: the selector demands nothing that an index could use."""
     if isinstance(node, Equals):
         return ((Restriction(node.key, frozenset((node.value,))),),)
@@ -77,7 +77,7 @@ def _cost(cover: Cover) -> int:
     return sum(_PRESENCE_COST if part.one_of is None else len(part.one_of) for part in cover)
 
 
-def _covers_of_not(operand: Node) -> tuple[Cover, ...]:
+def _covers_of_not(operand: SelectorNode) -> tuple[Cover, ...]:
     """De Morgan, and the two negative comparisons, whose negations are positive."""
     if isinstance(operand, NotEquals):
         return covers(Equals(operand.key, operand.value))
@@ -90,7 +90,7 @@ def _covers_of_not(operand: Node) -> tuple[Cover, ...]:
     return ()
 
 
-def _complement(node: Node) -> Node:
+def _complement(node: SelectorNode) -> SelectorNode:
     return node.operand if isinstance(node, Not) else Not(node)
 
 
@@ -141,7 +141,7 @@ _Literal = tuple[_Positive, bool]
 """A comparison and whether it must be true; all these comparisons are false on an absent label."""
 
 
-def is_contradiction(node: Node) -> bool:
+def is_contradiction(node: SelectorNode) -> bool:
     """True when no labels can match: each arm of the disjunctive form asks for the impossible of some key.
 
     Best effort: False where that form has more than MAX_CONJUNCTIONS arms.  Texts to contain are not combined with each
@@ -151,7 +151,7 @@ def is_contradiction(node: Node) -> bool:
     return len(arms) <= MAX_CONJUNCTIONS and all(map(_is_impossible, arms))
 
 
-def _conjunctions(node: Node, *, wanted: bool) -> Iterator[tuple[_Literal, ...]]:
+def _conjunctions(node: SelectorNode, *, wanted: bool) -> Iterator[tuple[_Literal, ...]]:
     """The arms of the disjunctive normal form of ``node`` (or of its negation, without ``wanted``), lazily."""
     if isinstance(node, Not):
         yield from _conjunctions(node.operand, wanted=not wanted)
@@ -171,7 +171,7 @@ def _conjunctions(node: Node, *, wanted: bool) -> Iterator[tuple[_Literal, ...]]
         yield ()
 
 
-def _product(operands: tuple[Node, ...], *, wanted: bool) -> Iterator[tuple[_Literal, ...]]:
+def _product(operands: tuple[SelectorNode, ...], *, wanted: bool) -> Iterator[tuple[_Literal, ...]]:
     """One arm of each operand, in every combination."""
     if not operands:
         yield ()

@@ -190,7 +190,7 @@ class EndsWith:
 class Not:
     """Boolean NOT. Built by `negated` only, which never stacks two."""
 
-    operand: Node
+    operand: SelectorNode
 
     def matches(self, labels: Mapping[str, str]) -> bool:
         """The operand does not match."""
@@ -204,7 +204,7 @@ class Not:
 class And:
     """All of two or more operands."""
 
-    operands: tuple[Node, ...]
+    operands: tuple[SelectorNode, ...]
 
     def matches(self, labels: Mapping[str, str]) -> bool:
         """Every operand matches."""
@@ -221,7 +221,7 @@ class And:
 class Or:
     """Any of two or more operands."""
 
-    operands: tuple[Node, ...]
+    operands: tuple[SelectorNode, ...]
 
     def matches(self, labels: Mapping[str, str]) -> bool:
         """Some operand matches."""
@@ -234,17 +234,17 @@ class Or:
         return "(" + " || ".join(map(str, self.operands)) + ")"
 
 
-Node = Union[
+SelectorNode = Union[
     All, Global, Has, Equals, NotEquals, In, NotIn, Contains, StartsWith, EndsWith, Not, And, Or
 ]  # fmt: skip
 
 
-def negated(node: Node) -> Node:
+def negated(node: SelectorNode) -> SelectorNode:
     """NOT ``node``; two cancel out."""
     return node.operand if isinstance(node, Not) else Not(node)
 
 
-def walk(node: Node) -> Iterator[Node]:
+def walk(node: SelectorNode) -> Iterator[SelectorNode]:
     """``node`` and every node below it, in text order."""
     yield node
     if isinstance(node, Not):

@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+import ast
 import ctypes
 import importlib.util
 import re
 import shutil
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -58,6 +60,110 @@ def test_unknown_c_is_refused(line: str) -> None:
     text = f"struct np_x {{\n{line}\n}};\n"
     with pytest.raises(module.HeaderError, match="np_abi.h:2: not understood inside np_x"):
         module.parse_header(text)
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        ("", "the comment of np_x does not end in a line with its role"),
+        ("// Role: nothing.\n", "np_x has the unknown role nothing"),
+        ("// Role: table, odd.\n", "not understood for np_x: odd"),
+        ("// Role: table, overflow of np_y, np_z.\n", "not understood for np_x: overflow of np_y, np_z"),
+    ],
+)
+def test_map_without_a_known_role_is_refused(line: str, problem: str) -> None:
+    """Every map has a role, traits and relations out of the lists at the head of np_maps.h."""
+    module = generator()
+    head = "// Role: one.\n//   table: rows\n//\n// Trait: any.\n//   cached: copies\n\n"
+    text = head + f'// What it maps.\n{line}NP_MAP("hash", np_x, __u32, __u32, 4, 0);\n'
+    with pytest.raises(module.HeaderError, match=problem):
+        module.parse_roles(text)
+
+
+def test_relations_lead_to_maps() -> None:
+    """What a map says that it belongs to is a map; a view is none."""
+    assert set(abi.OVERFLOW_MAPS) | set(abi.TAG_MAPS) | set(abi.UNREPLIED_VIEWS) <= abi.MAP_SPECS.keys()
+    assert abi.TAG_MAPS.keys() == abi.UNREPLIED_VIEWS.keys()
+    assert not set(abi.UNREPLIED_VIEWS.values()) & abi.MAP_SPECS.keys()
+
+
+def test_which_maps_are_which_is_said_once() -> None:
+    """No module lists maps of different tables: it derives them from the roles (maps_of, maps_with_rows, maps_with)."""
+    found = []
+    for path in (path for room in ("loader", "netpol_ebpf", "bench") for path in sorted((ROOT / room).rglob("*.py"))):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if path.name != "abi.py" else ():
+            if isinstance(node, ast.Set | ast.Tuple | ast.List):
+                texts = [one.value for one in node.elts if isinstance(one, ast.Constant)]
+                stems = {str(text).rstrip("46") for text in texts if text in abi.MAP_SPECS}
+                found += [f"{path.relative_to(ROOT)}:{node.lineno}"] if len(stems) > 1 else []
+    assert found == []
+
+
+NUMBER = re.compile(r"^#define NP_(\w+) \(?(-?\d+|0x[0-9a-f]+|1u?l?l? << \d+)(?:u|ull)?\)?(?:\s|$)", re.MULTILINE)
+PROTOCOLS = {"np_parse.h", "np_link.h"}
+"""Headers whose numbers are those of protocols, which both sides have from the same specifications."""
+
+
+def numbers_of_c() -> dict[tuple[str, ...], int]:
+    """The numbers of bpf/ that abi.py has not, by the words of their names."""
+    found = {}
+    for path in sorted((ROOT / "bpf").glob("*.[hc]")):
+        if path.name not in {"np_abi.h", *PROTOCOLS}:
+            for name, text in NUMBER.findall(path.read_text(encoding="utf-8")):
+                base, _, shift = text.partition(" << ")
+                found[tuple(name.split("_"))] = 1 << int(shift) if shift else int(base, 0)
+    return found
+
+
+def numbers_of_python(text: str) -> Iterator[tuple[int, tuple[str, ...], int]]:
+    """(line, words of the name, value) of the constants of a module that are numbers."""
+    for node in ast.walk(ast.parse(text)):
+        if not isinstance(node, ast.Assign):
+            continue
+        targets, values = [node.targets[0]], [node.value]
+        if isinstance(targets[0], ast.Tuple) and isinstance(values[0], ast.Tuple):
+            targets, values = targets[0].elts, values[0].elts
+        for target, value in zip(targets, values, strict=True):
+            if (
+                isinstance(target, ast.Name)
+                and target.id.isupper()
+                and not any(
+                    isinstance(one, ast.Name | ast.Attribute | ast.Call | ast.Subscript) for one in ast.walk(value)
+                )
+            ):
+                number = eval(ast.unparse(value))  # noqa: S307  # literals and operators of this repository
+                if isinstance(number, int):
+                    yield node.lineno, tuple(target.id.strip("_").split("_")), number
+
+
+def copies(text: str) -> list[int]:
+    """Lines of a module that say a number of bpf/ again: the same value, and a name that ends one of the C side."""
+    known = numbers_of_c()
+    return [
+        line
+        for line, words, number in numbers_of_python(text)
+        if any(value == number and name[-len(words) :] == words for name, value in known.items())
+    ]
+
+
+def test_no_number_is_copied_by_hand() -> None:
+    """A number that both sides need is in np_abi.h, so that Python has it from abi.py."""
+    assert len(numbers_of_c()) > 10
+    found = [
+        f"{path.relative_to(ROOT)}:{line}"
+        for room in ("loader", "netpol_ebpf", "bench")
+        for path in sorted((ROOT / room).rglob("*.py"))
+        if path.name != "abi.py"
+        for line in copies(path.read_text(encoding="utf-8"))
+    ]
+    assert found == []
+
+
+def test_copied_number_is_noticed() -> None:
+    """The same number under the end of the name is a copy; another number, or another name, is none."""
+    assert copies("_STEP_BITS = 4\n") == [1]
+    assert copies("A, JUDGE_CALLS = 1, 10\n") == [1]
+    assert copies("STEP_BITS = 5\nBITS_OF_STEP = 4\n") == []
 
 
 def test_sizes_are_those_the_c_side_asserts() -> None:

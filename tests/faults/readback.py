@@ -10,8 +10,8 @@ from pathlib import Path
 
 from netpol_ebpf.apply.encode import OUTCOME, decode_endpoint, decode_key
 from netpol_ebpf.apply.ledger import Ledger
-from netpol_ebpf.compiler.tables import FIRST_NODE, AddressRow, EndpointRow, SetRow, Tables, VerdictRow
-from netpol_ebpf.policy.types import Direction, Node, Stage
+from netpol_ebpf.compiler.tables import FIRST_NODE, AddressRow, CompiledTables, EndpointRow, SetRow, VerdictRow
+from netpol_ebpf.policy.types import ClusterNode, Direction, Stage
 from netpol_loader import abi
 from netpol_loader.kernel.maps import Map
 from netpol_loader.tables.buckets import open_map
@@ -38,13 +38,13 @@ def rows(pins: Path, name: str) -> dict[bytes, bytes]:
         return {key: value for key, value in one.items() if any(value) or not one.type.endswith("array")}
 
 
-def read_tables(pins: Path, ledger: Path, scratch: Path, nodes: Mapping[str, Node]) -> Tables:
+def read_tables(pins: Path, ledger: Path, scratch: Path, nodes: Mapping[str, ClusterNode]) -> CompiledTables:
     """The tables in force. ``scratch``: where a copy of the ledger may be written. ``nodes``: whose numbers are in no map."""
     scratch.write_bytes(ledger.read_bytes())
     book = Ledger(scratch)
     numbers = book.open()
     book.close()
-    tables = Tables()
+    tables = CompiledTables()
     tables.rules.write({number: cause for cause, number in numbers.rules.items() if _is_rule(pins, number)})
     tables.identities.write({number: digest for digest, number in numbers.identities.items()})
     for name in ("np_addr4", "np_addr6"):

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import struct
 from collections.abc import Iterator
 from ipaddress import ip_address
@@ -29,14 +30,14 @@ SIZES = {
     "np_conn4": ROOM, "np_conn6": ROOM, "np_frag4": 256, "np_frag6": 256,
     "np_event": 65536,
 }  # fmt: skip
-FLOW_MAPS = ("np_conn4", "np_conn6", "np_unreplied4", "np_unreplied6", "np_frag4", "np_frag6", "np_event")
+FLOW_MAPS = (*abi.maps_with_rows(abi.MapRole.CONNECTION), *abi.UNREPLIED_VIEWS.values(), "np_event")
 PEER = {4: "192.0.2.1", 6: "2001:db8::1"}
 POD = {4: POD4, 6: POD6}
 
 
 @pytest.fixture(scope="module")
-def dataplane(pin_root: Path) -> Iterator[Dataplane]:
-    one = Dataplane.open(pin_root.with_name(f"{pin_root.name}-flood"), sizes=SIZES)
+def dataplane() -> Iterator[Dataplane]:
+    one = Dataplane.open(Path(f"/sys/fs/bpf/netpol-test-flood-{os.getpid()}"), sizes=SIZES)
     yield one
     one.remove()
 

@@ -11,7 +11,6 @@ import socket
 from collections.abc import Iterator
 from contextlib import ExitStack
 from ipaddress import ip_address
-from pathlib import Path
 
 import frames
 import pytest
@@ -32,10 +31,10 @@ SIZES = {
 
 
 @pytest.fixture(scope="module")
-def small_scene(lab: Lab, tmp_path_factory: pytest.TempPathFactory, pin_root: Path) -> Iterator[Scene]:
+def small_scene(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
     options = [word for name, size in SIZES.items() for word in ("--map-size", f"{name}={size}")]
     home = tmp_path_factory.mktemp("agent") / "small"
-    with scene_in(lab, home, pin_root / "small", options=("--allow-source-prefixes", *options)) as one:
+    with scene_in(lab, home, options=("--allow-source-prefixes", *options)) as one:
         yield one
 
 

@@ -44,14 +44,14 @@ class SmallScene(Scene):
 
 
 @pytest.fixture
-def small_scene(lasting_scene: Scene, lab: Lab, tmp_path: Path, pin_root: Path) -> Iterator[SmallScene]:
+def small_scene(lasting_scene: Scene, lab: Lab, tmp_path: Path) -> Iterator[SmallScene]:
     libc = ctypes.CDLL(None, use_errno=True)
     lasting_scene.retire()
     with tempfile.TemporaryDirectory(prefix="netpol-small-") as name:
         size = f"size={ROOM_BYTES}".encode()
         assert libc.mount(b"none", name.encode(), b"tmpfs", 0, size) == 0, os.strerror(ctypes.get_errno())
         try:
-            with scene_in(lab, tmp_path / "home", pin_root / "small", kind=SmallScene, small=Path(name)) as one:
+            with scene_in(lab, tmp_path / "home", kind=SmallScene, small=Path(name)) as one:
                 assert isinstance(one, SmallScene)
                 yield one
         finally:

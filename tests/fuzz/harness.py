@@ -35,7 +35,7 @@ from endpoint import Way
 from episodes import Episode, Hairpin, Keep, Moves, Policies, Routes, Step, TimedOut
 from machine import RULED, Key, Machine, Outcome, State, Stimulus
 from own_netns import OwnNamespace
-from rig import ALLOW, DENY, ELSEWHERE, ENDPOINT, LO, POD_IDENTITY, PolicySet, Rig, Verdict
+from rig import ALLOW, CONNECTIONS, DENY, ELSEWHERE, ENDPOINT, LO, POD_IDENTITY, PolicySet, Rig, Verdict
 
 from netpol_loader import abi
 from netpol_loader.kernel import syscall
@@ -257,7 +257,7 @@ class Harness:
     # --- settings
 
     def _empty(self, episode: Episode) -> None:
-        for name in ("np_conn4", "np_conn6", "np_unreplied4", "np_unreplied6", "np_frag4", "np_frag6"):
+        for name in CONNECTIONS:
             one = self.rig.map(name)
             one.delete_many([key for key, _ in one.items()])
         if episode.is_host:
@@ -382,8 +382,10 @@ class Harness:
 
     def _connections(self) -> Connections:
         return dict(
-            told_connection(key, row, is_unreplied=name.startswith("np_unreplied"), generation=self._config.generation)
-            for name in ("np_conn4", "np_conn6", "np_unreplied4", "np_unreplied6")
+            told_connection(
+                key, row, is_unreplied=name in abi.UNREPLIED_VIEWS.values(), generation=self._config.generation
+            )
+            for name in (*abi.UNREPLIED_VIEWS, *abi.UNREPLIED_VIEWS.values())
             for key, row in self.rig.connections(name).items()
         )
 

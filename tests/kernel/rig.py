@@ -24,11 +24,8 @@ MARK_SHIFT = 16
 """Test runs have no other carrier for a sender's number."""
 ELSEWHERE = 77
 """Where packets towards a workload entered the node; need not exist."""
-EMPTIED = (
-    "np_endpoint", "np_addr4", "np_addr6", "np_cidr4", "np_cidr6", "np_source4", "np_source6", "np_peer_class",
-    "np_conn4", "np_conn6", "np_unreplied4", "np_unreplied6", "np_frag4", "np_frag6", "np_host", "np_ifindex", "np_local4",
-    "np_local6", "np_local4_net", "np_local6_net", "np_tunnel", "np_vip4", "np_vip6",
-)  # fmt: skip
+CONNECTIONS = (*abi.maps_with_rows(abi.MapRole.CONNECTION), *abi.UNREPLIED_VIEWS.values())
+EMPTIED = (*abi.maps_with_rows(abi.MapRole.ENDPOINT, abi.MapRole.NODE, abi.MapRole.TABLE), *CONNECTIONS)
 ALLOW, DENY, CONTINUE = abi.NP_ACTION_ALLOW, abi.NP_ACTION_DENY, abi.NP_ACTION_CONTINUE
 
 ENDPOINT = 7

@@ -19,7 +19,7 @@ from netpol_loader.tables.buckets import BucketMap, ClassMap, bucketed, buckets_
 
 pytestmark = pytest.mark.kernel
 
-NAMES = ("np_addr4", "np_addr6", "np_peer_class")
+NAMES = tuple(abi.OVERFLOW_MAPS)
 FAMILIES = pytest.mark.parametrize(("pod", "peer"), [(POD4, PEER4), (POD6, PEER6)], ids=["ipv4", "ipv6"])
 
 
@@ -73,7 +73,7 @@ def raw(rig: Rig, name: str) -> Map:
 
 
 def reopened(rig: Rig) -> dict[str, Map]:
-    return bucketed({name: raw(rig, name) for name in (*NAMES, "np_addr4_more", "np_addr6_more", "np_peer_more")})
+    return bucketed({name: raw(rig, name) for name in (*NAMES, *abi.OVERFLOW_MAPS.values())})
 
 
 def used_words(name: str, value: bytes) -> list[int]:
@@ -167,7 +167,7 @@ def test_sizes(name: str, rows: int, buckets: int) -> None:
 
 def test_default_sizes_agree() -> None:
     """What the program declares is what the loader would choose."""
-    for name, more in (("np_addr4", "np_addr4_more"), ("np_addr6", "np_addr6_more"), ("np_peer_class", "np_peer_more")):
+    for name, more in abi.OVERFLOW_MAPS.items():
         assert abi.MAP_SPECS[name].max_entries == buckets_for(name, abi.MAP_SPECS[more].max_entries)
 
 

@@ -246,7 +246,7 @@ def test_neither_compiled_nor_a_compiler(root: Path, tmp_path: Path, monkeypatch
 
 def test_without_privilege() -> None:
     """An ordinary user is told so, in one line."""
-    code = "from netpol_loader import doctor; doctor.require_bpffs(doctor.BPFFS)"
+    code = "from netpol_loader.pins import doctor; doctor.require_bpffs(doctor.BPFFS)"
     environment = {"PYTHONPATH": os.pathsep.join([str(ROOT / "loader"), str(ROOT)])}
     done = subprocess.run(
         [sys.executable, "-c", code], user=65534, env=environment, capture_output=True, text=True, check=False
@@ -272,7 +272,7 @@ def test_pins_are_made_where_the_node_keeps_them(before: str, complaint: str) ->
     """In a mount namespace of its own the node's file system is taken, and another neither taken nor mounted: one line says why."""
     if complaint == "not on the node" and doctor.mounts_of_node() is None:
         return  # process 1 here is not the node's: what the node has mounted cannot be seen, and is not asked for
-    code = "from netpol_loader import doctor; doctor.require_bpffs(doctor.BPFFS / 'netpol')"
+    code = "from netpol_loader.pins import doctor; doctor.require_bpffs(doctor.BPFFS / 'netpol')"
     script = f'set -e\n{before}\nset +e\n{sys.executable} -c "{code}"\nended=$?\n'
     script += "grep -c ' /sys/fs/bpf ' /proc/self/mountinfo\nexit $ended\n"
     environment = {"PYTHONPATH": os.pathsep.join([str(ROOT / "loader"), str(ROOT)]), "PATH": os.environ["PATH"]}

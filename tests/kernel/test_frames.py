@@ -46,7 +46,7 @@ from netpol_loader.kernel import syscall
 from netpol_loader.kernel.hook import Hook
 from netpol_loader.pins import frames
 from netpol_loader.pins.dataplane import SKB_IFINDEX, SKB_INGRESS_IFINDEX, SKB_MARK, Dataplane, TestRun
-from netpol_loader.pins.frames import DROP, PASS, PASS_ALONE, FrameRunner, can_name_ingress
+from netpol_loader.pins.frames import FrameRunner, can_name_ingress
 
 pytestmark = [pytest.mark.kernel, pytest.mark.netns]
 
@@ -57,6 +57,7 @@ BPF_PROG_GET_FD_BY_ID = 13
 IN, OUT = Hook.TC_INGRESS, Hook.TC_EGRESS
 NODE, ELSEWHERE, ITSELF = "node", "elsewhere", "endpoint"
 
+PASS, PASS_ALONE, DROP = abi.NP_PASS, abi.NP_PASS_ALONE, abi.NP_DROP
 VERDICTS = {0: PASS_ALONE, 1: PASS, 2: DROP}
 """What the probe does with a frame, by the mark that it comes with."""
 

@@ -147,7 +147,7 @@ def test_an_instruction_that_names_no_map_is_refused() -> None:
         with pytest.raises(LoadError, match="unknown kind 7"):
             relocation.link(odd, (), {}, FACTS)
         fact = relocation.INSTRUCTION.pack(
-            relocation.LOAD_IMMEDIATE_64, relocation.packed(relocation.LOADS_FACT, 1), 0, 4
+            relocation.LOAD_IMMEDIATE_64, relocation.packed(abi.NP_LOADS_FACT, 1), 0, 4
         ) + bytes(8)
         with pytest.raises(LoadError, match="unknown fact 4"):
             relocation.link(fact, (), {}, FACTS)
@@ -158,9 +158,9 @@ def test_an_instruction_that_names_no_map_is_refused() -> None:
 def test_facts_of_the_kernel_are_put_in() -> None:
     """A number where a fact stands, and a call of the kernel's function where there is one; else that call stays, unreached."""
     fact = relocation.INSTRUCTION.pack(
-        relocation.LOAD_IMMEDIATE_64, relocation.packed(relocation.LOADS_FACT, 1), 0, 3
+        relocation.LOAD_IMMEDIATE_64, relocation.packed(abi.NP_LOADS_FACT, 1), 0, 3
     ) + bytes(8)
-    call = relocation.INSTRUCTION.pack(relocation.CALL, 0, 0, relocation.CALLS_CAST)
+    call = relocation.INSTRUCTION.pack(relocation.CALL, 0, 0, abi.NP_CALLS_CAST)
     put = relocation.INSTRUCTION.pack(relocation.LOAD_IMMEDIATE_64, relocation.packed(0, 1), 0, 5) + bytes(8)
     made = relocation.INSTRUCTION.pack(relocation.CALL, relocation.packed(relocation.CALLS_KERNEL, 0), 0, 77)
     assert relocation.link(fact + call, (), {}, FACTS) == put + made

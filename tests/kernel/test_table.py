@@ -21,7 +21,7 @@ from netpol_loader.kernel.clock import read_jiffies
 from netpol_loader.kernel.hook import Hook
 from netpol_loader.pins.dataplane import Dataplane
 from netpol_loader.tables import connections
-from netpol_loader.tables.connections import ROWS_PER_BUCKET, TAG_NAMES, ConnectionMap, spreads
+from netpol_loader.tables.connections import ROWS_PER_BUCKET, ConnectionMap, spreads
 
 pytestmark = pytest.mark.kernel
 
@@ -216,7 +216,7 @@ def test_each_node_has_a_hash_of_its_own(rig: Rig, small: Rig) -> None:
         abi.np_secret.from_buffer_copy(each.map("np_secret").get(bytes(4)) or b"").number for each in (rig, small)
     )
     assert len({*one, *other}) == 2 * abi.NP_HASH_WORDS
-    assert all(spreads(number, rig.map(name).max_entries) for name in TAG_NAMES.values() for number in one)
+    assert all(spreads(number, rig.map(name).max_entries) for name in abi.TAG_MAPS.values() for number in one)
 
 
 @FAMILIES
@@ -228,7 +228,9 @@ def test_processors_that_write_into_one_place_never_mix_connections(small: Rig, 
     bursts, runs, deadline = 20_000, 4, time.monotonic() + 300
     outwards, inwards = (pod, peer, 1000, Hook.TC_INGRESS), (peer, pod, 1001, Hook.TC_EGRESS)
     tags, unreplied = small.map(f"np_conn{family(pod)}_tag"), small.map(f"np_unreplied{family(pod)}")
-    owned_long = ((read_jiffies() // 64 + (1 << 20)) & ((1 << 29) - 1)) << 2 | abi.NP_RANK_NONE
+    owned_long = (
+        (read_jiffies() // abi.NP_TAG_JIFFIES + (1 << 20)) & ((1 << abi.NP_TAG_TIME_BITS) - 1)
+    ) << abi.NP_TAG_TIME_SHIFT | abi.NP_RANK_NONE
     tags.put(bytes(4), struct.pack(f"={PLACES}Q", 0, *[owned_long] * (PLACES - 1)))
     kind = abi.np_conn4_key if pod == POD4 else abi.np_conn6_key
     fork = multiprocessing.get_context("fork")

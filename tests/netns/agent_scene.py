@@ -1,18 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A laboratory with an agent on its node: pods from manifests, real connections, and the agent's own answers."""
+"""The scene of every test that has an agent: two nodes and their pods, an agent on one of them, and the manifests that it reads.
+
+`lab_for` builds the nodes and pods of manifests, `scene_in` puts an agent's directories into that laboratory.  Real
+connections say what policy does, the agent's own answers what it thinks it does.
+
+Invariant: an agent pins below the laboratory's own directory, which goes with it, so scenes of several processes never meet.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import os
+import secrets
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
@@ -21,7 +28,9 @@ from netpol_ebpf.agent.control_socket import SOCKET_NAME, ask
 from netpol_ebpf.errors import UnreachableError
 from netpol_ebpf.lab.attempt import Attempt
 from netpol_ebpf.lab.laboratory import Lab
-from netpol_ebpf.lab.topology import TCP
+from netpol_ebpf.lab.scene import plan_for
+from netpol_ebpf.lab.topology import TCP, Host
+from netpol_ebpf.resources.load import parse_documents
 from netpol_loader.kernel import syscall
 
 NODE = "node-1"
@@ -36,24 +45,44 @@ metadata: {{name: {name}, namespace: shop, labels: {{app: {name}}}}}
 spec: {{nodeName: {node}, containers: [{{name: c, image: x, ports: [{{containerPort: 5432}}]}}]}}
 status: {{podIPs: [{{ip: 10.1.0.{last}}}, {{ip: "fd00:1::{last}"}}]}}
 """
-CLUSTER = """\
+NODE_OBJECT = """\
 apiVersion: v1
 kind: Node
-metadata: {name: node-1}
-status: {addresses: [{type: InternalIP, address: 172.30.0.10}]}
+metadata: {{name: {name}}}
+status: {{addresses: [{addresses}]}}
 ---
-apiVersion: v1
-kind: Node
-metadata: {name: node-2}
-status: {addresses: [{type: InternalIP, address: 172.30.0.20}]}
----
+"""
+SHOP = """\
 apiVersion: v1
 kind: Namespace
 metadata: {name: shop}
-""" + "".join(
+"""
+
+
+def render_nodes(*addresses: str) -> str:
+    """The nodes, with these addresses, and the pods' namespace. ``{}``: 10 for the first node, 20 for the second."""
+    internal = ", ".join(f"{{type: InternalIP, address: {one}}}" for one in addresses)
+    nodes = [(NODE, 10), ("node-2", 20)]
+    return (
+        "".join(NODE_OBJECT.format(name=name, addresses=internal.replace("{}", str(last))) for name, last in nodes)
+        + SHOP
+    )
+
+
+ALL_PODS = "".join(
     POD.format(name=name, node=node, last=last)
     for last, (name, node) in enumerate([("web", NODE), ("db", NODE), ("other", NODE), ("far", "node-2")], 1)
 )
+CLUSTER = render_nodes("172.30.0.{}") + ALL_PODS
+NODES = render_nodes("172.30.0.{}", '"fd00:30::{}"')
+"""No pods, and nodes with an address of each family."""
+OPEN_PORT = 5353
+PODS = NODES + ALL_PODS.replace(
+    "{containerPort: 5432}", f"{{containerPort: 5432}}, {{containerPort: {OPEN_PORT}, protocol: UDP}}"
+)
+"""Pods that listen by UDP too, on `OPEN_PORT`, on such nodes."""
+LATE = Host("shop/late", NODE, (ip_address("10.1.0.9"), ip_address("fd00:1::9")))
+"""A pod that is there from the start, but that the manifests do not know."""
 DB_POLICY = """\
 apiVersion: networking.k8s.io/v1
 kind: NetworkPolicy
@@ -99,6 +128,8 @@ class Scene:
     options: tuple[str, ...] = ()
     entry: tuple[str, ...] = ("-m", "netpol_ebpf.agent.main")
     """How Python is told what to run."""
+    beginning: Mapping[str, str] = field(default_factory=lambda: DEFAULTS)
+    """Manifests by the names of their files."""
     process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -197,6 +228,24 @@ class Scene:
                 found.setdefault(names[info.ifindex], set()).add(hook)
         return found
 
+    def enforce(self, *policies: str, cluster: str | None = None, endpoints: Iterable[str] = ()) -> None:
+        """Put exactly these policies in force. ``cluster``: in place of the beginning's; ``endpoints``: enforced by then."""
+        self.write("cluster.yaml", self.beginning["cluster.yaml"] if cluster is None else cluster)
+        self.write("policy.yaml", "---\n".join(policies))
+        kinds = sum(one.count("NetworkPolicy\n") for one in policies)
+        before = self.state()["changes_applied"]
+        marker = f"marker-{secrets.token_hex(4)}"
+        self.write("marker.yaml", f"apiVersion: v1\nkind: Namespace\nmetadata: {{name: {marker}}}\n")
+        self.await_status(
+            lambda state: (
+                state["in_force"]
+                and state["objects"]["policies"] == kinds
+                and state["changes_applied"] > before
+                and set(endpoints) <= {one["endpoint"] for one in state["endpoints"] if one["state"] == "enforced"}
+            ),
+            "the manifests are in force",
+        )
+
     def retire(self) -> None:
         """End the agent and its enforcement."""
         if self.process is not None and self.process.poll() is None:
@@ -207,9 +256,9 @@ class Scene:
     def reset(self) -> None:
         """The manifests of the beginning, and an agent that has them in force."""
         for path in self.manifests.iterdir():
-            if path.name not in DEFAULTS:
+            if path.name not in self.beginning:
                 path.unlink()
-        for name, text in DEFAULTS.items():
+        for name, text in self.beginning.items():
             self.write(name, text)
         if self.process is None or self.process.poll() is not None:
             self.start()
@@ -224,11 +273,32 @@ class Scene:
 
 
 @contextlib.contextmanager
-def scene_in(lab: Lab, home: Path, pin_root: Path, *, kind: type[Scene] = Scene, **options: Any) -> Iterator[Scene]:
-    """A scene with the manifests in place and no agent yet; whatever it did is undone at the end."""
-    scene = kind(lab, home, pin_root, **options)
+def lab_for(cluster: str = CLUSTER, *, outside: Iterable[Host] = ()) -> Iterator[Lab]:
+    """The nodes and pods of a manifest, ``outside`` beside them, and a directory for pins that goes with them."""
+    pin_root = Path(f"/sys/fs/bpf/netpol-test-{os.getpid()}-{secrets.token_hex(3)}")
+    plan = plan_for(parse_documents(cluster, "cluster.yaml").check(), outside)
+    with Lab(plan, directories=[pin_root]) as lab:
+        yield lab
+
+
+@contextlib.contextmanager
+def scene_in(
+    lab: Lab,
+    home: Path,
+    manifests: Mapping[str, str] = DEFAULTS,
+    *,
+    kind: type[Scene] = Scene,
+    pin_root: Path | None = None,
+    **options: Any,
+) -> Iterator[Scene]:
+    """A scene with the manifests in place and no agent yet; whatever it did is undone at the end.
+
+    ``home``: made here and removed.  ``pin_root``: where the agent pins; None: below the laboratory's directory.
+    """
+    pin_root = pin_root or lab.directories[0] / secrets.token_hex(3)
+    scene = kind(lab, home, pin_root, beginning=manifests, **options)
     scene.manifests.mkdir(parents=True)
-    for name, text in DEFAULTS.items():
+    for name, text in manifests.items():
         scene.write(name, text)
     try:
         yield scene

@@ -24,7 +24,7 @@ from ipaddress import ip_address
 from pathlib import Path
 from typing import Any, TypeVar
 
-from agent_scene import CLUSTER, NODE, Scene, scene_in, wait_for
+from agent_scene import NODE, OPEN_PORT, PODS, Scene, lab_for, scene_in, wait_for
 from scapy.compat import raw
 from scapy.layers.inet import IP, UDP
 from scapy.layers.inet6 import IPv6
@@ -33,9 +33,8 @@ from scapy.packet import Packet
 
 from netpol_ebpf.lab.guard import NETNS_DIR
 from netpol_ebpf.lab.laboratory import Lab
-from netpol_ebpf.lab.scene import INTERNET, plan_for
+from netpol_ebpf.lab.scene import INTERNET
 from netpol_ebpf.lab.topology import PARENT_MAC, Host
-from netpol_ebpf.resources.load import parse_documents
 
 T = TypeVar("T")
 
@@ -45,8 +44,6 @@ SOL_PACKET, PACKET_VNET_HDR = 263, 15  # linux/if_packet.h
 PACKET_OUTGOING = 4
 SIOCETHTOOL, ETHTOOL_STXCSUM = 0x8946, 0x17  # linux/sockios.h, linux/ethtool.h
 TUNSETIFF, IFF_TUN, IFF_NO_PI = 0x400454CA, 0x0001, 0x1000  # linux/if_tun.h
-OPEN_PORT = 5353
-"""The one port that `NARROW` allows, by UDP."""
 BRIDGE, BRIDGE_MAC = "br0", "02:00:00:00:00:fe"
 BRIDGE_ADDRESS = {4: "10.1.0.254", 6: "fd00:1::fe"}
 NODE_ADDRESS = {4: "172.30.0.10", 6: "fd00:30::10"}
@@ -57,16 +54,6 @@ FAR = {4: "10.1.0.4", 6: "fd00:1::4"}
 UPSTREAM = {INTERNET: "node0"}
 """Interface towards the node, of hosts that have several."""
 LAST = {"web": 1, "db": 2, "other": 3}
-
-PODS = CLUSTER.replace(
-    "ports: [{containerPort: 5432}]",
-    f"ports: [{{containerPort: 5432}}, {{containerPort: {OPEN_PORT}, protocol: UDP}}]",
-)
-for _place in ("10", "20"):
-    PODS = PODS.replace(
-        f"address: 172.30.0.{_place}}}]",
-        f'address: 172.30.0.{_place}}}, {{type: InternalIP, address: "fd00:30::{_place}"}}]',
-    )
 
 NARROW = f"""\
 apiVersion: networking.k8s.io/v1
@@ -342,22 +329,8 @@ def counted(scene: Scene, reason: str) -> int:
 
 
 def put(scene: Scene, *policies: str, cluster: str = PODS) -> None:
-    """Put exactly these policies, and this cluster, in force."""
-    scene.write("cluster.yaml", cluster)
-    scene.write("policy.yaml", "---\n".join(policies))
-    kinds = sum(one.count("NetworkPolicy\n") for one in policies)
-    before = scene.state()["changes_applied"]
-    scene.write("marker.yaml", f"apiVersion: v1\nkind: Namespace\nmetadata: {{name: marker-{secrets.token_hex(4)}}}\n")
-    scene.await_status(
-        lambda state: (
-            state["in_force"]
-            and state["objects"]["policies"] == kinds
-            and state["changes_applied"] > before
-            and {f"Pod/shop/{name}" for name in LAST}
-            <= {one["endpoint"] for one in state["endpoints"] if one["state"] == "enforced"}
-        ),
-        "the manifests are in force",
-    )
+    """Put exactly these policies, and this cluster, in force for the node's pods."""
+    scene.enforce(*policies, cluster=cluster, endpoints=[f"Pod/shop/{name}" for name in LAST])
 
 
 @contextlib.contextmanager
@@ -365,15 +338,12 @@ def border(
     home: Path, *, is_bridged: bool = False, options: tuple[str, ...] = (), prepare: Callable[[Lab], None] | None = None
 ) -> Iterator[Scene]:
     """A laboratory and an agent with `NARROW` in force. ``prepare``: what is done to the laboratory before the agent starts."""
-    pin_root = Path(f"/sys/fs/bpf/netpol-test-border-{os.getpid()}-{secrets.token_hex(3)}")
-    with Lab(plan_for(parse_documents(PODS, "cluster.yaml").check()), directories=[pin_root]) as lab:
+    with lab_for(PODS) as lab:
         if is_bridged:
             build_bridge(lab)
         if prepare is not None:
             prepare(lab)
-        with scene_in(lab, home / "home", pin_root / "own", options=options) as scene:
-            (scene.manifests / "db.yaml").unlink()
-            scene.write("cluster.yaml", PODS)
+        with scene_in(lab, home / "home", {"cluster.yaml": PODS}, options=options) as scene:
             scene.start()
             put(scene, NARROW)
             yield scene

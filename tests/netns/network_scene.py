@@ -22,7 +22,7 @@ from ipaddress import ip_address, ip_interface
 from pathlib import Path
 from typing import Any
 
-from agent_scene import NODE, Scene, scene_in, wait_for
+from agent_scene import NODE, NODES, Scene, lab_for, scene_in, wait_for
 from border_scene import NODE_ADDRESS, WORLD, has_device, ip
 
 from netpol_ebpf.agent.assignments import derived_hash
@@ -30,10 +30,9 @@ from netpol_ebpf.lab.attempt import Attempt
 from netpol_ebpf.lab.guard import NETNS_DIR
 from netpol_ebpf.lab.laboratory import SETTINGS_ALL, SETTINGS_ROUTER, Lab
 from netpol_ebpf.lab.patience import scaled
-from netpol_ebpf.lab.scene import INTERNET, plan_for
+from netpol_ebpf.lab.scene import INTERNET
 from netpol_ebpf.lab.topology import PARENT_MAC, TCP, IPAddress, Listen
 from netpol_ebpf.policy.types import EndpointKey
-from netpol_ebpf.resources.load import parse_documents
 
 PLUGINS_DIR = Path("/usr/lib/cni")
 """Of Debian's package containernetworking-plugins."""
@@ -47,21 +46,6 @@ LANS = ("eth1", "eth2")
 option calls the first one the node's, nothing the second."""
 VXLAN_PORT = 8472
 
-CLUSTER = """\
-apiVersion: v1
-kind: Node
-metadata: {name: node-1}
-status: {addresses: [{type: InternalIP, address: 172.30.0.10}, {type: InternalIP, address: "fd00:30::10"}]}
----
-apiVersion: v1
-kind: Node
-metadata: {name: node-2}
-status: {addresses: [{type: InternalIP, address: 172.30.0.20}, {type: InternalIP, address: "fd00:30::20"}]}
----
-apiVersion: v1
-kind: Namespace
-metadata: {name: shop}
-"""
 POLICY = f"""\
 apiVersion: networking.k8s.io/v1
 kind: NetworkPolicy
@@ -628,17 +612,14 @@ def world(home: Path, *, is_late: bool, keeps_results: bool) -> Iterator[World]:
 
     ``is_late``: the agent starts when all is there, and policy with it; else it is there before, and policy comes last.
     """
-    pin_root = Path(f"/sys/fs/bpf/netpol-test-networks-{os.getpid()}-{secrets.token_hex(3)}")
-    with Lab(plan_for(parse_documents(CLUSTER, "cluster.yaml").check()), directories=[pin_root]) as lab:
+    with lab_for(NODES) as lab:
         results = home / "results"
         results.mkdir(mode=0o700)
         site = Site(lab, home, results if keeps_results else None)
         prepare(site)
         options = ("--own-interfaces", LANS[0], "--cni-results", str(results))
         missing = {one.name: why for one in NETWORKS if (why := lacks(lab, one))}
-        with scene_in(lab, home / "home", pin_root / "own", options=options) as scene:
-            (scene.manifests / "db.yaml").unlink()
-            scene.write("cluster.yaml", CLUSTER)
+        with scene_in(lab, home / "home", {"cluster.yaml": NODES}, options=options) as scene:
             found = World(site, scene, missing)
             if not is_late:
                 scene.start()

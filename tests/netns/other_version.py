@@ -10,7 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,7 +50,7 @@ NAMES_OF_SCHEMA_8 = {
 """Maps and layouts that had other names."""
 
 
-def make_version(tree: Path, changes: Iterable[Change], names: Mapping[str, str] | None = None) -> Path:
+def make_version(tree: Path, changes: Sequence[Change], names: Mapping[str, str] | None = None) -> Path:
     """Copy the sources and change them; the directory. ``names``: of this version, each with that of the other one."""
     for part in ("bpf", "loader", "netpol_ebpf", "scripts"):
         shutil.copytree(ROOT / part, tree / part, ignore=shutil.ignore_patterns("__pycache__"))
@@ -61,8 +61,9 @@ def make_version(tree: Path, changes: Iterable[Change], names: Mapping[str, str]
         text = path.read_text()
         assert text.count(old) == 1, (name, old)
         path.write_text(text.replace(old, new))
-    header = tree / ABI  # sizes are asserted there, of this version
-    header.write_text(re.sub(r"(?m)^_Static_assert.*$", "", header.read_text()))
+    if any(name == ABI for name, _, _ in changes):
+        header = tree / ABI  # sizes are asserted there, of this version
+        header.write_text(re.sub(r"(?m)^_Static_assert.*$", "", header.read_text()))
     subprocess.run([sys.executable, str(tree / "scripts/generate_abi.py")], check=True, capture_output=True)
     return tree
 

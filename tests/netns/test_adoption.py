@@ -7,7 +7,6 @@ All pods are closed in both directions but for what is opened in one, so an answ
 from __future__ import annotations
 
 import contextlib
-import os
 import secrets
 import socket
 import sys
@@ -23,9 +22,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from agent_scene import CLUSTER, NODE, Scene, scene_in
 
 from netpol_ebpf.lab.laboratory import Lab
-from netpol_ebpf.lab.scene import plan_for
 from netpol_ebpf.lab.topology import IPAddress
-from netpol_ebpf.resources.load import parse_documents
 
 pytestmark = pytest.mark.netns
 
@@ -173,22 +170,10 @@ class Opener:
         return pair
 
 
-@pytest.fixture(scope="module")
-def pin_root() -> Path:
-    return Path(f"/sys/fs/bpf/netpol-test-adoption-{os.getpid()}")
-
-
-@pytest.fixture(scope="module")
-def lab(pin_root: Path) -> Iterator[Lab]:
-    with Lab(plan_for(parse_documents(CLUSTER, "cluster.yaml").check()), directories=[pin_root]) as one:
-        yield one
-
-
 @pytest.fixture
-def scene(lab: Lab, tmp_path: Path, pin_root: Path) -> Iterator[Scene]:
+def scene(lab: Lab, tmp_path: Path) -> Iterator[Scene]:
     """A node that never had an agent, and that tracks no connections."""
-    with scene_in(lab, tmp_path / "home", pin_root / "own") as one:
-        one.write("db.yaml", POLICY)
+    with scene_in(lab, tmp_path / "home", {"cluster.yaml": CLUSTER, "db.yaml": POLICY}) as one:
         yield one
     lab.run(NODE, ["nft", "flush", "ruleset"])
 

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import os
 import socket
 import struct
 import sys
@@ -17,52 +16,21 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 
 import frames
-from agent_scene import CLUSTER, DB_POLICY, NODE, OTHER_ALLOWED, POD, Scene, scene_in, to_db, wait_for
+from agent_scene import DB_POLICY, LATE, NODE, OTHER_ALLOWED, POD, Scene, lab_for, to_db, wait_for
 
 from netpol_ebpf.lab.attempt import Attempt
 from netpol_ebpf.lab.laboratory import Lab
-from netpol_ebpf.lab.scene import plan_for
-from netpol_ebpf.lab.topology import PARENT_MAC, TCP, Host
-from netpol_ebpf.resources.load import parse_documents
+from netpol_ebpf.lab.topology import PARENT_MAC, TCP
 
 pytestmark = pytest.mark.netns
 
 UPLINK = "eth0"
 ACK = 16
-LATE = Host("shop/late", NODE, (ip_address("10.1.0.9"), ip_address("fd00:1::9")))
-"""A pod that is there from the start, but that the manifests do not know yet."""
 
 
 @pytest.fixture(scope="module")
-def pin_root() -> Path:
-    return Path(f"/sys/fs/bpf/netpol-test-agent-{os.getpid()}")
-
-
-@pytest.fixture(scope="module")
-def lab(pin_root: Path) -> Iterator[Lab]:
-    resources = parse_documents(CLUSTER, "cluster.yaml").check()
-    with Lab(plan_for(resources, outside=[LATE]), directories=[pin_root]) as one:
-        yield one
-
-
-@pytest.fixture(scope="module")
-def lasting_scene(lab: Lab, tmp_path_factory: pytest.TempPathFactory, pin_root: Path) -> Iterator[Scene]:
-    with scene_in(lab, tmp_path_factory.mktemp("agent") / "home", pin_root / "lasting") as one:
-        yield one
-
-
-@pytest.fixture
-def scene(lasting_scene: Scene) -> Scene:
-    """An agent that has the manifests of the beginning in force; the same one as long as nothing happens to it."""
-    lasting_scene.reset()
-    return lasting_scene
-
-
-@pytest.fixture
-def own_scene(lasting_scene: Scene, lab: Lab, tmp_path: Path, pin_root: Path) -> Iterator[Scene]:
-    """A scene without an agent, on a node on which nothing is enforced."""
-    lasting_scene.retire()
-    with scene_in(lab, tmp_path / "home", pin_root / "own") as one:
+def lab() -> Iterator[Lab]:
+    with lab_for(outside=[LATE]) as one:
         yield one
 
 

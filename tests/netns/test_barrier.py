@@ -47,7 +47,7 @@ from border_scene import (
 )
 from scapy.packet import Packet
 
-from netpol_ebpf.lab.attempt import Attempt, Outcome
+from netpol_ebpf.lab.attempt import Attempt, Reachability
 from netpol_ebpf.lab.laboratory import SETTINGS_ALL, Lab
 from netpol_ebpf.lab.scene import INTERNET
 from netpol_ebpf.lab.topology import ICMP, ICMPV6, PARENT_MAC, UDP, Listen
@@ -263,7 +263,7 @@ def test_everything_else_goes_on(scene: Scene) -> None:
     before = scene.state()["barrier"]["unsigned"]
     assert_that_everything_passes(scene)
     refused = [Attempt("shop/other", ip_address(NODE_ADDRESS[version]), TCP_NUMBER, 9) for version in (4, 6)]
-    assert [one.outcome for one in scene.lab.attempt(refused)] == [Outcome.REFUSED] * 2
+    assert [one.outcome for one in scene.lab.attempt(refused)] == [Reachability.REFUSED] * 2
     for version in (4, 6):
         assert echoes_large(scene, version)
     track_connections(scene.lab, scene.home)

@@ -52,7 +52,7 @@ from scapy.layers.inet import TCP, UDP
 from scapy.layers.inet6 import IPv6, IPv6ExtHdrDestOpt, IPv6ExtHdrFragment, PadN
 from scapy.packet import Packet, Raw
 
-from netpol_ebpf.lab.attempt import Attempt, Outcome
+from netpol_ebpf.lab.attempt import Attempt, Reachability
 from netpol_ebpf.lab.laboratory import Lab
 from netpol_ebpf.lab.scene import INTERNET
 from netpol_ebpf.lab.topology import ICMP, ICMPV6
@@ -303,7 +303,7 @@ def test_node_resets_and_refuses(request: pytest.FixtureRequest, topology: str, 
     lab = scene.lab
     node = ip_address(NODE_ADDRESS[version])
     (result,) = lab.attempt([Attempt("shop/web", node, TCP_NUMBER, 9)])
-    assert result.outcome is Outcome.REFUSED
+    assert result.outcome is Reachability.REFUSED
     family = socket.AF_INET if version == 4 else socket.AF_INET6
     with lab.prober.open_socket("shop/web", family, socket.SOCK_DGRAM) as sock:
         sock.settimeout(5)

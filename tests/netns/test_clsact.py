@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Iterator
 from ipaddress import ip_address
@@ -14,14 +13,12 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from agent_scene import NODE, Scene, scene_in, wait_for
-from test_services import DB_INGRESS, PODS, SERVICES, WEB_EGRESS, WEB_TO_ALL, everyhow, to, translate
+from agent_scene import NODE, PODS, Scene, lab_for, scene_in, wait_for
+from test_services import DB_INGRESS, MANIFESTS, WEB_EGRESS, WEB_TO_ALL, everyhow, to, translate
 
 from netpol_ebpf.lab.attempt import Attempt
 from netpol_ebpf.lab.laboratory import Lab
-from netpol_ebpf.lab.scene import plan_for
 from netpol_ebpf.lab.topology import TCP, Host
-from netpol_ebpf.resources.load import parse_documents
 
 pytestmark = pytest.mark.netns
 
@@ -36,23 +33,16 @@ HOOKS = ("ingress", "egress")
 
 
 @pytest.fixture(scope="module")
-def pin_root() -> Path:
-    return Path(f"/sys/fs/bpf/netpol-test-clsact-{os.getpid()}")
-
-
-@pytest.fixture(scope="module")
-def lab(pin_root: Path) -> Iterator[Lab]:
-    with Lab(plan_for(parse_documents(PODS, "cluster.yaml").check()), directories=[pin_root]) as one:
+def lab() -> Iterator[Lab]:
+    with lab_for(PODS) as one:
         yield one
 
 
 @pytest.fixture(scope="module")
-def lasting_scene(lab: Lab, tmp_path_factory: pytest.TempPathFactory, pin_root: Path) -> Iterator[Scene]:
+def lasting_scene(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
     home = tmp_path_factory.mktemp("clsact") / "home"
-    with scene_in(lab, home, pin_root / "lasting", entry=("-c", WITHOUT_TCX)) as one:
+    with scene_in(lab, home, MANIFESTS, entry=("-c", WITHOUT_TCX)) as one:
         translate(lab, one.home)
-        one.write("cluster.yaml", PODS)
-        one.write("services.yaml", SERVICES)
         one.start()
         yield one
 

@@ -7,13 +7,11 @@ What another program does shows in what becomes of packets: it is switched betwe
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import json
 import os
 import struct
 import sys
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,15 +19,12 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from agent_scene import CLUSTER, DB_POLICY, NODE, Scene, scene_in, to_db
-from border_scene import NARROW, OPEN_PORT, border, datagram, ear, framed, put, say, station, token
+from agent_scene import DB_POLICY, NODE, Scene, scene_in, to_db
+from border_scene import NARROW, OPEN_PORT, border, datagram, ear, framed, inside, put, say, station, token
 from test_clsact import WITHOUT_TCX
 
-from netpol_ebpf.lab.guard import NETNS_DIR
 from netpol_ebpf.lab.laboratory import Lab
-from netpol_ebpf.lab.scene import plan_for
 from netpol_ebpf.lab.topology import Host
-from netpol_ebpf.resources.load import parse_documents
 from netpol_loader.host.rtnetlink import Rtnetlink, attribute, nested
 from netpol_loader.kernel import relocation, syscall
 
@@ -45,34 +40,10 @@ XDP_PASS, ATTACH_XDP = 2, 37  # linux/bpf.h
 SET_LINK, IFLA_XDP, IFLA_XDP_FD, IFLA_XDP_FLAGS, GENERIC = 19, 43, 1, 3, 2  # linux/rtnetlink.h, if_link.h
 
 
-@pytest.fixture(scope="module")
-def pin_root() -> Path:
-    return Path(f"/sys/fs/bpf/netpol-test-others-{os.getpid()}")
-
-
-@pytest.fixture(scope="module")
-def lab(pin_root: Path) -> Iterator[Lab]:
-    with Lab(plan_for(parse_documents(CLUSTER, "cluster.yaml").check()), directories=[pin_root]) as one:
-        yield one
-
-
 @pytest.fixture
-def scene(lab: Lab, tmp_path: Path, pin_root: Path) -> Iterator[Scene]:
-    with scene_in(lab, tmp_path / "home", pin_root / "own") as one:
+def scene(lab: Lab, tmp_path: Path) -> Iterator[Scene]:
+    with scene_in(lab, tmp_path / "home") as one:
         yield one
-
-
-def at_node(lab: Lab, work: Callable[[], T]) -> T:
-    """Call something in the node's network namespace."""
-
-    def body() -> T:
-        with (NETNS_DIR / lab.namespace_of[NODE]).open() as file:
-            if ctypes.CDLL(None, use_errno=True).setns(file.fileno(), 0) != 0:
-                raise OSError(ctypes.get_errno(), "setns")
-        return work()
-
-    with ThreadPoolExecutor(1) as thread:  # a thread of its own: this one stays where it is
-        return thread.submit(body).result()
 
 
 def program(verdict: int, program_type: int = syscall.PROG_TYPE_SCHED_CLS) -> int:
@@ -106,7 +77,9 @@ class Other:
     def __init__(self, lab: Lab, stack: contextlib.ExitStack, flags: int = 0) -> None:
         self._programs = {verdict: program(verdict) for verdict in (GO_ON, PASS, DROP)}
         place = number_of(lab, DB_LINK)
-        self._fd = at_node(lab, lambda: syscall.link_create(self._programs[GO_ON], place, syscall.TCX_EGRESS, flags))
+        self._fd = inside(
+            lab, NODE, lambda: syscall.link_create(self._programs[GO_ON], place, syscall.TCX_EGRESS, flags)
+        )
         for fd in (*self._programs.values(), self._fd):
             stack.callback(os.close, fd)
 
@@ -173,7 +146,7 @@ def told(state: dict[str, Any]) -> set[tuple[str, str]]:
 
 @pytest.mark.parametrize("mechanism", ["tcx", "clsact"])
 @pytest.mark.parametrize("name", [WEB_LINK, "eth0"])
-def test_program_behind_ours_that_redirects_is_told(scene: Scene, pin_root: Path, name: str, mechanism: str) -> None:
+def test_program_behind_ours_that_redirects_is_told(scene: Scene, name: str, mechanism: str) -> None:
     """Into a pod it goes past the program there: the status names interface and program, says so by its exit code, until it is gone."""
     lab = scene.lab
     scene.start()
@@ -181,10 +154,10 @@ def test_program_behind_ours_that_redirects_is_told(scene: Scene, pin_root: Path
     with contextlib.ExitStack() as stack:
         stack.callback(os.close, fd)
         if mechanism == "tcx":
-            attached = at_node(lab, lambda: syscall.link_create(fd, place, syscall.TCX_INGRESS))
+            attached = inside(lab, NODE, lambda: syscall.link_create(fd, place, syscall.TCX_INGRESS))
             stack.callback(os.close, attached)
         else:
-            pin = pin_root / "shortcut"
+            pin = lab.directories[0] / "shortcut"
             syscall.obj_pin(fd, pin)
             stack.callback(pin.unlink)
             lab.run(NODE, ["tc", "qdisc", "add", "dev", name, "clsact"])
@@ -220,7 +193,7 @@ def test_what_is_redirected_to_a_device_meets_policy_there(tmp_path: Path) -> No
                 stack.callback(os.close, fd)
                 at = number_of(lab, WEB_LINK)
                 stack.callback(
-                    os.close, at_node(lab, lambda fd=fd, at=at: syscall.link_create(fd, at, syscall.TCX_INGRESS))
+                    os.close, inside(lab, NODE, lambda fd=fd, at=at: syscall.link_create(fd, at, syscall.TCX_INGRESS))
                 )  # type: ignore[misc]
                 denied, allowed = token(), token()
                 listening = stack.enter_context(ear(lab, db.host))
@@ -255,11 +228,11 @@ def test_xdp_programs_of_others_are_told(scene: Scene, *, is_link: bool) -> None
             stack.callback(os.close, fd)
             if is_link:
                 stack.callback(
-                    os.close, at_node(lab, lambda fd=fd: syscall.link_create(fd, place, ATTACH_XDP, GENERIC))
+                    os.close, inside(lab, NODE, lambda fd=fd: syscall.link_create(fd, place, ATTACH_XDP, GENERIC))
                 )  # type: ignore[misc]
             else:
-                at_node(lab, lambda fd=fd: set_xdp(fd))  # type: ignore[misc]
-                stack.callback(at_node, lab, lambda: set_xdp(-1))
+                inside(lab, NODE, lambda fd=fd: set_xdp(fd))  # type: ignore[misc]
+                stack.callback(inside, lab, NODE, lambda: set_xdp(-1))
             state = scene.await_status(lambda state: bool(state["problems"]), "it is told")
             assert told(state) == {expected}
             assert f"{WEB_LINK} XDP program {syscall.prog_info(fd).id}" in state["problems"][0]["message"]
@@ -277,7 +250,7 @@ def test_program_of_others_that_only_counts_is_no_problem(scene: Scene) -> None:
         for name in (WEB_LINK, "eth0"):
             place = number_of(lab, name)
             for hook in (syscall.TCX_INGRESS, syscall.TCX_EGRESS):
-                fd = at_node(lab, lambda hook=hook, place=place: syscall.link_create(counting, place, hook))  # type: ignore[misc]
+                fd = inside(lab, NODE, lambda hook=hook, place=place: syscall.link_create(counting, place, hook))  # type: ignore[misc]
                 stack.callback(os.close, fd)
         Other(lab, stack)
         Other(lab, stack, syscall.BPF_F_BEFORE)
@@ -288,7 +261,7 @@ def test_program_of_others_that_only_counts_is_no_problem(scene: Scene) -> None:
 
 
 @pytest.mark.parametrize("is_tcx", [True, False], ids=["tcx", "clsact"])
-def test_filters_of_others_run_after_ours(lab: Lab, tmp_path: Path, pin_root: Path, *, is_tcx: bool) -> None:
+def test_filters_of_others_run_after_ours(lab: Lab, tmp_path: Path, *, is_tcx: bool) -> None:
     """A discipline and a filter that were there before stay, and get what policy lets pass, with our program of either kind."""
 
     def others_say(verdict: int) -> None:
@@ -299,7 +272,7 @@ def test_filters_of_others_run_after_ours(lab: Lab, tmp_path: Path, pin_root: Pa
     try:
         others_say(PASS)
         entry = {} if is_tcx else {"entry": ("-c", WITHOUT_TCX)}
-        with scene_in(lab, tmp_path / "home", pin_root / "filters", **entry) as scene:
+        with scene_in(lab, tmp_path / "home", **entry) as scene:
             for _ in range(2):
                 scene.start()
                 assert scene.reached(to_db("shop/web"), to_db("shop/other")) == [True, False]

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-import os
 import socket
 import sys
 from collections.abc import Iterator
@@ -22,9 +21,8 @@ from agent_scene import CLUSTER, NODE, Scene, scene_in, to_db, wait_for
 
 from netpol_ebpf.lab.attempt import Attempt
 from netpol_ebpf.lab.laboratory import Lab
-from netpol_ebpf.lab.scene import INTERNET, plan_for
+from netpol_ebpf.lab.scene import INTERNET
 from netpol_ebpf.lab.topology import PARENT_MAC, TCP, Host, IPAddress
-from netpol_ebpf.resources.load import parse_documents
 
 pytestmark = pytest.mark.netns
 
@@ -92,37 +90,10 @@ def address_of(name: str, version: int = 4) -> IPAddress:
 
 
 @pytest.fixture(scope="module")
-def pin_root() -> Path:
-    return Path(f"/sys/fs/bpf/netpol-test-control-{os.getpid()}")
-
-
-@pytest.fixture(scope="module")
-def lab(pin_root: Path) -> Iterator[Lab]:
-    with Lab(plan_for(parse_documents(CLUSTER, "cluster.yaml").check()), directories=[pin_root]) as one:
-        yield one
-
-
-@pytest.fixture(scope="module")
-def lasting_scene(lab: Lab, tmp_path_factory: pytest.TempPathFactory, pin_root: Path) -> Iterator[Scene]:
+def lasting_scene(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
     home = tmp_path_factory.mktemp("control") / "home"
-    with scene_in(lab, home, pin_root / "lasting", options=("--allow-source-prefixes",)) as one:
-        (one.manifests / "db.yaml").unlink()
+    with scene_in(lab, home, {"cluster.yaml": CLUSTER}, options=("--allow-source-prefixes",)) as one:
         yield one
-
-
-def put(scene: Scene, *policies: str, cluster: str = CLUSTER) -> None:
-    """Put exactly these policies in force."""
-    scene.write("cluster.yaml", cluster)
-    scene.write("policy.yaml", "---\n".join(policies))
-    kinds = sum(one.count("NetworkPolicy\n") for one in policies)
-    before = scene.state()["changes_applied"]
-    scene.write("marker.yaml", f"apiVersion: v1\nkind: Namespace\nmetadata: {{name: marker-{before}}}\n")
-    scene.await_status(
-        lambda state: (
-            state["in_force"] and state["objects"]["policies"] == kinds and state["changes_applied"] > before
-        ),
-        "the manifests are in force",
-    )
 
 
 @pytest.fixture
@@ -130,7 +101,7 @@ def scene(lasting_scene: Scene) -> Scene:
     """Every pod isolated for both directions."""
     if lasting_scene.process is None or lasting_scene.process.poll() is not None:
         lasting_scene.start()
-    put(lasting_scene, DENY_ALL)
+    lasting_scene.enforce(DENY_ALL)
     wait_for(lambda: lasting_scene.reached(to_db("shop/web")) == [False], "nothing is allowed")
     return lasting_scene
 
@@ -264,7 +235,7 @@ def test_link_local_addresses_are_subject_to_policy(scene: Scene) -> None:
         assert received(server) == []
         server.sendto(b"from the node", (pod, 7001))
         assert received(client, 1) == [b"from the node"]
-        put(scene, DENY_ALL, EGRESS.format(net="fe80::/10", port=7000))
+        scene.enforce(DENY_ALL, EGRESS.format(net="fe80::/10", port=7000))
 
         def answered() -> bool:
             client.sendto(b"allowed", ("fe80::1", 7000))
@@ -295,7 +266,7 @@ def offered(server: socket.socket, client: socket.socket) -> list[bytes]:
 def test_dhcp_of_the_node_under_default_deny(scene: Scene) -> None:
     """On an interface of the node that denies everything, a DHCP exchange with source 0.0.0.0 and broadcasts takes place."""
     lab = scene.lab
-    put(scene, DENY_ALL, HOST_DENY)
+    scene.enforce(DENY_ALL, HOST_DENY)
     wait_for(lambda: scene.reached(Attempt(NODE, ip_address("192.0.2.1"), TCP, 9)) == [False], "the node is closed")
     with ExitStack() as stack:
         server = stack.enter_context(datagram_socket(lab, INTERNET, "", DHCP[1], "node0"))
@@ -311,7 +282,7 @@ def test_dhcp_of_the_node_under_default_deny(scene: Scene) -> None:
 def test_dhcp_of_a_workload_under_default_deny(scene: Scene) -> None:
     """A workload without an address gets one from its node; as a server it is heard by nobody."""
     lab, ours = scene.lab, interface_of("web")
-    put(scene, DENY_ALL)
+    scene.enforce(DENY_ALL)
     wait_for(lambda: scene.reached(Attempt("shop/web", address_of("db", 4), TCP, 5432)) == [False], "the pod is closed")
     with ExitStack() as stack:
         server = stack.enter_context(datagram_socket(lab, NODE, "", DHCP[1], ours))
@@ -346,7 +317,7 @@ def send_as(lab: Lab, name: str, *sources: tuple[IPAddress, bytes]) -> None:
 def test_spoofed_sources_are_dropped_and_counted(scene: Scene, version: int) -> None:
     """With the address of a pod that is allowed, of the node or of nobody, a pod reaches nothing; each packet is counted."""
     lab = scene.lab
-    put(scene, FROM_OTHER)
+    scene.enforce(FROM_OTHER)
     other, nobody = address_of("other", version), ip_address("203.0.113.9" if version == 4 else "2001:db8:9::9")
     with datagram_socket(lab, "shop/db", "" if version == 4 else "::", 5353) as server:
         before = counted(scene, "spoofed")
@@ -361,7 +332,7 @@ def test_spoofed_sources_are_dropped_and_counted(scene: Scene, version: int) -> 
 def test_lent_sources_pass_and_no_others(scene: Scene, version: int) -> None:
     """A pod may send from the prefixes of its annotation, subject to policy; not from the next one, and no other pod may."""
     lab = scene.lab
-    put(scene, cluster=LENDING)
+    scene.enforce(cluster=LENDING)
     with datagram_socket(lab, "shop/db", "" if version == 4 else "::", 5353) as server:
         before = counted(scene, "spoofed")
         send_as(lab, "other", (LENT[version], b"not lent to it"))
@@ -369,21 +340,17 @@ def test_lent_sources_pass_and_no_others(scene: Scene, version: int) -> None:
         assert received(server, 1) == [b"lent"]
         assert counted(scene, "spoofed") == before + 2
 
-        put(scene, FROM_OTHER, cluster=LENDING)
+        scene.enforce(FROM_OTHER, cluster=LENDING)
         wait_for(lambda: scene.reached(to_db("shop/web")) == [False], "the policy is in force")
         send_as(lab, "web", (LENT[version], b"denied"))
         assert received(server) == []
         assert counted(scene, "spoofed") == before + 2
 
 
-def test_prefixes_count_only_where_the_agent_honours_them(
-    lasting_scene: Scene, lab: Lab, tmp_path: Path, pin_root: Path
-) -> None:
+def test_prefixes_count_only_where_the_agent_honours_them(lasting_scene: Scene, lab: Lab, tmp_path: Path) -> None:
     """Without `--allow-source-prefixes` the annotation lends nothing: who may write pods does not decide on sources."""
     lasting_scene.retire()
-    with scene_in(lab, tmp_path / "home", pin_root / "own") as scene:
-        (scene.manifests / "db.yaml").unlink()
-        scene.write("cluster.yaml", LENDING)
+    with scene_in(lab, tmp_path / "home", {"cluster.yaml": LENDING}) as scene:
         scene.start()
         scene.await_status(
             lambda state: state["in_force"] and state["objects"]["enforced_endpoints"] == len(POD), "it is in force"

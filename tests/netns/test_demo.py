@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from netpol_ebpf.cli.demo import PIN_PARENT, Demo, Stage
+from netpol_ebpf.cli.demo import PIN_PARENT, Demo, DemoOutput
 from netpol_ebpf.lab import shop
 from netpol_ebpf.lab.guard import NETNS_DIR
 
@@ -89,7 +89,7 @@ def test_interrupted_it_leaves_nothing(number: signal.Signals, temporary: Path) 
         os.kill(demo.pid, number)
         _, errors = demo.communicate(timeout=DEADLINE_S)
     assert demo.returncode == 130, shown + errors
-    named = re.search(r"names begin with (np\w+); maps will be pinned in (\S+)", shown)
+    named = re.search(r"names of namespaces begin with (np\w+); the agent will pin its maps in (\S+)", shown)
     assert named is not None
     assert left_behind(named[1], named[2], temporary) == []
 
@@ -101,7 +101,7 @@ def test_it_notices_when_nothing_is_enforced(temporary: Path, monkeypatch: pytes
     (workshop / "manifests").mkdir(parents=True)
     for path in shop.manifests_dir().iterdir():
         (workshop / "manifests" / path.name).write_text(path.read_text())
-    with Demo(Stage(quiet=True, colour=False), workshop) as demo:
+    with Demo(DemoOutput(quiet=True, colour=False), workshop) as demo:
         before = demo._show_before()
         assert demo.summary["ok"]
         demo._show_enforced(before)

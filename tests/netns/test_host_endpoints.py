@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Iterator
 from ipaddress import ip_address
@@ -13,14 +12,12 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from agent_scene import NODE, Scene, scene_in, wait_for
-from test_services import PODS
+from agent_scene import NODE, PODS, Scene, lab_for, scene_in, wait_for
 
 from netpol_ebpf.lab.attempt import Attempt
 from netpol_ebpf.lab.laboratory import Lab
-from netpol_ebpf.lab.scene import INTERNET, plan_for
+from netpol_ebpf.lab.scene import INTERNET
 from netpol_ebpf.lab.topology import TCP, UDP, Listen
-from netpol_ebpf.resources.load import parse_documents
 
 pytestmark = pytest.mark.netns
 
@@ -143,13 +140,8 @@ def from_node(version: int = 4, port: int = WEB, protocol: int = TCP) -> Attempt
 
 
 @pytest.fixture(scope="module")
-def pin_root() -> Path:
-    return Path(f"/sys/fs/bpf/netpol-test-hosts-{os.getpid()}")
-
-
-@pytest.fixture(scope="module")
-def lab(pin_root: Path) -> Iterator[Lab]:
-    with Lab(plan_for(parse_documents(PODS, "cluster.yaml").check()), directories=[pin_root]) as one:
+def lab() -> Iterator[Lab]:
+    with lab_for(PODS) as one:
         one.prober.listen(NODE, NODE_ADDRESS.values(), [Listen(TCP, port) for port in (SSH, WEB, STATELESS)])
         one.prober.listen(NODE, NODE_ADDRESS.values(), [Listen(UDP, VXLAN)])
         one.prober.listen(INTERNET, WORLD_ADDRESS.values(), [Listen(TCP, WEB), Listen(UDP, 53), Listen(UDP, VXLAN)])
@@ -158,10 +150,8 @@ def lab(pin_root: Path) -> Iterator[Lab]:
 
 
 @pytest.fixture(scope="module")
-def lasting_scene(lab: Lab, tmp_path_factory: pytest.TempPathFactory, pin_root: Path) -> Iterator[Scene]:
-    with scene_in(lab, tmp_path_factory.mktemp("hosts") / "home", pin_root / "lasting") as one:
-        (one.manifests / "db.yaml").unlink()
-        one.write("cluster.yaml", PODS)
+def lasting_scene(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
+    with scene_in(lab, tmp_path_factory.mktemp("hosts") / "home", {"cluster.yaml": PODS}) as one:
         rules = one.home / "rules.nft"
         rules.write_text(NODE_PORT_RULES)
         lab.run(NODE, ["nft", "-f", str(rules)])
@@ -355,15 +345,12 @@ WORKLOAD_TO_HOST = [
 
 @pytest.mark.parametrize(("option", "manifest", "expected"), WORKLOAD_TO_HOST, ids=[one[0] for one in WORKLOAD_TO_HOST])
 def test_workloads_to_their_own_node(
-    lasting_scene: Scene, lab: Lab, tmp_path: Path, pin_root: Path, option: str, manifest: str, expected: list[bool]
+    lasting_scene: Scene, lab: Lab, tmp_path: Path, option: str, manifest: str, expected: list[bool]
 ) -> None:
     """The setting decides what workloads may send to their node; the node reaches them whatever it says."""
     lasting_scene.retire()
-    with scene_in(lab, tmp_path / "home", pin_root / "own", options=("--workload-to-host", option)) as scene:
-        (scene.manifests / "db.yaml").unlink()
-        scene.write("cluster.yaml", PODS)
-        if manifest:
-            scene.write("host.yaml", manifest)
+    manifests = {"cluster.yaml": PODS, **({"host.yaml": manifest} if manifest else {})}
+    with scene_in(lab, tmp_path / "home", manifests, options=("--workload-to-host", option)) as scene:
         scene.start()
         attempts = [Attempt("shop/db", NODE_ADDRESS[4], TCP, port) for port in (SSH, WEB)]
         wait_for(lambda: scene.reached(*attempts) == expected, f"{expected}")

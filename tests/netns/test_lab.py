@@ -17,7 +17,7 @@ import pytest
 
 from netpol_ebpf.errors import PlatformError, UsageError
 from netpol_ebpf.lab import guard, laboratory
-from netpol_ebpf.lab.attempt import Attempt, Outcome
+from netpol_ebpf.lab.attempt import Attempt, Reachability
 from netpol_ebpf.lab.laboratory import Lab
 from netpol_ebpf.lab.topology import ICMP, ICMPV6, TCP, UDP, Host, Listen
 
@@ -88,7 +88,7 @@ def test_a_closed_port_is_refused_and_a_missing_address_unreachable(lab: Lab) ->
         Attempt("shop/b", ip_address("10.244.1.99"), TCP, 80),
     ]
     outcomes = [result.outcome for result in lab.attempt(attempts, deadline_s=5.0)]
-    assert outcomes == [Outcome.REFUSED, Outcome.REFUSED, Outcome.UNREACHABLE]
+    assert outcomes == [Reachability.REFUSED, Reachability.REFUSED, Reachability.UNREACHABLE]
 
 
 def test_silence_is_reported_and_an_open_connection_notices_it(lab: Lab) -> None:
@@ -99,12 +99,12 @@ def test_silence_is_reported_and_an_open_connection_notices_it(lab: Lab) -> None
     assert held.exchange()
     lab.run("node", ["ip", "rule", "add", "pref", "10", "to", "10.244.1.10", "blackhole"])
     try:
-        assert [result.outcome for result in lab.attempt(attempts)] == [Outcome.SILENT] * 3
+        assert [result.outcome for result in lab.attempt(attempts)] == [Reachability.SILENT] * 3
         assert not held.exchange()
         assert lab.prober.hold(attempts[0], 0.4) is None
     finally:
         lab.run("node", ["ip", "rule", "del", "pref", "10"])
-    assert [result.outcome for result in lab.attempt(attempts)] == [Outcome.REACHED] * 3
+    assert [result.outcome for result in lab.attempt(attempts)] == [Reachability.REACHED] * 3
     # The lost segment is sent again after a growing pause, before anything new is delivered.
     assert wait_until(held.exchange)
     held.close()

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import sys
 from collections.abc import Iterator
@@ -18,15 +17,14 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from agent_scene import NODE, Scene, scene_in, wait_for
+from agent_scene import NODE, PODS, Scene, lab_for, scene_in, wait_for
 from test_host_endpoints import NODE_ADDRESS, OTHER_ADDRESS, OTHER_NODE, WORLD_ADDRESS, policy
-from test_services import BACKENDS, PODS, SERVICES, nft_rules
+from test_services import BACKENDS, SERVICES, nft_rules
 
 from netpol_ebpf.lab.attempt import Attempt
 from netpol_ebpf.lab.laboratory import Lab
-from netpol_ebpf.lab.scene import INTERNET, plan_for
+from netpol_ebpf.lab.scene import INTERNET
 from netpol_ebpf.lab.topology import ICMP, ICMPV6, TCP, UDP, Host, IPAddress, Listen
-from netpol_ebpf.resources.load import parse_documents
 
 pytestmark = pytest.mark.netns
 
@@ -149,13 +147,8 @@ KINDS = ("pod", "service", "node port", "external address", "own node", "other n
 
 
 @pytest.fixture(scope="module")
-def pin_root() -> Path:
-    return Path(f"/sys/fs/bpf/netpol-test-answer-{os.getpid()}")
-
-
-@pytest.fixture(scope="module")
-def lab(pin_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
-    with Lab(plan_for(parse_documents(PODS, "cluster.yaml").check()), directories=[pin_root]) as one:
+def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
+    with lab_for(PODS) as one:
         ports = [Listen(TCP, OPEN), Listen(TCP, SHUT)]
         for host, addresses in ((NODE, NODE_ADDRESS), (OTHER_NODE, OTHER_ADDRESS), (INTERNET, WORLD_ADDRESS)):
             one.prober.listen(host, addresses.values(), ports)
@@ -178,10 +171,8 @@ def lab(pin_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[La
 
 
 @pytest.fixture(scope="module")
-def scene(lab: Lab, tmp_path_factory: pytest.TempPathFactory, pin_root: Path) -> Iterator[Scene]:
-    with scene_in(lab, tmp_path_factory.mktemp("answer") / "home", pin_root / "lasting") as one:
-        for name, text in MANIFESTS.items():
-            one.write(name, text)
+def scene(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
+    with scene_in(lab, tmp_path_factory.mktemp("answer") / "home", MANIFESTS) as one:
         one.start()
         begin(one)
         yield one

@@ -8,7 +8,6 @@ connections; datagrams that are too big then go in fragments.
 from __future__ import annotations
 
 import json
-import os
 import socket
 import sys
 import threading
@@ -21,12 +20,10 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from agent_scene import Scene, scene_in, to_db, wait_for
-from test_services import PODS
+from agent_scene import PODS, Scene, lab_for, scene_in, to_db, wait_for
 
 from netpol_ebpf.lab.laboratory import Lab
-from netpol_ebpf.lab.scene import INTERNET, plan_for
-from netpol_ebpf.resources.load import parse_documents
+from netpol_ebpf.lab.scene import INTERNET
 
 pytestmark = pytest.mark.netns
 
@@ -61,13 +58,11 @@ spec:
 
 @pytest.fixture(scope="module")
 def lasting_scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
-    pin_root = Path(f"/sys/fs/bpf/netpol-test-mtu-{os.getpid()}")
-    with Lab(plan_for(parse_documents(PODS, "cluster.yaml").check()), directories=[pin_root]) as lab:
+    with lab_for(PODS) as lab:
         for host, device in ((INTERNET, lab.plan.hosts["node-2"].parent_interface), ("node-2", "eth0")):
             lab.run(host, ["ip", "link", "set", device, "mtu", str(NARROW)])
-        with scene_in(lab, tmp_path_factory.mktemp("mtu") / "home", pin_root / "lasting") as one:
-            one.write("cluster.yaml", PODS)
-            one.write("db.yaml", POLICY)
+        manifests = {"cluster.yaml": PODS, "db.yaml": POLICY}
+        with scene_in(lab, tmp_path_factory.mktemp("mtu") / "home", manifests) as one:
             one.start()
             one.await_reached(to_db("shop/web"), expected=False)
             yield one

@@ -24,13 +24,11 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from agent_scene import CLUSTER, DB_POLICY, NODE, OTHER_ALLOWED, Scene, scene_in, to_db
+from agent_scene import DB_POLICY, NODE, OTHER_ALLOWED, Scene, scene_in, to_db
 
 from netpol_ebpf.agent.control_socket import SOCKET_NAME, ask
 from netpol_ebpf.errors import UnreachableError
 from netpol_ebpf.lab.laboratory import Lab
-from netpol_ebpf.lab.scene import plan_for
-from netpol_ebpf.resources.load import parse_documents
 from netpol_loader import abi
 from netpol_loader.kernel import syscall
 from netpol_loader.pins import access
@@ -80,12 +78,6 @@ def bpffs() -> Iterator[Path]:
             assert libc.umount2(name.encode(), 0) == 0, os.strerror(ctypes.get_errno())
 
 
-@pytest.fixture(scope="module")
-def lab() -> Iterator[Lab]:
-    with Lab(plan_for(parse_documents(CLUSTER, "cluster.yaml").check())) as one:
-        yield one
-
-
 @pytest.fixture
 def home() -> Iterator[Path]:
     """A place that everybody may pass through, unlike pytest's."""
@@ -100,7 +92,7 @@ def make(lab: Lab, home: Path, bpffs: Path) -> Iterator[Callable[..., LeastScene
     made: list[Any] = []
 
     def one(**options: Any) -> LeastScene:
-        made.append(scene_in(lab, home, bpffs / "own", kind=LeastScene, **options))
+        made.append(scene_in(lab, home, pin_root=bpffs / "own", kind=LeastScene, **options))
         scene = made[-1].__enter__()
         assert isinstance(scene, LeastScene)
         return scene

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Iterator
 from ipaddress import ip_address
@@ -14,25 +13,15 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from agent_scene import CLUSTER, NODE, Scene, scene_in, wait_for
+from agent_scene import NODE, PODS, Scene, lab_for, scene_in, wait_for
 
 from netpol_ebpf.agent.control_socket import SOCKET_NAME, ask
 from netpol_ebpf.lab.attempt import Attempt
 from netpol_ebpf.lab.laboratory import Lab
-from netpol_ebpf.lab.scene import plan_for
 from netpol_ebpf.lab.topology import TCP, UDP
-from netpol_ebpf.resources.load import parse_documents
 
 pytestmark = pytest.mark.netns
 
-PODS = CLUSTER.replace(
-    "ports: [{containerPort: 5432}]", "ports: [{containerPort: 5432}, {containerPort: 5353, protocol: UDP}]"
-)
-for place in ("10", "20"):
-    PODS = PODS.replace(
-        f"address: 172.30.0.{place}}}]",
-        f'address: 172.30.0.{place}}}, {{type: InternalIP, address: "fd00:30::{place}"}}]',
-    )
 BACKENDS = {"web": 1, "db": 2, "other": 3, "far": 4}
 """Last part of each pod's address, and of that of the service before it."""
 SERVICE_PORT, NODE_PORT = 80, 30080
@@ -130,22 +119,18 @@ def everyhow(name: str, source: str = "shop/web") -> list[Attempt]:
     return [to(name, protocol, version, source) for protocol in (TCP, UDP) for version in (4, 6)]
 
 
-@pytest.fixture(scope="module")
-def pin_root() -> Path:
-    return Path(f"/sys/fs/bpf/netpol-test-services-{os.getpid()}")
+MANIFESTS = {"cluster.yaml": PODS, "services.yaml": SERVICES, "web.yaml": WEB_EGRESS, "db.yaml": DB_INGRESS}
 
 
 @pytest.fixture(scope="module")
-def lab(pin_root: Path) -> Iterator[Lab]:
-    with Lab(plan_for(parse_documents(PODS, "cluster.yaml").check()), directories=[pin_root]) as one:
+def lab() -> Iterator[Lab]:
+    with lab_for(PODS) as one:
         yield one
 
 
 @pytest.fixture(scope="module")
-def lasting_scene(lab: Lab, tmp_path_factory: pytest.TempPathFactory, pin_root: Path) -> Iterator[Scene]:
-    with scene_in(lab, tmp_path_factory.mktemp("services") / "home", pin_root / "lasting") as one:
-        one.write("cluster.yaml", PODS)
-        one.write("services.yaml", SERVICES)
+def lasting_scene(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
+    with scene_in(lab, tmp_path_factory.mktemp("services") / "home", MANIFESTS) as one:
         one.start()
         yield one
 

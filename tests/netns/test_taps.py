@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import fcntl
 import os
 import select
@@ -11,8 +10,7 @@ import socket
 import struct
 import sys
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from ipaddress import IPv4Address, IPv6Address, ip_address
 from pathlib import Path
 
@@ -21,13 +19,11 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 
 import frames
-from agent_scene import CLUSTER, NODE, Scene, scene_in, wait_for
+from agent_scene import CLUSTER, NODE, Scene, lab_for, scene_in, wait_for
+from border_scene import inside
 
-from netpol_ebpf.lab.guard import NETNS_DIR
 from netpol_ebpf.lab.laboratory import Lab
-from netpol_ebpf.lab.scene import plan_for
 from netpol_ebpf.lab.topology import PARENT_MAC, UDP, IPAddress, Listen
-from netpol_ebpf.resources.load import parse_documents
 
 pytestmark = pytest.mark.netns
 
@@ -109,22 +105,6 @@ class Machine:
         return payload in [one.payload for one in self.receive(0.4)]
 
 
-def inside(lab: Lab, host: str, work: Callable[[], int]) -> int:
-    """Call something in a host's network namespace."""
-
-    def body() -> int:
-        fd = os.open(NETNS_DIR / lab.namespace_of[host], os.O_RDONLY)
-        try:
-            if ctypes.CDLL(None, use_errno=True).setns(fd, 0) != 0:
-                raise OSError(ctypes.get_errno(), "setns")
-        finally:
-            os.close(fd)
-        return work()
-
-    with ThreadPoolExecutor(1) as thread:  # a thread of its own: this one stays where it is
-        return thread.submit(body).result()
-
-
 def open_tap() -> int:
     """A new tap; it goes with its descriptor."""
     fd = os.open("/dev/net/tun", os.O_RDWR)
@@ -133,13 +113,8 @@ def open_tap() -> int:
 
 
 @pytest.fixture(scope="module")
-def pin_root() -> Path:
-    return Path(f"/sys/fs/bpf/netpol-test-taps-{os.getpid()}")
-
-
-@pytest.fixture(scope="module")
-def lab(pin_root: Path) -> Iterator[Lab]:
-    with Lab(plan_for(parse_documents(CLUSTER, "cluster.yaml").check()), directories=[pin_root]) as one:
+def lab() -> Iterator[Lab]:
+    with lab_for() as one:
         for name, addresses in (("web", WEB), ("other", OTHER)):
             one.prober.listen(f"shop/{name}", addresses.values(), [Listen(UDP, PORT)])
         yield one
@@ -162,12 +137,9 @@ def machine(lab: Lab) -> Iterator[Machine]:
 
 
 @pytest.fixture(scope="module")
-def lasting_scene(
-    lab: Lab, machine: Machine, tmp_path_factory: pytest.TempPathFactory, pin_root: Path
-) -> Iterator[Scene]:
+def lasting_scene(lab: Lab, machine: Machine, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
     assert machine.asks(WEB[4], b"before the agent")
-    with scene_in(lab, tmp_path_factory.mktemp("taps") / "home", pin_root / "lasting") as one:
-        (one.manifests / "db.yaml").unlink()
+    with scene_in(lab, tmp_path_factory.mktemp("taps") / "home", {"cluster.yaml": CLUSTER}) as one:
         one.start()
         yield one
 

@@ -16,7 +16,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from agent_scene import CLUSTER, DEFAULTS, NODE, to_db, wait_for
+from agent_scene import NODE, scene_in, to_db, wait_for
 from other_version import (
     NAMES_OF_SCHEMA_8,
     OTHER_CONNECTION,
@@ -29,38 +29,23 @@ from other_version import (
 )
 
 from netpol_ebpf.lab.laboratory import Lab
-from netpol_ebpf.lab.scene import plan_for
-from netpol_ebpf.resources.load import parse_documents
 from netpol_loader import abi
 
 pytestmark = pytest.mark.netns
 
+OLDER = (schema(-1), WIDER_CONFIG, WIDER_ENDPOINT)
+"""One version for all tests that need no other: a version is compiled once, which takes longer than its agent."""
 KILLED_AT = ("new-*", "new-*/np_event", "new-*/programs/np_call")
 """What is there when an upgrade has begun, compiles, and has its programs: an agent dies there."""
 
 
-@pytest.fixture(scope="module")
-def pin_root() -> Path:
-    return Path(f"/sys/fs/bpf/netpol-test-upgrade-{os.getpid()}")
-
-
-@pytest.fixture(scope="module")
-def lab(pin_root: Path) -> Iterator[Lab]:
-    resources = parse_documents(CLUSTER, "cluster.yaml").check()
-    with Lab(plan_for(resources), directories=[pin_root]) as one:
-        yield one
-
-
 @pytest.fixture
-def scene(lab: Lab, tmp_path: Path, pin_root: Path) -> Iterator[VersionedScene]:
+def scene(lab: Lab, tmp_path: Path) -> Iterator[VersionedScene]:
     """Manifests, and no agent yet; a test chooses its version."""
-    one = VersionedScene(lab, tmp_path / "home", pin_root)
-    one.manifests.mkdir(parents=True)
-    for name, text in DEFAULTS.items():
-        one.write(name, text)
-    yield one
-    one.tree = None  # cleanup is for pins of any version
-    one.retire()
+    with scene_in(lab, tmp_path / "home", kind=VersionedScene) as one:
+        assert isinstance(one, VersionedScene)
+        yield one
+        one.tree = None  # cleanup is for pins of any version
 
 
 @contextmanager
@@ -119,7 +104,7 @@ def replaced(scene: VersionedScene, tree: Path | None) -> dict[str, Any]:
 
 def test_older_schema_is_taken_over(scene: VersionedScene, tmp_path: Path) -> None:
     """Every setting at another place, a policy map of another layout, other names: connections, numbers and counters go on."""
-    scene.tree = make_version(tmp_path / "older", [schema(-1), WIDER_CONFIG, WIDER_ENDPOINT], NAMES_OF_SCHEMA_8)
+    scene.tree = make_version(tmp_path / "older", OLDER, NAMES_OF_SCHEMA_8)
     scene.options = ("--timeout", "udp=180")
     before = scene.start()
     assert pinned(scene) == [f"v{abi.SCHEMA_VERSION - 1}"]
@@ -182,7 +167,7 @@ def test_changed_program_of_the_same_schema(scene: VersionedScene, tmp_path: Pat
 
 def test_upgrade_killed_at_any_time(scene: VersionedScene, tmp_path: Path) -> None:
     """Agents that die while they prepare an upgrade leave enforcement whole, and the last one completes it."""
-    scene.tree = make_version(tmp_path / "older", [schema(-1), WIDER_CONFIG])
+    scene.tree = make_version(tmp_path / "older", OLDER, NAMES_OF_SCHEMA_8)
     before = scene.start()
     scene.stop()
     scene.tree = None

@@ -25,6 +25,8 @@ from netpol_ebpf.policy.types import (
     UDPLITE,
     Action,
     Backend,
+    BackendMatch,
+    ClusterNode,
     Direction,
     Endpoint,
     EndpointKey,
@@ -34,22 +36,20 @@ from netpol_ebpf.policy.types import (
     IcmpType,
     IPAddress,
     IPNetwork,
+    LabelledNets,
     NamedPort,
-    NetworkSet,
-    Node,
     Packet,
     Policy,
     PolicyKey,
+    PolicySettings,
+    PolicyTier,
     Ports,
-    Profile,
+    ProfileRules,
     Question,
     Rule,
-    Service,
-    ServiceMatch,
-    Settings,
+    ServiceBackends,
     Stage,
     Staged,
-    Tier,
     Tunnel,
     World,
 )  # fmt: skip
@@ -61,11 +61,13 @@ Strategy = st.SearchStrategy
 # --- selectors ------------------------------------------------------------------------------------------------------
 
 
-def selector_trees(keys: tuple[str, ...], values: tuple[str, ...], *, max_leaves: int = 8) -> Strategy[tree.Node]:
+def selector_trees(
+    keys: tuple[str, ...], values: tuple[str, ...], *, max_leaves: int = 8
+) -> Strategy[tree.SelectorNode]:
     """Expression trees with every operator over these keys and values."""
     key, value = st.sampled_from(keys), st.sampled_from(values)
     some = st.lists(value, max_size=4)
-    leaves: Strategy[tree.Node] = st.one_of(
+    leaves: Strategy[tree.SelectorNode] = st.one_of(
         st.builds(tree.Equals, key, value),
         st.builds(tree.In, key, some),
         st.builds(tree.Has, key),
@@ -78,7 +80,7 @@ def selector_trees(keys: tuple[str, ...], values: tuple[str, ...], *, max_leaves
         st.just(tree.Global()),
     )
 
-    def grow(inner: Strategy[tree.Node]) -> Strategy[tree.Node]:
+    def grow(inner: Strategy[tree.SelectorNode]) -> Strategy[tree.SelectorNode]:
         operands = st.lists(inner, min_size=2, max_size=3).map(tuple)
         return st.one_of(st.builds(tree.And, operands), st.builds(tree.Or, operands), st.builds(tree.negated, inner))
 
@@ -119,7 +121,7 @@ ICMP_CODES = (0, 1, 255)
 labels: Strategy[dict[str, str]] = st.dictionaries(
     st.sampled_from(LABEL_KEYS), st.sampled_from(LABEL_VALUES), max_size=3
 )
-_plain_trees: tuple[tree.Node, ...] = (
+_plain_trees: tuple[tree.SelectorNode, ...] = (
     tree.All(),
     tree.Has("app"),
     tree.NotEquals("app", "a"),
@@ -165,7 +167,7 @@ ports = st.builds(Ports, _tuples(port_ranges), _distinct(PORT_NAMES, max_size=2)
 icmp_types = st.builds(IcmpType, st.sampled_from(ICMP_TYPES), st.none() | st.sampled_from(ICMP_CODES))
 nets = _tuples(st.sampled_from(NETS), min_size=1)
 service_matches = st.builds(
-    lambda key, match_ports: ServiceMatch(key[0], key[1], match_ports),
+    lambda key, match_ports: BackendMatch(key[0], key[1], match_ports),
     st.sampled_from((*SERVICES, ("n1", "none"))),
     st.booleans(),
 )
@@ -296,8 +298,8 @@ failsafes = st.builds(
     Failsafe, st.sampled_from((TCP, UDP)), st.sampled_from((80, 443)), st.none() | st.sampled_from(NETS)
 )
 tunnels = st.frozensets(st.sampled_from((Tunnel(47), Tunnel(UDP, 80), Tunnel(UDP, 443), Tunnel(SCTP, 80))), max_size=3)
-settings_ = st.just(Settings()) | st.builds(
-    Settings,
+settings_ = st.just(PolicySettings()) | st.builds(
+    PolicySettings,
     _tuples(failsafes),
     _tuples(failsafes),
     st.sampled_from((Action.DENY, Action.PASS, Action.ALLOW)),
@@ -308,22 +310,22 @@ settings_ = st.just(Settings()) | st.builds(
 )
 tiers = st.dictionaries(
     st.sampled_from(TIERS), st.tuples(st.sampled_from(ORDERS), st.sampled_from((Action.DENY, Action.PASS))), max_size=3
-).map(lambda drawn: {name: Tier(name, order, action) for name, (order, action) in drawn.items()})
+).map(lambda drawn: {name: PolicyTier(name, order, action) for name, (order, action) in drawn.items()})
 profiles = st.dictionaries(
     st.sampled_from(PROFILES[:2]), st.tuples(rule_lists(), rule_lists()), max_size=2
-).map(lambda drawn: {name: Profile(name, *lists) for name, lists in drawn.items()})  # fmt: skip
+).map(lambda drawn: {name: ProfileRules(name, *lists) for name, lists in drawn.items()})  # fmt: skip
 ALLOW_ALL = (Rule(Action.ALLOW, 0),)
 network_sets = st.dictionaries(
     st.sampled_from(("n1/set", "set")), st.tuples(labels, _distinct(NETS, max_size=3)), max_size=2
-).map(lambda drawn: {key: NetworkSet(key, *parts) for key, parts in drawn.items()})  # fmt: skip
+).map(lambda drawn: {key: LabelledNets(key, *parts) for key, parts in drawn.items()})  # fmt: skip
 nodes = st.dictionaries(st.sampled_from(NODES), st.tuples(labels, _distinct(ADDRESSES, max_size=2)), max_size=2).map(
-    lambda drawn: {name: Node(name, *parts) for name, parts in drawn.items()}
+    lambda drawn: {name: ClusterNode(name, *parts) for name, parts in drawn.items()}
 )
 backends = st.builds(
     Backend, st.sampled_from(ADDRESSES), st.sampled_from((TCP, UDP, SCTP)), st.sampled_from((0, 80, 8080))
 )
 services = st.dictionaries(st.sampled_from(SERVICES), st.frozensets(backends, max_size=3), max_size=2).map(
-    lambda drawn: {key: Service(*key, members) for key, members in drawn.items()}
+    lambda drawn: {key: ServiceBackends(*key, members) for key, members in drawn.items()}
 )
 
 
@@ -336,7 +338,7 @@ def worlds(draw: st.DrawFn, *, max_policies: int = 4) -> World:
     every += draw(st.lists(staged_policies(tuple(enforced)), max_size=2, unique_by=lambda policy: policy.key))
     custom = draw(profiles)
     if draw(st.booleans()):
-        custom = {"kns.n1": Profile("kns.n1", ALLOW_ALL, ALLOW_ALL), **custom}
+        custom = {"kns.n1": ProfileRules("kns.n1", ALLOW_ALL, ALLOW_ALL), **custom}
     return World(
         tiers=draw(tiers),
         policies={policy.key: policy for policy in every},

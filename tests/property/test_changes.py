@@ -20,7 +20,7 @@ from test_event_order import objects_of
 from netpol_ebpf.compiler import Compiler
 from netpol_ebpf.compiler.compiler import PolicyObject, key_of
 from netpol_ebpf.compiler.interpreter import Interpreter
-from netpol_ebpf.compiler.tables import Change, Tables
+from netpol_ebpf.compiler.tables import Change, CompiledTables
 from netpol_ebpf.model import ReferenceModel
 from netpol_ebpf.policy.types import (
     Action,
@@ -28,14 +28,14 @@ from netpol_ebpf.policy.types import (
     Endpoint,
     EndpointKind,
     Entity,
-    NetworkSet,
+    LabelledNets,
     Outcome,
     Packet,
     Policy,
     PolicyKey,
+    PolicySettings,
     Question,
     Rule,
-    Settings,
     Verdict,
     World,
 )
@@ -44,7 +44,7 @@ from netpol_ebpf.selector import EVERYTHING, equals
 some_packets = st.lists(packets(), min_size=1, max_size=3)
 
 
-def write(change: Change, shadow: Tables) -> Iterator[str]:
+def write(change: Change, shadow: CompiledTables) -> Iterator[str]:
     """Write a change to a shadow, one row at a time; yields the batch after each row."""
     for batch, deltas in change.batches():
         tables = [table for table in shadow.all() if table.name in deltas]
@@ -60,7 +60,7 @@ def write(change: Change, shadow: Tables) -> Iterator[str]:
                 yield batch
 
 
-def rows_of(tables: Tables) -> dict[str, dict[Any, Any]]:
+def rows_of(tables: CompiledTables) -> dict[str, dict[Any, Any]]:
     """All rows, to be compared."""
     return {table.name: dict(table.items()) for table in tables.all()}
 
@@ -75,7 +75,7 @@ class Transition:
     """A compiler that goes from one world to another, a shadow that follows, and questions that both worlds know."""
 
     def __init__(self, before: World, after: World, drawn: list[Packet]) -> None:
-        compiler, self.shadow = Compiler(), Tables()
+        compiler, self.shadow = Compiler(), CompiledTables()
         compiler.replace(before)
         for _ in write(compiler.commit(), self.shadow):
             pass
@@ -120,7 +120,7 @@ def test_a_new_prefix_is_judged_by_what_the_old_rule_says() -> None:
         return World(
             policies={key: Policy(key, "default", 1.0, EVERYTHING, frozenset({Direction.INGRESS}), (rule,))},
             endpoints={pod.key: pod},
-            network_sets={"s": NetworkSet("s", {"app": "a"}, (ip_network("10.0.0.0/8"),))},
+            network_sets={"s": LabelledNets("s", {"app": "a"}, (ip_network("10.0.0.0/8"),))},
         )
 
     before, after = world(Entity(selector=equals("app", "a"))), world(Entity(nets=(ip_network("10.0.0.0/24"),)))
@@ -136,14 +136,14 @@ def test_a_new_prefix_is_judged_by_what_the_old_rule_says() -> None:
 def _with(world: World, obj: PolicyObject | None, old: PolicyObject | None) -> World:
     """A copy with one object more, less or other."""
     changed = World(**{name: copy(getattr(world, name)) for name in World.__slots__})
-    if isinstance(obj or old, Settings):
-        changed.settings = obj if isinstance(obj, Settings) else Settings()
+    if isinstance(obj or old, PolicySettings):
+        changed.settings = obj if isinstance(obj, PolicySettings) else PolicySettings()
         return changed
     tables: list[dict[Any, Any]] = [
         changed.tiers, changed.policies, changed.profiles, changed.endpoints,
         changed.network_sets, changed.nodes, changed.services,
     ]  # fmt: skip
-    names = ["Tier", "Policy", "Profile", "Endpoint", "NetworkSet", "Node", "Service"]
+    names = ["PolicyTier", "Policy", "ProfileRules", "Endpoint", "LabelledNets", "ClusterNode", "ServiceBackends"]
     table = tables[names.index(type(obj or old).__name__)]
     if old is not None:
         table.pop(key_of(old), None)

@@ -26,7 +26,7 @@ from netpol_ebpf.policy.types import (
     Endpoint,
     EndpointKind,
     Entity,
-    NetworkSet,
+    LabelledNets,
     Outcome,
     Packet,
     Policy,
@@ -117,7 +117,7 @@ def test_own_addresses_with_other_owners_are_told_apart() -> None:
     world = World(
         policies={key: Policy(key, "default", 1.0, EVERYTHING, frozenset({Direction.INGRESS}), (rule,))},
         endpoints={pod.key: pod},
-        network_sets={"s": NetworkSet("s", {"app": "a"}, (ip_network("10.0.0.4/31"),))},
+        network_sets={"s": LabelledNets("s", {"app": "a"}, (ip_network("10.0.0.4/31"),))},
     )
     compiler = Compiler()
     compiler.replace(world)

@@ -13,7 +13,7 @@ from strategies import worlds
 from netpol_ebpf.compiler import Compiler
 from netpol_ebpf.compiler.compiler import PolicyObject, key_of
 from netpol_ebpf.compiler.tables import Change
-from netpol_ebpf.policy.types import Settings, World
+from netpol_ebpf.policy.types import PolicySettings, World
 
 
 def objects_of(world: World) -> list[PolicyObject]:
@@ -67,7 +67,7 @@ def test_removing_everything_returns_to_the_fresh_state(world: World, data: st.D
     compiler.commit()
     fresh = Compiler()
     fresh.commit()
-    assert compiler.world == World(settings=Settings())
+    assert compiler.world == World(settings=PolicySettings())
     assert compiler.canonical() == fresh.canonical()
     assert [len(table) for table in compiler.tables.all()] == [len(table) for table in fresh.tables.all()]
 

@@ -19,23 +19,23 @@ from netpol_ebpf.selector.tree import (
     Equals,
     Global,
     In,
-    Node,
     Not,
     NotEquals,
     NotIn,
     Or,
+    SelectorNode,
     StartsWith,
 )  # fmt: skip
 
 KEYS = ("a", "b", "in", "p.a/x")
 VALUES = ("", "x", "y", "xy", "yx", 'a"b', "a'b")
 
-trees: st.SearchStrategy[Node] = selector_trees(KEYS, VALUES)
+trees: st.SearchStrategy[SelectorNode] = selector_trees(KEYS, VALUES)
 selectors: st.SearchStrategy[Selector] = trees.map(Selector)
 labels: st.SearchStrategy[dict[str, str]] = st.dictionaries(st.sampled_from(KEYS), st.sampled_from(VALUES), max_size=3)
 
 
-def _evaluate(node: Node, given_labels: Mapping[str, str]) -> bool:
+def _evaluate(node: SelectorNode, given_labels: Mapping[str, str]) -> bool:
     """The table of absent and present labels, written out once more and in another way."""
     if isinstance(node, (All, Global)):
         return True
@@ -62,7 +62,7 @@ def _evaluate(node: Node, given_labels: Mapping[str, str]) -> bool:
 
 
 @given(trees, labels)
-def test_evaluation(tree: Node, some: dict[str, str]) -> None:
+def test_evaluation(tree: SelectorNode, some: dict[str, str]) -> None:
     """A selector matches exactly what the semantics say, and its negation everything else."""
     selector = Selector(tree)
     assert selector.matches(some) is _evaluate(tree, some)

@@ -27,13 +27,13 @@ from netpol_ebpf.policy.types import (
     Packet,
     Policy,
     PolicyKey,
+    PolicySettings,
+    PolicyTier,
     Ports,
     Question,
     Rule,
-    Settings,
     Stage,
     Staged,
-    Tier,
     World,
 )
 from netpol_ebpf.selector import EVERYTHING, equals
@@ -54,7 +54,7 @@ ENDPOINTS = {
     )
 }
 TIERS = {
-    name: Tier(name, order, action)
+    name: PolicyTier(name, order, action)
     for name, order, action in (
         ("admin", 1.0, Action.DENY), ("zz", 2.0, Action.PASS), ("default", 3.0, Action.DENY),
     )
@@ -116,7 +116,7 @@ def _worlds(draw: st.DrawFn) -> World:
         tiers=TIERS,
         policies={policy.key: policy for policy in every},
         endpoints={key: replace(one, labels=draw(labels)) for key, one in ENDPOINTS.items()},
-        settings=Settings(failsafe_inbound=(), failsafe_outbound=()),
+        settings=PolicySettings(failsafe_inbound=(), failsafe_outbound=()),
     )
 
 

@@ -10,8 +10,6 @@ from dataclasses import dataclass, field
 from netpol_ebpf.apply.applier import ARRAYS
 from netpol_ebpf.errors import MapFullError
 from netpol_loader import abi
-from netpol_loader.tables.buckets import MORE_NAMES
-from netpol_loader.tables.connections import UNREPLIED_NAMES
 
 CPUS = 3
 PER_CPU = frozenset(name for name, spec in abi.MAP_SPECS.items() if spec.kind.startswith("percpu"))
@@ -68,10 +66,10 @@ class MemoryMap:
 
 def memory_maps(log: list[tuple[str, str, bytes]]) -> dict[str, MemoryMap]:
     """All maps of the program, empty; they note their writes in one log."""
-    specs = {name: abi.MAP_SPECS[MORE_NAMES.get(name, name)] for name in abi.MAP_SPECS}
-    specs |= {unreplied: specs[name] for name, unreplied in UNREPLIED_NAMES.items()}
+    specs = {name: abi.MAP_SPECS[abi.OVERFLOW_MAPS.get(name, name)] for name in abi.MAP_SPECS}
+    specs |= {unreplied: specs[name] for name, unreplied in abi.UNREPLIED_VIEWS.items()}
     sizes = {
-        name: CONNECTION_BYTES if name in {*UNREPLIED_NAMES, *UNREPLIED_NAMES.values()} else spec.value_size
+        name: CONNECTION_BYTES if name in {*abi.UNREPLIED_VIEWS, *abi.UNREPLIED_VIEWS.values()} else spec.value_size
         for name, spec in specs.items()
     }
     return {name: MemoryMap(name, spec.max_entries, sizes[name], log) for name, spec in specs.items()}

@@ -64,7 +64,7 @@ def rows(node: Node) -> dict[str, int]:
     return {
         name: len(one.rows)
         for name, one in node.maps.items()
-        if name.startswith(("np_conn", "np_unreplied")) and one.rows
+        if name in {*abi.UNREPLIED_VIEWS, *abi.UNREPLIED_VIEWS.values()} and one.rows
     }
 
 

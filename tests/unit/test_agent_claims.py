@@ -96,3 +96,25 @@ def test_nothing_is_left_of_what_went() -> None:
     cluster.check(b=(TWO,))
     cluster.change(b=None)
     assert (cluster.claims._holders, cluster.claims._others, cluster.claims._addresses) == ({}, {}, {})
+
+
+def test_lent_addresses_count_until_there_are_own_ones() -> None:
+    """A workload without an address has the ones lent to it, in the same line as all others, and no longer than it needs them."""
+    cluster = Cluster()
+    cluster.change(a=(ONE,), b=(), c=())
+    assert cluster.claims.lend(B, (ONE, TWO))
+    assert not cluster.claims.lend(B, (ONE, TWO))
+    cluster.change(b=())
+    cluster.check(a=(ONE,), b=(TWO,), c=())
+    assert list(cluster.claims.disputes()) == [(ONE, A, B)]
+    cluster.change(a=None)
+    cluster.check(b=(ONE, TWO), c=())
+    cluster.change(b=(TWO,))
+    cluster.check(b=(TWO,), c=())
+    assert cluster.claims.holder(ONE) is None
+    cluster.change(b=())
+    cluster.check(b=(ONE, TWO), c=())
+    assert cluster.claims.lend(B, ())
+    cluster.change(b=())
+    cluster.check(b=(), c=())
+    assert [*cluster.claims.borrowers] == []

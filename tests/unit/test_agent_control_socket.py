@@ -467,3 +467,79 @@ def test_line_that_was_cut_short_is_no_answer(tmp_path: Path, monkeypatch: pytes
         listener.listen()
         with pytest.raises(UnreachableError, match="ended early"):
             list(ask(path, {"op": "echo"}))
+
+
+# --- operations of root that wait ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def waiting(agent: ControlSocket, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Root asks. The agent has an operation "until", which waits until something is in this list: its answer, or an error."""
+    come: list[Any] = []
+
+    def look() -> Any:
+        if come and isinstance(come[0], NetpolError):
+            raise come[0]
+        return come[0] if come else None
+
+    agent.waits = {"until": lambda _request: look}
+    monkeypatch.setattr(module, "peer_user", lambda _channel: 0)
+    return come
+
+
+@contextlib.contextmanager
+def asked(agent: ControlSocket, request: bytes) -> Iterator[socket.socket]:
+    with connect(agent.path) as channel:
+        channel.sendall(request)
+        agent.poll()
+        agent.poll()
+        yield channel
+
+
+def test_an_operation_that_waits(agent: ControlSocket, waiting: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is answered when there is an answer, however long that takes, and is none of the user's few connections."""
+    now_s = [0.0]
+    agent.clock = lambda: now_s[0]
+    monkeypatch.setattr(module, "READERS_OF_USER", 1)
+    with asked(agent, b'{"op":"until"}\n') as first, asked(agent, b'{"op":"until"}\n') as second:
+        now_s[0] = 1000.0
+        agent.poll()
+        assert select.select([first], [], [], 0)[0] == []
+        assert list(answers(agent, {"op": "echo", "word": "me"})) == [{"you": "me"}]
+        waiting.append({"in_force": True})
+        agent.poll()
+        assert [one.recv(100) for one in (first, second)] == [b'{"in_force":true}\n'] * 2
+        assert [one.recv(100) for one in (first, second)] == [b""] * 2
+
+
+def test_an_operation_that_waits_in_vain(agent: ControlSocket, waiting: list[Any]) -> None:
+    """What it raises is the answer; who hangs up is forgotten."""
+    with asked(agent, b'{"op":"until"}\n') as first:
+        with asked(agent, b'{"op":"until"}\n'):
+            assert len(agent._clients) == 2
+        agent.poll()
+        assert len(agent._clients) == 1
+        waiting.append(UnreachableError("not in time", hint=""))
+        agent.poll()
+        assert json.loads(first.recv(1000)) == {"error": "not in time", "hint": "", "slug": "unreachable"}
+
+
+def test_an_operation_of_root_alone(agent: ControlSocket, waiting: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither the agent's own user nor its group may ask for what changes something."""
+    waiting.append({})
+    monkeypatch.setattr(module, "peer_user", lambda _channel: os.geteuid() or 12345)
+    monkeypatch.setattr(module, "peer_groups", lambda _channel: {7})
+    agent.group = 7
+    with asked(agent, b'{"op":"until"}\n') as channel:
+        said = json.loads(channel.recv(1000))
+    assert said["slug"] == "privilege"
+    assert "only root" in said["error"]
+
+
+def test_room_for_those_who_wait(agent: ControlSocket, waiting: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beyond the bound, whoever comes is turned away, and told so."""
+    monkeypatch.setattr(module, "MOST_WAITING", 1)
+    with asked(agent, b'{"op":"until"}\n'), connect(agent.path) as channel:
+        agent.poll()
+        assert json.loads(channel.recv(1000))["slug"] == "unreachable"
+    assert not waiting

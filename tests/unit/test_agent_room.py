@@ -19,8 +19,9 @@ from netpol_ebpf.agent.wiring import Interface
 from netpol_ebpf.apply.applier import ARRAYS
 from netpol_ebpf.apply.encode import LocalFlag, Meaning
 from netpol_ebpf.errors import LimitError, MapFullError
+from netpol_loader.tables.buckets import SIZED
 
-FILLED = sorted(POLICY_MAPS - {"np_ep_cache", "np_vip_filter"})
+FILLED = sorted(POLICY_MAPS.intersection(SIZED) - {"np_ep_cache"})
 """All but what the program writes itself, and what has a row for every hash."""
 SETTINGS = AgentSettings("here", borrow_sources=True)
 PREFIXES = """'["198.51.100.0/24", "2001:db8::/64"]'"""

@@ -11,7 +11,7 @@ from memory_maps import MemoryMap, memory_maps
 
 from netpol_ebpf.apply import encode
 from netpol_ebpf.apply.applier import Applier, Binding
-from netpol_ebpf.compiler.tables import AddressRow, Change, Delta, EndpointRow, SetRow, Tables, VerdictRow
+from netpol_ebpf.compiler.tables import AddressRow, Change, CompiledTables, Delta, EndpointRow, SetRow, VerdictRow
 from netpol_ebpf.errors import MapFullError
 from netpol_ebpf.policy.types import (
     Cause,
@@ -73,8 +73,8 @@ def endpoint(number: int, base: int = 0) -> EndpointRow:
     return EndpointRow(number, sets)
 
 
-def some_tables() -> Tables:
-    tables = Tables()
+def some_tables() -> CompiledTables:
+    tables = CompiledTables()
     tables.rules.set(1, Cause(CauseKind.NO_MATCH, Direction.INGRESS))
     tables.verdicts.set(0, VerdictRow(Outcome.DENY, 1, Outcome.DENY, 1))
     tables.l4_columns.set(0, (0,) * abi.NP_COLUMN_BLOCK)

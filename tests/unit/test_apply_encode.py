@@ -14,7 +14,6 @@ from netpol_ebpf.compiler.tables import FIRST_NODE, AddressRow, EndpointRow, Set
 from netpol_ebpf.errors import NetpolError
 from netpol_ebpf.policy.types import Action, Cause, CauseKind, Direction, Outcome, PolicyKey, Stage
 from netpol_loader import abi
-from netpol_loader.tables.buckets import MORE_NAMES
 from netpol_loader.tables.seal import seal_endpoint
 
 SET = SetRow(
@@ -37,7 +36,7 @@ def read(structure: type[ctypes.Structure], raw: bytes) -> dict[str, object]:
 def encoded(table: str, key: object, row: object) -> tuple[str, dict[str, object], dict[str, object]]:
     """Map, key and value of one row, as the structures read them."""
     ((name, raw_key, raw_value),) = encode.elements(table, {key: row})
-    spec = abi.MAP_SPECS[MORE_NAMES.get(name, name)]
+    spec = abi.MAP_SPECS[abi.OVERFLOW_MAPS.get(name, name)]
     assert (len(raw_key), len(raw_value)) == (spec.key_size, spec.value_size)
     assert encode.map_and_key(table, key) == (name, raw_key)
     assert spec.value is not None

@@ -95,7 +95,7 @@ def test_a_directory_without_cases_is_no_success(tmp_path: Path, capsys: pytest.
     (tmp_path / "x.yaml").write_text("a: b\n")
     assert main(["test", str(tmp_path)]) == 3
     shown = capsys.readouterr().err
-    assert "x.yaml holds no case" in shown
+    assert "x.yaml: skipped, since it has neither manifests nor probes" in shown
     assert "error: no case found" in shown
 
 

@@ -15,7 +15,7 @@ from netpol_ebpf.cases.case import Case, LoadedCases, parse_cases
 from netpol_ebpf.cases.engines import Engine, ModelEngine
 from netpol_ebpf.cases.runner import NOT_JUDGED, Cast, in_order, run_cases
 from netpol_ebpf.errors import InvalidInputError, NetpolError
-from netpol_ebpf.policy.journey import PlaceKind, Reason
+from netpol_ebpf.policy.journey import FlowEndKind, HopReason
 from netpol_ebpf.policy.translate import derive
 from netpol_ebpf.policy.types import (
     IPV6_HEADERS,
@@ -112,7 +112,7 @@ def test_host_network_pods_are_their_host() -> None:
     first, second, third = (next(cast.journeys(probe)).flow for probe in case.probes)
     assert first.source is not None
     assert second.source == first.source
-    assert (first.source.kind, first.source.node) == (PlaceKind.HOST, "n7")
+    assert (first.source.kind, first.source.node) == (FlowEndKind.HOST, "n7")
     assert third.destination == first.source
     assert third.dnat_to == (ip_address("172.16.0.7"), 80)
 
@@ -278,5 +278,5 @@ def test_a_world_an_engine_refuses_makes_the_case_invalid(monkeypatch: pytest.Mo
 def test_a_reason_is_shown_in_words() -> None:
     """Where no rule decided."""
     report = run_cases(cases("from: ns/four, to: ns/four, protocol: TCP, port: 80, expect: deny"))
-    assert report.failed[0].rule == Reason.TO_ITSELF.value
+    assert report.failed[0].rule == HopReason.TO_ITSELF.value
     assert report.failed[0].location == "c.yaml:15"

@@ -48,7 +48,7 @@ def test_errors_of_all_files(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert out[1].startswith(f"{tmp_path}/b.yaml:11: error: not valid YAML")
     assert out[2:] == [
         "1 objects valid: 2 errors, 0 warnings",
-        "Checks that need all objects together were left out; they run once there are no errors.",
+        "Checks that need all objects together did not run; they run once there are no errors.",
     ]
 
 
@@ -109,7 +109,7 @@ def test_objects_of_other_programs(tmp_path: Path, capsys: pytest.CaptureFixture
     assert main(["check", "--strict", str(file)]) == 0
     assert capsys.readouterr().out.splitlines() == [
         "1 objects valid: 0 errors, 0 warnings",
-        "Skipped, since they are of other kinds: 1 example.com/v1 Thing, 2 v1 ConfigMap",
+        "Skipped objects of other kinds: 1 example.com/v1 Thing, 2 v1 ConfigMap",
     ]
     assert main(["check", "-o", "json", str(file)]) == 0
     assert json.loads(capsys.readouterr().out)["skipped"] == {"example.com/v1 Thing": 1, "v1 ConfigMap": 2}

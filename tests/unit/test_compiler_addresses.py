@@ -7,24 +7,24 @@ from ipaddress import ip_address, ip_network
 
 import pytest
 
-from netpol_ebpf.compiler import Compiler, Interpreter, KnownNumbers, Tables
+from netpol_ebpf.compiler import CompiledTables, Compiler, Interpreter, KnownNumbers
 from netpol_ebpf.compiler.tables import FIRST_IDENTITY, WORLD_V4, WORLD_V6
 from netpol_ebpf.policy.types import (
     Action,
     Backend,
+    BackendMatch,
+    ClusterNode,
     Direction,
     Endpoint,
     EndpointKey,
     EndpointKind,
     Entity,
+    LabelledNets,
     NamedPort,
-    NetworkSet,
-    Node,
     Policy,
     PolicyKey,
     Rule,
-    Service,
-    ServiceMatch,
+    ServiceBackends,
     World,
 )
 from netpol_ebpf.selector import EVERYTHING
@@ -38,9 +38,9 @@ def pod(
     return Endpoint(key, EndpointKind.WORKLOAD, labels or {}, tuple(map(ip_address, addresses)), ports=ports)
 
 
-def network_set(key: str, *nets: str, **labels: str) -> NetworkSet:
+def network_set(key: str, *nets: str, **labels: str) -> LabelledNets:
     """A network set with these nets."""
-    return NetworkSet(key, labels, tuple(map(ip_network, nets)))
+    return LabelledNets(key, labels, tuple(map(ip_network, nets)))
 
 
 def watching(*entities: Entity) -> Policy:
@@ -59,7 +59,7 @@ def compiled(*objects: object) -> Compiler:
     return compiler
 
 
-def identity(tables: Tables, address: str) -> int:
+def identity(tables: CompiledTables, address: str) -> int:
     """The identity that a packet's address gets."""
     return Interpreter(tables).identity_of(ip_address(address))
 
@@ -150,12 +150,12 @@ def test_nets_of_rules_are_stored_while_a_local_endpoint_has_the_rule() -> None:
 
 def test_nodes_and_backends_are_known_addresses() -> None:
     """A node by its labels, a backend by the services that rules speak of."""
-    service = Service("n", "s", frozenset({Backend(ip_address("10.9.0.1"), 6, 80)}))
-    node = Node("node", {"zone": "a"}, (ip_address("172.16.0.1"),))
+    service = ServiceBackends("n", "s", frozenset({Backend(ip_address("10.9.0.1"), 6, 80)}))
+    node = ClusterNode("node", {"zone": "a"}, (ip_address("172.16.0.1"),))
     unused = compiled(pod("p", "10.0.0.1"), service, node).tables
     assert identity(unused, "10.9.0.1") == WORLD_V4
     assert identity(unused, "172.16.0.1") >= FIRST_IDENTITY
-    match = Entity(service=ServiceMatch("n", "s", match_ports=False))
+    match = Entity(service=BackendMatch("n", "s", match_ports=False))
     used = compiled(pod("p", "10.0.0.1"), service, node, watching(match)).tables
     assert identity(used, "10.9.0.1") >= FIRST_IDENTITY
 
@@ -218,7 +218,7 @@ def test_prefixes_follow_when_one_around_them_changes(count: int) -> None:
     written = change.flip["cidrs"].upserts
     assert set(written) == {ip_network("10.0.0.0/9"), *(ip_network(net) for net in inner[:128])}
     assert change.flip["addresses"].upserts.keys() == {ip_address("10.3.0.1"), ip_address("10.0.0.1")}
-    compiler.remove(NetworkSet, "outer")
+    compiler.remove(LabelledNets, "outer")
     compiler.commit()
     after = dict(compiler.tables.cidrs.items())
     assert {net: compiler.tables.identities[number] for net, number in after.items()}.keys() == before.keys()

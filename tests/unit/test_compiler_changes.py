@@ -17,26 +17,26 @@ from netpol_ebpf.policy.types import (
     UDP,
     Action,
     Backend,
+    BackendMatch,
     Direction,
     Endpoint,
     EndpointKey,
     EndpointKind,
     Entity,
+    LabelledNets,
     NamedPort,
-    NetworkSet,
     Outcome,
     Packet,
     Policy,
     PolicyKey,
+    PolicySettings,
+    PolicyTier,
     Ports,
-    Profile,
+    ProfileRules,
     Question,
     Rule,
-    Service,
-    ServiceMatch,
-    Settings,
+    ServiceBackends,
     Stage,
-    Tier,
     World,
 )
 from netpol_ebpf.selector import equals
@@ -76,7 +76,7 @@ def cluster(*objects: Any, limits: Limits | None = None) -> Compiler:
     allow = (Rule(Action.ALLOW, 0),)
     for obj in (
         pod("web-1", "10.0.0.1", app="web"), pod("web-2", "10.0.0.2", app="web"), pod("db", "10.0.1.1", node="away", app="db"),
-        Profile("kns.n", allow, allow), Tier("default", 1e6), *objects,
+        ProfileRules("kns.n", allow, allow), PolicyTier("default", 1e6), *objects,
     ):  # fmt: skip
         compiler.upsert(obj)
     compiler.commit()
@@ -116,7 +116,7 @@ def test_nothing_new_is_no_change() -> None:
     compiler.upsert(pod("web-1", "10.0.0.1", app="web"))
     compiler.upsert(policy("p", from_app("db")))
     compiler.remove(Policy, PolicyKey("NetworkPolicy", "n", "gone"))
-    compiler.remove(Settings, None)
+    compiler.remove(PolicySettings, None)
     change = compiler.commit()
     assert not change
     assert not change.revokes
@@ -231,10 +231,10 @@ def test_columns_of_sets_in_force_are_written_before_the_atoms() -> None:
 def test_net_more_or_less_is_one_row() -> None:
     """The others of the set keep theirs; with other labels all are flipped."""
     nets = tuple(ip_network(f"198.18.{index}.0/24") for index in range(50))
-    compiler = cluster(NetworkSet("s", {"a": "1"}, nets[:49]))
-    assert commit(compiler, NetworkSet("s", {"a": "1"}, nets)).flip["cidrs"].upserts.keys() == {nets[49]}
-    assert commit(compiler, NetworkSet("s", {"a": "1"}, nets[1:])).flip["cidrs"].deletes == {nets[0]}
-    assert commit(compiler, NetworkSet("s", {"a": "2"}, nets[1:])).flip["cidrs"].upserts.keys() == set(nets[1:])
+    compiler = cluster(LabelledNets("s", {"a": "1"}, nets[:49]))
+    assert commit(compiler, LabelledNets("s", {"a": "1"}, nets)).flip["cidrs"].upserts.keys() == {nets[49]}
+    assert commit(compiler, LabelledNets("s", {"a": "1"}, nets[1:])).flip["cidrs"].deletes == {nets[0]}
+    assert commit(compiler, LabelledNets("s", {"a": "2"}, nets[1:])).flip["cidrs"].upserts.keys() == set(nets[1:])
 
 
 def test_new_meaning_of_a_named_port_flips_who_uses_it() -> None:
@@ -255,10 +255,12 @@ def test_new_meaning_of_a_named_port_flips_who_uses_it() -> None:
 def test_backend_that_comes_is_an_address_and_a_port_is_a_policy() -> None:
     """Membership flips address rows; a port that no backend had yet flips the endpoints."""
 
-    def service(*backends: tuple[str, int]) -> Service:
-        return Service("n", "s", frozenset(Backend(ip_address(address), TCP, port) for address, port in backends))
+    def service(*backends: tuple[str, int]) -> ServiceBackends:
+        return ServiceBackends(
+            "n", "s", frozenset(Backend(ip_address(address), TCP, port) for address, port in backends)
+        )
 
-    match = Entity(service=ServiceMatch("n", "s", match_ports=True))
+    match = Entity(service=BackendMatch("n", "s", match_ports=True))
     uses = policy("p", types=frozenset({EGRESS}), ingress=(), egress=(Rule(Action.ALLOW, 0, destination=match),))
     compiler = cluster(uses, service(("172.16.0.1", 443)))
     change = commit(compiler, service(("172.16.0.1", 443), ("172.16.0.2", 443)))
@@ -271,19 +273,19 @@ def test_tier_change_concerns_endpoints_with_policies_in_it() -> None:
     """Its default action is part of their sets."""
     compiler = cluster(policy("p", from_app("db")))
     assert outcome(compiler, "192.0.2.1") is Outcome.DENY
-    change = commit(compiler, Tier("default", 1e6, Action.PASS))
+    change = commit(compiler, PolicyTier("default", 1e6, Action.PASS))
     assert len(change.flip["endpoints"].upserts) == 2
     assert not change.revokes
     assert outcome(compiler, "192.0.2.1") is Outcome.ALLOW
-    assert not commit(compiler, Tier("unused", 5.0))
+    assert not commit(compiler, PolicyTier("unused", 5.0))
 
 
 def test_what_no_packet_reaches_is_no_part_of_a_set() -> None:
     """Behind a tier that always ends in deny, profiles make no difference, and the rules of a later tier neither."""
-    compiler = cluster(policy("p", from_app("db")), Tier("late", 2e6))
+    compiler = cluster(policy("p", from_app("db")), PolicyTier("late", 2e6))
     assert not commit(compiler, policy("late", Entity(), tier="late"))
     rule = Rule(Action.DENY, 0)
-    change = commit(compiler, Profile("kns.n", (rule,), (rule,)))
+    change = commit(compiler, ProfileRules("kns.n", (rule,), (rule,)))
     assert {direction for row in change.flip["endpoints"].upserts.values() for direction, _ in row.sets} == set(
         Direction
     )
@@ -335,7 +337,7 @@ def test_everything_is_given_back() -> None:
     """After the last object no table has a row."""
     compiler = cluster(
         policy("p", from_app("db"), Entity(nets=(ip_network("192.0.2.0/24"),))),
-        NetworkSet("s", {}, (ip_network("::/0"),)),
+        LabelledNets("s", {}, (ip_network("::/0"),)),
     )
     compiler.replace(World())
     change = compiler.commit()
@@ -372,7 +374,7 @@ def test_replace_makes_the_world_what_is_given() -> None:
         (Limits(rules=5), (policy("p", *[from_app("db")] * 3),), r"rules: needs 6, the limit is 5$"),
         (Limits(identities=2), (pod("x", "10.0.3.1", app="x"),), r"identities: needs 3, the limit is 2$"),
         (Limits(addresses=3), (pod("x", "10.0.3.1", app="db"),), r"^Pod/n/x: addresses: needs 4, the limit is 3$"),
-        (Limits(cidrs=1), (NetworkSet("s", {}, (ip_network("10.0.0.0/8"), ip_network("11.0.0.0/8"))),), r"^s: cidrs: needs 2, the limit is 1$"),
+        (Limits(cidrs=1), (LabelledNets("s", {}, (ip_network("10.0.0.0/8"), ip_network("11.0.0.0/8"))),), r"^s: cidrs: needs 2, the limit is 1$"),
         (Limits(peer_classes=0), (policy("p", from_app("db")),), r"^NetworkPolicy/n/p: peer classes: needs 1, the limit is 0$"),
         (Limits(endpoints=2), (pod("x", "10.0.3.1", app="db"),), r"^Pod/n/x: endpoints: needs 3, the limit is 2$"),
     ],
@@ -409,15 +411,15 @@ def test_accident_anywhere_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) -> N
     """Whatever step of a commit fails, everything is as before, and the same commit then succeeds."""
     before = (
         policy("p", from_app("db"), Entity(nets=(ip_network("192.0.2.0/24"),))),
-        NetworkSet("s", {"a": "1"}, (ip_network("10.0.0.0/8"),)),
+        LabelledNets("s", {"a": "1"}, (ip_network("10.0.0.0/8"),)),
     )
     after = (
         policy("p", from_app("other"), Entity(nets=(ip_network("192.0.2.0/25"),)), ports=Ports(((1, 9),), ("sql",))),
         policy("q", Entity(not_selector=equals("a", "1"))),
-        NetworkSet("s", {"a": "2"}, (ip_network("10.0.0.0/16"),)),
+        LabelledNets("s", {"a": "2"}, (ip_network("10.0.0.0/16"),)),
         pod("db", "10.0.1.1", node="away", app="other", ports=(NamedPort("sql", TCP, 5432),)),
         pod("web-2", "10.0.0.7", app="web"), pod("web-3", "10.0.0.3", app="web", ports=(NamedPort("sql", TCP, 1),)),
-        Tier("default", 5.0, Action.PASS),
+        PolicyTier("default", 5.0, Action.PASS),
     )  # fmt: skip
     wanted = cluster(*before)
     commit(wanted, *after)

@@ -8,7 +8,7 @@ from ipaddress import ip_network
 
 import pytest
 
-from netpol_ebpf.compiler.entries import Effect, Entry, PortPair, expand
+from netpol_ebpf.compiler.entries import Effect, PortPair, RuleEntry, expand
 from netpol_ebpf.compiler.intervals import contains
 from netpol_ebpf.compiler.l4 import ANY_L4, ANY_SOURCE, WITH_PORTS, WITHOUT_PORTS, icmp, ports, protocol
 from netpol_ebpf.compiler.terms import (
@@ -28,6 +28,7 @@ from netpol_ebpf.policy.types import (
     TCP,
     UDP,
     Action,
+    BackendMatch,
     Cause,
     CauseKind,
     Direction,
@@ -35,7 +36,6 @@ from netpol_ebpf.policy.types import (
     IcmpType,
     Ports,
     Rule,
-    ServiceMatch,
 )
 from netpol_ebpf.selector import Selector, parse
 
@@ -56,7 +56,7 @@ class Resolutions:
         return ((TCP, 443), (UDP, 53), (TCP, 0)) if (namespace, name) == ("n", "s") else ()
 
 
-def entries(rule: Rule, direction: Direction = Direction.INGRESS) -> tuple[Entry, ...]:
+def entries(rule: Rule, direction: Direction = Direction.INGRESS) -> tuple[RuleEntry, ...]:
     """The rule's entries."""
     return expand(rule, direction, Effect.ALLOW, CAUSE, Resolutions())
 
@@ -68,7 +68,7 @@ def rule(**fields: object) -> Rule:
 
 def test_rule_without_clauses_is_one_entry_for_everything() -> None:
     """No constraint on either side, any family."""
-    assert entries(rule()) == (Entry(Effect.ALLOW, CAUSE, ANYONE, ANYONE, ANY_L4, ANY_SOURCE, 0),)
+    assert entries(rule()) == (RuleEntry(Effect.ALLOW, CAUSE, ANYONE, ANYONE, ANY_L4, ANY_SOURCE, 0),)
 
 
 @pytest.mark.parametrize("direction", Direction)
@@ -98,7 +98,7 @@ def test_own_side_is_the_destination_of_ingress(direction: Direction) -> None:
         rule(destination=Entity(ports=Ports(names=("nobody",)))),
         rule(destination=Entity(selector=B, ports=Ports(names=("http",)))),
         rule(destination=Entity(ports=Ports())),
-        rule(destination=Entity(service=ServiceMatch("n", "none", match_ports=True))),
+        rule(destination=Entity(service=BackendMatch("n", "none", match_ports=True))),
         rule(protocol=ICMP, destination=Entity(ports=Ports(((1, 2),)))),
     ],
 )
@@ -226,9 +226,9 @@ def test_source_ports_that_are_excluded() -> None:
 
 def test_service_by_address_and_by_triple() -> None:
     """With ports each (protocol, port) is an entry, except a backend without a port."""
-    (plain,) = entries(rule(source=Entity(service=ServiceMatch("n", "s", match_ports=False))))
+    (plain,) = entries(rule(source=Entity(service=BackendMatch("n", "s", match_ports=False))))
     assert plain.peer.positive == {ServiceTerm("n", "s")}
-    found = entries(rule(destination=Entity(service=ServiceMatch("n", "s", match_ports=True))), Direction.EGRESS)
+    found = entries(rule(destination=Entity(service=BackendMatch("n", "s", match_ports=True))), Direction.EGRESS)
     assert {(each.l4, each.peer.positive) for each in found} == {
         (ports((number,), ((port, port),)), frozenset({ServiceTerm("n", "s", number, port)}))
         for number, port in ((TCP, 443), (UDP, 53))

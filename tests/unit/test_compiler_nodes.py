@@ -11,19 +11,19 @@ import pytest
 from netpol_ebpf.compiler import Compiler, Limits
 from netpol_ebpf.compiler.tables import FIRST_NODE
 from netpol_ebpf.errors import LimitError
-from netpol_ebpf.policy.types import Endpoint, EndpointKey, EndpointKind, Node
+from netpol_ebpf.policy.types import ClusterNode, Endpoint, EndpointKey, EndpointKind
 
 HERE = "here"
 
 
-def compiler(*objects: Endpoint | Node, limits: Limits | None = None) -> Compiler:
+def compiler(*objects: Endpoint | ClusterNode, limits: Limits | None = None) -> Compiler:
     """Of the node HERE, with these objects in force."""
     one = Compiler(lambda endpoint: endpoint.node == HERE, limits=limits)
     change(one, *objects)
     return one
 
 
-def change(one: Compiler, *objects: Endpoint | Node) -> None:
+def change(one: Compiler, *objects: Endpoint | ClusterNode) -> None:
     """Put these in force as well."""
     for each in objects:
         one.upsert(each)
@@ -35,9 +35,9 @@ def endpoint(name: str, node: str | None, *addresses: str, kind: EndpointKind = 
     return Endpoint(EndpointKey(kind.value, "", name), kind, {}, tuple(map(ip_address, addresses)), node=node)
 
 
-def node(name: str, *addresses: str) -> Node:
+def node(name: str, *addresses: str) -> ClusterNode:
     """A node with these addresses."""
-    return Node(name, {}, tuple(map(ip_address, addresses)))
+    return ClusterNode(name, {}, tuple(map(ip_address, addresses)))
 
 
 def node_of(one: Compiler, address: str) -> str | None:
@@ -87,7 +87,7 @@ def test_rows_follow_nodes() -> None:
     kept = one.tables.nodes["a"]
     change(one, node("a", "172.16.0.3"))
     assert one.tables.nodes["a"] == kept
-    one.remove(Node, "a")
+    one.remove(ClusterNode, "a")
     one.commit()
     assert node_of(one, "10.0.0.1") is None
     assert "a" not in one.tables.nodes
@@ -101,7 +101,7 @@ def test_nodes_that_share_an_address_are_not_told_apart() -> None:
     )  # fmt: skip
     change(one, node("new", "172.16.0.1", "fd00::1"))
     assert [node_of(one, f"10.0.0.{last}") for last in (1, 2, 3)] == [None, None, "b"]
-    one.remove(Node, "old")
+    one.remove(ClusterNode, "old")
     one.commit()
     assert [node_of(one, f"10.0.0.{last}") for last in (1, 2, 3)] == [None, "new", "b"]
 
@@ -134,7 +134,7 @@ def test_any_history_gives_the_same_tables(seed: int) -> None:
         for _ in range(chance.randrange(1, 4)):
             if chance.random() < 0.4:
                 addresses = chance.sample([f"172.16.0.{last}" for last in range(1, 6)], chance.randrange(3))
-                new: Endpoint | Node = node(chance.choice((HERE, "a", "b", "c")), *addresses)
+                new: Endpoint | ClusterNode = node(chance.choice((HERE, "a", "b", "c")), *addresses)
                 key = type(new), new.name  # type: ignore[union-attr]  # a node
             else:
                 addresses = chance.sample([f"10.0.0.{last}" for last in range(1, 6)], chance.randrange(1, 3))

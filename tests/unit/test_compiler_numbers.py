@@ -7,12 +7,12 @@ import random
 from itertools import pairwise
 
 from netpol_ebpf.compiler.journal import Journal
-from netpol_ebpf.compiler.numbers import QUARANTINE, Numbers, Ranges
+from netpol_ebpf.compiler.numbers import QUARANTINE, NumberPool, Ranges
 
 
 def test_freed_number_waits_while_fresh_ones_are_to_be_had() -> None:
     """A number given back is not the next one."""
-    numbers, journal = Numbers(1, 10_000), Journal()
+    numbers, journal = NumberPool(1, 10_000), Journal()
     first = numbers.take(journal)
     assert first == 1
     numbers.give_back(first, journal)
@@ -22,7 +22,7 @@ def test_freed_number_waits_while_fresh_ones_are_to_be_had() -> None:
 
 def test_freed_numbers_are_used_before_none_are_left() -> None:
     """At the limit the one freed longest ago comes back, then there is nothing."""
-    numbers, journal = Numbers(1, 3), Journal()
+    numbers, journal = NumberPool(1, 3), Journal()
     assert [numbers.take(journal) for _ in range(3)] == [1, 2, 3]
     assert numbers.take(journal) is None
     numbers.give_back(2, journal)
@@ -32,7 +32,7 @@ def test_freed_numbers_are_used_before_none_are_left() -> None:
 
 def test_rollback_forgets_what_was_taken_and_given_back() -> None:
     """After a rollback the same numbers come in the same order."""
-    numbers, journal = Numbers(1, 4), Journal()
+    numbers, journal = NumberPool(1, 4), Journal()
     kept = [numbers.take(journal) for _ in range(3)]
     assert kept == [1, 2, 3]
     numbers.give_back(2, journal)
@@ -46,7 +46,7 @@ def test_rollback_forgets_what_was_taken_and_given_back() -> None:
 
 def test_reserved_number_is_not_handed_out() -> None:
     """Numbers of an earlier run are left out until they are given back."""
-    numbers, journal = Numbers(1, 3), Journal()
+    numbers, journal = NumberPool(1, 3), Journal()
     assert numbers.keep({"here": 2}) == {"here": 2}
     assert [numbers.take(journal) for _ in range(3)] == [1, 3, None]
     numbers.give_back(2, journal)
@@ -55,7 +55,7 @@ def test_reserved_number_is_not_handed_out() -> None:
 
 def test_number_of_several_or_out_of_range_is_not_kept() -> None:
     """Whatever an earlier run is said to have left, what comes gets a number of its own."""
-    numbers, journal = Numbers(1, 3), Journal()
+    numbers, journal = NumberPool(1, 3), Journal()
     assert numbers.keep({"a": 2, "b": 2, "c": 3, "d": 0, "e": 4, "f": -1}) == {"c": 3}
     assert [numbers.take(journal) for _ in range(3)] == [1, 2, None]
 

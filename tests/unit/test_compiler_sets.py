@@ -17,6 +17,7 @@ from netpol_ebpf.policy.types import (
     Action,
     Cause,
     CauseKind,
+    ClusterNode,
     Direction,
     Endpoint,
     EndpointKey,
@@ -24,15 +25,14 @@ from netpol_ebpf.policy.types import (
     Entity,
     Failsafe,
     NamedPort,
-    Node,
     Outcome,
     Packet,
     Policy,
     PolicyKey,
+    PolicySettings,
     Ports,
     Question,
     Rule,
-    Settings,
     Stage,
     Staged,
     Verdict,
@@ -337,7 +337,7 @@ def test_hosts_with_the_same_exceptions_share_their_sets() -> None:
     assert len({ingress(compiler, name, host=True) for name in "abc"}) == 1
     own = (Failsafe(TCP, 80, ip_network("192.0.2.0/24")),)
     lists = {("a", Direction.INGRESS): own, ("b", Direction.INGRESS): own}
-    compiler.upsert(Settings(node_failsafes=lists))
+    compiler.upsert(PolicySettings(node_failsafes=lists))
     compiler.commit()
     rows = [ingress(compiler, name, host=True) for name in "abc"]
     assert rows[0] == rows[1] != rows[2]
@@ -352,9 +352,11 @@ def test_exceptions_that_went_leave_nothing() -> None:
     compiler = compiled(host)
     form = compiler.canonical()
     for port in range(1, 50):
-        compiler.upsert(Settings(failsafe_inbound=(Failsafe(TCP, port),), failsafe_outbound=(), tunnels=frozenset()))
+        compiler.upsert(
+            PolicySettings(failsafe_inbound=(Failsafe(TCP, port),), failsafe_outbound=(), tunnels=frozenset())
+        )
         compiler.commit()
-    compiler.upsert(Settings())
+    compiler.upsert(PolicySettings())
     compiler.commit()
     assert compiler.canonical() == form
     assert len(compiler.tables.rules) == len(compiled(host).tables.rules)
@@ -362,7 +364,7 @@ def test_exceptions_that_went_leave_nothing() -> None:
 
 def test_failsafe_ports_and_tunnels_are_marked_in_their_rows() -> None:
     """The mark is what keeps untracked and pre-DNAT policy from dropping them; no other row has it."""
-    node = Node("n", {}, (ip_address("172.16.0.9"),))
+    node = ClusterNode("n", {}, (ip_address("172.16.0.9"),))
     compiler = compiled(endpoint("a", "172.16.0.1", host=True), node, policy("p", allow()))
     marked = {compiler.tables.rules[row.rule].kind for _, row in compiler.tables.verdicts.items() if row.failsafe}
     plain = {compiler.tables.rules[row.rule].kind for _, row in compiler.tables.verdicts.items() if not row.failsafe}

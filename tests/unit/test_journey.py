@@ -13,11 +13,11 @@ from netpol_ebpf.policy.journey import (
     OUTSIDE,
     Finding,
     Flow,
-    Hop,
+    FlowEnd,
+    FlowEndKind,
+    HopReason,
     Journey,
-    Place,
-    PlaceKind,
-    Reason,
+    JourneyHop,
     Topology,
     walk,
 )
@@ -29,16 +29,16 @@ from netpol_ebpf.policy.types import (
     Action,
     Cause,
     CauseKind,
+    ClusterNode,
     Direction,
     Endpoint,
     EndpointKey,
     EndpointKind,
     Failsafe,
-    Node,
     Outcome,
     Packet,
+    PolicySettings,
     Question,
-    Settings,
     Stage,
     Verdict,
     World,
@@ -57,7 +57,7 @@ def host(name: str, node: str, interface: str | None, *addresses: str) -> Endpoi
     return Endpoint(key, EndpointKind.HOST, {}, owned, node=node, interface=interface)
 
 
-def world(*hosts: Endpoint, settings: Settings | None = None) -> World:
+def world(*hosts: Endpoint, settings: PolicySettings | None = None) -> World:
     """Pods 10.0.1.1 and .2 on n1 (172.16.0.1), 10.0.2.1 on n2 (172.16.0.2), 10.0.9.1 on no node."""
     pods = [
         workload("a", "10.0.1.1", "n1"),
@@ -65,11 +65,11 @@ def world(*hosts: Endpoint, settings: Settings | None = None) -> World:
         workload("c", "10.0.2.1", "n2"),
         workload("d", "10.0.9.1", None),
     ]
-    nodes = [Node(f"n{number}", {}, (ip_address(f"172.16.0.{number}"),)) for number in (1, 2, 3)]
+    nodes = [ClusterNode(f"n{number}", {}, (ip_address(f"172.16.0.{number}"),)) for number in (1, 2, 3)]
     return World(
         endpoints={endpoint.key: endpoint for endpoint in (*pods, *hosts)},
         nodes={node.name: node for node in nodes},
-        settings=settings or Settings(),
+        settings=settings or PolicySettings(),
     )
 
 
@@ -79,7 +79,7 @@ def hops(held: World, about: Packet, dnat_to: tuple[str, int] | None = None) -> 
     return [render(hop, about) for hop in Topology(held).plan(Flow(about, translated)).hops]
 
 
-def render(hop: Hop, original: Packet) -> str:
+def render(hop: JourneyHop, original: Packet) -> str:
     if hop.reason is not None:
         return hop.reason.name
     assert hop.endpoint is not None
@@ -195,7 +195,9 @@ def test_workload_to_its_own_host(action: Action, hosts: tuple[Endpoint, ...], e
     """After the workload's egress policy the setting decides; with Pass a wildcard host endpoint does."""
     assert [
         render(hop, packet(A, N1))
-        for hop in Topology(world(*hosts, settings=Settings(workload_to_host=action))).plan(Flow(packet(A, N1))).hops
+        for hop in Topology(world(*hosts, settings=PolicySettings(workload_to_host=action)))
+        .plan(Flow(packet(A, N1)))
+        .hops
     ] == expected
 
 
@@ -237,13 +239,13 @@ def test_failsafe_traffic_meets_nothing_before_normal_policy() -> None:
     assert hops(held, packet(OUT, N1, TCP, 22)) == ["eth1 ingress normal"]
     assert hops(held, packet(N1, OUT, UDP, 53)) == ["eth1 egress normal"]
     assert hops(held, packet(OUT, A, TCP, 22)) == [f"eth1 ingress {IN}", "a ingress normal"]
-    held.settings = Settings(failsafe_inbound=(Failsafe(TCP, 22, None),), failsafe_outbound=())
+    held.settings = PolicySettings(failsafe_inbound=(Failsafe(TCP, 22, None),), failsafe_outbound=())
     assert hops(held, packet(N1, OUT, UDP, 53)) == [f"eth1 egress {OUT_LOCAL}"]
 
 
 def test_failsafe_ports_are_those_of_the_node() -> None:
     """Of the node whose interface it is."""
-    held = world(ETH1, ETH2, settings=Settings(node_failsafes={("n1", INGRESS): ()}))
+    held = world(ETH1, ETH2, settings=PolicySettings(node_failsafes={("n1", INGRESS): ()}))
     assert hops(held, packet(OUT, N1, TCP, 22)) == [f"eth1 ingress {IN_LOCAL}"]
     assert hops(held, packet(OUT, N2, TCP, 22)) == ["eth2 ingress normal"]
 
@@ -433,8 +435,8 @@ def test_a_workload_does_not_speak_for_routers(about: Packet, is_forged: bool) -
 
 def test_the_ends_may_be_told() -> None:
     """For a pod of the host's network on a node whose address is not known."""
-    flow = Flow(packet("172.16.0.99", A), source=Place(PlaceKind.HOST, node="n1"))
-    assert [hop.reason for hop in Topology(world()).plan(flow).hops] == [Reason.HOST_TO_LOCAL_WORKLOAD]
+    flow = Flow(packet("172.16.0.99", A), source=FlowEnd(FlowEndKind.HOST, node="n1"))
+    assert [hop.reason for hop in Topology(world()).plan(flow).hops] == [HopReason.HOST_TO_LOCAL_WORKLOAD]
     assert Topology(world()).locate(ip_address("172.16.0.99")) == OUTSIDE
 
 
@@ -454,11 +456,11 @@ def question(stage: Stage, name: str = "h", direction: Direction = INGRESS) -> Q
 
 RAW, PRE, NORMAL = question(Stage.UNTRACKED), question(Stage.PRE_DNAT), question(Stage.NORMAL)
 RAW_BACK, NORMAL_BACK = question(Stage.UNTRACKED, direction=EGRESS), question(Stage.NORMAL, direction=EGRESS)
-ARRIVAL = Hop(RAW.endpoint, INGRESS, (RAW, PRE, NORMAL), (RAW_BACK, NORMAL_BACK))
+ARRIVAL = JourneyHop(RAW.endpoint, INGRESS, (RAW, PRE, NORMAL), (RAW_BACK, NORMAL_BACK))
 LAST = question(Stage.NORMAL, "pod")
 
 
-def result(answers: dict[Question, Verdict], *hops: Hop) -> Finding:
+def result(answers: dict[Question, Verdict], *hops: JourneyHop) -> Finding:
     return walk(Journey(Flow(packet(OUT, N1)), hops), answers.__getitem__)
 
 
@@ -485,7 +487,7 @@ def test_stages_of_one_hop(answers: dict[Question, Outcome], allowed: bool, deci
 
 def test_all_hops_must_allow_and_the_first_refusal_is_named() -> None:
     """What comes after a refusal is not asked."""
-    first, second = Hop(LAST.endpoint, INGRESS, (NORMAL,)), Hop(LAST.endpoint, INGRESS, (LAST,))
+    first, second = JourneyHop(LAST.endpoint, INGRESS, (NORMAL,)), JourneyHop(LAST.endpoint, INGRESS, (LAST,))
     found = result({NORMAL: answer(ALLOW), LAST: answer(DENY)}, first, second)
     assert (found.allowed, found.question) == (False, LAST)
     found = result({NORMAL: answer(DENY)}, first, second)
@@ -494,12 +496,12 @@ def test_all_hops_must_allow_and_the_first_refusal_is_named() -> None:
 
 def test_a_reason_decides_without_a_question() -> None:
     """The last word of an allowed journey may be one; the one that refuses ends it."""
-    asked = Hop(LAST.endpoint, INGRESS, (LAST,))
-    found = result({LAST: answer(ALLOW)}, asked, Hop(reason=Reason.HAIRPIN))
-    assert (found.allowed, found.question, found.cause) == (True, None, Reason.HAIRPIN)
-    found = result({LAST: answer(ALLOW)}, asked, Hop(reason=Reason.WORKLOAD_TO_HOST_DROPPED))
-    assert (found.allowed, found.cause) == (False, Reason.WORKLOAD_TO_HOST_DROPPED)
-    assert str(found) == Reason.WORKLOAD_TO_HOST_DROPPED.value
+    asked = JourneyHop(LAST.endpoint, INGRESS, (LAST,))
+    found = result({LAST: answer(ALLOW)}, asked, JourneyHop(reason=HopReason.HAIRPIN))
+    assert (found.allowed, found.question, found.cause) == (True, None, HopReason.HAIRPIN)
+    found = result({LAST: answer(ALLOW)}, asked, JourneyHop(reason=HopReason.WORKLOAD_TO_HOST_DROPPED))
+    assert (found.allowed, found.cause) == (False, HopReason.WORKLOAD_TO_HOST_DROPPED)
+    assert str(found) == HopReason.WORKLOAD_TO_HOST_DROPPED.value
 
 
 def test_the_pending_verdict_takes_its_own_way() -> None:
@@ -515,7 +517,7 @@ def test_a_finding_names_where_and_why() -> None:
     """For people: the endpoint and the rule."""
     cause = Cause(CauseKind.RULE, INGRESS, "default", None, index=2, action=Action.DENY)
     verdict = replace(answer(DENY), cause=cause)
-    assert str(result({LAST: verdict}, Hop(LAST.endpoint, INGRESS, (LAST,)))) == f"HostEndpoint/pod: {cause}"
+    assert str(result({LAST: verdict}, JourneyHop(LAST.endpoint, INGRESS, (LAST,)))) == f"HostEndpoint/pod: {cause}"
 
 
 def test_a_journey_lists_every_question_there_could_be() -> None:

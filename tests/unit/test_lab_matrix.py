@@ -9,8 +9,8 @@ from ipaddress import ip_address
 import pytest
 
 from netpol_ebpf.errors import InvalidInputError
-from netpol_ebpf.lab.attempt import Attempt, Outcome, Result
-from netpol_ebpf.lab.matrix import Matrix, Observation, Service
+from netpol_ebpf.lab.attempt import Attempt, AttemptResult, Reachability
+from netpol_ebpf.lab.matrix import Matrix, Observation, ProbedService
 from netpol_ebpf.lab.scene import plan_for
 from netpol_ebpf.lab.topology import ICMP, ICMPV6, TCP, UDP, Host, Listen, Plan
 from netpol_ebpf.resources.load import parse_documents
@@ -23,17 +23,19 @@ PLAN = Plan(
         Host("old", "net", (ip_address("10.0.0.3"),)),
     ]
 )
-WEB, DNS, PING = Service("shop/b", TCP, 8080), Service("shop/b", UDP, 53), Service("shop/a", ICMP)
+WEB, DNS, PING = ProbedService("shop/b", TCP, 8080), ProbedService("shop/b", UDP, 53), ProbedService("shop/a", ICMP)
 MATRIX = Matrix(PLAN, ["shop/a", "shop/b", "old"], [WEB, DNS, PING], {"shop/a": "a", "shop/b": "b"})
 
 
-def observe(outcome_of: Callable[[Attempt], Outcome]) -> Observation:
+def observe(outcome_of: Callable[[Attempt], Reachability]) -> Observation:
     """What would be seen if each attempt ended so."""
-    return Observation(MATRIX, {attempt: Result(attempt, outcome_of(attempt), 0.0) for attempt in MATRIX.attempts()})
+    return Observation(
+        MATRIX, {attempt: AttemptResult(attempt, outcome_of(attempt), 0.0) for attempt in MATRIX.attempts()}
+    )
 
 
-def only_old_is_silenced(attempt: Attempt) -> Outcome:
-    return Outcome.SILENT if attempt.source == "old" else Outcome.REACHED
+def only_old_is_silenced(attempt: Attempt) -> Reachability:
+    return Reachability.SILENT if attempt.source == "old" else Reachability.REACHED
 
 
 def test_attempts_use_the_families_both_ends_have() -> None:
@@ -60,8 +62,8 @@ def test_prediction_fails_on_both_kinds_of_surprise() -> None:
     assert "shop/a to fd00::2 protocol 17 port 53: reached, expected silent" in map(str, surprises)
 
 
-@pytest.mark.parametrize("outcome", [Outcome.REFUSED, Outcome.UNREACHABLE])
-def test_an_error_is_never_taken_for_a_denial(outcome: Outcome) -> None:
+@pytest.mark.parametrize("outcome", [Reachability.REFUSED, Reachability.UNREACHABLE])
+def test_an_error_is_never_taken_for_a_denial(outcome: Reachability) -> None:
     """A refused or unreachable destination contradicts every prediction."""
     seen = observe(lambda _: outcome)
     assert len(seen.mismatches(lambda _: False)) == len(seen.results)
@@ -71,7 +73,7 @@ def test_an_error_is_never_taken_for_a_denial(outcome: Outcome) -> None:
 
 def test_table_shows_families_that_differ() -> None:
     """A cell says 4 or 6 when only that family is answered."""
-    seen = observe(lambda attempt: Outcome.SILENT if attempt.destination.version == 4 else Outcome.REACHED)
+    seen = observe(lambda attempt: Reachability.SILENT if attempt.destination.version == 4 else Reachability.REACHED)
     assert seen.render(colour=False).splitlines() == [
         "      b          a",
         "from  8080 53/u  ping",
@@ -84,7 +86,7 @@ def test_table_shows_families_that_differ() -> None:
 
 def test_table_marks_what_changed() -> None:
     """Only the cells that are not as before carry an asterisk; there is a form without other characters than ASCII."""
-    before, after = observe(lambda _: Outcome.REACHED), observe(only_old_is_silenced)
+    before, after = observe(lambda _: Reachability.REACHED), observe(only_old_is_silenced)
     assert after.changed(before) == [("old", service) for service in (WEB, DNS, PING)]
     table = after.render(colour=False, earlier=before, ascii_only=True)
     assert table.isascii()

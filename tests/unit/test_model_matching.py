@@ -20,19 +20,19 @@ from netpol_ebpf.policy.types import (
     UDPLITE,
     Action,
     Backend,
+    BackendMatch,
+    ClusterNode,
     Endpoint,
     EndpointKey,
     EndpointKind,
     Entity,
     IcmpType,
+    LabelledNets,
     NamedPort,
-    NetworkSet,
-    Node,
     Packet,
     Ports,
     Rule,
-    Service,
-    ServiceMatch,
+    ServiceBackends,
     World,
 )
 from netpol_ebpf.selector import parse
@@ -52,11 +52,11 @@ ENDPOINTS = (
 WORLD = World(
     endpoints={endpoint.key: endpoint for endpoint in ENDPOINTS},
     network_sets={
-        "set": NetworkSet("set", {"kind": "set"}, (ip_network("192.0.2.0/24"), ip_network("10.0.0.2/32"))),
+        "set": LabelledNets("set", {"kind": "set"}, (ip_network("192.0.2.0/24"), ip_network("10.0.0.2/32"))),
     },
-    nodes={"n": Node("n", {"zone": "a"}, (ip_address("172.16.0.1"),))},
+    nodes={"n": ClusterNode("n", {"zone": "a"}, (ip_address("172.16.0.1"),))},
     services={
-        ("ns", "db"): Service(
+        ("ns", "db"): ServiceBackends(
             "ns", "db", frozenset({Backend(ip_address("10.0.0.2"), TCP, 9090), Backend(ip_address("10.0.0.9"), 0, 0)})
         ),
     },
@@ -149,12 +149,12 @@ def entity_cases() -> list[tuple[Entity, str, bool]]:
         (Entity(nodes=parse("zone == 'a'")), "172.16.0.1", True),
         (Entity(nodes=parse("zone == 'b'")), "172.16.0.1", False),
         (Entity(nodes=parse("all()")), "10.0.0.1", False),
-        (Entity(service=ServiceMatch("ns", "db", match_ports=False)), "10.0.0.2", True),
-        (Entity(service=ServiceMatch("ns", "db", match_ports=False)), "10.0.0.9", True),
-        (Entity(service=ServiceMatch("ns", "db", match_ports=False)), "10.0.0.1", False),
-        (Entity(service=ServiceMatch("ns", "none", match_ports=False)), "10.0.0.2", False),
-        (Entity(service=ServiceMatch("ns", "db", match_ports=True)), "10.0.0.2", True),
-        (Entity(service=ServiceMatch("ns", "db", match_ports=True)), "10.0.0.9", False),
+        (Entity(service=BackendMatch("ns", "db", match_ports=False)), "10.0.0.2", True),
+        (Entity(service=BackendMatch("ns", "db", match_ports=False)), "10.0.0.9", True),
+        (Entity(service=BackendMatch("ns", "db", match_ports=False)), "10.0.0.1", False),
+        (Entity(service=BackendMatch("ns", "none", match_ports=False)), "10.0.0.2", False),
+        (Entity(service=BackendMatch("ns", "db", match_ports=True)), "10.0.0.2", True),
+        (Entity(service=BackendMatch("ns", "db", match_ports=True)), "10.0.0.9", False),
     ]
 
 
@@ -170,7 +170,7 @@ def test_entities(entity: Entity, address: str, expected: bool) -> None:  # noqa
 
 def test_a_service_with_ports_needs_protocol_and_port() -> None:
     """The triple of a slice's endpoint must match whole."""
-    entity = Entity(service=ServiceMatch("ns", "db", match_ports=True))
+    entity = Entity(service=BackendMatch("ns", "db", match_ports=True))
     assert not matches(rule(destination=entity), packet("192.0.2.1", "10.0.0.2", TCP, 9091))
     assert not matches(rule(destination=entity), packet("192.0.2.1", "10.0.0.2", UDP, 9090))
 

@@ -18,20 +18,20 @@ from netpol_ebpf.policy.types import (
     Action,
     Cause,
     CauseKind,
+    ClusterNode,
     Direction,
     EndpointKey,
     Failsafe,
-    Node,
     Outcome,
     Policy,
     PolicyKey,
-    Profile,
+    PolicySettings,
+    PolicyTier,
+    ProfileRules,
     Question,
     Rule,
-    Settings,
     Stage,
     Staged,
-    Tier,
     Tunnel,
     Verdict,
     World,
@@ -85,27 +85,27 @@ def test_the_end_of_a_tier_denies_and_names_its_last_policy() -> None:
 def test_a_direction_that_no_policy_has_is_not_isolated() -> None:
     """An ingress-only policy leaves egress to later tiers and profiles."""
     held = world(policy("in", types=frozenset({INGRESS})), profiles=("open",))
-    held.profiles["open"] = Profile("open", (ALLOW,), (ALLOW,))
+    held.profiles["open"] = ProfileRules("open", (ALLOW,), (ALLOW,))
     cause = Cause(CauseKind.PROFILE, EGRESS, profile="open", index=0, action=Action.ALLOW)
     assert decide(held, ask(direction=EGRESS)) == both(Outcome.ALLOW, cause)
 
 
 def test_pass_skips_the_rest_of_its_tier() -> None:
     """Pass goes to the next tier, past a Deny that stands later in its own."""
-    early = Tier("early", 1.0)
+    early = PolicyTier("early", 1.0)
     held = world(
         policy("pass", PASS, tier="early", order=1),
         policy("deny", DENY, tier="early", order=2),
         allow := policy("allow", ALLOW),
-        tiers=(early, Tier("default", 1e6)),
+        tiers=(early, PolicyTier("default", 1e6)),
     )
     assert decide(held, ask()) == both(Outcome.ALLOW, by_rule(allow, 0, Action.ALLOW))
 
 
 def test_a_tier_that_ends_in_pass_goes_on() -> None:
     """The default action Pass hands over to the next tier."""
-    soft = Tier("soft", 1.0, Action.PASS)
-    held = world(policy("a", tier="soft"), b := policy("b", DENY), tiers=(soft, Tier("default", 1e6)))
+    soft = PolicyTier("soft", 1.0, Action.PASS)
+    held = world(policy("a", tier="soft"), b := policy("b", DENY), tiers=(soft, PolicyTier("default", 1e6)))
     assert decide(held, ask()) == both(Outcome.DENY, by_rule(b, 0, Action.DENY))
 
 
@@ -117,12 +117,12 @@ def test_pass_in_the_last_tier_leads_to_the_profiles() -> None:
 @pytest.mark.parametrize(
     ("tiers", "winner"),
     [
-        ((Tier("x", 2.0), Tier("y", 1.0)), "y"),
-        ((Tier("x", 1.0), Tier("y", 1.0)), "x"),
-        ((Tier("x", float("inf")), Tier("y", 9e9)), "y"),
+        ((PolicyTier("x", 2.0), PolicyTier("y", 1.0)), "y"),
+        ((PolicyTier("x", 1.0), PolicyTier("y", 1.0)), "x"),
+        ((PolicyTier("x", float("inf")), PolicyTier("y", 9e9)), "y"),
     ],
 )
-def test_tiers_go_by_order_then_name(tiers: tuple[Tier, ...], winner: str) -> None:
+def test_tiers_go_by_order_then_name(tiers: tuple[PolicyTier, ...], winner: str) -> None:
     """A lower order goes first, and the name decides a tie."""
     policies = {tier.name: policy(f"p-{tier.name}", ALLOW, tier=tier.name) for tier in tiers}
     assert decide(world(*policies.values(), tiers=tiers), ask()).cause.tier == winner
@@ -184,8 +184,8 @@ def test_a_log_rule_of_several_internal_rules_is_listed_once() -> None:
 def test_profiles_end_the_evaluation(action: Action, outcome: Outcome, said: Action) -> None:
     """Pass in a profile is a deny."""
     held = world(profiles=("one", "two"))
-    held.profiles["one"] = Profile("one", (Rule(Action.LOG, 0), Rule(Action.ALLOW, 1, protocol=UDP)))
-    held.profiles["two"] = Profile("two", (Rule(action, 3),))
+    held.profiles["one"] = ProfileRules("one", (Rule(Action.LOG, 0), Rule(Action.ALLOW, 1, protocol=UDP)))
+    held.profiles["two"] = ProfileRules("two", (Rule(action, 3),))
     log = Cause(CauseKind.PROFILE, INGRESS, profile="one", index=0, action=Action.LOG)
     cause = Cause(CauseKind.PROFILE, INGRESS, profile="two", index=3, action=said)
     assert decide(held, ask()) == both(outcome, cause, (log,))
@@ -194,7 +194,7 @@ def test_profiles_end_the_evaluation(action: Action, outcome: Outcome, said: Act
 def test_a_missing_profile_denies_where_it_stands() -> None:
     """Fail closed, but not before the profiles that come earlier."""
     held = world(profiles=("first", "missing"))
-    held.profiles["first"] = Profile("first", (UDP_ONLY,))
+    held.profiles["first"] = ProfileRules("first", (UDP_ONLY,))
     cause = Cause(CauseKind.PROFILE, INGRESS, profile="missing", action=Action.DENY)
     assert decide(held, ask()) == both(Outcome.DENY, cause)
     assert decide(held, ask(about=packet("192.0.2.1", "10.0.0.1", UDP))).outcome is Outcome.ALLOW
@@ -289,7 +289,7 @@ def test_a_failsafe_may_be_limited_to_remote_addresses() -> None:
     """The net is the remote side's: the source for ingress, the destination for egress."""
     held = world()
     only = Failsafe(TCP, 22, ip_network("192.0.2.0/24"))
-    held.settings = Settings(failsafe_inbound=(only,), failsafe_outbound=(only,))
+    held.settings = PolicySettings(failsafe_inbound=(only,), failsafe_outbound=(only,))
     inside, outside = packet("192.0.2.1", "172.16.0.1", port=22), packet("198.51.100.1", "172.16.0.1", port=22)
     assert decide(held, ask(HOST, about=inside)).outcome is Outcome.ALLOW
     assert decide(held, ask(HOST, about=outside)).outcome is Outcome.DENY
@@ -299,13 +299,13 @@ def test_a_failsafe_may_be_limited_to_remote_addresses() -> None:
 def test_a_node_may_have_failsafes_of_its_own() -> None:
     """The list of the endpoint's node, also for replies; an empty one is a list."""
     held = world(policy("raw", DENY, do_not_track=True))
-    held.settings = Settings(node_failsafes={("n1", INGRESS): (Failsafe(TCP, 80),), ("n1", EGRESS): ()})
+    held.settings = PolicySettings(node_failsafes={("n1", INGRESS): (Failsafe(TCP, 80),), ("n1", EGRESS): ()})
     ssh, web = packet("192.0.2.1", "172.16.0.1", TCP, 22), packet("192.0.2.1", "172.16.0.1", TCP, 80)
     assert decide(held, ask(HOST, about=ssh)).outcome is Outcome.DENY
     assert decide(held, ask(HOST, about=web)) == both(Outcome.ALLOW, failsafe(0))
     reply = packet("192.0.2.1", "172.16.0.1", UDP, 40000, source_port=53)
     assert decide(held, ask(HOST, stage=Stage.UNTRACKED, about=reply)).outcome is Outcome.DENY
-    held.settings = Settings(node_failsafes={("n2", INGRESS): ()})
+    held.settings = PolicySettings(node_failsafes={("n2", INGRESS): ()})
     assert decide(held, ask(HOST, about=ssh)) == both(Outcome.ALLOW, failsafe(0))
 
 
@@ -317,7 +317,7 @@ KNOWN = "172.16.0.2"
 def test_tunnels_between_known_nodes_go_before_policy(stage: Stage, outcome: Outcome, tunnel: Tunnel) -> None:
     """To and from the address of a Node; with anybody else's address policy decides, as on any other port."""
     held = world(policy("no", DENY), policy("raw", DENY, do_not_track=True))
-    held.nodes = {"n2": Node("n2", {}, (ip_address(KNOWN),))}
+    held.nodes = {"n2": ClusterNode("n2", {}, (ip_address(KNOWN),))}
     cause = {
         direction: Cause(CauseKind.TUNNEL, direction, index=tunnel.number, action=Action.ALLOW)
         for direction in Direction
@@ -332,14 +332,14 @@ def test_tunnels_between_known_nodes_go_before_policy(stage: Stage, outcome: Out
     stranger = packet("192.0.2.1", "172.16.0.1", tunnel.protocol, **ports)
     assert decide(held, ask(HOST, INGRESS, stage, stranger)).outcome is Outcome.DENY
     assert decide(held, ask(HOST, INGRESS, stage, packet(KNOWN, "172.16.0.1", UDP, 4790))).outcome is Outcome.DENY
-    held.settings = Settings(tunnels=frozenset())
+    held.settings = PolicySettings(tunnels=frozenset())
     assert decide(held, ask(HOST, INGRESS, stage, inwards)).outcome is Outcome.DENY
 
 
 def test_tunnels_are_of_hosts_and_local_traffic_only() -> None:
     """What passes through, and what is for a workload, is judged."""
     held = world(policy("no", DENY, apply_on_forward=True), policy("pre", DENY, pre_dnat=True))
-    held.nodes = {"n2": Node("n2", {}, (ip_address(KNOWN),))}
+    held.nodes = {"n2": ClusterNode("n2", {}, (ip_address(KNOWN),))}
     vxlan = packet(KNOWN, "172.16.0.1", UDP, 4789)
     assert decide(held, ask(POD, about=vxlan)).outcome is Outcome.DENY
     for stage in (Stage.FORWARD, Stage.PRE_DNAT):
@@ -376,7 +376,7 @@ def test_a_staged_delete_removes_its_namesake() -> None:
     """Pending, the tier is then invisible."""
     old = policy("p", DENY)
     held = world(old, staged(old, action=Staged.DELETE), profiles=("open",))
-    held.profiles["open"] = Profile("open", (ALLOW,))
+    held.profiles["open"] = ProfileRules("open", (ALLOW,))
     verdict = decide(held, ask())
     assert (verdict.outcome, verdict.staged_outcome) == (Outcome.DENY, Outcome.ALLOW)
 
@@ -384,8 +384,8 @@ def test_a_staged_delete_removes_its_namesake() -> None:
 def test_a_tier_with_staged_policies_only_is_invisible_when_enforced() -> None:
     """SEMANTICS 1.12: its end does not deny; pending it does."""
     other = staged(policy("p", ALLOW), UDP_ONLY, tier="t")
-    held = world(other, profiles=("open",), tiers=(Tier("t", 1.0), Tier("default", 1e6)))
-    held.profiles["open"] = Profile("open", (ALLOW,))
+    held = world(other, profiles=("open",), tiers=(PolicyTier("t", 1.0), PolicyTier("default", 1e6)))
+    held.profiles["open"] = ProfileRules("open", (ALLOW,))
     verdict = decide(held, ask())
     assert verdict.outcome is Outcome.ALLOW
     assert (verdict.staged_outcome, verdict.staged_cause) == (Outcome.DENY, tier_end(other))

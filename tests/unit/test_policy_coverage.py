@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from netpol_ebpf.policy.coverage import covers, implies
-from netpol_ebpf.policy.types import ICMP, TCP, UDP, Action, Entity, IcmpType, Ports, Rule, ServiceMatch
+from netpol_ebpf.policy.types import ICMP, TCP, UDP, Action, BackendMatch, Entity, IcmpType, Ports, Rule
 from netpol_ebpf.selector import parse
 
 
@@ -24,8 +24,8 @@ def _to(**fields: Any) -> Rule:
     return _rule(protocol=protocol, destination=Entity(**{**fields, **nets, **selectors}))
 
 
-SERVICE = ServiceMatch("n", "s", match_ports=False)
-SERVICE_PORTS = ServiceMatch("n", "s", match_ports=True)
+SERVICE = BackendMatch("n", "s", match_ports=False)
+SERVICE_PORTS = BackendMatch("n", "s", match_ports=True)
 
 
 @pytest.mark.parametrize(
@@ -87,7 +87,7 @@ SERVICE_PORTS = ServiceMatch("n", "s", match_ports=True)
         (_to(not_ports=Ports((), ("http",))), _to(not_ports=Ports((), ("http",)), selector="has(a)"), False),
         (_to(service=SERVICE), _to(service=SERVICE_PORTS), True),
         (_to(service=SERVICE_PORTS), _to(service=SERVICE), False),
-        (_to(service=SERVICE), _to(service=ServiceMatch("n", "t", match_ports=False)), False),
+        (_to(service=SERVICE), _to(service=BackendMatch("n", "t", match_ports=False)), False),
         (_to(service=SERVICE), _to(), False),
         (_rule(unsupported="http"), _rule(protocol=TCP), False),
         (_rule(), _rule(unsupported="http"), False),

@@ -7,7 +7,7 @@ import math
 
 import pytest
 
-from netpol_ebpf.policy.types import Policy, PolicyKey, Tier, World
+from netpol_ebpf.policy.types import Policy, PolicyKey, PolicyTier, World
 from netpol_ebpf.selector import EVERYTHING
 
 
@@ -47,7 +47,7 @@ def test_tiers() -> None:
     """Existing ones by order, none last, then by name; tiers that only policies name come after all of them."""
     world = World(
         tiers={
-            name: Tier(name, order)
+            name: PolicyTier(name, order)
             for name, order in (("zz", 1.0), ("b", 1e6), ("default", 1e6), ("x", math.inf), ("a", math.inf))
         }
     )
@@ -61,9 +61,9 @@ def test_tiers() -> None:
 
 def test_a_tier_that_follows_another_one_has_none_in_between() -> None:
     """Whatever order and name a third tier has; the order of both is that of the first."""
-    first, second = Tier("kube", 1000.0), Tier("admin", 1000.0, follows="kube")
+    first, second = PolicyTier("kube", 1000.0), PolicyTier("admin", 1000.0, follows="kube")
     others = [
-        Tier(name, order)
+        PolicyTier(name, order)
         for order in (1000.0, math.nextafter(1000.0, 0), math.nextafter(1000.0, math.inf))
         for name in ("a", "kube-", "kubf", "z")
     ]

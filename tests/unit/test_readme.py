@@ -10,7 +10,7 @@ import pytest
 
 from netpol_ebpf.cli.main import build_parser, main
 from netpol_ebpf.lab import shop
-from netpol_ebpf.lab.attempt import Outcome, Result
+from netpol_ebpf.lab.attempt import AttemptResult, Reachability
 from netpol_ebpf.lab.matrix import Matrix, Observation
 from netpol_ebpf.lab.prediction import Prediction
 from netpol_ebpf.resources.load import load_paths
@@ -26,7 +26,9 @@ def test_matrix_is_the_one_the_model_predicts() -> None:
     matrix = Matrix(plan, shop.SOURCES, shop.SERVICES, shop.NAMES)
     prediction = Prediction(resources, plan)
     outcomes = {
-        attempt: Result(attempt, Outcome.REACHED if prediction.reached(attempt) else Outcome.SILENT, 0.0)
+        attempt: AttemptResult(
+            attempt, Reachability.REACHED if prediction.reached(attempt) else Reachability.SILENT, 0.0
+        )
         for attempt in matrix.attempts()
     }
     seen = Observation(matrix, outcomes)

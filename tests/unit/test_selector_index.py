@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import pytest
 
 from netpol_ebpf.selector import Selector, SelectorIndex, equals, parse
-from netpol_ebpf.selector.tree import Node
+from netpol_ebpf.selector.tree import SelectorNode
 
 
 def test_both_sides_answer() -> None:
@@ -95,7 +95,7 @@ class _Counting(Selector):
     __slots__ = ()
     tests = 0
 
-    def __init__(self, root: Node) -> None:
+    def __init__(self, root: SelectorNode) -> None:
         super().__init__(root)
 
     def matches(self, labels: Mapping[str, str]) -> bool:

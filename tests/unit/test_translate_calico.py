@@ -13,16 +13,16 @@ from netpol_ebpf.policy.translate import derive
 from netpol_ebpf.policy.types import (
     TCP,
     Action,
+    BackendMatch,
     Direction,
     Entity,
     IcmpType,
     Policy,
     PolicyKey,
+    PolicyTier,
     Ports,
     Rule,
-    ServiceMatch,
     Staged,
-    Tier,
 )
 
 
@@ -201,8 +201,8 @@ def test_services_match_ports_as_an_egress_destination_only() -> None:
         "types: [Ingress, Egress], ingress: [{action: Allow, source: {services: {name: s}}}], "
         "egress: [{action: Allow, destination: {services: {name: s, namespace: other}}}]"
     )
-    assert source(policy).service == ServiceMatch("ns", "s", match_ports=False)
-    assert policy.egress[0].destination.service == ServiceMatch("other", "s", match_ports=True)
+    assert source(policy).service == BackendMatch("ns", "s", match_ports=False)
+    assert policy.egress[0].destination.service == BackendMatch("other", "s", match_ports=True)
     assert source(policy).selector is None
 
 
@@ -245,8 +245,8 @@ def test_staged_policies(kind: str, enforced: str, namespace: str) -> None:
 def test_tiers() -> None:
     """Built-in ones always exist; a user's tier without order has the one of default."""
     world = derive(read(document("Tier", "", "mine") + document("Tier", "order: 7, defaultAction: Pass", "other")))
-    assert world.tiers["mine"] == Tier("mine", 1_000_000.0, Action.DENY)
-    assert world.tiers["other"] == Tier("other", 7.0, Action.PASS)
+    assert world.tiers["mine"] == PolicyTier("mine", 1_000_000.0, Action.DENY)
+    assert world.tiers["other"] == PolicyTier("other", 7.0, Action.PASS)
     assert [tier.name for tier in world.sorted_tiers()] == [
         "other",
         "kube-admin",

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from ipaddress import ip_address
 from itertools import permutations
+from typing import get_args
 
 import pytest
 from worlds import read
@@ -21,7 +22,7 @@ from netpol_ebpf.policy.types import (
     EndpointKey,
     EndpointKind,
     NamedPort,
-    Profile,
+    ProfileRules,
     Rule,
     World,
 )
@@ -87,8 +88,8 @@ def test_namespaces_and_accounts_are_profiles() -> None:
     """A namespace's allows everything, an account's has no rules."""
     world = derive(read(NAMESPACE + ACCOUNT))
     everything = (Rule(Action.ALLOW, 0),)
-    assert world.profiles["kns.ns"] == Profile("kns.ns", everything, everything)
-    assert world.profiles["ksa.ns.my.sa"] == Profile("ksa.ns.my.sa")
+    assert world.profiles["kns.ns"] == ProfileRules("kns.ns", everything, everything)
+    assert world.profiles["ksa.ns.my.sa"] == ProfileRules("ksa.ns.my.sa")
     assert world.profiles["projectcalico-default-allow"].ingress == everything
 
 
@@ -351,3 +352,12 @@ def test_a_workload_endpoint_is_a_workload_of_its_own_orchestrator() -> None:
             "pcns.projectcalico.org/name": "ns",
             **account,
         }
+
+
+def test_each_kind_that_is_read_is_translated() -> None:
+    """One entry for each type that a parser makes, each with a name of its own."""
+    kinds = Derivation.kinds.values()
+    assert Derivation.kinds.keys() == set(get_args(Resource))
+    names = [name for kind in kinds for name in (kind.name, kind.cluster_name) if name]
+    assert len(set(names)) == len(names)
+    assert all(kind.name.endswith("NetworkPolicy") == (kind.policy is not None) for kind in kinds)

@@ -23,7 +23,7 @@ from netpol_ebpf.policy.types import (
     EndpointKey,
     EndpointKind,
     Failsafe,
-    Settings,
+    PolicySettings,
     Tunnel,
     World,
 )
@@ -86,7 +86,7 @@ def test_failsafe_ports_of_nodes(text: str, n1: object, n2: object) -> None:
 
 def test_failsafe_ports_come_and_go() -> None:
     """Each change of them is a change of the settings, and no other event is one."""
-    derivation = Derivation(Settings(tunnels=frozenset()))
+    derivation = Derivation(PolicySettings(tunnels=frozenset()))
     assert derivation.take_changes().settings == derivation.world.settings
     (default,) = read(felix("default", IN_10))
     derivation.upsert(default)
@@ -99,7 +99,7 @@ def test_failsafe_ports_come_and_go() -> None:
     assert derivation.take_changes().settings is None
     derivation.remove(*key_of(default))
     changed = derivation.take_changes().settings
-    assert changed == derivation.world.settings == Settings(tunnels=frozenset())
+    assert changed == derivation.world.settings == PolicySettings(tunnels=frozenset())
     assert not derivation.is_changed
 
 
@@ -109,12 +109,12 @@ def test_tunnels_are_told_apart_from_objects() -> None:
     (default,) = read(felix("default", IN_10))
     derivation.set_tunnels({*TUNNELS, geneve})
     derivation.upsert(default)
-    assert derivation.world.settings == replace(Settings(), tunnels=TUNNELS | {geneve}, failsafe_inbound=(SSH,))
+    assert derivation.world.settings == replace(PolicySettings(), tunnels=TUNNELS | {geneve}, failsafe_inbound=(SSH,))
     derivation.take_changes()
     derivation.set_tunnels({*TUNNELS, geneve})
     assert not derivation.is_changed
     derivation.set_tunnels(TUNNELS)
-    assert derivation.take_changes().settings == replace(Settings(), failsafe_inbound=(SSH,))
+    assert derivation.take_changes().settings == replace(PolicySettings(), failsafe_inbound=(SSH,))
 
 
 ENABLED = controllers("{autoCreate: Enabled}")

@@ -10,7 +10,7 @@ from worlds import read
 
 from netpol_ebpf.errors import Location
 from netpol_ebpf.policy.translate import derive
-from netpol_ebpf.policy.translate.signetwork import translate
+from netpol_ebpf.policy.translate.signetwork import translate_cluster_policy
 from netpol_ebpf.policy.types import (
     ANY_ENTITY,
     SCTP,
@@ -51,7 +51,7 @@ def of_rule(rule: SigRule) -> tuple[Rule, ...]:
     """The internal ingress rules of one rule."""
     subject = SigSubject(namespaces=LabelSelector())
     policy = ClusterNetworkPolicy(Meta("p", "", {}, HERE), "Admin", 1, subject, (rule,), ())
-    return translate(policy, lambda _: ()).ingress
+    return translate_cluster_policy(PolicyKey("ClusterNetworkPolicy", "", "p"), policy, lambda _: ()).ingress
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ GIVEN_UP = {
 """Pattern of what is not written any more, to what is. Only what means nothing else is here."""
 
 HISTORY = re.compile(
-    r"CHANGELOG\.md|docs/upgrade\.md|docs/(kernels|versions|networks)\.md|docs/performance\.md|docs/SEMANTICS\.md|"
+    r"CHANGELOG\.md|docs/upgrade\.md|docs/(kernels|versions|networks)\.md|docs/SEMANTICS\.md|"
     r"(bench|tests/vm|tests/netns)/results/|tests/netns/(other_version|test_upgrade)\.py|tests/unit/test_words\.py"
 )
 """Files that speak of former versions, that are recorded, or that are of another origin."""

@@ -20,10 +20,10 @@ from netpol_ebpf.policy.types import (
     Packet,
     Policy,
     PolicyKey,
+    PolicyTier,
     Question,
     Rule,
     Stage,
-    Tier,
     World,
 )
 from netpol_ebpf.resources.load import parse_documents
@@ -59,7 +59,7 @@ def policy(name: str, *rules: Rule, tier: str = "default", order: float = 1.0, *
 
 
 def world(
-    *policies: Policy, tiers: tuple[Tier, ...] = (Tier("default", 1e6),), profiles: tuple[str, ...] = ()
+    *policies: Policy, tiers: tuple[PolicyTier, ...] = (PolicyTier("default", 1e6),), profiles: tuple[str, ...] = ()
 ) -> World:
     """A world with one pod (10.0.0.1) and one host (172.16.0.1), both with these profiles."""
     endpoints = [

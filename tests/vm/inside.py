@@ -25,9 +25,6 @@ from netpol_ebpf.agent.main import main as agent_main
 from netpol_ebpf.cases.runner import run_cases  # noqa: F401 - imported here once, for every step that needs it
 from netpol_ebpf.cli.main import main as netpolctl_main
 from netpol_ebpf.errors import PlatformError
-from netpol_ebpf.lab.laboratory import Lab
-from netpol_ebpf.lab.scene import plan_for
-from netpol_ebpf.resources.load import parse_documents
 from netpol_loader.kernel import syscall
 from netpol_loader.kernel.facts import kernel_facts
 from netpol_loader.kernel.hook import Hook
@@ -144,21 +141,18 @@ def succession(older: str) -> int:
     ``older``: the tree of that version.  Through all of it an open connection lives, what policy allows is reached and
     what it denies is silent, and endpoints keep their numbers.
     """
-    import agent_scene
+    from agent_scene import lab_for, scene_in
     from other_version import VersionedScene
 
-    resources = parse_documents(agent_scene.CLUSTER, "cluster.yaml").check()
-    with tempfile.TemporaryDirectory() as home, Lab(plan_for(resources), directories=[PIN_ROOT]) as lab:
-        scene = VersionedScene(lab, Path(home), PIN_ROOT, tree=Path(older))
-        scene.manifests.mkdir(parents=True)
-        for name, text in agent_scene.DEFAULTS.items():
-            scene.write(name, text)
-        try:
-            return _succession(scene)
-        except BaseException:
-            log = Path(home) / "agent.log"
-            print(log.read_text()[-2000:] if log.exists() else "the agent wrote nothing", file=sys.stderr)
-            raise
+    with tempfile.TemporaryDirectory() as directory, lab_for() as lab:
+        home = Path(directory) / "home"
+        with scene_in(lab, home, kind=VersionedScene, tree=Path(older)) as scene:
+            try:
+                return _succession(scene)
+            except BaseException:
+                log = home / "agent.log"
+                print(log.read_text()[-2000:] if log.exists() else "the agent wrote nothing", file=sys.stderr)
+                raise
 
 
 def _succession(scene: Any) -> int:

@@ -15,6 +15,7 @@ import sys
 from collections.abc import Mapping, Sequence
 
 from netpol_ebpf.errors import LoadError
+from netpol_loader import abi
 from netpol_loader.kernel import syscall
 from netpol_loader.kernel.facts import KernelFacts
 from netpol_loader.kernel.maps import possible_cpus
@@ -24,16 +25,12 @@ LOAD_IMMEDIATE_64 = 0x18
 """BPF_LD | BPF_DW | BPF_IMM, the one instruction of 16 bytes."""
 LOADS_MAP = 1
 """Source register of a load of a map: BPF_PSEUDO_MAP_FD."""
-LOADS_MASK, LOADS_FACT = 15, 14
-"""Source registers of loads of a map's mask and of a fact of the kernel, in the compiled file only (bpf/np_lang.h)."""
 CALL = 0x85
 """BPF_JMP | BPF_CALL."""
 CALLS_KERNEL = 2
 """Source register of a call of a kernel function by its number in the type information: BPF_PSEUDO_KFUNC_CALL."""
-CALLS_CAST = 0x4E50
-"""Number of the helper, which there is not, in whose place bpf_cast_to_kern_ctx is called (np_kernel_skb)."""
 
-PER_CPU_RANGES = frozenset({"np_flow_cache4", "np_flow_cache6"})
+PER_CPU_RANGES = frozenset(abi.maps_with(abi.MapTrait.RANGED))
 """Arrays that all processors share, each with a range of slots to itself."""
 
 LOAD_TRIES = 5
@@ -51,19 +48,19 @@ def link(instructions: bytes, names: Sequence[str], maps: Mapping[str, int], fac
     while at < len(code):
         opcode, operands, offset, immediate = INSTRUCTION.unpack_from(code, at)
         if opcode != LOAD_IMMEDIATE_64:
-            if opcode == CALL and immediate == CALLS_CAST and facts.cast_function:
+            if opcode == CALL and immediate == abi.NP_CALLS_CAST and facts.cast_function:
                 INSTRUCTION.pack_into(code, at, opcode, packed(CALLS_KERNEL, 0), 0, facts.cast_function)
             at += INSTRUCTION.size
             continue
         source, target = registers(operands)
-        if source in (LOADS_MAP, LOADS_MASK):
+        if source in (LOADS_MAP, abi.NP_LOADS_MASK):
             if immediate >= len(names) or names[immediate] not in maps:
                 raise LoadError(f"instruction {at // INSTRUCTION.size} names map {immediate}, which was not made")
             fd = maps[names[immediate]]
             value = fd if source == LOADS_MAP else mask_of(syscall.map_info(fd))
             kept = LOADS_MAP if source == LOADS_MAP else 0
             INSTRUCTION.pack_into(code, at, opcode, packed(kept, target), offset, value)
-        elif source == LOADS_FACT:
+        elif source == abi.NP_LOADS_FACT:
             if immediate not in facts.numbers:
                 raise LoadError(
                     f"instruction {at // INSTRUCTION.size} wants the unknown fact {immediate} of the kernel"

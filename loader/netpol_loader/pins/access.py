@@ -17,11 +17,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from netpol_ebpf.errors import PlatformError
+from netpol_loader import abi
 from netpol_loader.pins.dataplane import LINKS, Dataplane
 from netpol_loader.pins.programs import CURRENT
-from netpol_loader.tables.connections import TAG_NAMES
 
-PRIVATE = frozenset({"np_secret", "np_scratch", *TAG_NAMES, *TAG_NAMES.values()})
+PRIVATE = frozenset(abi.maps_with(abi.MapTrait.PRIVATE))
 """Maps that are not for the group: the secret of the hash, where it puts each connection, and what a packet has just computed."""
 
 _OWNER_OF_DIRECTORY, _OWNER_OF_PIN = 0o700, 0o600

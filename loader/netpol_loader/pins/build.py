@@ -25,8 +25,7 @@ from netpol_loader.kernel.relocation import PER_CPU_RANGES, link, load_program
 from netpol_loader.pins import compilation
 from netpol_loader.pins.compiled import CACHE_DIR, PREPARED_DIR, Compiled, find_compiled, save_compiled
 from netpol_loader.pins.programs import ProgramSet
-from netpol_loader.tables.buckets import MORE_NAMES, buckets_for
-from netpol_loader.tables.connections import TAG_NAMES
+from netpol_loader.tables.buckets import buckets_for
 
 log = logging.getLogger(__name__)
 
@@ -129,20 +128,18 @@ def kernel_sizes(sizes: Mapping[str, int]) -> dict[str, int]:
     result = dict(sizes)
     for name in PER_CPU_RANGES & sizes.keys():
         result[name] = max(sizes[name], possible_cpus())
-    for name in MASKED & sizes.keys():
+    for name in abi.maps_with(abi.MapTrait.MASKED):
+        if name not in sizes:
+            continue
         result[name] = 1 << (sizes[name] - 1).bit_length()
-    for name, tags in TAG_NAMES.items():
+    for name, tags in abi.TAG_MAPS.items():
         if name in sizes:
             buckets = buckets_for(name, sizes[name])
             result |= {name: buckets * abi.NP_CONN_WAYS, tags: buckets}
-    for name, more in MORE_NAMES.items():
+    for name, more in abi.OVERFLOW_MAPS.items():
         if name in sizes:
             result |= {name: buckets_for(name, sizes[name]), more: sizes[name]}
     return result
-
-
-MASKED = frozenset({"np_ep_cache", "np_vip_filter", "np_log_limit"})
-"""Arrays of any size but that a hash chooses from."""
 
 
 def _create_maps(specs: Sequence[abi.MapSpec], sizes: Mapping[str, int]) -> Iterator[tuple[str, int]]:

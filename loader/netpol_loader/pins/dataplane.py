@@ -86,7 +86,7 @@ class TestRun:
     @property
     def passed(self) -> bool:
         """Whether the packet would go on."""
-        return self.verdict in (-1, 0)
+        return self.verdict in (abi.NP_PASS, abi.NP_PASS_ALONE)
 
 
 class Dataplane:

@@ -35,6 +35,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from netpol_ebpf.errors import PlatformError, PrivilegeError
+from netpol_loader import abi
 from netpol_loader.host import netlink
 from netpol_loader.kernel import syscall
 from netpol_loader.kernel.hook import Hook
@@ -62,9 +63,6 @@ SO_ATTACH_BPF = 50  # asm-generic/socket.h
 ETH_P_802_3, ETH_P_ALL, ETH_P_802_2 = 0x0001, 0x0003, 0x0004  # linux/if_ether.h
 LEAST_ETHERTYPE = 0x0600  # below it the field is a length (IEEE 802.3)
 VLAN_ETHERTYPES = frozenset({0x8100, 0x88A8})
-
-PASS, PASS_ALONE, DROP = -1, 0, 2
-"""Verdicts; TC_ACT_UNSPEC, TC_ACT_OK and TC_ACT_SHOT of linux/pkt_cls.h."""
 
 KEY, BOARD = struct.Struct("=I"), struct.Struct("=IIII")
 AT_REDIRECTS, AT_BEHIND, AT_PASSED, AT_MARK = 0, 4, 8, 12
@@ -133,7 +131,7 @@ class FrameRunner:
             raise PlatformError(
                 f"one frame was sent to {hook.value}; the filter behind it saw {behind} frames, and {passed} left the hook"
             )
-        return TestRun((PASS if behind else PASS_ALONE) if passed else DROP, 0, seen)
+        return TestRun((abi.NP_PASS if behind else abi.NP_PASS_ALONE) if passed else abi.NP_DROP, 0, seen)
 
     def close(self) -> None:
         """Remove everything. The kernel ends the namespace soon after."""
@@ -221,7 +219,7 @@ def can_name_ingress() -> bool:
 
     A comparison of versions was rejected: distributions add such changes to older kernels.
     """
-    with _opened(_load(_end(DROP))) as fd:
+    with _opened(_load(_end(abi.NP_DROP))) as fd:
         for ingress_ifindex in (0, 1):
             context = bytearray(SKB_BYTES)
             struct.pack_into("=I", context, SKB_INGRESS_IFINDEX, ingress_ifindex)
@@ -366,11 +364,11 @@ def _gate(board: int, endpoint: int, copies_to: int) -> bytes:
         _step(MOVE, 3, number=TO_INGRESS),
         _step(CALL, number=CALL_CLONE_REDIRECT),
         _step(JUMP_IF, 0, offset=2),
-        _end(DROP),
+        _end(abi.NP_DROP),
         _row_of(board, 1),
         _step(LOAD_32, 1, 1, AT_REDIRECTS),
         _step(JUMP_IF_NOT, 1, offset=2),
-        _end(PASS),
+        _end(abi.NP_PASS),
         _step(MOVE, 1, number=endpoint),
         _step(MOVE, 2),
         _step(CALL, number=CALL_REDIRECT),
@@ -380,7 +378,7 @@ def _gate(board: int, endpoint: int, copies_to: int) -> bytes:
 
 def _behind(board: int) -> bytes:
     """The last filter of a hook: it counts the frames that the program leaves to the filters behind it."""
-    return _row_of(board, 1) + _step(MOVE, 2, number=1) + _step(ADD_32, 1, 2, AT_BEHIND) + _end(PASS)
+    return _row_of(board, 1) + _step(MOVE, 2, number=1) + _step(ADD_32, 1, 2, AT_BEHIND) + _end(abi.NP_PASS)
 
 
 def _tap(board: int, *, outgoing: bool = False) -> bytes:

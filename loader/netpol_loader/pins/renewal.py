@@ -23,7 +23,7 @@ from netpol_loader.kernel.maps import Map
 from netpol_loader.pins import build
 from netpol_loader.pins.dataplane import Dataplane, locked
 from netpol_loader.pins.programs import ProgramSet
-from netpol_loader.tables.buckets import MORE_NAMES, bucketed
+from netpol_loader.tables.buckets import bucketed
 
 
 class Renewal:
@@ -32,7 +32,7 @@ class Renewal:
     def __init__(self, dataplane: Dataplane, fresh: Collection[str], sizes: Mapping[str, int] | None = None) -> None:
         """``fresh``: names of the maps to be made anew; ``sizes``: their max_entries, where not those of the maps in force."""
         self._dataplane = dataplane
-        self._fresh = frozenset(fresh) | {more for name, more in MORE_NAMES.items() if name in fresh}
+        self._fresh = frozenset(fresh) | {more for name, more in abi.OVERFLOW_MAPS.items() if name in fresh}
         self._sizes = dict(sizes or {})
         self._staging = dataplane.pin_root / f"new-{os.getpid()}"
         self._maps: dict[str, Map] = {}

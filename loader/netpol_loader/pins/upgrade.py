@@ -41,20 +41,11 @@ from netpol_loader.pins.dataplane import (
     stage,
 )
 from netpol_loader.pins.programs import DAMAGED_HINT, program_ids
-from netpol_loader.tables.connections import ROWS_PER_BUCKET, TAG_NAMES
+from netpol_loader.tables.connections import ROWS_PER_BUCKET
 
 log = logging.getLogger(__name__)
 
-LASTING = (
-    *TAG_NAMES,
-    *TAG_NAMES.values(),
-    "np_secret",
-    "np_frag4",
-    "np_frag6",
-    "np_rule_count",
-    "np_staged_count",
-    "np_reason_count",
-)
+LASTING = abi.maps_of(abi.MapRole.CONNECTION, abi.MapRole.COUNTER)
 """Maps whose content outlives a change of schema, where their layout does."""
 
 OWN_SETTINGS = frozenset({"jiffies_per_second", "timeout_jiffies", "pad"})
@@ -73,7 +64,7 @@ class Upgrade:
     def summary(self) -> str:
         """What becomes of connections, for people."""
         begun = f"schema {self._older.name[1:]} to {abi.SCHEMA_VERSION}"
-        lost = [name for name in self.restarted if name in TAG_NAMES]
+        lost = [name for name in self.restarted if name in abi.TAG_MAPS]
         if not lost:
             return f"{begun}, connections kept"
         return f"{begun}, open connections judged anew ({', '.join(lost)} of another layout)"
@@ -168,13 +159,13 @@ def _keep(old: Path, new: Path, spec: abi.MapSpec, sizes: dict[str, int]) -> str
         found, wanted = btf.layouts(syscall.map_info(one.fd)), (btf.declared(spec.key), btf.declared(spec.value))
         if (one.key_size, one.value_size) != (spec.key_size, spec.value_size) or found != wanted:
             return "its layout is another" if found is not None else "the kernel does not know its layout"
-        is_table = spec.name in {*TAG_NAMES, *TAG_NAMES.values()}  # in buckets, of any number
+        is_table = spec.name in {*abi.TAG_MAPS, *abi.TAG_MAPS.values()}  # in buckets, of any number
         asked = build.kernel_sizes(sizes)[spec.name] if spec.name in sizes else spec.max_entries
         if spec.kind.endswith("array") and one.max_entries < asked and not is_table:
             return f"it has {one.max_entries} entries, not {asked}"
         if spec.name in sizes and one.max_entries != asked:
             log.warning("map %s keeps its size of %d; %d was asked for", spec.name, one.max_entries, asked)
-        if spec.name in TAG_NAMES:
+        if spec.name in abi.TAG_MAPS:
             sizes[spec.name] = one.max_entries // abi.NP_CONN_WAYS * ROWS_PER_BUCKET
         elif not is_table:
             sizes[spec.name] = one.max_entries

@@ -11,6 +11,7 @@ what rows mean.  The order of stores is the processor's where that is strong (x8
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 import struct
 import sys
@@ -25,44 +26,37 @@ from netpol_loader import abi
 from netpol_loader.kernel import syscall
 from netpol_loader.kernel.grace import order_stores
 from netpol_loader.kernel.maps import Map
-from netpol_loader.tables.connections import TAG_NAMES, UNREPLIED_NAMES, viewed
+from netpol_loader.tables.connections import viewed
 
-_MULTIPLIER = 0x9E37_79B9_7F4A_7C15
 _MASK64 = (1 << 64) - 1
 _WORD = 4
 _WORDS2, _WORDS4 = struct.Struct("=2I"), struct.Struct("=4I")
 _U16, _U32, _U64 = struct.Struct("@H"), struct.Struct("@I"), struct.Struct("@Q")
 
-MORE_NAMES: Mapping[str, str] = {
-    "np_addr4": "np_addr4_more",
-    "np_addr6": "np_addr6_more",
-    "np_peer_class": "np_peer_more",
-}
-"""The bucketed tables, each with the table of what found no place in its bucket."""
-
 SIZED = tuple(
     name
-    for name in abi.MAP_SPECS
-    if name not in {"np_vip_filter", "np_secret", *MORE_NAMES.values(), *TAG_NAMES.values()}
+    for name, spec in abi.MAP_SPECS.items()
+    if abi.MapTrait.FIXED not in spec.traits and not spec.overflow_of and not spec.tags_of
 )
 """Maps whose size may be chosen; of a bucketed table it is the number of its rows."""
 
 
 def _hash4(key: bytes) -> int:
-    return (int.from_bytes(key, sys.byteorder) * _MULTIPLIER & _MASK64) >> 32
+    return (int.from_bytes(key, sys.byteorder) * abi.NP_HASH_MULTIPLIER & _MASK64) >> 32
 
 
 def _hash6(key: bytes) -> int:
     one, two, three, four = _WORDS4.unpack(key)
-    mixed: int = (four << 32 | three) ^ ((two << 32 | one) * _MULTIPLIER & _MASK64)
-    return (mixed * _MULTIPLIER & _MASK64) >> 32
+    mixed: int = (four << 32 | three) ^ ((two << 32 | one) * abi.NP_HASH_MULTIPLIER & _MASK64)
+    return (mixed * abi.NP_HASH_MULTIPLIER & _MASK64) >> 32
 
 
 @lru_cache(maxsize=1 << 16)  # the same ones are asked for with each change of the node's addresses
 def vip_filter_bit(address: bytes) -> tuple[int, int]:
     """Row of np_vip_filter and bit in it that stand for an address."""
     hashed = _hash4(address) if len(address) == 4 else _hash6(address)  # noqa: PLR2004 - an IPv4 address
-    return hashed // 64 & (abi.MAP_SPECS["np_vip_filter"].max_entries - 1), hashed & 63
+    row, bit = divmod(hashed, 8 * ctypes.sizeof(abi.np_vip_filter))
+    return row & (abi.MAP_SPECS["np_vip_filter"].max_entries - 1), bit
 
 
 def buckets_for(name: str, rows: int) -> int:
@@ -74,7 +68,7 @@ def buckets_for(name: str, rows: int) -> int:
 def bucketed(maps: Mapping[str, Map]) -> dict[str, Map]:
     """The same maps, the bucketed ones as `BucketMap`. Raises OSError when an array cannot be mapped into memory."""
     result = dict(maps)
-    for name, more in MORE_NAMES.items():
+    for name, more in abi.OVERFLOW_MAPS.items():
         if name not in maps:
             continue
         kind = ClassMap if name == "np_peer_class" else AddressMap
@@ -84,11 +78,11 @@ def bucketed(maps: Mapping[str, Map]) -> dict[str, Map]:
 
 def open_map(pin_dir: Path, name: str) -> Map:
     """A pinned map by its name, or a view of one, with the tables it needs beside it. Raises OSError."""
-    table = next((table for table, unreplied in UNREPLIED_NAMES.items() if name in (table, unreplied)), name)
+    table = next((table for table, unreplied in abi.UNREPLIED_VIEWS.items() if name in (table, unreplied)), name)
     names = [
         table,
-        *([MORE_NAMES[name]] if name in MORE_NAMES else []),
-        *([TAG_NAMES[table], "np_secret"] if table in TAG_NAMES else []),
+        *([abi.OVERFLOW_MAPS[name]] if name in abi.OVERFLOW_MAPS else []),
+        *([abi.TAG_MAPS[table], "np_secret"] if table in abi.TAG_MAPS else []),
     ]
     return viewed(bucketed({one: Map(syscall.obj_get(pin_dir / one)) for one in names}))[name]
 
@@ -282,7 +276,7 @@ class AddressMap(BucketMap):
 
 
 _CLASSES = abi.NP_LINE_CLASSES
-_LINE_BYTES = 64
+_LINE_BYTES = ctypes.sizeof(abi.np_class_line)
 _CLASSES_AT: int = abi.np_class_line.peer_class.offset  # type: ignore[attr-defined]
 _SET_WORD: int = abi.np_class_line.set.offset // _WORD  # type: ignore[attr-defined]
 _BLOCK_WORD: int = abi.np_class_line.block.offset // _WORD  # type: ignore[attr-defined]
@@ -308,7 +302,7 @@ class ClassMap(BucketMap):
             raise ValueError(f"{self.name}: a key has {self.key_size} bytes, not {len(key)}")
         policy_set, identity = _WORDS2.unpack(key)
         block, index = divmod(identity, _CLASSES)
-        hashed = ((block << 32 | policy_set) * _MULTIPLIER & _MASK64) >> 32
+        hashed = ((block << 32 | policy_set) * abi.NP_HASH_MULTIPLIER & _MASK64) >> 32
         return (policy_set, block), (hashed & self._mask) * self._bytes, index
 
     def _line(self, tag: tuple[int, int], at: int) -> int:

@@ -25,24 +25,16 @@ from netpol_loader.kernel.clock import read_jiffies
 from netpol_loader.kernel.grace import order_stores, wait_for_readers
 from netpol_loader.kernel.maps import Map
 
-TAG_NAMES: Mapping[str, str] = {"np_conn4": "np_conn4_tag", "np_conn6": "np_conn6_tag"}
-"""The tables, each with the map of its tags."""
-
-UNREPLIED_NAMES: Mapping[str, str] = {"np_conn4": "np_unreplied4", "np_conn6": "np_unreplied6"}
-"""The tables, each with the name of the view of its unreplied connections, which is no map of the kernel's."""
-
 ROWS_PER_BUCKET = 4
 """How many connections a bucket is there for: half of its places, for buckets fill unevenly."""
 
 _WAYS = abi.NP_CONN_WAYS
-_UNREPLIED = 1 << 31
-_HASH_SHIFT, _HASH_BIT = 32, 1 << 31
 _STEP_SHIFTS = (0, 8, 16, 24)
 """Where the lowest bit of a sequence may be in a word of the key: ports are halves of one, addresses in network order."""
-_TIME_SHIFT, _TIME_BITS = 2, 29
-_TIME_MASK, _RANK_MASK = (1 << _TIME_BITS) - 1, 3
-_JIFFIES = 64
-_OWNED_UNITS = 64
+_TIME_SHIFT, _TIME_BITS = abi.NP_TAG_TIME_SHIFT, abi.NP_TAG_TIME_BITS
+_TIME_MASK = (1 << _TIME_BITS) - 1
+_SUM_SHIFT = 32
+"""The upper half of a sum of products is the hash: it is as good as random."""
 _ASSUMED_JIFFIES = 360_000
 """How long after it was seen a connection counts in the choice of what goes, until its first packet tells better: an hour where a
 second has the fewest jiffies, less elsewhere, so never longer than one that had packets."""
@@ -74,14 +66,14 @@ class ConnectionMap(Map):
         """Take over the array; ``tags``: of the same table; ``secret``: the numbers of the hash, read once."""
         layout: Any = abi.np_conn4_entry if array.name == "np_conn4" else abi.np_conn6_entry
         self.fd, self.type = array.fd, "buckets"
-        self.name = UNREPLIED_NAMES[array.name] if is_unreplied else array.name
+        self.name = abi.UNREPLIED_VIEWS[array.name] if is_unreplied else array.name
         self.has_btf, self.is_per_cpu = array.has_btf, False
         self.key_size, self.value_size = layout.key.size, layout.conn.size
         self.max_entries = tags.buckets * ROWS_PER_BUCKET
         self._room = self.value_size
         self._array = array
         self._tags = tags
-        self._who = _UNREPLIED if is_unreplied else 0
+        self._who = abi.NP_TAG_UNREPLIED if is_unreplied else 0
         self._layout = layout
         self._numbers = list(abi.np_secret.from_buffer_copy(secret.get(bytes(4)) or b"").number)
         self._words = struct.Struct(f"={self.key_size // 4}I")
@@ -104,8 +96,8 @@ class ConnectionMap(Map):
         for key, value in pairs:
             self._check(key, value)
         tags = self._tags.words
-        now = read_jiffies() // _JIFFIES
-        owned = (now + _OWNED_UNITS & _TIME_MASK) << _TIME_SHIFT | abi.NP_RANK_NONE
+        now = read_jiffies() // abi.NP_TAG_JIFFIES
+        owned = (now + abi.NP_TAG_OWNED_UNITS & _TIME_MASK) << _TIME_SHIFT | abi.NP_RANK_NONE
         taken = {}
         for key, value in pairs:
             bucket, who = self._hash(key)
@@ -163,8 +155,8 @@ class ConnectionMap(Map):
         self._check(key, None)
         words = self._words.unpack(key)
         total = self._numbers[-1] + sum(number * word for number, word in zip(self._numbers, words, strict=False))
-        hashed = (total & _MASK64) >> _HASH_SHIFT | _HASH_BIT
-        return hashed & self._tags.buckets - 1, hashed << _HASH_SHIFT | self._who
+        hashed = (total & _MASK64) >> _SUM_SHIFT | abi.NP_HASH_BIT
+        return hashed & self._tags.buckets - 1, hashed << abi.NP_TAG_HASH_SHIFT | self._who
 
     def _entry(self, number: int) -> tuple[bytes, bytes]:
         """Key and row at a place."""
@@ -192,7 +184,7 @@ class ConnectionMap(Map):
 
     @staticmethod
     def _worth(tag: int, now: int) -> int | None:
-        rank, left = tag & _RANK_MASK, ((tag >> _TIME_SHIFT) - now) & _TIME_MASK
+        rank, left = tag & abi.NP_TAG_RANK_MASK, ((tag >> _TIME_SHIFT) - now) & _TIME_MASK
         if not tag:
             return 0
         if left >> (_TIME_BITS - 1):
@@ -201,23 +193,23 @@ class ConnectionMap(Map):
 
     def _tag(self, who: int, _key: bytes, value: bytes) -> int:
         """The tag of a connection that no packet was seen of."""
-        expires = (abi.np_conn.from_buffer_copy(value).seen_jiffies + _ASSUMED_JIFFIES) // _JIFFIES
+        expires = (abi.np_conn.from_buffer_copy(value).seen_jiffies + _ASSUMED_JIFFIES) // abi.NP_TAG_JIFFIES
         rank = abi.NP_RANK_UNREPLIED if self._who else abi.NP_RANK_ESTABLISHED
         return who | (expires & _TIME_MASK) << _TIME_SHIFT | rank
 
     def _used(self) -> Iterator[int]:
         """The places of this form's connections."""
         for number, tag in enumerate(self._tags.words.tolist()):
-            if tag & _RANK_MASK and tag & _UNREPLIED == self._who:
+            if tag & abi.NP_TAG_RANK_MASK and tag & abi.NP_TAG_UNREPLIED == self._who:
                 yield number
 
 
 def viewed(maps: Mapping[str, Map]) -> dict[str, Map]:
     """The same maps, each connection table as its established connections and, under another name, its unreplied ones."""
     result = dict(maps)
-    for name, unreplied in UNREPLIED_NAMES.items():
+    for name, unreplied in abi.UNREPLIED_VIEWS.items():
         if name in maps:
-            tags, secret = Tags(maps[TAG_NAMES[name]]), maps["np_secret"]
+            tags, secret = Tags(maps[abi.TAG_MAPS[name]]), maps["np_secret"]
             result[unreplied] = ConnectionMap(Map(os.dup(maps[name].fd)), tags, secret, is_unreplied=True)
             result[name] = ConnectionMap(maps[name], tags, secret)
     return result
@@ -228,7 +220,7 @@ def choose_secret(pin_dir: Path) -> None:
     secret = Map(syscall.obj_get(pin_dir / "np_secret"))
     try:
         if not any(secret.get(bytes(4)) or b""):
-            buckets = {_max_entries(pin_dir / name) for name in TAG_NAMES.values()}
+            buckets = {_max_entries(pin_dir / name) for name in abi.TAG_MAPS.values()}
             numbers = [draw_number(buckets) for _ in range(abi.NP_HASH_WORDS)]
             secret.put(bytes(4), struct.pack(f"={abi.NP_HASH_WORDS}Q", *numbers))
     finally:
@@ -246,10 +238,10 @@ def spreads(number: int, buckets: int) -> bool:
     """
     distances = ROWS_PER_BUCKET * buckets // _WAYS
     for shift in _STEP_SHIFTS:
-        before, left = buckets << _HASH_SHIFT, (number << shift) % (buckets << _HASH_SHIFT)
+        before, left = buckets << _SUM_SHIFT, (number << shift) % (buckets << _SUM_SHIFT)
         earlier, distance = 0, 1
         while distance <= distances:
-            if left * _WAYS < 1 << _HASH_SHIFT:
+            if left * _WAYS < 1 << _SUM_SHIFT:
                 return False
             times = before // left
             before, left = left, before - times * left

@@ -18,6 +18,7 @@ from netpol_ebpf.policy.translate.composition import (
     NO_NAMESPACE,
     SERVICE_ACCOUNT,
     SERVICE_ACCOUNT_PREFIX,
+    enforced_key,
     in_namespace,
     make_ports,
     namespace_selector,
@@ -25,27 +26,22 @@ from netpol_ebpf.policy.translate.composition import (
 )
 from netpol_ebpf.policy.types import (
     Action,
+    BackendMatch,
     Direction,
     Entity,
     IcmpType,
     Policy,
     PolicyKey,
+    PolicyTier,
     Ports,
-    Profile,
+    ProfileRules,
     Rule,
-    ServiceMatch,
     Staged,
-    Tier,
 )
 from netpol_ebpf.resources import types as resources
 from netpol_ebpf.resources.sharing import share
 from netpol_ebpf.resources.types import CalicoPolicySpec, CalicoRule, EntityRule, PortSpec, ServiceAccountMatch
 from netpol_ebpf.selector import EVERYTHING, Selector, all_of, is_in, negate
-
-NETWORK_POLICY = "NetworkPolicy"
-GLOBAL_NETWORK_POLICY = "GlobalNetworkPolicy"
-STAGED_NETWORK_POLICY = "StagedNetworkPolicy"
-STAGED_GLOBAL_NETWORK_POLICY = "StagedGlobalNetworkPolicy"
 
 UNORDERED_TIER = 1_000_000.0
 """The order of a user's tier without one: what the origin stores, though its documentation says last (SEMANTICS 1.8)."""
@@ -57,38 +53,33 @@ EnforcedPolicy = Union[resources.CalicoNetworkPolicy, resources.GlobalNetworkPol
 StagedPolicy = Union[resources.StagedNetworkPolicy, resources.StagedGlobalNetworkPolicy]
 
 
-def translate_policy(policy: EnforcedPolicy) -> Policy:
+def translate_policy(key: PolicyKey, policy: EnforcedPolicy) -> Policy:
     """NetworkPolicy or GlobalNetworkPolicy."""
-    kind = NETWORK_POLICY if isinstance(policy, resources.CalicoNetworkPolicy) else GLOBAL_NETWORK_POLICY
-    return _policy(kind, policy.meta, policy.spec, Staged.NO, None)
+    return _policy(key, policy.meta, policy.spec, Staged.NO, None)
 
 
-def translate_staged_policy(policy: StagedPolicy) -> Policy | None:
+def translate_staged_policy(key: PolicyKey, policy: StagedPolicy) -> Policy | None:
     """StagedNetworkPolicy or StagedGlobalNetworkPolicy; None for Learn and Ignore, which take no part anywhere."""
-    if isinstance(policy, resources.StagedNetworkPolicy):
-        kind, enforced = STAGED_NETWORK_POLICY, NETWORK_POLICY
-    else:
-        kind, enforced = STAGED_GLOBAL_NETWORK_POLICY, GLOBAL_NETWORK_POLICY
-    replaces = PolicyKey(enforced, policy.meta.namespace, policy.meta.name)
+    replaces = enforced_key(key)
     if policy.staged_action == "Delete":
-        return _policy(kind, policy.meta, policy.spec, Staged.DELETE, replaces)
+        return _policy(key, policy.meta, policy.spec, Staged.DELETE, replaces)
     if policy.staged_action != "Set":
         return None
-    return _policy(kind, policy.meta, policy.spec, Staged.SET, replaces)
+    return _policy(key, policy.meta, policy.spec, Staged.SET, replaces)
 
 
-def translate_tier(tier: resources.Tier) -> Tier:
+def translate_tier(tier: resources.Tier) -> PolicyTier:
     """A user's tier."""
-    return Tier(
+    return PolicyTier(
         name=tier.meta.name,
         order=UNORDERED_TIER if tier.order is None else tier.order,
         default_action=Action.PASS if tier.default_action == "Pass" else Action.DENY,
     )
 
 
-def translate_profile(profile: resources.Profile) -> Profile:
+def translate_profile(profile: resources.Profile) -> ProfileRules:
     """A user's profile; its rules are read like those of a global policy."""
-    return Profile(
+    return ProfileRules(
         name=profile.meta.name,
         ingress=tuple(_rules(profile.ingress, "", Direction.INGRESS)),
         egress=tuple(_rules(profile.egress, "", Direction.EGRESS)),
@@ -96,10 +87,10 @@ def translate_profile(profile: resources.Profile) -> Profile:
 
 
 def _policy(
-    kind: str, meta: resources.Meta, spec: CalicoPolicySpec, staged: Staged, replaces: PolicyKey | None
+    key: PolicyKey, meta: resources.Meta, spec: CalicoPolicySpec, staged: Staged, replaces: PolicyKey | None
 ) -> Policy:
     return Policy(
-        key=PolicyKey(kind, meta.namespace, meta.name),
+        key=key,
         tier=spec.tier,
         order=math.inf if spec.order is None else spec.order,
         subject=_subject(spec, meta.namespace),
@@ -178,7 +169,7 @@ def _entity(entity: EntityRule, namespace: str, *, service_ports: bool) -> Entit
     """``namespace``: that of the policy, "" for a global one."""
     service = None
     if entity.services is not None:
-        service = ServiceMatch(entity.services.namespace, entity.services.name, service_ports)
+        service = BackendMatch(entity.services.namespace, entity.services.name, service_ports)
     selector, not_selector = _positive_selector(entity, namespace), entity.not_selector
     if selector is not None and not_selector is not None:
         # SEMANTICS 2.6 c: one owner of the address has to match the one and not the other.

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from netpol_ebpf.policy.types import Ports
+from netpol_ebpf.policy.types import PolicyKey, Ports
 from netpol_ebpf.resources.types import LabelSelector, Requirement
 from netpol_ebpf.selector import EVERYTHING, Selector, all_of, equals, has, is_in, negate, not_in
 
@@ -30,6 +30,11 @@ NO_NAMESPACE = negate(HAS_NAMESPACE)
 HAS_SERVICE_ACCOUNT = has(SERVICE_ACCOUNT)
 IS_POD = equals(ORCHESTRATOR, "k8s")
 """What keeps Kubernetes' own selectors from matching network sets, hosts and foreign workloads."""
+
+
+def enforced_key(staged: PolicyKey) -> PolicyKey:
+    """The key of the policy that a staged one stands for: of the same name, of the kind without ``Staged``."""
+    return PolicyKey(staged.kind.removeprefix("Staged"), staged.namespace, staged.name)
 
 
 def in_namespace(namespace: str) -> Selector:

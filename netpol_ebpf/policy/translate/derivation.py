@@ -9,9 +9,10 @@ one service), never the cluster.  An object derived equal to what it was is not 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Mapping
-from dataclasses import replace
-from typing import TypeVar
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, replace
+from operator import attrgetter
+from typing import Any, ClassVar, TypeVar
 
 from netpol_ebpf.policy.translate import calico, endpoints, hosts, kubernetes, signetwork
 from netpol_ebpf.policy.types import (
@@ -22,60 +23,64 @@ from netpol_ebpf.policy.types import (
     EndpointKey,
     Policy,
     PolicyKey,
-    Profile,
+    PolicySettings,
+    PolicyTier,
+    ProfileRules,
     ResourceKey,
-    Service,
-    Settings,
-    Tier,
+    ServiceBackends,
     Tunnel,
     Vip,
     VipKey,
     World,
 )
-from netpol_ebpf.resources import types as resources
+from netpol_ebpf.resources import types as api
 from netpol_ebpf.resources.calico_configuration import DEFAULT
 from netpol_ebpf.resources.types import Resource
 
 K = TypeVar("K")
 V = TypeVar("V")
+R = TypeVar("R")
 
 
-GLOBAL_NETWORK_SET = "GlobalNetworkSet"
+@dataclass(frozen=True, slots=True)
+class TranslatedKind:
+    """One kind of object: how it is known, and how it becomes part of a `World`.
 
-_KINDS: Mapping[type, str] = {
-    resources.Namespace: "Namespace",
-    resources.ServiceAccount: "ServiceAccount",
-    resources.Pod: endpoints.POD,
-    resources.Node: "Node",
-    resources.Service: "Service",
-    resources.EndpointSlice: "EndpointSlice",
-    resources.KubernetesNetworkPolicy: kubernetes.KIND,
-    resources.StagedKubernetesNetworkPolicy: kubernetes.STAGED_KIND,
-    resources.CalicoNetworkPolicy: calico.NETWORK_POLICY,
-    resources.GlobalNetworkPolicy: calico.GLOBAL_NETWORK_POLICY,
-    resources.StagedNetworkPolicy: calico.STAGED_NETWORK_POLICY,
-    resources.StagedGlobalNetworkPolicy: calico.STAGED_GLOBAL_NETWORK_POLICY,
-    resources.Tier: "Tier",
-    resources.NetworkSet: "NetworkSet",
-    resources.HostEndpoint: endpoints.HOST_ENDPOINT,
-    resources.WorkloadEndpoint: endpoints.WORKLOAD_ENDPOINT,
-    resources.Profile: "Profile",
-    resources.FelixConfiguration: "FelixConfiguration",
-    resources.KubeControllersConfiguration: "KubeControllersConfiguration",
-    resources.ClusterNetworkPolicy: signetwork.CLUSTER,
-    resources.AdminNetworkPolicy: signetwork.ADMIN,
-    resources.BaselineAdminNetworkPolicy: signetwork.BASELINE,
-}
+    ``resource``: the type that its parser makes; API names, parser and scope of that are in `netpol_ebpf.resources.load.KINDS`,
+    which knows nothing of policy.  ``name``: the kind in the keys of its objects; ``cluster_name``: the same for objects
+    without a namespace, where that is another kind.
+    ``derive``: brings the world in line with one object that changed: (derivation, key, what it was, what it is); None: absent.
+    ``policy``, ``endpoint``: the translation of an object that is a policy or an endpoint.
+    ``profiles``: the profiles whose labels an object inherits.  ``related_keys``: the label keys of namespaces whose values a
+    policy depends on.
+    """
+
+    resource: type[Resource]
+    name: str
+    derive: Callable[[Derivation, ResourceKey, Any, Any], None]
+    cluster_name: str = ""
+    policy: Callable[[PolicyKey, Any, signetwork.DistinctValues], Policy | None] | None = None
+    endpoint: Callable[[EndpointKey, Any, endpoints.ProfileLabels], Endpoint | None] | None = None
+    profiles: Callable[[Any], tuple[str, ...]] = lambda _: ()
+    related_keys: Callable[[Any], frozenset[tuple[str, ...]]] = lambda _: frozenset()
+
+
+def _alone(
+    translate: Callable[[PolicyKey, R], Policy | None],
+) -> Callable[[PolicyKey, R, signetwork.DistinctValues], Policy | None]:
+    """The translation of a policy that depends on no namespace's labels."""
+    return lambda key, policy, _: translate(key, policy)
+
 
 _CONTROLLERS = ResourceKey("KubeControllersConfiguration", "", DEFAULT)
 """The only object of its kind that counts."""
 
-BUILT_IN_TIERS: Mapping[str, Tier] = {
+BUILT_IN_TIERS: Mapping[str, PolicyTier] = {
     tier.name: tier
     for tier in (
         signetwork.KUBE_ADMIN,
         signetwork.OLD_ADMIN,
-        Tier(kubernetes.TIER, calico.UNORDERED_TIER, Action.DENY),
+        PolicyTier(kubernetes.TIER, calico.UNORDERED_TIER, Action.DENY),
         signetwork.KUBE_BASELINE,
         signetwork.OLD_BASELINE,
     )
@@ -85,15 +90,12 @@ BUILT_IN_TIERS: Mapping[str, Tier] = {
 
 def key_of(resource: Resource) -> ResourceKey:
     """The key under which `Derivation` holds a resource; of what stands for an endpoint, that of the endpoint."""
-    kind = _KINDS[type(resource)]
-    if isinstance(resource, (resources.Pod, resources.WorkloadEndpoint, resources.HostEndpoint)):
-        return EndpointKey(kind, resource.meta.namespace, resource.meta.name)
-    if isinstance(resource, resources.NetworkSet) and not resource.meta.namespace:
-        kind = GLOBAL_NETWORK_SET
-    return ResourceKey(kind, resource.meta.namespace, resource.meta.name)
+    kind, meta = Derivation.kinds[type(resource)], resource.meta
+    name = kind.name if meta.namespace or not kind.cluster_name else kind.cluster_name
+    return (ResourceKey if kind.endpoint is None else EndpointKey)(name, meta.namespace, meta.name)
 
 
-def derive(objects: Iterable[Resource], settings: Settings | None = None) -> World:
+def derive(objects: Iterable[Resource], settings: PolicySettings | None = None) -> World:
     """The world of these resources; of two with one key the later counts."""
     derivation = Derivation(settings)
     for resource in objects:
@@ -104,8 +106,8 @@ def derive(objects: Iterable[Resource], settings: Settings | None = None) -> Wor
 class Derivation:
     """Holds resources and keeps ``world`` their translation. ``world`` must only be read; it changes with each call."""
 
-    def __init__(self, settings: Settings | None = None) -> None:
-        self._given = settings or Settings()
+    def __init__(self, settings: PolicySettings | None = None) -> None:
+        self._given = settings or PolicySettings()
         self.world = World(settings=self._given)
         self.world.tiers.update(BUILT_IN_TIERS)
         self._changes = Changes(settings=self._given)
@@ -117,7 +119,7 @@ class Derivation:
         self._vips: defaultdict[VipKey, dict[ResourceKey, Vip]] = defaultdict(dict)  # by whose they are
         self._namespace_values: dict[tuple[str, ...], Counter[signetwork.LabelValues]] = {}
         self._related: defaultdict[tuple[str, ...], set[ResourceKey]] = defaultdict(set)
-        self._configurations: dict[str, resources.FelixConfiguration] = {}
+        self._configurations: dict[str, api.FelixConfiguration] = {}
         self._automatic: defaultdict[EndpointKey, dict[str, Endpoint]] = defaultdict(dict)  # by the node they are of
         self._automatic_of: dict[str, tuple[EndpointKey, ...]] = {}
         self._derive_profile(endpoints.DEFAULT_ALLOW)
@@ -162,41 +164,49 @@ class Derivation:
 
     def _derive(self, key: ResourceKey, old: Resource | None, new: Resource | None) -> None:
         """Bring the world in line with one resource that changed from ``old`` to ``new`` (None: absent)."""
-        kind = type(new if new is not None else old)
-        if kind in (resources.Pod, resources.WorkloadEndpoint, resources.HostEndpoint, resources.NetworkSet):
-            self._inherit(key, old, new)
-            self._derive_heir(key)
-            self._share_vips(key, endpoints.host_ports(old), endpoints.host_ports(new))
-        elif kind is resources.Namespace:
-            self._derive_profile(endpoints.namespace_profile(key.name))
-            self._count_values(old, new)
-        elif kind is resources.ServiceAccount:
-            self._derive_profile(endpoints.service_account_profile(key.namespace, key.name))
-        elif kind is resources.Profile:
-            self._derive_profile(key.name)
-        elif kind is resources.EndpointSlice:
-            self._derive_slice(key, old, new)
-        elif kind is resources.Node:
-            node = endpoints.node(new) if isinstance(new, resources.Node) else None
-            _put(self.world.nodes, self._changes.nodes, key.name, node)
-            self._derive_automatic_hosts(key.name)
-        elif kind is resources.KubeControllersConfiguration:
-            for name in self.world.nodes:
-                self._derive_automatic_hosts(name)
-        elif kind is resources.FelixConfiguration:
-            self._configurations.pop(key.name, None)
-            if isinstance(new, resources.FelixConfiguration):
-                self._configurations[key.name] = new
-            self._derive_settings()
-        elif kind is resources.Tier:
-            tier = calico.translate_tier(new) if isinstance(new, resources.Tier) else None
-            if key.name not in BUILT_IN_TIERS:
-                _put(self.world.tiers, self._changes.tiers, key.name, tier)
-        elif kind is resources.Service:
-            self._derive_vips((key.namespace, key.name), old)
-        else:
-            self._relate(key, old, new)
-            self._derive_policy(key)
+        resource = new if new is not None else old
+        self.kinds[type(resource)].derive(self, key, old, new)
+
+    def _derive_owner(self, key: ResourceKey, old: Resource | None, new: Resource | None) -> None:
+        """An endpoint or a network set."""
+        self._inherit(key, old, new)
+        self._derive_heir(key)
+        self._share_vips(key, endpoints.host_ports(old), endpoints.host_ports(new))
+
+    def _derive_namespace(self, key: ResourceKey, old: api.Namespace | None, new: api.Namespace | None) -> None:
+        self._derive_profile(endpoints.namespace_profile(key.name))
+        self._count_values(old, new)
+
+    def _derive_service_account(self, key: ResourceKey, _old: Resource | None, _new: Resource | None) -> None:
+        self._derive_profile(endpoints.service_account_profile(key.namespace, key.name))
+
+    def _derive_written_profile(self, key: ResourceKey, _old: Resource | None, _new: Resource | None) -> None:
+        self._derive_profile(key.name)
+
+    def _derive_node(self, key: ResourceKey, _old: api.Node | None, new: api.Node | None) -> None:
+        node = None if new is None else endpoints.node(new)
+        _put(self.world.nodes, self._changes.nodes, key.name, node)
+        self._derive_automatic_hosts(key.name)
+
+    def _derive_controllers(self, _key: ResourceKey, _old: Resource | None, _new: Resource | None) -> None:
+        for name in self.world.nodes:
+            self._derive_automatic_hosts(name)
+
+    def _derive_configuration(
+        self, key: ResourceKey, _old: Resource | None, new: api.FelixConfiguration | None
+    ) -> None:
+        self._configurations.pop(key.name, None)
+        if new is not None:
+            self._configurations[key.name] = new
+        self._derive_settings()
+
+    def _derive_tier(self, key: ResourceKey, _old: api.Tier | None, new: api.Tier | None) -> None:
+        if key.name not in BUILT_IN_TIERS:
+            tier = None if new is None else calico.translate_tier(new)
+            _put(self.world.tiers, self._changes.tiers, key.name, tier)
+
+    def _derive_service(self, key: ResourceKey, old: Resource | None, _new: Resource | None) -> None:
+        self._derive_vips((key.namespace, key.name), old)
 
     def _derive_settings(self) -> None:
         settings = hosts.with_failsafes(self._given, self._configurations.values())
@@ -207,7 +217,7 @@ class Derivation:
         """The host endpoints that a node has without anybody writing them."""
         configuration, resource = self._resources.get(_CONTROLLERS), self._resources.get(ResourceKey("Node", "", node))
         wanted: Mapping[EndpointKey, Endpoint] = {}
-        if isinstance(configuration, resources.KubeControllersConfiguration) and isinstance(resource, resources.Node):
+        if isinstance(configuration, api.KubeControllersConfiguration) and isinstance(resource, api.Node):
             wanted = hosts.automatic_hosts(configuration, resource)
         for key in dict.fromkeys((*self._automatic_of.pop(node, ()), *wanted)):
             self._automatic[key].pop(node, None)
@@ -219,37 +229,28 @@ class Derivation:
         if wanted:
             self._automatic_of[node] = tuple(wanted)
 
+    def _derive_changed_policy(self, key: ResourceKey, old: Resource | None, new: Resource | None) -> None:
+        self._relate(key, old, new)
+        self._derive_policy(key)
+
     def _derive_policy(self, key: ResourceKey) -> None:
-        policy = self._policy(self._resources.get(key))
-        _put(self.world.policies, self._changes.policies, PolicyKey(*key), policy)
+        resource, policy_key, policy = self._resources.get(key), PolicyKey(*key), None
+        translate = None if resource is None else self.kinds[type(resource)].policy
+        if translate is not None:
+            policy = translate(policy_key, resource, lambda keys: self._namespace_values[keys])
+        _put(self.world.policies, self._changes.policies, policy_key, policy)
 
-    def _policy(self, resource: Resource | None) -> Policy | None:
-        if isinstance(resource, resources.KubernetesNetworkPolicy):
-            return kubernetes.translate_network_policy(resource)
-        if isinstance(resource, resources.StagedKubernetesNetworkPolicy):
-            return kubernetes.translate_staged_network_policy(resource)
-        if isinstance(resource, (resources.CalicoNetworkPolicy, resources.GlobalNetworkPolicy)):
-            return calico.translate_policy(resource)
-        if isinstance(resource, (resources.StagedNetworkPolicy, resources.StagedGlobalNetworkPolicy)):
-            return calico.translate_staged_policy(resource)
-        if isinstance(
-            resource,
-            (resources.ClusterNetworkPolicy, resources.AdminNetworkPolicy, resources.BaselineAdminNetworkPolicy),
-        ):
-            return signetwork.translate(resource, lambda keys: self._namespace_values[keys])
-        return None
-
-    def _derive_slice(self, key: ResourceKey, old: Resource | None, new: Resource | None) -> None:
+    def _derive_slice(self, key: ResourceKey, old: api.EndpointSlice | None, new: api.EndpointSlice | None) -> None:
         touched = set()
-        if isinstance(old, resources.EndpointSlice) and old.service:
+        if old is not None and old.service:
             touched.add((key.namespace, old.service))
             del self._slices[key.namespace, old.service][key]
-        if isinstance(new, resources.EndpointSlice) and new.service:
+        if new is not None and new.service:
             touched.add((key.namespace, new.service))
             self._slices[key.namespace, new.service][key] = endpoints.backends(new)
         for name in touched:
             slices = self._slices[name]
-            service = Service(*name, frozenset().union(*slices.values())) if slices else None
+            service = ServiceBackends(*name, frozenset().union(*slices.values())) if slices else None
             if not slices:
                 del self._slices[name]
             _put(self.world.services, self._changes.services, name, service)
@@ -279,30 +280,29 @@ class Derivation:
 
     def _inherit(self, key: ResourceKey, old: Resource | None, new: Resource | None) -> None:
         """Note from which profiles a resource inherits labels."""
-        for profile in _profiles(old):
+        for profile in self._profiles_of(old):
             self._heirs[profile].discard(key)
             if not self._heirs[profile]:
                 del self._heirs[profile]
-        for profile in _profiles(new):
+        for profile in self._profiles_of(new):
             self._heirs[profile].add(key)
+
+    def _profiles_of(self, resource: Resource | None) -> tuple[str, ...]:
+        """The profiles whose labels a resource inherits."""
+        return () if resource is None else self.kinds[type(resource)].profiles(resource)
 
     def _derive_heir(self, key: ResourceKey) -> None:
         """An endpoint or a network set, from its resource and the labels of its profiles."""
         resource = self._resources.get(key)
         if not isinstance(key, EndpointKey):
-            held = (
-                endpoints.network_set(resource, self._labels_of) if isinstance(resource, resources.NetworkSet) else None
-            )
+            held = endpoints.network_set(resource, self._labels_of) if isinstance(resource, api.NetworkSet) else None
             name = endpoints.network_set_key(key.namespace, key.name)
             _put(self.world.network_sets, self._changes.network_sets, name, held)
             return
         endpoint = None
-        if isinstance(resource, resources.Pod):
-            endpoint = endpoints.pod_endpoint(key, resource, self._labels_of)
-        elif isinstance(resource, resources.WorkloadEndpoint):
-            endpoint = endpoints.workload_endpoint(key, resource, self._labels_of)
-        elif isinstance(resource, resources.HostEndpoint):
-            endpoint = endpoints.host_endpoint(key, resource, self._labels_of)
+        translate = None if resource is None else self.kinds[type(resource)].endpoint
+        if translate is not None:
+            endpoint = translate(key, resource, self._labels_of)
         elif key in self._automatic:  # one that is written takes its place; of two nodes' the first one's counts
             endpoint = min(self._automatic[key].items())[1]
         _put(self.world.endpoints, self._changes.endpoints, key, endpoint)
@@ -322,17 +322,17 @@ class Derivation:
         for key in self._heirs.get(name, ()):
             self._derive_heir(key)
 
-    def _profile(self, name: str) -> tuple[Profile | None, Mapping[str, str]]:
+    def _profile(self, name: str) -> tuple[ProfileRules | None, Mapping[str, str]]:
         """What stands behind a profile's name: the built-in, else a namespace or account, else a Profile object."""
         if name == endpoints.DEFAULT_ALLOW:
             return endpoints.allow_all(name), {}
         derived = self._profile_source(name)
-        if isinstance(derived, resources.Namespace):
+        if isinstance(derived, api.Namespace):
             return endpoints.allow_all(name), endpoints.namespace_labels(derived.meta)
-        if isinstance(derived, resources.ServiceAccount):
-            return Profile(name), endpoints.service_account_labels(derived.meta)
+        if isinstance(derived, api.ServiceAccount):
+            return ProfileRules(name), endpoints.service_account_labels(derived.meta)
         written = self._resources.get(ResourceKey("Profile", "", name))
-        if isinstance(written, resources.Profile):
+        if isinstance(written, api.Profile):
             return calico.translate_profile(written), dict(written.labels_to_apply)
         return None, {}
 
@@ -350,49 +350,105 @@ class Derivation:
 
     def _relate(self, key: ResourceKey, old: Resource | None, new: Resource | None) -> None:
         """Note on which namespace labels' values a policy depends, and count those values from then on."""
-        for keys in _related_keys(old):
+        for keys in self._related_keys(old):
             self._related[keys].discard(key)
-        for keys in _related_keys(new):
+        for keys in self._related_keys(new):
             self._related[keys].add(key)
             if keys not in self._namespace_values:
-                namespaces = (one for one in self._resources.values() if isinstance(one, resources.Namespace))
+                namespaces = (one for one in self._resources.values() if isinstance(one, api.Namespace))
                 self._namespace_values[keys] = Counter(_values(one, keys) for one in namespaces)
-        for keys in _related_keys(old):
+        for keys in self._related_keys(old):
             if not self._related[keys]:
                 del self._related[keys], self._namespace_values[keys]
 
-    def _count_values(self, old: Resource | None, new: Resource | None) -> None:
+    def _related_keys(self, resource: Resource | None) -> frozenset[tuple[str, ...]]:
+        return frozenset() if resource is None else self.kinds[type(resource)].related_keys(resource)
+
+    def _count_values(self, old: api.Namespace | None, new: api.Namespace | None) -> None:
         """Keep the counts of label values over namespaces; derive again the policies that depend on a new set of values."""
         for keys, counts in self._namespace_values.items():
             before = set(counts)
-            if isinstance(old, resources.Namespace):
+            if old is not None:
                 counts[_values(old, keys)] -= 1
-            if isinstance(new, resources.Namespace):
+            if new is not None:
                 counts[_values(new, keys)] += 1
             self._namespace_values[keys] = +counts
             if self._namespace_values[keys].keys() != before:
                 for key in self._related[keys]:
                     self._derive_policy(key)
 
+    # --- the kinds ------------------------------------------------------------------------------------------------------
 
-def _profiles(resource: Resource | None) -> tuple[str, ...]:
-    """The profiles whose labels a resource inherits."""
-    if isinstance(resource, resources.Pod):
-        return endpoints.pod_profiles(resource)
-    if isinstance(resource, resources.NetworkSet):
-        return endpoints.network_set_profiles(resource)
-    if isinstance(resource, (resources.WorkloadEndpoint, resources.HostEndpoint)):
-        return resource.profiles
-    return ()
+    kinds: ClassVar[Mapping[type, TranslatedKind]] = {
+        kind.resource: kind
+        for kind in (
+            TranslatedKind(api.Namespace, "Namespace", _derive_namespace),
+            TranslatedKind(api.ServiceAccount, "ServiceAccount", _derive_service_account),
+            TranslatedKind(api.Profile, "Profile", _derive_written_profile),
+            TranslatedKind(api.Node, "Node", _derive_node),
+            TranslatedKind(api.Service, "Service", _derive_service),
+            TranslatedKind(api.EndpointSlice, "EndpointSlice", _derive_slice),
+            TranslatedKind(api.Tier, "Tier", _derive_tier),
+            TranslatedKind(api.FelixConfiguration, "FelixConfiguration", _derive_configuration),
+            TranslatedKind(api.KubeControllersConfiguration, _CONTROLLERS.kind, _derive_controllers),
+            TranslatedKind(
+                api.NetworkSet, "NetworkSet", _derive_owner,
+                cluster_name="GlobalNetworkSet", profiles=endpoints.network_set_profiles,
+            ),
+            TranslatedKind(
+                api.Pod, "Pod", _derive_owner,
+                endpoint=endpoints.pod_endpoint, profiles=endpoints.pod_profiles,
+            ),
+            TranslatedKind(
+                api.WorkloadEndpoint, "WorkloadEndpoint", _derive_owner,
+                endpoint=endpoints.workload_endpoint, profiles=attrgetter("profiles"),
+            ),
+            TranslatedKind(
+                api.HostEndpoint, endpoints.HOST_ENDPOINT, _derive_owner,
+                endpoint=endpoints.host_endpoint, profiles=attrgetter("profiles"),
+            ),
+            TranslatedKind(
+                api.KubernetesNetworkPolicy, "KubernetesNetworkPolicy", _derive_changed_policy,
+                policy=_alone(kubernetes.translate_network_policy),
+            ),
+            TranslatedKind(
+                api.StagedKubernetesNetworkPolicy, "StagedKubernetesNetworkPolicy", _derive_changed_policy,
+                policy=_alone(kubernetes.translate_staged_network_policy),
+            ),
+            TranslatedKind(
+                api.CalicoNetworkPolicy, "NetworkPolicy", _derive_changed_policy,
+                policy=_alone(calico.translate_policy),
+            ),
+            TranslatedKind(
+                api.GlobalNetworkPolicy, "GlobalNetworkPolicy", _derive_changed_policy,
+                policy=_alone(calico.translate_policy),
+            ),
+            TranslatedKind(
+                api.StagedNetworkPolicy, "StagedNetworkPolicy", _derive_changed_policy,
+                policy=_alone(calico.translate_staged_policy),
+            ),
+            TranslatedKind(
+                api.StagedGlobalNetworkPolicy, "StagedGlobalNetworkPolicy", _derive_changed_policy,
+                policy=_alone(calico.translate_staged_policy),
+            ),
+            TranslatedKind(
+                api.ClusterNetworkPolicy, "ClusterNetworkPolicy", _derive_changed_policy,
+                policy=signetwork.translate_cluster_policy,
+            ),
+            TranslatedKind(
+                api.AdminNetworkPolicy, "AdminNetworkPolicy", _derive_changed_policy,
+                policy=signetwork.translate_admin_policy, related_keys=signetwork.related_keys,
+            ),
+            TranslatedKind(
+                api.BaselineAdminNetworkPolicy, "BaselineAdminNetworkPolicy", _derive_changed_policy,
+                policy=signetwork.translate_baseline_policy, related_keys=signetwork.related_keys,
+            ),
+        )
+    }  # fmt: skip
+    """Every kind that has a part in policy, by the type that its parser makes. A new kind is one entry."""
 
 
-def _related_keys(resource: Resource | None) -> frozenset[tuple[str, ...]]:
-    if isinstance(resource, (resources.AdminNetworkPolicy, resources.BaselineAdminNetworkPolicy)):
-        return signetwork.related_keys(resource)
-    return frozenset()
-
-
-def _values(namespace: resources.Namespace, keys: tuple[str, ...]) -> signetwork.LabelValues:
+def _values(namespace: api.Namespace, keys: tuple[str, ...]) -> signetwork.LabelValues:
     return tuple(namespace.meta.labels.get(key) for key in keys)
 
 

@@ -22,14 +22,14 @@ from netpol_ebpf.policy.translate.composition import (
 from netpol_ebpf.policy.types import (
     Action,
     Backend,
+    ClusterNode,
     Endpoint,
     EndpointKey,
     EndpointKind,
     IPAddress,
+    LabelledNets,
     NamedPort,
-    NetworkSet,
-    Node,
-    Profile,
+    ProfileRules,
     Rule,
     Vip,
     VipKey,
@@ -37,8 +37,6 @@ from netpol_ebpf.policy.types import (
 from netpol_ebpf.resources import types as resources
 from netpol_ebpf.resources.sharing import REMEMBERED, share_texts
 
-POD = "Pod"
-WORKLOAD_ENDPOINT = "WorkloadEndpoint"
 HOST_ENDPOINT = "HostEndpoint"
 
 ProfileLabels = Callable[[str], Mapping[str, str]]
@@ -50,9 +48,9 @@ DEFAULT_ALLOW = "projectcalico-default-allow"
 """The built-in profile that automatic host endpoints have."""
 
 
-def allow_all(name: str) -> Profile:
+def allow_all(name: str) -> ProfileRules:
     """A profile that allows everything: what a namespace stands for."""
-    return Profile(name, _ALLOW, _ALLOW)
+    return ProfileRules(name, _ALLOW, _ALLOW)
 
 
 def namespace_profile(namespace: str) -> str:
@@ -153,13 +151,13 @@ def network_set_profiles(network_set: resources.NetworkSet) -> tuple[str, ...]:
     return (namespace_profile(network_set.meta.namespace),) if network_set.meta.namespace else ()
 
 
-def network_set(resource: resources.NetworkSet, labels_of: ProfileLabels) -> NetworkSet:
+def network_set(resource: resources.NetworkSet, labels_of: ProfileLabels) -> LabelledNets:
     """A NetworkSet or (without namespace) a GlobalNetworkSet."""
     meta = resource.meta
     own = _without_reserved(meta.labels)
     if meta.namespace:
         own = _without_inherited(own) | {NAMESPACE: meta.namespace}
-    return NetworkSet(
+    return LabelledNets(
         key=network_set_key(meta.namespace, meta.name),
         labels=_effective(own, network_set_profiles(resource), labels_of),
         nets=resource.nets,
@@ -167,13 +165,13 @@ def network_set(resource: resources.NetworkSet, labels_of: ProfileLabels) -> Net
 
 
 def network_set_key(namespace: str, name: str) -> str:
-    """`NetworkSet.key`."""
+    """`LabelledNets.key`."""
     return f"{namespace}/{name}" if namespace else name
 
 
-def node(resource: resources.Node) -> Node:
+def node(resource: resources.Node) -> ClusterNode:
     """A node; its labels are for peers that select nodes only."""
-    return Node(resource.meta.name, dict(resource.meta.labels), resource.addresses)
+    return ClusterNode(resource.meta.name, dict(resource.meta.labels), resource.addresses)
 
 
 def backends(endpoint_slice: resources.EndpointSlice) -> frozenset[Backend]:

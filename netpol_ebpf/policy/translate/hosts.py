@@ -14,7 +14,7 @@ from dataclasses import replace
 
 from netpol_ebpf.policy.journey import WILDCARD
 from netpol_ebpf.policy.translate.endpoints import DEFAULT_ALLOW, HOST_ENDPOINT, host_endpoint
-from netpol_ebpf.policy.types import Direction, Endpoint, EndpointKey, Failsafe, IPAddress, Settings
+from netpol_ebpf.policy.types import Direction, Endpoint, EndpointKey, Failsafe, IPAddress, PolicySettings
 from netpol_ebpf.resources import types as resources
 from netpol_ebpf.resources.calico_configuration import DEFAULT, NODE_PREFIX
 from netpol_ebpf.resources.syntax import MAX_NAME
@@ -26,7 +26,7 @@ CONTROLLER = "calico-kube-controllers"
 _SUFFIX = "auto-hep"
 
 
-def with_failsafes(settings: Settings, configurations: Iterable[resources.FelixConfiguration]) -> Settings:
+def with_failsafes(settings: PolicySettings, configurations: Iterable[resources.FelixConfiguration]) -> PolicySettings:
     """Settings with the lists that these objects give; a list that one does not give stays."""
     of_nodes: dict[tuple[str, Direction], tuple[Failsafe, ...]] = {}
     for one in configurations:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from netpol_ebpf.policy.translate.composition import (
+    enforced_key,
     from_label_selector,
     in_namespace,
     make_ports,
@@ -43,31 +44,29 @@ from netpol_ebpf.selector import Selector
 
 TIER = "default"
 ORDER = 1000.0
-KIND = "KubernetesNetworkPolicy"
-STAGED_KIND = "StagedKubernetesNetworkPolicy"
 
 _DIRECTIONS = {"Ingress": Direction.INGRESS, "Egress": Direction.EGRESS}
 
 
-def translate_network_policy(policy: KubernetesNetworkPolicy) -> Policy:
+def translate_network_policy(key: PolicyKey, policy: KubernetesNetworkPolicy) -> Policy:
     """The enforced policy."""
-    return _policy(policy.meta, policy.spec, KIND, Staged.NO)
+    return _policy(key, policy.meta, policy.spec, Staged.NO)
 
 
-def translate_staged_network_policy(policy: StagedKubernetesNetworkPolicy) -> Policy | None:
+def translate_staged_network_policy(key: PolicyKey, policy: StagedKubernetesNetworkPolicy) -> Policy | None:
     """The staged policy; None for the actions Learn and Ignore, which take no part in any evaluation."""
     if policy.staged_action == "Delete" or policy.spec is None:
         spec = KubernetesPolicySpec(LabelSelector(), (), (), ())
-        return _policy(policy.meta, spec, STAGED_KIND, Staged.DELETE)
+        return _policy(key, policy.meta, spec, Staged.DELETE)
     if policy.staged_action != "Set":
         return None
-    return _policy(policy.meta, policy.spec, STAGED_KIND, Staged.SET)
+    return _policy(key, policy.meta, policy.spec, Staged.SET)
 
 
-def _policy(meta: Meta, spec: KubernetesPolicySpec, kind: str, staged: Staged) -> Policy:
+def _policy(key: PolicyKey, meta: Meta, spec: KubernetesPolicySpec, staged: Staged) -> Policy:
     own = in_namespace(meta.namespace)
     return Policy(
-        key=PolicyKey(kind, meta.namespace, meta.name),
+        key=key,
         tier=TIER,
         order=ORDER,
         subject=pods(own, spec.pod_selector),
@@ -75,7 +74,7 @@ def _policy(meta: Meta, spec: KubernetesPolicySpec, kind: str, staged: Staged) -
         ingress=tuple(_rules(spec.ingress, own, Direction.INGRESS)),
         egress=tuple(_rules(spec.egress, own, Direction.EGRESS)),
         staged=staged,
-        replaces=None if staged is Staged.NO else PolicyKey(KIND, meta.namespace, meta.name),
+        replaces=None if staged is Staged.NO else enforced_key(key),
         location=meta.location,
     )
 

@@ -23,7 +23,7 @@ from netpol_ebpf.policy.translate.composition import (
     namespace_selector,
     pods,
 )
-from netpol_ebpf.policy.types import ANY_ENTITY, Action, Direction, Entity, Policy, PolicyKey, Ports, Rule, Tier
+from netpol_ebpf.policy.types import ANY_ENTITY, Action, Direction, Entity, Policy, PolicyKey, PolicyTier, Ports, Rule
 from netpol_ebpf.resources.sharing import share
 from netpol_ebpf.resources.types import (
     AdminNetworkPolicy,
@@ -37,12 +37,8 @@ from netpol_ebpf.resources.types import (
 )
 from netpol_ebpf.selector import Selector, all_of, equals, has, negate
 
-CLUSTER = "ClusterNetworkPolicy"
-ADMIN = "AdminNetworkPolicy"
-BASELINE = "BaselineAdminNetworkPolicy"
-
-KUBE_ADMIN = Tier("kube-admin", 1000.0, Action.PASS)
-KUBE_BASELINE = Tier("kube-baseline", 10_000_000.0, Action.PASS)
+KUBE_ADMIN = PolicyTier("kube-admin", 1000.0, Action.PASS)
+KUBE_BASELINE = PolicyTier("kube-baseline", 10_000_000.0, Action.PASS)
 OLD_ADMIN = replace(KUBE_ADMIN, name="adminnetworkpolicy", follows=KUBE_ADMIN.name)
 OLD_BASELINE = replace(KUBE_BASELINE, name="baselineadminnetworkpolicy", follows=KUBE_BASELINE.name)
 
@@ -60,18 +56,31 @@ DistinctValues = Callable[[tuple[str, ...]], Iterable[LabelValues]]
 """For label keys: the distinct combinations of values that existing namespaces have."""
 
 
-def translate(policy: SigPolicy, distinct_values: DistinctValues) -> Policy:
-    """Any of the three kinds. ``distinct_values`` is asked only for the keys that `related_keys` names."""
-    if isinstance(policy, ClusterNetworkPolicy):
-        kind, order = CLUSTER, float(policy.priority)
-        tier = KUBE_BASELINE if policy.tier == "Baseline" else KUBE_ADMIN
-    elif isinstance(policy, AdminNetworkPolicy):
-        kind, order, tier = ADMIN, float(policy.priority), OLD_ADMIN
-    else:
-        kind, order, tier = BASELINE, BASELINE_ORDER, OLD_BASELINE
+def translate_cluster_policy(key: PolicyKey, policy: ClusterNetworkPolicy, distinct_values: DistinctValues) -> Policy:
+    """The newer kind. ``distinct_values``: see `_policy`."""
+    tier = KUBE_BASELINE if policy.tier == "Baseline" else KUBE_ADMIN
+    return _policy(key, policy, tier, float(policy.priority), distinct_values)
+
+
+def translate_admin_policy(key: PolicyKey, policy: AdminNetworkPolicy, distinct_values: DistinctValues) -> Policy:
+    """The older kind that comes before the user's tiers. ``distinct_values``: see `_policy`."""
+    return _policy(key, policy, OLD_ADMIN, float(policy.priority), distinct_values)
+
+
+def translate_baseline_policy(
+    key: PolicyKey, policy: BaselineAdminNetworkPolicy, distinct_values: DistinctValues
+) -> Policy:
+    """The older kind that comes after the user's tiers. ``distinct_values``: see `_policy`."""
+    return _policy(key, policy, OLD_BASELINE, BASELINE_ORDER, distinct_values)
+
+
+def _policy(
+    key: PolicyKey, policy: SigPolicy, tier: PolicyTier, order: float, distinct_values: DistinctValues
+) -> Policy:
+    """``distinct_values`` is called only with the keys that `related_keys` names."""
     types = {Direction.INGRESS: policy.ingress, Direction.EGRESS: policy.egress}
     return Policy(
-        key=PolicyKey(kind, "", policy.meta.name),
+        key=key,
         tier=tier.name,
         order=order,
         subject=_subject(policy.subject),

@@ -2,11 +2,11 @@
 """Everything that applies to one endpoint in one direction and stage, in the order of evaluation.
 
 A *template* is what one policy (or profile, or list of exceptions) says in one direction, as entries; it is shared by all
-programs that hold it.  A *program* is the order: exceptions, tiers of templates, profiles, and what is left at the end.
-Two evaluations share one program: the enforced and the pending one (staged policies take part, and stand for those they
+rule lists that hold it.  A *rule list* is the order: exceptions, tiers of templates, profiles, and what is left at the end.
+Two evaluations share one rule list: the enforced and the pending one (staged policies take part, and stand for those they
 replace); each template and each end of a tier says in which it is.
 
-Invariant: equal programs are equal values, whatever order the policies came in (sections 2 to 4 of policy/MATCHING.md).
+Invariant: equal rule lists are equal values, whatever order the policies came in (sections 2 to 4 of policy/MATCHING.md).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
-from netpol_ebpf.compiler.entries import EFFECTS, Effect, Entry, Resolver, expand
+from netpol_ebpf.compiler.entries import EFFECTS, Effect, Resolver, RuleEntry, expand
 from netpol_ebpf.compiler.identities import MatchRecord
 from netpol_ebpf.compiler.terms import NetsTerm
 from netpol_ebpf.policy.types import (
@@ -32,13 +32,13 @@ from netpol_ebpf.policy.types import (
     Outcome,
     Policy,
     PolicyKey,
+    PolicySettings,
+    PolicyTier,
     Ports,
-    Profile,
+    ProfileRules,
     Rule,
-    Settings,
     Stage,
     Staged,
-    Tier,
     Tunnel,
 )
 from netpol_ebpf.selector import EVERYTHING
@@ -50,11 +50,11 @@ _OTHER = {Direction.INGRESS: Direction.EGRESS, Direction.EGRESS: Direction.INGRE
 class Template:
     """The entries of one policy, profile or list of exceptions in one direction. Compared by identity.
 
-    ``names_own_nets``: some entry asks which nets the own address is in.  ``peers``, ``owns``: the records of the entries' matches, while ``references`` (programs) is not 0.
+    ``names_own_nets``: some entry asks which nets the own address is in.  ``peers``, ``owns``: the records of the entries' matches, while ``references`` (rule lists) is not 0.
     """
 
     what: str
-    entries: tuple[Entry, ...]
+    entries: tuple[RuleEntry, ...]
     constrains_own: bool
     names_own_nets: bool
     passes: bool
@@ -63,7 +63,7 @@ class Template:
     owns: tuple[MatchRecord, ...] = ()
 
 
-def make_template(what: str, entries: Iterable[Entry]) -> Template:
+def make_template(what: str, entries: Iterable[RuleEntry]) -> Template:
     """A template without references."""
     found = tuple(entries)
     return Template(
@@ -78,8 +78,8 @@ def make_template(what: str, entries: Iterable[Entry]) -> Template:
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
-    """One template's place in a program. ``enforced``, ``pending``: the evaluations it takes part in."""
+class TemplateUse:
+    """One template's place in a rule list. ``enforced``, ``pending``: the evaluations it takes part in."""
 
     template: Template
     enforced: bool = True
@@ -87,11 +87,11 @@ class Part:
 
 
 @dataclass(frozen=True, slots=True)
-class TierPart:
+class TierTemplates:
     """A tier with at least one policy here. ``end_*``: the policy named when the tier ends in deny; None: it passes."""
 
     name: str
-    parts: tuple[Part, ...]
+    uses: tuple[TemplateUse, ...]
     end_enforced: PolicyKey | None
     end_pending: PolicyKey | None
     is_closed: bool = field(init=False, compare=False, repr=False)
@@ -100,42 +100,42 @@ class TierPart:
 
     def __post_init__(self) -> None:
         ends = self.end_enforced is not None and self.end_pending is not None
-        object.__setattr__(self, "is_closed", ends and not any(part.template.passes for part in self.parts))
-        object.__setattr__(self, "_hash", hash((self.name, self.parts, self.end_enforced, self.end_pending)))
+        object.__setattr__(self, "is_closed", ends and not any(use.template.passes for use in self.uses))
+        object.__setattr__(self, "_hash", hash((self.name, self.uses, self.end_enforced, self.end_pending)))
 
     def __hash__(self) -> int:
         return self._hash
 
 
 @dataclass(frozen=True, slots=True)
-class Program:
+class RuleList:
     """The whole order of evaluation. Nothing decided: deny in NORMAL, continue elsewhere.
 
-    ``constraining``: templates that constrain the own side, in order.  Hashes are worked out once: programs are keys, and may
-    have a thousand parts.
+    ``constraining``: templates that constrain the own side, in order.  Hashes are worked out once: rule lists are keys, and may
+    have a thousand templates.
     """
 
     direction: Direction
     stage: Stage
-    head: tuple[Part, ...]
-    tiers: tuple[TierPart, ...]
-    profiles: tuple[Part, ...]
+    head: tuple[TemplateUse, ...]
+    tiers: tuple[TierTemplates, ...]
+    profiles: tuple[TemplateUse, ...]
     constraining: tuple[Template, ...] = field(init=False, compare=False, repr=False)
     _hash: int = field(init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        constraining = tuple(part.template for part in self.parts() if part.template.constrains_own)
+        constraining = tuple(use.template for use in self.uses() if use.template.constrains_own)
         object.__setattr__(self, "constraining", constraining)
         object.__setattr__(self, "_hash", hash((self.direction, self.stage, self.head, self.tiers, self.profiles)))
 
     def __hash__(self) -> int:
         return self._hash
 
-    def parts(self) -> Iterable[Part]:
-        """All parts in order."""
+    def uses(self) -> Iterable[TemplateUse]:
+        """All templates in order."""
         yield from self.head
         for tier in self.tiers:
-            yield from tier.parts
+            yield from tier.uses
         yield from self.profiles
 
     @property
@@ -166,24 +166,24 @@ class Exceptions(NamedTuple):
     tunnels: frozenset[Tunnel]
 
 
-def exceptions_of(settings: Settings, node: str | None, direction: Direction, stage: Stage) -> Exceptions:
+def exceptions_of(settings: PolicySettings, node: str | None, direction: Direction, stage: Stage) -> Exceptions:
     """Of the host endpoints of a node."""
     replies = settings.failsafes(node, _OTHER[direction]) if stage is Stage.UNTRACKED else ()
     return Exceptions(stage, settings.failsafes(node, direction), replies, settings.tunnels)
 
 
-def policy_entries(policy: Policy, direction: Direction, resolver: Resolver) -> list[Entry]:
+def policy_entries(policy: Policy, direction: Direction, resolver: Resolver) -> list[RuleEntry]:
     """What a policy says in one direction."""
-    found: list[Entry] = []
+    found: list[RuleEntry] = []
     for rule in policy.rules(direction):
         cause = Cause(CauseKind.RULE, direction, policy.tier, policy.key, index=rule.index, action=rule.action)
         found.extend(expand(rule, direction, EFFECTS[rule.action], cause, resolver))
     return found
 
 
-def profile_entries(profile: Profile, direction: Direction, resolver: Resolver) -> list[Entry]:
+def profile_entries(profile: ProfileRules, direction: Direction, resolver: Resolver) -> list[RuleEntry]:
     """What a profile says in one direction: Pass is Deny there."""
-    found: list[Entry] = []
+    found: list[RuleEntry] = []
     for rule in profile.rules(direction):
         action = Action.DENY if rule.action is Action.PASS else rule.action
         cause = Cause(CauseKind.PROFILE, direction, profile=profile.name, index=rule.index, action=action)
@@ -191,16 +191,16 @@ def profile_entries(profile: Profile, direction: Direction, resolver: Resolver) 
     return found
 
 
-def missing_profile_entries(name: str, direction: Direction, resolver: Resolver) -> list[Entry]:
+def missing_profile_entries(name: str, direction: Direction, resolver: Resolver) -> list[RuleEntry]:
     """A profile that nobody has made denies everything."""
     cause = Cause(CauseKind.PROFILE, direction, profile=name, action=Action.DENY)
     return list(expand(Rule(Action.DENY, -1), direction, Effect.DENY, cause, resolver))
 
 
-def exception_entries(exceptions: Exceptions, direction: Direction, resolver: Resolver) -> list[Entry]:
+def exception_entries(exceptions: Exceptions, direction: Direction, resolver: Resolver) -> list[RuleEntry]:
     """What policy of a host never blocks, in one direction: allow in NORMAL, continue in UNTRACKED."""
     effect = Effect.ALLOW if exceptions.stage is Stage.NORMAL else Effect.CONTINUE
-    found: list[Entry] = []
+    found: list[RuleEntry] = []
 
     def add(kind: CauseKind, index: int, remote: Entity, protocol: int, port: int, *, reply: bool = False) -> None:
         """Add one. ``remote``: the remote side's addresses; ``port``: the destination's, of a reply the source's."""
@@ -226,7 +226,7 @@ def exception_entries(exceptions: Exceptions, direction: Direction, resolver: Re
     return found
 
 
-# --- programs -------------------------------------------------------------------------------------------------------
+# --- rule lists -------------------------------------------------------------------------------------------------------
 
 
 def stages_of(endpoint: Endpoint) -> tuple[Stage, ...]:
@@ -247,11 +247,11 @@ def is_of_stage(policy: Policy, stage: Stage) -> bool:
 
 def order_tiers(
     policies: Iterable[Policy],
-    tiers: Mapping[str, Tier],
+    tiers: Mapping[str, PolicyTier],
     replaced: Collection[PolicyKey],
     stage: Stage,
     templates: Mapping[PolicyKey, Template],
-) -> tuple[TierPart, ...]:
+) -> tuple[TierTemplates, ...]:
     """Tiers in order, each with its policies in order. ``policies``: those of the stage and direction that select the endpoint.
 
     ``replaced``: keys that staged policies stand for (they are not in the pending evaluation).
@@ -260,11 +260,13 @@ def order_tiers(
     for policy in policies:
         if policy.staged is not Staged.DELETE:
             by_tier.setdefault(policy.tier, []).append(policy)
-    found: list[TierPart] = []
-    for tier in sorted((tiers.get(name, Tier(name, exists=False)) for name in by_tier), key=lambda tier: tier.sort_key):
+    found: list[TierTemplates] = []
+    for tier in sorted(
+        (tiers.get(name, PolicyTier(name, exists=False)) for name in by_tier), key=lambda tier: tier.sort_key
+    ):
         ordered = sorted(by_tier[tier.name], key=lambda policy: policy.sort_key)
         denies = tier.default_action is not Action.PASS and stage not in (Stage.PRE_DNAT, Stage.UNTRACKED)
-        parts: list[Part] = []
+        uses: list[TemplateUse] = []
         ends: dict[bool, PolicyKey | None] = {True: None, False: None}
         for policy in ordered:
             enforced, pending = policy.staged is Staged.NO, policy.key not in replaced
@@ -272,19 +274,21 @@ def order_tiers(
                 continue
             template = templates[policy.key]
             if template.entries:
-                parts.append(Part(template, enforced, pending))
+                uses.append(TemplateUse(template, enforced, pending))
             if enforced:
                 ends[True] = policy.key
             if pending:
                 ends[False] = policy.key
         if not denies:
             ends = {True: None, False: None}
-        if parts or ends[True] or ends[False]:
-            found.append(TierPart(tier.name, tuple(parts), ends[True], ends[False]))
+        if uses or ends[True] or ends[False]:
+            found.append(TierTemplates(tier.name, tuple(uses), ends[True], ends[False]))
     return tuple(found)
 
 
-def cut(tiers: tuple[TierPart, ...], profiles: tuple[Part, ...]) -> tuple[tuple[TierPart, ...], tuple[Part, ...]]:
+def cut(
+    tiers: tuple[TierTemplates, ...], profiles: tuple[TemplateUse, ...]
+) -> tuple[tuple[TierTemplates, ...], tuple[TemplateUse, ...]]:
     """Leave out what is never reached, so that endpoints which differ in that alone share their policy sets."""
     for index, tier in enumerate(tiers):
         if tier.is_closed:

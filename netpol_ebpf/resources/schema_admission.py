@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The admission policies that refuse fields which a schema keeps and does not declare.
+
+A definition that keeps unknown fields cannot refuse them itself: CEL in a schema does not see them.  An admission policy sees the
+object as it is, so it compares the names of the fields with those of the schema, mapping by mapping.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from netpol_ebpf.resources.schema import CustomResource, Schema
+
+_API = "admissionregistration.k8s.io/v1"
+
+
+def unknown_field_policy(resource: CustomResource) -> list[dict[str, Any]]:
+    """A ValidatingAdmissionPolicy and its binding, for one kind whose spec keeps unknown fields."""
+    name = f"unknown-fields.{resource.name}"
+    group, _, _ = resource.api_version.partition("/")
+    return [
+        {
+            "apiVersion": _API,
+            "kind": "ValidatingAdmissionPolicy",
+            "metadata": {"name": name},
+            "spec": {
+                "failurePolicy": "Fail",
+                "matchConstraints": {
+                    "matchPolicy": "Equivalent",
+                    "resourceRules": [
+                        {
+                            "apiGroups": [group],
+                            "apiVersions": ["*"],
+                            "operations": ["CREATE", "UPDATE"],
+                            "resources": [resource.plural],
+                        }
+                    ],
+                },
+                "validations": [
+                    {"expression": expression, "message": message, "reason": "Invalid"}
+                    for expression, message in _validations(resource.spec, "object.spec", "spec", 0)
+                ],
+            },
+        },
+        {
+            "apiVersion": _API,
+            "kind": "ValidatingAdmissionPolicyBinding",
+            "metadata": {"name": name},
+            "spec": {"policyName": name, "validationActions": ["Deny"]},
+        },
+    ]
+
+
+def _validations(schema: Schema, value: str, place: str, depth: int) -> Iterator[tuple[str, str]]:
+    """An expression and a message for a mapping and for each one below it; ``value``: CEL for the mapping."""
+    fields = schema["properties"]
+    names = ", ".join(f"'{name}'" for name in fields)
+    yield f"{value}.all(k, k in [{names}])", f"{place} has an unknown field; known here are {', '.join(fields)}"
+    for name, below in fields.items():
+        inner, inside = f"{value}.{name}", f"{place}.{name}"
+        if "properties" in below:
+            found = _validations(below, inner, inside, depth)
+            form = "{}"
+        elif "properties" in below.get("items", {}):
+            each = f"e{depth}"
+            found = _validations(below["items"], each, f"{inside}[*]", depth + 1)
+            form = f"{inner}.all({each}, {{}})"
+        else:
+            continue
+        for expression, message in found:
+            yield f"!has({inner}) || {form.format(expression)}", message

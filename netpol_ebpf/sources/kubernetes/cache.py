@@ -1,0 +1,398 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is known of the cluster: the objects of every kind, whether all kinds were listed, and what changed since the last look.
+
+Reader threads put in, one thread for each kind; the agent takes out with `Cache.drain` when the descriptor says so.  A reader
+never waits for the agent: what changes is kept by object, the latest state alone, so it is bounded by the number of objects.
+
+Invariants: nothing is given out until every kind was listed whole, or until the state of the last run was asked for; an object that
+is not valid keeps its last good state and is reported; two states of an object are compared by what its parser read, so that a
+new resourceVersion, a heartbeat or a defaulted status is no change.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import NamedTuple
+
+from netpol_ebpf.errors import Location, Problem
+from netpol_ebpf.policy.translate import ResourceKey, key_of
+from netpol_ebpf.resources.manifest_files import never_pause
+from netpol_ebpf.resources.types import Resource
+from netpol_ebpf.sources.kubernetes.decoding import (
+    Decoded,
+    Name,
+    WatchedKind,
+    decode_fields,
+    encode,
+    object_path,
+    parse,
+)
+from netpol_ebpf.sources.source import Event, Remove, Upsert
+
+MOST_TOLD = 1000
+"""Problems; arbitrary. All of them are gone through when one changes."""
+TAKEN_TOGETHER = 250
+"""Objects between two pauses; arbitrary, a few milliseconds."""
+SAVED_VERSION = "saved"
+"""The version of an object as the saved state has it, until the server has another state of it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One object.
+
+    ``seen``: JSON of the fields that the server last had; ``good``: of those of its last good state, b"" for none; ``resource``,
+    ``version``: that state, and a name that no other state of the object has; ``problems``: of what was seen.
+    """
+
+    seen: bytes
+    good: bytes
+    resource: Resource | None
+    version: str
+    problems: tuple[Problem, ...]
+
+
+class SavedObject(NamedTuple):
+    """An object in the saved state. ``fields``: JSON of its last good state; ``is_orphan``: kept although its kind was deleted."""
+
+    fields: bytes
+    is_orphan: bool
+
+
+class SavedKind(NamedTuple):
+    """The objects of one kind in the saved state, and the uid of its CustomResourceDefinition, "" for none."""
+
+    definition_uid: str
+    objects: list[SavedObject]
+
+
+class KindStore:
+    """The objects of one kind. Written by its reader; all but `prepare` under the cache's lock."""
+
+    def __init__(self, kind: WatchedKind, cache: Cache) -> None:
+        self.kind = kind
+        self.definition_uid = ""
+        self.resource_version = ""
+        self.is_synced = False
+        self.entries: dict[Name, Entry] = {}
+        self.orphans: set[Name] = set()
+        self.faulty: set[Name] = set()
+        self.problem: Problem | None = None
+        self._cache = cache
+
+    # --- for the reader -----------------------------------------------------------------------------------------------------
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no object is known, orphans included."""
+        return not self.entries
+
+    def prepare(self, decoded: Decoded) -> Entry:
+        """The entry for an object: the one that there is when it says the same."""
+        old = self.entries.get(decoded.name)
+        seen = encode(decoded.fields)
+        if old is not None and old.seen == seen:
+            return old
+        parsed = parse(self.kind, decoded.name, decoded.fields)
+        if parsed.resource is None:
+            good = (old.good, old.resource, old.version) if old is not None else (b"", None, "")
+            return Entry(seen, *good, parsed.problems)
+        if old is not None and old.resource == parsed.resource:
+            return Entry(seen, seen, old.resource, old.version, parsed.problems)
+        # A new default of a changed definition makes another state of the same resourceVersion.
+        is_taken = old is not None and old.version.rstrip("+") == decoded.resource_version
+        version = f"{old.version}+" if old is not None and is_taken else decoded.resource_version
+        return Entry(seen, seen, parsed.resource, version, parsed.problems)
+
+    def put(self, name: Name, entry: object) -> None:
+        """Take up an entry of `prepare`."""
+        with self._cache.lock:
+            self._put(name, entry)
+
+    def remove(self, name: Name) -> None:
+        """Forget an object."""
+        with self._cache.lock:
+            self._remove(name)
+
+    def orphan(self, name: Name) -> None:
+        """Keep an object that is gone from the server because its kind is."""
+        with self._cache.lock:
+            self._orphan((name,))
+
+    def missing(self, staged: Mapping[Name, object]) -> set[Name]:
+        """The objects known that a list does not name, orphans left out."""
+        return self.entries.keys() - staged.keys() - self.orphans
+
+    def commit(self, staged: Mapping[Name, object], *, orphaned: set[Name]) -> None:
+        """Take up a whole list in one step: what it does not name goes, but for orphans."""
+        with self._cache.lock:
+            self._orphan(orphaned)
+            for name in self.missing(staged):
+                self._remove(name)
+            for name, entry in staged.items():
+                self._put(name, entry)
+            self._synced()
+
+    def commit_absent(self) -> None:
+        """The server has no such kind: what was known of it is kept."""
+        with self._cache.lock:
+            self._orphan(self.entries)
+            self._synced()
+
+    def note(self, problem: Problem | None) -> None:
+        """Why the kind is not followed now; None: it is."""
+        with self._cache.lock:
+            if problem != self.problem:
+                self.problem = problem
+                self._cache.wake()
+
+    def _put(self, name: Name, entry: object) -> None:
+        if not isinstance(entry, Entry):
+            raise TypeError(f"not an entry of prepare(): {entry!r}")
+        old = self.entries.get(name)
+        was_orphan = name in self.orphans
+        self.orphans.discard(name)
+        if entry is old:
+            if was_orphan:
+                self._cache.wake()
+            return
+        self.entries[name] = entry
+        if entry.problems:
+            self.faulty.add(name)
+        else:
+            self.faulty.discard(name)
+        self._cache.changed(self.kind, name, old, entry)
+
+    def _remove(self, name: Name) -> None:
+        old = self.entries.pop(name, None)
+        self.orphans.discard(name)
+        self.faulty.discard(name)
+        if old is not None:
+            self._cache.changed(self.kind, name, old, None)
+
+    def _orphan(self, names: Iterable[Name]) -> None:
+        new = self.entries.keys() & set(names) - self.orphans
+        if new:
+            self.orphans |= new
+            self._cache.saves += 1
+            self._cache.wake()
+
+    def _synced(self) -> None:
+        self._cache.saves += 1  # the definition may be another one
+        if not self.is_synced:
+            self.is_synced = True
+            self._cache.wake()
+
+    # --- for the cache, under its lock --------------------------------------------------------------------------------------
+
+    def release(self) -> int:
+        """Forget the orphans; how many they were."""
+        names = list(self.orphans)
+        for name in names:
+            self._remove(name)
+        return len(names)
+
+    def problems(self) -> Iterable[Problem]:
+        """Why the kind is not followed, what is kept of it, and what is wrong with its objects."""
+        if self.problem is not None:
+            yield self.problem
+        if self.orphans:
+            count = len(self.orphans)
+            message = (
+                f"its CustomResourceDefinition was deleted, and {count} of its objects with it: they stay in force as they "
+                "were last known, and no kubectl command reaches them; apply them again, or release them if that is meant"
+            )
+            yield Problem(Location(self.kind.path), "", message, obj=str(self.kind), slug="crd-deleted")
+        for name in sorted(self.faulty):
+            entry = self.entries[name]
+            yield from entry.problems
+            if any(one.severity == "error" for one in entry.problems):
+                kept = (
+                    "its last good state stays in force" if entry.resource is not None else "nothing of it is in force"
+                )
+                place = Location(object_path(self.kind, name))
+                obj = "/".join(part for part in (self.kind.kind, *name) if part)
+                yield Problem(place, "", f"is not valid: {kept}", obj=obj, slug="kept")
+
+    def saved(self) -> SavedKind:
+        """What of the kind goes into the saved state."""
+        good = ((name, entry.good) for name, entry in self.entries.items() if entry.good)
+        return SavedKind(self.definition_uid, [SavedObject(fields, name in self.orphans) for name, fields in good])
+
+    def load(self, saved: SavedKind) -> None:
+        """Begin with the saved state."""
+        entries: dict[Name, Entry] = {}
+        orphans: set[Name] = set()
+        for one in saved.objects:
+            fields = decode_fields(one.fields)
+            metadata = fields.get("metadata", {})
+            name = Name(metadata.get("namespace", ""), metadata.get("name", ""))
+            parsed = parse(self.kind, name, fields)
+            entries[name] = Entry(one.fields, one.fields, parsed.resource, SAVED_VERSION, parsed.problems)
+            if one.is_orphan:
+                orphans.add(name)
+        self.definition_uid = saved.definition_uid
+        self.orphans = orphans
+        for name, entry in entries.items():
+            self.entries[name] = entry
+            if entry.problems:
+                self.faulty.add(name)
+            self._cache.changed(self.kind, name, None, entry)
+
+
+class _Objects:
+    """The objects that were given out, by key. Of an object in Calico's stored form and as projectcalico.org/v3, the latter counts.
+
+    Invariant: a key has at least one state; the least position counts.
+    """
+
+    def __init__(self) -> None:
+        self._states: dict[ResourceKey, list[tuple[bool, str, Resource, str]]] = {}  # stored, path, resource, version
+        self._keys: dict[str, ResourceKey] = {}  # by path
+
+    def replace(self, path: str, new: tuple[Resource, str] | None) -> Iterator[Event]:
+        """What becomes of it when the object at a path is now this, None for gone."""
+        keys = [self._keys.pop(path, None), None if new is None else key_of(new[0])]
+        for key in dict.fromkeys(key for key in keys if key is not None):
+            before = self._states.pop(key, [])
+            after = [state for state in before if state[1] != path]
+            if new is not None and key == keys[1]:
+                self._keys[path] = key
+                after = sorted([*after, (new[0].meta.is_stored, path, *new)], key=lambda state: state[:2])
+            if after:
+                self._states[key] = after
+                if not before or before[0][2:] != after[0][2:]:
+                    yield Upsert(after[0][2], key, after[0][3])
+            elif before:
+                yield Remove(before[0][2], key, before[0][3])
+
+
+@dataclass(slots=True)
+class Cache:
+    """The objects of all ``kinds``. Close it when the readers have ended."""
+
+    kinds: tuple[WatchedKind, ...]
+    lock: threading.RLock = field(default_factory=threading.RLock)
+    stores: dict[WatchedKind, KindStore] = field(init=False)
+    descriptor: int = field(init=False)
+    """An eventfd: readable when `drain` or `problems` has something new."""
+    saves: int = 0
+    """Grows with each change that the saved state must follow."""
+    is_given: bool = False
+    """Whether `drain` has given out a whole state."""
+    _changed: dict[str, tuple[Resource, str] | None] = field(default_factory=dict)
+    _objects: _Objects = field(default_factory=_Objects)
+    _is_restored: bool = False
+    _problems: dict[str, Problem] = field(default_factory=dict)
+    _versions: dict[WatchedKind, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.stores = {kind: KindStore(kind, self) for kind in self.kinds}
+        self.descriptor = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+
+    def close(self) -> None:
+        """Give the descriptor back."""
+        os.close(self.descriptor)
+
+    @property
+    def has_synced(self) -> bool:
+        """Whether every kind was listed whole, or is known to be absent."""
+        return all(store.is_synced for store in self.stores.values())
+
+    @property
+    def unsynced(self) -> tuple[WatchedKind, ...]:
+        """The kinds that all others wait for."""
+        return tuple(kind for kind, store in self.stores.items() if not store.is_synced)
+
+    @property
+    def versions(self) -> Mapping[WatchedKind, str]:
+        """The resourceVersion of each kind up to which `drain` has given everything out."""
+        return self._versions
+
+    def wake(self) -> None:
+        """Make the descriptor readable."""
+        os.eventfd_write(self.descriptor, 1)
+
+    def calm(self) -> None:
+        """Make the descriptor unreadable."""
+        with suppress(BlockingIOError):  # it was not readable
+            os.eventfd_read(self.descriptor)
+
+    def changed(self, kind: WatchedKind, name: Name, old: Entry | None, new: Entry | None) -> None:
+        """Note that an object changed; called under the lock."""
+        before, after = old.resource if old else None, new.resource if new else None
+        if before is not after:
+            path = object_path(kind, name)
+            self._changed[path] = None if new is None or after is None else (after, new.version)
+        if before is not after or (old.problems if old else ()) != (new.problems if new else ()):
+            self.wake()
+        self.saves += 1
+
+    def note(self, key: str, problem: Problem | None) -> None:
+        """Report something that is of no kind; it stays until ``key`` has another problem, or None."""
+        with self.lock:
+            if problem is None:
+                if self._problems.pop(key, None) is not None:
+                    self.wake()
+            elif self._problems.get(key) != problem:
+                self._problems[key] = problem
+                self.wake()
+
+    def release(self, kind: WatchedKind) -> int:
+        """Forget what was kept of a kind whose definition was deleted: an operator said so. How many objects that were."""
+        with self.lock:
+            return self.stores[kind].release()
+
+    def restore(self) -> None:
+        """Have what was loaded of the last run given out before every kind was listed."""
+        with self.lock:
+            self._is_restored = True
+            self.wake()
+
+    def problems(self) -> tuple[Problem, ...]:
+        """Everything that is wrong now; of very much the first MOST_TOLD."""
+        with self.lock:
+            found = list(self._problems.values())
+            for store in self.stores.values():
+                found += islice(store.problems(), MOST_TOLD)
+        if len(found) > MOST_TOLD:
+            message = f"only the first {MOST_TOLD} problems of the cluster's objects are reported; there are more"
+            found[MOST_TOLD:] = [Problem(Location("/"), "", message, slug="more")]
+        return tuple(found)
+
+    def drain(self, pause: Callable[[], None] = never_pause) -> tuple[Event, ...]:
+        """What changed since the last call, removals first; nothing before every kind was listed. Never waits for a server.
+
+        ``pause`` is called every few milliseconds.
+        """
+        with self.lock:
+            if not (self.has_synced or self._is_restored):
+                return ()
+            self.is_given = True
+            changed, self._changed = self._changed, {}
+            self._versions = {kind: store.resource_version for kind, store in self.stores.items()}
+        removals: list[Event] = []
+        upserts: list[Event] = []
+        for number, path in enumerate(sorted(changed)):
+            if number % TAKEN_TOGETHER == 0:
+                pause()
+            for event in self._objects.replace(path, changed[path]):
+                (upserts if isinstance(event, Upsert) else removals).append(event)
+        return (*removals, *upserts)
+
+    def saved(self) -> dict[WatchedKind, SavedKind]:
+        """The state to be saved. Only a state in which every kind was listed is one."""
+        with self.lock:
+            return {kind: store.saved() for kind, store in self.stores.items()}
+
+    def load(self, saved: Mapping[WatchedKind, SavedKind]) -> None:
+        """Begin with the state of the last run: known, but not given out until every kind was listed or `restore` asks for it."""
+        with self.lock:
+            for kind, one in saved.items():
+                if kind in self.stores:
+                    self.stores[kind].load(one)

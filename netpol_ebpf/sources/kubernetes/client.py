@@ -1,0 +1,303 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Requests to an API server: TLS, credentials, proxies, and the ways in which a connection fails.
+
+Each request has a connection of its own: a WATCH holds one for minutes anyway, and what stands idle between two requests is closed
+by a stopping server or a load balancer at a moment that nobody sees.  Certificates and tokens are therefore read anew for each
+request, so a rotated one is in use with the next.
+
+Invariant: an answer is whole, or UnreachableError: a body that was cut never looks like one that ended.
+"""
+
+from __future__ import annotations
+
+import base64
+import http.client
+import os
+import socket
+import ssl
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from threading import Lock
+from urllib.parse import SplitResult, unquote, urlsplit
+
+from netpol_ebpf import __version__
+from netpol_ebpf.errors import InvalidInputError, UnreachableError
+
+CONNECT_S = 10.0
+"""What a connection and its TLS handshake may take."""
+READ_BYTES = 65536
+MOST_BODY_BYTES = 256 << 20
+"""Of one page or Status, unpacked; 500 of the largest objects that etcd takes are 750 MB, and no cluster has those."""
+MOST_LINE_BYTES = 16 << 20
+"""Of one event: objects are at most 1.5 MB in etcd."""
+KEEPALIVE_IDLE_S, KEEPALIVE_INTERVAL_S, KEEPALIVE_PROBES = 30, 10, 3
+"""A server that is gone without a word is noticed after a minute."""
+
+USER_AGENT = f"netpol-ebpf/{__version__}"
+"""The server indents its JSON for browsers and curl, which doubles it."""
+_JSON = "application/json"
+_METADATA = f"application/json;as=PartialObjectMetadata;g=meta.k8s.io;v=v1,{_JSON}"
+
+
+@dataclass(frozen=True, slots=True)
+class Credentials:
+    """What a request proves itself with: headers, and a client certificate with its key (PEM), b"" for none."""
+
+    headers: Mapping[str, str] = field(default_factory=dict)
+    certificate: bytes = b""
+    key: bytes = b""
+
+
+@dataclass(frozen=True, slots=True)
+class Cluster:
+    """Where an API server is, and how it is spoken to.
+
+    ``authority``: reads the PEM of the certificate authorities, b"" for those of the system; ``credentials``: reads what to prove
+    oneself with, its argument says that what it gave last was not accepted.  Both raise OSError, or InvalidInputError with a reason.
+    ``proxy``: URL or ""; ``server_name``: for TLS, where it is not the host's.
+    """
+
+    server: str
+    authority: Callable[[], bytes] = bytes
+    credentials: Callable[[bool], Credentials] = lambda _refused: Credentials()
+    proxy: str = ""
+    server_name: str = ""
+    is_insecure: bool = False
+
+
+class HttpAnswer:
+    """An answer whose head was read. Close it."""
+
+    def __init__(
+        self, response: http.client.HTTPResponse, connection: http.client.HTTPConnection, sock: socket.socket
+    ) -> None:
+        self.status = response.status
+        self._response = response
+        self._connection = connection
+        self._socket = sock
+        self._peer = f"{connection.host}:{connection.port}"
+
+    @property
+    def retry_after_s(self) -> float | None:
+        """Seconds of the header; None without it, or where it is a date, which the server never sends."""
+        text = self._response.getheader("Retry-After", "")
+        return float(text) if text.isascii() and text.isdigit() else None
+
+    def body(self) -> bytes:
+        """All of it, unpacked. Raises UnreachableError when it is cut or too large."""
+        packed = self._response.getheader("Content-Encoding", "") == "gzip"
+        unpack = zlib.decompressobj(zlib.MAX_WBITS | 16) if packed else None
+        parts: list[bytes] = []
+        size_bytes = 0
+        try:
+            while part := self._response.read(READ_BYTES):
+                parts.append(part if unpack is None else unpack.decompress(part))
+                size_bytes += len(parts[-1])
+                if size_bytes > MOST_BODY_BYTES:
+                    raise UnreachableError(f"{self._peer} sent more than {MOST_BODY_BYTES >> 20} MiB in one answer")
+        except (OSError, http.client.HTTPException, zlib.error) as error:
+            raise _cut(self._peer, error) from error
+        if self._response.length:  # http.client takes the end of the connection for the end of a body of known length
+            raise _cut(self._peer, "the connection was closed")
+        if unpack is not None and not unpack.eof:
+            raise _cut(self._peer, "the compressed body has no end")
+        return b"".join(parts)
+
+    def lines(self) -> Iterator[bytes]:
+        """The lines of a WATCH until its clean end, none of them empty."""
+        rest: list[bytes] = []
+        rest_bytes = 0
+        while True:
+            try:
+                part = self._response.read1(READ_BYTES)
+            except (OSError, http.client.HTTPException) as error:
+                raise _cut(self._peer, error) from error
+            if not part:
+                break
+            first, *others = part.split(b"\n")
+            rest.append(first)
+            rest_bytes += len(first)
+            if rest_bytes > MOST_LINE_BYTES:
+                raise UnreachableError(f"{self._peer} sent an event of more than {MOST_LINE_BYTES >> 20} MiB")
+            if others:
+                *whole, last = (b"".join(rest), *others)
+                yield from filter(None, whole)
+                rest, rest_bytes = [last], len(last)
+        if not self._response.isclosed() or not self._response.chunked or any(rest):
+            raise _cut(self._peer, "the connection was closed")
+
+    def abort(self) -> None:
+        """End it from another thread: who reads meets the end of the connection."""
+        with suppress(OSError):  # it has ended
+            socket.socket.shutdown(
+                self._socket, socket.SHUT_RDWR
+            )  # not that of TLS, which is no other thread's to change
+
+    def close(self) -> None:
+        """Let go of the connection."""
+        self._response.close()
+        self._connection.close()
+
+
+def _cut(peer: str, why: object) -> UnreachableError:
+    return UnreachableError(f"the answer of {peer} was cut ({why})", hint="")
+
+
+class Client:
+    """Makes requests to one API server; from any thread."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        parts = _split(cluster.server, ("https", "http"), "server")
+        self.cluster = cluster
+        self.peer = parts.netloc
+        self._is_tls = parts.scheme == "https"
+        self._host, self._port = parts.hostname or "", parts.port or (443 if self._is_tls else 80)
+        self._prefix = parts.path.rstrip("/")
+        self._proxy = _split(cluster.proxy, ("http",), "proxy") if cluster.proxy else None
+        self._was_refused = False
+        self._lock = Lock()
+
+    def get(self, target: str, *, head_s: float, idle_s: float, metadata_only: bool = False) -> HttpAnswer:
+        """Begin a GET.
+
+        ``target``: path and query; ``head_s``: what the head may take; ``idle_s``: for how long the body may be silent.  Raises
+        UnreachableError, also when credentials or certificates cannot be read now.
+        """
+        connection = self._connection()
+        try:
+            headers = self._connect(connection)
+            accept = _METADATA if metadata_only else _JSON
+            headers |= {"Accept": accept, "Accept-Encoding": "gzip", "User-Agent": USER_AGENT}
+            sock: socket.socket = connection.sock
+            sock.settimeout(head_s)
+            connection.request("GET", self._prefix + target, headers=headers)
+            response = connection.getresponse()
+            sock.settimeout(idle_s)
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            connection.close()
+            raise UnreachableError(f"{self.peer} cannot be reached ({_reason(error)})", hint="") from error
+        except BaseException:
+            connection.close()
+            raise
+        if response.status == http.HTTPStatus.UNAUTHORIZED:
+            with self._lock:
+                self._was_refused = True
+        return HttpAnswer(response, connection, sock)
+
+    def _connection(self) -> http.client.HTTPConnection:
+        if self._proxy is None:
+            return http.client.HTTPConnection(self._host, self._port, timeout=CONNECT_S)
+        connection = http.client.HTTPConnection(self._proxy.hostname or "", self._proxy.port or 80, timeout=CONNECT_S)
+        connection.set_tunnel(self._host, self._port, headers=_proxy_headers(self._proxy))
+        return connection
+
+    def _connect(self, connection: http.client.HTTPConnection) -> dict[str, str]:
+        """Connect, through the proxy where there is one; the headers that prove who asks."""
+        with self._lock:
+            refused, self._was_refused = self._was_refused, False
+        try:
+            credentials = self.cluster.credentials(refused)
+        except (OSError, InvalidInputError) as error:
+            raise UnreachableError(f"the credentials for {self.peer} cannot be read ({error})", hint="") from error
+        connection.connect()
+        _keep_alive(connection.sock)
+        if self._is_tls:
+            context = self._context(credentials)
+            name = self.cluster.server_name or self._host
+            connection.sock = context.wrap_socket(connection.sock, server_hostname=name)
+        return dict(credentials.headers)
+
+    def _context(self, credentials: Credentials) -> ssl.SSLContext:
+        try:
+            authority = self.cluster.authority()
+            context = ssl.create_default_context(cadata=authority.decode("ascii") if authority else None)
+            if self.cluster.is_insecure:
+                context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+            if credentials.certificate:
+                _load_certificate(context, credentials)
+        except (OSError, ValueError) as error:  # an SSLError is an OSError
+            raise UnreachableError(f"the certificates for {self.peer} cannot be read ({error})", hint="") from error
+        return context
+
+
+def _load_certificate(context: ssl.SSLContext, credentials: Credentials) -> None:
+    """`ssl` reads certificates from files only; this one has no name, so the key is never on a disk."""
+    descriptor = os.memfd_create("client-certificate", os.MFD_CLOEXEC)
+    try:
+        os.write(descriptor, credentials.certificate + b"\n" + credentials.key)
+        context.load_cert_chain(f"/proc/self/fd/{descriptor}")
+    finally:
+        os.close(descriptor)
+
+
+def _keep_alive(sock: socket.socket) -> None:
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEPALIVE_IDLE_S)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, KEEPALIVE_INTERVAL_S)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, KEEPALIVE_PROBES)
+
+
+def _split(url: str, schemes: tuple[str, ...], what: str) -> SplitResult:
+    try:
+        parts = urlsplit(url)
+        port = parts.port  # raises where it is no number
+    except ValueError as error:
+        raise InvalidInputError(f"the {what} {url!r} is no URL ({error})") from error
+    if parts.scheme not in schemes or not parts.hostname or port == 0:
+        raise InvalidInputError(f"the {what} {url!r} must be a URL that begins with {' or '.join(schemes)}")
+    return parts
+
+
+def _proxy_headers(proxy: SplitResult) -> dict[str, str]:
+    if proxy.username is None:
+        return {}
+    text = f"{unquote(proxy.username)}:{unquote(proxy.password or '')}"
+    return {"Proxy-Authorization": f"Basic {base64.b64encode(text.encode()).decode('ascii')}"}
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return f"its certificate is not accepted: {error.verify_message}"
+    if isinstance(error, TimeoutError):
+        return "it does not answer in time"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return str(error) or type(error).__name__
+
+
+# --- in a pod -------------------------------------------------------------------------------------------------------------------
+
+SERVICE_ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
+
+
+def in_cluster(directory: Path = SERVICE_ACCOUNT, environment: Mapping[str, str] = os.environ) -> Cluster:
+    """The API server of the cluster that this pod runs in; the token is read for each request. Raises InvalidInputError outside a pod."""
+    host, port = environment.get("KUBERNETES_SERVICE_HOST", ""), environment.get("KUBERNETES_SERVICE_PORT", "")
+    if not host or not port or not (directory / "token").exists():
+        raise InvalidInputError(
+            "this is no pod with a service account (KUBERNETES_SERVICE_HOST, KUBERNETES_SERVICE_PORT and a token)",
+            hint="Name a kubeconfig, or run the agent in a pod with automountServiceAccountToken.",
+        )
+    return Cluster(
+        f"https://[{host}]:{port}" if ":" in host else f"https://{host}:{port}",
+        authority=(directory / "ca.crt").read_bytes,
+        credentials=lambda _refused: bearer(read_token(directory / "token")),
+    )
+
+
+def read_token(path: Path) -> str:
+    """A token from its file. Raises OSError, InvalidInputError when the file is empty."""
+    token = path.read_text(encoding="ascii").strip()
+    if not token:
+        raise InvalidInputError(f"the token file {path} is empty")
+    return token
+
+
+def bearer(token: str) -> Credentials:
+    """A token as credentials. Raises InvalidInputError for one that no header can hold."""
+    if not token.isascii() or not token.isprintable():
+        raise InvalidInputError("a token holds characters that no token has")
+    return Credentials({"Authorization": f"Bearer {token}"})

@@ -1,0 +1,424 @@
+# SPDX-License-Identifier: Apache-2.0
+"""JSON of the API server to objects for the parsers of `resources`: which kinds are read, and which fields of each.
+
+The decoder is typed: of the cluster's own objects (pods are mostly managedFields and volumes) only the declared fields become Python
+objects, as plain mappings that the parser of the kind reads as it reads a manifest.  Policies are decoded whole, because an unknown
+field of a policy must be found.
+
+Invariant: there is one parser a kind, the one in `resources`; this module drops fields and judges none.  An object of a shape
+that the declaration does not know is decoded whole, so that its parser says what is wrong with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, NamedTuple, Optional, TypedDict
+
+import msgspec
+
+from netpol_ebpf.errors import Problem
+from netpol_ebpf.resources import calico_storage
+from netpol_ebpf.resources.load import parse_object
+from netpol_ebpf.resources.types import Resource
+
+CALICO = "projectcalico.org/v3"
+SIG_NETWORK = "policy.networking.k8s.io/"
+
+
+class MalformedError(Exception):
+    """What the server sent is not what its API says: nothing of the answer may be used."""
+
+
+@dataclass(frozen=True, slots=True)
+class WatchedKind:
+    """A kind as the server offers it. ``is_custom``: defined by a CustomResourceDefinition, so it may be absent or be deleted."""
+
+    api_version: str
+    kind: str
+    plural: str
+    is_custom: bool = False
+
+    @property
+    def path(self) -> str:
+        """The path of all objects of the kind, in all namespaces."""
+        return f"/{'apis' if '/' in self.api_version else 'api'}/{self.api_version}/{self.plural}"
+
+    @property
+    def definition(self) -> str:
+        """The path of the CustomResourceDefinition of a custom kind."""
+        group = self.api_version.partition("/")[0]
+        return f"/apis/apiextensions.k8s.io/v1/customresourcedefinitions/{self.plural}.{group}"
+
+    def __str__(self) -> str:
+        return f"{self.plural}.{self.api_version.partition('/')[0]}" if "/" in self.api_version else self.plural
+
+
+def _custom(api_version: str, *kinds: str) -> tuple[WatchedKind, ...]:
+    return tuple(WatchedKind(api_version, kind, _plural(kind), is_custom=True) for kind in kinds)
+
+
+def _plural(kind: str) -> str:
+    lower = kind.lower()
+    return f"{lower[:-1]}ies" if lower.endswith("y") else f"{lower}s"
+
+
+# WorkloadEndpoint and Profile are not watched: where pods are the workloads, Calico's API makes both up of pods, namespaces and
+# service accounts, which are watched themselves.
+_CALICO_KINDS = (
+    "NetworkPolicy",
+    "GlobalNetworkPolicy",
+    "StagedNetworkPolicy",
+    "StagedGlobalNetworkPolicy",
+    "StagedKubernetesNetworkPolicy",
+    "Tier",
+    "NetworkSet",
+    "GlobalNetworkSet",
+    "HostEndpoint",
+    "FelixConfiguration",
+    "KubeControllersConfiguration",
+)
+
+KINDS = (
+    WatchedKind("v1", "Namespace", "namespaces"),
+    WatchedKind("v1", "ServiceAccount", "serviceaccounts"),
+    WatchedKind("v1", "Node", "nodes"),
+    WatchedKind("v1", "Pod", "pods"),
+    WatchedKind("v1", "Service", "services"),
+    WatchedKind("discovery.k8s.io/v1", "EndpointSlice", "endpointslices"),
+    WatchedKind("networking.k8s.io/v1", "NetworkPolicy", "networkpolicies"),
+    *_custom(CALICO, *_CALICO_KINDS),
+    *_custom(SIG_NETWORK + "v1alpha1", "AdminNetworkPolicy", "BaselineAdminNetworkPolicy"),
+    *_custom(SIG_NETWORK + "v1alpha2", "ClusterNetworkPolicy"),
+    *_custom(calico_storage.VERSION, *_CALICO_KINDS),
+)
+"""All kinds that become policy, or that policy refers to."""
+
+
+# --- the fields that are used ----------------------------------------------------------------------------------------------------
+# Values are `Any`: whether a value is valid is the parser's question.
+
+
+class _Metadata(TypedDict, total=False):
+    name: Any
+    namespace: Any
+    labels: Any
+    annotations: Any
+    deletionTimestamp: Any
+    resourceVersion: Any
+
+
+class _WithMetadata(TypedDict, total=False):
+    metadata: _Metadata
+
+
+class _Container(TypedDict, total=False):
+    ports: Any
+
+
+class _PodSpec(TypedDict, total=False):
+    nodeName: Any
+    serviceAccountName: Any
+    serviceAccount: Any
+    hostNetwork: Any
+    initContainers: Optional[list[_Container]]
+    containers: Optional[list[_Container]]
+
+
+class _PodStatus(TypedDict, total=False):
+    phase: Any
+    podIP: Any
+    podIPs: Any
+
+
+class _Pod(TypedDict, total=False):
+    metadata: _Metadata
+    spec: _PodSpec
+    status: _PodStatus
+
+
+class _NodeStatus(TypedDict, total=False):
+    addresses: Any
+
+
+class _Node(TypedDict, total=False):
+    metadata: _Metadata
+    status: _NodeStatus
+
+
+class _ServiceSpec(TypedDict, total=False):
+    selector: Any
+    clusterIP: Any
+    clusterIPs: Any
+    externalIPs: Any
+    ports: Any
+
+
+class _ServiceStatus(TypedDict, total=False):
+    loadBalancer: Any
+
+
+class _Service(TypedDict, total=False):
+    metadata: _Metadata
+    spec: _ServiceSpec
+    status: _ServiceStatus
+
+
+class _SliceEndpoint(TypedDict, total=False):
+    addresses: Any
+
+
+class _Slice(TypedDict, total=False):
+    metadata: _Metadata
+    addressType: Any
+    endpoints: Optional[list[_SliceEndpoint]]
+    ports: Any
+
+
+_FIELDS: Mapping[str, Any] = {
+    "Namespace": _WithMetadata,
+    "ServiceAccount": _WithMetadata,
+    "Pod": _Pod,
+    "Node": _Node,
+    "Service": _Service,
+    "EndpointSlice": _Slice,
+}
+"""By kind; what is not here is decoded whole."""
+
+_ANNOTATIONS_READ = ("projectcalico.org/", "vpc.amazonaws.com/")
+"""Of the cluster's own objects, those with one of these in their key; others may hold a whole manifest."""
+
+# `continue` is a keyword of Python, so a class cannot declare it.
+_PageMetadata = TypedDict("_PageMetadata", {"resourceVersion": str, "continue": str}, total=False)
+
+
+class _Page(TypedDict, total=False):
+    metadata: _PageMetadata
+    items: Optional[list[msgspec.Raw]]
+
+
+# A struct, since msgspec 0.23 takes no Raw as a value of a TypedDict; made by a call, so that no class has an untyped base.
+_Event: Any = msgspec.defstruct("_Event", [("type", str), ("object", msgspec.Raw)])
+
+
+class _MarkMetadata(TypedDict, total=False):
+    resourceVersion: str
+    annotations: dict[str, str]
+
+
+class _Mark(TypedDict, total=False):
+    metadata: _MarkMetadata
+
+
+class _StatusDetails(TypedDict, total=False):
+    retryAfterSeconds: int
+
+
+class _Status(TypedDict, total=False):
+    kind: str
+    message: str
+    reason: str
+    code: int
+    details: _StatusDetails
+
+
+class _DefinitionMetadata(TypedDict, total=False):
+    uid: str
+    deletionTimestamp: str
+
+
+class _Definition(TypedDict, total=False):
+    metadata: _DefinitionMetadata
+
+
+_WHOLE = dict[str, Any]
+
+
+@lru_cache
+def _decoder(of: Any) -> Any:
+    return msgspec.json.Decoder(of)
+
+
+def _decode(raw: Any, of: Any, what: str) -> Any:
+    try:
+        return _decoder(of).decode(raw)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise MalformedError(f"{what} is not as the API says: {error}") from error
+
+
+# --- answers ---------------------------------------------------------------------------------------------------------------------
+
+
+class Page(NamedTuple):
+    """One page of a LIST. ``more``: the token of the next page, "" on the last one; ``items``: JSON of each object."""
+
+    items: list[Any]
+    resource_version: str
+    more: str
+
+
+def decode_page(body: bytes) -> Page:
+    """The answer to a LIST. Raises MalformedError, also for a list without resourceVersion, which proves nothing."""
+    page = _decode(body, _Page, "a list")
+    metadata = page.get("metadata", {})
+    if "items" not in page or not metadata.get("resourceVersion"):
+        raise MalformedError("a list has no items or no resourceVersion")
+    return Page(page["items"] or [], metadata["resourceVersion"], metadata.get("continue", ""))
+
+
+class Event(NamedTuple):
+    """One event of a WATCH: ADDED, MODIFIED, DELETED, BOOKMARK or ERROR, and the JSON of its object."""
+
+    type: str
+    raw: Any
+
+
+def decode_event(line: bytes) -> Event:
+    """One line of a WATCH. Raises MalformedError."""
+    event = _decode(line, _Event, "an event")
+    return Event(event.type, event.object)
+
+
+INITIAL_EVENTS_END = "k8s.io/initial-events-end"
+
+
+class Bookmark(NamedTuple):
+    """``ends_list``: all objects that there are have been sent."""
+
+    resource_version: str
+    ends_list: bool
+
+
+def decode_bookmark(raw: Any) -> Bookmark:
+    """The object of a BOOKMARK, which is no object of the kind. Raises MalformedError."""
+    metadata = _decode(raw, _Mark, "a bookmark").get("metadata", {})
+    if not metadata.get("resourceVersion"):
+        raise MalformedError("a bookmark has no resourceVersion")
+    return Bookmark(metadata["resourceVersion"], metadata.get("annotations", {}).get(INITIAL_EVENTS_END) == "true")
+
+
+class Status(NamedTuple):
+    """Why the server refused. ``retry_after_s``: None where it did not say."""
+
+    code: int
+    reason: str
+    message: str
+    retry_after_s: float | None = None
+
+
+def decode_status(raw: Any, code: int = 0) -> Status:
+    """A Status, or the text that some answers have in place of one. ``code``: the answer's, where the Status has none."""
+    try:
+        status = _decoder(_Status).decode(raw)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return Status(code, "", bytes(raw[:200]).decode(errors="replace").strip())
+    after = status.get("details", {}).get("retryAfterSeconds")
+    return Status(code or status.get("code", 0), status.get("reason", ""), status.get("message", ""), after)
+
+
+class Definition(NamedTuple):
+    """The state of a CustomResourceDefinition."""
+
+    uid: str
+    is_ending: bool
+
+
+def decode_definition(raw: bytes) -> Definition:
+    """A CustomResourceDefinition. Raises MalformedError."""
+    metadata = _decode(raw, _Definition, "a CustomResourceDefinition").get("metadata", {})
+    if not metadata.get("uid"):
+        raise MalformedError("a CustomResourceDefinition has no uid")
+    return Definition(metadata["uid"], "deletionTimestamp" in metadata)
+
+
+# --- objects ---------------------------------------------------------------------------------------------------------------------
+
+
+class Name(NamedTuple):
+    """Of an object within its kind; ``namespace`` is "" for cluster scope."""
+
+    namespace: str
+    name: str
+
+
+class Decoded(NamedTuple):
+    """An object as the server has it. ``fields``: what a parser reads, without resourceVersion, so that two can be compared."""
+
+    name: Name
+    resource_version: str
+    fields: dict[str, Any]
+
+
+def decode_object(kind: WatchedKind, raw: Any) -> Decoded:
+    """An item of a list or the object of an event. Raises MalformedError when it is no object with a name."""
+    fields = _decode_fields(kind, raw)
+    metadata = fields.get("metadata")
+    if not isinstance(metadata, dict):
+        raise MalformedError(f"an object of {kind} has no metadata")
+    version, name, namespace = metadata.pop("resourceVersion", ""), metadata.get("name"), metadata.get("namespace", "")
+    if not (isinstance(name, str) and name and isinstance(namespace, str) and isinstance(version, str)):
+        raise MalformedError(f"an object of {kind} has no name or no resourceVersion")
+    if kind.kind in _FIELDS:
+        _drop_annotations(metadata)
+    else:
+        fields.pop("status", None)
+        for key in ("managedFields", "generation", "uid", "creationTimestamp"):
+            metadata.pop(key, None)
+    # Items of built-in lists have neither, so the request tells both.
+    fields["apiVersion"], fields["kind"] = kind.api_version, kind.kind
+    return Decoded(Name(namespace, name), version, fields)
+
+
+def _decode_fields(kind: WatchedKind, raw: Any) -> dict[str, Any]:
+    of = _FIELDS.get(kind.kind, _WHOLE)
+    try:
+        fields: dict[str, Any] = _decoder(of).decode(raw)
+    except msgspec.ValidationError:  # a shape that the declaration does not know; the parser says what is wrong with it
+        fields = _decode(raw, _WHOLE, f"an object of {kind}")
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise MalformedError(f"an object of {kind} is not JSON: {error}") from error
+    return fields
+
+
+def _drop_annotations(metadata: dict[str, Any]) -> None:
+    annotations = metadata.get("annotations")
+    if isinstance(annotations, dict):
+        kept = {key: text for key, text in annotations.items() if any(domain in key for domain in _ANNOTATIONS_READ)}
+        metadata["annotations"] = kept
+        if not kept:
+            del metadata["annotations"]
+
+
+class Parsed(NamedTuple):
+    """What an object says. ``resource``: None when it is not valid; ``problems``: errors and warnings, named by the object's path."""
+
+    resource: Resource | None
+    problems: tuple[Problem, ...]
+
+
+def parse(kind: WatchedKind, name: Name, fields: Mapping[str, Any]) -> Parsed:
+    """The typed object; locations name the path under which the server has it."""
+    result = parse_object(fields, object_path(kind, name))
+    valid = bool(result.resources) and not result.errors
+    return Parsed(result.resources[0] if valid else None, tuple(result.problems))
+
+
+def object_path(kind: WatchedKind, name: Name) -> str:
+    """The path of one object, as ``kubectl get --raw`` takes it."""
+    if not name.namespace:
+        return f"{kind.path}/{name.name}"
+    base, _, plural = kind.path.rpartition("/")
+    return f"{base}/namespaces/{name.namespace}/{plural}/{name.name}"
+
+
+def encode(fields: Mapping[str, Any]) -> bytes:
+    """JSON of an object's fields."""
+    raw: bytes = msgspec.json.encode(fields)
+    return raw
+
+
+def decode_fields(raw: Any) -> dict[str, Any]:
+    """What `encode` gave. Raises MalformedError."""
+    fields: dict[str, Any] = _decode(raw, _WHOLE, "a saved object")
+    return fields

@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whether the server still speaks for the cluster: one consistent read from time to time.
+
+A server that is cut off from its etcd goes on as if nothing were wrong: watches stay open, bookmarks come, `/readyz` says ok.  A read
+without resourceVersion is the one request that it cannot answer then.  The same read tells that etcd was restored from a backup,
+after which a WATCH from a resourceVersion that was lost is silent for ever.
+
+Invariant: a probe changes no object; what it finds out becomes a problem, or a new list.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+
+from netpol_ebpf.errors import Location, Problem, UnreachableError
+from netpol_ebpf.sources.kubernetes.cache import Cache
+from netpol_ebpf.sources.kubernetes.decoding import MalformedError, WatchedKind, decode_page
+from netpol_ebpf.sources.kubernetes.watching import KindWatcher, Transport
+
+SHORTEST_PERIOD_S = 60.0
+NODES_PER_S = 10.0
+"""Probes that all nodes of a large cluster make together, in a second."""
+ANSWER_S = 10.0
+RETRY_S = 15.0
+"""After a probe that failed; the second one in a row is told."""
+TOLD_AFTER = 2
+BEHIND_PROBES = 3
+"""A WATCH that is behind what this many probes saw is opened anew: a bookmark comes each minute, and moves with other kinds."""
+CUT_OFF = "cut-off"
+
+log = logging.getLogger(__name__)
+
+
+def version_number(text: str) -> int | None:
+    """A resourceVersion as a number: larger is newer within one kind. None for one that does not say so (not a decimal number)."""
+    is_number = text.isascii() and text.isdigit() and not text.startswith("0")
+    return int(text) if is_number else None
+
+
+def period_s(nodes: int) -> float:
+    """Seconds between two probes of one node, on average."""
+    return max(SHORTEST_PERIOD_S, nodes / NODES_PER_S)
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+@dataclass(slots=True)
+class Probe:
+    """Asks for one object of the kind that is known to be newest. ``wall``: the time of day, for messages."""
+
+    transport: Transport
+    cache: Cache
+    watchers: Mapping[WatchedKind, KindWatcher]
+    clock: Callable[[], float] = time.monotonic
+    chance: Callable[[], float] = random.random
+    wall: Callable[[], str] = _now
+    confirmed: str = ""
+    """When the server last answered a probe; "" for never."""
+    _failures: int = 0
+    _behind: Counter[WatchedKind] = field(default_factory=Counter)
+    _reopened: set[WatchedKind] = field(default_factory=set)
+    _last_seen: int = 0
+
+    def period_s(self) -> float:
+        """Of the next probe, by chance between half and one and a half times the average."""
+        nodes = sum(len(store.entries) for kind, store in self.cache.stores.items() if kind.kind == "Node")
+        return period_s(nodes) * (0.5 + self.chance())
+
+    def step(self) -> float:
+        """One probe. The seconds until the next one."""
+        newest = self._newest()
+        if newest is None:  # nothing was listed yet, and that is told
+            return RETRY_S
+        kind, watermark = newest
+        try:
+            version = self._ask(kind)
+        except (UnreachableError, MalformedError) as error:
+            return self._failed(str(error))
+        self._failures, self.confirmed = 0, self.wall()
+        self.cache.note(CUT_OFF, None)
+        number = version_number(version)
+        if number is None:
+            return self.period_s()
+        if number < watermark:
+            log.warning(
+                "the API server went back from resourceVersion %d to %d, as after a restored backup: all kinds are listed again",
+                watermark,
+                number,
+            )
+            self._behind.clear()
+            self._last_seen = 0
+            for watcher in self.watchers.values():
+                watcher.relist()
+        else:
+            self._reopen_what_is_behind()
+            self._last_seen = number
+        return self.period_s()
+
+    def _newest(self) -> tuple[WatchedKind, int] | None:
+        """The kind with the highest resourceVersion, so that one question tells of them all; and that version, as it is now."""
+        known = [(version_number(store.resource_version), kind) for kind, store in self.cache.stores.items()]
+        numbers = [(number, str(kind), kind) for number, kind in known if number is not None]
+        if not numbers:
+            return None
+        number, _, kind = max(numbers)
+        return kind, number
+
+    def _ask(self, kind: WatchedKind) -> str:
+        answer = self.transport.get(f"{kind.path}?limit=1", head_s=ANSWER_S, idle_s=ANSWER_S, metadata_only=True)
+        try:
+            if answer.status != 200:  # noqa: PLR2004 - OK
+                raise UnreachableError(f"it answers {answer.status} to a consistent read of {kind}", hint="")
+            return decode_page(answer.body()).resource_version
+        finally:
+            answer.close()
+
+    def _failed(self, reason: str) -> float:
+        self._failures += 1
+        if self._failures >= TOLD_AFTER:
+            since = f"since {self.confirmed}" if self.confirmed else "since the start"
+            message = (
+                f"the API server has confirmed nothing {since} ({reason}): what was last known stays in force, and later "
+                "changes may be missing; see whether this node reaches the API server, and the API server its etcd"
+            )
+            self.cache.note(CUT_OFF, Problem(Location("/"), "", message, slug=CUT_OFF))
+        return RETRY_S * (0.5 + self.chance())
+
+    def _reopen_what_is_behind(self) -> None:
+        """A WATCH at a server that is cut off while another one answers: it does not end by itself."""
+        for kind, watcher in self.watchers.items():
+            number = version_number(self.cache.stores[kind].resource_version)
+            if number is None or number >= self._last_seen:
+                del self._behind[kind]
+                self._reopened.discard(kind)
+                continue
+            self._behind[kind] += 1
+            # Once, until it moves: there are servers whose bookmarks do not follow other kinds.
+            if self._behind[kind] >= BEHIND_PROBES and kind not in self._reopened:
+                log.info("the WATCH of %s is behind the cluster and is opened anew", kind)
+                self._reopened.add(kind)
+                watcher.abort()

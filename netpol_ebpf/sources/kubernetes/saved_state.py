@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The last consistent state of the cluster in a file, for a node that starts again while its API server is away.
+
+One line for each object, JSON of the fields that are used, in a file that a hash ends.  Its parser reads it as it reads what the
+server sends, so a newer version of the agent judges it by its own rules.
+
+Invariant: the file is one state in which every kind was listed, or it is not there; it is replaced in one step, and is on the
+disk before it has its name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+
+from netpol_ebpf.resources.manifest_files import read_regular
+from netpol_ebpf.sources.kubernetes.cache import SavedKind, SavedObject
+from netpol_ebpf.sources.kubernetes.decoding import MalformedError, WatchedKind, decode_fields
+
+FORMAT = 1
+_ORPHAN, _OBJECT = b"o", b"."
+
+
+@dataclass(frozen=True, slots=True)
+class SavedState:
+    """``saved``: when it was, UTC; ``kinds``: by apiVersion and kind, those that this version does not watch included."""
+
+    saved: str
+    kinds: Mapping[tuple[str, str], SavedKind]
+
+    def of(self, kinds: tuple[WatchedKind, ...]) -> dict[WatchedKind, SavedKind]:
+        """What was saved of these kinds."""
+        found = {kind: self.kinds.get((kind.api_version, kind.kind)) for kind in kinds}
+        return {kind: one for kind, one in found.items() if one is not None}
+
+
+def load_state(path: Path) -> SavedState | None:
+    """The saved state, None when there is none. Raises OSError; MalformedError when the file is damaged or of another version."""
+    try:
+        raw = read_regular(path)
+    except FileNotFoundError:
+        return None
+    body, _, end = raw.removesuffix(b"\n").rpartition(b"\n")
+    if end != _digest(body + b"\n"):
+        raise MalformedError("its end does not fit its content")
+    try:
+        return _parse(iter(body.split(b"\n")))
+    except (ValueError, LookupError, TypeError, StopIteration) as error:
+        raise MalformedError(f"it is not of this format ({error})") from error
+
+
+def _parse(lines: Iterator[bytes]) -> SavedState:
+    head = json.loads(next(lines))
+    if head["format"] != FORMAT:
+        raise MalformedError(f"it has the format {head['format']}, and this version reads {FORMAT}")
+    kinds: dict[tuple[str, str], SavedKind] = {}
+    for line in lines:
+        part = json.loads(line)
+        objects = [SavedObject(one[1:], one[:1] == _ORPHAN) for one in (next(lines) for _ in range(part["objects"]))]
+        for one in objects:
+            decode_fields(one.fields)
+        kinds[part["apiVersion"], part["kind"]] = SavedKind(part["definition"], objects)
+    return SavedState(head["saved"], kinds)
+
+
+def store_state(path: Path, kinds: Mapping[WatchedKind, SavedKind]) -> None:
+    """Replace the saved state. Raises OSError."""
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    saved = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
+    body = b"".join(_lines(saved, kinds))
+    draft = path.with_suffix(".draft")
+    draft.unlink(missing_ok=True)
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+    with os.fdopen(os.open(draft, flags, 0o600), "wb") as file:
+        file.write(body)
+        file.write(_digest(body) + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
+    draft.replace(path)
+    directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+
+
+def _lines(saved: str, kinds: Mapping[WatchedKind, SavedKind]) -> Iterator[bytes]:
+    yield json.dumps({"format": FORMAT, "saved": saved}).encode() + b"\n"
+    for kind, one in kinds.items():
+        head = {
+            "apiVersion": kind.api_version,
+            "kind": kind.kind,
+            "definition": one.definition_uid,
+            "objects": len(one.objects),
+        }
+        yield json.dumps(head).encode() + b"\n"
+        for item in one.objects:
+            yield (_ORPHAN if item.is_orphan else _OBJECT) + item.fields + b"\n"
+
+
+def _digest(body: bytes) -> bytes:
+    return hashlib.sha256(body).hexdigest().encode()

@@ -1,0 +1,272 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A cluster as a source: threads that follow its API server, and a descriptor that says when there is something to take.
+
+One thread for each kind reads, one asks whether the server still speaks for the cluster, one keeps the saved state.  None of them
+waits for whoever calls `KubernetesSource.step`, and that call waits for none of them.
+
+Invariant: an exception in a thread ends neither the thread nor enforcement: it is told as a bug, and the kind is listed again.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import select
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+from netpol_ebpf.errors import InvalidInputError, Location, Problem, UnreachableError
+from netpol_ebpf.resources.manifest_files import never_pause
+from netpol_ebpf.sources.kubernetes.cache import Cache
+from netpol_ebpf.sources.kubernetes.client import Client, Cluster
+from netpol_ebpf.sources.kubernetes.decoding import KINDS, MalformedError, WatchedKind
+from netpol_ebpf.sources.kubernetes.probing import Probe
+from netpol_ebpf.sources.kubernetes.saved_state import load_state, store_state
+from netpol_ebpf.sources.kubernetes.watching import KindWatcher
+from netpol_ebpf.sources.source import SourceUpdate
+
+SYNC_S = 60.0
+"""What the first state of the cluster may take: a list of the largest clusters takes seconds, a failure is told after GRACE_S."""
+RESTORE_S = 10.0
+"""The same where nothing is in force and the saved state can be."""
+SHOWN_KINDS = 5
+SAVE_S = 10.0
+"""Between two looks whether the saved state must be replaced; arbitrary."""
+AFTER_BUG_S = 60.0
+END_S = 5.0
+"""What threads may take to end; one that waits for a plugin or a connection is left to end by itself."""
+RESTORED, SAVED, BUG = "restored", "saved-state", "bug"
+
+log = logging.getLogger(__name__)
+
+
+class KindState(NamedTuple):
+    """What ``status`` says of one kind. ``kept``: objects in force although their definition was deleted."""
+
+    kind: str
+    state: str
+    is_synced: bool
+    objects: int
+    kept: int
+    resource_version: str
+
+
+@dataclass(slots=True)
+class KubernetesSource:
+    """Follows one cluster: a `Source`.
+
+    ``state_path``: the saved state, None to keep none; ``may_restore``: whether it may be in force until the cluster was listed, which
+    is for a node on which nothing is in force; ``clock``: seconds.
+    """
+
+    cluster: Cluster
+    state_path: Path | None = None
+    may_restore: bool = False
+    kinds: tuple[WatchedKind, ...] = KINDS
+    clock: Callable[[], float] = time.monotonic
+    client: Client = field(init=False)
+    cache: Cache = field(init=False)
+    watchers: dict[WatchedKind, KindWatcher] = field(init=False)
+    probe: Probe = field(init=False)
+    _stopped: threading.Event = field(default_factory=threading.Event)
+    _threads: list[threading.Thread] = field(default_factory=list)
+    _has_news: bool = False
+    _reported: tuple[Problem, ...] = ()
+    _saved_at: str = ""
+    _saves: int = 0
+
+    def __post_init__(self) -> None:
+        """Raises InvalidInputError for a server or proxy that is no URL."""
+        self.client = Client(self.cluster)
+        self.cache = Cache(self.kinds)
+        self.watchers = {
+            kind: KindWatcher(kind, self.client, self.cache.stores[kind], self._pace_s) for kind in self.kinds
+        }
+        self.probe = Probe(self.client, self.cache, self.watchers)
+
+    # --- what a source is -----------------------------------------------------------------------------------------------------
+
+    @property
+    def name(self) -> str:
+        """The server's URL."""
+        return self.cluster.server
+
+    @property
+    def has_synced(self) -> bool:
+        """Whether a whole state was given out: of the cluster, or the one of the last run where that may be."""
+        return self.cache.is_given
+
+    @property
+    def skipped(self) -> Mapping[str, int]:
+        """Empty: kinds that are not read are not asked for."""
+        return {}
+
+    @property
+    def problems(self) -> tuple[Problem, ...]:
+        """Everything that is wrong with the cluster, its server, or the saved state."""
+        return self.cache.problems()
+
+    def sync(self) -> SourceUpdate:
+        """Begin to follow the cluster, and wait for its first state.
+
+        Raises UnreachableError when a kind could not be listed in time: nothing is given out then, and what is in force stays.
+        """
+        self._load()
+        self._start()
+        is_saved = self.may_restore and bool(self._saved_at)
+        until_s = self.clock() + (RESTORE_S if is_saved else SYNC_S)
+        while not self.cache.has_synced and self.clock() < until_s:
+            select.select([self.fileno()], [], [], max(0.0, until_s - self.clock()))
+            self.cache.calm()
+        if not self.cache.has_synced:
+            if not is_saved:
+                raise self._unsynced()
+            message = (
+                f"the API server could not be read at the start: the state that was saved at {self._saved_at} is in force, "
+                "and later changes are missing"
+            )
+            self.cache.note(RESTORED, Problem(Location("/"), "", message, slug=RESTORED))
+            self.cache.restore()
+        return self.step() or SourceUpdate((), self.problems)
+
+    def fileno(self) -> int:
+        """An eventfd."""
+        return self.cache.descriptor
+
+    def note_news(self) -> None:
+        """See `Source`."""
+        self.cache.calm()
+        self._has_news = True
+
+    def wait_s(self) -> float:
+        """0 after news; nothing is due otherwise."""
+        return 0.0 if self._has_news else math.inf
+
+    def step(self, pause: Callable[[], None] = never_pause) -> SourceUpdate | None:
+        """See `Source`. Never waits for the server or for a reader."""
+        self._has_news = False
+        if self.cache.has_synced:
+            self.cache.note(RESTORED, None)
+        events, problems = self.cache.drain(pause), self.problems
+        if not events and problems == self._reported:
+            return None
+        self._reported = problems
+        return SourceUpdate(events, problems)
+
+    def close(self) -> None:
+        """End the threads, and give the descriptor back if they have ended."""
+        self._stopped.set()
+        for watcher in self.watchers.values():
+            watcher.relist()
+        until_s = time.monotonic() + END_S
+        for thread in self._threads:
+            thread.join(max(0.0, until_s - time.monotonic()))
+        if not any(thread.is_alive() for thread in self._threads):
+            self.cache.close()
+
+    # --- beyond that ----------------------------------------------------------------------------------------------------------
+
+    def release(self, kind: str) -> int:
+        """Forget what is kept of a kind (``tiers.projectcalico.org``) whose definition was deleted. How many objects that were.
+
+        Raises InvalidInputError for a kind of which nothing is kept.
+        """
+        for one, store in self.cache.stores.items():
+            if str(one) == kind and store.orphans:
+                return self.cache.release(one)
+        kept = ", ".join(str(one) for one, store in self.cache.stores.items() if store.orphans) or "no kind"
+        raise InvalidInputError(f"nothing is kept of {kind}; it is of {kept}", hint="Name one of them.")
+
+    def states(self) -> list[KindState]:
+        """Every kind, as ``status`` shows it."""
+        with self.cache.lock:
+            return [
+                KindState(
+                    str(kind),
+                    self.watchers[kind].state.value,
+                    store.is_synced,
+                    len(store.entries),
+                    len(store.orphans),
+                    store.resource_version,
+                )
+                for kind, store in self.cache.stores.items()
+            ]
+
+    def save(self) -> float:
+        """Replace the saved state if it is old. The seconds until the next look."""
+        changes = self.cache.saves
+        if self.state_path is None or not self.cache.has_synced or changes == self._saves:
+            return SAVE_S
+        try:
+            store_state(self.state_path, self.cache.saved())
+            self._saves = changes
+            self.cache.note(SAVED, None)
+        except OSError as error:
+            message = (
+                f"the state of the cluster cannot be saved ({error.strerror}): a node that starts while the API server is "
+                "away has an old one, or none"
+            )
+            problem = Problem(Location(str(self.state_path)), "", message, severity="warning", slug=SAVED)
+            self.cache.note(SAVED, problem)
+        return SAVE_S
+
+    def _unsynced(self) -> UnreachableError:
+        """Which kinds were not listed, and why."""
+        unsynced = self.cache.unsynced
+        reasons = [one.message for kind in unsynced if (one := self.cache.stores[kind].problem) is not None]
+        message = (
+            f"{self.name}: {len(unsynced)} of {len(self.kinds)} kinds were not listed in {SYNC_S:.0f} s "
+            f"({', '.join(map(str, unsynced[:SHOWN_KINDS]))}{', ...' if unsynced[SHOWN_KINDS:] else ''})"
+        )
+        return UnreachableError(
+            f"{message}: {reasons[0]}" if reasons else message,
+            hint="What is in force stays. See whether this node reaches the API server, and whether the agent may list these kinds.",
+        )
+
+    def _pace_s(self) -> float:
+        return self.probe.period_s()
+
+    def _start(self) -> None:
+        for kind, watcher in self.watchers.items():
+            self._begin(f"kubernetes-{kind}", watcher.step, watcher.relist)
+        self._begin("kubernetes-probe", self.probe.step)
+        if self.state_path is not None:
+            self._begin("kubernetes-state", self.save)
+
+    def _load(self) -> None:
+        if self.state_path is None:
+            return
+        try:
+            state = load_state(self.state_path)
+            if state is not None:
+                self.cache.load(state.of(self.kinds))
+                self._saved_at = state.saved
+        except (OSError, MalformedError) as error:
+            message = (
+                f"the saved state of the cluster cannot be read ({error}); nothing of it is used, and it is replaced"
+            )
+            self.cache.note(SAVED, Problem(Location(str(self.state_path)), "", message, slug=SAVED))
+
+    def _begin(self, name: str, step: Callable[[], float], after_bug: Callable[[], None] = lambda: None) -> None:
+        thread = threading.Thread(target=self._run, args=(name, step, after_bug), name=name[:15], daemon=True)
+        self._threads.append(thread)
+        thread.start()
+
+    def _run(self, name: str, step: Callable[[], float], after_bug: Callable[[], None]) -> None:
+        while not self._stopped.is_set():
+            try:
+                delay_s = step()
+                self.cache.note(f"{BUG} {name}", None)
+            except Exception:  # the one place where a bug in a thread is told, and does not end it
+                log.exception("bug: %s failed", name)
+                message = (
+                    f"{name}: a bug, which the log tells; what was last known stays in force, and it is tried again"
+                )
+                self.cache.note(f"{BUG} {name}", Problem(Location("/"), "", message, slug=BUG))
+                after_bug()
+                delay_s = AFTER_BUG_S
+            self._stopped.wait(delay_s)

@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One real API server for all tests here, named by KUBE_APISERVER and ETCD; without the two they are not collected to run."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from server import Server
+
+DEPLOY = Path(__file__).resolve().parents[2] / "deploy"
+PROGRAMS = ("KUBE_APISERVER", "ETCD")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Deselect what needs the programs where nobody says which they are: no project's package ships them."""
+    here = Path(__file__).parent
+    ours = [one for one in items if here in one.path.parents]
+    for one in ours:
+        one.add_marker(pytest.mark.apiserver)
+    if any(not os.environ.get(name) for name in PROGRAMS):
+        config.hook.pytest_deselected(items=ours)
+        items[:] = [one for one in items if one not in ours]
+
+
+def documents(path: Path) -> list[dict]:
+    """The objects of a file of ours."""
+    return [one for one in yaml.safe_load_all(path.read_text()) if one is not None]
+
+
+@pytest.fixture(scope="session")
+def bare_server(
+    tmp_path_factory: pytest.TempPathFactory, record_testsuite_property: Callable[[str, object], None]
+) -> Iterator[Server]:
+    """A server with its own kinds alone; the report says which it was."""
+    apiserver, etcd = (Path(os.environ[name]).resolve() for name in PROGRAMS)
+    server = Server(apiserver, etcd, tmp_path_factory.mktemp("apiserver"))
+    record_testsuite_property("kubernetes", server.get("/version").body["gitVersion"])
+    record_testsuite_property("etcd", server.etcd_version())
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="session")
+def server(bare_server: Server) -> Server:
+    """With every definition of ours, served."""
+    for path in sorted((DEPLOY / "crds").glob("*.*.yaml")):
+        (definition,) = documents(path)
+        answer = bare_server.apply(definition, fieldValidation="Strict")
+        assert answer.status in (200, 201), f"{path.name}: {answer.message}"
+    for path in sorted((DEPLOY / "crds").glob("*.*.yaml")):
+        (definition,) = documents(path)
+        spec = definition["spec"]
+        where = f"/apis/{spec['group']}/{spec['versions'][0]['name']}/{spec['names']['plural']}"
+        bare_server.wait_for(lambda where=where: bare_server.get(where).status == 200, f"{where} is served")
+    return bare_server

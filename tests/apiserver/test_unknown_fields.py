@@ -1,0 +1,188 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A field of a network-group kind that nobody here knows closes: at the API server, and where it is not asked, in the parser."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from conftest import DEPLOY, documents
+from server import Server, collection
+
+from netpol_ebpf.resources import schema_signetwork
+from netpol_ebpf.resources.load import parse_object
+from netpol_ebpf.resources.schema import CustomResource, Schema
+
+FULL_SELECTOR: dict[str, Any] = {
+    "matchLabels": {"a": "b"},
+    "matchExpressions": [{"key": "c", "operator": "In", "values": ["d"]}],
+}
+SAMPLES = {
+    "networks": ["10.0.0.0/8"],
+    "domainNames": ["example.com"],
+    "namedPort": "web",
+    "destinationNamedPort": "web",
+}
+
+
+def sample(schema: Schema, name: str = "") -> Any:
+    """A valid value that leads through as many mappings as it can."""
+    if name in SAMPLES:
+        return SAMPLES[name]
+    if "enum" in schema:
+        return schema["enum"][0]
+    if "matchLabels" in schema.get("properties", {}):
+        return copy.deepcopy(FULL_SELECTOR)
+    if "items" in schema:
+        return [sample(schema["items"])]
+    if "properties" in schema:
+        return {key: sample(below, key) for key, below in schema["properties"].items()}
+    return {"integer": 1}.get(schema["type"], "x")
+
+
+Way = tuple[Any, ...]
+
+
+def variants(resource: CustomResource) -> Iterator[tuple[Way, dict[str, Any]]]:
+    """Each way to a mapping of the spec, and a valid spec that has a mapping there."""
+    yield from _variants(resource.spec, (), base(resource))
+
+
+def base(resource: CustomResource) -> dict[str, Any]:
+    """A valid spec without rules."""
+    spec: dict[str, Any] = {"subject": {"namespaces": copy.deepcopy(FULL_SELECTOR)}}
+    if "priority" in resource.spec["properties"]:
+        spec["priority"] = 1
+    if "tier" in resource.spec["properties"]:
+        spec["tier"] = "Admin"
+    return spec
+
+
+def _variants(schema: Schema, way: Way, spec: dict[str, Any]) -> Iterator[tuple[Way, dict[str, Any]]]:
+    yield way, spec
+    for name, below in schema["properties"].items():
+        inner = below.get("items", below)
+        if "properties" not in inner:
+            continue
+        here = (*way, name, 0) if "items" in below else (*way, name)
+        changed = copy.deepcopy(spec)
+        put(changed, (*way, name), [minimal(inner)] if "items" in below else minimal(inner), only=exclusive(schema))
+        yield from _variants(inner, here, changed)
+
+
+def exclusive(schema: Schema) -> bool:
+    """Whether a mapping has one field only, by its size or by a rule."""
+    return schema.get("maxProperties") == 1 or set(schema["properties"]) == {"namespaces", "pods"}
+
+
+def minimal(schema: Schema) -> Any:
+    """The least valid mapping."""
+    fields = schema["properties"]
+    if "matchLabels" in fields:
+        return copy.deepcopy(FULL_SELECTOR)
+    names = list(schema.get("required", ())) or list(fields)[:1]
+    if set(fields) >= {"namespaces", "podSelector"}:
+        names = ["namespaceSelector", "podSelector"]
+    return {name: _least(fields[name], name) for name in names}
+
+
+def _least(schema: Schema, name: str) -> Any:
+    if "items" in schema and "properties" in schema["items"]:
+        return [minimal(schema["items"])]
+    if "properties" in schema:
+        return minimal(schema)
+    if name in ("start", "end"):
+        return 1 if name == "start" else 2
+    return sample(schema, name)
+
+
+def put(spec: dict[str, Any], way: Way, value: Any, *, only: bool) -> None:
+    """Set a value at a place; ``only``: in place of the others there."""
+    holder: Any = spec
+    for step in way[:-1]:
+        holder = holder[step]
+    if only:
+        holder.clear()
+    if way[-1] == "namespaces" and "podSelector" in holder:  # the older form has one of the two
+        holder.pop("namespaceSelector", None)
+    holder[way[-1]] = value
+
+
+CASES = [
+    pytest.param(resource, way, spec, id=f"{resource.kind}-{'.'.join(map(str, way)) or 'spec'}")
+    for resource in schema_signetwork.RESOURCES
+    for way, spec in variants(resource)
+    if "namespaceSelector" not in way[:-1] or "namespaces" not in way  # a label selector as elsewhere
+]
+
+
+def object_of(resource: CustomResource, spec: dict[str, Any]) -> dict[str, Any]:
+    name = "default" if resource.kind.startswith("Baseline") else "x"
+    return {"apiVersion": resource.api_version, "kind": resource.kind, "metadata": {"name": name}, "spec": spec}
+
+
+def with_unknown(spec: dict[str, Any], way: Way) -> dict[str, Any]:
+    changed = copy.deepcopy(spec)
+    holder: Any = changed
+    for step in way:
+        holder = holder[step]
+    holder["newField"] = {"a": "b"}
+    return changed
+
+
+@pytest.fixture(scope="module")
+def guarded(server: Server) -> Iterator[Server]:
+    """With the admission policy in force."""
+    objects = documents(DEPLOY / "admission" / "unknown-fields.yaml")
+    for obj in objects:
+        answer = server.apply(obj, fieldValidation="Strict")
+        assert answer.status in (200, 201), answer.message
+    for resource in schema_signetwork.RESOURCES:
+        probe = object_of(resource, with_unknown(base(resource), ()))
+        server.wait_for(lambda probe=probe: server.create(probe, dryRun="All").status == 422, resource.kind)
+    yield server
+    for obj in reversed(objects):
+        server.request("DELETE", f"{collection(obj)}/{obj['metadata']['name']}")
+    for resource in schema_signetwork.RESOURCES:
+        probe = object_of(resource, with_unknown(base(resource), ()))
+        server.wait_for(lambda probe=probe: server.create(probe, dryRun="All").status == 201, resource.kind)
+
+
+@pytest.mark.parametrize(("resource", "way", "spec"), CASES)
+def test_the_admission_policy_refuses_it(
+    guarded: Server, resource: CustomResource, way: Way, spec: dict[str, Any]
+) -> None:
+    """And takes the object without it."""
+    answer = guarded.create(object_of(resource, spec), dryRun="All")
+    assert answer.status == 201, answer.message
+    answer = guarded.create(object_of(resource, with_unknown(spec, way)), dryRun="All")
+    assert answer.status == 422, answer.body
+    assert "unknown field" in answer.message or "at most 1" in answer.message
+
+
+@pytest.mark.parametrize(("resource", "way", "spec"), CASES)
+def test_without_it_the_parser_fails_closed(
+    server: Server, resource: CustomResource, way: Way, spec: dict[str, Any]
+) -> None:
+    """The stored object has the field, so the object is an error, or its rule allows nothing and denies everything."""
+    answer = server.create(object_of(resource, with_unknown(spec, way)), dryRun="All")
+    if answer.status == 422:
+        assert "at most 1" in answer.message
+        return
+    assert answer.status == 201, answer.message
+    result = parse_object(answer.body, "x.yaml")
+    assert result.errors or any(problem.slug == "unknown-peer" for problem in result.problems)
+
+
+@pytest.mark.parametrize("resource", schema_signetwork.RESOURCES, ids=lambda one: one.kind)
+def test_the_largest_object_is_within_the_limit_of_cost(guarded: Server, resource: CustomResource) -> None:
+    """As many rules and peers as the schema allows, and no more than the API server spends on an expression."""
+    rules = resource.spec["properties"]["ingress"]
+    one = minimal(rules["items"])
+    peers = rules["items"]["properties"]["from"]["maxItems"]
+    one["from"] = one["from"] * peers
+    spec = base(resource) | {"ingress": [one] * rules["maxItems"]}
+    answer = guarded.create(object_of(resource, spec), dryRun="All")
+    assert answer.status == 201, answer.message
