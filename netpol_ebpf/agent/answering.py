@@ -142,7 +142,7 @@ def _work(
 
 
 def _line(answer: Answer, request: Mapping[str, Any]) -> bytes:
-    """What is sent. A bug in an answer is told, and ends nothing."""
+    """The line to send. A bug in an answer becomes an error to the reader, and ends nothing else."""
     try:
         return encode(answer(request))
     except NetpolError as error:

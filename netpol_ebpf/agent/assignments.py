@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whose interface is which: the node's own or a workload's, and which workload's, decided once and kept.
+"""Interface assignments: whether an interface is the node's own or a workload's, and to which workload it belongs, decided once and kept.
 
-An interface is bound to one endpoint for as long as it exists, by the strongest `Evidence` there is.  All kinds but one are out
-of a workload's reach.  The weak one is an address at the other end of a veth, where a workload with CAP_NET_ADMIN can add any:
-so only the addresses count that were there when the interface was first seen with some, and only to bind what is not bound yet.
+An interface is assigned to one endpoint for as long as it exists, by the strongest `Evidence` there is.  A workload cannot forge any kind of
+evidence but one: an address at the other end of a veth, where a workload with CAP_NET_ADMIN can add any.  So only the addresses count that
+were there when the interface was first seen with some, and only for an interface without an assignment.
 
-Invariants: nothing inside a workload's namespace moves a bond, and a conflict leaves the older bond as it is; a bound interface
-is never taken for the node's own; what is in doubt is left as it is and told.  What is decided outlives the process, in a file
-beside the pins, of which each part is believed only if it is as an agent writes it.  Asks no kernel; must not know of programs.
+Invariants: nothing inside a workload's namespace changes an assignment, and a conflict keeps the older assignment; an assigned interface is
+never treated as the node's own; an interface in doubt stays as it is and is reported.  Assignments outlive the process in a file of the
+state directory; an entry of the file counts only if it has the form that an agent writes.  Makes no system call but for that file; must not
+know of programs.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ class Evidence(enum.IntEnum):
 
 
 class InterfaceRole(enum.Enum):
-    """What an interface was decided to be."""
+    """The role of an interface."""
 
     OWN = "own"
     WORKLOAD = "workload"
@@ -75,7 +76,7 @@ class InterfaceRole(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class Assignment:
-    """Whose an interface is. ``addresses``: of the endpoint, when it was last found here; None: not known."""
+    """The endpoint of an interface. ``addresses``: those of the endpoint when it was last found here; None: not known."""
 
     key: EndpointKey
     evidence: Evidence
@@ -134,7 +135,7 @@ class InterfaceAssignments:
         """``workloads``: patterns of names; where there are any, exactly what matches is a workload's. ``own``: never is."""
         self._workload_patterns, self._own_patterns = tuple(workloads), tuple(own)
         self._seen: dict[int, InterfaceRecord] = {}
-        self._lost: set[EndpointKey] = set()  # whose interface went
+        self._lost: set[EndpointKey] = set()  # endpoints with an assignment to an interface that is gone
         self.doubts: dict[int, str] = {}
         self.is_dirty = False
         self._is_recalled = False
@@ -244,7 +245,7 @@ class InterfaceAssignments:
         return may_be_workloads(link) and not any(fnmatchcase(link.name, pattern) for pattern in self._own_patterns)
 
     def _may_be_bound(self, link: Interface) -> bool:
-        """Whether an interface can be that of an endpoint whose object does not name it."""
+        """Whether an interface can be assigned to an endpoint that does not name it in its object."""
         is_named = any(fnmatchcase(link.name, pattern) for pattern in self._workload_patterns)
         is_own = any(fnmatchcase(link.name, pattern) for pattern in self._own_patterns)
         return (is_named or may_be_workloads(link)) and not is_own
@@ -268,7 +269,7 @@ class InterfaceAssignments:
     def _side(
         self, link: Interface, wiring: Wiring, seen: InterfaceRecord, *, is_stated: bool, is_claimed: bool
     ) -> InterfaceRole | None:
-        """None: in doubt, and taken for the node's own until something speaks."""
+        """The role of an interface; None: in doubt, and treated as the node's own until there is evidence."""
         if self._workload_patterns:
             return InterfaceRole.WORKLOAD if self._is_possible(link) else InterfaceRole.OWN
         if seen.assignment is not None or is_claimed:
@@ -286,7 +287,7 @@ class InterfaceAssignments:
             return seen.side
         return InterfaceRole.WORKLOAD
 
-    # --- whose ------------------------------------------------------------------------------------------------------
+    # --- assignment ---------------------------------------------------------------------------------------------------
 
     def _trace(
         self, endpoint: Endpoint, evidence: Evidence, found: set[int], old: int | None, wiring: Wiring,
@@ -380,7 +381,7 @@ class InterfaceAssignments:
     # --- beyond the process -----------------------------------------------------------------------------------------
 
     def load(self, path: Path) -> Problem | None:
-        """Take up what an earlier agent decided; what of it cannot be read is told, kept aside, and decided anew."""
+        """Load the assignments of an earlier agent. A file that is damaged is kept aside and reported; its invalid entries are decided anew."""
         self._seen, wrong = {}, []
         try:
             document = checked(parse_json(load_regular(path, MOST_BYTES)), dict, "it")
@@ -407,7 +408,7 @@ class InterfaceAssignments:
         return Problem(Location(str(path)), "", message, severity="warning", slug="interfaces-file")
 
     def expect(self, key: EndpointKey, ifindex: int) -> None:
-        """A bond of an earlier agent that the kernel's rows show, should the file not. ``ifindex``: NOWHERE when it is gone."""
+        """Take an assignment of an earlier agent from the rows in the kernel, if the file has none. ``ifindex``: NOWHERE when the interface is gone."""
         seen = self._seen.get(ifindex)
         if ifindex == NOWHERE:
             self._lost.add(key)
@@ -529,7 +530,7 @@ class _FirstAddresses:
                 self._by_address.setdefault(address, set()).add(ifindex)
 
     def of(self, endpoint: Endpoint) -> set[int]:
-        """Interfaces whose first addresses are the endpoint's; one that is bound to another only if there is nothing else."""
+        """Interfaces with first addresses of the endpoint; one that is assigned to another endpoint only if there is no other."""
         candidates = {ifindex for address in endpoint.addresses for ifindex in self._by_address.get(address, ())}
         found = {ifindex for ifindex in candidates if self._speaks_for(ifindex, endpoint)}
         free = {ifindex for ifindex in found if self._is_free(ifindex, endpoint)}

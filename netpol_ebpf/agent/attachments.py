@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which interfaces have the programs, and which ought to, or ought not to, and the kernel says no.
+"""Programs on interfaces: which interfaces have them, and where attaching or detaching failed.
 
-Invariant: one interface's misfortune is not another's: what fails is told and tried again, and stops nothing else.
+Invariant: a failure on one interface is reported and tried again, and keeps no other interface from its programs.
 
 Must not decide which interfaces get programs.
 """
@@ -28,7 +28,7 @@ class Attachments:
 
     @property
     def problems(self) -> Collection[Problem]:
-        """What could not be done since the round began."""
+        """What could not be attached or detached since the round began."""
         return self._stuck.values()
 
     def find(self) -> None:
@@ -45,7 +45,7 @@ class Attachments:
         self._stuck_before, self._stuck = self._stuck, {}
 
     def attach(self, ifindex: int, name: str, *, is_newborn: bool = False) -> None:
-        """Put the programs on an interface; where that fails, the others are served, it is told, and tried again."""
+        """Attach the programs to an interface. A failure is a problem, and is tried again in the next round."""
         try:
             is_there = self._node.attach(ifindex, is_newborn=is_newborn)
         except PlatformError as error:
@@ -56,7 +56,7 @@ class Attachments:
             log.info("attached the programs to interface %s", name)
 
     def detach(self, ifindex: int, name: str) -> None:
-        """Take the programs off an interface; what fails is told, and tried again."""
+        """Detach the programs from an interface. A failure is a problem, and is tried again in the next round."""
         log.info("detaching the programs from interface %s: no policy applies to it", name)
         try:
             self._node.detach(ifindex)

@@ -196,12 +196,12 @@ class Barrier:
 
     # --- now and then -----------------------------------------------------------------------------------------------
 
-    def follow(self) -> list[Drift]:
-        """Mend at once what news speaks of; what it was."""
+    def restore_reported(self) -> list[Drift]:
+        """Restore the tables at once when the kernel reports a change of any; what was changed."""
         return self._mend() if self._layout is not None and self.tables.has_news() else []
 
     def look(self) -> list[Drift]:
-        """Mend what others changed, try again what failed, and note which interfaces' packets are dropped; what was mended."""
+        """Restore what others changed, try again what failed, and note the interfaces with dropped packets; what was restored."""
         now_s = self.clock()
         if self._failure is not None and now_s - self._tried_s >= RETRY_S:
             self._try_again()
@@ -262,7 +262,7 @@ class Barrier:
 
     @property
     def problems(self) -> list[Problem]:
-        """What is open, and whose packets are dropped although they should be signed."""
+        """What the barrier leaves open, and interfaces with the program of which it dropped packets."""
         found = [] if self._failure is None else [self._failure]
         for name, one in sorted(self._risen.items()):
             others = f" (also there: {', '.join(one.others)})" if one.others else ""

@@ -4,7 +4,7 @@
 Runtimes (containerd, CRI-O, podman) keep each plugin's result in a directory, a file for each interface of each pod, until the pod
 goes.  It names pod and interface, and no pod can write it.
 
-Invariant: only what root alone can write counts; a file that cannot be read is told and counts for nothing.
+Invariant: a file counts only if root alone can write it; a file that cannot be read is a problem and counts for nothing.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class CniResult:
 
 @dataclass(slots=True)
 class CniResultCache:
-    """Follows the directory; ``problems``: what of it could not be read."""
+    """Watches the directory by looking at it. ``problems``: what could not be read of it."""
 
     directory: Path
     problems: tuple[Problem, ...] = ()

@@ -192,7 +192,7 @@ class ControlSocket:
         self._begin_answer()
 
     def publish(self, flows: Iterable[Any]) -> None:
-        """Flows for those who follow, and for those who come later."""
+        """Send flows to the readers that follow, and keep the last ones for later readers."""
         for flow in flows:
             line = encode(flow)
             self._recent.append(line)

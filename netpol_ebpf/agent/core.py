@@ -42,7 +42,7 @@ log = logging.getLogger(__name__)
 
 
 class Agent:
-    """Keeps a node's enforcement in step with its objects and interfaces. `start` once, then `step` again and again.
+    """Keeps enforcement on a node up to date with its objects and interfaces. `start` once, then `step` again and again.
 
     Its parts are for reading.
     """
@@ -168,8 +168,10 @@ class Agent:
         try:
             self.enforcement.apply(changes)
         except (LimitError, MapFullError) as error:
-            self.rejected.refuse(error, self._clock())
-            if self.own_interfaces.inputs is not before:  # what was to go has to come back
+            self.rejected.reject(error, self._clock())
+            if (
+                self.own_interfaces.inputs is not before
+            ):  # interfaces that the change would have released need their rows again
                 self.own_interfaces.inputs = before
                 self.binder.reconcile()
             return

@@ -2,7 +2,7 @@
 """Programs and rows on interfaces: what closes a workload's interface, and what opens it to the policy of its workload.
 
 Invariants: a workload's interface has the programs before it has a row, so it is never open without policy; a row of an endpoint that
-does not fit closes no other one.  Must not decide which interface is whose.
+does not fit closes no other one.  Must not assign interfaces to workloads.
 """
 
 from __future__ import annotations

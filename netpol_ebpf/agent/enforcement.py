@@ -2,7 +2,7 @@
 """Policy in force: the compiled tables, the maps that hold them, and the numbers that outlive both.
 
 Invariants: what is in force was compiled whole from one state of the objects; a change that does not fit raises and leaves the state
-before in force; a number is in the ledger before the kernel sees it.  Must not decide which interface is whose.
+before in force; a number is in the ledger before the kernel sees it.  Must not assign interfaces to workloads.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ HOST_ENDPOINT = "HostEndpoint"
 
 @dataclass(slots=True)
 class NumberNames:
-    """What numbers in events stand for, also for a while after they went: a name is replaced when its number is given away again."""
+    """What numbers in events stand for, also after their rows are gone: an entry stays until its number is used again."""
 
     rules: dict[int, Cause] = field(default_factory=dict)
     log_lists: dict[int, tuple[int, ...]] = field(default_factory=dict)

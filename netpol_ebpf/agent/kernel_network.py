@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The network of the node in the kernel: one follower of its messages, and what the kernel tells only when asked.
+"""The node's network as the kernel reports it: netlink messages, and what the kernel reports only on request.
+
+A `Follower` keeps interfaces, addresses and routes by messages.  Multicast groups, and addresses inside other network namespaces, have no
+messages: they are listed again at intervals.
 
 Invariant: what one interface costs is bounded, whatever is done at its other end.  Reads only.
 """
@@ -55,7 +58,6 @@ class KernelNetwork:
 
     def __enter__(self) -> KernelNetwork:  # noqa: PYI034 - typing.Self comes with Python 3.11
         self._follower = Follower()
-        self._follower.__enter__()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -153,7 +155,7 @@ class KernelNetwork:
         return self._links
 
     def _look_behind(self, links: Mapping[int, tuple[netlink.Link, Interface]], bound: Collection[int]) -> None:
-        """Addresses at the other ends of pairs that are nobody's yet: of each when anything about it is new, else now and then.
+        """List the addresses at the other ends of pairs without a workload: at once where anything about the pair is new, else every PEERS_S.
 
         Behind a bound interface nothing counts any more. What one interface costs is bounded, whatever is done at its other end.
         """

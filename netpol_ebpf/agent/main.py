@@ -275,7 +275,7 @@ def claimed(pin_root: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            with contextlib.suppress(OSError):  # what is pinned stays; without any the directory is nobody's
+            with contextlib.suppress(OSError):  # pins stay; a directory without any is removed
                 pin_root.rmdir()
 
 

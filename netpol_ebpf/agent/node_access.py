@@ -23,14 +23,14 @@ class NetworkAccess(Protocol):
     def snapshot(self, bound: Collection[int] = ()) -> Wiring:
         """Interfaces, routes and addresses as they are now.
 
-        ``bound``: interfaces that are known to be whose they are. Addresses at their other ends are not looked for again.
+        ``bound``: interfaces with the row of a workload. Addresses at their other ends are not listed again.
         """
 
     def has_news(self) -> bool:
         """Whether interfaces, routes or addresses may have changed since the last call."""
 
     def take_born(self) -> list[Interface]:
-        """Interfaces that the kernel told of since the last call, new ones among them; the rest of the news stays news."""
+        """Interfaces that the kernel reported since the last call, new ones among them; all other news stays."""
 
     def take_gone(self) -> set[int] | None:
         """Interfaces that went since the last call, though others may have their numbers now; None: it is not known which."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the agent says of programs of others on the node's interfaces: which of them policy may be passed by.
+"""Problems for programs of others on the node's interfaces: which of them may let packets bypass policy.
 
 Invariant: a program that only counts, lets pass or drops behind ours is no problem; one of which nothing can be known is never
 silently taken for such a one.  Asks no kernel.
@@ -39,7 +39,7 @@ SHOWN = 10
 
 
 def problems_of(found: Iterable[Other], name_of: Callable[[int], str]) -> list[Problem]:
-    """One problem for each thing to be said, with the programs of which it is true. ``name_of``: an interface's name."""
+    """One problem for each kind of finding, with its programs. ``name_of``: the name of an interface."""
     told: dict[tuple[str, str, str], list[str]] = {}
     for one in found:
         said = _said(one)
@@ -55,6 +55,6 @@ def problems_of(found: Iterable[Other], name_of: Callable[[int], str]) -> list[P
 
 
 def _said(one: Other) -> tuple[str, str, str] | None:
-    if one.hook == XDP:  # what only lets pass or drops matters where policy is asked after it
+    if one.hook == XDP:  # one that only passes or drops matters where policy runs after it
         return SAID[True, one.reach] if one.is_first or one.reach is not Reach.NONE else None
     return FIRST if one.is_first else SAID.get((False, one.reach))

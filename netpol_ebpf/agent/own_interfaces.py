@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The node's own interfaces kept in step with host endpoints and services: their rows, their programs, and the node's addresses.
+"""Rows and programs of the node's own interfaces, and the node's addresses in the maps, as host endpoints and services need them.
 
-`netpol_ebpf.agent.hosts` says which interfaces bear the programs, and by whose policy; here that is made so.
+`netpol_ebpf.agent.hosts` plans which interfaces have the programs, and which host endpoint applies to each; here the plan is carried out.
 
 Invariants: an own interface has its row before it has the programs, and as long, lest it be closed for want of one; the
 programs defer verdicts on services only while every exit has them; while an exit cannot have them, services are closed.
@@ -102,7 +102,7 @@ class OwnInterfaces:
 
     @property
     def interfaces(self) -> Collection[int]:
-        """Those that must bear the programs."""
+        """Own interfaces that must have the programs."""
         return self._plan.interfaces.keys()
 
     @property
@@ -157,7 +157,7 @@ class OwnInterfaces:
             raise too_small("np_host", size, hosts)
 
     def reconcile(self, wiring: Wiring, workloads: Collection[int]) -> None:
-        """Make everything as it should be, or say why not. ``workloads``: interfaces of workloads, the others are own ones."""
+        """Bring rows, programs and addresses to what they should be, or report why not. ``workloads``: interfaces of workloads, the others are own ones."""
         try:
             self.place(wiring, workloads)
             for ifindex in self._attachments.interfaces - set(workloads) - self._plan.interfaces.keys():

@@ -38,7 +38,7 @@ MAPS_BY_LIMIT = {
 class RejectedChanges:
     """Changes that did not fit.
 
-    ``objects``: what waits to be put in force, with where it is written; ``count``: refusals so far; ``by_map``: the same
+    ``objects``: what is not in force yet, with where it is written; ``count``: rejections so far; ``by_map``: the same
     for each map; ``full``: the map (or limit) that is in the way now.  ``retry_at_s``: when to try again without being asked, None: not before the next change.
     """
 
@@ -51,7 +51,7 @@ class RejectedChanges:
     _gap_s: float = RETRY_S
 
     def expect(self, changes: Changes, locate: Callable[[object], Location]) -> None:
-        """Note what is about to be put in force, together with what still waits."""
+        """Add the objects of changes to those that are not in force yet."""
         tables: dict[str, Mapping[Any, Any]] = {
             "Tier": changes.tiers, "": changes.policies, "Profile": changes.profiles, " ": changes.endpoints,
             "NetworkSet": changes.network_sets, "Node": changes.nodes, "Service": changes.services,
@@ -68,8 +68,8 @@ class RejectedChanges:
         self.full = ""
         self.problem, self.retry_at_s, self._gap_s = None, None, RETRY_S
 
-    def refuse(self, error: LimitError | MapFullError, now_s: float) -> None:
-        """Nothing of it is; what was in force stays."""
+    def reject(self, error: LimitError | MapFullError, now_s: float) -> None:
+        """Nothing of it is in force; the previous policy stays in force."""
         self.count += 1
         full = error.map_name if isinstance(error, MapFullError) else MAPS_BY_LIMIT.get(error.limit, error.limit)
         self.full = full

@@ -92,7 +92,7 @@ class Repair:
         Whether AUDIT_S were over.
         """
         now_s = self._clock()
-        self.drift.note(self._barrier.follow(), now_s)
+        self.drift.note(self._barrier.restore_reported(), now_s)
         if now_s - self._audited_s < AUDIT_S:
             return False
         self._audited_s = now_s

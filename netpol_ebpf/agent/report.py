@@ -143,7 +143,7 @@ def evidence(agent: Agent, key: EndpointKey) -> str | None:
 
 
 def interfaces(agent: Agent) -> list[dict[str, Any]]:
-    """Interfaces with programs. ``state``: enforced, own (the node's), or closed: a workload's, and nobody knows whose."""
+    """Interfaces with programs. ``state``: enforced, own (the node's), or closed: a workload's, without a known workload."""
     owners = {binding.ifindex: str(key) for key, binding in agent.enforcement.applier.bindings.items()}
     found = []
     for ifindex in sorted(agent.attachments.interfaces):

@@ -16,7 +16,7 @@ from netpol_ebpf.policy.types import Action, EndpointKey
 
 @dataclass(frozen=True, slots=True)
 class AgentSettings:
-    """What the agent is asked to do.
+    """The options of the agent.
 
     ``node``: name of this node, None: every workload that is found here is local.  ``interfaces``: patterns of workload
     interfaces, () for the built-in rule (`assignments.may_be_workloads`); ``own_interfaces``: patterns of those that are the node's.

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the agent knows of the node's interfaces, addresses and routes: one snapshot, without a judgement.
+"""The node's interfaces, addresses and routes: one snapshot, without conclusions.
 
-`netpol_ebpf.agent.assignments` says which interface is whose.  Runs nothing and asks no kernel.
+`netpol_ebpf.agent.assignments` assigns interfaces to workloads.  Makes no system call.
 """
 
 from __future__ import annotations

@@ -56,10 +56,10 @@ RACY_S = 2.0
 """A file younger than this when read may change again without its times or size showing it; it is compared by content."""
 
 RETRY_S = 60.0
-"""After which time a file is read again whose reading was ended by somebody else; arbitrary."""
+"""After this time a file is read again when another process ended its reading; arbitrary."""
 
 SLOW_S = 5.0
-"""How long reading may take until it is told that it is not done; arbitrary."""
+"""How long reading may take before that is a problem; arbitrary."""
 
 MOST_TOLD = 1000
 """Problems; arbitrary. All of them are gone through at every look."""
@@ -447,7 +447,7 @@ class ManifestDirectory:
         before, place = self._files.get(name), self._path(name)
         copy = before is None and self.copies is not None
         digest = b"" if before is None else before.digest
-        if signature == UNREAD:  # its place is told, once for all below it
+        if signature == UNREAD:  # its place is a problem, once for all below it
             return ReadTask(name, place, None, digest, copy, 0)
         if name in self._too_many:
             reason = (
@@ -457,7 +457,7 @@ class ManifestDirectory:
         return ReadTask(name, place, place, digest, copy, signature[2])
 
     def _go_on(self, pending: _Pending, pause: Callable[[], None]) -> SourceUpdate | None:
-        """Take up what was to be read, if it has been."""
+        """Take up the files of a look, if they have been read."""
         reading = pending.reading
         if reading is None:
             self._pending = None
@@ -541,7 +541,7 @@ class ManifestDirectory:
         return entry
 
     def _keep_copies(self) -> None:
-        """Bring the copies up to date. What cannot be written is told, and tried again at the next look."""
+        """Bring the copies up to date. What cannot be written is a problem, and is tried again at the next look."""
         self._copy_problems = ()
         if self.copies is None:
             self._uncopied.clear()

@@ -6,8 +6,8 @@ that begins it goes on with its work, asks now and then whether the child has en
 memory.  Rejected: portions in the loop (a comment of 30 MB is one step of the parser), threads (the parser holds the
 interpreter's lock).
 
-Invariant: what comes out is the same on both ways, in the order of the tasks.  A file on which the child fails is told, and keeps no other
-file from being read.
+Invariant: what comes out is the same on both ways, in the order of the tasks.  A file on which the child fails is a problem, and keeps no
+other file from being read.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ READ_S = 300
 CHILD_BYTES = 2 << 30
 """Memory of the child beside what it shares; 64 MiB of a cluster's objects need half of it."""
 MOST_PROBLEMS = 100
-"""Of one file that are told; arbitrary."""
+"""Problems of one file that are reported; arbitrary."""
 TAKEN_TOGETHER = 250
 """Objects between two pauses; arbitrary, a few milliseconds."""
 
@@ -107,7 +107,7 @@ def can_read_in_place(tasks: Sequence[ReadTask]) -> bool:
 
 
 def _has_aliases(path: Path) -> bool:
-    with contextlib.suppress(OSError):  # that is found out again, and told
+    with contextlib.suppress(OSError):  # reading it finds and reports the same
         return len(_ALIAS.findall(read_regular(path))) > 1
     return False
 
@@ -218,7 +218,7 @@ class Reading:
             yield task, _load(self._results[number], unpicklers[number], pause)
 
     def close(self) -> None:
-        """End the child if there is one, and let go of what it left."""
+        """End the child if there is one, and close the files with its results."""
         if self._process:
             os.kill(self._process, signal.SIGKILL)
             os.waitpid(self._process, 0)

@@ -143,13 +143,13 @@ def test_retries_grow_rare_and_begin_anew() -> None:
     """Each refusal for want of memory doubles the time to the next try; success forgets that."""
     refusals = RejectedChanges()
     full = MapFullError("full", map_name="np_rule")
-    refusals.refuse(full, 0.0)
-    refusals.refuse(full, RETRY_S)
+    refusals.reject(full, 0.0)
+    refusals.reject(full, RETRY_S)
     assert refusals.retry_at_s == RETRY_S + 2 * RETRY_S
-    refusals.refuse(LimitError("too much", limit="rules"), 100.0)
+    refusals.reject(LimitError("too much", limit="rules"), 100.0)
     assert refusals.retry_at_s is None
     refusals.accept()
-    refusals.refuse(full, 200.0)
+    refusals.reject(full, 200.0)
     assert refusals.retry_at_s == 200.0 + RETRY_S
 
 
