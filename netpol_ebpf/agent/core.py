@@ -55,11 +55,15 @@ class Agent:
         ledger: Ledger,
         clock: Callable[[], float],
         assignments_file: Path | None = None,
+        handovers_file: Path | None = None,
     ) -> None:
-        """``clock``: seconds.  ``assignments_file``: where assignments of interfaces outlive the process; None: they do not."""
+        """``clock``: seconds.  ``assignments_file``: where assignments of interfaces outlive the process; None: they do not.
+
+        ``handovers_file``: the same for handovers of the CNI plugin.
+        """
         self.settings = settings
         self.source = source
-        self.objects = ClusterObjects(settings)
+        self.objects = ClusterObjects(settings, handovers_file)
         self.interfaces = LocalInterfaces(settings, node.network, self.objects, clock, assignments_file)
         self.attachments = Attachments(node)
         self.own_interfaces = OwnInterfaces(settings.node, self.attachments, settings.tunnels)
@@ -86,10 +90,12 @@ class Agent:
         not the same as an empty one.  Then everything is as it was.
         """
         self._ledger.open()
+        self.objects.handovers.recall()
         self.objects.take(self.source.sync())
         self._take_changes(older=set(self._ledger.numbers.endpoints))
         self.interfaces.recall(self.enforcement.former_workloads(), self._node.attached())
         self.interfaces.look()
+        self.interfaces.forget_stale_handovers()
         self._take_changes()  # what the interfaces tell of tunnels is in the world already
         self.binder.find_attached()
         self.enforcement.install()
@@ -201,7 +207,8 @@ class Agent:
         found += [*self.objects.disputes(), *self.binder.problems, *self.attachments.problems, *self.binder.warnings]
         found += [*self.barrier.problems, *self.repair.other_programs]
         found += [one for one in (self.rejected.problem, self.repair.failure, own.no_room) if one is not None]
-        return [*found, *self.interfaces.conflicts(), *self._unenforced(), *self.interfaces.file_problems]
+        found += [*self.interfaces.conflicts(), *self._unenforced(), *self.interfaces.file_problems]
+        return [*found, *self.objects.handovers.problems]
 
     def _unenforced(self) -> list[Problem]:
         """Workloads of this node that policy does not reach as it is written."""

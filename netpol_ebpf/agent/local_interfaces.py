@@ -153,6 +153,12 @@ class LocalInterfaces:
         self._objects.handovers.forget(gone)
         self._assignments.forget(gone)
 
+    def forget_stale_handovers(self) -> None:
+        """Forget handovers of interfaces that went while no agent ran."""
+        handovers = self._objects.handovers
+        known = [one for pod in handovers.pods for one in handovers.of(pod)]
+        handovers.forget([one.ifindex for one in known if not self.is_there(one)])
+
     def forget_missing(self) -> None:
         """Workloads that are no longer local are not missing any more."""
         self._missed_s = {key: since_s for key, since_s in self._missed_s.items() if key in self._objects.local}

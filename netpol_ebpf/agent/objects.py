@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Iterable
+from pathlib import Path
 
 from netpol_ebpf.agent.claims import AddressClaims
 from netpol_ebpf.agent.handover import Handover, Handovers
@@ -42,11 +43,12 @@ class ClusterObjects:
     for reading.  ``handovers``: interfaces that the CNI plugin handed over.
     """
 
-    def __init__(self, settings: AgentSettings) -> None:
+    def __init__(self, settings: AgentSettings, handovers_file: Path | None = None) -> None:
+        """``handovers_file``: where handovers outlive the process; None: they do not."""
         self.derivation = Derivation(PolicySettings(workload_to_host=settings.workload_to_host))
         self.local: dict[EndpointKey, Endpoint] = {}
         self._settings = settings
-        self.handovers = Handovers()
+        self.handovers = Handovers(handovers_file)
         self._claims = AddressClaims(self.derivation.world)
         self._in_force = WorldInForce()
         self._source_problems: tuple[Problem, ...] = ()

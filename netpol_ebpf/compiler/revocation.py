@@ -36,7 +36,7 @@ class Revocation:
     def by_relabelling(self, pairs: set[tuple[int, int]], sets: SetStore) -> bool:
         """Whether addresses that turn from one identity into the other lose something in any of the sets that stay."""
         for before, after in pairs:
-            for class_table, users in sets.that_tell(before, after):
+            for class_table, users in sets.distinguishing(before, after):
                 old, new = class_table.vector_of(before), class_table.vector_of(after)
                 if old != new:
                     for live in users:

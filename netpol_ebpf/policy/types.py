@@ -543,7 +543,7 @@ class Verdict:
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """What an engine is asked: one endpoint's policy of one direction and stage, for one packet."""
+    """The input of an engine: one endpoint, direction, stage and packet."""
 
     endpoint: EndpointKey
     direction: Direction

@@ -9,13 +9,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-import yaml
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+from api_objects import DEPLOY, documents
 from server import Server
 
-DEPLOY = Path(__file__).resolve().parents[2] / "deploy"
 PROGRAMS = ("KUBE_APISERVER", "ETCD")
 
 
@@ -28,11 +27,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if any(not os.environ.get(name) for name in PROGRAMS):
         config.hook.pytest_deselected(items=ours)
         items[:] = [one for one in items if one not in ours]
-
-
-def documents(path: Path) -> list[dict]:
-    """The objects of a file of ours."""
-    return [one for one in yaml.safe_load_all(path.read_text()) if one is not None]
 
 
 @pytest.fixture(scope="session")

@@ -6,8 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from conftest import DEPLOY, documents
-from manifests import ALPHA2, CALICO, WRONG, Wrong, written
+from api_objects import ALPHA2, CALICO, DEPLOY, WRONG, Wrong, documents, written
 from server import Server, collection
 
 from netpol_ebpf.resources.load import parse_object, parse_objects

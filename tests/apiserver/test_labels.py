@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from conftest import DEPLOY, documents
+from api_objects import DEPLOY, documents
 from server import Server, collection
 
 LABEL = "projectcalico.org/tier"

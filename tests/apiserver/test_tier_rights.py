@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
-from conftest import DEPLOY, documents
+from api_objects import DEPLOY, documents
 from server import Answer, Server, collection
 
 VERSION = "projectcalico.org/v3"
@@ -273,7 +273,7 @@ def guarded(server: Server) -> Iterator[Server]:
     for name, order in (("guard", 10), ("app", 20), ("default", 1_000_000)):
         applied(server, {"apiVersion": VERSION, "kind": "Tier", "metadata": {"name": name}, "spec": {"order": order}})
     for user, rights in USERS.items():
-        for number, right in enumerate((Right(PLAIN), *rights)):
+        for number, right in enumerate((Right((*PLAIN, *(f"{one}/status" for one in PLAIN))), *rights)):
             applied(server, *role(user, right, number))
     for kind in ("NetworkPolicy", "StagedNetworkPolicy"):
         for name, tier in (("p-guard", "guard"), ("p-app", "app"), ("p-one", "guard"), ("p-zero", None)):
@@ -285,19 +285,16 @@ def guarded(server: Server) -> Iterator[Server]:
     ]
     applied(server, *admission)
     # Roles and admission policies act a moment after they are there
-    for staged in ("", "Staged"):
-        for is_global, asks in (
-            (False, {"none": False, "owner": True, "nsowner": True, "both": True}),
-            (True, {"owner": True, "none": False}),
-        ):
+    for staged, only in (("", "enforced-only"), ("Staged", "staged-only")):
+        for is_global in (False, True):
             kind = f"{staged}{'Global' if is_global else ''}NetworkPolicy"
             case = Case("", "create", "probe", {}, tier="guard", is_global=is_global)
+            asks = {"none": False, "owner": True, "nsowner": not is_global, "both": True, "wild": True, only: True}
             for user, allowed in asks.items():
                 server.wait_for(
                     lambda kind=kind, case=case, user=user, allowed=allowed: (
-                        case.send(server, kind, user).status == 201
-                    )
-                    == allowed,
+                        (case.send(server, kind, user).status == 201) == allowed
+                    ),
                     f"{user} {kind}",
                 )
     yield server

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import replace
 from ipaddress import ip_address
@@ -13,12 +14,14 @@ import pytest
 from test_agent_core import CLUSTER, DB, POLICY, WIRING, Bench, settle
 
 from netpol_ebpf.agent.assignments import Evidence
-from netpol_ebpf.agent.core import Agent
+from netpol_ebpf.agent.core import Agent, AgentSettings
 from netpol_ebpf.agent.handover import Handover, Handovers, parse_attach
 from netpol_ebpf.agent.main import IN_FORCE, waits_of
 from netpol_ebpf.agent.wiring import Interface
+from netpol_ebpf.apply.ledger import Ledger
 from netpol_ebpf.errors import UnreachableError, UsageError
 from netpol_ebpf.policy.types import EndpointKey
+from netpol_ebpf.sources.files import ManifestDirectory
 
 NEW = EndpointKey("Pod", "shop", "new")
 ADDRESS = ip_address("10.0.0.9")
@@ -306,3 +309,81 @@ def test_handovers_of_a_pod() -> None:
     assert known.of(other.pod) == [other]
     known.forget({11})
     assert not [*known.pods]
+
+
+# --- beyond the process ---------------------------------------------------------------------------------------------------
+
+
+def lasting_agent(bench: Bench) -> Agent:
+    """An agent that keeps what it is told beside the manifests."""
+    bench.close()
+    bench.ledgers.append(Ledger(bench.home / "numbers"))
+    agent = Agent(
+        AgentSettings("here"), bench.node, ManifestDirectory(bench.home / "manifests"), bench.ledgers[-1],
+        lambda: bench.now_s, handovers_file=bench.home / "handovers",
+    )  # fmt: skip
+    agent.start()
+    return agent
+
+
+def test_the_next_agent_knows_it(bench: Bench) -> None:
+    """A pod that the cluster has no address of yet stays open under the next agent; one that has gone meanwhile does not."""
+    bench.write("new.yaml", pod())
+    agent = lasting_agent(bench)
+    agent.hand_over(handed())
+    agent.step()
+    agent = lasting_agent(bench)
+    assert is_bound(bench, agent)
+    assert agent.missing_for(handed()) == ""
+    assert agent.problems == []
+    bench.node.wiring = WIRING
+    agent = lasting_agent(bench)
+    assert not is_bound(bench, agent)
+    assert agent.objects.owner_of(ADDRESS) is None
+    bench.node.wiring = replace(WIRING, links={**WIRING.links, 9: LINK})
+    assert not is_bound(bench, lasting_agent(bench))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        '{"format": 2, "handovers": []}',
+        '{"format": 1, "handovers": {}}',
+        '{"format": 1, "handovers": [{"namespace": "shop"}]}',
+        '{"format": 1, "handovers": [' + "[" * 100_000,
+    ],
+)
+def test_a_damaged_file(bench: Bench, text: str) -> None:
+    """It is kept aside and told, and the agent starts."""
+    (bench.home / "handovers").write_text(text)
+    agent = lasting_agent(bench)
+    (problem,) = agent.problems
+    assert (problem.slug, problem.severity) == ("interfaces-file", "warning")
+    assert (bench.home / "handovers.damaged").read_text() == text
+
+
+def test_what_is_right_in_a_damaged_file_counts(bench: Bench) -> None:
+    """Each handover is read by itself."""
+    bench.write("new.yaml", pod())
+    lines = [{"namespace": 7}, {**REQUEST, "op": None}]
+    (bench.home / "handovers").write_text(json.dumps({"format": 1, "handovers": lines}))
+    agent = lasting_agent(bench)
+    assert is_bound(bench, agent)
+    assert len(agent.problems) == 1
+
+
+def test_no_room_for_the_file(bench: Bench) -> None:
+    """A file that cannot be written is a warning, and the pod starts all the same."""
+    bench.write("new.yaml", pod())
+    agent = lasting_agent(bench)
+    (bench.home / "handovers.draft").mkdir()
+    agent.hand_over(handed())
+    agent.step()
+    assert agent.missing_for(handed()) == ""
+    assert [one.slug for one in agent.problems] == ["interfaces-file"]
+    (bench.home / "handovers.draft").rmdir()
+    agent.hand_over(handed(uid="u-2"))
+    agent.step()
+    assert agent.problems == []

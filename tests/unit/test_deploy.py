@@ -3,11 +3,17 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from configparser import ConfigParser
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from netpol_ebpf.agent.main import DEFAULT_STATE_DIR, build_parser
+from netpol_ebpf.resources.calico import BUILT_IN_TIERS
+from netpol_ebpf.resources.schema_calico import RESOURCES
 from netpol_loader.pins.compiled import CACHE_DIR
 from netpol_loader.pins.doctor import CAPABILITIES
 
@@ -47,3 +53,23 @@ def test_service_starts_the_agent_with_options_it_knows() -> None:
     assert parsed.node == "%H"
     assert unit["Service"]["Type"] == "notify"
     assert unit["Service"]["RuntimeDirectoryPreserve"] == "yes"
+
+
+def admission(name: str) -> dict[str, Any]:
+    """The first object of a file, which is the policy."""
+    policy: dict[str, Any] = next(yaml.safe_load_all((DEPLOY / "admission" / f"{name}.yaml").read_text()))
+    return policy["spec"]
+
+
+def test_admission_policies_judge_every_tiered_kind() -> None:
+    """Each kind whose schema has a tier; a kind that was forgotten would be plain rights."""
+    tiered = {one.plural for one in RESOURCES if "tier" in one.spec["properties"]}
+    for name in ("tier-rights", "tier-label", "tier-label-check"):
+        (match,) = admission(name)["matchConstraints"]["resourceRules"]
+        assert set(match["resources"]) == tiered, name
+
+
+def test_the_guard_of_tiers_names_the_built_in_ones() -> None:
+    """Those of the parser, no more."""
+    (validation,) = admission("built-in-tiers")["validations"]
+    assert set(re.findall(r"'([^']+)'", validation["expression"])) == set(BUILT_IN_TIERS)

@@ -14,7 +14,7 @@ from netpol_ebpf.resources import calico, calico_configuration, schema_calico, s
 from netpol_ebpf.resources.load import parse_object
 from netpol_ebpf.resources.reader import Reader
 from netpol_ebpf.resources.schema import CustomResource, Schema, definition, re2, struct
-from tests.apiserver.manifests import WRONG, Wrong
+from tests.apiserver.api_objects import WRONG, Wrong
 
 RESOURCES = (*schema_calico.RESOURCES, *schema_signetwork.RESOURCES)
 PARSERS = {

@@ -8,14 +8,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from netpol_ebpf.resources import schema_calico, schema_signetwork
 from netpol_ebpf.resources.yamltree import read_documents
 
 ROOT = Path(__file__).resolve().parents[2]
+DEPLOY = ROOT / "deploy"
 RESOURCES = {(one.api_version, one.kind): one for one in (*schema_calico.RESOURCES, *schema_signetwork.RESOURCES)}
 CALICO = "projectcalico.org/v3"
 ALPHA1 = "policy.networking.k8s.io/v1alpha1"
 ALPHA2 = "policy.networking.k8s.io/v1alpha2"
+
+
+def documents(path: Path) -> list[dict[str, Any]]:
+    """The objects of a file of ours."""
+    return [one for one in yaml.safe_load_all(path.read_text()) if one is not None]
 
 
 def written() -> Iterator[tuple[str, dict[str, Any]]]:
