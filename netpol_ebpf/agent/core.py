@@ -161,7 +161,7 @@ class Agent:
         return [decode_event(record, self.enforcement.names) for record in records]
 
     def _take_changes(self, older: frozenset[EndpointKey] | set[EndpointKey] = frozenset()) -> Changes:
-        changes = self.objects.take_changes(older)
+        changes = self.objects.take_changes(older, self.interfaces.is_idle)
         self.interfaces.forget_missing()
         return changes
 

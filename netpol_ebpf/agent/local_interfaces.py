@@ -153,6 +153,10 @@ class LocalInterfaces:
         self._objects.handovers.forget(gone)
         self._assignments.forget(gone)
 
+    def is_idle(self, key: EndpointKey) -> bool:
+        """Whether a local workload has no interface."""
+        return key in self._objects.local and key not in self.located
+
     def forget_stale_handovers(self) -> None:
         """Forget handovers of interfaces that went while no agent ran."""
         handovers = self._objects.handovers
@@ -171,10 +175,9 @@ class LocalInterfaces:
             if endpoint is not None and _is_first(one, endpoint) and (one.names or one.is_unseen):
                 found.setdefault(one.pod, set()).update(() if one.is_unseen else one.names)
         for key in self._objects.handovers.pods:
-            addresses = self._objects.local[key].addresses if key in self._objects.local else ()
-            for handed in self._objects.handed(key):
-                if self.is_there(handed) and not set(handed.addresses).isdisjoint(addresses):
-                    found[key] = {handed.name}  # newer than what the runtime keeps of an interface before
+            handed = self._objects.handed(key)
+            if handed is not None and key in self._objects.local and self.is_there(handed):
+                found[key] = {handed.name}  # newer than what the runtime keeps of an interface before
         return found
 
     def _note_missing(self) -> None:

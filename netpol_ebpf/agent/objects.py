@@ -8,7 +8,7 @@ is the world of the last change that was applied whole.  Knows no interface and 
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 
 from netpol_ebpf.agent.claims import AddressClaims
@@ -79,12 +79,15 @@ class ClusterObjects:
             else:
                 self.derivation.remove(*event.key)
 
-    def take_changes(self, older: Collection[EndpointKey] = ()) -> Changes:
-        """What changed since the last call, each address given to the workload that had it first. ``older``: see `AddressClaims.apply_changes`."""
+    def take_changes(self, older: Collection[EndpointKey], is_idle: Callable[[EndpointKey], bool]) -> Changes:
+        """What changed since the last call, each address given to the workload that had it first.
+
+        ``older``, ``is_idle``: see `AddressClaims.apply_changes`.
+        """
         changes = self.derivation.take_changes()
         before = set(self._claims.disputes())
         self._lend_addresses(changes)
-        self._claims.apply_changes(changes, older)
+        self._claims.apply_changes(changes, older, is_idle)
         for key, endpoint in changes.endpoints.items():
             if endpoint is not None and self.is_local(endpoint):
                 self.local[key] = endpoint
@@ -106,10 +109,10 @@ class ClusterObjects:
         return self.derivation.is_changed or self.handovers.is_changed
 
     def _lend_addresses(self, changes: Changes) -> None:
-        """Give pods without an address in their objects those that the CNI plugin handed over; ``changes`` gets what that changes."""
+        """Give pods the addresses that the CNI plugin handed over before their objects have them; ``changes`` gets what that changes."""
         changed = self.handovers.take_changed()
         for key in {*changed, *self.handovers.pods, *self._claims.borrowers}:
-            handed = next(iter(self.handed(key)), None)
+            handed = self.handed(key)
             is_news = self._claims.lend(key, () if handed is None else handed.addresses)
             endpoint = self.world.endpoints.get(key)
             if endpoint is not None and (is_news or key in changed):
@@ -163,24 +166,24 @@ class ClusterObjects:
             self._other_owners = {each: name for addresses, name in named for each in addresses}
         return self._other_owners.get(address)
 
-    def handed(self, key: EndpointKey) -> list[Handover]:
-        """What the CNI plugin handed over for the pod that the cluster has under this name now, oldest first."""
+    def handed(self, key: EndpointKey) -> Handover | None:
+        """The first interface of the pod that the cluster has under this name now, as the CNI plugin handed it over."""
         pod = self._resource(key)
-        return [one for one in self.handovers.of(key) if isinstance(pod, Pod) and one.is_of(pod.uid)]
+        first = (one for one in self.handovers.of(key) if one.is_first)
+        return next((one for one in first if isinstance(pod, Pod) and one.is_of(pod.uid)), None)
 
     def missing_for(self, handed: Handover) -> str:
         """What of the objects keeps policy for an interface that was handed over from being in force; empty: nothing."""
         key = handed.pod
-        if not self.handed(key):
-            return "its Pod object has not arrived" + (
-                ", only an older one's of its name" if self._resource(key) else ""
-            )
+        if not handed.is_first:
+            return f"{handed.inside} is a further interface, and policy knows a workload by its first"
+        if self.handed(key) != handed:
+            other = "" if self._resource(key) is None else ", only another one's of its name"
+            return f"its Pod object has not arrived{other}"
         if key not in self.local:
             return "its Pod object is that of a pod of another node, of the host's network, or of one that has ended"
         if self.derivation.get(ResourceKey("Namespace", "", key.namespace)) is None:
             return f"its Namespace {key.namespace} has not arrived"
-        if set(handed.addresses).isdisjoint(self.world.endpoints[key].addresses or handed.addresses):
-            return f"{handed.inside} is a further interface, and policy knows a workload by its first"
         others = [
             f"{one} is {holder}'s"
             for one in handed.addresses

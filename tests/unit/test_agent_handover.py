@@ -112,13 +112,36 @@ def test_the_objects_addresses_take_over(bench: Bench) -> None:
     assert agent.objects.owner_of(ip_address("fd00::9")) is None
 
 
+def test_a_sandbox_made_anew(bench: Bench) -> None:
+    """A pod whose object has the address of a sandbox that is gone, as after a reboot of the node, has the new one's."""
+    bench.write("new.yaml", pod("u-1", "10.0.0.8"))
+    agent = bench.agent()
+    agent.hand_over(handed())
+    agent.step()
+    assert agent.missing_for(handed()) == ""
+    assert agent.objects.world_in_force.endpoints[NEW].addresses == (ADDRESS,)
+    assert (agent.objects.owner_of(ip_address("10.0.0.8")), agent.objects.owner_of(ADDRESS)) == (None, str(NEW))
+    bench.write("new.yaml", pod("u-1", "10.0.0.9"))
+    settle(agent)
+    assert agent.objects.world_in_force.endpoints[NEW].addresses == (ADDRESS,)
+    again = handed(ifindex=11, interface="veth11", peer=[11, 2], addresses=["10.0.0.7/24"])
+    links = {**WIRING.links, 11: Interface(11, "veth11", "veth", (11, 2))}
+    bench.node.wiring, bench.node.gone, bench.node.news = replace(WIRING, links=links), {9}, True
+    agent.hand_over(again)
+    agent.step()
+    assert agent.missing_for(again) == ""
+    assert agent.missing_for(handed())
+    assert agent.enforcement.applier.bindings[NEW].ifindex == 11
+    assert agent.objects.world_in_force.endpoints[NEW].addresses == (ip_address("10.0.0.7"),)
+
+
 def test_an_older_pod_of_that_name(bench: Bench) -> None:
     """The object of the pod before, of another UID, is not taken for it: neither its interface nor its policy is the new one's."""
     bench.write("new.yaml", pod("u-0"))
     agent = bench.agent()
     agent.hand_over(handed())
     agent.step()
-    assert "only an older one's" in agent.missing_for(handed())
+    assert "only another one's" in agent.missing_for(handed())
     assert not is_bound(bench, agent)
     assert agent.objects.owner_of(ADDRESS) is None
     bench.write("new.yaml", pod("u-1"))
@@ -204,6 +227,25 @@ def test_an_address_that_another_has(bench: Bench) -> None:
     assert not agent.objects.world_in_force.endpoints[NEW].addresses
 
 
+def test_addresses_that_changed_places(bench: Bench) -> None:
+    """After a reboot, the addresses that objects still have may be others' already: each pod gets what the runtime gave it."""
+    bench.write("new.yaml", pod("u-1", "10.0.0.9") + pod("u-2", "10.0.0.8").replace("name: new", "name: old"))
+    agent = bench.agent()
+    mine = handed(addresses=["10.0.0.8/24"])
+    agent.hand_over(mine)
+    agent.step()
+    assert agent.missing_for(mine) == ""
+    assert agent.objects.owner_of(ip_address("10.0.0.8")) == str(NEW)
+    other = handed(name="old", uid="u-2", ifindex=11, interface="veth11", peer=[11, 2])
+    links = {**WIRING.links, 9: LINK, 11: Interface(11, "veth11", "veth", (11, 2))}
+    bench.node.wiring, bench.node.news = replace(WIRING, links=links), True
+    agent.hand_over(other)
+    agent.step()
+    assert agent.missing_for(other) == agent.missing_for(mine) == ""
+    assert agent.objects.owner_of(ADDRESS) == "Pod/shop/old"
+    assert not [one for one in agent.problems if one.slug == "address-claimed"]
+
+
 def test_what_no_policy_waits_for(bench: Bench) -> None:
     """A pod of another node, one of the host's network, and one without its Namespace get no yes, and are told why."""
     bench.write("new.yaml", pod().replace("nodeName: here", "nodeName: there"))
@@ -222,14 +264,15 @@ def test_what_no_policy_waits_for(bench: Bench) -> None:
 
 
 def test_a_further_interface(bench: Bench) -> None:
-    """An interface with none of the object's addresses is a further one, and stays closed."""
-    bench.write("new.yaml", pod("u-1", "10.0.0.9"))
+    """Any interface but the first stays closed, and its addresses are not the pod's."""
+    bench.write("new.yaml", pod())
     agent = bench.agent()
     further = handed(inside="net1", addresses=["10.7.0.9/24"])
     agent.hand_over(further)
     agent.step()
     assert "further interface" in agent.missing_for(further)
     assert not is_bound(bench, agent)
+    assert agent.objects.owner_of(ip_address("10.7.0.9")) is None
 
 
 def test_programs_that_cannot_be_put_on(bench: Bench) -> None:
