@@ -62,7 +62,7 @@ POD = """\
 ---
 apiVersion: v1
 kind: Pod
-metadata: {{name: {name}, namespace: shop, uid: {uid}, labels: {{app: narrow}}}}
+metadata: {{name: {name}, namespace: shop, uid: "{uid}", labels: {{app: narrow}}}}
 spec: {{nodeName: node-1, containers: [{{name: c, image: x}}]}}
 status: {{phase: Pending}}
 """
