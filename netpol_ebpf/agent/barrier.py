@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 from netpol_ebpf.agent.wiring import Wiring
 from netpol_ebpf.errors import Location, PlatformError, Problem, UsageError
-from netpol_loader.host.barrier import Counts, Difference, Layout, Marks, without_sign
+from netpol_loader.host.barrier import BarrierSpec, Counts, Difference, Marks, without_sign
 from netpol_loader.pins.drift import Drift
 
 log = logging.getLogger(__name__)
@@ -79,7 +79,7 @@ class BarrierAccess(Protocol):
     def unsigned(self) -> int:
         """Packets dropped for want of the sign."""
 
-    def write(self, layout: Layout) -> list[Difference]:
+    def write(self, layout: BarrierSpec) -> list[Difference]:
         """Make the tables so; what was otherwise."""
 
 
@@ -117,8 +117,8 @@ class Barrier:
     others: Callable[[int], Sequence[str]]
     _writer: MarksWriter | None = None
     _is_signed: bool = False  # the bits are in force, and a table can be made
-    _layout: Layout | None = None  # as last written whole
-    _wanted: Layout | None = None
+    _layout: BarrierSpec | None = None  # as last written whole
+    _wanted: BarrierSpec | None = None
     _numbers: dict[str, int] = field(default_factory=dict)
     _failure: Problem | None = None
     _tried_s: float = 0.0
@@ -145,14 +145,14 @@ class Barrier:
     def _prepare(self, before: Marks) -> None:
         """Leave tables that suit both the marks before and the ones to come, or raise."""
         marks = self.settings.in_force
-        base = without_sign(Layout(marks))
+        base = without_sign(BarrierSpec(marks))
         self.tables.open()
         if not marks.seen or not self.tables.is_there():
             self.tables.write(base)  # and where it is the first: the proof that tables can be made
             return
         if before.seen not in (0, marks.seen):
             workloads, known = self.tables.members()
-            older = Layout(marks, before.seen, self.settings.patterns, workloads, known)
+            older = BarrierSpec(marks, before.seen, self.settings.patterns, workloads, known)
             self.tables.write(older)
 
     def _may_be_there(self) -> bool:
@@ -167,16 +167,16 @@ class Barrier:
         bound = {wiring.links[one].name: one for one in workloads if one in attached and one in wiring.links}
         known = {*attached, *(wiring.links.keys() - set(workloads))} & wiring.links.keys()
         settings = self.settings
-        wanted = without_sign(Layout(settings.in_force))
+        wanted = without_sign(BarrierSpec(settings.in_force))
         if settings.is_on:
             patterns = settings.patterns
             numbers = frozenset(known) if patterns else frozenset[int]()
-            wanted = Layout(settings.in_force, 0, patterns, frozenset(bound), numbers)
+            wanted = BarrierSpec(settings.in_force, 0, patterns, frozenset(bound), numbers)
         self._wanted, self._numbers = wanted, bound
         if self._is_signed and self._layout != wanted:
             self._write(wanted)
 
-    def _write(self, wanted: Layout) -> list[Difference]:
+    def _write(self, wanted: BarrierSpec) -> list[Difference]:
         self._tried_s = self.clock()
         try:
             found = self.tables.write(wanted)

@@ -279,7 +279,7 @@ def run(arguments: argparse.Namespace) -> int:
 def claimed(pin_root: Path) -> Iterator[None]:
     """One agent, or one `netpolctl cleanup`, at a pin root, which is made. Raises PlatformError."""
     from netpol_loader.pins import doctor
-    from netpol_loader.pins.dataplane import held
+    from netpol_loader.pins.lock import held
 
     doctor.require_bpffs(pin_root)
     pin_root.mkdir(parents=True, exist_ok=True)

@@ -23,11 +23,11 @@ from netpol_ebpf.agent.wiring import NOWHERE, Interface, Wiring
 from netpol_ebpf.apply.applier import KernelMap
 from netpol_ebpf.apply.encode import LocalFlag, Meaning, decode_endpoint
 from netpol_ebpf.errors import PlatformError
-from netpol_ebpf.policy.types import IPAddress
+from netpol_ebpf.policy.types import IPAddress, IPNetwork
 from netpol_loader import abi
-from netpol_loader.host import netlink
 from netpol_loader.host.barrier import BarrierTables
 from netpol_loader.host.follow import Follower
+from netpol_loader.host.links import Link, find_link, interface_towards, joined_groups
 from netpol_loader.host.peers import load_peer_addresses
 from netpol_loader.host.routes import LocalRoute
 from netpol_loader.pins import access, attach
@@ -159,15 +159,13 @@ class KernelNode:
         self._gone: set[int] | None = set()
         self._born: list[Interface] = []
         self._is_news = False  # what was read and not looked at yet
-        self._groups: frozenset[netlink.IPAddress] = frozenset()  # but for those of addresses
-        self._not_joined: set[netlink.IPAddress] = set()  # of those of addresses
+        self._groups: frozenset[IPAddress] = frozenset()  # but for those of addresses
+        self._not_joined: set[IPAddress] = set()  # of those of addresses
         self._groups_s = -GROUPS_S
         self._version: tuple[int, int] | None = None  # of the follower, when its news were read
-        self._links: dict[int, tuple[netlink.Link, Interface]] = {}
-        self._asked: dict[
-            int, tuple[netlink.Link, bool, float]
-        ] = {}  # behind an interface: had it a host route, and when
-        self._peer_addresses: dict[tuple[int, int], tuple[netlink.IPAddress, ...]] = {}
+        self._links: dict[int, tuple[Link, Interface]] = {}
+        self._asked: dict[int, tuple[Link, bool, float]] = {}  # behind an interface: had it a host route, and when
+        self._peer_addresses: dict[tuple[int, int], tuple[IPAddress, ...]] = {}
         self._others = OtherPrograms()
         self._mended = 0  # of clsact interfaces: whose turn it is
         self._upgrade: Upgrade | None = None  # until it has taken over
@@ -247,11 +245,11 @@ class KernelNode:
         if now_s - self._groups_s < GROUPS_S:
             return
         before, of_addresses = self._groups, self._address_groups()
-        joined, self._groups_s = netlink.joined_groups(), now_s
+        joined, self._groups_s = joined_groups(), now_s
         self._groups, self._not_joined = joined - of_addresses, of_addresses - joined
         self._is_news = self._is_news or self._groups != before
 
-    def _address_groups(self) -> set[netlink.IPAddress]:
+    def _address_groups(self) -> set[IPAddress]:
         """Groups that interfaces join for each of their addresses, so that neighbours find them; not where there are no neighbours."""
         anycast = (one.address for one in self._follower.local_routes if one.is_single)
         return {_solicited(one) for one in (*self._follower.addresses, *anycast) if one.version == IPV6}
@@ -284,7 +282,7 @@ class KernelNode:
             problems=self._results.problems,
         )
 
-    def _known_links(self) -> dict[int, tuple[netlink.Link, Interface]]:
+    def _known_links(self) -> dict[int, tuple[Link, Interface]]:
         """The interfaces, as the kernel tells of them and as the agent sees them."""
         before = self._links
         self._links = {}
@@ -293,7 +291,7 @@ class KernelNode:
             self._links[ifindex] = known if known is not None and known[0] is one else (one, _link(one))
         return self._links
 
-    def _look_behind(self, links: Mapping[int, tuple[netlink.Link, Interface]], bound: Collection[int]) -> None:
+    def _look_behind(self, links: Mapping[int, tuple[Link, Interface]], bound: Collection[int]) -> None:
         """Addresses at the other ends of pairs that are nobody's yet: of each when anything about it is new, else now and then.
 
         Behind a bound interface nothing counts any more. What one interface costs is bounded, whatever is done at its other end.
@@ -369,7 +367,7 @@ class KernelNode:
         try:
             attach.attach(ifindex, self._dataplane, is_newborn=is_newborn)
         except PlatformError:
-            if netlink.link(ifindex) is None:
+            if find_link(ifindex) is None:
                 return False
             raise
         return True
@@ -412,7 +410,7 @@ class KernelNode:
 
     def interface_towards(self, address: IPAddress) -> int | None:
         """See `NodeAccess`."""
-        return netlink.interface_towards(address)
+        return interface_towards(address)
 
     def live_connections(self, namespaces: Collection[int]) -> LiveConnections:
         """See `NodeAccess`."""
@@ -424,7 +422,7 @@ class KernelNode:
         return self._reader.consume(EVENTS_A_LOOK)
 
 
-def _link(link: netlink.Link) -> Interface:
+def _link(link: Link) -> Interface:
     is_pair = link.kind in PAIR_KINDS and link.peer_nsid is not None
     peer = (link.peer_nsid, link.peer_ifindex) if is_pair and link.peer_nsid is not None else None
     lower = link.peer_ifindex if link.kind in STACKED_KINDS and link.peer_nsid is None else NOWHERE
@@ -434,8 +432,8 @@ def _link(link: netlink.Link) -> Interface:
 
 
 def _meanings(
-    routes: Iterable[LocalRoute], groups: Iterable[netlink.IPAddress]
-) -> tuple[dict[netlink.IPAddress, Meaning], frozenset[netlink.IPNetwork]]:
+    routes: Iterable[LocalRoute], groups: Iterable[IPAddress]
+) -> tuple[dict[IPAddress, Meaning], frozenset[IPNetwork]]:
     """Single addresses that mean the node, and prefixes that are its own; the program knows 127.0.0.0/8 by itself."""
     found = dict.fromkeys(groups, GROUP)
     nets = set()

@@ -36,7 +36,7 @@ def bare_server(
     """A server with its own kinds alone; the report says which it was."""
     apiserver, etcd = (Path(os.environ[name]).resolve() for name in PROGRAMS)
     server = Server(apiserver, etcd, tmp_path_factory.mktemp("apiserver"))
-    record_testsuite_property("kubernetes", server.get("/version").body["gitVersion"])
+    record_testsuite_property("kubernetes", server.version())
     record_testsuite_property("etcd", server.etcd_version())
     yield server
     server.close()

@@ -41,10 +41,10 @@ USERS: Mapping[str, tuple[Right, ...]] = {
     "owner": (tier_get("guard"), Right(TIERED, ("guard.*",))),
     "nsowner": (tier_get("guard"), Right(TIERED, ("guard.*",), namespace="dev")),
     "nogettier": (Right(TIERED, ("guard.*",)),),
-    "onename": (tier_get("guard"), Right(("tier.networkpolicies", "tier.stagednetworkpolicies"), ("p-one",))),
+    "onename": (tier_get("guard"), Right(("tier.networkpolicies", "tier.stagednetworkpolicies"), ("p-one", "p-new"))),
     "onenameup": (
         tier_get("guard"),
-        Right(("tier.networkpolicies", "tier.stagednetworkpolicies"), ("p-one",), ("get", "update")),
+        Right(("tier.networkpolicies", "tier.stagednetworkpolicies"), ("p-one", "p-new"), ("get", "update")),
     ),
     "gnpname": (
         tier_get("guard"),
@@ -134,7 +134,9 @@ CASES = (
         tier="guard",
         namespace="prod",
     ),
-    Case("create p-one in guard", "create", "p-one", users(may="onename", may_not="onenameup"), tier="guard"),
+    Case(
+        "create p-new, named by the right", "create", "p-new", users(may="onename", may_not="onenameup"), tier="guard"
+    ),
     Case(
         "create a global one in guard",
         "create",

@@ -311,7 +311,7 @@ GUARDS = (
         "netpol_ebpf/agent/node.py",
         (
             "found = dict.fromkeys(groups, GROUP)",
-            "found: dict[netlink.IPAddress, Meaning] = {}",
+            "found: dict[IPAddress, Meaning] = {}",
         ),
         (f"{NODE}test_closed_node_has_no_other_door[all-6]",),
     ),

@@ -29,7 +29,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from agent_scene import CLUSTER, DEADLINE_S, NODE, Scene, lab_for, scene_in, wait_for
+from agent_scene import DEADLINE_S, NODE, Scene, lab_for, render_nodes, scene_in, wait_for
 from border_scene import NODE_ADDRESS, WORLD, has_device, ip
 from cni_chain import CniError, PluginList, Sandbox
 from network_scene import PLUGINS_DIR
@@ -149,7 +149,7 @@ class Plugged:
 @contextlib.contextmanager
 def plugged(home: Path, network: str) -> Iterator[Plugged]:
     """A node with an agent, and a runtime with a network and our plugin behind it."""
-    cluster = CLUSTER.split("---\napiVersion: v1\nkind: Pod", maxsplit=1)[0]
+    cluster = render_nodes("172.30.0.{}")
     with contextlib.ExitStack() as stack:
         lab = stack.enter_context(lab_for(cluster))
         lab.prober.write_settings(NODE, SETTINGS_ROUTER)

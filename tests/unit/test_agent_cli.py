@@ -24,7 +24,7 @@ from netpol_ebpf.cli import main as cli
 from netpol_ebpf.cli.main import main
 from netpol_ebpf.errors import PlatformError, UsageError
 from netpol_loader.pins import doctor
-from netpol_loader.pins.dataplane import held, locked
+from netpol_loader.pins.lock import held, locked
 
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 """Of the threads of a test runner."""

@@ -69,6 +69,8 @@ class MiniApi:
             return Wire(failure(401))
         if "/customresourcedefinitions/" in path:
             return Wire(self.definition)
+        if "PartialObjectMetadata;" in request.headers["accept"]:
+            return Wire(failure(406))  # a list of metadata is another type
         if self.first.get(path):
             return self.first[path].pop(0)
         kind = next((kind for kind in self.objects if kind.path == path), None)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reading the event ring, through libbpf (the one thing it is used for: its reader keeps the memory order right).
 
-Invariant: every record is handed to the callback once, in order.  The program wakes nobody up, so the reader has to look:
-`poll` waits at most the time it is given and then consumes whatever is there.
+Invariant: every record is handed to the callback once, in order.  The program wakes no reader up: `poll` waits at
+most the time it is given and then consumes what there is.
 """
 
 from __future__ import annotations

@@ -125,7 +125,7 @@ class Probe:
         return kind, number
 
     def _ask(self, kind: WatchedKind) -> str:
-        answer = self.transport.get(f"{kind.path}?limit=1", head_s=ANSWER_S, idle_s=ANSWER_S, metadata_only=True)
+        answer = self.transport.get(f"{kind.path}?limit=1", head_s=ANSWER_S, idle_s=ANSWER_S)
         try:
             if answer.status != HTTPStatus.OK:
                 raise UnreachableError(f"it answers {answer.status} to a consistent read of {kind}", hint="")

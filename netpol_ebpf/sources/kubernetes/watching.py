@@ -95,7 +95,10 @@ class Transport(Protocol):
     """How requests are made."""
 
     def get(self, target: str, *, head_s: float, idle_s: float, metadata_only: bool = False) -> Answer:
-        """Begin a GET; the times are those of the head and of a silence in the body. Raises UnreachableError."""
+        """Begin a GET; the times are those of the head and of a silence in the body. Raises UnreachableError.
+
+        ``metadata_only``: of one object; a server answers 406 to that for a list.
+        """
 
 
 class Store(Protocol):
