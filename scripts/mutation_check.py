@@ -40,7 +40,7 @@ PYTEST_UNUSABLE = (3, 4, 5)
 
 PROPERTIES = (
     "port_ranges", "kubernetes_semantics", "calico_semantics", "derivation_order", "engines_agree", "event_order", "changes",
-    "shadows",
+    "shadows", "table_reader",
 )  # fmt: skip
 
 
@@ -87,7 +87,8 @@ COMPOSITION, ENDPOINTS, SIG = (
     "policy/translate/composition.py", "policy/translate/endpoints.py", "policy/translate/signetwork.py",
 )  # fmt: skip
 TREE = "selector/tree.py"
-ENTRIES, PROGRAMS, COMMIT = "compiler/entries.py", "compiler/programs.py", "compiler/commit.py"
+ENTRIES, RULE_LISTS, COMMIT = "compiler/entries.py", "compiler/rule_lists.py", "compiler/commit.py"
+READER = "compiler/reader.py"
 
 SLIPS = (
     # selectors
@@ -141,8 +142,8 @@ SLIPS = (
          "nets = (*rule.source.nets, *rule.destination.nets)"),
     Slip("a service's ports do not count on egress", CALICO, "service_ports=direction is Direction.EGRESS", "service_ports=False"),
     Slip("a staged policy is enforced", CALICO,
-         "return _policy(kind, policy.meta, policy.spec, Staged.SET, replaces)",
-         "return _policy(kind, policy.meta, policy.spec, Staged.NO, replaces)"),
+         "return _policy(key, policy.meta, policy.spec, Staged.SET, replaces)",
+         "return _policy(key, policy.meta, policy.spec, Staged.NO, replaces)"),
     # SIG-network policies
     Slip("a baseline policy is in the admin tier", SIG,
          'KUBE_BASELINE if policy.tier == "Baseline" else KUBE_ADMIN', "KUBE_ADMIN"),
@@ -151,7 +152,7 @@ SLIPS = (
     Slip("known peers beside an unknown one are accepted", SIG,
          "        if unknown:\n            yield replace(base, source=Entity(impossible=True))\n            continue\n", ""),
     Slip("the end of kube-admin denies", SIG,
-         'KUBE_ADMIN = Tier("kube-admin", 1000.0, Action.PASS)', 'KUBE_ADMIN = Tier("kube-admin", 1000.0, Action.DENY)'),
+         'KUBE_ADMIN = PolicyTier("kube-admin", 1000.0, Action.PASS)', 'KUBE_ADMIN = PolicyTier("kube-admin", 1000.0, Action.DENY)'),
     # order
     Slip("ties in order go by arrival", TYPES,
          'return (self.order, f"{self.key.name}/{self.key.namespace}/{self.key.kind}")', 'return (self.order, "")'),
@@ -236,22 +237,26 @@ SLIPS = (
          "l4 = difference(l4, protocol(rule.not_protocol))", "l4 = difference(l4, ())"),
     Slip("tables: ICMP has no family", ENTRIES, "if rule.protocol in (ICMP, ICMPV6):", "if False:"),
     Slip("tables: default routes among notNets are ignored", ENTRIES,
-         "return (_Part(family=10 - families.pop() if families else 0, negative=negative),)", "return (_Part(negative=negative),)"),
+         "return (_Clause(family=10 - families.pop() if families else 0, negative=negative),)", "return (_Clause(negative=negative),)"),
     Slip("tables: notPorts by name exclude everyone's ports", ENTRIES,
          "    for pair, names in sorted(named.items()):\n", "    for pair, names in ():\n"),
-    Slip("tables: Pass in a profile allows", PROGRAMS,
+    Slip("tables: Pass in a profile allows", RULE_LISTS,
          "action = Action.DENY if rule.action is Action.PASS else rule.action",
          "action = Action.ALLOW if rule.action is Action.PASS else rule.action"),
-    Slip("tables: a staged policy is enforced", PROGRAMS,
+    Slip("tables: a staged policy is enforced", RULE_LISTS,
          "enforced, pending = policy.staged is Staged.NO, policy.key not in replaced", "enforced, pending = True, policy.key not in replaced"),
-    Slip("tables: a replaced policy is pending", PROGRAMS,
+    Slip("tables: a replaced policy is pending", RULE_LISTS,
          "enforced, pending = policy.staged is Staged.NO, policy.key not in replaced", "enforced, pending = policy.staged is Staged.NO, True"),
-    Slip("tables: the end of a preDNAT tier denies", PROGRAMS,
+    Slip("tables: the end of a preDNAT tier denies", RULE_LISTS,
          "and stage not in (Stage.PRE_DNAT, Stage.UNTRACKED)", "and stage is not Stage.UNTRACKED"),
     Slip("tables: the last of a port range goes to the next atom", "compiler/l4.py",
          "toggles[last + 1] = toggles.get(last + 1, 0) ^ mask", "toggles[max(last, 1)] = toggles.get(max(last, 1), 0) ^ mask"),
     Slip("tables: a workload's addresses are all alike", COMMIT,
          "if (kept ^ holding) & decided & applicable:", "if False:"),
+    Slip("reader: protocols without ports have source ports", READER,
+         "possible = positions if contains(ports, 0) else intersection(positions, WITH_PORTS)", "possible = positions"),
+    Slip("reader: the families share a default class", READER, "defaults[version])", "defaults[4])"),
+    Slip("reader: two classes of ports are one", READER, "if classes > 1 else 0", "if classes > 2 else 0"),
     Slip("tables: a lost allow is not announced", COMMIT, "draft.revokes = self._revokes()", "draft.revokes = False"),
 )  # fmt: skip
 

@@ -147,8 +147,12 @@ class Agent:
         ledger: Ledger,
         clock: Callable[[], float],
         assignments_file: Path | None = None,
+        handovers_file: Path | None = None,
     ) -> None:
-        """``assignments_file``: where what was decided about interfaces outlives the process; None: it does not."""
+        """``assignments_file``: where what was decided about interfaces outlives the process; None: it does not.
+
+        ``handovers_file``: the same for what the CNI plugin said of them.
+        """
         self.settings = settings
         self._node = node
         self._source = source
@@ -156,7 +160,7 @@ class Agent:
         self._clock = clock
         self._derivation = Derivation(PolicySettings(workload_to_host=settings.workload_to_host))
         self._claims = AddressClaims(self._derivation.world)
-        self._handovers = Handovers()
+        self._handovers = Handovers(handovers_file)
         self._in_force = WorldInForce()
         self._local: dict[EndpointKey, Endpoint] = {}  # with the addresses that count as theirs
         self._names = NumberNames()
@@ -210,7 +214,13 @@ class Agent:
             found.append(Problem(self._location(key), "", f"interface: {message}", obj=str(key), slug="interface"))
         found += self._doubts()
         found += self._unenforced()
-        return [*found, *self._wiring.problems, *self._assignments_damage, *self._assignments_problems]
+        return [
+            *found,
+            *self._wiring.problems,
+            *self._assignments_damage,
+            *self._assignments_problems,
+            *self._handovers.problems,
+        ]
 
     @property
     def names(self) -> Names:
@@ -314,6 +324,7 @@ class Agent:
         not the same as an empty one. Then everything is as it was.
         """
         self._ledger.open()
+        self._handovers.recall()
         batch = self._source.step()
         if batch is not None:
             self._take(batch)
@@ -323,6 +334,7 @@ class Agent:
         self._take_changes(older=set(self._ledger.numbers.endpoints))
         self._recall_assignments()
         self._look_at_interfaces()
+        self._forget_stale_handovers()
         self._take_changes()  # what the interfaces tell of tunnels is in the world already
         self._take_off_moved()
         self._attachments.find()  # by an earlier agent
@@ -372,15 +384,15 @@ class Agent:
         binding = self.applier.bindings.get(key)
         if not self._is_there(handed):
             return f"the node has no interface {handed.name} with its other end where it was said to be"
-        if not self._handed(key):
+        if not handed.is_first:
+            return f"{handed.inside} is a further interface, and policy knows a workload by its first"
+        if self._handed(key) != handed:
             pod = self._derivation.get(key_of_endpoint(key))
-            return "its Pod object has not arrived" + (", only an older one's of its name" if pod is not None else "")
+            return "its Pod object has not arrived" + (", only another one's of its name" if pod is not None else "")
         if endpoint is None:
             return "its Pod object is that of a pod of another node, of the host's network, or of one that has ended"
         if self._derivation.get(ResourceKey("Namespace", "", key.namespace)) is None:
             return f"its Namespace {key.namespace} has not arrived"
-        if set(handed.addresses).isdisjoint(self._derivation.world.endpoints[key].addresses or handed.addresses):
-            return f"{handed.inside} is a further interface, and policy knows a workload by its first"
         others = [
             f"{one} is {holder}'s"
             for one in handed.addresses
@@ -430,7 +442,9 @@ class Agent:
         changes = self._derivation.take_changes()
         before = set(self._claims.disputes())
         self._lend_addresses(changes)
-        self._claims.apply_changes(changes, older)
+        self._claims.apply_changes(
+            changes, older, lambda key: key in self._local and key not in self._located.interfaces
+        )
         for key, endpoint in changes.endpoints.items():
             if endpoint is not None and self.is_local(endpoint):
                 self._local[key] = endpoint
@@ -448,19 +462,25 @@ class Agent:
         return changes
 
     def _lend_addresses(self, changes: Changes) -> None:
-        """Pods without an address in their objects have those that the CNI plugin handed over; ``changes`` gets what that changes."""
+        """Pods have the addresses that the CNI plugin handed over before their objects have; ``changes`` gets what that changes."""
         changed = self._handovers.take_changed()
         for key in {*changed, *self._handovers.pods, *self._claims.borrowers}:
-            handed = next(iter(self._handed(key)), None)
+            handed = self._handed(key)
             is_news = self._claims.lend(key, () if handed is None else handed.addresses)
             endpoint = self._derivation.world.endpoints.get(key)
             if endpoint is not None and (is_news or key in changed):
                 changes.endpoints.setdefault(key, endpoint)
 
-    def _handed(self, key: EndpointKey) -> list[Handover]:
-        """What the CNI plugin handed over for the pod that the cluster has under this name now, oldest first."""
+    def _forget_stale_handovers(self) -> None:
+        """Of interfaces that went while no agent ran."""
+        known = [one for pod in self._handovers.pods for one in self._handovers.of(pod)]
+        self._handovers.forget([one.ifindex for one in known if not self._is_there(one)])
+
+    def _handed(self, key: EndpointKey) -> Handover | None:
+        """The first interface of the pod that the cluster has under this name now, as the CNI plugin handed it over."""
         pod = self._derivation.get(key_of_endpoint(key))
-        return [one for one in self._handovers.of(key) if isinstance(pod, Pod) and one.is_of(pod.uid)]
+        first = (one for one in self._handovers.of(key) if one.is_first)
+        return next((one for one in first if isinstance(pod, Pod) and one.is_of(pod.uid)), None)
 
     def _bring_into_force(self, changes: Changes) -> None:
         """Compile and apply; when it does not fit, say so and try again with the next change, or when memory may be back."""
@@ -661,10 +681,9 @@ class Agent:
             if endpoint is not None and _is_first(one, endpoint) and (one.names or one.is_unseen):
                 found.setdefault(one.pod, set()).update(() if one.is_unseen else one.names)
         for key in self._handovers.pods:
-            addresses = self._local[key].addresses if key in self._local else ()
-            for handed in self._handed(key):
-                if self._is_there(handed) and not set(handed.addresses).isdisjoint(addresses):
-                    found[key] = {handed.name}  # newer than what the runtime keeps of an interface before
+            handed = self._handed(key)
+            if handed is not None and key in self._local and self._is_there(handed):
+                found[key] = {handed.name}  # newer than what the runtime keeps of an interface before
         return found
 
     def _is_there(self, handed: Handover) -> bool:

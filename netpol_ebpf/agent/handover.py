@@ -1,25 +1,45 @@
 # SPDX-License-Identifier: Apache-2.0
 """Interfaces that the CNI plugin hands over: which is whose, and with which addresses, before the cluster says so.
 
-When a runtime makes a pod's interface, the Pod object has no address yet and may not have arrived.  What the plugin says is
-evidence like the results that runtimes keep (`netpol_ebpf.agent.cni`), and the addresses count until the object has its own.
+When a runtime makes a pod's interface, the Pod object has no address yet, or those of a sandbox that is gone, and may not have
+arrived.  What the plugin says is evidence like the results that runtimes keep (`netpol_ebpf.agent.cni`), and the addresses count
+until the object has one of them.
 
-Invariant: a handover speaks for one pod, by its UID where both sides have one, and for one interface as long as it exists.
-Knows no interface and no policy; `netpol_ebpf.agent.core` does.
+Invariant: a handover speaks for one pod, by its UID where both sides have one, and for one interface as long as it exists, also
+under the next agent: a file keeps them.  Knows no interface and no policy; `netpol_ebpf.agent.core` does.
 """
 
 from __future__ import annotations
 
+import json
+import logging
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from ipaddress import ip_interface
+from pathlib import Path
 from typing import Any
 
-from netpol_ebpf.apply.records import checked, checked_list
-from netpol_ebpf.errors import UsageError
+from netpol_ebpf.apply.records import (
+    checked,
+    checked_list,
+    load_regular,
+    open_draft,
+    parse_json,
+    reason_of,
+    set_aside,
+    told,
+)
+from netpol_ebpf.errors import Location, Problem, UsageError
 from netpol_ebpf.policy.types import EndpointKey, IPAddress
 
+log = logging.getLogger(__name__)
+
+FORMAT = 1
+MOST_BYTES = 1 << 24
+"""Of the file, to be read; arbitrary, a hundred times what a full node needs."""
 POD = "Pod"
+FIRST = "eth0"
+"""What containerd and CRI-O call the interface by whose addresses the cluster knows a pod."""
 LONGEST_S = 600
 """As the plugin has it (cni/netpol_cni.c)."""
 
@@ -36,6 +56,11 @@ class Handover:
     inside: str
     addresses: tuple[IPAddress, ...]
 
+    @property
+    def is_first(self) -> bool:
+        """Whether policy knows the pod by this interface."""
+        return self.inside == FIRST
+
     def is_of(self, uid: str) -> bool:
         """Whether the pod with this UID can be the one that was meant."""
         return not self.uid or not uid or self.uid == uid
@@ -44,9 +69,18 @@ class Handover:
 class Handovers:
     """Those of interfaces that exist."""
 
-    def __init__(self) -> None:
+    def __init__(self, file: Path | None = None) -> None:
+        """``file``: where they outlive the process; None: they do not."""
+        self._file = file
+        self._damage: tuple[Problem, ...] = ()
+        self._unsaved: tuple[Problem, ...] = ()
         self._by_pod: dict[EndpointKey, dict[str, Handover]] = {}  # by the interface's name inside
         self._changed: set[EndpointKey] = set()
+
+    @property
+    def problems(self) -> tuple[Problem, ...]:
+        """What of the file could not be read or written."""
+        return self._damage + self._unsaved
 
     @property
     def is_changed(self) -> bool:
@@ -59,7 +93,7 @@ class Handovers:
         return self._by_pod.keys()
 
     def of(self, pod: EndpointKey) -> list[Handover]:
-        """A pod's, in the order in which they came."""
+        """Those of a pod's interfaces."""
         return [*self._by_pod.get(pod, {}).values()]
 
     def add(self, handover: Handover) -> None:
@@ -80,33 +114,93 @@ class Handovers:
             self._changed.add(one.pod)
 
     def take_changed(self) -> set[EndpointKey]:
-        """The pods of which one came or went since the last call."""
+        """The pods of which one came or went since the last call. What policy is about to follow is in the file then."""
         changed, self._changed = self._changed, set()
+        if changed and self._file is not None:
+            self._save(self._file)
         return changed
+
+    def recall(self) -> None:
+        """Take up what an earlier agent was told; what of it cannot be read is told, and kept aside."""
+        wrong = []
+        try:
+            written = [] if self._file is None else _read_all(load_regular(self._file, MOST_BYTES))
+        except FileNotFoundError:
+            return
+        except (OSError, ValueError) as error:
+            written, wrong = [], [reason_of(error)]
+        for one in written:
+            try:
+                self.add(_read(one))
+            except ValueError as error:  # noqa: PERF203 - each counts by itself
+                wrong.append(str(error))
+        if self._file is not None and wrong:
+            self._damage = (self._problem(f"is damaged ({told(wrong)}); {set_aside(self._file)}"),)
+            log.warning("%s", self._damage[0])
+
+    def _save(self, path: Path) -> None:
+        """Write all, whole or not at all; what cannot be written is told, and tried again with the next change."""
+        written = [_write(one) for pod in self._by_pod for one in self.of(pod)]
+        draft = path.with_suffix(".draft")
+        self._unsaved = ()
+        try:
+            with open_draft(draft) as file:
+                json.dump({"format": FORMAT, "handovers": written}, file)
+            draft.replace(path)
+        except OSError as error:
+            self._unsaved = (self._problem(f"cannot be kept ({error.strerror})"),)
+
+    def _problem(self, what: str) -> Problem:
+        message = (
+            f"what the CNI plugin handed over {what}: after a restart of the agent, pods that the cluster has no address of yet are "
+            "closed until it has"
+        )
+        return Problem(Location(str(self._file)), "", message, severity="warning", slug="interfaces-file")
 
 
 def parse_attach(request: Mapping[str, Any]) -> tuple[Handover, int]:
     """What the plugin asks for, and for how many seconds it waits. Raises UsageError."""
     try:
-        text = {name: checked(request.get(name), str, name) for name in ("namespace", "name", "inside", "interface")}
-        if not all(text.values()):
-            raise ValueError("a name is empty")  # noqa: TRY301 - told like all others
         wait_s = checked(request.get("timeout_s"), int, "timeout_s")
         if not 0 <= wait_s <= LONGEST_S:
-            raise ValueError("timeout_s is out of its range")  # noqa: TRY301 - the same
-        nsid, inner = checked_list(request.get("peer"), int, "peer", 2)
-        addresses = checked_list(request.get("addresses"), str, "addresses")
-        handover = Handover(
-            EndpointKey(POD, text["namespace"], text["name"]),
-            checked(request.get("uid", ""), str, "uid"),
-            checked(request.get("ifindex"), int, "ifindex"),
-            text["interface"],
-            (nsid, inner),
-            text["inside"],
-            tuple(dict.fromkeys(ip_interface(one).ip for one in addresses)),
-        )
-        if not handover.addresses:
-            raise ValueError("there is no address")  # noqa: TRY301 - the same
+            raise ValueError("timeout_s is out of its range")  # noqa: TRY301 - told like all others
+        return _read(request), wait_s
     except ValueError as error:
         raise UsageError(f"not an interface to attach: {error}") from error
-    return handover, wait_s
+
+
+def _read_all(text: bytes) -> list[dict[Any, Any]]:
+    """The entries of the file. Raises ValueError."""
+    document = checked(parse_json(text), dict, "it")
+    if checked(document.get("format"), int, "the format") != FORMAT:
+        raise ValueError(f"format {document['format']} is not {FORMAT}")
+    return checked_list(document.get("handovers"), dict, "handovers")
+
+
+def _read(written: Mapping[str, Any]) -> Handover:
+    """Raises ValueError."""
+    text = {name: checked(written.get(name), str, name) for name in ("namespace", "name", "inside", "interface")}
+    if not all(text.values()):
+        raise ValueError("a name is empty")
+    nsid, inner = checked_list(written.get("peer"), int, "peer", 2)
+    addresses = checked_list(written.get("addresses"), str, "addresses")
+    if not addresses:
+        raise ValueError("there is no address")
+    return Handover(
+        EndpointKey(POD, text["namespace"], text["name"]),
+        checked(written.get("uid", ""), str, "uid"),
+        checked(written.get("ifindex"), int, "ifindex"),
+        text["interface"],
+        (nsid, inner),
+        text["inside"],
+        tuple(dict.fromkeys(ip_interface(one).ip for one in addresses)),
+    )
+
+
+def _write(handed: Handover) -> dict[str, Any]:
+    """What `_read` makes this of."""
+    return {
+        "namespace": handed.pod.namespace, "name": handed.pod.name, "uid": handed.uid, "ifindex": handed.ifindex,
+        "interface": handed.name, "peer": [*handed.peer], "inside": handed.inside,
+        "addresses": [*map(str, handed.addresses)],
+    }  # fmt: skip

@@ -54,6 +54,7 @@ IN_USE_HINT = "Stop it, or give this one a --state-dir and a --pin-root of its o
 LOCK_NAME = "lock"
 LEDGER_NAME = "numbers"
 INTERFACES_NAME = "interfaces"
+HANDOVERS_NAME = "handovers"
 COPIES_NAME = "manifests"
 IN_FORCE = {"in_force": True}
 """The yes that the CNI plugin waits for (cni/agent.c)."""
@@ -243,7 +244,9 @@ def run(arguments: argparse.Namespace) -> int:
     closing = contextlib.closing
     with exclusive(state_dir), claimed(pin_root), kernel_node as node, closing(ledger), closing(source):
         open_to_group(state_dir, pin_root, group)
-        agent = Agent(settings, node, source, ledger, time.monotonic, state_dir / INTERFACES_NAME)
+        agent = Agent(
+            settings, node, source, ledger, time.monotonic, state_dir / INTERFACES_NAME, state_dir / HANDOVERS_NAME
+        )
         agent.start()
         footprint.freeze()
         log.info(

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Answers about policy that are worked out from objects alone: `explain`."""
+"""Answers about policy that need the objects alone: `explain`."""

@@ -32,7 +32,7 @@ Ways = list[dict[str, Any]]
 def explain(
     cast: Cast, world: World, probe: Probe, engine: Engine, check: Callable[[Journey], None] | None = None
 ) -> Ways:
-    """Each way that the probe's packets take, as plain values: one for each family, backend and possible sender.
+    """Each path that the probe's packets may take, as plain values: one for each family, backend and possible sender.
 
     ``engine``: holds the world.  ``check``: raises where a journey cannot be answered for.  Raises InvalidInputError for unknown
     names and for what cannot be known.
@@ -44,7 +44,7 @@ def explain(
 
 
 def describe(cast: Cast, world: World, journey: Journey, engine: Engine) -> dict[str, Any]:
-    """One way through the cluster as plain values. ``steps``: each endpoint's say, in the order the packet meets them."""
+    """One path through the cluster as plain values. ``steps``: the verdict of each endpoint, in the order the packet meets them."""
     finding = walk(journey, engine.decide)
     flow, packet = journey.flow, journey.flow.packet
     decided = finding.cause
@@ -94,7 +94,7 @@ def _reason_step(reason: HopReason) -> dict[str, Any]:
 
 
 def _note(journey: Journey, finding: Finding, engine: Engine) -> str | None:
-    """That the sender's policy says something else of the service's own address than of the backend."""
+    """A note where the sender's policy decides otherwise for the service's own address than for the backend; else None."""
     question = finding.question
     written = journey.flow.packet
     if journey.flow.dnat_to is None or question is None or question.direction is not Direction.EGRESS:
@@ -158,7 +158,7 @@ def _number(request: Mapping[str, Any], name: str, most: int) -> int | None:
 
 
 def parse_engine(request: Mapping[str, Any]) -> str:
-    """Which engine a request asks for. Raises UsageError."""
+    """The engine that a request names. Raises UsageError."""
     engine = request.get("engine", ENGINES[0])
     if engine not in ENGINES:
         raise UsageError(f"engine must be one of {', '.join(ENGINES)}")

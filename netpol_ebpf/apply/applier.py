@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writing the compiled tables to the kernel's maps: whole at first, then change by change.
+"""Writes the compiled tables to the kernel's maps: all rows at first, then change by change.
 
 Invariants: rows are written before anything refers to them and deleted after nothing does (a kernel grace period lies
 between); an endpoint's policy flips in one element update; a change that does not fit is refused before its first write,
@@ -51,7 +51,7 @@ REMEMBERED = frozenset(abi.maps_with(abi.MapTrait.CACHED))
 
 
 class KernelMap(Protocol):
-    """What is needed of `netpol_loader.kernel.maps.Map`."""
+    """The methods of `netpol_loader.kernel.maps.Map` that the applier calls."""
 
     @property
     def name(self) -> str: ...  # noqa: D102 - the same in all maps
@@ -113,21 +113,21 @@ class _Step:
 
 
 class _Undo:
-    """Values as they were before each write, to be put back last first."""
+    """The value before each write, for a rollback in reverse order."""
 
     def __init__(self, maps: Mapping[str, KernelMap]) -> None:
         self._maps = maps
         self._before: list[tuple[str, bytes, bytes | None]] = []
 
     def note(self, name: str, keys: Iterable[bytes]) -> int:
-        """Remember the present values; the number of keys that are new to the map."""
+        """Record the present values. Returns the number of keys that are new to the map."""
         one = self._maps[name]
         values = [(name, key, one.get(key)) for key in keys]
         self._before += values
         return sum(value is None for _, _, value in values)
 
     def roll_back(self, left: Callable[[], None]) -> bool:
-        """Put everything back, endpoint rows first; whether there was anything.
+        """Restore everything, endpoint rows first. Returns whether there was anything to restore.
 
         ``left``: wait until no packet has the rows they had meanwhile.
         """
@@ -166,7 +166,7 @@ class Applier:
 
     @property
     def bindings(self) -> Mapping[EndpointKey, Binding]:
-        """Endpoints whose interface is known."""
+        """The bindings of endpoints with a known interface, by endpoint."""
         return self._bindings
 
     @property
@@ -193,7 +193,7 @@ class Applier:
         return self._elements(key)
 
     def mend_config(self) -> bool:
-        """Put the configuration back if it is not what was last written here; whether it was another."""
+        """Restore the configuration if it is not what was last written here. Returns whether it differed."""
         written = self._written_config
         if written is None or self._maps["np_config"].get(_FIRST) == written:
             return False
@@ -306,7 +306,7 @@ class Applier:
             step.delete(name, key)
 
     def _elements(self, key: EndpointKey) -> Iterator[Element]:
-        """Everything in the kernel that says what the endpoint's interface is judged by, the row itself last.
+        """All map elements by which the program judges the endpoint's interface, the endpoint row last.
 
         Nothing while the tables have no row for it or its interface is unknown.
         """
@@ -316,7 +316,7 @@ class Applier:
     # --- interfaces -----------------------------------------------------------------------------------------------
 
     def bind(self, key: EndpointKey, binding: Binding) -> None:
-        """Say where an endpoint is; its row, if the tables have one, is written at once. Raises MapFullError.
+        """Set the interface of an endpoint and write its row, if the tables have one. Raises MapFullError.
 
         A row on the same interface is replaced, one on another interface is deleted afterwards.
         """
@@ -346,7 +346,7 @@ class Applier:
             self.bump_epoch()
 
     def unbind(self, key: EndpointKey) -> None:
-        """Forget an endpoint's interface: packets there are from an unknown endpoint from now on."""
+        """Forget an endpoint's interface: from now on the program treats packets there as from an unknown endpoint."""
         old = self._keys(key)
         self._bindings.pop(key, None)
         if old:
@@ -418,7 +418,7 @@ class Applier:
         return Marks(config.seen_mark, config.node_mark, config.due_mark)
 
     def set_marks(self, marks: Marks) -> None:
-        """Have the programs use these bits. Connections that were never asked whether they are due are judged again."""
+        """Make the programs use these mark bits. The programs judge connections again that were never checked for a deferred verdict."""
         config = self._config()
         is_another_question = config.due_mark != marks.due
         config.seen_mark, config.node_mark, config.due_mark = marks.seen, marks.node, marks.due
@@ -427,7 +427,7 @@ class Applier:
             self.bump_generation()
 
     def set_wildcard(self, key: EndpointKey | None) -> None:
-        """Which host endpoint, that has its binding and its row, is that of all interfaces."""
+        """Set the wildcard host endpoint. It must have its binding and its row."""
         number = 0 if key is None else self._rows[key].number
         config = self._config()
         if config.wildcard != number:

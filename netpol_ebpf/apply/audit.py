@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Looking whether the maps still hold what was written to them, a few rows at a time, and putting it back where they do not.
+"""Compares the maps with what was written to them, a few rows at a time, and restores rows that differ.
 
 Rows are compared with the compiled tables, in both directions: what should be there, and, in maps that are no arrays, what
 should not (a row of an array that nothing refers to means nothing).
@@ -31,7 +31,7 @@ BY_TABLE = abi.maps_with_rows(abi.MapRole.TABLE)
 
 
 class Audit:
-    """Goes round the maps that ``applier`` and ``node`` write, whose tables are ``tables``. To be asked between changes only."""
+    """Compares the maps that ``applier`` and ``node`` write with ``tables``, in rounds. It must be called between changes only."""
 
     def __init__(
         self, maps: Mapping[str, KernelMap], tables: CompiledTables, applier: Applier, node: SurroundingsWriter
@@ -50,7 +50,7 @@ class Audit:
         return self._round is None
 
     def step(self, rows: int = ROWS) -> list[Drift]:
-        """Look at the configuration and at the next rows; what was found, and mended."""
+        """Compare the configuration and the next rows. Returns what differed and was restored."""
         found = []
         if self._applier.mend_config():
             found.append(Drift("configuration", "np_config", "changed"))
@@ -68,7 +68,7 @@ class Audit:
         return found
 
     def _look_round(self) -> Iterator[Drift | None]:
-        """Every row once: those of endpoints, what is too much, what should be there."""
+        """One round: endpoint rows, rows that should not be there, rows that should."""
         for key in list(self._applier.bindings):
             # All of one endpoint at once: in a pause it might get another row.
             yield from [self._compare(element) for element in self._applier.endpoint_elements(key)]

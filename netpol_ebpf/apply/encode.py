@@ -49,7 +49,7 @@ _CODES: Mapping[Any, str] = {
 
 
 def layout(structure: type[ctypes.Structure], *names: str) -> struct.Struct:
-    """A packer for a flat structure whose fields are exactly ``names``, in this order; byte arrays take ``bytes``.
+    """A packer for a flat structure that has exactly the fields ``names``, in this order; byte arrays take ``bytes``.
 
     ``pad`` fields are not named. Raises NetpolError when the structure is not as named: the layout changed under us.
     """
@@ -185,7 +185,7 @@ with the agent: no packet needs them."""
 
 
 def map_and_key(table: str, key: Any) -> tuple[str, bytes]:
-    """Where a row of a table is kept, without its value: for deletions."""
+    """Map and key of a row, for deletions."""
     if table == "addresses":
         return address_key(key)
     if table == "cidrs":
@@ -294,7 +294,7 @@ def host_key(number: int) -> bytes:
 
 
 def host_element(number: int, sets: Mapping[tuple[Direction, Stage], SetRow]) -> Element:
-    """The row of a host endpoint with all its policy sets; what is not among them has no opinion."""
+    """The row of a host endpoint with all its policy sets; a stage without a set continues."""
     row = abi.np_host(number=number)
     for (direction, stage), one in sets.items():
         index = STAGE[stage] * 2 + _DIRECTION_NUMBER[direction]
@@ -311,7 +311,7 @@ def local_element(address: IPAddress, meaning: Meaning) -> Element:
 
 
 def local_net_element(net: IPNetwork) -> Element:
-    """A prefix all of whose addresses are the node's own."""
+    """The element of a prefix that is the node's own as a whole."""
     _, key = cidr_key(net)
     return f"np_local{net.version}_net", key, _LOCAL.pack(int(LocalFlag.OWN), 0, 0)
 

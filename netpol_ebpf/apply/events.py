@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the program reports, in the policy's words: records of the ring buffer with their numbers resolved.
+"""What the program reports, in the words of policy: records of the ring buffer with their numbers resolved.
 
 Invariant: everything in a `FlowEvent` was reported by the program; a number that cannot be resolved stays a number and is never
 guessed at.  One decoder for the kernel engine, the agent and the command line.
@@ -133,7 +133,7 @@ def decode_event(event: abi.np_event, names: Names) -> FlowEvent:
 
 
 def _cause(names: Names, rule: int, action: int) -> Cause | None:
-    """What decided, None where the number stands for a rule that says something else: it was given away again meanwhile."""
+    """The cause that decided; None where the number has been reused for a rule with another verdict."""
     cause = names.rules.get(rule)
     decided = OUTCOME.get(action)
     if cause is None or decided not in (Outcome.ALLOW, Outcome.DENY):

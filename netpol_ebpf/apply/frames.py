@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ethernet frames for the packets that policy is asked about: the first packet of a connection, with correct checksums.
+"""Ethernet frames for the packets that policy judges: the first packet of a connection, with correct checksums.
 
 Invariant: what a frame says is what the packet says; fields that a `Packet` does not have are fixed, so equal packets are
 equal frames.  TCP is an initial SYN; an ICMP error carries no inner packet, so that it is about no connection and policy

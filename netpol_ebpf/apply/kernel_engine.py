@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The third engine: the program that judges packets, asked with real packets.
+"""The third engine: the loaded program, run on real packets.
 
 A world is compiled and written to the maps of a dataplane of the engine's own (its own pin directory, beside that of a
 running agent); a question becomes a frame, on which the loaded program runs at the hook of the question's direction.  The
@@ -349,13 +349,13 @@ def _slot(question: Question) -> Stage:
 
 
 def abandoned(parent: Path) -> list[Path]:
-    """What engines left whose process was killed. Their programs are attached nowhere."""
+    """Pin directories of engines that were killed. Their programs are attached nowhere."""
     found = sorted(parent.glob(f"{ROOT_PREFIX}*")) if parent.is_dir() else []
     pids = {path: path.name.removeprefix(ROOT_PREFIX).partition("-")[0] for path in found}
     return [path for path, pid in pids.items() if pid.isdecimal() and not Path(f"/proc/{pid}").exists()]
 
 
 def _without_rule(direction: Direction, outcome: Outcome, action: Action) -> Verdict:
-    """The verdict where no policy set is asked (policy/MATCHING.md, sections 2 and 4)."""
+    """The verdict where no policy set applies (policy/MATCHING.md, sections 2 and 4)."""
     cause = Cause(CauseKind.NO_MATCH, direction, action=action)
     return Verdict(outcome, cause, outcome, cause)

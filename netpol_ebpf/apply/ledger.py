@@ -122,7 +122,7 @@ class Ledger:
                 log.info("%s: the numbers are written down again", self._path)
 
     def _rewrite(self) -> None:
-        """Write the whole file and go on behind it; what prevents that is told."""
+        """Write the whole file, and append after it from then on. An error is reported, not raised."""
         self._tried_s = self._clock()
         draft = self._path.with_suffix(".draft")
         try:

@@ -52,7 +52,7 @@ class OwnInterface:
 
 @dataclass(frozen=True, slots=True)
 class Surroundings:
-    """What is told at one time.
+    """The addresses and interfaces of the node at one time.
 
     ``addresses``: single ones that mean this node or another one; ``nets``: prefixes that are this node's own.
     ``interfaces``: the node's own that bear the programs.  ``tunnels``: protocol and, of UDP, port of encapsulation that
@@ -91,7 +91,7 @@ class Surroundings:
 
 
 class SurroundingsWriter:
-    """Keeps the maps in step. ``renew``: begins a new generation, since the program remembers whose an interface is."""
+    """Keeps the maps equal to the surroundings. ``renew``: begins a new generation, since the program caches which endpoint has an interface."""
 
     def __init__(self, maps: Mapping[str, KernelMap], renew: Callable[[], object]) -> None:
         self._maps = maps

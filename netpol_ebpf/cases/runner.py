@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Run cases on one engine or several, and say which probes did not go as expected.
+"""Runs cases on one engine or several, and reports the probes with an unexpected verdict.
 
-Invariants: every probe of every valid case is judged, by every engine asked for; engines that disagree on any question of a
+Invariants: every probe of every valid case is judged, by every requested engine; engines that disagree on any question of a
 probe's journey are a failure, whatever the expectation.  Steps of one sequence are loaded one after the other, in order.
 """
 
@@ -229,7 +229,7 @@ class Cast:
     ) -> None:
         """``borrow_sources``: workloads may send from the prefixes that they are allowed besides their addresses.
 
-        ``topology``: of the world, where more is known of it than the world tells.
+        ``topology``: that of the world, with more knowledge than the world has.
         """
         self._topology = Topology(world) if topology is None else topology
         self._borrowers = [one for one in world.endpoints.values() if borrow_sources and one.allowed_sources]
@@ -298,7 +298,7 @@ class Cast:
                 yield from [self._topology.plan(each)] if service is None else self._journeys_to(each, service)
 
     def _senders(self, end: IPAddress | tuple[str, str], address: IPAddress) -> Iterator[FlowEnd | None]:
-        """Who may have sent a packet from an address: whose it is (None), and workloads that are allowed to use it."""
+        """Possible senders of a packet from an address: its owner (None), and workloads that may send from it."""
         yield None
         for one in self._borrowers if not isinstance(end, tuple) else ():
             if address not in one.addresses and any(address in net for net in one.allowed_sources):
@@ -359,7 +359,7 @@ class Cast:
         return self._place(probe.destination, destination)
 
     def _place(self, end: IPAddress | tuple[str, str], address: IPAddress) -> FlowEnd | None:
-        """Only what the address alone does not tell."""
+        """The end of a flow, where the address alone does not determine it; else None."""
         if isinstance(end, tuple):
             return self._host_network.get(end)
         if self._topology.locate(address).kind is FlowEndKind.OUTSIDE:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The compiled tables as an engine: compile a world, ask the interpreter.
+"""The compiled tables as an engine: it compiles a world and interprets the tables.
 
-Invariant: a world is taken as a change to the one before, by the same compiler that an agent uses, so successive worlds test
+Invariant: the compiler takes a world as a change to the one before, as an agent does, so successive worlds test
 incremental compilation as well.
 """
 

@@ -15,10 +15,20 @@ from pathlib import Path
 from typing import Any
 
 from netpol_ebpf.agent.control_socket import SOCKET_NAME
-from netpol_ebpf.agent.main import COPIES_NAME, DEFAULT_STATE_DIR, INTERFACES_NAME, LEDGER_NAME, LOCK_NAME, exclusive
+from netpol_ebpf.agent.main import (
+    COPIES_NAME,
+    DEFAULT_STATE_DIR,
+    HANDOVERS_NAME,
+    INTERFACES_NAME,
+    LEDGER_NAME,
+    LOCK_NAME,
+    exclusive,
+)
 from netpol_ebpf.apply.records import DAMAGED_SUFFIX
+from netpol_ebpf.cli.cni import add_directory_options
 from netpol_ebpf.cli.output import add_output_option, print_value
-from netpol_ebpf.errors import PlatformError, PrivilegeError
+from netpol_ebpf.cni.installation import find_installed
+from netpol_ebpf.errors import InvalidInputError, PlatformError, PrivilegeError
 from netpol_ebpf.terminal import escaped, say
 
 IN_USE_HINT = "Stop the agent first (systemctl stop netpol-agent): a running agent puts back what is removed."
@@ -38,6 +48,7 @@ def register(subparsers: Any) -> None:
         "--state-dir", type=Path, default=DEFAULT_STATE_DIR, metavar="DIR",
         help=f"the agent's --state-dir (default: {DEFAULT_STATE_DIR})",
     )  # fmt: skip
+    add_directory_options(parser, "cni-")
     add_output_option(parser)
     parser.set_defaults(run=run)
 
@@ -63,7 +74,10 @@ def _clean(arguments: argparse.Namespace) -> int:
     from netpol_loader.pins.dataplane import DEFAULT_PIN_ROOT
     from netpol_loader.pins.removal import Leftover, find_leftovers
 
-    leftovers = find_leftovers(arguments.pin_root or DEFAULT_PIN_ROOT)
+    # First: no pod may wait for an agent that does not come back.
+    plugin = find_installed(arguments.bin_dir, arguments.conf_dir)
+    leftovers = [Leftover(one.kind, str(one.path), one.remove) for one in plugin]
+    leftovers += find_leftovers(arguments.pin_root or DEFAULT_PIN_ROOT)
     if arguments.pin_root is None:
         leftovers += _abandoned_engines(DEFAULT_PIN_ROOT.parent)
         leftovers += [
@@ -79,7 +93,7 @@ def _clean(arguments: argparse.Namespace) -> int:
         if not arguments.dry_run:
             try:
                 one.remove()
-            except (OSError, PlatformError) as failure:
+            except (OSError, PlatformError, InvalidInputError) as failure:
                 error = str(failure)
                 failures.append(f"{one.kind} {one.name}: {error}")
         plain.append(
@@ -108,9 +122,9 @@ def _abandoned_engines(parent: Path) -> list[Any]:
 
 def _state(state_dir: Path) -> Iterator[Path]:
     """The agent's files in the state directory, then the directory itself if it has no other files."""
-    files = [f"{name}{suffix}" for name in (LEDGER_NAME, INTERFACES_NAME) for suffix in ("", ".draft", DAMAGED_SUFFIX)]
-    names = (SOCKET_NAME, *files, COPIES_NAME, LOCK_NAME)
-    ours = [state_dir / name for name in names]
+    names = (LEDGER_NAME, INTERFACES_NAME, HANDOVERS_NAME)
+    files = [f"{name}{suffix}" for name in names for suffix in ("", ".draft", DAMAGED_SUFFIX)]
+    ours = [state_dir / name for name in (SOCKET_NAME, *files, COPIES_NAME, LOCK_NAME)]
     present = [path for path in ours if path.exists() or path.is_socket()]
     yield from present
     if state_dir.is_dir() and set(state_dir.iterdir()) <= set(present):

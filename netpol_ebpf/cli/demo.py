@@ -67,9 +67,15 @@ def register(subparsers: Any) -> None:
     )
     parser.add_argument("--keep", action="store_true", help="keep the cluster running at the end, until Ctrl-C")
     parser.add_argument("--no-iperf", action="store_true", help="do not measure throughput")
-    parser.add_argument("--color", choices=("auto", "always", "never"), default="auto")
     parser.add_argument(
-        "-o", "--output", choices=("text", "json"), default="text", help="json: print one summary at the end"
+        "--color", choices=("auto", "always", "never"), default="auto", help="colour the output (default: auto)"
+    )
+    parser.add_argument(
+        "-o",
+        "--output",
+        choices=("text", "json"),
+        default="text",
+        help="output format; json: one summary at the end (default: text)",
     )
     parser.set_defaults(run=run)
 

@@ -58,8 +58,8 @@ def register(subparsers: Any) -> None:
     )
     parser.add_argument("--port", type=parse_port, help="destination port; required for tcp, udp and sctp")
     parser.add_argument("--source-port", type=parse_port, help="source port; few policies have rules for it")
-    parser.add_argument("--icmp-type", type=parse_octet, metavar="NUMBER", help="default: echo request")
-    parser.add_argument("--icmp-code", type=parse_octet, metavar="NUMBER", help="default: 0")
+    parser.add_argument("--icmp-type", type=parse_octet, metavar="NUMBER", help="ICMP type (default: echo request)")
+    parser.add_argument("--icmp-code", type=parse_octet, metavar="NUMBER", help="ICMP code (default: 0)")
     parser.add_argument(
         "--manifests", action="append", type=Path, metavar="PATH",
         help="evaluate this file or directory of manifests instead of asking the agent (may be repeated)",

@@ -27,7 +27,13 @@ def register(subparsers: Any) -> None:
         epilog="exit codes: 0 done, 4 no agent answers",
     )
     parser.add_argument("-f", "--follow", action="store_true", help="print new flows as they happen, until interrupted")
-    parser.add_argument("-o", "--output", choices=("text", "json"), default="text", help="json: one object per line")
+    parser.add_argument(
+        "-o",
+        "--output",
+        choices=("text", "json"),
+        default="text",
+        help="output format; json: one object per line (default: text)",
+    )
     add_state_dir_option(parser)
     parser.set_defaults(run=run)
 

@@ -36,6 +36,7 @@ COMMANDS = (
     "netpol_ebpf.cli.flows",
     "netpol_ebpf.cli.bench",
     "netpol_ebpf.cli.demo",
+    "netpol_ebpf.cli.cni",
     "netpol_ebpf.cli.cleanup",
     "netpol_ebpf.cli.compile",
     "netpol_ebpf.cli.doctor",

@@ -51,7 +51,11 @@ def register(subparsers: Any) -> None:
         epilog="exit codes: 0 done, 4 no agent answers",
     )
     parser.add_argument(
-        "-o", "--output", choices=("text", "json", "yaml"), default="text", help="text: Prometheus' format (default)"
+        "-o",
+        "--output",
+        choices=("text", "json", "yaml"),
+        default="text",
+        help="output format; text: Prometheus' text format (default: text)",
     )
     add_state_dir_option(parser)
     parser.set_defaults(run=run)

@@ -71,7 +71,7 @@ class Relabelled:
 
 
 class _SortedKeys:
-    """Integers by range. Additions and removals are cheap, sorting is put off until a range is asked for."""
+    """Integers by range. Additions and removals are cheap, sorting is deferred until the next lookup of a range."""
 
     def __init__(self) -> None:
         self._keys: list[int] = []
@@ -148,7 +148,7 @@ class _Family:
 
 
 class Addresses:
-    """All addresses and prefixes that anything is known of."""
+    """All known addresses and prefixes, with the identity of each."""
 
     def __init__(self, identities: IdentityIndex) -> None:
         self._identities = identities
@@ -373,7 +373,7 @@ class Addresses:
 
 @lru_cache(maxsize=REMEMBERED)
 def _row(identity: int, endpoint: int) -> AddressRow:
-    """One row for all addresses that say the same, on no node that is known."""
+    """The shared row of addresses with this identity and endpoint that are on no known node."""
     return AddressRow(identity, endpoint)
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What tables say, without the numbers they say it with.
+"""The content of tables, without the numbers in them.
 
 Two compilers with the same objects have equal canonical forms, whatever the order in which the objects came and went.  The form
 is read from the tables alone, so rows that nothing refers to (a leak) make a difference as well.
@@ -19,7 +19,7 @@ _WORLDS = {WORLD_V4: "world 4", WORLD_V6: "world 6"}
 
 
 def _set(policy: PolicySetReader, names: Mapping[int, str]) -> Hashable:
-    """Peers that are judged alike, each with the verdicts by own side, protocol and port, and source port."""
+    """A policy set as a value: the names of peers with equal verdicts, and those verdicts by own side, port and source port."""
 
     def members(addresses: AddressClass) -> frozenset[str]:
         return frozenset(names[identity] for identity in addresses.identities)

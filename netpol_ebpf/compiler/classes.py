@@ -3,7 +3,7 @@
 
 A *class table* is a partition of the identities by a set of matches.  Policy sets with the same matches on a side share it,
 however differently they judge its classes: what changes a policy's ports or actions changes no row of ``peer_classes``.
-A *side* is what one policy set makes of a class table: each class as a bit vector of the set's entries.  As every entry has
+*Entry vectors* are what one policy set makes of a class table: each class as a bit vector of the set's entries.  As every entry has
 one match, classes and vectors are one to one.
 
 Invariants: every identity in use has its class, through a row of ``peer_classes`` or as the default class of its family; a
@@ -21,15 +21,15 @@ from netpol_ebpf.compiler.limits import Limits, exceeded
 from netpol_ebpf.compiler.numbers import NumberPool
 
 _REMEMBERED = 256
-"""Vectors that a side may remember in vain; arbitrary."""
+"""How many vectors of deleted classes the cache may hold; arbitrary."""
 
 
 class ClassTable:
-    """Identities by which of some matches hold of them.
+    """The class of each identity, by which matches of a set of matches are true for it.
 
     ``number``: ``set`` in the keys of ``peer_classes``.  ``masks``: match -> its bit.  ``vectors``: class -> the bits of the
     matches that hold.  ``defaults``: family -> class without rows; each family has its own, since a rule on 0.0.0.0/0
-    tells the one half of all identities from the other.  ``references``: sides.
+    separates the two families.  ``references``: how many sides of policy sets use the table.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class ClassTable:
 
     @property
     def is_built(self) -> bool:
-        """It has its classes."""
+        """Whether `build` has assigned the classes."""
         return bool(self.vectors)
 
     @property
@@ -72,7 +72,7 @@ class ClassTable:
         Cost: the members of all matches, never identities times matches.  The class of most identities of a family is
         its default.
         """
-        vectors = self._vip_filter_vectors()
+        vectors = self._vectors_by_term()
         v6 = self._identities.v6
         populations: dict[int, dict[int, int]] = {4: {}, 6: {}}
         for number, vector in vectors.items():
@@ -100,8 +100,8 @@ class ClassTable:
                 self._rows[number] = class_
                 rows[(self.number, number)] = class_
 
-    def _vip_filter_vectors(self) -> dict[int, int]:
-        """Vectors of the identities that some term holds of."""
+    def _vectors_by_term(self) -> dict[int, int]:
+        """The vector of each identity for which at least one term is true."""
         identities = self._identities
         removed: dict[int, int] = {}
         vectors: dict[int, int] = {}
@@ -149,7 +149,7 @@ class ClassTable:
         return class_ if created else None
 
     def _new_class(self, vector: int, journal: Journal) -> int:
-        """The smallest number that no class has."""
+        """Create a class for a vector, with the smallest free number."""
         if self._free:
             class_ = min(self._free)
             journal.discard(self._free, class_)
@@ -162,7 +162,7 @@ class ClassTable:
         return class_
 
     def remove(self, identity: int, draft: Draft, journal: Journal) -> None:
-        """An identity is gone: drop its row, and its class if it was the last one."""
+        """Drop the row of an identity that no address has any more, and its class if no other identity is in it."""
         class_ = self._rows.get(identity)
         if class_ is None:
             return
@@ -175,7 +175,7 @@ class ClassTable:
             journal.add(self._free, class_)
 
     def clear(self, draft: Draft) -> None:
-        """The set is gone: drop all rows."""
+        """Drop all rows, when no policy set uses the table any more."""
         rows = draft.rows(Phase.SHRINK, "peer_classes")
         for identity in self._rows:
             rows[(self.number, identity)] = DELETED
@@ -237,7 +237,7 @@ class EntryVectors:
         self._known: dict[int, int] = {}
 
     def vector(self, matching: int) -> int:
-        """The set's entries whose match is among these."""
+        """The entries of the policy set that have one of these matches, as a bit vector."""
         known = self._known.get(matching)
         if known is None:
             if len(self._known) > 2 * len(self.table.vectors) + _REMEMBERED:
@@ -252,9 +252,9 @@ class EntryVectors:
 
     @property
     def vectors(self) -> dict[int, int]:
-        """Class -> the set's entries whose match holds."""
+        """Class -> the entries of the policy set with a match that is true for the class, as a bit vector."""
         return {class_: self.vector(matching) for class_, matching in self.table.vectors.items()}
 
     def vector_of(self, identity: int) -> int:
-        """The set's entries whose match holds of an identity in use."""
+        """The entries of the policy set with a match that is true for an identity in use, as a bit vector."""
         return self.vector(self.table.vector_of(identity))

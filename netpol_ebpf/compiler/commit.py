@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """One commit: from changed objects to the rows of each phase.
 
-The order matters and is this (make before break):
+The order matters (make before break):
 
     1. objects change; which endpoints' rule lists that concerns (`netpol_ebpf.compiler.intake`)
     2. rule lists of those endpoints; their terms and address groups come into use
@@ -91,7 +91,7 @@ class Commit:
             self._old_sets.extend(local.sets.values())
         self._refresh_templates()
         for key in intake.dirty:
-            self._program(self._state.local[key])
+            self._order(self._state.local[key])
         own_changed = self._label_addresses()
         touched = dict.fromkeys((*intake.dirty, *own_changed))
         for key in touched:
@@ -109,7 +109,7 @@ class Commit:
         state = self._state
         moves = self._intake.service_moves
         services = [service_key(old, new) for old, new in moves if service_ports(old) != service_ports(new)]
-        asking = state.templates.asking_for(set(state.owners.changed_names), services)
+        asking = state.templates.depending_on(set(state.owners.changed_names), services)
         for key in dict.fromkeys((*self._intake.stale, *asking)):
             if state.templates.refresh(key, self._journal):
                 subject = key[0]
@@ -119,8 +119,8 @@ class Commit:
                     self._intake.touch(state.with_profile.get(subject, ()))
         self._intake.drop_unknown()
 
-    def _program(self, local: LocalEndpoint) -> None:
-        """Work out what applies to an endpoint now."""
+    def _order(self, local: LocalEndpoint) -> None:
+        """Rebuild the rule lists of an endpoint."""
         state, journal = self._state, self._journal
         endpoint = local.endpoint
         policies = frozenset(state.subjects.policies_of(endpoint.key))
@@ -172,7 +172,7 @@ class Commit:
     # --- 3. and 4. addresses ----------------------------------------------------------------------------------------
 
     def _label_addresses(self) -> list[EndpointKey]:
-        """GROW, then FLIP. Returns local endpoints one of whose own addresses changed its identity."""
+        """Write address rows in GROW, then in FLIP. Returns the local endpoints with an own address that changed its identity."""
         state, draft, journal = self._state, self._draft, self._journal
         addresses, identities = state.addresses, state.identities
         added = set(identities.groups_added)
@@ -242,7 +242,7 @@ class Commit:
         journal.assign(local, "sets", sets)
 
     def _own_entries(self, endpoint: Endpoint, rule_list: RuleList) -> OwnEntries | None:
-        """What of the own side is constant; None: it has to be looked up for each packet."""
+        """The own entries of an endpoint; None: the own side must be looked up for each packet."""
         if not rule_list.constraining:
             return ()
         if endpoint.kind is EndpointKind.HOST or endpoint.allowed_sources or not endpoint.addresses:
@@ -279,7 +279,7 @@ class Commit:
     # --- 6. to 8. sets and what goes ---------------------------------------------------------------------------------
 
     def _ready_sets_in_force(self) -> None:
-        """Make the sets in force ready for the new identities and atoms, while what they look at is still in use."""
+        """Extend the published policy sets by the new identities and atoms, while the matches of those sets are still in use."""
         state, draft, journal = self._state, self._draft, self._journal
         for live in self._old_sets:
             state.sets.release(live, journal)
@@ -293,7 +293,7 @@ class Commit:
         self._extended = len(state.identities.created)
 
     def _retire(self) -> None:
-        """Let the old rule lists and predicates go."""
+        """Release the old rule lists and predicates."""
         state, draft, journal = self._state, self._draft, self._journal
         for rule_list in self._old_rule_lists:
             state.templates.release(rule_list, journal)
@@ -317,7 +317,7 @@ class Commit:
                 draft.rows(Phase.SHRINK, "l4_atoms").update(split.blocks)
 
     def _revokes(self) -> bool:
-        """Whether a packet that was allowed may not be any more. All sets of before and after are there to compare."""
+        """Whether a packet that was allowed may be denied now. The old and the new policy sets both still exist."""
         state = self._state
         if self._is_first or self._intake.gone:
             return True  # what was in force before is not known, or not in force any more
@@ -355,7 +355,7 @@ class Commit:
                 draft.write(Phase.FLIP, "endpoints", key, row)
 
     def _write_moved(self, key: EndpointKey, local: LocalEndpoint) -> None:
-        """Where a published row points at a set that moved, follow it before anything else is written."""
+        """Point published endpoint rows at the new range of a policy set that moved, before anything else is written."""
         if local.row is None:
             return
         now = {row: live.row for live, row in self._state.sets.moved.items()}
@@ -368,7 +368,7 @@ class Commit:
     # --- the end ----------------------------------------------------------------------------------------------------
 
     def _collect(self) -> None:
-        """Numbers, rows and owners that nothing needs any more."""
+        """Release numbers, rows and owners without uses."""
         state, draft, journal = self._state, self._draft, self._journal
         for number in state.identities.created:
             if number in state.identities.identities:

@@ -48,7 +48,7 @@ def everything(_: Endpoint) -> bool:
 
 
 def key_of(obj: PolicyObject) -> Any:
-    """What an object is known by within its type; None for the settings."""
+    """The key of an object among those of its type; None for the settings."""
     if isinstance(obj, (Policy, Endpoint, LabelledNets)):
         return obj.key
     if isinstance(obj, ServiceBackends):
@@ -59,7 +59,7 @@ def key_of(obj: PolicyObject) -> Any:
 class Compiler:
     """Compiles for the endpoints that ``local`` says are on this node; all others count as peers only.
 
-    ``known``: numbers that an earlier run left in force. What has one keeps it; `release_known` makes the others free.
+    ``known``: numbers that an earlier run left in force. An object that had a number keeps it; `release_known` frees the others.
     """
 
     def __init__(
@@ -96,7 +96,7 @@ class Compiler:
         return self._state.identities.content_of(identity)
 
     def release_known(self) -> None:
-        """Rule and endpoint numbers of an earlier run that nothing has asked for are free from now on."""
+        """Rule and endpoint numbers of an earlier run that nothing uses are free from now on."""
         self._state.release_kept()
 
     def upsert(self, obj: PolicyObject) -> None:

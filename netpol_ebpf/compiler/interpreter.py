@@ -32,7 +32,7 @@ from netpol_ebpf.policy.types import (
 
 
 class Interpreter:
-    """Answers questions from tables, as they are when it is asked."""
+    """Answers questions from the tables, as they are at the time of each call."""
 
     def __init__(self, tables: CompiledTables) -> None:
         self._tables = tables

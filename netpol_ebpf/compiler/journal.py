@@ -69,7 +69,7 @@ class Journal:
         setattr(thing, name, value)
 
     def on_rollback(self, undo: Callable[[], object]) -> None:
-        """Call this on the way back, in its turn."""
+        """Call this during a rollback, in reverse order with the other changes."""
         self._entries.append((_CALL, undo, None, None))
 
     def rollback(self) -> None:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Numbers of nodes, by which the program compares who sent a packet through a tunnel with who has the packet's source.
 
-A node has a number while its addresses tell it: it has some, and no other node has one of them.  A second object of one
+A node has a number while its addresses identify it: it has at least one, and shares none with another node.  A second object of one
 machine, left over from before it was registered under another name, so takes nothing from the first one's workloads.
 
 Invariants: a number is never given to another node, nor to the same one again after it was without; what depends on numbers

@@ -61,7 +61,7 @@ class TermRecord:
 
 
 class _Labels:
-    """The labels of the owners of one family of kinds (nodes are apart), with the selectors that are asked of them."""
+    """The labels of owners, indexed for the selectors of rules. Endpoints and network sets share one; nodes have their own."""
 
     def __init__(self) -> None:
         self.index: SelectorIndex[int, int] = SelectorIndex()
@@ -76,7 +76,7 @@ class _Labels:
         journal.on_rollback(lambda: self.index.add_labels(owner, dict(pairs(labels))))
 
     def add_selector(self, term: int, selector: Selector, journal: Journal) -> set[int]:
-        """Ids of the owners whose labels match."""
+        """Ids of the owners that have matching labels."""
         journal.on_rollback(lambda: self.index.remove_selector(term))
         return self.index.add_selector(term, selector)
 

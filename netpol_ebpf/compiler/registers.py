@@ -48,7 +48,7 @@ class RowRegister(Generic[V]):
         return number
 
     def release_kept(self, journal: Journal) -> None:
-        """Kept numbers that no value asked for are numbers like all others from now on."""
+        """Kept numbers that no value uses are free from now on."""
         for value in list(self._kept):
             self._numbers.give_back(journal.pop(self._kept, value), journal)
 

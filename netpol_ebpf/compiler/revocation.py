@@ -36,7 +36,7 @@ class Revocation:
     def by_relabelling(self, pairs: set[tuple[int, int]], sets: SetStore) -> bool:
         """Whether addresses that turn from one identity into the other lose something in any of the sets that stay."""
         for before, after in pairs:
-            for class_table, users in sets.that_tell(before, after):
+            for class_table, users in sets.distinguishing(before, after):
                 old, new = class_table.vector_of(before), class_table.vector_of(after)
                 if old != new:
                     for live in users:
@@ -111,5 +111,5 @@ def _all(side: EntryVectors | None) -> Iterable[int]:
 
 
 def _loses(old: Outcome, new: Outcome) -> bool:
-    """Less than before: allow is more than continue, continue more than deny."""
+    """Whether an outcome became stricter: from allow to continue or deny, or from continue to deny."""
     return new is not old and (old is Outcome.ALLOW or new is Outcome.DENY)

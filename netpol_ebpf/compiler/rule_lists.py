@@ -50,7 +50,7 @@ _OTHER = {Direction.INGRESS: Direction.EGRESS, Direction.EGRESS: Direction.INGRE
 class Template:
     """The entries of one policy, profile or list of exceptions in one direction. Compared by identity.
 
-    ``names_own_nets``: some entry asks which nets the own address is in.  ``peers``, ``owns``: the records of the entries' matches, while ``references`` (rule lists) is not 0.
+    ``names_own_nets``: at least one entry depends on the nets that the own address is in.  ``peers``, ``owns``: the records of the entries' matches, while ``references`` (rule lists) is not 0.
     """
 
     what: str
@@ -109,10 +109,10 @@ class TierTemplates:
 
 @dataclass(frozen=True, slots=True)
 class RuleList:
-    """The whole order of evaluation. Nothing decided: deny in NORMAL, continue elsewhere.
+    """All templates of an endpoint, direction and stage in the order of evaluation.
 
-    ``constraining``: templates that constrain the own side, in order.  Hashes are worked out once: rule lists are keys, and may
-    have a thousand templates.
+    ``constraining``: templates that constrain the own side, in order.  The hash is computed once: rule
+    lists are keys, and may have a thousand templates.
     """
 
     direction: Direction
@@ -140,12 +140,12 @@ class RuleList:
 
     @property
     def is_idle(self) -> bool:
-        """It says nothing about any packet, and leaves all to later stages."""
+        """Whether the rule list decides no packet, so that later stages decide all."""
         return self.stage is not Stage.NORMAL and not self.head and not self.tiers
 
 
 def nothing_decided(direction: Direction, stage: Stage) -> tuple[Outcome, Cause]:
-    """What is left when nothing decides."""
+    """Outcome and cause when no rule and no tier decides: deny in NORMAL, continue in the other stages."""
     if stage is Stage.NORMAL:
         return Outcome.DENY, Cause(CauseKind.NO_MATCH, direction, action=Action.DENY)
     return Outcome.CONTINUE, Cause(CauseKind.NO_MATCH, direction, action=Action.PASS)
@@ -157,7 +157,7 @@ def nothing_decided(direction: Direction, stage: Stage) -> tuple[Outcome, Cause]
 class Exceptions(NamedTuple):
     """What policy of a host never blocks in one direction and stage.
 
-    ``replies``: failsafes of the other direction, whose replies pass UNTRACKED too.
+    ``replies``: failsafes of the other direction; replies to them pass UNTRACKED too.
     """
 
     stage: Stage
@@ -167,7 +167,7 @@ class Exceptions(NamedTuple):
 
 
 def exceptions_of(settings: PolicySettings, node: str | None, direction: Direction, stage: Stage) -> Exceptions:
-    """Of the host endpoints of a node."""
+    """The exceptions that the host endpoints of a node have."""
     replies = settings.failsafes(node, _OTHER[direction]) if stage is Stage.UNTRACKED else ()
     return Exceptions(stage, settings.failsafes(node, direction), replies, settings.tunnels)
 
@@ -192,7 +192,7 @@ def profile_entries(profile: ProfileRules, direction: Direction, resolver: Resol
 
 
 def missing_profile_entries(name: str, direction: Direction, resolver: Resolver) -> list[RuleEntry]:
-    """A profile that nobody has made denies everything."""
+    """The entries of a profile that does not exist: it denies everything."""
     cause = Cause(CauseKind.PROFILE, direction, profile=name, action=Action.DENY)
     return list(expand(Rule(Action.DENY, -1), direction, Effect.DENY, cause, resolver))
 

@@ -35,10 +35,10 @@ OwnEntries = tuple[int, ...]
 SetKey = tuple[RuleList, "OwnEntries | None"]
 
 _TRIM_ABOVE = 256
-"""Verdicts that a set may remember in vain; arbitrary."""
+"""How many verdicts of deleted classes a set may cache; arbitrary."""
 
 EXCEPTIONS = (CauseKind.FAILSAFE, CauseKind.TUNNEL)
-"""What nothing that comes before normal policy may drop either."""
+"""Causes of packets that untracked and pre-DNAT policy must not drop either."""
 
 _OUTCOMES = {Effect.ALLOW: Outcome.ALLOW, Effect.DENY: Outcome.DENY, Effect.CONTINUE: Outcome.CONTINUE}
 
@@ -93,7 +93,9 @@ class _Entries:
     def _add(self, effect: Effect, cause: Cause, *, enforced: bool, pending: bool) -> int:
         bit = 1 << len(self.effects)
         self.effects.append(effect)
-        self.outcomes.append(_OUTCOMES.get(effect, Outcome.CONTINUE))  # of Pass and Log it is not asked
+        self.outcomes.append(
+            _OUTCOMES.get(effect, Outcome.CONTINUE)
+        )  # Pass and Log end no evaluation: their outcome is never read
         self.causes.append(cause)
         self.targets.append(0)
         if enforced:
@@ -168,10 +170,10 @@ class _Column:
 
 
 def _room(class_table: ClassTable) -> int:
-    """The bound of a side's classes: how many there are, and room for some that may come.
+    """The bound of the classes of one side: as many as there are, and room for more.
 
-    Where no match asks for more than the family, none may come, and FAMILY_CLASSES is the most: by that the packet path knows
-    that no rule asks whose address it is.  Where one does, the bound is higher.
+    Where no match depends on more of an address than its family, no class can come, and the bound is at most FAMILY_CLASSES.
+    The packet path reads from the bound whether a rule depends on the owner of the address: then it is higher.
     """
     if all(record.match.is_family_alone for record in class_table.matches):
         return class_table.span
@@ -179,7 +181,7 @@ def _room(class_table: ClassTable) -> int:
 
 
 class LiveSet:
-    """A policy set in force, or about to be. ``references``: (endpoint, direction, stage) that use it."""
+    """A policy set that is published, or is being built. ``references``: how many (endpoint, direction, stage) use it."""
 
     def __init__(self, key: SetKey, what: str, stores: Stores, draft: Draft, journal: Journal) -> None:
         self.key = key
@@ -227,12 +229,12 @@ class LiveSet:
 
     @property
     def sides(self) -> tuple[EntryVectors, ...]:
-        """Both, or the peer's only."""
+        """The peer's side, and the own side where it is a dimension."""
         return (self.peer,) if self.own is None else (self.peer, self.own)
 
     @property
     def class_tables(self) -> Iterable[ClassTable]:
-        """Those of its sides, each once."""
+        """The class tables of the sides, each once."""
         return dict.fromkeys(side.table for side in self.sides)
 
     # --- building ---------------------------------------------------------------------------------------------------
@@ -307,7 +309,7 @@ class LiveSet:
                     index += 1
 
     def _verdict(self, vector: int, draft: Draft, journal: Journal) -> VerdictRow:
-        """What the entries in the vector say, by the enforced and by the pending evaluation."""
+        """The verdict of the entries in a vector, by the enforced and by the pending evaluation."""
         outcome, rule, logs = self._walk(vector & self._entries.enforced)
         staged_outcome, staged_rule, _ = self._walk(vector & self._entries.pending)
         log_list = 0
@@ -391,12 +393,12 @@ class LiveSet:
     # --- what it says -----------------------------------------------------------------------------------------------
 
     def outcome(self, vector: int) -> Outcome:
-        """What the enforced entries in a vector say."""
+        """The outcome of the enforced entries in a vector."""
         known = self._verdicts.get(vector)
         return self._walk(vector & self._entries.enforced)[0] if known is None else known.outcome
 
     def may(self, outcome: Outcome) -> bool:
-        """Whether some packet may get that outcome; True may be said in vain."""
+        """Whether a packet may get that outcome. False is certain; True is not."""
         return any(verdict.outcome is outcome for verdict in self._verdicts.values())
 
     def port_vectors(self) -> tuple[list[int], list[int]]:
@@ -414,7 +416,7 @@ class LiveSet:
     # --- the end ----------------------------------------------------------------------------------------------------
 
     def release_predicates(self, journal: Journal) -> None:
-        """The set goes: its protocol and port predicates are not needed any more."""
+        """Release the protocol and port predicates of a set without uses."""
         for predicate in self._entries.l4:
             self._stores.atoms.release(predicate, journal)
         for predicate in self._entries.sources:

@@ -19,7 +19,7 @@ from netpol_ebpf.compiler.tables import SetRow
 
 
 class SetStore:
-    """The register of policy sets."""
+    """All policy sets, by rule list and own entries."""
 
     def __init__(self, stores: Stores) -> None:
         self.stores = stores
@@ -39,7 +39,7 @@ class SetStore:
         return len(self._sets)
 
     def acquire(self, key: SetKey, what: str, draft: Draft, journal: Journal) -> LiveSet:
-        """Count a use of a set; a new one has no rows until `build_created`. Its rule list must be in use."""
+        """Count a use of a set; a new one has no rows until `build_created`. The caller must hold a use of its rule list."""
         live = self._sets.get(key)
         if live is None:
             live = LiveSet(key, what, self.stores, draft, journal)
@@ -56,7 +56,7 @@ class SetStore:
             self._dying.append(live)
 
     def release_predicates(self, journal: Journal) -> None:
-        """The dying sets' protocol and port predicates are not needed after this change."""
+        """Release the protocol and port predicates of sets without uses."""
         for live in self._dying:
             live.release_predicates(journal)
 
@@ -86,8 +86,8 @@ class SetStore:
                 self._left_verdicts.append(left)
                 self._moved.setdefault(live, row)
 
-    def that_tell(self, one: int, other: int) -> Iterator[tuple[ClassTable, Iterable[LiveSet]]]:
-        """Class tables that may tell one identity from another, with their published sets."""
+    def distinguishing(self, one: int, other: int) -> Iterator[tuple[ClassTable, Iterable[LiveSet]]]:
+        """Class tables in which two identities may have different classes, with the published sets that use each."""
         for class_table in {**self._vectors(one), **self._vectors(other)}:
             yield class_table, self._sets_of[class_table]
 
@@ -147,7 +147,7 @@ class SetStore:
             journal.discard(odd, class_table)
 
     def remove_identities(self, gone: Iterable[int], draft: Draft, journal: Journal) -> None:
-        """Drop the rows of identities that no address has any more."""
+        """Drop the class rows of identities that no address has any more."""
         numbers = list(gone)
         if numbers:
             for class_table in self._sets_of:
@@ -171,7 +171,7 @@ class SetStore:
             free_columns(base, blocks, self.stores, draft)
 
     def end_commit(self) -> None:
-        """A commit is over, one way or the other."""
+        """Forget the notes of a commit, whether it succeeded or not."""
         self._created.clear()
         self._dying.clear()
         self._moved.clear()

@@ -54,7 +54,7 @@ class LocalEndpoint:
 
     @property
     def claim(self) -> Claim:
-        """What it brings forward for its addresses."""
+        """The endpoint's claim to its addresses; of several the least counts: workloads first, then by key."""
         return (int(self.endpoint.kind is EndpointKind.HOST), self.endpoint.key, self.number)
 
 
@@ -93,7 +93,7 @@ class CompilerState:
         self.with_profile: dict[str, set[EndpointKey]] = {}  # local endpoints
 
     def release_kept(self) -> None:
-        """Numbers of an earlier run that nothing asked for are numbers like all others from now on."""
+        """Numbers of an earlier run that nothing uses are free from now on."""
         journal = Journal()
         self.stores.causes.release_kept(journal)
         for key in list(self.kept_numbers):
@@ -105,7 +105,7 @@ class CompilerState:
         self.stores.columns.begin(journal)
 
     def end_commit(self) -> None:
-        """A commit is over, one way or the other: forget what was noted for it."""
+        """Forget the notes of a commit, whether it succeeded or not."""
         self.identities.end_commit()
         self.owners.changed_names.clear()
         self.addresses.forget_dirt()

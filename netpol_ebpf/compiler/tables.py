@@ -108,10 +108,10 @@ class SetRow:
 
 @dataclass(frozen=True, slots=True)
 class EndpointRow:
-    """What an endpoint's packets are judged by. ``number``: stable, unique on the node, never 0.
+    """The policy sets of an endpoint. ``number``: stable, unique on the node, never 0.
 
     ``sets`` has (Direction, Stage) for each policy set; NORMAL is always there in both directions.  A host's other stage
-    that is missing says nothing: the packet continues.
+    that is missing has no policy: the packet continues.
     """
 
     number: int
@@ -133,9 +133,9 @@ class AddressRow:
 
 @dataclass(frozen=True, slots=True)
 class VerdictRow:
-    """One verdict. Rule numbers are keys of ``Tables.rules``.
+    """One verdict. Rule numbers are keys of ``CompiledTables.rules``.
 
-    ``log_list``: key of ``Tables.log_lists`` (the Log rules that matched on the way), 0 for none.  ``failsafe``: the rule is a
+    ``log_list``: key of ``CompiledTables.log_lists`` (the Log rules that matched before the verdict), 0 for none.  ``failsafe``: the rule is a
     failsafe port or a tunnel between nodes, so nothing that comes before may drop the packet either.
     """
 
@@ -149,7 +149,7 @@ class VerdictRow:
 
 @dataclass(slots=True)
 class Delta(Generic[K, V]):
-    """Pending writes to one table; a key is in one of the two at most."""
+    """Pending writes to one table. A key has an upsert or a delete, never both."""
 
     upserts: dict[K, V] = field(default_factory=dict)
     deletes: set[K] = field(default_factory=set)
@@ -166,7 +166,7 @@ class DesiredTable(Generic[K, V]):
     def __init__(self, name: str) -> None:
         self.name = name
         self.version = 0
-        """Raised by every change, so that who derives something from the rows knows when it is stale."""
+        """Raised by every change, so that a cache derived from the rows can see that it is stale."""
         self._rows: dict[K, V] = {}
         self._pending: Delta[K, V] = Delta()
 
@@ -220,7 +220,7 @@ class DesiredTable(Generic[K, V]):
         self.version += 1
 
     def take(self) -> Delta[K, V]:
-        """The pending writes; they are then no longer pending."""
+        """Return the pending writes and forget them."""
         pending, self._pending = self._pending, Delta()
         return pending
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The templates in use: built when a rule list first needs one, rebuilt when what they were built from changes.
 
-Invariants: a template that would come out the same stays the same object, so that nothing that holds it changes; a
+Invariants: a template that is rebuilt with equal content stays the same object, so that its rule lists stay as they are; a
 template's matches (and so their terms) are in use exactly while a rule list holds it; names and services that it asked for
 when it was built are watched while it is the current one of its key.
 """
@@ -48,8 +48,8 @@ def service_key(old: ServiceBackends | None, new: ServiceBackends | None) -> Ser
     return (service.namespace, service.name)
 
 
-class _Asking:
-    """A resolver that notes what it is asked, and puts the names into use."""
+class _RecordingResolver:
+    """A resolver that records each name and service that is looked up, and acquires the names."""
 
     def __init__(self, owners: OwnerIndex, services: Mapping[ServiceKey, ServiceBackends], journal: Journal) -> None:
         self._owners = owners
@@ -97,7 +97,7 @@ class Templates:
         return template
 
     def refresh(self, key: TemplateKey, journal: Journal) -> bool:
-        """What it is built from may have changed. Returns whether the template did."""
+        """Rebuild a template, since its object, names or services may have changed. Returns whether the template changed."""
         before = self._current.get(key)
         if before is None:
             return False
@@ -111,8 +111,8 @@ class Templates:
         journal.add(self._idle, key)
         return not same
 
-    def asking_for(self, names: Iterable[NameKey], services: Iterable[ServiceKey]) -> Iterator[TemplateKey]:
-        """Templates that were built with these."""
+    def depending_on(self, names: Iterable[NameKey], services: Iterable[ServiceKey]) -> Iterator[TemplateKey]:
+        """Templates that were built with one of these names or services."""
         for name in names:
             yield from self._by_name.get(name, ())
         for service in services:
@@ -171,25 +171,25 @@ class Templates:
 
     def _build(self, key: TemplateKey, journal: Journal) -> tuple[Template, _Watched]:
         subject, direction = key
-        asking = _Asking(self._owners, self._world.services, journal)
+        resolver = _RecordingResolver(self._owners, self._world.services, journal)
         entries: list[RuleEntry]
         if isinstance(subject, PolicyKey):
             what = str(subject)
             policy = self._world.policies[subject]
             if len(policy.rules(direction)) > self._limits.rules_per_policy:
                 raise exceeded(what, "rules_per_policy", self._limits.rules_per_policy, len(policy.rules(direction)))
-            entries = policy_entries(policy, direction, asking)
+            entries = policy_entries(policy, direction, resolver)
         elif isinstance(subject, Exceptions):
             what = f"failsafes and tunnels, {direction.value}"
-            entries = exception_entries(subject, direction, asking)
+            entries = exception_entries(subject, direction, resolver)
         else:
             what = f"Profile/{subject}"
             profile = self._world.profiles.get(subject)
             if profile is None:
-                entries = missing_profile_entries(subject, direction, asking)
+                entries = missing_profile_entries(subject, direction, resolver)
             else:
-                entries = profile_entries(profile, direction, asking)
-        return make_template(what, entries), (frozenset(asking.names), frozenset(asking.services))
+                entries = profile_entries(profile, direction, resolver)
+        return make_template(what, entries), (frozenset(resolver.names), frozenset(resolver.services))
 
     def _keep(self, key: TemplateKey, template: Template, watched: _Watched, journal: Journal) -> None:
         journal.put(self._current, key, template)

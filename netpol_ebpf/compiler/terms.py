@@ -72,7 +72,7 @@ class AddressMatch:
 
     @property
     def is_family_alone(self) -> bool:
-        """It asks for no more of an address than its family, if for that."""
+        """Whether the match depends on no more of an address than its family."""
         return not self.positive and not self.negative
 
 

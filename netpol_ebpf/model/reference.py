@@ -33,7 +33,7 @@ _OTHER = {Direction.INGRESS: Direction.EGRESS, Direction.EGRESS: Direction.INGRE
 
 
 class ReferenceModel:
-    """Answers questions about one world, which it reads each time anew. Cost: linear in the world."""
+    """Answers questions about one world, which every call reads anew. Cost: linear in the world."""
 
     def __init__(self, world: World) -> None:
         self._world = world
@@ -205,7 +205,7 @@ def _outcome(action: Action) -> Outcome:
 
 
 def _nothing_decided(direction: Direction, stage: Stage) -> tuple[Outcome, Cause]:
-    """NORMAL denies what nothing allows; the other stages leave it to what comes after."""
+    """Outcome and cause when no rule and no tier decides: deny in NORMAL, continue in the other stages."""
     if stage is Stage.NORMAL:
         return Outcome.DENY, Cause(CauseKind.NO_MATCH, direction, action=Action.DENY)
     return Outcome.CONTINUE, Cause(CauseKind.NO_MATCH, direction, action=Action.PASS)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A packet's way through the cluster: which endpoints are asked, in which direction and stage, and what their answers mean.
+"""The path of a packet through the cluster: which endpoints judge it, in which direction and stage, and what follows from that.
 
 `Topology.plan` turns a `Flow` (the first packet of a connection) into a `Journey`: hops in the order the packet meets them.
 `walk` asks an engine and combines the answers.  All engines take the same journey; only ``decide`` differs.
@@ -87,7 +87,7 @@ def is_forged(packet: Packet) -> bool:
 
 
 class HopReason(enum.Enum):
-    """Why a hop is decided without asking policy. Those of `_REFUSALS` do not allow."""
+    """Why a hop is decided without policy. Those of `_REFUSALS` deny."""
 
     NEIGHBOUR_DISCOVERY = "IPv6 neighbour discovery always passes"
     FORGED = "a workload does not speak for a router or a DHCP server"
@@ -107,7 +107,7 @@ class HopReason(enum.Enum):
 
     @property
     def allows(self) -> bool:
-        """False where the hop is refused."""
+        """Whether the hop allows the packet."""
         return self not in _REFUSALS
 
 
@@ -153,10 +153,10 @@ class Flow:
 
 @dataclass(frozen=True, slots=True)
 class JourneyHop:
-    """One endpoint's (or interface's) say.
+    """The judgement of one endpoint, or of one interface without an endpoint.
 
-    Either ``reason`` decides, or ``questions`` are asked in order until one is not answered with CONTINUE; if all are, the
-    hop allows.  ``reply``: when an UNTRACKED question was what allowed, the connection has no state here, and these
+    Either ``reason`` decides, or ``questions`` are evaluated in order until one has another outcome than CONTINUE; if none has,
+    the hop allows.  ``reply``: when an UNTRACKED question was what allowed, the connection has no state here, and these
     questions, about the first reply, must allow as well.
     """
 
@@ -175,7 +175,7 @@ class Journey:
     hops: tuple[JourneyHop, ...]
 
     def questions(self) -> Iterator[Question]:
-        """Every question that could be asked."""
+        """Every question that `walk` may evaluate."""
         for hop in self.hops:
             yield from hop.questions
             yield from hop.reply
@@ -183,10 +183,10 @@ class Journey:
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """What became of a flow, and why: ``question`` and ``cause`` are those of the answer that decided.
+    """Whether a flow is allowed, and why: ``question`` and ``cause`` are those of the verdict that decided.
 
-    Of a refused flow that is the first refusal; of an allowed one, the last word said.  ``question`` is None when a
-    `HopReason` decided.  ``answers``: all that was asked, in order.  ``staged_allowed``: the same flow if all staged policies
+    For a denied flow that is the first denial; for an allowed one, the last verdict.  ``question`` is None when a
+    `HopReason` decided.  ``answers``: all questions that were evaluated, in order.  ``staged_allowed``: the same flow if all staged policies
     were enforced.
     """
 
@@ -205,7 +205,7 @@ Decide = Callable[[Question], Verdict]
 
 
 def walk(journey: Journey, decide: Decide) -> Finding:
-    """Ask until the flow is refused or has arrived. ``decide`` is asked each question once at most."""
+    """Evaluate the hops until one denies the flow, or all allowed it. ``decide`` is called once at most for each question."""
     known: dict[Question, Verdict] = {}
 
     def ask(question: Question) -> Verdict:
@@ -258,7 +258,7 @@ def claim_order(endpoint: Endpoint) -> tuple[int, EndpointKey]:
 
 
 class Topology:
-    """Who is where in a world: a snapshot for planning journeys. Cost to build: linear in endpoints and nodes."""
+    """Which endpoint or node has each address in a world: a snapshot for planning journeys. Cost to build: linear in endpoints and nodes."""
 
     def __init__(self, world: World) -> None:
         self._settings = world.settings
@@ -330,7 +330,7 @@ class Topology:
         return self.uplink(node, own if is_local else None, wire.source.version)
 
     def is_tunnelled(self, packet: Packet) -> bool:
-        """Whether nodes take a packet of a workload for another one's, whoever sent it. Manifests do not tell: no."""
+        """Whether nodes decapsulate a workload's packet, whoever sent it. Manifests do not say, so the answer is no."""
         del packet
         return False
 
@@ -343,7 +343,7 @@ class Topology:
 
     @property
     def workload_to_host(self) -> Action:
-        """The setting of that name."""
+        """The setting ``workload_to_host``."""
         return self._settings.workload_to_host
 
 
@@ -384,7 +384,7 @@ class _Planner:
         return self.source.node or self.destination.node
 
     def hops(self) -> Iterator[JourneyHop]:
-        """All of them, in order."""
+        """The hops of the journey, in order."""
         reason = self._whole()
         if reason is not None:
             yield JourneyHop(reason=reason)
@@ -394,7 +394,7 @@ class _Planner:
         yield from self._enter_workload()
 
     def _whole(self) -> HopReason | None:
-        """Why nobody has a say at all."""
+        """The reason that decides the whole journey without policy, or None."""
         packet = self.original
         if is_link_message(packet):
             return HopReason.NEIGHBOUR_DISCOVERY

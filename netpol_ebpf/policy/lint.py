@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is legal and probably not meant: warnings that need a whole cluster state, not one object.
+"""Warnings about policies that are valid and probably not intended. They need a whole cluster state, not one object.
 
-Every warning is about one policy and says what its effect is, not what taste says.  What only a cluster's endpoints can tell
+Every warning is about one policy and states its effect, not a matter of taste.  What depends on the cluster's endpoints
 (a policy that selects nothing) is said only when there are endpoints.  Nothing here changes a verdict; nothing
 here is an error.
 """
@@ -123,7 +123,7 @@ class _Linter:
         yield from self._log_only(policy)
 
     def _log_only(self, policy: Policy) -> Iterator[_Warning]:
-        """A policy that only logs still puts its endpoints under the end of its tier."""
+        """A policy of Log rules alone still isolates its endpoints: the tier ends in deny."""
         tier = self.world.tiers.get(policy.tier)
         if policy.pre_dnat or policy.do_not_track or tier is None or tier.default_action is not Action.DENY:
             return
@@ -182,7 +182,7 @@ class _Linter:
         yield from self._named_ports(policy, direction, rule)
 
     def _pod_network(self, peer: Entity) -> Iterator[tuple[str, str]]:
-        """A CIDR that holds all pods allows them too; often only the world outside is meant."""
+        """A CIDR that contains the pod network allows all pods; often only addresses outside the cluster are intended."""
         for net in peer.nets:
             pods = self.pod_addresses[net.version]
             allowed = sum(not any(address in one for one in peer.not_nets) for address in pods)
@@ -216,7 +216,7 @@ class _Linter:
 
 
 def _missing_profiles(resources: Iterable[Resource], world: World) -> Iterator[Problem]:
-    """What has no policy falls to its profiles; one that does not exist denies. Said once for each profile."""
+    """Profiles that endpoints name and that do not exist: they deny what no policy decides. One warning for each profile."""
     said: set[str] = set()
     for resource in resources:
         key = key_of(resource)

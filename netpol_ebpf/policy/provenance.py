@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A cause in the user's words: which rule of which policy, and where it is written.
 
-Invariant: only looks up what a `Cause` names; it never finds out anew why something was decided.
+Invariant: it looks up what a `Cause` names, and never evaluates policy again.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Provenance:
 
 
 def trace(world: World, cause: Cause) -> Provenance:
-    """Where a cause comes from. Cost: linear in the rules of one policy."""
+    """The provenance of a cause. Cost: linear in the rules of one policy."""
     return Provenance(cause, _sentence(cause), _location(world, cause))
 
 

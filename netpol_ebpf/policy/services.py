@@ -3,7 +3,7 @@
 
 Sources: EndpointSlices, as kube-proxy has it; for a service without any, the pods that its selector selects.
 
-Invariant: every backend that a node may choose is told.  Which one it chooses is not known here, nor is whether anything on
+Invariant: every backend that a node may choose is in the answer.  Which one it chooses is not known here, nor is whether anything on
 the node translates at all.  Evaluates no policy.
 """
 
@@ -23,7 +23,7 @@ BackendAddress = tuple[IPAddress, int]
 
 @dataclass(frozen=True, slots=True)
 class Translation:
-    """What is behind a packet's destination. ``owners``: the objects it belongs to, such as ``Service/shop/db``."""
+    """The backends of a packet's destination. ``owners``: the objects it belongs to, such as ``Service/shop/db``."""
 
     owners: tuple[str, ...]
     backends: tuple[BackendAddress, ...]
@@ -57,7 +57,7 @@ class ServiceAddresses:
                 self._selected[vip.key] |= vip.backends
 
     def find(self, packet: Packet, node: str | None) -> Translation | None:
-        """What a packet's destination stands for, None where nobody translates it.
+        """The services and backends of a packet's destination, None where no node translates it.
 
         ``node``: the one that has the destination's address, None: no node has it.
         """

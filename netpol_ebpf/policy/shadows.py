@@ -56,7 +56,7 @@ class Shadows:
         self._replaced = {policy.replaces for policy in world.policies.values() if policy.staged is not Staged.NO}
 
     def of(self, policy: Policy) -> Iterator[Shadow]:
-        """The user's rules of a policy that are out of reach as a whole, in the run that the policy takes part in."""
+        """The user's rules of a policy that are out of reach as a whole, in the evaluation (enforced or pending) that the policy takes part in."""
         for direction in policy.types:
             rules = policy.rules(direction)
             if not rules or policy.staged is Staged.DELETE:
@@ -92,7 +92,7 @@ class Shadows:
                     yield _Before(other, rule, tuple(passes))
 
     def _are_together(self, policy: Policy, other: Policy) -> bool:
-        """Whether some endpoint may have both in one list of a run: of the enforced one, for a staged policy of the pending one."""
+        """Whether an endpoint may have both in one rule list: that of the enforced evaluation, for a staged policy of the pending one."""
         if (other.do_not_track, other.pre_dnat) != (policy.do_not_track, policy.pre_dnat):
             return False
         if (other.staged is not Staged.NO) if policy.staged is Staged.NO else (other.key in self._replaced):
@@ -101,7 +101,7 @@ class Shadows:
 
 
 def _precedes(policy: Policy, other: Policy) -> bool:
-    """Whether a policy of an earlier place is in every list that this one is in.
+    """Whether a policy that is ordered earlier is in every rule list that this one is in.
 
     Staged ones are not named as causes; nor are Kubernetes policies, which have no order among each other.
     """

@@ -323,7 +323,7 @@ class VipKey:
 
 @dataclass(frozen=True, slots=True)
 class Vip:
-    """An address of services that a node translates, and what is behind it by the slices of all of them."""
+    """An address and port that a node translates, with the backends of all services that have it."""
 
     key: VipKey
     backends: frozenset[tuple[IPAddress, int]] = frozenset()
@@ -543,7 +543,7 @@ class Verdict:
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """What an engine is asked: one endpoint's policy of one direction and stage, for one packet."""
+    """The input of an engine: one endpoint, direction, stage and packet."""
 
     endpoint: EndpointKey
     direction: Direction

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The way in: text, files or parsed objects to typed resources and the problems found on the way.
+"""From text, files or parsed objects to typed resources, and the problems found.
 
 Invariant: nothing stops at the first problem.  `LoadResult.problems` holds everything wrong with everything given, in
 file and line order; `LoadResult.resources` holds only valid objects, in the order they were written.  A caller that

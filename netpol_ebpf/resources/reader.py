@@ -127,7 +127,7 @@ def suggestion(word: str, known: Sequence[str]) -> str:
 class Reader:
     """A cursor over one mapping of an object.
 
-    The fields asked for are the known ones; `done` reports every other.
+    The fields that are read are the known ones; `done` reports all others.
     """
 
     __slots__ = ("_known", "_value", "path", "report")
@@ -310,7 +310,7 @@ class Reader:
     # --- the end ----------------------------------------------------------------------------------------------------
 
     def done(self, hints: Mapping[str, str] | None = None) -> None:
-        """Report every field that was never asked for; ``hints`` holds messages for well-known misplacements."""
+        """Report every field that was never read; ``hints`` holds messages for well-known misplacements."""
         if len(self._value) <= len(self._known) and self._value.keys() <= set(self._known):
             return
         known = list(dict.fromkeys(self._known))

@@ -127,7 +127,7 @@ def integer_or_text(about: str, low: int, high: int, longest: int, pattern: str)
 def list_of(
     about: str, items: Schema, most: int | None = None, *, least: int | None = None, is_set: bool = False
 ) -> Schema:
-    """A list of ``least`` to ``most`` entries whose order matters; ``is_set``: no entry twice, and no order."""
+    """An ordered list of ``least`` to ``most`` entries; ``is_set``: no entry twice, and no order."""
     bounds = {"minItems": least, "maxItems": most}
     return {
         "description": about,
@@ -144,7 +144,7 @@ def text_map(about: str, values: Schema) -> Schema:
 
 
 def rule(expression: str, message: str) -> dict[str, str]:
-    """A CEL expression over ``self`` that must be true, and what an object that breaks it is told."""
+    """A CEL expression over ``self`` that must be true, and the message for an object that breaks it."""
     return {"rule": " ".join(expression.split()), "message": message}
 
 
@@ -170,7 +170,7 @@ def struct(
 
 
 def keep_unknown_fields(schema: Schema) -> Schema:
-    """The same schema, whose mappings keep fields that it does not declare, so that whoever reads the object sees them."""
+    """The same schema with mappings that keep undeclared fields, so that a reader of the object sees them."""
     kept = dict(schema)
     if "properties" in kept:
         kept["properties"] = {name: keep_unknown_fields(below) for name, below in kept["properties"].items()}

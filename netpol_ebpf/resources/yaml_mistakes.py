@@ -96,7 +96,7 @@ def _wrong_depth(lines: list[str], first: int, last: int) -> list[tuple[int, int
 
 
 def _item_above(lines: list[str], first: int, number: int, depth: int) -> int | None:
-    """The line of the list item whose dash stands at ``depth`` and which ends where line ``number`` begins, if any.
+    """The line of the list item that has its dash at ``depth`` and ends where line ``number`` begins, if any.
 
     None too when the list's own key stands at that depth: then a field there is that key's sibling, and rightly placed.
     """
@@ -127,7 +127,7 @@ def _wrong_depth_message(name: str, item: str, line: int, columns: int) -> str:
 
 
 def _path(lines: list[str], first: int, number: int) -> str:
-    """The field path of a line, as far as indentation tells (without the places in lists)."""
+    """The field path of a line, by indentation alone (without positions in lists)."""
     match = _KEY.match(lines[number])
     keys = [match[3]] if match is not None else []
     depth = len(lines[number]) - len(lines[number].lstrip(" "))
@@ -140,7 +140,7 @@ def _path(lines: list[str], first: int, number: int) -> str:
 
 
 def _object_name(lines: list[str]) -> str:
-    """kind/namespace/name, as far as the lines of a document tell."""
+    """kind/namespace/name, as far as the lines of a document show."""
     kind = ""
     names = {"name": "", "namespace": ""}
     block = ""

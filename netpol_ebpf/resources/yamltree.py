@@ -86,7 +86,7 @@ class Positions:
         return Location(self.file, (position >> _COLUMN_BITS) + 1, (position & _COLUMN_MASK) + 1)
 
     def written(self, path: Path) -> str | None:
-        """The text of the scalar at ``path`` where its value alone does not tell it (``0755``, ``yes``, ``~``); else None."""
+        """The text of the scalar at ``path`` where its value alone does not determine it (``0755``, ``yes``, ``~``); else None."""
         mark = self.mark
         for step in path:
             if mark is None:

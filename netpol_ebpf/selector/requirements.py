@@ -78,7 +78,7 @@ def _cost(cover: Cover) -> int:
 
 
 def _covers_of_not(operand: SelectorNode) -> tuple[Cover, ...]:
-    """De Morgan, and the two negative comparisons, whose negations are positive."""
+    """De Morgan, and the two negative comparisons, which have positive negations."""
     if isinstance(operand, NotEquals):
         return covers(Equals(operand.key, operand.value))
     if isinstance(operand, NotIn):
@@ -142,7 +142,7 @@ _Literal = tuple[_Positive, bool]
 
 
 def is_contradiction(node: SelectorNode) -> bool:
-    """True when no labels can match: each arm of the disjunctive form asks for the impossible of some key.
+    """True when no labels can match: each arm of the disjunctive form contradicts itself for at least one key.
 
     Best effort: False where that form has more than MAX_CONJUNCTIONS arms.  Texts to contain are not combined with each
     other, so some contradictions among `contains` are not seen.

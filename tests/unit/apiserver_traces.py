@@ -170,6 +170,7 @@ class Script:
             assert metadata_only
             reply = self.definitions[0] if len(self.definitions) == 1 else self.definitions.pop(0)
         else:
+            assert not metadata_only  # a list of that form is another type, and 406
             self.targets.append(target)
             reply = self.replies.pop(0)
         if isinstance(reply, Exception):

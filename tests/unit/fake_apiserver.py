@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import gzip
+import queue
 import socket
 import ssl
 import subprocess
@@ -16,6 +17,7 @@ from pathlib import Path
 from apiserver_traces import Reply
 
 MOST_HEAD_BYTES = 65536
+Feed = queue.Queue["bytes | None"]
 
 
 @dataclass
@@ -31,8 +33,8 @@ class Request:
 class Wire:
     """A `Reply` as it goes over the wire.
 
-    ``end``: "clean", "cut" (closed without the final chunk), "reset", "hold" (open, silent, until the server is closed).  ``length``:
-    Content-Length in place of chunks.
+    ``end``: "clean", "cut" (closed without the final chunk), "reset", "hold" (open, silent, until the server is closed), "feed" (open,
+    sends what is put into ``feed``, until that is None).  ``length``: Content-Length in place of chunks.
     """
 
     reply: Reply
@@ -41,15 +43,16 @@ class Wire:
     headers: dict[str, str] = field(default_factory=dict)
     packs: bool = False
     has_no_head: bool = False
+    feed: Feed = field(default_factory=queue.Queue)
 
 
 class FakeServer:
     """Listens on a port of its own; ``answer`` makes a `Wire` of a `Request`. Use it as a context manager."""
 
-    def __init__(self, answer: Callable[[Request], Wire], context: ssl.SSLContext | None = None) -> None:
+    def __init__(self, answer: Callable[[Request], Wire], context: ssl.SSLContext | None = None, port: int = 0) -> None:
         self._answer = answer
         self._context = context
-        self._listener = socket.create_server(("127.0.0.1", 0))
+        self._listener = socket.create_server(("127.0.0.1", port))
         self.port = self._listener.getsockname()[1]
         self.requests: list[Request] = []
         self._closed = threading.Event()
@@ -128,12 +131,22 @@ class FakeServer:
         connection.sendall(f"HTTP/1.1 {reply.status} Made\r\n{head}\r\n".encode())
         for part in parts:
             connection.sendall(part if wire.length else b"%x\r\n%s\r\n" % (len(part), part))
-        if wire.end == "clean" and not wire.length:
+        if wire.end == "feed":
+            self._send_feed(connection, wire.feed)
+        if wire.end in ("clean", "feed") and not wire.length:
             connection.sendall(b"0\r\n\r\n")
         elif wire.end == "hold":
             self._closed.wait(10)
         elif wire.end == "reset":
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+
+    def _send_feed(self, connection: socket.socket, feed: Feed) -> None:
+        while not self._closed.is_set():
+            with suppress(queue.Empty):
+                part = feed.get(timeout=0.05)
+                if part is None:
+                    return
+                connection.sendall(b"%x\r\n%s\r\n" % (len(part), part))
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import replace
 from ipaddress import ip_address
@@ -13,12 +14,14 @@ import pytest
 from test_agent_core import CLUSTER, DB, POLICY, WIRING, Bench, settle
 
 from netpol_ebpf.agent.assignments import Evidence
-from netpol_ebpf.agent.core import Agent
+from netpol_ebpf.agent.core import Agent, AgentSettings
 from netpol_ebpf.agent.handover import Handover, Handovers, parse_attach
 from netpol_ebpf.agent.main import IN_FORCE, waits_of
 from netpol_ebpf.agent.wiring import Interface
+from netpol_ebpf.apply.ledger import Ledger
 from netpol_ebpf.errors import UnreachableError, UsageError
 from netpol_ebpf.policy.types import EndpointKey
+from netpol_ebpf.sources.files import ManifestDirectory
 
 NEW = EndpointKey("Pod", "shop", "new")
 ADDRESS = ip_address("10.0.0.9")
@@ -109,13 +112,36 @@ def test_the_objects_addresses_take_over(bench: Bench) -> None:
     assert agent.owner_of(ip_address("fd00::9")) is None
 
 
+def test_a_sandbox_made_anew(bench: Bench) -> None:
+    """A pod whose object has the address of a sandbox that is gone, as after a reboot of the node, has the new one's."""
+    bench.write("new.yaml", pod("u-1", "10.0.0.8"))
+    agent = bench.agent()
+    agent.hand_over(handed())
+    agent.step()
+    assert agent.missing_for(handed()) == ""
+    assert agent.world_in_force.endpoints[NEW].addresses == (ADDRESS,)
+    assert (agent.owner_of(ip_address("10.0.0.8")), agent.owner_of(ADDRESS)) == (None, str(NEW))
+    bench.write("new.yaml", pod("u-1", "10.0.0.9"))
+    settle(agent)
+    assert agent.world_in_force.endpoints[NEW].addresses == (ADDRESS,)
+    again = handed(ifindex=11, interface="veth11", peer=[11, 2], addresses=["10.0.0.7/24"])
+    links = {**WIRING.links, 11: Interface(11, "veth11", "veth", (11, 2))}
+    bench.node.wiring, bench.node.gone, bench.node.news = replace(WIRING, links=links), {9}, True
+    agent.hand_over(again)
+    agent.step()
+    assert agent.missing_for(again) == ""
+    assert agent.missing_for(handed())
+    assert agent.applier.bindings[NEW].ifindex == 11
+    assert agent.world_in_force.endpoints[NEW].addresses == (ip_address("10.0.0.7"),)
+
+
 def test_an_older_pod_of_that_name(bench: Bench) -> None:
     """The object of the pod before, of another UID, is not taken for it: neither its interface nor its policy is the new one's."""
     bench.write("new.yaml", pod("u-0"))
     agent = bench.agent()
     agent.hand_over(handed())
     agent.step()
-    assert "only an older one's" in agent.missing_for(handed())
+    assert "only another one's" in agent.missing_for(handed())
     assert not is_bound(bench, agent)
     assert agent.owner_of(ADDRESS) is None
     bench.write("new.yaml", pod("u-1"))
@@ -201,6 +227,25 @@ def test_an_address_that_another_has(bench: Bench) -> None:
     assert not agent.world_in_force.endpoints[NEW].addresses
 
 
+def test_addresses_that_changed_places(bench: Bench) -> None:
+    """After a reboot, the addresses that objects still have may be others' already: each pod gets what the runtime gave it."""
+    bench.write("new.yaml", pod("u-1", "10.0.0.9") + pod("u-2", "10.0.0.8").replace("name: new", "name: old"))
+    agent = bench.agent()
+    mine = handed(addresses=["10.0.0.8/24"])
+    agent.hand_over(mine)
+    agent.step()
+    assert agent.missing_for(mine) == ""
+    assert agent.owner_of(ip_address("10.0.0.8")) == str(NEW)
+    other = handed(name="old", uid="u-2", ifindex=11, interface="veth11", peer=[11, 2])
+    links = {**WIRING.links, 9: LINK, 11: Interface(11, "veth11", "veth", (11, 2))}
+    bench.node.wiring, bench.node.news = replace(WIRING, links=links), True
+    agent.hand_over(other)
+    agent.step()
+    assert agent.missing_for(other) == agent.missing_for(mine) == ""
+    assert agent.owner_of(ADDRESS) == "Pod/shop/old"
+    assert not [one for one in agent.problems if one.slug == "address-claimed"]
+
+
 def test_what_no_policy_waits_for(bench: Bench) -> None:
     """A pod of another node, one of the host's network, and one without its Namespace get no yes, and are told why."""
     bench.write("new.yaml", pod().replace("nodeName: here", "nodeName: there"))
@@ -219,14 +264,15 @@ def test_what_no_policy_waits_for(bench: Bench) -> None:
 
 
 def test_a_further_interface(bench: Bench) -> None:
-    """An interface with none of the object's addresses is a further one, and stays closed."""
-    bench.write("new.yaml", pod("u-1", "10.0.0.9"))
+    """Any interface but the first stays closed, and its addresses are not the pod's."""
+    bench.write("new.yaml", pod())
     agent = bench.agent()
     further = handed(inside="net1", addresses=["10.7.0.9/24"])
     agent.hand_over(further)
     agent.step()
     assert "further interface" in agent.missing_for(further)
     assert not is_bound(bench, agent)
+    assert agent.owner_of(ip_address("10.7.0.9")) is None
 
 
 def test_programs_that_cannot_be_put_on(bench: Bench) -> None:
@@ -306,3 +352,81 @@ def test_handovers_of_a_pod() -> None:
     assert known.of(other.pod) == [other]
     known.forget({11})
     assert not [*known.pods]
+
+
+# --- beyond the process ---------------------------------------------------------------------------------------------------
+
+
+def lasting_agent(bench: Bench) -> Agent:
+    """An agent that keeps what it is told beside the manifests."""
+    bench.close()
+    bench.ledgers.append(Ledger(bench.home / "numbers"))
+    agent = Agent(
+        AgentSettings("here"), bench.node, ManifestDirectory(bench.home / "manifests"), bench.ledgers[-1],
+        lambda: bench.now_s, handovers_file=bench.home / "handovers",
+    )  # fmt: skip
+    agent.start()
+    return agent
+
+
+def test_the_next_agent_knows_it(bench: Bench) -> None:
+    """A pod that the cluster has no address of yet stays open under the next agent; one that has gone meanwhile does not."""
+    bench.write("new.yaml", pod())
+    agent = lasting_agent(bench)
+    agent.hand_over(handed())
+    agent.step()
+    agent = lasting_agent(bench)
+    assert is_bound(bench, agent)
+    assert agent.missing_for(handed()) == ""
+    assert agent.problems == []
+    bench.node.wiring = WIRING
+    agent = lasting_agent(bench)
+    assert not is_bound(bench, agent)
+    assert agent.owner_of(ADDRESS) is None
+    bench.node.wiring = replace(WIRING, links={**WIRING.links, 9: LINK})
+    assert not is_bound(bench, lasting_agent(bench))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        '{"format": 2, "handovers": []}',
+        '{"format": 1, "handovers": {}}',
+        '{"format": 1, "handovers": [{"namespace": "shop"}]}',
+        '{"format": 1, "handovers": [' + "[" * 100_000,
+    ],
+)
+def test_a_damaged_file(bench: Bench, text: str) -> None:
+    """It is kept aside and told, and the agent starts."""
+    (bench.home / "handovers").write_text(text)
+    agent = lasting_agent(bench)
+    (problem,) = agent.problems
+    assert (problem.slug, problem.severity) == ("interfaces-file", "warning")
+    assert (bench.home / "handovers.damaged").read_text() == text
+
+
+def test_what_is_right_in_a_damaged_file_counts(bench: Bench) -> None:
+    """Each handover is read by itself."""
+    bench.write("new.yaml", pod())
+    lines = [{"namespace": 7}, {**REQUEST, "op": None}]
+    (bench.home / "handovers").write_text(json.dumps({"format": 1, "handovers": lines}))
+    agent = lasting_agent(bench)
+    assert is_bound(bench, agent)
+    assert len(agent.problems) == 1
+
+
+def test_no_room_for_the_file(bench: Bench) -> None:
+    """A file that cannot be written is a warning, and the pod starts all the same."""
+    bench.write("new.yaml", pod())
+    agent = lasting_agent(bench)
+    (bench.home / "handovers.draft").mkdir()
+    agent.hand_over(handed())
+    agent.step()
+    assert agent.missing_for(handed()) == ""
+    assert [one.slug for one in agent.problems] == ["interfaces-file"]
+    (bench.home / "handovers.draft").rmdir()
+    agent.hand_over(handed(uid="u-2"))
+    agent.step()
+    assert agent.problems == []

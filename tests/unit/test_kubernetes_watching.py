@@ -294,6 +294,31 @@ def test_streams_that_end_at_once_are_waited_between(make: Make) -> None:
     assert 0 < delays[1] < delays[2] < delays[3]
 
 
+@pytest.mark.parametrize("is_cut", [False, True])
+def test_streams_that_never_last_are_a_problem(make: Make, *, is_cut: bool) -> None:
+    """Each opens with 200, so no request fails; and no event ever comes."""
+    bench = listed(make, kind=PODS)
+    bench.script.replies = [stream(is_cut=is_cut) for _ in range(12)]
+    bench.steps(12)
+    assert bench.slugs() == ["unreachable" if is_cut else "unstable"]
+    bench.script.replies = [stream(mark("9"), end_s=300.0)]
+    bench.steps()
+    assert bench.slugs() == []
+
+
+def test_stream_that_opens_again_is_a_recovery(make: Make) -> None:
+    """The first bookmark may be a minute away."""
+    bench = listed(make, kind=PODS)
+    seen: list[list[str]] = []
+    quiet = stream(end_s=300.0)
+    quiet.meanwhile = lambda: seen.append(bench.slugs())
+    bench.script.replies = [*(AWAY for _ in range(8)), quiet]
+    bench.steps(8)
+    assert bench.slugs() == ["unreachable"]
+    bench.steps()
+    assert seen == [[]]
+
+
 def test_cut_stream_is_resumed(make: Make) -> None:
     """W8: the connection ends without the final chunk."""
     bench = listed(make, kind=PODS)
@@ -448,6 +473,18 @@ def test_wait_that_the_server_names_is_kept(make: Make) -> None:
     bench = make(PODS, recorded("overload-429", 0), failure(503, retry_after_s=5.0))
     assert bench.steps() == pytest.approx(1.5)
     assert bench.steps() == pytest.approx(7.5)
+
+
+def test_wait_that_the_server_names_is_bounded(make: Make) -> None:
+    """A proxy that says to come back tomorrow."""
+    assert make(PODS, failure(503, retry_after_s=86400.0)).steps() == pytest.approx(90.0)
+
+
+def test_failure_is_no_refusal_of_streams(make: Make) -> None:
+    """500 once; the next list is by stream again."""
+    bench = make(PODS, failure(500), stream(mark("9", ends_list=True)))
+    bench.steps(2)
+    assert "sendInitialEvents" in bench.script.targets[-1]
 
 
 def test_wait_in_an_error_event_is_kept(make: Make) -> None:

@@ -24,6 +24,7 @@ GIVEN_UP = {
     r"\bon_the_way_to\b": "without_removed",
     r"\bGrounds\b": "HostPolicyInputs",
     r"class Beginning\b|\bBeginning\(": "InitialState",
+    r"\bclass[ _]maps?\b|\bTierPart\b": "class table, TierTemplates",
     r"wrong depth": "wrong indentation level",
     r"refused whole": "rejected; the previous policy stays in force",
 }
@@ -63,7 +64,7 @@ def test_the_list_finds_what_it_is_for() -> None:
     """Each pattern matches the word it stands for, and none the word in its place."""
     words = [
         "short_way", "np_recent4", "np_near_find", "np_leg", "np_work", "np_special", "np_young6", "NP_CONN_CARRIES",
-        "np_slot_own", "NP_ASK_NORMAL", "on_the_way_to", "Grounds", "Beginning(", "wrong depth", "refused whole",
+        "np_slot_own", "NP_ASK_NORMAL", "on_the_way_to", "Grounds", "Beginning(", "class_map", "wrong depth", "refused whole",
     ]  # fmt: skip
     assert all(re.search(pattern, word) for pattern, word in zip(GIVEN_UP, words, strict=True))
     assert not any(re.search(pattern, better) for pattern in GIVEN_UP for better in GIVEN_UP.values())

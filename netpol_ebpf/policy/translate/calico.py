@@ -147,7 +147,7 @@ def _rules(rules: tuple[CalicoRule, ...], namespace: str, direction: Direction) 
 
 
 def _unsupported(rule: CalicoRule) -> str:
-    """What the rule needs and no engine has. Only asked of Allow rules: another action must not match less than it says."""
+    """What the rule needs and no engine supports. Called for Allow rules only: a rule of another action must match all that it says."""
     needs = []
     if rule.http is not None:
         needs.append("http")

@@ -46,8 +46,8 @@ R = TypeVar("R")
 class TranslatedKind:
     """One kind of object: how it is known, and how it becomes part of a `World`.
 
-    ``resource``: the type that its parser makes; API names, parser and scope of that are in `netpol_ebpf.resources.load.KINDS`,
-    which knows nothing of policy.  ``name``: the kind in the keys of its objects; ``cluster_name``: the same for objects
+    ``resource``: the type that its parser makes; its API names, parser and scope are in `netpol_ebpf.resources.load.KINDS`, which
+    imports nothing of policy.  ``name``: the kind in the keys of its objects; ``cluster_name``: the same for objects
     without a namespace, where that is another kind.
     ``derive``: brings the world in line with one object that changed: (derivation, key, what it was, what it is); None: absent.
     ``policy``, ``endpoint``: the translation of an object that is a policy or an endpoint.

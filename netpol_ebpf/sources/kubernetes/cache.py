@@ -126,7 +126,8 @@ class KindStore:
 
     def missing(self, staged: Mapping[Name, object]) -> set[Name]:
         """The objects known that a list does not name, orphans left out."""
-        return self.entries.keys() - staged.keys() - self.orphans
+        with self._cache.lock:  # an operator's word may remove some meanwhile
+            return self.entries.keys() - staged.keys() - self.orphans
 
     def commit(self, staged: Mapping[Name, object], *, orphaned: set[Name]) -> None:
         """Take up a whole list in one step: what it does not name goes, but for orphans."""
@@ -204,8 +205,9 @@ class KindStore:
         if self.orphans:
             count = len(self.orphans)
             message = (
-                f"its CustomResourceDefinition was deleted, and {count} of its objects with it: they stay in force as they "
-                "were last known, and no kubectl command reaches them; apply them again, or release them if that is meant"
+                f"its CustomResourceDefinition was deleted, was made anew, or serves this version no more, and {count} of its "
+                "objects are gone with it: they stay in force as they were last known; apply them again, or release them if "
+                "that is meant"
             )
             yield Problem(Location(self.kind.path), "", message, obj=str(self.kind), slug="crd-deleted")
         for name in sorted(self.faulty):
@@ -296,8 +298,10 @@ class Cache:
         self.descriptor = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
 
     def close(self) -> None:
-        """Give the descriptor back."""
-        os.close(self.descriptor)
+        """Give the descriptor back; once."""
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
+            self.descriptor = -1
 
     @property
     def has_synced(self) -> bool:

@@ -46,6 +46,11 @@ class WatchedKind:
         return f"/{'apis' if '/' in self.api_version else 'api'}/{self.api_version}/{self.plural}"
 
     @property
+    def group_path(self) -> str:
+        """The path at which the server says which kinds of this apiVersion it offers."""
+        return self.path.rpartition("/")[0]
+
+    @property
     def definition(self) -> str:
         """The path of the CustomResourceDefinition of a custom kind."""
         group = self.api_version.partition("/")[0]
@@ -223,6 +228,14 @@ class _Status(TypedDict, total=False):
     details: _StatusDetails
 
 
+class _OfferedResource(TypedDict, total=False):
+    name: str
+
+
+class _Offered(TypedDict):
+    resources: list[_OfferedResource]
+
+
 class _DefinitionMetadata(TypedDict, total=False):
     uid: str
     deletionTimestamp: str
@@ -330,6 +343,11 @@ def decode_definition(raw: bytes) -> Definition:
     if not metadata.get("uid"):
         raise MalformedError("a CustomResourceDefinition has no uid")
     return Definition(metadata["uid"], "deletionTimestamp" in metadata)
+
+
+def decode_offered(raw: bytes) -> set[str]:
+    """The plural names of the kinds that a server offers of one apiVersion. Raises MalformedError."""
+    return {one.get("name", "") for one in _decode(raw, _Offered, "the list of kinds")["resources"]}
 
 
 # --- objects ---------------------------------------------------------------------------------------------------------------------

@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether the server still speaks for the cluster: one consistent read from time to time.
+"""What is asked from time to time: whether the server still speaks for the cluster, and whether it has kinds by now that it had not.
 
 A server that is cut off from its etcd goes on as if nothing were wrong: watches stay open, bookmarks come, `/readyz` says ok.  A read
 without resourceVersion is the one request that it cannot answer then.  The same read tells that etcd was restored from a backup,
 after which a WATCH from a resourceVersion that was lost is silent for ever.
+
+A kind that is absent may come.  Its API group is asked for, once for all kinds of it; a group that is missing there proves nothing,
+as it was missing for a moment after a start.
 
 Invariant: a probe changes no object; what it finds out becomes a problem, or a new list.
 """
@@ -12,20 +15,22 @@ from __future__ import annotations
 
 import logging
 import random
-import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
+from http import HTTPStatus
 
 from netpol_ebpf.errors import Location, Problem, UnreachableError
 from netpol_ebpf.sources.kubernetes.cache import Cache
-from netpol_ebpf.sources.kubernetes.decoding import MalformedError, WatchedKind, decode_page
-from netpol_ebpf.sources.kubernetes.watching import KindWatcher, Transport
+from netpol_ebpf.sources.kubernetes.decoding import MalformedError, WatchedKind, decode_offered, decode_page
+from netpol_ebpf.sources.kubernetes.watching import KindWatcher, State, Transport
 
 SHORTEST_PERIOD_S = 60.0
 NODES_PER_S = 10.0
-"""Probes that all nodes of a large cluster make together, in a second."""
+"""How many nodes of a large cluster make a probe in a second: a read of one object, and one for each group with absent kinds."""
+ABSENT_PERIODS = 10
+"""After so many periods an absent kind is asked for itself, whatever its group says."""
 ANSWER_S = 10.0
 RETRY_S = 15.0
 """After a probe that failed; the second one in a row is told."""
@@ -54,12 +59,15 @@ def _now() -> str:
 
 @dataclass(slots=True)
 class Probe:
-    """Asks for one object of the kind that is known to be newest. ``wall``: the time of day, for messages."""
+    """Asks for one object of the kind that is known to be newest, of those that etcd alone serves.
+
+    ``wake``: has a kind's next step made now; ``wall``: the time of day, for messages.
+    """
 
     transport: Transport
     cache: Cache
     watchers: Mapping[WatchedKind, KindWatcher]
-    clock: Callable[[], float] = time.monotonic
+    wake: Callable[[WatchedKind], None]
     chance: Callable[[], float] = random.random
     wall: Callable[[], str] = _now
     confirmed: str = ""
@@ -88,7 +96,7 @@ class Probe:
         self.cache.note(CUT_OFF, None)
         number = version_number(version)
         if number is None:
-            return self.period_s()
+            raise AssertionError("a built-in kind has numbers")
         if number < watermark:
             log.warning(
                 "the API server went back from resourceVersion %d to %d, as after a restored backup: all kinds are listed again",
@@ -97,16 +105,19 @@ class Probe:
             )
             self._behind.clear()
             self._last_seen = 0
-            for watcher in self.watchers.values():
+            for one, watcher in self.watchers.items():
                 watcher.relist()
+                self.wake(one)
         else:
             self._reopen_what_is_behind()
             self._last_seen = number
+        self._look_for_new_kinds()
         return self.period_s()
 
     def _newest(self) -> tuple[WatchedKind, int] | None:
         """The kind with the highest resourceVersion, so that one question tells of them all; and that version, as it is now."""
-        known = [(version_number(store.resource_version), kind) for kind, store in self.cache.stores.items()]
+        stores = self.cache.stores.items()
+        known = [(version_number(store.resource_version), kind) for kind, store in stores if not kind.is_custom]
         numbers = [(number, str(kind), kind) for number, kind in known if number is not None]
         if not numbers:
             return None
@@ -114,13 +125,33 @@ class Probe:
         return kind, number
 
     def _ask(self, kind: WatchedKind) -> str:
-        answer = self.transport.get(f"{kind.path}?limit=1", head_s=ANSWER_S, idle_s=ANSWER_S, metadata_only=True)
+        answer = self.transport.get(f"{kind.path}?limit=1", head_s=ANSWER_S, idle_s=ANSWER_S)
         try:
-            if answer.status != 200:  # noqa: PLR2004 - OK
+            if answer.status != HTTPStatus.OK:
                 raise UnreachableError(f"it answers {answer.status} to a consistent read of {kind}", hint="")
             return decode_page(answer.body()).resource_version
         finally:
             answer.close()
+
+    def _look_for_new_kinds(self) -> None:
+        """Have absent kinds asked for that their group has by now."""
+        absent: dict[str, list[WatchedKind]] = {}
+        for kind, watcher in self.watchers.items():
+            if watcher.state in (State.ABSENT, State.DELETED):
+                absent.setdefault(kind.group_path, []).append(kind)
+        for path, kinds in absent.items():
+            try:
+                answer = self.transport.get(path, head_s=ANSWER_S, idle_s=ANSWER_S)
+                try:
+                    offered = decode_offered(answer.body()) if answer.status == HTTPStatus.OK else set()
+                finally:
+                    answer.close()
+            except (UnreachableError, MalformedError) as error:
+                log.info("%s was not read (%s); it is asked for again", path, error)
+                continue
+            for kind in kinds:
+                if kind.plural in offered:
+                    self.wake(kind)
 
     def _failed(self, reason: str) -> float:
         self._failures += 1

@@ -24,7 +24,7 @@ from netpol_ebpf.resources.manifest_files import never_pause
 from netpol_ebpf.sources.kubernetes.cache import Cache
 from netpol_ebpf.sources.kubernetes.client import Client, Cluster
 from netpol_ebpf.sources.kubernetes.decoding import KINDS, MalformedError, WatchedKind
-from netpol_ebpf.sources.kubernetes.probing import Probe
+from netpol_ebpf.sources.kubernetes.probing import ABSENT_PERIODS, Probe
 from netpol_ebpf.sources.kubernetes.saved_state import load_state, store_state
 from netpol_ebpf.sources.kubernetes.watching import KindWatcher
 from netpol_ebpf.sources.source import SourceUpdate
@@ -73,6 +73,7 @@ class KubernetesSource:
     watchers: dict[WatchedKind, KindWatcher] = field(init=False)
     probe: Probe = field(init=False)
     _stopped: threading.Event = field(default_factory=threading.Event)
+    _wakes: dict[WatchedKind, threading.Event] = field(init=False)  # each has its kind's next step made now
     _threads: list[threading.Thread] = field(default_factory=list)
     _has_news: bool = False
     _reported: tuple[Problem, ...] = ()
@@ -86,7 +87,8 @@ class KubernetesSource:
         self.watchers = {
             kind: KindWatcher(kind, self.client, self.cache.stores[kind], self._pace_s) for kind in self.kinds
         }
-        self.probe = Probe(self.client, self.cache, self.watchers)
+        self._wakes = {kind: threading.Event() for kind in self.kinds}
+        self.probe = Probe(self.client, self.cache, self.watchers, lambda kind: self._wakes[kind].set())
 
     # --- what a source is -----------------------------------------------------------------------------------------------------
 
@@ -160,8 +162,9 @@ class KubernetesSource:
     def close(self) -> None:
         """End the threads, and give the descriptor back if they have ended."""
         self._stopped.set()
-        for watcher in self.watchers.values():
+        for kind, watcher in self.watchers.items():
             watcher.relist()
+            self._wakes[kind].set()
         until_s = time.monotonic() + END_S
         for thread in self._threads:
             thread.join(max(0.0, until_s - time.monotonic()))
@@ -228,14 +231,14 @@ class KubernetesSource:
         )
 
     def _pace_s(self) -> float:
-        return self.probe.period_s()
+        return ABSENT_PERIODS * self.probe.period_s()
 
     def _start(self) -> None:
         for kind, watcher in self.watchers.items():
-            self._begin(f"kubernetes-{kind}", watcher.step, watcher.relist)
-        self._begin("kubernetes-probe", self.probe.step)
+            self._begin(f"kubernetes-{kind}", watcher.step, self._wakes[kind], watcher.relist)
+        self._begin("kubernetes-probe", self.probe.step, self._stopped)
         if self.state_path is not None:
-            self._begin("kubernetes-state", self.save)
+            self._begin("kubernetes-state", self.save, self._stopped)
 
     def _load(self) -> None:
         if self.state_path is None:
@@ -251,12 +254,15 @@ class KubernetesSource:
             )
             self.cache.note(SAVED, Problem(Location(str(self.state_path)), "", message, slug=SAVED))
 
-    def _begin(self, name: str, step: Callable[[], float], after_bug: Callable[[], None] = lambda: None) -> None:
-        thread = threading.Thread(target=self._run, args=(name, step, after_bug), name=name[:15], daemon=True)
+    def _begin(
+        self, name: str, step: Callable[[], float], wake: threading.Event, after_bug: Callable[[], None] = lambda: None
+    ) -> None:
+        arguments = (name, step, wake, after_bug)
+        thread = threading.Thread(target=self._run, args=arguments, name=name[:15], daemon=True)
         self._threads.append(thread)
         thread.start()
 
-    def _run(self, name: str, step: Callable[[], float], after_bug: Callable[[], None]) -> None:
+    def _run(self, name: str, step: Callable[[], float], wake: threading.Event, after_bug: Callable[[], None]) -> None:
         while not self._stopped.is_set():
             try:
                 delay_s = step()
@@ -269,4 +275,5 @@ class KubernetesSource:
                 self.cache.note(f"{BUG} {name}", Problem(Location("/"), "", message, slug=BUG))
                 after_bug()
                 delay_s = AFTER_BUG_S
-            self._stopped.wait(delay_s)
+            if wake.wait(delay_s) and not self._stopped.is_set():
+                wake.clear()

@@ -46,7 +46,9 @@ WATCH_S = 300.0
 PREMATURE_S = 5.0
 """A WATCH that ends this much before its time did not end for its time; the server ends it up to 2 s before."""
 SHORT_S = 1.0
-"""Streams that end sooner than this, one after the other, are waited between; arbitrary."""
+"""Streams that end sooner than this and without an event, one after the other, are waited between; arbitrary."""
+UNSTABLE = 3
+"""So many of them in a row are no way to follow a kind: that a stream opens is no recovery then."""
 HEAD_S = 20.0
 """What the head of an answer may take: a LIST that waits for etcd has none for 60 s."""
 IDLE_S = 180.0
@@ -93,7 +95,10 @@ class Transport(Protocol):
     """How requests are made."""
 
     def get(self, target: str, *, head_s: float, idle_s: float, metadata_only: bool = False) -> Answer:
-        """Begin a GET; the times are those of the head and of a silence in the body. Raises UnreachableError."""
+        """Begin a GET; the times are those of the head and of a silence in the body. Raises UnreachableError.
+
+        ``metadata_only``: of one object; a server answers 406 to that for a list.
+        """
 
 
 class Store(Protocol):
@@ -155,7 +160,7 @@ class _RelistError(Exception):
 
 @dataclass(slots=True)
 class KindWatcher:
-    """Follows one kind. ``pace_s``: seconds between two questions whether an absent kind is there by now; ``chance``: from [0, 1)."""
+    """Follows one kind. ``pace_s``: seconds until an absent kind is asked for again, by chance; ``chance``: from [0, 1)."""
 
     kind: WatchedKind
     transport: Transport
@@ -172,11 +177,13 @@ class KindWatcher:
     _expired: int = 0
     _not_found: int = 0
     _short_streams: int = 0
+    _opened_s: float | None = None  # since when this step's stream is open
     _must_relist: bool = False
     _answer: Answer | None = field(default=None)
 
     def step(self) -> float:
         """One request, its answer read to the end. The seconds until the next step. Never raises for what the server says."""
+        self._opened_s = None
         if self._must_relist:
             self._must_relist, self._resource_version = False, ""
         try:
@@ -191,7 +198,10 @@ class KindWatcher:
             self._count_stream_failure()
             return self._failed("malformed", f"the server's answer cannot be read ({error})")
         except UnreachableError as error:
-            return 0.0 if self._must_relist else self._failed("unreachable", error.message)
+            if self._must_relist:
+                return 0.0
+            self._count_short_stream()
+            return self._failed("unreachable", error.message)
         finally:
             self._close()
 
@@ -257,11 +267,13 @@ class KindWatcher:
     def _stream(self, query: Mapping[str, str], staged: dict[Name, object] | None) -> float:
         """A WATCH. ``staged``: None, or the objects of a list that the stream begins with."""
         timeout_s = int(WATCH_S * (1 + self.chance()))
-        began_s = self.clock()
         whole = {"watch": "1", "allowWatchBookmarks": "true", "timeoutSeconds": str(timeout_s), **query}
         answer = self._answer = self._get(self.kind.path, whole, idle_s=IDLE_S)
+        began_s = self._opened_s = self.clock()
         if staged is None:
             self.state = State.WATCHING
+            if self._short_streams < UNSTABLE:  # no event has to come for a minute
+                self._recovered()
         if self._must_relist:  # said while the connection was being made
             return 0.0
         for line in answer.lines():
@@ -297,11 +309,16 @@ class KindWatcher:
         if self.kind.is_custom and lasted_s < timeout_s - PREMATURE_S:
             # A new default of a changed definition is in objects that no event names, under their old resourceVersion.
             self._resource_version = ""
-        if lasted_s >= SHORT_S:
-            self._short_streams = 0
+        self._count_short_stream()
+        if self._short_streams <= 1:
             return 0.0
-        self._short_streams += 1
-        return self._backoff_s(self._short_streams) if self._short_streams > 1 else 0.0
+        self._failed("unstable", "the server, or a proxy before it, ends each stream at once")
+        return self._backoff_s(self._short_streams - 1)
+
+    def _count_short_stream(self) -> None:
+        """After the end of a stream, if there was one: how many in a row have ended before they had an event."""
+        if self._opened_s is not None:
+            self._short_streams = self._short_streams + 1 if self.clock() - self._opened_s < SHORT_S else 0
 
     # --- what the answers mean ----------------------------------------------------------------------------------------------
 
@@ -358,8 +375,9 @@ class KindWatcher:
         if status.code == _NOT_FOUND and not error.in_stream:
             return self._absent()
         is_list = not self._resource_version
-        if is_list and self._streams and status.code not in _TRANSIENT_IN_STREAM:
-            # Not offered: 422 when it is switched off or unknown; an ERROR event where etcd is too old for it.
+        is_not_offered = status.code in _OURS or (error.in_stream and status.code not in _TRANSIENT_IN_STREAM)
+        if is_list and self._streams and is_not_offered:
+            # 422 when streams are switched off or unknown; an ERROR event where etcd is too old for them.
             self._streams = False
             return 0.0
         if status.code in (_GONE, _ERROR) or status.code in _OURS:  # 500: a resourceVersion of another server
@@ -388,7 +406,7 @@ class KindWatcher:
         self.state = State.ABSENT if self.store.is_empty else State.DELETED
         self.store.commit_absent()
         self._succeeded()
-        return self.pace_s() * (0.5 + self.chance())
+        return self.pace_s()
 
     def _count_stream_failure(self) -> None:
         if self._resource_version:
@@ -398,7 +416,11 @@ class KindWatcher:
             self._streams = False
 
     def _succeeded(self) -> None:
-        self._expired = 0
+        """After an event or a list."""
+        self._expired, self._short_streams, self._opened_s = 0, 0, None
+        self._recovered()
+
+    def _recovered(self) -> None:
         if self._failures or self._failing_since_s is not None:
             self._failures, self._failing_since_s = 0, None
             self.store.note(None)
@@ -414,7 +436,7 @@ class KindWatcher:
             message = f"cannot be followed: {reason}; what was last known of it stays in force, and no change of it is applied"
             self.store.note(Problem(Location(self.kind.path), "", message, obj=str(self.kind), slug=slug))
         if retry_after_s is not None:
-            return retry_after_s * (1 + self.chance())
+            return min(retry_after_s, LONGEST_RETRY_S) * (1 + self.chance())
         return self._backoff_s(self._failures)
 
     def _backoff_s(self, attempt: int) -> float:

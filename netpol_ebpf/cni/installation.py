@@ -1,0 +1,229 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The CNI plugin in its place on a node: the program among the runtime's plugins, and the last one of the network's list.
+
+A runtime takes the first configuration by name.  A list of plugins gets ours at its end; the configuration of a single plugin is
+made a list, and kept beside it under a name that no runtime reads.
+
+Invariants: each file is replaced whole or not at all, the program before any configuration that names it; what others wrote in a
+configuration stays; what cannot be understood is left alone and told.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+import subprocess
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from netpol_ebpf.apply.records import checked, checked_list, load_regular, parse_json, reason_of
+from netpol_ebpf.errors import InvalidInputError, PlatformError
+
+TYPE = "netpol-cni"
+PROGRAM = Path(__file__).with_name(TYPE)
+"""Where `make -C cni` puts it, and images and packages have it."""
+DEFAULT_BIN_DIR, DEFAULT_CONF_DIR = Path("/opt/cni/bin"), Path("/etc/cni/net.d")
+"""Where containerd, CRI-O and others look."""
+VERSIONS = ("0.3.0", "0.3.1", "0.4.0", "1.0.0", "1.1.0")
+"""Of the specification, those that the plugin knows (cni/netpol_cni.c)."""
+LIST, SINGLE = ".conflist", (".conf", ".json")
+"""How the names of configurations end that libcni reads: of lists, and of single plugins."""
+SAVED = ".netpol-saved"
+"""At the end of the name of a single plugin's configuration that was made a list."""
+BUILD_HINT = "Build it (make -C cni), or use an image or a package of this architecture that has it."
+MOST_BYTES = 1 << 20
+"""Of a configuration; arbitrary, real ones have some kilobytes."""
+
+
+@dataclass(frozen=True, slots=True)
+class PluginSettings:
+    """What the plugin is told by its configuration. ``posture``: "closed" or "open"."""
+
+    socket: Path
+    timeout_s: int
+    posture: str
+
+    def render(self) -> dict[str, Any]:
+        """The plugin's part of a list."""
+        return {"type": TYPE, "socket": str(self.socket), "timeout": self.timeout_s, "posture": self.posture}
+
+
+@dataclass(frozen=True, slots=True)
+class Installed:
+    """Something of ours on the node. ``remove`` raises OSError or InvalidInputError."""
+
+    kind: str
+    path: Path
+    remove: Callable[[], None]
+
+
+def install(bin_dir: Path, conf_dir: Path, settings: PluginSettings) -> list[Path]:
+    """Put everything in its place; the files that were written, none when all was there.
+
+    Raises PlatformError when the program is not there, does not run here, or cannot be written, InvalidInputError when there is no configuration, or
+    one that ours cannot be the last plugin of.
+    """
+    program = _load_program()
+    written = []
+    path = bin_dir / TYPE
+    try:
+        bin_dir.mkdir(parents=True, exist_ok=True)
+        if not _is_program(path, program):
+            _replace(path, program, 0o755)
+            written.append(path)
+        first = first_configuration(conf_dir)
+        if first.suffix == LIST:
+            return written + _extend(first, settings)
+        return written + _convert(first, settings)
+    except OSError as error:
+        raise PlatformError(
+            f"{error.filename}: {error.strerror}", hint="Run it as root, where the directory can be written."
+        ) from error
+
+
+def _load_program() -> bytes:
+    """The program, which runs here and speaks the versions that are known here. Raises PlatformError."""
+    try:
+        done = subprocess.run(
+            [PROGRAM], env={"CNI_COMMAND": "VERSION"}, stdin=subprocess.DEVNULL, capture_output=True, check=False
+        )
+        found = json.loads(done.stdout)["supportedVersions"] if done.returncode == 0 else None
+        if found != [*VERSIONS]:
+            raise PlatformError(f"{PROGRAM} is not the CNI plugin of this version", hint=BUILD_HINT)
+        return PROGRAM.read_bytes()
+    except OSError as error:  # not there, or of another architecture
+        raise PlatformError(f"the CNI plugin cannot be run: {PROGRAM}: {error.strerror}", hint=BUILD_HINT) from error
+    except (ValueError, LookupError, TypeError) as error:
+        raise PlatformError(f"{PROGRAM} is not the CNI plugin", hint=BUILD_HINT) from error
+
+
+def first_configuration(conf_dir: Path) -> Path:
+    """The one that runtimes take. Raises InvalidInputError when there is none, OSError."""
+    names = sorted(one.name for one in conf_dir.iterdir()) if conf_dir.is_dir() else []
+    for name in names:
+        if Path(name).suffix in (LIST, *SINGLE):
+            return conf_dir / name
+    raise InvalidInputError(
+        f"{conf_dir} has no network configuration",
+        hint="Install the cluster's network first, or wait for it with --follow.",
+    )
+
+
+def find_installed(bin_dir: Path, conf_dir: Path) -> Iterator[Installed]:
+    """What is ours, in the order in which it must be removed. Raises OSError."""
+    for path in sorted(conf_dir.glob(f"*{LIST}")) if conf_dir.is_dir() else []:
+        if path.is_file() and not path.is_symlink() and _names_ours(path):
+            yield Installed("CNI configuration", path, lambda path=path: _take_out(path))  # type: ignore[misc]
+    program = bin_dir / TYPE
+    if program.exists():
+        yield Installed("CNI plugin", program, program.unlink)
+
+
+def _names_ours(path: Path) -> bool:
+    """Whether a list has our plugin; of a file that is no list, whether it may."""
+    try:
+        return any(one.get("type") == TYPE for one in _plugins(_load(path), path))
+    except InvalidInputError:
+        return TYPE.encode() in path.read_bytes()
+
+
+def _extend(path: Path, settings: PluginSettings) -> list[Path]:
+    """Have ours be the last plugin of a list."""
+    document = _load(path)
+    others = [one for one in _plugins(document, path) if one.get("type") != TYPE]
+    if not others:
+        raise InvalidInputError(f"{path}: there is no other plugin in the list: none makes an interface")
+    wanted = {**document, "plugins": [*others, settings.render()]}
+    if wanted == document:
+        return []
+    _require_version(document, path)
+    _replace(path, _encode(wanted), None)
+    return [path]
+
+
+def _convert(path: Path, settings: PluginSettings) -> list[Path]:
+    """Make the configuration of a single plugin a list with ours at its end."""
+    document = _load(path)
+    target = path.with_suffix(LIST)
+    if not isinstance(document.get("type"), str):
+        raise InvalidInputError(f"{path}: is no plugin's configuration: it has no type")
+    _require_version(document, path)
+    if target.exists() and not any(one.get("type") == TYPE for one in _plugins(_load(target), target)):
+        raise InvalidInputError(
+            f"{path}: cannot be made a list: {target} is there, and is another one's", hint="Remove one of the two."
+        )
+    common = {name: document[name] for name in ("cniVersion", "name") if name in document}
+    plugin = {name: value for name, value in document.items() if name not in common}
+    mode = stat.S_IMODE(path.stat().st_mode)
+    _replace(target, _encode({**common, "plugins": [plugin, settings.render()]}), mode)
+    path.replace(path.with_name(path.name + SAVED))
+    return [target]
+
+
+def _take_out(path: Path) -> None:
+    """A list without our plugin, or the configuration that it was made of."""
+    for suffix in SINGLE:
+        saved = path.with_name(path.stem + suffix + SAVED)
+        if saved.exists():
+            saved.replace(path.with_suffix(suffix))
+            path.unlink()
+            return
+    document = _load(path)
+    others = [one for one in _plugins(document, path) if one.get("type") != TYPE]
+    if not others:
+        raise InvalidInputError(f"{path}: has no plugin but ours, and a list must have one", hint="Remove the file.")
+    _replace(path, _encode({**document, "plugins": others}), None)
+
+
+def _require_version(document: dict[str, Any], path: Path) -> None:
+    version = document.get("cniVersion")
+    if version not in VERSIONS:
+        known = f"{VERSIONS[0]} to {VERSIONS[-1]}"
+        raise InvalidInputError(
+            f"{path}: its cniVersion is {version!r}, and the plugin knows {known}: it stays as it is"
+        )
+
+
+def _load(path: Path) -> dict[str, Any]:
+    """Raises InvalidInputError, and OSError for what is not there."""
+    try:
+        return checked(parse_json(load_regular(path, MOST_BYTES)), dict, "the file")
+    except ValueError as error:
+        raise InvalidInputError(f"{path}: is no network configuration: {reason_of(error)}") from error
+
+
+def _plugins(document: dict[str, Any], path: Path) -> list[dict[str, Any]]:
+    try:
+        return checked_list(document.get("plugins"), dict, "plugins")
+    except ValueError as error:
+        raise InvalidInputError(f"{path}: is no list of plugins: {error}") from error
+
+
+def _encode(document: dict[str, Any]) -> bytes:
+    return (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def _is_program(path: Path, program: bytes) -> bool:
+    """Whether a file has this content and may be run."""
+    try:
+        return os.access(path, os.X_OK) and path.read_bytes() == program
+    except FileNotFoundError:
+        return False
+
+
+def _replace(path: Path, content: bytes, mode: int | None) -> None:
+    """Put a file in place in one step, under a name that no runtime reads until then. ``mode``: None keeps what the file has."""
+    draft = path.with_name(f".{path.name}.draft")
+    draft.unlink(missing_ok=True)
+    owner = path.stat() if mode is None else None
+    with draft.open("xb") as file:
+        os.fchmod(file.fileno(), stat.S_IMODE(owner.st_mode) if owner is not None else mode or 0)
+        if owner is not None:
+            os.fchown(file.fileno(), owner.st_uid, owner.st_gid)
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    draft.replace(path)

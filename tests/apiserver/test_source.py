@@ -1,0 +1,278 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The source that follows an API server, against a real one: rights, events, deleted and changed definitions, crashes, a lost etcd."""
+
+from __future__ import annotations
+
+import os
+import re
+import select
+import shutil
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from server import TOKEN, Server
+
+pytest.importorskip("msgspec", reason="the extra [kubernetes] is not installed")
+
+from netpol_ebpf.sources.kubernetes import probing, source, watching  # noqa: E402
+from netpol_ebpf.sources.kubernetes.client import Cluster, Credentials  # noqa: E402
+from netpol_ebpf.sources.kubernetes.source import KubernetesSource  # noqa: E402
+from netpol_ebpf.sources.source import Upsert  # noqa: E402
+
+ROOT = Path(__file__).resolve().parents[2]
+DEADLINE_S = 120.0
+TIERS = "tiers.projectcalico.org"
+DEFINITION = f"/apis/apiextensions.k8s.io/v1/customresourcedefinitions/{TIERS}"
+
+
+class OwnServer(Server):
+    """A server that tests may kill, stop and set back."""
+
+    @property
+    def etcd(self) -> Any:
+        return self._processes[0]
+
+    def kill(self) -> None:
+        """The API server alone, as in a crash."""
+        self._processes[1].kill()
+        self._processes[1].wait()
+
+    def revive(self) -> None:
+        """Start it again, at the same port."""
+        command = self._processes.pop(1).args
+        self._spawn("apiserver", command)  # type: ignore[arg-type]
+        self.wait_for(self._is_ready, "the server is back")
+
+    def set_back(self, change: Callable[[Path], None]) -> None:
+        """Stop both, change etcd's data, start both."""
+        commands = [process.args for process in self._processes]
+        self.kill()
+        self.etcd.terminate()
+        self.etcd.wait()
+        self._processes.clear()
+        change(self._directory / "data")
+        for name, command in zip(("etcd", "apiserver"), commands, strict=True):
+            self._spawn(name, command)  # type: ignore[arg-type]
+        self.wait_for(self._is_ready, "the server is back")
+
+    def define_tiers(self) -> None:
+        """Apply the definition, and wait until it is served."""
+        (definition,) = yaml.safe_load_all((ROOT / "deploy" / "crds" / f"{TIERS}.yaml").read_text())
+        assert self.apply(definition).status in (200, 201)
+        self.wait_for(lambda: self.get("/apis/projectcalico.org/v3/tiers").status == 200, "tiers are served")
+
+
+@pytest.fixture(scope="module")
+def own_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OwnServer]:
+    """With the role that docs/api-server.md names, bound to the user agent, and the definition of tiers."""
+    made = OwnServer(Path(os.environ["KUBE_APISERVER"]), Path(os.environ["ETCD"]), tmp_path_factory.mktemp("own"))
+    try:
+        text = (ROOT / "docs" / "api-server.md").read_text(encoding="utf-8")
+        (role,) = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
+        assert made.apply(yaml.safe_load(role)).status in (200, 201)
+        binding = {
+            "apiVersion": "rbac.authorization.k8s.io/v1",
+            "kind": "ClusterRoleBinding",
+            "metadata": {"name": "netpol-agent"},
+            "roleRef": {"apiGroup": "rbac.authorization.k8s.io", "kind": "ClusterRole", "name": "netpol-agent"},
+            "subjects": [{"apiGroup": "rbac.authorization.k8s.io", "kind": "User", "name": "agent"}],
+        }
+        assert made.apply(binding).status in (200, 201)
+        made.define_tiers()
+        yield made
+    finally:
+        made.close()
+
+
+@pytest.fixture(autouse=True)
+def _short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watching, "GRACE_S", 1.0)
+    monkeypatch.setattr(watching, "LONGEST_RETRY_S", 2.0)
+    monkeypatch.setattr(source, "SYNC_S", DEADLINE_S)
+
+
+def cluster(server: Server, user: str = "agent") -> Cluster:
+    """The server, as this user sees it."""
+    headers = {
+        "Authorization": f"Bearer {TOKEN}",
+        "Impersonate-User": user,
+        "Impersonate-Group": "system:authenticated",
+    }
+    return Cluster(
+        f"https://127.0.0.1:{server.port}",
+        authority=server._authority.read_bytes,
+        credentials=lambda _refused: Credentials(headers),
+    )
+
+
+@pytest.fixture
+def followed(own_server: OwnServer) -> Iterator[KubernetesSource]:
+    """A source that has synced."""
+    made = KubernetesSource(cluster(own_server))
+    try:
+        made.sync()
+        yield made
+    finally:
+        made.close()
+
+
+def take(followed: KubernetesSource, is_there: Callable[[list[str]], bool]) -> list[str]:
+    """The events as text, until that is there."""
+    found: list[str] = []
+    until_s = time.monotonic() + DEADLINE_S
+    while not is_there(found):
+        assert time.monotonic() < until_s, (found, followed.problems, followed.states())
+        select.select([followed.fileno()], [], [], 0.2)
+        followed.note_news()
+        update = followed.step()
+        found += [f"{'+' if isinstance(one, Upsert) else '-'}{one.key}" for one in (update.events if update else ())]
+    return found
+
+
+def tier(name: str, order: int = 10) -> dict[str, Any]:
+    return {"apiVersion": "projectcalico.org/v3", "kind": "Tier", "metadata": {"name": name}, "spec": {"order": order}}
+
+
+def test_role_of_the_page_is_enough(own_server: OwnServer, followed: KubernetesSource) -> None:
+    """And every kind is listed by stream, or is not installed."""
+    states = {one.kind: one for one in followed.states()}
+    assert all(one.is_synced for one in states.values())
+    assert states["namespaces"].objects >= 4
+    assert states[TIERS].state == "watching"
+    assert states["globalnetworksets.projectcalico.org"].state == "not installed"
+    assert all(watcher._streams for watcher in followed.watchers.values())
+    assert followed.problems == ()
+    assert own_server.get("/api/v1/namespaces", user="agent").status == 200
+    assert own_server.get("/api/v1/secrets", user="agent").status == 403
+
+
+def test_user_without_rights_gets_nothing(own_server: OwnServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error names what is forbidden."""
+    monkeypatch.setattr(source, "SYNC_S", 5.0)
+    made = KubernetesSource(cluster(own_server, "nobody"))
+    with pytest.raises(Exception, match="forbids it"):
+        made.sync()
+    assert not made.has_synced
+    made.close()
+
+
+def test_events_of_objects(own_server: OwnServer, followed: KubernetesSource) -> None:
+    """A namespace, a policy and a tier come and go."""
+    policy = {
+        "apiVersion": "networking.k8s.io/v1",
+        "kind": "NetworkPolicy",
+        "metadata": {"name": "deny", "namespace": "default"},
+        "spec": {"podSelector": {}},
+    }
+    assert own_server.create(policy).status == 201
+    assert take(followed, bool) == ["+KubernetesNetworkPolicy/default/deny"]
+    path = "/apis/networking.k8s.io/v1/namespaces/default/networkpolicies/deny"
+    own_server.request("PATCH", path, {"metadata": {"labels": {"a": "b"}}}, content_type="application/merge-patch+json")
+    assert take(followed, bool) == ["+KubernetesNetworkPolicy/default/deny"]
+    own_server.request("DELETE", path)
+    assert take(followed, bool) == ["-KubernetesNetworkPolicy/default/deny"]
+    own_server.create(tier("one"))
+    assert take(followed, bool) == ["+Tier/one"]
+    own_server.request("DELETE", "/apis/projectcalico.org/v3/tiers/one")
+    assert take(followed, bool) == ["-Tier/one"]
+    assert followed.problems == ()
+
+
+def test_new_default_of_a_definition_arrives(own_server: OwnServer, followed: KubernetesSource) -> None:
+    """No event names the object, whose resourceVersion is the same."""
+    own_server.create({**tier("one"), "spec": {}})
+    assert take(followed, bool) == ["+Tier/one"]
+    definition = own_server.get(DEFINITION).body
+    order = definition["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"]["spec"]["properties"]["order"]
+    order["default"] = 77
+    assert own_server.request("PUT", DEFINITION, definition).status == 200
+    assert take(followed, bool) == ["+Tier/one"]
+    (entry,) = (one for name, one in followed.cache.stores[_tiers(followed)].entries.items() if name.name == "one")
+    assert entry.resource is not None
+    assert entry.resource.order == 77  # type: ignore[union-attr]
+    assert entry.version.endswith("+")
+    own_server.request("DELETE", "/apis/projectcalico.org/v3/tiers/one")
+    take(followed, bool)
+    own_server.define_tiers()
+
+
+def _tiers(followed: KubernetesSource) -> Any:
+    return next(kind for kind in followed.kinds if str(kind) == TIERS)
+
+
+def test_deleted_definition_lifts_nothing(own_server: OwnServer, followed: KubernetesSource) -> None:
+    """DELETED for each object, then 404: all stay, until they are applied again or released."""
+    for name in ("one", "two", "three"):
+        own_server.create(tier(name))
+    take(followed, lambda found: len(found) == 3)
+    assert own_server.request("DELETE", DEFINITION).status == 200
+    assert take(followed, lambda _found: followed.watchers[_tiers(followed)].state.value == "definition deleted") == []
+    assert [problem.slug for problem in followed.problems] == ["crd-deleted"]
+    own_server.define_tiers()
+    own_server.create(tier("one", 20))
+    followed.probe.step()
+    assert take(followed, bool) == ["+Tier/one"]
+    assert "2 of its objects" in followed.problems[0].message
+    assert followed.release(TIERS) == 2
+    assert sorted(take(followed, lambda found: len(found) == 2)) == ["-Tier/three", "-Tier/two"]
+    own_server.request("DELETE", "/apis/projectcalico.org/v3/tiers/one")
+    assert take(followed, bool) == ["-Tier/one"]
+    assert followed.problems == ()
+
+
+def test_crash_of_the_server_changes_nothing(own_server: OwnServer, followed: KubernetesSource) -> None:
+    """Problems while it is away, none after; what changed meanwhile is the difference."""
+    own_server.create(tier("kept"))
+    assert take(followed, bool) == ["+Tier/kept"]
+    own_server.kill()
+    assert take(followed, lambda _found: len(followed.problems) > 2) == []
+    own_server.revive()
+    own_server.create(tier("new"))
+    assert take(followed, lambda found: "+Tier/new" in found and not followed.problems) == ["+Tier/new"]
+    for name in ("kept", "new"):
+        own_server.request("DELETE", f"/apis/projectcalico.org/v3/tiers/{name}")
+    take(followed, lambda found: len(found) == 2)
+
+
+def test_etcd_that_hangs_is_told(
+    own_server: OwnServer, followed: KubernetesSource, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server goes on as if nothing were wrong; the probe does not."""
+    followed.probe.step()
+    assert followed.problems == ()
+    monkeypatch.setattr(probing, "ANSWER_S", 2.0)
+    own_server.etcd.send_signal(signal.SIGSTOP)
+    try:
+        for _ in range(2):
+            followed.probe.step()
+        assert [problem.slug for problem in followed.problems] == ["cut-off"]
+        assert take(followed, lambda _found: True) == []
+    finally:
+        own_server.etcd.send_signal(signal.SIGCONT)
+        monkeypatch.undo()
+    own_server.wait_for(lambda: followed.probe.step() > 0 and not followed.problems, "the probe is answered")
+
+
+def test_restored_backup_is_noticed(own_server: OwnServer, followed: KubernetesSource, tmp_path: Path) -> None:
+    """ResourceVersions go back, and watches from a lost one are silent: a probe has everything listed again."""
+    own_server.set_back(lambda data: shutil.copytree(data, tmp_path / "backup"))
+    for number in range(40):
+        own_server.create({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": f"lost-{number}"}})
+    take(followed, lambda found: len({one for one in found if "lost-" in one}) == 40)
+
+    def restore(data: Path) -> None:
+        shutil.rmtree(data)
+        shutil.copytree(tmp_path / "backup", data)
+
+    own_server.set_back(restore)
+    take(followed, lambda _found: not followed.problems)
+    followed.probe.step()
+    gone = take(followed, lambda found: len([one for one in found if "lost-" in one]) == 40)
+    assert {one[0] for one in gone if "lost-" in one} == {"-"}
+    own_server.create(tier("after"))
+    assert "+Tier/after" in take(followed, lambda found: "+Tier/after" in found)
