@@ -3,14 +3,13 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 from api_objects import DEPLOY, documents
-from server import PLURALS, Answer, Server, collection
+from server import Answer, Server, collection
 
 VERSION = "projectcalico.org/v3"
 GROUP = "projectcalico.org"
@@ -338,27 +337,12 @@ def test_a_staged_kubernetes_policy_is_plain_rights(guarded: Server) -> None:
     assert answer.status == 201, answer.message
 
 
-@pytest.fixture
-def lenient(guarded: Server) -> Iterator[Server]:
-    """With a definition that takes an empty tier, as another than ours may."""
-    kind = "StagedNetworkPolicy"
-    (ours,) = documents(DEPLOY / "crds" / f"{PLURALS[kind]}.{GROUP}.yaml")
-    theirs = copy.deepcopy(ours)
-    spec = theirs["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"]["spec"]
-    spec["properties"]["tier"] = {"type": "string"}
-    empty = policy(kind, "empty", "")
-    applied(guarded, theirs)
-    guarded.wait_for(lambda: guarded.create(empty, dryRun="All").status == 201, "the other definition is served")
-    yield guarded
-    applied(guarded, ours)
-    guarded.wait_for(lambda: guarded.create(empty, dryRun="All").status == 422, "our definition is served")
-
-
-def test_an_empty_tier_is_the_default_one(lenient: Server) -> None:
+@pytest.mark.usefixtures("takes_an_empty_tier")
+def test_an_empty_tier_is_the_default_one(guarded: Server) -> None:
     """It is no way round the rights, whatever definition is installed."""
     case = Case("", "create", "x", {}, tier="")
     assert {
-        user: case.send(lenient, "StagedNetworkPolicy", user).status for user in ("none", "owner", "alltiers", "dev")
+        user: case.send(guarded, "StagedNetworkPolicy", user).status for user in ("none", "owner", "alltiers", "dev")
     } == {
         "none": 403,
         "owner": 403,
