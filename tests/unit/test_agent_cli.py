@@ -21,6 +21,7 @@ import yaml
 from netpol_ebpf.agent import loop as agent_loop
 from netpol_ebpf.agent import main as agent_main
 from netpol_ebpf.agent.control_socket import SOCKET_NAME, connect
+from netpol_ebpf.agent.source_options import COPIES_NAME
 from netpol_ebpf.cli import main as cli
 from netpol_ebpf.cli.main import main
 from netpol_ebpf.errors import PlatformError, UsageError
@@ -482,8 +483,8 @@ def as_root(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_cleanup_removes_the_agent_s_state_and_nothing_else(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """What an agent keeps is removed by name; a file of others stays, and so does its directory."""
     state = tmp_path / "state"
-    (state / agent_main.COPIES_NAME).mkdir(parents=True)
-    (state / agent_main.COPIES_NAME / "copy").touch()
+    (state / COPIES_NAME).mkdir(parents=True)
+    (state / COPIES_NAME / "copy").touch()
     (state / agent_main.LEDGER_NAME).touch()
     (state / "mine").touch()
     arguments = ["cleanup", "--pin-root", str(tmp_path / "no-pins"), "--state-dir", str(state)]
@@ -492,7 +493,7 @@ def test_cleanup_removes_the_agent_s_state_and_nothing_else(tmp_path: Path, caps
     assert (state / agent_main.LEDGER_NAME).exists()
     assert main([*arguments, "-o", "json"]) == 0
     assert {Path(one["name"]).name for one in json.loads(capsys.readouterr().out)} == {
-        agent_main.COPIES_NAME, agent_main.LEDGER_NAME, agent_main.LOCK_NAME,
+        COPIES_NAME, agent_main.LEDGER_NAME, agent_main.LOCK_NAME,
     }  # fmt: skip
     assert [path.name for path in state.iterdir()] == ["mine"]
     (state / "mine").unlink()
@@ -501,6 +502,17 @@ def test_cleanup_removes_the_agent_s_state_and_nothing_else(tmp_path: Path, caps
     capsys.readouterr()
     assert main(arguments) == 0
     assert capsys.readouterr().out == "nothing to remove\n"
+
+
+@pytest.mark.usefixtures("as_root")
+def test_cleanup_removes_the_saved_state_of_the_cluster(tmp_path: Path) -> None:
+    """And what a write left that was ended in the middle; the directory is the user's."""
+    for name in ("cluster", "cluster.draft", "mine"):
+        (tmp_path / "kept" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "kept" / name).touch()
+    options = ["--pin-root", str(tmp_path / "no-pins"), "--state-dir", str(tmp_path / "state")]
+    assert main(["cleanup", *options, "--saved-state", str(tmp_path / "kept" / "cluster")]) == 0
+    assert [path.name for path in (tmp_path / "kept").iterdir()] == ["mine"]
 
 
 IN_THE_WAY = {
