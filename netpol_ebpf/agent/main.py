@@ -238,17 +238,22 @@ def run(arguments: argparse.Namespace) -> int:
         agent = Agent(
             settings, node, source, ledger, time.monotonic, state_dir / INTERFACES_NAME, state_dir / HANDOVERS_NAME
         )
-        agent.start()
-        footprint.freeze()
-        log.info(
-            "in force: %d policies; %d of %d local endpoints have their interface; pinned in %s",
-            len(agent.objects.world.policies), len(agent.enforcement.applier.bindings), len(agent.objects.local), node.pin_dir,
-        )  # fmt: skip
+
+        def tell_in_force() -> None:
+            footprint.freeze()
+            log.info(
+                "in force: %d policies; %d of %d local endpoints have their interface; pinned in %s",
+                len(agent.objects.world.policies), len(agent.enforcement.applier.bindings), len(agent.objects.local), node.pin_dir,
+            )  # fmt: skip
+
         if arguments.once:
+            agent.start()
+            tell_in_force()
             slugs = {problem.slug for problem in agent.problems if problem.severity == "error"}
             if "attach" in slugs:
                 return PlatformError.exit_code
             return InvalidInputError.exit_code if slugs else 0
+        agent.begin()
         place = {
             "pid": os.getpid(),
             "manifests": None if arguments.manifests is None else str(arguments.manifests.resolve()),
@@ -258,7 +263,7 @@ def run(arguments: argparse.Namespace) -> int:
         control_socket = ControlSocket(
             state_dir / SOCKET_NAME, answers_of(agent, node, ledger, place), group, waits_of(agent)
         )
-        serve(AgentLoop(agent, node, ledger, control_socket))
+        serve(AgentLoop(agent, node, ledger, control_socket, tell_in_force))
     return 0
 
 
@@ -307,6 +312,10 @@ def answers_of(agent: Any, node: Any, ledger: Ledger, place: Mapping[str, Any]) 
     def asked(answer: Answer) -> Answer:
         def in_child(request: Mapping[str, Any]) -> Any:
             node.barrier.part()
+            if not agent.is_started:
+                raise UnreachableError(
+                    agent.problems[-1].message, hint="Ask again later; `netpolctl status` says more."
+                )
             return answer(request)
 
         return in_child
@@ -314,8 +323,14 @@ def answers_of(agent: Any, node: Any, ledger: Ledger, place: Mapping[str, Any]) 
     def apart(answer: Callable[[], Any]) -> Answer:
         return asked(lambda _request: answer())
 
+    def status(_request: Mapping[str, Any]) -> Any:
+        if not agent.is_started:
+            return report.waiting(agent, place, ledger.problems)
+        node.barrier.part()
+        return report.status(agent, node.maps, place, ledger.problems, node.network.listed_again)
+
     return {
-        "status": apart(lambda: report.status(agent, node.maps, place, ledger.problems, node.network.listed_again)),
+        "status": status,
         "rules": apart(lambda: report.rules(agent, node.maps)),
         "identities": apart(lambda: report.identities(agent)),
         "connections": apart(lambda: report.connections(agent, node.maps)),
@@ -342,7 +357,12 @@ def waits_of(agent: Any, clock: Callable[[], float] = time.monotonic) -> dict[st
 
         return look
 
-    return {"attach": attach, "ready": lambda _request: lambda: IN_FORCE}
+    def is_ready() -> Any:
+        if not agent.is_started:
+            raise UnreachableError(agent.problems[-1].message, hint="Try again.")
+        return IN_FORCE
+
+    return {"attach": attach, "ready": lambda _request: is_ready}
 
 
 @contextlib.contextmanager
