@@ -118,6 +118,10 @@ class _WithMetadata(TypedDict, total=False):
     metadata: _Metadata
 
 
+class _PodMetadata(_Metadata, total=False):
+    uid: Any
+
+
 class _Container(TypedDict, total=False):
     ports: Any
 
@@ -138,7 +142,7 @@ class _PodStatus(TypedDict, total=False):
 
 
 class _Pod(TypedDict, total=False):
-    metadata: _Metadata
+    metadata: _PodMetadata
     spec: _PodSpec
     status: _PodStatus
 
