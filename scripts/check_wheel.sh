@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
-# Prove that the wheel is whole: it carries the C sources and the demonstration's manifests, it installs into a clean
-# environment, and there `netpolctl --version` runs without root and without BCC. Needs no network after setup.sh --dev.
+# Prove that the wheel is whole: it carries the C sources, the demonstration's manifests and the CNI plugin, which it installs
+# executable, it installs into a clean environment, and there `netpolctl --version` runs without root and without BCC. Needs no
+# network after setup.sh --dev.
 set -euo pipefail
 
 readonly ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
@@ -12,6 +13,7 @@ work="$(mktemp -d)"
 trap 'rm -rf "$work"' EXIT
 chmod 755 "$work" # for nobody
 
+make --silent --directory "$ROOT/cni"
 pip_offline=(-m pip --quiet --disable-pip-version-check --no-input)
 offline=(--no-index --find-links "$VENV/wheelhouse")
 "$VENV/bin/python" "${pip_offline[@]}" wheel --no-deps "${offline[@]}" --wheel-dir "$work/dist" "$ROOT"
@@ -27,10 +29,10 @@ wanted = {
     Path("netpol_loader/bpf") / path.relative_to(root / "bpf")
     for path in (root / "bpf").rglob("*")
     if path.suffix in {".c", ".h"}
-} | {Path("netpol_ebpf/lab/demo") / path.name for path in (root / "examples/demo").glob("*.yaml")}
+} | {Path("netpol_ebpf/lab/demo") / path.name for path in (root / "examples/demo").glob("*.yaml")} | {Path("netpol_ebpf/cni/netpol-cni")}
 missing = sorted(str(path) for path in wanted - inside)
 stray = sorted(str(path) for path in inside if "tests" in path.parts or path.suffix in {".pyc", ".so"})
-print(f"{wheel.name}: {len(inside)} files, {len(wanted)} of them C sources and manifests")
+print(f"{wheel.name}: {len(inside)} files, {len(wanted)} of them C sources, manifests and the CNI plugin")
 if missing or stray or not any(path.suffix == ".c" for path in wanted):
     sys.exit(f"missing: {missing}\nnot wanted: {stray}")
 EOF
@@ -47,3 +49,4 @@ as_nobody=()
 for command in netpolctl netpol-agent; do
     env -i HOME=/nonexistent "${as_nobody[@]}" "$work/clean/bin/$command" --version
 done
+CNI_COMMAND=VERSION "${as_nobody[@]}" "$work"/clean/lib/python3*/site-packages/netpol_ebpf/cni/netpol-cni </dev/null

@@ -1,17 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """Who an address belongs to when several workloads say that it is theirs.
 
-The one that said so first has it; for the others it does not count: they are neither known by it nor may they use it, and a
+The first workload to claim it has it. For the others it does not count: policy does not know them by it, they may not use it, and a
 workload without any other address stays closed.  So a new pod never inherits what an address was allowed before, and an old
 one never loses it to whoever writes the same number into a manifest.
 
-Invariants: at most one workload has an address; who has it loses it only by giving it up.  After a restart those that an
-earlier agent knew count as older.  Knows nothing of interfaces.
+What the node's runtime says that it gave to a pod is news that the objects may lag behind: such addresses are *lent* to it.
+
+Invariants: at most one workload has an address; who has it loses it only by giving it up, or, while it has no interface, to whom
+the runtime gave it.  After a restart those that an earlier agent knew count as older.  Knows nothing of interfaces.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import replace
 
 from netpol_ebpf.policy.types import Changes, Endpoint, EndpointKey, EndpointKind, IPAddress, World
@@ -33,7 +35,7 @@ class AddressClaims:
         return self._lent.keys()
 
     def lend(self, key: EndpointKey, addresses: tuple[IPAddress, ...]) -> bool:
-        """Addresses that count while an endpoint's object has none, () for none; whether that is news, for `apply_changes`."""
+        """Addresses that an endpoint has until its object has one of them, () for none; whether that is news, for `apply_changes`."""
         if self._lent.get(key, ()) == addresses:
             return False
         if addresses:
@@ -42,10 +44,16 @@ class AddressClaims:
             del self._lent[key]
         return True
 
-    def apply_changes(self, changes: Changes, older: Collection[EndpointKey] = ()) -> None:
+    def apply_changes(
+        self,
+        changes: Changes,
+        older: Collection[EndpointKey] = (),
+        is_idle: Callable[[EndpointKey], bool] = lambda _key: False,
+    ) -> None:
         """Take in what became of endpoints, and put into ``changes`` what they have after that.
 
-        ``older``: of those that appear now, the ones that were there first.  The world must be that after the changes.
+        ``older``: of those that appear now, the ones that were there first.  ``is_idle``: whether an endpoint of this node has no
+        interface: its object's address is of before, and passes to whom it was lent.  The world must be that after the changes.
         Cost: linear in the changed endpoints and those they contend with.
         """
         touched: dict[EndpointKey, None] = {}
@@ -57,7 +65,12 @@ class AddressClaims:
         for key in sorted(changes.endpoints, key=lambda key: (key not in older, key)):
             wanted = self._wanted(key)
             for address in wanted:
-                if self._holders.setdefault(address, key) != key:
+                holder = self._holders.setdefault(address, key)
+                if holder != key and address in self._lent.get(key, ()) and is_idle(holder):
+                    line = [holder, *(one for one in self._others.get(address, ()) if one != key)]
+                    self._holders[address], self._others[address] = key, line
+                    touched[holder] = None
+                elif holder != key:
                     line = self._others.setdefault(address, [])
                     if key not in line:
                         line.append(key)
@@ -103,7 +116,8 @@ class AddressClaims:
         endpoint = self._world.endpoints.get(key)
         if endpoint is None or endpoint.kind is not EndpointKind.WORKLOAD:
             return ()
-        return endpoint.addresses or self._lent.get(key, ())
+        lent = self._lent.get(key, ())
+        return lent if lent and set(lent).isdisjoint(endpoint.addresses) else endpoint.addresses
 
     def _give_up(self, key: EndpointKey, address: IPAddress) -> list[EndpointKey]:
         """Take a workload out of the line for an address; those that may have gained by it."""

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Interfaces that the CNI plugin hands over: which is whose, and with which addresses, before the cluster says so.
 
-When a runtime makes a pod's interface, the Pod object has no address yet and may not have arrived.  What the plugin says is
-evidence like the results that runtimes keep (`netpol_ebpf.agent.cni`), and the addresses count until the object has its own.
+When a runtime makes a pod's interface, the Pod object has no address yet, or those of a sandbox that is gone, and may not have
+arrived.  What the plugin says is evidence like the results that runtimes keep (`netpol_ebpf.agent.cni`), and the addresses count
+until the object has one of them.
 
 Invariant: a handover speaks for one pod, by its UID where both sides have one, and for one interface as long as it exists, also
 under the next agent: a file keeps them.  Knows no interface and no policy; `netpol_ebpf.agent.core` does.
@@ -37,6 +38,8 @@ FORMAT = 1
 MOST_BYTES = 1 << 24
 """Of the file, to be read; arbitrary, a hundred times what a full node needs."""
 POD = "Pod"
+FIRST = "eth0"
+"""What containerd and CRI-O call the interface by whose addresses the cluster knows a pod."""
 LONGEST_S = 600
 """As the plugin has it (cni/netpol_cni.c)."""
 
@@ -52,6 +55,11 @@ class Handover:
     peer: tuple[int, int]
     inside: str
     addresses: tuple[IPAddress, ...]
+
+    @property
+    def is_first(self) -> bool:
+        """Whether policy knows the pod by this interface."""
+        return self.inside == FIRST
 
     def is_of(self, uid: str) -> bool:
         """Whether the pod with this UID can be the one that was meant."""
@@ -85,7 +93,7 @@ class Handovers:
         return self._by_pod.keys()
 
     def of(self, pod: EndpointKey) -> list[Handover]:
-        """A pod's, in the order in which they came."""
+        """Those of a pod's interfaces."""
         return [*self._by_pod.get(pod, {}).values()]
 
     def add(self, handover: Handover) -> None:

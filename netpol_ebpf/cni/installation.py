@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import os
 import stat
+import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +33,7 @@ LIST, SINGLE = ".conflist", (".conf", ".json")
 """How the names of configurations end that libcni reads: of lists, and of single plugins."""
 SAVED = ".netpol-saved"
 """At the end of the name of a single plugin's configuration that was made a list."""
+BUILD_HINT = "Build it (make -C cni), or use an image or a package of this architecture that has it."
 MOST_BYTES = 1 << 20
 """Of a configuration; arbitrary, real ones have some kilobytes."""
 
@@ -61,14 +63,10 @@ class Installed:
 def install(bin_dir: Path, conf_dir: Path, settings: PluginSettings) -> list[Path]:
     """Put everything in its place; the files that were written, none when all was there.
 
-    Raises PlatformError when there is no program, or it cannot be written, InvalidInputError when there is no configuration, or
+    Raises PlatformError when the program is not there, does not run here, or cannot be written, InvalidInputError when there is no configuration, or
     one that ours cannot be the last plugin of.
     """
-    try:
-        program = PROGRAM.read_bytes()
-    except OSError as error:
-        hint = "Build it (make -C cni), or use an image or a package that has it."
-        raise PlatformError(f"the CNI plugin is not there: {PROGRAM}: {error.strerror}", hint=hint) from error
+    program = _load_program()
     written = []
     path = bin_dir / TYPE
     try:
@@ -86,9 +84,25 @@ def install(bin_dir: Path, conf_dir: Path, settings: PluginSettings) -> list[Pat
         ) from error
 
 
+def _load_program() -> bytes:
+    """The program, which runs here and speaks the versions that are known here. Raises PlatformError."""
+    try:
+        done = subprocess.run(
+            [PROGRAM], env={"CNI_COMMAND": "VERSION"}, stdin=subprocess.DEVNULL, capture_output=True, check=False
+        )
+        found = json.loads(done.stdout)["supportedVersions"] if done.returncode == 0 else None
+        if found != [*VERSIONS]:
+            raise PlatformError(f"{PROGRAM} is not the CNI plugin of this version", hint=BUILD_HINT)
+        return PROGRAM.read_bytes()
+    except OSError as error:  # not there, or of another architecture
+        raise PlatformError(f"the CNI plugin cannot be run: {PROGRAM}: {error.strerror}", hint=BUILD_HINT) from error
+    except (ValueError, LookupError, TypeError) as error:
+        raise PlatformError(f"{PROGRAM} is not the CNI plugin", hint=BUILD_HINT) from error
+
+
 def first_configuration(conf_dir: Path) -> Path:
     """The one that runtimes take. Raises InvalidInputError when there is none, OSError."""
-    names = sorted(one.name for one in conf_dir.iterdir()) if conf_dir.is_dir() else []
+    names = sorted(one.name for one in conf_dir.iterdir() if one.is_file()) if conf_dir.is_dir() else []
     for name in names:
         if Path(name).suffix in (LIST, *SINGLE):
             return conf_dir / name

@@ -10,7 +10,7 @@ packet's cell has the verdict that `netpol_ebpf.compiler.interpreter` gives the 
 that is missing raises KeyError.
 
 A cause names tier, policy and rule; `netpol_ebpf.policy.provenance.trace` finds the file and line of it in the world that was
-compiled.  What the addresses of an identity have in common (labels, nets, services) says `Compiler.content_of`.
+compiled.  `Compiler.content_of` returns what the addresses of an identity have in common: labels, nets, services.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ _VERSIONS = (4, 6)
 
 @dataclass(frozen=True, slots=True)
 class AddressClass:
-    """Addresses that a policy set does not tell apart: those of some identities. It may be that no address has them."""
+    """Addresses that a policy set does not tell apart: those of some identities. A class may be empty: other rows can hide all its addresses."""
 
     identities: frozenset[int]
 
 
 @dataclass(frozen=True, slots=True)
 class AddressesOfClass:
-    """Where the addresses of a class are found.
+    """The addresses of a class.
 
     ``addresses``: known ones.  ``networks``: all that is in one of them, less known addresses and networks inside that are
     of another class.  ``unknown_versions``: 4, 6 or both, where addresses that no row describes are in the class.
@@ -183,7 +183,7 @@ class TableReader:
         return self._interpreter.identity_of(address)
 
     def addresses_of(self, addresses: AddressClass) -> AddressesOfClass:
-        """Where the addresses of a class are found, in ascending order, IPv4 first."""
+        """The addresses of a class, in ascending order, IPv4 first."""
         identities = sorted(addresses.identities)
         known = [address for identity in identities for address in self._addresses.get(identity, ())]
         networks = [network for identity in identities for network in self._networks.get(identity, ())]

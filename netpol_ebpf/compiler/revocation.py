@@ -111,5 +111,5 @@ def _all(side: EntryVectors | None) -> Iterable[int]:
 
 
 def _loses(old: Outcome, new: Outcome) -> bool:
-    """Less than before: allow is more than continue, continue more than deny."""
+    """Whether an outcome became stricter: from allow to continue or deny, or from continue to deny."""
     return new is not old and (old is Outcome.ALLOW or new is Outcome.DENY)

@@ -54,7 +54,7 @@ class LocalEndpoint:
 
     @property
     def claim(self) -> Claim:
-        """The claim of the endpoint to its addresses: host endpoints after workloads, then by key."""
+        """The endpoint's claim to its addresses; of several the least counts: workloads first, then by key."""
         return (int(self.endpoint.kind is EndpointKind.HOST), self.endpoint.key, self.number)
 
 

@@ -323,7 +323,7 @@ class VipKey:
 
 @dataclass(frozen=True, slots=True)
 class Vip:
-    """An address of services that a node translates, and what is behind it by the slices of all of them."""
+    """An address and port that a node translates, with the backends of all services that have it."""
 
     key: VipKey
     backends: frozenset[tuple[IPAddress, int]] = frozenset()

@@ -25,7 +25,7 @@ def share(value: T) -> T:
 
 
 def share_text(text: str) -> str:
-    """A name that many objects mention; it is forgotten with the last of them."""
+    """A name that many objects contain, stored once; freed with the last of them."""
     return sys.intern(str(text))
 
 

@@ -30,7 +30,7 @@ _Pair = tuple[str, "str | None"]
 
 
 class _SelectorGroup(Generic[S]):
-    """One distinct selector: its ids, and the pairs it waits under (None: it has no cover, and is always tested)."""
+    """One distinct selector: its ids, and the pairs it is indexed under (None: it has no cover, and is always tested)."""
 
     __slots__ = ("ids", "pairs", "selector")
 
@@ -208,7 +208,7 @@ class SelectorIndex(Generic[S, L]):
         return group
 
     def _popularity(self, pairs: tuple[_Pair, ...]) -> tuple[int, int, int]:
-        """How many tests a selector may cost that waits under these pairs; smaller is better."""
+        """How many tests a selector indexed under these pairs may cost; smaller is better."""
         present = sum(value is None for _, value in pairs)
         labelled = sum(self._labels_having(pair) for pair in pairs)
         return (sum(self._mentions[pair] for pair in pairs) + labelled, present, len(pairs))

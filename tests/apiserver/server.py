@@ -116,6 +116,13 @@ class Server:
         """The end of both logs."""
         return "\n".join(path.read_text(errors="replace")[-2000:] for path in sorted(self._directory.glob("*.log")))
 
+    def version(self) -> str:
+        """What the API server says of itself, and which version it behaves as where that is another."""
+        said = self.get("/version").body
+        emulated = f"{said.get('emulationMajor', said['major'])}.{said.get('emulationMinor', said['minor'])}"
+        behaves = "" if emulated == f"{said['major']}.{said['minor']}" else f" as {emulated}"
+        return f"{said['gitVersion']}{behaves}"
+
     def etcd_version(self) -> str:
         """What etcd says of itself."""
         connection = http.client.HTTPConnection("127.0.0.1", self._etcd_port, timeout=60)

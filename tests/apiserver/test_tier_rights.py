@@ -41,10 +41,10 @@ USERS: Mapping[str, tuple[Right, ...]] = {
     "owner": (tier_get("guard"), Right(TIERED, ("guard.*",))),
     "nsowner": (tier_get("guard"), Right(TIERED, ("guard.*",), namespace="dev")),
     "nogettier": (Right(TIERED, ("guard.*",)),),
-    "onename": (tier_get("guard"), Right(("tier.networkpolicies", "tier.stagednetworkpolicies"), ("p-one",))),
+    "onename": (tier_get("guard"), Right(("tier.networkpolicies", "tier.stagednetworkpolicies"), ("p-one", "p-new"))),
     "onenameup": (
         tier_get("guard"),
-        Right(("tier.networkpolicies", "tier.stagednetworkpolicies"), ("p-one",), ("get", "update")),
+        Right(("tier.networkpolicies", "tier.stagednetworkpolicies"), ("p-one", "p-new"), ("get", "update")),
     ),
     "gnpname": (
         tier_get("guard"),
@@ -134,7 +134,9 @@ CASES = (
         tier="guard",
         namespace="prod",
     ),
-    Case("create p-one in guard", "create", "p-one", users(may="onename", may_not="onenameup"), tier="guard"),
+    Case(
+        "create p-new, named by the right", "create", "p-new", users(may="onename", may_not="onenameup"), tier="guard"
+    ),
     Case(
         "create a global one in guard",
         "create",
@@ -333,6 +335,20 @@ def test_a_staged_kubernetes_policy_is_plain_rights(guarded: Server) -> None:
     """It has no tier."""
     answer = Case("", "create", "x", {}).send(guarded, "StagedKubernetesNetworkPolicy", "none")
     assert answer.status == 201, answer.message
+
+
+@pytest.mark.usefixtures("takes_an_empty_tier")
+def test_an_empty_tier_is_the_default_one(guarded: Server) -> None:
+    """It is no way round the rights, whatever definition is installed."""
+    case = Case("", "create", "x", {}, tier="")
+    assert {
+        user: case.send(guarded, "StagedNetworkPolicy", user).status for user in ("none", "owner", "alltiers", "dev")
+    } == {
+        "none": 403,
+        "owner": 403,
+        "alltiers": 201,
+        "dev": 201,
+    }
 
 
 def test_a_built_in_tier_cannot_be_deleted(guarded: Server) -> None:

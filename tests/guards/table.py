@@ -32,6 +32,7 @@ LIFETIMES = "tests/netns/test_border_lifetimes.py::"
 
 BONDS = "tests/unit/test_agent_assignments.py::"
 IDENTITY = "tests/netns/test_identity.py::"
+HANDOVER = "tests/unit/test_agent_handover.py::"
 
 ANNOUNCED = " and route.protocol not in ANNOUNCED:"
 IS_FROM_NODE = "!skb->ingress_ifindex && (skb->sk || skb->mark & config->node_mark)"
@@ -307,10 +308,10 @@ GUARDS = (
     Guard(
         "node-groups",
         "groups that the node has joined are the node",
-        "netpol_ebpf/agent/node.py",
+        "netpol_ebpf/agent/kernel_network.py",
         (
             "found = dict.fromkeys(groups, GROUP)",
-            "found: dict[netlink.IPAddress, Meaning] = {}",
+            "found: dict[IPAddress, Meaning] = {}",
         ),
         (f"{NODE}test_closed_node_has_no_other_door[all-6]",),
     ),
@@ -405,7 +406,7 @@ GUARDS = (
     Guard(
         "number-of-several-rows",
         "a number that the rows of several interfaces have tells nothing",
-        "netpol_ebpf/agent/core.py",
+        "netpol_ebpf/agent/enforcement.py",
         (" if users[number] == 1}", "}"),
         ("tests/unit/test_agent_core.py::test_number_that_the_rows_give_to_several_is_nobody_s",),
     ),
@@ -449,5 +450,51 @@ GUARDS = (
             f"{BONDS}test_doubt_is_told_and_changes_nothing",
             f"{IDENTITY}test_node_s_end_with_a_prefix_leaves_no_pod_open",
         ),
+    ),
+    # --- what the CNI plugin hands over
+    Guard(
+        "handover-root",
+        "only root may hand an interface over",
+        "netpol_ebpf/agent/control_socket.py",
+        ("elif operation in self.waits and client.user != 0:", "elif operation in self.waits and client.user < 0:"),
+        ("tests/unit/test_agent_control_socket.py::test_an_operation_of_root_alone",),
+    ),
+    Guard(
+        "handover-uid",
+        "an interface is not that of a pod before, of the same name",
+        "netpol_ebpf/agent/handover.py",
+        ("return not self.uid or not uid or self.uid == uid", "return True"),
+        (f"{HANDOVER}test_an_older_pod_of_that_name",),
+    ),
+    Guard(
+        "handover-peer",
+        "the interface's other end is where the plugin saw it",
+        "netpol_ebpf/agent/core.py",
+        ("(link.name, link.peer) == (handed.name, handed.peer)", "link.name == handed.name"),
+        (f"{HANDOVER}test_an_interface_that_is_not_as_handed_over",),
+    ),
+    Guard(
+        "handover-in-force",
+        "a pod does not start before its rows are in the kernel and bound to its interface",
+        "netpol_ebpf/agent/core.py",
+        (
+            "if self._in_force.world.endpoints.get(key) != endpoint or binding is None or binding.ifindex != handed.ifindex:",
+            "if endpoint is None:",
+        ),
+        (f"{HANDOVER}test_the_pod_is_there_first", f"{HANDOVER}test_a_change_that_was_refused"),
+    ),
+    Guard(
+        "handover-programs",
+        "a pod does not start before its interface has the programs",
+        "netpol_ebpf/agent/core.py",
+        ('return "" if handed.ifindex in self.attached else', 'return "" if handed.ifindex else'),
+        (f"{HANDOVER}test_programs_that_cannot_be_put_on",),
+    ),
+    Guard(
+        "plugin-pair",
+        "the plugin takes an interface of the node for the pod's only if that one says so too",
+        "cni/link.c",
+        ("if (node.link != pod.ifindex || node.link_nsid != nsid)", "if (node.link_nsid == nsid + 1)"),
+        ("tests/netns/test_cni_plugin.py::test_another_namespace",),
     ),
 )

@@ -29,16 +29,15 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from agent_scene import CLUSTER, DEADLINE_S, NODE, Scene, scene_in, wait_for
-from border_scene import NODE_ADDRESS, WORLD, ip
+from agent_scene import DEADLINE_S, NODE, Scene, lab_for, render_nodes, scene_in, wait_for
+from border_scene import NODE_ADDRESS, WORLD, has_device, ip
 from cni_chain import CniError, PluginList, Sandbox
 from network_scene import PLUGINS_DIR
 
 from netpol_ebpf.agent.control_socket import SOCKET_NAME, ask
 from netpol_ebpf.lab.guard import NETNS_DIR
 from netpol_ebpf.lab.laboratory import SETTINGS_ROUTER, Lab
-from netpol_ebpf.lab.scene import INTERNET, plan_for
-from netpol_ebpf.resources.load import parse_documents
+from netpol_ebpf.lab.scene import INTERNET
 
 pytestmark = pytest.mark.netns
 
@@ -46,6 +45,8 @@ ROOT = Path(__file__).parents[2]
 ROUNDS = 1000 if os.environ.get("NETPOL_FAULTS") == "long" else 24
 GROUP = 8
 """Pods at a time."""
+TIMEOUT_S = 50
+"""How long an ADD waits: the plugin gives up, and says why, before its caller does."""
 ALLOWED, DENIED = 5432, 5433
 POLICY = f"""\
 apiVersion: networking.k8s.io/v1
@@ -61,7 +62,7 @@ POD = """\
 ---
 apiVersion: v1
 kind: Pod
-metadata: {{name: {name}, namespace: shop, uid: {uid}, labels: {{app: narrow}}}}
+metadata: {{name: {name}, namespace: shop, uid: "{uid}", labels: {{app: narrow}}}}
 spec: {{nodeName: node-1, containers: [{{name: c, image: x}}]}}
 status: {{phase: Pending}}
 """
@@ -148,21 +149,16 @@ class Plugged:
 @contextlib.contextmanager
 def plugged(home: Path, network: str) -> Iterator[Plugged]:
     """A node with an agent, and a runtime with a network and our plugin behind it."""
-    pin_root = Path(f"/sys/fs/bpf/netpol-test-cni-{os.getpid()}-{secrets.token_hex(3)}")
-    cluster = CLUSTER.split("---\napiVersion: v1\nkind: Pod", maxsplit=1)[0]
+    cluster = render_nodes("172.30.0.{}")
     with contextlib.ExitStack() as stack:
-        lab = stack.enter_context(
-            Lab(plan_for(parse_documents(cluster, "cluster.yaml").check()), directories=[pin_root])
-        )
+        lab = stack.enter_context(lab_for(cluster))
         lab.prober.write_settings(NODE, SETTINGS_ROUTER)
         ip(lab, INTERNET, f"route add 10.41.0.0/16 via {NODE_ADDRESS[4]} dev node0 onlink src {WORLD[4]}")
-        binaries = home / "bin"
-        binaries.mkdir()
-        subprocess.run(["make", "-s", "-C", ROOT / "cni", f"OUT={binaries / 'netpol-cni'}"], check=True)
-        scene = stack.enter_context(scene_in(lab, home / "home", pin_root / "own"))
-        (scene.manifests / "db.yaml").unlink()
-        scene.write("cluster.yaml", cluster)
-        scene.write("policy.yaml", POLICY)
+        binaries, configurations = home / "bin", home / "net.d"
+        configurations.mkdir()
+        subprocess.run(["make", "-s", "-C", ROOT / "cni"], check=True)
+        manifests = {"cluster.yaml": cluster, "policy.yaml": POLICY}
+        scene = stack.enter_context(scene_in(lab, home / "home", manifests))
         ipam = {
             "type": "host-local", "ranges": [[{"subnet": "10.41.0.0/16"}]], "routes": [{"dst": "0.0.0.0/0"}],
             "dataDir": str(home / "ipam"),
@@ -171,15 +167,20 @@ def plugged(home: Path, network: str) -> Iterator[Plugged]:
             "cniVersion": "1.0.0", "name": "pods",
             "plugins": [
                 {**NETWORKS[network], "ipam": ipam}, {"type": "portmap", "capabilities": {"portMappings": True}},
-                {"type": "netpol-cni", "socket": str(scene.state_dir / SOCKET_NAME), "timeout": 120},
             ],
         }  # fmt: skip
-        file = home / "10-pods.conflist"
+        file = configurations / "10-pods.conflist"
         file.write_text(json.dumps(chain))
+        places = ("--dir", str(binaries), "--conf-dir", str(configurations))
+        done = scene.ctl("cni", "install", *places, "--state-dir", str(scene.state_dir), "--timeout", str(TIMEOUT_S))
+        assert done.returncode == 0, done.stderr
         scene.start()
         world = {port: stack.enter_context(socket_in(lab.namespace_of[INTERNET], port)) for port in (ALLOWED, DENIED)}
         found = Plugged(scene, PluginList(lab, file, [PLUGINS_DIR, binaries]), world)
         yield found
+        done = scene.ctl("cni", "remove", *places)
+        assert done.returncode == 0, done.stderr
+        assert json.loads(file.read_text()) == chain
 
 
 @pytest.fixture(scope="module", params=NETWORKS)
@@ -192,6 +193,8 @@ def lasting(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 def node(lasting: Plugged) -> Iterator[Plugged]:
     """A node without pods."""
     before = lasting.plugins.file.read_text()
+    for one in lasting.world.values():
+        receive_all(one)  # what came late of a test before
     yield lasting
     lasting.plugins.file.write_text(before)
     if lasting.scene.process is None or lasting.scene.process.poll() is not None:
@@ -344,6 +347,50 @@ def test_an_agent_that_is_late(node: Plugged) -> None:
     assert node.endpoints()["Pod/shop/patient"]["state"] == "enforced"
 
 
+def test_the_next_agent_keeps_the_pod_open(node: Plugged) -> None:
+    """An agent that is killed before the object has an address leaves a pod that the next one knows."""
+    one = node.sandbox("kept")
+    node.scene.write("pods.yaml", render(one))
+    node.plugins.add(one)
+    node.scene.kill()
+    node.scene.start()
+    assert node.plugins.call_last("CHECK", one) is None
+    assert node.endpoints()["Pod/shop/kept"]["evidence"] == "cni"
+    with socket_in(one.namespace) as sender:
+        for port in (DENIED, ALLOWED):
+            sender.sendto(b"kept", (WORLD[4], port))
+        assert select.select([node.world[ALLOWED]], [], [], DEADLINE_S)[0]
+    assert [receive_all(node.world[port]) for port in (ALLOWED, DENIED)] == [[b"kept"], []]
+
+
+def test_without_the_plugin(node: Plugged, record_property: Callable[[str, object], None]) -> None:
+    """Measures how long a pod waits for its network when ADD does not wait for policy; nothing is asserted but that it ends."""
+    document = json.loads(node.plugins.file.read_text())
+    node.plugins.file.write_text(json.dumps({**document, "plugins": document["plugins"][:-1]}))
+    taken_ms: list[float] = []
+    for number in range(5):
+        one = node.sandbox(f"bare{number}")
+        node.scene.write("pods.yaml", render(one))
+        node.plugins.add(one)
+        (address,) = one.addresses
+        added_s = time.monotonic()
+        status = f"phase: Running, podIPs: [{{ip: {address}}}]"
+        node.scene.write("pods.yaml", render(one).replace("phase: Pending", status))
+        with socket_in(one.namespace) as sender:
+            wait_for(lambda: passes(node, sender), "the pod has its network")
+        taken_ms.append((time.monotonic() - added_s) * 1000)
+    record_property("closed_ms", taken_ms)
+    print(
+        f"without the plugin: closed for {statistics.median(taken_ms):.0f} ms (median), {max(taken_ms):.0f} ms (most)"
+    )
+
+
+def passes(node: Plugged, sender: socket.socket) -> bool:
+    """Whether a packet that policy allows comes out of a pod."""
+    sender.sendto(b"bare", (WORLD[4], ALLOWED))
+    return bool(select.select([node.world[ALLOWED]], [], [], 0.01)[0] and receive_all(node.world[ALLOWED]))
+
+
 def test_check_gc_and_status(node: Plugged) -> None:
     """CHECK says whether policy is in force; GC does nothing; STATUS says whether there is an agent."""
     one = node.sandbox("checked")
@@ -364,8 +411,8 @@ def test_check_gc_and_status(node: Plugged) -> None:
     assert caught.value.error["code"] == 50
 
 
-def test_another_namespace(node: Plugged) -> None:
-    """A path that is no network namespace's, and an interface that is not there, are errors, whatever the posture."""
+def test_another_namespace(node: Plugged, record_property: Callable[[str, object], None]) -> None:
+    """A path that is no network namespace's, and an interface that is not there, are errors, whatever the posture; so is one without a pair."""
     node.configure(posture="open")
     one = node.sandbox("other")
     node.scene.write("pods.yaml", render(one))
@@ -378,7 +425,15 @@ def test_another_namespace(node: Plugged) -> None:
     with pytest.raises(CniError) as caught:
         node.plugins.call_last("CHECK", one)
     assert (caught.value.error["code"], caught.value.error["details"]) == (3, "eth0")
-    ip(node.lab, NODE, f"-n {one.namespace} link add eth0 type bridge")
-    with pytest.raises(CniError) as caught:
-        node.plugins.call_last("CHECK", one, posture="closed")
-    assert caught.value.error["code"] == 100
+    made = {
+        "bridge": [f"-n {one.namespace} link add eth0 type bridge"],
+        "macvlan": ["link add link eth0 name sole0 type macvlan", f"link set sole0 netns {one.namespace} name eth0"],
+    }
+    kinds = [kind for kind in made if has_device(node.lab, kind, below="eth0" if kind == "macvlan" else "")]
+    record_property("kinds", ", ".join(kinds))
+    for kind in kinds:
+        ip(node.lab, NODE, *made[kind])
+        with pytest.raises(CniError) as caught:
+            node.plugins.call_last("CHECK", one, posture="closed")
+        assert caught.value.error["code"] == 100, kind
+        ip(node.lab, NODE, f"-n {one.namespace} link del eth0")

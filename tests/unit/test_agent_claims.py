@@ -98,8 +98,8 @@ def test_nothing_is_left_of_what_went() -> None:
     assert (cluster.claims._holders, cluster.claims._others, cluster.claims._addresses) == ({}, {}, {})
 
 
-def test_lent_addresses_count_until_there_are_own_ones() -> None:
-    """A workload without an address has the ones lent to it, in the same line as all others, and no longer than it needs them."""
+def test_lent_addresses_count_until_the_object_has_one() -> None:
+    """A workload has the addresses lent to it, in the same line as all others, until its object has one of them."""
     cluster = Cluster()
     cluster.change(a=(ONE,), b=(), c=())
     assert cluster.claims.lend(B, (ONE, TWO))
@@ -112,9 +112,27 @@ def test_lent_addresses_count_until_there_are_own_ones() -> None:
     cluster.change(b=(TWO,))
     cluster.check(b=(TWO,), c=())
     assert cluster.claims.holder(ONE) is None
+    cluster.change(b=(ip_address("10.0.0.3"),))
+    cluster.check(b=(ONE, TWO), c=())
     cluster.change(b=())
     cluster.check(b=(ONE, TWO), c=())
     assert cluster.claims.lend(B, ())
     cluster.change(b=())
     cluster.check(b=(), c=())
     assert [*cluster.claims.borrowers] == []
+
+
+def test_a_lent_address_passes_from_who_has_no_interface() -> None:
+    """What the node's runtime gave to one is not another's whose object says so from before; with an interface it stays."""
+    cluster = Cluster()
+    cluster.change(a=(ONE,), b=())
+    assert cluster.claims.lend(B, (ONE,))
+    cluster.change(b=())
+    cluster.check(a=(ONE,), b=())
+    changes = Changes(endpoints={B: cluster.world.endpoints[B]})
+    cluster.claims.apply_changes(changes, is_idle=lambda key: key == A)
+    assert {key: one and one.addresses for key, one in changes.endpoints.items()} == {A: (), B: (ONE,)}
+    assert list(cluster.claims.disputes()) == [(ONE, B, A)]
+    cluster.seen = {A: (), B: (ONE,)}
+    cluster.change(b=None)
+    cluster.check(a=(ONE,))

@@ -26,6 +26,11 @@ CHAIN = {"cniVersion": "1.0.0", "name": "pods", "disableCheck": True, "plugins":
 SINGLE = {"cniVersion": "0.3.1", "name": "pods", **BRIDGE, "x": 12345678901234567890}
 
 
+def program(comment: str, versions: object = VERSIONS) -> bytes:
+    """A program that says what the plugin would of its versions."""
+    return f"#!/bin/sh\n# {comment}\necho '{json.dumps({'supportedVersions': versions})}'\n".encode()
+
+
 class Runtime:
     """A runtime's directories."""
 
@@ -57,9 +62,10 @@ class Runtime:
 @pytest.fixture
 def runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Runtime:
     """A runtime, and a program to install."""
-    program = tmp_path / "built"
-    program.write_bytes(b"\x7fELF one")
-    monkeypatch.setattr(installation, "PROGRAM", program)
+    built = tmp_path / "built"
+    built.write_bytes(program("one"))
+    built.chmod(0o755)
+    monkeypatch.setattr(installation, "PROGRAM", built)
     return Runtime(tmp_path)
 
 
@@ -74,8 +80,8 @@ def test_a_list_gets_it_at_its_end(runtime: Runtime) -> None:
     assert list(runtime.read("10-pods.conflist")) == list(CHAIN)
     assert runtime.read("20-other.conflist") == CHAIN
     assert first.stat().st_mode & 0o777 == 0o640
-    program = runtime.bin_dir / "netpol-cni"
-    assert (program.read_bytes(), program.stat().st_mode & 0o777) == (b"\x7fELF one", 0o755)
+    written = runtime.bin_dir / "netpol-cni"
+    assert (written.read_bytes(), written.stat().st_mode & 0o777) == (program("one"), 0o755)
     assert runtime.install() == []
     assert [path.name for path in runtime.bin_dir.iterdir()] == ["netpol-cni"]
     assert runtime.names() == ["05-readme.txt", "10-pods.conflist", "20-other.conflist"]
@@ -177,20 +183,35 @@ def test_a_new_version_of_the_program(runtime: Runtime) -> None:
     runtime.write("10-pods.conflist", CHAIN)
     runtime.install()
     before = (runtime.bin_dir / "netpol-cni").stat().st_ino
-    installation.PROGRAM.write_bytes(b"\x7fELF two")
+    installation.PROGRAM.write_bytes(program("two"))
     with (runtime.bin_dir / "netpol-cni").open("rb") as running:
         assert runtime.install() == ["netpol-cni"]
-        assert running.read() == b"\x7fELF one"
+        assert running.read() == program("one")
     assert (runtime.bin_dir / "netpol-cni").stat().st_ino != before
 
 
-def test_no_program(runtime: Runtime) -> None:
-    """Without the program nothing is written that names it."""
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "cannot be run"),
+        (b"\x7fELF of another machine", "cannot be run"),
+        (program("", ["0.1.0"]), "not the CNI plugin of this version"),
+        (b"#!/bin/sh\nexit 1\n", "not the CNI plugin"),
+        (b"#!/bin/sh\necho []\n", "is not the CNI plugin"),
+        (b"#!/bin/sh\n", "is not the CNI plugin"),
+    ],
+)
+def test_no_program(runtime: Runtime, content: bytes | None, message: str) -> None:
+    """Without a program that runs here nothing is written that names it: every pod's start would fail."""
     runtime.write("10-pods.conflist", CHAIN)
-    installation.PROGRAM.unlink()
-    with pytest.raises(PlatformError, match="the CNI plugin is not there"):
+    if content is None:
+        installation.PROGRAM.unlink()
+    else:
+        installation.PROGRAM.write_bytes(content)
+    with pytest.raises(PlatformError, match=message):
         runtime.install()
     assert runtime.read("10-pods.conflist") == CHAIN
+    assert not runtime.bin_dir.exists()
 
 
 def test_it_follows_others(runtime: Runtime, caplog: pytest.LogCaptureFixture) -> None:
@@ -272,9 +293,11 @@ def test_the_plugin_knows_the_same(runtime: Runtime) -> None:
     assert bounds == {"TIMEOUT_S": TIMEOUT_S, "LONGEST_S": LONGEST_S}
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="netpolctl cleanup is for root")
-def test_cleanup_takes_it_away(runtime: Runtime, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_cleanup_takes_it_away(
+    runtime: Runtime, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """`netpolctl cleanup` removes the plugin before anything else: no pod may wait for an agent that does not come back."""
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
     runtime.write("10-pods.conflist", CHAIN)
     runtime.install()
     options = [

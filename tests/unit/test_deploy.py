@@ -13,7 +13,9 @@ import yaml
 
 from netpol_ebpf.agent.main import DEFAULT_STATE_DIR, build_parser
 from netpol_ebpf.resources.calico import BUILT_IN_TIERS
+from netpol_ebpf.resources.load import load_paths
 from netpol_ebpf.resources.schema_calico import RESOURCES
+from netpol_ebpf.resources.types import Tier
 from netpol_loader.pins.compiled import CACHE_DIR
 from netpol_loader.pins.doctor import CAPABILITIES
 
@@ -73,3 +75,19 @@ def test_the_guard_of_tiers_names_the_built_in_ones() -> None:
     """Those of the parser, no more."""
     (validation,) = admission("built-in-tiers")["validations"]
     assert set(re.findall(r"'([^']+)'", validation["expression"])) == set(BUILT_IN_TIERS)
+
+
+def test_the_chart_and_the_kustomization_have_every_admission_policy() -> None:
+    """The chart has all files, one label policy or the other; the kustomization those that any API server takes."""
+    folder = DEPLOY / "admission"
+    files = {path.name for path in folder.glob("*.yaml")} - {"Chart.yaml", "kustomization.yaml"}
+    template = (folder / "templates" / "admission.yaml").read_text()
+    assert set(re.findall(r'"([a-z-]+\.yaml)"', template)) == files
+    kustomization = yaml.safe_load((folder / "kustomization.yaml").read_text())
+    assert set(kustomization["resources"]) == files - {"tier-label.yaml", "tier-label-check.yaml"}
+
+
+def test_the_built_in_tiers_are_those_of_the_parser() -> None:
+    """As objects they say what is in force without them."""
+    tiers = load_paths([DEPLOY / "tiers.yaml"]).check()
+    assert {one.meta.name: (one.order, one.default_action) for one in tiers if isinstance(one, Tier)} == BUILT_IN_TIERS

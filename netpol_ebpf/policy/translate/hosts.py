@@ -27,7 +27,7 @@ _SUFFIX = "auto-hep"
 
 
 def with_failsafes(settings: PolicySettings, configurations: Iterable[resources.FelixConfiguration]) -> PolicySettings:
-    """Settings with the lists that these objects give; a list that one does not give stays."""
+    """Settings with the failsafe lists of these objects; a list that no object has stays as it was."""
     of_nodes: dict[tuple[str, Direction], tuple[Failsafe, ...]] = {}
     for one in configurations:
         inbound, outbound = _failsafes(one.failsafe_inbound), _failsafes(one.failsafe_outbound)
