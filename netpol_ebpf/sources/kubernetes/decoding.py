@@ -195,7 +195,7 @@ _FIELDS: Mapping[str, Any] = {
 }
 """By kind; what is not here is decoded whole."""
 
-_ANNOTATIONS_READ = ("projectcalico.org/", "vpc.amazonaws.com/")
+_ANNOTATIONS_READ = ("projectcalico.org/", "vpc.amazonaws.com/", "kubernetes.io/config.mirror")
 """Of the cluster's own objects, those with one of these in their key; others may hold a whole manifest."""
 
 # `continue` is a keyword of Python, so a class cannot declare it.
