@@ -39,7 +39,7 @@ from netpol_ebpf.lab.laboratory import Lab
 from netpol_ebpf.lab.probe import CLONE_NEWNET
 from netpol_ebpf.lab.topology import Host, IPAddress
 from netpol_ebpf.policy.types import Direction, World
-from netpol_loader.host.barrier import BarrierTables, Layout
+from netpol_loader.host.barrier import BarrierSpec, BarrierTables
 from netpol_loader.kernel import syscall
 from netpol_loader.pins import attach
 from netpol_loader.pins.attach import Mechanism
@@ -201,7 +201,7 @@ class Site:
         marks = BarrierSettings().marks
         if self._applier is not None:
             self._applier.set_marks(marks)  # who drops by the sign comes behind those who write it
-        self.in_node(lambda: tables.write(Layout(marks, workloads=frozenset(self.interfaces))))
+        self.in_node(lambda: tables.write(BarrierSpec(marks, workloads=frozenset(self.interfaces))))
 
     def borrow_addresses(self, *, allowed: bool) -> None:
         """Whether the peer may ask as somebody else. For comparing verdicts yes, for measuring no: that is the usual case."""

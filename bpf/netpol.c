@@ -3,7 +3,7 @@
 // A packet's way through the policy of one interface.  A program for each hook, and two that they call (enum np_call);
 // read them from the bottom up:
 //
-//     np_tc          the fast path, else: the packet's facts and whose it is -> np_frame -> np_conclude
+//     np_tc          the fast path, else: the packet and its endpoint -> np_frame -> np_conclude
 //     np_frame       frame -> ARP | IPv4 | IPv6 | the rest
 //     np_ip          parse -> messages of the link -> what nobody may send -> fragment -> np_sender -> np_ip_own
 //     np_ip_own      established connection: done
@@ -16,9 +16,9 @@
 // Each step returns why the packet passes or is dropped (enum np_reason), or NP_REASON_NONE: the next step decides.  A
 // call does not return; what the called program needs is in np_scratch, so it is verified by itself.
 //
-// Invariants.  Whatever is not understood is dropped, and counted under a reason.  A verdict carries the rule of the
-// table entry that decided.  A packet of an established connection costs at most one look-up in the table of
-// connections after parsing, no time call and no tail call.  A call that fails drops the packet and is counted.
+// Invariants.  A packet that the program cannot read is dropped, and counted under a reason.  A verdict carries the
+// rule of the table entry that decided.  A packet of an established connection costs at most one look-up in the table
+// of connections after parsing, no time call and no tail call.  A call that fails drops the packet and is counted.
 //
 // Files, in the order of use: np_lang (words), np_abi (what is shared), np_maps (tables), np_parse, np_ctx (what the
 // steps tell each other), np_count, np_event, np_bucket (addresses and classes), np_endpoint (whose), np_outside (from
@@ -83,7 +83,7 @@ NP_INLINE int np_is_new_flow(int reason)
     return reason == NP_REASON_POLICY_ALLOW || reason == NP_REASON_HOST || reason == NP_REASON_SELF;
 }
 
-// Let the packet pass; where it comes in, with the sign that it was seen.
+// Let the packet pass; where it enters the node, with the sign that the program saw it.
 NP_INLINE int np_pass(struct __sk_buff *skb, const struct np_ctx *ctx)
 {
     if (ctx->arrival->hook == NP_HOOK_INGRESS)
@@ -91,7 +91,7 @@ NP_INLINE int np_pass(struct __sk_buff *skb, const struct np_ctx *ctx)
     return ctx->ep->end_chain ? NP_PASS_ALONE : NP_PASS;
 }
 
-// Count, tell whoever wants to know, and say to the kernel what becomes of the packet.
+// Count the packet, report it as an event if that is wanted, and return the verdict to the kernel.
 NP_INLINE int np_conclude(struct __sk_buff *skb, struct np_ctx *ctx, int reason)
 {
     struct np_decision *decision = ctx->decision;
@@ -137,7 +137,7 @@ NP_INLINE int np_exempt(const struct np_ctx *ctx, const int hook, const int vers
     return NP_REASON_NONE;
 }
 
-// What kind of flow a first packet begins: NP_CONN_DEFERRED, NP_CONN_FORWARDED.
+// The kind of flow that a first packet begins: NP_CONN_DEFERRED, NP_CONN_FORWARDED.
 NP_INLINE __u8 np_ip_kind(const struct np_ctx *ctx, struct np_tuple *tuple, const int hook, const int version)
 {
     int is_host = (ctx->ep->endpoint_flags & NP_ENDPOINT_HOST) != 0;
@@ -394,7 +394,7 @@ NP_INLINE int np_ip_ask(struct __sk_buff *skb, struct np_ctx *ctx, struct np_scr
     return np_ip_verdict(skb, ctx, scratch, version);
 }
 
-// Everything but a packet in the middle of an established connection.
+// The slow path: every packet but those of established connections.
 NP_INLINE int np_ip_slow(struct __sk_buff *skb, struct np_ctx *ctx, union np_conn_key *key, struct np_scratch *scratch,
                          const int hook, const int version)
 {
@@ -499,7 +499,7 @@ NP_INLINE int np_ip_own(struct __sk_buff *skb, struct np_ctx *ctx, struct np_scr
     return np_ip_slow(skb, ctx, key, scratch, hook, version);
 }
 
-// Malformed. That is no business of ours on an interface without policy.
+// Malformed packets: dropped, but not on an interface without policy.
 NP_INLINE int np_malformed(struct np_ctx *ctx, int reason)
 {
     return ctx->ep->endpoint_flags & NP_ENDPOINT_UPLINK && !ctx->ep->sender ? NP_REASON_UPLINK : reason;
@@ -555,7 +555,7 @@ NP_INLINE int np_ip(struct __sk_buff *skb, const struct np_bytes *bytes, struct 
     return np_ip_own(skb, ctx, scratch, hook, version);
 }
 
-// Neither IP nor ARP: nothing that a workload may send or get; a host interface may.
+// Neither IP nor ARP: a workload may neither send nor get such packets; a host interface may.
 NP_INLINE int np_not_ip(struct np_ctx *ctx)
 {
     if (ctx->ep->missing)

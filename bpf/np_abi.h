@@ -55,7 +55,6 @@
 #define NP_TAG_JIFFIES 64 // in a unit of a tag's time
 #define NP_TAG_OWNED_UNITS 64 // how long a slot is its owner's: longer than anybody writes
 
-#define NP_FAMILY_CLASSES 2 // the most classes of a side of whose address no rule asks for more than the family
 #define NP_HOST_SETS 8 // policy sets of a host endpoint: stage * 2 + direction
 #define NP_SCRATCH_WORDS 76 // working memory of one packet, in units of 8 bytes
 
@@ -272,13 +271,14 @@ struct np_set {
     __u32 number; // key part of np_peer_class; sets that tell peers apart alike share it
     __u16 default_class4; // class of IPv4 identities without a row
     __u16 default_class6; // and of IPv6 ones: a rule on 0.0.0.0/0 tells the families apart
-    __u32 peer_classes; // bound of the peer class; up to NP_FAMILY_CLASSES: no rule asks for more than its family
+    __u32 peer_classes; // bound of the peer class
     __u32 own_set; // the same for the endpoint's own side; 0: constant
     __u16 own_default_class4;
     __u16 own_default_class6;
-    __u32 own_classes; // bound of the own class, likewise; 1 when own_set is 0
+    __u32 own_classes; // bound of the own class; 1 when own_set is 0
     __u32 l4_base; // first row in np_l4_col for destination atoms
-    __u32 l4_classes; // 1: the L4 dimension is constant
+    __u16 l4_classes; // 1: the L4 dimension is constant
+    __u16 asks_source; // 1: an enforced rule matches on who owns the source address, or on the source port
     __u32 source_base; // first row in np_l4_col for source port atoms
     __u32 source_classes; // 1: no rule uses source ports
     __u32 verdict_base;
@@ -513,8 +513,9 @@ _Static_assert(sizeof(struct np_count) == 16, "np_count");
 
 // --- connections -----------------------------------------------------------------------------------------------------
 
-// One key for both directions of a leg: local is the endpoint's side, whoever sent the packet. An ICMP query has its
-// identifier in the port of the side that asks, 0 in the other; protocols without ports have 0 in both.
+// One key for both directions of a connection at one endpoint: local is the endpoint's side, whoever sent the packet.
+// An ICMP query has its identifier in the port of the side that asks, 0 in the other; protocols without ports have 0 in
+// both.
 struct np_conn4_key {
     __u32 endpoint; // number, not ifindex: an interface may be replaced
     __u8 local[4];

@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause
 //
-// Look-ups in buckets: the rows of one hash lie in one cache line, so a look-up costs one fetch and at most five
-// compares, whatever is in the table.  The writer is netpol_loader/tables/buckets.py, which has the same hashes.
+// Look-ups in the bucketed tables of policy.  The rows of one hash lie in one cache line, so a look-up costs one fetch
+// and at most five compares, whatever the size of the table.  netpol_loader/tables/buckets.py writes them and has the
+// same hashes.
 //
-// What was found goes through the leg, which is in a map: the verifier then does not walk all that follows once for
-// each row of the bucket.
+// The result of a look-up goes through the endpoint context, which is in a map: so the verifier does not walk the code
+// after it once for each row of the bucket.
 #pragma once
 
 #include "np_ctx.h"
@@ -87,10 +88,11 @@ NP_INLINE const struct np_addr *np_addr_find(struct np_ctx *ctx, const __u32 *ad
     return found;
 }
 
-// The class that a bucket has for one of a block's identities; NP_CLASS_NONE when none, and `more` when to ask further.
+// The class of one identity of a block in its bucket; NP_CLASS_NONE: none.  `more`: the overflow map has rows of the
+// bucket.
 NP_INLINE __u32 np_class_seek(const struct np_peer_bucket *bucket, __u32 set, __u32 block, __u32 index, __u32 *more)
 {
-    np_forget(index); // the compiler knows its range, the verifier has to be shown one
+    np_forget(index); // the compiler knows its range, the verifier must see it
     index &= 31; // within a bucket from either line
 #pragma unroll
     for (int i = 0; i < NP_BUCKET_LINES; i++) {
@@ -103,7 +105,7 @@ NP_INLINE __u32 np_class_seek(const struct np_peer_bucket *bucket, __u32 set, __
     return NP_CLASS_NONE;
 }
 
-// The class of an identity, as the policy set `set` and those that share its number tell peers apart.
+// The peer class of an identity in policy set `set`.
 NP_INLINE __u32 np_class_of(struct np_ctx *ctx, __u32 set, __u32 identity, __u32 default_class)
 {
     __u32 *found = &ctx->ep->class;

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause
 //
-// Policy: from a leg (local and remote address, ports, protocol) to a verdict, in four steps, each one look-up whatever
-// the number of rules:
+// Policy: from a tuple (local and remote address, ports, protocol) to a verdict, in four steps, each one look-up
+// whatever the number of rules:
 //
 //   1. peer address -> identity     np_addr (exact), else np_cidr (longest prefix), else the world of its family
 //   2. identity     -> peer class   np_peer_class, else the set's default for the family; the same for the own
@@ -10,21 +10,21 @@
 //      the source port where a rule of the set uses source ports
 //   4. the classes  -> verdict      np_verdict
 //
-// A look-up that finds nothing where something must be denies, with a reason of its own.
+// A look-up that finds no row where one must be denies, with a reason of its own.
 #pragma once
 
 #include "np_endpoint.h"
 #include "np_ctx.h"
 #include "np_maps.h"
 
-// Whether a destination is one of the node's own addresses: asked twice of most packets, looked up once.
+// Whether a destination is one of the node's own addresses. Most packets need it twice; it is looked up once.
 enum np_to_node {
     NP_TO_NODE_UNASKED = 0,
     NP_TO_NODE_NO = 1,
     NP_TO_NODE_YES = 2,
 };
 
-// What is asked: the first packet of a flow, as policy sees it.
+// The input of policy: the first packet of a flow.
 struct np_tuple {
     __u32 source[4];
     __u32 destination[4]; // right behind the source

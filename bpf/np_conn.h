@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause
 //
-// Connections: which one a packet belongs to, whether that is still alive, how it moves on.  Knows nothing of policy: a
-// connection only says under which generation policy allowed it, and who may re-judge it with the first packet's tuple.
+// Connections: which one a packet belongs to, whether it is alive, and its state.  Knows nothing of policy: a
+// connection says under which generation policy allowed it, and has the first packet's tuple for a later judgement.
 //
-// A connection is unreplied until its first reply, and then open.  A new one does not touch an established one with the
-// same tuple: else anybody could end connections by a SYN with a forged source.  Its reply does.
+// A connection is unreplied until its first reply, then established.  A new connection does not touch an established
+// one with the same tuple: else a SYN with a forged source could end connections.  The reply to the new one replaces
+// it.
 #pragma once
 
 #include "np_ctx.h"
@@ -12,8 +13,8 @@
 
 #define NP_ICMP_HEADER_BYTES 8
 
-// What was found under a key: a copy, all of one connection, since another processor may give the place to another one
-// at any time.
+// The result of a look-up, copied: another processor may give the slot to another connection at any time.  All fields
+// are of one connection.
 struct np_found {
     __u32 generation; // of struct np_conn, as all that follow the first two flags
     __u32 rule;
@@ -26,7 +27,7 @@ struct np_found {
     __u8 pad[2];
 };
 
-// The leg's key for a pair of addresses and ports; `from_endpoint`: the source is the endpoint's side.
+// The connection key for a pair of addresses and ports; `from_endpoint`: the source is the endpoint's side.
 NP_INLINE void np_conn_key_set(union np_conn_key *key, const struct np_ctx *ctx, const __u32 *source,
                                const __u32 *destination, __u16 source_port, __u16 destination_port, __u8 protocol,
                                int from_endpoint, const int version)
@@ -65,9 +66,9 @@ NP_INLINE void np_conn_key_of(union np_conn_key *key, const struct np_ctx *ctx, 
                     packet->protocol, ctx->ep->direction == NP_DIRECTION_EGRESS, version);
 }
 
-// For an ICMP error: the leg of the packet it is about.  That packet went the other way, so its source is the
-// endpoint's side when the error comes towards the endpoint.  Returns NP_REASON_RELATED; NP_REASON_NONE when the error
-// carries no readable header (then it is about nothing, and policy judges it like any other message); or
+// For an ICMP error: the connection key of the packet that it is about.  That packet went the other way, so its source
+// is the endpoint's side when the error comes towards the endpoint.  Returns NP_REASON_RELATED; NP_REASON_NONE when the
+// error carries no readable header (then it is about nothing, and policy judges it like any other message); or
 // NP_REASON_ICMP_UNRELATED when it is not addressed to the sender of that packet: else a workload could send errors
 // with any content to anyone as long as it has one connection.
 NP_INLINE int np_conn_key_inner(struct __sk_buff *skb, union np_conn_key *key, const struct np_ctx *ctx,
@@ -144,14 +145,15 @@ NP_INLINE int np_conn_key_inner(struct __sk_buff *skb, union np_conn_key *key, c
     return NP_REASON_RELATED;
 }
 
-// Whether it looks as if both sides had ended it.  Anybody who knows the tuple may have said so, from outside.
+// Whether the connection looks closed by both sides.  The packets that closed it may be forged, by anybody outside who
+// knows the tuple.
 NP_INLINE int np_conn_is_closed(const struct np_conn *conn)
 {
     return conn->state == NP_CONN_TCP_CLOSING || conn->state == NP_CONN_TCP_RESET;
 }
 
-// Whether the connection still speaks for its packets.  A closed one does as long as an established one, should it not
-// be over after all; only its place is free for others sooner (np_ct_refresh).
+// Whether the connection is alive.  A closed one lives as long as an established one, since it may not be over after
+// all; only its slot is evicted sooner (np_ct_refresh).
 NP_INLINE int np_conn_is_alive(const struct np_conn *conn, const struct np_ctx *ctx)
 {
     __u32 state = np_conn_is_closed(conn) ? NP_CONN_TCP_OPEN : conn->state;
@@ -160,7 +162,7 @@ NP_INLINE int np_conn_is_alive(const struct np_conn *conn, const struct np_ctx *
            (long long)ctx->config->timeout_jiffies[state & (NP_CONN_STATES - 1)];
 }
 
-// Policy allows the connection under a newer generation: that is seen only by who sees its rule and flags as they are.
+// Write the newer generation under which policy allows the connection, after the rule and flags that belong to it.
 NP_INLINE void np_conn_renew(struct np_conn *conn, __u32 generation)
 {
 #ifdef NP_WEAK_ORDER // there is no exchange of 32 bits
@@ -181,7 +183,7 @@ NP_INLINE int np_conn_is_initial(const struct np_packet *packet)
     return packet->protocol == NP_PROTOCOL_TCP && (packet->tcp_flags & (NP_TCP_SYN | NP_TCP_ACK)) == NP_TCP_SYN;
 }
 
-// Whether the connection speaks for the packet, which is no initial SYN.  An ICMP query must ask what the first one
+// Whether the connection covers the packet, which is no initial SYN.  An ICMP query must ask what the first one
 // asked, an answer must answer it, an error must be about it (then its key is the connection's); all other ICMP stands
 // alone, whatever was asked with the identifier 0.
 NP_INLINE int np_conn_covers(const struct np_conn *conn, const struct np_ctx *ctx)
@@ -220,8 +222,8 @@ NP_INLINE int np_conn_copy(struct np_found *found, const struct np_ct_slot *slot
     return np_ct_slot_is_kept(slot, found->rule + found->flags, unreplied, ctx);
 }
 
-// Find the packet's connection, after np_ct_probe; none that is alive and covers the packet: no slot.  An initial SYN
-// has none, and the table is not asked: a denied one costs no look-up in a table as large as this.
+// Find the packet's connection, after np_ct_probe.  No slot: none is alive and covers the packet.  An initial SYN has
+// no connection, so it costs no look-up in this large table, also when policy denies it.
 NP_INLINE struct np_ct_slot np_conn_find(struct np_found *found, const union np_conn_key *key, const struct np_ctx *ctx,
                                          const int version)
 {
@@ -252,7 +254,7 @@ NP_INLINE struct np_ct_slot np_conn_again(const struct np_ctx *ctx, const struct
     return np_ct_lookup(ctx, key, found->is_unreplied, version);
 }
 
-// Note that the connection lives, at most once a second: the entry is shared by all CPUs.
+// Update the time at which the connection was seen, at most once a second: all CPUs share the entry.
 NP_INLINE void np_conn_touch(const struct np_ct_slot *slot, const struct np_ctx *ctx)
 {
     if (ctx->arrival->now_jiffies - slot->conn->seen_jiffies < ctx->config->jiffies_per_second)
@@ -335,8 +337,8 @@ NP_INLINE int np_goes_on(const struct np_packet *packet)
            packet->end > packet->l4_offset + packet->l4_bytes;
 }
 
-// Move the connection on by one of its packets: time, TCP flags, from unreplied to established with the first reply,
-// and from closed back to open when data goes on.
+// Update the connection by one of its packets: time, TCP flags, from unreplied to established with the first reply, and
+// from closed back to established when data goes on.
 NP_INLINE void np_conn_advance(const struct np_ctx *ctx, const union np_conn_key *key, const struct np_ct_slot *slot,
                                const struct np_found *found, const int version)
 {

@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause
 //
-// What the steps tell each other about the packet: the packet, whose it is, what was decided; and what is said
-// to TC.  No behaviour.
+// The context of one packet, which all steps share: the packet, its endpoint and the decision.  No behaviour.
 #pragma once
 
 #include "np_abi.h"
@@ -13,7 +12,7 @@ enum np_hook {
     NP_HOOK_EGRESS = 1, // TC egress of it
 };
 
-// What policy says, and what it looked at.
+// The decision of policy, and what it was made of.
 struct np_decision {
     __u32 rule;
     __u32 staged_rule;
@@ -28,7 +27,7 @@ struct np_decision {
 };
 _Static_assert(sizeof(struct np_decision) == 32, "np_decision is whole words");
 
-// Whose packet it is here, and what that means for it.
+// The endpoint whose packet it is at this hook.
 struct np_endpoint_ctx {
     __u32 endpoint; // number
     __u32 endpoint_flags;

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause
 //
-// Whose packet it is: from the interface to the endpoint, and whether a workload owns the address it sends from.
+// From the interface to its endpoint, and whether a workload owns the address that it sends from.
 #pragma once
 
 #include "np_bucket.h"
@@ -42,14 +42,14 @@ NP_INLINE __u32 np_set_check(const struct np_set *set, __u32 number, __u32 place
     value = np_fold(value, np_halves(set->own_default_class4, set->own_default_class6));
     value = np_fold(value, set->own_classes);
     value = np_fold(value, set->l4_base);
-    value = np_fold(value, set->l4_classes);
+    value = np_fold(value, np_halves(set->l4_classes, set->asks_source));
     value = np_fold(value, set->source_base);
     value = np_fold(value, set->source_classes);
     return np_fold(value, set->verdict_base);
 }
 
-// Take the row of an interface into np_ep_cache.  The kernel may give a replaced element's memory to another row while
-// we read it (preallocated or not, since 6.1); the check words tell, and the row is looked up again.
+// Copy the row of an interface into np_ep_cache.  The kernel may reuse the memory of a replaced element while it is
+// read (preallocated or not, since 6.1); the check words show that, and the row is looked up again.
 NP_INLINE int np_ep_cache_fill(struct np_ep_cache *cached, __u32 ifindex, __u32 epoch)
 {
     cached->epoch = cached->identity4 = cached->identity6 = 0;
@@ -76,7 +76,7 @@ NP_INLINE int np_ep_cache_fill(struct np_ep_cache *cached, __u32 ifindex, __u32 
     return NP_REASON_TORN_ENDPOINT;
 }
 
-// The row of an interface as remembered; NULL, with the reason, when there is none.
+// The row of an interface from the endpoint cache; NULL, with the reason, when there is none.
 NP_INLINE struct np_ep_cache *np_ep_cache_find(__u32 ifindex, __u32 epoch, int *reason)
 {
     struct np_ep_cache *cached = np_ep_cache_lookup(ifindex);
@@ -221,7 +221,7 @@ NP_INLINE int np_may_borrow(const struct np_ctx *ctx, const __u32 *address, cons
     return np_source_lookup(&key, version) != 0;
 }
 
-// Whether an address is the workload's own: as np_ep_cache remembers, else as its row says.
+// Whether an address is the workload's own: by np_ep_cache, else by the address's row.
 NP_INLINE int np_is_own(struct np_ctx *ctx, const __u32 *address, const int version)
 {
     struct np_ep_cache *cached = np_ep_cache_lookup(ctx->arrival->ifindex);

@@ -1,17 +1,17 @@
 // SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause
 //
-// The fast path for packets of established connections: what this CPU saw of the connection table within the last
-// second.  To get to that table costs more than all the rest of the way; this costs a multiplication and one cache
-// line.
+// The fast path for packets of established connections: a flow cache with what this CPU read of the connection table
+// within the last second.  A look-up in that table costs more than the rest of the slow path; a look-up here costs a
+// multiplication and one cache line.
 //
-// Only plain packets take it: Ethernet, IPv4 without options or IPv6 without extension headers, whole, TCP without SYN,
-// FIN and RST, or UDP.  Everything else, and whatever is not exactly as it should be, goes the slow path, which
+// Fast-path candidates are whole packets of Ethernet with IPv4 without options or IPv6 without extension headers, and
+// with TCP without SYN, FIN and RST, or UDP.  Every other packet, and every malformed one, takes the slow path, which
 // decides.
 //
-// Invariant: an entry says only what np_conn said of an established connection, or of UDP that nobody answers, under
-// the same generation, at most a second ago; so a connection is refreshed there once a second, and one that was removed
-// there passes for a second at most.  Packets that change a connection and packets whose sender is judged here never
-// pass here.
+// Invariant: an entry repeats what np_conn had of an established connection, or of an unreplied one of UDP, under the
+// same generation, at most a second ago.  So a connection is refreshed in np_conn once a second, and packets of a
+// removed one pass for a second at most.  Packets that change a connection, and packets that still need their sender's
+// verdict, never take the fast path.
 #pragma once
 
 #include "np_count.h"
@@ -22,14 +22,14 @@
 
 #define NP_SLOW_PATH (-2) // no verdict of TC
 
-// The facts of a plain packet that tell its connection, besides the addresses.
+// What besides the addresses identifies the connection of a fast-path candidate.
 struct np_candidate {
     __u32 ports_be;
     __u32 protocol;
 };
 
-// Where a packet's connection is remembered.  What goes from a workload to another of the node passes two hooks on one
-// CPU: their slots lie side by side.
+// The slot of a packet's connection in the flow cache.  A packet between two workloads of the node passes two hooks on
+// one CPU: their slots lie side by side.
 NP_INLINE struct np_flow_cache_fact *np_flow_cache_slot(const __u32 *source, const __u32 *destination, __u32 ports_be,
                                                         const int hook, const int version)
 {
@@ -59,7 +59,7 @@ NP_INLINE __u64 np_flow_cache_differs(const struct np_flow_cache_fact *fact, con
     return (address[0] ^ packet[0]) | (address[1] ^ packet[1]) | (address[2] ^ packet[2]) | (address[3] ^ packet[3]);
 }
 
-// Remember what np_conn says of a tuple at a hook of the packet's interface.
+// Write an entry for a tuple at one hook of the packet's interface, with what np_conn has of it.
 NP_INLINE void np_flow_cache_store(const struct np_ctx *ctx, const __u32 *source, const __u32 *destination,
                                    struct np_ports ports, __u32 rule, __u32 sender_tag, int is_due, const int hook,
                                    const int version)
@@ -67,7 +67,7 @@ NP_INLINE void np_flow_cache_store(const struct np_ctx *ctx, const __u32 *source
     __u32 ports_be;
     __builtin_memcpy(&ports_be, &ports, sizeof(ports_be));
     struct np_flow_cache_fact *fact = np_flow_cache_slot(source, destination, ports_be, hook, version);
-    // The fast path reads Ethernet, and does not ask who sent what comes out of a tunnel.
+    // The fast path reads Ethernet alone, and does not check who sent what comes out of a tunnel.
     const __u32 never = hook == NP_HOOK_INGRESS ? NP_ENDPOINT_LAYER3 | NP_ENDPOINT_EXTERNAL : NP_ENDPOINT_LAYER3;
     if (!fact || ctx->ep->endpoint_flags & never)
         return;
@@ -88,7 +88,7 @@ NP_INLINE void np_flow_cache_store(const struct np_ctx *ctx, const __u32 *source
     fact->hook = is_due ? hook | NP_FLOW_CACHE_DUE : hook;
 }
 
-// Remember what np_conn says of the packet's connection for packets like this one.
+// Write the entry for packets of this connection and direction.
 NP_INLINE void np_flow_cache_fill(const struct np_ctx *ctx, __u32 rule, __u32 sender_tag, int is_due, const int hook,
                                   const int version)
 {
@@ -99,8 +99,8 @@ NP_INLINE void np_flow_cache_fill(const struct np_ctx *ctx, __u32 rule, __u32 se
     np_flow_cache_store(ctx, packet->source, packet->destination, ports, rule, sender_tag, is_due, hook, version);
 }
 
-// And for those of the other direction, which pass the interface's other hook: when a connection becomes open, the next
-// packets of both directions find it in the cache.
+// Write the entry for the other direction, which passes the interface's other hook: when a connection becomes
+// established, the next packets of both directions are found in the cache.
 NP_INLINE void np_flow_cache_fill_reply(const struct np_ctx *ctx, __u32 rule, __u32 sender_tag, int is_due,
                                         const int hook, const int version)
 {
@@ -111,7 +111,7 @@ NP_INLINE void np_flow_cache_fill_reply(const struct np_ctx *ctx, __u32 rule, __
     np_flow_cache_store(ctx, packet->destination, packet->source, ports, rule, sender_tag, is_due, !hook, version);
 }
 
-// The transport header of a plain packet with so many bytes from there on, of which 20 can be read.
+// The transport header of a fast-path candidate, with `room` bytes from its beginning on, of which 20 can be read.
 NP_INLINE int np_candidate_l4(const struct np_tcp_header *tcp, __u8 protocol, __u32 room,
                               struct np_candidate *candidate)
 {
@@ -127,7 +127,7 @@ NP_INLINE int np_candidate_l4(const struct np_tcp_header *tcp, __u8 protocol, __
     return 1;
 }
 
-// The verdict for a packet whose connection is remembered, else NP_SLOW_PATH.
+// The verdict for a packet with an entry in the flow cache, else NP_SLOW_PATH.
 NP_INLINE int np_fast_path_pass(struct __sk_buff *skb, const struct np_config *config,
                                 const struct np_candidate *candidate, const __u32 *source, const __u32 *destination,
                                 const int hook, const int version)

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause
 //
 // Fragments: only the first has ports.  An allowed first fragment is remembered by the packet's identification; later
-// ones take their ports from there and are then judged like any packet.  Later ones that come before it are dropped: to
-// keep them would be a table an attacker fills.
+// ones take their ports from there and are then judged like any packet.  Later ones that come before it are dropped: a
+// table that keeps them could be filled by an attacker.
 #pragma once
 
 #include "np_ctx.h"

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause
 //
-// Whose policy is asked about the first packet of a flow, in which order, and what the answers make together.
+// Which policy lists judge the first packet of a flow, in which order, and how their answers become one verdict.
 //
-// At a workload's interface that is the workload's own policy and, on a node with a wildcard host endpoint, that one's
-// policy for what comes from or goes to a workload.  At a host's interface it is the host endpoint's, list by list:
+// At a workload's interface these are the workload's own policy and, on a node with a wildcard host endpoint, the host
+// endpoint's policy for packets from or to a workload.  At a host's interface they are the lists of the host endpoint:
 //
 //     for a process of the node    a failsafe port of normal policy, else untracked, pre-DNAT (inwards), normal policy
 //     for what passes through      untracked, pre-DNAT (inwards), forward policy
@@ -118,8 +118,8 @@ NP_INLINE void np_tuple_of_key(struct np_tuple *tuple, const union np_conn_key *
     tuple->to_node = NP_TO_NODE_UNASKED;
 }
 
-// Find the set to ask, which stays where it is remembered, or is copied from a host endpoint's row into
-// `scratch->owner`. NP_REASON_CONTINUE: there is none.
+// Find the policy set of a step: in the endpoint cache, or copied from a host endpoint's row into `scratch->owner`.
+// NP_REASON_CONTINUE: there is none.
 NP_INLINE int np_step_set(const struct np_ctx *ctx, struct np_scratch *scratch, __u32 step, __u8 direction,
                           const struct np_set **set)
 {
@@ -136,14 +136,7 @@ NP_INLINE int np_step_set(const struct np_ctx *ctx, struct np_scratch *scratch, 
     return np_host_read(scratch->host, stage * 2 + direction, &scratch->owner);
 }
 
-// Whether some rule of a set asks where the packet comes from: for the owner of its address, or for its port.
-NP_INLINE int np_asks_for_source(const struct np_set *set, __u8 direction)
-{
-    __u32 address_classes = direction == NP_DIRECTION_EGRESS ? set->own_classes : set->peer_classes;
-    return address_classes > NP_FAMILY_CLASSES || set->source_classes > 1;
-}
-
-// Ask one. Fills in the decision; returns whether policy has answered.
+// Evaluate one policy list. Fills in the decision; returns whether it is final.
 NP_INLINE int np_judge_step(struct np_ctx *ctx, struct np_scratch *scratch, const int version)
 {
     struct np_decision *decision = ctx->decision;
@@ -175,7 +168,7 @@ NP_INLINE int np_judge_step(struct np_ctx *ctx, struct np_scratch *scratch, cons
         const struct np_tuple *tuple = (void *)scratch->tuples + which * sizeof(*tuple);
         __u32 self = step == NP_STEP_WORKLOAD ? scratch->self : 0;
         reason = np_classify(ctx, tuple, set, direction, self, version);
-        if (!reason && scratch->is_source_hidden && np_asks_for_source(set, direction))
+        if (!reason && scratch->is_source_hidden && set->asks_source)
             reason = NP_REASON_HIDDEN_SOURCE;
         scratch->reason = reason;
         np_barrier();
@@ -247,7 +240,7 @@ NP_INLINE int np_judge_next(struct __sk_buff *skb, struct np_scratch *scratch)
     return NP_REASON_CALL_MISSING;
 }
 
-// Have all lists of `scratch->steps` asked.  Returns only when that fails: why the packet is dropped.
+// Evaluate all lists of `scratch->steps`.  Returns only when that fails: why the packet is dropped.
 NP_INLINE int np_judge(struct __sk_buff *skb, struct np_ctx *ctx, struct np_scratch *scratch)
 {
     struct np_decision *decision = ctx->decision;

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause
 //
-// What the kernel knows of a packet and does not tell programs: whether a device is yet to write its checksum, and
-// where. The loader puts in where the fields are on this kernel (netpol_loader.kernel.facts), and how to get at them:
-// by the kernel function bpf_cast_to_kern_ctx, which costs nothing, else by a copy (before 6.2).
+// Fields of the kernel's sk_buff that programs do not get: whether a device will write the packet's checksum, and
+// where. The loader fills in the offsets of the fields on this kernel (netpol_loader.kernel.facts), and how to get at
+// them: by the kernel function bpf_cast_to_kern_ctx, which costs nothing, else by a copy (before 6.2).
 //
 // A checksum that is left to the device goes where the packet's sender says: a virtual machine, or a packet socket.  It
 // may say a port or an address, which then is another one on the wire than the one that was judged.

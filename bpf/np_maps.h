@@ -444,11 +444,11 @@ NP_INLINE struct np_conn_tags *np_conn_tags_lookup(__u32 hash, const int version
     return np_lookup(NP_MAP_OF(np_conn6_tag), &bucket);
 }
 
-// The connection at a place of the hash's bucket; its key is before it.
-NP_INLINE struct np_conn *np_conn_lookup(__u32 hash, __u32 place, const int version)
+// The connection in one slot of the hash's bucket; the key is before it in the entry.
+NP_INLINE struct np_conn *np_conn_lookup(__u32 hash, __u32 way, const int version)
 {
     __u32 bucket = hash & (version == 4 ? NP_MASK(np_conn4_tag) : NP_MASK(np_conn6_tag));
-    __u32 entry = bucket * NP_CONN_WAYS + place;
+    __u32 entry = bucket * NP_CONN_WAYS + way;
     if (version == 4) {
         struct np_conn4_entry *found = np_lookup(NP_MAP_OF(np_conn4), &entry);
         np_forget(found); // else the compiler adds to it before it compares it with NULL (LLVM 14 on arm64)

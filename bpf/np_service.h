@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause
 //
-// Packets to services.  Where they enter the node they still have the service's address; which backend they go to is
-// decided after that, by netfilter or IPVS.  So their sender's verdict is deferred: the packet's sender tag is the
-// number of its endpoint to the hook where it enters a workload or leaves the node, and is judged there with the
-// address it then has.
+// Packets to services.  Where they enter the node they still have the service's address; netfilter or IPVS chooses the
+// backend after that.  So the verdict of the sender's policy is deferred: the packet carries a sender tag, the number
+// of its endpoint, to the hook where it enters a workload or leaves the node.  There it is judged with its translated
+// address.
 //
 // Invariants.  A packet whose verdict was deferred passes no hook of ours on its way out without that verdict.  Where
 // there may be no hook (a process of this node is behind the service) that backend is judged at once, and a packet that
@@ -19,7 +19,7 @@
 
 #define NP_SENDER_TAG_MASK 0xffffu // a number has 16 bits: skb->tc_index has no more
 
-// What is known of a service address: by itself, else as a port of each of the node's own addresses.
+// The row of a service address: its own, else that of a port on each of the node's addresses.
 NP_INLINE struct np_vip *np_vip_of(const struct np_ctx *ctx, struct np_tuple *tuple, const int version)
 {
     if (NP_LIKELY(!np_vip_filter_has(tuple->destination, version))) {
@@ -50,7 +50,7 @@ NP_INLINE struct np_vip *np_vip_of(const struct np_ctx *ctx, struct np_tuple *tu
     return np_vip_lookup(&key, version);
 }
 
-// What the packet carries.
+// The sender tag of the packet.
 NP_INLINE __u32 np_sender_tag_get(const struct __sk_buff *skb, const struct np_config *config)
 {
     if (!(config->flags & NP_CONFIG_DEFER))
@@ -60,7 +60,7 @@ NP_INLINE __u32 np_sender_tag_get(const struct __sk_buff *skb, const struct np_c
     return skb->tc_index;
 }
 
-// Let the packet carry a number (0: none).  tc_index survives all of netfilter, but another program's TC_ACT_OK in
+// Set the sender tag of the packet (0: none).  tc_index survives all of netfilter, but another program's TC_ACT_OK in
 // clsact overwrites it; so a packet that carries one there is not to be shown to programs behind this one: whether that
 // is so is returned.  clsact takes the new tc_index from tc_classid.  `is_due`: no process of this node may get it.
 NP_INLINE __u8 np_sender_tag_set(struct __sk_buff *skb, const struct np_config *config, __u32 number, __u32 is_due)
@@ -77,7 +77,7 @@ NP_INLINE __u8 np_sender_tag_set(struct __sk_buff *skb, const struct np_config *
     return number != 0;
 }
 
-// Fill in what the sender's policy is asked, at the place where the packet leaves.
+// Prepare the evaluation of the sender's policy, at the hook where the packet leaves.
 NP_INLINE void np_sender_plan(struct np_ctx *ctx, struct np_scratch *scratch, const int version)
 {
     const __u32 *source = scratch->tuples[NP_TUPLE_TRANSLATED].source;
@@ -99,10 +99,10 @@ NP_INLINE void np_sender_plan(struct np_ctx *ctx, struct np_scratch *scratch, co
     }
 }
 
-// Find the verdict of the endpoint whose number is the sender tag of the packet.  The leg has a connection of its own,
-// under the sender's number; replies do not pass here, so it stays an unreplied one.  Returns NP_REASON_NONE when that
-// connection is allowed under this generation (`scratch->reason` says how); else why the packet is dropped, with the
-// flow then saying whose verdict that is.  Where policy has to be asked, np_tc_sender goes on.
+// Find the verdict of the endpoint whose number is the sender tag of the packet.  The packet has a connection of its
+// own here, under the sender's number; replies do not pass here, so it stays an unreplied one.  Returns NP_REASON_NONE
+// when that connection is allowed under this generation (`scratch->reason` says how); else why the packet is dropped,
+// with the flow then saying whose verdict that is.  Where policy has to be asked, np_tc_sender goes on.
 NP_INLINE int np_sender(struct __sk_buff *skb, struct np_ctx *ctx, struct np_scratch *scratch, const int version)
 {
     const struct np_packet *packet = ctx->packet;

@@ -1,17 +1,19 @@
 // SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause
 //
-// The connection table: buckets of eight, whose tags lie in one cache line, apart from the connections, so that the
-// tags of all buckets stay near the processor.  A look-up reads a bucket's tags and one entry; a new flow writes one. A
-// new connection takes the place that is free, else the one whose tag says that least is lost with it: first what is
-// closed, then what is unreplied, then what is established, and of these what expires first.  So there is no list to
-// keep, nothing to collect, and a flood of new flows evicts unreplied ones; only where all eight are open does the one
-// go that was silent longest, and then it is the newcomer's place that is taken next.
+// The connection table (conntrack): buckets of eight slots.  The tags of a bucket lie in one cache line, apart from the
+// entries, so that the tags of all buckets stay in the processor's cache.  A look-up reads a bucket's tags and one
+// entry; a new flow writes one entry.
 //
-// Invariants.  A place is owned by whoever puts a tag of rank NONE into it by compare-and-swap, until the entry is
-// written.  An entry is read only behind a tag of its key's hash.  A tag's time and rank serve the choice of what goes;
-// whether a connection is alive its entry says.
+// A new connection takes a free slot, else the slot with the lowest worth: closed connections first, then unreplied,
+// then established ones, and within a rank the one that expires first.  So there is no list and no garbage collection,
+// and a flood of new flows evicts unreplied connections.  Only when all eight are established does the one go that was
+// silent longest; the newcomer is unreplied, so its slot is taken next.
 //
-// What was found goes through the leg, which is in a map, as in np_bucket.h.
+// Invariants.  A program reserves a slot by a tag of rank NONE, written by compare-and-swap, until the entry is
+// written.  An entry is read only after a tag with the hash of its key was.  The time and rank of a tag serve eviction
+// alone; the entry says whether the connection is alive.
+//
+// The result of a look-up goes through the endpoint context, which is in a map, as in np_bucket.h.
 #pragma once
 
 #include "np_count.h"
@@ -22,7 +24,7 @@
 #define NP_TAG_TIME_MASK ((1u << NP_TAG_TIME_BITS) - 1)
 #define NP_WORTH_OWNED (~0ull >> 4) // more than any connection's
 
-// A connection in its place.
+// A slot, and the connection in it.
 struct np_ct_slot {
     struct np_conn *conn; // NULL: there is none
     __u64 *tag;
@@ -33,7 +35,8 @@ NP_INLINE __u32 np_key_words(const int version)
     return (version == 4 ? sizeof(struct np_conn4_key) : sizeof(struct np_conn6_key)) / sizeof(np_half);
 }
 
-// The lesser of two numbers below 2^63.  Without a branch: the verifier would go both ways at each place of a bucket.
+// The lesser of two numbers below 2^63.  Without a branch: the verifier would follow both branches for each slot of a
+// bucket.
 NP_INLINE __u64 np_lesser(__u64 one, __u64 other)
 {
     long long more = other - one;
@@ -46,7 +49,7 @@ NP_INLINE __u32 np_tag_time(__u64 jiffies)
     return jiffies / NP_TAG_JIFFIES & NP_TAG_TIME_MASK;
 }
 
-// When a connection in this state expires, as far as a tag can tell.
+// When a connection in this state expires, in units of a tag's time.
 NP_INLINE __u64 np_tag_expiry(const struct np_ctx *ctx, __u32 state)
 {
     __u64 units = ctx->config->timeout_jiffies[state & (NP_CONN_STATES - 1)] / NP_TAG_JIFFIES;
@@ -55,8 +58,8 @@ NP_INLINE __u64 np_tag_expiry(const struct np_ctx *ctx, __u32 state)
     return (np_tag_time(ctx->arrival->now_jiffies) + units) & NP_TAG_TIME_MASK;
 }
 
-// What is lost when a place is taken: 0 free, 1 its time is past, NP_WORTH_OWNED it is being written.  Without a
-// branch, as np_lesser.
+// The worth of a slot, which eviction compares: 0 free, 1 expired, NP_WORTH_OWNED reserved.  Without a branch, as
+// np_lesser.
 NP_INLINE __u64 np_tag_worth(__u64 tag, __u32 now)
 {
     __u64 rank = tag & NP_TAG_RANK_MASK;
@@ -71,8 +74,9 @@ NP_INLINE __u64 np_tag_worth(__u64 tag, __u32 now)
     return ((worth & (is_past - 1)) | is_past) & -is_used;
 }
 
-// Where a connection stands, in both of its forms: the bucket's hash, and the places in it; NP_CONN_WAYS or more: none.
-// A place at most has a hash: a second key with it is not found, and judged anew with each packet, which does no harm.
+// Find the slots with the key's hash, one for an established connection and one for an unreplied one; NP_CONN_WAYS or
+// more: none.  A bucket has each hash once: a second key with the same hash is not found, so policy judges each of its
+// packets, which is slow and right.
 NP_INLINE void np_ct_probe(const struct np_ctx *ctx, const union np_conn_key *key, const int version)
 {
     struct np_endpoint_ctx *ep = ctx->ep;
@@ -92,9 +96,9 @@ NP_INLINE void np_ct_probe(const struct np_ctx *ctx, const union np_conn_key *ke
     __u64 open = NP_CONN_WAYS;
     __u64 unreplied = NP_CONN_WAYS;
 #pragma unroll
-    for (int place = 0; place < NP_CONN_WAYS; place++) {
-        __u64 other = (tags->tag[place] >> 31 ^ (__u64)hash << 1) << 3 |
-                      place; // only `place`: it is; 8 more: as an unreplied one
+    for (int way = 0; way < NP_CONN_WAYS; way++) {
+        __u64 other = (tags->tag[way] >> 31 ^ (__u64)hash << 1) << 3 |
+                      way; // below 8: this way is established; from 8 on: unreplied
         open = np_lesser(open, other);
         unreplied = np_lesser(unreplied, other ^ NP_CONN_WAYS);
         np_barrier(); // else the compiler reads all tags at once, into more registers than there are
@@ -104,37 +108,37 @@ NP_INLINE void np_ct_probe(const struct np_ctx *ctx, const union np_conn_key *ke
     np_barrier();
 }
 
-// A place of the bucket, whatever is there.
-NP_INLINE struct np_ct_slot np_ct_slot_at(const struct np_ctx *ctx, __u32 place, const int version)
+// A slot of the bucket, whatever it has.
+NP_INLINE struct np_ct_slot np_ct_slot_at(const struct np_ctx *ctx, __u32 way, const int version)
 {
     struct np_ct_slot slot = {};
     struct np_conn_tags *tags = np_conn_tags_lookup(ctx->ep->hash, version);
     if (!tags)
         return slot;
-    np_forget(place); // the compiler may know its range, the verifier has to be shown one
-    place &= NP_CONN_WAYS - 1;
-    np_forget(tags); // else the compiler adds to it before it looks whether it is there
-    slot.tag = &tags->tag[place];
-    slot.conn = np_conn_lookup(ctx->ep->hash, place, version);
+    np_forget(way); // the compiler may know its range, the verifier must see it
+    way &= NP_CONN_WAYS - 1;
+    np_forget(tags); // else the compiler adds to it before it compares it with NULL
+    slot.tag = &tags->tag[way];
+    slot.conn = np_conn_lookup(ctx->ep->hash, way, version);
     return slot;
 }
 
-// Where an entry keeps its key.
+// The key of an entry.
 NP_INLINE void *np_ct_slot_key(const struct np_ct_slot *slot, const int version)
 {
     return (void *)slot->conn - (version == 4 ? __builtin_offsetof(struct np_conn4_entry, conn)
                                               : __builtin_offsetof(struct np_conn6_entry, conn));
 }
 
-// What np_ct_probe found, if it is still there. `unreplied`: in that form.
+// The slot that np_ct_probe found, if its entry has the key. `unreplied`: the slot of the unreplied connection.
 NP_INLINE struct np_ct_slot np_ct_lookup(const struct np_ctx *ctx, const union np_conn_key *key, int unreplied,
                                          const int version)
 {
     const struct np_ct_slot none = {};
-    __u32 place = unreplied ? ctx->ep->unreplied_slot : ctx->ep->established_slot;
-    if (place >= NP_CONN_WAYS)
+    __u32 way = unreplied ? ctx->ep->unreplied_slot : ctx->ep->established_slot;
+    if (way >= NP_CONN_WAYS)
         return none;
-    struct np_ct_slot slot = np_ct_slot_at(ctx, place, version);
+    struct np_ct_slot slot = np_ct_slot_at(ctx, way, version);
     if (!slot.conn)
         return none;
     const np_half *stored = np_ct_slot_key(&slot, version);
@@ -151,16 +155,16 @@ NP_INLINE struct np_ct_slot np_ct_lookup(const struct np_ctx *ctx, const union n
     return slot;
 }
 
-// Whether a slot is still that of the connection that np_ct_lookup found.  `read`: made of what was read of the entry,
-// so that the tag is read after that.
+// Whether a slot still has the connection that np_ct_lookup found.  `read`: a value made of what was read of the entry,
+// so that the tag is read after the entry.
 NP_INLINE int np_ct_slot_is_kept(const struct np_ct_slot *slot, __u32 read, int unreplied, const struct np_ctx *ctx)
 {
     const __u64 *tag = np_load_after((const __u64 *)slot->tag, read);
     return *tag >> 31 == ((__u64)ctx->ep->hash << 1 | (unreplied ? 1 : 0));
 }
 
-// Let the tag say what became of the connection.  Whose it is stays: if another took the place meanwhile, nothing is
-// lost but its time.  When another CPU changes the tag at this moment, that one's word counts.
+// Update time and rank of the connection's tag.  The hash stays: if another connection took the slot meanwhile, only
+// the time of its tag is wrong.  When another CPU changes the tag at this moment, the other CPU's tag stays.
 NP_INLINE void np_ct_refresh(const struct np_ct_slot *slot, int unreplied, const struct np_ctx *ctx)
 {
     __u32 state = slot->conn->state;
@@ -182,8 +186,8 @@ NP_INLINE void np_ct_release(const struct np_ct_slot *slot)
         __sync_val_compare_and_swap(slot->tag, was, 0);
 }
 
-// Own a place for an unreplied connection: the one that np_ct_probe found, else the one that is worth least.  No slot:
-// others were writing wherever it looked.
+// Reserve a slot for an unreplied connection: the one that np_ct_probe found, else the one with the lowest worth.  No
+// slot: other CPUs have reserved all that it tried.
 NP_INLINE struct np_ct_slot np_ct_reserve(const struct np_ctx *ctx, const int version)
 {
     struct np_ct_slot slot = {};
@@ -194,8 +198,8 @@ NP_INLINE struct np_ct_slot np_ct_reserve(const struct np_ctx *ctx, const int ve
     if (ctx->ep->unreplied_slot >= NP_CONN_WAYS) {
         __u64 least = NP_WORTH_OWNED << 3;
 #pragma unroll
-        for (int place = 0; place < NP_CONN_WAYS; place++) {
-            least = np_lesser(least, np_tag_worth(tags->tag[place], now) << 3 | place);
+        for (int way = 0; way < NP_CONN_WAYS; way++) {
+            least = np_lesser(least, np_tag_worth(tags->tag[way], now) << 3 | way);
             np_barrier();
         }
         ctx->ep->unreplied_slot = least & (NP_CONN_WAYS - 1);
@@ -214,8 +218,8 @@ NP_INLINE struct np_ct_slot np_ct_reserve(const struct np_ctx *ctx, const int ve
     return slot;
 }
 
-// The owned connection is written: let everybody see it.  Where the processor keeps the order of stores that is a plain
-// one, which need not wait until the entry's line has come.
+// Publish the entry that was written into the reserved slot.  Where the processor keeps the order of stores this is a
+// plain store, which does not wait for the entry's cache line.
 NP_INLINE void np_ct_commit(const struct np_ct_slot *slot, const struct np_ctx *ctx)
 {
     __u64 expires = np_tag_expiry(ctx, slot->conn->state);

@@ -64,8 +64,6 @@ step_where_possible() { # NAME COMMAND...
 
 # In the order of the directories: the files that take long come first, so that none of them is left alone at the end.
 run_pytest() {
-    # Once and before the processes, each of which would compile it: agents, engines and tests load what is kept.
-    python -c 'from netpol_loader.pins.build import compiled_program; compiled_program()' || return
     python -m pytest --numprocesses="$PROCESSES" --dist=loadfile --no-loadscope-reorder \
         --durations=15 --junit-xml="$reports/pytest.xml" "$@"
 }
@@ -109,6 +107,8 @@ step "documented kernels are the recorded ones" python -m tests.vm.page --check
 step "documented networks are the recorded ones" python -m tests.netns.networks --check
 step "C sources" scripts/check_c.sh
 step "wheel" scripts/check_wheel.sh
+# Kept for everything below: without it each process of the tests compiles for itself.
+step "the packet path compiles" python -c 'from netpol_loader.pins.build import compiled_program; compiled_program()'
 if [[ "$mode" == nightly ]]; then
     step "tests" run_pytest_with_coverage
     step "each guard is noticed when it goes" python -m tests.guards

@@ -112,7 +112,6 @@ NP_TAG_TIME_BITS = 29
 NP_TAG_RANK_MASK = 3  # enum np_rank
 NP_TAG_JIFFIES = 64  # in a unit of a tag's time
 NP_TAG_OWNED_UNITS = 64  # how long a slot is its owner's: longer than anybody writes
-NP_FAMILY_CLASSES = 2  # the most classes of a side of whose address no rule asks for more than the family
 NP_HOST_SETS = 8  # policy sets of a host endpoint: stage * 2 + direction
 NP_SCRATCH_WORDS = 76  # working memory of one packet, in units of 8 bytes
 NP_KERNEL_BYTES = 96  # copied of a packet's own structure, where it cannot be read in place
@@ -290,13 +289,14 @@ class np_set(ctypes.Structure):
     number: int  # key part of np_peer_class; sets that tell peers apart alike share it
     default_class4: int  # class of IPv4 identities without a row
     default_class6: int  # and of IPv6 ones: a rule on 0.0.0.0/0 tells the families apart
-    peer_classes: int  # bound of the peer class; up to NP_FAMILY_CLASSES: no rule asks for more than its family
+    peer_classes: int  # bound of the peer class
     own_set: int  # the same for the endpoint's own side; 0: constant
     own_default_class4: int
     own_default_class6: int
-    own_classes: int  # bound of the own class, likewise; 1 when own_set is 0
+    own_classes: int  # bound of the own class; 1 when own_set is 0
     l4_base: int  # first row in np_l4_col for destination atoms
     l4_classes: int  # 1: the L4 dimension is constant
+    asks_source: int  # 1: an enforced rule matches on who owns the source address, or on the source port
     source_base: int  # first row in np_l4_col for source port atoms
     source_classes: int  # 1: no rule uses source ports
     verdict_base: int
@@ -312,7 +312,8 @@ class np_set(ctypes.Structure):
         ("own_default_class6", ctypes.c_uint16),
         ("own_classes", ctypes.c_uint32),
         ("l4_base", ctypes.c_uint32),
-        ("l4_classes", ctypes.c_uint32),
+        ("l4_classes", ctypes.c_uint16),
+        ("asks_source", ctypes.c_uint16),
         ("source_base", ctypes.c_uint32),
         ("source_classes", ctypes.c_uint32),
         ("verdict_base", ctypes.c_uint32),
@@ -761,7 +762,7 @@ class np_count(ctypes.Structure):
 
 
 class np_conn4_key(ctypes.Structure):
-    """One key for both directions of a leg: local is the endpoint's side, whoever sent the packet.
+    """One key for both directions of a connection at one endpoint: local is the endpoint's side, whoever sent the packet.
 
     An ICMP query has its identifier in the port of the side that asks, 0 in the other; protocols without ports have 0
     in both.

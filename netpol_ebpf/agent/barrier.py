@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 from netpol_ebpf.agent.wiring import Wiring
 from netpol_ebpf.errors import Location, PlatformError, Problem, UsageError
-from netpol_loader.host.barrier import Counts, Difference, Layout, Marks, without_sign
+from netpol_loader.host.barrier import BarrierSpec, Counts, Difference, Marks, without_sign
 from netpol_loader.pins.drift import Drift
 
 log = logging.getLogger(__name__)
@@ -79,7 +79,7 @@ class BarrierAccess(Protocol):
     def unsigned(self) -> int:
         """Packets dropped for want of the sign."""
 
-    def write(self, layout: Layout) -> list[Difference]:
+    def write(self, layout: BarrierSpec) -> list[Difference]:
         """Make the tables so; what was otherwise."""
 
 
@@ -117,8 +117,8 @@ class Barrier:
     others: Callable[[int], Sequence[str]]
     _writer: MarksWriter | None = None
     _is_signed: bool = False  # the bits are in force, and a table can be made
-    _layout: Layout | None = None  # as last written whole
-    _wanted: Layout | None = None
+    _layout: BarrierSpec | None = None  # as last written whole
+    _wanted: BarrierSpec | None = None
     _numbers: dict[str, int] = field(default_factory=dict)
     _failure: Problem | None = None
     _tried_s: float = 0.0
@@ -145,14 +145,14 @@ class Barrier:
     def _prepare(self, before: Marks) -> None:
         """Leave tables that suit both the marks before and the ones to come, or raise."""
         marks = self.settings.in_force
-        base = without_sign(Layout(marks))
+        base = without_sign(BarrierSpec(marks))
         self.tables.open()
         if not marks.seen or not self.tables.is_there():
             self.tables.write(base)  # and where it is the first: the proof that tables can be made
             return
         if before.seen not in (0, marks.seen):
             workloads, known = self.tables.members()
-            older = Layout(marks, before.seen, self.settings.patterns, workloads, known)
+            older = BarrierSpec(marks, before.seen, self.settings.patterns, workloads, known)
             self.tables.write(older)
 
     def _may_be_there(self) -> bool:
@@ -167,16 +167,16 @@ class Barrier:
         bound = {wiring.links[one].name: one for one in workloads if one in attached and one in wiring.links}
         known = {*attached, *(wiring.links.keys() - set(workloads))} & wiring.links.keys()
         settings = self.settings
-        wanted = without_sign(Layout(settings.in_force))
+        wanted = without_sign(BarrierSpec(settings.in_force))
         if settings.is_on:
             patterns = settings.patterns
             numbers = frozenset(known) if patterns else frozenset[int]()
-            wanted = Layout(settings.in_force, 0, patterns, frozenset(bound), numbers)
+            wanted = BarrierSpec(settings.in_force, 0, patterns, frozenset(bound), numbers)
         self._wanted, self._numbers = wanted, bound
         if self._is_signed and self._layout != wanted:
             self._write(wanted)
 
-    def _write(self, wanted: Layout) -> list[Difference]:
+    def _write(self, wanted: BarrierSpec) -> list[Difference]:
         self._tried_s = self.clock()
         try:
             found = self.tables.write(wanted)
@@ -188,7 +188,7 @@ class Barrier:
         return found
 
     def _fail(self, error: PlatformError) -> None:
-        message = f"the second barrier is not in force: {error.message}; open are {'; '.join(self._open())}"
+        message = f"the second barrier is NOT in force: {error.message}; it leaves open: {'; '.join(self._open())}"
         problem = Problem(Location(""), "", message, severity="warning", slug="barrier")
         if problem != self._failure:
             log.warning("%s", problem.message)
@@ -196,12 +196,12 @@ class Barrier:
 
     # --- now and then -----------------------------------------------------------------------------------------------
 
-    def follow(self) -> list[Drift]:
-        """Mend at once what news speaks of; what it was."""
+    def restore_reported(self) -> list[Drift]:
+        """Restore the tables at once when the kernel reports a change of any; what was changed."""
         return self._mend() if self._layout is not None and self.tables.has_news() else []
 
     def look(self) -> list[Drift]:
-        """Mend what others changed, try again what failed, and note which interfaces' packets are dropped; what was mended."""
+        """Restore what others changed, try again what failed, and note the interfaces with dropped packets; what was restored."""
         now_s = self.clock()
         if self._failure is not None and now_s - self._tried_s >= RETRY_S:
             self._try_again()
@@ -250,7 +250,7 @@ class Barrier:
 
     def _note_rise(self, name: str, number: int, packets: int, now_s: float) -> None:
         if name not in self._risen:
-            log.warning("interface %s: packets that bear no sign of its program were dropped", name)
+            log.warning("interface %s: the second barrier dropped packets without the sign of its program", name)
             self._risen[name] = _Rise(0, now_s)
         rise = self._risen[name]
         rise.packets += packets
@@ -262,13 +262,13 @@ class Barrier:
 
     @property
     def problems(self) -> list[Problem]:
-        """What is open, and whose packets are dropped although they should be signed."""
+        """What the barrier leaves open, and interfaces with the program of which it dropped packets."""
         found = [] if self._failure is None else [self._failure]
         for name, one in sorted(self._risen.items()):
             others = f" (also there: {', '.join(one.others)})" if one.others else ""
             message = (
-                f"{one.packets} packets of interface {name} were dropped since they bear no sign of the program: the workload sends "
-                f"past its hook, or a program of others on that hook overwrites the mark{others}"
+                f"{one.packets} packets of interface {name} were dropped because they do not have the sign of its program: the workload "
+                f"sends past the hook, or a program of others on that hook overwrites the mark{others}"
             )
             found.append(Problem(Location(""), "", message, severity="warning", slug="unsigned"))
         return found

@@ -57,7 +57,8 @@ def run(arguments: argparse.Namespace) -> int:
     """Run the command; returns the exit code."""
     if os.geteuid() != 0:
         raise PrivilegeError("pins and state belong to root; nothing was removed")
-    from netpol_loader.pins.dataplane import DEFAULT_PIN_ROOT, held
+    from netpol_loader.pins.dataplane import DEFAULT_PIN_ROOT
+    from netpol_loader.pins.lock import held
 
     state_dir: Path = arguments.state_dir
     pin_root: Path = arguments.pin_root or DEFAULT_PIN_ROOT

@@ -102,7 +102,7 @@ def _load_program() -> bytes:
 
 def first_configuration(conf_dir: Path) -> Path:
     """The one that runtimes take. Raises InvalidInputError when there is none, OSError."""
-    names = sorted(one.name for one in conf_dir.iterdir()) if conf_dir.is_dir() else []
+    names = sorted(one.name for one in conf_dir.iterdir() if one.is_file()) if conf_dir.is_dir() else []
     for name in names:
         if Path(name).suffix in (LIST, *SINGLE):
             return conf_dir / name

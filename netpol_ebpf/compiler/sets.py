@@ -21,18 +21,21 @@ from netpol_ebpf.compiler.entries import Effect
 from netpol_ebpf.compiler.identities import IdentityIndex, MatchRecord
 from netpol_ebpf.compiler.intervals import Intervals
 from netpol_ebpf.compiler.journal import Journal
-from netpol_ebpf.compiler.l4 import AtomSpace, Split
+from netpol_ebpf.compiler.l4 import ANY_SOURCE, AtomSpace, Split
 from netpol_ebpf.compiler.limits import Limits, exceeded
 from netpol_ebpf.compiler.numbers import Ranges
 from netpol_ebpf.compiler.registers import RowRegister
 from netpol_ebpf.compiler.rule_lists import RuleList, TemplateUse, nothing_decided
-from netpol_ebpf.compiler.tables import COLUMN_BLOCK, FAMILY_CLASSES, SetRow, VerdictRow
+from netpol_ebpf.compiler.tables import COLUMN_BLOCK, SetRow, VerdictRow
 from netpol_ebpf.compiler.terms import ANYONE
-from netpol_ebpf.policy.types import Action, Cause, CauseKind, Outcome
+from netpol_ebpf.policy.types import Action, Cause, CauseKind, Direction, Outcome
 
 OwnEntries = tuple[int, ...]
 """For each template of a rule list that constrains the own side, in order: the bits of its entries that hold for the own addresses."""
 SetKey = tuple[RuleList, "OwnEntries | None"]
+
+LEAST_ROOM = 2
+"""For how many classes more than there are a dimension of verdicts has room at least; arbitrary."""
 
 _TRIM_ABOVE = 256
 """How many verdicts of deleted classes a set may cache; arbitrary."""
@@ -71,6 +74,7 @@ class _Entries:
         self.l4: dict[Intervals, int] = {}
         self.sources: dict[Intervals, int] = {}
         self.enforced = self.pending = self.ends = 0
+        self._direction = rule_list.direction
         self._own_iterator = None if own_entries is None else iter(own_entries)
         for use in rule_list.head:
             self._add_template(use)
@@ -89,6 +93,17 @@ class _Entries:
             self.targets[first:] = [len(self.effects)] * (len(self.effects) - first)
         for use in rule_list.profiles:
             self._add_template(use)
+
+    @property
+    def asks_source(self) -> bool:
+        """Whether an enforced entry matches on more of a packet's source than the family of its address.
+
+        Staged entries do not count: a packet with a hidden source must not be dropped for their sake.
+        """
+        owners = self.owns if self._direction is Direction.EGRESS else self.peers
+        asking = [bits for record, bits in owners.items() if not record.match.is_family_alone]
+        asking += [bits for intervals, bits in self.sources.items() if intervals != ANY_SOURCE]
+        return any(bits & self.enforced for bits in asking)
 
     def _add(self, effect: Effect, cause: Cause, *, enforced: bool, pending: bool) -> int:
         bit = 1 << len(self.effects)
@@ -172,12 +187,11 @@ class _Column:
 def _room(class_table: ClassTable) -> int:
     """The bound of the classes of one side: as many as there are, and room for more.
 
-    Where no match depends on more of an address than its family, no class can come, and the bound is at most FAMILY_CLASSES.
-    The packet path reads from the bound whether a rule depends on the owner of the address: then it is higher.
+    Where no match depends on more of an address than its family, no class can come.
     """
     if all(record.match.is_family_alone for record in class_table.matches):
         return class_table.span
-    return class_table.span + max(FAMILY_CLASSES, class_table.span // 4)
+    return class_table.span + max(LEAST_ROOM, class_table.span // 4)
 
 
 class LiveSet:
@@ -282,6 +296,7 @@ class LiveSet:
             own_classes=self.own_room,
             l4_base=self._l4.base,
             l4_classes=len(self._l4.vectors),
+            asks_source=int(self._entries.asks_source),
             source_base=self._source.base,
             source_classes=len(self._source.vectors),
             verdict_base=self.base,

@@ -65,10 +65,6 @@ OTHER_BLOCK = 6 * 256
 ATOM_BLOCKS = OTHER_BLOCK + 1
 
 
-FAMILY_CLASSES = 2
-"""The most classes of a side of whose address no rule asks for more than the family; the program knows the same number."""
-
-
 @dataclass(frozen=True, slots=True)
 class SetRow:
     """One policy set: the ordered list of everything that applies to an endpoint in one direction and stage.
@@ -77,7 +73,8 @@ class SetRow:
     of identities of that family without a row there.  ``own_set``: its counterpart for the endpoint's own side, 0 when the
     own side is constant (then own_classes is 1).  ``l4_base``: first block in l4_columns for destination atoms;
     ``source_base``: the same for source-port atoms, unused when source_classes is 1.  ``peer_classes`` and
-    ``own_classes``: bounds of the classes; up to FAMILY_CLASSES no rule asks for more of that side's address than its family.
+    ``own_classes``: bounds of the classes.  ``asks_source``: 1 if an enforced rule matches on who owns the source address, or on
+    the source port, else 0.
     """
 
     number: int
@@ -90,6 +87,7 @@ class SetRow:
     own_classes: int
     l4_base: int
     l4_classes: int
+    asks_source: int
     source_base: int
     source_classes: int
     verdict_base: int

@@ -39,6 +39,8 @@ SERVICE_NAME_LABEL = "kubernetes.io/service-name"
 _POD_IPS = "cni.projectcalico.org/podIPs"
 _POD_IP = "cni.projectcalico.org/podIP"
 _AWS_POD_IPS = "vpc.amazonaws.com/pod-ips"
+# A static pod's object is the kubelet's mirror, with a UID of its own; what the runtime knows is the one here.
+_MIRRORED_UID = "kubernetes.io/config.mirror"
 _SOURCE_PREFIXES = "cni.projectcalico.org/allowedSourcePrefixes"
 
 # The addresses Calico gives a node: its own (with a prefix length) and those of its tunnel devices, from which traffic
@@ -86,7 +88,7 @@ def _pod(obj: Reader, meta: Meta) -> Pod:
         finished=finished,
         addresses=() if finished else addresses,
         allowed_source_prefixes=_source_prefixes(obj, annotations),
-        uid=(metadata.string("uid") or "") if metadata is not None else "",
+        uid=annotations.get(_MIRRORED_UID) or (metadata.string("uid") if metadata is not None else None) or "",
     )
 
 

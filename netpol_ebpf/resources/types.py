@@ -91,7 +91,7 @@ class Pod:
     """v1 Pod, or the pod of a workload's template (`workloads`), which has no address and the name KIND/NAME.
 
     ``addresses``: by the precedence of status.podIPs, podIP, then the CNI annotations; () for a finished pod.
-    ``uid``: empty where the cluster gave none: pods of the same name, one after the other, differ in it.
+    ``uid``: as the container runtime knows it, empty where nobody says: pods of the same name, one after the other, differ in it.
 
     ``allowed_source_prefixes`` from annotation cni.projectcalico.org/allowedSourcePrefixes.
     """

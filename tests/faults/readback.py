@@ -18,7 +18,7 @@ from netpol_loader.tables.buckets import open_map
 
 SET_FIELDS = (
     "number", "default_class4", "default_class6", "peer_classes", "own_set", "own_default_class4", "own_default_class6",
-    "own_classes", "l4_base", "l4_classes", "source_base", "source_classes", "verdict_base",
+    "own_classes", "l4_base", "l4_classes", "asks_source", "source_base", "source_classes", "verdict_base",
 )  # fmt: skip
 
 

@@ -24,7 +24,7 @@ from tests.guards.table import GUARDS, Guard
 
 ROOT = Path(__file__).resolve().parents[2]
 
-COPIED = ("bpf", "loader", "netpol_ebpf", "scripts", "tests", "examples", "pyproject.toml")
+COPIED = ("bpf", "cni", "loader", "netpol_ebpf", "scripts", "tests", "examples", "pyproject.toml")
 PAGE = ROOT / "docs/guards.md"
 TIMEOUT_S = 1800
 HEAD = """\

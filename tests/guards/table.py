@@ -308,10 +308,10 @@ GUARDS = (
     Guard(
         "node-groups",
         "groups that the node has joined are the node",
-        "netpol_ebpf/agent/node.py",
+        "netpol_ebpf/agent/kernel_network.py",
         (
             "found = dict.fromkeys(groups, GROUP)",
-            "found: dict[netlink.IPAddress, Meaning] = {}",
+            "found: dict[IPAddress, Meaning] = {}",
         ),
         (f"{NODE}test_closed_node_has_no_other_door[all-6]",),
     ),
@@ -406,7 +406,7 @@ GUARDS = (
     Guard(
         "number-of-several-rows",
         "a number that the rows of several interfaces have tells nothing",
-        "netpol_ebpf/agent/core.py",
+        "netpol_ebpf/agent/enforcement.py",
         (" if users[number] == 1}", "}"),
         ("tests/unit/test_agent_core.py::test_number_that_the_rows_give_to_several_is_nobody_s",),
     ),

@@ -74,6 +74,7 @@ class PolicySet:
     own_default_class6: int | None = None
     own_classes: int = 1
     l4_classes: int = 1
+    asks_source: int = 0
     source_classes: int = 1
 
     def row(self) -> abi.np_set:
@@ -83,7 +84,7 @@ class PolicySet:
             default_class6=self.default_class if self.default_class6 is None else self.default_class6,
             own_set=self.own_set, own_classes=self.own_classes, own_default_class4=self.own_default_class,
             own_default_class6=self.own_default_class if self.own_default_class6 is None else self.own_default_class6,
-            l4_base=self.number * 2, l4_classes=self.l4_classes,
+            l4_base=self.number * 2, l4_classes=self.l4_classes, asks_source=self.asks_source,
             source_base=self.number * 2 + 1, source_classes=self.source_classes, verdict_base=self.number * 64,
         )  # fmt: skip
 

@@ -24,8 +24,9 @@ from map_sizes import SIZES
 from rig import ALLOW, DENY, ENDPOINT, Rig, everything
 
 from netpol_ebpf.errors import PlatformError
-from netpol_loader.host import netlink
-from netpol_loader.host.follow import Follower, LinkNews
+from netpol_loader.host import clsact
+from netpol_loader.host.follow import Follower, LinkChange
+from netpol_loader.host.links import find_link, list_links
 from netpol_loader.host.peers import MOST_ADDRESSES, load_peer_addresses
 from netpol_loader.kernel import syscall
 from netpol_loader.kernel.hook import Hook
@@ -203,7 +204,7 @@ def test_clsact_of_others_stays(node_rig: Rig, pair: Pair) -> None:
     def put_another() -> None:
         with pyroute2.IPRoute() as route:
             route.tc(
-                "add-filter", "bpf", index=pair.ifindex, parent=netlink.CLSACT_PARENTS[Hook.TC_INGRESS], prio=50,
+                "add-filter", "bpf", index=pair.ifindex, parent=clsact.PARENTS[Hook.TC_INGRESS], prio=50,
                 fd=dataplane.program_fd(Hook.TC_EGRESS), name="somebody", direct_action=True,
             )  # fmt: skip
 
@@ -250,7 +251,9 @@ def test_links_that_cannot_be_pinned_are_a_clear_error(node_rig: Rig, pair: Pair
     shutil.rmtree(links)
     os.link(node_rig.dataplane.pin_dir / "np_rule", links)
     try:
-        with pytest.raises(PlatformError, match="cannot note in .*/links that np_tc_ingress is on interface"):
+        with pytest.raises(
+            PlatformError, match="cannot record in .*/links that np_tc_ingress is attached to interface"
+        ):
             pair.at_node(lambda: attach.attach(pair.ifindex, node_rig.dataplane))
     finally:
         links.unlink()
@@ -275,7 +278,9 @@ def test_interface_that_goes_while_it_is_detached_is_no_error(
         real_detach(one, dataplane)
 
     monkeypatch.setattr(attach, "_detach", refuse)
-    with pytest.raises(PlatformError, match=f"off interface {pair.ifindex}: Device or resource busy"):
+    with pytest.raises(
+        PlatformError, match=f"from interface {pair.ifindex}, where it goes on enforcing: Device or resource busy"
+    ):
         pair.at_node(lambda: attach.detach(pair.ifindex, dataplane))
     assert not pair.reaches(NODE4)
     monkeypatch.setattr(attach, "_detach", lose_first)
@@ -336,13 +341,13 @@ def test_links_addresses_routes(pair: Pair) -> None:
     """Interfaces, addresses and single-address routes as they are."""
     run("ip", "-n", pair.node, "route", "add", "10.98.0.7/32", "dev", "v0")
     run("ip", "-n", pair.node, "route", "add", "fd98::7/128", "dev", "v0")
-    link = pair.at_node(lambda: netlink.link("v0"))
+    link = pair.at_node(lambda: find_link("v0"))
     assert link is not None
     assert (link.ifindex, link.kind, link.is_up) == (pair.ifindex, "veth", True)
-    assert pair.at_node(lambda: netlink.link(pair.ifindex)) == link
-    assert link in pair.at_node(netlink.links)
+    assert pair.at_node(lambda: find_link(pair.ifindex)) == link
+    assert link in pair.at_node(list_links)
     for nothing in ("nothing", "a name that is too long", 99_999):
-        assert pair.at_node(lambda one=nothing: netlink.link(one)) is None  # type: ignore[misc]
+        assert pair.at_node(lambda one=nothing: find_link(one)) is None  # type: ignore[misc]
     with pair.at_node(Follower) as follower:
         addresses, routes = follower.addresses, follower.host_routes
     assert addresses[ip_address(NODE4)] == addresses[ip_address(NODE6)] == pair.ifindex
@@ -352,7 +357,7 @@ def test_links_addresses_routes(pair: Pair) -> None:
 
 def test_addresses_behind_a_veth(pair: Pair) -> None:
     """The addresses of the pod's end, found from the node's end without entering the pod's namespace."""
-    link = pair.at_node(lambda: netlink.link("v0"))
+    link = pair.at_node(lambda: find_link("v0"))
     assert link is not None
     assert link.peer_nsid is not None
     peer = (link.peer_nsid, link.peer_ifindex)
@@ -365,7 +370,7 @@ def test_addresses_behind_a_veth(pair: Pair) -> None:
 
 def test_addresses_behind_a_veth_are_read_to_a_bound(pair: Pair) -> None:
     """Of more IPv4 addresses than are read those that were there first are among them; of IPv6, which tells the newest first, none."""
-    link = pair.at_node(lambda: netlink.link("v0"))
+    link = pair.at_node(lambda: find_link("v0"))
     assert link is not None
     assert link.peer_nsid is not None
     peer = (link.peer_nsid, link.peer_ifindex)
@@ -392,7 +397,7 @@ def test_interface_s_name_may_be_any_bytes(pair: Pair) -> None:
     """A name that is no text is told in a readable form, by the list and by the news alike."""
     wild = b"v\xff\xfe"
 
-    def rename() -> list[LinkNews] | None:
+    def rename() -> list[LinkChange] | None:
         with Follower() as follower:
             subprocess.run([b"ip", b"link", b"set", b"v0", b"name", wild], check=True)
             return follower.poll()
@@ -400,7 +405,7 @@ def test_interface_s_name_may_be_any_bytes(pair: Pair) -> None:
     news = pair.at_node(rename)
     assert news
     assert {one.link.name for one in news} == {"v\\xff\\xfe"}
-    link = pair.at_node(lambda: netlink.link(pair.ifindex))
+    link = pair.at_node(lambda: find_link(pair.ifindex))
     assert link is not None
     assert link.name == "v\\xff\\xfe"
 

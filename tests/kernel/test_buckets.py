@@ -15,7 +15,7 @@ from netpol_ebpf.errors import MapFullError
 from netpol_loader import abi
 from netpol_loader.kernel import syscall
 from netpol_loader.kernel.maps import Map
-from netpol_loader.tables.buckets import BucketMap, ClassMap, bucketed, buckets_for
+from netpol_loader.tables.buckets import BucketMap, PeerClassMap, bucketed, buckets_for
 
 pytestmark = pytest.mark.kernel
 
@@ -108,8 +108,8 @@ def free_places(name: str) -> int:
 
 def same_bucket(one: BucketMap, name: str, first: int, count: int) -> list[int]:
     """Numbers of keys that belong into the bucket of the first, no two of one line."""
-    place = one._place if isinstance(one, ClassMap) else one._bucket  # type: ignore[attr-defined]
-    where = (lambda key: place(key)[1]) if isinstance(one, ClassMap) else place
+    place = one._place if isinstance(one, PeerClassMap) else one._bucket  # type: ignore[attr-defined]
+    where = (lambda key: place(key)[1]) if isinstance(one, PeerClassMap) else place
     bucket = where(key_of(name, first))
     candidates = range(100, 4_000_000, abi.NP_LINE_CLASSES * 3)
     found = [number for number in candidates if where(key_of(name, number)) == bucket][:count]

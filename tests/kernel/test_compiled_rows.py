@@ -153,6 +153,7 @@ RULES = [
     ("{action: Allow, source: {serviceAccounts: {names: [default]}}}, {action: Deny}", HIDDEN),
     ("{action: Deny, source: {ports: [web]}}, {action: Allow}", HIDDEN),
 ]
+STAGED = [rules for rules, expected in RULES if expected == HIDDEN]
 KNOWN = [(rules, "") for rules, expected in RULES if expected == HIDDEN and "set ==" not in rules]
 """Without the set that has the pod's IPv4 address and not the other: it tells the two apart."""
 PORT = "{action: Deny, protocol: TCP, source: {ports: [81]}}, {action: Allow}"
@@ -178,6 +179,21 @@ def test_a_hidden_source_denies_where_a_rule_asks_for_it(
     """By a host endpoint's forward policy, where the source is the peer's side; by a pod's, where it is its own side."""
     cluster = CLUSTER if policy is FORWARD else CLUSTER.replace("name: pod,", BORROWS)
     _check(node(own, cluster + policy.format(rules=rules), sender), version, expected)
+
+
+@pytest.mark.parametrize("version", [4, 6])
+@pytest.mark.parametrize(
+    ("policy", "sender"), [(FORWARD, POD), (FORWARD, WILDCARD), (EGRESS, POD)], ids=["behind a wildcard", "host", "pod"]
+)
+@pytest.mark.parametrize("rules", [*STAGED, PORT])
+def test_a_staged_rule_that_asks_for_the_source_denies_nothing(
+    own: Rig, policy: str, sender: EndpointKey, rules: str, version: int
+) -> None:
+    """A staged policy changes no verdict, whatever its rules depend on."""
+    cluster = CLUSTER if policy is FORWARD else CLUSTER.replace("name: pod,", BORROWS)
+    staged = policy.replace("kind: GlobalNetworkPolicy", "kind: StagedGlobalNetworkPolicy").format(rules=rules)
+    enforced = policy.replace("metadata: {{name: ", "metadata: {{name: enforced-").format(rules="{action: Allow}")
+    _check(node(own, cluster + enforced + staged, sender), version, PASSES)
 
 
 @pytest.mark.parametrize("version", [4, 6])

@@ -216,7 +216,7 @@ def test_node_ports_are_services_at_the_nodes_addresses_only(rig: Rig, at: Addre
 @FAMILIES
 def test_translated_source_denies_where_policy_depends_on_it(rig: Rig, at: Addresses) -> None:
     """Where a rule asks for the source and the node has put another in its place, nothing is guessed."""
-    to_service(rig, egress=PolicySet(EGRESS, [Verdict(ALLOW, 24), Verdict(ALLOW, 25)], source_classes=2))
+    to_service(rig, egress=PolicySet(EGRESS, [Verdict(ALLOW, 24), Verdict(ALLOW, 25)], source_classes=2, asks_source=1))
     seen = rig.into(p.frame(at.node, at.pod, p.TCP, p.tcp(1, 2)), carries=ENDPOINT)
     assert (seen.passed, seen.reason) == (False, "hidden-source")
     assert rig.into(p.frame(at.pod, at.pod, p.TCP, p.tcp(1, 2)), carries=ENDPOINT).passed

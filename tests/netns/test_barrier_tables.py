@@ -14,7 +14,7 @@ from typing import TypeVar
 import pytest
 
 from netpol_loader.host import nftables
-from netpol_loader.host.barrier import BarrierTables, HeldError, Layout, Marks, TakenError, without_sign
+from netpol_loader.host.barrier import BarrierSpec, BarrierTables, HeldError, Marks, TakenError, without_sign
 
 pytestmark = pytest.mark.netns
 
@@ -22,8 +22,8 @@ T = TypeVar("T")
 CLONE_NEWNET = 0x40000000
 OWNER = "/sys/fs/bpf/somewhere"
 MARKS = Marks(0x20, 0x40, 0x10)
-WHOLE = Layout(MARKS, 0, ("cali*", "tap0"), frozenset({"cali1", "cali2"}), frozenset({1}))
-PLAIN = Layout(MARKS, workloads=frozenset({"cali1"}))
+WHOLE = BarrierSpec(MARKS, 0, ("cali*", "tap0"), frozenset({"cali1", "cali2"}), frozenset({1}))
+PLAIN = BarrierSpec(MARKS, workloads=frozenset({"cali1"}))
 
 EXPECTED = """\
 table inet np_barrier {
@@ -104,7 +104,7 @@ def tables(stack: ExitStack, namespace: Namespace, owner: str = OWNER, *, is_hel
     namespace.do(one.open)
     if not is_held:
         one._flags = 0
-        one._news = namespace.do(nftables.News)
+        one._news = namespace.do(nftables.TableNotifications)
     elif not one.is_held:
         pytest.skip("this kernel has no tables that outlive their owner (6.9)")
     return one
@@ -141,7 +141,7 @@ def test_only_what_differs_is_written(namespace: Namespace) -> None:
         namespace.do(lambda: one.write(PLAIN))
         assert not namespace.do(one.has_changed)
         assert namespace.do(lambda: one.write(PLAIN)) == []
-        other = Layout(MARKS, workloads=frozenset({"cali2"}))
+        other = BarrierSpec(MARKS, workloads=frozenset({"cali2"}))
         found = namespace.do(lambda: one.write(other))
         assert wheres(found) == [f"set workloads of table {name} np_barrier changed" for name in one.families]
         assert namespace.do(one.members)[0] == {"cali2"}
@@ -165,7 +165,7 @@ def test_what_nobody_else_changed_is_not_read_again(namespace: Namespace, monkey
         reads = []
         read = one._read
         monkeypatch.setattr(one, "_read", lambda: reads.append(1) or read())
-        other = Layout(MARKS, workloads=frozenset({"cali2", "cali3"}))
+        other = BarrierSpec(MARKS, workloads=frozenset({"cali2", "cali3"}))
         found = namespace.do(lambda: one.write(other))
         assert wheres(found) == [f"set workloads of table {name} np_barrier changed" for name in one.families]
         assert namespace.do(lambda: one.write(other)) == []
@@ -244,7 +244,7 @@ def test_what_is_somebody_elses_is_not_touched(namespace: Namespace, owner: str)
         before = namespace.nft("list", "ruleset")
         one = tables(stack, namespace, is_held=False)
         for work in (lambda: one.write(PLAIN), one.present, lambda: one.remove("bridge"), one.members):
-            with pytest.raises(TakenError, match="somebody else"):
+            with pytest.raises(TakenError, match="another owner"):
                 namespace.do(work)
         assert namespace.nft("list", "ruleset") == before
 
@@ -267,6 +267,6 @@ def test_thousands_of_interfaces(namespace: Namespace) -> None:
     names = frozenset(f"cali{number:011x}" for number in range(3000))
     with ExitStack() as stack:
         one = tables(stack, namespace, is_held=False)
-        namespace.do(lambda: one.write(Layout(MARKS, 0, ("cali*",), names, frozenset(range(1, 3001)))))
+        namespace.do(lambda: one.write(BarrierSpec(MARKS, 0, ("cali*",), names, frozenset(range(1, 3001)))))
         found = namespace.do(one.members)
         assert (found[0], len(found[1])) == (names, 3000)

@@ -56,7 +56,7 @@ from scapy.packet import Packet
 from netpol_ebpf.lab.attempt import Attempt
 from netpol_ebpf.lab.laboratory import Lab
 from netpol_ebpf.lab.scene import INTERNET
-from netpol_loader.host import netlink
+from netpol_loader.host.links import EXTERNAL, list_links
 
 pytestmark = pytest.mark.netns
 
@@ -560,13 +560,13 @@ PLAIN = {"vxlan": "id 9 dstport 8481", "geneve": "id 9 remote 172.30.0.20", "gre
 def test_which_devices_tell(scene: Scene) -> None:
     """Of each kind that the kernel has: with `external`, and not without."""
     found = {}
-    for kind in netlink.EXTERNAL:
+    for kind in EXTERNAL:
         told = "external dstport 8481" if kind == "vxlan" else "external"
         plain = PLAIN.get(kind) or KINDS.get(kind, ("", ""))[1]
         for words, tells in ((told, True), (plain, False)):
             if has_device(scene.lab, kind, *words.split()):
                 ip(scene.lab, NODE, f"link add tell0 type {kind} {words}")
-                links = inside(scene.lab, NODE, netlink.links)
+                links = inside(scene.lab, NODE, list_links)
                 ip(scene.lab, NODE, "link del tell0")
                 (found[kind, tells],) = [one.is_external for one in links if one.name == "tell0"]
     assert {("vxlan", True), ("vxlan", False)} <= found.keys()

@@ -29,7 +29,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from agent_scene import CLUSTER, DEADLINE_S, NODE, Scene, lab_for, scene_in, wait_for
+from agent_scene import DEADLINE_S, NODE, Scene, lab_for, render_nodes, scene_in, wait_for
 from border_scene import NODE_ADDRESS, WORLD, has_device, ip
 from cni_chain import CniError, PluginList, Sandbox
 from network_scene import PLUGINS_DIR
@@ -62,7 +62,7 @@ POD = """\
 ---
 apiVersion: v1
 kind: Pod
-metadata: {{name: {name}, namespace: shop, uid: {uid}, labels: {{app: narrow}}}}
+metadata: {{name: {name}, namespace: shop, uid: "{uid}", labels: {{app: narrow}}}}
 spec: {{nodeName: node-1, containers: [{{name: c, image: x}}]}}
 status: {{phase: Pending}}
 """
@@ -149,7 +149,7 @@ class Plugged:
 @contextlib.contextmanager
 def plugged(home: Path, network: str) -> Iterator[Plugged]:
     """A node with an agent, and a runtime with a network and our plugin behind it."""
-    cluster = CLUSTER.split("---\napiVersion: v1\nkind: Pod", maxsplit=1)[0]
+    cluster = render_nodes("172.30.0.{}")
     with contextlib.ExitStack() as stack:
         lab = stack.enter_context(lab_for(cluster))
         lab.prober.write_settings(NODE, SETTINGS_ROUTER)
@@ -425,14 +425,14 @@ def test_another_namespace(node: Plugged, record_property: Callable[[str, object
     with pytest.raises(CniError) as caught:
         node.plugins.call_last("CHECK", one)
     assert (caught.value.error["code"], caught.value.error["details"]) == (3, "eth0")
-    kinds = ["bridge", *(["macvlan"] if has_device(node.lab, "macvlan", below="eth0") else [])]
+    made = {
+        "bridge": [f"-n {one.namespace} link add eth0 type bridge"],
+        "macvlan": ["link add link eth0 name sole0 type macvlan", f"link set sole0 netns {one.namespace} name eth0"],
+    }
+    kinds = [kind for kind in made if has_device(node.lab, kind, below="eth0" if kind == "macvlan" else "")]
     record_property("kinds", ", ".join(kinds))
     for kind in kinds:
-        below = "link eth0 " if kind == "macvlan" else ""
-        ip(
-            node.lab, NODE, f"link add {below}name sole0 type {kind}", f"link set sole0 netns {one.namespace}",
-            f"-n {one.namespace} link set sole0 name eth0",
-        )  # fmt: skip
+        ip(node.lab, NODE, *made[kind])
         with pytest.raises(CniError) as caught:
             node.plugins.call_last("CHECK", one, posture="closed")
         assert caught.value.error["code"] == 100, kind

@@ -25,7 +25,7 @@ from test_clsact import WITHOUT_TCX
 
 from netpol_ebpf.lab.laboratory import Lab
 from netpol_ebpf.lab.topology import Host
-from netpol_loader.host.rtnetlink import Rtnetlink, attribute, nested
+from netpol_loader.host.netlink import RouteChannel, attribute, nested
 from netpol_loader.kernel import relocation, syscall
 
 pytestmark = pytest.mark.netns
@@ -216,7 +216,7 @@ def test_xdp_programs_of_others_are_told(scene: Scene, *, is_link: bool) -> None
 
     def set_xdp(fd: int) -> None:
         options = attribute(IFLA_XDP_FD, struct.pack("=i", fd)) + attribute(IFLA_XDP_FLAGS, struct.pack("=I", GENERIC))
-        with Rtnetlink() as channel:
+        with RouteChannel() as channel:
             channel.ask(SET_LINK, struct.pack("=BxHiII", 0, 0, place, 0, 0) + nested(IFLA_XDP, options))
 
     cases = {

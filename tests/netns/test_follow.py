@@ -19,8 +19,8 @@ from typing import Any, TypeVar
 import pytest
 
 from bench.site import enter_namespace
-from netpol_loader.host import rtnetlink
-from netpol_loader.host.follow import SETTLE_S, Follower, LinkNews
+from netpol_loader.host import netlink
+from netpol_loader.host.follow import SETTLE_S, Follower, LinkChange
 
 pytestmark = pytest.mark.netns
 
@@ -61,7 +61,7 @@ class Node:
         done = subprocess.run(command, input="\n".join(lines) + "\n", capture_output=True, text=True, check=False)
         assert is_forced or done.returncode == 0, done.stderr
 
-    def settle(self, follower: Follower) -> list[LinkNews]:
+    def settle(self, follower: Follower) -> list[LinkChange]:
         """Have everything read, and asked for a second time."""
         found = follower.poll() or []
         self.now_s += SETTLE_S
@@ -287,13 +287,13 @@ def test_an_interface_that_flaps_is_asked_for_now_and_then(wired: Node, monkeypa
     follower = wired.follower()
     wired.settle(follower)
     asked: list[int] = []
-    dump = rtnetlink.Rtnetlink.dump
+    dump = netlink.RouteChannel.dump
 
-    def counted(channel: rtnetlink.Rtnetlink, kind: int, body: bytes) -> list[bytes]:
+    def counted(channel: netlink.RouteChannel, kind: int, body: bytes) -> list[bytes]:
         asked.append(kind)
         return dump(channel, kind, body)
 
-    monkeypatch.setattr(rtnetlink.Rtnetlink, "dump", counted)
+    monkeypatch.setattr(netlink.RouteChannel, "dump", counted)
     wired.do("link set v1 down")
     wired.do("link add v9 type veth peer name p9")
     assert "v9" in {one.link.name for one in follower.poll(is_brief=True) or ()}
@@ -317,7 +317,7 @@ def test_an_interface_that_flaps_is_asked_for_now_and_then(wired: Node, monkeypa
 def test_lost_messages(wired: Node) -> None:
     """More than the socket holds: everything is listed again, once, and what went is not known."""
     follower = wired.follower()
-    follower._news._socket.setsockopt(socket.SOL_SOCKET, rtnetlink._SO_RCVBUFFORCE, 4096)
+    follower._news._socket.setsockopt(socket.SOL_SOCKET, netlink._SO_RCVBUFFORCE, 4096)
     wired.do(*(f"route add 10.2.0.{number}/32 dev v1" for number in range(1, 200)))
     assert follower.poll() is None
     assert follower.listed_again == {"messages were lost": 1}

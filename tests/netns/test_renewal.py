@@ -20,7 +20,8 @@ import pytest
 
 from netpol_ebpf.errors import LoadError
 from netpol_loader import abi
-from netpol_loader.host import netlink
+from netpol_loader.host import clsact
+from netpol_loader.host.links import list_links
 from netpol_loader.kernel import syscall
 from netpol_loader.kernel.hook import Hook
 from netpol_loader.pins import attach
@@ -75,7 +76,7 @@ class Node:
     def programs(self) -> set[tuple[Hook, Mechanism, int]]:
         """What is on the interfaces by the kernel's word: tcx by each pinned link, clsact by the filters' names."""
         ifindex = self.ifindexes[Mechanism.CLSACT]
-        found = {(one.hook, Mechanism.CLSACT, one.prog_id) for one in self.do(lambda: netlink.clsact_filters(ifindex))}
+        found = {(one.hook, Mechanism.CLSACT, one.prog_id) for one in self.do(lambda: clsact.our_filters(ifindex))}
         for pin in self.root.glob("v*/links/*_in"), self.root.glob("v*/links/*_out"):
             for path in pin:
                 fd = syscall.obj_get(path)
@@ -103,7 +104,7 @@ def node() -> Iterator[Node]:
         subprocess.run(["ip", "-n", name, "link", "add", "v0", "type", "veth", "peer", "name", "v1"], check=True)
         with ThreadPoolExecutor(1) as thread:
             thread.submit(enter, name).result()
-            links = {link.name: link.ifindex for link in thread.submit(netlink.links).result()}
+            links = {link.name: link.ifindex for link in thread.submit(list_links).result()}
             ifindexes = {Mechanism.TCX: links["v0"], Mechanism.CLSACT: links["v1"]}
             one = Node(thread, ifindexes, Path(f"/sys/fs/bpf/netpol-test-{name}"))
             yield one
@@ -243,7 +244,7 @@ def test_everything_found_is_removed_by_name(node: Node) -> None:
     for one in found:
         node.do(one.remove)
     assert node.programs() == set()
-    assert not node.do(lambda: netlink.has_clsact(node.ifindexes[Mechanism.CLSACT]))
+    assert not node.do(lambda: clsact.is_on(node.ifindexes[Mechanism.CLSACT]))
     assert not node.root.exists()
     assert node.do(lambda: find_leftovers(node.root)) == []
 
@@ -301,7 +302,7 @@ def test_older_schema_killed_in_the_exchange_is_finished_by_the_next(
     assert config.timeout_jiffies[abi.NP_CONN_UDP] > 0, "its own, not those of the older one"
     assert [path.name for path in node.root.iterdir()] == [f"v{abi.SCHEMA_VERSION}"]
     node.do(dataplane.remove)
-    assert not node.do(lambda: netlink.has_clsact(node.ifindexes[Mechanism.CLSACT])), "whose it was is still known"
+    assert not node.do(lambda: clsact.is_on(node.ifindexes[Mechanism.CLSACT])), "whose it was is still known"
     assert not node.root.exists()
 
 

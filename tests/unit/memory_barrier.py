@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from netpol_ebpf.errors import PlatformError
-from netpol_loader.host.barrier import Counts, Difference, Layout, Marks
+from netpol_loader.host.barrier import BarrierSpec, Counts, Difference, Marks
 
 
 @dataclass
@@ -15,7 +15,7 @@ class MemoryTables:
 
     families: tuple[str, ...] = ("inet", "bridge")
     is_held: bool = True
-    layout: Layout | None = None
+    layout: BarrierSpec | None = None
     refuses: str = ""
     news: bool = False
     is_spoiled: bool = False
@@ -53,7 +53,7 @@ class MemoryTables:
         self._try()
         return sum(self.by_interface.values())
 
-    def write(self, layout: Layout) -> list[Difference]:
+    def write(self, layout: BarrierSpec) -> list[Difference]:
         self._try()
         is_other = self.layout != layout or self.is_spoiled
         self.layout, self.is_spoiled = layout, False

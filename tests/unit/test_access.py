@@ -13,7 +13,7 @@ import pytest
 
 from netpol_loader import abi
 from netpol_loader.pins import access
-from netpol_loader.pins.dataplane import LINKS
+from netpol_loader.pins.attach import LINKS
 from netpol_loader.pins.programs import CURRENT
 
 

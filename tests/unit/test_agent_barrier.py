@@ -11,7 +11,7 @@ from memory_barrier import MemoryMarks, MemoryTables
 from netpol_ebpf.agent.barrier import ASKED_A_LOOK, RETRY_S, TOLD_S, Barrier, BarrierSettings, parse_barrier
 from netpol_ebpf.agent.wiring import Interface, Wiring
 from netpol_ebpf.errors import UsageError
-from netpol_loader.host.barrier import Layout, Marks
+from netpol_loader.host.barrier import BarrierSpec, Marks
 
 ALL = Marks(0x20, 0x40, 0x10)
 OPEN = Marks(0, 0x40, 0x10)
@@ -57,14 +57,14 @@ def bench() -> Bench:
     return Bench()
 
 
-def full(*names: str, marks: Marks = ALL) -> Layout:
-    return Layout(marks, workloads=frozenset(names))
+def full(*names: str, marks: Marks = ALL) -> BarrierSpec:
+    return BarrierSpec(marks, workloads=frozenset(names))
 
 
 def test_programs_sign_before_the_table_closes(bench: Bench) -> None:
     """First what shows that tables can be made, then the marks, then the names."""
     barrier = bench.barrier()
-    assert bench.tables.log == [Layout(OPEN), ALL, full("cali1", "cali2")]
+    assert bench.tables.log == [BarrierSpec(OPEN), ALL, full("cali1", "cali2")]
     assert barrier.problems == []
     assert barrier.is_installed
 
@@ -82,7 +82,7 @@ def test_the_sign_ends_after_the_table(bench: Bench) -> None:
     bench.barrier()
     bench.tables.log.clear()
     barrier = bench.barrier(BarrierSettings(is_on=False))
-    assert bench.tables.log == [Layout(OPEN), OPEN, Layout(OPEN)]
+    assert bench.tables.log == [BarrierSpec(OPEN), OPEN, BarrierSpec(OPEN)]
     assert barrier.is_installed
     assert any("--barrier off" in one for one in barrier.report()["open"])
 
@@ -93,7 +93,7 @@ def test_another_sign_takes_over(bench: Bench) -> None:
     bench.tables.log.clear()
     other = Marks(0x100, 0x40, 0x10)
     bench.barrier(BarrierSettings(marks=other))
-    between = Layout(other, 0x20, (), frozenset({"cali1", "cali2"}))
+    between = BarrierSpec(other, 0x20, (), frozenset({"cali1", "cali2"}))
     assert bench.tables.log == [between, other, full("cali1", "cali2", marks=other)]
 
 
@@ -141,7 +141,7 @@ def test_with_patterns_interfaces_are_known_that_have_programs_or_are_the_nodes(
     """A workload's interface that could not be given the programs stays as a new one is."""
     barrier = bench.barrier(BarrierSettings(patterns=("cali*",)))
     barrier.reconcile(WIRING, {5, 6}, {2, 5})
-    assert bench.tables.layout == Layout(ALL, 0, ("cali*",), frozenset({"cali1"}), frozenset({1, 2, 5, 7}))
+    assert bench.tables.layout == BarrierSpec(ALL, 0, ("cali*",), frozenset({"cali1"}), frozenset({1, 2, 5, 7}))
     assert barrier.report()["open"] == []
 
 
@@ -162,11 +162,11 @@ def test_a_failing_change_is_told_and_tried_again(bench: Bench) -> None:
 def test_what_others_changed_is_put_back_and_told(bench: Bench) -> None:
     """At once when there is news of it, at the latest with the next look."""
     barrier = bench.barrier()
-    assert barrier.follow() == barrier.look() == []
+    assert barrier.restore_reported() == barrier.look() == []
     bench.tables.is_spoiled = bench.tables.news = True
-    assert [str(one) for one in barrier.follow()] == ["barrier table inet np_barrier was changed"]
+    assert [str(one) for one in barrier.restore_reported()] == ["barrier table inet np_barrier was changed"]
     bench.tables.is_spoiled = True
-    assert barrier.follow() == []
+    assert barrier.restore_reported() == []
     assert [one.kind for one in barrier.look()] == ["barrier"]
 
 

@@ -65,7 +65,7 @@ def kernel() -> Kernel:
 
 
 def policy_set(base: int) -> SetRow:
-    return SetRow(base + 1, 0, 0, 1, 0, 0, 0, 1, 0, 1, 0, 1, base)
+    return SetRow(base + 1, 0, 0, 1, 0, 0, 0, 1, 0, 1, 0, 0, 1, base)
 
 
 def endpoint(number: int, base: int = 0) -> EndpointRow:

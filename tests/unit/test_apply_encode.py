@@ -18,7 +18,7 @@ from netpol_loader.tables.seal import seal_endpoint
 
 SET = SetRow(
     number=3, default_class4=1, default_class6=11, peer_classes=5, own_set=9, own_default_class4=2, own_default_class6=12,
-    own_classes=4, l4_base=6, l4_classes=7, source_base=8, source_classes=10, verdict_base=4096,
+    own_classes=4, l4_base=6, l4_classes=7, asks_source=1, source_base=8, source_classes=10, verdict_base=4096,
 )  # fmt: skip
 
 

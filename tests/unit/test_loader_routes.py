@@ -9,7 +9,8 @@ from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
 
 import pytest
 
-from netpol_loader.host import netlink
+from netpol_loader.host.links import find_link, interface_towards
+from netpol_loader.host.netlink import REPLACE, attribute
 from netpol_loader.host.routes import (
     ANYCAST,
     BROADCAST,
@@ -21,7 +22,6 @@ from netpol_loader.host.routes import (
     RouteTable,
     parse_routes,
 )
-from netpol_loader.host.rtnetlink import REPLACE, attribute
 
 UNICAST = 1
 POD4, POD6 = "10.1.0.5", "fd00::5"
@@ -243,4 +243,4 @@ def test_what_a_router_announced_says_nothing(protocol: int) -> None:
 
 def test_the_kernel_is_asked_for_the_way_to_an_address() -> None:
     """The loopback's own address is behind the loopback, by the kernel of this machine."""
-    assert netlink.interface_towards(ip_address("127.0.0.1")) == netlink.link("lo").ifindex
+    assert interface_towards(ip_address("127.0.0.1")) == find_link("lo").ifindex

@@ -12,38 +12,38 @@ from netpol_loader.host.barrier import (
     BRIDGE,
     FAMILIES,
     INET,
-    Layout,
+    BarrierSpec,
     Marks,
     _content,
     raw_name,
     remark_of,
     without_sign,
 )
-from netpol_loader.host.nftables import Attributes, parse
+from netpol_loader.host.netlink import attribute, attributes, nested
 
 ALL = Marks(0x20, 0x40, 0x10)
-WHOLE = Layout(ALL, 0, ("cali*", "tap0"), frozenset({"cali1"}), frozenset({1, 2}))
+WHOLE = BarrierSpec(ALL, 0, ("cali*", "tap0"), frozenset({"cali1"}), frozenset({1, 2}))
 
 
-def expression(raw: bytes) -> tuple[str, Attributes]:
+def expression(raw: bytes) -> tuple[str, dict[int, bytes]]:
     """Name and attributes of one expression."""
-    (element,) = parse(raw).values()
-    found = parse(element)
-    return found[1].rstrip(b"\0").decode(), parse(found[2])
+    (element,) = attributes(raw).values()
+    found = attributes(element)
+    return found[1].rstrip(b"\0").decode(), attributes(found[2])
 
 
 def test_attributes_are_padded_and_say_their_length_without_that() -> None:
     """As struct nlattr has it; what is nested says so."""
-    assert nftables.attribute(3, b"abcde") == struct.pack("=HH", 9, 3) + b"abcde\0\0\0"
-    assert nftables.nested(4, nftables.number(1, 2)) == struct.pack("=HHHH", 12, 4 | 0x8000, 8, 1) + b"\0\0\0\2"
+    assert attribute(3, b"abcde") == struct.pack("=HH", 9, 3) + b"abcde\0\0\0"
+    assert nested(4, nftables.number(1, 2)) == struct.pack("=HHHH", 12, 4 | 0x8000, 8, 1) + b"\0\0\0\2"
     assert nftables.text(1, "ab") == struct.pack("=HH", 7, 1) + b"ab\0\0"
     assert nftables.number(2, -450)[4:] == struct.pack("!i", -450)
 
 
 def test_attributes_are_read_back() -> None:
-    """By their types, also those that are marked as nested; a tail that is no attribute is left."""
-    body = nftables.nested(4, nftables.text(1, "x")) + nftables.number(2, 7) + b"\1"
-    assert parse(body) == {4: nftables.text(1, "x"), 2: struct.pack("!I", 7)}
+    """By their types, also those that are marked as nested."""
+    body = nested(4, nftables.text(1, "x")) + nftables.number(2, 7)
+    assert attributes(body) == {4: nftables.text(1, "x"), 2: struct.pack("!I", 7)}
 
 
 def test_comments_are_read_back() -> None:
@@ -56,7 +56,7 @@ def test_comments_are_read_back() -> None:
 def test_marks_are_compared_in_the_machines_order() -> None:
     """A mark is a number of the machine's; all numbers of nf_tables itself are big endian."""
     name, found = expression(nftables.bitwise(0xFFFFFFDF, 0x40))
-    assert (name, parse(found[4])[1], parse(found[5])[1]) == (
+    assert (name, attributes(found[4])[1], attributes(found[5])[1]) == (
         "bitwise", struct.pack("=I", 0xFFFFFFDF), struct.pack("=I", 0x40)
     )  # fmt: skip
     assert found[3] == struct.pack("!I", 4)
@@ -75,14 +75,14 @@ def test_elements_are_sent_in_portions() -> None:
     [
         (WHOLE, INET, {"prerouting", "input", "output", "postrouting"}),
         (WHOLE, BRIDGE, {"prerouting", "postrouting"}),
-        (Layout(ALL), INET, {"prerouting", "input", "output"}),
-        (Layout(ALL), BRIDGE, {"prerouting"}),
+        (BarrierSpec(ALL), INET, {"prerouting", "input", "output"}),
+        (BarrierSpec(ALL), BRIDGE, {"prerouting"}),
         (without_sign(WHOLE), INET, {"input", "output"}),
         (without_sign(WHOLE), BRIDGE, None),
-        (Layout(Marks()), INET, None),
+        (BarrierSpec(Marks()), INET, None),
     ],
 )
-def test_chains_of_a_layout(layout: Layout, family: int, chains: set[str] | None) -> None:
+def test_chains_of_a_layout(layout: BarrierSpec, family: int, chains: set[str] | None) -> None:
     """What closes needs the sign, new interfaces a pattern; without anything to do there is no table."""
     content = _content(layout, family)
     assert (None if content is None else set(content.rules)) == chains, FAMILIES[family]
@@ -94,14 +94,17 @@ def test_a_pattern_compares_the_beginning_and_a_name_the_whole() -> None:
     assert content is not None
     _, rules = content.rules["prerouting"]
     compared = [
-        parse(expression(raw)[1][3])[1] for rule in rules[2:] for raw in rule.expressions if expression(raw)[0] == "cmp"
+        attributes(expression(raw)[1][3])[1]
+        for rule in rules[2:]
+        for raw in rule.expressions
+        if expression(raw)[0] == "cmp"
     ]
     assert compared == [b"cali", b"tap0".ljust(16, b"\0")]
 
 
 def test_remarks_of_rules_tell_them_apart() -> None:
     """So a rule that was exchanged shows, whatever else is asked of the kernel."""
-    first, second = (_content(Layout(Marks(seen, 0x40, 0x10)), INET) for seen in (0x20, 0x80))
+    first, second = (_content(BarrierSpec(Marks(seen, 0x40, 0x10)), INET) for seen in (0x20, 0x80))
     assert first is not None
     assert second is not None
     signs = [one.rules["prerouting"][1][0].remark for one in (first, second)]

@@ -70,6 +70,13 @@ def test_pod_addresses_follow_their_precedence() -> None:
     assert _addresses(_pod(status={"podIP": "::ffff:10.0.0.7"})) == ["10.0.0.7"]
 
 
+def test_uid_of_a_pod_is_the_runtime_s() -> None:
+    """That of the object; of a static pod's mirror, that of the static pod; none in a manifest that has none."""
+    uid, mirror = {"uid": "12"}, {"annotations": {"kubernetes.io/config.mirror": "abc"}}
+    found = [_pod(metadata={"name": "p", **fields}).uid for fields in ({}, uid, mirror, uid | mirror)]
+    assert found == ["", "12", "abc", "abc"]
+
+
 @pytest.mark.parametrize("phase", ["Succeeded", "Failed"])
 def test_finished_pods_have_no_address(phase: str) -> None:
     """Their addresses may belong to another pod by now."""

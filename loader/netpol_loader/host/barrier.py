@@ -31,7 +31,8 @@ from functools import lru_cache
 
 from netpol_ebpf.errors import PlatformError
 from netpol_loader.host import nftables
-from netpol_loader.host.nftables import BRIDGE, INET, Chain, Message, Nftables, NftablesError, Table
+from netpol_loader.host.netlink import NetlinkError
+from netpol_loader.host.nftables import BRIDGE, INET, Nftables, NftChain, NftMessage, NftTable
 
 TABLE = "np_barrier"
 FAMILIES: Mapping[int, str] = {INET: "inet", BRIDGE: "bridge"}
@@ -45,7 +46,7 @@ BEFORE_ALL, AFTER_IPVS, BEHIND_MANGLE, BEFORE_LAST = -450, 225, 300, 250
 elsewhere; behind mangle and NAT, whose rules may write the whole mark; behind NAT (100)."""
 ARP = 0x0806
 LONGEST_REMARK = 120
-"""Of the 128 bytes that `nft` shows."""
+"""Bytes; `nft` shows 128 of a comment."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,8 +59,8 @@ class Marks:
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
-    """What the tables hold.
+class BarrierSpec:
+    """What the tables must hold.
 
     ``marks.seen`` 0: nothing is dropped for want of the sign.  ``also_seen``: an older sign that counts as well, while the
     programs pass from one to the other.  ``patterns``: names of interfaces (``cali*`` or whole) that are closed until they are in
@@ -90,15 +91,15 @@ class Counts:
 
 
 class TakenError(PlatformError):
-    """The table belongs to somebody else."""
+    """The table belongs to another owner."""
 
 
 class HeldError(TakenError):
-    """The table would be ours, but another process is at work on it."""
+    """The table is ours, but another process holds it."""
 
 
 @dataclass(frozen=True, slots=True)
-class _Rule:
+class _BarrierRule:
     remark: str
     expressions: tuple[bytes, ...]
 
@@ -107,7 +108,7 @@ class _Rule:
 class _Content:
     """What one table must hold. ``rules``: by chain, with the chain."""
 
-    rules: Mapping[str, tuple[Chain, tuple[_Rule, ...]]]
+    rules: Mapping[str, tuple[NftChain, tuple[_BarrierRule, ...]]]
     sets: Mapping[str, frozenset[bytes]]
     counters: tuple[str, ...]
 
@@ -116,8 +117,8 @@ class _Content:
 class _Found:
     """What one table holds."""
 
-    table: Table | None
-    chains: Mapping[str, Chain] = field(default_factory=dict)
+    table: NftTable | None
+    chains: Mapping[str, NftChain] = field(default_factory=dict)
     rules: Mapping[str, list[str]] = field(default_factory=dict)
     sets: Mapping[str, dict[bytes, int]] = field(default_factory=dict)
     counters: Mapping[str, tuple[int, int]] = field(default_factory=dict)
@@ -134,12 +135,12 @@ class BarrierTables:
         """``owner``: what the next process that may take the tables over has in common with this one."""
         self._remark = remark_of(owner)
         self._socket: Nftables | None = None
-        self._news: nftables.News | None = None
+        self._news: nftables.TableNotifications | None = None
         self._is_news = False
         self._flags = 0
         self._families: tuple[int, ...] = ()
         self._verified: int | None = None  # generation at which the tables were as they should be
-        self._written = Layout(Marks())  # what that was
+        self._written = BarrierSpec(Marks())  # what that was
 
     # --- opening ----------------------------------------------------------------------------------------------------
 
@@ -161,7 +162,7 @@ class BarrierTables:
                 families.append(BRIDGE)
             self._families = tuple(families)
             if not self._flags and self._news is None:  # what is held nobody else changes
-                self._news = nftables.News()
+                self._news = nftables.TableNotifications()
         except BaseException:
             channel.close()
             raise
@@ -199,8 +200,8 @@ class BarrierTables:
         return None if self._news is None else self._news.fileno()
 
     def note_news(self) -> None:
-        """Take what there is to read at `fileno`."""
-        self._is_news = (self._news is not None and self._news.take()) or self._is_news
+        """Read the notifications at `fileno`."""
+        self._is_news = (self._news is not None and self._news.clear()) or self._is_news
 
     def has_news(self) -> bool:
         """Whether something changed any table since the last call."""
@@ -268,18 +269,19 @@ class BarrierTables:
             )
         return found
 
-    def _require_ours(self, family: int, table: Table | None) -> None:
+    def _require_ours(self, family: int, table: NftTable | None) -> None:
         if table is None:
             return
         where = f"table {FAMILIES[family]} {TABLE}"
         if table.remark != self._remark:
             raise TakenError(
-                f"{where} belongs to somebody else ({table.remark or 'it does not say whom'})",
-                hint="Of an agent with another --pin-root: `netpolctl cleanup --pin-root DIR`.",
+                f"{where} belongs to another owner ({table.remark or 'without a comment'}) and is left as it is",
+                hint="If an agent with another pin root made it, `netpolctl cleanup --pin-root DIR` removes it.",
             )
         if table.flags & nftables.OWNER and table.owner != self._channel().port:
             raise HeldError(
-                f"{where} is held by a process (netlink port {table.owner})", hint="Is another agent at work?"
+                f"{where} is held by a process (netlink port {table.owner})",
+                hint="Stop the other agent, or wait until it has ended.",
             )
 
     def _channel(self) -> Nftables:
@@ -291,7 +293,7 @@ class BarrierTables:
 
     # --- writing ----------------------------------------------------------------------------------------------------
 
-    def write(self, layout: Layout) -> list[Difference]:
+    def write(self, layout: BarrierSpec) -> list[Difference]:
         """Make the tables as they should be, in one transaction; what was otherwise. Keeps the counters."""
         channel = self._channel()
         generation = channel.generation()
@@ -304,9 +306,9 @@ class BarrierTables:
         self._verified, self._written = after if is_undisturbed else None, layout
         return differences
 
-    def _compared(self, layout: Layout) -> tuple[list[Message], list[Difference]]:
-        """What has to be done to the tables that there are, and what is otherwise in them."""
-        messages: list[Message] = []
+    def _compared(self, layout: BarrierSpec) -> tuple[list[NftMessage], list[Difference]]:
+        """Changes that make the present tables what they must be, and the differences found."""
+        messages: list[NftMessage] = []
         differences: list[Difference] = []
         for family, found in self._read().items():
             content = _content(layout, family)
@@ -315,12 +317,12 @@ class BarrierTables:
             messages += self._repair(family, found, content, apart)
         return messages, differences
 
-    def _changes(self, layout: Layout) -> tuple[list[Message], list[Difference]] | None:
-        """The same, when nobody has changed the tables since they were last written: without reading them, which takes long.
+    def _changes(self, layout: BarrierSpec) -> tuple[list[NftMessage], list[Difference]] | None:
+        """As `_compared`, without reading the tables, which takes long: for tables unchanged since they were last written.
 
-        None: more changes than elements of sets.
+        None: elements of sets are not all that must change.
         """
-        messages: list[Message] = []
+        messages: list[NftMessage] = []
         differences: list[Difference] = []
         for family in self._families:
             before, content = _content(self._written, family), _content(layout, family)
@@ -338,7 +340,7 @@ class BarrierTables:
 
     def _repair(
         self, family: int, found: _Found, content: _Content | None, apart: list[Difference]
-    ) -> Iterator[Message]:
+    ) -> Iterator[NftMessage]:
         if content is None:
             if found.table is not None:
                 yield nftables.delete_table(family, TABLE)
@@ -353,7 +355,7 @@ class BarrierTables:
         for name, keys in content.sets.items():
             yield from _set_changes(family, name, found.sets[name].keys(), keys)
 
-    def _whole(self, family: int, found: _Found, content: _Content) -> Iterator[Message]:
+    def _whole(self, family: int, found: _Found, content: _Content) -> Iterator[NftMessage]:
         """A table anew. The packet that is between the old chain and the new one passes: the new one has no rule for it yet."""
         yield nftables.new_table(family, TABLE, self._flags, self._remark)
         for name in content.counters:
@@ -380,7 +382,7 @@ class BarrierTables:
 
 
 def remark_of(owner: str) -> str:
-    """What our tables say of themselves; `nft list tables` shows it."""
+    """The comment of our tables, which names their owner; `nft list tables` shows it."""
     remark = f"netpol-ebpf {owner}"
     if len(remark.encode()) > LONGEST_REMARK:
         remark = f"netpol-ebpf {hashlib.sha256(owner.encode()).hexdigest()}"
@@ -391,7 +393,7 @@ def _is_possible(channel: Nftables, family: int, flags: int) -> bool:
     """Whether the kernel has tables of that family with these flags."""
     try:
         channel.commit([nftables.new_table(family, f"{TABLE}_trial", flags, "")], is_trial=True)
-    except NftablesError as error:
+    except NetlinkError as error:
         if error.code in (errno.EOPNOTSUPP, errno.EAFNOSUPPORT, errno.EINVAL):
             return False
         raise
@@ -401,10 +403,10 @@ def _is_possible(channel: Nftables, family: int, flags: int) -> bool:
 # --- what a table holds ---------------------------------------------------------------------------------------------
 
 
-def _content(layout: Layout, family: int) -> _Content | None:
+def _content(layout: BarrierSpec, family: int) -> _Content | None:
     """What a table must hold; None: the table must not exist."""
     marks, patterns = layout.marks, layout.patterns
-    rules: dict[str, tuple[Chain, tuple[_Rule, ...]]] = {}
+    rules: dict[str, tuple[NftChain, tuple[_BarrierRule, ...]]] = {}
     sets: dict[str, frozenset[bytes]] = {}
     counters: list[str] = []
     if marks.seen:
@@ -430,7 +432,7 @@ def _content(layout: Layout, family: int) -> _Content | None:
     return _Content(rules, sets, tuple(counters)) if rules else None
 
 
-def _set_changes(family: int, name: str, before: AbstractSet[bytes], keys: AbstractSet[bytes]) -> Iterator[Message]:
+def _set_changes(family: int, name: str, before: AbstractSet[bytes], keys: AbstractSet[bytes]) -> Iterator[NftMessage]:
     for kind, some in (
         (nftables.DELETE_ELEMENTS, sorted(before - keys)),
         (nftables.NEW_ELEMENTS, sorted(keys - before)),
@@ -438,7 +440,7 @@ def _set_changes(family: int, name: str, before: AbstractSet[bytes], keys: Abstr
         yield from nftables.change_elements(kind, family, TABLE, name, some)
 
 
-def _prerouting(layout: Layout) -> Iterator[_Rule]:
+def _prerouting(layout: BarrierSpec) -> Iterator[_BarrierRule]:
     for sign in (layout.marks.seen, layout.also_seen):
         if sign:
             look = (
@@ -455,7 +457,7 @@ def _prerouting(layout: Layout) -> Iterator[_Rule]:
         yield _rule(f"from a new interface {pattern}", *new, *_drop(UNSIGNED))
 
 
-def _postrouting(layout: Layout, family: int) -> Iterator[_Rule]:
+def _postrouting(layout: BarrierSpec, family: int) -> Iterator[_BarrierRule]:
     for pattern in layout.patterns:
         look = [*_matches(nftables.OUT_NAME, pattern), *_is_new(nftables.OUT_INDEX)]
         look += [nftables.load_meta(nftables.MARK), nftables.bitwise(layout.marks.node), nftables.compare(bytes(4))]
@@ -465,14 +467,14 @@ def _postrouting(layout: Layout, family: int) -> Iterator[_Rule]:
         yield _rule(f"to a new interface {pattern}", *look, *_drop(NEWBORN))
 
 
-def _chain(hook: int, priority: int) -> Chain:
-    return Chain(hook, priority, nftables.ACCEPT, "filter")
+def _chain(hook: int, priority: int) -> NftChain:
+    return NftChain(hook, priority, nftables.ACCEPT, "filter")
 
 
-def _rule(what: str, *expressions: bytes) -> _Rule:
-    """A rule whose remark tells it from any other: what it does, and a digest of how."""
+def _rule(what: str, *expressions: bytes) -> _BarrierRule:
+    """A rule with a unique comment: what the rule does, and a digest of its expressions."""
     digest = hashlib.sha256(b"".join(expressions)).hexdigest()[:8]
-    return _Rule(f"{what} [{digest}]", expressions)
+    return _BarrierRule(f"{what} [{digest}]", expressions)
 
 
 def _drop(counter: str) -> tuple[bytes, bytes]:
@@ -541,6 +543,6 @@ def _differences(found: _Found, content: _Content | None, family: str) -> Iterat
             yield Difference(f"counter {name} of {table}", "missing")
 
 
-def without_sign(layout: Layout) -> Layout:
+def without_sign(layout: BarrierSpec) -> BarrierSpec:
     """The same without anything that closes."""
     return replace(layout, marks=replace(layout.marks, seen=0), also_seen=0, patterns=(), workloads=frozenset())

@@ -1,31 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the kernel's connection tracking knows: the live connections of this namespace, with the direction each was opened in.
+"""The kernel's conntrack table: the live connections of this namespace, each with its original and its reply tuple.
 
-Raw netlink, because a busy node has hundreds of thousands of entries, and a general parser takes a minute for them.
 Invariant: only reads.  Must know nothing of endpoints or policy.
 """
 
 from __future__ import annotations
 
-import contextlib
+import errno
 import os
-import socket
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address
-from typing import NamedTuple, Union
+from typing import NamedTuple
 
 from netpol_ebpf.errors import PlatformError, PrivilegeError
-
-IPAddress = Union[IPv4Address, IPv6Address]
+from netpol_loader.host.address import IPAddress
+from netpol_loader.host.netlink import NETFILTER, Channel, NetlinkError, attributes
 
 TCP = 6
 
 # include/uapi/linux/netlink.h, netfilter/nfnetlink.h, nfnetlink_conntrack.h, nf_conntrack_common.h, nf_conntrack_tcp.h
-_NETLINK_NETFILTER = 12
-_NLM_F_REQUEST, _NLM_F_DUMP = 0x1, 0x300
-_NLMSG_ERROR, _NLMSG_DONE = 2, 3
 _CT_NEW, _CT_GET = 0x100, 0x101
 _TUPLE_ORIGINAL, _TUPLE_REPLY, _STATUS, _PROTOINFO = 1, 2, 3, 4
 _TUPLE_IP, _TUPLE_PROTO = 1, 2
@@ -33,12 +28,7 @@ _PROTO_NUMBER, _PROTO_SOURCE_PORT, _PROTO_DESTINATION_PORT = 1, 2, 3
 _PROTOINFO_TCP, _TCP_STATE = 1, 1
 _SEEN_REPLY, _DYING = 1 << 1, 1 << 9
 _TIME_WAIT, _CLOSE = 7, 8
-_TYPE_MASK = 0x3FFF
-
-_HEADER = struct.Struct("=IHHII")
 _GENERIC_BYTES = 4  # struct nfgenmsg
-_ATTRIBUTE = struct.Struct("=HH")
-_RECEIVE_BYTES = 1 << 18
 
 
 class Ends(NamedTuple):
@@ -50,7 +40,7 @@ class Ends(NamedTuple):
     destination_port: int
 
     def reversed(self) -> Ends:
-        """Of a packet back."""
+        """The ends of a packet in the other direction."""
         return Ends(self.destination, self.source, self.destination_port, self.source_port)
 
 
@@ -74,70 +64,42 @@ def tracked() -> Iterator[Tracked]:
     Raises PrivilegeError without CAP_NET_ADMIN, PlatformError for a kernel without connection tracking, or that cannot tell.
     """
     for message in _dump():
-        found = parse(message)
+        try:
+            found = parse(message)
+        except (ValueError, struct.error) as error:
+            raise PlatformError(f"the kernel lists a tracked connection that makes no sense: {error}") from error
         if found is not None:
             yield found
 
 
 def parse(message: bytes) -> Tracked | None:
-    """The connection that an entry, without its headers, speaks of; None when it has ended or is not of IP."""
-    attributes = _attributes(message)
-    status = struct.unpack("!I", attributes.get(_STATUS, bytes(4)))[0]
-    original, reply = _ends(attributes.get(_TUPLE_ORIGINAL)), _ends(attributes.get(_TUPLE_REPLY))
-    if original is None or reply is None or status & _DYING or _tcp_state(attributes) in (_TIME_WAIT, _CLOSE):
+    """The connection that an entry, without its headers, speaks of; None when it has ended or is not of IP.
+
+    Raises ValueError and struct.error for what is no such entry.
+    """
+    found = attributes(message)
+    status = struct.unpack("!I", found.get(_STATUS, bytes(4)))[0]
+    original, reply = _ends(found.get(_TUPLE_ORIGINAL)), _ends(found.get(_TUPLE_REPLY))
+    if original is None or reply is None or status & _DYING or _tcp_state(found) in (_TIME_WAIT, _CLOSE):
         return None
     return Tracked(original[0], original[1], reply[1], bool(status & _SEEN_REPLY))
 
 
 def _dump() -> Iterator[bytes]:
     try:
-        with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, _NETLINK_NETFILTER) as channel:
-            with contextlib.suppress(OSError):  # more room only makes it faster
-                channel.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)
-            channel.bind((0, 0))
-            header = _HEADER.pack(_HEADER.size + _GENERIC_BYTES, _CT_GET, _NLM_F_REQUEST | _NLM_F_DUMP, 1, 0)
-            channel.send(header + bytes(_GENERIC_BYTES))
-            for kind, body in _messages(channel):
+        with Channel(NETFILTER, "conntrack") as channel:
+            for kind, _, body in channel.stream(_CT_GET, bytes(_GENERIC_BYTES)):
                 if kind == _CT_NEW:
                     yield body[_GENERIC_BYTES:]
-    except OSError as error:
-        message = f"the kernel does not list the connections that it tracks: {error.strerror}"
-        raise (PrivilegeError if isinstance(error, PermissionError) else PlatformError)(message) from error
-
-
-def _messages(channel: socket.socket) -> Iterator[tuple[int, bytes]]:
-    """Type and body of each message of a dump. Raises OSError for an error that the kernel answers."""
-    while True:
-        data = channel.recv(_RECEIVE_BYTES)
-        at = 0
-        while at + _HEADER.size <= len(data):
-            length, kind, _, _, _ = _HEADER.unpack_from(data, at)
-            body = data[at + _HEADER.size : at + length]
-            if kind == _NLMSG_DONE:
-                return
-            if kind == _NLMSG_ERROR:
-                number = -struct.unpack_from("=i", body)[0]
-                raise OSError(number, os.strerror(number))
-            yield kind, body
-            at += max((length + 3) & ~3, _HEADER.size)
-
-
-def _attributes(data: bytes) -> dict[int, bytes]:
-    found: dict[int, bytes] = {}
-    at = 0
-    while at + _ATTRIBUTE.size <= len(data):
-        length, kind = _ATTRIBUTE.unpack_from(data, at)
-        if length < _ATTRIBUTE.size:
-            break
-        found[kind & _TYPE_MASK] = data[at + _ATTRIBUTE.size : at + length]
-        at += (length + 3) & ~3
-    return found
+    except NetlinkError as error:
+        message = f"the kernel does not list the connections that it tracks: {os.strerror(error.code)}"
+        raise (PrivilegeError if error.code in (errno.EPERM, errno.EACCES) else PlatformError)(message) from error
 
 
 def _ends(data: bytes | None) -> tuple[int, Ends] | None:
     """Protocol, addresses and ports of a tuple."""
-    attributes = _attributes(data or b"")
-    addresses, protocol = _attributes(attributes.get(_TUPLE_IP, b"")), _attributes(attributes.get(_TUPLE_PROTO, b""))
+    found = attributes(data or b"")
+    addresses, protocol = attributes(found.get(_TUPLE_IP, b"")), attributes(found.get(_TUPLE_PROTO, b""))
     source, destination = addresses.get(1, addresses.get(3)), addresses.get(2, addresses.get(4))
     if source is None or destination is None or _PROTO_NUMBER not in protocol:
         return None
@@ -146,6 +108,6 @@ def _ends(data: bytes | None) -> tuple[int, Ends] | None:
     return protocol[_PROTO_NUMBER][0], Ends(kind(source), kind(destination), *ports)
 
 
-def _tcp_state(attributes: dict[int, bytes]) -> int | None:
-    tcp = _attributes(_attributes(attributes.get(_PROTOINFO, b"")).get(_PROTOINFO_TCP, b""))
+def _tcp_state(found: dict[int, bytes]) -> int | None:
+    tcp = attributes(attributes(found.get(_PROTOINFO, b"")).get(_PROTOINFO_TCP, b""))
     return tcp[_TCP_STATE][0] if _TCP_STATE in tcp else None

@@ -1,24 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The interfaces, addresses and routes of a network namespace, listed once and then followed by the kernel's own messages.
+"""The interfaces, addresses and routes of a network namespace: a copy, listed once and then kept by the kernel's notifications.
 
-A node with some hundred pods tells of a new pod in about thirty messages; to list everything again for each is what a follower is
-there to avoid.  It lists everything again only when messages were lost or make no sense, and counts that (`Follower.listed_again`).
+A node with some hundred pods sends about thirty notifications for a new pod; the copy spares listing everything again for each.
+Everything is listed again only when notifications were lost or cannot be read; `Follower.listed_again` counts that.
 
-What the kernel does not tell is asked for, of one interface at a time:
+The kernel sends no notification of some changes.  The follower then lists the routes and addresses of one interface:
 
-- IPv4 routes vanish without a word when an interface is switched off, changes its VRF or loses its last address, and with the
-  address that they send from.  The message comes before they vanish, and newer kernels list routes without waiting for
-  who changes them: so the interface is asked for twice, at once and after SETTLE_S.
-- An IPv6 address is told when the kernel has found it to be unique; the route that the kernel makes for it comes before.
-- The end of a veth pair is not told that the other end went to another namespace, or came from there.  (When that goes from one
-  pod's to another's nothing is said in this one; it comes to light when the pair begins to run, before any packet.)
-- What one interface is asked for at once it is asked for SETTLE_S later again at the earliest, and everything after the last change:
-  whoever flaps the other end of a pair all the time takes no time from the others.
-- Routes that have their hops from a next hop object are listed again with each change of such an object, or of an interface that
-  one leads by: whether those routes are told of depends on a setting (net.ipv4.nexthop_compat_mode), and an object that vanishes
-  with the carrier of its interface is not told of at all.
+- IPv4 routes vanish without a notification when their interface is switched off, changes its VRF or loses its last address, and
+  when the address that they send from goes.  The notification of the cause comes before they vanish, and newer kernels list
+  routes without waiting for the change to end.  So the interface is listed twice, at once and after SETTLE_S.
+- The notification of an IPv6 address comes when the kernel has found it to be unique; that of the address's route comes before.
+- One end of a veth pair gets no notification when the other end leaves for another namespace or comes from one.  (When the other
+  end moves from one pod to another, this namespace sees it when the pair begins to run, which is before any packet.)
+- An interface is listed again SETTLE_S after its last listing at the earliest, and once after its last change.  So a workload
+  that flaps its end of a pair takes no time from the others.
+- Routes over a next hop object are listed again when such an object changes, or an interface that one uses.  A setting
+  (net.ipv4.nexthop_compat_mode) decides whether those routes have notifications, and an object that vanishes with the carrier
+  of its interface has none.
 
-Invariant: what is followed is what a new follower would find, SETTLE_S after the last change.  Must not know of policy.
+Invariant: SETTLE_S after the last change the copy is what a new follower would list.  Must not know of policy.
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ from dataclasses import dataclass, field
 from ipaddress import IPv4Address, IPv6Address
 
 from netpol_ebpf.errors import PlatformError
-from netpol_loader.host.netlink import (
+from netpol_loader.host.address import IPAddress, IPNetwork
+from netpol_loader.host.links import (
     DELETE_LINK,
     NEW_LINK,
-    IPAddress,
-    IPNetwork,
     Link,
-    ask_link,
-    dump_links,
     link_header,
     parse_link,
+    read_link,
+    read_links,
 )
+from netpol_loader.host.netlink import ROUTE, NetlinkError, Notifications, RouteChannel, attributes, messages
 from netpol_loader.host.routes import (
     BITS,
     DELETE_ROUTE,
@@ -57,7 +57,6 @@ from netpol_loader.host.routes import (
     is_kernel_s_own,
     request,
 )
-from netpol_loader.host.rtnetlink import News, Rtnetlink, RtnetlinkError, attributes, messages
 
 log = logging.getLogger(__name__)
 
@@ -79,7 +78,7 @@ DOUBTS = 200
 
 
 @dataclass(frozen=True, slots=True)
-class LinkNews:
+class LinkChange:
     """An interface that came, changed, or went."""
 
     link: Link
@@ -97,7 +96,7 @@ class _Address:
 
 @dataclass(slots=True)
 class _Doubts:
-    """What to ask the kernel for when all messages are read: interfaces, and whether all routes."""
+    """What must be listed when all notifications are read: by interface, or all routes."""
 
     routes: set[int] = field(default_factory=set)
     addresses: set[int] = field(default_factory=set)
@@ -114,8 +113,8 @@ class Follower:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         """Raises PlatformError."""
         self._clock = clock
-        self._news = News(_GROUPS)
-        self._channel = Rtnetlink()
+        self._news = Notifications(ROUTE, _GROUPS)
+        self._channel = RouteChannel()
         self._routes = RouteTable()
         self._by_key: dict[tuple[object, ...], _Address] = {}
         self._keys_of: dict[int, set[tuple[object, ...]]] = {}
@@ -194,7 +193,7 @@ class Follower:
 
     @property
     def local_routes(self) -> Iterable[LocalRoute]:
-        """What the node takes for its own: own addresses, prefixes, broadcast and anycast addresses, of VRFs too."""
+        """Destinations that the node receives itself: its addresses, prefixes, broadcast and anycast addresses, in VRFs too."""
         return self._routes.local.values()
 
     def _derived(self) -> tuple[dict[IPAddress, int], frozenset[int]]:
@@ -208,14 +207,14 @@ class Follower:
 
     # --- keeping in step --------------------------------------------------------------------------------------------
 
-    def poll(self, *, is_brief: bool = False) -> list[LinkNews] | None:
-        """Take up what there is to read, and ask for what was not told. News of interfaces, in order; None: some were lost.
+    def poll(self, *, is_brief: bool = False) -> list[LinkChange] | None:
+        """Read the notifications, then list what they leave in doubt. The changes of interfaces, in order; None: some were lost.
 
-        ``is_brief``: routes and addresses are left to be asked for by the next call: a new interface does not wait for those of others.
+        ``is_brief``: the next call lists routes and addresses, so a new interface does not wait for those of others.
 
-        Raises PlatformError when the kernel does not answer; what was followed stays, and the next call tries again.
+        Raises PlatformError when the kernel does not answer; the copy stays as it is, and the next call tries again.
         """
-        found: list[LinkNews] = []
+        found: list[LinkChange] = []
         for _ in range(DATAGRAMS_A_LOOK):
             data = self._news.take()
             if data == b"":
@@ -235,8 +234,8 @@ class Follower:
         found += self._ask_links()
         return found if is_brief else found + self._settle_doubts()
 
-    def _take(self, data: bytes) -> list[LinkNews]:
-        found: list[LinkNews] = []
+    def _take(self, data: bytes) -> list[LinkChange]:
+        found: list[LinkChange] = []
         for kind, flags, payload in messages(data):
             if kind in (NEW_LINK, DELETE_LINK):
                 news = self._take_link(payload, is_gone=kind == DELETE_LINK)
@@ -251,7 +250,7 @@ class Follower:
                 self._doubt_objects()
         return found
 
-    def _take_link(self, payload: bytes, *, is_gone: bool) -> LinkNews | None:
+    def _take_link(self, payload: bytes, *, is_gone: bool) -> LinkChange | None:
         if (
             link_header(payload)[0] != socket.AF_UNSPEC
         ):  # a bridge's port, which is still an interface when it is none any more
@@ -262,8 +261,8 @@ class Follower:
         self._doubt_ends(link, is_gone=is_gone)
         if is_gone:
             self._drop_link(link.ifindex)
-            return LinkNews(link, is_gone=True)
-        return LinkNews(link, is_gone=False) if self._put_link(link) else None
+            return LinkChange(link, is_gone=True)
+        return LinkChange(link, is_gone=False) if self._put_link(link) else None
 
     def _put_link(self, link: Link) -> bool:
         """Take up an interface as it is now; whether it was otherwise."""
@@ -340,21 +339,21 @@ class Follower:
 
     # --- asking -----------------------------------------------------------------------------------------------------
 
-    def _ask_links(self) -> list[LinkNews]:
+    def _ask_links(self) -> list[LinkChange]:
         """Ask for interfaces that are in doubt; what is new of them."""
         doubted, self._doubts.links = self._doubts.links, set()
-        found: list[LinkNews] = []
+        found: list[LinkChange] = []
         try:
             for ifindex in doubted & self.links.keys():
-                link = ask_link(self._channel, ifindex)
+                link = read_link(self._channel, ifindex)
                 if link is not None and self._put_link(link):
-                    found.append(LinkNews(link, is_gone=False))
+                    found.append(LinkChange(link, is_gone=False))
         except (PlatformError, struct.error, ValueError) as error:
             self._lost = f"the kernel does not answer: {error}"
             raise
         return found
 
-    def _settle_doubts(self) -> list[LinkNews]:
+    def _settle_doubts(self) -> list[LinkChange]:
         """Ask for what was not told, and again for what changed; what is new of interfaces."""
         now_s = self._clock()
         doubts, self._doubts = self._doubts, _Doubts()
@@ -387,7 +386,7 @@ class Follower:
         return self._ask_links()
 
     def _put_off(self, doubts: _Doubts, now_s: float) -> None:
-        """Leave for later what was asked for just now. Of routes the last doubt is in ``_again``, of next hop objects likewise."""
+        """Postpone what was listed just now. ``_again`` has the last doubt about an interface's routes."""
         self._quiet_s = {ifindex: at_s for ifindex, at_s in self._quiet_s.items() if at_s > now_s}
         self._doubts.addresses = doubts.addresses & self._quiet_s.keys()
         doubts.addresses -= self._doubts.addresses
@@ -396,10 +395,10 @@ class Follower:
             doubts.all_routes = ""
 
     def _listed(self, kind: int, body: bytes) -> list[bytes]:
-        """What the kernel lists of one interface; nothing when it is gone, or has none of the family."""
+        """Objects of one interface; none when the interface is gone, or has none of the family."""
         try:
             return self._channel.dump(kind, body)
-        except RtnetlinkError as error:
+        except NetlinkError as error:
             if error.code in (errno.ENODEV, errno.EAFNOSUPPORT, errno.EOPNOTSUPP, errno.ENOENT):
                 return []
             raise
@@ -421,7 +420,7 @@ class Follower:
         if reason:
             self._count(reason)
         self._doubts, self._again, self._objects_again_s = _Doubts(), {}, math.inf
-        links = dump_links(self._channel)
+        links = read_links(self._channel)
         self.links = {link.ifindex: link for link in links}
         self._by_key, self._keys_of = {}, {}
         for family in BITS:
@@ -440,7 +439,7 @@ class Follower:
 
     def _count(self, reason: str) -> None:
         self.listed_again[reason.partition(":")[0]] += 1
-        log.warning("interfaces and routes are listed anew: %s", reason)
+        log.warning("listing interfaces and routes again: %s", reason)
 
 
 def _is_less(before: Link, link: Link) -> bool:
@@ -449,7 +448,7 @@ def _is_less(before: Link, link: Link) -> bool:
 
 
 def _parse_address(payload: bytes) -> tuple[tuple[object, ...], _Address | None]:
-    """What tells an address from others, and the address; None of other families, and of the like without an address."""
+    """The key of an address, and the address; None for other families and for messages without an address."""
     family, bits, flags, scope, ifindex = _ADDRESS_HEADER.unpack_from(payload)
     if family not in BITS:
         return (), None

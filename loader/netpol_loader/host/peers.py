@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is at the other end of a veth pair: addresses of interfaces in other network namespaces, without entering them.
+"""Addresses at the other end of a veth pair: read from another network namespace without entering it.
 
 The kernel lists a veth's peer as (namespace id, interface index), ids being relative to the asking namespace, and answers
 RTM_GETADDR for one interface there (IFA_TARGET_NETNSID, strict checking; Linux 4.20).  So pods are found whatever made their namespaces, named or not.
@@ -17,12 +17,10 @@ import socket
 import struct
 from collections.abc import Iterable
 from ipaddress import IPv4Address, IPv6Address
-from typing import Union
 
 from netpol_ebpf.errors import PlatformError, PrivilegeError
-from netpol_loader.host.rtnetlink import Rtnetlink, RtnetlinkError, attribute, attributes
-
-IPAddress = Union[IPv4Address, IPv6Address]
+from netpol_loader.host.address import IPAddress
+from netpol_loader.host.netlink import NetlinkError, RouteChannel, attribute, attributes
 
 # include/uapi/linux/rtnetlink.h, if_addr.h
 _GET_ADDRESS = 22
@@ -30,7 +28,7 @@ _IFA_ADDRESS, _IFA_LOCAL, _IFA_TARGET_NETNSID = 1, 2, 10
 _ADDRESS_HEADER = struct.Struct("=BBBBI")  # family, prefix length, flags, scope, interface index
 
 MOST_ADDRESSES = 256
-"""Of one family that are read of an interface in a namespace whose owner may add as many as they like; arbitrary."""
+"""The most addresses of one family that are read from an interface: its workload may add any number; arbitrary."""
 
 
 def load_peer_addresses(peers: Iterable[tuple[int, int]]) -> dict[tuple[int, int], tuple[IPAddress, ...]]:
@@ -57,11 +55,11 @@ def _listed(peer: tuple[int, int], family: int) -> list[bytes]:
     namespace_id, ifindex = peer
     target = attribute(_IFA_TARGET_NETNSID, struct.pack("=i", namespace_id))
     try:
-        with Rtnetlink() as channel:
+        with RouteChannel() as channel:
             return channel.first(
                 _GET_ADDRESS, _ADDRESS_HEADER.pack(family, 0, 0, 0, ifindex) + target, MOST_ADDRESSES
             )  # fmt: skip
-    except RtnetlinkError as error:
+    except NetlinkError as error:
         if error.code in (errno.EINVAL, errno.ENOENT, errno.ENODEV):  # EINVAL: "Invalid target network namespace id"
             return []
         message = f"the kernel does not list the addresses of another network namespace: {os.strerror(error.code)}"

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The routes of a node as far as they say whose an interface is, and which addresses are the node's own.
+"""The routes that say which endpoint an interface leads to, and which addresses are the node's own.
 
-That are the routes of the main table, and those by which the node takes addresses for its own; all others are passed over.  A table
-of them is kept from the kernel's messages.  Two things those do not say: IPv4 routes that vanish with an
-interface, its being switched off or its last address; and which of several routes of one metric another one replaced.  Then
-`RouteTable.apply`, or who knows of the interface, names interfaces by which the kernel has to be asked again.
+Those are the routes of the main table, and the local routes of the node and its VRFs; `RouteTable` ignores all others.  It is a
+copy that the kernel's notifications keep.  The kernel sends none for IPv4 routes that vanish with an interface, when the
+interface is switched off or with its last address; and none says which of several routes of one metric was replaced.
+`RouteTable.apply`, or the caller that knows of the interface, then names the interfaces whose routes must be listed again.
 
-Invariant: what is derived (`host_routes`, `subnets`, `uplinks`, `next_hops`, `local`) follows from the routes alone, whatever the
-order in which they came.  Asks no kernel.
+Invariant: what is derived (`host_routes`, `subnets`, `uplinks`, `next_hops`, `local`) depends on the routes alone, not on the
+order in which they came.  Sends no request to the kernel.
 """
 
 from __future__ import annotations
@@ -17,13 +17,12 @@ import struct
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_network
-from typing import TypeVar, Union
+from ipaddress import IPv4Address, IPv6Address, ip_network
+from typing import TypeVar
 
-from netpol_loader.host.rtnetlink import REPLACE, attribute, attributes
+from netpol_loader.host.address import IPAddress, IPNetwork
+from netpol_loader.host.netlink import REPLACE, attribute, attributes
 
-IPAddress = Union[IPv4Address, IPv6Address]
-IPNetwork = Union[IPv4Network, IPv6Network]
 K = TypeVar("K")
 V = TypeVar("V")
 
@@ -44,13 +43,13 @@ TABLE_MAIN, TABLE_LOCAL = 254, 255
 REDIRECT, KERNEL, ROUTER_ADVERTISEMENT = 1, 2, 9
 """RTPROT_*: who made a route."""
 ANNOUNCED = frozenset({REDIRECT, ROUTER_ADVERTISEMENT})
-"""Of routes that others put there by a message."""
+"""Origins of routes that a message from the network made."""
 BITS: Mapping[int, int] = {socket.AF_INET: 32, socket.AF_INET6: 128}
-"""Of an address, by the families that are looked at."""
+"""Bits of an address by family."""
 
 Destination = tuple[int, bytes, int]
 """Family, packed address, bits."""
-Hop = tuple[int, bytes]
+NextHop = tuple[int, bytes]
 """Interface, and the gateway behind it, empty: none."""
 
 
@@ -67,7 +66,7 @@ class Route:
     order: tuple[int, int]
     kind: int
     protocol: int
-    hops: tuple[Hop, ...]
+    hops: tuple[NextHop, ...]
     source: bytes = b""
     rest: tuple[object, ...] = ()
     uses_object: bool = False
@@ -79,7 +78,7 @@ class Route:
 
     @property
     def place(self) -> tuple[int, tuple[int, int]]:
-        """What routes to one destination have in common that can replace each other."""
+        """Table and order: a route can replace another one to the same destination when both agree in these."""
         return self.table, self.order
 
     @property
@@ -152,7 +151,7 @@ def parse_routes(payload: bytes) -> list[Route]:
     destination = (family, found.get(_DST, b"").ljust(size, b"\0"), bits)
     others = tuple((number, raw) for number, raw in sorted(found.items()) if number not in _TOLD_APART)
 
-    def route(hops: tuple[Hop, ...], source: bytes, rest: tuple[object, ...]) -> Route:
+    def route(hops: tuple[NextHop, ...], source: bytes, rest: tuple[object, ...]) -> Route:
         return Route(destination, table, (tos, metric), kind, protocol, hops, source, rest, _NH_ID in found)
 
     if family == socket.AF_INET6:
@@ -161,21 +160,21 @@ def parse_routes(payload: bytes) -> list[Route]:
     return [route(hops, found.get(_PREFSRC, b""), (scope, *others))]
 
 
-def _hops(found: dict[int, bytes]) -> Iterator[Hop]:
+def _hops(found: dict[int, bytes]) -> Iterator[NextHop]:
     if _MULTIPATH not in found:
         if _OIF in found or _GATEWAY in found or _VIA in found:
-            yield _hop(struct.unpack("=i", found[_OIF])[0] if _OIF in found else 0, found)
+            yield _next_hop(struct.unpack("=i", found[_OIF])[0] if _OIF in found else 0, found)
         return
     raw, at = found[_MULTIPATH], 0
     while at + _NEXT_HOP.size <= len(raw):
         length, _, _, ifindex = _NEXT_HOP.unpack_from(raw, at)
         if length < _NEXT_HOP.size or at + length > len(raw):
             raise ValueError(f"a next hop of {length} bytes where {len(raw) - at} are left")
-        yield _hop(ifindex, attributes(raw[at : at + length], _NEXT_HOP.size))
+        yield _next_hop(ifindex, attributes(raw[at : at + length], _NEXT_HOP.size))
         at += (length + 3) & ~3
 
 
-def _hop(ifindex: int, found: dict[int, bytes]) -> Hop:
+def _next_hop(ifindex: int, found: dict[int, bytes]) -> NextHop:
     return ifindex, found.get(_GATEWAY, b"") or found.get(_VIA, b"")
 
 
@@ -213,7 +212,7 @@ class RouteTable:
     # --- from messages ----------------------------------------------------------------------------------------------
 
     def apply(self, kind: int, flags: int, payload: bytes) -> set[int]:
-        """Take up a message; the interfaces whose routes it leaves in doubt."""
+        """Apply a notification; returns the interfaces of which the routes must be listed again."""
         routes = parse_routes(payload)
         if kind == DELETE_ROUTE:
             return self._delete(routes)
@@ -236,7 +235,7 @@ class RouteTable:
         return doubtful
 
     def _make_room(self, routes: list[Route]) -> set[int]:
-        """Take away what the routes replace, or say whose routes are in doubt."""
+        """Remove the routes that these replace, or return the interfaces of which the routes must be listed again."""
         route = routes[0]
         replaced = [one for one in self._routes.get(route.destination, ()) if one.place == route.place]
         is_partial = route.destination[2] not in (
@@ -289,9 +288,9 @@ class RouteTable:
         return {ifindex for one in found for ifindex in one.interfaces}
 
     def set_local_tables(self, tables: Collection[int]) -> None:
-        """Which tables besides `local` say what the node takes for its own: those of VRFs.
+        """Set the tables besides `local` that have local routes of the node: those of VRFs.
 
-        Others do not count: what stands there (a transparent proxy's ``local 0.0.0.0/0``) is for chosen packets.
+        Local routes of other tables do not count: they are for chosen packets (a transparent proxy's ``local 0.0.0.0/0``).
         """
         wanted = frozenset({TABLE_LOCAL, *tables})
         if wanted != self._local_tables:
@@ -329,7 +328,7 @@ class RouteTable:
     # --- what follows -----------------------------------------------------------------------------------------------
 
     def _derive(self, destination: Destination) -> None:
-        """What the routes to a destination say."""
+        """Derive everything that depends on the routes to one destination."""
         family, _, bits = destination
         routes = self._routes.get(destination, ())
         local = _local(destination, [one for one in routes if one.table in self._local_tables])
@@ -384,7 +383,7 @@ def _first(routes: Collection[Route]) -> int | None:
 
 
 def _local(destination: Destination, routes: Iterable[Route]) -> LocalRoute | None:
-    """What the node takes for its own: of several interfaces that of the lowest number, which is the oldest."""
+    """The local route to a destination; of several interfaces that of the lowest number, which is the oldest."""
     found = [(one.kind == BROADCAST, min(one.interfaces, default=0)) for one in routes if one.kind in _OF_THE_NODE]
     if not found:
         return None

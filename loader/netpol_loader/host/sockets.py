@@ -21,30 +21,24 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from ipaddress import IPv4Address, IPv6Address
 from pathlib import Path
-from typing import Union
 
 from netpol_ebpf.errors import PlatformError, PrivilegeError
+from netpol_loader.host.address import IPAddress
 from netpol_loader.host.conntrack import TCP, Ends
-
-IPAddress = Union[IPv4Address, IPv6Address]
+from netpol_loader.host.netlink import SOCK_DIAG, Channel, NetlinkError, RouteChannel, attribute, attributes
 
 NAMED = Path("/run/netns")
 PROCESSES = Path("/proc")
 CLONE_NEWNET = 0x4000_0000  # linux/sched.h; os.setns comes with Python 3.12
 
 # include/uapi/linux/netlink.h, sock_diag.h, inet_diag.h, net_namespace.h, rtnetlink.h; include/net/tcp_states.h
-_NETLINK_SOCK_DIAG = 4
 _SOCK_DIAG_BY_FAMILY = 20
-_NLM_F_REQUEST, _NLM_F_DUMP = 0x1, 0x300
-_NLMSG_ERROR, _NLMSG_DONE = 2, 3
 _RTM_NEWNSID, _RTM_GETNSID = 88, 90
 _NETNSA_NSID, _NETNSA_FD = 1, 3
 _LISTEN = 10
 _OPEN_STATES = (1, 4, 5, 8, 9)  # ESTABLISHED, FIN_WAIT1, FIN_WAIT2, CLOSE_WAIT, LAST_ACK
-_HEADER = struct.Struct("=IHHII")
 _REQUEST = struct.Struct("=BBBBI48x")  # struct inet_diag_req_v2
 _ANSWER = struct.Struct("=BBBB2s2s16s16s")  # the beginning of struct inet_diag_msg
-_RECEIVE_BYTES = 1 << 17
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,8 +62,8 @@ def look_for_sockets(namespace_ids: Collection[int]) -> Sockets:
     found = Sockets()
     try:
         found.opened += [Opened(ends) for ends in tcp_sockets()]
-    except OSError as error:
-        found.unseen.append(f"the kernel does not list this node's sockets: {error.strerror}")
+    except NetlinkError as error:
+        found.unseen.append(f"the kernel does not list this node's sockets: {os.strerror(error.code)}")
     missing = set(namespace_ids)
     if missing:
         thread = threading.Thread(target=_look_around, args=(missing, found), name="sockets")
@@ -81,7 +75,7 @@ def look_for_sockets(namespace_ids: Collection[int]) -> Sockets:
 
 
 def tcp_sockets() -> list[Ends]:
-    """The open connections of the calling thread's namespace, as their first packets went. Raises OSError."""
+    """The open connections of the calling thread's namespace, as their first packets went. Raises NetlinkError."""
     listening: set[tuple[IPAddress | None, int]] = set()
     pairs: list[Ends] = []
     for family in (socket.AF_INET, socket.AF_INET6):
@@ -99,25 +93,14 @@ def tcp_sockets() -> list[Ends]:
 def _dump(family: int) -> Iterator[tuple[int, Ends]]:
     states = sum(1 << state for state in (_LISTEN, *_OPEN_STATES))
     body = _REQUEST.pack(family, TCP, 0, 0, states)
-    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, _NETLINK_SOCK_DIAG) as channel:
-        flags = _NLM_F_REQUEST | _NLM_F_DUMP
-        channel.send(_HEADER.pack(_HEADER.size + len(body), _SOCK_DIAG_BY_FAMILY, flags, 1, 0) + body)
-        while True:
-            data = channel.recv(_RECEIVE_BYTES)
-            at = 0
-            while at + _HEADER.size <= len(data):
-                length, kind, _, _, _ = _HEADER.unpack_from(data, at)
-                if kind == _NLMSG_DONE:
-                    return
-                if kind == _NLMSG_ERROR:
-                    number = -struct.unpack_from("=i", data, at + _HEADER.size)[0]
-                    raise OSError(number, os.strerror(number))
-                yield _parse(data, at + _HEADER.size)
-                at += max((length + 3) & ~3, _HEADER.size)
+    with Channel(SOCK_DIAG, "sock_diag") as channel:
+        for kind, _, payload in channel.stream(_SOCK_DIAG_BY_FAMILY, body):
+            if kind == _SOCK_DIAG_BY_FAMILY:
+                yield _parse(payload)
 
 
-def _parse(data: bytes, at: int) -> tuple[int, Ends]:
-    family, state, _, _, source_port, destination_port, source, destination = _ANSWER.unpack_from(data, at)
+def _parse(payload: bytes) -> tuple[int, Ends]:
+    family, state, _, _, source_port, destination_port, source, destination = _ANSWER.unpack_from(payload)
     ports = (int.from_bytes(source_port, "big"), int.from_bytes(destination_port, "big"))
     if family == socket.AF_INET:
         return state, Ends(IPv4Address(source[:4]), IPv4Address(destination[:4]), *ports)
@@ -138,13 +121,10 @@ def _look_around(missing: set[int], found: Sockets) -> None:
     with contextlib.ExitStack() as stack:
         entries: dict[int, int] = {}
         try:
-            channel = stack.enter_context(
-                socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, socket.NETLINK_ROUTE)
-            )
+            channel = stack.enter_context(RouteChannel())
             for path in _namespace_files():
-                with contextlib.suppress(
-                    OSError
-                ):  # a process that ended meanwhile, or whose namespace is not ours to see
+                # A process that ended meanwhile, or whose namespace is not ours to see.
+                with contextlib.suppress(OSError, NetlinkError):
                     fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
                     stack.callback(os.close, fd)
                     number = _id_of(channel, fd)
@@ -173,19 +153,10 @@ def _namespace_files() -> Iterator[Path]:
                 yield path
 
 
-def _id_of(channel: socket.socket, fd: int) -> int:
-    """The number by which this namespace knows another one, -1: by none. Raises OSError."""
-    body = bytes(4) + struct.pack("=HHi", 8, _NETNSA_FD, fd)
-    channel.send(_HEADER.pack(_HEADER.size + len(body), _RTM_GETNSID, _NLM_F_REQUEST, 1, 0) + body)
-    data = channel.recv(_RECEIVE_BYTES)
-    _, kind, _, _, _ = _HEADER.unpack_from(data)
-    if kind == _NLMSG_ERROR:
-        number = -struct.unpack_from("=i", data, _HEADER.size)[0]
-        raise OSError(number, os.strerror(number))
-    at = _HEADER.size + 4
-    while kind == _RTM_NEWNSID and at + 8 <= len(data):
-        length, attribute, value = struct.unpack_from("=HHi", data, at)
-        if attribute == _NETNSA_NSID:
-            return int(value)
-        at += max((length + 3) & ~3, 4)
+def _id_of(channel: RouteChannel, fd: int) -> int:
+    """The number by which this namespace knows another one, -1: by none. Raises NetlinkError."""
+    for kind, _, payload in channel.ask(_RTM_GETNSID, bytes(4) + attribute(_NETNSA_FD, struct.pack("=i", fd))):
+        found = attributes(payload, 4)
+        if kind == _RTM_NEWNSID and _NETNSA_NSID in found:
+            return int(struct.unpack("=i", found[_NETNSA_NSID])[0])
     return -1

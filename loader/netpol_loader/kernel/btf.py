@@ -46,18 +46,18 @@ class Field:
 
 
 Layout = tuple[Field, ...]
-"""Of a structure; empty for anything else."""
+"""Fields of a structure; empty for any other type."""
 
 
 def layouts(info: syscall.MapInfo) -> tuple[Layout, Layout] | None:
-    """Of a map's keys and values; None when the kernel knows no types of it. Raises PlatformError without CAP_SYS_ADMIN."""
+    """Layouts of a map's key and value; None when the map has no BTF. Raises PlatformError without CAP_SYS_ADMIN."""
     if not (info.btf_id and info.btf_key_type and info.btf_value_type):
         return None
     try:
         types = _Types(syscall.btf(info.btf_id))
     except PermissionError as error:
         raise PlatformError(
-            f"the layout of map {info.name} cannot be asked for: {error.strerror}",
+            f"cannot read the layout of map {info.name}: {error.strerror}",
             hint="The kernel tells it to CAP_SYS_ADMIN alone: run `netpol-agent --once` of this version as root, with the "
             "options of the service; then start the service.",
         ) from error

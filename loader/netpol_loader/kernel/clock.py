@@ -2,7 +2,7 @@
 """How many jiffies the kernel counts in a second.
 
 The program's one clock is bpf_jiffies64, which costs nothing; its rate is a build option of the kernel that nothing
-reliable reports (sysconf's clock tick is another number).  So a program of two instructions is asked, twice.
+reliable reports (sysconf's clock tick is another number).  So a program of two instructions reads the clock, twice.
 """
 
 from __future__ import annotations

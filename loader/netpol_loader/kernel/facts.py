@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a program has to be told of the running kernel: where it keeps some fields of a packet, and one of its functions.
+"""Facts of the running kernel that a program needs: the offsets of some fields of sk_buff, and one kernel function.
 
 Read from the kernel's own type information (/sys/kernel/btf/vmlinux, as Documentation/bpf/btf.rst describes it).  The
 header bpf/np_kernel.h says what each fact is for.
@@ -42,12 +42,12 @@ class Bits:
 
 @functools.cache
 def kernel_facts() -> KernelFacts:
-    """Of the running kernel. Takes a tenth of a second. Raises PlatformError when it does not tell its types."""
+    """The facts of the running kernel. Takes a tenth of a second. Raises PlatformError when the kernel has no BTF."""
     try:
         blob = VMLINUX.read_bytes()
     except OSError as error:
         raise PlatformError(
-            f"the kernel does not tell its types: {VMLINUX}: {error.strerror}",
+            f"cannot read the kernel's type information {VMLINUX}: {error.strerror}",
             hint="The packet path needs a kernel that was built with CONFIG_DEBUG_INFO_BTF, as distributions' are.",
         ) from error
     return facts_of(blob)
@@ -64,7 +64,7 @@ def facts_of(blob: bytes) -> KernelFacts:
     bytes_at = {name: fields[name].at // 8 for name in ("ip_summed", "csum_start", "csum_offset", "mac_header")}
     first = min(bytes_at.values())
     if max(bytes_at.values()) + 2 - first > abi.NP_KERNEL_BYTES or summed.at % 8 + summed.count > 8:  # noqa: PLR2004
-        raise PlatformError("the fields of the kernel's sk_buff lie otherwise than on any kernel that is known")
+        raise PlatformError("the layout of the kernel's sk_buff is unknown, so no program can be loaded")
     cast = types.number_of(CAST, FUNCTION)
     numbers = {
         abi.NP_KERNEL_CAST: int(cast != 0),
@@ -137,5 +137,5 @@ def _places(words: memoryview) -> list[int]:
         kind = info >> 24 & 0x1F
         at += fixed[kind] + each[kind] * (info & 0xFFFF)
     if at != end:
-        raise PlatformError("the kernel's type information has kinds that are not known")
+        raise PlatformError("the kernel's type information has unknown kinds, so no program can be loaded")
     return places

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Waiting until no packet can still be using what was just unlinked, or can miss what was just written.
+"""Grace periods: wait until no program run can use what was unlinked before, or miss what was written before.
 
 A program's run is one RCU read-side section, so the kernel's own grace period is the exact answer: every run that began before
 it is over when it ends, and every run that ends after it began after everything that was written before it.  The kernel
@@ -56,14 +56,14 @@ def wait_for_readers() -> None:
     try:
         syscall.map_update(outer, syscall.buffer(_WORD.pack(0)), syscall.buffer(_WORD.pack(inner)))
     except OSError as error:
-        raise PlatformError(f"cannot wait for the packets on their way: {error.strerror}") from error
+        raise PlatformError(f"cannot wait for a grace period: {error.strerror}") from error
 
 
 def order_stores() -> None:
-    """Between what was written and the flag that says so: a packet that sees the flag sees all that was written before.
+    """Order stores: call it after data is written and before the flag that publishes the data.
 
-    Nothing on x86-64, where stores are seen in their order.  Elsewhere a grace period, which orders both sides: a packet that
-    sees the flag began after the writing, whatever the order of its loads.  (An acquire, with which the program could order its
+    On x86-64 it does nothing: stores become visible in their order.  Elsewhere it is a grace period, which orders both sides: a
+    packet that sees the flag began after the data was written, whatever the order of its loads.  (An acquire, with which the program could order its
     own loads, is in no kernel before 6.15.)
     """
     if not IS_STRONGLY_ORDERED:
@@ -83,12 +83,10 @@ def _maps() -> tuple[int, int] | None:
     except OSError as error:
         if error.errno == errno.EPERM:
             return None
-        raise PlatformError(
-            f"cannot make the map by which to wait for the packets on their way: {error.strerror}"
-        ) from error
+        raise PlatformError(f"cannot make the map that grace periods need: {error.strerror}") from error
 
 
 def _wait_without_maps() -> None:
     number = _MEMBARRIER.get(platform.machine())
     if number is None or ctypes.CDLL(None).syscall(number, _CMD_GLOBAL, 0, 0) != 0:
-        raise PrivilegeError("cannot wait for the packets on their way: this process may not make maps")
+        raise PrivilegeError("cannot wait for a grace period: this process may not make maps")

@@ -53,15 +53,15 @@ MAP_FLAGS = {"BPF_F_NO_PREALLOC": 1 << 0, "BPF_F_MMAPABLE": 1 << 10}
 BPF_F_RDONLY = 1 << 3
 BPF_F_BEFORE = 1 << 3
 MOST_PROGRAMS = 64
-"""What the kernel puts on one hook of an interface at most (BPF_MPROG_MAX)."""
+"""The most programs on one hook of an interface (BPF_MPROG_MAX)."""
 PROG_TYPE_SCHED_CLS = 3
 PROG_TYPE_XDP = 6
 NAME_BYTES = 15
-"""Of the name of a map or program, without the terminating zero."""
+"""The longest name of a map or program, without the terminating zero."""
 LOG_BYTES = (1 << 24) - 1
 """The most that kernels before 6.4 accept as room for what the verifier says."""
 LOG_PATHS, LOG_COUNTS = 1, 4
-"""What the verifier says: what it walks, or only how much it walked (BPF_LOG_LEVEL1, BPF_LOG_STATS)."""
+"""Log levels of the verifier: the paths it walks, or only their statistics (BPF_LOG_LEVEL1, BPF_LOG_STATS)."""
 TCX_INGRESS = 46
 TCX_EGRESS = 47
 
@@ -205,7 +205,7 @@ class _LinkDetachAttr(_Attr):
     _fields_ = (("link_fd", ctypes.c_uint32),)
 
 
-class _MapInfo(ctypes.Structure):
+class _RawMapInfo(ctypes.Structure):
     _fields_ = (
         ("kind", ctypes.c_uint32),
         ("id", ctypes.c_uint32),
@@ -240,7 +240,7 @@ class _BtfInfo(ctypes.Structure):
     )
 
 
-class _ProgInfo(ctypes.Structure):
+class _RawProgInfo(ctypes.Structure):
     _fields_ = (
         ("kind", ctypes.c_uint32),
         ("id", ctypes.c_uint32),
@@ -260,7 +260,7 @@ class _ProgInfo(ctypes.Structure):
     )
 
 
-class _LinkInfo(ctypes.Structure):
+class _RawLinkInfo(ctypes.Structure):
     _fields_ = (
         ("kind", ctypes.c_uint32),
         ("id", ctypes.c_uint32),
@@ -419,7 +419,7 @@ def _info(fd: int, info: ctypes.Structure) -> None:
 
 def map_info(fd: int) -> MapInfo:
     """What the kernel says of a map."""
-    info = _MapInfo()
+    info = _RawMapInfo()
     _info(fd, info)
     kind = MAP_KINDS.get(info.kind, str(info.kind))
     name = info.name.decode("ascii")
@@ -445,7 +445,7 @@ def btf(number: int) -> bytes:
 
 def prog_info(fd: int) -> ProgInfo:
     """What the kernel says of a program."""
-    info = _ProgInfo()
+    info = _RawProgInfo()
     _info(fd, info)
     return ProgInfo(
         info.id, info.name.decode("ascii"), bytes(info.tag).hex(), info.xlated_len, info.jited_len, info.verified_insns
@@ -464,28 +464,28 @@ def map_fd(number: int) -> int:
 
 def prog_code(fd: int) -> bytes:
     """A program's instructions as the verifier left them; empty when the kernel does not show them to this process."""
-    info = _ProgInfo()
+    info = _RawProgInfo()
     _info(fd, info)
     size = info.xlated_len
     room = empty(size)
-    info = _ProgInfo(xlated_len=size, xlated_insns=ctypes.addressof(room))
+    info = _RawProgInfo(xlated_len=size, xlated_insns=ctypes.addressof(room))
     _info(fd, info)
     return room.raw[: min(size, info.xlated_len)] if info.xlated_insns else b""
 
 
 def prog_maps(fd: int) -> list[int]:
     """The kernel's numbers of the maps that a program uses."""
-    info = _ProgInfo()
+    info = _RawProgInfo()
     _info(fd, info)
     numbers = (ctypes.c_uint32 * max(info.nr_map_ids, 1))()
-    info = _ProgInfo(nr_map_ids=info.nr_map_ids, map_ids=ctypes.addressof(numbers))
+    info = _RawProgInfo(nr_map_ids=info.nr_map_ids, map_ids=ctypes.addressof(numbers))
     _info(fd, info)
     return list(numbers[: info.nr_map_ids])
 
 
 def link_info(fd: int) -> LinkInfo:
     """What the kernel says of a tcx link."""
-    info = _LinkInfo()
+    info = _RawLinkInfo()
     _info(fd, info)
     return LinkInfo(info.id, info.prog_id, info.ifindex, info.attach_type)
 

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who may open what is pinned: root (or the agent's user), and a group for reading, if one is named.
+"""Modes of the pins: root (or the agent's user) may open all of them, and a group, if one is named, may read most maps.
 
-The group may list the directory of the pins and open maps for reading.  Not programs, since who holds one may run it, and a
-run writes connections; not links; not the secret of the connection tables nor the tables themselves, whose order gives the
-secret away: who knows it can aim flows at one bucket.  It may pass through the directory above but not open it: who can may hold the lock of
-those that build there.
+The group may list the directory of the pins and open maps for reading.  It may not open programs: a process that holds one can
+run it, and a run writes connections.  It may not open links, nor the private maps (`abi.MapTrait.PRIVATE`): the order of the
+connection tables gives their secret away, and with the secret flows can be aimed at one bucket.  It may pass through the
+directory above but not open it, since an open directory can be locked against the agent.
 
 Invariant: what is not for the group is for nobody but the owner.  Must not know what the maps mean.
 """
@@ -18,7 +18,8 @@ from pathlib import Path
 
 from netpol_ebpf.errors import PlatformError
 from netpol_loader import abi
-from netpol_loader.pins.dataplane import LINKS, Dataplane
+from netpol_loader.pins.attach import LINKS
+from netpol_loader.pins.dataplane import Dataplane
 from netpol_loader.pins.programs import CURRENT
 
 PRIVATE = frozenset(abi.maps_with(abi.MapTrait.PRIVATE))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Putting the programs on interfaces, finding where they are, taking them off.
+"""Attach the programs to interfaces, list where they are, detach them.
 
 Two mechanisms.  *tcx* (kernel 6.6 and newer): a link pinned under the dataplane's ``links``, so it outlives the process and
 its program can be exchanged in one step.  *clsact*: a filter on a queueing discipline, through `netpol_loader.host.netlink`; the
@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from netpol_ebpf.errors import PlatformError
-from netpol_loader.host import netlink
+from netpol_loader.host import clsact
+from netpol_loader.host.links import find_link
 from netpol_loader.kernel import syscall
 from netpol_loader.kernel.hook import Hook
 
@@ -63,7 +64,7 @@ def preferred_mechanism(dataplane: Dataplane) -> Mechanism:
 
 
 def attach(ifindex: int, dataplane: Dataplane, mechanism: Mechanism | None = None, *, is_newborn: bool = False) -> None:
-    """Put both programs on an interface; what is there already stays.
+    """Attach both programs to an interface; a program that is attached already stays.
 
     Raises PlatformError when the interface is gone, or the kernel refuses.
 
@@ -85,7 +86,7 @@ def attach(ifindex: int, dataplane: Dataplane, mechanism: Mechanism | None = Non
                 _attach_clsact(ifindex, dataplane, hook)
         except OSError as error:
             raise PlatformError(
-                f"cannot note in {dataplane.pin_dir / LINKS} that {hook.value} is on interface {ifindex}: {error.strerror}"
+                f"cannot record in {dataplane.pin_dir / LINKS} that {hook.value} is attached to interface {ifindex}: {error.strerror}"
             ) from error
 
 
@@ -96,18 +97,20 @@ def detach(ifindex: int, dataplane: Dataplane) -> bool:
         try:
             _detach(one, dataplane)
         except (OSError, PlatformError) as error:  # noqa: PERF203 - two at most
-            if netlink.link(ifindex) is not None:  # else it took them with it
+            if find_link(ifindex) is not None:  # else it took them with it
                 what = error.message if isinstance(error, PlatformError) else error.strerror
-                raise PlatformError(f"cannot take {one.hook.value} off interface {ifindex}: {what}") from error
+                raise PlatformError(
+                    f"cannot detach {one.hook.value} from interface {ifindex}, where it goes on enforcing: {what}"
+                ) from error
     if _clsact_mark(dataplane, ifindex).exists():
-        netlink.delete_clsact_if_unused(ifindex)
+        clsact.delete_if_unused(ifindex)
     _forget_dead(dataplane, ifindex)
     return bool(found)
 
 
 def _detach(one: Attachment, dataplane: Dataplane) -> None:
     if one.mechanism is Mechanism.CLSACT:
-        netlink.delete_clsact_filter(one.ifindex, one.hook)
+        clsact.delete_filter(one.ifindex, one.hook)
         return
     path = link_path(dataplane, one.ifindex, one.hook)
     with _opened(path) as fd:
@@ -116,14 +119,14 @@ def _detach(one: Attachment, dataplane: Dataplane) -> None:
 
 
 def attached(ifindex: int, dataplane: Dataplane) -> tuple[Attachment, ...]:
-    """What of ours is on an interface, by both mechanisms."""
+    """Our programs on an interface, by both mechanisms."""
     return tuple(sorted(_tcx_attachments(dataplane, ifindex) | _clsact_attachments(dataplane, ifindex), key=_order))
 
 
 def attachments(dataplane: Dataplane) -> tuple[Attachment, ...]:
     """Everything of ours on all interfaces of this network namespace."""
     found = set(_tcx_attachments(dataplane))
-    for ifindex in netlink.clsact_interfaces():
+    for ifindex in clsact.interfaces():
         found |= _clsact_attachments(dataplane, ifindex)
     return tuple(sorted(found, key=_order))
 
@@ -135,7 +138,7 @@ def others(ifindex: int, dataplane: Dataplane) -> list[str]:
     with contextlib.suppress(OSError):  # it is gone, or the kernel has no tcx
         numbers = syscall.prog_query(ifindex, ATTACH_TYPES[Hook.TC_INGRESS])
         found += [f"tcx program {number}" for number in numbers if number != ours]
-    return found + [f"filter {name}" for name in netlink.foreign_filters(ifindex, Hook.TC_INGRESS)]
+    return found + [f"filter {name}" for name in clsact.foreign_filters(ifindex, Hook.TC_INGRESS)]
 
 
 def detach_all(dataplane: Dataplane) -> None:
@@ -155,8 +158,8 @@ def replace(dataplane: Dataplane, old: Mapping[Hook, Collection[int]]) -> None:
     """Exchange the program everywhere; ``old``: ids of the programs to be exchanged on clsact."""
     for path in _link_paths(dataplane):
         _update_link(dataplane, path)
-    for ifindex in netlink.clsact_interfaces():
-        for one in netlink.clsact_filters(ifindex):
+    for ifindex in clsact.interfaces():
+        for one in clsact.our_filters(ifindex):
             if one.prog_id in old[one.hook]:
                 _put_filter(ifindex, dataplane, one.hook)
 
@@ -217,14 +220,14 @@ def _attach_tcx(ifindex: int, dataplane: Dataplane, hook: Hook) -> None:
 
 
 def _attach_clsact(ifindex: int, dataplane: Dataplane, hook: Hook) -> None:
-    if netlink.add_clsact(ifindex):
+    if clsact.add(ifindex):
         _clsact_mark(dataplane, ifindex).mkdir(parents=True, exist_ok=True)
     _put_filter(ifindex, dataplane, hook)
 
 
 def _put_filter(ifindex: int, dataplane: Dataplane, hook: Hook) -> None:
     prog_fd = dataplane.program_fd(hook)
-    netlink.put_clsact_filter(ifindex, hook, prog_fd, syscall.prog_info(prog_fd).id)
+    clsact.put_filter(ifindex, hook, prog_fd, syscall.prog_info(prog_fd).id)
 
 
 def _clsact_mark(dataplane: Dataplane, ifindex: int) -> Path:
@@ -266,21 +269,21 @@ def _clsact_attachments(dataplane: Dataplane, ifindex: int) -> set[Attachment]:
     ours = {syscall.prog_info(dataplane.program_fd(hook)).id for hook in Hook}
     return {
         Attachment(ifindex, one.hook, Mechanism.CLSACT, one.prog_id)
-        for one in netlink.clsact_filters(ifindex)
+        for one in clsact.our_filters(ifindex)
         if one.prog_id in ours
     }
 
 
 def _forget_dead(dataplane: Dataplane, ifindex: int) -> None:
-    """Of an interface that went to another network namespace the programs are taken off: there they would judge by nobody's row."""
-    is_here = netlink.link(ifindex) is not None
+    """Forget an interface that is gone. From one that moved to another network namespace the programs are removed: no row is for it there."""
+    is_here = find_link(ifindex) is not None
     for path in _link_paths(dataplane, ifindex):
         with _opened(path) as fd:
             alive = syscall.link_info(fd).ifindex
         if not alive or not is_here:
             path.unlink()
     mark = _clsact_mark(dataplane, ifindex)
-    if mark.exists() and not netlink.has_clsact(ifindex):
+    if mark.exists() and not clsact.is_on(ifindex):
         mark.rmdir()
 
 

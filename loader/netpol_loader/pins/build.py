@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Makes what a pin directory has to hold: maps that are missing, and a program set on the maps that are there.
+"""Build the content of a pin directory: the maps that are missing, and a program set on the maps.
 
 Invariants: a map that is there is used, whatever its size; nothing is compiled in this process
 (`netpol_loader.pins.compilation`).  Must not know what is in the maps, nor attach anything.
@@ -120,10 +120,10 @@ def load_entry(
 
 
 def kernel_sizes(sizes: Mapping[str, int]) -> dict[str, int]:
-    """The same as the program needs them.
+    """Sizes in rows to max_entries of the kernel's maps.
 
-    Tables that are kept in buckets: so many of those as their rows need, and room for all rows elsewhere.  What is shared out
-    over the processors: at least a slot for each.  What is chosen by a mask: the next power of two.
+    A bucketed table gets the buckets that its rows need, and room for all its rows in the overflow map.  A map with a range of
+    slots for each processor gets at least one slot for each.  A masked map gets the next power of two.
     """
     result = dict(sizes)
     for name in PER_CPU_RANGES & sizes.keys():

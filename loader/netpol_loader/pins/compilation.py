@@ -93,7 +93,7 @@ def compiler_name() -> str | None:
 
 
 def _llvm_version() -> str:
-    """Of the library that BCC's names as the one it needs."""
+    """The version of the LLVM library that BCC's library is linked to."""
     for pattern in ("lib*/*/libbcc.so.0", "lib*/libbcc.so.0"):
         for path in sorted(Path("/usr").glob(pattern)):
             needed = re.search(rb"libLLVM(?:-|\.so\.)([0-9.]+)", path.read_bytes())

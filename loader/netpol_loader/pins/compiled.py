@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The compiled packet path as a file, and where such files may lie.
 
-What is in it runs in the kernel, so a file is used only when nobody but root or this process's user can have written it:
-file and directory belong to one of them and nobody else may write there.  Its name and content carry the digest of the
+The kernel runs its content, so a file is used only when root or this process's user alone can have written it: file and
+directory belong to one of them, and no other user may write there.  Its name and content carry the digest of the
 sources it was made of; its own digest tells a damaged one.  docs/compiled-program.md says what is trusted and why.
 
 Invariant: a file that does not fit in every respect is not used, and the reason is logged or raised.
@@ -48,7 +48,7 @@ class Compiled:
 
 
 def file_name(digest: str, machine: str) -> str:
-    """What a file of these sources is called."""
+    """The name of the file for these sources and this machine."""
     return f"packet-path-{machine}-{digest[:16]}.json"
 
 
@@ -102,7 +102,7 @@ def find_compiled(digest: str, machine: str, compiler: str | None, directories: 
             )
             continue
         if (compiled.digest, compiled.machine) != (digest, machine):
-            log.warning("%s is not used: it was made of other sources", path)
+            log.warning("%s is not used: it was compiled from other sources", path)
         elif compiler is not None and compiler != compiled.compiler:
             log.info("%s is not used: %s made it, and %s is here", path, compiled.compiler, compiler)
         else:

@@ -15,14 +15,11 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import errno
-import fcntl
 import logging
-import os
 import shutil
 import struct
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,20 +29,21 @@ from netpol_loader.kernel import clock, syscall
 from netpol_loader.kernel.grace import order_stores
 from netpol_loader.kernel.hook import Hook
 from netpol_loader.kernel.maps import Map
-from netpol_loader.pins import build, compilation, doctor
-from netpol_loader.pins.lock import locked_alone
+from netpol_loader.pins import attach, build, compilation, doctor
+from netpol_loader.pins.attach import LINKS
+from netpol_loader.pins.lock import locked
 from netpol_loader.pins.programs import CURRENT, DAMAGED_HINT, OLD, ProgramSet, begin_exchange, finish_exchange, recover
+from netpol_loader.pins.staging import Staging, remove_unfinished
 from netpol_loader.tables.buckets import bucketed
 from netpol_loader.tables.connections import choose_secret, viewed
-from netpol_loader.tables.events import EventReader
+from netpol_loader.tables.events import EventReader, EventRecord
 
 log = logging.getLogger(__name__)
 
 DEFAULT_PIN_ROOT = Path("/sys/fs/bpf/netpol")
-LINKS = "links"
 
 FIRST = 1
-"""Of generations and epochs; 0 is that of what was never filled in."""
+"""The first generation and epoch; 0 is in rows that were never written."""
 TIMEOUTS_S: Mapping[int, float] = types.MappingProxyType(
     {
         abi.NP_CONN_TCP_NEW: 20,
@@ -72,9 +70,9 @@ SKB_IFINDEX = 40
 
 @dataclass(frozen=True, slots=True)
 class TestRun:
-    """What a program said of a frame: -1 pass, 0 pass and ask nobody else, 2 drop; and the mean duration of a run.
+    """The verdict of a program on a frame (NP_PASS, NP_PASS_ALONE, NP_DROP), and the mean duration of a run.
 
-    ``mark``: of the packet, afterwards.
+    ``mark``: the packet's mark afterwards.
     """
 
     __test__ = False
@@ -128,18 +126,17 @@ class Dataplane:
 
     @classmethod
     def _create(cls, pin_root: Path, sizes: Mapping[str, int]) -> Dataplane:
-        staging = pin_root / f"new-{os.getpid()}"
-        (staging / LINKS).mkdir(parents=True)
         try:
-            maps, programs = stage(staging, sizes, default_config(clock.measure_jiffies_per_second()))
-            staging.rename(schema_dir(pin_root))
+            with Staging(pin_root) as staging:
+                fill(staging, sizes, default_config(clock.measure_jiffies_per_second()))
+                staging.directory.rename(schema_dir(pin_root))
+                dataplane = cls(pin_root, *staging.taken())
         except BaseException:
-            shutil.rmtree(staging, ignore_errors=True)
             with contextlib.suppress(OSError):
                 pin_root.rmdir()
             raise
         log.info("created %s", schema_dir(pin_root))
-        return cls(pin_root, maps, programs)
+        return dataplane
 
     @classmethod
     def _adopt(cls, pin_root: Path, sizes: Mapping[str, int]) -> Dataplane:
@@ -168,36 +165,33 @@ class Dataplane:
         return dataplane
 
     def replace_programs(self, jiffies_per_second: int) -> None:
-        """Load the programs of these sources beside the pinned ones and, if they differ, put them in their place everywhere."""
-        new = ProgramSet.load(build.compiled_program(), self.pinned)
-        if new.tags() == self.programs.tags():
-            log.info("the pinned programs are those of these sources already")
-            new.close()
-        else:
-            staged = self.pin_root / f"new-{os.getpid()}"
-            new.pin(staged)
-            self.exchange(staged, {}, new)
-            log.info("replaced the programs of %s; all maps are kept", self.pin_dir)
+        """Load the programs of these sources beside the pinned ones and, if they differ, replace those on every interface."""
+        with Staging(self.pin_root) as staging:
+            staging.programs = ProgramSet.load(build.compiled_program(), self.pinned)
+            if staging.programs.tags() == self.programs.tags():
+                log.info("the pinned programs are those of these sources already")
+            else:
+                staging.programs.pin(staging.directory)
+                self.exchange(staging)
+                log.info("replaced the programs of %s; all maps are kept", self.pin_dir)
         _write_schema(self.maps["np_schema"], jiffies_per_second)
 
-    def exchange(self, staged: Path, maps: Mapping[str, Map], programs: ProgramSet) -> None:
-        """Put a program set that is pinned in ``staged``, with maps of its own, in the place of what is in force, everywhere.
+    def exchange(self, staging: Staging) -> None:
+        """Replace what is in force by the staged program set and the maps staged with it, on every interface.
 
-        Killed on the way, the next `open` finishes it.  What is replaced is closed.
+        If the process is killed meanwhile, the next `open` finishes the exchange.  What is replaced is closed.
         """
-        begin_exchange(self.pin_dir, staged)
+        maps, programs = staging.taken()
+        begin_exchange(self.pin_dir, staging.directory)
         previous, self.programs = self.programs, programs
         for name in maps:
             self.maps[name].close()
         self.maps = {**self.maps, **maps}
-        order_stores()  # who runs the new programs sees their maps filled
         self.finish_exchange()
         previous.close()
 
     def finish_exchange(self) -> None:
         """End an exchange that has begun; nothing when there is none."""
-        from netpol_loader.pins import attach
-
         finish_exchange(self.pin_dir, lambda old: attach.replace(self, old))
 
     @property
@@ -241,16 +235,16 @@ class Dataplane:
             ) from error
         return TestRun(verdict, duration_ns, struct.unpack_from("=I", context, SKB_MARK)[0])
 
-    def events(self, callback: Callable[[abi.np_event], None]) -> EventReader:
+    def events(self, callback: Callable[[EventRecord], None]) -> EventReader:
         """A reader of the event ring; one at a time."""
         return EventReader(self.maps["np_event"].fd, callback)
 
     def config(self) -> abi.np_config:
-        """The configuration in force."""
+        """The present configuration."""
         return abi.np_config.from_buffer_copy(self.maps["np_config"].get(_index(0)) or b"")
 
     def set_config(self, config: abi.np_config) -> None:
-        """Put a configuration in force. Each word changes at once; the whole not necessarily."""
+        """Write the configuration. Each word changes in one step; the row as a whole may not."""
         order_stores()
         self.maps["np_config"].put(_index(0), bytes(config))
 
@@ -268,8 +262,6 @@ class Dataplane:
 
     def remove(self) -> None:
         """Detach every interface and unpin everything of this directory; the parent goes when it is empty."""
-        from netpol_loader.pins import attach
-
         attach.detach_all(self)
         self.close()
         shutil.rmtree(self.pin_dir)
@@ -337,20 +329,21 @@ def open_maps(pin_dir: Path) -> dict[str, Map]:
     return viewed(bucketed(maps))
 
 
-def stage(staging: Path, sizes: Mapping[str, int], config: abi.np_config) -> tuple[dict[str, Map], ProgramSet]:
-    """Make what is missing in a directory that nobody knows yet, apart from links; the maps and the programs, open."""
-    made = build.make_maps(staging, sizes)
+def fill(staging: Staging, sizes: Mapping[str, int], config: abi.np_config) -> None:
+    """Make all that a pin directory has and that is not in this one yet: maps, programs, the directory of the links."""
+    directory = staging.directory
+    (directory / LINKS).mkdir()
+    made = build.make_maps(directory, sizes)
     try:
-        programs = ProgramSet.load(build.compiled_program(), made)
-        programs.pin(staging / CURRENT)
-        choose_secret(staging)
+        staging.programs = ProgramSet.load(build.compiled_program(), made)
+        staging.programs.pin(directory / CURRENT)
+        choose_secret(directory)
     finally:
         for one in made.values():
             one.close()
-    maps = open_maps(staging)
-    maps["np_config"].put(_index(0), bytes(config))
-    _write_schema(maps["np_schema"], config.jiffies_per_second)
-    return maps, programs
+    staging.maps = open_maps(directory)
+    staging.maps["np_config"].put(_index(0), bytes(config))
+    _write_schema(staging.maps["np_schema"], config.jiffies_per_second)
 
 
 def find_older(pin_root: Path) -> list[Path]:
@@ -364,59 +357,3 @@ def find_older(pin_root: Path) -> list[Path]:
             hint="Start netpol-agent of the newer version, or end enforcement with `netpolctl cleanup` and start this one.",
         )
     return [found[number] for number in sorted(found) if number < abi.SCHEMA_VERSION]
-
-
-def remove_unfinished(pin_root: Path) -> None:
-    """What builders that died left behind. We hold the lock, so none of them is still at work."""
-    for path in pin_root.glob("new-*"):
-        log.warning("removing %s, left by a process that died", path)
-        shutil.rmtree(path)
-
-
-_held: set[Path] = set()
-"""Pin roots that this process holds."""
-
-
-@contextlib.contextmanager
-def held(pin_root: Path, *, hint: str) -> Iterator[None]:
-    """Be the one process that works under a root, which must exist, until the block ends; the process's end ends it too.
-
-    `locked` is satisfied meanwhile.  Raises PlatformError, with the hint, while another process does the same; FileNotFoundError when
-    the root goes meanwhile.
-    """
-    place = pin_root.absolute()
-    while True:
-        fd = os.open(pin_root, os.O_RDONLY | os.O_DIRECTORY)
-        with contextlib.ExitStack() as stack:
-            try:
-                stack.enter_context(locked_alone(fd))
-            except BlockingIOError as error:
-                raise PlatformError(
-                    f"another netpol-agent, or `netpolctl cleanup`, is at work on {pin_root}", hint=hint
-                ) from error
-            if not os.path.samestat(os.fstat(fd), pin_root.stat()):  # made anew by who held it, which has ended since
-                continue
-            _held.add(place)
-            stack.callback(_held.discard, place)
-            yield
-            return
-
-
-@contextlib.contextmanager
-def locked(pin_root: Path) -> Iterator[None]:
-    """One process at a time makes or changes what is pinned under a root."""
-    if pin_root.absolute() in _held:
-        yield
-        return
-    fd = os.open(pin_root, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno != errno.EWOULDBLOCK:
-                raise
-            log.info("waiting for another process that builds in %s", pin_root)
-            fcntl.flock(fd, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(fd)

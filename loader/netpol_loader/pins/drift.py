@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pins, links and filters that something else removed or changed: found and put back.
+"""Drift of the pins, links and filters: what another process removed or changed is found and restored.
 
-Works from what the process holds open: descriptors of maps and programs keep those alive whatever becomes of their pins.
-Invariants: what is as it should be is not touched; what is put back is told; nothing of others is removed, but for a pin of
-another object under one of our names.  Must not know what the maps mean, nor choose interfaces.
+The open descriptors of this process are the desired state: they keep maps and programs alive whatever becomes of their pins.
+Invariants: nothing that is right is touched; every repair is reported; nothing of others is removed, except an object that is
+pinned under one of our names.  Must not know what the maps mean, nor choose interfaces.
 """
 
 from __future__ import annotations
@@ -17,11 +17,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from netpol_ebpf.errors import PlatformError
-from netpol_loader.host import netlink
+from netpol_loader.host.links import find_link
 from netpol_loader.kernel import syscall
 from netpol_loader.kernel.hook import Hook
 from netpol_loader.pins import attach
-from netpol_loader.pins.dataplane import LINKS, Dataplane, locked
+from netpol_loader.pins.attach import LINKS
+from netpol_loader.pins.dataplane import Dataplane
+from netpol_loader.pins.lock import locked
 from netpol_loader.pins.programs import CALL_MAP, CURRENT
 
 
@@ -57,7 +59,10 @@ def mend_pins(dataplane: Dataplane) -> list[Drift]:
     try:
         found.extend(_mend_pins(dataplane))  # keeps what came before an error
     except OSError as error:
-        raise PartlyMendedError(f"cannot pin in {dataplane.pin_dir} any more: {error.strerror}", found) from error
+        raise PartlyMendedError(
+            f"cannot restore the pins in {dataplane.pin_dir}: {error.strerror}; enforcement goes on while this agent runs",
+            found,
+        ) from error
     return found
 
 
@@ -91,7 +96,7 @@ def mend_attachments(dataplane: Dataplane, ifindexes: Iterable[int]) -> list[Dri
         try:
             found += _mend_interface(dataplane, ifindex, ours)
         except (OSError, PlatformError) as error:  # noqa: PERF203 - one that fails is not the others' matter
-            if netlink.link(ifindex) is not None:  # else it went meanwhile
+            if find_link(ifindex) is not None:  # else it went meanwhile
                 failures.append(error.message if isinstance(error, PlatformError) else f"interface {ifindex}: {error}")
     if failures:
         raise PartlyMendedError("; ".join(failures), found)
@@ -115,7 +120,7 @@ def _mend_interface(dataplane: Dataplane, ifindex: int, ours: Mapping[Hook, int]
                 found.append(Drift("program", f"{hook.value} of interface {ifindex}", "changed"))
     if absent:
         absent -= {one.hook for one in attach.attached(ifindex, dataplane)}
-    if not absent or netlink.link(ifindex) is None:
+    if not absent or find_link(ifindex) is None:
         return found
     attach.attach(ifindex, dataplane)
     missing = [Drift("program", f"{hook.value} of interface {ifindex}", "missing") for hook in Hook if hook in absent]

@@ -36,7 +36,8 @@ from typing import Any, TypeVar
 
 from netpol_ebpf.errors import PlatformError, PrivilegeError
 from netpol_loader import abi
-from netpol_loader.host import netlink
+from netpol_loader.host import clsact
+from netpol_loader.host.links import list_links
 from netpol_loader.kernel import syscall
 from netpol_loader.kernel.hook import Hook
 from netpol_loader.pins.dataplane import SKB_BYTES, SKB_IFINDEX, SKB_INGRESS_IFINDEX, SKB_MARK, TestRun
@@ -91,7 +92,7 @@ class FrameRunner:
             self._stack = stack
             self._marks: dict[socket.socket, int] = {}
             self._tapped: set[int] = set()
-            self._namespace = stack.enter_context(contextlib.closing(_Namespace()))
+            self._namespace = stack.enter_context(contextlib.closing(_FrameNamespace()))
             self._board = stack.enter_context(_opened(_create_board()))
             self._tap = stack.enter_context(_opened(_load(_tap(self._board), PROG_TYPE_SOCKET_FILTER)))
             indices = self._namespace.call(_create_interfaces)
@@ -205,10 +206,10 @@ class FrameRunner:
                 *((self.ifindex, hook, BEHIND, behind) for hook in Hook),
             ]
             for ifindex in (self.elsewhere, self.ifindex):
-                netlink.add_clsact(ifindex)
+                clsact.add(ifindex)
             for ifindex, hook, priority, fd in filters:
                 route.tc(
-                    "add-filter", "bpf", index=ifindex, parent=netlink.CLSACT_PARENTS[hook], prio=priority, fd=fd,
+                    "add-filter", "bpf", index=ifindex, parent=clsact.PARENTS[hook], prio=priority, fd=fd,
                     name=f"frames{priority}", direct_action=True,
                 )  # fmt: skip
 
@@ -236,7 +237,7 @@ def can_name_ingress() -> bool:
 # --- the namespace ------------------------------------------------------------------------------------------------------
 
 
-class _Namespace:
+class _FrameNamespace:
     """A network namespace without a name. Threads of their own enter it; the calling thread stays in its namespace."""
 
     def __init__(self) -> None:
@@ -301,7 +302,7 @@ def _create_interfaces() -> dict[str, int]:
     with _route() as route:
         for name, peer in PEERS.items():
             route.link("add", ifname=name, kind="veth", mtu=MTU_BYTES, peer={"ifname": peer, "mtu": MTU_BYTES})
-        indices = {one.name: one.ifindex for one in netlink.links() if one.kind == "veth"}
+        indices = {one.name: one.ifindex for one in list_links() if one.kind == "veth"}
         for index in indices.values():
             route.link("set", index=index, state="up")
         deadline = time.monotonic() + DEADLINE_S

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Locks of this very process: they end with it, whatever children it leaves.
+"""Locks of a process: they end with it, whatever children it leaves. One process at a time works on a pin root.
 
 Invariant: a fork has no copy of a lock's descriptor, so it keeps nobody waiting after its parent has ended.
 """
@@ -7,9 +7,16 @@ Invariant: a fork has no copy of a lock's descriptor, so it keeps nobody waiting
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
+import logging
 import os
 from collections.abc import Iterator
+from pathlib import Path
+
+from netpol_ebpf.errors import PlatformError
+
+log = logging.getLogger(__name__)
 
 _descriptors: set[int] = set()
 
@@ -32,6 +39,55 @@ def locked_alone(descriptor: int) -> Iterator[None]:
         if descriptor in _descriptors:  # not in a fork that leaves the block
             _descriptors.discard(descriptor)
             os.close(descriptor)
+
+
+_held: set[Path] = set()
+"""Pin roots that this process holds."""
+
+
+@contextlib.contextmanager
+def held(pin_root: Path, *, hint: str) -> Iterator[None]:
+    """Hold the lock of a root, which must exist, until the block or the process ends: this process alone works under the root.
+
+    `locked` does not wait meanwhile.  Raises PlatformError, with the hint, while another process does the same; FileNotFoundError when
+    the root goes meanwhile.
+    """
+    place = pin_root.absolute()
+    while True:
+        fd = os.open(pin_root, os.O_RDONLY | os.O_DIRECTORY)
+        with contextlib.ExitStack() as stack:
+            try:
+                stack.enter_context(locked_alone(fd))
+            except BlockingIOError as error:
+                raise PlatformError(
+                    f"another netpol-agent, or `netpolctl cleanup`, is at work on {pin_root}", hint=hint
+                ) from error
+            if not os.path.samestat(os.fstat(fd), pin_root.stat()):  # made anew by who held it, which has ended since
+                continue
+            _held.add(place)
+            stack.callback(_held.discard, place)
+            yield
+            return
+
+
+@contextlib.contextmanager
+def locked(pin_root: Path) -> Iterator[None]:
+    """One process at a time makes or changes what is pinned under a root."""
+    if pin_root.absolute() in _held:
+        yield
+        return
+    fd = os.open(pin_root, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno != errno.EWOULDBLOCK:
+                raise
+            log.info("waiting for another process that changes the pins in %s", pin_root)
+            fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)
 
 
 def _let_go() -> None:

@@ -3,8 +3,8 @@
 
 A packet that bpf_redirect_peer puts into a pod, or that XDP sends to another interface, passes no program at its destination, ours
 included.  (What bpf_redirect, bpf_redirect_neigh and bpf_clone_redirect send from TC passes the hooks of the device that it is sent to.)
-Whether a program can do that is read from its translated instructions, where a call of a helper is a distance that differs from
-kernel to kernel: a program of our own that calls the same helper shows what it is here.  Looking the helpers up in /proc/kallsyms
+Whether a program can do that is read from its translated instructions.  A call of a helper is a distance there, which differs from
+kernel to kernel, so a program of our own that calls the same helper shows the distance of this kernel.  Looking the helpers up in /proc/kallsyms
 was rejected: it has ten megabytes, and needs the same privileges.
 
 Invariant: what cannot be read is said to be unknown, never harmless.  Changes nothing; must not know of policy.
@@ -19,7 +19,8 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from netpol_loader.host import netlink
+from netpol_loader.host import clsact
+from netpol_loader.host.links import xdp_programs
 from netpol_loader.kernel import syscall
 from netpol_loader.kernel.hook import Hook
 from netpol_loader.kernel.relocation import CALL, INSTRUCTION, LOAD_IMMEDIATE_64, packed, registers
@@ -75,7 +76,7 @@ class OtherPrograms:
         self._turn = 0
 
     def look(self, ifindexes: Collection[int], attached: Collection[int], dataplane: Dataplane) -> list[Other]:
-        """All of this network namespace on these interfaces; ``attached``: those with our programs.
+        """All programs of others on these interfaces of this network namespace; ``attached``: those with our programs.
 
         Cost: a microsecond or two for each interface and hook, and two lists of all interfaces; of those with filters,
         CLSACT_TURN in a look are asked again.
@@ -97,12 +98,12 @@ class OtherPrograms:
                             yield self._other(ifindex, f"tcx {_WAYS[hook]}", number, is_first=at < before)
 
     def _by_xdp(self, attached: Collection[int]) -> Iterator[Other]:
-        for ifindex, numbers in netlink.xdp_programs().items():
+        for ifindex, numbers in xdp_programs().items():
             for number in numbers:
                 yield self._other(ifindex, XDP, number, is_first=ifindex in attached)
 
     def _by_clsact(self) -> list[Other]:
-        present = sorted(netlink.clsact_interfaces())
+        present = sorted(clsact.interfaces())
         turn = present
         if len(present) > CLSACT_TURN:
             first = self._turn % len(present)
@@ -116,8 +117,8 @@ class OtherPrograms:
 
     def _filters_on(self, ifindex: int) -> Iterator[Other]:
         for hook in Hook:
-            order = netlink.filter_programs(ifindex, hook)
-            is_ours = [netlink.is_our_filter(name, hook) for name, _ in order]
+            order = clsact.filter_programs(ifindex, hook)
+            is_ours = [clsact.is_our_filter(name, hook) for name, _ in order]
             before = is_ours.index(True) if True in is_ours else 0
             for at, (name, number) in enumerate(order):
                 if number and not is_ours[at]:

@@ -28,7 +28,7 @@ from netpol_ebpf.errors import PlatformError
 from netpol_loader import abi
 from netpol_loader.kernel import syscall
 from netpol_loader.kernel.facts import kernel_facts
-from netpol_loader.kernel.grace import wait_for_readers
+from netpol_loader.kernel.grace import order_stores, wait_for_readers
 from netpol_loader.kernel.hook import Hook
 from netpol_loader.kernel.maps import Map
 from netpol_loader.kernel.relocation import link, load_program
@@ -154,12 +154,21 @@ def finish_exchange(pin_dir: Path, replace: Callable[[Mapping[Hook, set[int]]], 
     ``replace``: puts the current programs in the place of those with these numbers, on every interface.
     """
     if (pin_dir / OLD).exists():
-        replace(program_ids([pin_dir / OLD]))
-        wait_for_readers()  # no packet is in an old program any more, which could call
+        supersede([pin_dir / OLD], replace)
         for path in sorted((pin_dir / CURRENT).iterdir()):
             if path.name in abi.MAP_SPECS:
                 path.rename(pin_dir / path.name)
         shutil.rmtree(pin_dir / OLD)
+
+
+def supersede(directories: Sequence[Path], replace: Callable[[Mapping[Hook, set[int]]], None]) -> None:
+    """Have the programs that are pinned in these directories replaced, and wait until no packet is in them any more.
+
+    ``replace``: as in `finish_exchange`.  Afterwards nothing calls another program of their sets, so the pins may go.
+    """
+    order_stores()  # who runs the new programs sees their maps filled
+    replace(program_ids(directories))
+    wait_for_readers()
 
 
 def program_ids(directories: Sequence[Path]) -> dict[Hook, set[int]]:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Finding everything of ours below a pin root, and taking it away, piece by piece, each told by name.
+"""Removal: find everything of ours below a pin root, and remove it piece by piece, each reported by name.
 
-Works on what is there, whatever its version or state: nothing is built, adopted or mended for it.  Invariants: only what is
+It works with pins of any version and state: nothing is built, adopted or repaired for it.  Invariants: only what is
 pinned below the root, filters that run programs pinned there, and tables that name the root, is ours; everything listed is
 removed in the order of the list: tables before the programs whose sign they want, then the rest of enforcement.  Filters of
 clsact and tables are seen in the network namespace of the caller only.
@@ -17,13 +17,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from netpol_ebpf.errors import PlatformError
-from netpol_loader.host import netlink
+from netpol_loader.host import clsact
 from netpol_loader.host.barrier import TABLE, BarrierTables, HeldError
+from netpol_loader.host.links import list_links
 from netpol_loader.kernel import syscall
 from netpol_loader.kernel.hook import Hook
+from netpol_loader.pins import staging
 from netpol_loader.pins.attach import CLSACT_MARK, LINKS
 
-OUR_DIRECTORY = re.compile(r"(v|new-)\d+")
+OUR_DIRECTORY = re.compile(rf"(v|{staging.PREFIX})\d+")
 HOOKS = tuple(hook.value for hook in Hook)
 PROGRAMS = "np_tc_"
 
@@ -40,7 +42,7 @@ class Leftover:
 def find_leftovers(pin_root: Path) -> list[Leftover]:
     """Everything of ours, in the order in which it must be removed; empty when there is nothing."""
     directories = [path for path in _listed(pin_root) if path.is_dir() and OUR_DIRECTORY.fullmatch(path.name)]
-    names = {link.ifindex: link.name for link in netlink.links()}
+    names = {link.ifindex: link.name for link in list_links()}
     found: list[Leftover] = list(_tables(pin_root))
     for directory in directories:
         found += _links(directory / LINKS, names)
@@ -104,13 +106,13 @@ def _program_ids(directory: Path) -> Iterator[int]:
 
 
 def _filters(programs: set[int], names: dict[int, str]) -> Iterator[Leftover]:
-    for ifindex in sorted(netlink.clsact_interfaces()):
-        for one in netlink.clsact_filters(ifindex):
+    for ifindex in sorted(clsact.interfaces()):
+        for one in clsact.our_filters(ifindex):
             if one.prog_id in programs:
                 yield Leftover(
                     "filter",
                     f"{one.hook.value} on interface {names.get(ifindex, ifindex)}",
-                    lambda ifindex=ifindex, hook=one.hook: netlink.delete_clsact_filter(ifindex, hook),  # type: ignore[misc]
+                    lambda ifindex=ifindex, hook=one.hook: clsact.delete_filter(ifindex, hook),  # type: ignore[misc]
                 )
 
 
@@ -121,7 +123,7 @@ def _qdiscs(links: Path, names: dict[int, str]) -> Iterator[Leftover]:
             yield Leftover(
                 "qdisc",
                 f"clsact of interface {names[int(number)]}, unless others use it",
-                lambda ifindex=int(number): netlink.delete_clsact_if_unused(ifindex),  # type: ignore[misc]
+                lambda ifindex=int(number): clsact.delete_if_unused(ifindex),  # type: ignore[misc]
             )
 
 

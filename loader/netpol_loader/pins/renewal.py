@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A second set of maps and programs beside those in force, to be filled in peace and then to take their place.
+"""Renewal: a second set of policy maps and programs, which is filled beside the present set and then replaces it.
 
-For a writer that does not know what the numbers in the present maps mean (the process that knew is gone): it fills maps of
-its own, and each interface passes from the old programs and maps to the new ones in one exchange.  So no packet ever meets
+An agent that starts does not know what the numbers in the present maps mean, for the process that knew is gone.  So it fills
+maps of its own, and each interface changes from the old programs and maps to the new ones in one step.  So no packet ever meets
 rows of both.  Renumbering inside the maps in force was rejected: tables that all policy sets share cannot change meaning in
 one step.
 
@@ -13,16 +13,15 @@ whole new program, and `prepare` of the next process finishes or forgets what wa
 
 from __future__ import annotations
 
-import contextlib
-import os
-import shutil
 from collections.abc import Collection, Mapping
 
 from netpol_loader import abi
 from netpol_loader.kernel.maps import Map
 from netpol_loader.pins import build
-from netpol_loader.pins.dataplane import Dataplane, locked
+from netpol_loader.pins.dataplane import Dataplane
+from netpol_loader.pins.lock import locked
 from netpol_loader.pins.programs import ProgramSet
+from netpol_loader.pins.staging import Staging
 from netpol_loader.tables.buckets import bucketed
 
 
@@ -34,55 +33,42 @@ class Renewal:
         self._dataplane = dataplane
         self._fresh = frozenset(fresh) | {more for name, more in abi.OVERFLOW_MAPS.items() if name in fresh}
         self._sizes = dict(sizes or {})
-        self._staging = dataplane.pin_root / f"new-{os.getpid()}"
-        self._maps: dict[str, Map] = {}
-        self._programs: ProgramSet | None = None
+        self._staging: Staging | None = None
 
     def __enter__(self) -> Renewal:  # noqa: PYI034  # typing.Self is newer than Python 3.10
         with locked(self._dataplane.pin_root):
             self._dataplane.finish_exchange()
+            self._staging = Staging(self._dataplane.pin_root)
             try:
-                self._prepare()
+                self._prepare(self._staging)
             except BaseException:
-                self._discard()
+                self._staging.discard()
                 raise
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._discard()
+        if self._staging is not None:
+            self._staging.discard()
 
     @property
     def maps(self) -> Mapping[str, Map]:
         """All maps of the new set: empty ones, and those it shares with the one in force."""
-        return {**self._dataplane.maps, **self._maps}
+        return {**self._dataplane.maps, **(self._staging.maps if self._staging is not None else {})}
 
-    def _prepare(self) -> None:
-        """Build in a directory of our own: the new maps, and programs on those and on the maps that are shared."""
+    def _prepare(self, staging: Staging) -> None:
+        """Make the new maps, and load programs on those and on the maps that are shared."""
         current = self._dataplane
-        self._staging.mkdir()
         sizes = {name: one.max_entries for name, one in current.pinned.items() if name in self._fresh}
         sizes |= {name: size for name, size in self._sizes.items() if name in self._fresh}
         specs = {name: spec for name, spec in abi.MAP_SPECS.items() if name in self._fresh}
-        self._maps = build.make_maps(self._staging, sizes, specs)
-        self._programs = ProgramSet.load(build.compiled_program(), {**current.pinned, **self._maps})
-        self._programs.pin(self._staging)
-        self._maps = bucketed(self._maps)
+        staging.maps = build.make_maps(staging.directory, sizes, specs)
+        staging.programs = ProgramSet.load(build.compiled_program(), {**current.pinned, **staging.maps})
+        staging.programs.pin(staging.directory)
+        staging.maps = bucketed(staging.maps)
 
     def take_over(self) -> None:
-        """Put the new programs in the place of the old on every interface; the dataplane is the new set from then on."""
-        programs, self._programs = self._programs, None
-        if programs is None:
+        """Replace the old programs by the new ones on every interface; the dataplane is the new set from then on."""
+        if self._staging is None:
             raise RuntimeError("a renewal takes over once, between its beginning and its end")
-        maps, self._maps = self._maps, {}
         with locked(self._dataplane.pin_root):
-            self._dataplane.exchange(self._staging, maps, programs)
-
-    def _discard(self) -> None:
-        for one in self._maps.values():
-            one.close()
-        self._maps = {}
-        if self._programs is not None:
-            self._programs.close()
-            self._programs = None
-        with contextlib.suppress(FileNotFoundError):
-            shutil.rmtree(self._staging)
+            self._dataplane.exchange(self._staging)

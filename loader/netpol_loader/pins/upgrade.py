@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pins of an older schema, taken over: new maps and programs are made beside them and then exchanged for them.
+"""Upgrade from pins of an older schema: new maps and programs are made beside them, then replace them.
 
 Maps that say what happened rather than what policy is (connections, fragments, counters) stay the same maps where their
 layout is the one of this version, by the kernel's own type information: the new directory pins them a second time, so a
@@ -25,28 +25,22 @@ from pathlib import Path
 
 from netpol_ebpf.errors import PlatformError
 from netpol_loader import abi
-from netpol_loader.host import netlink
+from netpol_loader.host import clsact
 from netpol_loader.kernel import btf, clock, syscall
-from netpol_loader.kernel.grace import order_stores, wait_for_readers
+from netpol_loader.kernel.hook import Hook
 from netpol_loader.kernel.maps import Map
 from netpol_loader.pins import attach, build, doctor
-from netpol_loader.pins.dataplane import (
-    LINKS,
-    Dataplane,
-    default_config,
-    find_older,
-    locked,
-    remove_unfinished,
-    schema_dir,
-    stage,
-)
-from netpol_loader.pins.programs import DAMAGED_HINT, program_ids
+from netpol_loader.pins.attach import LINKS
+from netpol_loader.pins.dataplane import Dataplane, default_config, fill, find_older, schema_dir
+from netpol_loader.pins.lock import locked
+from netpol_loader.pins.programs import DAMAGED_HINT, program_ids, supersede
+from netpol_loader.pins.staging import Staging, remove_unfinished
 from netpol_loader.tables.connections import ROWS_PER_BUCKET
 
 log = logging.getLogger(__name__)
 
 LASTING = abi.maps_of(abi.MapRole.CONNECTION, abi.MapRole.COUNTER)
-"""Maps whose content outlives a change of schema, where their layout does."""
+"""Maps that are kept over a change of schema, if their layout is kept."""
 
 OWN_SETTINGS = frozenset({"jiffies_per_second", "timeout_jiffies", "pad"})
 """Fields of the configuration that each version sets by itself."""
@@ -55,14 +49,15 @@ OWN_SETTINGS = frozenset({"jiffies_per_second", "timeout_jiffies", "pad"})
 class Upgrade:
     """A dataplane of this schema that is not in force yet, beside the older one that is."""
 
-    def __init__(self, dataplane: Dataplane, older: Path, restarted: Collection[str]) -> None:
+    def __init__(self, dataplane: Dataplane, staging: Staging, older: Path, restarted: Collection[str]) -> None:
         self.dataplane = dataplane
+        self._staging = staging
         self.restarted = tuple(restarted)
         self._older = older
 
     @property
     def summary(self) -> str:
-        """What becomes of connections, for people."""
+        """What the upgrade does to open connections, as text for users."""
         begun = f"schema {self._older.name[1:]} to {abi.SCHEMA_VERSION}"
         lost = [name for name in self.restarted if name in abi.TAG_MAPS]
         if not lost:
@@ -83,10 +78,7 @@ class Upgrade:
             found |= attach.listed_interfaces(older / LINKS)
             ours = {number for numbers in program_ids(_sets(older)).values() for number in numbers}
             found |= {
-                ifindex
-                for ifindex in netlink.clsact_interfaces()
-                for one in netlink.clsact_filters(ifindex)
-                if one.prog_id in ours
+                ifindex for ifindex in clsact.interfaces() for one in clsact.our_filters(ifindex) if one.prog_id in ours
             }
         return found
 
@@ -97,18 +89,16 @@ class Upgrade:
             target = schema_dir(dataplane.pin_root)
             dataplane.pin_dir.rename(target)
             dataplane.pin_dir = target
-            order_stores()  # who runs the new programs sees their maps filled
             _finish(dataplane)
         log.info("upgraded: %s", self.summary)
 
     def discard(self) -> None:
-        """Forget the new one, if it has not taken over; the old stays in force."""
-        if self.dataplane.pin_dir != schema_dir(self.dataplane.pin_root):
-            shutil.rmtree(self.dataplane.pin_dir, ignore_errors=True)
+        """Remove the new directory, if it has not taken over; the old one stays in force."""
+        self._staging.discard()
 
 
 def open_dataplane(pin_root: Path, sizes: Mapping[str, int] | None = None) -> tuple[Dataplane, Upgrade | None]:
-    """What `Dataplane.open` gives, or, beside pins of an older schema, a new one that has yet to take over.
+    """Open the dataplane; if there are pins of an older schema, a new one beside them that has not taken over yet.
 
     Raises as `Dataplane.open` does; pins of a newer schema are refused.
     """
@@ -129,22 +119,21 @@ def open_dataplane(pin_root: Path, sizes: Mapping[str, int] | None = None) -> tu
 
 
 def _prepare(pin_root: Path, older: Path, sizes: dict[str, int]) -> tuple[Dataplane, Upgrade]:
-    staging = pin_root / f"new-{os.getpid()}"
-    (staging / LINKS).mkdir(parents=True)
+    staging = Staging(pin_root)
     try:
         config = _config_of(older)
         restarted = []
         for name in LASTING:
-            reason = _keep(older / name, staging / name, abi.MAP_SPECS[name], sizes)
+            reason = _keep(older / name, staging.directory / name, abi.MAP_SPECS[name], sizes)
             if reason:
                 restarted.append(name)
                 log.warning("%s of %s is not kept: %s", name, older, reason)
-        maps, programs = stage(staging, sizes, config)
-        dataplane = Dataplane(pin_root, maps, programs, staging)
+        fill(staging, sizes, config)
+        dataplane = Dataplane(pin_root, *staging.taken(), staging.directory)
     except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
+        staging.discard()
         raise
-    upgrade = Upgrade(dataplane, older, restarted)
+    upgrade = Upgrade(dataplane, staging, older, restarted)
     log.info("prepared an upgrade of %s: %s", older, upgrade.summary)
     return dataplane, upgrade
 
@@ -191,9 +180,12 @@ def _config_of(older: Path) -> abi.np_config:
 def _finish(dataplane: Dataplane) -> None:
     """Exchange whatever still runs an older program, then remove the older directories."""
     for older in find_older(dataplane.pin_root):
-        attach.take_links(dataplane, older / LINKS)
-        attach.replace(dataplane, program_ids(_sets(older)))
-        wait_for_readers()  # no packet is in an older program any more, which could call
+
+        def replace(old: Mapping[Hook, set[int]], links: Path = older / LINKS) -> None:
+            attach.take_links(dataplane, links)
+            attach.replace(dataplane, old)
+
+        supersede(_sets(older), replace)
         shutil.rmtree(older)
 
 

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tables kept in buckets of one or two cache lines, seen as the maps from key to row that they are.
+"""The bucketed tables of policy, as maps from key to row: an array of buckets of one or two cache lines, and an overflow map.
 
-`bpf/np_bucket.h` reads them.  Rows whose keys have the same hash lie side by side in an array; what finds its bucket full is in a hash table of its own, and
-the bucket says so.  The array is mapped into memory: a write is a store, in the order that the reader needs.
+`bpf/np_bucket.h` reads them.  Rows with the same hash of their keys lie side by side in one bucket.  Rows whose bucket is full
+are in the overflow map, and the bucket has a flag for that.  The array is mapped into memory: a write is a store.
 
-Invariants: a row is complete before anything says that it is there; a place that became free is not used again until
-`end_grace_period`, since a packet may still be reading it; a key is in its bucket or in the other table, never in both.  Must not know
-what rows mean.  The order of stores is the processor's where that is strong (x86); elsewhere a reader could be ahead of it.
+Invariants: a row is complete before a bit or tag publishes it (`order_stores`); a freed slot is not used again until
+`end_grace_period`, since a packet may still be reading it; a key is in its bucket or in the overflow map, never in both.  Must
+not know what rows mean.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ SIZED = tuple(
     for name, spec in abi.MAP_SPECS.items()
     if abi.MapTrait.FIXED not in spec.traits and not spec.overflow_of and not spec.tags_of
 )
-"""Maps whose size may be chosen; of a bucketed table it is the number of its rows."""
+"""Maps with a size that an option may set; of a bucketed table it is the number of rows."""
 
 
 def _hash4(key: bytes) -> int:
@@ -53,7 +53,7 @@ def _hash6(key: bytes) -> int:
 
 @lru_cache(maxsize=1 << 16)  # the same ones are asked for with each change of the node's addresses
 def vip_filter_bit(address: bytes) -> tuple[int, int]:
-    """Row of np_vip_filter and bit in it that stand for an address."""
+    """Row of np_vip_filter, and bit in the row, of an address."""
     hashed = _hash4(address) if len(address) == 4 else _hash6(address)  # noqa: PLR2004 - an IPv4 address
     row, bit = divmod(hashed, 8 * ctypes.sizeof(abi.np_vip_filter))
     return row & (abi.MAP_SPECS["np_vip_filter"].max_entries - 1), bit
@@ -71,7 +71,7 @@ def bucketed(maps: Mapping[str, Map]) -> dict[str, Map]:
     for name, more in abi.OVERFLOW_MAPS.items():
         if name not in maps:
             continue
-        kind = ClassMap if name == "np_peer_class" else AddressMap
+        kind = PeerClassMap if name == "np_peer_class" else AddressMap
         result[name] = kind(maps[name], maps[more])
     return result
 
@@ -284,7 +284,7 @@ _FLAGS_WORD: int = abi.np_class_line.flags.offset // _WORD  # type: ignore[attr-
 _NO_CLASSES = _U16.pack(abi.NP_CLASS_NONE) * _CLASSES
 
 
-class ClassMap(BucketMap):
+class PeerClassMap(BucketMap):
     """(Policy set, identity) to struct np_peer_class, whose class is below NP_CLASS_NONE. A set is never 0."""
 
     def __init__(self, array: Map, more: Map) -> None:

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The connection tables, seen as maps from key to row: the established connections of one, or the unreplied.
+"""The connection tables as maps from key to row: the established connections of a table, or the unreplied ones.
 
-`bpf/np_table.h` keeps them, in buckets whose tags say what is where; here are the same hash and the same tags.
+`bpf/np_table.h` keeps them in buckets with tags, which say what each slot has.  This module has the same hash and tags.
 
-Programs write while this does, and by compare-and-swap, which Python has not.  So a place is first marked as owned; after a
-grace period nobody can be writing there who had not seen the mark, and whoever began earlier has put a mark of its own over
-it.  Removing is one store: what a program writes into the place at that very moment goes with it.
+Programs write at the same time, by compare-and-swap, which Python does not have.  So a slot is first reserved by a tag of its
+own.  After a grace period no program that had not seen this tag can be writing there, and a program that began earlier has
+replaced the tag, by which the slot is lost to it.  Removal is one store: what a program writes into the slot at that moment is
+removed with it.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from netpol_loader.kernel.grace import order_stores, wait_for_readers
 from netpol_loader.kernel.maps import Map
 
 ROWS_PER_BUCKET = 4
-"""How many connections a bucket is there for: half of its places, for buckets fill unevenly."""
+"""How many connections a bucket is there for: half of its slots, for buckets fill unevenly."""
 
 _WAYS = abi.NP_CONN_WAYS
 _STEP_SHIFTS = (0, 8, 16, 24)
@@ -148,10 +149,10 @@ class ConnectionMap(Map):
         self._array.close()
         self.fd = -1
 
-    # --- places, by their number in the whole table --------------------------------------------------------------------
+    # --- slots, by their number in the whole table ---------------------------------------------------------------------
 
     def _hash(self, key: bytes) -> tuple[int, int]:
-        """The bucket, and the part of a tag that says whose it is."""
+        """The bucket, and the part of a tag that does not change: hash and whether the connection is unreplied."""
         self._check(key, None)
         words = self._words.unpack(key)
         total = self._numbers[-1] + sum(number * word for number, word in zip(self._numbers, words, strict=False))
@@ -159,7 +160,7 @@ class ConnectionMap(Map):
         return hashed & self._tags.buckets - 1, hashed << abi.NP_TAG_HASH_SHIFT | self._who
 
     def _entry(self, number: int) -> tuple[bytes, bytes]:
-        """Key and row at a place."""
+        """Key and row in a slot."""
         raw = self._array.get(_INDEX.pack(number)) or b""
         row = self._layout.conn.offset
         return raw[: self.key_size], raw[row : row + self.value_size]
@@ -170,14 +171,14 @@ class ConnectionMap(Map):
         return (key.ljust(row, b"\0") + value).ljust(self._array.value_size, b"\0")
 
     def _seek(self, bucket: int, who: int, key: bytes) -> int | None:
-        """The place of a key."""
+        """The slot of a key."""
         for number in range(bucket * _WAYS, (bucket + 1) * _WAYS):
             if (self._tags.words[number] ^ who) >> (_TIME_SHIFT + _TIME_BITS) == 0:
                 return number if self._entry(number)[0] == key else None
         return None
 
     def _least(self, bucket: int, now: int) -> int | None:
-        """The place that is worth least (np_tag_worth); None: all are being written."""
+        """The slot that is worth least (np_tag_worth); None: all are being written."""
         numbers = range(bucket * _WAYS, (bucket + 1) * _WAYS)
         worths = [(self._worth(self._tags.words[number], now), number) for number in numbers]
         return min(((worth, number) for worth, number in worths if worth is not None), default=(0, None))[1]
@@ -198,7 +199,7 @@ class ConnectionMap(Map):
         return who | (expires & _TIME_MASK) << _TIME_SHIFT | rank
 
     def _used(self) -> Iterator[int]:
-        """The places of this form's connections."""
+        """The slots that have connections of this form."""
         for number, tag in enumerate(self._tags.words.tolist()):
             if tag & abi.NP_TAG_RANK_MASK and tag & abi.NP_TAG_UNREPLIED == self._who:
                 yield number

@@ -28,7 +28,7 @@ def seal_endpoint(row: abi.np_endpoint) -> abi.np_endpoint:
 
 
 def seal_host(row: abi.np_host) -> abi.np_host:
-    """The same for a host endpoint's row: of all its sets, those that are not there included."""
+    """Fill in the ``check`` of all sets of a host endpoint's row, present or not. Returns the same object."""
     for index, policy_set in enumerate(row.sets):
         policy_set.check = _check(policy_set, row.number, index | row.present << 8, row.version, 0)
     return row

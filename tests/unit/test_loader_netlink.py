@@ -8,8 +8,8 @@ import struct
 
 import pytest
 
-from netpol_loader.host.netlink import NO_REMOTE, parse_link
-from netpol_loader.host.rtnetlink import attribute, attributes, messages, nested
+from netpol_loader.host.links import NO_REMOTE, parse_link
+from netpol_loader.host.netlink import attribute, attributes, messages, nested
 
 
 def test_attributes_are_read_as_they_are_written() -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the real node makes of the interfaces that it follows, without a kernel: when it looks behind them, and what counts as news."""
+"""What the node makes of the interfaces that it watches, without a kernel: when it looks behind them, and what counts as news."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from netpol_ebpf.agent import node as module
-from netpol_ebpf.agent.node import GROUPS_S, PEERS_A_LOOK, PEERS_S, KernelNode
+from netpol_ebpf.agent import kernel_network as module
+from netpol_ebpf.agent.kernel_network import GROUPS_S, PEERS_A_LOOK, PEERS_S, KernelNetwork
 from netpol_ebpf.apply.encode import LocalFlag, Meaning
-from netpol_loader.host.follow import LinkNews
-from netpol_loader.host.netlink import IPAddress, Link
+from netpol_loader.host.address import IPAddress
+from netpol_loader.host.follow import LinkChange
+from netpol_loader.host.links import Link
 from netpol_loader.host.routes import IPNetwork, LocalRoute
 
 UPLINK, WEB, DB = (
@@ -36,9 +37,9 @@ class MemoryFollower:
     subnets: dict[IPNetwork, frozenset[int]] = field(default_factory=dict)
     shared: frozenset[int] = frozenset()
     version: tuple[int, int] = (0, 0)
-    news: list[list[LinkNews] | None] = field(default_factory=list)
+    news: list[list[LinkChange] | None] = field(default_factory=list)
 
-    def poll(self, *, is_brief: bool = False) -> list[LinkNews] | None:  # noqa: ARG002
+    def poll(self, *, is_brief: bool = False) -> list[LinkChange] | None:  # noqa: ARG002
         return self.news.pop(0) if self.news else []
 
 
@@ -46,7 +47,7 @@ class MemoryFollower:
 class Bench:
     """A node over a follower in memory. ``asked``: the other ends that were asked for, look by look."""
 
-    node: KernelNode
+    node: KernelNetwork
     follower: MemoryFollower
     now_s: float = 1000.0
     asked: list[set[tuple[int, int]]] = field(default_factory=list)
@@ -63,7 +64,7 @@ class Bench:
 @pytest.fixture
 def bench(monkeypatch: pytest.MonkeyPatch) -> Bench:
     follower = MemoryFollower()
-    one = Bench(KernelNode(Path("/nowhere")), follower)
+    one = Bench(KernelNetwork(Path("/nowhere")), follower)
 
     def load(peers: Iterable[tuple[int, int]]) -> dict[tuple[int, int], tuple[IPAddress, ...]]:
         one.asked.append(set(peers))
@@ -71,7 +72,7 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> Bench:
 
     monkeypatch.setattr(one.node, "_follower", follower, raising=False)
     monkeypatch.setattr(module, "load_peer_addresses", load)
-    monkeypatch.setattr(module.netlink, "joined_groups", lambda: one.groups)
+    monkeypatch.setattr(module, "joined_groups", lambda: one.groups)
     monkeypatch.setattr(module.time, "monotonic", lambda: one.now_s)
     return one
 
@@ -137,7 +138,7 @@ def test_news(bench: Bench) -> None:
     node.has_news()
     assert not node.has_news()
     follower.version = (1, 0)
-    follower.news = [[LinkNews(WEB, is_gone=True), LinkNews(replace(WEB, name="other"), is_gone=False)]]
+    follower.news = [[LinkChange(WEB, is_gone=True), LinkChange(replace(WEB, name="other"), is_gone=False)]]
     assert [one.name for one in node.take_born()] == ["other"]
     assert node.has_news()
     assert (node.take_gone(), node.take_gone()) == ({5}, set())

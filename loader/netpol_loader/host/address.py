@@ -1,0 +1,10 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The types of addresses and prefixes, which may be of either family."""
+
+from __future__ import annotations
+
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
+from typing import Union
+
+IPAddress = Union[IPv4Address, IPv6Address]
+IPNetwork = Union[IPv4Network, IPv6Network]

@@ -1,0 +1,249 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Interfaces, their XDP programs and the multicast groups they have joined; each call is a request of its own.
+
+What changes all the time is followed by `netpol_loader.host.follow`.  Invariant: everything is about the network namespace the
+calling thread is in (for the other ends of veth pairs there is `netpol_loader.host.peers`).  Must not know of programs' contents
+or of policy.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import re
+import socket
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from ipaddress import IPv4Address, IPv6Address
+from pathlib import Path
+
+from netpol_loader.host import routes
+from netpol_loader.host.address import IPAddress
+from netpol_loader.host.netlink import (
+    NetlinkError,
+    RouteChannel,
+    attribute,
+    attributes,
+    read_number,
+    read_text,
+)
+
+# include/uapi/linux/rtnetlink.h, if_link.h, if_tunnel.h
+NEW_LINK, DELETE_LINK, GET_LINK = 16, 17, 18
+_LINK_HEADER = struct.Struct("=BBHiII")  # family, -, ARPHRD_*, index, flags, change mask
+_IFNAME, _LINK, _MASTER, _LINKINFO, _EXT_MASK, _LINK_NETNSID, _XDP = 3, 5, 10, 18, 29, 37, 43
+_XDP_ATTACHED, _XDP_NUMBERS = 2, (4, 5, 6, 7)
+"""IFLA_XDP_ATTACHED; IFLA_XDP_PROG_ID, and those of the driver, of the stack (generic) and of the hardware."""
+_INFO_KIND, _INFO_DATA = 1, 2
+_VRF_TABLE = 1
+_GRE_REMOTE, _GRE_COLLECT_METADATA = 7, 18
+_SKIP_STATISTICS = attribute(_EXT_MASK, struct.pack("=I", 1 << 3))
+_IFF_UP, _IFF_RUNNING = 0x1, 0x40
+
+ETHERNET, NO_REMOTE = 1, -1
+GRE_HARDWARE = frozenset({778, 823})
+"""ARPHRD_IPGRE and ARPHRD_IP6GRE."""
+
+Encapsulation = tuple[int, int]
+"""IP protocol and, of UDP, destination port; else 0."""
+UDP, IP_IN_IP, IP6_IN_IP, GRE = 17, 4, 41, 47
+TUNNELS: Mapping[str, tuple[int, ...]] = {
+    "ipip": (IP_IN_IP,), "sit": (IP6_IN_IP, IP_IN_IP), "ip6tnl": (IP6_IN_IP, IP_IN_IP),
+    "gre": (GRE,), "gretap": (GRE,), "ip6gre": (GRE,), "ip6gretap": (GRE,), "erspan": (GRE,), "ip6erspan": (GRE,),
+}  # fmt: skip
+"""Kinds of devices that unpack an IP protocol, whoever sent it."""
+TUNNEL_PORTS: Mapping[str, tuple[int, int]] = {
+    "vxlan": (15, 8472),  # IFLA_VXLAN_PORT
+    "geneve": (5, 6081),  # IFLA_GENEVE_PORT
+    "bareudp": (1, 0),  # IFLA_BAREUDP_PORT
+    "gtp": (0, 2152),
+}
+"""Kinds that unpack a port of UDP: the attribute that holds it (0: none does), and what it is without one."""
+
+EXTERNAL: Mapping[str, int] = {
+    "vxlan": 25, "geneve": 6, "ipip": 19, "ip6tnl": 19,
+    "gre": 18, "gretap": 18, "ip6gre": 18, "ip6gretap": 18, "erspan": 18, "ip6erspan": 18,
+}  # fmt: skip
+"""Kinds that may keep the outer addresses of each packet, by the attribute that says so (IFLA_*_COLLECT_METADATA); bareudp always does."""
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """An interface. ``peer_ifindex``: the other end's number (of a veth pair, maybe in another namespace), 0: none.
+
+    ``peer_nsid``: that namespace's number in this one, None when it is this one.  ``hardware``: ARPHRD_*, of include/uapi/
+    linux/if_arp.h; NO_REMOTE of a GRE device without the one remote end.  ``table``: of a VRF.  ``takes``: encapsulation that
+    it takes from anyone.  ``is_up``: it is switched on; ``is_running``: and so is what is at its other end.
+    ``is_external``: it keeps the outer addresses of each packet (``external``, collect_md).
+    """
+
+    ifindex: int
+    name: str
+    kind: str
+    is_up: bool
+    is_running: bool
+    master: int
+    peer_ifindex: int
+    peer_nsid: int | None
+    hardware: int = ETHERNET
+    table: int = 0
+    takes: tuple[Encapsulation, ...] = ()
+    is_external: bool = False
+
+
+# --- interfaces -----------------------------------------------------------------------------------------------------
+
+
+def parse_link(payload: bytes) -> Link | None:
+    """The interface of a message; None: it is of a family, and says what that knows of the interface.
+
+    Raises struct.error and ValueError for what is no such message.
+    """
+    family, hardware_type, ifindex, flags = link_header(payload)
+    if family != socket.AF_UNSPEC:
+        return None
+    if ifindex <= 0:
+        raise ValueError(f"an interface with the number {ifindex}")
+    found = attributes(payload, _LINK_HEADER.size)
+    info = attributes(found.get(_LINKINFO, b""))
+    kind = read_text(info.get(_INFO_KIND, b""))
+    data = info.get(_INFO_DATA, b"")
+    nsid = found.get(_LINK_NETNSID)
+    return Link(
+        ifindex=ifindex,
+        name=read_text(found.get(_IFNAME, b"")),
+        kind=kind,
+        is_up=bool(flags & _IFF_UP),
+        is_running=bool(flags & _IFF_RUNNING),
+        master=read_number(found.get(_MASTER)),
+        peer_ifindex=read_number(found.get(_LINK)),
+        peer_nsid=None if nsid is None else struct.unpack("=i", nsid)[0],
+        hardware=_hardware(hardware_type, data),
+        table=read_number(attributes(data).get(_VRF_TABLE)) if kind == "vrf" else 0,
+        takes=_takes(kind, data),
+        is_external=_is_external(kind, data),
+    )
+
+
+def link_header(payload: bytes) -> tuple[int, int, int, int]:
+    """Family, ARPHRD_*, number and flags of the interface of a message."""
+    family, _, hardware_type, ifindex, flags, _ = _LINK_HEADER.unpack_from(payload)
+    return family, hardware_type, ifindex, flags
+
+
+def _hardware(hardware: int, data: bytes) -> int:
+    """A GRE device that has no remote end puts its outer header before packets that go out by it."""
+    if hardware not in GRE_HARDWARE:
+        return hardware
+    found = attributes(data)
+    if not found or _GRE_COLLECT_METADATA in found:
+        return hardware
+    raw = found.get(_GRE_REMOTE, bytes(4))
+    remote = IPv4Address(raw) if len(raw) == 4 else IPv6Address(raw)  # noqa: PLR2004 - bytes of an IPv4 address
+    return NO_REMOTE if remote.is_unspecified or remote.is_multicast else hardware
+
+
+def _takes(kind: str, data: bytes) -> tuple[Encapsulation, ...]:
+    if kind in TUNNEL_PORTS:
+        number, usual = TUNNEL_PORTS[kind]
+        raw = attributes(data).get(number) if number else None
+        return ((UDP, (0 if raw is None else int.from_bytes(raw, "big")) or usual),)
+    return tuple((protocol, 0) for protocol in TUNNELS.get(kind, ()))
+
+
+def _is_external(kind: str, data: bytes) -> bool:
+    """Of some kinds the attribute is a flag, of some a number that may be 0."""
+    if kind not in EXTERNAL:
+        return kind == "bareudp"
+    raw = attributes(data).get(EXTERNAL[kind])
+    return raw is not None and (not raw or any(raw))
+
+
+def read_links(channel: RouteChannel) -> list[Link]:
+    """All interfaces of the socket's namespace."""
+    found = map(parse_link, channel.dump(GET_LINK, _LINK_HEADER.pack(0, 0, 0, 0, 0, 0) + _SKIP_STATISTICS))
+    return [link for link in found if link is not None]
+
+
+def xdp_programs() -> dict[int, tuple[int, ...]]:
+    """Numbers of the XDP programs on interfaces that have any, in whatever mode and however attached.
+
+    Asked, not followed: a program that comes by a BPF link is not told of.
+    """
+    found = {}
+    with RouteChannel() as channel:
+        for one in channel.dump(GET_LINK, _LINK_HEADER.pack(0, 0, 0, 0, 0, 0) + _SKIP_STATISTICS):
+            xdp = attributes(attributes(one, _LINK_HEADER.size).get(_XDP, b""))
+            if any(xdp.get(_XDP_ATTACHED, b"")):
+                numbers = {read_number(xdp[kind]) for kind in _XDP_NUMBERS if kind in xdp}
+                found[link_header(one)[2]] = tuple(sorted(numbers))
+    return found
+
+
+def read_link(channel: RouteChannel, name_or_ifindex: str | int) -> Link | None:
+    """One interface of the socket's namespace by name or number, or None."""
+    number = name_or_ifindex if isinstance(name_or_ifindex, int) else 0
+    body = _LINK_HEADER.pack(0, 0, 0, number, 0, 0) + _SKIP_STATISTICS
+    if isinstance(name_or_ifindex, str):
+        body += attribute(_IFNAME, name_or_ifindex.encode() + b"\0")
+    try:
+        ((_, _, payload),) = channel.ask(GET_LINK, body)
+    except NetlinkError as error:
+        if error.code in (errno.ENODEV, errno.EINVAL, errno.ERANGE):  # no such number; no name that one could have
+            return None
+        raise
+    return parse_link(payload)
+
+
+def list_links() -> list[Link]:
+    """All interfaces."""
+    with RouteChannel() as channel:
+        return read_links(channel)
+
+
+def find_link(name_or_ifindex: str | int) -> Link | None:
+    """One interface by name or number, or None."""
+    with RouteChannel() as channel:
+        return read_link(channel, name_or_ifindex)
+
+
+def interface_towards(address: IPAddress) -> int | None:
+    """The number of the interface by which the node itself would send to an address, None where there is no way."""
+    with RouteChannel() as channel:
+        try:
+            ((_, _, payload),) = channel.ask(routes.GET_ROUTE, routes.question(address))
+        except NetlinkError as error:
+            if error.code in (errno.ENETUNREACH, errno.EHOSTUNREACH, errno.EACCES, errno.EINVAL, errno.EAGAIN):
+                return None  # no route, or one of a kind that leads nowhere
+            raise
+    return routes.interface_of(payload) or None
+
+
+# --- multicast groups -----------------------------------------------------------------------------------------------
+
+_GROUP4 = re.compile(rb"\t\t\t\t([0-9A-F]{8}) ")
+_IGMP6_COLUMNS, _IGMP6_GROUP = 6, 2
+
+
+def joined_groups() -> frozenset[IPAddress]:
+    """The multicast groups that this namespace's interfaces have joined. Nothing announces a change of these."""
+    groups: set[IPAddress] = set()
+    with contextlib.suppress(FileNotFoundError):  # a kernel without that family
+        raw = Path("/proc/thread-self/net/igmp").read_bytes()
+        groups.update(map(_group4, set(_GROUP4.findall(raw))))
+    with contextlib.suppress(FileNotFoundError):  # an interface's name has no white space
+        columns = Path("/proc/thread-self/net/igmp6").read_bytes().split()
+        groups.update(map(_group6, set(columns[_IGMP6_GROUP::_IGMP6_COLUMNS])))
+    return frozenset(groups)
+
+
+@lru_cache(maxsize=4096)
+def _group4(text: bytes) -> IPv4Address:
+    return IPv4Address(struct.pack("=I", int(text, 16)))
+
+
+@lru_cache(maxsize=4096)
+def _group6(text: bytes) -> IPv6Address:
+    return IPv6Address(bytes.fromhex(text.decode()))

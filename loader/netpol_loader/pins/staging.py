@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Maps and programs in a directory of their own, before they are in force: taken as a whole, or forgotten.
+
+Whatever makes a set beside the one in force (a first start, new programs, new maps, a newer schema) makes it here.
+Invariants: nothing in force refers to what is here; what a process that died left here is removed by the next one that
+holds the lock (`remove_unfinished`).  Must not know what the maps mean.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+from netpol_loader.kernel.maps import Map
+from netpol_loader.pins.programs import ProgramSet
+
+log = logging.getLogger(__name__)
+
+PREFIX = "new-"
+"""The beginning of the directory's name; the number of the process follows."""
+
+
+class Staging:
+    """The directory, and the descriptors of what is pinned in it. A context manager: at the end `discard` is called."""
+
+    def __init__(self, pin_root: Path) -> None:
+        """Make the directory. Raises OSError."""
+        self.directory = pin_root / f"{PREFIX}{os.getpid()}"
+        self.maps: Mapping[str, Map] = {}
+        self.programs: ProgramSet | None = None
+        self.directory.mkdir()
+
+    def taken(self) -> tuple[Mapping[str, Map], ProgramSet]:
+        """Give the descriptors away; once, and only when there are programs."""
+        if self.programs is None:
+            raise RuntimeError("what is staged is taken once, after its programs were loaded")
+        maps, programs = self.maps, self.programs
+        self.maps, self.programs = {}, None
+        return maps, programs
+
+    def discard(self) -> None:
+        """Close what was not taken, and remove the directory unless it was renamed."""
+        for one in self.maps.values():
+            one.close()
+        if self.programs is not None:
+            self.programs.close()
+        self.maps, self.programs = {}, None
+        if self.directory.exists():
+            shutil.rmtree(self.directory)
+
+    def __enter__(self) -> Staging:  # noqa: PYI034  # typing.Self is newer than Python 3.10
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.discard()
+
+
+def remove_unfinished(pin_root: Path) -> None:
+    """Remove what processes that died left. The caller holds the lock, so none of them is still at work."""
+    for path in pin_root.glob(f"{PREFIX}*"):
+        log.warning("removing %s, left by a process that died", path)
+        shutil.rmtree(path)
