@@ -256,6 +256,20 @@ def test_saved_state_is_given_out_on_request_alone(saved: Path) -> None:
     cache.close()
 
 
+def test_saved_state_is_not_mixed_with_the_servers(saved: Path) -> None:
+    """It is in force as a whole until every kind was listed: old policies on new pods were never a state of the cluster."""
+    cache = refilled(saved, (NAMESPACES, PODS, TIERS))
+    commit(cache, PODS, pod("other"))
+    cache.restore()
+    assert changes(cache.drain()) == ["+Pod/prod/web", "+Tier/one", "+Tier/two"]
+    put(cache, PODS, pod("more"))
+    commit(cache, NAMESPACES)
+    assert cache.drain() == ()
+    commit(cache, TIERS, tier("one"))
+    assert changes(cache.drain()) == ["-Pod/prod/web", "-Tier/two", "+Pod/prod/more", "+Pod/prod/other"]
+    cache.close()
+
+
 def test_server_takes_the_place_of_the_saved_state(saved: Path) -> None:
     """What is gone meanwhile goes, what is the same is no event."""
     cache = refilled(saved, (NAMESPACES, PODS, TIERS))
