@@ -324,7 +324,6 @@ class Agent:
         not the same as an empty one. Then everything is as it was.
         """
         self._ledger.open()
-        self._handovers.recall()
         batch = self._source.step()
         if batch is not None:
             self._take(batch)
@@ -334,8 +333,9 @@ class Agent:
         self._take_changes(older=set(self._ledger.numbers.endpoints))
         self._recall_assignments()
         self._look_at_interfaces()
-        self._forget_stale_handovers()
+        self._recall_handovers()
         self._take_changes()  # what the interfaces tell of tunnels is in the world already
+        self._locate()  # of pods that have their addresses by the CNI plugin alone
         self._take_off_moved()
         self._attachments.find()  # by an earlier agent
         self._adoption.expect(self._wanted_interfaces() - self.attached)
@@ -442,9 +442,7 @@ class Agent:
         changes = self._derivation.take_changes()
         before = set(self._claims.disputes())
         self._lend_addresses(changes)
-        self._claims.apply_changes(
-            changes, older, lambda key: key in self._local and key not in self._located.interfaces
-        )
+        self._claims.apply_changes(changes, older, self._is_idle)
         for key, endpoint in changes.endpoints.items():
             if endpoint is not None and self.is_local(endpoint):
                 self._local[key] = endpoint
@@ -461,6 +459,10 @@ class Agent:
                 log.log(logging.ERROR if dispute[2] in self._local else logging.WARNING, "%s", _dispute(*dispute))
         return changes
 
+    def _is_idle(self, key: EndpointKey) -> bool:
+        """Whether a workload of this node has no interface, which is known when they have been looked at."""
+        return bool(self._wiring.links) and key in self._local and key not in self._located.interfaces
+
     def _lend_addresses(self, changes: Changes) -> None:
         """Pods have the addresses that the CNI plugin handed over before their objects have; ``changes`` gets what that changes."""
         changed = self._handovers.take_changed()
@@ -471,8 +473,9 @@ class Agent:
             if endpoint is not None and (is_news or key in changed):
                 changes.endpoints.setdefault(key, endpoint)
 
-    def _forget_stale_handovers(self) -> None:
-        """Of interfaces that went while no agent ran."""
+    def _recall_handovers(self) -> None:
+        """What the CNI plugin said to an earlier agent, of interfaces that are still there."""
+        self._handovers.recall()
         known = [one for pod in self._handovers.pods for one in self._handovers.of(pod)]
         self._handovers.forget([one.ifindex for one in known if not self._is_there(one)])
 
