@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Connections that are older than enforcement: policy judges them as what they are, each in the direction it was opened in.
 
-To a program that knows nothing of a connection its next packet looks like the first one of a new flow, whichever way it goes: an
-answer would be judged as a request.  So before an interface gets the programs for the first time, what the node knows of its
-connections is put into their tables, as allowed under no generation: with its next packet policy is asked about the connection's
-first one.  What it allows lives on, what it does not is cut.
+To a program without an entry for a connection, the connection's next packet looks like the first packet of a new flow, in whichever
+direction it goes: policy would evaluate a reply as a request.  So before an interface gets the programs for the first time, the agent
+writes what the node knows of its connections into the connection tables, as allowed under no generation.  At the next packet of such a
+connection policy evaluates the connection's first packet.  A connection that policy allows goes on, any other one is cut.
 
-What the node knows is what it tracks, and for TCP that is not tracked, sockets: a workload's own speak of nobody else's
-connections.  Invariants: nothing is let through that policy would not allow to be opened, other than by a workload's own sockets
+The node knows the connections that it tracks and, for TCP that it does not track, sockets: a workload's own sockets are evidence of its own
+connections alone.  Invariants: nothing is let through that policy would not allow to be opened, other than by a workload's own sockets
 lying about who opened a connection before policy was there; what a program has learned itself is not replaced, unless it took an
-answer for a request.  Must not fail: what cannot be known is told.
+answer for a request.  Must not fail: what the agent cannot find out is a warning.
 
 ICMP is left out: a query is over in seconds.
 """
@@ -32,7 +32,7 @@ from netpol_loader.kernel.clock import read_jiffies
 log = logging.getLogger(__name__)
 
 NO_GENERATION = 0
-"""The configuration never has it, so policy is asked."""
+"""The configuration never has this generation, so policy evaluates the connection."""
 SHARE = 2
 """At most the SHARE-th part of a table is filled with old connections; arbitrary."""
 
@@ -48,10 +48,10 @@ class LiveConnections:
 
 
 class ConnectionAccess(Protocol):
-    """Who is asked, and told."""
+    """The node's connections, and the maps that hold ours."""
 
     @property
-    def maps(self) -> Mapping[str, KernelMap]: ...  # noqa: D102 - see `netpol_ebpf.agent.node.Node`
+    def maps(self) -> Mapping[str, KernelMap]: ...  # noqa: D102 - see `KernelNode`
 
     def live_connections(self, namespaces: Collection[int]) -> LiveConnections:
         """The connections of this node, and those that sockets in these network namespaces show."""
@@ -59,7 +59,7 @@ class ConnectionAccess(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class NodeAddresses:
-    """Of the node: its own addresses, and the services whose backends are judged where packets leave."""
+    """The node's own addresses, and the services for which policy evaluates the backend where packets leave."""
 
     addresses: Collection[IPAddress]
     services: Collection[VipKey] = ()
@@ -67,7 +67,7 @@ class NodeAddresses:
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """A workload whose old connections must be found. ``namespace``: at the other end of its interface, None: unknown."""
+    """A workload with old connections to find. ``namespace``: number of the network namespace at the other end of its interface, None: unknown."""
 
     number: int
     addresses: Collection[IPAddress]
@@ -132,7 +132,7 @@ class Adoption:
 
     @property
     def concerned(self) -> set[int]:
-        """Interfaces whose old connections are still to be looked for."""
+        """Interfaces that may have old connections that were not looked for yet."""
         return self.interfaces | self._begun
 
     def expect(self, interfaces: Iterable[int]) -> None:
@@ -170,7 +170,10 @@ class Adoption:
         wanted = {key: one for key, one in found.items() if with_services or not one.flags & abi.NP_CONN_DEFERRED}
         count = self._write(node.maps, wanted, live.now_jiffies)
         if count:
-            log.info("ends of connections that are older than enforcement: %d; policy is asked about each", count)
+            log.info(
+                "adopted %d ends of connections that are older than enforcement; policy evaluates each at its next packet",
+                count,
+            )
 
     def _write(self, maps: Mapping[str, KernelMap], wanted: Mapping[bytes, OldConnection], now_jiffies: int) -> int:
         """Put rows where there are none yet, or wrong ones; how many."""

@@ -90,7 +90,10 @@ class Answering:
             done, status = os.waitpid(process, os.WNOHANG)
             if done:
                 if os.WIFSIGNALED(status):
-                    log.warning("an answer was given up: %s", signal.Signals(os.WTERMSIG(status)).name)
+                    log.warning(
+                        "the process that worked out an answer was ended by %s: its reader gets none",
+                        signal.Signals(os.WTERMSIG(status)).name,
+                    )
                 self._forget(descriptor)
 
     def close(self) -> None:
@@ -139,7 +142,7 @@ def _work(
 
 
 def _line(answer: Answer, request: Mapping[str, Any]) -> bytes:
-    """What is sent. A bug in an answer is told, and ends nothing."""
+    """The line to send. A bug in an answer becomes an error to the reader, and ends nothing else."""
     try:
         return encode(answer(request))
     except NetpolError as error:

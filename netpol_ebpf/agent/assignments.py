@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whose interface is which: the node's own or a workload's, and which workload's, decided once and kept.
+"""Interface assignments: whether an interface is the node's own or a workload's, and to which workload it belongs, decided once and kept.
 
-An interface is bound to one endpoint for as long as it exists, by the strongest `Evidence` there is.  All kinds but one are out
-of a workload's reach.  The weak one is an address at the other end of a veth, where a workload with CAP_NET_ADMIN can add any:
-so only the addresses count that were there when the interface was first seen with some, and only to bind what is not bound yet.
+An interface is assigned to one endpoint for as long as it exists, by the strongest `Evidence` there is.  A workload cannot forge any kind of
+evidence but one: an address at the other end of a veth, where a workload with CAP_NET_ADMIN can add any.  So only the addresses count that
+were there when the interface was first seen with some, and only for an interface without an assignment.
 
-Invariants: nothing inside a workload's namespace moves a bond, and a conflict leaves the older bond as it is; a bound interface
-is never taken for the node's own; what is in doubt is left as it is and told.  What is decided outlives the process, in a file
-beside the pins, of which each part is believed only if it is as an agent writes it.  Asks no kernel; must not know of programs.
+Invariants: nothing inside a workload's namespace changes an assignment, and a conflict keeps the older assignment; an assigned interface is
+never treated as the node's own; an interface in doubt stays as it is and is reported.  Assignments outlive the process in a file of the
+state directory; an entry of the file counts only if it has the form that an agent writes.  Makes no system call but for that file; must not
+know of programs.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ class Evidence(enum.IntEnum):
 
 
 class InterfaceRole(enum.Enum):
-    """What an interface was decided to be."""
+    """The role of an interface."""
 
     OWN = "own"
     WORKLOAD = "workload"
@@ -75,7 +76,7 @@ class InterfaceRole(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class Assignment:
-    """Whose an interface is. ``addresses``: of the endpoint, when it was last found here; None: not known."""
+    """The endpoint of an interface. ``addresses``: those of the endpoint when it was last found here; None: not known."""
 
     key: EndpointKey
     evidence: Evidence
@@ -134,7 +135,7 @@ class InterfaceAssignments:
         """``workloads``: patterns of names; where there are any, exactly what matches is a workload's. ``own``: never is."""
         self._workload_patterns, self._own_patterns = tuple(workloads), tuple(own)
         self._seen: dict[int, InterfaceRecord] = {}
-        self._lost: set[EndpointKey] = set()  # whose interface went
+        self._lost: set[EndpointKey] = set()  # endpoints with an assignment to an interface that is gone
         self.doubts: dict[int, str] = {}
         self.is_dirty = False
         self._is_recalled = False
@@ -244,7 +245,7 @@ class InterfaceAssignments:
         return may_be_workloads(link) and not any(fnmatchcase(link.name, pattern) for pattern in self._own_patterns)
 
     def _may_be_bound(self, link: Interface) -> bool:
-        """Whether an interface can be that of an endpoint whose object does not name it."""
+        """Whether an interface can be assigned to an endpoint that does not name it in its object."""
         is_named = any(fnmatchcase(link.name, pattern) for pattern in self._workload_patterns)
         is_own = any(fnmatchcase(link.name, pattern) for pattern in self._own_patterns)
         return (is_named or may_be_workloads(link)) and not is_own
@@ -268,7 +269,7 @@ class InterfaceAssignments:
     def _side(
         self, link: Interface, wiring: Wiring, seen: InterfaceRecord, *, is_stated: bool, is_claimed: bool
     ) -> InterfaceRole | None:
-        """None: in doubt, and taken for the node's own until something speaks."""
+        """The role of an interface; None: in doubt, and treated as the node's own until there is evidence."""
         if self._workload_patterns:
             return InterfaceRole.WORKLOAD if self._is_possible(link) else InterfaceRole.OWN
         if seen.assignment is not None or is_claimed:
@@ -280,13 +281,13 @@ class InterfaceAssignments:
             is_closed = seen.side is InterfaceRole.WORKLOAD
             self.doubts[link.ifindex] = (
                 f"interface {link.name} may be the node's own or a workload's: the node has an address there, but no route leads "
-                f"on from it; it is {'closed' if is_closed else 'taken for the own one, NOT enforced,'} until --own-interfaces or "
+                f"on from it; it is {'closed' if is_closed else 'NOT enforced, as an own one,'} until --own-interfaces or "
                 "--workload-interfaces names it, or a workload is known to be there"
             )
             return seen.side
         return InterfaceRole.WORKLOAD
 
-    # --- whose ------------------------------------------------------------------------------------------------------
+    # --- assignment ---------------------------------------------------------------------------------------------------
 
     def _trace(
         self, endpoint: Endpoint, evidence: Evidence, found: set[int], old: int | None, wiring: Wiring,
@@ -327,17 +328,26 @@ class InterfaceAssignments:
         elif assignment is not None and holder is None and best is Evidence.ADDRESS:
             for one in traces:
                 problems[one.endpoint.key] = (
-                    f"interface {name} was {assignment.key}'s, and is no other's by an address at its other end"
+                    f"interface {name} belonged to {assignment.key}: an address at its other end gives it to no other workload"
                 )
             return None
         else:
             winner = strongest[0] if len(strongest) == 1 else None
         if winner is None:
             others = ", ".join(str(key) for key in sorted(one.endpoint.key for one in traces))
-            problems.update({one.endpoint.key: f"interface {name} would belong to several: {others}" for one in traces})
+            problems.update(
+                {
+                    one.endpoint.key: f"interface {name} belongs to several by evidence of the same strength: {others}"
+                    for one in traces
+                }
+            )
             return None
         problems.update(
-            {one.endpoint.key: f"interface {name} is {winner.endpoint.key}'s" for one in traces if one is not winner}
+            {
+                one.endpoint.key: f"interface {name} belongs to {winner.endpoint.key}"
+                for one in traces
+                if one is not winner
+            }
         )
         return winner
 
@@ -371,7 +381,7 @@ class InterfaceAssignments:
     # --- beyond the process -----------------------------------------------------------------------------------------
 
     def load(self, path: Path) -> Problem | None:
-        """Take up what an earlier agent decided; what of it cannot be read is told, kept aside, and decided anew."""
+        """Load the assignments of an earlier agent. A file that is damaged is kept aside and reported; its invalid entries are decided anew."""
         self._seen, wrong = {}, []
         try:
             document = checked(parse_json(load_regular(path, MOST_BYTES)), dict, "it")
@@ -392,13 +402,13 @@ class InterfaceAssignments:
             return None
         self.is_dirty = True
         message = (
-            f"what was decided about interfaces is damaged ({told(wrong)}); {set_aside(path)}: what is right in it "
-            "counts, all else is decided anew"
+            f"the assignments of interfaces are damaged ({told(wrong)}); {set_aside(path)}: the agent keeps the valid ones "
+            "and decides the others anew"
         )
         return Problem(Location(str(path)), "", message, severity="warning", slug="interfaces-file")
 
     def expect(self, key: EndpointKey, ifindex: int) -> None:
-        """A bond of an earlier agent that the kernel's rows show, should the file not. ``ifindex``: NOWHERE when it is gone."""
+        """Take an assignment of an earlier agent from the rows in the kernel, if the file has none. ``ifindex``: NOWHERE when the interface is gone."""
         seen = self._seen.get(ifindex)
         if ifindex == NOWHERE:
             self._lost.add(key)
@@ -426,8 +436,8 @@ class InterfaceAssignments:
 
 
 _SAID = {
-    InterfaceRole.OWN: "the node's own: it is no workload's any more",
-    InterfaceRole.WORKLOAD: "a workload's: it is closed until it is known whose",
+    InterfaceRole.OWN: "the node's own now, and no workload's",
+    InterfaceRole.WORKLOAD: "a workload's now: it is closed until its workload is known",
     None: "in doubt",
 }
 
@@ -520,7 +530,7 @@ class _FirstAddresses:
                 self._by_address.setdefault(address, set()).add(ifindex)
 
     def of(self, endpoint: Endpoint) -> set[int]:
-        """Interfaces whose first addresses are the endpoint's; one that is bound to another only if there is nothing else."""
+        """Interfaces with first addresses of the endpoint; one that is assigned to another endpoint only if there is no other."""
         candidates = {ifindex for address in endpoint.addresses for ifindex in self._by_address.get(address, ())}
         found = {ifindex for ifindex in candidates if self._speaks_for(ifindex, endpoint)}
         free = {ifindex for ifindex in found if self._is_free(ifindex, endpoint)}
@@ -567,7 +577,7 @@ def _write_seen(seen: InterfaceRecord) -> dict[str, Any]:
 
 def _read_ifindex(written: str) -> int:
     if not written.isascii() or not written.isdecimal() or not NOWHERE < int(written) <= MOST_IFINDEX:
-        raise ValueError("it is no interface's number")
+        raise ValueError("it is not the number of an interface")
     return int(written)
 
 
@@ -586,7 +596,7 @@ def _read_seen(written: Any) -> InterfaceRecord:
 def _read_assignment(fields: dict[Any, Any]) -> Assignment:
     evidence, addresses = checked(fields.get("evidence"), str, "the evidence"), fields.get("addresses")
     if evidence not in Evidence.__members__:
-        raise ValueError(f"{evidence!r} is no evidence")
+        raise ValueError(f"{evidence!r} is not a kind of evidence")
     return Assignment(
         EndpointKey(*checked_list(fields.get("endpoint"), str, "an endpoint", 3)),
         Evidence[evidence],

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which interfaces have the programs, and which ought to, or ought not to, and the kernel says no.
+"""Programs on interfaces: which interfaces have them, and where attaching or detaching failed.
 
-Invariant: one interface's misfortune is not another's: what fails is told and tried again, and stops nothing else.
+Invariant: a failure on one interface is reported and tried again, and keeps no other interface from its programs.
 
 Must not decide which interfaces get programs.
 """
@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Collection
 
-from netpol_ebpf.agent.node import NodeAccess
+from netpol_ebpf.agent.node_access import ProgramAccess
 from netpol_ebpf.errors import Location, PlatformError, Problem
 
 log = logging.getLogger(__name__)
@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 class Attachments:
     """``interfaces``: those with the programs on them, as far as is known; to be read only."""
 
-    def __init__(self, node: NodeAccess) -> None:
+    def __init__(self, node: ProgramAccess) -> None:
         self.interfaces: set[int] = set()
         self._node = node
         self._stuck: dict[int, Problem] = {}
@@ -28,7 +28,7 @@ class Attachments:
 
     @property
     def problems(self) -> Collection[Problem]:
-        """What could not be done since the round began."""
+        """What could not be attached or detached since the round began."""
         return self._stuck.values()
 
     def find(self) -> None:
@@ -45,7 +45,7 @@ class Attachments:
         self._stuck_before, self._stuck = self._stuck, {}
 
     def attach(self, ifindex: int, name: str, *, is_newborn: bool = False) -> None:
-        """Put the programs on an interface; where that fails, the others are served, it is told, and tried again."""
+        """Attach the programs to an interface. A failure is a problem, and is tried again in the next round."""
         try:
             is_there = self._node.attach(ifindex, is_newborn=is_newborn)
         except PlatformError as error:
@@ -53,16 +53,17 @@ class Attachments:
             return
         if is_there:
             self.interfaces.add(ifindex)
-            log.info("interface %s has the programs", name)
+            log.info("attached the programs to interface %s", name)
 
     def detach(self, ifindex: int, name: str) -> None:
-        """Take the programs off an interface; what fails is told, and tried again."""
-        log.info("interface %s needs the programs no longer: taking them off", name)
+        """Detach the programs from an interface. A failure is a problem, and is tried again in the next round."""
+        log.info("detaching the programs from interface %s: no policy applies to it", name)
         try:
             self._node.detach(ifindex)
         except PlatformError as error:
             self._note_stuck(
-                ifindex, f"interface {name} should have left policy and is still under it: {error.message}"
+                ifindex,
+                f"policy is still enforced on interface {name}, to which it does not apply any more: {error.message}",
             )
             return
         self.interfaces.discard(ifindex)

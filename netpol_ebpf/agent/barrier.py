@@ -188,7 +188,7 @@ class Barrier:
         return found
 
     def _fail(self, error: PlatformError) -> None:
-        message = f"the second barrier is not in force: {error.message}; open are {'; '.join(self._open())}"
+        message = f"the second barrier is NOT in force: {error.message}; it leaves open: {'; '.join(self._open())}"
         problem = Problem(Location(""), "", message, severity="warning", slug="barrier")
         if problem != self._failure:
             log.warning("%s", problem.message)
@@ -196,12 +196,12 @@ class Barrier:
 
     # --- now and then -----------------------------------------------------------------------------------------------
 
-    def follow(self) -> list[Drift]:
-        """Mend at once what news speaks of; what it was."""
+    def restore_reported(self) -> list[Drift]:
+        """Restore the tables at once when the kernel reports a change of any; what was changed."""
         return self._mend() if self._layout is not None and self.tables.has_news() else []
 
     def look(self) -> list[Drift]:
-        """Mend what others changed, try again what failed, and note which interfaces' packets are dropped; what was mended."""
+        """Restore what others changed, try again what failed, and note the interfaces with dropped packets; what was restored."""
         now_s = self.clock()
         if self._failure is not None and now_s - self._tried_s >= RETRY_S:
             self._try_again()
@@ -250,7 +250,7 @@ class Barrier:
 
     def _note_rise(self, name: str, number: int, packets: int, now_s: float) -> None:
         if name not in self._risen:
-            log.warning("interface %s: packets that bear no sign of its program were dropped", name)
+            log.warning("interface %s: the second barrier dropped packets without the sign of its program", name)
             self._risen[name] = _Rise(0, now_s)
         rise = self._risen[name]
         rise.packets += packets
@@ -262,13 +262,13 @@ class Barrier:
 
     @property
     def problems(self) -> list[Problem]:
-        """What is open, and whose packets are dropped although they should be signed."""
+        """What the barrier leaves open, and interfaces with the program of which it dropped packets."""
         found = [] if self._failure is None else [self._failure]
         for name, one in sorted(self._risen.items()):
             others = f" (also there: {', '.join(one.others)})" if one.others else ""
             message = (
-                f"{one.packets} packets of interface {name} were dropped since they bear no sign of the program: the workload sends "
-                f"past its hook, or a program of others on that hook overwrites the mark{others}"
+                f"{one.packets} packets of interface {name} were dropped because they do not have the sign of its program: the workload "
+                f"sends past the hook, or a program of others on that hook overwrites the mark{others}"
             )
             found.append(Problem(Location(""), "", message, severity="warning", slug="unsigned"))
         return found

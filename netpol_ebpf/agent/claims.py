@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Who an address belongs to when several workloads say that it is theirs.
 
-The one that said so first has it; for the others it does not count: they are neither known by it nor may they use it, and a
+The first workload to claim it has it. For the others it does not count: policy does not know them by it, they may not use it, and a
 workload without any other address stays closed.  So a new pod never inherits what an address was allowed before, and an old
 one never loses it to whoever writes the same number into a manifest.
 

@@ -4,7 +4,7 @@
 Runtimes (containerd, CRI-O, podman) keep each plugin's result in a directory, a file for each interface of each pod, until the pod
 goes.  It names pod and interface, and no pod can write it.
 
-Invariant: only what root alone can write counts; a file that cannot be read is told and counts for nothing.
+Invariant: a file counts only if root alone can write it; a file that cannot be read is a problem and counts for nothing.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class CniResult:
 
 @dataclass(slots=True)
 class CniResultCache:
-    """Follows the directory; ``problems``: what of it could not be read."""
+    """Watches the directory by looking at it. ``problems``: what could not be read of it."""
 
     directory: Path
     problems: tuple[Problem, ...] = ()
@@ -62,7 +62,7 @@ class CniResultCache:
         """What there is now, nothing where there is no directory; only files that changed are read."""
         try:
             if not _is_trusted(self.directory.stat()):
-                raise PermissionError(0, "others than root may write it", str(self.directory))
+                raise PermissionError(0, "users other than root may write it", str(self.directory))
             with os.scandir(self.directory) as entries:
                 found = {one.name: one for one in entries if not one.name.startswith(".")}
         except (FileNotFoundError, NotADirectoryError):
@@ -88,7 +88,7 @@ class CniResultCache:
             self._faulty.pop(name, None)
             self._read[name] = (signature, None)
             if not _is_trusted(status):
-                raise ValueError("others than root may write it")  # noqa: TRY301 - told like all others
+                raise ValueError("users other than root may write it")  # noqa: TRY301 - told like all others
             self._read[name] = (signature, parse_result(load_regular(path, MOST_BYTES)))
         except FileNotFoundError:
             self._read.pop(name, None)
@@ -129,5 +129,5 @@ def _is_trusted(status: os.stat_result) -> bool:
 
 
 def _problem(path: Path, why: str) -> Problem:
-    message = f"cannot be read ({why}): interfaces are found without it"
+    message = f"cannot be read ({why}): the agent locates interfaces without it"
     return Problem(Location(str(path)), "", message, severity="warning", slug="cni-results")

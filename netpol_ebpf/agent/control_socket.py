@@ -192,7 +192,7 @@ class ControlSocket:
         self._begin_answer()
 
     def publish(self, flows: Iterable[Any]) -> None:
-        """Flows for those who follow, and for those who come later."""
+        """Send flows to the readers that follow, and keep the last ones for later readers."""
         for flow in flows:
             line = encode(flow)
             self._recent.append(line)
@@ -204,12 +204,12 @@ class ControlSocket:
         channel.settimeout(0)
         client = _Client(channel, peer_user(channel), self.clock())
         if client.user not in (0, os.geteuid()) and self.group not in peer_groups(channel):
-            message = "only root and members of the agent's group (netpol-agent --group) may ask the agent"
-            hint = "Ask as one of them." if self.group is not None else "The agent was started without a group."
+            message = "only root and members of the agent's group (netpol-agent --group) may connect to the agent"
+            hint = "Connect as one of them." if self.group is not None else "The agent was started without a group."
             self._turn_away(client, PrivilegeError(message, hint=hint))
         elif self._is_crowded(client.user):
-            message = f"there are too many connections to the agent, {READERS_OF_USER} of one user at most"
-            self._turn_away(client, UnreachableError(message, hint="Close some, and ask again."))
+            message = f"there are too many connections to the agent: a user may have {READERS_OF_USER}"
+            self._turn_away(client, UnreachableError(message, hint="Close some, and try again."))
         else:
             self._clients.append(client)
 
@@ -377,7 +377,7 @@ def ask(path: Path, request: Mapping[str, Any], *, timeout_s: float | None = CLI
             with channel.makefile("rb") as lines:
                 for line in lines:
                     if not line.endswith(b"\n"):
-                        raise UnreachableError(f"the agent at {path} was cut short in its answer", hint="Ask again.")
+                        raise UnreachableError(f"the answer of the agent at {path} ended early", hint="Ask again.")
                     is_answered = True
                     value = json.loads(line)
                     if isinstance(value, dict) and "error" in value:
@@ -387,6 +387,8 @@ def ask(path: Path, request: Mapping[str, Any], *, timeout_s: float | None = CLI
             if hung_up is not None:
                 raise hung_up
             if not is_answered:
-                raise UnreachableError(f"the agent at {path} gave the answer up", hint="Its log says why; ask again.")
+                raise UnreachableError(
+                    f"the agent at {path} ended the connection without an answer", hint="Its log says why; ask again."
+                )
         except OSError as error:
             raise UnreachableError(f"the agent at {path} stopped answering: {error.strerror or error}") from error

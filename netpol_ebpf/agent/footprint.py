@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a process that holds a whole cluster does to stay small and quick: two calls, before it grows and when it has grown.
+"""Memory and pauses of a process that holds a whole cluster: two calls, before it grows and when it has grown.
 
 Invariant: nothing is judged by this; without it the same happens, with more memory and longer pauses.
 """

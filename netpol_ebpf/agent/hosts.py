@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which of the node's own interfaces bear the programs, and by which host endpoint's policy: pure reasoning over one snapshot.
+"""Which of the node's own interfaces have the programs, and which host endpoint applies to each: a pure function of one snapshot.
 
 A host endpoint has the interface that it names, else those that have one of its addresses; a wildcard has all that no other has.
-Of several that claim an interface `claim_order` says which has it; the others are told.
-Every own interface bears the programs: a packet to a service could leave by any, and one that says it is from a workload of
+Where several claim an interface, `claim_order` says which one has it; the others are problems.
+Every own interface has the programs: a packet to a service could leave by any, and one that says it is from a workload of
 this node could come in by any.  Those without a host endpoint pass everything else.
 
 Bridges are left to their ports, through which everything passes that passes a bridge; unless a host endpoint names one.
-The loopback is nobody's.  Runs nothing and asks no kernel.
+The loopback has no host endpoint.  Makes no system call.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class HostPlan:
 
     @property
     def in_force(self) -> set[EndpointKey]:
-        """Host endpoints whose policy is needed in the kernel."""
+        """Host endpoints that need rows in the kernel."""
         found = {key for key in self.interfaces.values() if key is not None}
         return found | ({self.wildcard} if self.wildcard is not None else set())
 
@@ -47,7 +47,7 @@ def own_interfaces(wiring: Wiring, workloads: Collection[int]) -> set[int]:
 
 
 def plan_hosts(wiring: Wiring, endpoints: Iterable[Endpoint], workloads: Collection[int]) -> HostPlan:
-    """Lay down who is where. ``endpoints``: the host endpoints of this node; ``workloads``: interfaces of workloads."""
+    """Plan which host endpoint applies to each interface. ``endpoints``: the host endpoints of this node; ``workloads``: interfaces of workloads."""
     own = own_interfaces(wiring, workloads)
     by_name = {wiring.links[ifindex].name: ifindex for ifindex in own}
     wildcard: EndpointKey | None = None

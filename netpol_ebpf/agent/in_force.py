@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The world that the rows in the kernel were made of, which the manifests are ahead of while a change is refused.
+"""The world of which the rows in the kernel were made; the manifests are ahead of it while a change is rejected.
 
 Invariant: `WorldInForce.world` is that of the last change that was applied whole.  Costs a reference for each object, not a copy.
 """
@@ -19,7 +19,7 @@ class WorldInForce:
     _awaited: Changes = field(default_factory=Changes)
 
     def expect(self, changes: Changes) -> None:
-        """Take note of what is about to be put in force, together with what still waits. Cost: linear in the changes."""
+        """Add changes to those that are not in force yet. Cost: linear in the changes."""
         for one in fields(Changes):
             later = getattr(changes, one.name)
             if isinstance(later, dict):
@@ -28,6 +28,6 @@ class WorldInForce:
                 setattr(self._awaited, one.name, later)
 
     def accept(self) -> None:
-        """All that was expected is in force."""
+        """All changes are in force."""
         self._awaited.apply_to(self.world)
         self._awaited = Changes()

@@ -12,15 +12,11 @@ import argparse
 import contextlib
 import grp
 import logging
-import math
 import os
-import select
-import signal
 import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,18 +24,16 @@ from netpol_ebpf import __version__
 from netpol_ebpf.agent import footprint
 from netpol_ebpf.agent.answering import Answer
 from netpol_ebpf.agent.control_socket import SOCKET_NAME, ControlSocket, Wait
+from netpol_ebpf.agent.loop import AgentLoop, serve
 from netpol_ebpf.apply.ledger import Ledger
 from netpol_ebpf.errors import InvalidInputError, NetpolError, PlatformError, UnreachableError, UsageError
 from netpol_ebpf.sources.copies import LastGoodCopies
-from netpol_ebpf.sources.files import INTERVAL_S, ManifestDirectory
+from netpol_ebpf.sources.directory_watch import DirectoryWatch
+from netpol_ebpf.sources.files import ManifestDirectory
 from netpol_ebpf.terminal import LogFormatter, escaped, paragraph, say
 
 DEFAULT_STATE_DIR = Path("/run/netpol-ebpf")
 """On a tmpfs, like the pins: both are gone after a reboot."""
-NEWS_GAP_S = 0.05
-"""Least time between two looks at all interfaces; arbitrary. Programs are put on new ones without such a gap."""
-RETRY_S = 5.0
-"""How often it is tried again to make the socket; arbitrary."""
 TUNNEL_PROTOCOLS = {"udp": 17, "ipip": 4, "ip6": 41, "gre": 47}
 """IP protocols that may carry other packets, by what the option --tunnel calls them."""
 BARRIER_MARKS = "0x20,0x40,0x10"
@@ -207,8 +201,9 @@ def run(arguments: argparse.Namespace) -> int:
     """Run the agent to its end; returns the exit code. Raises NetpolError."""
     # The kernel, root and BCC are needed from here on, not for --help.
     from netpol_ebpf.agent.barrier import parse_barrier
-    from netpol_ebpf.agent.core import Agent, AgentSettings
+    from netpol_ebpf.agent.core import Agent
     from netpol_ebpf.agent.node import KernelNode
+    from netpol_ebpf.agent.settings import AgentSettings
     from netpol_ebpf.agent.timeouts import parse_timeouts
     from netpol_ebpf.policy.types import Action
     from netpol_loader.pins import doctor
@@ -238,7 +233,7 @@ def run(arguments: argparse.Namespace) -> int:
     )
     os.umask(PRIVATE_UMASK)
     footprint.give_back_large_blocks()
-    source = ManifestDirectory(arguments.manifests, LastGoodCopies(state_dir / COPIES_NAME))
+    source = ManifestDirectory(arguments.manifests, LastGoodCopies(state_dir / COPIES_NAME), watch=open_watch())
     ledger = Ledger(state_dir / LEDGER_NAME)
     kernel_node = KernelNode(pin_root, sizes, group=group, timeouts_s=timeouts_s, plugin_results=arguments.cni_results)
     closing = contextlib.closing
@@ -251,7 +246,7 @@ def run(arguments: argparse.Namespace) -> int:
         footprint.freeze()
         log.info(
             "in force: %d policies; %d of %d local endpoints have their interface; pinned in %s",
-            len(agent.derivation.world.policies), len(agent.applier.bindings), len(agent.local_endpoints()), node.pin_dir,
+            len(agent.objects.world.policies), len(agent.enforcement.applier.bindings), len(agent.objects.local), node.pin_dir,
         )  # fmt: skip
         if arguments.once:
             slugs = {problem.slug for problem in agent.problems if problem.severity == "error"}
@@ -264,14 +259,10 @@ def run(arguments: argparse.Namespace) -> int:
             "pin_dir": str(node.pin_dir),
             "upgrade": node.upgraded,
         }
-        serve(
-            AgentLoop(
-                agent,
-                node,
-                ledger,
-                ControlSocket(state_dir / SOCKET_NAME, answers_of(agent, node, ledger, place), group, waits_of(agent)),
-            )
+        control_socket = ControlSocket(
+            state_dir / SOCKET_NAME, answers_of(agent, node, ledger, place), group, waits_of(agent)
         )
+        serve(AgentLoop(agent, node, ledger, control_socket))
     return 0
 
 
@@ -287,7 +278,7 @@ def claimed(pin_root: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            with contextlib.suppress(OSError):  # what is pinned stays; without any the directory is nobody's
+            with contextlib.suppress(OSError):  # pins stay; a directory without any is removed
                 pin_root.rmdir()
 
 
@@ -307,7 +298,8 @@ def open_to_group(state_dir: Path, pin_root: Path, group: int | None) -> None:
     closed = None if group is None else access.closed_parent(pin_root, group)
     if closed is not None:
         log.warning(
-            "the group can ask the agent but not read its maps: it cannot pass %s (chgrp and chmod g+x open it)", closed
+            "members of the group can connect to the agent but cannot read its maps: they may not enter %s (chgrp and chmod g+x open it)",
+            closed,
         )
 
 
@@ -327,7 +319,7 @@ def answers_of(agent: Any, node: Any, ledger: Ledger, place: Mapping[str, Any]) 
         return asked(lambda _request: answer())
 
     return {
-        "status": apart(lambda: report.status(agent, node.maps, place, ledger.problems, node.listed_again)),
+        "status": apart(lambda: report.status(agent, node.maps, place, ledger.problems, node.network.listed_again)),
         "rules": apart(lambda: report.rules(agent, node.maps)),
         "identities": apart(lambda: report.identities(agent)),
         "connections": apart(lambda: report.connections(agent, node.maps)),
@@ -357,95 +349,6 @@ def waits_of(agent: Any, clock: Callable[[], float] = time.monotonic) -> dict[st
     return {"attach": attach, "ready": lambda _request: lambda: IN_FORCE}
 
 
-@dataclass
-class AgentLoop:
-    """The agent's loop, turn by turn: new interfaces first, then a step when one is due, then at most one answer is begun.
-
-    ``clock``: seconds.
-    """
-
-    agent: Any
-    node: Any
-    ledger: Ledger
-    control_socket: ControlSocket
-    clock: Callable[[], float] = time.monotonic
-    _stepped_s: float = -math.inf
-    _is_news: bool = False
-    _opened_s: float = -math.inf
-
-    def open(self) -> None:
-        """Answer from now on; where there is no room for the socket, as soon as there is. Raises PlatformError."""
-        self._opened_s = self.clock()
-        try:
-            self.control_socket.open()
-        except OSError as error:
-            log.error(  # noqa: TRY400 - the machine's state
-                "nobody can ask this agent: %s: %s; what is in force is followed all the same, and it is tried again",
-                self.control_socket.path, error.strerror,
-            )  # fmt: skip
-
-    def run_once(self, wake: int) -> None:
-        """Wait until there is work, or ``wake`` is readable, and do it."""
-        from netpol_ebpf.agent import report
-
-        readable, writable = self.control_socket.descriptors()
-        readable += [wake, self.node.fileno()]
-        barrier = self.node.barrier.fileno()
-        readable += [] if barrier is None else [barrier]
-        woken, _, _ = select.select(readable, writable, [], max(0.0, self._due_s() - self.clock()))
-        if self.node.fileno() in woken:
-            self.agent.close_newborn()
-            self._is_news = True
-        if barrier in woken:
-            self.node.barrier.note_news()
-            self._is_news = True
-        # All interfaces are not looked at while the last look is recent, lest a busy node keep us busy.
-        if self.clock() >= self._due_s():
-            self._is_news = False
-            self._stepped_s = self.clock()
-            self.control_socket.publish(report.flow(self.agent, event) for event in self.agent.step())
-            self.ledger.try_again()
-        if not self.control_socket.is_open and self.clock() >= self._opened_s + RETRY_S:
-            self.open()
-        self.control_socket.poll()
-        self._is_news = self._is_news or self.agent.has_handovers
-
-    def _due_s(self) -> float:
-        return self._stepped_s + (NEWS_GAP_S if self._is_news else INTERVAL_S)
-
-
-def serve(loop: AgentLoop) -> None:
-    """Step and answer until a signal asks to end: the endless loop."""
-    loop.open()
-    notify_ready()
-    try:
-        with wakened_by(signal.SIGTERM, signal.SIGINT) as (received, wake):
-            while not received:
-                loop.run_once(wake)
-            log.info(
-                "ended by %s; enforcement stays as it is, `netpolctl cleanup` ends it", signal.Signals(received[0]).name
-            )
-    finally:
-        loop.control_socket.close()
-
-
-@contextlib.contextmanager
-def wakened_by(*signals: signal.Signals) -> Iterator[tuple[list[int], int]]:
-    """Signals as a list that they are put into, and a descriptor that is readable then."""
-    received: list[int] = []
-    reading, writing = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-    before = {number: signal.signal(number, lambda number, _frame: received.append(number)) for number in signals}
-    wakeup = signal.set_wakeup_fd(writing)
-    try:
-        yield received, reading
-    finally:
-        signal.set_wakeup_fd(wakeup)
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        os.close(reading)
-        os.close(writing)
-
-
 @contextlib.contextmanager
 def exclusive(state_dir: Path, *, hint: str = IN_USE_HINT) -> Iterator[None]:
     """One agent per state directory; the lock goes with the process. Raises PlatformError, with the hint, when another one runs."""
@@ -462,15 +365,13 @@ def exclusive(state_dir: Path, *, hint: str = IN_USE_HINT) -> Iterator[None]:
         yield
 
 
-def notify_ready() -> None:
-    """Tell a service manager that waits for it (sd_notify(3)) that policy is in force."""
-    address = os.environ.get("NOTIFY_SOCKET", "")
-    if address:
-        import socket
-
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as channel:
-            channel.connect("\0" + address[1:] if address.startswith("@") else address)
-            channel.sendall(b"READY=1")
+def open_watch() -> DirectoryWatch | None:
+    """A watch for the manifests; None where the user has too many: then time alone says when to look."""
+    try:
+        return DirectoryWatch()
+    except OSError as error:
+        log.warning("cannot use inotify (%s): the agent looks at the manifests by time alone", error.strerror)
+        return None
 
 
 def parse_mark(text: str | None) -> int:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the agent says of programs of others on the node's interfaces: which of them policy may be passed by.
+"""Problems for programs of others on the node's interfaces: which of them may let packets bypass policy.
 
 Invariant: a program that only counts, lets pass or drops behind ours is no problem; one of which nothing can be known is never
 silently taken for such a one.  Asks no kernel.
@@ -13,23 +13,23 @@ from netpol_ebpf.errors import Location, Problem
 from netpol_loader.pins.others import XDP, Other, Reach
 
 OVERTAKEN, REDIRECT = "overtaken", "redirect"
-WHY_UNKNOWN = "it hands on to programs that are not known (a tail call, libxdp), or this process may not read it (CAP_SYS_ADMIN, CAP_SYSLOG)"
+WHY_UNKNOWN = "they call programs that are not known (tail calls, libxdp), or this process may not read them (CAP_SYS_ADMIN, CAP_SYSLOG)"
 SAID: dict[tuple[bool, Reach], tuple[str, str, str]] = {
     (True, Reach.REDIRECTS): (
         OVERTAKEN, "error", "XDP programs of others can redirect packets, on which policy is NOT enforced: {}",
     ),
     (True, Reach.UNKNOWN): (
-        OVERTAKEN, "warning", "whether XDP programs of others redirect packets past policy cannot be told: {}; " + WHY_UNKNOWN,
+        OVERTAKEN, "warning", "cannot tell whether XDP programs of others redirect packets past policy: {}; " + WHY_UNKNOWN,
     ),
     (True, Reach.NONE): (
-        OVERTAKEN, "warning", "XDP programs of others run before policy, which judges what they let pass: {}",
+        OVERTAKEN, "warning", "XDP programs of others run before policy, which evaluates what they let pass: {}",
     ),
     (False, Reach.REDIRECTS): (
         REDIRECT, "error",
         "programs of others can redirect packets into pods (bpf_redirect_peer), where policy is NOT enforced on those: {}",
     ),
     (False, Reach.UNKNOWN): (
-        REDIRECT, "warning", "whether programs of others redirect packets past policy cannot be told: {}; " + WHY_UNKNOWN,
+        REDIRECT, "warning", "cannot tell whether programs of others redirect packets past policy: {}; " + WHY_UNKNOWN,
     ),
 }  # fmt: skip
 """By whether it is an XDP program, and by what it can do: kind of problem, severity and message."""
@@ -39,7 +39,7 @@ SHOWN = 10
 
 
 def problems_of(found: Iterable[Other], name_of: Callable[[int], str]) -> list[Problem]:
-    """One problem for each thing to be said, with the programs of which it is true. ``name_of``: an interface's name."""
+    """One problem for each kind of finding, with its programs. ``name_of``: the name of an interface."""
     told: dict[tuple[str, str, str], list[str]] = {}
     for one in found:
         said = _said(one)
@@ -55,6 +55,6 @@ def problems_of(found: Iterable[Other], name_of: Callable[[int], str]) -> list[P
 
 
 def _said(one: Other) -> tuple[str, str, str] | None:
-    if one.hook == XDP:  # what only lets pass or drops matters where policy is asked after it
+    if one.hook == XDP:  # one that only passes or drops matters where policy runs after it
         return SAID[True, one.reach] if one.is_first or one.reach is not Reach.NONE else None
     return FIRST if one.is_first else SAID.get((False, one.reach))

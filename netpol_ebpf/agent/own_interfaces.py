@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The node's own interfaces kept in step with host endpoints and services: their rows, their programs, and the node's addresses.
+"""Rows and programs of the node's own interfaces, and the node's addresses in the maps, as host endpoints and services need them.
 
-`netpol_ebpf.agent.hosts` says which interfaces bear the programs, and by whose policy; here that is made so.
+`netpol_ebpf.agent.hosts` plans which interfaces have the programs, and which host endpoint applies to each; here the plan is carried out.
 
 Invariants: an own interface has its row before it has the programs, and as long, lest it be closed for want of one; the
 programs defer verdicts on services only while every exit has them; while an exit cannot have them, services are closed.
@@ -17,8 +17,7 @@ from dataclasses import dataclass, field
 
 from netpol_ebpf.agent.attachments import Attachments
 from netpol_ebpf.agent.hosts import HostPlan, own_interfaces, plan_hosts
-from netpol_ebpf.agent.node import PAIR_KINDS
-from netpol_ebpf.agent.wiring import BRIDGE_KIND, NOWHERE, Interface, Wiring, device_flags
+from netpol_ebpf.agent.wiring import BRIDGE_KIND, NOWHERE, PAIR_KINDS, Interface, Wiring, device_flags
 from netpol_ebpf.apply.applier import Applier, Binding, KernelMap, too_small
 from netpol_ebpf.apply.encode import EndpointFlag, LocalFlag, Meaning, endpoint_key
 from netpol_ebpf.apply.surroundings import UPLINK, OwnInterface, Surroundings, SurroundingsWriter
@@ -103,7 +102,7 @@ class OwnInterfaces:
 
     @property
     def interfaces(self) -> Collection[int]:
-        """Those that must bear the programs."""
+        """Own interfaces that must have the programs."""
         return self._plan.interfaces.keys()
 
     @property
@@ -120,7 +119,7 @@ class OwnInterfaces:
         if self._node is None:
             for key, endpoint in endpoints.items():
                 if endpoint.kind is EndpointKind.HOST and key not in self._plan.in_force:
-                    message = "may be of another node: the agent was not told the name of this one (--node)"
+                    message = "may belong to another node: the agent does not know the name of this one (--node)"
                     yield _warning(key, message, locate)
         if self.no_exit is not None:
             yield self.no_exit
@@ -158,7 +157,7 @@ class OwnInterfaces:
             raise too_small("np_host", size, hosts)
 
     def reconcile(self, wiring: Wiring, workloads: Collection[int]) -> None:
-        """Make everything as it should be, or say why not. ``workloads``: interfaces of workloads, the others are own ones."""
+        """Bring rows, programs and addresses to what they should be, or report why not. ``workloads``: interfaces of workloads, the others are own ones."""
         try:
             self.place(wiring, workloads)
             for ifindex in self._attachments.interfaces - set(workloads) - self._plan.interfaces.keys():
@@ -166,9 +165,7 @@ class OwnInterfaces:
             self._write(wiring, workloads, self._plan.interfaces.keys())
             self.no_room = None
         except MapFullError as error:
-            message = (
-                f"what the program knows of the node's own addresses and interfaces stays as it was: {error.message}"
-            )
+            message = f"the maps keep the previous addresses and interfaces of the node: {error.message}"
             problem = Problem(Location(""), "", message, slug=error.slug)
             if problem != self.no_room:
                 log.error("%s", message)  # noqa: TRY400 - the node's state, not this code, needs attention

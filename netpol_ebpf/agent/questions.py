@@ -47,7 +47,7 @@ def answer_question(agent: Agent, request: Mapping[str, Any]) -> dict[str, Any]:
         )
     world = _enforced(agent)
     topology = NodeTopology(world, agent)
-    resources = agent.derivation.resources()
+    resources = agent.objects.derivation.resources()
     cast = Cast(resources, world, borrow_sources=agent.settings.borrow_sources, topology=topology)
     with open_engine(name) as engine:
         engine.load(world)
@@ -62,8 +62,8 @@ class NodeTopology(Topology):
         super().__init__(world)
         self._world = world
         self._agent = agent
-        self._takes = agent.wiring.tunnels | agent.settings.tunnels
-        self._own = frozenset(agent.wiring.addresses)
+        self._takes = agent.interfaces.wiring.tunnels | agent.settings.tunnels
+        self._own = frozenset(agent.interfaces.wiring.addresses)
 
     def locate(self, address: IPAddress) -> FlowEnd:
         """See `Topology`."""
@@ -84,16 +84,16 @@ class NodeTopology(Topology):
     def uplink_of(self, node: str, direction: Direction, wire: Packet, *, is_local: bool) -> Endpoint | None:
         """See `Topology`."""
         remote = wire.source if direction is Direction.INGRESS else wire.destination
-        ifindex = self._agent.interface_towards(remote) if node == self._agent.settings.node else None
+        ifindex = self._agent.interfaces.interface_towards(remote) if node == self._agent.settings.node else None
         if ifindex is None:
             return super().uplink_of(node, direction, wire, is_local=is_local)
-        key = self._agent.own.plan.interfaces.get(ifindex)
+        key = self._agent.own_interfaces.plan.interfaces.get(ifindex)
         return None if key is None else self._world.endpoints.get(key)
 
 
 def _enforced(agent: Agent) -> World:
     """The world in force without the host endpoints of this node that have no interface here."""
-    world, here = agent.world_in_force, agent.own.plan.in_force
+    world, here = agent.objects.world_in_force, agent.own_interfaces.plan.in_force
 
     def is_absent(key: EndpointKey) -> bool:
         one = world.endpoints[key]
@@ -104,24 +104,24 @@ def _enforced(agent: Agent) -> World:
 
 def _require_enforced(agent: Agent, journey: Journey) -> None:
     """Refuse where this node asks no policy of an endpoint with a say, or denies what a workload sends to services."""
-    no_exit = agent.own.no_exit
+    no_exit = agent.own_interfaces.no_exit
     for key in dict.fromkeys(question.endpoint for question in journey.questions()):
         reason = _unenforced(agent, key)
         if reason:
             raise InvalidInputError(f"policy of {key} is NOT enforced: {reason}", hint=STATUS_HINT)
-        if no_exit is not None and journey.flow.dnat_to is not None and key in agent.applier.bindings:
+        if no_exit is not None and journey.flow.dnat_to is not None and key in agent.enforcement.applier.bindings:
             raise InvalidInputError(no_exit.message, hint=STATUS_HINT)
 
 
 def _unenforced(agent: Agent, key: EndpointKey) -> str:
     """Why policy of an endpoint is not asked here; empty: it is, or the endpoint is another node's."""
-    own = agent.own.plan.interfaces
+    own = agent.own_interfaces.plan.interfaces
     bearing = {ifindex for ifindex, one in own.items() if one == key}
-    binding = agent.applier.bindings.get(key)
-    if binding is not None and agent.applier.is_enforced(key):
+    binding = agent.enforcement.applier.bindings.get(key)
+    if binding is not None and agent.enforcement.applier.is_enforced(key):
         bearing |= {binding.ifindex} if binding.kind is EndpointKind.WORKLOAD else set()
-        missing = sorted(agent.wiring.name_of(ifindex) for ifindex in bearing - agent.attached)
+        missing = sorted(agent.interfaces.wiring.name_of(ifindex) for ifindex in bearing - agent.attachments.interfaces)
         return f"{', '.join(missing)} has no program" if missing else ""
     # Without a node's name, a workload that has no interface here may be on any node.
-    is_here = agent.settings.node is not None and any(one.key == key for one in agent.local_endpoints())
-    return "no interface of this node is known to be its" if is_here else ""
+    is_here = agent.settings.node is not None and any(one.key == key for one in agent.objects.local.values())
+    return "no interface of this node is known to belong to it" if is_here else ""

@@ -1,25 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the agent remembers of things that went wrong: changes that did not fit, and what others changed under it.
+"""Changes that were rejected because they did not fit: how many, for want of which map, and what waits for the next attempt.
 
-Invariant: counters only grow, and every count has its line in the log.  Decides nothing.
+Invariant: counters only grow, and every count has its line in the log.
 """
 
 from __future__ import annotations
 
 import logging
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from netpol_ebpf.errors import LimitError, Location, MapFullError, Problem
 from netpol_ebpf.policy.types import Changes
-from netpol_loader.pins.drift import Drift
 
 log = logging.getLogger(__name__)
 
-REMEMBERED = 20
-"""Things that were put back and are shown; arbitrary."""
 NAMED = 3
 """Objects named in a message; arbitrary."""
 RETRY_S = 5.0
@@ -41,7 +38,7 @@ MAPS_BY_LIMIT = {
 class RejectedChanges:
     """Changes that did not fit.
 
-    ``objects``: what waits to be put in force, with where it is written; ``count``: refusals so far; ``by_map``: the same
+    ``objects``: what is not in force yet, with where it is written; ``count``: rejections so far; ``by_map``: the same
     for each map; ``full``: the map (or limit) that is in the way now.  ``retry_at_s``: when to try again without being asked, None: not before the next change.
     """
 
@@ -54,7 +51,7 @@ class RejectedChanges:
     _gap_s: float = RETRY_S
 
     def expect(self, changes: Changes, locate: Callable[[object], Location]) -> None:
-        """Note what is about to be put in force, together with what still waits."""
+        """Add the objects of changes to those that are not in force yet."""
         tables: dict[str, Mapping[Any, Any]] = {
             "Tier": changes.tiers, "": changes.policies, "Profile": changes.profiles, " ": changes.endpoints,
             "NetworkSet": changes.network_sets, "Node": changes.nodes, "Service": changes.services,
@@ -71,15 +68,15 @@ class RejectedChanges:
         self.full = ""
         self.problem, self.retry_at_s, self._gap_s = None, None, RETRY_S
 
-    def refuse(self, error: LimitError | MapFullError, now_s: float) -> None:
-        """Nothing of it is; what was in force stays."""
+    def reject(self, error: LimitError | MapFullError, now_s: float) -> None:
+        """Nothing of it is in force; the previous policy stays in force."""
         self.count += 1
         full = error.map_name if isinstance(error, MapFullError) else MAPS_BY_LIMIT.get(error.limit, error.limit)
         self.full = full
         self.by_map[full] += 1
         names = list(self.objects)
         named = ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
-        message = f"{error.message}; the state before stays in force"
+        message = f"{error.message}; the previous policy stays in force"
         message += f" without {named}" if named else ""
         place = next(iter(self.objects.values()), Location(""))
         self.problem = Problem(place, "", message, obj=names[0] if names else "", slug=error.slug)
@@ -87,19 +84,4 @@ class RejectedChanges:
         if isinstance(error, MapFullError):
             self.retry_at_s = now_s + self._gap_s
             self._gap_s = min(2 * self._gap_s, LONGEST_RETRY_S)
-        log.error("refused: %s", message)
-
-
-@dataclass(slots=True)
-class DriftLog:
-    """What something else changed, and was put back. ``recent``: (seconds of the agent's clock, what), oldest first."""
-
-    counts: Counter[str] = field(default_factory=Counter)
-    recent: deque[tuple[float, Drift]] = field(default_factory=lambda: deque(maxlen=REMEMBERED))
-
-    def note(self, found: Iterable[Drift], now_s: float) -> None:
-        """Count and log."""
-        for drift in found:
-            self.counts[drift.kind] += 1
-            self.recent.append((now_s, drift))
-            log.warning("put back: %s", drift)
+        log.error("rejected: %s", message)

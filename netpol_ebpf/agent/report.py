@@ -46,7 +46,7 @@ def status(
 
     ``listed_again``: see `KernelNode`.
     """
-    world = agent.derivation.world
+    world = agent.objects.world
     endpoints = local_endpoints(agent)
     problems = [problem(one) for one in (*agent.problems, *others)]
     return {
@@ -54,35 +54,36 @@ def status(
         "node": agent.settings.node,
         **place,
         "in_force": not any(one["severity"] == "error" for one in problems),
-        "generation": agent.applier.generation,
-        "changes_applied": agent.changes_applied,
+        "generation": agent.enforcement.applier.generation,
+        "changes_applied": agent.enforcement.changes_applied,
         "objects": {
             "policies": len(world.policies),
             "endpoints": len(world.endpoints),
             "local_endpoints": len(endpoints),
             "enforced_endpoints": sum(one["state"] == "enforced" for one in endpoints),
-            "skipped": agent.skipped,
+            "skipped": dict(agent.source.skipped),
         },
         "endpoints": endpoints,
         "interfaces": interfaces(agent),
         "barrier": agent.barrier.report(),
         "problems": problems,
         "maps": {
-            name: {"entries": count, "size": maps[name].max_entries} for name, count in agent.applier.counts.items()
+            name: {"entries": count, "size": maps[name].max_entries}
+            for name, count in agent.enforcement.applier.counts.items()
         },
         "timeouts": read_timeouts(abi.np_config.from_buffer_copy(maps["np_config"].get(bytes(4)) or b"")),
         "packets": reason_counts(maps["np_reason_count"]),
         "refused": {
-            "changes": agent.refusals.count,
-            "by_map": dict(agent.refusals.by_map),
-            "map": agent.refusals.full,
-            "waiting": list(agent.refusals.objects)[:WAITING],
+            "changes": agent.rejected.count,
+            "by_map": dict(agent.rejected.by_map),
+            "map": agent.rejected.full,
+            "waiting": list(agent.rejected.objects)[:WAITING],
         },
         "listed_again": dict(listed_again or {}),
         "drift": {
-            "put_back": dict(agent.drift.counts),
-            "rounds": agent.audited_rounds,
-            "recent": [{"kind": one.kind, "where": one.where, "was": one.was} for _, one in agent.drift.recent],
+            "put_back": dict(agent.repair.drift.counts),
+            "rounds": agent.repair.rounds,
+            "recent": [{"kind": one.kind, "where": one.where, "was": one.was} for _, one in agent.repair.drift.recent],
         },
     }
 
@@ -91,9 +92,9 @@ def flow(agent: Agent, event: FlowEvent) -> dict[str, Any]:
     """A flow, with who is at its ends and where the rule that decided is written."""
     plain = event.as_dict()
     if event.packet is not None:
-        plain["source_name"] = agent.owner_of(event.packet.source)
-        plain["destination_name"] = agent.owner_of(event.packet.destination)
-    world = agent.world_in_force
+        plain["source_name"] = agent.objects.owner_of(event.packet.source)
+        plain["destination_name"] = agent.objects.owner_of(event.packet.destination)
+    world = agent.objects.world_in_force
     plain["decided_by"] = None if event.cause is None else trace(world, event.cause).as_dict()
     return plain
 
@@ -114,20 +115,20 @@ def problem(one: Problem) -> dict[str, Any]:
 def local_endpoints(agent: Agent) -> list[dict[str, Any]]:
     """Local workloads and where they are. ``state``: enforced, or waiting for their interface."""
     found = []
-    for endpoint in sorted(agent.local_endpoints(), key=lambda one: one.key):
-        binding = agent.applier.bindings.get(endpoint.key)
-        row = agent.tables.endpoints.get(endpoint.key)
+    for endpoint in sorted(agent.objects.local.values(), key=lambda one: one.key):
+        binding = agent.enforcement.applier.bindings.get(endpoint.key)
+        row = agent.enforcement.tables.endpoints.get(endpoint.key)
         found.append({
             "endpoint": str(endpoint.key),
             "addresses": [str(address) for address in endpoint.addresses],
             "number": None if row is None else row.number,
             "ifindex": None if binding is None else binding.ifindex,
             "interface": None if binding is None else name_of(agent, binding.ifindex),
-            "state": "enforced" if agent.applier.is_enforced(endpoint.key) else "waiting",
+            "state": "enforced" if agent.enforcement.applier.is_enforced(endpoint.key) else "waiting",
             "evidence": evidence(agent, endpoint.key),
             "isolated_by": {
                 way.value: [str(policy.key) for policy in policies]
-                for way, policies in agent.isolation(endpoint.key).items()
+                for way, policies in agent.enforcement.isolation(endpoint.key).items()
             },
         })  # fmt: skip
     return found
@@ -135,18 +136,18 @@ def local_endpoints(agent: Agent) -> list[dict[str, Any]]:
 
 def evidence(agent: Agent, key: EndpointKey) -> str | None:
     """What says which interface is a workload's, "address (weak)" where the workload could have had a hand in it."""
-    found = agent.evidence.get(key)
+    found = agent.interfaces.evidence.get(key)
     if found is None:
         return None
     return f"{found.name.lower()} (weak)" if found is Evidence.ADDRESS else found.name.lower()
 
 
 def interfaces(agent: Agent) -> list[dict[str, Any]]:
-    """Interfaces with programs. ``state``: enforced, own (the node's), or closed: a workload's, and nobody knows whose."""
-    owners = {binding.ifindex: str(key) for key, binding in agent.applier.bindings.items()}
+    """Interfaces with programs. ``state``: enforced, own (the node's), or closed: a workload's, without a known workload."""
+    owners = {binding.ifindex: str(key) for key, binding in agent.enforcement.applier.bindings.items()}
     found = []
-    for ifindex in sorted(agent.attached):
-        state = "enforced" if ifindex in owners else "own" if agent.is_own(ifindex) else "closed"
+    for ifindex in sorted(agent.attachments.interfaces):
+        state = "enforced" if ifindex in owners else "own" if ifindex in agent.own_interfaces.interfaces else "closed"
         found.append(
             {"ifindex": ifindex, "interface": name_of(agent, ifindex), "endpoint": owners.get(ifindex), "state": state}
         )
@@ -155,7 +156,7 @@ def interfaces(agent: Agent) -> list[dict[str, Any]]:
 
 def name_of(agent: Agent, ifindex: int) -> str | None:
     """An interface's name, None when it is gone."""
-    link = agent.wiring.links.get(ifindex)
+    link = agent.interfaces.wiring.links.get(ifindex)
     return None if link is None else link.name
 
 
@@ -166,7 +167,7 @@ def rules(agent: Agent, maps: Mapping[str, KernelMap]) -> list[dict[str, Any]]:
     """
     counted, staged = maps["np_rule_count"], maps["np_staged_count"]
     found = []
-    for number, cause in sorted(agent.tables.rules.items()):
+    for number, cause in sorted(agent.enforcement.tables.rules.items()):
         packets, size = _sum(counted.get(struct.pack("=I", number)))
         pending, _ = _sum(staged.get(struct.pack("=I", number)))
         found.append(
@@ -178,13 +179,13 @@ def rules(agent: Agent, maps: Mapping[str, KernelMap]) -> list[dict[str, Any]]:
 def identities(agent: Agent) -> list[dict[str, Any]]:
     """Identities and the addresses and prefixes that have them."""
     members: dict[int, list[str]] = {}
-    for address, row in agent.tables.addresses.items():
+    for address, row in agent.enforcement.tables.addresses.items():
         members.setdefault(row.identity, []).append(str(address))
-    for net, identity in agent.tables.cidrs.items():
+    for net, identity in agent.enforcement.tables.cidrs.items():
         members.setdefault(identity, []).append(str(net))
     return [
         {"number": number, "digest": digest, "members": sorted(members.get(number, ()))}
-        for number, digest in sorted(agent.tables.identities.items())
+        for number, digest in sorted(agent.enforcement.tables.identities.items())
     ]
 
 
@@ -193,7 +194,7 @@ def connections(agent: Agent, maps: Mapping[str, KernelMap]) -> dict[str, Any]:
 
     ``more``: how many are left out.  ``form``: established, or unreplied while no reply was seen.  ``rule`` None: exempt, or judged elsewhere.
     """
-    endpoints = {row.number: str(key) for key, row in agent.tables.endpoints.items()}
+    endpoints = {row.number: str(key) for key, row in agent.enforcement.tables.endpoints.items()}
     states = {number: state for state, number in STATES.items()}
     directions = {abi.NP_DIRECTION_INGRESS: "ingress", abi.NP_DIRECTION_EGRESS: "egress"}
     total = 0
@@ -217,7 +218,7 @@ def connections(agent: Agent, maps: Mapping[str, KernelMap]) -> dict[str, Any]:
         ]
         if row.direction == abi.NP_DIRECTION_INGRESS:
             ends.reverse()
-        rule = agent.tables.rules.get(row.rule)
+        rule = agent.enforcement.tables.rules.get(row.rule)
         found.append({
             "endpoint": endpoints.get(key.endpoint, f"number {key.endpoint}"),
             "direction": directions[row.direction],

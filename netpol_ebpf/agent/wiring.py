@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the agent knows of the node's interfaces, addresses and routes: one snapshot, without a judgement.
+"""The node's interfaces, addresses and routes: one snapshot, without conclusions.
 
-`netpol_ebpf.agent.assignments` says which interface is whose.  Runs nothing and asks no kernel.
+`netpol_ebpf.agent.assignments` assigns interfaces to workloads.  Makes no system call.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ LAYER3_HARDWARE = frozenset({519, 512, 768, 769, 776, 778, 823, 65534})
 """ARPHRD_* of devices whose packets begin with the network header: raw IP, PPP, IPIP, ip6tnl, sit, GRE, IPv6 GRE, none (tun,
 WireGuard, xfrm)."""
 BRIDGE_KIND = "bridge"
+PAIR_KINDS = frozenset({"veth", "netkit"})
+"""Kinds of devices that come in pairs, one end in a workload's namespace."""
 TAP_KINDS = frozenset({"tun"})
 """What the kernel calls a tap or tun device; a tap is a virtual machine's interface."""
 MOST_STACKED = 8

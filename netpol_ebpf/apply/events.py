@@ -2,15 +2,15 @@
 """What the program reports, in the words of policy: records of the ring buffer with their numbers resolved.
 
 Invariant: everything in a `FlowEvent` was reported by the program; a number that cannot be resolved stays a number and is never
-guessed at.  One decoder for the kernel engine, the agent and the command line.
+guessed at.  One registry of decoders, by type number, for the kernel engine, the agent and the command line.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, Union
 
 from netpol_ebpf.apply.encode import DIRECTION, OUTCOME
 from netpol_ebpf.policy.types import (
@@ -25,10 +25,12 @@ from netpol_ebpf.policy.types import (
     Packet,
 )
 from netpol_loader import abi
+from netpol_loader.tables.events import EventRecord
 
 V_co = TypeVar("V_co", covariant=True)
 
-KIND: Mapping[int, str] = {abi.NP_EVENT_DENY: "deny", abi.NP_EVENT_ALLOW: "allow", abi.NP_EVENT_LOG: "log"}
+FLOW_KIND: Mapping[int, str] = {abi.NP_EVENT_DENY: "deny", abi.NP_EVENT_ALLOW: "allow", abi.NP_EVENT_LOG: "log"}
+"""Type numbers of flow events, and what each is called."""
 
 DROPPED_BY_RULE = frozenset({abi.NP_REASON_POLICY_DENY, abi.NP_REASON_REVOKED})
 """Of what is dropped, what a rule dropped. Elsewhere policy may have allowed what something else dropped then."""
@@ -107,12 +109,21 @@ class FlowEvent:
         return plain
 
 
-def decode_event(event: abi.np_event, names: Names) -> FlowEvent:
-    """An event with its numbers resolved."""
+Event = Union[FlowEvent]
+"""What the program reports; a further type of event is a further member."""
+
+
+def decode_event(record: EventRecord, names: Names) -> Event:
+    """An event with its numbers resolved. ``record``: one that `netpol_loader.tables.events.parse_record` returned."""
+    return DECODERS[record.kind](record, names)
+
+
+def decode_flow(event: abi.np_event, names: Names) -> FlowEvent:
+    """A flow event with its numbers resolved."""
     reason = abi.REASONS[event.reason]
     is_by_rule = not reason.dropped or event.reason in DROPPED_BY_RULE
     return FlowEvent(
-        kind=KIND[event.kind],
+        kind=FLOW_KIND[event.kind],
         reason=reason.slug,
         direction=DIRECTION[event.direction],
         endpoint=names.endpoints.get(event.endpoint),
@@ -161,3 +172,7 @@ def _packet(event: abi.np_event) -> Packet | None:
         event.icmp_type if is_icmp else 0,
         event.icmp_code if is_icmp else 0,
     )
+
+
+DECODERS: Mapping[int, Callable[[EventRecord, Names], Event]] = dict.fromkeys(FLOW_KIND, decode_flow)
+"""By type number (``enum np_event_kind``), each of `netpol_loader.tables.events.RECORDS`."""

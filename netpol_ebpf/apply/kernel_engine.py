@@ -65,6 +65,7 @@ from netpol_loader import abi
 from netpol_loader.kernel.hook import Hook
 from netpol_loader.pins.dataplane import DEFAULT_PIN_ROOT, Dataplane, TestRun
 from netpol_loader.pins.frames import FrameRunner, can_name_ingress
+from netpol_loader.tables.events import EventRecord
 
 ROOT_PREFIX = "netpol-engine-"
 """Engines pin below /sys/fs/bpf/netpol-engine-PID-COUNT."""
@@ -161,7 +162,7 @@ class KernelEngine:
         self._stack = contextlib.ExitStack()
         self._compiler = Compiler()
         self._names = Names(self._compiler.tables.rules, self._compiler.tables.log_lists, {})
-        self._events: list[abi.np_event] = []
+        self._events: list[EventRecord] = []
         self._kinds: dict[EndpointKey, EndpointKind] = {}
         self._installed: _Installed | None = None
         self._own_address: IPAddress | None = None

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from netpol_ebpf.agent.control_socket import SOCKET_NAME
-from netpol_ebpf.agent.main import DEFAULT_STATE_DIR, wakened_by
+from netpol_ebpf.agent.loop import wakened_by
+from netpol_ebpf.agent.main import DEFAULT_STATE_DIR
 from netpol_ebpf.cli.output import add_output_option, print_value
 from netpol_ebpf.cni.installation import (
     DEFAULT_BIN_DIR,

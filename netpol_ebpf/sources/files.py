@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Objects from a directory of manifests, followed as it changes: the source behind ``--manifests DIR``.
+"""Objects from a directory of manifests, as it changes: the source behind ``--manifests DIR``.
 
-The directory is looked at by polling (name, inode, size and times of every file), not by inotify: polling sees atomic renames,
-symlink swaps of mounted ConfigMaps and network file systems alike, and has no queue that can overflow.
+What changed is found by looking at the directory (name, inode, size and times of every file): looking sees atomic renames, symlink
+swaps of mounted ConfigMaps and network file systems alike, and has no queue that can overflow.  inotify only says when to look.  It does
+not report what another machine does to a network file system, or what happens under a path outside the watched directories: so a
+directory at rest is looked at every SAFETY_NET_S seconds, and every INTERVAL_S seconds where inotify is known to miss changes.
 
 Invariants: one look yields one batch, so objects that change together arrive together; a file that cannot be read, is not
 valid, or says nothing keeps the objects of its last good state (also over a restart, when a directory for copies is given) and
@@ -18,6 +20,8 @@ of a file and the appearance of its successor becomes policy.  This module runs 
 from __future__ import annotations
 
 import errno
+import logging
+import math
 import os
 import stat
 import time
@@ -28,17 +32,22 @@ from dataclasses import dataclass, field, replace
 from heapq import nsmallest
 from itertools import islice
 from pathlib import Path
-from typing import Union
 
-from netpol_ebpf.errors import Location, Problem
+from netpol_ebpf.errors import InvalidInputError, Location, Problem
 from netpol_ebpf.policy.translate import ResourceKey, key_of
 from netpol_ebpf.resources.manifest_files import MOST_BYTES, DirectoryId, find_manifests, never_pause
 from netpol_ebpf.resources.types import Resource
 from netpol_ebpf.sources.copies import LastGoodCopies
+from netpol_ebpf.sources.directory_watch import DirectoryWatch
 from netpol_ebpf.sources.reading import Reading, ReadResult, ReadTask, can_read_in_place, read, unreadable
+from netpol_ebpf.sources.source import Event, Remove, SourceUpdate, Upsert
+
+log = logging.getLogger(__name__)
 
 INTERVAL_S = 0.2
-"""Recommended time between two looks: a change is taken up after one to two of them, well within a second."""
+"""Time between two looks while the directory changes: a change is taken up at the second look that sees it."""
+SAFETY_NET_S = 2.0
+"""Time between two looks at a directory that is watched and at rest, for the changes that inotify does not report; arbitrary."""
 
 MAX_UNSETTLED_LOOKS = 3
 """A directory that never stops changing is taken up as it is after this many looks."""
@@ -47,10 +56,10 @@ RACY_S = 2.0
 """A file younger than this when read may change again without its times or size showing it; it is compared by content."""
 
 RETRY_S = 60.0
-"""After which time a file is read again whose reading was ended by somebody else; arbitrary."""
+"""After this time a file is read again when another process ended its reading; arbitrary."""
 
 SLOW_S = 5.0
-"""How long reading may take until it is told that it is not done; arbitrary."""
+"""How long reading may take before that is a problem; arbitrary."""
 
 MOST_TOLD = 1000
 """Problems; arbitrary. All of them are gone through at every look."""
@@ -61,7 +70,10 @@ MOST_BYTES_IN_ALL = 256 << 20
 _UNKNOWN: DirectoryId = (0, 0)
 """No directory's."""
 
-_IF_MEANT = "remove it, or have a manifest in it, if that is meant"
+_NOTHING: tuple[str, tuple[Resource, ...]] = ("", ())
+"""Version and objects of a file that went."""
+
+_IF_MEANT = "remove it, or put a manifest into it, if that is intended"
 
 Signature = tuple[int, int, int, int, int]
 """Device, inode, size in bytes, modification time, change time (ns)."""
@@ -69,38 +81,12 @@ UNREAD: Signature = (0, 0, 0, 0, 0)
 """Equals the signature of no file."""
 
 
-@dataclass(frozen=True, slots=True)
-class Upsert:
-    """An object appeared, changed, or moved to another place of the manifests. ``key``: to be kept rather than made again."""
-
-    resource: Resource
-    key: ResourceKey
-
-
-@dataclass(frozen=True, slots=True)
-class Remove:
-    """An object went; ``resource`` is its last state."""
-
-    resource: Resource
-    key: ResourceKey
-
-
-Event = Union[Upsert, Remove]
-
-
-@dataclass(frozen=True, slots=True)
-class SourceUpdate:
-    """What one look brought: events to be applied together, and all problems there are now, in file and line order."""
-
-    events: tuple[Event, ...]
-    problems: tuple[Problem, ...]
-
-
 @dataclass(slots=True)
 class _File:
     """What is known of one file.
 
-    ``digest`` is of the text last read, good or not; ``problems`` are of that text; ``skipped``: objects beside ``resources`` of
+    ``digest`` is of the text last read, good or not; ``problems`` are of that text; ``version`` is of the text that gave
+    ``resources``, a digest in hexadecimal digits; ``skipped``: objects beside ``resources`` of
     kinds that are not read, by apiVersion and kind.
     """
 
@@ -108,6 +94,7 @@ class _File:
     read_at_s: float
     digest: bytes = b""
     resources: tuple[Resource, ...] = ()
+    version: str = ""
     problems: tuple[Problem, ...] = ()
     skipped: Mapping[str, int] = field(default_factory=dict)
 
@@ -133,7 +120,7 @@ class _Scan:
 class _Pending:
     """A look that was not taken up yet: what of it must be read, since when, and who reads. ``reading``: None where it is read in place."""
 
-    sight: _Scan
+    scan: _Scan
     tasks: list[ReadTask]
     began_s: float
     reading: Reading | None = None
@@ -148,26 +135,26 @@ class _MergedFiles:
     """The objects of all files, kept up file by file: a change costs what it touches, not what there is.
 
     Invariant: ``homes`` holds of each key the least place that gives it, ``others`` the further ones, in order; a key that is given
-    once is not in ``others``.  ``given``: of each file, what was taken up.
+    once is not in ``others``.  ``given``: of each file, the version and the objects that were taken up.
     """
 
-    given: dict[str, tuple[Resource, ...]] = field(default_factory=dict)
+    given: dict[str, tuple[str, tuple[Resource, ...]]] = field(default_factory=dict)
     homes: dict[ResourceKey, ObjectPosition] = field(default_factory=dict)
     others: dict[ResourceKey, list[ObjectPosition]] = field(default_factory=dict)
 
-    def replace(self, files: Mapping[str, tuple[Resource, ...]]) -> tuple[Event, ...]:
-        """Take up files given as name to resources, none for one that went. Removals come first; each part in file order."""
-        was: dict[ResourceKey, tuple[ObjectPosition, Resource] | None] = {}
+    def replace(self, files: Mapping[str, tuple[str, tuple[Resource, ...]]]) -> tuple[Event, ...]:
+        """Take up files given as name to version and objects, none for one that went. Removals come first; each part in file order."""
+        was: dict[ResourceKey, tuple[ObjectPosition, Resource, str] | None] = {}
         for name in files:
-            for number, resource in enumerate(self.given.get(name, ())):
+            for number, resource in enumerate(self.given.get(name, _NOTHING)[1]):
                 key = key_of(resource)
                 was.setdefault(key, self._first(key))
                 self._retract(key, (resource.meta.is_stored, name, number))
         for name in files:
             self.given.pop(name, None)
-        for name, resources in files.items():
+        for name, (version, resources) in files.items():
             if resources:
-                self.given[name] = resources
+                self.given[name] = version, resources
             for number, resource in enumerate(resources):
                 key = key_of(resource)
                 was.setdefault(key, self._first(key))
@@ -178,9 +165,9 @@ class _MergedFiles:
             new = self._first(key)
             if new is None:
                 if old is not None:
-                    removals.append((old[0], Remove(old[1], key)))
+                    removals.append((old[0], Remove(old[1], key, old[2])))
             elif old is None or old[1] != new[1]:
-                upserts.append((new[0], Upsert(new[1], key)))
+                upserts.append((new[0], Upsert(new[1], key, new[2])))
         return tuple(event for part in (removals, upserts) for _, event in sorted(part, key=lambda one: one[0]))
 
     def duplicates(self) -> Iterator[Problem]:
@@ -193,11 +180,11 @@ class _MergedFiles:
 
     def _at(self, place: ObjectPosition) -> Resource:
         _, name, number = place
-        return self.given[name][number]
+        return self.given[name][1][number]
 
-    def _first(self, key: ResourceKey) -> tuple[ObjectPosition, Resource] | None:
+    def _first(self, key: ResourceKey) -> tuple[ObjectPosition, Resource, str] | None:
         home = self.homes.get(key)
-        return None if home is None else (home, self._at(home))
+        return None if home is None else (home, self._at(home), self.given[home[1]][0])
 
     def _claim(self, key: ResourceKey, place: ObjectPosition) -> None:
         first = self.homes.get(key)
@@ -224,12 +211,20 @@ class ManifestDirectory:
     """Follows one directory (or one file) of manifests.
 
     ``copies``: where last good states outlive the process; None keeps them in memory only.  ``clock``: wall-clock seconds,
-    comparable with file times.
+    comparable with file times.  ``watch``: wakes the agent when a file changes; None: the directory is looked at every
+    ``interval_s`` seconds of the ``monotonic`` clock.  ``close`` closes the watch.
     """
 
     root: Path
     copies: LastGoodCopies | None = None
     clock: Callable[[], float] = time.time
+    watch: DirectoryWatch | None = None
+    interval_s: float = INTERVAL_S
+    monotonic: Callable[[], float] = time.monotonic
+    _looked_s: float = -math.inf  # by the monotonic clock
+    _has_news: bool = False  # the watch reported a change since the last look
+    _watched: _Scan | None = None  # of which the directories are watched
+    _watch_failure: str = ""
     _files: dict[str, _File] = field(default_factory=dict)
     _taken: dict[str, Signature] = field(default_factory=dict)
     _hidden: dict[str, str] = field(default_factory=dict)
@@ -259,9 +254,16 @@ class ManifestDirectory:
         if self._pending is not None and self._pending.reading is not None:
             self._pending.reading.close()
         self._pending = None
+        if self.watch is not None:
+            self.watch.close()
 
     @property
-    def was_read(self) -> bool:
+    def name(self) -> str:
+        """The path of the directory."""
+        return str(self.root)
+
+    @property
+    def has_synced(self) -> bool:
         """Whether the directory has been taken up at least once."""
         return self._is_read
 
@@ -286,9 +288,39 @@ class ManifestDirectory:
             found.extend(self._files[name].problems)
         found.sort(key=lambda p: (p.location.file, p.location.line, p.location.column, p.message))
         if len(found) > MOST_TOLD:
-            message = f"only the first {MOST_TOLD} problems of the manifests are told; there are more"
+            message = f"only the first {MOST_TOLD} problems of the manifests are reported; there are more"
             found[MOST_TOLD:] = [Problem(Location(str(self.root)), "", message, slug="more")]
         return tuple(found)
+
+    def sync(self) -> SourceUpdate:
+        """See `Source`. Waits for the reading of all files, however long that takes."""
+        update = self.step()
+        if update is None or not self.has_synced:
+            reasons = "; ".join(f"{one.location} {one.message}" for one in self.problems)
+            raise InvalidInputError(f"cannot read the manifests: {reasons}")
+        return update
+
+    def fileno(self) -> int | None:
+        """See `Source`."""
+        return None if self.watch is None else self.watch.fileno()
+
+    def note_news(self) -> None:
+        """See `Source`."""
+        if self.watch is not None:
+            self.watch.drain()
+        self._has_news = True
+
+    def wait_s(self) -> float:
+        """See `Source`. Two looks are `interval_s` apart, however often the watch wakes: else a file could be taken up half-written."""
+        is_at_rest = (
+            self._watched is not None
+            and self.watch is not None
+            and self.watch.is_complete
+            and not (self._has_news or self._seen or self._pending or self._racy or self._directory_problems)
+            and not (self._hidden or self._uncopied or self._copy_problems or self._process_problems or self._retries)
+        )
+        wait_s = SAFETY_NET_S if is_at_rest else self.interval_s
+        return max(0.0, self._looked_s + wait_s - self.monotonic())
 
     def step(self, pause: Callable[[], None] = never_pause) -> SourceUpdate | None:
         """Look once, or see whether what the last look found has been read. None: nothing to take up (yet).
@@ -297,13 +329,16 @@ class ManifestDirectory:
         every few milliseconds while there is work in this process.  Never raises for the state of the manifests; that is in
         ``SourceUpdate.problems``.
         """
+        self._looked_s = self.monotonic()
         if self._pending is not None:
             return self._go_on(self._pending, pause)
+        self._has_news = False
         try:
-            sight = self._look(pause)
-            self._look_for_displaced(sight)
+            scan = self._look(pause)
+            self._watch(scan)
+            self._look_for_displaced(scan)
         except OSError as error:
-            message = f"cannot be read ({error.strerror}); until it can, no change of the manifests is taken up"
+            message = f"cannot be read ({error.strerror}); the agent applies no change of the manifests until it can"
             place = Location(str(error.filename or self.root))
             self._directory_problems = (Problem(place, "", message, slug="unreadable"),)
             self._seen = None
@@ -312,9 +347,9 @@ class ManifestDirectory:
         if self._uncopied or self._copy_problems:
             self._keep_copies()
             self._sweep_copies()
-        if not self._is_due(sight):
+        if not self._is_due(scan):
             return None
-        self._pending = self._begin(sight)
+        self._pending = self._begin(scan)
         return self._go_on(self._pending, pause)
 
     def _look(self, pause: Callable[[], None]) -> _Scan:
@@ -326,7 +361,7 @@ class ManifestDirectory:
         if self._is_read and is_file != self._is_file:
             raise OSError(
                 errno.EINVAL,
-                f"it is a {'file' if is_file else 'directory'} now; begin the agent anew if that is meant",
+                f"it is a {'file' if is_file else 'directory'} now; restart the agent if that is intended",
                 str(self.root),
             )
         if is_file:
@@ -335,46 +370,75 @@ class ManifestDirectory:
         files = {name: _signature(one) for name, one in found.files.items()}
         return _Scan(files, found.hidden, found.directories)
 
-    def _look_for_displaced(self, sight: _Scan) -> None:
+    def _watch(self, scan: _Scan) -> None:
+        """Have changes of what a look found wake the agent. Where that is not possible the directory is looked at by time alone."""
+        last = self._watched
+        if self.watch is None or (
+            last is not None and (last.files, last.directories) == (scan.files, scan.directories)
+        ):
+            return
+        failure, self._watched = "", None
+        try:
+            # What comes into a directory between the look and the first watch of it is seen by the next look.
+            self._has_news |= self.watch.watch(self._places(scan))
+            self._watched = scan
+        except OSError as error:
+            failure = f"{error.filename}: {error.strerror}"
+        if failure and failure != self._watch_failure:
+            log.warning(
+                "cannot watch the manifests with inotify (%s): the agent looks at them every %s s instead",
+                failure, self.interval_s,
+            )  # fmt: skip
+        self._watch_failure = failure
+
+    def _places(self, scan: _Scan) -> set[Path]:
+        """The directories of all files, those that links lead to included; for a root that is a file, the file and its directory."""
+        if not scan.directories:
+            return {self.root, self.root.parent}
+        paths = {name: self.root / name for name in scan.files}
+        links = {Path(os.path.realpath(one)).parent for one in paths.values() if one.is_symlink()}
+        return {self.root / name for name in scan.directories} | links
+
+    def _look_for_displaced(self, scan: _Scan) -> None:
         """Add to a look the files that it has not, and of which nobody can say that they went. Raises OSError."""
         if not self._is_read and self.copies is not None:
             self._homes = self.copies.directories()
-        missing = [name for name in self._known() if name not in sight.files]
-        told = _DirectoryHistory(sight, self.root, self._homes) if missing else None
+        missing = [name for name in self._known() if name not in scan.files]
+        told = _DirectoryHistory(scan, self.root, self._homes) if missing else None
         for name in missing:
-            if told is not None and not sight.is_hidden(name):
-                sight.hidden.update(told.displaced(name))
-            if sight.is_hidden(name):
-                sight.files[name] = UNREAD
+            if told is not None and not scan.is_hidden(name):
+                scan.hidden.update(told.displaced(name))
+            if scan.is_hidden(name):
+                scan.files[name] = UNREAD
 
     def _known(self) -> list[str]:
         """The files taken up, and before there are any those that a predecessor had. Raises OSError."""
         return list(self._taken) if self._is_read or self.copies is None else sorted(self.copies.names())
 
-    def _is_due(self, sight: _Scan) -> bool:
+    def _is_due(self, scan: _Scan) -> bool:
         """Whether the directory differs from what was taken up and has settled."""
-        is_taken = sight == _Scan(self._taken, self._hidden)
+        is_taken = scan == _Scan(self._taken, self._hidden)
         is_retry = any(at_s <= self.clock() for at_s in self._retries.values())
         if self._started and is_taken and not self._racy and not is_retry and self.problems == self._reported:
             self._seen, self._unsettled_looks = None, 0
             return False
-        settled = is_taken or sight == self._seen
+        settled = is_taken or scan == self._seen
         if self._started and not settled and self._unsettled_looks < MAX_UNSETTLED_LOOKS:
-            self._seen = sight
+            self._seen = scan
             self._unsettled_looks += 1
             return False
         self._seen, self._unsettled_looks = None, 0
         return True
 
-    def _begin(self, sight: _Scan) -> _Pending:
+    def _begin(self, scan: _Scan) -> _Pending:
         """Choose what of a look must be read; a child begins to read it if it is much."""
         now_s, before = self.clock(), self._too_many
-        too_many = self._too_many = _beyond_all(sight.files)
-        changed = {name for name, signature in sight.files.items() if self._taken.get(name) != signature}
-        again = {name for name, at_s in self._retries.items() if at_s <= now_s and name in sight.files}
+        too_many = self._too_many = _beyond_all(scan.files)
+        changed = {name for name, signature in scan.files.items() if self._taken.get(name) != signature}
+        again = {name for name, at_s in self._retries.items() if at_s <= now_s and name in scan.files}
         names = changed | self._racy | again | (too_many ^ before)
-        tasks = [self._task(name, sight.files[name]) for name in sorted(names & sight.files.keys())]
-        pending = _Pending(sight, tasks, now_s)
+        tasks = [self._task(name, scan.files[name]) for name in sorted(names & scan.files.keys())]
+        pending = _Pending(scan, tasks, now_s)
         if not can_read_in_place(tasks):
             pending.reading = Reading(tasks, self.copies)
         return pending
@@ -383,7 +447,7 @@ class ManifestDirectory:
         before, place = self._files.get(name), self._path(name)
         copy = before is None and self.copies is not None
         digest = b"" if before is None else before.digest
-        if signature == UNREAD:  # its place is told, once for all below it
+        if signature == UNREAD:  # its place is a problem, once for all below it
             return ReadTask(name, place, None, digest, copy, 0)
         if name in self._too_many:
             reason = (
@@ -393,7 +457,7 @@ class ManifestDirectory:
         return ReadTask(name, place, place, digest, copy, signature[2])
 
     def _go_on(self, pending: _Pending, pause: Callable[[], None]) -> SourceUpdate | None:
-        """Take up what was to be read, if it has been."""
+        """Take up the files of a look, if they have been read."""
         reading = pending.reading
         if reading is None:
             self._pending = None
@@ -406,7 +470,9 @@ class ManifestDirectory:
         except OSError as error:  # no process, no memory
             reading.close()
             self._pending = None
-            message = f"no process can be begun to read the manifests ({error.strerror}); what was last known of them stays in force"
+            message = (
+                f"cannot start a process to read the manifests ({error.strerror}); their last good state stays in force"
+            )
             self._process_problems = (Problem(Location(str(self.root)), "", message, slug="unreadable"),)
             return self._batch(())
         self._pending = None
@@ -419,13 +485,15 @@ class ManifestDirectory:
         """That a change is not in force yet, when it takes long."""
         reading = None if self._pending is None else self._pending.reading
         if reading is not None and time.monotonic() - reading.began_s >= SLOW_S:
-            message = "a change of the manifests is still being read; what they said before stays in force until then"
+            message = (
+                "the agent is still reading a change of the manifests; their previous state stays in force until then"
+            )
             yield Problem(Location(str(self.root)), "", message, severity="warning", slug="reading")
 
     def _take_up(self, pending: _Pending, outcomes: Iterator[tuple[ReadTask, ReadResult]]) -> tuple[Event, ...]:
         """Take over what was read and forget what went; what that makes of the objects."""
-        sight = pending.sight
-        for name in self._taken.keys() - sight.files.keys():
+        scan = pending.scan
+        for name in self._taken.keys() - scan.files.keys():
             self._unmerged.add(name)
             del self._files[name], self._taken[name]
             self._uncopied[name] = None
@@ -434,16 +502,19 @@ class ManifestDirectory:
             self._retries.pop(name, None)
         for task, outcome in outcomes:
             before = self._files.get(task.name)
-            self._note(task.name, self._entry(sight.files[task.name], pending.began_s, before, outcome), before)
+            self._note(task.name, self._entry(scan.files[task.name], pending.began_s, before, outcome), before)
             if task.name in self._uncopied and not self._copy_problems:
                 self._keep_copies()  # the texts of all files at once would be the agent's peak of memory
         self._is_read, self._process_problems = True, ()
-        self._hidden, self._is_file = sight.hidden, not sight.directories
-        self._homes = _DirectoryHistory(sight, self.root, self._homes).homes()
+        self._hidden, self._is_file = scan.hidden, not scan.directories
+        self._homes = _DirectoryHistory(scan, self.root, self._homes).homes()
         self._keep_copies()
         self._sweep_copies()
         files = self._files
-        events = self._merged.replace({name: files[name].resources if name in files else () for name in self._unmerged})
+        changed = {name: files.get(name) for name in self._unmerged}
+        events = self._merged.replace(
+            {name: _NOTHING if one is None else (one.version, one.resources) for name, one in changed.items()}
+        )
         self._unmerged.clear()
         return events
 
@@ -455,7 +526,7 @@ class ManifestDirectory:
         if outcome.state == "same":
             return entry
         if outcome.state == "good" or before is None:
-            entry.resources, entry.skipped = outcome.resources, outcome.skipped
+            entry.resources, entry.version, entry.skipped = outcome.resources, outcome.version, outcome.skipped
         if outcome.state == "good":
             self._uncopied[outcome.name] = outcome.text
         if outcome.state == "unreadable":
@@ -470,7 +541,7 @@ class ManifestDirectory:
         return entry
 
     def _keep_copies(self) -> None:
-        """Bring the copies up to date. What cannot be written is told, and tried again at the next look."""
+        """Bring the copies up to date. What cannot be written is a problem, and is tried again at the next look."""
         self._copy_problems = ()
         if self.copies is None:
             self._uncopied.clear()
@@ -530,14 +601,14 @@ class _DirectoryHistory:
     ``known``: the directories in which there were manifests when they were last taken up, None when that was lost.
     """
 
-    sight: _Scan
+    scan: _Scan
     root: Path
     known: Mapping[str, DirectoryId] | None
     _with_manifests: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
-        directories = self.sight.directories
-        found = {name.rpartition("/")[0] for name, signature in self.sight.files.items() if signature != UNREAD}
+        directories = self.scan.directories
+        found = {name.rpartition("/")[0] for name, signature in self.scan.files.items() if signature != UNREAD}
         holders = {directories[above] for one in found & directories.keys() for above in _with_parents(one)}
         for name in directories:
             if directories[name] in holders:  # under whatever name its files are
@@ -545,7 +616,7 @@ class _DirectoryHistory:
 
     def displaced(self, name: str) -> dict[str, str]:
         """The place of a file that is not found, and what is there now; nothing when it, or its directory, went."""
-        directories = self.sight.directories
+        directories = self.scan.directories
         if name in directories:
             return (
                 {} if name in self._with_manifests else {name: f"it is a directory without a manifest now; {_IF_MEANT}"}
@@ -560,11 +631,11 @@ class _DirectoryHistory:
 
     def homes(self) -> dict[str, DirectoryId]:
         """The directories of all files, those that nobody can say that they went included; a place that is hidden is what it was."""
-        now, known = self.sight.directories, self.known or {}
-        parents = {one.rpartition("/")[0] for one in self.sight.files if one}
+        now, known = self.scan.directories, self.known or {}
+        parents = {one.rpartition("/")[0] for one in self.scan.files if one}
         names = {above for one in parents for above in _with_parents(one)}
         return {
-            name: known.get(name, _UNKNOWN) if name not in now or self.sight.is_hidden(name) else now[name]
+            name: known.get(name, _UNKNOWN) if name not in now or self.scan.is_hidden(name) else now[name]
             for name in names
         }
 
@@ -604,24 +675,26 @@ def _signature(status: os.stat_result) -> Signature:
 
 
 def _hidden(path: Path, reason: str) -> Problem:
-    message = f"cannot be read ({reason}); what was last known of it, and of what is below it, stays in force"
+    message = f"cannot be read ({reason}); the last good state of everything at and below it stays in force"
     return Problem(Location(str(path)), "", message, slug="unreadable")
 
 
 def _without_manifests(root: Path) -> Problem:
     message = (
-        "holds no manifest (*.yaml, *.yml, *.json): no policy is in force, so policy denies nothing to any workload; a file with "
-        "`---` alone says that this is meant"
+        "contains no manifest (*.yaml, *.yml, *.json): no policy is in force, so policy denies nothing to any workload; a file "
+        "with only `---` declares that this is intended"
     )
     return Problem(Location(str(root)), "", message, slug="no-manifests")
 
 
 def _uncopied(copies: LastGoodCopies, error: OSError) -> Problem:
-    message = f"last good states cannot be kept there ({error.strerror}): after a restart a broken file may have none"
+    message = f"cannot write copies of last good states ({error.strerror}): after a restart a broken file may have none"
     return Problem(Location(str(copies.directory)), "", message, severity="warning", slug="copies")
 
 
 def _duplicate(key: ResourceKey, resource: Resource, first: Resource) -> Problem:
-    message = f"the same object is given twice: first at {first.meta.location}, which counts; remove one of them"
+    message = (
+        f"the same object is written twice: the first one, at {first.meta.location}, is in force; remove one of them"
+    )
     obj = "/".join(part for part in key if part)
     return Problem(resource.meta.location, "", message, obj=obj, slug="duplicate")

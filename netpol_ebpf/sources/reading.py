@@ -6,8 +6,8 @@ that begins it goes on with its work, asks now and then whether the child has en
 memory.  Rejected: portions in the loop (a comment of 30 MB is one step of the parser), threads (the parser holds the
 interpreter's lock).
 
-Invariant: what comes out is the same on both ways, in the order of the tasks.  A file on which the child fails is told, and keeps no other
-file from being read.
+Invariant: what comes out is the same on both ways, in the order of the tasks.  A file on which the child fails is a problem, and keeps no
+other file from being read.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ READ_S = 300
 CHILD_BYTES = 2 << 30
 """Memory of the child beside what it shares; 64 MiB of a cluster's objects need half of it."""
 MOST_PROBLEMS = 100
-"""Of one file that are told; arbitrary."""
+"""Problems of one file that are reported; arbitrary."""
 TAKEN_TOGETHER = 250
 """Objects between two pauses; arbitrary, a few milliseconds."""
 
@@ -83,7 +83,8 @@ class ReadResult:
     """What became of a file.
 
     ``state``: "good", "bad", "same" as last read, "gone", "unreadable", or "kept" when it was not read.  ``resources`` and
-    ``skipped`` of what is not good are those of its last good state, if that was to be read.  ``text``: of a good file, to be copied.
+    ``skipped`` of what is not good are those of its last good state, if that was to be read; ``version``: the digest of the text that gave
+    them, in hexadecimal digits.  ``text``: of a good file, to be copied.
     ``again``: as in the task.
     """
 
@@ -95,6 +96,7 @@ class ReadResult:
     text: str | None = None
     again: bool = False
     resources: tuple[Resource, ...] = ()
+    version: str = ""
 
 
 def can_read_in_place(tasks: Sequence[ReadTask]) -> bool:
@@ -105,7 +107,7 @@ def can_read_in_place(tasks: Sequence[ReadTask]) -> bool:
 
 
 def _has_aliases(path: Path) -> bool:
-    with contextlib.suppress(OSError):  # that is found out again, and told
+    with contextlib.suppress(OSError):  # reading it finds and reports the same
         return len(_ALIAS.findall(read_regular(path))) > 1
     return False
 
@@ -128,7 +130,7 @@ def read(task: ReadTask, copies: LastGoodCopies | None) -> ReadResult:
     outcome = ReadResult(task.name, "bad", digest, tuple(_few(result.problems, task.place)))
     if result.errors:
         return _with_last_good(outcome, task, copies)
-    outcome.state, outcome.text = "good", raw.decode("utf-8")
+    outcome.state, outcome.text, outcome.version = "good", raw.decode("utf-8"), digest.hex()
     outcome.resources, outcome.skipped = tuple(result.resources), result.skipped
     return outcome
 
@@ -146,6 +148,7 @@ def _with_last_good(outcome: ReadResult, task: ReadTask, copies: LastGoodCopies 
     if text is not None:
         good = parse_documents(text, str(task.place))
         outcome.resources, outcome.skipped = tuple(good.resources), good.skipped
+        outcome.version = hashlib.sha256(text.encode()).hexdigest()
         if good.errors:  # another version of the agent took it for good
             outcome.problems += (_no_longer_good(task.place, good),)
     return outcome
@@ -215,7 +218,7 @@ class Reading:
             yield task, _load(self._results[number], unpicklers[number], pause)
 
     def close(self) -> None:
-        """End the child if there is one, and let go of what it left."""
+        """End the child if there is one, and close the files with its results."""
         if self._process:
             os.kill(self._process, signal.SIGKILL)
             os.waitpid(self._process, 0)
@@ -308,7 +311,7 @@ def _reason(code: int) -> tuple[str, bool]:
         return f"that takes more than {CHILD_BYTES >> 20} MiB of memory; write its objects into several files", False
     if code < 0:
         return f"the process that read it was ended by {signal.Signals(-code).name}", True
-    return "a bug, which the log tells", False
+    return "a bug; the log has the details", False
 
 
 # --- one text --------------------------------------------------------------------------------------------------------------------
@@ -331,8 +334,8 @@ def _parse(raw: bytes, path: Path) -> LoadResult:
     result = parse_documents("" if blank else text, str(path))
     if not result.resources and not result.errors and not _says_none(text, str(path)):
         message = (
-            "says nothing (it is empty, or has spaces and comments alone); its last good state stays in force: write `---` "
-            "into it if it is meant to have no objects, or remove it"
+            "is empty, or has only spaces and comments; its last good state stays in force: write `---` into it if it must "
+            "have no objects, or remove it"
         )
         result.problems.append(Problem(Location(str(path)), "", message, slug="empty"))
     return result
@@ -350,13 +353,13 @@ def _few(problems: Sequence[Problem], place: Path) -> Iterator[Problem]:
     more = problems[MOST_PROBLEMS:]
     if more:
         severity = "error" if any(one.severity == "error" for one in more) else "warning"
-        message = f"has {len(more)} problems more, which are not told"
+        message = f"has {len(more)} more problems, which are not reported"
         yield Problem(Location(str(place), more[0].location.line), "", message, severity=severity, slug="more")
 
 
 def _no_longer_good(path: Path, good: LoadResult) -> Problem:
     message = (
         f"its last good state is not valid to this version of the agent either ({good.errors[0].message}): "
-        f"{len(good.resources)} of its objects are in force, the others are not; mend the file"
+        f"{len(good.resources)} of its objects are in force, the others are not; correct the file"
     )
     return Problem(Location(str(path)), "", message, slug="copies")

@@ -38,6 +38,16 @@ def written() -> Iterator[tuple[str, dict[str, Any]]]:
                         yield f"{path.relative_to(ROOT)}:{number}.{place}", obj
 
 
+def validation_cases() -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every object of our kinds in tests/data/validation.yaml, valid and invalid, and what it is about."""
+    for case in yaml.safe_load((ROOT / "tests" / "data" / "validation.yaml").read_text()):
+        obj = case["object"]
+        if isinstance(codes := obj["metadata"].get("name"), list):  # of characters: names of a given length
+            obj["metadata"]["name"] = "".join(map(chr, codes))
+        if (obj.get("apiVersion"), obj.get("kind")) in RESOURCES:
+            yield case["desc"], obj
+
+
 @dataclass(frozen=True)
 class Wrong:
     """A spec with one fault; ``says``: a part of the API server's message; "" where it cannot know, and `check` alone refuses it."""

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -55,3 +56,23 @@ def server(bare_server: Server) -> Server:
         where = f"/apis/{spec['group']}/{spec['versions'][0]['name']}/{spec['names']['plural']}"
         bare_server.wait_for(lambda where=where: bare_server.get(where).status == 200, f"{where} is served")
     return bare_server
+
+
+@pytest.fixture
+def takes_an_empty_tier(server: Server) -> Iterator[None]:
+    """While it lasts, staged policies have a definition that takes an empty tier, as another than ours may."""
+    (ours,) = documents(DEPLOY / "crds" / "stagednetworkpolicies.projectcalico.org.yaml")
+    theirs = copy.deepcopy(ours)
+    spec = theirs["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"]["spec"]
+    spec["properties"]["tier"] = {"type": "string"}
+    empty = {
+        "apiVersion": "projectcalico.org/v3",
+        "kind": "StagedNetworkPolicy",
+        "metadata": {"name": "empty", "namespace": "default"},
+        "spec": {"tier": ""},
+    }
+    assert server.apply(theirs).status == 200
+    server.wait_for(lambda: server.create(empty, dryRun="All").status == 201, "the other definition is served")
+    yield
+    assert server.apply(ours).status == 200
+    server.wait_for(lambda: server.create(empty, dryRun="All").status == 422, "our definition is served")

@@ -88,3 +88,17 @@ def test_a_false_label_is_refused(checking: Server) -> None:
             answer = checking.create(policy(kind, "a", labels), dryRun="All")
             assert answer.status == 201, answer.message
         assert checking.create(policy(kind, None, {LABEL: "default"}), dryRun="All").status == 201
+
+
+@pytest.mark.usefixtures("takes_an_empty_tier")
+def test_an_empty_tier_gets_the_label_of_the_default_one(labelling: Server) -> None:
+    """Whatever definition is installed."""
+    answer = labelling.create(policy("StagedNetworkPolicy", ""), dryRun="All")
+    assert answer.body["metadata"]["labels"] == {LABEL: "default"}
+
+
+@pytest.mark.usefixtures("takes_an_empty_tier")
+def test_the_label_of_an_empty_tier_is_the_default_one(checking: Server) -> None:
+    """Any other is refused."""
+    for label, status in (("default", 201), ("a", 422)):
+        assert checking.create(policy("StagedNetworkPolicy", "", {LABEL: label}), dryRun="All").status == status

@@ -337,6 +337,20 @@ def test_a_staged_kubernetes_policy_is_plain_rights(guarded: Server) -> None:
     assert answer.status == 201, answer.message
 
 
+@pytest.mark.usefixtures("takes_an_empty_tier")
+def test_an_empty_tier_is_the_default_one(guarded: Server) -> None:
+    """It is no way round the rights, whatever definition is installed."""
+    case = Case("", "create", "x", {}, tier="")
+    assert {
+        user: case.send(guarded, "StagedNetworkPolicy", user).status for user in ("none", "owner", "alltiers", "dev")
+    } == {
+        "none": 403,
+        "owner": 403,
+        "alltiers": 201,
+        "dev": 201,
+    }
+
+
 def test_a_built_in_tier_cannot_be_deleted(guarded: Server) -> None:
     """Not even by an administrator; another tier can."""
     tiers = f"/apis/{VERSION}/tiers"

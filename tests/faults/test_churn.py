@@ -174,7 +174,7 @@ def test_two_pods_that_claim_one_address(scene: Scene) -> None:
     state = scene.await_status(lambda state: bool(state["problems"]), "a problem")
     (problem,) = state["problems"]
     assert (problem["severity"], problem["slug"], state["in_force"]) == ("error", "address-claimed", False)
-    assert "10.1.0.3 is claimed by Pod/shop/other and by Pod/shop/twin" in problem["message"]
+    assert "Pod/shop/other and Pod/shop/twin both claim 10.1.0.3" in problem["message"]
     assert scene.reached(to_db("shop/other"), to_db("shop/web")) == [False, True]
     assert states(scene)["Pod/shop/other"][0] == "enforced"
     assert states(scene)["Pod/shop/twin"] == ("waiting", None)

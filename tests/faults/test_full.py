@@ -129,7 +129,7 @@ def test_change_that_does_not_fit(scene: Scene, name: str) -> None:
     state = scene.await_status(lambda state: not state["in_force"], "the change is refused")
     (problem,) = state["problems"]
     assert problem["file"].endswith("excess.yaml") or problem["object"].startswith("Pod/shop/far"), problem
-    assert "the state before stays in force without" in problem["message"]
+    assert "the previous policy stays in force without" in problem["message"]
     assert state["refused"]["changes"] > before
     assert any(name in full for full in state["refused"]["by_map"]), state["refused"]
     assert any("excess" in one or "far" in one for one in state["refused"]["waiting"])

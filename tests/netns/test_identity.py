@@ -200,7 +200,7 @@ def test_plugin_s_result_binds_what_addresses_do_not(tmp_path: Path) -> None:
         write("net-web-net1", "web", "net1", "macvlan", [{"name": "net1", "sandbox": "x"}], ["10.9.0.1/24"])
         ip(scene.lab, NODE, "link add news0 type bridge")
         state = scene.await_status(lambda one: "further-interface" in slugs(one), "the further interface is told")
-        assert "net1 is NOT enforced" in slugs(state)["further-interface"]
+        assert "NOT enforced on its interface net1" in slugs(state)["further-interface"]
         assert not state["in_force"]
 
 

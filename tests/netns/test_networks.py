@@ -63,10 +63,10 @@ def test_network(built: tuple[World, bool], network: Network, record_property: C
     else:
         assert evidence == {None}
         assert {shown[pod]["state"] for pod in pods} == {"waiting"}
-        assert all("is NOT enforced: no interface of this node" in text for text in told.values()), told
+        assert all("NOT enforced on this workload: no interface of this node" in text for text in told.values()), told
         if keeps_results:
             assert all(
-                f"its interface eth0 is NOT enforced: packets of {network.plugin}" in text for text in told.values()
+                f"NOT enforced on its interface eth0: packets of {network.plugin}" in text for text in told.values()
             )
         assert not found.state["in_force"]
     record_property("row", {

@@ -265,7 +265,9 @@ def test_interface_of_two_endpoints_is_neither_s() -> None:
         snapshot, [endpoint("a", "10.0.0.1"), endpoint("b", "10.0.0.2"), endpoint("c", "10.0.0.3")]
     )
     assert set(names(located)) == {"c"}
-    assert set(located.problems.values()) == {"interface vethweb would belong to several: Pod/shop/a, Pod/shop/b"}
+    assert set(located.problems.values()) == {
+        "interface vethweb belongs to several by evidence of the same strength: Pod/shop/a, Pod/shop/b"
+    }
     assert {one.name for one in located.problems} == {"a", "b"}
 
 
@@ -363,7 +365,9 @@ def test_interface_of_a_pod_that_went_is_no_other_s_by_an_address() -> None:
     located = assignments.look(snapshot, [endpoint("new", "10.0.0.1")])
     assert located.interfaces == {}
     assert located.problems == {
-        key("new"): "interface vethweb was Pod/shop/old's, and is no other's by an address at its other end"
+        key(
+            "new"
+        ): "interface vethweb belonged to Pod/shop/old: an address at its other end gives it to no other workload"
     }
     routed = wiring({"10.0.0.1": 5}, {(1, 2): ["10.0.0.1"]})
     assert names(assignments.look(routed, [endpoint("new", "10.0.0.1")])) == {"new": 5}
@@ -386,7 +390,7 @@ def test_stronger_evidence_takes_an_interface_from_a_weaker() -> None:
         wiring({"10.0.0.1": 5}, peers), [endpoint("thief", "10.0.0.2"), endpoint("web", "10.0.0.1")]
     )
     assert names(located) == {"web": 5}
-    assert located.problems == {key("thief"): "interface vethweb is Pod/shop/web's"}
+    assert located.problems == {key("thief"): "interface vethweb belongs to Pod/shop/web"}
 
 
 # --- pods that come again ---------------------------------------------------------------------------------------------

@@ -162,11 +162,11 @@ def test_a_failing_change_is_told_and_tried_again(bench: Bench) -> None:
 def test_what_others_changed_is_put_back_and_told(bench: Bench) -> None:
     """At once when there is news of it, at the latest with the next look."""
     barrier = bench.barrier()
-    assert barrier.follow() == barrier.look() == []
+    assert barrier.restore_reported() == barrier.look() == []
     bench.tables.is_spoiled = bench.tables.news = True
-    assert [str(one) for one in barrier.follow()] == ["barrier table inet np_barrier was changed"]
+    assert [str(one) for one in barrier.restore_reported()] == ["barrier table inet np_barrier was changed"]
     bench.tables.is_spoiled = True
-    assert barrier.follow() == []
+    assert barrier.restore_reported() == []
     assert [one.kind for one in barrier.look()] == ["barrier"]
 
 

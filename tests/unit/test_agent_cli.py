@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import yaml
 
+from netpol_ebpf.agent import loop as agent_loop
 from netpol_ebpf.agent import main as agent_main
 from netpol_ebpf.agent.control_socket import SOCKET_NAME, connect
 from netpol_ebpf.cli import main as cli
@@ -641,7 +642,7 @@ def test_agent_s_failure_is_one_line(
 def test_signal_wakes_and_is_noted() -> None:
     """A signal is put into the list and makes the descriptor readable; afterwards the old handler is back."""
     before = signal.getsignal(signal.SIGUSR1)
-    with agent_main.wakened_by(signal.SIGUSR1) as (received, wake):
+    with agent_loop.wakened_by(signal.SIGUSR1) as (received, wake):
         assert received == []
         os.kill(os.getpid(), signal.SIGUSR1)
         assert received == [signal.SIGUSR1]
@@ -654,10 +655,10 @@ def test_readiness_is_told_to_the_service_manager(tmp_path: Path, monkeypatch: p
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
         manager.bind(str(tmp_path / "notify"))
         monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
-        agent_main.notify_ready()
+        agent_loop.notify_ready()
         assert manager.recv(64) == b"READY=1"
         monkeypatch.delenv("NOTIFY_SOCKET")
-        agent_main.notify_ready()
+        agent_loop.notify_ready()
 
 
 def test_one_agent_per_state_directory(tmp_path: Path) -> None:

@@ -119,7 +119,7 @@ def test_what_others_can_write_counts_for_nothing(directory: Path) -> None:
     directory.chmod(0o777)
     write(directory / "good", cached())
     assert results.look() == []
-    assert "others than root may write it" in results.problems[0].message
+    assert "users other than root may write it" in results.problems[0].message
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only what root owns is trusted")

@@ -376,10 +376,10 @@ def test_answer_that_is_given_up_is_no_answer(
 ) -> None:
     """A process that ends without a word leaves its reader with an error, and a line in the log."""
     agent, _ = stops
-    with pytest.raises(UnreachableError, match="gave the answer up"):
+    with pytest.raises(UnreachableError, match="ended the connection without an answer"):
         answers(agent, {"op": "die"})
     finish(agent)
-    assert "given up: SIGKILL" in caplog.text
+    assert "was ended by SIGKILL" in caplog.text
     assert agent._answering.count() == 0
 
 
@@ -465,7 +465,7 @@ def test_line_that_was_cut_short_is_no_answer(tmp_path: Path, monkeypatch: pytes
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(path))
         listener.listen()
-        with pytest.raises(UnreachableError, match="cut short"):
+        with pytest.raises(UnreachableError, match="ended early"):
             list(ask(path, {"op": "echo"}))
 
 

@@ -17,9 +17,12 @@ from memory_maps import MemoryMap, memory_maps
 from netpol_ebpf.agent import report
 from netpol_ebpf.agent.adoption import LiveConnections
 from netpol_ebpf.agent.cni import UNSEEN_TYPES, CniResult
-from netpol_ebpf.agent.core import AUDIT_S, MISSING_S, ROUND_S, SEARCH_S, Agent, AgentSettings
+from netpol_ebpf.agent.core import Agent
+from netpol_ebpf.agent.local_interfaces import MISSING_S, SEARCH_S
 from netpol_ebpf.agent.node import POLICY_MAPS
 from netpol_ebpf.agent.rejected import RETRY_S
+from netpol_ebpf.agent.repair import AUDIT_S, ROUND_S
+from netpol_ebpf.agent.settings import AgentSettings
 from netpol_ebpf.agent.timeouts import STATES
 from netpol_ebpf.agent.wiring import Interface, Wiring
 from netpol_ebpf.apply import encode
@@ -94,6 +97,10 @@ class MemoryNode:
     asked: list[set[int]] = field(default_factory=list)
     barrier: MemoryTables = field(default_factory=MemoryTables)
     routes: dict[IPAddress, int] = field(default_factory=dict)
+
+    @property
+    def network(self) -> MemoryNode:
+        return self
 
     def others(self, ifindex: int) -> list[str]:
         return ["another"] if ifindex in self.behind else []
@@ -196,7 +203,7 @@ class Bench:
         """A started agent, which finds what the one before left."""
         self.close()
         self.ledgers.append(Ledger(self.home / "numbers"))
-        source = ManifestDirectory(self.home / "manifests")
+        source = ManifestDirectory(self.home / "manifests", interval_s=0.0)
         one = Agent(settings or AgentSettings("here"), self.node, source, self.ledgers[-1], lambda: self.now_s)
         one.start()
         return one
@@ -234,7 +241,7 @@ def test_start_fills_binds_and_attaches(bench: Bench) -> None:
     assert bench.node.exchanges == 1
     assert bench.node.rows_when_attached == {2: True, 5: True, 6: True}
     assert bench.node.programs == {2, 5, 6}
-    assert set(agent.applier.bindings) == {WEB, DB}
+    assert set(agent.enforcement.applier.bindings) == {WEB, DB}
     assert agent.problems == []
 
 
@@ -281,7 +288,7 @@ def test_newborn_interface_is_closed_before_anything_is_looked_at(bench: Bench) 
     agent.close_newborn()
     assert bench.node.programs == before | {77}
     assert bench.node.row(77) is None
-    assert 77 in agent.attached
+    assert 77 in agent.attachments.interfaces
 
 
 def test_newborn_interface_that_is_the_node_s_is_opened(bench: Bench) -> None:
@@ -319,7 +326,7 @@ def test_interface_that_goes_takes_its_row(bench: Bench) -> None:
     bench.node.news = True
     agent.step()
     assert bench.node.row(5) is None
-    assert set(agent.attached) == {2, 6}
+    assert set(agent.attachments.interfaces) == {2, 6}
     moved = Interface(7, "cali1", "veth", (1, 2))
     bench.node.wiring = replace(WIRING, links={**WIRING.links, 7: moved}, host_routes={ip_address("10.0.0.1"): 7})
     bench.node.news = True
@@ -354,7 +361,7 @@ def test_pod_that_leaves_the_manifests_is_closed(bench: Bench) -> None:
 def test_change_is_applied_without_an_exchange(bench: Bench) -> None:
     """A policy that goes is a change to the maps in force: the row flips, the generation moves on."""
     agent = bench.agent()
-    before, generation = bench.node.row(6), agent.applier.generation
+    before, generation = bench.node.row(6), agent.enforcement.applier.generation
     bench.remove("policy.yaml")
     settle(agent)
     after = bench.node.row(6)
@@ -362,7 +369,7 @@ def test_change_is_applied_without_an_exchange(bench: Bench) -> None:
     assert after is not None
     assert before.ingress.number != after.ingress.number
     assert bench.node.exchanges == 1
-    assert agent.applier.generation >= generation
+    assert agent.enforcement.applier.generation >= generation
 
 
 def test_next_agent_keeps_every_number(bench: Bench) -> None:
@@ -374,12 +381,12 @@ def test_next_agent_keeps_every_number(bench: Bench) -> None:
     settle(agent)
     bench.remove("policy.yaml")
     settle(agent)
-    rules = {cause: number for number, cause in agent.tables.rules.items()}
-    numbers = {key: agent.tables.endpoints[key].number for key in agent.tables.endpoints}
+    rules = {cause: number for number, cause in agent.enforcement.tables.rules.items()}
+    numbers = {key: agent.enforcement.tables.endpoints[key].number for key in agent.enforcement.tables.endpoints}
     heir = bench.agent()
-    assert {cause: number for number, cause in heir.tables.rules.items()} == rules
-    assert {key: heir.tables.endpoints[key].number for key in heir.tables.endpoints} == numbers
-    assert dict(heir.tables.identities.items()) == dict(agent.tables.identities.items())
+    assert {cause: number for number, cause in heir.enforcement.tables.rules.items()} == rules
+    assert {key: heir.enforcement.tables.endpoints[key].number for key in heir.enforcement.tables.endpoints} == numbers
+    assert dict(heir.enforcement.tables.identities.items()) == dict(agent.enforcement.tables.identities.items())
     assert bench.node.exchanges == 2
 
 
@@ -388,11 +395,11 @@ def test_lost_ledger_is_made_up_for_from_the_rows_in_force(bench: Bench) -> None
     agent = bench.agent()
     bench.write("cluster.yaml", CLUSTER.replace("name: web", "name: aaa"))
     settle(agent)
-    numbers = {key: row.number for key, row in agent.tables.endpoints.items()}
+    numbers = {key: row.number for key, row in agent.enforcement.tables.endpoints.items()}
     assert sorted(numbers.values()) != [1, 2]
     bench.close()
     (bench.home / "numbers").unlink()
-    assert {key: row.number for key, row in bench.agent().tables.endpoints.items()} == numbers
+    assert {key: row.number for key, row in bench.agent().enforcement.tables.endpoints.items()} == numbers
 
 
 @pytest.mark.parametrize("number", [2, 1 << 15, 0])
@@ -401,7 +408,7 @@ def test_number_that_the_ledger_gives_to_several_is_nobody_s(bench: Bench, numbe
     agent = bench.agent()
     bench.write("cluster.yaml", CLUSTER.replace("name: web", "name: aaa"))
     settle(agent)
-    numbers = {key: row.number for key, row in agent.tables.endpoints.items()}
+    numbers = {key: row.number for key, row in agent.enforcement.tables.endpoints.items()}
     assert len(set(numbers.values())) == len(numbers) > 1
     bench.close()
     ledger = bench.home / "numbers"
@@ -410,7 +417,7 @@ def test_number_that_the_ledger_gives_to_several_is_nobody_s(bench: Bench, numbe
         "".join(json.dumps([*line[:2], number] if isinstance(line, list) else line) + "\n" for line in lines)
     )
     heir = bench.agent()
-    assert {key: row.number for key, row in heir.tables.endpoints.items()} == numbers
+    assert {key: row.number for key, row in heir.enforcement.tables.endpoints.items()} == numbers
     assert [one.slug for one in bench.ledgers[-1].problems] == (["ledger"] if number else [])
     written = [json.loads(line) for line in ledger.read_text().splitlines()[1:]]
     assert len({(kind, one) for kind, _, one in written}) == len(written)
@@ -429,7 +436,7 @@ def test_number_that_the_rows_give_to_several_is_nobody_s(bench: Bench) -> None:
     bench.close()
     (bench.home / "numbers").unlink()
     agent = bench.agent()
-    numbers = [row.number for _, row in agent.tables.endpoints.items()]
+    numbers = [row.number for _, row in agent.enforcement.tables.endpoints.items()]
     assert len(set(numbers)) == len(numbers)
     assert 77 not in numbers, "whose it was, nobody knows"
 
@@ -439,12 +446,12 @@ def test_numbers_are_in_the_ledger_before_the_kernel_sees_them(bench: Bench, mon
     agent = bench.agent()
     bench.write("more.yaml", POD.format(name="late", node="here", last=9))
     agent.step()
-    monkeypatch.setattr(agent.applier, "apply", lambda _change: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(agent.enforcement.applier, "apply", lambda _change: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         settle(agent)
     late = EndpointKey("Pod", "shop", "late")
-    number = agent.tables.endpoints[late].number
-    assert bench.agent().tables.endpoints[late].number == number
+    number = agent.enforcement.tables.endpoints[late].number
+    assert bench.agent().enforcement.tables.endpoints[late].number == number
 
 
 def test_numbers_of_what_went_are_given_away_again_only_after_a_restart(bench: Bench) -> None:
@@ -464,7 +471,7 @@ def test_counters_are_kept_with_their_rule_and_zeroed_for_another(bench: Bench) 
     """A rule's counter outlives the agent; a number that comes to stand for another rule starts at zero."""
     agent = bench.agent()
     counters = bench.node.in_force["np_rule_count"]
-    others = [number for number, cause in agent.tables.rules.items() if not cause.policy]
+    others = [number for number, cause in agent.enforcement.tables.rules.items() if not cause.policy]
     for number in range(1, 100):
         counters.rows[number.to_bytes(4, "little")] = bytes([1] * counters.cell_bytes)
     bench.remove("policy.yaml")
@@ -472,23 +479,23 @@ def test_counters_are_kept_with_their_rule_and_zeroed_for_another(bench: Bench) 
     heir = bench.agent()
     bench.write("another.yaml", POLICY.replace("name: db,", "name: another,"))
     settle(heir)
-    new = [number for number, cause in heir.tables.rules.items() if cause.policy]
+    new = [number for number, cause in heir.enforcement.tables.rules.items() if cause.policy]
     assert {counters.rows[number.to_bytes(4, "little")] for number in new} == {bytes(counters.cell_bytes)}
-    kept = [number for number in others if number in dict(heir.tables.rules.items())]
+    kept = [number for number in others if number in dict(heir.enforcement.tables.rules.items())]
     assert kept
     assert {counters.rows[number.to_bytes(4, "little")][0] for number in kept} == {1}
 
 
 def test_new_generation_after_a_take_over(bench: Bench) -> None:
     """Connections that an earlier agent's policy allowed are judged again."""
-    first = bench.agent().applier.generation
-    assert bench.agent().applier.generation != first
+    first = bench.agent().enforcement.applier.generation
+    assert bench.agent().enforcement.applier.generation != first
 
 
 def test_limit_refuses_the_change_and_the_next_one_is_whole(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     """A change the compiler refuses is a problem until a later one fits, which then brings everything."""
     agent = bench.agent()
-    compiler = agent._compiler
+    compiler = agent.enforcement._compiler
     commit = compiler.commit
 
     def refuse() -> None:
@@ -499,13 +506,13 @@ def test_limit_refuses_the_change_and_the_next_one_is_whole(bench: Bench, monkey
     bench.remove("policy.yaml")
     settle(agent)
     (problem,) = agent.problems
-    assert (problem.slug, "too many rules; the state before stays in force" in problem.message) == ("limit", True)
+    assert (problem.slug, "too many rules; the previous policy stays in force" in problem.message) == ("limit", True)
     monkeypatch.setattr(compiler, "commit", commit)
     bench.write("more.yaml", POD.format(name="late", node="here", last=9))
     settle(agent)
     assert agent.problems == []
-    assert not any(cause.policy for _, cause in agent.tables.rules.items())
-    assert EndpointKey("Pod", "shop", "late") in agent.tables.endpoints
+    assert not any(cause.policy for _, cause in agent.enforcement.tables.rules.items())
+    assert EndpointKey("Pod", "shop", "late") in agent.enforcement.tables.endpoints
 
 
 def test_full_map_refuses_the_change_and_the_next_one_starts_over(bench: Bench) -> None:
@@ -521,7 +528,7 @@ def test_full_map_refuses_the_change_and_the_next_one_starts_over(bench: Bench) 
     settle(agent)
     assert agent.problems == []
     assert bench.node.exchanges == 2
-    assert EndpointKey("Pod", "shop", "later") in agent.tables.endpoints
+    assert EndpointKey("Pod", "shop", "later") in agent.enforcement.tables.endpoints
 
 
 def test_broken_manifest_is_a_problem_and_changes_nothing(bench: Bench) -> None:
@@ -531,7 +538,7 @@ def test_broken_manifest_is_a_problem_and_changes_nothing(bench: Bench) -> None:
     settle(agent)
     (problem,) = agent.problems
     assert problem.location.file.endswith("policy.yaml")
-    assert agent.changes_applied == 1
+    assert agent.enforcement.changes_applied == 1
 
 
 def test_ambiguous_interface_is_a_problem(bench: Bench) -> None:
@@ -545,8 +552,8 @@ def test_ambiguous_interface_is_a_problem(bench: Bench) -> None:
 def test_without_a_node_every_workload_is_local(bench: Bench) -> None:
     """An agent without a node's name compiles for all pods and binds those that are here."""
     agent = bench.agent(AgentSettings(None))
-    assert set(agent.tables.endpoints) == {WEB, DB, FAR}
-    assert set(agent.applier.bindings) == {WEB, DB}
+    assert set(agent.enforcement.tables.endpoints) == {WEB, DB, FAR}
+    assert set(agent.enforcement.applier.bindings) == {WEB, DB}
 
 
 def test_interface_that_moves_to_another_namespace_goes_without_the_programs(bench: Bench) -> None:
@@ -570,11 +577,11 @@ def test_pod_of_a_plugin_without_an_interface_on_the_node_is_named(bench: Bench,
     result = CniResult(DB, frozenset(), frozenset({ip_address("10.0.0.2")}), "eth0", plugin)
     bench.node.wiring = replace(WIRING, results=(result,))
     agent = bench.agent()
-    assert set(agent.applier.bindings) == {WEB}
+    assert set(agent.enforcement.applier.bindings) == {WEB}
     bench.now_s += MISSING_S
     said = {one.slug: one for one in agent.problems if one.obj == str(DB)}
     assert said.keys() == {"not-found", "further-interface"}
-    assert all(one.severity == "error" and "is NOT enforced" in one.message for one in said.values())
+    assert all(one.severity == "error" and "NOT enforced" in one.message for one in said.values())
 
 
 def test_patterns_choose_the_interfaces(bench: Bench) -> None:
@@ -589,9 +596,9 @@ def test_patterns_choose_the_interfaces(bench: Bench) -> None:
 def test_flow_names_endpoint_and_rule_even_after_they_went(bench: Bench) -> None:
     """An event that waited in the ring while its rule was removed is still told with it."""
     agent = bench.agent()
-    rule = next(number for number, cause in agent.tables.rules.items() if cause.policy and cause.index < 0)
+    rule = next(number for number, cause in agent.enforcement.tables.rules.items() if cause.policy and cause.index < 0)
     event = abi.np_event(
-        kind=abi.NP_EVENT_DENY, reason=abi.NP_REASON_POLICY_DENY, endpoint=agent.tables.endpoints[DB].number,
+        kind=abi.NP_EVENT_DENY, reason=abi.NP_REASON_POLICY_DENY, endpoint=agent.enforcement.tables.endpoints[DB].number,
         rule=rule, staged_rule=rule, action=abi.NP_ACTION_DENY, staged_action=abi.NP_ACTION_DENY, ip_version=4,
     )  # fmt: skip
     event.source[0:4] = list(ip_address("10.0.0.3").packed)
@@ -633,15 +640,15 @@ def test_report_counts_what_is_skipped(bench: Bench) -> None:
     agent = bench.agent()
     objects = report.status(agent, bench.node.maps, {})["objects"]
     assert (objects["skipped"], objects["policies"]) == ({"apps/v1 Deployment": 1}, 2)
-    assert objects["endpoints"] == len(agent.derivation.world.endpoints)
-    assert not any(key.name == "d" for key in agent.derivation.world.endpoints)
+    assert objects["endpoints"] == len(agent.objects.derivation.world.endpoints)
+    assert not any(key.name == "d" for key in agent.objects.derivation.world.endpoints)
 
 
 def test_report_of_connections_says_who_opened_them(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     """The source is the side of the first packet, whichever side the workload is; what is left out is counted."""
     agent = bench.agent()
-    number = agent.tables.endpoints[DB].number
-    rule = next(iter(agent.tables.rules))
+    number = agent.enforcement.tables.endpoints[DB].number
+    rule = next(iter(agent.enforcement.tables.rules))
     key = abi.np_conn4_key(endpoint=number, local_port=5432, remote_port=40000, protocol=6)
     key.local[:], key.remote[:] = (10, 0, 0, 2), (10, 0, 0, 3)
     inwards = abi.np_conn(direction=abi.NP_DIRECTION_INGRESS, state=abi.NP_CONN_TCP_OPEN, rule=rule)
@@ -651,7 +658,11 @@ def test_report_of_connections_says_who_opened_them(bench: Bench, monkeypatch: p
     found = report.connections(agent, bench.node.maps)
     first, second = found["connections"]
     assert (first["endpoint"], first["source"], first["source_port"]) == (str(DB), "10.0.0.3", 40000)
-    assert (first["form"], first["state"], first["rule"]) == ("established", "tcp-open", str(agent.tables.rules[rule]))
+    assert (first["form"], first["state"], first["rule"]) == (
+        "established",
+        "tcp-open",
+        str(agent.enforcement.tables.rules[rule]),
+    )
     assert (second["source"], second["destination_port"]) == ("10.0.0.2", 40000)
     assert (second["form"], second["rule"], found["more"]) == ("unreplied", None, 0)
     monkeypatch.setattr(report, "CONNECTIONS", 1)
@@ -680,21 +691,21 @@ def test_two_pods_with_one_address_are_named_and_the_newer_is_closed(bench: Benc
     settle(agent)
     (problem,) = agent.problems
     assert problem.severity == "error"
-    assert "10.0.0.2 is claimed by Pod/shop/db and by Pod/shop/twin" in problem.message
-    assert agent.applier.bindings[DB].ifindex == 6
+    assert "Pod/shop/db and Pod/shop/twin both claim 10.0.0.2" in problem.message
+    assert agent.enforcement.applier.bindings[DB].ifindex == 6
     _with_twin_link(bench)
     agent.step()
-    assert agent.applier.bindings[DB].ifindex == 6
+    assert agent.enforcement.applier.bindings[DB].ifindex == 6
     assert bench.node.row(9) is None
     assert 9 in bench.node.programs
     bench.node.wiring = replace(bench.node.wiring, links={2: UPLINK, 5: WEB_LINK, 9: bench.node.wiring.links[9]})
     bench.node.news, bench.node.gone = True, {6}
     agent.step()
-    assert set(agent.applier.bindings) == {WEB}
+    assert set(agent.enforcement.applier.bindings) == {WEB}
     bench.remove("cluster.yaml")
     bench.write("cluster.yaml", CLUSTER.replace(POD.format(name="db", node="here", last=2), ""))
     settle(agent)
-    assert agent.applier.bindings[TWIN_KEY].ifindex == 9
+    assert agent.enforcement.applier.bindings[TWIN_KEY].ifindex == 9
     assert agent.problems == []
 
 
@@ -705,7 +716,7 @@ def test_dispute_outlives_the_agent(bench: Bench) -> None:
     settle(agent)
     _with_twin_link(bench)
     agent = bench.agent()
-    assert agent.applier.bindings[DB].ifindex == 6
+    assert agent.enforcement.applier.bindings[DB].ifindex == 6
     assert any("Pod/shop/db had it first" in problem.message for problem in agent.problems)
 
 
@@ -740,7 +751,7 @@ def test_row_that_something_else_changed_is_put_back(bench: Bench) -> None:
     """Rows missing, changed and foreign are mended in one round, counted, and open connections are judged again."""
     agent = bench.agent()
     before = {name: dict(one.rows) for name, one in bench.node.in_force.items() if name in POLICY_MAPS}
-    generation = agent.applier.generation
+    generation = agent.enforcement.applier.generation
     maps = bench.node.in_force
     del maps["np_addr4"].rows[ip_address("10.0.0.1").packed]
     maps["np_addr4"].rows[ip_address("10.0.0.77").packed] = bytes(8)
@@ -751,20 +762,20 @@ def test_row_that_something_else_changed_is_put_back(bench: Bench) -> None:
     agent.step()
     after = {name: dict(one.rows) for name, one in bench.node.in_force.items() if name in POLICY_MAPS}
     assert after == before
-    assert agent.drift.counts == {"row": 4}
-    assert {drift.was for _, drift in agent.drift.recent} == {"missing", "foreign"}
-    assert agent.applier.generation > generation
+    assert agent.repair.drift.counts == {"row": 4}
+    assert {drift.was for _, drift in agent.repair.drift.recent} == {"missing", "foreign"}
+    assert agent.enforcement.applier.generation > generation
 
 
 def test_configuration_that_something_else_changed_is_put_back(bench: Bench) -> None:
     """A generation changed by somebody is one step ahead of the former again."""
     agent = bench.agent()
-    generation = agent.applier.generation
+    generation = agent.enforcement.applier.generation
     bench.node.in_force["np_config"].rows[bytes(4)] = bytes(abi.np_config(generation=99))
     bench.now_s += ROUND_S
     agent.step()
-    assert agent.applier.generation == generation + 1
-    assert agent.drift.counts == {"configuration": 1}
+    assert agent.enforcement.applier.generation == generation + 1
+    assert agent.repair.drift.counts == {"configuration": 1}
 
 
 def test_programs_that_something_else_removed_are_put_back(bench: Bench) -> None:

@@ -61,7 +61,7 @@ def handed(**fields: Any) -> Handover:
 
 
 def is_bound(bench: Bench, agent: Agent) -> bool:
-    binding = agent.applier.bindings.get(NEW)
+    binding = agent.enforcement.applier.bindings.get(NEW)
     return binding is not None and binding.ifindex == 9 and bench.node.row(9) is not None
 
 
@@ -77,12 +77,12 @@ def test_the_answer_waits_for_the_pod(bench: Bench) -> None:
     settle(agent)
     assert agent.missing_for(handed()) == ""
     assert is_bound(bench, agent)
-    assert agent.evidence[NEW] is Evidence.CNI
-    assert agent.owner_of(ADDRESS) == str(NEW)
-    assert agent.tables.endpoints[NEW].number
-    (local,) = (one for one in agent.local_endpoints() if one.key == NEW)
+    assert agent.interfaces.evidence[NEW] is Evidence.CNI
+    assert agent.objects.owner_of(ADDRESS) == str(NEW)
+    assert agent.enforcement.tables.endpoints[NEW].number
+    (local,) = (one for one in agent.objects.local.values() if one.key == NEW)
     assert local.addresses == (ADDRESS,)
-    assert agent.world_in_force.endpoints[NEW] == local
+    assert agent.objects.world_in_force.endpoints[NEW] == local
 
 
 def test_the_pod_is_there_first(bench: Bench) -> None:
@@ -107,9 +107,9 @@ def test_the_objects_addresses_take_over(bench: Bench) -> None:
     agent.step()
     bench.write("new.yaml", pod("u-1", "10.0.0.9"))
     settle(agent)
-    assert agent.world_in_force.endpoints[NEW].addresses == (ADDRESS,)
+    assert agent.objects.world_in_force.endpoints[NEW].addresses == (ADDRESS,)
     assert is_bound(bench, agent)
-    assert agent.owner_of(ip_address("fd00::9")) is None
+    assert agent.objects.owner_of(ip_address("fd00::9")) is None
 
 
 def test_a_sandbox_made_anew(bench: Bench) -> None:
@@ -119,11 +119,11 @@ def test_a_sandbox_made_anew(bench: Bench) -> None:
     agent.hand_over(handed())
     agent.step()
     assert agent.missing_for(handed()) == ""
-    assert agent.world_in_force.endpoints[NEW].addresses == (ADDRESS,)
-    assert (agent.owner_of(ip_address("10.0.0.8")), agent.owner_of(ADDRESS)) == (None, str(NEW))
+    assert agent.objects.world_in_force.endpoints[NEW].addresses == (ADDRESS,)
+    assert (agent.objects.owner_of(ip_address("10.0.0.8")), agent.objects.owner_of(ADDRESS)) == (None, str(NEW))
     bench.write("new.yaml", pod("u-1", "10.0.0.9"))
     settle(agent)
-    assert agent.world_in_force.endpoints[NEW].addresses == (ADDRESS,)
+    assert agent.objects.world_in_force.endpoints[NEW].addresses == (ADDRESS,)
     again = handed(ifindex=11, interface="veth11", peer=[11, 2], addresses=["10.0.0.7/24"])
     links = {**WIRING.links, 11: Interface(11, "veth11", "veth", (11, 2))}
     bench.node.wiring, bench.node.gone, bench.node.news = replace(WIRING, links=links), {9}, True
@@ -131,8 +131,8 @@ def test_a_sandbox_made_anew(bench: Bench) -> None:
     agent.step()
     assert agent.missing_for(again) == ""
     assert agent.missing_for(handed())
-    assert agent.applier.bindings[NEW].ifindex == 11
-    assert agent.world_in_force.endpoints[NEW].addresses == (ip_address("10.0.0.7"),)
+    assert agent.enforcement.applier.bindings[NEW].ifindex == 11
+    assert agent.objects.world_in_force.endpoints[NEW].addresses == (ip_address("10.0.0.7"),)
 
 
 def test_an_older_pod_of_that_name(bench: Bench) -> None:
@@ -143,14 +143,14 @@ def test_an_older_pod_of_that_name(bench: Bench) -> None:
     agent.step()
     assert "only another one's" in agent.missing_for(handed())
     assert not is_bound(bench, agent)
-    assert agent.owner_of(ADDRESS) is None
+    assert agent.objects.owner_of(ADDRESS) is None
     bench.write("new.yaml", pod("u-1"))
     settle(agent)
     assert agent.missing_for(handed()) == ""
     bench.write("new.yaml", pod("u-2"))
     settle(agent)
     assert agent.missing_for(handed())
-    assert agent.owner_of(ADDRESS) is None
+    assert agent.objects.owner_of(ADDRESS) is None
 
 
 def test_without_a_uid_the_name_counts(bench: Bench) -> None:
@@ -191,13 +191,13 @@ def test_an_interface_that_is_not_as_handed_over(bench: Bench, link: Interface |
 def test_it_takes_an_interface_from_weaker_evidence(bench: Bench) -> None:
     """What the plugin hands over is as strong as a result that it left on the node."""
     agent = bench.agent()
-    assert agent.evidence[DB] is Evidence.ROUTE
+    assert agent.interfaces.evidence[DB] is Evidence.ROUTE
     mine = handed(name="db", uid="", addresses=["10.0.0.2/32"])
     agent.hand_over(mine)
     agent.step()
     assert agent.missing_for(mine) == ""
-    assert agent.evidence[DB] is Evidence.CNI
-    assert agent.applier.bindings[DB].ifindex == 9
+    assert agent.interfaces.evidence[DB] is Evidence.CNI
+    assert agent.enforcement.applier.bindings[DB].ifindex == 9
 
 
 def test_it_ends_with_the_interface(bench: Bench) -> None:
@@ -209,7 +209,7 @@ def test_it_ends_with_the_interface(bench: Bench) -> None:
     bench.node.wiring, bench.node.gone, bench.node.news = WIRING, {9}, True
     agent.step()
     assert not is_bound(bench, agent)
-    assert agent.owner_of(ADDRESS) is None
+    assert agent.objects.owner_of(ADDRESS) is None
     bench.node.wiring = replace(WIRING, links={**WIRING.links, 9: LINK})
     bench.node.news = True
     settle(agent)
@@ -224,7 +224,7 @@ def test_an_address_that_another_has(bench: Bench) -> None:
     agent.hand_over(mine)
     agent.step()
     assert agent.missing_for(mine) == "10.0.0.1 is Pod/shop/web's"
-    assert not agent.world_in_force.endpoints[NEW].addresses
+    assert not agent.objects.world_in_force.endpoints[NEW].addresses
 
 
 def test_addresses_that_changed_places(bench: Bench) -> None:
@@ -235,14 +235,14 @@ def test_addresses_that_changed_places(bench: Bench) -> None:
     agent.hand_over(mine)
     agent.step()
     assert agent.missing_for(mine) == ""
-    assert agent.owner_of(ip_address("10.0.0.8")) == str(NEW)
+    assert agent.objects.owner_of(ip_address("10.0.0.8")) == str(NEW)
     other = handed(name="old", uid="u-2", ifindex=11, interface="veth11", peer=[11, 2])
     links = {**WIRING.links, 9: LINK, 11: Interface(11, "veth11", "veth", (11, 2))}
     bench.node.wiring, bench.node.news = replace(WIRING, links=links), True
     agent.hand_over(other)
     agent.step()
     assert agent.missing_for(other) == agent.missing_for(mine) == ""
-    assert agent.owner_of(ADDRESS) == "Pod/shop/old"
+    assert agent.objects.owner_of(ADDRESS) == "Pod/shop/old"
     assert not [one for one in agent.problems if one.slug == "address-claimed"]
 
 
@@ -272,7 +272,7 @@ def test_a_further_interface(bench: Bench) -> None:
     agent.step()
     assert "further interface" in agent.missing_for(further)
     assert not is_bound(bench, agent)
-    assert agent.owner_of(ip_address("10.7.0.9")) is None
+    assert agent.objects.owner_of(ip_address("10.7.0.9")) is None
 
 
 def test_programs_that_cannot_be_put_on(bench: Bench) -> None:
@@ -382,7 +382,7 @@ def test_the_next_agent_knows_it(bench: Bench) -> None:
     bench.node.wiring = WIRING
     agent = lasting_agent(bench)
     assert not is_bound(bench, agent)
-    assert agent.owner_of(ADDRESS) is None
+    assert agent.objects.owner_of(ADDRESS) is None
     bench.node.wiring = replace(WIRING, links={**WIRING.links, 9: LINK})
     assert not is_bound(bench, lasting_agent(bench))
 
@@ -440,7 +440,7 @@ def test_a_dispute_outlives_the_agent(bench: Bench) -> None:
         agent = lasting_agent(bench)
         agent.hand_over(mine)
         agent.step()
-        assert agent.owner_of(ip_address("10.0.0.1")) == "Pod/shop/web"
+        assert agent.objects.owner_of(ip_address("10.0.0.1")) == "Pod/shop/web"
         assert agent.missing_for(mine)
 
 

@@ -20,16 +20,18 @@ from typing import Any
 import pytest
 from memory_barrier import MemoryTables
 from memory_maps import MemoryMap
+from memory_source import MemorySource
 from test_agent_core import CLUSTER, DB, POD, POLICY, WIRING, Bench, MemoryNode
 from test_sources_reading import in_child, stop, wait_for_stop
 
 from netpol_ebpf.agent import control_socket as control_socket_module
-from netpol_ebpf.agent import main as agent_main
+from netpol_ebpf.agent import loop as agent_loop
 from netpol_ebpf.agent import report
 from netpol_ebpf.agent.answering import Answering
 from netpol_ebpf.agent.control_socket import ControlSocket
 from netpol_ebpf.agent.core import Agent
-from netpol_ebpf.agent.main import AgentLoop, answers_of
+from netpol_ebpf.agent.loop import AgentLoop
+from netpol_ebpf.agent.main import answers_of
 from netpol_ebpf.agent.wiring import Interface
 from netpol_ebpf.resources import manifest_files
 from netpol_ebpf.sources import reading
@@ -195,10 +197,10 @@ def test_policy_and_interfaces_are_dealt_with_while_everybody_asks(stage: Stage)
             crowd.go_on()
 
         # A policy that allows nothing to db, in the steps that a directory takes to settle.
-        before = stage.agent.changes_applied
+        before = stage.agent.enforcement.changes_applied
         stage.bench.write("policy.yaml", POLICY.replace("ingress: [{", "# ingress: [{"))
         begun, asked = stage.steps, sum(crowd.answered.values())
-        while stage.agent.changes_applied == before:
+        while stage.agent.enforcement.changes_applied == before:
             stage.turn()
             crowd.go_on()
             assert stage.steps - begun <= 3, "a change is taken up by the second look that sees it"
@@ -222,7 +224,7 @@ def test_policy_and_interfaces_are_dealt_with_while_everybody_asks(stage: Stage)
         os.read(node.pipe[0], 16)
     finally:
         crowd.close()
-    assert stage.agent.applier.is_enforced(DB)
+    assert stage.agent.enforcement.applier.is_enforced(DB)
 
 
 def bear(node: MemoryNode) -> None:
@@ -238,10 +240,10 @@ def test_interfaces_and_questions_do_not_wait_for_large_manifests(
 ) -> None:
     """While a child reads them, what is born is closed at once and who asks is answered; then they are in force together."""
     in_child(monkeypatch, stop, "more.yaml")
-    before = stage.agent.changes_applied
+    before = stage.agent.enforcement.changes_applied
     stage.bench.write("policy.yaml", POLICY.replace("ingress: [{", "# ingress: [{"))
     stage.bench.write("more.yaml", POD.format(name="late", node="here", last=9) + "#" * reading.IN_PLACE_BYTES)
-    child = wait_for_stop(stage.agent._source, stage.turn)
+    child = wait_for_stop(stage.agent.source, stage.turn)
     crowd = Crowd(stage.loop.control_socket.path)
     try:
         bear(stage.bench.node)
@@ -252,14 +254,14 @@ def test_interfaces_and_questions_do_not_wait_for_large_manifests(
         while min(crowd.answered[operation] for operation in OPERATIONS) < 1:
             stage.turn()
             crowd.go_on()
-        assert stage.agent.changes_applied == before
+        assert stage.agent.enforcement.changes_applied == before
         os.read(stage.bench.node.pipe[0], 16)
     finally:
         crowd.close()
         os.kill(child, signal.SIGCONT)
-    while stage.agent.changes_applied == before:
+    while stage.agent.enforcement.changes_applied == before:
         stage.turn()
-    assert "late" in {one.key.name for one in stage.agent.local_endpoints()}
+    assert "late" in {one.key.name for one in stage.agent.objects.local.values()}
     assert not {one.slug for one in stage.agent.problems} & {"unreadable", "reading"}
 
 
@@ -281,15 +283,30 @@ def test_interface_that_is_born_during_a_look_is_closed_before_it_ends(
     stage.agent.step()
     assert closed[0] is False
     assert closed[-1] is True
-    assert 9 in stage.agent.wiring.links
+    assert 9 in stage.agent.interfaces.wiring.links
     assert stage.bench.node.row(9) is None
+
+
+def test_news_of_a_source_makes_a_step_due(stage: Stage) -> None:
+    """A readable descriptor of the source wakes the loop, and the step follows at once, but not within NEWS_GAP_S of the last."""
+    source, now_s = MemorySource("objects", has_descriptor=True), [1000.0]
+    stage.agent.source, stage.loop.clock = source, lambda: now_s[0]
+    source.fileno()
+    assert "step" in stage.turn()
+    source.wake()
+    now_s[0] += agent_loop.NEWS_GAP_S / 2
+    assert "step" not in stage.turn()
+    now_s[0] += agent_loop.NEWS_GAP_S / 2
+    assert source.wait_s() == 0
+    assert "step" in stage.turn()
+    source.close()
 
 
 def test_answers_are_those_of_the_agent(stage: Stage) -> None:
     """A child answers with the agent's state at that moment, and under the agent's own process number."""
     stage.bench.write("late.yaml", POD.format(name="late", node="here", last=9))
-    before = stage.agent.changes_applied
-    while stage.agent.changes_applied == before:
+    before = stage.agent.enforcement.changes_applied
+    while stage.agent.enforcement.changes_applied == before:
         stage.turn()
     channel = socket.socket(socket.AF_UNIX)
     with channel:
@@ -328,7 +345,7 @@ def test_no_room_for_the_socket_ends_nothing(
     while stage.steps == steps:
         stage.turn()
     full[0] = False
-    now_s = stage.loop.clock() + agent_main.RETRY_S
+    now_s = stage.loop.clock() + agent_loop.RETRY_S
     stage.loop.clock = lambda: now_s
     stage.turn()
     assert service.is_open

@@ -13,8 +13,9 @@ import pytest
 from test_agent_core import CLUSTER, POD, POLICY, WIRING, Bench, settle
 from worlds import packet
 
-from netpol_ebpf.agent.core import Agent, AgentSettings
+from netpol_ebpf.agent.core import Agent
 from netpol_ebpf.agent.rejected import RETRY_S
+from netpol_ebpf.agent.settings import AgentSettings
 from netpol_ebpf.agent.wiring import Interface
 from netpol_ebpf.apply.encode import LocalFlag, Meaning
 from netpol_ebpf.compiler import Interpreter
@@ -50,7 +51,7 @@ def test_uplink_has_its_row_before_it_gets_programs(bench: Bench) -> None:
     assert row is not None
     assert (row.flags, row.number) == (
         abi.NP_ENDPOINT_HOST | abi.NP_ENDPOINT_OUTSIDE,
-        agent.tables.endpoints[EndpointKey("HostEndpoint", "", "h")].number,
+        agent.enforcement.tables.endpoints[EndpointKey("HostEndpoint", "", "h")].number,
     )
     assert bench.node.rows_when_attached[2]
     assert len(bench.node.in_force["np_host"].rows) == 1
@@ -62,11 +63,11 @@ def test_uplink_has_its_row_before_it_gets_programs(bench: Bench) -> None:
     assert row.flags == abi.NP_ENDPOINT_HOST | abi.NP_ENDPOINT_UPLINK | abi.NP_ENDPOINT_OUTSIDE
     assert bench.node.in_force["np_host"].rows == {}
     assert len(bench.node.in_force["np_vip4"].rows) == 2
-    assert agent.applier.config_flags & abi.NP_CONFIG_DEFER
+    assert agent.enforcement.applier.config_flags & abi.NP_CONFIG_DEFER
     bench.remove("service.yaml")
     settle(agent)
     assert bench.node.row(2) is not None
-    assert not agent.applier.config_flags & abi.NP_CONFIG_DEFER
+    assert not agent.enforcement.applier.config_flags & abi.NP_CONFIG_DEFER
     assert agent.problems == []
 
 
@@ -92,7 +93,7 @@ def test_services_are_closed_while_an_exit_has_no_program(bench: Bench) -> None:
     agent = bench.agent()
     assert [problem.slug for problem in agent.problems] == ["no-exit"]
     assert len(bench.node.in_force["np_vip4"].rows) == 2
-    assert not agent.applier.config_flags & abi.NP_CONFIG_DEFER
+    assert not agent.enforcement.applier.config_flags & abi.NP_CONFIG_DEFER
 
 
 def test_host_endpoint_without_its_interface_is_told(bench: Bench) -> None:
@@ -253,7 +254,7 @@ def passes(agent: Agent, source: str, protocol: int, port: int) -> bool:
     """Whether the host endpoint's tables let a packet to the node in."""
     about = packet(source, "172.16.0.1", protocol, port)
     question = Question(EndpointKey("HostEndpoint", "", "h"), Direction.INGRESS, Stage.NORMAL, about)
-    return Interpreter(agent.tables).decide(question).outcome is Outcome.ALLOW
+    return Interpreter(agent.enforcement.tables).decide(question).outcome is Outcome.ALLOW
 
 
 def test_failsafe_ports_follow_the_manifests(bench: Bench) -> None:
@@ -280,7 +281,7 @@ def test_tunnels_of_devices_and_of_the_option_pass_between_nodes(bench: Bench) -
     bench.write("nodes.yaml", NODES)
     agent = bench.agent(AgentSettings("here", tunnels=frozenset({(UDP, 8472)})))
     settle(agent)
-    assert agent.changes_applied == 1
+    assert agent.enforcement.changes_applied == 1
     ports = [(UDP, 4789), (UDP, 8472), (UDP, 6081), (IPIP, 0), (47, 0)]
     assert [passes(agent, "172.16.0.2", *one) for one in ports] == [True, True, False, True, False]
     assert [passes(agent, "192.0.2.1", *one) for one in ports] == [False] * 5
@@ -288,11 +289,11 @@ def test_tunnels_of_devices_and_of_the_option_pass_between_nodes(bench: Bench) -
     device = Interface(9, "gnv0", "geneve", takes=((UDP, 6081),))
     bench.node.wiring, bench.node.news = replace(plain, links={**plain.links, 9: device}), True
     agent.step()
-    assert agent.changes_applied == 2
+    assert agent.enforcement.changes_applied == 2
     assert [passes(agent, "172.16.0.2", *one) for one in ports] == [True, True, True, True, False]
     again = bench.agent()
     settle(again)
-    assert again.changes_applied == 1
+    assert again.enforcement.changes_applied == 1
     assert passes(again, "172.16.0.2", UDP, 6081)
     bench.node.wiring, bench.node.news = plain, True
     again.step()
@@ -312,8 +313,8 @@ def test_automatic_host_endpoint_is_in_force(bench: Bench) -> None:
     key = EndpointKey("HostEndpoint", "", "here-auto-hep")
     row = bench.node.row(2)
     assert row is not None
-    assert row.number == agent.tables.endpoints[key].number
+    assert row.number == agent.enforcement.tables.endpoints[key].number
     assert agent.problems == []
     bench.remove("controllers.yaml")
     settle(agent)
-    assert key not in agent.tables.endpoints
+    assert key not in agent.enforcement.tables.endpoints

@@ -16,8 +16,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from test_agent_core import CLUSTER, POD, POLICY, WIRING, Bench, settle
 
-from netpol_ebpf.agent.core import Agent, AgentSettings
+from netpol_ebpf.agent.core import Agent
 from netpol_ebpf.agent.questions import answer_question
+from netpol_ebpf.agent.settings import AgentSettings
 from netpol_ebpf.agent.wiring import Interface
 from netpol_ebpf.errors import InvalidInputError, LimitError, UsageError
 from netpol_ebpf.policy.types import Action
@@ -93,7 +94,7 @@ def test_broken_file_and_directory_that_cannot_be_read_change_no_answer(bench: B
 def test_refused_change_is_not_in_force(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the compiler refuses changes no answer until a later change brings it; so for an endpoint that is not known yet."""
     agent = bench.agent()
-    compiler = agent._compiler
+    compiler = agent.enforcement._compiler
     commit = compiler.commit
 
     def refuse() -> None:

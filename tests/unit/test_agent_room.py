@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 from test_agent_core import CLUSTER, POD, POLICY, WIRING, Bench, settle
 
-from netpol_ebpf.agent.core import Agent, AgentSettings
+from netpol_ebpf.agent.core import Agent
 from netpol_ebpf.agent.node import POLICY_MAPS
 from netpol_ebpf.agent.rejected import MAPS_BY_LIMIT, RETRY_S
+from netpol_ebpf.agent.settings import AgentSettings
 from netpol_ebpf.agent.wiring import Interface
 from netpol_ebpf.apply.applier import ARRAYS
 from netpol_ebpf.apply.encode import LocalFlag, Meaning
@@ -94,9 +95,9 @@ def refused(bench: Bench, agent: Agent, full: str) -> None:
     """The agent says that the map is full, did nothing, and does nothing the next time."""
     for retry in range(3):
         assert [(one.slug, full in one.message) for one in agent.problems] == [("map-full", True)], retry
-        assert agent.refusals.by_map == {full: retry + 1}
+        assert agent.rejected.by_map == {full: retry + 1}
         assert bench.node.renewals == 1
-        bench.now_s = agent.refusals.retry_at_s or 0
+        bench.now_s = agent.rejected.retry_at_s or 0
         agent.step()
 
 
@@ -121,7 +122,7 @@ def test_change_of_the_node_s_own_interfaces_is_refused_whole(bench: Bench, full
     bench.write("excess.yaml", BLOCKS)
     settle(agent)
     assert agent.problems == []
-    assert any("blocks" in str(cause) for _, cause in agent.tables.rules.items())
+    assert any("blocks" in str(cause) for _, cause in agent.enforcement.tables.rules.items())
 
 
 def test_endpoint_that_does_not_fit_is_found_before_maps_are_made(bench: Bench) -> None:
@@ -131,10 +132,10 @@ def test_endpoint_that_does_not_fit_is_found_before_maps_are_made(bench: Bench) 
     bench.node.sizes = {"np_source4": 0}
     bench.write("sender.yaml", SENDER)
     settle(agent)
-    assert agent.refusals.full == "np_addr4"
+    assert agent.rejected.full == "np_addr4"
     bench.now_s += RETRY_S
     agent.step()
-    assert agent.refusals.full == "np_source4"
+    assert agent.rejected.full == "np_source4"
     assert bench.node.renewals == 1
 
 
@@ -144,7 +145,7 @@ def test_larger_map_that_the_next_agent_asks_for_is_room(bench: Bench) -> None:
     agent = bench.agent()
     bench.write("sender.yaml", SENDER)
     settle(agent)
-    assert agent.refusals.full == "np_addr4"
+    assert agent.rejected.full == "np_addr4"
     with pytest.raises(MapFullError, match="np_addr4 has room for 3 rows; the change needs 4"):
         bench.agent()
     bench.node.sizes = {"np_addr4": 4}

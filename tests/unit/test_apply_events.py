@@ -8,7 +8,7 @@ from ipaddress import ip_address
 
 import pytest
 
-from netpol_ebpf.apply.events import FlowEvent, Names, decode_event
+from netpol_ebpf.apply.events import DECODERS, FlowEvent, Names, decode_event
 from netpol_ebpf.policy.types import (
     ICMP,
     TCP,
@@ -22,6 +22,7 @@ from netpol_ebpf.policy.types import (
     PolicyKey,
 )
 from netpol_loader import abi
+from netpol_loader.tables import events
 
 WEB = EndpointKey("Pod", "shop", "web")
 KEY = PolicyKey("NetworkPolicy", "shop", "p")
@@ -129,3 +130,33 @@ def test_what_is_allowed_is_never_told_as_denied() -> None:
     passed = {"kind": abi.NP_EVENT_ALLOW, "reason": abi.NP_REASON_POLICY_ALLOW, "action": abi.NP_ACTION_ALLOW}
     assert decoded(**passed, rule=2).cause == ALLOW
     assert decoded(**passed, rule=1).cause is None
+
+
+def test_every_type_of_event_has_a_record_and_a_decoder() -> None:
+    """A type that the program may report and nobody could read would be lost."""
+    kinds = {value for name, value in vars(abi).items() if name.startswith("NP_EVENT_")}
+    assert kinds == set(events.RECORDS) == set(DECODERS)
+
+
+def test_record_is_read_by_its_type() -> None:
+    """The structure follows from the type number; a record of another version's type, or a short one, is none."""
+    whole = bytes(raw(kind=abi.NP_EVENT_ALLOW))
+    record = events.parse_record(whole)
+    assert record is not None
+    assert bytes(record) == whole
+    assert decode_event(record, NAMES).kind == "allow"
+    unknown = max(events.RECORDS) + 1
+    assert events.parse_record(bytes(raw(kind=unknown))) is None
+    assert events.parse_record(whole[:-1]) is None
+    assert events.parse_record(b"") is None
+
+
+def test_unknown_record_is_counted_and_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    """What another version of the program left in the ring keeps nobody from what this one reports."""
+    seen: list[events.EventRecord] = []
+    reader = object.__new__(events.EventReader)
+    reader.unknown, reader._callback = 0, seen.append
+    for kind in (99, abi.NP_EVENT_DENY, 99):
+        reader._hand_over(bytes(raw(kind=kind)))
+    assert (reader.unknown, [one.kind for one in seen]) == (2, [abi.NP_EVENT_DENY])
+    assert len(caplog.records) == 1

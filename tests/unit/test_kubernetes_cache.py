@@ -102,6 +102,31 @@ def test_content_is_compared_not_versions(cache: Cache) -> None:
     assert changes(cache.drain()) == ["+Tier/one"]
 
 
+def test_what_no_parser_reads_is_no_change(cache: Cache) -> None:
+    """Of a policy everything is decoded; an annotation means nothing to it."""
+    sync(cache)
+    item = tier("one", "5")
+    put(cache, TIERS, item)
+    assert [event.version for event in cache.drain()] == ["5"]
+    item["metadata"] |= {"resourceVersion": "6", "annotations": {"a": "b"}}
+    put(cache, TIERS, item)
+    assert cache.drain() == ()
+
+
+def test_same_fields_are_parsed_once(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A relist of a large cluster costs its decoding."""
+    sync(cache)
+    put(cache, PODS, pod("web", "5"))
+
+    def fail(*_arguments: object) -> None:
+        raise AssertionError("parsed again")
+
+    monkeypatch.setattr("netpol_ebpf.sources.kubernetes.cache.parse", fail)
+    put(cache, PODS, pod("web", "6"))
+    with pytest.raises(AssertionError, match="parsed again"):
+        put(cache, PODS, pod("web", "7", address="10.0.0.2"))
+
+
 def test_latest_state_alone_is_kept(cache: Cache) -> None:
     """However often an object changes while nobody takes, it is one change."""
     sync(cache)

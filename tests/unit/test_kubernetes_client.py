@@ -250,18 +250,19 @@ def test_token_is_read_for_each_request(tmp_path: Path) -> None:
 
 def test_refused_credentials_are_said_to_be() -> None:
     """401: the next request asks for others, the one after it does not."""
-    refused: list[bool] = []
+    given = [Credentials({"Authorization": str(number)}) for number in range(4)]
+    refused: list[Credentials | None] = []
 
-    def credentials(was_refused: bool) -> Credentials:  # noqa: FBT001 - the form of the callable
-        refused.append(was_refused)
-        return Credentials()
+    def credentials(one: Credentials | None) -> Credentials:
+        refused.append(one)
+        return given[len(refused) - 1]
 
     statuses = iter([200, 401, 200, 200])
     with FakeServer(lambda _request: Wire(Reply(next(statuses)))) as server:
         client = Client(Cluster(server.url, credentials=credentials))
         for _ in range(4):
             get(client).close()
-    assert refused == [False, False, True, False]
+    assert refused == [None, None, given[1], None]
 
 
 @pytest.mark.parametrize("token", ["a\nb", "\u00e9"])
@@ -306,6 +307,23 @@ def test_certificate_is_checked(certificates: Certificates) -> None:
         with pytest.raises(UnreachableError, match="certificate is not accepted"):
             get(Client(Cluster(server.url)))
         get(Client(Cluster(server.url, is_insecure=True))).close()
+
+
+def test_certificates_are_checked_as_by_kubectl(certificates: Certificates, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not by the stricter rules that newer versions of Python begin with."""
+    contexts = []
+    create = ssl.create_default_context
+
+    def strict(**options: str | None) -> ssl.SSLContext:
+        contexts.append(create(**options))  # type: ignore[arg-type]
+        contexts[-1].verify_flags |= ssl.VERIFY_X509_STRICT
+        return contexts[-1]
+
+    monkeypatch.setattr(ssl, "create_default_context", strict)
+    with serve(certificates) as server:
+        get(Client(Cluster(server.url, authority=lambda: certificates.read("ca.crt")))).close()
+    assert not contexts[0].verify_flags & ssl.VERIFY_X509_STRICT
+    assert contexts[0].verify_mode is ssl.CERT_REQUIRED
 
 
 def test_name_is_checked(certificates: Certificates) -> None:
@@ -365,7 +383,7 @@ def test_pod_finds_its_cluster(tmp_path: Path) -> None:
     assert cluster.server == "https://10.96.0.1:443"
     assert cluster.authority() == b"ca"
     (tmp_path / "token").write_text("t2")
-    assert cluster.credentials(False).headers == {"Authorization": "Bearer t2"}  # noqa: FBT003
+    assert cluster.credentials(None).headers == {"Authorization": "Bearer t2"}
     six = in_cluster(tmp_path, {"KUBERNETES_SERVICE_HOST": "fd00::1", "KUBERNETES_SERVICE_PORT": "443"})
     assert Client(six).peer == "[fd00::1]:443"
     with pytest.raises(InvalidInputError, match="no pod"):

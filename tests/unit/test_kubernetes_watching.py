@@ -551,6 +551,22 @@ def test_deleted_definition_keeps_its_objects(make: Make) -> None:
     assert bench.slugs() == []
 
 
+def test_deletion_that_is_read_after_its_definition_went_is_none(make: Make) -> None:
+    """A reader that is late: the definition is gone by the time."""
+    bench = listed(make, tier("one"), tier("two"))
+    bench.script.definitions = [failure(404)]
+    bench.script.replies = [
+        stream(("DELETED", tier("one", "7")), is_cut=True),
+        failure(410),
+        stream(mark("9", ends_list=True)),
+    ]
+    bench.steps()
+    assert bench.names() == ["one", "two"]
+    bench.steps(2)
+    assert bench.names() == ["one", "two"]
+    assert bench.slugs() == ["crd-deleted"]
+
+
 def test_deleted_definition_keeps_what_no_event_named(make: Make) -> None:
     """404 after a start, or after the stream was cut."""
     bench = listed(make, tier("one"), tier("two"))

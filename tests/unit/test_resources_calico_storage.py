@@ -14,7 +14,8 @@ from netpol_ebpf.resources import calico, calico_configuration
 from netpol_ebpf.resources.calico_storage import METADATA, VERSION
 from netpol_ebpf.resources.load import load_paths, parse_documents
 from netpol_ebpf.resources.types import Meta
-from netpol_ebpf.sources.files import ManifestDirectory, Remove, Upsert
+from netpol_ebpf.sources.files import ManifestDirectory
+from netpol_ebpf.sources.source import Remove, Upsert
 
 SPECS = {
     "HostEndpoint": {"node": "node", "interfaceName": "eth0"},

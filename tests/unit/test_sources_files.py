@@ -20,10 +20,8 @@ from netpol_ebpf.sources.copies import LastGoodCopies
 from netpol_ebpf.sources.files import (
     MAX_UNSETTLED_LOOKS,
     ManifestDirectory,
-    Remove,
-    SourceUpdate,
-    Upsert,
 )
+from netpol_ebpf.sources.source import Remove, SourceUpdate, Upsert
 
 POD = "apiVersion: v1\nkind: Pod\nmetadata: {{name: {name}, namespace: shop, labels: {{app: {app}}}}}\nstatus: {{podIP: 10.0.0.1}}\n"
 
@@ -782,7 +780,7 @@ def test_root_that_is_a_pipe_is_not_waited_for(source: ManifestDirectory) -> Non
     batch = source.step()
     assert batch is not None
     assert "neither a directory nor a regular file" in batch.problems[0].message
-    assert not source.was_read
+    assert not source.has_synced
 
 
 def test_pipe_among_the_copies_is_not_waited_for(tmp_path: Path) -> None:
@@ -922,11 +920,11 @@ def test_problems_without_number_cost_a_bounded_time(
 def test_directory_that_was_never_read_says_so(source: ManifestDirectory) -> None:
     """Whether there is any state of the manifests at all is told apart from an empty one."""
     assert source.step() is not None
-    assert not source.was_read
+    assert not source.has_synced
     source.root.mkdir()
     source.step()
     source.step()
-    assert source.was_read
+    assert source.has_synced
 
 
 def test_a_change_compares_only_what_it_touches(source: ManifestDirectory, monkeypatch: pytest.MonkeyPatch) -> None:

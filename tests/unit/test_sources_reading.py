@@ -17,7 +17,8 @@ from test_sources_files import names, pod, settled, write
 
 from netpol_ebpf.sources import files, reading
 from netpol_ebpf.sources.copies import LastGoodCopies
-from netpol_ebpf.sources.files import ManifestDirectory, SourceUpdate
+from netpol_ebpf.sources.files import ManifestDirectory
+from netpol_ebpf.sources.source import SourceUpdate
 
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 """Of the threads of a test runner; the agent has one."""
@@ -181,7 +182,7 @@ ENDS = {
     "memory": (exhaust, "more than 2048 MiB of memory", False),
     "time": (too_long, "takes longer than", False),
     "killed": (lambda: os.kill(os.getpid(), signal.SIGKILL), "ended by SIGKILL", True),
-    "bug": (fail, "a bug, which the log tells", False),
+    "bug": (fail, "a bug; the log has the details", False),
 }
 
 
@@ -232,7 +233,7 @@ def test_no_process_can_be_begun(source: ManifestDirectory, monkeypatch: pytest.
     write(source, "a.yaml", large("one", app="db"))
     batch = awaited(source)
     assert batch.events == ()
-    assert "no process can be begun" in batch.problems[0].message
+    assert "cannot start a process" in batch.problems[0].message
     assert [source.step() for _ in range(5)] == [None] * 5
     monkeypatch.setattr(os, "fork", FORK)
     after = awaited(source)
@@ -281,7 +282,7 @@ def test_problems_without_number_are_not_all_told(source: ManifestDirectory) -> 
     write(source, "a.yaml", "- a\n" * 5000)
     batch = awaited(source)
     assert len(batch.problems) == reading.MOST_PROBLEMS + 1
-    assert f"{5000 - reading.MOST_PROBLEMS} problems more" in batch.problems[-1].message
+    assert f"{5000 - reading.MOST_PROBLEMS} more problems" in batch.problems[-1].message
     assert batch.events == ()
 
 

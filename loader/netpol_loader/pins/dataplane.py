@@ -36,7 +36,7 @@ from netpol_loader.pins.programs import CURRENT, DAMAGED_HINT, OLD, ProgramSet, 
 from netpol_loader.pins.staging import Staging, remove_unfinished
 from netpol_loader.tables.buckets import bucketed
 from netpol_loader.tables.connections import choose_secret, viewed
-from netpol_loader.tables.events import EventReader
+from netpol_loader.tables.events import EventReader, EventRecord
 
 log = logging.getLogger(__name__)
 
@@ -235,7 +235,7 @@ class Dataplane:
             ) from error
         return TestRun(verdict, duration_ns, struct.unpack_from("=I", context, SKB_MARK)[0])
 
-    def events(self, callback: Callable[[abi.np_event], None]) -> EventReader:
+    def events(self, callback: Callable[[EventRecord], None]) -> EventReader:
         """A reader of the event ring; one at a time."""
         return EventReader(self.maps["np_event"].fd, callback)
 

@@ -1,19 +1,35 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reading the event ring, through libbpf (the one thing it is used for: its reader keeps the memory order right).
 
-Invariant: every record is handed to the callback once, in order.  The program wakes no reader up: `poll` waits at
-most the time it is given and then consumes what there is.
+Invariant: every record of a known type is handed to the callback once, in order; one of an unknown type, which another version of the
+program may have left, is counted and logged.  The program wakes no reader up: `poll` waits at most the time it is given
+and then consumes what there is.
+
+A new type of event takes a number in ``enum np_event_kind``, a structure with that number at KIND_OFFSET, a line in RECORDS, and one in
+`netpol_ebpf.apply.events.DECODERS`.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
+import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from netpol_ebpf.errors import PlatformError
 from netpol_loader import abi
+
+log = logging.getLogger(__name__)
+
+EventRecord = abi.np_event
+"""The structures of all records; a union as soon as there is a second one."""
+RECORDS: Mapping[int, type[EventRecord]] = dict.fromkeys(
+    (abi.NP_EVENT_DENY, abi.NP_EVENT_ALLOW, abi.NP_EVENT_LOG), abi.np_event
+)
+"""By type number (``enum np_event_kind``): the structure of a record."""
+KIND_OFFSET: int = vars(abi.np_event)["kind"].offset
+"""Where every record has its type number, a byte."""
 
 LIBRARIES = ("libbpf.so.1", "libbpf.so.0")
 
@@ -39,10 +55,19 @@ def _libbpf() -> ctypes.CDLL:
     )
 
 
-class EventReader:
-    """A consumer of the ring buffer behind ``map_fd``. One reader at a time; close it."""
+def parse_record(data: bytes) -> EventRecord | None:
+    """The structure of a record; None for one of an unknown type, or shorter than its type has it."""
+    if len(data) <= KIND_OFFSET:
+        return None
+    kind = RECORDS.get(data[KIND_OFFSET])
+    return None if kind is None or len(data) < ctypes.sizeof(kind) else kind.from_buffer_copy(data)
 
-    def __init__(self, map_fd: int, callback: Callable[[abi.np_event], None]) -> None:
+
+class EventReader:
+    """A consumer of the ring buffer behind ``map_fd``. One reader at a time; close it. ``unknown``: records of unknown types so far."""
+
+    def __init__(self, map_fd: int, callback: Callable[[EventRecord], None]) -> None:
+        self.unknown = 0
         self._callback = callback
         self._failure: BaseException | None = None
         self._most: int | None = None
@@ -82,12 +107,23 @@ class EventReader:
 
     def _on_sample(self, _context: int, data: int, size: int) -> int:
         try:
-            self._callback(abi.np_event.from_buffer_copy(ctypes.string_at(data, size)))
+            self._hand_over(ctypes.string_at(data, size))
         except BaseException as error:  # noqa: BLE001  # must not pass through C; raised again by _check
             self._failure = error
             return -1
         self._handed_over += 1
         return -1 if self._handed_over == self._most else 0  # below 0 the library stops, having taken this one
+
+    def _hand_over(self, data: bytes) -> None:
+        record = parse_record(data)
+        if record is not None:
+            self._callback(record)
+            return
+        if not self.unknown:
+            log.warning(
+                "the event ring has records of a type that this version does not know; they are counted and left out"
+            )
+        self.unknown += 1
 
     def _check(self, result: int) -> int:
         if self._failure is not None:

@@ -20,7 +20,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from threading import Lock
 from urllib.parse import SplitResult, unquote, urlsplit
 
 from netpol_ebpf import __version__
@@ -56,13 +55,13 @@ class Cluster:
     """Where an API server is, and how it is spoken to.
 
     ``authority``: reads the PEM of the certificate authorities, b"" for those of the system; ``credentials``: reads what to prove
-    oneself with, its argument says that what it gave last was not accepted.  Both raise OSError, or InvalidInputError with a reason.
+    oneself with, its argument is what it gave before and the server refused, or None.  Both raise OSError, or InvalidInputError.
     ``proxy``: URL or ""; ``server_name``: for TLS, where it is not the host's.
     """
 
     server: str
     authority: Callable[[], bytes] = bytes
-    credentials: Callable[[bool], Credentials] = lambda _refused: Credentials()
+    credentials: Callable[[Credentials | None], Credentials] = lambda _refused: Credentials()
     proxy: str = ""
     server_name: str = ""
     is_insecure: bool = False
@@ -157,8 +156,7 @@ class Client:
         self._host, self._port = parts.hostname or "", parts.port or (443 if self._is_tls else 80)
         self._prefix = parts.path.rstrip("/")
         self._proxy = _split(cluster.proxy, ("http",), "proxy") if cluster.proxy else None
-        self._was_refused = False
-        self._lock = Lock()
+        self._refused: Credentials | None = None
 
     def get(self, target: str, *, head_s: float, idle_s: float, metadata_only: bool = False) -> HttpAnswer:
         """Begin a GET.
@@ -168,9 +166,10 @@ class Client:
         """
         connection = self._connection()
         try:
-            headers = self._connect(connection)
+            credentials = self._credentials()
+            self._connect(connection, credentials)
             accept = _METADATA if metadata_only else _JSON
-            headers |= {"Accept": accept, "Accept-Encoding": "gzip", "User-Agent": USER_AGENT}
+            headers = {**credentials.headers, "Accept": accept, "Accept-Encoding": "gzip", "User-Agent": USER_AGENT}
             sock: socket.socket = connection.sock
             sock.settimeout(head_s)
             connection.request("GET", self._prefix + target, headers=headers)
@@ -183,8 +182,7 @@ class Client:
             connection.close()
             raise
         if response.status == http.HTTPStatus.UNAUTHORIZED:
-            with self._lock:
-                self._was_refused = True
+            self._refused = credentials
         return HttpAnswer(response, connection, sock)
 
     def _connection(self) -> http.client.HTTPConnection:
@@ -194,26 +192,28 @@ class Client:
         connection.set_tunnel(self._host, self._port, headers=_proxy_headers(self._proxy))
         return connection
 
-    def _connect(self, connection: http.client.HTTPConnection) -> dict[str, str]:
-        """Connect, through the proxy where there is one; the headers that prove who asks."""
-        with self._lock:
-            refused, self._was_refused = self._was_refused, False
+    def _credentials(self) -> Credentials:
+        refused, self._refused = self._refused, None
         try:
-            credentials = self.cluster.credentials(refused)
+            return self.cluster.credentials(refused)
         except (OSError, InvalidInputError) as error:
             raise UnreachableError(f"the credentials for {self.peer} cannot be read ({error})", hint="") from error
+
+    def _connect(self, connection: http.client.HTTPConnection, credentials: Credentials) -> None:
+        """Connect, through the proxy where there is one."""
         connection.connect()
         _keep_alive(connection.sock)
         if self._is_tls:
             context = self._context(credentials)
             name = self.cluster.server_name or self._host
             connection.sock = context.wrap_socket(connection.sock, server_hostname=name)
-        return dict(credentials.headers)
 
     def _context(self, credentials: Credentials) -> ssl.SSLContext:
         try:
             authority = self.cluster.authority()
             context = ssl.create_default_context(cadata=authority.decode("ascii") if authority else None)
+            # Python 3.13 refuses what Go, and so kubectl, takes: authorities and certificates without key identifiers.
+            context.verify_flags &= ~ssl.VERIFY_X509_STRICT
             if self.cluster.is_insecure:
                 context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
             if credentials.certificate:

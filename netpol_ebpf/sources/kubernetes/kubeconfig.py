@@ -220,12 +220,12 @@ class _User:
             headers = {"Authorization": f"Basic {base64.b64encode(text.encode()).decode('ascii')}"}
         return Credentials(headers, user.read("client-certificate"), user.read("client-key"))
 
-    def credentials(self, was_refused: bool) -> Credentials:  # noqa: FBT001 - the one argument of the callable that a Cluster holds
+    def credentials(self, refused: Credentials | None) -> Credentials:
         """As they are now. Raises OSError, InvalidInputError, UnreachableError."""
         own = self._credentials_of_file()
         if self._plugin is None or own.headers or own.certificate:
             return own
-        return self._plugin.credentials(renew=was_refused)
+        return self._plugin.credentials(refused)
 
 
 class _Plugin:
@@ -253,10 +253,11 @@ class _Plugin:
             raise part.error("env must be a list of names with values")
         self._environment = {str(one.get("name")): str(one.get("value", "")) for one in pairs}
 
-    def credentials(self, *, renew: bool) -> Credentials:
+    def credentials(self, refused: Credentials | None) -> Credentials:
+        """Those that are kept, unless they expired or are the ones that were refused: of many requests one renews them."""
         with self._lock:
             is_late = self._expires is not None and datetime.now(timezone.utc) >= self._expires - EXPIRY_MARGIN
-            if self._credentials is None or renew or is_late:
+            if self._credentials is None or self._credentials is refused or is_late:
                 self._credentials, self._expires = self._ask()
             return self._credentials
 

@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 from test_agent_core import CLUSTER, POD, POLICY, Bench, settle
 
-from netpol_ebpf.agent.core import AUDIT_S, SEARCH_S, AgentSettings
+from netpol_ebpf.agent.local_interfaces import SEARCH_S
 from netpol_ebpf.agent.rejected import RETRY_S, RejectedChanges
+from netpol_ebpf.agent.repair import AUDIT_S
+from netpol_ebpf.agent.settings import AgentSettings
 from netpol_ebpf.agent.wiring import Interface
 from netpol_ebpf.compiler import Compiler
 from netpol_ebpf.errors import InvalidInputError, LimitError, MapFullError, PlatformError
@@ -66,7 +68,7 @@ def test_interface_that_keeps_programs_is_named_and_tried_again(bench: Bench, mo
     bench.node.wiring = replace(wiring, links={**wiring.links, 9: Interface(9, "br9", "bridge")})
     bench.write("host.yaml", BRIDGE_HOST)
     agent = bench.agent()
-    assert 9 in agent.attached
+    assert 9 in agent.attachments.interfaces
 
     def detach(_ifindex: int) -> None:
         raise PlatformError("the kernel says no")
@@ -75,9 +77,9 @@ def test_interface_that_keeps_programs_is_named_and_tried_again(bench: Bench, mo
     bench.write("host.yaml", "---\n")
     settle(agent)
     assert [problem.message for problem in agent.problems] == [
-        "interface br9 should have left policy and is still under it: the kernel says no"
+        "policy is still enforced on interface br9, to which it does not apply any more: the kernel says no"
     ]
-    assert 9 in agent.attached
+    assert 9 in agent.attachments.interfaces
     monkeypatch.undo()
     bench.now_s += SEARCH_S
     agent.step()
@@ -91,7 +93,7 @@ def test_directory_that_cannot_be_read_is_no_empty_policy(bench: Bench) -> None:
     before = bench.node.exchanges
     manifests = bench.home / "manifests"
     manifests.rename(bench.home / "elsewhere")
-    with pytest.raises(InvalidInputError, match=r"manifests are not known: .*manifests cannot be read"):
+    with pytest.raises(InvalidInputError, match=r"cannot read the manifests: .*manifests cannot be read"):
         bench.agent()
     assert bench.node.exchanges == before
     assert bench.node.row(5) is not None
@@ -126,11 +128,11 @@ def test_limit_is_not_tried_again_by_itself(bench: Bench, monkeypatch: pytest.Mo
     monkeypatch.setattr(Compiler, "commit", commit)
     bench.now_s += RETRY_S
     agent.step()
-    assert agent.refusals.count == 2
+    assert agent.rejected.count == 2
     for _ in range(3):
         bench.now_s += RETRY_S
         agent.step()
-    assert agent.refusals.count == 2
+    assert agent.rejected.count == 2
     monkeypatch.undo()
     bench.write("later.yaml", POD.format(name="later", node="there", last=10))
     settle(agent)
@@ -141,13 +143,13 @@ def test_retries_grow_rare_and_begin_anew() -> None:
     """Each refusal for want of memory doubles the time to the next try; success forgets that."""
     refusals = RejectedChanges()
     full = MapFullError("full", map_name="np_rule")
-    refusals.refuse(full, 0.0)
-    refusals.refuse(full, RETRY_S)
+    refusals.reject(full, 0.0)
+    refusals.reject(full, RETRY_S)
     assert refusals.retry_at_s == RETRY_S + 2 * RETRY_S
-    refusals.refuse(LimitError("too much", limit="rules"), 100.0)
+    refusals.reject(LimitError("too much", limit="rules"), 100.0)
     assert refusals.retry_at_s is None
     refusals.accept()
-    refusals.refuse(full, 200.0)
+    refusals.reject(full, 200.0)
     assert refusals.retry_at_s == 200.0 + RETRY_S
 
 
@@ -156,7 +158,7 @@ def test_what_could_be_put_back_counts_although_something_could_not(
 ) -> None:
     """The one is counted, and connections are judged again for it; the other is a problem until it can be."""
     agent = bench.agent()
-    generation = agent.applier.generation
+    generation = agent.enforcement.applier.generation
 
     def mend(_ifindexes: Collection[int]) -> list[Drift]:
         raise PartlyMendedError("no room", [Drift("program", "interface 5", "missing"), Drift("pin", "p", "missing")])
@@ -164,11 +166,9 @@ def test_what_could_be_put_back_counts_although_something_could_not(
     monkeypatch.setattr(bench.node, "mend", mend)
     bench.now_s += AUDIT_S
     agent.step()
-    assert agent.drift.counts == {"program": 1, "pin": 1}
-    assert agent.applier.generation == generation + 1
-    assert [problem.message for problem in agent.problems] == [
-        "what something else changed cannot be put back: no room"
-    ]
+    assert agent.repair.drift.counts == {"program": 1, "pin": 1}
+    assert agent.enforcement.applier.generation == generation + 1
+    assert [problem.message for problem in agent.problems] == ["cannot restore what something else changed: no room"]
     monkeypatch.undo()
     bench.now_s += AUDIT_S
     agent.step()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the real node makes of the interfaces that it follows, without a kernel: when it looks behind them, and what counts as news."""
+"""What the node makes of the interfaces that it watches, without a kernel: when it looks behind them, and what counts as news."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from netpol_ebpf.agent import node as module
-from netpol_ebpf.agent.node import GROUPS_S, PEERS_A_LOOK, PEERS_S, KernelNode
+from netpol_ebpf.agent import kernel_network as module
+from netpol_ebpf.agent.kernel_network import GROUPS_S, PEERS_A_LOOK, PEERS_S, KernelNetwork
 from netpol_ebpf.apply.encode import LocalFlag, Meaning
 from netpol_loader.host.address import IPAddress
 from netpol_loader.host.follow import LinkChange
@@ -47,7 +47,7 @@ class MemoryFollower:
 class Bench:
     """A node over a follower in memory. ``asked``: the other ends that were asked for, look by look."""
 
-    node: KernelNode
+    node: KernelNetwork
     follower: MemoryFollower
     now_s: float = 1000.0
     asked: list[set[tuple[int, int]]] = field(default_factory=list)
@@ -64,7 +64,7 @@ class Bench:
 @pytest.fixture
 def bench(monkeypatch: pytest.MonkeyPatch) -> Bench:
     follower = MemoryFollower()
-    one = Bench(KernelNode(Path("/nowhere")), follower)
+    one = Bench(KernelNetwork(Path("/nowhere")), follower)
 
     def load(peers: Iterable[tuple[int, int]]) -> dict[tuple[int, int], tuple[IPAddress, ...]]:
         one.asked.append(set(peers))

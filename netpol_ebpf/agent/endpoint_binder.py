@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Programs and rows on interfaces: what closes a workload's interface, and what opens it to the policy of its workload.
+
+Invariants: a workload's interface has the programs before it has a row, so it is never open without policy; a row of an endpoint that
+does not fit closes no other one.  Must not assign interfaces to workloads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+
+from netpol_ebpf.agent.adoption import Adoption, NodeAddresses, Workload
+from netpol_ebpf.agent.attachments import Attachments
+from netpol_ebpf.agent.barrier import Barrier
+from netpol_ebpf.agent.enforcement import Enforcement
+from netpol_ebpf.agent.local_interfaces import LocalInterfaces
+from netpol_ebpf.agent.node_access import NodeAccess
+from netpol_ebpf.agent.objects import ClusterObjects
+from netpol_ebpf.agent.own_interfaces import OwnInterfaces
+from netpol_ebpf.agent.wiring import Interface
+from netpol_ebpf.errors import MapFullError, Problem
+from netpol_ebpf.policy.types import EndpointKey, EndpointKind
+
+
+class EndpointBinder:
+    """`take_over` once, with the first set of maps; then `reconcile` whenever interfaces, objects or policy changed."""
+
+    def __init__(
+        self,
+        node: NodeAccess,
+        objects: ClusterObjects,
+        interfaces: LocalInterfaces,
+        enforcement: Enforcement,
+        attachments: Attachments,
+        own: OwnInterfaces,
+        barrier: Barrier,
+    ) -> None:
+        self._node = node
+        self._objects = objects
+        self._interfaces = interfaces
+        self._enforcement = enforcement
+        self._attachments = attachments
+        self._own = own
+        self._barrier = barrier
+        self._adoption = Adoption()
+        self._no_room: dict[EndpointKey, Problem] = {}  # endpoints with a row that did not fit
+
+    @property
+    def problems(self) -> Iterable[Problem]:
+        """Endpoints with a row that did not fit."""
+        return self._no_room.values()
+
+    @property
+    def warnings(self) -> Iterable[Problem]:
+        """Connections older than enforcement that may be cut."""
+        return self._adoption.warnings.values()
+
+    # --- the first set of maps --------------------------------------------------------------------------------------
+
+    def find_attached(self) -> None:
+        """Before the first set of maps: find the programs of an earlier agent, and the interfaces that may have old connections."""
+        for ifindex in self._node.attached() - self._interfaces.wiring.links.keys():
+            # While no agent ran it went to another network namespace: the kernel leaves tcx programs on it.
+            self._attachments.detach(ifindex, f"{ifindex}, which is not in this network namespace any more,")
+        self._attachments.find()
+        self._adoption.expect(self._interfaces.wanted() - self._attachments.interfaces)
+
+    def take_over(self) -> None:
+        """With the first set of maps in force: attach the programs to the workloads' interfaces, and reconcile."""
+        self._adoption.go_ahead(self._node, *self._adoptable())
+        for ifindex in self._interfaces.wanted():
+            self._attach(ifindex)
+        self._attachments.find()
+        self.reconcile()
+
+    # --- the maps in force ------------------------------------------------------------------------------------------
+
+    def reconcile(self) -> None:
+        """Attach programs to new interfaces first, then write rows of endpoints that were found, and remove rows of those that went."""
+        wiring, applier = self._interfaces.wiring, self._enforcement.applier
+        self._attachments.begin_round(wiring.links.keys())
+        wanted = self._interfaces.wanted()
+        for ifindex in wanted - self._attachments.interfaces:
+            self._attach(ifindex)
+        self._barrier.reconcile(wiring, wanted, self._attachments.interfaces)  # before programs come off own interfaces
+        bindings = self._interfaces.bindings()
+        for key, binding in list(applier.bindings.items()):
+            if binding.kind is EndpointKind.WORKLOAD and key not in bindings:
+                applier.unbind(key)
+        self._no_room.clear()
+        self._adoption.go_ahead(self._node, *self._adoptable())
+        for key, binding in bindings.items():
+            try:
+                applier.bind(key, binding)
+            except MapFullError as error:  # noqa: PERF203 - one endpoint's failure is not another's
+                message = f"its interface {wiring.name_of(binding.ifindex)} stays as it is: {error.message}"
+                self._no_room[key] = Problem(
+                    self._objects.location(key), "", message, obj=str(key), slug=error.slug
+                )  # fmt: skip
+        self._own.reconcile(wiring, wanted)
+        self._barrier.reconcile(wiring, wanted, self._attachments.interfaces)
+        self._adoption.go_behind(self._node, *self._adoptable())
+
+    def close_newborn(self, link: Interface) -> None:
+        """Attach the programs to an interface that has come just now, if a workload's interface can be like that."""
+        if link.ifindex not in self._attachments.interfaces and self._interfaces.close_newborn(link):
+            self._attachments.attach(link.ifindex, link.name, is_newborn=True)
+
+    def gone(self) -> set[int]:
+        """Interfaces that went since the last call; when news were lost, all that have not our programs any more."""
+        gone = self._node.network.take_gone()
+        return self._attachments.interfaces - self._node.attached() if gone is None else gone
+
+    def is_bound(self, key: EndpointKey, ifindex: int) -> bool:
+        """Whether an interface has the row of a workload, for the workload as it is now."""
+        binding = self._enforcement.applier.bindings.get(key)
+        return self._objects.is_in_force(key) and binding is not None and binding.ifindex == ifindex
+
+    def why_unbound(self, key: EndpointKey) -> str:
+        """Why a workload has no interface yet."""
+        problem = self._no_room.get(key)
+        if problem is not None:
+            return problem.message
+        return self._interfaces.problem_of(key) or "its policy is not in the kernel yet"
+
+    def forget(self, gone: Collection[int]) -> None:
+        """Remove rows and programs of interfaces that went, though others may have their numbers now."""
+        if not gone:
+            return
+        applier = self._enforcement.applier
+        self._attachments.forget(gone)
+        self._adoption.forget(gone)
+        for key in [key for key, binding in applier.bindings.items() if binding.ifindex in gone]:
+            applier.unbind(key)
+        self._node.prune()
+
+    def is_waiting(self) -> bool:
+        """Whether there are both workloads without an interface and interfaces without a workload."""
+        return not self._objects.local.keys() <= self._enforcement.applier.bindings.keys() and bool(
+            self._attachments.interfaces - self._enforcement.bound - set(self._own.interfaces)
+        )
+
+    def _attach(self, ifindex: int) -> None:
+        self._attachments.attach(ifindex, self._interfaces.wiring.name_of(ifindex))
+
+    def _adoptable(self) -> tuple[dict[int, Workload], NodeAddresses]:
+        """Workloads with old connections to look for, as far as policy for them is in force, and what those depend on."""
+        workloads, concerned, tables = {}, self._adoption.concerned, self._enforcement.tables
+        wiring = self._interfaces.wiring
+        for key, ifindex in self._interfaces.located.items():
+            if ifindex in concerned and key in tables.endpoints:
+                peer = wiring.links[ifindex].peer
+                number, addresses = tables.endpoints[key].number, self._objects.local[key].addresses
+                workloads[ifindex] = Workload(number, addresses, None if peer is None else peer[0])
+        return workloads, NodeAddresses(wiring.addresses, self._own.inputs.vips)

@@ -1,0 +1,316 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Policy in force: the compiled tables, the maps that hold them, and the numbers that outlive both.
+
+Invariants: what is in force was compiled whole from one state of the objects; a change that does not fit raises and leaves the state
+before in force; a number is in the ledger before the kernel sees it.  Must not assign interfaces to workloads.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from netpol_ebpf.agent.barrier import Barrier
+from netpol_ebpf.agent.local_interfaces import LocalInterfaces
+from netpol_ebpf.agent.node_access import MapAccess, ProgramAccess
+from netpol_ebpf.agent.objects import ClusterObjects
+from netpol_ebpf.agent.own_interfaces import HostPolicyInputs, OwnInterfaces
+from netpol_ebpf.agent.settings import AgentSettings
+from netpol_ebpf.apply.applier import Applier, require_room
+from netpol_ebpf.apply.audit import Audit
+from netpol_ebpf.apply.events import Names
+from netpol_ebpf.apply.ledger import Ledger
+from netpol_ebpf.apply.surroundings import SurroundingsWriter
+from netpol_ebpf.compiler import Change, CompiledTables, Compiler, KnownNumbers, Limits
+from netpol_ebpf.errors import LimitError, MapFullError
+from netpol_ebpf.policy.types import (
+    Action,
+    Cause,
+    Changes,
+    ClusterNode,
+    Direction,
+    Endpoint,
+    EndpointKey,
+    LabelledNets,
+    Policy,
+    PolicySettings,
+    PolicyTier,
+    ProfileRules,
+    ServiceBackends,
+    Staged,
+)
+from netpol_loader import abi
+
+HOST_ENDPOINT = "HostEndpoint"
+"""Kind of endpoints that interfaces are not bound to."""
+
+
+@dataclass(slots=True)
+class NumberNames:
+    """What numbers in events stand for, also after their rows are gone: an entry stays until its number is used again."""
+
+    rules: dict[int, Cause] = field(default_factory=dict)
+    log_lists: dict[int, tuple[int, ...]] = field(default_factory=dict)
+    endpoints: dict[int, EndpointKey] = field(default_factory=dict)
+
+    def learn(self, change: Change) -> None:
+        """Take note of the numbers that a change brings."""
+        for _, batch in change.batches():
+            if "rules" in batch:
+                self.rules.update(batch["rules"].upserts)
+            if "log_lists" in batch:
+                self.log_lists.update(batch["log_lists"].upserts)
+            if "endpoints" in batch:
+                self.endpoints.update({row.number: key for key, row in batch["endpoints"].upserts.items()})
+
+
+class Enforcement:
+    """`install` makes a new set of maps; `apply` changes the one in force.
+
+    ``audit``: compares the maps in force with the tables; None before the first `install`.  ``is_pending``: whether the tables lag behind
+    the objects because a change was rejected.
+    """
+
+    def __init__(
+        self,
+        settings: AgentSettings,
+        maps: MapAccess,
+        programs: ProgramAccess,
+        ledger: Ledger,
+        objects: ClusterObjects,
+        interfaces: LocalInterfaces,
+        own: OwnInterfaces,
+        barrier: Barrier,
+        clock: Callable[[], float],
+    ) -> None:
+        """``clock``: seconds."""
+        self.audit: Audit | None = None
+        self.changes_applied = 0
+        self.last_change_s: float | None = None
+        self._settings = settings
+        self._maps = maps
+        self._programs = programs
+        self._ledger = ledger
+        self._objects = objects
+        self._interfaces = interfaces
+        self._own = own
+        self._barrier = barrier
+        self._clock = clock
+        self._names = NumberNames()
+        self._compiler = Compiler()
+        self._applier: Applier | None = None
+        self._is_behind = False  # the compiler dropped changes: hand it the whole world
+        self._is_ahead = False  # the kernel refused what the compiler holds: start over with new maps
+
+    @property
+    def applier(self) -> Applier:
+        """The writer of the maps in force."""
+        if self._applier is None:
+            raise AssertionError("no maps are in force")
+        return self._applier
+
+    @property
+    def tables(self) -> CompiledTables:
+        """The compiled tables; for reading."""
+        return self._compiler.tables
+
+    @property
+    def names(self) -> Names:
+        """What numbers in events stand for."""
+        return Names(self._names.rules, self._names.log_lists, self._names.endpoints)
+
+    @property
+    def bound(self) -> set[int]:
+        """Interfaces with the row of an endpoint; none before the first `install`."""
+        return set() if self._applier is None else {one.ifindex for one in self._applier.bindings.values()}
+
+    @property
+    def is_pending(self) -> bool:
+        """Whether the tables or the maps lag behind the objects."""
+        return self._is_behind or self._is_ahead
+
+    @property
+    def is_installed(self) -> bool:
+        """Whether the maps in force hold the compiled tables, so that an audit may compare them."""
+        return not self._is_ahead and self.audit is not None
+
+    def isolation(self, key: EndpointKey) -> dict[Direction, list[Policy]]:
+        """By direction, the enforced policies that isolate a local workload; none: what no profile denies is allowed there."""
+        policies = [one for one in self._compiler.policies_of(key) if one.staged is Staged.NO]
+        return {way: [one for one in policies if way in one.types] for way in Direction}
+
+    # --- changes ----------------------------------------------------------------------------------------------------
+
+    def apply(self, changes: Changes) -> None:
+        """Compile and apply. Raises LimitError or MapFullError: then the state before is in force, and the next call applies all that is pending."""
+        try:
+            if self._is_ahead:
+                self._interfaces.locate()  # endpoints may have gone since
+                self.install()
+            else:
+                self._compile(changes)
+        except LimitError:
+            self._is_behind = True
+            raise
+        except MapFullError:
+            self._is_ahead = True
+            raise
+
+    def _compile(self, changes: Changes) -> None:
+        if self._is_behind:
+            self._compiler.replace(self._objects.effective_world())
+        else:
+            for kind, key, new in _changed_objects(changes):
+                if new is None:
+                    self._compiler.remove(kind, key)
+                else:
+                    self._compiler.upsert(new)
+        change = self._compiler.commit()
+        self._is_behind = False
+        after = HostPolicyInputs.of(self._objects.world, self.tables, self._settings.node)
+        own, wiring, workloads = self._own, self._interfaces.wiring, self._interfaces.wanted()
+        own.require_room(after, wiring, workloads)
+        self._record(change, self.applier)
+        own.inputs = own.inputs.without_removed(after)
+        own.place(wiring, workloads)
+        self.applier.apply(change)
+        own.inputs = after
+        self._forget(change)
+        self._note_change()
+
+    def install(self) -> None:
+        """Compile everything into new maps, and let these replace whatever is in force. Raises LimitError or MapFullError."""
+        numbers = self._ledger.numbers
+        known = KnownNumbers(dict(numbers.identities), dict(numbers.rules), self._known_endpoints())
+        sizes, wiring = self._maps.renewal_sizes(), self._interfaces.wiring
+        compiler = Compiler(self._objects.is_ours, limits=limits_of(sizes), known=known)
+        compiler.replace(self._objects.effective_world())
+        change = compiler.commit()
+        inputs = HostPolicyInputs.of(self._objects.world, compiler.tables, self._settings.node)
+        own = self._own.initial_state(inputs, wiring, self._interfaces.wanted(), self._programs.attached())
+        bindings = {**self._interfaces.bindings(), **own.bindings}
+        # Before maps and programs are made in vain.
+        require_room(compiler.tables, sizes, bindings, own.complete.elements())
+        with self._maps.renewal() as maps:
+            applier = Applier(maps)
+            for key, binding in bindings.items():
+                applier.bind(key, binding)
+            self._record(change, applier)
+            applier.fill(compiler.tables)
+            surroundings = SurroundingsWriter(maps, applier.bump_generation)
+            surroundings.write(own.surroundings)
+        self._compiler, self._applier = compiler, applier
+        self._own.take_over(own, maps, applier, surroundings)
+        self.audit = Audit(maps, compiler.tables, applier, surroundings)
+        self._is_ahead = self._is_behind = False
+        self._configure(applier)
+        applier.bump_generation()  # the new policy may allow less than what an earlier agent left
+        self._forget_unused()
+        self._note_change()
+
+    def _configure(self, applier: Applier) -> None:
+        """Write the settings into new maps."""
+        settings = self._settings
+        keep = abi.NP_CONFIG_KEEP_REVOKED
+        applier.set_flags(**({"on": keep} if settings.keep_revoked else {"off": keep}))
+        to_host = {Action.DENY: abi.NP_CONFIG_TO_HOST_DENY, Action.PASS: abi.NP_CONFIG_TO_HOST_PASS}
+        applier.set_flags(off=abi.NP_CONFIG_TO_HOST_DENY | abi.NP_CONFIG_TO_HOST_PASS)
+        applier.set_flags(on=to_host.get(settings.workload_to_host, 0))
+        hairpin = abi.NP_CONFIG_HAIRPIN
+        applier.set_flags(**({"on": hairpin} if settings.hairpin else {"off": hairpin}))
+        applier.set_sender_tag_bits(settings.mark_shift)
+        self._barrier.sign(applier)
+
+    def _note_change(self) -> None:
+        self._objects.accept()
+        self.changes_applied += 1
+        self.last_change_s = self._clock()
+
+    # --- numbers ----------------------------------------------------------------------------------------------------
+
+    def former_workloads(self) -> dict[EndpointKey, int]:
+        """Workloads of the rows in force that the ledger knows, with the interface of each row."""
+        keys = {number: key for key, number in self._ledger.numbers.endpoints.items() if key.kind != HOST_ENDPOINT}
+        return {keys[number]: ifindex for ifindex, number in self._former_numbers().items() if number in keys}
+
+    def _known_endpoints(self) -> dict[EndpointKey, int]:
+        """Numbers of the ledger and, should that have been lost, of the rows that the interfaces of our endpoints have now."""
+        known = dict(self._ledger.numbers.endpoints)
+        taken, former = set(known.values()), self._former_numbers()
+        for key, ifindex in self._interfaces.located.items():
+            number = former.get(ifindex)
+            if key not in known and number is not None and number not in taken:
+                known[key] = number
+                taken.add(number)
+        return known
+
+    def _former_numbers(self) -> dict[int, int]:
+        """Numbers of the rows in force, by interface; one that several interfaces have tells nothing."""
+        former = self._maps.former_numbers()
+        users = Counter(former.values())
+        return {ifindex: number for ifindex, number in former.items() if users[number] == 1}
+
+    def _record(self, change: Change, applier: Applier) -> None:
+        """Numbers to the ledger, before the kernel sees them; what a number counted for something else is forgotten."""
+        self._names.learn(change)
+        for _, batch in change.batches():
+            if "rules" in batch:
+                rules = {cause: number for number, cause in batch["rules"].upserts.items()}
+                known = self._ledger.numbers.rules
+                applier.reset_counters(number for cause, number in rules.items() if known.get(cause) != number)
+                self._ledger.record("rule", rules)
+            if "identities" in batch:
+                upserts = batch["identities"].upserts
+                self._ledger.record("identity", {digest: number for number, digest in upserts.items()})
+            if "endpoints" in batch:
+                upserts = batch["endpoints"].upserts
+                self._ledger.record("endpoint", {key: row.number for key, row in upserts.items()})
+
+    def _forget(self, change: Change) -> None:
+        """Numbers out of the ledger, after the kernel has forgotten them."""
+        for _, batch in change.batches():
+            for table, kind in (("rules", "rule"), ("identities", "identity")):
+                if table in batch:
+                    self._ledger.release(kind, batch[table].deletes)
+            if "endpoints" in batch:
+                self._ledger.forget("endpoint", batch["endpoints"].deletes)
+
+    def _forget_unused(self) -> None:
+        """Numbers of the ledger that the tables in force do not use are free again."""
+        tables, numbers = self.tables, self._ledger.numbers
+        self._ledger.forget("rule", set(numbers.rules) - {cause for _, cause in tables.rules.items()})
+        self._ledger.forget("identity", set(numbers.identities) - {digest for _, digest in tables.identities.items()})
+        self._ledger.forget("endpoint", set(numbers.endpoints) - set(tables.endpoints))
+        self._compiler.release_known()
+
+
+def limits_of(size: Mapping[str, int]) -> Limits:
+    """The compiler's limits that follow from the sizes of the maps, by their names."""
+    return Limits(
+        peer_classes=size["np_peer_class"],
+        addresses=size["np_addr4"] + size["np_addr6"],
+        cidrs=size["np_cidr4"] + size["np_cidr6"],
+        column_blocks=size["np_l4_col"],
+        verdicts=size["np_verdict"],
+        rules=min(size["np_rule"], size["np_rule_count"] - 1),  # rule 0 is exempt traffic
+    )
+
+
+def _changed_objects(changes: Changes) -> Iterable[tuple[Any, Any, Any]]:
+    """(type, key, new object or None) of everything that changed."""
+    kinds: tuple[tuple[type, Mapping[Any, Any]], ...] = (
+        (PolicyTier, changes.tiers),
+        (Policy, changes.policies),
+        (ProfileRules, changes.profiles),
+        (Endpoint, changes.endpoints),
+        (LabelledNets, changes.network_sets),
+        (ClusterNode, changes.nodes),
+        (ServiceBackends, changes.services),
+    )
+    for kind, table in kinds:
+        for key, new in table.items():
+            yield kind, key, new
+    if changes.settings is not None:
+        yield PolicySettings, None, changes.settings

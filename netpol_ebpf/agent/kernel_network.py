@@ -1,0 +1,216 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The node's network as the kernel reports it: netlink messages, and what the kernel reports only on request.
+
+A `Follower` keeps interfaces, addresses and routes by messages.  Multicast groups, and addresses inside other network namespaces, have no
+messages: they are listed again at intervals.
+
+Invariant: what one interface costs is bounded, whatever is done at its other end.  Reads only.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection, Iterable, Mapping
+from functools import lru_cache
+from ipaddress import IPv6Address, ip_network
+from pathlib import Path
+
+from netpol_ebpf.agent.cni import DEFAULT_DIR, CniResultCache
+from netpol_ebpf.agent.wiring import NOWHERE, PAIR_KINDS, Interface, Wiring
+from netpol_ebpf.apply.encode import LocalFlag, Meaning
+from netpol_ebpf.policy.types import IPAddress, IPNetwork
+from netpol_loader.host.follow import Follower
+from netpol_loader.host.links import Link, interface_towards, joined_groups
+from netpol_loader.host.peers import load_peer_addresses
+from netpol_loader.host.routes import LocalRoute
+
+STACKED_KINDS = frozenset({"vlan", "macvlan", "ipvlan"})
+"""Devices that hand on what comes in by another one, as it is; a tunnel's underlay is no such thing."""
+GROUP = Meaning(LocalFlag.GROUP)
+IPV6 = 6
+SOLICITED = int(IPv6Address("ff02::1:ff00:0"))
+LOOPBACK_NET = ip_network("127.0.0.0/8")
+PEERS_A_LOOK = 50
+"""Interfaces that one look goes behind, so that many of them do not keep the agent from a new one; arbitrary."""
+GROUPS_S = 1.0
+"""How often to look for groups that the node has joined; arbitrary."""
+PEERS_S = 0.25
+"""How often to look again behind an interface that has no workload yet, and of which there is no news; arbitrary."""
+
+
+class KernelNetwork:
+    """The network namespace of this process, as `NetworkAccess` has it. A context manager."""
+
+    def __init__(self, plugin_results: Path | None = None) -> None:
+        """``plugin_results``: the directory of `CniResultCache`."""
+        self._results = CniResultCache(plugin_results or DEFAULT_DIR)
+        self._gone: set[int] | None = set()
+        self._born: list[Interface] = []
+        self._is_news = False  # what was read and not looked at yet
+        self._groups: frozenset[IPAddress] = frozenset()  # but for those of addresses
+        self._not_joined: set[IPAddress] = set()  # of those of addresses
+        self._groups_s = -GROUPS_S
+        self._version: tuple[int, int] | None = None  # of the follower, when its news were read
+        self._links: dict[int, tuple[Link, Interface]] = {}
+        # Behind each interface: the interface then, whether it had a host route, and when it was asked.
+        self._asked: dict[int, tuple[Link, bool, float]] = {}
+        self._peer_addresses: dict[tuple[int, int], tuple[IPAddress, ...]] = {}
+
+    def __enter__(self) -> KernelNetwork:  # noqa: PYI034 - typing.Self comes with Python 3.11
+        self._follower = Follower()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._follower.close()
+
+    def fileno(self) -> int:
+        """Readable when there is news."""
+        return self._follower.fileno()
+
+    @property
+    def listed_again(self) -> Mapping[str, int]:
+        """How often all interfaces and routes were listed again since the start, by why."""
+        return self._follower.listed_again
+
+    @property
+    def interfaces(self) -> Collection[int]:
+        """All interfaces, as of the last news."""
+        return self._follower.links.keys()
+
+    def has_news(self) -> bool:
+        """See `NodeAccess`."""
+        self._read_news()
+        self._look_at_groups()
+        is_news, self._is_news = self._is_news, False
+        return is_news
+
+    def take_born(self) -> list[Interface]:
+        """See `NodeAccess`."""
+        self._read_news(is_brief=True)
+        born, self._born = self._born, []
+        return born
+
+    def _read_news(self, *, is_brief: bool = False) -> None:
+        news = self._follower.poll(is_brief=is_brief)
+        before, self._version = self._version, self._follower.version
+        self._is_news = self._is_news or self._version != before
+        if news is None:
+            self._gone = None
+            self._born = [link for _, link in self._known_links().values()]
+            return
+        self._born += [_link(one.link) for one in news if not one.is_gone]
+        if self._gone is not None:
+            self._gone |= {one.link.ifindex for one in news if one.is_gone}
+
+    def _look_at_groups(self) -> None:
+        """Multicast groups that processes of the node join or leave are news that nobody tells. It takes milliseconds to list them."""
+        now_s = time.monotonic()
+        if now_s - self._groups_s < GROUPS_S:
+            return
+        before, of_addresses = self._groups, self._address_groups()
+        joined, self._groups_s = joined_groups(), now_s
+        self._groups, self._not_joined = joined - of_addresses, of_addresses - joined
+        self._is_news = self._is_news or self._groups != before
+
+    def _address_groups(self) -> set[IPAddress]:
+        """Groups that interfaces join for each of their addresses, so that neighbours find them; not where there are no neighbours."""
+        anycast = (one.address for one in self._follower.local_routes if one.is_single)
+        return {_solicited(one) for one in (*self._follower.addresses, *anycast) if one.version == IPV6}
+
+    def take_gone(self) -> set[int] | None:
+        """See `NodeAccess`."""
+        gone, self._gone = self._gone, set()
+        return gone
+
+    def snapshot(self, bound: Collection[int] = ()) -> Wiring:
+        """See `NodeAccess`. As of the last news that were read: what comes after those is news of the next time."""
+        if self._version is None:
+            self._read_news()
+            self._look_at_groups()
+        follower, links = self._follower, self._known_links()
+        self._look_behind(links, bound)
+        meanings, nets = _meanings(follower.local_routes, self._groups | (self._address_groups() - self._not_joined))
+        return Wiring(
+            links={ifindex: link for ifindex, (_, link) in links.items()},
+            host_routes=dict(follower.host_routes),
+            uplinks=follower.uplinks,
+            peer_addresses=dict(self._peer_addresses),
+            addresses=follower.addresses,
+            meanings=meanings,
+            local_nets=nets,
+            subnets=dict(follower.subnets),
+            next_hops=follower.next_hops,
+            shared=follower.shared,
+            results=tuple(self._results.look()),
+            problems=self._results.problems,
+        )
+
+    def _known_links(self) -> dict[int, tuple[Link, Interface]]:
+        """The interfaces, as the kernel tells of them and as the agent sees them."""
+        before = self._links
+        self._links = {}
+        for ifindex, one in self._follower.links.items():
+            known = before.get(ifindex)
+            self._links[ifindex] = known if known is not None and known[0] is one else (one, _link(one))
+        return self._links
+
+    def _look_behind(self, links: Mapping[int, tuple[Link, Interface]], bound: Collection[int]) -> None:
+        """List the addresses at the other ends of pairs without a workload: at once where anything about the pair is new, else every PEERS_S.
+
+        Behind a bound interface nothing counts any more. What one interface costs is bounded, whatever is done at its other end.
+        """
+        now_s = time.monotonic()
+        routed, uplinks = set(self._follower.host_routes.values()), self._follower.uplinks
+        peers = {ifindex: link.peer for ifindex, (_, link) in links.items() if link.peer is not None}
+        new, due = [], []
+        for ifindex in peers.keys() - uplinks - set(bound):
+            one, was_routed, asked_s = self._asked.get(ifindex, (None, False, 0.0))
+            if one is not links[ifindex][0] or (was_routed and ifindex not in routed):
+                new.append(ifindex)
+            elif now_s - asked_s >= PEERS_S:
+                due.append((asked_s, ifindex))
+        turn = [*new, *(ifindex for _, ifindex in sorted(due)[:PEERS_A_LOOK])]
+        asked = {ifindex: (links[ifindex][0], ifindex in routed, now_s) for ifindex in turn}
+        concerned = {peers[ifindex] for ifindex in asked}
+        found = load_peer_addresses(concerned) if concerned else {}
+        known = set(peers.values()) - concerned
+        self._peer_addresses = {key: one for key, one in self._peer_addresses.items() if key in known} | found
+        self._asked = {ifindex: one for ifindex, one in self._asked.items() if ifindex in peers} | asked
+
+    def interface_towards(self, address: IPAddress) -> int | None:
+        """See `NetworkAccess`."""
+        return interface_towards(address)
+
+
+def _link(link: Link) -> Interface:
+    is_pair = link.kind in PAIR_KINDS and link.peer_nsid is not None
+    peer = (link.peer_nsid, link.peer_ifindex) if is_pair and link.peer_nsid is not None else None
+    lower = link.peer_ifindex if link.kind in STACKED_KINDS and link.peer_nsid is None else NOWHERE
+    return Interface(
+        link.ifindex, link.name, link.kind, peer, link.master, link.hardware, link.takes, link.is_external, lower
+    )  # fmt: skip
+
+
+def _meanings(
+    routes: Iterable[LocalRoute], groups: Iterable[IPAddress]
+) -> tuple[dict[IPAddress, Meaning], frozenset[IPNetwork]]:
+    """Single addresses that mean the node, and prefixes that are its own; the program knows 127.0.0.0/8 by itself."""
+    found = dict.fromkeys(groups, GROUP)
+    nets = set()
+    for route in routes:
+        if route.is_single:
+            found[route.address] = _meaning(route.is_many, route.ifindex)
+        elif not route.is_many and route.net != LOOPBACK_NET:
+            nets.add(route.net)
+    return found, frozenset(nets)
+
+
+@lru_cache(maxsize=1 << 14)
+def _solicited(address: IPv6Address) -> IPv6Address:
+    """The solicited-node group of an address (RFC 4291, 2.7.1)."""
+    return IPv6Address(SOLICITED | (int(address) & 0xFF_FFFF))
+
+
+@lru_cache(maxsize=4096)
+def _meaning(is_many: bool, ifindex: int) -> Meaning:  # noqa: FBT001  # private
+    return Meaning(LocalFlag.MANY if is_many else LocalFlag.OWN, ifindex)

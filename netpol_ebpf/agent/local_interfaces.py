@@ -1,0 +1,273 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which interface each local workload has, in the last snapshot of the node's network.
+
+`InterfaceAssignments` decides; here the snapshot is taken, the decision kept beyond the process, and what is missing reported.
+
+Invariant: an assignment is in its file before the kernel has a row for it.  Must not attach programs or write maps.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Collection, Iterable, Mapping
+from pathlib import Path
+
+from netpol_ebpf.agent.assignments import Evidence, InterfaceAssignments, LocatedEndpoints
+from netpol_ebpf.agent.cni import CniResult
+from netpol_ebpf.agent.handover import Handover
+from netpol_ebpf.agent.node_access import NetworkAccess
+from netpol_ebpf.agent.objects import ClusterObjects
+from netpol_ebpf.agent.settings import AgentSettings
+from netpol_ebpf.agent.wiring import NOWHERE, Interface, Wiring, device_flags
+from netpol_ebpf.apply.applier import Binding
+from netpol_ebpf.apply.encode import EndpointFlag
+from netpol_ebpf.errors import Location, Problem
+from netpol_ebpf.policy.types import Endpoint, EndpointKey, IPAddress
+
+log = logging.getLogger(__name__)
+
+SEARCH_S = 0.5
+"""How often to look for interfaces that nothing announces (an address inside a pod's namespace); arbitrary."""
+MISSING_S = 5.0
+"""How long a workload may be without an interface before that is a problem; arbitrary."""
+SHOWN = 5
+"""Names in a message; arbitrary."""
+
+
+class LocalInterfaces:
+    """`look` takes a snapshot and locates the workloads in it; `locate` does so in the last snapshot, when the objects changed.
+
+    ``wiring``: the last snapshot; for reading.  ``has_looked``: whether there was a look since its owner last set this to False.
+    """
+
+    def __init__(
+        self,
+        settings: AgentSettings,
+        network: NetworkAccess,
+        objects: ClusterObjects,
+        clock: Callable[[], float],
+        assignments_file: Path | None = None,
+    ) -> None:
+        """``assignments_file``: where assignments outlive the process; None: they do not.  ``clock``: seconds."""
+        self.wiring = Wiring()
+        self.has_looked = False
+        self._settings = settings
+        self._network = network
+        self._objects = objects
+        self._clock = clock
+        self._assignments = InterfaceAssignments(settings.interfaces, settings.own_interfaces)
+        self._file = assignments_file
+        self._damage: tuple[Problem, ...] = ()
+        self._unsaved: tuple[Problem, ...] = ()
+        self._located = LocatedEndpoints()
+        self._missed_s: dict[EndpointKey, float] = {}  # since when there has been no interface of these
+        self._looked_at_s = clock()
+
+    # --- what was found ---------------------------------------------------------------------------------------------
+
+    @property
+    def located(self) -> Mapping[EndpointKey, int]:
+        """The interface of each local workload that was found."""
+        return self._located.interfaces
+
+    @property
+    def evidence(self) -> Mapping[EndpointKey, Evidence]:
+        """What says which interface is a workload's, for those that were found."""
+        return self._located.evidence
+
+    def is_workload(self, ifindex: int) -> bool:
+        """Whether an interface is a workload's, and so closed while nothing is known about it."""
+        return self._assignments.is_workload(ifindex)
+
+    def wanted(self) -> set[int]:
+        """Workloads' interfaces, which must have the programs."""
+        candidates = {ifindex for ifindex in self.wiring.links if self._assignments.is_workload(ifindex)}
+        return candidates | set(self.located.values())
+
+    def bindings(self) -> dict[EndpointKey, Binding]:
+        """The row of each local workload that has an interface."""
+        found = {}
+        for key, ifindex in self.located.items():
+            flags = device_flags(self.wiring.links.get(ifindex))
+            if self._settings.is_router(key):
+                flags |= EndpointFlag.ROUTES
+            sources = self._objects.local[key].allowed_sources if self._settings.borrow_sources else ()
+            found[key] = Binding(
+                ifindex, allowed_sources=sources, link=self.wiring.link_of(ifindex), flags=flags
+            )  # fmt: skip
+        return found
+
+    def interface_towards(self, address: IPAddress) -> int | None:
+        """The interface by which the node would send to an address now, None where there is no way."""
+        return self._network.interface_towards(address)
+
+    # --- looking ----------------------------------------------------------------------------------------------------
+
+    def look(self, bound: Collection[int] = ()) -> None:
+        """Take a snapshot and locate the workloads in it. ``bound``: interfaces with a workload's row."""
+        self._looked_at_s, self.has_looked = self._clock(), True
+        self.wiring = self._network.snapshot(set(bound))
+        self._objects.set_tunnels(self.wiring.tunnels | self._settings.tunnels)
+        self.locate()
+
+    def locate(self) -> None:
+        """Find the local workloads' interfaces in the last snapshot."""
+        before, doubts = self._located, set(self._assignments.doubts.values())
+        self._located = self._assignments.look(
+            self.wiring,
+            self._objects.local.values(),
+            node_addresses=[address for node in self._objects.nodes_here() for address in node.addresses],
+            results=self._plugin_names(),
+            is_contested=self._objects.is_contested,
+        )
+        for key, message in self._located.problems.items() - before.problems.items():
+            log.warning("%s: interface: %s", key, message)
+        for message in set(self._assignments.doubts.values()) - doubts:
+            log.error("%s", message)
+        self._note_missing()
+        self._save()
+
+    def is_there(self, handed: Handover) -> bool:
+        """Whether the node has the interface that was handed over, with its other end where it was said to be."""
+        link = self.wiring.links.get(handed.ifindex)
+        return link is not None and (link.name, link.peer) == (handed.name, handed.peer)
+
+    def problem_of(self, key: EndpointKey) -> str | None:
+        """Why a workload could not be given an interface although there is evidence of one; None: there is no such problem."""
+        return self._located.problems.get(key)
+
+    def is_search_due(self) -> bool:
+        """Whether the last look is old enough for a search for what nothing announces."""
+        return self._clock() - self._looked_at_s >= SEARCH_S
+
+    def is_curious(self) -> bool:
+        """See `InterfaceAssignments.is_curious`."""
+        return self._assignments.is_curious(self.wiring)
+
+    def close_newborn(self, link: Interface) -> bool:
+        """See `InterfaceAssignments.close_newborn`."""
+        return link.ifindex not in self.wiring.links and self._assignments.close_newborn(link)
+
+    def forget(self, gone: Collection[int]) -> None:
+        """These interfaces are gone, though others may have their numbers now."""
+        self._objects.handovers.forget(gone)
+        self._assignments.forget(gone)
+
+    def is_idle(self, key: EndpointKey) -> bool:
+        """Whether a local workload has no interface."""
+        return bool(self.wiring.links) and key in self._objects.local and key not in self.located
+
+    def recall_handovers(self) -> None:
+        """Take up what the CNI plugin said to an earlier agent, of interfaces that are still there."""
+        handovers = self._objects.handovers
+        handovers.recall()
+        known = [one for pod in handovers.pods for one in handovers.of(pod)]
+        handovers.forget([one.ifindex for one in known if not self.is_there(one)])
+
+    def forget_missing(self) -> None:
+        """Workloads that are no longer local are not missing any more."""
+        self._missed_s = {key: since_s for key, since_s in self._missed_s.items() if key in self._objects.local}
+
+    def _plugin_names(self) -> dict[EndpointKey, set[str]]:
+        """Interfaces on the node that plugins made for local workloads; none for those whose plugin leaves none there."""
+        found: dict[EndpointKey, set[str]] = {}
+        for one in self.wiring.results:
+            endpoint = self._objects.local.get(one.pod)
+            if endpoint is not None and _is_first(one, endpoint) and (one.names or one.is_unseen):
+                found.setdefault(one.pod, set()).update(() if one.is_unseen else one.names)
+        for key in self._objects.handovers.pods:
+            handed = self._objects.handed(key)
+            if handed is not None and key in self._objects.local and self.is_there(handed):
+                found[key] = {handed.name}  # newer than what the runtime keeps of an interface before
+        return found
+
+    def _note_missing(self) -> None:
+        now_s = self._clock()
+        missed = [key for key, one in self._objects.local.items() if self._is_expected(one) and key not in self.located]
+        self._missed_s = {key: self._missed_s.get(key, now_s) for key in missed}
+
+    def _is_expected(self, endpoint: Endpoint) -> bool:
+        """Whether a workload must be here: without a node's name, any may be elsewhere; without an address, it does not run."""
+        return endpoint.node is not None and endpoint.node == self._settings.node and bool(endpoint.addresses)
+
+    # --- beyond the process -----------------------------------------------------------------------------------------
+
+    def recall(self, former: Mapping[EndpointKey, int], attached: Collection[int]) -> None:
+        """Take up the assignments of an earlier agent: those of its file, else those of the rows in the kernel.
+
+        ``former``: workloads and interfaces of these rows.  ``attached``: interfaces that have the programs; any other one is gone.
+        """
+        if self._file is not None:
+            problem = self._assignments.load(self._file)
+            if problem is not None:
+                log.warning("%s", problem)
+                self._damage = (problem,)
+        for key, ifindex in former.items():
+            self._assignments.expect(key, ifindex if ifindex in attached else NOWHERE)
+
+    def _save(self) -> None:
+        """Write assignments before the kernel sees them. What cannot be written is reported, and tried again."""
+        if self._file is None or not self._assignments.is_dirty:
+            return
+        self._unsaved = ()
+        try:
+            self._assignments.save(self._file)
+        except OSError as error:
+            message = (
+                f"the assignments of interfaces cannot be written ({error.strerror}): the next agent decides them anew"
+            )
+            place = Location(str(self._file))
+            self._unsaved = (Problem(place, "", message, severity="warning", slug="interfaces-file"),)
+
+    # --- problems ---------------------------------------------------------------------------------------------------
+
+    def conflicts(self) -> Iterable[Problem]:
+        """Workloads with evidence of an interface that they cannot be given, and interfaces that may be the node's own or a workload's."""
+        for key, message in sorted(self._located.problems.items()):
+            yield Problem(self._objects.location(key), "", f"interface: {message}", obj=str(key), slug="interface")
+        for message in self._assignments.doubts.values():
+            yield Problem(Location(""), "", message, slug="interface-doubt")
+
+    def unenforced(self, attached: Collection[int], bound: Collection[int]) -> list[Problem]:
+        """Workloads of this node that policy does not reach as it is written.
+
+        ``attached``: interfaces with programs; ``bound``: interfaces with the row of an endpoint.
+        """
+        return [*self._missing(attached, bound), *self._further_interfaces()]
+
+    @property
+    def file_problems(self) -> tuple[Problem, ...]:
+        """What could not be read of the node or of the assignments' file, and what could not be written."""
+        return (*self.wiring.problems, *self._damage, *self._unsaved)
+
+    def _missing(self, attached: Collection[int], bound: Collection[int]) -> Iterable[Problem]:
+        """Workloads of this node that have had no known interface for MISSING_S."""
+        closed = sorted(
+            self.wiring.name_of(ifindex) for ifindex in set(attached) - set(bound) if self.is_workload(ifindex)
+        )
+        where = f"; closed interfaces that may belong to it: {', '.join(closed[:SHOWN])}" if closed else ""
+        for key, since_s in sorted(self._missed_s.items()):
+            if self._clock() - since_s >= MISSING_S and key not in self._located.problems:
+                message = f"policy is NOT enforced on this workload: no interface of this node is known to belong to it{where}"
+                yield Problem(self._objects.location(key), "", message, obj=str(key), slug="not-found")
+
+    def _further_interfaces(self) -> Iterable[Problem]:
+        """Interfaces of local workloads that policy does not reach."""
+        for one in self.wiring.results:
+            endpoint = self._objects.local.get(one.pod)
+            if endpoint is None:
+                continue
+            message = ""
+            if one.is_unseen:
+                message = f"policy is NOT enforced on its interface {one.inside}: packets of {one.plugin} interfaces pass no program on the node"
+            elif not _is_first(one, endpoint):
+                names = ", ".join(sorted(one.names))
+                message = f"its further interface {one.inside} ({names} on the node) is closed: policy applies to the first interface of a workload"
+            if message:
+                location = self._objects.location(one.pod)
+                yield Problem(location, "", message, obj=str(one.pod), slug="further-interface")
+
+
+def _is_first(result: CniResult, endpoint: Endpoint) -> bool:
+    """Whether a plugin's result is for the interface with the addresses that policy knows the workload by, not for a further one."""
+    return not result.addresses or bool(result.addresses & set(endpoint.addresses))

@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The agent's loop: waits for the kernel, the source of objects and readers of the socket, and runs the agent's steps.
+
+Invariant: `AgentLoop.run_once` is bounded; `serve` is the only endless loop.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import os
+import select
+import signal
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from netpol_ebpf.agent.control_socket import ControlSocket
+from netpol_ebpf.apply.events import FlowEvent
+from netpol_ebpf.apply.ledger import Ledger
+
+NEWS_GAP_S = 0.05
+"""Least time between two looks at all interfaces; arbitrary. Programs are put on new ones without such a gap."""
+TICK_S = 0.2
+"""Longest time between two steps of the agent; arbitrary. The program wakes nobody when it reports a flow."""
+RETRY_S = 5.0
+"""How often it is tried again to make the socket; arbitrary."""
+log = logging.getLogger("netpol-agent")
+
+
+@dataclass
+class AgentLoop:
+    """The agent's loop, turn by turn: new interfaces first, then a step when one is due, then at most one answer is begun.
+
+    ``clock``: seconds.
+    """
+
+    agent: Any
+    node: Any
+    ledger: Ledger
+    control_socket: ControlSocket
+    clock: Callable[[], float] = time.monotonic
+    _stepped_s: float = -math.inf
+    _is_news: bool = False
+    _opened_s: float = -math.inf
+
+    def open(self) -> None:
+        """Answer from now on; where there is no room for the socket, as soon as there is. Raises PlatformError."""
+        self._opened_s = self.clock()
+        try:
+            self.control_socket.open()
+        except OSError as error:
+            log.error(  # noqa: TRY400 - the machine's state
+                "cannot open the control socket %s (%s): enforcement goes on, and the agent tries again every %d s",
+                self.control_socket.path, error.strerror, RETRY_S,
+            )  # fmt: skip
+
+    def run_once(self, wake: int) -> None:
+        """Wait until there is work, or ``wake`` is readable, and do it."""
+        from netpol_ebpf.agent import report
+
+        readable, writable = self.control_socket.descriptors()
+        readable += [wake, self.node.network.fileno()]
+        barrier = self.node.barrier.fileno()
+        objects = self.agent.source.fileno()
+        readable += [one for one in (barrier, objects) if one is not None]
+        woken, _, _ = select.select(readable, writable, [], max(0.0, self._due_s() - self.clock()))
+        if self.node.network.fileno() in woken:
+            self.agent.close_newborn()
+            self._is_news = True
+        if barrier in woken:
+            self.node.barrier.note_news()
+            self._is_news = True
+        if objects in woken:
+            self.agent.source.note_news()
+        # All interfaces are not looked at while the last look is recent, lest a busy node keep us busy.
+        if self.clock() >= self._due_s():
+            self._is_news = False
+            self._stepped_s = self.clock()
+            flows = [event for event in self.agent.step() if isinstance(event, FlowEvent)]
+            self.control_socket.publish(report.flow(self.agent, flow) for flow in flows)
+            self.ledger.try_again()
+        if not self.control_socket.is_open and self.clock() >= self._opened_s + RETRY_S:
+            self.open()
+        self.control_socket.poll()
+        self._is_news = self._is_news or self.agent.has_handovers
+
+    def _due_s(self) -> float:
+        """When the next step is due. NEWS_GAP_S holds for the source too, lest a busy one keep the agent from everything else."""
+        soonest_s = self._stepped_s + NEWS_GAP_S
+        return (
+            soonest_s
+            if self._is_news
+            else min(self._stepped_s + TICK_S, max(soonest_s, self.clock() + self.agent.source.wait_s()))
+        )
+
+
+def serve(loop: AgentLoop) -> None:
+    """Step and answer until a signal asks to end: the endless loop."""
+    loop.open()
+    notify_ready()
+    try:
+        with wakened_by(signal.SIGTERM, signal.SIGINT) as (received, wake):
+            while not received:
+                loop.run_once(wake)
+            log.info(
+                "ended by %s; enforcement stays as it is, `netpolctl cleanup` ends it", signal.Signals(received[0]).name
+            )
+    finally:
+        loop.control_socket.close()
+
+
+@contextlib.contextmanager
+def wakened_by(*signals: signal.Signals) -> Iterator[tuple[list[int], int]]:
+    """Signals as a list that they are put into, and a descriptor that is readable then."""
+    received: list[int] = []
+    reading, writing = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+    before = {number: signal.signal(number, lambda number, _frame: received.append(number)) for number in signals}
+    wakeup = signal.set_wakeup_fd(writing)
+    try:
+        yield received, reading
+    finally:
+        signal.set_wakeup_fd(wakeup)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        os.close(reading)
+        os.close(writing)
+
+
+def notify_ready() -> None:
+    """Tell a service manager that waits for it (sd_notify(3)) that policy is in force."""
+    address = os.environ.get("NOTIFY_SOCKET", "")
+    if address:
+        import socket
+
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as channel:
+            channel.connect("\0" + address[1:] if address.startswith("@") else address)
+            channel.sendall(b"READY=1")

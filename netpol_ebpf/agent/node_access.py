@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the agent needs of the node, by subject. `netpol_ebpf.agent.node` has it of the kernel; tests have another one."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Collection, Mapping
+from typing import Protocol
+
+from netpol_ebpf.agent.adoption import ConnectionAccess
+from netpol_ebpf.agent.barrier import BarrierAccess
+from netpol_ebpf.agent.wiring import Interface, Wiring
+from netpol_ebpf.apply.applier import KernelMap
+from netpol_ebpf.policy.types import IPAddress
+from netpol_loader.pins.drift import Drift
+from netpol_loader.pins.others import Other
+from netpol_loader.tables.events import EventRecord
+
+
+class NetworkAccess(Protocol):
+    """Interfaces, addresses and routes of the node, and news of them."""
+
+    def snapshot(self, bound: Collection[int] = ()) -> Wiring:
+        """Interfaces, routes and addresses as they are now.
+
+        ``bound``: interfaces with the row of a workload. Addresses at their other ends are not listed again.
+        """
+
+    def has_news(self) -> bool:
+        """Whether interfaces, routes or addresses may have changed since the last call."""
+
+    def take_born(self) -> list[Interface]:
+        """Interfaces that the kernel reported since the last call, new ones among them; all other news stays."""
+
+    def take_gone(self) -> set[int] | None:
+        """Interfaces that went since the last call, though others may have their numbers now; None: it is not known which."""
+
+    def interface_towards(self, address: IPAddress) -> int | None:
+        """The interface by which the node would send to an address, None where there is no way."""
+
+
+class ProgramAccess(Protocol):
+    """Our programs on interfaces."""
+
+    def attached(self) -> set[int]:
+        """Interfaces with our programs on them."""
+
+    def attach(self, ifindex: int, *, is_newborn: bool = False) -> bool:
+        """Put our programs on an interface; False when it is gone. ``is_newborn``: it has come just now."""
+
+    def detach(self, ifindex: int) -> None:
+        """Take our programs off an interface."""
+
+    def prune(self) -> None:
+        """Forget interfaces that are gone; programs come off those that went to another network namespace."""
+
+
+class MapAccess(Protocol):
+    """The maps that hold policy, and their exchange for new ones."""
+
+    def renewal(self) -> contextlib.AbstractContextManager[Mapping[str, KernelMap]]:
+        """Empty policy maps, to be filled; at the end of the block, if it raised nothing, they are in force everywhere."""
+
+    def renewal_sizes(self) -> Mapping[str, int]:
+        """How many rows the maps have room for that the next `renewal` gives."""
+
+    def former_numbers(self) -> Mapping[int, int]:
+        """Endpoint numbers by interface, as they are in force, be it by an agent of another version."""
+
+
+class RepairAccess(Protocol):
+    """What others changed or added."""
+
+    def mend(self, ifindexes: Collection[int]) -> list[Drift]:
+        """Put back pins, and our programs on these interfaces, where something removed or changed them; what it was.
+
+        Raises PlatformError, PartlyMendedError with what could be put back, when something could not.
+        """
+
+    def other_programs(self, attached: Collection[int]) -> list[Other]:
+        """Programs of others where packets pass the node's interfaces. ``attached``: those with our programs."""
+
+
+class NodeAccess(ProgramAccess, MapAccess, RepairAccess, ConnectionAccess, Protocol):
+    """The whole node, which `Agent` hands on to its parts."""
+
+    @property
+    def network(self) -> NetworkAccess:
+        """The node's network."""
+
+    @property
+    def barrier(self) -> BarrierAccess:
+        """The tables of the second barrier in this node's network namespace."""
+
+    def others(self, ifindex: int) -> list[str]:
+        """Programs of others on the hook by which an interface's packets come in, for people."""
+
+    def read_events(self, consume: Callable[[EventRecord], None]) -> int:
+        """Hand over the events there are, or the first of very many; how many there were."""

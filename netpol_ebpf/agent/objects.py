@@ -1,0 +1,230 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The objects of the source: translated, each address given to one workload, and the world that is in force.
+
+Invariants: an address that several workloads claim counts for the one that had it first (`AddressClaims`); `ClusterObjects.world_in_force`
+is the world of the last change that was applied whole.  Knows no interface and no map.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Collection, Iterable
+from pathlib import Path
+
+from netpol_ebpf.agent.claims import AddressClaims
+from netpol_ebpf.agent.handover import Handover, Handovers
+from netpol_ebpf.agent.in_force import WorldInForce
+from netpol_ebpf.agent.settings import AgentSettings
+from netpol_ebpf.errors import Location, Problem
+from netpol_ebpf.policy.translate import Derivation
+from netpol_ebpf.policy.types import (
+    TUNNELS,
+    Changes,
+    ClusterNode,
+    Endpoint,
+    EndpointKey,
+    EndpointKind,
+    IPAddress,
+    PolicySettings,
+    ResourceKey,
+    Tunnel,
+    World,
+)
+from netpol_ebpf.resources.types import Pod, Resource
+from netpol_ebpf.sources.source import SourceUpdate, Upsert
+
+log = logging.getLogger(__name__)
+
+
+class ClusterObjects:
+    """`take` an update of the source, then `take_changes`; `accept` when the changes are in force.
+
+    ``derivation``: the objects, translated; for reading.  ``local``: the workloads of this node, with the addresses that count as theirs;
+    for reading.  ``handovers``: interfaces that the CNI plugin handed over.
+    """
+
+    def __init__(self, settings: AgentSettings, handovers_file: Path | None = None) -> None:
+        """``handovers_file``: where handovers outlive the process; None: they do not."""
+        self.derivation = Derivation(PolicySettings(workload_to_host=settings.workload_to_host))
+        self.local: dict[EndpointKey, Endpoint] = {}
+        self._settings = settings
+        self.handovers = Handovers(handovers_file)
+        self._claims = AddressClaims(self.derivation.world)
+        self._in_force = WorldInForce()
+        self._source_problems: tuple[Problem, ...] = ()
+        self._other_owners: dict[IPAddress, str] | None = None  # hosts and nodes; None: not known yet
+
+    @property
+    def world(self) -> World:
+        """The objects as the source has them; for reading."""
+        return self.derivation.world
+
+    @property
+    def world_in_force(self) -> World:
+        """The objects of which the rows in force were made, each address its holder's alone; for reading."""
+        return self._in_force.world
+
+    # --- changes ----------------------------------------------------------------------------------------------------
+
+    def take(self, update: SourceUpdate) -> None:
+        """Take up what changed, and log the problems that are new. Nothing of the update is kept: for a cluster it is large."""
+        known = set(self._source_problems)
+        for problem in update.problems:
+            if problem not in known:
+                log.log(logging.ERROR if problem.severity == "error" else logging.WARNING, "%s", problem)
+        self._source_problems = update.problems
+        for event in update.events:
+            if isinstance(event, Upsert):
+                self.derivation.upsert(event.resource, event.key)
+            else:
+                self.derivation.remove(*event.key)
+
+    def take_changes(self, older: Collection[EndpointKey], is_idle: Callable[[EndpointKey], bool]) -> Changes:
+        """What changed since the last call, each address given to the workload that had it first.
+
+        ``older``, ``is_idle``: see `AddressClaims.apply_changes`.
+        """
+        changes = self.derivation.take_changes()
+        before = set(self._claims.disputes())
+        self._lend_addresses(changes)
+        self._claims.apply_changes(changes, older, is_idle)
+        for key, endpoint in changes.endpoints.items():
+            if endpoint is not None and self.is_local(endpoint):
+                self.local[key] = endpoint
+            else:
+                self.local.pop(key, None)
+            if endpoint is None or endpoint.kind is EndpointKind.HOST:
+                self._other_owners = None
+        if changes.nodes:
+            self._other_owners = None
+        self._in_force.expect(changes)
+        for dispute in self._claims.disputes():
+            if dispute not in before:
+                log.log(logging.ERROR if dispute[2] in self.local else logging.WARNING, "%s", _dispute(*dispute))
+        return changes
+
+    @property
+    def is_changed(self) -> bool:
+        """Whether there is something for `take_changes`."""
+        return self.derivation.is_changed or self.handovers.is_changed
+
+    def _lend_addresses(self, changes: Changes) -> None:
+        """Give pods the addresses that the CNI plugin handed over before their objects have them; ``changes`` gets what that changes."""
+        changed = self.handovers.take_changed()
+        for key in {*changed, *self.handovers.pods, *self._claims.borrowers}:
+            handed = self.handed(key)
+            is_news = self._claims.lend(key, () if handed is None else handed.addresses)
+            endpoint = self.world.endpoints.get(key)
+            if endpoint is not None and (is_news or key in changed):
+                changes.endpoints.setdefault(key, endpoint)
+
+    def accept(self) -> None:
+        """All changes that were taken are in force."""
+        self._in_force.accept()
+
+    def set_tunnels(self, encapsulations: Iterable[tuple[int, int]]) -> None:
+        """What nodes take from anyone, as IP protocol and UDP port, besides what all nodes take."""
+        self.derivation.set_tunnels(TUNNELS.union(Tunnel(*one) for one in encapsulations))
+
+    # --- questions --------------------------------------------------------------------------------------------------
+
+    def is_local(self, endpoint: Endpoint) -> bool:
+        """Whether an endpoint is a workload of this node."""
+        return endpoint.kind is EndpointKind.WORKLOAD and self.is_ours(endpoint)
+
+    def is_ours(self, endpoint: Endpoint) -> bool:
+        """Whether policy must be compiled for an endpoint: a workload of this node, or a host endpoint of it.
+
+        Without a node's name, every host endpoint may be one: its addresses tell, when it gets its interfaces.
+        """
+        return self._settings.node in (None, endpoint.node)
+
+    def is_contested(self, key: EndpointKey) -> bool:
+        """Whether another workload claims an address of this one."""
+        return self._claims.is_contested(key)
+
+    def effective_world(self) -> World:
+        """See `AddressClaims.effective_world`."""
+        return self._claims.effective_world()
+
+    def nodes_here(self) -> list[ClusterNode]:
+        """The Node object of this node; all of them where its name is not known."""
+        nodes = self.world.nodes
+        if self._settings.node is None:
+            return list(nodes.values())
+        return [nodes[one] for one in (self._settings.node,) if one in nodes]
+
+    def owner_of(self, address: IPAddress) -> str | None:
+        """The workload, or else the host endpoint or the node, that has an address; by name the first of several."""
+        holder = self._claims.holder(address)
+        if holder is not None:
+            return str(holder)
+        if self._other_owners is None:
+            hosts = [(key, one) for key, one in self.world.endpoints.items() if one.kind is EndpointKind.HOST]
+            named = [(node.addresses, f"Node/{name}") for name, node in sorted(self.world.nodes.items())]
+            named += [(one.addresses, str(key)) for key, one in sorted(hosts, reverse=True)]
+            self._other_owners = {each: name for addresses, name in named for each in addresses}
+        return self._other_owners.get(address)
+
+    def handed(self, key: EndpointKey) -> Handover | None:
+        """The first interface of the pod that the cluster has under this name now, as the CNI plugin handed it over."""
+        pod = self._resource(key)
+        first = (one for one in self.handovers.of(key) if one.is_first)
+        return next((one for one in first if isinstance(pod, Pod) and one.is_of(pod.uid)), None)
+
+    def missing_for(self, handed: Handover) -> str:
+        """What of the objects keeps policy for an interface that was handed over from being in force; empty: nothing."""
+        key = handed.pod
+        if not handed.is_first:
+            return f"{handed.inside} is a further interface, and policy knows a workload by its first"
+        if self.handed(key) != handed:
+            other = "" if self._resource(key) is None else ", only another one's of its name"
+            return f"its Pod object has not arrived{other}"
+        if key not in self.local:
+            return "its Pod object is that of a pod of another node, of the host's network, or of one that has ended"
+        if self.derivation.get(ResourceKey("Namespace", "", key.namespace)) is None:
+            return f"its Namespace {key.namespace} has not arrived"
+        others = [
+            f"{one} is {holder}'s"
+            for one in handed.addresses
+            if (holder := self._claims.holder(one)) not in (None, key)
+        ]
+        return "; ".join(others)
+
+    def is_in_force(self, key: EndpointKey) -> bool:
+        """Whether the world in force has a local workload as it is now."""
+        return self.world_in_force.endpoints.get(key) == self.local.get(key)
+
+    def _resource(self, key: EndpointKey) -> Resource | None:
+        """The object behind an endpoint."""
+        return self.derivation.get(ResourceKey(key.kind, key.namespace, key.name))
+
+    def location(self, key: EndpointKey) -> Location:
+        """Where the object behind an endpoint is written."""
+        resource = self._resource(key)
+        return Location("") if resource is None else resource.meta.location
+
+    # --- problems ---------------------------------------------------------------------------------------------------
+
+    @property
+    def source_problems(self) -> tuple[Problem, ...]:
+        """What the source reported with its last update."""
+        return self._source_problems
+
+    def disputes(self) -> Iterable[Problem]:
+        """Addresses that several workloads claim."""
+        for address, holder, other in self._claims.disputes():
+            message = _dispute(address, holder, other)
+            severity = "error" if other in self.local else "warning"  # elsewhere it is that node's
+            yield Problem(self.location(other), "", message, obj=str(other), severity=severity, slug="address-claimed")
+
+    def without_namespace(self) -> Iterable[Problem]:
+        """Local workloads without a Namespace object, so that no label of it is known."""
+        for key in sorted(self.local):
+            if key.namespace and self.derivation.get(ResourceKey("Namespace", "", key.namespace)) is None:
+                message = f"its Namespace {key.namespace} is missing: no rule that selects by labels of the namespace matches it"
+                yield Problem(self.location(key), "", message, obj=str(key), slug="no-namespace")
+
+
+def _dispute(address: IPAddress, holder: EndpointKey, other: EndpointKey) -> str:
+    return f"{holder} and {other} both claim {address}: {holder} had it first and keeps it, and {other} may not use it"

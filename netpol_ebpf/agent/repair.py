@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Repair: programs, pins, rows and tables are restored where something else changed them.
+
+Programs of others that may keep packets from policy are reported, and stay: of two that both want to be first, neither would rest.
+
+Invariants: counters only grow, and every count has its line in the log; rows are compared only with tables that are in force.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter, deque
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass, field
+
+from netpol_ebpf.agent.attachments import Attachments
+from netpol_ebpf.agent.barrier import Barrier
+from netpol_ebpf.agent.enforcement import Enforcement
+from netpol_ebpf.agent.node_access import RepairAccess
+from netpol_ebpf.agent.other_programs import REDIRECT, problems_of
+from netpol_ebpf.errors import Location, PlatformError, Problem
+from netpol_loader.pins.drift import Drift, PartlyMendedError
+
+log = logging.getLogger(__name__)
+
+AUDIT_S = 1.0
+"""How often to look whether programs, pins and the next rows are as they were left; arbitrary."""
+ROUND_S = 5.0
+"""Least time between the beginnings of two rounds through all rows; arbitrary."""
+REMEMBERED = 20
+"""Things that were put back and are shown; arbitrary."""
+
+
+@dataclass(slots=True)
+class DriftLog:
+    """What something else changed, and was put back. ``recent``: (seconds of the agent's clock, what), oldest first."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+    recent: deque[tuple[float, Drift]] = field(default_factory=lambda: deque(maxlen=REMEMBERED))
+
+    def note(self, found: Iterable[Drift], now_s: float) -> None:
+        """Count and log."""
+        for drift in found:
+            self.counts[drift.kind] += 1
+            self.recent.append((now_s, drift))
+            log.warning("restored: %s", drift)
+
+
+class Repair:
+    """`step` at every step of the agent. ``drift``: what was restored."""
+
+    def __init__(
+        self,
+        node: RepairAccess,
+        enforcement: Enforcement,
+        attachments: Attachments,
+        barrier: Barrier,
+        name_of: Callable[[int], str],
+        clock: Callable[[], float],
+    ) -> None:
+        """``name_of``: the name of an interface.  ``clock``: seconds."""
+        self.drift = DriftLog()
+        self._node = node
+        self._enforcement = enforcement
+        self._attachments = attachments
+        self._barrier = barrier
+        self._name_of = name_of
+        self._clock = clock
+        self._audited_s = self._round_s = clock()
+        self._failure: Problem | None = None
+        self._other_programs: Sequence[Problem] = ()
+
+    @property
+    def other_programs(self) -> Sequence[Problem]:
+        """Programs of others that may keep packets from policy, as last seen."""
+        return self._other_programs
+
+    @property
+    def failure(self) -> Problem | None:
+        """What could not be restored at the last attempt."""
+        return self._failure
+
+    @property
+    def rounds(self) -> int:
+        """How often every row in force was compared."""
+        audit = self._enforcement.audit
+        return 0 if audit is None else audit.rounds
+
+    def step(self) -> bool:
+        """Restore what the kernel reported as changed and, every AUDIT_S, whatever else changed; of the rows, the next ones.
+
+        Whether AUDIT_S were over.
+        """
+        now_s = self._clock()
+        self.drift.note(self._barrier.restore_reported(), now_s)
+        if now_s - self._audited_s < AUDIT_S:
+            return False
+        self._audited_s = now_s
+        self._look_for_other_programs()
+        self.drift.note(self._barrier.look(), now_s)
+        self._failure = None
+        try:
+            self._restore_programs(now_s)
+            self._restore_rows(now_s)
+        except PlatformError as error:
+            message = f"cannot restore what something else changed: {error.message}"
+            log.error("%s", message)  # noqa: TRY400 - the machine's state, not this code, needs attention
+            self._failure = Problem(Location(""), "", message, slug="drift")
+        return True
+
+    def _restore_programs(self, now_s: float) -> None:
+        try:
+            self._note_programs(self._node.mend(frozenset(self._attachments.interfaces)), now_s)
+        except PartlyMendedError as error:
+            self._note_programs(error.found, now_s)
+            raise
+
+    def _note_programs(self, found: Collection[Drift], now_s: float) -> None:
+        self.drift.note(found, now_s)
+        if any(one.kind == "program" for one in found):
+            self._enforcement.applier.bump_generation()  # nothing is known of what passed meanwhile
+
+    def _restore_rows(self, now_s: float) -> None:
+        audit = self._enforcement.audit
+        if audit is None or not self._enforcement.is_installed:
+            return
+        if audit.is_between_rounds:
+            if now_s - self._round_s < ROUND_S:
+                return
+            self._round_s = now_s
+        self.drift.note(audit.step(), now_s)
+
+    def _look_for_other_programs(self) -> None:
+        before = self._other_programs
+        try:
+            found = self._node.other_programs(frozenset(self._attachments.interfaces))
+            self._other_programs = problems_of(found, self._name_of)
+        except PlatformError as error:
+            message = f"cannot tell whether programs of others bypass policy: {error.message}"
+            self._other_programs = [Problem(Location(""), "", message, severity="warning", slug=REDIRECT)]
+        for one in self._other_programs:
+            if one not in before:
+                log.log(logging.ERROR if one.severity == "error" else logging.WARNING, "%s", one.message)

@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A descriptor that becomes readable when something changes in one of a set of directories: inotify(7), as a wake-up alone.
+
+Which file changed, and how, is not read: whoever is woken looks at the directories.  So neither a queue that overflows nor the order of
+events can lead to a wrong state.
+
+Invariant: `DirectoryWatch.is_complete` is True only where the kernel sees every change of an entry of the directories.  It does not on
+network and FUSE file systems, where other machines or processes make changes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import functools
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+IN_NONBLOCK, IN_CLOEXEC = os.O_NONBLOCK, os.O_CLOEXEC
+CHANGES = 0x2 | 0x4 | 0x8 | 0x40 | 0x80 | 0x100 | 0x200 | 0x400 | 0x800
+"""IN_MODIFY, IN_ATTRIB, IN_CLOSE_WRITE, IN_MOVED_FROM, IN_MOVED_TO, IN_CREATE, IN_DELETE, IN_DELETE_SELF, IN_MOVE_SELF of
+linux/inotify.h. None of them is raised by reading."""
+READ_BYTES = 1 << 16
+LOCAL_FILE_SYSTEMS = frozenset({
+    0xEF53, 0x58465342, 0x9123683E, 0xF2F52010, 0x2FC12FC1, 0xCA451A4E, 0x01021994, 0x858458F6, 0x794C7630,
+})  # fmt: skip
+"""Numbers of linux/magic.h, and of file systems outside the kernel's tree: ext2 to ext4, XFS, Btrfs, F2FS, ZFS, bcachefs, tmpfs, ramfs,
+overlayfs."""
+_STATFS_BYTES = 256
+"""More than any architecture's struct statfs."""
+
+
+@functools.cache
+def _libc() -> ctypes.CDLL:
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.inotify_add_watch.argtypes = [ctypes.c_int, ctypes.c_char_p, ctypes.c_uint32]
+    libc.statfs.argtypes = [ctypes.c_char_p, ctypes.c_void_p]
+    return libc
+
+
+class DirectoryWatch:
+    """Watches the directories, and single files, of the last `watch`."""
+
+    def __init__(self) -> None:
+        """Raises OSError when the user has too many inotify instances (fs.inotify.max_user_instances)."""
+        self._descriptor = _checked(_libc().inotify_init1(IN_NONBLOCK | IN_CLOEXEC), None)
+        self._local: dict[int, bool] = {}  # by the number of a watch: whether the kernel sees every change there
+
+    def fileno(self) -> int:
+        """Readable when something changed."""
+        return self._descriptor
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether there is a watch, and the kernel sees every change of what is watched."""
+        return bool(self._local) and all(self._local.values())
+
+    def watch(self, paths: Iterable[Path]) -> bool:
+        """Watch these and nothing else; whether one of them was not watched before, so that a change may have been missed.
+
+        A path that is gone is left out.  Raises OSError when the user has too many watches (fs.inotify.max_user_watches) or may not read
+        a directory; then the watch is not complete.
+        """
+        before, self._local = self._local, {}
+        found: dict[int, bool] = {}
+        try:
+            for path in paths:
+                with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+                    number = _checked(_libc().inotify_add_watch(self._descriptor, os.fsencode(path), CHANGES), path)
+                    found[number] = before[number] if number in before else _is_local(path)
+        finally:
+            for number in before.keys() - found.keys():
+                _libc().inotify_rm_watch(self._descriptor, number)  # of a directory that is gone the kernel did it
+        self._local = found
+        return not found.keys() <= before.keys()
+
+    def drain(self) -> None:
+        """Read all events."""
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                os.read(self._descriptor, READ_BYTES)
+
+    def close(self) -> None:
+        """Close the descriptor; a second time does nothing."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+
+def _is_local(path: Path) -> bool:
+    status = ctypes.create_string_buffer(_STATFS_BYTES)
+    _checked(_libc().statfs(os.fsencode(path), status), path)
+    return ctypes.c_ulong.from_buffer(status).value in LOCAL_FILE_SYSTEMS  # f_type is the first field, a long
+
+
+def _checked(result: int, path: Path | None) -> int:
+    if result >= 0:
+        return result
+    number = ctypes.get_errno() or errno.EIO
+    raise OSError(number, os.strerror(number), None if path is None else str(path))

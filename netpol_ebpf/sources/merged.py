@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Several sources as one: of an object that several sources have, the first source in the order given wins.
+
+The others are reported as problems, and come in when the winner removes the object.  So the objects that are in force follow from what the
+sources have, not from the order in which they reported it.
+
+Invariant: a source that has not synced contributes nothing, neither objects nor removals; when it syncs, all its objects come in with
+one update.
+"""
+
+from __future__ import annotations
+
+import select
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+
+from netpol_ebpf.errors import Problem
+from netpol_ebpf.policy.translate import ResourceKey
+from netpol_ebpf.resources.manifest_files import never_pause
+from netpol_ebpf.sources.source import Event, Remove, Source, SourceUpdate, Upsert
+
+SHOWN = 1000
+"""Objects of several sources that are reported, the first by key; arbitrary."""
+
+
+class MergedSources:
+    """A `Source` of the objects of others, which it closes."""
+
+    def __init__(self, sources: Sequence[Source]) -> None:
+        """``sources``: the first wins."""
+        self._sources = tuple(sources)
+        self._objects: tuple[dict[ResourceKey, Upsert], ...] = tuple({} for _ in sources)
+        self._merged: set[int] = set()  # sources that contribute
+        self._winners: dict[ResourceKey, tuple[int, Upsert]] = {}
+        self._shadowed: set[ResourceKey] = set()  # keys that several contributing sources have
+        self._reported: tuple[Problem, ...] | None = None
+        self._descriptors = {fd: one for one in self._sources if (fd := one.fileno()) is not None}
+        self._epoll = select.epoll() if self._descriptors else None
+        for descriptor in self._descriptors:
+            self._polling().register(descriptor, select.EPOLLIN)
+
+    @property
+    def name(self) -> str:
+        """The names of all sources, in order."""
+        return ", ".join(one.name for one in self._sources)
+
+    @property
+    def has_synced(self) -> bool:
+        """Whether all sources have synced."""
+        return all(one.has_synced for one in self._sources)
+
+    @property
+    def skipped(self) -> dict[str, int]:
+        """The sums of all sources."""
+        total: Counter[str] = Counter()
+        for one in self._sources:
+            total.update(one.skipped)
+        return dict(sorted(total.items()))
+
+    @property
+    def problems(self) -> tuple[Problem, ...]:
+        """Problems of all sources in order, then one for each object that a source has and another one wins."""
+        return (*(problem for one in self._sources for problem in one.problems), *self._duplicates())
+
+    def sync(self) -> SourceUpdate:
+        """See `Source`. Raises what the first source raises that cannot be read."""
+        updates = [one.sync() for one in self._sources]
+        events = self._merge({number: update.events for number, update in enumerate(updates)})
+        return self._update(events) or SourceUpdate((), self.problems)
+
+    def fileno(self) -> int | None:
+        """Readable when the descriptor of any source is."""
+        return None if self._epoll is None else self._epoll.fileno()
+
+    def note_news(self) -> None:
+        """See `Source`; only the sources that have news learn of it."""
+        for descriptor, _ in self._polling().poll(timeout=0):
+            self._descriptors[descriptor].note_news()
+
+    def wait_s(self) -> float:
+        """See `Source`."""
+        return min(one.wait_s() for one in self._sources)
+
+    def step(self, pause: Callable[[], None] = never_pause) -> SourceUpdate | None:
+        """See `Source`. Only the sources that need it do a step."""
+        updates = {number: one.step(pause) for number, one in enumerate(self._sources) if one.wait_s() <= 0}
+        return self._update(self._merge({number: one.events for number, one in updates.items() if one is not None}))
+
+    def close(self) -> None:
+        """Close all sources."""
+        for one in self._sources:
+            one.close()
+        if self._epoll is not None:
+            self._epoll.close()
+
+    def _polling(self) -> select.epoll:
+        if self._epoll is None:
+            raise AssertionError("no source has a descriptor")
+        return self._epoll
+
+    def _merge(self, reported: dict[int, Sequence[Event]]) -> tuple[Event, ...]:
+        """What becomes of the merged objects, removals first. Cost: linear in the events, and in the objects of a source that has just synced."""
+        touched: dict[ResourceKey, None] = {}
+        for number, events in reported.items():
+            objects = self._objects[number]
+            for event in events:
+                touched[event.key] = None
+                if isinstance(event, Upsert):
+                    objects[event.key] = event
+                else:
+                    objects.pop(event.key, None)
+        for number, one in enumerate(self._sources):
+            if one.has_synced and number not in self._merged:
+                self._merged.add(number)
+                touched |= dict.fromkeys(self._objects[number])
+        removals: list[Event] = []
+        upserts: list[Event] = []
+        for key in touched:
+            before = self._winners.pop(key, None)
+            having = [number for number in sorted(self._merged) if key in self._objects[number]]
+            if having:
+                after = having[0], self._objects[having[0]][key]
+                self._winners[key] = after
+                if before != after:
+                    upserts.append(after[1])
+            elif before is not None:
+                removals.append(Remove(before[1].resource, key, before[1].version))
+            (self._shadowed.add if having[1:] else self._shadowed.discard)(key)
+        return (*removals, *upserts)
+
+    def _duplicates(self) -> Iterator[Problem]:
+        for key in sorted(self._shadowed)[:SHOWN]:
+            first, winner = self._winners[key]
+            for number in sorted(self._merged):
+                loser = self._objects[number].get(key)
+                if loser is not None and number != first:
+                    message = (
+                        f"{self._sources[number].name} and {self._sources[first].name} both have this object: that of "
+                        f"{self._sources[first].name} ({winner.resource.meta.location}) is in force; remove one of them"
+                    )
+                    yield Problem(loser.resource.meta.location, "", message, obj=str(key), slug="duplicate")
+
+    def _update(self, events: tuple[Event, ...]) -> SourceUpdate | None:
+        problems = self.problems
+        if not events and problems == self._reported:
+            return None
+        self._reported = problems
+        return SourceUpdate(events, problems)
