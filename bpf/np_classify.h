@@ -130,8 +130,7 @@ NP_INLINE int np_classify(struct np_ctx *ctx, const struct np_tuple *tuple, cons
 {
     struct np_decision *decision = ctx->decision;
     __u32 endpoint;
-    decision->peer_identity =
-        np_identity_of(ctx, tuple, direction, &endpoint, version); // egress: the peer is the destination
+    decision->peer_identity = np_identity_of(ctx, tuple, direction, &endpoint, version); // egress: its destination
     if (self && endpoint == self)
         return NP_REASON_SELF;
     decision->set = set->number;
