@@ -90,13 +90,13 @@ class Agent:
         not the same as an empty one.  Then everything is as it was.
         """
         self._ledger.open()
-        self.objects.handovers.recall()
         self.objects.take(self.source.sync())
         self._take_changes(older=set(self._ledger.numbers.endpoints))
         self.interfaces.recall(self.enforcement.former_workloads(), self._node.attached())
         self.interfaces.look()
-        self.interfaces.forget_stale_handovers()
+        self.interfaces.recall_handovers()
         self._take_changes()  # what the interfaces tell of tunnels is in the world already
+        self.interfaces.locate()  # pods that have their addresses by the CNI plugin alone
         self.binder.find_attached()
         self.enforcement.install()
         self.binder.take_over()
