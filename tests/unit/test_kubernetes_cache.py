@@ -15,7 +15,7 @@ from apiserver_traces import NAMESPACES, PODS, TIERS, pod, tier
 from netpol_ebpf.sources.kubernetes.cache import Cache
 from netpol_ebpf.sources.kubernetes.decoding import KINDS, MalformedError, WatchedKind, decode_object
 from netpol_ebpf.sources.kubernetes.saved_state import load_state, store_state
-from netpol_ebpf.sources.source import Event, Remove, Upsert
+from netpol_ebpf.sources.source import ObjectEvent, Remove, Upsert
 
 STORED_TIERS = next(kind for kind in KINDS if (kind.api_version, kind.kind) == ("crd.projectcalico.org/v1", "Tier"))
 
@@ -49,7 +49,7 @@ def sync(cache: Cache) -> None:
     cache.calm()
 
 
-def changes(events: tuple[Event, ...]) -> list[str]:
+def changes(events: tuple[ObjectEvent, ...]) -> list[str]:
     """The events as text."""
     return [f"{'+' if isinstance(event, Upsert) else '-'}{event.key}" for event in events]
 

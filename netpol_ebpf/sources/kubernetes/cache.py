@@ -32,7 +32,7 @@ from netpol_ebpf.sources.kubernetes.decoding import (
     object_path,
     parse,
 )
-from netpol_ebpf.sources.source import Event, Remove, Upsert
+from netpol_ebpf.sources.source import ObjectEvent, Remove, Upsert
 
 MOST_TOLD = 1000
 """Problems; arbitrary. All of them are gone through when one changes."""
@@ -257,7 +257,7 @@ class _Objects:
         self._states: dict[ResourceKey, list[tuple[bool, str, Resource, str]]] = {}  # stored, path, resource, version
         self._keys: dict[str, ResourceKey] = {}  # by path
 
-    def replace(self, path: str, new: tuple[Resource, str] | None) -> Iterator[Event]:
+    def replace(self, path: str, new: tuple[Resource, str] | None) -> Iterator[ObjectEvent]:
         """What becomes of it when the object at a path is now this, None for gone."""
         keys = [self._keys.pop(path, None), None if new is None else key_of(new[0])]
         for key in dict.fromkeys(key for key in keys if key is not None):
@@ -372,7 +372,7 @@ class Cache:
             found[MOST_TOLD:] = [Problem(Location("/"), "", message, slug="more")]
         return tuple(found)
 
-    def drain(self, pause: Callable[[], None] = never_pause) -> tuple[Event, ...]:
+    def drain(self, pause: Callable[[], None] = never_pause) -> tuple[ObjectEvent, ...]:
         """What changed since the last call, removals first; nothing before every kind was listed. Never waits for a server.
 
         ``pause`` is called every few milliseconds.
@@ -388,8 +388,8 @@ class Cache:
             else:
                 return ()
             self.is_given, self._loaded = True, {}
-        removals: list[Event] = []
-        upserts: list[Event] = []
+        removals: list[ObjectEvent] = []
+        upserts: list[ObjectEvent] = []
         for number, path in enumerate(sorted(changed)):
             if number % TAKEN_TOGETHER == 0:
                 pause()
