@@ -32,12 +32,11 @@ from netpol_ebpf.agent.own_interfaces import OwnInterfaces
 from netpol_ebpf.agent.rejected import RejectedChanges
 from netpol_ebpf.agent.repair import Repair
 from netpol_ebpf.agent.settings import AgentSettings
-from netpol_ebpf.apply.events import Event, decode_event
+from netpol_ebpf.apply.events import ProgramEvent, decode_event
 from netpol_ebpf.apply.ledger import Ledger
 from netpol_ebpf.errors import LimitError, Location, MapFullError, Problem
 from netpol_ebpf.policy.types import Changes, EndpointKey
-from netpol_ebpf.sources.source import Event as SourceEvent
-from netpol_ebpf.sources.source import Source, SourceUpdate
+from netpol_ebpf.sources.source import ObjectEvent, Source, SourceUpdate
 from netpol_loader.tables.events import EventRecord
 
 CLOSE_S = 15.0
@@ -91,7 +90,7 @@ class Agent:
         self._ledger = ledger
         self._clock = clock
         self.is_started = False
-        self._early: list[SourceEvent] = []  # events of sources that synced before the others
+        self._early: list[ObjectEvent] = []  # events of sources that synced before the others
         self._close_at_s = math.inf
         self._tell_at_s = math.inf
         self._logged: frozenset[str] = frozenset()  # workloads that policy does not reach, as the log has them
@@ -133,7 +132,6 @@ class Agent:
 
     def _open(self) -> None:
         self._ledger.open()
-        self.objects.handovers.recall()
 
     def _take(self, update: SourceUpdate) -> bool:
         """Take up an update; False when it was laid aside because the source has not all its objects yet."""
@@ -161,14 +159,15 @@ class Agent:
         self._take_changes(older=set(self._ledger.numbers.endpoints))
         self.interfaces.recall(self.enforcement.former_workloads(), self._node.attached())
         self.interfaces.look()
-        self.interfaces.forget_stale_handovers()
+        self.interfaces.recall_handovers()
         self._take_changes()  # what the interfaces tell of tunnels is in the world already
+        self.interfaces.locate()  # pods that have their addresses by the CNI plugin alone
         self.binder.find_attached()
         self.enforcement.install()
         self.binder.take_over()
         self.is_started = True
 
-    def step(self) -> list[Event]:
+    def step(self) -> list[ProgramEvent]:
         """Do whatever there is to do now; returns the events that the program reported since the last step.
 
         Before the start it waits for the source. Raises what `start` raises, then.
@@ -231,7 +230,7 @@ class Agent:
         for link in self._node.network.take_born():
             self.binder.close_newborn(link)
 
-    def read_events(self) -> list[Event]:
+    def read_events(self) -> list[ProgramEvent]:
         """The events that the program reported since the last call."""
         records: list[EventRecord] = []
         self._node.read_events(records.append)

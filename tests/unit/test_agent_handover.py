@@ -430,3 +430,20 @@ def test_no_room_for_the_file(bench: Bench) -> None:
     agent.hand_over(handed(uid="u-2"))
     agent.step()
     assert agent.problems == []
+
+
+def test_a_dispute_outlives_the_agent(bench: Bench) -> None:
+    """Who had an address before the restart, and has its interface, has it afterwards."""
+    bench.write("new.yaml", pod())
+    mine = handed(addresses=["10.0.0.1/24"])
+    for _ in range(2):
+        agent = lasting_agent(bench)
+        agent.hand_over(mine)
+        agent.step()
+        assert agent.objects.owner_of(ip_address("10.0.0.1")) == "Pod/shop/web"
+        assert agent.missing_for(mine)
+
+
+def test_ready(bench: Bench) -> None:
+    """An agent that answers is ready for pods."""
+    assert waits_of(bench.agent())["ready"]({})() == IN_FORCE

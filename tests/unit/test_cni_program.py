@@ -286,8 +286,11 @@ def test_an_agent_that_hangs_up(run: Run, agent: Callable[[bytes | None], Agent]
 
 def test_the_agents_reason_is_told(run: Run, agent: Callable[[bytes | None], Agent]) -> None:
     """What the agent says is in the error's details, harmless whatever is in it."""
-    other = agent(b'{"error":"not yet: \\u001b[1m \\"db\\" \xc3\xa9","slug":"usage"}\n')
-    assert error_of(run("STATUS", status_config(other)))["details"].startswith('not yet: \x1b[1m "db" ')
+    other = agent(b'{"error":"not yet:\\u001b[1m\\n\\"db\\" \xc3\xa9","slug":"usage"}\n')
+    assert error_of(run("STATUS", status_config(other)))["details"].startswith('not yet:\x1b[1m\n"db" ')
+    _, _, logged = run("STATUS", status_config(other, posture="open"))
+    assert logged.count("\n") == 1
+    assert logged[:-1].isprintable()
 
 
 def test_no_agent(run: Run, tmp_path: Path) -> None:
