@@ -91,6 +91,7 @@ class Agent:
         self._clock = clock
         self.is_started = False
         self._early: list[ObjectEvent] = []  # events of sources that synced before the others
+        self._early_handovers: list[Handover] = []  # what came before the start
         self._close_at_s = math.inf
         self._tell_at_s = math.inf
         self._logged: frozenset[str] = frozenset()  # workloads that policy does not reach, as the log has them
@@ -160,6 +161,8 @@ class Agent:
         self.interfaces.recall(self.enforcement.former_workloads(), self._node.attached())
         self.interfaces.look()
         self.interfaces.recall_handovers()
+        for handed in self._early_handovers:  # newer than those of the file
+            self.objects.handovers.add(handed)
         self._take_changes()  # what the interfaces tell of tunnels is in the world already
         self.interfaces.locate()  # pods that have their addresses by the CNI plugin alone
         self.binder.find_attached()
@@ -200,7 +203,10 @@ class Agent:
 
     def hand_over(self, handed: Handover) -> None:
         """Take up what the CNI plugin says of an interface; the next step acts on it, and `missing_for` says how far it is."""
-        self.objects.handovers.add(handed)
+        if self.is_started:
+            self.objects.handovers.add(handed)
+        else:
+            self._early_handovers.append(handed)
 
     @property
     def has_handovers(self) -> bool:

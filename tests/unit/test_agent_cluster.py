@@ -122,7 +122,8 @@ class Stage:
         self.bench.close()
         self.bench.ledgers.append(Ledger(self.bench.home / "numbers"))
         settings = AgentSettings("here")
-        one = Agent(settings, self.node, source, self.bench.ledgers[-1], lambda: self.bench.now_s)
+        handovers = self.bench.home / "handovers"
+        one = Agent(settings, self.node, source, self.bench.ledgers[-1], lambda: self.bench.now_s, None, handovers)
         one.begin()
         return one
 
@@ -437,3 +438,11 @@ def test_handover_while_the_agent_waits_is_in_force_after_its_start(stage: Stage
     stage.until(agent, lambda: agent.is_in_force)
     assert agent.missing_for(handed) == ""
     assert bound(agent) == {WEB}
+    # The next agent waits too, and is told of another pod: it knows both.
+    refuse(stage.api, POLICIES)
+    agent = stage.agent(stage.cluster())
+    agent.hand_over(Handover(DB, "", 6, "cali2", (2, 2), "eth0", (ip_address("10.0.0.2"),)))
+    stage.api.first.clear()
+    stage.until(agent, lambda: agent.is_in_force)
+    assert set(agent.objects.handovers.pods) == {WEB, DB}
+    assert bound(agent) == {WEB, DB}
