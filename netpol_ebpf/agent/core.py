@@ -42,9 +42,9 @@ log = logging.getLogger(__name__)
 
 
 class Agent:
-    """Keeps enforcement on a node up to date with its objects and interfaces. `start` once, then `step` again and again.
+    """Keeps enforcement on a node up to date with its objects and interfaces.
 
-    Its parts are for reading.
+    Call `start` once, then `step` repeatedly. Its parts are read-only for callers.
     """
 
     def __init__(
@@ -57,8 +57,9 @@ class Agent:
         assignments_file: Path | None = None,
         handovers_file: Path | None = None,
     ) -> None:
-        """``clock``: seconds.  ``assignments_file``: where assignments of interfaces outlive the process; None: they do not.
+        """``clock``: seconds.
 
+        ``assignments_file``: where interface assignments are kept across restarts; None: they are not kept.
         ``handovers_file``: the same for handovers of the CNI plugin.
         """
         self.settings = settings
@@ -84,10 +85,10 @@ class Agent:
     # --- steps ------------------------------------------------------------------------------------------------------
 
     def start(self) -> None:
-        """Put the objects as they are now in force, in one exchange with what an earlier agent left. Waits for the source to sync.
+        """Apply the present objects, in one exchange with what an earlier agent left. Waits for the source to sync.
 
-        Raises LimitError or MapFullError when they do not fit, InvalidInputError or UnreachableError when a source cannot be read: that is
-        not the same as an empty one.  Then everything is as it was.
+        Raises LimitError or MapFullError when the objects do not fit, InvalidInputError or UnreachableError when a
+        source cannot be read: an unreadable source is not an empty one.  After an error the previous state is in force.
         """
         self._ledger.open()
         self.objects.handovers.recall()
@@ -102,7 +103,7 @@ class Agent:
         self.binder.take_over()
 
     def step(self) -> list[Event]:
-        """Do whatever there is to do now; returns the events that the program reported since the last step."""
+        """Process all changes that are due; returns the events that the program reported since the last step."""
         self.interfaces.has_looked = False
         self.close_newborn()
         update = None
@@ -125,12 +126,12 @@ class Agent:
         return self.read_events()
 
     def hand_over(self, handed: Handover) -> None:
-        """Take up what the CNI plugin says of an interface; the next step acts on it, and `missing_for` says how far it is."""
+        """Accept a handover of the CNI plugin; the next step applies it, and `missing_for` reports its progress."""
         self.objects.handovers.add(handed)
 
     @property
     def has_handovers(self) -> bool:
-        """Whether a step must act on what was handed over."""
+        """Whether a handover waits for the next step."""
         return self.objects.handovers.is_changed
 
     def missing_for(self, handed: Handover) -> str:
@@ -147,9 +148,10 @@ class Agent:
         return "" if is_attached else f"interface {handed.name} has no programs"
 
     def close_newborn(self) -> None:
-        """Put programs on interfaces that have come just now, before anything else is found out about them. Takes no time.
+        """Attach programs to interfaces that just appeared, before anything else is known about them.
 
-        They deny everything until a step finds out to which workload an interface belongs, or takes them off an own interface.
+        Takes little time. The programs deny everything until a step finds the workload of an interface, or detaches
+        them from an own interface.
         """
         for link in self._node.network.take_born():
             self.binder.close_newborn(link)
@@ -166,7 +168,10 @@ class Agent:
         return changes
 
     def _bring_into_force(self, changes: Changes) -> None:
-        """Compile and apply; when it does not fit, say so and try again with the next change, or when memory may be back."""
+        """Compile and apply.
+
+        A change that does not fit is reported, and tried again with the next change, or when memory may be free again.
+        """
         if not changes and not self.enforcement.is_pending:
             return
         self.rejected.expect(changes, self._location_of)
@@ -192,7 +197,7 @@ class Agent:
         self.interfaces.look(self.enforcement.bound)
 
     def _is_searching(self) -> bool:
-        """Whether it is time to look for what nobody announces, or to try again what failed."""
+        """Whether a search is due for what no message announces, or a new attempt at what failed."""
         return self.interfaces.is_search_due() and (
             bool(self.attachments.problems) or self.binder.is_waiting() or self.interfaces.is_curious()
         )
@@ -201,7 +206,7 @@ class Agent:
 
     @property
     def problems(self) -> list[Problem]:
-        """Everything that keeps the node from being as the objects say."""
+        """Every difference between what the objects say and what is in force on the node."""
         own = self.own_interfaces
         found = [*self.objects.source_problems, *own.problems(self.objects.world.endpoints, self.objects.location)]
         found += [*self.objects.disputes(), *self.binder.problems, *self.attachments.problems, *self.binder.warnings]
@@ -216,7 +221,7 @@ class Agent:
         return [*found, *self.objects.without_namespace()]
 
     def _log_unenforced(self) -> None:
-        """Log what is new of them: time alone brings some about."""
+        """Log the workloads that are newly unenforced: some become so by the passing of time alone."""
         found = {str(one): one for one in self._unenforced()}
         for text in found.keys() - self._logged:
             log.log(logging.ERROR if found[text].severity == "error" else logging.WARNING, "%s", text)

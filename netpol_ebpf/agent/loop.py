@@ -22,19 +22,19 @@ from netpol_ebpf.apply.events import FlowEvent
 from netpol_ebpf.apply.ledger import Ledger
 
 NEWS_GAP_S = 0.05
-"""Least time between two looks at all interfaces; arbitrary. Programs are put on new ones without such a gap."""
+"""Least time between two passes over all interfaces; arbitrary. New interfaces get programs without such a gap."""
 TICK_S = 0.2
-"""Longest time between two steps of the agent; arbitrary. The program wakes nobody when it reports a flow."""
+"""Longest time between two steps of the agent; arbitrary. The program wakes no process when it reports a flow."""
 RETRY_S = 5.0
-"""How often it is tried again to make the socket; arbitrary."""
+"""Interval of attempts to create the socket; arbitrary."""
 log = logging.getLogger("netpol-agent")
 
 
 @dataclass
 class AgentLoop:
-    """The agent's loop, turn by turn: new interfaces first, then a step when one is due, then at most one answer is begun.
+    """The agent's loop, pass by pass.
 
-    ``clock``: seconds.
+    New interfaces first, then a step when one is due, then at most one answer is begun. ``clock``: seconds.
     """
 
     agent: Any
@@ -47,7 +47,7 @@ class AgentLoop:
     _opened_s: float = -math.inf
 
     def open(self) -> None:
-        """Answer from now on; where there is no room for the socket, as soon as there is. Raises PlatformError."""
+        """Open the socket; if the file system has no room for it, as soon as there is. Raises PlatformError."""
         self._opened_s = self.clock()
         try:
             self.control_socket.open()
@@ -58,7 +58,7 @@ class AgentLoop:
             )  # fmt: skip
 
     def run_once(self, wake: int) -> None:
-        """Wait until there is work, or ``wake`` is readable, and do it."""
+        """Wait until there is work, or ``wake`` is readable, and do the work."""
         from netpol_ebpf.agent import report
 
         readable, writable = self.control_socket.descriptors()
@@ -88,7 +88,10 @@ class AgentLoop:
         self._is_news = self._is_news or self.agent.has_handovers
 
     def _due_s(self) -> float:
-        """When the next step is due. NEWS_GAP_S holds for the source too, lest a busy one keep the agent from everything else."""
+        """When the next step is due.
+
+        NEWS_GAP_S applies to the source too, so that a busy source cannot starve everything else.
+        """
         soonest_s = self._stepped_s + NEWS_GAP_S
         return (
             soonest_s
@@ -98,7 +101,7 @@ class AgentLoop:
 
 
 def serve(loop: AgentLoop) -> None:
-    """Step and answer until a signal asks to end: the endless loop."""
+    """Run steps and answers until a signal ends the loop: the endless loop."""
     loop.open()
     notify_ready()
     try:
@@ -114,7 +117,7 @@ def serve(loop: AgentLoop) -> None:
 
 @contextlib.contextmanager
 def wakened_by(*signals: signal.Signals) -> Iterator[tuple[list[int], int]]:
-    """Signals as a list that they are put into, and a descriptor that is readable then."""
+    """A list that receives signals, and a descriptor that becomes readable with each."""
     received: list[int] = []
     reading, writing = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
     before = {number: signal.signal(number, lambda number, _frame: received.append(number)) for number in signals}
@@ -130,7 +133,7 @@ def wakened_by(*signals: signal.Signals) -> Iterator[tuple[list[int], int]]:
 
 
 def notify_ready() -> None:
-    """Tell a service manager that waits for it (sd_notify(3)) that policy is in force."""
+    """Notify a waiting service manager (sd_notify(3)) that policy is in force."""
     address = os.environ.get("NOTIFY_SOCKET", "")
     if address:
         import socket
