@@ -32,7 +32,10 @@ from netpol_loader.kernel.clock import read_jiffies
 log = logging.getLogger(__name__)
 
 NO_GENERATION = 0
-"""The configuration never has this generation, so policy evaluates the connection."""
+"""Generation of adopted connections.
+
+The configuration never has it, so policy evaluates the connection at its next packet.
+"""
 SHARE = 2
 """The agent fills at most 1/SHARE of a connection table with old connections; arbitrary."""
 

@@ -164,7 +164,10 @@ class Barrier:
             self.tables.write(older)
 
     def _may_be_there(self) -> bool:
-        """Whether an older table of ours may drop by the marks, so that the marks must not change."""
+        """Whether a table of an earlier agent may exist, which drops packets by the present mark bits.
+
+        Then the bits must not change.
+        """
         try:
             return self.tables.is_there()
         except PlatformError:

@@ -32,7 +32,7 @@ class AddressClaims:
 
     @property
     def borrowers(self) -> Collection[EndpointKey]:
-        """Endpoints that `lend` gave addresses; to be read only."""
+        """Endpoints that `lend` gave addresses; read-only for callers."""
         return self._lent.keys()
 
     def lend(self, key: EndpointKey, addresses: tuple[IPAddress, ...]) -> bool:

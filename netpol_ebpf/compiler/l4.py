@@ -171,7 +171,11 @@ class AtomSpace:
         return starts, signatures, order
 
     def _number(self, starts: list[int], signatures: list[int]) -> tuple[dict[int, int], dict[int, int]]:
-        """A number for each signature, the old one where positions overlap; and the parents of new numbers."""
+        """Assign an atom number to each signature.
+
+        A signature keeps the old number of its positions where there is one.  The second result gives, for each new
+        number, the number that its positions had before.
+        """
         numbers: dict[int, int] = {0: 0}
         taken = {0}
         for start, signature in zip(starts, signatures, strict=True):

@@ -69,12 +69,12 @@ ATOM_BLOCKS = OTHER_BLOCK + 1
 class SetRow:
     """One policy set: the ordered list of everything that applies to an endpoint in one direction and stage.
 
-    ``number``: the ``set`` of peer_classes, shared by policy sets that tell peers apart alike; ``default_class*``: the class
-    of identities of that family without a row there.  ``own_set``: its counterpart for the endpoint's own side, 0 when the
-    own side is constant (then own_classes is 1).  ``l4_base``: first block in l4_columns for destination atoms;
-    ``source_base``: the same for source-port atoms, unused when source_classes is 1.  ``peer_classes`` and
-    ``own_classes``: bounds of the classes.  ``asks_source``: 1 if an enforced rule matches on who owns the source address, or on
-    the source port, else 0.
+    ``number``: the ``set`` in keys of peer_classes; policy sets with the same peer classes share it.
+    ``default_class*``: by family, the class of identities without a row there.  ``own_set``: the same number for the
+    endpoint's own side, 0 when the own side is constant (then own_classes is 1).  ``l4_base``: first block of
+    destination atoms in l4_columns; ``source_base``: first block of source-port atoms, unused when source_classes is 1.
+    ``peer_classes`` and ``own_classes``: upper bounds of class numbers.  ``asks_source``: 1 if an enforced rule depends
+    on the owner of the source address, or on the source port, else 0.
     """
 
     number: int

@@ -164,7 +164,7 @@ def _service_covers(wide: BackendMatch | None, narrow: BackendMatch | None) -> b
 
 
 def _ports_cover(wide: Ports | None, narrow: Ports | None) -> bool:
-    """Whether ports cover ports.
+    """Whether the wide entity's ports contain the narrow entity's.
 
     Named ports resolve among the owners that match the selector; a wider entity has at least as many.
     """

@@ -261,7 +261,7 @@ class _Objects:
         self._keys: dict[str, ResourceKey] = {}  # by path
 
     def replace(self, path: str, new: tuple[Resource, str] | None) -> Iterator[Event]:
-        """The change of a key's object when the object at a path becomes this one, None for gone."""
+        """Set the object at a path, None for a deleted one; returns the change of its key's object."""
         keys = [self._keys.pop(path, None), None if new is None else key_of(new[0])]
         for key in dict.fromkeys(key for key in keys if key is not None):
             before = self._states.pop(key, [])
