@@ -108,7 +108,7 @@ class LocatedEndpoints:
     """The result of a search for interfaces.
 
     ``problems``: endpoints that cannot be given an interface although there is evidence of one, and why. An endpoint
-    that is in neither field is not on this node yet.
+    without interface and without problem is not on this node yet.
     """
 
     interfaces: Mapping[EndpointKey, int] = field(default_factory=dict)
@@ -209,9 +209,9 @@ class InterfaceAssignments:
         return LocatedEndpoints(interfaces, by, problems)
 
     def _release_named(self, wiring: Wiring, endpoints: Iterable[Endpoint]) -> None:
-        """Release an interface that no object names any more.
+        """Release an interface that was assigned by name when no object names it any more.
 
-        The author of those objects is not the workload behind the interface.
+        Its workload cannot have caused that: the workload does not write the objects.
         """
         named = {(one.key, one.interface) for one in endpoints}
         for ifindex, seen in self._seen.items():

@@ -276,7 +276,7 @@ class Barrier:
 
     @property
     def problems(self) -> list[Problem]:
-        """What the barrier leaves open, and interfaces with the program that nevertheless had packets dropped."""
+        """The parts of the node that the barrier leaves open, and interfaces with the program that had packets dropped."""
         found = [] if self._failure is None else [self._failure]
         for name, one in sorted(self._risen.items()):
             others = f" (also there: {', '.join(one.others)})" if one.others else ""
@@ -318,7 +318,7 @@ class Barrier:
         }
 
     def _open(self) -> list[str]:
-        """What the barrier leaves open on this node."""
+        """The packets that the barrier does not stop on this node, as text."""
         found = []
         if not self.is_installed:
             found.append("packets of services that the node gives to a process of its own: they bear no mark")

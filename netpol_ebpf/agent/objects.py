@@ -209,7 +209,7 @@ class ClusterObjects:
 
     @property
     def source_problems(self) -> tuple[Problem, ...]:
-        """What the source reported with its last update."""
+        """The problems of the source's last update."""
         return self._source_problems
 
     def disputes(self) -> Iterable[Problem]:

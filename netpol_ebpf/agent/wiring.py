@@ -16,13 +16,14 @@ from netpol_ebpf.policy.types import IPAddress, IPNetwork
 
 ETHERNET = 1
 LAYER3_HARDWARE = frozenset({519, 512, 768, 769, 776, 778, 823, 65534})
-"""ARPHRD_* of devices whose packets begin with the network header: raw IP, PPP, IPIP, ip6tnl, sit, GRE, IPv6 GRE, none (tun,
-WireGuard, xfrm)."""
+"""ARPHRD_* of devices without a link-layer header: raw IP, PPP, IPIP, ip6tnl, sit, GRE, IPv6 GRE, none (tun, WireGuard,
+xfrm).
+"""
 BRIDGE_KIND = "bridge"
 PAIR_KINDS = frozenset({"veth", "netkit"})
 """Kinds of devices that come in pairs, one end in a workload's namespace."""
 TAP_KINDS = frozenset({"tun"})
-"""What the kernel calls a tap or tun device; a tap is a virtual machine's interface."""
+"""The kernel's names for a tap or tun device; a tap is a virtual machine's interface."""
 MOST_STACKED = 8
 """Largest number of stacked devices: the kernel's MAX_NEST_DEV."""
 NOWHERE = 0

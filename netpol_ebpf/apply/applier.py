@@ -44,8 +44,8 @@ OWNERS = frozenset(abi.maps_with(abi.MapTrait.REFERRING))
 FILL_ROWS = 8192
 """Rows encoded in one portion when whole tables are written; arbitrary: some MB."""
 SHARED, OWN_ROWS = "np_endpoint", 64
-"""The map that also has rows of the node's own interfaces (`netpol_ebpf.apply.surroundings`), and the room kept for them:
-a change counts these rows only when the map is fuller than that; arbitrary.
+"""The map that this applier shares with `netpol_ebpf.apply.surroundings`, and the number of rows that it leaves free
+for that module before it counts them exactly; arbitrary.
 """
 REMEMBERED = frozenset(abi.maps_with(abi.MapTrait.CACHED))
 """Maps with rows that the program caches for an epoch."""
@@ -191,7 +191,7 @@ class Applier:
         return key in self._rows and key in self._bindings
 
     def endpoint_elements(self, key: EndpointKey) -> Iterator[Element]:
-        """What is in the kernel for an endpoint, the row itself last; nothing without a row or an interface."""
+        """The elements in the kernel for an endpoint, the row itself last; nothing without a row or an interface."""
         return self._elements(key)
 
     def mend_config(self) -> bool:

@@ -230,7 +230,7 @@ class EndpointFlag(enum.IntFlag):
 
 
 class LocalFlag(enum.IntFlag):
-    """What an address means to the node."""
+    """The meaning of an address to the node."""
 
     OWN = abi.NP_LOCAL_OWN
     MANY = abi.NP_LOCAL_MANY

@@ -297,9 +297,10 @@ class KernelEngine:
     def _run_returning(self, question: Question, number: int) -> FlowEvent:
         """The verdict on a workload's packet to itself, where the question concerns its egress policy.
 
-        Policy does not apply to a packet that a workload sends to its own address.  A packet to a service is judged
-        when it returns with that address: at the other hook, where it carries its sender tag.  An allowed packet is
-        reported once more for the receiver, unless both ends of its connection are equal, port included.
+        The program passes a packet from a workload to its own address without policy.  If the workload sent it to a
+        service, the packet returns from the translation with that address and its sender tag, and the program judges it
+        at the pod's ingress hook.  An allowed packet then has two events, one of them for the receiver, unless both
+        ends of its connection are equal, port included.
         """
         name, key, value = place_element(number, self._runner.ifindex)
         self._dataplane.maps[name].put(key, value)

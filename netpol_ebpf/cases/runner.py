@@ -305,7 +305,10 @@ class Cast:
                 yield FlowEnd(FlowEndKind.WORKLOAD, one.key, one.node)
 
     def service_of(self, flow: Flow) -> Translation | None:
-        """The translation that a node would make where the flow itself does not name it; None: none."""
+        """The service that translates a flow's destination.
+
+        None where the flow names its translation, or no service has the destination.
+        """
         place = flow.destination or self._topology.locate(flow.packet.destination)
         if flow.dnat_to is not None or place.kind is FlowEndKind.WORKLOAD:
             return None

@@ -149,7 +149,7 @@ class _Family:
             self.contexts = {(context.owners, context.groups): context for context in (self.nowhere, *live)}
 
     def ordered_lengths(self) -> list[int]:
-        """Lengths in use, the longest first."""
+        """Prefix lengths in use, the longest first."""
         return sorted(self.lengths, reverse=True)
 
     def context(self, owners: frozenset[int], groups: frozenset[int]) -> _Context:

@@ -260,5 +260,5 @@ class EntryVectors:
         return {class_: self.vector(matching) for class_, matching in self.table.vectors.items()}
 
     def vector_of(self, identity: int) -> int:
-        """The entries of the policy set with a match that is true for an identity in use, as a bit vector."""
+        """Bit vector of the policy set's entries with a match that is true for an identity in use."""
         return self.vector(self.table.vector_of(identity))

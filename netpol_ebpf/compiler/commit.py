@@ -58,7 +58,7 @@ from netpol_ebpf.policy.types import (
 )
 
 _PAIRS = 64
-"""Changes of identity that a commit compares before it assumes that something is revoked; arbitrary."""
+"""Largest number of identity changes that a commit compares; above it the commit counts as a revocation; arbitrary."""
 
 
 class Commit:
@@ -105,7 +105,7 @@ class Commit:
     # --- 2. rule lists ------------------------------------------------------------------------------------------------
 
     def _refresh_templates(self) -> None:
-        """Rebuild templates whose objects, names or services changed, and note the endpoints that have them."""
+        """Rebuild templates with changed objects, names or services, and mark the endpoints that use them."""
         state = self._state
         moves = self._intake.service_moves
         services = [service_key(old, new) for old, new in moves if service_ports(old) != service_ports(new)]

@@ -88,7 +88,7 @@ class Compiler:
         return canonical(self.tables)
 
     def policies_of(self, endpoint: EndpointKey) -> list[Policy]:
-        """The policies that select an endpoint whose tables are compiled, staged ones too, in the order of their keys."""
+        """The policies that select a compiled endpoint, also staged ones, in the order of their keys."""
         policies = self._state.world.policies
         return [policies[key] for key in sorted(self._state.subjects.policies_of(endpoint)) if key in policies]
 

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Everything that applies to one endpoint in one direction and stage, in the order of evaluation.
 
-A *template* is what one policy (or profile, or list of exceptions) says in one direction, as entries; it is shared by all
-rule lists that hold it.  A *rule list* is the order: exceptions, tiers of templates, profiles, and what is left at the end.
-Two evaluations share one rule list: the enforced and the pending one (staged policies take part, and stand for those they
-replace); each template and each end of a tier says in which it is.
+A *template* has the entries of one policy (or profile, or list of exceptions) in one direction; all rule lists with
+that policy share it.  A *rule list* has the order: exceptions, tiers of templates, profiles, and the default at the
+end. One rule list serves two evaluations: the enforced one, and the pending one, in which staged policies take part and
+replace enforced ones.  Each template and each end of a tier states the evaluations that it belongs to.
 
-Invariant: equal rule lists are equal values, whatever order the policies came in (sections 2 to 4 of policy/MATCHING.md).
+Invariant: equal rule lists are equal values, whatever the order in which the policies came (sections 2 to 4 of
+policy/MATCHING.md).
 """
 
 from __future__ import annotations

@@ -135,7 +135,7 @@ class Templates:
             journal.assign(template, "references", template.references + 1)
 
     def release(self, rule_list: RuleList, journal: Journal) -> None:
-        """Count one use of a rule list less."""
+        """Release a use of a rule list, and with it those of its templates and their matches."""
         references = self._rule_lists[rule_list]
         if references > 1:
             journal.put(self._rule_lists, rule_list, references - 1)

@@ -29,7 +29,7 @@ POLL_S = 0.01
 
 
 def processes_in(namespace: str) -> list[int]:
-    """Process ids whose network namespace is the named one; [] when there is no such namespace."""
+    """Ids of the processes in the named network namespace; [] when it does not exist."""
     try:
         wanted = (NETNS_DIR / namespace).stat()
     except FileNotFoundError:

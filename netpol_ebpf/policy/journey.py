@@ -118,7 +118,7 @@ _REFUSALS = frozenset(
 
 
 class FlowEndKind(enum.Enum):
-    """What is at an end of a flow."""
+    """The kind of a flow's end."""
 
     WORKLOAD = "workload"
     HOST = "host"

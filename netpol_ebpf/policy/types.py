@@ -29,7 +29,7 @@ V = TypeVar("V")
 
 TCP, UDP, SCTP, UDPLITE, ICMP, ICMPV6, IPIP = 6, 17, 132, 136, 1, 58, 4
 PORT_PROTOCOLS = frozenset({TCP, UDP, SCTP})
-"""Protocols whose ports the dataplane parses and rules may match."""
+"""Protocols with ports that the dataplane parses and rules may match."""
 IPV6_HEADERS = frozenset({0, 43, 44, 51, 59, 60})
 """Numbers that over IPv6 are no packet's protocol: hop-by-hop, routing, fragment, AH and destination options headers precede
 what the packet carries (docs/packet-parsing.md), and 59 says that it carries nothing.  Over IPv4 they are like any other."""

@@ -41,7 +41,7 @@ _NOT_FOLLOWED = {
     "wireguardListeningPortV6": "the agent's option --tunnel",
     "workloadSourceSpoofing": "the agent's option --allow-source-prefixes",
 }
-"""Fields that change in Calico which packets pass, and what decides about those packets here."""
+"""Fields that change verdicts in Calico and have no effect here, each with the setting that decides here instead."""
 
 MODES = ("Enabled", "Disabled")
 _FOREIGN = re.compile(r"\(\?(?!:)|\[\[:|\\[^\W_bBdDsSwW]|\\_|[*+?}][*+]|\{,")

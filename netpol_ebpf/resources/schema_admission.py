@@ -16,7 +16,7 @@ _API = "admissionregistration.k8s.io/v1"
 
 
 def unknown_field_policy(resource: CustomResource) -> list[dict[str, Any]]:
-    """A ValidatingAdmissionPolicy and its binding, for one kind whose spec keeps unknown fields."""
+    """A ValidatingAdmissionPolicy and its binding, for a kind with a spec that keeps unknown fields."""
     name = f"unknown-fields.{resource.name}"
     group, _, _ = resource.api_version.partition("/")
     return [

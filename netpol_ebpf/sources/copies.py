@@ -96,7 +96,7 @@ class LastGoodCopies:
 
 
 def _content(path: Path) -> bytes | None:
-    """What a file holds; None for what is no file."""
+    """The content of a regular file; None for anything else."""
     with contextlib.suppress(OSError):
         return read_regular(path)
     return None

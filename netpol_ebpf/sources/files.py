@@ -406,9 +406,10 @@ class ManifestDirectory:
         self._watch_failure = failure
 
     def _places(self, scan: _Scan) -> set[Path]:
-        """The directories of all files, also those that links lead to.
+        """The directories of all files, by name with device and inode.
 
-        For a root that is a file, the file and its directory.
+        A file that was not found but may still exist counts, and a place that could not be read keeps its earlier
+        identity.
         """
         if not scan.directories:
             return {self.root, self.root.parent}
@@ -650,9 +651,10 @@ class _DirectoryHistory:
         return {}
 
     def homes(self) -> dict[str, DirectoryId]:
-        """The directories of all files, also of those that are not known to be gone.
+        """The directories of all files, by name with device and inode.
 
-        A hidden place keeps its earlier identity.
+        A file that was not found but may still exist counts, and a place that could not be read keeps its earlier
+        identity.
         """
         now, known = self.scan.directories, self.known or {}
         parents = {one.rpartition("/")[0] for one in self.scan.files if one}

@@ -89,7 +89,7 @@ class Source(Protocol):
         """A descriptor that becomes readable when the source has news; None: the source has none."""
 
     def note_news(self) -> None:
-        """Make the descriptor unreadable again. The news counts in `wait_s`."""
+        """Make the descriptor unreadable again; `wait_s` then says when a step is due."""
 
     def wait_s(self) -> float:
         """Seconds until the source needs the next `step` at the latest, whatever the descriptor says; 0: now."""

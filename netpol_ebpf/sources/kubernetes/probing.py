@@ -37,7 +37,9 @@ RETRY_S = 15.0
 """Seconds until the next probe after a failed one; the second failure in a row is reported."""
 TOLD_AFTER = 2
 BEHIND_PROBES = 3
-"""A WATCH that is behind this many probes is opened again: a bookmark comes each minute, and moves with other kinds."""
+"""A WATCH with a resourceVersion below that of this many probes is opened again: on a working one a bookmark comes each
+minute.
+"""
 CUT_OFF = "cut-off"
 
 log = logging.getLogger(__name__)
