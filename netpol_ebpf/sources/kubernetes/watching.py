@@ -9,8 +9,8 @@ It keeps no clock, opens no connection and starts no thread: `KindWatcher.step` 
 given and reads the answer to its end.
 
 Invariants: an object leaves the store for one of three reasons only: a DELETED event, a whole list that does not name it, or an
-operator's word; a list counts when its last page or its end mark was read.  What a deleted CustomResourceDefinition took with it
-stays: deletions of a custom kind are believed after its definition was read, later than the deletion.  No other answer removes anything.
+operator's word; a list counts when its last page or its end mark was read.  Objects of a deleted CustomResourceDefinition stay:
+deletions of a custom kind are believed after its definition was read, later than the deletion.  No other answer removes anything.
 """
 
 from __future__ import annotations
