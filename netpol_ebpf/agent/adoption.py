@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Connections that are older than enforcement: policy judges them as what they are, each in the direction it was opened in.
+"""Connections that are older than enforcement: policy judges each of them in the direction in which it was opened.
 
-To a program without an entry for a connection, the connection's next packet looks like the first packet of a new flow, in whichever
-direction it goes: policy would evaluate a reply as a request.  So before an interface gets the programs for the first time, the agent
-writes what the node knows of its connections into the connection tables, as allowed under no generation.  At the next packet of such a
-connection policy evaluates the connection's first packet.  A connection that policy allows goes on, any other one is cut.
+Without an entry for a connection, the program takes the connection's next packet for the first packet of a new flow, in
+whichever direction it goes: policy would evaluate a reply as a request.  So before an interface gets the programs for
+the first time, the agent writes the node's connections into the connection tables, as allowed under no generation.  At
+the next packet of such a connection policy evaluates the connection's first packet.  An allowed connection goes on, any
+other one is cut.
 
-The node knows the connections that it tracks and, for TCP that it does not track, sockets: a workload's own sockets are evidence of its own
-connections alone.  Invariants: nothing is let through that policy would not allow to be opened, other than by a workload's own sockets
-lying about who opened a connection before policy was there; what a program has learned itself is not replaced, unless it took an
-answer for a request.  Must not fail: what the agent cannot find out is a warning.
+The agent reads connection tracking and, for untracked TCP, sockets; a workload's sockets are evidence of its own
+connections alone.  Invariants: adoption lets only connections continue that policy allows to be opened, except where a
+workload's own sockets lie about who opened a connection before enforcement; an entry that a program made is not
+replaced, unless it took an answer for a request.  Must not fail: a failure to read is a warning.
 
 ICMP is left out: a query is over in seconds.
 """

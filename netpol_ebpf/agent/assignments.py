@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Interface assignments: whether an interface is the node's own or a workload's, and to which workload it belongs, decided once and kept.
+"""Interface assignments: whether an interface is the node's own or a workload's, and which workload it belongs to.
 
-An interface is assigned to one endpoint for as long as it exists, by the strongest `Evidence` there is.  A workload cannot forge any kind of
-evidence but one: an address at the other end of a veth, where a workload with CAP_NET_ADMIN can add any.  So only the addresses count that
-were there when the interface was first seen with some, and only for an interface without an assignment.
+An interface is assigned once, to one endpoint for as long as it exists, by the strongest `Evidence`.  A workload can
+forge only one kind of evidence: an address at the other end of a veth, where a workload with CAP_NET_ADMIN can add any.
+So only the addresses count that were there when the interface was first seen with some, and only for an interface
+without an assignment.
 
-Invariants: nothing inside a workload's namespace changes an assignment, and a conflict keeps the older assignment; an assigned interface is
-never treated as the node's own; an interface in doubt stays as it is and is reported.  Assignments outlive the process in a file of the
-state directory; an entry of the file counts only if it has the form that an agent writes.  Makes no system call but for that file; must not
-know of programs.
+Invariants: nothing inside a workload's namespace changes an assignment, and a conflict keeps the older assignment; an
+assigned interface is never treated as the node's own; an interface in doubt stays as it is and is reported.
+Assignments outlive the process in a file of the state directory; an entry of the file counts only if it has the form
+that an agent writes.  Makes no system call but for that file; must not know of programs.
 """
 
 from __future__ import annotations

@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The agent's socket: questions about its state, and the flows it saw, for the command line on the same machine.
+"""The agent's socket: requests about its state, and the flows it saw, for the command line on the same machine.
 
-One JSON object a line both ways.  A request is ``{"op": NAME, ...}``; ``status`` and the like get one line back, ``flows`` gets
-the recent ones and then each new one until the reader goes.
+Requests and answers are one JSON object a line.  A request is ``{"op": NAME, ...}``; ``status`` and the like get one
+line back, ``flows`` gets the recent flows and then each new one until the reader disconnects.
 
-Every operation only reads.  Invariants: only root, the agent's own user and members of one group, if the agent has one, are
-answered (SO_PEERCRED, SO_PEERGROUPS: the kernel says who connected); a reader that does not read is dropped and never
-delays the agent; whatever is sent, it is answered and harms nobody; one user's connections leave room for everybody
-else's.  This process walks no table for anybody: `netpol_ebpf.agent.answering` has that done elsewhere, and one look begins one
-answer at most.  Runs no loop: `ControlSocket.poll` is one look.
+Invariants: the agent answers only root, its own user and members of one group, if it has one (SO_PEERCRED,
+SO_PEERGROUPS: the kernel identifies the peer); a slow reader is dropped and never delays the agent; any request gets an
+answer and harms no other client; the connections of one user leave room for those of others.  Operations only read,
+except those of the CNI plugin, which only root may use.  This process walks no table for a client:
+`netpol_ebpf.agent.answering` does that in a child, and one pass begins at most one answer.  Runs no loop:
+`ControlSocket.poll` is one pass.
 """
 
 from __future__ import annotations

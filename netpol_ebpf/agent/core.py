@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """The agent, one step at a time: objects and interfaces in, enforcement out.
 
-Its parts, each with a module of its own: `ClusterObjects` (what the source says), `LocalInterfaces` (which workload has which interface),
-`Enforcement` (compiled policy in maps), `EndpointBinder` with `Attachments` and `OwnInterfaces` (programs and rows on interfaces), `Barrier`
-and `Repair` (what stands behind the programs, and what others changed).  The agent calls them in order, and holds no state of its own but
-the changes that were rejected.
+Each of its parts has a module: `ClusterObjects` (the source's objects), `LocalInterfaces` (the interface of each
+workload), `Enforcement` (compiled policy in maps), `EndpointBinder` with `Attachments` and `OwnInterfaces` (programs
+and rows on interfaces), `Barrier` (the tables behind the programs) and `Repair` (restores what others changed).  The
+agent calls them in order, and has no state of its own but the rejected changes.
 
-Invariants: what is in force was compiled whole from one state of the objects; a step that fails leaves the state before in force and
-reports so in `Agent.problems`; a workload's interface is never open without policy: until its workload is known, the program on it denies
-everything.
+Invariants: the policy in force was compiled whole from one state of the objects; a step that fails leaves the previous
+state in force and reports so in `Agent.problems`; a workload's interface is never open without policy: until its
+workload is known, the program on it denies everything.
 
-Runs no loop and opens no files or sockets: `netpol_ebpf.agent.main` does, and tests do without.
+Runs no loop and opens no files or sockets: `netpol_ebpf.agent.main` does, and tests work without both.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Policy in force: the compiled tables, the maps that hold them, and the numbers that outlive both.
 
-Invariants: what is in force was compiled whole from one state of the objects; a change that does not fit raises and leaves the state
-before in force; a number is in the ledger before the kernel sees it.  Must not assign interfaces to workloads.
+Invariants: the policy in force was compiled whole from one state of the objects; a change that does not fit raises and
+leaves the previous state in force; a number is in the ledger before the kernel sees it.  Must not assign interfaces to
+workloads.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """One live policy set: a rule list's entries as bit vectors, its classes, its columns and its verdicts.
 
-*Own entries* say which entries of the templates that constrain the own side hold for the endpoint's own addresses: with them
-the own side is constant, without them it is a dimension of the verdict rows.
+*Own entries* are the entries that match the endpoint's own addresses, in templates that constrain the own side.  With
+them the own side is constant, without them it is a dimension of the verdict rows.
 
-Invariants: each combination of classes in use has its verdict row; the meaning of a published set never changes, it only
-gains and loses classes, and moves to a larger range when one gets too small (`Draft` phase PREPARE, so that whoever
-points at it follows before anything else is written).
+Invariants: each combination of classes in use has its verdict row; the meaning of a published set never changes, it
+only gains and loses classes, and moves to a larger range when its range gets too small (`Draft` phase PREPARE, so that
+rows that refer to it are changed before anything else is written).
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who reaches whom: a table of real attempts, its rendering, and its comparison with a prediction.
+"""The connectivity of a laboratory: a table of real attempts, its rendering, and its comparison with a prediction.
 
-Invariant: a cell shows what was observed in every address family that both ends have; where families differ, or where
-an attempt ended in anything but an echo or silence, the cell says so.
+Invariant: a cell shows the observation in every address family that both ends have; where families differ, or where an
+attempt ended in anything but an echo or silence, the cell says so.
 """
 
 from __future__ import annotations

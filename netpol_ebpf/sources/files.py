@@ -1,20 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """Objects from a directory of manifests, as it changes: the source behind ``--manifests DIR``.
 
-What changed is found by looking at the directory (name, inode, size and times of every file): looking sees atomic renames, symlink
-swaps of mounted ConfigMaps and network file systems alike, and has no queue that can overflow.  inotify only says when to look.  It does
-not report what another machine does to a network file system, or what happens under a path outside the watched directories: so a
-directory at rest is looked at every SAFETY_NET_S seconds, and every INTERVAL_S seconds where inotify is known to miss changes.
+A scan of the directory (name, inode, size and times of every file) finds the changes: it sees atomic renames, symlink
+swaps of mounted ConfigMaps and network file systems alike, and has no queue that can overflow.  inotify only says when
+to scan.  It does not report changes that another machine makes on a network file system, or changes below a path
+outside the watched directories.  So a directory at rest is scanned every SAFETY_NET_S seconds, and every INTERVAL_S
+seconds where inotify is known to miss changes.
 
-Invariants: one look yields one batch, so objects that change together arrive together; a file that cannot be read, is not
-valid, or says nothing keeps the objects of its last good state (also over a restart, when a directory for copies is given) and
-is reported until it is mended; so does everything below a place that cannot be looked at.  Objects go when their file goes or
-says so: by leaving them out, or by ``---`` or an empty List where it has no others.  Of an object that is written twice the first by
-file name counts and the others are reported; of one in the form in which Calico stores it and as projectcalico.org/v3, the latter counts.
+Invariants: one scan gives one batch, so objects that change together arrive together.  A file that cannot be read, is
+not valid, or is empty keeps the objects of its last good state (also over a restart, with a directory for copies) and
+is reported until it is corrected; so does everything below a place that cannot be read.  Objects go when their file
+goes or says so: by leaving them out, or by ``---`` or an empty List where it has no others.  If an object is written
+twice, the first by file name counts and the others are reported; if it is given in Calico's stored form and as
+projectcalico.org/v3, the latter counts.
 
-A directory is taken up when two looks in a row saw the same, so neither a half-written file nor the moment between the removal
-of a file and the appearance of its successor becomes policy.  This module runs no loop and keeps no clock of its own for that:
-`ManifestDirectory.step` is one look.
+A directory is applied when two scans in a row saw the same, so neither a half-written file nor the moment between the
+removal of a file and the appearance of its successor becomes policy.  This module runs no loop:
+`ManifestDirectory.step` is one scan.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Requests to an API server: TLS, credentials, proxies, and the ways in which a connection fails.
 
-Each request has a connection of its own: a WATCH holds one for minutes anyway, and what stands idle between two requests is closed
-by a stopping server or a load balancer at a moment that nobody sees.  Certificates and tokens are therefore read anew for each
-request, so a rotated one is in use with the next.
+Each request has a connection of its own. A WATCH holds one for minutes anyway, and a stopping server or a load balancer
+may close an idle connection at any moment.  Certificates and tokens are read again for each request, so a rotated one
+is used from the next request on.
 
-Invariant: an answer is whole, or UnreachableError: a body that was cut never looks like one that ended.
+Invariant: an answer is complete, or the caller gets UnreachableError: a truncated body never looks like a complete one.
 """
 
 from __future__ import annotations
