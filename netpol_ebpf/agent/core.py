@@ -31,7 +31,7 @@ from netpol_ebpf.agent.own_interfaces import OwnInterfaces
 from netpol_ebpf.agent.rejected import RejectedChanges
 from netpol_ebpf.agent.repair import Repair
 from netpol_ebpf.agent.settings import AgentSettings
-from netpol_ebpf.apply.events import Event, decode_event
+from netpol_ebpf.apply.events import ProgramEvent, decode_event
 from netpol_ebpf.apply.ledger import Ledger
 from netpol_ebpf.errors import LimitError, Location, MapFullError, Problem
 from netpol_ebpf.policy.types import Changes, EndpointKey
@@ -101,7 +101,7 @@ class Agent:
         self.enforcement.install()
         self.binder.take_over()
 
-    def step(self) -> list[Event]:
+    def step(self) -> list[ProgramEvent]:
         """Do whatever there is to do now; returns the events that the program reported since the last step."""
         self.interfaces.has_looked = False
         self.close_newborn()
@@ -154,7 +154,7 @@ class Agent:
         for link in self._node.network.take_born():
             self.binder.close_newborn(link)
 
-    def read_events(self) -> list[Event]:
+    def read_events(self) -> list[ProgramEvent]:
         """The events that the program reported since the last call."""
         records: list[EventRecord] = []
         self._node.read_events(records.append)

@@ -41,7 +41,7 @@ class Remove:
     version: str
 
 
-Event = Union[Upsert, Remove]
+ObjectEvent = Union[Upsert, Remove]
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +51,7 @@ class SourceUpdate:
     A problem names its object (kind/namespace/name), or its file and line.
     """
 
-    events: tuple[Event, ...]
+    events: tuple[ObjectEvent, ...]
     problems: tuple[Problem, ...]
 
 

@@ -284,17 +284,17 @@ def decode_page(body: bytes) -> Page:
     return Page(page["items"] or [], metadata["resourceVersion"], metadata.get("continue", ""))
 
 
-class Event(NamedTuple):
+class WatchEvent(NamedTuple):
     """One event of a WATCH: ADDED, MODIFIED, DELETED, BOOKMARK or ERROR, and the JSON of its object."""
 
     type: str
     raw: Any
 
 
-def decode_event(line: bytes) -> Event:
+def decode_event(line: bytes) -> WatchEvent:
     """One line of a WATCH. Raises MalformedError."""
     event = _decode(line, _Event, "an event")
-    return Event(event.type, event.object)
+    return WatchEvent(event.type, event.object)
 
 
 INITIAL_EVENTS_END = "k8s.io/initial-events-end"

@@ -24,7 +24,7 @@ from netpol_ebpf.resources.manifest_files import never_pause
 from netpol_ebpf.sources.kubernetes.cache import Cache
 from netpol_ebpf.sources.kubernetes.client import Client, Cluster
 from netpol_ebpf.sources.kubernetes.decoding import KINDS, MalformedError, WatchedKind
-from netpol_ebpf.sources.kubernetes.probing import ABSENT_PERIODS, Probe
+from netpol_ebpf.sources.kubernetes.probing import ABSENT_PERIODS, FreshnessProbe
 from netpol_ebpf.sources.kubernetes.saved_state import load_state, store_state
 from netpol_ebpf.sources.kubernetes.watching import KindWatcher
 from netpol_ebpf.sources.source import SourceUpdate
@@ -71,7 +71,7 @@ class KubernetesSource:
     client: Client = field(init=False)
     cache: Cache = field(init=False)
     watchers: dict[WatchedKind, KindWatcher] = field(init=False)
-    probe: Probe = field(init=False)
+    probe: FreshnessProbe = field(init=False)
     _stopped: threading.Event = field(default_factory=threading.Event)
     _wakes: dict[WatchedKind, threading.Event] = field(init=False)  # each has its kind's next step made now
     _threads: list[threading.Thread] = field(default_factory=list)
@@ -88,7 +88,7 @@ class KubernetesSource:
             kind: KindWatcher(kind, self.client, self.cache.stores[kind], self._pace_s) for kind in self.kinds
         }
         self._wakes = {kind: threading.Event() for kind in self.kinds}
-        self.probe = Probe(self.client, self.cache, self.watchers, lambda kind: self._wakes[kind].set())
+        self.probe = FreshnessProbe(self.client, self.cache, self.watchers, lambda kind: self._wakes[kind].set())
 
     # --- what a source is -----------------------------------------------------------------------------------------------------
 
