@@ -339,9 +339,9 @@ def waits_of(agent: Any, clock: Callable[[], float] = time.monotonic) -> dict[st
         def look() -> Any:
             missing = agent.missing_for(handed)
             if missing and clock() >= deadline_s:
-                raise UnreachableError(
-                    f"{handed.pod} is not under policy within {wait_s} s: {missing}", hint="Try again."
-                )
+                message = f"{handed.pod} is not under policy within {wait_s} s: {missing}"
+                log.warning("the CNI plugin gets no yes: %s", message)
+                raise UnreachableError(message, hint="Try again.")
             return None if missing else IN_FORCE
 
         return look
