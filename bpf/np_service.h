@@ -192,7 +192,7 @@ NP_INLINE int np_sender_verdict(struct np_ctx *ctx, struct np_scratch *scratch, 
     }
     if (denied)
         return scratch->reason;
-    // No connection is recorded for a source that the sender chose; one is for a source that the node has translated.
+    // A source that the sender chose records no connection; a source that the node translated does.
     if (np_conn_opens(ctx) && !scratch->is_first_leg &&
         (!scratch->is_source_hidden || np_is_local(ctx, tuple->source, version)) &&
         np_conn_open(ctx, key, packet->protocol == NP_PROTOCOL_TCP ? NP_CONN_TCP_OPEN : 0, 0, version))

@@ -51,7 +51,7 @@ def load_peer_addresses(peers: Iterable[tuple[int, int]]) -> dict[tuple[int, int
 
 
 def _listed(peer: tuple[int, int], family: int) -> list[bytes]:
-    """The addresses of an interface, MOST_ADDRESSES and one more at most; none when it is gone."""
+    """The addresses of an interface, at most MOST_ADDRESSES and one more; none if it is gone."""
     namespace_id, ifindex = peer
     target = attribute(_IFA_TARGET_NETNSID, struct.pack("=i", namespace_id))
     try:
