@@ -32,6 +32,7 @@ from dataclasses import dataclass, field, replace
 from heapq import nsmallest
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from netpol_ebpf.errors import InvalidInputError, Location, Problem
 from netpol_ebpf.policy.translate import ResourceKey, key_of
@@ -291,6 +292,17 @@ class ManifestDirectory:
             message = f"only the first {MOST_TOLD} problems of the manifests are reported; there are more"
             found[MOST_TOLD:] = [Problem(Location(str(self.root)), "", message, slug="more")]
         return tuple(found)
+
+    def begin(self) -> SourceUpdate:
+        """See `Source`. The same as `sync`: files are there, or are not."""
+        return self.sync()
+
+    def report(self) -> tuple[Mapping[str, Any], ...]:
+        """See `Source`."""
+        waiting_for = () if self.has_synced else ("its files",)
+        return (
+            {"source": self.name, "type": "manifests", "synced": self.has_synced, "waiting_for": list(waiting_for)},
+        )
 
     def sync(self) -> SourceUpdate:
         """See `Source`. Waits for the reading of all files, however long that takes."""

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import select
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 from netpol_ebpf.errors import Problem
 from netpol_ebpf.policy.translate import ResourceKey
@@ -61,6 +62,15 @@ class MergedSources:
     def problems(self) -> tuple[Problem, ...]:
         """Problems of all sources in order, then one for each object that a source has and another one wins."""
         return (*(problem for one in self._sources for problem in one.problems), *self._duplicates())
+
+    def begin(self) -> SourceUpdate | None:
+        """See `Source`."""
+        updates = {number: one.begin() for number, one in enumerate(self._sources)}
+        return self._update(self._merge({number: one.events for number, one in updates.items() if one is not None}))
+
+    def report(self) -> tuple[Mapping[str, Any], ...]:
+        """See `Source`."""
+        return tuple(part for one in self._sources for part in one.report())
 
     def sync(self) -> SourceUpdate:
         """See `Source`. Raises what the first source raises that cannot be read."""

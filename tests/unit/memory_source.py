@@ -40,6 +40,13 @@ class MemorySource:
     def has_synced(self) -> bool:
         return self._steps >= self.syncs_after
 
+    def begin(self) -> SourceUpdate | None:
+        return self.step() if self.batches else None
+
+    def report(self) -> tuple[dict[str, object], ...]:
+        waiting_for = [] if self.has_synced else ["objects"]
+        return ({"source": self.name, "type": "memory", "synced": self.has_synced, "waiting_for": waiting_for},)
+
     def sync(self) -> SourceUpdate:
         events: list[ObjectEvent] = []
         while not self.has_synced:

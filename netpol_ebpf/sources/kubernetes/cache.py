@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import islice
@@ -339,6 +339,11 @@ class Cache:
         if before is not after or (old.problems if old else ()) != (new.problems if new else ()):
             self.wake()
         self.saves += 1
+
+    @property
+    def noted(self) -> Collection[str]:
+        """The keys under which `note` has a problem now."""
+        return self._problems.keys()
 
     def note(self, key: str, problem: Problem | None) -> None:
         """Report something that is of no kind; it stays until ``key`` has another problem, or None."""
