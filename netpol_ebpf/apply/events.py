@@ -109,11 +109,11 @@ class FlowEvent:
         return plain
 
 
-Event = Union[FlowEvent]
+ProgramEvent = Union[FlowEvent]
 """What the program reports; a further type of event is a further member."""
 
 
-def decode_event(record: EventRecord, names: Names) -> Event:
+def decode_event(record: EventRecord, names: Names) -> ProgramEvent:
     """An event with its numbers resolved. ``record``: one that `netpol_loader.tables.events.parse_record` returned."""
     return DECODERS[record.kind](record, names)
 
@@ -174,5 +174,5 @@ def _packet(event: abi.np_event) -> Packet | None:
     )
 
 
-DECODERS: Mapping[int, Callable[[EventRecord, Names], Event]] = dict.fromkeys(FLOW_KIND, decode_flow)
+DECODERS: Mapping[int, Callable[[EventRecord, Names], ProgramEvent]] = dict.fromkeys(FLOW_KIND, decode_flow)
 """By type number (``enum np_event_kind``), each of `netpol_loader.tables.events.RECORDS`."""

@@ -58,7 +58,7 @@ def _now() -> str:
 
 
 @dataclass(slots=True)
-class Probe:
+class FreshnessProbe:
     """Asks for one object of the kind that is known to be newest, of those that etcd alone serves.
 
     ``wake``: has a kind's next step made now; ``wall``: the time of day, for messages.
