@@ -17,7 +17,7 @@
 #if __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
 #define np_host16(value) __builtin_bswap16(value)
 #define np_host32(value) __builtin_bswap32(value)
-#define np_net16(value) __builtin_bswap16(value) // a constant stays a constant
+#define np_net16(value) __builtin_bswap16(value) // a constant is swapped at compile time
 #else
 #define np_host16(value) (value)
 #define np_host32(value) (value)

@@ -14,8 +14,9 @@ namespace.
     table bridge np_barrier
       prerouting, postrouting: the same for the ports of bridges, which the inet table does not see
 
-Invariants: a change is one transaction, so no packet meets half of a table; a table with another's remark, or held by another
-process, is never touched; counters are kept when a table is written anew.  Must not decide which interfaces are workloads'.
+Invariants: a change is one transaction, so no packet meets half of a table; a table with another's remark, or held by
+another process, is never touched; counters are kept when a table is written anew.  The module must not decide which
+interfaces are workloads'.
 """
 
 from __future__ import annotations

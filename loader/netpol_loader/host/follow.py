@@ -18,7 +18,8 @@ The kernel sends no notification of some changes.  The follower then lists the r
   (net.ipv4.nexthop_compat_mode) decides whether those routes have notifications, and an object that vanishes with the carrier
   of its interface has none.
 
-Invariant: SETTLE_S after the last change the copy is what a new follower would list.  Must not know of policy.
+Invariant: SETTLE_S after the last change the copy is what a new follower would list.  The module must not know of
+policy.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Netlink: sockets, messages and attributes, for every family of it that the loader speaks.
+"""Netlink: sockets, messages and attributes for every netlink family that the loader uses.
 
-Raw netlink, not pyroute2: a library that makes objects of every attribute, with a new socket for each request, took
-seconds of CPU for a node with some hundred interfaces, and a minute for a busy node's connections.  Invariant: a socket
-belongs to the network namespace in which it was made.  Must not know what a message means.
+Raw netlink, not pyroute2: pyroute2 makes objects of every attribute and a new socket for each request, which took
+seconds of CPU for a node with some hundred interfaces, and a minute for a busy node's connections.
+
+Invariant: a socket belongs to the network namespace in which it was made.  The module must not know what messages mean.
 """
 
 from __future__ import annotations

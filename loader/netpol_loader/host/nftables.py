@@ -3,7 +3,7 @@
 
 Raw netlink: a node needs no `nft` binary, and pyroute2's nf_tables differ between the versions that distributions have.
 Invariants: a transaction is in force as a whole or not at all; everything is about the network namespace in which the
-socket was made.  Must not know what a table is for.
+socket was made.  The module must not know what a table is for.
 """
 
 from __future__ import annotations

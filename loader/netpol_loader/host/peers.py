@@ -6,7 +6,7 @@ RTM_GETADDR for one interface there (IFA_TARGET_NETNSID, strict checking; Linux 
 Entering each namespace with setns(2) was rejected: it needs the file of a namespace, which a pod's may not have in this mount
 namespace, and it moves the calling thread.
 
-Must know nothing of pods.
+The module must know nothing of pods.
 """
 
 from __future__ import annotations

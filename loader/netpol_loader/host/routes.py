@@ -94,9 +94,10 @@ class Route:
 
 @dataclass(frozen=True, slots=True)
 class LocalRoute:
-    """Addresses that the node takes for its own. ``is_many``: broadcast. ``ifindex``: of the interface that has them.
+    """Addresses that the node accepts as its own.
 
-    ``address``: the one, or the first of those that ``bits`` tell.
+    ``is_many``: broadcast.  ``ifindex``: the interface that has them.  ``address``: the address, or the first of the
+    prefix with ``bits``.
     """
 
     address: IPAddress

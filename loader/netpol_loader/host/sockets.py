@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Open TCP connections as sockets show them, here and at the other ends of veth pairs: for where nothing is tracked.
+"""Open TCP connections as sockets show them, here and at the other ends of veth pairs; for kernels that track nothing.
 
-A socket does not say who opened its connection.  When something listens on its port it counts as accepted, else as opened
-from here; so a server that listens no more is taken for a client.
+A socket does not say who opened its connection.  If something listens on its port, the connection counts as accepted,
+otherwise as opened from here; so a server that has stopped listening counts as a client.  A socket is visible only in
+its own network namespace, and the kernel does not list sockets of another namespace by its id.  So a thread finds that
+namespace among those of processes and the named ones, enters it, and then ends.
 
-A socket is seen in its own network namespace only, and the kernel does not list those of another by its number: that
-namespace is looked for among those of processes and the named ones, and entered by a thread that ends then.
-Invariant: only reads, and no thread but that one changes its namespace.  Must know nothing of endpoints or policy.
+Invariant: the module only reads, and no other thread changes its namespace.  It must not know endpoints or policy.
 """
 
 from __future__ import annotations

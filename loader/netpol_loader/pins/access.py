@@ -6,7 +6,7 @@ run it, and a run writes connections.  It may not open links, nor the private ma
 connection tables gives their secret away, and with the secret flows can be aimed at one bucket.  It may pass through the
 directory above but not open it, since an open directory can be locked against the agent.
 
-Invariant: what is not for the group is for nobody but the owner.  Must not know what the maps mean.
+Invariant: what is not for the group is for nobody but the owner.  The module must not know what the maps mean.
 """
 
 from __future__ import annotations

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Attach the programs to interfaces, list where they are, detach them.
 
-Two mechanisms.  *tcx* (kernel 6.6 and newer): a link pinned under the dataplane's ``links``, so it outlives the process and
-its program can be exchanged in one step.  *clsact*: a filter on a queueing discipline, through `netpol_loader.host.netlink`; the
-kernel keeps it with the interface, and its name says which program it is.  Invariants: attaching twice is attaching once; at no moment of an exchange is an
-interface without a program; only what is ours is ever taken off.  Must not choose interfaces.
+Two mechanisms.  *tcx* (kernel 6.6 and newer): a link pinned under the dataplane's ``links``, so it outlives the process
+and its program can be exchanged in one step.  *clsact*: a filter on a queueing discipline, through
+`netpol_loader.host.netlink`; the kernel keeps it with the interface, and its name says which program it is.
+Invariants: attaching twice is attaching once; at no moment of an exchange is an interface without a program; only what
+is ours is ever taken off.  The module must not choose interfaces.
 """
 
 from __future__ import annotations

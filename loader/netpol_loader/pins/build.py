@@ -2,7 +2,7 @@
 """Build the content of a pin directory: the maps that are missing, and a program set on the maps.
 
 Invariants: a map that is there is used, whatever its size; nothing is compiled in this process
-(`netpol_loader.pins.compilation`).  Must not know what is in the maps, nor attach anything.
+(`netpol_loader.pins.compilation`).  The module must not know what is in the maps, nor attach anything.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ compiler alone: the sources declare no map in its dialect, so it creates none, n
 instructions in which maps and masks are numbers (bpf/np_lang.h) that `netpol_loader.kernel.relocation` replaces.  No kernel headers:
 the shim directory beside the sources is all BCC gets.
 
-Invariant: this is the one module that imports bcc.  Must not know what the maps mean, nor call bpf(2).
+Invariant: this is the one module that imports bcc.  The module must not know what the maps mean, nor call bpf(2).
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 """The pinned maps and programs of one node, as a whole: made, adopted, replaced, removed.
 
 All state lives in bpffs (whose names may have no dots); a process that holds a `Dataplane` is disposable.  Invariants:
-the pin directory appears whole, by one rename; what is pinned is never replaced by something that did not load; maps are
-kept when the program changes; a directory of another schema is never touched (`netpol_loader.pins.upgrade` takes over an
-older one).  Must not know what the maps mean, apart from configuration and schema.
+the pin directory appears whole, by one rename; what is pinned is never replaced by something that did not load; maps
+are kept when the program changes; a directory of another schema is never touched (`netpol_loader.pins.upgrade` takes
+over an older one).  The module must not know what the maps mean, apart from configuration and schema.
 
     PIN_ROOT/v1/np_<map>             maps
     PIN_ROOT/v1/programs/            the program set (netpol_loader.pins.programs)
@@ -70,7 +70,7 @@ SKB_IFINDEX = 40
 
 @dataclass(frozen=True, slots=True)
 class TestRun:
-    """The verdict of a program on a frame (NP_PASS, NP_PASS_ALONE, NP_DROP), and the mean duration of a run.
+    """The result of a program's run on a frame: verdict (NP_PASS, NP_PASS_ALONE, NP_DROP) and mean duration.
 
     ``mark``: the packet's mark afterwards.
     """

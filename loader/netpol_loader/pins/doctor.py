@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Whether this machine can run the dataplane; each thing that is missing is one PlatformError with one clear line.
 
-What the kernel can do is tried, never concluded from its version.  Must not repair anything, with one exception: root asking
-for a pin directory on an unmounted bpffs gets it mounted.
+What the kernel can do is tried, never concluded from its version.  The module must not repair anything, with one
+exception: root asking for a pin directory on an unmounted bpffs gets it mounted.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Drift of the pins, links and filters: what another process removed or changed is found and restored.
 
-The open descriptors of this process are the desired state: they keep maps and programs alive whatever becomes of their pins.
-Invariants: nothing that is right is touched; every repair is reported; nothing of others is removed, except an object that is
-pinned under one of our names.  Must not know what the maps mean, nor choose interfaces.
+The open descriptors of this process are the desired state: they keep maps and programs alive whatever becomes of their
+pins. Invariants: nothing that is right is touched; every repair is reported; nothing of others is removed, except an
+object that is pinned under one of our names.  The module must not know what the maps mean, nor choose interfaces.
 """
 
 from __future__ import annotations

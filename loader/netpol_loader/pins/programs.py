@@ -9,10 +9,10 @@ may run its set.  A set is pinned in one directory:
     PIN_DIR/programs_new    one that is whole, but not in force
     PIN_DIR/programs_old    the one before, while hooks may still run it
 
-and replaced in four steps, each atomic: NEW appears by one rename, CURRENT becomes OLD, NEW becomes CURRENT (the exchange
-has begun), OLD goes when every hook runs CURRENT.  New policy maps that come with a set are pinned in its directory until
-the exchange is over.  Invariant: killed between any two steps, `recover` and `finish_exchange` of the next process forget
-or finish what was begun.  Must not know what programs or maps mean, nor attach anything.
+and replaced in four steps, each atomic: NEW appears by one rename, CURRENT becomes OLD, NEW becomes CURRENT (the
+exchange has begun), OLD goes when every hook runs CURRENT.  New policy maps that come with a set are pinned in its
+directory until the exchange is over.  Invariant: killed between any two steps, `recover` and `finish_exchange` of the
+next process forget or finish what was begun.  The module must not know what programs or maps mean, nor attach anything.
 """
 
 from __future__ import annotations

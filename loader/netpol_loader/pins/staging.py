@@ -3,7 +3,7 @@
 
 Whatever makes a set beside the one in force (a first start, new programs, new maps, a newer schema) makes it here.
 Invariants: nothing in force refers to what is here; what a process that died left here is removed by the next one that
-holds the lock (`remove_unfinished`).  Must not know what the maps mean.
+holds the lock (`remove_unfinished`).  The module must not know what the maps mean.
 """
 
 from __future__ import annotations

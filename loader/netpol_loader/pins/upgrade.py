@@ -83,7 +83,7 @@ class Upgrade:
         return found
 
     def take_over(self) -> None:
-        """Put the new programs in the place of the old on every interface, then remove the old directory."""
+        """Replace the old programs by the new ones on every interface, then remove the old directory."""
         dataplane = self.dataplane
         with locked(dataplane.pin_root):
             target = schema_dir(dataplane.pin_root)
@@ -190,7 +190,7 @@ def _finish(dataplane: Dataplane) -> None:
 
 
 def _sets(directory: Path) -> list[Path]:
-    """Where programs are pinned: before schema 6 beside the maps, since then in sets, of which an exchange leaves two."""
+    """The directories with programs: before schema 6 that of the maps, later one for each set (two after an exchange)."""
     return [directory, *directory.glob("programs*")]
 
 

@@ -219,7 +219,7 @@ def viewed(maps: Mapping[str, Map]) -> dict[str, Map]:
 
 
 def choose_secret(pin_dir: Path) -> None:
-    """Draw the random numbers of the hash, if they are not set. Must run before `viewed`. Raises OSError."""
+    """Draw the random numbers of the hash, if they are not set. Call it before `viewed`. Raises OSError."""
     secret = Map(syscall.obj_get(pin_dir / "np_secret"))
     try:
         if not any(secret.get(bytes(4)) or b""):

@@ -29,7 +29,7 @@ RECORDS: Mapping[int, type[EventRecord]] = dict.fromkeys(
 )
 """By type number (``enum np_event_kind``): the structure of a record."""
 KIND_OFFSET: int = vars(abi.np_event)["kind"].offset
-"""Where every record has its type number, a byte."""
+"""Offset of a record's type number, one byte."""
 
 LIBRARIES = ("libbpf.so.1", "libbpf.so.0")
 
@@ -56,7 +56,7 @@ def _libbpf() -> ctypes.CDLL:
 
 
 def parse_record(data: bytes) -> EventRecord | None:
-    """The structure of a record; None for one of an unknown type, or shorter than its type has it."""
+    """The structure of a record; None if the type is unknown or the record is shorter than its type."""
     if len(data) <= KIND_OFFSET:
         return None
     kind = RECORDS.get(data[KIND_OFFSET])
