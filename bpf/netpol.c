@@ -1,30 +1,37 @@
 // SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause
 //
-// A packet's way through the policy of one interface.  A program for each hook, and two that they call (enum np_call);
-// read them from the bottom up:
+// The policy of one interface, from a packet to a verdict.  There is one program for each hook, and two programs that
+// they tail-call (enum np_call).  Read this file from the bottom up:
 //
-//     np_tc          the fast path, else: the packet and its endpoint -> np_frame -> np_conclude
-//     np_frame       frame -> ARP | IPv4 | IPv6 | the rest
-//     np_ip          parse -> messages of the link -> what nobody may send -> fragment -> np_sender -> np_ip_own
-//     np_ip_own      established connection: done
-//     np_ip_slow     anti-spoofing -> connection: np_ip_known, else np_ip_plan -> np_tc_judge
-//     np_tc_judge    one policy list, and the next one -> np_tc_sender | np_ip_verdict
-//     np_tc_sender   policy has answered for a sender that was deferred to here -> np_ip_own
-//     np_ip_verdict  policy has answered for the interface's endpoint -> np_ip_known | np_ip_new
-//     np_conclude    count, tell, pass or drop
+//     np_tc          the fast path, otherwise: packet and endpoint -> np_frame -> np_conclude
+//     np_frame       frame -> ARP | IPv4 | IPv6 | other
+//     np_ip          parse -> link messages -> forged source -> fragment -> np_sender -> np_ip_own
+//     np_ip_own      established connection: pass
+//     np_ip_slow     anti-spoofing -> connection: np_ip_known, otherwise np_ip_plan -> np_tc_judge
+//     np_tc_judge    one policy list, then the next -> np_tc_sender | np_ip_verdict
+//     np_tc_sender   apply the verdict for a sender that was deferred to this hook -> np_ip_own
+//     np_ip_verdict  apply the verdict for the interface's endpoint -> np_ip_known | np_ip_new
+//     np_conclude    count, report, pass or drop
 //
-// Each step returns why the packet passes or is dropped (enum np_reason), or NP_REASON_NONE: the next step decides.  A
-// call does not return; what the called program needs is in np_scratch, so it is verified by itself.
+// Each step returns the reason why the packet passes or is dropped (enum np_reason), or NP_REASON_NONE if the next step
+// must decide.  A tail call does not return.  The called program finds its state in np_scratch, so the verifier checks
+// it on its own.
 //
-// Invariants.  A packet that the program cannot read is dropped, and counted under a reason.  A verdict carries the
-// rule of the table entry that decided.  A packet of an established connection costs at most one look-up in the table
-// of connections after parsing, no time call and no tail call.  A call that fails drops the packet and is counted.
+// Invariants.
+// 1. A packet that the program cannot parse is dropped, and counted under a reason.
+// 2. A verdict carries the rule of the table entry that decided.
+// 3. After parsing, a packet of an established connection costs at most one look-up in the connection table, no
+//    bpf_ktime_get_ns() and no tail call.
+// 4. If a tail call fails, the packet is dropped and counted.
 //
-// Files, in the order of use: np_lang (words), np_abi (what is shared), np_maps (tables), np_parse, np_ctx (what the
-// steps tell each other), np_count, np_event, np_bucket (addresses and classes), np_endpoint (whose), np_outside (from
-// whom), np_classify (one policy), np_judge (which policies), np_table (connections), np_conn, np_service (what is
-// judged elsewhere), np_fragment, np_link (messages of the link), np_kernel (what the kernel alone knows),
-// np_flow_cache (the fast path).
+// Files, in the order of use:
+//     np_lang (the C dialect)          np_abi (what user space shares)     np_maps (maps)
+//     np_parse (parser)                np_ctx (context of a packet)        np_count (counters)
+//     np_event (events)                np_bucket (address, class tables)   np_endpoint (endpoints, anti-spoofing)
+//     np_outside (source from outside) np_classify (one policy list)       np_judge (sequence of policy lists)
+//     np_table (conntrack table)       np_conn (connection states)         np_service (sender tags)
+//     np_fragment (fragments)          np_link (link messages)             np_kernel (fields of sk_buff)
+//     np_flow_cache (fast path)
 
 #include "np_lang.h"
 #include "np_abi.h"
@@ -45,14 +52,14 @@
 #include "np_kernel.h"
 #include "np_flow_cache.h"
 
-// The policy's direction at this hook.
+// The policy's direction for a packet at this hook.
 NP_INLINE __u8 np_direction_at(const int hook, __u32 endpoint_flags)
 {
     int host = (endpoint_flags & NP_ENDPOINT_HOST) != 0;
     return (hook == NP_HOOK_INGRESS) == host ? NP_DIRECTION_INGRESS : NP_DIRECTION_EGRESS;
 }
 
-// Whether the packet was decided by a rule, or by rule 0: exempt.
+// Whether `decision->rule` names what decided. Rule 0 stands for exempt traffic.
 NP_INLINE int np_has_rule(int reason)
 {
     switch (reason) {
@@ -70,20 +77,21 @@ NP_INLINE int np_has_rule(int reason)
     }
 }
 
-// Whether policy was asked about this very packet, so that there is a pending verdict beside the enforced one.
+// Whether policy judged this very packet, so that the decision has a staged action beside the enforced one.
 NP_INLINE int np_is_judged(int reason)
 {
     return reason == NP_REASON_POLICY_ALLOW || reason == NP_REASON_CONTINUE || reason == NP_REASON_POLICY_DENY ||
            reason == NP_REASON_REVOKED;
 }
 
-// Whether the packet opened a flow that was allowed.
+// Whether the packet opened an allowed flow.
 NP_INLINE int np_is_new_flow(int reason)
 {
     return reason == NP_REASON_POLICY_ALLOW || reason == NP_REASON_HOST || reason == NP_REASON_SELF;
 }
 
-// Let the packet pass; where it enters the node, with the sign that the program saw it.
+// Return the verdict that lets the packet pass.  At ingress, set the mark that proves to the second barrier that a
+// program saw the packet.
 NP_INLINE int np_pass(struct __sk_buff *skb, const struct np_ctx *ctx)
 {
     if (ctx->arrival->hook == NP_HOOK_INGRESS)
@@ -91,7 +99,7 @@ NP_INLINE int np_pass(struct __sk_buff *skb, const struct np_ctx *ctx)
     return ctx->ep->end_chain ? NP_PASS_ALONE : NP_PASS;
 }
 
-// Count the packet, report it as an event if that is wanted, and return the verdict to the kernel.
+// Count the packet, write its events, and return the verdict to the kernel.
 NP_INLINE int np_conclude(struct __sk_buff *skb, struct np_ctx *ctx, int reason)
 {
     struct np_decision *decision = ctx->decision;
@@ -109,9 +117,9 @@ NP_INLINE int np_conclude(struct __sk_buff *skb, struct np_ctx *ctx, int reason)
     __u8 kind = 0;
     if (dropped) {
         kind = NP_EVENT_DENY;
-        if (!np_has_rule(reason)) // not policy's doing, so not a staged policy's either
+        if (!np_has_rule(reason)) // policy did not decide, so neither did a staged policy
             decision->action = decision->staged_action = NP_ACTION_DENY;
-    } else if (np_is_new_flow(reason) || reason == NP_REASON_CONTINUE) { // the latter opens none, and is told likewise
+    } else if (np_is_new_flow(reason) || reason == NP_REASON_CONTINUE) { // reported, although it opens no flow
         __u32 wanted = ctx->config->flags;
         if (wanted & NP_CONFIG_ALLOW_EVENTS ||
             (wanted & NP_CONFIG_STAGED_EVENTS && decision->staged_action != decision->action))
@@ -122,8 +130,8 @@ NP_INLINE int np_conclude(struct __sk_buff *skb, struct np_ctx *ctx, int reason)
     return dropped ? NP_DROP : np_pass(skb, ctx);
 }
 
-// Traffic that no policy applies to: of the node's own processes to its workload, and of a workload to itself through
-// the node, which may have put its own address in place of the workload's.
+// Why policy does not apply to the packet: a process of the node sends to its workload, or a workload sends to itself
+// through the node, which may have replaced the source address with its own.  NP_REASON_NONE: policy applies.
 NP_INLINE int np_exempt(const struct np_ctx *ctx, const int hook, const int version)
 {
     if (hook != NP_HOOK_EGRESS || ctx->ep->endpoint_flags & NP_ENDPOINT_HOST)
@@ -137,7 +145,7 @@ NP_INLINE int np_exempt(const struct np_ctx *ctx, const int hook, const int vers
     return NP_REASON_NONE;
 }
 
-// The kind of flow that a first packet begins: NP_CONN_DEFERRED, NP_CONN_FORWARDED.
+// The kind of the flow that its first packet opens: NP_CONN_DEFERRED, NP_CONN_FORWARDED, or 0.
 NP_INLINE __u8 np_ip_kind(const struct np_ctx *ctx, struct np_tuple *tuple, const int hook, const int version)
 {
     int is_host = (ctx->ep->endpoint_flags & NP_ENDPOINT_HOST) != 0;
@@ -148,8 +156,8 @@ NP_INLINE __u8 np_ip_kind(const struct np_ctx *ctx, struct np_tuple *tuple, cons
     return is_host && !np_is_for_node(ctx, tuple->destination, version) ? NP_CONN_FORWARDED : 0;
 }
 
-// The steps at a host's interface. `last`: NP_STEP_NORMAL for a process of the node, NP_STEP_FORWARD for what passes
-// through, NP_STEP_NONE where the verdict of those is deferred.
+// The policy steps at a host's interface.  `last`: NP_STEP_NORMAL for a process of the node, NP_STEP_FORWARD for
+// forwarded packets, NP_STEP_NONE for forwarded packets with a deferred verdict.
 NP_INLINE __u32 np_host_steps(__u8 direction, __u32 last)
 {
     int is_local = last == NP_STEP_NORMAL;
@@ -160,8 +168,8 @@ NP_INLINE __u32 np_host_steps(__u8 direction, __u32 last)
                     : np_steps(NP_STEP_UNTRACKED, last, NP_STEP_NONE, NP_STEP_NONE);
 }
 
-// The steps for what a workload sends, which enters the host. `is_deferred`: to a service whose backend is judged
-// elsewhere; `to_host`: to a process of the node.
+// The policy steps for what a workload sends.  Such a packet enters the host, so the wildcard host endpoint's steps
+// follow. `is_deferred`: to a service, the sender's verdict is deferred.  `to_host`: to a process of the node.
 NP_INLINE __u32 np_workload_steps(const struct np_config *config, __u32 host, int is_deferred, int to_host)
 {
     __u32 last = NP_STEP_NONE;
@@ -175,14 +183,14 @@ NP_INLINE __u32 np_workload_steps(const struct np_config *config, __u32 host, in
     return config->due_mark ? steps << NP_STEP_BITS | NP_STEP_SERVICE : steps;
 }
 
-// Choose the steps that judge a flow of that kind, whose first packet had the original tuple and this direction.
-// Returns why it is dropped without them, or NP_REASON_NONE.
+// Choose the policy steps for a flow of the given kind, from the original tuple and the direction of its first packet.
+// Returns NP_REASON_NONE, or the reason to drop the packet without policy.
 NP_INLINE int np_ip_plan(struct np_ctx *ctx, struct np_scratch *scratch, __u8 kind, __u8 direction, const int version)
 {
     const struct np_config *config = ctx->config;
     struct np_tuple *original = &scratch->tuples[NP_TUPLE_ORIGINAL];
     int is_deferred = (kind & NP_CONN_DEFERRED) != 0;
-    int is_node_backend = 0; // the service's backend is a process of this node, which no hook stands before
+    int is_node_backend = 0; // a process of this node, behind which there is no hook to judge the packet
     scratch->is_source_hidden = scratch->default_drop = 0;
     scratch->number = ctx->ep->endpoint;
     scratch->ifindex = ctx->arrival->ifindex;
@@ -234,10 +242,10 @@ NP_INLINE int np_ip_plan(struct np_ctx *ctx, struct np_scratch *scratch, __u8 ki
     return NP_REASON_NONE;
 }
 
-// Policy was asked again about a known connection, which was allowed under another generation, with the tuple of its
-// first packet.  What is no longer allowed keeps its entry, and that its generation: it is cut as long as policy says
-// so, and no packet of the other side passes for the first of a flow of its own.  Returns why the packet is dropped, or
-// NP_REASON_NONE.
+// Apply a new verdict to a known connection that an older generation allowed.  Policy has judged it by its first
+// packet's tuple.  A denied connection keeps its entry and its old generation, so that it stays cut for as long as
+// policy denies it, and so that a packet of the other side cannot pass as the first of a new flow.  Returns
+// NP_REASON_NONE or the reason to drop.
 NP_INLINE int np_ip_again(struct np_ctx *ctx, const struct np_scratch *scratch, struct np_conn *conn)
 {
     struct np_decision *decision = ctx->decision;
@@ -252,11 +260,12 @@ NP_INLINE int np_ip_again(struct np_ctx *ctx, const struct np_scratch *scratch, 
             flags = decision->action == NP_ACTION_ALLOW ? flags & ~NP_CONN_TAGGED : flags | NP_CONN_TAGGED;
         conn->flags = scratch->is_due ? flags | NP_CONN_DUE : flags;
     }
-    decision->log_list = 0; // Log rules speak of new flows
+    decision->log_list = 0; // Log rules are for new flows
     return NP_REASON_NONE;
 }
 
-// A packet of a known connection that is allowed under this generation.
+// Handle a packet of a known connection that this generation allows: advance the connection, tag the packet, fill the
+// flow cache.
 NP_INLINE int np_ip_known(struct __sk_buff *skb, struct np_ctx *ctx, union np_conn_key *key,
                           const struct np_found *found, struct np_ct_slot *slot, int hook, const int version)
 {
@@ -272,17 +281,17 @@ NP_INLINE int np_ip_known(struct __sk_buff *skb, struct np_ctx *ctx, union np_co
     if (ctx->ep->related)
         return NP_REASON_RELATED;
     np_conn_advance(ctx, key, slot, found, version);
-    if (found->is_unreplied && ctx->ep->reply && !(packet->tcp_flags & NP_TCP_RST)) { // it is open from now on
+    if (found->is_unreplied && ctx->ep->reply && !(packet->tcp_flags & NP_TCP_RST)) { // now established
         np_flow_cache_fill(ctx, ctx->decision->rule, 0, 0, hook, version);
         np_flow_cache_fill_reply(ctx, ctx->decision->rule, sender_tag, is_due, hook, version);
     } else if (found->is_unreplied && packet->protocol == NP_PROTOCOL_UDP && packet->fragment == NP_FRAGMENT_WHOLE) {
-        np_flow_cache_fill(ctx, ctx->decision->rule, sender_tag, is_due, hook, version); // nobody answers some streams
+        np_flow_cache_fill(ctx, ctx->decision->rule, sender_tag, is_due, hook, version); // some streams have no replies
     }
     return NP_REASON_ESTABLISHED;
 }
 
-// Whether a process of the node listens on the port that a packet of the node's comes from: then it is not the node
-// that has opened the connection.  No connection has the other side's port 0, so what is found is who listens.
+// Whether a process of the node listens on the packet's source port; if so, the node did not open this connection.  The
+// look-up uses remote port 0, which no connection has, so it can only find a listening socket.
 NP_INLINE int np_is_served(struct __sk_buff *skb, const struct np_packet *packet, const int version)
 {
     struct bpf_sock_tuple tuple = {};
@@ -303,7 +312,7 @@ NP_INLINE int np_is_served(struct __sk_buff *skb, const struct np_packet *packet
     return 1;
 }
 
-// The first packet of a flow that was allowed.
+// Record the connection of an allowed first packet; tag the packet if its verdict is deferred.
 NP_INLINE int np_ip_new(struct __sk_buff *skb, struct np_ctx *ctx, const struct np_scratch *scratch,
                         union np_conn_key *key, __u8 kind, const int version)
 {
@@ -316,7 +325,8 @@ NP_INLINE int np_ip_new(struct __sk_buff *skb, struct np_ctx *ctx, const struct 
         ctx->ep->end_chain = np_sender_tag_set(skb, ctx->config, ctx->ep->endpoint, scratch->is_due);
         reason = NP_REASON_DEFERRED;
     }
-    // A packet in the middle of a TCP connection that the workload opened, and whose entry was evicted, opens none.
+    // The workload opened this TCP connection, and its entry was evicted: a packet of the node in the middle records
+    // none.
     if (reason == NP_REASON_HOST && packet->protocol == NP_PROTOCOL_TCP && !(packet->tcp_flags & NP_TCP_SYN) &&
         np_is_served(skb, packet, version))
         return reason;
@@ -333,17 +343,17 @@ NP_INLINE int np_asks_for_address(const struct np_ctx *ctx, const int version)
            np_is_dhcp_request(ctx->packet, version);
 }
 
-// A first fragment that passes is remembered for the later ones. Returns why the packet passes or is dropped.
+// Record a first fragment that passes, for the later ones.  Returns why the packet passes or is dropped.
 NP_INLINE int np_ip_remember(const struct np_ctx *ctx, const struct np_scratch *scratch, int reason, const int version)
 {
-    // Errors fit into one packet; the rest of one would be taken for its beginning.
+    // An ICMP error fits into one packet; later fragments of one must not pass as the beginning of an error.
     if (ctx->packet->fragment != NP_FRAGMENT_FIRST || reason >= NP_REASON_POLICY_DENY || scratch->is_error)
         return reason;
     int failed = np_fragment_remember(ctx, version);
     return failed ? failed : reason;
 }
 
-// Policy has answered for the interface's endpoint, or was not asked; the decision says which.
+// Apply the verdict of policy for the interface's endpoint.  `decision->reason` also says if policy was skipped.
 NP_INLINE int np_ip_verdict(struct __sk_buff *skb, struct np_ctx *ctx, struct np_scratch *scratch, const int version)
 {
     union np_conn_key *key = &scratch->key;
@@ -355,7 +365,7 @@ NP_INLINE int np_ip_verdict(struct __sk_buff *skb, struct np_ctx *ctx, struct np
             int cut = np_ip_again(ctx, scratch, slot.conn);
             if (cut)
                 return cut;
-        } // else it was evicted meanwhile; what policy says counts
+        } // the entry was evicted meanwhile, so the packet counts as a first one
     }
     if (slot.conn)
         reason = np_ip_known(skb, ctx, key, &scratch->found, &slot, ctx->arrival->hook, version);
@@ -364,8 +374,8 @@ NP_INLINE int np_ip_verdict(struct __sk_buff *skb, struct np_ctx *ctx, struct np
     return np_ip_remember(ctx, scratch, reason, version);
 }
 
-// Ask policy about the flow under a connection key, unless it is exempt as `scratch->reason` says; then comes
-// np_ip_verdict.
+// Judge the flow of a connection key: run its policy steps, unless `scratch->reason` exempts it.  np_ip_verdict
+// continues.
 NP_INLINE int np_ip_ask(struct __sk_buff *skb, struct np_ctx *ctx, struct np_scratch *scratch,
                         const union np_conn_key *key, const int hook, const int version)
 {
@@ -394,7 +404,7 @@ NP_INLINE int np_ip_ask(struct __sk_buff *skb, struct np_ctx *ctx, struct np_scr
     return np_ip_verdict(skb, ctx, scratch, version);
 }
 
-// The slow path: every packet but those of established connections.
+// The slow path: every packet that neither the flow cache nor an established connection of this generation decides.
 NP_INLINE int np_ip_slow(struct __sk_buff *skb, struct np_ctx *ctx, union np_conn_key *key, struct np_scratch *scratch,
                          const int hook, const int version)
 {
@@ -405,7 +415,7 @@ NP_INLINE int np_ip_slow(struct __sk_buff *skb, struct np_ctx *ctx, union np_con
     scratch->is_error = packet->icmp_kind == NP_ICMP_ERROR;
     scratch->is_due = 0;
 
-    if (np_is_spoofed(ctx, version)) { // the client has no address yet, or one of the link alone
+    if (np_is_spoofed(ctx, version)) { // a DHCP client without an address
         int has_none = version == 4 ? !packet->source[0] : np_is_link_local(packet->source);
         return has_none && np_asks_for_address(ctx, version) ? NP_REASON_DHCP : NP_REASON_SPOOFED;
     }
@@ -420,7 +430,7 @@ NP_INLINE int np_ip_slow(struct __sk_buff *skb, struct np_ctx *ctx, union np_con
         if (ep->related == NP_REASON_ICMP_UNRELATED)
             return NP_REASON_ICMP_UNRELATED;
         if (ep->related == NP_REASON_NONE)
-            ctx->packet->icmp_kind = NP_ICMP_PLAIN; // a message like any other
+            ctx->packet->icmp_kind = NP_ICMP_PLAIN; // policy judges it as a message like any other
     }
     np_barrier();
     if (ep->related)
@@ -451,8 +461,8 @@ NP_INLINE int np_ip_slow(struct __sk_buff *skb, struct np_ctx *ctx, union np_con
     return np_ip_ask(skb, ctx, scratch, key, hook, version);
 }
 
-// The endpoint whose number is the sender tag of the packet allows it, as `scratch->reason` says: the flow is this
-// interface's again, and the packet has no sender tag.
+// The packet's sender allows it, as `scratch->reason` says.  Conclude the sender's part, remove the sender tag, and
+// return to the endpoint of this interface.
 NP_INLINE void np_ip_sender_allowed(struct __sk_buff *skb, struct np_ctx *ctx, struct np_scratch *scratch)
 {
     np_conclude(skb, ctx, scratch->reason);
@@ -464,7 +474,7 @@ NP_INLINE void np_ip_sender_allowed(struct __sk_buff *skb, struct np_ctx *ctx, s
     ctx->ep->end_chain = np_sender_tag_set(skb, ctx->config, 0, 0);
 }
 
-// The packet's own endpoint: a packet in the middle of an established connection passes, the rest goes on.
+// Judge the packet for the interface's own endpoint.  A packet in the middle of an established connection passes here.
 NP_INLINE int np_ip_own(struct __sk_buff *skb, struct np_ctx *ctx, struct np_scratch *scratch, const int hook,
                         const int version)
 {
@@ -478,7 +488,7 @@ NP_INLINE int np_ip_own(struct __sk_buff *skb, struct np_ctx *ctx, struct np_scr
     if (NP_LIKELY(!packet->slow_only)) {
         struct np_ct_slot slot = np_ct_lookup(ctx, key, 0, version);
         struct np_conn *open = slot.conn;
-        __u32 generation = open ? open->generation : 0; // before rule and flags; no generation is 0
+        __u32 generation = open ? open->generation : 0; // read before rule and flags; never 0
         if (NP_LIKELY(open && generation == ctx->arrival->generation && np_conn_is_alive(open, ctx) &&
                       !np_conn_is_closed(open))) {
             open = np_load_after(open, generation);
@@ -499,7 +509,7 @@ NP_INLINE int np_ip_own(struct __sk_buff *skb, struct np_ctx *ctx, struct np_scr
     return np_ip_slow(skb, ctx, key, scratch, hook, version);
 }
 
-// Malformed packets: dropped, but not on an interface without policy.
+// A malformed packet is dropped.  On an uplink (a host interface without policy) it passes, unless it has a sender tag.
 NP_INLINE int np_malformed(struct np_ctx *ctx, int reason)
 {
     return ctx->ep->endpoint_flags & NP_ENDPOINT_UPLINK && !ctx->ep->sender ? NP_REASON_UPLINK : reason;
@@ -530,7 +540,8 @@ NP_INLINE int np_ip(struct __sk_buff *skb, const struct np_bytes *bytes, struct 
             return reason;
     }
     if (hook == NP_HOOK_INGRESS && ctx->ep->sender) {
-        // A workload cannot have a sender before it; what a host's interface gets may come from one behind a bridge.
+        // A sender tag on a packet from a workload is false: no hook comes before it.  A packet on a host interface may
+        // have come through a bridge from a tagging hook, so its tag stays.
         if (!(ctx->ep->endpoint_flags & NP_ENDPOINT_HOST))
             ctx->ep->end_chain = np_sender_tag_set(skb, ctx->config, 0, 0);
         ctx->ep->sender = 0;
@@ -555,7 +566,7 @@ NP_INLINE int np_ip(struct __sk_buff *skb, const struct np_bytes *bytes, struct 
     return np_ip_own(skb, ctx, scratch, hook, version);
 }
 
-// Neither IP nor ARP: a workload may neither send nor get such packets; a host interface may.
+// Neither IP nor ARP: dropped at a workload's interface, passed at a host's.
 NP_INLINE int np_not_ip(struct np_ctx *ctx)
 {
     if (ctx->ep->missing)
@@ -598,7 +609,7 @@ NP_INLINE void np_ctx_set(struct np_ctx *ctx, struct np_scratch *scratch, const 
 NP_INLINE int np_tc(struct __sk_buff *skb, const int hook)
 {
     const struct np_config *config = np_config_lookup();
-    if (!config) { // the one row of an array: cannot happen
+    if (!config) { // cannot happen: an array always has its row
         np_count_reason(NP_REASON_NO_CONFIG, skb->len);
         return NP_DROP;
     }
@@ -608,13 +619,13 @@ NP_INLINE int np_tc(struct __sk_buff *skb, const int hook)
 
     struct np_scratch *scratch = (void *)np_scratch_lookup();
     struct np_ctx ctx;
-    if (!scratch) { // likewise
+    if (!scratch) { // cannot happen: an array always has its row
         np_count_reason(NP_REASON_NO_CONFIG, skb->len);
         return NP_DROP;
     }
     np_ctx_set(&ctx, scratch, config);
-    // Generation and epoch by one load, before any row: a row remembered under the old epoch must not bear the new
-    // generation.
+    // One load reads generation and epoch, before any row.  Otherwise a verdict from a row that was cached under the
+    // old epoch could carry the new generation.
     __u64 version = *(const volatile __u64 *)config;
     np_barrier();
     scratch->arrival = (struct np_arrival){
@@ -623,8 +634,8 @@ NP_INLINE int np_tc(struct __sk_buff *skb, const int hook)
         .ingress_ifindex = skb->ingress_ifindex,
         .frame_bytes = skb->len,
         .hook = hook,
-        // Neither is proof by itself: what the stack makes anew of a packet has no interface, and what a bridge passes
-        // on still has its sender's socket.
+        // Neither condition is enough.  A packet that the stack builds anew (IPv6 fragments) has no ingress_ifindex
+        // either; a packet that a bridge forwards keeps its sender's socket.
         .is_from_node = !skb->ingress_ifindex && (skb->sk || skb->mark & config->node_mark),
     };
     *(np_word *)&scratch->arrival.generation = version;
@@ -639,16 +650,16 @@ NP_INLINE int np_tc(struct __sk_buff *skb, const int hook)
     ctx.ep->missing = np_endpoint_find(&ctx);
     np_barrier();
     scratch->reason = np_frame(skb, &ctx, scratch, hook);
-    np_barrier(); // the verifier forgets which way it came: one walk through the end instead of one for each reason
+    np_barrier(); // the verifier drops the known reason, so it walks np_conclude once, not once for each reason
     return np_conclude(skb, &ctx, scratch->reason);
 }
 
-// A called program takes up the packet where its caller left it. NULL: it cannot.
+// Restore the context in a tail-called program. NULL: it has no configuration or scratch memory.
 NP_INLINE struct np_scratch *np_resume(struct __sk_buff *skb, struct np_ctx *ctx)
 {
     const struct np_config *config = np_config_lookup();
     struct np_scratch *scratch = (void *)np_scratch_lookup();
-    if (!config || !scratch) { // rows of arrays: cannot happen
+    if (!config || !scratch) { // cannot happen: an array always has its row
         np_count_reason(NP_REASON_NO_CONFIG, skb->len);
         return 0;
     }

@@ -1,13 +1,16 @@
 // SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause
 //
-// What the packet path and the control plane share: limits, numbers, keys and values of every map.  Declared here once;
-// scripts/generate_abi.py derives loader/netpol_loader/abi.py from this text (comments included), and the sizes are
-// compared again with what the kernel reports when the program is loaded.
+// The layout that the packet path and the control plane share: limits, numbers, and the key and value of every map.  It
+// is declared here alone.  scripts/generate_abi.py generates loader/netpol_loader/abi.py from this text, comments
+// included; when the loader makes the maps it compares the sizes with what the kernel reports.
 //
-// Rules of this file.  Fixed-width types, explicit zeroed padding, a size assert per struct.  Field names are user
-// interface: `bpftool map dump` prints them.  Host byte order unless the name ends in _be; addresses are byte arrays in
-// network order, so that a dump reads 10, 0, 0, 1.  Numbers that leave this machine's memory (reasons, kinds, states)
-// are never reused.  A change of any layout raises NP_SCHEMA_VERSION.
+// Rules of this file.
+// 1. Types have fixed widths; padding is explicit and zero; each struct has a size assert.
+// 2. Field names are user interface: `bpftool map dump` prints them.
+// 3. Numbers are in host byte order unless the name ends in _be.  Addresses are byte arrays in network order, so that a
+//    dump reads 10, 0, 0, 1.
+// 4. A number that leaves this machine's memory (reason, kind, state) is never reused.
+// 5. Every change of a layout raises NP_SCHEMA_VERSION.
 #pragma once
 
 #include <linux/types.h>
@@ -21,150 +24,150 @@
 #define NP_ATOM_BLOCKS 1537 // 6 slots of 256 blocks, and the block of the other protocols
 #define NP_COLUMN_BLOCK 64 // L4 classes per row of np_l4_col
 #define NP_IP6_HEADERS 8 // IPv6 extension headers walked; a packet with more is dropped
-#define NP_VLAN_TAGS 2 // VLAN tags skipped; a packet with more counts as non-IP
-#define NP_PULL_BYTES 256 // bytes from the Ethernet header on that are made linear when they are not
+#define NP_VLAN_TAGS 2 // VLAN tags skipped; a frame with more counts as non-IP
+#define NP_PULL_BYTES 256 // bytes of the frame that are made linear before parsing
 
-// Slots of 256 blocks in np_l4_atom: block slot * 256 + (port >> 8), index port & 255; for ICMP block slot * 256 +
-// type, index code.
+// np_l4_atom has slots of 256 blocks, one slot for each of the following.  For a port: block slot * 256 + (port >> 8),
+// index port & 255.  For ICMP: block slot * 256 + type, index code.
 #define NP_SLOT_TCP 0 // by destination port
 #define NP_SLOT_UDP 1 // by destination port
 #define NP_SLOT_SCTP 2 // by destination port
 #define NP_SLOT_ICMP 3 // by type and code
 #define NP_SLOT_ICMPV6 4 // by type and code
-#define NP_SLOT_SOURCE 5 // by source port, whatever the protocol
-#define NP_OTHER_BLOCK 1536 // the one block indexed by protocol number
+#define NP_SLOT_SOURCE 5 // by source port, for all protocols
+#define NP_OTHER_BLOCK 1536 // the only block that is indexed by protocol number
 
-#define NP_BUCKET_ROWS 5 // rows of a bucket: what fits into one cache line (IPv6: two)
-#define NP_BUCKET_LINES 2 // lines of a bucket of classes
-#define NP_BUCKET_MORE 128 // flag of a bucket: further rows of it are in a hash
-#define NP_LINE_CLASSES 24 // identities of a line
+#define NP_BUCKET_ROWS 5 // rows of a bucket: as many as fit into one cache line (IPv6: two)
+#define NP_BUCKET_LINES 2 // lines of a bucket of np_peer_class
+#define NP_BUCKET_MORE 128 // flag of a bucket: the overflow map has further rows of it
+#define NP_LINE_CLASSES 24 // identities of a line of np_peer_class
 #define NP_CLASS_NONE 65535 // no class
 
-#define NP_HASH_MULTIPLIER 0x9e3779b97f4a7c15ull // 2^64 divided by the golden ratio: spreads neighbours
+#define NP_HASH_MULTIPLIER 0x9e3779b97f4a7c15ull // 2^64 divided by the golden ratio: adjacent keys get distant hashes
 
-#define NP_CONN_WAYS 8 // connections of a bucket; their tags fill a cache line
-#define NP_HASH_WORDS 12 // random numbers of the connections' hash: one for each word of the longest key, and one
-#define NP_HASH_BIT 0x80000000u // set in every hash of a connection, so that none is 0
+#define NP_CONN_WAYS 8 // slots of a conntrack bucket; their tags fill a cache line
+#define NP_HASH_WORDS 12 // random numbers of the conntrack hash: one for each word of the longest key, and one more
+#define NP_HASH_BIT 0x80000000u // set in every conntrack hash, so that no hash is 0
 
-// Parts of a tag (struct np_conn_tags).
+// Fields of a tag (struct np_conn_tags).
 #define NP_TAG_HASH_SHIFT 32
 #define NP_TAG_UNREPLIED 0x80000000ull // the connection is unreplied
 #define NP_TAG_TIME_SHIFT 2
 #define NP_TAG_TIME_BITS 29
 #define NP_TAG_RANK_MASK 3 // enum np_rank
-#define NP_TAG_JIFFIES 64 // in a unit of a tag's time
-#define NP_TAG_OWNED_UNITS 64 // how long a slot is its owner's: longer than anybody writes
+#define NP_TAG_JIFFIES 64 // jiffies in a unit of a tag's time
+#define NP_TAG_OWNED_UNITS 64 // how long a slot stays reserved: longer than any CPU needs to write the entry
 
-#define NP_HOST_SETS 8 // policy sets of a host endpoint: stage * 2 + direction
-#define NP_SCRATCH_WORDS 76 // working memory of one packet, in units of 8 bytes
+#define NP_HOST_SETS 8 // policy sets of a host endpoint, by stage * 2 + direction
+#define NP_SCRATCH_WORDS 76 // 64-bit words of np_scratch
 
-#define NP_KERNEL_BYTES 96 // copied of a packet's own structure, where it cannot be read in place
+#define NP_KERNEL_BYTES 96 // bytes copied from sk_buff if it cannot be read in place
 
-#define NP_FLOW_CACHE_DUE 2 // flag in np_flow_cache_fact.hook: packets of the connection bear np_config.due_mark
+#define NP_FLOW_CACHE_DUE 2 // flag in np_flow_cache_fact.hook: packets of the connection carry np_config.due_mark
 
-// Verdicts, as the traffic control of the kernel numbers them.
+// Verdicts of TC.
 #define NP_PASS (-1) // TC_ACT_UNSPEC of clsact, TCX_NEXT of tcx: the next program decides
-#define NP_PASS_ALONE 0 // TC_ACT_OK, TCX_PASS: nobody else at this hook
+#define NP_PASS_ALONE 0 // TC_ACT_OK, TCX_PASS: no further program at this hook runs
 #define NP_DROP 2 // TC_ACT_SHOT, TCX_DROP
 
-// What the compiled file has where the loader fills in a number, by the source register of the load or the number of
-// the helper; both are the project's own.
-#define NP_LOADS_MASK 15 // slots of a map that a hash chooses from, less one
+// Markers in the compiled program where the loader fills in a number: the source register of a load, or the number of a
+// helper call.  All are the project's own choice.
+#define NP_LOADS_MASK 15 // number of slots of a map that a hash chooses from, minus one
 #define NP_LOADS_FACT 14 // enum np_kernel_fact
-#define NP_CALLS_CAST 0x4e50 // no helper: bpf_cast_to_kern_ctx
+#define NP_CALLS_CAST 0x4e50 // not a helper: a call of bpf_cast_to_kern_ctx
 
-#define NP_CHECK_SEED 2166136261 // FNV-1a's own 32-bit offset basis and prime
+#define NP_CHECK_SEED 2166136261 // FNV-1a's 32-bit offset basis and prime
 #define NP_CHECK_PRIME 16777619
 
-#define NP_NODE_FIRST 1048576 // in np_addr.holder: numbers of nodes begin here, those of endpoints are below; arbitrary
+#define NP_NODE_FIRST 1048576 // first number of a node in np_addr.holder; endpoints have lower numbers; arbitrary
 
-#define NP_IDENTITY_UNKNOWN 0 // no packet has it
+#define NP_IDENTITY_UNKNOWN 0 // never the identity of a packet
 #define NP_IDENTITY_WORLD_V4 1 // an IPv4 address that no table describes
 #define NP_IDENTITY_WORLD_V6 2 // an IPv6 address that no table describes
 
 // --- numbers ---------------------------------------------------------------------------------------------------------
 
-// The policy's view, from the endpoint's side. Where a program sits is a hook, another type.
+// The direction of policy, from the endpoint's view. Where a program is attached is a hook, another type.
 enum np_direction {
     NP_DIRECTION_INGRESS = 0, // towards the endpoint
     NP_DIRECTION_EGRESS = 1, // from the endpoint
 };
 
-// What a verdict says. 0 is an unwritten entry, which denies.
+// What a verdict row says. 0 is a row that was never written, which denies.
 enum np_action {
-    NP_ACTION_NONE = 0, // nothing was written here
-    NP_ACTION_ALLOW = 1, // let the packet pass and remember the connection
+    NP_ACTION_NONE = 0, // the row was never written
+    NP_ACTION_ALLOW = 1, // pass, and record the connection
     NP_ACTION_DENY = 2, // drop
-    NP_ACTION_CONTINUE = 3, // no opinion (stages of host endpoints that never drop by default): pass
+    NP_ACTION_CONTINUE = 3, // no opinion (host endpoint stages without a default deny): pass
 };
 
-// Which list of a host endpoint's policies. Workloads have the normal one only.
+// The policy lists of a host endpoint. Workloads have only the normal one.
 enum np_stage {
-    NP_STAGE_NORMAL = 0, // packets from and to processes of the node
-    NP_STAGE_FORWARD = 1, // packets that pass through the node
-    NP_STAGE_PRE_DNAT = 2, // all that comes in, before addresses are translated
-    NP_STAGE_UNTRACKED = 3, // before everything, and without memory
+    NP_STAGE_NORMAL = 0, // packets from or to processes of the node
+    NP_STAGE_FORWARD = 1, // packets that the node forwards
+    NP_STAGE_PRE_DNAT = 2, // all incoming packets, before destination translation
+    NP_STAGE_UNTRACKED = 3, // before all other stages, and without conntrack
 };
 
 // Flags of an endpoint.
 enum np_endpoint_flag {
     NP_ENDPOINT_HOST = 1, // a host interface: directions agree with hooks, non-IP passes, policy is in np_host
     NP_ENDPOINT_SOURCES = 2, // has rows in np_source4 or np_source6
-    NP_ENDPOINT_UPLINK = 4, // a host interface without policy: passes all but what a sender's policy is yet to judge
-    NP_ENDPOINT_ROUTES = 8, // a workload that others route through: what it gets need not be for it
+    NP_ENDPOINT_UPLINK = 4, // a host interface without policy: only packets with a sender tag are judged
+    NP_ENDPOINT_ROUTES = 8, // a workload that is a router: it may receive packets for others
     NP_ENDPOINT_LAYER3 = 16, // packets begin with the network header (tun, WireGuard, IPIP, PPP)
     NP_ENDPOINT_UNREADABLE = 32, // packets begin with a link header that nothing here reads
-    NP_ENDPOINT_OUTSIDE = 64, // a host interface that no workload of this node is behind
-    NP_ENDPOINT_EXTERNAL = 128, // the same, a tunnel that keeps each packet's outer addresses (external, collect_md)
+    NP_ENDPOINT_OUTSIDE = 64, // a host interface behind which there is no local workload
+    NP_ENDPOINT_EXTERNAL = 128, // OUTSIDE, and a tunnel device that keeps outer addresses (external, collect_md)
 };
 
 // Flags of the configuration.
 enum np_config_flag {
-    NP_CONFIG_ALLOW_EVENTS = 1, // an event for each new allowed flow
-    NP_CONFIG_STAGED_EVENTS = 2, // an event for each new allowed flow whose staged action differs
-    NP_CONFIG_KEEP_REVOKED = 4, // flows that policy no longer allows live on until they end
-    NP_CONFIG_DEFER = 8, // every interface that a packet to a service could leave by has the program
-    NP_CONFIG_TO_HOST_DENY = 16, // no workload reaches its own node
-    NP_CONFIG_TO_HOST_PASS = 32, // the wildcard host endpoint's normal policy decides on workloads to their node
-    NP_CONFIG_LOCAL_NETS = 64, // np_local_net has rows
-    NP_CONFIG_HAIRPIN = 128, // what comes from outside may have a source of this node
+    NP_CONFIG_ALLOW_EVENTS = 1, // write an event for each new allowed flow
+    NP_CONFIG_STAGED_EVENTS = 2, // write an event for each new allowed flow with a different staged action
+    NP_CONFIG_KEEP_REVOKED = 4, // connections that policy no longer allows live until they end
+    NP_CONFIG_DEFER = 8, // each interface by which a packet to a service could leave has the program
+    NP_CONFIG_TO_HOST_DENY = 16, // workloads may not reach their own node
+    NP_CONFIG_TO_HOST_PASS = 32, // the wildcard host endpoint's normal policy judges workloads to their node
+    NP_CONFIG_LOCAL_NETS = 64, // np_local4_net or np_local6_net has rows
+    NP_CONFIG_HAIRPIN = 128, // a packet from outside may have a source of this node
 };
 
-// Where a connection stands. Each state has its own time-out, np_config.timeout_jiffies[state].
+// The state of a connection. Each state has its own time-out, np_config.timeout_jiffies[state].
 enum np_conn_state {
-    NP_CONN_TCP_NEW = 0, // TCP, no reply seen
-    NP_CONN_TCP_OPEN = 1, // TCP, both sides seen
+    NP_CONN_TCP_NEW = 0, // TCP, unreplied
+    NP_CONN_TCP_OPEN = 1, // TCP, established
     NP_CONN_TCP_CLOSING = 2, // TCP, FIN seen from both sides
     NP_CONN_TCP_RESET = 3, // TCP, RST seen
     NP_CONN_UDP = 4, // UDP
     NP_CONN_ICMP = 5, // ICMP echo and other queries
     NP_CONN_OTHER = 6, // any other protocol
-    NP_CONN_FRAGMENT = 7, // not a connection: the memory of a first fragment
-    NP_CONN_STATES = 8, // how many there are
+    NP_CONN_FRAGMENT = 7, // not a connection: a row of np_frag4 or np_frag6
+    NP_CONN_STATES = 8, // number of states
 };
 
 // Flags of a connection.
 enum np_conn_flag {
-    NP_CONN_FIN_ORIGINAL = 1, // FIN seen from the side that opened
+    NP_CONN_FIN_ORIGINAL = 1, // FIN seen from the side that opened the connection
     NP_CONN_FIN_REPLY = 2, // FIN seen from the other side
-    NP_CONN_EXEMPT = 4, // opened by the host itself or by the workload to itself: no policy applies
-    NP_CONN_DEFERRED = 8, // opened towards a service: policy judges where the packet leaves
-    NP_CONN_FORWARDED = 16, // of a host endpoint: opened by a packet that only passes through the node
-    NP_CONN_TAGGED = 32, // deferred, and nothing before policy where it leaves has allowed it for good
-    NP_CONN_DUE = 64, // deferred, and not allowed to the service's own address either
+    NP_CONN_EXEMPT = 4, // opened by the host to its workload, or by the workload to itself: no policy applies
+    NP_CONN_DEFERRED = 8, // to a service: policy judges where the packet leaves
+    NP_CONN_FORWARDED = 16, // of a host endpoint: opened by a forwarded packet
+    NP_CONN_TAGGED = 32, // DEFERRED, and its packets carry the sender tag: no policy has finally allowed them yet
+    NP_CONN_DUE = 64, // DEFERRED, and policy does not allow the service's own address: packets carry due_mark
 };
 
-// How little is lost with a connection; in the low bits of its tag.
+// How much is lost if the connection is evicted, least first; in the low bits of its tag.
 enum np_rank {
-    NP_RANK_NONE = 0, // no connection: being written until the tag's time, then free
+    NP_RANK_NONE = 0, // reserved, being written until the tag's time; then free
     NP_RANK_CLOSED = 1, // FIN from both sides, or RST
     NP_RANK_UNREPLIED = 2, // no reply was seen yet
-    NP_RANK_ESTABLISHED = 3, // both sides were seen
+    NP_RANK_ESTABLISHED = 3, // both sides have sent packets
 };
 
 // Flags of a verdict.
 enum np_verdict_flag {
-    NP_VERDICT_FAILSAFE = 1, // a failsafe port decided: nothing before normal policy may drop the packet
+    NP_VERDICT_FAILSAFE = 1, // a failsafe port decided: no list before normal policy may drop the packet
 };
 
 // What an address means to the node.
@@ -177,24 +180,24 @@ enum np_local_flag {
 
 // Flags of a service address.
 enum np_vip_flag {
-    NP_VIP_LOCAL = 1, // `local` may be what is behind it: a process of this node, which no hook stands before
-    NP_VIP_MANY = 2, // several of those: not known which one
+    NP_VIP_LOCAL = 1, // `local` may be the backend: a process of this node, behind which there is no hook
+    NP_VIP_MANY = 2, // several such backends: it is unknown which one receives the packet
 };
 
-// Slots of np_call: the programs that a hook's program calls, each under the name np_tc_*. A tail call never returns.
+// Slots of np_call: the programs, named np_tc_*, that the hooks' programs tail-call. A tail call never returns.
 enum np_call {
-    NP_CALL_JUDGE = 0, // ask one policy list, then the next one; what the interface's endpoint says is the verdict
-    NP_CALL_SENDER = 1, // policy has answered for the endpoint whose number is the sender tag of the packet
-    NP_CALLS = 2, // how many there are
+    NP_CALL_JUDGE = 0, // evaluate one policy list, then the next; at the end apply the verdict
+    NP_CALL_SENDER = 1, // apply the verdict for the sender, the endpoint whose number is the sender tag
+    NP_CALLS = 2, // number of slots
 };
 
-// Facts of the running kernel that the loader puts into the program (NP_KERNEL).
+// Facts of the running kernel that the loader fills in (NP_KERNEL).
 enum np_kernel_fact {
-    NP_KERNEL_CAST = 0, // 1: there is bpf_cast_to_kern_ctx
-    NP_KERNEL_FIRST = 1, // offset in sk_buff from which on all the fields lie within NP_KERNEL_BYTES
-    NP_KERNEL_SUMMED = 2, // offset of the byte with ip_summed, as all that follow from NP_KERNEL_FIRST on
-    NP_KERNEL_SUMMED_SHIFT = 3, // its lowest bit there; it has two
-    NP_KERNEL_CSUM_START = 4, // of 16 bits, as the next two
+    NP_KERNEL_CAST = 0, // 1: the kernel has bpf_cast_to_kern_ctx
+    NP_KERNEL_FIRST = 1, // offset in sk_buff; all fields below are within NP_KERNEL_BYTES after it
+    NP_KERNEL_SUMMED = 2, // offset of the byte with ip_summed, from NP_KERNEL_FIRST, as all that follow
+    NP_KERNEL_SUMMED_SHIFT = 3, // lowest bit of ip_summed in that byte; it has two bits
+    NP_KERNEL_CSUM_START = 4, // a field of 16 bits, as the next two
     NP_KERNEL_CSUM_OFFSET = 5,
     NP_KERNEL_MAC_HEADER = 6,
 };
@@ -206,8 +209,8 @@ enum np_event_kind {
     NP_EVENT_LOG = 3, // Log rules matched a new flow; the verdict is in `action`
 };
 
-// Why a packet passed or was dropped; index of np_reason_count. Below 32: passed. From 32: dropped. From 96: not a
-// verdict but something worth counting. Numbers are never reused.
+// Why a packet passed or was dropped; index of np_reason_count. Below 32: passed. From 32: dropped. From 96: no
+// verdict, but an event that is counted. Numbers are never reused.
 enum np_reason {
     NP_REASON_NONE = 0, // never counted
     NP_REASON_POLICY_ALLOW = 1, // a new flow that policy allows
@@ -260,27 +263,27 @@ enum np_reason {
     NP_REASON_LOG_LIMITED = 97, // a log event held back by the rate limit
     NP_REASON_RULE_RANGE = 98, // a rule number beyond np_rule_count or np_staged_count, once for each
     NP_REASON_CONN_EVICTED = 99, // an established connection made room for a new one in its bucket
-    NP_REASON_COUNT = 128, // size of np_reason_count
+    NP_REASON_COUNT = 128, // number of rows of np_reason_count
 };
 
 // --- policy tables ---------------------------------------------------------------------------------------------------
 
-// A policy set: the ordered list of everything that applies to an endpoint in one direction. The verdict is at
+// A policy set: all that applies to an endpoint in one direction, compiled. The verdict is in np_verdict at
 // verdict_base + ((peer class * own_classes + own class) * l4_classes + L4 class) * source_classes + source class.
 struct np_set {
-    __u32 number; // key part of np_peer_class; sets that tell peers apart alike share it
-    __u16 default_class4; // class of IPv4 identities without a row
-    __u16 default_class6; // and of IPv6 ones: a rule on 0.0.0.0/0 tells the families apart
-    __u32 peer_classes; // bound of the peer class
-    __u32 own_set; // the same for the endpoint's own side; 0: constant
+    __u32 number; // part of the key of np_peer_class; sets with equal class tables share it
+    __u16 default_class4; // peer class of an IPv4 identity without a row
+    __u16 default_class6; // the same for IPv6: a rule on 0.0.0.0/0 tells the families apart
+    __u32 peer_classes; // number of peer classes
+    __u32 own_set; // `number` of the class table for the endpoint's own side; 0: the own side does not matter
     __u16 own_default_class4;
     __u16 own_default_class6;
-    __u32 own_classes; // bound of the own class; 1 when own_set is 0
+    __u32 own_classes; // number of own classes; 1 if own_set is 0
     __u32 l4_base; // first row in np_l4_col for destination atoms
-    __u16 l4_classes; // 1: the L4 dimension is constant
+    __u16 l4_classes; // number of L4 classes; 1: no rule matches on protocol or destination port
     __u16 asks_source; // 1: an enforced rule matches on who owns the source address, or on the source port
     __u32 source_base; // first row in np_l4_col for source port atoms
-    __u32 source_classes; // 1: no rule uses source ports
+    __u32 source_classes; // number of source port classes; 1: no rule matches on source ports
     __u32 verdict_base;
     __u32 check; // see struct np_endpoint
 };
@@ -291,14 +294,15 @@ struct np_endpoint_key {
 };
 _Static_assert(sizeof(struct np_endpoint_key) == 4, "np_endpoint_key");
 
-// One element holds both policy sets, so that one update flips both. The kernel may reuse the memory of a replaced
-// element while a packet still reads it; a set's `check` tells: it is the FNV-1a fold, word by word, of number,
-// ifindex, flags, link and the set's other words. The loader's seal_endpoint() fills it in.
+// The policy of an interface: its endpoint and both policy sets. One element has both sets, so one update flips both.
+// The kernel may reuse the memory of a replaced element while a packet still reads it; each set's `check` detects that.
+// It is the FNV-1a fold, word by word, of number, ifindex, flags, link and the set's other words. The loader's
+// seal_endpoint() fills it in.
 struct np_endpoint {
     __u32 number; // stable, unique on the node, never 0
     __u32 ifindex; // the key again
     __u32 flags; // enum np_endpoint_flag
-    __u32 link; // interface that has the addresses of its link: its bridge, or itself
+    __u32 link; // interface that has the addresses of the link: the bridge of this interface, or itself
     struct np_set ingress;
     struct np_set egress;
 };
@@ -309,12 +313,12 @@ struct np_number_key {
 };
 _Static_assert(sizeof(struct np_number_key) == 4, "np_number_key");
 
-// All policy sets of a host endpoint, so that one update flips them all; see struct np_endpoint. In the check word of a
-// set its index stands for the ifindex, the row's `version` for the flags, and 0 for the link.
+// All policy sets of a host endpoint in one element, so that one update flips them all; see struct np_endpoint. A set's
+// check word folds the set's index for the ifindex, the row's `version` for the flags, and 0 for the link.
 struct np_host {
     __u32 number;
-    __u32 version; // of the row: two looks at one packet must see the same
-    __u32 present; // bit i: sets[i] is there; a missing one has no opinion
+    __u32 version; // version of the row: all look-ups for one packet must see the same
+    __u32 present; // bit i: sets[i] exists; a missing set has no opinion
     __u32 pad;
     struct np_set sets[NP_HOST_SETS]; // by stage * 2 + direction
 };
@@ -327,12 +331,12 @@ _Static_assert(sizeof(struct np_ifindex) == 4, "np_ifindex");
 
 struct np_local {
     __u32 flags; // enum np_local_flag
-    __u32 ifindex; // of the interface that has it; 0: none in particular
-    __u32 node; // number of the other node that has it, from NP_NODE_FIRST on; 0: not known
+    __u32 ifindex; // interface that has the address; 0: no single one
+    __u32 node; // number of the other node that has the address, from NP_NODE_FIRST on; 0: unknown
 };
 _Static_assert(sizeof(struct np_local) == 12, "np_local");
 
-// Encapsulation that a device of the node takes from anyone.
+// Encapsulation that a tunnel device of the node accepts from any sender.
 struct np_tunnel_key {
     __u16 port; // destination port of UDP; 0 for other protocols
     __u8 protocol;
@@ -346,7 +350,7 @@ struct np_tunnel {
 _Static_assert(sizeof(struct np_tunnel) == 4, "np_tunnel");
 
 struct np_vip4_key {
-    __u8 address[4]; // 0.0.0.0: each of the node's own (node ports)
+    __u8 address[4]; // 0.0.0.0 means all addresses of the node (node ports)
     __u16 port;
     __u8 protocol;
     __u8 pad;
@@ -354,7 +358,7 @@ struct np_vip4_key {
 _Static_assert(sizeof(struct np_vip4_key) == 8, "np_vip4_key");
 
 struct np_vip6_key {
-    __u8 address[16]; // :: stands for each of the node's own (node ports)
+    __u8 address[16]; // :: means all addresses of the node (node ports)
     __u16 port;
     __u8 protocol;
     __u8 pad;
@@ -381,29 +385,30 @@ _Static_assert(sizeof(struct np_addr6_key) == 16, "np_addr6_key");
 
 struct np_addr {
     __u32 identity; // never 0
-    __u32 holder; // number of the local endpoint that owns the address, or of the other node that has it; 0: not known
+    __u32 holder; // number of the local endpoint that owns the address, or of the other node that has it; 0: unknown
 };
 _Static_assert(sizeof(struct np_addr) == 8, "np_addr");
 
-// Rows whose keys have the same hash, side by side in a cache line: one fetch where a hash table needs three. A row is
-// in its bucket or, when that is full, in the hash of the same name with _more; never in both. Key first, row next,
-// then its bit in `used`, so no packet sees half a row; a row that went is not written over before a grace period.
+// A bucket of addresses with the same hash: one or two cache lines, where a hash table would need three fetches. A row
+// is in its bucket or, if that is full, in the overflow map (_more); never in both. The agent writes key, row, then the
+// bit in `used`, so no packet sees half a row. It overwrites a removed row only after a grace period.
 struct np_addr4_bucket {
-    __u32 used; // bit i: row i is there; NP_BUCKET_MORE
+    __u32 used; // bit i: row i is valid; NP_BUCKET_MORE
     struct np_addr4_key key[NP_BUCKET_ROWS];
     struct np_addr row[NP_BUCKET_ROWS];
 };
 _Static_assert(sizeof(struct np_addr4_bucket) == 64, "np_addr4_bucket is a cache line");
 
 struct np_addr6_bucket {
-    __u32 used; // bit i: row i is there; NP_BUCKET_MORE
+    __u32 used; // bit i: row i is valid; NP_BUCKET_MORE
     __u32 pad;
     struct np_addr6_key key[NP_BUCKET_ROWS];
     struct np_addr row[NP_BUCKET_ROWS];
 };
 _Static_assert(sizeof(struct np_addr6_bucket) == 128, "np_addr6_bucket is two cache lines");
 
-// Node addresses and service addresses, as bits by hash: where the bit is 0 no table of those need be asked.
+// A bit for each hash of the node's and services' addresses. If the bit is 0, neither np_local nor np_vip has the
+// address.
 struct np_vip_filter {
     __u64 bits;
 };
@@ -427,14 +432,14 @@ struct np_cidr {
 _Static_assert(sizeof(struct np_cidr) == 4, "np_cidr");
 
 struct np_source4_key {
-    __u32 prefix_bits; // 32 for the endpoint, then the prefix
+    __u32 prefix_bits; // 32 for the endpoint, plus the length of the prefix
     __u32 endpoint;
     __u8 address[4];
 };
 _Static_assert(sizeof(struct np_source4_key) == 12, "np_source4_key");
 
 struct np_source6_key {
-    __u32 prefix_bits; // 32 for the endpoint, then the prefix
+    __u32 prefix_bits; // 32 for the endpoint, plus the length of the prefix
     __u32 endpoint;
     __u8 address[16];
 };
@@ -456,18 +461,18 @@ struct np_peer_class {
 };
 _Static_assert(sizeof(struct np_peer_class) == 4, "np_peer_class");
 
-// Classes of identities that follow each other, for one policy set. Identities are given out densely, so that those of
-// a whole cluster fit into the processor's cache.
+// The peer classes of 24 consecutive identities for one class table. Identities are assigned densely, so that the lines
+// of a whole cluster fit into the CPU's cache.
 struct np_class_line {
-    __u16 peer_class[NP_LINE_CLASSES]; // NP_CLASS_NONE: no row, so the default
-    __u32 set; // 0: unused
+    __u16 peer_class[NP_LINE_CLASSES]; // NP_CLASS_NONE: the default class of the set
+    __u32 set; // np_set.number; 0: unused
     __u32 block; // identity / NP_LINE_CLASSES
-    __u32 flags; // of a bucket's first line: NP_BUCKET_MORE
+    __u32 flags; // of the bucket's first line only: NP_BUCKET_MORE
     __u32 pad;
 };
 _Static_assert(sizeof(struct np_class_line) == 64, "np_class_line is a cache line");
 
-// Lines whose set and block have the same hash. Rows of a block that found no line are in np_peer_more.
+// A bucket of lines with the same hash of set and block. Rows of a block without a line are in np_peer_more.
 struct np_peer_bucket {
     struct np_class_line line[NP_BUCKET_LINES];
 };
@@ -485,8 +490,8 @@ _Static_assert(sizeof(struct np_l4_col) == 128, "np_l4_col");
 
 struct np_verdict {
     __u32 rule; // key of np_rule
-    __u32 staged_rule; // the same for the evaluation with staged policies
-    __u32 log_list; // the Log rules that matched on the way; 0: none
+    __u32 staged_rule; // the same if staged policies were enforced
+    __u32 log_list; // list of the Log rules that matched before the verdict; 0: none
     __u8 action; // enum np_action
     __u8 staged_action; // enum np_action
     __u16 flags; // enum np_verdict_flag
@@ -513,11 +518,11 @@ _Static_assert(sizeof(struct np_count) == 16, "np_count");
 
 // --- connections -----------------------------------------------------------------------------------------------------
 
-// One key for both directions of a connection at one endpoint: local is the endpoint's side, whoever sent the packet.
-// An ICMP query has its identifier in the port of the side that asks, 0 in the other; protocols without ports have 0 in
+// The conntrack key of a connection at one endpoint, the same for both directions: local is the endpoint's side. An
+// ICMP query has its identifier in the port of the asking side and 0 in the other; a protocol without ports has 0 in
 // both.
 struct np_conn4_key {
-    __u32 endpoint; // number, not ifindex: an interface may be replaced
+    __u32 endpoint; // number, not ifindex: the interface may be replaced
     __u8 local[4];
     __u8 remote[4];
     __u16 local_port;
@@ -528,7 +533,7 @@ struct np_conn4_key {
 _Static_assert(sizeof(struct np_conn4_key) == 20, "np_conn4_key");
 
 struct np_conn6_key {
-    __u32 endpoint; // number, not ifindex: an interface may be replaced
+    __u32 endpoint; // number, not ifindex: the interface may be replaced
     __u8 local[16];
     __u8 remote[16];
     __u16 local_port;
@@ -566,15 +571,16 @@ struct np_conn6_entry {
 };
 _Static_assert(sizeof(struct np_conn6_entry) == 72, "np_conn6_entry");
 
-// Of connections with the same hash. A tag says what a look-up and a choice of what goes have to know: in bits 63 to 32
-// the key's hash, 31 whether it is unreplied, 30 to 2 when it expires in units of 64 jiffies, 1 and 0 enum np_rank. An
-// entry means what its tag says; 0: free.
+// The tags of a conntrack bucket. A tag has what look-up and eviction need: the key's hash (bits 63 to 32), whether the
+// connection is unreplied (31), when it expires in units of 64 jiffies (30 to 2), and enum np_rank (1 and 0). A tag of
+// 0 is a free slot; an entry is valid only through its tag.
 struct np_conn_tags {
     __u64 tag[NP_CONN_WAYS];
 };
 _Static_assert(sizeof(struct np_conn_tags) == 64, "np_conn_tags is a cache line");
 
-// What makes the connections' hash this node's secret: nobody can choose connections that meet in one bucket.
+// The secret of the conntrack hash, one for each node. Whoever does not know it cannot choose connections that collide
+// in one bucket.
 struct np_secret {
     __u64 number[NP_HASH_WORDS];
 };
@@ -584,7 +590,7 @@ struct np_frag4_key {
     __u32 endpoint;
     __u8 source[4];
     __u8 destination[4];
-    __u32 id; // the fragments' common identification, as on the wire
+    __u32 id; // identification of the fragmented packet, as on the wire
     __u8 protocol;
     __u8 pad[3];
 };
@@ -594,7 +600,7 @@ struct np_frag6_key {
     __u32 endpoint;
     __u8 source[16];
     __u8 destination[16];
-    __u32 id; // the fragments' common identification, as on the wire
+    __u32 id; // identification of the fragmented packet, as on the wire
 };
 _Static_assert(sizeof(struct np_frag6_key) == 40, "np_frag6_key");
 
@@ -605,25 +611,25 @@ struct np_frag {
     __u8 protocol; // of the payload, after any IPv6 extension headers
     __u8 icmp_type;
     __u8 icmp_code;
-    __u8 header_units; // of 8 bytes: how far the headers reach; a later fragment may not overlap them
+    __u8 header_units; // end of the headers in units of 8 bytes; a later fragment must not overlap them
 };
 _Static_assert(sizeof(struct np_frag) == 16, "np_frag");
 
 // --- events ----------------------------------------------------------------------------------------------------------
 
-// Always carries what was enforced and what staged policies would have done. Addresses of IPv4 packets are in the first
-// four bytes. Source and destination are those of the flow's first packet as policy sees it.
+// An event. It has the enforced action and what staged policies would have done. Addresses of IPv4 packets are in the
+// first four bytes. Source and destination are those of the flow's first packet as policy sees it.
 struct np_event {
     __u64 time_jiffies;
     __u32 rule;
     __u32 staged_rule;
     __u32 log_list;
-    __u32 set; // number of the policy set as np_peer_class has it, 0 where none was asked
-    __u32 peer_identity; // 0 where it was not looked up
+    __u32 set; // np_set.number; 0 if no policy set was evaluated
+    __u32 peer_identity; // 0 if it was not looked up
     __u32 peer_class;
     __u32 endpoint;
     __u32 ifindex;
-    __u32 own_identity; // 0 where it was not looked up
+    __u32 own_identity; // 0 if it was not looked up
     __u32 frame_bytes; // Ethernet header included
     __u8 source[16];
     __u8 destination[16];
@@ -635,7 +641,7 @@ struct np_event {
     __u8 direction; // enum np_direction
     __u8 action; // enum np_action
     __u8 staged_action; // enum np_action
-    __u8 ip_version; // 4, 6, or 0 when the packet is not IP or malformed
+    __u8 ip_version; // 4, 6; 0: not IP, or malformed
     __u8 protocol;
     __u8 icmp_type;
     __u8 icmp_code;
@@ -643,7 +649,7 @@ struct np_event {
 _Static_assert(sizeof(struct np_event) == 96, "np_event");
 
 struct np_log_limit {
-    __u64 last_jiffies; // when the last event of this log list was let through
+    __u64 last_jiffies; // when the last event of the log list was written
 };
 _Static_assert(sizeof(struct np_log_limit) == 8, "np_log_limit");
 
@@ -651,14 +657,14 @@ _Static_assert(sizeof(struct np_log_limit) == 8, "np_log_limit");
 
 struct np_config {
     __u32 generation; // raised when an allow may have become a deny
-    __u32 epoch; // raised when an endpoint's row or address changed: what np_ep_cache remembers is void
+    __u32 epoch; // raised when an endpoint's row or address changed; invalidates np_ep_cache
     __u32 flags; // enum np_config_flag
     __u32 jiffies_per_second;
-    __u32 wildcard; // number of the host endpoint of all interfaces, workloads' included; 0: none
-    __u32 mark_shift; // where a packet to a service has its sender tag, of 16 bits: skb->mark; 0: skb->tc_index
-    __u32 seen_mark; // bit of skb->mark that says that the program saw the packet come in; 0: it is not to say so
-    __u32 node_mark; // bit that the node sets in what its own processes send; 0: it does not
-    __u32 due_mark; // bit that says that no process of the node may get the packet; 0: nobody would look
+    __u32 wildcard; // number of the wildcard host endpoint, which has all interfaces; 0: none
+    __u32 mark_shift; // lowest bit of the 16-bit sender tag in skb->mark; 0: the tag is in skb->tc_index
+    __u32 seen_mark; // bit of skb->mark that proves to the second barrier that a program saw the packet; 0: unused
+    __u32 node_mark; // bit of skb->mark that the node sets on its own processes' packets; 0: it sets none
+    __u32 due_mark; // bit of skb->mark: no process of the node may receive the packet; 0: nothing checks it
     __u32 pad;
     __u64 timeout_jiffies[NP_CONN_STATES];
 };
@@ -666,20 +672,20 @@ _Static_assert(sizeof(struct np_config) == 104, "np_config");
 
 struct np_schema {
     __u32 version; // NP_SCHEMA_VERSION
-    __u32 jiffies_per_second; // as measured when the maps were made
-    __u8 source_digest[32]; // SHA-256 of the sources and options of the program that is pinned
+    __u32 jiffies_per_second; // measured when the maps were made
+    __u8 source_digest[32]; // SHA-256 of the sources and options of the pinned program
 };
 _Static_assert(sizeof(struct np_schema) == 40, "np_schema");
 
-// What is remembered of a connection's packets in one direction, by the CPU that saw them. Valid for one generation,
-// until the table must be asked again.
+// The flow cache's facts about one direction of a connection, for one CPU. Valid for one generation and until
+// `until_jiffies`.
 struct np_flow_cache_fact {
-    __u32 ports_be; // source and destination, as in the packet
+    __u32 ports_be; // source and destination port, as in the packet
     __u32 ifindex;
     __u32 generation; // 0: unused
-    __u32 until_jiffies; // a second after the table was asked; the lower 32 bits
+    __u32 until_jiffies; // a second after the connection table was read; low 32 bits
     __u32 rule;
-    __u16 sender_tag; // of the packets of the connection, 0: none
+    __u16 sender_tag; // for packets of the connection; 0: none
     __u8 protocol;
     __u8 hook; // enum np_hook, and NP_FLOW_CACHE_DUE
 };
@@ -700,23 +706,23 @@ struct np_flow_cache6 {
 };
 _Static_assert(sizeof(struct np_flow_cache6) == 64, "np_flow_cache6 is one cache line");
 
-// What a packet's way through policy needs besides the stack.
+// Room for struct np_scratch (np_judge.h).
 struct np_scratch_words {
     __u64 words[NP_SCRATCH_WORDS];
 };
 _Static_assert(sizeof(struct np_scratch_words) == 608, "np_scratch_words");
 
-// An endpoint's row by interface, whole and checked, remembered per CPU and direct-mapped; and the last source
-// addresses that turned out to be the workload's own. Valid for one epoch.
+// An endpoint's row by interface, copied and checked, per CPU and direct-mapped; also the last source addresses that
+// proved to be the workload's own. Valid for one epoch.
 struct np_ep_cache {
     __u32 ifindex;
     __u32 epoch; // 0: unused
     __u32 number;
     __u32 flags;
     __u32 own4[1]; // network order
-    __u32 identity4; // of own4; 0: none was seen
+    __u32 identity4; // identity of own4; 0: own4 is unset
     __u32 own6[4]; // network order
-    __u32 identity6; // of own6; 0: none was seen
+    __u32 identity6; // identity of own6; 0: own6 is unset
     __u32 link; // as in np_endpoint
     struct np_set ingress;
     struct np_set egress;

@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause
 //
-// Connections: which one a packet belongs to, whether it is alive, and its state.  Knows nothing of policy: a
-// connection says under which generation policy allowed it, and has the first packet's tuple for a later judgement.
+// Connection tracking: the connection of a packet, whether it is alive, and its state.  This file knows no policy: an
+// entry records the generation under which policy allowed the connection, and the tuple from which policy can judge it
+// again.
 //
-// A connection is unreplied until its first reply, then established.  A new connection does not touch an established
-// one with the same tuple: else a SYN with a forged source could end connections.  The reply to the new one replaces
-// it.
+// A connection is unreplied until its first reply, then established.  A new connection leaves an established one with
+// the same tuple alone until the new one has a reply, which then replaces the old one.  Otherwise a SYN with a forged
+// source could end a connection.
 #pragma once
 
 #include "np_ctx.h"
@@ -13,13 +14,13 @@
 
 #define NP_ICMP_HEADER_BYTES 8
 
-// The result of a look-up, copied: another processor may give the slot to another connection at any time.  All fields
-// are of one connection.
+// The result of a look-up, as a copy, because another CPU may reuse the slot at any time.  All fields are of one
+// connection.
 struct np_found {
-    __u32 generation; // of struct np_conn, as all that follow the first two flags
+    __u32 generation; // of struct np_conn, like all fields from `rule` on but the two flags
     __u32 rule;
-    __u8 is_known; // a connection that is alive and covers the packet
-    __u8 is_unreplied; // it is an unreplied one
+    __u8 is_known; // a live connection covers the packet
+    __u8 is_unreplied; // that connection is unreplied
     __u8 direction;
     __u8 flags;
     __u8 icmp_type;
@@ -27,7 +28,7 @@ struct np_found {
     __u8 pad[2];
 };
 
-// The connection key for a pair of addresses and ports; `from_endpoint`: the source is the endpoint's side.
+// Fill in the conntrack key of a tuple. `from_endpoint`: the source is the endpoint's (local) side.
 NP_INLINE void np_conn_key_set(union np_conn_key *key, const struct np_ctx *ctx, const __u32 *source,
                                const __u32 *destination, __u16 source_port, __u16 destination_port, __u8 protocol,
                                int from_endpoint, const int version)
@@ -51,7 +52,7 @@ NP_INLINE void np_conn_key_set(union np_conn_key *key, const struct np_ctx *ctx,
         words = 4;
     }
 #pragma unroll
-    for (int word = 0; word < words; word++) { // selects words, not pointers: the verifier loses track of those
+    for (int word = 0; word < words; word++) { // select words, not pointers: the verifier loses track of pointers
         __u32 ours = from_endpoint ? source[word] : destination[word];
         __u32 theirs = from_endpoint ? destination[word] : source[word];
         __builtin_memcpy(local + word * 4, &ours, 4);
@@ -66,11 +67,12 @@ NP_INLINE void np_conn_key_of(union np_conn_key *key, const struct np_ctx *ctx, 
                     packet->protocol, ctx->ep->direction == NP_DIRECTION_EGRESS, version);
 }
 
-// For an ICMP error: the connection key of the packet that it is about.  That packet went the other way, so its source
-// is the endpoint's side when the error comes towards the endpoint.  Returns NP_REASON_RELATED; NP_REASON_NONE when the
-// error carries no readable header (then it is about nothing, and policy judges it like any other message); or
-// NP_REASON_ICMP_UNRELATED when it is not addressed to the sender of that packet: else a workload could send errors
-// with any content to anyone as long as it has one connection.
+// Fill in the conntrack key of the packet inside an ICMP error.  That packet went the other way, so its source is the
+// local side if the error goes towards the endpoint.  Returns
+//   NP_REASON_RELATED          the key is filled in
+//   NP_REASON_NONE             the error has no readable inner header, so policy judges it like any other message
+//   NP_REASON_ICMP_UNRELATED   the error's destination is not the sender of the inner packet.  Without this check, a
+//                              workload with a single connection could send errors with any content to anyone.
 NP_INLINE int np_conn_key_inner(struct __sk_buff *skb, union np_conn_key *key, const struct np_ctx *ctx,
                                 const int version)
 {
@@ -97,7 +99,7 @@ NP_INLINE int np_conn_key_inner(struct __sk_buff *skb, union np_conn_key *key, c
         offset += sizeof(ip);
 #pragma unroll
         for (int header = 0; header < NP_IP6_HEADERS; header++) {
-            struct np_ip6_fragment extension; // of the least size that any has
+            struct np_ip6_fragment extension; // no extension header is shorter
             if (!np_is_ip6_extension(protocol))
                 break;
             if (bpf_skb_load_bytes(skb, offset, &extension, sizeof(extension)))
@@ -119,7 +121,7 @@ NP_INLINE int np_conn_key_inner(struct __sk_buff *skb, union np_conn_key *key, c
 
     __u16 source_port = 0;
     __u16 destination_port = 0;
-    struct np_icmp_header l4; // eight bytes: of any protocol, the most an error must carry
+    struct np_icmp_header l4; // eight bytes are what an error must carry of any transport header
     if (offset + sizeof(l4) > ctx->packet->end || bpf_skb_load_bytes(skb, offset, &l4, sizeof(l4)))
         return NP_REASON_NONE;
     __u32 other = source[0] ^ ctx->packet->destination[0];
@@ -145,27 +147,26 @@ NP_INLINE int np_conn_key_inner(struct __sk_buff *skb, union np_conn_key *key, c
     return NP_REASON_RELATED;
 }
 
-// Whether the connection looks closed by both sides.  The packets that closed it may be forged, by anybody outside who
-// knows the tuple.
+// Whether both sides appear to have closed the connection.  Anybody outside who knows the tuple can forge FIN and RST.
 NP_INLINE int np_conn_is_closed(const struct np_conn *conn)
 {
     return conn->state == NP_CONN_TCP_CLOSING || conn->state == NP_CONN_TCP_RESET;
 }
 
-// Whether the connection is alive.  A closed one lives as long as an established one, since it may not be over after
-// all; only its slot is evicted sooner (np_ct_refresh).
+// Whether the connection is alive.  A closed one lives as long as an established one, because its FIN or RST may be
+// forged; only its slot is evicted earlier (np_ct_refresh).
 NP_INLINE int np_conn_is_alive(const struct np_conn *conn, const struct np_ctx *ctx)
 {
     __u32 state = np_conn_is_closed(conn) ? NP_CONN_TCP_OPEN : conn->state;
-    // seen_jiffies may be a tick ahead of us when another CPU wrote it; the difference is then negative, and small
+    // another CPU may have written a seen_jiffies one tick ahead; the difference is then negative
     return (long long)(ctx->arrival->now_jiffies - conn->seen_jiffies) <=
            (long long)ctx->config->timeout_jiffies[state & (NP_CONN_STATES - 1)];
 }
 
-// Write the newer generation under which policy allows the connection, after the rule and flags that belong to it.
+// Record the newer generation under which policy allows the connection, after the rule and flags that belong to it.
 NP_INLINE void np_conn_renew(struct np_conn *conn, __u32 generation)
 {
-#ifdef NP_WEAK_ORDER // there is no exchange of 32 bits
+#ifdef NP_WEAK_ORDER // there is no 32-bit exchange
     union {
         __u32 halves[2];
         __u64 word;
@@ -177,37 +178,36 @@ NP_INLINE void np_conn_renew(struct np_conn *conn, __u32 generation)
 #endif
 }
 
-// An initial SYN.  It never belongs to a connection: policy decides it each time.
+// Whether the packet is an initial SYN. It never belongs to a connection: policy judges each one.
 NP_INLINE int np_conn_is_initial(const struct np_packet *packet)
 {
     return packet->protocol == NP_PROTOCOL_TCP && (packet->tcp_flags & (NP_TCP_SYN | NP_TCP_ACK)) == NP_TCP_SYN;
 }
 
-// Whether the connection covers the packet, which is no initial SYN.  An ICMP query must ask what the first one
-// asked, an answer must answer it, an error must be about it (then its key is the connection's); all other ICMP stands
-// alone, whatever was asked with the identifier 0.
+// Whether the connection covers the packet, which is not an initial SYN.  Of ICMP, a connection covers the query that
+// opened it, the reply of the matching type, and an error about it; every other ICMP message stands alone, although its
+// key may be the same.
 NP_INLINE int np_conn_covers(const struct np_conn *conn, const struct np_ctx *ctx)
 {
     const struct np_packet *packet = ctx->packet;
     if (packet->icmp_kind == NP_ICMP_QUERY)
         return packet->icmp_type == conn->icmp_type && packet->icmp_code == conn->icmp_code;
-    if (packet->icmp_kind == NP_ICMP_ANSWER) // 0 answers 8; 14, 16, 18 and 129 answer the type before
+    if (packet->icmp_kind == NP_ICMP_ANSWER) // type 0 answers 8; each of 14, 16, 18 and 129 answers the type before it
         return packet->icmp_type == (conn->icmp_type == 8 ? 0 : conn->icmp_type + 1);
     if (packet->protocol == NP_PROTOCOL_ICMP || packet->protocol == NP_PROTOCOL_ICMPV6)
         return packet->icmp_kind == NP_ICMP_ERROR;
     return 1;
 }
 
-// Whether a packet may answer an initial SYN, by SYN with ACK or by RST.  Then unreplied connections come first: there
-// may still be an older established one with the same tuple, which the SYN did not look for, and which the answer
-// replaces.
+// Whether the packet may answer an initial SYN: SYN with ACK, or RST.  Such a packet is looked up among unreplied
+// connections first, because the new SYN did not touch an older established connection with the same tuple.
 NP_INLINE int np_conn_may_answer(const struct np_packet *packet)
 {
     return packet->protocol == NP_PROTOCOL_TCP && packet->tcp_flags & (NP_TCP_SYN | NP_TCP_RST);
 }
 
-// Copy what the packet needs of its connection.  The generation comes first: rule and flags are those of that
-// generation, or newer.  Returns whether all that was read until now is this connection's.
+// Copy an entry into `found`.  The generation is read first, so rule and flags are of that generation or a newer one.
+// Returns whether the slot still has the same connection after the copy.
 NP_INLINE int np_conn_copy(struct np_found *found, const struct np_ct_slot *slot, const struct np_ctx *ctx,
                            int unreplied)
 {
@@ -222,8 +222,8 @@ NP_INLINE int np_conn_copy(struct np_found *found, const struct np_ct_slot *slot
     return np_ct_slot_is_kept(slot, found->rule + found->flags, unreplied, ctx);
 }
 
-// Find the packet's connection, after np_ct_probe.  No slot: none is alive and covers the packet.  An initial SYN has
-// no connection, so it costs no look-up in this large table, also when policy denies it.
+// Find the packet's connection, after np_ct_probe.  No slot: no live connection covers the packet.  An initial SYN
+// belongs to no connection, so a flood of denied SYNs does not even touch this large table.
 NP_INLINE struct np_ct_slot np_conn_find(struct np_found *found, const union np_conn_key *key, const struct np_ctx *ctx,
                                          const int version)
 {
@@ -247,14 +247,14 @@ NP_INLINE struct np_ct_slot np_conn_find(struct np_found *found, const union np_
     return none;
 }
 
-// The connection that was found, again; no slot when it has been evicted since.
+// Look up the connection in `found` again, after the policy step. No slot: the connection was evicted meanwhile.
 NP_INLINE struct np_ct_slot np_conn_again(const struct np_ctx *ctx, const struct np_found *found,
                                           const union np_conn_key *key, const int version)
 {
     return np_ct_lookup(ctx, key, found->is_unreplied, version);
 }
 
-// Update the time at which the connection was seen, at most once a second: all CPUs share the entry.
+// Update the time when the connection was last seen.  All CPUs share the entry, so it is written at most once a second.
 NP_INLINE void np_conn_touch(const struct np_ct_slot *slot, const struct np_ctx *ctx)
 {
     if (ctx->arrival->now_jiffies - slot->conn->seen_jiffies < ctx->config->jiffies_per_second)
@@ -278,8 +278,9 @@ NP_INLINE __u8 np_conn_first_state(__u8 protocol)
     }
 }
 
-// Whether a packet that policy allowed opens a connection.  A SYN with ACK, a RST and an ICMP answer follow or end
-// something; ICMP messages that are no queries stand alone; borrowed sources are not remembered.
+// Whether a packet that policy allowed opens a connection.  A SYN with ACK, a RST and an ICMP reply belong to a
+// connection that should exist.  An ICMP message that is no query stands alone.  Untracked packets record no
+// connection.
 NP_INLINE int np_conn_opens(const struct np_ctx *ctx)
 {
     const struct np_packet *packet = ctx->packet;
@@ -291,7 +292,7 @@ NP_INLINE int np_conn_opens(const struct np_ctx *ctx)
     return 1;
 }
 
-// An older established connection with the same key is over.
+// Remove an older established connection with the same key.
 NP_INLINE void np_conn_remove(const struct np_ctx *ctx, const union np_conn_key *key, const int version)
 {
     struct np_ct_slot open = np_ct_lookup(ctx, key, 0, version);
@@ -299,8 +300,8 @@ NP_INLINE void np_conn_remove(const struct np_ctx *ctx, const union np_conn_key 
         np_ct_release(&open);
 }
 
-// Record the packet as the first of a connection.  `state` 0: the protocol's first one.  An older established
-// connection that is not the packet's goes, but not for an initial SYN.
+// Record the packet as the first of a connection.  `state` 0: the protocol's first state.  An initial SYN leaves an
+// older established connection with the same key; any other packet replaces it.
 NP_INLINE int np_conn_open(const struct np_ctx *ctx, const union np_conn_key *key, __u8 state, __u8 flags,
                            const int version)
 {
@@ -330,15 +331,15 @@ NP_INLINE int np_conn_open(const struct np_ctx *ctx, const union np_conn_key *ke
     return NP_REASON_NONE;
 }
 
-// Whether a TCP packet brings data and ends nothing.
+// Whether a TCP packet carries data and neither opens nor ends a connection.
 NP_INLINE int np_goes_on(const struct np_packet *packet)
 {
     return packet->protocol == NP_PROTOCOL_TCP && !(packet->tcp_flags & (NP_TCP_SYN | NP_TCP_FIN | NP_TCP_RST)) &&
            packet->end > packet->l4_offset + packet->l4_bytes;
 }
 
-// Update the connection by one of its packets: time, TCP flags, from unreplied to established with the first reply, and
-// from closed back to established when data goes on.
+// Update a connection from one of its packets: last seen, FIN and RST, unreplied to established at the first reply,
+// closed back to established when data still flows.
 NP_INLINE void np_conn_advance(const struct np_ctx *ctx, const union np_conn_key *key, const struct np_ct_slot *slot,
                                const struct np_found *found, const int version)
 {
@@ -361,7 +362,7 @@ NP_INLINE void np_conn_advance(const struct np_ctx *ctx, const union np_conn_key
     else if (is_over)
         conn->state = NP_CONN_TCP_CLOSING;
     if (unreplied && ctx->ep->reply && !(packet->tcp_flags & NP_TCP_RST)) {
-        np_conn_remove(ctx, key, version); // an older one, if there is
+        np_conn_remove(ctx, key, version); // an older established connection, if there is one
         if (conn->state == NP_CONN_TCP_NEW)
             conn->state = NP_CONN_TCP_OPEN;
         conn->seen_jiffies = ctx->arrival->now_jiffies;

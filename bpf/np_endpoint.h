@@ -1,15 +1,15 @@
 // SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause
 //
-// From the interface to its endpoint, and whether a workload owns the address that it sends from.
+// From an interface to its endpoint; from an address to its owner (anti-spoofing); which addresses are the node's.
 #pragma once
 
 #include "np_bucket.h"
 #include "np_ctx.h"
 #include "np_maps.h"
 
-#define NP_ENDPOINT_TRIES 4 // a row is replaced at most once in the time of a few reads; arbitrary beyond that
+#define NP_ENDPOINT_TRIES 4 // arbitrary: within a few reads a row is replaced once at most
 
-// The row's number, flags and one of its policy sets, copied.
+// A copy of a host endpoint's number, its row's version (`flags`) and one of its policy sets.
 struct np_owner {
     __u32 number;
     __u32 flags;
@@ -21,13 +21,13 @@ NP_INLINE __u32 np_fold(__u32 value, __u32 word)
     return (value ^ word) * NP_CHECK_PRIME;
 }
 
-// Two fields of 16 bits as the one word that they are.
+// The 32-bit word that two adjacent fields of 16 bits share.
 NP_INLINE __u32 np_halves(__u16 low, __u16 high)
 {
     return (__u32)high << 16 | low;
 }
 
-// The check word of a set, as seal_endpoint() of the loader computes it.
+// The check word of a policy set.  The loader's seal_endpoint() must compute the same.
 NP_INLINE __u32 np_set_check(const struct np_set *set, __u32 number, __u32 place, __u32 flags, __u32 link)
 {
     __u32 value = NP_CHECK_SEED;
@@ -48,8 +48,9 @@ NP_INLINE __u32 np_set_check(const struct np_set *set, __u32 number, __u32 place
     return np_fold(value, set->verdict_base);
 }
 
-// Copy the row of an interface into np_ep_cache.  The kernel may reuse the memory of a replaced element while it is
-// read (preallocated or not, since 6.1); the check words show that, and the row is looked up again.
+// Copy an interface's row into np_ep_cache.  The kernel may reuse the memory of a replaced hash element while a program
+// still reads it (since 6.1 with or without preallocation).  The check words detect that; then the program looks up the
+// row again.
 NP_INLINE int np_ep_cache_fill(struct np_ep_cache *cached, __u32 ifindex, __u32 epoch)
 {
     cached->epoch = cached->identity4 = cached->identity6 = 0;
@@ -64,7 +65,7 @@ NP_INLINE int np_ep_cache_fill(struct np_ep_cache *cached, __u32 ifindex, __u32 
         cached->link = row->link;
         cached->ingress = row->ingress;
         cached->egress = row->egress;
-        np_keep_in_memory(cached); // and what was read may not be read again
+        np_keep_in_memory(cached); // the compiler must not read the row again
         if (np_set_check(&cached->ingress, cached->number, ifindex, cached->flags, cached->link) ==
                 cached->ingress.check &&
             np_set_check(&cached->egress, cached->number, ifindex, cached->flags, cached->link) ==
@@ -76,12 +77,12 @@ NP_INLINE int np_ep_cache_fill(struct np_ep_cache *cached, __u32 ifindex, __u32 
     return NP_REASON_TORN_ENDPOINT;
 }
 
-// The row of an interface from the endpoint cache; NULL, with the reason, when there is none.
+// The interface's row from the endpoint cache.  NULL, with the reason, if there is no valid row.
 NP_INLINE struct np_ep_cache *np_ep_cache_find(__u32 ifindex, __u32 epoch, int *reason)
 {
     struct np_ep_cache *cached = np_ep_cache_lookup(ifindex);
     *reason = NP_REASON_UNKNOWN_ENDPOINT;
-    if (!cached) // a row of an array: cannot happen
+    if (!cached) // cannot happen: an array always has its row
         return 0;
     if (NP_LIKELY(cached->ifindex == ifindex && cached->epoch == epoch))
         return cached;
@@ -89,25 +90,25 @@ NP_INLINE struct np_ep_cache *np_ep_cache_find(__u32 ifindex, __u32 epoch, int *
     return *reason ? 0 : cached;
 }
 
-// Copy one policy set of a host endpoint. NP_REASON_CONTINUE: it has none, so no opinion.
+// Copy one policy set of a host endpoint.  NP_REASON_CONTINUE: the endpoint has no such set, so it has no opinion.
 NP_INLINE int np_host_read(__u32 number, __u32 index, struct np_owner *owner)
 {
     struct np_host *row = np_host_lookup(number);
     if (!row)
         return NP_REASON_UNKNOWN_ENDPOINT;
-    np_forget(index); // the compiler knows its range, verifiers before 6.10 have to be shown one
+    np_forget(index); // hides the known range from the compiler: verifiers before 6.10 need the bound
     index &= NP_HOST_SETS - 1;
     __u32 present = row->present;
     owner->number = row->number;
     owner->flags = row->version;
     owner->set = row->sets[index];
-    np_keep_in_memory(owner); // and what was read may not be read again
+    np_keep_in_memory(owner); // the compiler must not read the row again
     if (np_set_check(&owner->set, owner->number, index | present << 8, owner->flags, 0) != owner->set.check)
         return NP_REASON_TORN_ENDPOINT;
     return present >> index & 1 ? NP_REASON_NONE : NP_REASON_CONTINUE;
 }
 
-// Number and flags of the interface's endpoint.
+// Set number, flags and link of the interface's endpoint in the context.
 NP_INLINE int np_endpoint_find(struct np_ctx *ctx)
 {
     int reason;
@@ -120,7 +121,7 @@ NP_INLINE int np_endpoint_find(struct np_ctx *ctx)
     return NP_REASON_NONE;
 }
 
-// Where the local workload is that has an address; NULL when none has, or its interface is not known.
+// The interface of the local workload that has the address; NULL if none has it, or if its interface is unknown.
 NP_INLINE const struct np_ifindex *np_ifindex_of(struct np_ctx *ctx, const __u32 *address, const int version)
 {
     __u32 holder = np_addr_find(ctx, address, version)->holder;
@@ -132,13 +133,13 @@ NP_INLINE int np_is_loopback(const __u32 *address, const int version)
     return version == 4 && (address[0] & np_host32(0xff000000)) == np_host32(0x7f000000);
 }
 
-// Whether an address may be the node's without a row of its own.
+// Whether an address without a row in np_local may still be the node's.
 NP_INLINE int np_may_be_in_net(const struct np_ctx *ctx, const __u32 *address, const int version)
 {
     return ctx->config->flags & NP_CONFIG_LOCAL_NETS || np_is_loopback(address, version);
 }
 
-// What an address means to the node: its row, NULL when it means nothing.
+// The row that says what an address means to the node; NULL if it means nothing.
 NP_INLINE const struct np_local *np_local_find(const struct np_ctx *ctx, const __u32 *address, const int version)
 {
     const struct np_local *found = 0;
@@ -161,7 +162,7 @@ NP_INLINE const struct np_local *np_local_find(const struct np_ctx *ctx, const _
     return found;
 }
 
-// The same as flags, enum np_local_flag.
+// What an address means to the node, as enum np_local_flag.
 NP_INLINE __u32 np_local_flags(const struct np_ctx *ctx, const __u32 *address, const int version)
 {
     if (NP_UNLIKELY(np_is_loopback(address, version)))
@@ -170,13 +171,13 @@ NP_INLINE __u32 np_local_flags(const struct np_ctx *ctx, const __u32 *address, c
     return found ? found->flags : 0;
 }
 
-// Whether an address is one of the node's own.
+// Whether the address is one of the node's own.
 NP_INLINE int np_is_local(const struct np_ctx *ctx, const __u32 *address, const int version)
 {
     return (np_local_flags(ctx, address, version) & NP_LOCAL_OWN) != 0;
 }
 
-// Whether an address is that of a group or of all on a link, as far as it says so itself.
+// Whether the address is multicast or 255.255.255.255.
 NP_INLINE int np_is_many(const __u32 *address, const int version)
 {
     if (version == 4)
@@ -184,7 +185,8 @@ NP_INLINE int np_is_many(const __u32 *address, const int version)
     return (address[0] & np_host32(0xff000000)) == np_host32(0xff000000);
 }
 
-// Whether processes of the node get what is sent there: its addresses, broadcast, groups that it has joined.
+// Whether processes of the node receive packets to the address: it is the node's, broadcast, or a group that it has
+// joined.
 NP_INLINE int np_reaches_node(const struct np_ctx *ctx, const __u32 *address, const int version)
 {
     if (version == 4 && address[0] == 0xffffffff)
@@ -192,7 +194,7 @@ NP_INLINE int np_reaches_node(const struct np_ctx *ctx, const __u32 *address, co
     return (np_local_flags(ctx, address, version) & (NP_LOCAL_OWN | NP_LOCAL_MANY | NP_LOCAL_GROUP)) != 0;
 }
 
-// Whether the node's own processes may be meant: its addresses, and what is for many.
+// Whether a packet to the address may be for processes of the node; any multicast counts.
 NP_INLINE int np_is_for_node(const struct np_ctx *ctx, const __u32 *address, const int version)
 {
     return np_is_many(address, version) || np_reaches_node(ctx, address, version);
@@ -203,7 +205,7 @@ NP_INLINE int np_is_link_local(const __u32 *address)
     return (address[0] & np_host32(0xffc00000)) == np_host32(0xfe800000);
 }
 
-// Whether an address is in a prefix that the workload may send from although it does not own it.
+// Whether the workload may borrow the address: send from a prefix in np_source that it does not own.
 NP_INLINE int np_may_borrow(const struct np_ctx *ctx, const __u32 *address, const int version)
 {
     union np_source_key key;
@@ -221,7 +223,7 @@ NP_INLINE int np_may_borrow(const struct np_ctx *ctx, const __u32 *address, cons
     return np_source_lookup(&key, version) != 0;
 }
 
-// Whether an address is the workload's own: by np_ep_cache, else by the address's row.
+// Whether the workload owns the address, by np_ep_cache or by the address's row.
 NP_INLINE int np_is_own(struct np_ctx *ctx, const __u32 *address, const int version)
 {
     struct np_ep_cache *cached = np_ep_cache_lookup(ctx->arrival->ifindex);
@@ -243,8 +245,9 @@ NP_INLINE int np_is_own(struct np_ctx *ctx, const __u32 *address, const int vers
     return 1;
 }
 
-// Whether a link-local source reaches nobody but the node: on a link without others, or because it is sent to the node.
-// Others know their peers by address, and of these they know none.
+// Whether only the node can receive this packet with a link-local source.  Nobody else is on the link, or the
+// destination is the node's address on the link.  Other receivers would need the source's owner, which np_addr does not
+// have.
 NP_INLINE int np_is_for_node_alone(const struct np_ctx *ctx)
 {
     if (ctx->ep->link == ctx->arrival->ifindex)
@@ -253,9 +256,11 @@ NP_INLINE int np_is_for_node_alone(const struct np_ctx *ctx)
     return local && local->flags & NP_LOCAL_OWN && local->ifindex == ctx->ep->link;
 }
 
-// Whether a workload sends from an address it may not use.  Its own: the address row names this endpoint.  Borrowed: a
-// prefix of np_source; such packets leave no connection, lest a workload fill the table with addresses of its choice.
-// Link-local: any, where the node alone gets it.
+// Whether a workload sends from an address that it may not use.  It may use three kinds:
+//   own          the address's row names this endpoint
+//   borrowed     a prefix of np_source has the address; such a packet records no connection, because the workload could
+//                fill the table with addresses of its choice
+//   link-local   any such address, if only the node receives the packet
 NP_INLINE int np_is_spoofed(struct np_ctx *ctx, const int version)
 {
     if (ctx->ep->direction != NP_DIRECTION_EGRESS || ctx->ep->endpoint_flags & NP_ENDPOINT_HOST)
@@ -272,8 +277,8 @@ NP_INLINE int np_is_spoofed(struct np_ctx *ctx, const int version)
     return 1;
 }
 
-// Whether a packet is at a workload's interface without being for it: for one of its addresses, a prefix that it may
-// send from, many, or a link-local address, of which it is not known whose it is.
+// Whether a packet at a workload's interface is not for that workload.  A packet may be for an address that the
+// workload owns or may borrow, multicast, broadcast, or a link-local address (the owner of those is unknown).
 NP_INLINE int np_is_misdelivered(struct np_ctx *ctx, const int version)
 {
     const __u32 *destination = ctx->packet->destination;
@@ -281,14 +286,14 @@ NP_INLINE int np_is_misdelivered(struct np_ctx *ctx, const int version)
         return 0;
     if (NP_LIKELY(np_is_own(ctx, destination, version)))
         return 0;
-    if (np_is_dhcp_request(ctx->packet, version)) // for the servers of the link
+    if (np_is_dhcp_request(ctx->packet, version)) // it is for the servers of the link
         return 1;
     if (np_is_many(destination, version) || (version == 6 && np_is_link_local(destination)))
         return 0;
     return !(np_local_flags(ctx, destination, version) & NP_LOCAL_MANY) && !np_may_borrow(ctx, destination, version);
 }
 
-// Whether a workload sends a node what a tunnel device there would take from anyone, and unpack.
+// Whether a workload sends an encapsulated packet that a tunnel device of a node would accept from any sender.
 NP_INLINE int np_is_tunnelled(const struct np_ctx *ctx, const int version)
 {
     const struct np_packet *packet = ctx->packet;

@@ -1,17 +1,16 @@
 // SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause
 //
-// The fast path for packets of established connections: a flow cache with what this CPU read of the connection table
-// within the last second.  A look-up in that table costs more than the rest of the slow path; a look-up here costs a
-// multiplication and one cache line.
+// The fast path: a per-CPU flow cache of established connections, which holds for one second.  A look-up in the
+// connection table costs more than the rest of the slow path; a look-up in this cache costs one multiplication and one
+// cache line.
 //
-// Fast-path candidates are whole packets of Ethernet with IPv4 without options or IPv6 without extension headers, and
-// with TCP without SYN, FIN and RST, or UDP.  Every other packet, and every malformed one, takes the slow path, which
-// decides.
+// A fast-path candidate is an unfragmented packet, Ethernet and IPv4 without options or IPv6 without extension headers,
+// with UDP, or TCP without SYN, FIN and RST.  Every other packet, and every malformed one, takes the slow path.
 //
-// Invariant: an entry repeats what np_conn had of an established connection, or of an unreplied one of UDP, under the
-// same generation, at most a second ago.  So a connection is refreshed in np_conn once a second, and packets of a
-// removed one pass for a second at most.  Packets that change a connection, and packets that still need their sender's
-// verdict, never take the fast path.
+// Invariant: an entry repeats what np_conn had, at most a second ago and under the same generation, of an established
+// connection or an unreplied UDP one.  Two consequences: the slow path refreshes each live connection in np_conn once a
+// second, and packets of a removed connection pass for at most a second.  A packet that changes a connection's state,
+// or that carries a sender tag, never takes the fast path.
 #pragma once
 
 #include "np_count.h"
@@ -20,23 +19,23 @@
 #include "np_maps.h"
 #include "np_service.h"
 
-#define NP_SLOW_PATH (-2) // no verdict of TC
+#define NP_SLOW_PATH (-2) // not a TC verdict
 
-// What besides the addresses identifies the connection of a fast-path candidate.
+// The part of a candidate's tuple that is not an address.
 struct np_candidate {
     __u32 ports_be;
     __u32 protocol;
 };
 
-// The slot of a packet's connection in the flow cache.  A packet between two workloads of the node passes two hooks on
-// one CPU: their slots lie side by side.
+// The flow cache's slot for a tuple at a hook.  A packet between two workloads of the node passes both hooks on one
+// CPU, so the slots of both hooks are adjacent.
 NP_INLINE struct np_flow_cache_fact *np_flow_cache_slot(const __u32 *source, const __u32 *destination, __u32 ports_be,
                                                         const int hook, const int version)
 {
     __u64 mixed = (__u64)(source[0] ^ ports_be) << 32 | (destination[0] ^ ports_be);
     if (version == 4) {
         struct np_flow_cache4 *slot = np_flow_cache4_lookup(np_hash(mixed) ^ (__u32)hook);
-        np_forget(slot); // else the compiler adds to it before it compares it with NULL (LLVM 14 on arm64)
+        np_forget(slot); // otherwise the compiler adds to the pointer before the NULL check (LLVM 14 on arm64)
         return slot ? &slot->fact : 0;
     }
     mixed ^= (__u64)(source[3] ^ source[1]) << 32 | (destination[3] ^ destination[1]);
@@ -45,9 +44,9 @@ NP_INLINE struct np_flow_cache_fact *np_flow_cache_slot(const __u32 *source, con
     return slot ? &slot->fact : 0;
 }
 
-// How the addresses of a slot differ from a packet's, which stand one behind the other in both; in the slot before its
-// facts.  Of IPv6 by eight bytes at a time, which in the packet are not aligned: the verifier allows that where the
-// processor does, and it spares half of the loads.
+// Nonzero if the addresses before `fact` differ from the packet's.  Source and destination are adjacent in both.  IPv6
+// is compared in 8-byte words, unaligned in the packet: the verifier allows that where the CPU does, and it halves the
+// loads.
 NP_INLINE __u64 np_flow_cache_differs(const struct np_flow_cache_fact *fact, const __u32 *source, const int version)
 {
     if (version == 4) {
@@ -59,7 +58,7 @@ NP_INLINE __u64 np_flow_cache_differs(const struct np_flow_cache_fact *fact, con
     return (address[0] ^ packet[0]) | (address[1] ^ packet[1]) | (address[2] ^ packet[2]) | (address[3] ^ packet[3]);
 }
 
-// Write an entry for a tuple at one hook of the packet's interface, with what np_conn has of it.
+// Write the entry of a tuple at one hook of the packet's interface.
 NP_INLINE void np_flow_cache_store(const struct np_ctx *ctx, const __u32 *source, const __u32 *destination,
                                    struct np_ports ports, __u32 rule, __u32 sender_tag, int is_due, const int hook,
                                    const int version)
@@ -67,7 +66,7 @@ NP_INLINE void np_flow_cache_store(const struct np_ctx *ctx, const __u32 *source
     __u32 ports_be;
     __builtin_memcpy(&ports_be, &ports, sizeof(ports_be));
     struct np_flow_cache_fact *fact = np_flow_cache_slot(source, destination, ports_be, hook, version);
-    // The fast path reads Ethernet alone, and does not check who sent what comes out of a tunnel.
+    // The fast path parses only Ethernet, and does not check the outer source of a packet from a tunnel.
     const __u32 never = hook == NP_HOOK_INGRESS ? NP_ENDPOINT_LAYER3 | NP_ENDPOINT_EXTERNAL : NP_ENDPOINT_LAYER3;
     if (!fact || ctx->ep->endpoint_flags & never)
         return;
@@ -88,7 +87,7 @@ NP_INLINE void np_flow_cache_store(const struct np_ctx *ctx, const __u32 *source
     fact->hook = is_due ? hook | NP_FLOW_CACHE_DUE : hook;
 }
 
-// Write the entry for packets of this connection and direction.
+// Write the entry of the packet's own tuple and hook.
 NP_INLINE void np_flow_cache_fill(const struct np_ctx *ctx, __u32 rule, __u32 sender_tag, int is_due, const int hook,
                                   const int version)
 {
@@ -99,8 +98,8 @@ NP_INLINE void np_flow_cache_fill(const struct np_ctx *ctx, __u32 rule, __u32 se
     np_flow_cache_store(ctx, packet->source, packet->destination, ports, rule, sender_tag, is_due, hook, version);
 }
 
-// Write the entry for the other direction, which passes the interface's other hook: when a connection becomes
-// established, the next packets of both directions are found in the cache.
+// Write the entry of the reply tuple at the interface's other hook.  So both directions hit the cache as soon as a
+// connection is established.
 NP_INLINE void np_flow_cache_fill_reply(const struct np_ctx *ctx, __u32 rule, __u32 sender_tag, int is_due,
                                         const int hook, const int version)
 {
@@ -111,7 +110,7 @@ NP_INLINE void np_flow_cache_fill_reply(const struct np_ctx *ctx, __u32 rule, __
     np_flow_cache_store(ctx, packet->destination, packet->source, ports, rule, sender_tag, is_due, !hook, version);
 }
 
-// The transport header of a fast-path candidate, with `room` bytes from its beginning on, of which 20 can be read.
+// Parse the transport header of a candidate.  `room`: length of header and payload; 20 bytes are readable.
 NP_INLINE int np_candidate_l4(const struct np_tcp_header *tcp, __u8 protocol, __u32 room,
                               struct np_candidate *candidate)
 {
@@ -127,7 +126,7 @@ NP_INLINE int np_candidate_l4(const struct np_tcp_header *tcp, __u8 protocol, __
     return 1;
 }
 
-// The verdict for a packet with an entry in the flow cache, else NP_SLOW_PATH.
+// The verdict from the flow cache, or NP_SLOW_PATH.
 NP_INLINE int np_fast_path_pass(struct __sk_buff *skb, const struct np_config *config,
                                 const struct np_candidate *candidate, const __u32 *source, const __u32 *destination,
                                 const int hook, const int version)
@@ -138,7 +137,7 @@ NP_INLINE int np_fast_path_pass(struct __sk_buff *skb, const struct np_config *c
     __u64 other = np_flow_cache_differs(fact, source, version) | (fact->ports_be ^ candidate->ports_be) |
                   (fact->protocol ^ candidate->protocol) | ((fact->hook ^ (__u32)hook) & NP_HOOK_EGRESS) |
                   (fact->ifindex ^ skb->ifindex) | (fact->generation ^ config->generation);
-    // not yet, and not long ago either: the low bits come round
+    // expired, or so long ago that the low 32 bits have wrapped
     __u32 left = fact->until_jiffies - (__u32)bpf_jiffies64() - 1;
     if (NP_UNLIKELY(other || left >= config->jiffies_per_second))
         return NP_SLOW_PATH;

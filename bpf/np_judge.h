@@ -2,20 +2,20 @@
 //
 // Which policy lists judge the first packet of a flow, in which order, and how their answers become one verdict.
 //
-// At a workload's interface these are the workload's own policy and, on a node with a wildcard host endpoint, the host
+// At a workload's interface the lists are the workload's own policy and, if the node has a wildcard host endpoint, that
 // endpoint's policy for packets from or to a workload.  At a host's interface they are the lists of the host endpoint:
 //
-//     for a process of the node    a failsafe port of normal policy, else untracked, pre-DNAT (inwards), normal policy
-//     for what passes through      untracked, pre-DNAT (inwards), forward policy
+//     for a process of the node    failsafe ports of normal policy, then untracked, pre-DNAT (ingress), normal policy
+//     for a forwarded packet       untracked, pre-DNAT (ingress), forward policy
 //
-// A list without an opinion leaves the packet to the next; a deny is the end; an allow of untracked or pre-DNAT policy
-// is the end of the host's lists.  When all lists of a host have no opinion the packet goes on (NP_ACTION_CONTINUE).
+// A list without an opinion leaves the packet to the next list.  A deny is final.  An allow by untracked or pre-DNAT
+// policy ends the host's lists.  If no list of a host has an opinion, the packet passes (NP_ACTION_CONTINUE).
 //
-// The program np_tc_judge evaluates one list for each call and then calls itself, so the verifier walks the evaluation
-// once, however many lists there are.
+// The program np_tc_judge evaluates one list, then tail-calls itself for the next.  So the verifier walks the
+// evaluation once, whatever the number of lists.
 //
-// Invariants: all lists of one host endpoint are read from one version of its row; no packet is judged by more than
-// NP_JUDGE_CALLS calls.
+// Invariants: one version of a host endpoint's row judges the packet, in all its lists (np_judge_step starts again if
+// the version changes); one packet costs at most NP_JUDGE_CALLS calls.
 #pragma once
 
 #include "np_classify.h"
@@ -25,77 +25,78 @@
 #include "np_maps.h"
 #include "np_outside.h"
 
-// The policy lists that a flow is judged by, one after the other (np_steps).
+// The policy steps: each is one policy list, and np_steps puts them in order.
 enum np_step {
     NP_STEP_NONE = 0,
     NP_STEP_WORKLOAD = 1, // the workload's policy
-    NP_STEP_NORMAL = 2, // of the host endpoint, as the next three
+    NP_STEP_NORMAL = 2, // a list of the host endpoint, as the next three
     NP_STEP_FORWARD = 3,
     NP_STEP_PRE_DNAT = 4,
     NP_STEP_UNTRACKED = 5,
-    NP_STEP_SERVICE = 6, // the workload's policy about a service's own address; a deny only makes the packet due
-    NP_STEP_FAILSAFE = 10, // the host endpoint's normal policy, of which only a failsafe port counts
+    NP_STEP_SERVICE = 6, // the workload's policy, for a service's own address; a deny only sets due_mark
+    NP_STEP_FAILSAFE = 10, // the host endpoint's normal policy, but only its failsafe ports
 };
 
-#define NP_STEP_BITS 4 // of one step in np_scratch.steps
-// enum np_stage of NORMAL, FORWARD, PRE_DNAT and UNTRACKED: four bits for each, from step 2 on.
+#define NP_STEP_BITS 4 // bits of one step in np_scratch.steps
+// enum np_stage of the steps NORMAL, FORWARD, PRE_DNAT and UNTRACKED: four bits for each, beginning with step 2.
 #define NP_STEP_STAGES 0x3210u
 #define NP_EGRESS_STEPS_WORKLOAD (1u << NP_STEP_WORKLOAD | 1u << NP_STEP_SERVICE)
 #define NP_EGRESS_STEPS_HOST                                                                                           \
     (1u << NP_STEP_NORMAL | 1u << NP_STEP_FORWARD | 1u << NP_STEP_PRE_DNAT | 1u << NP_STEP_UNTRACKED |                 \
      1u << NP_STEP_FAILSAFE)
-#define NP_STEP_ORIGINAL 4u // this bit of a step: it judges the original tuple
-// Calls of the judge for a packet: two lists of its sender, four of its own interface, and four for rows that change
-// meanwhile. The kernel allows 33 tail calls; docs/adr/0012-program-set.md says who may spend how many.
+#define NP_STEP_ORIGINAL 4u // bit of a step that judges the original tuple, before translation
+// Most calls of np_tc_judge for a packet: two lists of its sender, four of its own interface, and four in reserve for
+// rows that change meanwhile. The kernel allows 33 tail calls; docs/adr/0012-program-set.md divides them.
 #define NP_JUDGE_CALLS 10
 
-// A packet's working memory.
+// Working memory of one packet, shared by all programs that handle it.
 struct np_scratch {
     struct np_packet packet;
     struct np_decision decision;
     struct np_endpoint_ctx ep;
     struct np_arrival arrival;
-    struct np_owner owner; // of a host endpoint: the policy set of this step
-    struct np_tuple tuples[2]; // as the packet is on the wire, and with the destination that it will have
-    __u32 reason; // the result
-    struct np_decision workload_decision; // what the workload's policy said
+    struct np_owner owner; // copy of the host endpoint's policy set for this step
+    struct np_tuple tuples[2]; // original and translated tuple
+    __u32 reason; // result of the last step, enum np_reason
+    struct np_decision workload_decision; // saved verdict of the workload's policy, while host lists follow
     struct np_found found;
     struct np_found sender_found;
     union {
-        union np_conn_key key; // of the packet's connection
-        struct np_outer outer; // before that is made: who sent the packet that this one was in
+        union np_conn_key key; // conntrack key of the packet
+        struct np_outer outer; // tunnel key; only before the conntrack key is set
     };
-    union np_conn_key sender_key; // of its sender's, where that is judged here
-    __u32 steps; // see np_steps
-    __u32 number; // of the workload
-    __u32 ifindex; // of the workload's row
+    union np_conn_key sender_key; // conntrack key of the packet under its sender's number
+    __u32 steps; // all policy steps (np_steps)
+    __u32 number; // number of the workload that a step of its own judges
+    __u32 ifindex; // interface of the workload
     __u32 host; // number of the host endpoint
     __u32 self; // workload that may be its own peer; 0: none
     __u32 steps_left;
-    __u32 egress_steps; // bit i: egress policy is the one that enum np_step i stands for
-    __u32 host_version; // version of the host's row
-    __u32 asked_tuple; // tuple with the destination that the packet will have
+    __u32 egress_steps; // bit i: step i (enum np_step) takes the egress policy
+    __u32 host_version; // version of the host endpoint's row that the first list saw; 0: none yet
+    __u32 asked_tuple; // tuple that steps without NP_STEP_ORIGINAL judge
     __u32 own_endpoint; // number of the interface's endpoint, while the sender is judged
-    __u8 has_workload_decision; // `kept` counts
-    __u8 is_source_hidden; // the source is not the one that the sender wrote
-    __u8 default_drop; // when nobody else does: NP_REASON_TO_HOST
-    __u8 is_sender; // the lists are those of the sender
-    __u8 calls_left; // of NP_JUDGE_CALLS
-    __u8 is_error; // came as an ICMP error
-    __u8 is_first_leg; // the sender's connection is the one that deferred the verdict
+    __u8 has_workload_decision; // workload_decision is set
+    __u8 is_source_hidden; // the node has replaced the source that the sender wrote
+    __u8 default_drop; // reason to drop a packet that no list denies: NP_REASON_TO_HOST; 0: none
+    __u8 is_sender; // the steps are those of the sender
+    __u8 calls_left; // calls of np_tc_judge left, of NP_JUDGE_CALLS
+    __u8 is_error; // the packet came as an ICMP error
+    __u8 is_first_leg; // the sender's connection is the deferred one of the ingress hook
     __u8 is_due; // the sender may not send to the service's own address
 };
 #define NP_TUPLE_ORIGINAL 0
 #define NP_TUPLE_TRANSLATED 1
 _Static_assert(sizeof(struct np_scratch) <= sizeof(struct np_scratch_words), "np_scratch fits");
 
-// The list of steps, the first in the lowest bits. Where one is NP_STEP_NONE the list ends.
+// Put policy steps in order, the first in the lowest bits. The first NP_STEP_NONE ends them.
 NP_INLINE __u32 np_steps(__u32 first, __u32 second, __u32 third, __u32 fourth)
 {
     return first | second << NP_STEP_BITS | third << 2 * NP_STEP_BITS | fourth << 3 * NP_STEP_BITS;
 }
 
-// The first packet of the flow under a connection key. `direction` and ICMP fields are that packet's.
+// Rebuild the tuple of a flow's first packet from the conntrack key. `direction` is that packet's; the caller sets the
+// ICMP fields.
 NP_INLINE void np_tuple_of_key(struct np_tuple *tuple, const union np_conn_key *key, __u8 direction, const int version)
 {
     const __u8 *local = version == 4 ? key->v4.local : key->v6.local;
@@ -118,8 +119,8 @@ NP_INLINE void np_tuple_of_key(struct np_tuple *tuple, const union np_conn_key *
     tuple->to_node = NP_TO_NODE_UNASKED;
 }
 
-// Find the policy set of a step: in the endpoint cache, or copied from a host endpoint's row into `scratch->owner`.
-// NP_REASON_CONTINUE: there is none.
+// Find the policy set of a step, in the endpoint cache or by a copy of the host endpoint's row.  NP_REASON_CONTINUE:
+// the host endpoint has no policy for this step.
 NP_INLINE int np_step_set(const struct np_ctx *ctx, struct np_scratch *scratch, __u32 step, __u8 direction,
                           const struct np_set **set)
 {
@@ -136,7 +137,7 @@ NP_INLINE int np_step_set(const struct np_ctx *ctx, struct np_scratch *scratch, 
     return np_host_read(scratch->host, stage * 2 + direction, &scratch->owner);
 }
 
-// Evaluate one policy list. Fills in the decision; returns whether it is final.
+// Evaluate the next policy list and fill in the decision.  Returns 1 if the decision is final.
 NP_INLINE int np_judge_step(struct np_ctx *ctx, struct np_scratch *scratch, const int version)
 {
     struct np_decision *decision = ctx->decision;
@@ -149,12 +150,12 @@ NP_INLINE int np_judge_step(struct np_ctx *ctx, struct np_scratch *scratch, cons
     np_barrier();
     int reason = scratch->reason;
     if (reason == NP_REASON_TORN_ENDPOINT)
-        return 0; // read it again
+        return 0; // the next call reads it again
     scratch->steps_left >>= NP_STEP_BITS;
     int is_workload = step == NP_STEP_WORKLOAD || step == NP_STEP_SERVICE;
     if (!is_workload && (reason == NP_REASON_NONE || reason == NP_REASON_CONTINUE)) {
         if (scratch->host_version &&
-            scratch->owner.flags != scratch->host_version) { // the row changed between two lists: begin again
+            scratch->owner.flags != scratch->host_version) { // the row changed between two lists
             scratch->steps_left = scratch->steps;
             scratch->host_version = 0;
             return 0;
@@ -174,7 +175,7 @@ NP_INLINE int np_judge_step(struct np_ctx *ctx, struct np_scratch *scratch, cons
         np_barrier();
         reason = scratch->reason;
     }
-    if (NP_UNLIKELY(step == NP_STEP_SERVICE)) { // no verdict: the packet is judged where it leaves
+    if (NP_UNLIKELY(step == NP_STEP_SERVICE)) { // no verdict: the hook where the packet leaves judges it
         scratch->is_due = reason || decision->action != NP_ACTION_ALLOW;
         decision->action = decision->staged_action = NP_ACTION_CONTINUE;
         decision->reason = NP_REASON_CONTINUE;
@@ -196,7 +197,7 @@ NP_INLINE int np_judge_step(struct np_ctx *ctx, struct np_scratch *scratch, cons
         if (!reason)
             decision->reason = NP_REASON_POLICY_DENY;
         if (!is_workload && scratch->host != ctx->ep->endpoint) {
-            ctx->ep->endpoint = scratch->host; // whose verdict it is
+            ctx->ep->endpoint = scratch->host; // the endpoint that denies
             ctx->ep->direction = ctx->ep->reply ? !direction : direction;
         }
         return 1;
@@ -216,7 +217,7 @@ NP_INLINE int np_judge_step(struct np_ctx *ctx, struct np_scratch *scratch, cons
     return step == NP_STEP_UNTRACKED || step == NP_STEP_PRE_DNAT || step == NP_STEP_FAILSAFE;
 }
 
-// Policy has answered: the decision holds NP_ACTION_ALLOW, _DENY or _CONTINUE, and its reason, from here on.
+// End the evaluation: the decision then has its reason and NP_ACTION_ALLOW, _DENY or _CONTINUE.
 NP_INLINE void np_judge_end(struct np_ctx *ctx, struct np_scratch *scratch)
 {
     struct np_decision *decision = ctx->decision;
@@ -230,7 +231,7 @@ NP_INLINE void np_judge_end(struct np_ctx *ctx, struct np_scratch *scratch)
     }
 }
 
-// Call np_tc_judge for the next list. Returns only when that fails: why the packet is dropped.
+// Tail-call np_tc_judge for the next list. Returns only if that fails: the reason to drop.
 NP_INLINE int np_judge_next(struct __sk_buff *skb, struct np_scratch *scratch)
 {
     if (!scratch->calls_left)
@@ -240,7 +241,7 @@ NP_INLINE int np_judge_next(struct __sk_buff *skb, struct np_scratch *scratch)
     return NP_REASON_CALL_MISSING;
 }
 
-// Evaluate all lists of `scratch->steps`.  Returns only when that fails: why the packet is dropped.
+// Evaluate all lists of `scratch->steps`.  Returns only if the tail call fails: the reason to drop.
 NP_INLINE int np_judge(struct __sk_buff *skb, struct np_ctx *ctx, struct np_scratch *scratch)
 {
     struct np_decision *decision = ctx->decision;

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause
 //
-// Fields of the kernel's sk_buff that programs do not get: whether a device will write the packet's checksum, and
-// where. The loader fills in the offsets of the fields on this kernel (netpol_loader.kernel.facts), and how to get at
-// them: by the kernel function bpf_cast_to_kern_ctx, which costs nothing, else by a copy (before 6.2).
+// Fields of the kernel's sk_buff that __sk_buff does not have: whether a device will write the packet's checksum, and
+// where. The loader fills in the offsets of these fields on this kernel (netpol_loader.kernel.facts) and the way to
+// read them: the kernel function bpf_cast_to_kern_ctx, which costs nothing, or a copy (kernels before 6.2).
 //
-// A checksum that is left to the device goes where the packet's sender says: a virtual machine, or a packet socket.  It
-// may say a port or an address, which then is another one on the wire than the one that was judged.
+// Checksum offload writes where the packet's sender says; a virtual machine or a packet socket chooses that place.  It
+// could choose a port or an address, and the network would see another packet than the one that was judged.
 #pragma once
 
 #include "np_ctx.h"
@@ -14,7 +14,7 @@
 
 #define NP_CHECKSUM_PARTIAL 3 // CHECKSUM_PARTIAL of the kernel
 
-// Where a device is yet to write a checksum, from the packet's beginning; NP_NO_CHECKSUM: nowhere.
+// Where a device will write a checksum, from the packet's beginning; NP_NO_CHECKSUM: nowhere.
 #define NP_NO_CHECKSUM (~0u)
 
 NP_INLINE __u32 np_checksum_in(const void *fields)
@@ -34,11 +34,11 @@ NP_INLINE __u32 np_checksum_at(struct __sk_buff *skb)
         return np_checksum_in(np_kernel_skb(skb) + NP_KERNEL(NP_KERNEL_FIRST));
     __u8 copy[NP_KERNEL_BYTES];
     if (np_probe_read_kernel(copy, sizeof(copy), (void *)skb + NP_KERNEL(NP_KERNEL_FIRST)))
-        return 0; // cannot happen; nothing may be written at the packet's beginning
+        return 0; // cannot happen; 0 is a place where no checksum may be written, so the packet is dropped
     return np_checksum_in(copy);
 }
 
-// Where the checksum of a transport protocol is in its header; NP_NO_CHECKSUM: not known.
+// The offset of the checksum in a transport header; NP_NO_CHECKSUM: unknown.
 NP_INLINE __u32 np_checksum_place(__u8 protocol)
 {
     switch (protocol) {
@@ -56,13 +56,14 @@ NP_INLINE __u32 np_checksum_place(__u8 protocol)
     }
 }
 
-// Whether the checksum goes where it would change what is judged.  Behind that it may go anywhere: into what the packet
-// carries, which may be another packet.
+// Whether checksum offload would change what was judged: it writes within the headers, but not to the checksum field.
+// It may write anywhere in the payload, unless the packet is an ICMP error: policy also judges the packet inside an
+// error.
 NP_INLINE int np_checksum_misaims(struct __sk_buff *skb, const struct np_packet *packet)
 {
     __u32 at = np_checksum_at(skb);
     __u32 header = packet->l4_offset;
-    // of an error the packet that it is about is judged as well
+    // an ICMP error's payload is judged too
     if (NP_LIKELY(at >= header + packet->l4_bytes && packet->icmp_kind != NP_ICMP_ERROR) || at == NP_NO_CHECKSUM)
         return 0;
     __u32 place = np_checksum_place(packet->protocol);

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause
 //
-// The few words this program adds to C: inlining (BCC knows no other functions), branch hints, byte order, the kernel's
-// helper functions, what the loader fills in, and the one load of bytes at any alignment.  Nothing about packets or
-// policy.
+// The C dialect of this program: inlining (BCC supports no other functions), branch hints, byte order, the kernel's
+// helper functions, numbers that the loader fills in, and the memory accesses whose order or width matters.  Nothing
+// here knows packets or policy.
 #pragma once
 
 #include <linux/bpf.h>
@@ -17,33 +17,32 @@
 #if __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
 #define np_host16(value) __builtin_bswap16(value)
 #define np_host32(value) __builtin_bswap32(value)
-#define np_net16(value) __builtin_bswap16(value) // of a constant the compiler makes a constant
+#define np_net16(value) __builtin_bswap16(value) // a constant is swapped at compile time
 #else
 #define np_host16(value) (value)
 #define np_host32(value) (value)
 #define np_net16(value) (value)
 #endif
 
-// The compiler may not move memory accesses across this, nor keep what it read before; so neither does the verifier
-// keep what it knows of a value in a map.
+// Compiler barrier: no memory access moves across it, and no value from before it is reused.  So the verifier, too,
+// forgets what it knew of a value in a map.
 #define np_barrier() __asm__ __volatile__("" ::: "memory")
 
-// What the pointer points to lives in memory from here on, and the compiler may neither move memory accesses across
-// this nor keep what it read before.  Left alone, it takes a large struct apart into more registers than there are, and
-// their spill slots overflow the 512 bytes of stack (LLVM 19 does).
+// Force what the pointer refers to into memory, and act as a compiler barrier.  Otherwise LLVM splits a large struct
+// into more registers than there are, and their spill slots overflow the 512 bytes of stack (seen with LLVM 19).
 #define np_keep_in_memory(pointer) __asm__ __volatile__("" : : "r"(pointer) : "memory")
 
-// The compiler knows nothing of the number from here on.
+// Make the compiler forget the value of the number.
 #define np_forget(number) __asm__ __volatile__("" : "+r"(number))
 
-// A 64-bit number that the loader puts into the instructions: LLVM's intrinsic for a load whose source register is
-// `kind`.  netpol_loader/kernel/relocation.py knows the kinds; they have to be constants.
+// A 64-bit immediate that the loader fills in: LLVM's intrinsic for a load with source register `kind`.  `kind` must be
+// a constant that netpol_loader/kernel/relocation.py knows.
 __u64 np_pseudo(__u64 kind, __u64 number) __asm__("llvm.bpf.pseudo");
 #define NP_MAP_OF(name) ((void *)np_pseudo(1, name)) // the map; 1 is BPF_PSEUDO_MAP_FD
-#define NP_MASK(name) np_pseudo(NP_LOADS_MASK, name) // slots of the map that a hash chooses from, less one
+#define NP_MASK(name) np_pseudo(NP_LOADS_MASK, name) // number of slots of the map that a hash chooses from, minus one
 #define NP_KERNEL(fact) np_pseudo(NP_LOADS_FACT, fact) // a fact of the running kernel, enum np_kernel_fact
 
-// The kernel's helper functions, by their numbers.
+// The kernel's helper functions, by number.
 static void *(*const np_lookup)(void *map, const void *key) = (void *)BPF_FUNC_map_lookup_elem;
 static long (*const np_update)(void *map, const void *key, const void *value,
                                __u64 flags) = (void *)BPF_FUNC_map_update_elem;
@@ -58,12 +57,13 @@ static long (*const np_probe_read_kernel)(void *to, __u32 bytes, const void *fro
 static void *(*const np_ringbuf_reserve)(void *map, __u64 bytes, __u64 flags) = (void *)BPF_FUNC_ringbuf_reserve;
 static void (*const np_ringbuf_submit)(void *record, __u64 flags) = (void *)BPF_FUNC_ringbuf_submit;
 
-// The kernel's own form of a packet, by its function bpf_cast_to_kern_ctx, which BCC cannot call: the loader makes a
-// call of it out of this one.  Where there is none this is never reached (NP_KERNEL_CAST).
+// bpf_cast_to_kern_ctx: the sk_buff behind a __sk_buff.  BCC cannot emit a call of a kernel function, so the loader
+// turns this helper call into one.  If the kernel lacks the function, this code is not reached (NP_KERNEL_CAST is 0).
 static void *(*const np_kernel_skb)(void *context) = (void *)NP_CALLS_CAST;
 
-// On machines that make loads and stores in another order than the program's (docs/adr/0010, docs/adr/0011): a store of
-// eight bytes that everything before it precedes, and a load whose address is made of what was loaded before it.
+// Memory ordering on weakly ordered processors (docs/adr/0010, docs/adr/0011).  np_store_last is an 8-byte store that
+// all earlier stores precede.  np_load_after makes an address depend on a loaded value, so that a load from it comes
+// later.
 #ifdef NP_WEAK_ORDER
 #define np_store_last(place, value) ((void)__sync_lock_test_and_set(place, value))
 #define np_load_after(pointer, loaded)                                                                                 \
@@ -86,13 +86,13 @@ static void *(*const np_kernel_skb)(void *context) = (void *)NP_CALLS_CAST;
     })
 #endif
 
-// Eight bytes of anything. Copying by these takes half the accesses of a copy of structs that hold 32-bit words.
+// A word for copies of any type. It halves the number of accesses of a struct with 32-bit fields.
 typedef __u64 __attribute__((may_alias)) np_word;
 
-// Four bytes of anything, aligned: copying from where the compiler knows of no alignment is byte by byte.
+// A half word for copies of any type. It is aligned, because the compiler copies unaligned memory byte by byte.
 typedef __u32 __attribute__((may_alias)) np_half;
 
-// Both sides aligned to eight bytes, and so many of them.
+// Copy a multiple of eight bytes; both sides must be aligned to eight bytes.
 NP_INLINE void np_copy_words(void *to, const void *from, const int bytes)
 {
 #pragma unroll

@@ -1,12 +1,15 @@
 // SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause
 //
-// Messages of a link: ARP, IPv6 neighbour and listener discovery, DHCP.  Without them nobody can speak at all, so they
-// pass before policy; that is why they have to be what they say they are.  Passes: a well-formed message about the
-// sender itself, or a question about the link, that no router passes on.  Dropped: what speaks in the name of another,
-// or of a router.  Everything else that has one of these types is a packet like any other, for policy.
+// Link-local control messages: ARP, IPv6 neighbour and listener discovery, DHCP.  No host can communicate without them,
+// so they pass before policy.  Policy never sees them, so the program must check that each one is genuine.
 //
-// What is sent on a link by a workload is looked at whole, where it comes in.  What arrives with the hop limit that
-// only this link can give was looked at there, or is from outside, where anybody on the link may say anything.
+// passes    a well-formed message about the sender itself, or a question about the link, that no router forwards
+// dropped   a message in the name of another host, a router or a DHCP server
+// policy    every other packet of these types
+//
+// A message that a workload sends is checked in full at the workload's own interface (TC ingress).  Any other message
+// is checked by its hop limit alone: either a hook of this node has checked it, or it comes from outside the node,
+// where this program cannot vouch for any sender.
 #pragma once
 
 #include "np_endpoint.h"
@@ -21,25 +24,25 @@
 #define NP_NEIGHBOUR_ADVERTISEMENT 136
 #define NP_REDIRECT6 137
 #define NP_MLD2_REPORT 143
-#define NP_REDIRECT4 5 // of ICMP
+#define NP_REDIRECT4 5 // type of an ICMP (IPv4) message
 
-#define NP_LINK_HOP_LIMIT 255 // no router has passed it on
-#define NP_MLD_HOP_LIMIT 1 // no router will pass it on
-#define NP_LINK_OPTIONS 3 // of a message; one with more is policy's
-#define NP_OPTION_SOURCE 1 // the sender's link-layer address
-#define NP_OPTION_TARGET 2 // the target's
-#define NP_OPTION_NONCE 14 // what tells an echo of one's own from another's claim (RFC 7527)
+#define NP_LINK_HOP_LIMIT 255 // proves that no router has forwarded the message
+#define NP_MLD_HOP_LIMIT 1 // no router will forward the message
+#define NP_LINK_OPTIONS 3 // most options of a message; policy judges a message with more
+#define NP_OPTION_SOURCE 1 // source link-layer address
+#define NP_OPTION_TARGET 2 // target link-layer address
+#define NP_OPTION_NONCE 14 // nonce: tells a node's own looped-back message from a duplicate address (RFC 7527)
 
 #define NP_ROUTER_ALERT 0x0502
 #define NP_PAD_NOTHING 0x0100
-#define NP_MLD_BYTES 24 // of a message of the first version
-#define NP_MLD2_QUERY 28 // of a query of the second that names no sources
-#define NP_MLD2_RECORD 20 // of a report, that names no sources
-#define NP_MLD2_RECORDS 32 // of a report; one with more is policy's. Hosts join some five groups
-#define NP_ARP_PADDING 18 // to the shortest frame that Ethernet has
+#define NP_MLD_BYTES 24 // an MLDv1 message
+#define NP_MLD2_QUERY 28 // an MLDv2 query without sources
+#define NP_MLD2_RECORD 20 // a record of an MLDv2 report, without sources
+#define NP_MLD2_RECORDS 32 // most records of an MLDv2 report; policy judges one with more. Hosts join about five groups
+#define NP_ARP_PADDING 18 // bytes that pad an ARP frame to the minimum of Ethernet
 
 #define NP_FAMILY_IP6 10
-#define NP_FIB_NO_NEIGHBOUR 7 // BPF_FIB_LKUP_RET_NO_NEIGH: the route is known
+#define NP_FIB_NO_NEIGHBOUR 7 // BPF_FIB_LKUP_RET_NO_NEIGH: there is a route, but no neighbour entry
 
 struct np_arp {
     __be16 hardware_be;
@@ -54,16 +57,16 @@ struct np_arp {
 };
 _Static_assert(sizeof(struct np_arp) == 28, "np_arp");
 
-// Hop-by-hop options with a router alert and nothing else.
+// A hop-by-hop options header that has a router alert and no other option.
 struct np_link_alert {
     __u8 next;
     __u8 length;
-    __be16 options_be; // type and length of the alert
+    __be16 options_be; // type and length of the router alert option
     __u16 value;
     __be16 pad_be;
 };
 
-// The beginning of a record of a listener report.
+// The first bytes of a record of an MLDv2 report.
 struct np_link_record {
     __u8 type;
     __u8 auxiliary;
@@ -87,19 +90,19 @@ NP_INLINE int np_is_unspecified(const __u32 *address)
     return !(address[0] | address[1] | address[2] | address[3]);
 }
 
-// A group that no router passes on.
+// Whether the address is a multicast group of link-local scope, which no router forwards.
 NP_INLINE int np_is_link_group(const __u32 *address)
 {
     return (address[0] & np_host32(0xff0f0000)) == np_host32(0xff020000);
 }
 
-// Whether nothing is in the frame but the packet.
+// Whether the frame ends with the packet, without padding.
 NP_INLINE int np_is_alone(const struct np_ctx *ctx)
 {
     return ctx->packet->end == ctx->arrival->frame_bytes;
 }
 
-// Whether an address is neither the node's nor that of a workload whose interface is known.
+// Whether the address belongs neither to the node nor to a workload whose interface is known.
 NP_INLINE int np_is_nobodys(struct np_ctx *ctx, const __u32 *address, const int version)
 {
     if (np_local_flags(ctx, address, version) & NP_LOCAL_OWN)
@@ -107,8 +110,8 @@ NP_INLINE int np_is_nobodys(struct np_ctx *ctx, const __u32 *address, const int 
     return !np_ifindex_of(ctx, address, version);
 }
 
-// Whether a workload may speak for an address: one of its own, or that it may borrow.  Of a link-local one it is enough
-// that nobody else has it; and that is all as long as it is not known whose the interface is.
+// Whether the workload may claim the address.  It may claim an address that it owns or may borrow, and a link-local
+// address that belongs to nobody else.  While the interface has no endpoint, only the latter is left.
 NP_INLINE int np_may_claim(struct np_ctx *ctx, const __u32 *address, const int version)
 {
     if (!ctx->ep->missing && (np_is_own(ctx, address, version) || np_may_borrow(ctx, address, version)))
@@ -116,7 +119,7 @@ NP_INLINE int np_may_claim(struct np_ctx *ctx, const __u32 *address, const int v
     return version == 6 && np_is_link_local(address) && np_is_nobodys(ctx, address, version);
 }
 
-// Whether a known workload of the node is on the interface's own link.
+// Whether the address belongs to a local workload on the same link as this interface.
 NP_INLINE int np_is_beside(struct np_ctx *ctx, const __u32 *address)
 {
     const struct np_ifindex *place = np_ifindex_of(ctx, address, 6);
@@ -124,10 +127,11 @@ NP_INLINE int np_is_beside(struct np_ctx *ctx, const __u32 *address)
     return row && row->link == ctx->ep->link;
 }
 
-// Whether an address is on the interface's own link: a workload has it there, or routing leads there without a gateway.
-// Where the node does not route, that is not known of others.  An address of the node always is: container networks
-// give one gateway address to many interfaces, and have a bridge's gateway beside the bridge, so the one interface that
-// a row names says nothing; and a message about the node, or to it, goes no further than the node and the link.
+// Whether the address is on the interface's own link: it is link-local, a workload has it on this link, or the FIB
+// routes it to this link without a gateway.  If the node does not forward, the FIB lookup fails and other addresses are
+// not on link.  The node's own addresses always count: container networks put one gateway address on many interfaces,
+// or a gateway beside a bridge, so the one interface in np_local proves nothing.  That is safe: a message to or about
+// the node goes no further than the node and the link.
 NP_INLINE int np_is_on_link(struct __sk_buff *skb, struct np_ctx *ctx, const __u32 *address)
 {
     if (np_is_link_local(address))
@@ -145,12 +149,12 @@ NP_INLINE int np_is_on_link(struct __sk_buff *skb, struct np_ctx *ctx, const __u
     long host_version = np_fib_lookup(skb, &route, sizeof(route), 0);
     if (host_version && host_version != NP_FIB_NO_NEIGHBOUR)
         return 0;
-    __u32 other = route.ipv6_dst[0] ^ address[0]; // a gateway stands in its place
+    __u32 other = route.ipv6_dst[0] ^ address[0]; // bpf_fib_lookup() overwrites ipv6_dst with a gateway
     other |= (route.ipv6_dst[1] ^ address[1]) | (route.ipv6_dst[2] ^ address[2]) | (route.ipv6_dst[3] ^ address[3]);
     return !other && route.ifindex == ctx->ep->link;
 }
 
-// Whether all that follows a message's fixed part is the sender's own link-layer address, or a nonce.
+// Whether each option is the sender's own link-layer address or a nonce, up to the end of the packet.
 NP_INLINE int np_link_options_fit(struct __sk_buff *skb, const struct np_ctx *ctx, __u32 offset)
 {
     struct np_link_option option;
@@ -179,8 +183,8 @@ NP_INLINE int np_link_options_fit(struct __sk_buff *skb, const struct np_ctx *ct
     return offset == end;
 }
 
-// Neighbour discovery by a workload, with the hop limit that it must have.  Who advertises for another is heard
-// whatever stands before and behind it, so that is looked at first.
+// Check a workload's neighbour discovery message that has the required hop limit.  Receivers accept an advertisement
+// even if the rest of the packet is irregular, so the advertised target is checked first.
 NP_INLINE int np_link_spoken(struct __sk_buff *skb, struct np_ctx *ctx)
 {
     const struct np_packet *packet = ctx->packet;
@@ -215,7 +219,7 @@ NP_INLINE int np_link_spoken(struct __sk_buff *skb, struct np_ctx *ctx)
     return np_link_options_fit(skb, ctx, offset) ? NP_REASON_NEIGHBOUR : NP_REASON_NONE;
 }
 
-// Whether a report's records name groups, no sources and nothing else.
+// Whether every record names a multicast group without sources and auxiliary data.
 NP_INLINE int np_are_records_plain(struct __sk_buff *skb, __u32 offset, __u32 count)
 {
 #pragma clang loop unroll(disable)
@@ -231,7 +235,7 @@ NP_INLINE int np_are_records_plain(struct __sk_buff *skb, __u32 offset, __u32 co
     return count == NP_MLD2_RECORDS;
 }
 
-// Whether a workload's listener message is no longer than it must be, behind a router alert or nothing (RFC 2711).
+// Whether a workload's listener message has the minimal length, and a router alert (RFC 2711) or no extension header.
 NP_INLINE int np_is_listener_whole(struct __sk_buff *skb, const struct np_ctx *ctx)
 {
     const struct np_packet *packet = ctx->packet;
@@ -257,7 +261,7 @@ NP_INLINE int np_is_listener_whole(struct __sk_buff *skb, const struct np_ctx *c
     return length == NP_MLD_BYTES || (packet->icmp_type == NP_MLD_QUERY && length == NP_MLD2_QUERY);
 }
 
-// Whether a listener report, done or query is one of the link.
+// Whether a listener report, done or query cannot leave the link, and, from a workload, is genuine.
 NP_INLINE int np_is_listener_message(struct __sk_buff *skb, struct np_ctx *ctx, int is_workloads_own)
 {
     const struct np_packet *packet = ctx->packet;
@@ -271,7 +275,8 @@ NP_INLINE int np_is_listener_message(struct __sk_buff *skb, struct np_ctx *ctx, 
     return np_is_link_local(source) && (!is_workloads_own || np_may_claim(ctx, source, 6));
 }
 
-// NP_REASON_NEIGHBOUR: a message of the link, which passes; NP_REASON_LINK_FORGED; NP_REASON_NONE: anything else.
+// Judge an ICMPv6 message of the link.  Returns NP_REASON_NEIGHBOUR if it passes, NP_REASON_LINK_FORGED if it is
+// dropped, the reason why the interface has no endpoint, or NP_REASON_NONE if policy must judge the packet.
 NP_INLINE int np_link_message(struct __sk_buff *skb, struct np_ctx *ctx, const int hook)
 {
     const struct np_packet *packet = ctx->packet;
@@ -290,14 +295,14 @@ NP_INLINE int np_link_message(struct __sk_buff *skb, struct np_ctx *ctx, const i
         return NP_REASON_NONE;
     if (is_workloads_own)
         return np_link_spoken(skb, ctx);
-    if (hook == NP_HOOK_EGRESS) // with this hop limit it was not routed
+    if (hook == NP_HOOK_EGRESS) // the hop limit proves that the message was not routed
         return NP_REASON_NEIGHBOUR;
     int stays = np_is_many(packet->destination, 6) || np_is_link_local(packet->destination) ||
                 np_is_local(ctx, packet->destination, 6);
     return stays ? NP_REASON_NEIGHBOUR : NP_REASON_NONE;
 }
 
-// Whether a frame ends behind its ARP, or has zeros there up to the shortest length of a frame.
+// Whether the frame ends with the ARP packet, or has zeros behind it up to Ethernet's minimum.
 NP_INLINE int np_is_arp_whole(struct __sk_buff *skb, const struct np_ctx *ctx)
 {
     __u8 padding[NP_ARP_PADDING];
@@ -313,7 +318,8 @@ NP_INLINE int np_is_arp_whole(struct __sk_buff *skb, const struct np_ctx *ctx)
     return !any;
 }
 
-// ARP: from a workload in its own name, or asking in nobody's whether its own address is taken.
+// Judge ARP.  From a workload, the sender address must be one that the workload may claim; so must the target of an ARP
+// probe (sender 0.0.0.0).  Otherwise the frame is NP_REASON_LINK_FORGED, unless the workload is a router.
 NP_INLINE int np_link_arp(struct __sk_buff *skb, struct np_ctx *ctx, const int hook)
 {
     struct np_arp arp;
@@ -323,7 +329,7 @@ NP_INLINE int np_link_arp(struct __sk_buff *skb, struct np_ctx *ctx, const int h
     if (!np_is_workloads_own(ctx, hook) || ctx->ep->endpoint_flags & NP_ENDPOINT_ROUTES)
         return NP_REASON_ARP;
     ctx->ep->direction = NP_DIRECTION_EGRESS;
-    if (ctx->ep->endpoint_flags & NP_ENDPOINT_LAYER3) // there are no hardware addresses
+    if (ctx->ep->endpoint_flags & NP_ENDPOINT_LAYER3) // such an interface has no hardware addresses
         return NP_REASON_LINK_FORGED;
     if (!np_is_arp_whole(skb, ctx) || bpf_skb_load_bytes(skb, ctx->packet->l3_offset, &arp, sizeof(arp)) ||
         bpf_skb_load_bytes(skb, __builtin_offsetof(struct np_eth_header, source), mac, sizeof(mac)))
@@ -336,12 +342,12 @@ NP_INLINE int np_link_arp(struct __sk_buff *skb, struct np_ctx *ctx, const int h
     __builtin_memcpy(&sender, arp.sender, sizeof(sender));
     __builtin_memcpy(&target, arp.target, sizeof(target));
     const __u32 *claimed = sender ? &sender : &target;
-    if (ctx->ep->missing) // it may ask whether anybody has an address, in nobody's name
+    if (ctx->ep->missing) // only an ARP probe for an address that nobody has
         return is_own && !sender && np_is_nobodys(ctx, claimed, 4) ? NP_REASON_ARP : ctx->ep->missing;
     return is_own && np_may_claim(ctx, claimed, 4) ? NP_REASON_ARP : NP_REASON_LINK_FORGED;
 }
 
-// Whether a workload speaks in the name of a router, or of a DHCP server.
+// Whether a workload sends what only a router (redirect) or a DHCP server sends.
 NP_INLINE int np_is_forged(const struct np_ctx *ctx, const int hook, const int version)
 {
     const struct np_packet *packet = ctx->packet;

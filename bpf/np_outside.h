@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause
 //
-// What comes in from outside, and in whose name.  A workload of this node would have come in at its own interface.  One
-// of another node comes from that node: where it comes out of a tunnel whose device keeps the outer addresses, these
-// tell who sent it.  Other tunnels, and the wire, do not.
+// The source address of a packet that comes from outside the node.  A local workload's packet would have come in by its
+// own interface.  A remote workload's packet comes from that workload's node; a tunnel device in external mode
+// (collect_md) keeps the outer addresses, which prove the sending node.  Other tunnels, and the network itself, prove
+// nothing.
 #pragma once
 
 #include "np_endpoint.h"
@@ -10,10 +11,10 @@
 #include "np_lang.h"
 #include "np_maps.h"
 
-// What Linux 5.15 has of struct bpf_tunnel_key; newer kernels have more and take this size as well.
+// struct bpf_tunnel_key as Linux 5.15 has it.  Newer kernels have more fields and accept this size too.
 struct np_outer {
     __u32 tunnel;
-    __u32 source[4]; // of IPv4 one word in the machine's byte order, of IPv6 network order
+    __u32 source[4]; // IPv4: one word in host order; IPv6: network order
     __u8 tos;
     __u8 ttl;
     __u16 pad;
@@ -24,7 +25,8 @@ _Static_assert(sizeof(struct np_outer) == 28, "np_outer");
 #define NP_OUTER_IP4 0
 #define NP_OUTER_IP6 1 // BPF_F_TUNINFO_IPV6
 
-// Whether a node sent what came out of a tunnel: by its own address, not by one of its workloads'. `outer`: room.
+// Whether the outer source address is one of the given node's own, not a workload's.  `outer`: buffer for the tunnel
+// key.
 NP_INLINE int np_is_sent_by(struct __sk_buff *skb, struct np_outer *outer, __u32 node)
 {
     union np_addr_key *key = (void *)outer->source;
@@ -38,9 +40,9 @@ NP_INLINE int np_is_sent_by(struct __sk_buff *skb, struct np_outer *outer, __u32
     return sender && sender->node == node;
 }
 
-// Why a packet from outside may not have its source: it is this node's, that of a workload of this node, or of another
-// node than the one that sent it.  Link-local addresses are those of many nodes.  NP_REASON_NONE: nothing is known
-// against it.
+// Why a packet from outside may not have its source: the address belongs to this node, to a local workload, or to a
+// remote node that did not send the packet.  Link-local addresses are excepted, because many nodes have the same.
+// NP_REASON_NONE: the source is plausible.
 NP_INLINE int np_outside(struct __sk_buff *skb, struct np_ctx *ctx, struct np_outer *outer, const int version)
 {
     const __u32 *source = ctx->packet->source;

@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause
 //
-// From a frame to what policy and connections need of it: addresses, protocol, ports, flags, place in a fragmented
-// packet. Reads bytes and nothing else; each function returns NP_REASON_NONE or the reason to drop.  One source for
-// both families: `version` is 4 or 6, always a constant, so the compiler drops the other half.
+// The parser: from a frame to addresses, protocol, ports, TCP flags and fragment fields (struct np_packet).  It only
+// reads bytes; each function returns NP_REASON_NONE or the reason to drop.  One source serves both families: `version`
+// is the constant 4 or 6, so the compiler removes the code of the other.
 //
-// Every read is behind a check against the end of the linear part.  np_parse_frame made the first NP_PULL_BYTES linear,
-// so a header beyond that (worst case: 2 VLAN tags, 40 bytes of IPv6, 8 extension headers) makes the packet
-// NP_REASON_SHORT.
+// Invariant: each read is bounds-checked against the end of the linear part (skb->data_end).  np_parse_frame makes the
+// first NP_PULL_BYTES linear, which hold 2 VLAN tags, 40 bytes of IPv6 and 8 short extension headers.  A header beyond
+// them drops the packet as NP_REASON_SHORT.
 #pragma once
 
 #include "np_abi.h"
@@ -50,11 +50,11 @@ struct np_vlan_header {
 };
 
 struct np_ip4_header {
-    __u8 version_words; // version in the high half, header length in 32-bit words in the low one
+    __u8 version_words; // IP version in the high half; header length in 32-bit words in the low half
     __u8 traffic_class;
     __be16 total_bytes_be;
     __be16 id_be;
-    __be16 fragment_be; // flags and offset
+    __be16 fragment_be; // flags in the high 3 bits, offset in units of 8 bytes
     __u8 ttl;
     __u8 protocol;
     __be16 checksum_be;
@@ -75,13 +75,13 @@ struct np_ip6_header {
 
 struct np_ip6_extension {
     __u8 next;
-    __u8 length; // in units of 8 bytes beyond the first (AH: of 4 bytes beyond the second)
+    __u8 length; // in units of 8 bytes, without the first 8; AH: in units of 4, without the first 8
 };
 
 struct np_ip6_fragment {
     __u8 next;
-    __u8 length; // of other extensions; reserved in this
-    __be16 offset_be; // offset in the high 13 bits, "more follow" in the lowest
+    __u8 length; // reserved; other extension headers have their length here
+    __be16 offset_be; // offset in the high 13 bits, "more fragments" in the lowest
     __u32 id;
 };
 
@@ -109,68 +109,69 @@ struct np_icmp_header {
     __be16 sequence_be;
 };
 
-// Where in a fragmented packet a frame is.
+// Which part of a fragmented packet the frame has.
 enum np_fragment {
     NP_FRAGMENT_WHOLE = 0, // not a fragment
-    NP_FRAGMENT_FIRST = 1, // has the transport header
-    NP_FRAGMENT_LATER = 2, // has none: its ports are those of the first
+    NP_FRAGMENT_FIRST = 1, // the fragment with offset 0, which has the transport header
+    NP_FRAGMENT_LATER = 2, // any other fragment; its ports are those of the first
 };
 
-// What kind of ICMP message this is, for connections.
+// How connection tracking treats an ICMP message.
 enum np_icmp_kind {
-    NP_ICMP_PLAIN = 0, // neither of the others, or no ICMP
-    NP_ICMP_QUERY = 1, // asks; opens a connection under its identifier
-    NP_ICMP_ANSWER = 2, // answers a query
-    NP_ICMP_ERROR = 3, // about another packet, whose header it carries
+    NP_ICMP_PLAIN = 0, // tracked as no connection; also every protocol but ICMP
+    NP_ICMP_QUERY = 1, // a request, which opens a connection under its identifier
+    NP_ICMP_ANSWER = 2, // the reply to a query
+    NP_ICMP_ERROR = 3, // an error, which carries the header of the packet it is about
 };
 
-// A parsed packet. Addresses in network order, IPv4 in the first word; ports in host order.
+// A parsed packet.  Addresses are in network order, IPv4 in the first word.  Ports are in host order.  Offsets count
+// from skb->data: the link header, or the network header on an interface without link headers.
 struct np_packet {
     __u32 source[4];
     __u32 destination[4];
     __u16 source_port; // ICMP query: the identifier
     __u16 destination_port; // ICMP answer: the identifier
     __u16 ethertype;
-    __u16 l4_offset; // from the packet's beginning, be that its link or its network header
-    __u32 end; // the same, of the byte after the packet by its own word; what follows is padding
-    __u16 fragment_start; // the same, of the fragmented part; set in a first fragment
-    __u16 fragment_units; // of 8 bytes. Later fragment: its offset; first one: how far its headers reach
+    __u16 l4_offset; // of the transport header; before the network header is parsed, of the network header
+    __u32 end; // offset of the end by the packet's own stated length; padding follows
+    __u16 fragment_start; // offset of the fragmented part; 0 in a packet without one
+    __u16 fragment_units; // in 8 bytes. Later fragment: its offset; first: end of its headers, rounded up
     __u8 fragment; // enum np_fragment
     __u8 protocol;
     __u8 tcp_flags;
     __u8 icmp_type;
     __u8 icmp_code;
     __u8 icmp_kind; // enum np_icmp_kind
-    __u8 version; // 4, 6; 0: not IP or not known
-    __u8 slow_only; // never takes the fast path: SYN, FIN, RST, ICMP, fragments
-    __u32 fragment_id; // as on the wire
-    __u8 hop_limit; // of IPv6
-    __u8 l4_bytes; // of the transport header, with TCP's options; 0: there is none, or none that is read
-    __u16 l3_offset; // as l4_offset
+    __u8 version; // 4 or 6; 0: not IP, or not parsed
+    __u8 slow_only; // no fast-path candidate: SYN, FIN, RST, ICMP, fragment
+    __u32 fragment_id; // identification of the fragmented packet, as on the wire
+    __u8 hop_limit; // IPv6 only
+    __u8 l4_bytes; // length of the transport header, TCP options included; 0: none was parsed
+    __u16 l3_offset; // of the network header
 };
 _Static_assert(sizeof(struct np_packet) == 64, "np_packet is whole words");
 
-// The linear part of the frame, as far as the verifier lets us look.
+// The linear part of the frame: skb->data and skb->data_end.
 struct np_bytes {
     void *start;
     void *end;
 };
 
-#define NP_OFFSET_MASK 511u // never cuts: a header begins at NP_PULL_BYTES and 8 at most
+#define NP_OFFSET_MASK 511u // bounds the offset for the verifier; no valid offset exceeds NP_PULL_BYTES + 8
 
-// Where the next header begins, with a bound that the verifier sees.
+// Offset of the next header to parse, with a bound that the verifier accepts.
 NP_INLINE __u32 np_offset(const struct np_packet *packet)
 {
     return packet->l4_offset & NP_OFFSET_MASK;
 }
 
-// Ethernet and VLAN tags. Sets the packet's ethertype, and l4_offset to where the network header begins.  `has_link`:
-// else the packet begins there.
+// Parse Ethernet and VLAN tags; set ethertype, and l4_offset to the network header.  `has_link` 0: the frame begins
+// with the network header.
 NP_INLINE int np_parse_frame(struct __sk_buff *skb, struct np_bytes *bytes, struct np_packet *packet, int has_link)
 {
     __u32 linear = skb->data_end - skb->data;
     if (NP_UNLIKELY(linear < NP_PULL_BYTES && linear < skb->len))
-        bpf_skb_pull_data(skb, skb->len < NP_PULL_BYTES ? skb->len : NP_PULL_BYTES); // failure shows as NP_REASON_SHORT
+        bpf_skb_pull_data(skb, skb->len < NP_PULL_BYTES ? skb->len : NP_PULL_BYTES); // failure gives NP_REASON_SHORT
     bytes->start = (void *)(long)skb->data;
     bytes->end = (void *)(long)skb->data_end;
 
@@ -208,8 +209,8 @@ NP_INLINE int np_parse_ip4(const struct np_bytes *bytes, struct np_packet *packe
     __u32 header_bytes = (ip->version_words & 15) * 4;
     __u32 room = packet->end - packet->l4_offset;
     __u32 total_bytes = np_host16(ip->total_bytes_be);
-    __u32 place = ip->fragment_be & np_net16(0x3fff); // "more follow" and the offset
-    if (!total_bytes && !place) // packets beyond 64 kB that the kernel has yet to cut
+    __u32 place = ip->fragment_be & np_net16(0x3fff); // "more fragments" and the offset
+    if (!total_bytes && !place) // a GSO packet (BIG TCP) above 64 kB
         total_bytes = room;
     if (ip->version_words >> 4 != 4 || header_bytes < sizeof(*ip) || total_bytes < header_bytes || total_bytes > room)
         return NP_REASON_BAD_IP;
@@ -235,8 +236,8 @@ NP_INLINE int np_is_ip6_extension(__u8 protocol)
            protocol == NP_PROTOCOL_AUTHENTICATION || protocol == NP_PROTOCOL_DESTINATION;
 }
 
-// The extension headers that the kernel walks, at most NP_IP6_HEADERS.  AH is one of them; ESP and mobility end the
-// walk as protocols: behind them the kernel looks for no other.
+// Parse the extension headers that a Linux receiver parses, at most NP_IP6_HEADERS; AH is among them.  ESP and mobility
+// headers end the chain as protocols, because the kernel parses no header behind them.
 NP_INLINE int np_parse_ip6_headers(const struct np_bytes *bytes, struct np_packet *packet, __u8 next,
                                    __u32 stated_bytes)
 {
@@ -259,12 +260,12 @@ NP_INLINE int np_parse_ip6_headers(const struct np_bytes *bytes, struct np_packe
         if (next == NP_PROTOCOL_FRAGMENT) {
             struct np_ip6_fragment *fragment = (void *)extension;
             __u32 place = fragment->offset_be & np_net16(0xfff9);
-            if (packet->fragment_start) // a fragment of a fragment: nobody sends that in good faith
+            if (packet->fragment_start) // a nested fragment has no legitimate sender
                 return NP_REASON_IP6_HEADERS;
             packet->fragment_id = fragment->id;
             offset += sizeof(*fragment);
             packet->fragment_start = offset;
-            if (place) { // else an "atomic" fragment, which is whole
+            if (place) { // otherwise an atomic fragment (RFC 6946), which is a whole packet
                 if (!stated_bytes)
                     return NP_REASON_BAD_IP;
                 packet->fragment = place & np_net16(0xfff8) ? NP_FRAGMENT_LATER : NP_FRAGMENT_FIRST;
@@ -279,8 +280,7 @@ NP_INLINE int np_parse_ip6_headers(const struct np_bytes *bytes, struct np_packe
         next = extension->next;
         if (offset > packet->end)
             return NP_REASON_SHORT;
-        if (packet->fragment ==
-            NP_FRAGMENT_LATER) { // what follows is payload; `next` is the whole packet's first header
+        if (packet->fragment == NP_FRAGMENT_LATER) { // payload follows; `next` is the whole packet's first header
             packet->protocol = next;
             packet->l4_offset = offset;
             return NP_REASON_NONE;
@@ -297,7 +297,7 @@ NP_INLINE int np_parse_ip6(const struct np_bytes *bytes, struct np_packet *packe
     if ((void *)(ip + 1) > bytes->end)
         return NP_REASON_SHORT;
     __u32 room = packet->end - packet->l4_offset - sizeof(*ip);
-    __u32 stated_bytes = np_host16(ip->payload_bytes_be); // 0 in packets beyond 64 kB that the kernel has yet to cut
+    __u32 stated_bytes = np_host16(ip->payload_bytes_be); // 0: a GSO packet (BIG TCP) above 64 kB
     if (ip->version_class >> 4 != 6 || stated_bytes > room)
         return NP_REASON_BAD_IP;
     packet->version = 6;
@@ -314,7 +314,7 @@ NP_INLINE int np_parse_ip6(const struct np_bytes *bytes, struct np_packet *packe
     return np_parse_ip6_headers(bytes, packet, ip->next, stated_bytes);
 }
 
-// The kind of an ICMP message by its type. Types that are not listed are judged by policy packet by packet.
+// The kind of an ICMP message by its type.  Policy judges each message of any other type on its own.
 NP_INLINE __u8 np_icmp_kind_of(__u8 type, const int version)
 {
     if (version == 6) {
@@ -352,7 +352,7 @@ NP_INLINE void np_parse_ports(const struct np_ports *ports, struct np_packet *pa
     packet->destination_port = np_host16(ports->destination_be);
 }
 
-// Ports and flags. A later fragment has none; np_fragment.h recalls them.
+// Parse ports and TCP flags, or the ICMP header.  A later fragment has neither; np_fragment.h restores them.
 NP_INLINE int np_parse_l4(const struct np_bytes *bytes, struct np_packet *packet, const int version)
 {
     if (packet->fragment == NP_FRAGMENT_LATER)
@@ -373,7 +373,7 @@ NP_INLINE int np_parse_l4(const struct np_bytes *bytes, struct np_packet *packet
     } else if (protocol == NP_PROTOCOL_UDP || protocol == NP_PROTOCOL_SCTP) {
         if (protocol == NP_PROTOCOL_SCTP)
             header_bytes = 12;
-        if (l4 + 8 > bytes->end || header_bytes > room) // of SCTP no more is read
+        if (l4 + 8 > bytes->end || header_bytes > room) // the parser reads only the ports of SCTP
             return NP_REASON_BAD_L4;
         np_parse_ports(l4, packet);
     } else if (protocol == (version == 4 ? NP_PROTOCOL_ICMP : NP_PROTOCOL_ICMPV6)) {
@@ -405,7 +405,7 @@ NP_INLINE int np_parse_ip(const struct np_bytes *bytes, struct np_packet *packet
     return np_parse_l4(bytes, packet, version);
 }
 
-// What a DHCP client sends to all servers on its link.
+// Whether the packet is a DHCP client's message to all servers on its link.
 NP_INLINE int np_is_dhcp_request(const struct np_packet *packet, const int version)
 {
     const __u32 *to = packet->destination;

@@ -1,14 +1,17 @@
 // SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause
 //
-// Packets to services.  Where they enter the node they still have the service's address; netfilter or IPVS chooses the
-// backend after that.  So the verdict of the sender's policy is deferred: the packet carries a sender tag, the number
-// of its endpoint, to the hook where it enters a workload or leaves the node.  There it is judged with its translated
-// address.
+// Packets to services.  Where such a packet enters the node it still has the service's address; netfilter or IPVS
+// translates it to a backend only later.  So the verdict of the sender's policy is deferred: the packet carries a
+// sender tag, the number of the sender's endpoint, to the hook where it enters a workload or leaves the node.  That
+// hook judges the packet by its translated address.
 //
-// Invariants.  A packet whose verdict was deferred passes no hook of ours on its way out without that verdict.  Where
-// there may be no hook (a process of this node is behind the service) that backend is judged at once, and a packet that
-// its sender may not even send to the service's own address bears a mark by which no process of this node gets it.  A
-// number that something else put into a packet can only add a verdict, never replace one.
+// Invariants.
+// 1. No packet with a deferred verdict leaves by one of our hooks without that verdict.
+// 2. Where no hook follows, because the backend is a process of this node, the backend is judged at once.
+// 3. A packet that its sender may not send to the service's own address carries due_mark, so that no process of this
+// node
+//    receives it.
+// 4. A sender tag that another program wrote can only add a verdict, never replace one.
 #pragma once
 
 #include "np_conn.h"
@@ -17,9 +20,9 @@
 #include "np_judge.h"
 #include "np_maps.h"
 
-#define NP_SENDER_TAG_MASK 0xffffu // a number has 16 bits: skb->tc_index has no more
+#define NP_SENDER_TAG_MASK 0xffffu // a tag has 16 bits, as skb->tc_index has
 
-// The row of a service address: its own, else that of a port on each of the node's addresses.
+// The row of a service: of its own address, otherwise of a node port, which holds for each of the node's addresses.
 NP_INLINE struct np_vip *np_vip_of(const struct np_ctx *ctx, struct np_tuple *tuple, const int version)
 {
     if (NP_LIKELY(!np_vip_filter_has(tuple->destination, version))) {
@@ -50,7 +53,7 @@ NP_INLINE struct np_vip *np_vip_of(const struct np_ctx *ctx, struct np_tuple *tu
     return np_vip_lookup(&key, version);
 }
 
-// The sender tag of the packet.
+// The sender tag of the packet; 0: none.
 NP_INLINE __u32 np_sender_tag_get(const struct __sk_buff *skb, const struct np_config *config)
 {
     if (!(config->flags & NP_CONFIG_DEFER))
@@ -60,9 +63,10 @@ NP_INLINE __u32 np_sender_tag_get(const struct __sk_buff *skb, const struct np_c
     return skb->tc_index;
 }
 
-// Set the sender tag of the packet (0: none).  tc_index survives all of netfilter, but another program's TC_ACT_OK in
-// clsact overwrites it; so a packet that carries one there is not to be shown to programs behind this one: whether that
-// is so is returned.  clsact takes the new tc_index from tc_classid.  `is_due`: no process of this node may get it.
+// Set the sender tag of the packet (0: none).  Returns 1 if this program must end the chain at its hook: the tag is in
+// tc_index, which survives netfilter, but any later clsact program overwrites tc_index when it returns TC_ACT_OK.
+// clsact itself copies tc_classid to tc_index, so both are set.  `is_due`: no process of this node may receive the
+// packet.
 NP_INLINE __u8 np_sender_tag_set(struct __sk_buff *skb, const struct np_config *config, __u32 number, __u32 is_due)
 {
     __u32 shift = config->mark_shift & 31;
@@ -77,7 +81,7 @@ NP_INLINE __u8 np_sender_tag_set(struct __sk_buff *skb, const struct np_config *
     return number != 0;
 }
 
-// Prepare the evaluation of the sender's policy, at the hook where the packet leaves.
+// Choose the steps that judge the sender, at the hook where the packet leaves.
 NP_INLINE void np_sender_plan(struct np_ctx *ctx, struct np_scratch *scratch, const int version)
 {
     const __u32 *source = scratch->tuples[NP_TUPLE_TRANSLATED].source;
@@ -86,7 +90,7 @@ NP_INLINE void np_sender_plan(struct np_ctx *ctx, struct np_scratch *scratch, co
     scratch->asked_tuple = NP_TUPLE_TRANSLATED;
     scratch->number = ctx->ep->sender;
     scratch->egress_steps = NP_EGRESS_STEPS_WORKLOAD; // what leaves a workload enters the host
-    if (scratch->ifindex) { // a workload
+    if (scratch->ifindex) { // the sender is a workload
         const struct np_addr *addr = np_addr_find(ctx, source, version);
         scratch->is_source_hidden = !addr->identity || addr->holder != ctx->ep->sender;
         scratch->host = ctx->config->wildcard;
@@ -99,10 +103,11 @@ NP_INLINE void np_sender_plan(struct np_ctx *ctx, struct np_scratch *scratch, co
     }
 }
 
-// Find the verdict of the endpoint whose number is the sender tag of the packet.  The packet has a connection of its
-// own here, under the sender's number; replies do not pass here, so it stays an unreplied one.  Returns NP_REASON_NONE
-// when that connection is allowed under this generation (`scratch->reason` says how); else why the packet is dropped,
-// with the flow then saying whose verdict that is.  Where policy has to be asked, np_tc_sender goes on.
+// Find the verdict of the sender, the endpoint whose number is the packet's sender tag.  This hook tracks a connection
+// of its own under the sender's number; replies do not pass here, so the connection stays unreplied.  Returns
+// NP_REASON_NONE if that connection is allowed under this generation (`scratch->reason` says how), otherwise why the
+// packet is dropped; the endpoint context then names the sender.  If policy must judge, np_judge does not return, and
+// np_tc_sender continues.
 NP_INLINE int np_sender(struct __sk_buff *skb, struct np_ctx *ctx, struct np_scratch *scratch, const int version)
 {
     const struct np_packet *packet = ctx->packet;
@@ -122,7 +127,7 @@ NP_INLINE int np_sender(struct __sk_buff *skb, struct np_ctx *ctx, struct np_scr
         if (ep->related == NP_REASON_ICMP_UNRELATED)
             return NP_REASON_ICMP_UNRELATED;
         if (ep->related == NP_REASON_NONE)
-            ctx->packet->icmp_kind = NP_ICMP_PLAIN; // a message like any other
+            ctx->packet->icmp_kind = NP_ICMP_PLAIN; // policy judges it as a message like any other
     }
     np_barrier();
     if (scratch->ifindex && np_is_tunnelled(ctx, version))
@@ -134,8 +139,8 @@ NP_INLINE int np_sender(struct __sk_buff *skb, struct np_ctx *ctx, struct np_scr
     struct np_conn *conn = slot.conn;
     if (ep->related && !conn)
         return NP_REASON_ICMP_UNRELATED;
-    // The same connection as where the packet came in: nobody has translated the service's address.  What was deferred
-    // there is no verdict.
+    // If nobody has translated the service's address, this is the very connection that the ingress hook recorded.  Its
+    // deferred entry is no verdict.
     scratch->is_first_leg = conn && found->flags & NP_CONN_DEFERRED;
     if (scratch->is_first_leg) {
         found->is_known = 0;
@@ -162,7 +167,7 @@ NP_INLINE int np_sender(struct __sk_buff *skb, struct np_ctx *ctx, struct np_scr
     return np_judge(skb, ctx, scratch);
 }
 
-// Policy has answered for the sender. Returns as np_sender does.
+// Apply the verdict of policy for the sender. Returns as np_sender does.
 NP_INLINE int np_sender_verdict(struct np_ctx *ctx, struct np_scratch *scratch, const int version)
 {
     const struct np_packet *packet = ctx->packet;
@@ -181,13 +186,13 @@ NP_INLINE int np_sender_verdict(struct np_ctx *ctx, struct np_scratch *scratch, 
             np_conn_renew(slot.conn, ctx->arrival->generation);
             np_conn_touch(&slot, ctx);
         }
-        ctx->decision->log_list = 0; // Log rules speak of new flows
+        ctx->decision->log_list = 0; // Log rules are for new flows
         scratch->reason = NP_REASON_ESTABLISHED;
         return NP_REASON_NONE;
     }
     if (denied)
         return scratch->reason;
-    // Sources of the sender's choice are not remembered, those that the node put in their place are.
+    // A source that the sender chose records no connection; a source that the node translated does.
     if (np_conn_opens(ctx) && !scratch->is_first_leg &&
         (!scratch->is_source_hidden || np_is_local(ctx, tuple->source, version)) &&
         np_conn_open(ctx, key, packet->protocol == NP_PROTOCOL_TCP ? NP_CONN_TCP_OPEN : 0, 0, version))

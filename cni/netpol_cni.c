@@ -26,7 +26,7 @@ enum {
     DETAIL_BYTES = 1024, // of text from outside in an error; arbitrary
     TIMEOUT_S = 30, // when the configuration has none; arbitrary
     LONGEST_S = 600, // longer than any runtime waits
-    STATUS_MS = 2000, // how long STATUS waits for a word of the agent; arbitrary
+    STATUS_MS = 1000, // how long STATUS waits for a word of the agent; arbitrary
 };
 #define SOCKET_PATH "/run/netpol-ebpf/agent.sock"
 #define NEWEST "1.1.0"
@@ -149,14 +149,19 @@ static _Noreturn void fail(enum cni_error code, const char *message, const char 
     exit(EXIT_FAILURE);
 }
 
-// Policy is not known to be in force.  Ends with an error, or says so and returns where the configuration lets pods
-// start.
+// Policy is not known to be in force.  Ends with an error, or says so in one line and returns where the configuration
+// lets pods start.
 static void give_up(enum cni_error code, const char *message, const char *details)
 {
+    static char room[8 * DETAIL_BYTES];
+    char shown[DETAIL_BYTES];
+    struct text out = {.at = room, .size = sizeof(room) - 1};
     if (!config.is_open)
         fail(code, message, details);
+    snprintf(shown, sizeof(shown), "%s", details);
+    put_string(&out, shown);
     fprintf(stderr, "netpol-cni: %s %s: policy is NOT known to be in force, and \"posture\" is open: %s: %s\n",
-            call.command->name, call.container, message, details);
+            call.command->name, call.container, message, room);
 }
 
 // --- the environment ------------------------------------------------------------------------------------------------

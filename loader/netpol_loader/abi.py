@@ -87,113 +87,113 @@ NP_ATOM_BLOCK = 256  # atoms per row of np_l4_atom
 NP_ATOM_BLOCKS = 1537  # 6 slots of 256 blocks, and the block of the other protocols
 NP_COLUMN_BLOCK = 64  # L4 classes per row of np_l4_col
 NP_IP6_HEADERS = 8  # IPv6 extension headers walked; a packet with more is dropped
-NP_VLAN_TAGS = 2  # VLAN tags skipped; a packet with more counts as non-IP
-NP_PULL_BYTES = 256  # bytes from the Ethernet header on that are made linear when they are not
+NP_VLAN_TAGS = 2  # VLAN tags skipped; a frame with more counts as non-IP
+NP_PULL_BYTES = 256  # bytes of the frame that are made linear before parsing
 NP_SLOT_TCP = 0  # by destination port
 NP_SLOT_UDP = 1  # by destination port
 NP_SLOT_SCTP = 2  # by destination port
 NP_SLOT_ICMP = 3  # by type and code
 NP_SLOT_ICMPV6 = 4  # by type and code
-NP_SLOT_SOURCE = 5  # by source port, whatever the protocol
-NP_OTHER_BLOCK = 1536  # the one block indexed by protocol number
-NP_BUCKET_ROWS = 5  # rows of a bucket: what fits into one cache line (IPv6: two)
-NP_BUCKET_LINES = 2  # lines of a bucket of classes
-NP_BUCKET_MORE = 128  # flag of a bucket: further rows of it are in a hash
-NP_LINE_CLASSES = 24  # identities of a line
+NP_SLOT_SOURCE = 5  # by source port, for all protocols
+NP_OTHER_BLOCK = 1536  # the only block that is indexed by protocol number
+NP_BUCKET_ROWS = 5  # rows of a bucket: as many as fit into one cache line (IPv6: two)
+NP_BUCKET_LINES = 2  # lines of a bucket of np_peer_class
+NP_BUCKET_MORE = 128  # flag of a bucket: the overflow map has further rows of it
+NP_LINE_CLASSES = 24  # identities of a line of np_peer_class
 NP_CLASS_NONE = 65535  # no class
-NP_HASH_MULTIPLIER = 0x9e3779b97f4a7c15  # 2^64 divided by the golden ratio: spreads neighbours
-NP_CONN_WAYS = 8  # connections of a bucket; their tags fill a cache line
-NP_HASH_WORDS = 12  # random numbers of the connections' hash: one for each word of the longest key, and one
-NP_HASH_BIT = 0x80000000  # set in every hash of a connection, so that none is 0
+NP_HASH_MULTIPLIER = 0x9e3779b97f4a7c15  # 2^64 divided by the golden ratio: adjacent keys get distant hashes
+NP_CONN_WAYS = 8  # slots of a conntrack bucket; their tags fill a cache line
+NP_HASH_WORDS = 12  # random numbers of the conntrack hash: one for each word of the longest key, and one more
+NP_HASH_BIT = 0x80000000  # set in every conntrack hash, so that no hash is 0
 NP_TAG_HASH_SHIFT = 32
 NP_TAG_UNREPLIED = 0x80000000  # the connection is unreplied
 NP_TAG_TIME_SHIFT = 2
 NP_TAG_TIME_BITS = 29
 NP_TAG_RANK_MASK = 3  # enum np_rank
-NP_TAG_JIFFIES = 64  # in a unit of a tag's time
-NP_TAG_OWNED_UNITS = 64  # how long a slot is its owner's: longer than anybody writes
-NP_HOST_SETS = 8  # policy sets of a host endpoint: stage * 2 + direction
-NP_SCRATCH_WORDS = 76  # working memory of one packet, in units of 8 bytes
-NP_KERNEL_BYTES = 96  # copied of a packet's own structure, where it cannot be read in place
-NP_FLOW_CACHE_DUE = 2  # flag in np_flow_cache_fact.hook: packets of the connection bear np_config.due_mark
+NP_TAG_JIFFIES = 64  # jiffies in a unit of a tag's time
+NP_TAG_OWNED_UNITS = 64  # how long a slot stays reserved: longer than any CPU needs to write the entry
+NP_HOST_SETS = 8  # policy sets of a host endpoint, by stage * 2 + direction
+NP_SCRATCH_WORDS = 76  # 64-bit words of np_scratch
+NP_KERNEL_BYTES = 96  # bytes copied from sk_buff if it cannot be read in place
+NP_FLOW_CACHE_DUE = 2  # flag in np_flow_cache_fact.hook: packets of the connection carry np_config.due_mark
 NP_PASS = -1  # TC_ACT_UNSPEC of clsact, TCX_NEXT of tcx: the next program decides
-NP_PASS_ALONE = 0  # TC_ACT_OK, TCX_PASS: nobody else at this hook
+NP_PASS_ALONE = 0  # TC_ACT_OK, TCX_PASS: no further program at this hook runs
 NP_DROP = 2  # TC_ACT_SHOT, TCX_DROP
-NP_LOADS_MASK = 15  # slots of a map that a hash chooses from, less one
+NP_LOADS_MASK = 15  # number of slots of a map that a hash chooses from, minus one
 NP_LOADS_FACT = 14  # enum np_kernel_fact
-NP_CALLS_CAST = 0x4e50  # no helper: bpf_cast_to_kern_ctx
-NP_CHECK_SEED = 2166136261  # FNV-1a's own 32-bit offset basis and prime
+NP_CALLS_CAST = 0x4e50  # not a helper: a call of bpf_cast_to_kern_ctx
+NP_CHECK_SEED = 2166136261  # FNV-1a's 32-bit offset basis and prime
 NP_CHECK_PRIME = 16777619
-NP_NODE_FIRST = 1048576  # in np_addr.holder: numbers of nodes begin here, those of endpoints are below; arbitrary
-NP_IDENTITY_UNKNOWN = 0  # no packet has it
+NP_NODE_FIRST = 1048576  # first number of a node in np_addr.holder; endpoints have lower numbers; arbitrary
+NP_IDENTITY_UNKNOWN = 0  # never the identity of a packet
 NP_IDENTITY_WORLD_V4 = 1  # an IPv4 address that no table describes
 NP_IDENTITY_WORLD_V6 = 2  # an IPv6 address that no table describes
 SCHEMA_VERSION = NP_SCHEMA_VERSION
 
-# np_direction: The policy's view, from the endpoint's side. Where a program sits is a hook, another type.
+# np_direction
 NP_DIRECTION_INGRESS = 0  # towards the endpoint
 NP_DIRECTION_EGRESS = 1  # from the endpoint
 
-# np_action: What a verdict says. 0 is an unwritten entry, which denies.
-NP_ACTION_NONE = 0  # nothing was written here
-NP_ACTION_ALLOW = 1  # let the packet pass and remember the connection
+# np_action: What a verdict row says. 0 is a row that was never written, which denies.
+NP_ACTION_NONE = 0  # the row was never written
+NP_ACTION_ALLOW = 1  # pass, and record the connection
 NP_ACTION_DENY = 2  # drop
-NP_ACTION_CONTINUE = 3  # no opinion (stages of host endpoints that never drop by default): pass
+NP_ACTION_CONTINUE = 3  # no opinion (host endpoint stages without a default deny): pass
 
-# np_stage: Which list of a host endpoint's policies. Workloads have the normal one only.
-NP_STAGE_NORMAL = 0  # packets from and to processes of the node
-NP_STAGE_FORWARD = 1  # packets that pass through the node
-NP_STAGE_PRE_DNAT = 2  # all that comes in, before addresses are translated
-NP_STAGE_UNTRACKED = 3  # before everything, and without memory
+# np_stage: The policy lists of a host endpoint. Workloads have only the normal one.
+NP_STAGE_NORMAL = 0  # packets from or to processes of the node
+NP_STAGE_FORWARD = 1  # packets that the node forwards
+NP_STAGE_PRE_DNAT = 2  # all incoming packets, before destination translation
+NP_STAGE_UNTRACKED = 3  # before all other stages, and without conntrack
 
 # np_endpoint_flag: Flags of an endpoint.
 NP_ENDPOINT_HOST = 1  # a host interface: directions agree with hooks, non-IP passes, policy is in np_host
 NP_ENDPOINT_SOURCES = 2  # has rows in np_source4 or np_source6
-NP_ENDPOINT_UPLINK = 4  # a host interface without policy: passes all but what a sender's policy is yet to judge
-NP_ENDPOINT_ROUTES = 8  # a workload that others route through: what it gets need not be for it
+NP_ENDPOINT_UPLINK = 4  # a host interface without policy: only packets with a sender tag are judged
+NP_ENDPOINT_ROUTES = 8  # a workload that is a router: it may receive packets for others
 NP_ENDPOINT_LAYER3 = 16  # packets begin with the network header (tun, WireGuard, IPIP, PPP)
 NP_ENDPOINT_UNREADABLE = 32  # packets begin with a link header that nothing here reads
-NP_ENDPOINT_OUTSIDE = 64  # a host interface that no workload of this node is behind
-NP_ENDPOINT_EXTERNAL = 128  # the same, a tunnel that keeps each packet's outer addresses (external, collect_md)
+NP_ENDPOINT_OUTSIDE = 64  # a host interface behind which there is no local workload
+NP_ENDPOINT_EXTERNAL = 128  # OUTSIDE, and a tunnel device that keeps outer addresses (external, collect_md)
 
 # np_config_flag: Flags of the configuration.
-NP_CONFIG_ALLOW_EVENTS = 1  # an event for each new allowed flow
-NP_CONFIG_STAGED_EVENTS = 2  # an event for each new allowed flow whose staged action differs
-NP_CONFIG_KEEP_REVOKED = 4  # flows that policy no longer allows live on until they end
-NP_CONFIG_DEFER = 8  # every interface that a packet to a service could leave by has the program
-NP_CONFIG_TO_HOST_DENY = 16  # no workload reaches its own node
-NP_CONFIG_TO_HOST_PASS = 32  # the wildcard host endpoint's normal policy decides on workloads to their node
-NP_CONFIG_LOCAL_NETS = 64  # np_local_net has rows
-NP_CONFIG_HAIRPIN = 128  # what comes from outside may have a source of this node
+NP_CONFIG_ALLOW_EVENTS = 1  # write an event for each new allowed flow
+NP_CONFIG_STAGED_EVENTS = 2  # write an event for each new allowed flow with a different staged action
+NP_CONFIG_KEEP_REVOKED = 4  # connections that policy no longer allows live until they end
+NP_CONFIG_DEFER = 8  # each interface by which a packet to a service could leave has the program
+NP_CONFIG_TO_HOST_DENY = 16  # workloads may not reach their own node
+NP_CONFIG_TO_HOST_PASS = 32  # the wildcard host endpoint's normal policy judges workloads to their node
+NP_CONFIG_LOCAL_NETS = 64  # np_local4_net or np_local6_net has rows
+NP_CONFIG_HAIRPIN = 128  # a packet from outside may have a source of this node
 
-# np_conn_state: Where a connection stands. Each state has its own time-out, np_config.timeout_jiffies[state].
-NP_CONN_TCP_NEW = 0  # TCP, no reply seen
-NP_CONN_TCP_OPEN = 1  # TCP, both sides seen
+# np_conn_state: The state of a connection. Each state has its own time-out, np_config.timeout_jiffies[state].
+NP_CONN_TCP_NEW = 0  # TCP, unreplied
+NP_CONN_TCP_OPEN = 1  # TCP, established
 NP_CONN_TCP_CLOSING = 2  # TCP, FIN seen from both sides
 NP_CONN_TCP_RESET = 3  # TCP, RST seen
 NP_CONN_UDP = 4  # UDP
 NP_CONN_ICMP = 5  # ICMP echo and other queries
 NP_CONN_OTHER = 6  # any other protocol
-NP_CONN_FRAGMENT = 7  # not a connection: the memory of a first fragment
-NP_CONN_STATES = 8  # how many there are
+NP_CONN_FRAGMENT = 7  # not a connection: a row of np_frag4 or np_frag6
+NP_CONN_STATES = 8  # number of states
 
 # np_conn_flag: Flags of a connection.
-NP_CONN_FIN_ORIGINAL = 1  # FIN seen from the side that opened
+NP_CONN_FIN_ORIGINAL = 1  # FIN seen from the side that opened the connection
 NP_CONN_FIN_REPLY = 2  # FIN seen from the other side
-NP_CONN_EXEMPT = 4  # opened by the host itself or by the workload to itself: no policy applies
-NP_CONN_DEFERRED = 8  # opened towards a service: policy judges where the packet leaves
-NP_CONN_FORWARDED = 16  # of a host endpoint: opened by a packet that only passes through the node
-NP_CONN_TAGGED = 32  # deferred, and nothing before policy where it leaves has allowed it for good
-NP_CONN_DUE = 64  # deferred, and not allowed to the service's own address either
+NP_CONN_EXEMPT = 4  # opened by the host to its workload, or by the workload to itself: no policy applies
+NP_CONN_DEFERRED = 8  # to a service: policy judges where the packet leaves
+NP_CONN_FORWARDED = 16  # of a host endpoint: opened by a forwarded packet
+NP_CONN_TAGGED = 32  # DEFERRED, and its packets carry the sender tag: no policy has finally allowed them yet
+NP_CONN_DUE = 64  # DEFERRED, and policy does not allow the service's own address: packets carry due_mark
 
-# np_rank: How little is lost with a connection; in the low bits of its tag.
-NP_RANK_NONE = 0  # no connection: being written until the tag's time, then free
+# np_rank: How much is lost if the connection is evicted, least first; in the low bits of its tag.
+NP_RANK_NONE = 0  # reserved, being written until the tag's time; then free
 NP_RANK_CLOSED = 1  # FIN from both sides, or RST
 NP_RANK_UNREPLIED = 2  # no reply was seen yet
-NP_RANK_ESTABLISHED = 3  # both sides were seen
+NP_RANK_ESTABLISHED = 3  # both sides have sent packets
 
 # np_verdict_flag: Flags of a verdict.
-NP_VERDICT_FAILSAFE = 1  # a failsafe port decided: nothing before normal policy may drop the packet
+NP_VERDICT_FAILSAFE = 1  # a failsafe port decided: no list before normal policy may drop the packet
 
 # np_local_flag: What an address means to the node.
 NP_LOCAL_OWN = 1  # one of its own
@@ -202,20 +202,20 @@ NP_LOCAL_GROUP = 4  # a multicast group that it has joined
 NP_LOCAL_NODE = 8  # of another node of the cluster
 
 # np_vip_flag: Flags of a service address.
-NP_VIP_LOCAL = 1  # `local` may be what is behind it: a process of this node, which no hook stands before
-NP_VIP_MANY = 2  # several of those: not known which one
+NP_VIP_LOCAL = 1  # `local` may be the backend: a process of this node, behind which there is no hook
+NP_VIP_MANY = 2  # several such backends: it is unknown which one receives the packet
 
 # np_call
-NP_CALL_JUDGE = 0  # ask one policy list, then the next one; what the interface's endpoint says is the verdict
-NP_CALL_SENDER = 1  # policy has answered for the endpoint whose number is the sender tag of the packet
-NP_CALLS = 2  # how many there are
+NP_CALL_JUDGE = 0  # evaluate one policy list, then the next; at the end apply the verdict
+NP_CALL_SENDER = 1  # apply the verdict for the sender, the endpoint whose number is the sender tag
+NP_CALLS = 2  # number of slots
 
-# np_kernel_fact: Facts of the running kernel that the loader puts into the program (NP_KERNEL).
-NP_KERNEL_CAST = 0  # 1: there is bpf_cast_to_kern_ctx
-NP_KERNEL_FIRST = 1  # offset in sk_buff from which on all the fields lie within NP_KERNEL_BYTES
-NP_KERNEL_SUMMED = 2  # offset of the byte with ip_summed, as all that follow from NP_KERNEL_FIRST on
-NP_KERNEL_SUMMED_SHIFT = 3  # its lowest bit there; it has two
-NP_KERNEL_CSUM_START = 4  # of 16 bits, as the next two
+# np_kernel_fact: Facts of the running kernel that the loader fills in (NP_KERNEL).
+NP_KERNEL_CAST = 0  # 1: the kernel has bpf_cast_to_kern_ctx
+NP_KERNEL_FIRST = 1  # offset in sk_buff; all fields below are within NP_KERNEL_BYTES after it
+NP_KERNEL_SUMMED = 2  # offset of the byte with ip_summed, from NP_KERNEL_FIRST, as all that follow
+NP_KERNEL_SUMMED_SHIFT = 3  # lowest bit of ip_summed in that byte; it has two bits
+NP_KERNEL_CSUM_START = 4  # a field of 16 bits, as the next two
 NP_KERNEL_CSUM_OFFSET = 5
 NP_KERNEL_MAC_HEADER = 6
 
@@ -276,29 +276,29 @@ NP_REASON_EVENT_LOST = 96  # the ring buffer had no room for an event
 NP_REASON_LOG_LIMITED = 97  # a log event held back by the rate limit
 NP_REASON_RULE_RANGE = 98  # a rule number beyond np_rule_count or np_staged_count, once for each
 NP_REASON_CONN_EVICTED = 99  # an established connection made room for a new one in its bucket
-NP_REASON_COUNT = 128  # size of np_reason_count
+NP_REASON_COUNT = 128  # number of rows of np_reason_count
 
 
 class np_set(ctypes.Structure):
-    """A policy set: the ordered list of everything that applies to an endpoint in one direction.
+    """A policy set: all that applies to an endpoint in one direction, compiled.
 
-    The verdict is at verdict_base + ((peer class * own_classes + own class) * l4_classes + L4 class) * source_classes
-    + source class.
+    The verdict is in np_verdict at verdict_base + ((peer class * own_classes + own class) * l4_classes + L4 class) *
+    source_classes + source class.
     """
 
-    number: int  # key part of np_peer_class; sets that tell peers apart alike share it
-    default_class4: int  # class of IPv4 identities without a row
-    default_class6: int  # and of IPv6 ones: a rule on 0.0.0.0/0 tells the families apart
-    peer_classes: int  # bound of the peer class
-    own_set: int  # the same for the endpoint's own side; 0: constant
+    number: int  # part of the key of np_peer_class; sets with equal class tables share it
+    default_class4: int  # peer class of an IPv4 identity without a row
+    default_class6: int  # the same for IPv6: a rule on 0.0.0.0/0 tells the families apart
+    peer_classes: int  # number of peer classes
+    own_set: int  # `number` of the class table for the endpoint's own side; 0: the own side does not matter
     own_default_class4: int
     own_default_class6: int
-    own_classes: int  # bound of the own class; 1 when own_set is 0
+    own_classes: int  # number of own classes; 1 if own_set is 0
     l4_base: int  # first row in np_l4_col for destination atoms
-    l4_classes: int  # 1: the L4 dimension is constant
+    l4_classes: int  # number of L4 classes; 1: no rule matches on protocol or destination port
     asks_source: int  # 1: an enforced rule matches on who owns the source address, or on the source port
     source_base: int  # first row in np_l4_col for source port atoms
-    source_classes: int  # 1: no rule uses source ports
+    source_classes: int  # number of source port classes; 1: no rule matches on source ports
     verdict_base: int
     check: int  # see struct np_endpoint
 
@@ -332,17 +332,17 @@ class np_endpoint_key(ctypes.Structure):
 
 
 class np_endpoint(ctypes.Structure):
-    """One element holds both policy sets, so that one update flips both.
+    """The policy of an interface: its endpoint and both policy sets.
 
-    The kernel may reuse the memory of a replaced element while a packet still reads it; a set's `check` tells: it is
-    the FNV-1a fold, word by word, of number, ifindex, flags, link and the set's other words. The loader's
-    seal_endpoint() fills it in.
+    One element has both sets, so one update flips both. The kernel may reuse the memory of a replaced element while a
+    packet still reads it; each set's `check` detects that. It is the FNV-1a fold, word by word, of number, ifindex,
+    flags, link and the set's other words. The loader's seal_endpoint() fills it in.
     """
 
     number: int  # stable, unique on the node, never 0
     ifindex: int  # the key again
     flags: int  # enum np_endpoint_flag
-    link: int  # interface that has the addresses of its link: its bridge, or itself
+    link: int  # interface that has the addresses of the link: the bridge of this interface, or itself
     ingress: np_set
     egress: np_set
 
@@ -367,15 +367,14 @@ class np_number_key(ctypes.Structure):
 
 
 class np_host(ctypes.Structure):
-    """All policy sets of a host endpoint, so that one update flips them all; see struct np_endpoint.
+    """All policy sets of a host endpoint in one element, so that one update flips them all; see struct np_endpoint.
 
-    In the check word of a set its index stands for the ifindex, the row's `version` for the flags, and 0 for the
-    link.
+    A set's check word folds the set's index for the ifindex, the row's `version` for the flags, and 0 for the link.
     """
 
     number: int
-    version: int  # of the row: two looks at one packet must see the same
-    present: int  # bit i: sets[i] is there; a missing one has no opinion
+    version: int  # version of the row: all look-ups for one packet must see the same
+    present: int  # bit i: sets[i] exists; a missing set has no opinion
     pad: int
     sets: ctypes.Array[np_set]  # by stage * 2 + direction
 
@@ -402,8 +401,8 @@ class np_local(ctypes.Structure):
     """``struct np_local``."""
 
     flags: int  # enum np_local_flag
-    ifindex: int  # of the interface that has it; 0: none in particular
-    node: int  # number of the other node that has it, from NP_NODE_FIRST on; 0: not known
+    ifindex: int  # interface that has the address; 0: no single one
+    node: int  # number of the other node that has the address, from NP_NODE_FIRST on; 0: unknown
 
     _fields_ = (
         ("flags", ctypes.c_uint32),
@@ -413,7 +412,7 @@ class np_local(ctypes.Structure):
 
 
 class np_tunnel_key(ctypes.Structure):
-    """Encapsulation that a device of the node takes from anyone."""
+    """Encapsulation that a tunnel device of the node accepts from any sender."""
 
     port: int  # destination port of UDP; 0 for other protocols
     protocol: int
@@ -439,7 +438,7 @@ class np_tunnel(ctypes.Structure):
 class np_vip4_key(ctypes.Structure):
     """``struct np_vip4_key``."""
 
-    address: ctypes.Array[ctypes.c_uint8]  # 0.0.0.0: each of the node's own (node ports)
+    address: ctypes.Array[ctypes.c_uint8]  # 0.0.0.0 means all addresses of the node (node ports)
     port: int
     protocol: int
     pad: int
@@ -455,7 +454,7 @@ class np_vip4_key(ctypes.Structure):
 class np_vip6_key(ctypes.Structure):
     """``struct np_vip6_key``."""
 
-    address: ctypes.Array[ctypes.c_uint8]  # :: stands for each of the node's own (node ports)
+    address: ctypes.Array[ctypes.c_uint8]  # :: means all addresses of the node (node ports)
     port: int
     protocol: int
     pad: int
@@ -508,7 +507,7 @@ class np_addr(ctypes.Structure):
     """``struct np_addr``."""
 
     identity: int  # never 0
-    holder: int  # number of the local endpoint that owns the address, or of the other node that has it; 0: not known
+    holder: int  # number of the local endpoint that owns the address, or of the other node that has it; 0: unknown
 
     _fields_ = (
         ("identity", ctypes.c_uint32),
@@ -517,14 +516,13 @@ class np_addr(ctypes.Structure):
 
 
 class np_addr4_bucket(ctypes.Structure):
-    """Rows whose keys have the same hash, side by side in a cache line: one fetch where a hash table needs three.
+    """A bucket of addresses with the same hash: one or two cache lines, where a hash table would need three fetches.
 
-    A row is in its bucket or, when that is full, in the hash of the same name with _more; never in both. Key first,
-    row next, then its bit in `used`, so no packet sees half a row; a row that went is not written over before a grace
-    period.
+    A row is in its bucket or, if that is full, in the overflow map (_more); never in both. The agent writes key, row,
+    then the bit in `used`, so no packet sees half a row. It overwrites a removed row only after a grace period.
     """
 
-    used: int  # bit i: row i is there; NP_BUCKET_MORE
+    used: int  # bit i: row i is valid; NP_BUCKET_MORE
     key: ctypes.Array[np_addr4_key]
     row: ctypes.Array[np_addr]
 
@@ -538,7 +536,7 @@ class np_addr4_bucket(ctypes.Structure):
 class np_addr6_bucket(ctypes.Structure):
     """``struct np_addr6_bucket``."""
 
-    used: int  # bit i: row i is there; NP_BUCKET_MORE
+    used: int  # bit i: row i is valid; NP_BUCKET_MORE
     pad: int
     key: ctypes.Array[np_addr6_key]
     row: ctypes.Array[np_addr]
@@ -552,7 +550,10 @@ class np_addr6_bucket(ctypes.Structure):
 
 
 class np_vip_filter(ctypes.Structure):
-    """Node addresses and service addresses, as bits by hash: where the bit is 0 no table of those need be asked."""
+    """A bit for each hash of the node's and services' addresses.
+
+    If the bit is 0, neither np_local nor np_vip has the address.
+    """
 
     bits: int
 
@@ -598,7 +599,7 @@ class np_cidr(ctypes.Structure):
 class np_source4_key(ctypes.Structure):
     """``struct np_source4_key``."""
 
-    prefix_bits: int  # 32 for the endpoint, then the prefix
+    prefix_bits: int  # 32 for the endpoint, plus the length of the prefix
     endpoint: int
     address: ctypes.Array[ctypes.c_uint8]
 
@@ -612,7 +613,7 @@ class np_source4_key(ctypes.Structure):
 class np_source6_key(ctypes.Structure):
     """``struct np_source6_key``."""
 
-    prefix_bits: int  # 32 for the endpoint, then the prefix
+    prefix_bits: int  # 32 for the endpoint, plus the length of the prefix
     endpoint: int
     address: ctypes.Array[ctypes.c_uint8]
 
@@ -656,15 +657,15 @@ class np_peer_class(ctypes.Structure):
 
 
 class np_class_line(ctypes.Structure):
-    """Classes of identities that follow each other, for one policy set.
+    """The peer classes of 24 consecutive identities for one class table.
 
-    Identities are given out densely, so that those of a whole cluster fit into the processor's cache.
+    Identities are assigned densely, so that the lines of a whole cluster fit into the CPU's cache.
     """
 
-    peer_class: ctypes.Array[ctypes.c_uint16]  # NP_CLASS_NONE: no row, so the default
-    set: int  # 0: unused
+    peer_class: ctypes.Array[ctypes.c_uint16]  # NP_CLASS_NONE: the default class of the set
+    set: int  # np_set.number; 0: unused
     block: int  # identity / NP_LINE_CLASSES
-    flags: int  # of a bucket's first line: NP_BUCKET_MORE
+    flags: int  # of the bucket's first line only: NP_BUCKET_MORE
     pad: int
 
     _fields_ = (
@@ -677,9 +678,9 @@ class np_class_line(ctypes.Structure):
 
 
 class np_peer_bucket(ctypes.Structure):
-    """Lines whose set and block have the same hash.
+    """A bucket of lines with the same hash of set and block.
 
-    Rows of a block that found no line are in np_peer_more.
+    Rows of a block without a line are in np_peer_more.
     """
 
     line: ctypes.Array[np_class_line]
@@ -713,8 +714,8 @@ class np_verdict(ctypes.Structure):
     """``struct np_verdict``."""
 
     rule: int  # key of np_rule
-    staged_rule: int  # the same for the evaluation with staged policies
-    log_list: int  # the Log rules that matched on the way; 0: none
+    staged_rule: int  # the same if staged policies were enforced
+    log_list: int  # list of the Log rules that matched before the verdict; 0: none
     action: int  # enum np_action
     staged_action: int  # enum np_action
     flags: int  # enum np_verdict_flag
@@ -762,13 +763,13 @@ class np_count(ctypes.Structure):
 
 
 class np_conn4_key(ctypes.Structure):
-    """One key for both directions of a connection at one endpoint: local is the endpoint's side, whoever sent the packet.
+    """The conntrack key of a connection at one endpoint, the same for both directions: local is the endpoint's side.
 
-    An ICMP query has its identifier in the port of the side that asks, 0 in the other; protocols without ports have 0
+    An ICMP query has its identifier in the port of the asking side and 0 in the other; a protocol without ports has 0
     in both.
     """
 
-    endpoint: int  # number, not ifindex: an interface may be replaced
+    endpoint: int  # number, not ifindex: the interface may be replaced
     local: ctypes.Array[ctypes.c_uint8]
     remote: ctypes.Array[ctypes.c_uint8]
     local_port: int
@@ -790,7 +791,7 @@ class np_conn4_key(ctypes.Structure):
 class np_conn6_key(ctypes.Structure):
     """``struct np_conn6_key``."""
 
-    endpoint: int  # number, not ifindex: an interface may be replaced
+    endpoint: int  # number, not ifindex: the interface may be replaced
     local: ctypes.Array[ctypes.c_uint8]
     remote: ctypes.Array[ctypes.c_uint8]
     local_port: int
@@ -866,11 +867,11 @@ class np_conn6_entry(ctypes.Structure):
 
 
 class np_conn_tags(ctypes.Structure):
-    """Of connections with the same hash.
+    """The tags of a conntrack bucket.
 
-    A tag says what a look-up and a choice of what goes have to know: in bits 63 to 32 the key's hash, 31 whether it
-    is unreplied, 30 to 2 when it expires in units of 64 jiffies, 1 and 0 enum np_rank. An entry means what its tag
-    says; 0: free.
+    A tag has what look-up and eviction need: the key's hash (bits 63 to 32), whether the connection is unreplied
+    (31), when it expires in units of 64 jiffies (30 to 2), and enum np_rank (1 and 0). A tag of 0 is a free slot; an
+    entry is valid only through its tag.
     """
 
     tag: ctypes.Array[ctypes.c_uint64]
@@ -881,7 +882,10 @@ class np_conn_tags(ctypes.Structure):
 
 
 class np_secret(ctypes.Structure):
-    """What makes the connections' hash this node's secret: nobody can choose connections that meet in one bucket."""
+    """The secret of the conntrack hash, one for each node.
+
+    Whoever does not know it cannot choose connections that collide in one bucket.
+    """
 
     number: ctypes.Array[ctypes.c_uint64]
 
@@ -896,7 +900,7 @@ class np_frag4_key(ctypes.Structure):
     endpoint: int
     source: ctypes.Array[ctypes.c_uint8]
     destination: ctypes.Array[ctypes.c_uint8]
-    id: int  # the fragments' common identification, as on the wire
+    id: int  # identification of the fragmented packet, as on the wire
     protocol: int
     pad: ctypes.Array[ctypes.c_uint8]
 
@@ -916,7 +920,7 @@ class np_frag6_key(ctypes.Structure):
     endpoint: int
     source: ctypes.Array[ctypes.c_uint8]
     destination: ctypes.Array[ctypes.c_uint8]
-    id: int  # the fragments' common identification, as on the wire
+    id: int  # identification of the fragmented packet, as on the wire
 
     _fields_ = (
         ("endpoint", ctypes.c_uint32),
@@ -935,7 +939,7 @@ class np_frag(ctypes.Structure):
     protocol: int  # of the payload, after any IPv6 extension headers
     icmp_type: int
     icmp_code: int
-    header_units: int  # of 8 bytes: how far the headers reach; a later fragment may not overlap them
+    header_units: int  # end of the headers in units of 8 bytes; a later fragment must not overlap them
 
     _fields_ = (
         ("seen_jiffies", ctypes.c_uint64),
@@ -949,22 +953,22 @@ class np_frag(ctypes.Structure):
 
 
 class np_event(ctypes.Structure):
-    """Always carries what was enforced and what staged policies would have done.
+    """An event.
 
-    Addresses of IPv4 packets are in the first four bytes. Source and destination are those of the flow's first packet
-    as policy sees it.
+    It has the enforced action and what staged policies would have done. Addresses of IPv4 packets are in the first
+    four bytes. Source and destination are those of the flow's first packet as policy sees it.
     """
 
     time_jiffies: int
     rule: int
     staged_rule: int
     log_list: int
-    set: int  # number of the policy set as np_peer_class has it, 0 where none was asked
-    peer_identity: int  # 0 where it was not looked up
+    set: int  # np_set.number; 0 if no policy set was evaluated
+    peer_identity: int  # 0 if it was not looked up
     peer_class: int
     endpoint: int
     ifindex: int
-    own_identity: int  # 0 where it was not looked up
+    own_identity: int  # 0 if it was not looked up
     frame_bytes: int  # Ethernet header included
     source: ctypes.Array[ctypes.c_uint8]
     destination: ctypes.Array[ctypes.c_uint8]
@@ -976,7 +980,7 @@ class np_event(ctypes.Structure):
     direction: int  # enum np_direction
     action: int  # enum np_action
     staged_action: int  # enum np_action
-    ip_version: int  # 4, 6, or 0 when the packet is not IP or malformed
+    ip_version: int  # 4, 6; 0: not IP, or malformed
     protocol: int
     icmp_type: int
     icmp_code: int
@@ -1013,7 +1017,7 @@ class np_event(ctypes.Structure):
 class np_log_limit(ctypes.Structure):
     """``struct np_log_limit``."""
 
-    last_jiffies: int  # when the last event of this log list was let through
+    last_jiffies: int  # when the last event of the log list was written
 
     _fields_ = (
         ("last_jiffies", ctypes.c_uint64),
@@ -1024,14 +1028,14 @@ class np_config(ctypes.Structure):
     """``struct np_config``."""
 
     generation: int  # raised when an allow may have become a deny
-    epoch: int  # raised when an endpoint's row or address changed: what np_ep_cache remembers is void
+    epoch: int  # raised when an endpoint's row or address changed; invalidates np_ep_cache
     flags: int  # enum np_config_flag
     jiffies_per_second: int
-    wildcard: int  # number of the host endpoint of all interfaces, workloads' included; 0: none
-    mark_shift: int  # where a packet to a service has its sender tag, of 16 bits: skb->mark; 0: skb->tc_index
-    seen_mark: int  # bit of skb->mark that says that the program saw the packet come in; 0: it is not to say so
-    node_mark: int  # bit that the node sets in what its own processes send; 0: it does not
-    due_mark: int  # bit that says that no process of the node may get the packet; 0: nobody would look
+    wildcard: int  # number of the wildcard host endpoint, which has all interfaces; 0: none
+    mark_shift: int  # lowest bit of the 16-bit sender tag in skb->mark; 0: the tag is in skb->tc_index
+    seen_mark: int  # bit of skb->mark that proves to the second barrier that a program saw the packet; 0: unused
+    node_mark: int  # bit of skb->mark that the node sets on its own processes' packets; 0: it sets none
+    due_mark: int  # bit of skb->mark: no process of the node may receive the packet; 0: nothing checks it
     pad: int
     timeout_jiffies: ctypes.Array[ctypes.c_uint64]
 
@@ -1054,8 +1058,8 @@ class np_schema(ctypes.Structure):
     """``struct np_schema``."""
 
     version: int  # NP_SCHEMA_VERSION
-    jiffies_per_second: int  # as measured when the maps were made
-    source_digest: ctypes.Array[ctypes.c_uint8]  # SHA-256 of the sources and options of the program that is pinned
+    jiffies_per_second: int  # measured when the maps were made
+    source_digest: ctypes.Array[ctypes.c_uint8]  # SHA-256 of the sources and options of the pinned program
 
     _fields_ = (
         ("version", ctypes.c_uint32),
@@ -1065,17 +1069,17 @@ class np_schema(ctypes.Structure):
 
 
 class np_flow_cache_fact(ctypes.Structure):
-    """What is remembered of a connection's packets in one direction, by the CPU that saw them.
+    """The flow cache's facts about one direction of a connection, for one CPU.
 
-    Valid for one generation, until the table must be asked again.
+    Valid for one generation and until `until_jiffies`.
     """
 
-    ports_be: int  # source and destination, as in the packet
+    ports_be: int  # source and destination port, as in the packet
     ifindex: int
     generation: int  # 0: unused
-    until_jiffies: int  # a second after the table was asked; the lower 32 bits
+    until_jiffies: int  # a second after the connection table was read; low 32 bits
     rule: int
-    sender_tag: int  # of the packets of the connection, 0: none
+    sender_tag: int  # for packets of the connection; 0: none
     protocol: int
     hook: int  # enum np_hook, and NP_FLOW_CACHE_DUE
 
@@ -1122,7 +1126,7 @@ class np_flow_cache6(ctypes.Structure):
 
 
 class np_scratch_words(ctypes.Structure):
-    """What a packet's way through policy needs besides the stack."""
+    """Room for struct np_scratch (np_judge.h)."""
 
     words: ctypes.Array[ctypes.c_uint64]
 
@@ -1132,7 +1136,7 @@ class np_scratch_words(ctypes.Structure):
 
 
 class np_ep_cache(ctypes.Structure):
-    """An endpoint's row by interface, whole and checked, remembered per CPU and direct-mapped; and the last source addresses that turned out to be the workload's own.
+    """An endpoint's row by interface, copied and checked, per CPU and direct-mapped; also the last source addresses that proved to be the workload's own.
 
     Valid for one epoch.
     """
@@ -1142,9 +1146,9 @@ class np_ep_cache(ctypes.Structure):
     number: int
     flags: int
     own4: ctypes.Array[ctypes.c_uint32]  # network order
-    identity4: int  # of own4; 0: none was seen
+    identity4: int  # identity of own4; 0: own4 is unset
     own6: ctypes.Array[ctypes.c_uint32]  # network order
-    identity6: int  # of own6; 0: none was seen
+    identity6: int  # identity of own6; 0: own6 is unset
     link: int  # as in np_endpoint
     ingress: np_set
     egress: np_set
@@ -1282,24 +1286,24 @@ class MapRole(enum.Enum):
     """What a map is for."""
 
     ENDPOINT = "endpoint"  # rows of single endpoints
-    ENDPOINT_CACHE = "endpoint cache"  # per processor, rows of endpoints, for an epoch
+    ENDPOINT_CACHE = "endpoint cache"  # per CPU, rows of endpoints, valid for an epoch
     NODE = "node"  # the node's addresses, tunnels and services
     TABLE = "table"  # the compiled policy, which endpoints share
-    FLOW_CACHE = "flow cache"  # per processor, tuples of established connections, for a generation
+    FLOW_CACHE = "flow cache"  # per CPU, tuples of established connections, valid for a generation
     CONNECTION = "connection"  # connections and first fragments
     COUNTER = "counter"  # packets and bytes
     EVENT = "event"  # what the program reports to the agent
-    CONFIG = "config"  # settings, and what the pins are
+    CONFIG = "config"  # settings, and what the pin directory holds
     SCRATCH = "scratch"  # working memory of one packet
-    CALL = "call"  # the called programs of one program set
+    CALL = "call"  # the programs that one program set tail-calls
 
 
 class MapTrait(enum.Enum):
     """What else holds for a map."""
 
-    PRIVATE = "private"  # no group may read it: it is the secret of the connections' hash, gives it away, or holds packets
+    PRIVATE = "private"  # no group may read it: it is the secret of the conntrack hash, reveals it, or holds packets
     MASKED = "masked"  # a hash chooses the slot, so the number of slots is a power of two
-    RANGED = "ranged"  # masked, and each processor has a range of slots of its own
+    RANGED = "ranged"  # masked, and each CPU has its own range of slots
     CACHED = "cached"  # the endpoint cache has copies of rows, so a change needs a new epoch
     REFERRING = "referring"  # rows name ranges of rows in other maps
     FIXED = "fixed"  # no option sets its size

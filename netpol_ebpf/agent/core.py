@@ -16,6 +16,7 @@ Runs no loop and opens no files or sockets: `netpol_ebpf.agent.main` does, and t
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -31,20 +32,29 @@ from netpol_ebpf.agent.own_interfaces import OwnInterfaces
 from netpol_ebpf.agent.rejected import RejectedChanges
 from netpol_ebpf.agent.repair import Repair
 from netpol_ebpf.agent.settings import AgentSettings
-from netpol_ebpf.apply.events import Event, decode_event
+from netpol_ebpf.apply.events import ProgramEvent, decode_event
 from netpol_ebpf.apply.ledger import Ledger
 from netpol_ebpf.errors import LimitError, Location, MapFullError, Problem
 from netpol_ebpf.policy.types import Changes, EndpointKey
-from netpol_ebpf.sources.source import Source
+from netpol_ebpf.sources.source import ObjectEvent, Source, SourceUpdate
 from netpol_loader.tables.events import EventRecord
 
+CLOSE_S = 15.0
+"""How long a node on which nothing is in force waits for its objects before its workloads are closed; arbitrary, more than a source
+takes to fall back to its saved state."""
+SHOWN = 5
+"""Missing parts of a source that a message names; arbitrary, `status` has them all."""
+NOT_SYNCED = "not-synced"
+TELL_S = 60.0
+"""How often the log says what the agent waits for; arbitrary."""
 log = logging.getLogger(__name__)
 
 
 class Agent:
-    """Keeps enforcement on a node up to date with its objects and interfaces.
+    """Keeps enforcement on a node up to date with its objects and interfaces. `begin` or `start` once, then `step` again and again.
 
-    Call `start` once, then `step` repeatedly. Its parts are read-only for callers.
+    ``is_started``: whether this agent has put a state in force; until then what an earlier one left is in force.  Its parts are for
+    reading.
     """
 
     def __init__(
@@ -80,6 +90,11 @@ class Agent:
         self._node = node
         self._ledger = ledger
         self._clock = clock
+        self.is_started = False
+        self._early: list[ObjectEvent] = []  # events of sources that synced before the others
+        self._early_handovers: list[Handover] = []  # what came before the start
+        self._close_at_s = math.inf
+        self._tell_at_s = math.inf
         self._logged: frozenset[str] = frozenset()  # workloads that policy does not reach, as the log has them
 
     # --- steps ------------------------------------------------------------------------------------------------------
@@ -90,20 +105,83 @@ class Agent:
         Raises LimitError or MapFullError when the objects do not fit, InvalidInputError or UnreachableError when a
         source cannot be read: an unreadable source is not an empty one.  After an error the previous state is in force.
         """
+        self._open()
+        self._take(self.source.sync())
+        self._put_in_force()
+
+    def begin(self) -> None:
+        """As `start`, without waiting for a server: a later `step` puts the objects in force, when the source has all of them.
+
+        Until then what an earlier agent left stays in force.  Where nothing is in force, workloads are closed after `CLOSE_S`.
+        """
+        self._open()
+        update = self.source.begin()
+        self._tell_at_s = self._clock() + CLOSE_S
+        self._close_at_s = math.inf if self._node.attached() else self._tell_at_s
+        if update is not None:
+            self._take(update)
+        self._put_in_force_if_due()
+
+    @property
+    def is_in_force(self) -> bool:
+        """Whether a state that the source gave is in force."""
+        return self.is_started and self.source.has_synced
+
+    @property
+    def keeps_enforcement(self) -> bool:
+        """Whether something is in force, be it what an earlier agent left."""
+        return self.is_started or bool(self._node.attached())
+
+    def _open(self) -> None:
         self._ledger.open()
-        self.objects.handovers.recall()
-        self.objects.take(self.source.sync())
+
+    def _take(self, update: SourceUpdate) -> bool:
+        """Take up an update; False when it was laid aside because the source has not all its objects yet."""
+        if not self.source.has_synced:
+            self._early += update.events
+            self.objects.note_problems(update.problems)
+            return False
+        self.objects.take(SourceUpdate((*self._early, *update.events), update.problems))
+        self._early.clear()
+        return True
+
+    def _put_in_force_if_due(self) -> None:
+        """Before the start: put the objects in force when they are there, or close the workloads when it is time."""
+        if self.source.has_synced:
+            self._put_in_force()
+            return
+        if self._clock() >= self._tell_at_s:
+            self._tell_at_s = self._clock() + TELL_S
+            log.warning("%s", self._not_synced())
+        if self._clock() >= self._close_at_s:
+            self._put_in_force()
+            log.error("%s", self._not_synced())
+
+    def _put_in_force(self) -> None:
         self._take_changes(older=set(self._ledger.numbers.endpoints))
         self.interfaces.recall(self.enforcement.former_workloads(), self._node.attached())
         self.interfaces.look()
-        self.interfaces.forget_stale_handovers()
+        self.interfaces.recall_handovers()
+        for handed in self._early_handovers:  # newer than those of the file
+            self.objects.handovers.add(handed)
         self._take_changes()  # what the interfaces tell of tunnels is in the world already
+        self.interfaces.locate()  # pods that have their addresses by the CNI plugin alone
         self.binder.find_attached()
         self.enforcement.install()
         self.binder.take_over()
+        self.is_started = True
 
-    def step(self) -> list[Event]:
-        """Process all changes that are due; returns the events that the program reported since the last step."""
+    def step(self) -> list[ProgramEvent]:
+        """Do whatever there is to do now; returns the events that the program reported since the last step.
+
+        Before the start it waits for the source. Raises what `start` raises, then.
+        """
+        if not self.is_started:
+            update = self.source.step() if self.source.wait_s() <= 0 else None
+            if update is not None:
+                self._take(update)
+            self._put_in_force_if_due()
+            return []
         self.interfaces.has_looked = False
         self.close_newborn()
         update = None
@@ -115,9 +193,8 @@ class Agent:
             self._look()
             self.binder.forget(gone)
             self.binder.reconcile()
-        if update is not None:
-            self.objects.take(update)
-        if update is not None or self.objects.is_changed:
+        is_news = update is not None and self._take(update)
+        if is_news or self.objects.is_changed:
             self._bring_into_force(self._take_changes())
         elif self.rejected.retry_at_s is not None and self._clock() >= self.rejected.retry_at_s:
             self._bring_into_force(Changes())
@@ -126,8 +203,11 @@ class Agent:
         return self.read_events()
 
     def hand_over(self, handed: Handover) -> None:
-        """Accept a handover of the CNI plugin; the next step applies it, and `missing_for` reports its progress."""
-        self.objects.handovers.add(handed)
+        """Take up what the CNI plugin says of an interface; the next step acts on it, and `missing_for` says how far it is."""
+        if self.is_started:
+            self.objects.handovers.add(handed)
+        else:
+            self._early_handovers.append(handed)
 
     @property
     def has_handovers(self) -> bool:
@@ -136,6 +216,8 @@ class Agent:
 
     def missing_for(self, handed: Handover) -> str:
         """Why policy for an interface that was handed over is not in force yet; empty: it is."""
+        if not self.is_started:
+            return self._not_synced().message
         if not self.interfaces.is_there(handed):
             return f"the node has no interface {handed.name} with its other end where it was said to be"
         missing = self.objects.missing_for(handed)
@@ -156,7 +238,7 @@ class Agent:
         for link in self._node.network.take_born():
             self.binder.close_newborn(link)
 
-    def read_events(self) -> list[Event]:
+    def read_events(self) -> list[ProgramEvent]:
         """The events that the program reported since the last call."""
         records: list[EventRecord] = []
         self._node.read_events(records.append)
@@ -206,14 +288,34 @@ class Agent:
 
     @property
     def problems(self) -> list[Problem]:
-        """Every difference between what the objects say and what is in force on the node."""
+        """Everything that keeps the node from being as the objects say."""
+        if not self.is_started:
+            return [*self.objects.source_problems, self._not_synced()]
         own = self.own_interfaces
         found = [*self.objects.source_problems, *own.problems(self.objects.world.endpoints, self.objects.location)]
         found += [*self.objects.disputes(), *self.binder.problems, *self.attachments.problems, *self.binder.warnings]
         found += [*self.barrier.problems, *self.repair.other_programs]
         found += [one for one in (self.rejected.problem, self.repair.failure, own.no_room) if one is not None]
         found += [*self.interfaces.conflicts(), *self._unenforced(), *self.interfaces.file_problems]
+        if not self.source.has_synced:
+            found.append(self._not_synced())
         return [*found, *self.objects.handovers.problems]
+
+    def _not_synced(self) -> Problem:
+        """What the agent waits for before it applies anything, and what is in force meanwhile."""
+        missing = [
+            f"{one['source']} ({', '.join(one['waiting_for'][:SHOWN])}{', ...' if one['waiting_for'][SHOWN:] else ''})"
+            for one in self.source.report()
+            if not one["synced"]
+        ]
+        if self.is_started:
+            stays = "nothing was in force, so the workloads of this node are closed"
+        elif self.keeps_enforcement:
+            stays = "what an earlier agent put in force stays"
+        else:
+            stays = "nothing is in force yet"
+        message = f"the agent waits for all objects of {' and '.join(missing)}: {stays}, and changes are not applied"
+        return Problem(Location(""), "", message, slug=NOT_SYNCED)
 
     def _unenforced(self) -> list[Problem]:
         """Workloads of this node that policy does not reach as it is written."""

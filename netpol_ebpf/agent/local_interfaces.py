@@ -159,11 +159,12 @@ class LocalInterfaces:
 
     def is_idle(self, key: EndpointKey) -> bool:
         """Whether a local workload has no interface."""
-        return key in self._objects.local and key not in self.located
+        return bool(self.wiring.links) and key in self._objects.local and key not in self.located
 
-    def forget_stale_handovers(self) -> None:
-        """Forget handovers of interfaces that went while no agent ran."""
+    def recall_handovers(self) -> None:
+        """Take up what the CNI plugin said to an earlier agent, of interfaces that are still there."""
         handovers = self._objects.handovers
+        handovers.recall()
         known = [one for pod in handovers.pods for one in handovers.of(pod)]
         handovers.forget([one.ifindex for one in known if not self.is_there(one)])
 

@@ -34,14 +34,17 @@ log = logging.getLogger("netpol-agent")
 class AgentLoop:
     """The agent's loop, pass by pass.
 
-    New interfaces first, then a step when one is due, then at most one answer is begun. ``clock``: seconds.
+    ``when_in_force``: called once, when a state of the source is in force.  ``clock``: seconds.
     """
 
     agent: Any
     node: Any
     ledger: Ledger
     control_socket: ControlSocket
+    when_in_force: Callable[[], None] = lambda: None
     clock: Callable[[], float] = time.monotonic
+    _is_ready: bool = False
+    _is_told: bool = False
     _stepped_s: float = -math.inf
     _is_news: bool = False
     _opened_s: float = -math.inf
@@ -62,12 +65,13 @@ class AgentLoop:
         from netpol_ebpf.agent import report
 
         readable, writable = self.control_socket.descriptors()
-        readable += [wake, self.node.network.fileno()]
-        barrier = self.node.barrier.fileno()
+        # Before the start nothing is done about interfaces: what is in force is what an earlier agent left.
+        network = self.node.network.fileno() if self.agent.is_started else None
+        barrier = self.node.barrier.fileno() if self.agent.is_started else None
         objects = self.agent.source.fileno()
-        readable += [one for one in (barrier, objects) if one is not None]
+        readable += [one for one in (wake, network, barrier, objects) if one is not None]
         woken, _, _ = select.select(readable, writable, [], max(0.0, self._due_s() - self.clock()))
-        if self.node.network.fileno() in woken:
+        if network in woken:
             self.agent.close_newborn()
             self._is_news = True
         if barrier in woken:
@@ -82,10 +86,20 @@ class AgentLoop:
             flows = [event for event in self.agent.step() if isinstance(event, FlowEvent)]
             self.control_socket.publish(report.flow(self.agent, flow) for flow in flows)
             self.ledger.try_again()
+            self.note_progress()
         if not self.control_socket.is_open and self.clock() >= self._opened_s + RETRY_S:
             self.open()
         self.control_socket.poll()
         self._is_news = self._is_news or self.agent.has_handovers
+
+    def note_progress(self) -> None:
+        """Say once that enforcement is in place, and once that the objects are in force."""
+        if not self._is_ready and self.agent.keeps_enforcement:
+            self._is_ready = True
+            notify_ready()
+        if not self._is_told and self.agent.is_in_force:
+            self._is_told = True
+            self.when_in_force()
 
     def _due_s(self) -> float:
         """When the next step is due.
@@ -103,7 +117,7 @@ class AgentLoop:
 def serve(loop: AgentLoop) -> None:
     """Run steps and answers until a signal ends the loop: the endless loop."""
     loop.open()
-    notify_ready()
+    loop.note_progress()
     try:
         with wakened_by(signal.SIGTERM, signal.SIGINT) as (received, wake):
             while not received:
@@ -133,7 +147,7 @@ def wakened_by(*signals: signal.Signals) -> Iterator[tuple[list[int], int]]:
 
 
 def notify_ready() -> None:
-    """Notify a waiting service manager (sd_notify(3)) that policy is in force."""
+    """Tell a service manager that waits for it (sd_notify(3)) that policy is in force, or that workloads are closed."""
     address = os.environ.get("NOTIFY_SOCKET", "")
     if address:
         import socket

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`netpol-agent`: enforces the policies of a directory of manifests on the workloads of this node.
+"""`netpol-agent`: enforces the policies of a cluster, or of a directory of manifests, on the workloads of this node.
 
 Ending it, by whatever signal, leaves enforcement as it is; the next one takes it over.  `netpolctl cleanup` ends enforcement.
 
@@ -25,11 +25,9 @@ from netpol_ebpf.agent import footprint
 from netpol_ebpf.agent.answering import Answer
 from netpol_ebpf.agent.control_socket import SOCKET_NAME, ControlSocket, Wait
 from netpol_ebpf.agent.loop import AgentLoop, serve
+from netpol_ebpf.agent.source_options import NODE_VARIABLE, add_source_options, node_name, plan_source
 from netpol_ebpf.apply.ledger import Ledger
 from netpol_ebpf.errors import InvalidInputError, NetpolError, PlatformError, UnreachableError, UsageError
-from netpol_ebpf.sources.copies import LastGoodCopies
-from netpol_ebpf.sources.directory_watch import DirectoryWatch
-from netpol_ebpf.sources.files import ManifestDirectory
 from netpol_ebpf.terminal import LogFormatter, escaped, paragraph, say
 
 DEFAULT_STATE_DIR = Path("/run/netpol-ebpf")
@@ -49,7 +47,6 @@ LOCK_NAME = "lock"
 LEDGER_NAME = "numbers"
 INTERFACES_NAME = "interfaces"
 HANDOVERS_NAME = "handovers"
-COPIES_NAME = "manifests"
 IN_FORCE = {"in_force": True}
 """The answer that the CNI plugin waits for (cni/agent.c)."""
 
@@ -60,21 +57,20 @@ def build_parser() -> argparse.ArgumentParser:
     """The parser of the command line."""
     parser = argparse.ArgumentParser(
         prog="netpol-agent",
-        description="Enforce the network policies of a directory of manifests on the workloads of this node.",
-        epilog="exit codes: 0 done, 2 usage, 3 invalid manifests (--once), 5 kernel or permission, 70 a bug. "
+        description="Enforce the network policies of a cluster, or of a directory of manifests, on the workloads of this node.",
+        epilog="exit codes: 0 done, 2 usage, 3 invalid objects (--once) or kubeconfig, 4 the API server cannot be read (--once), "
+        "5 kernel, permission or missing package, 70 a bug. "
         "Enforcement outlives the agent; `netpolctl cleanup` ends it.",
     )
     parser.add_argument("--version", action="version", version=f"netpol-agent {__version__}")
-    parser.add_argument(
-        "--manifests", type=Path, required=True, metavar="DIR",
-        help="directory (or file) of Kubernetes objects and policies; the agent watches it for changes",
-    )  # fmt: skip
+    add_source_options(parser)
     parser.add_argument(
         "--node",
         metavar="NAME",
-        help="name of this node: enforce for its pods (spec.nodeName); without the option, for all pods found here",
+        help="name of this node: enforce for its pods (spec.nodeName); default: with --kubernetes, the environment variable "
+        f"{NODE_VARIABLE}; with --manifests alone, enforce for all pods found here",
     )
-    parser.add_argument("--once", action="store_true", help="apply the manifests, then exit; enforcement stays")
+    parser.add_argument("--once", action="store_true", help="apply the objects, then exit; enforcement stays")
     parser.add_argument(
         "--pin-root",
         type=Path,
@@ -215,11 +211,11 @@ def run(arguments: argparse.Namespace) -> int:
     mark_shift = parse_mark(arguments.service_mark)
     pin_root: Path = arguments.pin_root or DEFAULT_PIN_ROOT
     state_dir: Path = arguments.state_dir
-    if not arguments.manifests.exists():
-        raise InvalidInputError(f"--manifests {arguments.manifests}: there is no such directory")
+    node_of_pods = node_name(arguments)
+    open_source = plan_source(arguments, state_dir)
     doctor.require_all(pin_root)
     settings = AgentSettings(
-        node=arguments.node,
+        node=node_of_pods,
         interfaces=tuple(arguments.workload_interfaces),
         own_interfaces=tuple(arguments.own_interfaces),
         borrow_sources=arguments.allow_source_prefixes,
@@ -233,36 +229,41 @@ def run(arguments: argparse.Namespace) -> int:
     )
     os.umask(PRIVATE_UMASK)
     footprint.give_back_large_blocks()
-    source = ManifestDirectory(arguments.manifests, LastGoodCopies(state_dir / COPIES_NAME), watch=open_watch())
     ledger = Ledger(state_dir / LEDGER_NAME)
     kernel_node = KernelNode(pin_root, sizes, group=group, timeouts_s=timeouts_s, plugin_results=arguments.cni_results)
-    closing = contextlib.closing
-    with exclusive(state_dir), claimed(pin_root), kernel_node as node, closing(ledger), closing(source):
+    with exclusive(state_dir), claimed(pin_root), kernel_node as node, contextlib.ExitStack() as stack:
+        stack.callback(ledger.close)
+        source = stack.enter_context(contextlib.closing(open_source(not node.attached())))
         open_to_group(state_dir, pin_root, group)
         agent = Agent(
             settings, node, source, ledger, time.monotonic, state_dir / INTERFACES_NAME, state_dir / HANDOVERS_NAME
         )
-        agent.start()
-        footprint.freeze()
-        log.info(
-            "in force: %d policies; %d of %d local endpoints have their interface; pinned in %s",
-            len(agent.objects.world.policies), len(agent.enforcement.applier.bindings), len(agent.objects.local), node.pin_dir,
-        )  # fmt: skip
+
+        def tell_in_force() -> None:
+            footprint.freeze()
+            log.info(
+                "in force: %d policies; %d of %d local endpoints have their interface; pinned in %s",
+                len(agent.objects.world.policies), len(agent.enforcement.applier.bindings), len(agent.objects.local), node.pin_dir,
+            )  # fmt: skip
+
         if arguments.once:
+            agent.start()
+            tell_in_force()
             slugs = {problem.slug for problem in agent.problems if problem.severity == "error"}
             if "attach" in slugs:
                 return PlatformError.exit_code
             return InvalidInputError.exit_code if slugs else 0
+        agent.begin()
         place = {
             "pid": os.getpid(),
-            "manifests": str(arguments.manifests.resolve()),
+            "manifests": None if arguments.manifests is None else str(arguments.manifests.resolve()),
             "pin_dir": str(node.pin_dir),
             "upgrade": node.upgraded,
         }
         control_socket = ControlSocket(
             state_dir / SOCKET_NAME, answers_of(agent, node, ledger, place), group, waits_of(agent)
         )
-        serve(AgentLoop(agent, node, ledger, control_socket))
+        serve(AgentLoop(agent, node, ledger, control_socket, tell_in_force))
     return 0
 
 
@@ -314,6 +315,10 @@ def answers_of(agent: Any, node: Any, ledger: Ledger, place: Mapping[str, Any]) 
     def asked(answer: Answer) -> Answer:
         def in_child(request: Mapping[str, Any]) -> Any:
             node.barrier.part()
+            if not agent.is_started:
+                raise UnreachableError(
+                    agent.problems[-1].message, hint="Ask again later; `netpolctl status` says more."
+                )
             return answer(request)
 
         return in_child
@@ -321,8 +326,14 @@ def answers_of(agent: Any, node: Any, ledger: Ledger, place: Mapping[str, Any]) 
     def apart(answer: Callable[[], Any]) -> Answer:
         return asked(lambda _request: answer())
 
+    def status(_request: Mapping[str, Any]) -> Any:
+        if not agent.is_started:
+            return report.waiting(agent, place, ledger.problems)
+        node.barrier.part()
+        return report.status(agent, node.maps, place, ledger.problems, node.network.listed_again)
+
     return {
-        "status": apart(lambda: report.status(agent, node.maps, place, ledger.problems, node.network.listed_again)),
+        "status": status,
         "rules": apart(lambda: report.rules(agent, node.maps)),
         "identities": apart(lambda: report.identities(agent)),
         "connections": apart(lambda: report.connections(agent, node.maps)),
@@ -342,14 +353,19 @@ def waits_of(agent: Any, clock: Callable[[], float] = time.monotonic) -> dict[st
         def look() -> Any:
             missing = agent.missing_for(handed)
             if missing and clock() >= deadline_s:
-                raise UnreachableError(
-                    f"{handed.pod} is not under policy within {wait_s} s: {missing}", hint="Try again."
-                )
+                message = f"{handed.pod} is not under policy within {wait_s} s: {missing}"
+                log.warning("the CNI plugin gets no yes: %s", message)
+                raise UnreachableError(message, hint="Try again.")
             return None if missing else IN_FORCE
 
         return look
 
-    return {"attach": attach, "ready": lambda _request: lambda: IN_FORCE}
+    def is_ready() -> Any:
+        if not agent.is_started:
+            raise UnreachableError(agent.problems[-1].message, hint="Try again.")
+        return IN_FORCE
+
+    return {"attach": attach, "ready": lambda _request: is_ready}
 
 
 @contextlib.contextmanager
@@ -369,18 +385,6 @@ def exclusive(state_dir: Path, *, hint: str = IN_USE_HINT) -> Iterator[None]:
         except BlockingIOError as error:
             raise PlatformError(f"another netpol-agent uses {state_dir}", hint=hint) from error
         yield
-
-
-def open_watch() -> DirectoryWatch | None:
-    """An inotify watch for the manifests; None where the user has too many watches.
-
-    Then the agent looks at intervals alone.
-    """
-    try:
-        return DirectoryWatch()
-    except OSError as error:
-        log.warning("cannot use inotify (%s): the agent looks at the manifests by time alone", error.strerror)
-        return None
 
 
 def parse_mark(text: str | None) -> int:

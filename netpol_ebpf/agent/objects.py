@@ -68,17 +68,21 @@ class ClusterObjects:
     # --- changes ----------------------------------------------------------------------------------------------------
 
     def take(self, update: SourceUpdate) -> None:
-        """Process an update, and log the new problems. Nothing of the update is kept: for a cluster it is large."""
-        known = set(self._source_problems)
-        for problem in update.problems:
-            if problem not in known:
-                log.log(logging.ERROR if problem.severity == "error" else logging.WARNING, "%s", problem)
-        self._source_problems = update.problems
+        """Take up what changed, and log the problems that are new. Nothing of the update is kept: for a cluster it is large."""
+        self.note_problems(update.problems)
         for event in update.events:
             if isinstance(event, Upsert):
                 self.derivation.upsert(event.resource, event.key)
             else:
                 self.derivation.remove(*event.key)
+
+    def note_problems(self, problems: tuple[Problem, ...]) -> None:
+        """Take up what the source reports now, and log what is new of it."""
+        known = set(self._source_problems)
+        for problem in problems:
+            if problem not in known:
+                log.log(logging.ERROR if problem.severity == "error" else logging.WARNING, "%s", problem)
+        self._source_problems = problems
 
     def take_changes(self, older: Collection[EndpointKey], is_idle: Callable[[EndpointKey], bool]) -> Changes:
         """What changed since the last call, each address given to the workload that had it first.

@@ -57,6 +57,7 @@ def status(
         "in_force": not any(one["severity"] == "error" for one in problems),
         "generation": agent.enforcement.applier.generation,
         "changes_applied": agent.enforcement.changes_applied,
+        "sources": sources(agent),
         "objects": {
             "policies": len(world.policies),
             "endpoints": len(world.endpoints),
@@ -87,6 +88,24 @@ def status(
             "recent": [{"kind": one.kind, "where": one.where, "was": one.was} for _, one in agent.repair.drift.recent],
         },
     }
+
+
+def waiting(agent: Agent, place: Mapping[str, Any], others: Iterable[Problem] = ()) -> dict[str, Any]:
+    """The state of an agent that has put nothing in force yet. ``waiting``: why. The arguments are those of `status`."""
+    return {
+        "version": __version__,
+        "node": agent.settings.node,
+        **place,
+        "in_force": False,
+        "waiting": agent.problems[-1].message,
+        "sources": sources(agent),
+        "problems": [problem(one) for one in (*agent.problems, *others)],
+    }
+
+
+def sources(agent: Agent) -> list[dict[str, Any]]:
+    """See `Source.report`."""
+    return [dict(one) for one in agent.source.report()]
 
 
 def flow(agent: Agent, event: FlowEvent) -> dict[str, Any]:

@@ -110,11 +110,11 @@ class FlowEvent:
         return plain
 
 
-Event = Union[FlowEvent]
-"""An event of any type; a new type adds a member to the union."""
+ProgramEvent = Union[FlowEvent]
+"""What the program reports; a further type of event is a further member."""
 
 
-def decode_event(record: EventRecord, names: Names) -> Event:
+def decode_event(record: EventRecord, names: Names) -> ProgramEvent:
     """An event with its numbers resolved. ``record``: one that `netpol_loader.tables.events.parse_record` returned."""
     return DECODERS[record.kind](record, names)
 
@@ -175,5 +175,5 @@ def _packet(event: abi.np_event) -> Packet | None:
     )
 
 
-DECODERS: Mapping[int, Callable[[EventRecord, Names], Event]] = dict.fromkeys(FLOW_KIND, decode_flow)
-"""Decoders by type number (``enum np_event_kind``), one for each of `netpol_loader.tables.events.RECORDS`."""
+DECODERS: Mapping[int, Callable[[EventRecord, Names], ProgramEvent]] = dict.fromkeys(FLOW_KIND, decode_flow)
+"""By type number (``enum np_event_kind``), each of `netpol_loader.tables.events.RECORDS`."""

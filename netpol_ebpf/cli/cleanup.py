@@ -16,7 +16,6 @@ from typing import Any
 
 from netpol_ebpf.agent.control_socket import SOCKET_NAME
 from netpol_ebpf.agent.main import (
-    COPIES_NAME,
     DEFAULT_STATE_DIR,
     HANDOVERS_NAME,
     INTERFACES_NAME,
@@ -24,6 +23,7 @@ from netpol_ebpf.agent.main import (
     LOCK_NAME,
     exclusive,
 )
+from netpol_ebpf.agent.source_options import COPIES_NAME, DEFAULT_SAVED_STATE
 from netpol_ebpf.apply.records import DAMAGED_SUFFIX
 from netpol_ebpf.cli.cni import add_directory_options
 from netpol_ebpf.cli.output import add_output_option, print_value
@@ -47,6 +47,10 @@ def register(subparsers: Any) -> None:
     parser.add_argument(
         "--state-dir", type=Path, default=DEFAULT_STATE_DIR, metavar="DIR",
         help=f"the agent's --state-dir (default: {DEFAULT_STATE_DIR})",
+    )  # fmt: skip
+    parser.add_argument(
+        "--saved-state", type=Path, metavar="FILE",
+        help=f"the agent's --saved-state (default: {DEFAULT_SAVED_STATE}, for the agent with the default state directory)",
     )  # fmt: skip
     add_directory_options(parser, "cni-")
     add_output_option(parser)
@@ -86,6 +90,11 @@ def _clean(arguments: argparse.Namespace) -> int:
             for path in kept_files()
         ]
     leftovers += [Leftover("state", str(path), lambda path=path: _delete(path)) for path in _state(arguments.state_dir)]  # type: ignore[misc]
+    saved: Path | None = arguments.saved_state
+    if saved is None and arguments.state_dir == DEFAULT_STATE_DIR:
+        saved = DEFAULT_SAVED_STATE
+    if saved is not None:
+        leftovers += [Leftover("state", str(path), lambda path=path: _delete(path)) for path in _saved(saved)]  # type: ignore[misc]
     failures: list[str] = []
     plain: list[dict[str, Any]] = []
     is_text = arguments.output in ("text", "wide")
@@ -130,6 +139,14 @@ def _state(state_dir: Path) -> Iterator[Path]:
     yield from present
     if state_dir.is_dir() and set(state_dir.iterdir()) <= set(present):
         yield state_dir
+
+
+def _saved(path: Path) -> Iterator[Path]:
+    """The saved state of the cluster and its draft, then the directory if it has no other files and is the default one."""
+    present = [one for one in (path, path.with_suffix(".draft")) if one.exists()]
+    yield from present
+    if path == DEFAULT_SAVED_STATE and path.parent.is_dir() and set(path.parent.iterdir()) <= set(present):
+        yield path.parent
 
 
 def _delete(path: Path) -> None:

@@ -41,7 +41,7 @@ MOST_SOCKET_BYTES = 107
 
 log = logging.getLogger("netpolctl")
 
-Signature = list[tuple[str, int, int, int]]
+FileState = list[tuple[str, int, int, int]]
 
 
 def register(subparsers: Any) -> None:
@@ -111,7 +111,7 @@ def run_install(arguments: argparse.Namespace) -> int:
 
     if arguments.follow:
         with wakened_by(signal.SIGTERM, signal.SIGINT) as (received, wake):
-            follower = Follower(arguments.bin_dir, arguments.conf_dir, put)
+            follower = ConfigurationKeeper(arguments.bin_dir, arguments.conf_dir, put)
             while not received:
                 for path in follower.look():
                     say(escaped(f"written {path}"))
@@ -126,12 +126,12 @@ def run_install(arguments: argparse.Namespace) -> int:
     return 0
 
 
-class Follower:
+class ConfigurationKeeper:
     """Does it again when something in the directories has changed; what fails is told once, and tried again with every look."""
 
     def __init__(self, bin_dir: Path, conf_dir: Path, put: Callable[[], list[Path]]) -> None:
         self._bin_dir, self._conf_dir, self._put = bin_dir, conf_dir, put
-        self._seen: Signature | None = None
+        self._seen: FileState | None = None
         self._told = ""
 
     def look(self) -> list[Path]:
@@ -151,7 +151,7 @@ class Follower:
             self._seen = seen
         return written
 
-    def _look(self) -> Signature:
+    def _look(self) -> FileState:
         paths = [self._bin_dir / TYPE]
         if self._conf_dir.is_dir():
             paths += sorted(path for path in self._conf_dir.iterdir() if path.suffix in (LIST, *SINGLE))

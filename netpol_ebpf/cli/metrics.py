@@ -64,8 +64,11 @@ def register(subparsers: Any) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Run the command; returns the exit code."""
     (state,) = ask_agent(arguments, "status")
-    (rules,) = ask_agent(arguments, "rules")
-    found = list(families(state, rules))
+    if "waiting" in state:  # nothing that this agent could count is in force
+        found = list(_sources(state))
+    else:
+        (rules,) = ask_agent(arguments, "rules")
+        found = list(families(state, rules))
     if not print_value(arguments.output, [one.as_dict() for one in found]):
         print(render(found), end="")
     return 0
@@ -73,6 +76,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def families(state: Mapping[str, Any], rules: Iterable[Mapping[str, Any]]) -> Iterator[Family]:
     """Yield every metric. ``state``, ``rules``: the agent's answers to ``status`` and ``rules``."""
+    yield from _sources(state)
     yield from _enforcement(state)
     yield from _packets(state["packets"], list(rules))
     yield from _maps(state["maps"], state["refused"])
@@ -97,11 +101,30 @@ def families(state: Mapping[str, Any], rules: Iterable[Mapping[str, Any]]) -> It
     )
 
 
-def _enforcement(state: Mapping[str, Any]) -> Iterator[Family]:
-    objects = state["objects"]
+def _sources(state: Mapping[str, Any]) -> Iterator[Family]:
     labels = {"version": state["version"], "node": state["node"] or ""}
     yield Family("netpol_agent_info", "gauge", "The agent that answered.", ((labels, 1),))
-    yield _one("netpol_in_force", "gauge", "1 when everything in the manifests is in force.", int(state["in_force"]))
+    yield _one(
+        "netpol_in_force", "gauge", "1 when everything that the sources say is in force.", int(state["in_force"])
+    )
+    sources = state.get("sources", ())
+    yield Family(
+        "netpol_source_synced", "gauge", "1 when the agent has all objects of a source.",
+        tuple(({"type": one["type"], "source": one["source"]}, int(one["synced"])) for one in sources),
+    )  # fmt: skip
+    yield Family(
+        "netpol_source_cut_off", "gauge", "1 when the API server of a cluster confirms nothing any more.",
+        tuple(({"source": one["source"]}, int(one["cut_off"])) for one in sources if "cut_off" in one),
+    )  # fmt: skip
+    problems = Counter((one["severity"], one["slug"]) for one in state["problems"])
+    yield Family(
+        "netpol_problems", "gauge", "Problems that keep the node from enforcing what the sources say, by kind.",
+        tuple(({"severity": severity, "kind": slug}, count) for (severity, slug), count in sorted(problems.items())),
+    )  # fmt: skip
+
+
+def _enforcement(state: Mapping[str, Any]) -> Iterator[Family]:
+    objects = state["objects"]
     yield _one(
         "netpol_generation",
         "gauge",
@@ -109,7 +132,7 @@ def _enforcement(state: Mapping[str, Any]) -> Iterator[Family]:
         state["generation"],
     )
     yield _one("netpol_changes_applied_total", "counter", "Changes that this agent applied.", state["changes_applied"])
-    yield _one("netpol_policies", "gauge", "Policies in the manifests.", objects["policies"])
+    yield _one("netpol_policies", "gauge", "Policies that the sources have.", objects["policies"])
     yield Family(
         "netpol_local_endpoints", "gauge", "Workloads of this node, by state: enforced, or waiting for their interface.",
         tuple(
@@ -125,11 +148,6 @@ def _enforcement(state: Mapping[str, Any]) -> Iterator[Family]:
         "Workload interfaces without a known endpoint; all of their traffic is denied.",
         closed,
     )
-    problems = Counter((one["severity"], one["slug"]) for one in state["problems"])
-    yield Family(
-        "netpol_problems", "gauge", "Problems that keep the node from enforcing what the manifests say, by kind.",
-        tuple(({"severity": severity, "kind": slug}, count) for (severity, slug), count in sorted(problems.items())),
-    )  # fmt: skip
 
 
 def _packets(packets: Mapping[str, int], rules: list[Mapping[str, Any]]) -> Iterator[Family]:

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """`netpolctl status`: show what the agent of this node enforces, on which interfaces, and every problem.
 
-Exit codes: 0 everything in the manifests is in force, 1 something is not, 4 no agent answers.
+Exit codes: 0 everything that the sources say is in force, 1 something is not, 4 no agent answers.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from typing import Any
 
 from netpol_ebpf.cli.agent_access import add_state_dir_option, ask_agent
@@ -14,6 +15,8 @@ from netpol_ebpf.cli.output import add_output_option, counted, print_value, rend
 from netpol_ebpf.terminal import escaped, paragraph, say
 
 EXIT_NOT_IN_FORCE = 1
+FOLLOWED = frozenset({"watching", "not installed"})
+"""States of a kind of a cluster that are as they must be."""
 _UNKNOWN = {"closed": "closed (no known endpoint)", "own": "the node's own"}
 
 
@@ -21,9 +24,9 @@ def register(subparsers: Any) -> None:
     """Add the command to the parser of `netpolctl`."""
     parser: argparse.ArgumentParser = subparsers.add_parser(
         "status",
-        help="show what the agent of this node enforces, and every problem",
+        help="show what the agent of this node enforces, its sources, and every problem",
         description="Show what the agent of this node enforces, on which interfaces, and what keeps it from enforcing the rest.",
-        epilog="exit codes: 0 everything in the manifests is in force, 1 something is not, 4 no agent answers",
+        epilog="exit codes: 0 everything that the sources say is in force, 1 something is not, 4 no agent answers",
     )
     add_state_dir_option(parser)
     add_output_option(parser)
@@ -39,9 +42,51 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _print_text(state: dict[str, Any], *, wide: bool) -> None:
-    objects = state["objects"]
     say(escaped(f"agent      {state['version']}, process {state['pid']}, node {state['node'] or '(any)'}"))
-    say(escaped(f"manifests  {state['manifests']}: {objects['policies']} policies, {objects['endpoints']} endpoints"))
+    for one in state.get("sources", ()):
+        say(escaped(f"source     {_source(one)}"))
+    if "waiting" in state:
+        say(escaped(f"pinned in  {state['pin_dir']}"))
+        say("in force   NO, see the problems below")
+    else:
+        _print_enforcement(state, wide=wide)
+    for one in state.get("sources", ()):
+        _print_kinds(one.get("kinds", ()), wide=wide)
+    if state["problems"]:
+        say()
+        for one in state["problems"]:
+            place = f"{one['file']}:{one['line']}: " if one["line"] else f"{one['file']}: " if one["file"] else ""
+            subject = "".join(f"{part}: " for part in (one["object"], one["path"]) if part)
+            say(paragraph(f"{one['severity']}: {place}{subject}{one['message']}"))
+
+
+def _source(source: dict[str, Any]) -> str:
+    """Render the state of a source of objects."""
+    parts = ["synced" if source["synced"] else f"waits for {', '.join(source['waiting_for'])}"]
+    if source.get("restored"):
+        parts = [f"NOT READ, the state saved at {source['stale_since']} is in force"]
+    elif source.get("cut_off"):
+        parts.append(f"CUT OFF, later changes than of {source['stale_since'] or 'the start'} may be missing")
+    elif source.get("confirmed"):
+        parts.append(f"confirmed at {source['confirmed']}")
+    return f"{source['type']} {source['source']}: {'; '.join(parts)}"
+
+
+def _print_kinds(kinds: Sequence[dict[str, Any]], *, wide: bool) -> None:
+    """Print what the source does about each kind, or about those alone that it does not follow; none of an absent kind is kept."""
+    rows = [
+        (one["kind"], one["state"], one["objects"], one["kept"] or "-", one["resource_version"] or "-")
+        for one in kinds
+        if wide or one["kept"] or not one["is_synced"] or one["state"] not in FOLLOWED
+    ]
+    if rows:
+        say()
+        say(render_table(("kind", "state", "objects", "kept though deleted", "resourceVersion"), rows))
+
+
+def _print_enforcement(state: dict[str, Any], *, wide: bool) -> None:
+    objects = state["objects"]
+    say(escaped(f"objects    {objects['policies']} policies, {objects['endpoints']} endpoints"))
     if objects.get("skipped"):  # an agent of an older version does not count them
         say(escaped(f"skipped    objects of other kinds: {counted(objects['skipped'])}"))
     say(escaped(f"pinned in  {state['pin_dir']}, generation {state['generation']}"))
@@ -97,12 +142,6 @@ def _print_text(state: dict[str, Any], *, wide: bool) -> None:
                 ("connection state", "time-out"), [(name, f"{one:g} s") for name, one in state["timeouts"].items()]
             )
         )
-    if state["problems"]:
-        say()
-        for one in state["problems"]:
-            place = f"{one['file']}:{one['line']}: " if one["line"] else f"{one['file']}: " if one["file"] else ""
-            subject = "".join(f"{part}: " for part in (one["object"], one["path"]) if part)
-            say(paragraph(f"{one['severity']}: {place}{subject}{one['message']}"))
 
 
 def _isolation(policies: list[str]) -> str:

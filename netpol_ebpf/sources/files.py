@@ -34,6 +34,7 @@ from dataclasses import dataclass, field, replace
 from heapq import nsmallest
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from netpol_ebpf.errors import InvalidInputError, Location, Problem
 from netpol_ebpf.policy.translate import ResourceKey, key_of
@@ -42,7 +43,7 @@ from netpol_ebpf.resources.types import Resource
 from netpol_ebpf.sources.copies import LastGoodCopies
 from netpol_ebpf.sources.directory_watch import DirectoryWatch
 from netpol_ebpf.sources.reading import Reading, ReadResult, ReadTask, can_read_in_place, read, unreadable
-from netpol_ebpf.sources.source import Event, Remove, SourceUpdate, Upsert
+from netpol_ebpf.sources.source import ObjectEvent, Remove, SourceUpdate, Upsert
 
 log = logging.getLogger(__name__)
 
@@ -148,11 +149,8 @@ class _MergedFiles:
     homes: dict[ResourceKey, ObjectPosition] = field(default_factory=dict)
     others: dict[ResourceKey, list[ObjectPosition]] = field(default_factory=dict)
 
-    def replace(self, files: Mapping[str, tuple[str, tuple[Resource, ...]]]) -> tuple[Event, ...]:
-        """Replace the objects of files, by name with version and objects, none for a file that is gone.
-
-        Removals come first; each part is in file order.
-        """
+    def replace(self, files: Mapping[str, tuple[str, tuple[Resource, ...]]]) -> tuple[ObjectEvent, ...]:
+        """Take up files given as name to version and objects, none for one that went. Removals come first; each part in file order."""
         was: dict[ResourceKey, tuple[ObjectPosition, Resource, str] | None] = {}
         for name in files:
             for number, resource in enumerate(self.given.get(name, _NOTHING)[1]):
@@ -168,8 +166,8 @@ class _MergedFiles:
                 key = key_of(resource)
                 was.setdefault(key, self._first(key))
                 self._claim(key, (resource.meta.is_stored, name, number))
-        removals: list[tuple[ObjectPosition, Event]] = []
-        upserts: list[tuple[ObjectPosition, Event]] = []
+        removals: list[tuple[ObjectPosition, ObjectEvent]] = []
+        upserts: list[tuple[ObjectPosition, ObjectEvent]] = []
         for key, old in was.items():
             new = self._first(key)
             if new is None:
@@ -303,6 +301,17 @@ class ManifestDirectory:
             message = f"only the first {MOST_TOLD} problems of the manifests are reported; there are more"
             found[MOST_TOLD:] = [Problem(Location(str(self.root)), "", message, slug="more")]
         return tuple(found)
+
+    def begin(self) -> SourceUpdate:
+        """See `Source`. The same as `sync`: files are there, or are not."""
+        return self.sync()
+
+    def report(self) -> tuple[Mapping[str, Any], ...]:
+        """See `Source`."""
+        waiting_for = () if self.has_synced else ("its files",)
+        return (
+            {"source": self.name, "type": "manifests", "synced": self.has_synced, "waiting_for": list(waiting_for)},
+        )
 
     def sync(self) -> SourceUpdate:
         """See `Source`. Waits until all files are read, without a time limit."""
@@ -510,8 +519,8 @@ class ManifestDirectory:
             )
             yield Problem(Location(str(self.root)), "", message, severity="warning", slug="reading")
 
-    def _take_up(self, pending: _Pending, outcomes: Iterator[tuple[ReadTask, ReadResult]]) -> tuple[Event, ...]:
-        """Replace the states of the files that were read, and forget files that are gone; returns the changed objects."""
+    def _take_up(self, pending: _Pending, outcomes: Iterator[tuple[ReadTask, ReadResult]]) -> tuple[ObjectEvent, ...]:
+        """Take over what was read and forget what went; what that makes of the objects."""
         scan = pending.scan
         for name in self._taken.keys() - scan.files.keys():
             self._unmerged.add(name)
@@ -609,7 +618,7 @@ class ManifestDirectory:
     def _path(self, name: str) -> Path:
         return self.root / name if name else self.root
 
-    def _batch(self, events: tuple[Event, ...]) -> SourceUpdate | None:
+    def _batch(self, events: tuple[ObjectEvent, ...]) -> SourceUpdate | None:
         problems = self.problems
         if self._started and not events and problems == self._reported:
             return None

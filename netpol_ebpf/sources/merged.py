@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import select
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 from netpol_ebpf.errors import Problem
 from netpol_ebpf.policy.translate import ResourceKey
 from netpol_ebpf.resources.manifest_files import never_pause
-from netpol_ebpf.sources.source import Event, Remove, Source, SourceUpdate, Upsert
+from netpol_ebpf.sources.source import ObjectEvent, Remove, Source, SourceUpdate, Upsert
 
 SHOWN = 1000
 """Largest number of reported objects that several sources have, the first by key; arbitrary."""
@@ -62,6 +63,15 @@ class MergedSources:
         """Problems of all sources in order, then one for each object that another source overrides."""
         return (*(problem for one in self._sources for problem in one.problems), *self._duplicates())
 
+    def begin(self) -> SourceUpdate | None:
+        """See `Source`."""
+        updates = {number: one.begin() for number, one in enumerate(self._sources)}
+        return self._update(self._merge({number: one.events for number, one in updates.items() if one is not None}))
+
+    def report(self) -> tuple[Mapping[str, Any], ...]:
+        """See `Source`."""
+        return tuple(part for one in self._sources for part in one.report())
+
     def sync(self) -> SourceUpdate:
         """See `Source`. Raises the error of the first source that cannot be read."""
         updates = [one.sync() for one in self._sources]
@@ -98,11 +108,8 @@ class MergedSources:
             raise AssertionError("no source has a descriptor")
         return self._epoll
 
-    def _merge(self, reported: dict[int, Sequence[Event]]) -> tuple[Event, ...]:
-        """The changes of the merged objects, removals first.
-
-        Cost: linear in the events, and in the objects of a source that has just synced.
-        """
+    def _merge(self, reported: dict[int, Sequence[ObjectEvent]]) -> tuple[ObjectEvent, ...]:
+        """What becomes of the merged objects, removals first. Cost: linear in the events, and in the objects of a source that has just synced."""
         touched: dict[ResourceKey, None] = {}
         for number, events in reported.items():
             objects = self._objects[number]
@@ -116,8 +123,8 @@ class MergedSources:
             if one.has_synced and number not in self._merged:
                 self._merged.add(number)
                 touched |= dict.fromkeys(self._objects[number])
-        removals: list[Event] = []
-        upserts: list[Event] = []
+        removals: list[ObjectEvent] = []
+        upserts: list[ObjectEvent] = []
         for key in touched:
             before = self._winners.pop(key, None)
             having = [number for number in sorted(self._merged) if key in self._objects[number]]
@@ -143,7 +150,7 @@ class MergedSources:
                     )
                     yield Problem(loser.resource.meta.location, "", message, obj=str(key), slug="duplicate")
 
-    def _update(self, events: tuple[Event, ...]) -> SourceUpdate | None:
+    def _update(self, events: tuple[ObjectEvent, ...]) -> SourceUpdate | None:
         problems = self.problems
         if not events and problems == self._reported:
             return None

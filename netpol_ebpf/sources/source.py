@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol, Union
+from typing import Any, Protocol, Union
 
 from netpol_ebpf.errors import Problem
 from netpol_ebpf.policy.translate import ResourceKey
@@ -42,7 +42,7 @@ class Remove:
     version: str
 
 
-Event = Union[Upsert, Remove]
+ObjectEvent = Union[Upsert, Remove]
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,12 +52,12 @@ class SourceUpdate:
     A problem names its object (kind/namespace/name), or its file and line.
     """
 
-    events: tuple[Event, ...]
+    events: tuple[ObjectEvent, ...]
     problems: tuple[Problem, ...]
 
 
 class Source(Protocol):
-    """A source of objects. The agent calls `sync` once, then `step` whenever `wait_s` is 0."""
+    """A source of objects. The agent calls `begin` or `sync` once, then `step` whenever `wait_s` is 0."""
 
     @property
     def name(self) -> str:
@@ -65,7 +65,7 @@ class Source(Protocol):
 
     @property
     def has_synced(self) -> bool:
-        """Whether `sync` or `step` has returned all objects of the source at least once. It never becomes False again.
+        """Whether `begin`, `sync` or `step` has returned all objects of the source at least once. It never becomes False again.
 
         It becomes True with the update that completes them, not before the agent has that update.
         """
@@ -78,11 +78,24 @@ class Source(Protocol):
     def problems(self) -> tuple[Problem, ...]:
         """All present problems of the source."""
 
+    def begin(self) -> SourceUpdate | None:
+        """Begin to read, and return what is known without waiting for a server; the rest comes with `step`.
+
+        Raises InvalidInputError when the source cannot be read at all.
+        """
+
     def sync(self) -> SourceUpdate:
-        """Wait until the source has all its objects, and return them.
+        """Begin, and wait until the source has all its objects, and return them.
 
         Raises InvalidInputError or UnreachableError when the source cannot be read: then nothing is known, which is not the same as no
         objects.
+        """
+
+    def report(self) -> tuple[Mapping[str, Any], ...]:
+        """What ``status`` shows of each source in this one, as values that JSON can hold.
+
+        ``source``: its name; ``type``; ``synced``; ``waiting_for``: what is missing until it has synced.  Takes no lock: a fork of the
+        agent calls it, in which no other thread runs that could give one back.
         """
 
     def fileno(self) -> int | None:

@@ -26,6 +26,7 @@ from netpol_ebpf.sources.source import Upsert  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
 DEADLINE_S = 120.0
+ADMINISTRATOR = Credentials({"Authorization": f"Bearer {TOKEN}"})
 TIERS = "tiers.projectcalico.org"
 DEFINITION = f"/apis/apiextensions.k8s.io/v1/customresourcedefinitions/{TIERS}"
 
@@ -276,3 +277,21 @@ def test_restored_backup_is_noticed(own_server: OwnServer, followed: KubernetesS
     assert {one[0] for one in gone if "lost-" in one} == {"-"}
     own_server.create(tier("after"))
     assert "+Tier/after" in take(followed, lambda found: "+Tier/after" in found)
+
+
+def test_server_without_lists_by_stream(tmp_path: Path) -> None:
+    """It refuses them, and the kinds are listed in pages."""
+    programs = Path(os.environ["KUBE_APISERVER"]), Path(os.environ["ETCD"])
+    other = Server(*programs, tmp_path, flags=["--feature-gates=WatchList=false"])
+    made = KubernetesSource(Cluster(cluster(other).server, other._authority.read_bytes, lambda _refused: ADMINISTRATOR))
+    try:
+        made.sync()
+        assert made.problems == ()
+        listed = [watcher for watcher in made.watchers.values() if watcher.state is watching.State.WATCHING]
+        assert len(listed) == 7
+        assert not any(watcher._streams for watcher in listed)
+        assert other.create({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": "new"}}).status == 201
+        assert "+Namespace/new" in take(made, lambda found: "+Namespace/new" in found)
+    finally:
+        made.close()
+        other.close()

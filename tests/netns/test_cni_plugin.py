@@ -323,7 +323,7 @@ def test_no_agent(node: Plugged, posture: str) -> None:
     """Without an agent ADD fails, and succeeds where the configuration says so; the interface that is there is closed or unseen."""
     node.configure(timeout=1, posture=posture)
     one = node.sandbox("alone")
-    node.scene.stop()
+    node.scene.kill()
     if posture == "open":
         node.plugins.add(one)
         return
@@ -405,7 +405,7 @@ def test_check_gc_and_status(node: Plugged) -> None:
     with pytest.raises(CniError) as caught:
         node.plugins.call_last("CHECK", one, timeout=1)
     assert caught.value.error["code"] == 11
-    node.scene.stop()
+    node.scene.kill()
     with pytest.raises(CniError) as caught:
         node.plugins.call_last("STATUS", one, version="1.1.0")
     assert caught.value.error["code"] == 50

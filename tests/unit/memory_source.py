@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from netpol_ebpf.errors import Problem
 from netpol_ebpf.policy.translate import ResourceKey, key_of
 from netpol_ebpf.resources.load import parse_documents
-from netpol_ebpf.sources.source import Event, Remove, SourceUpdate, Upsert
+from netpol_ebpf.sources.source import ObjectEvent, Remove, SourceUpdate, Upsert
 
 
 def upsert(name: str, source: str, state: int = 0) -> Upsert:
@@ -25,7 +25,7 @@ class MemorySource:
     """``batches``: what the next steps return, () included; ``syncs_after``: number of batches until all objects are known."""
 
     name: str
-    batches: list[Sequence[Event]] = field(default_factory=list)
+    batches: list[Sequence[ObjectEvent]] = field(default_factory=list)
     syncs_after: int = 0
     problems: tuple[Problem, ...] = ()
     skipped: dict[str, int] = field(default_factory=dict)
@@ -40,8 +40,15 @@ class MemorySource:
     def has_synced(self) -> bool:
         return self._steps >= self.syncs_after
 
+    def begin(self) -> SourceUpdate | None:
+        return self.step() if self.batches else None
+
+    def report(self) -> tuple[dict[str, object], ...]:
+        waiting_for = [] if self.has_synced else ["objects"]
+        return ({"source": self.name, "type": "memory", "synced": self.has_synced, "waiting_for": waiting_for},)
+
     def sync(self) -> SourceUpdate:
-        events: list[Event] = []
+        events: list[ObjectEvent] = []
         while not self.has_synced:
             update = self.step()
             events += update.events if update is not None else ()

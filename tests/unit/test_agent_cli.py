@@ -21,6 +21,7 @@ import yaml
 from netpol_ebpf.agent import loop as agent_loop
 from netpol_ebpf.agent import main as agent_main
 from netpol_ebpf.agent.control_socket import SOCKET_NAME, connect
+from netpol_ebpf.agent.source_options import COPIES_NAME
 from netpol_ebpf.cli import main as cli
 from netpol_ebpf.cli.main import main
 from netpol_ebpf.errors import PlatformError, UsageError
@@ -316,6 +317,80 @@ def test_status_with_problems_is_exit_1(
     assert yaml.safe_load(capsys.readouterr().out)["problems"] == [PROBLEM]
 
 
+SOURCES: list[dict[str, Any]] = [
+    {"source": "https://api:6443", "type": "kubernetes", "synced": True, "waiting_for": [], "restored": False, "confirmed": "2026-01-02T03:04:05Z",
+     "cut_off": False, "stale_since": None, "kinds": [
+        {"kind": "pods", "state": "watching", "is_synced": True, "objects": 7, "kept": 0, "resource_version": "99"},
+        {"kind": "tiers.projectcalico.org", "state": "definition deleted", "is_synced": True, "objects": 3, "kept": 2, "resource_version": ""},
+        {"kind": "nodes", "state": "waiting to retry", "is_synced": True, "objects": 2, "kept": 0, "resource_version": "98"},
+     ]},
+    {"source": "/m", "type": "manifests", "synced": True, "waiting_for": []},
+]  # fmt: skip
+
+
+def test_status_shows_each_source_and_what_is_not_followed(
+    agent: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A kind that is watched is named with -o wide alone; deleted definitions with the number of objects that stay."""
+    agent["status"]["sources"] = SOURCES
+    assert run(tmp_path, "status") == 0
+    shown = capsys.readouterr().out
+    lines = shown.splitlines()
+    assert "source     kubernetes https://api:6443: synced; confirmed at 2026-01-02T03:04:05Z" in lines
+    assert "source     manifests /m: synced" in lines
+    cells = [line.split() for line in lines]
+    assert ["tiers.projectcalico.org", "definition", "deleted", "3", "2", "-"] in cells
+    assert ["nodes", "waiting", "to", "retry", "2", "-", "98"] in cells
+    assert "pods" not in shown
+    assert run(tmp_path, "status", "-o", "wide") == 0
+    assert ["pods", "watching", "7", "-", "99"] in [line.split() for line in capsys.readouterr().out.splitlines()]
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"synced": False, "waiting_for": ["pods", "nodes"]}, "waits for pods, nodes"),
+        ({"cut_off": True, "stale_since": "2026-01-02T03:04:05Z"}, "CUT OFF, later changes than of 2026-01-02T03:04:05Z may be missing"),
+        ({"cut_off": True, "confirmed": None}, "CUT OFF, later changes than of the start may be missing"),
+        ({"restored": True, "stale_since": "2025-12-31T00:00:00Z"}, "NOT READ, the state saved at 2025-12-31T00:00:00Z is in force"),
+    ],
+)  # fmt: skip
+def test_status_says_since_when_a_cluster_is_stale(
+    agent: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str], changed: dict[str, Any], said: str
+) -> None:
+    """In one line, beside the source's name."""
+    agent["status"]["sources"] = [{**SOURCES[0], **changed}]
+    run(tmp_path, "status")
+    (line,) = (one for one in capsys.readouterr().out.splitlines() if one.startswith("source"))
+    assert said in line
+
+
+def test_status_of_an_agent_that_waits_is_exit_1(
+    agent: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It has sources and problems and nothing else; metrics are those that hold without enforcement."""
+    missing = {**SOURCES[0], "synced": False, "waiting_for": ["nodes"], "cut_off": True}
+    agent["status"] = {
+        "version": "1", "pid": 7, "node": "n", "manifests": None, "pin_dir": "/p", "upgrade": "", "in_force": False, "waiting": "it waits",
+        "sources": [missing], "problems": [{**PROBLEM, "file": "", "line": 0, "object": "", "path": "", "slug": "not-synced"}],
+    }  # fmt: skip
+    assert run(tmp_path, "status") == 1
+    shown = capsys.readouterr().out
+    assert "waits for nodes" in shown
+    assert "error: is wrong" in shown
+    assert run(tmp_path, "status", "-o", "json") == 1
+    assert json.loads(capsys.readouterr().out)["waiting"] == "it waits"
+    assert run(tmp_path, "metrics") == 0
+    lines = capsys.readouterr().out.splitlines()
+    for line in (
+        "netpol_in_force 0",
+        'netpol_source_synced{type="kubernetes",source="https://api:6443"} 0',
+        'netpol_source_cut_off{source="https://api:6443"} 1',
+        'netpol_problems{severity="error",kind="not-synced"} 1',
+    ):
+        assert line in lines
+
+
 def test_no_agent_is_exit_4(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Every command that asks an agent says so when none answers."""
     for command in (["status"], ["flows"], ["get", "rules"]):
@@ -482,8 +557,8 @@ def as_root(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_cleanup_removes_the_agent_s_state_and_nothing_else(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """What an agent keeps is removed by name; a file of others stays, and so does its directory."""
     state = tmp_path / "state"
-    (state / agent_main.COPIES_NAME).mkdir(parents=True)
-    (state / agent_main.COPIES_NAME / "copy").touch()
+    (state / COPIES_NAME).mkdir(parents=True)
+    (state / COPIES_NAME / "copy").touch()
     (state / agent_main.LEDGER_NAME).touch()
     (state / "mine").touch()
     arguments = ["cleanup", "--pin-root", str(tmp_path / "no-pins"), "--state-dir", str(state)]
@@ -492,7 +567,7 @@ def test_cleanup_removes_the_agent_s_state_and_nothing_else(tmp_path: Path, caps
     assert (state / agent_main.LEDGER_NAME).exists()
     assert main([*arguments, "-o", "json"]) == 0
     assert {Path(one["name"]).name for one in json.loads(capsys.readouterr().out)} == {
-        agent_main.COPIES_NAME, agent_main.LEDGER_NAME, agent_main.LOCK_NAME,
+        COPIES_NAME, agent_main.LEDGER_NAME, agent_main.LOCK_NAME,
     }  # fmt: skip
     assert [path.name for path in state.iterdir()] == ["mine"]
     (state / "mine").unlink()
@@ -501,6 +576,17 @@ def test_cleanup_removes_the_agent_s_state_and_nothing_else(tmp_path: Path, caps
     capsys.readouterr()
     assert main(arguments) == 0
     assert capsys.readouterr().out == "nothing to remove\n"
+
+
+@pytest.mark.usefixtures("as_root")
+def test_cleanup_removes_the_saved_state_of_the_cluster(tmp_path: Path) -> None:
+    """And what a write left that was ended in the middle; the directory is the user's."""
+    for name in ("cluster", "cluster.draft", "mine"):
+        (tmp_path / "kept" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "kept" / name).touch()
+    options = ["--pin-root", str(tmp_path / "no-pins"), "--state-dir", str(tmp_path / "state")]
+    assert main(["cleanup", *options, "--saved-state", str(tmp_path / "kept" / "cluster")]) == 0
+    assert [path.name for path in (tmp_path / "kept").iterdir()] == ["mine"]
 
 
 IN_THE_WAY = {

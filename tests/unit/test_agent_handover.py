@@ -295,8 +295,8 @@ def test_a_change_that_was_refused(bench: Bench) -> None:
     assert "stays in force" in agent.missing_for(handed())
 
 
-def test_attach_answers_when_it_is_so(bench: Bench) -> None:
-    """The operation begins, waits, and says yes; at the end of its time it says what was missing."""
+def test_attach_answers_when_it_is_so(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
+    """The operation begins, waits, and says yes; at the end of its time it says what was missing, in the log too."""
     now_s = 0.0
     agent = bench.agent()
     attach = waits_of(agent, lambda: now_s)["attach"]
@@ -306,6 +306,7 @@ def test_attach_answers_when_it_is_so(bench: Bench) -> None:
     now_s = 30.0
     with pytest.raises(UnreachableError, match="Pod/shop/new is not under policy within 30 s: its Pod object has not"):
         wait()
+    assert caplog.text.count("Pod/shop/new is not under policy within 30 s") == 1
     bench.write("new.yaml", pod())
     settle(agent)
     assert wait() == IN_FORCE
@@ -430,3 +431,20 @@ def test_no_room_for_the_file(bench: Bench) -> None:
     agent.hand_over(handed(uid="u-2"))
     agent.step()
     assert agent.problems == []
+
+
+def test_a_dispute_outlives_the_agent(bench: Bench) -> None:
+    """Who had an address before the restart, and has its interface, has it afterwards."""
+    bench.write("new.yaml", pod())
+    mine = handed(addresses=["10.0.0.1/24"])
+    for _ in range(2):
+        agent = lasting_agent(bench)
+        agent.hand_over(mine)
+        agent.step()
+        assert agent.objects.owner_of(ip_address("10.0.0.1")) == "Pod/shop/web"
+        assert agent.missing_for(mine)
+
+
+def test_ready(bench: Bench) -> None:
+    """An agent that answers is ready for pods."""
+    assert waits_of(bench.agent())["ready"]({})() == IN_FORCE

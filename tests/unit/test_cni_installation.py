@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from netpol_ebpf.cli.cni import LONGEST_S, TIMEOUT_S, Follower
+from netpol_ebpf.cli.cni import LONGEST_S, TIMEOUT_S, ConfigurationKeeper
 from netpol_ebpf.cli.main import main
 from netpol_ebpf.cni import installation
 from netpol_ebpf.cni.installation import VERSIONS, PluginSettings, install
@@ -223,7 +223,7 @@ def test_it_follows_others(runtime: Runtime, caplog: pytest.LogCaptureFixture) -
     def put() -> list[Path]:
         return install(runtime.bin_dir, runtime.conf_dir, SETTINGS)
 
-    follower = Follower(runtime.bin_dir, runtime.conf_dir, put)
+    follower = ConfigurationKeeper(runtime.bin_dir, runtime.conf_dir, put)
     assert follower.look() == follower.look() == []
     assert caplog.text.count("has no network configuration") == 1
     path = runtime.write("10-pods.conflist", CHAIN)
@@ -251,7 +251,7 @@ def test_it_looks_only_when_something_changed(runtime: Runtime) -> None:
         calls.append(1)
         return []
 
-    follower = Follower(runtime.bin_dir, runtime.conf_dir, put)
+    follower = ConfigurationKeeper(runtime.bin_dir, runtime.conf_dir, put)
     runtime.write("10-pods.conflist", CHAIN)
     for _ in range(3):
         follower.look()

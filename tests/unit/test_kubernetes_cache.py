@@ -15,7 +15,7 @@ from apiserver_traces import NAMESPACES, PODS, TIERS, pod, tier
 from netpol_ebpf.sources.kubernetes.cache import Cache
 from netpol_ebpf.sources.kubernetes.decoding import KINDS, MalformedError, WatchedKind, decode_object
 from netpol_ebpf.sources.kubernetes.saved_state import load_state, store_state
-from netpol_ebpf.sources.source import Event, Remove, Upsert
+from netpol_ebpf.sources.source import ObjectEvent, Remove, Upsert
 
 STORED_TIERS = next(kind for kind in KINDS if (kind.api_version, kind.kind) == ("crd.projectcalico.org/v1", "Tier"))
 
@@ -49,7 +49,7 @@ def sync(cache: Cache) -> None:
     cache.calm()
 
 
-def changes(events: tuple[Event, ...]) -> list[str]:
+def changes(events: tuple[ObjectEvent, ...]) -> list[str]:
     """The events as text."""
     return [f"{'+' if isinstance(event, Upsert) else '-'}{event.key}" for event in events]
 
@@ -253,6 +253,20 @@ def test_saved_state_is_given_out_on_request_alone(saved: Path) -> None:
     assert cache.drain() == ()
     cache.restore()
     assert changes(cache.drain()) == ["+Pod/prod/web", "+Tier/one", "+Tier/two"]
+    cache.close()
+
+
+def test_saved_state_is_not_mixed_with_the_servers(saved: Path) -> None:
+    """It is in force as a whole until every kind was listed: old policies on new pods were never a state of the cluster."""
+    cache = refilled(saved, (NAMESPACES, PODS, TIERS))
+    commit(cache, PODS, pod("other"))
+    cache.restore()
+    assert changes(cache.drain()) == ["+Pod/prod/web", "+Tier/one", "+Tier/two"]
+    put(cache, PODS, pod("more"))
+    commit(cache, NAMESPACES)
+    assert cache.drain() == ()
+    commit(cache, TIERS, tier("one"))
+    assert changes(cache.drain()) == ["-Pod/prod/web", "-Tier/two", "+Pod/prod/more", "+Pod/prod/other"]
     cache.close()
 
 

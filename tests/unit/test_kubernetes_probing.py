@@ -13,7 +13,7 @@ from apiserver_traces import NAMESPACES, PODS, TIERS, Clock, Reply, Script, fail
 from netpol_ebpf.errors import UnreachableError
 from netpol_ebpf.sources.kubernetes.cache import Cache
 from netpol_ebpf.sources.kubernetes.decoding import KINDS, WatchedKind
-from netpol_ebpf.sources.kubernetes.probing import BEHIND_PROBES, RETRY_S, Probe, period_s, version_number
+from netpol_ebpf.sources.kubernetes.probing import BEHIND_PROBES, RETRY_S, FreshnessProbe, period_s, version_number
 from netpol_ebpf.sources.kubernetes.watching import State
 
 CLUSTER_POLICIES = next(kind for kind in KINDS if kind.kind == "ClusterNetworkPolicy")
@@ -44,7 +44,9 @@ class Bench:
         self.script = Script(Clock())
         self.watchers = {kind: Watcher() for kind in (*self.cache.kinds, TIERS, CLUSTER_POLICIES)}
         self.woken: list[WatchedKind] = []
-        self.probe = Probe(self.script, self.cache, self.watchers, self.woken.append, lambda: 0.5, lambda: "12:00")  # type: ignore[arg-type]
+        self.probe = FreshnessProbe(
+            self.script, self.cache, self.watchers, self.woken.append, lambda: 0.5, lambda: "12:00"
+        )  # type: ignore[arg-type]
 
     def ask(self, *replies: Reply | Exception) -> float:
         """As many probes; what the last one says."""
@@ -197,7 +199,7 @@ def test_period_grows_with_the_cluster(bench: Bench) -> None:
     cache = Cache((nodes,))
     cache.stores[nodes].entries = dict.fromkeys(range(1200))  # type: ignore[arg-type]
     periods = [
-        Probe(bench.script, cache, {}, bench.woken.append, chance=lambda at=at: at).period_s()
+        FreshnessProbe(bench.script, cache, {}, bench.woken.append, chance=lambda at=at: at).period_s()
         for at in (0.0, 0.5, 0.999)
     ]
     assert periods == pytest.approx([60.0, 120.0, 179.88])

@@ -31,11 +31,13 @@ from apiserver_traces import (
 from fake_apiserver import FakeServer, Feed, Request, Wire
 
 from netpol_ebpf.errors import InvalidInputError, UnreachableError
+from netpol_ebpf.sources.files import ManifestDirectory
 from netpol_ebpf.sources.kubernetes import source as source_module
 from netpol_ebpf.sources.kubernetes import watching
 from netpol_ebpf.sources.kubernetes.client import Cluster, Credentials, bearer, read_token
 from netpol_ebpf.sources.kubernetes.decoding import KINDS, WatchedKind
 from netpol_ebpf.sources.kubernetes.source import KubernetesSource
+from netpol_ebpf.sources.merged import MergedSources
 from netpol_ebpf.sources.source import SourceUpdate, Upsert
 
 FEW = (NAMESPACES, PODS, TIERS)
@@ -400,3 +402,21 @@ def test_sources_end_while_streams_are_open(server: FakeServer, open_source: Ope
     assert not any(thread.is_alive() for thread in source._threads)
     with pytest.raises(OSError, match="Bad file descriptor"):
         select.select([descriptor], [], [], 0)
+
+
+def test_cluster_and_manifests_are_one_source(
+    server: FakeServer, api: MiniApi, open_source: Open, tmp_path: Path
+) -> None:
+    """The first wins; both wake whoever waits."""
+    (tmp_path / "one.yaml").write_text(
+        "apiVersion: projectcalico.org/v3\nkind: Tier\nmetadata: {name: one}\nspec: {order: 3}\n"
+    )
+    both = MergedSources([ManifestDirectory(tmp_path), open_source(server.url)])
+    assert sorted(changes(both.sync())) == ["+Namespace/prod", "+Pod/prod/web", "+Tier/one"]
+    assert [problem.slug for problem in both.problems] == ["duplicate"]
+    api.send(PODS, "DELETED", pod("web", "102"))
+    assert select.select([both.fileno()], [], [], DEADLINE_S)[0]
+    both.note_news()
+    assert both.wait_s() == 0.0
+    assert changes(both.step()) == ["-Pod/prod/web"]
+    both.close()

@@ -13,23 +13,6 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PACKAGES = (ROOT / "netpol_ebpf", ROOT / "loader" / "netpol_loader")
 
-SHARED: dict[str, frozenset[str]] = {
-    "Answer": frozenset({"netpol_ebpf.agent.answering", "netpol_ebpf.sources.kubernetes.watching"}),
-    "Event": frozenset({
-        "netpol_ebpf.sources.files", "netpol_ebpf.sources.kubernetes.decoding", "netpol_ebpf.sources.source",
-    }),
-    "Follower": frozenset({"netpol_ebpf.cli.cni", "netpol_loader.host.follow"}),
-    "Layout": frozenset({"netpol_loader.host.barrier", "netpol_loader.kernel.btf"}),
-    "Message": frozenset({"netpol_loader.host.nftables", "netpol_loader.host.rtnetlink"}),
-    "News": frozenset({"netpol_loader.host.nftables", "netpol_loader.host.rtnetlink"}),
-    "Probe": frozenset({"netpol_ebpf.cases.case", "netpol_ebpf.sources.kubernetes.probing"}),
-    "Remove": frozenset({"netpol_ebpf.sources.files", "netpol_ebpf.sources.source"}),
-    "Signature": frozenset({"netpol_ebpf.cli.cni", "netpol_ebpf.sources.files"}),
-    "SourceUpdate": frozenset({"netpol_ebpf.sources.files", "netpol_ebpf.sources.source"}),
-    "Upsert": frozenset({"netpol_ebpf.sources.files", "netpol_ebpf.sources.source"}),
-}  # fmt: skip
-"""Names that types of the agent, the command line, the sources and the loader still share. Nothing may be added: a new type gets a new name."""
-
 
 def _is_alias(node: ast.stmt) -> tuple[str, ast.expr] | None:
     """The name and the meaning of a type alias: a capitalised name that is assigned a type expression, not a call."""
@@ -84,4 +67,4 @@ def test_what_counts_as_a_type(source: str, found: list[tuple[str, str]]) -> Non
 
 def test_no_two_types_share_a_name() -> None:
     """A name in a message, a document or an import says which type is meant without its module."""
-    assert _shared_names() == SHARED
+    assert _shared_names() == {}

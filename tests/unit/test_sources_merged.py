@@ -14,7 +14,7 @@ from memory_source import MemorySource, upsert
 from netpol_ebpf.errors import InvalidInputError, Location, Problem
 from netpol_ebpf.policy.translate import ResourceKey
 from netpol_ebpf.sources.merged import MergedSources
-from netpol_ebpf.sources.source import Event, Remove, Source, SourceUpdate, Upsert
+from netpol_ebpf.sources.source import ObjectEvent, Remove, Source, SourceUpdate, Upsert
 
 NAMES = ("a", "b", "c", "d")
 
@@ -188,11 +188,11 @@ def test_any_order_of_events_gives_the_same_objects(data: st.DataObject) -> None
     assert {one.obj for one in merged.problems} == {f"Namespace/{name}" for name in final[0].keys() & final[1].keys()}
 
 
-def _history(data: st.DataObject, source: str, final: dict[str, int]) -> list[list[Event]]:
+def _history(data: st.DataObject, source: str, final: dict[str, int]) -> list[list[ObjectEvent]]:
     """Events that end with the final objects, in batches."""
     states = data.draw(st.lists(st.tuples(st.sampled_from(NAMES), st.one_of(st.none(), st.integers(0, 2))), max_size=8))
     present: dict[str, int] = {}
-    events: list[Event] = []
+    events: list[ObjectEvent] = []
     steps = [*states, *((name, final.get(name)) for name in data.draw(st.permutations(NAMES)))]
     for name, state in steps:
         if state is not None:
@@ -200,7 +200,7 @@ def _history(data: st.DataObject, source: str, final: dict[str, int]) -> list[li
             present[name] = state
         elif name in present:
             events.append(gone(name, source, present.pop(name)))
-    batches: list[list[Event]] = [[]]
+    batches: list[list[ObjectEvent]] = [[]]
     for event in events:
         batches[-1].append(event)
         if data.draw(st.booleans()):

@@ -5,16 +5,16 @@ The objects of every kind, whether all kinds were listed, and the changes not ye
 kind, write into the cache; the agent calls `Cache.drain` when the descriptor is readable.  A reader never waits for the
 agent: the cache keeps changes by object, the latest state alone, so the number of objects bounds it.
 
-Invariants: `drain` returns nothing until every kind was listed completely, or until the state of the last run was
-requested; an object that is not valid keeps its last good state and is reported; two states of an object are compared
-by what its parser read, so that a new resourceVersion, a heartbeat or a defaulted status is no change.
+Invariants: nothing is given out until every kind was listed whole, but for the state of the last run where that is asked for, and then
+that alone; an object that is not valid keeps its last good state and is reported; two states of an object are compared by what its
+parser read, so that a new resourceVersion, a heartbeat or a defaulted status is no change.
 """
 
 from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import islice
@@ -33,7 +33,7 @@ from netpol_ebpf.sources.kubernetes.decoding import (
     object_path,
     parse,
 )
-from netpol_ebpf.sources.source import Event, Remove, Upsert
+from netpol_ebpf.sources.source import ObjectEvent, Remove, Upsert
 
 MOST_TOLD = 1000
 """Largest number of problems; arbitrary. A change of one goes through all of them."""
@@ -260,8 +260,8 @@ class _Objects:
         self._states: dict[ResourceKey, list[tuple[bool, str, Resource, str]]] = {}  # stored, path, resource, version
         self._keys: dict[str, ResourceKey] = {}  # by path
 
-    def replace(self, path: str, new: tuple[Resource, str] | None) -> Iterator[Event]:
-        """Set the object at a path, None for a deleted one; returns the change of its key's object."""
+    def replace(self, path: str, new: tuple[Resource, str] | None) -> Iterator[ObjectEvent]:
+        """What becomes of it when the object at a path is now this, None for gone."""
         keys = [self._keys.pop(path, None), None if new is None else key_of(new[0])]
         for key in dict.fromkeys(key for key in keys if key is not None):
             before = self._states.pop(key, [])
@@ -291,6 +291,9 @@ class Cache:
     is_given: bool = False
     """Whether `drain` has returned a complete state."""
     _changed: dict[str, tuple[Resource, str] | None] = field(default_factory=dict)
+    _loaded: dict[str, tuple[Resource, str] | None] = field(
+        default_factory=dict
+    )  # the saved state, until it is not needed
     _objects: _Objects = field(default_factory=_Objects)
     _is_restored: bool = False
     _problems: dict[str, Problem] = field(default_factory=dict)
@@ -340,6 +343,11 @@ class Cache:
             self.wake()
         self.saves += 1
 
+    @property
+    def noted(self) -> Collection[str]:
+        """The keys under which `note` has a problem now."""
+        return self._problems.keys()
+
     def note(self, key: str, problem: Problem | None) -> None:
         """Set the problem of ``key``, for problems that belong to no kind; None removes it."""
         with self.lock:
@@ -356,7 +364,7 @@ class Cache:
             return self.stores[kind].release()
 
     def restore(self) -> None:
-        """Let `drain` return the state of the last run before every kind was listed."""
+        """Have what was loaded of the last run given out, as a whole, before every kind was listed."""
         with self.lock:
             self._is_restored = True
             self.wake()
@@ -372,19 +380,24 @@ class Cache:
             found[MOST_TOLD:] = [Problem(Location("/"), "", message, slug="more")]
         return tuple(found)
 
-    def drain(self, pause: Callable[[], None] = never_pause) -> tuple[Event, ...]:
-        """Changes since the last call, removals first; nothing before every kind was listed. Never waits for a server.
+    def drain(self, pause: Callable[[], None] = never_pause) -> tuple[ObjectEvent, ...]:
+        """What changed since the last call, removals first; nothing before every kind was listed. Never waits for a server.
 
         ``pause`` is called every few milliseconds.
         """
         with self.lock:
-            if not (self.has_synced or self._is_restored):
+            if self.has_synced:
+                changed, self._changed = self._changed, {}
+                self._versions = {kind: store.resource_version for kind, store in self.stores.items()}
+            elif self._is_restored and not self.is_given:
+                changed = (
+                    self._loaded
+                )  # as it was saved, whatever was listed meanwhile; all that comes when all is listed
+            else:
                 return ()
-            self.is_given = True
-            changed, self._changed = self._changed, {}
-            self._versions = {kind: store.resource_version for kind, store in self.stores.items()}
-        removals: list[Event] = []
-        upserts: list[Event] = []
+            self.is_given, self._loaded = True, {}
+        removals: list[ObjectEvent] = []
+        upserts: list[ObjectEvent] = []
         for number, path in enumerate(sorted(changed)):
             if number % TAKEN_TOGETHER == 0:
                 pause()
@@ -403,3 +416,4 @@ class Cache:
             for kind, one in saved.items():
                 if kind in self.stores:
                     self.stores[kind].load(one)
+            self._loaded = dict(self._changed)

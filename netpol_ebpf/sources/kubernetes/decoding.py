@@ -121,6 +121,10 @@ class _WithMetadata(TypedDict, total=False):
     metadata: _Metadata
 
 
+class _PodMetadata(_Metadata, total=False):
+    uid: Any
+
+
 class _Container(TypedDict, total=False):
     ports: Any
 
@@ -141,7 +145,7 @@ class _PodStatus(TypedDict, total=False):
 
 
 class _Pod(TypedDict, total=False):
-    metadata: _Metadata
+    metadata: _PodMetadata
     spec: _PodSpec
     status: _PodStatus
 
@@ -194,8 +198,8 @@ _FIELDS: Mapping[str, Any] = {
 }
 """The fields to decode, by kind; a kind that is not here is decoded whole."""
 
-_ANNOTATIONS_READ = ("projectcalico.org/", "vpc.amazonaws.com/")
-"""Only annotations with one of these in their key are decoded; others of built-in objects may hold a whole manifest."""
+_ANNOTATIONS_READ = ("projectcalico.org/", "vpc.amazonaws.com/", "kubernetes.io/config.mirror")
+"""Of the cluster's own objects, those with one of these in their key; others may hold a whole manifest."""
 
 # `continue` is a keyword of Python, so a class cannot declare it.
 _PageMetadata = TypedDict("_PageMetadata", {"resourceVersion": str, "continue": str}, total=False)
@@ -286,17 +290,17 @@ def decode_page(body: bytes) -> Page:
     return Page(page["items"] or [], metadata["resourceVersion"], metadata.get("continue", ""))
 
 
-class Event(NamedTuple):
+class WatchEvent(NamedTuple):
     """One event of a WATCH: ADDED, MODIFIED, DELETED, BOOKMARK or ERROR, and the JSON of its object."""
 
     type: str
     raw: Any
 
 
-def decode_event(line: bytes) -> Event:
-    """Decode one line of a WATCH. Raises MalformedError."""
+def decode_event(line: bytes) -> WatchEvent:
+    """One line of a WATCH. Raises MalformedError."""
     event = _decode(line, _Event, "an event")
-    return Event(event.type, event.object)
+    return WatchEvent(event.type, event.object)
 
 
 INITIAL_EVENTS_END = "k8s.io/initial-events-end"

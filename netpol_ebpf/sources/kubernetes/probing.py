@@ -61,8 +61,8 @@ def _now() -> str:
 
 
 @dataclass(slots=True)
-class Probe:
-    """Reads one object of the kind with the newest known change, among kinds that etcd alone serves.
+class FreshnessProbe:
+    """Asks for one object of the kind that is known to be newest, of those that etcd alone serves.
 
     ``wake``: starts a kind's next step now; ``wall``: the time of day, for messages.
     """

@@ -18,14 +18,14 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from netpol_ebpf.errors import InvalidInputError, Location, Problem, UnreachableError
 from netpol_ebpf.resources.manifest_files import never_pause
 from netpol_ebpf.sources.kubernetes.cache import Cache
 from netpol_ebpf.sources.kubernetes.client import Client, Cluster
 from netpol_ebpf.sources.kubernetes.decoding import KINDS, MalformedError, WatchedKind
-from netpol_ebpf.sources.kubernetes.probing import ABSENT_PERIODS, Probe
+from netpol_ebpf.sources.kubernetes.probing import ABSENT_PERIODS, CUT_OFF, FreshnessProbe
 from netpol_ebpf.sources.kubernetes.saved_state import load_state, store_state
 from netpol_ebpf.sources.kubernetes.watching import KindWatcher
 from netpol_ebpf.sources.source import SourceUpdate
@@ -74,13 +74,14 @@ class KubernetesSource:
     client: Client = field(init=False)
     cache: Cache = field(init=False)
     watchers: dict[WatchedKind, KindWatcher] = field(init=False)
-    probe: Probe = field(init=False)
+    probe: FreshnessProbe = field(init=False)
     _stopped: threading.Event = field(default_factory=threading.Event)
     _wakes: dict[WatchedKind, threading.Event] = field(init=False)  # each has its kind's next step made now
     _threads: list[threading.Thread] = field(default_factory=list)
     _has_news: bool = False
     _reported: tuple[Problem, ...] = ()
     _saved_at: str = ""
+    _restore_at_s: float = math.inf
     _saves: int = 0
 
     def __post_init__(self) -> None:
@@ -91,7 +92,7 @@ class KubernetesSource:
             kind: KindWatcher(kind, self.client, self.cache.stores[kind], self._pace_s) for kind in self.kinds
         }
         self._wakes = {kind: threading.Event() for kind in self.kinds}
-        self.probe = Probe(self.client, self.cache, self.watchers, lambda kind: self._wakes[kind].set())
+        self.probe = FreshnessProbe(self.client, self.cache, self.watchers, lambda kind: self._wakes[kind].set())
 
     # --- what a source is -----------------------------------------------------------------------------------------------------
 
@@ -115,29 +116,28 @@ class KubernetesSource:
         """All problems of the cluster, its server, and the saved state."""
         return self.cache.problems()
 
+    def begin(self) -> None:
+        """See `Source`. Where the saved state may be in force, a `step` gives it out when the cluster was not listed for `RESTORE_S`."""
+        self._load()
+        self._start()
+        if self.may_restore and self._saved_at:
+            self._restore_at_s = self.clock() + RESTORE_S
+
     def sync(self) -> SourceUpdate:
         """Begin to watch the cluster, and wait for its first state.
 
         Raises UnreachableError when a kind could not be listed in time: then nothing is returned, and the policy in
         force stays.
         """
-        self._load()
-        self._start()
-        is_saved = self.may_restore and bool(self._saved_at)
-        until_s = self.clock() + (RESTORE_S if is_saved else SYNC_S)
+        self.begin()
+        until_s = min(self.clock() + SYNC_S, self._restore_at_s)
         while not self.cache.has_synced and self.clock() < until_s:
             select.select([self.fileno()], [], [], max(0.0, until_s - self.clock()))
             self.cache.calm()
-        if not self.cache.has_synced:
-            if not is_saved:
-                raise self._unsynced()
-            message = (
-                f"the API server could not be read at the start: the state that was saved at {self._saved_at} is in force, "
-                "and later changes are missing"
-            )
-            self.cache.note(RESTORED, Problem(Location("/"), "", message, slug=RESTORED))
-            self.cache.restore()
-        return self.step() or SourceUpdate((), self.problems)
+        update = self.step()
+        if not self.has_synced:
+            raise self._unsynced()
+        return update or SourceUpdate((), self.problems)
 
     def fileno(self) -> int:
         """The cache's eventfd."""
@@ -149,14 +149,18 @@ class KubernetesSource:
         self._has_news = True
 
     def wait_s(self) -> float:
-        """0 when changes wait; otherwise no step is ever due."""
-        return 0.0 if self._has_news else math.inf
+        """0 after news, or when it is time for the saved state; nothing is due otherwise."""
+        if self._has_news:
+            return 0.0
+        return math.inf if self.has_synced else max(0.0, self._restore_at_s - self.clock())
 
     def step(self, pause: Callable[[], None] = never_pause) -> SourceUpdate | None:
         """See `Source`. Never waits for the server or for a reader."""
         self._has_news = False
         if self.cache.has_synced:
             self.cache.note(RESTORED, None)
+        elif not self.has_synced and self.clock() >= self._restore_at_s:
+            self._restore()
         events, problems = self.cache.drain(pause), self.problems
         if not events and problems == self._reported:
             return None
@@ -189,19 +193,41 @@ class KubernetesSource:
         raise InvalidInputError(f"nothing is kept of {kind}; it is of {kept}", hint="Name one of them.")
 
     def states(self) -> list[KindState]:
-        """Every kind, as ``status`` shows it."""
-        with self.cache.lock:
-            return [
-                KindState(
-                    str(kind),
-                    self.watchers[kind].state.value,
-                    store.is_synced,
-                    len(store.entries),
-                    len(store.orphans),
-                    store.resource_version,
-                )
-                for kind, store in self.cache.stores.items()
-            ]
+        """Every kind, as ``status`` shows it. Takes no lock, since a fork asks; what threads change meanwhile is seen or not."""
+        return [
+            KindState(
+                str(kind),
+                self.watchers[kind].state.value,
+                store.is_synced,
+                len(store.entries),
+                len(store.orphans),
+                store.resource_version,
+            )
+            for kind, store in self.cache.stores.items()
+        ]
+
+    def report(self) -> tuple[Mapping[str, Any], ...]:
+        """See `Source`, whose fields come first.
+
+        ``restored``: the saved state is in force; ``confirmed``: when the server last answered a probe, None: not yet; ``cut_off``:
+        it does not any more; ``stale_since``: since when changes may be missing, None: they are not, or it is not known since when.
+        Times are UTC, ISO 8601.  ``kinds``: see `KindState`.
+        """
+        noted = self.cache.noted
+        confirmed = self.probe.confirmed or None
+        is_restored, is_cut_off = RESTORED in noted, CUT_OFF in noted
+        state: dict[str, Any] = {
+            "source": self.name,
+            "type": "kubernetes",
+            "synced": self.has_synced,
+            "waiting_for": [str(kind) for kind in self.cache.unsynced],
+            "restored": is_restored,
+            "confirmed": confirmed,
+            "cut_off": is_cut_off,
+            "stale_since": self._saved_at if is_restored else confirmed if is_cut_off else None,
+            "kinds": [one._asdict() for one in self.states()],
+        }
+        return (state,)
 
     def save(self) -> float:
         """Write the saved state if it is out of date. Returns the seconds until the next check."""
@@ -220,6 +246,15 @@ class KubernetesSource:
             problem = Problem(Location(str(self.state_path)), "", message, severity="warning", slug=SAVED)
             self.cache.note(SAVED, problem)
         return SAVE_S
+
+    def _restore(self) -> None:
+        """Have the saved state in force until the cluster was listed."""
+        message = (
+            f"the API server could not be read at the start: the state that was saved at {self._saved_at} is in force, "
+            "and later changes are missing"
+        )
+        self.cache.note(RESTORED, Problem(Location("/"), "", message, slug=RESTORED))
+        self.cache.restore()
 
     def _unsynced(self) -> UnreachableError:
         """The kinds that were not listed, and why."""

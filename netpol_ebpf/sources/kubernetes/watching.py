@@ -72,8 +72,8 @@ _OURS = frozenset({400, 405, 406, 415, 422})
 _TRANSIENT_IN_STREAM = frozenset({_UNAUTHORIZED, _FORBIDDEN, _GONE, _TOO_MANY, 503, _TIMEOUT})
 
 
-class Answer(Protocol):
-    """An answer with its head read. ``retry_after_s``: of the header, None without it."""
+class ServerAnswer(Protocol):
+    """The head of an answer was read. ``retry_after_s``: of the header, None without it."""
 
     @property
     def status(self) -> int: ...  # noqa: D102
@@ -100,8 +100,8 @@ class Answer(Protocol):
 class Transport(Protocol):
     """Makes HTTP requests."""
 
-    def get(self, target: str, *, head_s: float, idle_s: float, metadata_only: bool = False) -> Answer:
-        """Begin a GET with time limits for the head and for a silence in the body. Raises UnreachableError.
+    def get(self, target: str, *, head_s: float, idle_s: float, metadata_only: bool = False) -> ServerAnswer:
+        """Begin a GET; the times are those of the head and of a silence in the body. Raises UnreachableError.
 
         ``metadata_only``: for one object; a server answers 406 to that for a list.
         """
@@ -191,7 +191,7 @@ class KindWatcher:
     _short_streams: int = 0
     _opened_s: float | None = None  # since when this step's stream is open
     _must_relist: bool = False
-    _answer: Answer | None = field(default=None)
+    _answer: ServerAnswer | None = field(default=None)
 
     def step(self) -> float:
         """Make one request and read its answer to the end. Returns the seconds until the next step.
@@ -240,7 +240,7 @@ class KindWatcher:
 
     def _get(
         self, path: str, query: Mapping[str, str], *, idle_s: float = HEAD_S, metadata_only: bool = False
-    ) -> Answer:
+    ) -> ServerAnswer:
         target = f"{path}?{urlencode(query)}" if query else path
         answer = self.transport.get(target, head_s=HEAD_S, idle_s=idle_s, metadata_only=metadata_only)
         if answer.status == 200:  # noqa: PLR2004 - OK

@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where the agent's objects come from, as the command line says: a directory of manifests, the API of a cluster, or both.
+
+Invariant: what is wrong with the options, with a kubeconfig or with the installation is told before anything is touched.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from netpol_ebpf.errors import InvalidInputError, PlatformError, UsageError
+from netpol_ebpf.sources.copies import LastGoodCopies
+from netpol_ebpf.sources.directory_watch import DirectoryWatch
+from netpol_ebpf.sources.files import ManifestDirectory
+from netpol_ebpf.sources.merged import MergedSources
+from netpol_ebpf.sources.source import Source
+
+COPIES_NAME = "manifests"
+NODE_VARIABLE = "NODE_NAME"
+"""Where a pod is told the name of its node, by the downward API."""
+DEFAULT_SAVED_STATE = Path("/var/lib/netpol-ebpf/cluster")
+"""On a disk, unlike the agent's other state: it is for the start of a node while the API server is away."""
+
+OpenSource = Callable[[bool], Source]
+"""Makes the source. The argument: whether nothing is in force on this node, so that the saved state of the cluster may be."""
+
+log = logging.getLogger("netpol-agent")
+
+
+def add_source_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say where objects come from."""
+    parser.add_argument(
+        "--manifests", type=Path, metavar="DIR",
+        help="directory (or file) of Kubernetes objects and policies; the agent watches it for changes",
+    )  # fmt: skip
+    api = parser.add_mutually_exclusive_group()
+    api.add_argument(
+        "--kubernetes", action="store_true",
+        help="watch the API server of the cluster that this pod runs in, with the pod's service account; with --manifests "
+        "too, the objects of both are in force",
+    )  # fmt: skip
+    api.add_argument(
+        "--kubeconfig",
+        type=Path,
+        metavar="FILE",
+        help="watch the API server that a kubeconfig names, from outside a pod",
+    )
+    parser.add_argument("--context", metavar="NAME", help="context of the kubeconfig (default: its current context)")
+    parser.add_argument(
+        "--saved-state", type=Path, default=DEFAULT_SAVED_STATE, metavar="FILE",
+        help="where the agent saves the last state of the cluster, for a start without the API server; on a disk, to outlive a "
+        f"reboot (default: {DEFAULT_SAVED_STATE})",
+    )  # fmt: skip
+
+
+def node_name(arguments: argparse.Namespace, environment: Mapping[str, str] = os.environ) -> str | None:
+    """The name of this node: of ``--node``, in a cluster else of `NODE_VARIABLE`; None: not given, and not needed.
+
+    Raises UsageError where it is needed: an API server tells of the pods of all nodes.
+    """
+    if arguments.node:
+        return str(arguments.node)
+    found = environment.get(NODE_VARIABLE) if arguments.kubernetes else None
+    if not found and (arguments.kubernetes or arguments.kubeconfig is not None):
+        variable = f", or set {NODE_VARIABLE} to spec.nodeName by the downward API" if arguments.kubernetes else ""
+        raise UsageError(f"the name of this node is needed to watch a cluster: give --node NAME{variable}")
+    return found
+
+
+def plan_source(arguments: argparse.Namespace, state_dir: Path) -> OpenSource:
+    """How to make the source that the options name; of an object that both have, that of the API is in force.
+
+    Raises UsageError, InvalidInputError, and PlatformError when a package is missing.
+    """
+    plans: list[OpenSource] = []
+    if arguments.kubernetes or arguments.kubeconfig is not None:
+        plans.append(_plan_cluster(arguments))
+    elif arguments.context is not None:
+        raise UsageError("--context names a context of a kubeconfig: give --kubeconfig FILE too")
+    if arguments.manifests is not None:
+        plans.append(_plan_manifests(arguments.manifests, state_dir))
+    if not plans:
+        raise UsageError("there is no source of objects: give --manifests, --kubernetes or --kubeconfig")
+    if len(plans) == 1:
+        return plans[0]
+    return lambda may_restore: MergedSources([plan(may_restore) for plan in plans])
+
+
+def _plan_manifests(manifests: Path, state_dir: Path) -> OpenSource:
+    if not manifests.exists():
+        raise InvalidInputError(f"--manifests {manifests}: there is no such directory")
+    return lambda _may_restore: ManifestDirectory(
+        manifests, LastGoodCopies(state_dir / COPIES_NAME), watch=_open_watch()
+    )
+
+
+def _plan_cluster(arguments: argparse.Namespace) -> OpenSource:
+    from netpol_ebpf.sources.kubernetes.client import in_cluster
+    from netpol_ebpf.sources.kubernetes.kubeconfig import load_kubeconfig
+
+    if arguments.kubernetes and arguments.context is not None:
+        raise UsageError("--context names a context of a kubeconfig, and --kubernetes reads none")
+    try:
+        from netpol_ebpf.sources.kubernetes.source import KubernetesSource
+    except ModuleNotFoundError as error:
+        if error.name != "msgspec":
+            raise
+        raise PlatformError(
+            "the Python package msgspec is missing, without which no API server can be watched",
+            hint="Install the extra: pip install 'netpol-ebpf[kubernetes]'.",
+        ) from error
+    cluster = (
+        in_cluster()
+        if arguments.kubernetes
+        else load_kubeconfig([arguments.kubeconfig.expanduser()], arguments.context or "")
+    )
+    return lambda may_restore: KubernetesSource(cluster, arguments.saved_state, may_restore)
+
+
+def _open_watch() -> DirectoryWatch | None:
+    """A watch for the manifests; None where the user has too many: then time alone says when to look."""
+    try:
+        return DirectoryWatch()
+    except OSError as error:
+        log.warning("cannot use inotify (%s): the agent looks at the manifests by time alone", error.strerror)
+        return None
