@@ -346,9 +346,9 @@ def either(one: bytes, other: bytes) -> bytes:
 
 
 def vip_elements(vip: Vip, is_own: Callable[[IPAddress], bool]) -> Iterator[Element]:
-    """The elements of a service's address; ``is_own``.
+    """The elements of a service's address.
 
-    The address is the node's, and a backend is a process behind no hook.
+    ``is_own``: the address is the node's, and a backend is a process behind no hook.
     """
     versions = (4, 6) if vip.key.address is None else (vip.key.address.version,)
     for version in versions:

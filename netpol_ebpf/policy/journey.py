@@ -389,7 +389,10 @@ class _Planner:
         self.sent = self.original if is_sent_on else self.final
 
     def _translating_node(self, written: FlowEnd) -> str | None:
-        """The node with the destination address, else the sender's own node, else the receiver's; None: no translation."""
+        """The node that translates the destination: the node with that address, else the sender's, else the receiver's.
+
+        None: no translation.
+        """
         if not self.is_translated:
             return None
         if written.kind is FlowEndKind.HOST:

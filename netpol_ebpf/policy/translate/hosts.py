@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Host endpoint settings from the configuration objects of Calico's programs.
+"""Settings of host endpoints from Calico's configuration objects: failsafe ports, automatic host endpoints.
 
-Failsafe ports, and automatic host endpoints. Sources: SEMANTICS 4.6, 1.3 and 1.10; names, addresses and labels as
-Calico's controller makes them.
+Sources: SEMANTICS 4.6, 1.3 and 1.10; names, addresses and labels as Calico's controller makes them.
 """
 
 from __future__ import annotations

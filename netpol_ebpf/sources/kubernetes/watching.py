@@ -60,9 +60,12 @@ GRACE_S = 30.0
 """How long a failure is retried before it becomes a problem: a starting server answers 403, 429 and 503 for up to 2 s.
 """
 ABSENT_ANSWERS = 3
-"""A kind counts as not installed when its LIST gave 404 this often in a row..."""
+"""A kind counts as not installed when its LIST gave 404 this often in a row."""
 ABSENT_RETRY_S = 2.0
-"""...at this interval in seconds: no server was seen to answer 404 while it started, but this does not rely on that."""
+"""Interval in seconds of the ABSENT_ANSWERS requests.
+
+No server was seen to answer 404 while it started, but this does not rely on that.
+"""
 STREAM_ATTEMPTS = 3
 """Streaming lists that may fail in a row before the reader uses pages."""
 
