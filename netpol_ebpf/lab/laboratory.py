@@ -28,7 +28,7 @@ from netpol_ebpf.lab.patience import scaled
 from netpol_ebpf.lab.probe import DEADLINE_S, Prober
 from netpol_ebpf.lab.topology import Host, IpBatch, Plan
 
-STOP_DEADLINE_S = 3.0
+STOP_DEADLINE_S = 60.0
 LINKS_DEADLINE_S = 30.0
 POLL_S = 0.02
 RUN_DEADLINE_S = 120.0  # an agent that is run with --once compiles, which takes long on a busy machine
