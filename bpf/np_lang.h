@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause
 //
 // The C dialect of this program: inlining (BCC supports no other functions), branch hints, byte order, the kernel's
-// helper functions, numbers that the loader fills in, and the memory accesses whose order or width matters.  Nothing
+// helper functions, numbers that the loader fills in, and memory accesses with a fixed order or width.  Nothing
 // here knows packets or policy.
 #pragma once
 

@@ -207,7 +207,7 @@ NP_VIP_MANY = 2  # several such backends: it is unknown which one receives the p
 
 # np_call
 NP_CALL_JUDGE = 0  # evaluate one policy list, then the next; at the end apply the verdict
-NP_CALL_SENDER = 1  # apply the verdict for the sender, the endpoint whose number is the sender tag
+NP_CALL_SENDER = 1  # apply the verdict for the sender, the endpoint that the sender tag names
 NP_CALLS = 2  # number of slots
 
 # np_kernel_fact: Facts of the running kernel that the loader fills in (NP_KERNEL).

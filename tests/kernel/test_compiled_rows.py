@@ -125,7 +125,7 @@ PASSES, DENIED, HIDDEN = "passes", "policy-deny", "hidden-source"
 """The result for a TCP packet to port 80."""
 
 RULES = [
-    # nothing is asked of the source
+    # no rule asks for the source
     ("{action: Allow}", PASSES),
     ("{action: Deny}", DENIED),
     ("{action: Log}, {action: Allow}", PASSES),
@@ -143,7 +143,7 @@ RULES = [
         PASSES,
     ),
     ("{action: Allow, protocol: TCP, destination: {notPorts: [81]}}, {action: Deny, ipVersion: 4}", PASSES),
-    # something is, though the sender of a packet is known where it owns all its addresses
+    # a rule asks for it; the pod's own side is known if it owns all its addresses
     ("{action: Allow, source: {nets: [10.0.0.0/8]}}, {action: Allow}", HIDDEN),
     ("{action: Deny, source: {notNets: [10.0.0.0/8, 172.16.0.0/12]}}, {action: Allow}", HIDDEN),
     ("{action: Allow, source: {selector: app == 'pod'}}, {action: Deny}", HIDDEN),

@@ -104,7 +104,7 @@ def test_same_program_from_other_sources_is_kept(root: Path, sources: Path) -> N
     """Other sources with the same instructions leave the pinned program alone."""
     with Dataplane.open(root, sizes=SIZES) as before:
         ids = program_ids(before)
-        change(sources / "np_count.h", "// Counters per rule", "// counters per rule")
+        change(sources / "np_count.h", "// Counters for each rule", "// counters for each rule")
         with Dataplane.open(root) as after:
             assert program_ids(after) == ids
         assert not list(schema_dir(root).glob("*_new"))

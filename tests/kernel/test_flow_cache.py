@@ -77,7 +77,7 @@ def test_it_is_exact(rig: Rig, pod: str, peer: str, make: Callable[[str, str], b
 
 
 def test_every_word_of_an_ipv6_address_counts(rig: Rig) -> None:
-    """Addresses that differ in one 32-bit word only are told apart."""
+    """Addresses that differ in only one 32-bit word hit different entries."""
     opened(rig, POD6, PEER6)
     rig.pod(everything(INGRESS, DENY, 11), everything(EGRESS, DENY, 13))
     for peer in ("fd01::9", "fd00:0:1::9", "fd00::1:0:9", "fd00::1:9"):

@@ -168,7 +168,7 @@ def delete_table(family: int, name: str) -> NftMessage:
 
 
 def new_chain(family: int, table: str, name: str, hook: int, priority: int) -> NftMessage:
-    """Make a base chain of type filter, whose policy is accept."""
+    """Make a base chain of type filter with policy accept."""
     place = nested(4, number(1, hook), number(2, priority))
     return NftMessage(
         NEW_CHAIN, family, text(1, table) + text(3, name) + place + number(5, ACCEPT) + text(7, "filter"), CREATE

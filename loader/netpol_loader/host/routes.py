@@ -232,7 +232,7 @@ class RouteTable:
             if route in present:
                 self._remove(route)
             elif any(one.place == route.place for one in present):
-                doubtful |= route.interfaces  # told of already, or not known by what it is told by
+                doubtful |= route.interfaces  # removed already, or the message does not identify it
         return doubtful
 
     def _make_room(self, routes: list[Route]) -> set[int]:

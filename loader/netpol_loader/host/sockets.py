@@ -126,7 +126,7 @@ def _look_around(missing: set[int], found: Sockets) -> None:
         try:
             channel = stack.enter_context(RouteChannel())
             for path in _namespace_files():
-                # A process that ended meanwhile, or whose namespace is not ours to see.
+                # The process ended meanwhile, or its namespace is not visible to this one.
                 with contextlib.suppress(OSError, NetlinkError):
                     fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
                     stack.callback(os.close, fd)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The pinned maps and programs of one node, as a whole: made, adopted, replaced, removed.
 
-All state lives in bpffs (whose names may have no dots); a process that holds a `Dataplane` is disposable.  Invariants:
+All state lives in bpffs (where names may have no dots); a process that holds a `Dataplane` is disposable.  Invariants:
 the pin directory appears whole, by one rename; what is pinned is never replaced by something that did not load; maps
 are kept when the program changes; a directory of another schema is never touched (`netpol_loader.pins.upgrade` takes
 over an older one).  The module must not know what the maps mean, apart from configuration and schema.

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The bucketed tables of policy, as maps from key to row: an array of buckets of one or two cache lines, and an overflow map.
 
-`bpf/np_bucket.h` reads them.  Rows with the same hash of their keys lie side by side in one bucket.  Rows whose bucket is full
+`bpf/np_bucket.h` reads them.  Rows with the same hash of their keys lie side by side in one bucket.  Rows of a full bucket
 are in the overflow map, and the bucket has a flag for that.  The array is mapped into memory: a write is a store.
 
 Invariants: a row is complete before a bit or tag publishes it (`order_stores`); a freed slot is not used again until
@@ -286,7 +286,7 @@ _NO_CLASSES = _U16.pack(abi.NP_CLASS_NONE) * _CLASSES
 
 
 class PeerClassMap(BucketMap):
-    """(Policy set, identity) to struct np_peer_class, whose class is below NP_CLASS_NONE. A set is never 0."""
+    """Maps (policy set, identity) to struct np_peer_class. A class is below NP_CLASS_NONE, a set is never 0."""
 
     def __init__(self, array: Map, more: Map) -> None:
         """Take over the array."""
