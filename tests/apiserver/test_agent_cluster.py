@@ -23,9 +23,9 @@ from test_source import OwnServer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "netns"))
 
-from agent_scene import CLUSTER, DB_POLICY, NODE, Scene, lab_for, scene_in, to_db, wait_for  # noqa: E402
+from agent_scene import CLUSTER, DB_POLICY, NODE, Scene, lab_for, scene_in, to_db, wait_for
 
-from netpol_ebpf.lab import guard  # noqa: E402
+from netpol_ebpf.lab import guard
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="not root: network namespaces cannot be made")
 

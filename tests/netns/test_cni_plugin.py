@@ -253,6 +253,9 @@ def test_add_waits_for_the_object(node: Plugged) -> None:
             return any((flow.get("source"), flow["reason"]) == (address, "unknown-endpoint") for flow in flows)
 
         wait_for(is_denied, "what the pod sends is denied, because it is nobody yet")
+        receive_all(node.world[ALLOWED])  # an interface is open until the agent has read that it is there
+        for _ in range(10):
+            sender.sendto(b"early", (WORLD[4], ALLOWED))
         assert receive_all(node.world[ALLOWED]) == []
         assert not done
         node.scene.write("pods.yaml", render(one))
