@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import os
-import re
 import select
 import shutil
 import signal
@@ -70,12 +69,12 @@ class OwnServer(Server):
 
 @pytest.fixture(scope="module")
 def own_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OwnServer]:
-    """With the role that docs/api-server.md names, bound to the user agent, and the definition of tiers."""
+    """With the role of deploy/rbac.yaml, bound to the user agent, and the definition of tiers."""
     made = OwnServer(Path(os.environ["KUBE_APISERVER"]), Path(os.environ["ETCD"]), tmp_path_factory.mktemp("own"))
     try:
-        text = (ROOT / "docs" / "api-server.md").read_text(encoding="utf-8")
-        (role,) = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
-        assert made.apply(yaml.safe_load(role)).status in (200, 201)
+        documents = yaml.safe_load_all((ROOT / "deploy" / "rbac.yaml").read_text(encoding="utf-8"))
+        (role,) = (one for one in documents if one["kind"] == "ClusterRole")
+        assert made.apply(role).status in (200, 201)
         binding = {
             "apiVersion": "rbac.authorization.k8s.io/v1",
             "kind": "ClusterRoleBinding",
@@ -139,7 +138,7 @@ def tier(name: str, order: int = 10) -> dict[str, Any]:
     return {"apiVersion": "projectcalico.org/v3", "kind": "Tier", "metadata": {"name": name}, "spec": {"order": order}}
 
 
-def test_role_of_the_page_is_enough(own_server: OwnServer, followed: KubernetesSource) -> None:
+def test_role_of_the_file_is_enough(own_server: OwnServer, followed: KubernetesSource) -> None:
     """And every kind is listed by stream, or is not installed."""
     states = {one.kind: one for one in followed.states()}
     assert all(one.is_synced for one in states.values())
