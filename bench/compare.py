@@ -32,7 +32,8 @@ from bench.record import MORE, Case, Run, load
 THRESHOLD = 0.10
 """A change of a tenth matters; less is not worth failing anybody's build. Arbitrary."""
 CONFIDENCE = 0.99
-"""Of each interval. There are hundreds of cases: at 95 %, some would be slower by chance in each comparison."""
+"""Confidence of each interval. There are hundreds of cases: at 95 %, some would be slower by chance in each comparison.
+"""
 RESAMPLES = 2000
 MIN_ROUNDS = 5
 EXIT_SLOWER = 1
@@ -109,7 +110,7 @@ def _draw(chance: random.Random, case: Case, base: Case | None) -> float:
 
 
 def _not_zero(value: float, unit: str) -> float:
-    """Differences of nanoseconds can come out as nothing or less: one is the least that can be told from it."""
+    """Least measurable difference in nanoseconds: a difference of two measurements can be zero or negative."""
     return max(value, 1.0 if unit == "ns" else 1e-9)
 
 

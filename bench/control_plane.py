@@ -221,7 +221,7 @@ def yardstick() -> float:
 
 @dataclass(slots=True)
 class Findings:
-    """What a child process tells. Seconds, or as the name says."""
+    """The results of a child process. Seconds, or the unit in the name."""
 
     cold: dict[str, float] = field(default_factory=dict)
     events: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
@@ -328,7 +328,7 @@ def _churn(plane: ControlPlane, size: Size, seconds: float, found: Findings) -> 
 
 
 def _arrivals(numbers: range, size: Size, live: Sequence[int]) -> tuple[list[Object], list[Resource]]:
-    """Of a hundred changes: 48 pods come and 48 go elsewhere, one local pod comes and one goes, two policies change."""
+    """A hundred changes: 48 pods come and 48 go on other nodes, one local pod comes and one goes, two policies change."""
     upserts: dict[str, Object] = {}
     removals: dict[str, Resource] = {}
     for number in numbers:

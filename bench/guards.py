@@ -52,7 +52,10 @@ def run_suite(run: Run, *, loads: int, rounds: int) -> None:
 
 @contextlib.contextmanager
 def trees() -> Iterator[dict[str, Path]]:
-    """This version, and copies of it that each lack one guard. Raises PlatformError for a guard whose text is not there once."""
+    """This version, and copies of it that each lack one guard.
+
+    Raises PlatformError for a guard with text that does not occur exactly once.
+    """
     with tempfile.TemporaryDirectory(prefix="netpol-bench-guards-") as directory:
         found = {WHOLE: ROOT}
         for place, (name, removals) in enumerate(REMOVALS.items()):

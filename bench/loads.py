@@ -35,7 +35,7 @@ SLACK_S = 20.0
 NS_PER_S = 1_000_000_000
 
 BUSY_FIELDS = (0, 1, 2, 5, 6, 7)
-"""Of the cpu line of /proc/stat: user, nice, system, irq, softirq, steal."""
+"""Columns of the cpu line of /proc/stat: user, nice, system, irq, softirq, steal."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +94,7 @@ def workshop() -> Iterator[Path]:
 
 
 def servers(address: IPv4Address, tools: Path) -> dict[str, list[str]]:
-    """What the serving side runs, by tool."""
+    """Command of the server, by tool."""
     listed = {
         "iperf3": ["iperf3", "--server", "--bind", str(address), "--port", str(IPERF_PORT)],
         "sockperf": ["sockperf", "server", "--tcp", "-i", str(address), "-p", str(SOCKPERF_PORT)],

@@ -191,7 +191,10 @@ def prefixes(count: int) -> list[tuple[bytes, bytes]]:
 
 @dataclass(frozen=True)
 class Vary:
-    """What a random case draws from: ``flows`` (a power of two), each with one of ``clients`` addresses from ``first`` on."""
+    """The inputs of a random case.
+
+    ``flows`` (a power of two), each with one of ``clients`` addresses from ``first`` on.
+    """
 
     flows: int
     clients: int
@@ -261,7 +264,7 @@ class Primitives:
         self._flows.put_many([(conn_key(client, port, ALLOWED_PORT), row) for client, port in flows])
 
     def choose(self, vary: Vary, program: int) -> None:
-        """What the following runs vary, and what `np_vary` calls."""
+        """Set the field that the following runs vary, and the program that `np_vary` calls."""
         self._vary.put(index(0), vary.row())
         self._target.put(index(0), struct.pack("=I", program))
 
@@ -477,7 +480,7 @@ class Bench:
         }
 
     def bases(self) -> dict[str, Callable[[], float]]:
-        """What is subtracted."""
+        """The cost that is subtracted from a case."""
         frame = tcp4(int(POD4), FIRST4, 40_000, ALLOWED_PORT, ACK)
         return {
             "empty": self.hot(self.empty_fd, frame),
@@ -493,7 +496,7 @@ class Bench:
 
 
 def measure_scale(bench: Bench, scale: Scale, rounds: int) -> dict[str, list[float]]:
-    """Of each round: the bases, and each case less its base."""
+    """For each round: the bases, and each case less its base."""
     write_scale(bench.dataplane, scale)
     bench.primitives.fill(scale)
     bases, cases = bench.bases(), {**bench.cases(scale), **bench.random_cases(scale)}

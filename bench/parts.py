@@ -13,7 +13,7 @@ from netpol_ebpf.errors import PlatformError
 
 
 def run_part(command: Sequence[str], name: str) -> str:
-    """What a part prints. Raises PlatformError when it fails."""
+    """The output of a part. Raises PlatformError when the part fails."""
     part = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         said, _ = part.communicate()

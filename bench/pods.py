@@ -66,7 +66,7 @@ status: {podIPs: [{ip: %(address4)s}, {ip: "%(address6)s"}]}
 """
 GROUPS = 10
 FIRST_INDEX = 1000
-"""Of the pods' interfaces; arbitrary, above all others."""
+"""First index of the pods' interfaces; arbitrary, above all others."""
 
 
 @dataclass(slots=True)
@@ -157,7 +157,7 @@ class Stage:
         return time.monotonic() - began
 
     def processor_s(self) -> float:
-        """What the agent has taken so far."""
+        """Resources that the agent has used so far."""
         if self._agent is None:
             raise AssertionError("no agent was started")
         return processor_s(self._agent.pid)

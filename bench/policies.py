@@ -53,7 +53,7 @@ FIRST_NET = int(IPv4Address("100.64.0.0"))
 """Nets of peers are /24 to /28 inside one /24 each, so none overlaps another: the contenders with one big set need that."""
 
 LOAD_PORTS = (5201, 5210)
-"""What the measured traffic uses, TCP and UDP."""
+"""Ports of the measured traffic, TCP and UDP."""
 OTHER_PORTS = (80, 4000)
 SERVICES = 48
 """How many different ports (or ranges) the rules of a world name. Arbitrary: rules name many peers, but few services."""
@@ -94,7 +94,7 @@ def _services(chance: random.Random, count: int) -> list[Ports]:
 
 
 def _rule(index: int, direction: Direction, peer: Entity, protocol: int, ports: Ports) -> Rule:
-    """A rule whose peer and ports are on the sides that the direction says."""
+    """A rule with its peer and ports on the sides that the direction requires."""
     if direction is Direction.INGRESS:
         return Rule(Action.ALLOW, index, protocol=protocol, source=peer, destination=Entity(ports=ports))
     destination = Entity(nets=peer.nets, selector=peer.selector, ports=ports)
@@ -240,7 +240,10 @@ def _merged(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
 
 
 def peer_addresses(rules: Sequence[FlatRule], own: IPv4Address, count: int = 12) -> list[IPv4Address]:
-    """Addresses to ask from: some that rules name, spread over the order, their neighbours, and one nobody names."""
+    """Source addresses for the questions.
+
+    Some that rules name, spread over the order, their neighbours, and one that no rule names.
+    """
     step = max(1, len(rules) // count)
     asked = [own]
     for rule in rules[::step][:count]:

@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent
 Parameter = Union[int, str]
 
 MORE, LESS = "more", "less"
-"""What is better of a case's unit."""
+"""The two values that say which direction is better for a case's unit."""
 
 TOOLS: Mapping[str, Sequence[str]] = {
     "iperf3": ("iperf3", "--version"),
@@ -64,7 +64,7 @@ class Case:
 
     @property
     def id(self) -> str:
-        """What the case is known by, within a run and across runs."""
+        """The name of the case, within a run and across runs."""
         return case_id(self.suite, self.name, self.contender, self.parameters)
 
     @property

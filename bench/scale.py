@@ -166,7 +166,7 @@ def frame(source: int, destination: int, source_port: int, port: int, flags: int
 
 
 def compile_point(point: Point) -> CompiledTables:
-    """What the agent of the measured endpoint's node would write."""
+    """The rows that the agent of the measured endpoint's node would write."""
     compiler = Compiler(lambda endpoint: endpoint.node == NODE)
     compiler.replace(world_of(point))
     compiler.commit()

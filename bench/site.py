@@ -67,9 +67,12 @@ BPFFS = Path("/sys/fs/bpf")
 CARD_DEADLINE_S = 20.0
 """For a card's link to come up again after it was moved; arbitrary, real ones take some seconds."""
 REACH_PORT = 5210
-"""Allowed by the policies, like all ports of the loads, and nobody listens there: a server would take it for a client."""
+"""A port that the policies allow and on which no process listens: a server would take the probe for a client."""
 SIZES = {"np_event": 1 << 20}
-"""Nobody reads the events here; what does not fit is counted and dropped, as with an agent that is down."""
+"""Size of the ring buffer.
+
+Nobody reads the events here; events without room are counted and dropped, as without an agent.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,7 +207,10 @@ class Site:
         self.in_node(lambda: tables.write(BarrierSpec(marks, workloads=frozenset(self.interfaces))))
 
     def borrow_addresses(self, *, allowed: bool) -> None:
-        """Whether the peer may ask as somebody else. For comparing verdicts yes, for measuring no: that is the usual case."""
+        """Whether the peer may send with other source addresses.
+
+        Needed to compare verdicts, and off to measure the usual case.
+        """
         if self._applier is not None:
             sources = ANY_SOURCE if allowed else ()
             self._applier.bind(MEASURED, Binding(self.ifindex(MEASURED_LINK)))

@@ -38,7 +38,7 @@ GROWN: Mapping[str, Size] = {
     "100 000 pods / 10 pods": (MANY_PODS, FEW),
     "10 000 rules and 100 000 pods / 10 and 10": BIG,
 }
-"""What is divided by the same at SMALL."""
+"""By name: the sizes with measurements that are divided by the same measurement at SMALL."""
 SIZES: Sequence[Size] = (SMALL, *GROWN.values())
 Samples = Mapping[Size, Mapping[str, Sequence[float]]]
 """By size and case: nanoseconds, one figure a round."""

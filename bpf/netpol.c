@@ -325,8 +325,8 @@ NP_INLINE int np_ip_new(struct __sk_buff *skb, struct np_ctx *ctx, const struct 
         ctx->ep->end_chain = np_sender_tag_set(skb, ctx->config, ctx->ep->endpoint, scratch->is_due);
         reason = NP_REASON_DEFERRED;
     }
-    // The workload opened this TCP connection, and its entry was evicted: a packet of the node in the middle records
-    // none.
+    // A packet from the node in the middle of a TCP connection opens none if a process listens on its port: the
+    // workload opened that connection, and its entry was evicted.
     if (reason == NP_REASON_HOST && packet->protocol == NP_PROTOCOL_TCP && !(packet->tcp_flags & NP_TCP_SYN) &&
         np_is_served(skb, packet, version))
         return reason;

@@ -187,7 +187,7 @@ enum np_vip_flag {
 // Slots of np_call: the programs, named np_tc_*, that the hooks' programs tail-call. A tail call never returns.
 enum np_call {
     NP_CALL_JUDGE = 0, // evaluate one policy list, then the next; at the end apply the verdict
-    NP_CALL_SENDER = 1, // apply the verdict for the sender, the endpoint whose number is the sender tag
+    NP_CALL_SENDER = 1, // apply the verdict for the sender, the endpoint that the sender tag names
     NP_CALLS = 2, // number of slots
 };
 

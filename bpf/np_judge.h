@@ -58,7 +58,7 @@ struct np_scratch {
     struct np_owner owner; // copy of the host endpoint's policy set for this step
     struct np_tuple tuples[2]; // original and translated tuple
     __u32 reason; // result of the last step, enum np_reason
-    struct np_decision workload_decision; // the verdict of the workload's policy, while host lists follow
+    struct np_decision workload_decision; // saved verdict of the workload's policy, while host lists follow
     struct np_found found;
     struct np_found sender_found;
     union {
@@ -67,7 +67,7 @@ struct np_scratch {
     };
     union np_conn_key sender_key; // conntrack key of the packet under its sender's number
     __u32 steps; // all policy steps (np_steps)
-    __u32 number; // number of the workload
+    __u32 number; // number of the workload that a step of its own judges
     __u32 ifindex; // interface of the workload
     __u32 host; // number of the host endpoint
     __u32 self; // workload that may be its own peer; 0: none

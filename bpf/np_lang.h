@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause
 //
 // The C dialect of this program: inlining (BCC supports no other functions), branch hints, byte order, the kernel's
-// helper functions, numbers that the loader fills in, and the memory accesses whose order or width matters.  Nothing
+// helper functions, numbers that the loader fills in, and memory accesses with a fixed order or width.  Nothing
 // here knows packets or policy.
 #pragma once
 
@@ -17,7 +17,7 @@
 #if __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
 #define np_host16(value) __builtin_bswap16(value)
 #define np_host32(value) __builtin_bswap32(value)
-#define np_net16(value) __builtin_bswap16(value) // a constant stays a constant
+#define np_net16(value) __builtin_bswap16(value) // a constant is swapped at compile time
 #else
 #define np_host16(value) (value)
 #define np_host32(value) (value)

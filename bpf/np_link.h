@@ -102,7 +102,7 @@ NP_INLINE int np_is_alone(const struct np_ctx *ctx)
     return ctx->packet->end == ctx->arrival->frame_bytes;
 }
 
-// Whether the address belongs neither to the node nor to a workload whose interface is known.
+// Whether the address belongs neither to the node nor to a workload with a known interface.
 NP_INLINE int np_is_nobodys(struct np_ctx *ctx, const __u32 *address, const int version)
 {
     if (np_local_flags(ctx, address, version) & NP_LOCAL_OWN)

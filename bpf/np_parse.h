@@ -132,7 +132,7 @@ struct np_packet {
     __u16 source_port; // ICMP query: the identifier
     __u16 destination_port; // ICMP answer: the identifier
     __u16 ethertype;
-    __u16 l4_offset; // of the transport header; until the network header is parsed, of that
+    __u16 l4_offset; // of the transport header; before the network header is parsed, of the network header
     __u32 end; // offset of the end by the packet's own stated length; padding follows
     __u16 fragment_start; // offset of the fragmented part; 0 in a packet without one
     __u16 fragment_units; // in 8 bytes. Later fragment: its offset; first: end of its headers, rounded up

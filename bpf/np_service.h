@@ -103,7 +103,7 @@ NP_INLINE void np_sender_plan(struct np_ctx *ctx, struct np_scratch *scratch, co
     }
 }
 
-// Find the verdict of the sender, the endpoint whose number is the packet's sender tag.  This hook tracks a connection
+// Find the verdict of the sender, the endpoint that the packet's sender tag names.  This hook tracks a connection
 // of its own under the sender's number; replies do not pass here, so the connection stays unreplied.  Returns
 // NP_REASON_NONE if that connection is allowed under this generation (`scratch->reason` says how), otherwise why the
 // packet is dropped; the endpoint context then names the sender.  If policy must judge, np_judge does not return, and
@@ -192,7 +192,7 @@ NP_INLINE int np_sender_verdict(struct np_ctx *ctx, struct np_scratch *scratch, 
     }
     if (denied)
         return scratch->reason;
-    // No connection is recorded for a source that the sender chose; one is for a source that the node has translated.
+    // A source that the sender chose records no connection; a source that the node translated does.
     if (np_conn_opens(ctx) && !scratch->is_first_leg &&
         (!scratch->is_source_hidden || np_is_local(ctx, tuple->source, version)) &&
         np_conn_open(ctx, key, packet->protocol == NP_PROTOCOL_TCP ? NP_CONN_TCP_OPEN : 0, 0, version))

@@ -118,10 +118,12 @@ static enum agent_outcome ask_once(const char *path, const char *request, int64_
     // Who is turned away is told so before the question arrives: the answer counts, whatever became of the question.
     if (is_there && (send_line(channel, request, deadline_ms) || errno == EPIPE))
         length = receive_line(channel, line, deadline_ms + GRACE_MS);
-    if (length >= 0)
+    if (length >= 0) {
         outcome = judge(line, (size_t)length, why, may_pass);
-    else
+    } else {
+        *may_pass = errno != EMSGSIZE; // an answer that is too long is so the next time
         snprintf(why, AGENT_LINE, "no agent answers at %s: %s", path, strerror(errno));
+    }
     if (channel >= 0)
         close(channel);
     return outcome;

@@ -26,7 +26,7 @@ enum {
     DETAIL_BYTES = 1024, // of text from outside in an error; arbitrary
     TIMEOUT_S = 30, // when the configuration has none; arbitrary
     LONGEST_S = 600, // longer than any runtime waits
-    STATUS_MS = 2000, // how long STATUS waits for a word of the agent; arbitrary
+    STATUS_MS = 1000, // how long STATUS waits for a word of the agent; arbitrary
 };
 #define SOCKET_PATH "/run/netpol-ebpf/agent.sock"
 #define NEWEST "1.1.0"

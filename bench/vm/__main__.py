@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _measure(options: argparse.Namespace) -> Any:
-    """What the measuring guest printed; None, its reason said, when one of the two failed."""
+    """The output of the measuring guest; None, with the reason printed, when a guest failed."""
     kernel = kernels.find(options.kernel)
     with tempfile.TemporaryDirectory(prefix="netpol-vm-") as text:
         scratch = Path(text)

@@ -170,7 +170,7 @@ def _node(here: Place, there: Place) -> Iterator[None]:
 
 
 def _device(here: Place, side: str) -> str:
-    """The node's end of the pod's veth. The agent closes every interface of WORKLOADS whose pod it does not know."""
+    """The node's end of the pod's veth. The agent closes every interface of WORKLOADS without a known pod."""
     pod = "bench/client" if here is CLIENTS else "bench/server"
     return Host(pod, here.name, ()).parent_interface if side == ENFORCED else "free0"
 
@@ -222,7 +222,7 @@ def _process(command: Sequence[str], output: int | None = subprocess.DEVNULL) ->
 
 
 def _servers(address: IPv4Address) -> list[list[str]]:
-    """What the serving pod runs; the last one is what policy denies."""
+    """Commands of the serving pod; policy denies the last one."""
     ends = ["-i", str(address), "-p", str(SOCKPERF_PORT)]
     return [
         ["iperf3", "--server", "--bind", str(address), "--port", str(IPERF_PORT)],

@@ -207,7 +207,7 @@ NP_VIP_MANY = 2  # several such backends: it is unknown which one receives the p
 
 # np_call
 NP_CALL_JUDGE = 0  # evaluate one policy list, then the next; at the end apply the verdict
-NP_CALL_SENDER = 1  # apply the verdict for the sender, the endpoint whose number is the sender tag
+NP_CALL_SENDER = 1  # apply the verdict for the sender, the endpoint that the sender tag names
 NP_CALLS = 2  # number of slots
 
 # np_kernel_fact: Facts of the running kernel that the loader fills in (NP_KERNEL).
@@ -1286,24 +1286,24 @@ class MapRole(enum.Enum):
     """What a map is for."""
 
     ENDPOINT = "endpoint"  # rows of single endpoints
-    ENDPOINT_CACHE = "endpoint cache"  # per processor, rows of endpoints, for an epoch
+    ENDPOINT_CACHE = "endpoint cache"  # per CPU, rows of endpoints, valid for an epoch
     NODE = "node"  # the node's addresses, tunnels and services
     TABLE = "table"  # the compiled policy, which endpoints share
-    FLOW_CACHE = "flow cache"  # per processor, tuples of established connections, for a generation
+    FLOW_CACHE = "flow cache"  # per CPU, tuples of established connections, valid for a generation
     CONNECTION = "connection"  # connections and first fragments
     COUNTER = "counter"  # packets and bytes
     EVENT = "event"  # what the program reports to the agent
-    CONFIG = "config"  # settings, and what the pins are
+    CONFIG = "config"  # settings, and what the pin directory holds
     SCRATCH = "scratch"  # working memory of one packet
-    CALL = "call"  # the called programs of one program set
+    CALL = "call"  # the programs that one program set tail-calls
 
 
 class MapTrait(enum.Enum):
     """What else holds for a map."""
 
-    PRIVATE = "private"  # no group may read it: it is the secret of the connections' hash, gives it away, or holds packets
+    PRIVATE = "private"  # no group may read it: it is the secret of the conntrack hash, reveals it, or holds packets
     MASKED = "masked"  # a hash chooses the slot, so the number of slots is a power of two
-    RANGED = "ranged"  # masked, and each processor has a range of slots of its own
+    RANGED = "ranged"  # masked, and each CPU has its own range of slots
     CACHED = "cached"  # the endpoint cache has copies of rows, so a change needs a new epoch
     REFERRING = "referring"  # rows name ranges of rows in other maps
     FIXED = "fixed"  # no option sets its size

@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Connections that are older than enforcement: policy judges them as what they are, each in the direction it was opened in.
+"""Connections that are older than enforcement: policy judges each of them in the direction in which it was opened.
 
-To a program without an entry for a connection, the connection's next packet looks like the first packet of a new flow, in whichever
-direction it goes: policy would evaluate a reply as a request.  So before an interface gets the programs for the first time, the agent
-writes what the node knows of its connections into the connection tables, as allowed under no generation.  At the next packet of such a
-connection policy evaluates the connection's first packet.  A connection that policy allows goes on, any other one is cut.
+Without an entry for a connection, the program takes the connection's next packet for the first packet of a new flow, in
+whichever direction it goes: policy would evaluate a reply as a request.  So before an interface gets the programs for
+the first time, the agent writes the node's connections into the connection tables, as allowed under no generation.  At
+the next packet of such a connection policy evaluates the connection's first packet.  An allowed connection goes on, any
+other one is cut.
 
-The node knows the connections that it tracks and, for TCP that it does not track, sockets: a workload's own sockets are evidence of its own
-connections alone.  Invariants: nothing is let through that policy would not allow to be opened, other than by a workload's own sockets
-lying about who opened a connection before policy was there; what a program has learned itself is not replaced, unless it took an
-answer for a request.  Must not fail: what the agent cannot find out is a warning.
+The agent reads connection tracking and, for untracked TCP, sockets; a workload's sockets are evidence of its own
+connections alone.  Invariants: adoption lets only connections continue that policy allows to be opened, except where a
+workload's own sockets lie about who opened a connection before enforcement; an entry that a program made is not
+replaced, unless it took an answer for a request.  Must not fail: a failure to read is a warning.
 
 ICMP is left out: a query is over in seconds.
 """
@@ -32,14 +33,20 @@ from netpol_loader.kernel.clock import read_jiffies
 log = logging.getLogger(__name__)
 
 NO_GENERATION = 0
-"""The configuration never has this generation, so policy evaluates the connection."""
+"""Generation of adopted connections.
+
+The configuration never has it, so policy evaluates the connection at its next packet.
+"""
 SHARE = 2
-"""At most the SHARE-th part of a table is filled with old connections; arbitrary."""
+"""The agent fills at most 1/SHARE of a connection table with old connections; arbitrary."""
 
 
 @dataclass(frozen=True, slots=True)
 class LiveConnections:
-    """What a node knows of its connections. ``now_jiffies``: when; ``unknown``: what it could not be asked, and why."""
+    """The connections that a node knows.
+
+    ``now_jiffies``: the time of the reading; ``unknown``: what could not be read, and why.
+    """
 
     tracked: Collection[Tracked] = ()
     opened: Collection[Opened] = ()
@@ -48,7 +55,7 @@ class LiveConnections:
 
 
 class ConnectionAccess(Protocol):
-    """The node's connections, and the maps that hold ours."""
+    """Access to the node's connections and to the connection tables of the program."""
 
     @property
     def maps(self) -> Mapping[str, KernelMap]: ...  # noqa: D102 - see `KernelNode`
@@ -67,7 +74,10 @@ class NodeAddresses:
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """A workload with old connections to find. ``namespace``: number of the network namespace at the other end of its interface, None: unknown."""
+    """A workload that may have old connections.
+
+    ``namespace``: number of the network namespace at the other end of its interface, None: unknown.
+    """
 
     number: int
     addresses: Collection[IPAddress]
@@ -76,7 +86,10 @@ class Workload:
 
 @dataclass(frozen=True, slots=True)
 class OldConnection:
-    """An old connection, as one workload sees it. ``ends``: of its first packet; ``direction``: of that one."""
+    """An old connection, as one workload sees it.
+
+    ``ends``: source and destination of its first packet; ``direction``: the direction of that packet.
+    """
 
     number: int
     protocol: int
@@ -87,11 +100,11 @@ class OldConnection:
 
     @property
     def version(self) -> int:
-        """4 or 6."""
+        """IP version of the connection: 4 or 6."""
         return self.ends.source.version
 
     def key(self) -> bytes:
-        """Its key in the tables."""
+        """Key of the connection in the connection tables."""
         seen = self.ends if self.direction == abi.NP_DIRECTION_EGRESS else self.ends.reversed()
         kind = abi.np_conn4_key if self.version == 4 else abi.np_conn6_key  # noqa: PLR2004 - the IP version
         key = kind(
@@ -102,7 +115,7 @@ class OldConnection:
         return bytes(key)
 
     def row(self, now_jiffies: int) -> bytes:
-        """Its row."""
+        """Row of the connection in the connection tables."""
         if self.protocol == TCP:
             state = abi.NP_CONN_TCP_OPEN if self.is_replied else abi.NP_CONN_TCP_NEW
         else:
@@ -122,8 +135,9 @@ class OldConnection:
 class Adoption:
     """Knows which interfaces may have old connections: those that had no programs when the agent started.
 
-    Twice for each: ahead of the programs, so that no packet of an old connection meets an empty table; and behind, when all is
-    in force, for what was opened in between and for connections to services, which the programs take up last.
+    The agent writes old connections twice. The first time is before the programs are attached, so that no packet of an
+    old connection meets an empty table. The second time is when everything is in force: it covers connections opened in
+    between, and connections to services, which the programs handle last.
     """
 
     interfaces: set[int] = field(default_factory=set)
@@ -132,20 +146,23 @@ class Adoption:
 
     @property
     def concerned(self) -> set[int]:
-        """Interfaces that may have old connections that were not looked for yet."""
+        """Interfaces that may have old connections and have not been searched yet."""
         return self.interfaces | self._begun
 
     def expect(self, interfaces: Iterable[int]) -> None:
-        """These may have old connections."""
+        """Mark interfaces that may have old connections."""
         self.interfaces |= set(interfaces)
 
     def forget(self, interfaces: Iterable[int]) -> None:
-        """These are gone."""
+        """Forget interfaces that are gone."""
         self.interfaces -= set(interfaces)
         self._begun -= set(interfaces)
 
     def go_ahead(self, node: ConnectionAccess, workloads: Mapping[int, Workload], place: NodeAddresses) -> None:
-        """Before these workloads have both their rows and the programs. ``workloads``: by interface, others may be among them."""
+        """Write old connections before the workloads have both their rows and the programs.
+
+        ``workloads``: by interface; the mapping may have further ones.
+        """
         begun = {ifindex: one for ifindex, one in workloads.items() if ifindex in self.interfaces}
         if begun:
             self.interfaces -= begun.keys()
@@ -153,7 +170,7 @@ class Adoption:
             self._adopt(node, begun, place, with_services=False)
 
     def go_behind(self, node: ConnectionAccess, workloads: Mapping[int, Workload], place: NodeAddresses) -> None:
-        """When all of it is in force."""
+        """Write old connections again when rows and programs are in force."""
         begun = {ifindex: one for ifindex, one in workloads.items() if ifindex in self._begun}
         if begun:
             self._begun -= begun.keys()
@@ -176,7 +193,7 @@ class Adoption:
             )
 
     def _write(self, maps: Mapping[str, KernelMap], wanted: Mapping[bytes, OldConnection], now_jiffies: int) -> int:
-        """Put rows where there are none yet, or wrong ones; how many."""
+        """Write rows where the table has none yet, or wrong ones; returns the number of rows written."""
         rows: dict[str, list[tuple[bytes, bytes]]] = {}
         for key, one in wanted.items():
             place = _place_of(maps, key, one)
@@ -205,7 +222,10 @@ class Adoption:
 def old_connections(
     live: LiveConnections, workloads: Iterable[Workload], place: NodeAddresses
 ) -> Iterator[OldConnection]:
-    """How the workloads see the connections, what is surest first; an end that is another's is left out."""
+    """The connections as the workloads see them, the most certain evidence first.
+
+    An end that belongs to another workload is left out.
+    """
     owners = {address: one for one in workloads for address in one.addresses}
     for one in live.tracked:
         if one.protocol in (ICMP, ICMPV6):
@@ -241,7 +261,7 @@ def _deferred(protocol: int, ends: Ends, place: NodeAddresses) -> int:
 
 
 def _place_of(maps: Mapping[str, KernelMap], key: bytes, one: OldConnection) -> str | None:
-    """The table that a connection's row belongs in; None: it has one that says the same."""
+    """The table that must hold a connection's row; None: the table already has an equal row."""
     for table in (f"np_conn{one.version}", f"np_unreplied{one.version}"):  # the order in which the program asks
         value = maps[table].get(key)
         if value is not None:
@@ -252,7 +272,10 @@ def _place_of(maps: Mapping[str, KernelMap], key: bytes, one: OldConnection) -> 
 
 
 def look_at_connections(namespaces: Collection[int]) -> LiveConnections:
-    """What the kernel knows. Sockets that cannot be seen are no loss where the kernel tracks connections."""
+    """Read the connections that the kernel knows.
+
+    Sockets that cannot be read are no loss where the kernel tracks connections.
+    """
     unknown = []
     found: list[Tracked] = []
     try:

@@ -29,30 +29,30 @@ log = logging.getLogger(__name__)
 MOST = 3
 """Children for users other than root; arbitrary."""
 WORK_S = 30
-"""What working out an answer may take; arbitrary: tables of a million rows take some seconds."""
+"""How long a child may compute an answer; arbitrary: tables of a million rows take some seconds."""
 SEND_S = 5
-"""What reading the answer may take; arbitrary."""
+"""How long the reader may take to receive the answer; arbitrary."""
 
 NICE = 19
-"""The agent's own work, and everybody else's, comes first."""
+"""Niceness of the children: the agent's own work, and that of other processes, has precedence."""
 
 Answer = Callable[[Mapping[str, Any]], Any]
-"""From a request to a value that JSON can hold. May raise NetpolError. Runs in the child."""
+"""Computes the answer to a request: a value that JSON can hold. It may raise NetpolError. It runs in the child."""
 
 
 @dataclass(slots=True)
 class Answering:
-    """The children at work, by the descriptors that become readable when they end."""
+    """The running children, by the descriptors that become readable when they end."""
 
     _users: dict[int, int] = field(default_factory=dict)
     _processes: dict[int, int] = field(default_factory=dict)
 
     def descriptors(self) -> list[int]:
-        """Readable when a child has ended: `reap` then."""
+        """Descriptors that become readable when a child has ended; the caller then calls `reap`."""
         return list(self._users)
 
     def count(self, user: int | None = None) -> int:
-        """How many children work for a user, or for all."""
+        """Number of running children of one user, or of all users."""
         return len(self._users) if user is None else sum(one == user for one in self._users.values())
 
     def has_room(self, user: int) -> bool:
@@ -68,9 +68,9 @@ class Answering:
         request: Mapping[str, Any],
         foreign: Iterable[socket.socket],
     ) -> None:
-        """Have a child answer at a channel; this process may close it. ``foreign``: sockets that are none of the child's.
+        """Have a child answer on a channel; this process may close the channel afterwards.
 
-        Raises PlatformError when there can be no child now.
+        ``foreign``: sockets that the child must close. Raises PlatformError when no child can be started now.
         """
         agent = os.getpid()
         try:
@@ -109,12 +109,12 @@ class Answering:
 
 
 def encode_error(error: NetpolError) -> bytes:
-    """An answer that says why there is none."""
+    """An error response that gives the cause."""
     return encode({"error": error.message, "hint": error.hint, "slug": error.slug})
 
 
 def encode(value: Any) -> bytes:
-    """A value as the one line that it is sent as."""
+    """A value as the one line of JSON that is sent."""
     return json.dumps(value, separators=(",", ":")).encode() + b"\n"
 
 
@@ -125,7 +125,7 @@ def _work(
     request: Mapping[str, Any],
     foreign: Iterable[socket.socket],
 ) -> None:
-    """All that the child does. Does not return, whatever happens."""
+    """Everything that the child does. It never returns."""
     try:
         part_from(agent, WORK_S)
         os.nice(NICE)
@@ -142,7 +142,7 @@ def _work(
 
 
 def _line(answer: Answer, request: Mapping[str, Any]) -> bytes:
-    """The line to send. A bug in an answer becomes an error to the reader, and ends nothing else."""
+    """The line to send. A bug while the answer is computed becomes an error for the reader, and ends nothing else."""
     try:
         return encode(answer(request))
     except NetpolError as error:

@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Interface assignments: whether an interface is the node's own or a workload's, and to which workload it belongs, decided once and kept.
+"""Interface assignments: whether an interface is the node's own or a workload's, and which workload it belongs to.
 
-An interface is assigned to one endpoint for as long as it exists, by the strongest `Evidence` there is.  A workload cannot forge any kind of
-evidence but one: an address at the other end of a veth, where a workload with CAP_NET_ADMIN can add any.  So only the addresses count that
-were there when the interface was first seen with some, and only for an interface without an assignment.
+An interface is assigned once, to one endpoint for as long as it exists, by the strongest `Evidence`.  A workload can
+forge only one kind of evidence: an address at the other end of a veth, where a workload with CAP_NET_ADMIN can add any.
+So only the addresses count that were there when the interface was first seen with some, and only for an interface
+without an assignment.
 
-Invariants: nothing inside a workload's namespace changes an assignment, and a conflict keeps the older assignment; an assigned interface is
-never treated as the node's own; an interface in doubt stays as it is and is reported.  Assignments outlive the process in a file of the
-state directory; an entry of the file counts only if it has the form that an agent writes.  Makes no system call but for that file; must not
-know of programs.
+Invariants: nothing inside a workload's namespace changes an assignment, and a conflict keeps the older assignment; an
+assigned interface is never treated as the node's own; an interface in doubt stays as it is and is reported.
+Assignments outlive the process in a file of the state directory; an entry of the file counts only if it has the form
+that an agent writes.  Makes no system call but for that file; must not know of programs.
 """
 
 from __future__ import annotations
@@ -43,26 +44,30 @@ log = logging.getLogger(__name__)
 
 FORMAT = 1
 MOST_BYTES = 1 << 26
-"""Of the file, to be read; arbitrary, a hundred times what a full node needs."""
+"""Largest file that is read; arbitrary, a hundred times what a full node needs."""
 POD = "Pod"
 IPV4, IPV6 = 4, 6
 MOST_IFINDEX = (1 << 31) - 1
 DERIVED_NAME = re.compile(r"(?:cali|eni|vlan|gke|azv)([0-9a-f]{11})")
-"""Names of a pod's interface on the node that container networks make of the first 11 digits of the SHA-1 of ``namespace.name``
-(Calico; AWS VPC CNI, with ``vlan`` for pods that have security groups; GKE; Azure CNI)."""
+"""Names that container networks give to a pod's interface on the node, made of the first 11 digits of the SHA-1 of
+``namespace.name`` (Calico; AWS VPC CNI, with ``vlan`` for pods that have security groups; GKE; Azure CNI).
+"""
 
 
 class Evidence(enum.IntEnum):
-    """What says that an interface is an endpoint's, strongest first."""
+    """Evidence that an interface belongs to an endpoint, strongest first."""
 
     NAMED = 1
     """The endpoint's own object names it."""
     CNI = 2
-    """The result that the container network's plugin left on the node."""
+    """The result that the network's CNI plugin left on the node."""
     NAME = 3
-    """The interface's name is made of the pod's."""
+    """The interface's name is derived from the pod's name."""
     ROUTE = 4
-    """The node's own route to an address of the endpoint; a prefix is one where nobody can look at the other end."""
+    """The node has a route to an address of the endpoint.
+
+    A route to a prefix counts only where the agent cannot read the addresses at the other end.
+    """
     ADDRESS = 5
     """The first addresses seen at the interface's other end. Weak: the workload could have chosen them."""
 
@@ -76,7 +81,10 @@ class InterfaceRole(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class Assignment:
-    """The endpoint of an interface. ``addresses``: those of the endpoint when it was last found here; None: not known."""
+    """The endpoint of an interface.
+
+    ``addresses``: the endpoint's addresses when it was last found here; None: not known.
+    """
 
     key: EndpointKey
     evidence: Evidence
@@ -85,7 +93,10 @@ class Assignment:
 
 @dataclass(frozen=True, slots=True)
 class InterfaceRecord:
-    """What is kept of an interface. ``first``: when there first were addresses at its other end, the oldest one of each family."""
+    """The stored facts of an interface.
+
+    ``first``: the oldest address of each family, from the first time that there were addresses at its other end.
+    """
 
     name: str
     side: InterfaceRole | None = None
@@ -95,9 +106,10 @@ class InterfaceRecord:
 
 @dataclass(frozen=True, slots=True)
 class LocatedEndpoints:
-    """What was found. ``problems``: endpoints that could not be given an interface although there is a trace of one, and why.
+    """The result of a search for interfaces.
 
-    Endpoints in neither are not here (yet).
+    ``problems``: endpoints that cannot be given an interface although there is evidence of one, and why. An endpoint
+    without interface and without problem is not on this node yet.
     """
 
     interfaces: Mapping[EndpointKey, int] = field(default_factory=dict)
@@ -107,7 +119,7 @@ class LocatedEndpoints:
 
 @dataclass(frozen=True, slots=True)
 class _Candidate:
-    """Where one endpoint would be."""
+    """The interface that one endpoint would be assigned."""
 
     endpoint: Endpoint
     evidence: Evidence
@@ -121,18 +133,22 @@ def may_be_workloads(link: Interface) -> bool:
 
 
 def derived_hash(key: EndpointKey) -> str:
-    """What `DERIVED_NAME` ends with for a pod."""
+    """The hash with which the derived name (`DERIVED_NAME`) of a pod's interface ends."""
     return hashlib.sha1(f"{key.namespace}.{key.name}".encode(), usedforsecurity=False).hexdigest()[:11]
 
 
 class InterfaceAssignments:
-    """`look` at each new wiring, or when endpoints changed; `save` when ``is_dirty``.
+    """Assigns interfaces to endpoints.
 
-    ``doubts``: interfaces that may be the node's own or a workload's, and what becomes of them.
+    Call `look` at each new wiring or when endpoints changed, and `save` when ``is_dirty``. ``doubts``: interfaces that
+    may be the node's own or a workload's, and how they are treated.
     """
 
     def __init__(self, workloads: Sequence[str] = (), own: Sequence[str] = ()) -> None:
-        """``workloads``: patterns of names; where there are any, exactly what matches is a workload's. ``own``: never is."""
+        """``workloads``: name patterns; if there are any, exactly the matching interfaces are workloads'.
+
+        ``own``: name patterns of interfaces that are never a workload's.
+        """
         self._workload_patterns, self._own_patterns = tuple(workloads), tuple(own)
         self._seen: dict[int, InterfaceRecord] = {}
         self._lost: set[EndpointKey] = set()  # endpoints with an assignment to an interface that is gone
@@ -152,11 +168,12 @@ class InterfaceAssignments:
         results: Mapping[EndpointKey, Collection[str]] | None = None,
         is_contested: Callable[[EndpointKey], bool] = lambda _key: False,
     ) -> LocatedEndpoints:
-        """Decide what each interface is and find that of each endpoint; what was decided before stays.
+        """Decide the role of each interface and find the interface of each endpoint; earlier assignments stay.
 
-        ``node_addresses``: those that this node's object in the cluster states.  ``results``: names of interfaces that plugins
-        made for pods, none where the plugin left nothing on the node.  ``is_contested``: whether others claim an address of an
-        endpoint, which then gets no other interface than the one it has.  Cost: linear in endpoints, links and addresses.
+        ``node_addresses``: those that this node's Node object states.  ``results``: names of interfaces that plugins
+        made for pods, none where the plugin left nothing on the node.  ``is_contested``: whether others claim an
+        address of an endpoint, which then gets no other interface than the one it has.  Cost: linear in endpoints,
+        links and addresses.
         """
         self.forget([ifindex for ifindex, one in self._seen.items() if not self._is_there(ifindex, one, wiring)])
         bindable = {ifindex for ifindex, link in wiring.links.items() if self._may_be_bound(link)}
@@ -193,7 +210,10 @@ class InterfaceAssignments:
         return LocatedEndpoints(interfaces, by, problems)
 
     def _release_named(self, wiring: Wiring, endpoints: Iterable[Endpoint]) -> None:
-        """What an object named is free when no object names it any more: whoever writes those is not who sits behind it."""
+        """Release an interface that was assigned by name when no object names it any more.
+
+        Its workload cannot have caused that: the workload does not write the objects.
+        """
         named = {(one.key, one.interface) for one in endpoints}
         for ifindex, seen in self._seen.items():
             assignment = seen.assignment
@@ -203,7 +223,7 @@ class InterfaceAssignments:
                 self._keep(ifindex, replace(seen, side=None, assignment=None))
 
     def _release_unbindable(self, bindable: Collection[int]) -> None:
-        """What an earlier agent bound is free where this one would not bind it: an option may have been given since."""
+        """Release interfaces that an earlier agent assigned and this one would not, since an option may have changed."""
         for ifindex, seen in self._seen.items():
             if (
                 seen.assignment is not None
@@ -213,12 +233,15 @@ class InterfaceAssignments:
                 self._keep(ifindex, replace(seen, side=None, assignment=None))
 
     def _is_there(self, ifindex: int, seen: InterfaceRecord, wiring: Wiring) -> bool:
-        """Whether an interface is still the same. Of one that another agent saw, its name tells; one that only rows show has none."""
+        """Whether an interface still exists and is the same one.
+
+        For an interface that another agent saw, the name decides; an interface known from rows alone has no name.
+        """
         link = wiring.links.get(ifindex)
         return link is not None and (not self._is_recalled or seen.name in (link.name, ""))
 
     def is_curious(self, wiring: Wiring) -> bool:
-        """Whether there is an interface of which the first address at its other end is yet to be seen."""
+        """Whether some interface still waits for the first address at its other end."""
         peers = {ifindex for ifindex, link in wiring.links.items() if link.peer is not None}
         return any(
             seen.side is not InterfaceRole.OWN and seen.assignment is None and not seen.first and ifindex in peers
@@ -228,7 +251,7 @@ class InterfaceAssignments:
     # --- own or workload's ------------------------------------------------------------------------------------------
 
     def close_newborn(self, link: Interface) -> bool:
-        """Whether an interface that has come just now must stay closed; in doubt it must."""
+        """Whether an interface that just appeared must stay closed; in doubt it must."""
         if link.ifindex in self._seen or not self._is_possible(link):
             return False
         self._keep(link.ifindex, InterfaceRecord(link.name, InterfaceRole.WORKLOAD))
@@ -251,7 +274,11 @@ class InterfaceAssignments:
         return (is_named or may_be_workloads(link)) and not is_own
 
     def _decide_all(self, wiring: Wiring, stated: Collection[int], claimed: Collection[int]) -> None:
-        """``stated``: interfaces with an address that the node's object states; ``claimed``: those of endpoints, by strong evidence."""
+        """Decide the role of every interface.
+
+        ``stated``: interfaces with an address that the Node object states; ``claimed``: interfaces of endpoints, by
+        strong evidence.
+        """
         for link in wiring.links.values():
             if not may_be_workloads(link) and not self._workload_patterns:
                 continue
@@ -293,7 +320,7 @@ class InterfaceAssignments:
         self, endpoint: Endpoint, evidence: Evidence, found: set[int], old: int | None, wiring: Wiring,
         is_contested: Callable[[EndpointKey], bool],
     ) -> tuple[_Candidate | None, str]:  # fmt: skip
-        """Where an endpoint would be, and what is wrong with that. ``old``: the interface that it has."""
+        """The interface that an endpoint would be assigned, and the problem with that. ``old``: its present interface."""
         assignment = self._seen[old].assignment if old is not None else None
         kept = None
         if old is not None and assignment is not None and endpoint.interface is None and _is_same(assignment, endpoint):
@@ -315,7 +342,10 @@ class InterfaceAssignments:
     def _choose(
         self, ifindex: int, traces: Sequence[_Candidate], wiring: Wiring, problems: dict[EndpointKey, str]
     ) -> _Candidate | None:
-        """Who of those that an interface would belong to has it; the others learn why they have not."""
+        """Decide which of several endpoints gets an interface that all of them have evidence for.
+
+        The others get a problem that says why not.
+        """
         assignment = self._seen[ifindex].assignment if ifindex in self._seen else None
         if len(traces) == 1 and assignment is not None and traces[0].endpoint.key == assignment.key:
             return traces[0]
@@ -364,7 +394,7 @@ class InterfaceAssignments:
         return evidence
 
     def forget(self, gone: Iterable[int]) -> None:
-        """These interfaces are no more."""
+        """Forget interfaces that are gone."""
         for ifindex in gone:
             seen = self._seen.pop(ifindex, None)
             if seen is not None:
@@ -408,7 +438,10 @@ class InterfaceAssignments:
         return Problem(Location(str(path)), "", message, severity="warning", slug="interfaces-file")
 
     def expect(self, key: EndpointKey, ifindex: int) -> None:
-        """Take an assignment of an earlier agent from the rows in the kernel, if the file has none. ``ifindex``: NOWHERE when the interface is gone."""
+        """Take an assignment of an earlier agent from the rows in the kernel, if the file has none.
+
+        ``ifindex``: NOWHERE when the interface is gone.
+        """
         seen = self._seen.get(ifindex)
         if ifindex == NOWHERE:
             self._lost.add(key)
@@ -420,7 +453,7 @@ class InterfaceAssignments:
             )
 
     def save(self, path: Path) -> None:
-        """Write what was decided, whole or not at all. Raises OSError."""
+        """Write the assignments to the file, atomically. Raises OSError."""
         before, self._written = self._written, {}
         for ifindex, seen in self._seen.items():
             known = before.get(ifindex)
@@ -443,7 +476,7 @@ _SAID = {
 
 
 class _TrustedEvidence:
-    """Where endpoints would be by evidence that is beyond a workload's reach."""
+    """Finds the interfaces of endpoints by evidence that a workload cannot forge."""
 
     def __init__(
         self,
@@ -453,9 +486,10 @@ class _TrustedEvidence:
         *,
         closed_to_routes: Collection[int],
     ) -> None:
-        """``bindable``: interfaces that can be an endpoint's.  ``closed_to_routes``: the node's own for certain, whatever route leads there.
+        """``bindable``: interfaces that can be an endpoint's.
 
-        A route alone proves nothing: the node's way to a macvlan pod may be a macvlan device of its own, which the pod's other
+        ``closed_to_routes``: interfaces that are certainly the node's own, whatever route leads there. A route alone
+        proves nothing: the node's way to a macvlan pod may be a macvlan device of its own, which the pod's other
         packets do not pass.
         """
         self._wiring, self._results, self._bindable, self._closed = wiring, results, bindable, closed_to_routes
@@ -472,7 +506,10 @@ class _TrustedEvidence:
             self._ways.insert(0, (Evidence.CNI, self._by_result))
 
     def beyond_reach(self, endpoint: Endpoint) -> tuple[Evidence, set[int]]:
-        """The strongest evidence that leads anywhere, and where; of a plugin that left nothing on the node, that it is nowhere."""
+        """The strongest evidence of an endpoint's interface, and the interface.
+
+        For a plugin that left nothing on the node, the evidence says that there is no interface.
+        """
         if endpoint.interface is not None:
             named = self._by_name.get(endpoint.interface)
             return Evidence.NAMED, set() if named is None else {named}
@@ -503,10 +540,10 @@ class _TrustedEvidence:
         return found
 
     def _by_subnet(self, address: IPAddress) -> int | None:
-        """The interface that a subnet of the node is on alone, by the longest prefix, unless it is one end of a pair.
+        """The one interface with a subnet that contains the address, unless it is one end of a veth pair.
 
-        Of a pair, the prefix leads to whoever is at the other end, who may be one of many that the prefix has room for: which one
-        only the addresses there tell, and those are the workload's to choose.
+        The longest prefix decides. Behind a veth pair the prefix may hold many workloads. Only the addresses there tell
+        which one, and the workload chooses those.
         """
         nets = [net for net in self._wiring.subnets if net.version == address.version and address in net]
         if not nets:
@@ -520,7 +557,7 @@ class _TrustedEvidence:
 
 
 class _FirstAddresses:
-    """Where endpoints would be by the first addresses at the other ends of interfaces."""
+    """Finds the interfaces of endpoints by the first addresses at the other ends of interfaces."""
 
     def __init__(self, seen: Mapping[int, InterfaceRecord]) -> None:
         self._seen = seen
@@ -530,14 +567,20 @@ class _FirstAddresses:
                 self._by_address.setdefault(address, set()).add(ifindex)
 
     def of(self, endpoint: Endpoint) -> set[int]:
-        """Interfaces with first addresses of the endpoint; one that is assigned to another endpoint only if there is no other."""
+        """Interfaces with first addresses of the endpoint.
+
+        An interface that is assigned to another endpoint counts only if there is no other.
+        """
         candidates = {ifindex for address in endpoint.addresses for ifindex in self._by_address.get(address, ())}
         found = {ifindex for ifindex in candidates if self._speaks_for(ifindex, endpoint)}
         free = {ifindex for ifindex in found if self._is_free(ifindex, endpoint)}
         return free or found
 
     def _speaks_for(self, ifindex: int, endpoint: Endpoint) -> bool:
-        """Whether no first address contradicts: of a family that the endpoint has, it must be one of the endpoint's."""
+        """Whether no first address contradicts.
+
+        In each family that the endpoint has, the first address must be one of the endpoint's.
+        """
         families = {address.version for address in endpoint.addresses}
         return all(one in endpoint.addresses for one in self._seen[ifindex].first if one.version in families)
 
@@ -547,13 +590,13 @@ class _FirstAddresses:
 
 
 def _oldest(addresses: Sequence[IPAddress]) -> tuple[IPAddress, ...]:
-    """Of each family the address that is there longest: the kernel lists those of IPv4 from the oldest on, of IPv6 from the newest."""
+    """The oldest address of each family: the kernel lists IPv4 from the oldest on, IPv6 from the newest on."""
     found = [[one for one in addresses if one.version == version and not one.is_link_local] for version in (IPV4, IPV6)]
     return (*found[0][:1], *found[1][-1:])
 
 
 def _is_same(assignment: Assignment, endpoint: Endpoint) -> bool:
-    """Whether an endpoint is still the one that was bound: a new pod of that name has other addresses, and another interface."""
+    """Whether an endpoint is still the assigned one: a new pod of that name has other addresses, and another interface."""
     if assignment.addresses is None or assignment.addresses == endpoint.addresses:
         return True
     return bool(set(assignment.addresses) & set(endpoint.addresses))
@@ -582,7 +625,7 @@ def _read_ifindex(written: str) -> int:
 
 
 def _read_seen(written: Any) -> InterfaceRecord:
-    """Raises ValueError."""
+    """Parse the list of addresses that the file has. Raises ValueError."""
     fields = checked(written, dict, "it")
     side, assignment = fields.get("side"), fields.get("bond")
     return InterfaceRecord(

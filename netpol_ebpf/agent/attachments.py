@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 
 
 class Attachments:
-    """``interfaces``: those with the programs on them, as far as is known; to be read only."""
+    """Attaches and detaches programs. ``interfaces``: those known to have the programs; read-only for callers."""
 
     def __init__(self, node: ProgramAccess) -> None:
         self.interfaces: set[int] = set()
@@ -28,24 +28,24 @@ class Attachments:
 
     @property
     def problems(self) -> Collection[Problem]:
-        """What could not be attached or detached since the round began."""
+        """Failures to attach or detach since the round began."""
         return self._stuck.values()
 
     def find(self) -> None:
-        """Take note of what is attached, by whomever."""
+        """Read which interfaces have the programs, whoever attached them."""
         self.interfaces |= self._node.attached()
 
     def forget(self, gone: Collection[int]) -> None:
-        """These interfaces are gone, and the programs with them."""
+        """Forget interfaces that are gone, and the programs on them."""
         self.interfaces.difference_update(gone)
 
     def begin_round(self, present: Collection[int]) -> None:
-        """A new look at all interfaces begins. ``present``: the interfaces there are."""
+        """Begin a new pass over all interfaces. ``present``: the interfaces that exist."""
         self.interfaces.intersection_update(present)
         self._stuck_before, self._stuck = self._stuck, {}
 
     def attach(self, ifindex: int, name: str, *, is_newborn: bool = False) -> None:
-        """Attach the programs to an interface. A failure is a problem, and is tried again in the next round."""
+        """Attach the programs to an interface. A failure becomes a problem and is tried again in the next round."""
         try:
             is_there = self._node.attach(ifindex, is_newborn=is_newborn)
         except PlatformError as error:
@@ -56,7 +56,7 @@ class Attachments:
             log.info("attached the programs to interface %s", name)
 
     def detach(self, ifindex: int, name: str) -> None:
-        """Detach the programs from an interface. A failure is a problem, and is tried again in the next round."""
+        """Detach the programs from an interface. A failure becomes a problem and is tried again in the next round."""
         log.info("detaching the programs from interface %s: no policy applies to it", name)
         try:
             self._node.detach(ifindex)

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The agent's side of the second barrier: when which part of it is in force, and what of it is missing.
+"""The agent's side of the second barrier: which part of it is in force when, and which part is missing.
 
-`netpol_loader.host.barrier` says what the tables hold and what the *sign* is.
+`netpol_loader.host.barrier` defines the tables and the *sign*.
 
-Invariants: the programs sign before a table drops what has no sign, and nothing drops it any more before they stop; a barrier
-that cannot be is a problem that says what is open, and stops nothing else.  Must not choose workloads' interfaces.
+Invariants: the programs set the sign before a table drops packets without it, and the tables stop dropping before the
+programs stop setting it; a barrier that cannot be installed is a problem that names what is open, and stops nothing
+else.  Must not choose workloads' interfaces.
 """
 
 from __future__ import annotations
@@ -22,11 +23,11 @@ from netpol_loader.pins.drift import Drift
 log = logging.getLogger(__name__)
 
 RETRY_S = 5.0
-"""How often to try again what the kernel refused; arbitrary."""
+"""Interval of attempts to install what the kernel rejected; arbitrary."""
 TOLD_S = 60.0
-"""How long a dropped packet of an interface that bears the program is a problem; arbitrary."""
+"""How long a dropped packet of an interface with the program stays a problem; arbitrary."""
 ASKED_A_LOOK = 5
-"""Interfaces whose other programs are looked for at a time: it takes some milliseconds for each; arbitrary."""
+"""How many interfaces one pass searches for programs of others: each takes some milliseconds; arbitrary."""
 MARK_BITS = 32
 SIGNS = 3
 LONGEST_NAME = 15
@@ -35,7 +36,10 @@ ON, OFF = "nft", "off"
 
 @dataclass(frozen=True, slots=True)
 class BarrierSettings:
-    """``is_on`` False: nothing is dropped for want of the sign.  ``patterns``: names of interfaces that are closed from birth."""
+    """Options of the barrier. ``is_on`` False: no packet is dropped for lack of the sign.
+
+    ``patterns``: names of interfaces that are closed from birth.
+    """
 
     is_on: bool = True
     patterns: tuple[str, ...] = ()
@@ -43,60 +47,63 @@ class BarrierSettings:
 
     @property
     def in_force(self) -> Marks:
-        """The bits that are used."""
+        """The mark bits in use."""
         return self.marks if self.is_on else replace(self.marks, seen=0)
 
 
 class BarrierAccess(Protocol):
-    """What is needed of `netpol_loader.host.barrier.BarrierTables`; tests have another one."""
+    """The part of `netpol_loader.host.barrier.BarrierTables` that the agent needs; tests have another implementation."""
 
     @property
     def families(self) -> tuple[str, ...]:
-        """Families of tables that the kernel has."""
+        """Families of nf_tables tables that the kernel supports."""
 
     @property
     def is_held(self) -> bool:
-        """Whether the kernel keeps others from changing the tables."""
+        """Whether the kernel prevents other processes from changing the tables."""
 
     def open(self) -> None:
-        """Find out what the kernel can do."""
+        """Find out what the kernel supports."""
 
     def has_news(self) -> bool:
         """Whether something changed any table since the last call."""
 
     def has_changed(self) -> bool:
-        """Whether anything may have changed since the tables were last as they should be."""
+        """Whether the tables may have changed since they were last correct."""
 
     def is_there(self) -> bool:
-        """Whether there is a table of ours."""
+        """Whether one of our tables exists."""
 
     def members(self) -> tuple[frozenset[str], frozenset[int]]:
-        """Names of workloads' interfaces, and numbers of known ones, in the tables."""
+        """Workloads' interfaces in the tables: patterns of names, and indices of known ones."""
 
     def counts(self) -> Counts:
-        """What was dropped so far."""
+        """Counters of packets that the barrier dropped."""
 
     def unsigned(self) -> int:
-        """Packets dropped for want of the sign."""
+        """Number of packets dropped for lack of the sign."""
 
     def write(self, layout: BarrierSpec) -> list[Difference]:
-        """Make the tables so; what was otherwise."""
+        """Write the tables; returns what differed before."""
 
 
 class MarksWriter(Protocol):
-    """What is needed of `netpol_ebpf.apply.applier.Applier`."""
+    """The part of `netpol_ebpf.apply.applier.Applier` that the barrier needs."""
 
     @property
     def marks(self) -> Marks:
-        """The bits that the programs use now."""
+        """The mark bits that the programs use now."""
 
     def set_marks(self, marks: Marks) -> None:
-        """The programs use these from now on."""
+        """Make the programs use these mark bits from now on."""
 
 
 @dataclass(slots=True)
 class _Rise:
-    """Dropped packets of an interface that bears the program. ``since_s``: when the last ones were seen; ``asked_s``: others."""
+    """Dropped packets of an interface that has the program.
+
+    ``since_s``: when the last ones were seen; ``others``: programs of others on the interface, as found at ``asked_s``.
+    """
 
     packets: int
     since_s: float
@@ -106,9 +113,10 @@ class _Rise:
 
 @dataclass(slots=True)
 class Barrier:
-    """`sign` with each new set of maps, `reconcile` when interfaces have changed, `look` now and then.
+    """The barrier of a node.
 
-    ``clock``: seconds.  ``others``: programs of others on the TC hook of an interface by which its packets come in.
+    Call `sign` with each new set of maps, `reconcile` when interfaces changed, `look` at intervals. ``clock``: seconds.
+    ``others``: programs of others on the TC hook of an interface by which its packets come in.
     """
 
     settings: BarrierSettings
@@ -129,7 +137,7 @@ class Barrier:
     # --- in force ---------------------------------------------------------------------------------------------------
 
     def sign(self, writer: MarksWriter) -> None:
-        """Have the programs on a new set of maps use the marks; whoever drops by them is prepared for that first."""
+        """Make the programs on a new set of maps set the marks, after the existing tables have been prepared for them."""
         self._writer, self._is_signed, self._layout = writer, False, None
         before = writer.marks
         self._tried_s = self.clock()
@@ -143,7 +151,7 @@ class Barrier:
         writer.set_marks(self.settings.in_force)
 
     def _prepare(self, before: Marks) -> None:
-        """Leave tables that suit both the marks before and the ones to come, or raise."""
+        """Leave tables that accept both the old marks and the new ones, or raise."""
         marks = self.settings.in_force
         base = without_sign(BarrierSpec(marks))
         self.tables.open()
@@ -156,14 +164,20 @@ class Barrier:
             self.tables.write(older)
 
     def _may_be_there(self) -> bool:
-        """Whether an older table of ours may drop by the marks, so that they have to stay as they are."""
+        """Whether a table of an earlier agent may exist, which drops packets by the present mark bits.
+
+        Then the bits must not change.
+        """
         try:
             return self.tables.is_there()
         except PlatformError:
             return True  # nobody knows
 
     def reconcile(self, wiring: Wiring, workloads: Collection[int], attached: Collection[int]) -> None:
-        """Name the interfaces. ``workloads``: those that are workloads'; ``attached``: those that bear the programs, which sign."""
+        """Update the interfaces in the tables.
+
+        ``workloads``: workloads' interfaces; ``attached``: interfaces with the programs, which set the sign.
+        """
         bound = {wiring.links[one].name: one for one in workloads if one in attached and one in wiring.links}
         known = {*attached, *(wiring.links.keys() - set(workloads))} & wiring.links.keys()
         settings = self.settings
@@ -197,11 +211,11 @@ class Barrier:
     # --- now and then -----------------------------------------------------------------------------------------------
 
     def restore_reported(self) -> list[Drift]:
-        """Restore the tables at once when the kernel reports a change of any; what was changed."""
+        """Restore the tables at once when the kernel reports a change of any; returns what was restored."""
         return self._mend() if self._layout is not None and self.tables.has_news() else []
 
     def look(self) -> list[Drift]:
-        """Restore what others changed, try again what failed, and note the interfaces with dropped packets; what was restored."""
+        """Restore changed tables, retry what failed, record interfaces with dropped packets; returns what was restored."""
         now_s = self.clock()
         if self._failure is not None and now_s - self._tried_s >= RETRY_S:
             self._try_again()
@@ -262,7 +276,7 @@ class Barrier:
 
     @property
     def problems(self) -> list[Problem]:
-        """What the barrier leaves open, and interfaces with the program of which it dropped packets."""
+        """The parts of the node that the barrier leaves open, and interfaces with the program that had packets dropped."""
         found = [] if self._failure is None else [self._failure]
         for name, one in sorted(self._risen.items()):
             others = f" (also there: {', '.join(one.others)})" if one.others else ""
@@ -275,11 +289,14 @@ class Barrier:
 
     @property
     def is_installed(self) -> bool:
-        """Whether the tables are as they are wanted."""
+        """Whether the tables in the kernel are the desired ones."""
         return self._layout is not None and self._layout == self._wanted and self._failure is None
 
     def report(self) -> dict[str, Any]:
-        """The state as plain values. ``families``: of the tables, the bridges' only where the kernel has such tables."""
+        """The barrier's state as plain values for `status`.
+
+        ``families``: of the tables, bridge only where the kernel supports it.
+        """
         settings = self.settings
         counts = Counts()
         if self._layout is not None:
@@ -301,7 +318,7 @@ class Barrier:
         }
 
     def _open(self) -> list[str]:
-        """What the barrier leaves open on this node."""
+        """The packets that the barrier does not stop on this node, as text."""
         found = []
         if not self.is_installed:
             found.append("packets of services that the node gives to a process of its own: they bear no mark")
@@ -317,12 +334,15 @@ class Barrier:
 
 
 def parse_barrier(mode: str, patterns: Sequence[str], marks: str, mark_shift: int) -> BarrierSettings:
-    """Settings from options. ``mark_shift``: lowest of the 16 bits of `--service-mark`, 0: none. Raises UsageError."""
+    """Parse the barrier's options. ``mark_shift``: lowest of the 16 bits of `--service-mark`, 0: none.
+
+    Raises UsageError.
+    """
     return BarrierSettings(mode != OFF, tuple(_parse_pattern(one) for one in patterns), parse_marks(marks, mark_shift))
 
 
 def parse_marks(text: str, mark_shift: int) -> Marks:
-    """Three different single bits, outside the mark that services use. Raises UsageError."""
+    """Parse three different single bits, outside the service mark. Raises UsageError."""
     try:
         bits = [int(one, 0) for one in text.split(",")]
     except ValueError:
@@ -338,7 +358,7 @@ def parse_marks(text: str, mark_shift: int) -> Marks:
 
 
 def _parse_pattern(text: str) -> str:
-    """The name of an interface, or the beginning of one and ``*``. Raises UsageError."""
+    """Parse an interface name, or a prefix of one and ``*``. Raises UsageError."""
     name = text.removesuffix("*")
     is_odd = not name or len(name.encode()) > LONGEST_NAME or any(one in "*?[]/\\:" or one.isspace() for one in name)
     if is_odd or (text.endswith("*") and "lo".startswith(name)) or text == "lo":

@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who an address belongs to when several workloads say that it is theirs.
+"""The holder of an address that several workloads claim.
 
-The first workload to claim it has it. For the others it does not count: policy does not know them by it, they may not use it, and a
-workload without any other address stays closed.  So a new pod never inherits what an address was allowed before, and an old
-one never loses it to whoever writes the same number into a manifest.
+The first workload to claim an address holds it. For the others the address does not count: policy does not know them by
+it, they may not send from it, and a workload without any other address stays closed.  So a new pod never inherits what
+an address was allowed before, and an old pod never loses its address to whoever writes it into a manifest.
 
-What the node's runtime says that it gave to a pod is news that the objects may lag behind: such addresses are *lent* to it.
+The container runtime may assign an address before the objects say so: such an address is *lent* to the pod.
 
-Invariants: at most one workload has an address; who has it loses it only by giving it up, or, while it has no interface, to whom
-the runtime gave it.  After a restart those that an earlier agent knew count as older.  Knows nothing of interfaces.
+Invariants: at most one workload holds an address; the holder loses it only by giving it up or, while it has no
+interface, to the pod that the runtime gave it to.  After a restart the workloads that an earlier agent knew count as
+older.  Knows nothing of interfaces.
 """
 
 from __future__ import annotations
@@ -31,11 +32,14 @@ class AddressClaims:
 
     @property
     def borrowers(self) -> Collection[EndpointKey]:
-        """Endpoints that `lend` gave addresses; to be read only."""
+        """Endpoints that `lend` gave addresses; read-only for callers."""
         return self._lent.keys()
 
     def lend(self, key: EndpointKey, addresses: tuple[IPAddress, ...]) -> bool:
-        """Addresses that an endpoint has until its object has one of them, () for none; whether that is news, for `apply_changes`."""
+        """Lend addresses to an endpoint until its object has one of them, () for none.
+
+        Returns whether something changed, so that `apply_changes` must be called.
+        """
         if self._lent.get(key, ()) == addresses:
             return False
         if addresses:
@@ -50,11 +54,12 @@ class AddressClaims:
         older: Collection[EndpointKey] = (),
         is_idle: Callable[[EndpointKey], bool] = lambda _key: False,
     ) -> None:
-        """Take in what became of endpoints, and put into ``changes`` what they have after that.
+        """Update the claims from ``changes``, and put the endpoints with their effective addresses into ``changes``.
 
-        ``older``: of those that appear now, the ones that were there first.  ``is_idle``: whether an endpoint of this node has no
-        interface: its object's address is of before, and passes to whom it was lent.  The world must be that after the changes.
-        Cost: linear in the changed endpoints and those they contend with.
+        ``older``: of the endpoints that appear now, those that existed first.  ``is_idle``: whether an endpoint of this
+        node has no interface; its object's address is then out of date and passes to the pod that the runtime lent it
+        to.  The world must be that after the changes. Cost: linear in the changed endpoints and those that claim the
+        same addresses.
         """
         touched: dict[EndpointKey, None] = {}
         # What goes makes room before what comes claims it: an address may pass from one to another in one change.
@@ -107,7 +112,7 @@ class AddressClaims:
         return any(address in self._others for address in self._addresses.get(key, ()))
 
     def disputes(self) -> Iterator[tuple[IPAddress, EndpointKey, EndpointKey]]:
-        """(address, who has it, who claims it too), in order."""
+        """Contested addresses in order: (address, holder, other claimant)."""
         for address in sorted(self._others, key=lambda address: (address.version, address.packed)):
             for other in self._others[address]:
                 yield address, self._holders[address], other
@@ -120,7 +125,7 @@ class AddressClaims:
         return lent if lent and set(lent).isdisjoint(endpoint.addresses) else endpoint.addresses
 
     def _give_up(self, key: EndpointKey, address: IPAddress) -> list[EndpointKey]:
-        """Take a workload out of the line for an address; those that may have gained by it."""
+        """Remove a workload's claim of an address; returns the workloads that may hold it now."""
         line = [self._holders.pop(address), *self._others.pop(address, ())]
         line.remove(key)
         if line:

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What plugins of container networks left on the node about the interfaces that they made: libcni's cache of results.
+"""The results that CNI plugins left on the node about the interfaces that they made: libcni's cache.
 
-Runtimes (containerd, CRI-O, podman) keep each plugin's result in a directory, a file for each interface of each pod, until the pod
-goes.  It names pod and interface, and no pod can write it.
+Runtimes (containerd, CRI-O, podman) keep each plugin's result in a directory, one file for each interface of each pod,
+until the pod goes.  The file names pod and interface, and no pod can write it.
 
-Invariant: a file counts only if root alone can write it; a file that cannot be read is a problem and counts for nothing.
+Invariant: a file counts only if root alone can write it; a file that cannot be read is a problem and counts for
+nothing.
 """
 
 from __future__ import annotations
@@ -24,18 +25,21 @@ from netpol_ebpf.policy.types import EndpointKey, IPAddress
 DEFAULT_DIR = Path("/var/lib/cni/results")
 POD = "Pod"
 NAMES = ("K8S_POD_NAMESPACE", "K8S_POD_NAME")
-"""Arguments that runtimes give to plugins, whatever the plugin."""
+"""CNI arguments that runtimes give to every plugin."""
 UNSEEN_TYPES = frozenset({"macvlan", "ipvlan", "vlan", "host-device", "sriov", "ib-sriov", "tap"})
-"""Plugins whose interfaces have no end of their own on the node, or none that packets pass."""
+"""Plugin types with interfaces that have no end of their own on the node, or none that packets pass."""
 MOST_BYTES = 1 << 20
-"""Of one file; arbitrary, real ones have some kilobytes."""
+"""Largest file that is read; arbitrary, real ones have some kilobytes."""
 
 _Signature = tuple[int, int, int]
 
 
 @dataclass(frozen=True, slots=True)
 class CniResult:
-    """One interface of a pod. ``names``: of interfaces on the node; ``inside``: its name in the pod; ``plugin``: its type."""
+    """One interface of a pod.
+
+    ``names``: its interfaces on the node; ``inside``: its name in the pod; ``plugin``: the plugin's type.
+    """
 
     pod: EndpointKey
     names: frozenset[str]
@@ -45,13 +49,13 @@ class CniResult:
 
     @property
     def is_unseen(self) -> bool:
-        """Whether its packets pass no interface of the node on which a program could see them."""
+        """Whether the pod's packets pass no interface of the node on which a program could see them."""
         return self.plugin in UNSEEN_TYPES
 
 
 @dataclass(slots=True)
 class CniResultCache:
-    """Watches the directory by looking at it. ``problems``: what could not be read of it."""
+    """Reads the cache directory at intervals. ``problems``: files that could not be read."""
 
     directory: Path
     problems: tuple[Problem, ...] = ()
@@ -59,7 +63,7 @@ class CniResultCache:
     _faulty: dict[str, Problem] = field(default_factory=dict)
 
     def look(self) -> list[CniResult]:
-        """What there is now, nothing where there is no directory; only files that changed are read."""
+        """The present results, none where there is no directory; only changed files are read."""
         try:
             if not _is_trusted(self.directory.stat()):
                 raise PermissionError(0, "users other than root may write it", str(self.directory))
@@ -97,7 +101,10 @@ class CniResultCache:
 
 
 def parse_result(text: bytes) -> CniResult | None:
-    """One file of libcni's cache; None for what is no pod's. Raises ValueError for what libcni would not write."""
+    """Parse one file of libcni's cache; None for a file that concerns no pod.
+
+    Raises ValueError for a form that libcni does not write.
+    """
     document = checked(parse_json(text), dict, "the file")
     given = (
         checked_list(one, str, "an argument", 2) for one in checked_list(document.get("cniArgs") or [], list, "cniArgs")
@@ -120,7 +127,7 @@ def parse_result(text: bytes) -> CniResult | None:
 
 
 def _text(document: dict[Any, Any], name: str) -> str:
-    """A field that may be absent or null, as Go writes what is empty."""
+    """A text field; absent and null count as empty, as in Go."""
     return checked(document.get(name) or "", str, name)
 
 

@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The agent's socket: questions about its state, and the flows it saw, for the command line on the same machine.
+"""The agent's socket: requests about its state, and the flows it saw, for the command line on the same machine.
 
-One JSON object a line both ways.  A request is ``{"op": NAME, ...}``; ``status`` and the like get one line back, ``flows`` gets
-the recent ones and then each new one until the reader goes.
+Requests and answers are one JSON object a line.  A request is ``{"op": NAME, ...}``; ``status`` and the like get one
+line back, ``flows`` gets the recent flows and then each new one until the reader disconnects.
 
-Every operation only reads.  Invariants: only root, the agent's own user and members of one group, if the agent has one, are
-answered (SO_PEERCRED, SO_PEERGROUPS: the kernel says who connected); a reader that does not read is dropped and never
-delays the agent; whatever is sent, it is answered and harms nobody; one user's connections leave room for everybody
-else's.  This process walks no table for anybody: `netpol_ebpf.agent.answering` has that done elsewhere, and one look begins one
-answer at most.  Runs no loop: `ControlSocket.poll` is one look.
+Invariants: the agent answers only root, its own user and members of one group, if it has one (SO_PEERCRED,
+SO_PEERGROUPS: the kernel identifies the peer); a slow reader is dropped and never delays the agent; any request gets an
+answer and harms no other client; the connections of one user leave room for those of others.  Operations only read,
+except those of the CNI plugin, which only root may use.  This process walks no table for a client:
+`netpol_ebpf.agent.answering` does that in a child, and one pass begins at most one answer.  Runs no loop:
+`ControlSocket.poll` is one pass.
 """
 
 from __future__ import annotations
@@ -39,42 +40,58 @@ from netpol_ebpf.errors import (
 
 SOCKET_NAME = "agent.sock"
 REQUEST_BYTES = 4096
-"""Longest request; arbitrary."""
+"""Longest request in bytes; arbitrary."""
 REQUEST_S = 5.0
-"""Within what time of connecting a request must be there, and within what time of it flows that nobody follows be read; arbitrary."""
+"""How long after connecting a request may take to arrive, and how long after the request a reader that does not follow
+may take to read its flows; arbitrary.
+"""
 BACKLOG_BYTES = 1 << 20
-"""What a reader may lag behind before it is dropped; arbitrary."""
+"""Bytes that a reader may lag behind before it is dropped; arbitrary."""
 SEND_BYTES = 1 << 16
-"""What is sent to one reader at a look; arbitrary."""
+"""Bytes sent to one reader in one pass; arbitrary."""
 READERS_OF_USER = 8
-"""Connections that one user may have at a time; arbitrary. So nobody takes what others, or the agent, need."""
+"""Connections that one user may have at a time; arbitrary.
+
+The limit keeps one user from taking what others, or the agent, need.
+"""
 READERS = 64
-"""Connections of all users but root; arbitrary, and far below 1024, where select(2) and the usual limit end."""
+"""Connections of all users but root; arbitrary, and far below 1024, the limit of select(2) and the usual limit of
+descriptors.
+"""
 WELCOMES = 16
-"""Connections that are taken at a look; arbitrary. Whoever connects again and again does not keep the agent at it."""
+"""Connections accepted in one pass; arbitrary.
+
+The limit keeps a client that connects again and again from occupying the agent.
+"""
 RECENT_FLOWS = 1000
-"""Flows remembered for readers that come later; arbitrary."""
+"""Flows kept for readers that connect later; arbitrary."""
 CLIENT_TIMEOUT_S = 5.0
 NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT})
-"""What a file system without room answers."""
+"""Errors of a file system without room."""
 FLOWS = "flows"
-"""The operation that the service answers by itself."""
+"""The operation that `ControlSocket` answers by itself."""
 MOST_WAITING = 256
-"""Connections of root that wait for something to come about; arbitrary, more than a node has pods, and far below 1024."""
+"""Connections of root that may wait for a state to be reached; arbitrary, more than a node has pods, and far below
+1024.
+"""
 
 Wait = Callable[[], Any]
-"""Looks whether what was asked for has come about: the answer, None: not yet. May raise NetpolError. Takes no time."""
+"""Checks whether the awaited state is reached: returns the answer, None: not yet. It may raise NetpolError.
+
+It must not block.
+"""
 _SO_PEERGROUPS = 59
 """asm-generic/socket.h; Linux 4.13."""
 _GROUPS_BYTES = 1024
-"""As much as Python's getsockopt takes: 256 groups."""
+"""Size of the buffer: as much as Python's getsockopt takes, 256 groups."""
 
 
 @dataclass(slots=True)
 class _Client:
-    """A connection. ``unsent``: lines, shared with all readers of the same flow. ``request``: one that waits for a child.
+    """A connection. ``unsent``: lines, shared with all readers of the same flow.
 
-    ``wait``: what it waits for when this process answers.
+    ``request``: one that waits for a child. ``wait``: the state that the connection waits for, when this process
+    answers.
     """
 
     channel: socket.socket
@@ -89,12 +106,12 @@ class _Client:
     wait: Wait | None = None
 
     def send(self, line: bytes) -> None:
-        """Have a line sent as soon as the reader takes it."""
+        """Queue a line; it is sent as soon as the reader takes it."""
         self.unsent.append(line)
         self.unsent_bytes += len(line)
 
     def flush(self) -> None:
-        """Send what the reader takes now, up to SEND_BYTES. Raises OSError when it is gone."""
+        """Send what the reader accepts now, up to SEND_BYTES. Raises OSError when the reader is gone."""
         chunk = bytearray()
         while self.unsent and len(chunk) < SEND_BYTES:
             chunk += self.unsent.popleft()
@@ -108,10 +125,11 @@ class _Client:
 
 @dataclass(slots=True)
 class ControlSocket:
-    """The listening side. ``answers``: what each operation is answered with, by a child; "flows" is the service's own.
+    """The listening socket.
 
-    ``group``: number of a group whose members are answered as well.  ``waits``: what is begun by operations that change
-    something or wait for it, which are root's alone; they may raise NetpolError.  ``clock``: seconds.
+    ``answers``: by operation, what a child computes the answer with; `ControlSocket` answers "flows" itself. ``group``:
+    number of a group whose members are answered as well.  ``waits``: by operation, for operations that change something
+    or wait; only root may use them, and they may raise NetpolError.  ``clock``: seconds.
     """
 
     path: Path
@@ -130,7 +148,11 @@ class ControlSocket:
         return self._listener is not None
 
     def open(self) -> None:
-        """Listen. Raises PlatformError when another process does, or the socket cannot be given to the group; OSError for want of room."""
+        """Listen.
+
+        Raises PlatformError when another process listens, or the socket cannot be given to the group; OSError when the
+        file system has no room.
+        """
         self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         with contextlib.suppress(UnreachableError), connect(self.path):
             raise PlatformError(
@@ -168,7 +190,7 @@ class ControlSocket:
             self.path.unlink(missing_ok=True)
 
     def descriptors(self) -> tuple[list[int], list[int]]:
-        """What to wait for: descriptors to read, descriptors to write."""
+        """Descriptors to poll: for reading, and for writing."""
         heard = [
             client for client in self._clients if not client.is_answered or client.follows
         ]  # what others send waits
@@ -192,7 +214,7 @@ class ControlSocket:
         self._begin_answer()
 
     def publish(self, flows: Iterable[Any]) -> None:
-        """Send flows to the readers that follow, and keep the last ones for later readers."""
+        """Send flows to the readers that follow, and keep the last flows for later readers."""
         for flow in flows:
             line = encode(flow)
             self._recent.append(line)
@@ -215,20 +237,20 @@ class ControlSocket:
 
     @staticmethod
     def _turn_away(client: _Client, error: NetpolError) -> None:
-        """Hang up, with a word why; there is room for it, since nothing was sent before."""
+        """Close a new connection with an error message; nothing was sent before, so there is room for it."""
         with contextlib.suppress(OSError):  # the other side is gone: nobody to tell
             client.channel.send(encode_error(error))
         client.channel.close()
 
     def _is_crowded(self, user: int) -> bool:
-        """Whether there is no room for one more connection of a user; those that are being answered count."""
+        """Whether a user has no room for one more connection; connections with a running answer count."""
         if sum(one.wait is not None for one in self._clients) >= MOST_WAITING:
             return True
         own = sum(one.user == user and one.wait is None for one in self._clients) + self._answering.count(user)
         return own >= READERS_OF_USER or (user != 0 and len(self._clients) + self._answering.count() >= READERS)
 
     def _serve(self, client: _Client) -> bool:
-        """Do what can be done for one reader; False when it must be dropped."""
+        """Serve one reader without blocking; False when it must be dropped."""
         try:
             if not client.is_answered:
                 self._receive(client)
@@ -245,7 +267,7 @@ class ControlSocket:
         return (bool(client.unsent) or not client.is_answered) and self.clock() - client.since_s < REQUEST_S
 
     def _look(self, client: _Client, wait: Wait) -> None:
-        """Answer who waits, if what it waits for has come about, or cannot any more."""
+        """Answer a waiting connection if its state is reached, or cannot be reached any more."""
         try:
             answer = wait()
         except NetpolError as error:
@@ -259,7 +281,10 @@ class ControlSocket:
 
     @staticmethod
     def _is_gone(client: _Client) -> bool:
-        """Whether the other side has closed. What it says after its request is dropped, lest it wakes the agent for ever."""
+        """Whether the other side has closed.
+
+        Data after the request is dropped, so that it does not wake the agent for ever.
+        """
         try:
             return client.channel.recv(REQUEST_BYTES) == b""
         except BlockingIOError:
@@ -285,7 +310,7 @@ class ControlSocket:
             client.send(encode_error(error))
 
     def _hear(self, client: _Client, line: bytes) -> None:
-        """Answer a request, or have it wait for a child that does."""
+        """Answer a request, or queue it for a child."""
         try:
             request = json.loads(line)
         except (ValueError, RecursionError) as error:
@@ -308,7 +333,7 @@ class ControlSocket:
             raise UsageError(f"unknown operation {operation!r}; known are {known}")
 
     def _begin_answer(self) -> None:
-        """Have the first request that may be answered now be answered. One at a look: each takes a moment of this process."""
+        """Begin the first queued answer that may begin now. One in each pass: each takes a moment of this process."""
         for client in self._clients:
             request = client.request
             if request is None or not self._answering.has_room(client.user):
@@ -336,7 +361,10 @@ def peer_user(channel: socket.socket) -> int:
 
 
 def peer_groups(channel: socket.socket) -> frozenset[int]:
-    """The ids of the groups of the process at the other end, when it connected. Of a process in very many: its first alone."""
+    """The group ids of the process at the other end, from the time of its connection.
+
+    For a process with more groups than the buffer holds, its primary group alone.
+    """
     _, _, first = struct.unpack("3i", channel.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
     try:
         others = channel.getsockopt(socket.SOL_SOCKET, _SO_PEERGROUPS, _GROUPS_BYTES)
@@ -360,9 +388,10 @@ def connect(path: Path, timeout_s: float | None = CLIENT_TIMEOUT_S) -> Iterator[
 
 
 def ask(path: Path, request: Mapping[str, Any], *, timeout_s: float | None = CLIENT_TIMEOUT_S) -> Iterator[Any]:
-    """The agent's answer to a request, line by line as it comes.
+    """Send a request to the agent and yield its answer, line by line as it comes.
 
-    Raises UnreachableError, also for an error it answers with; where that is about the question itself InvalidInputError.
+    Raises UnreachableError, also for an error in the answer; InvalidInputError where the error concerns the request
+    itself.
     """
     with connect(path, timeout_s) as channel:
         hung_up: BrokenPipeError | None = None

@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """The agent, one step at a time: objects and interfaces in, enforcement out.
 
-Its parts, each with a module of its own: `ClusterObjects` (what the source says), `LocalInterfaces` (which workload has which interface),
-`Enforcement` (compiled policy in maps), `EndpointBinder` with `Attachments` and `OwnInterfaces` (programs and rows on interfaces), `Barrier`
-and `Repair` (what stands behind the programs, and what others changed).  The agent calls them in order, and holds no state of its own but
-the changes that were rejected.
+Each of its parts has a module: `ClusterObjects` (the source's objects), `LocalInterfaces` (the interface of each
+workload), `Enforcement` (compiled policy in maps), `EndpointBinder` with `Attachments` and `OwnInterfaces` (programs
+and rows on interfaces), `Barrier` (the tables behind the programs) and `Repair` (restores what others changed).  The
+agent calls them in order, and has no state of its own but the rejected changes.
 
-Invariants: what is in force was compiled whole from one state of the objects; a step that fails leaves the state before in force and
-reports so in `Agent.problems`; a workload's interface is never open without policy: until its workload is known, the program on it denies
-everything.
+Invariants: the policy in force was compiled whole from one state of the objects; a step that fails leaves the previous
+state in force and reports so in `Agent.problems`; a workload's interface is never open without policy: until its
+workload is known, the program on it denies everything.
 
-Runs no loop and opens no files or sockets: `netpol_ebpf.agent.main` does, and tests do without.
+Runs no loop and opens no files or sockets: `netpol_ebpf.agent.main` does, and tests work without both.
 """
 
 from __future__ import annotations
@@ -67,8 +67,9 @@ class Agent:
         assignments_file: Path | None = None,
         handovers_file: Path | None = None,
     ) -> None:
-        """``clock``: seconds.  ``assignments_file``: where assignments of interfaces outlive the process; None: they do not.
+        """``clock``: seconds.
 
+        ``assignments_file``: where interface assignments are kept across restarts; None: they are not kept.
         ``handovers_file``: the same for handovers of the CNI plugin.
         """
         self.settings = settings
@@ -99,10 +100,10 @@ class Agent:
     # --- steps ------------------------------------------------------------------------------------------------------
 
     def start(self) -> None:
-        """Put the objects as they are now in force, in one exchange with what an earlier agent left. Waits for the source to sync.
+        """Apply the present objects, in one exchange with what an earlier agent left. Waits for the source to sync.
 
-        Raises LimitError or MapFullError when they do not fit, InvalidInputError or UnreachableError when a source cannot be read: that is
-        not the same as an empty one.  Then everything is as it was.
+        Raises LimitError or MapFullError when the objects do not fit, InvalidInputError or UnreachableError when a
+        source cannot be read: an unreadable source is not an empty one.  After an error the previous state is in force.
         """
         self._open()
         self._take(self.source.sync())
@@ -210,7 +211,7 @@ class Agent:
 
     @property
     def has_handovers(self) -> bool:
-        """Whether a step must act on what was handed over."""
+        """Whether a handover waits for the next step."""
         return self.objects.handovers.is_changed
 
     def missing_for(self, handed: Handover) -> str:
@@ -229,9 +230,10 @@ class Agent:
         return "" if is_attached else f"interface {handed.name} has no programs"
 
     def close_newborn(self) -> None:
-        """Put programs on interfaces that have come just now, before anything else is found out about them. Takes no time.
+        """Attach programs to interfaces that just appeared, before anything else is known about them.
 
-        They deny everything until a step finds out to which workload an interface belongs, or takes them off an own interface.
+        Takes little time. The programs deny everything until a step finds the workload of an interface, or detaches
+        them from an own interface.
         """
         for link in self._node.network.take_born():
             self.binder.close_newborn(link)
@@ -248,7 +250,10 @@ class Agent:
         return changes
 
     def _bring_into_force(self, changes: Changes) -> None:
-        """Compile and apply; when it does not fit, say so and try again with the next change, or when memory may be back."""
+        """Compile and apply.
+
+        A change that does not fit is reported, and tried again with the next change, or when memory may be free again.
+        """
         if not changes and not self.enforcement.is_pending:
             return
         self.rejected.expect(changes, self._location_of)
@@ -274,7 +279,7 @@ class Agent:
         self.interfaces.look(self.enforcement.bound)
 
     def _is_searching(self) -> bool:
-        """Whether it is time to look for what nobody announces, or to try again what failed."""
+        """Whether a search is due for what no message announces, or a new attempt at what failed."""
         return self.interfaces.is_search_due() and (
             bool(self.attachments.problems) or self.binder.is_waiting() or self.interfaces.is_curious()
         )
@@ -318,7 +323,7 @@ class Agent:
         return [*found, *self.objects.without_namespace()]
 
     def _log_unenforced(self) -> None:
-        """Log what is new of them: time alone brings some about."""
+        """Log the workloads that are newly unenforced: some become so by the passing of time alone."""
         found = {str(one): one for one in self._unenforced()}
         for text in found.keys() - self._logged:
             log.log(logging.ERROR if found[text].severity == "error" else logging.WARNING, "%s", text)

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Programs and rows on interfaces: what closes a workload's interface, and what opens it to the policy of its workload.
+"""Programs and rows on interfaces.
 
-Invariants: a workload's interface has the programs before it has a row, so it is never open without policy; a row of an endpoint that
-does not fit closes no other one.  Must not assign interfaces to workloads.
+The program closes a workload's interface, the row opens it to the policy of its workload. Invariants: a workload's
+interface has the programs before it has a row, so it is never open without policy; a row of an endpoint that does not
+fit closes no other one.  Must not assign interfaces to workloads.
 """
 
 from __future__ import annotations
@@ -47,12 +48,12 @@ class EndpointBinder:
 
     @property
     def problems(self) -> Iterable[Problem]:
-        """Endpoints with a row that did not fit."""
+        """Endpoints with a row that does not fit into its map."""
         return self._no_room.values()
 
     @property
     def warnings(self) -> Iterable[Problem]:
-        """Connections older than enforcement that may be cut."""
+        """Connections older than enforcement that the program may cut."""
         return self._adoption.warnings.values()
 
     # --- the first set of maps --------------------------------------------------------------------------------------
@@ -66,7 +67,7 @@ class EndpointBinder:
         self._adoption.expect(self._interfaces.wanted() - self._attachments.interfaces)
 
     def take_over(self) -> None:
-        """With the first set of maps in force: attach the programs to the workloads' interfaces, and reconcile."""
+        """Once the first set of maps is in force: attach the programs to the workloads' interfaces, and reconcile."""
         self._adoption.go_ahead(self._node, *self._adoptable())
         for ifindex in self._interfaces.wanted():
             self._attach(ifindex)
@@ -76,7 +77,7 @@ class EndpointBinder:
     # --- the maps in force ------------------------------------------------------------------------------------------
 
     def reconcile(self) -> None:
-        """Attach programs to new interfaces first, then write rows of endpoints that were found, and remove rows of those that went."""
+        """Attach programs to new interfaces, then write rows of found endpoints, then remove rows of endpoints that went."""
         wiring, applier = self._interfaces.wiring, self._enforcement.applier
         self._attachments.begin_round(wiring.links.keys())
         wanted = self._interfaces.wanted()
@@ -102,12 +103,15 @@ class EndpointBinder:
         self._adoption.go_behind(self._node, *self._adoptable())
 
     def close_newborn(self, link: Interface) -> None:
-        """Attach the programs to an interface that has come just now, if a workload's interface can be like that."""
+        """Attach the programs to an interface that just appeared, if it may be a workload's."""
         if link.ifindex not in self._attachments.interfaces and self._interfaces.close_newborn(link):
             self._attachments.attach(link.ifindex, link.name, is_newborn=True)
 
     def gone(self) -> set[int]:
-        """Interfaces that went since the last call; when news were lost, all that have not our programs any more."""
+        """Interfaces that went since the last call.
+
+        After lost messages, all interfaces that no longer have our programs.
+        """
         gone = self._node.network.take_gone()
         return self._attachments.interfaces - self._node.attached() if gone is None else gone
 
@@ -124,7 +128,7 @@ class EndpointBinder:
         return self._interfaces.problem_of(key) or "its policy is not in the kernel yet"
 
     def forget(self, gone: Collection[int]) -> None:
-        """Remove rows and programs of interfaces that went, though others may have their numbers now."""
+        """Remove rows and programs of interfaces that went, even if new interfaces have their numbers now."""
         if not gone:
             return
         applier = self._enforcement.applier
@@ -144,7 +148,10 @@ class EndpointBinder:
         self._attachments.attach(ifindex, self._interfaces.wiring.name_of(ifindex))
 
     def _adoptable(self) -> tuple[dict[int, Workload], NodeAddresses]:
-        """Workloads with old connections to look for, as far as policy for them is in force, and what those depend on."""
+        """Workloads with old connections to search, and the addresses and services that decide their direction.
+
+        A workload counts only if its policy is in force.
+        """
         workloads, concerned, tables = {}, self._adoption.concerned, self._enforcement.tables
         wiring = self._interfaces.wiring
         for key, ifindex in self._interfaces.located.items():

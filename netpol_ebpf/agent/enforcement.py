@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Policy in force: the compiled tables, the maps that hold them, and the numbers that outlive both.
 
-Invariants: what is in force was compiled whole from one state of the objects; a change that does not fit raises and leaves the state
-before in force; a number is in the ledger before the kernel sees it.  Must not assign interfaces to workloads.
+Invariants: the policy in force was compiled whole from one state of the objects; a change that does not fit raises and
+leaves the previous state in force; a number is in the ledger before the kernel sees it.  Must not assign interfaces to
+workloads.
 """
 
 from __future__ import annotations
@@ -44,19 +45,19 @@ from netpol_ebpf.policy.types import (
 from netpol_loader import abi
 
 HOST_ENDPOINT = "HostEndpoint"
-"""Kind of endpoints that interfaces are not bound to."""
+"""Key of host endpoints, to which the applier binds no interface."""
 
 
 @dataclass(slots=True)
 class NumberNames:
-    """What numbers in events stand for, also after their rows are gone: an entry stays until its number is used again."""
+    """The meaning of numbers in events, also after their rows are gone: an entry stays until its number is used again."""
 
     rules: dict[int, Cause] = field(default_factory=dict)
     log_lists: dict[int, tuple[int, ...]] = field(default_factory=dict)
     endpoints: dict[int, EndpointKey] = field(default_factory=dict)
 
     def learn(self, change: Change) -> None:
-        """Take note of the numbers that a change brings."""
+        """Record the meaning of the numbers that a change introduces."""
         for _, batch in change.batches():
             if "rules" in batch:
                 self.rules.update(batch["rules"].upserts)
@@ -67,10 +68,10 @@ class NumberNames:
 
 
 class Enforcement:
-    """`install` makes a new set of maps; `apply` changes the one in force.
+    """The policy in force. `install` makes a new set of maps; `apply` changes the set in force.
 
-    ``audit``: compares the maps in force with the tables; None before the first `install`.  ``is_pending``: whether the tables lag behind
-    the objects because a change was rejected.
+    ``audit``: compares the maps in force with the tables; None before the first `install`.  ``is_pending``: whether the
+    tables lag behind the objects because a change was rejected.
     """
 
     def __init__(
@@ -113,12 +114,12 @@ class Enforcement:
 
     @property
     def tables(self) -> CompiledTables:
-        """The compiled tables; for reading."""
+        """The compiled tables; read-only for callers."""
         return self._compiler.tables
 
     @property
     def names(self) -> Names:
-        """What numbers in events stand for."""
+        """The meaning of numbers in events."""
         return Names(self._names.rules, self._names.log_lists, self._names.endpoints)
 
     @property
@@ -137,14 +138,21 @@ class Enforcement:
         return not self._is_ahead and self.audit is not None
 
     def isolation(self, key: EndpointKey) -> dict[Direction, list[Policy]]:
-        """By direction, the enforced policies that isolate a local workload; none: what no profile denies is allowed there."""
+        """By direction, the enforced policies that isolate a local workload; none.
+
+        The direction is allowed unless a profile denies.
+        """
         policies = [one for one in self._compiler.policies_of(key) if one.staged is Staged.NO]
         return {way: [one for one in policies if way in one.types] for way in Direction}
 
     # --- changes ----------------------------------------------------------------------------------------------------
 
     def apply(self, changes: Changes) -> None:
-        """Compile and apply. Raises LimitError or MapFullError: then the state before is in force, and the next call applies all that is pending."""
+        """Compile and apply.
+
+        Raises LimitError or MapFullError: then the previous state stays in force, and the next call applies everything
+        that is pending.
+        """
         try:
             if self._is_ahead:
                 self._interfaces.locate()  # endpoints may have gone since
@@ -181,7 +189,7 @@ class Enforcement:
         self._note_change()
 
     def install(self) -> None:
-        """Compile everything into new maps, and let these replace whatever is in force. Raises LimitError or MapFullError."""
+        """Compile everything into new maps, and replace the maps in force by them. Raises LimitError or MapFullError."""
         numbers = self._ledger.numbers
         known = KnownNumbers(dict(numbers.identities), dict(numbers.rules), self._known_endpoints())
         sizes, wiring = self._maps.renewal_sizes(), self._interfaces.wiring
@@ -236,7 +244,7 @@ class Enforcement:
         return {keys[number]: ifindex for ifindex, number in self._former_numbers().items() if number in keys}
 
     def _known_endpoints(self) -> dict[EndpointKey, int]:
-        """Numbers of the ledger and, should that have been lost, of the rows that the interfaces of our endpoints have now."""
+        """Endpoint numbers in the ledger and, in case the ledger was lost, in the rows of our endpoints' interfaces."""
         known = dict(self._ledger.numbers.endpoints)
         taken, former = set(known.values()), self._former_numbers()
         for key, ifindex in self._interfaces.located.items():
@@ -247,13 +255,16 @@ class Enforcement:
         return known
 
     def _former_numbers(self) -> dict[int, int]:
-        """Numbers of the rows in force, by interface; one that several interfaces have tells nothing."""
+        """Endpoint numbers of the rows in force, by interface; a number on several interfaces is left out."""
         former = self._maps.former_numbers()
         users = Counter(former.values())
         return {ifindex: number for ifindex, number in former.items() if users[number] == 1}
 
     def _record(self, change: Change, applier: Applier) -> None:
-        """Numbers to the ledger, before the kernel sees them; what a number counted for something else is forgotten."""
+        """Write numbers to the ledger before the kernel sees them.
+
+        Counters of the earlier meaning of a number are reset.
+        """
         self._names.learn(change)
         for _, batch in change.batches():
             if "rules" in batch:
@@ -269,7 +280,7 @@ class Enforcement:
                 self._ledger.record("endpoint", {key: row.number for key, row in upserts.items()})
 
     def _forget(self, change: Change) -> None:
-        """Numbers out of the ledger, after the kernel has forgotten them."""
+        """Remove numbers from the ledger after the kernel has forgotten them."""
         for _, batch in change.batches():
             for table, kind in (("rules", "rule"), ("identities", "identity")):
                 if table in batch:
@@ -278,7 +289,7 @@ class Enforcement:
                 self._ledger.forget("endpoint", batch["endpoints"].deletes)
 
     def _forget_unused(self) -> None:
-        """Numbers of the ledger that the tables in force do not use are free again."""
+        """Free the numbers of the ledger that the tables in force do not use."""
         tables, numbers = self.tables, self._ledger.numbers
         self._ledger.forget("rule", set(numbers.rules) - {cause for _, cause in tables.rules.items()})
         self._ledger.forget("identity", set(numbers.identities) - {digest for _, digest in tables.identities.items()})

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Memory and pauses of a process that holds a whole cluster: two calls, before it grows and when it has grown.
+"""Memory and pauses of a process that holds a whole cluster: one call before it grows, one when it has grown.
 
-Invariant: nothing is judged by this; without it the same happens, with more memory and longer pauses.
+Invariant: no verdict depends on this module; without it the agent does the same with more memory and longer pauses.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ _M_MMAP_THRESHOLD = -3  # malloc.h of glibc
 
 
 def give_back_large_blocks() -> None:
-    """Have tables that were outgrown or done with returned to the kernel at once. To be called first.
+    """Make glibc return large freed blocks to the kernel at once. Must be called first.
 
-    By itself glibc raises its threshold with the first of them, up to 32 MiB, and then keeps them as holes.  Another C library may do
-    as it likes.
+    By default glibc raises its mmap threshold with the first large block, up to 32 MiB, and keeps later blocks as
+    holes.  Another C library may ignore the setting.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
@@ -26,6 +26,9 @@ def give_back_large_blocks() -> None:
 
 
 def freeze() -> None:
-    """Leave what is there now out of all later garbage collections: it stays, and going through it is a pause of half a second."""
+    """Exclude all present objects from later garbage collections.
+
+    They stay, and a pass over them is a pause of half a second.
+    """
     gc.collect()
     gc.freeze()

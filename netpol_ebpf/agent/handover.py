@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Interfaces that the CNI plugin hands over: which is whose, and with which addresses, before the cluster says so.
+"""Interfaces that the CNI plugin hands over.
 
-When a runtime makes a pod's interface, the Pod object has no address yet, or those of a sandbox that is gone, and may not have
-arrived.  What the plugin says is evidence like the results that runtimes keep (`netpol_ebpf.agent.cni`), and the addresses count
-until the object has one of them.
+The pod of each interface and its addresses, before the cluster's objects have them. When a runtime makes a pod's
+interface, the Pod object has no address yet, or those of an earlier sandbox, or has not arrived.  A handover is
+evidence like the results that runtimes keep (`netpol_ebpf.agent.cni`), and its addresses count until the object has one
+of them.
 
-Invariant: a handover speaks for one pod, by its UID where both sides have one, and for one interface as long as it exists, also
-under the next agent: a file keeps them.  Knows no interface and no policy; `netpol_ebpf.agent.core` does.
+Invariant: a handover concerns one pod, by its UID where both sides have one, and one interface as long as it exists,
+also under the next agent: a file keeps it.  Knows no interface and no policy; `netpol_ebpf.agent.core` does.
 """
 
 from __future__ import annotations
@@ -36,17 +37,20 @@ log = logging.getLogger(__name__)
 
 FORMAT = 1
 MOST_BYTES = 1 << 24
-"""Of the file, to be read; arbitrary, a hundred times what a full node needs."""
+"""Largest file that is read; arbitrary, a hundred times what a full node needs."""
 POD = "Pod"
 FIRST = "eth0"
-"""What containerd and CRI-O call the interface by whose addresses the cluster knows a pod."""
+"""The name that containerd and CRI-O give to a pod's first interface; its addresses are in the pod's status."""
 LONGEST_S = 600
-"""As the plugin has it (cni/netpol_cni.c)."""
+"""Longest wait in seconds, as in the plugin (cni/netpol_cni.c)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Handover:
-    """A pod's interface. ``peer``: as of `wiring.Interface`; ``inside``: its name in the pod; ``uid``: empty where nobody said it."""
+    """A pod's interface.
+
+    ``peer``: as in `wiring.Interface`; ``inside``: its name in the pod; ``uid``: empty where the plugin gave none.
+    """
 
     pod: EndpointKey
     uid: str
@@ -58,19 +62,19 @@ class Handover:
 
     @property
     def is_first(self) -> bool:
-        """Whether policy knows the pod by this interface."""
+        """Whether this is the interface with the addresses that policy knows the pod by."""
         return self.inside == FIRST
 
     def is_of(self, uid: str) -> bool:
-        """Whether the pod with this UID can be the one that was meant."""
+        """Whether the handover concerns the pod with this UID."""
         return not self.uid or not uid or self.uid == uid
 
 
 class Handovers:
-    """Those of interfaces that exist."""
+    """The handovers of existing interfaces."""
 
     def __init__(self, file: Path | None = None) -> None:
-        """``file``: where they outlive the process; None: they do not."""
+        """``file``: where handovers are kept across restarts; None: they are not kept."""
         self._file = file
         self._damage: tuple[Problem, ...] = ()
         self._unsaved: tuple[Problem, ...] = ()
@@ -79,25 +83,25 @@ class Handovers:
 
     @property
     def problems(self) -> tuple[Problem, ...]:
-        """What of the file could not be read or written."""
+        """Failures to read or write the file."""
         return self._damage + self._unsaved
 
     @property
     def is_changed(self) -> bool:
-        """Whether there is something for `take_changed`."""
+        """Whether `take_changed` would return something."""
         return bool(self._changed)
 
     @property
     def pods(self) -> Iterable[EndpointKey]:
-        """Those that have any; to be read only."""
+        """The pods with a handover; read-only for callers."""
         return self._by_pod.keys()
 
     def of(self, pod: EndpointKey) -> list[Handover]:
-        """Those of a pod's interfaces."""
+        """The handovers of a pod's interfaces."""
         return [*self._by_pod.get(pod, {}).values()]
 
     def add(self, handover: Handover) -> None:
-        """Take one up, in place of one for the same interface of the pod, which was made anew."""
+        """Add a handover. It replaces one for the same interface of the pod, which was made anew."""
         if handover in self.of(handover.pod):
             return
         self.forget([handover.ifindex])
@@ -105,7 +109,7 @@ class Handovers:
         self._changed.add(handover.pod)
 
     def forget(self, gone: Collection[int]) -> None:
-        """These interfaces are no more. Cost: linear in the interfaces that there are."""
+        """Forget interfaces that are gone. Cost: linear in the existing handovers."""
         old = [one for pod in self._by_pod for one in self.of(pod) if one.ifindex in gone]
         for one in old:
             del self._by_pod[one.pod][one.inside]
@@ -114,14 +118,17 @@ class Handovers:
             self._changed.add(one.pod)
 
     def take_changed(self) -> set[EndpointKey]:
-        """The pods of which one came or went since the last call. What policy is about to follow is in the file then."""
+        """The pods with a handover that came or went since the last call.
+
+        The file is written first, so that policy never precedes it.
+        """
         changed, self._changed = self._changed, set()
         if changed and self._file is not None:
             self._save(self._file)
         return changed
 
     def recall(self) -> None:
-        """Take up what an earlier agent was told; what of it cannot be read is told, and kept aside."""
+        """Read the handovers of an earlier agent; entries that cannot be read are reported, and the file is kept aside."""
         wrong = []
         try:
             written = [] if self._file is None else _read_all(load_regular(self._file, MOST_BYTES))
@@ -139,7 +146,7 @@ class Handovers:
             log.warning("%s", self._damage[0])
 
     def _save(self, path: Path) -> None:
-        """Write all, whole or not at all; what cannot be written is told, and tried again with the next change."""
+        """Write all handovers atomically; a failure is reported, and tried again with the next change."""
         written = [_write(one) for pod in self._by_pod for one in self.of(pod)]
         draft = path.with_suffix(".draft")
         self._unsaved = ()
@@ -159,7 +166,7 @@ class Handovers:
 
 
 def parse_attach(request: Mapping[str, Any]) -> tuple[Handover, int]:
-    """What the plugin asks for, and for how many seconds it waits. Raises UsageError."""
+    """Parse the plugin's request: the handover, and how many seconds the plugin waits. Raises UsageError."""
     try:
         wait_s = checked(request.get("timeout_s"), int, "timeout_s")
         if not 0 <= wait_s <= LONGEST_S:
@@ -178,7 +185,7 @@ def _read_all(text: bytes) -> list[dict[Any, Any]]:
 
 
 def _read(written: Mapping[str, Any]) -> Handover:
-    """Raises ValueError."""
+    """Parse one entry of the file. Raises ValueError."""
     text = {name: checked(written.get(name), str, name) for name in ("namespace", "name", "inside", "interface")}
     if not all(text.values()):
         raise ValueError("a name is empty")
@@ -198,7 +205,7 @@ def _read(written: Mapping[str, Any]) -> Handover:
 
 
 def _write(handed: Handover) -> dict[str, Any]:
-    """What `_read` makes this of."""
+    """One handover in the form that `_read` parses."""
     return {
         "namespace": handed.pod.namespace, "name": handed.pod.name, "uid": handed.uid, "ifindex": handed.ifindex,
         "interface": handed.name, "peer": [*handed.peer], "inside": handed.inside,

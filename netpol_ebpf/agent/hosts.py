@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which of the node's own interfaces have the programs, and which host endpoint applies to each: a pure function of one snapshot.
+"""The own interfaces that have the programs, and the host endpoint of each: a pure function of one snapshot.
 
-A host endpoint has the interface that it names, else those that have one of its addresses; a wildcard has all that no other has.
-Where several claim an interface, `claim_order` says which one has it; the others are problems.
-Every own interface has the programs: a packet to a service could leave by any, and one that says it is from a workload of
-this node could come in by any.  Those without a host endpoint pass everything else.
+A host endpoint has the interface that it names, else those that have one of its addresses; a wildcard has all that no
+other has. Where several claim an interface, `claim_order` decides; the others are problems. Every own interface has the
+programs: a packet to a service can leave by any, and a packet with the source address of a local workload can arrive on
+any.  Own interfaces without a host endpoint pass everything else.
 
-Bridges are left to their ports, through which everything passes that passes a bridge; unless a host endpoint names one.
-The loopback has no host endpoint.  Makes no system call.
+A bridge has no programs unless a host endpoint names it: every packet through a bridge passes one of its ports. The
+loopback has no host endpoint.  Makes no system call.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ LOOPBACK = 1
 
 @dataclass(frozen=True, slots=True)
 class HostPlan:
-    """``interfaces``: own interfaces that must bear the programs, each with its host endpoint or None.
+    """The plan. ``interfaces``: own interfaces that must have the programs, each with its host endpoint or None.
 
     ``problems``: host endpoints that are not in force as they are written, and why.
     """

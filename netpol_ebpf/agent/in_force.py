@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The world of which the rows in the kernel were made; the manifests are ahead of it while a change is rejected.
+"""The world that the rows in the kernel were made of; the manifests are ahead of it while a change is rejected.
 
-Invariant: `WorldInForce.world` is that of the last change that was applied whole.  Costs a reference for each object, not a copy.
+Invariant: `WorldInForce.world` is that of the last change that was applied whole.  Costs a reference for each object,
+not a copy.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from netpol_ebpf.policy.types import Changes, World
 
 @dataclass(slots=True)
 class WorldInForce:
-    """``world``: for reading; the objects in it are those of the translation."""
+    """The world in force. ``world``: read-only for callers; its objects are those of the translation."""
 
     world: World = field(default_factory=World)
     _awaited: Changes = field(default_factory=Changes)
@@ -28,6 +29,6 @@ class WorldInForce:
                 setattr(self._awaited, one.name, later)
 
     def accept(self) -> None:
-        """All changes are in force."""
+        """Mark all pending changes as in force."""
         self._awaited.apply_to(self.world)
         self._awaited = Changes()

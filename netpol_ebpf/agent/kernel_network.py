@@ -25,21 +25,24 @@ from netpol_loader.host.peers import load_peer_addresses
 from netpol_loader.host.routes import LocalRoute
 
 STACKED_KINDS = frozenset({"vlan", "macvlan", "ipvlan"})
-"""Devices that hand on what comes in by another one, as it is; a tunnel's underlay is no such thing."""
+"""Kinds of devices that pass on packets of a lower device unchanged; the underlay device of a tunnel is none of these.
+"""
 GROUP = Meaning(LocalFlag.GROUP)
 IPV6 = 6
 SOLICITED = int(IPv6Address("ff02::1:ff00:0"))
 LOOPBACK_NET = ip_network("127.0.0.0/8")
 PEERS_A_LOOK = 50
-"""Interfaces that one look goes behind, so that many of them do not keep the agent from a new one; arbitrary."""
+"""Interfaces that one pass looks behind, so that many of them do not delay a new one; arbitrary."""
 GROUPS_S = 1.0
-"""How often to look for groups that the node has joined; arbitrary."""
+"""Interval at which the joined multicast groups are listed; arbitrary."""
 PEERS_S = 0.25
-"""How often to look again behind an interface that has no workload yet, and of which there is no news; arbitrary."""
+"""Interval at which the other end of an interface without a workload is listed again when nothing announced a change;
+arbitrary.
+"""
 
 
 class KernelNetwork:
-    """The network namespace of this process, as `NetworkAccess` has it. A context manager."""
+    """`NetworkAccess` on the network namespace of this process. A context manager."""
 
     def __init__(self, plugin_results: Path | None = None) -> None:
         """``plugin_results``: the directory of `CniResultCache`."""
@@ -64,17 +67,17 @@ class KernelNetwork:
         self._follower.close()
 
     def fileno(self) -> int:
-        """Readable when there is news."""
+        """A descriptor that is readable when messages wait."""
         return self._follower.fileno()
 
     @property
     def listed_again(self) -> Mapping[str, int]:
-        """How often all interfaces and routes were listed again since the start, by why."""
+        """How often all interfaces and routes were listed again since the start, by cause."""
         return self._follower.listed_again
 
     @property
     def interfaces(self) -> Collection[int]:
-        """All interfaces, as of the last news."""
+        """All interfaces, as of the last messages that were read."""
         return self._follower.links.keys()
 
     def has_news(self) -> bool:
@@ -103,7 +106,10 @@ class KernelNetwork:
             self._gone |= {one.link.ifindex for one in news if one.is_gone}
 
     def _look_at_groups(self) -> None:
-        """Multicast groups that processes of the node join or leave are news that nobody tells. It takes milliseconds to list them."""
+        """List the multicast groups that processes of the node joined: the kernel announces no change of them.
+
+        Takes milliseconds.
+        """
         now_s = time.monotonic()
         if now_s - self._groups_s < GROUPS_S:
             return
@@ -113,7 +119,10 @@ class KernelNetwork:
         self._is_news = self._is_news or self._groups != before
 
     def _address_groups(self) -> set[IPAddress]:
-        """Groups that interfaces join for each of their addresses, so that neighbours find them; not where there are no neighbours."""
+        """Multicast groups that interfaces join for each of their addresses for neighbour discovery.
+
+        None on links without it.
+        """
         anycast = (one.address for one in self._follower.local_routes if one.is_single)
         return {_solicited(one) for one in (*self._follower.addresses, *anycast) if one.version == IPV6}
 
@@ -123,7 +132,7 @@ class KernelNetwork:
         return gone
 
     def snapshot(self, bound: Collection[int] = ()) -> Wiring:
-        """See `NodeAccess`. As of the last news that were read: what comes after those is news of the next time."""
+        """See `NodeAccess`. As of the last messages that were read: later messages count for the next snapshot."""
         if self._version is None:
             self._read_news()
             self._look_at_groups()
@@ -146,7 +155,7 @@ class KernelNetwork:
         )
 
     def _known_links(self) -> dict[int, tuple[Link, Interface]]:
-        """The interfaces, as the kernel tells of them and as the agent sees them."""
+        """The interfaces, as the kernel reports them and as the agent models them."""
         before = self._links
         self._links = {}
         for ifindex, one in self._follower.links.items():
@@ -155,9 +164,10 @@ class KernelNetwork:
         return self._links
 
     def _look_behind(self, links: Mapping[int, tuple[Link, Interface]], bound: Collection[int]) -> None:
-        """List the addresses at the other ends of pairs without a workload: at once where anything about the pair is new, else every PEERS_S.
+        """List the addresses at the other ends of pairs without a workload.
 
-        Behind a bound interface nothing counts any more. What one interface costs is bounded, whatever is done at its other end.
+        At once where the pair changed, else every PEERS_S. Addresses behind a bound interface do not count.  The cost
+        of one interface is bounded, whatever happens at its other end.
         """
         now_s = time.monotonic()
         routed, uplinks = set(self._follower.host_routes.values()), self._follower.uplinks
@@ -194,7 +204,7 @@ def _link(link: Link) -> Interface:
 def _meanings(
     routes: Iterable[LocalRoute], groups: Iterable[IPAddress]
 ) -> tuple[dict[IPAddress, Meaning], frozenset[IPNetwork]]:
-    """Single addresses that mean the node, and prefixes that are its own; the program knows 127.0.0.0/8 by itself."""
+    """Addresses that mean the node, and prefixes that are its own as a whole; the program has 127.0.0.0/8 built in."""
     found = dict.fromkeys(groups, GROUP)
     nets = set()
     for route in routes:

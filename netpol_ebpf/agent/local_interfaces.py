@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which interface each local workload has, in the last snapshot of the node's network.
+"""The interface of each local workload, in the last snapshot of the node's network.
 
-`InterfaceAssignments` decides; here the snapshot is taken, the decision kept beyond the process, and what is missing reported.
+`InterfaceAssignments` decides; this module takes the snapshot, stores the decision and reports missing interfaces.
 
 Invariant: an assignment is in its file before the kernel has a row for it.  Must not attach programs or write maps.
 """
@@ -27,17 +27,18 @@ from netpol_ebpf.policy.types import Endpoint, EndpointKey, IPAddress
 log = logging.getLogger(__name__)
 
 SEARCH_S = 0.5
-"""How often to look for interfaces that nothing announces (an address inside a pod's namespace); arbitrary."""
+"""Interval of searches for what no message announces (an address inside a pod's namespace); arbitrary."""
 MISSING_S = 5.0
 """How long a workload may be without an interface before that is a problem; arbitrary."""
 SHOWN = 5
-"""Names in a message; arbitrary."""
+"""Largest number of names in a message; arbitrary."""
 
 
 class LocalInterfaces:
-    """`look` takes a snapshot and locates the workloads in it; `locate` does so in the last snapshot, when the objects changed.
+    """`look` takes a snapshot and locates the workloads in it.
 
-    ``wiring``: the last snapshot; for reading.  ``has_looked``: whether there was a look since its owner last set this to False.
+    `locate` uses the last snapshot, when only the objects changed. ``wiring``: the last snapshot; read-only for
+    callers.  ``has_looked``: whether there was a look since the owner last set this to False.
     """
 
     def __init__(
@@ -48,7 +49,10 @@ class LocalInterfaces:
         clock: Callable[[], float],
         assignments_file: Path | None = None,
     ) -> None:
-        """``assignments_file``: where assignments outlive the process; None: they do not.  ``clock``: seconds."""
+        """``assignments_file``: where assignments are kept across restarts; None: they are not kept.
+
+        ``clock``: seconds.
+        """
         self.wiring = Wiring()
         self.has_looked = False
         self._settings = settings
@@ -72,7 +76,7 @@ class LocalInterfaces:
 
     @property
     def evidence(self) -> Mapping[EndpointKey, Evidence]:
-        """What says which interface is a workload's, for those that were found."""
+        """The evidence of each located workload's interface."""
         return self._located.evidence
 
     def is_workload(self, ifindex: int) -> bool:
@@ -80,12 +84,12 @@ class LocalInterfaces:
         return self._assignments.is_workload(ifindex)
 
     def wanted(self) -> set[int]:
-        """Workloads' interfaces, which must have the programs."""
+        """Workloads' interfaces; each must have the programs."""
         candidates = {ifindex for ifindex in self.wiring.links if self._assignments.is_workload(ifindex)}
         return candidates | set(self.located.values())
 
     def bindings(self) -> dict[EndpointKey, Binding]:
-        """The row of each local workload that has an interface."""
+        """The binding (row) of each local workload that has an interface."""
         found = {}
         for key, ifindex in self.located.items():
             flags = device_flags(self.wiring.links.get(ifindex))
@@ -98,7 +102,7 @@ class LocalInterfaces:
         return found
 
     def interface_towards(self, address: IPAddress) -> int | None:
-        """The interface by which the node would send to an address now, None where there is no way."""
+        """The interface by which the node would now send to an address, None where there is no route."""
         return self._network.interface_towards(address)
 
     # --- looking ----------------------------------------------------------------------------------------------------
@@ -128,16 +132,16 @@ class LocalInterfaces:
         self._save()
 
     def is_there(self, handed: Handover) -> bool:
-        """Whether the node has the interface that was handed over, with its other end where it was said to be."""
+        """Whether the node has the handed-over interface, with its other end where the plugin said."""
         link = self.wiring.links.get(handed.ifindex)
         return link is not None and (link.name, link.peer) == (handed.name, handed.peer)
 
     def problem_of(self, key: EndpointKey) -> str | None:
-        """Why a workload could not be given an interface although there is evidence of one; None: there is no such problem."""
+        """Why a workload has no interface although there is evidence of one; None: no such problem."""
         return self._located.problems.get(key)
 
     def is_search_due(self) -> bool:
-        """Whether the last look is old enough for a search for what nothing announces."""
+        """Whether a search for what no message announces is due."""
         return self._clock() - self._looked_at_s >= SEARCH_S
 
     def is_curious(self) -> bool:
@@ -149,7 +153,7 @@ class LocalInterfaces:
         return link.ifindex not in self.wiring.links and self._assignments.close_newborn(link)
 
     def forget(self, gone: Collection[int]) -> None:
-        """These interfaces are gone, though others may have their numbers now."""
+        """Forget interfaces that are gone, even if new interfaces have their numbers now."""
         self._objects.handovers.forget(gone)
         self._assignments.forget(gone)
 
@@ -165,11 +169,14 @@ class LocalInterfaces:
         handovers.forget([one.ifindex for one in known if not self.is_there(one)])
 
     def forget_missing(self) -> None:
-        """Workloads that are no longer local are not missing any more."""
+        """Forget missing workloads that are no longer local."""
         self._missed_s = {key: since_s for key, since_s in self._missed_s.items() if key in self._objects.local}
 
     def _plugin_names(self) -> dict[EndpointKey, set[str]]:
-        """Interfaces on the node that plugins made for local workloads; none for those whose plugin leaves none there."""
+        """Names of the node's interfaces that plugins made for local workloads.
+
+        None for plugins that leave none on the node.
+        """
         found: dict[EndpointKey, set[str]] = {}
         for one in self.wiring.results:
             endpoint = self._objects.local.get(one.pod)
@@ -187,15 +194,19 @@ class LocalInterfaces:
         self._missed_s = {key: self._missed_s.get(key, now_s) for key in missed}
 
     def _is_expected(self, endpoint: Endpoint) -> bool:
-        """Whether a workload must be here: without a node's name, any may be elsewhere; without an address, it does not run."""
+        """Whether a workload must be on this node: without a node name any workload may be elsewhere.
+
+        Without an address it does not run.
+        """
         return endpoint.node is not None and endpoint.node == self._settings.node and bool(endpoint.addresses)
 
     # --- beyond the process -----------------------------------------------------------------------------------------
 
     def recall(self, former: Mapping[EndpointKey, int], attached: Collection[int]) -> None:
-        """Take up the assignments of an earlier agent: those of its file, else those of the rows in the kernel.
+        """Restore the assignments of an earlier agent: those of its file, else those of the rows in the kernel.
 
-        ``former``: workloads and interfaces of these rows.  ``attached``: interfaces that have the programs; any other one is gone.
+        ``former``: workloads and interfaces of these rows.  ``attached``: interfaces that have the programs; any other
+        one is gone.
         """
         if self._file is not None:
             problem = self._assignments.load(self._file)
@@ -206,7 +217,7 @@ class LocalInterfaces:
             self._assignments.expect(key, ifindex if ifindex in attached else NOWHERE)
 
     def _save(self) -> None:
-        """Write assignments before the kernel sees them. What cannot be written is reported, and tried again."""
+        """Write assignments before the kernel has their rows. A failure is reported, and tried again."""
         if self._file is None or not self._assignments.is_dirty:
             return
         self._unsaved = ()
@@ -222,7 +233,7 @@ class LocalInterfaces:
     # --- problems ---------------------------------------------------------------------------------------------------
 
     def conflicts(self) -> Iterable[Problem]:
-        """Workloads with evidence of an interface that they cannot be given, and interfaces that may be the node's own or a workload's."""
+        """Workloads that cannot have an interface although there is evidence of one, and interfaces in doubt."""
         for key, message in sorted(self._located.problems.items()):
             yield Problem(self._objects.location(key), "", f"interface: {message}", obj=str(key), slug="interface")
         for message in self._assignments.doubts.values():
@@ -237,11 +248,11 @@ class LocalInterfaces:
 
     @property
     def file_problems(self) -> tuple[Problem, ...]:
-        """What could not be read of the node or of the assignments' file, and what could not be written."""
+        """Failures to read the node's network or the assignments' file, and failures to write that file."""
         return (*self.wiring.problems, *self._damage, *self._unsaved)
 
     def _missing(self, attached: Collection[int], bound: Collection[int]) -> Iterable[Problem]:
-        """Workloads of this node that have had no known interface for MISSING_S."""
+        """Workloads of this node without a known interface for at least MISSING_S."""
         closed = sorted(
             self.wiring.name_of(ifindex) for ifindex in set(attached) - set(bound) if self.is_workload(ifindex)
         )
@@ -269,5 +280,8 @@ class LocalInterfaces:
 
 
 def _is_first(result: CniResult, endpoint: Endpoint) -> bool:
-    """Whether a plugin's result is for the interface with the addresses that policy knows the workload by, not for a further one."""
+    """Whether a plugin's result concerns the workload's first interface.
+
+    Policy knows the workload by the addresses of that interface.
+    """
     return not result.addresses or bool(result.addresses & set(endpoint.addresses))

@@ -22,17 +22,17 @@ from netpol_ebpf.apply.events import FlowEvent
 from netpol_ebpf.apply.ledger import Ledger
 
 NEWS_GAP_S = 0.05
-"""Least time between two looks at all interfaces; arbitrary. Programs are put on new ones without such a gap."""
+"""Least time between two passes over all interfaces; arbitrary. New interfaces get programs without such a gap."""
 TICK_S = 0.2
-"""Longest time between two steps of the agent; arbitrary. The program wakes nobody when it reports a flow."""
+"""Longest time between two steps of the agent; arbitrary. The program wakes no process when it reports a flow."""
 RETRY_S = 5.0
-"""How often it is tried again to make the socket; arbitrary."""
+"""Interval of attempts to create the socket; arbitrary."""
 log = logging.getLogger("netpol-agent")
 
 
 @dataclass
 class AgentLoop:
-    """The agent's loop, turn by turn: new interfaces first, then a step when one is due, then at most one answer is begun.
+    """The agent's loop, pass by pass.
 
     ``when_in_force``: called once, when a state of the source is in force.  ``clock``: seconds.
     """
@@ -50,7 +50,7 @@ class AgentLoop:
     _opened_s: float = -math.inf
 
     def open(self) -> None:
-        """Answer from now on; where there is no room for the socket, as soon as there is. Raises PlatformError."""
+        """Open the socket; if the file system has no room for it, as soon as there is. Raises PlatformError."""
         self._opened_s = self.clock()
         try:
             self.control_socket.open()
@@ -61,7 +61,7 @@ class AgentLoop:
             )  # fmt: skip
 
     def run_once(self, wake: int) -> None:
-        """Wait until there is work, or ``wake`` is readable, and do it."""
+        """Wait until there is work, or ``wake`` is readable, and do the work."""
         from netpol_ebpf.agent import report
 
         readable, writable = self.control_socket.descriptors()
@@ -102,7 +102,10 @@ class AgentLoop:
             self.when_in_force()
 
     def _due_s(self) -> float:
-        """When the next step is due. NEWS_GAP_S holds for the source too, lest a busy one keep the agent from everything else."""
+        """When the next step is due.
+
+        NEWS_GAP_S applies to the source too, so that a busy source cannot starve everything else.
+        """
         soonest_s = self._stepped_s + NEWS_GAP_S
         return (
             soonest_s
@@ -112,7 +115,7 @@ class AgentLoop:
 
 
 def serve(loop: AgentLoop) -> None:
-    """Step and answer until a signal asks to end: the endless loop."""
+    """Run steps and answers until a signal ends the loop: the endless loop."""
     loop.open()
     loop.note_progress()
     try:
@@ -128,7 +131,7 @@ def serve(loop: AgentLoop) -> None:
 
 @contextlib.contextmanager
 def wakened_by(*signals: signal.Signals) -> Iterator[tuple[list[int], int]]:
-    """Signals as a list that they are put into, and a descriptor that is readable then."""
+    """A list that receives signals, and a descriptor that becomes readable with each."""
     received: list[int] = []
     reading, writing = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
     before = {number: signal.signal(number, lambda number, _frame: received.append(number)) for number in signals}

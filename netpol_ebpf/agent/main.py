@@ -31,30 +31,30 @@ from netpol_ebpf.errors import InvalidInputError, NetpolError, PlatformError, Un
 from netpol_ebpf.terminal import LogFormatter, escaped, paragraph, say
 
 DEFAULT_STATE_DIR = Path("/run/netpol-ebpf")
-"""On a tmpfs, like the pins: both are gone after a reboot."""
+"""Default state directory. On a tmpfs, like the pins: both are gone after a reboot."""
 TUNNEL_PROTOCOLS = {"udp": 17, "ipip": 4, "ip6": 41, "gre": 47}
-"""IP protocols that may carry other packets, by what the option --tunnel calls them."""
+"""IP protocols that may carry other packets, by their names in --tunnel."""
 BARRIER_MARKS = "0x20,0x40,0x10"
-"""Bits of the mark that, as far as is known, nobody else uses; ADR 13."""
+"""Default mark bits of the barrier, which no other known software uses; ADR 13."""
 WORKLOAD_TO_HOST = {"allow": "allow", "deny": "deny", "policy": "pass"}
-"""What the option of that name may say, as values of `netpol_ebpf.policy.types.Action`."""
+"""Values of --workload-to-host, as values of `netpol_ebpf.policy.types.Action`."""
 MOST_ENTRIES = 0xFFFF_FFFF
-"""What the kernel's 32 bits hold; a larger number would lose its upper bits on the way."""
+"""Largest number of entries: the kernel has 32 bits for it, and would drop upper bits of a larger one."""
 PRIVATE_UMASK = 0o077
-"""Of everything that the agent makes: what others may have is given to them explicitly."""
+"""Umask of everything that the agent creates: access for others is granted explicitly."""
 IN_USE_HINT = "Stop it, or give this one a --state-dir and a --pin-root of its own."
 LOCK_NAME = "lock"
 LEDGER_NAME = "numbers"
 INTERFACES_NAME = "interfaces"
 HANDOVERS_NAME = "handovers"
 IN_FORCE = {"in_force": True}
-"""The yes that the CNI plugin waits for (cni/agent.c)."""
+"""The answer that the CNI plugin waits for (cni/agent.c)."""
 
 log = logging.getLogger("netpol-agent")
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """The parser of the command line."""
     parser = argparse.ArgumentParser(
         prog="netpol-agent",
         description="Enforce the network policies of a cluster, or of a directory of manifests, on the workloads of this node.",
@@ -194,7 +194,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Run the agent to its end; returns the exit code. Raises NetpolError."""
+    """Run the agent until it ends; returns the exit code. Raises NetpolError."""
     # The kernel, root and BCC are needed from here on, not for --help.
     from netpol_ebpf.agent.barrier import parse_barrier
     from netpol_ebpf.agent.core import Agent
@@ -269,7 +269,10 @@ def run(arguments: argparse.Namespace) -> int:
 
 @contextlib.contextmanager
 def claimed(pin_root: Path) -> Iterator[None]:
-    """One agent, or one `netpolctl cleanup`, at a pin root, which is made. Raises PlatformError."""
+    """Hold the lock of a pin root, which is created: one agent, or one `netpolctl cleanup`, at a time.
+
+    Raises PlatformError.
+    """
     from netpol_loader.pins import doctor
     from netpol_loader.pins.lock import held
 
@@ -284,7 +287,7 @@ def claimed(pin_root: Path) -> Iterator[None]:
 
 
 def open_to_group(state_dir: Path, pin_root: Path, group: int | None) -> None:
-    """Let the group pass through the state directory to the socket, to nothing else there. Raises PlatformError."""
+    """Let the group pass through the state directory to the socket, and to nothing else there. Raises PlatformError."""
     from netpol_loader.pins import access
 
     try:
@@ -305,7 +308,7 @@ def open_to_group(state_dir: Path, pin_root: Path, group: int | None) -> None:
 
 
 def answers_of(agent: Any, node: Any, ledger: Ledger, place: Mapping[str, Any]) -> dict[str, Answer]:
-    """What the agent answers, by operation. They run in children of this process (`netpol_ebpf.agent.answering`)."""
+    """The operations that the agent answers. They run in children of this process (`netpol_ebpf.agent.answering`)."""
     from netpol_ebpf.agent import report
     from netpol_ebpf.agent.questions import answer_question
 
@@ -339,7 +342,7 @@ def answers_of(agent: Any, node: Any, ledger: Ledger, place: Mapping[str, Any]) 
 
 
 def waits_of(agent: Any, clock: Callable[[], float] = time.monotonic) -> dict[str, Callable[[Mapping[str, Any]], Wait]]:
-    """What the CNI plugin asks for, by operation; the agent's own loop answers. ``clock``: seconds."""
+    """The operations of the CNI plugin; the agent's own loop answers them. ``clock``: seconds."""
     from netpol_ebpf.agent.handover import parse_attach
 
     def attach(request: Mapping[str, Any]) -> Wait:
@@ -350,9 +353,9 @@ def waits_of(agent: Any, clock: Callable[[], float] = time.monotonic) -> dict[st
         def look() -> Any:
             missing = agent.missing_for(handed)
             if missing and clock() >= deadline_s:
-                raise UnreachableError(
-                    f"{handed.pod} is not under policy within {wait_s} s: {missing}", hint="Try again."
-                )
+                message = f"{handed.pod} is not under policy within {wait_s} s: {missing}"
+                log.warning("the CNI plugin gets no yes: %s", message)
+                raise UnreachableError(message, hint="Try again.")
             return None if missing else IN_FORCE
 
         return look
@@ -367,7 +370,10 @@ def waits_of(agent: Any, clock: Callable[[], float] = time.monotonic) -> dict[st
 
 @contextlib.contextmanager
 def exclusive(state_dir: Path, *, hint: str = IN_USE_HINT) -> Iterator[None]:
-    """One agent per state directory; the lock goes with the process. Raises PlatformError, with the hint, when another one runs."""
+    """Hold the lock of a state directory: one agent at a time; the lock ends with the process.
+
+    Raises PlatformError, with ``hint``, when another agent runs.
+    """
     from netpol_loader.pins.lock import locked_alone
 
     state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -382,7 +388,7 @@ def exclusive(state_dir: Path, *, hint: str = IN_USE_HINT) -> Iterator[None]:
 
 
 def parse_mark(text: str | None) -> int:
-    """The lowest bit of a mask of 16 adjacent bits, 0 without one. Raises UsageError."""
+    """Parse a mask of 16 adjacent bits: its lowest bit, 0 without a mask. Raises UsageError."""
     if text is None:
         return 0
     try:
@@ -396,7 +402,7 @@ def parse_mark(text: str | None) -> int:
 
 
 def parse_tunnel(text: str) -> tuple[int, int]:
-    """``udp:PORT``, or the name of an IP protocol: its number, and the port or 0. Raises UsageError."""
+    """Parse ``udp:PORT`` or the name of an IP protocol: protocol number, and port or 0. Raises UsageError."""
     name, _, port = text.lower().partition(":")
     if name == "udp" and port.isdecimal() and 0 < int(port) <= 0xFFFF:  # noqa: PLR2004 - a port has 16 bits
         return TUNNEL_PROTOCOLS["udp"], int(port)
@@ -407,7 +413,7 @@ def parse_tunnel(text: str) -> tuple[int, int]:
 
 
 def parse_router(text: str) -> str:
-    """A pattern of ``NAMESPACE/NAME``. Raises UsageError: any other pattern would match no workload."""
+    """Parse a pattern of ``NAMESPACE/NAME``. Raises UsageError: any other pattern would match no workload."""
     namespace, slash, name = text.partition("/")
     if not (namespace and slash and name) or "/" in name:
         raise UsageError(f"--router {text}: expected NAMESPACE/NAME, such as network/router or network/*")
@@ -425,7 +431,7 @@ def parse_group(name: str | None) -> int | None:
 
 
 def parse_sizes(texts: Sequence[str]) -> dict[str, int]:
-    """``MAP=ENTRIES`` pairs. Raises UsageError."""
+    """Parse ``MAP=ENTRIES`` pairs: sizes by map. Raises UsageError."""
     from netpol_loader.tables.buckets import SIZED
 
     sizes: dict[str, int] = {}

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The node in the kernel: its network, and the dataplane on its interfaces. All that the agent does to the kernel goes through here.
+"""The node in the kernel: its network, and the dataplane on its interfaces.
 
-Invariant: enforcement outlives this object; only `netpolctl cleanup` ends it.
+The agent changes the kernel through this module alone. Invariant: enforcement outlives this object; only `netpolctl
+cleanup` ends it.
 """
 
 from __future__ import annotations
@@ -29,17 +30,20 @@ from netpol_loader.tables.events import EventRecord
 POLICY_MAPS = frozenset(
     abi.maps_of(abi.MapRole.ENDPOINT, abi.MapRole.ENDPOINT_CACHE, abi.MapRole.NODE, abi.MapRole.TABLE)
 )
-"""Maps that say what policy is, or what was remembered of that. The others hold connections, counters and settings, and belong to no agent."""
+"""Maps of policy and of what the program cached of it.
+
+All other maps hold connections, counters and settings, and outlive an exchange of policy maps.
+"""
 
 
 EVENTS_A_LOOK = 1000
-"""Events taken at a time, so that a flood of them does not keep the agent from everything else; arbitrary."""
+"""Events read in one pass, so that a flood of them does not delay everything else; arbitrary."""
 CLSACT_TURN = 10
-"""Interfaces with clsact to be looked at in one audit; arbitrary."""
+"""Interfaces with clsact that one audit checks; arbitrary."""
 
 
 class KernelNode:
-    """The network namespace of this process, as `NodeAccess` has it. A context manager."""
+    """`NodeAccess` on the network namespace of this process. A context manager."""
 
     def __init__(
         self,
@@ -50,9 +54,10 @@ class KernelNode:
         timeouts_s: Mapping[str, int] | None = None,
         plugin_results: Path | None = None,
     ) -> None:
-        """``group``: the number of one that may read the maps. ``timeouts_s``: those that are not the default (`timeouts`).
+        """``group``: the number of a group that may read the maps.
 
-        ``plugin_results``: the directory of `CniResultCache`.
+        ``timeouts_s``: time-outs that differ from the default (`timeouts`). ``plugin_results``: the directory of
+        `CniResultCache`.
         """
         self._network = KernelNetwork(plugin_results)
         self._pin_root = pin_root
@@ -137,7 +142,7 @@ class KernelNode:
         self._dataplane.set_config(config)
 
     def _is_new(self) -> bool:
-        """Whether nobody has written policy to these maps yet, and nothing is attached: then there is nothing to take over."""
+        """Whether these maps hold no policy yet and nothing is attached: then there is nothing to take over."""
         return next(iter(self._dataplane.maps["np_rule"].items()), None) is None and not self.attached()
 
     def former_numbers(self) -> Mapping[int, int]:
@@ -173,7 +178,7 @@ class KernelNode:
         attach.prune(self._dataplane, self._network.interfaces)
 
     def mend(self, ifindexes: Collection[int]) -> list[Drift]:
-        """See `NodeAccess`. Of interfaces with clsact, CLSACT_TURN at a time are looked at: it takes long."""
+        """See `NodeAccess`. One call checks CLSACT_TURN of the interfaces with clsact: the check is slow."""
         found = mend_pins(self._dataplane)
         restored = {one.where for one in found}
         try:

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the agent needs of the node, by subject. `netpol_ebpf.agent.node` has it of the kernel; tests have another one."""
+"""The agent's view of the node, one protocol for each subject.
+
+`netpol_ebpf.agent.node` implements it on the kernel; tests have another implementation.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ from netpol_loader.tables.events import EventRecord
 
 
 class NetworkAccess(Protocol):
-    """Interfaces, addresses and routes of the node, and news of them."""
+    """Interfaces, addresses and routes of the node, and changes of them."""
 
     def snapshot(self, bound: Collection[int] = ()) -> Wiring:
         """Interfaces, routes and addresses as they are now.
@@ -30,13 +33,16 @@ class NetworkAccess(Protocol):
         """Whether interfaces, routes or addresses may have changed since the last call."""
 
     def take_born(self) -> list[Interface]:
-        """Interfaces that the kernel reported since the last call, new ones among them; all other news stays."""
+        """Interfaces that the kernel reported since the last call, new ones among them; all other messages stay queued."""
 
     def take_gone(self) -> set[int] | None:
-        """Interfaces that went since the last call, though others may have their numbers now; None: it is not known which."""
+        """Interfaces that went since the last call, even if new interfaces have their numbers now; None.
+
+        Messages were lost.
+        """
 
     def interface_towards(self, address: IPAddress) -> int | None:
-        """The interface by which the node would send to an address, None where there is no way."""
+        """The interface by which the node would send to an address, None where there is no route."""
 
 
 class ProgramAccess(Protocol):
@@ -46,35 +52,39 @@ class ProgramAccess(Protocol):
         """Interfaces with our programs on them."""
 
     def attach(self, ifindex: int, *, is_newborn: bool = False) -> bool:
-        """Put our programs on an interface; False when it is gone. ``is_newborn``: it has come just now."""
+        """Attach our programs to an interface; False when it is gone. ``is_newborn``: the interface just appeared."""
 
     def detach(self, ifindex: int) -> None:
-        """Take our programs off an interface."""
+        """Detach our programs from an interface."""
 
     def prune(self) -> None:
-        """Forget interfaces that are gone; programs come off those that went to another network namespace."""
+        """Forget interfaces that are gone; detach programs from interfaces that moved to another network namespace."""
 
 
 class MapAccess(Protocol):
-    """The maps that hold policy, and their exchange for new ones."""
+    """The maps that hold policy, and their exchange for new maps."""
 
     def renewal(self) -> contextlib.AbstractContextManager[Mapping[str, KernelMap]]:
-        """Empty policy maps, to be filled; at the end of the block, if it raised nothing, they are in force everywhere."""
+        """A context manager that gives empty policy maps to fill.
+
+        At the end of the block, unless it raised, they are in force everywhere.
+        """
 
     def renewal_sizes(self) -> Mapping[str, int]:
-        """How many rows the maps have room for that the next `renewal` gives."""
+        """The sizes in rows of the maps that the next `renewal` gives."""
 
     def former_numbers(self) -> Mapping[int, int]:
-        """Endpoint numbers by interface, as they are in force, be it by an agent of another version."""
+        """Endpoint numbers in force by interface, also those of an agent of another version."""
 
 
 class RepairAccess(Protocol):
-    """What others changed or added."""
+    """Detection and repair of what others changed or added."""
 
     def mend(self, ifindexes: Collection[int]) -> list[Drift]:
-        """Put back pins, and our programs on these interfaces, where something removed or changed them; what it was.
+        """Restore pins, and our programs on these interfaces, where something removed or changed them.
 
-        Raises PlatformError, PartlyMendedError with what could be put back, when something could not.
+        Returns what was restored. Raises PlatformError, or PartlyMendedError with what was restored, when something
+        could not be restored.
         """
 
     def other_programs(self, attached: Collection[int]) -> list[Other]:
@@ -93,7 +103,7 @@ class NodeAccess(ProgramAccess, MapAccess, RepairAccess, ConnectionAccess, Proto
         """The tables of the second barrier in this node's network namespace."""
 
     def others(self, ifindex: int) -> list[str]:
-        """Programs of others on the hook by which an interface's packets come in, for people."""
+        """Programs of others on the hook by which an interface's packets come in, as text for messages."""
 
     def read_events(self, consume: Callable[[EventRecord], None]) -> int:
-        """Hand over the events there are, or the first of very many; how many there were."""
+        """Hand over the waiting events, or the first of very many; returns their number."""

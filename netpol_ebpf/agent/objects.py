@@ -37,14 +37,15 @@ log = logging.getLogger(__name__)
 
 
 class ClusterObjects:
-    """`take` an update of the source, then `take_changes`; `accept` when the changes are in force.
+    """The objects of the source.
 
-    ``derivation``: the objects, translated; for reading.  ``local``: the workloads of this node, with the addresses that count as theirs;
-    for reading.  ``handovers``: interfaces that the CNI plugin handed over.
+    Call `take` with an update, then `take_changes`; call `accept` when the changes are in force. ``derivation``: the
+    translated objects; read-only for callers.  ``local``: the workloads of this node with their effective addresses;
+    read-only for callers.  ``handovers``: interfaces that the CNI plugin handed over.
     """
 
     def __init__(self, settings: AgentSettings, handovers_file: Path | None = None) -> None:
-        """``handovers_file``: where handovers outlive the process; None: they do not."""
+        """``handovers_file``: where handovers are kept across restarts; None: they are not kept."""
         self.derivation = Derivation(PolicySettings(workload_to_host=settings.workload_to_host))
         self.local: dict[EndpointKey, Endpoint] = {}
         self._settings = settings
@@ -56,12 +57,12 @@ class ClusterObjects:
 
     @property
     def world(self) -> World:
-        """The objects as the source has them; for reading."""
+        """The objects as the source has them; read-only for callers."""
         return self.derivation.world
 
     @property
     def world_in_force(self) -> World:
-        """The objects of which the rows in force were made, each address its holder's alone; for reading."""
+        """The world that the rows in force were made of, each address its holder's alone; read-only for callers."""
         return self._in_force.world
 
     # --- changes ----------------------------------------------------------------------------------------------------
@@ -109,11 +110,11 @@ class ClusterObjects:
 
     @property
     def is_changed(self) -> bool:
-        """Whether there is something for `take_changes`."""
+        """Whether `take_changes` would return something."""
         return self.derivation.is_changed or self.handovers.is_changed
 
     def _lend_addresses(self, changes: Changes) -> None:
-        """Give pods the addresses that the CNI plugin handed over before their objects have them; ``changes`` gets what that changes."""
+        """Lend pods the addresses that the CNI plugin handed over; the effects are added to ``changes``."""
         changed = self.handovers.take_changed()
         for key in {*changed, *self.handovers.pods, *self._claims.borrowers}:
             handed = self.handed(key)
@@ -123,11 +124,11 @@ class ClusterObjects:
                 changes.endpoints.setdefault(key, endpoint)
 
     def accept(self) -> None:
-        """All changes that were taken are in force."""
+        """Mark all taken changes as in force."""
         self._in_force.accept()
 
     def set_tunnels(self, encapsulations: Iterable[tuple[int, int]]) -> None:
-        """What nodes take from anyone, as IP protocol and UDP port, besides what all nodes take."""
+        """Set the encapsulations that nodes take from anyone, as IP protocol and UDP port, besides those of all nodes."""
         self.derivation.set_tunnels(TUNNELS.union(Tunnel(*one) for one in encapsulations))
 
     # --- questions --------------------------------------------------------------------------------------------------
@@ -139,7 +140,7 @@ class ClusterObjects:
     def is_ours(self, endpoint: Endpoint) -> bool:
         """Whether policy must be compiled for an endpoint: a workload of this node, or a host endpoint of it.
 
-        Without a node's name, every host endpoint may be one: its addresses tell, when it gets its interfaces.
+        Without a node name every host endpoint may be of this node; its addresses decide when it gets its interfaces.
         """
         return self._settings.node in (None, endpoint.node)
 
@@ -159,7 +160,7 @@ class ClusterObjects:
         return [nodes[one] for one in (self._settings.node,) if one in nodes]
 
     def owner_of(self, address: IPAddress) -> str | None:
-        """The workload, or else the host endpoint or the node, that has an address; by name the first of several."""
+        """The workload, or else the host endpoint or the node, that has an address; of several the first by name."""
         holder = self._claims.holder(address)
         if holder is not None:
             return str(holder)
@@ -177,7 +178,7 @@ class ClusterObjects:
         return next((one for one in first if isinstance(pod, Pod) and one.is_of(pod.uid)), None)
 
     def missing_for(self, handed: Handover) -> str:
-        """What of the objects keeps policy for an interface that was handed over from being in force; empty: nothing."""
+        """Why the objects keep policy for a handed-over interface from being in force; empty: they do not."""
         key = handed.pod
         if not handed.is_first:
             return f"{handed.inside} is a further interface, and policy knows a workload by its first"
@@ -196,15 +197,15 @@ class ClusterObjects:
         return "; ".join(others)
 
     def is_in_force(self, key: EndpointKey) -> bool:
-        """Whether the world in force has a local workload as it is now."""
+        """Whether the world in force has a local workload in its present form."""
         return self.world_in_force.endpoints.get(key) == self.local.get(key)
 
     def _resource(self, key: EndpointKey) -> Resource | None:
-        """The object behind an endpoint."""
+        """The resource that an endpoint was translated from."""
         return self.derivation.get(ResourceKey(key.kind, key.namespace, key.name))
 
     def location(self, key: EndpointKey) -> Location:
-        """Where the object behind an endpoint is written."""
+        """File and line, or cluster name, of the resource behind an endpoint."""
         resource = self._resource(key)
         return Location("") if resource is None else resource.meta.location
 
@@ -212,7 +213,7 @@ class ClusterObjects:
 
     @property
     def source_problems(self) -> tuple[Problem, ...]:
-        """What the source reported with its last update."""
+        """The problems of the source's last update."""
         return self._source_problems
 
     def disputes(self) -> Iterable[Problem]:
@@ -223,7 +224,7 @@ class ClusterObjects:
             yield Problem(self.location(other), "", message, obj=str(other), severity=severity, slug="address-claimed")
 
     def without_namespace(self) -> Iterable[Problem]:
-        """Local workloads without a Namespace object, so that no label of it is known."""
+        """Local workloads without a Namespace object; rules that select by namespace labels do not match them."""
         for key in sorted(self.local):
             if key.namespace and self.derivation.get(ResourceKey("Namespace", "", key.namespace)) is None:
                 message = f"its Namespace {key.namespace} is missing: no rule that selects by labels of the namespace matches it"

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Problems for programs of others on the node's interfaces: which of them may let packets bypass policy.
 
-Invariant: a program that only counts, lets pass or drops behind ours is no problem; one of which nothing can be known is never
-silently taken for such a one.  Asks no kernel.
+Invariant: a program that only counts, passes or drops behind ours is no problem; a program that cannot be examined is
+never taken for a harmless one.  Reads nothing from the kernel.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ SAID: dict[tuple[bool, Reach], tuple[str, str, str]] = {
         REDIRECT, "warning", "cannot tell whether programs of others redirect packets past policy: {}; " + WHY_UNKNOWN,
     ),
 }  # fmt: skip
-"""By whether it is an XDP program, and by what it can do: kind of problem, severity and message."""
+"""Kind of problem, severity and message, by whether the program is an XDP program and by what it can do."""
 FIRST = (OVERTAKEN, "error", "programs of others run before policy, which does not see what they let pass: {}")
 SHOWN = 10
-"""Programs named in a message; arbitrary."""
+"""Largest number of programs named in a message; arbitrary."""
 
 
 def problems_of(found: Iterable[Other], name_of: Callable[[int], str]) -> list[Problem]:

@@ -1,10 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rows and programs of the node's own interfaces, and the node's addresses in the maps, as host endpoints and services need them.
+"""Rows and programs of the node's own interfaces, and the node's addresses in the maps.
 
-`netpol_ebpf.agent.hosts` plans which interfaces have the programs, and which host endpoint applies to each; here the plan is carried out.
+Host endpoints and services need both.
 
-Invariants: an own interface has its row before it has the programs, and as long, lest it be closed for want of one; the
-programs defer verdicts on services only while every exit has them; while an exit cannot have them, services are closed.
+`netpol_ebpf.agent.hosts` plans which interfaces have the programs, and which host endpoint applies to each; this module
+carries out the plan.
+
+Invariants: an own interface has its row before it has the programs, and keeps it as long as them, since the programs
+close an interface without a row; the programs defer verdicts on services only while every exit has them; while an exit
+cannot have them, services are closed.
 
 Must not touch workloads' interfaces.
 """
@@ -29,16 +33,16 @@ from netpol_loader import abi
 log = logging.getLogger(__name__)
 
 HOST_BINDING = Binding(NOWHERE, EndpointKind.HOST)
-"""Of every host endpoint that is in force: its interfaces are `HostPlan`'s matter."""
+"""The binding of every host endpoint in force, without an interface: `HostPlan` has the interfaces."""
 
 
 @dataclass(frozen=True, slots=True)
 class HostPolicyInputs:
-    """What decides on the node's own interfaces, as it is in force.
+    """The inputs of host policy that are in force on the node's own interfaces.
 
     Host endpoints with their numbers, services, and the addresses of all nodes with these nodes' numbers, 0: none.
 
-    Apart from the manifests and the compiler's tables, which are ahead of it while a change is refused.
+    Kept apart from the manifests and the compiler's tables, which are ahead of it while a change is rejected.
     """
 
     hosts: Mapping[EndpointKey, Endpoint] = field(default_factory=dict)
@@ -48,7 +52,7 @@ class HostPolicyInputs:
 
     @classmethod
     def of(cls, world: World, tables: CompiledTables, node: str | None) -> HostPolicyInputs:
-        """Of the manifests, with the tables that were made of them, on the node of that name (None: not known)."""
+        """The inputs from the manifests and the tables compiled from them, on the node of that name (None: not known)."""
         rows = tables.endpoints
         hosts = {key: one for key, one in world.endpoints.items() if one.kind is EndpointKind.HOST and key in rows}
         nodes = {address: tables.nodes.get(name) or 0 for name, one in world.nodes.items() for address in one.addresses}
@@ -56,9 +60,9 @@ class HostPolicyInputs:
         return cls(hosts, {key: rows[key].number for key in hosts}, vips, nodes)
 
     def without_removed(self, after: HostPolicyInputs) -> HostPolicyInputs:
-        """These without the host endpoints that are about to go: interfaces do without them before they go.
+        """These inputs without the host endpoints that are about to go: interfaces lose them before their rows go.
 
-        Nodes have their addresses of before and after: rows of their workloads are written in between.
+        Nodes have their old and new addresses, since rows of their workloads are written in between.
         """
         staying = {key: after.hosts[key] for key in self.hosts if key in after.hosts}
         return HostPolicyInputs(staying, self.numbers, after.vips, {**self.nodes, **after.nodes})
@@ -66,7 +70,10 @@ class HostPolicyInputs:
 
 @dataclass(frozen=True, slots=True)
 class InitialState:
-    """What a new set of maps is filled with. ``surroundings``: at first; ``complete``: when every exit has the programs."""
+    """The first content of a new set of maps.
+
+    ``surroundings``: at first; ``complete``: when every exit has the programs.
+    """
 
     inputs: HostPolicyInputs
     plan: HostPlan
@@ -75,19 +82,20 @@ class InitialState:
 
     @property
     def bindings(self) -> dict[EndpointKey, Binding]:
-        """Of the host endpoints in force."""
+        """Bindings of the host endpoints in force."""
         return dict.fromkeys(self.plan.in_force, HOST_BINDING)
 
 
 class OwnInterfaces:
-    """Begins with the first set of maps (`initial_state`, `take_over`); `place` and `reconcile` work on the one in force.
+    """Own interfaces under policy.
 
-    ``inputs``: what decides now; whoever changes it calls `place` or `reconcile`.  ``no_room``: why the maps do not say
-    what they should; ``no_exit``: why services are closed.
+    `initial_state` and `take_over` fill the first maps; `place` and `reconcile` change the maps in force. ``inputs``:
+    the present inputs; whoever changes them calls `place` or `reconcile`.  ``no_room``: why the maps do not hold what
+    they should; ``no_exit``: why services are closed.
     """
 
     def __init__(self, node: str | None, attachments: Attachments, tunnels: Collection[tuple[int, int]] = ()) -> None:
-        """``node``: its name, None: host endpoints are known as this node's by their addresses.
+        """``node``: its name; None: host endpoints are recognised as this node's by their addresses.
 
         ``tunnels``: encapsulation that nodes take from anyone, besides that of this node's devices.
         """
@@ -107,13 +115,13 @@ class OwnInterfaces:
 
     @property
     def plan(self) -> HostPlan:
-        """Which interfaces are under policy, and by which host endpoint's; for reading."""
+        """The own interfaces under policy, each with its host endpoint; read-only for callers."""
         return self._plan
 
     def problems(
         self, endpoints: Mapping[EndpointKey, Endpoint], locate: Callable[[EndpointKey], Location]
     ) -> Iterator[Problem]:
-        """What is not in force as it is written. ``endpoints``: of the manifests."""
+        """Host endpoints and services that are not in force as written. ``endpoints``: those of the manifests."""
         for key, message in self._plan.problems.items():
             yield _warning(key, message, locate)
         if self._node is None:
@@ -129,7 +137,10 @@ class OwnInterfaces:
     def initial_state(
         self, inputs: HostPolicyInputs, wiring: Wiring, workloads: Collection[int], bearing: Collection[int]
     ) -> InitialState:
-        """What a new set of maps must hold. ``bearing``: the interfaces that have the programs, their own or an older set's."""
+        """The required content of a new set of maps.
+
+        ``bearing``: the interfaces that have programs, of this set or an older one.
+        """
         plan = self._planned(inputs, wiring, workloads)
         own = own_interfaces(wiring, workloads)
         at_first = self._known(plan, inputs, wiring, own & set(bearing))
@@ -139,14 +150,14 @@ class OwnInterfaces:
     def take_over(
         self, initial: InitialState, maps: Mapping[str, KernelMap], applier: Applier, surroundings: SurroundingsWriter
     ) -> None:
-        """The maps that were filled with ``initial`` are in force, and these their writers."""
+        """Adopt maps that were filled with ``initial`` and are in force now, and their writers."""
         self.inputs, self._plan = initial.inputs, initial.plan
         self._in_force = maps, applier, surroundings
 
     # --- the maps in force ------------------------------------------------------------------------------------------
 
     def require_room(self, inputs: HostPolicyInputs, wiring: Wiring, workloads: Collection[int]) -> None:
-        """Raise MapFullError when the maps have no room for what is to decide."""
+        """Raise MapFullError when the maps have no room for the inputs."""
         if inputs == self.inputs:
             return
         maps, _, surroundings = self._writers()
@@ -157,7 +168,10 @@ class OwnInterfaces:
             raise too_small("np_host", size, hosts)
 
     def reconcile(self, wiring: Wiring, workloads: Collection[int]) -> None:
-        """Bring rows, programs and addresses to what they should be, or report why not. ``workloads``: interfaces of workloads, the others are own ones."""
+        """Bring rows, programs and addresses to the desired state, or report why not.
+
+        ``workloads``: interfaces of workloads; all others are own ones.
+        """
         try:
             self.place(wiring, workloads)
             for ifindex in self._attachments.interfaces - set(workloads) - self._plan.interfaces.keys():
@@ -172,7 +186,7 @@ class OwnInterfaces:
             self.no_room = problem
 
     def place(self, wiring: Wiring, workloads: Collection[int]) -> None:
-        """Rows before programs, where they are wanted; takes no programs off. Raises MapFullError."""
+        """Write rows, then attach programs, where they are wanted; detaches no programs. Raises MapFullError."""
         (_, applier, _), attachments = self._writers(), self._attachments
         self._plan = plan = self._planned(self.inputs, wiring, workloads)
         for key in sorted(plan.in_force):
@@ -203,7 +217,7 @@ class OwnInterfaces:
         return self._in_force
 
     def _planned(self, inputs: HostPolicyInputs, wiring: Wiring, workloads: Collection[int]) -> HostPlan:
-        """Which own interfaces are under policy."""
+        """Plan which own interfaces are under policy."""
         hosts = list(inputs.hosts.values())
         if self._node is None:
             hosts = [one for one in hosts if any(address in wiring.addresses for address in one.addresses)]
@@ -218,10 +232,10 @@ class OwnInterfaces:
         *,
         are_exits_known: bool = False,
     ) -> Surroundings:
-        """What the program has to know of the node. ``bearing``: the own interfaces that must have a row.
+        """The node as the program must know it. ``bearing``: the own interfaces that must have a row.
 
-        The addresses of services only when every exit has the programs, or is known to be without: until then packets there
-        are judged like all others.
+        Service addresses are included only when every exit has the programs, or is known to lack them: until then the
+        program judges packets to services like all others.
         """
         are_exits_known |= plan.interfaces.keys() <= self._attachments.interfaces or self.no_exit is not None
         interfaces = {}
@@ -241,7 +255,7 @@ class OwnInterfaces:
         )
 
     def _write(self, wiring: Wiring, workloads: Collection[int], bearing: Collection[int]) -> None:
-        """Rows of the own interfaces among those that are ``bearing``, and of no others but workloads'."""
+        """Write rows of the own interfaces among ``bearing``, and of no other interface."""
         _, applier, surroundings = self._writers()
         rows = [("np_endpoint", endpoint_key(one.ifindex)) for one in applier.bindings.values()]
         own = own_interfaces(wiring, workloads) & set(bearing)
@@ -252,9 +266,10 @@ class OwnInterfaces:
 
 
 def _is_outside(link: Interface) -> bool:
-    """Whether what comes in by an interface of the node's own, which is on no other one, comes from elsewhere.
+    """Whether packets from an own interface, which is on top of no other, come from outside the node.
 
-    Not from a bridge, whose ports have judged it, nor from the other end of a pair that is all in the node: it left there.
+    Not from a bridge, since its ports have judged the packet, nor from a veth pair with both ends in the node, since
+    the packet left there.
     """
     is_inner = link.kind in PAIR_KINDS and link.peer is None
     return link.kind != BRIDGE_KIND and not is_inner

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`netpolctl explain`, asked of the agent: the answer for the objects that are in force here, with its own settings.
+"""`netpolctl explain` answered by the agent: from the objects in force here, with the agent's settings.
 
-Invariant: where this node does not do what policy alone says, or nobody can say what it does, the question is refused with the
-reason.  Reads only; runs in a child of the agent.
+Invariant: where this node does not do what policy alone says, or its behaviour is unknown, the question is rejected
+with the reason.  Reads only; runs in a child of the agent.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ STATUS_HINT = "`netpolctl status` says what is in the way."
 
 
 def answer_question(agent: Agent, request: Mapping[str, Any]) -> dict[str, Any]:
-    """``ways``: see `netpol_ebpf.analysis.explanation.explain`. Raises NetpolError."""
+    """Answer one question of ``explain``. ``ways``: see `netpol_ebpf.analysis.explanation.explain`. Raises NetpolError."""
     probe, name = parse_request(request), parse_engine(request)
     if (probe.protocol, probe.icmp_type) in ICMP_ERRORS:
         raise InvalidInputError(
@@ -56,7 +56,10 @@ def answer_question(agent: Agent, request: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class NodeTopology(Topology):
-    """Of this node it knows addresses, devices and interfaces: a packet takes the one by which the node would send to its other end."""
+    """Topology of this node: addresses, devices and interfaces.
+
+    A packet takes the interface by which the node would send to its other end.
+    """
 
     def __init__(self, world: World, agent: Agent) -> None:
         super().__init__(world)
@@ -92,7 +95,7 @@ class NodeTopology(Topology):
 
 
 def _enforced(agent: Agent) -> World:
-    """The world in force without the host endpoints of this node that have no interface here."""
+    """The world in force, without the host endpoints of this node that have no interface here."""
     world, here = agent.objects.world_in_force, agent.own_interfaces.plan.in_force
 
     def is_absent(key: EndpointKey) -> bool:
@@ -103,7 +106,10 @@ def _enforced(agent: Agent) -> World:
 
 
 def _require_enforced(agent: Agent, journey: Journey) -> None:
-    """Refuse where this node asks no policy of an endpoint with a say, or denies what a workload sends to services."""
+    """Raise an error where the answer depends on policy that this node does not enforce.
+
+    The same holds where the node denies what a workload sends to services.
+    """
     no_exit = agent.own_interfaces.no_exit
     for key in dict.fromkeys(question.endpoint for question in journey.questions()):
         reason = _unenforced(agent, key)
@@ -114,7 +120,7 @@ def _require_enforced(agent: Agent, journey: Journey) -> None:
 
 
 def _unenforced(agent: Agent, key: EndpointKey) -> str:
-    """Why policy of an endpoint is not asked here; empty: it is, or the endpoint is another node's."""
+    """Why policy of an endpoint is not enforced here; empty: it is, or the endpoint is on another node."""
     own = agent.own_interfaces.plan.interfaces
     bearing = {ifindex for ifindex, one in own.items() if one == key}
     binding = agent.enforcement.applier.bindings.get(key)

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Changes that were rejected because they did not fit: how many, for want of which map, and what waits for the next attempt.
+"""Changes that were rejected because they did not fit.
 
-Invariant: counters only grow, and every count has its line in the log.
+How many, which map lacked room, and what waits for the next attempt. Invariant: counters only grow, and every count has
+its line in the log.
 """
 
 from __future__ import annotations
@@ -18,10 +19,12 @@ from netpol_ebpf.policy.types import Changes
 log = logging.getLogger(__name__)
 
 NAMED = 3
-"""Objects named in a message; arbitrary."""
+"""Largest number of objects named in a message; arbitrary."""
 RETRY_S = 5.0
 LONGEST_RETRY_S = 300.0
-"""A change that the kernel had no memory for is tried again after the first, then twice as long each time; arbitrary."""
+"""Longest interval in seconds between attempts of a change for which the kernel had no memory; it doubles with each
+attempt; arbitrary.
+"""
 
 MAPS_BY_LIMIT = {
     "peer_classes": "np_peer_class",
@@ -31,15 +34,16 @@ MAPS_BY_LIMIT = {
     "verdicts": "np_verdict",
     "rules": "np_rule, np_rule_count",
 }
-"""What a limit of the compiler stands for, where it is the size of maps."""
+"""The maps that determine a limit of the compiler."""
 
 
 @dataclass(slots=True)
 class RejectedChanges:
     """Changes that did not fit.
 
-    ``objects``: what is not in force yet, with where it is written; ``count``: rejections so far; ``by_map``: the same
-    for each map; ``full``: the map (or limit) that is in the way now.  ``retry_at_s``: when to try again without being asked, None: not before the next change.
+    ``objects``: what is not in force yet, with its file and line; ``count``: rejections so far; ``by_map``: the same
+    for each map; ``full``: the map (or limit) without room now.  ``retry_at_s``: when to try again without a new
+    change, None: with the next change.
     """
 
     objects: dict[str, Location] = field(default_factory=dict)
@@ -63,13 +67,13 @@ class RejectedChanges:
                 self.objects[f"{kind}/{name}" if kind.strip() else name] = place
 
     def accept(self) -> None:
-        """Everything is in force."""
+        """Mark everything as in force."""
         self.objects.clear()
         self.full = ""
         self.problem, self.retry_at_s, self._gap_s = None, None, RETRY_S
 
     def reject(self, error: LimitError | MapFullError, now_s: float) -> None:
-        """Nothing of it is in force; the previous policy stays in force."""
+        """Count and log a rejection: none of the change is in force, the previous policy stays in force."""
         self.count += 1
         full = error.map_name if isinstance(error, MapFullError) else MAPS_BY_LIMIT.get(error.limit, error.limit)
         self.full = full

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Repair: programs, pins, rows and tables are restored where something else changed them.
+"""Repair: programs, pins, rows and tables are restored where another program changed them.
 
-Programs of others that may keep packets from policy are reported, and stay: of two that both want to be first, neither would rest.
+Programs of others that may keep packets from policy are reported and stay: two programs that each insist on being first
+would replace each other for ever.
 
-Invariants: counters only grow, and every count has its line in the log; rows are compared only with tables that are in force.
+Invariants: counters only grow, and every count has its line in the log; rows are compared only with tables that are in
+force.
 """
 
 from __future__ import annotations
@@ -24,22 +26,22 @@ from netpol_loader.pins.drift import Drift, PartlyMendedError
 log = logging.getLogger(__name__)
 
 AUDIT_S = 1.0
-"""How often to look whether programs, pins and the next rows are as they were left; arbitrary."""
+"""Interval of checks of programs, pins and the next rows; arbitrary."""
 ROUND_S = 5.0
 """Least time between the beginnings of two rounds through all rows; arbitrary."""
 REMEMBERED = 20
-"""Things that were put back and are shown; arbitrary."""
+"""Repairs that `status` shows; arbitrary."""
 
 
 @dataclass(slots=True)
 class DriftLog:
-    """What something else changed, and was put back. ``recent``: (seconds of the agent's clock, what), oldest first."""
+    """Drift that was repaired. ``recent``: (seconds of the agent's clock, what), oldest first."""
 
     counts: Counter[str] = field(default_factory=Counter)
     recent: deque[tuple[float, Drift]] = field(default_factory=lambda: deque(maxlen=REMEMBERED))
 
     def note(self, found: Iterable[Drift], now_s: float) -> None:
-        """Count and log."""
+        """Count and log a repair."""
         for drift in found:
             self.counts[drift.kind] += 1
             self.recent.append((now_s, drift))
@@ -47,7 +49,7 @@ class DriftLog:
 
 
 class Repair:
-    """`step` at every step of the agent. ``drift``: what was restored."""
+    """Repairs drift. Call `step` at every step of the agent. ``drift``: what was restored."""
 
     def __init__(
         self,
@@ -82,14 +84,14 @@ class Repair:
 
     @property
     def rounds(self) -> int:
-        """How often every row in force was compared."""
+        """How many times every row in force was compared."""
         audit = self._enforcement.audit
         return 0 if audit is None else audit.rounds
 
     def step(self) -> bool:
-        """Restore what the kernel reported as changed and, every AUDIT_S, whatever else changed; of the rows, the next ones.
+        """Restore what the kernel reported as changed and, every AUDIT_S, all other drift.
 
-        Whether AUDIT_S were over.
+        Each audit compares the next rows. Returns whether AUDIT_S were over.
         """
         now_s = self._clock()
         self.drift.note(self._barrier.restore_reported(), now_s)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The agent's state as plain values: what `netpolctl status` and `netpolctl get` show.
+"""The agent's state as plain values: the data of `netpolctl status` and `netpolctl get`.
 
-Invariant: only facts the agent holds or reads from the maps in force; nothing is worked out for the reader.  Field names are
-stable: scripts read them.
+Invariant: only facts that the agent holds or reads from the maps in force; nothing is computed for the reader.  Field
+names are stable: scripts read them.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from netpol_ebpf.policy.types import EndpointKey
 from netpol_loader import abi
 
 WAITING = 100
-"""Objects shown of a refused change; arbitrary."""
+"""Objects shown of a rejected change; arbitrary."""
 CONNECTIONS = 10_000
 """Connections shown; arbitrary: some megabytes of answer."""
 CONNECTION_TABLES = (
@@ -42,8 +42,9 @@ def status(
     others: Iterable[Problem] = (),
     listed_again: Mapping[str, int] | None = None,
 ) -> dict[str, Any]:
-    """The whole state. ``place``: the agent's process, and directories it was started with, by name; ``others``: more problems.
+    """The whole state.
 
+    ``place``: the agent's process, and the directories of its options, by name; ``others``: more problems.
     ``listed_again``: see `KernelNode`.
     """
     world = agent.objects.world
@@ -108,7 +109,7 @@ def sources(agent: Agent) -> list[dict[str, Any]]:
 
 
 def flow(agent: Agent, event: FlowEvent) -> dict[str, Any]:
-    """A flow, with who is at its ends and where the rule that decided is written."""
+    """A flow, with the endpoints at both ends and the file and line of the rule that decided."""
     plain = event.as_dict()
     if event.packet is not None:
         plain["source_name"] = agent.objects.owner_of(event.packet.source)
@@ -119,7 +120,7 @@ def flow(agent: Agent, event: FlowEvent) -> dict[str, Any]:
 
 
 def problem(one: Problem) -> dict[str, Any]:
-    """A problem, with its place."""
+    """A problem, with its file and line."""
     return {
         "severity": one.severity,
         "slug": one.slug,
@@ -154,7 +155,7 @@ def local_endpoints(agent: Agent) -> list[dict[str, Any]]:
 
 
 def evidence(agent: Agent, key: EndpointKey) -> str | None:
-    """What says which interface is a workload's, "address (weak)" where the workload could have had a hand in it."""
+    """The evidence of a workload's interface; "address (weak)" where the workload could have influenced it."""
     found = agent.interfaces.evidence.get(key)
     if found is None:
         return None
@@ -209,9 +210,10 @@ def identities(agent: Agent) -> list[dict[str, Any]]:
 
 
 def connections(agent: Agent, maps: Mapping[str, KernelMap]) -> dict[str, Any]:
-    """What the program remembers, expired connections included until others need their places, of `CONNECTIONS` at most.
+    """Rows of the connection tables, at most `CONNECTIONS`.
 
-    ``more``: how many are left out.  ``form``: established, or unreplied while no reply was seen.  ``rule`` None: exempt, or judged elsewhere.
+    Expired rows are included until another connection needs their slot. ``more``: how many are left out.  ``form``:
+    established, or unreplied while no reply was seen.  ``rule`` None: exempt, or judged elsewhere.
     """
     endpoints = {row.number: str(key) for key, row in agent.enforcement.tables.endpoints.items()}
     states = {number: state for state, number in STATES.items()}
@@ -253,7 +255,7 @@ def connections(agent: Agent, maps: Mapping[str, KernelMap]) -> dict[str, Any]:
 
 
 def reason_counts(counted: KernelMap) -> dict[str, int]:
-    """Packets by reason, those that occurred."""
+    """Packets by reason, without reasons that never occurred."""
     found = {}
     for number, reason in abi.REASONS.items():
         packets, _ = _sum(counted.get(struct.pack("=I", number)))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the command line asks of the agent.
+"""Settings of the agent from the command line.
 
 Invariant: settings do not change while an agent runs.
 """

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How long the packet path remembers a connection that nothing is heard of: by the names that people use, in seconds.
+"""How long the packet path keeps a connection without packets: by state, in seconds.
 
-Invariant: what is not asked for has its default, whatever an earlier agent on the same maps was asked for.  The kernel's
+Invariant: a state without an option has its default, whatever an earlier agent on the same maps used.  The kernel's
 units (jiffies) appear here and in `netpol_loader.pins.dataplane` alone.
 """
 
@@ -23,16 +23,18 @@ STATES: Mapping[str, int] = {
     "other": abi.NP_CONN_OTHER,
     "fragment": abi.NP_CONN_FRAGMENT,
 }
-"""States of a connection (enum np_conn_state), and the memory of a datagram's first fragment."""
+"""States of a connection (enum np_conn_state), and the record of a datagram's first fragment."""
 
 SHORTEST_S = 2
-"""A connection's time is noted at most once a second, and looked up as seldom: one second might be over for a busy one."""
+"""Shortest time-out: a connection's time is updated at most once a second and read as rarely, so a busy connection
+could exceed one second.
+"""
 LONGEST_S = 365 * 24 * 3600
-"""Arbitrary; far from what overflows."""
+"""Longest time-out: arbitrary, far below overflow."""
 
 
 def parse_timeouts(texts: Sequence[str]) -> dict[str, int]:
-    """``STATE=SECONDS`` pairs; of a state that is given twice, the last counts. Raises UsageError."""
+    """Parse ``STATE=SECONDS`` pairs; for a state that is given twice, the last counts. Raises UsageError."""
     timeouts_s: dict[str, int] = {}
     for text in texts:
         state, _, number = text.partition("=")
@@ -47,12 +49,12 @@ def parse_timeouts(texts: Sequence[str]) -> dict[str, int]:
 
 
 def set_timeouts(config: abi.np_config, asked_s: Mapping[str, int]) -> None:
-    """Write all time-outs into a configuration: those that are asked for, and the defaults of the others."""
+    """Write all time-outs into a configuration: the given ones, and the defaults of the others."""
     for state, number in STATES.items():
         config.timeout_jiffies[number] = int(asked_s.get(state, TIMEOUTS_S[number]) * config.jiffies_per_second)
 
 
 def read_timeouts(config: abi.np_config) -> dict[str, float]:
-    """The time-outs of a configuration, in seconds. Of one that something else has overwritten: whatever it says."""
+    """Read the time-outs of a configuration, in seconds, as they are, also if something else has overwritten them."""
     jiffies_per_second = config.jiffies_per_second or 1
     return {state: round(config.timeout_jiffies[number] / jiffies_per_second, 3) for state, number in STATES.items()}

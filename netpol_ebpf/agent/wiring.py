@@ -16,17 +16,18 @@ from netpol_ebpf.policy.types import IPAddress, IPNetwork
 
 ETHERNET = 1
 LAYER3_HARDWARE = frozenset({519, 512, 768, 769, 776, 778, 823, 65534})
-"""ARPHRD_* of devices whose packets begin with the network header: raw IP, PPP, IPIP, ip6tnl, sit, GRE, IPv6 GRE, none (tun,
-WireGuard, xfrm)."""
+"""ARPHRD_* of devices without a link-layer header: raw IP, PPP, IPIP, ip6tnl, sit, GRE, IPv6 GRE, none (tun, WireGuard,
+xfrm).
+"""
 BRIDGE_KIND = "bridge"
 PAIR_KINDS = frozenset({"veth", "netkit"})
 """Kinds of devices that come in pairs, one end in a workload's namespace."""
 TAP_KINDS = frozenset({"tun"})
-"""What the kernel calls a tap or tun device; a tap is a virtual machine's interface."""
+"""The kernel's names for a tap or tun device; a tap is a virtual machine's interface."""
 MOST_STACKED = 8
-"""Devices on top of each other: the kernel's MAX_NEST_DEV."""
+"""Largest number of stacked devices: the kernel's MAX_NEST_DEV."""
 NOWHERE = 0
-"""In place of an interface's number: none."""
+"""Stands for no interface in place of an interface index."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +88,7 @@ class Wiring:
         return master.ifindex if master is not None and master.kind == BRIDGE_KIND else ifindex
 
     def lowest(self, link: Interface) -> Interface:
-        """The device by which packets come in that a stacked one hands on; itself where it is not stacked."""
+        """The lowest device under a stacked one, by which its packets come in; itself where it is not stacked."""
         for _ in range(MOST_STACKED):
             link = self.links.get(link.lower, link)
         return link
@@ -99,7 +100,7 @@ class Wiring:
 
 
 def device_flags(link: Interface | None) -> EndpointFlag:
-    """What the program has to know of a device to read its packets."""
+    """Flags of a device that the program needs to read its packets."""
     if link is None or link.hardware == ETHERNET:
         return EndpointFlag.NONE
     return EndpointFlag.LAYER3 if link.hardware in LAYER3_HARDWARE else EndpointFlag.UNREADABLE

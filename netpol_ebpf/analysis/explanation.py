@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether one connection is allowed, and who decides: the answer of `netpolctl explain`, from files or inside the agent.
+"""Whether one connection is allowed, and by which rule.
 
-Invariant: files and agent give the same answer for the same objects; both come from here.  Needs no root and no kernel, and
-opens nothing.
+The answer of `netpolctl explain`, from files or inside the agent. Invariant: files and agent give the same answer for
+the same objects, since both use this module.  Needs no root and no kernel, and opens nothing.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from netpol_ebpf.policy.provenance import trace
 from netpol_ebpf.policy.types import PORT_PROTOCOLS, Cause, Direction, IPAddress, Outcome, Question, World
 
 ENGINES = ("model", "tables")
-"""What may judge: the reference model, or the compiled tables."""
+"""The engines that can answer: the reference model, or the compiled tables."""
 WHERE = Location("the question")
 _NUMBERS = {"port": 65535, "source_port": 65535, "icmp_type": 255, "icmp_code": 255}
-"""Fields of a question that are numbers or absent, and their greatest values."""
+"""Fields of a request that are numbers or absent, and their greatest values."""
 
 Ways = list[dict[str, Any]]
 
@@ -34,8 +34,8 @@ def explain(
 ) -> Ways:
     """Each path that the probe's packets may take, as plain values: one for each family, backend and possible sender.
 
-    ``engine``: holds the world.  ``check``: raises where a journey cannot be answered for.  Raises InvalidInputError for unknown
-    names and for what cannot be known.
+    ``engine``: holds the world.  ``check``: raises where a journey's answer would not hold.  Raises InvalidInputError
+    for unknown names and for questions that the objects cannot answer.
     """
     journeys = list(cast.journeys(probe))
     for journey in journeys if check is not None else ():
@@ -116,7 +116,7 @@ def _note(journey: Journey, finding: Finding, engine: Engine) -> str | None:
 
 
 def parse_end(text: str) -> IPAddress | tuple[str, str]:
-    """An address, or (namespace, name). Raises ValueError."""
+    """Parse an end of a connection: an address, or (namespace, name). Raises ValueError."""
     namespace, slash, name = text.partition("/")
     if slash and namespace and name and "/" not in name:
         return namespace, name
@@ -124,7 +124,7 @@ def parse_end(text: str) -> IPAddress | tuple[str, str]:
 
 
 def as_request(probe: Probe) -> dict[str, Any]:
-    """A probe as it is sent to the agent."""
+    """A probe as the request that the agent takes."""
     ends = {"source": probe.source, "destination": probe.destination}
     return {
         **{name: "/".join(end) if isinstance(end, tuple) else str(end) for name, end in ends.items()},
@@ -134,7 +134,7 @@ def as_request(probe: Probe) -> dict[str, Any]:
 
 
 def parse_request(request: Mapping[str, Any]) -> Probe:
-    """What `as_request` made. Raises UsageError for anything else."""
+    """Parse a request that `as_request` made. Raises UsageError for anything else."""
     try:
         source, destination = parse_end(request["source"]), parse_end(request["destination"])
     except (KeyError, ValueError, AttributeError) as error:
@@ -158,7 +158,7 @@ def _number(request: Mapping[str, Any], name: str, most: int) -> int | None:
 
 
 def parse_engine(request: Mapping[str, Any]) -> str:
-    """The engine that a request names. Raises UsageError."""
+    """The engine named by a request. Raises UsageError."""
     engine = request.get("engine", ENGINES[0])
     if engine not in ENGINES:
         raise UsageError(f"engine must be one of {', '.join(ENGINES)}")

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes the compiled tables to the kernel's maps: all rows at first, then change by change.
+"""Writes the compiled tables to the kernel's maps: all rows at first, then each change.
 
 Invariants: rows are written before anything refers to them and deleted after nothing does (a kernel grace period lies
-between); an endpoint's policy flips in one element update; a change that does not fit is refused before its first write,
-and one that fails on the way is taken back, so what was in force stays in force.
+between); an endpoint's policy changes in one element update; a change that does not fit is rejected before its first
+write, and a change that fails half-way is rolled back, so the previous policy stays in force.
 
-Must not decide anything: it holds no policy, and an endpoint's interface is told to it (`bind`).
+Must not decide anything: it holds no policy, and its caller gives it an endpoint's interface (`bind`).
 """
 
 from __future__ import annotations
@@ -38,16 +38,17 @@ from netpol_loader.kernel.grace import order_stores, wait_for_readers
 from netpol_loader.pins.dataplane import following
 
 ARRAYS = frozenset(name for name, spec in abi.MAP_SPECS.items() if spec.has_elements)
-"""Maps whose elements always exist: a deleted row is written as zeros, which deny."""
+"""Maps with elements that always exist: a deleted row is written as zeros, which deny."""
 OWNERS = frozenset(abi.maps_with(abi.MapTrait.REFERRING))
-"""Maps whose rows refer to ranges in others."""
+"""Maps with rows that refer to ranges in other maps."""
 FILL_ROWS = 8192
-"""Rows encoded before they are written, when whole tables are; arbitrary: some MB."""
+"""Rows encoded in one portion when whole tables are written; arbitrary: some MB."""
 SHARED, OWN_ROWS = "np_endpoint", 64
-"""The map that has rows of the node's own interfaces as well (`netpol_ebpf.apply.surroundings`), and how many there may be at
-most before every change counts them; arbitrary."""
+"""The map that this applier shares with `netpol_ebpf.apply.surroundings`, and the number of rows that it leaves free
+for that module before it counts them exactly; arbitrary.
+"""
 REMEMBERED = frozenset(abi.maps_with(abi.MapTrait.CACHED))
-"""Maps of which the program remembers rows for an epoch."""
+"""Maps with rows that the program caches for an epoch."""
 
 
 class KernelMap(Protocol):
@@ -73,11 +74,12 @@ class KernelMap(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Binding:
-    """Where an endpoint is found. ``allowed_sources``: prefixes it may send from although it does not own them.
+    """The interface of an endpoint. ``allowed_sources``: prefixes it may send from although it does not own them.
 
-    ``link``: the bridge that its interface is a port of, 0: none.  ``flags``: what its interface is besides.
+    ``link``: the bridge that the interface is a port of, 0: none.  ``flags``: further properties of the interface.
 
-    Of a host only that its policy must be there; `netpol_ebpf.apply.surroundings` says for which interfaces.
+    A host endpoint has no interface here: only its policy must be in the maps, and `netpol_ebpf.apply.surroundings`
+    names its interfaces.
     """
 
     ifindex: int
@@ -89,9 +91,9 @@ class Binding:
 
 @dataclass(slots=True)
 class _Step:
-    """Writes to be done together: upserts in order of first use, then deletions.
+    """Writes of one batch: upserts in order of first use, then deletions.
 
-    ``renews``: an endpoint's row goes or changes its number, which the program remembers for a generation.
+    ``renews``: an endpoint's row goes or changes its number, which the program caches for a generation.
     """
 
     puts: dict[str, dict[bytes, bytes]] = field(default_factory=dict)
@@ -120,7 +122,7 @@ class _Undo:
         self._before: list[tuple[str, bytes, bytes | None]] = []
 
     def note(self, name: str, keys: Iterable[bytes]) -> int:
-        """Record the present values. Returns the number of keys that are new to the map."""
+        """Record the present values of keys that are about to change. Returns how many keys are new to the map."""
         one = self._maps[name]
         values = [(name, key, one.get(key)) for key in keys]
         self._before += values
@@ -129,7 +131,7 @@ class _Undo:
     def roll_back(self, left: Callable[[], None]) -> bool:
         """Restore everything, endpoint rows first. Returns whether there was anything to restore.
 
-        ``left``: wait until no packet has the rows they had meanwhile.
+        ``left``: waits until no packet uses the endpoint rows that were written meanwhile.
         """
         was_written = bool(self._before)
         owners = [one for one in self._before if one[0] in OWNERS]
@@ -166,7 +168,7 @@ class Applier:
 
     @property
     def bindings(self) -> Mapping[EndpointKey, Binding]:
-        """The bindings of endpoints with a known interface, by endpoint."""
+        """The binding of each endpoint with a known interface."""
         return self._bindings
 
     @property
@@ -189,7 +191,7 @@ class Applier:
         return key in self._rows and key in self._bindings
 
     def endpoint_elements(self, key: EndpointKey) -> Iterator[Element]:
-        """What is in the kernel for an endpoint, the row itself last; nothing without a row or an interface."""
+        """The elements in the kernel for an endpoint, the row itself last; nothing without a row or an interface."""
         return self._elements(key)
 
     def mend_config(self) -> bool:
@@ -233,11 +235,11 @@ class Applier:
     # --- one change -----------------------------------------------------------------------------------------------
 
     def apply(self, change: Change) -> None:
-        """Make a change take effect, batch by batch; it is done, grace periods included, when this returns.
+        """Apply a change, batch by batch; when this returns the change is complete, grace periods included.
 
-        After the flip comes a new generation, when something is revoked; before the shrinking, and wherever an endpoint row
-        moved, a grace period.  Raises MapFullError when it does not fit; then nothing has changed for any packet, and the
-        tables that the change came from are ahead of the kernel.
+        After the flip a new generation begins if anything was revoked; a grace period precedes the shrinking, and
+        follows every change of an endpoint row's place.  Raises MapFullError when the change does not fit; then nothing
+        has changed for any packet, and the tables that the change came from are ahead of the kernel.
         """
         rows, counts = dict(self._rows), self._counts.copy()
         prepare, grow, flip, shrink = (self._step(batch) for _, batch in change.batches())
@@ -263,7 +265,7 @@ class Applier:
             self._write(shrink, None)
 
     def _step(self, batch: Mapping[str, Any]) -> _Step:
-        """One batch of a change as map writes. ``batch``: table name to Delta."""
+        """Translate one batch of a change into map writes. ``batch``: table name to Delta."""
         step = _Step()
         for name in _TABLES:
             delta = batch.get(name)
@@ -346,7 +348,7 @@ class Applier:
             self.bump_epoch()
 
     def unbind(self, key: EndpointKey) -> None:
-        """Forget an endpoint's interface: from now on the program treats packets there as from an unknown endpoint."""
+        """Forget an endpoint's interface: from now on the program treats its packets as those of an unknown endpoint."""
         old = self._keys(key)
         self._bindings.pop(key, None)
         if old:
@@ -364,10 +366,11 @@ class Applier:
         return abi.np_config.from_buffer_copy(value)
 
     def bump_generation(self) -> int:
-        """Every open connection is judged again at its next packet, in a new epoch; the new generation.
+        """Begin a new generation, in a new epoch: the program judges every open connection again at its next packet.
 
-        The epoch comes first, in an update of its own: a packet with the new generation and a row that was remembered under the
-        old epoch would record that row's verdict as one of the new generation.
+        Returns the new generation. The epoch comes first, in an update of its own: otherwise a packet with the new
+        generation and an endpoint row cached under the old epoch would record the old verdict as one of the new
+        generation.
         """
         self.bump_epoch()
         config = self._config()
@@ -376,13 +379,13 @@ class Applier:
         return config.generation
 
     def bump_epoch(self) -> None:
-        """No packet that comes from now on is judged by an endpoint's row, or its addresses, as they were."""
+        """Begin a new epoch: from now on the program uses no endpoint row or address that it cached before."""
         config = self._config()
         config.epoch = following(config.epoch)
         self._put_config(config)
 
     def _leave(self) -> None:
-        """Return when no packet is judged by endpoint rows as they were before the last change of them."""
+        """Wait until no packet uses endpoint rows as they were before their last change."""
         self.bump_epoch()
         self._grace()
 
@@ -392,7 +395,7 @@ class Applier:
             self._maps[name].end_grace_period()
 
     def reset_counters(self, rules: Iterable[int]) -> None:
-        """Zero the counters of rule numbers that are about to stand for something new."""
+        """Zero the counters of rule numbers that are about to be reused."""
         numbers = list(rules)
         for counted in (self._maps["np_rule_count"], self._maps["np_staged_count"]):
             zeros = bytes(counted.cell_bytes)
@@ -400,13 +403,16 @@ class Applier:
             counted.put_many([(key, zeros) for key in keys])
 
     def set_flags(self, *, on: int = 0, off: int = 0) -> None:
-        """Switch flags of the configuration (``abi.NP_CONFIG_*``)."""
+        """Set or clear flags of the configuration (``abi.NP_CONFIG_*``)."""
         config = self._config()
         config.flags = (config.flags | on) & ~off
         self._put_config(config)
 
     def set_sender_tag_bits(self, mark_shift: int) -> None:
-        """Where packets to services carry their sender's number: the mark from this bit on; 0: elsewhere."""
+        """Set the bits that carry the sender tag of packets to services: 16 bits of the mark from this bit on; 0.
+
+        Not in the mark.
+        """
         config = self._config()
         config.mark_shift = mark_shift
         self._put_config(config)
@@ -418,7 +424,10 @@ class Applier:
         return Marks(config.seen_mark, config.node_mark, config.due_mark)
 
     def set_marks(self, marks: Marks) -> None:
-        """Make the programs use these mark bits. The programs judge connections again that were never checked for a deferred verdict."""
+        """Make the programs use these mark bits.
+
+        The programs judge every connection again that was never checked for a deferred verdict.
+        """
         config = self._config()
         is_another_question = config.due_mark != marks.due
         config.seen_mark, config.node_mark, config.due_mark = marks.seen, marks.node, marks.due
@@ -427,7 +436,7 @@ class Applier:
             self.bump_generation()
 
     def set_wildcard(self, key: EndpointKey | None) -> None:
-        """Set the wildcard host endpoint. It must have its binding and its row."""
+        """Set the wildcard host endpoint. It must already have its binding and its row."""
         number = 0 if key is None else self._rows[key].number
         config = self._config()
         if config.wildcard != number:
@@ -494,10 +503,11 @@ def require_room(
     bindings: Mapping[EndpointKey, Binding],
     others: Iterable[Element] = (),
 ) -> None:
-    """Raise MapFullError, naming the map, when all this does not fit into empty maps of these sizes (max_entries by name).
+    """Raise MapFullError, naming the map, when the rows do not fit into empty maps of these sizes.
 
-    ``bindings``: where endpoints are; ``others``: what another writer puts into the same set of maps.  The tables beside those
-    in buckets need no look: each has room for all rows of its table.  Cost: the addresses, prefixes, bindings and others.
+    ``sizes``: max_entries by map name; ``bindings``: interfaces of endpoints; ``others``: rows of another writer in the same set of maps.  Tables that are
+    not bucketed are not checked: each has room for all rows of its table.  Cost: linear in addresses, prefixes,
+    bindings and others.
     """
     keys = {(name, key) for name, key, _ in others}
     for key, binding in bindings.items():
@@ -517,7 +527,7 @@ def require_room(
 
 
 def too_small(name: str, size: int, need: int) -> MapFullError:
-    """The error for a map of ``size`` that would have to hold ``need`` rows."""
+    """The error for a map of ``size`` entries that would need ``need``."""
     return MapFullError(f"map {name} has room for {size} rows; the change needs {need}", map_name=name)
 
 

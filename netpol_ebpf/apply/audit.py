@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compares the maps with what was written to them, a few rows at a time, and restores rows that differ.
+"""Compares the maps with the compiled tables, a few rows at a time, and restores rows that differ.
 
-Rows are compared with the compiled tables, in both directions: what should be there, and, in maps that are no arrays, what
-should not (a row of an array that nothing refers to means nothing).
+The comparison has two directions: rows that must be in the map and, in maps that are no arrays, rows that must not (an
+array's row that nothing refers to has no effect).
 
-Invariants: a row that is right is not written; what was wrong is mended before it is told, and every open connection is judged
-again afterwards, since it may have been allowed by what was wrong.  Cost of a step: the rows it is given.
+Invariants: a correct row is not written; a difference is repaired before it is reported, and then every open connection
+is judged again, since the wrong row may have allowed it.  Cost of a step: the rows it is given.
 """
 
 from __future__ import annotations
@@ -22,16 +22,19 @@ from netpol_loader import abi
 from netpol_loader.pins.drift import Drift
 
 ROWS = 2000
-"""Rows looked at in a step: some 10 ms; arbitrary."""
+"""Rows compared in one step: some 10 ms; arbitrary."""
 
 BY_ENDPOINT = abi.maps_with_rows(abi.MapRole.ENDPOINT)
 BY_NODE = abi.maps_with_rows(abi.MapRole.NODE)
-"""What is too much is looked for in these; a bit of np_vip_filter that is too much costs look-ups, nothing else."""
+"""Maps in which surplus rows are searched; a surplus bit of np_vip_filter costs look-ups, nothing else."""
 BY_TABLE = abi.maps_with_rows(abi.MapRole.TABLE)
 
 
 class Audit:
-    """Compares the maps that ``applier`` and ``node`` write with ``tables``, in rounds. It must be called between changes only."""
+    """Compares the maps that ``applier`` and ``node`` write with ``tables``, in rounds.
+
+    A step must only run between changes.
+    """
 
     def __init__(
         self, maps: Mapping[str, KernelMap], tables: CompiledTables, applier: Applier, node: SurroundingsWriter
@@ -42,7 +45,7 @@ class Audit:
         self._node = node
         self._round: Iterator[Drift | None] | None = None
         self.rounds = 0
-        """How often every row has been looked at."""
+        """How many times every row has been compared."""
 
     @property
     def is_between_rounds(self) -> bool:
@@ -68,7 +71,7 @@ class Audit:
         return found
 
     def _look_round(self) -> Iterator[Drift | None]:
-        """One round: endpoint rows, rows that should not be there, rows that should."""
+        """One round: endpoint rows, then surplus rows, then the rows of the tables."""
         for key in list(self._applier.bindings):
             # All of one endpoint at once: in a pause it might get another row.
             yield from [self._compare(element) for element in self._applier.endpoint_elements(key)]
@@ -117,5 +120,5 @@ class Audit:
         return Drift("row", f"{key.hex()} of {name}", "missing" if is_missing else "changed")
 
     def _remove(self, name: str, key: bytes) -> Drift | None:
-        """Delete a row that should not be there, unless it went since it was read."""
+        """Delete a surplus row, unless it went since it was read."""
         return Drift("row", f"{key.hex()} of {name}", "foreign") if self._maps[name].delete(key) else None

@@ -51,7 +51,7 @@ _CODES: Mapping[Any, str] = {
 def layout(structure: type[ctypes.Structure], *names: str) -> struct.Struct:
     """A packer for a flat structure that has exactly the fields ``names``, in this order; byte arrays take ``bytes``.
 
-    ``pad`` fields are not named. Raises NetpolError when the structure is not as named: the layout changed under us.
+    ``pad`` fields are left out. Raises NetpolError when the generated layout has other fields.
     """
     codes, found = "=", []
     for name, kind, *_ in structure._fields_:
@@ -103,7 +103,10 @@ _VIP = layout(abi.np_vip, "flags", "local_port", "local")
 
 
 def render_rule_name(cause: Cause) -> bytes:
-    """What `bpftool` shows for a rule. A name too long for the map loses its middle, marked by ``~`` and a hash of the whole."""
+    """The name that `bpftool` shows for a rule.
+
+    A name too long for the map loses its middle, marked by ``~`` and a hash of the whole.
+    """
     name = str(cause).encode()
     room = abi.NP_RULE_NAME_BYTES - 1
     if len(name) <= room:
@@ -140,7 +143,7 @@ def _cidr(net: IPNetwork, identity: int) -> Element:
 
 
 def source_element(endpoint: int, net: IPNetwork) -> Element:
-    """A prefix that an endpoint (by number) may send from although it does not own it."""
+    """The element that lets an endpoint (by number) send from a prefix although it does not own the prefix."""
     bits = 32 + net.prefixlen  # the endpoint comes first in the key
     if isinstance(net, IPv4Network):
         return "np_source4", _SOURCE4_KEY.pack(bits, endpoint, net.network_address.packed), _SOURCE.pack(1)
@@ -180,8 +183,11 @@ ENCODERS: Mapping[str, Callable[[Any, Any], Element]] = {
     "verdicts": _verdict,
     "rules": _rule,
 }
-"""Table name to the element of one row. Endpoints need an interface (`endpoint_element`); log lists and identities stay
-with the agent: no packet needs them."""
+"""By table name: the encoder of one row.
+
+Endpoints need an interface (`endpoint_element`); log lists and identities stay with the agent, since no packet needs
+them.
+"""
 
 
 def map_and_key(table: str, key: Any) -> tuple[str, bytes]:
@@ -198,7 +204,7 @@ def map_and_key(table: str, key: Any) -> tuple[str, bytes]:
 
 
 def decode_key(name: str, key: bytes) -> tuple[str, Any]:
-    """The reverse of `map_and_key`, for maps that are not arrays: table and key there."""
+    """The table and the key in it of a map element: the reverse of `map_and_key`, for maps that are not arrays."""
     if name in ("np_addr4", "np_addr6"):
         return "addresses", ip_address(key)
     if name in ("np_cidr4", "np_cidr6"):
@@ -224,7 +230,7 @@ class EndpointFlag(enum.IntFlag):
 
 
 class LocalFlag(enum.IntFlag):
-    """What an address means to the node."""
+    """The meaning of an address to the node."""
 
     OWN = abi.NP_LOCAL_OWN
     MANY = abi.NP_LOCAL_MANY
@@ -234,9 +240,9 @@ class LocalFlag(enum.IntFlag):
 
 @dataclass(frozen=True, slots=True)
 class Meaning:
-    """Of an address to the node. ``ifindex``: of the interface that has it, 0: none in particular.
+    """The meaning of an address to the node. ``ifindex``: the interface that has the address, 0: none in particular.
 
-    ``node``: number of the other node that has it, 0: not known.
+    ``node``: number of the other node that has the address, 0: not known.
     """
 
     flags: LocalFlag
@@ -246,14 +252,14 @@ class Meaning:
 
 @dataclass(frozen=True, slots=True)
 class EndpointSets:
-    """The two policy sets that an endpoint row carries; None: every packet of that direction is denied."""
+    """The two policy sets of an endpoint row; None: every packet of that direction is denied."""
 
     ingress: SetRow | None
     egress: SetRow | None
 
     @classmethod
     def of(cls, row: EndpointRow, stage: Stage = Stage.NORMAL) -> EndpointSets:
-        """The sets of one stage."""
+        """The policy sets of one stage."""
         return cls(row.sets.get((Direction.INGRESS, stage)), row.sets.get((Direction.EGRESS, stage)))
 
 
@@ -271,11 +277,11 @@ def endpoint_element(ifindex: int, number: int, sets: EndpointSets, flags: Endpo
 
 
 NO_SETS = EndpointSets(None, None)
-"""Of a host's interface: its policy is in the row of its host endpoint, or there is none."""
+"""For the row of a host's interface: the policy is in the row of its host endpoint, or there is none."""
 
 
 def place_element(number: int, ifindex: int) -> Element:
-    """Where a workload's row is, for packets that carry its number."""
+    """The element that leads from a workload's number to its row, for packets with a sender tag."""
     return "np_ifindex", _NUMBER_KEY.pack(number), _PLACE.pack(ifindex)
 
 
@@ -306,18 +312,18 @@ def host_element(number: int, sets: Mapping[tuple[Direction, Stage], SetRow]) ->
 
 
 def local_element(address: IPAddress, meaning: Meaning) -> Element:
-    """An address that means this node, or another one."""
+    """The element of an address that means this node or another one."""
     return f"np_local{address.version}", address.packed, _LOCAL.pack(int(meaning.flags), meaning.ifindex, meaning.node)
 
 
 def local_net_element(net: IPNetwork) -> Element:
-    """The element of a prefix that is the node's own as a whole."""
+    """The element of a prefix that belongs to the node as a whole."""
     _, key = cidr_key(net)
     return f"np_local{net.version}_net", key, _LOCAL.pack(int(LocalFlag.OWN), 0, 0)
 
 
 def tunnel_element(protocol: int, port: int) -> Element:
-    """Encapsulation that nodes take from anyone. ``port``: 0 for protocols without ports."""
+    """The element of an encapsulation that nodes take from anyone. ``port``: 0 for protocols without ports."""
     return "np_tunnel", _TUNNEL_KEY.pack(port, protocol), _TUNNEL.pack(1)
 
 
@@ -325,7 +331,7 @@ NO_BITS = _SPECIAL.pack(0)
 
 
 def vip_filter_elements(addresses: Iterable[IPAddress]) -> Iterator[Element]:
-    """The bits that stand for addresses of the node and of services."""
+    """The bits of np_vip_filter for addresses of the node and of services."""
     words: dict[int, int] = {}
     for address in addresses:
         row, bit = vip_filter_bit(address.packed)
@@ -335,12 +341,15 @@ def vip_filter_elements(addresses: Iterable[IPAddress]) -> Iterator[Element]:
 
 
 def either(one: bytes, other: bytes) -> bytes:
-    """The bits of both rows of np_vip_filter."""
+    """The union of two rows of np_vip_filter."""
     return _SPECIAL.pack(_SPECIAL.unpack(one)[0] | _SPECIAL.unpack(other)[0])
 
 
 def vip_elements(vip: Vip, is_own: Callable[[IPAddress], bool]) -> Iterator[Element]:
-    """A service's address; ``is_own``: of the node, where a backend is a process that no hook stands before."""
+    """The elements of a service's address.
+
+    ``is_own``: the address is the node's, and a backend is a process behind no hook.
+    """
     versions = (4, 6) if vip.key.address is None else (vip.key.address.version,)
     for version in versions:
         behind = sorted({one for one in vip.backends if one[0].version == version and is_own(one[0])})
@@ -367,19 +376,22 @@ _SET_FIELDS = (
 
 
 def _fill_set(target: Any, row: SetRow | None) -> None:
-    """A missing set stays all zeros: no class is in range of it, so the program denies and counts that."""
+    """Fill in a policy set.
+
+    A missing set stays all zeros: no class is in its range, so the program denies and counts that.
+    """
     if row is not None:
         for name in _SET_FIELDS:
             setattr(target, name, getattr(row, name))
 
 
 def decode_endpoint(value: bytes) -> abi.np_endpoint:
-    """An endpoint row as the kernel holds it."""
+    """Decode an endpoint row as the kernel has it."""
     return abi.np_endpoint.from_buffer_copy(value)
 
 
 def elements(table: str, rows: Mapping[Any, Any]) -> Iterator[Element]:
-    """The elements of rows of one table; none for tables the kernel has no map for."""
+    """The elements of rows of one table; none for tables without a map in the kernel."""
     encoder = ENCODERS.get(table)
     if encoder is not None:
         for key, row in rows.items():

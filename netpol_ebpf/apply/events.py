@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the program reports, in the words of policy: records of the ring buffer with their numbers resolved.
+"""Events of the program in policy's terms: records of the ring buffer with their numbers resolved.
 
-Invariant: everything in a `FlowEvent` was reported by the program; a number that cannot be resolved stays a number and is never
-guessed at.  One registry of decoders, by type number, for the kernel engine, the agent and the command line.
+Invariant: everything in a `FlowEvent` was reported by the program; a number that cannot be resolved stays a number and
+is never guessed.  The kernel engine, the agent and the command line share one registry of decoders, by type number.
 """
 
 from __future__ import annotations
@@ -30,22 +30,22 @@ from netpol_loader.tables.events import EventRecord
 V_co = TypeVar("V_co", covariant=True)
 
 FLOW_KIND: Mapping[int, str] = {abi.NP_EVENT_DENY: "deny", abi.NP_EVENT_ALLOW: "allow", abi.NP_EVENT_LOG: "log"}
-"""Type numbers of flow events, and what each is called."""
+"""Type numbers of flow events, and their names."""
 
 DROPPED_BY_RULE = frozenset({abi.NP_REASON_POLICY_DENY, abi.NP_REASON_REVOKED})
-"""Of what is dropped, what a rule dropped. Elsewhere policy may have allowed what something else dropped then."""
+"""The drop reasons that stand for a rule's verdict. With any other reason policy may have allowed the packet."""
 
 
 class Lookup(Protocol[V_co]):
-    """From a number to what it stands for; a dictionary or a compiled table."""
+    """Maps a number to its meaning; a dictionary or a compiled table."""
 
     def get(self, key: int, /) -> V_co | None:
-        """What the number stands for, or None."""
+        """The meaning of a number, or None."""
 
 
 @dataclass(frozen=True, slots=True)
 class Names:
-    """What numbers stand for: rules, lists of Log rules, endpoints."""
+    """The meanings of numbers: rules, lists of Log rules, endpoints."""
 
     rules: Lookup[Cause]
     log_lists: Lookup[tuple[int, ...]]
@@ -56,9 +56,10 @@ class Names:
 class FlowEvent:
     """One packet that the program reported.
 
-    ``kind``: deny, allow or log.  ``reason``: slug of the registry in bpf/np_abi.h.  ``packet``: of the flow's first packet,
-    None where there is no IP header to speak of.  ``cause`` and ``staged_cause`` are None where no rule decided (spoofing, say)
-    or the rule is not known any more; ``rule`` and ``staged_rule`` are the numbers.  ``time_jiffies``: the kernel's clock.
+    ``kind``: deny, allow or log.  ``reason``: slug of the registry in bpf/np_abi.h.  ``packet``: the flow's first
+    packet, None where the event has no IP header.  ``cause`` and ``staged_cause`` are None where no rule decided
+    (spoofing, for instance) or the rule is not known any more; ``rule`` and ``staged_rule`` are the numbers.
+    ``time_jiffies``: the kernel's clock.
     """
 
     kind: str
@@ -80,7 +81,7 @@ class FlowEvent:
     time_jiffies: int
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values for JSON. Ports and ICMP fields only where the protocol has them."""
+        """The event as plain values for JSON. Ports and ICMP fields appear only where the protocol has them."""
         plain: dict[str, Any] = {
             "kind": self.kind,
             "reason": self.reason,
@@ -144,7 +145,7 @@ def decode_flow(event: abi.np_event, names: Names) -> FlowEvent:
 
 
 def _cause(names: Names, rule: int, action: int) -> Cause | None:
-    """The cause that decided; None where the number has been reused for a rule with another verdict."""
+    """The rule or other cause that decided; None where the number has been reused for a rule with another verdict."""
     cause = names.rules.get(rule)
     decided = OUTCOME.get(action)
     if cause is None or decided not in (Outcome.ALLOW, Outcome.DENY):

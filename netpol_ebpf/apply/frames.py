@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Ethernet frames for the packets that policy judges: the first packet of a connection, with correct checksums.
 
-Invariant: what a frame says is what the packet says; fields that a `Packet` does not have are fixed, so equal packets are
-equal frames.  TCP is an initial SYN; an ICMP error carries no inner packet, so that it is about no connection and policy
-judges it.  Neighbour and listener discovery of a link is well-formed; between other addresses it looks as routed.
+Invariant: a frame has exactly the fields of its `Packet`; all other fields are fixed, so equal packets give equal
+frames.  TCP is an initial SYN; an ICMP error carries no inner packet, so it belongs to no connection and policy judges
+it.  Neighbour and listener discovery on a link is well-formed; between other addresses it looks as if routed.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from netpol_ebpf.policy.types import ICMP, ICMPV6, SCTP, TCP, UDP, UDPLITE, Pack
 
 ETHERNET_BYTES = 14
 ICMP_IDENTIFIER = 0x4E50
-"""The same in all echo requests; arbitrary."""
+"""The identifier in all echo requests; arbitrary."""
 
 _ETHERNET: Mapping[int, bytes] = {
     4: bytes.fromhex("020000000001 020000000002 0800"),
@@ -27,7 +27,7 @@ _ETHERNET: Mapping[int, bytes] = {
 _HOP_LIMIT, _LINK_HOP_LIMIT, _LISTENER_HOP_LIMIT = 64, 255, 1
 _NEIGHBOUR_SOLICITATION = 135
 _LINK_ADDRESS = ip_address("fe80::1")
-"""Whose neighbour is asked for; arbitrary."""
+"""The target address of neighbour solicitations; arbitrary."""
 _SYN = 2
 _PAYLOAD = b"netpol-ebpf"
 
@@ -54,7 +54,7 @@ def _hop_limit(packet: Packet) -> int:
 
 
 def checksum(data: bytes) -> int:
-    """The Internet checksum (RFC 1071)."""
+    """The Internet checksum (RFC 1071) of bytes."""
     if len(data) % 2:
         data += b"\0"
     total: int = sum(struct.unpack(f"!{len(data) // 2}H", data))
@@ -89,7 +89,10 @@ def _transport(packet: Packet) -> bytes:
 
 
 def _with_checksum(packet: Packet, segment: bytes, offset: int, *, covered: int | None = None) -> bytes:
-    """A segment with the checksum over the pseudo header and its first ``covered`` bytes (None: all) put in."""
+    """A segment with its checksum filled in.
+
+    The checksum covers the pseudo header and the first ``covered`` bytes (None: all).
+    """
     length = len(segment)
     addresses = packet.source.packed + packet.destination.packed
     if isinstance(packet.source, IPv4Address):

@@ -77,10 +77,13 @@ SIZES: Mapping[str, int] = {
     "np_frag6": 64,
     "np_event": 65536,
 }
-"""Where the default size would only cost time: one packet at a time needs little. Ring buffer in bytes."""
+"""Map sizes that differ from the default, to save time: one packet at a time needs little. Ring buffer in bytes."""
 
 MARK_SHIFT = 16
-"""In this half of the mark a packet to a service carries the number of its sender. The engine's packets have no other mark."""
+"""Lowest bit of the half of the mark that carries the sender tag of a packet to a service.
+
+The engine's packets have no other mark.
+"""
 
 BROADCAST = IPv4Address("255.255.255.255")
 OWN = Meaning(LocalFlag.OWN)
@@ -95,9 +98,10 @@ _count = itertools.count()
 
 
 class NotJudgedError(NetpolError):
-    """The program decided a packet without asking policy; ``reason`` is the slug it gave, ``passed`` what it did.
+    """The program decided a packet without policy.
 
-    So it is for IPv6 neighbour discovery and packets from a source that the workload does not own.
+    ``reason`` is the program's slug, ``passed`` whether the packet passed. Examples are IPv6 neighbour discovery, and
+    packets from a source that the workload does not own.
     """
 
     slug = "not-judged"
@@ -118,15 +122,24 @@ class Runner(Protocol):
 
     @property
     def elsewhere(self) -> int:
-        """The interface by which packets from elsewhere enter the node; the program compares it with 0 and with `ifindex`."""
+        """The interface by which packets from elsewhere enter the node.
+
+        The program compares it with 0 and with `ifindex`.
+        """
 
     def run(self, hook: Hook, frame: bytes, *, ingress_ifindex: int, ifindex: int, mark: int) -> TestRun:
-        """Run the program. ``ingress_ifindex`` 0 at TC_EGRESS: the node itself sends the packet; ``mark``: beforehand."""
+        """Run the program.
+
+        ``ingress_ifindex`` 0 at TC_EGRESS: the node itself sends the packet; ``mark``: the packet's mark before.
+        """
 
 
 @dataclass(frozen=True, slots=True)
 class _TestRunner:
-    """Test runs. They need an existing interface: every network namespace has loopback, and nothing is attached to it."""
+    """Runs the program by BPF_PROG_TEST_RUN.
+
+    A test run needs an existing interface: the engine uses loopback, to which nothing is attached.
+    """
 
     dataplane: Dataplane
     ifindex: int = 1
@@ -139,7 +152,10 @@ class _TestRunner:
 
 @contextlib.contextmanager
 def open_runner(dataplane: Dataplane, *, over_veth: bool | None = None) -> Iterator[Runner]:
-    """Test runs where the kernel's suffice, else frames over a veth pair. ``over_veth`` overrides the choice."""
+    """A runner that uses test runs where the kernel's suffice, else frames over a veth pair.
+
+    ``over_veth`` overrides the choice.
+    """
     if over_veth is None:
         over_veth = not can_name_ingress()
     if over_veth:
@@ -189,16 +205,17 @@ class KernelEngine:
         self._stack.close()
 
     def load(self, world: World) -> None:
-        """Take this world in place of the one before, as a change to it: compiled and written as the agent does."""
+        """Replace the present world by this one, as an incremental change: compiled and written as in the agent."""
         self._compiler.replace(world)
         self._applier.apply(self._compiler.commit())
         self._kinds = {key: endpoint.kind for key, endpoint in world.endpoints.items()}
         self._installed = None
 
     def decide(self, question: Question) -> Verdict:
-        """The program's verdict. Raises NotJudgedError when policy has no say in the packet.
+        """The program's verdict. Raises NotJudgedError when the program decides the packet without policy.
 
-        Cost: some 100 microseconds, over a veth pair 50 more; least for questions about the endpoint of the question before.
+        Cost: some 100 microseconds, over a veth pair 50 more; least for a question about the same endpoint as the
+        question before.
         """
         row = self._compiler.tables.endpoints.get(question.endpoint)
         if row is not None and (question.direction, question.stage) not in row.sets:
@@ -218,10 +235,10 @@ class KernelEngine:
         return Verdict(event.outcome, event.cause, event.staged_outcome, event.staged_cause, event.logs)
 
     def _install(self, question: Question, row: EndpointRow | None, *, host: bool) -> None:
-        """Make the interface that of the question's endpoint, with the policy sets of its stage.
+        """Bind the interface to the question's endpoint, with the policy sets of the question's stage.
 
-        A host's other lists are left out, so they have no opinion; and its packets are made to be, or not to be, for a
-        process of the node, as the stage wants it.
+        A host endpoint's other policy lists are left out, so they cannot decide.  The destination is made an address of
+        the node, or not, as the stage requires.
         """
         flags = EndpointFlag.HOST if host else EndpointFlag.NONE
         slot = _slot(question) if host else question.stage
@@ -251,7 +268,7 @@ class KernelEngine:
         self._installed = wanted
 
     def _place_on_node(self, address: IPAddress | None) -> None:
-        """Make an address the only one that the node has."""
+        """Make one address the only address of the node."""
         if address == self._own_address:
             return
         maps = self._dataplane.maps
@@ -266,9 +283,9 @@ class KernelEngine:
         self._own_address = address
 
     def _run(self, hook: Hook, question: Question, *, sent_here: bool) -> FlowEvent:
-        """Send the packet; what the program said of it, once in its event and once by what it returned.
+        """Send the packet, and compare the program's event with its return value. Returns the verdict.
 
-        ``sent_here``: a process of this node is what sends it, if it leaves.
+        ``sent_here``: a process of this node sends the packet, if it leaves the node.
         """
         is_sent_here = sent_here or hook is Hook.TC_INGRESS  # there the program does not read where the packet entered
         run, events = self._send(hook, question, ingress_ifindex=0 if is_sent_here else self._runner.elsewhere)
@@ -278,11 +295,12 @@ class KernelEngine:
         return event
 
     def _run_returning(self, question: Question, number: int) -> FlowEvent:
-        """What the program said of a workload's packet to itself, where it asks the workload's egress policy about one.
+        """The verdict on a workload's packet to itself, where the question concerns its egress policy.
 
-        A packet that a workload sends to its own address is nobody's business.  One that it sent to a service is judged when it
-        comes back with that address: at the other hook, where it carries its sender's number.  What passes there is
-        reported once more, as the receiver's, unless both ends of its connection are the same down to the port.
+        The program passes a packet from a workload to its own address without policy.  If the workload sent it to a
+        service, the packet returns from the translation with that address and its sender tag, and the program judges it
+        at the pod's ingress hook.  An allowed packet then has two events, one of them for the receiver, unless both
+        ends of its connection are equal, port included.
         """
         name, key, value = place_element(number, self._runner.ifindex)
         self._dataplane.maps[name].put(key, value)
@@ -301,7 +319,10 @@ class KernelEngine:
     def _send(
         self, hook: Hook, question: Question, *, ingress_ifindex: int, mark: int = 0
     ) -> tuple[TestRun, list[FlowEvent]]:
-        """Run the program on the packet. What it returned, and its events but for those of Log rules: one at least."""
+        """Run the program on the packet.
+
+        Returns its return value and its events without those of Log rules: at least one.
+        """
         self._events.clear()
         frame = render_frame(question.packet)
         run = self._runner.run(hook, frame, ifindex=self._runner.ifindex, ingress_ifindex=ingress_ifindex, mark=mark)
@@ -314,7 +335,7 @@ class KernelEngine:
         return run, events
 
     def _forget_connection(self, question: Question) -> None:
-        """Remove what the program remembers of an allowed packet, lest a later question be taken for its reply."""
+        """Remove the connection of an allowed packet, so that a later question is not taken for its reply."""
         table = f"np_conn{question.packet.source.version}"
         for name in (abi.UNREPLIED_VIEWS[table], table):
             self._dataplane.maps[name].clear()
@@ -322,7 +343,7 @@ class KernelEngine:
 
 @dataclass(frozen=True, slots=True)
 class _Installed:
-    """What the row of the runner's interface is."""
+    """The row that the runner's interface has now."""
 
     endpoint: EndpointKey
     stage: Stage
@@ -338,9 +359,10 @@ def _unexpected(run: TestRun, events: list[FlowEvent], question: Question) -> Ne
 
 
 def _slot(question: Question) -> Stage:
-    """Among which list's the program has to find the sets that the question is about.
+    """The policy list in which the program must find the policy sets of the question.
 
-    What is for many is for the node itself, so forward policy is asked about it in the place of normal policy.
+    A multicast or broadcast packet is for the node itself, so the program evaluates forward policy for it in the slot
+    of normal policy.
     """
     destination = question.packet.destination
     is_for_many = destination.is_multicast or destination == BROADCAST
@@ -357,6 +379,6 @@ def abandoned(parent: Path) -> list[Path]:
 
 
 def _without_rule(direction: Direction, outcome: Outcome, action: Action) -> Verdict:
-    """The verdict where no policy set applies (policy/MATCHING.md, sections 2 and 4)."""
+    """The verdict without an applicable policy set (policy/MATCHING.md, sections 2 and 4)."""
     cause = Cause(CauseKind.NO_MATCH, direction, action=action)
     return Verdict(outcome, cause, outcome, cause)

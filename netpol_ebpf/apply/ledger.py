@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """The numbers that connections and people remember, kept beyond the life of one agent.
 
-A connection in the kernel is keyed by its endpoint's number and names the rule that allowed it by number; identities appear in
-events.  A new agent that gave such a number to something else would take one pod's connections for another's, so each
-number is written to a file before the kernel first sees it, and read back by the next agent.
+A connection in the kernel has its endpoint's number in its key, and the number of the rule that allowed it in its row;
+identities appear in events.  A new agent that gave such a number to another object would take one pod's connections for
+another's. So each number is written to a file before the kernel first sees it, and the next agent reads the file.
 
-Invariants: at any instruction at which the process may die, every number in the kernel is in the file, or `Ledger.problems` says
-that it is not; whatever is wrong with the file or its file system ends nothing.  What cannot be written is written as soon as it
-can be, the whole file anew.  Two things of one kind never have one number: a file with a line that is wrong, or with a number
-that several have, is kept aside, what is wrong counts as lost and what is right as known.  Numbers that went are forgotten when
-the file is next rewritten, at start or when half of it is about what went.  The file lives where the pins live and die, on a
-tmpfs: it is worthless after a reboot, and so are they.
+Invariants: whenever the process may die, every number in the kernel is in the file, or `Ledger.problems` reports that
+it is not; a damaged file or file system stops nothing.  A failed write is repeated as soon as possible, with the whole
+file.  No two objects of one kind have the same number: a file with an invalid line, or with a number that several
+objects have, is set aside; its invalid parts count as lost, its valid parts as known.  Released numbers are dropped
+when the file is next rewritten, at start or when half of it concerns released numbers.  The file lives on a tmpfs, like
+the pins: after a reboot both are gone.
 """
 
 from __future__ import annotations
@@ -40,13 +40,14 @@ from netpol_ebpf.errors import Location, PlatformError, Problem
 from netpol_ebpf.policy.types import Action, Cause, CauseKind, Direction, EndpointKey, PolicyKey
 
 FORMAT = 1
-"""Of the file; a file of another format is refused."""
+"""Format number of the file; a file of another format is rejected."""
 RETRY_S = 5.0
-"""How often it is tried again to write; arbitrary."""
+"""Interval of attempts to write after a failure; arbitrary."""
 MOST_BYTES = 1 << 28
-"""Of the file, to be read; arbitrary, more than all numbers of the maps' default sizes under names of usual length."""
+"""Largest file that is read; arbitrary, more than all numbers of the maps' default sizes under names of usual length.
+"""
 SMALL_BYTES = 1 << 20
-"""Below this size the file is not rewritten for what went; arbitrary."""
+"""Below this size the file is not rewritten to drop released numbers; arbitrary."""
 
 E = TypeVar("E", bound=enum.Enum)
 
@@ -55,7 +56,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class Numbers:
-    """What has which number. Identities by what the compiler says they stand for."""
+    """The number of each object. The key of an identity is its meaning in the compiler."""
 
     rules: dict[Cause, int] = field(default_factory=dict)
     endpoints: dict[EndpointKey, int] = field(default_factory=dict)
@@ -68,14 +69,14 @@ class Numbers:
         return tables[kind]
 
     def entries(self) -> Iterator[tuple[str, Any, int]]:
-        """Everything, as (kind, what, number)."""
+        """All numbers, as (kind, object, number)."""
         for kind in _READERS:
             for what, number in self._table(kind).items():
                 yield kind, what, number
 
 
 class Ledger:
-    """The file of numbers. One writer; ``close`` it, or let it go with the process."""
+    """The file of numbers. It has one writer; ``close`` closes it, and so does the end of the process."""
 
     def __init__(self, path: Path, clock: Callable[[], float] = time.monotonic) -> None:
         self._path = path
@@ -91,14 +92,14 @@ class Ledger:
 
     @property
     def problems(self) -> list[Problem]:
-        """What the next agent will not know, and why."""
+        """Numbers that the next agent will not know, and why."""
         return [one for one in (self._damage, self._failure) if one is not None]
 
     def open(self) -> Numbers:
-        """Read what an earlier agent wrote, rewrite it without what went, and be ready to append.
+        """Read the file of an earlier agent, rewrite it without released numbers, and open it for appending.
 
-        Raises PlatformError when the file is of another format. A last line that is cut short (its writer died before the kernel
-        saw the number) is dropped. Whatever else is wrong is in `problems`, and counts as lost.
+        Raises PlatformError when the file has another format. A truncated last line is dropped: its writer died before
+        the kernel saw the number. Every other fault of the file is in `problems`, and counts as lost.
         """
         self.numbers, self._whats = Numbers(), {}
         self._damage = self._failure = None
@@ -115,7 +116,7 @@ class Ledger:
         return self.numbers
 
     def try_again(self) -> None:
-        """Write what could not be written, every RETRY_S."""
+        """Repeat failed writes, every RETRY_S."""
         if self._is_open and self._file is None and self._clock() - self._tried_s >= RETRY_S:
             self._rewrite()
             if self._failure is None:
@@ -141,7 +142,7 @@ class Ledger:
             self._failure = None
 
     def _fail(self, error: OSError) -> None:
-        """Go on without the file, and say so."""
+        """Go on without the file, and report that."""
         if self._file is not None:
             with contextlib.suppress(OSError):  # it is told already
                 self._file.close()
@@ -156,7 +157,7 @@ class Ledger:
         self._failure = problem
 
     def _set_aside(self, wrong: list[str]) -> None:
-        """Keep a file that is not as an agent wrote it where nobody reads it, and say so."""
+        """Rename an invalid file so that no agent reads it again, and report that."""
         message = (
             f"the numbers that an earlier agent wrote down are damaged ({told(wrong)}); {set_aside(self._path)}. "
             "What is right in it counts. Other endpoints keep the numbers of the rows in force; all else is numbered anew, so names in "
@@ -166,9 +167,10 @@ class Ledger:
         log.warning("%s", self._damage)
 
     def record(self, kind: str, numbers: Mapping[Any, int]) -> None:
-        """Note numbers before the kernel sees them. ``kind``: "rule", "endpoint" or "identity"; what is noted already is free.
+        """Record numbers before the kernel sees them.
 
-        What had one of the numbers, as after a change that failed, has none any more. Raises AssertionError when two would have one.
+        ``kind``: "rule", "endpoint" or "identity"; recording a known number again costs nothing. An object that had one
+        of the numbers, as after a failed change, loses it. Raises AssertionError when two objects would share one.
         """
         if len(set(numbers.values())) != len(numbers):
             raise AssertionError(f"several of one {kind} number")
@@ -180,7 +182,7 @@ class Ledger:
         self._append(_line(kind, what, number) for what, number in news.items())
 
     def forget(self, kind: str, gone: Iterable[Any]) -> None:
-        """Note that these have no number any more, after the kernel has forgotten them."""
+        """Record that these objects have no number any more, after the kernel has forgotten them."""
         table = self.numbers._table(kind)  # noqa: SLF001 - two classes of one file
         present = [what for what in dict.fromkeys(gone) if what in table]
         for what in present:
@@ -188,7 +190,7 @@ class Ledger:
         self._append(_line(kind, what, 0) for what in present)
 
     def _put(self, kind: str, what: Any, number: int) -> None:
-        """Give a number that nothing has, or take one away (0)."""
+        """Give a free number to an object, or take its number away (0)."""
         table, whats = self.numbers._table(kind), self._whats.setdefault(kind, {})  # noqa: SLF001 - two classes of one file
         if what in table:
             del whats[table.pop(what)]
@@ -196,15 +198,15 @@ class Ledger:
             table[what], whats[number] = number, what
 
     def release(self, kind: str, numbers: Iterable[int]) -> None:
-        """Note that these numbers stand for nothing any more, after the kernel has forgotten them.
+        """Record that these numbers are free, after the kernel has forgotten them.
 
-        What has meanwhile been given another number keeps that.
+        An object that meanwhile has another number keeps that one.
         """
         whats = self._whats.get(kind, {})
         self.forget(kind, [whats[number] for number in numbers if number in whats])
 
     def close(self) -> None:
-        """Close the file; the numbers stay."""
+        """Close the file; the numbers stay in it."""
         self._is_open = False
         if self._file is not None:
             self._file.close()
@@ -230,7 +232,10 @@ class Ledger:
             self._rewrite()
 
     def _read(self) -> list[str]:
-        """Take up what is right in the file; returns what is wrong. Raises OSError, ValueError, PlatformError for another format."""
+        """Read the valid part of the file; returns its faults.
+
+        Raises OSError, ValueError, PlatformError for another format.
+        """
         first, *lines = load_regular(self._path, MOST_BYTES).split(b"\n")
         try:
             written_format = checked(checked(parse_json(first), dict, "it").get("format"), int, "the format")
@@ -256,7 +261,7 @@ class Ledger:
         return wrong
 
     def _take(self, kind: str, what: Any, number: int, several: dict[tuple[str, int], list[str]]) -> None:
-        """What a line says, unless the number is another's: then it is nobody's."""
+        """Record one line of the file. A number that another object already has then belongs to neither."""
         self._put(kind, what, 0)
         holder = self._whats[kind].get(number)
         if holder is not None:
@@ -278,7 +283,7 @@ def _write_cause(cause: Cause) -> list[Any]:
 
 
 def _parse_line(line: bytes) -> tuple[str, Any, int]:
-    """Kind, what it is, and its number, 0 if it has none any more. Raises ValueError."""
+    """Parse one line: kind, object, and number (0: none any more). Raises ValueError."""
     found = checked(parse_json(line), list, "it")
     if len(found) != 3:  # noqa: PLR2004 - the three of the docstring
         raise ValueError(f"it must have 3 values, not {len(found)}")
@@ -306,7 +311,7 @@ def _read_cause(written: Any) -> Cause:
 
 
 def _member(kind: type[E], name: Any) -> E:
-    """A member of an enumeration by its name. Raises ValueError."""
+    """The member of an enumeration with this name. Raises ValueError."""
     found = kind.__members__.get(checked(name, str, kind.__name__))
     if found is None:
         raise ValueError(f"{name!r} is no {kind.__name__}")
@@ -332,4 +337,4 @@ _READERS: Mapping[str, Callable[[Any], Any]] = {
     "identity": _read_identity,
 }
 _NUMBER_ENDS = {"rule": 1 << 32, "endpoint": FIRST_NODE, "identity": 1 << 32}
-"""Numbers are below these: what a row has room for, and where those of nodes begin."""
+"""Upper bounds of numbers, exclusive: the width of a row's field, and the first number of nodes."""

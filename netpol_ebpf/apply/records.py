@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files in which programs leave values for each other, and the values themselves: read as data from outside.
+"""Files in which programs leave values for each other: they are read as untrusted input.
 
-Invariant: whatever is in the place of a file, and whatever is in it, a reader gets values of the types that it asked for, or
-OSError or ValueError, and waits for nobody.  Must not know what the values mean.
+Invariant: whatever is in a file or in its place, a reader gets values of the requested types, or OSError or ValueError,
+and never blocks.  Must not know the meaning of the values.
 """
 
 from __future__ import annotations
@@ -18,18 +18,19 @@ from typing import IO, Any, TypeVar
 T = TypeVar("T")
 
 DAMAGED_SUFFIX = ".damaged"
-"""Of a file that was set aside."""
+"""Suffix of a file that was set aside."""
 MOST_TOLD, MOST_LETTERS = 3, 200
-"""Of what is wrong in a file: how much of it is said, and how much of each; arbitrary."""
+"""Number of faults of a file in a message, and characters of each; arbitrary."""
 _JSON_NAMES = {
     dict: "an object", list: "a list", str: "a text", int: "a whole number", float: "a fraction", bool: "true or false", type(None): "null",
 }  # fmt: skip
 
 
 def load_regular(path: Path, most_bytes: int) -> bytes:
-    """The content of a regular file. Raises OSError, also for what is no regular file or larger than ``most_bytes``.
+    """The content of a regular file.
 
-    A FIFO would keep the reader waiting, and opening a device can have effects: neither is opened.
+    Raises OSError, also for anything but a regular file and for more than ``most_bytes``. A FIFO would block the
+    reader, and opening a device can have side effects: neither is opened.
     """
     if not stat.S_ISREG(path.lstat().st_mode):
         raise OSError(errno.EINVAL, "not a regular file", str(path))
@@ -44,13 +45,13 @@ def load_regular(path: Path, most_bytes: int) -> bytes:
 
 
 def open_draft(path: Path) -> IO[str]:
-    """A new file to write UTF-8 into, in place of whatever is there. Raises OSError."""
+    """A new file for UTF-8 text, in place of any existing file. Raises OSError."""
     path.unlink(missing_ok=True)
     return path.open("x", encoding="utf-8")
 
 
 def set_aside(path: Path) -> str:
-    """Move a file to where nobody reads it. Returns what became of it, as the end of a sentence."""
+    """Rename a file so that no program reads it. Returns what happened to it, as the end of a sentence."""
     aside = path.with_suffix(DAMAGED_SUFFIX)
     try:
         if not aside.is_dir():
@@ -62,13 +63,13 @@ def set_aside(path: Path) -> str:
 
 
 def told(wrong: Sequence[str]) -> str:
-    """What is wrong in a file, in one line of bounded length."""
+    """The faults of a file, in one line of bounded length."""
     more = [f"and {len(wrong) - MOST_TOLD} more"] if len(wrong) > MOST_TOLD else []
     return "; ".join([*(one[:MOST_LETTERS] for one in wrong[:MOST_TOLD]), *more])
 
 
 def reason_of(error: OSError | ValueError) -> str:
-    """What went wrong, without the path."""
+    """The cause of an error, without the path."""
     return (error.strerror if isinstance(error, OSError) else None) or str(error)
 
 
@@ -81,7 +82,10 @@ def parse_json(text: bytes) -> Any:
 
 
 def checked(value: object, kind: type[T], what: str) -> T:
-    """A value of JSON that must be of exactly this type: true is no number, and half of a surrogate pair no text. Raises ValueError."""
+    """A JSON value of exactly this type: true is not a number, and half of a surrogate pair is not text.
+
+    Raises ValueError.
+    """
     if not isinstance(value, kind) or kind is not type(value):
         raise ValueError(f"{what} must be {_JSON_NAMES[kind]}, not {_JSON_NAMES[type(value)]}")
     result: T = value

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the program has to know of the node besides policy: its addresses, its own interfaces, the addresses of services.
+"""The node as the program must know it, besides policy: its addresses, its own interfaces, the addresses of services.
 
-Told as a whole each time, written as the difference.  Invariants: rows are written before others go, so no interface is without
-one in between; what is written does not depend on what was there before.
+The caller gives the whole state each time, the writer writes the difference.  Invariants: rows are written before
+others go, so no interface is without a row in between; the result does not depend on the earlier content.
 
 Must not decide which interfaces and addresses those are.
 """
@@ -35,16 +35,21 @@ from netpol_ebpf.policy.types import IPAddress, IPNetwork, Vip
 from netpol_loader import abi
 
 MAPS = abi.maps_with_rows(abi.MapRole.NODE)
-"""Maps that nothing else writes, besides VIP_FILTER; of np_endpoint only the rows of the node's own interfaces are meant here."""
+"""Maps that this module alone writes, besides VIP_FILTER; in np_endpoint it writes only the rows of the node's own
+interfaces.
+"""
 VIP_FILTER = "np_vip_filter"
 """An array of bits by hash of the addresses in MAPS."""
 UPLINK = 0
-"""In place of a host endpoint's number: none, the interface has no policy of its own."""
+"""In place of a host endpoint's number: the interface has no policy of its own."""
 
 
 @dataclass(frozen=True, slots=True)
 class OwnInterface:
-    """An interface of the node's own. ``number``: of its host endpoint, or UPLINK; ``flags``: what it is besides."""
+    """One of the node's own interfaces.
+
+    ``number``: of its host endpoint, or UPLINK; ``flags``: further properties of the interface.
+    """
 
     number: int = UPLINK
     flags: EndpointFlag = EndpointFlag.NONE
@@ -54,9 +59,9 @@ class OwnInterface:
 class Surroundings:
     """The addresses and interfaces of the node at one time.
 
-    ``addresses``: single ones that mean this node or another one; ``nets``: prefixes that are this node's own.
-    ``interfaces``: the node's own that bear the programs.  ``tunnels``: protocol and, of UDP, port of encapsulation that
-    nodes take from anyone.
+    ``addresses``: single addresses that mean this node or another one; ``nets``: prefixes that are this node's own.
+    ``interfaces``: the node's own interfaces with the programs.  ``tunnels``: encapsulations that nodes take from
+    anyone, as protocol and, for UDP, port.
     """
 
     addresses: Mapping[IPAddress, Meaning] = field(default_factory=dict)
@@ -72,7 +77,7 @@ class Surroundings:
         return is_single or address.is_loopback or any(address in net for net in self.nets)
 
     def elements(self) -> Iterator[Element]:
-        """All rows, bits first."""
+        """All map elements, those of the bit filter first."""
         vips = list(self.vips)
         yield from vip_filter_elements(
             [*self.addresses, *(vip.key.address for vip in vips if vip.key.address is not None)]
@@ -101,11 +106,14 @@ class SurroundingsWriter:
 
     @property
     def rows(self) -> Mapping[tuple[str, bytes], bytes]:
-        """What is in the kernel: (map, key) to value."""
+        """The rows in the kernel: (map, key) to value."""
         return self._rows
 
     def write(self, wanted: Surroundings, *, keep: Iterable[tuple[str, bytes]] = ()) -> None:
-        """Make it so. ``keep``: rows that have meanwhile become somebody else's. Raises MapFullError; then nothing has changed."""
+        """Write the difference between the kernel's rows and these surroundings.
+
+        ``keep``: rows that belong to another writer by now. Raises MapFullError; then nothing has changed.
+        """
         if wanted == self._written:
             return
         rows = {(name, key): value for name, key, value in wanted.elements()}
@@ -138,7 +146,7 @@ class SurroundingsWriter:
             self._renew()
 
     def require_room(self, wanted: Surroundings) -> None:
-        """Raise MapFullError where `write` would, before its first write."""
+        """Raise MapFullError where `write` would raise it."""
         self._require_room({(name, key) for name, key, _ in wanted.elements()})
 
     def _require_room(self, wanted: AbstractSet[tuple[str, bytes]]) -> None:
@@ -153,7 +161,7 @@ class SurroundingsWriter:
                 raise too_small(name, self._maps[name].max_entries, rows)
 
     def _put_back(self, done: Iterable[tuple[str, bytes]]) -> None:
-        """Make rows what they were."""
+        """Restore earlier values of rows."""
         for name, key in done:
             value = self._rows.get((name, key))
             if value is None:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Case files: a cluster's manifests and probes with what should become of them, as typed values.
+"""Case files: the manifests of a cluster, and probes with their expected verdicts, as typed values.
 
-Invariant: nothing is guessed.  A case with anything wrong in it (YAML, a manifest, a probe) is one `InvalidCase` that says all
-that is wrong, and is not run.  Judging probes is the runner's affair; names in probes are looked up there.
+Invariant: nothing is guessed.  A case with any fault (YAML, a manifest, a probe) becomes one `InvalidCase` that names
+all faults, and is not run.  The runner judges probes and resolves the names in them.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _PROBE_REMARKS = ("notes", "confidence", "optional", "derived", "tags")
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """One first packet and what should become of it.
+    """One first packet and its expected verdict.
 
     ``source`` and ``destination``: an address, or the (namespace, name) of a workload.  ``port``/``source_port``: None
     where not given.  ``written``: the probe as in the file.
@@ -66,7 +66,7 @@ class Case:
 
 @dataclass(frozen=True, slots=True)
 class InvalidCase:
-    """A case that cannot be run; ``case`` is its name, or the file's where it has none."""
+    """A case that cannot be run. ``case`` is its name, or that of the file where it has no name."""
 
     case: str
     error: str
@@ -95,7 +95,7 @@ def load_cases(paths: Iterable[Path]) -> LoadedCases:
 
 
 def _files(directory: Path, loaded: LoadedCases) -> list[Path]:
-    """The files of a directory, sorted; what may be one and cannot be read is an invalid case."""
+    """The files of a directory, sorted. A file with a manifest's extension that cannot be read is an invalid case."""
     try:
         names, refused = find_manifests(directory).readable()
     except OSError as error:
@@ -116,7 +116,7 @@ def _load_file(file: Path, loaded: LoadedCases, *, must_be_case: bool) -> None:
 
 
 def parse_cases(text: str, file: str, loaded: LoadedCases, *, must_be_case: bool = True) -> None:
-    """Add the cases of one text (usually one). ``must_be_case``: something that is no case at all is an error."""
+    """Add the cases of one text (usually one). ``must_be_case``: a text without a case is an error."""
     problems: list[Problem] = []
     documents = list(read_documents(text, file, problems))
     if problems:
@@ -138,7 +138,7 @@ def parse_cases(text: str, file: str, loaded: LoadedCases, *, must_be_case: bool
 
 
 def _is_case_like(value: Any) -> bool:
-    """Whether someone meant this to be a case: it has manifests or probes."""
+    """Whether a document is meant as a case: it has manifests or probes."""
     return isinstance(value, Mapping) and ("manifests" in value or "probes" in value)
 
 
@@ -190,7 +190,7 @@ def _parse_sequence(case: Reader) -> tuple[str, int] | None:
 
 
 def _implied_namespaces(resources: Iterable[Resource]) -> Iterator[Namespace]:
-    """A pod cannot exist without its namespace, so a case that leaves it out means one with its name's label only."""
+    """Namespaces that a case leaves out although its pods are in them. Each gets only the label with its name."""
     given = {resource.meta.name for resource in resources if isinstance(resource, Namespace)}
     for resource in resources:
         namespace = resource.meta.namespace

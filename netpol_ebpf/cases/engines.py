@@ -17,13 +17,13 @@ ENGINES = ("model", "tables", "kernel")
 
 
 class Engine(Protocol):
-    """Something that judges packets."""
+    """Judges packets."""
 
     def load(self, world: World) -> None:
-        """Take this world in place of the one before, as a change to it."""
+        """Replace the present world by this one, as an incremental change."""
 
     def decide(self, question: Question) -> Verdict:
-        """The verdict."""
+        """The verdict of policy on a packet."""
 
 
 class ModelEngine:
@@ -43,7 +43,7 @@ class ModelEngine:
 
 @contextlib.contextmanager
 def open_engine(name: str) -> Iterator[Engine]:
-    """One engine, ready for use; ``name`` is of `ENGINES`. The kernel's raises PlatformError where it cannot run."""
+    """Open an engine by its name in `ENGINES`. The kernel's raises PlatformError where it cannot run."""
     if name == "model":
         yield ModelEngine()
     elif name == "tables":

@@ -44,7 +44,7 @@ from netpol_ebpf.policy.types import (
 from netpol_ebpf.resources.types import Pod, Resource, WorkloadEndpoint
 
 DEFAULT_SOURCE_PORT = 40000
-"""An ephemeral port like any other, where a probe names none; arbitrary."""
+"""Source port of a probe that names none; arbitrary, an ephemeral port."""
 
 NOT_JUDGED = "not-judged"
 """Slug of the kernel engine's error, which is not imported: the other engines work without that one."""
@@ -54,7 +54,7 @@ ECHO_REQUEST = {ICMP: 8, ICMPV6: 128}
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """One probe that did not go as expected, or on which engines disagree."""
+    """One probe with an unexpected verdict, or with a verdict on which engines disagree."""
 
     case: str
     probe: Mapping[str, Any]
@@ -66,7 +66,7 @@ class Failure:
 
 @dataclass(frozen=True, slots=True)
 class Judged:
-    """One probe and what became of it."""
+    """One probe and its result."""
 
     case: str
     probe: Mapping[str, Any]
@@ -115,7 +115,7 @@ def run_cases(loaded: LoadedCases, engine: str = "model", settings: PolicySettin
 
 
 def in_order(cases: Sequence[Case]) -> Iterator[Case]:
-    """Cases as given, but all steps of a sequence, by step, in the place of the first one met."""
+    """The cases in the given order, but with all steps of a sequence, by step, at the place of its first step."""
     groups: dict[str, list[Case]] = {}
     for case in cases:
         if case.sequence is not None:
@@ -153,7 +153,7 @@ def _run_case(case: Case, engines: Mapping[str, Engine], settings: PolicySetting
 
 
 def _judge(journey: Journey, engines: Mapping[str, Engine]) -> tuple[str, str]:
-    """What became of one flow, and why; several answers where the engines do not agree."""
+    """The verdict of one flow, and its cause; several verdicts where the engines do not agree."""
     findings: dict[str, Finding] = {}
     verdicts: dict[str, list[Verdict]] = {}
     questions = list(dict.fromkeys(journey.questions()))
@@ -178,7 +178,7 @@ def _judge(journey: Journey, engines: Mapping[str, Engine]) -> tuple[str, str]:
 
 
 def _backend(journey: Journey) -> str:
-    """Which backend the answer is about, where a node translates."""
+    """The backend that the answer is about, where a node translates the destination."""
     if journey.flow.dnat_to is None:
         return ""
     address, port = journey.flow.dnat_to
@@ -190,7 +190,7 @@ def _word(finding: Finding) -> str:
 
 
 def _disagreement(questions: list[Question], verdicts: dict[str, list[Verdict]]) -> str:
-    """The first question on which the engines differ, with each answer in full."""
+    """The first question on which the engines differ, with each engine's full answer."""
     for index, question in enumerate(questions):
         answers = {name: given[index] for name, given in verdicts.items()}
         if len({*answers.values()}) > 1:
@@ -217,7 +217,7 @@ def _in_full(verdict: Verdict) -> str:
 
 
 class Cast:
-    """Who the names and addresses of a case's probes stand for."""
+    """Resolves the names and addresses of a case's probes."""
 
     def __init__(
         self,
@@ -227,9 +227,9 @@ class Cast:
         borrow_sources: bool = False,
         topology: Topology | None = None,
     ) -> None:
-        """``borrow_sources``: workloads may send from the prefixes that they are allowed besides their addresses.
+        """``borrow_sources``: workloads may send from their allowed source prefixes.
 
-        ``topology``: that of the world, with more knowledge than the world has.
+        ``topology``: the node layout, where the caller knows more of it than the world has.
         """
         self._topology = Topology(world) if topology is None else topology
         self._borrowers = [one for one in world.endpoints.values() if borrow_sources and one.allowed_sources]
@@ -251,17 +251,17 @@ class Cast:
 
     @staticmethod
     def _addresses_of(resource: Pod | WorkloadEndpoint, world: World) -> tuple[IPAddress, ...]:
-        """Those that a workload has by the world, which may give one to another that claims it too."""
+        """Addresses of a workload in the world, which may give a contested address to another workload."""
         if isinstance(resource, Pod) and resource.host_network:
             return resource.addresses
         endpoint = world.endpoints.get(EndpointKey(*key_of(resource)))
         return () if endpoint is None else endpoint.addresses
 
     def journeys(self, probe: Probe) -> Iterator[Journey]:
-        """One for each address family of both ends that the protocol goes over, each possible sender and each backend of a service.
+        """One journey for each common address family, possible sender and backend of a service.
 
-        Raises InvalidInputError when a name or a family is missing, for a header of IPv6 instead of a protocol, or when nothing is
-        known of what is behind a service.
+        Raises InvalidInputError when a name or a family is missing, for an IPv6 extension header instead of a protocol,
+        or when the backends of a service are unknown.
         """
         sources, destinations = self._addresses(probe.source, probe), self._addresses(probe.destination, probe)
         versions = sorted({address.version for address in sources} & {address.version for address in destinations})
@@ -305,14 +305,17 @@ class Cast:
                 yield FlowEnd(FlowEndKind.WORKLOAD, one.key, one.node)
 
     def service_of(self, flow: Flow) -> Translation | None:
-        """What a node puts in place of a flow's destination where the flow itself does not say it; None: nothing."""
+        """The service that translates a flow's destination.
+
+        None where the flow names its translation, or no service has the destination.
+        """
         place = flow.destination or self._topology.locate(flow.packet.destination)
         if flow.dnat_to is not None or place.kind is FlowEndKind.WORKLOAD:
             return None
         return self._services.find(flow.packet, place.node if place.kind is FlowEndKind.HOST else None)
 
     def _journeys_to(self, flow: Flow, service: Translation) -> Iterator[Journey]:
-        """One for each backend. A process of the node that translates is judged whichever backend that node takes."""
+        """One journey for each backend. Where a process of the node translates, each backend is judged."""
         journeys = []
         for backend in service.backends:
             place = self._place(backend[0], backend[0])
@@ -332,7 +335,10 @@ class Cast:
                 yield journey
 
     def _is_policed_at(self, flow: Flow, node: str | None) -> bool:
-        """Whether a flow meets a hook of ours where a node translates it: from a workload of it, or by a host endpoint's interface."""
+        """Whether a flow meets one of our hooks on the node that translates it.
+
+        From a workload of that node, or by a host endpoint's interface.
+        """
         source = flow.source or self._topology.locate(flow.packet.source)
         if source.node == node:
             return source.kind is FlowEndKind.WORKLOAD
@@ -353,7 +359,7 @@ class Cast:
         return addresses
 
     def _end(self, probe: Probe, destination: IPAddress) -> FlowEnd | None:
-        """What is at the far end: that of the translated destination, where there is one."""
+        """The far end of the flow: that of the translated destination, where there is one."""
         if probe.dnat_to is not None:
             return self._place(probe.dnat_to[0], probe.dnat_to[0])
         return self._place(probe.destination, destination)

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which identity each known address and prefix has: the tables ``addresses`` and ``cidrs``.
+"""The identity of each known address and prefix: the tables ``addresses`` and ``cidrs``.
 
-An address has the owners at the address itself and everything that its containing prefixes have; a prefix has its own and
-that of the prefixes around it.  So the longest match alone answers for an address that has no row of its own.
+An address has the owners at the address itself and everything that its containing prefixes have; a prefix has its own
+owners and those of the prefixes around it.  So the longest match alone gives the identity of an address without a row
+of its own.
 
-Invariants: a prefix is stored exactly while an owner or a group is at it, an address likewise; after `Addresses.apply_changes`
-each has the identity of its content, and the rows that changed are in the draft.
+Invariants: a prefix is stored exactly while an owner or a group is at it, an address likewise; after
+`Addresses.apply_changes` each has the identity of its content, and the draft has the changed rows.
 """
 
 from __future__ import annotations
@@ -28,7 +29,10 @@ _EMPTY: frozenset[int] = frozenset()
 
 @dataclass(slots=True, eq=False)
 class _Context:
-    """What an address has from the prefixes around it. Interned, so that equal ones are the same object."""
+    """The owners and groups that an address gets from the prefixes around it.
+
+    Interned, so that equal ones are the same object.
+    """
 
     owners: frozenset[int]
     groups: frozenset[int]
@@ -36,7 +40,7 @@ class _Context:
 
 @dataclass(slots=True, eq=False)
 class PrefixEntry:
-    """A stored prefix. ``owners``, ``groups``: at this very prefix, with repetitions."""
+    """A stored prefix. ``owners``, ``groups``: at exactly this prefix, with repetitions."""
 
     network: IPNetwork
     owners: tuple[int, ...] = ()
@@ -46,12 +50,18 @@ class PrefixEntry:
 
 
 Claim = tuple[int, EndpointKey, int]
-"""(0 for a workload, 1 for a host; key; number) of a local endpoint: the smallest owns the address."""
+"""The claim of a local endpoint to an address: (0 for a workload, 1 for a host; key; number).
+
+The smallest claim owns the address.
+"""
 
 
 @dataclass(slots=True, eq=False)
 class AddressEntry:
-    """A stored address. ``claims``: local endpoints that have it. ``nodes``: numbers of nodes that have it, with repetitions."""
+    """A stored address. ``claims``: local endpoints that have it.
+
+    ``nodes``: numbers of nodes that have it, with repetitions.
+    """
 
     address: IPAddress
     owners: tuple[int, ...] = ()
@@ -64,7 +74,10 @@ class AddressEntry:
 
 @dataclass(slots=True)
 class Relabelled:
-    """Addresses with their old and new row, prefixes with their old and new identity (0: the prefix was not stored)."""
+    """The changes of a commit: addresses with their old and new row, prefixes with their old and new identity (0.
+
+    The prefix was not stored).
+    """
 
     addresses: list[tuple[AddressEntry, AddressRow | None, AddressRow | None]] = field(default_factory=list)
     prefixes: list[tuple[int, int]] = field(default_factory=list)
@@ -78,13 +91,13 @@ class _SortedKeys:
         self._sorted = True
 
     def add(self, key: int) -> None:
-        """Note a key; one that is there twice is reported twice."""
+        """Add a key; a key that is added twice is returned twice."""
         if self._sorted and self._keys and key <= self._keys[-1]:
             self._sorted = False
         self._keys.append(key)
 
     def between(self, first: int, last: int) -> list[int]:
-        """Keys in the inclusive range, ascending, some of which may have been removed since."""
+        """Keys in the inclusive range, ascending; keys removed since may be among them."""
         if not self._sorted:
             self._keys.sort()
             self._sorted = True
@@ -92,7 +105,7 @@ class _SortedKeys:
         return self._keys[begin : bisect_left(self._keys, last + 1, begin)]
 
     def tidy(self, live: Iterable[int], count: int) -> None:
-        """Drop keys that are not live any more, when they have become many."""
+        """Drop removed keys, when they have become many."""
         if len(self._keys) > 2 * count + 64:
             self._keys = sorted(live)
             self._sorted = True
@@ -120,7 +133,7 @@ class _Family:
         return int(network.network_address) << _LENGTH_BITS | network.prefixlen
 
     def context_at(self, value: int, longest: int) -> _Context:
-        """Of the longest stored prefix around a network or address, of at most that length."""
+        """The context of the longest stored prefix around a network or address, with at most that length."""
         for length in self.ordered_lengths():
             if length <= longest:
                 entry = self.lengths[length].get(value >> (self.bits - length))
@@ -129,18 +142,18 @@ class _Family:
         return self.nowhere
 
     def tidy(self) -> None:
-        """Drop contexts and keys that nothing has any more, when they have become many."""
+        """Drop unused contexts and removed keys, when they have become many."""
         self.prefix_keys.tidy(self.prefixes, len(self.prefixes))
         if len(self.contexts) > 2 * len(self.prefixes) + 64:
             live = [entry.context for entry in self.prefixes.values() if entry.context is not None]
             self.contexts = {(context.owners, context.groups): context for context in (self.nowhere, *live)}
 
     def ordered_lengths(self) -> list[int]:
-        """Lengths in use, the longest first."""
+        """Prefix lengths in use, the longest first."""
         return sorted(self.lengths, reverse=True)
 
     def context(self, owners: frozenset[int], groups: frozenset[int]) -> _Context:
-        """The interned context of that content."""
+        """The interned context with this content."""
         known = self.contexts.get((owners, groups))
         if known is None:
             known = self.contexts[(owners, groups)] = _Context(owners, groups)
@@ -159,56 +172,56 @@ class Addresses:
     # --- content ----------------------------------------------------------------------------------------------------
 
     def add_owner(self, address: IPAddress, owner: int, journal: Journal, node: int = 0) -> None:
-        """An object that is this owner has the address. ``node``: number of the node that it is on, 0: here, or not known."""
+        """Add an owner to an address. ``node``: number of the owner's node, 0: this node, or not known."""
         entry = self._address(address, journal)
         journal.assign(entry, "owners", share((*entry.owners, owner)))
         if node:
             journal.assign(entry, "nodes", share((*entry.nodes, node)))
 
     def remove_owner(self, address: IPAddress, owner: int, journal: Journal, node: int = 0) -> None:
-        """It has it no more. ``node``: the one that it was added with."""
+        """Remove an owner from an address. ``node``: as it was added."""
         entry = self._address(address, journal)
         journal.assign(entry, "owners", _without(entry.owners, owner))
         if node:
             journal.assign(entry, "nodes", _without(entry.nodes, node))
 
     def add_group(self, address: IPAddress, group: int, journal: Journal) -> None:
-        """The address itself is in a group (a service)."""
+        """Add an address to a group (a service)."""
         entry = self._address(address, journal)
         journal.assign(entry, "groups", (*entry.groups, group))
 
     def remove_group(self, address: IPAddress, group: int, journal: Journal) -> None:
-        """It is in it no more."""
+        """Remove an address from a group."""
         entry = self._address(address, journal)
         journal.assign(entry, "groups", _without(entry.groups, group))
 
     def add_prefix_owner(self, network: IPNetwork, owner: int, journal: Journal) -> None:
-        """A network set that is this owner contains the prefix."""
+        """Add an owner (a network set) to a prefix."""
         entry = self._prefix(network, journal)
         journal.assign(entry, "owners", (*entry.owners, owner))
 
     def remove_prefix_owner(self, network: IPNetwork, owner: int, journal: Journal) -> None:
-        """It contains it no more."""
+        """Remove an owner from a prefix."""
         entry = self._prefix(network, journal)
         journal.assign(entry, "owners", _without(entry.owners, owner))
 
     def add_prefix_group(self, network: IPNetwork, group: int, journal: Journal) -> None:
-        """A nets list contains the prefix."""
+        """Add a prefix to a group (a list of nets)."""
         entry = self._prefix(network, journal)
         journal.assign(entry, "groups", (*entry.groups, group))
 
     def remove_prefix_group(self, network: IPNetwork, group: int, journal: Journal) -> None:
-        """It contains it no more."""
+        """Remove a prefix from a group."""
         entry = self._prefix(network, journal)
         journal.assign(entry, "groups", _without(entry.groups, group))
 
     def claim(self, address: IPAddress, claim: Claim, journal: Journal) -> None:
-        """A local endpoint has the address. It must also be added as an owner."""
+        """Record that a local endpoint has the address. The address also needs the endpoint as an owner."""
         entry = self._address(address, journal)
         journal.assign(entry, "claims", tuple(sorted((*entry.claims, claim))))
 
     def disclaim(self, address: IPAddress, claim: Claim, journal: Journal) -> None:
-        """It has it no more."""
+        """Remove the claim of a local endpoint to the address."""
         entry = self._address(address, journal)
         journal.assign(entry, "claims", tuple(each for each in entry.claims if each != claim))
 
@@ -230,9 +243,9 @@ class Addresses:
     # --- identities -------------------------------------------------------------------------------------------------
 
     def apply_changes(self, phase: Phase, draft: Draft, journal: Journal, changed: Relabelled | None = None) -> None:
-        """Give every touched prefix and address its identity. ``changed``: where to note what changed.
+        """Give every touched prefix and address its identity. ``changed``: receives the changes.
 
-        Cost: linear in what was touched and in the addresses inside touched prefixes.
+        Cost: linear in the touched entries and in the addresses inside touched prefixes.
         """
         for family in self._families.values():
             if family.dirty_prefixes:
@@ -241,7 +254,7 @@ class Addresses:
                 self._settle_addresses(family, phase, draft, journal, changed)
 
     def forget_dirt(self) -> None:
-        """After a rollback."""
+        """Forget the touched entries after a rollback."""
         for family in self._families.values():
             family.dirty_prefixes.clear()
             family.dirty_addresses.clear()
@@ -373,28 +386,28 @@ class Addresses:
 
 @lru_cache(maxsize=REMEMBERED)
 def _row(identity: int, endpoint: int) -> AddressRow:
-    """The shared row of addresses with this identity and endpoint that are on no known node."""
+    """The row of addresses with this identity and endpoint that are on no known node; equal rows are shared."""
     return AddressRow(identity, endpoint)
 
 
 def _only(nodes: tuple[int, ...]) -> int:
-    """The one node of an address; 0 when there is none, or there are several."""
+    """The only node of an address; 0 when there is none, or there are several."""
     return nodes[0] if nodes and nodes.count(nodes[0]) == len(nodes) else 0
 
 
 def _with(around: frozenset[int], own: tuple[int, ...]) -> frozenset[int]:
-    """Those of the context and its own; the context's very set where there are no others."""
+    """The union of the context's members and the own ones; the context's own set object when there are no others."""
     return around.union(own) if own else around
 
 
 def _without(members: tuple[int, ...], member: int) -> tuple[int, ...]:
-    """One occurrence less; ValueError when there is none."""
+    """A collection with one occurrence less; ValueError when there is none."""
     at = members.index(member)
     return members[:at] + members[at + 1 :]
 
 
 def _ranges(family: _Family, keys: Iterable[int]) -> list[tuple[int, int]]:
-    """The address ranges of prefixes, without those inside others."""
+    """The address ranges of prefixes, without prefixes inside others."""
     merged: list[tuple[int, int]] = []
     for key in sorted(keys):
         start = key >> _LENGTH_BITS

@@ -19,7 +19,10 @@ _WORLDS = {WORLD_V4: "world 4", WORLD_V6: "world 6"}
 
 
 def _set(policy: PolicySetReader, names: Mapping[int, str]) -> Hashable:
-    """A policy set as a value: the names of peers with equal verdicts, and those verdicts by own side, port and source port."""
+    """A policy set as a value.
+
+    Groups of peers with equal verdicts, and those verdicts by own side, port and source port.
+    """
 
     def members(addresses: AddressClass) -> frozenset[str]:
         return frozenset(names[identity] for identity in addresses.identities)
@@ -37,7 +40,7 @@ def _set(policy: PolicySetReader, names: Mapping[int, str]) -> Hashable:
 
 
 def canonical(tables: CompiledTables) -> dict[str, Hashable]:
-    """The content of the tables, to be compared with ``==``. Cost: all of the tables, and all cells of all sets in use."""
+    """The content of the tables as a value for ``==``. Cost: all tables, and all cells of all used policy sets."""
     reader = TableReader(tables)
     names = {**dict(tables.identities.items()), **_WORLDS}
     sets = {row: _set(reader.policy_set(row), names) for row in _sets_in_use(tables)}
@@ -66,11 +69,11 @@ def canonical(tables: CompiledTables) -> dict[str, Hashable]:
 
 
 def _sets_in_use(tables: CompiledTables) -> set[SetRow]:
-    """Policy sets that an endpoint has."""
+    """Policy sets that some endpoint uses."""
     return {set_row for _, row in tables.endpoints.items() for set_row in row.sets.values()}
 
 
 def _numbers_in_use(tables: CompiledTables) -> set[int]:
-    """Numbers of class tables in policy sets that an endpoint has, on either side."""
+    """Numbers of class tables that used policy sets refer to, on either side."""
     rows = _sets_in_use(tables)
     return {row.number for row in rows} | {row.own_set for row in rows}

@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Classes of identities as policy sets see them: identities of which the same matches hold.
+"""Classes of identities as policy sets see them: a class has the identities for which the same matches are true.
 
-A *class table* is a partition of the identities by a set of matches.  Policy sets with the same matches on a side share it,
-however differently they judge its classes: what changes a policy's ports or actions changes no row of ``peer_classes``.
-*Entry vectors* are what one policy set makes of a class table: each class as a bit vector of the set's entries.  As every entry has
-one match, classes and vectors are one to one.
+A *class table* is a partition of the identities by a set of matches.  Policy sets with the same matches on a side share
+it, whatever verdicts they give its classes: a change of a policy's ports or actions changes no row of ``peer_classes``.
+*Entry vectors* are one policy set's view of a class table: each class as a bit vector of the set's entries.  As every
+entry has one match, classes and vectors are one to one.
 
-Invariants: every identity in use has its class, through a row of ``peer_classes`` or as the default class of its family; a
-class number keeps its meaning as long as it is in use, so verdicts of a published set stay right when identities come and go.
+Invariants: every identity in use has its class, through a row of ``peer_classes`` or as the default class of its
+family; a class number keeps its meaning as long as it is in use, so verdicts of a published set stay right when
+identities come and go.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ class ClassTable:
         self.vectors: dict[int, int] = {}
         self.defaults = {4: 0, 6: 0}
         self.base = {4: 0, 6: 0}
-        """Vector of an identity that no positive term of a match holds of and no negative one, by family."""
+        """By family: the vector of an identity for which no positive term and no negative term of a match is true."""
         self.references = 0
         self._identities = identities
         self._limit = limit
@@ -63,14 +64,14 @@ class ClassTable:
 
     @property
     def rows(self) -> Mapping[int, int]:
-        """Identity -> class, of those that are not in the default class of their family. Not to be changed."""
+        """The class of each identity that is not in its family's default class; read-only for callers."""
         return self._rows
 
     def build(self, draft: Draft) -> None:
-        """Classes and rows for all identities, of a table that is not in force yet.
+        """Assign classes and rows to all identities, in a table that is not in force yet.
 
-        Cost: the members of all matches, never identities times matches.  The class of most identities of a family is
-        its default.
+        Cost: the members of all matches, never identities times matches.  The class of most identities of a family
+        becomes its default.
         """
         vectors = self._vectors_by_term()
         v6 = self._identities.v6
@@ -118,7 +119,7 @@ class ClassTable:
         return vectors
 
     def _known(self, vector: int) -> int:
-        """The class of a vector, in a table that is being built."""
+        """The class of a vector, in a table during `build`."""
         class_ = self._classes.get(vector)
         if class_ is None:
             class_ = len(self.vectors)
@@ -175,7 +176,7 @@ class ClassTable:
             journal.add(self._free, class_)
 
     def clear(self, draft: Draft) -> None:
-        """Drop all rows, when no policy set uses the table any more."""
+        """Drop all rows, when the last policy set has released the table."""
         rows = draft.rows(Phase.SHRINK, "peer_classes")
         for identity in self._rows:
             rows[(self.number, identity)] = DELETED
@@ -205,7 +206,7 @@ class ClassTables:
         self._tables: dict[frozenset[MatchRecord], ClassTable] = {}
 
     def acquire(self, matches: frozenset[MatchRecord], what: str, journal: Journal) -> ClassTable:
-        """Count a use of the table of these matches; a new one has no classes until it is built."""
+        """Count a use of the class table for these matches; a new one has no classes until it is built."""
         found = self._tables.get(matches)
         if found is None:
             number = self._numbers.take(journal)
@@ -217,7 +218,7 @@ class ClassTables:
         return found
 
     def release(self, class_table: ClassTable, draft: Draft, journal: Journal) -> None:
-        """Count one use less; a table without uses goes, with its rows. To be called at the end of a commit."""
+        """Count one use less; a table without uses is removed, with its rows. Must be called at the end of a commit."""
         journal.assign(class_table, "references", class_table.references - 1)
         if not class_table.references:
             journal.pop(self._tables, class_table.matches)
@@ -226,7 +227,10 @@ class ClassTables:
 
 
 class EntryVectors:
-    """A class table as one policy set sees it. ``masks``: match -> bits of the set's entries; ``always``: bits of any address."""
+    """One policy set's view of a class table.
+
+    ``masks``: match -> bits of the set's entries; ``always``: bits of entries that match any address.
+    """
 
     __slots__ = ("_always", "_known", "_masks", "table")
 
@@ -256,5 +260,5 @@ class EntryVectors:
         return {class_: self.vector(matching) for class_, matching in self.table.vectors.items()}
 
     def vector_of(self, identity: int) -> int:
-        """The entries of the policy set with a match that is true for an identity in use, as a bit vector."""
+        """Bit vector of the policy set's entries with a match that is true for an identity in use."""
         return self.vector(self.table.vector_of(identity))

@@ -58,7 +58,7 @@ from netpol_ebpf.policy.types import (
 )
 
 _PAIRS = 64
-"""Changes of one identity into another that are compared before a commit is taken to revoke something; arbitrary."""
+"""Largest number of identity changes that a commit compares; above it the commit counts as a revocation; arbitrary."""
 
 
 class Commit:
@@ -83,7 +83,7 @@ class Commit:
         self._known_own_entries: dict[tuple[Template, tuple[int, ...]], int | None] = {}
 
     def run(self) -> None:
-        """Do all of it; the draft then holds the rows. Raises LimitError."""
+        """Run the commit; the draft then has the rows. Raises LimitError."""
         intake = self._intake
         intake.take(self._changes)
         for local in intake.gone:
@@ -105,7 +105,7 @@ class Commit:
     # --- 2. rule lists ------------------------------------------------------------------------------------------------
 
     def _refresh_templates(self) -> None:
-        """Rebuild templates whose objects, names or services changed, and note the endpoints that have them."""
+        """Rebuild templates with changed objects, names or services, and mark the endpoints that use them."""
         state = self._state
         moves = self._intake.service_moves
         services = [service_key(old, new) for old, new in moves if service_ports(old) != service_ports(new)]
@@ -120,7 +120,7 @@ class Commit:
         self._intake.drop_unknown()
 
     def _order(self, local: LocalEndpoint) -> None:
-        """Rebuild the rule lists of an endpoint."""
+        """Build the new rule lists of an endpoint."""
         state, journal = self._state, self._journal
         endpoint = local.endpoint
         policies = frozenset(state.subjects.policies_of(endpoint.key))
@@ -141,7 +141,7 @@ class Commit:
         journal.assign(local, "rule_lists", rule_lists)
 
     def _tiers(self, keys: frozenset[PolicyKey], direction: Direction, stage: Stage) -> tuple[TierTemplates, ...]:
-        """The ordered tiers of these policies, worked out once for all endpoints that the same ones select."""
+        """The ordered tiers of these policies, computed once for all endpoints with the same policies."""
         known = self._ordered.get((keys, direction, stage))
         if known is None:
             state = self._state
@@ -172,7 +172,10 @@ class Commit:
     # --- 3. and 4. addresses ----------------------------------------------------------------------------------------
 
     def _label_addresses(self) -> list[EndpointKey]:
-        """Write address rows in GROW, then in FLIP. Returns the local endpoints with an own address that changed its identity."""
+        """Write the address rows of GROW, then of FLIP.
+
+        Returns the local endpoints with an own address that changed its identity.
+        """
         state, draft, journal = self._state, self._draft, self._journal
         addresses, identities = state.addresses, state.identities
         added = set(identities.groups_added)
@@ -196,7 +199,7 @@ class Commit:
         return [key for key in claims if key in state.local]
 
     def _place_group(self, group_id: int, group: AddressGroup, *, add: bool) -> None:
-        """Put a nets list's prefixes or a service's addresses into the address space, or take them out."""
+        """Add a group's prefixes (nets) or addresses (service) to the address space, or remove them."""
         addresses, journal = self._state.addresses, self._journal
         if isinstance(group, NetsTerm):
             change_net = addresses.add_prefix_group if add else addresses.remove_prefix_group
@@ -209,7 +212,7 @@ class Commit:
                 change(address, group_id, journal)
 
     def _move_services(self, added: set[int]) -> None:
-        """Backends of services came and went; address groups that were added just now have the new ones already."""
+        """Apply changed backends of services; address groups added in this commit already have the new ones."""
         state, journal = self._state, self._journal
         for old, new in self._intake.service_moves:
             namespace, name = service_key(old, new)
@@ -242,7 +245,7 @@ class Commit:
         journal.assign(local, "sets", sets)
 
     def _own_entries(self, endpoint: Endpoint, rule_list: RuleList) -> OwnEntries | None:
-        """The own entries of an endpoint; None: the own side must be looked up for each packet."""
+        """The own entries of an endpoint; None: the program must look up the own side for each packet."""
         if not rule_list.constraining:
             return ()
         if endpoint.kind is EndpointKind.HOST or endpoint.allowed_sources or not endpoint.addresses:
@@ -254,7 +257,7 @@ class Commit:
         return None if None in bits else tuple(bit for bit in bits if bit is not None)
 
     def _own_entries_of(self, template: Template, identities: tuple[int, ...]) -> int | None:
-        """Bits of the entries that hold for all the identities, or None when that differs among them."""
+        """Bits of the entries that hold for all the identities, or None when the identities differ."""
         known = self._known_own_entries.get((template, identities), -1)
         if known != -1:
             return known
@@ -317,7 +320,7 @@ class Commit:
                 draft.rows(Phase.SHRINK, "l4_atoms").update(split.blocks)
 
     def _revokes(self) -> bool:
-        """Whether a packet that was allowed may be denied now. The old and the new policy sets both still exist."""
+        """Whether an allowed packet may be denied now. The old and the new policy sets both still exist."""
         state = self._state
         if self._is_first or self._intake.gone:
             return True  # what was in force before is not known, or not in force any more
@@ -355,7 +358,7 @@ class Commit:
                 draft.write(Phase.FLIP, "endpoints", key, row)
 
     def _write_moved(self, key: EndpointKey, local: LocalEndpoint) -> None:
-        """Point published endpoint rows at the new range of a policy set that moved, before anything else is written."""
+        """Point published endpoint rows at the new range of a moved policy set, before anything else is written."""
         if local.row is None:
             return
         now = {row: live.row for live, row in self._state.sets.moved.items()}
@@ -368,7 +371,7 @@ class Commit:
     # --- the end ----------------------------------------------------------------------------------------------------
 
     def _collect(self) -> None:
-        """Release numbers, rows and owners without uses."""
+        """Release unused numbers, rows and owners."""
         state, draft, journal = self._state, self._draft, self._journal
         for number in state.identities.created:
             if number in state.identities.identities:
@@ -386,7 +389,7 @@ class Commit:
             state.numbers.give_back(local.number, journal)
 
     def check_sizes(self, tables: CompiledTables) -> None:
-        """Raise LimitError when a table would not hold the rows it has during the change."""
+        """Raise LimitError when a table has no room for its rows during the change."""
         limits = self._state.limits
         names = [str(key or kind.__name__) for kind, objects in self._changes.items() for key in islice(objects, 3)]
         what = ", ".join(names[:3])
@@ -399,7 +402,7 @@ class Commit:
 
 
 def _members(service: ServiceBackends | None, group: ServiceTerm) -> set[IPAddress]:
-    """Addresses of a service that a term is about."""
+    """Addresses of the service in a term."""
     if service is None:
         return set()
     return {

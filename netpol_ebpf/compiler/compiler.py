@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """`Compiler`: objects in, tables and changes out.
 
-Objects are handed over one by one (`upsert`, `remove`) or as a whole world (`replace`); nothing happens until `commit`,
-which applies all of it or, with an error, none of it.  What a commit costs depends on what changed.
+The caller gives objects one by one (`upsert`, `remove`) or as a whole world (`replace`); nothing happens until
+`commit`, which applies all of it or, with an error, none of it.  The cost of a commit depends on what changed.
 
-Invariants: the tables depend on the present objects alone, up to the numbers in them (`netpol_ebpf.compiler.canonical`);
-numbers of what stays do not change; the order of arrival means nothing.
+Invariants: the tables depend on the present objects alone, up to the numbers in them
+(`netpol_ebpf.compiler.canonical`); numbers of unchanged objects do not change; the order of arrival has no effect.
 """
 
 from __future__ import annotations
@@ -57,9 +57,10 @@ def key_of(obj: PolicyObject) -> Any:
 
 
 class Compiler:
-    """Compiles for the endpoints that ``local`` says are on this node; all others count as peers only.
+    """Compiles for the endpoints that ``local`` accepts; all others count as peers only.
 
-    ``known``: numbers that an earlier run left in force. An object that had a number keeps it; `release_known` frees the others.
+    ``known``: numbers that an earlier run left in force. An object with a known number keeps it; `release_known` frees
+    the rest.
     """
 
     def __init__(
@@ -79,36 +80,36 @@ class Compiler:
 
     @property
     def world(self) -> World:
-        """The objects in force, not to be changed."""
+        """The objects in force; read-only for callers."""
         return self._state.world
 
     def canonical(self) -> dict[str, Hashable]:
-        """What the tables say, independent of history; equal for compilers with equal objects in force."""
+        """The tables' content, independent of history; equal for compilers with equal objects in force."""
         return canonical(self.tables)
 
     def policies_of(self, endpoint: EndpointKey) -> list[Policy]:
-        """The policies that select an endpoint whose tables are compiled, staged ones too, in the order of their keys."""
+        """The policies that select a compiled endpoint, also staged ones, in the order of their keys."""
         policies = self._state.world.policies
         return [policies[key] for key in sorted(self._state.subjects.policies_of(endpoint)) if key in policies]
 
     def content_of(self, identity: int) -> IdentityContent:
-        """What the addresses of an identity in use have in common: labels, nets, services. Raises KeyError."""
+        """The content of an identity: labels, nets and services that its addresses have in common. Raises KeyError."""
         return self._state.identities.content_of(identity)
 
     def release_known(self) -> None:
-        """Rule and endpoint numbers of an earlier run that nothing uses are free from now on."""
+        """Free the rule and endpoint numbers of an earlier run that nothing uses."""
         self._state.release_kept()
 
     def upsert(self, obj: PolicyObject) -> None:
-        """Add an object or put it in place of the one with its key, at the next commit."""
+        """Add an object, or replace the one with its key, at the next commit."""
         self._staged[type(obj)][key_of(obj)] = obj
 
     def remove(self, kind: type[PolicyObject], key: Any) -> None:
-        """Remove the object of that type and key at the next commit, if there is one; settings go back to the defaults."""
+        """Remove the object of that type and key, if it exists, at the next commit; settings return to their defaults."""
         self._staged[kind][key] = PolicySettings() if kind is PolicySettings else None
 
     def replace(self, world: World) -> None:
-        """Make these the objects, at the next commit. What was handed over before and not committed is dropped."""
+        """Replace all objects at the next commit. Earlier uncommitted changes are dropped."""
         self._staged.clear()
         ours = self._state.world
         kinds: tuple[tuple[type, Mapping[Any, Any], Mapping[Any, Any]], ...] = (
@@ -129,10 +130,10 @@ class Compiler:
         self._staged[PolicySettings][None] = world.settings
 
     def commit(self) -> Change:
-        """Apply everything handed over since the last commit. Returns the rows to write; empty when nothing changed.
+        """Apply all changes since the last commit. Returns the rows to write; empty when nothing changed.
 
         Raises LimitError when a limit would be exceeded; then the tables and the objects in force are as before, and
-        what was handed over is dropped.
+        the changes are dropped.
         """
         staged, self._staged = self._staged, defaultdict(dict)
         draft = Draft()
@@ -157,9 +158,10 @@ class Compiler:
 
 @contextmanager
 def _collector_paused() -> Iterator[None]:
-    """No garbage collection during a commit: a large one makes no cyclic garbage but a million objects that stay.
+    """A context without garbage collection, for a commit.
 
-    The collector would go through all of them again and again: more than half of the time of a cold start.
+    A large one makes no cyclic garbage but a million objects that stay. The collector would scan all of them again and
+    again: more than half of the time of a cold start.
     """
     if not gc.isenabled():
         yield

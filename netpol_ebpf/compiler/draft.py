@@ -22,18 +22,18 @@ class Phase(enum.Enum):
 
 
 DELETED: Any = None
-"""In place of a row: remove the key."""
+"""Stands for the removal of a key, in place of a row."""
 
 
 class Draft:
-    """Writes not yet made. A later write of a phase to the same key replaces an earlier one."""
+    """Writes of a commit, not yet applied. A later write of a phase to the same key replaces an earlier one."""
 
     def __init__(self) -> None:
         self._writes: dict[Phase, dict[str, dict[Any, Any]]] = {phase: {} for phase in Phase}
         self.revokes = False
 
     def write(self, phase: Phase, table: str, key: object, row: object) -> None:
-        """Note one row, or DELETED."""
+        """Record the write of one row, or DELETED."""
         writes = self._writes[phase]
         rows = writes.get(table)
         if rows is None:
@@ -41,7 +41,7 @@ class Draft:
         rows[key] = row
 
     def rows(self, phase: Phase, table: str) -> dict[Any, Any]:
-        """The writes of a phase to a table, to be added to."""
+        """The writes of a phase to a table, as a mapping that the caller may extend."""
         return self._writes[phase].setdefault(table, {})
 
     def size_after(self, tables: CompiledTables, table: str) -> int:
@@ -55,7 +55,7 @@ class Draft:
         return len(existing) + len(added)
 
     def publish(self, tables: CompiledTables) -> Change:
-        """Write everything to the tables, leaving nothing here. Returns the same as a change."""
+        """Apply the writes to the tables and clear the draft. Returns the writes as a change."""
         change = Change(revokes=self.revokes)
         for phase, writes in self._writes.items():
             for name in list(writes):

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """A rule as entries in product form: (peer address) x (own address) x (protocol, port or type) x (source port).
 
-A rule whose ports are names, or that matches a service's ports, is no such product, for which ports match depends on the
-address; it becomes one entry for each distinct resolution.  Entries of one rule share its cause, so overlap is harmless.
+A rule with named ports, or with a service's ports, is no such product, since the matching ports depend on the address;
+it becomes one entry for each distinct resolution.  Entries of one rule share its cause, so overlap is harmless.
 
 Invariant: a packet matches a rule exactly when it matches one of the rule's entries (the definition of a match is
-section 1 of policy/MATCHING.md).  Nothing here looks at endpoints or services: a `Resolver` does, and knows what was asked.
+section 1 of policy/MATCHING.md).  This module does not read endpoints or services: a `Resolver` does, and records which
+names and services the rule depends on.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ PortPair = tuple[int, int]
 
 
 class Resolver(Protocol):
-    """Knows which ports names and services stand for at present."""
+    """Resolves named ports and services to their present ports."""
 
     def named(self, selector: Selector | None, name: str) -> Iterable[PortPair]:
         """Every (protocol, port) that an endpoint matching the selector declares by that name."""
@@ -58,7 +59,7 @@ class Resolver(Protocol):
 
 
 class Effect(enum.Enum):
-    """What an entry does to a packet that matches it."""
+    """The effect of an entry on a packet that matches it."""
 
     ALLOW = "allow"
     DENY = "deny"
@@ -72,7 +73,10 @@ EFFECTS = {Action.ALLOW: Effect.ALLOW, Action.DENY: Effect.DENY, Action.PASS: Ef
 
 @dataclass(frozen=True, slots=True)
 class RuleEntry:
-    """One line of a flattened policy. ``family``: 4, 6 or 0 for both; ``peer`` repeats it where its terms do not imply it."""
+    """One entry of a policy's rule.
+
+    ``family``: 4, 6 or 0 for both; ``peer`` repeats it where its terms do not imply it.
+    """
 
     effect: Effect
     cause: Cause
@@ -85,7 +89,10 @@ class RuleEntry:
 
 @dataclass(frozen=True, slots=True)
 class _Clause:
-    """A conjunction in the making: what one clause of a rule adds. Families 4 and 6 at once are a contradiction."""
+    """A partial conjunction: the conditions that one clause of a rule adds.
+
+    Families 4 and 6 at once are a contradiction.
+    """
 
     l4: Intervals = ANY_L4
     source: Intervals = ANY_SOURCE
@@ -145,17 +152,17 @@ def _rule_clause(rule: Rule) -> _Clause:
 
 
 def _icmp(wanted: IcmpType) -> Intervals:
-    """A type, and a code, of either ICMP."""
+    """A type, and a code, of ICMP or ICMPv6."""
     return normalise(chain.from_iterable(icmp(number, wanted.type, wanted.code) for number in (ICMP, ICMPV6)))
 
 
 def _implies_family(positive: frozenset[Term]) -> bool:
-    """Nets of one family only: no address of the other matches anyway."""
+    """Whether all nets are of one family: then no address of the other family matches anyway."""
     return any(isinstance(term, NetsTerm) and len({net.version for net in term.nets}) == 1 for term in positive)
 
 
 def _side(entity: Entity, number: int | None, resolver: Resolver, *, is_source: bool) -> Iterator[_Clause]:
-    """Alternatives that together are what an entity says; ``number``: the rule's protocol."""
+    """Alternatives that together are equivalent to an entity; ``number``: the rule's protocol."""
     clauses = (
         (_labels(entity),),
         tuple(_nets(entity.nets)) if entity.nets else _NO_CLAUSE,
@@ -197,7 +204,10 @@ def _labels(entity: Entity) -> _Clause:
 
 
 def _nets(nets: tuple[IPNetwork, ...]) -> Iterator[_Clause]:
-    """A default route is a family; other nets are one term, shared by all rules that list the same."""
+    """The match of a list of nets.
+
+    A default route becomes a family; other nets are one term, shared by all rules with the same list.
+    """
     lists: dict[int, list[IPNetwork]] = {
         4: list(collapse_addresses(net for net in nets if isinstance(net, IPv4Network))),
         6: list(collapse_addresses(net for net in nets if isinstance(net, IPv6Network))),
@@ -228,7 +238,7 @@ def _not_nets(nets: tuple[IPNetwork, ...]) -> tuple[_Clause, ...]:
 
 
 def _named(entity: Entity, names: Ports, number: int | None, resolver: Resolver) -> dict[PortPair, set[str]]:
-    """(protocol, port) to the names that stand for it on this side, where the rule's protocol allows it."""
+    """By (protocol, port), the names that stand for it on this side, where the rule's protocol allows it."""
     found: dict[PortPair, set[str]] = {}
     for name in names.names:
         for pair in resolver.named(entity.selector, name):
@@ -251,7 +261,7 @@ def _point(pair: PortPair, *, is_source: bool) -> _Clause:
 
 
 def _ports(entity: Entity, number: int | None, resolver: Resolver, *, is_source: bool) -> Iterator[_Clause]:
-    """A range, or a name that an owner of the address declares."""
+    """The match of ports: a range, or a name that an owner of the address declares."""
     wanted = entity.ports
     if wanted is None:
         return
@@ -265,7 +275,10 @@ def _ports(entity: Entity, number: int | None, resolver: Resolver, *, is_source:
 
 
 def _not_ports(entity: Entity, number: int | None, resolver: Resolver, *, is_source: bool) -> Iterator[_Clause]:
-    """Disjoint clauses: packets on a port that a name stands for somewhere, and all the others."""
+    """Disjoint clauses for negated ports.
+
+    Packets on a port that some endpoint declares by that name, and all other packets.
+    """
     unwanted = entity.not_ports
     if unwanted is None:
         return

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Identities (what can be said of an address, numbered) and address matches, each found from the other.
+"""Identities (numbered sets of an address's properties) and address matches, each found from the other.
 
 An identity is (family, set of owners, set of groups): groups are the nets lists and services in use that contain the
-address.  A match in use knows how to find its identities by its most telling term; a new identity finds the matches that
-concern it by its own terms.  Nothing here is a product of identities and matches.
+address.  A match finds its identities by its most selective term; a new identity finds its matches by its own terms.
+So nothing here is a product of identities and matches.
 
-Invariants: WORLD_V4 and WORLD_V6 are the identities without owners and groups and always exist; an identity whose last
-reference goes stays until `collect`, so that everything in use during a change has its rows.
+Invariants: WORLD_V4 and WORLD_V6 are the identities without owners and groups and always exist; an identity without
+references stays until `collect`, so that everything in use during a change has its rows.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from netpol_ebpf.compiler.tables import FIRST_IDENTITY, WORLD_V4, WORLD_V6
 from netpol_ebpf.compiler.terms import AddressGroup, AddressMatch, NetsTerm, ServiceTerm, Term
 
 _NUMBERS = 1 << 31
-"""Numbers there are; how many may be in use at once is `Limits.identities`, checked by the commit."""
+"""Size of the number space; `Limits.identities` limits how many are in use at once, and the commit checks it."""
 
 IdentityKey = tuple[int, frozenset[int], frozenset[int]]
 """(family, owner ids, group ids)."""
@@ -52,7 +52,7 @@ class AddressGroupRecord:
 
 @dataclass(slots=True, eq=False)
 class MatchRecord:
-    """An address match in use. Terms by id, owner terms positive, groups negative (so that the two never meet)."""
+    """A match in use. Terms by id: owner terms are positive, groups negative, so that the two never meet."""
 
     number: int
     match: AddressMatch
@@ -62,11 +62,11 @@ class MatchRecord:
 
     @property
     def is_floating(self) -> bool:
-        """It holds of whatever its negative terms do not exclude."""
+        """Whether the match has no positive terms: it is true unless a negative term excludes it."""
         return not self.positive
 
     def holds(self, family: int, terms: set[int]) -> bool:
-        """Whether it holds of an identity of that family with exactly these terms."""
+        """Whether the match is true for an identity of that family with exactly these terms."""
         return (
             self.match.family in (0, family)
             and self.positive <= terms
@@ -76,10 +76,10 @@ class MatchRecord:
 
 @dataclass(frozen=True, slots=True)
 class IdentityContent:
-    """What all addresses of an identity have in common.
+    """The properties that all addresses of an identity have in common.
 
-    ``owners``: the distinct (kind, labels, named ports) of the endpoints, network sets and nodes that have or contain them.
-    ``groups``: the lists of nets and the services of rules that they are in.  Neither has an order.
+    ``owners``: the distinct (kind, labels, named ports) of the endpoints, network sets and nodes that have or contain
+    them. ``groups``: the lists of nets and the services of rules that contain them.  Neither has an order.
     """
 
     family: int
@@ -87,7 +87,7 @@ class IdentityContent:
     groups: tuple[AddressGroup, ...] = ()
 
     def digest(self) -> str:
-        """A name for the content that is the same in every run: 32 hexadecimal digits of SHA-256."""
+        """A hash of the content that is the same in every run: 32 hexadecimal digits of SHA-256."""
         lines = [
             f"{kind.value} {pairs(labels)} {[(port.name, port.protocol, port.port) for port in ports]}"
             for kind, labels, ports in self.owners
@@ -101,7 +101,7 @@ class IdentityContent:
 
 
 class IdentityIndex:
-    """The registers of identities, groups and matches. ``known``: numbers to keep, by digest, from an earlier run."""
+    """All identities, groups and matches in use. ``known``: numbers to keep, by digest, from an earlier run."""
 
     def __init__(self, owners: OwnerIndex, known: Mapping[str, int] | None = None) -> None:
         self._owners = owners
@@ -126,9 +126,9 @@ class IdentityIndex:
         self._by_negative: dict[int, set[MatchRecord]] = {}  # each negative term of a floating match -> matches
         self.groups_added: list[int] = []
         self.groups_removed: list[tuple[int, AddressGroup]] = []
-        """Groups whose first use came, and whose last one went, since these were last cleared."""
+        """Groups that came into use, and groups that went out of use, since the last clearing."""
         self.created: list[int] = []
-        """Identities made since this was last cleared (by the compiler, at the end of a commit)."""
+        """Identities created since the last clearing (by the compiler, at the end of a commit)."""
         self._unreferenced: set[int] = set()
         self._found: dict[int, frozenset[int]] = {}  # match number -> identities, while neither side changes
 
@@ -152,7 +152,7 @@ class IdentityIndex:
             journal.add(self._unreferenced, number)
 
     def collect(self, journal: Journal) -> tuple[list[int], set[int]]:
-        """Forget identities without uses. Returns their numbers, and the owners they had."""
+        """Remove identities without uses. Returns their numbers, and their owners."""
         gone = [number for number in self._unreferenced if not self.identities[number].references]
         owners: set[int] = set()
         for number in gone:
@@ -173,11 +173,11 @@ class IdentityIndex:
         return gone, owners
 
     def family_members(self, family: int) -> set[int]:
-        """All identities of a family, not to be changed."""
+        """All identities of a family; read-only for callers."""
         return self.v4 if family == 4 else self.v6  # noqa: PLR2004  # the family
 
     def terms_of(self, number: int) -> set[int]:
-        """Ids of the terms in use that hold of an identity: owner terms positive, groups negative."""
+        """Ids of the terms that are true for an identity: owner terms positive, groups negative."""
         record = self.identities[number]
         terms = {-group for group in record.groups}
         for owner in record.owners:
@@ -185,7 +185,7 @@ class IdentityIndex:
         return terms
 
     def content_of(self, number: int) -> IdentityContent:
-        """What the addresses of an identity in use have in common. Raises KeyError for another number."""
+        """The content of an identity in use. Raises KeyError for another number."""
         record = self.identities[number]
         return self._content((record.family, record.owners, record.groups))
 
@@ -262,7 +262,7 @@ class IdentityIndex:
         return record
 
     def release_match(self, record: MatchRecord, journal: Journal) -> None:
-        """Count one use less; a match without uses is forgotten, and so are terms without uses."""
+        """Count one use less; a match without uses is removed, and so are terms without uses."""
         journal.assign(record, "references", record.references - 1)
         if record.references:
             return
@@ -281,7 +281,10 @@ class IdentityIndex:
         return self._matches[match]
 
     def members(self, record: MatchRecord) -> frozenset[int]:
-        """Identities a match with positive terms holds of. Cost: the smallest of the terms, once until something changes."""
+        """Identities for which a match with positive terms is true.
+
+        Cost: the smallest of the terms, once until something changes.
+        """
         found = self._found.get(record.number)
         if found is None:
             sets = sorted((self._identities_of(term) for term in record.positive), key=len)
@@ -301,7 +304,7 @@ class IdentityIndex:
         return result
 
     def concerning(self, number: int) -> tuple[list[MatchRecord], list[MatchRecord]]:
-        """For an identity: matches with positive terms that hold of it, floating matches that would but for a term."""
+        """The matches with positive terms that are true for an identity, and the floating matches that it makes false."""
         record = self.identities[number]
         terms = self.terms_of(number)
         holding: list[MatchRecord] = []
@@ -313,7 +316,7 @@ class IdentityIndex:
         return holding, list(excluded)
 
     def _places(self, record: MatchRecord) -> list[tuple[dict[int, set[MatchRecord]], int]]:
-        """Where a match waits for identities: under one positive term, or under each negative one if it floats."""
+        """The terms by which identities find a match: one positive term, or each negative term if the match floats."""
         if record.positive:
             return [(self._by_positive, min(record.positive))]
         return [(self._by_negative, term) for term in record.negative]
@@ -332,7 +335,7 @@ class IdentityIndex:
         return found
 
     def end_commit(self) -> None:
-        """A commit is over, one way or the other: forget what was noted for it."""
+        """Forget the records of a commit, after its success or failure."""
         self._found.clear()
         self.created.clear()
         self.groups_added.clear()

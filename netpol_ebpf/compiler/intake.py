@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The first step of a commit: changed objects go into the world, and what has to be looked at again is noted.
+"""The first step of a commit: changed objects go into the world, and dependent parts are marked for the next steps.
 
-Invariant: afterwards the world, the owners, the subjects and the indexes of the state are those after the change; addresses,
-templates and rule lists are still those before it.
+Invariant: afterwards the world, the owners, the subjects and the indexes of the state are those after the change;
+addresses, templates and rule lists are still those before it.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ U = TypeVar("U")
 
 
 class Intake:
-    """Takes changes, by type and key the new object or None, and notes what they concern.
+    """Takes changes, by type and key the new object or None, and records what depends on them.
 
-    ``dirty``: local endpoints whose rule lists may change; ``stale``: templates whose object changed; ``address_moves``: addresses,
-    the owner that they get or lose with the number of the node that it is on (0: here, or not known), and whether they get it;
-    ``net_moves``: the same of nets, without nodes; ``numbered``: nodes with the numbers that they have now, 0 for none;
-    ``claims``: local endpoints that got or lost an address; ``disappeared``: owners with an object less; ``gone``: local
-    endpoints that are no more.
+    ``dirty``: local endpoints with rule lists that may change; ``stale``: templates with a changed object;
+    ``address_moves``: addresses, the owner that they get or lose with the number of its node (0: this node, or not
+    known), and whether they get it; ``net_moves``: the same for nets, without nodes; ``numbered``: nodes with their
+    present numbers, 0 for none; ``claims``: local endpoints that got or lost an address; ``disappeared``: owners that
+    lost an object; ``gone``: local endpoints that no longer exist.
     """
 
     def __init__(self, state: CompilerState, local: Callable[[Endpoint], bool], journal: Journal) -> None:
@@ -63,7 +63,7 @@ class Intake:
         self.gone: list[LocalEndpoint] = []
 
     def take(self, changes: Mapping[type, Mapping[Any, Any]]) -> None:
-        """Put the changes into the world. An object equal to the one in force is no change."""
+        """Apply the changes to the world. An object equal to the one in force is no change."""
         takers = {
             Endpoint: self._take_endpoint,
             LabelledNets: self._take_network_set,
@@ -97,11 +97,11 @@ class Intake:
                 taker(old, new)
 
     def touch(self, endpoints: Iterable[EndpointKey]) -> None:
-        """Note local endpoints whose rule lists may change."""
+        """Mark local endpoints with rule lists that may change."""
         self.dirty.update(dict.fromkeys(endpoints))
 
     def drop_unknown(self) -> None:
-        """Forget noted endpoints that are local no more."""
+        """Unmark endpoints that are no longer local."""
         for key in self.dirty.keys() - self._state.local.keys():
             del self.dirty[key]
 
@@ -202,9 +202,9 @@ class Intake:
         self.address_moves.extend(_moves(_addresses(old), (before, number), _addresses(new), (after, number)))
 
     def _number_nodes(self, changes: Mapping[str, ClusterNode | None]) -> None:
-        """Nodes change their addresses: give those numbers that these tell now, and to what is on nodes, as it is so far.
+        """Renumber nodes with changed addresses, and move the objects on them to the new numbers.
 
-        Whatever is taken afterwards has the new numbers, also what it takes the place of.
+        Must run first: objects that are taken afterwards use the new numbers, and so do the objects that they replace.
         """
         state, before = self._state, self._state.world.nodes
         moved = {name: new for name, new in changes.items() if _addresses(before.get(name)) != _addresses(new)}
@@ -222,12 +222,12 @@ class Intake:
                 self._move_node(endpoint.addresses, state.endpoint_owners[key], renumbered[endpoint.node])
 
     def _move_node(self, addresses: Iterable[IPAddress], owner: int, numbers: tuple[int, int]) -> None:
-        """Addresses of an owner pass from one node number to another one."""
+        """Move an owner's addresses from one node number to another."""
         old, new = numbers
         self.address_moves.extend(_moves(addresses, (owner, old), addresses, (owner, new)))
 
     def _node_of(self, endpoint: Endpoint | None) -> int:
-        """Number of the node of an endpoint that is elsewhere."""
+        """Number of the node of an endpoint on another node."""
         numbers = self._state.nodes.numbers
         if not numbers or endpoint is None or endpoint.node not in numbers or self._local(endpoint):
             return 0
@@ -277,7 +277,7 @@ def _containers(world: World) -> dict[type, dict[Any, Any]]:
 
 
 def _moves(had: Iterable[T], before: U, has: Iterable[T], after: U) -> Iterator[tuple[T, U, bool]]:
-    """What comes, then what goes. With the same owner only the difference."""
+    """The additions, then the removals. With the same owner only the difference."""
     old, new = set(had), set(has)
     same = old & new if before == after else set()
     for each in new - same:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`Interpreter`: a verdict from the tables alone, step by step as the program in the kernel takes it.
+"""`Interpreter`: a verdict from the tables alone, in the steps of the program in the kernel.
 
-Invariant: nothing but the tables is looked at; a row that is referred to and missing is an error, not a guess.
+Invariant: only the tables are read; a missing row that another row refers to is an error, not a guess.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from netpol_ebpf.policy.types import (
 
 
 class Interpreter:
-    """Answers questions from the tables, as they are at the time of each call."""
+    """Computes verdicts from the tables, as they are at the time of each call."""
 
     def __init__(self, tables: CompiledTables) -> None:
         self._tables = tables
@@ -42,7 +42,7 @@ class Interpreter:
         self._verdict_version = (-1, -1)
 
     def decide(self, question: Question) -> Verdict:
-        """The verdict of the tables. Workloads without a row, like unknown endpoints, are denied."""
+        """The tables' verdict. Workloads without a row, like unknown endpoints, are denied."""
         tables = self._tables
         row = tables.endpoints.get(question.endpoint)
         if row is None:
@@ -71,7 +71,7 @@ class Interpreter:
         return _of_family(address, WORLD_V4, WORLD_V6)
 
     def _index(self, row: SetRow, peer: IPAddress, own: IPAddress, packet: Packet) -> int:
-        """Steps 2 to 4."""
+        """Steps 2 to 4: the index of the verdict row."""
         classes = self._tables.peer_classes
         known = classes.get((row.number, self.identity_of(peer)))
         peer_class = _of_family(peer, row.default_class4, row.default_class6) if known is None else known

@@ -29,7 +29,7 @@ def normalise(pairs: Iterable[tuple[int, int]]) -> Intervals:
 
 
 def intersection(left: Intervals, right: Intervals) -> Intervals:
-    """Integers in both."""
+    """Integers in both sets."""
     if left == right:
         return left
     found: list[tuple[int, int]] = []
@@ -47,7 +47,7 @@ def intersection(left: Intervals, right: Intervals) -> Intervals:
 
 
 def difference(left: Intervals, right: Intervals) -> Intervals:
-    """Integers of the left that are not in the right."""
+    """Integers of the first set that are not in the second."""
     found: list[tuple[int, int]] = []
     j = 0
     for first, last in left:

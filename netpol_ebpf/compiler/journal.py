@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The undo journal of one commit: every change to the compiler's state is made through it and can be taken back.
+"""The undo journal of one commit: every change to the compiler's state is made through it and can be rolled back.
 
 Invariant: after `Journal.rollback` each container and attribute that was changed through the journal is as it was
-before.  The journal knows nothing of what the state means.
+before.  The journal does not know the state's meaning.
 """
 
 from __future__ import annotations
@@ -69,11 +69,11 @@ class Journal:
         setattr(thing, name, value)
 
     def on_rollback(self, undo: Callable[[], object]) -> None:
-        """Call this during a rollback, in reverse order with the other changes."""
+        """Register a call for a rollback, in reverse order with the other changes."""
         self._entries.append((_CALL, undo, None, None))
 
     def rollback(self) -> None:
-        """Take every change back, the last one first."""
+        """Undo every change, the last one first."""
         while self._entries:
             kind, thing, key, value = self._entries.pop()
             if kind == _MAPPING:
@@ -92,7 +92,7 @@ class Journal:
 
 
 class Unjournaled(Journal):
-    """Makes the same changes and notes nothing: for the first commit, which is taken back by starting afresh."""
+    """Makes the same changes and records nothing: for the first commit, which is rolled back by starting afresh."""
 
     __slots__ = ()
 
@@ -117,8 +117,8 @@ class Unjournaled(Journal):
         setattr(thing, name, value)
 
     def on_rollback(self, undo: Callable[[], object]) -> None:
-        """Never called back."""
+        """Ignored: this journal never rolls back."""
 
     def rollback(self) -> None:
-        """Cannot be done."""
+        """Always an error: this journal cannot roll back."""
         raise AssertionError("the first commit is not journaled")

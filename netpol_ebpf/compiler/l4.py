@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Protocol and port predicates, and the atoms they cut the space of packets into.
+"""Protocol and port predicates, and the atoms into which they cut the space of packets.
 
-The space is a line of integers that follows the atom blocks of `netpol_ebpf.compiler.tables`: position
-``block * 256 + index``.  A predicate is an interval set on that line; an *atom* is the set of all positions that the
-same predicates contain.  Source ports are a line of their own, from 0 to 65535.
+The space is a line of integers that follows the atom blocks of `netpol_ebpf.compiler.tables`: position ``block * 256 +
+index``.  A predicate is an interval set on that line; an *atom* is the set of all positions that the same predicates
+contain.  Source ports are a line of their own, from 0 to 65535.
 
-Invariants: atom 0 is what no predicate contains; positions with one number are contained in the same predicates; a number
-that stays in use across a change stands for positions that every predicate in use before *and* after treats alike, so
-columns of sets that are not concerned need no rewriting.
+Invariants: atom 0 is in no predicate; positions with the same atom are in the same predicates; an atom number that
+stays in use across a change stands for positions that every predicate in use before *and* after treats alike, so
+columns of unaffected policy sets need no rewriting.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ def protocol(number: int) -> Intervals:
 
 
 def ports(protocols: Iterable[int], ranges: Iterable[tuple[int, int]]) -> Intervals:
-    """Packets of these protocols (of those with ports) with a destination port in one of the ranges."""
+    """Packets of these protocols with a destination port in one of the ranges."""
     pairs = tuple(ranges)
     bases = [PROTOCOL_SLOT[number] * _SLOT for number in protocols]
     return normalise((base + max(first, 0), base + min(last, 65535)) for base in bases for first, last in pairs)
 
 
 def icmp(number: int, type_: int, code: int | None) -> Intervals:
-    """ICMP or ICMPv6 packets of a type, and a code unless that is None."""
+    """ICMP or ICMPv6 packets of a type, and of a code unless that is None."""
     base = PROTOCOL_SLOT[number] * _SLOT + type_ * 256
     return ((base, base + 255),) if code is None else ((base + code, base + code),)
 
@@ -59,14 +59,17 @@ WITHOUT_PORTS: Intervals = difference(ANY_L4, WITH_PORTS)
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """What a re-partition did: new atom numbers, each with the number its positions had before (or one of them)."""
+    """The result of a new partition.
+
+    New atom numbers, each with the number that its positions had before (or one of them).
+    """
 
     parents: Mapping[int, int]
     blocks: Mapping[int, tuple[int, ...] | None]  # atom blocks whose content changed; None: all zeros now
 
 
 class AtomSpace:
-    """The atoms of one line for the predicates in use. ``first_block``: where the line is in the atom table."""
+    """The atoms of one line for the predicates in use. ``first_block``: the line's start in the atom table."""
 
     def __init__(self, whole: Intervals, first_block: int, blocks: int, limits: Limits) -> None:
         self._whole = whole
@@ -88,11 +91,11 @@ class AtomSpace:
 
     @property
     def is_stale(self) -> bool:
-        """Predicates were added or removed since the last partition."""
+        """Whether predicates were added or removed since the last partition."""
         return self._stale
 
     def acquire(self, predicate: Intervals, journal: Journal) -> None:
-        """Count a use of a predicate; a first use makes the partition stale."""
+        """Count a use of a predicate; the first use makes the partition stale."""
         if predicate == self._whole:
             return
         count = self._predicates.get(predicate, 0)
@@ -101,7 +104,7 @@ class AtomSpace:
             journal.assign(self, "_stale", value=True)
 
     def release(self, predicate: Intervals, journal: Journal) -> None:
-        """Count one use less; the last one makes the partition stale."""
+        """Count one use less; the last release makes the partition stale."""
         if predicate == self._whole:
             return
         count = self._predicates[predicate]
@@ -112,15 +115,15 @@ class AtomSpace:
             journal.assign(self, "_stale", value=True)
 
     def atoms_of(self, predicate: Intervals) -> Iterable[int]:
-        """Numbers of the atoms a predicate consists of. KeyError when it is not in use."""
+        """Numbers of the atoms in a predicate. KeyError when it is not in use."""
         return range(self._capacity) if predicate == self._whole else self._members[predicate]
 
     def atoms(self) -> set[int]:
-        """Numbers in use."""
+        """The atom numbers in use."""
         return {0, *self._atoms}
 
     def partition(self, journal: Journal) -> Split:
-        """Cut the line anew for the predicates in use. Cost: linear in the number of their boundaries.
+        """Partition the line by the predicates in use. Cost: linear in the number of their boundaries.
 
         Raises LimitError when there are too many atoms.
         """
@@ -145,11 +148,11 @@ class AtomSpace:
         return Split(parents, changed)
 
     def atom_at(self, position: int) -> int:
-        """The atom at a position of the line."""
+        """Number of the atom that contains a position of the line."""
         return self._atoms[bisect_right(self._starts, position) - 1]
 
     def _sweep(self) -> tuple[list[int], list[int], list[Intervals]]:
-        """Segment starts, the signature (bit vector of predicates) of each segment, the predicates by bit."""
+        """The line's segments: starts, the signature (bit vector of predicates) of each, and the predicates by bit."""
         order = list(self._predicates)
         toggles: dict[int, int] = {0: 0}
         for bit, predicate in enumerate(order):
@@ -168,7 +171,11 @@ class AtomSpace:
         return starts, signatures, order
 
     def _number(self, starts: list[int], signatures: list[int]) -> tuple[dict[int, int], dict[int, int]]:
-        """A number for each signature, keeping old ones where positions overlap; and the parents of new numbers."""
+        """Assign an atom number to each signature.
+
+        A signature keeps the old number of its positions where there is one.  The second result gives, for each new
+        number, the number that its positions had before.
+        """
         numbers: dict[int, int] = {0: 0}
         taken = {0}
         for start, signature in zip(starts, signatures, strict=True):
@@ -194,7 +201,7 @@ class AtomSpace:
         return numbers, parents
 
     def _fill(self, starts: list[int], atoms: list[int]) -> Iterator[tuple[int, tuple[int, ...]]]:
-        """Blocks that are not all zeros."""
+        """The blocks of the atom table that are not all zeros."""
         constant: dict[int, tuple[int, ...]] = {}
         segment = 0
         for index in range(self._blocks_total):

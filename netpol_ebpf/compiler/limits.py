@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The limits of the compiled tables, checked before anything is published.
 
-Invariant: a commit that would exceed one raises `LimitError` naming the object, the limit and the figure, and changes
-nothing; nothing is ever truncated.  The agent gives the figures of the maps it opened.
+Invariant: a commit that would exceed a limit raises `LimitError` with the object, the limit and the figure, and changes
+nothing; nothing is ever truncated.  The agent derives the limits from the sizes of its maps.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from netpol_ebpf.errors import LimitError
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """How much there may be. The defaults are those of the maps' default sizes, or arbitrary where no map is behind."""
+    """The limits. The defaults follow the maps' default sizes, or are arbitrary where no map sets the limit."""
 
     rules_per_policy: int = 65_536  # arbitrary: internal rules of one direction, after port and peer lists are split
     entries_per_set: int = 65_536  # arbitrary: width of the bit vectors

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Numbers of nodes, by which the program compares who sent a packet through a tunnel with who has the packet's source.
+"""Numbers of nodes.
 
-A node has a number while its addresses identify it: it has at least one, and shares none with another node.  A second object of one
-machine, left over from before it was registered under another name, so takes nothing from the first one's workloads.
+By them the program compares the sender of a tunnelled packet with the node of the packet's source address. A node has a
+number while its addresses identify it: it has at least one, and shares none with another node.  So a second Node object
+of the same machine, left over from an earlier registration, takes no address from the first node's workloads.
 
-Invariants: a number is never given to another node, nor to the same one again after it was without; what depends on numbers
-is the caller's matter.
+Invariants: a number is never given to another node, nor again to a node that lost it; what depends on numbers is the
+caller's task.
 """
 
 from __future__ import annotations
@@ -19,16 +20,16 @@ from netpol_ebpf.policy.types import ClusterNode
 
 
 class NodeNumbers:
-    """``numbers``: of the nodes that have one, by name."""
+    """The numbers of nodes. ``numbers``: by name, of the nodes that have one."""
 
     def __init__(self) -> None:
         self.numbers: dict[str, int] = {}
         self._next = FIRST_NODE
 
     def renumber(self, nodes: Mapping[str, ClusterNode], journal: Journal) -> dict[str, tuple[int, int]]:
-        """Take in the addresses of all nodes. Returns (old number, new number), 0 for none, of those whose number changed.
+        """Update the numbers from the addresses of all nodes.
 
-        Cost: linear in the nodes.
+        Returns (old number, new number), 0 for none, where it changed. Cost: linear in the nodes.
         """
         holders = Counter(address for node in nodes.values() for address in set(node.addresses))
         before = self.numbers

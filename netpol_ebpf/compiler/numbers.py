@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Numbers and ranges that rows are known by: handed out, taken back, not handed out again at once.
+"""Numbers and ranges for rows: allocated, freed, and not reused at once.
 
-Invariants: nothing is handed out twice; what is given back within a commit is not handed out in it; a freed single number
-is reused last, so that a reader with a stale number is not soon shown another thing under it.
+Invariants: nothing is allocated twice; what is freed within a commit is not reused in it; a freed single number is
+reused last, so that a reader with a stale number does not soon see another object under it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from netpol_ebpf.compiler.journal import Journal
 V = TypeVar("V")
 
 QUARANTINE = 1024
-"""Freed numbers that are kept back while there are fresh ones; arbitrary."""
+"""Freed numbers that are kept back while unused ones remain; arbitrary."""
 
 
 class NumberPool:
@@ -30,9 +30,10 @@ class NumberPool:
         self._skip: set[int] = set()
 
     def keep(self, known: Mapping[V, int]) -> dict[V, int]:
-        """What of an earlier run's numbers is in range and one thing's alone: never handed out until `give_back` makes them ordinary ones.
+        """Reserve the numbers of an earlier run that are in range and belong to one object.
 
-        Whatever was read from outside, no two things get one number by it. To be called before the first number is taken.
+        They are not allocated until `give_back`.  Whatever the input, no two objects share a number.  Must be called before
+        the first number is taken.
         """
         users = Counter(known.values())
         kept = {
@@ -42,7 +43,7 @@ class NumberPool:
         return kept
 
     def take(self, journal: Journal) -> int | None:
-        """A number, or None when all are in use."""
+        """Allocate a number; None when all are in use."""
         while self._next in self._skip:
             self._next += 1
         if self._freed and (len(self._freed) > QUARANTINE or self._next >= self._end):
@@ -56,7 +57,7 @@ class NumberPool:
         return number
 
     def give_back(self, number: int, journal: Journal) -> None:
-        """To be called at the end of a commit, when nothing refers to the number any more."""
+        """Free a number. Must be called at the end of a commit, when nothing refers to the number any more."""
         self._freed.append(number)
         journal.on_rollback(self._freed.pop)
 
@@ -69,12 +70,12 @@ class Ranges:
         self._free: list[tuple[int, int]] = [(0, size)]  # (start, length), ascending, never adjacent
 
     def begin(self, journal: Journal) -> None:
-        """To be called at the start of a commit: what follows can be taken back."""
+        """Start a transaction. Must be called at the start of a commit; later calls can be rolled back."""
         before = self._free.copy()
         journal.on_rollback(lambda: self._free.__setitem__(slice(None), before))
 
     def take(self, length: int) -> int | None:
-        """Start of a run, or None when no gap is large enough."""
+        """Allocate a run and return its start; None when no gap is large enough."""
         for index, (start, room) in enumerate(self._free):
             if room >= length:
                 if room == length:
@@ -85,7 +86,7 @@ class Ranges:
         return None
 
     def give_back(self, start: int, length: int) -> None:
-        """Take a run back. To be called at the end of a commit."""
+        """Free a run. Must be called at the end of a commit."""
         insort(self._free, (start, length))
         index = self._free.index((start, length))
         for at in (index, index - 1):
@@ -96,5 +97,5 @@ class Ranges:
 
     @property
     def in_use(self) -> int:
-        """How many numbers are handed out."""
+        """How many numbers are allocated."""
         return self.size - sum(length for _, length in self._free)

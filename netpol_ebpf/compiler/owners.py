@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Owners of addresses (endpoints, network sets, nodes, each known by labels and named ports) and which terms hold of them.
+"""Owners of addresses (endpoints, network sets, nodes, by labels and named ports) and the terms that are true for them.
 
-Objects with the same labels and ports are one owner.  The selector index keeps the question "which selectors match which
-labels" from becoming a product of both.
+Objects with the same labels and ports are one owner.  The selector index finds the matching pairs of selectors and
+labels without testing every pair.
 
-Invariants: every owner knows exactly the owner terms in use that hold of it, and every term its owners; an owner exists
-while an object *is* it (presence) or an identity has it (between two steps of a change).  `NamedPorts.of` counts
-present owners only: it speaks of the state after the change.
+Invariants: every owner has exactly the owner terms in use that are true for it, and every term its owners; an owner
+exists while an object *is* it (presence) or an identity has it (between two steps of a change).  `NamedPorts.of` counts
+present owners only: it gives the state after the change.
 """
 
 from __future__ import annotations
@@ -24,7 +24,11 @@ from netpol_ebpf.selector import Selector, SelectorIndex
 
 
 class OwnerKind(enum.Enum):
-    """Which terms may hold: selectors of endpoints and network sets, named ports of endpoints, ``nodes`` of nodes."""
+    """Kind of an owner.
+
+    It decides which terms can be true: selectors for endpoints and network sets, named ports for endpoints, ``nodes``
+    for nodes.
+    """
 
     ENDPOINT = "e"
     NETWORK_SET = "s"
@@ -32,7 +36,7 @@ class OwnerKind(enum.Enum):
 
 
 LabelItems = tuple[str, ...]
-"""Names and values by turns, sorted by name: much smaller than a set of pairs."""
+"""Alternating names and values, sorted by name: much smaller than a set of pairs."""
 OwnerValue = tuple[OwnerKind, LabelItems, tuple[NamedPort, ...]]
 
 
@@ -43,7 +47,10 @@ def pairs(labels: LabelItems) -> list[tuple[str, str]]:
 
 @dataclass(slots=True)
 class OwnerRecord:
-    """One distinct owner. ``presence``: how many objects are it; ``identities``: numbers of those that have it."""
+    """One distinct owner.
+
+    ``presence``: how many objects are it; ``identities``: numbers of the identities that have it.
+    """
 
     value: OwnerValue
     presence: int = 0
@@ -53,7 +60,7 @@ class OwnerRecord:
 
 @dataclass(slots=True)
 class TermRecord:
-    """A term in use; ``owners``: the ids of those it holds of."""
+    """A term in use; ``owners``: the ids of owners for which it is true."""
 
     term: OwnerTerm
     references: int = 0
@@ -67,7 +74,7 @@ class _Labels:
         self.index: SelectorIndex[int, int] = SelectorIndex()
 
     def add_owner(self, owner: int, labels: LabelItems, journal: Journal) -> set[int]:
-        """Ids of the selector terms that match."""
+        """Add an owner; returns the ids of the selector terms that match it."""
         journal.on_rollback(lambda: self.index.remove_labels(owner))
         return self.index.add_labels(owner, dict(pairs(labels)))
 
@@ -76,7 +83,7 @@ class _Labels:
         journal.on_rollback(lambda: self.index.add_labels(owner, dict(pairs(labels))))
 
     def add_selector(self, term: int, selector: Selector, journal: Journal) -> set[int]:
-        """Ids of the owners that have matching labels."""
+        """Add a selector; returns the ids of the owners that match it."""
         journal.on_rollback(lambda: self.index.remove_selector(term))
         return self.index.add_selector(term, selector)
 
@@ -86,11 +93,11 @@ class _Labels:
 
 
 NameKey = tuple["Selector | None", str]
-"""A name as a rule uses it: with the selector of its entity, which says whose ports count."""
+"""A named port as a rule uses it: with the selector of its entity, which limits the endpoints with ports that count."""
 
 
 class OwnerIndex:
-    """The register of owners and of terms about them."""
+    """All owners, and all terms about them."""
 
     def __init__(self) -> None:
         self.owners: dict[int, OwnerRecord] = {}
@@ -107,12 +114,12 @@ class OwnerIndex:
         self._next_owner = 1
         self._next_term = 1
         self.changed_names: set[NameKey] = set()
-        """Names whose resolution changed since this was last cleared (by the compiler, at the end of a commit)."""
+        """Names with a resolution that changed since the last clearing (by the compiler, at the end of a commit)."""
 
     # --- owners -----------------------------------------------------------------------------------------------------
 
     def appear(self, kind: OwnerKind, labels: Mapping[str, str], ports: Iterable[NamedPort], journal: Journal) -> int:
-        """An object is this owner from now on. Returns the owner's id."""
+        """Count one more object that is this owner. Returns the owner's id."""
         value: OwnerValue = (kind, tuple(chain.from_iterable(sorted(labels.items()))), tuple(sorted(set(ports))))
         owner = self._owner_ids.get(value)
         if owner is None:
@@ -124,14 +131,14 @@ class OwnerIndex:
         return owner
 
     def disappear(self, owner: int, journal: Journal) -> None:
-        """One object is it no more."""
+        """Count one object less."""
         record = self.owners[owner]
         journal.assign(record, "presence", record.presence - 1)
         if not record.presence:
             self._count_ports(owner, -1, journal)
 
     def collect(self, owner: int, journal: Journal) -> None:
-        """Forget the owner if neither an object nor an identity needs it."""
+        """Remove the owner if neither an object nor an identity uses it."""
         record = self.owners.get(owner)
         if record is None or record.presence or record.identities:
             return
@@ -222,7 +229,7 @@ class OwnerIndex:
     # --- names ------------------------------------------------------------------------------------------------------
 
     def named(self, key: NameKey) -> frozenset[PortPair]:
-        """What a name in use stands for. KeyError when `acquire_name` was not called."""
+        """The ports that a name in use stands for. KeyError when `acquire_name` was not called."""
         return frozenset(self._names[key][1])
 
     def acquire_name(self, key: NameKey, journal: Journal) -> None:
@@ -257,7 +264,7 @@ class OwnerIndex:
         journal.discard_from(self._names_by_name, key[1], key)
 
     def _count_ports(self, owner: int, step: int, journal: Journal) -> None:
-        """An owner came or went: adjust what names stand for."""
+        """Update the resolution of names for an owner that came or went."""
         record = self.owners[owner]
         if record.value[0] is not OwnerKind.ENDPOINT:
             return

@@ -34,7 +34,10 @@ _VERSIONS = (4, 6)
 
 @dataclass(frozen=True, slots=True)
 class AddressClass:
-    """Addresses that a policy set does not tell apart: those of some identities. A class may be empty: other rows can hide all its addresses."""
+    """Addresses that a policy set cannot tell apart: those of some identities.
+
+    A class may be empty: other rows can cover all its addresses.
+    """
 
     identities: frozenset[int]
 
@@ -43,8 +46,8 @@ class AddressClass:
 class AddressesOfClass:
     """The addresses of a class.
 
-    ``addresses``: known ones.  ``networks``: all that is in one of them, less known addresses and networks inside that are
-    of another class.  ``unknown_versions``: 4, 6 or both, where addresses that no row describes are in the class.
+    ``addresses``: known addresses.  ``networks``: every address inside them, except known addresses and inner networks
+    of another class.  ``unknown_versions``: 4, 6 or both, where addresses without any row are in the class.
     """
 
     addresses: tuple[IPAddress, ...]
@@ -53,7 +56,7 @@ class AddressesOfClass:
 
 
 class ProtocolPorts(NamedTuple):
-    """A protocol by its IANA number, and which of its packets.
+    """A protocol by its IANA number, and a part of its packets.
 
     ``values``: destination ports; of ICMP and ICMPv6 ``type * 256 + code``; None: all packets of the protocol.
     """
@@ -64,10 +67,10 @@ class ProtocolPorts(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """Packets that have one verdict.
+    """A set of packets with one verdict.
 
-    ``l4``: positions on the line of protocols and ports (`netpol_ebpf.compiler.l4`); `protocol_ports` reads them.
-    ``source_ports``: of a protocol without ports, 0.
+    ``l4``: positions on the line of protocols and ports (`netpol_ebpf.compiler.l4`); `protocol_ports` decodes them.
+    ``source_ports``: for a protocol without ports, 0.
     """
 
     peer: AddressClass
@@ -92,7 +95,8 @@ def protocol_ports(l4: Intervals) -> Iterator[ProtocolPorts]:
 class PolicySetReader:
     """All verdicts of one policy set: of an endpoint in one direction and stage.
 
-    ``peers``, ``owns``: disjoint, all identities together.  ``l4``, ``source_ports``: disjoint, all of their lines together.
+    ``peers``, ``owns``: disjoint, and together all identities.  ``l4``, ``source_ports``: disjoint, and together their
+    whole lines.
     """
 
     def __init__(
@@ -104,7 +108,10 @@ class PolicySetReader:
         verdict: Callable[[int, int, int, int], Verdict],
         versions: Mapping[int, int],
     ) -> None:
-        """Each by class number; ``verdict``: of four class numbers; ``versions``: identity to IP version."""
+        """Class lists are by class number.
+
+        ``verdict``: verdict of four class numbers; ``versions``: identity to IP version.
+        """
         self.peers = peers
         self.owns = owns
         self.l4 = l4
@@ -123,9 +130,9 @@ class PolicySetReader:
                     yield Cell(peers, owns, possible, ports, self.verdict(peer, own, l4, source))
 
     def answers(self) -> Iterator[Cell]:
-        """The cells with those joined that differ in nothing but the protocol and port, and then those that differ in nothing but the peer.
+        """The cells, merged where only protocol and port differ, and then where only the peer differs.
 
-        As `cells`, they are disjoint and contain every packet.  Those of one peer come one after the other.
+        Like `cells`, they are disjoint and contain every packet.  Cells of one peer follow each other.
         """
         by_peer: dict[AddressClass, dict[tuple[AddressClass, Intervals, Verdict], list[Intervals]]] = {}
         for cell in self.cells():
@@ -147,9 +154,9 @@ class PolicySetReader:
 
 
 class TableReader:
-    """Reads tables as they are when it is made; it must not be used after the tables changed.
+    """Reads tables as they are at its creation; it must not be used after the tables changed.
 
-    Cost to make: linear in the tables.
+    Cost of creation: linear in the tables.
     """
 
     def __init__(self, tables: CompiledTables) -> None:
@@ -167,12 +174,12 @@ class TableReader:
             WORLD_V4: 4,
             WORLD_V6: 6,
         }
-        """Identity to IP version, of all identities that an address may have."""
+        """IP version of each identity that an address may have."""
         blocks = (block for block in range(ATOM_BLOCKS) if block not in _SOURCE_BLOCKS)
         self.atoms = self._intervals(blocks, 0)
-        """Atom to its positions on the line of protocols and ports."""
+        """Positions of each atom on the line of protocols and ports."""
         self.source_atoms = self._intervals(_SOURCE_BLOCKS, SOURCE_BLOCK)
-        """Atom to its source ports."""
+        """Source ports of each source-port atom."""
         self._classes: dict[int, dict[int, int]] = {}
         for (number, identity), class_ in tables.peer_classes.items():
             self._classes.setdefault(number, {})[identity] = class_
@@ -194,9 +201,9 @@ class TableReader:
         )
 
     def policy(self, endpoint: EndpointKey, direction: Direction, stage: Stage = Stage.NORMAL) -> PolicySetReader:
-        """The verdicts of an endpoint, of one direction and stage.
+        """The verdicts of an endpoint, in one direction and stage.
 
-        An unknown endpoint denies everything, and a stage in which nothing applies continues, as for the interpreter.
+        As in the interpreter, an unknown endpoint denies everything, and a stage without policy continues.
         """
         row = self._tables.endpoints.get(endpoint)
         set_row = None if row is None else row.sets.get((direction, stage))
@@ -248,7 +255,7 @@ class TableReader:
         )
 
     def _address_classes(self, number: int, defaults: Mapping[int, int]) -> dict[int, AddressClass]:
-        """Classes of one side, by number."""
+        """The address classes of one side (peer or own), by class number."""
         rows = self._classes.get(number, {})
         found: dict[int, set[int]] = {}
         for identity, version in self.versions.items():
@@ -256,7 +263,7 @@ class TableReader:
         return {class_: AddressClass(frozenset(identities)) for class_, identities in found.items()}
 
     def _columns(self, atoms: Mapping[int, Intervals], base: int, classes: int) -> dict[int, Intervals]:
-        """Classes of one line, by number, with their positions."""
+        """The classes of one line, by number, with their positions."""
         found: dict[int, list[tuple[int, int]]] = {}
         for atom, intervals in atoms.items():
             class_ = self._tables.class_of_atom(base, atom) if classes > 1 else 0
@@ -264,7 +271,7 @@ class TableReader:
         return {class_: normalise(pairs) for class_, pairs in found.items()}
 
     def _intervals(self, blocks: Iterable[int], first: int) -> dict[int, Intervals]:
-        """Atom to its positions on a line that begins with block ``first``."""
+        """Positions of each atom on a line that begins with block ``first``."""
         pairs: dict[int, list[tuple[int, int]]] = {}
         for block in blocks:
             start = (block - first) * ATOM_BLOCK

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Values that rows refer to by number: causes (table ``rules``) and lists of Log rules (table ``log_lists``).
 
-Invariant: a value has one number while anything refers to it; its row is written in the growing phase of the commit that
-first needs it and removed in the shrinking phase of the one that no longer does.
+Invariant: a value has one number while anything refers to it; its row is written in the GROW phase of the first commit
+that needs it and removed in the SHRINK phase of the commit that releases it.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class RowRegister(Generic[V]):
         return number
 
     def release_kept(self, journal: Journal) -> None:
-        """Kept numbers that no value uses are free from now on."""
+        """Free the kept numbers that no value uses."""
         for value in list(self._kept):
             self._numbers.give_back(journal.pop(self._kept, value), journal)
 
@@ -59,7 +59,7 @@ class RowRegister(Generic[V]):
             journal.add(self._unreferenced, number)
 
     def collect(self, draft: Draft, journal: Journal) -> None:
-        """Remove values without uses, at the end of a commit."""
+        """Remove values without uses; called at the end of a commit."""
         for number in list(self._unreferenced):
             journal.discard(self._unreferenced, number)
             if not self._references[number]:

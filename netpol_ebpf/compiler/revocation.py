@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether a change takes anything away: a packet that was allowed is not allowed any more.
+"""Whether a change revokes anything: some allowed packet is not allowed any more.
 
-Answered by comparing classes, which is exact; where the comparison would take too long the answer is yes.
+The comparison of classes is exact; where it would take too long the answer is yes.
 
-Invariant: "no" is only said when every packet is allowed at least as far as before, so open connections need not be looked
-at again.
+Invariant: the answer is "no" only if every packet is at least as permitted as before, so open connections need not be
+judged again.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from netpol_ebpf.compiler.setstore import SetStore
 from netpol_ebpf.policy.types import Outcome
 
 BUDGET = 50_000
-"""Verdicts compared in one commit before the answer is yes; arbitrary, some tens of milliseconds."""
+"""Verdicts that one commit compares before the answer is yes; arbitrary, some tens of milliseconds."""
 _REMEMBERED = 4096
 """Answers kept for each set; arbitrary."""
 
 
 class Revocation:
-    """The comparisons of one commit. ``late``: identities that sets which go have no classes for any more."""
+    """The comparisons of one commit. ``late``: identities without a class in sets that are about to be removed."""
 
     def __init__(self, identities: IdentityIndex, late: Iterable[int]) -> None:
         self._late = frozenset(late)
@@ -34,7 +34,7 @@ class Revocation:
         self._compared: dict[tuple[LiveSet | None, LiveSet | None], bool] = {}
 
     def by_relabelling(self, pairs: set[tuple[int, int]], sets: SetStore) -> bool:
-        """Whether addresses that turn from one identity into the other lose something in any of the sets that stay."""
+        """Whether addresses that change from one identity to the other lose anything in any of the remaining sets."""
         for before, after in pairs:
             for class_table, users in sets.distinguishing(before, after):
                 old, new = class_table.vector_of(before), class_table.vector_of(after)
@@ -66,7 +66,7 @@ class Revocation:
         return known
 
     def by_replacement(self, old: LiveSet | None, new: LiveSet | None) -> bool:
-        """Whether an endpoint loses something that gets one set in place of the other. None: everything continues."""
+        """Whether an endpoint loses anything when one set replaces the other. None: everything continues."""
         if old is new:
             return False
         known = self._compared.get((old, new))
@@ -91,7 +91,7 @@ class Revocation:
         )
 
     def _pairs(self, old: EntryVectors | None, new: EntryVectors | None) -> set[tuple[int, int]]:
-        """What identities are on one side before and after, each pair once. No side: anything."""
+        """The distinct pairs of identities on one side, before and after. No side: anything."""
         if old is None or new is None:
             return {(before, after) for before in _all(old) for after in _all(new)}
         if old.table is new.table:
@@ -111,5 +111,5 @@ def _all(side: EntryVectors | None) -> Iterable[int]:
 
 
 def _loses(old: Outcome, new: Outcome) -> bool:
-    """Whether an outcome became stricter: from allow to continue or deny, or from continue to deny."""
+    """Whether an outcome is stricter than before: allow became continue or deny, or continue became deny."""
     return new is not old and (old is Outcome.ALLOW or new is Outcome.DENY)

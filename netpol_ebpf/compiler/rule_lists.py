@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Everything that applies to one endpoint in one direction and stage, in the order of evaluation.
 
-A *template* is what one policy (or profile, or list of exceptions) says in one direction, as entries; it is shared by all
-rule lists that hold it.  A *rule list* is the order: exceptions, tiers of templates, profiles, and what is left at the end.
-Two evaluations share one rule list: the enforced and the pending one (staged policies take part, and stand for those they
-replace); each template and each end of a tier says in which it is.
+A *template* has the entries of one policy (or profile, or list of exceptions) in one direction; all rule lists with
+that policy share it.  A *rule list* has the order: exceptions, tiers of templates, profiles, and the default at the
+end. One rule list serves two evaluations: the enforced one, and the pending one, in which staged policies take part and
+replace enforced ones.  Each template and each end of a tier states the evaluations that it belongs to.
 
-Invariant: equal rule lists are equal values, whatever order the policies came in (sections 2 to 4 of policy/MATCHING.md).
+Invariant: equal rule lists are equal values, whatever the order in which the policies came (sections 2 to 4 of
+policy/MATCHING.md).
 """
 
 from __future__ import annotations
@@ -50,7 +51,8 @@ _OTHER = {Direction.INGRESS: Direction.EGRESS, Direction.EGRESS: Direction.INGRE
 class Template:
     """The entries of one policy, profile or list of exceptions in one direction. Compared by identity.
 
-    ``names_own_nets``: at least one entry depends on the nets that the own address is in.  ``peers``, ``owns``: the records of the entries' matches, while ``references`` (rule lists) is not 0.
+    ``names_own_nets``: at least one entry depends on the nets around the own address.  ``peers``, ``owns``: the records
+    of the entries' matches, while ``references`` (rule lists) is not 0.
     """
 
     what: str
@@ -79,7 +81,7 @@ def make_template(what: str, entries: Iterable[RuleEntry]) -> Template:
 
 @dataclass(frozen=True, slots=True)
 class TemplateUse:
-    """One template's place in a rule list. ``enforced``, ``pending``: the evaluations it takes part in."""
+    """One template in a rule list. ``enforced``, ``pending``: whether it takes part in these evaluations."""
 
     template: Template
     enforced: bool = True
@@ -95,7 +97,7 @@ class TierTemplates:
     end_enforced: PolicyKey | None
     end_pending: PolicyKey | None
     is_closed: bool = field(init=False, compare=False, repr=False)
-    """Nothing after this tier is ever reached: it ends in deny in both evaluations, and no rule leaves it."""
+    """Whether evaluation always ends in this tier: it ends in deny in both evaluations, and no rule leaves it."""
     _hash: int = field(init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -155,7 +157,7 @@ def nothing_decided(direction: Direction, stage: Stage) -> tuple[Outcome, Cause]
 
 
 class Exceptions(NamedTuple):
-    """What policy of a host never blocks in one direction and stage.
+    """Packets that host policy never blocks in one direction and stage.
 
     ``replies``: failsafes of the other direction; replies to them pass UNTRACKED too.
     """
@@ -167,13 +169,13 @@ class Exceptions(NamedTuple):
 
 
 def exceptions_of(settings: PolicySettings, node: str | None, direction: Direction, stage: Stage) -> Exceptions:
-    """The exceptions that the host endpoints of a node have."""
+    """The exceptions of a node's host endpoints."""
     replies = settings.failsafes(node, _OTHER[direction]) if stage is Stage.UNTRACKED else ()
     return Exceptions(stage, settings.failsafes(node, direction), replies, settings.tunnels)
 
 
 def policy_entries(policy: Policy, direction: Direction, resolver: Resolver) -> list[RuleEntry]:
-    """What a policy says in one direction."""
+    """The entries of a policy in one direction."""
     found: list[RuleEntry] = []
     for rule in policy.rules(direction):
         cause = Cause(CauseKind.RULE, direction, policy.tier, policy.key, index=rule.index, action=rule.action)
@@ -182,7 +184,7 @@ def policy_entries(policy: Policy, direction: Direction, resolver: Resolver) -> 
 
 
 def profile_entries(profile: ProfileRules, direction: Direction, resolver: Resolver) -> list[RuleEntry]:
-    """What a profile says in one direction: Pass is Deny there."""
+    """The entries of a profile in one direction: Pass is Deny there."""
     found: list[RuleEntry] = []
     for rule in profile.rules(direction):
         action = Action.DENY if rule.action is Action.PASS else rule.action
@@ -198,12 +200,15 @@ def missing_profile_entries(name: str, direction: Direction, resolver: Resolver)
 
 
 def exception_entries(exceptions: Exceptions, direction: Direction, resolver: Resolver) -> list[RuleEntry]:
-    """What policy of a host never blocks, in one direction: allow in NORMAL, continue in UNTRACKED."""
+    """Entries for packets that host policy never blocks, in one direction: allow in NORMAL, continue in UNTRACKED."""
     effect = Effect.ALLOW if exceptions.stage is Stage.NORMAL else Effect.CONTINUE
     found: list[RuleEntry] = []
 
     def add(kind: CauseKind, index: int, remote: Entity, protocol: int, port: int, *, reply: bool = False) -> None:
-        """Add one. ``remote``: the remote side's addresses; ``port``: the destination's, of a reply the source's."""
+        """Add one entry.
+
+        ``remote``: the remote side's addresses; ``port``: the destination port, for a reply the source port.
+        """
         ports: Ports | None = Ports(ranges=((port, port),))
         if protocol not in PORT_PROTOCOLS:
             if port:
@@ -230,7 +235,7 @@ def exception_entries(exceptions: Exceptions, direction: Direction, resolver: Re
 
 
 def stages_of(endpoint: Endpoint) -> tuple[Stage, ...]:
-    """The stages an endpoint has policy in."""
+    """The stages in which an endpoint has policy."""
     return (Stage.NORMAL,) if endpoint.kind is EndpointKind.WORKLOAD else tuple(Stage)
 
 
@@ -252,9 +257,10 @@ def order_tiers(
     stage: Stage,
     templates: Mapping[PolicyKey, Template],
 ) -> tuple[TierTemplates, ...]:
-    """Tiers in order, each with its policies in order. ``policies``: those of the stage and direction that select the endpoint.
+    """Tiers in order, each with its policies in order.
 
-    ``replaced``: keys that staged policies stand for (they are not in the pending evaluation).
+    ``policies``: those of the stage and direction that select the endpoint. ``replaced``: keys of policies that staged
+    ones replace (they are not in the pending evaluation).
     """
     by_tier: dict[str, list[Policy]] = {}
     for policy in policies:
@@ -289,7 +295,7 @@ def order_tiers(
 def cut(
     tiers: tuple[TierTemplates, ...], profiles: tuple[TemplateUse, ...]
 ) -> tuple[tuple[TierTemplates, ...], tuple[TemplateUse, ...]]:
-    """Leave out what is never reached, so that endpoints which differ in that alone share their policy sets."""
+    """The tiers without unreachable ones, so that endpoints that differ only in those share their policy sets."""
     for index, tier in enumerate(tiers):
         if tier.is_closed:
             return tiers[: index + 1], ()

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """One live policy set: a rule list's entries as bit vectors, its classes, its columns and its verdicts.
 
-*Own entries* say which entries of the templates that constrain the own side hold for the endpoint's own addresses: with them
-the own side is constant, without them it is a dimension of the verdict rows.
+*Own entries* are the entries that match the endpoint's own addresses, in templates that constrain the own side.  With
+them the own side is constant, without them it is a dimension of the verdict rows.
 
-Invariants: each combination of classes in use has its verdict row; the meaning of a published set never changes, it only
-gains and loses classes, and moves to a larger range when one gets too small (`Draft` phase PREPARE, so that whoever
-points at it follows before anything else is written).
+Invariants: each combination of classes in use has its verdict row; the meaning of a published set never changes, it
+only gains and loses classes, and moves to a larger range when its range gets too small (`Draft` phase PREPARE, so that
+rows that refer to it are changed before anything else is written).
 """
 
 from __future__ import annotations
@@ -35,20 +35,20 @@ OwnEntries = tuple[int, ...]
 SetKey = tuple[RuleList, "OwnEntries | None"]
 
 LEAST_ROOM = 2
-"""For how many classes more than there are a dimension of verdicts has room at least; arbitrary."""
+"""Least number of spare classes in a dimension of verdicts; arbitrary."""
 
 _TRIM_ABOVE = 256
 """How many verdicts of deleted classes a set may cache; arbitrary."""
 
 EXCEPTIONS = (CauseKind.FAILSAFE, CauseKind.TUNNEL)
-"""Causes of packets that untracked and pre-DNAT policy must not drop either."""
+"""Causes of verdicts on packets that untracked and pre-DNAT policy must not drop either."""
 
 _OUTCOMES = {Effect.ALLOW: Outcome.ALLOW, Effect.DENY: Outcome.DENY, Effect.CONTINUE: Outcome.CONTINUE}
 
 
 @dataclass(slots=True)
 class Stores:
-    """What the policy sets of one compiler share."""
+    """The state that the policy sets of one compiler share."""
 
     identities: IdentityIndex
     atoms: AtomSpace
@@ -62,7 +62,10 @@ class Stores:
 
 
 class _Entries:
-    """The entries of a rule list that are left, by bit; bit 0 is evaluated first. ``own_entries`` None: the own side is a dimension."""
+    """The remaining entries of a rule list, by bit; bit 0 is evaluated first.
+
+    ``own_entries`` None: the own side is a dimension.
+    """
 
     def __init__(self, rule_list: RuleList, own_entries: OwnEntries | None) -> None:
         self.effects: list[Effect] = []
@@ -96,9 +99,9 @@ class _Entries:
 
     @property
     def asks_source(self) -> bool:
-        """Whether an enforced entry matches on more of a packet's source than the family of its address.
+        """Whether an enforced entry depends on more of a packet's source than the family of its address.
 
-        Staged entries do not count: a packet with a hidden source must not be dropped for their sake.
+        Staged entries do not count: they must not cause a drop of packets with a hidden source.
         """
         owners = self.owns if self._direction is Direction.EGRESS else self.peers
         asking = [bits for record, bits in owners.items() if not record.match.is_family_alone]
@@ -156,11 +159,11 @@ class _Column:
 
     @property
     def is_constant(self) -> bool:
-        """One class only: no column is needed."""
+        """Whether there is one class only: then no column is needed."""
         return len(self.vectors) == 1
 
     def place(self, phase: Phase, stores: Stores, draft: Draft, what: str) -> None:
-        """Take a range that has room for as many atoms again, and write all of it."""
+        """Allocate a range with spare room, and write all classes of atoms to it."""
         self.blocks = 1
         while self.blocks * COLUMN_BLOCK < len(self.classes) + COLUMN_BLOCK // 2:
             self.blocks *= 2
@@ -185,9 +188,9 @@ class _Column:
 
 
 def _room(class_table: ClassTable) -> int:
-    """The bound of the classes of one side: as many as there are, and room for more.
+    """Upper bound of the class numbers of one side: the present classes, and room for more.
 
-    Where no match depends on more of an address than its family, no class can come.
+    Where every match depends only on the address family, no class can be added.
     """
     if all(record.match.is_family_alone for record in class_table.matches):
         return class_table.span
@@ -195,7 +198,10 @@ def _room(class_table: ClassTable) -> int:
 
 
 class LiveSet:
-    """A policy set that is published, or is being built. ``references``: how many (endpoint, direction, stage) use it."""
+    """A policy set that is published, or under construction.
+
+    ``references``: how many (endpoint, direction, stage) use it.
+    """
 
     def __init__(self, key: SetKey, what: str, stores: Stores, draft: Draft, journal: Journal) -> None:
         self.key = key
@@ -215,7 +221,9 @@ class LiveSet:
         self._verdicts: dict[int, VerdictRow] = {}
         self._trimmed = 0
         self.losses: dict[tuple[bool, int, int], bool] = {}
-        """What `netpol_ebpf.compiler.revocation` found out: it depends on the set's meaning alone, which never changes."""
+        """Cached results of `netpol_ebpf.compiler.revocation`: they depend on the set's meaning alone, which never
+        changes.
+        """
         for predicate in entries.l4:
             stores.atoms.acquire(predicate, journal)
         for predicate in entries.sources:
@@ -248,13 +256,13 @@ class LiveSet:
 
     @property
     def class_tables(self) -> Iterable[ClassTable]:
-        """The class tables of the sides, each once."""
+        """The distinct class tables of the sides."""
         return dict.fromkeys(side.table for side in self.sides)
 
     # --- building ---------------------------------------------------------------------------------------------------
 
     def build(self, draft: Draft, journal: Journal) -> None:
-        """Classes, columns and verdicts of a set that is not in force yet. The atom spaces must be up to date."""
+        """Build classes, columns and verdicts of a set that is not in force yet. The atom spaces must be up to date."""
         stores = self._stores
         for class_table in self.class_tables:
             if not class_table.is_built:
@@ -268,7 +276,7 @@ class LiveSet:
         self._place_verdicts(Phase.GROW, draft, journal)
 
     def _place_verdicts(self, phase: Phase, draft: Draft, journal: Journal) -> None:
-        """Take a range with room for some more classes, and write the verdicts of all there are."""
+        """Allocate a range with room for further classes, and write all present verdicts."""
         self.peer_room = _room(self.peer.table)
         if self.own is not None:
             self.own_room = _room(self.own.table)
@@ -333,7 +341,7 @@ class LiveSet:
         return VerdictRow(outcome, rule, staged_outcome, staged_rule, log_list, rule in self._exceptions)
 
     def _trim(self, journal: Journal) -> None:
-        """Forget verdicts of classes that are gone, when they have become many."""
+        """Drop cached verdicts of removed classes, when they have become many."""
         owns = (-1,) if self.own is None else tuple(self.own.vectors.values())
         reachable = {
             peer & own & l4 & source
@@ -368,7 +376,10 @@ class LiveSet:
     def add_classes(
         self, peers: dict[int, int], owns: dict[int, int], draft: Draft, journal: Journal
     ) -> tuple[int, int] | None:
-        """New classes of a published set, as class -> vector; already in the class tables. Returns the range it left, if it moved."""
+        """Add new classes (class -> vector) to a published set; the class tables already have them.
+
+        Returns the range that the set left, if it moved.
+        """
         left: tuple[int, int] | None = None
         for name in ("base", "size", "peer_room", "own_room", "row"):
             journal.assign(self, name, getattr(self, name))
@@ -385,7 +396,10 @@ class LiveSet:
         return None
 
     def add_atoms(self, split: Split, source: bool, draft: Draft, journal: Journal) -> tuple[int, int] | None:  # noqa: FBT001  # which line
-        """New atoms of a published set look like those they were split from. Returns the range it left, if it moved."""
+        """Add new atoms to a published set, with the classes of the atoms they were split from.
+
+        Returns the range it left, if it moved.
+        """
         column = self._source if source else self._l4
         if column.is_constant or not split.parents:
             return None
@@ -413,7 +427,7 @@ class LiveSet:
         return self._walk(vector & self._entries.enforced)[0] if known is None else known.outcome
 
     def may(self, outcome: Outcome) -> bool:
-        """Whether a packet may get that outcome. False is certain; True is not."""
+        """Whether some packet may get that outcome. False is certain, True is not."""
         return any(verdict.outcome is outcome for verdict in self._verdicts.values())
 
     def port_vectors(self) -> tuple[list[int], list[int]]:
@@ -438,7 +452,7 @@ class LiveSet:
             self._stores.sources.release(predicate, journal)
 
     def release(self, draft: Draft, journal: Journal) -> None:
-        """Remove everything, at the end of a commit."""
+        """Remove the set's rows, at the end of a commit."""
         stores = self._stores
         for side in self.sides:
             stores.class_tables.release(side.table, draft, journal)
@@ -454,7 +468,7 @@ class LiveSet:
 
 
 def free_verdicts(base: int, size: int, stores: Stores, draft: Draft) -> None:
-    """Give a range of verdicts back and delete its rows."""
+    """Free a range of verdicts and delete its rows."""
     rows = draft.rows(Phase.SHRINK, "verdicts")
     for index in range(base, base + size):
         rows[index] = DELETED
@@ -462,7 +476,7 @@ def free_verdicts(base: int, size: int, stores: Stores, draft: Draft) -> None:
 
 
 def free_columns(base: int, blocks: int, stores: Stores, draft: Draft) -> None:
-    """Give a range of columns back and delete its rows."""
+    """Free a range of columns and delete its rows."""
     rows = draft.rows(Phase.SHRINK, "l4_columns")
     for block in range(base, base + blocks):
         rows[block] = DELETED

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""All live policy sets by content, and what happens to them when identities and atoms come and go.
+"""All policy sets by content, and their update when identities and atoms come and go.
 
-Endpoints whose rule lists and own entries are equal share a set.  Invariant: every published set has a class for every identity
-and a column entry for every atom that a packet may meet, before any row shows that identity or atom to packets.
+Endpoints with equal rule lists and own entries share a set.  Invariant: before any row shows an identity or atom to
+packets, every published set has a class for it.
 """
 
 from __future__ import annotations
@@ -39,7 +39,10 @@ class SetStore:
         return len(self._sets)
 
     def acquire(self, key: SetKey, what: str, draft: Draft, journal: Journal) -> LiveSet:
-        """Count a use of a set; a new one has no rows until `build_created`. The caller must hold a use of its rule list."""
+        """Count a use of a set; a new one has no rows until `build_created`.
+
+        The caller must hold a use of its rule list.
+        """
         live = self._sets.get(key)
         if live is None:
             live = LiveSet(key, what, self.stores, draft, journal)
@@ -49,7 +52,7 @@ class SetStore:
         return live
 
     def release(self, live: LiveSet, journal: Journal) -> None:
-        """Count one use less; a set without uses lives on until `bury`."""
+        """Count one use less; a set without uses stays until `bury`."""
         journal.assign(live, "references", live.references - 1)
         if not live.references:
             journal.pop(self._sets, live.key)
@@ -62,7 +65,7 @@ class SetStore:
 
     @property
     def moved(self) -> Mapping[LiveSet, SetRow]:
-        """Published sets that were given a new range in this commit, with the rows that they had before."""
+        """Published sets that got a new range in this commit, with the rows that they had before."""
         return self._moved
 
     def extend(self, created: Iterable[int], draft: Draft, journal: Journal) -> None:
@@ -92,7 +95,7 @@ class SetStore:
             yield class_table, self._sets_of[class_table]
 
     def _vectors(self, identity: int) -> dict[ClassTable, int]:
-        """The vectors of an identity in all class tables where it may not be in the default class."""
+        """The vectors of an identity in all class tables where it may be outside the default class."""
         holding, excluded = self.stores.identities.concerning(identity)
         family = self.stores.identities.identities[identity].family
         vectors = {class_table: class_table.base[family] for class_table in self._odd[family]}
@@ -155,7 +158,7 @@ class SetStore:
                     class_table.remove(number, draft, journal)
 
     def bury(self, draft: Draft, journal: Journal) -> None:
-        """Remove what no endpoint uses any more, at the end of a commit."""
+        """Remove the sets that no endpoint uses any more, at the end of a commit."""
         for live in self._dying:
             if live not in self._published:
                 raise AssertionError("a set that was never built was released")
@@ -171,7 +174,7 @@ class SetStore:
             free_columns(base, blocks, self.stores, draft)
 
     def end_commit(self) -> None:
-        """Forget the notes of a commit, whether it succeeded or not."""
+        """Forget the records of a commit, after its success or failure."""
         self._created.clear()
         self._dying.clear()
         self._moved.clear()

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the compiler keeps between commits.
+"""The compiler's state between commits.
 
-Invariant: during a commit it is changed through the commit's journal alone, and between commits it agrees with the tables.
+Invariant: a commit changes the state only through its journal, and between commits the state agrees with the tables.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ Slot = tuple[Direction, Stage]
 class KnownNumbers:
     """Numbers that an earlier run left in force: identities by digest (table ``identities``), rules, endpoints.
 
-    Those that several things have, or that are out of range, are not kept.
+    Numbers of several objects, and numbers out of range, are not kept.
     """
 
     identities: Mapping[str, int] = field(default_factory=dict)
@@ -44,7 +44,7 @@ class KnownNumbers:
 
 @dataclass(slots=True)
 class LocalEndpoint:
-    """A local endpoint as it is in force. ``row``: as it was last written."""
+    """A local endpoint as it is in force. ``row``: as last written."""
 
     endpoint: Endpoint
     number: int
@@ -54,7 +54,7 @@ class LocalEndpoint:
 
     @property
     def claim(self) -> Claim:
-        """The endpoint's claim to its addresses; of several the least counts: workloads first, then by key."""
+        """The endpoint's claim to its addresses. The least claim counts: workloads first, then by key."""
         return (int(self.endpoint.kind is EndpointKind.HOST), self.endpoint.key, self.number)
 
 
@@ -93,19 +93,19 @@ class CompilerState:
         self.with_profile: dict[str, set[EndpointKey]] = {}  # local endpoints
 
     def release_kept(self) -> None:
-        """Numbers of an earlier run that nothing uses are free from now on."""
+        """Free the numbers of an earlier run that nothing uses."""
         journal = Journal()
         self.stores.causes.release_kept(journal)
         for key in list(self.kept_numbers):
             self.numbers.give_back(journal.pop(self.kept_numbers, key), journal)
 
     def begin(self, journal: Journal) -> None:
-        """A commit starts."""
+        """Begin a commit."""
         self.stores.verdicts.begin(journal)
         self.stores.columns.begin(journal)
 
     def end_commit(self) -> None:
-        """Forget the notes of a commit, whether it succeeded or not."""
+        """Forget the records of a commit, after its success or failure."""
         self.identities.end_commit()
         self.owners.changed_names.clear()
         self.addresses.forget_dirt()

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which policies select which local endpoints.
+"""The policies that select each local endpoint, and the local endpoints that each policy selects.
 
-Invariant: both directions of the answer agree with testing every policy's subject on every local endpoint's labels; other
-endpoints are not held here at all.
+Invariant: both answers agree with testing every policy's subject on every local endpoint's labels; other endpoints are
+not stored here.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ class Subjects:
         self._endpoints_of: dict[PolicyKey, set[EndpointKey]] = {}
 
     def endpoints_of(self, policy: PolicyKey) -> AbstractSet[EndpointKey]:
-        """Local endpoints that a policy selects, not to be kept."""
+        """Local endpoints that a policy selects; the caller must not keep the result."""
         return self._endpoints_of.get(policy, set())
 
     def policies_of(self, endpoint: EndpointKey) -> AbstractSet[PolicyKey]:
-        """Policies that select a local endpoint, not to be kept."""
+        """Policies that select a local endpoint; the caller must not keep the result."""
         return self._policies_of.get(endpoint, set())
 
     def set_policy(self, policy: PolicyKey, subject: Selector | None, journal: Journal) -> None:

@@ -69,12 +69,12 @@ ATOM_BLOCKS = OTHER_BLOCK + 1
 class SetRow:
     """One policy set: the ordered list of everything that applies to an endpoint in one direction and stage.
 
-    ``number``: the ``set`` of peer_classes, shared by policy sets that tell peers apart alike; ``default_class*``: the class
-    of identities of that family without a row there.  ``own_set``: its counterpart for the endpoint's own side, 0 when the
-    own side is constant (then own_classes is 1).  ``l4_base``: first block in l4_columns for destination atoms;
-    ``source_base``: the same for source-port atoms, unused when source_classes is 1.  ``peer_classes`` and
-    ``own_classes``: bounds of the classes.  ``asks_source``: 1 if an enforced rule matches on who owns the source address, or on
-    the source port, else 0.
+    ``number``: the ``set`` in keys of peer_classes; policy sets with the same peer classes share it.
+    ``default_class*``: by family, the class of identities without a row there.  ``own_set``: the same number for the
+    endpoint's own side, 0 when the own side is constant (then own_classes is 1).  ``l4_base``: first block of
+    destination atoms in l4_columns; ``source_base``: first block of source-port atoms, unused when source_classes is 1.
+    ``peer_classes`` and ``own_classes``: upper bounds of class numbers.  ``asks_source``: 1 if an enforced rule depends
+    on the owner of the source address, or on the source port, else 0.
     """
 
     number: int
@@ -108,8 +108,8 @@ class SetRow:
 class EndpointRow:
     """The policy sets of an endpoint. ``number``: stable, unique on the node, never 0.
 
-    ``sets`` has (Direction, Stage) for each policy set; NORMAL is always there in both directions.  A host's other stage
-    that is missing has no policy: the packet continues.
+    ``sets`` has (Direction, Stage) for each policy set; NORMAL is always there in both directions.  A host's other
+    stage without a policy set has no policy: the packet continues.
     """
 
     number: int
@@ -157,14 +157,14 @@ class Delta(Generic[K, V]):
 
 
 class DesiredTable(Generic[K, V]):
-    """Desired content of one map, with the writes that were not handed out yet. Cost of each call: constant."""
+    """Desired content of one map, with the writes that were not taken yet. Cost of each call: constant."""
 
     __slots__ = ("_pending", "_rows", "name", "version")
 
     def __init__(self, name: str) -> None:
         self.name = name
         self.version = 0
-        """Raised by every change, so that a cache derived from the rows can see that it is stale."""
+        """A counter that every change increments, so that caches derived from the rows can detect staleness."""
         self._rows: dict[K, V] = {}
         self._pending: Delta[K, V] = Delta()
 
@@ -189,7 +189,7 @@ class DesiredTable(Generic[K, V]):
         return iter(self._rows.items())
 
     def set(self, key: K, row: V) -> None:
-        """Insert or replace; an equal row is no change."""
+        """Insert or replace a row; an equal row is no change."""
         if self._rows.get(key) != row:
             self.version += 1
             self._rows[key] = row
@@ -197,14 +197,14 @@ class DesiredTable(Generic[K, V]):
             self._pending.deletes.discard(key)
 
     def delete(self, key: K) -> None:
-        """Remove; an absent key is no change."""
+        """Delete a row; an absent key is no change."""
         if self._rows.pop(key, None) is not None:
             self.version += 1
             self._pending.upserts.pop(key, None)
             self._pending.deletes.add(key)
 
     def write(self, rows: Mapping[K, V | None]) -> None:
-        """`set` for each row, `delete` where it is None; as fast as it can be for many."""
+        """Write many rows: `set` for each row, `delete` where it is None."""
         have, upserts, deletes = self._rows, self._pending.upserts, self._pending.deletes
         for key, row in rows.items():
             if row is None:
@@ -218,7 +218,7 @@ class DesiredTable(Generic[K, V]):
         self.version += 1
 
     def take(self) -> Delta[K, V]:
-        """Return the pending writes and forget them."""
+        """Return the pending writes and clear them."""
         pending, self._pending = self._pending, Delta()
         return pending
 
@@ -249,7 +249,7 @@ class CompiledTables:
         return self.l4_columns[column + atom // COLUMN_BLOCK][atom % COLUMN_BLOCK]
 
     def verdict_of(self, row: VerdictRow) -> Verdict:
-        """What a verdict row says, with causes in place of rule numbers."""
+        """A verdict row with causes in place of rule numbers."""
         return Verdict(
             row.outcome,
             self.rules[row.rule],
@@ -259,7 +259,7 @@ class CompiledTables:
         )
 
     def all(self) -> tuple[DesiredTable[object, object], ...]:
-        """Every table, in an order in which rows may be written (what is referred to comes first)."""
+        """Every table, in an order in which rows may be written (rows that others refer to come first)."""
         return (
             self.rules, self.log_lists, self.identities, self.nodes, self.verdicts, self.l4_columns, self.l4_atoms,
             self.peer_classes, self.addresses, self.cidrs, self.endpoints,
@@ -288,7 +288,7 @@ class Change:
     revokes: bool = False
 
     def batches(self) -> Iterator[tuple[str, dict[str, Delta]]]:  # type: ignore[type-arg]
-        """(name, batch) in the order to be written; after "flip" comes the generation's bump, then the grace period."""
+        """(name, batch) in the order of writing. After "flip" come the generation's increment and the grace period."""
         yield "prepare", self.prepare
         yield "grow", self.grow
         yield "flip", self.flip

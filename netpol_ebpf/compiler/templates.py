@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The templates in use: built when a rule list first needs one, rebuilt when what they were built from changes.
+"""The templates in use: built when a rule list first needs one, rebuilt when their inputs change.
 
-Invariants: a template that is rebuilt with equal content stays the same object, so that its rule lists stay as they are; a
-template's matches (and so their terms) are in use exactly while a rule list holds it; names and services that it asked for
-when it was built are watched while it is the current one of its key.
+Invariants: a template that is rebuilt with equal content stays the same object, so that its rule lists stay as they
+are; a template's matches (and so their terms) are in use exactly while a rule list has it; names and services that its
+construction looked up are watched while it is the current one of its key.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from netpol_ebpf.selector import Selector
 
 ServiceKey = tuple[str, str]
 TemplateKey = tuple[Union[PolicyKey, str, Exceptions], Direction]
-"""A policy, a profile's name, or what policy of a host never blocks; and the direction."""
+"""A policy, a profile's name, or a host's exceptions; and the direction."""
 _Watched = tuple[frozenset[NameKey], frozenset[ServiceKey]]
 
 
@@ -41,7 +41,7 @@ def service_ports(service: ServiceBackends | None) -> frozenset[PortPair]:
 
 
 def service_key(old: ServiceBackends | None, new: ServiceBackends | None) -> ServiceKey:
-    """The key of a service that changes."""
+    """The key of a changed service."""
     service = new or old
     if service is None:
         raise AssertionError("a change from nothing to nothing")
@@ -88,7 +88,7 @@ class Templates:
         self._keys: dict[Template, TemplateKey] = {}
 
     def get(self, key: TemplateKey, journal: Journal) -> Template:
-        """The current template of a key, built if need be. LimitError when the object is too large."""
+        """The current template of a key, built if necessary. LimitError when the object is too large."""
         template = self._current.get(key)
         if template is None:
             template, watched = self._build(key, journal)
@@ -97,7 +97,7 @@ class Templates:
         return template
 
     def refresh(self, key: TemplateKey, journal: Journal) -> bool:
-        """Rebuild a template, since its object, names or services may have changed. Returns whether the template changed."""
+        """Rebuild a template when its object, names or services may have changed. Returns whether the template changed."""
         before = self._current.get(key)
         if before is None:
             return False
@@ -112,7 +112,7 @@ class Templates:
         return not same
 
     def depending_on(self, names: Iterable[NameKey], services: Iterable[ServiceKey]) -> Iterator[TemplateKey]:
-        """Templates that were built with one of these names or services."""
+        """Templates that depend on one of these names or services."""
         for name in names:
             yield from self._by_name.get(name, ())
         for service in services:
@@ -135,7 +135,7 @@ class Templates:
             journal.assign(template, "references", template.references + 1)
 
     def release(self, rule_list: RuleList, journal: Journal) -> None:
-        """Count one use less."""
+        """Release a use of a rule list, and with it those of its templates and their matches."""
         references = self._rule_lists[rule_list]
         if references > 1:
             journal.put(self._rule_lists, rule_list, references - 1)
@@ -154,7 +154,7 @@ class Templates:
                     journal.add(self._idle, key)
 
     def collect(self, journal: Journal) -> None:
-        """Forget current templates that no rule list holds, at the end of a commit."""
+        """Forget current templates that no rule list has, at the end of a commit."""
         for key in list(self._idle):
             journal.discard(self._idle, key)
             template = self._current.get(key)
@@ -163,7 +163,7 @@ class Templates:
                 self._forget(key, journal)
 
     def _exists(self, key: TemplateKey) -> bool:
-        """Whether there is an object that the template is of; exceptions are values, and of none."""
+        """Whether the object of a template exists; exceptions need no object."""
         subject = key[0]
         if isinstance(subject, PolicyKey):
             return subject in self._world.policies

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What can be said of one address, as values: terms, and conjunctions of them.
+"""Conditions on one address as values: terms, and conjunctions of them.
 
-Invariant: a term is true or false of an *identity* (the set of an address's owners and of the nets and services that it
-is in), never of more than that; whatever else a rule says is about protocol and ports (`netpol_ebpf.compiler.l4`).
+Invariant: a term is true or false for an *identity* (the set of an address's owners and of the nets and services that
+contain it), and depends on nothing else; conditions on protocol and ports are in `netpol_ebpf.compiler.l4`.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ from netpol_ebpf.selector import Selector
 
 @dataclass(frozen=True, slots=True)
 class SelectorTerm:
-    """Some endpoint or network set that owns the address has labels that match."""
+    """An endpoint or network set that owns the address has matching labels."""
 
     selector: Selector
 
 
 @dataclass(frozen=True, slots=True)
 class NodeTerm:
-    """Some node that owns the address has labels that match."""
+    """A node that owns the address has matching labels."""
 
     selector: Selector
 
 
 @dataclass(frozen=True, slots=True)
 class NamedPortTerm:
-    """Some endpoint that owns the address, and matches the selector if there is one, declares this port by this name."""
+    """An endpoint that owns the address, and matches the selector if there is one, declares this port by this name."""
 
     selector: Selector | None
     name: str
@@ -58,13 +58,13 @@ class ServiceTerm:
 OwnerTerm = Union[SelectorTerm, NodeTerm, NamedPortTerm]
 """Terms about who owns the address."""
 AddressGroup = Union[NetsTerm, ServiceTerm]
-"""Terms about what contains the address; they are part of an identity."""
+"""Terms about nets and services that contain the address; they are part of an identity."""
 Term = Union[OwnerTerm, AddressGroup]
 
 
 @dataclass(frozen=True, slots=True)
 class AddressMatch:
-    """All of ``positive`` are true, none of ``negative``, and the family (4, 6; 0: any) is right."""
+    """A conjunction: all of ``positive`` are true, none of ``negative``, and the family (4, 6; 0: any) matches."""
 
     family: int = 0
     positive: frozenset[Term] = frozenset()
@@ -72,7 +72,7 @@ class AddressMatch:
 
     @property
     def is_family_alone(self) -> bool:
-        """Whether the match depends on no more of an address than its family."""
+        """Whether the match depends only on the address's family."""
         return not self.positive and not self.negative
 
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is tried between two hosts of a laboratory, and what came of it.
+"""An attempt to connect two hosts of a laboratory, and its outcome.
 
-Invariant: an outcome says what was observed, never what was concluded: a refusal or an unreachable is not a denial by
-policy, and is kept apart from silence.
+Invariant: an outcome states the observation, never a conclusion: a refused connection or an ICMP unreachable is not a
+denial by policy, and is distinct from silence.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from netpol_ebpf.lab.topology import IPAddress
 
 
 class Reachability(enum.Enum):
-    """What was seen at the source."""
+    """The observation at the source."""
 
     REACHED = "reached"  # an echo came back, over the same connection
     SILENT = "silent"  # nothing came back before the deadline

@@ -29,7 +29,7 @@ POLL_S = 0.01
 
 
 def processes_in(namespace: str) -> list[int]:
-    """Process ids whose network namespace is the named one; [] when there is no such namespace."""
+    """Ids of the processes in the named network namespace; [] when it does not exist."""
     try:
         wanted = (NETNS_DIR / namespace).stat()
     except FileNotFoundError:
@@ -59,9 +59,9 @@ def _kill_all(namespace: str) -> None:
 
 
 def remove(namespaces: Iterable[str], directories: Iterable[Path] = ()) -> list[str]:
-    """Remove namespaces (with the processes inside) and directories; what does not exist is passed over.
+    """Remove namespaces (with the processes inside) and directories; missing ones are skipped.
 
-    Everything is tried; the returned list has one line for each thing that could not be removed.
+    All removals are tried; the returned list has one line for each thing that could not be removed.
     """
     failures = []
     for namespace in namespaces:

@@ -28,7 +28,7 @@ from netpol_ebpf.lab.patience import scaled
 from netpol_ebpf.lab.probe import DEADLINE_S, Prober
 from netpol_ebpf.lab.topology import Host, IpBatch, Plan
 
-STOP_DEADLINE_S = 3.0
+STOP_DEADLINE_S = 60.0
 LINKS_DEADLINE_S = 30.0
 POLL_S = 0.02
 RUN_DEADLINE_S = 120.0  # an agent that is run with --once compiles, which takes long on a busy machine
@@ -109,11 +109,11 @@ class Lab:
             self._prober.listen(host.name, host.addresses, host.listens)
 
     def _await_links(self) -> None:
-        """Wait until every interface of the plan sends.
+        """Wait until every interface of the plan can send.
 
-        One whose peer comes up later starts to send when a worker of the kernel has taken notice, which takes a while when
-        others create and remove namespaces; until then it drops everything without a word.  Other interfaces are none of
-        the laboratory's: a kernel with built-in tunnels puts `sit0` and its like into every new namespace, never up.
+        An interface with a peer that comes up later can send only after a kernel worker has noticed, which takes a
+        while when others create and remove namespaces; until then it drops everything silently.  Interfaces outside the
+        plan do not count: a kernel with built-in tunnels puts `sit0` and the like into every new namespace, never up.
         """
         deadline = time.monotonic() + scaled(LINKS_DEADLINE_S)
         for host in self.plan.hosts:
@@ -141,7 +141,10 @@ class Lab:
             _run_batch(self.command(batch.host, ["ip", *options, "-batch", "-"]), "\n".join(lines) + "\n")
 
     def record(self, *, namespaces: Iterable[str] = (), directories: Iterable[Path] = ()) -> None:
-        """Have the guard remove these as well, whatever happens. To be called before they are created."""
+        """Have the guard remove these namespaces and directories as well, whatever happens.
+
+        Must be called before they are created.
+        """
         if self._guard is None or self._guard.stdin is None:
             raise PlatformError("the laboratory is not running")
         record = {"namespaces": list(namespaces), "directories": [str(path) for path in directories]}
@@ -177,7 +180,7 @@ class Lab:
 
     @property
     def prober(self) -> Prober:
-        """The owner of the laboratory's sockets."""
+        """The prober that owns the laboratory's sockets."""
         if self._prober is None:
             raise PlatformError("the laboratory is not running")
         return self._prober
@@ -189,17 +192,20 @@ class Lab:
         return self.prober.attempt(attempts, deadline_s=deadline_s, rounds=rounds)
 
     def command(self, host: str, argv: Sequence[str]) -> list[str]:
-        """``argv`` to be run inside a host's network namespace.
+        """The command line that runs ``argv`` inside a host's network namespace.
 
-        `nsenter`, because `ip netns exec` (and `ip -n`) change mounts as well: a new /sys over the one that holds the
-        BPF file system, which besides fails where / is no mount point.
+        It uses `nsenter`, because `ip netns exec` (and `ip -n`) also mount a new /sys, which hides the BPF file system
+        and fails where / is no mount point.
         """
         return ["nsenter", f"--net={guard.NETNS_DIR / self.namespace_of[host]}", "--", *argv]
 
     def run(
         self, host: str, argv: Sequence[str], *, timeout_s: float = RUN_DEADLINE_S, check: bool = True
     ) -> subprocess.CompletedProcess[str]:
-        """Run a command inside a host to its end. Raises CalledProcessError (with ``check``) or TimeoutExpired."""
+        """Run a command inside a host and wait for its end.
+
+        Raises CalledProcessError (with ``check``) or TimeoutExpired.
+        """
         return subprocess.run(
             self.command(host, argv),
             check=check,
@@ -218,9 +224,9 @@ class Lab:
         stderr: _File = subprocess.DEVNULL,
         env: Mapping[str, str] | None = None,
     ) -> subprocess.Popen[bytes]:
-        """Start a process inside a host; it is ended with the laboratory.
+        """Start a process inside a host; it ends with the laboratory.
 
-        It gets a session of its own: a Ctrl-C at the terminal is for the one who built the laboratory to act on.
+        It has a session of its own, so that a Ctrl-C at the terminal reaches only the builder of the laboratory.
         """
         process = subprocess.Popen(
             self.command(host, argv),
@@ -234,7 +240,7 @@ class Lab:
         return process
 
     def stop(self, process: subprocess.Popen[bytes]) -> int:
-        """End a process begun with `start`, by SIGTERM and, if need be, SIGKILL; its return code."""
+        """End a process started by `start`, by SIGTERM and, if necessary, SIGKILL; returns its exit code."""
         if process in self._processes:
             self._processes.remove(process)
         return _stop(process)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who reaches whom: a table of real attempts, its rendering, and its comparison with a prediction.
+"""The connectivity of a laboratory: a table of real attempts, its rendering, and its comparison with a prediction.
 
-Invariant: a cell shows what was observed in every address family that both ends have; where families differ, or where
-an attempt ended in anything but an echo or silence, the cell says so.
+Invariant: a cell shows the observation in every address family that both ends have; where families differ, or where an
+attempt ended in anything but an echo or silence, the cell says so.
 """
 
 from __future__ import annotations
@@ -22,7 +22,10 @@ GAP = "  "
 
 @dataclass(frozen=True, slots=True)
 class ProbedService:
-    """What is tried at one host. ``protocol``: TCP or UDP with a port, or ICMP for an echo request of either family."""
+    """One port to probe at one host.
+
+    ``protocol``: TCP or UDP with a port, or ICMP for an echo request of either family.
+    """
 
     host: str
     protocol: int
@@ -30,7 +33,7 @@ class ProbedService:
 
     @property
     def label(self) -> str:
-        """``8080``, ``53/u`` or ``ping``."""
+        """Short name for a table: ``8080``, ``53/u`` or ``ping``."""
         if self.protocol == ICMP:
             return "ping"
         return f"{self.port}/u" if self.protocol == UDP else str(self.port)
@@ -38,7 +41,7 @@ class ProbedService:
 
 @dataclass(frozen=True, slots=True)
 class Mismatch:
-    """An attempt whose outcome is not what was predicted."""
+    """An attempt with an outcome that differs from the prediction."""
 
     result: AttemptResult
     expected_reached: bool
@@ -54,7 +57,7 @@ class Mismatch:
 
 
 class Matrix:
-    """Sources by services of one plan; ``names`` shortens host names for display."""
+    """The connectivity matrix of one plan: sources by services; ``names`` shortens host names for display."""
 
     def __init__(
         self,
@@ -89,13 +92,13 @@ class Matrix:
         ]
 
     def observe(self, lab: Lab) -> Observation:
-        """Try everything, for real."""
+        """Make all attempts with real connections."""
         results = lab.attempt(self.attempts())
         return Observation(self, {result.attempt: result for result in results})
 
 
 class Observation:
-    """What came of all attempts of a matrix at one time."""
+    """The outcomes of all attempts of a matrix at one time."""
 
     def __init__(self, matrix: Matrix, results: Mapping[Attempt, AttemptResult]) -> None:
         self.matrix = matrix
@@ -107,7 +110,7 @@ class Observation:
         return sum(result.reached for result in self.results.values())
 
     def mismatches(self, predict: Callable[[Attempt], bool]) -> list[Mismatch]:
-        """The attempts that did not end as predicted; anything but an echo or silence never did."""
+        """The attempts that did not end as predicted. An outcome other than an echo or silence always counts."""
         found = []
         for attempt, result in self.results.items():
             expected = predict(attempt)
@@ -120,7 +123,7 @@ class Observation:
         return tuple(self.results[attempt].outcome for attempt in self.matrix.attempts_of(source, service))
 
     def changed(self, earlier: Observation) -> list[tuple[str, ProbedService]]:
-        """The cells that are not as they were."""
+        """The cells that differ from an earlier observation."""
         return [
             (source, service)
             for source in self.matrix.sources
@@ -129,7 +132,7 @@ class Observation:
         ]
 
     def as_rows(self) -> dict[str, dict[str, str]]:
-        """For JSON: source to ``host:label`` to reached, silent, or the outcome of each family."""
+        """Rows for JSON: source to ``host:label`` to reached, silent, or the outcome of each family."""
         rows: dict[str, dict[str, str]] = {}
         for source in self.matrix.sources:
             row = rows[source] = {}
@@ -183,7 +186,7 @@ def _groups(services: Iterable[ProbedService]) -> list[tuple[str, list[ProbedSer
 
 
 def _sign(outcomes: tuple[Reachability, ...], *, ascii_only: bool) -> tuple[str, str]:
-    """One character, and its colour."""
+    """One character for a cell, and its colour."""
     if not outcomes:
         return ("." if ascii_only else "·"), DIM
     if any(outcome not in {Reachability.REACHED, Reachability.SILENT} for outcome in outcomes):

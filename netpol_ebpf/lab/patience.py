@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One factor for every time limit of the laboratory and the demonstration, for machines on which everything takes longer.
+"""One factor for every time limit of the laboratory and the demonstration, for slow machines.
 
-An emulated processor is ten to thirty times slower, and a limit that fits both it and real hardware would make every denial on
-real hardware take seconds: a denial is a silence that is waited out.
+An emulated processor is ten to thirty times slower. A limit that fits both it and real hardware would make every denial
+on real hardware take seconds, since a denial is observed as silence until the limit.
 
-The time between two looks is scaled as well: each look costs the process that is waited for as much as it costs the watcher.
+The interval of polling is scaled as well: each poll costs the observed process as much as the observer.
 
-Invariant: limits are scaled where they are set, by `scaled`, and nowhere twice.  What is measured is never scaled.
+Invariant: limits are scaled where they are set, by `scaled`, and nowhere twice.  Measurements are never scaled.
 """
 
 from __future__ import annotations
@@ -21,7 +21,10 @@ LARGEST = 1000.0  # arbitrary: a limit of 0.4 s becomes minutes
 
 
 def scaled(seconds: float) -> float:
-    """A time limit, or the time between two looks, times the factor (environment NETPOL_TIMEOUT_FACTOR, 1 when unset). Raises UsageError when that is none."""
+    """A time limit or polling interval times the factor (environment NETPOL_TIMEOUT_FACTOR, 1 when unset).
+
+    Raises UsageError when the variable is no valid factor.
+    """
     return seconds * _factor(os.environ.get(VARIABLE, ""))
 
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What should come of an attempt: the reference model's answer for the packet that the attempt would send.
+"""The predicted outcome of an attempt: the reference model's verdict on the attempt's packet.
 
-Invariant: nothing here is shared with the compiler, the tables or the kernel; a laboratory that agrees with this agrees
-with the plain reading of the manifests.
+Invariant: this module shares nothing with the compiler, the tables or the kernel; a laboratory that agrees with it
+agrees with the plain reading of the manifests.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ ECHO_REQUEST = {ICMP: 8, ICMPV6: 128}
 
 
 class Prediction:
-    """Answers for one set of manifests and one plan."""
+    """Predicts outcomes for one set of manifests and one plan."""
 
     def __init__(self, resources: Iterable[Resource], plan: Plan) -> None:
         self._world = derive(resources)
@@ -31,15 +31,18 @@ class Prediction:
         self._topology = Topology(self._world)
 
     def reached(self, attempt: Attempt) -> bool:
-        """Whether policy lets the attempt through, at every endpoint on its way."""
+        """Whether policy allows the attempt at every endpoint on its way."""
         return self.finding(attempt).allowed
 
     def finding(self, attempt: Attempt) -> Finding:
-        """The same with its cause. Raises StopIteration when the source lacks an address of the destination's family."""
+        """Whether policy allows the attempt, with the cause.
+
+        Raises StopIteration when the source lacks an address of the destination's family.
+        """
         return walk(self._topology.plan(Flow(self._packet(attempt))), self._model.decide)
 
     def policies_at(self, endpoint: EndpointKey, direction: Direction) -> list[Policy]:
-        """The enforced policies that have a say at an endpoint, in evaluation order."""
+        """The enforced policies that apply to an endpoint, in evaluation order."""
         labels = self._world.endpoints[endpoint].labels
         tiers = {tier.name: place for place, tier in enumerate(self._world.sorted_tiers())}
         found = [

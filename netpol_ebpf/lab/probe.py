@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Real sockets in the namespaces of a laboratory: echo servers, attempts with a deadline, connections held open.
 
-A socket belongs for ever to the network namespace its thread was in when it was made.  So one thread with one event
-loop serves every host: it enters a host's namespace, makes the socket, and that is all.  The rejected alternative, a
-helper process per host, costs a tenth of a second of CPU each and an exchange of messages.
+A socket belongs for ever to the network namespace in which its thread created it.  So one thread with one event loop
+serves every host: it enters a host's namespace and creates the socket.  The rejected alternative, a helper process per
+host, costs a tenth of a second of CPU each and an exchange of messages.
 
-Invariant: only the prober's own thread ever changes namespace, and it makes no socket without having entered one.
+Invariant: only the prober's own thread changes its namespace, and it creates no socket without having entered one.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Held:
         return port
 
     def exchange(self, deadline_s: float = DEADLINE_S) -> bool:
-        """Whether fresh bytes sent now come back before the deadline."""
+        """Whether new bytes are echoed before the deadline."""
         return self._prober.call(self._prober.echo_stream(self._sock, scaled(deadline_s)))
 
     def close(self) -> None:
@@ -68,7 +68,7 @@ class Held:
 
 @dataclass(slots=True)
 class _Batch:
-    """Attempts that are made at once. ``moved_s``: when one of them last got further, by the event loop's clock."""
+    """Attempts made at once. ``moved_s``: when one of them last made progress, by the event loop's clock."""
 
     moved_s: float
 
@@ -76,7 +76,7 @@ class _Batch:
 class Prober:
     """A thread with an event loop that owns the servers and clients of all hosts.
 
-    ``namespace_of`` maps a host's name to its network namespace's name.  To be closed.
+    ``namespace_of`` maps a host's name to its network namespace's name.  The caller must close it.
     """
 
     def __init__(self, namespace_of: dict[str, str]) -> None:
@@ -99,7 +99,10 @@ class Prober:
         self._loop.close()
 
     def call(self, work: Coroutine[Any, Any, T]) -> T:
-        """Run a coroutine on the prober's thread and wait for its result. Raises what ended a server, if one ended."""
+        """Run a coroutine on the prober's thread and wait for its result.
+
+        Raises the error that ended a server, if one ended.
+        """
         if self._failure is not None:
             work.close()
             raise self._failure
@@ -131,9 +134,9 @@ class Prober:
     ) -> list[AttemptResult]:
         """Make all attempts at once and return their results in the same order.
 
-        What stayed silent is tried again, up to ``rounds`` times in all, because the first SYN of a connection is sent
-        once a second and may be lost on a busy machine.  Silent is what had no answer when nothing had got further for
-        ``deadline_s`` (`scaled`).
+        Silent attempts are repeated, up to ``rounds`` times in all, because the first SYN of a connection is sent once
+        a second and may be lost on a busy machine.  An attempt is silent if it had no answer when no attempt had made
+        progress for ``deadline_s`` (`scaled`).
         """
         limit_s = scaled(deadline_s)
         results = self.call(self._attempt_all(attempts, limit_s))
@@ -230,10 +233,10 @@ class Prober:
                     raise  # the others report an earlier answer's fate, which is the client's to see
 
     async def _attempt_all(self, attempts: Sequence[Attempt], deadline_s: float) -> list[AttemptResult]:
-        """Make attempts until all have an outcome, or until none of them got further for ``deadline_s``.
+        """Make attempts until all have an outcome, or until none has made progress for ``deadline_s``.
 
-        A deadline of each attempt's own was rejected: all advance together, so on a machine that takes longer for the whole
-        batch than that, nearly all of them would count as silent.
+        The rejected alternative is a deadline for each attempt: all advance together, so on a machine that needs longer
+        for the whole batch nearly all of them would count as silent.
         """
         batch = _Batch(self._loop.time())
         tasks = [self._loop.create_task(self._attempt(attempt, batch, deadline_s)) for attempt in attempts]
@@ -305,7 +308,7 @@ class Prober:
         return sock
 
     async def _ask(self, sock: socket.socket, message: bytes, token: bytes, resend_s: float) -> bool:
-        """Send a datagram, again whenever there was no answer for ``resend_s``; True when its token comes back."""
+        """Send a datagram, and resend it after each ``resend_s`` without an answer; True when its token comes back."""
         while True:
             await self._loop.sock_sendall(sock, message)
             try:
@@ -352,7 +355,7 @@ def _family(address: IPAddress) -> int:
 
 
 async def _readable(loop: asyncio.AbstractEventLoop, sock: socket.socket) -> None:
-    """Wait until a socket can be read: sock_recvfrom comes with Python 3.11 only."""
+    """Wait until a socket is readable: sock_recvfrom needs Python 3.11."""
     ready: asyncio.Future[None] = loop.create_future()
 
     def wake() -> None:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A laboratory for a set of manifests: its pods on its nodes, and hosts outside the cluster.
 
-Invariant: the plan follows from the manifests alone (addresses, declared ports, nodes); only what the manifests cannot
-say, who lives outside, is given by the caller.
+Invariant: the plan follows from the manifests alone (addresses, declared ports, nodes); the caller adds only the hosts
+outside the cluster, which the manifests cannot name.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ INTERNET_ADDRESSES = (ip_address("192.0.2.1"), ip_address("2001:db8::1"))
 
 
 def plan_for(resources: Iterable[Resource], outside: Iterable[Host] = ()) -> Plan:
-    """Nodes below the internet, running pods below their nodes, ``outside`` as it is.
+    """The plan: nodes below the internet, running pods below their nodes, ``outside`` unchanged.
 
-    A pod listens on its declared TCP and UDP ports. Raises InvalidInputError for a pod whose node has no Node object.
-    Pods of the host's network are left out: they are the node.
+    A pod listens on its declared TCP and UDP ports. Raises InvalidInputError for a pod on a node without a Node object.
+    Pods of the host's network are left out, since they share the node's namespace.
     """
     resources = list(resources)
     hosts = [Host(INTERNET, None, INTERNET_ADDRESSES)]

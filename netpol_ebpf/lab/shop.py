@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The cluster of the demonstration: what its manifests (examples/demo) cannot say, and what is tried in it.
+"""The cluster of the demonstration: its outside hosts, the connections that are tried, and the one live change.
 
-Invariant: policies, pods and their ports are in the manifests alone; here is who lives outside, who asks whom, and the
-one change that is made live.
+Invariant: policies, pods and their ports are in the manifests (examples/demo) alone.
 """
 
 from __future__ import annotations
@@ -68,7 +67,7 @@ SERVICES = (
 NAMES = {name: name.rpartition("/")[2] for name in (*SOURCES, *(service.host for service in SERVICES))}
 
 EXPLAINED = Attempt("shop/front-end", DATABASE, TCP, 5432)
-"""A connection that is denied, to be explained."""
+"""A denied connection that the demonstration explains."""
 
 INCIDENT = Attempt("shop/debug", DATABASE, TCP, 5432)
 """A connection that only the live change allows."""

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How fast a pair of hosts talks, and how two pairs compare.
+"""Throughput of a pair of hosts, and the comparison of two pairs.
 
-Invariant: a comparison interleaves its measurements and compares those made next to each other, so that what else the
-machine does meets both sides alike.  Needs iperf3 and ss (iproute2).
+Invariant: a comparison interleaves its measurements and compares neighbouring ones, so that other load of the machine
+affects both sides alike.  Needs iperf3 and ss (iproute2).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ SLACK_S = 15.0  # for iperf3 to connect and to report, on a busy machine
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """From where to where: a client, a server, the server's address and TCP port (nothing else may listen there)."""
+    """A client, a server, and the server's address and TCP port, on which nothing else may listen."""
 
     client: str
     server: str
@@ -35,24 +35,24 @@ class Pair:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """All measurements of each side in bits per second; those of one place were made one after the other."""
+    """All measurements of each side in bits per second; entries with the same index were made one after the other."""
 
     with_samples: tuple[float, ...]
     without_samples: tuple[float, ...]
 
     @property
     def with_bps(self) -> float:
-        """Median of the one side."""
+        """Median throughput with enforcement."""
         return statistics.median(self.with_samples)
 
     @property
     def without_bps(self) -> float:
-        """Median of the other."""
+        """Median throughput without enforcement."""
         return statistics.median(self.without_samples)
 
     @property
     def ratio(self) -> float:
-        """Median of the ratios of neighbouring measurements: the share of the throughput that is left."""
+        """Median of the ratios of neighbouring measurements: the share of the throughput that remains."""
         return statistics.median(
             one / other for one, other in zip(self.with_samples, self.without_samples, strict=True)
         )

@@ -103,7 +103,7 @@ class Plan:
         return tuple(self._children[name])
 
     def below(self, name: str) -> Iterator[Host]:
-        """A host and everything below it, parents first."""
+        """A host and all its descendants, parents first."""
         yield self.hosts[name]
         for child in self._children[name]:
             yield from self.below(child.name)
@@ -127,7 +127,10 @@ class Plan:
         return f"169.254.{level}.1"
 
     def render_batches(self, namespace_of: dict[str, str]) -> list[IpBatch]:
-        """What to run, in this order; ``namespace_of`` gives the network namespace's name for each host."""
+        """Commands for ``ip -batch`` in the order of execution.
+
+        ``namespace_of`` gives the network namespace's name for each host.
+        """
         batches = []
         for host in self.below(self.root):
             lines = ["link set lo up"]
@@ -169,7 +172,7 @@ class Plan:
 
     @staticmethod
     def _sources(host: Host) -> list[IPAddress]:
-        """The first address of each family: what the host's own packets carry."""
+        """The first address of each family: the source addresses of the host's own packets."""
         first: dict[int, IPAddress] = {}
         for address in host.addresses:
             first.setdefault(address.version, address)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Whether a rule matches a packet: section 1 of policy/MATCHING.md in plain loops.
 
-Invariant: every answer follows from the `World` and the packet alone; nothing is cached and nothing is remembered.
+Invariant: every answer follows from the `World` and the packet alone; nothing is cached.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ class PacketSide:
 
 
 def source_side(world: World, packet: Packet) -> PacketSide:
-    """Where the packet comes from."""
+    """The packet's source side."""
     return _side(world, packet.source, packet.source_port)
 
 
 def destination_side(world: World, packet: Packet) -> PacketSide:
-    """Where the packet goes to."""
+    """The packet's destination side."""
     return _side(world, packet.destination, packet.destination_port)
 
 
@@ -105,7 +105,7 @@ def _entity_matches(world: World, entity: Entity, packet: Packet, side: PacketSi
 
 
 def _is_selected(selector: Selector, side: PacketSide) -> bool:
-    """Whether the labels of some owner of the address match."""
+    """Whether the labels of some owner of the address match the selector."""
     owners = [*(endpoint.labels for endpoint in side.endpoints), *(held.labels for held in side.network_sets)]
     return any(selector.matches(labels) for labels in owners)
 
@@ -115,7 +115,10 @@ def _is_node(world: World, selector: Selector, address: IPAddress) -> bool:
 
 
 def _ports_match(ports: Ports, selector: Selector | None, protocol: int, side: PacketSide) -> bool:
-    """By number, or by a name that an endpoint of the address (a matching one, if there is a selector) has declared."""
+    """Whether the ports match.
+
+    By number, or by a name that an endpoint of the address declares (a matching endpoint, if there is a selector).
+    """
     if protocol not in PORT_PROTOCOLS:
         return False
     if any(first <= side.port <= last for first, last in ports.ranges):

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`ReferenceModel`: what policy says about one packet at one endpoint, straight from SEMANTICS 3.2 to 3.4, 1.12 and 4.
+"""`ReferenceModel`.
 
-This is the authority the other engines are held against, so it is written to be read: no caches, no compiled forms, no code
-shared with them.  The exact content of each `Cause` is section 4 of policy/MATCHING.md; each function below says which
-of its lines it makes.
+The verdict of policy on one packet at one endpoint, straight from SEMANTICS 3.2 to 3.4, 1.12 and 4. The other engines
+are tested against this one, so it is written to be read: no caches, no compiled forms, no code shared with them.  The
+exact content of each `Cause` is section 4 of policy/MATCHING.md; each function below names the lines of that section
+that it implements.
 """
 
 from __future__ import annotations
@@ -33,13 +34,13 @@ _OTHER = {Direction.INGRESS: Direction.EGRESS, Direction.EGRESS: Direction.INGRE
 
 
 class ReferenceModel:
-    """Answers questions about one world, which every call reads anew. Cost: linear in the world."""
+    """The reference engine for one world, which every call reads anew. Cost: linear in the world."""
 
     def __init__(self, world: World) -> None:
         self._world = world
 
     def decide(self, question: Question) -> Verdict:
-        """The verdict, of the enforced policies and (``staged_*``) with the staged ones taking part."""
+        """The verdict of the enforced policies and, in ``staged_*``, of the pending evaluation."""
         endpoint = self._world.endpoints.get(question.endpoint)
         if endpoint is None:
             outcome, cause = _nothing_decided(question.direction, Stage.NORMAL)
@@ -56,7 +57,7 @@ class ReferenceModel:
 
 
 def pending_policies(world: World) -> list[Policy]:
-    """What would be enforced if all staged policies were: each takes the place of its namesake, Delete leaves none."""
+    """The policies of the pending evaluation: each staged policy replaces its namesake; Delete removes it."""
     replaced = {policy.replaces for policy in world.policies.values() if policy.staged is not Staged.NO}
     return [
         policy
@@ -66,7 +67,7 @@ def pending_policies(world: World) -> list[Policy]:
 
 
 class _Run:
-    """One evaluation: of the enforced or of the pending policies. ``logs``: Log rules that matched, as they did."""
+    """One evaluation, of the enforced or of the pending policies. ``logs``: Log rules that matched, in order."""
 
     def __init__(
         self, world: World, endpoint: Endpoint, question: Question, sides: tuple[PacketSide, PacketSide]
@@ -80,7 +81,7 @@ class _Run:
         self.logs: list[Cause] = []
 
     def evaluate(self, policies: list[Policy]) -> tuple[Outcome, Cause]:
-        """Failsafes and tunnels, tiers, profiles, and what is left when none of them decides."""
+        """Evaluate failsafes and tunnels, tiers, profiles, and the default when none of them decides."""
         return (
             self._exceptions()
             or self._tiers([policy for policy in policies if self._takes_part(policy)])
@@ -89,7 +90,10 @@ class _Run:
         )
 
     def _exceptions(self) -> tuple[Outcome, Cause] | None:
-        """Of hosts: allow in NORMAL; in UNTRACKED leave the packet (or the reply to one) to the later stages."""
+        """The exceptions of host endpoints: allow in NORMAL.
+
+        In UNTRACKED leave the packet (or its reply) to the later stages.
+        """
         if self.endpoint.kind is not EndpointKind.HOST or self.stage not in (Stage.NORMAL, Stage.UNTRACKED):
             return None
         cause = self._failsafe() or self._tunnel()
@@ -128,7 +132,7 @@ class _Run:
         return self.packet.source if self.direction is Direction.INGRESS else self.packet.destination
 
     def _takes_part(self, policy: Policy) -> bool:
-        """Whether a policy is of this stage and direction and selects the endpoint."""
+        """Whether a policy belongs to this stage and direction and selects the endpoint."""
         return (
             _is_of_stage(policy, self.stage, self.endpoint.kind)
             and self.direction in policy.types
@@ -136,7 +140,7 @@ class _Run:
         )
 
     def _tiers(self, policies: list[Policy]) -> tuple[Outcome, Cause] | None:
-        """Each tier that has policies here: its first deciding rule, else its default action."""
+        """Evaluate each tier with applying policies: its first deciding rule, else its default action."""
         for tier in self.world.sorted_tiers():
             applied = sorted((policy for policy in policies if policy.tier == tier.name), key=lambda one: one.sort_key)
             if not applied:
@@ -147,7 +151,7 @@ class _Run:
         return None
 
     def _tier(self, tier: PolicyTier, policies: list[Policy]) -> tuple[Outcome, Cause] | None:
-        """None: the tier was left by a Pass rule, or ends in Pass."""
+        """Evaluate one tier. None: a Pass rule left the tier, or it ends in Pass."""
         for policy in policies:
             for rule in policy.rules(self.direction):
                 if not self._matches(rule):
@@ -166,7 +170,7 @@ class _Run:
         return Outcome.DENY, Cause(CauseKind.TIER_END, self.direction, tier.name, policies[-1].key)
 
     def _profiles(self) -> tuple[Outcome, Cause] | None:
-        """In NORMAL only. Pass means deny here, and so does a profile that is missing."""
+        """Evaluate the profiles, in NORMAL only. Pass means deny here, and so does a missing profile."""
         if self.stage is not Stage.NORMAL:
             return None
         for name in self.endpoint.profiles:
@@ -188,7 +192,10 @@ class _Run:
 
 
 def _is_of_stage(policy: Policy, stage: Stage, kind: EndpointKind) -> bool:
-    """Workloads have NORMAL policy only; a policy of another stage of hosts never acts on a workload."""
+    """Whether a policy belongs to this stage.
+
+    Workloads have NORMAL only; a policy of another stage never applies to a workload.
+    """
     if stage is Stage.UNTRACKED:
         return kind is EndpointKind.HOST and policy.do_not_track
     if stage is Stage.PRE_DNAT:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether one rule surely matches all that another one matches, or nothing of it.
+"""Whether one rule certainly matches every packet of another one, or none of them.
 
-`covers` and `excludes` are sound and not complete: True is a proof that holds for every packet and every state of the cluster (by the
-definition in MATCHING.md); False says nothing.  It compares rules only and never looks at endpoints.
+`covers` and `excludes` are sound and not complete: True is a proof that holds for every packet and every state of the
+cluster (by the definition in MATCHING.md); False proves nothing.  They compare rules only and never look at endpoints.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ _FAMILY_OF_PROTOCOL = {ICMP: 4, ICMPV6: 6}
 
 @lru_cache(maxsize=65536)
 def implies(premise: Selector, conclusion: Selector) -> bool:
-    """Whether labels that match ``premise`` surely match ``conclusion``."""
+    """Whether labels that match ``premise`` certainly match ``conclusion``."""
     return premise == conclusion or all_of(premise, negate(conclusion)).is_unsatisfiable()
 
 
 def covers(wide: Rule, narrow: Rule) -> bool:
-    """Whether every packet that ``narrow`` matches is matched by ``wide``. A rule that matches nothing counts for neither."""
+    """Whether ``wide`` matches every packet that ``narrow`` matches. False if either rule can match nothing."""
     if is_dead(wide) or is_dead(narrow):
         return False
     family = _family(narrow)
@@ -37,7 +37,7 @@ def covers(wide: Rule, narrow: Rule) -> bool:
 
 
 def excludes(one: Rule, other: Rule) -> bool:
-    """Whether no packet is matched by both. A rule that matches nothing excludes all others."""
+    """Whether no packet matches both rules. A rule that can match nothing excludes all others."""
     if is_dead(one) or is_dead(other):
         return True
     families = {_family(one), _family(other)} - {None}
@@ -53,7 +53,10 @@ def excludes(one: Rule, other: Rule) -> bool:
 
 
 def _sides_exclude(one: Entity, other: Entity) -> bool:
-    """By nets or by ports. Not by selectors: an address may have an owner that the one picks and another for the other."""
+    """Whether nets or ports exclude each other.
+
+    Selectors do not count: an address may have several owners, each with other labels.
+    """
     if one.nets and other.nets and not any(_overlap(net, each) for net in one.nets for each in other.nets):
         return True
     if one.ports is None or other.ports is None or one.ports.names or other.ports.names:
@@ -64,12 +67,12 @@ def _sides_exclude(one: Entity, other: Entity) -> bool:
 
 
 def is_dead(rule: Rule) -> bool:
-    """Whether the rule is marked as one that matches nothing."""
+    """Whether the rule is marked as matching nothing."""
     return bool(rule.unsupported) or rule.source.impossible or rule.destination.impossible
 
 
 def _family(rule: Rule) -> int | None:
-    """The IP version of all packets that match, if the rule says."""
+    """The IP version of all packets that match, if the rule determines one."""
     if rule.ip_version is not None:
         return rule.ip_version
     if rule.protocol in _FAMILY_OF_PROTOCOL:
@@ -161,7 +164,10 @@ def _service_covers(wide: BackendMatch | None, narrow: BackendMatch | None) -> b
 
 
 def _ports_cover(wide: Ports | None, narrow: Ports | None) -> bool:
-    """Named ports resolve among owners that match the selector, of which a wider entity has no fewer."""
+    """Whether the wide entity's ports contain the narrow entity's.
+
+    Named ports resolve among the owners that match the selector; a wider entity has at least as many.
+    """
     if wide is None:
         return True
     return (

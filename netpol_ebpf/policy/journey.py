@@ -46,24 +46,25 @@ WILDCARD = "*"
 ROUTER_SOLICITATION = 133
 NEIGHBOUR_TYPES = frozenset({ROUTER_SOLICITATION, 135, 136})
 LISTENER_TYPES = frozenset({130, 131, 132, 143})
-"""ICMPv6 types of messages that pass before any policy, if they are of the link: neighbour and listener discovery (RFC 4861,
-2710, 3810).  Asked about are addresses; that a message with them is well-formed is taken for granted."""
+"""ICMPv6 types of messages that pass before any policy, if they stay on the link: neighbour and listener discovery (RFC
+4861, 2710, 3810).  Questions are about addresses; the messages are assumed to be well-formed.
+"""
 ROUTER_TYPES = frozenset({134, 137})
-"""ICMPv6 types that routers alone send: advertisement, redirect."""
+"""ICMPv6 types that only routers send: advertisement, redirect."""
 REDIRECT = 5
-"""The same of ICMP."""
+"""ICMP type that only routers send."""
 
 LINK_SCOPE = 2
-"""Of a multicast address (RFC 4291)."""
+"""Scope of a link-local multicast address (RFC 4291)."""
 
 _DHCP = {
     4: (68, 67, ip_address("255.255.255.255")),
     6: (546, 547, ip_address("ff02::1:2")),
 }
-"""Source port, destination port and destination of what a DHCP client sends to all servers on its link."""
+"""Source port, destination port and destination of a DHCP client's packet to all servers on its link."""
 
 _DHCP_SERVER = {4: (67, 68), 6: (547, 546)}
-"""Source port and destination port of what a DHCP server sends."""
+"""Source port and destination port of a DHCP server's packet."""
 
 
 def is_link_message(packet: Packet) -> bool:
@@ -78,7 +79,7 @@ def is_link_message(packet: Packet) -> bool:
 
 
 def is_forged(packet: Packet) -> bool:
-    """Whether a packet is one that routers and DHCP servers alone send."""
+    """Whether the packet is of a kind that only routers and DHCP servers send."""
     if packet.protocol == UDP:
         return (packet.source_port, packet.destination_port) == _DHCP_SERVER[packet.source.version]
     if packet.protocol == ICMPV6:
@@ -87,7 +88,7 @@ def is_forged(packet: Packet) -> bool:
 
 
 class HopReason(enum.Enum):
-    """Why a hop is decided without policy. Those of `_REFUSALS` deny."""
+    """Why a hop is decided without policy. Reasons in `_REFUSALS` deny."""
 
     NEIGHBOUR_DISCOVERY = "IPv6 neighbour discovery always passes"
     FORGED = "a workload does not speak for a router or a DHCP server"
@@ -117,7 +118,7 @@ _REFUSALS = frozenset(
 
 
 class FlowEndKind(enum.Enum):
-    """What is at an end of a flow."""
+    """The kind of a flow's end."""
 
     WORKLOAD = "workload"
     HOST = "host"
@@ -126,7 +127,10 @@ class FlowEndKind(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class FlowEnd:
-    """An end of a flow. ``endpoint`` is given for a workload only; ``node`` is None outside, or for a workload without."""
+    """An end of a flow.
+
+    ``endpoint``: for a workload only; ``node``: None outside the cluster, or for a workload without a node.
+    """
 
     kind: FlowEndKind
     endpoint: EndpointKey | None = None
@@ -141,8 +145,8 @@ class Flow:
     """The first packet of a connection, as its sender wrote it.
 
     ``dnat_to``: the address and port that a node on the way translates the destination to.  ``source`` and
-    ``destination`` say what is at the ends (the destination: after translation) where the addresses alone do not, for
-    example for a pod of the host's network; None: by address.
+    ``destination`` state the ends (the destination: after translation) where the addresses alone do not determine them,
+    for example for a pod of the host's network; None: by address.
     """
 
     packet: Packet
@@ -153,11 +157,11 @@ class Flow:
 
 @dataclass(frozen=True, slots=True)
 class JourneyHop:
-    """The judgement of one endpoint, or of one interface without an endpoint.
+    """The verdict of one endpoint, or of one interface without an endpoint.
 
-    Either ``reason`` decides, or ``questions`` are evaluated in order until one has another outcome than CONTINUE; if none has,
-    the hop allows.  ``reply``: when an UNTRACKED question was what allowed, the connection has no state here, and these
-    questions, about the first reply, must allow as well.
+    Either ``reason`` decides, or ``questions`` are evaluated in order until one has another outcome than CONTINUE; if
+    none has, the hop allows.  ``reply``: if an UNTRACKED question allowed, the connection has no conntrack state here,
+    and these questions, about the first reply, must allow as well.
     """
 
     endpoint: EndpointKey | None = None
@@ -183,11 +187,11 @@ class Journey:
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """Whether a flow is allowed, and why: ``question`` and ``cause`` are those of the verdict that decided.
+    """Whether a flow is allowed, and why. ``question`` and ``cause`` belong to the verdict that decided.
 
     For a denied flow that is the first denial; for an allowed one, the last verdict.  ``question`` is None when a
-    `HopReason` decided.  ``answers``: all questions that were evaluated, in order.  ``staged_allowed``: the same flow if all staged policies
-    were enforced.
+    `HopReason` decided.  ``answers``: all questions that were evaluated, in order.  ``staged_allowed``: the verdict on
+    the flow if all staged policies were enforced.
     """
 
     allowed: bool
@@ -205,7 +209,10 @@ Decide = Callable[[Question], Verdict]
 
 
 def walk(journey: Journey, decide: Decide) -> Finding:
-    """Evaluate the hops until one denies the flow, or all allowed it. ``decide`` is called once at most for each question."""
+    """Evaluate the hops until one denies the flow, or all allowed it.
+
+    ``decide`` is called at most once for each question.
+    """
     known: dict[Question, Verdict] = {}
 
     def ask(question: Question) -> Verdict:
@@ -240,7 +247,7 @@ def _walk(journey: Journey, ask: _Ask) -> tuple[bool, Question | None, Cause | H
 
 
 def _first_word(questions: tuple[Question, ...], ask: _Ask) -> tuple[Outcome, Question, Cause]:
-    """The first answer other than CONTINUE, or the last one."""
+    """The first answer other than CONTINUE, or the last answer."""
     for question in questions:
         outcome, cause = ask(question)
         if outcome is not Outcome.CONTINUE:
@@ -249,9 +256,9 @@ def _first_word(questions: tuple[Question, ...], ask: _Ask) -> tuple[Outcome, Qu
 
 
 def claim_order(endpoint: Endpoint) -> tuple[int, EndpointKey]:
-    """Sorts the host endpoints of a node: of those that could have an interface, the first one has it.
+    """Sort key of a node's host endpoints that claim the same interface: the first one has it.
 
-    One that names its interface, then one with an address of it, then the wildcard; by name among equals.
+    The order is: one that names the interface, then one with an address of it, then the wildcard; by name among equals.
     """
     rank = 1 if endpoint.interface is None else 2 if endpoint.interface == WILDCARD else 0
     return rank, endpoint.key
@@ -285,7 +292,10 @@ class Topology:
             endpoints.sort(key=claim_order)
 
     def locate(self, address: IPAddress) -> FlowEnd:
-        """What an address belongs to: a workload, else a host (by its Node or a host endpoint), else nothing of ours."""
+        """The owner of an address.
+
+        A workload, else a host (by its Node or a host endpoint), else nothing in the cluster.
+        """
         return self._workloads.get(address) or self._hosts.get(address) or OUTSIDE
 
     def plan(self, flow: Flow) -> Journey:
@@ -293,22 +303,22 @@ class Topology:
         return Journey(flow, tuple(_Planner(self, flow).hops()))
 
     def translation(self, flow: Flow) -> tuple[str | None, FlowEnd]:
-        """The node that translates a flow's destination, and what is at the translated one."""
+        """The node that translates a flow's destination, and the end at the translated destination."""
         planner = _Planner(self, flow)
         return planner.translating_node, planner.destination
 
     def wildcard(self, node: str | None) -> Endpoint | None:
-        """The host endpoint that covers all interfaces of a node, and so those of its workloads."""
+        """The wildcard host endpoint of a node. It covers all interfaces, and so those of the node's workloads."""
         found = (one for one in self._host_endpoints.get(node or "", ()) if one.interface == WILDCARD)
         return next(found, None)
 
     def uplink(self, node: str, address: IPAddress | None, version: int) -> Endpoint | None:
-        """The host endpoint of a node's interface to the world, in the order of `claim_order`.
+        """The host endpoint of a node's interface to the outside, in the order of `claim_order`.
 
-        ``address``: that of the node in the packet, None for a packet that only passes (then the node's own first
-        address of the packet's family stands for the interface).  The interface is taken to be the one that a host endpoint
-        with the address names, else one without any address.  Where neither this nor an address nor a wildcard tells, any
-        host endpoint is better than none.
+        ``address``: the node's address in the packet, None for a forwarded packet (then the node's own first address of
+        the packet's family identifies the interface).  The interface is assumed to be that of the host endpoint with
+        the address, else that of one without any address.  If neither this nor an address nor a wildcard decides, any
+        host endpoint counts.
         """
         if address is None:
             own = self._node_addresses.get(node, ())
@@ -325,12 +335,15 @@ class Topology:
         return next(iter((*claims, *candidates)), None)
 
     def uplink_of(self, node: str, direction: Direction, wire: Packet, *, is_local: bool) -> Endpoint | None:
-        """The host endpoint of the interface by which a packet enters (ingress) or leaves a node. ``is_local``: a process there ends it."""
+        """The host endpoint of the interface by which a packet enters (ingress) or leaves a node.
+
+        ``is_local``: a process of the node sends or receives it.
+        """
         own = wire.destination if direction is Direction.INGRESS else wire.source
         return self.uplink(node, own if is_local else None, wire.source.version)
 
     def is_tunnelled(self, packet: Packet) -> bool:
-        """Whether nodes decapsulate a workload's packet, whoever sent it. Manifests do not say, so the answer is no."""
+        """Whether nodes decapsulate a workload's packet, whoever sent it. Manifests do not tell, so the answer is no."""
         del packet
         return False
 
@@ -356,8 +369,8 @@ def _is_covered(packet: Packet, failsafe: Failsafe, remote: IPAddress) -> bool:
 class _Planner:
     """Plans one journey.
 
-    ``original`` is the packet before, ``final`` the packet after destination translation; ``sent``: as it leaves its sender's
-    node, which translates all but what is for an address of another node.
+    ``original`` is the packet before, ``final`` the packet after destination translation; ``sent``: the packet as it
+    leaves its sender's node, which translates every destination except addresses of other nodes.
     """
 
     def __init__(self, topology: Topology, flow: Flow) -> None:
@@ -376,7 +389,10 @@ class _Planner:
         self.sent = self.original if is_sent_on else self.final
 
     def _translating_node(self, written: FlowEnd) -> str | None:
-        """The node whose address the sender wrote, else the sender's own, else the receiver's; None: not translated."""
+        """The node that translates the destination: the node with that address, else the sender's, else the receiver's.
+
+        None: no translation.
+        """
         if not self.is_translated:
             return None
         if written.kind is FlowEndKind.HOST:
@@ -420,7 +436,7 @@ class _Planner:
         return self.source.kind is FlowEndKind.WORKLOAD and self.source.endpoint == self.destination.endpoint
 
     def _is_local(self) -> bool:
-        """Both ends are on one node and the packet does not leave it in between."""
+        """Whether both ends are on one node and the packet does not leave it in between."""
         if self._is_to_itself():
             return True
         return self.source.node is not None and self._nodes() == [self.source.node] == [self.destination.node]
@@ -455,7 +471,7 @@ class _Planner:
     # --- the nodes' interfaces to each other and the world ------------------------------------------------------------------
 
     def _nodes(self) -> list[str]:
-        """The nodes that the packet visits, in order."""
+        """The nodes on the packet's way, in order."""
         nodes = [self.source.node, self.translating_node, self.destination.node]
         visited: list[str] = []
         for node in nodes:
@@ -482,9 +498,10 @@ class _Planner:
     def _interface(
         self, node: str, direction: Direction, wire: Packet, final: Packet, *, is_local: bool
     ) -> Iterator[JourneyHop]:
-        """A node's interface to the world.
+        """The hop at a node's interface to the outside.
 
-        ``wire``: the packet as it is there; ``final``: as it leaves the node; ``is_local``: a process ends it here.
+        ``wire``: the packet on that interface; ``final``: the packet when it leaves the node; ``is_local``: a process
+        of the node receives it.
         """
         host = self.topology.uplink_of(node, direction, wire, is_local=is_local)
         if host is None:
@@ -524,7 +541,10 @@ class _Planner:
 def _stages(
     host: Endpoint, direction: Direction, wire: Packet, final: Packet, *, is_local: bool
 ) -> tuple[tuple[Stage, Packet], ...]:
-    """The lists of a host endpoint that a packet meets: untracked policy not on a wildcard, preDNAT inwards only."""
+    """The policy stages of a host endpoint that a packet meets.
+
+    No untracked policy on a wildcard, preDNAT on ingress only.
+    """
     stages = []
     if host.interface != WILDCARD:
         stages.append((Stage.UNTRACKED, wire))
@@ -540,7 +560,10 @@ def _ask(endpoint: EndpointKey, direction: Direction, stages: tuple[tuple[Stage,
 
 
 def _reversed(packet: Packet) -> Packet:
-    """The first reply. An ICMP reply is taken to have the request's type: which one answers it is not for policy."""
+    """The first reply.
+
+    An ICMP reply is assumed to have the request's type, since policy does not depend on the reply's type.
+    """
     return replace(
         packet,
         source=packet.destination,

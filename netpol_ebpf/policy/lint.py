@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Warnings about policies that are valid and probably not intended. They need a whole cluster state, not one object.
 
-Every warning is about one policy and states its effect, not a matter of taste.  What depends on the cluster's endpoints
-(a policy that selects nothing) is said only when there are endpoints.  Nothing here changes a verdict; nothing
-here is an error.
+Every warning concerns one policy and states its effect, never a matter of taste.  A warning that depends on the
+cluster's endpoints (a policy that selects nothing) needs endpoints in the input.  Nothing here changes a verdict;
+nothing here is an error.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def shown_name(key: PolicyKey) -> str:
 
 @dataclass(frozen=True, slots=True)
 class _Warning:
-    """A warning before it has a place: the field path, the message, the slug, and the rule it is about, if one."""
+    """A warning without its position: the field path, the message, the slug, and the rule, if it concerns one."""
 
     path: str
     message: str
@@ -71,7 +71,7 @@ class _Linter:
                     self.pod_addresses[address.version].add(address)
 
     def _selected_endpoints(self) -> dict[PolicyKey, set[EndpointKey]]:
-        """For each policy the endpoints it acts on."""
+        """The endpoints that each policy applies to."""
         index: SelectorIndex[PolicyKey, EndpointKey] = SelectorIndex()
         hosts = set()
         for key, endpoint in self.world.endpoints.items():
@@ -123,7 +123,7 @@ class _Linter:
         yield from self._log_only(policy)
 
     def _log_only(self, policy: Policy) -> Iterator[_Warning]:
-        """A policy of Log rules alone still isolates its endpoints: the tier ends in deny."""
+        """Policies with Log rules alone: they still isolate their endpoints, since the tier ends in deny."""
         tier = self.world.tiers.get(policy.tier)
         if policy.pre_dnat or policy.do_not_track or tier is None or tier.default_action is not Action.DENY:
             return
@@ -139,7 +139,7 @@ class _Linter:
                 )
 
     def _equal_priorities(self) -> Iterator[Problem]:
-        """SIG-network policies of one priority: the API leaves their order open."""
+        """SIG-network policies with equal priorities: the API leaves their order open."""
         first: dict[tuple[str, float], Policy] = {}
         for policy in sorted(self.world.policies.values(), key=lambda policy: policy.sort_key):
             if policy.key.kind not in _WITH_PRIORITY:
@@ -182,7 +182,10 @@ class _Linter:
         yield from self._named_ports(policy, direction, rule)
 
     def _pod_network(self, peer: Entity) -> Iterator[tuple[str, str]]:
-        """A CIDR that contains the pod network allows all pods; often only addresses outside the cluster are intended."""
+        """CIDRs that contain the pod network: they allow all pods.
+
+        Often only addresses outside the cluster are intended.
+        """
         for net in peer.nets:
             pods = self.pod_addresses[net.version]
             allowed = sum(not any(address in one for one in peer.not_nets) for address in pods)
@@ -196,7 +199,7 @@ class _Linter:
             )
 
     def _named_ports(self, policy: Policy, direction: Direction, rule: Rule) -> Iterator[tuple[str, str]]:
-        """In ingress rules the destination is the selected endpoint: some should have a port of that name."""
+        """Named ports in ingress rules that no selected endpoint declares: the destination is the selected endpoint."""
         ports = rule.destination.ports
         selected = self.selected[policy.key]
         if direction is not Direction.INGRESS or ports is None or not ports.names or not selected:
@@ -216,7 +219,7 @@ class _Linter:
 
 
 def _missing_profiles(resources: Iterable[Resource], world: World) -> Iterator[Problem]:
-    """Profiles that endpoints name and that do not exist: they deny what no policy decides. One warning for each profile."""
+    """Missing profiles that endpoints name: they deny whatever no policy decides. One warning for each profile."""
     said: set[str] = set()
     for resource in resources:
         key = key_of(resource)
@@ -239,7 +242,7 @@ def _missing_profiles(resources: Iterable[Resource], world: World) -> Iterator[P
 
 
 def _of_shadows(policy: Policy, shadows: Shadows) -> Iterator[_Warning]:
-    """A warning for each of the user's rules that is out of reach as a whole."""
+    """One warning for each user rule that no packet can reach."""
     for shadow in shadows.of(policy):
         own = all(other.key == policy.key for other, _ in shadow.causes)
         named = " and ".join(dict.fromkeys(_cause_name(policy, *cause) for cause in shadow.causes))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A cause in the user's words: which rule of which policy, and where it is written.
+"""A cause in the user's terms: the rule, its policy, and its file and line.
 
 Invariant: it looks up what a `Cause` names, and never evaluates policy again.
 """
@@ -15,7 +15,7 @@ from netpol_ebpf.policy.types import UDP, Action, Cause, CauseKind, Direction, T
 
 @dataclass(frozen=True, slots=True)
 class Provenance:
-    """What is known of a cause. ``location`` None: nothing was written for it, or it is no longer there."""
+    """The origin of a cause. ``location`` None: the cause has no text in a file, or the text is gone."""
 
     cause: Cause
     sentence: str

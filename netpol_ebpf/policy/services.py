@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a node translates the destination of a packet to: the backends of services, node ports and host ports.
+"""The destination translation of nodes: the backends of services, node ports and host ports.
 
-Sources: EndpointSlices, as kube-proxy has it; for a service without any, the pods that its selector selects.
+Sources: EndpointSlices, as kube-proxy uses them; for a service without any, the pods that its selector selects.
 
-Invariant: every backend that a node may choose is in the answer.  Which one it chooses is not known here, nor is whether anything on
-the node translates at all.  Evaluates no policy.
+Invariant: every backend that a node may choose is in the answer.  This module does not know which backend a node
+chooses, nor whether anything on the node translates at all.  Evaluates no policy.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ BackendAddress = tuple[IPAddress, int]
 
 @dataclass(frozen=True, slots=True)
 class Translation:
-    """The backends of a packet's destination. ``owners``: the objects it belongs to, such as ``Service/shop/db``."""
+    """The backends of a packet's destination. ``owners``: the objects that translate it, such as ``Service/shop/db``."""
 
     owners: tuple[str, ...]
     backends: tuple[BackendAddress, ...]
@@ -33,7 +33,10 @@ class ServiceAddresses:
     """The addresses and ports that nodes translate. Cost to build: linear in the resources."""
 
     def __init__(self, vips: Mapping[VipKey, Vip], resources: Iterable[Resource]) -> None:
-        """``vips``: those of a world; ``resources``: the objects that it was derived from, which name them."""
+        """``vips``: the service addresses of a world; ``resources``.
+
+        The objects that they were derived from, which give the names.
+        """
         services: list[Service] = []
         pods: defaultdict[str, list[Pod]] = defaultdict(list)
         sliced: set[tuple[str, str]] = set()
@@ -59,7 +62,7 @@ class ServiceAddresses:
     def find(self, packet: Packet, node: str | None) -> Translation | None:
         """The services and backends of a packet's destination, None where no node translates it.
 
-        ``node``: the one that has the destination's address, None: no node has it.
+        ``node``: the node with the destination's address, None: no node has it.
         """
         if packet.protocol not in PORT_PROTOCOLS:
             return None
@@ -76,7 +79,10 @@ class ServiceAddresses:
 
 
 def _slices_of(service: Service, pods: Iterable[Pod]) -> Iterator[EndpointSlice]:
-    """What the cluster would write for a service: a slice for each pod that it selects. ``pods``: of its namespace."""
+    """The slices that the cluster would write for a service: one for each selected pod.
+
+    ``pods``: of the service's namespace.
+    """
     if not service.selector:
         return
     for pod in pods:
@@ -89,7 +95,7 @@ def _slices_of(service: Service, pods: Iterable[Pod]) -> Iterator[EndpointSlice]
 
 
 def _target(target: int | str, protocol: int, pod: Pod) -> int | None:
-    """The number of a target port at a pod; None where it declares none of that name."""
+    """The number of a target port at a pod; None where the pod declares no port of that name."""
     if isinstance(target, int):
         return target
     return next((one.port for one in pod.ports if (one.name, one.protocol) == (target, protocol)), None)

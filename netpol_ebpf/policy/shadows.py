@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rules that no packet can reach, because rules before them surely match all that they match.
+"""Rules that no packet can reach, because earlier rules certainly match every packet that they match.
 
-Sound and not complete, as `netpol_ebpf.policy.coverage` is: what is named here is never reached in any state of the cluster's
-endpoints, so whoever deletes it changes no verdict; what is not named may still be out of reach.
+The analysis is sound and not complete, as `netpol_ebpf.policy.coverage` is: a reported rule is never reached in any
+state of the cluster's endpoints, so its removal changes no verdict; an unreported rule may still be unreachable.
 
-A rule of a policy is out of reach when another one matches all its packets, comes before it for all endpoints of the policy,
-and either ends the evaluation or leaves the tier that both are in.  In an earlier tier a Pass stands in the way of that proof:
-what it matches goes on to the next tier and never meets the rest of its own.
+A rule is unreachable when another rule matches all its packets, comes before it for all endpoints of the policy, and
+either ends the evaluation or leaves the tier of both.  A Pass rule in an earlier tier prevents that proof: the packets
+that it matches go on to the next tier and never meet the rest of its own.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ KUBERNETES = ("KubernetesNetworkPolicy", "StagedKubernetesNetworkPolicy")
 
 @dataclass(frozen=True, slots=True)
 class Shadow:
-    """One of the user's rules that is out of reach. ``rule``: its first internal one; ``causes``: what comes before it."""
+    """An unreachable user rule. ``rule``: its first internal rule; ``causes``: the rules before it."""
 
     direction: Direction
     rule: Rule
@@ -33,7 +33,10 @@ class Shadow:
 
 @dataclass(frozen=True, slots=True)
 class _Before:
-    """A rule that comes before another policy's, unless one of ``passes`` matches: Pass rules ahead of it in an earlier tier."""
+    """A rule before another policy's rules, unless one of ``passes`` matches.
+
+    Pass rules ahead of it in an earlier tier.
+    """
 
     policy: Policy
     rule: Rule
@@ -41,7 +44,7 @@ class _Before:
 
 
 class Shadows:
-    """Finds the rules of a world that are out of reach. Cost of `of`: linear in the rules of all policies."""
+    """Finds the unreachable rules of a world. Cost of `of`: linear in the rules of all policies."""
 
     def __init__(self, world: World) -> None:
         by_tier: dict[str, list[Policy]] = defaultdict(list)
@@ -56,7 +59,10 @@ class Shadows:
         self._replaced = {policy.replaces for policy in world.policies.values() if policy.staged is not Staged.NO}
 
     def of(self, policy: Policy) -> Iterator[Shadow]:
-        """The user's rules of a policy that are out of reach as a whole, in the evaluation (enforced or pending) that the policy takes part in."""
+        """The unreachable user rules of a policy: those with only unreachable internal rules.
+
+        The evaluation is the one that the policy takes part in, enforced or pending.
+        """
         for direction in policy.types:
             rules = policy.rules(direction)
             if not rules or policy.staged is Staged.DELETE:
@@ -75,7 +81,7 @@ class Shadows:
                     yield Shadow(direction, parts[0], tuple(found))
 
     def _earlier(self, policy: Policy, direction: Direction) -> Iterator[_Before]:
-        """Rules of other policies that come before this one's for all endpoints that this one selects."""
+        """Rules of other policies that precede this policy's rules at every endpoint that this policy selects."""
         tier, passes = "", list[Rule]()
         for other in self._in_order:
             if other.key == policy.key:
@@ -92,7 +98,10 @@ class Shadows:
                     yield _Before(other, rule, tuple(passes))
 
     def _are_together(self, policy: Policy, other: Policy) -> bool:
-        """Whether an endpoint may have both in one rule list: that of the enforced evaluation, for a staged policy of the pending one."""
+        """Whether an endpoint may have both policies in one rule list.
+
+        That of the enforced or, for a staged policy, of the pending evaluation.
+        """
         if (other.do_not_track, other.pre_dnat) != (policy.do_not_track, policy.pre_dnat):
             return False
         if (other.staged is not Staged.NO) if policy.staged is Staged.NO else (other.key in self._replaced):
@@ -101,9 +110,9 @@ class Shadows:
 
 
 def _precedes(policy: Policy, other: Policy) -> bool:
-    """Whether a policy that is ordered earlier is in every rule list that this one is in.
+    """Whether an earlier policy is in every rule list that this one is in.
 
-    Staged ones are not named as causes; nor are Kubernetes policies, which have no order among each other.
+    Staged policies are not reported as causes, nor are Kubernetes policies, which have no order among each other.
     """
     return (
         other.staged is Staged.NO

@@ -29,21 +29,21 @@ V = TypeVar("V")
 
 TCP, UDP, SCTP, UDPLITE, ICMP, ICMPV6, IPIP = 6, 17, 132, 136, 1, 58, 4
 PORT_PROTOCOLS = frozenset({TCP, UDP, SCTP})
-"""Protocols whose ports the dataplane parses and rules may match."""
+"""Protocols with ports that the dataplane parses and rules may match."""
 IPV6_HEADERS = frozenset({0, 43, 44, 51, 59, 60})
 """Numbers that over IPv6 are no packet's protocol: hop-by-hop, routing, fragment, AH and destination options headers precede
 what the packet carries (docs/packet-parsing.md), and 59 says that it carries nothing.  Over IPv4 they are like any other."""
 
 
 class Direction(enum.Enum):
-    """The policy's view: from the endpoint's side. Where a program sits is a *hook*, a different type."""
+    """Direction in the policy's view: from the endpoint's side. The *hook* of a program is a different type."""
 
     INGRESS = "ingress"
     EGRESS = "egress"
 
 
 class Action(enum.Enum):
-    """What a rule (or the end of a tier) says."""
+    """The action of a rule, or of the end of a tier."""
 
     ALLOW = "allow"
     DENY = "deny"
@@ -52,7 +52,7 @@ class Action(enum.Enum):
 
 
 class Stage(enum.Enum):
-    """Which list of policies of an endpoint is consulted. Workloads have NORMAL only; hosts have all four."""
+    """The list of an endpoint's policies that is evaluated. Workloads have NORMAL only; hosts have all four."""
 
     NORMAL = "normal"  # a workload's policy; a host's policy for local traffic (failsafes first)
     FORWARD = "forward"  # applyOnForward policies, for traffic through the host
@@ -62,7 +62,7 @@ class Stage(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class Ports:
-    """Numeric inclusive ranges OR names; names resolve through the named ports of the entity's own side."""
+    """Numeric inclusive ranges OR names. Names resolve through the named ports of the entity's own side."""
 
     ranges: tuple[tuple[int, int], ...] = ()
     names: tuple[str, ...] = ()
@@ -87,13 +87,13 @@ class BackendMatch:
 
 @dataclass(frozen=True, slots=True)
 class Entity:
-    """One side (source or destination) of a rule; all given parts are ANDed. None or () is: no constraint.
+    """One side (source or destination) of a rule; all given parts are ANDed. None or () means no constraint.
 
     An address *matches a selector* when some endpoint or network set that owns or contains it has labels that match
-    (SEMANTICS 2.6 e); it matches ``not_selector`` when no owner's labels match it.  Never both: beside a selector, what is
-    negated is part of that one's expression (2.6 c).  ``nodes`` is evaluated on the
-    labels of Node objects owning the address, and only on those.  ``impossible`` marks an entity nothing matches
-    (an Accept rule with an unknown peer, an ipBlock that cannot be read).
+    (SEMANTICS 2.6 e); it matches ``not_selector`` when no owner's labels match it.  An entity never has both: beside a
+    selector, the negated part belongs to the selector's expression (2.6 c).  ``nodes`` is evaluated on the labels of
+    Node objects that own the address, and only on those.  ``impossible`` marks an entity that nothing matches (an
+    Accept rule with an unknown peer, an ipBlock that cannot be read).
     """
 
     nets: tuple[IPNetwork, ...] = ()
@@ -116,11 +116,12 @@ ANY_ENTITY = Entity()
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """One internal rule. Several may stem from one rule of the user (a port list, a peer list): they share ``index``.
+    """One internal rule.
 
-    ``index``: position in the user's own list for that direction, from 0.  ``protocol``/``not_protocol``: IANA numbers.
-    ``unsupported``: non-empty names what this rule needs and this build lacks ("http", "domains"); such a rule matches
-    nothing (only Allow rules can have it, so this never widens access).
+    Several internal rules may come from one user rule (a port list, a peer list): they share ``index``. ``index``:
+    position in the user's own list for that direction, from 0.  ``protocol``/``not_protocol``: IANA numbers.
+    ``unsupported``: names the fields of the rule that this build does not support ("http", "domains"); such a rule
+    matches nothing (only Allow rules can have it, so this never widens access).
     """
 
     action: Action
@@ -138,7 +139,10 @@ class Rule:
 
 
 class ResourceKey(NamedTuple):
-    """Identifies an object by its kind; ``namespace`` is "" for cluster scope. A tuple, for tables of thousands are keyed by it."""
+    """Identifies an object by its kind; ``namespace`` is "" for cluster scope.
+
+    A tuple, since tables of thousands of objects use it as key.
+    """
 
     kind: str
     namespace: str
@@ -160,7 +164,7 @@ class PolicyKey(ResourceKey):
 
 
 class Staged(enum.Enum):
-    """How a policy takes part: enforced, or only in the pending evaluation."""
+    """How a policy takes part in evaluation: enforced, or only pending."""
 
     NO = "enforced"
     SET = "set"
@@ -172,7 +176,7 @@ class Policy:
     """A policy of any kind. ``order`` is +inf when the user gave none; ties: the string ``name/namespace/kind``.
 
     ``subject`` selects endpoints (workloads and hosts) by effective labels.  ``replaces``: for a staged policy, the key
-    of the enforced policy it stands for in the pending evaluation.
+    of the enforced policy that it replaces in the pending evaluation.
     """
 
     key: PolicyKey
@@ -201,9 +205,9 @@ class Policy:
 
 @dataclass(frozen=True, slots=True)
 class PolicyTier:
-    """A tier. ``exists`` is False for one that policies name but nobody created: sorted last, ends in deny.
+    """A tier. ``exists`` is False for a tier that policies name but nobody created: sorted last, ends in deny.
 
-    ``follows``: the name of a tier of the same order; this one comes directly after it, and no other tier in between.
+    ``follows``: the name of a tier of the same order; this tier comes directly after it, with no other tier in between.
     """
 
     name: str
@@ -214,13 +218,16 @@ class PolicyTier:
 
     @property
     def sort_key(self) -> tuple[bool, float, str, bool]:
-        """Existing tiers first, then order (nil last), then name, of which a tier that follows another one has the other's."""
+        """Existing tiers first, then order (nil last), then name.
+
+        A tier that follows another one uses the other's order and name.
+        """
         return (not self.exists, self.order, self.follows or self.name, bool(self.follows))
 
 
 @dataclass(frozen=True, slots=True)
 class ProfileRules:
-    """Rules consulted when no tier decided; ``kns.<namespace>`` allows everything. A missing profile denies."""
+    """Rules that are evaluated when no tier decided; ``kns.<namespace>`` allows everything. A missing profile denies."""
 
     name: str
     ingress: tuple[Rule, ...] = ()
@@ -241,7 +248,7 @@ class NamedPort:
 
 
 class EndpointKind(enum.Enum):
-    """What an endpoint is."""
+    """Whether an endpoint is a workload or a host."""
 
     WORKLOAD = "workload"
     HOST = "host"
@@ -257,8 +264,9 @@ class EndpointKey(ResourceKey):
 class Endpoint:
     """A workload or host endpoint with its *effective* labels (own, then inherited from its profiles).
 
-    ``addresses``: what rules of others select it by (a host with no expectedIPs has none).  ``interface``: "*" for a
-    wildcard host endpoint.  ``allowed_sources``: prefixes it may use as a source although it does not own them.
+    ``addresses``: the addresses by which rules of other endpoints select it (a host without expectedIPs has none).
+    ``interface``: "*" for a wildcard host endpoint.  ``allowed_sources``: prefixes it may use as a source although it
+    does not own them.
     """
 
     key: EndpointKey
@@ -274,7 +282,7 @@ class Endpoint:
 
 @dataclass(frozen=True, slots=True)
 class LabelledNets:
-    """Labelled nets; ``key`` is ``namespace/name`` or ``name``."""
+    """Nets with labels (a network set). ``key`` is ``namespace/name`` or ``name``."""
 
     key: str
     labels: Mapping[str, str] = field(hash=False)
@@ -310,9 +318,9 @@ class ServiceBackends:
 
 @dataclass(frozen=True, slots=True, order=True)
 class VipKey:
-    """What a service is reached by: an address, or for node ports each address of a node (``address`` None).
+    """The address of a service, or for node ports each address of a node (``address`` None).
 
-    ``node``: the one that translates it, "": every node.
+    ``node``: the node that translates it, "": every node.
     """
 
     address: IPAddress | None
@@ -356,16 +364,16 @@ class Tunnel(NamedTuple):
 
     @property
     def number(self) -> int:
-        """Protocol and port as one number: what a `Cause` names it by."""
+        """Protocol and port as one number, by which a `Cause` names the tunnel."""
         return self.protocol << 16 | self.port
 
     @classmethod
     def of_number(cls, number: int) -> Tunnel:
-        """The tunnel that has a number."""
+        """The tunnel with a number."""
         return cls(number >> 16, number & 0xFFFF)
 
     def carries(self, packet: Packet) -> bool:
-        """Whether a packet is of this encapsulation."""
+        """Whether a packet has this encapsulation."""
         port = packet.destination_port if packet.protocol in PORT_PROTOCOLS else 0
         return (self.protocol, self.port) == (packet.protocol, port)
 
@@ -378,8 +386,8 @@ TUNNELS = frozenset({Tunnel(IPIP), Tunnel(UDP, 4789), Tunnel(UDP, 51820), Tunnel
 class PolicySettings:
     """Cluster-wide settings that change verdicts (SEMANTICS 4.5 to 4.7).
 
-    ``node_failsafes``: by node and direction the list that one node has in place of the cluster's.  ``tunnels``: what policy of
-    host endpoints never blocks between the addresses of known nodes.
+    ``node_failsafes``: by node and direction, a list that replaces the cluster's on that node.  ``tunnels``:
+    encapsulations that host endpoint policy never blocks between the addresses of known nodes.
     """
 
     failsafe_inbound: tuple[Failsafe, ...] = FAILSAFE_INBOUND
@@ -389,14 +397,14 @@ class PolicySettings:
     tunnels: frozenset[Tunnel] = TUNNELS
 
     def failsafes(self, node: str | None, direction: Direction) -> tuple[Failsafe, ...]:
-        """The list of a node in one direction."""
+        """The failsafe list of a node in one direction."""
         of_all = self.failsafe_inbound if direction is Direction.INGRESS else self.failsafe_outbound
         return self.node_failsafes.get((node or "", direction), of_all)
 
 
 @dataclass(slots=True)
 class World:
-    """Everything the engines judge by: the internal objects of one cluster state. Mutable; owned by its maker."""
+    """The input of the engines: the internal objects of one cluster state. Mutable; owned by its maker."""
 
     tiers: dict[str, PolicyTier] = field(default_factory=dict)
     policies: dict[PolicyKey, Policy] = field(default_factory=dict)
@@ -417,9 +425,9 @@ class World:
 
 @dataclass(slots=True)
 class Changes:
-    """What became of internal objects: the new one, or None where it went. The tables have `World`'s names and keys.
+    """Changes of internal objects: the new object, or None for a removed one. The tables have `World`'s names and keys.
 
-    ``settings``: None when they are as they were.
+    ``settings``: None when they did not change.
     """
 
     tiers: dict[str, PolicyTier | None] = field(default_factory=dict)
@@ -439,7 +447,7 @@ class Changes:
         ))  # fmt: skip
 
     def apply_to(self, world: World) -> None:
-        """Make ``world`` what it is after these changes. Cost: linear in the changes."""
+        """Apply these changes to ``world``. Cost: linear in the changes."""
         _apply(self.tiers, world.tiers)
         _apply(self.policies, world.policies)
         _apply(self.profiles, world.profiles)
@@ -481,7 +489,7 @@ class Packet:
 
 
 class Outcome(enum.Enum):
-    """What policy decides for a packet. CONTINUE only from stages that never drop by default."""
+    """The decision of policy on a packet. CONTINUE comes only from stages that never drop by default."""
 
     ALLOW = "allow"
     DENY = "deny"
@@ -489,7 +497,7 @@ class Outcome(enum.Enum):
 
 
 class CauseKind(enum.Enum):
-    """What sort of thing decided."""
+    """The kind of object that decided."""
 
     RULE = "rule"  # tier, policy, index
     TIER_END = "end of tier"  # tier (policy: the last policy of the tier that applied)
@@ -501,10 +509,10 @@ class CauseKind(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class Cause:
-    """Which rule made a verdict. ``index`` is -1 where no rule did (end of tier, no match).
+    """The rule or other object that made a verdict. ``index`` is -1 where no rule did (end of tier, no match).
 
-    ``policy`` at the end of a tier is the last applying policy of that tier in evaluation order.  MATCHING.md beside
-    this module says for each kind exactly which fields hold what: engines must produce identical causes.
+    At the end of a tier ``policy`` is the last applying policy of that tier in evaluation order.  MATCHING.md beside
+    this module defines the fields of each kind of cause exactly: engines must produce identical causes.
     """
 
     kind: CauseKind

@@ -77,12 +77,12 @@ _ONLY_GLOBAL = ("namespaceSelector", "doNotTrack", "preDNAT", "applyOnForward")
 
 
 def _check_policy_name(name: str) -> str | None:
-    """A DNS label, or two with one dot between; or the name of a converted object."""
+    """Check a policy's name: a DNS label, or two with one dot between; or the name of a converted object."""
     return None if len(name) <= 253 and _CONVERTED_NAME.match(name) else _check_global_policy_name(name)  # noqa: PLR2004
 
 
 def _check_global_policy_name(name: str) -> str | None:
-    """A DNS label, or two with one dot between."""
+    """Check a global policy's name: a DNS label, or two with one dot between."""
     if (message := check_dns_subdomain(name)) is not None:
         return message
     if not _POLICY_NAME.match(name):
@@ -152,7 +152,7 @@ def _tier_name(spec: Reader) -> str:
 
 
 def _types(spec: Reader) -> tuple[str, ...]:
-    """The types as written, in the usual order; () when none are."""
+    """The types as written, in the canonical order; () when absent."""
     types: list[str] = []
     for path, name in spec.indexed_strings("types"):
         if name not in _DIRECTIONS:
@@ -165,7 +165,7 @@ def _types(spec: Reader) -> tuple[str, ...]:
 
 
 def _default_types(spec: Reader) -> tuple[str, ...]:
-    """No egress rules: Ingress; only egress rules: Egress; both: both (unlike a Kubernetes policy)."""
+    """Default types. No egress rules: Ingress; only egress rules: Egress; both: both (unlike a Kubernetes policy)."""
     if not spec.list("egress"):
         return _DIRECTIONS[:1]
     return _DIRECTIONS if spec.list("ingress") else _DIRECTIONS[1:]
@@ -215,7 +215,7 @@ def _global_network_policy(obj: Reader, meta: Meta) -> GlobalNetworkPolicy:
 
 
 def _staged_action(spec: Reader, *, keep: tuple[str, ...]) -> str:
-    """The action; with Delete every field but ``keep`` must be empty."""
+    """The staged action. With Delete every field but ``keep`` must be empty."""
     action = spec.enum("stagedAction", STAGED_ACTIONS) or "Set"
     if action == "Delete":
         for key in spec.fields():
@@ -225,7 +225,7 @@ def _staged_action(spec: Reader, *, keep: tuple[str, ...]) -> str:
 
 
 def _is_zero(value: Any) -> bool:
-    """Absent, or what an absent field of this type would hold (0 is a given order)."""
+    """Whether a value is absent, or equal to what an absent field of this type holds (0 is a given order)."""
     return value is None or value is False or (isinstance(value, (str, list, Mapping)) and not value)
 
 
@@ -298,7 +298,7 @@ def _network_set(obj: Reader, meta: Meta) -> NetworkSet:
 
 
 def read_net(spec: Reader, path: tuple[str | int, ...], text: str) -> IPNetwork | None:
-    """A CIDR or a bare address; host bits are cleared."""
+    """Read a CIDR or a bare address as a masked network; host bits are cleared."""
     full = text if "/" in text else f"{text}/{128 if ':' in text else 32}"
     try:
         network, masked = parse_network(full)
@@ -367,7 +367,7 @@ def _profiles(spec: Reader) -> tuple[str, ...]:
 
 
 def _endpoint_port(port: Reader, *, may_be_unnamed: bool = False) -> EndpointPort | None:
-    """A named port; None when it is wrong or, where that is allowed, has no name."""
+    """Read a named port; None when it is not valid or, where that is allowed, has no name."""
     name = port.string("name") or ""
     if not name and not may_be_unnamed:
         port.missing("name")
@@ -435,7 +435,7 @@ def _workload_endpoint(obj: Reader, meta: Meta) -> WorkloadEndpoint:
 
 
 def _single_address(text: str) -> IPAddress:
-    """An address, bare or as the CIDR of one address; raises ValueError."""
+    """Parse an address, bare or as the CIDR of one address. Raises ValueError."""
     if "/" not in text:
         return parse_address(text)
     network, _ = parse_network(text)
@@ -453,7 +453,7 @@ def _one_address(reader: Reader, key: str, text: str) -> IPAddress | None:
 
 
 def _nats(spec: Reader, addresses: tuple[IPAddress, ...]) -> None:
-    """1:1 NAT entries: checked, since a wrong one betrays a wrong object; translation itself is not done here."""
+    """Check 1:1 NAT entries. They are not used, but an invalid entry makes the object invalid."""
     for nat in spec.mappings("ipNATs"):
         ends = []
         for key in ("internalIP", "externalIP"):

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""FelixConfiguration and KubeControllersConfiguration: what they say of host endpoints, and nothing else.
+"""FelixConfiguration and KubeControllersConfiguration: only the fields about host endpoints.
 
-Both hold many fields for other programs, and more with each release: a field that is not read here is accepted, unless its
-name is nearly that of one that is.  Fields that change verdicts in the origin and are not followed here are warned of.
+Both hold many fields for other programs, and more with each release: a field that is not read here is accepted, unless
+its name is nearly that of a field that is read.  Fields that change verdicts in Calico and have no effect here cause a
+warning.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from netpol_ebpf.resources.types import (
 
 DEFAULT = "default"
 NODE_PREFIX = "node."
-"""Of the name of a FelixConfiguration for one node."""
+"""Prefix of the name of a FelixConfiguration for one node."""
 
 _FAILSAFES = ("failsafeInboundHostPorts", "failsafeOutboundHostPorts")
 FAILSAFE_PROTOCOLS = ("TCP", "UDP")
@@ -40,11 +41,11 @@ _NOT_FOLLOWED = {
     "wireguardListeningPortV6": "the agent's option --tunnel",
     "workloadSourceSpoofing": "the agent's option --allow-source-prefixes",
 }
-"""Fields that change what passes in the origin, and what decides about it here."""
+"""Fields that change verdicts in Calico and have no effect here, each with the setting that decides here instead."""
 
 MODES = ("Enabled", "Disabled")
 _FOREIGN = re.compile(r"\(\?(?!:)|\[\[:|\\[^\W_bBdDsSwW]|\\_|[*+?}][*+]|\{,")
-"""What Python's regular expressions and the origin's (RE2) read differently, or only one of them reads."""
+"""Regular expression syntax that Python and Go (RE2) read differently, or that only one of them reads."""
 
 
 # --- FelixConfiguration ---------------------------------------------------------------------------------------------
@@ -81,7 +82,7 @@ def _failsafes(spec: Reader, key: str) -> Iterator[FailsafePort]:
 
 
 def _failsafe_protocol(entry: Reader) -> int | None:
-    """TCP or UDP, in any case, as the origin reads it."""
+    """TCP or UDP, in any case, as Calico reads it."""
     name = entry.required_string("protocol")
     if not name or name.upper() in FAILSAFE_PROTOCOLS:
         return PROTOCOLS.get(name.upper())

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A projectcalico.org/v3 rule: every field of SEMANTICS 1.4 to 1.6 and every constraint between them.
 
-Invariant: a rule that leaves here is one that Calico's own validation accepts, with two additions that documentation of
-its commercial edition makes (``domains`` and HTTP headers).  What a rule matches is not this module's business.
+Invariant: this module accepts exactly the rules that Calico's own validation accepts, and two additions from the
+documentation of its commercial edition (``domains`` and HTTP headers).  It does not decide what a rule matches.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ _MISPLACED = {
 
 @dataclass(frozen=True, slots=True)
 class RuleContext:
-    """Where a rule stands: its direction, and the namespace of its policy ("" for one of the whole cluster)."""
+    """The context of a rule: its direction, and the namespace of its policy ("" for a global policy)."""
 
     ingress: bool
     namespace: str
@@ -138,7 +138,7 @@ def _ip_version(rule: Reader) -> int | None:
 
 
 def read_protocol(reader: Reader, key: str) -> int | None:
-    """A protocol name, exactly as written in `PROTOCOLS`, or a number from 1 to 255."""
+    """Read a protocol: a name, exactly as written in `PROTOCOLS`, or a number from 1 to 255."""
     value = reader.raw(key)
     if value is None:
         return None
@@ -171,7 +171,7 @@ def _icmp(rule: Reader, key: str) -> Icmp | None:
 
 
 def read_annotations(reader: Reader) -> dict[str, str]:
-    """Annotations, with the limits the API server sets."""
+    """Read annotations, with the limits that the API server sets."""
     annotations = reader.string_map("annotations")
     if (message := check_annotations(annotations)) is not None:
         reader.error("annotations", message, slug="annotation")
@@ -223,7 +223,7 @@ def _nets(entity: Reader, key: str) -> Iterator[IPNetwork]:
 
 
 def read_selector(reader: Reader, key: str, *, allow_global: bool = False) -> Selector | None:
-    """A selector expression; None when absent or empty text."""
+    """Read a selector expression; None when it is absent or empty text."""
     text = reader.string(key)
     if not text:
         return None
@@ -247,7 +247,7 @@ def read_selector(reader: Reader, key: str, *, allow_global: bool = False) -> Se
 
 
 def _wrong_selector(reader: Reader, key: str, text: str, error: SelectorError) -> None:
-    """Record what is wrong with a selector; a line break, which no caret can show, apart from the rest."""
+    """Record the error of a selector. A line break has a message of its own, since no caret can show it."""
     one_line = " ".join(text.split("\n"))
     if one_line != text:
         reader.error(key, f"holds a line break, which a selector cannot have; {FOLDING_HINT}", slug="selector")
@@ -284,7 +284,7 @@ def _not_a_range(name: str) -> str:
 
 
 def _port(value: Any, seen: str) -> PortSpec:
-    """A number, "first:last" or a name; ``seen``: how a message calls it.  Raises ValueError."""
+    """Parse a port: a number, "first:last" or a name; ``seen``: its description in messages. Raises ValueError."""
     if isinstance(value, str) and value.isascii() and value.isdigit() and len(value) < 9:  # noqa: PLR2004 - before int()
         value = int(value)
     if isinstance(value, int) and not isinstance(value, bool):
@@ -358,7 +358,7 @@ def read_domains(reader: Reader, key: str) -> tuple[str, ...]:
 
 
 def _check_ports_protocol(rule: Reader, protocol: int | None, source: EntityRule, destination: EntityRule) -> None:
-    """Ports need a protocol that has ports; with none given only named ports are possible."""
+    """Check that ports have a protocol with ports; without a protocol only named ports are possible."""
     if protocol in WITH_PORTS:
         return
     for side, entity in (("source", source), ("destination", destination)):
@@ -379,7 +379,7 @@ def _check_families(
     source: EntityRule,
     destination: EntityRule,
 ) -> None:
-    """One IP version per rule: of ipVersion, of ICMP or ICMPv6, and of all CIDRs."""
+    """Check that a rule has one IP version: of ipVersion, of ICMP or ICMPv6, and of all CIDRs."""
     for key, number in zip(("protocol", "notProtocol"), protocols, strict=True):
         wanted = {ICMP: 4, ICMPV6: 6}.get(number or 0)
         if version is not None and wanted is not None and version != wanted:

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """crd.projectcalico.org/v1: the form in which Calico stores its objects in a Kubernetes cluster.
 
-A stored object has the spec of its projectcalico.org/v3 form and other metadata.  Policies bear their tier's name before their own,
-``default.`` too, which the v3 form may lack; what else the v3 object's metadata held lies as JSON in the annotation
-``projectcalico.org/metadata``.  The rules are those of libcalico-go (`ConvertK8sResourceToCalicoResource`) and of Calico's API
-server since 3.29.4: the annotation's name is the v3 name, and a policy without one loses ``default.``.
+A stored object has the spec of its projectcalico.org/v3 form and other metadata.  A stored policy's name begins with
+its tier's name, also with ``default.``, which the v3 name may lack; other metadata of the v3 object is JSON in the
+annotation ``projectcalico.org/metadata``.  The rules are those of libcalico-go (`ConvertK8sResourceToCalicoResource`)
+and of Calico's API server since 3.29.4: the annotation's name is the v3 name, and a policy without one loses
+``default.``.
 
-Invariant: what is read here has the name, labels and spec that the same object has as projectcalico.org/v3.
+Invariant: an object read here has the name, labels and spec of the same object as projectcalico.org/v3.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ METADATA = "projectcalico.org/metadata"
 
 _TIERED = ("NetworkPolicy", "GlobalNetworkPolicy", "StagedNetworkPolicy", "StagedGlobalNetworkPolicy")
 _NOT_STORED = ("WorkloadEndpoint", "Profile")
-"""Calico makes these of pods, namespaces and service accounts."""
+"""Kinds that Calico derives from pods, namespaces and service accounts, and does not store."""
 _DEFAULT_PREFIX = f"{calico.DEFAULT_TIER}."
 
 KINDS = tuple(
@@ -36,7 +37,7 @@ KINDS = tuple(
 
 
 def kept_metadata(metadata: Reader) -> Mapping[str, Any]:
-    """What the annotation says of the v3 object: its ``name`` and ``labels``, as far as they lie there; empty without it."""
+    """The v3 object's ``name`` and ``labels`` in the annotation, as far as it has them; empty without the annotation."""
     annotations = metadata.peek("annotations")
     text = annotations.get(METADATA) if isinstance(annotations, Mapping) else None
     if not isinstance(text, str):
@@ -59,17 +60,20 @@ def _are_labels(labels: object) -> bool:
 
 
 def restored_name(kind: str, name: str, kept: Mapping[str, Any]) -> str:
-    """The name of the v3 form of a stored object; ``kept`` as from `kept_metadata`."""
+    """The v3 name of a stored object; ``kept`` as from `kept_metadata`."""
     return kept.get("name") or (name.removeprefix(_DEFAULT_PREFIX) if kind in _TIERED else name)
 
 
 def restored_labels(labels: Mapping[str, str], kept: Mapping[str, Any]) -> dict[str, str]:
-    """The labels of the v3 form: older versions of Calico kept them in the annotation only, newer ones only on the object."""
+    """The v3 labels of a stored object.
+
+    Older versions of Calico kept them in the annotation only, newer ones only on the object.
+    """
     return {**kept.get("labels", {}), **labels}
 
 
 def without_stored_copies(resources: Iterable[Resource]) -> list[Resource]:
-    """The resources but those stored ones that are given in their v3 form as well, which is the one that counts."""
+    """The resources without stored objects that are also given in their v3 form, which has precedence."""
     given = list(resources)
     if not any(one.meta.is_stored for one in given):
         return given

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Namespace, ServiceAccount, Pod, Node, Service and EndpointSlice: what the cluster says of itself.
+"""Namespace, ServiceAccount, Pod, Node, Service and EndpointSlice: the cluster's own objects.
 
 Real objects of these kinds are large and grow with every release: unknown fields are ignored, the fields read here are
-checked.  Which of several sources of an address counts follows SEMANTICS 1.3.
+checked.  SEMANTICS 1.3 gives the precedence of an address's sources.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def _pod(obj: Reader, meta: Meta) -> Pod:
 
 
 def read_template(template: Reader, meta: Meta) -> Pod:
-    """A pod without address from what is written in its spec: that of the pod, or of a template in another object."""
+    """A pod without address from a pod spec: that of a pod, or of a template in another object."""
     spec = template.mapping("spec") or Reader({}, (*template.path, "spec"), template.report)
     ports: list[ContainerPort] = []
     for containers in ("initContainers", "containers"):
@@ -139,7 +139,10 @@ def _protocol(port: Reader) -> int:
 
 
 def _pod_addresses(obj: Reader, annotations: Mapping[str, str], status: Reader | None) -> tuple[IPAddress, ...]:
-    """The first source that names an address: status.podIPs, status.podIP, then the annotations of the CNI plugins."""
+    """A pod's addresses, from the first source that has any.
+
+    Status.podIPs, status.podIP, then the annotations of CNI plugins.
+    """
     if status is not None:
         entries = [(entry.path, entry.string("ip")) for entry in status.mappings("podIPs")]
         found = _addresses(obj, [((*path, "ip"), ip) for path, ip in entries if ip])
@@ -158,7 +161,7 @@ def _pod_addresses(obj: Reader, annotations: Mapping[str, str], status: Reader |
 
 
 def _addresses(obj: Reader, texts: Iterable[tuple[Path, str]]) -> tuple[IPAddress, ...]:
-    """The addresses, each once, in the order given."""
+    """The distinct addresses, in the given order."""
     found: dict[IPAddress, None] = {}
     for path, text in texts:
         try:
@@ -169,7 +172,10 @@ def _addresses(obj: Reader, texts: Iterable[tuple[Path, str]]) -> tuple[IPAddres
 
 
 def _source_prefixes(obj: Reader, annotations: Mapping[str, str]) -> tuple[IPNetwork, ...]:
-    """The annotation that lifts anti-spoofing: a JSON list of CIDRs (a bare address is its /32 or /128)."""
+    """The annotation that lifts anti-spoofing for source prefixes.
+
+    A JSON list of CIDRs (a bare address is its /32 or /128).
+    """
     text = annotations.get(_SOURCE_PREFIXES)
     if not text:
         return ()
@@ -214,7 +220,10 @@ def _node(obj: Reader, meta: Meta) -> Node:
 
 
 def _node_interfaces(obj: Reader, annotations: Mapping[str, str]) -> Iterable[NodeInterface]:
-    """The annotation that lists a node's interfaces: JSON, each with its name and its addresses (with or without prefix)."""
+    """The annotation with a node's interfaces.
+
+    JSON, each with its name and its addresses (with or without prefix length).
+    """
     text = annotations.get(_NODE_INTERFACES)
     if not text:
         return
@@ -281,7 +290,7 @@ def _endpoint_slice(obj: Reader, meta: Meta) -> EndpointSlice:
 
 
 def any_name(name: str) -> str | None:
-    """The cluster made these objects: whatever it called them is their name."""
+    """Accept any name: the cluster made these objects, so their names are valid."""
     del name
     return None
 

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Objects that are not read: those of other programs, which may stand beside policies, and slips in the name of a kind.
+"""Objects of kinds that are not read: objects of other programs, and misspelt kinds.
 
-`helm template` and `kubectl get all` write Deployments and ConfigMaps into the files that hold policies.  Such objects are skipped
-and counted.  Invariant: an object that is probably one of ours with its kind or its apiVersion misspelt is never taken for foreign,
-since it would be a policy that is not in force in silence: in API groups of which all kinds are known here, every other kind is an
-error; elsewhere what has nearly the name of such a group and of one of its kinds.
+`helm template` and `kubectl get all` write Deployments and ConfigMaps into the files that hold policies.  Such objects
+are skipped and counted.  Invariant: an object that is probably one of ours with its kind or its apiVersion misspelt is
+never skipped, since its policy would silently not be enforced. In API groups with only known kinds, every other kind is
+an error; elsewhere, a kind and a group that nearly have known names.
 """
 
 from __future__ import annotations
@@ -48,17 +48,20 @@ _OTHER_KINDS: dict[str, frozenset[str]] = {
     "projectcalico.org": frozenset(_CALICO),
     "crd.projectcalico.org": frozenset((*_CALICO, "IPAMBlock", "IPAMConfig", "IPAMHandle", "Profile")),
 }  # fmt: skip
-"""What else there is in the API groups of the kinds that are read (Kubernetes 1.34, Calico 3.31 and its commercial edition)."""
+"""Kinds that are not read in API groups with kinds that are (Kubernetes 1.34, Calico 3.31 and its commercial edition).
+"""
 
 _NEAR = 0.8
-"""How alike two API groups are of which one is probably the other; arbitrary: one or two letters of `networking.k8s.io`."""
+"""Similarity above which one API group is probably a misspelling of the other; arbitrary: one or two letters of
+`networking.k8s.io`.
+"""
 _POLICY = re.compile(r"NetworkPolicy\Z")
 
 
 def find_slip(api_version: str, kind: str, known: Collection[KindName]) -> tuple[str, str] | None:
-    """What is wrong with an object that none of ``known`` describes, as field and message; None: it is another program's.
+    """The misspelling in an object of an unknown kind, as field and message; None.
 
-    ``known``: the kinds that may be meant.
+    The object belongs to another program. ``known``: the kinds that may be meant.
     """
     group = group_of(api_version)
     groups = {group_of(version) for version, _ in known}
@@ -79,7 +82,7 @@ def find_slip(api_version: str, kind: str, known: Collection[KindName]) -> tuple
 
 
 def is_policy(kind: str) -> bool:
-    """Whether a kind of another program is, by its name, a network policy that nobody enforces here."""
+    """Whether the name of another program's kind says that it is a network policy, which is not enforced here."""
     return _POLICY.search(kind) is not None
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the loader must know of a kind to read an object of it."""
+"""The description of a kind by which the loader reads its objects."""
 
 from __future__ import annotations
 

@@ -76,7 +76,7 @@ def _requirement(expression: Reader) -> Requirement:
 
 
 def optional_selector(parent: Reader, key: str) -> LabelSelector | None:
-    """The selector in a field; None when the field is absent (which is not the same as an empty selector)."""
+    """The selector in a field; None when the field is absent (an absent selector differs from an empty one)."""
     selector = parent.mapping(key)
     return None if selector is None else read_label_selector(selector)
 
@@ -94,7 +94,7 @@ def _network_policy(obj: Reader, meta: Meta) -> KubernetesNetworkPolicy:
 
 
 def read_policy_spec(spec: Reader, *, more: tuple[str, ...] = ()) -> KubernetesPolicySpec:
-    """A NetworkPolicySpec with its policyTypes defaulted; ``more``: fields beside it that the caller reads."""
+    """A NetworkPolicySpec with its policyTypes defaulted; ``more``: further fields that the caller reads."""
     selector = optional_selector(spec, "podSelector") or LabelSelector()
     ingress = tuple(_rules(spec, "ingress", "from"))
     egress = tuple(_rules(spec, "egress", "to"))
@@ -156,12 +156,15 @@ def _rules(spec: Reader, direction: str, peers_key: str) -> Iterator[KubernetesR
 
 
 def _is_half(peers: KubernetesRule, ports: KubernetesRule) -> bool:
-    """Whether one rule has only peers and the other only ports: together they look like one rule cut in two."""
+    """Whether one rule has only peers and the other only ports.
+
+    Together they look like one rule that was split by mistake.
+    """
     return bool(peers.peers and not peers.ports and ports.ports and not ports.peers)
 
 
 def _not_a_list(spec: Reader, direction: str, peers_key: str, written: Mapping[object, object]) -> None:
-    """A mapping where the list of rules belongs: name the slip."""
+    """The message for a mapping in place of the list of rules, with the probable mistake."""
     if "ports" in written:
         spec.report.error(
             (*spec.path, direction, "ports"),
@@ -301,7 +304,7 @@ def _port(port: Reader) -> KubernetesPort:
 
 
 def _end_port(port: Reader) -> int | None:
-    """The last port of a range; one beyond the last possible port is refused, and read as that one if tolerated."""
+    """The last port of a range. A port above 65535 is an error, or is read as 65535 where tolerated."""
     end = port.integer("endPort", 1, 2**31 - 1)
     if end is not None and end > MAX_PORT:
         seen = port.report.describe((*port.path, "endPort"), end)

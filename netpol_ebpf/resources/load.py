@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From text, files or parsed objects to typed resources, and the problems found.
+"""From text, files or parsed objects to typed resources, and their problems.
 
-Invariant: nothing stops at the first problem.  `LoadResult.problems` holds everything wrong with everything given, in
-file and line order; `LoadResult.resources` holds only valid objects, in the order they were written.  A caller that
-needs all or nothing uses `LoadResult.check`.
+Invariant: nothing stops at the first problem.  `LoadResult.problems` has every problem of the whole input, in file and
+line order; `LoadResult.resources` has only valid objects, in the order they were written.  A caller that needs all or
+nothing uses `LoadResult.check`.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ KINDS: dict[tuple[str, str], Kind] = {
 }
 
 WORKLOADS: dict[tuple[str, str], Kind] = {(kind.api_version, kind.kind): kind for kind in workloads.KINDS}
-"""Kinds that are read only where no cluster has their pods."""
+"""Kinds with a pod template, which are read only where no cluster has their pods."""
 
 KUSTOMIZATION = ("kustomize.config.k8s.io/v1beta1", "Kustomization")
 
@@ -59,10 +59,10 @@ _META_WRITTEN_BY_SERVER = (
 
 @dataclass(frozen=True, slots=True)
 class LoadResult:
-    """What was read: the valid resources, and all problems (errors and warnings).
+    """The valid resources, and all problems (errors and warnings).
 
-    ``documents``: how many there were, empty ones left out; one of them may be an empty List.  ``skipped``: how many objects of
-    kinds that are not read, by apiVersion and kind with a space between.
+    ``documents``: the number of non-empty documents; one of them may be an empty List.  ``skipped``: number of objects
+    of kinds that are not read, by apiVersion and kind with a space between.
     """
 
     resources: list[Resource]
@@ -76,16 +76,16 @@ class LoadResult:
         return [problem for problem in self.problems if problem.severity == "error"]
 
     def check(self) -> list[Resource]:
-        """The resources; raises ValidationError with all errors when there is one."""
+        """The resources; raises ValidationError with all errors if there are any."""
         if errors := self.errors:
             raise ValidationError(errors)
         return self.resources
 
 
 def parse_documents(text: str, file: str) -> LoadResult:
-    """The objects of a multi-document YAML or JSON text; ``file`` is the name that locations carry.
+    """The objects of a multi-document YAML or JSON text; ``file`` is the file name in locations.
 
-    Workloads such as Deployments are skipped, other than by the functions below: this is how the agent reads.
+    Workloads such as Deployments are skipped, unlike in the functions below: this is how the agent reads.
     """
     loader = _Loader(workloads=False)
     loader.text(text, file)
@@ -102,10 +102,10 @@ def parse_object(obj: Mapping[str, Any], file: str, positions: Positions | None 
 
 
 def parse_objects(objects: Iterable[tuple[Any, Positions]], *, lenient: bool = False) -> LoadResult:
-    """Several parsed objects, each with its positions; duplicates among them are found.
+    """The resources of several parsed objects with their positions; duplicates among them are errors.
 
-    ``lenient`` is for objects that no API server has seen, as in case files: names, labels and sizes that it would
-    refuse are then warnings.
+    ``lenient`` is for objects that no API server has checked, as in case files: names, labels and sizes that it would
+    reject are then warnings.
     """
     loader = _Loader(lenient=lenient)
     for obj, positions in objects:
@@ -146,7 +146,10 @@ def _files(paths: Sequence[FilePath], loader: _Loader) -> list[FilePath]:
 
 
 def _files_below(top: FilePath, loader: _Loader) -> list[FilePath]:
-    """The manifests below a directory, sorted; what may be one and cannot be read is a problem. Raises OSError."""
+    """The manifests below a directory, sorted; a file with a manifest's extension that cannot be read is a problem.
+
+    Raises OSError.
+    """
     names, refused = find_manifests(top).readable()
     for name, reason in refused.items():
         loader.problems.append(Problem(Location(str(top / name)), "", f"cannot be read: {reason}", slug="file"))
@@ -167,7 +170,7 @@ class _Loader:
         self._seen: dict[tuple[str, str, str, str], Location] = {}
 
     def result(self) -> LoadResult:
-        """All that was read, the problems in the order of files and lines."""
+        """All resources and problems, the problems in the order of files and lines."""
         order = self._files
         self.problems.sort(key=lambda problem: (order.get(problem.location.file, -1), problem.location.line))
         resources = calico_storage.without_stored_copies(self.resources)
@@ -208,7 +211,7 @@ class _Loader:
             self.value(document.value, (), document.positions)
 
     def value(self, value: Any, path: Path, positions: Positions, default: tuple[str, str] = ("", "")) -> None:
-        """Read one object, or the items of a List; ``default`` is the apiVersion and kind that a typed List implies."""
+        """Read one object, or the items of a List; ``default`` is the apiVersion and kind of a typed List's items."""
         self._order(positions.file)
         if isinstance(value, (list, tuple)):  # as calicoctl reads and writes several objects
             for index, item in enumerate(value):
@@ -248,7 +251,10 @@ class _Loader:
             self.resources.append(resource)
 
     def _skip(self, obj: Reader, api_version: str, kind: str) -> None:
-        """Count an object of a kind that is not read; a slip is a problem, and so is a policy that is not in force."""
+        """Count an object of a kind that is not read.
+
+        A misspelt kind is a problem, and so is a policy that is not enforced.
+        """
         stored = group_of(api_version) == group_of(calico_storage.VERSION)
         slip = find_slip(api_version, kind, [key for key, one in KINDS.items() if stored or not one.is_stored])
         if slip is not None:
@@ -260,7 +266,7 @@ class _Loader:
             obj.warning(None, message, slug="not-enforced")
 
     def _is_first(self, kind: Kind, resource: Resource) -> bool:
-        """Record the object; False, with a problem, when the same one was given before."""
+        """Record the object; False, with a problem, when the same object was given before."""
         meta = resource.meta
         key = (kind.api_version.rpartition("/")[0], kind.kind, meta.namespace, meta.name)
         first = self._seen.setdefault(key, meta.location)
@@ -320,12 +326,12 @@ def _metadata(kind: Kind, obj: Reader) -> Meta:
 
 
 def _check_meta_label(key: str, value: str) -> str | None:
-    """A label; the one that holds a service account's name may be longer, since such a name may."""
+    """Check a label; the label with a service account's name may be longer, since such a name may."""
     return None if key == SERVICE_ACCOUNT_LABEL else check_label(key, value)
 
 
 def _check_meta_fields(kind: Kind, metadata: Reader) -> None:
-    """Unknown metadata: an error in a policy; in the cluster's own objects only what looks like a misspelling."""
+    """Check unknown metadata: an error in a policy; in the cluster's own objects only if it looks like a misspelling."""
     metadata.ignore(*_META_WRITTEN_BY_SERVER)
     if kind.strict:
         metadata.done()
@@ -340,19 +346,19 @@ def _object_name(kind: str, namespace: str, name: str) -> str:
 
 
 def _meta_text(value: Mapping[str, Any], key: str) -> str:
-    """A field of the metadata of an object that is not read; "" where it is no text."""
+    """A text field of the metadata of an object that is not read; "" where it is no text."""
     metadata = value.get("metadata")
     text = metadata.get(key) if isinstance(metadata, Mapping) else None
     return text if isinstance(text, str) else ""
 
 
 def _is_case_file(value: Mapping[str, Any]) -> bool:
-    """What the runner of case files reads; no object of an API server has these at its top."""
+    """Whether a document is a case file: no object of an API server has these top-level fields."""
     return "apiVersion" not in value and "kind" not in value and "manifests" in value and "probes" in value
 
 
 def _is_kustomization(value: Mapping[str, Any], file: str) -> bool:
-    """What `kustomize` reads beside manifests; it may leave out its own apiVersion and kind."""
+    """Whether a document is a kustomization, which may lack its apiVersion and kind."""
     return "apiVersion" not in value and "kind" not in value and FilePath(file).stem == "kustomization"
 
 

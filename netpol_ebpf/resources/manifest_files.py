@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which files below a directory are manifests, which places could not be looked at, and what a file holds.
+"""The manifests below a directory, the places that could not be read, and a file's content.
 
 The agent and the command line share this search, so `netpolctl check DIR` reads what the agent would read.
 
-Invariants: everything that may be a manifest, or a directory of manifests, is either found or named as hidden; only what is not
-there is neither.  Each directory is listed once, however many names lead to it, so links cost what they are and no more.  Nothing
-here waits for another process: no pipe and no device is ever opened.
+Invariants: everything that may be a manifest, or a directory of manifests, is either found or named as hidden; only
+what does not exist is neither.  Each directory is listed once, however many names lead to it, so links add no cost.
+Nothing here blocks on another process: no pipe and no device is ever opened.
 """
 
 from __future__ import annotations
@@ -20,27 +20,30 @@ from pathlib import Path
 
 SUFFIXES = (".yaml", ".yml", ".json")
 MOST_ENTRIES = 200_000
-"""Names in all directories of one search; arbitrary. A search costs some 10 microseconds for each."""
+"""Largest number of names in all directories of one search; arbitrary. A search costs some 10 microseconds for each."""
 PAUSE_ENTRIES = 250
 """Entries between two pauses of a search; arbitrary, a few milliseconds."""
 MOST_BYTES = 64 << 20
-"""Of one file. `kubectl get all --all-namespaces -o yaml` of a cluster with some thousand pods has tens of MiB."""
+"""Size limit of one file.
+
+`kubectl get all --all-namespaces -o yaml` of a cluster with some thousand pods has tens of MiB.
+"""
 
 DirectoryId = tuple[int, int]
-"""Device and inode: the same under all names of a directory."""
+"""Device and inode of a directory: the same under all its names."""
 
 
 def never_pause() -> None:
-    """Let a search run to its end without doing anything else meanwhile."""
+    """A pause that does nothing, for a search without interruption."""
 
 
 @dataclass(frozen=True, slots=True)
 class ManifestFiles:
-    """All by the path relative to the directory of the search, with ``/`` between its parts.
+    """The result of a search, by path relative to its root, with ``/`` between the parts.
 
-    ``files``: the status of each file with a manifest's suffix; it may be a pipe or a device.  ``hidden``: why a link or a
-    directory, or a file with a manifest's suffix, could not be looked at.  ``directories``: the identity of each directory, that
-    of the search ("") included; of a directory with several names the files are under one of them.
+    ``files``: the status of each file with a manifest's suffix; it may be a pipe or a device.  ``hidden``: why a link,
+    a directory, or a file with a manifest's suffix could not be read.  ``directories``: the identity of each directory,
+    including the root (""); the files of a directory with several names are under one of them.
     """
 
     files: dict[str, os.stat_result] = field(default_factory=dict)
@@ -48,7 +51,10 @@ class ManifestFiles:
     directories: dict[str, DirectoryId] = field(default_factory=dict)
 
     def readable(self) -> tuple[list[str], dict[str, str]]:
-        """The regular files, sorted; and everything else that may be or hold a manifest, with the reason why it cannot be read."""
+        """The regular files, sorted.
+
+        And everything else that may be or hold a manifest, with the reason why it cannot be read.
+        """
         others = {name: "it is no regular file" for name, one in self.files.items() if not stat.S_ISREG(one.st_mode)}
         return sorted(self.files.keys() - others.keys()), {**self.hidden, **others}
 
@@ -56,8 +62,8 @@ class ManifestFiles:
 def find_manifests(root: Path, pause: Callable[[], None] = never_pause) -> ManifestFiles:
     """Search a directory and everything below it, through links too; names that begin with a dot are left out.
 
-    A directory with several names is listed under one of them: under its place below ``root`` if it has one, else under the link
-    that is first by name.  ``pause`` is called again and again, every few milliseconds.
+    A directory with several names is listed under one of them: its place below ``root`` if it has one, else the first
+    link by name.  ``pause`` is called every few milliseconds.
 
     Raises OSError when ``root`` itself cannot be listed, or has more than MOST_ENTRIES names in all.
     """
@@ -67,7 +73,10 @@ def find_manifests(root: Path, pause: Callable[[], None] = never_pause) -> Manif
 
 
 class _Search:
-    """One search: the directories that it must still list, those reached by links after all others, by name."""
+    """The state of one search.
+
+    The directories that it must still list, those reached by links after all others, by name.
+    """
 
     def __init__(self, root: Path, pause: Callable[[], None]) -> None:
         self.root = root
@@ -140,10 +149,11 @@ def _may_be_directory(entry: os.DirEntry[str]) -> bool:
 
 
 def read_regular(path: Path, most_bytes: int = MOST_BYTES) -> bytes:
-    """The content of a regular file; of nothing else, since a pipe might never end and opening a device may do anything.
+    """The content of a regular file.
 
-    A file that says that it is empty is not read: those of procfs and tracefs do, whatever they hold.  Raises OSError, also for
-    more than ``most_bytes``.
+    Other files are not opened: a pipe might never end, and opening a device can have side effects. A file with size 0
+    is not read: files of procfs and tracefs have size 0, whatever they contain.  Raises OSError, also for more than
+    ``most_bytes``.
     """
     place = os.open(path, os.O_PATH | os.O_CLOEXEC)
     try:

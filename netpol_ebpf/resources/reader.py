@@ -30,8 +30,8 @@ TOLERATED = frozenset({"name", "label", "limit", "end-port", "excludes-all", "bu
 class ProblemReport:
     """Collects the problems of one object; ``failed`` is True once one of them is an error.
 
-    ``lenient`` is for objects that no API server has seen, such as the fixtures of unit tests: what an API server
-    refuses although its meaning is clear (`TOLERATED`) is then a warning.
+    ``lenient`` is for objects that no API server has checked, such as the fixtures of unit tests: a fault that an API
+    server rejects although its meaning is clear (`TOLERATED`) is then a warning.
     """
 
     positions: Positions
@@ -42,7 +42,7 @@ class ProblemReport:
     _seen: set[tuple[Path, str]] = field(default_factory=set)
 
     def error(self, path: Path, message: str, *, slug: str = "invalid") -> None:
-        """Record an error at ``path``; a tolerated one is a warning when the reading is lenient."""
+        """Record an error at ``path``; a tolerated one is a warning in lenient mode."""
         if self.lenient and slug in TOLERATED:
             self._add(path, message, slug, "warning")
             return
@@ -50,7 +50,7 @@ class ProblemReport:
         self._add(path, message, slug, "error")
 
     def warning(self, path: Path, message: str, *, slug: str) -> None:
-        """Record a warning at ``path``: legal, but probably not what was meant."""
+        """Record a warning at ``path``: the value is legal, but probably a mistake."""
         self._add(path, message, slug, "warning")
 
     def _add(self, path: Path, message: str, slug: str, severity: str) -> None:
@@ -66,18 +66,18 @@ class ProblemReport:
         )
 
     def location(self, path: Path) -> Location:
-        """Where ``path`` stands."""
+        """File, line and column of ``path``."""
         return self.positions.location(path)
 
     def describe(self, path: Path, value: Any) -> str:
-        """What was seen at ``path``, for a message: as written, and how it is read where that differs (``yes``, ``0755``)."""
+        """The value at ``path``, for a message: as written, and as it is read where that differs (``yes``, ``0755``)."""
         written = self.positions.written(path)
         if written is None or value is None:
             return describe(value)
         return f"{written}, which is read as {describe(value)}"
 
     def wrong_text(self, path: Path, value: Any) -> None:
-        """Record that something other than text stands where text belongs."""
+        """Record that a value of another type is in place of text."""
         written = self.positions.written(path)
         if written is None and not isinstance(value, (bool, int, float)):
             hint = '; write "" for an empty text, "null" for the word' if value is None else ""
@@ -102,7 +102,7 @@ def render_path(path: Path) -> str:
 
 
 def describe(value: Any) -> str:
-    """What was seen, for a message: text in quotes, other scalars as written, containers by name."""
+    """A value, for a message: text in quotes, other scalars as written, containers by name."""
     if value is None:
         return "nothing"
     if isinstance(value, bool):
@@ -117,7 +117,7 @@ def describe(value: Any) -> str:
 
 
 def suggestion(word: str, known: Sequence[str]) -> str:
-    """`` (did you mean `x`?)``, or nothing when no known word is near."""
+    """`` (did you mean `x`?)``, or empty text when no known word is near."""
     near = next((one for one in known if one.lower() == word.lower()), None)
     if near is None:
         near = next(iter(get_close_matches(word, known, n=1, cutoff=0.7)), None)
@@ -127,7 +127,7 @@ def suggestion(word: str, known: Sequence[str]) -> str:
 class Reader:
     """A cursor over one mapping of an object.
 
-    The fields that are read are the known ones; `done` reports all others.
+    Every field that a caller reads becomes a known field; `done` reports all others.
     """
 
     __slots__ = ("_known", "_value", "path", "report")
@@ -148,15 +148,15 @@ class Reader:
         return self._value.get(key)
 
     def has(self, key: str) -> bool:
-        """Whether the field is given, with a value other than null."""
+        """Whether the field is present with a value other than null."""
         return self._value.get(key) is not None
 
     def given(self, key: str) -> bool:
-        """Whether the field is given at all, be it as null."""
+        """Whether the field is present, also with the value null."""
         return key in self._value
 
     def fields(self) -> list[str]:
-        """The names of all fields given."""
+        """The names of all fields that are present."""
         return [str(key) for key in self._value]
 
     def error(self, key: str | None, message: str, *, slug: str = "invalid") -> None:
@@ -168,7 +168,7 @@ class Reader:
         self.report.warning(self.path if key is None else (*self.path, key), message, slug=slug)
 
     def ignore(self, *keys: str) -> None:
-        """Accept fields without reading them."""
+        """Mark fields as known without reading them."""
         self._known.extend(keys)
 
     def missing(self, key: str) -> None:
@@ -284,13 +284,13 @@ class Reader:
                 self.report.wrong_text(path, value)
 
     def refuse_line_breaks(self, key: str) -> None:
-        """Report the entries of a list of strings that hold a line break, where none can ever match."""
+        """Report strings of a list that contain a line break, for fields in which such a string never matches."""
         for path, text in self.indexed_strings(key):
             if "\n" in text:
                 self.report.error(path, f"holds a line break, so it matches nothing: {describe(text)}")
 
     def string_map(self, key: str, check: Callable[[str, str], str | None] | None = None) -> dict[str, str]:
-        """A mapping of text to text; ``check`` may object to an entry by returning a message."""
+        """A mapping of text to text; ``check`` returns an error message for an entry, or None."""
         value = self.raw(key)
         if value is None:
             return {}
@@ -310,7 +310,7 @@ class Reader:
     # --- the end ----------------------------------------------------------------------------------------------------
 
     def done(self, hints: Mapping[str, str] | None = None) -> None:
-        """Report every field that was never read; ``hints`` holds messages for well-known misplacements."""
+        """Report every field that was never read; ``hints`` has messages for well-known misplaced fields."""
         if len(self._value) <= len(self._known) and self._value.keys() <= set(self._known):
             return
         known = list(dict.fromkeys(self._known))

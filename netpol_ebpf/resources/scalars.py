@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a YAML scalar without quotes means to kubectl and the API server.
+"""The meaning of a YAML scalar without quotes to kubectl and the API server.
 
-They read YAML through sigs.k8s.io/yaml, whose rules are those of Go's yaml.v2: the words of YAML 1.1 (``y`` and ``off`` are booleans),
-numbers with underscores and with the prefixes of Go (``1_000``, ``017``, ``0x1F``), a number with a leading zero that is no octal
-number in decimal (``08`` is 8); dates and base-60 numbers are text (``1:30`` is a range of ports).  Checked against kubectl 1.32.
+They read YAML through sigs.k8s.io/yaml, which follows Go's yaml.v2: the words of YAML 1.1 (``y`` and ``off`` are
+booleans), numbers with underscores and with the prefixes of Go (``1_000``, ``017``, ``0x1F``), a number with a leading
+zero that is no octal number in decimal (``08`` is 8); dates and base-60 numbers are text (``1:30`` is a range of
+ports).  Checked against kubectl 1.32.
 
 Invariant: a pure function of the text, of bounded cost.
 """
@@ -27,16 +28,16 @@ _WORDS: dict[str, Scalar] = {
 }
 _MAYBE_NOT_TEXT = frozenset("0123456789+-.~nNtTfFyYoO")
 _MAX_DIGITS = 400
-"""Longer texts are no numbers here; arbitrary, and beyond what a float of 64 bits holds."""
+"""Longest text that is read as a number; arbitrary, beyond any float of 64 bits."""
 _DECIMAL = re.compile(r"[-+]?(?:0|[1-9][0-9]*)\Z")
 _BASED = re.compile(r"[-+]?0(?:[xX][0-9a-fA-F]+|[bB][01]+|[oO]?[0-7]+)\Z")
 _FLOAT = re.compile(r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?\Z")
 _GO_FLOAT = re.compile(r"\.[0-9]+(?:_[0-9]+)*(?:[eE][-+]?[0-9]+(?:_[0-9]+)*)?\Z")
-"""Go's own syntax, which alone counts for what begins with a dot: an underscore stands between two digits."""
+"""Go's own float syntax, which alone applies to text that begins with a dot: an underscore is between two digits."""
 _DIGITS_OF_SINGLE = 9
-"""As many tell every float of 32 bits."""
+"""Digits that distinguish all floats of 32 bits."""
 _LEAST_PLAIN, _FIRST_WITH_EXPONENT = -4, 6
-"""Exponents between which Go writes a float without one, when it may choose the precision."""
+"""Exponents between which Go writes a float in plain notation, when it may choose the precision."""
 
 
 def read_plain(text: str) -> Scalar:
@@ -70,13 +71,13 @@ def _number(text: str) -> int | float | None:
 
 
 def _finite(text: str) -> float | None:
-    """A float; None for one that 64 bits cannot hold, which Go leaves text."""
+    """A float; None for one that 64 bits cannot hold, which Go leaves as text."""
     value = float(text)
     return value if math.isfinite(value) else None
 
 
 def key_text(value: float) -> str:
-    """The key that a number or a boolean without quotes becomes: of a float, the shortest text of its 32-bit value."""
+    """The key for a number or boolean without quotes; for a float, the shortest text of its 32-bit value."""
     if isinstance(value, bool):
         return "true" if value else "false"
     return str(value) if isinstance(value, int) else _short_float(value)
@@ -95,7 +96,7 @@ def _short_float(value: float) -> str:
 
 
 def _single(value: float) -> float:
-    """The nearest float of 32 bits, an infinity where it is beyond them."""
+    """The nearest float of 32 bits, an infinity where the value is beyond them."""
     try:
         (single,) = struct.unpack("f", struct.pack("f", value))
     except OverflowError:

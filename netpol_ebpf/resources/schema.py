@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The words in which the schemas of custom resources are declared, and the CustomResourceDefinition made of a schema.
+"""Building blocks for the schemas of custom resources, and the CustomResourceDefinition made of a schema.
 
-A schema is the OpenAPI mapping that an API server reads ("structural schema").  Names, patterns and limits come from the parsers
-beside this module; `tests/unit/test_resources_schema.py` holds both to the same fields.  Every list and text that a CEL rule
-reaches is bounded, because the API server estimates the cost of a rule from the bounds and refuses a definition that is too dear.
+A schema is the OpenAPI mapping that an API server reads ("structural schema").  Names, patterns and limits come from
+the parsers beside this module; `tests/unit/test_resources_schema.py` checks that both have the same fields.  Every list
+and text that a CEL rule reads is bounded, because the API server estimates the cost of a rule from the bounds and
+rejects a definition that is too expensive.
 
 Nothing at run time imports this module: `scripts/generate_crds.py` writes `deploy/crds` from it.
 """
@@ -21,7 +22,7 @@ Schema = dict[str, Any]
 """An OpenAPI v3 schema, as JSON values."""
 
 WIDE = 256
-"""Entries of a list that the API itself does not bound; arbitrary, for the estimated cost of rules."""
+"""Bound for a list that the API itself does not bound; arbitrary, for the estimated cost of rules."""
 
 LABEL = r"[a-z0-9]([-a-z0-9]*[a-z0-9])?"
 DNS_LABEL = rf"^{LABEL}$"
@@ -30,7 +31,7 @@ LABEL_VALUE = r"^(([A-Za-z0-9][-A-Za-z0-9_.]*)?[A-Za-z0-9])?$"
 LABEL_KEY = rf"^({LABEL}(\.{LABEL})*/)?([A-Za-z0-9][-A-Za-z0-9_.]{{0,61}})?[A-Za-z0-9]$"
 ONE_LINE = r"^[^\n]*$"
 PORT_NAME = r"^([0-9]-?)*[a-z](-?[a-z0-9])*$"
-"""An IANA service name (RFC 6335): a letter, single inner dashes."""
+"""Pattern of an IANA service name (RFC 6335): a letter, single inner dashes."""
 MAX_PORT_NAME = 15
 MAX_CIDR = 49
 """Characters of the longest CIDR, an IPv4 address inside IPv6 with its prefix."""
@@ -38,7 +39,7 @@ DOMAIN_LABEL = r"[A-Za-z0-9_]([-A-Za-z0-9_]{0,61}[A-Za-z0-9_])?"
 
 
 def re2(pattern: re.Pattern[str]) -> str:
-    r"""A parser's pattern as the API server reads it; it must hold no look-ahead, and end in ``\Z``."""
+    r"""A parser's pattern as the API server reads it; it must have no look-ahead, and end in ``\Z``."""
     text = pattern.pattern
     if not text.endswith(r"\Z") or "(?=" in text or "(?!" in text:
         raise ValueError(f"not a pattern of both Python and RE2: {text}")
@@ -57,7 +58,7 @@ def text(
     default: str | None = None,
     required: bool = False,
 ) -> Schema:
-    """A text; ``longest`` in characters; ``form`` is an OpenAPI format; ``required``: not empty."""
+    """A text; ``longest`` in characters; ``form``: an OpenAPI format; ``required``: not empty."""
     optional = {
         "default": default,
         "minLength": 1 if required else None,
@@ -73,38 +74,38 @@ def text(
 
 
 def word(about: str, values: Sequence[str], *, default: str | None = None) -> Schema:
-    """A text with a fixed set of values."""
+    """The schema of a text with a fixed set of values."""
     return {"description": about, "type": "string", **({"default": default} if default else {}), "enum": list(values)}
 
 
 def dns_label(about: str, *, default: str | None = None) -> Schema:
-    """The name of a namespace or tier."""
+    """The schema of a namespace's or tier's name."""
     return text(about, longest=MAX_LABEL, pattern=DNS_LABEL, default=default)
 
 
 def dns_name(about: str, *, required: bool = False) -> Schema:
-    """The name of an object; empty where it is not required."""
+    """The schema of an object's name; empty where it is not required."""
     pattern = DNS_SUBDOMAIN if required else rf"^({LABEL}(\.{LABEL})*)?$"
     return text(about, longest=MAX_NAME, pattern=pattern, required=required)
 
 
 def integer(about: str, low: int, high: int) -> Schema:
-    """A whole number between two bounds (inclusive)."""
+    """The schema of a whole number between two bounds (inclusive)."""
     return {"description": about, "type": "integer", "format": "int64", "minimum": low, "maximum": high}
 
 
 def port_number(about: str) -> Schema:
-    """A port."""
+    """The schema of a port number."""
     return integer(about, 1, MAX_PORT)
 
 
 def number(about: str) -> Schema:
-    """A number of 64 bits."""
+    """The schema of a number of 64 bits."""
     return {"description": about, "type": "number"}
 
 
 def boolean(about: str) -> Schema:
-    """True or false."""
+    """The schema of a boolean field."""
     return {"description": about, "type": "boolean"}
 
 
@@ -139,7 +140,7 @@ def list_of(
 
 
 def text_map(about: str, values: Schema) -> Schema:
-    """A mapping of names to texts."""
+    """The schema of a mapping of names to texts."""
     return {"description": about, "type": "object", "additionalProperties": values}
 
 
@@ -181,12 +182,12 @@ def keep_unknown_fields(schema: Schema) -> Schema:
 
 
 def given(field: str) -> str:
-    """CEL: a list, mapping or text is given and not empty."""
+    """CEL: a list, mapping or text is present and not empty."""
     return f"(has(self.{field}) && size(self.{field}) > 0)"
 
 
 def label_selector(about: str) -> Schema:
-    """A Kubernetes label selector."""
+    """The schema of a Kubernetes label selector."""
     values = list_of("Values; none with Exists and DoesNotExist.", text("A value.", longest=63, pattern=LABEL_VALUE))
     # anyOf, not CEL: a rule would need bounds on lists that Kubernetes leaves unbounded
     expression = struct(
@@ -223,10 +224,11 @@ def label_selector(about: str) -> Schema:
 
 @dataclass(frozen=True)
 class CustomResource:
-    """One kind: its names, its scope, the schema of its spec, and what a server does with it besides.
+    """One custom resource: its names, its scope, the schema of its spec, and further properties of its definition.
 
-    ``columns``: title and JSON path of what ``kubectl get`` shows; ``selectable``: JSON paths of field selectors; ``rules``: CEL over
-    the whole object, which sees ``metadata.name``; ``spec_default``: an object without spec gets an empty one.
+    ``columns``: title and JSON path of each column of ``kubectl get``; ``selectable``: JSON paths of field selectors;
+    ``rules``: CEL over the whole object, which can read ``metadata.name``; ``spec_default``: an object without spec
+    gets an empty one.
     """
 
     api_version: str

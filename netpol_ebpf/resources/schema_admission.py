@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The admission policies that refuse fields which a schema keeps and does not declare.
+"""Admission policies that reject fields which a schema keeps and does not declare.
 
-A definition that keeps unknown fields cannot refuse them itself: CEL in a schema does not see them.  An admission policy sees the
-object as it is, so it compares the names of the fields with those of the schema, mapping by mapping.
+A definition that keeps unknown fields cannot reject them itself: CEL in a schema does not see them.  An admission
+policy sees the whole object, so it compares the field names with those of the schema, mapping by mapping.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _API = "admissionregistration.k8s.io/v1"
 
 
 def unknown_field_policy(resource: CustomResource) -> list[dict[str, Any]]:
-    """A ValidatingAdmissionPolicy and its binding, for one kind whose spec keeps unknown fields."""
+    """A ValidatingAdmissionPolicy and its binding, for a kind with a spec that keeps unknown fields."""
     name = f"unknown-fields.{resource.name}"
     group, _, _ = resource.api_version.partition("/")
     return [

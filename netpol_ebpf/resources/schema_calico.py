@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The custom resources of projectcalico.org/v3, as `calico` and `calico_configuration` read them.
 
-A WorkloadEndpoint is none of them: agents make it of a pod, and manifests without a cluster may hold it.
+WorkloadEndpoint has no definition: agents derive it from a pod, and manifests without a cluster may contain it.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ _STAGED_ACTION = word(
 
 
 def _nothing_but_the_action(fields: dict[str, Schema]) -> dict[str, str]:
-    """A staged deletion has no other field than these with a value."""
+    """CEL: a staged deletion has a value in no field but these."""
     empty = []
     for key, field in fields.items():
         if field["type"] == "number":
@@ -295,7 +295,7 @@ _PROFILE = struct(
 # --- configuration --------------------------------------------------------------------------------------------------
 
 _OTHERS_FIELDS = {"x-kubernetes-preserve-unknown-fields": True}
-"""Both kinds hold many fields of other programs, which must not be lost."""
+"""For kinds with many fields of other programs: unknown fields must be kept."""
 
 
 def _failsafes(about: str) -> Schema:

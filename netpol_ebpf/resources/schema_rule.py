@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The schema of a projectcalico.org/v3 rule: what `calico_rule` reads, and what of its checks CEL can say.
+"""The schema of a projectcalico.org/v3 rule.
 
-What is not said here, `netpolctl check` and the agent do: whether a selector parses, and what costs more than an API server spends on
-the 1 024 rules of a direction: whether a range of ports is in order, whether CIDRs are masked and of one IP version.
+The fields that `calico_rule` reads, and those of its checks that CEL can express. `netpolctl check` and the agent make
+the other checks: whether a selector parses, and checks beyond the API server's cost limit for the 1 024 rules of a
+direction: whether a range of ports is in order, whether CIDRs are masked and of one IP version.
 """
 
 from __future__ import annotations
@@ -28,18 +29,18 @@ from netpol_ebpf.resources.schema import (
 from netpol_ebpf.resources.syntax import MAX_NAME, MAX_PORT
 
 DOMAIN = rf"^({DOMAIN_LABEL}\.)*(\*\.)?({DOMAIN_LABEL}\.)*{DOMAIN_LABEL}\.?$"
-"""One whole label other than the last may be ``*``."""
+"""Pattern of a domain name: one whole label other than the last may be ``*``."""
 
 _PORT = "(0*([1-9][0-9]{0,3}|[1-5][0-9]{4}|6[0-4][0-9]{3}|65[0-4][0-9]{2}|655[0-2][0-9]|6553[0-5]))"
 _BYTE = "(0{0,2}[1-9]|0?[1-9][0-9]|1[0-9]{2}|2[0-4][0-9]|25[0-5])"
 _PORTS = rf"^({_PORT}|{_PORT}:{_PORT}|[0-9]{{9,128}}|[a-zA-Z0-9_.-]*[a-zA-Z_.-][a-zA-Z0-9_.-]*)$"
-"""A number, a range or a name; more than eight digits are a name."""
+"""Pattern of a port: a number, a range or a name; more than eight digits are a name."""
 _PROTOCOL = f"^({'|'.join(calico_rule.PROTOCOLS)}|{_BYTE})$"
 _PREFIX_NOT_ZERO = r"/0*[1-9][0-9]*$"
 
 
 def _spellings(name: str) -> str:
-    """CEL: the list of everything that means one protocol."""
+    """CEL: the list of all spellings of one protocol."""
     number = calico_rule.PROTOCOLS[name]
     texts = ", ".join(
         f"'{spelling}'" for spelling in dict.fromkeys((name, f"{number:d}", f"{number:02d}", f"{number:03d}"))
@@ -55,17 +56,17 @@ def _protocol_in(*names: str) -> str:
 
 
 def protocol(about: str) -> Schema:
-    """A protocol's name or number."""
+    """The schema of a protocol's name or number."""
     return integer_or_text(about, 1, 255, len("UDPLite"), _PROTOCOL)
 
 
 def selector(about: str) -> Schema:
-    """A selector expression."""
+    """The schema of a selector expression."""
     return text(about, longest=calico_rule.MAX_SELECTOR, pattern=ONE_LINE)
 
 
 def domains(about: str, most: int | None = None) -> Schema:
-    """Domain names."""
+    """The schema of a list of domain names."""
     return list_of(about, text("A domain name.", longest=MAX_NAME, pattern=DOMAIN), most)
 
 
@@ -162,7 +163,7 @@ def _icmp(about: str) -> Schema:
 def _entity(
     about: str, *, services: bool, domains_allowed: bool, namespaced: bool, ports_with_services: bool = True
 ) -> Schema:
-    """One side of a rule; ``services``, ``domains_allowed``: whether this side may name them."""
+    """One side of a rule; ``services``, ``domains_allowed``: whether this side may have these fields."""
     fields = {
         "nets": _nets("CIDRs of which one holds the address."),
         "notNets": _nets("CIDRs of which none holds the address.", pattern=_PREFIX_NOT_ZERO),

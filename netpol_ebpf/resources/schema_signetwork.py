@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The custom resources of policy.networking.k8s.io, as `signetwork` reads them.
 
-Every mapping keeps fields that are not declared here: a field of a newer version that an API server drops would leave a rule wider
-than its author meant, and nobody could tell.  So the agent sees the field and fails closed, and the admission policy
-`unknown-fields` refuses it before (ADR 16).
+Every mapping keeps undeclared fields: if the API server dropped a field of a newer version, the rule would be wider
+than its author meant, and no reader could see it.  So the agent sees the field and fails closed, and the admission
+policy `unknown-fields` rejects it before (ADR 16).
 """
 
 from __future__ import annotations
@@ -30,12 +30,14 @@ from netpol_ebpf.resources.schema import (
 from netpol_ebpf.resources.syntax import MAX_LABEL, MAX_NAME, PROTOCOLS
 
 DOMAIN = rf"^(\*\.({DOMAIN_LABEL}\.)*|({DOMAIN_LABEL}\.)+){DOMAIN_LABEL}\.?$"
-"""``*`` only in front, and two parts at least."""
+"""Pattern of a domain name: ``*`` only in front, and at least two parts."""
 NETWORK = r"^([0-9.]+|[0-9a-fA-F:]+)/[0-9]{1,3}$"
-"""Beside the format: no IPv4 address inside IPv6."""
+"""Pattern of a CIDR in addition to its format: no IPv4 address inside IPv6."""
 
 _APPROVED = ("api-approved.kubernetes.io", "unapproved, experimental-only")
-"""The API server protects the group; upstream's own definitions name their pull request here."""
+"""Annotation of definitions in an API group that the API server protects: upstream's own definitions have their pull
+request here.
+"""
 
 
 def _subject(*, namespace_required: bool) -> Schema:
@@ -88,7 +90,7 @@ def _namespaces(*, older: bool) -> Schema:
 
 
 def _older_namespaces() -> dict[str, Schema]:
-    """The fields of the first releases of v1alpha1."""
+    """The namespace fields of the first releases of v1alpha1."""
     labels = text("A label's name.", longest=MAX_NAME + 1 + MAX_LABEL)
     return {
         "namespaceSelector": label_selector("Namespaces by their labels."),

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One object in place of equal ones: what thousands of objects of a cluster say alike is held once.
+"""Shares equal values: thousands of objects of a cluster repeat the same names and labels, and one copy is kept.
 
-Invariant: what comes out equals what went in, and nobody changes it.  What was not met for long is forgotten, so there may be two
-objects of one value after all; nothing but memory depends on it, hence nothing is counted and nothing has to be given back.
+Invariant: the result equals the argument, and nobody changes it.  A value that was not used for long is forgotten, so
+two copies of one value may exist; only memory depends on it, hence there is no count of uses and no release.
 """
 
 from __future__ import annotations
@@ -16,21 +16,24 @@ from typing import TypeVar
 T = TypeVar("T", bound=Hashable)
 
 REMEMBERED = 4096
-"""Values of one sort; arbitrary, some hundred bytes each. Whoever lists a cluster tells of the pods of a namespace together."""
+"""Values remembered of each sort; arbitrary, some hundred bytes each.
+
+A list of a cluster's pods has the pods of a namespace together.
+"""
 
 
 def share(value: T) -> T:
-    """An immutable value. Types that equal each other (1 and True) are not to be mixed in one."""
+    """The shared copy of an immutable value. Types with equal values (1 and True) must not be mixed in one cache."""
     return _values(value)  # type: ignore[return-value]  # what came in, or its equal
 
 
 def share_text(text: str) -> str:
-    """A name that many objects contain, stored once; freed with the last of them."""
+    """The shared copy of a name that many objects contain; freed with the last of them."""
     return sys.intern(str(text))
 
 
 def share_texts(texts: Mapping[str, str]) -> Mapping[str, str]:
-    """Labels: equal texts under equal names in the same order."""
+    """Labels with shared names and values; equal texts under equal names in the same order."""
     return _texts(*chain.from_iterable(texts.items()))
 
 

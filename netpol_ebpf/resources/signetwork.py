@@ -58,7 +58,7 @@ _OLD_NAMESPACES = ("namespaceSelector", "sameLabels", "notSameLabels")
 
 @dataclass(frozen=True, slots=True)
 class Dialect:
-    """In what the three kinds differ: action names, egress peers, the field of ports and how it is read, sizes."""
+    """The differences of the three kinds: action names, egress peers, the field of ports and its form, sizes."""
 
     actions: tuple[str, ...]
     allow: str
@@ -83,7 +83,10 @@ def _unknown(reader: Reader, what: str, known: tuple[str, ...] = ()) -> None:
 
 
 def _exactly_one(reader: Reader, keys: tuple[str, ...], what: str) -> str | None:
-    """The one field given; None, after a problem or a warning, when there are several, or unknown ones, or none."""
+    """The only field that is present, or None.
+
+    None comes with a problem or a warning: there are several fields, unknown ones, or none.
+    """
     given = [key for key in keys if reader.has(key)]
     if len(given) > 1:
         reader.error(None, f"must have exactly one of {', '.join(keys)}; has {' and '.join(given)}", slug="conflict")
@@ -95,7 +98,7 @@ def _exactly_one(reader: Reader, keys: tuple[str, ...], what: str) -> str | None
 
 
 def _alpha1_port(port: Reader) -> SigPort:
-    """ports[]: portNumber, portRange or namedPort."""
+    """Parse an entry of ports[]: portNumber, portRange or namedPort."""
     which = _exactly_one(port, ("portNumber", "portRange", "namedPort"), "port match")
     if which is None:
         return SigPort(None, unknown=True)
@@ -111,7 +114,7 @@ def _alpha1_port(port: Reader) -> SigPort:
 
 
 def _alpha2_port(entry: Reader) -> SigPort:
-    """protocols[]: tcp, udp or sctp with a destinationPort, or destinationNamedPort."""
+    """Parse an entry of protocols[]: tcp, udp or sctp with a destinationPort, or destinationNamedPort."""
     which = _exactly_one(entry, ("tcp", "udp", "sctp", "destinationNamedPort"), "protocol match")
     if which is None:
         return SigPort(None, unknown=True)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The small syntaxes inside fields: names, labels, port names, addresses and CIDRs.
 
-``check_*`` return a message that says what is wrong and what is allowed, or None; ``parse_*`` raise ValueError with
-such a message.  The rules are those of Kubernetes' apimachinery validation unless a docstring names another source.
-Nothing here knows where a value stands: callers add path and position.
+``check_*`` return a message with the fault and the permitted form, or None; ``parse_*`` raise ValueError with such a
+message.  The rules are those of Kubernetes' apimachinery validation unless a docstring names another source. Nothing
+here knows a value's position: callers add path and line.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ PROTOCOLS = {"TCP": 6, "UDP": 17, "SCTP": 132}
 
 
 def check_dns_label(text: str) -> str | None:
-    """RFC 1123 label: what a namespace is called."""
+    """Check an RFC 1123 label, the form of a namespace's name."""
     if len(text) > MAX_LABEL:
         return f"must have at most {MAX_LABEL} characters, has {len(text)}"
     if not _DNS_LABEL.match(text):
@@ -40,7 +40,7 @@ def check_dns_label(text: str) -> str | None:
 
 
 def check_dns_subdomain(text: str) -> str | None:
-    """RFC 1123 subdomain: what most objects are called."""
+    """Check an RFC 1123 subdomain, the form of most objects' names."""
     if len(text) > MAX_NAME:
         return f"must have at most {MAX_NAME} characters, has {len(text)}"
     if not _DNS_SUBDOMAIN.match(text):
@@ -53,7 +53,7 @@ def check_dns_subdomain(text: str) -> str | None:
 
 @lru_cache(maxsize=4096)
 def check_label_key(key: str) -> str | None:
-    """A qualified name: an optional DNS prefix and "/", then a name."""
+    """Check a qualified name: an optional DNS prefix and "/", then a name."""
     prefix, slash, name = key.rpartition("/")
     if slash and (not prefix or check_dns_subdomain(prefix) is not None):
         return f'the part before "/" of the label name "{key}" must be a DNS name such as example.com'
@@ -67,7 +67,7 @@ def check_label_key(key: str) -> str | None:
 
 @lru_cache(maxsize=4096)
 def check_label_value(value: str) -> str | None:
-    """A label value: empty, or up to 63 characters."""
+    """Check a label value: empty, or up to 63 characters."""
     if value and (len(value) > MAX_LABEL or not _QUALIFIED.match(value)):
         return (
             f'"{value}" is no label value: at most {MAX_LABEL} letters, digits, "-", "_" and ".", beginning and ending '
@@ -77,12 +77,12 @@ def check_label_value(value: str) -> str | None:
 
 
 def check_label(key: str, value: str) -> str | None:
-    """A label's name and value."""
+    """Check a label's name and value."""
     return check_label_key(key) or check_label_value(value)
 
 
 def check_port_name(name: str) -> str | None:
-    """An IANA service name, as Kubernetes requires of port names."""
+    """Check an IANA service name, as Kubernetes requires of port names."""
     if len(name) <= 15 and _SERVICE_NAME.match(name) and not name.isdigit():  # noqa: PLR2004 - RFC 6335
         return None
     if name.isascii() and name.isdigit():
@@ -96,12 +96,12 @@ def check_port_name(name: str) -> str | None:
 
 
 def _strip_zeros(text: str) -> str:
-    """IPv4 octets without leading zeros (read as decimal, as Kubernetes reads objects stored before it refused them)."""
+    """IPv4 octets without leading zeros (read as decimal, as Kubernetes reads objects stored before it rejected them)."""
     return re.sub(r"(?<![0-9a-fA-F:])0+(?=[0-9]+(?:\.|\Z))", "", text) if "." in text else text
 
 
 def parse_address(text: str) -> IPAddress:
-    """A bare address; an IPv4-mapped IPv6 address is the IPv4 address. Raises ValueError."""
+    """Parse a bare address; an IPv4-mapped IPv6 address becomes the IPv4 address. Raises ValueError."""
     try:
         address = IPv6Address(text) if ":" in text else IPv4Address(text)
     except ValueError:
@@ -115,7 +115,7 @@ def parse_address(text: str) -> IPAddress:
 
 
 def parse_network(text: str, *, lenient: bool = False) -> tuple[IPNetwork, bool]:
-    """A CIDR as its masked network, and whether host bits had to be cleared.
+    """Parse a CIDR; returns its masked network, and whether host bits were cleared.
 
     ``lenient`` accepts leading zeros in IPv4 octets.  Raises ValueError for anything else, a bare address included.
     """
@@ -146,7 +146,10 @@ _DOMAIN_LABEL = re.compile(r"[A-Za-z0-9_](?:[-A-Za-z0-9_]*[A-Za-z0-9_])?\Z")
 
 
 def check_domain(text: str) -> str | None:
-    """A domain name of SEMANTICS 6.1: one whole label other than the last may be ``*``; a trailing dot is ignored."""
+    """Check a domain name of SEMANTICS 6.1: one whole label other than the last may be ``*``.
+
+    A trailing dot is ignored.
+    """
     labels = text.removesuffix(".").split(".")
     usual = 'such as "example.com" or "*.example.com"'
     if text.count("*") > 1 or labels[-1] == "*":
@@ -169,7 +172,7 @@ MAX_ANNOTATIONS_BYTES = 256 * 1024
 
 
 def check_annotations(annotations: Mapping[str, str]) -> str | None:
-    """Annotation names are label names in any case; all together are limited in size."""
+    """Check annotations: names are label names in any case; the total size is limited."""
     for key in annotations:
         if (message := check_label_key(key.lower())) is not None:
             return message.replace("label name", "annotation name")

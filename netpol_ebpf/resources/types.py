@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Typed resources: what a user's objects say, after validation and defaulting, before any interpretation.
+"""Typed resources: users' objects after validation and defaulting, before any interpretation.
 
-One frozen dataclass per kind, one per nested structure, field names as in the API but in snake case.  They mirror the
-published APIs (networking.k8s.io/v1, projectcalico.org/v3, policy.networking.k8s.io/v1alpha1 and v1alpha2) and mean
-nothing by themselves: `netpol_ebpf.policy.translate` gives them their meaning.
+One frozen dataclass for each kind, one for each nested structure, field names as in the API but in snake case.  They
+mirror the published APIs (networking.k8s.io/v1, projectcalico.org/v3, policy.networking.k8s.io/v1alpha1 and v1alpha2)
+and mean nothing by themselves: `netpol_ebpf.policy.translate` gives them their meaning.
 
-Invariants: an instance is valid (the parser in this package is the only maker outside tests); absent and empty are kept
-apart where the API keeps them apart (``None`` against ``()``); CIDRs are masked networks; selectors are parsed.
+Invariants: an instance is valid (the parser in this package is the only maker outside tests); absent and empty are
+distinct where the API distinguishes them (``None`` against ``()``); CIDRs are masked networks; selectors are parsed.
 """
 
 from __future__ import annotations
@@ -76,7 +76,8 @@ class ServiceAccount:
 class ContainerPort:
     """A declared container port (init containers included). ``protocol``: IANA number (6, 17, 132).
 
-    ``host_port``: port of the node that is translated to it, 0: none; ``host_address``: of the node, None: all of them.
+    ``host_port``: port of the node that is translated to the container port, 0: none; ``host_address``: address of the
+    node for it, None: all.
     """
 
     name: str
@@ -90,8 +91,8 @@ class ContainerPort:
 class Pod:
     """v1 Pod, or the pod of a workload's template (`workloads`), which has no address and the name KIND/NAME.
 
-    ``addresses``: by the precedence of status.podIPs, podIP, then the CNI annotations; () for a finished pod.
-    ``uid``: as the container runtime knows it, empty where nobody says: pods of the same name, one after the other, differ in it.
+    ``addresses``: by the precedence of status.podIPs, podIP, then the CNI annotations; () for a finished pod. ``uid``:
+    as the container runtime knows it, empty where it is not given: successive pods of the same name differ in it.
 
     ``allowed_source_prefixes`` from annotation cni.projectcalico.org/allowedSourcePrefixes.
     """
@@ -109,7 +110,7 @@ class Pod:
 
 @dataclass(frozen=True, slots=True)
 class NodeInterface:
-    """An interface of a node, as the origin's agent notes it on the Node object."""
+    """An interface of a node, from an annotation by Calico's agent on the Node object."""
 
     name: str
     addresses: tuple[IPAddress, ...] = ()
@@ -119,7 +120,7 @@ class NodeInterface:
 class Node:
     """v1 Node. ``addresses``: status.addresses of type InternalIP/ExternalIP plus Calico tunnel annotations.
 
-    ``external``: those of them that are of type ExternalIP and nothing else.  ``interfaces`` from annotation
+    ``external``: addresses that are of type ExternalIP only.  ``interfaces`` from annotation
     projectcalico.org/Interfaces, () without it.
     """
 
@@ -153,7 +154,7 @@ class Service:
 
 @dataclass(frozen=True, slots=True)
 class SlicePort:
-    """``port`` None: contributes nothing."""
+    """A port of an EndpointSlice. ``port`` None: contributes nothing."""
 
     name: str
     protocol: int
@@ -175,7 +176,7 @@ class EndpointSlice:
 
 @dataclass(frozen=True, slots=True)
 class IPBlock:
-    """ipBlock of a Kubernetes peer."""
+    """The ipBlock of a Kubernetes peer."""
 
     cidr: IPNetwork
     excepts: tuple[IPNetwork, ...] = ()
@@ -257,7 +258,7 @@ class Icmp:
 
 @dataclass(frozen=True, slots=True)
 class ServiceAccountMatch:
-    """names (ORed) AND selector; either may be empty/None, not both."""
+    """Service accounts: names (ORed) AND selector; either may be empty/None, not both."""
 
     names: tuple[str, ...] = ()
     selector: Selector | None = None
@@ -265,7 +266,7 @@ class ServiceAccountMatch:
 
 @dataclass(frozen=True, slots=True)
 class ServiceMatch:
-    """services{name, namespace}; namespace defaulted to the policy's own for a NetworkPolicy."""
+    """The field services{name, namespace}; namespace defaulted to the policy's own for a NetworkPolicy."""
 
     name: str
     namespace: str
@@ -273,9 +274,9 @@ class ServiceMatch:
 
 @dataclass(frozen=True, slots=True)
 class EntityRule:
-    """source/destination of a Calico rule, every given field ANDed. None: field absent or empty string.
+    """The source or destination of a Calico rule, every given field ANDed. None: field absent or empty string.
 
-    ``namespace_selector`` may be exactly global(); ``Selector.is_global`` tells.
+    ``namespace_selector`` may be exactly global(); ``Selector.is_global`` checks that.
     """
 
     nets: tuple[IPNetwork, ...] = ()
@@ -292,7 +293,7 @@ class EntityRule:
 
 @dataclass(frozen=True, slots=True)
 class HttpPath:
-    """Exactly one of the two is given."""
+    """An HTTP path: exactly one of the two fields is given."""
 
     exact: str | None = None
     prefix: str | None = None
@@ -300,7 +301,7 @@ class HttpPath:
 
 @dataclass(frozen=True, slots=True)
 class HttpHeader:
-    """operator: Exists, DoesNotExist, HasPrefix, HasSuffix, In, NotIn, MatchesRegex."""
+    """An HTTP header condition. Operator: Exists, DoesNotExist, HasPrefix, HasSuffix, In, NotIn, MatchesRegex."""
 
     header: str
     operator: str
@@ -309,7 +310,7 @@ class HttpHeader:
 
 @dataclass(frozen=True, slots=True)
 class HttpMatch:
-    """methods AND paths AND headers; empty means any."""
+    """An HTTP condition: methods AND paths AND headers; empty means any."""
 
     methods: tuple[str, ...] = ()
     paths: tuple[HttpPath, ...] = ()
@@ -318,7 +319,7 @@ class HttpMatch:
 
 @dataclass(frozen=True, slots=True)
 class CalicoRule:
-    """One rule. ``action``: Allow, Deny, Log, Pass. Protocols are IANA numbers."""
+    """One Calico rule. ``action``: Allow, Deny, Log, Pass. Protocols are IANA numbers."""
 
     action: str
     location: Location
@@ -472,8 +473,8 @@ class FelixConfiguration:
 class HostEndpointTemplate:
     """A template of automatic host endpoints.
 
-    ``nets``: the node's addresses that count; ``pattern``: a regular expression for the names of its interfaces, found
-    anywhere in them; ``node_selector`` None: all nodes.
+    ``nets``: the node's addresses that count; ``pattern``: a regular expression that is searched in the names of its
+    interfaces; ``node_selector`` None: all nodes.
     """
 
     name: str
@@ -485,7 +486,7 @@ class HostEndpointTemplate:
 
 @dataclass(frozen=True, slots=True)
 class KubeControllersConfiguration:
-    """projectcalico.org/v3 KubeControllersConfiguration, as far as it is about automatic host endpoints."""
+    """projectcalico.org/v3 KubeControllersConfiguration: only the fields about automatic host endpoints."""
 
     meta: Meta
     creates_hosts: bool = False
@@ -498,7 +499,7 @@ class KubeControllersConfiguration:
 
 @dataclass(frozen=True, slots=True)
 class NamespacedPodSelector:
-    """pods{namespaceSelector, podSelector} of a subject or peer."""
+    """The field pods{namespaceSelector, podSelector} of a subject or peer."""
 
     namespace_selector: LabelSelector
     pod_selector: LabelSelector
@@ -506,7 +507,7 @@ class NamespacedPodSelector:
 
 @dataclass(frozen=True, slots=True)
 class SigSubject:
-    """Exactly one of the two."""
+    """The subject of a policy: exactly one of the two fields is given."""
 
     namespaces: LabelSelector | None = None
     pods: NamespacedPodSelector | None = None
@@ -516,8 +517,8 @@ class SigSubject:
 class SigPeer:
     """One peer; ``unknown`` is True for a peer of a newer API (fails closed), then all other fields are empty.
 
-    ``same_labels``/``not_same_labels``: the older v1alpha1 forms; they narrow the ``namespaces`` or ``pods`` beside them,
-    whose namespace selector is then everything.
+    ``same_labels``/``not_same_labels``: the older v1alpha1 forms; they narrow the ``namespaces`` or ``pods`` beside
+    them, with a namespace selector that matches everything.
     """
 
     namespaces: LabelSelector | None = None

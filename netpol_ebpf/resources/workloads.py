@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Deployments and other objects that make pods: what stands for their pods where there is no cluster.
+"""Deployments and other objects that make pods, as pods where there is no cluster.
 
-Charts and repositories hold workloads, not pods.  For `check`, `explain` and `test` the template of a workload is therefore a pod with
-the template's labels, service account and ports, named ``KIND/NAME``, which no real pod can be called.  The agent does not read
-these kinds: on a node the pods themselves are there.
+Charts and repositories contain workloads, not pods.  For `check`, `explain` and `test` the template of a workload is
+therefore a pod with the template's labels, service account and ports, named ``KIND/NAME``, which no real pod can have
+as name.  The agent does not read these kinds: a node has the pods themselves.
 
-Invariant: such a pod has no address until `as_cluster` is asked for one, so nothing that is said about addresses of pods is said
-about it.
+Invariant: such a pod has no address until a caller of `as_cluster` requests one, so no statement about addresses of
+pods applies to it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from netpol_ebpf.resources.sharing import share_texts
 from netpol_ebpf.resources.types import Meta, Namespace, NetworkSet, Pod, Resource, WorkloadEndpoint
 
 STAND_INS = (ip_network("240.0.0.0/4"), ip_network("100::/64"))
-"""Addresses that no pod has: the reserved ones of RFC 1112, and those of RFC 6666, which are for packets to be discarded."""
+"""Address ranges that no pod has: the reserved range of RFC 1112, and that of RFC 6666 for packets that are discarded.
+"""
 
 _TEMPLATES: dict[tuple[str, str], tuple[str, ...]] = {
     ("apps/v1", "DaemonSet"): ("spec", "template"),
@@ -36,7 +37,7 @@ _TEMPLATES: dict[tuple[str, str], tuple[str, ...]] = {
     ("v1", "PodTemplate"): ("template",),
     ("v1", "ReplicationController"): ("spec", "template"),
 }
-"""Where each kind has the template of its pods."""
+"""By kind, the path of the pod template."""
 _KIND_NAMES = frozenset(kind for _, kind in _TEMPLATES)
 
 
@@ -61,12 +62,12 @@ KINDS = tuple(
 
 
 def as_cluster(resources: Iterable[Resource], *, addressed: bool = False) -> list[Resource]:
-    """The resources as those of a cluster: the namespaces of workloads exist, with no label but that of their name.
+    """The resources of a cluster with these workloads: their namespaces exist, with no label but that of their name.
 
-    A namespace that is not given and has a pod with an address, or a network set, stays absent: a Namespace would change what is
-    allowed to that pod, while the agent has none.
-    ``addressed``: besides, each pod of a workload has an address of `STAND_INS` of each family, and the workload's own name where
-    no pod and no other workload of its namespace has it.
+    A namespace that is not given stays absent if it has a pod with an address, or a network set: a Namespace would
+    change what is allowed to that pod, while the agent has none. ``addressed``: each pod of a workload also gets an
+    address of `STAND_INS` of each family, and the workload's own name where no pod and no other workload of its
+    namespace has it.
     """
     given = list(resources)
     pods = [one for one in given if _is_of_workload(one)]
@@ -94,9 +95,9 @@ def _addressed(resources: list[Resource]) -> Iterator[Resource]:
 
 
 def stand_in_notes(resources: Iterable[Resource], ends: Iterable[object]) -> Iterator[str]:
-    """A note for each (namespace, name) of ``ends`` that is a workload of `as_cluster`, addressed, instead of a pod.
+    """A note for each (namespace, name) of ``ends`` that is a workload with a stand-in address, instead of a pod.
 
-    Raises InvalidInputError for a name that only several workloads have.
+    Raises InvalidInputError for a name that several workloads have and no pod.
     """
     pods = [one for one in resources if isinstance(one, (Pod, WorkloadEndpoint))]
     for end in ends:
@@ -126,5 +127,5 @@ def _has_address(resource: Resource) -> bool:
 
 
 def _own_name(resource: Resource) -> tuple[str, str]:
-    """Namespace and name; of a workload's pod, the name of the workload."""
+    """Namespace and name; for a workload's pod, the name of the workload."""
     return resource.meta.namespace, resource.meta.name.rpartition("/")[2]

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is wrong with a text that is not YAML, in words that name the usual slip behind it.
+"""Messages for text that is not valid YAML, with the usual mistake behind the error.
 
-Works on lines, since there is no tree to work on.  Line numbers inside are zero-based.  It only words problems: whether a
-text is valid is for the parser to say.
+Works on lines, since there is no tree.  Line numbers inside are zero-based.  It only writes messages: the parser
+decides whether a text is valid.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ def bad_character_line(lines: list[str]) -> int:
 
 
 def template_hint(lines: list[str], number: int) -> str:
-    """Words to append when the text near a line looks like a template that was not rendered."""
+    """Text to append to a message when the text near a line looks like an unrendered template."""
     if "{{" in "\n".join(lines[max(0, number - 1) : number + 2]):
         return "; this looks like a template: render it first (for example with `helm template`)"
     return ""
 
 
 def explain(error: yaml.MarkedYAMLError, lines: list[str], start: int, failed_at: int, file: str) -> list[Problem]:
-    """The problems behind an error of the parser, which began to read at line ``start`` and failed at ``failed_at``."""
+    """The problems behind a parser error; the document begins at line ``start`` and fails at ``failed_at``."""
     first = next((n for n in range(min(failed_at, len(lines) - 1), start, -1) if lines[n].startswith("---")), start)
     last = next((n for n in range(failed_at + 1, len(lines)) if lines[n].startswith("---")), len(lines))
     obj = _object_name(lines[first:last])
@@ -76,9 +76,9 @@ def _hint(said: str, lines: list[str], failed_at: int) -> str:
 
 
 def _wrong_depth(lines: list[str], first: int, last: int) -> list[tuple[int, int, str]]:
-    """Fields of a rule that stand at the depth of the list's dashes: (line, column, message).
+    """Fields of a rule at the indentation of the list's dashes: (line, column, message).
 
-    The classic slip is ``ports:`` under ``ingress:`` beside ``- from:`` instead of inside that item.
+    The classic mistake is ``ports:`` under ``ingress:`` beside ``- from:`` instead of inside that item.
     """
     found = []
     for number in range(first, min(last, len(lines))):
@@ -96,9 +96,9 @@ def _wrong_depth(lines: list[str], first: int, last: int) -> list[tuple[int, int
 
 
 def _item_above(lines: list[str], first: int, number: int, depth: int) -> int | None:
-    """The line of the list item that has its dash at ``depth`` and ends where line ``number`` begins, if any.
+    """The line of the list item with its dash at ``depth`` that ends where line ``number`` begins, if any.
 
-    None too when the list's own key stands at that depth: then a field there is that key's sibling, and rightly placed.
+    None also when the list's own key is at that depth: then a field there is that key's sibling, and correctly placed.
     """
     item = None
     for above in range(number - 1, first - 1, -1):
@@ -140,7 +140,7 @@ def _path(lines: list[str], first: int, number: int) -> str:
 
 
 def _object_name(lines: list[str]) -> str:
-    """kind/namespace/name, as far as the lines of a document show."""
+    """kind/namespace/name of the object, as far as the lines of a document show them."""
     kind = ""
     names = {"name": "", "namespace": ""}
     block = ""

@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""YAML and JSON text to plain values with positions: what was written, and where.
+"""YAML and JSON text to plain values with their positions in the text.
 
-One pass over the parser's events builds, for each document, the values (dict, list, str, int, float, bool, None) and
-beside them a compact tree of positions, so that a problem found later names its line without a second parse.
+One pass over the parser's events builds, for each document, the values (dict, list, str, int, float, bool, None) and a
+compact tree of positions, so that a later problem has its line without a second parse.
 
 Invariant: whatever the input, the result is documents and problems, never an exception and never unbounded work
-(nesting and alias expansion are limited); every text in a document can be written as UTF-8.  A syntax error ends one document, not the file.  Scalars and keys are read as
-kubectl reads them (`scalars`).  JSON values may follow each other without ``---`` between them, as `jq -c` prints them.
-This module knows nothing of Kubernetes objects; `yaml_mistakes` words what is wrong with a text.
+(nesting and alias expansion are limited); every text in a document can be written as UTF-8.  A syntax error ends one
+document, not the file.  Scalars and keys are read as kubectl reads them (`scalars`).  JSON values may follow each other
+without ``---`` between them, as `jq -c` prints them. This module knows nothing of Kubernetes objects; `yaml_mistakes`
+writes the messages for invalid text.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ MAX_JSON_COLUMN = 10_000  # arbitrary; columns of JSON values that begin further
 _LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 _LONGEST_PLAIN_FLOAT = 1e21
-"""From here on Go's encoding of JSON writes a number with an exponent."""
+"""From this value on Go's encoding of JSON writes a number with an exponent."""
 
 # Line breaks to YAML 1.1, which folds them, and ordinary characters inside a string to JSON.
 _BREAKS_OF_YAML = re.compile("[\x85\u2028\u2029]")
@@ -67,13 +68,13 @@ _TAGGED: dict[str, tuple[type, ...]] = {
 
 @dataclass(frozen=True, slots=True)
 class Positions:
-    """Where the parts of one value stand in its file; a value without known positions has only the file."""
+    """The positions of the parts of one value in its file; without known positions only the file."""
 
     file: str
     mark: _Mark | None = None
 
     def location(self, path: Path = ()) -> Location:
-        """The location of ``path``, or of its deepest part that was written (a missing field: its parent)."""
+        """The location of ``path``, or of its deepest part that exists (for a missing field: its parent)."""
         mark = self.mark
         if mark is None:
             return share(Location(self.file))
@@ -97,7 +98,7 @@ class Positions:
         return None
 
     def child(self, path: Path) -> Positions:
-        """The positions of the value at ``path``; of its deepest part that was written when it is missing."""
+        """The positions of the value at ``path``, or of its deepest part that exists."""
         mark = self.mark
         for step in path:
             below = None if mark is None else _step(mark, step)
@@ -122,7 +123,7 @@ def _step(mark: _Mark, step: str | int) -> _Mark | None:
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """One document of a file: its value and where its parts stand."""
+    """One document of a file: its value and the positions of its parts."""
 
     value: Any
     positions: Positions
@@ -136,10 +137,10 @@ class _Refused(Exception):  # noqa: N818 - control flow inside this module: a li
 
 
 def read_documents(text: str, file: str, problems: list[Problem]) -> Iterator[Document]:
-    """Yield the documents of ``text`` (empty ones left out); append what is wrong with them to ``problems``.
+    """Yield the documents of ``text`` (empty ones left out); append their problems to ``problems``.
 
-    JSON values are documents each, with or without ``---`` between them.  After a syntax error reading goes on at the next
-    line that begins with ``---``.
+    Each JSON value is a document, with or without ``---`` between them.  After a syntax error reading continues at the
+    next line that begins with ``---``.
     """
     yield from _Text(text.removeprefix("\ufeff"), file, problems).documents()
 
@@ -147,7 +148,7 @@ def read_documents(text: str, file: str, problems: list[Problem]) -> Iterator[Do
 class _Text:
     """A whole file: runs of YAML documents and of JSON values, read one after the other.
 
-    ``offset``: where reading goes on; ``line``: the number of its line; ``line_offset``: where that line begins.
+    ``offset``: where reading continues; ``line``: the number of its line; ``line_offset``: the start of that line.
     """
 
     def __init__(self, text: str, file: str, problems: list[Problem]) -> None:
@@ -201,7 +202,7 @@ class _Text:
         self.offset = offset
 
     def _go_to_mark(self, offset: int) -> None:
-        """Go on at the first line from ``offset`` on that begins with ``---``, or at the end."""
+        """Move to the first line from ``offset`` on that begins with ``---``, or to the end."""
         mark = _MARK.search(self.text, offset)
         self._go_to(len(self.text) if mark is None else mark.start())
 
@@ -209,7 +210,10 @@ class _Text:
         return self.line << _COLUMN_BITS | min(self.offset - self.line_offset, MAX_JSON_COLUMN)
 
     def _json(self, end: int) -> Iterator[Document]:
-        """The JSON value from here to ``end``: read as YAML for its positions, and as JSON where YAML does not read it alike."""
+        """The JSON value from the present offset to ``end``.
+
+        Read as YAML for its positions, and as JSON where the two differ.
+        """
         position, known = self._position(), len(self.problems)
         text, first_line = self.text[self.offset : end], self.line
         self._go_to(end)
@@ -234,7 +238,10 @@ class _Text:
         yield document
 
     def _yaml(self) -> Iterator[Document]:
-        """The YAML documents from here on, up to a JSON value that follows one, or to the first that is not valid."""
+        """The YAML documents from the present offset on.
+
+        They end at a JSON value that follows one, or at the first document that is not valid.
+        """
         stream = _Stream(self.text[self.offset :], self.file, self.line, self.problems)
         try:
             stream.start()
@@ -253,7 +260,10 @@ class _Text:
             self._go_to(len(self.text))
 
     def _json_behind(self, stream: _Stream, error: Exception) -> int | None:
-        """Where the JSON value begins at which YAML failed: the document it could not read, or what follows the last one."""
+        """The offset of the JSON value at which YAML failed.
+
+        The document it could not read, or the text after the last one.
+        """
         index = stream.begin
         if index is None and isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
             index = error.problem_mark.index
@@ -264,7 +274,7 @@ class _Text:
 
 
 def _end_of_blank(text: str, offset: int) -> int:
-    """The end of white space, comments and marks of a document's end that begin at ``offset``."""
+    """The end of white space, comments and document end marks that begin at ``offset``."""
     match = _BLANK.match(text, offset)
     return offset if match is None else match.end()
 
@@ -281,7 +291,7 @@ def _end_of_json(text: str, offset: int) -> int | None:
 
 
 def _report(error: Exception, lines: list[str], first_line: int, file: str, problems: list[Problem]) -> int:
-    """Record why reading stopped; the line (zero-based) at which it did."""
+    """Record why reading stopped; returns the line (zero-based) of the error."""
     if isinstance(error, _Refused):
         failed_at = error.position >> _COLUMN_BITS
         message = error.message + yaml_mistakes.template_hint(lines, failed_at)
@@ -311,7 +321,7 @@ class _Stream:
         self.get_event: Any = None
 
     def start(self) -> None:
-        """Make the parser; it objects to some texts at once."""
+        """Create the parser, which rejects some texts at once."""
         self.get_event = _LOADER(self.text).get_event
 
     def documents(self) -> Iterator[Document]:
@@ -406,7 +416,7 @@ class _Tree:
         self._add(value, mark)
 
     def _plain_key(self, text: str, position: int) -> str:
-        """A key without quotes, in the form that kubectl gives to keys that are no text."""
+        """A key without quotes, in the form that kubectl gives to keys that are not text."""
         value = read_plain(text)
         if isinstance(value, str):
             return text
@@ -429,7 +439,7 @@ class _Tree:
         self.key, self.key_position = key, position
 
     def _add(self, value: Any, mark: _Mark) -> None:
-        """Put a value where it belongs; an entry of a mapping stands where its key does."""
+        """Add a value to its container; an entry of a mapping has the position of its key."""
         key = self.key
         if key is None:
             self.container.append(value)
@@ -491,7 +501,7 @@ class _Tree:
         return None
 
     def _merge(self, container: dict[str, Any], marks: dict[str, _Mark]) -> None:
-        """Apply a YAML merge key: entries of the named mapping(s) that this one does not give itself."""
+        """Apply a YAML merge key: add the entries of the named mapping(s) that this mapping does not have itself."""
         source, mark = container.pop("<<"), marks.pop("<<")
         sources = source if isinstance(source, list) else [source]
         if isinstance(mark, int) or not all(isinstance(one, dict) for one in sources):
@@ -507,14 +517,14 @@ class _Tree:
 
 
 def _as_json_number(value: Any) -> Any:
-    """A number as it reaches the API server, which gets JSON: without a fraction it is a whole number (``80.0``, ``1e3``)."""
+    """A number as the API server gets it, in JSON: without a fraction it is a whole number (``80.0``, ``1e3``)."""
     if value.__class__ is float and math.isfinite(value) and value.is_integer() and abs(value) < _LONGEST_PLAIN_FLOAT:
         return int(value)
     return value
 
 
 def _is_told_by(value: Any, text: str) -> bool:
-    """Whether the text of a scalar that is no text is what a reader of its value would write."""
+    """Whether the source text of a number, boolean or null equals its canonical form."""
     if value is None:
         return text in ("", "null")
     if value.__class__ is bool:
@@ -534,7 +544,7 @@ _JSON = json.JSONDecoder(parse_constant=_refuse_constant, parse_float=lambda tex
 
 
 def _unwritable(value: Any) -> str | None:
-    """A text of the value, or a key, that UTF-8 cannot hold; None when there is none."""
+    """The first text or key of the value that UTF-8 cannot encode; None when there is none."""
     rest = [value]
     while rest:
         one = rest.pop()
@@ -551,7 +561,7 @@ def _unwritable(value: Any) -> str | None:
 
 
 def _quoted(text: str) -> str:
-    """A text that cannot be written, with escapes in place of what cannot."""
+    """A text that UTF-8 cannot encode, with escapes for the offending characters."""
     return f"`{text.encode('ascii', 'backslashreplace').decode()[:MAX_QUOTED]}`"
 
 
@@ -569,7 +579,7 @@ def _is_too_deep(value: Any) -> bool:
 
 
 def _unique_json(text: str, place: Location, problems: list[Problem]) -> Any:
-    """The value of a JSON text that YAML reads otherwise; a key that is given twice is a problem."""
+    """The value of a JSON text that YAML reads differently; a repeated key is a problem."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         value = dict(pairs)

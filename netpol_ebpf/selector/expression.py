@@ -49,7 +49,7 @@ class Selector:
         object.__setattr__(self, "_hash", hash(text))
 
     def matches(self, labels: Mapping[str, str]) -> bool:
-        """Whether labels satisfy it. Cost: linear in the length of the expression; nothing is allocated."""
+        """Whether labels satisfy the selector. Cost: linear in the length of the expression; nothing is allocated."""
         return self._root.matches(labels)
 
     @property
@@ -59,21 +59,21 @@ class Selector:
 
     @property
     def is_everything(self) -> bool:
-        """Exactly ``all()``, which is also what empty text means."""
+        """Whether the selector is exactly ``all()``, which is also the meaning of empty text."""
         return isinstance(self._root, All)
 
     @property
     def is_global(self) -> bool:
-        """Exactly ``global()``."""
+        """Whether the selector is exactly ``global()``."""
         return isinstance(self._root, Global)
 
     @property
     def mentions_global(self) -> bool:
-        """``global()`` occurs anywhere in it."""
+        """Whether ``global()`` occurs anywhere in the selector."""
         return any(isinstance(node, Global) for node in walk(self._root))
 
     def label_keys(self) -> frozenset[str]:
-        """Names of all labels it looks at; other labels never change its answer."""
+        """Names of all labels in the selector; other labels never change its answer."""
         return frozenset(node.key for node in walk(self._root) if not isinstance(node, (All, Global, Not, And, Or)))
 
     def prefixed(self, prefix: str) -> Selector:
@@ -90,18 +90,18 @@ class Selector:
         return Selector(_rewritten(self._root, lambda leaf: root if isinstance(leaf, All) else leaf))
 
     def required(self) -> Cover | None:
-        """Restrictions one of which holds for all labels that match; (): nothing matches; None: anything may match.
+        """Restrictions, one of which every matching label set satisfies. (): nothing matches; None: anything may match.
 
-        Of several candidates (the arms of an AND) the one that looks most selective.
+        Of several candidates (the arms of an AND) it is the one that looks most selective.
         """
         return cheapest_cover(self.requirements())
 
     def requirements(self) -> tuple[Cover, ...]:
-        """All covers known, each necessary; see `required`."""
+        """All known covers; matching labels satisfy each one. See `required`."""
         return covers(self._root)
 
     def is_unsatisfiable(self) -> bool:
-        """True when surely no labels match (``a == 'x' && a == 'y'``); False says nothing."""
+        """True when certainly no labels match (``a == 'x' && a == 'y'``); False proves nothing."""
         return is_contradiction(self._root)
 
     def __setattr__(self, name: str, value: object) -> None:
@@ -160,13 +160,14 @@ def _rewritten(node: SelectorNode, change: Callable[[SelectorNode], SelectorNode
 
 
 EVERYTHING = Selector(All())
-"""``all()``."""
+"""The selector ``all()``."""
 
 
 def all_of(*selectors: Selector) -> Selector:
-    """AND. Nested ANDs are flattened and repetitions dropped; one operand is itself, none is `EVERYTHING`.
+    """The conjunction (AND).
 
-    An ``all()`` among the operands stays, for `Selector.with_all_as` gives it a meaning.
+    Nested ANDs are flattened and repetitions dropped; one operand is returned as it is, none gives `EVERYTHING`. An
+    ``all()`` among the operands stays, since `Selector.with_all_as` may replace it.
     """
     operands: dict[SelectorNode, None] = {}
     for selector in selectors:
@@ -177,7 +178,7 @@ def all_of(*selectors: Selector) -> Selector:
 
 
 def any_of(first: Selector, *others: Selector) -> Selector:
-    """OR. Nested ORs are flattened and repetitions dropped; one operand is itself."""
+    """The disjunction (OR). Nested ORs are flattened and repetitions dropped; one operand is returned as it is."""
     operands: dict[SelectorNode, None] = {}
     for selector in (first, *others):
         operands.update(dict.fromkeys(selector.root.operands if isinstance(selector.root, Or) else (selector.root,)))
@@ -185,7 +186,7 @@ def any_of(first: Selector, *others: Selector) -> Selector:
 
 
 def negate(selector: Selector) -> Selector:
-    """NOT; two cancel out."""
+    """The negation (NOT); a double negation is dropped."""
     return Selector(negated(selector.root))
 
 

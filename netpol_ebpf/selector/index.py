@@ -1,15 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Many selectors against many label sets, kept exact while both change.
+"""Many selectors against many label sets, exact while both change.
 
-Invariant: after any sequence of calls the answers are those of testing every selector on every label set; what `covers` says of a
-selector only narrows which pairs are tested.  Equal selectors and equal label sets are stored and tested once, whatever
-the number of ids.  No pair is stored: memory is the sum of both sides, never their product, and an answer is worked out
-when asked for.
+Invariant: after any sequence of calls the answers equal those of testing every selector on every label set; covers only
+narrow which pairs are tested.  Equal selectors and equal label sets are stored and tested once, whatever the number of
+ids.  No pair is stored: memory is the sum of both sides, never their product, and answers are computed on request.
 
-Two inverted indexes do the narrowing.  A selector waits under the (label, value) pairs of one of its covers, the one that
-fewest other selectors could be found by (so not under the namespace's label when all the selectors have that); a new label
-set tests those that wait under its own pairs, and those with no cover.  Label sets are found by every pair they have; a
-new selector tests those of its cover with the fewest.
+Two inverted indexes narrow the tests.  A selector is indexed under the (label, value) pairs of one of its covers, the
+one with the fewest other selectors (so not under the namespace's label when all the selectors have it); a new label set
+tests the selectors indexed under its own pairs, and those without a cover.  Label sets are indexed under every pair
+they have; a new selector tests those of the pairs in its cover with the fewest label sets.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ _Pair = tuple[str, "str | None"]
 
 
 class _SelectorGroup(Generic[S]):
-    """One distinct selector: its ids, and the pairs it is indexed under (None: it has no cover, and is always tested)."""
+    """One distinct selector: its ids, and the pairs it is indexed under (None: without a cover; it is always tested)."""
 
     __slots__ = ("ids", "pairs", "selector")
 
@@ -96,7 +95,7 @@ class _Bag(Generic[T]):
 
 
 class SelectorIndex(Generic[S, L]):
-    """Selectors by ids of type S, label sets by ids of type L, and which match which."""
+    """The matching pairs of selectors and label sets: selectors by ids of type S, label sets by ids of type L."""
 
     def __init__(self) -> None:
         self._selectors: dict[S, _SelectorGroup[S]] = {}
@@ -112,7 +111,7 @@ class SelectorIndex(Generic[S, L]):
     # --- changes ----------------------------------------------------------------------------------------------------
 
     def add_selector(self, selector_id: S, selector: Selector) -> set[L]:
-        """Add it, in place of one with that id. Returns the ids of the label sets that match."""
+        """Add a selector, or replace that of the same id. Returns the ids of the label sets that match."""
         known = self._selectors.get(selector_id)
         if known is None or known.selector != selector:
             self.remove_selector(selector_id)
@@ -124,7 +123,7 @@ class SelectorIndex(Generic[S, L]):
         return self.matching_labels(selector_id)
 
     def remove_selector(self, selector_id: S) -> None:
-        """Remove it; an unknown id is no change."""
+        """Remove a selector; an unknown id is no change."""
         group = self._selectors.pop(selector_id, None)
         if group is None:
             return
@@ -133,7 +132,7 @@ class SelectorIndex(Generic[S, L]):
             self._drop_selector_group(group)
 
     def add_labels(self, labels_id: L, labels: Mapping[str, str]) -> set[S]:
-        """Add a copy of them, in place of those with that id. Returns the ids of the selectors that match."""
+        """Add a copy of a label set, or replace that of the same id. Returns the ids of the selectors that match."""
         known = self._labels.get(labels_id)
         if known is None or known.labels != labels:
             self.remove_labels(labels_id)
@@ -146,7 +145,7 @@ class SelectorIndex(Generic[S, L]):
         return self.matching_selectors(labels_id)
 
     def remove_labels(self, labels_id: L) -> None:
-        """Remove them; an unknown id is no change."""
+        """Remove a label set; an unknown id is no change."""
         group = self._labels.pop(labels_id, None)
         if group is None:
             return
@@ -175,17 +174,17 @@ class SelectorIndex(Generic[S, L]):
         return found
 
     def selector(self, selector_id: S) -> Selector:
-        """The selector of that id. KeyError for an unknown one."""
+        """The selector with that id. KeyError for an unknown one."""
         return self._selectors[selector_id].selector
 
     def labels(self, labels_id: L) -> Mapping[str, str]:
-        """The labels of that id, not to be changed. KeyError for an unknown one."""
+        """The label set with that id; read-only for callers. KeyError for an unknown one."""
         return self._labels[labels_id].labels
 
     # --- selectors, found by labels ---------------------------------------------------------------------------------
 
     def _selector_candidates(self, labels: Mapping[str, str]) -> Iterator[_SelectorGroup[S]]:
-        """Groups that may match; a group may come more than once."""
+        """Selector groups that may match; a group may occur more than once."""
         yield from self._uncovered
         if len(self._waiting):
             for key, value in labels.items():
@@ -228,7 +227,7 @@ class SelectorIndex(Generic[S, L]):
     # --- label sets, found by selectors -----------------------------------------------------------------------------
 
     def _label_candidates(self, candidates: tuple[Cover, ...]) -> Iterable[_LabelGroup[L]]:
-        """Groups that may match, each once."""
+        """Label groups that may match, each once."""
         if not candidates:
             return self._label_groups.values()
         sizes = [sum(self._labels_having(pair) for pair in _pairs(cover)) for cover in candidates]
@@ -272,7 +271,7 @@ class SelectorIndex(Generic[S, L]):
 
 
 def _pairs(cover: Cover) -> Iterator[_Pair]:
-    """The pairs one of which labels under this cover have."""
+    """The pairs in a cover: matching labels have at least one of them."""
     for part in cover:
         if part.one_of is None:
             yield (part.key, None)

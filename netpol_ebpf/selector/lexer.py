@@ -22,7 +22,7 @@ LABEL_NAME = re.compile(r"[A-Za-z0-9_./-]+")
 
 
 class TokenKind(enum.Enum):
-    """What a token is; the value is how an error message calls it."""
+    """The kind of a token; the value is its name in error messages."""
 
     LABEL = "a label name"
     STRING = "a quoted string"
@@ -109,7 +109,7 @@ def _refuse_line_breaks(text: str) -> None:
 
 
 def _scan_one(text: str, position: int, *, after_label: bool) -> tuple[Token, int]:
-    """The token that starts at ``position`` (no white space there) and the offset behind it."""
+    """The token that starts at ``position`` (not white space), and the offset of its end."""
     character = text[position]
     if character in "'\"":
         return _scan_string(text, position)

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Recursive descent over the grammar of SEMANTICS 2.2: text to `Selector`.
 
-Invariant: what is not in the grammar is refused with its offset; nothing is skipped or guessed.  Precedence is
-``!`` > ``&&`` > ``||``; ``!`` binds to one primary.  Evaluation and canonical text belong to `expression`.
+Invariant: text outside the grammar is rejected with its offset; nothing is skipped or guessed.  Precedence is ``!`` >
+``&&`` > ``
+
+``; ``!`` binds to one primary.  Evaluation and canonical text belong to `expression`.
 """
 
 from __future__ import annotations
@@ -46,7 +48,7 @@ _MEMBERSHIPS: dict[TokenKind, Callable[[str, tuple[str, ...]], SelectorNode]] = 
 
 
 def parse(text: str) -> Selector:
-    """The selector that ``text`` denotes; empty or blank text is ``all()``.
+    """Parse ``text`` to a selector; empty or blank text is ``all()``.
 
     Raises SelectorError with the offset of the first character that does not fit.
     """
@@ -55,7 +57,7 @@ def parse(text: str) -> Selector:
 
 
 class _Parser:
-    """One pass over one text."""
+    """The parser of one text."""
 
     def __init__(self, text: str) -> None:
         self._text = text
@@ -113,7 +115,7 @@ class _Parser:
         raise self._unexpected(token, "a label name, has(...), all(), global(), '!' or '('")
 
     def _group(self, opening: Token) -> SelectorNode:
-        """The rest of "(" or ")"."""
+        """Parse the rest of "(" or ")"."""
         self._depth += 1
         if self._depth > MAX_DEPTH:
             raise SelectorError(f"parentheses nested deeper than {MAX_DEPTH}", text=self._text, offset=opening.offset)
@@ -178,4 +180,4 @@ class _Parser:
 
 
 _NAMED = frozenset({TokenKind.LABEL, TokenKind.STRING, TokenKind.END})
-"""Kinds whose value is a description, not the token itself."""
+"""Token kinds that messages describe by name, not by their text."""

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a selector demands of any labels it matches: the grounds for indexing it and for calling it contradictory.
+"""Necessary conditions of a selector, for its index and for the detection of contradictions.
 
-Invariant: both answers err to one side only.  A cover never leaves out labels that match; `is_contradiction` is True only
-when no labels at all can match.  Negative terms never narrow anything (SEMANTICS 2.4), absent labels satisfy them.
+Invariant: both answers err to one side only.  A cover never excludes labels that match; `is_contradiction` is True only
+when no labels at all can match.  Negative terms never narrow anything (SEMANTICS 2.4), since absent labels satisfy
+them.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from netpol_ebpf.selector.tree import (
 )
 
 MAX_CONJUNCTIONS = 256
-"""How many arms of the disjunctive form are tried before a contradiction is given up on; arbitrary."""
+"""Largest number of arms of the disjunctive form that are tested for a contradiction; arbitrary."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,16 +40,19 @@ class Restriction:
     one_of: frozenset[str] | None = None
 
     def matches_value(self, value: str | None) -> bool:
-        """Whether a label of that value (None: absent) satisfies it."""
+        """Whether a label with that value (None: absent) satisfies the restriction."""
         return value is not None and (self.one_of is None or value in self.one_of)
 
 
 Cover = tuple[Restriction, ...]
-"""Labels that match satisfy at least one of these; () is: nothing can match. One restriction for each key at most."""
+"""A list of restrictions: matching labels satisfy at least one; () means that nothing can match.
+
+At most one restriction for each key.
+"""
 
 
 def covers(node: SelectorNode) -> tuple[Cover, ...]:
-    """Every cover found; all of them hold at once. Empty: the selector demands nothing that an index could use."""
+    """Every cover found; matching labels satisfy all of them. Empty: nothing that an index could use."""
     if isinstance(node, Equals):
         return ((Restriction(node.key, frozenset((node.value,))),),)
     if isinstance(node, In):
@@ -65,12 +69,12 @@ def covers(node: SelectorNode) -> tuple[Cover, ...]:
 
 
 def cheapest_cover(candidates: tuple[Cover, ...]) -> Cover | None:
-    """The one that looks most selective without knowing any labels: fewest values, presence counting as many."""
+    """The cover that looks most selective without knowledge of any labels: the one with the fewest values."""
     return min(candidates, key=_cost) if candidates else None
 
 
 _PRESENCE_COST = 1000
-"""A present key is taken for less selective than any set of values of usual length; arbitrary."""
+"""The number of values that a presence test counts as; arbitrary, above any set of usual length."""
 
 
 def _cost(cover: Cover) -> int:
@@ -78,7 +82,7 @@ def _cost(cover: Cover) -> int:
 
 
 def _covers_of_not(operand: SelectorNode) -> tuple[Cover, ...]:
-    """De Morgan, and the two negative comparisons, which have positive negations."""
+    """The covers of a negation: De Morgan, and the two negative comparisons, which have positive negations."""
     if isinstance(operand, NotEquals):
         return covers(Equals(operand.key, operand.value))
     if isinstance(operand, NotIn):
@@ -95,7 +99,7 @@ def _complement(node: SelectorNode) -> SelectorNode:
 
 
 def _covers_of_all(arms: list[tuple[Cover, ...]]) -> tuple[Cover, ...]:
-    """Each arm's covers hold; single restrictions on one key are narrowed to their intersection."""
+    """The covers of an AND: those of each arm; single restrictions on one key are intersected."""
     by_key: dict[str, frozenset[str] | None] = {}
     others: list[Cover] = []
     for cover in (cover for arm in arms for cover in arm):
@@ -113,7 +117,7 @@ def _covers_of_all(arms: list[tuple[Cover, ...]]) -> tuple[Cover, ...]:
 
 
 def _covers_of_any(arms: list[tuple[Cover, ...]]) -> tuple[Cover, ...]:
-    """One cover, the union of each arm's cheapest; where all arms restrict one key, that union alone as well."""
+    """The covers of an OR: the union of each arm's cheapest; where all arms restrict one key, that union alone as well."""
     if not all(arms):
         return ()
     result = [_union([part for arm in arms for part in min(arm, key=_cost)])]
@@ -144,8 +148,8 @@ _Literal = tuple[_Positive, bool]
 def is_contradiction(node: SelectorNode) -> bool:
     """True when no labels can match: each arm of the disjunctive form contradicts itself for at least one key.
 
-    Best effort: False where that form has more than MAX_CONJUNCTIONS arms.  Texts to contain are not combined with each
-    other, so some contradictions among `contains` are not seen.
+    Best effort: False where that form has more than MAX_CONJUNCTIONS arms.  Operands of several `contains` are not
+    combined, so some contradictions among them are not found.
     """
     arms = list(islice(_conjunctions(node, wanted=True), MAX_CONJUNCTIONS + 1))
     return len(arms) <= MAX_CONJUNCTIONS and all(map(_is_impossible, arms))
@@ -172,7 +176,7 @@ def _conjunctions(node: SelectorNode, *, wanted: bool) -> Iterator[tuple[_Litera
 
 
 def _product(operands: tuple[SelectorNode, ...], *, wanted: bool) -> Iterator[tuple[_Literal, ...]]:
-    """One arm of each operand, in every combination."""
+    """Every combination of one arm of each operand."""
     if not operands:
         yield ()
         return
@@ -214,7 +218,7 @@ def _is_key_impossible(required: list[_Positive], refused: list[_Positive]) -> b
 
 
 def _is_implied(comparison: _Positive, required: list[_Positive]) -> bool:
-    """Whether values with all of ``required`` (none of them a finite set) surely satisfy ``comparison``."""
+    """Whether values that satisfy ``required`` (none of them a finite set) certainly satisfy ``comparison``."""
     if isinstance(comparison, Has):
         return True
     if isinstance(comparison, (Equals, In)):

@@ -19,7 +19,10 @@ from typing import Union
 
 
 def render_string(value: str) -> str:
-    """A string literal: double quotes; single ones around a value with double quotes; see the module for both."""
+    """A string literal in double quotes; in single quotes if the value has double quotes.
+
+    The module's text describes values with both.
+    """
     if '"' not in value:
         return f'"{value}"'
     if "'" not in value:
@@ -33,10 +36,10 @@ def _render_set(values: tuple[str, ...]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class All:
-    """all()."""
+    """The operator all(): true on any labels."""
 
     def matches(self, labels: Mapping[str, str]) -> bool:  # noqa: ARG002  # one signature for all nodes
-        """Always."""
+        """Always true."""
         return True
 
     def __str__(self) -> str:
@@ -45,10 +48,10 @@ class All:
 
 @dataclass(frozen=True, slots=True)
 class Global:
-    """global(): true on any labels; only a namespace selector gives it another meaning, by rewriting."""
+    """The operator global(): true on any labels; only in a namespace selector it has another meaning, by rewriting."""
 
     def matches(self, labels: Mapping[str, str]) -> bool:  # noqa: ARG002  # one signature for all nodes
-        """Always."""
+        """Always true."""
         return True
 
     def __str__(self) -> str:
@@ -57,12 +60,12 @@ class Global:
 
 @dataclass(frozen=True, slots=True)
 class Has:
-    """has(key): the label is present, be its value empty."""
+    """The operator has(key): the label is present, even with an empty value."""
 
     key: str
 
     def matches(self, labels: Mapping[str, str]) -> bool:
-        """Key present."""
+        """Whether the key is present."""
         return self.key in labels
 
     def __str__(self) -> str:
@@ -71,13 +74,13 @@ class Has:
 
 @dataclass(frozen=True, slots=True)
 class Equals:
-    """Key == value; absent: false."""
+    """The operator ``key == value``; false on an absent label."""
 
     key: str
     value: str
 
     def matches(self, labels: Mapping[str, str]) -> bool:
-        """Key present with this very value."""
+        """Whether the key is present with exactly this value."""
         return labels.get(self.key) == self.value
 
     def __str__(self) -> str:
@@ -86,13 +89,13 @@ class Equals:
 
 @dataclass(frozen=True, slots=True)
 class NotEquals:
-    """Key != value; absent: true."""
+    """The operator ``key != value``; true on an absent label."""
 
     key: str
     value: str
 
     def matches(self, labels: Mapping[str, str]) -> bool:
-        """Key absent or with another value."""
+        """Whether the key is absent or has another value."""
         return labels.get(self.key) != self.value
 
     def __str__(self) -> str:
@@ -116,10 +119,10 @@ class _Membership:
 
 @dataclass(frozen=True, slots=True, init=False)
 class In(_Membership):
-    """Key in {values}; absent: false."""
+    """The operator ``key in {values}``; false on an absent label."""
 
     def matches(self, labels: Mapping[str, str]) -> bool:
-        """Key present with one of the values."""
+        """Whether the key is present with one of the values."""
         return labels.get(self.key) in self.members
 
     def __str__(self) -> str:
@@ -128,10 +131,10 @@ class In(_Membership):
 
 @dataclass(frozen=True, slots=True, init=False)
 class NotIn(_Membership):
-    """Key not in {values}; absent: true."""
+    """The operator ``key not in {values}``; true on an absent label."""
 
     def matches(self, labels: Mapping[str, str]) -> bool:
-        """Key absent or with none of the values."""
+        """Whether the key is absent or has none of the values."""
         return labels.get(self.key) not in self.members
 
     def __str__(self) -> str:
@@ -140,13 +143,13 @@ class NotIn(_Membership):
 
 @dataclass(frozen=True, slots=True)
 class Contains:
-    """Key contains text; absent: false; the empty text is in every present value."""
+    """The operator ``key contains text``; false on an absent label; every present value contains the empty text."""
 
     key: str
     value: str
 
     def matches(self, labels: Mapping[str, str]) -> bool:
-        """Key present and its value has the text somewhere."""
+        """Whether the key is present and its value contains the text."""
         actual = labels.get(self.key)
         return actual is not None and self.value in actual
 
@@ -156,13 +159,13 @@ class Contains:
 
 @dataclass(frozen=True, slots=True)
 class StartsWith:
-    """Key starts with text; absent: false."""
+    """The operator ``key starts with text``; false on an absent label."""
 
     key: str
     value: str
 
     def matches(self, labels: Mapping[str, str]) -> bool:
-        """Key present and its value begins with the text."""
+        """Whether the key is present and its value begins with the text."""
         actual = labels.get(self.key)
         return actual is not None and actual.startswith(self.value)
 
@@ -172,13 +175,13 @@ class StartsWith:
 
 @dataclass(frozen=True, slots=True)
 class EndsWith:
-    """Key ends with text; absent: false."""
+    """The operator ``key ends with text``; false on an absent label."""
 
     key: str
     value: str
 
     def matches(self, labels: Mapping[str, str]) -> bool:
-        """Key present and its value ends in the text."""
+        """Whether the key is present and its value ends with the text."""
         actual = labels.get(self.key)
         return actual is not None and actual.endswith(self.value)
 
@@ -188,12 +191,12 @@ class EndsWith:
 
 @dataclass(frozen=True, slots=True)
 class Not:
-    """Boolean NOT. Built by `negated` only, which never stacks two."""
+    """Boolean NOT. Only `negated` makes it, and never nests two."""
 
     operand: SelectorNode
 
     def matches(self, labels: Mapping[str, str]) -> bool:
-        """The operand does not match."""
+        """Whether the operand does not match."""
         return not self.operand.matches(labels)
 
     def __str__(self) -> str:
@@ -202,12 +205,12 @@ class Not:
 
 @dataclass(frozen=True, slots=True)
 class And:
-    """All of two or more operands."""
+    """Boolean AND of two or more operands."""
 
     operands: tuple[SelectorNode, ...]
 
     def matches(self, labels: Mapping[str, str]) -> bool:
-        """Every operand matches."""
+        """Whether every operand matches."""
         for operand in self.operands:  # noqa: SIM110  # all() would build a generator for each call
             if not operand.matches(labels):
                 return False
@@ -219,12 +222,12 @@ class And:
 
 @dataclass(frozen=True, slots=True)
 class Or:
-    """Any of two or more operands."""
+    """Boolean OR of two or more operands."""
 
     operands: tuple[SelectorNode, ...]
 
     def matches(self, labels: Mapping[str, str]) -> bool:
-        """Some operand matches."""
+        """Whether at least one operand matches."""
         for operand in self.operands:  # noqa: SIM110  # any() would build a generator for each call
             if operand.matches(labels):
                 return True
@@ -240,7 +243,7 @@ SelectorNode = Union[
 
 
 def negated(node: SelectorNode) -> SelectorNode:
-    """NOT ``node``; two cancel out."""
+    """The negation of ``node``; a double negation is dropped."""
     return node.operand if isinstance(node, Not) else Not(node)
 
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Texts of the last good state of each file of manifests, so that a restart with a broken file changes no policy.
+"""Copies of the last good text of each manifest file, so that a restart with a broken file changes no policy.
 
-Invariant: a copy is whole or not there; nothing in the directory of the copies is waited for, whatever it is.
+Invariant: a copy is complete or absent; nothing in the directory of the copies can block a reader, whatever it is.
 """
 
 from __future__ import annotations
@@ -17,14 +17,15 @@ from pathlib import Path
 from netpol_ebpf.resources.manifest_files import DirectoryId, read_regular
 
 DIRECTORIES = "directories"
-"""No hash, so no copy's name."""
+"""Name of the file with the directories' identities; it is no hash, so it is no copy's name."""
 
 
 @dataclass(slots=True)
 class LastGoodCopies:
-    """The copies in one directory, which is made when the first one is stored.
+    """The copies in one directory, which is created when the first copy is stored.
 
-    Names are hashed, since a manifest may have any name; each copy has the name beside it.  All but `directories` raise OSError.
+    File names are hashes, since a manifest may have any name; each copy has the manifest's name beside it.  All methods
+    but `directories` raise OSError.
     """
 
     directory: Path
@@ -40,7 +41,7 @@ class LastGoodCopies:
             return None
 
     def store(self, name: str, text: str) -> None:
-        """Replace the copy in one step."""
+        """Replace the copy atomically."""
         self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         path = self._path(name)
         _replace(path, text.encode("utf-8"))
@@ -49,7 +50,7 @@ class LastGoodCopies:
             _replace(beside, raw)
 
     def names(self) -> list[str]:
-        """The files that there are copies of, whatever has become of the files."""
+        """Names of the manifests that have copies, whether or not the manifests still exist."""
         if not self.directory.is_dir():
             return []
         found = [(_content(path) or b"").decode(errors="surrogateescape") for path in self.directory.glob("*.name")]
@@ -70,7 +71,10 @@ class LastGoodCopies:
                 path.unlink()
 
     def store_directories(self, directories: Mapping[str, DirectoryId]) -> None:
-        """Keep in which directories the files are: one of the same name may be another one the next time."""
+        """Store the identities of the directories with manifests.
+
+        After a restart a directory of the same name may be another one.
+        """
         path = self.directory / DIRECTORIES
         if directories:
             self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -79,7 +83,7 @@ class LastGoodCopies:
             path.unlink(missing_ok=True)
 
     def directories(self) -> dict[str, DirectoryId] | None:
-        """As they were stored, none where nothing was; None when what was stored is damaged."""
+        """The stored identities of directories, none where nothing was stored; None when the file is damaged."""
         path = self.directory / DIRECTORIES
         if not path.exists():
             return {}
@@ -92,14 +96,14 @@ class LastGoodCopies:
 
 
 def _content(path: Path) -> bytes | None:
-    """What a file holds; None for what is no file."""
+    """The content of a regular file; None for anything else."""
     with contextlib.suppress(OSError):
         return read_regular(path)
     return None
 
 
 def _replace(path: Path, content: bytes) -> None:
-    """Write a file in one step, into a new file: what has the draft's name may be a pipe."""
+    """Replace a file atomically, by way of a new file: an existing draft may be a pipe."""
     draft = path.with_suffix(".draft")
     draft.unlink(missing_ok=True)
     with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), "wb") as file:

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A descriptor that becomes readable when something changes in one of a set of directories: inotify(7), as a wake-up alone.
+"""A descriptor that becomes readable when something changes in one of a set of directories.
 
-Which file changed, and how, is not read: whoever is woken looks at the directories.  So neither a queue that overflows nor the order of
-events can lead to a wrong state.
+Inotify(7) as a wake-up alone. The watch does not read which file changed, or how: its user then reads the directories.
+So neither a queue overflow nor the order of events can lead to a wrong state.
 
-Invariant: `DirectoryWatch.is_complete` is True only where the kernel sees every change of an entry of the directories.  It does not on
-network and FUSE file systems, where other machines or processes make changes.
+Invariant: `DirectoryWatch.is_complete` is True only where the kernel reports every change of an entry of the
+directories.  The kernel does not on network and FUSE file systems, where other machines or processes make changes.
 """
 
 from __future__ import annotations
@@ -26,8 +26,9 @@ READ_BYTES = 1 << 16
 LOCAL_FILE_SYSTEMS = frozenset({
     0xEF53, 0x58465342, 0x9123683E, 0xF2F52010, 0x2FC12FC1, 0xCA451A4E, 0x01021994, 0x858458F6, 0x794C7630,
 })  # fmt: skip
-"""Numbers of linux/magic.h, and of file systems outside the kernel's tree: ext2 to ext4, XFS, Btrfs, F2FS, ZFS, bcachefs, tmpfs, ramfs,
-overlayfs."""
+"""File systems with complete inotify, by numbers of linux/magic.h and of file systems outside the kernel's tree: ext2
+to ext4, XFS, Btrfs, F2FS, ZFS, bcachefs, tmpfs, ramfs, overlayfs.
+"""
 _STATFS_BYTES = 256
 """More than any architecture's struct statfs."""
 
@@ -49,19 +50,20 @@ class DirectoryWatch:
         self._local: dict[int, bool] = {}  # by the number of a watch: whether the kernel sees every change there
 
     def fileno(self) -> int:
-        """Readable when something changed."""
+        """A descriptor that is readable when something changed."""
         return self._descriptor
 
     @property
     def is_complete(self) -> bool:
-        """Whether there is a watch, and the kernel sees every change of what is watched."""
+        """Whether a watch exists and the kernel reports every change of the watched directories."""
         return bool(self._local) and all(self._local.values())
 
     def watch(self, paths: Iterable[Path]) -> bool:
-        """Watch these and nothing else; whether one of them was not watched before, so that a change may have been missed.
+        """Watch these paths and nothing else.
 
-        A path that is gone is left out.  Raises OSError when the user has too many watches (fs.inotify.max_user_watches) or may not read
-        a directory; then the watch is not complete.
+        Returns whether one of them is new, so that a change may have been missed. A path that is gone is left out.
+        Raises OSError when the user has too many watches (fs.inotify.max_user_watches) or may not read a directory;
+        then the watch is not complete.
         """
         before, self._local = self._local, {}
         found: dict[int, bool] = {}
@@ -83,7 +85,7 @@ class DirectoryWatch:
                 os.read(self._descriptor, READ_BYTES)
 
     def close(self) -> None:
-        """Close the descriptor; a second time does nothing."""
+        """Close the descriptor; may be called twice."""
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1

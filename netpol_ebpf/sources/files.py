@@ -1,20 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """Objects from a directory of manifests, as it changes: the source behind ``--manifests DIR``.
 
-What changed is found by looking at the directory (name, inode, size and times of every file): looking sees atomic renames, symlink
-swaps of mounted ConfigMaps and network file systems alike, and has no queue that can overflow.  inotify only says when to look.  It does
-not report what another machine does to a network file system, or what happens under a path outside the watched directories: so a
-directory at rest is looked at every SAFETY_NET_S seconds, and every INTERVAL_S seconds where inotify is known to miss changes.
+A scan of the directory (name, inode, size and times of every file) finds the changes: it sees atomic renames, symlink
+swaps of mounted ConfigMaps and network file systems alike, and has no queue that can overflow.  inotify only says when
+to scan.  It does not report changes that another machine makes on a network file system, or changes below a path
+outside the watched directories.  So a directory at rest is scanned every SAFETY_NET_S seconds, and every INTERVAL_S
+seconds where inotify is known to miss changes.
 
-Invariants: one look yields one batch, so objects that change together arrive together; a file that cannot be read, is not
-valid, or says nothing keeps the objects of its last good state (also over a restart, when a directory for copies is given) and
-is reported until it is mended; so does everything below a place that cannot be looked at.  Objects go when their file goes or
-says so: by leaving them out, or by ``---`` or an empty List where it has no others.  Of an object that is written twice the first by
-file name counts and the others are reported; of one in the form in which Calico stores it and as projectcalico.org/v3, the latter counts.
+Invariants: one scan gives one batch, so objects that change together arrive together.  A file that cannot be read, is
+not valid, or is empty keeps the objects of its last good state (also over a restart, with a directory for copies) and
+is reported until it is corrected; so does everything below a place that cannot be read.  Objects go when their file
+goes or says so: by leaving them out, or by ``---`` or an empty List where it has no others.  If an object is written
+twice, the first by file name counts and the others are reported; if it is given in Calico's stored form and as
+projectcalico.org/v3, the latter counts.
 
-A directory is taken up when two looks in a row saw the same, so neither a half-written file nor the moment between the removal
-of a file and the appearance of its successor becomes policy.  This module runs no loop and keeps no clock of its own for that:
-`ManifestDirectory.step` is one look.
+A directory is applied when two scans in a row saw the same, so neither a half-written file nor the moment between the
+removal of a file and the appearance of its successor becomes policy.  This module runs no loop:
+`ManifestDirectory.step` is one scan.
 """
 
 from __future__ import annotations
@@ -46,49 +48,49 @@ from netpol_ebpf.sources.source import ObjectEvent, Remove, SourceUpdate, Upsert
 log = logging.getLogger(__name__)
 
 INTERVAL_S = 0.2
-"""Time between two looks while the directory changes: a change is taken up at the second look that sees it."""
+"""Interval of scans while the directory changes: a change is applied at the second scan that finds it."""
 SAFETY_NET_S = 2.0
-"""Time between two looks at a directory that is watched and at rest, for the changes that inotify does not report; arbitrary."""
+"""Interval of scans of a watched directory without changes, for changes that inotify does not report; arbitrary."""
 
 MAX_UNSETTLED_LOOKS = 3
-"""A directory that never stops changing is taken up as it is after this many looks."""
+"""A directory that never stops changing is applied as it is after this many scans."""
 
 RACY_S = 2.0
 """A file younger than this when read may change again without its times or size showing it; it is compared by content."""
 
 RETRY_S = 60.0
-"""After this time a file is read again when another process ended its reading; arbitrary."""
+"""Interval after which a file is read again when another process ended its reading; arbitrary."""
 
 SLOW_S = 5.0
-"""How long reading may take before that is a problem; arbitrary."""
+"""How long a file may take to be read before that is reported as a problem; arbitrary."""
 
 MOST_TOLD = 1000
-"""Problems; arbitrary. All of them are gone through at every look."""
+"""Largest number of problems; arbitrary. Each scan goes through all of them."""
 
 MOST_BYTES_IN_ALL = 256 << 20
-"""What is read of a directory: four of the largest files."""
+"""Bytes read of one directory: four of the largest files."""
 
 _UNKNOWN: DirectoryId = (0, 0)
-"""No directory's."""
+"""An identity that no directory has."""
 
 _NOTHING: tuple[str, tuple[Resource, ...]] = ("", ())
-"""Version and objects of a file that went."""
+"""Version and objects of a file that is gone."""
 
 _IF_MEANT = "remove it, or put a manifest into it, if that is intended"
 
 Signature = tuple[int, int, int, int, int]
 """Device, inode, size in bytes, modification time, change time (ns)."""
 UNREAD: Signature = (0, 0, 0, 0, 0)
-"""Equals the signature of no file."""
+"""A signature that no file has."""
 
 
 @dataclass(slots=True)
 class _File:
-    """What is known of one file.
+    """The state of one file.
 
-    ``digest`` is of the text last read, good or not; ``problems`` are of that text; ``version`` is of the text that gave
-    ``resources``, a digest in hexadecimal digits; ``skipped``: objects beside ``resources`` of
-    kinds that are not read, by apiVersion and kind.
+    ``digest`` and ``problems`` belong to the text last read, valid or not; ``version`` belongs to the text that gave
+    ``resources``, a digest in hexadecimal digits; ``skipped``: objects of other kinds beside ``resources``, by
+    apiVersion and kind.
     """
 
     signature: Signature
@@ -106,20 +108,23 @@ class _File:
 
 @dataclass(frozen=True, slots=True)
 class _Scan:
-    """One look: manifests by name ("" for a root that is a file), and why other places could not be looked at, by name."""
+    """One scan: manifests by name ("" for a root that is a file), and why other places could not be read, by name."""
 
     files: dict[str, Signature]
     hidden: dict[str, str]
     directories: dict[str, DirectoryId] = field(default_factory=dict, compare=False)
 
     def is_hidden(self, name: str) -> bool:
-        """Whether a file may be there, at or below a place that could not be looked at."""
+        """Whether a file may exist at or below a place that could not be read."""
         return not self.hidden.keys().isdisjoint(_with_parents(name))
 
 
 @dataclass(slots=True)
 class _Pending:
-    """A look that was not taken up yet: what of it must be read, since when, and who reads. ``reading``: None where it is read in place."""
+    """A scan that was not applied yet: the files to read, the time of the scan, and the reader.
+
+    ``reading``: None where this process reads.
+    """
 
     scan: _Scan
     tasks: list[ReadTask]
@@ -128,15 +133,16 @@ class _Pending:
 
 
 ObjectPosition = tuple[bool, str, int]
-"""Whether it is the form in which Calico stores an object, name of the file, the object's number in it: the least place counts."""
+"""Whether the object has Calico's stored form, name of the file, number of the object in it: the least position counts.
+"""
 
 
 @dataclass(slots=True)
 class _MergedFiles:
-    """The objects of all files, kept up file by file: a change costs what it touches, not what there is.
+    """The objects of all files, maintained file by file: a change costs what it touches, not the total.
 
-    Invariant: ``homes`` holds of each key the least place that gives it, ``others`` the further ones, in order; a key that is given
-    once is not in ``others``.  ``given``: of each file, the version and the objects that were taken up.
+    Invariant: ``homes`` has for each key the least position that gives it, ``others`` the further ones, in order; a key
+    that is given once is not in ``others``.  ``given``: the version and the applied objects of each file.
     """
 
     given: dict[str, tuple[str, tuple[Resource, ...]]] = field(default_factory=dict)
@@ -172,7 +178,10 @@ class _MergedFiles:
         return tuple(event for part in (removals, upserts) for _, event in sorted(part, key=lambda one: one[0]))
 
     def duplicates(self) -> Iterator[Problem]:
-        """A problem for each place but the first of each object; none where Calico's stored form is given beside the object."""
+        """A problem for each position but the first of each object.
+
+        None where Calico's stored form is given beside the object.
+        """
         for key in nsmallest(MOST_TOLD, self.others):
             home = self._at(self.homes[key])
             for one in map(self._at, self.others[key]):
@@ -209,10 +218,10 @@ class _MergedFiles:
 
 @dataclass(slots=True)
 class ManifestDirectory:
-    """Follows one directory (or one file) of manifests.
+    """Watches one directory (or one file) of manifests.
 
-    ``copies``: where last good states outlive the process; None keeps them in memory only.  ``clock``: wall-clock seconds,
-    comparable with file times.  ``watch``: wakes the agent when a file changes; None: the directory is looked at every
+    ``copies``: keep last good states across restarts; None keeps them in memory only.  ``clock``: wall-clock seconds,
+    comparable with file times.  ``watch``: wakes the agent when a file changes; None: the directory is scanned every
     ``interval_s`` seconds of the ``monotonic`` clock.  ``close`` closes the watch.
     """
 
@@ -251,7 +260,7 @@ class ManifestDirectory:
     _reported: tuple[Problem, ...] = ()
 
     def close(self) -> None:
-        """End what is still at work."""
+        """End a running child and close the watch."""
         if self._pending is not None and self._pending.reading is not None:
             self._pending.reading.close()
         self._pending = None
@@ -265,12 +274,12 @@ class ManifestDirectory:
 
     @property
     def has_synced(self) -> bool:
-        """Whether the directory has been taken up at least once."""
+        """Whether the directory has been applied at least once."""
         return self._is_read
 
     @property
     def skipped(self) -> dict[str, int]:
-        """How many objects of kinds that are not read there are, by apiVersion and kind."""
+        """Number of objects of kinds that are not read, by apiVersion and kind."""
         total: Counter[str] = Counter()
         for file in self._files.values():
             if file.skipped:
@@ -279,7 +288,7 @@ class ManifestDirectory:
 
     @property
     def problems(self) -> tuple[Problem, ...]:
-        """What is wrong with the manifests as they were last taken up, in file and line order; of very much the first MOST_TOLD."""
+        """The problems of the manifests as last applied, in file and line order; at most the first MOST_TOLD."""
         found = [*self._directory_problems, *self._copy_problems, *self._process_problems, *self._slowness()]
         if self._is_read and not self._taken and not self._hidden:
             found.append(_without_manifests(self.root))
@@ -305,7 +314,7 @@ class ManifestDirectory:
         )
 
     def sync(self) -> SourceUpdate:
-        """See `Source`. Waits for the reading of all files, however long that takes."""
+        """See `Source`. Waits until all files are read, without a time limit."""
         update = self.step()
         if update is None or not self.has_synced:
             reasons = "; ".join(f"{one.location} {one.message}" for one in self.problems)
@@ -323,7 +332,11 @@ class ManifestDirectory:
         self._has_news = True
 
     def wait_s(self) -> float:
-        """See `Source`. Two looks are `interval_s` apart, however often the watch wakes: else a file could be taken up half-written."""
+        """See `Source`.
+
+        Two scans are at least `interval_s` apart, however often the watch wakes: else a half-written file could be
+        applied.
+        """
         is_at_rest = (
             self._watched is not None
             and self.watch is not None
@@ -335,11 +348,11 @@ class ManifestDirectory:
         return max(0.0, self._looked_s + wait_s - self.monotonic())
 
     def step(self, pause: Callable[[], None] = never_pause) -> SourceUpdate | None:
-        """Look once, or see whether what the last look found has been read. None: nothing to take up (yet).
+        """Scan once, or check whether the files of the last scan are read. None: nothing to apply (yet).
 
-        The first look is taken up at once, however long that takes; no other waits for the reading of files.  ``pause`` is called
-        every few milliseconds while there is work in this process.  Never raises for the state of the manifests; that is in
-        ``SourceUpdate.problems``.
+        The first scan is applied at once, however long that takes; later ones never wait for the reading of files.
+        ``pause`` is called every few milliseconds while there is work in this process.  Never raises for the state of
+        the manifests; that is in ``SourceUpdate.problems``.
         """
         self._looked_s = self.monotonic()
         if self._pending is not None:
@@ -365,7 +378,7 @@ class ManifestDirectory:
         return self._go_on(self._pending, pause)
 
     def _look(self, pause: Callable[[], None]) -> _Scan:
-        """All manifests below the root, which may be one itself. Raises OSError."""
+        """All manifests below the root, which may itself be a manifest. Raises OSError."""
         status = self.root.stat()
         is_file = not stat.S_ISDIR(status.st_mode)
         if is_file and not stat.S_ISREG(status.st_mode):
@@ -383,7 +396,7 @@ class ManifestDirectory:
         return _Scan(files, found.hidden, found.directories)
 
     def _watch(self, scan: _Scan) -> None:
-        """Have changes of what a look found wake the agent. Where that is not possible the directory is looked at by time alone."""
+        """Watch the places of a scan. Where that is not possible, the directory is scanned at intervals alone."""
         last = self._watched
         if self.watch is None or (
             last is not None and (last.files, last.directories) == (scan.files, scan.directories)
@@ -404,7 +417,11 @@ class ManifestDirectory:
         self._watch_failure = failure
 
     def _places(self, scan: _Scan) -> set[Path]:
-        """The directories of all files, those that links lead to included; for a root that is a file, the file and its directory."""
+        """The directories of all files, by name with device and inode.
+
+        A file that was not found but may still exist counts, and a place that could not be read keeps its earlier
+        identity.
+        """
         if not scan.directories:
             return {self.root, self.root.parent}
         paths = {name: self.root / name for name in scan.files}
@@ -412,7 +429,7 @@ class ManifestDirectory:
         return {self.root / name for name in scan.directories} | links
 
     def _look_for_displaced(self, scan: _Scan) -> None:
-        """Add to a look the files that it has not, and of which nobody can say that they went. Raises OSError."""
+        """Add to a scan the files that were not found and are not known to be gone. Raises OSError."""
         if not self._is_read and self.copies is not None:
             self._homes = self.copies.directories()
         missing = [name for name in self._known() if name not in scan.files]
@@ -424,11 +441,11 @@ class ManifestDirectory:
                 scan.files[name] = UNREAD
 
     def _known(self) -> list[str]:
-        """The files taken up, and before there are any those that a predecessor had. Raises OSError."""
+        """The applied files, or before there are any those of an earlier agent. Raises OSError."""
         return list(self._taken) if self._is_read or self.copies is None else sorted(self.copies.names())
 
     def _is_due(self, scan: _Scan) -> bool:
-        """Whether the directory differs from what was taken up and has settled."""
+        """Whether the directory differs from its applied state and has settled."""
         is_taken = scan == _Scan(self._taken, self._hidden)
         is_retry = any(at_s <= self.clock() for at_s in self._retries.values())
         if self._started and is_taken and not self._racy and not is_retry and self.problems == self._reported:
@@ -443,7 +460,7 @@ class ManifestDirectory:
         return True
 
     def _begin(self, scan: _Scan) -> _Pending:
-        """Choose what of a look must be read; a child begins to read it if it is much."""
+        """Choose the files of a scan that must be read; a child begins to read them if they are large."""
         now_s, before = self.clock(), self._too_many
         too_many = self._too_many = _beyond_all(scan.files)
         changed = {name for name, signature in scan.files.items() if self._taken.get(name) != signature}
@@ -469,7 +486,7 @@ class ManifestDirectory:
         return ReadTask(name, place, place, digest, copy, signature[2])
 
     def _go_on(self, pending: _Pending, pause: Callable[[], None]) -> SourceUpdate | None:
-        """Take up the files of a look, if they have been read."""
+        """Apply the files of a scan, if they have been read."""
         reading = pending.reading
         if reading is None:
             self._pending = None
@@ -494,7 +511,7 @@ class ManifestDirectory:
             reading.close()
 
     def _slowness(self) -> Iterator[Problem]:
-        """That a change is not in force yet, when it takes long."""
+        """A problem that a change is not in force yet, when reading takes long."""
         reading = None if self._pending is None else self._pending.reading
         if reading is not None and time.monotonic() - reading.began_s >= SLOW_S:
             message = (
@@ -531,7 +548,7 @@ class ManifestDirectory:
         return events
 
     def _entry(self, signature: Signature, began_s: float, before: _File | None, outcome: ReadResult) -> _File | None:
-        """What is known of a file from now on; one that is not valid keeps its objects. None: nothing yet."""
+        """The new state of a file; a file that is not valid keeps its objects. None: nothing is known of it yet."""
         if outcome.state == "gone":  # after the look; the next look shows that
             return before
         entry = _File(signature, began_s) if before is None else replace(before, signature=signature, read_at_s=began_s)
@@ -553,7 +570,7 @@ class ManifestDirectory:
         return entry
 
     def _keep_copies(self) -> None:
-        """Bring the copies up to date. What cannot be written is a problem, and is tried again at the next look."""
+        """Update the copies. A failure to write is a problem, and is tried again at the next scan."""
         self._copy_problems = ()
         if self.copies is None:
             self._uncopied.clear()
@@ -572,7 +589,10 @@ class ManifestDirectory:
             self._copy_problems = (_uncopied(self.copies, error),)
 
     def _sweep_copies(self) -> None:
-        """Remove copies of files that went while nobody looked. Once, when all files have been read and nothing is hidden."""
+        """Remove copies of files that went while no agent ran.
+
+        Once, when all files have been read and nothing is hidden.
+        """
         if self.copies is None or self._is_swept or self._copy_problems or self._hidden:
             return
         try:
@@ -582,7 +602,7 @@ class ManifestDirectory:
             self._copy_problems = (_uncopied(self.copies, error),)
 
     def _note(self, name: str, entry: _File | None, before: _File | None) -> None:
-        """Keep what every look asks of all files, so that it need not go through them."""
+        """Cache what every scan needs of all files, so that it need not visit each of them."""
         if entry is None:
             return
         self._files[name] = entry
@@ -608,9 +628,9 @@ class ManifestDirectory:
 
 @dataclass(slots=True)
 class _DirectoryHistory:
-    """What one look tells of places: in which directories there are manifests, and which files nobody can say that they went.
+    """What one scan says about places: the directories with manifests, and the files that are not known to be gone.
 
-    ``known``: the directories in which there were manifests when they were last taken up, None when that was lost.
+    ``known``: the directories that had manifests when they were last applied, None when that record was lost.
     """
 
     scan: _Scan
@@ -627,7 +647,7 @@ class _DirectoryHistory:
                 self._with_manifests.update(_with_parents(name))
 
     def displaced(self, name: str) -> dict[str, str]:
-        """The place of a file that is not found, and what is there now; nothing when it, or its directory, went."""
+        """The place of a file that was not found, and what is there now; None when the file, or its directory, is gone."""
         directories = self.scan.directories
         if name in directories:
             return (
@@ -642,7 +662,11 @@ class _DirectoryHistory:
         return {}
 
     def homes(self) -> dict[str, DirectoryId]:
-        """The directories of all files, those that nobody can say that they went included; a place that is hidden is what it was."""
+        """The directories of all files, by name with device and inode.
+
+        A file that was not found but may still exist counts, and a place that could not be read keeps its earlier
+        identity.
+        """
         now, known = self.scan.directories, self.known or {}
         parents = {one.rpartition("/")[0] for one in self.scan.files if one}
         names = {above for one in parents for above in _with_parents(one)}
@@ -660,7 +684,7 @@ class _DirectoryHistory:
 
 
 def _with_parents(name: str) -> list[str]:
-    """A name and those of the directories above it, the root's "" last."""
+    """A name and those of its parent directories, the root's "" last."""
     names = [name]
     while names[-1]:
         names.append(names[-1].rpartition("/")[0])
@@ -668,7 +692,7 @@ def _with_parents(name: str) -> list[str]:
 
 
 def _beyond_all(files: Mapping[str, Signature]) -> frozenset[str]:
-    """The files, last by name, that are too much together with those before them."""
+    """The files, last by name, that exceed the total size together with those before them."""
     left, beyond = MOST_BYTES_IN_ALL, set()
     if sum(signature[2] for signature in files.values()) <= left:
         return frozenset()

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Several sources as one: of an object that several sources have, the first source in the order given wins.
+"""Several sources as one: for an object that several sources have, the first source in the given order wins.
 
-The others are reported as problems, and come in when the winner removes the object.  So the objects that are in force follow from what the
-sources have, not from the order in which they reported it.
+The others' objects are reported as problems, and are applied when the winner removes its object.  So the objects in
+force follow from the sources' content, not from the order of their reports.
 
-Invariant: a source that has not synced contributes nothing, neither objects nor removals; when it syncs, all its objects come in with
-one update.
+Invariant: a source that has not synced contributes nothing, neither objects nor removals; when it syncs, all its
+objects come in with one update.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from netpol_ebpf.resources.manifest_files import never_pause
 from netpol_ebpf.sources.source import ObjectEvent, Remove, Source, SourceUpdate, Upsert
 
 SHOWN = 1000
-"""Objects of several sources that are reported, the first by key; arbitrary."""
+"""Largest number of reported objects that several sources have, the first by key; arbitrary."""
 
 
 class MergedSources:
-    """A `Source` of the objects of others, which it closes."""
+    """A `Source` that merges other sources, and closes them."""
 
     def __init__(self, sources: Sequence[Source]) -> None:
         """``sources``: the first wins."""
@@ -60,7 +60,7 @@ class MergedSources:
 
     @property
     def problems(self) -> tuple[Problem, ...]:
-        """Problems of all sources in order, then one for each object that a source has and another one wins."""
+        """Problems of all sources in order, then one for each object that another source overrides."""
         return (*(problem for one in self._sources for problem in one.problems), *self._duplicates())
 
     def begin(self) -> SourceUpdate | None:
@@ -73,17 +73,17 @@ class MergedSources:
         return tuple(part for one in self._sources for part in one.report())
 
     def sync(self) -> SourceUpdate:
-        """See `Source`. Raises what the first source raises that cannot be read."""
+        """See `Source`. Raises the error of the first source that cannot be read."""
         updates = [one.sync() for one in self._sources]
         events = self._merge({number: update.events for number, update in enumerate(updates)})
         return self._update(events) or SourceUpdate((), self.problems)
 
     def fileno(self) -> int | None:
-        """Readable when the descriptor of any source is."""
+        """A descriptor that is readable when that of any source is."""
         return None if self._epoll is None else self._epoll.fileno()
 
     def note_news(self) -> None:
-        """See `Source`; only the sources that have news learn of it."""
+        """See `Source`; called only for sources with news."""
         for descriptor, _ in self._polling().poll(timeout=0):
             self._descriptors[descriptor].note_news()
 
@@ -92,7 +92,7 @@ class MergedSources:
         return min(one.wait_s() for one in self._sources)
 
     def step(self, pause: Callable[[], None] = never_pause) -> SourceUpdate | None:
-        """See `Source`. Only the sources that need it do a step."""
+        """See `Source`. Steps only the sources that need it."""
         updates = {number: one.step(pause) for number, one in enumerate(self._sources) if one.wait_s() <= 0}
         return self._update(self._merge({number: one.events for number, one in updates.items() if one is not None}))
 

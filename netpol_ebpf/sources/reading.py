@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files of manifests to objects: in place where that takes milliseconds, else by a child process, a fork of this one.
+"""Manifest files to objects.
 
-A megabyte of YAML takes seconds, and may take a hundred times its size of memory.  The child has limits of both; the process
-that begins it goes on with its work, asks now and then whether the child has ended, and takes up what it left in a file in
-memory.  Rejected: portions in the loop (a comment of 30 MB is one step of the parser), threads (the parser holds the
-interpreter's lock).
+In this process where that takes milliseconds, else in a child process, a fork of this one. A megabyte of YAML takes
+seconds, and may take a hundred times its size of memory.  The child has limits of both; its parent continues, polls for
+the end of the child, and reads the results from a file in memory.  Rejected: portions in the loop (a comment of 30 MB
+is one step of the parser), threads (the parser holds the interpreter's lock).
 
-Invariant: what comes out is the same on both ways, in the order of the tasks.  A file on which the child fails is a problem, and keeps no
-other file from being read.
+Invariant: both ways give the same result, in the order of the tasks.  A file on which the child fails is a problem, and
+keeps no other file from being read.
 """
 
 from __future__ import annotations
@@ -37,19 +37,19 @@ from netpol_ebpf.resources.yamltree import read_documents
 from netpol_ebpf.sources.copies import LastGoodCopies
 
 IN_PLACE_BYTES = 4096
-"""What is read in place, in all: a few milliseconds. A child costs as much."""
+"""Total size that is read in this process: a few milliseconds. A child costs as much."""
 READ_S = 300
-"""What one file may take; 64 MiB of a cluster's objects take half of it on a slow processor."""
+"""Time limit in seconds for one file; 64 MiB of a cluster's objects take half of it on a slow processor."""
 CHILD_BYTES = 2 << 30
-"""Memory of the child beside what it shares; 64 MiB of a cluster's objects need half of it."""
+"""Memory limit of the child beside what it shares; 64 MiB of a cluster's objects need half of it."""
 MOST_PROBLEMS = 100
-"""Problems of one file that are reported; arbitrary."""
+"""Largest number of reported problems of one file; arbitrary."""
 TAKEN_TOGETHER = 250
-"""Objects between two pauses; arbitrary, a few milliseconds."""
+"""Objects processed between two pauses; arbitrary, a few milliseconds."""
 
 _DOCUMENT_MARK = re.compile(r"^---(?:\s|$)", re.MULTILINE)
 _ALIAS = re.compile(rb"[&*]\w")
-"""Small texts with aliases may stand for large values."""
+"""Finds aliases: a small text with aliases may stand for large values."""
 
 _LENGTH_BYTES = 8
 _STANDARD_ERROR = 2
@@ -61,11 +61,12 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class ReadTask:
-    """A file to be read.
+    """A file to read.
 
-    ``path``: None for a file that is not to be read, of which only the last good state can be.  ``digest``: of what was last read,
-    b"" for nothing.  ``copy``: read the last good state if the file has none.  ``size_bytes``: as the search saw it.  ``problems``,
-    ``again``: why it is not to be read, and whether that may be otherwise the next time although the file does not change.
+    ``path``: None for a file that must not be read; only its last good state can be.  ``digest``: of the text last
+    read, b"" for none.  ``copy``: read the last good state if the file is not valid.  ``size_bytes``: as the scan found
+    it.  ``problems``: why the file is not read; ``again``: whether a later attempt may succeed although the file does
+    not change.
     """
 
     name: str
@@ -80,12 +81,12 @@ class ReadTask:
 
 @dataclass(slots=True)
 class ReadResult:
-    """What became of a file.
+    """The result for a file.
 
-    ``state``: "good", "bad", "same" as last read, "gone", "unreadable", or "kept" when it was not read.  ``resources`` and
-    ``skipped`` of what is not good are those of its last good state, if that was to be read; ``version``: the digest of the text that gave
-    them, in hexadecimal digits.  ``text``: of a good file, to be copied.
-    ``again``: as in the task.
+    ``state``: "good", "bad", "same" as last read, "gone", "unreadable", or "kept" when it was not read.  ``resources``
+    and ``skipped`` of a file that is not good are those of its last good state, if the task included that; ``version``:
+    the digest of the text that gave them, in hexadecimal digits.  ``text``: of a good file, for its copy. ``again``: as
+    in the task.
     """
 
     name: str
@@ -100,7 +101,7 @@ class ReadResult:
 
 
 def can_read_in_place(tasks: Sequence[ReadTask]) -> bool:
-    """Whether reading takes no more than some milliseconds."""
+    """Whether reading in this process takes only some milliseconds."""
     if sum(task.size_bytes for task in tasks) > IN_PLACE_BYTES:
         return False
     return not any(_has_aliases(task.path) for task in tasks if task.path is not None)
@@ -113,7 +114,7 @@ def _has_aliases(path: Path) -> bool:
 
 
 def read(task: ReadTask, copies: LastGoodCopies | None) -> ReadResult:
-    """Read one file, here and now; what is wrong with it is in the outcome."""
+    """Read one file in this process; faults of the file are in the result."""
     if task.path is None:
         return _with_last_good(ReadResult(task.name, "kept", problems=task.problems, again=task.again), task, copies)
     try:
@@ -136,7 +137,7 @@ def read(task: ReadTask, copies: LastGoodCopies | None) -> ReadResult:
 
 
 def _with_last_good(outcome: ReadResult, task: ReadTask, copies: LastGoodCopies | None) -> ReadResult:
-    """For a file that this process has never seen good: the state a predecessor stored."""
+    """Add the state that an earlier agent stored, for a file that this process has never found valid."""
     if not task.copy or copies is None:
         return outcome
     try:
@@ -156,7 +157,7 @@ def _with_last_good(outcome: ReadResult, task: ReadTask, copies: LastGoodCopies 
 
 @dataclass(slots=True)
 class Reading:
-    """The files of one look, on their way to objects. `begin`, ask `has_ended` again and again, then take `outcomes` once."""
+    """Reads the files of one scan. Call `begin`, poll `has_ended`, then call `outcomes` once."""
 
     tasks: Sequence[ReadTask]
     copies: LastGoodCopies | None
@@ -172,7 +173,7 @@ class Reading:
         return bool(self._results)
 
     def begin(self) -> None:
-        """Have a child read the files. Raises OSError when there can be no child now."""
+        """Have a child read the files. Raises OSError when no child can be started now."""
         self._left = list(self.tasks)
         self._fork()
 
@@ -184,7 +185,10 @@ class Reading:
             _work(parent, results, self._left, self.copies)
 
     def has_ended(self, *, wait: bool = False) -> bool:
-        """Whether all files have been read. Blocks only to ``wait``. Raises OSError when there can be no further child now."""
+        """Whether all files have been read. Blocks only to ``wait``.
+
+        Raises OSError when no further child can be started now.
+        """
         while self._left:
             done, status = os.waitpid(self._process, 0 if wait else os.WNOHANG)
             if not done:
@@ -194,7 +198,7 @@ class Reading:
         return True
 
     def _note_end(self, code: int) -> None:
-        """After a child: begin another one for what it left, without the file that ended it."""
+        """After the end of a child: start another one for the remaining files, without the file that ended the child."""
         number, results = len(self._results) - 1, self._results[-1]
         results.seek(0)
         while self._left and _skip(results):
@@ -210,7 +214,7 @@ class Reading:
             self._fork()
 
     def outcomes(self, pause: Callable[[], None] = never_pause) -> Iterator[tuple[ReadTask, ReadResult]]:
-        """What became of each file, in the order of the tasks. ``pause`` is called every few milliseconds."""
+        """The results of all files, in the order of the tasks. ``pause`` is called every few milliseconds."""
         # Without `peek` an unpickler reads no further than its object.
         feeds = [SimpleNamespace(read=one.read, readline=one.readline) for one in self._results]
         unpicklers = [pickle.Unpickler(one) for one in feeds]  # noqa: S301 - written by our own child
@@ -218,7 +222,7 @@ class Reading:
             yield task, _load(self._results[number], unpicklers[number], pause)
 
     def close(self) -> None:
-        """End the child if there is one, and close the files with its results."""
+        """End a running child, and close the files with its results."""
         if self._process:
             os.kill(self._process, signal.SIGKILL)
             os.waitpid(self._process, 0)
@@ -232,7 +236,7 @@ class Reading:
 
 
 def _skip(results: io.BufferedReader) -> bool:
-    """Go past what was left of one file; whether it is whole."""
+    """Skip the rest of one file's results; returns whether they are complete."""
     length = int.from_bytes(results.read(_LENGTH_BYTES), "little")
     if length:
         results.seek(length, os.SEEK_CUR)
@@ -253,7 +257,7 @@ def _load(results: io.BufferedReader, unpickler: pickle.Unpickler, pause: Callab
 
 
 def _work(parent: int, results: int, tasks: Sequence[ReadTask], copies: LastGoodCopies | None) -> NoReturn:
-    """All that the child does."""
+    """Everything that the child does."""
     code = _BUG
     try:
         part_from(parent, READ_S)
@@ -270,7 +274,7 @@ def _work(parent: int, results: int, tasks: Sequence[ReadTask], copies: LastGood
 
 
 def _let_go_of_all_but(results: int) -> None:
-    """Close what is the agent's: who waits for the end of a connection waits for all that hold it."""
+    """Close the agent's descriptors: a peer that waits for the end of a connection waits for every holder."""
     for name in os.listdir("/proc/self/fd"):
         if int(name) > _STANDARD_ERROR and int(name) != results:
             with contextlib.suppress(OSError):  # that of the list itself
@@ -304,7 +308,7 @@ def _leave_all(results: int, tasks: Sequence[ReadTask], copies: LastGoodCopies |
 
 
 def _reason(code: int) -> tuple[str, bool]:
-    """Why a child ended before it was done, and whether that may be otherwise the next time."""
+    """Why a child ended early, and whether a later attempt may succeed."""
     if code == -signal.SIGALRM:
         return f"that takes longer than {READ_S} s; write its objects into several files", False
     if code == _NO_MEMORY:
@@ -318,7 +322,7 @@ def _reason(code: int) -> tuple[str, bool]:
 
 
 def unreadable(place: Path, reason: str | None) -> Problem:
-    """That a file cannot be read, and what that means."""
+    """The problem of a file that cannot be read, with its consequence."""
     message = f"cannot be read ({reason}); its last good state stays in force"
     return Problem(Location(str(place)), "", message, slug="unreadable")
 
@@ -342,13 +346,13 @@ def _parse(raw: bytes, path: Path) -> LoadResult:
 
 
 def _says_none(text: str, file: str) -> bool:
-    """Whether a text without objects means that: it begins a document, or has an empty List."""
+    """Whether a text without objects explicitly says so: it begins a document, or has an empty List."""
     has_mark = _DOCUMENT_MARK.search(text.removeprefix("\ufeff")) is not None
     return has_mark or any(True for _ in read_documents(text, file, []))
 
 
 def _few(problems: Sequence[Problem], place: Path) -> Iterator[Problem]:
-    """No more than people read: the first ones, errors among them if there are any, and how many there are."""
+    """The first MOST_PROBLEMS problems, and one problem that states how many more there are."""
     yield from problems[:MOST_PROBLEMS]
     more = problems[MOST_PROBLEMS:]
     if more:

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a source of objects is to the agent: Kubernetes objects and policies, as events, with what is wrong with them.
+"""The protocol of a source of objects: Kubernetes objects and policies, as events, with their problems.
 
-A source may read files, or watch an API from threads of its own.  The agent sees events only, and only in its own thread.
+A source may read files, or watch an API from threads of its own.  The agent receives events only, and only in its own
+thread.
 
-Invariants: an update holds objects that change together; a source that cannot be read keeps its objects and reports a problem; the
-agent applies nothing of a source that has not synced.
+Invariants: an update holds objects that change together; a source that cannot be read keeps its objects and reports a
+problem; the agent applies nothing of a source that has not synced.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ from netpol_ebpf.resources.types import Resource
 class Upsert:
     """An object appeared, changed, or moved to another place of its source.
 
-    ``key``: (kind, namespace, name).  ``version``: what the source calls this state of the object; a source gives different states of
-    one key different versions.
+    ``key``: (kind, namespace, name).  ``version``: the source's name for this state of the object; different states of
+    one key have different versions.
     """
 
     resource: Resource
@@ -75,7 +76,7 @@ class Source(Protocol):
 
     @property
     def problems(self) -> tuple[Problem, ...]:
-        """Everything that is wrong with the source now."""
+        """All present problems of the source."""
 
     def begin(self) -> SourceUpdate | None:
         """Begin to read, and return what is known without waiting for a server; the rest comes with `step`.
@@ -101,16 +102,16 @@ class Source(Protocol):
         """A descriptor that becomes readable when the source has news; None: the source has none."""
 
     def note_news(self) -> None:
-        """Make the descriptor unreadable again. The news counts in `wait_s`."""
+        """Make the descriptor unreadable again; `wait_s` then says when a step is due."""
 
     def wait_s(self) -> float:
         """Seconds until the source needs the next `step` at the latest, whatever the descriptor says; 0: now."""
 
     def step(self, pause: Callable[[], None] = never_pause) -> SourceUpdate | None:
-        """Do a bounded piece of work; what changed, or None.
+        """Do a bounded piece of work; returns the changes, or None.
 
-        ``pause`` is called every few milliseconds while there is work in this process.  Never raises for the state of the source: that is
-        a problem in the update.
+        ``pause`` is called every few milliseconds while there is work in this process.  Never raises for the state of
+        the source: that is a problem in the update.
         """
 
     def close(self) -> None:

@@ -26,7 +26,7 @@ GATEWAY = "ee:ee:ee:ee:ee:ee"
 
 @dataclass(frozen=True)
 class Footprint:
-    """What an agent holds, without what grows and shrinks by itself."""
+    """The agent's state, without the parts that grow and shrink by themselves."""
 
     descriptors: int
     pins: frozenset[str]
@@ -186,7 +186,7 @@ def test_two_pods_that_claim_one_address(scene: Scene) -> None:
 
 
 def test_labels_of_a_pod_and_of_its_namespace(scene: Scene) -> None:
-    """What a pod may follows its labels and its namespace's, also for open connections."""
+    """A pod's rights follow its labels and its namespace's, also for open connections."""
     cluster = (scene.manifests / "cluster.yaml").read_text()
     relabelled = cluster.replace(
         "name: web, namespace: shop, labels: {app: web}", "name: web, namespace: shop, labels: {app: x}"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Something else removes or changes what is ours: it is put back, counted and told, and policy holds again."""
+"""When another program removes or changes our objects, they are restored, counted and reported, and policy holds again."""
 
 from __future__ import annotations
 

@@ -88,7 +88,7 @@ def flood(dataplane: Dataplane, version: int, count: int) -> int:
 
 
 def memory_bytes(one: Map) -> int:
-    """What the kernel says a map takes."""
+    """The memory of a map, as the kernel reports it."""
     lines = Path(f"/proc/self/fdinfo/{one.fd}").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("memlock:"))
 

@@ -149,7 +149,7 @@ def resources(manifests: Path) -> list[Resource]:
 
 
 def check_tables(scene: Scene, scratch: Path) -> None:
-    """What the kernel has is what a fresh compiler makes of the manifests, but for the numbers."""
+    """The kernel's rows equal those that a fresh compiler makes of the manifests, except for the numbers."""
     (pins,) = scene.pin_root.glob("v*")
     world = derive(resources(scene.manifests))
     fresh = Compiler(lambda endpoint: endpoint.node == NODE)

@@ -61,7 +61,7 @@ def is_link_group(address: bytes) -> bool:
 
 @dataclass(frozen=True)
 class Node:
-    """What the node knows, from the view of the interface under test."""
+    """The node's knowledge, from the view of the interface under test."""
 
     own: frozenset[bytes] = frozenset()
     """The node has these addresses, on whichever interface."""
@@ -112,7 +112,7 @@ class Endpoint:
     is_outside: bool = False
     """No workload of this node is behind this host interface."""
     is_external: bool = False
-    """It is a tunnel that tells who sent a packet: in a test run nobody did."""
+    """The interface is a tunnel with the sender in the packet's metadata: in a test run there is none."""
 
     def may_claim(self, address: bytes) -> bool:
         """Whether the workload may say on its link that it has the address.

@@ -73,18 +73,18 @@ Connections = dict[object, tuple[object, ...]]
 
 @dataclass
 class Seen:
-    """What the program did with a run of frames: verdicts and events in order, counts by reason and by rule."""
+    """The program's behaviour for a run of frames: verdicts and events in order, counts by reason and by rule."""
 
     verdicts: list[bool]
     events: list[tuple[object, ...]]
     reasons: Counter[str]
     rules: Counter[int]
     connections: Connections | None = None
-    """The connections that are left in the end; None: nobody looked."""
+    """The remaining connections; None: they were not read."""
 
 
 def expected(outcomes: Sequence[Outcome], machine: Machine | None = None) -> Seen:
-    """What the reference says. Established packets are counted by rule alone. ``machine``: with its connections."""
+    """The reference's behaviour. Established packets are counted by rule alone. ``machine``: with its connections."""
     return Seen(
         [outcome.passed for outcome in outcomes],
         [outcome.event for outcome in outcomes if outcome.event is not None],
@@ -168,7 +168,7 @@ class Harness:
         self._episode = Episode(())
         self._routes = False
         self.packets, self.reasons = 0, Counter[str]()
-        """Of all episodes that were checked."""
+        """Totals of all checked episodes."""
         self._words = {
             name: self.rig.map(name).cell_bytes // 8 * self.rig.map(name).max_entries
             for name in ("np_reason_count", "np_rule_count")

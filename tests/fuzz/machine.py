@@ -68,7 +68,7 @@ class Stimulus:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What becomes of a frame. ``event``: the facts that are told, where something is."""
+    """The result of a frame. ``event``: the reported facts, if any."""
 
     reason: str
     rule: int | None
@@ -106,7 +106,7 @@ class Connection:
 
 @dataclass
 class First:
-    """What is remembered of a first fragment that passed."""
+    """The record of a first fragment that passed."""
 
     protocol: int
     ports: tuple[int, int]
@@ -190,7 +190,7 @@ class _Passage:
         )  # fmt: skip
 
     def _before_connections(self) -> str:
-        """The reason of a link message and of what nobody may send here; "": the packet goes on."""
+        """The reason for a link message, or for a message that this sender may not send; "": the packet goes on."""
         machine, out_of_host = self.machine, self.stimulus.out_of_host
         reason = link_messages.discovery(self.facts, machine.endpoint, out_of_host=out_of_host)
         if not reason and link_messages.is_forged(self.facts, machine.endpoint, out_of_host=out_of_host):

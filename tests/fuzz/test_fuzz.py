@@ -91,7 +91,7 @@ def test_mutations_reach_every_reason() -> None:
 
 
 Slip = tuple[object, str, object]
-"""What is replaced in the reference: of this, the attribute of that name, by something wrong."""
+"""Wrong replacements in the reference: object, attribute and value."""
 
 
 def without_options(frame: bytes, at: int, end: int, facts: wire.Facts, *, before: int = 0) -> None:
@@ -172,7 +172,7 @@ def test_a_wrong_reference_is_noticed(harness: Harness, monkeypatch: pytest.Monk
 
 
 def test_steps_that_change_nothing_are_left_out(harness: Harness, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is printed is the shortest episode that still shows the difference."""
+    """The output is the shortest episode that still shows the difference."""
     monkeypatch.setattr(machine._Passage, "_is_spoofed", lambda _: False)
     spoofed = REGRESSIONS[3].episode.steps[0]
     assert isinstance(spoofed, Stimulus)

@@ -139,7 +139,7 @@ UNDERSTOOD: list[tuple[str, bytes, dict[str, object]]] = [
 
 @pytest.mark.parametrize(("frame", "wanted"), [case[1:] for case in UNDERSTOOD], ids=[case[0] for case in UNDERSTOOD])
 def test_facts(frame: bytes, wanted: dict[str, object]) -> None:
-    """What is read from a packet."""
+    """The fields read from a packet."""
     reason, facts = parse(frame)
     assert reason == ""
     assert {name: getattr(facts, name) for name in wanted} == wanted

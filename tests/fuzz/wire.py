@@ -67,7 +67,7 @@ class Invoking:
 
 @dataclass
 class Facts:
-    """What is known of a frame.
+    """The fields of a frame.
 
     Addresses in network order; an ICMP query's identifier is its source port, an answer's its destination port.
     """
@@ -91,7 +91,7 @@ class Facts:
     place: Place = Place.WHOLE
     identification: int = 0
     offset: int = 0
-    """Of a later fragment, in bytes of the fragmented part."""
+    """Offset of a later fragment, in bytes of the fragmented part."""
     covered: int = 0
     """Bytes of the fragmented part that a first fragment's headers take."""
     message: bytes = b""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One loaded dataplane for all kernel tests, in a pin directory of its own that goes at the end."""
+"""One loaded dataplane for all kernel tests, in a pin directory of its own that is removed at the end."""
 
 from __future__ import annotations
 
@@ -40,9 +40,10 @@ def loaded_rig(dataplane: Dataplane) -> Iterator[Rig]:
 
 @pytest.fixture
 def rig(loaded_rig: Rig) -> Iterator[Rig]:
-    """An empty dataplane, and one CPU: what the program remembers per CPU is part of what is tested.
+    """An empty dataplane, and one CPU, because the program's per-CPU caches are part of what is tested.
 
-    Only for as long as the test lasts: agents and compilers of other tests would inherit it, and wait for each other.
+    The pinning to one CPU lasts only as long as the test: agents and compilers of other tests would inherit it and wait
+    for each other.
     """
     with on_one_cpu():
         loaded_rig.reset()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sizes of the maps in the kernel tests: small, so that loading is quick and tables can be filled."""
+"""Sizes of the maps in the kernel tests: small, so that loading is quick and tests can fill tables."""
 
 from __future__ import annotations
 

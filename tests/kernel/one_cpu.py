@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One CPU for tests that run the program in their own process: what it remembers per CPU is part of what they test."""
+"""One CPU for tests that run the program in their own process, because its per-CPU caches are part of what they test."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def on_one_cpu() -> Iterator[None]:
-    """Keep the calling process, and what it starts, on one of its CPUs: another one for each process of pytest-xdist."""
+    """Pin the calling process and its children to one of its CPUs, a different one for each process of pytest-xdist."""
     before = os.sched_getaffinity(0)
     worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
     os.sched_setaffinity(0, {sorted(before)[worker % len(before)]})

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A tiny packet builder: each function puts one header around bytes. Checksums are 0: the program does not look at them."""
+"""A small packet builder: each function puts one header around bytes.
+
+Checksums are 0, because the program checks none.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A dataplane under test: rows written by hand, one packet in; verdict, reason, counters and events out."""
+"""A dataplane under test: hand-written rows and one packet in; verdict, reason, counters and events out."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from netpol_loader.tables.buckets import vip_filter_bit
 from netpol_loader.tables.seal import seal_endpoint, seal_host
 
 LO = 1
-"""The one interface every machine has; test runs need one that exists."""
+"""lo: every machine has it, and test runs need an interface that exists."""
 IN, OUT = abi.NP_DIRECTION_INGRESS, abi.NP_DIRECTION_EGRESS
 MARK_SHIFT = 16
-"""Test runs have no other carrier for a sender's number."""
+"""The sender tag is in the mark, because a test run has no tc_index."""
 ELSEWHERE = 77
-"""Where packets towards a workload entered the node; need not exist."""
+"""The interface by which packets to a workload entered the node; it need not exist."""
 CONNECTIONS = (*abi.maps_with_rows(abi.MapRole.CONNECTION), *abi.UNREPLIED_VIEWS.values())
 EMPTIED = (*abi.maps_with_rows(abi.MapRole.ENDPOINT, abi.MapRole.NODE, abi.MapRole.TABLE), *CONNECTIONS)
 ALLOW, DENY, CONTINUE = abi.NP_ACTION_ALLOW, abi.NP_ACTION_DENY, abi.NP_ACTION_CONTINUE
@@ -36,7 +36,7 @@ POD_IDENTITY, PEER_IDENTITY = 100, 101
 
 @dataclass(frozen=True)
 class Verdict:
-    """One verdict row. ``staged`` None: as enforced."""
+    """A verdict row. ``staged`` None: the same as enforced."""
 
     action: int
     rule: int
@@ -46,7 +46,7 @@ class Verdict:
     failsafe: bool = False
 
     def row(self) -> bytes:
-        """As the map has it."""
+        """The row as the map has it."""
         return bytes(
             abi.np_verdict(
                 rule=self.rule,
@@ -61,14 +61,14 @@ class Verdict:
 
 @dataclass
 class PolicySet:
-    """A set of verdicts, row by row in the order of the index: peer, own, L4, source class."""
+    """The verdicts of a policy set, in the order of the index: peer, own, L4, source class."""
 
     number: int
     verdicts: list[Verdict]
     peer_classes: int = 1
     default_class: int = 0
     default_class6: int | None = None
-    """None: as for IPv4."""
+    """None: the same as for IPv4."""
     own_set: int = 0
     own_default_class: int = 0
     own_default_class6: int | None = None
@@ -78,7 +78,7 @@ class PolicySet:
     source_classes: int = 1
 
     def row(self) -> abi.np_set:
-        """As the endpoint row has it; a set has 64 verdicts and one block of each column to itself."""
+        """The set as the endpoint row has it; each set has 64 verdicts and one block of each column."""
         return abi.np_set(
             number=self.number, peer_classes=self.peer_classes, default_class4=self.default_class,
             default_class6=self.default_class if self.default_class6 is None else self.default_class6,
@@ -90,13 +90,13 @@ class PolicySet:
 
 
 def everything(number: int, action: int, rule: int) -> PolicySet:
-    """A set with one verdict for all traffic."""
+    """A policy set with one verdict for all traffic."""
     return PolicySet(number, [Verdict(action, rule)])
 
 
 @dataclass(frozen=True)
 class Seen:
-    """What became of a packet. ``reasons`` and ``rules``: packets counted, by reason slug and rule number."""
+    """The result for a packet. ``reasons`` and ``rules``: packets counted, by reason slug and rule number."""
 
     passed: bool
     reasons: Mapping[str, int]
@@ -106,7 +106,7 @@ class Seen:
 
     @property
     def reason(self) -> str:
-        """The one reason counted; a packet of an open connection is counted by rule alone."""
+        """The one reason counted; a packet of an established connection is counted by rule alone."""
         if not self.reasons:
             return "established" if self.passed and self.rules else "none"
         assert len(self.reasons) == 1, self.reasons
@@ -127,7 +127,10 @@ class Rig:
         return self.dataplane.maps[name]
 
     def reset(self) -> None:
-        """An empty dataplane: no rows, no connections, all array rows 0, next generation. Counters go on."""
+        """Empty the dataplane: no rows, no connections, all array rows 0, next generation.
+
+        Counters keep their values.
+        """
         for name in EMPTIED:
             one = self.map(name)
             one.delete_many([key for key, _ in one.items()])
@@ -151,13 +154,13 @@ class Rig:
         self.dataplane.set_config(config)
 
     def epoch(self) -> None:
-        """Make what is remembered of endpoint rows void."""
+        """Raise the epoch, so that the endpoint cache is invalid."""
         config = self.dataplane.config()
         config.epoch += 1
         self.dataplane.set_config(config)
 
     def policy(self, one: PolicySet) -> abi.np_set:
-        """Write a set's verdicts."""
+        """Write the verdicts of a policy set."""
         for index, verdict in enumerate(one.verdicts):
             self._row("np_verdict", one.number * 64 + index, verdict.row())
         return one.row()
@@ -166,7 +169,7 @@ class Rig:
         self, ingress: PolicySet, egress: PolicySet, *, number: int = ENDPOINT, ifindex: int = LO, flags: int = 0,
         link: int = 0,
     ) -> None:  # fmt: skip
-        """Write an endpoint's row, and its sets. ``link``: its bridge, 0: none."""
+        """Write an endpoint's row and its policy sets. ``link``: its bridge; 0: none."""
         row = abi.np_endpoint(number=number, ifindex=ifindex, flags=flags, link=link or ifindex)
         if flags & abi.NP_ENDPOINT_HOST:
             # The same for its processes and for what passes through.
@@ -178,7 +181,7 @@ class Rig:
         self.map("np_endpoint").put(struct.pack("=I", ifindex), bytes(seal_endpoint(row)))
 
     def host(self, sets: Mapping[tuple[int, int], PolicySet], *, number: int = ENDPOINT, version: int = 1) -> None:
-        """Write a host endpoint's sets, by (NP_STAGE_*, NP_DIRECTION_*)."""
+        """Write a host endpoint's policy sets, by (NP_STAGE_*, NP_DIRECTION_*)."""
         row = abi.np_host(number=number, version=version)
         for (stage, direction), one in sets.items():
             row.sets[stage * 2 + direction] = self.policy(one)
@@ -186,7 +189,7 @@ class Rig:
         self.map("np_host").put(struct.pack("=I", number), bytes(seal_host(row)))
 
     def local(self, *addresses: str, flags: int = abi.NP_LOCAL_OWN, ifindex: int = 0, node: int = 0) -> None:
-        """Addresses that mean the node. ``ifindex``: of the interface that has them; ``node``: number of another node."""
+        """Write addresses into np_local. ``ifindex``: the interface that has them; ``node``: number of another node."""
         for text in addresses:
             packed = ip_address(text).packed
             self._special(packed)
@@ -196,7 +199,7 @@ class Rig:
     def vip(
         self, address: str, protocol: int, port: int, *, local: tuple[str, int] | None = None, flags: int = 0
     ) -> None:
-        """A service's address. ``local``: the process of this node behind it."""
+        """Write a service's row. ``local``: the process of this node that is its backend."""
         packed = ip_address(address).packed
         row = abi.np_vip(flags=flags)
         if local is not None:
@@ -208,7 +211,7 @@ class Rig:
         self.map("np_vip4" if len(packed) == 4 else "np_vip6").put(key, bytes(row))
 
     def defer(self) -> None:
-        """Let packets to services carry their sender's number in the upper half of the mark."""
+        """Put the sender tag of packets to services into the upper half of the mark."""
         config = self.dataplane.config()
         config.flags |= abi.NP_CONFIG_DEFER
         config.mark_shift = MARK_SHIFT
@@ -228,7 +231,7 @@ class Rig:
         self.map(name).put(packed, bytes(abi.np_addr(identity=identity, holder=holder)))
 
     def cidr(self, text: str, identity: int) -> None:
-        """Write a row of the tries."""
+        """Write a row of a trie."""
         net = ip_network(text)
         key = struct.pack("=I", net.prefixlen) + net.network_address.packed
         self.map(f"np_cidr{net.version}").put(key, struct.pack("=I", identity))
@@ -240,7 +243,7 @@ class Rig:
         self.map(f"np_source{net.version}").put(key, struct.pack("=I", 1))
 
     def peer_class(self, policy_set: int, identity: int, peer_class: int) -> None:
-        """Write a class row."""
+        """Write a row of a class table."""
         self.map("np_peer_class").put(struct.pack("=II", policy_set, identity), struct.pack("=I", peer_class))
 
     def atom(self, block: int, index: int, atom: int) -> None:
@@ -248,11 +251,11 @@ class Rig:
         self._element("np_l4_atom", block, index, atom)
 
     def l4_class(self, policy_set: int, atom: int, l4_class: int, *, source: bool = False) -> None:
-        """Write one class of a set's destination (or source port) column."""
+        """Write one class of a set's column for destinations (or source ports)."""
         self._element("np_l4_col", policy_set * 2 + source, atom, l4_class)
 
     def _special(self, address: bytes) -> None:
-        """Say that an address is the node's or a service's."""
+        """Set the address's bit in np_vip_filter."""
         row, bit = vip_filter_bit(address)
         found = self.map("np_vip_filter").get(struct.pack("=I", row)) or b""
         self._row("np_vip_filter", row, struct.pack("=Q", struct.unpack("=Q", found)[0] | 1 << bit))
@@ -268,7 +271,7 @@ class Rig:
         self.map(name).put(key, row)
 
     def send(self, hook: Hook, packet: bytes, *, ingress: int | None = None, carries: int = 0) -> Seen:
-        """One packet; towards a workload it comes from elsewhere unless ``ingress`` says otherwise."""
+        """Run one packet; a packet to a workload comes from elsewhere unless ``ingress`` says otherwise."""
         reasons, rules = self._counts("np_reason_count"), self._counts("np_rule_count")
         if ingress is None:
             ingress = ELSEWHERE if hook is Hook.TC_EGRESS else 0
@@ -285,15 +288,15 @@ class Rig:
         )
 
     def out(self, packet: bytes) -> Seen:
-        """A packet from the workload."""
+        """Run a packet from the workload."""
         return self.send(Hook.TC_INGRESS, packet)
 
     def into(self, packet: bytes, *, ingress: int | None = None, carries: int = 0) -> Seen:
-        """A packet to the workload; ``carries``: number of the endpoint that is yet to judge it."""
+        """Run a packet to the workload; ``carries``: its sender tag."""
         return self.send(Hook.TC_EGRESS, packet, ingress=ingress, carries=carries)
 
     def staged_packets(self, rule: int) -> int:
-        """Packets counted for a rule in the evaluation with staged policies."""
+        """Packets counted for a rule in the staged evaluation."""
         value = self.map("np_staged_count").get(struct.pack("=I", rule)) or b""
         size = ctypes.sizeof(abi.np_count)
         return sum(abi.np_count.from_buffer_copy(value, at).packets for at in range(0, len(value), size))
@@ -314,14 +317,14 @@ class Rig:
         return {key: abi.np_conn.from_buffer_copy(value) for key, value in self.map(name).items()}
 
     def forget_flow_cache(self) -> None:
-        """Empty the fast path, so that the connection tables are asked."""
+        """Empty the flow cache, so that the program reads the connection tables."""
         for name in ("np_flow_cache4", "np_flow_cache6"):
             recent = self.map(name)
             zero = bytes(recent.cell_bytes)
             recent.put_many([(key, zero) for key, value in recent.items() if value != zero])
 
     def age(self, name: str, seconds: float) -> None:
-        """Make every row of a table look as if it was last used that long ago."""
+        """Age every row of a table by that time."""
         self.forget_flow_cache()
         back = int(seconds * self.dataplane.config().jiffies_per_second)
         for key, value in self.map(name).items():

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Programs on real interfaces, by both mechanisms, with real packets through them; what rtnetlink tells."""
+"""Programs on real interfaces, by tcx and clsact, with real packets; and what rtnetlink reports."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ T = TypeVar("T")
 NODE4, POD4 = "10.99.0.1", "10.99.0.2"
 NODE6, POD6 = "fd99::1", "fd99::2"
 DEADLINE_S = 30.0
-"""For what takes milliseconds."""
+"""Limit for what takes milliseconds."""
 
 
 def run(*command: str) -> str:
@@ -58,7 +58,7 @@ class Pair:
     ifindex: int
 
     def inside(self, namespace: str, work: Callable[[], T]) -> T:
-        """Call something in a namespace."""
+        """Call a function in a namespace."""
 
         def body() -> T:
             fd = os.open(f"/run/netns/{namespace}", os.O_RDONLY)
@@ -73,11 +73,11 @@ class Pair:
             return thread.submit(body).result()
 
     def at_node(self, work: Callable[[], T]) -> T:
-        """Call something at the node."""
+        """Call a function in the node's namespace."""
         return self.inside(self.node, work)
 
     def comes_to_reach(self, address: str) -> bool:
-        """The same in time: a neighbour that did not answer is asked again once a second."""
+        """As `arrives`, with retries: the kernel asks a silent neighbour again once a second."""
         deadline = time.monotonic() + DEADLINE_S
         while not (found := self.reaches(address)) and time.monotonic() < deadline:
             pass
@@ -99,7 +99,7 @@ class Pair:
 
 
 def await_link(namespace: str, name: str) -> dict[str, Any]:
-    """An interface, once the kernel has taken notice of its peer: what it is given before is dropped."""
+    """An interface whose peer the kernel has noticed; it drops every earlier packet."""
     deadline = time.monotonic() + DEADLINE_S
     while time.monotonic() < deadline:
         (link,) = json.loads(run("ip", "-j", "-n", namespace, "link", "show", name))
@@ -144,7 +144,7 @@ def allow(rig: Rig, ifindex: int, action: int) -> None:
 
 @BOTH
 def test_enforcement(node_rig: Rig, pair: Pair, mechanism: Mechanism) -> None:
-    """Closed until there is a row, then as policy says, open when detached; for both families."""
+    """An interface is closed until it has a row, then follows policy, and is open when detached; for both families."""
     dataplane = node_rig.dataplane
     assert pair.reaches(NODE4)
     pair.at_node(lambda: attach.attach(pair.ifindex, dataplane, mechanism))
@@ -160,7 +160,7 @@ def test_enforcement(node_rig: Rig, pair: Pair, mechanism: Mechanism) -> None:
 
 @BOTH
 def test_attaching_twice_is_attaching_once(node_rig: Rig, pair: Pair, mechanism: Mechanism) -> None:
-    """And detaching twice says that there was nothing."""
+    """A second detachment reports that there was nothing to detach."""
     dataplane = node_rig.dataplane
     for _ in range(2):
         pair.at_node(lambda: attach.attach(pair.ifindex, dataplane, mechanism))
@@ -179,7 +179,7 @@ def test_attaching_twice_is_attaching_once(node_rig: Rig, pair: Pair, mechanism:
 
 
 def test_existing_attachment_keeps_its_mechanism(node_rig: Rig, pair: Pair) -> None:
-    """What is attached already is neither doubled nor moved by another preference."""
+    """Another preferred mechanism neither doubles nor moves an attachment."""
     dataplane = node_rig.dataplane
     pair.at_node(lambda: attach.attach(pair.ifindex, dataplane, Mechanism.CLSACT))
     pair.at_node(lambda: attach.attach(pair.ifindex, dataplane))
@@ -189,7 +189,7 @@ def test_existing_attachment_keeps_its_mechanism(node_rig: Rig, pair: Pair) -> N
 
 
 def test_preferred_mechanism(node_rig: Rig, pair: Pair) -> None:
-    """Tcx where the kernel has it (6.6 and newer), and nothing is attached by asking."""
+    """Tcx is preferred if the kernel has it (6.6 and newer); the question attaches nothing."""
     release = tuple(map(int, os.uname().release.split(".")[:2]))
     expected = Mechanism.TCX if release >= (6, 6) else Mechanism.CLSACT
     assert pair.at_node(lambda: attach.preferred_mechanism(node_rig.dataplane)) is expected
@@ -197,7 +197,7 @@ def test_preferred_mechanism(node_rig: Rig, pair: Pair) -> None:
 
 
 def test_clsact_of_others_stays(node_rig: Rig, pair: Pair) -> None:
-    """A discipline that was there before, and a filter that is not ours, stay."""
+    """An existing clsact discipline and another party's filter stay."""
     dataplane = node_rig.dataplane
     run("tc", "-n", pair.node, "qdisc", "add", "dev", "v0", "clsact")
 
@@ -219,7 +219,7 @@ def test_clsact_of_others_stays(node_rig: Rig, pair: Pair) -> None:
 
 
 def test_ingress_discipline_of_others_is_no_clsact(node_rig: Rig, pair: Pair) -> None:
-    """Where clsact cannot be, nothing is attached, and it is told: the other discipline would run both programs at ingress."""
+    """If an interface has the ingress discipline, which would run both programs at ingress, attaching is an error."""
     run("tc", "-n", pair.node, "qdisc", "add", "dev", "v0", "ingress")
     with pytest.raises(PlatformError, match="has an ingress queueing discipline of somebody else"):
         pair.at_node(lambda: attach.attach(pair.ifindex, node_rig.dataplane, Mechanism.CLSACT))
@@ -230,7 +230,7 @@ def test_ingress_discipline_of_others_is_no_clsact(node_rig: Rig, pair: Pair) ->
 def test_mending_goes_on_after_an_interface_that_cannot_be_mended(
     node_rig: Rig, pair: Pair, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What was put back on the others is told together with the failure."""
+    """The error reports the failed interface together with the repairs of the others."""
     dataplane, real = node_rig.dataplane, attach.attach
 
     def refuse_lo(ifindex: int, dataplane: Dataplane) -> None:
@@ -246,7 +246,7 @@ def test_mending_goes_on_after_an_interface_that_cannot_be_mended(
 
 
 def test_links_that_cannot_be_pinned_are_a_clear_error(node_rig: Rig, pair: Pair) -> None:
-    """Something that is no directory in the place of the links: the error says where, and the interface is as before."""
+    """If a file is in place of the directory of links, the error names its path and the interface stays as it was."""
     links = node_rig.dataplane.pin_dir / "links"
     shutil.rmtree(links)
     os.link(node_rig.dataplane.pin_dir / "np_rule", links)
@@ -265,7 +265,7 @@ def test_links_that_cannot_be_pinned_are_a_clear_error(node_rig: Rig, pair: Pair
 def test_interface_that_goes_while_it_is_detached_is_no_error(
     node_rig: Rig, pair: Pair, mechanism: Mechanism, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What was on it went with it; of an interface that is still there the failure is told."""
+    """If the interface went, so did its programs; if it is still there, the error reports the failure."""
     dataplane = node_rig.dataplane
     pair.at_node(lambda: attach.attach(pair.ifindex, dataplane, mechanism))
     real_detach = attach._detach
@@ -289,7 +289,7 @@ def test_interface_that_goes_while_it_is_detached_is_no_error(
 
 
 def test_interface_that_went_is_forgotten(node_rig: Rig, pair: Pair) -> None:
-    """Pins of links whose interface is gone are no attachments, and prune removes them."""
+    """A link's pin without its interface is no attachment, and prune removes it."""
     dataplane = node_rig.dataplane
     pair.at_node(lambda: attach.attach(pair.ifindex, dataplane, Mechanism.TCX))
     run("ip", "-n", pair.node, "link", "del", "v0")
@@ -301,7 +301,7 @@ def test_interface_that_went_is_forgotten(node_rig: Rig, pair: Pair) -> None:
 
 @BOTH
 def test_missing_interface(node_rig: Rig, pair: Pair, mechanism: Mechanism) -> None:
-    """Attaching to what does not exist is a clear error."""
+    """Attaching to a missing interface is a clear error."""
     with pytest.raises(PlatformError, match="interface 9999"):
         pair.at_node(lambda: attach.attach(9999, node_rig.dataplane, mechanism))
 
@@ -310,7 +310,7 @@ def test_missing_interface(node_rig: Rig, pair: Pair, mechanism: Mechanism) -> N
 def test_program_is_exchanged_where_it_is_attached(
     pair: Pair, mechanism: Mechanism, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A new build takes the old one's place on every interface; rows, and so enforcement, go on."""
+    """A new build replaces the old one on every interface; rows stay, so enforcement continues."""
     root = Path(f"/sys/fs/bpf/netpol-own-{os.getpid()}")
     sources = tmp_path / "bpf"
     shutil.copytree(compilation.source_dir(), sources)
@@ -338,7 +338,7 @@ def test_program_is_exchanged_where_it_is_attached(
 
 
 def test_links_addresses_routes(pair: Pair) -> None:
-    """Interfaces, addresses and single-address routes as they are."""
+    """The lists have interfaces, addresses and single-address routes as the kernel has them."""
     run("ip", "-n", pair.node, "route", "add", "10.98.0.7/32", "dev", "v0")
     run("ip", "-n", pair.node, "route", "add", "fd98::7/128", "dev", "v0")
     link = pair.at_node(lambda: find_link("v0"))
@@ -356,7 +356,7 @@ def test_links_addresses_routes(pair: Pair) -> None:
 
 
 def test_addresses_behind_a_veth(pair: Pair) -> None:
-    """The addresses of the pod's end, found from the node's end without entering the pod's namespace."""
+    """The node reads the addresses of the pod's end of the pair without entering the pod's namespace."""
     link = pair.at_node(lambda: find_link("v0"))
     assert link is not None
     assert link.peer_nsid is not None
@@ -369,7 +369,7 @@ def test_addresses_behind_a_veth(pair: Pair) -> None:
 
 
 def test_addresses_behind_a_veth_are_read_to_a_bound(pair: Pair) -> None:
-    """Of more IPv4 addresses than are read those that were there first are among them; of IPv6, which tells the newest first, none."""
+    """Of too many IPv4 addresses the oldest are read; of IPv6, which the kernel lists from the newest on, none."""
     link = pair.at_node(lambda: find_link("v0"))
     assert link is not None
     assert link.peer_nsid is not None
@@ -394,7 +394,7 @@ def test_addresses_behind_a_veth_are_read_to_a_bound(pair: Pair) -> None:
 
 
 def test_interface_s_name_may_be_any_bytes(pair: Pair) -> None:
-    """A name that is no text is told in a readable form, by the list and by the news alike."""
+    """An interface's name that is not text has a readable form, in the list and in notifications alike."""
     wild = b"v\xff\xfe"
 
     def rename() -> list[LinkChange] | None:
@@ -414,7 +414,7 @@ def test_interface_s_name_may_be_any_bytes(pair: Pair) -> None:
 def test_filter_of_others_beside_ours_is_told_with_its_place(
     pair: Pair, dataplane: Dataplane, priority: str, *, is_first: bool
 ) -> None:
-    """On clsact; of the same priority the one that came last runs first. With its interface it is forgotten."""
+    """A later clsact filter of equal priority runs first and is reported so; it is forgotten with its interface."""
     pair.at_node(lambda: attach.attach(pair.ifindex, dataplane, Mechanism.CLSACT))
     fd = syscall.prog_load(struct.pack("=BBhi", 0xB7, 0, 0, -1) + struct.pack("=BBhi", 0x95, 0, 0, 0), name="another")
     pin = dataplane.pin_dir / "another"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The micro-benchmark's own programs: beside the product's maps, and finding what they say they measure."""
+"""The micro-benchmark's own programs build beside the product's maps and reach what they claim to measure."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ def primitives(dataplane: Dataplane) -> Iterator[Primitives]:
 
 
 def test_a_varied_frame_reaches_the_program_chosen(primitives: Primitives) -> None:
-    """What the program that varies gives back is the verdict of the one it calls."""
+    """The varying program returns the verdict of the program that it calls."""
     for called, wanted in (("np_bare_empty", PASS), ("np_bare_lpm_10", DROP)):
         primitives.choose(Vary(1, 1, int(IPv4Address("192.0.2.1"))), primitives.fds[called])
         assert verdict(primitives.fds["np_vary"]) == wanted
 
 
 def test_a_bare_access_tells_hits_from_misses(primitives: Primitives) -> None:
-    """Else a figure could be that of another access than its name says."""
+    """A look-up reports whether it hits, so a figure cannot be that of another access."""
     for rows in (10, 1000):
         for first, wanted in ((FIRST_CIDR, PASS), (FIRST_CIDR + 16 * rows, DROP)):
             primitives.choose(Vary(1, 1, first), primitives.fds["np_bare_empty"])
@@ -45,6 +45,6 @@ def test_a_bare_access_tells_hits_from_misses(primitives: Primitives) -> None:
 
 
 def test_an_entry_without_the_products_maps_is_built_beside_them(dataplane: Dataplane) -> None:
-    """An entry may declare no map of its own."""
+    """A C file without maps of its own builds."""
     programs = build.load_entry(dataplane.pin_dir, ROOT / "bench" / "parse_only.c", ("np_parse_only",), {})
     assert verdict(programs["np_parse_only"]) == PASS

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tables in buckets: the maps that they look like from Python, and what the program finds in them."""
+"""Bucketed tables: Python sees maps, and the program finds the same rows."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def value_of(name: str, number: int) -> bytes:
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("seed", range(3))
 def test_it_is_a_map_whatever_happens(rig: Rig, name: str, seed: int) -> None:
-    """After thousands of random writes and removals it holds what a dict would, to who opened it before and to who opens it now."""
+    """After thousands of random writes and removals a table equals a dict, for its writer and when opened afresh."""
     one, chance, wanted = table(rig, name), random.Random(seed), dict[bytes, bytes]()
     for turn in range(6000):
         key = key_of(name, chance.randrange(900 if name == "np_peer_class" else 4000))
@@ -77,7 +77,7 @@ def reopened(rig: Rig) -> dict[str, Map]:
 
 
 def used_words(name: str, value: bytes) -> list[int]:
-    """What says that something of a bucket is in use."""
+    """The words of a bucket that say which slots are in use."""
     if name == "np_addr4":
         return [abi.np_addr4_bucket.from_buffer_copy(value).used]
     if name == "np_addr6":
@@ -87,7 +87,7 @@ def used_words(name: str, value: bytes) -> list[int]:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_place_that_became_free_rests(rig: Rig, name: str) -> None:
-    """A packet may still be reading it, so until a grace period has passed it is given to no other key."""
+    """A slot is reused only after a grace period, because a packet may still be reading it."""
     one = table(rig, name)
     one.put(key_of(name, 1), value_of(name, 1))
     one.delete(key_of(name, 1))
@@ -107,7 +107,7 @@ def free_places(name: str) -> int:
 
 
 def same_bucket(one: BucketMap, name: str, first: int, count: int) -> list[int]:
-    """Numbers of keys that belong into the bucket of the first, no two of one line."""
+    """Identities that hash to the bucket of the first, each in a line of its own."""
     place = one._place if isinstance(one, PeerClassMap) else one._bucket  # type: ignore[attr-defined]
     where = (lambda key: place(key)[1]) if isinstance(one, PeerClassMap) else place
     bucket = where(key_of(name, first))
@@ -119,7 +119,7 @@ def same_bucket(one: BucketMap, name: str, first: int, count: int) -> list[int]:
 
 @FAMILIES
 def test_program_finds_what_found_no_place(rig: Rig, pod: str, peer: str) -> None:
-    """Of far more addresses than a bucket holds, each has the identity that was written for it, and one that was not has none."""
+    """Of far more addresses than fit into a bucket, each has its identity, and an unknown address has none."""
     name = "np_addr4" if pod == POD4 else "np_addr6"
     one = table(rig, name)
     rig.pod(everything(1, DENY, 11), everything(2, DENY, 12))
@@ -136,7 +136,7 @@ def test_program_finds_what_found_no_place(rig: Rig, pod: str, peer: str) -> Non
 
 
 def test_program_finds_every_class(rig: Rig) -> None:
-    """Classes of neighbouring identities, those in lines and those that found none, and the default of those without a row."""
+    """The program finds classes in lines and in the overflow map, and the default class of an identity without a row."""
     one = table(rig, "np_peer_class")
     sets = [
         PolicySet(number, [Verdict(DENY, 10 + number), Verdict(ALLOW, 20 + number)], peer_classes=2)
@@ -161,18 +161,18 @@ def test_program_finds_every_class(rig: Rig) -> None:
     [("np_addr4", 1, 1), ("np_addr4", 4, 1), ("np_addr4", 5, 2), ("np_addr6", 262_144, 65_536), ("np_peer_class", 1 << 20, 65_536)],
 )  # fmt: skip
 def test_sizes(name: str, rows: int, buckets: int) -> None:
-    """A table's number of rows decides how many buckets it has; the default sizes agree."""
+    """The number of rows of a table decides its number of buckets, also for the default sizes."""
     assert buckets_for(name, rows) == buckets
 
 
 def test_default_sizes_agree() -> None:
-    """What the program declares is what the loader would choose."""
+    """The sizes that the C sources declare are those that the loader would choose."""
     for name, more in abi.OVERFLOW_MAPS.items():
         assert abi.MAP_SPECS[name].max_entries == buckets_for(name, abi.MAP_SPECS[more].max_entries)
 
 
 def test_full_table_is_named(rig: Rig) -> None:
-    """When the bucket and the other table are full, the error says which map, and its rows are those that were there."""
+    """If the bucket and the overflow map are full, the error names the map, and the table keeps its earlier rows."""
     one = table(rig, "np_peer_class")
     rows = [(struct.pack("=II", number + 1, 5), struct.pack("=I", 1)) for number in range(100_000)]
     with pytest.raises(MapFullError, match="np_peer"):

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rows as the compiler writes them, through the branches of the program that read more of them than a verdict.
+"""Rows as the compiler writes them, through the branches of the program that read more than a verdict.
 
-The rows of other tests are written by hand, and say what their author believed; whether a side of a set is constant, the
-compiler says by bounds that leave room for classes to come.
+Hand-written rows of other tests repeat their author's beliefs.  The compiler, for one, leaves room in the bounds of a
+set's constant side for later classes.
 """
 
 from __future__ import annotations
@@ -71,14 +71,14 @@ spec: {{selector: app == 'pod', types: [Egress], egress: [{rules}]}}
 
 @dataclass(frozen=True)
 class Node:
-    """A dataplane with the pod at the one interface that there is, on a node with a wildcard host endpoint."""
+    """A dataplane with the pod on the only interface, on a node with a wildcard host endpoint."""
 
     rig: Rig
     sender: int
-    """Number of the endpoint of which a verdict is due."""
+    """The sender tag: number of the endpoint that must judge the packet."""
 
     def returns(self, source: str, destination: str) -> Seen:
-        """A packet to a service comes to the pod, its sender's verdict due; ``source``: what it has there."""
+        """Run a packet to a service that reaches the pod with a sender tag; ``source``: its source there."""
         return self.rig.into(p.frame(source, destination, p.TCP, p.tcp(40000, 80)), carries=self.sender)
 
 
@@ -100,7 +100,7 @@ def own(own_rig: Rig) -> Iterator[Rig]:
 
 
 def node(rig: Rig, manifests: str, sender: EndpointKey = POD) -> Node:
-    """What an agent of the node would write."""
+    """The rows that an agent of the node would write."""
     compiler = Compiler()
     compiler.replace(derive(parse_documents(manifests, "test.yaml").check()))
     applier = Applier(rig.dataplane.maps, wait=lambda: None)
@@ -122,10 +122,10 @@ def node(rig: Rig, manifests: str, sender: EndpointKey = POD) -> Node:
 
 
 PASSES, DENIED, HIDDEN = "passes", "policy-deny", "hidden-source"
-"""What becomes of a TCP packet to port 80."""
+"""The result for a TCP packet to port 80."""
 
 RULES = [
-    # nothing is asked of the source
+    # no rule asks for the source
     ("{action: Allow}", PASSES),
     ("{action: Deny}", DENIED),
     ("{action: Log}, {action: Allow}", PASSES),
@@ -143,7 +143,7 @@ RULES = [
         PASSES,
     ),
     ("{action: Allow, protocol: TCP, destination: {notPorts: [81]}}, {action: Deny, ipVersion: 4}", PASSES),
-    # something is, though the sender of a packet is known where it owns all its addresses
+    # a rule asks for it; the pod's own side is known if it owns all its addresses
     ("{action: Allow, source: {nets: [10.0.0.0/8]}}, {action: Allow}", HIDDEN),
     ("{action: Deny, source: {notNets: [10.0.0.0/8, 172.16.0.0/12]}}, {action: Allow}", HIDDEN),
     ("{action: Allow, source: {selector: app == 'pod'}}, {action: Deny}", HIDDEN),
@@ -155,12 +155,12 @@ RULES = [
 ]
 STAGED = [rules for rules, expected in RULES if expected == HIDDEN]
 KNOWN = [(rules, "") for rules, expected in RULES if expected == HIDDEN and "set ==" not in rules]
-"""Without the set that has the pod's IPv4 address and not the other: it tells the two apart."""
+"""Without the network set that tells the pod's IPv4 address from its IPv6 address."""
 PORT = "{action: Deny, protocol: TCP, source: {ports: [81]}}, {action: Allow}"
 
 
 def _check(at: Node, version: int, expected: str) -> None:
-    """A packet of the pod whose source the node replaced; and one with the pod's own source, of which nothing is hidden."""
+    """Check a packet of the pod with a source that the node replaced, and one with the pod's own source."""
     pod, host = (POD4, NODE4) if version == 4 else (POD6, NODE6)
     seen, shown = at.returns(host, pod), at.returns(pod, pod)
     assert seen.passed if expected == PASSES else set(seen.reasons) == {expected}, seen
@@ -176,7 +176,7 @@ def _check(at: Node, version: int, expected: str) -> None:
 def test_a_hidden_source_denies_where_a_rule_asks_for_it(
     own: Rig, policy: str, sender: EndpointKey, rules: str, expected: str, version: int
 ) -> None:
-    """By a host endpoint's forward policy, where the source is the peer's side; by a pod's, where it is its own side."""
+    """A hidden source denies if a forward rule of a host endpoint asks for the peer, or a pod's rule for its own side."""
     cluster = CLUSTER if policy is FORWARD else CLUSTER.replace("name: pod,", BORROWS)
     _check(node(own, cluster + policy.format(rules=rules), sender), version, expected)
 
@@ -189,7 +189,7 @@ def test_a_hidden_source_denies_where_a_rule_asks_for_it(
 def test_a_staged_rule_that_asks_for_the_source_denies_nothing(
     own: Rig, policy: str, sender: EndpointKey, rules: str, version: int
 ) -> None:
-    """A staged policy changes no verdict, whatever its rules depend on."""
+    """A staged policy changes no verdict, whatever its rules match on."""
     cluster = CLUSTER if policy is FORWARD else CLUSTER.replace("name: pod,", BORROWS)
     staged = policy.replace("kind: GlobalNetworkPolicy", "kind: StagedGlobalNetworkPolicy").format(rules=rules)
     enforced = policy.replace("metadata: {{name: ", "metadata: {{name: enforced-").format(rules="{action: Allow}")
@@ -201,7 +201,7 @@ def test_a_staged_rule_that_asks_for_the_source_denies_nothing(
 def test_the_own_side_of_a_workload_with_its_own_addresses_alone_is_known(
     own: Rig, rules: str, expected: str, version: int
 ) -> None:
-    """So nothing of it is hidden but the port."""
+    """A workload with one own address has a known own side, so only its source port can be hidden."""
     at = node(own, CLUSTER + EGRESS.format(rules=rules))
     pod = POD4 if version == 4 else POD6
     passes = at.returns(pod, pod).passed

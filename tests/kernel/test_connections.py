@@ -26,7 +26,7 @@ def family(pod: str) -> str:
 
 
 def egress_only(rig: Rig) -> None:
-    """The workload may open connections, nobody may open one to it."""
+    """Policy that lets the workload open connections, and nobody open one to it."""
     rig.pod(everything(INGRESS, DENY, 11), everything(EGRESS, ALLOW, 12))
 
 
@@ -38,7 +38,7 @@ def only_entry(rig: Rig, name: str) -> abi.np_conn:
 @pytest.mark.parametrize(("protocol", "first", "reply"), OPENERS)
 @FAMILIES
 def test_replies_pass(rig: Rig, pod: str, peer: str, protocol: int, first: bytes, reply: bytes) -> None:
-    """A reply passes without policy, counts for the rule that allowed the flow, and makes the connection open."""
+    """A reply passes without policy, counts for the rule that allowed the flow, and establishes the connection."""
     egress_only(rig)
     assert rig.into(p.frame(peer, pod, protocol, reply)).reason == "policy-deny"
     assert rig.out(p.frame(pod, peer, protocol, first)).reason == "policy-allow"
@@ -52,7 +52,7 @@ def test_replies_pass(rig: Rig, pod: str, peer: str, protocol: int, first: bytes
 
 @FAMILIES
 def test_incoming_connection(rig: Rig, pod: str, peer: str) -> None:
-    """The same with the workload as the server."""
+    """A connection to the workload, as a server, behaves in the same way."""
     rig.pod(everything(INGRESS, ALLOW, 11), everything(EGRESS, DENY, 12))
     assert rig.into(p.frame(peer, pod, p.TCP, p.tcp(1000, 80))).rules == {11: 1}
     assert rig.out(p.frame(pod, peer, p.TCP, p.tcp(80, 1000, SYNACK))).rules == {11: 1}
@@ -62,7 +62,7 @@ def test_incoming_connection(rig: Rig, pod: str, peer: str) -> None:
 
 @FAMILIES
 def test_retransmissions_do_not_make_a_connection_open(rig: Rig, pod: str, peer: str) -> None:
-    """Only the other side's packets do, so a flood stays among the unreplied."""
+    """Only packets of the other side establish a connection, so a flood stays among the unreplied ones."""
     egress_only(rig)
     for flags in (p.SYN, p.SYN, p.ACK):
         assert rig.out(p.frame(pod, peer, p.TCP, p.tcp(1000, 80, flags))).passed
@@ -72,7 +72,7 @@ def test_retransmissions_do_not_make_a_connection_open(rig: Rig, pod: str, peer:
 
 @FAMILIES
 def test_initial_syn_is_always_decided_by_policy(rig: Rig, pod: str, peer: str) -> None:
-    """A SYN on the ports of an open connection is a new flow; when it is denied, the open one lives on."""
+    """A SYN on the tuple of an established connection is a new flow; if it is denied, the established one lives on."""
     egress_only(rig)
     rig.out(p.frame(pod, peer, p.TCP, p.tcp(1000, 80)))
     rig.into(p.frame(peer, pod, p.TCP, p.tcp(80, 1000, SYNACK)))
@@ -91,7 +91,7 @@ def test_initial_syn_is_always_decided_by_policy(rig: Rig, pod: str, peer: str) 
 
 @FAMILIES
 def test_tcp_states(rig: Rig, pod: str, peer: str) -> None:
-    """New, open, FIN from one side, FIN from both; each has its own time-out."""
+    """New, established, FIN from one side, FIN from both: each state has its own time-out."""
     egress_only(rig)
     conn = f"np_conn{family(pod)}"
     rig.out(p.frame(pod, peer, p.TCP, p.tcp(1000, 80)))
@@ -108,7 +108,7 @@ def test_tcp_states(rig: Rig, pod: str, peer: str) -> None:
 @pytest.mark.parametrize("table", ["np_unreplied", "np_conn"])
 @FAMILIES
 def test_reset(rig: Rig, pod: str, peer: str, table: str) -> None:
-    """A RST from either side is let through and shortens the connection's life; it never makes one open."""
+    """A RST from either side passes and shortens the connection's life; it never establishes one."""
     egress_only(rig)
     rig.out(p.frame(pod, peer, p.TCP, p.tcp(1000, 80)))
     if table == "np_conn":
@@ -139,7 +139,7 @@ TIMEOUTS = [
     ("ours", "theirs", "protocol", "seconds"), [case[1:] for case in TIMEOUTS], ids=[case[0] for case in TIMEOUTS]
 )  # fmt: skip
 def test_timeouts(rig: Rig, ours: list[bytes], theirs: list[bytes], protocol: int, seconds: int) -> None:
-    """A reply passes just before the state's time-out, and is judged by policy after it."""
+    """A reply passes just before the state's time-out; after it, policy judges the reply."""
     reply = p.frame(PEER4, POD4, protocol, p.tcp(80, 1000, p.ACK) if protocol == p.TCP else (theirs or [b""])[0])
 
     def start() -> None:
@@ -175,7 +175,7 @@ def test_timeouts(rig: Rig, ours: list[bytes], theirs: list[bytes], protocol: in
 def test_timeouts_that_were_asked_for(
     rig: Rig, state: str, ours: list[bytes], theirs: list[bytes], protocol: int, asked_s: int
 ) -> None:
-    """A time-out of the agent's options holds in place of the default, for connections that are open already as well."""
+    """A time-out from the agent's options replaces the default, also for existing connections."""
     reply = p.frame(PEER4, POD4, protocol, p.tcp(80, 1000, p.ACK) if protocol == p.TCP else theirs[0])
     for idle_s, reason in ((asked_s - 5, "established"), (asked_s + 5, "policy-deny")):
         rig.reset()
@@ -192,7 +192,7 @@ def test_timeouts_that_were_asked_for(
 
 
 def test_last_seen_is_written_at_most_once_a_second(rig: Rig) -> None:
-    """Packets of a connection refresh it when its time stamp is older than a second, else leave it alone."""
+    """A packet refreshes its connection only if the time stamp is older than a second."""
     egress_only(rig)
     rig.out(p.frame(POD4, PEER4, p.UDP, p.udp(1000, 80)))
     rig.into(p.frame(PEER4, POD4, p.UDP, p.udp(80, 1000)))
@@ -209,7 +209,7 @@ def test_last_seen_is_written_at_most_once_a_second(rig: Rig) -> None:
 @pytest.mark.parametrize("by_reply", [False, True])
 @FAMILIES
 def test_revoked_connection(rig: Rig, pod: str, peer: str, *, reply_seen: bool, by_reply: bool) -> None:
-    """After a new generation a flow is judged again by its first packet's tuple, whichever way the packet goes."""
+    """After a new generation policy judges a flow again by its first packet's tuple, whatever the packet's direction."""
     egress_only(rig)
     rig.out(p.frame(pod, peer, p.UDP, p.udp(1000, 80)))
     if reply_seen:
@@ -229,7 +229,7 @@ def test_revoked_connection(rig: Rig, pod: str, peer: str, *, reply_seen: bool, 
 def test_answers_do_not_reopen_what_was_revoked(
     rig: Rig, pod: str, peer: str, protocol: int, answer: int, *, reply_seen: bool
 ) -> None:
-    """What policy cut stays cut both ways, though the other side may begin flows; its end is a change of policy or time."""
+    """A revoked connection stays cut both ways, although the other side may open flows, until policy changes or it times out."""
 
     def segment(source: int, destination: int, flags: int = p.ACK) -> bytes:
         return p.udp(source, destination) if protocol == p.UDP else p.tcp(source, destination, flags)
@@ -260,7 +260,7 @@ def test_answers_do_not_reopen_what_was_revoked(
 
 @FAMILIES
 def test_revoked_connection_that_is_allowed_again(rig: Rig, pod: str, peer: str) -> None:
-    """A policy that takes the cut back lets the connection go on where it stood."""
+    """If policy allows a revoked connection again, it continues in its old state."""
     egress_only(rig)
     rig.out(p.frame(pod, peer, p.TCP, p.tcp(1000, 80)))
     rig.into(p.frame(peer, pod, p.TCP, p.tcp(80, 1000, SYNACK)))
@@ -274,7 +274,7 @@ def test_revoked_connection_that_is_allowed_again(rig: Rig, pod: str, peer: str)
 
 @FAMILIES
 def test_syn_with_ack_opens_nothing(rig: Rig, pod: str, peer: str) -> None:
-    """An answer without a question passes where policy allows it, and is not taken for the beginning of a flow."""
+    """A SYN with ACK without a connection passes if policy allows it, and opens none."""
     rig.pod(everything(INGRESS, ALLOW, 11), everything(EGRESS, DENY, 12))
     assert rig.into(p.frame(peer, pod, p.TCP, p.tcp(80, 1000, SYNACK))).reason == "policy-allow"
     assert rig.out(p.frame(pod, peer, p.TCP, p.tcp(1000, 80, p.ACK))).reason == "policy-deny"
@@ -282,7 +282,7 @@ def test_syn_with_ack_opens_nothing(rig: Rig, pod: str, peer: str) -> None:
 
 @FAMILIES
 def test_confirmed_connection_takes_its_new_rule(rig: Rig, pod: str, peer: str) -> None:
-    """A flow that is still allowed goes on under the generation and rule of now, without an event."""
+    """A flow that is still allowed continues under the new generation and its new rule, without an event."""
     egress_only(rig)
     rig.flags(abi.NP_CONFIG_ALLOW_EVENTS)
     rig.out(p.frame(pod, peer, p.UDP, p.udp(1000, 80)))
@@ -296,7 +296,7 @@ def test_confirmed_connection_takes_its_new_rule(rig: Rig, pod: str, peer: str) 
 
 
 def test_revoked_connections_may_be_kept(rig: Rig) -> None:
-    """With the flag, open flows outlive a policy that would not allow them, and new ones are denied."""
+    """With the flag, established connections survive a policy that would deny them; new ones are denied."""
     egress_only(rig)
     rig.out(p.frame(POD4, PEER4, p.UDP, p.udp(1000, 80)))
     rig.flags(abi.NP_CONFIG_KEEP_REVOKED)
@@ -308,7 +308,7 @@ def test_revoked_connections_may_be_kept(rig: Rig) -> None:
 
 
 def test_exempt_connections_follow_the_generation(rig: Rig) -> None:
-    """A connection of the node's own goes the fast path again after a new generation, still without a rule."""
+    """A connection of the node takes the fast path again after a new generation, still without a rule."""
     rig.pod(everything(INGRESS, DENY, 11), everything(EGRESS, DENY, 12))
     rig.into(p.frame(PEER4, POD4, p.UDP, p.udp(1, 2)), ingress=0)
     rig.out(p.frame(POD4, PEER4, p.UDP, p.udp(2, 1)))
@@ -320,7 +320,7 @@ def test_exempt_connections_follow_the_generation(rig: Rig) -> None:
 
 @pytest.mark.parametrize(("pod", "peer", "anywhere"), [(POD4, PEER4, "0.0.0.0"), (POD6, PEER6, "::")])
 def test_host_packets_revive_what_the_host_opened(rig: Rig, pod: str, peer: str, anywhere: str) -> None:
-    """The tail of a forgotten connection opens the way back, unless a process listens: then the workload had opened it."""
+    """A middle packet from the node records a connection, unless a process listens on its port: the workload opened it."""
     rig.pod(everything(INGRESS, DENY, 13), everything(EGRESS, DENY, 14))
     with socket.create_server((anywhere, 0), family=socket.AF_INET6 if ":" in anywhere else socket.AF_INET) as server:
         port = server.getsockname()[1]
@@ -333,7 +333,7 @@ def test_host_packets_revive_what_the_host_opened(rig: Rig, pod: str, peer: str,
 
 @pytest.mark.parametrize("end", [[p.RST], [p.FIN, p.FIN | p.ACK]], ids=["reset", "closed"])
 def test_a_connection_that_goes_on_is_open_again(rig: Rig, end: list[int]) -> None:
-    """Whoever may have said that it was over: its next data is passed long afterwards, and it counts as open then."""
+    """A closed connection with new data passes long afterwards and counts as established: FIN and RST may be forged."""
     egress_only(rig)
     rig.out(p.frame(POD4, PEER4, p.TCP, p.tcp(1000, 80)))
     rig.into(p.frame(PEER4, POD4, p.TCP, p.tcp(80, 1000, SYNACK)))
@@ -361,7 +361,7 @@ def test_endpoint_number_is_part_of_the_key(rig: Rig) -> None:
 
 
 def test_deleted_endpoint_is_unknown_after_a_new_generation(rig: Rig) -> None:
-    """The program forgets an interface's endpoint with the generation."""
+    """After a new generation the program no longer knows a deleted endpoint."""
     egress_only(rig)
     assert rig.out(p.frame(POD4, PEER4, p.UDP, p.udp(1000, 80))).passed
     rig.map("np_endpoint").delete((1).to_bytes(4, "little"))
@@ -376,7 +376,7 @@ ECHO = [(POD4, PEER4, p.ICMP, 8, 0), (POD6, PEER6, p.ICMPV6, 128, 129)]
 
 @pytest.mark.parametrize(("pod", "peer", "protocol", "ask", "answer"), ECHO, ids=["ipv4", "ipv6"])
 def test_echo(rig: Rig, pod: str, peer: str, protocol: int, ask: int, answer: int) -> None:
-    """An echo's answer passes by its identifier; another identifier, or a question back, is for policy."""
+    """An echo reply passes by its identifier; another identifier, or an echo request back, is judged by policy."""
     egress_only(rig)
     assert rig.out(p.frame(pod, peer, protocol, p.icmp(ask, 0, 77))).reason == "policy-allow"
     assert rig.into(p.frame(peer, pod, protocol, p.icmp(answer, 0, 78))).reason == "policy-deny"
@@ -387,7 +387,7 @@ def test_echo(rig: Rig, pod: str, peer: str, protocol: int, ask: int, answer: in
 
 
 def test_query_of_another_type_is_judged(rig: Rig) -> None:
-    """A timestamp request does not ride on an echo's connection."""
+    """A timestamp request does not pass by an echo's connection."""
     egress_only(rig)
     rig.out(p.frame(POD4, PEER4, p.ICMP, p.icmp(8, 0, 77)))
     assert rig.out(p.frame(POD4, PEER4, p.ICMP, p.icmp(8, 0, 77))).reason == "established"
@@ -395,7 +395,7 @@ def test_query_of_another_type_is_judged(rig: Rig) -> None:
 
 
 def test_unsolicited_answers_and_other_types_open_nothing(rig: Rig) -> None:
-    """Only queries have answers, so only they make connections."""
+    """Only ICMP queries have replies, so only they open connections."""
     egress_only(rig)
     for kind in (0, 9, 14, 42):
         assert rig.out(p.frame(POD4, PEER4, p.ICMP, p.icmp(kind, 0, 77))).reason == "policy-allow"
@@ -403,7 +403,7 @@ def test_unsolicited_answers_and_other_types_open_nothing(rig: Rig) -> None:
 
 
 def inner(pod: str, peer: str, protocol: int, l4: bytes) -> bytes:
-    """A packet as an ICMP error carries it: header and eight bytes."""
+    """A packet as an ICMP error carries it: its IP header and eight more bytes."""
     return (p.ip4 if "." in pod else p.ip6)(pod, peer, protocol, l4[:8])
 
 
@@ -418,7 +418,7 @@ ERRORS = [(POD4, PEER4, "10.200.0.1", p.ICMP, kind) for kind in (3, 4, 5, 11, 12
 def test_icmp_error_about_a_connection(
     rig: Rig, pod: str, peer: str, router: str, icmp: int, kind: int, l4: tuple[int, bytes, bytes], *, open_: bool
 ) -> None:
-    """An error from anywhere about a packet that the workload sent passes; about one it did not send it is dropped."""
+    """An error from anywhere about a packet that the workload sent passes; about any other packet it is dropped."""
     egress_only(rig)
     protocol, first, reply = l4
     error = p.frame(router, pod, icmp, p.icmp(kind, 0, payload=inner(pod, peer, protocol, first)))
@@ -471,7 +471,7 @@ HOP_BY_HOP, FRAGMENT, AUTHENTICATION, OPTIONS = 0, 44, 51, 60
     ],
 )
 def test_icmp_error_about_a_packet_with_extension_headers(rig: Rig, first: int, headers: bytes, reason: str) -> None:
-    """The inner chain is walked like the outer one; what cannot be read is for policy."""
+    """The inner extension headers are parsed like the outer ones; policy judges an error that cannot be read."""
     egress_only(rig)
     rig.out(p.frame(POD6, PEER6, p.UDP, p.udp(5, 6)))
     about = p.ip6(
@@ -481,7 +481,7 @@ def test_icmp_error_about_a_packet_with_extension_headers(rig: Rig, first: int, 
 
 
 def test_icmp_error_about_a_packet_with_options(rig: Rig) -> None:
-    """Ports of the inner packet are looked for behind its IPv4 options; where those are cut off, nothing can be read."""
+    """Inner ports are found behind IPv4 options; if those are cut off, policy judges the error."""
     egress_only(rig)
     rig.out(p.frame(POD4, PEER4, p.UDP, p.udp(5, 6)))
     about = p.ip4(POD4, PEER4, p.UDP, p.udp(5, 6), options=bytes(12))
@@ -491,14 +491,14 @@ def test_icmp_error_about_a_packet_with_options(rig: Rig) -> None:
 
 
 def test_icmp_error_about_nothing_readable_is_for_policy(rig: Rig) -> None:
-    """An error without an inner header is a message like any other, so that rules by ICMP type can be tested."""
+    """An error without an inner header is a message like any other, so that rules by ICMP type apply."""
     rig.pod(everything(INGRESS, ALLOW, 11), everything(EGRESS, DENY, 12))
     assert rig.into(p.frame(PEER4, POD4, p.ICMP, p.icmp(3, 1))).reason == "policy-allow"
     assert not rig.connections("np_unreplied4")
 
 
 def test_icmp_error_of_a_revoked_connection(rig: Rig) -> None:
-    """An error about a flow that policy no longer allows is dropped with it."""
+    """An error about a revoked flow is dropped like the flow."""
     egress_only(rig)
     rig.out(p.frame(POD4, PEER4, p.UDP, p.udp(5, 6)))
     rig.pod(everything(INGRESS, DENY, 13), everything(EGRESS, DENY, 14))
@@ -524,7 +524,7 @@ def fragment(
 
 @FAMILIES
 def test_fragments_follow_their_first(rig: Rig, pod: str, peer: str) -> None:
-    """Later fragments pass with an allowed first one, in both directions, and only under its identification."""
+    """Later fragments pass with an allowed first one, in both directions, and only with its identification."""
     egress_only(rig)
     datagram = p.udp(1000, 80, bytes(40))
     assert rig.out(fragment(pod, peer, datagram[24:], 24, more=False)).reason == "fragment"
@@ -539,7 +539,7 @@ def test_fragments_follow_their_first(rig: Rig, pod: str, peer: str) -> None:
 
 @FAMILIES
 def test_fragments_of_a_denied_datagram(rig: Rig, pod: str, peer: str) -> None:
-    """A denied first fragment is not remembered, so the rest is dropped too."""
+    """A denied first fragment is not recorded, so the rest is dropped too."""
     egress_only(rig)
     datagram = p.udp(1000, 80, bytes(40))
     assert rig.into(fragment(peer, pod, datagram[:24], 0, more=True)).reason == "policy-deny"
@@ -548,7 +548,7 @@ def test_fragments_of_a_denied_datagram(rig: Rig, pod: str, peer: str) -> None:
 
 @FAMILIES
 def test_fragment_memory_times_out(rig: Rig, pod: str, peer: str) -> None:
-    """An identification may be used again after the time-out."""
+    """An identification may be reused after the time-out."""
     egress_only(rig)
     datagram = p.udp(1000, 80, bytes(40))
     rig.out(fragment(pod, peer, datagram[:24], 0, more=True))
@@ -557,13 +557,13 @@ def test_fragment_memory_times_out(rig: Rig, pod: str, peer: str) -> None:
 
 
 def test_first_fragment_without_a_whole_header(rig: Rig) -> None:
-    """A first fragment that hides its ports is dropped."""
+    """A first fragment without its ports is dropped."""
     egress_only(rig)
     assert rig.out(fragment(POD4, PEER4, p.udp(1, 2)[:4], 0, more=True)).reason == "bad-l4"
 
 
 def test_ipv6_fragments_behind_options(rig: Rig) -> None:
-    """A later fragment takes its protocol from the first, where another extension header follows the fragment header."""
+    """A later fragment takes its protocol from the first if another extension header follows the fragment header."""
     egress_only(rig)
     whole = p.extension(p.UDP, p.udp(1000, 80, bytes(40)))
     first = p.fragment6(60, whole[:32], more=True)
@@ -573,7 +573,7 @@ def test_ipv6_fragments_behind_options(rig: Rig) -> None:
 
 
 def test_fragmented_echo(rig: Rig) -> None:
-    """Fragments of an ICMP query follow it, and those of its answer too."""
+    """Fragments of an ICMP query, and of its reply, pass like their first fragment."""
     egress_only(rig)
 
     def part(source: str, destination: str, kind: int, offset: int) -> Seen:

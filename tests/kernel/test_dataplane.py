@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is pinned: made whole, adopted untouched, replaced when it differs, refused when it is another's, removed."""
+"""Pins: made whole, adopted untouched, replaced if they differ, rejected if they are another version's, removed."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ pytestmark = pytest.mark.kernel
 
 ROOT = Path(__file__).resolve().parents[2]
 LARGE_BYTES, SIGNAL_EVERY_S, MOST_SIGNALS = 100_000, 0.01, 4
-"""A program that takes longer to verify than that; fewer signals than it is tried."""
+"""A program that the verifier needs longer for than the interval of the signals, which are fewer than the tries."""
 
 
 @pytest.fixture
 def root() -> Iterator[Path]:
-    """A pin root of its own, gone afterwards."""
+    """A pin root of its own, removed afterwards."""
     path = Path(f"/sys/fs/bpf/netpol-own-{os.getpid()}")
     doctor.require_bpffs(path)
     yield path
@@ -47,7 +47,7 @@ def root() -> Iterator[Path]:
 
 @pytest.fixture
 def sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of the C sources that a test may change, and that is the one to be built."""
+    """A copy of the C sources that a test may change, and that is built instead of the original."""
     copy = tmp_path / "bpf"
     shutil.copytree(ROOT / "bpf", copy)
     monkeypatch.setattr(compilation, "source_dir", lambda: copy)
@@ -65,7 +65,7 @@ def program_ids(dataplane: Dataplane) -> list[int]:
 
 
 def test_new_dataplane(dataplane: Dataplane) -> None:
-    """Everything of the declaration is pinned, and the configuration has its defaults."""
+    """Every declared map is pinned, and the configuration has its defaults."""
     names = {path.name for path in dataplane.pin_dir.iterdir()}
     assert names == {*abi.MAP_SPECS, "programs", "links"}
     assert {path.name for path in (dataplane.pin_dir / "programs").iterdir()} == {*compilation.PROGRAMS, "np_call"}
@@ -79,13 +79,13 @@ def test_new_dataplane(dataplane: Dataplane) -> None:
 
 
 def test_jiffies_rate_is_the_kernels_own() -> None:
-    """Two measurements agree (and with the kernel's configuration, where it shows it)."""
+    """Two measurements agree with each other, and with the kernel's configuration if it is readable."""
     rate = clock.measure_jiffies_per_second()
     assert rate == clock.measure_jiffies_per_second()
 
 
 def test_adoption_touches_nothing(dataplane: Dataplane, pin_root: Path) -> None:
-    """Opening what this build pinned finds the same programs and maps, with what is in them."""
+    """Opening the pins of this build finds the same programs and maps with their content."""
     dataplane.maps["np_addr4"].put(b"\1\2\3\4", b"12345678")
     with Dataplane.open(pin_root) as again:
         assert program_ids(again) == program_ids(dataplane)
@@ -94,24 +94,24 @@ def test_adoption_touches_nothing(dataplane: Dataplane, pin_root: Path) -> None:
 
 
 def test_sizes_of_existing_maps_stay(dataplane: Dataplane, pin_root: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Another size than that of an existing map is not taken, and not in silence."""
+    """An existing map keeps its size, with a warning."""
     with caplog.at_level(logging.WARNING), Dataplane.open(pin_root, sizes={"np_addr4": 1 << 17}) as again:
         assert again.maps["np_addr4"].max_entries == dataplane.maps["np_addr4"].max_entries
     assert "np_addr4 keeps its size" in caplog.text
 
 
 def test_same_program_from_other_sources_is_kept(root: Path, sources: Path) -> None:
-    """Sources that differ but make the same instructions leave the pinned program alone."""
+    """Other sources with the same instructions leave the pinned program alone."""
     with Dataplane.open(root, sizes=SIZES) as before:
         ids = program_ids(before)
-        change(sources / "np_count.h", "// Counters per rule", "// counters per rule")
+        change(sources / "np_count.h", "// Counters for each rule", "// counters for each rule")
         with Dataplane.open(root) as after:
             assert program_ids(after) == ids
         assert not list(schema_dir(root).glob("*_new"))
 
 
 def test_changed_program_replaces_its_predecessor(root: Path, sources: Path) -> None:
-    """Maps and their content stay; the program is another."""
+    """A changed program replaces the pinned one; maps and their content stay."""
     with Dataplane.open(root, sizes=SIZES) as before:
         rig = Rig(before)
         rig.pod(everything(1, DENY, 11), everything(2, ALLOW, 12))
@@ -132,7 +132,7 @@ def test_changed_program_replaces_its_predecessor(root: Path, sources: Path) -> 
 
 
 def test_source_that_does_not_compile(root: Path, sources: Path) -> None:
-    """Clang's complaint, with file and line, is in the error; nothing is pinned, nothing stays behind."""
+    """The error has clang's message with file and line; nothing is pinned and nothing is left behind."""
     change(sources / "np_parse.h", "packet->version = 4;", "packet->version = four;")
     with pytest.raises(LoadError, match=r"np_parse.h:\d+:\d+: error: use of undeclared identifier 'four'"):
         Dataplane.open(root)
@@ -140,7 +140,7 @@ def test_source_that_does_not_compile(root: Path, sources: Path) -> None:
 
 
 def test_program_that_does_not_verify(root: Path, sources: Path) -> None:
-    """The verifier's last words are in the error, and a pinned predecessor is untouched."""
+    """The error has the end of the verifier's log; the pinned predecessor is untouched."""
     with Dataplane.open(root, sizes=SIZES) as before:
         ids = program_ids(before)
         change(sources / "np_parse.h", "if ((void *)(eth + 1) > bytes->end)", "if (0)")
@@ -152,7 +152,7 @@ def test_program_that_does_not_verify(root: Path, sources: Path) -> None:
 
 
 def test_signals_while_it_is_verified(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The kernel gives up a verification when a signal comes; it is begun again."""
+    """A signal makes the kernel abort a verification; the loader starts it again."""
     came, load = 0, syscall.prog_load
 
     def count(*_: object) -> None:
@@ -179,7 +179,7 @@ def test_signals_while_it_is_verified(root: Path, monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.parametrize(("step", "words"), [(1, "made by a newer version"), (-1, "an older schema")])
 def test_other_schema_is_refused(root: Path, step: int, words: str) -> None:
-    """A directory of a newer version is neither used nor touched, nor is an older one by anybody but the agent."""
+    """Nobody uses or touches a newer version's directory, and only the agent an older one's."""
     other = root / f"v{abi.SCHEMA_VERSION + step}"
     other.mkdir(parents=True)
     with pytest.raises(PlatformError, match=words) as refused:
@@ -190,7 +190,7 @@ def test_other_schema_is_refused(root: Path, step: int, words: str) -> None:
 
 
 def test_damaged_directory_is_refused(root: Path) -> None:
-    """A pin that is missing is named."""
+    """The error names the missing pin."""
     with Dataplane.open(root, sizes=SIZES) as one:
         (one.pin_dir / "np_verdict").unlink()
     with pytest.raises(PlatformError, match="np_verdict cannot be opened"):
@@ -206,13 +206,13 @@ def test_leftovers_of_a_dead_builder_go(root: Path, caplog: pytest.LogCaptureFix
 
 
 def test_removal_leaves_nothing(root: Path) -> None:
-    """Neither the directory nor its parent."""
+    """Removal leaves neither the directory nor its parent."""
     Dataplane.open(root, sizes=SIZES).remove()
     assert not root.exists()
 
 
 def test_generation_is_never_zero(rig: Rig) -> None:
-    """It wraps to 1: 0 marks unused slots."""
+    """A generation wraps to 1, because 0 marks unused rows."""
     config = rig.dataplane.config()
     config.generation = 0xFFFF_FFFF
     rig.dataplane.set_config(config)
@@ -245,7 +245,7 @@ def test_neither_compiled_nor_a_compiler(root: Path, tmp_path: Path, monkeypatch
 
 
 def test_without_privilege() -> None:
-    """An ordinary user is told so, in one line."""
+    """The error tells an ordinary user so in one line."""
     code = "from netpol_loader.pins import doctor; doctor.require_bpffs(doctor.BPFFS)"
     environment = {"PYTHONPATH": os.pathsep.join([str(ROOT / "loader"), str(ROOT)])}
     done = subprocess.run(
@@ -256,7 +256,7 @@ def test_without_privilege() -> None:
 
 
 def test_doctor_is_content_here() -> None:
-    """Where the kernel tests run, nothing is missing."""
+    """The doctor finds nothing missing where the kernel tests run."""
     assert [check for check in doctor.check_all() if check.error] == []
 
 
@@ -269,7 +269,7 @@ MOUNTS = {
 
 @pytest.mark.parametrize(("before", "complaint"), MOUNTS.values(), ids=MOUNTS)
 def test_pins_are_made_where_the_node_keeps_them(before: str, complaint: str) -> None:
-    """In a mount namespace of its own the node's file system is taken, and another neither taken nor mounted: one line says why."""
+    """In another mount namespace only the node's BPF file system is used; for any other, one line says why not."""
     if complaint == "not on the node" and doctor.mounts_of_node() is None:
         return  # process 1 here is not the node's: what the node has mounted cannot be seen, and is not asked for
     code = "from netpol_loader.pins import doctor; doctor.require_bpffs(doctor.BPFFS / 'netpol')"
@@ -299,7 +299,7 @@ def test_it_compiles_without_any_header() -> None:
 
 
 def test_schema_row(dataplane: Dataplane) -> None:
-    """The schema map says what is here."""
+    """The schema map describes the pins."""
     row = abi.np_schema.from_buffer_copy(dataplane.maps["np_schema"].get(bytes(4)) or b"")
     assert row.version == abi.SCHEMA_VERSION
     assert bytes(row.source_digest) == compilation.source_digest(ROOT / "bpf")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Packets to services: the verdict that is given where they leave, what they carry there, and what never passes without it."""
+"""Packets to services: the deferred verdict, the sender tag, and what never passes without that verdict."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ NODE4, NODE6 = "192.0.2.9", "2001:db8::9"
 
 @dataclass(frozen=True)
 class Addresses:
-    """Of one family."""
+    """The addresses and protocol numbers of one family."""
 
     pod: str
     peer: str
@@ -49,16 +49,16 @@ FAMILIES = pytest.mark.parametrize(
 )
 INGRESS, EGRESS = 1, 2
 OTHER = 8
-"""Number of another endpoint, for which a packet may be yet to be judged."""
+"""Number of another endpoint, as a sender tag."""
 
 
 def only_peer(number: int) -> PolicySet:
-    """Allows the peer by rule 21, denies the rest by rule 20."""
+    """Allow the peer by rule 21, and deny the rest by rule 20."""
     return PolicySet(number, [Verdict(DENY, 20), Verdict(ALLOW, 21)], peer_classes=2)
 
 
 def to_service(rig: Rig, ingress: PolicySet | None = None, egress: PolicySet | None = None, flags: int = 0) -> None:
-    """The pod, a service at port 80, and a carrier."""
+    """The pod, a service at port 80, and a carrier for the sender tag."""
     rig.pod(ingress or everything(INGRESS, ALLOW, 11), egress or only_peer(EGRESS), flags=flags)
     rig.peer_class(EGRESS, PEER_IDENTITY, 1)
     rig.vip(VIP4, p.TCP, 80)
@@ -68,7 +68,7 @@ def to_service(rig: Rig, ingress: PolicySet | None = None, egress: PolicySet | N
 
 
 def uplink(rig: Rig) -> None:
-    """Make the interface one without policy."""
+    """Make the interface an uplink, without policy."""
     rig.endpoint(
         everything(3, DENY, 31), everything(4, DENY, 32), number=0, flags=abi.NP_ENDPOINT_HOST | abi.NP_ENDPOINT_UPLINK
     )
@@ -77,7 +77,7 @@ def uplink(rig: Rig) -> None:
 
 @FAMILIES
 def test_verdict_is_deferred_and_the_number_carried(rig: Rig, at: Addresses) -> None:
-    """A packet to a service passes unjudged with its endpoint's number, later ones of the connection too; answers carry nothing."""
+    """All packets of a connection to a service pass unjudged with their endpoint's number; replies have no tag."""
     to_service(rig)
     seen = rig.out(p.frame(at.pod, at.vip, p.TCP, p.tcp(40000, 80)))
     assert (seen.reason, seen.rules, seen.carries) == ("deferred", {}, ENDPOINT)
@@ -92,7 +92,7 @@ def test_verdict_is_deferred_and_the_number_carried(rig: Rig, at: Addresses) -> 
 
 @FAMILIES
 def test_verdict_is_given_where_the_packet_leaves(rig: Rig, at: Addresses) -> None:
-    """At an interface without policy a carried number means the sender's egress policy, with the address the packet then has."""
+    """At an uplink a sender tag makes the sender's egress policy judge the packet, by its translated address."""
     to_service(rig)
     uplink(rig)
     # Both rows are at the one interface there is: the place leads to the uplink's row, so the number does not fit.
@@ -103,7 +103,7 @@ def test_verdict_is_given_where_the_packet_leaves(rig: Rig, at: Addresses) -> No
 
 @FAMILIES
 def test_verdict_is_given_before_the_receivers_own(rig: Rig, at: Addresses) -> None:
-    """Towards a workload first the sender's policy is asked, then the workload's; each rule counts, both legs are remembered."""
+    """At a workload the sender's policy judges first, then the workload's; each rule counts, both legs are recorded."""
     to_service(rig)
     # The sender is the endpoint itself, the one that the rig has: a hairpin whose source the at.node put in place.
     packet = p.frame(at.node, at.pod, p.TCP, p.tcp(40000, 8080))
@@ -121,7 +121,7 @@ def test_verdict_is_given_before_the_receivers_own(rig: Rig, at: Addresses) -> N
 
 @FAMILIES
 def test_revoked_where_it_leaves(rig: Rig, at: Addresses) -> None:
-    """A change of policy reaches the sender's leg of an open connection."""
+    """A change of policy reaches the sender's leg of an established connection."""
     to_service(rig, egress=everything(EGRESS, ALLOW, 22))
     packet = p.frame(at.node, at.pod, p.TCP, p.tcp(40000, 8080))
     assert rig.into(packet, carries=ENDPOINT).passed
@@ -133,7 +133,7 @@ def test_revoked_where_it_leaves(rig: Rig, at: Addresses) -> None:
 
 @FAMILIES
 def test_initial_syn_is_decided_again_where_it_leaves(rig: Rig, at: Addresses) -> None:
-    """A SYN on the ports of the sender's leg asks its policy of now; denied, it leaves the leg to the packets of before."""
+    """The sender's current policy judges a SYN on the tuple of its leg; a denied SYN leaves the old leg alone."""
     to_service(rig, egress=everything(EGRESS, ALLOW, 22))
     syn, later = (p.frame(at.node, at.pod, p.TCP, p.tcp(40000, 8080, flags)) for flags in (p.SYN, p.ACK))
     assert rig.into(syn, carries=ENDPOINT).rules == {22: 1, 0: 1}
@@ -145,7 +145,7 @@ def test_initial_syn_is_decided_again_where_it_leaves(rig: Rig, at: Addresses) -
 
 @FAMILIES
 def test_number_of_nobody_is_dropped(rig: Rig, at: Addresses) -> None:
-    """A packet whose sender is gone has nobody to allow it."""
+    """A packet with the tag of a missing endpoint is dropped."""
     to_service(rig)
     seen = rig.into(p.frame(at.peer, at.pod, p.TCP, p.tcp(1, 2)), carries=OTHER)
     assert (seen.passed, seen.reason) == (False, "unknown-endpoint")
@@ -153,7 +153,7 @@ def test_number_of_nobody_is_dropped(rig: Rig, at: Addresses) -> None:
 
 @FAMILIES
 def test_number_that_a_workload_wrote_is_taken_away(rig: Rig, at: Addresses) -> None:
-    """A workload cannot pass for another: what its packets carry is what the program says."""
+    """A workload cannot pass for another sender, because the program overwrites the tag of its packets."""
     to_service(rig)
     seen = rig.send(Hook.TC_INGRESS, p.frame(at.pod, at.peer, p.TCP, p.tcp(1, 2)), carries=OTHER)
     assert (seen.reason, seen.carries) == ("policy-allow", 0)
@@ -163,14 +163,14 @@ def test_number_that_a_workload_wrote_is_taken_away(rig: Rig, at: Addresses) -> 
 
 @FAMILIES
 def test_carrier_leaves_the_rest_of_the_mark(rig: Rig, at: Addresses) -> None:
-    """Only the bits that were given to the program change."""
+    """Only the mark's bits that belong to the program change."""
     to_service(rig)
     run = rig.dataplane.test_run(Hook.TC_INGRESS, p.frame(at.pod, at.vip, p.TCP, p.tcp(1, 80)), mark=0x4001)
     assert (run.verdict, run.mark) == (-1, ENDPOINT << MARK_SHIFT | 0x4001)
 
 
 def test_carrier_that_others_could_overwrite_ends_the_chain(rig: Rig) -> None:
-    """Without a mark of our own no program behind this one sees the packet, and only then."""
+    """If the tag is not in the mark, and only then, no program behind this one sees the packet."""
     to_service(rig)
     config = rig.dataplane.config()
     config.mark_shift = 0
@@ -181,7 +181,7 @@ def test_carrier_that_others_could_overwrite_ends_the_chain(rig: Rig) -> None:
 
 @FAMILIES
 def test_denied_while_an_exit_has_no_hook(rig: Rig, at: Addresses) -> None:
-    """A packet that could leave without its sender's verdict is denied where it enters."""
+    """A packet that could leave without its sender's verdict is denied at ingress."""
     to_service(rig, egress=everything(EGRESS, ALLOW, 22))
     config = rig.dataplane.config()
     config.flags &= ~abi.NP_CONFIG_DEFER
@@ -192,7 +192,7 @@ def test_denied_while_an_exit_has_no_hook(rig: Rig, at: Addresses) -> None:
 
 @FAMILIES
 def test_process_of_the_node_behind_a_service(rig: Rig, at: Addresses) -> None:
-    """No hook stands before a process of the node, so it is judged at once, as the backend it is; of several nobody knows which."""
+    """A process of the node as backend is judged at once, because no hook follows; several of them are denied."""
     to_service(rig)
     rig.vip(at.vip, p.TCP, 443, local=(at.node, 6443))
     seen = rig.out(p.frame(at.pod, at.vip, p.TCP, p.tcp(1, 443)))
@@ -206,7 +206,7 @@ def test_process_of_the_node_behind_a_service(rig: Rig, at: Addresses) -> None:
 
 @FAMILIES
 def test_node_ports_are_services_at_the_nodes_addresses_only(rig: Rig, at: Addresses) -> None:
-    """A port of each of the node's addresses is deferred there, and a plain port anywhere else."""
+    """A node port is deferred at each of the node's addresses; the same port elsewhere is an ordinary one."""
     to_service(rig)
     rig.vip("0.0.0.0" if "." in at.pod else "::", p.TCP, 30080)
     assert rig.out(p.frame(at.pod, at.node, p.TCP, p.tcp(1, 30080))).reason == "deferred"
@@ -215,7 +215,7 @@ def test_node_ports_are_services_at_the_nodes_addresses_only(rig: Rig, at: Addre
 
 @FAMILIES
 def test_translated_source_denies_where_policy_depends_on_it(rig: Rig, at: Addresses) -> None:
-    """Where a rule asks for the source and the node has put another in its place, nothing is guessed."""
+    """If a rule asks for the source and the node has replaced it, the packet is denied."""
     to_service(rig, egress=PolicySet(EGRESS, [Verdict(ALLOW, 24), Verdict(ALLOW, 25)], source_classes=2, asks_source=1))
     seen = rig.into(p.frame(at.node, at.pod, p.TCP, p.tcp(1, 2)), carries=ENDPOINT)
     assert (seen.passed, seen.reason) == (False, "hidden-source")
@@ -224,7 +224,7 @@ def test_translated_source_denies_where_policy_depends_on_it(rig: Rig, at: Addre
 
 @FAMILIES
 def test_fragments_to_a_service(rig: Rig, at: Addresses) -> None:
-    """A later fragment is deferred as its first one was, and carries the number too."""
+    """A later fragment is deferred like its first one, with the tag."""
     to_service(rig)
     rig.vip(at.vip, p.UDP, 53)
     head, tail = p.udp(1, 53, b"x" * 8), b"y" * 8
@@ -239,7 +239,7 @@ def test_fragments_to_a_service(rig: Rig, at: Addresses) -> None:
 
 
 def test_malformed_packets_are_no_matter_of_an_interface_without_policy(rig: Rig) -> None:
-    """An interface that bears the program for services' sake alone passes what it passed before."""
+    """An uplink passes malformed packets, because it has the program only for services."""
     uplink(rig)
     rig.defer()
     for frame in (b"\0" * 16, p.eth(p.ip4(POD4, PEER4, p.TCP, b"", words=4), p.IP4), p.eth(b"\0" * 40, 0x9999)):
@@ -273,7 +273,7 @@ LISTS = [
 @pytest.mark.parametrize(("lists", "local", "forwarded"), [one[1:] for one in LISTS], ids=[one[0] for one in LISTS])
 @pytest.mark.parametrize("version", [4, 6])
 def test_order_of_a_hosts_lists(rig: Rig, lists: dict[int, int], local: int, forwarded: int, version: int) -> None:
-    """Each list in its turn, by where the packet goes; the number is the rule that decided, below 0 when it denied."""
+    """Each list judges in its turn, by the packet's destination; the number is the deciding rule, negative for a deny."""
     numbers = {UNTRACKED: 41, PRE_DNAT: 42, NORMAL: 43, FORWARD: 44}
     host(rig, {(stage, IN): everything(10 + stage, action, numbers[stage]) for stage, action in lists.items()})
     world, node, pod = (PEER4, NODE4, POD4) if version == 4 else (PEER6, NODE6, POD6)
@@ -286,7 +286,7 @@ def test_order_of_a_hosts_lists(rig: Rig, lists: dict[int, int], local: int, for
 
 
 def test_failsafe_port_comes_before_every_list(rig: Rig) -> None:
-    """A verdict marked as a failsafe's holds for the node's processes whatever untracked and pre-DNAT policy say."""
+    """A failsafe verdict holds for the node's processes, whatever untracked and pre-DNAT policy say."""
     deny = {(stage, IN): everything(10 + stage, DENY, 40 + stage) for stage in (UNTRACKED, PRE_DNAT, FORWARD)}
     host(rig, {**deny, (NORMAL, IN): PolicySet(20, [Verdict(ALLOW, 50, failsafe=True)])})
     assert rig.send(Hook.TC_INGRESS, p.frame(PEER4, NODE4, p.TCP, p.tcp(1, 22))).rules == {50: 1}
@@ -294,7 +294,7 @@ def test_failsafe_port_comes_before_every_list(rig: Rig) -> None:
 
 
 def test_untracked_allow_leaves_no_connection(rig: Rig) -> None:
-    """What untracked policy allows is not remembered: its answer is judged by itself."""
+    """What untracked policy allows records no connection, so its reply is judged by itself."""
     host(rig, {(UNTRACKED, IN): everything(10, ALLOW, 41), (NORMAL, OUT): everything(11, DENY, 43)})
     assert rig.send(Hook.TC_INGRESS, p.frame(PEER4, NODE4, p.UDP, p.udp(1, 2))).passed
     assert not rig.connections("np_unreplied4")
@@ -302,7 +302,7 @@ def test_untracked_allow_leaves_no_connection(rig: Rig) -> None:
 
 
 def test_multicast_is_for_the_node(rig: Rig) -> None:
-    """What is for many is judged as for the node's processes."""
+    """Multicast is judged as for the node's processes."""
     host(rig, {(NORMAL, IN): everything(10, DENY, 43), (FORWARD, IN): everything(11, ALLOW, 44)})
     for destination in ("224.0.0.1", "255.255.255.255", "ff02::1"):
         source = PEER4 if "." in destination else PEER6
@@ -310,7 +310,7 @@ def test_multicast_is_for_the_node(rig: Rig) -> None:
 
 
 def test_wildcard_judges_workloads_too(rig: Rig) -> None:
-    """With a host endpoint of all interfaces, what leaves a workload also enters the host, and the other way round."""
+    """With a wildcard host endpoint, what leaves a workload also enters the host, and the reverse."""
     rig.pod(everything(INGRESS, ALLOW, 11), everything(EGRESS, ALLOW, 12))
     rig.local(NODE4)
     config = rig.dataplane.config()
@@ -331,7 +331,7 @@ def test_wildcard_judges_workloads_too(rig: Rig) -> None:
 
 
 def test_host_row_that_does_not_check_is_not_used(rig: Rig) -> None:
-    """A row whose check words are wrong (as one read while it is replaced) is read until the budget of calls is spent."""
+    """A row with wrong check words (as if read during a replacement) is read again until the budget of calls is spent."""
     host(rig, {(NORMAL, IN): everything(10, ALLOW, 43)})
     ((key, _),) = rig.map("np_host").items()
     row = abi.np_host.from_buffer_copy(rig.map("np_host").get(key) or b"")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Events: what they carry, when they are written, what happens when nobody reads."""
+"""Events: their content, when they are written, and what happens without a reader."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_icmp_event(rig: Rig) -> None:
 
 
 def test_drop_that_is_not_policy(rig: Rig) -> None:
-    """Nobody's rule is blamed for a spoofed packet, enforced or staged."""
+    """A spoofed packet counts for no rule, enforced or staged."""
     rig.pod(everything(INGRESS, ALLOW, 11), everything(EGRESS, ALLOW, 12))
     (event,) = rig.out(p.frame("192.0.2.1", PEER4, p.UDP, p.udp(1, 2))).events
     assert (event.reason, event.rule, event.staged_rule) == (abi.NP_REASON_SPOOFED, 0, 0)
@@ -84,7 +84,7 @@ def test_drop_that_is_not_policy(rig: Rig) -> None:
 
 
 def test_allowed_flows_make_events_only_when_asked_for(rig: Rig) -> None:
-    """One per new flow, none for its further packets."""
+    """With the flag, each new flow has one event; further packets have none."""
     rig.pod(everything(INGRESS, DENY, 11), everything(EGRESS, ALLOW, 12))
     assert rig.out(p.frame(POD4, PEER4, p.UDP, p.udp(1, 2))).events == []
     rig.flags(abi.NP_CONFIG_ALLOW_EVENTS)
@@ -96,7 +96,7 @@ def test_allowed_flows_make_events_only_when_asked_for(rig: Rig) -> None:
 
 @pytest.mark.parametrize(("staged", "expected"), [(DENY, 1), (ALLOW, 0)])
 def test_flows_that_staged_policy_would_change(rig: Rig, staged: int, expected: int) -> None:
-    """With the flag, an allowed flow makes an event exactly if the staged verdict is another."""
+    """With the flag, an allowed flow has an event exactly if the staged verdict differs."""
     rig.pod(everything(INGRESS, DENY, 11), PolicySet(EGRESS, [Verdict(ALLOW, 12, staged=staged, staged_rule=13)]))
     rig.flags(abi.NP_CONFIG_STAGED_EVENTS)
     events = rig.out(p.frame(POD4, PEER4, p.UDP, p.udp(1, 2))).events
@@ -106,7 +106,7 @@ def test_flows_that_staged_policy_would_change(rig: Rig, staged: int, expected: 
 
 @pytest.mark.parametrize("action", [ALLOW, DENY])
 def test_log_rules(rig: Rig, action: int) -> None:
-    """A verdict with a log list makes a log event, one a second for each list; what is held back is counted."""
+    """A verdict with a log list has a log event, at most one a second for each list; the others are counted."""
     rig.pod(everything(INGRESS, DENY, 11), PolicySet(EGRESS, [Verdict(action, 12, log_list=5)]))
     frame = p.frame(POD4, PEER4, p.TCP, p.tcp(1, 2))
     first, second = rig.out(frame), rig.out(frame)
@@ -130,7 +130,7 @@ def test_lists_have_limits_of_their_own(rig: Rig) -> None:
 
 
 def test_lost_events_are_counted_and_change_no_verdict(rig: Rig) -> None:
-    """When nobody reads, drops go on and each lost event counts."""
+    """Without a reader, drops continue and each lost event is counted."""
     rig.pod(everything(INGRESS, DENY, 11), everything(EGRESS, DENY, 12))
     frame = p.frame(POD4, PEER4, p.UDP, p.udp(1, 2))
     room = rig.map("np_event").max_entries // (ctypes.sizeof(abi.np_event) + 8)
@@ -145,7 +145,7 @@ def test_lost_events_are_counted_and_change_no_verdict(rig: Rig) -> None:
 
 
 def test_reader_of_a_flood_comes_to_an_end(rig: Rig) -> None:
-    """Events that come as fast as they are read are left for the next look; none is lost or told twice by that."""
+    """Events that arrive as fast as they are read wait for the next call; none is lost or delivered twice."""
     rig.pod(everything(INGRESS, DENY, 11), everything(EGRESS, DENY, 12))
     from netpol_loader.kernel.hook import Hook
 
@@ -189,7 +189,7 @@ def test_what_the_callback_raises_is_raised(rig: Rig) -> None:
 
 
 def test_poll_sees_events_without_a_wake_up(rig: Rig) -> None:
-    """poll() hands over what is there although the program wakes nobody."""
+    """poll() hands over the ring's content, although the program wakes nobody up."""
     rig.pod(everything(INGRESS, DENY, 11), everything(EGRESS, DENY, 12))
     from netpol_loader.kernel.hook import Hook
 

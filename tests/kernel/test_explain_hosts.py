@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `netpolctl explain` says of hosts is what the program in the kernel says: the same steps, from the same rules."""
+"""`netpolctl explain` and the program in the kernel agree about hosts: the same steps, from the same rules."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CASES = sorted((Path(__file__).parents[1] / "cases" / "decisions").glob("host-*.
 
 
 def test_steps_of_hosts_are_those_of_the_kernel() -> None:
-    """Processes of nodes, forwarded, translated and untracked traffic through host endpoints: each way with each of its steps."""
+    """Each journey of processes, forwarded, translated and untracked traffic through host endpoints has the same steps."""
     loaded = load_cases(CASES).cases
     assert len(loaded) > 10
     with open_engine("model") as model, open_engine("kernel") as kernel:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The fast path for packets of open connections: it says what the table said, and only so long."""
+"""The fast path for packets of established connections: it repeats the connection table, for a limited time."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SYNACK = p.SYN | p.ACK
 
 
 def opened(rig: Rig, pod: str, peer: str) -> None:
-    """An open TCP connection of the workload, seen by the fast path in both directions."""
+    """An established TCP connection of the workload, in the flow cache in both directions."""
     rig.pod(everything(INGRESS, DENY, 11), everything(EGRESS, ALLOW, 12))
     rig.out(p.frame(pod, peer, p.TCP, p.tcp(1000, 80)))
     rig.into(p.frame(peer, pod, p.TCP, p.tcp(80, 1000, SYNACK)))
@@ -31,7 +31,7 @@ TABLES = {"np_flow_cache4": abi.np_flow_cache4, "np_flow_cache6": abi.np_flow_ca
 
 
 def rows(rig: Rig) -> list[abi.np_flow_cache_fact]:
-    """The facts of the slots in use, of all CPUs."""
+    """The facts of all used slots, on all CPUs."""
     generation = rig.dataplane.config().generation
     facts = [kind.from_buffer_copy(value).fact for name, kind in TABLES.items() for _, value in rig.map(name).items()]
     return [fact for fact in facts if fact.generation == generation]
@@ -39,7 +39,7 @@ def rows(rig: Rig) -> list[abi.np_flow_cache_fact]:
 
 @FAMILIES
 def test_it_needs_no_table(rig: Rig, pod: str, peer: str) -> None:
-    """Within its second a packet passes by it alone, and is counted for the rule that allowed the connection."""
+    """For a second a packet passes by the flow cache alone, and is counted for the rule that allowed the connection."""
     opened(rig, pod, peer)
     assert {(row.hook, row.rule) for row in rows(rig)} == {(0, 12), (1, 12)}
     for name in ("np_conn4", "np_conn6", "np_endpoint"):
@@ -77,7 +77,7 @@ def test_it_is_exact(rig: Rig, pod: str, peer: str, make: Callable[[str, str], b
 
 
 def test_every_word_of_an_ipv6_address_counts(rig: Rig) -> None:
-    """Addresses that differ in one 32-bit word only are told apart."""
+    """Addresses that differ in only one 32-bit word hit different entries."""
     opened(rig, POD6, PEER6)
     rig.pod(everything(INGRESS, DENY, 11), everything(EGRESS, DENY, 13))
     for peer in ("fd01::9", "fd00:0:1::9", "fd00::1:0:9", "fd00::1:9"):
@@ -86,7 +86,7 @@ def test_every_word_of_an_ipv6_address_counts(rig: Rig) -> None:
 
 @FAMILIES
 def test_it_ends_with_the_generation(rig: Rig, pod: str, peer: str) -> None:
-    """A new generation sends the next packet of the flow to policy at once."""
+    """After a new generation policy judges the next packet of the flow."""
     opened(rig, pod, peer)
     rig.pod(everything(INGRESS, DENY, 11), everything(EGRESS, DENY, 13))
     rig.dataplane.bump_generation()
@@ -95,7 +95,7 @@ def test_it_ends_with_the_generation(rig: Rig, pod: str, peer: str) -> None:
 
 @FAMILIES
 def test_it_ends_after_a_second(rig: Rig, pod: str, peer: str) -> None:
-    """Then the table is asked, which refreshes the connection there."""
+    """After a second the program reads the connection table again, which refreshes the connection there."""
     opened(rig, pod, peer)
     for name, kind in TABLES.items():
         recent, until = rig.map(name), kind.fact.offset + abi.np_flow_cache_fact.until_jiffies.offset
@@ -107,7 +107,7 @@ def test_it_ends_after_a_second(rig: Rig, pod: str, peer: str) -> None:
 
 
 def test_what_changes_a_connection_goes_to_the_table(rig: Rig) -> None:
-    """FIN and RST move the state although the fast path knows the flow."""
+    """FIN and RST change the connection's state although the flow cache has the flow."""
     opened(rig, POD4, PEER4)
     rig.out(p.frame(POD4, PEER4, p.TCP, p.tcp(1000, 80, p.FIN | p.ACK)))
     (entry,) = rig.connections("np_conn4").values()
@@ -120,7 +120,7 @@ def test_what_changes_a_connection_goes_to_the_table(rig: Rig) -> None:
 @FAMILIES
 @pytest.mark.parametrize("protocol", [p.TCP, p.UDP])
 def test_both_directions_are_at_hand_once_a_connection_is_open(rig: Rig, pod: str, peer: str, protocol: int) -> None:
-    """The first answer is enough: the next packets of either direction need no table."""
+    """After the first reply the next packets of both directions need no connection table."""
 
     def segment(source: int, destination: int, flags: int) -> bytes:
         return p.tcp(source, destination, flags) if protocol == p.TCP else p.udp(source, destination)
@@ -138,7 +138,7 @@ def test_both_directions_are_at_hand_once_a_connection_is_open(rig: Rig, pod: st
 
 @FAMILIES
 def test_two_hooks_remember_one_packet(rig: Rig, pod: str, peer: str) -> None:
-    """A packet from one workload of the node to another passes two hooks on one CPU: neither takes the other's slot."""
+    """A packet between two workloads of the node passes two hooks on one CPU; neither takes the other's slot."""
     rig.pod(everything(INGRESS, ALLOW, 11), everything(EGRESS, ALLOW, 12), flags=abi.NP_ENDPOINT_ROUTES)
     packet = p.frame(pod, peer, p.UDP, p.udp(1000, 53) + bytes(16))
     for _ in range(2):
@@ -148,7 +148,7 @@ def test_two_hooks_remember_one_packet(rig: Rig, pod: str, peer: str) -> None:
 
 
 def test_reset_is_no_answer_that_opens(rig: Rig) -> None:
-    """A refused connection is not at hand afterwards."""
+    """A refused connection is not in the flow cache."""
     rig.pod(everything(INGRESS, DENY, 11), everything(EGRESS, ALLOW, 12))
     rig.out(p.frame(POD4, PEER4, p.TCP, p.tcp(1000, 80)))
     assert rig.into(p.frame(PEER4, POD4, p.TCP, p.tcp(80, 1000, p.RST | p.ACK))).reason == "established"
@@ -177,7 +177,7 @@ def longer(frame: bytes) -> bytes:
 @pytest.mark.parametrize("what", LONG)
 @FAMILIES
 def test_what_is_not_plain_goes_the_long_way(rig: Rig, pod: str, peer: str, what: str) -> None:
-    """Also of a connection that is at hand: the slow path says what is wrong with a packet, or finds nothing wrong with it."""
+    """A malformed or unusual packet of a cached connection takes the slow path, which decides."""
     opened(rig, pod, peer)
     seen = rig.out(LONG[what](pod, peer, p.tcp(1000, 80, p.ACK)))
     if what == "VLAN":
@@ -189,7 +189,7 @@ def test_what_is_not_plain_goes_the_long_way(rig: Rig, pod: str, peer: str, what
 
 @FAMILIES
 def test_streams_that_nobody_answers_are_at_hand_too(rig: Rig, pod: str, peer: str) -> None:
-    """Of UDP the second packet suffices, in its own direction only; a TCP connection without an answer sends nothing yet."""
+    """The second packet of an unreplied UDP flow hits the cache, in its own direction only; unreplied TCP has no data."""
     rig.pod(everything(INGRESS, DENY, 11), everything(EGRESS, ALLOW, 12))
     for _ in range(2):
         rig.out(p.frame(pod, peer, p.UDP, p.udp(1000, 80)))

@@ -103,7 +103,7 @@ def runner() -> Iterator[FrameRunner]:
 
 
 def ethernet(ethertypes: str, size: int = 64) -> bytes:
-    """A frame of nothing but zeros behind its header."""
+    """A frame with zeros after its header."""
     return bytes.fromhex("020000000001 020000000002" + ethertypes).ljust(size, b"\0")
 
 
@@ -145,7 +145,7 @@ FRAMES = {
     ids=["in", "out from the node", "out from elsewhere", "out from itself"],
 )  # fmt: skip
 def test_program_sees_the_interfaces_and_decides(runner: FrameRunner, hook: Hook, origin: str, frame: bytes) -> None:
-    """The numbers of both interfaces, the mark before and after, and each verdict are those of the way that the frame takes."""
+    """The program sees both interfaces' numbers and the earlier mark, and its verdict decides about the frame."""
     argument = {NODE: 0, ELSEWHERE: runner.elsewhere, ITSELF: runner.ifindex}[origin]
     seen = runner.ifindex if hook is IN else argument
     assert len({0, runner.elsewhere, runner.ifindex}) == 3
@@ -171,7 +171,7 @@ def test_what_a_runner_cannot_do_is_an_error(runner: FrameRunner) -> None:
 
 
 def test_lost_frame_is_an_error_and_no_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where no copy follows, nothing is known of the frame; the runner is closed, lest the copy be taken for another's."""
+    """Without a copy the frame's fate is unknown; the runner closes, lest a late copy pass for another frame's."""
     monkeypatch.setattr(frames, "DEADLINE_S", 1)
     monkeypatch.setattr(frames, "_gate", lambda *_: frames._end(DROP))
     with probe_runner() as (one, _):
@@ -183,7 +183,7 @@ def test_lost_frame_is_an_error_and_no_verdict(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_more_than_the_one_frame_is_an_error() -> None:
-    """Who else sends frames there would be taken for the runner's; here one frame counts twice."""
+    """The runner rejects more frames than the one it sent, because others' could pass for its own."""
     with probe_runner() as (one, _):
         with frames._opened(
             frames._load(frames._tap(one._board, outgoing=True), frames.PROG_TYPE_SOCKET_FILTER)
@@ -195,7 +195,7 @@ def test_more_than_the_one_frame_is_an_error() -> None:
 
 
 def test_kernel_itself_sends_nothing_on_the_interfaces(runner: FrameRunner) -> None:
-    """None of the interfaces has an address, and IPv6 knows none of them."""
+    """No interface has an address, and IPv6 is off on each, so the kernel sends nothing."""
 
     def read() -> tuple[str, list[str], list[str]]:
         addresses = Path("/proc/thread-self/net/if_inet6").read_text(encoding="ascii")
@@ -210,7 +210,7 @@ def test_kernel_itself_sends_nothing_on_the_interfaces(runner: FrameRunner) -> N
 
 
 def test_nothing_is_left_when_a_runner_is_closed() -> None:
-    """The namespace, its interfaces and their programs go; a start that fails half-way leaves nothing either."""
+    """The namespace, its interfaces and their programs go, also after a start that fails half-way."""
     here = Path("/proc/thread-self/ns/net").readlink()
     with probe_runner() as (_, program):
         assert exists(program)
@@ -263,7 +263,7 @@ def test_kernel_is_asked_whether_a_test_run_names_the_ingress(monkeypatch: pytes
 
 
 def test_runner_is_chosen_by_what_the_kernel_can_do(dataplane: Dataplane, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Frames where a test run cannot say where a packet entered the node, test runs elsewhere."""
+    """Frames run where a test run cannot name the interface of entry, test runs elsewhere."""
     for can, is_over_veth in ((True, False), (False, True)):
         monkeypatch.setattr(kernel_engine, "can_name_ingress", lambda can=can: can)
         with open_runner(dataplane) as one:
@@ -295,7 +295,7 @@ def frame_rig(rig: Rig) -> Iterator[FrameRig]:
 
 @pytest.mark.parametrize(("pod", "peer"), [(POD4, PEER4), (POD6, PEER6)], ids=["ipv4", "ipv6"])
 def test_origin_decides_in_the_program(frame_rig: FrameRig, pod: str, peer: str) -> None:
-    """Towards a workload that may get nothing pass the node's own packets and the workload's, and none from elsewhere."""
+    """Towards a workload without access only the node's and the workload's own packets pass."""
     ifindex, elsewhere = frame_rig.runner.ifindex, frame_rig.runner.elsewhere
     frame_rig.endpoint(everything(1, DENY, 11), everything(2, ALLOW, 22), ifindex=ifindex)
     frame_rig.address(pod, POD_IDENTITY, ENDPOINT)
@@ -310,7 +310,7 @@ def test_origin_decides_in_the_program(frame_rig: FrameRig, pod: str, peer: str)
 
 
 def test_deferred_verdict_travels_in_the_mark_or_ends_the_chain(frame_rig: FrameRig) -> None:
-    """The sender's number is seen in the mark; where the number is in tc_index, no program behind sees the packet."""
+    """The mark has the sender tag; if the tag is in tc_index, no program behind this one sees the packet."""
     ifindex = frame_rig.runner.ifindex
     frame_rig.endpoint(everything(1, ALLOW, 11), everything(2, DENY, 22), ifindex=ifindex)
     frame_rig.address(POD4, POD_IDENTITY, ENDPOINT)
@@ -336,7 +336,7 @@ def engine() -> Iterator[KernelEngine]:
 
 
 def test_case_files_go_the_same_way_over_veth(engine: KernelEngine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A sample of the case files: the program in the kernel, asked by frames, agrees with the model on every verdict and rule."""
+    """On a sample of the case files the program, run on frames, agrees with the model on every verdict and rule."""
     count = 0
     run = FrameRunner.run
 
@@ -375,7 +375,7 @@ status: {podIPs: [{ip: 10.0.0.1}, {ip: "fd00::1"}]}
 
 
 def test_engine_tells_passed_from_dropped_without_an_event(engine: KernelEngine) -> None:
-    """Neighbour discovery passes and a borrowed source is dropped; neither is a verdict of policy, by frames as by test runs."""
+    """On frames too, neighbour discovery passes and a borrowed source is dropped, and neither is policy's verdict."""
     engine.load(derive(parse_documents(POD, "pod.yaml").check()))
     solicitation = Packet(ip_address("fd00::1"), ip_address("ff02::1:ff00:2"), ICMPV6, icmp_type=135)
     borrowed = Packet(ip_address("10.0.0.2"), ip_address("192.0.2.1"), TCP, 1, 2)
@@ -403,7 +403,7 @@ spec: {node: 'n', interfaceName: eth%d, expectedIPs: [10.2.0.%d]}
 
 
 def test_host_endpoints_asked_about_before_need_no_room(engine: KernelEngine) -> None:
-    """The engine keeps the row of one host endpoint, so that it can be asked about any number of them."""
+    """The engine keeps one host endpoint's row at a time, so any number of host endpoints can be asked about."""
     text = HOST_POLICY + "".join(HOST % (number, number, number) for number in range(1, HOSTS + 1))
     engine.load(derive(parse_documents(text, "hosts.yaml").check()))
     rows = engine._dataplane.maps["np_host"]

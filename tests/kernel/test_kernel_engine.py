@@ -91,7 +91,7 @@ def question(
 
 
 def is_asked(world: World, asked: Question) -> bool:
-    """Whether the packet can be the endpoint's at all, and is one that policy is asked about."""
+    """Whether the packet can be the endpoint's at all, and whether policy judges it."""
     packet = asked.packet
     version = packet.source.version
     if (packet.protocol, version) in ((ICMP, 6), (ICMPV6, 4)) or (packet.protocol, packet.icmp_type) == (ICMPV6, 135):
@@ -109,7 +109,7 @@ def is_asked(world: World, asked: Question) -> bool:
     steps=st.lists(worlds(max_policies=3), min_size=1, max_size=3), drawn=st.lists(packets(), min_size=1, max_size=5)
 )
 def test_kernel_agrees_with_the_model(engine: KernelEngine, steps: list[World], drawn: list[Packet]) -> None:
-    """Worlds one after the other, as changes to live maps: outcome, cause, pending verdict and logs are the model's."""
+    """Clusters one after another, as changes of live maps: verdict, cause, pending verdict and logs equal the model's."""
     for world in steps:
         engine.load(world)
         model = ReferenceModel(world)
@@ -147,7 +147,7 @@ ENDS = {
 
 @st.composite
 def flows(draw: st.DrawFn) -> Flow:
-    """Any protocol between any two ends, translated on the way or not."""
+    """Any protocol between any two ends, with or without translation."""
     version = draw(st.sampled_from((4, 6)))
     source, destination, behind = (ip_address(draw(st.sampled_from(ENDS[version][:ends]))) for ends in (5, 8, 5))
     protocol = draw(st.sampled_from((TCP, UDP, SCTP, ICMP, ICMPV6)) | st.integers(0, 255))
@@ -164,7 +164,7 @@ def flows(draw: st.DrawFn) -> Flow:
 
 
 def test_every_question_of_a_journey_is_answered(engine: KernelEngine) -> None:
-    """Whatever is sent between whatever ends: what a journey asks is asked about a packet that policy judges."""
+    """For any packet between any two ends, each question of its journey is about a packet that policy judges."""
     world = derive(parse_documents(SHOP + NODES, "shop.yaml").check())
     engine.load(world)
     topology, model = Topology(world), ReferenceModel(world)
@@ -179,7 +179,7 @@ def test_every_question_of_a_journey_is_answered(engine: KernelEngine) -> None:
 
 
 def test_case_files_of_the_repository_pass() -> None:
-    """Every case that the repository holds goes as expected in the kernel, the tables and the model, by the same rule."""
+    """Every case file of the repository has the expected verdict in kernel, tables and model, by the same rule."""
     paths = [path for path in (REPOSITORY / "examples" / "cases", REPOSITORY / "tests" / "cases") if path.is_dir()]
     report = run_cases(load_cases(paths), "all")
     assert report.probes > 100
@@ -188,7 +188,7 @@ def test_case_files_of_the_repository_pass() -> None:
 
 
 def test_questions_do_not_see_each_other(engine: KernelEngine) -> None:
-    """What an allowed packet leaves behind answers no later question: not its reply, not the same under another policy."""
+    """An allowed packet influences no later question: not its reply, nor the same packet under another policy."""
     engine.load(derive(parse_documents(SHOP, "shop.yaml").check()))
     there = question(DB, Direction.INGRESS, "10.0.0.1", "10.0.0.2", UDP, 4000, 53)
     back = question(DB, Direction.EGRESS, "10.0.0.2", "10.0.0.1", UDP, 53, 4000)
@@ -201,7 +201,7 @@ def test_questions_do_not_see_each_other(engine: KernelEngine) -> None:
 
 
 def test_staged_policy_is_reported_beside_the_enforced_one(engine: KernelEngine) -> None:
-    """The pending verdict comes from the program, too."""
+    """The pending verdict, too, comes from the program."""
     staged = SHOP.replace(
         "apiVersion: networking.k8s.io/v1\nkind: NetworkPolicy", "apiVersion: projectcalico.org/v3\nkind: StagedKubernetesNetworkPolicy"
     )  # fmt: skip
@@ -211,7 +211,7 @@ def test_staged_policy_is_reported_beside_the_enforced_one(engine: KernelEngine)
 
 
 def test_packets_that_policy_is_not_asked_about_are_told_apart(engine: KernelEngine) -> None:
-    """Neighbour discovery and a borrowed source are no verdicts of policy."""
+    """Neighbour discovery and a borrowed source give no verdict of policy."""
     engine.load(derive(parse_documents(SHOP, "shop.yaml").check()))
     solicitation = Packet(ip_address("fd00::1"), ip_address("ff02::1:ff00:2"), ICMPV6, icmp_type=135)
     for asked, reason, passed in (
@@ -226,7 +226,7 @@ def test_packets_that_policy_is_not_asked_about_are_told_apart(engine: KernelEng
 @pytest.mark.parametrize("over_veth", [False, True])
 @pytest.mark.parametrize("destination", ["10.0.0.1", "fd00::1"])
 def test_what_a_workload_sends_to_itself_through_a_service_is_judged(destination: str, over_veth: bool) -> None:  # noqa: FBT001
-    """By its egress policy, with the pending verdict and the logs, and by policy that denies it too; then others as before."""
+    """Egress policy judges what a workload sends to itself through a service, with pending verdict and logs."""
     egress = """\
 ---
 apiVersion: projectcalico.org/v3
@@ -257,19 +257,19 @@ spec: {order: 3, selector: app == 'web', types: [Egress], egress: [{action: Allo
 
 
 def test_unknown_endpoint_is_denied(engine: KernelEngine) -> None:
-    """Nobody's interface passes nothing, and the cause says that nothing decided."""
+    """An unknown endpoint passes nothing, and the cause says that nothing decided."""
     engine.load(derive(parse_documents(SHOP, "shop.yaml").check()))
     asked = question(EndpointKey("Pod", "shop", "ghost"), Direction.INGRESS, "10.0.0.1", "10.0.0.9", TCP, 1, 2)
     assert engine.decide(asked) == ReferenceModel(World()).decide(asked)
 
 
 def own_roots() -> set[str]:
-    """Pin roots of engines of this process."""
+    """The pin roots of this process's engines."""
     return {path.name for path in Path("/sys/fs/bpf").glob(f"netpol-engine-{os.getpid()}-*")}
 
 
 def test_engine_leaves_nothing(tmp_path: Path) -> None:
-    """The pin directory goes with the engine, also when its start fails; what a killed one left is found."""
+    """The pin directory goes with the engine, even if its start fails; one of a killed process is found."""
     before = own_roots()
     with KernelEngine():
         assert len(own_roots() - before) == 1

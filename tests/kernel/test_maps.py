@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Maps from Python: one by one, in batches, per CPU, full; and as bpftool shows them."""
+"""Maps from Python: single elements, batches, per-CPU values, full maps, and bpftool's view of them."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ def keys4(count: int) -> list[bytes]:
 )
 @pytest.mark.parametrize("count", [1, 900])
 def test_round_trip_in_batches(rig: Rig, name: str, count: int) -> None:
-    """What is put in batches is what is read, for every kind of map; deletion takes absent keys in its stride.
+    """Every kind of map returns what a batch wrote; a batch of deletions ignores absent keys.
 
-    Keys that are no sequence: under one secret in many a sequence fills some buckets and leaves others empty.
+    The keys are no sequence, because under one secret in many a sequence fills some buckets and leaves others empty.
     """
     one = rig.map(name)
     prefix = struct.pack("=I", (one.key_size - 4) * 8) if one.type == "lpm_trie" else b""
@@ -73,7 +73,7 @@ def test_wrong_sizes_never_reach_the_kernel(rig: Rig) -> None:
 
 
 def test_full_map_is_named(rig: Rig) -> None:
-    """A map without room says which it is, its size, and how far a batch got."""
+    """The error of a full map names the map, its size, and how far a batch got."""
     one = rig.map("np_endpoint")
     pairs = [(struct.pack("=I", number), bytes(one.value_size)) for number in range(one.max_entries + 1)]
     with pytest.raises(MapFullError, match=r"np_endpoint is full: it holds at most 64 .*64 of 65") as caught:
@@ -84,13 +84,13 @@ def test_full_map_is_named(rig: Rig) -> None:
 
 
 def test_array_row_cannot_be_deleted(rig: Rig) -> None:
-    """Another refusal of the kernel is a PlatformError that names the map."""
+    """Any other rejection by the kernel is a PlatformError that names the map."""
     with pytest.raises(PlatformError, match="np_verdict"):
         rig.map("np_verdict").delete(bytes(4))
 
 
 def test_per_cpu_values(rig: Rig) -> None:
-    """A per-CPU element is one value for each possible CPU, each of 8-byte multiples."""
+    """A per-CPU element has one value for each possible CPU, each padded to a multiple of 8 bytes."""
     one = rig.map("np_rule_count")
     assert one.is_per_cpu
     assert one.cell_bytes == 16 * maps.possible_cpus()
@@ -102,7 +102,7 @@ def test_per_cpu_values(rig: Rig) -> None:
 
 
 def test_items_without_batches(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the kernel has no batch command for a map, the answers are the same."""
+    """Without a batch command of the kernel the results are the same."""
     one = rig.map("np_addr4_more")
     monkeypatch.setattr(syscall, "map_batch", lambda *_args, **_kwargs: (0, 524))
     pairs = {key: key + key for key in keys4(20)}
@@ -113,7 +113,7 @@ def test_items_without_batches(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_buckets_larger_than_a_batch(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A batch that is too small for a bucket is tried again with more room."""
+    """A batch that is smaller than a bucket is tried again with more room."""
     monkeypatch.setattr(maps, "BATCH", 1)
     one = rig.map("np_addr4_more")
     pairs = {key: key + key for key in keys4(900)}
@@ -126,7 +126,7 @@ def test_buckets_larger_than_a_batch(rig: Rig, monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.parametrize("spec", abi.MAP_SPECS.values(), ids=abi.MAP_SPECS.keys())
 def test_kernel_agrees_with_the_layout(rig: Rig, spec: abi.MapSpec) -> None:
-    """Each map is pinned under its name with the declared kind and sizes, and has BTF (but for the ring)."""
+    """Each map is pinned under its name with the declared kind and sizes, and has BTF (except the ring buffer)."""
     one = maps.Map(syscall.obj_get(rig.dataplane.pin_dir / spec.name))
     assert (one.name, one.type, one.key_size, one.value_size) == (
         spec.name, spec.kind, spec.key_size, spec.value_size)  # fmt: skip
@@ -136,7 +136,7 @@ def test_kernel_agrees_with_the_layout(rig: Rig, spec: abi.MapSpec) -> None:
 
 @pytest.mark.skipif(shutil.which("bpftool") is None, reason="bpftool is not installed")
 def test_bpftool_shows_names(rig: Rig) -> None:
-    """A dump reads in the words of the layout."""
+    """A dump has the field names of the layout."""
     rig.address("10.0.0.7", 100, 7)
     done = subprocess.run(
         ["bpftool", "-j", "map", "dump", "pinned", str(rig.dataplane.pin_dir / "np_addr4")],

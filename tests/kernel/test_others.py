@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether a program of others can redirect packets is read from the program itself; what cannot be read is not known."""
+"""Whether another party's program can redirect packets: read from its instructions, or unknown if they are unreadable."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def load_map(target: int, fd: int) -> bytes:
 
 
 KEEP = one(0xBF, 6, 1)
-"""The context in a register that calls leave alone."""
+"""A register that calls preserve; it has the context."""
 CONTEXT = one(0xBF, 1, 6)
 END = move(0, 0) + one(0x95)
 CALLS = {
@@ -48,7 +48,7 @@ CALLS = {
 }
 COUNTS = one(CALL, immediate=TIME)
 FUNCTION = one(CALL, source=1, immediate=2) + END + move(0, 0) + one(0x95)
-"""A call of the program's own function, which follows."""
+"""A call of the program's own function, which follows in the instructions."""
 
 
 @pytest.fixture
@@ -72,13 +72,13 @@ def reach(code: bytes, program_type: int) -> Reach:
 
 @pytest.mark.parametrize("name", CALLS)
 def test_tc_program_that_redirects(name: str) -> None:
-    """Into a pod, wherever in the program; what it sends to a device passes the program there."""
+    """A call of bpf_redirect_peer anywhere counts; redirection to a device does not, because its hooks still run."""
     expected = Reach.REDIRECTS if name == "bpf_redirect_peer" else Reach.NONE
     assert reach(KEEP + COUNTS + CALLS[name] + END, TC) is expected
 
 
 def test_xdp_program_that_redirects(maps: dict[str, int]) -> None:
-    """By the number of an interface, or through a map."""
+    """XDP redirects by the number of an interface or through a map; both count."""
     assert reach(CALLS["bpf_redirect"] + END, XDP) is Reach.REDIRECTS
     for kind in ("devmap", "devmap_hash", "cpumap"):
         code = load_map(1, maps[kind]) + move(2, 0) + move(3, 0) + one(CALL, immediate=REDIRECT_MAP) + END
@@ -87,7 +87,7 @@ def test_xdp_program_that_redirects(maps: dict[str, int]) -> None:
 
 @pytest.mark.parametrize("program_type", [TC, XDP])
 def test_program_that_only_counts(maps: dict[str, int], program_type: int) -> None:
-    """It reads the time and looks into a map, or does nothing at all."""
+    """A program that only reads the time and a map, or does nothing, cannot redirect."""
     key = one(0x62, 10, offset=-4) + one(0xBF, 2, 10) + one(0x07, 2, immediate=0xFFFF_FFFC)
     code = key + load_map(1, maps["array"]) + one(CALL, immediate=LOOKUP) + COUNTS + END
     assert reach(code, program_type) is Reach.NONE
@@ -96,13 +96,13 @@ def test_program_that_only_counts(maps: dict[str, int], program_type: int) -> No
 
 @pytest.mark.parametrize("program_type", [TC, XDP])
 def test_program_that_hands_on_to_others(maps: dict[str, int], program_type: int) -> None:
-    """What a tail call leads to may change at any time."""
+    """A program with a tail call is unknown, because the target may change at any time."""
     code = load_map(2, maps["prog_array"]) + move(3, 0) + one(CALL, immediate=TAIL_CALL) + END
     assert reach(code, program_type) is Reach.UNKNOWN
 
 
 def test_function_of_the_program_itself() -> None:
-    """In XDP, the dispatcher of libxdp has programs in the places of its functions; in TC nobody does so."""
+    """A call of a program's own function makes XDP unknown, because libxdp's dispatcher replaces them; not so in TC."""
     assert reach(FUNCTION, XDP) is Reach.UNKNOWN
     assert reach(FUNCTION, TC) is Reach.NONE
 
@@ -111,7 +111,7 @@ SETTINGS = Path("/proc/sys/kernel")
 SHOWS_ADDRESSES = (
     int((SETTINGS / "kptr_restrict").read_text()) == 0 and int((SETTINGS / "perf_event_paranoid").read_text()) < 2
 )
-"""Whether this kernel shows its addresses to everybody, without CAP_SYSLOG too."""
+"""Whether this kernel shows addresses to everybody, even without CAP_SYSLOG."""
 
 
 @pytest.mark.parametrize(
@@ -123,7 +123,7 @@ SHOWS_ADDRESSES = (
     ],
 )
 def test_process_that_may_not_read_it(without: str, expected: str) -> None:
-    """Neither a program nor what its calls stand for is guessed: without CAP_SYS_ADMIN, and where the kernel hides its addresses."""
+    """Without CAP_SYS_ADMIN, and if the kernel hides its addresses, the answer is unknown, not a guess."""
     fd = syscall.prog_load(COUNTS + END, TC, name="another")
     try:
         number = syscall.prog_info(fd).id

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which frames are understood, and what becomes of those that are not."""
+"""Which frames the program can parse, and what happens to all others."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ OUT6 = p.ip6(POD6, PEER6, p.TCP, SYN)
 
 
 def many_extensions(count: int) -> bytes:
-    """That many destination-options headers before a TCP segment."""
+    """A number of destination options headers before a TCP segment."""
     payload = SYN
     for index in range(count):
         payload = p.extension(60 if index else p.TCP, payload)
@@ -73,7 +73,7 @@ OPEN_POLICY = [
 
 @pytest.mark.parametrize(("frame", "reason"), [case[1:] for case in OPEN_POLICY], ids=[case[0] for case in OPEN_POLICY])
 def test_frames_from_a_workload(rig: Rig, frame: bytes, reason: str) -> None:
-    """Under a policy that allows everything, a frame passes exactly if it is understood."""
+    """Under a policy that allows everything, a frame passes exactly if the program can parse it."""
     rig.pod(everything(1, DENY, 11), everything(2, ALLOW, 12))
     seen = rig.out(frame)
     assert seen.reason == reason
@@ -85,7 +85,7 @@ def test_frames_from_a_workload(rig: Rig, frame: bytes, reason: str) -> None:
 
 
 MAC, OTHER_MAC = bytes.fromhex("020000000001"), bytes.fromhex("020000000099")
-"""The sender's in all frames, and another's."""
+"""The sender's hardware address in all frames, and another one."""
 GROUP, NODE_LINK = "ff02::1:ff00:9", "fe80::1"
 GATEWAY6 = "fd00:0:0:9::1"
 ALERT = bytes.fromhex("050200000100")
@@ -102,7 +102,7 @@ def discovery(
     hops: int = 255,
     code: int = 0,
 ) -> bytes:
-    """Neighbour discovery; ``target`` None: a router solicitation, which has none."""
+    """A neighbour discovery message; ``target`` None: a router solicitation, which has none."""
     body = bytes(4) + (b"" if target is None else ip_address(target).packed) + options
     return p.eth(p.ip6(source, destination, p.ICMPV6, struct.pack("!BBH", kind, code, 0) + body, hops=hops), p.IP6)
 
@@ -110,7 +110,10 @@ def discovery(
 def listener(
     kind: int, source: str, destination: str, *, hops: int = 1, code: int = 0, body: bytes = b"", alert: bytes = ALERT
 ) -> bytes:
-    """Listener discovery behind the router-alert option, as the kernel sends it. ``body``: behind the group or the records."""
+    """A listener discovery message behind a router alert, as the kernel sends it.
+
+    ``body``: after the group or the records.
+    """
     group = ip_address("ff02::1:ff00:7").packed
     rest = struct.pack("!HH", 0, 1) + struct.pack("!BBH", 4, 0, 0) + group if kind == 143 else bytes(4) + group
     message = struct.pack("!BBH", kind, code, 0) + rest + body
@@ -119,12 +122,12 @@ def listener(
 
 
 def mac_option(kind: int, mac: bytes = MAC) -> bytes:
-    """A link-layer address."""
+    """A link-layer address option."""
     return bytes((kind, 1)) + mac
 
 
 def report(*groups: str, head: tuple[int, int, int] = (4, 0, 0)) -> bytes:
-    """A listener report of version 2. ``head``: type, length of auxiliary data and number of sources that each record states."""
+    """An MLDv2 report. ``head``: type, auxiliary data length and number of sources in each record."""
     records = b"".join(struct.pack("!BBH", *head) + ip_address(group).packed for group in groups)
     message = struct.pack("!BBHHH", 143, 0, 0, 0, len(groups)) + records
     return p.eth(p.ip6("fe80::7", "ff02::16", 0, bytes((p.ICMPV6, 0)) + ALERT + message, hops=1), p.IP6)
@@ -197,7 +200,7 @@ LINK = [
 
 @pytest.mark.parametrize(("frame", "reason"), [case[1:] for case in LINK], ids=[case[0] for case in LINK])
 def test_messages_of_the_link(rig: Rig, frame: bytes, reason: str) -> None:
-    """What a workload says on its link passes before policy when it is well-formed and in its own name."""
+    """A workload's link message passes before policy if it is well-formed and about the workload itself."""
     rig.pod(everything(1, DENY, 11), everything(2, DENY, 12), flags=abi.NP_ENDPOINT_SOURCES)
     rig.local(NODE_LINK)
     rig.local(GATEWAY6, ifindex=9998)  # the last of the interfaces that have it
@@ -208,7 +211,7 @@ def test_messages_of_the_link(rig: Rig, frame: bytes, reason: str) -> None:
 
 
 def test_a_workload_that_routes_may_speak_for_others(rig: Rig) -> None:
-    """Then its announcements are policy's, as everybody's are."""
+    """Policy judges the announcements of a workload that is a router, like everybody's."""
     rig.pod(everything(1, DENY, 11), everything(2, ALLOW, 12), flags=abi.NP_ENDPOINT_ROUTES)
     assert rig.out(discovery(134, POD6, "ff02::1", None)).reason == "policy-allow"
     assert rig.out(p.frame(POD4, "255.255.255.255", p.UDP, p.udp(67, 68))).reason == "policy-allow"
@@ -226,13 +229,13 @@ TOWARDS = [
 
 @pytest.mark.parametrize(("frame", "reason"), TOWARDS)
 def test_messages_of_the_link_towards_a_workload(rig: Rig, frame: bytes, reason: str) -> None:
-    """With the hop limit that only the link itself can give they pass; a router's advertisement is policy's."""
+    """Link messages with their required hop limit pass towards a workload; policy judges a router advertisement."""
     rig.pod(everything(1, DENY, 11), everything(2, DENY, 12))
     assert rig.into(frame).reason == reason
 
 
 def arp(sender: str, target: str, *, mac: bytes = MAC, kind: int = 1, hardware: int = 1) -> bytes:
-    """A frame of ARP."""
+    """An ARP frame."""
     body = struct.pack("!HHBBH", hardware, p.IP4, 6, 4, kind) + mac + ip_address(sender).packed
     return p.eth(body + bytes(6) + ip_address(target).packed, p.ARP)
 
@@ -256,7 +259,7 @@ ARP = [
 
 @pytest.mark.parametrize(("frame", "reason"), [case[1:] for case in ARP], ids=[case[0] for case in ARP])
 def test_arp_of_a_workload(rig: Rig, frame: bytes, reason: str) -> None:
-    """It tells the truth about itself."""
+    """A workload's ARP passes if its addresses are its own."""
     rig.pod(everything(1, DENY, 11), everything(2, DENY, 12), flags=abi.NP_ENDPOINT_SOURCES)
     rig.source("10.20.0.0/16")
     assert rig.out(frame).reason == reason
@@ -272,7 +275,7 @@ MISDELIVERED = [
 
 @pytest.mark.parametrize(("destination", "reason"), MISDELIVERED)
 def test_what_is_delivered_is_for_the_workload(rig: Rig, destination: str, reason: str) -> None:
-    """Its own addresses, those it may borrow, groups and broadcast; what a bridge floods is for others."""
+    """A workload receives packets to its own and borrowed addresses, multicast and broadcast; others are dropped."""
     rig.pod(everything(1, ALLOW, 11), everything(2, DENY, 12), flags=abi.NP_ENDPOINT_SOURCES)
     rig.source("10.20.0.0/16")
     rig.source("fd20::/32")
@@ -304,21 +307,21 @@ DHCP = [
 def test_dhcp_of_a_workload(
     rig: Rig, source: str, destination: str, source_port: int, destination_port: int, reason: str
 ) -> None:
-    """A workload may ask all servers on its link for an address, whatever policy says, and be no server itself."""
+    """A workload may ask all DHCP servers on its link for an address, whatever policy says, and may not be a server."""
     rig.pod(everything(1, ALLOW, 11), everything(2, DENY, 12))
     assert rig.out(p.frame(source, destination, p.UDP, p.udp(source_port, destination_port))).reason == reason
     assert not rig.connections("np_unreplied4") | rig.connections("np_unreplied6")
 
 
 def test_dhcp_fragment_is_no_request(rig: Rig) -> None:
-    """What follows a first fragment could be anything."""
+    """A fragmented DHCP request does not pass, because later fragments could have any content."""
     rig.pod(everything(1, ALLOW, 11), everything(2, DENY, 12))
     first = p.eth(p.ip4("0.0.0.0", "255.255.255.255", p.UDP, p.udp(68, 67), more=True), p.IP4)
     assert rig.out(first).reason == "spoofed"
 
 
 def test_messages_of_the_link_before_there_is_an_endpoint(rig: Rig) -> None:
-    """A closed interface may ask on its link in nobody's name, and in that of a link-local address; nothing else."""
+    """Without an endpoint only an ARP probe passes, or a message in the name of a link-local address."""
     rig.endpoint(everything(3, DENY, 13), everything(4, DENY, 14), number=8, ifindex=9999)
     rig.address(PEER4, PEER_IDENTITY, 8)
     rig.local("10.0.0.1", NODE_LINK)
@@ -345,16 +348,16 @@ def test_messages_of_the_link_before_there_is_an_endpoint(rig: Rig) -> None:
 
 
 def test_host_interface_passes_what_is_not_ip(rig: Rig) -> None:
-    """On a host endpoint's interface frames that are not IP pass."""
+    """A host endpoint's interface passes frames that are not IP."""
     rig.pod(everything(1, DENY, 11), everything(2, DENY, 12), flags=abi.NP_ENDPOINT_HOST)
     assert rig.out(p.eth(bytes(46), 0x88CC)).reason == "host-non-ip"
 
 
 @pytest.mark.parametrize("packet", [(OUT4, p.IP4), (OUT6, p.IP6)], ids=["ipv4", "ipv6"])
 def test_every_truncation_is_dropped(rig: Rig, packet: tuple[bytes, int]) -> None:
-    """A TCP packet cut at any byte of its headers is dropped and counted as short or, by its stated length, bad.
+    """A TCP packet cut at any byte of its headers is dropped, as short or by its stated length as malformed.
 
-    Behind a VLAN tag, because newer kernels refuse to test-run a frame that says IP and has no whole IP header.
+    It is behind a VLAN tag, because newer kernels refuse to test-run a frame that says IP and has no whole IP header.
     """
     rig.pod(everything(1, ALLOW, 11), everything(2, ALLOW, 12))
     whole = p.eth(*packet, tags=(5,))

@@ -36,7 +36,7 @@ INGRESS, EGRESS = 1, 2
 
 @FAMILIES
 def test_direction_of_each_hook(rig: Rig, pod: str, peer: str) -> None:
-    """What leaves the workload is judged by its egress set, what comes to it by its ingress set."""
+    """A workload's egress set judges what it sends, its ingress set what it receives."""
     rig.pod(everything(INGRESS, ALLOW, 11), everything(EGRESS, ALLOW, 12))
     assert rig.out(p.frame(pod, peer, p.TCP, p.tcp(40000, 80))).rules == {12: 1}
     assert rig.into(p.frame(peer, pod, p.TCP, p.tcp(40000, 81))).rules == {11: 1}
@@ -44,7 +44,7 @@ def test_direction_of_each_hook(rig: Rig, pod: str, peer: str) -> None:
 
 @FAMILIES
 def test_host_endpoint_directions_agree_with_hooks(rig: Rig, pod: str, peer: str) -> None:
-    """On a host's own interface what comes in is ingress, and source addresses are not checked."""
+    """On a host's own interface, incoming packets are ingress, and source addresses are not checked."""
     rig.pod(everything(INGRESS, ALLOW, 11), everything(EGRESS, ALLOW, 12), flags=abi.NP_ENDPOINT_HOST)
     rig.local(pod)
     assert rig.send(Hook.TC_INGRESS, p.frame(peer, pod, p.TCP, p.tcp(40000, 80))).rules == {11: 1}
@@ -60,13 +60,13 @@ def test_deny_is_counted_under_its_rule(rig: Rig, pod: str, peer: str) -> None:
 
 
 def test_unwritten_verdict_denies(rig: Rig) -> None:
-    """A verdict entry of zeros is no verdict."""
+    """A verdict row of zeros denies."""
     rig.pod(PolicySet(INGRESS, []), PolicySet(EGRESS, []))
     assert rig.out(p.frame(POD4, PEER4, p.UDP, p.udp(1, 2))).reason == "verdict-empty"
 
 
 def test_continue_passes_and_is_remembered(rig: Rig) -> None:
-    """A host's lists without an opinion let the packet on; the reply then belongs to the connection."""
+    """Host lists without an opinion pass the packet; its reply then belongs to the connection."""
     rig.pod(everything(INGRESS, CONTINUE, 0), everything(EGRESS, DENY, 12), flags=abi.NP_ENDPOINT_HOST)
     rig.local(POD4)
     assert rig.out(p.frame(PEER4, POD4, p.UDP, p.udp(1, 2))).reason == "continue"
@@ -88,7 +88,7 @@ IDENTITIES = [
 @pytest.mark.parametrize(("peer", "rule"), [case[1:] for case in IDENTITIES], ids=[case[0] for case in IDENTITIES])
 @pytest.mark.parametrize("egress", [False, True])
 def test_peer_identity_and_class(rig: Rig, peer: str, rule: int, *, egress: bool) -> None:
-    """The peer's address selects an identity, the identity a class of the set, else the set's default."""
+    """The peer's address selects an identity, and the identity a peer class, otherwise the set's default."""
     number = EGRESS if egress else INGRESS
     verdicts = [Verdict(ALLOW, 20 + index) for index in range(6)]
     chosen = PolicySet(number, verdicts, peer_classes=6, default_class=0)
@@ -142,7 +142,7 @@ L4 = [
 )  # fmt: skip
 @FAMILIES
 def test_l4_class(rig: Rig, pod: str, peer: str, protocol: int, l4: bytes, block: int, index: int) -> None:
-    """Protocol and destination port select an atom, the atom a class in the set's own column; in both directions."""
+    """Protocol and destination port select an atom, and the atom an L4 class in the set's column; in both directions."""
     for number in (INGRESS, EGRESS):
         rig.l4_class(number, 40, number)
     rig.atom(block, index, 40)
@@ -174,7 +174,7 @@ def test_l4_class_out_of_range_denies(rig: Rig) -> None:
 
 @pytest.mark.parametrize(("version", "kind", "code"), [(4, 8, 0), (4, 42, 3), (6, 128, 0), (6, 140, 7)])
 def test_icmp_class(rig: Rig, version: int, kind: int, code: int) -> None:
-    """ICMP type and code select the atom; the identifier plays no part."""
+    """ICMP type and code select the atom; the identifier does not matter."""
     slot = abi.NP_SLOT_ICMP if version == 4 else abi.NP_SLOT_ICMPV6
     rig.atom(slot * 256 + kind, code, 9)
     rig.l4_class(EGRESS, 9, 1)
@@ -186,7 +186,7 @@ def test_icmp_class(rig: Rig, version: int, kind: int, code: int) -> None:
 
 @FAMILIES
 def test_source_port_class(rig: Rig, pod: str, peer: str) -> None:
-    """Where a set has a source dimension, the source port's atom selects the class, whatever the protocol."""
+    """If a set has a source dimension, the source port's atom selects the class, whatever the protocol."""
     rig.atom(abi.NP_SLOT_SOURCE * 256 + 0x13, 0x88, 5)  # 5000
     for number in (INGRESS, EGRESS):
         rig.l4_class(number, 5, 1, source=True)
@@ -200,7 +200,7 @@ def test_source_port_class(rig: Rig, pod: str, peer: str) -> None:
 
 @FAMILIES
 def test_own_class(rig: Rig, pod: str, peer: str) -> None:
-    """Where a rule's own side is not constant, the endpoint's address selects a class too."""
+    """If a rule's own side is not constant, the endpoint's address selects a class too."""
     verdicts = [Verdict(DENY, 20), Verdict(ALLOW, 21)]
     chosen = PolicySet(INGRESS, verdicts, own_set=9, own_classes=2)
     rig.pod(chosen, everything(EGRESS, DENY, 12))
@@ -210,7 +210,7 @@ def test_own_class(rig: Rig, pod: str, peer: str) -> None:
 
 
 def test_index_of_all_dimensions(rig: Rig) -> None:
-    """The index is ((peer * own_classes + own) * l4_classes + l4) * source_classes + source."""
+    """The verdict index is ((peer * own_classes + own) * l4_classes + l4) * source_classes + source."""
     verdicts = [Verdict(ALLOW, index + 1) for index in range(2 * 2 * 3 * 2)]
     chosen = PolicySet(INGRESS, verdicts, peer_classes=2, own_set=9, own_classes=2, l4_classes=3, source_classes=2)
     rig.pod(chosen, everything(EGRESS, DENY, 12))
@@ -225,7 +225,7 @@ def test_index_of_all_dimensions(rig: Rig) -> None:
 
 
 def test_endpoint_row_that_does_not_check_is_not_used(rig: Rig) -> None:
-    """A row whose check word is wrong (as one read while it is replaced) denies after a few tries."""
+    """A row with a wrong check word (as if read during a replacement) denies after a few tries."""
     rig.pod(everything(INGRESS, ALLOW, 11), everything(EGRESS, ALLOW, 12))
     key = LO.to_bytes(4, "little")
     row = abi.np_endpoint.from_buffer_copy(rig.map("np_endpoint").get(key) or b"")
@@ -257,7 +257,7 @@ SPOOFS = [
     ("source", "destination", "passes"), [case[1:] for case in SPOOFS], ids=[case[0] for case in SPOOFS]
 )  # fmt: skip
 def test_anti_spoofing(rig: Rig, source: str, destination: str, *, passes: bool) -> None:
-    """A workload may send from addresses it owns or may borrow; before any policy."""
+    """Before any policy, a workload may send only from addresses that it owns or may borrow."""
     rig.pod(everything(INGRESS, DENY, 11), everything(EGRESS, ALLOW, 12), flags=abi.NP_ENDPOINT_SOURCES)
     rig.address("febf::7", POD_IDENTITY, ENDPOINT)
     rig.source("10.20.0.0/16")
@@ -269,7 +269,7 @@ def test_anti_spoofing(rig: Rig, source: str, destination: str, *, passes: bool)
 
 
 def test_link_local_sources_reach_nobody_but_the_node(rig: Rig) -> None:
-    """At a bridge others would get them, who know no such peer: there they are for the node alone, unless they are its own."""
+    """A link-local source passes only to the node itself, because others at a bridge know no such peer; an own one passes."""
     rig.pod(everything(INGRESS, DENY, 11), everything(EGRESS, ALLOW, 12))
     rig.endpoint(everything(INGRESS, DENY, 11), everything(EGRESS, ALLOW, 12), link=77)
     rig.epoch()
@@ -293,7 +293,7 @@ TUNNELS = [
 def test_no_tunnel_ends_at_a_node(
     rig: Rig, pod: str, peer: str, protocol: int, payload: bytes, *, is_tunnel: bool
 ) -> None:
-    """What nodes unpack whoever sent it reaches none of them from a workload; to anybody else it is a packet like others."""
+    """A workload cannot send to a node what its tunnel devices accept from any sender; other destinations are policy's."""
     rig.pod(everything(INGRESS, ALLOW, 11), everything(EGRESS, ALLOW, 12))
     for key in ((4789, p.UDP), (0, 4), (0, 41), (0, 47)):
         rig.map("np_tunnel").put(struct.pack("=HBx", *key), struct.pack("=I", 1))
@@ -307,7 +307,7 @@ def test_no_tunnel_ends_at_a_node(
 
 @FAMILIES
 def test_nobody_speaks_for_another_node_out_of_a_tunnel(rig: Rig, pod: str, peer: str) -> None:
-    """Who sent it is not known here, so what is on another node did not; other sources and interfaces are as they were."""
+    """A packet from a tunnel needs the outer source of the node that has its inner source; other packets are as before."""
     outside = abi.NP_ENDPOINT_HOST | abi.NP_ENDPOINT_OUTSIDE
     packet = p.frame(peer, pod, p.UDP, p.udp(1, 2))
     rig.pod(everything(INGRESS, ALLOW, 11), everything(EGRESS, ALLOW, 12), flags=outside | abi.NP_ENDPOINT_EXTERNAL)
@@ -327,7 +327,7 @@ def test_nobody_speaks_for_another_node_out_of_a_tunnel(rig: Rig, pod: str, peer
 
 @FAMILIES
 def test_what_comes_out_of_a_tunnel_takes_no_fast_path(rig: Rig, pod: str, peer: str) -> None:
-    """Each packet may have been sent by another one; what goes into it, by this node."""
+    """A packet from a tunnel takes the slow path, because any node may have sent it; one into the tunnel may be cached."""
     flags = abi.NP_ENDPOINT_HOST | abi.NP_ENDPOINT_OUTSIDE | abi.NP_ENDPOINT_EXTERNAL
     rig.pod(everything(INGRESS, ALLOW, 11), everything(EGRESS, ALLOW, 12), flags=flags)
     asks, answers = p.frame(peer, pod, p.UDP, p.udp(1, 2)), p.frame(pod, peer, p.UDP, p.udp(2, 1))
@@ -351,7 +351,7 @@ def test_borrowed_sources_need_the_flag_and_leave_no_connection(rig: Rig) -> Non
 
 @FAMILIES
 def test_spoofed_reply_is_dropped(rig: Rig, pod: str, peer: str) -> None:
-    """A connection that came in for an address the workload does not own cannot be answered from it."""
+    """A workload cannot reply on a connection that came in for an address that it does not own."""
     rig.pod(everything(INGRESS, ALLOW, 11), everything(EGRESS, DENY, 12), flags=abi.NP_ENDPOINT_ROUTES)
     other = "10.0.0.200" if pod == POD4 else "fd00::200"
     assert rig.into(p.frame(peer, other, p.UDP, p.udp(1, 2))).passed
@@ -360,7 +360,7 @@ def test_spoofed_reply_is_dropped(rig: Rig, pod: str, peer: str) -> None:
 
 @FAMILIES
 def test_host_to_workload_is_always_allowed(rig: Rig, pod: str, peer: str) -> None:
-    """What the node itself sends to its workload passes whatever policy says, and so does the answer."""
+    """A packet from the node to its workload passes whatever policy says, and so does the reply."""
     rig.pod(everything(INGRESS, DENY, 11), everything(EGRESS, DENY, 12))
     seen = rig.into(p.frame(peer, pod, p.TCP, p.tcp(1, 2)), ingress=0)
     assert (seen.passed, seen.reason, seen.rules) == (True, "host", {0: 1})
@@ -372,7 +372,7 @@ def test_host_to_workload_is_always_allowed(rig: Rig, pod: str, peer: str) -> No
 
 @FAMILIES
 def test_workload_to_itself_is_always_allowed(rig: Rig, pod: str, peer: str) -> None:
-    """A workload reaches itself through the node, with its own address or with whatever the node put in its place."""
+    """A workload reaches itself through the node, with its own source or one that the node put in its place."""
     rig.pod(everything(INGRESS, DENY, 11), everything(EGRESS, DENY, 12))
     assert rig.out(p.frame(pod, pod, p.UDP, p.udp(1, 2))).reason == "self"
     assert rig.into(p.frame(pod, pod, p.UDP, p.udp(3, 4)), ingress=LO).reason == "self"
@@ -381,7 +381,7 @@ def test_workload_to_itself_is_always_allowed(rig: Rig, pod: str, peer: str) -> 
 
 
 def test_rule_number_beyond_its_counters(rig: Rig) -> None:
-    """A rule without counters still decides; each missing counter, enforced and staged, is counted."""
+    """A rule number without a counter still decides; each missing counter, enforced and staged, is counted."""
     rig.pod(everything(INGRESS, DENY, 11), everything(EGRESS, ALLOW, 1 << 20))
     seen = rig.out(p.frame(POD4, PEER4, p.UDP, p.udp(1, 2)))
     assert (seen.passed, seen.reasons) == (True, {"policy-allow": 1, "rule-range": 2})
@@ -389,7 +389,7 @@ def test_rule_number_beyond_its_counters(rig: Rig) -> None:
 
 @FAMILIES
 def test_endpoint_row_is_remembered_for_an_epoch(rig: Rig, pod: str, peer: str) -> None:
-    """A processor that has the row asks it again only when the epoch is another: so each change of it needs a new one."""
+    """A CPU reads a cached row again only after a new epoch, so each change of the row needs one."""
     rig.pod(everything(1, DENY, 11), everything(2, ALLOW, 12))
     assert rig.out(p.frame(pod, peer, p.UDP, p.udp(1, 2))).rules == {12: 1}
     rig.pod(everything(1, DENY, 11), everything(3, DENY, 13))
@@ -400,7 +400,7 @@ def test_endpoint_row_is_remembered_for_an_epoch(rig: Rig, pod: str, peer: str) 
 
 @FAMILIES
 def test_own_address_is_remembered_for_an_epoch(rig: Rig, pod: str, peer: str) -> None:
-    """An address that is the workload's no longer is somebody else's from the next epoch on."""
+    """After a new epoch an address that the workload lost belongs to its new owner."""
     rig.pod(everything(1, DENY, 11), everything(2, ALLOW, 12))
     assert rig.out(p.frame(pod, peer, p.UDP, p.udp(1, 2))).rules == {12: 1}
     rig.address(pod, 100, holder=8)
@@ -411,7 +411,7 @@ def test_own_address_is_remembered_for_an_epoch(rig: Rig, pod: str, peer: str) -
 
 
 def test_interfaces_of_one_slot_do_not_mix(rig: Rig) -> None:
-    """Two interfaces that share a slot of the memory each keep their own endpoint."""
+    """Two interfaces that share a slot of the endpoint cache each keep their own endpoint."""
     rig.pod(everything(1, DENY, 11), everything(2, ALLOW, 12))
     near = rig.map("np_ep_cache")
     other = abi.np_ep_cache(ifindex=1 + near.max_entries, epoch=rig.dataplane.config().epoch, number=99)

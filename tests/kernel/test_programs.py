@@ -29,7 +29,7 @@ from netpol_loader.pins.programs import ProgramSet
 ROOT = Path(__file__).resolve().parents[2]
 FACTS = KernelFacts({3: 5}, cast_function=77)
 MOST_VERIFIED = 250_000
-"""Of the million that the kernel allows; the next kernel or compiler may walk twice as much."""
+"""The limit for one program; the kernel allows a million, and another kernel or compiler may need twice as much."""
 
 
 def test_no_program_is_walked_too_long(dataplane: Dataplane) -> None:
@@ -43,7 +43,7 @@ def test_no_program_is_walked_too_long(dataplane: Dataplane) -> None:
 
 @pytest.fixture
 def emptied(rig: Rig) -> Iterator[Rig]:
-    """A pod that may everything, and a program array whose slots a test may empty."""
+    """A pod with full access, and a program array from which a test may remove programs."""
     rig.pod(everything(1, ALLOW, 11), everything(2, ALLOW, 12))
     yield rig
     assert set(rig.dataplane.programs.mend_calls()) <= set(abi.CALLS.values())
@@ -52,7 +52,7 @@ def emptied(rig: Rig) -> Iterator[Rig]:
 
 @pytest.mark.parametrize(("pod", "peer"), [(POD4, PEER4), (POD6, PEER6)], ids=["IPv4", "IPv6"])
 def test_a_missing_program_drops_new_flows_and_is_counted(emptied: Rig, pod: str, peer: str) -> None:
-    """A call that fails is a drop with a reason and an event; packets of an open connection pass, for they call nobody."""
+    """A failed tail call drops with a reason and an event; packets of an established connection need no call and pass."""
     opening, answer = p.frame(pod, peer, p.UDP, p.udp(1000, 53)), p.frame(peer, pod, p.UDP, p.udp(53, 1000))
     assert emptied.out(opening).reason == "policy-allow"
     assert emptied.into(answer).reason == "established"
@@ -65,7 +65,7 @@ def test_a_missing_program_drops_new_flows_and_is_counted(emptied: Rig, pod: str
 
 
 def test_a_missing_program_for_senders_drops(emptied: Rig) -> None:
-    """A packet that is judged for its sender where it leaves needs a program of its own."""
+    """A packet with a sender tag is dropped without np_tc_sender."""
     emptied.defer()
     assert emptied.dataplane.programs.calls.delete(struct.pack("=I", abi.NP_CALL_SENDER))
     emptied.endpoint(everything(3, ALLOW, 13), everything(4, ALLOW, 14), number=9, ifindex=2)
@@ -75,7 +75,7 @@ def test_a_missing_program_for_senders_drops(emptied: Rig) -> None:
 
 
 def test_sets_never_call_each_other(dataplane: Dataplane) -> None:
-    """A second set on the same maps has a program array of its own: emptying the first one's does not touch it."""
+    """A second set on the same maps has its own program array, so emptying the first one's does not affect it."""
     second = ProgramSet.load(build.compiled_program(), dataplane.pinned)
     try:
         assert syscall.map_info(second.calls.fd).id != syscall.map_info(dataplane.programs.calls.fd).id
@@ -92,7 +92,7 @@ def test_sets_never_call_each_other(dataplane: Dataplane) -> None:
 def test_one_file_serves_any_number_of_processors_and_any_size(
     cpus: int, scale: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The same compiled file, loaded for so many processors and on such maps, judges and remembers."""
+    """The same compiled file judges and records on any number of CPUs and sizes of maps."""
     root = Path(f"/sys/fs/bpf/netpol-any-{os.getpid()}-{cpus}-{scale}")
     before = build.compiled_program()
     monkeypatch.setattr(relocation, "possible_cpus", lambda: cpus)
@@ -123,7 +123,7 @@ def test_one_file_serves_any_number_of_processors_and_any_size(
 
 
 def test_masks_follow_from_the_kernels_sizes() -> None:
-    """A table in buckets counts rows, its mask counts buckets; what is no power of two is refused, never masked wrongly."""
+    """A bucketed table's size is in rows, its mask in buckets; a number that is no power of two is rejected."""
     fds = {size: syscall.map_create("array", "np_try", 4, 8, size) for size in (1, 8, 12)}
     try:
         assert [relocation.mask_of(syscall.map_info(fds[size])) for size in (1, 8)] == [0, 7]
@@ -135,7 +135,7 @@ def test_masks_follow_from_the_kernels_sizes() -> None:
 
 
 def test_an_instruction_that_names_no_map_is_refused() -> None:
-    """A number without a map, or a load of an unknown kind, is never handed to the kernel."""
+    """An instruction with an unknown map or kind of load is never handed to the kernel."""
     one = syscall.map_create("array", "np_try", 4, 8, 1)
     wide = relocation.INSTRUCTION.pack(
         relocation.LOAD_IMMEDIATE_64, relocation.packed(relocation.LOADS_MAP, 1), 0, 3
@@ -156,7 +156,7 @@ def test_an_instruction_that_names_no_map_is_refused() -> None:
 
 
 def test_facts_of_the_kernel_are_put_in() -> None:
-    """A number where a fact stands, and a call of the kernel's function where there is one; else that call stays, unreached."""
+    """The loader fills in facts and the call of the kernel function; without that function the call is unreachable."""
     fact = relocation.INSTRUCTION.pack(
         relocation.LOAD_IMMEDIATE_64, relocation.packed(abi.NP_LOADS_FACT, 1), 0, 3
     ) + bytes(8)
@@ -178,7 +178,7 @@ def test_maps_have_the_field_names_of_the_headers(dataplane: Dataplane) -> None:
 
 
 def test_bpftool_prints_rule_names_as_text(rig: Rig) -> None:
-    """Who debugs with `bpftool map dump` reads names, not bytes."""
+    """`bpftool map dump` prints names, not bytes."""
     rig.map("np_rule").put(struct.pack("=I", 7), b"default|some|rule".ljust(abi.NP_RULE_NAME_BYTES, b"\0"))
     dump = ["bpftool", "map", "dump", "pinned", str(rig.dataplane.pin_dir / "np_rule")]
     printed = subprocess.run(dump, capture_output=True, text=True, check=True).stdout
@@ -187,7 +187,7 @@ def test_bpftool_prints_rule_names_as_text(rig: Rig) -> None:
 
 
 def test_the_trial_load_leaves_nothing(dataplane: Dataplane) -> None:
-    """It loads what an agent would load, on maps of its own, and pins nothing."""
+    """The trial loads the same programs on maps of its own and pins nothing."""
     before = sorted(dataplane.pin_root.rglob("*"))
     loaded = build.try_load()
     assert {one.name for one in loaded} == set(PROGRAMS)
@@ -196,7 +196,7 @@ def test_the_trial_load_leaves_nothing(dataplane: Dataplane) -> None:
 
 
 def test_compiling_needs_no_privilege_and_is_repeatable() -> None:
-    """An ordinary user's compilation gives the instructions that root's gives."""
+    """An ordinary user's compilation gives the same instructions as root's."""
     source = ROOT / "bench" / "parse_only.c"
     ours = compile_program(entry=source, programs=("np_parse_only",))
     command = [
@@ -218,6 +218,6 @@ def test_compiling_needs_no_privilege_and_is_repeatable() -> None:
 
 
 def test_every_map_of_the_file_is_the_products(dataplane: Dataplane) -> None:
-    """The numbers in the instructions are those of the declarations, np_call among them."""
+    """The numbers of maps in the instructions are those of the declarations, np_call included."""
     compiled = build.compiled_program()
     assert set(compiled.maps) == {*abi.MAP_SPECS, dataplane.programs.calls.name}

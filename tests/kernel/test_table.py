@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The connection table: what goes when a bucket is full, and that Python and the program see the same in it."""
+"""The connection table: what a full bucket evicts, and that Python and the program see the same connections."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ SMALL = {
     "np_rule_count": 64,
     "np_staged_count": 64,
 }
-"""One bucket of each."""
+"""One bucket of each table."""
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,7 @@ def small_rig(small_dataplane: Dataplane) -> Iterator[Rig]:
 
 @pytest.fixture
 def small(small_rig: Rig) -> Rig:
-    """A rig whose tables are one bucket each, and whose workload may send and receive all."""
+    """A rig with tables of one bucket each, and a workload that may send and receive everything."""
     small_rig.reset()
     small_rig.pod(everything(1, ALLOW, 11), everything(2, ALLOW, 12))
     return small_rig
@@ -86,7 +86,7 @@ def ports(rig: Rig, pod: str, form: str) -> set[int]:
 
 @FAMILIES
 def test_what_is_closed_goes_first_then_what_is_young(small: Rig, pod: str, peer: str) -> None:
-    """Of eight: one closed, two without a reply, five open."""
+    """Of one closed, two unreplied and five established connections the closed one goes first, then the unreplied."""
     for port in range(1, PLACES + 1):
         begin(small, pod, peer, port)
     for port in range(3, PLACES + 1):
@@ -103,7 +103,7 @@ def test_what_is_closed_goes_first_then_what_is_young(small: Rig, pod: str, peer
 
 @FAMILIES
 def test_a_flood_takes_one_of_eight_open_connections_and_no_more(small: Rig, pod: str, peer: str) -> None:
-    """The one that was silent longest, and it is counted."""
+    """A flood evicts only the established connection that was silent longest, and counts it."""
     for port in range(1, PLACES + 1):
         begin(small, pod, peer, port)
         answer(small, pod, peer, port)
@@ -121,7 +121,7 @@ def test_a_flood_takes_one_of_eight_open_connections_and_no_more(small: Rig, pod
 
 @FAMILIES
 def test_what_expired_goes_before_anything_alive(small: Rig, pod: str, peer: str) -> None:
-    """An open connection that was silent for longer than its time is nothing to keep."""
+    """An expired established connection goes before any live one."""
     for port in range(1, PLACES + 1):
         begin(small, pod, peer, port)
         if port == 6:
@@ -138,7 +138,7 @@ def test_what_expired_goes_before_anything_alive(small: Rig, pod: str, peer: str
 
 @FAMILIES
 def test_the_same_flow_keeps_its_place(small: Rig, pod: str, peer: str) -> None:
-    """A SYN that is sent again is no second connection."""
+    """A retransmitted SYN is no second connection."""
     for _ in range(PLACES + 1):
         begin(small, pod, peer, 7)
     assert ports(small, pod, "unreplied") == {7}
@@ -148,7 +148,7 @@ def test_the_same_flow_keeps_its_place(small: Rig, pod: str, peer: str) -> None:
 
 @FAMILIES
 def test_an_older_open_connection_lives_until_the_new_one_is_answered(small: Rig, pod: str, peer: str) -> None:
-    """One key, both forms."""
+    """Unreplied and established connections with one key exist side by side until the reply."""
     begin(small, pod, peer, 7)
     answer(small, pod, peer, 7)
     begin(small, pod, peer, 7)
@@ -159,7 +159,7 @@ def test_an_older_open_connection_lives_until_the_new_one_is_answered(small: Rig
 
 @FAMILIES
 def test_python_and_the_program_agree(rig: Rig, pod: str, peer: str) -> None:
-    """What one writes the other finds, and what one removes is gone for the other."""
+    """Python and the program see each other's connections and removals."""
     rig.pod(everything(1, ALLOW, 11), everything(2, ALLOW, 12))
     view, unreplied = rig.map(f"np_conn{family(pod)}"), rig.map(f"np_unreplied{family(pod)}")
     for port in range(1, 400):
@@ -184,7 +184,7 @@ def test_python_and_the_program_agree(rig: Rig, pod: str, peer: str) -> None:
 
 
 def test_a_full_bucket_takes_eight_rows_of_one_call(small: Rig) -> None:
-    """The others are written, and the rest is told."""
+    """A full bucket takes eight rows of one call; the error reports the rest, and other buckets' rows are written."""
     view = small.map("np_conn4")
     rows = [
         (struct.pack("=I4s4sHHB3x", 7, bytes(4), bytes(4), port, 80, p.TCP), bytes(view.value_size))
@@ -196,7 +196,7 @@ def test_a_full_bucket_takes_eight_rows_of_one_call(small: Rig) -> None:
 
 
 def test_a_place_that_a_program_took_meanwhile_is_left_to_it(small: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A program that had chosen the place before it was marked publishes after the mark: what it wrote stands."""
+    """A program that had chosen the slot before Python's reservation publishes afterwards: the program's entry stands."""
     view = small.map("np_conn4")
     assert isinstance(view, ConnectionMap)
     theirs = 1 << 63 | abi.NP_RANK_ESTABLISHED
@@ -211,7 +211,7 @@ def test_a_place_that_a_program_took_meanwhile_is_left_to_it(small: Rig, monkeyp
 
 
 def test_each_node_has_a_hash_of_its_own(rig: Rig, small: Rig) -> None:
-    """And all of its numbers were drawn, each of those under which a sequence has room."""
+    """Each node draws its own numbers, each of which spreads sequences."""
     one, other = (
         abi.np_secret.from_buffer_copy(each.map("np_secret").get(bytes(4)) or b"").number for each in (rig, small)
     )
@@ -221,9 +221,9 @@ def test_each_node_has_a_hash_of_its_own(rig: Rig, small: Rig) -> None:
 
 @FAMILIES
 def test_processors_that_write_into_one_place_never_mix_connections(small: Rig, pod: str, peer: str) -> None:
-    """One opens a connection outwards, the other one inwards, again and again; they take the only place from each other.
+    """Two CPUs open connections in and out, and take the only slot from each other.
 
-    The entry that is left has the direction and the rule of its key.
+    The entry that is left has the direction and the rule of its own key.
     """
     bursts, runs, deadline = 20_000, 4, time.monotonic() + 300
     outwards, inwards = (pod, peer, 1000, Hook.TC_INGRESS), (peer, pod, 1001, Hook.TC_EGRESS)
@@ -238,7 +238,7 @@ def test_processors_that_write_into_one_place_never_mix_connections(small: Rig, 
     seen: Counter[tuple[bool, int, int]] = Counter()
 
     def meet(me: int, point: int) -> None:
-        """Go on when both are there: at once, so that they write at once."""
+        """Continue when both threads are there, so that they write at once."""
         reached[me] = point
         while reached[1 - me] < point:
             assert time.monotonic() < deadline, "the other one is not coming"

@@ -127,7 +127,7 @@ class Scene:
     node: str | None = NODE
     options: tuple[str, ...] = ()
     entry: tuple[str, ...] = ("-m", "netpol_ebpf.agent.main")
-    """How Python is told what to run."""
+    """The command line of a Python process."""
     beginning: Mapping[str, str] = field(default_factory=lambda: DEFAULTS)
     """Manifests by the names of their files."""
     process: subprocess.Popen[bytes] | None = None

@@ -87,7 +87,7 @@ TRANSLATE = (
 
 
 def address_of(host: str, version: int = 4) -> IPAddress:
-    """Of a pod."""
+    """Address of a pod."""
     return ip_address(f"10.1.0.{LAST[host]}" if version == 4 else f"fd00:1::{LAST[host]}")
 
 
@@ -211,7 +211,7 @@ def test_old_connections_are_judged_in_the_direction_they_were_opened_in(
 
 
 def test_old_datagrams_are_judged_in_the_direction_of_the_first(scene: Scene, opener: Opener) -> None:
-    """Of a tracked UDP flow the answer passes where policy allows the question, and only there."""
+    """The answer of a tracked UDP flow passes only where policy allows the request."""
     scene.lab.run(NODE, ["nft", TRACK])
     pairs = {source: opener.udp(source, "shop/db") for source in ("shop/web", "shop/other", "shop/far")}
     scene.start()

@@ -197,7 +197,7 @@ def test_killed_agent_is_followed_by_one_that_takes_over_unnoticed(scene: Scene)
 
 
 def test_change_while_nobody_looks_is_taken_up_by_the_next_agent(scene: Scene) -> None:
-    """What was allowed and no longer is, is cut by the agent that starts; what stays allowed is not touched."""
+    """The starting agent cuts connections that policy no longer allows; allowed ones are not touched."""
     scene.write("other.yaml", OTHER_ALLOWED)
     scene.await_reached(to_db("shop/other"), expected=True)
     revoked, kept = scene.lab.prober.hold(to_db("shop/other")), scene.lab.prober.hold(to_db("shop/web"))
@@ -300,7 +300,7 @@ def test_once_puts_in_force_and_goes(own_scene: Scene) -> None:
 
 
 def test_without_a_node_name_everything_found_is_local(own_scene: Scene) -> None:
-    """An agent that is not told its node's name enforces for every pod that it finds here."""
+    """An agent without a node name enforces for every pod that it finds here."""
     own_scene.node = None
     found = {one["endpoint"]: one["state"] for one in own_scene.start()["endpoints"]}
     assert (found["Pod/shop/db"], found["Pod/shop/far"]) == ("enforced", "waiting")

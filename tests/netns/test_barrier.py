@@ -117,7 +117,7 @@ def ruleset(lab: Lab) -> dict[tuple[str, str], dict[str, Any]]:
 
 
 def unsigned(scene: Scene) -> int:
-    """Packets dropped for want of the sign."""
+    """Number of packets dropped for lack of the sign."""
     return sum(scene.state()["barrier"]["packets"].get("unsigned", {}).values())
 
 
@@ -283,7 +283,10 @@ def test_everything_else_goes_on(scene: Scene) -> None:
 
 
 def test_the_nodes_own_packets_reach_closed_pods(scene: Scene) -> None:
-    """What the node sends to a pod that may get nothing arrives; so does what a bridge floods, which has lost its socket."""
+    """Packets from the node to a pod that may get nothing arrive.
+
+    So do packets that a bridge floods, which have lost their socket.
+    """
     lab = scene.lab
     put(scene, CLOSED.replace("{matchLabels: {app: web}}", "{}"))
     wait_for(

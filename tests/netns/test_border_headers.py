@@ -64,7 +64,7 @@ spec:
 
 
 def prepare(lab: Lab) -> None:
-    """What a pod leaves to the device is written when it leaves the node for the other pod."""
+    """A checksum that a pod leaves to the device is written when the packet leaves the node for the other pod."""
     finish_checksums_at(lab, NODE, port_of("db"))
 
 

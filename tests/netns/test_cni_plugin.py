@@ -253,6 +253,9 @@ def test_add_waits_for_the_object(node: Plugged) -> None:
             return any((flow.get("source"), flow["reason"]) == (address, "unknown-endpoint") for flow in flows)
 
         wait_for(is_denied, "what the pod sends is denied, because it is nobody yet")
+        receive_all(node.world[ALLOWED])  # an interface is open until the agent has read that it is there
+        for _ in range(10):
+            sender.sendto(b"early", (WORLD[4], ALLOWED))
         assert receive_all(node.world[ALLOWED]) == []
         assert not done
         node.scene.write("pods.yaml", render(one))
@@ -323,7 +326,7 @@ def test_no_agent(node: Plugged, posture: str) -> None:
     """Without an agent ADD fails, and succeeds where the configuration says so; the interface that is there is closed or unseen."""
     node.configure(timeout=1, posture=posture)
     one = node.sandbox("alone")
-    node.scene.stop()
+    node.scene.kill()
     if posture == "open":
         node.plugins.add(one)
         return
@@ -405,7 +408,7 @@ def test_check_gc_and_status(node: Plugged) -> None:
     with pytest.raises(CniError) as caught:
         node.plugins.call_last("CHECK", one, timeout=1)
     assert caught.value.error["code"] == 11
-    node.scene.stop()
+    node.scene.kill()
     with pytest.raises(CniError) as caught:
         node.plugins.call_last("STATUS", one, version="1.1.0")
     assert caught.value.error["code"] == 50

@@ -83,7 +83,7 @@ def mutated_cases(draw: st.DrawFn) -> Any:
 
 
 def sound(loaded: LoadedCases) -> None:
-    """What was read can be run, and each case that cannot be says why in text that can be written."""
+    """Every case that was read can be run, and every invalid case has a printable reason."""
     for invalid in loaded.invalid:
         assert invalid.error
         assert isinstance(invalid.case, str)
@@ -154,7 +154,7 @@ def test_the_seed_is_a_case() -> None:
     repeat=st.sampled_from([1, 1, 1, 70, 2000]),
 )
 def test_mutated_selectors(text: str, at: int, length: int, insert: str, repeat: int) -> None:
-    """Cuts, insertions and endless repetition: a selector whose canonical text is stable, or an error that says where."""
+    """Cuts, insertions and endless repetition give a selector with a stable canonical text, or an error with offset."""
     mutated = text[:at] + insert * repeat + text[at + length :]
     try:
         selector = parse(mutated)

@@ -66,7 +66,7 @@ def rows_of(tables: CompiledTables) -> dict[str, dict[Any, Any]]:
 
 
 def verdicts(world: World, questions: list[Question]) -> list[Verdict]:
-    """What the model says."""
+    """The model's verdict."""
     model = ReferenceModel(world)
     return [model.decide(question) for question in questions]
 
@@ -92,7 +92,7 @@ class Transition:
         self.tables = compiler.tables
 
     def answers(self) -> list[Verdict]:
-        """What the shadow says now."""
+        """The shadow's present verdict."""
         interpreter = Interpreter(self.shadow)
         return [interpreter.decide(question) for question in self.questions]
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whatever JSON is in a file that an agent or a plugin left, reading it raises nothing, and what is no good is told."""
+"""Reading any JSON in a file of an agent or a plugin raises nothing, and invalid content is reported."""
 
 from __future__ import annotations
 
@@ -157,7 +157,7 @@ def test_results_of_any_kind_are_read_or_told(document: Any, config: Any) -> Non
     | st.integers(900, 100_000).map(lambda depth: b"[" * depth)
 )
 def test_bytes_of_any_kind_are_told(content: bytes) -> None:
-    """What is no JSON at all."""
+    """Texts that are not JSON."""
     with tempfile.TemporaryDirectory() as home:
         path = Path(home) / "interfaces"
         path.write_bytes(content)

@@ -78,7 +78,7 @@ def test_canonical_text_parses_back(one: Selector, other: Selector) -> None:
 
 @given(st.text(alphabet="ab !&|=(){}'\",in\thas", max_size=24))
 def test_any_text_parses_or_is_refused_in_place(text: str) -> None:
-    """Any text is a selector whose canonical text is stable, or an error with an offset inside it."""
+    """Any text is a selector with a stable canonical text, or an error with an offset inside it."""
     try:
         selector = parse(text)
     except SelectorError as error:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the reader says of all packets at once is what the interpreter says of each of them."""
+"""The reader's answer for all packets at once equals the interpreter's answer for each of them."""
 
 from __future__ import annotations
 

@@ -295,8 +295,8 @@ def test_a_change_that_was_refused(bench: Bench) -> None:
     assert "stays in force" in agent.missing_for(handed())
 
 
-def test_attach_answers_when_it_is_so(bench: Bench) -> None:
-    """The operation begins, waits, and says yes; at the end of its time it says what was missing."""
+def test_attach_answers_when_it_is_so(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
+    """The operation begins, waits, and says yes; at the end of its time it says what was missing, in the log too."""
     now_s = 0.0
     agent = bench.agent()
     attach = waits_of(agent, lambda: now_s)["attach"]
@@ -306,6 +306,7 @@ def test_attach_answers_when_it_is_so(bench: Bench) -> None:
     now_s = 30.0
     with pytest.raises(UnreachableError, match="Pod/shop/new is not under policy within 30 s: its Pod object has not"):
         wait()
+    assert caplog.text.count("Pod/shop/new is not under policy within 30 s") == 1
     bench.write("new.yaml", pod())
     settle(agent)
     assert wait() == IN_FORCE

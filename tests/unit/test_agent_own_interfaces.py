@@ -72,7 +72,10 @@ def test_uplink_has_its_row_before_it_gets_programs(bench: Bench) -> None:
 
 
 def test_gateway_within_the_node_is_not_outside(bench: Bench) -> None:
-    """What comes in by a bridge, or by one end of a pair within the node, was judged already; so it is by a device on top of those."""
+    """Packets from a bridge, or from a pair within the node, were judged before.
+
+    So were those of a device on top of them.
+    """
     links = {
         8: Interface(8, "cni0", "bridge"), 9: Interface(9, "gw0", "veth"), 10: Interface(10, "gw1", "veth", master=8),
         11: Interface(11, "cni0.5", "vlan", lower=8), 12: Interface(12, "shim0", "macvlan", lower=11), 13: Interface(13, "gw0.5", "vlan", lower=9),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the agent answers to `netpolctl explain`: for what is in force, with its own settings, or not at all."""
+"""The agent answers `netpolctl explain` for the policy in force with its own settings, or not at all."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def test_refused_change_is_not_in_force(bench: Bench, monkeypatch: pytest.Monkey
 
 
 def test_full_map_leaves_the_answers_of_before(bench: Bench) -> None:
-    """What the kernel had no room for is not in force, though the compiler holds it."""
+    """A change without room in the kernel is not in force, though the compiler has it."""
     agent = bench.agent()
     bench.node.in_force["np_addr4"].hard_limit = len(bench.node.in_force["np_addr4"].rows)
     bench.write(
@@ -162,7 +162,7 @@ def test_service_that_no_exit_is_guarded_for_is_no_answer(bench: Bench) -> None:
 
 @pytest.mark.parametrize(("action", "expected"), [(Action.ALLOW, True), (Action.DENY, False), (Action.PASS, True)])
 def test_setting_of_workloads_to_their_node(bench: Bench, action: Action, expected: bool) -> None:  # noqa: FBT001 - a parameter
-    """What the agent was started with decides."""
+    """The agent's options decide."""
     agent = bench.agent(AgentSettings("here", workload_to_host=action))
     assert allowed(agent, "shop/web", "172.30.0.10") == expected
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What goes wrong around the agent, on a node in memory: it is told, tried again, and stops nothing else."""
+"""Failures around the agent, on a simulated node: they are reported, retried, and stop nothing else."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ def test_limit_is_not_tried_again_by_itself(bench: Bench, monkeypatch: pytest.Mo
 
 
 def test_retries_grow_rare_and_begin_anew() -> None:
-    """Each refusal for want of memory doubles the time to the next try; success forgets that."""
+    """Each rejection for lack of memory doubles the time to the next attempt; success resets it."""
     refusals = RejectedChanges()
     full = MapFullError("full", map_name="np_rule")
     refusals.reject(full, 0.0)

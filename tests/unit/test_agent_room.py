@@ -126,7 +126,7 @@ def test_change_of_the_node_s_own_interfaces_is_refused_whole(bench: Bench, full
 
 
 def test_endpoint_that_does_not_fit_is_found_before_maps_are_made(bench: Bench) -> None:
-    """What a workload needs that would be bound for the first time counts when maps must be made for another reason."""
+    """Rows of a workload that would be bound for the first time count when maps must be made for another reason."""
     agent = bench.agent(SETTINGS)
     bench.node.in_force["np_addr4"].hard_limit = len(bench.node.in_force["np_addr4"].rows)
     bench.node.sizes = {"np_source4": 0}

@@ -30,7 +30,7 @@ DB = EndpointKey("Pod", "shop", "db")
 
 @dataclass
 class Kernel:
-    """All maps, the order of writes to them, and an applier whose grace periods are in that order too."""
+    """All maps, the order of writes to them, and an applier with its grace periods in the same order."""
 
     log: list[tuple[str, str, bytes]] = field(default_factory=list)
     maps: dict[str, MemoryMap] = field(default_factory=dict)
@@ -127,7 +127,7 @@ def test_endpoint_without_interface_is_written_when_it_is_found(kernel: Kernel) 
 
 
 def test_moved_endpoint_leaves_no_row_behind(kernel: Kernel) -> None:
-    """A new interface gets the row before the old one loses it, and the program is told to look again."""
+    """A new interface gets the row before the old one loses it, and the program drops its cached rows."""
     kernel.applier.fill(some_tables())
     kernel.applier.bind(WEB, Binding(42, allowed_sources=(ip_network("192.0.2.0/24"),)))
     before = kernel.generation
@@ -306,7 +306,7 @@ def test_kernel_that_refuses_midway_is_as_before(kernel: Kernel, full: str) -> N
 
 
 def test_interface_that_does_not_fit_is_not_bound(kernel: Kernel) -> None:
-    """An endpoint whose row has no room stays unknown, and what it was bound to stays."""
+    """An endpoint without room for its row stays unknown, and keeps its earlier binding."""
     kernel.applier.fill(some_tables())
     kernel.applier.apply(Change(flip={"endpoints": delta({DB: endpoint(6)})}))
     kernel.applier.bind(WEB, Binding(42))

@@ -166,7 +166,7 @@ def test_tables_without_a_map_yield_no_element(table: str) -> None:
 
 
 def test_changed_layout_is_an_error() -> None:
-    """A structure whose fields are not as expected is refused, rather than filled in another order."""
+    """A structure with other fields than expected is rejected, rather than filled in another order."""
     assert encode.layout(abi.np_addr, "identity", "holder").size == 8
     with pytest.raises(NetpolError, match="np_addr has the fields identity, holder"):
         encode.layout(abi.np_addr, "holder", "identity")

@@ -133,7 +133,7 @@ def test_what_is_allowed_is_never_told_as_denied() -> None:
 
 
 def test_every_type_of_event_has_a_record_and_a_decoder() -> None:
-    """A type that the program may report and nobody could read would be lost."""
+    """A type that the program may report and no decoder reads would be lost."""
     kinds = {value for name, value in vars(abi).items() if name.startswith("NP_EVENT_")}
     assert kinds == set(events.RECORDS) == set(DECODERS)
 

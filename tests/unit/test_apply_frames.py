@@ -25,7 +25,7 @@ EVERY = [
 
 
 def ones_sum(data: bytes) -> int:
-    """What a receiver computes: 0xFFFF when the checksum within is right."""
+    """The receiver's checksum: 0xFFFF when the checksum in the packet is right."""
     total = sum(int.from_bytes(data[at : at + 2].ljust(2, b"\0"), "big") for at in range(0, len(data), 2))
     while total >> 16:
         total = (total & 0xFFFF) + (total >> 16)

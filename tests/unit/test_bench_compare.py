@@ -53,7 +53,7 @@ def test_a_clear_change_is_told_from_none(center: float, expected: Change) -> No
 
 
 def test_another_machine_is_no_regression() -> None:
-    """What is three times slower together with its base is the same."""
+    """A case that is three times slower together with its base is unchanged."""
     assert verdict_of(pair(900), pair(900, speed=1 / 3)) is Change.SAME
 
 
@@ -63,7 +63,7 @@ def test_noise_is_unclear_and_not_slower() -> None:
 
 
 def test_less_is_faster_where_less_is_better() -> None:
-    """Of a duration, the smaller one is the faster."""
+    """For a duration, the smaller value is the faster one."""
     before = Case("s", "time", "ours", "ns", LESS, (100.0,), exact=True)
     after = Case("s", "time", "ours", "ns", LESS, (50.0,), exact=True)
     assert [one.verdict for one in compare_runs(make_run(before), make_run(after))] == [Change.FASTER]
@@ -112,7 +112,7 @@ def test_a_base_of_nothing_is_not_divided_by() -> None:
 
 
 def test_a_result_survives_its_file(tmp_path: Path) -> None:
-    """What is written is read back as it was."""
+    """A written result is read back unchanged."""
     run = pair(900)
     save(run, tmp_path / "run.json")
     assert to_plain(load(tmp_path / "run.json")) == to_plain(run)

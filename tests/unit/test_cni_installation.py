@@ -215,7 +215,10 @@ def test_no_program(runtime: Runtime, content: bytes | None, message: str) -> No
 
 
 def test_it_follows_others(runtime: Runtime, caplog: pytest.LogCaptureFixture) -> None:
-    """It waits for a configuration, puts itself into it, and again when another program has rewritten it; a fault is told once."""
+    """The installer waits for a configuration, and adds the plugin again when another program has rewritten the file.
+
+    A fault is reported once.
+    """
 
     def put() -> list[Path]:
         return install(runtime.bin_dir, runtime.conf_dir, SETTINGS)

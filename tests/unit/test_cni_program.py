@@ -25,7 +25,7 @@ SANITIZE = "-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all"
 VERSIONS = ["0.3.0", "0.3.1", "0.4.0", "1.0.0", "1.1.0"]
 DEPTH = 32
 ROUNDS = 200_000 if os.environ.get("NETPOL_FAULTS") == "long" else 4_000
-RUNS = 3_000 if os.environ.get("NETPOL_FAULTS") == "long" else 60
+RUNS = 3_000 if os.environ.get("NETPOL_FAULTS") == "long" else 40
 
 RESULT = {
     "cniVersion": "1.0.0",
@@ -191,7 +191,7 @@ def test_what_has_nothing_to_undo(run: Run, command: str) -> None:
     ],
 )
 def test_a_bad_environment(run: Run, command: str, environment: dict[str, str | None]) -> None:
-    """What is missing from the environment, or cannot be, ends with code 4."""
+    """A missing or impossible value in the environment ends with code 4."""
     assert error_of(run(command, CONFIG, **environment))["code"] == 4
 
 
@@ -229,14 +229,14 @@ def test_a_bad_configuration(run: Run, change: dict[str, Any], code: int) -> Non
 
 
 def test_a_field_twice(run: Run) -> None:
-    """Of a field that is there twice, others might take the other one: it is an error."""
+    """A field that occurs twice is an error, since other programs might take the other value."""
     text = json.dumps(CONFIG)[:-1].encode() + rb', "posture": "closed", "p\u006fsture": "open"}'
     assert error_of(run("ADD", text))["code"] == 7
 
 
 @pytest.mark.parametrize("text", [b"", b"[]", b"{", b'{"a":1}x', b"\xff", b"nul", b"[" * 100_000, b" " * (2 << 20)])
 def test_what_is_no_configuration(run: Run, text: bytes) -> None:
-    """What is not one object of JSON ends with code 6."""
+    """Anything but one JSON object ends with code 6."""
     assert error_of(run("ADD", text))["code"] == 6
 
 
@@ -270,7 +270,7 @@ def test_an_agent_that_does_not_say_yes(run: Run, agent: Callable[[bytes | None]
     """Any other answer is none: an error at once where the posture is closed, a line in the log where it is open."""
     other = agent(answer)
     assert error_of(run("STATUS", status_config(other)))["code"] == 50
-    assert len(other.asked) == 1 or answer.startswith(b"x")
+    assert len(other.asked) == 1
     code, printed, logged = run("STATUS", status_config(other, posture="open"))
     assert (code, printed) == (0, b"")
     assert "NOT known to be in force" in logged

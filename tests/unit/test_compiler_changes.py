@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a commit writes, in which phase, and that a refused one leaves no trace."""
+"""The writes of a commit by phase, and a rejected commit that leaves no trace."""
 
 from __future__ import annotations
 
@@ -347,7 +347,7 @@ def test_everything_is_given_back() -> None:
 
 
 def test_replace_makes_the_world_what_is_given() -> None:
-    """What was handed over and not committed is dropped; what is the same is no change."""
+    """Changes that were not committed are dropped; an equal object is no change."""
     compiler = cluster(policy("p", from_app("db")))
     world = compiler.world
     copy = World(

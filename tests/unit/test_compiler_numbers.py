@@ -93,7 +93,7 @@ def test_first_fit() -> None:
 
 
 def test_ranges_are_as_before_after_a_rollback() -> None:
-    """What a commit took and gave back is undone."""
+    """Numbers that a failed commit took and freed are restored."""
     ranges = Ranges(100)
     assert ranges.take(10) == 0
     journal = Journal()

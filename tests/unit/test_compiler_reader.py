@@ -53,7 +53,7 @@ def compiled(objects: World) -> tuple[Compiler, TableReader]:
 
 
 def answers(reader: TableReader, endpoint: EndpointKey = POD, stage: Stage = Stage.NORMAL) -> list[Cell]:
-    """What an endpoint's ingress policy says."""
+    """The cells of an endpoint's ingress policy."""
     return list(reader.policy(endpoint, Direction.INGRESS, stage).answers())
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is in deploy/ fits the program."""
+"""The files in deploy/ fit the program."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def admission(name: str) -> dict[str, Any]:
 
 
 def test_admission_policies_judge_every_tiered_kind() -> None:
-    """Each kind whose schema has a tier; a kind that was forgotten would be plain rights."""
+    """Every kind with a tier in its schema has tier rights; a forgotten kind would have plain rights only."""
     tiered = {one.plural for one in RESOURCES if "tier" in one.spec["properties"]}
     for name in ("tier-rights", "tier-label", "tier-label-check"):
         (match,) = admission(name)["matchConstraints"]["resourceRules"]

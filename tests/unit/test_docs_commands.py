@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the documents tell one to run selects tests, and the tests that they name exist."""
+"""The test commands in the documents select tests, and the tests that the documents name exist."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SHORT = re.compile(r"`((?:tests/|test_)[\w./-]*(?: -k (?:\"[^\"]+\"|\w+))?)`")
 
 @dataclass(frozen=True)
 class Selection:
-    """What a page selects: files or directories, and an expression of -k."""
+    """The selection of a page's command: files or directories, and an expression of -k."""
 
     page: str
     text: str

@@ -486,7 +486,7 @@ def test_stages_of_one_hop(answers: dict[Question, Outcome], allowed: bool, deci
 
 
 def test_all_hops_must_allow_and_the_first_refusal_is_named() -> None:
-    """What comes after a refusal is not asked."""
+    """Questions after a refusal are not evaluated."""
     first, second = JourneyHop(LAST.endpoint, INGRESS, (NORMAL,)), JourneyHop(LAST.endpoint, INGRESS, (LAST,))
     found = result({NORMAL: answer(ALLOW), LAST: answer(DENY)}, first, second)
     assert (found.allowed, found.question) == (False, LAST)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is known of the cluster: synchronisation, comparison of contents, problems, the saved state."""
+"""The known state of the cluster: synchronisation, comparison of contents, problems, the saved state."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ def test_same_fields_are_parsed_once(cache: Cache, monkeypatch: pytest.MonkeyPat
 
 
 def test_latest_state_alone_is_kept(cache: Cache) -> None:
-    """However often an object changes while nobody takes, it is one change."""
+    """However often an object changes before it is taken, it is one change."""
     sync(cache)
     for number in range(100):
         put(cache, PODS, pod("web", str(number), address=f"10.0.0.{number}"))
@@ -271,7 +271,7 @@ def test_saved_state_is_not_mixed_with_the_servers(saved: Path) -> None:
 
 
 def test_server_takes_the_place_of_the_saved_state(saved: Path) -> None:
-    """What is gone meanwhile goes, what is the same is no event."""
+    """An object that is gone meanwhile is removed; an unchanged one is no event."""
     cache = refilled(saved, (NAMESPACES, PODS, TIERS))
     cache.restore()
     cache.drain()

@@ -35,7 +35,7 @@ def get(client: Client, target: str = PODS.path, *, head_s: float = 5.0, idle_s:
 
 
 def body_of(wire: Wire) -> bytes:
-    """What a client makes of an answer."""
+    """The client's reading of an answer."""
     with FakeServer(lambda _request: wire) as server:
         answer = get(Client(Cluster(server.url)))
         try:

@@ -239,7 +239,7 @@ def test_stream_that_ends_or_is_cut_loses_nothing(server: FakeServer, api: MiniA
 def test_expired_stream_changes_nothing_that_did_not_change(
     server: FakeServer, api: MiniApi, open_source: Open
 ) -> None:
-    """410 in the stream: a new list, of which the difference alone is told."""
+    """After 410 in the stream there is a new list, and only the difference is reported."""
     source = open_source(server.url)
     source.sync()
     api.objects[PODS] = [pod("web", "300"), pod("new", "301")]
@@ -281,7 +281,7 @@ def test_deleted_definition_and_the_operators_word(server: FakeServer, api: Mini
 
 
 def test_reader_waits_for_nobody(server: FakeServer, api: MiniApi, open_source: Open) -> None:
-    """Thousands of events while nobody takes any: all are read, and what is taken is the latest state."""
+    """Thousands of events are read before any is taken, and the taken state is the latest one."""
     source = open_source(server.url)
     source.sync()
     for number in range(3000):
@@ -375,7 +375,7 @@ def test_saved_state_that_is_damaged_is_told_and_replaced(
 def test_bug_in_a_thread_ends_neither_it_nor_enforcement(
     server: FakeServer, api: MiniApi, open_source: Open, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is told, and the kind is listed again."""
+    """The error is reported, and the kind is listed again."""
     monkeypatch.setattr(source_module, "AFTER_BUG_S", 0.05)
     source = open_source(server.url)
     source.sync()

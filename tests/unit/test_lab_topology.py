@@ -34,7 +34,7 @@ def lines_of(plan: Plan, host: str) -> list[str]:
     ],
 )
 def test_a_plan_that_is_no_tree_is_refused(hosts: list[Host], message: str) -> None:
-    """What is wrong is said in words that name the hosts."""
+    """The error message names the hosts."""
     with pytest.raises(UsageError, match=message):
         Plan(hosts)
 

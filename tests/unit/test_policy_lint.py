@@ -132,7 +132,7 @@ def test_cidrs_that_contain_the_pod_network(block: str, warned: bool) -> None:  
 
 
 def test_pods_that_a_cidr_excepts_are_not_counted() -> None:
-    """What is said to be allowed is what the CIDR allows."""
+    """The connections that the warning calls allowed are those that the CIDR allows."""
     third = "{apiVersion: v1, kind: Pod, metadata: {name: c, namespace: 'n'}, status: {podIP: 10.0.0.3}}\n---\n"
     block = "{cidr: 10.0.0.0/8, except: [10.0.0.3/32]}"
     (problem,) = _lint(third + _kubernetes(f"{{ingress: [{{from: [{{ipBlock: {block}}}]}}]}}"))

@@ -51,7 +51,7 @@ def test_explanation_is_what_the_command_prints(
 
 
 def test_every_command_of_the_tour_exists() -> None:
-    """What the README tells one to type is accepted."""
+    """The commands in the README are accepted."""
     help_text = build_parser().format_help()
     named = set(re.findall(r"netpolctl ([a-z-]+)", README))
     assert named >= {"test", "explain", "status", "flows", "get", "cleanup", "doctor", "demo"}

@@ -57,7 +57,7 @@ def test_namespace_on_a_cluster_scoped_object_is_a_warning() -> None:
 
 
 def test_lists_of_all_forms() -> None:
-    """Kind List, typed lists whose items carry no kind, and lists inside lists are their items."""
+    """Kind List, typed lists with items that carry no kind, and lists inside lists give their items."""
     text = json.dumps(
         {
             "apiVersion": "v1",
@@ -237,7 +237,7 @@ def test_duplicates_name_both_places(tmp_path: Path) -> None:
     ],
 )
 def test_unknown_kinds_and_versions(head: str, words: str) -> None:
-    """What is not read is said, with what is; the object is named."""
+    """Unread kinds are reported with the kinds that are read; the object is named."""
     (problem,) = parse_documents(f"{head}metadata: {{name: d}}\n", "f").problems
     assert problem.slug == "unknown-kind"
     assert words in f"{problem.message}$"

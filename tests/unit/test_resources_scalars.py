@@ -127,7 +127,7 @@ def test_a_selector_with_a_line_break(field: str, block: str) -> None:
 
 @pytest.mark.parametrize("block", [">-\n    app == 'x'\n    && has(y)\n", "|-\n    app == 'x'\n"])
 def test_blocks_without_a_line_break_are_selectors(block: str) -> None:
-    """What the message recommends is right."""
+    """The message's recommendation is correct."""
     assert _calico(f"  selector: {block}") == []
 
 

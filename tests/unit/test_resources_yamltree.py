@@ -207,7 +207,7 @@ def test_reading_goes_on_after_a_broken_document() -> None:
 
 
 def test_alias_expansion_is_limited(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A text whose aliases multiply beyond all bounds is refused."""
+    """A text with aliases that multiply beyond all bounds is rejected."""
     monkeypatch.setattr(yamltree, "MAX_ALIAS_NODES", 1000)
     text = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n"
     for level in range(1, 9):

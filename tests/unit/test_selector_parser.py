@@ -185,7 +185,7 @@ def test_canonical(text: str, canonical: str) -> None:
     ],
 )
 def test_error_offset(text: str, offset: int) -> None:
-    """What is not in the grammar is refused at the character that does not fit."""
+    """Text outside the grammar is rejected at the character that does not fit."""
     with pytest.raises(SelectorError) as caught:
         parse(text)
     assert caught.value.offset == offset

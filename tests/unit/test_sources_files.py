@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The directory of manifests: what is taken up, when, and what stays when something is wrong."""
+"""The directory of manifests: which changes are applied, when, and what stays after an error."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_nothing_changed_yields_nothing(source: ManifestDirectory) -> None:
 
 
 def test_changed_object_alone_is_an_event(source: ManifestDirectory) -> None:
-    """Of a file that changed, only the objects that differ are reported."""
+    """For a changed file only the differing objects are reported."""
     write(source, "a.yaml", pod("one") + "---\n" + pod("two"))
     source.step()
     write(source, "a.yaml", pod("one") + "---\n" + pod("two", app="db"))
@@ -126,7 +126,7 @@ def test_file_replaced_between_looks_is_never_absent(source: ManifestDirectory) 
 
 
 def test_atomic_rename_is_taken_up(source: ManifestDirectory) -> None:
-    """A file renamed over another is taken up as its new content."""
+    """A file renamed over another gives its new content."""
     write(source, "a.yaml", pod("one"))
     source.step()
     write(source, "draft", pod("two")).rename(source.root / "a.yaml")
@@ -441,7 +441,7 @@ def test_copies_that_cannot_be_written_are_a_warning_and_tried_again(tmp_path: P
 
 
 def test_copy_that_cannot_be_read_is_reported_with_its_file(tmp_path: Path) -> None:
-    """A broken file and a damaged copy of it: both are told, and the other files count."""
+    """A broken file and a damaged copy of it are both reported, and the other files count."""
     copies = LastGoodCopies(tmp_path / "copies")
     source = ManifestDirectory(tmp_path / "manifests", copies)
     write(source, "a.yaml", "kind: [")
@@ -918,7 +918,7 @@ def test_problems_without_number_cost_a_bounded_time(
 
 
 def test_directory_that_was_never_read_says_so(source: ManifestDirectory) -> None:
-    """Whether there is any state of the manifests at all is told apart from an empty one."""
+    """Missing manifests are distinguished from an empty directory."""
     assert source.step() is not None
     assert not source.has_synced
     source.root.mkdir()

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reading many or large files by a child process: the same comes out, the loop goes on, and whatever ends the child is told."""
+"""Reading many or large files by a child process.
+
+The result is the same, the loop goes on, and the end of a child is reported.
+"""
 
 from __future__ import annotations
 
@@ -101,7 +104,7 @@ def test_a_child_reads_what_is_large_and_the_loop_goes_on(
 
 
 def test_small_changes_are_read_in_place(source: ManifestDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A pod's file is taken up without a process; one whose aliases make much of little is not."""
+    """A pod's file is read without a child; a file with multiplying aliases is not."""
     forks: list[int] = []
     real = os.fork
     monkeypatch.setattr(os, "fork", lambda: forks.append(1) or real())
@@ -278,7 +281,7 @@ def test_child_has_limits_and_nothing_of_the_agent_s(
 
 
 def test_problems_without_number_are_not_all_told(source: ManifestDirectory) -> None:
-    """Of one file so many are told as somebody may read, and how many more there are."""
+    """For one file at most MOST_PROBLEMS problems are reported, and the number of the others."""
     write(source, "a.yaml", "- a\n" * 5000)
     batch = awaited(source)
     assert len(batch.problems) == reading.MOST_PROBLEMS + 1
@@ -287,7 +290,7 @@ def test_problems_without_number_are_not_all_told(source: ManifestDirectory) -> 
 
 
 def test_large_files_are_refused_and_keep_their_objects(source: ManifestDirectory) -> None:
-    """A sparse file of 100 GB is told and not read; it comes back when it is mended."""
+    """A sparse file of 100 GB is reported and not read; it is read when it is corrected."""
     os.truncate(source.root / "a.yaml", 100 << 30)
     batch = awaited(source)
     assert batch.events == ()

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The node's own state: interfaces, addresses, routes, connections, the second barrier. Knows nothing of BPF maps and pins."""
+"""The node's own state: interfaces, addresses, routes, connections, the second barrier. Knows no BPF maps or pins."""

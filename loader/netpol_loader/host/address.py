@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The types of addresses and prefixes, which may be of either family."""
+"""Types of addresses and prefixes of either family."""
 
 from __future__ import annotations
 

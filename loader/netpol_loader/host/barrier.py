@@ -14,8 +14,9 @@ namespace.
     table bridge np_barrier
       prerouting, postrouting: the same for the ports of bridges, which the inet table does not see
 
-Invariants: a change is one transaction, so no packet meets half of a table; a table with another's remark, or held by another
-process, is never touched; counters are kept when a table is written anew.  Must not decide which interfaces are workloads'.
+Invariants: a change is one transaction, so no packet meets half of a table; a table with another's remark, or held by
+another process, is never touched; counters are kept when a table is written anew.  The module must not decide which
+interfaces are workloads'.
 """
 
 from __future__ import annotations
@@ -37,21 +38,24 @@ from netpol_loader.host.nftables import BRIDGE, INET, Nftables, NftChain, NftMes
 TABLE = "np_barrier"
 FAMILIES: Mapping[int, str] = {INET: "inet", BRIDGE: "bridge"}
 WORKLOADS, KNOWN = "workloads", "known"
-"""Sets: names of workloads' interfaces; numbers of interfaces that are no new ones any more."""
+"""Sets: names of workloads' interfaces; numbers of interfaces that are not new."""
 UNSIGNED, NEWBORN, DUE = "unsigned", "newborn", "due"
-"""Counters: dropped for want of the sign; on the way to a new interface; that no process of the node may receive."""
+"""Counters of dropped packets: without the sign; to a new interface; which no process of the node may receive."""
 
 BEFORE_ALL, AFTER_IPVS, BEHIND_MANGLE, BEFORE_LAST = -450, 225, 300, 250
-"""Priorities: before defragmentation (-400), so before every mark of others; behind IPVS (98 to 102), which may take the packet
-elsewhere; behind mangle and NAT, whose rules may write the whole mark; behind NAT (100)."""
+"""Priorities of the chains.
+
+Before defragmentation (-400), so before other parties' marks; after IPVS (98 to 102), which may redirect the packet;
+after mangle and NAT, whose rules may overwrite the whole mark; after NAT (100).
+"""
 ARP = 0x0806
 LONGEST_REMARK = 120
-"""Bytes; `nft` shows 128 of a comment."""
+"""In bytes; `nft` shows 128 of a comment."""
 
 
 @dataclass(frozen=True, slots=True)
 class Marks:
-    """Bits of the packets' mark, 0: the bit is not used. See `struct np_config` in bpf/np_abi.h."""
+    """Bits of the packet mark; 0: the bit is unused. `struct np_config` in bpf/np_abi.h defines them."""
 
     seen: int = 0
     node: int = 0
@@ -76,7 +80,7 @@ class BarrierSpec:
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """Something of a table that is not as it was written. ``was``: missing, changed or foreign."""
+    """A difference between a table and what was written. ``was``: missing, changed or foreign."""
 
     where: str
     was: str
@@ -84,7 +88,7 @@ class Difference:
 
 @dataclass(frozen=True, slots=True)
 class Counts:
-    """Packets that were dropped, by counter and family; and of the unsigned ones by interface."""
+    """Dropped packets, by counter and family; unsigned ones by interface."""
 
     by_counter: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     by_interface: Mapping[str, int] = field(default_factory=dict)
@@ -106,7 +110,7 @@ class _BarrierRule:
 
 @dataclass(frozen=True, slots=True)
 class _Content:
-    """What one table must hold. ``rules``: by chain, with the chain."""
+    """The desired content of a table. ``rules``: by chain, the chain itself included."""
 
     rules: Mapping[str, tuple[NftChain, tuple[_BarrierRule, ...]]]
     sets: Mapping[str, frozenset[bytes]]
@@ -115,7 +119,7 @@ class _Content:
 
 @dataclass(frozen=True, slots=True)
 class _Found:
-    """What one table holds."""
+    """The actual content of a table."""
 
     table: NftTable | None
     chains: Mapping[str, NftChain] = field(default_factory=dict)
@@ -132,7 +136,7 @@ class BarrierTables:
     """
 
     def __init__(self, owner: str) -> None:
-        """``owner``: what the next process that may take the tables over has in common with this one."""
+        """``owner``: the same text for all processes that may take over these tables."""
         self._remark = remark_of(owner)
         self._socket: Nftables | None = None
         self._news: nftables.TableNotifications | None = None
@@ -145,7 +149,7 @@ class BarrierTables:
     # --- opening ----------------------------------------------------------------------------------------------------
 
     def open(self) -> None:
-        """Find out what the kernel can do. Does nothing when that is known."""
+        """Find the kernel's features. Does nothing if they are known."""
         if self._socket is not None:
             return
         channel = Nftables()
@@ -169,7 +173,7 @@ class BarrierTables:
         self._socket = channel
 
     def close(self) -> None:
-        """Let go of the tables, which stay."""
+        """Close the sockets; the tables stay."""
         for one in (self._socket, self._news):
             if one is not None:
                 one.close()
@@ -177,9 +181,9 @@ class BarrierTables:
         self._verified = None
 
     def part(self) -> None:
-        """In a fork of the process that opened the tables: read by a socket of its own, for on the other the parent talks.
+        """Open a socket of its own; for a fork of the process that opened the tables.
 
-        The parent keeps its copy of the other, and the tables with it.
+        The parent keeps using the shared socket, which owns the tables.
         """
         if self._socket is not None:
             self._socket.close()
@@ -187,7 +191,7 @@ class BarrierTables:
 
     @property
     def families(self) -> tuple[str, ...]:
-        """Families of tables that the kernel has, by their names."""
+        """The names of table families that the kernel supports."""
         return tuple(FAMILIES[family] for family in self._families)
 
     @property
@@ -196,7 +200,7 @@ class BarrierTables:
         return bool(self._flags)
 
     def fileno(self) -> int | None:
-        """Readable when something changed any table of the namespace; None where nobody else can change ours."""
+        """Readable after a change of any table of the namespace; None if nobody else can change ours."""
         return None if self._news is None else self._news.fileno()
 
     def note_news(self) -> None:
@@ -204,27 +208,27 @@ class BarrierTables:
         self._is_news = (self._news is not None and self._news.clear()) or self._is_news
 
     def has_news(self) -> bool:
-        """Whether something changed any table since the last call."""
+        """Whether any table changed since the last call."""
         self.note_news()
         is_news, self._is_news = self._is_news, False
         return is_news
 
     def has_changed(self) -> bool:
-        """Whether anything may have changed our tables since they were last as they should be. One short question."""
+        """Whether our tables may have changed since they were last as desired. Costs one short request."""
         return self._verified is None or self._verified != self._channel().generation()
 
     # --- reading ----------------------------------------------------------------------------------------------------
 
     def is_there(self) -> bool:
-        """Whether there is a table of ours."""
+        """Whether one of our tables exists."""
         return bool(self.present())
 
     def present(self) -> list[str]:
-        """The families of our tables that there are."""
+        """The families in which our tables exist."""
         return [FAMILIES[family] for family, found in self._read().items() if found.table is not None]
 
     def members(self) -> tuple[frozenset[str], frozenset[int]]:
-        """Names of workloads' interfaces, and numbers of known ones, as they are in the tables."""
+        """Names of workloads' interfaces and numbers of known ones, as the tables have them."""
         names: set[str] = set()
         numbers: set[int] = set()
         for found in self._read().values():
@@ -233,7 +237,7 @@ class BarrierTables:
         return frozenset(names), frozenset(numbers)
 
     def counts(self) -> Counts:
-        """What was dropped so far."""
+        """The packets dropped so far."""
         by_counter: dict[str, dict[str, int]] = {}
         by_interface: dict[str, int] = {}
         channel = self._channel()
@@ -245,7 +249,7 @@ class BarrierTables:
         return Counts(by_counter, by_interface)
 
     def unsigned(self) -> int:
-        """Packets dropped for want of the sign, of all families. A short question."""
+        """Packets of all families dropped without the sign. Costs one short request."""
         channel = self._channel()
         found = [channel.counters(family, TABLE).get(UNSIGNED, (0, 0)) for family in self._families]
         return sum(packets for packets, _ in found)
@@ -294,7 +298,7 @@ class BarrierTables:
     # --- writing ----------------------------------------------------------------------------------------------------
 
     def write(self, layout: BarrierSpec) -> list[Difference]:
-        """Make the tables as they should be, in one transaction; what was otherwise. Keeps the counters."""
+        """Make the tables as desired, in one transaction; returns the differences found. Keeps the counters."""
         channel = self._channel()
         generation = channel.generation()
         known = self._changes(layout) if generation == self._verified else None
@@ -307,7 +311,7 @@ class BarrierTables:
         return differences
 
     def _compared(self, layout: BarrierSpec) -> tuple[list[NftMessage], list[Difference]]:
-        """Changes that make the present tables what they must be, and the differences found."""
+        """The changes from the actual tables to the desired ones, and the differences found."""
         messages: list[NftMessage] = []
         differences: list[Difference] = []
         for family, found in self._read().items():
@@ -318,9 +322,9 @@ class BarrierTables:
         return messages, differences
 
     def _changes(self, layout: BarrierSpec) -> tuple[list[NftMessage], list[Difference]] | None:
-        """As `_compared`, without reading the tables, which takes long: for tables unchanged since they were last written.
+        """As `_compared`, without reading the tables, which is slow; only for tables unchanged since the last write.
 
-        None: elements of sets are not all that must change.
+        None: more than the sets' elements must change.
         """
         messages: list[NftMessage] = []
         differences: list[Difference] = []
@@ -356,7 +360,10 @@ class BarrierTables:
             yield from _set_changes(family, name, found.sets[name].keys(), keys)
 
     def _whole(self, family: int, found: _Found, content: _Content) -> Iterator[NftMessage]:
-        """A table anew. The packet that is between the old chain and the new one passes: the new one has no rule for it yet."""
+        """Write a table anew.
+
+        A packet between the old chain and the new one passes, because no new rule has seen it yet.
+        """
         yield nftables.new_table(family, TABLE, self._flags, self._remark)
         for name in content.counters:
             yield nftables.new_counter(family, TABLE, name, *found.counters.get(name, (0, 0)))
@@ -374,7 +381,7 @@ class BarrierTables:
                 yield nftables.new_rule(family, TABLE, name, rule.expressions, rule.remark)
 
     def remove(self, family: str) -> None:
-        """Delete our table of a family, if there is one."""
+        """Delete our table of a family, if it exists."""
         number = next(number for number, name in FAMILIES.items() if name == family)
         if family in self.present():
             self._channel().commit([nftables.delete_table(number, TABLE)])
@@ -404,7 +411,7 @@ def _is_possible(channel: Nftables, family: int, flags: int) -> bool:
 
 
 def _content(layout: BarrierSpec, family: int) -> _Content | None:
-    """What a table must hold; None: the table must not exist."""
+    """The desired content of a table; None: the table must not exist."""
     marks, patterns = layout.marks, layout.patterns
     rules: dict[str, tuple[NftChain, tuple[_BarrierRule, ...]]] = {}
     sets: dict[str, frozenset[bytes]] = {}
@@ -482,7 +489,7 @@ def _drop(counter: str) -> tuple[bytes, bytes]:
 
 
 def _without(bit: int) -> int:
-    """All bits of a mark but this one."""
+    """The mask of all bits of the mark but this one."""
     return ~bit & 0xFFFF_FFFF
 
 
@@ -511,7 +518,7 @@ def _name_of(key: bytes) -> str:
 
 
 def _differences(found: _Found, content: _Content | None, family: str) -> Iterator[Difference]:
-    """What is not as it should be. Changes of a rule's expressions show in its remark."""
+    """The differences between desired and actual. A rule's changed expressions show in its comment."""
     table = f"table {family} {TABLE}"
     if content is None:
         if found.table is not None:
@@ -544,5 +551,5 @@ def _differences(found: _Found, content: _Content | None, family: str) -> Iterat
 
 
 def without_sign(layout: BarrierSpec) -> BarrierSpec:
-    """The same without anything that closes."""
+    """The desired content without the rules that drop."""
     return replace(layout, marks=replace(layout.marks, seen=0), also_seen=0, patterns=(), workloads=frozenset())

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The clsact queueing discipline of an interface, and the filters on it: how programs are attached where there is no tcx.
+"""The clsact queueing discipline of an interface and its filters: attachment on kernels without tcx.
 
-Invariant: every call is about the network namespace of the calling thread.  Must not know of programs' contents, nor
-choose interfaces.
+Invariant: every call is about the network namespace of the calling thread.  The module must not know the programs'
+contents, nor choose interfaces.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ from netpol_loader.kernel.hook import Hook
 
 PARENTS: Mapping[Hook, int] = {Hook.TC_INGRESS: 0xFFFF_FFF2, Hook.TC_EGRESS: 0xFFFF_FFF3}
 FILTER_PRIORITY = 1
-"""First of all: a filter of others that ends the chain must not come before policy."""
+"""The first priority, because another party's filter that ends the chain must not come before policy."""
 FILTER_HANDLE = 0x4E50
-"""Ours among filters of the same priority; arbitrary ("NP")."""
+"""Identifies our filter among those of its priority; arbitrary ("NP")."""
 # include/uapi/linux/rtnetlink.h
 _NEW_QDISC, _DELETE_QDISC, _GET_QDISC = 36, 37, 38
 _NEW_FILTER, _DELETE_FILTER, _GET_FILTER = 44, 45, 46
@@ -48,7 +48,7 @@ _ALL_PROTOCOLS = 0x0003
 
 @dataclass(frozen=True, slots=True)
 class ClsactFilter:
-    """One of our filters. ``prog_id`` as written in its name."""
+    """A filter of ours. ``prog_id``: as its name says."""
 
     hook: Hook
     prog_id: int
@@ -80,7 +80,7 @@ def _clsact(ifindex: int) -> bytes:
 
 
 def interfaces() -> set[int]:
-    """The interfaces that have the discipline."""
+    """The interfaces with a clsact discipline."""
     with RouteChannel() as channel:
         found = channel.dump(_GET_QDISC, _TC_HEADER.pack(socket.AF_UNSPEC, 0, 0, 0, 0))
     disciplines = ((_TC_HEADER.unpack_from(one)[1], attributes(one, _TC_HEADER.size)) for one in found)
@@ -100,14 +100,14 @@ def is_on(ifindex: int) -> bool:
 
 
 def delete_if_unused(ifindex: int) -> None:
-    """Remove the clsact discipline of an interface, unless somebody else's filters are on it."""
+    """Remove an interface's clsact discipline, unless it has other parties' filters."""
     with contextlib.suppress(NetlinkError), RouteChannel() as channel:  # no interface, no discipline
         if not any(_filters(channel, ifindex, hook) for hook in PARENTS):
             channel.ask(_DELETE_QDISC, _clsact(ifindex))
 
 
 def put_filter(ifindex: int, hook: Hook, prog_fd: int, prog_id: int) -> None:
-    """Put a program on a hook, in the place of one that we put there before; in one step, no packet sees neither."""
+    """Put a program on a hook, or replace ours atomically: each packet meets the old program or the new one."""
     options = nested(
         _TCA_OPTIONS,
         attribute(_BPF_FD, struct.pack("=I", prog_fd)),
@@ -124,7 +124,7 @@ def put_filter(ifindex: int, hook: Hook, prog_fd: int, prog_id: int) -> None:
 
 
 def delete_filter(ifindex: int, hook: Hook) -> None:
-    """Take our filter off a hook."""
+    """Remove our filter from a hook."""
     with RouteChannel() as channel:
         channel.ask(_DELETE_FILTER, _our_filter(ifindex, hook))
 
@@ -136,7 +136,7 @@ def _our_filter(ifindex: int, hook: Hook) -> bytes:
 
 
 def our_filters(ifindex: int) -> list[ClsactFilter]:
-    """Filters on an interface that bear our programs' names; none when the interface has no clsact, or is gone."""
+    """Filters of ours on an interface, by their names; none if the interface has no clsact, or is gone."""
     found = []
     with RouteChannel() as channel:
         for hook in PARENTS:
@@ -148,13 +148,13 @@ def our_filters(ifindex: int) -> list[ClsactFilter]:
 
 
 def foreign_filters(ifindex: int, hook: Hook) -> list[str]:
-    """Filters of others on a hook of clsact, for people; none when the interface is gone."""
+    """Other parties' filters on a clsact hook, for people; none if the interface is gone."""
     with RouteChannel() as channel:
         return [name for name in _filter_names(channel, ifindex, hook) if not is_our_filter(name, hook)]
 
 
 def is_our_filter(name: str, hook: Hook) -> bool:
-    """Whether a filter bears the name of a program of ours."""
+    """Whether a filter has the name of one of our programs."""
     return name.startswith(f"{hook.value}#")
 
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The kernel's conntrack table: the live connections of this namespace, each with its original and its reply tuple.
+"""The kernel's conntrack table: live connections of this namespace, each with its original and its reply tuple.
 
-Invariant: only reads.  Must know nothing of endpoints or policy.
+Invariant: the module only reads.  It must not know endpoints or policy.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _GENERIC_BYTES = 4  # struct nfgenmsg
 
 
 class Ends(NamedTuple):
-    """Where a packet comes from and goes to; ports are 0 where the protocol has none."""
+    """Source and destination of a packet; ports are 0 in a protocol without ports."""
 
     source: IPAddress
     destination: IPAddress
@@ -48,8 +48,8 @@ class Ends(NamedTuple):
 class Tracked:
     """A live connection.
 
-    ``original``: its first packet as it was sent; ``reply``: an answer as it is sent, so address translation shows as a
-    difference.  ``is_replied``: packets went both ways.
+    ``original``: tuple of its first packet as sent; ``reply``: tuple of a reply as sent, so the two differ if addresses
+    are translated.  ``is_replied``: both sides have sent packets.
     """
 
     protocol: int
@@ -59,9 +59,10 @@ class Tracked:
 
 
 def tracked() -> Iterator[Tracked]:
-    """The connections of the calling thread's namespace that have not ended; none where nothing is tracked.
+    """The live connections of the calling thread's namespace; empty if nothing is tracked.
 
-    Raises PrivilegeError without CAP_NET_ADMIN, PlatformError for a kernel without connection tracking, or that cannot tell.
+    Raises PrivilegeError without CAP_NET_ADMIN, PlatformError if the kernel has no connection tracking or cannot list
+    it.
     """
     for message in _dump():
         try:
@@ -73,9 +74,9 @@ def tracked() -> Iterator[Tracked]:
 
 
 def parse(message: bytes) -> Tracked | None:
-    """The connection that an entry, without its headers, speaks of; None when it has ended or is not of IP.
+    """The connection of an entry, which is given without its headers; None if it has ended or is not IP.
 
-    Raises ValueError and struct.error for what is no such entry.
+    Raises ValueError and struct.error if the bytes are no entry.
     """
     found = attributes(message)
     status = struct.unpack("!I", found.get(_STATUS, bytes(4)))[0]

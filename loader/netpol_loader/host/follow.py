@@ -18,7 +18,8 @@ The kernel sends no notification of some changes.  The follower then lists the r
   (net.ipv4.nexthop_compat_mode) decides whether those routes have notifications, and an object that vanishes with the carrier
   of its interface has none.
 
-Invariant: SETTLE_S after the last change the copy is what a new follower would list.  Must not know of policy.
+Invariant: SETTLE_S after the last change the copy is what a new follower would list.  The module must not know of
+policy.
 """
 
 from __future__ import annotations
@@ -70,11 +71,11 @@ _IFA_ADDRESS, _IFA_LOCAL = 1, 2
 _UNIVERSE, _PERMANENT = 0, 0x80  # RT_SCOPE_UNIVERSE, IFA_F_PERMANENT
 
 SETTLE_S = 0.2
-"""After so long routes that vanish with a message have vanished; arbitrary, they do within the same call in the kernel."""
+"""Routes that vanish with a message have vanished after so long; arbitrary, the kernel removes them in the same call."""
 DATAGRAMS_A_LOOK = 20_000
-"""Taken at a time, so that whoever changes the node all the time does not keep the agent from everything else; arbitrary."""
+"""Most notifications read at a time, so that constant changes of the node do not stop the agent; arbitrary."""
 DOUBTS = 200
-"""So many interfaces in doubt at a time are looked at one by one, of more all routes are listed; arbitrary."""
+"""Most doubtful interfaces that are listed one by one; for more, all routes are listed; arbitrary."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +97,7 @@ class _Address:
 
 @dataclass(slots=True)
 class _Doubts:
-    """What must be listed when all notifications are read: by interface, or all routes."""
+    """What must be listed after all notifications are read: routes of interfaces, or all routes."""
 
     routes: set[int] = field(default_factory=set)
     addresses: set[int] = field(default_factory=set)
@@ -154,12 +155,12 @@ class Follower:
 
     @property
     def version(self) -> tuple[int, int]:
-        """Another one when anything here may be otherwise."""
+        """Changes when anything here may have changed."""
         return self._version, self._routes.version
 
     @property
     def addresses(self) -> Mapping[IPAddress, int]:
-        """The addresses of this namespace and the interface each is on; of several that of the lowest number."""
+        """The addresses of this namespace with their interfaces; if several have one, the lowest number."""
         return self._derived()[0]
 
     @property
@@ -193,7 +194,7 @@ class Follower:
 
     @property
     def local_routes(self) -> Iterable[LocalRoute]:
-        """Destinations that the node receives itself: its addresses, prefixes, broadcast and anycast addresses, in VRFs too."""
+        """Destinations that the node receives: its addresses, prefixes, broadcast and anycast addresses, in VRFs too."""
         return self._routes.local.values()
 
     def _derived(self) -> tuple[dict[IPAddress, int], frozenset[int]]:
@@ -265,7 +266,7 @@ class Follower:
         return LinkChange(link, is_gone=False) if self._put_link(link) else None
 
     def _put_link(self, link: Link) -> bool:
-        """Take up an interface as it is now; whether it was otherwise."""
+        """Update an interface; whether it changed."""
         before = self.links.get(link.ifindex)
         if before == link:
             return False
@@ -291,7 +292,7 @@ class Follower:
             self._name_tables()
 
     def _doubt_ends(self, link: Link, *, is_gone: bool) -> None:
-        """An end of a pair that came or went says that the other end's other end is elsewhere now."""
+        """Update the other end of a pair, after one end came or went."""
         other = self.links.get(link.peer_ifindex) if link.peer_nsid is None and link.peer_ifindex else None
         if other is None:
             return
@@ -340,7 +341,7 @@ class Follower:
     # --- asking -----------------------------------------------------------------------------------------------------
 
     def _ask_links(self) -> list[LinkChange]:
-        """Ask for interfaces that are in doubt; what is new of them."""
+        """List doubtful interfaces; returns the changes."""
         doubted, self._doubts.links = self._doubts.links, set()
         found: list[LinkChange] = []
         try:
@@ -354,7 +355,7 @@ class Follower:
         return found
 
     def _settle_doubts(self) -> list[LinkChange]:
-        """Ask for what was not told, and again for what changed; what is new of interfaces."""
+        """List what has no notification, and again what changed; returns the changes of interfaces."""
         now_s = self._clock()
         doubts, self._doubts = self._doubts, _Doubts()
         self._put_off(doubts, now_s)
@@ -395,7 +396,7 @@ class Follower:
             doubts.all_routes = ""
 
     def _listed(self, kind: int, body: bytes) -> list[bytes]:
-        """Objects of one interface; none when the interface is gone, or has none of the family."""
+        """Listed objects of one interface; none if the interface is gone or has none of the family."""
         try:
             return self._channel.dump(kind, body)
         except NetlinkError as error:
@@ -404,7 +405,7 @@ class Follower:
             raise
 
     def _list_addresses_of(self, ifindex: int) -> None:
-        """The IPv6 addresses of an interface, as they are listed."""
+        """The listed IPv6 addresses of an interface."""
         body = _ADDRESS_HEADER.pack(socket.AF_INET6, 0, 0, 0, ifindex)
         listed = dict(_parse_address(one) for one in self._listed(_GET_ADDRESS, body))
         for key in [key for key in self._keys_of.get(ifindex, ()) if key[0] == socket.AF_INET6 and key not in listed]:
@@ -416,7 +417,7 @@ class Follower:
                 self._put_address(key, one)
 
     def _list_all(self, reason: str = "") -> None:
-        """List everything. ``reason``: why again."""
+        """List everything. ``reason``: why it is listed again."""
         if reason:
             self._count(reason)
         self._doubts, self._again, self._objects_again_s = _Doubts(), {}, math.inf

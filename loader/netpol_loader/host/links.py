@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Interfaces, their XDP programs and the multicast groups they have joined; each call is a request of its own.
+"""Interfaces, their XDP programs, and the multicast groups they have joined; each call is a request of its own.
 
-What changes all the time is followed by `netpol_loader.host.follow`.  Invariant: everything is about the network namespace the
-calling thread is in (for the other ends of veth pairs there is `netpol_loader.host.peers`).  Must not know of programs' contents
-or of policy.
+`netpol_loader.host.follow` watches what changes all the time.
+
+Invariant: every call is about the network namespace of the calling thread (`netpol_loader.host.peers` reads the other
+ends of veth pairs).  The module must not know programs' contents or policy.
 """
 
 from __future__ import annotations
@@ -47,36 +48,37 @@ GRE_HARDWARE = frozenset({778, 823})
 """ARPHRD_IPGRE and ARPHRD_IP6GRE."""
 
 Encapsulation = tuple[int, int]
-"""IP protocol and, of UDP, destination port; else 0."""
+"""IP protocol and, for UDP, destination port; otherwise 0."""
 UDP, IP_IN_IP, IP6_IN_IP, GRE = 17, 4, 41, 47
 TUNNELS: Mapping[str, tuple[int, ...]] = {
     "ipip": (IP_IN_IP,), "sit": (IP6_IN_IP, IP_IN_IP), "ip6tnl": (IP6_IN_IP, IP_IN_IP),
     "gre": (GRE,), "gretap": (GRE,), "ip6gre": (GRE,), "ip6gretap": (GRE,), "erspan": (GRE,), "ip6erspan": (GRE,),
 }  # fmt: skip
-"""Kinds of devices that unpack an IP protocol, whoever sent it."""
+"""Kinds of devices that decapsulate an IP protocol from any sender."""
 TUNNEL_PORTS: Mapping[str, tuple[int, int]] = {
     "vxlan": (15, 8472),  # IFLA_VXLAN_PORT
     "geneve": (5, 6081),  # IFLA_GENEVE_PORT
     "bareudp": (1, 0),  # IFLA_BAREUDP_PORT
     "gtp": (0, 2152),
 }
-"""Kinds that unpack a port of UDP: the attribute that holds it (0: none does), and what it is without one."""
+"""Kinds of devices that decapsulate a UDP port from any sender: attribute with the port (0: none), and default port."""
 
 EXTERNAL: Mapping[str, int] = {
     "vxlan": 25, "geneve": 6, "ipip": 19, "ip6tnl": 19,
     "gre": 18, "gretap": 18, "ip6gre": 18, "ip6gretap": 18, "erspan": 18, "ip6erspan": 18,
 }  # fmt: skip
-"""Kinds that may keep the outer addresses of each packet, by the attribute that says so (IFLA_*_COLLECT_METADATA); bareudp always does."""
+"""Kinds that may keep each packet's outer addresses, with the attribute (IFLA_*_COLLECT_METADATA); bareudp always does."""
 
 
 @dataclass(frozen=True, slots=True)
 class Link:
-    """An interface. ``peer_ifindex``: the other end's number (of a veth pair, maybe in another namespace), 0: none.
+    """An interface.
 
-    ``peer_nsid``: that namespace's number in this one, None when it is this one.  ``hardware``: ARPHRD_*, of include/uapi/
-    linux/if_arp.h; NO_REMOTE of a GRE device without the one remote end.  ``table``: of a VRF.  ``takes``: encapsulation that
-    it takes from anyone.  ``is_up``: it is switched on; ``is_running``: and so is what is at its other end.
-    ``is_external``: it keeps the outer addresses of each packet (``external``, collect_md).
+    ``peer_ifindex``: number of the other end of a veth pair, maybe in another namespace; 0: none.  ``peer_nsid``: id of
+    that namespace in this one; None: it is this one.  ``hardware``: ARPHRD_* (include/uapi/linux/if_arp.h), or
+    NO_REMOTE for a GRE device without a remote end.  ``table``: of a VRF.  ``takes``: encapsulation that it accepts
+    from any sender.  ``is_up``: it is switched on; ``is_running``: its other end is, too.  ``is_external``: it keeps
+    the outer addresses of each packet (``external``, collect_md).
     """
 
     ifindex: int
@@ -97,9 +99,9 @@ class Link:
 
 
 def parse_link(payload: bytes) -> Link | None:
-    """The interface of a message; None: it is of a family, and says what that knows of the interface.
+    """The interface of a message; None if the message is of a family, with that family's view of the interface.
 
-    Raises struct.error and ValueError for what is no such message.
+    Raises struct.error and ValueError if the bytes are no such message.
     """
     family, hardware_type, ifindex, flags = link_header(payload)
     if family != socket.AF_UNSPEC:
@@ -134,7 +136,7 @@ def link_header(payload: bytes) -> tuple[int, int, int, int]:
 
 
 def _hardware(hardware: int, data: bytes) -> int:
-    """A GRE device that has no remote end puts its outer header before packets that go out by it."""
+    """ARPHRD_* of a device; NO_REMOTE of a GRE device without a remote end, which prepends its outer header itself."""
     if hardware not in GRE_HARDWARE:
         return hardware
     found = attributes(data)
@@ -154,7 +156,7 @@ def _takes(kind: str, data: bytes) -> tuple[Encapsulation, ...]:
 
 
 def _is_external(kind: str, data: bytes) -> bool:
-    """Of some kinds the attribute is a flag, of some a number that may be 0."""
+    """Whether a device keeps outer addresses; the attribute is a flag of some kinds, of others a number that may be 0."""
     if kind not in EXTERNAL:
         return kind == "bareudp"
     raw = attributes(data).get(EXTERNAL[kind])
@@ -168,9 +170,9 @@ def read_links(channel: RouteChannel) -> list[Link]:
 
 
 def xdp_programs() -> dict[int, tuple[int, ...]]:
-    """Numbers of the XDP programs on interfaces that have any, in whatever mode and however attached.
+    """Numbers of the XDP programs of each interface that has any, in every mode and by every attachment.
 
-    Asked, not followed: a program that comes by a BPF link is not told of.
+    They are listed, not watched, because the kernel sends no notification of a program that is attached by a BPF link.
     """
     found = {}
     with RouteChannel() as channel:
@@ -210,7 +212,7 @@ def find_link(name_or_ifindex: str | int) -> Link | None:
 
 
 def interface_towards(address: IPAddress) -> int | None:
-    """The number of the interface by which the node itself would send to an address, None where there is no way."""
+    """The interface by which the node would send to an address; None if there is no route."""
     with RouteChannel() as channel:
         try:
             ((_, _, payload),) = channel.ask(routes.GET_ROUTE, routes.question(address))
@@ -228,7 +230,10 @@ _IGMP6_COLUMNS, _IGMP6_GROUP = 6, 2
 
 
 def joined_groups() -> frozenset[IPAddress]:
-    """The multicast groups that this namespace's interfaces have joined. Nothing announces a change of these."""
+    """The multicast groups that this namespace's interfaces have joined.
+
+    The kernel sends no notification of changes.
+    """
     groups: set[IPAddress] = set()
     with contextlib.suppress(FileNotFoundError):  # a kernel without that family
         raw = Path("/proc/thread-self/net/igmp").read_bytes()

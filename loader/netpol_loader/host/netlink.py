@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Netlink: sockets, messages and attributes, for every family of it that the loader speaks.
+"""Netlink: sockets, messages and attributes for every netlink family that the loader uses.
 
-Raw netlink, not pyroute2: a library that makes objects of every attribute, with a new socket for each request, took
-seconds of CPU for a node with some hundred interfaces, and a minute for a busy node's connections.  Invariant: a socket
-belongs to the network namespace in which it was made.  Must not know what a message means.
+Raw netlink, not pyroute2: pyroute2 makes objects of every attribute and a new socket for each request, which took
+seconds of CPU for a node with some hundred interfaces, and a minute for a busy node's connections.
+
+Invariant: a socket belongs to the network namespace in which it was made.  The module must not know what messages mean.
 """
 
 from __future__ import annotations
@@ -33,20 +34,20 @@ _NESTED = 0x8000
 _HEADER = struct.Struct("=IHHII")
 _ATTRIBUTE = struct.Struct("=HH")
 _RECEIVE_BYTES = 1 << 16
-"""The kernel makes datagrams of a list half as large at most."""
+"""The kernel's datagrams of a list have at most half this size."""
 _SEND_BUFFER_BYTES, _RECEIVE_BUFFER_BYTES = 16 << 20, 1 << 20
-"""Room for thousands of elements in one transaction, and for long lists; arbitrary."""
+"""Send buffer for thousands of elements in one transaction, and receive buffer for long lists; arbitrary."""
 _NOTIFICATION_BUFFER_BYTES = 8 << 20
-"""Room for notifications that nobody has read yet; arbitrary."""
+"""Receive buffer for unread notifications; arbitrary."""
 DUMP_ATTEMPTS = 10
-"""A dump that a change interrupts begins again; arbitrary."""
+"""How often an interrupted dump starts again; arbitrary."""
 
 Message = tuple[int, int, bytes]
 """Type, flags and what follows the header."""
 
 
 class NetlinkError(PlatformError):
-    """An answer of the kernel; ``code`` is its errno."""
+    """An error from the kernel; ``code`` is its errno."""
 
     def __init__(self, code: int, what: str) -> None:
         super().__init__(f"{what}: {os.strerror(code)}")
@@ -83,12 +84,12 @@ def attributes(body: bytes, at: int = 0) -> dict[int, bytes]:
 
 
 def read_text(raw: bytes) -> str:
-    """A name for people and JSON: the kernel takes any bytes."""
+    """A name for people and JSON, because the kernel accepts any bytes."""
     return raw.split(b"\0")[0].decode(errors="backslashreplace")
 
 
 def read_number(raw: bytes | None) -> int:
-    """A number of 32 bits in the machine's order, 0 where there is none."""
+    """A number of 32 bits in host order; 0 if there is none."""
     return 0 if raw is None else int(struct.unpack("=I", raw)[0])
 
 
@@ -96,7 +97,7 @@ def read_number(raw: bytes | None) -> int:
 
 
 def message(kind: int, flags: int, sequence: int, body: bytes) -> bytes:
-    """One message. Its body has no padding to need: all that the loader sends are of whole words."""
+    """One message. It needs no padding, because all bodies that the loader sends are whole words."""
     return _HEADER.pack(_HEADER.size + len(body), kind, flags, sequence, 0) + body
 
 
@@ -112,7 +113,7 @@ def messages(data: bytes) -> Iterator[Message]:
 
 
 def error_code(payload: bytes) -> int:
-    """The errno of an ERROR message, or of a DONE message that has one; 0: none."""
+    """The errno of an ERROR or DONE message; 0: none."""
     return -int(struct.unpack_from("=i", payload)[0]) if len(payload) >= 4 else 0  # noqa: PLR2004 - an int of C
 
 
@@ -123,7 +124,7 @@ class Channel:
     """A socket for requests and their answers. A context manager."""
 
     def __init__(self, family: int, subject: str) -> None:
-        """``subject``: what errors are about. Raises NetlinkError when the kernel does not have the family."""
+        """``subject``: named by errors. Raises NetlinkError if the kernel lacks the family."""
         self._subject = subject
         try:
             self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, family)
@@ -151,7 +152,7 @@ class Channel:
         self.close()
 
     def ask(self, kind: int, body: bytes, flags: int = 0, *, what: str = "") -> list[Message]:
-        """The answers to one request, without the acknowledgement. ``what``: for an error. Raises NetlinkError."""
+        """The answers to one request, without the acknowledgement. ``what``: named by errors. Raises NetlinkError."""
         self._send(kind, body, flags | ACK)
         found: list[Message] = []
         for one in self._received():
@@ -162,10 +163,10 @@ class Channel:
         return found
 
     def stream(self, kind: int, body: bytes, *, what: str = "") -> Iterator[Message]:
-        """The messages of a dump, as they come, which a change of what is listed does not begin again. Raises NetlinkError.
+        """The messages of a dump, one by one; it does not start again if the list changes. Raises NetlinkError.
 
-        The last one is of the type DONE.  A stream that is not read to its end leaves the socket unable to ask anything
-        else.
+        The last message has the type DONE.  After a stream that is not read to its end, the socket can make no further
+        request.
         """
         self._send(kind, body, _DUMP)
         for one in self._received():
@@ -176,9 +177,9 @@ class Channel:
             yield one
 
     def dump(self, kind: int, body: bytes, *, what: str = "") -> list[bytes]:
-        """All objects of a kind: what follows the header, of each.
+        """All objects of a kind, each as the bytes after its header.
 
-        Raises NetlinkError, and PlatformError when changes never let it end.
+        Raises NetlinkError, and PlatformError if constant changes prevent an end.
         """
         for _ in range(DUMP_ATTEMPTS):
             found = list(self.stream(kind, body, what=what))
@@ -187,10 +188,10 @@ class Channel:
         raise PlatformError(f"{self._subject}: whatever is listed changes faster than the kernel can list it")
 
     def first(self, kind: int, body: bytes, most: int) -> list[bytes]:
-        """As `dump`, at most ``most`` objects and one more: of a list whose owner may make it long, and change it, at will.
+        """As `dump`, at most ``most`` objects and one more, for a list that its owner can lengthen and change at will.
 
-        What changes did to the list meanwhile will do.  A list that was not read to its end leaves the socket unable to ask
-        anything else.  Raises NetlinkError.
+        The list may include concurrent changes.  If it is not read to its end, the socket can make no further request.
+        Raises NetlinkError.
         """
         found = []
         for kind_, _, payload in self.stream(kind, body):
@@ -201,9 +202,9 @@ class Channel:
         return found
 
     def transact(self, parts: Iterable[tuple[int, int, bytes]]) -> list[int]:
-        """Send messages, each (type, flags, body), as one datagram; the errno of each answer, 0 for an acknowledgement.
+        """Send messages, each (type, flags, body), as one datagram; returns the errno of each answer, 0 for success.
 
-        Only for a family that has answered when the call to send returns (nfnetlink).  Raises NetlinkError.
+        Only for a family that has answered when the send call returns (nfnetlink).  Raises NetlinkError.
         """
         with contextlib.suppress(OSError):  # more room is needed for thousands of elements alone
             self._socket.setsockopt(socket.SOL_SOCKET, _SO_SNDBUFFORCE, _SEND_BUFFER_BYTES)
@@ -228,9 +229,9 @@ class Channel:
             raise NetlinkError(error.errno or errno.EIO, f"{self._subject}: a request could not be sent") from error
 
     def _received(self, flags: int = 0) -> Iterator[Message]:
-        """What the kernel says to the last request; what an earlier one, that was given up, left behind is passed over.
+        """Answers to the last request, without end; skips answers to an earlier, abandoned request.
 
-        Without end.  Raises BlockingIOError when ``flags`` say so, NetlinkError when an answer was lost.
+        Raises BlockingIOError if ``flags`` say so, NetlinkError if an answer was lost.
         """
         while True:
             try:
@@ -261,7 +262,7 @@ class RouteChannel(Channel):
 
 
 class Notifications:
-    """A socket that receives what the kernel tells everybody, from the moment it is made."""
+    """A socket that receives the kernel's notifications from its creation on."""
 
     def __init__(self, family: int, groups: tuple[int, ...]) -> None:
         """``groups``: by their numbers (RTNLGRP_*, NFNLGRP_*). Raises OSError."""
@@ -280,7 +281,7 @@ class Notifications:
         self._socket.close()
 
     def fileno(self) -> int:
-        """For select: readable when there is a notification."""
+        """For select: readable if there is a notification."""
         return self._socket.fileno()
 
     def take(self) -> bytes | None:

@@ -3,7 +3,7 @@
 
 Raw netlink: a node needs no `nft` binary, and pyroute2's nf_tables differ between the versions that distributions have.
 Invariants: a transaction is in force as a whole or not at all; everything is about the network namespace in which the
-socket was made.  Must not know what a table is for.
+socket was made.  The module must not know what a table is for.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ NEW_ELEMENTS, GET_ELEMENTS, DELETE_ELEMENTS = 12, 13, 14
 GET_GENERATION, NEW_OBJECT, GET_OBJECT = 16, 18, 19
 
 OWNER, PERSIST, DORMANT = 0x2, 0x4, 0x1
-"""NFT_TABLE_F_*: nobody else changes the table while the socket lives (5.12); it outlives the socket (6.9); it is switched off."""
+"""NFT_TABLE_F_*: only the socket's owner can change the table (5.12); it outlives the socket (6.9); it is disabled."""
 
 MARK, IN_INDEX, OUT_INDEX, PROTOCOL, IN_NAME, OUT_NAME = 3, 4, 5, 1, 6, 7
 """enum nft_meta_keys."""
 EQUAL, UNEQUAL = 0, 1
 DROP, ACCEPT = 0, 1
 NAME_TYPE, INDEX_TYPE = 41, 20
-"""What `nft` calls ifname and iface_index (datatype.h); the kernel only keeps it."""
+"""The types ifname and iface_index of `nft` (datatype.h); the kernel only stores them."""
 NAME_BYTES, INDEX_BYTES = 16, 4
 _REGISTER = 1
 _COUNTER = 1  # NFT_OBJECT_COUNTER
@@ -58,14 +58,14 @@ _COUNTER = 1  # NFT_OBJECT_COUNTER
 _GENERIC = struct.Struct("!BBH")  # struct nfgenmsg: family, version, resource
 _LIST_ELEMENT = 1
 ELEMENTS_A_MESSAGE = 500
-"""Elements in one attribute, of which 65535 bytes are the most."""
+"""Most elements in one attribute, which has 65535 bytes at most."""
 
 
 # --- attributes -----------------------------------------------------------------------------------------------------
 
 
 def number(kind: int, value: int) -> bytes:
-    """A number of 32 bits, as nf_tables wants all of its own: big endian."""
+    """A number of 32 bits in big endian, as nf_tables expects."""
     return attribute(kind, struct.pack("!I", value & 0xFFFF_FFFF))
 
 
@@ -89,7 +89,7 @@ def comment(value: str) -> bytes:
 
 
 def read_comment(raw: bytes) -> str:
-    """The comment of user data; "" where there is none."""
+    """The comment in user data; "" if there is none."""
     at = 0
     while at + 2 <= len(raw):
         kind, size = raw[at], raw[at + 1]
@@ -107,28 +107,28 @@ def _expression(name: str, *parts: bytes) -> bytes:
 
 
 def load_meta(key: int) -> bytes:
-    """Take a fact about the packet (MARK, IN_NAME, ...) into the register."""
+    """Load a property of the packet (MARK, IN_NAME, ...) into the register."""
     return _expression("meta", number(2, key), number(1, _REGISTER))
 
 
 def store_mark() -> bytes:
-    """The register becomes the packet's mark."""
+    """Set the packet's mark from the register."""
     return _expression("meta", number(2, MARK), number(3, _REGISTER))
 
 
 def bitwise(mask: int, toggle: int = 0) -> bytes:
-    """The register becomes ``register & mask ^ toggle``, 32 bits in the machine's order."""
+    """Set the register to ``register & mask ^ toggle``, 32 bits in host order."""
     values = [nested(kind, attribute(1, struct.pack("=I", value))) for kind, value in ((4, mask), (5, toggle))]
     return _expression("bitwise", number(1, _REGISTER), number(2, _REGISTER), number(3, 4), *values)
 
 
 def compare(value: bytes, operator: int = EQUAL) -> bytes:
-    """End the rule unless the beginning of the register is (or is not) this."""
+    """End the rule unless the register's first bytes equal (or differ from) the value."""
     return _expression("cmp", number(1, _REGISTER), number(2, operator), nested(3, attribute(1, value)))
 
 
 def look_up(name: str, *, is_absent: bool = False) -> bytes:
-    """End the rule unless the register is (or is not) in a set."""
+    """End the rule unless the register is (or is not) in the set."""
     flags = (number(5, 1),) if is_absent else ()
     return _expression("lookup", text(1, name), number(2, _REGISTER), *flags)
 
@@ -139,7 +139,7 @@ def count(name: str) -> bytes:
 
 
 def verdict(code: int) -> bytes:
-    """ACCEPT: on to the next hook; DROP."""
+    """The verdict: ACCEPT, after which the next hook follows, or DROP."""
     return _expression("immediate", number(1, 0), nested(2, nested(2, number(1, code))))
 
 
@@ -157,18 +157,18 @@ class NftMessage:
 
 
 def new_table(family: int, name: str, flags: int, remark: str) -> NftMessage:
-    """Make a table, or take over one that is there; ``remark`` is that of a new one."""
+    """Make a table, or take over an existing one; ``remark`` is for a new one."""
     body = text(1, name) + number(2, flags) + attribute(6, comment(remark))
     return NftMessage(NEW_TABLE, family, body, CREATE)
 
 
 def delete_table(family: int, name: str) -> NftMessage:
-    """Delete a table with all that is in it."""
+    """Delete a table with its content."""
     return NftMessage(DELETE_TABLE, family, text(1, name))
 
 
 def new_chain(family: int, table: str, name: str, hook: int, priority: int) -> NftMessage:
-    """Make a base chain of type filter, whose policy is accept."""
+    """Make a base chain of type filter with policy accept."""
     place = nested(4, number(1, hook), number(2, priority))
     return NftMessage(
         NEW_CHAIN, family, text(1, table) + text(3, name) + place + number(5, ACCEPT) + text(7, "filter"), CREATE
@@ -182,13 +182,13 @@ def new_rule(family: int, table: str, chain: str, expressions: Iterable[bytes], 
 
 
 def new_counter(family: int, table: str, name: str, packets: int = 0, octets: int = 0) -> NftMessage:
-    """Make a named counter with a value to begin with."""
+    """Make a named counter with an initial value."""
     value = nested(4, attribute(1, struct.pack("!Q", octets)), attribute(2, struct.pack("!Q", packets)))
     return NftMessage(NEW_OBJECT, family, text(1, table) + text(2, name) + number(3, _COUNTER) + value, CREATE)
 
 
 def new_set(family: int, table: str, name: str, key_type: int, key_bytes: int, number_here: int) -> NftMessage:
-    """Make a set whose elements count the packets that they met. ``number_here``: its own in this transaction."""
+    """Make a set with a packet counter for each element. ``number_here``: its id in this transaction."""
     byte_order = struct.pack("=BBI", 0, 4, 1)  # for nft: the machine's
     body = text(1, table) + text(2, name) + number(3, 0) + number(4, key_type) + number(5, key_bytes)
     body += number(10, number_here) + attribute(13, byte_order) + nested(17, text(1, "counter"), nested(2))
@@ -208,7 +208,7 @@ def change_elements(kind: int, family: int, table: str, name: str, keys: Sequenc
 
 @dataclass(frozen=True, slots=True)
 class NftTable:
-    """``owner``: netlink port that alone may change it, 0: anybody may."""
+    """``owner``: netlink port that alone may change the table; 0: anybody may."""
 
     flags: int
     owner: int
@@ -226,16 +226,16 @@ class NftChain:
 
 
 class Nftables(Channel):
-    """A channel of nf_tables; tables that it owns are released when it is closed.
+    """An nf_tables channel; closing it releases the tables that it owns.
 
-    All methods raise NetlinkError with the kernel's answer, PlatformError for a list that never ends.
+    All methods raise NetlinkError with the kernel's answer, PlatformError for a list without end.
     """
 
     def __init__(self) -> None:
         super().__init__(NETFILTER, "nf_tables")
 
     def commit(self, changes: Sequence[NftMessage], *, is_trial: bool = False) -> None:
-        """Apply all changes, or none and raise. ``is_trial``: only ask whether they could be applied."""
+        """Apply all changes, or none and raise. ``is_trial``: only test whether they could be applied."""
         parts = [(_BATCH_BEGIN, REQUEST, _GENERIC.pack(0, 0, _SUBSYSTEM))]
         for place, one in enumerate(changes, 1):
             flags = REQUEST | one.flags | (ACK if place == len(changes) else 0)
@@ -248,13 +248,13 @@ class Nftables(Channel):
             raise NetlinkError(failed or errno.EIO, "nf_tables: the change was refused")
 
     def generation(self) -> int:
-        """A number that each change of any table of the namespace changes."""
+        """A number that changes with every change of any table of the namespace."""
         for body in self._asked(GET_GENERATION, 0, b"", "its generation"):
             return _number(attributes(body)[1])
         raise NetlinkError(errno.EIO, "nf_tables: its generation")
 
     def table(self, family: int, name: str) -> NftTable | None:
-        """A table, None when there is none."""
+        """A table; None if there is none."""
         try:
             for body in self._asked(GET_TABLE, family, text(1, name), f"table {name}"):
                 found = attributes(body)
@@ -278,7 +278,7 @@ class Nftables(Channel):
         return found
 
     def rules(self, family: int, table: str) -> dict[str, list[str]]:
-        """The remarks of the rules of a table, by chain and in their order."""
+        """The comments of a table's rules, by chain and in order."""
         found: dict[str, list[str]] = {}
         for body in self._listed(GET_RULE, family, text(1, table)) or ():
             one = attributes(body)
@@ -287,7 +287,7 @@ class Nftables(Channel):
         return found
 
     def elements(self, family: int, table: str, name: str) -> dict[bytes, int] | None:
-        """The keys of a set and the packets that each met; None when there is no such set."""
+        """A set's keys with the packets that matched each; None if there is no such set."""
         bodies = self._listed(GET_ELEMENTS, family, text(1, table) + text(2, name))
         if bodies is None:
             return None
@@ -315,7 +315,7 @@ class Nftables(Channel):
             yield payload[_GENERIC.size :]
 
     def _listed(self, kind: int, family: int, body: bytes) -> list[bytes] | None:
-        """The attributes of the entries, of one moment; None: what they would be in is not there."""
+        """The attributes of the entries at one moment; None if their container does not exist."""
         try:
             found = self.dump(_kind(kind), _GENERIC.pack(family, 0, 0) + body, what="a list of what is there")
         except NetlinkError as error:
@@ -331,7 +331,7 @@ def _kind(number_of_message: int) -> int:
 
 
 class TableNotifications(Notifications):
-    """Readable when something has changed any table of the namespace."""
+    """Readable after a change of any table of the namespace."""
 
     def __init__(self) -> None:
         """Raises NetlinkError."""
@@ -341,7 +341,7 @@ class TableNotifications(Notifications):
             raise NetlinkError(error.errno or errno.EIO, "nf_tables: notifications of changes") from error
 
     def clear(self) -> bool:
-        """Whether anything changed since the last call. What it was is not read, so that losing some is no loss."""
+        """Whether anything changed since the last call. The notifications are not parsed, so lost ones do no harm."""
         has_changed = False
         while self.take() != b"":
             has_changed = True

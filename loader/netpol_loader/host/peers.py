@@ -6,7 +6,7 @@ RTM_GETADDR for one interface there (IFA_TARGET_NETNSID, strict checking; Linux 
 Entering each namespace with setns(2) was rejected: it needs the file of a namespace, which a pod's may not have in this mount
 namespace, and it moves the calling thread.
 
-Must know nothing of pods.
+The module must know nothing of pods.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def load_peer_addresses(peers: Iterable[tuple[int, int]]) -> dict[tuple[int, int
 
 
 def _listed(peer: tuple[int, int], family: int) -> list[bytes]:
-    """The addresses of an interface, MOST_ADDRESSES and one more at most; none when it is gone."""
+    """The addresses of an interface, at most MOST_ADDRESSES and one more; none if it is gone."""
     namespace_id, ifindex = peer
     target = attribute(_IFA_TARGET_NETNSID, struct.pack("=i", namespace_id))
     try:

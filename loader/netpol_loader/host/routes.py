@@ -35,7 +35,7 @@ _MULTIPATH, _CACHEINFO, _TABLE, _STATISTICS, _VIA, _EXPIRES, _NH_ID = 9, 12, 15,
 _TOLD_APART = frozenset({
     _DST, _SRC, _OIF, _GATEWAY, _PRIORITY, _PREFSRC, _MULTIPATH, _CACHEINFO, _TABLE, _STATISTICS, _VIA, _EXPIRES,
 })  # fmt: skip
-"""Attributes that have a field of their own, or change while the route stays the same."""
+"""Attributes with a field of their own, and those that change while the route stays the same."""
 _CLONED = 0x200
 _UNICAST, LOCAL, BROADCAST, ANYCAST = 1, 2, 3, 4
 _OF_THE_NODE = frozenset({LOCAL, BROADCAST, ANYCAST})
@@ -43,14 +43,14 @@ TABLE_MAIN, TABLE_LOCAL = 254, 255
 REDIRECT, KERNEL, ROUTER_ADVERTISEMENT = 1, 2, 9
 """RTPROT_*: who made a route."""
 ANNOUNCED = frozenset({REDIRECT, ROUTER_ADVERTISEMENT})
-"""Origins of routes that a message from the network made."""
+"""Origins of routes from messages of the network."""
 BITS: Mapping[int, int] = {socket.AF_INET: 32, socket.AF_INET6: 128}
 """Bits of an address by family."""
 
 Destination = tuple[int, bytes, int]
 """Family, packed address, bits."""
 NextHop = tuple[int, bytes]
-"""Interface, and the gateway behind it, empty: none."""
+"""Interface and gateway; empty gateway: none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,17 +73,17 @@ class Route:
 
     @property
     def interfaces(self) -> set[int]:
-        """By which it leads."""
+        """The interfaces of its hops."""
         return {ifindex for ifindex, _ in self.hops if ifindex}
 
     @property
     def place(self) -> tuple[int, tuple[int, int]]:
-        """Table and order: a route can replace another one to the same destination when both agree in these."""
+        """Table and order: a route can replace another one to the same destination if both are equal in these."""
         return self.table, self.order
 
     @property
     def is_indirect(self) -> bool:
-        """Whether it leads to another router, or by several interfaces."""
+        """Whether its hops are other routers, or several interfaces."""
         return len(self.hops) > 1 or self.has_gateway
 
     @property
@@ -94,9 +94,10 @@ class Route:
 
 @dataclass(frozen=True, slots=True)
 class LocalRoute:
-    """Addresses that the node takes for its own. ``is_many``: broadcast. ``ifindex``: of the interface that has them.
+    """Addresses that the node accepts as its own.
 
-    ``address``: the one, or the first of those that ``bits`` tell.
+    ``is_many``: broadcast.  ``ifindex``: the interface that has them.  ``address``: the address, or the first of the
+    prefix with ``bits``.
     """
 
     address: IPAddress
@@ -116,12 +117,12 @@ class LocalRoute:
 
 
 def is_kernel_s_own(payload: bytes) -> bool:
-    """Whether a message is of a route that the kernel made for an address."""
+    """Whether the kernel made the message's route for an address."""
     return bool(_ROUTE_HEADER.unpack_from(payload)[5] == KERNEL)
 
 
 def interface_of(payload: bytes) -> int:
-    """The interface of a route without hops, 0: none."""
+    """The interface of a route without hops; 0: none."""
     raw = attributes(payload, _ROUTE_HEADER.size).get(_OIF)
     return 0 if raw is None else int(struct.unpack("=i", raw)[0])
 
@@ -133,13 +134,13 @@ def request(family: int, ifindex: int = 0) -> bytes:
 
 
 def question(address: IPAddress) -> bytes:
-    """The body of a question for the way to an address."""
+    """The body of a request for the route to an address."""
     family = socket.AF_INET if address.version == 4 else socket.AF_INET6  # noqa: PLR2004 - the IP version
     return _ROUTE_HEADER.pack(family, BITS[family], 0, 0, 0, 0, 0, 0, 0) + attribute(_DST, address.packed)
 
 
 def parse_routes(payload: bytes) -> list[Route]:
-    """The routes of a message that matter here. Raises struct.error and ValueError for what is no such message."""
+    """The relevant routes of a message. Raises struct.error and ValueError if it is no such message."""
     family, bits, source_bits, tos, small_table, protocol, scope, kind, flags = _ROUTE_HEADER.unpack_from(payload)
     if family not in BITS or flags & _CLONED or (small_table != TABLE_MAIN and kind not in _OF_THE_NODE):
         return []
@@ -205,14 +206,14 @@ class RouteTable:
         self._local_tables = frozenset({TABLE_LOCAL})
 
     def uses_objects(self, ifindex: int = 0) -> bool:
-        """Whether a route (0: any, else one that leads by that interface) has its hops from a next hop object."""
+        """Whether a route (0: any; otherwise one by that interface) takes its hops from a next hop object."""
         routes = self._leading_by(ifindex) if ifindex else (one for some in self._routes.values() for one in some)
         return any(route.uses_object for route in routes)
 
     # --- from messages ----------------------------------------------------------------------------------------------
 
     def apply(self, kind: int, flags: int, payload: bytes) -> set[int]:
-        """Apply a notification; returns the interfaces of which the routes must be listed again."""
+        """Apply a notification; returns the interfaces that must have their routes listed again."""
         routes = parse_routes(payload)
         if kind == DELETE_ROUTE:
             return self._delete(routes)
@@ -231,11 +232,11 @@ class RouteTable:
             if route in present:
                 self._remove(route)
             elif any(one.place == route.place for one in present):
-                doubtful |= route.interfaces  # told of already, or not known by what it is told by
+                doubtful |= route.interfaces  # removed already, or the message does not identify it
         return doubtful
 
     def _make_room(self, routes: list[Route]) -> set[int]:
-        """Remove the routes that these replace, or return the interfaces of which the routes must be listed again."""
+        """Remove the routes that these replace, or return the interfaces that must have their routes listed again."""
         route = routes[0]
         replaced = [one for one in self._routes.get(route.destination, ()) if one.place == route.place]
         is_partial = route.destination[2] not in (
@@ -261,7 +262,7 @@ class RouteTable:
     # --- from dumps -------------------------------------------------------------------------------------------------
 
     def replace_family(self, family: int, payloads: Iterable[bytes]) -> None:
-        """All routes of a family, as they were listed."""
+        """Replace all routes of a family by listed ones."""
         for route in [one for routes in self._routes.values() for one in routes if one.destination[0] == family]:
             self._remove(route)
         for payload in payloads:
@@ -269,7 +270,7 @@ class RouteTable:
                 self._add(route)
 
     def replace_interface(self, family: int, ifindex: int, payloads: Iterable[bytes]) -> None:
-        """The routes of a family that lead by an interface, as they were listed."""
+        """Replace a family's routes by one interface with listed ones."""
         listed = [route for payload in payloads for route in parse_routes(payload) if ifindex in route.interfaces]
         for route in self._leading_by(ifindex):
             if route.destination[0] == family and route not in listed:
@@ -278,12 +279,12 @@ class RouteTable:
             self._add(route)
 
     def drop_interface(self, ifindex: int) -> None:
-        """The interface is gone, and all routes by it; of IPv4 those with other hops, too."""
+        """Remove all routes by an interface that is gone; in IPv4 also those with other hops."""
         for route in self._leading_by(ifindex):
             self._remove(route)
 
     def interfaces_sending_from(self, source: bytes) -> set[int]:
-        """Those of routes that have the node send from an address, which is gone."""
+        """Remove the routes with a source address that is gone."""
         found = (one for routes in self._routes.values() for one in routes if one.source == source)
         return {ifindex for one in found for ifindex in one.interfaces}
 
@@ -328,7 +329,7 @@ class RouteTable:
     # --- what follows -----------------------------------------------------------------------------------------------
 
     def _derive(self, destination: Destination) -> None:
-        """Derive everything that depends on the routes to one destination."""
+        """Derive all that depends on the routes to one destination."""
         family, _, bits = destination
         routes = self._routes.get(destination, ())
         local = _local(destination, [one for one in routes if one.table in self._local_tables])
@@ -376,14 +377,14 @@ class RouteTable:
 
 
 def _first(routes: Collection[Route]) -> int | None:
-    """The interface that the first of directly connected routes leads by; several at one time are none."""
+    """The interface of the first directly connected route; if several are equal, none."""
     first = min((one.order for one in routes), default=None)
     found = {ifindex for one in routes if one.order == first for ifindex in one.interfaces}
     return found.pop() if len(found) == 1 else None
 
 
 def _local(destination: Destination, routes: Iterable[Route]) -> LocalRoute | None:
-    """The local route to a destination; of several interfaces that of the lowest number, which is the oldest."""
+    """The local route to a destination; if several interfaces have one, the lowest number, which is the oldest."""
     found = [(one.kind == BROADCAST, min(one.interfaces, default=0)) for one in routes if one.kind in _OF_THE_NODE]
     if not found:
         return None
@@ -392,7 +393,7 @@ def _local(destination: Destination, routes: Iterable[Route]) -> LocalRoute | No
 
 
 def _put(table: dict[K, V], key: K, value: V | None) -> bool:
-    """Make an entry so, None: there is none; whether it was otherwise."""
+    """Set an entry, or delete it with None; whether it changed."""
     if table.get(key) == value:
         return False
     if value is None:

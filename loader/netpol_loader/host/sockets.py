@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Open TCP connections as sockets show them, here and at the other ends of veth pairs: for where nothing is tracked.
+"""Open TCP connections as sockets show them, here and at the other ends of veth pairs; for kernels that track nothing.
 
-A socket does not say who opened its connection.  When something listens on its port it counts as accepted, else as opened
-from here; so a server that listens no more is taken for a client.
+A socket does not say who opened its connection.  If something listens on its port, the connection counts as accepted,
+otherwise as opened from here; so a server that has stopped listening counts as a client.  A socket is visible only in
+its own network namespace, and the kernel does not list sockets of another namespace by its id.  So a thread finds that
+namespace among those of processes and the named ones, enters it, and then ends.
 
-A socket is seen in its own network namespace only, and the kernel does not list those of another by its number: that
-namespace is looked for among those of processes and the named ones, and entered by a thread that ends then.
-Invariant: only reads, and no thread but that one changes its namespace.  Must know nothing of endpoints or policy.
+Invariant: the module only reads, and no other thread changes its namespace.  It must not know endpoints or policy.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _ANSWER = struct.Struct("=BBBB2s2s16s16s")  # the beginning of struct inet_diag_
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """A connection. ``ends``: of its first packet. ``namespace``: whose socket it is, None: this one's."""
+    """A connection. ``ends``: tuple of its first packet. ``namespace``: that of its socket; None: this one."""
 
     ends: Ends
     namespace: int | None = None
@@ -51,7 +51,7 @@ class Opened:
 
 @dataclass(slots=True)
 class Sockets:
-    """What was found. ``unseen``: why some could not be looked at."""
+    """The connections found. ``unseen``: why some sockets could not be read."""
 
     opened: list[Opened] = field(default_factory=list)
     unseen: list[str] = field(default_factory=list)
@@ -116,14 +116,17 @@ def _unmapped(address: IPv6Address) -> IPAddress:
 
 
 def _look_around(missing: set[int], found: Sockets) -> None:
-    """Enter each of the namespaces that can be found. Ends as a thread that is somewhere else; takes ids out of ``missing``."""
+    """Enter each namespace that can be found, and take its id out of ``missing``.
+
+    The calling thread ends in another namespace.
+    """
     libc = ctypes.CDLL(None, use_errno=True)
     with contextlib.ExitStack() as stack:
         entries: dict[int, int] = {}
         try:
             channel = stack.enter_context(RouteChannel())
             for path in _namespace_files():
-                # A process that ended meanwhile, or whose namespace is not ours to see.
+                # The process ended meanwhile, or its namespace is not visible to this one.
                 with contextlib.suppress(OSError, NetlinkError):
                     fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
                     stack.callback(os.close, fd)
@@ -142,7 +145,7 @@ def _look_around(missing: set[int], found: Sockets) -> None:
 
 
 def _namespace_files() -> Iterator[Path]:
-    """A file for each network namespace that a name or a process leads to."""
+    """A file for each network namespace with a name or a process."""
     seen: set[tuple[int, int]] = set()
     named = NAMED.iterdir() if NAMED.is_dir() else ()
     for path in (*named, *PROCESSES.glob("[0-9]*/ns/net")):
@@ -154,7 +157,7 @@ def _namespace_files() -> Iterator[Path]:
 
 
 def _id_of(channel: RouteChannel, fd: int) -> int:
-    """The number by which this namespace knows another one, -1: by none. Raises NetlinkError."""
+    """The id of another namespace in this one; -1: it has none. Raises NetlinkError."""
     for kind, _, payload in channel.ask(_RTM_GETNSID, bytes(4) + attribute(_NETNSA_FD, struct.pack("=i", fd))):
         found = attributes(payload, 4)
         if kind == _RTM_NEWNSID and _NETNSA_NSID in found:

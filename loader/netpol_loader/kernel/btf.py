@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Type information (BTF): written for the maps that are made here, and read of maps that another version made.
+"""BPF type information (BTF): written for the maps made here, read from the maps that another version made.
 
-Written, it gives `bpftool map dump` the names of the fields.  Read, it serves to compare what another version made with
-what this one declares, field by field.  Invariants: two layouts are equal exactly when every field has the same name,
-place and size, nested structures included; a map of which the kernel knows no types has no layout, rather than a guessed
-one.  Must not know what any field means.
+When written, it gives `bpftool map dump` the names of the fields.  When read, it allows a comparison, field by field,
+of a layout that another version made with the layout declared here.
+
+Invariants: two layouts are equal exactly if every field has the same name, offset and size, nested structures included;
+a map without BTF has no layout, never a guessed one.
+
+The module must not know what any field means.
 """
 
 from __future__ import annotations
@@ -29,10 +32,10 @@ INT, POINTER, ARRAY_KIND, STRUCT, UNION, ENUM, FUNC_PROTO, VAR, DATASEC, DECL_TA
 UNSIGNED, SIGNED = 0, 1
 """Encodings of an integer."""
 ALIASES = frozenset({8, 9, 10, 11, 18})
-"""typedef, volatile, const, restrict, type tag: the same bytes under another name."""
+"""typedef, volatile, const, restrict, type tag: other names for the same bytes."""
 TAILS = {INT: 4, ARRAY_KIND: 12, VAR: 4, DECL_TAG: 4}
 MEMBERS = {STRUCT: 12, UNION: 12, ENUM: 8, FUNC_PROTO: 8, DATASEC: 12, ENUM64: 12}
-"""Bytes that follow a type, once or for each member (Documentation/bpf/btf.rst)."""
+"""Bytes that follow a type header, once or for each member (Documentation/bpf/btf.rst)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +79,7 @@ def declared(structure: type[ctypes.Structure] | None) -> Layout:
 
 
 def _structure_of(kind: Any) -> type[ctypes.Structure] | None:
-    """The structure that a field is, or is an array of."""
+    """The structure of a field's type, or of its array's elements."""
     while issubclass(kind, ctypes.Array):
         kind = kind._type_
     return kind if issubclass(kind, ctypes.Structure) else None
@@ -150,7 +153,7 @@ class _Types:
             at += TYPE.size + TAILS.get(kind, 0) + MEMBERS.get(kind, 0) * count
 
     def _resolve(self, number: int) -> tuple[int, int, int, int]:
-        """(kind, members, size, place) of what a type is, whatever it is called."""
+        """(kind, members, size, offset) of a type, with typedefs and qualifiers resolved."""
         while True:
             at = self._places[number]
             _, info, size_or_type = TYPE.unpack_from(self._blob, at)

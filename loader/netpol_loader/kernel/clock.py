@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How many jiffies the kernel counts in a second.
+"""CONFIG_HZ: the number of jiffies that the kernel counts in a second.
 
-The program's one clock is bpf_jiffies64, which costs nothing; its rate is a build option of the kernel that nothing
-reliable reports (sysconf's clock tick is another number).  So a program of two instructions reads the clock, twice.
+The program's only clock is bpf_jiffies64, because it costs nothing.  Its rate is a build option that no interface
+reports reliably (sysconf's clock tick is another number).  So a program of two instructions reads the clock, twice.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ KNOWN_RATES = (100, 250, 300, 1000)
 """The choices of CONFIG_HZ on every architecture supported."""
 
 TICKS = 40
-"""Between two looks, each exact to a tick: tells 250 from 300 with much to spare. 400 ms at the slowest rate."""
+"""Ticks between the two reads, each exact to a tick: enough to tell 250 from 300. 400 ms at the slowest rate."""
 
 LOOK_S = 0.0005
-"""A look that took longer was interrupted, and is no use: half a tick at the fastest rate."""
+"""Longest duration of a read, else it was interrupted and does not count: half a tick at the fastest rate."""
 
 FUNC_JIFFIES64 = 118
 CALL = struct.pack("<BBhi", 0x85, 0, 0, FUNC_JIFFIES64)
@@ -33,7 +33,10 @@ DEADLINE_S = 10.0
 
 
 def read_jiffies() -> int:
-    """The kernel's count of jiffies, as bpf_jiffies64 tells it. A program's answer has 32 bits: so two programs, one for each half."""
+    """The kernel's count of jiffies (bpf_jiffies64).
+
+    A program returns 32 bits, so two programs read it, one for each half.
+    """
     lower_fd = syscall.prog_load(CALL + EXIT)
     try:
         upper_fd = syscall.prog_load(CALL + UPPER_HALF + EXIT)

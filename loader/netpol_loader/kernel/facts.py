@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Facts of the running kernel that a program needs: the offsets of some fields of sk_buff, and one kernel function.
 
-Read from the kernel's own type information (/sys/kernel/btf/vmlinux, as Documentation/bpf/btf.rst describes it).  The
-header bpf/np_kernel.h says what each fact is for.
+The source is the kernel's own type information (/sys/kernel/btf/vmlinux, Documentation/bpf/btf.rst).  The header
+bpf/np_kernel.h says what each fact is for.
 
-Invariant: a fact that cannot be found is an error, never a guess.
+Invariant: a missing fact is an error, never a guess.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def facts_of(blob: bytes) -> KernelFacts:
 
 
 class _KernelTypes:
-    """The types of a kernel: some 150 000, so they are walked once, and only what is asked for is looked at."""
+    """The types of a kernel: about 150 000, so one pass reads their headers, and only wanted types are decoded."""
 
     def __init__(self, blob: bytes) -> None:
         magic, version, _, header, type_at, type_len, string_at, string_len = btf.HEADER.unpack_from(blob)
@@ -103,7 +103,7 @@ class _KernelTypes:
         return 0
 
     def fields(self, structure: str) -> dict[str, Bits]:
-        """The named fields of a structure, those of nameless ones in it included."""
+        """The named fields of a structure, including those of anonymous structures in it."""
         number = self.number_of(structure, btf.STRUCT)
         return dict(self._members(number, 0)) if number else {}
 

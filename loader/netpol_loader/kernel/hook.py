@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where a program sits. A *direction* is the policy's view and another type; the conversion is here.
+"""TC hooks, and the conversion from a hook to a policy direction, which is another type.
 
-Must not know of policy: directions appear as the numbers of `netpol_loader.abi`.
+The module must not know policy: directions are the numbers of `netpol_loader.abi`.
 """
 
 from __future__ import annotations
@@ -12,16 +12,16 @@ from netpol_loader import abi
 
 
 class Hook(enum.Enum):
-    """A place on a host-side interface. The value is the name of the program for it."""
+    """A TC hook of an interface. The value is the name of its program."""
 
     TC_INGRESS = "np_tc_ingress"
     TC_EGRESS = "np_tc_egress"
 
     def direction(self, *, host: bool = False) -> int:
-        """The endpoint's direction (``abi.NP_DIRECTION_*``) of packets at this hook.
+        """The policy direction (``abi.NP_DIRECTION_*``) of packets at this hook.
 
-        What enters the host from a workload's interface is the workload's egress; on a ``host`` endpoint's own
-        interface the names agree.
+        Traffic that enters the host by a workload's interface is the workload's egress.  On a ``host`` endpoint's own
+        interface hook and direction have the same name.
         """
         towards_endpoint = (self is Hook.TC_INGRESS) == host
         return abi.NP_DIRECTION_INGRESS if towards_endpoint else abi.NP_DIRECTION_EGRESS

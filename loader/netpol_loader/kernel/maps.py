@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One BPF map as Python sees it: bytes to bytes, one by one or in batches.
+"""One BPF map in Python: bytes to bytes, single or in batches.
 
-Invariant: a call that returns has done all it was asked to; one that raises says how much it did.  Must not know what the
-bytes mean (`netpol_loader.abi` does).
+Invariant: a call that returns has done everything; a call that raises says how much it did.  The module must not know
+what the bytes mean (`netpol_loader.abi` does).
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ BATCH = 4096
 """Elements per batch command; arbitrary: a few hundred kB of buffers."""
 
 NO_BATCH = frozenset({errno.EINVAL, 524})
-"""What a map type without a batch command answers; 524 is the kernel's own ENOTSUPP."""
+"""Errno of a map type without batch commands; 524 is the kernel's internal ENOTSUPP."""
 
 FULL = frozenset({errno.E2BIG, errno.ENOSPC, errno.ENOMEM})
 
 
 @functools.cache
 def possible_cpus() -> int:
-    """How many values a per-CPU element has: the CPUs that can ever be, not those that are."""
+    """Number of values of a per-CPU element: of possible CPUs, not of online ones."""
     last = Path("/sys/devices/system/cpu/possible").read_text().strip().split(",")[-1]
     return int(last.split("-")[-1]) + 1
 
@@ -52,7 +52,7 @@ class Map:
 
     @property
     def cell_bytes(self) -> int:
-        """Bytes of one value as the system call sees it: of all CPUs for a per-CPU map."""
+        """Bytes of one value in the system call: a per-CPU map's value has all CPUs."""
         return self._room
 
     def get(self, key: bytes) -> bytes | None:
@@ -74,7 +74,7 @@ class Map:
             raise self._failure("write", error, 1) from error
 
     def delete(self, key: bytes) -> bool:
-        """Remove; False when there was nothing."""
+        """Remove; False if there was no such key."""
         try:
             syscall.map_delete(self.fd, self._key(key))
         except OSError as error:
@@ -84,7 +84,7 @@ class Map:
         return True
 
     def items(self) -> Iterator[tuple[bytes, bytes]]:
-        """All elements, in batches where the map type has them. What changes meanwhile may be missed or seen."""
+        """All elements, in batches if the map type supports them. Concurrent changes may be missed or included."""
         start: syscall.Buffer | None = None
         count = BATCH
         while True:
@@ -110,7 +110,7 @@ class Map:
             start = position
 
     def put_many(self, pairs: Sequence[tuple[bytes, bytes]]) -> None:
-        """Insert or replace all. Raises MapFullError, which says how many were written before."""
+        """Insert or replace all. Raises MapFullError with the number that were written before."""
         for at in range(0, len(pairs), BATCH):
             chunk = pairs[at : at + BATCH]
             for key, value in chunk:
@@ -126,7 +126,7 @@ class Map:
                 raise self._failure("write", OSError(error, ""), len(pairs), at + done)
 
     def delete_many(self, keys: Sequence[bytes]) -> None:
-        """Remove all; absent keys are no error."""
+        """Remove all; absent keys are not an error."""
         at = 0
         while at < len(keys):
             chunk = keys[at : at + BATCH]
@@ -145,7 +145,7 @@ class Map:
             at += done
 
     def clear(self) -> None:
-        """Remove every element there is now; meant for maps with few. Not for arrays, whose elements cannot go."""
+        """Remove all present elements; for small maps. Not for arrays, because their elements cannot be removed."""
         key = syscall.empty(self.key_size)
         while True:
             try:
@@ -157,7 +157,7 @@ class Map:
             self.delete(key.raw[: self.key_size])
 
     def end_grace_period(self) -> None:
-        """A grace period has passed since the last removal; here nothing waits for it."""
+        """The caller states that a grace period has passed since the last removal; this class needs none."""
 
     def close(self) -> None:
         """Close the descriptor; the map lives on while it is pinned or used."""

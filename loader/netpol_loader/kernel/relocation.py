@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From compiled instructions to a program in the kernel: maps, masks and facts of the kernel are put where the compiler left numbers.
+"""Relocation: replaces the numbers that the compiler left in the instructions by maps, masks and facts of the kernel.
 
-Everything that depends on the node comes in here (which maps, how large, how many processors, where the kernel keeps its
-fields), so one compiled file serves every node, and there is one way to load it wherever it came from.
+Everything that depends on the node enters here: which maps, their sizes, the number of CPUs, offsets in the kernel's
+structures.  So one compiled file serves every node, and there is one way to load it.
 
-Invariant: an instruction that names what is not given is an error, never loaded as it is.
+Invariant: an instruction with an unknown number is an error and never loaded.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from netpol_loader.kernel.maps import possible_cpus
 
 INSTRUCTION = struct.Struct("=BBhI")
 LOAD_IMMEDIATE_64 = 0x18
-"""BPF_LD | BPF_DW | BPF_IMM, the one instruction of 16 bytes."""
+"""BPF_LD | BPF_DW | BPF_IMM, the only instruction of 16 bytes."""
 LOADS_MAP = 1
 """Source register of a load of a map: BPF_PSEUDO_MAP_FD."""
 CALL = 0x85
@@ -31,11 +31,11 @@ CALLS_KERNEL = 2
 """Source register of a call of a kernel function by its number in the type information: BPF_PSEUDO_KFUNC_CALL."""
 
 PER_CPU_RANGES = frozenset(abi.maps_with(abi.MapTrait.RANGED))
-"""Arrays that all processors share, each with a range of slots to itself."""
+"""Array types that all CPUs share, in which each CPU has its own range of slots."""
 
 LOAD_TRIES = 5
 ERROR_LINES = 25
-"""How much of the verifier's output an error carries; the end says what failed."""
+"""Characters of the verifier's log that an error carries, from its end, which says what failed."""
 
 
 def link(instructions: bytes, names: Sequence[str], maps: Mapping[str, int], facts: KernelFacts) -> bytes:
@@ -73,7 +73,7 @@ def link(instructions: bytes, names: Sequence[str], maps: Mapping[str, int], fac
 
 
 def mask_of(one: syscall.MapInfo) -> int:
-    """One less than the number of slots that a hash chooses from; that number is a power of two. Raises LoadError."""
+    """One less than the number of slots that a hash chooses from. Raises LoadError if that is no power of two."""
     slots = one.max_entries
     if one.name in PER_CPU_RANGES:
         return (1 << (slots // possible_cpus()).bit_length() - 1) - 1
@@ -97,7 +97,10 @@ def load_program(name: str, instructions: bytes) -> int:
 
 
 def _load(name: str, instructions: bytes) -> int:
-    """The verifier gives up with EAGAIN when a signal comes, so it is tried as often as libbpf does. Raises OSError."""
+    """Load a program; retry on EAGAIN, which the verifier returns at a signal, as often as libbpf does.
+
+    Raises OSError.
+    """
     for _ in range(LOAD_TRIES - 1):
         with contextlib.suppress(BlockingIOError):
             return syscall.prog_load(instructions, name=name)

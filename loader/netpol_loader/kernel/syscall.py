@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""bpf(2) by its number: the commands the loader needs, each as one function over file descriptors and bytes.
+"""bpf(2): the commands that the loader needs, each as one function over file descriptors and bytes.
 
-Works on any distribution, since it needs no library but libc.  Invariant: every function either succeeds or raises
-OSError with the kernel's errno; nothing is retried or interpreted here.  Must not know which maps or programs exist.
+It needs no library but libc, so it works on any distribution.  Invariant: a function succeeds or raises OSError with
+the kernel's errno; it retries and interprets nothing.  The module must not know which maps or programs exist.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ LINK_UPDATE = 29
 LINK_DETACH = 34
 
 ATTR_BYTES = 152
-"""Room for union bpf_attr of every kernel known; what a kernel does not know must be zero, and is."""
+"""Size of union bpf_attr, larger than in any known kernel. Bytes that a kernel does not know must be zero, and are."""
 
 MAP_KINDS = {
     1: "hash", 2: "array", 3: "prog_array", 5: "percpu_hash", 6: "percpu_array", 9: "lru_hash", 11: "lpm_trie",
@@ -59,9 +59,9 @@ PROG_TYPE_XDP = 6
 NAME_BYTES = 15
 """The longest name of a map or program, without the terminating zero."""
 LOG_BYTES = (1 << 24) - 1
-"""The most that kernels before 6.4 accept as room for what the verifier says."""
+"""The largest verifier log that kernels before 6.4 accept."""
 LOG_PATHS, LOG_COUNTS = 1, 4
-"""Log levels of the verifier: the paths it walks, or only their statistics (BPF_LOG_LEVEL1, BPF_LOG_STATS)."""
+"""Log levels of the verifier: all paths, or only statistics (BPF_LOG_LEVEL1, BPF_LOG_STATS)."""
 TCX_INGRESS = 46
 TCX_EGRESS = 47
 
@@ -343,12 +343,12 @@ Buffer = ctypes.Array[ctypes.c_char]
 
 
 def buffer(content: bytes) -> Buffer:
-    """Bytes at an address the kernel can read."""
+    """An address of these bytes that the kernel can read."""
     return (ctypes.c_char * max(len(content), 1)).from_buffer_copy(content or b"\0")
 
 
 def empty(size: int) -> Buffer:
-    """Room for ``size`` bytes that the kernel can write."""
+    """A buffer of ``size`` bytes that the kernel can write."""
     return ctypes.create_string_buffer(max(size, 1))
 
 
@@ -385,7 +385,7 @@ def map_batch(
     command: int, map_fd: int, keys: Buffer, values: Buffer | None, count: int,
     *, start: Buffer | None = None, position: Buffer | None = None,
 ) -> tuple[int, int]:  # fmt: skip
-    """One batch command. Returns (elements done, errno or 0): a partial result is no exception."""
+    """One batch command. Returns (elements done, errno or 0), because a partial result is not an exception."""
     attr = _BatchAttr(
         in_batch=ctypes.addressof(start) if start is not None else 0,
         out_batch=ctypes.addressof(position) if position is not None else 0,
@@ -402,7 +402,7 @@ def map_batch(
 
 
 def obj_pin(fd: int, path: Path) -> None:
-    """Give an object a name in bpffs."""
+    """Pin an object in bpffs."""
     name = buffer(bytes(path) + b"\0")
     _bpf(OBJ_PIN, _ObjAttr(pathname=ctypes.addressof(name), bpf_fd=fd))
 
@@ -463,7 +463,7 @@ def map_fd(number: int) -> int:
 
 
 def prog_code(fd: int) -> bytes:
-    """A program's instructions as the verifier left them; empty when the kernel does not show them to this process."""
+    """A program's instructions after verification; empty if the kernel hides them from this process."""
     info = _RawProgInfo()
     _info(fd, info)
     size = info.xlated_len
@@ -580,10 +580,10 @@ def prog_query(ifindex: int, attach_type: int) -> list[int]:
 
 
 def link_update(link_fd: int, prog_fd: int) -> None:
-    """Replace a link's program; no packet sees neither."""
+    """Replace a link's program atomically: each packet meets the old program or the new one."""
     _bpf(LINK_UPDATE, _LinkUpdateAttr(link_fd=link_fd, new_prog_fd=prog_fd))
 
 
 def link_detach(link_fd: int) -> None:
-    """Detach a link although descriptors or pins of it remain."""
+    """Detach a link, although descriptors or pins of it remain."""
     _bpf(LINK_DETACH, _LinkDetachAttr(link_fd=link_fd))

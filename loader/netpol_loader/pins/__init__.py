@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From C sources to programs in force: compile, load, pin, attach, renew, upgrade, repair, remove."""
+"""The life of the programs: compile, load, pin, attach, renew, upgrade, repair, remove."""

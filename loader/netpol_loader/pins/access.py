@@ -6,7 +6,7 @@ run it, and a run writes connections.  It may not open links, nor the private ma
 connection tables gives their secret away, and with the secret flows can be aimed at one bucket.  It may pass through the
 directory above but not open it, since an open directory can be locked against the agent.
 
-Invariant: what is not for the group is for nobody but the owner.  Must not know what the maps mean.
+Invariant: what is not for the group is for nobody but the owner.  The module must not know what the maps mean.
 """
 
 from __future__ import annotations
@@ -23,22 +23,23 @@ from netpol_loader.pins.dataplane import Dataplane
 from netpol_loader.pins.programs import CURRENT
 
 PRIVATE = frozenset(abi.maps_with(abi.MapTrait.PRIVATE))
-"""Maps that are not for the group: the secret of the hash, where it puts each connection, and what a packet has just computed."""
+"""Maps that the group must not read: the hash's secret, the connections (their slots reveal it), working memory."""
 
 _OWNER_OF_DIRECTORY, _OWNER_OF_PIN = 0o700, 0o600
 _LIST, _PASS, _READ = 0o050, 0o010, 0o040
 
 
 def grant(dataplane: Dataplane, group: int | None) -> list[Path]:
-    """Give all pins the modes they must have, and the group (by number); what had others. Cost: a system call for each pin.
+    """Give all pins their modes and the group (by number); returns what had other ones.
 
-    Raises PlatformError when the process may not: a group is given away by its members and those with CAP_CHOWN.
+    Cost: a system call for each pin.  Raises PlatformError if the process may not: only members of a group and
+    CAP_CHOWN can give it away.
     """
     return [path for path, mode in _modes(dataplane) if _set(path, mode, group)]
 
 
 def closed_parent(pin_root: Path, group: int) -> Path | None:
-    """The first directory above the pins that the group cannot pass; None when it can pass all."""
+    """The nearest directory above the pins that the group cannot pass; None if it can pass all."""
     for path in reversed(pin_root.absolute().parents):
         seen = path.stat()
         if not seen.st_mode & stat.S_IXOTH and not (seen.st_gid == group and seen.st_mode & stat.S_IXGRP):
@@ -47,7 +48,7 @@ def closed_parent(pin_root: Path, group: int) -> Path | None:
 
 
 def _modes(dataplane: Dataplane) -> Iterator[tuple[Path, int]]:
-    """(path, mode), each with the part for the group."""
+    """(path, mode) of each pin, the group's part included."""
     yield dataplane.pin_root, _OWNER_OF_DIRECTORY | _PASS
     yield dataplane.pin_dir, _OWNER_OF_DIRECTORY | _LIST
     yield dataplane.pin_dir / LINKS, _OWNER_OF_DIRECTORY
@@ -57,7 +58,7 @@ def _modes(dataplane: Dataplane) -> Iterator[tuple[Path, int]]:
 
 
 def _set(path: Path, mode: int, group: int | None) -> bool:
-    """Whether something had to be changed. A path that is not there is `netpol_loader.pins.drift`'s matter."""
+    """Set mode and group of a path; whether it changed. `netpol_loader.pins.drift` handles a missing path."""
     wanted = mode if group is not None else mode & ~0o070
     try:
         seen = path.stat()

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Attach the programs to interfaces, list where they are, detach them.
 
-Two mechanisms.  *tcx* (kernel 6.6 and newer): a link pinned under the dataplane's ``links``, so it outlives the process and
-its program can be exchanged in one step.  *clsact*: a filter on a queueing discipline, through `netpol_loader.host.netlink`; the
-kernel keeps it with the interface, and its name says which program it is.  Invariants: attaching twice is attaching once; at no moment of an exchange is an
-interface without a program; only what is ours is ever taken off.  Must not choose interfaces.
+Two mechanisms.  *tcx* (kernel 6.6 and newer): a link pinned under the dataplane's ``links``, so it outlives the process
+and its program can be exchanged in one step.  *clsact*: a filter on a queueing discipline, through
+`netpol_loader.host.netlink`; the kernel keeps it with the interface, and its name says which program it is.
+Invariants: attaching twice is attaching once; at no moment of an exchange is an interface without a program; only what
+is ours is ever taken off.  The module must not choose interfaces.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ SUFFIXES: Mapping[Hook, str] = {Hook.TC_INGRESS: "_in", Hook.TC_EGRESS: "_out"}
 LINKS = "links"
 CLSACT_MARK = "_clsact"
 NO_INTERFACE = 0x7FFF_FFFF
-"""An interface number that cannot exist: asks a kernel whether it knows tcx without attaching anything."""
+"""An impossible interface number: tests whether a kernel has tcx without attaching anything."""
 
 
 class Mechanism(enum.Enum):
@@ -54,7 +55,7 @@ class Attachment:
 
 
 def preferred_mechanism(dataplane: Dataplane) -> Mechanism:
-    """The better one that this kernel has: tcx, else clsact."""
+    """The best mechanism of this kernel: tcx, otherwise clsact."""
     try:
         fd = syscall.link_create(dataplane.program_fd(Hook.TC_INGRESS), NO_INTERFACE, syscall.TCX_INGRESS)
     except OSError as error:
@@ -91,7 +92,10 @@ def attach(ifindex: int, dataplane: Dataplane, mechanism: Mechanism | None = Non
 
 
 def detach(ifindex: int, dataplane: Dataplane) -> bool:
-    """Take both programs off an interface, or forget one that is gone; False when there was nothing. Raises PlatformError."""
+    """Detach both programs from an interface, or forget an interface that is gone; False if it had none.
+
+    Raises PlatformError.
+    """
     found = attached(ifindex, dataplane)
     for one in found:
         try:
@@ -124,7 +128,7 @@ def attached(ifindex: int, dataplane: Dataplane) -> tuple[Attachment, ...]:
 
 
 def attachments(dataplane: Dataplane) -> tuple[Attachment, ...]:
-    """Everything of ours on all interfaces of this network namespace."""
+    """All attachments of ours in this network namespace."""
     found = set(_tcx_attachments(dataplane))
     for ifindex in clsact.interfaces():
         found |= _clsact_attachments(dataplane, ifindex)
@@ -132,7 +136,7 @@ def attachments(dataplane: Dataplane) -> tuple[Attachment, ...]:
 
 
 def others(ifindex: int, dataplane: Dataplane) -> list[str]:
-    """Programs of others on an interface's ingress hook, for people: tcx programs by number, filters of clsact by their name."""
+    """Other parties' programs on an interface's ingress hook, for people: tcx by number, clsact filters by name."""
     ours = syscall.prog_info(dataplane.program_fd(Hook.TC_INGRESS)).id
     found: list[str] = []
     with contextlib.suppress(OSError):  # it is gone, or the kernel has no tcx
@@ -142,20 +146,23 @@ def others(ifindex: int, dataplane: Dataplane) -> list[str]:
 
 
 def detach_all(dataplane: Dataplane) -> None:
-    """Take everything off every interface."""
+    """Detach our programs from every interface."""
     for ifindex in {one.ifindex for one in attachments(dataplane)}:
         detach(ifindex, dataplane)
     prune(dataplane)
 
 
 def prune(dataplane: Dataplane, present: Collection[int] = ()) -> None:
-    """Remove what is kept about interfaces that are gone. ``present``: those that need no look, since they are there."""
+    """Remove pins and marks of interfaces that are gone.
+
+    ``present``: interfaces known to exist, which need no check.
+    """
     for ifindex in {int(path.name.partition("_")[0]) for path in _listed(dataplane)} - set(present):
         _forget_dead(dataplane, ifindex)
 
 
 def replace(dataplane: Dataplane, old: Mapping[Hook, Collection[int]]) -> None:
-    """Exchange the program everywhere; ``old``: ids of the programs to be exchanged on clsact."""
+    """Exchange the program on every interface; ``old``: ids of the programs to replace on clsact."""
     for path in _link_paths(dataplane):
         _update_link(dataplane, path)
     for ifindex in clsact.interfaces():
@@ -165,9 +172,9 @@ def replace(dataplane: Dataplane, old: Mapping[Hook, Collection[int]]) -> None:
 
 
 def take_links(dataplane: Dataplane, links: Path) -> None:
-    """Make the tcx links and marks that are pinned in another directory ours: our programs on them, our pins.
+    """Take over the tcx links and marks pinned in another directory: our programs on the links, our pins for them.
 
-    Killed on the way, what is not yet ours is still there, to be taken the next time.
+    If the process is killed meanwhile, the rest is still in the other directory, and the next call takes it over.
     """
     for path in sorted(links.iterdir()) if links.is_dir() else ():
         target = dataplane.pin_dir / LINKS / path.name
@@ -191,7 +198,7 @@ def listed_interfaces(links: Path) -> set[int]:
 
 
 def _update_link(dataplane: Dataplane, path: Path) -> bool:
-    """Put our program on a link; False when its interface is gone."""
+    """Put our program on a link; False if the link's interface is gone."""
     with _opened(path) as fd:
         info = syscall.link_info(fd)
         if info.ifindex:
@@ -231,12 +238,12 @@ def _put_filter(ifindex: int, dataplane: Dataplane, hook: Hook) -> None:
 
 
 def _clsact_mark(dataplane: Dataplane, ifindex: int) -> Path:
-    """A directory that says that the interface's clsact is ours to remove; bpffs has no plain files."""
+    """A directory that marks an interface's clsact as ours to remove, because bpffs has no plain files."""
     return dataplane.pin_dir / LINKS / f"{ifindex}{CLSACT_MARK}"
 
 
 def link_path(dataplane: Dataplane, ifindex: int, hook: Hook) -> Path:
-    """Where a tcx link is pinned."""
+    """The path of a tcx link's pin."""
     return dataplane.pin_dir / LINKS / f"{ifindex}{SUFFIXES[hook]}"
 
 
@@ -247,7 +254,7 @@ def _link_paths(dataplane: Dataplane, ifindex: int | None = None) -> list[Path]:
 
 
 def _listed(dataplane: Dataplane) -> list[Path]:
-    """Everything kept about interfaces; nothing when somebody removed the directory."""
+    """All pins and marks of interfaces; empty if somebody removed the directory."""
     try:
         return sorted((dataplane.pin_dir / LINKS).iterdir())
     except FileNotFoundError:
@@ -275,7 +282,10 @@ def _clsact_attachments(dataplane: Dataplane, ifindex: int) -> set[Attachment]:
 
 
 def _forget_dead(dataplane: Dataplane, ifindex: int) -> None:
-    """Forget an interface that is gone. From one that moved to another network namespace the programs are removed: no row is for it there."""
+    """Forget an interface that is gone.
+
+    If it moved to another network namespace, its programs are removed, because no row is for it there.
+    """
     is_here = find_link(ifindex) is not None
     for path in _link_paths(dataplane, ifindex):
         with _opened(path) as fd:

@@ -2,7 +2,7 @@
 """Build the content of a pin directory: the maps that are missing, and a program set on the maps.
 
 Invariants: a map that is there is used, whatever its size; nothing is compiled in this process
-(`netpol_loader.pins.compilation`).  Must not know what is in the maps, nor attach anything.
+(`netpol_loader.pins.compilation`).  The module must not know what is in the maps, nor attach anything.
 """
 
 from __future__ import annotations
@@ -30,14 +30,13 @@ from netpol_loader.tables.buckets import buckets_for
 log = logging.getLogger(__name__)
 
 DIRECTORIES = (PREPARED_DIR, CACHE_DIR)
-"""Where compiled files are looked for; the last one is where they are kept."""
+"""Directories that are searched for compiled files; new files are kept in the last one."""
 
 
 def compiled_program(*, keep: bool = True) -> Compiled:
-    """The product's programs: from a file if there is one that fits, else compiled, and kept for the next time.
+    """The product's programs: from a compiled file, otherwise compiled now and kept for the next start.
 
-    ``keep`` False: not kept.
-    Raises LoadError, and PlatformError where there is neither a file nor a compiler.
+    ``keep`` False: not kept.  Raises LoadError, and PlatformError if there is neither a file nor a compiler.
     """
     digest, machine = compilation.source_digest(compilation.source_dir()).hex(), platform.machine()
     found = find_compiled(digest, machine, compilation.compiler_name(), DIRECTORIES)
@@ -58,10 +57,10 @@ def compiled_program(*, keep: bool = True) -> Compiled:
 def make_maps(
     directory: Path, sizes: Mapping[str, int], specs: Mapping[str, abi.MapSpec] = abi.MAP_SPECS
 ) -> dict[str, Map]:
-    """Make and pin the maps that are missing in a directory; all of them, open.
+    """Make and pin the maps that are missing in a directory; returns all of them, open.
 
-    ``sizes``: max_entries by map name, for maps that are made here; of a table that is kept in buckets its rows.
-    Raises LoadError when the kernel refuses a map, PlatformError for an unknown name.
+    ``sizes``: max_entries by map name, for maps that are made here; a bucketed table's in rows.  Raises LoadError if
+    the kernel rejects a map, PlatformError for an unknown name.
     """
     unknown = sizes.keys() - specs.keys()
     if unknown:
@@ -77,7 +76,7 @@ def make_maps(
 
 
 def try_load() -> list[syscall.ProgInfo]:
-    """Load the product's programs on the smallest maps of their own and give them up again; what the kernel says of them.
+    """Load the product's programs on minimal maps of their own and release them; returns the kernel's facts about them.
 
     Nothing is pinned, attached or kept.  Raises what `compiled_program` and `ProgramSet.load` raise.
     """
@@ -103,7 +102,7 @@ def load_entry(
 ) -> dict[str, int]:
     """Descriptors of the programs of another C file over the same headers, for measurements.
 
-    ``specs``: the maps that the file declares besides the product's, which are made and pinned in ``directory`` like those.
+    ``specs``: maps that the file declares besides the product's.  All maps are made and pinned in ``directory``.
     """
     compiled = compilation.compile_program(entry=entry, programs=programs)
     every = {**abi.MAP_SPECS, **specs}

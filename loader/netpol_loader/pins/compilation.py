@@ -6,7 +6,7 @@ compiler alone: the sources declare no map in its dialect, so it creates none, n
 instructions in which maps and masks are numbers (bpf/np_lang.h) that `netpol_loader.kernel.relocation` replaces.  No kernel headers:
 the shim directory beside the sources is all BCC gets.
 
-Invariant: this is the one module that imports bcc.  Must not know what the maps mean, nor call bpf(2).
+Invariant: this is the one module that imports bcc.  The module must not know what the maps mean, nor call bpf(2).
 """
 
 from __future__ import annotations
@@ -34,22 +34,22 @@ from netpol_loader.pins.compiled import Compiled, decode_compiled, encode_compil
 ENTRY = "netpol.c"
 
 COMPILE_TIMEOUT_S = 600.0
-"""A compilation takes some seconds, some minutes on an emulated processor; arbitrary beyond that."""
+"""A compilation takes some seconds, on an emulated CPU some minutes; the limit is arbitrary."""
 
 ERROR_LINES = 25
-"""How much of clang's output an error carries; the end says what failed."""
+"""Characters of clang's output that an error carries, from its end, which says what failed."""
 
 PROGRAMS = (*(hook.value for hook in Hook), *abi.CALLS.values())
 """The functions of netpol.c that are programs."""
 
 FLAGS = ("-Wno-unknown-pragmas", "-Wno-pass-failed", "-Xclang", "-disable-llvm-passes")
-"""The last one: BCC runs LLVM's passes itself, after clang has run all of them, which takes as long again."""
+"""The last option: BCC runs LLVM's passes itself; clang would run all of them before, which doubles the time."""
 
 DECLARED_MAP = re.compile(r'^NP_MAP(?:_RINGBUF\(|\("\w+", )(\w+)', re.MULTILINE)
 
 
 def source_dir() -> Path:
-    """The C sources: inside the installed package, else in the repository."""
+    """The directory of the C sources: in the installed package, otherwise in the repository."""
     package = Path(netpol_loader.__file__).resolve().parent
     for candidate in (package / "bpf", package.parent.parent / "bpf"):
         if (candidate / ENTRY).is_file():
@@ -61,7 +61,7 @@ def source_dir() -> Path:
 
 
 def source_digest(directory: Path, entry: Path | None = None, machine: str | None = None) -> bytes:
-    """SHA-256 of everything that makes the program, but for the compiler: sources, shim, options, machine."""
+    """SHA-256 of all input but the compiler: sources, shim, options, machine."""
     machine = machine or platform.machine()
     digest = hashlib.sha256(repr((machine, _flags(machine), PROGRAMS)).encode())
     for path in [
@@ -74,14 +74,14 @@ def source_digest(directory: Path, entry: Path | None = None, machine: str | Non
 
 
 def declared_maps(directory: Path, entry: Path | None = None) -> tuple[str, ...]:
-    """Names of the maps in the order of declaration, which gives them their numbers: the headers' and then the entry's."""
+    """Names of the maps in the order of declaration, which numbers them: the headers' first, then the entry file's."""
     text = (directory / "np_maps.h").read_text() + (entry.read_text() if entry else "")
     return tuple(DECLARED_MAP.findall(text))
 
 
 @functools.cache
 def compiler_name() -> str | None:
-    """BCC and LLVM by version, without loading either of them (which takes 60 MB); None: there is no BCC."""
+    """The versions of BCC and LLVM, found without loading them (60 MB); None: there is no BCC."""
     spec = importlib.util.find_spec("bcc")
     if spec is None or spec.submodule_search_locations is None:
         return None
@@ -138,7 +138,7 @@ def _flags(machine: str) -> tuple[str, ...]:
 
 
 def _compile(directory: Path, entry: Path | None, programs: Sequence[str], machine: str) -> Compiled:
-    """The child's work. bcc prints what clang says to stderr by itself."""
+    """The work of the child process. BCC itself prints clang's output on standard error."""
     os.environ["BCC_KERNEL_SOURCE"] = str(directory / "shim")
     from bcc import BPF
 
@@ -155,7 +155,7 @@ def _compile(directory: Path, entry: Path | None, programs: Sequence[str], machi
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Entry of the child: the compiled file on standard output."""
+    """Entry of the child process: it writes the compiled file to standard output."""
     parser = argparse.ArgumentParser(prog="netpol_loader.pins.compilation", description="Compile the packet path.")
     parser.add_argument("--sources", type=Path, required=True, help="the directory bpf/")
     parser.add_argument("--machine", required=True, help="as `uname -m` says")

@@ -53,7 +53,7 @@ def file_name(digest: str, machine: str) -> str:
 
 
 def encode_compiled(compiled: Compiled) -> bytes:
-    """As a JSON document with its own SHA-256."""
+    """The programs as a JSON document that states its own SHA-256."""
     content = {
         "format": FORMAT,
         "digest": compiled.digest,
@@ -66,7 +66,7 @@ def encode_compiled(compiled: Compiled) -> bytes:
 
 
 def decode_compiled(raw: bytes, where: str) -> Compiled:
-    """The programs of a document. Raises PlatformError when it is damaged or of another form; ``where`` names it."""
+    """The programs of a document. Raises PlatformError if it is damaged or has another format; ``where`` names it."""
     try:
         content = json.loads(raw)
         stated = content.pop("sha256")
@@ -87,9 +87,9 @@ def _digest_of(content: Mapping[str, object]) -> str:
 
 
 def find_compiled(digest: str, machine: str, compiler: str | None, directories: Sequence[Path]) -> Compiled | None:
-    """The file of these sources, or None when no directory has one that can be used.
+    """The compiled file for these sources, or None if no directory has a usable one.
 
-    ``compiler``: the one of this machine, whose result replaces that of another; None: there is none, any will do.
+    ``compiler``: this machine's, which must have made the file; None: there is none, so a file of any compiler counts.
     """
     for path in (directory / file_name(digest, machine) for directory in directories):
         try:
@@ -111,7 +111,10 @@ def find_compiled(digest: str, machine: str, compiler: str | None, directories: 
 
 
 def load_compiled(path: Path) -> Compiled:
-    """Read a file. Raises FileNotFoundError, another OSError, PlatformError when others could have written or damaged it."""
+    """Read a file.
+
+    Raises FileNotFoundError, another OSError, or PlatformError if others could write it or it is damaged.
+    """
     _require_ours(path.parent, path.parent.stat())
     fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe would be waited for
     with os.fdopen(fd, "rb") as file:
@@ -123,7 +126,7 @@ def load_compiled(path: Path) -> Compiled:
 
 
 def save_compiled(compiled: Compiled, directory: Path) -> Path:
-    """Write a file, whole or not at all. Raises OSError, PlatformError when others may write into the directory."""
+    """Write a file, whole or not at all. Raises OSError, or PlatformError if others can write into the directory."""
     directory.mkdir(mode=0o755, parents=True, exist_ok=True)
     _require_ours(directory, directory.stat())
     path = directory / file_name(compiled.digest, compiled.machine)
@@ -140,7 +143,7 @@ def save_compiled(compiled: Compiled, directory: Path) -> Path:
 
 
 def kept_files() -> list[Path]:
-    """What agents keep in CACHE_DIR, the directory last if nothing of others is in it."""
+    """The files that agents keep in CACHE_DIR, then the directory, if it has no other files."""
     if not CACHE_DIR.is_dir():
         return []
     ours = sorted(CACHE_DIR.glob(file_name("*", "*")))
@@ -148,7 +151,7 @@ def kept_files() -> list[Path]:
 
 
 def _require_ours(path: Path, seen: os.stat_result) -> None:
-    """Raise PlatformError when anybody but root and this process's user may have written there."""
+    """Raise PlatformError if anybody but root and this process's user could have written there."""
     if seen.st_uid not in {0, os.geteuid()}:
         raise PlatformError(f"{path} belongs to user {seen.st_uid}, neither to root nor to the user of this process")
     if seen.st_mode & (stat.S_IWGRP | stat.S_IWOTH):

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The pinned maps and programs of one node, as a whole: made, adopted, replaced, removed.
 
-All state lives in bpffs (whose names may have no dots); a process that holds a `Dataplane` is disposable.  Invariants:
-the pin directory appears whole, by one rename; what is pinned is never replaced by something that did not load; maps are
-kept when the program changes; a directory of another schema is never touched (`netpol_loader.pins.upgrade` takes over an
-older one).  Must not know what the maps mean, apart from configuration and schema.
+All state lives in bpffs (where names may have no dots); a process that holds a `Dataplane` is disposable.  Invariants:
+the pin directory appears whole, by one rename; what is pinned is never replaced by something that did not load; maps
+are kept when the program changes; a directory of another schema is never touched (`netpol_loader.pins.upgrade` takes
+over an older one).  The module must not know what the maps mean, apart from configuration and schema.
 
     PIN_ROOT/v1/np_<map>             maps
     PIN_ROOT/v1/programs/            the program set (netpol_loader.pins.programs)
@@ -43,7 +43,7 @@ log = logging.getLogger(__name__)
 DEFAULT_PIN_ROOT = Path("/sys/fs/bpf/netpol")
 
 FIRST = 1
-"""The first generation and epoch; 0 is in rows that were never written."""
+"""The first generation and epoch. 0 is in rows that were never written."""
 TIMEOUTS_S: Mapping[int, float] = types.MappingProxyType(
     {
         abi.NP_CONN_TCP_NEW: 20,
@@ -56,9 +56,9 @@ TIMEOUTS_S: Mapping[int, float] = types.MappingProxyType(
         abi.NP_CONN_FRAGMENT: 30,
     }
 )
-"""Seconds by enum np_conn_state: those of Calico's BPF dataplane, but for two.
+"""Seconds by enum np_conn_state. All but two are those of Calico's BPF dataplane.
 
-TCP_OPEN outlasts Linux's keep-alive (7200 s and nine probes, 75 s apart); the fragments' is Linux's own.
+TCP_OPEN exceeds Linux's keep-alive (7200 s and nine probes, 75 s apart); the fragments' time-out is Linux's own.
 """
 
 SKB_BYTES = 192
@@ -70,7 +70,7 @@ SKB_IFINDEX = 40
 
 @dataclass(frozen=True, slots=True)
 class TestRun:
-    """The verdict of a program on a frame (NP_PASS, NP_PASS_ALONE, NP_DROP), and the mean duration of a run.
+    """The result of a program's run on a frame: verdict (NP_PASS, NP_PASS_ALONE, NP_DROP) and mean duration.
 
     ``mark``: the packet's mark afterwards.
     """
@@ -88,12 +88,12 @@ class TestRun:
 
 
 class Dataplane:
-    """Open file descriptors of everything pinned in one directory. Get one by `open`; a context manager."""
+    """Open descriptors of everything pinned in one directory. `open` returns one; a context manager."""
 
     def __init__(
         self, pin_root: Path, maps: Mapping[str, Map], programs: ProgramSet, pin_dir: Path | None = None
     ) -> None:
-        """``pin_dir``: where everything is pinned, if not (yet) in the directory of this schema."""
+        """``pin_dir``: the directory with the pins, if it is not (yet) that of this schema."""
         self.pin_root = pin_root
         self.pin_dir = pin_dir or schema_dir(pin_root)
         self.maps = maps
@@ -165,7 +165,7 @@ class Dataplane:
         return dataplane
 
     def replace_programs(self, jiffies_per_second: int) -> None:
-        """Load the programs of these sources beside the pinned ones and, if they differ, replace those on every interface."""
+        """Load the programs of these sources beside the pinned ones; if they differ, replace those on every interface."""
         with Staging(self.pin_root) as staging:
             staging.programs = ProgramSet.load(build.compiled_program(), self.pinned)
             if staging.programs.tags() == self.programs.tags():
@@ -191,16 +191,16 @@ class Dataplane:
         previous.close()
 
     def finish_exchange(self) -> None:
-        """End an exchange that has begun; nothing when there is none."""
+        """Finish an exchange that has begun; without one, do nothing."""
         finish_exchange(self.pin_dir, lambda old: attach.replace(self, old))
 
     @property
     def pinned(self) -> dict[str, Map]:
-        """The maps that are pins: all but the views of unreplied connections."""
+        """The pinned maps: all but the views of unreplied connections."""
         return {name: self.maps[name] for name in abi.MAP_SPECS}
 
     def program_fd(self, hook: Hook) -> int:
-        """The program for a hook; the descriptor stays this object's."""
+        """The program of a hook; this object keeps the descriptor."""
         return self.programs.hooks[hook]
 
     def program_tag(self, hook: Hook) -> str:
@@ -236,7 +236,7 @@ class Dataplane:
         return TestRun(verdict, duration_ns, struct.unpack_from("=I", context, SKB_MARK)[0])
 
     def events(self, callback: Callable[[EventRecord], None]) -> EventReader:
-        """A reader of the event ring; one at a time."""
+        """A reader of the event ring. Only one may exist at a time."""
         return EventReader(self.maps["np_event"].fd, callback)
 
     def config(self) -> abi.np_config:
@@ -244,14 +244,15 @@ class Dataplane:
         return abi.np_config.from_buffer_copy(self.maps["np_config"].get(_index(0)) or b"")
 
     def set_config(self, config: abi.np_config) -> None:
-        """Write the configuration. Each word changes in one step; the row as a whole may not."""
+        """Write the configuration. Each word changes atomically; the row as a whole may not."""
         order_stores()
         self.maps["np_config"].put(_index(0), bytes(config))
 
     def bump_generation(self) -> int:
-        """Make every open flow take the policy step once more; returns the new generation.
+        """Raise the generation, so that every open flow takes the policy step again; returns the new one.
 
-        Also begins a new epoch, as every change of an endpoint's row or addresses has to: the program remembers those.
+        This also raises the epoch, as every change of an endpoint's row or addresses must: the endpoint cache has
+        copies of those.
         """
         config = self.config()
         config.epoch = following(config.epoch)
@@ -261,7 +262,7 @@ class Dataplane:
         return int(config.generation)
 
     def remove(self) -> None:
-        """Detach every interface and unpin everything of this directory; the parent goes when it is empty."""
+        """Detach from every interface and unpin all of this directory; also remove the parent if it is empty."""
         attach.detach_all(self)
         self.close()
         shutil.rmtree(self.pin_dir)
@@ -295,7 +296,7 @@ def default_config(jiffies_per_second: int) -> abi.np_config:
 
 
 def following(number: int) -> int:
-    """The generation or epoch after one; never 0."""
+    """The next generation or epoch; never 0."""
     return number % 0xFFFF_FFFF + 1
 
 
@@ -330,7 +331,7 @@ def open_maps(pin_dir: Path) -> dict[str, Map]:
 
 
 def fill(staging: Staging, sizes: Mapping[str, int], config: abi.np_config) -> None:
-    """Make all that a pin directory has and that is not in this one yet: maps, programs, the directory of the links."""
+    """Make what a pin directory has and this one lacks: maps, programs, the directory of links."""
     directory = staging.directory
     (directory / LINKS).mkdir()
     made = build.make_maps(directory, sizes)
@@ -347,7 +348,7 @@ def fill(staging: Staging, sizes: Mapping[str, int], config: abi.np_config) -> N
 
 
 def find_older(pin_root: Path) -> list[Path]:
-    """Directories of older schemas, the oldest first. Raises PlatformError when there is a newer one."""
+    """Directories of older schemas, the oldest first. Raises PlatformError if there is a newer one."""
     found = {int(path.name[1:]): path for path in pin_root.glob("v*") if path.name[1:].isdecimal()}
     newer = [number for number in sorted(found) if number > abi.SCHEMA_VERSION]
     if newer:

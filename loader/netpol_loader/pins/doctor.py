@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Whether this machine can run the dataplane; each thing that is missing is one PlatformError with one clear line.
 
-What the kernel can do is tried, never concluded from its version.  Must not repair anything, with one exception: root asking
-for a pin directory on an unmounted bpffs gets it mounted.
+What the kernel can do is tried, never concluded from its version.  The module must not repair anything, with one
+exception: root asking for a pin directory on an unmounted bpffs gets it mounted.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from netpol_loader.kernel import syscall
 from netpol_loader.tables.events import LIBRARIES
 
 FIRST_KERNEL_WITHOUT_BH_LOCK = (6, 18)
-"""The first whose real-time configuration may let two packets meet on one processor (CONFIG_PREEMPT_RT_NEEDS_BH_LOCK)."""
+"""The first kernel with a real-time option that lets two packets run on one CPU (CONFIG_PREEMPT_RT_NEEDS_BH_LOCK)."""
 
 COMPARE_AND_SWAP = b"".join(
     struct.pack("=BBhi", opcode, registers if sys.byteorder == "little" else registers << 4 & 0xF0 | registers >> 4, at, value)
@@ -37,18 +37,18 @@ COMPARE_AND_SWAP = b"".join(
         (0x95, 0x00, 0, 0),  # exit
     )
 )  # fmt: skip
-"""A program that does what the connection table is made of (include/uapi/linux/bpf.h, BPF_CMPXCHG)."""
+"""A program with the atomic operation that the connection table needs (include/uapi/linux/bpf.h, BPF_CMPXCHG)."""
 
 BPF_FS_MAGIC = 0xCAFE4A11
 BPFFS = Path("/sys/fs/bpf")
 MOUNT_HINT = "On the node: mount -t bpf bpf /sys/fs/bpf. A container gets that directory from the node."
 PROC = Path("/proc")
 JIT_SWITCH = Path("/proc/sys/net/core/bpf_jit_enable")
-"""Not there in a kernel that always compiles (CONFIG_BPF_JIT_ALWAYS_ON)."""
+"""Absent in a kernel that always compiles BPF (CONFIG_BPF_JIT_ALWAYS_ON)."""
 INITIAL_PID_NAMESPACE = 0xEFFF_FFFC
-"""PROC_PID_INIT_INO of include/linux/proc_ns.h: the number of the one in which process 1 is the node's."""
+"""PROC_PID_INIT_INO of include/linux/proc_ns.h: the PID namespace in which process 1 is the node's."""
 CAP_SYS_ADMIN = 21
-"""Stands for CAP_BPF and CAP_PERFMON, which were made out of it."""
+"""Includes CAP_BPF and CAP_PERFMON, which were split off from it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +72,7 @@ CAPABILITIES = (
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One thing looked at. ``error`` None: it is fine; ``detail`` says what was seen."""
+    """One check. ``error`` None: it passed; ``detail`` says what was found."""
 
     name: str
     detail: str
@@ -80,7 +80,7 @@ class Check:
 
 
 def check_all(pin_root: Path = BPFFS) -> list[Check]:
-    """Look at everything; never raises for what it finds."""
+    """Make all checks; never raises for what it finds."""
     looks: list[tuple[str, Callable[[], str]]] = [
         ("privilege", _look_at_privilege),
         ("kernel", _look_at_kernel),
@@ -94,12 +94,12 @@ def check_all(pin_root: Path = BPFFS) -> list[Check]:
 
 
 def try_to_load() -> Check:
-    """Load the programs for a trial, and give them up again: the proof that an agent could load them here."""
+    """Load the programs and release them: the proof that an agent could load them here."""
     return _check("load", _look_at_load)
 
 
 def require_all(pin_root: Path = BPFFS) -> None:
-    """Raise the first thing that is missing. The programs are not loaded: whoever asks is about to load them."""
+    """Raise the first error of the checks. This does not load the programs, because the caller is about to."""
     for check in check_all(pin_root):
         if check.error is not None:
             raise check.error
@@ -151,7 +151,7 @@ def _require_lasting(place: Path) -> None:
 
 
 def _apart_from_node() -> str:
-    """Why what this process mounts is not seen to be the node's; empty: it is the node's."""
+    """Why a mount of this process would not be seen to be the node's; empty: it is the node's."""
     ours, nodes = mounts_of("self"), mounts_of_node()
     if nodes is None or ours is None:
         return "this process may not see what the node has mounted (it has a PID namespace of its own, or /proc hides process 1)"
@@ -159,7 +159,7 @@ def _apart_from_node() -> str:
 
 
 def mounts_of_node() -> dict[int, str] | None:
-    """As `mounts_of`, of the node: of its process 1. None when that cannot be seen."""
+    """As `mounts_of`, for the node's process 1. None if that is not visible."""
     try:
         is_seen = (PROC / "self" / "ns" / "pid").stat().st_ino == INITIAL_PID_NAMESPACE
     except OSError:
@@ -168,10 +168,10 @@ def mounts_of_node() -> dict[int, str] | None:
 
 
 def mounts_of(process: str) -> dict[int, str] | None:
-    """What is mounted for a process: device by the mount's number; None when that may not be seen.
+    """The mounts of a process: device by mount number; None if they are not visible.
 
-    Numbers are the machine's: two processes with one in common are in one mount namespace.  (The links in /proc/PID/ns say the
-    same, and not to everybody.)
+    Mount numbers are unique on the machine, so two processes with a common number share a mount namespace.  (The links
+    in /proc/PID/ns say the same, but not everybody may read them.)
     """
     try:
         lines = (PROC / process / "mountinfo").read_text(errors="replace").splitlines()
@@ -195,7 +195,7 @@ def _nearest_existing(path: Path) -> Path:
 
 
 def _is_visible(path: Path) -> bool:
-    """Whether the path exists, as far as this process may know."""
+    """Whether the path exists, as far as this process can see."""
     try:
         path.stat()
     except OSError:
@@ -226,7 +226,7 @@ def _look_at_privilege() -> str:
 
 
 def missing_capabilities(effective: int) -> list[Capability]:
-    """What a process with these effective capabilities (a bit each) lacks."""
+    """The capabilities that a process with these effective ones (a bit for each) lacks."""
     if effective >> CAP_SYS_ADMIN & 1:
         return [one for one in CAPABILITIES if one.name == "CAP_NET_ADMIN" and not effective >> one.number & 1]
     return [one for one in CAPABILITIES if not effective >> one.number & 1]
@@ -256,7 +256,7 @@ def _look_at_kernel() -> str:
 
 
 def _require_bh_lock(release: str) -> None:
-    """On a real-time kernel: raise when a packet may interrupt another on its processor, where they share working memory."""
+    """On a real-time kernel: raise if a packet may interrupt another on its CPU, because both share working memory."""
     option, config = "CONFIG_PREEMPT_RT_NEEDS_BH_LOCK", kernel_config(release)
     if config is not None:
         is_locked = f"{option}=y" in config or option not in config  # older ones have no such option, and the lock
@@ -273,7 +273,7 @@ def _require_bh_lock(release: str) -> None:
 
 
 def kernel_config(release: str) -> str | None:
-    """The configuration that the running kernel was built with, where the machine has it."""
+    """The build configuration of the running kernel, if the machine has it."""
     for path in (Path("/proc/config.gz"), Path(f"/boot/config-{release}"), Path(f"/lib/modules/{release}/config")):
         try:
             raw = path.read_bytes()
@@ -328,7 +328,7 @@ def _look_at_jit() -> str:
 
 
 def _look_at_barrier() -> str:
-    """What the second barrier can be made of; enforcement does without."""
+    """What the second barrier can use; enforcement works without it."""
     tables = BarrierTables("")
     try:
         tables.open()

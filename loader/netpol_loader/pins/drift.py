@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Drift of the pins, links and filters: what another process removed or changed is found and restored.
 
-The open descriptors of this process are the desired state: they keep maps and programs alive whatever becomes of their pins.
-Invariants: nothing that is right is touched; every repair is reported; nothing of others is removed, except an object that is
-pinned under one of our names.  Must not know what the maps mean, nor choose interfaces.
+The open descriptors of this process are the desired state: they keep maps and programs alive whatever becomes of their
+pins. Invariants: nothing that is right is touched; every repair is reported; nothing of others is removed, except an
+object that is pinned under one of our names.  The module must not know what the maps mean, nor choose interfaces.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from netpol_loader.pins.programs import CALL_MAP, CURRENT
 
 @dataclass(frozen=True, slots=True)
 class Drift:
-    """One thing that was not as we left it.
+    """One difference from what we wrote.
 
     ``kind``: pin, program (on an interface), row, configuration or barrier; ``was``: missing, foreign or changed.
     """
@@ -43,7 +43,7 @@ class Drift:
 
 
 class PartlyMendedError(PlatformError):
-    """Something could not be put back; ``found``: what could."""
+    """A repair failed; ``found``: the differences that were repaired."""
 
     def __init__(self, message: str, found: Collection[Drift]) -> None:
         super().__init__(message)
@@ -128,7 +128,7 @@ def _mend_interface(dataplane: Dataplane, ifindex: int, ours: Mapping[Hook, int]
 
 
 def _pinned(dataplane: Dataplane) -> Iterator[tuple[Path, int, int]]:
-    """(where, descriptor, the kernel's number) of everything that has to be pinned."""
+    """(where, descriptor, kernel's number) of every object that must be pinned."""
     for name, one in dataplane.pinned.items():
         yield dataplane.pin_dir / name, one.fd, syscall.map_info(one.fd).id
     for name, fd in dataplane.programs.programs():
@@ -138,7 +138,7 @@ def _pinned(dataplane: Dataplane) -> Iterator[tuple[Path, int, int]]:
 
 
 def _state_of(path: Path, number: int) -> str | None:
-    """None: it is the object of that number; else what it is instead."""
+    """None if the pin is the object of that number; otherwise what it is."""
     fd = _try_open(path)
     if fd is None:
         return "foreign" if path.is_symlink() or path.exists() else "missing"
@@ -147,7 +147,7 @@ def _state_of(path: Path, number: int) -> str | None:
 
 
 def _number_of(fd: int) -> int:
-    """The kernel's number of a map or program; 0, which it gives to nothing, of anything else."""
+    """The kernel's number of a map or program; of any other object 0, which the kernel never uses."""
     kind = Path(f"/proc/self/fd/{fd}").readlink().name
     if "bpf-map" in kind:
         return syscall.map_info(fd).id
@@ -163,7 +163,7 @@ def _closing(fd: int) -> Iterator[None]:
 
 
 def _try_open(path: Path) -> int | None:
-    """A descriptor of what is pinned there; None when nothing that BPF knows is."""
+    """A descriptor of the pinned object; None if there is none that BPF knows."""
     try:
         return syscall.obj_get(path)
     except OSError as error:

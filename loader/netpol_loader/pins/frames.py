@@ -17,7 +17,8 @@ Invariants.  No verdict depends on a time-out: a packet socket or filter counts 
 the frame waits in the queue behind it.  When the copy arrives and the frame is not counted, the program dropped the frame.  No
 other frame is on the interfaces: they have no address, and IPv6 does not use a link with so small an MTU.
 
-Must not know what the programs do.  The programs' own counters were rejected as evidence: the programs are under test.
+The module must not know what the programs do.  The programs' own counters were rejected as evidence: the programs are
+under test.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Locks of a process: they end with it, whatever children it leaves. One process at a time works on a pin root.
+"""Locks of a process: they end with it, even if its children live on. One process at a time changes a pin root.
 
-Invariant: a fork has no copy of a lock's descriptor, so it keeps nobody waiting after its parent has ended.
+Invariant: a fork has no copy of a lock's descriptor, so it blocks nobody after its parent has ended.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def held(pin_root: Path, *, hint: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def locked(pin_root: Path) -> Iterator[None]:
-    """One process at a time makes or changes what is pinned under a root."""
+    """Hold the lock for changes of a root's pins until the block ends; waits for another process."""
     if pin_root.absolute() in _held:
         yield
         return

@@ -31,13 +31,13 @@ if TYPE_CHECKING:
 
 XDP = "XDP"
 CLSACT_TURN = 10
-"""Interfaces with filters of others to be looked at in one look; arbitrary."""
+"""Interfaces with other parties' filters that one look reads; arbitrary."""
 
 _TAIL_CALL = 12
 _REDIRECTS: Mapping[int, int] = {syscall.PROG_TYPE_SCHED_CLS: 155, syscall.PROG_TYPE_XDP: 23}
 """The helper (enum bpf_func_id) that redirects past all hooks, by type of program: bpf_redirect_peer, and bpf_redirect of XDP."""
 _REDIRECT_MAPS = frozenset({"devmap", "cpumap", "xskmap", "devmap_hash"})
-"""What XDP programs redirect through (bpf_redirect_map); they serve for nothing else."""
+"""Map types for redirection by XDP (bpf_redirect_map); they have no other use."""
 _CALLS_FUNCTION = 1
 """Source register of a call of a function of the program itself: BPF_PSEUDO_CALL. Another program may have taken its place
 (BPF_PROG_TYPE_EXT), as the dispatcher of libxdp is made for."""
@@ -68,7 +68,7 @@ class Other:
 
 
 class OtherPrograms:
-    """`look` again and again: a program is read once."""
+    """`look`, repeatedly, with a cache: it reads each program once."""
 
     def __init__(self) -> None:
         self._known: dict[int, tuple[str, Reach]] = {}
@@ -149,7 +149,7 @@ def _read(number: int, program_type: int) -> tuple[str, Reach]:
 
 
 def reach_of(fd: int, program_type: int) -> Reach:
-    """Whether a program can send packets past others, by what it calls and the maps it uses. Raises OSError."""
+    """Whether a program can send packets past other programs, by its calls and maps. Raises OSError."""
     if any(_map_kind(number) in _REDIRECT_MAPS for number in syscall.prog_maps(fd)):
         return Reach.REDIRECTS
     code = syscall.prog_code(fd)
@@ -181,7 +181,7 @@ def _calls(code: bytes) -> Iterator[tuple[int, int]]:
 
 
 def _helpers_called(code: bytes) -> set[int]:
-    """What calls of helpers say; 0: the kernel does not show this process which."""
+    """The immediates of helper calls, one for each helper; 0: the kernel hides them from this process."""
     return {immediate for source, immediate in _calls(code) if source == 0}
 
 

@@ -9,10 +9,10 @@ may run its set.  A set is pinned in one directory:
     PIN_DIR/programs_new    one that is whole, but not in force
     PIN_DIR/programs_old    the one before, while hooks may still run it
 
-and replaced in four steps, each atomic: NEW appears by one rename, CURRENT becomes OLD, NEW becomes CURRENT (the exchange
-has begun), OLD goes when every hook runs CURRENT.  New policy maps that come with a set are pinned in its directory until
-the exchange is over.  Invariant: killed between any two steps, `recover` and `finish_exchange` of the next process forget
-or finish what was begun.  Must not know what programs or maps mean, nor attach anything.
+and replaced in four steps, each atomic: NEW appears by one rename, CURRENT becomes OLD, NEW becomes CURRENT (the
+exchange has begun), OLD goes when every hook runs CURRENT.  New policy maps that come with a set are pinned in its
+directory until the exchange is over.  Invariant: killed between any two steps, `recover` and `finish_exchange` of the
+next process forget or finish what was begun.  The module must not know what programs or maps mean, nor attach anything.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ class ProgramSet:
         yield CALL_MAP, self.calls.fd
 
     def programs(self) -> Iterator[tuple[str, int]]:
-        """(name, descriptor) of the programs, called ones first."""
+        """(name, descriptor) of the programs, called programs first."""
         yield from ((abi.CALLS[slot], fd) for slot, fd in self.called.items())
         yield from ((hook.value, fd) for hook, fd in self.hooks.items())
 
@@ -116,7 +116,7 @@ class ProgramSet:
         return {name: syscall.prog_info(fd).tag for name, fd in self.programs()}
 
     def mend_calls(self) -> list[str]:
-        """Put each called program into its slot where it is not; the names of those that were missing."""
+        """Put each called program into its slot if the slot is empty or has another; returns the names of those programs."""
         mended = []
         for slot, fd in self.called.items():
             found = self.calls.get(_SLOT.pack(slot))
@@ -134,14 +134,14 @@ class ProgramSet:
 
 
 def begin_exchange(pin_dir: Path, staged: Path) -> None:
-    """Make a staged directory the set in force, as far as pins say; from here on `finish_exchange` has work."""
+    """Make a staged directory the set in force, as far as pins say; `finish_exchange` then has work to do."""
     staged.rename(pin_dir / NEW)
     (pin_dir / CURRENT).rename(pin_dir / OLD)
     (pin_dir / NEW).rename(pin_dir / CURRENT)
 
 
 def recover(pin_dir: Path) -> None:
-    """Put the directories right that a killed process left between two steps."""
+    """Repair the directories that a killed process left between two steps."""
     if (pin_dir / OLD).exists() and not (pin_dir / CURRENT).exists():
         (pin_dir / NEW).rename(pin_dir / CURRENT)
     elif (pin_dir / NEW).exists():

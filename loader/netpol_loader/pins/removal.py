@@ -32,7 +32,10 @@ PROGRAMS = "np_tc_"
 
 @dataclass(frozen=True, slots=True)
 class Leftover:
-    """One thing of ours. ``kind``: table, link, filter, qdisc, map, program or directory; ``name``: what an administrator calls it."""
+    """One object of ours.
+
+    ``kind``: table, link, filter, qdisc, map, program or directory; ``name``: for administrators.
+    """
 
     kind: str
     name: str
@@ -40,7 +43,7 @@ class Leftover:
 
 
 def find_leftovers(pin_root: Path) -> list[Leftover]:
-    """Everything of ours, in the order in which it must be removed; empty when there is nothing."""
+    """All objects of ours, in the order of removal."""
     directories = [path for path in _listed(pin_root) if path.is_dir() and OUR_DIRECTORY.fullmatch(path.name)]
     names = {link.ifindex: link.name for link in list_links()}
     found: list[Leftover] = list(_tables(pin_root))

@@ -26,10 +26,10 @@ from netpol_loader.tables.buckets import bucketed
 
 
 class Renewal:
-    """The new set. A context manager: what did not take over is gone at the end."""
+    """The new set. A context manager: at its end a set that did not take over is removed."""
 
     def __init__(self, dataplane: Dataplane, fresh: Collection[str], sizes: Mapping[str, int] | None = None) -> None:
-        """``fresh``: names of the maps to be made anew; ``sizes``: their max_entries, where not those of the maps in force."""
+        """``fresh``: names of the maps to make anew; ``sizes``: max_entries that differ from those in force."""
         self._dataplane = dataplane
         self._fresh = frozenset(fresh) | {more for name, more in abi.OVERFLOW_MAPS.items() if name in fresh}
         self._sizes = dict(sizes or {})

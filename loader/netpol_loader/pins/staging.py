@@ -3,7 +3,7 @@
 
 Whatever makes a set beside the one in force (a first start, new programs, new maps, a newer schema) makes it here.
 Invariants: nothing in force refers to what is here; what a process that died left here is removed by the next one that
-holds the lock (`remove_unfinished`).  Must not know what the maps mean.
+holds the lock (`remove_unfinished`).  The module must not know what the maps mean.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ PREFIX = "new-"
 
 
 class Staging:
-    """The directory, and the descriptors of what is pinned in it. A context manager: at the end `discard` is called."""
+    """A staging directory, with the descriptors of its pins. A context manager: at the end it calls `discard`."""
 
     def __init__(self, pin_root: Path) -> None:
         """Make the directory. Raises OSError."""
@@ -34,7 +34,7 @@ class Staging:
         self.directory.mkdir()
 
     def taken(self) -> tuple[Mapping[str, Map], ProgramSet]:
-        """Give the descriptors away; once, and only when there are programs."""
+        """Hand over the descriptors; once, and only if there are programs."""
         if self.programs is None:
             raise RuntimeError("what is staged is taken once, after its programs were loaded")
         maps, programs = self.maps, self.programs
@@ -42,7 +42,7 @@ class Staging:
         return maps, programs
 
     def discard(self) -> None:
-        """Close what was not taken, and remove the directory unless it was renamed."""
+        """Close what was not handed over, and remove the directory unless it was renamed."""
         for one in self.maps.values():
             one.close()
         if self.programs is not None:
@@ -59,7 +59,7 @@ class Staging:
 
 
 def remove_unfinished(pin_root: Path) -> None:
-    """Remove what processes that died left. The caller holds the lock, so none of them is still at work."""
+    """Remove the staging directories of dead processes. The caller holds the lock, so no owner is still at work."""
     for path in pin_root.glob(f"{PREFIX}*"):
         log.warning("removing %s, left by a process that died", path)
         shutil.rmtree(path)

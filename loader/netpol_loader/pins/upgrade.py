@@ -40,10 +40,10 @@ from netpol_loader.tables.connections import ROWS_PER_BUCKET
 log = logging.getLogger(__name__)
 
 LASTING = abi.maps_of(abi.MapRole.CONNECTION, abi.MapRole.COUNTER)
-"""Maps that are kept over a change of schema, if their layout is kept."""
+"""Maps that survive a change of schema, if their layout is the same."""
 
 OWN_SETTINGS = frozenset({"jiffies_per_second", "timeout_jiffies", "pad"})
-"""Fields of the configuration that each version sets by itself."""
+"""Fields of the configuration that each version sets itself."""
 
 
 class Upgrade:
@@ -83,7 +83,7 @@ class Upgrade:
         return found
 
     def take_over(self) -> None:
-        """Put the new programs in the place of the old on every interface, then remove the old directory."""
+        """Replace the old programs by the new ones on every interface, then remove the old directory."""
         dataplane = self.dataplane
         with locked(dataplane.pin_root):
             target = schema_dir(dataplane.pin_root)
@@ -139,7 +139,7 @@ def _prepare(pin_root: Path, older: Path, sizes: dict[str, int]) -> tuple[Datapl
 
 
 def _keep(old: Path, new: Path, spec: abi.MapSpec, sizes: dict[str, int]) -> str | None:
-    """Pin a map a second time; its size to ``sizes``. If it cannot be kept, why."""
+    """Pin a map a second time and note its size in ``sizes``. Returns why the map cannot be kept, if so."""
     if not old.exists():
         return "there is none"
     with _opened_map(old) as one:
@@ -163,7 +163,7 @@ def _keep(old: Path, new: Path, spec: abi.MapSpec, sizes: dict[str, int]) -> str
 
 
 def _config_of(older: Path) -> abi.np_config:
-    """The older configuration in this version's words: what an agent set, and the generation that connections name."""
+    """The older configuration in this version's layout: an agent's settings, and the generation that connections name."""
     config = default_config(clock.measure_jiffies_per_second())
     with _opened_map(older / "np_config") as one:
         _, layout = _layouts(one)
@@ -178,7 +178,7 @@ def _config_of(older: Path) -> abi.np_config:
 
 
 def _finish(dataplane: Dataplane) -> None:
-    """Exchange whatever still runs an older program, then remove the older directories."""
+    """Exchange the older programs that still run, then remove the older directories."""
     for older in find_older(dataplane.pin_root):
 
         def replace(old: Mapping[Hook, set[int]], links: Path = older / LINKS) -> None:
@@ -190,7 +190,7 @@ def _finish(dataplane: Dataplane) -> None:
 
 
 def _sets(directory: Path) -> list[Path]:
-    """Where programs are pinned: before schema 6 beside the maps, since then in sets, of which an exchange leaves two."""
+    """The directories with programs: before schema 6 that of the maps, later one for each set (two after an exchange)."""
     return [directory, *directory.glob("programs*")]
 
 

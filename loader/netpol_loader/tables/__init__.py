@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tables of the packet path as the control plane reads and writes them. Knows their layouts; knows nothing of pins and policy."""
+"""The control plane's read and write access to the program's tables. Knows their layouts, not pins or policy."""

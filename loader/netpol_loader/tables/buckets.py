@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The bucketed tables of policy, as maps from key to row: an array of buckets of one or two cache lines, and an overflow map.
 
-`bpf/np_bucket.h` reads them.  Rows with the same hash of their keys lie side by side in one bucket.  Rows whose bucket is full
+`bpf/np_bucket.h` reads them.  Rows with the same hash of their keys lie side by side in one bucket.  Rows of a full bucket
 are in the overflow map, and the bucket has a flag for that.  The array is mapped into memory: a write is a store.
 
 Invariants: a row is complete before a bit or tag publishes it (`order_stores`); a freed slot is not used again until
@@ -53,20 +53,20 @@ def _hash6(key: bytes) -> int:
 
 @lru_cache(maxsize=1 << 16)  # the same ones are asked for with each change of the node's addresses
 def vip_filter_bit(address: bytes) -> tuple[int, int]:
-    """Row of np_vip_filter, and bit in the row, of an address."""
+    """The row of np_vip_filter and the bit in it for an address."""
     hashed = _hash4(address) if len(address) == 4 else _hash6(address)  # noqa: PLR2004 - an IPv4 address
     row, bit = divmod(hashed, 8 * ctypes.sizeof(abi.np_vip_filter))
     return row & (abi.MAP_SPECS["np_vip_filter"].max_entries - 1), bit
 
 
 def buckets_for(name: str, rows: int) -> int:
-    """How many buckets a table for so many rows has, a power of two: for four addresses each, or sixteen classes, or four connections."""
+    """Buckets for so many rows, a power of two: one for each four addresses, sixteen classes or four connections."""
     each = 16 if name == "np_peer_class" else 4
     return 1 << (max(-(-rows // each), 1) - 1).bit_length()
 
 
 def bucketed(maps: Mapping[str, Map]) -> dict[str, Map]:
-    """The same maps, the bucketed ones as `BucketMap`. Raises OSError when an array cannot be mapped into memory."""
+    """The same maps, with bucketed tables as `BucketMap`. Raises OSError if an array cannot be mapped into memory."""
     result = dict(maps)
     for name, more in abi.OVERFLOW_MAPS.items():
         if name not in maps:
@@ -88,9 +88,9 @@ def open_map(pin_dir: Path, name: str) -> Map:
 
 
 class BucketMap(Map):
-    """A bucketed table. Owns the array's descriptor and mapping, not the other table's.
+    """A bucketed table. Owns the array's descriptor and mapping, but not the overflow map.
 
-    ``max_entries``: the rows it has room for whatever their hashes; with luck some more.
+    ``max_entries``: the number of rows that fit whatever their hashes; more may fit.
     """
 
     def __init__(self, array: Map, more: Map) -> None:
@@ -113,20 +113,21 @@ class BucketMap(Map):
 
     @abstractmethod
     def delete(self, key: bytes) -> bool:
-        """Remove; False when there was nothing."""
+        """Remove; False if there was no such key."""
 
     @abstractmethod
     def items(self) -> Iterator[tuple[bytes, bytes]]:
-        """All rows. What changes meanwhile may be missed or seen."""
+        """All rows. Concurrent changes may be missed or included."""
 
     def put(self, key: bytes, value: bytes) -> None:
         """Insert or replace. Raises MapFullError."""
         self.put_many([(key, value)])
 
     def put_many(self, pairs: Sequence[tuple[bytes, bytes]]) -> None:
-        """Insert or replace all. Raises MapFullError; those before are then written.
+        """Insert or replace all. Raises MapFullError; the rows before are then written.
 
-        Rows are written first, then what tells packets of them: between the two, one grace period on a weakly ordered machine.
+        Rows are written first, then the bits and tags that publish them.  Between the two, a weakly ordered machine
+        needs one grace period.
         """
         try:
             for key, value in pairs:
@@ -139,23 +140,23 @@ class BucketMap(Map):
 
     @abstractmethod
     def _write(self, key: bytes, value: bytes) -> None:
-        """Write a row to where no packet looks for it yet, and note in ``_untold`` what will tell of it; or replace one."""
+        """Replace a row, or write a new one to a free slot and note in ``_untold`` the word that will publish it."""
 
     @abstractmethod
     def _tell(self) -> None:
-        """Store everything noted in ``_untold``."""
+        """Store all words in ``_untold``, which publish the rows."""
 
     def delete_many(self, keys: Sequence[bytes]) -> None:
-        """Remove all; absent keys are no error."""
+        """Remove all; absent keys are not an error."""
         for key in keys:
             self.delete(key)
 
     def clear(self) -> None:
-        """Remove every row there is now."""
+        """Remove all present rows."""
         self.delete_many([key for key, _ in self.items()])
 
     def end_grace_period(self) -> None:
-        """A grace period has passed since the last removal: no packet reads any more what went before."""
+        """The caller states that a grace period has passed: no packet reads removed rows, so slots become free."""
         self._resting.clear()
 
     def close(self) -> None:
@@ -192,7 +193,7 @@ class AddressMap(BucketMap):
         return (self._hash(key) & self._mask) * self._bytes
 
     def _seek(self, key: bytes, at: int, used: int) -> int:
-        """Which row of a bucket has the key, among those in use; -1: none."""
+        """The slot of the bucket that has the key; -1: none."""
         size, memory = self.key_size, self._memory
         first, left = at + self._key_at, used & _ALL_ROWS
         while left:
@@ -242,7 +243,7 @@ class AddressMap(BucketMap):
             self._words[index] = used
 
     def _store_row(self, at: int, i: int, value: bytes) -> None:
-        """By one store of the processor: no packet sees half of it."""
+        """One store of the CPU, so that no packet sees half a row."""
         _U64.pack_into(self._memory, at + self._row_at + i * self.value_size, _U64.unpack(value)[0])
 
     def delete(self, key: bytes) -> bool:
@@ -285,7 +286,7 @@ _NO_CLASSES = _U16.pack(abi.NP_CLASS_NONE) * _CLASSES
 
 
 class PeerClassMap(BucketMap):
-    """(Policy set, identity) to struct np_peer_class, whose class is below NP_CLASS_NONE. A set is never 0."""
+    """Maps (policy set, identity) to struct np_peer_class. A class is below NP_CLASS_NONE, a set is never 0."""
 
     def __init__(self, array: Map, more: Map) -> None:
         """Take over the array."""
@@ -297,7 +298,7 @@ class PeerClassMap(BucketMap):
         self._untold.clear()  # packets have been told
 
     def _place(self, key: bytes) -> tuple[tuple[int, int], int, int]:
-        """Set and block, offset of the bucket, and which class of a line."""
+        """Set and block of a key, the offset of its bucket, and the index of its class in a line."""
         if len(key) != self.key_size:
             raise ValueError(f"{self.name}: a key has {self.key_size} bytes, not {len(key)}")
         policy_set, identity = _WORDS2.unpack(key)
@@ -320,7 +321,7 @@ class PeerClassMap(BucketMap):
             self._words[index] = policy_set
 
     def _count(self, tag: tuple[int, int], at: int, step: int) -> None:
-        """Rows in the other table become more or fewer; the bucket says whether there are any."""
+        """Update the number of the bucket's rows in the overflow map, and the bucket's flag for them."""
         self._others[tag] += step
         self._buckets[at] += step
         if not self._others[tag]:
@@ -359,7 +360,7 @@ class PeerClassMap(BucketMap):
             self._count(tag, at, 1)
 
     def _claim(self, tag: tuple[int, int], at: int) -> int:
-        """Make an unused line of a bucket that of a set and block; its offset, or -1 when there is none."""
+        """Assign an unused line of the bucket to a set and block; its offset, or -1 if there is none."""
         for line in range(at, at + self._bytes, _LINE_BYTES):
             owner = line // _WORD + _SET_WORD
             if not self._words[owner] and owner not in self._untold and line not in self._resting:

@@ -27,24 +27,26 @@ from netpol_loader.kernel.grace import order_stores, wait_for_readers
 from netpol_loader.kernel.maps import Map
 
 ROWS_PER_BUCKET = 4
-"""How many connections a bucket is there for: half of its slots, for buckets fill unevenly."""
+"""Connections for each bucket that a table is sized for: half of its slots, because buckets fill unevenly."""
 
 _WAYS = abi.NP_CONN_WAYS
 _STEP_SHIFTS = (0, 8, 16, 24)
-"""Where the lowest bit of a sequence may be in a word of the key: ports are halves of one, addresses in network order."""
+"""Possible lowest bits of a sequence in a word of the key: ports are halves of one, addresses in network order."""
 _TIME_SHIFT, _TIME_BITS = abi.NP_TAG_TIME_SHIFT, abi.NP_TAG_TIME_BITS
 _TIME_MASK = (1 << _TIME_BITS) - 1
 _SUM_SHIFT = 32
-"""The upper half of a sum of products is the hash: it is as good as random."""
+"""The upper half of a sum of products is the hash; it is as good as random."""
 _ASSUMED_JIFFIES = 360_000
-"""How long after it was seen a connection counts in the choice of what goes, until its first packet tells better: an hour where a
-second has the fewest jiffies, less elsewhere, so never longer than one that had packets."""
+"""How long, for eviction, a connection counts as alive before its first packet.
+
+An hour at the lowest rate of jiffies, less at higher ones, so it never counts for more than one that had packets.
+"""
 _MASK64 = (1 << 64) - 1
 _INDEX = struct.Struct("=I")
 
 
 class Tags:
-    """The tags of a table, by number. Mapped into memory when they are first used, which an agent may never do."""
+    """The tags of a table, by number. They are mapped into memory at the first use, which an agent may never need."""
 
     def __init__(self, tags: Map) -> None:
         """``tags``: not taken over."""
@@ -54,7 +56,7 @@ class Tags:
 
     @property
     def words(self) -> memoryview:
-        """Reading or writing one is one load or store. Raises OSError when they cannot be mapped."""
+        """One load or store reads or writes a tag. Raises OSError if the array cannot be mapped."""
         if self._words is None:
             self._words = memoryview(mmap.mmap(self._map.fd, self.buckets * self._map.value_size)).cast("Q")
         return self._words
@@ -90,9 +92,9 @@ class ConnectionMap(Map):
         self.put_many([(key, value)])
 
     def put_many(self, pairs: Sequence[tuple[bytes, bytes]]) -> None:
-        """Insert or replace all, in a grace period.
+        """Insert or replace all, in one grace period.
 
-        Raises MapFullError when buckets were full of rows of this call; all others are written.
+        Raises MapFullError if buckets were full of rows of this call; all others are written.
         """
         for key, value in pairs:
             self._check(key, value)
@@ -122,7 +124,7 @@ class ConnectionMap(Map):
             )
 
     def delete(self, key: bytes) -> bool:
-        """Remove; False when there was nothing."""
+        """Remove; False if there was no such key."""
         bucket, who = self._hash(key)
         number = self._seek(bucket, who, key)
         if number is not None:
@@ -130,17 +132,17 @@ class ConnectionMap(Map):
         return number is not None
 
     def delete_many(self, keys: Sequence[bytes]) -> None:
-        """Remove all; absent keys are no error."""
+        """Remove all; absent keys are not an error."""
         for key in keys:
             self.delete(key)
 
     def clear(self) -> None:
-        """Remove every connection there is now."""
+        """Remove all present connections."""
         for number in self._used():
             self._tags.words[number] = 0
 
     def items(self) -> Iterator[tuple[bytes, bytes]]:
-        """All connections, expired ones too. What changes meanwhile may be missed or seen."""
+        """All connections, expired ones too. Concurrent changes may be missed or included."""
         for number in self._used():
             yield self._entry(number)
 
@@ -152,7 +154,7 @@ class ConnectionMap(Map):
     # --- slots, by their number in the whole table ---------------------------------------------------------------------
 
     def _hash(self, key: bytes) -> tuple[int, int]:
-        """The bucket, and the part of a tag that does not change: hash and whether the connection is unreplied."""
+        """The bucket of a key, and the fixed part of its tag: hash, and whether the connection is unreplied."""
         self._check(key, None)
         words = self._words.unpack(key)
         total = self._numbers[-1] + sum(number * word for number, word in zip(self._numbers, words, strict=False))
@@ -178,7 +180,7 @@ class ConnectionMap(Map):
         return None
 
     def _least(self, bucket: int, now: int) -> int | None:
-        """The slot that is worth least (np_tag_worth); None: all are being written."""
+        """The slot of the lowest worth (np_tag_worth); None: CPUs are writing all of them."""
         numbers = range(bucket * _WAYS, (bucket + 1) * _WAYS)
         worths = [(self._worth(self._tags.words[number], now), number) for number in numbers]
         return min(((worth, number) for worth, number in worths if worth is not None), default=(0, None))[1]
@@ -193,20 +195,20 @@ class ConnectionMap(Map):
         return None if rank == abi.NP_RANK_NONE else rank << _TIME_BITS | left
 
     def _tag(self, who: int, _key: bytes, value: bytes) -> int:
-        """The tag of a connection that no packet was seen of."""
+        """The tag of a connection without any packet seen yet."""
         expires = (abi.np_conn.from_buffer_copy(value).seen_jiffies + _ASSUMED_JIFFIES) // abi.NP_TAG_JIFFIES
         rank = abi.NP_RANK_UNREPLIED if self._who else abi.NP_RANK_ESTABLISHED
         return who | (expires & _TIME_MASK) << _TIME_SHIFT | rank
 
     def _used(self) -> Iterator[int]:
-        """The slots that have connections of this form."""
+        """The slots with connections of this form, unreplied or established."""
         for number, tag in enumerate(self._tags.words.tolist()):
             if tag & abi.NP_TAG_RANK_MASK and tag & abi.NP_TAG_UNREPLIED == self._who:
                 yield number
 
 
 def viewed(maps: Mapping[str, Map]) -> dict[str, Map]:
-    """The same maps, each connection table as its established connections and, under another name, its unreplied ones."""
+    """The same maps, with each connection table as its established, and under another name its unreplied connections."""
     result = dict(maps)
     for name, unreplied in abi.UNREPLIED_VIEWS.items():
         if name in maps:
@@ -217,7 +219,7 @@ def viewed(maps: Mapping[str, Map]) -> dict[str, Map]:
 
 
 def choose_secret(pin_dir: Path) -> None:
-    """Draw the numbers of the hash, unless they are there. Before `viewed`. Raises OSError."""
+    """Draw the random numbers of the hash, if they are not set. Call it before `viewed`. Raises OSError."""
     secret = Map(syscall.obj_get(pin_dir / "np_secret"))
     try:
         if not any(secret.get(bytes(4)) or b""):
@@ -229,13 +231,12 @@ def choose_secret(pin_dir: Path) -> None:
 
 
 def spreads(number: int, buckets: int) -> bool:
-    """Whether sequences of one word of a key, consecutive ports or addresses, fill the buckets evenly under this number.
+    """Whether consecutive ports or addresses fill the buckets evenly, if a word of the key has this number.
 
-    The hashes of a sequence are an arithmetic progression. Of as many keys as the table is there for, no nine at one
-    distance may fall into the width of one bucket, which has room for eight. The convergents of the step's continued
-    fraction are its best approximations, so the distances to try are their denominators.
-
-    ``number``: of 64 bits. ``buckets``: a power of two.
+    The hashes of a sequence are an arithmetic progression.  Among as many keys as the table is sized for, no nine at
+    one distance may be within the width of one bucket, which has eight slots.  The best approximations of the step are
+    the convergents of its continued fraction, so their denominators are the distances to try.  ``number``: of 64 bits.
+    ``buckets``: a power of two.
     """
     distances = ROWS_PER_BUCKET * buckets // _WAYS
     for shift in _STEP_SHIFTS:
@@ -251,7 +252,7 @@ def spreads(number: int, buckets: int) -> bool:
 
 
 def draw_number(buckets: Iterable[int]) -> int:
-    """Draw a number at random, of those that spread over all of these: two in three where there are two tables."""
+    """Draw a random number that spreads sequences over all of these tables; two in three do so for two tables."""
     while True:
         number = int.from_bytes(os.urandom(8), sys.byteorder)
         if all(spreads(number, one) for one in buckets):

@@ -29,7 +29,7 @@ RECORDS: Mapping[int, type[EventRecord]] = dict.fromkeys(
 )
 """By type number (``enum np_event_kind``): the structure of a record."""
 KIND_OFFSET: int = vars(abi.np_event)["kind"].offset
-"""Where every record has its type number, a byte."""
+"""Offset of a record's type number, one byte."""
 
 LIBRARIES = ("libbpf.so.1", "libbpf.so.0")
 
@@ -56,7 +56,7 @@ def _libbpf() -> ctypes.CDLL:
 
 
 def parse_record(data: bytes) -> EventRecord | None:
-    """The structure of a record; None for one of an unknown type, or shorter than its type has it."""
+    """The structure of a record; None if the type is unknown or the record is shorter than its type."""
     if len(data) <= KIND_OFFSET:
         return None
     kind = RECORDS.get(data[KIND_OFFSET])
@@ -83,9 +83,10 @@ class EventReader:
         return waited + self.consume()
 
     def consume(self, most: int | None = None) -> int:
-        """Hand over what is there, ``most`` at most; returns how many. What the callback raised is raised here.
+        """Hand over what the ring has, at most ``most`` events; returns how many. Reraises an error of the callback.
 
-        Without ``most`` it goes on as long as the program writes faster than the callback reads, which may be for ever.
+        Without ``most`` it continues for as long as the program writes faster than the callback reads, possibly for
+        ever.
         """
         self._most, self._handed_over = most, 0
         result = _libbpf().ring_buffer__consume(self._ring)
@@ -94,7 +95,7 @@ class EventReader:
         return self._check(self._handed_over if is_enough else result)
 
     def close(self) -> None:
-        """Give the ring back."""
+        """Close the ring's reader."""
         if self._ring:
             _libbpf().ring_buffer__free(self._ring)
             self._ring = None

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The check words of endpoint rows, by which the program sees that a row changed while it was reading it.
+"""Check words of endpoint rows, by which the program detects that a row changed while it read the row.
 
-Invariant: the fold here and `np_fold` in bpf/np_endpoint.h are the same function.  Must not know where rows come from.
+Invariant: the fold here and `np_fold` in bpf/np_endpoint.h are the same function.  The module must not know where rows
+come from.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ def _check(policy_set: abi.np_set, number: int, place: int, flags: int, link: in
 
 
 def _words(policy_set: abi.np_set) -> Iterator[int]:
-    """All fields but the check; of two with 16 bits the first is the low half of a word, whatever the byte order."""
+    """The words of all fields but the check; of two 16-bit fields the first is the low half, whatever the byte order."""
     low: int | None = None
     for name, kind, *_ in abi.np_set._fields_:
         value = getattr(policy_set, name)

@@ -44,7 +44,9 @@ from netpol_ebpf.resources.types import CalicoPolicySpec, CalicoRule, EntityRule
 from netpol_ebpf.selector import EVERYTHING, Selector, all_of, is_in, negate
 
 UNORDERED_TIER = 1_000_000.0
-"""The order of a user's tier without one: what the origin stores, though its documentation says last (SEMANTICS 1.8)."""
+"""The order of a user's tier without one: the value that Calico stores, although its documentation says last (SEMANTICS
+1.8).
+"""
 
 _DIRECTIONS = {"Ingress": Direction.INGRESS, "Egress": Direction.EGRESS}
 _ACTIONS = {"Allow": Action.ALLOW, "Deny": Action.DENY, "Pass": Action.PASS, "Log": Action.LOG}
@@ -59,7 +61,7 @@ def translate_policy(key: PolicyKey, policy: EnforcedPolicy) -> Policy:
 
 
 def translate_staged_policy(key: PolicyKey, policy: StagedPolicy) -> Policy | None:
-    """StagedNetworkPolicy or StagedGlobalNetworkPolicy; None for Learn and Ignore, which take no part anywhere."""
+    """StagedNetworkPolicy or StagedGlobalNetworkPolicy; None for Learn and Ignore, which take part in no evaluation."""
     replaces = enforced_key(key)
     if policy.staged_action == "Delete":
         return _policy(key, policy.meta, policy.spec, Staged.DELETE, replaces)
@@ -78,7 +80,7 @@ def translate_tier(tier: resources.Tier) -> PolicyTier:
 
 
 def translate_profile(profile: resources.Profile) -> ProfileRules:
-    """A user's profile; its rules are read like those of a global policy."""
+    """A user's profile; its rules are read as those of a global policy."""
     return ProfileRules(
         name=profile.meta.name,
         ingress=tuple(_rules(profile.ingress, "", Direction.INGRESS)),
@@ -107,11 +109,11 @@ def _policy(
 
 
 def _subject(spec: CalicoPolicySpec, namespace: str) -> Selector:
-    """SEMANTICS 2.6 a.
+    """The effective subject selector (SEMANTICS 2.6 a).
 
-    The origin joins a global policy's selectors to one text and replaces each all() in it, so the one in the policy's own
-    selector changes as well.  One that is not written is no part of that text: a negative namespaceSelector or
-    serviceAccountSelector then reaches what has no namespace, no account.
+    Calico joins a global policy's selectors to one text and replaces each all() in it, so all() in the policy's own
+    selector changes as well.  An absent selector is no part of that text: a negative namespaceSelector or
+    serviceAccountSelector then also selects endpoints without a namespace or an account.
     """
     if namespace:
         accounts = () if spec.service_account_selector is None else (spec.service_account_selector,)
@@ -147,7 +149,10 @@ def _rules(rules: tuple[CalicoRule, ...], namespace: str, direction: Direction) 
 
 
 def _unsupported(rule: CalicoRule) -> str:
-    """What the rule needs and no engine supports. Called for Allow rules only: a rule of another action must match all that it says."""
+    """Fields of the rule that no engine supports.
+
+    Called for Allow rules only: a rule with another action must match everything that it says.
+    """
     needs = []
     if rule.http is not None:
         needs.append("http")
@@ -157,7 +162,7 @@ def _unsupported(rule: CalicoRule) -> str:
 
 
 def _ip_version(rule: CalicoRule) -> int | None:
-    """The one family the rule is for (SEMANTICS 1.4): as it says, or that of its CIDRs, negated ones too."""
+    """The one IP family of the rule (SEMANTICS 1.4): from its ipVersion, or from its CIDRs, negated ones too."""
     if rule.ip_version is not None:
         return rule.ip_version
     nets = (*rule.source.nets, *rule.source.not_nets, *rule.destination.nets, *rule.destination.not_nets)
@@ -166,7 +171,7 @@ def _ip_version(rule: CalicoRule) -> int | None:
 
 
 def _entity(entity: EntityRule, namespace: str, *, service_ports: bool) -> Entity:
-    """``namespace``: that of the policy, "" for a global one."""
+    """One side of a rule. ``namespace``: that of the policy, "" for a global one."""
     service = None
     if entity.services is not None:
         service = BackendMatch(entity.services.namespace, entity.services.name, service_ports)
@@ -186,7 +191,10 @@ def _entity(entity: EntityRule, namespace: str, *, service_ports: bool) -> Entit
 
 
 def _positive_selector(entity: EntityRule, namespace: str) -> Selector | None:
-    """SEMANTICS 2.6 b. ``not_selector`` is not prefixed (2.6 c), but confines the positive side of a namespaced policy."""
+    """The effective positive selector (SEMANTICS 2.6 b).
+
+    ``not_selector`` is not prefixed (2.6 c), but confines the positive side of a namespaced policy.
+    """
     parts: list[Selector] = []
     if entity.service_accounts is not None:
         parts += _service_accounts(entity.service_accounts)

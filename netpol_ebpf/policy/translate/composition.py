@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The words in which selectors of all kinds are made effective: well-known labels, prefixes, selector and port forms.
+"""The building blocks of effective selectors for all kinds: well-known labels, prefixes, selector and port forms.
 
-Invariant: what comes out needs no context any more; an effective selector is evaluated on an owner's labels alone
-(SEMANTICS 2.5, 2.6).  Which parts are combined for which kind is the affair of the kind's own module.
+Invariant: the result needs no context any more; an effective selector is evaluated on an owner's labels alone
+(SEMANTICS 2.5, 2.6).  The module of each kind decides which parts it combines.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ NAMESPACE = "projectcalico.org/namespace"
 ORCHESTRATOR = "projectcalico.org/orchestrator"
 SERVICE_ACCOUNT = "projectcalico.org/serviceaccount"
 NAME = "projectcalico.org/name"
-"""Inherited with a prefix: the name of the namespace or of the service account."""
+"""Label that is inherited with a prefix: the name of the namespace or of the service account."""
 
 MAX_PORT = 65535
 
@@ -29,16 +29,16 @@ HAS_NAMESPACE = has(NAMESPACE)
 NO_NAMESPACE = negate(HAS_NAMESPACE)
 HAS_SERVICE_ACCOUNT = has(SERVICE_ACCOUNT)
 IS_POD = equals(ORCHESTRATOR, "k8s")
-"""What keeps Kubernetes' own selectors from matching network sets, hosts and foreign workloads."""
+"""Confines Kubernetes' own selectors, so that they never match network sets, hosts and foreign workloads."""
 
 
 def enforced_key(staged: PolicyKey) -> PolicyKey:
-    """The key of the policy that a staged one stands for: of the same name, of the kind without ``Staged``."""
+    """The key of the enforced policy that a staged one replaces: same name, kind without ``Staged``."""
     return PolicyKey(staged.kind.removeprefix("Staged"), staged.namespace, staged.name)
 
 
 def in_namespace(namespace: str) -> Selector:
-    """Objects of one namespace."""
+    """Selects objects of one namespace."""
     return equals(NAMESPACE, namespace)
 
 
@@ -60,24 +60,27 @@ def _from_requirement(requirement: Requirement) -> Selector:
 
 
 def namespace_selector(selector: Selector) -> Selector:
-    """Of namespaces' labels, to be evaluated on what endpoints inherit; each ``all()`` in it is "has a namespace"."""
+    """A selector of namespace labels, rewritten for the inherited labels of endpoints.
+
+    Each ``all()`` becomes "has a namespace".
+    """
     return selector.prefixed(NAMESPACE_PREFIX).with_all_as(HAS_NAMESPACE)
 
 
 def service_account_selector(selector: Selector) -> Selector:
-    """Of service accounts' labels; each ``all()`` in it is "has a service account"."""
+    """A selector of service-account labels, rewritten likewise; each ``all()`` becomes "has a service account"."""
     return selector.prefixed(SERVICE_ACCOUNT_PREFIX).with_all_as(HAS_SERVICE_ACCOUNT)
 
 
 def pods(namespaces: Selector, pod_selector: LabelSelector | None) -> Selector:
-    """Pods of Kubernetes in ``namespaces`` (an effective selector) that match; None and empty: all of them."""
+    """Selects the matching Kubernetes pods in ``namespaces`` (an effective selector); None and empty: all pods there."""
     if pod_selector is None or pod_selector == LabelSelector():
         return all_of(IS_POD, namespaces)
     return all_of(IS_POD, namespaces, from_label_selector(pod_selector))
 
 
 def merged_ranges(ranges: Iterable[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
-    """Sorted, with overlapping and adjacent ranges made one."""
+    """Ranges, sorted, with overlapping and adjacent ones merged."""
     merged: list[tuple[int, int]] = []
     for first, last in sorted(ranges):
         if merged and first <= merged[-1][1] + 1:
@@ -88,6 +91,6 @@ def merged_ranges(ranges: Iterable[tuple[int, int]]) -> tuple[tuple[int, int], .
 
 
 def make_ports(ranges: Iterable[tuple[int, int]], names: Iterable[str]) -> Ports:
-    """Ports in canonical form, so that equal meanings are equal values. A range may end beyond the last port."""
+    """Ports in canonical form, so that equal meanings are equal values. A range beyond port 65535 is cut there."""
     clipped = ((first, min(last, MAX_PORT)) for first, last in ranges)
     return Ports(ranges=merged_ranges(clipped), names=tuple(sorted(set(names))))

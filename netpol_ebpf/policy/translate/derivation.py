@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The incremental translation of a cluster's resources into a `World`.
 
-Invariants: state, not history: after any sequence of calls the world is that of the resources now held, whatever the order in
-which they came.  Cost of a call: what it affects (the object, the heirs of a profile whose labels changed, the slices of
-one service), never the cluster.  An object derived equal to what it was is not a change.
+Invariants: state, not history: after any sequence of calls the world is that of the present resources, whatever their
+order of arrival.  Cost of a call: its effects (the object, the heirs of a profile with changed labels, the slices of
+one service), never the cluster.  An object that is derived equal to before is not a change.
 """
 
 from __future__ import annotations
@@ -44,15 +44,14 @@ R = TypeVar("R")
 
 @dataclass(frozen=True, slots=True)
 class TranslatedKind:
-    """One kind of object: how it is known, and how it becomes part of a `World`.
+    """One kind of object: its names, and its part in a `World`.
 
-    ``resource``: the type that its parser makes; its API names, parser and scope are in `netpol_ebpf.resources.load.KINDS`, which
-    imports nothing of policy.  ``name``: the kind in the keys of its objects; ``cluster_name``: the same for objects
-    without a namespace, where that is another kind.
-    ``derive``: brings the world in line with one object that changed: (derivation, key, what it was, what it is); None: absent.
-    ``policy``, ``endpoint``: the translation of an object that is a policy or an endpoint.
-    ``profiles``: the profiles whose labels an object inherits.  ``related_keys``: the label keys of namespaces whose values a
-    policy depends on.
+    ``resource``: the type that its parser makes; its API names, parser and scope are in
+    `netpol_ebpf.resources.load.KINDS`, which imports nothing of policy.  ``name``: the kind in the keys of its objects;
+    ``cluster_name``: the same for objects without a namespace, where that is another kind. ``derive``: brings the world
+    in line with one changed object: (derivation, key, old object, new object); None: absent. ``policy``, ``endpoint``:
+    the translation of an object that is a policy or an endpoint. ``profiles``: the profiles from which an object
+    inherits labels.  ``related_keys``: the namespace label keys that a policy depends on.
     """
 
     resource: type[Resource]
@@ -68,12 +67,12 @@ class TranslatedKind:
 def _alone(
     translate: Callable[[PolicyKey, R], Policy | None],
 ) -> Callable[[PolicyKey, R, signetwork.DistinctValues], Policy | None]:
-    """The translation of a policy that depends on no namespace's labels."""
+    """The translation of a policy that does not depend on namespace labels."""
     return lambda key, policy, _: translate(key, policy)
 
 
 _CONTROLLERS = ResourceKey("KubeControllersConfiguration", "", DEFAULT)
-"""The only object of its kind that counts."""
+"""The name of the only KubeControllersConfiguration that counts."""
 
 BUILT_IN_TIERS: Mapping[str, PolicyTier] = {
     tier.name: tier
@@ -85,11 +84,11 @@ BUILT_IN_TIERS: Mapping[str, PolicyTier] = {
         signetwork.OLD_BASELINE,
     )
 }
-"""They always exist, and no Tier object changes them."""
+"""Tiers that always exist; no Tier object changes them."""
 
 
 def key_of(resource: Resource) -> ResourceKey:
-    """The key under which `Derivation` holds a resource; of what stands for an endpoint, that of the endpoint."""
+    """The key under which `Derivation` stores a resource; for a resource of an endpoint, the key of the endpoint."""
     kind, meta = Derivation.kinds[type(resource)], resource.meta
     name = kind.name if meta.namespace or not kind.cluster_name else kind.cluster_name
     return (ResourceKey if kind.endpoint is None else EndpointKey)(name, meta.namespace, meta.name)
@@ -104,7 +103,10 @@ def derive(objects: Iterable[Resource], settings: PolicySettings | None = None) 
 
 
 class Derivation:
-    """Holds resources and keeps ``world`` their translation. ``world`` must only be read; it changes with each call."""
+    """Stores resources and keeps ``world`` their translation.
+
+    ``world`` is read-only for callers; it changes with each call.
+    """
 
     def __init__(self, settings: PolicySettings | None = None) -> None:
         self._given = settings or PolicySettings()
@@ -125,50 +127,50 @@ class Derivation:
         self._derive_profile(endpoints.DEFAULT_ALLOW)
 
     def upsert(self, resource: Resource, key: ResourceKey | None = None) -> None:
-        """Add a resource, or put it in the place of the one with its key. ``key``: that one, of somebody who holds it too."""
+        """Add a resource, or replace the one with its key. ``key``: that key object, if the caller has one to share."""
         key = key_of(resource) if key is None else key
         old = self._resources.get(key)
         self._resources[key] = resource
         self._derive(key, old, resource)
 
     def remove(self, kind: str, namespace: str, name: str) -> None:
-        """Forget a resource; one that is not held is no change. ``kind`` as in `ResourceKey`."""
+        """Remove a resource; an unknown one is no change. ``kind`` as in `ResourceKey`."""
         old = self._resources.pop(ResourceKey(kind, namespace, name), None)
         if old is not None:
             self._derive(key_of(old), old, None)
 
     def get(self, key: ResourceKey) -> Resource | None:
-        """The resource held under a key."""
+        """The resource with a key."""
         return self._resources.get(key)
 
     def resources(self) -> Collection[Resource]:
-        """All resources held; for reading, and until the next change."""
+        """All resources; read-only, and valid until the next change."""
         return self._resources.values()
 
     @property
     def is_changed(self) -> bool:
-        """Whether there are changes to be taken."""
+        """Whether `take_changes` would return something."""
         return bool(self._changes)
 
     def set_tunnels(self, tunnels: Iterable[Tunnel]) -> None:
-        """Say by which encapsulation nodes carry each other's packets, in place of what was said before."""
+        """Set the encapsulations by which nodes carry each other's packets, in place of earlier ones."""
         self._given = replace(self._given, tunnels=frozenset(tunnels))
         self._derive_settings()
 
     def take_changes(self) -> Changes:
-        """What changed in ``world`` since the last call (at first: everything, built-in objects too)."""
+        """The changes of ``world`` since the last call (at first: everything, built-in objects too)."""
         changes, self._changes = self._changes, Changes()
         return changes
 
     # --- one resource ---------------------------------------------------------------------------------------------------
 
     def _derive(self, key: ResourceKey, old: Resource | None, new: Resource | None) -> None:
-        """Bring the world in line with one resource that changed from ``old`` to ``new`` (None: absent)."""
+        """Update the world for one resource that changed from ``old`` to ``new`` (None: absent)."""
         resource = new if new is not None else old
         self.kinds[type(resource)].derive(self, key, old, new)
 
     def _derive_owner(self, key: ResourceKey, old: Resource | None, new: Resource | None) -> None:
-        """An endpoint or a network set."""
+        """Update an endpoint or a network set."""
         self._inherit(key, old, new)
         self._derive_heir(key)
         self._share_vips(key, endpoints.host_ports(old), endpoints.host_ports(new))
@@ -214,7 +216,7 @@ class Derivation:
             self.world.settings = self._changes.settings = settings
 
     def _derive_automatic_hosts(self, node: str) -> None:
-        """The host endpoints that a node has without anybody writing them."""
+        """Update the automatic host endpoints of a node."""
         configuration, resource = self._resources.get(_CONTROLLERS), self._resources.get(ResourceKey("Node", "", node))
         wanted: Mapping[EndpointKey, Endpoint] = {}
         if isinstance(configuration, api.KubeControllersConfiguration) and isinstance(resource, api.Node):
@@ -257,13 +259,13 @@ class Derivation:
             self._derive_vips(name, self._resources.get(ResourceKey("Service", *name)))
 
     def _derive_vips(self, name: tuple[str, str], old: Resource | None) -> None:
-        """The addresses of one service, which others may share; ``old``: what it was."""
+        """Update the addresses of one service, which other services may share; ``old``: its earlier state."""
         owner = ResourceKey("Service", *name)
         slices = [self._resources[key] for key in self._slices.get(name, ())]
         self._share_vips(owner, endpoints.vips(old, ()), endpoints.vips(self._resources.get(owner), slices))
 
     def _share_vips(self, owner: ResourceKey, old: Iterable[Vip], new: Iterable[Vip]) -> None:
-        """Bring the addresses that ``owner`` is reached by in line, which others may share; ``old``: those it had."""
+        """Update the service addresses of ``owner``, which others may share; ``old``: its earlier addresses."""
         wanted = {vip.key: vip for vip in new}
         for key in {vip.key for vip in old} | wanted.keys():
             if key in wanted:
@@ -279,7 +281,7 @@ class Derivation:
     # --- inheritance ----------------------------------------------------------------------------------------------------
 
     def _inherit(self, key: ResourceKey, old: Resource | None, new: Resource | None) -> None:
-        """Note from which profiles a resource inherits labels."""
+        """Record the profiles from which a resource inherits labels."""
         for profile in self._profiles_of(old):
             self._heirs[profile].discard(key)
             if not self._heirs[profile]:
@@ -288,11 +290,11 @@ class Derivation:
             self._heirs[profile].add(key)
 
     def _profiles_of(self, resource: Resource | None) -> tuple[str, ...]:
-        """The profiles whose labels a resource inherits."""
+        """The profiles from which a resource inherits labels."""
         return () if resource is None else self.kinds[type(resource)].profiles(resource)
 
     def _derive_heir(self, key: ResourceKey) -> None:
-        """An endpoint or a network set, from its resource and the labels of its profiles."""
+        """Update an endpoint or a network set from its resource and the labels of its profiles."""
         resource = self._resources.get(key)
         if not isinstance(key, EndpointKey):
             held = endpoints.network_set(resource, self._labels_of) if isinstance(resource, api.NetworkSet) else None
@@ -311,7 +313,7 @@ class Derivation:
         return self._profile_labels.get(profile, {})
 
     def _derive_profile(self, name: str) -> None:
-        """A profile and, when the labels it hands down changed, all its heirs."""
+        """Update a profile and, when its labels changed, all its heirs."""
         profile, labels = self._profile(name)
         _put(self.world.profiles, self._changes.profiles, name, profile)
         if labels == self._labels_of(name):
@@ -323,7 +325,7 @@ class Derivation:
             self._derive_heir(key)
 
     def _profile(self, name: str) -> tuple[ProfileRules | None, Mapping[str, str]]:
-        """What stands behind a profile's name: the built-in, else a namespace or account, else a Profile object."""
+        """The profile of a name: the built-in one, else that of a namespace or account, else a Profile object."""
         if name == endpoints.DEFAULT_ALLOW:
             return endpoints.allow_all(name), {}
         derived = self._profile_source(name)
@@ -337,7 +339,7 @@ class Derivation:
         return None, {}
 
     def _profile_source(self, name: str) -> Resource | None:
-        """The Namespace or ServiceAccount that a profile's name speaks of."""
+        """The Namespace or ServiceAccount that a profile's name refers to."""
         family, _, rest = name.partition(".")
         if family == "kns":
             return self._resources.get(ResourceKey("Namespace", "", rest))
@@ -349,7 +351,7 @@ class Derivation:
     # --- policies that compare namespaces -------------------------------------------------------------------------------
 
     def _relate(self, key: ResourceKey, old: Resource | None, new: Resource | None) -> None:
-        """Note on which namespace labels' values a policy depends, and count those values from then on."""
+        """Record the namespace label keys that a policy depends on, and count their values from then on."""
         for keys in self._related_keys(old):
             self._related[keys].discard(key)
         for keys in self._related_keys(new):
@@ -365,7 +367,10 @@ class Derivation:
         return frozenset() if resource is None else self.kinds[type(resource)].related_keys(resource)
 
     def _count_values(self, old: api.Namespace | None, new: api.Namespace | None) -> None:
-        """Keep the counts of label values over namespaces; derive again the policies that depend on a new set of values."""
+        """Update the counts of label values over namespaces.
+
+        Derive policies again that depend on a changed set of values.
+        """
         for keys, counts in self._namespace_values.items():
             before = set(counts)
             if old is not None:
@@ -445,7 +450,7 @@ class Derivation:
             ),
         )
     }  # fmt: skip
-    """Every kind that has a part in policy, by the type that its parser makes. A new kind is one entry."""
+    """Every kind that takes part in policy, by the type that its parser makes. A new kind is one entry."""
 
 
 def _values(namespace: api.Namespace, keys: tuple[str, ...]) -> signetwork.LabelValues:
@@ -453,7 +458,7 @@ def _values(namespace: api.Namespace, keys: tuple[str, ...]) -> signetwork.Label
 
 
 def _put(table: dict[K, V], changes: dict[K, V | None], key: K, value: V | None) -> None:
-    """Write one object of the world, or take it out (None), and note it if that is a change."""
+    """Write one object of the world, or remove it (None), and record a change."""
     if table.get(key) != value:
         changes[key] = value
     if value is None:

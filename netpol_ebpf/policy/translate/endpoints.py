@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Endpoints, network sets, nodes, services and the profiles that namespaces and service accounts stand for (SEMANTICS 1.3).
+"""Endpoints, network sets, nodes, services, and the profiles of namespaces and service accounts (SEMANTICS 1.3).
 
-Invariants: labels are effective: own ones first, then those inherited from the profiles in their order; what a tenant writes can
-never take the place of an inherited label.  A host-network or finished pod is no endpoint.
+Invariants: labels are effective: own labels first, then those inherited from the profiles in their order; a tenant's
+label never replaces an inherited one.  A host-network or finished pod is no endpoint.
 """
 
 from __future__ import annotations
@@ -40,36 +40,36 @@ from netpol_ebpf.resources.sharing import REMEMBERED, share_texts
 HOST_ENDPOINT = "HostEndpoint"
 
 ProfileLabels = Callable[[str], Mapping[str, str]]
-"""The labels that a profile hands down; none for one that does not exist."""
+"""The labels that heirs of a profile inherit; none for a missing profile."""
 
 _ALLOW = (Rule(Action.ALLOW, 0),)
 
 DEFAULT_ALLOW = "projectcalico-default-allow"
-"""The built-in profile that automatic host endpoints have."""
+"""The built-in profile of automatic host endpoints."""
 
 
 def allow_all(name: str) -> ProfileRules:
-    """A profile that allows everything: what a namespace stands for."""
+    """A profile that allows everything: the profile of a namespace."""
     return ProfileRules(name, _ALLOW, _ALLOW)
 
 
 def namespace_profile(namespace: str) -> str:
-    """Name of the profile a namespace stands for."""
+    """Name of the profile of a namespace."""
     return f"kns.{namespace}"
 
 
 def service_account_profile(namespace: str, name: str) -> str:
-    """Name of the profile a service account stands for; it has labels and no rules."""
+    """Name of the profile of a service account; it has labels and no rules."""
     return f"ksa.{namespace}.{name}"
 
 
 def namespace_labels(meta: resources.Meta) -> dict[str, str]:
-    """What a namespace hands down."""
+    """The labels that endpoints inherit from a namespace."""
     return _prefixed(meta, NAMESPACE_PREFIX)
 
 
 def service_account_labels(meta: resources.Meta) -> dict[str, str]:
-    """What a service account hands down."""
+    """The labels that endpoints inherit from a service account."""
     return _prefixed(meta, SERVICE_ACCOUNT_PREFIX)
 
 
@@ -78,7 +78,7 @@ def _prefixed(meta: resources.Meta, prefix: str) -> dict[str, str]:
 
 
 def pod_profiles(pod: resources.Pod) -> tuple[str, ...]:
-    """In order: the namespace's, then the service account's."""
+    """A pod's profiles in order: the namespace's, then the service account's."""
     return _profiles(pod.meta.namespace, pod.service_account)
 
 
@@ -112,7 +112,7 @@ def pod_endpoint(key: EndpointKey, pod: resources.Pod, labels_of: ProfileLabels)
 
 
 def workload_endpoint(key: EndpointKey, workload: resources.WorkloadEndpoint, labels_of: ProfileLabels) -> Endpoint:
-    """A WorkloadEndpoint object; profiles are those it names."""
+    """The endpoint of a WorkloadEndpoint object, with the profiles that the object names."""
     own = _without_inherited(workload.meta.labels)
     own |= {NAMESPACE: workload.meta.namespace, ORCHESTRATOR: workload.orchestrator}
     if workload.service_account:
@@ -133,7 +133,7 @@ def workload_endpoint(key: EndpointKey, workload: resources.WorkloadEndpoint, la
 
 
 def host_endpoint(key: EndpointKey, host: resources.HostEndpoint, labels_of: ProfileLabels) -> Endpoint:
-    """A HostEndpoint object."""
+    """The endpoint of a HostEndpoint object."""
     return Endpoint(
         key=key,
         kind=EndpointKind.HOST,
@@ -152,7 +152,7 @@ def network_set_profiles(network_set: resources.NetworkSet) -> tuple[str, ...]:
 
 
 def network_set(resource: resources.NetworkSet, labels_of: ProfileLabels) -> LabelledNets:
-    """A NetworkSet or (without namespace) a GlobalNetworkSet."""
+    """The labelled nets of a NetworkSet or (without namespace) a GlobalNetworkSet."""
     meta = resource.meta
     own = _without_reserved(meta.labels)
     if meta.namespace:
@@ -170,12 +170,12 @@ def network_set_key(namespace: str, name: str) -> str:
 
 
 def node(resource: resources.Node) -> ClusterNode:
-    """A node; its labels are for peers that select nodes only."""
+    """The `ClusterNode` of a Node; only peers that select nodes use its labels."""
     return ClusterNode(resource.meta.name, dict(resource.meta.labels), resource.addresses)
 
 
 def backends(endpoint_slice: resources.EndpointSlice) -> frozenset[Backend]:
-    """Each address with each numbered port; an address without any is a backend by address alone."""
+    """Each address with each numbered port; an address without any port is a backend by address alone."""
     ports = [(port.protocol, port.port) for port in endpoint_slice.ports if port.port is not None] or [(0, 0)]
     return frozenset(
         Backend(address, protocol, port) for address in endpoint_slice.addresses for protocol, port in ports
@@ -183,7 +183,7 @@ def backends(endpoint_slice: resources.EndpointSlice) -> frozenset[Backend]:
 
 
 def vips(service: resources.Resource | None, slices: Iterable[resources.Resource]) -> Iterator[Vip]:
-    """What a service is reached by, once each: its addresses, and its node ports; none for what is no service."""
+    """The addresses and node ports of a service, once each; none for other objects."""
     if not isinstance(service, resources.Service):
         return
     found: dict[VipKey, set[tuple[IPAddress, int]]] = {}
@@ -205,7 +205,10 @@ def vips(service: resources.Resource | None, slices: Iterable[resources.Resource
 
 
 def host_ports(pod: resources.Resource | None) -> Iterator[Vip]:
-    """The ports of its node that are translated to a pod's; none for what is no pod, or shares its node's network."""
+    """The node ports that are translated to a pod's (hostPort).
+
+    None for other objects, and for pods of the host's network.
+    """
     if not isinstance(pod, resources.Pod) or pod.host_network:
         return
     found: dict[VipKey, set[tuple[IPAddress, int]]] = {}
@@ -218,17 +221,17 @@ def host_ports(pod: resources.Resource | None) -> Iterator[Vip]:
 
 
 def _without_inherited(labels: Mapping[str, str]) -> dict[str, str]:
-    """Own labels without those that claim to be inherited: only namespaces and accounts may say what they are."""
+    """Own labels without those with an inherited prefix: only namespaces and service accounts may define these."""
     return {key: value for key, value in labels.items() if not key.startswith(INHERITED_PREFIXES)}
 
 
 def _without_reserved(labels: Mapping[str, str]) -> dict[str, str]:
-    """Labels of a host or a network set without those that would make it look like a pod."""
+    """Labels of a host or a network set without those that mark pods."""
     return {key: value for key, value in labels.items() if key not in (NAMESPACE, ORCHESTRATOR, SERVICE_ACCOUNT)}
 
 
 def _effective(own: Mapping[str, str], profiles: Iterable[str], labels_of: ProfileLabels) -> Mapping[str, str]:
-    """Own labels before the first profile's before the later ones'."""
+    """Own labels have precedence over the first profile's, and these over later profiles'."""
     effective: dict[str, str] = {}
     for profile in reversed(tuple(profiles)):
         effective.update(labels_of(profile))

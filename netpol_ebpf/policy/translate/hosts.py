@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What configuration of the origin's programs says of host endpoints: failsafe ports, and automatic host endpoints.
+"""Settings of host endpoints from Calico's configuration objects: failsafe ports, automatic host endpoints.
 
-Sources: SEMANTICS 4.6, 1.3 and 1.10; names, addresses and labels as the origin's controller makes them.
+Sources: SEMANTICS 4.6, 1.3 and 1.10; names, addresses and labels as Calico's controller makes them.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from netpol_ebpf.resources.syntax import MAX_NAME
 
 CREATED_BY = "projectcalico.org/created-by"
 CONTROLLER = "calico-kube-controllers"
-"""Label and value that tell an automatic host endpoint from one that somebody wrote."""
+"""Label and value that distinguish an automatic host endpoint from a user's."""
 
 _SUFFIX = "auto-hep"
 
@@ -51,7 +51,7 @@ def _failsafes(ports: tuple[resources.FailsafePort, ...] | None) -> tuple[Failsa
 def automatic_hosts(
     configuration: resources.KubeControllersConfiguration, node: resources.Node
 ) -> dict[EndpointKey, Endpoint]:
-    """The host endpoints that a node has without anybody writing them; of two with one name the first counts."""
+    """The automatic host endpoints of a node; of two with one name the first counts."""
     found: dict[EndpointKey, Endpoint] = {}
     for host in _automatic(configuration, node):
         key = EndpointKey(HOST_ENDPOINT, "", host.meta.name)
@@ -83,7 +83,7 @@ def _automatic(
 
 
 def _expected_addresses(node: resources.Node) -> list[IPAddress]:
-    """A node's own addresses: none that are of the outside only."""
+    """A node's own addresses, without those that are only external."""
     own = [address for address in node.addresses if address not in node.external]
     return list(dict.fromkeys((*own, *(address for one in node.interfaces for address in one.addresses))))
 
@@ -92,7 +92,7 @@ def _host(
     node: resources.Node, parts: tuple[str, ...], labels: Mapping[str, str],
     interface: str | None, addresses: Iterable[IPAddress],
 ) -> resources.HostEndpoint:  # fmt: skip
-    """A host endpoint. ``parts``: what its name has between the node's and the suffix."""
+    """An automatic host endpoint. ``parts``: the parts of its name between the node's name and the suffix."""
     meta = resources.Meta(
         _name("-".join((node.meta.name, *parts, _SUFFIX))),
         "",
@@ -103,7 +103,7 @@ def _host(
 
 
 def _name(name: str) -> str:
-    """As it is, or what the origin makes of one that is too long: a hash of it."""
+    """The name as it is, or, if it is too long, with a hash as Calico's controller makes it."""
     if len(name) <= MAX_NAME:
         return name
     digest = base64.urlsafe_b64encode(hashlib.sha256(name.encode()).digest()).decode().rstrip("=")

@@ -54,7 +54,7 @@ def translate_network_policy(key: PolicyKey, policy: KubernetesNetworkPolicy) ->
 
 
 def translate_staged_network_policy(key: PolicyKey, policy: StagedKubernetesNetworkPolicy) -> Policy | None:
-    """The staged policy; None for the actions Learn and Ignore, which take no part in any evaluation."""
+    """The staged policy; None for the actions Learn and Ignore, which take part in no evaluation."""
     if policy.staged_action == "Delete" or policy.spec is None:
         spec = KubernetesPolicySpec(LabelSelector(), (), (), ())
         return _policy(key, policy.meta, spec, Staged.DELETE)
@@ -113,7 +113,7 @@ def _peer(peer: KubernetesPeer, own: Selector) -> Entity:
 
 
 def _protocols(ports: tuple[KubernetesPort, ...]) -> list[tuple[int | None, Ports | None]]:
-    """Each protocol with its ports; (None, None) when there is no constraint; ports None: all of that protocol."""
+    """Each protocol with its ports; (None, None) without a constraint; ports None: all of that protocol."""
     if not ports:
         return [(None, None)]
     ranges: dict[int, list[tuple[int, int]]] = {}

@@ -53,31 +53,37 @@ LabelValues = tuple[Union[str, None], ...]
 """Values of some label keys on one namespace, None where it lacks the label."""
 
 DistinctValues = Callable[[tuple[str, ...]], Iterable[LabelValues]]
-"""For label keys: the distinct combinations of values that existing namespaces have."""
+"""For label keys: the distinct combinations of values on existing namespaces."""
 
 
 def translate_cluster_policy(key: PolicyKey, policy: ClusterNetworkPolicy, distinct_values: DistinctValues) -> Policy:
-    """The newer kind. ``distinct_values``: see `_policy`."""
+    """The translation of a ClusterNetworkPolicy. ``distinct_values``: see `_policy`."""
     tier = KUBE_BASELINE if policy.tier == "Baseline" else KUBE_ADMIN
     return _policy(key, policy, tier, float(policy.priority), distinct_values)
 
 
 def translate_admin_policy(key: PolicyKey, policy: AdminNetworkPolicy, distinct_values: DistinctValues) -> Policy:
-    """The older kind that comes before the user's tiers. ``distinct_values``: see `_policy`."""
+    """The translation of an AdminNetworkPolicy, evaluated before the user's tiers. ``distinct_values``: see `_policy`."""
     return _policy(key, policy, OLD_ADMIN, float(policy.priority), distinct_values)
 
 
 def translate_baseline_policy(
     key: PolicyKey, policy: BaselineAdminNetworkPolicy, distinct_values: DistinctValues
 ) -> Policy:
-    """The older kind that comes after the user's tiers. ``distinct_values``: see `_policy`."""
+    """The translation of a BaselineAdminNetworkPolicy, evaluated after the user's tiers.
+
+    ``distinct_values``: see `_policy`.
+    """
     return _policy(key, policy, OLD_BASELINE, BASELINE_ORDER, distinct_values)
 
 
 def _policy(
     key: PolicyKey, policy: SigPolicy, tier: PolicyTier, order: float, distinct_values: DistinctValues
 ) -> Policy:
-    """``distinct_values`` is called only with the keys that `related_keys` names."""
+    """The translation common to all kinds.
+
+    ``distinct_values`` is called only with the keys that `related_keys` returns.
+    """
     types = {Direction.INGRESS: policy.ingress, Direction.EGRESS: policy.egress}
     return Policy(
         key=key,
@@ -92,7 +98,7 @@ def _policy(
 
 
 def related_keys(policy: SigPolicy) -> frozenset[tuple[str, ...]]:
-    """The label keys of the peers that compare a namespace with the subject's own: the policy depends on their values."""
+    """The label keys of peers that compare a namespace with the subject's own: the policy depends on their values."""
     peers = [peer for rule in (*policy.ingress, *policy.egress) for peer in rule.peers]
     return frozenset(peer.same_labels or peer.not_same_labels for peer in peers if _is_related(peer))
 
@@ -130,7 +136,7 @@ def _rules(rules: tuple[SigRule, ...], direction: Direction, distinct_values: Di
 
 
 def _sides(peers: Sequence[SigPeer], distinct_values: DistinctValues) -> Iterator[tuple[Entity, Entity, str]]:
-    """For each peer (or each value it depends on): own side, peer's side, what is unsupported about it."""
+    """For each peer (or each value it depends on): own side, peer's side, unsupported fields."""
     for peer in peers:
         if peer.domain_names:
             yield ANY_ENTITY, ANY_ENTITY, "domains"
@@ -154,10 +160,10 @@ def _is_related(peer: SigPeer) -> bool:
 
 
 def _related_sides(peer: SigPeer, distinct_values: DistinctValues) -> Iterator[tuple[Entity, Entity, str]]:
-    """The older peers that compare namespaces: one pair of sides for each combination of values a namespace has.
+    """The older peers that compare namespaces: one pair of sides for each combination of values on a namespace.
 
-    sameLabels: the peer's namespace has all the labels, with the subject's values.  notSameLabels: it has all of them, and
-    one at least differs from the subject's (a label that the subject lacks differs).
+    sameLabels: the peer's namespace has all the labels, with the subject's values.  notSameLabels: it has all of them,
+    and at least one differs from the subject's (a label that the subject lacks differs).
     """
     keys = peer.same_labels or peer.not_same_labels
     pod_selector = peer.pods.pod_selector if peer.pods is not None else None

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Objects from a Kubernetes API server, followed as they change. Needs the extra ``[kubernetes]``."""
+"""Objects from a Kubernetes API server, watched for changes. Needs the extra ``[kubernetes]``."""

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is known of the cluster: the objects of every kind, whether all kinds were listed, and what changed since the last look.
+"""The known state of the cluster.
 
-Reader threads put in, one thread for each kind; the agent takes out with `Cache.drain` when the descriptor says so.  A reader
-never waits for the agent: what changes is kept by object, the latest state alone, so it is bounded by the number of objects.
+The objects of every kind, whether all kinds were listed, and the changes not yet taken. Reader threads, one for each
+kind, write into the cache; the agent calls `Cache.drain` when the descriptor is readable.  A reader never waits for the
+agent: the cache keeps changes by object, the latest state alone, so the number of objects bounds it.
 
 Invariants: nothing is given out until every kind was listed whole, but for the state of the last run where that is asked for, and then
 that alone; an object that is not valid keeps its last good state and is reported; two states of an object are compared by what its
@@ -35,19 +36,20 @@ from netpol_ebpf.sources.kubernetes.decoding import (
 from netpol_ebpf.sources.source import ObjectEvent, Remove, Upsert
 
 MOST_TOLD = 1000
-"""Problems; arbitrary. All of them are gone through when one changes."""
+"""Largest number of problems; arbitrary. A change of one goes through all of them."""
 TAKEN_TOGETHER = 250
-"""Objects between two pauses; arbitrary, a few milliseconds."""
+"""Objects processed between two pauses; arbitrary, a few milliseconds."""
 SAVED_VERSION = "saved"
-"""The version of an object as the saved state has it, until the server has another state of it."""
+"""Version of an object from the saved state, until the server reports another state of it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
     """One object.
 
-    ``seen``: JSON of the fields that the server last had; ``good``: of those of its last good state, b"" for none; ``resource``,
-    ``version``: that state, and a name that no other state of the object has; ``problems``: of what was seen.
+    ``seen``: JSON of the fields that the server last reported; ``good``: JSON of its last valid state, b"" for none;
+    ``resource``: that state; ``version``: a name that no other state of the object has; ``problems``: faults of the
+    reported state.
     """
 
     seen: bytes
@@ -72,7 +74,7 @@ class SavedKind(NamedTuple):
 
 
 class KindStore:
-    """The objects of one kind. Written by its reader; all but `prepare` under the cache's lock."""
+    """The objects of one kind. Its reader writes them; all methods but `prepare` need the cache's lock."""
 
     def __init__(self, kind: WatchedKind, cache: Cache) -> None:
         self.kind = kind
@@ -93,7 +95,7 @@ class KindStore:
         return not self.entries
 
     def prepare(self, decoded: Decoded) -> Entry:
-        """The entry for an object: the one that there is when it says the same."""
+        """The entry for an object: the existing one when it is equal."""
         old = self.entries.get(decoded.name)
         seen = encode(decoded.fields)
         if old is not None and old.seen == seen:
@@ -110,7 +112,7 @@ class KindStore:
         return Entry(seen, seen, parsed.resource, version, parsed.problems)
 
     def put(self, name: Name, entry: object) -> None:
-        """Take up an entry of `prepare`."""
+        """Store an entry of `prepare`."""
         with self._cache.lock:
             self._put(name, entry)
 
@@ -120,17 +122,17 @@ class KindStore:
             self._remove(name)
 
     def orphan(self, name: Name) -> None:
-        """Keep an object that is gone from the server because its kind is."""
+        """Keep an object although it is gone from the server, because its kind's definition is."""
         with self._cache.lock:
             self._orphan((name,))
 
     def missing(self, staged: Mapping[Name, object]) -> set[Name]:
-        """The objects known that a list does not name, orphans left out."""
+        """The known objects that a list does not name, without orphans."""
         with self._cache.lock:  # an operator's word may remove some meanwhile
             return self.entries.keys() - staged.keys() - self.orphans
 
     def commit(self, staged: Mapping[Name, object], *, orphaned: set[Name]) -> None:
-        """Take up a whole list in one step: what it does not name goes, but for orphans."""
+        """Replace the objects by a complete list in one step; objects that it does not name go, except orphans."""
         with self._cache.lock:
             self._orphan(orphaned)
             for name in self.missing(staged):
@@ -140,13 +142,13 @@ class KindStore:
             self._synced()
 
     def commit_absent(self) -> None:
-        """The server has no such kind: what was known of it is kept."""
+        """Record that the server has no such kind; its known objects stay."""
         with self._cache.lock:
             self._orphan(self.entries)
             self._synced()
 
     def note(self, problem: Problem | None) -> None:
-        """Why the kind is not followed now; None: it is."""
+        """Record why the kind is not watched now; None: it is."""
         with self._cache.lock:
             if problem != self.problem:
                 self.problem = problem
@@ -192,14 +194,14 @@ class KindStore:
     # --- for the cache, under its lock --------------------------------------------------------------------------------------
 
     def release(self) -> int:
-        """Forget the orphans; how many they were."""
+        """Remove the orphans; returns their number."""
         names = list(self.orphans)
         for name in names:
             self._remove(name)
         return len(names)
 
     def problems(self) -> Iterable[Problem]:
-        """Why the kind is not followed, what is kept of it, and what is wrong with its objects."""
+        """Problems of the kind: why it is not watched, which objects are kept, and which are not valid."""
         if self.problem is not None:
             yield self.problem
         if self.orphans:
@@ -222,12 +224,12 @@ class KindStore:
                 yield Problem(place, "", f"is not valid: {kept}", obj=obj, slug="kept")
 
     def saved(self) -> SavedKind:
-        """What of the kind goes into the saved state."""
+        """The kind's part of the saved state."""
         good = ((name, entry.good) for name, entry in self.entries.items() if entry.good)
         return SavedKind(self.definition_uid, [SavedObject(fields, name in self.orphans) for name, fields in good])
 
     def load(self, saved: SavedKind) -> None:
-        """Begin with the saved state."""
+        """Start from the saved state."""
         entries: dict[Name, Entry] = {}
         orphans: set[Name] = set()
         for one in saved.objects:
@@ -248,9 +250,10 @@ class KindStore:
 
 
 class _Objects:
-    """The objects that were given out, by key. Of an object in Calico's stored form and as projectcalico.org/v3, the latter counts.
+    """The objects that `drain` has returned, by key.
 
-    Invariant: a key has at least one state; the least position counts.
+    An object as projectcalico.org/v3 has precedence over its stored form. Invariant: a key has at least one state; the
+    least position counts.
     """
 
     def __init__(self) -> None:
@@ -282,11 +285,11 @@ class Cache:
     lock: threading.RLock = field(default_factory=threading.RLock)
     stores: dict[WatchedKind, KindStore] = field(init=False)
     descriptor: int = field(init=False)
-    """An eventfd: readable when `drain` or `problems` has something new."""
+    """An eventfd that is readable when `drain` or `problems` has something new."""
     saves: int = 0
-    """Grows with each change that the saved state must follow."""
+    """A counter that grows with each change that the saved state must include."""
     is_given: bool = False
-    """Whether `drain` has given out a whole state."""
+    """Whether `drain` has returned a complete state."""
     _changed: dict[str, tuple[Resource, str] | None] = field(default_factory=dict)
     _loaded: dict[str, tuple[Resource, str] | None] = field(
         default_factory=dict
@@ -301,24 +304,24 @@ class Cache:
         self.descriptor = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
 
     def close(self) -> None:
-        """Give the descriptor back; once."""
+        """Close the descriptor; must be called once."""
         if self.descriptor >= 0:
             os.close(self.descriptor)
             self.descriptor = -1
 
     @property
     def has_synced(self) -> bool:
-        """Whether every kind was listed whole, or is known to be absent."""
+        """Whether every kind was listed completely, or is known to be absent."""
         return all(store.is_synced for store in self.stores.values())
 
     @property
     def unsynced(self) -> tuple[WatchedKind, ...]:
-        """The kinds that all others wait for."""
+        """The kinds that were not listed yet."""
         return tuple(kind for kind, store in self.stores.items() if not store.is_synced)
 
     @property
     def versions(self) -> Mapping[WatchedKind, str]:
-        """The resourceVersion of each kind up to which `drain` has given everything out."""
+        """By kind: the resourceVersion up to which `drain` has returned all changes."""
         return self._versions
 
     def wake(self) -> None:
@@ -331,7 +334,7 @@ class Cache:
             os.eventfd_read(self.descriptor)
 
     def changed(self, kind: WatchedKind, name: Name, old: Entry | None, new: Entry | None) -> None:
-        """Note that an object changed; called under the lock."""
+        """Record that an object changed; the caller holds the lock."""
         before, after = old.resource if old else None, new.resource if new else None
         if before is not after:
             path = object_path(kind, name)
@@ -346,7 +349,7 @@ class Cache:
         return self._problems.keys()
 
     def note(self, key: str, problem: Problem | None) -> None:
-        """Report something that is of no kind; it stays until ``key`` has another problem, or None."""
+        """Set the problem of ``key``, for problems that belong to no kind; None removes it."""
         with self.lock:
             if problem is None:
                 if self._problems.pop(key, None) is not None:
@@ -356,7 +359,7 @@ class Cache:
                 self.wake()
 
     def release(self, kind: WatchedKind) -> int:
-        """Forget what was kept of a kind whose definition was deleted: an operator said so. How many objects that were."""
+        """Remove the objects of a kind with a deleted definition, on an operator's request. Returns their number."""
         with self.lock:
             return self.stores[kind].release()
 
@@ -367,7 +370,7 @@ class Cache:
             self.wake()
 
     def problems(self) -> tuple[Problem, ...]:
-        """Everything that is wrong now; of very much the first MOST_TOLD."""
+        """All present problems; at most the first MOST_TOLD."""
         with self.lock:
             found = list(self._problems.values())
             for store in self.stores.values():
@@ -403,12 +406,12 @@ class Cache:
         return (*removals, *upserts)
 
     def saved(self) -> dict[WatchedKind, SavedKind]:
-        """The state to be saved. Only a state in which every kind was listed is one."""
+        """The state to be saved. It is consistent only once every kind was listed."""
         with self.lock:
             return {kind: store.saved() for kind, store in self.stores.items()}
 
     def load(self, saved: Mapping[WatchedKind, SavedKind]) -> None:
-        """Begin with the state of the last run: known, but not given out until every kind was listed or `restore` asks for it."""
+        """Load the state of the last run; `drain` returns it only when every kind was listed or `restore` was called."""
         with self.lock:
             for kind, one in saved.items():
                 if kind in self.stores:

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Requests to an API server: TLS, credentials, proxies, and the ways in which a connection fails.
 
-Each request has a connection of its own: a WATCH holds one for minutes anyway, and what stands idle between two requests is closed
-by a stopping server or a load balancer at a moment that nobody sees.  Certificates and tokens are therefore read anew for each
-request, so a rotated one is in use with the next.
+Each request has a connection of its own. A WATCH holds one for minutes anyway, and a stopping server or a load balancer
+may close an idle connection at any moment.  Certificates and tokens are read again for each request, so a rotated one
+is used from the next request on.
 
-Invariant: an answer is whole, or UnreachableError: a body that was cut never looks like one that ended.
+Invariant: an answer is complete, or the caller gets UnreachableError: a truncated body never looks like a complete one.
 """
 
 from __future__ import annotations
@@ -26,24 +26,26 @@ from netpol_ebpf import __version__
 from netpol_ebpf.errors import InvalidInputError, UnreachableError
 
 CONNECT_S = 10.0
-"""What a connection and its TLS handshake may take."""
+"""Time limit in seconds for a connection and its TLS handshake."""
 READ_BYTES = 65536
 MOST_BODY_BYTES = 256 << 20
-"""Of one page or Status, unpacked; 500 of the largest objects that etcd takes are 750 MB, and no cluster has those."""
+"""Size limit of one page or Status, uncompressed; 500 of the largest objects that etcd takes are 750 MB, and no cluster
+has those.
+"""
 MOST_LINE_BYTES = 16 << 20
-"""Of one event: objects are at most 1.5 MB in etcd."""
+"""Size limit of one event: objects are at most 1.5 MB in etcd."""
 KEEPALIVE_IDLE_S, KEEPALIVE_INTERVAL_S, KEEPALIVE_PROBES = 30, 10, 3
-"""A server that is gone without a word is noticed after a minute."""
+"""Seconds until TCP keepalive starts, so that a vanished server is noticed after a minute."""
 
 USER_AGENT = f"netpol-ebpf/{__version__}"
-"""The server indents its JSON for browsers and curl, which doubles it."""
+"""The user agent. The server indents its JSON for browsers and curl, which doubles its size."""
 _JSON = "application/json"
 _METADATA = f"application/json;as=PartialObjectMetadata;g=meta.k8s.io;v=v1,{_JSON}"
 
 
 @dataclass(frozen=True, slots=True)
 class Credentials:
-    """What a request proves itself with: headers, and a client certificate with its key (PEM), b"" for none."""
+    """Credentials of a request: headers, and a client certificate with its key (PEM), b"" for none."""
 
     headers: Mapping[str, str] = field(default_factory=dict)
     certificate: bytes = b""
@@ -52,11 +54,11 @@ class Credentials:
 
 @dataclass(frozen=True, slots=True)
 class Cluster:
-    """Where an API server is, and how it is spoken to.
+    """The address of an API server and how to connect to it.
 
-    ``authority``: reads the PEM of the certificate authorities, b"" for those of the system; ``credentials``: reads what to prove
-    oneself with, its argument is what it gave before and the server refused, or None.  Both raise OSError, or InvalidInputError.
-    ``proxy``: URL or ""; ``server_name``: for TLS, where it is not the host's.
+    ``authority``: reads the PEM of the certificate authorities, b"" for those of the system; ``credentials``: reads the
+    credentials, its argument is what it returned before and the server refused, or None.  Both raise OSError, or
+    InvalidInputError. ``proxy``: URL or ""; ``server_name``: for TLS, where it is not the host's.
     """
 
     server: str
@@ -68,7 +70,7 @@ class Cluster:
 
 
 class HttpAnswer:
-    """An answer whose head was read. Close it."""
+    """An answer with its head read. The caller must close it."""
 
     def __init__(
         self, response: http.client.HTTPResponse, connection: http.client.HTTPConnection, sock: socket.socket
@@ -81,12 +83,12 @@ class HttpAnswer:
 
     @property
     def retry_after_s(self) -> float | None:
-        """Seconds of the header; None without it, or where it is a date, which the server never sends."""
+        """Seconds of the Retry-After header; None without it, or for a date, which the API server never sends."""
         text = self._response.getheader("Retry-After", "")
         return float(text) if text.isascii() and text.isdigit() else None
 
     def body(self) -> bytes:
-        """All of it, unpacked. Raises UnreachableError when it is cut or too large."""
+        """The whole body, uncompressed. Raises UnreachableError when it is truncated or too large."""
         packed = self._response.getheader("Content-Encoding", "") == "gzip"
         unpack = zlib.decompressobj(zlib.MAX_WBITS | 16) if packed else None
         parts: list[bytes] = []
@@ -129,14 +131,14 @@ class HttpAnswer:
             raise _cut(self._peer, "the connection was closed")
 
     def abort(self) -> None:
-        """End it from another thread: who reads meets the end of the connection."""
+        """End the connection from another thread; the reader gets an error."""
         with suppress(OSError):  # it has ended
             socket.socket.shutdown(
                 self._socket, socket.SHUT_RDWR
             )  # not that of TLS, which is no other thread's to change
 
     def close(self) -> None:
-        """Let go of the connection."""
+        """Close the connection."""
         self._response.close()
         self._connection.close()
 
@@ -146,7 +148,7 @@ def _cut(peer: str, why: object) -> UnreachableError:
 
 
 class Client:
-    """Makes requests to one API server; from any thread."""
+    """Makes requests to one API server; thread-safe."""
 
     def __init__(self, cluster: Cluster) -> None:
         parts = _split(cluster.server, ("https", "http"), "server")
@@ -161,8 +163,8 @@ class Client:
     def get(self, target: str, *, head_s: float, idle_s: float, metadata_only: bool = False) -> HttpAnswer:
         """Begin a GET.
 
-        ``target``: path and query; ``head_s``: what the head may take; ``idle_s``: for how long the body may be silent.  Raises
-        UnreachableError, also when credentials or certificates cannot be read now.
+        ``target``: path and query; ``head_s``: time limit for the head; ``idle_s``: longest silence in the body.
+        Raises UnreachableError, also when credentials or certificates cannot be read now.
         """
         connection = self._connection()
         try:
@@ -274,7 +276,10 @@ SERVICE_ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 
 
 def in_cluster(directory: Path = SERVICE_ACCOUNT, environment: Mapping[str, str] = os.environ) -> Cluster:
-    """The API server of the cluster that this pod runs in; the token is read for each request. Raises InvalidInputError outside a pod."""
+    """The API server of the cluster of this pod; the token is read for each request.
+
+    Raises InvalidInputError outside a pod.
+    """
     host, port = environment.get("KUBERNETES_SERVICE_HOST", ""), environment.get("KUBERNETES_SERVICE_PORT", "")
     if not host or not port or not (directory / "token").exists():
         raise InvalidInputError(
@@ -289,7 +294,7 @@ def in_cluster(directory: Path = SERVICE_ACCOUNT, environment: Mapping[str, str]
 
 
 def read_token(path: Path) -> str:
-    """A token from its file. Raises OSError, InvalidInputError when the file is empty."""
+    """Read a token from its file. Raises OSError, or InvalidInputError when the file is empty."""
     token = path.read_text(encoding="ascii").strip()
     if not token:
         raise InvalidInputError(f"the token file {path} is empty")
@@ -297,7 +302,7 @@ def read_token(path: Path) -> str:
 
 
 def bearer(token: str) -> Credentials:
-    """A token as credentials. Raises InvalidInputError for one that no header can hold."""
+    """A token as credentials. Raises InvalidInputError for a token that is not valid in a header."""
     if not token.isascii() or not token.isprintable():
         raise InvalidInputError("a token holds characters that no token has")
     return Credentials({"Authorization": f"Bearer {token}"})

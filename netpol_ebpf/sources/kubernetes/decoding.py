@@ -28,12 +28,15 @@ SIG_NETWORK = "policy.networking.k8s.io/"
 
 
 class MalformedError(Exception):
-    """What the server sent is not what its API says: nothing of the answer may be used."""
+    """The server's answer violates its API: nothing of the answer may be used."""
 
 
 @dataclass(frozen=True, slots=True)
 class WatchedKind:
-    """A kind as the server offers it. ``is_custom``: defined by a CustomResourceDefinition, so it may be absent or be deleted."""
+    """A kind as the server offers it.
+
+    ``is_custom``: defined by a CustomResourceDefinition, so it may be absent or be deleted.
+    """
 
     api_version: str
     kind: str
@@ -47,7 +50,7 @@ class WatchedKind:
 
     @property
     def group_path(self) -> str:
-        """The path at which the server says which kinds of this apiVersion it offers."""
+        """The path at which the server lists the kinds of this apiVersion."""
         return self.path.rpartition("/")[0]
 
     @property
@@ -98,7 +101,7 @@ KINDS = (
     *_custom(SIG_NETWORK + "v1alpha2", "ClusterNetworkPolicy"),
     *_custom(calico_storage.VERSION, *_CALICO_KINDS),
 )
-"""All kinds that become policy, or that policy refers to."""
+"""All kinds that policy is made of or refers to."""
 
 
 # --- the fields that are used ----------------------------------------------------------------------------------------------------
@@ -193,7 +196,7 @@ _FIELDS: Mapping[str, Any] = {
     "Service": _Service,
     "EndpointSlice": _Slice,
 }
-"""By kind; what is not here is decoded whole."""
+"""The fields to decode, by kind; a kind that is not here is decoded whole."""
 
 _ANNOTATIONS_READ = ("projectcalico.org/", "vpc.amazonaws.com/", "kubernetes.io/config.mirror")
 """Of the cluster's own objects, those with one of these in their key; others may hold a whole manifest."""
@@ -276,7 +279,10 @@ class Page(NamedTuple):
 
 
 def decode_page(body: bytes) -> Page:
-    """The answer to a LIST. Raises MalformedError, also for a list without resourceVersion, which proves nothing."""
+    """Decode the answer to a LIST.
+
+    Raises MalformedError, also for a list without resourceVersion, which proves nothing.
+    """
     page = _decode(body, _Page, "a list")
     metadata = page.get("metadata", {})
     if "items" not in page or not metadata.get("resourceVersion"):
@@ -301,14 +307,14 @@ INITIAL_EVENTS_END = "k8s.io/initial-events-end"
 
 
 class Bookmark(NamedTuple):
-    """``ends_list``: all objects that there are have been sent."""
+    """A BOOKMARK. ``ends_list``: all existing objects have been sent."""
 
     resource_version: str
     ends_list: bool
 
 
 def decode_bookmark(raw: Any) -> Bookmark:
-    """The object of a BOOKMARK, which is no object of the kind. Raises MalformedError."""
+    """Decode the object of a BOOKMARK, which is no object of the kind. Raises MalformedError."""
     metadata = _decode(raw, _Mark, "a bookmark").get("metadata", {})
     if not metadata.get("resourceVersion"):
         raise MalformedError("a bookmark has no resourceVersion")
@@ -316,7 +322,7 @@ def decode_bookmark(raw: Any) -> Bookmark:
 
 
 class Status(NamedTuple):
-    """Why the server refused. ``retry_after_s``: None where it did not say."""
+    """The server's error. ``retry_after_s``: None where the server gave none."""
 
     code: int
     reason: str
@@ -325,7 +331,7 @@ class Status(NamedTuple):
 
 
 def decode_status(raw: Any, code: int = 0) -> Status:
-    """A Status, or the text that some answers have in place of one. ``code``: the answer's, where the Status has none."""
+    """Decode a Status, or the text that some answers have instead. ``code``: the HTTP code, where the Status has none."""
     try:
         status = _decoder(_Status).decode(raw)
     except (msgspec.DecodeError, UnicodeDecodeError):
@@ -342,7 +348,7 @@ class Definition(NamedTuple):
 
 
 def decode_definition(raw: bytes) -> Definition:
-    """A CustomResourceDefinition. Raises MalformedError."""
+    """Decode a CustomResourceDefinition. Raises MalformedError."""
     metadata = _decode(raw, _Definition, "a CustomResourceDefinition").get("metadata", {})
     if not metadata.get("uid"):
         raise MalformedError("a CustomResourceDefinition has no uid")
@@ -350,7 +356,7 @@ def decode_definition(raw: bytes) -> Definition:
 
 
 def decode_offered(raw: bytes) -> set[str]:
-    """The plural names of the kinds that a server offers of one apiVersion. Raises MalformedError."""
+    """Decode the plural names of the kinds that a server offers in one apiVersion. Raises MalformedError."""
     return {one.get("name", "") for one in _decode(raw, _Offered, "the list of kinds")["resources"]}
 
 
@@ -358,14 +364,17 @@ def decode_offered(raw: bytes) -> set[str]:
 
 
 class Name(NamedTuple):
-    """Of an object within its kind; ``namespace`` is "" for cluster scope."""
+    """The name of an object within its kind; ``namespace`` is "" for cluster scope."""
 
     namespace: str
     name: str
 
 
 class Decoded(NamedTuple):
-    """An object as the server has it. ``fields``: what a parser reads, without resourceVersion, so that two can be compared."""
+    """An object as the server has it.
+
+    ``fields``: the fields that the parser reads, without resourceVersion, so that two states can be compared.
+    """
 
     name: Name
     resource_version: str
@@ -373,7 +382,7 @@ class Decoded(NamedTuple):
 
 
 def decode_object(kind: WatchedKind, raw: Any) -> Decoded:
-    """An item of a list or the object of an event. Raises MalformedError when it is no object with a name."""
+    """Decode an item of a list or the object of an event. Raises MalformedError when it is no object with a name."""
     fields = _decode_fields(kind, raw)
     metadata = fields.get("metadata")
     if not isinstance(metadata, dict):
@@ -413,14 +422,17 @@ def _drop_annotations(metadata: dict[str, Any]) -> None:
 
 
 class Parsed(NamedTuple):
-    """What an object says. ``resource``: None when it is not valid; ``problems``: errors and warnings, named by the object's path."""
+    """The result of parsing an object.
+
+    ``resource``: None when it is not valid; ``problems``: errors and warnings, located by the object's path.
+    """
 
     resource: Resource | None
     problems: tuple[Problem, ...]
 
 
 def parse(kind: WatchedKind, name: Name, fields: Mapping[str, Any]) -> Parsed:
-    """The typed object; locations name the path under which the server has it."""
+    """Parse an object; locations name the path under which the server has it."""
     result = parse_object(fields, object_path(kind, name))
     valid = bool(result.resources) and not result.errors
     return Parsed(result.resources[0] if valid else None, tuple(result.problems))
@@ -441,6 +453,6 @@ def encode(fields: Mapping[str, Any]) -> bytes:
 
 
 def decode_fields(raw: Any) -> dict[str, Any]:
-    """What `encode` gave. Raises MalformedError."""
+    """Decode the JSON of `encode`. Raises MalformedError."""
     fields: dict[str, Any] = _decode(raw, _WHOLE, "a saved object")
     return fields

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """kubeconfig files: clusters, users and contexts, as kubectl reads them, for use outside a pod.
 
-Several files (``KUBECONFIG=a:b``) are merged as kubectl merges them: of a name that is given twice the first counts, and so does the
-first current-context.  Relative paths are relative to the file that has them.
+Several files (``KUBECONFIG=a:b``) are merged as kubectl merges them: for a name that occurs twice the first entry
+counts, and so does the first current-context.  Relative paths are relative to the file that contains them.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ from netpol_ebpf.sources.kubernetes.client import Cluster, Credentials, bearer, 
 DEFAULT = Path("~/.kube/config")
 EXEC_VERSIONS = ("client.authentication.k8s.io/v1", "client.authentication.k8s.io/v1beta1")
 EXEC_S = 60.0
-"""What an exec plugin may take; arbitrary, most ask a server of their own."""
+"""Time limit in seconds of an exec plugin; arbitrary, most of them query a server."""
 EXPIRY_MARGIN = timedelta(seconds=10)
-"""Credentials of a plugin are renewed this much before they expire."""
+"""A plugin's credentials are renewed this long before they expire."""
 
 
 def find_cluster(path: str = "", context: str = "", environment: Mapping[str, str] = os.environ) -> Cluster:
-    """The cluster that kubectl would speak to: of ``path``, of KUBECONFIG, of ~/.kube/config, or of the pod this runs in.
+    """The cluster that kubectl would use: from ``path``, KUBECONFIG, ~/.kube/config, or the pod this runs in.
 
-    Raises InvalidInputError when there is none, or when what was found is not valid.
+    Raises InvalidInputError when there is none, or when the configuration is not valid.
     """
     named = path or environment.get("KUBECONFIG", "")
     if named:
@@ -48,7 +48,7 @@ def find_cluster(path: str = "", context: str = "", environment: Mapping[str, st
 
 
 def load_kubeconfig(paths: Sequence[Path], context: str = "") -> Cluster:
-    """The cluster of a context, "" for the current one. Raises InvalidInputError, with the file and what is wrong."""
+    """The cluster of a context, "" for the current one. Raises InvalidInputError, with the file and the fault."""
     config = _Config.read(paths)
     name = context or config.current
     if not name:
@@ -61,7 +61,7 @@ def load_kubeconfig(paths: Sequence[Path], context: str = "") -> Cluster:
 
 @dataclass(frozen=True, slots=True)
 class _Entry:
-    """A named part of one file."""
+    """A named entry of one file."""
 
     file: Path
     where: str
@@ -97,14 +97,14 @@ class _Entry:
         return self.file.parent / text if text else None
 
     def inline(self, key: str) -> bytes:
-        """What is written in base64."""
+        """A base64 field, decoded."""
         try:
             return base64.b64decode(self.text(key), validate=True)
         except (binascii.Error, ValueError) as error:
             raise self.error(f"{key} is not base64 ({error})") from error
 
     def read(self, name: str) -> bytes:
-        """What stands in NAME-data, or in the file that NAME names. Raises OSError."""
+        """The content of NAME-data, or of the file that NAME names. Raises OSError."""
         inline = self.inline(f"{name}-data")
         path = self.path(name)
         return inline if inline or path is None else path.read_bytes()
@@ -183,7 +183,7 @@ def _cluster(cluster: _Entry, user: _Entry | None) -> Cluster:
 
 
 def _proxy_of_environment(server: str) -> str:
-    """As kubectl: HTTPS_PROXY or HTTP_PROXY unless NO_PROXY names the host."""
+    """The proxy as kubectl chooses it: HTTPS_PROXY or HTTP_PROXY unless NO_PROXY names the host."""
     parts = urlsplit(server)
     host = parts.hostname or ""
     if host == "localhost" or host.startswith("127.") or host == "::1" or urllib.request.proxy_bypass(host):
@@ -192,7 +192,7 @@ def _proxy_of_environment(server: str) -> str:
 
 
 class _User:
-    """The credentials of a user entry; what it has in files is read for each request."""
+    """The credentials of a user entry; files that it names are read for each request."""
 
     def __init__(self, user: _Entry, cluster: _Entry) -> None:
         self._user = user
@@ -221,7 +221,7 @@ class _User:
         return Credentials(headers, user.read("client-certificate"), user.read("client-key"))
 
     def credentials(self, refused: Credentials | None) -> Credentials:
-        """As they are now. Raises OSError, InvalidInputError, UnreachableError."""
+        """The present credentials. Raises OSError, InvalidInputError, UnreachableError."""
         own = self._credentials_of_file()
         if self._plugin is None or own.headers or own.certificate:
             return own
@@ -229,7 +229,10 @@ class _User:
 
 
 class _Plugin:
-    """An exec plugin: a command that prints an ExecCredential. One at a time, its answer kept until it expires or is refused."""
+    """An exec plugin: a command that prints an ExecCredential.
+
+    One call runs at a time; its answer is cached until it expires or the server refuses it.
+    """
 
     def __init__(self, part: _Entry, cluster: _Entry) -> None:
         self._part = part
@@ -254,7 +257,7 @@ class _Plugin:
         self._environment = {str(one.get("name")): str(one.get("value", "")) for one in pairs}
 
     def credentials(self, refused: Credentials | None) -> Credentials:
-        """Those that are kept, unless they expired or are the ones that were refused: of many requests one renews them."""
+        """The cached credentials, unless they expired or the server refused them: one of many requests renews them."""
         with self._lock:
             is_late = self._expires is not None and datetime.now(timezone.utc) >= self._expires - EXPIRY_MARGIN
             if self._credentials is None or self._credentials is refused or is_late:
@@ -302,7 +305,7 @@ class _Plugin:
 
 
 def _parse_credential(output: bytes, version: str) -> tuple[Credentials, datetime | None]:
-    """The credentials of an ExecCredential and when they expire. Raises all that a document of another form leads to."""
+    """Parse the credentials of an ExecCredential and their expiry. Raises whatever a document of another form leads to."""
     answer = json.loads(output)
     if answer["kind"] != "ExecCredential" or answer["apiVersion"] != version:
         raise ValueError(f"it is {answer['apiVersion']} {answer['kind']}")

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is asked from time to time: whether the server still speaks for the cluster, and whether it has kinds by now that it had not.
+"""Periodic probes: whether the server still has its cluster's state, and whether it offers kinds that were absent.
 
-A server that is cut off from its etcd goes on as if nothing were wrong: watches stay open, bookmarks come, `/readyz` says ok.  A read
-without resourceVersion is the one request that it cannot answer then.  The same read tells that etcd was restored from a backup,
-after which a WATCH from a resourceVersion that was lost is silent for ever.
+A server that is cut off from its etcd goes on as if nothing were wrong: watches stay open, bookmarks come, `/readyz`
+says ok.  Only a read without resourceVersion then gets no answer.  The same read shows that etcd was restored from a
+backup, after which a WATCH from a lost resourceVersion is silent for ever.
 
-A kind that is absent may come.  Its API group is asked for, once for all kinds of it; a group that is missing there proves nothing,
-as it was missing for a moment after a start.
+An absent kind may be installed later.  The probe reads the kind's API group, once for all kinds of the group; a kind
+that is missing there is not proven absent, since groups can lack kinds for a moment after a start.
 
-Invariant: a probe changes no object; what it finds out becomes a problem, or a new list.
+Invariant: a probe changes no object; its result becomes a problem, or a new list.
 """
 
 from __future__ import annotations
@@ -28,22 +28,25 @@ from netpol_ebpf.sources.kubernetes.watching import KindWatcher, State, Transpor
 
 SHORTEST_PERIOD_S = 60.0
 NODES_PER_S = 10.0
-"""How many nodes of a large cluster make a probe in a second: a read of one object, and one for each group with absent kinds."""
+"""Probes in a second by all nodes of a large cluster: a read of one object, and one for each group with absent kinds.
+"""
 ABSENT_PERIODS = 10
-"""After so many periods an absent kind is asked for itself, whatever its group says."""
+"""After so many periods a kind that is absent is listed itself, whatever its group says."""
 ANSWER_S = 10.0
 RETRY_S = 15.0
-"""After a probe that failed; the second one in a row is told."""
+"""Seconds until the next probe after a failed one; the second failure in a row is reported."""
 TOLD_AFTER = 2
 BEHIND_PROBES = 3
-"""A WATCH that is behind what this many probes saw is opened anew: a bookmark comes each minute, and moves with other kinds."""
+"""A WATCH with a resourceVersion below that of this many probes is opened again: on a working one a bookmark comes each
+minute.
+"""
 CUT_OFF = "cut-off"
 
 log = logging.getLogger(__name__)
 
 
 def version_number(text: str) -> int | None:
-    """A resourceVersion as a number: larger is newer within one kind. None for one that does not say so (not a decimal number)."""
+    """A resourceVersion as a number: larger is newer within one kind. None for one that is not a decimal number."""
     is_number = text.isascii() and text.isdigit() and not text.startswith("0")
     return int(text) if is_number else None
 
@@ -61,7 +64,7 @@ def _now() -> str:
 class FreshnessProbe:
     """Asks for one object of the kind that is known to be newest, of those that etcd alone serves.
 
-    ``wake``: has a kind's next step made now; ``wall``: the time of day, for messages.
+    ``wake``: starts a kind's next step now; ``wall``: the time of day, for messages.
     """
 
     transport: Transport
@@ -71,19 +74,19 @@ class FreshnessProbe:
     chance: Callable[[], float] = random.random
     wall: Callable[[], str] = _now
     confirmed: str = ""
-    """When the server last answered a probe; "" for never."""
+    """Time of the last answered probe; "" for none."""
     _failures: int = 0
     _behind: Counter[WatchedKind] = field(default_factory=Counter)
     _reopened: set[WatchedKind] = field(default_factory=set)
     _last_seen: int = 0
 
     def period_s(self) -> float:
-        """Of the next probe, by chance between half and one and a half times the average."""
+        """Period of the next probe, at random between half and one and a half times the average."""
         nodes = sum(len(store.entries) for kind, store in self.cache.stores.items() if kind.kind == "Node")
         return period_s(nodes) * (0.5 + self.chance())
 
     def step(self) -> float:
-        """One probe. The seconds until the next one."""
+        """Make one probe. Returns the seconds until the next one."""
         newest = self._newest()
         if newest is None:  # nothing was listed yet, and that is told
             return RETRY_S
@@ -115,7 +118,7 @@ class FreshnessProbe:
         return self.period_s()
 
     def _newest(self) -> tuple[WatchedKind, int] | None:
-        """The kind with the highest resourceVersion, so that one question tells of them all; and that version, as it is now."""
+        """The kind with the highest resourceVersion, so that one read covers all kinds; and its present version."""
         stores = self.cache.stores.items()
         known = [(version_number(store.resource_version), kind) for kind, store in stores if not kind.is_custom]
         numbers = [(number, str(kind), kind) for number, kind in known if number is not None]
@@ -134,7 +137,7 @@ class FreshnessProbe:
             answer.close()
 
     def _look_for_new_kinds(self) -> None:
-        """Have absent kinds asked for that their group has by now."""
+        """List the absent kinds that their group has by now."""
         absent: dict[str, list[WatchedKind]] = {}
         for kind, watcher in self.watchers.items():
             if watcher.state in (State.ABSENT, State.DELETED):
@@ -165,7 +168,7 @@ class FreshnessProbe:
         return RETRY_S * (0.5 + self.chance())
 
     def _reopen_what_is_behind(self) -> None:
-        """A WATCH at a server that is cut off while another one answers: it does not end by itself."""
+        """Reopen a WATCH at a server that is cut off while another server answers: such a WATCH does not end by itself."""
         for kind, watcher in self.watchers.items():
             number = version_number(self.cache.stores[kind].resource_version)
             if number is None or number >= self._last_seen:

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The last consistent state of the cluster in a file, for a node that starts again while its API server is away.
+"""The last consistent state of the cluster in a file, for a node that restarts while its API server is away.
 
-One line for each object, JSON of the fields that are used, in a file that a hash ends.  Its parser reads it as it reads what the
-server sends, so a newer version of the agent judges it by its own rules.
+The file has one line for each object, JSON of the fields that are used, and ends with a hash.  The parsers read it as
+they read the server's objects, so a newer agent judges it by its own rules.
 
-Invariant: the file is one state in which every kind was listed, or it is not there; it is replaced in one step, and is on the
-disk before it has its name.
+Invariant: the file is one state in which every kind was listed, or it does not exist; it is replaced atomically, and is
+on the disk before it has its name.
 """
 
 from __future__ import annotations
@@ -28,19 +28,25 @@ _ORPHAN, _OBJECT = b"o", b"."
 
 @dataclass(frozen=True, slots=True)
 class SavedState:
-    """``saved``: when it was, UTC; ``kinds``: by apiVersion and kind, those that this version does not watch included."""
+    """The saved state.
+
+    ``saved``: time of writing, UTC; ``kinds``: by apiVersion and kind, also those that this version does not watch.
+    """
 
     saved: str
     kinds: Mapping[tuple[str, str], SavedKind]
 
     def of(self, kinds: tuple[WatchedKind, ...]) -> dict[WatchedKind, SavedKind]:
-        """What was saved of these kinds."""
+        """The saved objects of these kinds."""
         found = {kind: self.kinds.get((kind.api_version, kind.kind)) for kind in kinds}
         return {kind: one for kind, one in found.items() if one is not None}
 
 
 def load_state(path: Path) -> SavedState | None:
-    """The saved state, None when there is none. Raises OSError; MalformedError when the file is damaged or of another version."""
+    """Load the saved state, None when there is none.
+
+    Raises OSError; MalformedError when the file is damaged or of another version.
+    """
     try:
         raw = read_regular(path)
     except FileNotFoundError:

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A cluster as a source: threads that follow its API server, and a descriptor that says when there is something to take.
+"""A cluster as a source: threads that watch its API server, and a descriptor that is readable when changes wait.
 
-One thread for each kind reads, one asks whether the server still speaks for the cluster, one keeps the saved state.  None of them
-waits for whoever calls `KubernetesSource.step`, and that call waits for none of them.
+One thread for each kind reads, one probes the server, one writes the saved state.  None of them waits for the caller of
+`KubernetesSource.step`, and that call waits for none of them.
 
-Invariant: an exception in a thread ends neither the thread nor enforcement: it is told as a bug, and the kind is listed again.
+Invariant: an exception in a thread ends neither the thread nor enforcement: it is reported as a bug, and the kind is
+listed again.
 """
 
 from __future__ import annotations
@@ -30,22 +31,24 @@ from netpol_ebpf.sources.kubernetes.watching import KindWatcher
 from netpol_ebpf.sources.source import SourceUpdate
 
 SYNC_S = 60.0
-"""What the first state of the cluster may take: a list of the largest clusters takes seconds, a failure is told after GRACE_S."""
+"""Time limit in seconds for the first state of the cluster: a list of the largest clusters takes seconds, a failure is
+reported after GRACE_S.
+"""
 RESTORE_S = 10.0
-"""The same where nothing is in force and the saved state can be."""
+"""The same limit where nothing is in force and the saved state can be applied."""
 SHOWN_KINDS = 5
 SAVE_S = 10.0
-"""Between two looks whether the saved state must be replaced; arbitrary."""
+"""Interval of checks whether the saved state must be replaced; arbitrary."""
 AFTER_BUG_S = 60.0
 END_S = 5.0
-"""What threads may take to end; one that waits for a plugin or a connection is left to end by itself."""
+"""Time limit for threads to end; a thread that waits for a plugin or a connection is left to end by itself."""
 RESTORED, SAVED, BUG = "restored", "saved-state", "bug"
 
 log = logging.getLogger(__name__)
 
 
 class KindState(NamedTuple):
-    """What ``status`` says of one kind. ``kept``: objects in force although their definition was deleted."""
+    """One kind in ``status``. ``kept``: objects that stay in force although their definition was deleted."""
 
     kind: str
     state: str
@@ -57,10 +60,10 @@ class KindState(NamedTuple):
 
 @dataclass(slots=True)
 class KubernetesSource:
-    """Follows one cluster: a `Source`.
+    """A `Source` that watches one cluster.
 
-    ``state_path``: the saved state, None to keep none; ``may_restore``: whether it may be in force until the cluster was listed, which
-    is for a node on which nothing is in force; ``clock``: seconds.
+    ``state_path``: the saved state, None to keep none; ``may_restore``: whether the saved state may be applied until
+    the cluster was listed, for a node on which nothing is in force; ``clock``: seconds.
     """
 
     cluster: Cluster
@@ -100,17 +103,17 @@ class KubernetesSource:
 
     @property
     def has_synced(self) -> bool:
-        """Whether a whole state was given out: of the cluster, or the one of the last run where that may be."""
+        """Whether a complete state was returned: of the cluster, or the saved one where that is permitted."""
         return self.cache.is_given
 
     @property
     def skipped(self) -> Mapping[str, int]:
-        """Empty: kinds that are not read are not asked for."""
+        """Empty: the source lists no kinds that it does not read."""
         return {}
 
     @property
     def problems(self) -> tuple[Problem, ...]:
-        """Everything that is wrong with the cluster, its server, or the saved state."""
+        """All problems of the cluster, its server, and the saved state."""
         return self.cache.problems()
 
     def begin(self) -> None:
@@ -121,9 +124,10 @@ class KubernetesSource:
             self._restore_at_s = self.clock() + RESTORE_S
 
     def sync(self) -> SourceUpdate:
-        """Begin to follow the cluster, and wait for its first state.
+        """Begin to watch the cluster, and wait for its first state.
 
-        Raises UnreachableError when a kind could not be listed in time: nothing is given out then, and what is in force stays.
+        Raises UnreachableError when a kind could not be listed in time: then nothing is returned, and the policy in
+        force stays.
         """
         self.begin()
         until_s = min(self.clock() + SYNC_S, self._restore_at_s)
@@ -136,7 +140,7 @@ class KubernetesSource:
         return update or SourceUpdate((), self.problems)
 
     def fileno(self) -> int:
-        """An eventfd."""
+        """The cache's eventfd."""
         return self.cache.descriptor
 
     def note_news(self) -> None:
@@ -164,7 +168,7 @@ class KubernetesSource:
         return SourceUpdate(events, problems)
 
     def close(self) -> None:
-        """End the threads, and give the descriptor back if they have ended."""
+        """End the threads, and close the descriptor if they have ended."""
         self._stopped.set()
         for kind, watcher in self.watchers.items():
             watcher.relist()
@@ -178,9 +182,9 @@ class KubernetesSource:
     # --- beyond that ----------------------------------------------------------------------------------------------------------
 
     def release(self, kind: str) -> int:
-        """Forget what is kept of a kind (``tiers.projectcalico.org``) whose definition was deleted. How many objects that were.
+        """Remove the kept objects of a kind with a deleted definition (``tiers.projectcalico.org``).
 
-        Raises InvalidInputError for a kind of which nothing is kept.
+        Returns their number. Raises InvalidInputError for a kind without kept objects.
         """
         for one, store in self.cache.stores.items():
             if str(one) == kind and store.orphans:
@@ -226,7 +230,7 @@ class KubernetesSource:
         return (state,)
 
     def save(self) -> float:
-        """Replace the saved state if it is old. The seconds until the next look."""
+        """Write the saved state if it is out of date. Returns the seconds until the next check."""
         changes = self.cache.saves
         if self.state_path is None or not self.cache.has_synced or changes == self._saves:
             return SAVE_S
@@ -253,7 +257,7 @@ class KubernetesSource:
         self.cache.restore()
 
     def _unsynced(self) -> UnreachableError:
-        """Which kinds were not listed, and why."""
+        """The kinds that were not listed, and why."""
         unsynced = self.cache.unsynced
         reasons = [one.message for kind in unsynced if (one := self.cache.stores[kind].problem) is not None]
         message = (

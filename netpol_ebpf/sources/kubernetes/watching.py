@@ -9,8 +9,8 @@ It keeps no clock, opens no connection and starts no thread: `KindWatcher.step` 
 given and reads the answer to its end.
 
 Invariants: an object leaves the store for one of three reasons only: a DELETED event, a whole list that does not name it, or an
-operator's word; a list counts when its last page or its end mark was read.  What a deleted CustomResourceDefinition took with it
-stays: deletions of a custom kind are believed after its definition was read, later than the deletion.  No other answer removes anything.
+operator's word; a list counts when its last page or its end mark was read.  Objects of a deleted CustomResourceDefinition stay:
+deletions of a custom kind are believed after its definition was read, later than the deletion.  No other answer removes anything.
 """
 
 from __future__ import annotations
@@ -40,32 +40,38 @@ from netpol_ebpf.sources.kubernetes.decoding import (
 )
 
 PAGE_OBJECTS = 500
-"""Of one page of a LIST: about 3 MB of pods."""
+"""Objects in one page of a LIST: about 3 MB of pods."""
 WATCH_S = 300.0
-"""A WATCH is asked for as long as this, and for up to twice as long by chance: nodes must not come back all at once."""
+"""Shortest requested duration of a WATCH; the request adds up to the same again at random, so that nodes do not
+reconnect all at once.
+"""
 PREMATURE_S = 5.0
-"""A WATCH that ends this much before its time did not end for its time; the server ends it up to 2 s before."""
+"""A WATCH that ends this much before its time counts as ended early; the server ends it up to 2 s before."""
 SHORT_S = 1.0
-"""Streams that end sooner than this and without an event, one after the other, are waited between; arbitrary."""
+"""After a stream that ends sooner than this and without an event the reader waits before the next one; arbitrary."""
 UNSTABLE = 3
-"""So many of them in a row are no way to follow a kind: that a stream opens is no recovery then."""
+"""So many short streams in a row mean that the kind cannot be watched; a stream that opens is no recovery then."""
 HEAD_S = 20.0
-"""What the head of an answer may take: a LIST that waits for etcd has none for 60 s."""
+"""Time limit for the head of an answer: a LIST that waits for etcd has none for 60 s."""
 IDLE_S = 180.0
-"""What a WATCH may be silent: three bookmarks."""
+"""Longest silence of a WATCH: three bookmark periods."""
 FIRST_RETRY_S, LONGEST_RETRY_S = 1.0, 60.0
 GRACE_S = 30.0
-"""How long a failure is retried before it is a problem: a starting server answers 403, 429 and 503 for up to 2 s."""
+"""How long a failure is retried before it becomes a problem: a starting server answers 403, 429 and 503 for up to 2 s.
+"""
 ABSENT_ANSWERS = 3
-"""A kind is not installed when its LIST gave 404 this often in a row..."""
+"""A kind counts as not installed when its LIST gave 404 this often in a row."""
 ABSENT_RETRY_S = 2.0
-"""...so far apart: 404 was never seen while a server started, and this does not rely on it."""
+"""Interval in seconds of the ABSENT_ANSWERS requests.
+
+No server was seen to answer 404 while it started, but this does not rely on that.
+"""
 STREAM_ATTEMPTS = 3
-"""Lists by stream that may fail in a row before lists come in pages."""
+"""Streaming lists that may fail in a row before the reader uses pages."""
 
 _UNAUTHORIZED, _FORBIDDEN, _NOT_FOUND, _GONE, _TOO_MANY, _ERROR, _TIMEOUT = 401, 403, 404, 410, 429, 500, 504
 _OURS = frozenset({400, 405, 406, 415, 422})
-"""What no retry mends."""
+"""HTTP codes of a faulty request: a retry cannot succeed."""
 _TRANSIENT_IN_STREAM = frozenset({_UNAUTHORIZED, _FORBIDDEN, _GONE, _TOO_MANY, 503, _TIMEOUT})
 
 
@@ -79,30 +85,33 @@ class ServerAnswer(Protocol):
     def retry_after_s(self) -> float | None: ...  # noqa: D102
 
     def body(self) -> bytes:
-        """All of it. Raises UnreachableError when it is cut."""
+        """The whole body. Raises UnreachableError when it is truncated."""
 
     def lines(self) -> Iterator[bytes]:
-        """The lines of a WATCH until its clean end. Raises UnreachableError when it is cut, or silent for too long."""
+        """The lines of a WATCH until its clean end.
+
+        Raises UnreachableError when it is truncated, or silent for too long.
+        """
 
     def abort(self) -> None:
-        """End it from another thread: who reads meets the end of the connection."""
+        """End the connection from another thread; the reader gets an error."""
 
     def close(self) -> None:
-        """Let go of the connection."""
+        """Close the connection."""
 
 
 class Transport(Protocol):
-    """How requests are made."""
+    """Makes HTTP requests."""
 
     def get(self, target: str, *, head_s: float, idle_s: float, metadata_only: bool = False) -> ServerAnswer:
         """Begin a GET; the times are those of the head and of a silence in the body. Raises UnreachableError.
 
-        ``metadata_only``: of one object; a server answers 406 to that for a list.
+        ``metadata_only``: for one object; a server answers 406 to that for a list.
         """
 
 
 class Store(Protocol):
-    """What is known of one kind. ``definition_uid``: of its CustomResourceDefinition, "" for none."""
+    """The objects of one kind. ``definition_uid``: of its CustomResourceDefinition, "" for none."""
 
     definition_uid: str
     resource_version: str
@@ -111,32 +120,35 @@ class Store(Protocol):
     def is_empty(self) -> bool: ...  # noqa: D102
 
     def prepare(self, decoded: Decoded) -> object:
-        """An entry for an object, to be put into the store by `put` or `commit`."""
+        """An entry for an object, for `put` or `commit`."""
 
     def put(self, name: Name, entry: object) -> None:
-        """Take up an entry."""
+        """Store an entry."""
 
     def remove(self, name: Name) -> None:
         """Forget an object."""
 
     def orphan(self, name: Name) -> None:
-        """Keep an object that is gone from the server because its kind is."""
+        """Keep an object although it is gone from the server, because its kind's definition is."""
 
     def missing(self, staged: Mapping[Name, object]) -> set[Name]:
-        """The objects known that a list does not name, those that are kept by `orphan` left out."""
+        """The known objects that a list does not name, without orphans."""
 
     def commit(self, staged: Mapping[Name, object], *, orphaned: set[Name]) -> None:
-        """Take up a whole list: what it does not name goes, but for what is ``orphaned``, from now on or before."""
+        """Replace the objects by a complete list.
+
+        Objects that it does not name go, except ``orphaned`` ones and earlier orphans.
+        """
 
     def commit_absent(self) -> None:
-        """The server has no such kind; what was known of it is kept."""
+        """Record that the server has no such kind; its known objects stay."""
 
     def note(self, problem: Problem | None) -> None:
-        """Why the kind is not followed now; None: it is."""
+        """Record why the kind is not watched now; None: it is."""
 
 
 class State(enum.Enum):
-    """Where a kind stands; the value is what a user reads."""
+    """The state of a kind's watch; the value is what a user reads."""
 
     LISTING = "listing"
     WATCHING = "watching"
@@ -146,7 +158,7 @@ class State(enum.Enum):
 
 
 class RefusedError(Exception):
-    """The server answered, and not with what was asked for. ``in_stream``: by an ERROR event."""
+    """The server answered with an error. ``in_stream``: by an ERROR event."""
 
     def __init__(self, status: Status, *, in_stream: bool = False) -> None:
         super().__init__(f"{status.code} {status.reason}: {status.message}")
@@ -155,12 +167,15 @@ class RefusedError(Exception):
 
 
 class _RelistError(Exception):
-    """What is known can no longer be followed by events."""
+    """The watch cannot continue from the known state; the kind must be listed again."""
 
 
 @dataclass(slots=True)
 class KindWatcher:
-    """Follows one kind. ``pace_s``: seconds until an absent kind is asked for again, by chance; ``chance``: from [0, 1)."""
+    """Watches one kind.
+
+    ``pace_s``: random seconds until an absent kind is listed again; ``chance``: random numbers from [0, 1).
+    """
 
     kind: WatchedKind
     transport: Transport
@@ -182,7 +197,10 @@ class KindWatcher:
     _answer: ServerAnswer | None = field(default=None)
 
     def step(self) -> float:
-        """One request, its answer read to the end. The seconds until the next step. Never raises for what the server says."""
+        """Make one request and read its answer to the end. Returns the seconds until the next step.
+
+        Never raises for an answer of the server.
+        """
         self._opened_s = None
         if self._must_relist:
             self._must_relist, self._resource_version = False, ""
@@ -206,12 +224,12 @@ class KindWatcher:
             self._close()
 
     def relist(self) -> None:
-        """Have the next step list, and the present one end; from any thread."""
+        """End the present request and make the next step list; thread-safe."""
         self._must_relist = True
         self.abort()
 
     def abort(self) -> None:
-        """End the present request; from any thread."""
+        """End the present request; thread-safe."""
         answer = self._answer
         if answer is not None:
             answer.abort()
@@ -265,7 +283,7 @@ class KindWatcher:
         return self._stream({"resourceVersion": self._resource_version}, staged=None)
 
     def _stream(self, query: Mapping[str, str], staged: dict[Name, object] | None) -> float:
-        """A WATCH. ``staged``: None, or the objects of a list that the stream begins with."""
+        """Run a WATCH. ``staged``: None, or the objects of a list that the stream begins with."""
         timeout_s = int(WATCH_S * (1 + self.chance()))
         whole = {"watch": "1", "allowWatchBookmarks": "true", "timeoutSeconds": str(timeout_s), **query}
         answer = self._answer = self._get(self.kind.path, whole, idle_s=IDLE_S)
@@ -302,7 +320,10 @@ class KindWatcher:
         return self._ended(self.clock() - began_s, timeout_s, is_listed=staged is None)
 
     def _ended(self, lasted_s: float, timeout_s: float, *, is_listed: bool) -> float:
-        """After a clean end, whatever its cause: time over, slow reader, stopping server, definition changed or deleted."""
+        """Handle a clean end, whatever its cause.
+
+        Time over, slow reader, stopping server, definition changed or deleted.
+        """
         if not is_listed:
             self._count_stream_failure()
             return self._failed("unreachable", "the stream of the list ended before the list did")
@@ -316,7 +337,7 @@ class KindWatcher:
         return self._backoff_s(self._short_streams - 1)
 
     def _count_short_stream(self) -> None:
-        """After the end of a stream, if there was one: how many in a row have ended before they had an event."""
+        """Count how many streams in a row ended before they had an event."""
         if self._opened_s is not None:
             self._short_streams = self._short_streams + 1 if self.clock() - self._opened_s < SHORT_S else 0
 
@@ -332,7 +353,7 @@ class KindWatcher:
         self._advance(decoded.resource_version)
 
     def _advance(self, resource_version: str) -> None:
-        """After what is as new as this was taken up."""
+        """Advance the known resourceVersion, once every change up to it is stored."""
         if not resource_version:
             raise MalformedError("an event has no resourceVersion")
         self._resource_version = self.store.resource_version = resource_version
@@ -345,7 +366,10 @@ class KindWatcher:
         self._advance(resource_version)
 
     def _are_deletions_real(self) -> bool:
-        """Whether what is gone was deleted, rather than taken by the deletion of its kind; the definition is asked after the fact."""
+        """Whether missing objects were deleted one by one, rather than together with their kind's definition.
+
+        The definition is read after the objects were found missing.
+        """
         if not self.kind.is_custom:
             return True
         definition = self._definition()
@@ -356,7 +380,10 @@ class KindWatcher:
         return not definition.is_ending and known in ("", definition.uid)
 
     def _definition(self) -> Definition | None:
-        """The definition of the kind, None when there is none. Raises _RelistError when that cannot be told."""
+        """The definition of the kind, None when there is none.
+
+        Raises _RelistError when the server gives no clear answer.
+        """
         try:
             answer = self._get(self.kind.definition, {}, metadata_only=True)
             try:
@@ -396,7 +423,7 @@ class KindWatcher:
         return self._failed(slug, f"the server answers {error}", status.retry_after_s)
 
     def _absent(self) -> float:
-        """After 404 for the kind itself."""
+        """Handle 404 for the kind itself."""
         self._resource_version = ""
         if not self.kind.is_custom:
             return self._failed("not-served", "the server does not know this kind, which every cluster has")
@@ -416,7 +443,7 @@ class KindWatcher:
             self._streams = False
 
     def _succeeded(self) -> None:
-        """After an event or a list."""
+        """Record success, after an event or a list."""
         self._expired, self._short_streams, self._opened_s = 0, 0, None
         self._recovered()
 
