@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether one rule certainly matches every packet of another one, or none of them.
+"""Proofs about two rules: the first matches every packet that the second matches (`covers`), or none (`excludes`).
 
 `covers` and `excludes` are sound and not complete: True is a proof that holds for every packet and every state of the
 cluster (by the definition in MATCHING.md); False proves nothing.  They compare rules only and never look at endpoints.
@@ -53,9 +53,10 @@ def excludes(one: Rule, other: Rule) -> bool:
 
 
 def _sides_exclude(one: Entity, other: Entity) -> bool:
-    """Whether nets or ports exclude each other.
+    """Whether no address and port match both entities, by their nets or by their ports.
 
-    Selectors do not count: an address may have several owners, each with other labels.
+    Selectors prove nothing here: an address may have several owners with different labels, and one owner may match each
+    selector.
     """
     if one.nets and other.nets and not any(_overlap(net, each) for net in one.nets for each in other.nets):
         return True
@@ -67,12 +68,12 @@ def _sides_exclude(one: Entity, other: Entity) -> bool:
 
 
 def is_dead(rule: Rule) -> bool:
-    """Whether the rule is marked as matching nothing."""
+    """Whether the rule is known to match no packet: it has unsupported fields, or a side is marked as impossible."""
     return bool(rule.unsupported) or rule.source.impossible or rule.destination.impossible
 
 
 def _family(rule: Rule) -> int | None:
-    """The IP version of all packets that match, if the rule determines one."""
+    """The IP version of all packets that the rule matches; None if the rule may match both versions."""
     if rule.ip_version is not None:
         return rule.ip_version
     if rule.protocol in _FAMILY_OF_PROTOCOL:
@@ -147,7 +148,7 @@ def _selectors_cover(wide: Entity, narrow: Entity) -> bool:
     for given, other in ((wide.selector, narrow.selector), (wide.nodes, narrow.nodes)):
         if given is not None and (other is None or not implies(other, given)):
             return False
-    # No owner matches the narrow exclusion, so none matches what implies it.
+    # No owner of the address matches narrow.not_selector, so no owner matches a selector that implies it.
     return wide.not_selector is None or (
         narrow.not_selector is not None and implies(wide.not_selector, narrow.not_selector)
     )
@@ -164,9 +165,10 @@ def _service_covers(wide: BackendMatch | None, narrow: BackendMatch | None) -> b
 
 
 def _ports_cover(wide: Ports | None, narrow: Ports | None) -> bool:
-    """Whether the wide entity's ports contain the narrow entity's.
+    """Whether ``wide`` matches every port that ``narrow`` matches.
 
-    Named ports resolve among the owners that match the selector; a wider entity has at least as many.
+    Named ports are compared by name.  A name resolves among the owners that the entity's selector matches, and the
+    caller has checked that the wide entity's selector matches every owner that the narrow entity's selector matches.
     """
     if wide is None:
         return True
@@ -181,7 +183,7 @@ def _not_ports_cover(wide: Entity, narrow: Entity, rule: Rule) -> bool:
     excluded = wide.not_ports
     if excluded is None or (rule.protocol is not None and rule.protocol not in PORT_PROTOCOLS):
         return True
-    if excluded.names:  # they would resolve among more owners than the narrow entity's do
+    if excluded.names:  # with a wider selector a name would resolve among more owners, and exclude more ports
         return narrow.not_ports == excluded and narrow.selector == wide.selector
     if narrow.not_ports is not None and _ports_cover(narrow.not_ports, excluded):
         return True

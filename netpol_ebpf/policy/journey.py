@@ -1,17 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The path of a packet through the cluster: which endpoints judge it, in which direction and stage, and what follows from that.
+"""The path of a packet through the cluster: whose policy judges the packet, in which direction and stage.
 
-`Topology.plan` turns a `Flow` (the first packet of a connection) into a `Journey`: hops in the order the packet meets them.
-`walk` asks an engine and combines the answers.  All engines take the same journey; only ``decide`` differs.
+`Topology.plan` turns a `Flow` (the first packet of a connection) into a `Journey`: the hops where the packet is judged,
+in the order in which the packet meets them.  A hop has *questions*: each is one endpoint, direction, stage and packet,
+for an engine to decide.  `walk` gets the engine's verdicts and combines them.  All engines use the same journeys.
 
-Sources: SEMANTICS 3.3 (no policy at all), 4.2 to 4.5 (which policy of a host applies where), 4.6 and 4.7 (failsafes, tunnels), 4.8
-(untracked), 5.4 (services and hairpins), 5.6 (neighbour discovery); DHCP, and what is forged: see docs/adr.
+Sources: SEMANTICS 3.3 (no policy at all), 4.2 to 4.5 (which policy of a host applies where), 4.6 and 4.7 (failsafes,
+tunnels), 4.8 (untracked), 5.4 (services and hairpins), 5.6 (neighbour discovery); docs/adr (DHCP, forged packets).
 
-Invariant: a hop allows unless one of its questions is answered with DENY or its reason refuses; the journey allows when
-every hop does.  Nothing here evaluates a rule.
+Invariants: a hop denies if the verdict on one of its questions is DENY, or if its reason denies; otherwise it allows.
+The journey allows if every hop allows.  This module evaluates no rule.
 
-Which interface a packet uses is not in any manifest, so a node is taken to have one interface to everything beyond it, and
-one for each of its workloads.  A workload without a node is on a node of its own that has no host endpoint.
+Manifests do not state which interface a packet uses.  Assumption: a node has one interface for each of its workloads,
+and one interface to everything outside the node.  A workload without a node is assumed to be on a node of its own that
+has no host endpoint.
 """
 
 from __future__ import annotations
@@ -46,8 +48,9 @@ WILDCARD = "*"
 ROUTER_SOLICITATION = 133
 NEIGHBOUR_TYPES = frozenset({ROUTER_SOLICITATION, 135, 136})
 LISTENER_TYPES = frozenset({130, 131, 132, 143})
-"""ICMPv6 types of messages that pass before any policy, if they stay on the link: neighbour and listener discovery (RFC
-4861, 2710, 3810).  Questions are about addresses; the messages are assumed to be well-formed.
+"""ICMPv6 types of neighbour and listener discovery (RFC 4861, 2710, 3810).
+
+These messages pass before any policy if they stay on the link.  They are assumed to be well-formed.
 """
 ROUTER_TYPES = frozenset({134, 137})
 """ICMPv6 types that only routers send: advertisement, redirect."""
@@ -68,7 +71,7 @@ _DHCP_SERVER = {4: (67, 68), 6: (547, 546)}
 
 
 def is_link_message(packet: Packet) -> bool:
-    """Whether a packet is neighbour or listener discovery that no router passes on."""
+    """Whether a packet is a message of neighbour or listener discovery with link scope, which no router forwards."""
     source, destination = packet.source, packet.destination
     if packet.protocol != ICMPV6 or not isinstance(destination, IPv6Address) or packet.icmp_code:
         return False
@@ -79,7 +82,7 @@ def is_link_message(packet: Packet) -> bool:
 
 
 def is_forged(packet: Packet) -> bool:
-    """Whether the packet is of a kind that only routers and DHCP servers send."""
+    """Whether the packet is of a kind that only routers and DHCP servers send, so that a workload must not send it."""
     if packet.protocol == UDP:
         return (packet.source_port, packet.destination_port) == _DHCP_SERVER[packet.source.version]
     if packet.protocol == ICMPV6:
@@ -88,7 +91,7 @@ def is_forged(packet: Packet) -> bool:
 
 
 class HopReason(enum.Enum):
-    """Why a hop is decided without policy. Reasons in `_REFUSALS` deny."""
+    """The reason for which a hop is decided without policy. Reasons in `_REFUSALS` deny, all others allow."""
 
     NEIGHBOUR_DISCOVERY = "IPv6 neighbour discovery always passes"
     FORGED = "a workload does not speak for a router or a DHCP server"
@@ -118,7 +121,7 @@ _REFUSALS = frozenset(
 
 
 class FlowEndKind(enum.Enum):
-    """The kind of a flow's end."""
+    """Whether an end of a flow is a workload, a host, or outside the cluster."""
 
     WORKLOAD = "workload"
     HOST = "host"
@@ -127,9 +130,10 @@ class FlowEndKind(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class FlowEnd:
-    """An end of a flow.
+    """The source or the destination of a flow.
 
-    ``endpoint``: for a workload only; ``node``: None outside the cluster, or for a workload without a node.
+    ``endpoint``: the key of a workload's endpoint, None for other kinds.  ``node``: the name of the node, None outside
+    the cluster and for a workload without a node.
     """
 
     kind: FlowEndKind
@@ -142,11 +146,11 @@ OUTSIDE = FlowEnd(FlowEndKind.OUTSIDE)
 
 @dataclass(frozen=True, slots=True)
 class Flow:
-    """The first packet of a connection, as its sender wrote it.
+    """The first packet of a connection, as its sender sent it.
 
-    ``dnat_to``: the address and port that a node on the way translates the destination to.  ``source`` and
-    ``destination`` state the ends (the destination: after translation) where the addresses alone do not determine them,
-    for example for a pod of the host's network; None: by address.
+    ``dnat_to``: the address and port to which a node on the path translates the destination.  ``source`` and
+    ``destination`` (after translation) override the ends that the addresses determine, for example for a pod in the
+    host's network; None: the owner of the address.
     """
 
     packet: Packet
@@ -157,11 +161,13 @@ class Flow:
 
 @dataclass(frozen=True, slots=True)
 class JourneyHop:
-    """The verdict of one endpoint, or of one interface without an endpoint.
+    """A point at which a packet is judged: by the policy of one endpoint, or without policy.
 
-    Either ``reason`` decides, or ``questions`` are evaluated in order until one has another outcome than CONTINUE; if
-    none has, the hop allows.  ``reply``: if an UNTRACKED question allowed, the connection has no conntrack state here,
-    and these questions, about the first reply, must allow as well.
+    If ``reason`` is given, it decides.  Otherwise ``questions`` are evaluated in order, up to the first outcome other
+    than CONTINUE; if all outcomes are CONTINUE, the hop allows.
+
+    ``reply``: questions about the first reply packet.  They are evaluated only if an UNTRACKED question allowed: the
+    connection then has no conntrack state, so the reply needs a verdict of its own, and it must be allowed too.
     """
 
     endpoint: EndpointKey | None = None
@@ -173,7 +179,7 @@ class JourneyHop:
 
 @dataclass(frozen=True, slots=True)
 class Journey:
-    """All hops of a flow, in the order the packet meets them."""
+    """All points at which the packets of a flow are judged, in the order in which the packets pass them."""
 
     flow: Flow
     hops: tuple[JourneyHop, ...]
@@ -187,11 +193,11 @@ class Journey:
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """Whether a flow is allowed, and why. ``question`` and ``cause`` belong to the verdict that decided.
+    """Whether a flow is allowed, and why.
 
-    For a denied flow that is the first denial; for an allowed one, the last verdict.  ``question`` is None when a
-    `HopReason` decided.  ``answers``: all questions that were evaluated, in order.  ``staged_allowed``: the verdict on
-    the flow if all staged policies were enforced.
+    ``question`` and ``cause`` belong to the deciding verdict: for a denied flow the first denial, for an allowed flow
+    the last verdict.  ``question`` is None if a `HopReason` decided.  ``answers``: all evaluated questions with their
+    verdicts, in order.  ``staged_allowed``: whether the flow would be allowed if all staged policies were enforced.
     """
 
     allowed: bool
@@ -209,9 +215,9 @@ Decide = Callable[[Question], Verdict]
 
 
 def walk(journey: Journey, decide: Decide) -> Finding:
-    """Evaluate the hops until one denies the flow, or all allowed it.
+    """Evaluate the hops in order, up to the first hop that denies the flow.
 
-    ``decide`` is called at most once for each question.
+    The pending evaluation is made as well.  ``decide`` (an engine) is called at most once for each question.
     """
     known: dict[Question, Verdict] = {}
 
@@ -247,7 +253,7 @@ def _walk(journey: Journey, ask: _Ask) -> tuple[bool, Question | None, Cause | H
 
 
 def _first_word(questions: tuple[Question, ...], ask: _Ask) -> tuple[Outcome, Question, Cause]:
-    """The first answer other than CONTINUE, or the last answer."""
+    """The first outcome other than CONTINUE with its question and cause; if all are CONTINUE, the last one."""
     for question in questions:
         outcome, cause = ask(question)
         if outcome is not Outcome.CONTINUE:
@@ -256,16 +262,20 @@ def _first_word(questions: tuple[Question, ...], ask: _Ask) -> tuple[Outcome, Qu
 
 
 def claim_order(endpoint: Endpoint) -> tuple[int, EndpointKey]:
-    """Sort key of a node's host endpoints that claim the same interface: the first one has it.
+    """Sort key of a node's host endpoints that match the same interface: the first one applies to the interface.
 
-    The order is: one that names the interface, then one with an address of it, then the wildcard; by name among equals.
+    The order is: a host endpoint that names the interface, then one with an address of the interface, then the
+    wildcard; among equals, by name.
     """
     rank = 1 if endpoint.interface is None else 2 if endpoint.interface == WILDCARD else 0
     return rank, endpoint.key
 
 
 class Topology:
-    """Which endpoint or node has each address in a world: a snapshot for planning journeys. Cost to build: linear in endpoints and nodes."""
+    """The owner (endpoint or node) of each address of a world, from which journeys are planned.
+
+    A snapshot of the world at its creation.  Cost to build: linear in endpoints and nodes.
+    """
 
     def __init__(self, world: World) -> None:
         self._settings = world.settings
@@ -292,33 +302,34 @@ class Topology:
             endpoints.sort(key=claim_order)
 
     def locate(self, address: IPAddress) -> FlowEnd:
-        """The owner of an address.
-
-        A workload, else a host (by its Node or a host endpoint), else nothing in the cluster.
-        """
+        """The owner of an address: a workload, else a host (by its Node or a host endpoint), else `OUTSIDE`."""
         return self._workloads.get(address) or self._hosts.get(address) or OUTSIDE
 
     def plan(self, flow: Flow) -> Journey:
-        """The journey of a flow."""
+        """The hops at which the packets of a flow are judged, in the order in which the packets pass them."""
         return Journey(flow, tuple(_Planner(self, flow).hops()))
 
     def translation(self, flow: Flow) -> tuple[str | None, FlowEnd]:
-        """The node that translates a flow's destination, and the end at the translated destination."""
+        """The node that translates a flow's destination, and the flow's end after translation.
+
+        The node is None if no node translates the destination, or if that node is unknown.
+        """
         planner = _Planner(self, flow)
         return planner.translating_node, planner.destination
 
     def wildcard(self, node: str | None) -> Endpoint | None:
-        """The wildcard host endpoint of a node. It covers all interfaces, and so those of the node's workloads."""
+        """The wildcard host endpoint of a node, or None. It covers all interfaces, also those of workloads."""
         found = (one for one in self._host_endpoints.get(node or "", ()) if one.interface == WILDCARD)
         return next(found, None)
 
     def uplink(self, node: str, address: IPAddress | None, version: int) -> Endpoint | None:
         """The host endpoint of a node's interface to the outside, in the order of `claim_order`.
 
-        ``address``: the node's address in the packet, None for a forwarded packet (then the node's own first address of
-        the packet's family identifies the interface).  The interface is assumed to be that of the host endpoint with
-        the address, else that of one without any address.  If neither this nor an address nor a wildcard decides, any
-        host endpoint counts.
+        ``address``: the node's address in the packet.  None for a forwarded packet: then the node's first address of
+        family ``version`` identifies the interface.
+
+        The interface is assumed to belong to the host endpoint that has the address, else to a host endpoint without
+        any address.  If the node has no such host endpoint and no wildcard, any of its host endpoints is returned.
         """
         if address is None:
             own = self._node_addresses.get(node, ())
@@ -335,15 +346,18 @@ class Topology:
         return next(iter((*claims, *candidates)), None)
 
     def uplink_of(self, node: str, direction: Direction, wire: Packet, *, is_local: bool) -> Endpoint | None:
-        """The host endpoint of the interface by which a packet enters (ingress) or leaves a node.
+        """The host endpoint of the interface by which a packet enters (ingress) or leaves (egress) a node.
 
-        ``is_local``: a process of the node sends or receives it.
+        ``wire``: the packet as it is on that interface.  ``is_local``: a process of the node sends or receives it.
         """
         own = wire.destination if direction is Direction.INGRESS else wire.source
         return self.uplink(node, own if is_local else None, wire.source.version)
 
     def is_tunnelled(self, packet: Packet) -> bool:
-        """Whether nodes decapsulate a workload's packet, whoever sent it. Manifests do not tell, so the answer is no."""
+        """Whether nodes decapsulate a packet from any sender, workloads included.
+
+        Manifests do not state this, so the answer here is no; a subclass may override it.
+        """
         del packet
         return False
 
@@ -356,7 +370,7 @@ class Topology:
 
     @property
     def workload_to_host(self) -> Action:
-        """The setting ``workload_to_host``."""
+        """The action on packets from a workload to its own node: `PolicySettings.workload_to_host`."""
         return self._settings.workload_to_host
 
 
@@ -369,8 +383,8 @@ def _is_covered(packet: Packet, failsafe: Failsafe, remote: IPAddress) -> bool:
 class _Planner:
     """Plans one journey.
 
-    ``original`` is the packet before, ``final`` the packet after destination translation; ``sent``: the packet as it
-    leaves its sender's node, which translates every destination except addresses of other nodes.
+    ``original``: the packet before destination translation.  ``final``: the packet after it.  ``sent``: the packet as
+    it leaves the sender's node, which translates every destination except addresses of other nodes.
     """
 
     def __init__(self, topology: Topology, flow: Flow) -> None:
@@ -391,7 +405,7 @@ class _Planner:
     def _translating_node(self, written: FlowEnd) -> str | None:
         """The node that translates the destination: the node with that address, else the sender's, else the receiver's.
 
-        None: no translation.
+        ``written``: the owner of the destination before translation.  Returns None if nothing is translated.
         """
         if not self.is_translated:
             return None
@@ -400,7 +414,7 @@ class _Planner:
         return self.source.node or self.destination.node
 
     def hops(self) -> Iterator[JourneyHop]:
-        """The hops of the journey, in order."""
+        """The hops of the journey, in the order in which the packet meets them."""
         reason = self._whole()
         if reason is not None:
             yield JourneyHop(reason=reason)
@@ -410,7 +424,7 @@ class _Planner:
         yield from self._enter_workload()
 
     def _whole(self) -> HopReason | None:
-        """The reason that decides the whole journey without policy, or None."""
+        """The reason that decides the flow without any policy, or None if policy is evaluated."""
         packet = self.original
         if is_link_message(packet):
             return HopReason.NEIGHBOUR_DISCOVERY
@@ -436,7 +450,7 @@ class _Planner:
         return self.source.kind is FlowEndKind.WORKLOAD and self.source.endpoint == self.destination.endpoint
 
     def _is_local(self) -> bool:
-        """Whether both ends are on one node and the packet does not leave it in between."""
+        """Whether both ends are on one node and the packet does not leave the node on its path."""
         if self._is_to_itself():
             return True
         return self.source.node is not None and self._nodes() == [self.source.node] == [self.destination.node]
@@ -454,7 +468,7 @@ class _Planner:
         wildcard = self.topology.wildcard(source.node)
         action = self.topology.workload_to_host
         if wildcard is not None:
-            # What leaves the workload enters the host: the host's view of the direction.
+            # A packet that leaves the workload enters the host: ingress for the host's policy.
             stages = [(Stage.PRE_DNAT, self.original)]
             if not to_own_host:
                 stages.append((Stage.FORWARD, self.sent))
@@ -471,7 +485,7 @@ class _Planner:
     # --- the nodes' interfaces to each other and the world ------------------------------------------------------------------
 
     def _nodes(self) -> list[str]:
-        """The nodes on the packet's way, in order."""
+        """The nodes on the packet's path, in order."""
         nodes = [self.source.node, self.translating_node, self.destination.node]
         visited: list[str] = []
         for node in nodes:
@@ -498,10 +512,10 @@ class _Planner:
     def _interface(
         self, node: str, direction: Direction, wire: Packet, final: Packet, *, is_local: bool
     ) -> Iterator[JourneyHop]:
-        """The hop at a node's interface to the outside.
+        """The hop at a node's interface to the outside, if policy applies there.
 
-        ``wire``: the packet on that interface; ``final``: the packet when it leaves the node; ``is_local``: a process
-        of the node receives it.
+        ``wire``: the packet on that interface.  ``final``: the packet when it leaves the node.  ``is_local``: a process
+        of the node receives the packet.
         """
         host = self.topology.uplink_of(node, direction, wire, is_local=is_local)
         if host is None:
@@ -541,9 +555,9 @@ class _Planner:
 def _stages(
     host: Endpoint, direction: Direction, wire: Packet, final: Packet, *, is_local: bool
 ) -> tuple[tuple[Stage, Packet], ...]:
-    """The policy stages of a host endpoint that a packet meets.
+    """The stages of a host endpoint's policy that a packet meets, each with the packet as that stage sees it.
 
-    No untracked policy on a wildcard, preDNAT on ingress only.
+    A wildcard host endpoint has no untracked policy.  Pre-DNAT policy applies to ingress only.
     """
     stages = []
     if host.interface != WILDCARD:
@@ -560,9 +574,9 @@ def _ask(endpoint: EndpointKey, direction: Direction, stages: tuple[tuple[Stage,
 
 
 def _reversed(packet: Packet) -> Packet:
-    """The first reply.
+    """The first reply to ``packet``: source and destination are exchanged.
 
-    An ICMP reply is assumed to have the request's type, since policy does not depend on the reply's type.
+    An ICMP reply is assumed to have the request's type, since the verdict on a reply does not depend on its type.
     """
     return replace(
         packet,

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Warnings about policies that are valid and probably not intended. They need a whole cluster state, not one object.
+"""Warnings about valid policies with an effect that is probably not intended.
 
-Every warning concerns one policy and states its effect, never a matter of taste.  A warning that depends on the
-cluster's endpoints (a policy that selects nothing) needs endpoints in the input.  Nothing here changes a verdict;
-nothing here is an error.
+A warning needs the whole cluster's state, not one object.  It concerns one policy and states the effect, never a matter
+of taste.  A warning that depends on the cluster's endpoints (such as "selects nothing") is given only if the input has
+endpoints.  Warnings are not errors and change no verdict.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ from netpol_ebpf.resources.types import Resource
 from netpol_ebpf.selector import SelectorIndex
 
 _WITH_PRIORITY = ("ClusterNetworkPolicy", "AdminNetworkPolicy")
-_MIN_PODS = 2  # a CIDR that holds one pod may be about that pod
+_MIN_PODS = 2  # a CIDR that contains only one pod may be meant for that pod
 
 
 def lint(resources: Iterable[Resource]) -> list[Problem]:
-    """All warnings about a cluster that consists of these resources, in the order of their files and lines."""
+    """All warnings about the cluster that consists of ``resources``, sorted by file and line."""
     given = list(resources)
     world = derive(given)
     problems = [*_Linter(world).problems(), *_missing_profiles(given, world)]
@@ -45,14 +45,14 @@ def lint(resources: Iterable[Resource]) -> list[Problem]:
 
 
 def shown_name(key: PolicyKey) -> str:
-    """A policy's name as its author writes it: kind of the API, namespace, name."""
+    """A policy's name as its author writes it: ``kind/namespace/name`` with the kind of the API."""
     kind = "NetworkPolicy" if key.kind == "KubernetesNetworkPolicy" else key.kind
     return "/".join(part for part in (kind, key.namespace, key.name) if part)
 
 
 @dataclass(frozen=True, slots=True)
 class _Warning:
-    """A warning without its position: the field path, the message, the slug, and the rule, if it concerns one."""
+    """A warning without file and line: field path, message, slug, and the rule that it concerns, if any."""
 
     path: str
     message: str
@@ -71,7 +71,7 @@ class _Linter:
                     self.pod_addresses[address.version].add(address)
 
     def _selected_endpoints(self) -> dict[PolicyKey, set[EndpointKey]]:
-        """The endpoints that each policy applies to."""
+        """The endpoints to which each policy applies."""
         index: SelectorIndex[PolicyKey, EndpointKey] = SelectorIndex()
         hosts = set()
         for key, endpoint in self.world.endpoints.items():
@@ -123,7 +123,7 @@ class _Linter:
         yield from self._log_only(policy)
 
     def _log_only(self, policy: Policy) -> Iterator[_Warning]:
-        """Policies with Log rules alone: they still isolate their endpoints, since the tier ends in deny."""
+        """Warn if the policy has Log rules only: it still isolates its endpoints, since the tier ends in deny."""
         tier = self.world.tiers.get(policy.tier)
         if policy.pre_dnat or policy.do_not_track or tier is None or tier.default_action is not Action.DENY:
             return
@@ -139,7 +139,7 @@ class _Linter:
                 )
 
     def _equal_priorities(self) -> Iterator[Problem]:
-        """SIG-network policies with equal priorities: the API leaves their order open."""
+        """Warn about SIG-network policies with equal priorities: the API does not define their order."""
         first: dict[tuple[str, float], Policy] = {}
         for policy in sorted(self.world.policies.values(), key=lambda policy: policy.sort_key):
             if policy.key.kind not in _WITH_PRIORITY:
@@ -160,7 +160,7 @@ class _Linter:
 
     def _of_rules(self, policy: Policy) -> Iterator[_Warning]:
         for direction in policy.types:
-            said: set[tuple[int, str]] = set()  # several internal rules may stem from one of the user's
+            said: set[tuple[int, str]] = set()  # one user rule may become several internal rules
             for rule in policy.rules(direction):
                 for slug, message in self._of_rule(policy, direction, rule):
                     if (rule.index, message) in said:
@@ -182,9 +182,9 @@ class _Linter:
         yield from self._named_ports(policy, direction, rule)
 
     def _pod_network(self, peer: Entity) -> Iterator[tuple[str, str]]:
-        """CIDRs that contain the pod network: they allow all pods.
+        """Warn about CIDRs that contain the pod network: they match all pods.
 
-        Often only addresses outside the cluster are intended.
+        Often the author intended only addresses outside the cluster.
         """
         for net in peer.nets:
             pods = self.pod_addresses[net.version]
@@ -199,7 +199,10 @@ class _Linter:
             )
 
     def _named_ports(self, policy: Policy, direction: Direction, rule: Rule) -> Iterator[tuple[str, str]]:
-        """Named ports in ingress rules that no selected endpoint declares: the destination is the selected endpoint."""
+        """Warn about named ports of ingress rules that no selected endpoint declares.
+
+        The destination of ingress is the selected endpoint, so such a port matches nothing.
+        """
         ports = rule.destination.ports
         selected = self.selected[policy.key]
         if direction is not Direction.INGRESS or ports is None or not ports.names or not selected:
@@ -219,12 +222,15 @@ class _Linter:
 
 
 def _missing_profiles(resources: Iterable[Resource], world: World) -> Iterator[Problem]:
-    """Missing profiles that endpoints name: they deny whatever no policy decides. One warning for each profile."""
+    """One warning for each profile that endpoints name and that does not exist.
+
+    A missing profile denies all packets that no policy decides.
+    """
     said: set[str] = set()
     for resource in resources:
         key = key_of(resource)
         endpoint = world.endpoints.get(EndpointKey(*key))
-        for profile in () if endpoint is None else endpoint.profiles[:1]:  # an existing first one decides alone
+        for profile in () if endpoint is None else endpoint.profiles[:1]:  # if the first exists, it decides alone
             if profile in world.profiles or profile in said:
                 continue
             said.add(profile)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A cause in the user's terms: the rule, its policy, and its file and line.
+"""A verdict's cause in the user's terms: the rule, its policy, and its file and line.
 
-Invariant: it looks up what a `Cause` names, and never evaluates policy again.
+Invariant: this module looks up the objects that a `Cause` names, and never evaluates policy.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from netpol_ebpf.policy.types import UDP, Action, Cause, CauseKind, Direction, T
 
 @dataclass(frozen=True, slots=True)
 class Provenance:
-    """The origin of a cause. ``location`` None: the cause has no text in a file, or the text is gone."""
+    """The origin of a cause. ``location`` None: no file contains the cause (an end of tier), or no longer."""
 
     cause: Cause
     sentence: str
     location: Location | None
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values; absent parts are None."""
+        """The provenance as plain values for JSON; absent parts are None."""
         cause, place = self.cause, self.location
         return {
             "kind": cause.kind.value,
@@ -42,7 +42,7 @@ class Provenance:
 
 
 def trace(world: World, cause: Cause) -> Provenance:
-    """The provenance of a cause. Cost: linear in the rules of one policy."""
+    """Find the user's rule, policy, file and line for ``cause``. Cost: linear in the rules of one policy."""
     return Provenance(cause, _sentence(cause), _location(world, cause))
 
 

@@ -3,8 +3,8 @@
 
 Sources: EndpointSlices, as kube-proxy uses them; for a service without any, the pods that its selector selects.
 
-Invariant: every backend that a node may choose is in the answer.  This module does not know which backend a node
-chooses, nor whether anything on the node translates at all.  Evaluates no policy.
+Invariant: the result has every backend that a node may choose.  This module cannot determine which backend a node
+chooses, nor whether the node translates at all.  It evaluates no policy.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from netpol_ebpf.policy.types import PORT_PROTOCOLS, IPAddress, Packet, Vip, Vip
 from netpol_ebpf.resources.types import EndpointSlice, Pod, Resource, Service, SlicePort
 
 BackendAddress = tuple[IPAddress, int]
-"""Address and port."""
+"""Address and port of a backend."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,16 +33,16 @@ class ServiceAddresses:
     """The addresses and ports that nodes translate. Cost to build: linear in the resources."""
 
     def __init__(self, vips: Mapping[VipKey, Vip], resources: Iterable[Resource]) -> None:
-        """``vips``: the service addresses of a world; ``resources``.
+        """``vips``: the service addresses of a world.
 
-        The objects that they were derived from, which give the names.
+        ``resources``: the objects from which they were derived; they give the names of the owners.
         """
         services: list[Service] = []
         pods: defaultdict[str, list[Pod]] = defaultdict(list)
         sliced: set[tuple[str, str]] = set()
         self._vips = vips
         self._owners: defaultdict[VipKey, list[str]] = defaultdict(list)
-        self._selected: defaultdict[VipKey, set[BackendAddress]] = defaultdict(set)  # where no EndpointSlice tells
+        self._selected: defaultdict[VipKey, set[BackendAddress]] = defaultdict(set)  # services without EndpointSlice
         for one in resources:
             if isinstance(one, Service):
                 services.append(one)
@@ -60,9 +60,9 @@ class ServiceAddresses:
                 self._selected[vip.key] |= vip.backends
 
     def find(self, packet: Packet, node: str | None) -> Translation | None:
-        """The services and backends of a packet's destination, None where no node translates it.
+        """The services and backends of a packet's destination; None if no node translates that destination.
 
-        ``node``: the node with the destination's address, None: no node has it.
+        ``node``: the node that owns the destination address; None if the address belongs to no node.
         """
         if packet.protocol not in PORT_PROTOCOLS:
             return None
@@ -79,9 +79,9 @@ class ServiceAddresses:
 
 
 def _slices_of(service: Service, pods: Iterable[Pod]) -> Iterator[EndpointSlice]:
-    """The slices that the cluster would write for a service: one for each selected pod.
+    """The EndpointSlices that the cluster would write for a service: one for each selected pod.
 
-    ``pods``: of the service's namespace.
+    ``pods``: all pods of the service's namespace.
     """
     if not service.selector:
         return
@@ -95,7 +95,7 @@ def _slices_of(service: Service, pods: Iterable[Pod]) -> Iterator[EndpointSlice]
 
 
 def _target(target: int | str, protocol: int, pod: Pod) -> int | None:
-    """The number of a target port at a pod; None where the pod declares no port of that name."""
+    """The port number of a service's ``targetPort`` at a pod; None if the pod declares no port by that name."""
     if isinstance(target, int):
         return target
     return next((one.port for one in pod.ports if (one.name, one.protocol) == (target, protocol)), None)

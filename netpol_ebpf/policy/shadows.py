@@ -5,8 +5,8 @@ The analysis is sound and not complete, as `netpol_ebpf.policy.coverage` is: a r
 state of the cluster's endpoints, so its removal changes no verdict; an unreported rule may still be unreachable.
 
 A rule is unreachable when another rule matches all its packets, comes before it for all endpoints of the policy, and
-either ends the evaluation or leaves the tier of both.  A Pass rule in an earlier tier prevents that proof: the packets
-that it matches go on to the next tier and never meet the rest of its own.
+either ends the evaluation or leaves the tier of both rules.  A Pass rule in an earlier tier can prevent that proof: the
+packets that the Pass rule matches continue in the next tier, and skip the rest of the Pass rule's tier.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ KUBERNETES = ("KubernetesNetworkPolicy", "StagedKubernetesNetworkPolicy")
 
 @dataclass(frozen=True, slots=True)
 class Shadow:
-    """An unreachable user rule. ``rule``: its first internal rule; ``causes``: the rules before it."""
+    """An unreachable user rule. ``rule``: its first internal rule. ``causes``: the earlier rules that cover it."""
 
     direction: Direction
     rule: Rule
@@ -33,9 +33,9 @@ class Shadow:
 
 @dataclass(frozen=True, slots=True)
 class _Before:
-    """A rule before another policy's rules, unless one of ``passes`` matches.
+    """A rule that every packet meets before another policy's rules, unless one of ``passes`` matches the packet.
 
-    Pass rules ahead of it in an earlier tier.
+    ``passes``: Pass rules before ``rule`` in the same tier, if that tier is earlier than the other policy's tier.
     """
 
     policy: Policy
@@ -44,7 +44,7 @@ class _Before:
 
 
 class Shadows:
-    """Finds the unreachable rules of a world. Cost of `of`: linear in the rules of all policies."""
+    """Finds the unreachable rules of a world's policies."""
 
     def __init__(self, world: World) -> None:
         by_tier: dict[str, list[Policy]] = defaultdict(list)
@@ -59,9 +59,10 @@ class Shadows:
         self._replaced = {policy.replaces for policy in world.policies.values() if policy.staged is not Staged.NO}
 
     def of(self, policy: Policy) -> Iterator[Shadow]:
-        """The unreachable user rules of a policy: those with only unreachable internal rules.
+        """The unreachable user rules of a policy. A user rule is unreachable if all its internal rules are.
 
-        The evaluation is the one that the policy takes part in, enforced or pending.
+        The evaluation is the one in which the policy takes part: enforced, or pending for a staged policy.  Cost:
+        linear in the rules of all policies.
         """
         for direction in policy.types:
             rules = policy.rules(direction)
@@ -81,7 +82,7 @@ class Shadows:
                     yield Shadow(direction, parts[0], tuple(found))
 
     def _earlier(self, policy: Policy, direction: Direction) -> Iterator[_Before]:
-        """Rules of other policies that precede this policy's rules at every endpoint that this policy selects."""
+        """Rules of other policies that precede the rules of ``policy`` at every endpoint that ``policy`` selects."""
         tier, passes = "", list[Rule]()
         for other in self._in_order:
             if other.key == policy.key:
@@ -98,9 +99,9 @@ class Shadows:
                     yield _Before(other, rule, tuple(passes))
 
     def _are_together(self, policy: Policy, other: Policy) -> bool:
-        """Whether an endpoint may have both policies in one rule list.
+        """Whether some endpoint may evaluate both policies, one after the other.
 
-        That of the enforced or, for a staged policy, of the pending evaluation.
+        The evaluation is the enforced one, or for a staged ``policy`` the pending one.
         """
         if (other.do_not_track, other.pre_dnat) != (policy.do_not_track, policy.pre_dnat):
             return False
@@ -110,9 +111,10 @@ class Shadows:
 
 
 def _precedes(policy: Policy, other: Policy) -> bool:
-    """Whether an earlier policy is in every rule list that this one is in.
+    """Whether ``other``, which is earlier in order, applies wherever ``policy`` applies.
 
-    Staged policies are not reported as causes, nor are Kubernetes policies, which have no order among each other.
+    False for staged policies, and for Kubernetes policies, which have no order among each other: neither is reported as
+    the reason why a rule is unreachable.
     """
     return (
         other.staged is Staged.NO

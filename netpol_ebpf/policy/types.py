@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The internal policy model: tiers of ordered policies with ordered rules, and the endpoints they act on.
+"""The internal policy model: tiers of ordered policies with ordered rules, and the endpoints to which they apply.
 
-Every policy kind a user can write (Kubernetes, Calico, SIG-network, staged) is translated into these types by
-`netpol_ebpf.policy.translate`; the reference model and the compiler read nothing else.
+`netpol_ebpf.policy.translate` translates every kind of policy (Kubernetes, Calico, SIG-network, staged) into these
+types.  The reference model and the compiler read only these types.
 
-Invariants: values are immutable and hashable; selectors are *effective* (namespace confinement, prefixes and inherited
-labels are already folded in, SEMANTICS 2.6), so a selector is evaluated on an owner's labels and needs no context.
-This module knows nothing of files, kinds' schemas, tables or the kernel.
+Invariants: values are immutable and hashable.  Selectors are *effective* (SEMANTICS 2.6): namespace confinement,
+prefixes and inherited labels are part of the selector, so that it is evaluated on an owner's labels alone.  This module
+must not depend on files, the schemas of kinds, tables or the kernel.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ TCP, UDP, SCTP, UDPLITE, ICMP, ICMPV6, IPIP = 6, 17, 132, 136, 1, 58, 4
 PORT_PROTOCOLS = frozenset({TCP, UDP, SCTP})
 """Protocols with ports that the dataplane parses and rules may match."""
 IPV6_HEADERS = frozenset({0, 43, 44, 51, 59, 60})
-"""Numbers that over IPv6 are no packet's protocol: hop-by-hop, routing, fragment, AH and destination options headers precede
-what the packet carries (docs/packet-parsing.md), and 59 says that it carries nothing.  Over IPv4 they are like any other."""
+"""Header numbers that are never the protocol of an IPv6 packet: extension headers, which precede the protocol's header
+(docs/packet-parsing.md), and 59, "no next header".  Over IPv4 these numbers are protocols like any other."""
 
 
 class Direction(enum.Enum):
-    """Direction in the policy's view: from the endpoint's side. The *hook* of a program is a different type."""
+    """Direction of a packet from the endpoint's view. The *hook* of a program is another type."""
 
     INGRESS = "ingress"
     EGRESS = "egress"
 
 
 class Action(enum.Enum):
-    """The action of a rule, or of the end of a tier."""
+    """The action of a rule, or the default action of a tier."""
 
     ALLOW = "allow"
     DENY = "deny"
@@ -52,7 +52,7 @@ class Action(enum.Enum):
 
 
 class Stage(enum.Enum):
-    """The list of an endpoint's policies that is evaluated. Workloads have NORMAL only; hosts have all four."""
+    """One of the policy lists of an endpoint. Workloads have NORMAL only; hosts have all four."""
 
     NORMAL = "normal"  # a workload's policy; a host's policy for local traffic (failsafes first)
     FORWARD = "forward"  # applyOnForward policies, for traffic through the host
@@ -62,7 +62,10 @@ class Stage(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class Ports:
-    """Numeric inclusive ranges OR names. Names resolve through the named ports of the entity's own side."""
+    """Ports on one side of a rule: a port matches if it is in one of ``ranges`` or one of ``names`` stands for it.
+
+    ``ranges``: (first, last), both included.  A name stands for the ports that owners of this side's address declare.
+    """
 
     ranges: tuple[tuple[int, int], ...] = ()
     names: tuple[str, ...] = ()
@@ -70,7 +73,7 @@ class Ports:
 
 @dataclass(frozen=True, slots=True)
 class IcmpType:
-    """ICMP (or ICMPv6, by the rule's protocol) type; ``code`` None: any."""
+    """An ICMP or ICMPv6 type, as the rule's protocol determines. ``code`` None: any code."""
 
     type: int
     code: int | None = None
@@ -78,7 +81,7 @@ class IcmpType:
 
 @dataclass(frozen=True, slots=True)
 class BackendMatch:
-    """Backends of a service; with ``match_ports`` the (address, protocol, port) triple must match, else the address."""
+    """Matches the backends of a service: by address, protocol and port with ``match_ports``, else by address alone."""
 
     namespace: str
     name: str
@@ -87,13 +90,12 @@ class BackendMatch:
 
 @dataclass(frozen=True, slots=True)
 class Entity:
-    """One side (source or destination) of a rule; all given parts are ANDed. None or () means no constraint.
+    """One side (source or destination) of a rule. All given fields must match; None or () means no constraint.
 
-    An address *matches a selector* when some endpoint or network set that owns or contains it has labels that match
-    (SEMANTICS 2.6 e); it matches ``not_selector`` when no owner's labels match it.  An entity never has both: beside a
-    selector, the negated part belongs to the selector's expression (2.6 c).  ``nodes`` is evaluated on the labels of
-    Node objects that own the address, and only on those.  ``impossible`` marks an entity that nothing matches (an
-    Accept rule with an unknown peer, an ipBlock that cannot be read).
+    ``selector`` must match the labels of some endpoint or network set that has or contains the address (SEMANTICS 2.6
+    e).  ``not_selector`` must match the labels of none of them.  An entity never has both: with a selector, the negated
+    selector is part of its expression (2.6 c).  ``nodes`` must match the labels of a Node that has the address.
+    ``impossible``: no address matches (the peer of an Accept rule is unknown, or an ipBlock is unreadable).
     """
 
     nets: tuple[IPNetwork, ...] = ()
@@ -116,12 +118,11 @@ ANY_ENTITY = Entity()
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """One internal rule.
+    """One internal rule. A user rule with several ports or peers may become several internal rules.
 
-    Several internal rules may come from one user rule (a port list, a peer list): they share ``index``. ``index``:
-    position in the user's own list for that direction, from 0.  ``protocol``/``not_protocol``: IANA numbers.
-    ``unsupported``: names the fields of the rule that this build does not support ("http", "domains"); such a rule
-    matches nothing (only Allow rules can have it, so this never widens access).
+    ``index``: position of the user rule in its policy's list for the direction, from 0.  ``protocol``,
+    ``not_protocol``: IANA numbers.  ``unsupported``: the fields of the user rule that are not supported ("http",
+    "domains"); such a rule matches nothing.  Only Allow rules can have unsupported fields, so this never widens access.
     """
 
     action: Action
@@ -139,9 +140,9 @@ class Rule:
 
 
 class ResourceKey(NamedTuple):
-    """Identifies an object by its kind; ``namespace`` is "" for cluster scope.
+    """Identifies an object by kind, namespace ("" for cluster scope) and name.
 
-    A tuple, since tables of thousands of objects use it as key.
+    A tuple, because tables with thousands of objects use it as key.
     """
 
     kind: str
@@ -153,9 +154,9 @@ class ResourceKey(NamedTuple):
 
 
 class PolicyKey(ResourceKey):
-    """Identifies a policy. ``kind`` disambiguates: KubernetesNetworkPolicy, NetworkPolicy (Calico), ...
+    """Identifies a policy.
 
-    Kinds: KubernetesNetworkPolicy, StagedKubernetesNetworkPolicy, NetworkPolicy, StagedNetworkPolicy,
+    Kinds: KubernetesNetworkPolicy, StagedKubernetesNetworkPolicy, NetworkPolicy (Calico's), StagedNetworkPolicy,
     GlobalNetworkPolicy, StagedGlobalNetworkPolicy, ClusterNetworkPolicy, AdminNetworkPolicy,
     BaselineAdminNetworkPolicy.
     """
@@ -173,10 +174,11 @@ class Staged(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """A policy of any kind. ``order`` is +inf when the user gave none; ties: the string ``name/namespace/kind``.
+    """A policy of any kind.
 
-    ``subject`` selects endpoints (workloads and hosts) by effective labels.  ``replaces``: for a staged policy, the key
-    of the enforced policy that it replaces in the pending evaluation.
+    ``order``: +inf if the user gave none; `sort_key` orders policies of equal order.  ``subject``: selects the
+    endpoints (workloads and hosts) by effective labels.  ``replaces``: for a staged policy, the key of the enforced
+    policy that it replaces in the pending evaluation.
     """
 
     key: PolicyKey
@@ -199,15 +201,16 @@ class Policy:
         return (self.order, f"{self.key.name}/{self.key.namespace}/{self.key.kind}")
 
     def rules(self, direction: Direction) -> tuple[Rule, ...]:
-        """The rule list of one direction."""
+        """The policy's ingress or egress rules, in order."""
         return self.ingress if direction is Direction.INGRESS else self.egress
 
 
 @dataclass(frozen=True, slots=True)
 class PolicyTier:
-    """A tier. ``exists`` is False for a tier that policies name but nobody created: sorted last, ends in deny.
+    """A tier.
 
-    ``follows``: the name of a tier of the same order; this tier comes directly after it, with no other tier in between.
+    ``exists``: False for a tier that policies name but that has no Tier object: it is evaluated last and ends in deny.
+    ``follows``: the name of a tier of the same order, directly after which this tier is evaluated.
     """
 
     name: str
@@ -218,23 +221,26 @@ class PolicyTier:
 
     @property
     def sort_key(self) -> tuple[bool, float, str, bool]:
-        """Existing tiers first, then order (nil last), then name.
+        """Position among the tiers: existing tiers first, then by order (a tier without order last), then by name.
 
-        A tier that follows another one uses the other's order and name.
+        A tier with ``follows`` has the position directly after that tier.
         """
         return (not self.exists, self.order, self.follows or self.name, bool(self.follows))
 
 
 @dataclass(frozen=True, slots=True)
 class ProfileRules:
-    """Rules that are evaluated when no tier decided; ``kns.<namespace>`` allows everything. A missing profile denies."""
+    """The rules of a profile, which are evaluated if no tier decided.
+
+    The profile ``kns.<namespace>`` allows everything.  A profile that an endpoint names and that does not exist denies.
+    """
 
     name: str
     ingress: tuple[Rule, ...] = ()
     egress: tuple[Rule, ...] = ()
 
     def rules(self, direction: Direction) -> tuple[Rule, ...]:
-        """The rule list of one direction."""
+        """The profile's ingress or egress rules, in order."""
         return self.ingress if direction is Direction.INGRESS else self.egress
 
 
@@ -264,9 +270,9 @@ class EndpointKey(ResourceKey):
 class Endpoint:
     """A workload or host endpoint with its *effective* labels (own, then inherited from its profiles).
 
-    ``addresses``: the addresses by which rules of other endpoints select it (a host without expectedIPs has none).
-    ``interface``: "*" for a wildcard host endpoint.  ``allowed_sources``: prefixes it may use as a source although it
-    does not own them.
+    ``addresses``: the addresses by which rules of other endpoints match it (a host without expectedIPs has none).
+    ``interface``: "*" for a wildcard host endpoint.  ``allowed_sources``: prefixes from which a workload may send
+    although the addresses are not its own.
     """
 
     key: EndpointKey
@@ -282,7 +288,7 @@ class Endpoint:
 
 @dataclass(frozen=True, slots=True)
 class LabelledNets:
-    """Nets with labels (a network set). ``key`` is ``namespace/name`` or ``name``."""
+    """A network set: nets with labels. ``key``: ``namespace/name``, or ``name`` for a GlobalNetworkSet."""
 
     key: str
     labels: Mapping[str, str] = field(hash=False)
@@ -291,7 +297,7 @@ class LabelledNets:
 
 @dataclass(frozen=True, slots=True)
 class ClusterNode:
-    """A node: its addresses, and its labels for ``Entity.nodes``."""
+    """A node: its addresses, and its labels, which `Entity.nodes` selects."""
 
     name: str
     labels: Mapping[str, str] = field(hash=False)
@@ -300,7 +306,7 @@ class ClusterNode:
 
 @dataclass(frozen=True, slots=True, order=True)
 class Backend:
-    """One backend of a service; ``port`` 0 when the slice names none (matches as an address only)."""
+    """One backend of a service. ``port``: 0 if its slice gives no port; then only the address can match."""
 
     address: IPAddress
     protocol: int
@@ -309,7 +315,7 @@ class Backend:
 
 @dataclass(frozen=True, slots=True)
 class ServiceBackends:
-    """Backends of a service, from all its slices."""
+    """The backends of a service, from all its EndpointSlices."""
 
     namespace: str
     name: str
@@ -318,9 +324,10 @@ class ServiceBackends:
 
 @dataclass(frozen=True, slots=True, order=True)
 class VipKey:
-    """The address of a service, or for node ports each address of a node (``address`` None).
+    """A destination that nodes translate: a service's address and port, or a port of the nodes.
 
-    ``node``: the node that translates it, "": every node.
+    ``address`` None: every address of the node (node ports, host ports).  ``node``: the name of the only node that
+    translates this destination; "": every node does.
     """
 
     address: IPAddress | None
@@ -331,7 +338,7 @@ class VipKey:
 
 @dataclass(frozen=True, slots=True)
 class Vip:
-    """An address and port that a node translates, with the backends of all services that have it."""
+    """A destination that nodes translate, with the backends of all services that have this address and port."""
 
     key: VipKey
     backends: frozenset[tuple[IPAddress, int]] = frozenset()
@@ -339,7 +346,7 @@ class Vip:
 
 @dataclass(frozen=True, slots=True)
 class Failsafe:
-    """A port that host policy never blocks for local traffic; ``net`` None: any remote address."""
+    """A port that host policy never blocks for the host's own processes. ``net`` None: for any remote address."""
 
     protocol: int
     port: int
@@ -357,36 +364,36 @@ FAILSAFE_OUTBOUND = (
 
 
 class Tunnel(NamedTuple):
-    """Encapsulation by which the nodes carry each other's packets. ``port``: of UDP, 0 for a protocol without ports."""
+    """An encapsulation in which nodes send packets to each other. ``port``: UDP port, 0 if ``protocol`` is not UDP."""
 
     protocol: int
     port: int = 0
 
     @property
     def number(self) -> int:
-        """Protocol and port as one number, by which a `Cause` names the tunnel."""
+        """Protocol and port in one number: the ``index`` of a `Cause` of kind TUNNEL."""
         return self.protocol << 16 | self.port
 
     @classmethod
     def of_number(cls, number: int) -> Tunnel:
-        """The tunnel with a number."""
+        """The tunnel with this ``number``, as the property `number` encodes it."""
         return cls(number >> 16, number & 0xFFFF)
 
     def carries(self, packet: Packet) -> bool:
-        """Whether a packet has this encapsulation."""
+        """Whether ``packet``, by its protocol and destination port, has this encapsulation."""
         port = packet.destination_port if packet.protocol in PORT_PROTOCOLS else 0
         return (self.protocol, self.port) == (packet.protocol, port)
 
 
 TUNNELS = frozenset({Tunnel(IPIP), Tunnel(UDP, 4789), Tunnel(UDP, 51820), Tunnel(UDP, 51821)})
-"""IPIP, VXLAN, WireGuard and WireGuard of IPv6 with the ports that they have by default (SEMANTICS 4.7)."""
+"""IPIP, VXLAN, WireGuard over IPv4 and WireGuard over IPv6, with their default ports (SEMANTICS 4.7)."""
 
 
 @dataclass(frozen=True, slots=True)
 class PolicySettings:
     """Cluster-wide settings that change verdicts (SEMANTICS 4.5 to 4.7).
 
-    ``node_failsafes``: by node and direction, a list that replaces the cluster's on that node.  ``tunnels``:
+    ``node_failsafes``: by node and direction, a list that replaces the cluster's list on this node.  ``tunnels``:
     encapsulations that host endpoint policy never blocks between the addresses of known nodes.
     """
 
@@ -404,7 +411,7 @@ class PolicySettings:
 
 @dataclass(slots=True)
 class World:
-    """The input of the engines: the internal objects of one cluster state. Mutable; owned by its maker."""
+    """The input of the engines: the internal objects of one cluster state. Only its creator may change it."""
 
     tiers: dict[str, PolicyTier] = field(default_factory=dict)
     policies: dict[PolicyKey, Policy] = field(default_factory=dict)
@@ -417,7 +424,7 @@ class World:
     settings: PolicySettings = field(default_factory=PolicySettings)
 
     def sorted_tiers(self) -> Iterator[PolicyTier]:
-        """Tiers in evaluation order, missing ones (named by a policy only) last."""
+        """The tiers in evaluation order, with tiers that policies name but that do not exist at the end."""
         missing = {policy.tier for policy in self.policies.values()} - self.tiers.keys()
         tiers = [*self.tiers.values(), *(PolicyTier(name, exists=False) for name in missing)]
         return iter(sorted(tiers, key=lambda tier: tier.sort_key))
@@ -425,9 +432,9 @@ class World:
 
 @dataclass(slots=True)
 class Changes:
-    """Changes of internal objects: the new object, or None for a removed one. The tables have `World`'s names and keys.
+    """Changes of a `World`: by key the new object, or None for a removed object. The fields are named as in `World`.
 
-    ``settings``: None when they did not change.
+    ``settings``: None if they did not change.
     """
 
     tiers: dict[str, PolicyTier | None] = field(default_factory=dict)
@@ -473,10 +480,11 @@ def _apply(changes: Mapping[K, V | None], table: dict[K, V]) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Packet:
-    """The first packet of a connection, as policy sees it. For ICMP, ports are 0 and type/code are given.
+    """The first packet of a connection: the fields that policy can match.
 
-    Addresses are of one family.  ``protocol``: IANA number, over IPv6 none of `IPV6_HEADERS`.  Ports are 0 for protocols without ports; type and code are 0
-    for all but ICMP over IPv4 and ICMPv6 over IPv6 (the other two combinations are not ICMP to the kernel).
+    Both addresses have the same family.  ``protocol``: IANA number, over IPv6 none of `IPV6_HEADERS`.  Ports are 0 for
+    protocols without ports.  ``icmp_type`` and ``icmp_code`` are 0 except for ICMP over IPv4 and ICMPv6 over IPv6 (ICMP
+    over IPv6 and ICMPv6 over IPv4 are not ICMP to the kernel).
     """
 
     source: IPAddress
@@ -489,7 +497,7 @@ class Packet:
 
 
 class Outcome(enum.Enum):
-    """The decision of policy on a packet. CONTINUE comes only from stages that never drop by default."""
+    """A verdict without its cause. CONTINUE: the stage decides nothing; only stages without default drop have it."""
 
     ALLOW = "allow"
     DENY = "deny"
@@ -497,7 +505,7 @@ class Outcome(enum.Enum):
 
 
 class CauseKind(enum.Enum):
-    """The kind of object that decided."""
+    """The kind of object that made a verdict."""
 
     RULE = "rule"  # tier, policy, index
     TIER_END = "end of tier"  # tier (policy: the last policy of the tier that applied)
@@ -509,10 +517,10 @@ class CauseKind(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class Cause:
-    """The rule or other object that made a verdict. ``index`` is -1 where no rule did (end of tier, no match).
+    """The rule or other object that made a verdict. ``index``: -1 if no rule made it (end of tier, no match).
 
-    At the end of a tier ``policy`` is the last applying policy of that tier in evaluation order.  MATCHING.md beside
-    this module defines the fields of each kind of cause exactly: engines must produce identical causes.
+    For an end of tier, ``policy`` is the last policy of the tier that applies, in evaluation order.  MATCHING.md in
+    this directory defines the fields for each kind of cause: engines must produce identical causes.
     """
 
     kind: CauseKind
@@ -535,11 +543,11 @@ class Cause:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """An engine's answer for one endpoint, direction, stage and packet.
+    """An engine's decision on one `Question`: the enforced and the pending evaluation.
 
-    ``logs``: the causes of Log rules that matched before the verdict, in order (of the enforced evaluation).
-    ``staged_outcome``/``staged_cause``: the pending evaluation, in which staged policies take part; equal to the
-    enforced pair where nothing is staged.
+    ``logs``: the causes of Log rules that matched before the enforced verdict, in order.  ``staged_outcome``,
+    ``staged_cause``: the result of the pending evaluation, in which staged policies take part; without staged policies
+    the same as ``outcome`` and ``cause``.
     """
 
     outcome: Outcome
@@ -551,7 +559,7 @@ class Verdict:
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """The input of an engine: one endpoint, direction, stage and packet."""
+    """What an engine decides with a `Verdict`: one packet at one endpoint, in one direction and stage."""
 
     endpoint: EndpointKey
     direction: Direction

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From the resources users write to the internal policy model: one module for each family, and `Derivation` over all.
+"""Translates the resources that users write into the internal policy model.
+
+One module translates each family of kinds; `Derivation` uses them all.
 
 Public: `Derivation`, `derive`, `ResourceKey`, `key_of`.
 """

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Calico policies, tiers and profiles: composition of effective selectors exactly as SEMANTICS 2.6, quirks included.
 
-Invariant: one internal rule for each rule of the user, in the user's order.  A rule with ``http`` or ``domains`` is marked
-unsupported and so matches nothing; such rules are Allow rules, hence nothing is ever widened by that.
+Invariant: each user rule becomes one internal rule, in the user's order.  A rule with ``http`` or ``domains`` is marked
+unsupported and so matches nothing; only Allow rules can have these fields, so the mark never widens access.
 """
 
 from __future__ import annotations
@@ -44,8 +44,9 @@ from netpol_ebpf.resources.types import CalicoPolicySpec, CalicoRule, EntityRule
 from netpol_ebpf.selector import EVERYTHING, Selector, all_of, is_in, negate
 
 UNORDERED_TIER = 1_000_000.0
-"""The order of a user's tier without one: the value that Calico stores, although its documentation says last (SEMANTICS
-1.8).
+"""The order of a user's tier that gives no order: the value that Calico stores.
+
+Calico's documentation says that such a tier is last, which differs (SEMANTICS 1.8).
 """
 
 _DIRECTIONS = {"Ingress": Direction.INGRESS, "Egress": Direction.EGRESS}
@@ -56,12 +57,15 @@ StagedPolicy = Union[resources.StagedNetworkPolicy, resources.StagedGlobalNetwor
 
 
 def translate_policy(key: PolicyKey, policy: EnforcedPolicy) -> Policy:
-    """NetworkPolicy or GlobalNetworkPolicy."""
+    """Translate a Calico NetworkPolicy or GlobalNetworkPolicy."""
     return _policy(key, policy.meta, policy.spec, Staged.NO, None)
 
 
 def translate_staged_policy(key: PolicyKey, policy: StagedPolicy) -> Policy | None:
-    """StagedNetworkPolicy or StagedGlobalNetworkPolicy; None for Learn and Ignore, which take part in no evaluation."""
+    """Translate a StagedNetworkPolicy or StagedGlobalNetworkPolicy.
+
+    None if its stagedAction is Learn or Ignore: the policy then takes part in no evaluation.
+    """
     replaces = enforced_key(key)
     if policy.staged_action == "Delete":
         return _policy(key, policy.meta, policy.spec, Staged.DELETE, replaces)
@@ -71,7 +75,7 @@ def translate_staged_policy(key: PolicyKey, policy: StagedPolicy) -> Policy | No
 
 
 def translate_tier(tier: resources.Tier) -> PolicyTier:
-    """A user's tier."""
+    """Translate a Tier object."""
     return PolicyTier(
         name=tier.meta.name,
         order=UNORDERED_TIER if tier.order is None else tier.order,
@@ -80,7 +84,7 @@ def translate_tier(tier: resources.Tier) -> PolicyTier:
 
 
 def translate_profile(profile: resources.Profile) -> ProfileRules:
-    """A user's profile; its rules are read as those of a global policy."""
+    """Translate a Profile object. Its rules mean the same as rules of a GlobalNetworkPolicy."""
     return ProfileRules(
         name=profile.meta.name,
         ingress=tuple(_rules(profile.ingress, "", Direction.INGRESS)),
@@ -111,9 +115,9 @@ def _policy(
 def _subject(spec: CalicoPolicySpec, namespace: str) -> Selector:
     """The effective subject selector (SEMANTICS 2.6 a).
 
-    Calico joins a global policy's selectors to one text and replaces each all() in it, so all() in the policy's own
-    selector changes as well.  An absent selector is no part of that text: a negative namespaceSelector or
-    serviceAccountSelector then also selects endpoints without a namespace or an account.
+    Calico joins the selectors of a global policy to one text and rewrites each all() in the text.  So an all() in
+    ``selector`` is rewritten as well.  An absent selector is not part of the text: then a negative namespaceSelector or
+    serviceAccountSelector also selects endpoints without a namespace or without a service account.
     """
     if namespace:
         accounts = () if spec.service_account_selector is None else (spec.service_account_selector,)
@@ -149,9 +153,10 @@ def _rules(rules: tuple[CalicoRule, ...], namespace: str, direction: Direction) 
 
 
 def _unsupported(rule: CalicoRule) -> str:
-    """Fields of the rule that no engine supports.
+    """The names of the rule's fields that no engine supports, comma-separated; "" if there are none.
 
-    Called for Allow rules only: a rule with another action must match everything that it says.
+    Must be called for Allow rules only: a rule with unsupported fields matches nothing, which would widen access if the
+    rule denied or passed.
     """
     needs = []
     if rule.http is not None:
@@ -162,7 +167,10 @@ def _unsupported(rule: CalicoRule) -> str:
 
 
 def _ip_version(rule: CalicoRule) -> int | None:
-    """The one IP family of the rule (SEMANTICS 1.4): from its ipVersion, or from its CIDRs, negated ones too."""
+    """The only IP version that the rule matches (SEMANTICS 1.4); None: both versions.
+
+    It is the rule's ipVersion, else the version of its nets and notNets if all have the same version.
+    """
     if rule.ip_version is not None:
         return rule.ip_version
     nets = (*rule.source.nets, *rule.source.not_nets, *rule.destination.nets, *rule.destination.not_nets)
@@ -171,13 +179,16 @@ def _ip_version(rule: CalicoRule) -> int | None:
 
 
 def _entity(entity: EntityRule, namespace: str, *, service_ports: bool) -> Entity:
-    """One side of a rule. ``namespace``: that of the policy, "" for a global one."""
+    """Translate one side (source or destination) of a rule.
+
+    ``namespace``: the policy's namespace, "" for a global policy.  ``service_ports``: see `BackendMatch`.
+    """
     service = None
     if entity.services is not None:
         service = BackendMatch(entity.services.namespace, entity.services.name, service_ports)
     selector, not_selector = _positive_selector(entity, namespace), entity.not_selector
     if selector is not None and not_selector is not None:
-        # SEMANTICS 2.6 c: one owner of the address has to match the one and not the other.
+        # SEMANTICS 2.6 c: one owner of the address must match selector and not match not_selector.
         selector, not_selector = all_of(selector, negate(not_selector)), None
     return Entity(
         nets=entity.nets,
@@ -193,7 +204,8 @@ def _entity(entity: EntityRule, namespace: str, *, service_ports: bool) -> Entit
 def _positive_selector(entity: EntityRule, namespace: str) -> Selector | None:
     """The effective positive selector (SEMANTICS 2.6 b).
 
-    ``not_selector`` is not prefixed (2.6 c), but confines the positive side of a namespaced policy.
+    ``notSelector`` gets no prefix (2.6 c), but its presence confines the positive selector of a namespaced policy to
+    the policy's namespace.
     """
     parts: list[Selector] = []
     if entity.service_accounts is not None:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The building blocks of effective selectors for all kinds: well-known labels, prefixes, selector and port forms.
 
-Invariant: the result needs no context any more; an effective selector is evaluated on an owner's labels alone
-(SEMANTICS 2.5, 2.6).  The module of each kind decides which parts it combines.
+Invariant: an effective selector is evaluated on an owner's labels alone, without the policy's namespace or kind
+(SEMANTICS 2.5, 2.6).  The modules of the kinds decide which building blocks they combine.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ NAMESPACE = "projectcalico.org/namespace"
 ORCHESTRATOR = "projectcalico.org/orchestrator"
 SERVICE_ACCOUNT = "projectcalico.org/serviceaccount"
 NAME = "projectcalico.org/name"
-"""Label that is inherited with a prefix: the name of the namespace or of the service account."""
+"""Label of a namespace or service account with its name; endpoints inherit the label with a prefix."""
 
 MAX_PORT = 65535
 
@@ -29,11 +29,11 @@ HAS_NAMESPACE = has(NAMESPACE)
 NO_NAMESPACE = negate(HAS_NAMESPACE)
 HAS_SERVICE_ACCOUNT = has(SERVICE_ACCOUNT)
 IS_POD = equals(ORCHESTRATOR, "k8s")
-"""Confines Kubernetes' own selectors, so that they never match network sets, hosts and foreign workloads."""
+"""Confines selectors of Kubernetes policies to pods, so that they match no network set, host or foreign workload."""
 
 
 def enforced_key(staged: PolicyKey) -> PolicyKey:
-    """The key of the enforced policy that a staged one replaces: same name, kind without ``Staged``."""
+    """The key of the enforced policy that a staged policy replaces: same name, kind without ``Staged``."""
     return PolicyKey(staged.kind.removeprefix("Staged"), staged.namespace, staged.name)
 
 
@@ -43,7 +43,7 @@ def in_namespace(namespace: str) -> Selector:
 
 
 def from_label_selector(selector: LabelSelector) -> Selector:
-    """A Kubernetes label selector; empty is ``all()``."""
+    """The selector equivalent to a Kubernetes label selector; an empty label selector is ``all()``."""
     terms = [equals(key, selector.match_labels[key]) for key in sorted(selector.match_labels)]
     terms += [_from_requirement(requirement) for requirement in selector.match_expressions]
     return all_of(*terms) if terms else EVERYTHING
@@ -68,19 +68,25 @@ def namespace_selector(selector: Selector) -> Selector:
 
 
 def service_account_selector(selector: Selector) -> Selector:
-    """A selector of service-account labels, rewritten likewise; each ``all()`` becomes "has a service account"."""
+    """A selector of service-account labels, rewritten for the inherited labels of endpoints.
+
+    Each ``all()`` becomes "has a service account".
+    """
     return selector.prefixed(SERVICE_ACCOUNT_PREFIX).with_all_as(HAS_SERVICE_ACCOUNT)
 
 
 def pods(namespaces: Selector, pod_selector: LabelSelector | None) -> Selector:
-    """Selects the matching Kubernetes pods in ``namespaces`` (an effective selector); None and empty: all pods there."""
+    """Selects Kubernetes pods that ``pod_selector`` matches, in the namespaces that ``namespaces`` matches.
+
+    ``namespaces``: an effective selector.  ``pod_selector`` None or empty: all pods of these namespaces.
+    """
     if pod_selector is None or pod_selector == LabelSelector():
         return all_of(IS_POD, namespaces)
     return all_of(IS_POD, namespaces, from_label_selector(pod_selector))
 
 
 def merged_ranges(ranges: Iterable[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
-    """Ranges, sorted, with overlapping and adjacent ones merged."""
+    """The ranges in ascending order, overlapping and adjacent ranges merged."""
     merged: list[tuple[int, int]] = []
     for first, last in sorted(ranges):
         if merged and first <= merged[-1][1] + 1:
@@ -91,6 +97,6 @@ def merged_ranges(ranges: Iterable[tuple[int, int]]) -> tuple[tuple[int, int], .
 
 
 def make_ports(ranges: Iterable[tuple[int, int]], names: Iterable[str]) -> Ports:
-    """Ports in canonical form, so that equal meanings are equal values. A range beyond port 65535 is cut there."""
+    """Ports in canonical form: sets of equal ports are equal values. A range beyond port 65535 ends at 65535."""
     clipped = ((first, min(last, MAX_PORT)) for first, last in ranges)
     return Ports(ranges=merged_ranges(clipped), names=tuple(sorted(set(names))))

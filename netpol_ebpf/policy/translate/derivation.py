@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The incremental translation of a cluster's resources into a `World`.
 
-Invariants: state, not history: after any sequence of calls the world is that of the present resources, whatever their
-order of arrival.  Cost of a call: its effects (the object, the heirs of a profile with changed labels, the slices of
-one service), never the cluster.  An object that is derived equal to before is not a change.
+Invariants: the world depends on the present resources alone, not on the order in which they came and went.  A call
+costs as much as it changes (the object, the heirs of a profile with changed labels, the slices of one service),
+whatever the size of the cluster.  An internal object that is equal to the previous one is not a change.
 """
 
 from __future__ import annotations
@@ -44,14 +44,15 @@ R = TypeVar("R")
 
 @dataclass(frozen=True, slots=True)
 class TranslatedKind:
-    """One kind of object: its names, and its part in a `World`.
+    """The translation of one kind of resource into objects of a `World`.
 
-    ``resource``: the type that its parser makes; its API names, parser and scope are in
-    `netpol_ebpf.resources.load.KINDS`, which imports nothing of policy.  ``name``: the kind in the keys of its objects;
-    ``cluster_name``: the same for objects without a namespace, where that is another kind. ``derive``: brings the world
-    in line with one changed object: (derivation, key, old object, new object); None: absent. ``policy``, ``endpoint``:
-    the translation of an object that is a policy or an endpoint. ``profiles``: the profiles from which an object
-    inherits labels.  ``related_keys``: the namespace label keys that a policy depends on.
+    ``resource``: the type of the parsed resource (`netpol_ebpf.resources.load.KINDS` has the API names and parsers).
+    ``name``: the kind in the `ResourceKey` of a resource.
+    ``cluster_name``: the kind for resources without a namespace, if it differs.
+    ``derive``: updates the world for one changed resource: (derivation, key, old resource, new resource), None: absent.
+    ``policy``, ``endpoint``: translate a resource that is a policy or an endpoint.
+    ``profiles``: the profiles from which a resource inherits labels.
+    ``related_keys``: the namespace label keys with values on which a policy's translation depends.
     """
 
     resource: type[Resource]
@@ -67,12 +68,12 @@ class TranslatedKind:
 def _alone(
     translate: Callable[[PolicyKey, R], Policy | None],
 ) -> Callable[[PolicyKey, R, signetwork.DistinctValues], Policy | None]:
-    """The translation of a policy that does not depend on namespace labels."""
+    """Wrap the translation of policies that do not depend on namespace labels, for `TranslatedKind.policy`."""
     return lambda key, policy, _: translate(key, policy)
 
 
 _CONTROLLERS = ResourceKey("KubeControllersConfiguration", "", DEFAULT)
-"""The name of the only KubeControllersConfiguration that counts."""
+"""The key of the only KubeControllersConfiguration that is used."""
 
 BUILT_IN_TIERS: Mapping[str, PolicyTier] = {
     tier.name: tier
@@ -95,7 +96,7 @@ def key_of(resource: Resource) -> ResourceKey:
 
 
 def derive(objects: Iterable[Resource], settings: PolicySettings | None = None) -> World:
-    """The world of these resources; of two with one key the later counts."""
+    """The world of ``objects``. Of two resources with the same key the later one is used."""
     derivation = Derivation(settings)
     for resource in objects:
         derivation.upsert(resource)
@@ -103,9 +104,9 @@ def derive(objects: Iterable[Resource], settings: PolicySettings | None = None) 
 
 
 class Derivation:
-    """Stores resources and keeps ``world`` their translation.
+    """Stores resources, and translates each change of them into a change of ``world``.
 
-    ``world`` is read-only for callers; it changes with each call.
+    ``world`` is read-only for callers.  `upsert`, `remove` and `set_tunnels` change it.
     """
 
     def __init__(self, settings: PolicySettings | None = None) -> None:
@@ -118,29 +119,32 @@ class Derivation:
         self._profile_labels: dict[str, Mapping[str, str]] = {}
         self._heirs: defaultdict[str, set[ResourceKey]] = defaultdict(set)
         self._slices: defaultdict[tuple[str, str], dict[ResourceKey, frozenset[Backend]]] = defaultdict(dict)
-        self._vips: defaultdict[VipKey, dict[ResourceKey, Vip]] = defaultdict(dict)  # by whose they are
+        self._vips: defaultdict[VipKey, dict[ResourceKey, Vip]] = defaultdict(dict)  # by the resource that has them
         self._namespace_values: dict[tuple[str, ...], Counter[signetwork.LabelValues]] = {}
         self._related: defaultdict[tuple[str, ...], set[ResourceKey]] = defaultdict(set)
         self._configurations: dict[str, api.FelixConfiguration] = {}
-        self._automatic: defaultdict[EndpointKey, dict[str, Endpoint]] = defaultdict(dict)  # by the node they are of
+        self._automatic: defaultdict[EndpointKey, dict[str, Endpoint]] = defaultdict(dict)  # by the name of their node
         self._automatic_of: dict[str, tuple[EndpointKey, ...]] = {}
         self._derive_profile(endpoints.DEFAULT_ALLOW)
 
     def upsert(self, resource: Resource, key: ResourceKey | None = None) -> None:
-        """Add a resource, or replace the one with its key. ``key``: that key object, if the caller has one to share."""
+        """Add a resource, or replace the resource with the same key.
+
+        ``key``: the resource's key, if the caller has it already; sharing the key object saves memory.
+        """
         key = key_of(resource) if key is None else key
         old = self._resources.get(key)
         self._resources[key] = resource
         self._derive(key, old, resource)
 
     def remove(self, kind: str, namespace: str, name: str) -> None:
-        """Remove a resource; an unknown one is no change. ``kind`` as in `ResourceKey`."""
+        """Remove a resource. Without such a resource, nothing changes. ``kind``: as in `ResourceKey`."""
         old = self._resources.pop(ResourceKey(kind, namespace, name), None)
         if old is not None:
             self._derive(key_of(old), old, None)
 
     def get(self, key: ResourceKey) -> Resource | None:
-        """The resource with a key."""
+        """The resource with this key, or None."""
         return self._resources.get(key)
 
     def resources(self) -> Collection[Resource]:
@@ -149,16 +153,16 @@ class Derivation:
 
     @property
     def is_changed(self) -> bool:
-        """Whether `take_changes` would return something."""
+        """Whether ``world`` changed since the last call of `take_changes`."""
         return bool(self._changes)
 
     def set_tunnels(self, tunnels: Iterable[Tunnel]) -> None:
-        """Set the encapsulations by which nodes carry each other's packets, in place of earlier ones."""
+        """Replace the set of encapsulations in which nodes send each other packets."""
         self._given = replace(self._given, tunnels=frozenset(tunnels))
         self._derive_settings()
 
     def take_changes(self) -> Changes:
-        """The changes of ``world`` since the last call (at first: everything, built-in objects too)."""
+        """Return the changes of ``world`` since the last call; on the first call all objects, also built-in ones."""
         changes, self._changes = self._changes, Changes()
         return changes
 
@@ -170,7 +174,7 @@ class Derivation:
         self.kinds[type(resource)].derive(self, key, old, new)
 
     def _derive_owner(self, key: ResourceKey, old: Resource | None, new: Resource | None) -> None:
-        """Update an endpoint or a network set."""
+        """Update the endpoint or network set of one changed resource."""
         self._inherit(key, old, new)
         self._derive_heir(key)
         self._share_vips(key, endpoints.host_ports(old), endpoints.host_ports(new))
@@ -259,13 +263,16 @@ class Derivation:
             self._derive_vips(name, self._resources.get(ResourceKey("Service", *name)))
 
     def _derive_vips(self, name: tuple[str, str], old: Resource | None) -> None:
-        """Update the addresses of one service, which other services may share; ``old``: its earlier state."""
+        """Update the addresses of one service, which other services may share.
+
+        ``name``: namespace and name of the service.  ``old``: the Service before the change, None: absent.
+        """
         owner = ResourceKey("Service", *name)
         slices = [self._resources[key] for key in self._slices.get(name, ())]
         self._share_vips(owner, endpoints.vips(old, ()), endpoints.vips(self._resources.get(owner), slices))
 
     def _share_vips(self, owner: ResourceKey, old: Iterable[Vip], new: Iterable[Vip]) -> None:
-        """Update the service addresses of ``owner``, which others may share; ``old``: its earlier addresses."""
+        """Replace the service addresses of ``owner``: ``old`` by ``new``. Other owners may share an address."""
         wanted = {vip.key: vip for vip in new}
         for key in {vip.key for vip in old} | wanted.keys():
             if key in wanted:
@@ -281,7 +288,7 @@ class Derivation:
     # --- inheritance ----------------------------------------------------------------------------------------------------
 
     def _inherit(self, key: ResourceKey, old: Resource | None, new: Resource | None) -> None:
-        """Record the profiles from which a resource inherits labels."""
+        """Record the profiles from which the resource ``new`` inherits labels, in place of those of ``old``."""
         for profile in self._profiles_of(old):
             self._heirs[profile].discard(key)
             if not self._heirs[profile]:
@@ -305,7 +312,7 @@ class Derivation:
         translate = None if resource is None else self.kinds[type(resource)].endpoint
         if translate is not None:
             endpoint = translate(key, resource, self._labels_of)
-        elif key in self._automatic:  # one that is written takes its place; of two nodes' the first one's counts
+        elif key in self._automatic:  # unless a user's resource has the key; of several nodes, the first by name
             endpoint = min(self._automatic[key].items())[1]
         _put(self.world.endpoints, self._changes.endpoints, key, endpoint)
 
@@ -325,7 +332,11 @@ class Derivation:
             self._derive_heir(key)
 
     def _profile(self, name: str) -> tuple[ProfileRules | None, Mapping[str, str]]:
-        """The profile of a name: the built-in one, else that of a namespace or account, else a Profile object."""
+        """The rules of the profile ``name``, and the labels that endpoints inherit from it.
+
+        A profile is built in, or belongs to a namespace or service account, or is a Profile object, in this order of
+        precedence.  The rules are None if the profile does not exist.
+        """
         if name == endpoints.DEFAULT_ALLOW:
             return endpoints.allow_all(name), {}
         derived = self._profile_source(name)
@@ -344,14 +355,14 @@ class Derivation:
         if family == "kns":
             return self._resources.get(ResourceKey("Namespace", "", rest))
         if family == "ksa":
-            namespace, _, account = rest.partition(".")  # a namespace's name has no dots, an account's may
+            namespace, _, account = rest.partition(".")  # only the account's name can contain dots
             return self._resources.get(ResourceKey("ServiceAccount", namespace, account))
         return None
 
     # --- policies that compare namespaces -------------------------------------------------------------------------------
 
     def _relate(self, key: ResourceKey, old: Resource | None, new: Resource | None) -> None:
-        """Record the namespace label keys that a policy depends on, and count their values from then on."""
+        """Record the namespace label keys on which a policy depends, and count their values from then on."""
         for keys in self._related_keys(old):
             self._related[keys].discard(key)
         for keys in self._related_keys(new):
@@ -367,9 +378,9 @@ class Derivation:
         return frozenset() if resource is None else self.kinds[type(resource)].related_keys(resource)
 
     def _count_values(self, old: api.Namespace | None, new: api.Namespace | None) -> None:
-        """Update the counts of label values over namespaces.
+        """Update the counts of label values for one changed namespace.
 
-        Derive policies again that depend on a changed set of values.
+        If the set of values changed, translate the policies that depend on it again.
         """
         for keys, counts in self._namespace_values.items():
             before = set(counts)
@@ -450,7 +461,7 @@ class Derivation:
             ),
         )
     }  # fmt: skip
-    """Every kind that takes part in policy, by the type that its parser makes. A new kind is one entry."""
+    """Every kind that is translated, by the type of its parsed resources. To add a kind, add one entry here."""
 
 
 def _values(namespace: api.Namespace, keys: tuple[str, ...]) -> signetwork.LabelValues:
@@ -458,7 +469,7 @@ def _values(namespace: api.Namespace, keys: tuple[str, ...]) -> signetwork.Label
 
 
 def _put(table: dict[K, V], changes: dict[K, V | None], key: K, value: V | None) -> None:
-    """Write one object of the world, or remove it (None), and record a change."""
+    """Write one object of the world, or remove it (``value`` None), and record the change if there is one."""
     if table.get(key) != value:
         changes[key] = value
     if value is None:

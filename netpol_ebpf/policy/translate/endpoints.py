@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Endpoints, network sets, nodes, services, and the profiles of namespaces and service accounts (SEMANTICS 1.3).
 
-Invariants: labels are effective: own labels first, then those inherited from the profiles in their order; a tenant's
-label never replaces an inherited one.  A host-network or finished pod is no endpoint.
+Invariants: labels are effective: the object's own labels, then labels inherited from its profiles, earlier profiles
+first.  An own label cannot replace the inherited labels of a namespace or service account: their prefixes are reserved.
+A pod in the host's network, or a finished pod, is no endpoint.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ from netpol_ebpf.resources.sharing import REMEMBERED, share_texts
 HOST_ENDPOINT = "HostEndpoint"
 
 ProfileLabels = Callable[[str], Mapping[str, str]]
-"""The labels that heirs of a profile inherit; none for a missing profile."""
+"""From the name of a profile to the labels that endpoints inherit from it; no labels for a missing profile."""
 
 _ALLOW = (Rule(Action.ALLOW, 0),)
 
@@ -49,7 +50,7 @@ DEFAULT_ALLOW = "projectcalico-default-allow"
 
 
 def allow_all(name: str) -> ProfileRules:
-    """A profile that allows everything: the profile of a namespace."""
+    """A profile with this name that allows everything, as the profile of a namespace does."""
     return ProfileRules(name, _ALLOW, _ALLOW)
 
 
@@ -90,7 +91,7 @@ def _profiles(namespace: str, service_account: str) -> tuple[str, ...]:
 
 
 def pod_endpoint(key: EndpointKey, pod: resources.Pod, labels_of: ProfileLabels) -> Endpoint | None:
-    """The workload endpoint of a pod; None for a pod of the host's network and for one that has ended."""
+    """The workload endpoint of a pod; None for a pod in the host's network and for a finished pod."""
     if pod.host_network or pod.finished:
         return None
     profiles = pod_profiles(pod)
@@ -147,12 +148,12 @@ def host_endpoint(key: EndpointKey, host: resources.HostEndpoint, labels_of: Pro
 
 
 def network_set_profiles(network_set: resources.NetworkSet) -> tuple[str, ...]:
-    """The namespace's profile; none for a global set."""
+    """The profiles from which a network set inherits labels: that of its namespace; none for a GlobalNetworkSet."""
     return (namespace_profile(network_set.meta.namespace),) if network_set.meta.namespace else ()
 
 
 def network_set(resource: resources.NetworkSet, labels_of: ProfileLabels) -> LabelledNets:
-    """The labelled nets of a NetworkSet or (without namespace) a GlobalNetworkSet."""
+    """The labelled nets of a NetworkSet, or of a GlobalNetworkSet (without a namespace)."""
     meta = resource.meta
     own = _without_reserved(meta.labels)
     if meta.namespace:
@@ -165,17 +166,20 @@ def network_set(resource: resources.NetworkSet, labels_of: ProfileLabels) -> Lab
 
 
 def network_set_key(namespace: str, name: str) -> str:
-    """`LabelledNets.key`."""
+    """The key of a network set: see `LabelledNets.key`."""
     return f"{namespace}/{name}" if namespace else name
 
 
 def node(resource: resources.Node) -> ClusterNode:
-    """The `ClusterNode` of a Node; only peers that select nodes use its labels."""
+    """The `ClusterNode` of a Node object. Only peers that select nodes use its labels."""
     return ClusterNode(resource.meta.name, dict(resource.meta.labels), resource.addresses)
 
 
 def backends(endpoint_slice: resources.EndpointSlice) -> frozenset[Backend]:
-    """Each address with each numbered port; an address without any port is a backend by address alone."""
+    """The backends of an EndpointSlice: each address with each port that has a number.
+
+    If no port has a number, each address is a backend with port 0.
+    """
     ports = [(port.protocol, port.port) for port in endpoint_slice.ports if port.port is not None] or [(0, 0)]
     return frozenset(
         Backend(address, protocol, port) for address in endpoint_slice.addresses for protocol, port in ports
@@ -183,7 +187,7 @@ def backends(endpoint_slice: resources.EndpointSlice) -> frozenset[Backend]:
 
 
 def vips(service: resources.Resource | None, slices: Iterable[resources.Resource]) -> Iterator[Vip]:
-    """The addresses and node ports of a service, once each; none for other objects."""
+    """The addresses and node ports of a Service, once each, with the backends of ``slices``; none for other objects."""
     if not isinstance(service, resources.Service):
         return
     found: dict[VipKey, set[tuple[IPAddress, int]]] = {}
@@ -205,9 +209,9 @@ def vips(service: resources.Resource | None, slices: Iterable[resources.Resource
 
 
 def host_ports(pod: resources.Resource | None) -> Iterator[Vip]:
-    """The node ports that are translated to a pod's (hostPort).
+    """The node's ports that are translated to ports of a pod (hostPort).
 
-    None for other objects, and for pods of the host's network.
+    Nothing for other objects, and for pods in the host's network.
     """
     if not isinstance(pod, resources.Pod) or pod.host_network:
         return
@@ -221,17 +225,23 @@ def host_ports(pod: resources.Resource | None) -> Iterator[Vip]:
 
 
 def _without_inherited(labels: Mapping[str, str]) -> dict[str, str]:
-    """Own labels without those with an inherited prefix: only namespaces and service accounts may define these."""
+    """The endpoint's own labels, minus labels with the prefix of an inherited label.
+
+    Labels with such a prefix must come from namespaces and service accounts only.
+    """
     return {key: value for key, value in labels.items() if not key.startswith(INHERITED_PREFIXES)}
 
 
 def _without_reserved(labels: Mapping[str, str]) -> dict[str, str]:
-    """Labels of a host or a network set without those that mark pods."""
+    """Labels of a host or a network set, minus labels that would make it look like a pod to selectors."""
     return {key: value for key, value in labels.items() if key not in (NAMESPACE, ORCHESTRATOR, SERVICE_ACCOUNT)}
 
 
 def _effective(own: Mapping[str, str], profiles: Iterable[str], labels_of: ProfileLabels) -> Mapping[str, str]:
-    """Own labels have precedence over the first profile's, and these over later profiles'."""
+    """Own labels and labels inherited from ``profiles``.
+
+    For a key that several have, own labels win over profiles, and earlier profiles over later ones.
+    """
     effective: dict[str, str] = {}
     for profile in reversed(tuple(profiles)):
         effective.update(labels_of(profile))

@@ -27,7 +27,7 @@ _SUFFIX = "auto-hep"
 
 
 def with_failsafes(settings: PolicySettings, configurations: Iterable[resources.FelixConfiguration]) -> PolicySettings:
-    """Settings with the failsafe lists of these objects; a list that no object has stays as it was."""
+    """``settings`` with the failsafe lists of ``configurations``. A list that no configuration gives is unchanged."""
     of_nodes: dict[tuple[str, Direction], tuple[Failsafe, ...]] = {}
     for one in configurations:
         inbound, outbound = _failsafes(one.failsafe_inbound), _failsafes(one.failsafe_outbound)
@@ -51,11 +51,11 @@ def _failsafes(ports: tuple[resources.FailsafePort, ...] | None) -> tuple[Failsa
 def automatic_hosts(
     configuration: resources.KubeControllersConfiguration, node: resources.Node
 ) -> dict[EndpointKey, Endpoint]:
-    """The automatic host endpoints of a node; of two with one name the first counts."""
+    """The automatic host endpoints of a node. Of two with the same name, the first is used."""
     found: dict[EndpointKey, Endpoint] = {}
     for host in _automatic(configuration, node):
         key = EndpointKey(HOST_ENDPOINT, "", host.meta.name)
-        found.setdefault(key, host_endpoint(key, host, lambda _: {}))  # their profile hands down no labels
+        found.setdefault(key, host_endpoint(key, host, lambda _: {}))  # no labels are inherited from their profile
     return found
 
 
@@ -72,7 +72,7 @@ def _automatic(
             continue
         inside = [address for address in addresses if any(address in net for net in template.nets)]
         if template.pattern is None:
-            if inside:  # else nothing would say which interface is meant
+            if inside:  # without an address, nothing identifies the interface
                 yield _host(node, (template.name,), template.labels, None, inside)
             continue
         pattern = re.compile(template.pattern, re.ASCII)
@@ -83,7 +83,7 @@ def _automatic(
 
 
 def _expected_addresses(node: resources.Node) -> list[IPAddress]:
-    """A node's own addresses, without those that are only external."""
+    """A node's addresses, those of its interfaces included. External addresses count only if an interface has them."""
     own = [address for address in node.addresses if address not in node.external]
     return list(dict.fromkeys((*own, *(address for one in node.interfaces for address in one.addresses))))
 
@@ -92,7 +92,7 @@ def _host(
     node: resources.Node, parts: tuple[str, ...], labels: Mapping[str, str],
     interface: str | None, addresses: Iterable[IPAddress],
 ) -> resources.HostEndpoint:  # fmt: skip
-    """An automatic host endpoint. ``parts``: the parts of its name between the node's name and the suffix."""
+    """An automatic host endpoint. ``parts``: what its name has between the node's name and the suffix."""
     meta = resources.Meta(
         _name("-".join((node.meta.name, *parts, _SUFFIX))),
         "",
@@ -103,7 +103,7 @@ def _host(
 
 
 def _name(name: str) -> str:
-    """The name as it is, or, if it is too long, with a hash as Calico's controller makes it."""
+    """``name``, or its hash with the suffix if the name is too long, as in Calico's controller."""
     if len(name) <= MAX_NAME:
         return name
     digest = base64.urlsafe_b64encode(hashlib.sha256(name.encode()).digest()).decode().rstrip("=")

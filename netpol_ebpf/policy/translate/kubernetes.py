@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Kubernetes NetworkPolicy and its staged form, as policies of tier ``default`` with order 1000 (SEMANTICS 1.1, 1.2).
 
-Invariant: every rule is an Allow and every selector is confined to pods of Kubernetes, so nothing here ever matches a host
-endpoint, a network set or a foreign workload.  One internal rule for each protocol and peer; they share the user's index.
+Invariant: every rule is an Allow and every selector is confined to pods of Kubernetes, so these policies never match a
+host endpoint, a network set or a foreign workload.  A user rule becomes one internal rule for each protocol and peer,
+all with the user rule's index.
 """
 
 from __future__ import annotations
@@ -49,12 +50,15 @@ _DIRECTIONS = {"Ingress": Direction.INGRESS, "Egress": Direction.EGRESS}
 
 
 def translate_network_policy(key: PolicyKey, policy: KubernetesNetworkPolicy) -> Policy:
-    """The enforced policy."""
+    """Translate a Kubernetes NetworkPolicy."""
     return _policy(key, policy.meta, policy.spec, Staged.NO)
 
 
 def translate_staged_network_policy(key: PolicyKey, policy: StagedKubernetesNetworkPolicy) -> Policy | None:
-    """The staged policy; None for the actions Learn and Ignore, which take part in no evaluation."""
+    """Translate a StagedKubernetesNetworkPolicy.
+
+    None if its stagedAction is Learn or Ignore: the policy then takes part in no evaluation.
+    """
     if policy.staged_action == "Delete" or policy.spec is None:
         spec = KubernetesPolicySpec(LabelSelector(), (), (), ())
         return _policy(key, policy.meta, spec, Staged.DELETE)
@@ -113,7 +117,7 @@ def _peer(peer: KubernetesPeer, own: Selector) -> Entity:
 
 
 def _protocols(ports: tuple[KubernetesPort, ...]) -> list[tuple[int | None, Ports | None]]:
-    """Each protocol with its ports; (None, None) without a constraint; ports None: all of that protocol."""
+    """Each protocol of ``ports`` with its ports, None: all ports. If ``ports`` is empty, (None, None): all packets."""
     if not ports:
         return [(None, None)]
     ranges: dict[int, list[tuple[int, int]]] = {}

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """ClusterNetworkPolicy, AdminNetworkPolicy and BaselineAdminNetworkPolicy as policies of tiers that end in Pass.
 
-The newer kind uses tiers kube-admin and kube-baseline; the older kinds have tiers of their own directly after those, for
-their order relative to each other is not defined upstream (SEMANTICS 3.5) and the newer one goes first here.
+ClusterNetworkPolicy, the newer kind, has the tiers kube-admin and kube-baseline.  The two older kinds have tiers of
+their own directly after these.  Upstream does not define the order of new and old kinds (SEMANTICS 3.5).
 
-Invariants: a direction without rules has no effect.  Subjects and peers by namespaces or pods are pods of Kubernetes
-only.  What this build does not know fails closed (SEMANTICS 1.14): a rule that allows and has an unknown peer or port
-matches nothing, its known ones neither; a rule that denies or passes and has one becomes a Deny of everything.
+Invariants: a direction without rules has no effect.  Subjects, and peers selected by namespaces or pods, are Kubernetes
+pods only.  Unknown peers and ports fail closed (SEMANTICS 1.14): an Accept rule with an unknown peer or port matches
+nothing, not even its known peers and ports; a Deny or Pass rule with one becomes a Deny of everything.
 """
 
 from __future__ import annotations
@@ -43,17 +43,17 @@ OLD_ADMIN = replace(KUBE_ADMIN, name="adminnetworkpolicy", follows=KUBE_ADMIN.na
 OLD_BASELINE = replace(KUBE_BASELINE, name="baselineadminnetworkpolicy", follows=KUBE_BASELINE.name)
 
 BASELINE_ORDER = 1000.0
-"""The order of the singleton in its tier (SEMANTICS 1.8)."""
+"""The order of the only BaselineAdminNetworkPolicy in its tier (SEMANTICS 1.8)."""
 
 _ACTIONS = {"Allow": Action.ALLOW, "Deny": Action.DENY, "Pass": Action.PASS}
 
 SigPolicy = Union[ClusterNetworkPolicy, AdminNetworkPolicy, BaselineAdminNetworkPolicy]
 
 LabelValues = tuple[Union[str, None], ...]
-"""Values of some label keys on one namespace, None where it lacks the label."""
+"""The values of some label keys on one namespace; None for a label that the namespace lacks."""
 
 DistinctValues = Callable[[tuple[str, ...]], Iterable[LabelValues]]
-"""For label keys: the distinct combinations of values on existing namespaces."""
+"""From label keys to the distinct combinations of their values on existing namespaces."""
 
 
 def translate_cluster_policy(key: PolicyKey, policy: ClusterNetworkPolicy, distinct_values: DistinctValues) -> Policy:
@@ -80,9 +80,9 @@ def translate_baseline_policy(
 def _policy(
     key: PolicyKey, policy: SigPolicy, tier: PolicyTier, order: float, distinct_values: DistinctValues
 ) -> Policy:
-    """The translation common to all kinds.
+    """Translate a policy of any of the three kinds into a policy of ``tier`` with ``order``.
 
-    ``distinct_values`` is called only with the keys that `related_keys` returns.
+    ``distinct_values`` is called only with keys that `related_keys` returns for the policy.
     """
     types = {Direction.INGRESS: policy.ingress, Direction.EGRESS: policy.egress}
     return Policy(
@@ -98,7 +98,10 @@ def _policy(
 
 
 def related_keys(policy: SigPolicy) -> frozenset[tuple[str, ...]]:
-    """The label keys of peers that compare a namespace with the subject's own: the policy depends on their values."""
+    """The namespace label keys of sameLabels and notSameLabels peers, which compare a namespace with the subject's.
+
+    The policy's translation depends on the values that namespaces have for them.
+    """
     peers = [peer for rule in (*policy.ingress, *policy.egress) for peer in rule.peers]
     return frozenset(peer.same_labels or peer.not_same_labels for peer in peers if _is_related(peer))
 
@@ -136,7 +139,10 @@ def _rules(rules: tuple[SigRule, ...], direction: Direction, distinct_values: Di
 
 
 def _sides(peers: Sequence[SigPeer], distinct_values: DistinctValues) -> Iterator[tuple[Entity, Entity, str]]:
-    """For each peer (or each value it depends on): own side, peer's side, unsupported fields."""
+    """For each peer: the subject's side, the peer's side, the names of unsupported fields ("" for none).
+
+    A peer that compares namespaces gives one triple for each combination of label values.
+    """
     for peer in peers:
         if peer.domain_names:
             yield ANY_ENTITY, ANY_ENTITY, "domains"
@@ -160,7 +166,7 @@ def _is_related(peer: SigPeer) -> bool:
 
 
 def _related_sides(peer: SigPeer, distinct_values: DistinctValues) -> Iterator[tuple[Entity, Entity, str]]:
-    """The older peers that compare namespaces: one pair of sides for each combination of values on a namespace.
+    """A sameLabels or notSameLabels peer: one triple as in `_sides` for each combination of values on a namespace.
 
     sameLabels: the peer's namespace has all the labels, with the subject's values.  notSameLabels: it has all of them,
     and at least one differs from the subject's (a label that the subject lacks differs).
@@ -188,7 +194,7 @@ def _has_value(label: str, value: str | None) -> Selector:
 
 
 def _protocols(ports: tuple[SigPort, ...] | None) -> list[tuple[int | None, Ports | None]]:
-    """Each protocol with its ports; ports None: all of it. A named port is of any protocol."""
+    """Each protocol of ``ports`` with its ports, None: all ports. A named port has no protocol: it is of any."""
     if ports is None:
         return [(None, None)]
     ranges: dict[int, list[tuple[int, int]]] = {}
