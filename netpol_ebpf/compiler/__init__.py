@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From the policy model to the tables that give each packet its verdict in constant time."""
+"""Compiles the policy model into tables that give each packet its verdict in constant time."""
 
 from netpol_ebpf.compiler.compiler import Compiler
 from netpol_ebpf.compiler.interpreter import Interpreter

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """The identity of each known address and prefix: the tables ``addresses`` and ``cidrs``.
 
-An address has the owners at the address itself and everything that its containing prefixes have; a prefix has its own
-owners and those of the prefixes around it.  So the longest match alone gives the identity of an address without a row
-of its own.
+An address has its own owners and address groups, and those of all prefixes that contain it.  A prefix has its own
+owners and groups, and those of all shorter prefixes that contain it.  So a longest-prefix match gives the identity of
+an address that has no row of its own.
 
-Invariants: a prefix is stored exactly while an owner or a group is at it, an address likewise; after
-`Addresses.apply_changes` each has the identity of its content, and the draft has the changed rows.
+Invariants: a prefix or address is stored exactly as long as it has an owner or group of its own.  After
+`Addresses.apply_changes` each stored prefix and address has the identity of its owners and groups, and the draft has
+the changed rows.
 """
 
 from __future__ import annotations
@@ -29,9 +30,9 @@ _EMPTY: frozenset[int] = frozenset()
 
 @dataclass(slots=True, eq=False)
 class _Context:
-    """The owners and groups that an address gets from the prefixes around it.
+    """The owners and address groups of the prefixes that contain an address: what the address inherits.
 
-    Interned, so that equal ones are the same object.
+    Contexts are interned: equal contexts are the same object.
     """
 
     owners: frozenset[int]
@@ -40,7 +41,7 @@ class _Context:
 
 @dataclass(slots=True, eq=False)
 class PrefixEntry:
-    """A stored prefix. ``owners``, ``groups``: at exactly this prefix, with repetitions."""
+    """A stored prefix. ``owners``, ``groups``: of this prefix itself, not inherited; one item for each addition."""
 
     network: IPNetwork
     owners: tuple[int, ...] = ()
@@ -50,17 +51,18 @@ class PrefixEntry:
 
 
 Claim = tuple[int, EndpointKey, int]
-"""The claim of a local endpoint to an address: (0 for a workload, 1 for a host; key; number).
+"""A local endpoint that has an address: (0 for a workload, 1 for a host; key; number).
 
-The smallest claim owns the address.
+Of several endpoints with the same address, the endpoint with the smallest claim gets the address.
 """
 
 
 @dataclass(slots=True, eq=False)
 class AddressEntry:
-    """A stored address. ``claims``: local endpoints that have it.
+    """A stored address.
 
-    ``nodes``: numbers of nodes that have it, with repetitions.
+    ``claims``: the local endpoints that have the address.  ``nodes``: the numbers of the nodes of its owners, one item
+    for each owner.
     """
 
     address: IPAddress
@@ -74,9 +76,10 @@ class AddressEntry:
 
 @dataclass(slots=True)
 class Relabelled:
-    """The changes of a commit: addresses with their old and new row, prefixes with their old and new identity (0.
+    """The addresses and prefixes that a commit changes.
 
-    The prefix was not stored).
+    ``addresses``: (address, old row, new row), None: no row.  ``prefixes``: (old identity, new identity), 0: the prefix
+    is not stored.
     """
 
     addresses: list[tuple[AddressEntry, AddressRow | None, AddressRow | None]] = field(default_factory=list)
@@ -84,20 +87,23 @@ class Relabelled:
 
 
 class _SortedKeys:
-    """Integers by range. Additions and removals are cheap, sorting is deferred until the next lookup of a range."""
+    """Integers that can be looked up by range. Adding costs constant time; the next range lookup sorts the integers."""
 
     def __init__(self) -> None:
         self._keys: list[int] = []
         self._sorted = True
 
     def add(self, key: int) -> None:
-        """Add a key; a key that is added twice is returned twice."""
+        """Add a key. A key that was added twice is in the result of `between` twice."""
         if self._sorted and self._keys and key <= self._keys[-1]:
             self._sorted = False
         self._keys.append(key)
 
     def between(self, first: int, last: int) -> list[int]:
-        """Keys in the inclusive range, ascending; keys removed since may be among them."""
+        """The keys from ``first`` to ``last``, both included, ascending.
+
+        Keys that are no longer in use may be among them until `tidy` drops them.
+        """
         if not self._sorted:
             self._keys.sort()
             self._sorted = True
@@ -105,7 +111,7 @@ class _SortedKeys:
         return self._keys[begin : bisect_left(self._keys, last + 1, begin)]
 
     def tidy(self, live: Iterable[int], count: int) -> None:
-        """Drop removed keys, when they have become many."""
+        """Drop all keys but ``live`` (``count`` of them) if more than about half of the stored keys are not in use."""
         if len(self._keys) > 2 * count + 64:
             self._keys = sorted(live)
             self._sorted = True
@@ -133,7 +139,10 @@ class _Family:
         return int(network.network_address) << _LENGTH_BITS | network.prefixlen
 
     def context_at(self, value: int, longest: int) -> _Context:
-        """The context of the longest stored prefix around a network or address, with at most that length."""
+        """The context of the longest stored prefix that contains ``value`` and has at most ``longest`` bits.
+
+        ``value``: an address, or the first address of a network, as an integer.
+        """
         for length in self.ordered_lengths():
             if length <= longest:
                 entry = self.lengths[length].get(value >> (self.bits - length))
@@ -142,18 +151,18 @@ class _Family:
         return self.nowhere
 
     def tidy(self) -> None:
-        """Drop unused contexts and removed keys, when they have become many."""
+        """Drop unused contexts and unused keys if there are many of them."""
         self.prefix_keys.tidy(self.prefixes, len(self.prefixes))
         if len(self.contexts) > 2 * len(self.prefixes) + 64:
             live = [entry.context for entry in self.prefixes.values() if entry.context is not None]
             self.contexts = {(context.owners, context.groups): context for context in (self.nowhere, *live)}
 
     def ordered_lengths(self) -> list[int]:
-        """Prefix lengths in use, the longest first."""
+        """The lengths of stored prefixes, the longest first."""
         return sorted(self.lengths, reverse=True)
 
     def context(self, owners: frozenset[int], groups: frozenset[int]) -> _Context:
-        """The interned context with this content."""
+        """The interned context with these owners and groups."""
         known = self.contexts.get((owners, groups))
         if known is None:
             known = self.contexts[(owners, groups)] = _Context(owners, groups)
@@ -172,26 +181,26 @@ class Addresses:
     # --- content ----------------------------------------------------------------------------------------------------
 
     def add_owner(self, address: IPAddress, owner: int, journal: Journal, node: int = 0) -> None:
-        """Add an owner to an address. ``node``: number of the owner's node, 0: this node, or not known."""
+        """Add an owner to an address. ``node``: number of the owner's node; 0 for this node or an unknown node."""
         entry = self._address(address, journal)
         journal.assign(entry, "owners", share((*entry.owners, owner)))
         if node:
             journal.assign(entry, "nodes", share((*entry.nodes, node)))
 
     def remove_owner(self, address: IPAddress, owner: int, journal: Journal, node: int = 0) -> None:
-        """Remove an owner from an address. ``node``: as it was added."""
+        """Remove an owner from an address. ``node``: the same number as in the call of `add_owner`."""
         entry = self._address(address, journal)
         journal.assign(entry, "owners", _without(entry.owners, owner))
         if node:
             journal.assign(entry, "nodes", _without(entry.nodes, node))
 
     def add_group(self, address: IPAddress, group: int, journal: Journal) -> None:
-        """Add an address to a group (a service)."""
+        """Add an address to an address group (the backends of a service)."""
         entry = self._address(address, journal)
         journal.assign(entry, "groups", (*entry.groups, group))
 
     def remove_group(self, address: IPAddress, group: int, journal: Journal) -> None:
-        """Remove an address from a group."""
+        """Remove an address from an address group."""
         entry = self._address(address, journal)
         journal.assign(entry, "groups", _without(entry.groups, group))
 
@@ -206,32 +215,32 @@ class Addresses:
         journal.assign(entry, "owners", _without(entry.owners, owner))
 
     def add_prefix_group(self, network: IPNetwork, group: int, journal: Journal) -> None:
-        """Add a prefix to a group (a list of nets)."""
+        """Add a prefix to an address group (the nets of a rule)."""
         entry = self._prefix(network, journal)
         journal.assign(entry, "groups", (*entry.groups, group))
 
     def remove_prefix_group(self, network: IPNetwork, group: int, journal: Journal) -> None:
-        """Remove a prefix from a group."""
+        """Remove a prefix from an address group."""
         entry = self._prefix(network, journal)
         journal.assign(entry, "groups", _without(entry.groups, group))
 
     def claim(self, address: IPAddress, claim: Claim, journal: Journal) -> None:
-        """Record that a local endpoint has the address. The address also needs the endpoint as an owner."""
+        """Record that a local endpoint has the address. The caller must also add the endpoint with `add_owner`."""
         entry = self._address(address, journal)
         journal.assign(entry, "claims", tuple(sorted((*entry.claims, claim))))
 
     def disclaim(self, address: IPAddress, claim: Claim, journal: Journal) -> None:
-        """Remove the claim of a local endpoint to the address."""
+        """Remove a claim that was recorded with `claim`."""
         entry = self._address(address, journal)
         journal.assign(entry, "claims", tuple(each for each in entry.claims if each != claim))
 
     def identity_of(self, address: IPAddress) -> int:
-        """The identity of any address, known or not."""
+        """The identity of an address; if the address is not stored, that of the longest prefix, else the world's."""
         entry = self._families[address.version].addresses.get(int(address))
         return self.identity_around(address) if entry is None else entry.identity
 
     def identity_around(self, address: IPAddress) -> int:
-        """The identity that an address has, or would have, without a row of its own."""
+        """The identity of the longest stored prefix that contains the address, whether or not the address is stored."""
         family = self._families[address.version]
         value = int(address)
         for length in family.ordered_lengths():
@@ -243,9 +252,10 @@ class Addresses:
     # --- identities -------------------------------------------------------------------------------------------------
 
     def apply_changes(self, phase: Phase, draft: Draft, journal: Journal, changed: Relabelled | None = None) -> None:
-        """Give every touched prefix and address its identity. ``changed``: receives the changes.
+        """Give every prefix and address that was changed, or is inside a changed prefix, its identity.
 
-        Cost: linear in the touched entries and in the addresses inside touched prefixes.
+        The rows are written to phase ``phase`` of the draft.  ``changed``: if given, the changes are added to it.
+        Cost: linear in the changed entries and in the addresses inside changed prefixes.
         """
         for family in self._families.values():
             if family.dirty_prefixes:
@@ -254,7 +264,7 @@ class Addresses:
                 self._settle_addresses(family, phase, draft, journal, changed)
 
     def forget_dirt(self) -> None:
-        """Forget the touched entries after a rollback."""
+        """Forget which entries were changed. Must be called after a rollback."""
         for family in self._families.values():
             family.dirty_prefixes.clear()
             family.dirty_addresses.clear()
@@ -264,7 +274,7 @@ class Addresses:
     ) -> None:
         rows = draft.rows(phase, "cidrs")
         for first, last in _ranges(family, family.dirty_prefixes):
-            stack: list[tuple[int, _Context]] = []  # (last address, context) of the prefixes around the current one
+            stack: list[tuple[int, _Context]] = []  # (last address, context) of the prefixes that contain this one
             for key in dict.fromkeys(family.prefix_keys.between(first << _LENGTH_BITS, last << _LENGTH_BITS | 255)):
                 entry = family.prefixes.get(key)
                 if entry is None:
@@ -297,7 +307,7 @@ class Addresses:
 
     def _drop_prefix(self, family: _Family, key: int, entry: PrefixEntry, journal: Journal) -> None:
         journal.pop(family.prefixes, key)
-        # A reused key may be in the list twice after a rollback; `between` is read through a set of keys.
+        # After a rollback a reused key may be in the list twice; readers of `between` use a set of the keys.
         journal.on_rollback(lambda: family.prefix_keys.add(key))
         start, length = key >> _LENGTH_BITS, key & 255
         table = family.lengths[length]
@@ -386,28 +396,28 @@ class Addresses:
 
 @lru_cache(maxsize=REMEMBERED)
 def _row(identity: int, endpoint: int) -> AddressRow:
-    """The row of addresses with this identity and endpoint that are on no known node; equal rows are shared."""
+    """The row of an address with this identity and endpoint and without a node. Equal rows are the same object."""
     return AddressRow(identity, endpoint)
 
 
 def _only(nodes: tuple[int, ...]) -> int:
-    """The only node of an address; 0 when there is none, or there are several."""
+    """The node of an address if its owners agree on one; 0 if there is none, or several."""
     return nodes[0] if nodes and nodes.count(nodes[0]) == len(nodes) else 0
 
 
 def _with(around: frozenset[int], own: tuple[int, ...]) -> frozenset[int]:
-    """The union of the context's members and the own ones; the context's own set object when there are no others."""
+    """The union of ``around`` (of the context) and ``own``. Without own members ``around`` itself, to save memory."""
     return around.union(own) if own else around
 
 
 def _without(members: tuple[int, ...], member: int) -> tuple[int, ...]:
-    """A collection with one occurrence less; ValueError when there is none."""
+    """``members`` with one occurrence of ``member`` less. Raises ValueError if there is none."""
     at = members.index(member)
     return members[:at] + members[at + 1 :]
 
 
 def _ranges(family: _Family, keys: Iterable[int]) -> list[tuple[int, int]]:
-    """The address ranges of prefixes, without prefixes inside others."""
+    """The address ranges (first, last) of the prefixes ``keys``, ascending, without prefixes inside other prefixes."""
     merged: list[tuple[int, int]] = []
     for key in sorted(keys):
         start = key >> _LENGTH_BITS

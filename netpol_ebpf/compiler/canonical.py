@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The content of tables, without the numbers in them.
+"""A canonical form of compiled tables, for comparison: their content without the numbers that depend on history.
 
-Two compilers with the same objects have equal canonical forms, whatever the order in which the objects came and went.  The form
-is read from the tables alone, so rows that nothing refers to (a leak) make a difference as well.
-
-Invariant: no number that depends on history is part of the form.
+Two compilers with the same objects have equal canonical forms, whatever the order in which the objects came and went.
+The form is read from the tables alone.  So two forms also differ if one of the tables has rows that nothing refers to
+(a leak).
 """
 
 from __future__ import annotations
@@ -19,9 +18,9 @@ _WORLDS = {WORLD_V4: "world 4", WORLD_V6: "world 6"}
 
 
 def _set(policy: PolicySetReader, names: Mapping[int, str]) -> Hashable:
-    """A policy set as a value.
+    """A policy set as a value for comparison: its verdicts by peer, own side, port and source port.
 
-    Groups of peers with equal verdicts, and those verdicts by own side, port and source port.
+    Peers with equal verdicts are one group.  ``names``: from an identity's number to its content.
     """
 
     def members(addresses: AddressClass) -> frozenset[str]:
@@ -40,7 +39,10 @@ def _set(policy: PolicySetReader, names: Mapping[int, str]) -> Hashable:
 
 
 def canonical(tables: CompiledTables) -> dict[str, Hashable]:
-    """The content of the tables as a value for ``==``. Cost: all tables, and all cells of all used policy sets."""
+    """The canonical form of ``tables``, to be compared with ``==``.
+
+    Cost: linear in all rows and in the cells of all policy sets in use.
+    """
     reader = TableReader(tables)
     names = {**dict(tables.identities.items()), **_WORLDS}
     sets = {row: _set(reader.policy_set(row), names) for row in _sets_in_use(tables)}
@@ -69,11 +71,11 @@ def canonical(tables: CompiledTables) -> dict[str, Hashable]:
 
 
 def _sets_in_use(tables: CompiledTables) -> set[SetRow]:
-    """Policy sets that some endpoint uses."""
+    """The policy sets that at least one endpoint uses."""
     return {set_row for _, row in tables.endpoints.items() for set_row in row.sets.values()}
 
 
 def _numbers_in_use(tables: CompiledTables) -> set[int]:
-    """Numbers of class tables that used policy sets refer to, on either side."""
+    """The numbers of the class tables to which policy sets in use refer, for the peer's or the own side."""
     rows = _sets_in_use(tables)
     return {row.number for row in rows} | {row.own_set for row in rows}

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Classes of identities as policy sets see them: a class has the identities for which the same matches are true.
+"""Classes of identities: identities for which the same address matches are true are in one class.
 
-A *class table* is a partition of the identities by a set of matches.  Policy sets with the same matches on a side share
-it, whatever verdicts they give its classes: a change of a policy's ports or actions changes no row of ``peer_classes``.
-*Entry vectors* are one policy set's view of a class table: each class as a bit vector of the set's entries.  As every
-entry has one match, classes and vectors are one to one.
+A *class table* is a partition of the identities by a set of matches.  Policy sets with the same matches on one side
+share a class table, whatever their verdicts: a change of a policy's ports or actions changes no row of
+``peer_classes``.  *Entry vectors* are one policy set's view of a class table: for each class, the bit vector of the
+set's entries that match the class.
 
-Invariants: every identity in use has its class, through a row of ``peer_classes`` or as the default class of its
-family; a class number keeps its meaning as long as it is in use, so verdicts of a published set stay right when
+Invariants: every identity in use has a class, by a row of ``peer_classes`` or as the default class of its family.  A
+class number keeps its meaning as long as it is in use, so the verdicts of a published policy set stay correct when
 identities come and go.
 """
 
@@ -22,15 +22,16 @@ from netpol_ebpf.compiler.limits import Limits, exceeded
 from netpol_ebpf.compiler.numbers import NumberPool
 
 _REMEMBERED = 256
-"""How many vectors of deleted classes the cache may hold; arbitrary."""
+"""How many vectors of deleted classes `EntryVectors` may cache; arbitrary."""
 
 
 class ClassTable:
-    """The class of each identity, by which matches of a set of matches are true for it.
+    """The class of each identity: identities for which the same matches of a set of matches are true have one class.
 
-    ``number``: ``set`` in the keys of ``peer_classes``.  ``masks``: match -> its bit.  ``vectors``: class -> the bits of the
-    matches that hold.  ``defaults``: family -> class without rows; each family has its own, since a rule on 0.0.0.0/0
-    separates the two families.  ``references``: how many sides of policy sets use the table.
+    ``number``: the ``set`` in keys of the table ``peer_classes``.  ``masks``: match -> its bit.  ``vectors``: class ->
+    the bits of the matches that are true for its identities.  ``defaults``: family -> class of identities without a
+    row; a rule on 0.0.0.0/0 separates the families, so each has its own.  ``references``: how many sides of policy sets
+    use the table.
     """
 
     def __init__(
@@ -42,15 +43,15 @@ class ClassTable:
         self.vectors: dict[int, int] = {}
         self.defaults = {4: 0, 6: 0}
         self.base = {4: 0, 6: 0}
-        """By family: the vector of an identity for which no positive term and no negative term of a match is true."""
+        """By family: the vector of identities for which none of the matches' terms, positive or negative, is true."""
         self.references = 0
         self._identities = identities
         self._limit = limit
         self._what = what
         self._classes: dict[int, int] = {}
-        self._counts: dict[int, int] = {}  # rows and defaults by class
+        self._counts: dict[int, int] = {}  # class -> how many rows and defaults have it
         self._free: set[int] = set()
-        self._rows: dict[int, int] = {}  # identity -> class, of those that are not in the default class
+        self._rows: dict[int, int] = {}  # identity -> class; identities in their family's default class have no row
         for record, mask in self.masks.items():
             if record.is_floating:
                 for family in self.base:
@@ -59,7 +60,7 @@ class ClassTable:
 
     @property
     def is_built(self) -> bool:
-        """Whether `build` has assigned the classes."""
+        """Whether `build` has assigned the classes already."""
         return bool(self.vectors)
 
     @property
@@ -70,8 +71,8 @@ class ClassTable:
     def build(self, draft: Draft) -> None:
         """Assign classes and rows to all identities, in a table that is not in force yet.
 
-        Cost: the members of all matches, never identities times matches.  The class of most identities of a family
-        becomes its default.
+        The largest class of a family becomes the family's default.  Cost: linear in the members of all matches, never
+        identities times matches.
         """
         vectors = self._vectors_by_term()
         v6 = self._identities.v6
@@ -83,7 +84,7 @@ class ClassTable:
             of_family = populations[family]
             others = len(self._identities.family_members(family)) - sum(of_family.values())
             of_family[base] = of_family.get(base, 0) + others
-            # Ties go to what an unknown address is, then to the smallest vector: so that the rows are few.
+            # Among classes of equal size, prefer the class of unknown addresses (fewer rows), then the smallest vector.
             default = max(of_family, key=lambda vector: (of_family[vector], vector == base, -vector))
             self.defaults[family] = self._known(default)
             self._counts[self.defaults[family]] += 1
@@ -102,7 +103,7 @@ class ClassTable:
                 rows[(self.number, number)] = class_
 
     def _vectors_by_term(self) -> dict[int, int]:
-        """The vector of each identity for which at least one term is true."""
+        """The vector of each identity that differs from its family's base vector in some match."""
         identities = self._identities
         removed: dict[int, int] = {}
         vectors: dict[int, int] = {}
@@ -119,7 +120,7 @@ class ClassTable:
         return vectors
 
     def _known(self, vector: int) -> int:
-        """The class of a vector, in a table during `build`."""
+        """The class of a vector, created if necessary. For `build` only: nothing is journaled."""
         class_ = self._classes.get(vector)
         if class_ is None:
             class_ = len(self.vectors)
@@ -138,7 +139,7 @@ class ClassTable:
             raise exceeded(self._what, "classes_per_set", self._limit, class_ + 1)
 
     def add(self, identity: int, vector: int, draft: Draft, journal: Journal) -> int | None:
-        """Give a new identity its class. Returns the class if it is a new one."""
+        """Give a new identity the class of its vector. Returns the class if it was created, else None."""
         class_ = self._classes.get(vector)
         created = class_ is None
         if class_ is None:
@@ -163,7 +164,7 @@ class ClassTable:
         return class_
 
     def remove(self, identity: int, draft: Draft, journal: Journal) -> None:
-        """Drop the row of an identity that no address has any more, and its class if no other identity is in it."""
+        """Drop the row of an identity that no address has any more. A class without identities is removed, too."""
         class_ = self._rows.get(identity)
         if class_ is None:
             return
@@ -176,7 +177,7 @@ class ClassTable:
             journal.add(self._free, class_)
 
     def clear(self, draft: Draft) -> None:
-        """Drop all rows, when the last policy set has released the table."""
+        """Drop all rows. Must be called after the last policy set released the table."""
         rows = draft.rows(Phase.SHRINK, "peer_classes")
         for identity in self._rows:
             rows[(self.number, identity)] = DELETED
@@ -192,12 +193,12 @@ class ClassTable:
 
     @property
     def span(self) -> int:
-        """One more than the largest class number in use."""
+        """The largest class number in use, plus one."""
         return len(self.vectors) + len(self._free)
 
 
 class ClassTables:
-    """The class tables in use, by their matches."""
+    """All class tables in use; a class table is identified by its set of matches."""
 
     def __init__(self, identities: IdentityIndex, limits: Limits) -> None:
         self._identities = identities
@@ -206,7 +207,10 @@ class ClassTables:
         self._tables: dict[frozenset[MatchRecord], ClassTable] = {}
 
     def acquire(self, matches: frozenset[MatchRecord], what: str, journal: Journal) -> ClassTable:
-        """Count a use of the class table for these matches; a new one has no classes until it is built."""
+        """Count a use of the class table for ``matches``, created if necessary; `ClassTable.build` assigns its classes.
+
+        ``what``: the object to name in a LimitError.
+        """
         found = self._tables.get(matches)
         if found is None:
             number = self._numbers.take(journal)
@@ -218,7 +222,7 @@ class ClassTables:
         return found
 
     def release(self, class_table: ClassTable, draft: Draft, journal: Journal) -> None:
-        """Count one use less; a table without uses is removed, with its rows. Must be called at the end of a commit."""
+        """Count one use less. A table without uses is removed with its rows. Must be called at the end of a commit."""
         journal.assign(class_table, "references", class_table.references - 1)
         if not class_table.references:
             journal.pop(self._tables, class_table.matches)
@@ -227,9 +231,9 @@ class ClassTables:
 
 
 class EntryVectors:
-    """One policy set's view of a class table.
+    """One policy set's view of a class table: from a class to the bit vector of the set's entries that match it.
 
-    ``masks``: match -> bits of the set's entries; ``always``: bits of entries that match any address.
+    ``masks``: match -> bits of the entries with this match.  ``always``: bits of the entries that match any address.
     """
 
     __slots__ = ("_always", "_known", "_masks", "table")
@@ -241,7 +245,7 @@ class EntryVectors:
         self._known: dict[int, int] = {}
 
     def vector(self, matching: int) -> int:
-        """The entries of the policy set that have one of these matches, as a bit vector."""
+        """The policy set's entries with one of the matches ``matching`` (bits of the class table), as a bit vector."""
         known = self._known.get(matching)
         if known is None:
             if len(self._known) > 2 * len(self.table.vectors) + _REMEMBERED:
@@ -256,9 +260,9 @@ class EntryVectors:
 
     @property
     def vectors(self) -> dict[int, int]:
-        """Class -> the entries of the policy set with a match that is true for the class, as a bit vector."""
+        """From each class to the policy set's entries that match its identities, as a bit vector."""
         return {class_: self.vector(matching) for class_, matching in self.table.vectors.items()}
 
     def vector_of(self, identity: int) -> int:
-        """Bit vector of the policy set's entries with a match that is true for an identity in use."""
+        """The policy set's entries that match an identity in use, as a bit vector."""
         return self.vector(self.table.vector_of(identity))

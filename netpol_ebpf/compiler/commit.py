@@ -1,19 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """One commit: from changed objects to the rows of each phase.
 
-The order matters (make before break):
+The order of the steps matters (make before break).  A phase in capitals is the phase to which the step writes rows:
 
-    1. objects change; which endpoints' rule lists that concerns (`netpol_ebpf.compiler.intake`)
-    2. rule lists of those endpoints; their terms and address groups come into use
-    3. GROW    addresses and prefixes learn of new address groups: no set in force looks at them yet
-    4. FLIP    addresses and prefixes whose owners or services changed
-    5. policy sets of endpoints whose rule list or own identity changed
-    6. GROW    classes of new identities and columns of new atoms in the sets in force, while what these look at is in use
-    7. SHRINK  rule lists, sets, address groups and atoms that are not needed any more go
-    8. GROW    the new sets; whether the change revokes anything; then predicates go
-    9. PREPARE, FLIP  endpoint rows
+    1. apply the changes to the objects; mark the endpoints with affected rule lists (`netpol_ebpf.compiler.intake`)
+    2. build the rule lists of these endpoints; acquire their terms and address groups
+    3. GROW    give addresses and prefixes the identities with the new address groups; no published set uses them yet
+    4. FLIP    give addresses and prefixes with changed owners or services their new identities
+    5. choose the policy sets of endpoints with a changed rule list or own identity
+    6. GROW    give new identities and new atoms their classes in the published sets, whose matches are still in use
+    7. SHRINK  release the rule lists, sets, address groups and atoms that are no longer needed
+    8. GROW    write the new sets; determine whether the change revokes anything; release predicates
+    9. PREPARE, FLIP  write the endpoint rows
 
-Invariant: everything goes through the journal, so a commit that fails anywhere leaves no trace.
+Invariant: every change of state goes through the journal, so a commit that fails at any step leaves no trace.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ _PAIRS = 64
 
 
 class Commit:
-    """The work of one commit. ``changes``: by type and key the new object, or None."""
+    """The work of one commit. ``changes``: by type and key, the new object, or None for a removed object."""
 
     def __init__(
         self, state: CompilerState, changes: Mapping[type, Mapping[Any, Any]], local: Callable[[Endpoint], bool],
@@ -78,12 +78,12 @@ class Commit:
         self._old_sets: list[LiveSet] = []
         self._replaced: dict[tuple[LiveSet | None, LiveSet | None], None] = {}
         self._relabelled = Relabelled()
-        self._extended = 0  # how many of the new identities have their classes in the sets in force
+        self._extended = 0  # how many of the new identities have classes in the published sets already
         self._ordered: dict[tuple[frozenset[PolicyKey], Direction, Stage], tuple[TierTemplates, ...]] = {}
         self._known_own_entries: dict[tuple[Template, tuple[int, ...]], int | None] = {}
 
     def run(self) -> None:
-        """Run the commit; the draft then has the rows. Raises LimitError."""
+        """Run all steps; afterwards the draft has the rows. Raises LimitError; the caller must then roll back."""
         intake = self._intake
         intake.take(self._changes)
         for local in intake.gone:
@@ -105,7 +105,7 @@ class Commit:
     # --- 2. rule lists ------------------------------------------------------------------------------------------------
 
     def _refresh_templates(self) -> None:
-        """Rebuild templates with changed objects, names or services, and mark the endpoints that use them."""
+        """Rebuild templates with changed policies, named ports or services, and mark the endpoints that use them."""
         state = self._state
         moves = self._intake.service_moves
         services = [service_key(old, new) for old, new in moves if service_ports(old) != service_ports(new)]
@@ -120,7 +120,7 @@ class Commit:
         self._intake.drop_unknown()
 
     def _order(self, local: LocalEndpoint) -> None:
-        """Build the new rule lists of an endpoint."""
+        """Build the new rule lists of an endpoint, one for each direction and stage."""
         state, journal = self._state, self._journal
         endpoint = local.endpoint
         policies = frozenset(state.subjects.policies_of(endpoint.key))
@@ -141,7 +141,7 @@ class Commit:
         journal.assign(local, "rule_lists", rule_lists)
 
     def _tiers(self, keys: frozenset[PolicyKey], direction: Direction, stage: Stage) -> tuple[TierTemplates, ...]:
-        """The ordered tiers of these policies, computed once for all endpoints with the same policies."""
+        """The ordered tiers of the policies ``keys``, computed once for all endpoints with the same policies."""
         known = self._ordered.get((keys, direction, stage))
         if known is None:
             state = self._state
@@ -186,20 +186,20 @@ class Commit:
         self._move_services(added)
         for address, (owner, node), comes in self._intake.address_moves:
             (addresses.add_owner if comes else addresses.remove_owner)(address, owner, journal, node)
-        self._intake.address_moves.clear()  # of a whole cluster as large as what is made of them next
+        self._intake.address_moves.clear()  # frees memory: on a first commit, as much as the next step needs
         for net, owner, comes in self._intake.net_moves:
             (addresses.add_prefix_owner if comes else addresses.remove_prefix_owner)(net, owner, journal)
         for address, claim, add in self._intake.claims:
             (addresses.claim if add else addresses.disclaim)(address, claim, journal)
         for name, number in self._intake.numbered.items():
             draft.write(Phase.FLIP, "nodes", name, number or DELETED)
-        # At first nothing is compared with what was before, and all local endpoints are new.
+        # The first commit has no earlier state to compare with, and all its local endpoints are new.
         addresses.apply_changes(Phase.FLIP, draft, journal, None if self._is_first else self._relabelled)
         claims = [claim[1] for entry, _, _ in self._relabelled.addresses for claim in entry.claims]
         return [key for key in claims if key in state.local]
 
     def _place_group(self, group_id: int, group: AddressGroup, *, add: bool) -> None:
-        """Add a group's prefixes (nets) or addresses (service) to the address space, or remove them."""
+        """Add an address group's nets or backend addresses to `Addresses`, or remove them (``add`` False)."""
         addresses, journal = self._state.addresses, self._journal
         if isinstance(group, NetsTerm):
             change_net = addresses.add_prefix_group if add else addresses.remove_prefix_group
@@ -212,7 +212,10 @@ class Commit:
                 change(address, group_id, journal)
 
     def _move_services(self, added: set[int]) -> None:
-        """Apply changed backends of services; address groups added in this commit already have the new ones."""
+        """Apply changed backends of services to address groups, except those ``added`` in this commit.
+
+        Address groups that were added in this commit have the new backends already.
+        """
         state, journal = self._state, self._journal
         for old, new in self._intake.service_moves:
             namespace, name = service_key(old, new)
@@ -245,19 +248,22 @@ class Commit:
         journal.assign(local, "sets", sets)
 
     def _own_entries(self, endpoint: Endpoint, rule_list: RuleList) -> OwnEntries | None:
-        """The own entries of an endpoint; None: the program must look up the own side for each packet."""
+        """The own entries of an endpoint; None if the program must look up the own address of each packet.
+
+        That is necessary if the endpoint's own addresses do not all match the same entries.
+        """
         if not rule_list.constraining:
             return ()
         if endpoint.kind is EndpointKind.HOST or endpoint.allowed_sources or not endpoint.addresses:
             return None
         if rule_list.direction is Direction.INGRESS and any(each.names_own_nets for each in rule_list.constraining):
-            return None  # a packet may come for a multicast address, which is in other nets than the workload's own
+            return None  # the destination may be a multicast address, which is in other nets than the own address
         identities = tuple(sorted({self._state.addresses.identity_of(address) for address in endpoint.addresses}))
         bits = [self._own_entries_of(template, identities) for template in rule_list.constraining]
         return None if None in bits else tuple(bit for bit in bits if bit is not None)
 
     def _own_entries_of(self, template: Template, identities: tuple[int, ...]) -> int | None:
-        """Bits of the entries that hold for all the identities, or None when the identities differ."""
+        """Bits of the template's entries that match the own addresses' ``identities``; None if these differ in them."""
         known = self._known_own_entries.get((template, identities), -1)
         if known != -1:
             return known
@@ -282,7 +288,10 @@ class Commit:
     # --- 6. to 8. sets and what goes ---------------------------------------------------------------------------------
 
     def _ready_sets_in_force(self) -> None:
-        """Extend the published policy sets by the new identities and atoms, while the matches of those sets are still in use."""
+        """Give new identities and new atoms their classes in the published policy sets.
+
+        Must run while the matches of these sets are still in use.
+        """
         state, draft, journal = self._state, self._draft, self._journal
         for live in self._old_sets:
             state.sets.release(live, journal)
@@ -291,12 +300,12 @@ class Commit:
                 split = space.partition(journal)
                 state.sets.split_atoms(split, source=source, draft=draft, journal=journal)
                 draft.rows(Phase.GROW, "l4_atoms").update(split.blocks)
-        # Packets meet them in the old sets until the flip, so they are judged by matches that may go hereafter.
+        # Until the flip the old sets judge packets with the new identities, so the old sets need classes for them.
         state.sets.extend(state.identities.created, draft, journal)
         self._extended = len(state.identities.created)
 
     def _retire(self) -> None:
-        """Release the old rule lists and predicates."""
+        """Release the old rule lists, unused templates and unused address groups."""
         state, draft, journal = self._state, self._draft, self._journal
         for rule_list in self._old_rule_lists:
             state.templates.release(rule_list, journal)
@@ -320,20 +329,23 @@ class Commit:
                 draft.rows(Phase.SHRINK, "l4_atoms").update(split.blocks)
 
     def _revokes(self) -> bool:
-        """Whether an allowed packet may be denied now. The old and the new policy sets both still exist."""
+        """Whether a packet that was allowed may be denied now.
+
+        Must be called while both the old and the new policy sets exist.
+        """
         state = self._state
         if self._is_first or self._intake.gone:
-            return True  # what was in force before is not known, or not in force any more
+            return True  # the earlier policy is unknown, or an endpoint is gone
         revocation = Revocation(state.identities, state.identities.created[self._extended :])
         if any(revocation.by_replacement(old, new) for old, new in self._replaced):
             return True
         relabelled = self._relabelled
         if any(not before or not after for before, after in relabelled.prefixes):
-            return True  # which prefix was around what is in it is not known any more
+            return True  # the earlier identities of the addresses inside the prefix are unknown
         pairs = set(relabelled.prefixes)
         for entry, old, new in relabelled.addresses:
             if old is not None and old.endpoint and (new is None or new.endpoint != old.endpoint):
-                return True  # another endpoint's address from now on
+                return True  # the address left its local endpoint
             around = state.addresses.identity_around(entry.address)
             pairs.add((around if old is None else old.identity, around if new is None else new.identity))
             if len(pairs) > _PAIRS:
@@ -358,7 +370,7 @@ class Commit:
                 draft.write(Phase.FLIP, "endpoints", key, row)
 
     def _write_moved(self, key: EndpointKey, local: LocalEndpoint) -> None:
-        """Point published endpoint rows at the new range of a moved policy set, before anything else is written."""
+        """Write to PREPARE the endpoint's row with the new ranges of its policy sets that moved."""
         if local.row is None:
             return
         now = {row: live.row for live, row in self._state.sets.moved.items()}
@@ -371,7 +383,7 @@ class Commit:
     # --- the end ----------------------------------------------------------------------------------------------------
 
     def _collect(self) -> None:
-        """Release unused numbers, rows and owners."""
+        """Release numbers, rows and owners without uses, at the end of the commit."""
         state, draft, journal = self._state, self._draft, self._journal
         for number in state.identities.created:
             if number in state.identities.identities:
@@ -389,7 +401,7 @@ class Commit:
             state.numbers.give_back(local.number, journal)
 
     def check_sizes(self, tables: CompiledTables) -> None:
-        """Raise LimitError when a table has no room for its rows during the change."""
+        """Raise LimitError if a table would exceed its limit at any time during the change."""
         limits = self._state.limits
         names = [str(key or kind.__name__) for kind, objects in self._changes.items() for key in islice(objects, 3)]
         what = ", ".join(names[:3])
@@ -402,7 +414,7 @@ class Commit:
 
 
 def _members(service: ServiceBackends | None, group: ServiceTerm) -> set[IPAddress]:
-    """Addresses of the service in a term."""
+    """The addresses of the service's backends that the term ``group`` contains."""
     if service is None:
         return set()
     return {

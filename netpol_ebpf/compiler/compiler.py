@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`Compiler`: objects in, tables and changes out.
+"""`Compiler`: compiles objects of the policy model into tables, and changes of objects into changes of tables.
 
-The caller gives objects one by one (`upsert`, `remove`) or as a whole world (`replace`); nothing happens until
-`commit`, which applies all of it or, with an error, none of it.  The cost of a commit depends on what changed.
+The caller gives objects one by one (`upsert`, `remove`) or as a whole world (`replace`).  `commit` applies all these
+changes, or none of them if it raises an error.  The cost of a commit depends on what changed.
 
-Invariants: the tables depend on the present objects alone, up to the numbers in them
-(`netpol_ebpf.compiler.canonical`); numbers of unchanged objects do not change; the order of arrival has no effect.
+Invariants: apart from the numbers in them (`netpol_ebpf.compiler.canonical`), the tables depend on the present objects
+alone, not on the order in which they came.  Numbers of unchanged objects do not change.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ PolicyObject = Union[
 
 
 def everything(_: Endpoint) -> bool:
-    """Every endpoint is local."""
+    """Accepts every endpoint: the ``local`` of a `Compiler` that compiles for all endpoints."""
     return True
 
 
 def key_of(obj: PolicyObject) -> Any:
-    """The key of an object among those of its type; None for the settings."""
+    """The key of ``obj`` among the objects of its type; None for the settings, of which there is one object."""
     if isinstance(obj, (Policy, Endpoint, LabelledNets)):
         return obj.key
     if isinstance(obj, ServiceBackends):
@@ -57,10 +57,10 @@ def key_of(obj: PolicyObject) -> Any:
 
 
 class Compiler:
-    """Compiles for the endpoints that ``local`` accepts; all others count as peers only.
+    """Compiles policy for the endpoints that ``local`` accepts. All other endpoints are peers only.
 
-    ``known``: numbers that an earlier run left in force. An object with a known number keeps it; `release_known` frees
-    the rest.
+    ``known``: numbers of an earlier run that are still in force.  An object with a known number keeps it;
+    `release_known` frees the numbers that no object uses.
     """
 
     def __init__(
@@ -84,28 +84,31 @@ class Compiler:
         return self._state.world
 
     def canonical(self) -> dict[str, Hashable]:
-        """The tables' content, independent of history; equal for compilers with equal objects in force."""
+        """The canonical form of the tables: equal for compilers with equal objects in force."""
         return canonical(self.tables)
 
     def policies_of(self, endpoint: EndpointKey) -> list[Policy]:
-        """The policies that select a compiled endpoint, also staged ones, in the order of their keys."""
+        """The policies, staged ones included, that select a local endpoint, in the order of their keys."""
         policies = self._state.world.policies
         return [policies[key] for key in sorted(self._state.subjects.policies_of(endpoint)) if key in policies]
 
     def content_of(self, identity: int) -> IdentityContent:
-        """The content of an identity: labels, nets and services that its addresses have in common. Raises KeyError."""
+        """The labels, nets and services that all addresses of an identity have in common.
+
+        Raises KeyError if no identity in use has this number.
+        """
         return self._state.identities.content_of(identity)
 
     def release_known(self) -> None:
-        """Free the rule and endpoint numbers of an earlier run that nothing uses."""
+        """Free the rule and endpoint numbers of an earlier run that no object uses."""
         self._state.release_kept()
 
     def upsert(self, obj: PolicyObject) -> None:
-        """Add an object, or replace the one with its key, at the next commit."""
+        """Add an object, or replace the object with the same type and key, at the next commit."""
         self._staged[type(obj)][key_of(obj)] = obj
 
     def remove(self, kind: type[PolicyObject], key: Any) -> None:
-        """Remove the object of that type and key, if it exists, at the next commit; settings return to their defaults."""
+        """Remove the object of this type and key, if any, at the next commit; settings return to their defaults."""
         self._staged[kind][key] = PolicySettings() if kind is PolicySettings else None
 
     def replace(self, world: World) -> None:
@@ -132,8 +135,8 @@ class Compiler:
     def commit(self) -> Change:
         """Apply all changes since the last commit. Returns the rows to write; empty when nothing changed.
 
-        Raises LimitError when a limit would be exceeded; then the tables and the objects in force are as before, and
-        the changes are dropped.
+        Raises LimitError if a limit would be exceeded: the tables and the objects in force are then unchanged, and the
+        uncommitted changes are dropped.
         """
         staged, self._staged = self._staged, defaultdict(dict)
         draft = Draft()
@@ -158,10 +161,10 @@ class Compiler:
 
 @contextmanager
 def _collector_paused() -> Iterator[None]:
-    """A context without garbage collection, for a commit.
+    """Pause Python's garbage collector during a commit.
 
-    A large one makes no cyclic garbage but a million objects that stay. The collector would scan all of them again and
-    again: more than half of the time of a cold start.
+    A large commit creates a million objects that stay, and no cyclic garbage.  The collector would scan these objects
+    again and again, which would take more than half of the time of a cold start.
     """
     if not gc.isenabled():
         yield

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The writes of one commit, collected by phase; the tables are touched only when the commit is certain.
+"""The writes of one commit, collected by phase. The tables are unchanged until the commit has succeeded.
 
-Invariant: what `publish` puts into the tables, phase after phase, is what it returns as the `Change`.
+Invariant: the `Change` that `Draft.publish` returns has exactly the writes that `publish` made to the tables.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from netpol_ebpf.compiler.tables import Change, CompiledTables
 
 
 class Phase(enum.Enum):
-    """The batches of a `Change`, in the order they are written."""
+    """The batches of a `Change`, in the order in which they are written."""
 
     PREPARE = "prepare"
     GROW = "grow"
@@ -22,18 +22,18 @@ class Phase(enum.Enum):
 
 
 DELETED: Any = None
-"""Stands for the removal of a key, in place of a row."""
+"""In place of a row: the key is removed."""
 
 
 class Draft:
-    """Writes of a commit, not yet applied. A later write of a phase to the same key replaces an earlier one."""
+    """The writes of a commit, not yet applied. In one phase, a later write to a key replaces an earlier write."""
 
     def __init__(self) -> None:
         self._writes: dict[Phase, dict[str, dict[Any, Any]]] = {phase: {} for phase in Phase}
         self.revokes = False
 
     def write(self, phase: Phase, table: str, key: object, row: object) -> None:
-        """Record the write of one row, or DELETED."""
+        """Record the write of one row, or the removal of its key (DELETED)."""
         writes = self._writes[phase]
         rows = writes.get(table)
         if rows is None:
@@ -41,11 +41,14 @@ class Draft:
         rows[key] = row
 
     def rows(self, phase: Phase, table: str) -> dict[Any, Any]:
-        """The writes of a phase to a table, as a mapping that the caller may extend."""
+        """The writes of a phase to a table, by key; the caller may add writes to the mapping."""
         return self._writes[phase].setdefault(table, {})
 
     def size_after(self, tables: CompiledTables, table: str) -> int:
-        """The most rows the table will have at any time during the change (deletions come last)."""
+        """The largest number of rows that the table has at any time during the change.
+
+        Rows are deleted last, so this is the number of present rows and new keys.
+        """
         existing = getattr(tables, table)
         added: set[object] = set()
         for writes in self._writes.values():

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """A rule as entries in product form: (peer address) x (own address) x (protocol, port or type) x (source port).
 
-A rule with named ports, or with a service's ports, is no such product, since the matching ports depend on the address;
-it becomes one entry for each distinct resolution.  Entries of one rule share its cause, so overlap is harmless.
+A rule with named ports, or with a service's ports, is no such product, since the matching ports depend on the address.
+It becomes one entry for each distinct resolution of the name or service.  All entries of a rule have the rule's cause,
+so it does not matter if a packet matches several of them.
 
-Invariant: a packet matches a rule exactly when it matches one of the rule's entries (the definition of a match is
-section 1 of policy/MATCHING.md).  This module does not read endpoints or services: a `Resolver` does, and records which
-names and services the rule depends on.
+Invariant: a packet matches a rule exactly if it matches one of the rule's entries (section 1 of policy/MATCHING.md
+defines a match).  This module does not read endpoints or services: a `Resolver` reads them, and records the names and
+services on which the rule depends.
 """
 
 from __future__ import annotations
@@ -49,13 +50,13 @@ PortPair = tuple[int, int]
 
 
 class Resolver(Protocol):
-    """Resolves named ports and services to their present ports."""
+    """Resolves named ports and services to the ports that they stand for at present."""
 
     def named(self, selector: Selector | None, name: str) -> Iterable[PortPair]:
-        """Every (protocol, port) that an endpoint matching the selector declares by that name."""
+        """Every (protocol, port) that some endpoint matched by ``selector`` (None: any) declares as ``name``."""
 
     def service(self, namespace: str, name: str) -> Iterable[PortPair]:
-        """Every (protocol, port) among the backends of a service."""
+        """Every (protocol, port) of a service's backends."""
 
 
 class Effect(enum.Enum):
@@ -63,9 +64,9 @@ class Effect(enum.Enum):
 
     ALLOW = "allow"
     DENY = "deny"
-    CONTINUE = "continue"  # ends the evaluation, too: the later stages decide
-    PASS = "pass"  # on with the next tier
-    LOG = "log"  # noted, on with the next entry
+    CONTINUE = "continue"  # the evaluation of this stage ends; later stages decide
+    PASS = "pass"  # the evaluation continues with the next tier
+    LOG = "log"  # the entry is recorded; the evaluation continues with the next entry
 
 
 EFFECTS = {Action.ALLOW: Effect.ALLOW, Action.DENY: Effect.DENY, Action.PASS: Effect.PASS, Action.LOG: Effect.LOG}
@@ -75,7 +76,7 @@ EFFECTS = {Action.ALLOW: Effect.ALLOW, Action.DENY: Effect.DENY, Action.PASS: Ef
 class RuleEntry:
     """One entry of a policy's rule.
 
-    ``family``: 4, 6 or 0 for both; ``peer`` repeats it where its terms do not imply it.
+    ``family``: 4, 6, or 0 for both.  ``peer`` has the family as well, unless its terms match one family only.
     """
 
     effect: Effect
@@ -89,9 +90,9 @@ class RuleEntry:
 
 @dataclass(frozen=True, slots=True)
 class _Clause:
-    """A partial conjunction: the conditions that one clause of a rule adds.
+    """The conditions on a packet from one field of a rule, or from several fields joined (`_join`).
 
-    Families 4 and 6 at once are a contradiction.
+    ``family``: 4, 6, or 0 for both.  ``positive``, ``negative``: terms about the address of one side.
     """
 
     l4: Intervals = ANY_L4
@@ -105,7 +106,7 @@ _NO_CLAUSE = (_Clause(),)
 
 
 def expand(rule: Rule, direction: Direction, effect: Effect, cause: Cause, resolver: Resolver) -> tuple[RuleEntry, ...]:
-    """The entries of a rule for one direction; none when nothing can match it."""
+    """The entries of a rule for one direction, with the effect and cause given; none if nothing can match the rule."""
     if rule.unsupported or rule.source.impossible or rule.destination.impossible:
         return ()
     whole = _rule_clause(rule)
@@ -134,7 +135,7 @@ def expand(rule: Rule, direction: Direction, effect: Effect, cause: Cause, resol
 
 
 def _rule_clause(rule: Rule) -> _Clause:
-    """Family, protocol and ICMP clauses."""
+    """The conditions from the rule's fields for IP version, protocol and ICMP."""
     l4 = ANY_L4 if rule.protocol is None else protocol(rule.protocol)
     family = rule.ip_version or 0
     if rule.not_protocol is not None:
@@ -152,17 +153,20 @@ def _rule_clause(rule: Rule) -> _Clause:
 
 
 def _icmp(wanted: IcmpType) -> Intervals:
-    """A type, and a code, of ICMP or ICMPv6."""
+    """The packets of ICMP and ICMPv6 with a type, and with a code unless the code is None."""
     return normalise(chain.from_iterable(icmp(number, wanted.type, wanted.code) for number in (ICMP, ICMPV6)))
 
 
 def _implies_family(positive: frozenset[Term]) -> bool:
-    """Whether all nets are of one family: then no address of the other family matches anyway."""
+    """Whether some positive term has nets of one family only, so that no address of the other family matches."""
     return any(isinstance(term, NetsTerm) and len({net.version for net in term.nets}) == 1 for term in positive)
 
 
 def _side(entity: Entity, number: int | None, resolver: Resolver, *, is_source: bool) -> Iterator[_Clause]:
-    """Alternatives that together are equivalent to an entity; ``number``: the rule's protocol."""
+    """The alternatives of an entity: a packet matches the entity if it matches one of them.
+
+    ``number``: the rule's protocol, None for any.
+    """
     clauses = (
         (_labels(entity),),
         tuple(_nets(entity.nets)) if entity.nets else _NO_CLAUSE,
@@ -180,7 +184,7 @@ def _side(entity: Entity, number: int | None, resolver: Resolver, *, is_source: 
 
 
 def _join(combination: tuple[_Clause, ...]) -> _Clause | None:
-    """The conjunction, or None when it is a contradiction."""
+    """The conjunction of clauses of one side; None if no packet can match it (for example, families 4 and 6)."""
     l4, source = ANY_L4, ANY_SOURCE
     for clause in combination:
         l4 = intersection(l4, clause.l4)
@@ -204,9 +208,10 @@ def _labels(entity: Entity) -> _Clause:
 
 
 def _nets(nets: tuple[IPNetwork, ...]) -> Iterator[_Clause]:
-    """The match of a list of nets.
+    """The alternatives of a list of nets.
 
-    A default route becomes a family; other nets are one term, shared by all rules with the same list.
+    A net with prefix length 0 becomes a condition on the family.  All other nets are one term, which all rules with the
+    same list share.
     """
     lists: dict[int, list[IPNetwork]] = {
         4: list(collapse_addresses(net for net in nets if isinstance(net, IPv4Network))),
@@ -238,7 +243,10 @@ def _not_nets(nets: tuple[IPNetwork, ...]) -> tuple[_Clause, ...]:
 
 
 def _named(entity: Entity, names: Ports, number: int | None, resolver: Resolver) -> dict[PortPair, set[str]]:
-    """By (protocol, port), the names that stand for it on this side, where the rule's protocol allows it."""
+    """From each (protocol, port) to the names that stand for it on this side.
+
+    ``number``: the rule's protocol; pairs of other protocols are left out.
+    """
     found: dict[PortPair, set[str]] = {}
     for name in names.names:
         for pair in resolver.named(entity.selector, name):
@@ -261,7 +269,7 @@ def _point(pair: PortPair, *, is_source: bool) -> _Clause:
 
 
 def _ports(entity: Entity, number: int | None, resolver: Resolver, *, is_source: bool) -> Iterator[_Clause]:
-    """The match of ports: a range, or a name that an owner of the address declares."""
+    """The alternatives of an entity's ports: the numeric ranges, and each name with each port it stands for."""
     wanted = entity.ports
     if wanted is None:
         return
@@ -275,9 +283,10 @@ def _ports(entity: Entity, number: int | None, resolver: Resolver, *, is_source:
 
 
 def _not_ports(entity: Entity, number: int | None, resolver: Resolver, *, is_source: bool) -> Iterator[_Clause]:
-    """Disjoint clauses for negated ports.
+    """The alternatives of an entity's negated ports, disjoint.
 
-    Packets on a port that some endpoint declares by that name, and all other packets.
+    One alternative for each port that some endpoint declares by one of the names (the address must not declare it), and
+    alternatives for all other packets.
     """
     unwanted = entity.not_ports
     if unwanted is None:

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Identities (numbered sets of an address's properties) and address matches, each found from the other.
+"""Identities of addresses, and the index between identities and address matches.
 
-An identity is (family, set of owners, set of groups): groups are the nets lists and services in use that contain the
-address.  A match finds its identities by its most selective term; a new identity finds its matches by its own terms.
-So nothing here is a product of identities and matches.
+An identity is (family, set of owners, set of address groups): the address groups are the nets lists and services in use
+that contain the address.  The identities of a match are found by its most selective term, the matches of a new identity
+by the identity's terms.  So no operation costs identities times matches.
 
-Invariants: WORLD_V4 and WORLD_V6 are the identities without owners and groups and always exist; an identity without
-references stays until `collect`, so that everything in use during a change has its rows.
+Invariants: WORLD_V4 and WORLD_V6, the identities without owners and groups, always exist.  An identity without
+references stays until `collect`, so that every identity in use during a change has its rows.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from netpol_ebpf.compiler.tables import FIRST_IDENTITY, WORLD_V4, WORLD_V6
 from netpol_ebpf.compiler.terms import AddressGroup, AddressMatch, NetsTerm, ServiceTerm, Term
 
 _NUMBERS = 1 << 31
-"""Size of the number space; `Limits.identities` limits how many are in use at once, and the commit checks it."""
+"""Size of the number space of identities. `Limits.identities`, which the commit checks, limits those in use at once."""
 
 IdentityKey = tuple[int, frozenset[int], frozenset[int]]
-"""(family, owner ids, group ids)."""
+"""(family 4 or 6, owner ids, address group ids)."""
 
 
 @dataclass(slots=True)
 class IdentityRecord:
-    """One identity. ``references``: addresses and prefixes that have it."""
+    """One identity. ``references``: how many addresses and prefixes have it."""
 
     number: int
     family: int
@@ -43,7 +43,7 @@ class IdentityRecord:
 
 @dataclass(slots=True)
 class AddressGroupRecord:
-    """A nets list or service in use."""
+    """An address group (nets list or service) in use."""
 
     group: AddressGroup
     references: int = 0
@@ -52,7 +52,7 @@ class AddressGroupRecord:
 
 @dataclass(slots=True, eq=False)
 class MatchRecord:
-    """A match in use. Terms by id: owner terms are positive, groups negative, so that the two never meet."""
+    """A match in use. Term ids of owner terms are positive numbers, ids of address groups negative numbers."""
 
     number: int
     match: AddressMatch
@@ -62,11 +62,11 @@ class MatchRecord:
 
     @property
     def is_floating(self) -> bool:
-        """Whether the match has no positive terms: it is true unless a negative term excludes it."""
+        """Whether the match has no positive terms: it is true for each identity that no negative term excludes."""
         return not self.positive
 
     def holds(self, family: int, terms: set[int]) -> bool:
-        """Whether the match is true for an identity of that family with exactly these terms."""
+        """Whether the match is true for an identity of ``family`` (4, 6) for which exactly ``terms`` (ids) are true."""
         return (
             self.match.family in (0, family)
             and self.positive <= terms
@@ -79,7 +79,7 @@ class IdentityContent:
     """The properties that all addresses of an identity have in common.
 
     ``owners``: the distinct (kind, labels, named ports) of the endpoints, network sets and nodes that have or contain
-    them. ``groups``: the lists of nets and the services of rules that contain them.  Neither has an order.
+    these addresses.  ``groups``: the nets lists and services of rules that contain these addresses.
     """
 
     family: int
@@ -87,7 +87,7 @@ class IdentityContent:
     groups: tuple[AddressGroup, ...] = ()
 
     def digest(self) -> str:
-        """A hash of the content that is the same in every run: 32 hexadecimal digits of SHA-256."""
+        """A hash of the content, the same in every process: the first 32 hexadecimal digits of SHA-256."""
         lines = [
             f"{kind.value} {pairs(labels)} {[(port.name, port.protocol, port.port) for port in ports]}"
             for kind, labels, ports in self.owners
@@ -101,7 +101,10 @@ class IdentityContent:
 
 
 class IdentityIndex:
-    """All identities, groups and matches in use. ``known``: numbers to keep, by digest, from an earlier run."""
+    """All identities, address groups and matches in use.
+
+    ``known``: from the digest of an identity to the number that it must keep from an earlier run.
+    """
 
     def __init__(self, owners: OwnerIndex, known: Mapping[str, int] | None = None) -> None:
         self._owners = owners
@@ -122,20 +125,20 @@ class IdentityIndex:
         self._next_group = 1
         self._matches: dict[AddressMatch, MatchRecord] = {}
         self._next_match = 1
-        self._by_positive: dict[int, set[MatchRecord]] = {}  # one positive term of a match -> matches
+        self._by_positive: dict[int, set[MatchRecord]] = {}  # one positive term of each match -> matches
         self._by_negative: dict[int, set[MatchRecord]] = {}  # each negative term of a floating match -> matches
         self.groups_added: list[int] = []
         self.groups_removed: list[tuple[int, AddressGroup]] = []
-        """Groups that came into use, and groups that went out of use, since the last clearing."""
+        """Address groups that came into use (``groups_added``) and went out of use since the last `end_commit`."""
         self.created: list[int] = []
-        """Identities created since the last clearing (by the compiler, at the end of a commit)."""
+        """Identities created since the last `end_commit`."""
         self._unreferenced: set[int] = set()
-        self._found: dict[int, frozenset[int]] = {}  # match number -> identities, while neither side changes
+        self._found: dict[int, frozenset[int]] = {}  # cache: match number -> identities
 
     # --- identities -------------------------------------------------------------------------------------------------
 
     def acquire(self, family: int, owners: frozenset[int], groups: frozenset[int], journal: Journal) -> int:
-        """Count a use of the identity with this content. Returns its number."""
+        """Count a use of the identity with these owners and address groups (ids). Returns its number."""
         key = (family, owners, groups)
         number = self._keys.get(key)
         if number is None:
@@ -145,14 +148,14 @@ class IdentityIndex:
         return number
 
     def release(self, number: int, journal: Journal) -> None:
-        """Count one use less; `collect` removes identities without uses."""
+        """Count one use of an identity less; `collect` removes identities without uses."""
         record = self.identities[number]
         journal.assign(record, "references", record.references - 1)
         if not record.references:
             journal.add(self._unreferenced, number)
 
     def collect(self, journal: Journal) -> tuple[list[int], set[int]]:
-        """Remove identities without uses. Returns their numbers, and their owners."""
+        """Remove identities without uses. Returns the numbers of these identities, and the ids of their owners."""
         gone = [number for number in self._unreferenced if not self.identities[number].references]
         owners: set[int] = set()
         for number in gone:
@@ -173,7 +176,7 @@ class IdentityIndex:
         return gone, owners
 
     def family_members(self, family: int) -> set[int]:
-        """All identities of a family; read-only for callers."""
+        """The numbers of all identities of a family; read-only for callers."""
         return self.v4 if family == 4 else self.v6  # noqa: PLR2004  # the family
 
     def terms_of(self, number: int) -> set[int]:
@@ -202,7 +205,7 @@ class IdentityIndex:
         text = self._content(key).digest()
         number = self._known.get(text)
         if number is not None and number not in self.identities:
-            # Kept from an earlier run once; later on it is a number like all others.
+            # The number is kept for the identity's first use only; after that it is allocated like all others.
             journal.pop(self._known, text)
         else:
             number = self._numbers.take(journal)
@@ -222,7 +225,7 @@ class IdentityIndex:
     # --- groups ------------------------------------------------------------------------------------------------------
 
     def group_id(self, group: AddressGroup) -> int | None:
-        """The id of a group in use, or None."""
+        """The id of an address group, None if it is not in use."""
         return self._group_ids.get(group)
 
     def _acquire_group(self, group: AddressGroup, journal: Journal) -> int:
@@ -248,7 +251,7 @@ class IdentityIndex:
     # --- matches ----------------------------------------------------------------------------------------------------
 
     def acquire_match(self, match: AddressMatch, journal: Journal) -> MatchRecord:
-        """Count a use of a match, and so of its terms."""
+        """Count a use of a match, and of its terms."""
         record = self._matches.get(match)
         if record is None:
             positive = frozenset(self._acquire_term(term, journal) for term in match.positive)
@@ -262,7 +265,7 @@ class IdentityIndex:
         return record
 
     def release_match(self, record: MatchRecord, journal: Journal) -> None:
-        """Count one use less; a match without uses is removed, and so are terms without uses."""
+        """Count one use of a match less. A match without uses is removed, and so are its terms without other uses."""
         journal.assign(record, "references", record.references - 1)
         if record.references:
             return
@@ -277,13 +280,13 @@ class IdentityIndex:
                 self._release_group(-term, journal)
 
     def match(self, match: AddressMatch) -> MatchRecord:
-        """The record of a match in use. KeyError for another."""
+        """The record of a match. Raises KeyError if the match is not in use."""
         return self._matches[match]
 
     def members(self, record: MatchRecord) -> frozenset[int]:
-        """Identities for which a match with positive terms is true.
+        """The identities for which a match with positive terms is true.
 
-        Cost: the smallest of the terms, once until something changes.
+        Cost: linear in the identities of the most selective term; cached until an identity or term changes.
         """
         found = self._found.get(record.number)
         if found is None:
@@ -297,14 +300,17 @@ class IdentityIndex:
         return found
 
     def excluded(self, record: MatchRecord) -> set[int]:
-        """Identities that a floating match's negative terms exclude."""
+        """The identities that the negative terms of a floating match exclude."""
         result: set[int] = set()
         for term in record.negative:
             result |= self._identities_of(term)
         return result
 
     def concerning(self, number: int) -> tuple[list[MatchRecord], list[MatchRecord]]:
-        """The matches with positive terms that are true for an identity, and the floating matches that it makes false."""
+        """The matches that depend on the identity ``number``.
+
+        Returns the matches with positive terms that are true for it, and the floating matches that are false for it.
+        """
         record = self.identities[number]
         terms = self.terms_of(number)
         holding: list[MatchRecord] = []
@@ -316,7 +322,7 @@ class IdentityIndex:
         return holding, list(excluded)
 
     def _places(self, record: MatchRecord) -> list[tuple[dict[int, set[MatchRecord]], int]]:
-        """The terms by which identities find a match: one positive term, or each negative term if the match floats."""
+        """The index entries of a match: at one positive term, or, for a floating match, at each negative term."""
         if record.positive:
             return [(self._by_positive, min(record.positive))]
         return [(self._by_negative, term) for term in record.negative]
@@ -335,7 +341,7 @@ class IdentityIndex:
         return found
 
     def end_commit(self) -> None:
-        """Forget the records of a commit, after its success or failure."""
+        """Clear what was recorded for one commit. Must be called after every commit, failed ones too."""
         self._found.clear()
         self.created.clear()
         self.groups_added.clear()

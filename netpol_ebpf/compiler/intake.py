@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The first step of a commit: changed objects go into the world, and dependent parts are marked for the next steps.
+"""The first step of a commit: apply the changed objects to the world, and mark what depends on them for the next steps.
 
-Invariant: afterwards the world, the owners, the subjects and the indexes of the state are those after the change;
-addresses, templates and rule lists are still those before it.
+Invariant: after this step the world, the owners, the subjects and the indexes of the state are up to date; addresses,
+templates and rule lists are still those before the commit.
 """
 
 from __future__ import annotations
@@ -39,13 +39,17 @@ U = TypeVar("U")
 
 
 class Intake:
-    """Takes changes, by type and key the new object or None, and records what depends on them.
+    """Applies changed objects to the world, and records what depends on them for the next steps.
 
-    ``dirty``: local endpoints with rule lists that may change; ``stale``: templates with a changed object;
-    ``address_moves``: addresses, the owner that they get or lose with the number of its node (0: this node, or not
-    known), and whether they get it; ``net_moves``: the same for nets, without nodes; ``numbered``: nodes with their
-    present numbers, 0 for none; ``claims``: local endpoints that got or lost an address; ``disappeared``: owners that
-    lost an object; ``gone``: local endpoints that no longer exist.
+    ``dirty``: local endpoints with rule lists that may change.
+    ``stale``: templates with a changed object.
+    ``address_moves``: (address, (owner, number of the owner's node), added); added is False if the address loses the
+    owner.  The number is 0 for this node or an unknown node.
+    ``net_moves``: the same for nets, without a node.
+    ``numbered``: nodes with their new numbers, 0 for none.
+    ``claims``: local endpoints that got or lost an address.
+    ``disappeared``: owners that lost an object.
+    ``gone``: local endpoints that no longer exist.
     """
 
     def __init__(self, state: CompilerState, local: Callable[[Endpoint], bool], journal: Journal) -> None:
@@ -63,7 +67,10 @@ class Intake:
         self.gone: list[LocalEndpoint] = []
 
     def take(self, changes: Mapping[type, Mapping[Any, Any]]) -> None:
-        """Apply the changes to the world. An object equal to the one in force is no change."""
+        """Apply ``changes`` to the world: by type and key, the new object, or None for a removed object.
+
+        An object equal to the present one is not a change.
+        """
         takers = {
             Endpoint: self._take_endpoint,
             LabelledNets: self._take_network_set,
@@ -76,9 +83,7 @@ class Intake:
         }
         world, journal = self._state.world, self._journal
         others: dict[type, dict[Any, Any]] = _containers(world)
-        if (
-            ClusterNode in changes
-        ):  # first: what is said of endpoints' nodes is said in the numbers that hold afterwards
+        if ClusterNode in changes:  # first: the changes of endpoints below use the new node numbers
             self._number_nodes(changes[ClusterNode])
         for kind, objects in changes.items():
             taker: Any = takers[kind]
@@ -97,11 +102,11 @@ class Intake:
                 taker(old, new)
 
     def touch(self, endpoints: Iterable[EndpointKey]) -> None:
-        """Mark local endpoints with rule lists that may change."""
+        """Mark endpoints whose rule lists may change; others than local ones are ignored at the end."""
         self.dirty.update(dict.fromkeys(endpoints))
 
     def drop_unknown(self) -> None:
-        """Unmark endpoints that are no longer local."""
+        """Unmark endpoints that are not local, or no longer."""
         for key in self.dirty.keys() - self._state.local.keys():
             del self.dirty[key]
 
@@ -122,7 +127,10 @@ class Intake:
         self.touch(key for key, local in self._state.local.items() if local.endpoint.kind is EndpointKind.HOST)
 
     def _own(self, registered: dict[Any, int], key: Any, kind: OwnerKind, old: Any, new: Any) -> tuple[int, int]:
-        """Register an object's owner in place of its old one. Returns (old owner, new owner), 0 for none."""
+        """Register the owner of the changed object ``key`` in place of its old owner.
+
+        Returns the ids (old owner, new owner), 0 for none.
+        """
         owners, journal = self._state.owners, self._journal
         before = registered.get(key, 0)
         after = 0
@@ -202,9 +210,9 @@ class Intake:
         self.address_moves.extend(_moves(_addresses(old), (before, number), _addresses(new), (after, number)))
 
     def _number_nodes(self, changes: Mapping[str, ClusterNode | None]) -> None:
-        """Renumber nodes with changed addresses, and move the objects on them to the new numbers.
+        """Renumber nodes with changed addresses, and record the new number for the addresses of all objects on them.
 
-        Must run first: objects that are taken afterwards use the new numbers, and so do the objects that they replace.
+        Must run before other changes are applied: these use the new numbers, for old and for new objects.
         """
         state, before = self._state, self._state.world.nodes
         moved = {name: new for name, new in changes.items() if _addresses(before.get(name)) != _addresses(new)}
@@ -222,12 +230,12 @@ class Intake:
                 self._move_node(endpoint.addresses, state.endpoint_owners[key], renumbered[endpoint.node])
 
     def _move_node(self, addresses: Iterable[IPAddress], owner: int, numbers: tuple[int, int]) -> None:
-        """Move an owner's addresses from one node number to another."""
+        """Record that an owner's addresses have another node number: ``numbers`` is (old, new)."""
         old, new = numbers
         self.address_moves.extend(_moves(addresses, (owner, old), addresses, (owner, new)))
 
     def _node_of(self, endpoint: Endpoint | None) -> int:
-        """Number of the node of an endpoint on another node."""
+        """The number of a remote endpoint's node; 0 for a local endpoint and an unknown node."""
         numbers = self._state.nodes.numbers
         if not numbers or endpoint is None or endpoint.node not in numbers or self._local(endpoint):
             return 0
@@ -277,7 +285,10 @@ def _containers(world: World) -> dict[type, dict[Any, Any]]:
 
 
 def _moves(had: Iterable[T], before: U, has: Iterable[T], after: U) -> Iterator[tuple[T, U, bool]]:
-    """The additions, then the removals. With the same owner only the difference."""
+    """The changes (item, owner, added) from the items ``had`` with owner ``before`` to ``has`` with owner ``after``.
+
+    Additions come before removals.  If the owner is the same, items in both are left out.
+    """
     old, new = set(had), set(has)
     same = old & new if before == after else set()
     for each in new - same:

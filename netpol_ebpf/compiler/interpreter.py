@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`Interpreter`: a verdict from the tables alone, in the steps of the program in the kernel.
+"""`Interpreter`: computes a verdict from the compiled tables alone, in the same steps as the program in the kernel.
 
-Invariant: only the tables are read; a missing row that another row refers to is an error, not a guess.
+Invariant: only the tables are read.  If a row that another row refers to is missing, an error is raised.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Interpreter:
         self._verdict_version = (-1, -1)
 
     def decide(self, question: Question) -> Verdict:
-        """The tables' verdict. Workloads without a row, like unknown endpoints, are denied."""
+        """The tables' verdict on ``question``. An endpoint without a row is denied everything."""
         tables = self._tables
         row = tables.endpoints.get(question.endpoint)
         if row is None:
@@ -57,7 +57,7 @@ class Interpreter:
         return self._verdict(tables.verdicts[self._index(set_row, peer, own, packet)])
 
     def identity_of(self, address: IPAddress) -> int:
-        """Step 1: exact address, else longest prefix, else the world."""
+        """Step 1: the identity of an address: its own row, else the longest prefix, else WORLD_V4 or WORLD_V6."""
         row = self._tables.addresses.get(address)
         if row is not None:
             return row.identity
@@ -71,7 +71,7 @@ class Interpreter:
         return _of_family(address, WORLD_V4, WORLD_V6)
 
     def _index(self, row: SetRow, peer: IPAddress, own: IPAddress, packet: Packet) -> int:
-        """Steps 2 to 4: the index of the verdict row."""
+        """Steps 2 to 4: the index of the verdict row for a packet between ``peer`` and ``own``."""
         classes = self._tables.peer_classes
         known = classes.get((row.number, self.identity_of(peer)))
         peer_class = _of_family(peer, row.default_class4, row.default_class6) if known is None else known
@@ -86,7 +86,11 @@ class Interpreter:
         return row.verdict_index(peer_class, own_class, l4_class, source_class)
 
     def _column(self, base: int, first_block: int, position: int) -> int:
-        """The class of the atom at a position of the line that begins with ``first_block``, in the column at ``base``."""
+        """The L4 or source port class of a packet.
+
+        ``position``: the packet's position on the line of atoms that begins at ``first_block``.  ``base``: first block
+        of the policy set's column, which gives the class of each atom.
+        """
         atoms = self._tables.l4_atoms.get(first_block + position // ATOM_BLOCK)
         return self._tables.class_of_atom(base, 0 if atoms is None else atoms[position % ATOM_BLOCK])
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sets of integers as sorted, disjoint, non-adjacent inclusive intervals.
 
-Invariant: equal sets have equal representations, so an interval set is a key.
+Invariant: equal sets have equal representations, so an interval set can be a dictionary key.
 """
 
 from __future__ import annotations
@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 Intervals = tuple[tuple[int, int], ...]
-"""Inclusive (first, last) pairs, ascending, with a gap of at least one between two of them."""
+"""Pairs (first, last), both included, ascending, with at least one missing integer between neighbours."""
 
 NOTHING: Intervals = ()
 
 
 def normalise(pairs: Iterable[tuple[int, int]]) -> Intervals:
-    """The set of all integers in any of the pairs; pairs with first > last are empty."""
+    """The set of all integers in any of the ``pairs`` (first, last). A pair with first > last is empty."""
     merged: list[tuple[int, int]] = []
     for first, last in sorted(pairs):
         if first > last:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The undo journal of one commit: every change to the compiler's state is made through it and can be rolled back.
+"""The undo log of one commit: every change to the compiler's state is made through it and can be rolled back.
 
-Invariant: after `Journal.rollback` each container and attribute that was changed through the journal is as it was
-before.  The journal does not know the state's meaning.
+Invariant: after `Journal.rollback` each container and attribute that was changed through the journal has its earlier
+content.  The journal does not depend on the meaning of the state.
 """
 
 from __future__ import annotations
@@ -18,7 +18,10 @@ _MAPPING, _ADDED, _DISCARDED, _ATTRIBUTE, _CALL = range(5)
 
 
 class Journal:
-    """Changes in the order they were made. Cost of each call: constant."""
+    """Undo log of a commit: makes changes to the compiler's state and records them in order.
+
+    Each method but `rollback` takes constant time.
+    """
 
     __slots__ = ("_entries",)
 
@@ -31,7 +34,7 @@ class Journal:
         mapping[key] = value
 
     def pop(self, mapping: MutableMapping[K, V], key: K) -> V:
-        """``mapping.pop(key)``; KeyError when it is absent."""
+        """``mapping.pop(key)``; raises KeyError if the key is absent."""
         value = mapping.pop(key)
         self._entries.append((_MAPPING, mapping, key, value))
         return value
@@ -57,7 +60,7 @@ class Journal:
         self.add(members, member)
 
     def discard_from(self, index: dict[K, set[V]], key: K, member: V) -> None:
-        """``index[key].discard(member)``; a set that is empty then goes. KeyError when there is none."""
+        """``index[key].discard(member)``; removes a key without members. Raises KeyError if the key is absent."""
         members = index[key]
         self.discard(members, member)
         if not members:
@@ -69,7 +72,7 @@ class Journal:
         setattr(thing, name, value)
 
     def on_rollback(self, undo: Callable[[], object]) -> None:
-        """Register a call for a rollback, in reverse order with the other changes."""
+        """Register a function that `rollback` calls, at this point of the log, to undo a change made by the caller."""
         self._entries.append((_CALL, undo, None, None))
 
     def rollback(self) -> None:
@@ -92,7 +95,10 @@ class Journal:
 
 
 class Unjournaled(Journal):
-    """Makes the same changes and records nothing: for the first commit, which is rolled back by starting afresh."""
+    """A journal that makes the changes and records nothing.
+
+    For the first commit: if it fails, its state is dropped as a whole and a new state is created.
+    """
 
     __slots__ = ()
 

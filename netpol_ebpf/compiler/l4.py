@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Protocol and port predicates, and the atoms into which they cut the space of packets.
+"""Protocol and port predicates, and the atoms into which they divide all packets.
 
-The space is a line of integers that follows the atom blocks of `netpol_ebpf.compiler.tables`: position ``block * 256 +
-index``.  A predicate is an interval set on that line; an *atom* is the set of all positions that the same predicates
-contain.  Source ports are a line of their own, from 0 to 65535.
+Each protocol with a destination port, or ICMP type and code, is an integer, its *position*: ``block * 256 + index`` in
+the atom blocks of `netpol_ebpf.compiler.tables`.  All positions are called the *line*.  A predicate is an interval set
+on the line.  An *atom* is the set of all positions that are in the same predicates.  Source ports have a second line,
+from 0 to 65535.
 
-Invariants: atom 0 is in no predicate; positions with the same atom are in the same predicates; an atom number that
-stays in use across a change stands for positions that every predicate in use before *and* after treats alike, so
-columns of unaffected policy sets need no rewriting.
+Invariants: atom 0 is in no predicate.  Positions with the same atom are in the same predicates.  If an atom's number
+stays in use across a change, its positions are in the same predicates, of those in use both before and after the
+change; so the columns of unaffected policy sets stay correct.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ SOURCE_BLOCK = SOURCE_SLOT * 256
 
 
 def protocol(number: int) -> Intervals:
-    """Every packet of a protocol."""
+    """The positions of all packets of the protocol ``number`` (IANA)."""
     slot = PROTOCOL_SLOT.get(number)
     if slot is None:
         return ((_OTHER + number, _OTHER + number),)
@@ -41,14 +42,14 @@ def protocol(number: int) -> Intervals:
 
 
 def ports(protocols: Iterable[int], ranges: Iterable[tuple[int, int]]) -> Intervals:
-    """Packets of these protocols with a destination port in one of the ranges."""
+    """The positions of packets of ``protocols`` (IANA) with a destination port in one of the inclusive ``ranges``."""
     pairs = tuple(ranges)
     bases = [PROTOCOL_SLOT[number] * _SLOT for number in protocols]
     return normalise((base + max(first, 0), base + min(last, 65535)) for base in bases for first, last in pairs)
 
 
 def icmp(number: int, type_: int, code: int | None) -> Intervals:
-    """ICMP or ICMPv6 packets of a type, and of a code unless that is None."""
+    """The positions of ICMP or ICMPv6 (``number``) packets with this type and code; ``code`` None: any."""
     base = PROTOCOL_SLOT[number] * _SLOT + type_ * 256
     return ((base, base + 255),) if code is None else ((base + code, base + code),)
 
@@ -59,17 +60,20 @@ WITHOUT_PORTS: Intervals = difference(ANY_L4, WITH_PORTS)
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """The result of a new partition.
+    """The difference between a new partition and the previous one.
 
-    New atom numbers, each with the number that its positions had before (or one of them).
+    ``parents``: new atom number -> number that its positions had before; if they had several, one of these.
     """
 
     parents: Mapping[int, int]
-    blocks: Mapping[int, tuple[int, ...] | None]  # atom blocks whose content changed; None: all zeros now
+    blocks: Mapping[int, tuple[int, ...] | None]  # changed blocks of the table l4_atoms; None: all zeros now
 
 
 class AtomSpace:
-    """The atoms of one line for the predicates in use. ``first_block``: the line's start in the atom table."""
+    """The atoms of one line for the predicates in use.
+
+    ``first_block``: the number of the line's first block in the table ``l4_atoms``.
+    """
 
     def __init__(self, whole: Intervals, first_block: int, blocks: int, limits: Limits) -> None:
         self._whole = whole
@@ -86,7 +90,7 @@ class AtomSpace:
 
     @property
     def size(self) -> int:
-        """One more than the largest atom number in use."""
+        """The largest atom number in use, plus one."""
         return self._capacity
 
     @property
@@ -104,7 +108,7 @@ class AtomSpace:
             journal.assign(self, "_stale", value=True)
 
     def release(self, predicate: Intervals, journal: Journal) -> None:
-        """Count one use less; the last release makes the partition stale."""
+        """Count one use of a predicate less; the last release makes the partition stale."""
         if predicate == self._whole:
             return
         count = self._predicates[predicate]
@@ -115,7 +119,7 @@ class AtomSpace:
             journal.assign(self, "_stale", value=True)
 
     def atoms_of(self, predicate: Intervals) -> Iterable[int]:
-        """Numbers of the atoms in a predicate. KeyError when it is not in use."""
+        """The numbers of the atoms in a predicate. Raises KeyError if the predicate is not in use."""
         return range(self._capacity) if predicate == self._whole else self._members[predicate]
 
     def atoms(self) -> set[int]:
@@ -123,9 +127,9 @@ class AtomSpace:
         return {0, *self._atoms}
 
     def partition(self, journal: Journal) -> Split:
-        """Partition the line by the predicates in use. Cost: linear in the number of their boundaries.
+        """Partition the line by the predicates in use. Returns what changed.
 
-        Raises LimitError when there are too many atoms.
+        Cost: linear in the number of interval boundaries.  Raises LimitError if there are too many atoms.
         """
         starts, signatures, order = self._sweep()
         numbers, parents = self._number(starts, signatures)
@@ -148,11 +152,14 @@ class AtomSpace:
         return Split(parents, changed)
 
     def atom_at(self, position: int) -> int:
-        """Number of the atom that contains a position of the line."""
+        """The number of the atom that contains ``position``."""
         return self._atoms[bisect_right(self._starts, position) - 1]
 
     def _sweep(self) -> tuple[list[int], list[int], list[Intervals]]:
-        """The line's segments: starts, the signature (bit vector of predicates) of each, and the predicates by bit."""
+        """Divide the line into segments of positions that are in the same predicates.
+
+        Returns the start of each segment, its signature (bit vector of predicates), and the predicate of each bit.
+        """
         order = list(self._predicates)
         toggles: dict[int, int] = {0: 0}
         for bit, predicate in enumerate(order):
@@ -171,10 +178,9 @@ class AtomSpace:
         return starts, signatures, order
 
     def _number(self, starts: list[int], signatures: list[int]) -> tuple[dict[int, int], dict[int, int]]:
-        """Assign an atom number to each signature.
+        """Assign an atom number to each signature, if possible a number that its positions had before.
 
-        A signature keeps the old number of its positions where there is one.  The second result gives, for each new
-        number, the number that its positions had before.
+        Returns signature -> number, and new number -> number that its positions had before.
         """
         numbers: dict[int, int] = {0: 0}
         taken = {0}
@@ -184,7 +190,7 @@ class AtomSpace:
                 if known not in taken:
                     numbers[signature] = known
                     taken.add(known)
-        # Second round: a signature may keep an old number through a later segment of its own.
+        # Second round: a signature may get an old number from a later one of its segments.
         parents: dict[int, int] = {}
         fresh = 0
         in_use = self.atoms()
@@ -201,7 +207,7 @@ class AtomSpace:
         return numbers, parents
 
     def _fill(self, starts: list[int], atoms: list[int]) -> Iterator[tuple[int, tuple[int, ...]]]:
-        """The blocks of the atom table that are not all zeros."""
+        """The blocks (number, content) of the table ``l4_atoms`` that are not all zeros."""
         constant: dict[int, tuple[int, ...]] = {}
         segment = 0
         for index in range(self._blocks_total):

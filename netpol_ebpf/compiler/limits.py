@@ -14,7 +14,10 @@ from netpol_ebpf.errors import LimitError
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """The limits. The defaults follow the maps' default sizes, or are arbitrary where no map sets the limit."""
+    """How many rows of each table, and parts of each policy and policy set, the compiler accepts.
+
+    A default is the default size of the BPF map that holds the table; where no map sets the limit, it is arbitrary.
+    """
 
     rules_per_policy: int = 65_536  # arbitrary: internal rules of one direction, after port and peer lists are split
     entries_per_set: int = 65_536  # arbitrary: width of the bit vectors
@@ -33,5 +36,8 @@ class Limits:
 
 
 def exceeded(what: str, limit: str, maximum: int, seen: int) -> LimitError:
-    """The error for an object that exceeds a limit; ``limit`` is the field of `Limits`."""
+    """The error that the object ``what`` needs ``seen`` of something of which `Limits` allows ``maximum``.
+
+    ``limit``: the name of the field of `Limits`.
+    """
     return LimitError(f"{what}: {limit.replace('_', ' ')}: needs {seen}, the limit is {maximum}", limit=limit)

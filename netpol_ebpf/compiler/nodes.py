@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Numbers of nodes.
+"""Numbers of nodes, by which the program checks that a tunnelled packet comes from the node of its source address.
 
-By them the program compares the sender of a tunnelled packet with the node of the packet's source address. A node has a
-number while its addresses identify it: it has at least one, and shares none with another node.  So a second Node object
-of the same machine, left over from an earlier registration, takes no address from the first node's workloads.
+A node has a number as long as its addresses identify it: it has at least one address, and shares none with another
+node.  So a second Node object of the same machine, left over from an earlier registration, takes no address from the
+workloads of the first.
 
-Invariants: a number is never given to another node, nor again to a node that lost it; what depends on numbers is the
-caller's task.
+Invariants: a number is never given to another node, nor again to a node that lost it.  The caller must update what
+depends on the numbers.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from netpol_ebpf.policy.types import ClusterNode
 
 
 class NodeNumbers:
-    """The numbers of nodes. ``numbers``: by name, of the nodes that have one."""
+    """The numbers of nodes. ``numbers``: from the name of each node with a number to the number."""
 
     def __init__(self) -> None:
         self.numbers: dict[str, int] = {}
         self._next = FIRST_NODE
 
     def renumber(self, nodes: Mapping[str, ClusterNode], journal: Journal) -> dict[str, tuple[int, int]]:
-        """Update the numbers from the addresses of all nodes.
+        """Update the numbers from the addresses of all ``nodes``, by name.
 
-        Returns (old number, new number), 0 for none, where it changed. Cost: linear in the nodes.
+        Returns for each node with a changed number (old number, new number), 0 for none.  Cost: linear in the nodes.
         """
         holders = Counter(address for node in nodes.values() for address in set(node.addresses))
         before = self.numbers

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Numbers and ranges for rows: allocated, freed, and not reused at once.
+"""Allocates numbers and ranges of numbers for rows.
 
-Invariants: nothing is allocated twice; what is freed within a commit is not reused in it; a freed single number is
-reused last, so that a reader with a stale number does not soon see another object under it.
+Invariants: no number is allocated twice.  A number that a commit frees is not reused in the same commit.  Freed single
+numbers are reused as late as possible, so that a reader with a stale number does not soon see another object under it.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from netpol_ebpf.compiler.journal import Journal
 V = TypeVar("V")
 
 QUARANTINE = 1024
-"""Freed numbers that are kept back while unused ones remain; arbitrary."""
+"""How many freed numbers are not reused as long as never used numbers remain; arbitrary."""
 
 
 class NumberPool:
-    """Single numbers from ``first`` on, at most ``count`` in use."""
+    """Allocates single numbers from ``first`` to ``first + count - 1``."""
 
     def __init__(self, first: int, count: int) -> None:
         self._first = self._next = first
@@ -30,10 +30,10 @@ class NumberPool:
         self._skip: set[int] = set()
 
     def keep(self, known: Mapping[V, int]) -> dict[V, int]:
-        """Reserve the numbers of an earlier run that are in range and belong to one object.
+        """Reserve the numbers of an earlier run (object -> number), and return the reserved ones.
 
-        They are not allocated until `give_back`.  Whatever the input, no two objects share a number.  Must be called before
-        the first number is taken.
+        Numbers out of range, and numbers of several objects, are not reserved.  A reserved number is not allocated
+        until `give_back` frees it.  Must be called before the first `take`.
         """
         users = Counter(known.values())
         kept = {
@@ -43,7 +43,7 @@ class NumberPool:
         return kept
 
     def take(self, journal: Journal) -> int | None:
-        """Allocate a number; None when all are in use."""
+        """Allocate a number; None if all numbers are in use."""
         while self._next in self._skip:
             self._next += 1
         if self._freed and (len(self._freed) > QUARANTINE or self._next >= self._end):
@@ -63,19 +63,19 @@ class NumberPool:
 
 
 class Ranges:
-    """Runs of consecutive numbers from 0 to ``size`` - 1, first fit."""
+    """Allocates ranges of consecutive numbers from 0 to ``size`` - 1, first fit."""
 
     def __init__(self, size: int) -> None:
         self.size = size
         self._free: list[tuple[int, int]] = [(0, size)]  # (start, length), ascending, never adjacent
 
     def begin(self, journal: Journal) -> None:
-        """Start a transaction. Must be called at the start of a commit; later calls can be rolled back."""
+        """Start a commit: the journal's rollback restores the present allocation. Must be called first in a commit."""
         before = self._free.copy()
         journal.on_rollback(lambda: self._free.__setitem__(slice(None), before))
 
     def take(self, length: int) -> int | None:
-        """Allocate a run and return its start; None when no gap is large enough."""
+        """Allocate ``length`` consecutive numbers and return the first; None if no gap is large enough."""
         for index, (start, room) in enumerate(self._free):
             if room >= length:
                 if room == length:
@@ -86,7 +86,7 @@ class Ranges:
         return None
 
     def give_back(self, start: int, length: int) -> None:
-        """Free a run. Must be called at the end of a commit."""
+        """Free the range of ``length`` numbers from ``start``. Must be called at the end of a commit."""
         insort(self._free, (start, length))
         index = self._free.index((start, length))
         for at in (index, index - 1):

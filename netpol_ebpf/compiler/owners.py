@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Owners of addresses (endpoints, network sets, nodes, by labels and named ports) and the terms that are true for them.
+"""Owners of addresses (endpoints, network sets, nodes), and the terms that are true for each owner.
 
-Objects with the same labels and ports are one owner.  The selector index finds the matching pairs of selectors and
-labels without testing every pair.
+Objects of one kind with the same labels and named ports share one owner.  The selector index finds the matching pairs
+of selectors and labels without testing every pair.
 
-Invariants: every owner has exactly the owner terms in use that are true for it, and every term its owners; an owner
-exists while an object *is* it (presence) or an identity has it (between two steps of a change).  `NamedPorts.of` counts
-present owners only: it gives the state after the change.
+Invariants: every owner record has exactly the terms in use that are true for it, and every term record its owners.  An
+owner exists as long as an object uses it (``presence``), or an identity has it (until the end of a commit).  Named
+ports resolve among owners that an object uses, so the result is the state after the commit.
 """
 
 from __future__ import annotations
@@ -24,10 +24,9 @@ from netpol_ebpf.selector import Selector, SelectorIndex
 
 
 class OwnerKind(enum.Enum):
-    """Kind of an owner.
+    """The kind of an owner, which determines the terms that can be true for it.
 
-    It decides which terms can be true: selectors for endpoints and network sets, named ports for endpoints, ``nodes``
-    for nodes.
+    Selector terms: endpoints and network sets.  Named port terms: endpoints.  Node terms: nodes.
     """
 
     ENDPOINT = "e"
@@ -36,21 +35,18 @@ class OwnerKind(enum.Enum):
 
 
 LabelItems = tuple[str, ...]
-"""Alternating names and values, sorted by name: much smaller than a set of pairs."""
+"""Labels as alternating names and values, sorted by name: needs much less memory than a set of pairs."""
 OwnerValue = tuple[OwnerKind, LabelItems, tuple[NamedPort, ...]]
 
 
 def pairs(labels: LabelItems) -> list[tuple[str, str]]:
-    """Names with their values, sorted."""
+    """The labels as pairs (name, value), sorted by name."""
     return list(zip(labels[::2], labels[1::2], strict=True))
 
 
 @dataclass(slots=True)
 class OwnerRecord:
-    """One distinct owner.
-
-    ``presence``: how many objects are it; ``identities``: numbers of the identities that have it.
-    """
+    """One distinct owner. ``presence``: how many objects use it. ``identities``: the identities that have it."""
 
     value: OwnerValue
     presence: int = 0
@@ -60,7 +56,7 @@ class OwnerRecord:
 
 @dataclass(slots=True)
 class TermRecord:
-    """A term in use; ``owners``: the ids of owners for which it is true."""
+    """A term in use. ``owners``: the ids of the owners for which it is true."""
 
     term: OwnerTerm
     references: int = 0
@@ -68,7 +64,10 @@ class TermRecord:
 
 
 class _Labels:
-    """The labels of owners, indexed for the selectors of rules. Endpoints and network sets share one; nodes have their own."""
+    """An index between the labels of owners and the selectors of rules.
+
+    Endpoints and network sets share one index; nodes have another.
+    """
 
     def __init__(self) -> None:
         self.index: SelectorIndex[int, int] = SelectorIndex()
@@ -93,11 +92,11 @@ class _Labels:
 
 
 NameKey = tuple["Selector | None", str]
-"""A named port as a rule uses it: with the selector of its entity, which limits the endpoints with ports that count."""
+"""A named port of a rule: (selector of its entity, name). It resolves among endpoints that the selector matches."""
 
 
 class OwnerIndex:
-    """All owners, and all terms about them."""
+    """All owners of addresses, and all terms in use about owners."""
 
     def __init__(self) -> None:
         self.owners: dict[int, OwnerRecord] = {}
@@ -114,12 +113,12 @@ class OwnerIndex:
         self._next_owner = 1
         self._next_term = 1
         self.changed_names: set[NameKey] = set()
-        """Names with a resolution that changed since the last clearing (by the compiler, at the end of a commit)."""
+        """Names with a resolution that changed in this commit. The compiler clears it at the end of each commit."""
 
     # --- owners -----------------------------------------------------------------------------------------------------
 
     def appear(self, kind: OwnerKind, labels: Mapping[str, str], ports: Iterable[NamedPort], journal: Journal) -> int:
-        """Count one more object that is this owner. Returns the owner's id."""
+        """Count one more object with this kind, these labels and ports. Returns the id of their owner."""
         value: OwnerValue = (kind, tuple(chain.from_iterable(sorted(labels.items()))), tuple(sorted(set(ports))))
         owner = self._owner_ids.get(value)
         if owner is None:
@@ -131,7 +130,7 @@ class OwnerIndex:
         return owner
 
     def disappear(self, owner: int, journal: Journal) -> None:
-        """Count one object less."""
+        """Count one object less that uses the owner."""
         record = self.owners[owner]
         journal.assign(record, "presence", record.presence - 1)
         if not record.presence:
@@ -181,7 +180,7 @@ class OwnerIndex:
     # --- terms ------------------------------------------------------------------------------------------------------
 
     def term_id(self, term: OwnerTerm) -> int:
-        """The id of a term in use. KeyError for another."""
+        """The id of a term. Raises KeyError if the term is not in use."""
         return self._term_ids[term]
 
     def acquire(self, term: OwnerTerm, journal: Journal) -> int:
@@ -201,7 +200,7 @@ class OwnerIndex:
         return term_id
 
     def release(self, term_id: int, journal: Journal) -> None:
-        """Count one use less; a term without uses is forgotten."""
+        """Count one use of a term less; a term without uses is removed."""
         record = self.terms[term_id]
         journal.assign(record, "references", record.references - 1)
         if record.references:
@@ -229,11 +228,11 @@ class OwnerIndex:
     # --- names ------------------------------------------------------------------------------------------------------
 
     def named(self, key: NameKey) -> frozenset[PortPair]:
-        """The ports that a name in use stands for. KeyError when `acquire_name` was not called."""
+        """The ports to which a name resolves. Raises KeyError if the name is not in use (`acquire_name`)."""
         return frozenset(self._names[key][1])
 
     def acquire_name(self, key: NameKey, journal: Journal) -> None:
-        """Count a use of a name; while it is in use, changes of its resolution are reported in ``changed_names``."""
+        """Count a use of a name. As long as it is in use, ``changed_names`` reports changes of its resolution."""
         references = self._name_references.get(key, 0)
         journal.put(self._name_references, key, references + 1)
         if references:
@@ -252,7 +251,7 @@ class OwnerIndex:
         journal.add_to(self._names_by_name, name, key)
 
     def release_name(self, key: NameKey, journal: Journal) -> None:
-        """Count one use less."""
+        """Count one use of a name less."""
         references = self._name_references[key]
         if references > 1:
             journal.put(self._name_references, key, references - 1)
@@ -264,7 +263,7 @@ class OwnerIndex:
         journal.discard_from(self._names_by_name, key[1], key)
 
     def _count_ports(self, owner: int, step: int, journal: Journal) -> None:
-        """Update the resolution of names for an owner that came or went."""
+        """Update the resolution of names for an owner that appeared (``step`` 1) or disappeared (-1)."""
         record = self.owners[owner]
         if record.value[0] is not OwnerKind.ENDPOINT:
             return

@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What compiled tables say of all packets at once: every class of peers, every protocol and port, each with its verdict.
+"""Reads the verdicts on all packets from compiled tables: for every class of peers, every protocol and port.
 
-The interpreter answers for one packet; a `TableReader` answers for the whole space.  The packets of one endpoint, direction
-and stage are cut into *cells*: (class of the peer's address) x (class of the own address) x (protocol, destination port or
-ICMP type) x (source port).  All packets of a cell have one verdict, from one cause.
+The interpreter computes the verdict on one packet; a `TableReader` lists the verdicts on all packets.  It divides the
+packets of one endpoint, direction and stage into *cells*: (class of the peer's address) x (class of the own address) x
+(protocol, destination port or ICMP type) x (source port).  All packets of a cell have the same verdict and cause.
 
-Invariants: nothing but the tables is read; the cells of a policy set are disjoint and contain every packet, so that a
-packet's cell has the verdict that `netpol_ebpf.compiler.interpreter` gives the packet.  A row that another row refers to and
-that is missing raises KeyError.
+Invariants: only the tables are read.  The cells of a policy set are disjoint and contain every packet, and a packet's
+cell has the verdict that `netpol_ebpf.compiler.interpreter` computes for the packet.  KeyError is raised if a row that
+another row refers to is missing.
 
-A cause names tier, policy and rule; `netpol_ebpf.policy.provenance.trace` finds the file and line of it in the world that was
-compiled.  `Compiler.content_of` returns what the addresses of an identity have in common: labels, nets, services.
+A cause names tier, policy and rule; `netpol_ebpf.policy.provenance.trace` finds its file and line in the world that was
+compiled.  `Compiler.content_of` returns the labels, nets and services that the addresses of an identity have in common.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ _VERSIONS = (4, 6)
 
 @dataclass(frozen=True, slots=True)
 class AddressClass:
-    """Addresses that a policy set cannot tell apart: those of some identities.
+    """Addresses that a policy set cannot tell apart, given by their identities.
 
-    A class may be empty: other rows can cover all its addresses.
+    A class may have no address: longer prefixes may contain all addresses of a prefix.
     """
 
     identities: frozenset[int]
@@ -46,8 +46,9 @@ class AddressClass:
 class AddressesOfClass:
     """The addresses of a class.
 
-    ``addresses``: known addresses.  ``networks``: every address inside them, except known addresses and inner networks
-    of another class.  ``unknown_versions``: 4, 6 or both, where addresses without any row are in the class.
+    ``addresses``: addresses with a row of their own.  ``networks``: all addresses in these networks are in the class,
+    except addresses and networks inside them that have a row of their own in another class.  ``unknown_versions``: the
+    IP versions (4, 6) of which the addresses without any row are in the class.
     """
 
     addresses: tuple[IPAddress, ...]
@@ -56,9 +57,9 @@ class AddressesOfClass:
 
 
 class ProtocolPorts(NamedTuple):
-    """A protocol by its IANA number, and a part of its packets.
+    """A protocol (IANA number) and some of its destination ports or ICMP types.
 
-    ``values``: destination ports; of ICMP and ICMPv6 ``type * 256 + code``; None: all packets of the protocol.
+    ``values``: destination ports; for ICMP and ICMPv6 ``type * 256 + code``; None: all packets of the protocol.
     """
 
     protocol: int
@@ -67,10 +68,10 @@ class ProtocolPorts(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """A set of packets with one verdict.
+    """A set of packets with the same verdict.
 
-    ``l4``: positions on the line of protocols and ports (`netpol_ebpf.compiler.l4`); `protocol_ports` decodes them.
-    ``source_ports``: for a protocol without ports, 0.
+    ``l4``: positions of protocols and ports (`netpol_ebpf.compiler.l4`); `protocol_ports` decodes them.
+    ``source_ports``: source ports; packets of a protocol without ports have source port 0.
     """
 
     peer: AddressClass
@@ -81,7 +82,7 @@ class Cell:
 
 
 def protocol_ports(l4: Intervals) -> Iterator[ProtocolPorts]:
-    """Positions on the line of protocols and ports, by protocol in ascending order."""
+    """Decode positions (`netpol_ebpf.compiler.l4`) into protocols, in ascending order, with their ports or types."""
     for number in range(_PROTOCOLS):
         whole = protocol(number)
         found = intersection(l4, whole)
@@ -93,10 +94,10 @@ def protocol_ports(l4: Intervals) -> Iterator[ProtocolPorts]:
 
 
 class PolicySetReader:
-    """All verdicts of one policy set: of an endpoint in one direction and stage.
+    """All verdicts of one policy set, which an endpoint has in one direction and stage.
 
-    ``peers``, ``owns``: disjoint, and together all identities.  ``l4``, ``source_ports``: disjoint, and together their
-    whole lines.
+    Each identity is in exactly one class of ``peers`` and one of ``owns``; each position of protocols and ports in
+    exactly one class of ``l4``, each source port in exactly one class of ``source_ports``.
     """
 
     def __init__(
@@ -108,9 +109,10 @@ class PolicySetReader:
         verdict: Callable[[int, int, int, int], Verdict],
         versions: Mapping[int, int],
     ) -> None:
-        """Class lists are by class number.
+        """``peers``, ``owns``, ``l4``, ``source_ports``: the classes, by class number.
 
-        ``verdict``: verdict of four class numbers; ``versions``: identity to IP version.
+        ``verdict``: the verdict on a combination of class numbers, in this order.  ``versions``: the IP version of each
+        identity.
         """
         self.peers = peers
         self.owns = owns
@@ -130,9 +132,10 @@ class PolicySetReader:
                     yield Cell(peers, owns, possible, ports, self.verdict(peer, own, l4, source))
 
     def answers(self) -> Iterator[Cell]:
-        """The cells, merged where only protocol and port differ, and then where only the peer differs.
+        """The cells, merged to fewer and larger ones with the same verdict.
 
-        Like `cells`, they are disjoint and contain every packet.  Cells of one peer follow each other.
+        First cells that differ only in protocol and port are merged, then cells that differ only in the peer.  Like
+        `cells`, the result is disjoint and contains every packet.  Cells with the same peer follow each other.
         """
         by_peer: dict[AddressClass, dict[tuple[AddressClass, Intervals, Verdict], list[Intervals]]] = {}
         for cell in self.cells():
@@ -154,9 +157,9 @@ class PolicySetReader:
 
 
 class TableReader:
-    """Reads tables as they are at its creation; it must not be used after the tables changed.
+    """Reads the tables as they are when the reader is created. It must not be used after the tables changed.
 
-    Cost of creation: linear in the tables.
+    Cost of creation: linear in the rows of the tables.
     """
 
     def __init__(self, tables: CompiledTables) -> None:
@@ -174,19 +177,19 @@ class TableReader:
             WORLD_V4: 4,
             WORLD_V6: 6,
         }
-        """IP version of each identity that an address may have."""
+        """The IP version of each identity that some address may have."""
         blocks = (block for block in range(ATOM_BLOCKS) if block not in _SOURCE_BLOCKS)
         self.atoms = self._intervals(blocks, 0)
-        """Positions of each atom on the line of protocols and ports."""
+        """From the number of each atom to its positions (`netpol_ebpf.compiler.l4`)."""
         self.source_atoms = self._intervals(_SOURCE_BLOCKS, SOURCE_BLOCK)
-        """Source ports of each source-port atom."""
+        """From the number of each source-port atom to its source ports."""
         self._classes: dict[int, dict[int, int]] = {}
         for (number, identity), class_ in tables.peer_classes.items():
             self._classes.setdefault(number, {})[identity] = class_
         self._sets: dict[SetRow, PolicySetReader] = {}
 
     def identity_of(self, address: IPAddress) -> int:
-        """The identity that an address has."""
+        """The identity of an address, as the interpreter finds it."""
         return self._interpreter.identity_of(address)
 
     def addresses_of(self, addresses: AddressClass) -> AddressesOfClass:
@@ -201,9 +204,10 @@ class TableReader:
         )
 
     def policy(self, endpoint: EndpointKey, direction: Direction, stage: Stage = Stage.NORMAL) -> PolicySetReader:
-        """The verdicts of an endpoint, in one direction and stage.
+        """All verdicts of an endpoint, in one direction and stage.
 
-        As in the interpreter, an unknown endpoint denies everything, and a stage without policy continues.
+        As in the interpreter, an unknown endpoint is denied everything, and in a stage without a policy set the outcome
+        is CONTINUE.
         """
         row = self._tables.endpoints.get(endpoint)
         set_row = None if row is None else row.sets.get((direction, stage))
@@ -212,14 +216,14 @@ class TableReader:
         return self.policy_set(set_row)
 
     def policy_set(self, row: SetRow) -> PolicySetReader:
-        """The verdicts of a policy set. Endpoints that share a set share the reader."""
+        """All verdicts of a policy set. Endpoints with the same policy set get the same reader."""
         known = self._sets.get(row)
         if known is None:
             known = self._sets[row] = self._read(row)
         return known
 
     def cell_of(self, policy: PolicySetReader, direction: Direction, packet: Packet) -> Cell:
-        """The one cell of a policy set that contains a packet. Cost: linear in the cells; the interpreter is faster."""
+        """The cell of a policy set that contains ``packet``. Cost: linear in the cells; the interpreter is faster."""
         ends = packet.source, packet.destination
         peer, own = map(self.identity_of, ends if direction is Direction.INGRESS else reversed(ends))
         position, source_port = l4_position(packet), source_position(packet)
@@ -255,7 +259,10 @@ class TableReader:
         )
 
     def _address_classes(self, number: int, defaults: Mapping[int, int]) -> dict[int, AddressClass]:
-        """The address classes of one side (peer or own), by class number."""
+        """The address classes of one side (peer or own), by class number.
+
+        ``number``: the side's class table.  ``defaults``: the default class of each IP version.
+        """
         rows = self._classes.get(number, {})
         found: dict[int, set[int]] = {}
         for identity, version in self.versions.items():
@@ -263,7 +270,7 @@ class TableReader:
         return {class_: AddressClass(frozenset(identities)) for class_, identities in found.items()}
 
     def _columns(self, atoms: Mapping[int, Intervals], base: int, classes: int) -> dict[int, Intervals]:
-        """The classes of one line, by number, with their positions."""
+        """The positions of each class of atoms, by class number. ``base``: first block of the policy set's column."""
         found: dict[int, list[tuple[int, int]]] = {}
         for atom, intervals in atoms.items():
             class_ = self._tables.class_of_atom(base, atom) if classes > 1 else 0
@@ -271,7 +278,7 @@ class TableReader:
         return {class_: normalise(pairs) for class_, pairs in found.items()}
 
     def _intervals(self, blocks: Iterable[int], first: int) -> dict[int, Intervals]:
-        """Positions of each atom on a line that begins with block ``first``."""
+        """The positions of each atom in ``blocks``. ``first``: the block whose first position is 0."""
         pairs: dict[int, list[tuple[int, int]]] = {}
         for block in blocks:
             start = (block - first) * ATOM_BLOCK

@@ -21,7 +21,8 @@ V = TypeVar("V", bound=Hashable)
 class RowRegister(Generic[V]):
     """Numbers from 1 on for the distinct values of one table.
 
-    ``kept``: numbers of an earlier run, by value. A value's first use takes its kept number; until `release_kept` nothing else does.
+    ``kept``: numbers of an earlier run, by value.  A value gets its kept number on its first use.  No other value gets
+    that number before `release_kept`.
     """
 
     def __init__(self, table: str, limit: int, kept: Mapping[V, int] | None = None) -> None:
@@ -35,7 +36,10 @@ class RowRegister(Generic[V]):
         self._unreferenced: set[int] = set()
 
     def acquire(self, value: V, what: str, draft: Draft, journal: Journal) -> int:
-        """Count a use of a value. Returns its number; raises LimitError, naming ``what``, when all are in use."""
+        """Count a use of a value, and return its number.
+
+        Raises LimitError if all numbers are in use; ``what`` is the object that the error names.
+        """
         number = self._known.get(value)
         if number is None:
             number = journal.pop(self._kept, value) if value in self._kept else self._numbers.take(journal)
@@ -53,13 +57,13 @@ class RowRegister(Generic[V]):
             self._numbers.give_back(journal.pop(self._kept, value), journal)
 
     def release(self, number: int, journal: Journal) -> None:
-        """Count one use less."""
+        """Count one use of the value ``number`` less."""
         journal.put(self._references, number, self._references[number] - 1)
         if not self._references[number]:
             journal.add(self._unreferenced, number)
 
     def collect(self, draft: Draft, journal: Journal) -> None:
-        """Remove values without uses; called at the end of a commit."""
+        """Remove values without uses. Must be called at the end of a commit."""
         for number in list(self._unreferenced):
             journal.discard(self._unreferenced, number)
             if not self._references[number]:

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether a change revokes anything: some allowed packet is not allowed any more.
+"""Whether a change revokes anything, so that policy must evaluate open connections again.
 
-The comparison of classes is exact; where it would take too long the answer is yes.
+A change revokes if the verdict on some packet is stricter than before: allow became continue or deny, or continue
+became deny.  The comparison of classes is exact.  If it would take too long, the change counts as revoking.
 
-Invariant: the answer is "no" only if every packet is at least as permitted as before, so open connections need not be
-judged again.
+Invariant: the result is "no" only if no verdict is stricter than before.
 """
 
 from __future__ import annotations
@@ -19,13 +19,19 @@ from netpol_ebpf.compiler.setstore import SetStore
 from netpol_ebpf.policy.types import Outcome
 
 BUDGET = 50_000
-"""Verdicts that one commit compares before the answer is yes; arbitrary, some tens of milliseconds."""
+"""How many verdicts one commit compares; a change that needs more counts as revoking.
+
+Arbitrary: some tens of milliseconds.
+"""
 _REMEMBERED = 4096
-"""Answers kept for each set; arbitrary."""
+"""How many results are cached for each policy set; arbitrary."""
 
 
 class Revocation:
-    """The comparisons of one commit. ``late``: identities without a class in sets that are about to be removed."""
+    """Compares the policy of one commit with the policy before it.
+
+    ``late``: new identities that have no class in the policy sets that this commit replaces.
+    """
 
     def __init__(self, identities: IdentityIndex, late: Iterable[int]) -> None:
         self._late = frozenset(late)
@@ -34,7 +40,10 @@ class Revocation:
         self._compared: dict[tuple[LiveSet | None, LiveSet | None], bool] = {}
 
     def by_relabelling(self, pairs: set[tuple[int, int]], sets: SetStore) -> bool:
-        """Whether addresses that change from one identity to the other lose anything in any of the remaining sets."""
+        """Whether any policy set in use is stricter for the new than for the old identity of an address.
+
+        ``pairs``: (old identity, new identity) of the addresses with a changed identity.
+        """
         for before, after in pairs:
             for class_table, users in sets.distinguishing(before, after):
                 old, new = class_table.vector_of(before), class_table.vector_of(after)
@@ -66,7 +75,7 @@ class Revocation:
         return known
 
     def by_replacement(self, old: LiveSet | None, new: LiveSet | None) -> bool:
-        """Whether an endpoint loses anything when one set replaces the other. None: everything continues."""
+        """Whether policy set ``new`` is stricter than ``old`` for some packet. None: the outcome is always CONTINUE."""
         if old is new:
             return False
         known = self._compared.get((old, new))
@@ -75,9 +84,9 @@ class Revocation:
         return known
 
     def _compare(self, old: LiveSet | None, new: LiveSet | None) -> bool:
-        if new is None:  # all continues: less only than what was allowed outright
+        if new is None:  # CONTINUE is stricter than ALLOW only
             return old is not None and old.may(Outcome.ALLOW)
-        if old is None:  # continued so far
+        if old is None:  # DENY alone is stricter than CONTINUE
             return new.may(Outcome.DENY)
         peers, owns = self._pairs(old.peer, new.peer), self._pairs(old.own, new.own)
         l4 = set(zip(old.atom_vectors(), new.atom_vectors(), strict=True))
@@ -91,7 +100,10 @@ class Revocation:
         )
 
     def _pairs(self, old: EntryVectors | None, new: EntryVectors | None) -> set[tuple[int, int]]:
-        """The distinct pairs of identities on one side, before and after. No side: anything."""
+        """The distinct pairs (old vector, new vector) of entries that match one identity, on one side.
+
+        None: the policy set does not have this side; its vector has all bits.
+        """
         if old is None or new is None:
             return {(before, after) for before in _all(old) for after in _all(new)}
         if old.table is new.table:
@@ -100,7 +112,7 @@ class Revocation:
         pairs = {(old.table.class_of(number), new.table.class_of(number)) for number in numbers}
         v6 = len(numbers & self._identities.v6)
         for family, told in ((4, len(numbers) - v6), (6, v6)):
-            if len(self._identities.family_members(family) - self._late) > told:  # the others have no rows
+            if len(self._identities.family_members(family) - self._late) > told:  # the other identities have no rows
                 pairs.add((old.table.defaults[family], new.table.defaults[family]))
         before, after = old.vectors, new.vectors
         return {(before[one], after[other]) for one, other in pairs}
@@ -111,5 +123,5 @@ def _all(side: EntryVectors | None) -> Iterable[int]:
 
 
 def _loses(old: Outcome, new: Outcome) -> bool:
-    """Whether an outcome is stricter than before: allow became continue or deny, or continue became deny."""
+    """Whether ``new`` is stricter than ``old``: allow became continue or deny, or continue became deny."""
     return new is not old and (old is Outcome.ALLOW or new is Outcome.DENY)

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Everything that applies to one endpoint in one direction and stage, in the order of evaluation.
+"""Rule lists: everything that applies to one endpoint in one direction and stage, in the order of evaluation.
 
 A *template* has the entries of one policy (or profile, or list of exceptions) in one direction; all rule lists with
-that policy share it.  A *rule list* has the order: exceptions, tiers of templates, profiles, and the default at the
-end. One rule list serves two evaluations: the enforced one, and the pending one, in which staged policies take part and
-replace enforced ones.  Each template and each end of a tier states the evaluations that it belongs to.
+that policy share it.  A *rule list* has exceptions, tiers of templates, profiles, and the default at the end, in this
+order.  It serves two evaluations: the enforced one, and the pending one, in which staged policies take part and replace
+enforced policies.  Each template and each end of a tier has flags for the evaluations to which it belongs.
 
-Invariant: equal rule lists are equal values, whatever the order in which the policies came (sections 2 to 4 of
-policy/MATCHING.md).
+Invariant: rule lists with the same meaning are equal values, whatever the order in which the policies came (sections 2
+to 4 of policy/MATCHING.md).
 """
 
 from __future__ import annotations
@@ -49,10 +49,10 @@ _OTHER = {Direction.INGRESS: Direction.EGRESS, Direction.EGRESS: Direction.INGRE
 
 @dataclass(slots=True, eq=False)
 class Template:
-    """The entries of one policy, profile or list of exceptions in one direction. Compared by identity.
+    """The entries of one policy, profile or list of exceptions in one direction. Compared by object identity.
 
-    ``names_own_nets``: at least one entry depends on the nets around the own address.  ``peers``, ``owns``: the records
-    of the entries' matches, while ``references`` (rule lists) is not 0.
+    ``names_own_nets``: at least one entry depends on nets that contain the own address.  ``references``: how many rule
+    lists use the template.  ``peers``, ``owns``: the records of the entries' matches while ``references`` is not 0.
     """
 
     what: str
@@ -66,7 +66,7 @@ class Template:
 
 
 def make_template(what: str, entries: Iterable[RuleEntry]) -> Template:
-    """A template without references."""
+    """Make a template of ``entries`` that no rule list uses yet. ``what``: the object to name in errors."""
     found = tuple(entries)
     return Template(
         what,
@@ -81,7 +81,7 @@ def make_template(what: str, entries: Iterable[RuleEntry]) -> Template:
 
 @dataclass(frozen=True, slots=True)
 class TemplateUse:
-    """One template in a rule list. ``enforced``, ``pending``: whether it takes part in these evaluations."""
+    """A template in a rule list. ``enforced``, ``pending``: the evaluations in which it takes part."""
 
     template: Template
     enforced: bool = True
@@ -90,7 +90,11 @@ class TemplateUse:
 
 @dataclass(frozen=True, slots=True)
 class TierTemplates:
-    """A tier with at least one policy here. ``end_*``: the policy named when the tier ends in deny; None: it passes."""
+    """A tier of a rule list, with the templates of its policies.
+
+    ``end_enforced``, ``end_pending``: the policy that the cause names if the tier ends in deny in that evaluation;
+    None: evaluation continues with the next tier.
+    """
 
     name: str
     uses: tuple[TemplateUse, ...]
@@ -111,10 +115,10 @@ class TierTemplates:
 
 @dataclass(frozen=True, slots=True)
 class RuleList:
-    """All templates of an endpoint, direction and stage in the order of evaluation.
+    """All templates of an endpoint in one direction and stage, in the order of evaluation.
 
-    ``constraining``: templates that constrain the own side, in order.  The hash is computed once: rule
-    lists are keys, and may have a thousand templates.
+    ``constraining``: the templates that constrain the own side, in order.  The hash is computed once, because rule
+    lists are dictionary keys and may have a thousand templates.
     """
 
     direction: Direction
@@ -142,12 +146,12 @@ class RuleList:
 
     @property
     def is_idle(self) -> bool:
-        """Whether the rule list decides no packet, so that later stages decide all."""
+        """Whether the rule list decides no packet: the outcome is always CONTINUE."""
         return self.stage is not Stage.NORMAL and not self.head and not self.tiers
 
 
 def nothing_decided(direction: Direction, stage: Stage) -> tuple[Outcome, Cause]:
-    """Outcome and cause when no rule and no tier decides: deny in NORMAL, continue in the other stages."""
+    """The outcome and cause if no rule and no tier decides: deny in NORMAL, continue in the other stages."""
     if stage is Stage.NORMAL:
         return Outcome.DENY, Cause(CauseKind.NO_MATCH, direction, action=Action.DENY)
     return Outcome.CONTINUE, Cause(CauseKind.NO_MATCH, direction, action=Action.PASS)
@@ -157,9 +161,9 @@ def nothing_decided(direction: Direction, stage: Stage) -> tuple[Outcome, Cause]
 
 
 class Exceptions(NamedTuple):
-    """Packets that host policy never blocks in one direction and stage.
+    """The packets that host policy never blocks in one direction and stage.
 
-    ``replies``: failsafes of the other direction; replies to them pass UNTRACKED too.
+    ``replies``: the failsafes of the other direction in stage UNTRACKED, which must let their replies pass as well.
     """
 
     stage: Stage
@@ -169,7 +173,7 @@ class Exceptions(NamedTuple):
 
 
 def exceptions_of(settings: PolicySettings, node: str | None, direction: Direction, stage: Stage) -> Exceptions:
-    """The exceptions of a node's host endpoints."""
+    """The exceptions of the host endpoints of ``node`` in one direction and stage."""
     replies = settings.failsafes(node, _OTHER[direction]) if stage is Stage.UNTRACKED else ()
     return Exceptions(stage, settings.failsafes(node, direction), replies, settings.tunnels)
 
@@ -184,7 +188,7 @@ def policy_entries(policy: Policy, direction: Direction, resolver: Resolver) -> 
 
 
 def profile_entries(profile: ProfileRules, direction: Direction, resolver: Resolver) -> list[RuleEntry]:
-    """The entries of a profile in one direction: Pass is Deny there."""
+    """The entries of a profile in one direction. In a profile the action Pass denies."""
     found: list[RuleEntry] = []
     for rule in profile.rules(direction):
         action = Action.DENY if rule.action is Action.PASS else rule.action
@@ -194,20 +198,20 @@ def profile_entries(profile: ProfileRules, direction: Direction, resolver: Resol
 
 
 def missing_profile_entries(name: str, direction: Direction, resolver: Resolver) -> list[RuleEntry]:
-    """The entries of a profile that does not exist: it denies everything."""
+    """The entries in place of a profile that does not exist: they deny everything."""
     cause = Cause(CauseKind.PROFILE, direction, profile=name, action=Action.DENY)
     return list(expand(Rule(Action.DENY, -1), direction, Effect.DENY, cause, resolver))
 
 
 def exception_entries(exceptions: Exceptions, direction: Direction, resolver: Resolver) -> list[RuleEntry]:
-    """Entries for packets that host policy never blocks, in one direction: allow in NORMAL, continue in UNTRACKED."""
+    """The entries of exceptions in one direction: they allow in NORMAL, and continue in all other stages."""
     effect = Effect.ALLOW if exceptions.stage is Stage.NORMAL else Effect.CONTINUE
     found: list[RuleEntry] = []
 
     def add(kind: CauseKind, index: int, remote: Entity, protocol: int, port: int, *, reply: bool = False) -> None:
         """Add one entry.
 
-        ``remote``: the remote side's addresses; ``port``: the destination port, for a reply the source port.
+        ``remote``: the addresses of the remote side.  ``port``: the destination port; for a reply, the source port.
         """
         ports: Ports | None = Ports(ranges=((port, port),))
         if protocol not in PORT_PROTOCOLS:
@@ -240,7 +244,7 @@ def stages_of(endpoint: Endpoint) -> tuple[Stage, ...]:
 
 
 def is_of_stage(policy: Policy, stage: Stage) -> bool:
-    """Whether a policy belongs to a stage (of a host; a workload has NORMAL only)."""
+    """Whether a policy belongs to ``stage`` of a host endpoint."""
     if stage is Stage.UNTRACKED:
         return policy.do_not_track
     if stage is Stage.PRE_DNAT:
@@ -257,10 +261,10 @@ def order_tiers(
     stage: Stage,
     templates: Mapping[PolicyKey, Template],
 ) -> tuple[TierTemplates, ...]:
-    """Tiers in order, each with its policies in order.
+    """The tiers in order, each with the templates of its policies in order.
 
-    ``policies``: those of the stage and direction that select the endpoint. ``replaced``: keys of policies that staged
-    ones replace (they are not in the pending evaluation).
+    ``policies``: the policies of the stage and direction that select the endpoint.  ``replaced``: the keys of policies
+    that staged policies replace, and that are not in the pending evaluation.
     """
     by_tier: dict[str, list[Policy]] = {}
     for policy in policies:
@@ -295,7 +299,7 @@ def order_tiers(
 def cut(
     tiers: tuple[TierTemplates, ...], profiles: tuple[TemplateUse, ...]
 ) -> tuple[tuple[TierTemplates, ...], tuple[TemplateUse, ...]]:
-    """The tiers without unreachable ones, so that endpoints that differ only in those share their policy sets."""
+    """Drop unreachable tiers and profiles, so that endpoints that differ only in these share their policy sets."""
     for index, tier in enumerate(tiers):
         if tier.is_closed:
             return tiers[: index + 1], ()

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One live policy set: a rule list's entries as bit vectors, its classes, its columns and its verdicts.
+"""A policy set in use: a rule list's entries as bit vectors, with classes, columns and verdicts.
 
 *Own entries* are the entries that match the endpoint's own addresses, in templates that constrain the own side.  With
-them the own side is constant, without them it is a dimension of the verdict rows.
+own entries, the own side is constant; without them, it is a dimension of the verdict rows.
 
-Invariants: each combination of classes in use has its verdict row; the meaning of a published set never changes, it
-only gains and loses classes, and moves to a larger range when its range gets too small (`Draft` phase PREPARE, so that
-rows that refer to it are changed before anything else is written).
+Invariants: each combination of classes in use has a verdict row.  The verdicts of a published set never change; the set
+only gains and loses classes.  If its range of verdicts or columns gets too small, the set moves to a larger range in
+phase PREPARE, so that rows that refer to the set are changed before all other rows.
 """
 
 from __future__ import annotations
@@ -31,24 +31,26 @@ from netpol_ebpf.compiler.terms import ANYONE
 from netpol_ebpf.policy.types import Action, Cause, CauseKind, Direction, Outcome
 
 OwnEntries = tuple[int, ...]
-"""For each template of a rule list that constrains the own side, in order: the bits of its entries that hold for the own addresses."""
+"""For each template of a rule list that constrains the own side, in order: the bits of its entries that match the own
+addresses.
+"""
 SetKey = tuple[RuleList, "OwnEntries | None"]
 
 LEAST_ROOM = 2
-"""Least number of spare classes in a dimension of verdicts; arbitrary."""
+"""The smallest number of spare classes in a dimension of the verdicts; arbitrary."""
 
 _TRIM_ABOVE = 256
-"""How many verdicts of deleted classes a set may cache; arbitrary."""
+"""How many verdicts of deleted classes a policy set may cache; arbitrary."""
 
 EXCEPTIONS = (CauseKind.FAILSAFE, CauseKind.TUNNEL)
-"""Causes of verdicts on packets that untracked and pre-DNAT policy must not drop either."""
+"""Kinds of causes for packets that no policy of a host may drop, in any stage."""
 
 _OUTCOMES = {Effect.ALLOW: Outcome.ALLOW, Effect.DENY: Outcome.DENY, Effect.CONTINUE: Outcome.CONTINUE}
 
 
 @dataclass(slots=True)
 class Stores:
-    """The state that the policy sets of one compiler share."""
+    """The parts of a compiler's state that all its policy sets share."""
 
     identities: IdentityIndex
     atoms: AtomSpace
@@ -62,16 +64,16 @@ class Stores:
 
 
 class _Entries:
-    """The remaining entries of a rule list, by bit; bit 0 is evaluated first.
+    """The entries of a rule list that can match, by bit number; bit 0 is evaluated first.
 
-    ``own_entries`` None: the own side is a dimension.
+    ``own_entries``: entries outside them are left out; None: the own side is a dimension of the verdicts.
     """
 
     def __init__(self, rule_list: RuleList, own_entries: OwnEntries | None) -> None:
         self.effects: list[Effect] = []
         self.outcomes: list[Outcome] = []
         self.causes: list[Cause] = []
-        self.targets: list[int] = []  # where Pass goes: the first bit after the tier
+        self.targets: list[int] = []  # by bit: the first bit after its tier, at which evaluation continues after Pass
         self.peers: dict[MatchRecord, int] = {}
         self.owns: dict[MatchRecord, int] = {}
         self.l4: dict[Intervals, int] = {}
@@ -99,9 +101,9 @@ class _Entries:
 
     @property
     def asks_source(self) -> bool:
-        """Whether an enforced entry depends on more of a packet's source than the family of its address.
+        """Whether an enforced entry depends on the owner of the source address, or on the source port.
 
-        Staged entries do not count: they must not cause a drop of packets with a hidden source.
+        Staged entries do not count: they must not be the reason to drop a packet with a hidden source.
         """
         owners = self.owns if self._direction is Direction.EGRESS else self.peers
         asking = [bits for record, bits in owners.items() if not record.match.is_family_alone]
@@ -113,12 +115,12 @@ class _Entries:
         self.effects.append(effect)
         self.outcomes.append(
             _OUTCOMES.get(effect, Outcome.CONTINUE)
-        )  # Pass and Log end no evaluation: their outcome is never read
+        )  # never read for Pass and Log, which end no evaluation
         self.causes.append(cause)
         self.targets.append(0)
         if enforced:
             self.enforced |= bit
-        if pending and effect is not Effect.LOG:  # only the enforced evaluation notes Log rules
+        if pending and effect is not Effect.LOG:  # only the enforced evaluation records Log rules
             self.pending |= bit
         return bit
 
@@ -139,7 +141,10 @@ class _Entries:
 
 
 class _Column:
-    """Classes of atoms. ``vectors``: class -> vector; ``classes``: atom -> class, up to the end of the last block."""
+    """The classes of the atoms of one line (L4 or source ports) in a policy set.
+
+    ``vectors``: class -> vector of entries.  ``classes``: atom -> class, padded to the end of the last block.
+    """
 
     def __init__(self, masks: dict[Intervals, int], always: int, space: AtomSpace, limit: int, what: str) -> None:
         self.base = 0
@@ -159,11 +164,14 @@ class _Column:
 
     @property
     def is_constant(self) -> bool:
-        """Whether there is one class only: then no column is needed."""
+        """Whether all atoms are in one class, so that no column is needed."""
         return len(self.vectors) == 1
 
     def place(self, phase: Phase, stores: Stores, draft: Draft, what: str) -> None:
-        """Allocate a range with spare room, and write all classes of atoms to it."""
+        """Allocate a range of blocks with spare room, and write the classes of all atoms there.
+
+        Raises LimitError if no range is free; ``what`` is the object that the error names.
+        """
         self.blocks = 1
         while self.blocks * COLUMN_BLOCK < len(self.classes) + COLUMN_BLOCK // 2:
             self.blocks *= 2
@@ -175,7 +183,7 @@ class _Column:
         self.write(phase, range(self.blocks), draft)
 
     def by_atom(self, space: AtomSpace) -> list[int]:
-        """The vector of each atom in use."""
+        """The vector of each atom in use, in the order of the atoms' numbers."""
         atoms = sorted(space.atoms())
         if self.is_constant:
             return self.vectors * len(atoms)
@@ -188,9 +196,9 @@ class _Column:
 
 
 def _room(class_table: ClassTable) -> int:
-    """Upper bound of the class numbers of one side: the present classes, and room for more.
+    """The number of classes for which one side reserves verdicts: the present ones, and room for more.
 
-    Where every match depends only on the address family, no class can be added.
+    No room is needed if every match depends only on the address family: then no class can be added.
     """
     if all(record.match.is_family_alone for record in class_table.matches):
         return class_table.span
@@ -198,9 +206,9 @@ def _room(class_table: ClassTable) -> int:
 
 
 class LiveSet:
-    """A policy set that is published, or under construction.
+    """A policy set that is published or under construction.
 
-    ``references``: how many (endpoint, direction, stage) use it.
+    ``references``: by how many (endpoint, direction, stage) it is used.
     """
 
     def __init__(self, key: SetKey, what: str, stores: Stores, draft: Draft, journal: Journal) -> None:
@@ -221,9 +229,7 @@ class LiveSet:
         self._verdicts: dict[int, VerdictRow] = {}
         self._trimmed = 0
         self.losses: dict[tuple[bool, int, int], bool] = {}
-        """Cached results of `netpol_ebpf.compiler.revocation`: they depend on the set's meaning alone, which never
-        changes.
-        """
+        """Cached results of `netpol_ebpf.compiler.revocation`; they stay valid, as the set's verdicts never change."""
         for predicate in entries.l4:
             stores.atoms.acquire(predicate, journal)
         for predicate in entries.sources:
@@ -251,7 +257,7 @@ class LiveSet:
 
     @property
     def sides(self) -> tuple[EntryVectors, ...]:
-        """The peer's side, and the own side where it is a dimension."""
+        """The peer's side, and the own side if it is a dimension of the verdicts."""
         return (self.peer,) if self.own is None else (self.peer, self.own)
 
     @property
@@ -262,7 +268,7 @@ class LiveSet:
     # --- building ---------------------------------------------------------------------------------------------------
 
     def build(self, draft: Draft, journal: Journal) -> None:
-        """Build classes, columns and verdicts of a set that is not in force yet. The atom spaces must be up to date."""
+        """Build classes, columns and verdicts of an unpublished set. The atom spaces must be up to date."""
         stores = self._stores
         for class_table in self.class_tables:
             if not class_table.is_built:
@@ -276,7 +282,7 @@ class LiveSet:
         self._place_verdicts(Phase.GROW, draft, journal)
 
     def _place_verdicts(self, phase: Phase, draft: Draft, journal: Journal) -> None:
-        """Allocate a range with room for further classes, and write all present verdicts."""
+        """Allocate a range of verdicts with room for further classes, and write the verdicts of the present classes."""
         self.peer_room = _room(self.peer.table)
         if self.own is not None:
             self.own_room = _room(self.own.table)
@@ -332,7 +338,7 @@ class LiveSet:
                     index += 1
 
     def _verdict(self, vector: int, draft: Draft, journal: Journal) -> VerdictRow:
-        """The verdict of the entries in a vector, by the enforced and by the pending evaluation."""
+        """The verdict row, with enforced and pending evaluation, if exactly the entries in ``vector`` match."""
         outcome, rule, logs = self._walk(vector & self._entries.enforced)
         staged_outcome, staged_rule, _ = self._walk(vector & self._entries.pending)
         log_list = 0
@@ -341,7 +347,7 @@ class LiveSet:
         return VerdictRow(outcome, rule, staged_outcome, staged_rule, log_list, rule in self._exceptions)
 
     def _trim(self, journal: Journal) -> None:
-        """Drop cached verdicts of removed classes, when they have become many."""
+        """Drop cached verdicts of removed classes if there are many of them."""
         owns = (-1,) if self.own is None else tuple(self.own.vectors.values())
         reachable = {
             peer & own & l4 & source
@@ -376,9 +382,9 @@ class LiveSet:
     def add_classes(
         self, peers: dict[int, int], owns: dict[int, int], draft: Draft, journal: Journal
     ) -> tuple[int, int] | None:
-        """Add new classes (class -> vector) to a published set; the class tables already have them.
+        """Add new classes (class -> vector of entries) to a published set. The class tables have them already.
 
-        Returns the range that the set left, if it moved.
+        Returns the range of verdicts (start, length) that the set left if it moved, else None.
         """
         left: tuple[int, int] | None = None
         for name in ("base", "size", "peer_room", "own_room", "row"):
@@ -396,9 +402,10 @@ class LiveSet:
         return None
 
     def add_atoms(self, split: Split, source: bool, draft: Draft, journal: Journal) -> tuple[int, int] | None:  # noqa: FBT001  # which line
-        """Add new atoms to a published set, with the classes of the atoms they were split from.
+        """Add new atoms to a published set; each gets the class of the atom from which it was split.
 
-        Returns the range it left, if it moved.
+        ``source``: the split is of the source-port line.  Returns the range of column blocks (start, length) that the
+        set left if it moved, else None.
         """
         column = self._source if source else self._l4
         if column.is_constant or not split.parents:
@@ -419,27 +426,27 @@ class LiveSet:
         column.write(Phase.GROW, {atom // COLUMN_BLOCK for atom in split.parents}, draft)
         return None
 
-    # --- what it says -----------------------------------------------------------------------------------------------
+    # --- reading ----------------------------------------------------------------------------------------------------
 
     def outcome(self, vector: int) -> Outcome:
-        """The outcome of the enforced entries in a vector."""
+        """The outcome of the enforced evaluation if exactly the entries in ``vector`` match."""
         known = self._verdicts.get(vector)
         return self._walk(vector & self._entries.enforced)[0] if known is None else known.outcome
 
     def may(self, outcome: Outcome) -> bool:
-        """Whether some packet may get that outcome. False is certain, True is not."""
+        """Whether some packet may have this outcome. False is certain, True is not."""
         return any(verdict.outcome is outcome for verdict in self._verdicts.values())
 
     def port_vectors(self) -> tuple[list[int], list[int]]:
-        """Vectors of the L4 and of the source classes."""
+        """The vectors of the L4 classes, and those of the source-port classes."""
         return self._l4.vectors, self._source.vectors
 
     def atom_vectors(self) -> list[int]:
-        """The vector of each atom in use, in the order of their numbers."""
+        """The vector of each atom in use, in the order of the atoms' numbers."""
         return self._l4.by_atom(self._stores.atoms)
 
     def source_vectors(self) -> list[int]:
-        """The vector of each source-port atom in use, in the order of their numbers."""
+        """The vector of each source-port atom in use, in the order of the atoms' numbers."""
         return self._source.by_atom(self._stores.sources)
 
     # --- the end ----------------------------------------------------------------------------------------------------
@@ -452,7 +459,7 @@ class LiveSet:
             self._stores.sources.release(predicate, journal)
 
     def release(self, draft: Draft, journal: Journal) -> None:
-        """Remove the set's rows, at the end of a commit."""
+        """Remove the set's rows. Must be called at the end of a commit."""
         stores = self._stores
         for side in self.sides:
             stores.class_tables.release(side.table, draft, journal)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """All policy sets by content, and their update when identities and atoms come and go.
 
-Endpoints with equal rule lists and own entries share a set.  Invariant: before any row shows an identity or atom to
+Endpoints with equal rule lists and own entries share a set.  Invariant: before a row gives an identity or atom to
 packets, every published set has a class for it.
 """
 
@@ -28,7 +28,7 @@ class SetStore:
         self._uses: dict[MatchRecord, dict[ClassTable, int]] = {}
         self._sets_of: dict[ClassTable, dict[LiveSet, None]] = {}  # published sets
         self._odd: dict[int, set[ClassTable]] = {4: set(), 6: set()}
-        """Class tables in which an ordinary identity of a family is not in the default class of that family."""
+        """By family: class tables in which an identity for which no term is true is not in the default class."""
         self._created: list[LiveSet] = []
         self._dying: list[LiveSet] = []
         self._moved: dict[LiveSet, SetRow] = {}
@@ -39,9 +39,9 @@ class SetStore:
         return len(self._sets)
 
     def acquire(self, key: SetKey, what: str, draft: Draft, journal: Journal) -> LiveSet:
-        """Count a use of a set; a new one has no rows until `build_created`.
+        """Count a use of a policy set, created if necessary; a new set has no rows until `build_created`.
 
-        The caller must hold a use of its rule list.
+        The caller must have acquired the set's rule list.  ``what``: the object to name in a LimitError.
         """
         live = self._sets.get(key)
         if live is None:
@@ -52,7 +52,7 @@ class SetStore:
         return live
 
     def release(self, live: LiveSet, journal: Journal) -> None:
-        """Count one use less; a set without uses stays until `bury`."""
+        """Count one use of a policy set less; a set without uses stays until `bury`."""
         journal.assign(live, "references", live.references - 1)
         if not live.references:
             journal.pop(self._sets, live.key)
@@ -65,11 +65,14 @@ class SetStore:
 
     @property
     def moved(self) -> Mapping[LiveSet, SetRow]:
-        """Published sets that got a new range in this commit, with the rows that they had before."""
+        """The published sets that moved to a new range in this commit, with their earlier rows."""
         return self._moved
 
     def extend(self, created: Iterable[int], draft: Draft, journal: Journal) -> None:
-        """Give new identities their classes in all published sets. Cost: the sets whose matches concern them."""
+        """Give new identities their classes in all published sets.
+
+        Cost: linear in the sets with a match that depends on one of these identities.
+        """
         grown: dict[ClassTable, list[int]] = {}
         for identity in created:
             for class_table, vector in self._vectors(identity).items():
@@ -108,7 +111,7 @@ class SetStore:
         return vectors
 
     def split_atoms(self, split: Split, *, source: bool, draft: Draft, journal: Journal) -> None:
-        """Give new atoms their classes in all published sets."""
+        """Give new atoms their classes in all published sets. ``source``: they are source-port atoms."""
         if split.parents:
             for live in self._published:
                 row = live.row
@@ -118,7 +121,7 @@ class SetStore:
                     self._moved.setdefault(live, row)
 
     def build_created(self, draft: Draft, journal: Journal) -> None:
-        """Write the new sets. Identities and atoms must be final."""
+        """Build and write the new sets. In this commit no identity or atom may be added after this call."""
         for live in self._created:
             live.build(draft, journal)
             journal.add(self._published, live)
@@ -158,7 +161,7 @@ class SetStore:
                     class_table.remove(number, draft, journal)
 
     def bury(self, draft: Draft, journal: Journal) -> None:
-        """Remove the sets that no endpoint uses any more, at the end of a commit."""
+        """Remove the sets that no endpoint uses any more. Must be called at the end of a commit."""
         for live in self._dying:
             if live not in self._published:
                 raise AssertionError("a set that was never built was released")
@@ -174,7 +177,7 @@ class SetStore:
             free_columns(base, blocks, self.stores, draft)
 
     def end_commit(self) -> None:
-        """Forget the records of a commit, after its success or failure."""
+        """Clear what was recorded for one commit. Must be called after every commit, failed ones too."""
         self._created.clear()
         self._dying.clear()
         self._moved.clear()

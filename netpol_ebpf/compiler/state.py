@@ -32,9 +32,9 @@ Slot = tuple[Direction, Stage]
 
 @dataclass(frozen=True, slots=True)
 class KnownNumbers:
-    """Numbers that an earlier run left in force: identities by digest (table ``identities``), rules, endpoints.
+    """Numbers of an earlier run that are still in force: of identities (by digest), rules and endpoints.
 
-    Numbers of several objects, and numbers out of range, are not kept.
+    A number of several objects, or out of range, is not kept.
     """
 
     identities: Mapping[str, int] = field(default_factory=dict)
@@ -44,7 +44,7 @@ class KnownNumbers:
 
 @dataclass(slots=True)
 class LocalEndpoint:
-    """A local endpoint as it is in force. ``row``: as last written."""
+    """A local endpoint with its policy in force. ``row``: its row as it was last written; None: not yet."""
 
     endpoint: Endpoint
     number: int
@@ -54,12 +54,12 @@ class LocalEndpoint:
 
     @property
     def claim(self) -> Claim:
-        """The endpoint's claim to its addresses. The least claim counts: workloads first, then by key."""
+        """The endpoint's claim to its addresses. The smallest claim gets an address: workloads first, then by key."""
         return (int(self.endpoint.kind is EndpointKind.HOST), self.endpoint.key, self.number)
 
 
 class CompilerState:
-    """Everything the compiler keeps between commits."""
+    """Everything that the compiler keeps between commits."""
 
     def __init__(self, limits: Limits, known: KnownNumbers) -> None:
         self.limits = limits
@@ -82,30 +82,30 @@ class CompilerState:
         )
         self.sets = SetStore(self.stores)
         self.numbers = NumberPool(1, limits.endpoints)
-        self.kept_numbers = self.numbers.keep(known.endpoints)  # of endpoints that did not appear yet
+        self.kept_numbers = self.numbers.keep(known.endpoints)  # of endpoints that have not appeared yet
         self.local: dict[EndpointKey, LocalEndpoint] = {}
         self.endpoint_owners: dict[EndpointKey, int] = {}
         self.set_owners: dict[str, int] = {}
         self.node_owners: dict[str, int] = {}
         self.nodes = NodeNumbers()
         self.by_tier: dict[str, set[PolicyKey]] = {}
-        self.replaced: dict[PolicyKey, int] = {}  # key -> how many staged policies stand for it
-        self.with_profile: dict[str, set[EndpointKey]] = {}  # local endpoints
+        self.replaced: dict[PolicyKey, int] = {}  # key -> how many staged policies replace it
+        self.with_profile: dict[str, set[EndpointKey]] = {}  # profile name -> local endpoints with the profile
 
     def release_kept(self) -> None:
-        """Free the numbers of an earlier run that nothing uses."""
+        """Free the numbers of an earlier run that no object uses."""
         journal = Journal()
         self.stores.causes.release_kept(journal)
         for key in list(self.kept_numbers):
             self.numbers.give_back(journal.pop(self.kept_numbers, key), journal)
 
     def begin(self, journal: Journal) -> None:
-        """Begin a commit."""
+        """Prepare the state for a commit, so that ``journal`` can roll it back."""
         self.stores.verdicts.begin(journal)
         self.stores.columns.begin(journal)
 
     def end_commit(self) -> None:
-        """Forget the records of a commit, after its success or failure."""
+        """Clear what was recorded for one commit. Must be called after every commit, failed ones too."""
         self.identities.end_commit()
         self.owners.changed_names.clear()
         self.addresses.forget_dirt()

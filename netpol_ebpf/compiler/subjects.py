@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The policies that select each local endpoint, and the local endpoints that each policy selects.
 
-Invariant: both answers agree with testing every policy's subject on every local endpoint's labels; other endpoints are
-not stored here.
+Invariant: both results are the same as if every policy's subject were tested on every local endpoint's labels.  Other
+endpoints are not stored.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from netpol_ebpf.selector import Selector, SelectorIndex
 
 
 class Subjects:
-    """Policies by key, local endpoints by key."""
+    """The index between policies and the local endpoints that they select."""
 
     def __init__(self) -> None:
         self._index: SelectorIndex[PolicyKey, EndpointKey] = SelectorIndex()
@@ -26,11 +26,11 @@ class Subjects:
         self._endpoints_of: dict[PolicyKey, set[EndpointKey]] = {}
 
     def endpoints_of(self, policy: PolicyKey) -> AbstractSet[EndpointKey]:
-        """Local endpoints that a policy selects; the caller must not keep the result."""
+        """The local endpoints that a policy selects. The result is valid until the next change."""
         return self._endpoints_of.get(policy, set())
 
     def policies_of(self, endpoint: EndpointKey) -> AbstractSet[PolicyKey]:
-        """Policies that select a local endpoint; the caller must not keep the result."""
+        """The policies that select a local endpoint. The result is valid until the next change."""
         return self._policies_of.get(endpoint, set())
 
     def set_policy(self, policy: PolicyKey, subject: Selector | None, journal: Journal) -> None:

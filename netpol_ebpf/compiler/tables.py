@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The compiled tables: what the kernel's maps hold, as plain Python values, and the change from one state to the next.
+"""The compiled tables: the content of the kernel's maps as plain Python values, and changes of it.
 
-A packet becomes a verdict in four steps, each one lookup (`netpol_ebpf.compiler.interpreter` is the executable
-description, `bpf/np_classify.h` the fast one):
+The verdict on a packet is found in four steps, each one lookup.  `netpol_ebpf.compiler.interpreter` makes them on these
+tables, `bpf/np_classify.h` in the kernel:
 
     1. peer address  -> identity        addresses (exact), else cidrs (longest prefix), else WORLD_V4/WORLD_V6
     2. identity      -> peer class      peer_classes[(set, identity)], else the set's default class for the family
@@ -12,8 +12,8 @@ description, `bpf/np_classify.h` the fast one):
     4. verdicts[verdict_base + ((peer class * own_classes + own class) * l4_classes + L4 class) * source_classes
        + source class]
 
-Invariants: rows are immutable; a published policy set's meaning never changes (it may gain classes); every number that
-a row mentions is defined before the row is (make before break: `Change` keeps the order).
+Invariants: rows are immutable.  The verdicts of a published policy set never change; it may gain classes.  Every number
+in a row is defined before the row is written (make before break: `Change` keeps the order).
 """
 
 from __future__ import annotations
@@ -45,36 +45,37 @@ UNKNOWN = 0
 WORLD_V4 = 1
 WORLD_V6 = 2
 FIRST_IDENTITY = 16
-"""Identities below this are reserved: 0 never used by a packet, 1 and 2 an address that nothing describes."""
+"""The first identity with owners or groups. 1 (IPv4) and 2 (IPv6) are addresses without any; 0 is no identity."""
 
 FIRST_NODE = 1 << 20
-"""Numbers of nodes begin here; those of endpoints are below."""
+"""The first number of a node. The numbers of endpoints are below it."""
 
 ATOM_BLOCK = 256
-"""Atoms are kept in blocks of 256: the low byte of a port, or an ICMP code, is the index in the block."""
+"""How many atoms a block has. The low byte of a port, or an ICMP code, is the index in the block."""
 
 COLUMN_BLOCK = 64
-"""L4 columns are kept in blocks of 64 classes; a set's column starts at a block boundary."""
+"""How many classes a block of an L4 column has. The column of a policy set begins at a block boundary."""
 
 PROTOCOL_SLOT: Mapping[int, int] = {TCP: 0, UDP: 1, SCTP: 2, ICMP: 3, ICMPV6: 4}
-"""Atom blocks slot*256 + (port >> 8), or slot*256 + ICMP type, for these protocols."""
+"""By protocol, the slot of its atom blocks: block slot*256 + (port >> 8), or slot*256 + ICMP type."""
 SOURCE_SLOT = 5
-"""Atom blocks SOURCE_SLOT*256 + (source port >> 8): source-port atoms, whatever the protocol."""
+"""The slot of the atom blocks of source ports, for all protocols: block SOURCE_SLOT*256 + (source port >> 8)."""
 OTHER_BLOCK = 6 * 256
-"""The one block of all other protocols, indexed by protocol number."""
+"""The atom block of all other protocols; the index in the block is the protocol's number."""
 ATOM_BLOCKS = OTHER_BLOCK + 1
 
 
 @dataclass(frozen=True, slots=True)
 class SetRow:
-    """One policy set: the ordered list of everything that applies to an endpoint in one direction and stage.
+    """One policy set: everything that applies to an endpoint in one direction and stage, as the program reads it.
 
-    ``number``: the ``set`` in keys of peer_classes; policy sets with the same peer classes share it.
-    ``default_class*``: by family, the class of identities without a row there.  ``own_set``: the same number for the
-    endpoint's own side, 0 when the own side is constant (then own_classes is 1).  ``l4_base``: first block of
-    destination atoms in l4_columns; ``source_base``: first block of source-port atoms, unused when source_classes is 1.
-    ``peer_classes`` and ``own_classes``: upper bounds of class numbers.  ``asks_source``: 1 if an enforced rule depends
-    on the owner of the source address, or on the source port, else 0.
+    ``number``: the ``set`` in keys of ``peer_classes`` for the peer's class; policy sets with the same peer classes
+    share the number.  ``default_class*``: by family, the class of identities without a row in ``peer_classes``.
+    ``own_set``: like ``number``, for the own side; 0 if the own side is constant (then ``own_classes`` is 1).
+    ``l4_base``: the first block of the column of L4 classes in ``l4_columns``.
+    ``source_base``: the first block of the column of source-port classes; unused if ``source_classes`` is 1.
+    ``peer_classes``, ``own_classes``: every class number is below these bounds.
+    ``asks_source``: 1 if an enforced rule depends on the owner of the source address, or on the source port, else 0.
     """
 
     number: int
@@ -106,10 +107,10 @@ class SetRow:
 
 @dataclass(frozen=True, slots=True)
 class EndpointRow:
-    """The policy sets of an endpoint. ``number``: stable, unique on the node, never 0.
+    """The policy sets of an endpoint.
 
-    ``sets`` has (Direction, Stage) for each policy set; NORMAL is always there in both directions.  A host's other
-    stage without a policy set has no policy: the packet continues.
+    ``number``: the endpoint's number, stable, unique on the node, never 0.  ``sets``: the policy set for each
+    (Direction, Stage).  NORMAL has a policy set in both directions.  A stage without a policy set decides nothing.
     """
 
     number: int
@@ -118,10 +119,11 @@ class EndpointRow:
 
 @dataclass(frozen=True, slots=True)
 class AddressRow:
-    """A known address.
+    """The row of an address.
 
-    ``endpoint``: number of the local endpoint that owns it (anti-spoofing), 0 for a remote one.  ``node``: number of the node
-    that has it, itself or as the address of an endpoint there; 0: not known, or it is a local endpoint's.
+    ``endpoint``: the number of the local endpoint that has the address (for anti-spoofing); 0 if none has it.
+    ``node``: the number of the node whose own address this is, or on which the remote endpoint with this address runs;
+    0 if the node is unknown, and for addresses of local endpoints.
     """
 
     identity: int
@@ -133,8 +135,8 @@ class AddressRow:
 class VerdictRow:
     """One verdict. Rule numbers are keys of ``CompiledTables.rules``.
 
-    ``log_list``: key of ``CompiledTables.log_lists`` (the Log rules that matched before the verdict), 0 for none.  ``failsafe``: the rule is a
-    failsafe port or a tunnel between nodes, so nothing that comes before may drop the packet either.
+    ``log_list``: key of ``CompiledTables.log_lists``, the Log rules that matched before the verdict; 0 for none.
+    ``failsafe``: the rule is a failsafe port or a tunnel between nodes, so no earlier stage may drop the packet.
     """
 
     outcome: Outcome
@@ -147,7 +149,7 @@ class VerdictRow:
 
 @dataclass(slots=True)
 class Delta(Generic[K, V]):
-    """Pending writes to one table. A key has an upsert or a delete, never both."""
+    """Writes to one table that are not made yet. A key has an upsert or a delete, never both."""
 
     upserts: dict[K, V] = field(default_factory=dict)
     deletes: set[K] = field(default_factory=set)
@@ -157,14 +159,14 @@ class Delta(Generic[K, V]):
 
 
 class DesiredTable(Generic[K, V]):
-    """Desired content of one map, with the writes that were not taken yet. Cost of each call: constant."""
+    """The desired content of one map, and the writes since the last `take`. Writing one row costs constant time."""
 
     __slots__ = ("_pending", "_rows", "name", "version")
 
     def __init__(self, name: str) -> None:
         self.name = name
         self.version = 0
-        """A counter that every change increments, so that caches derived from the rows can detect staleness."""
+        """A counter that every change increments, by which caches of derived values detect that they are stale."""
         self._rows: dict[K, V] = {}
         self._pending: Delta[K, V] = Delta()
 
@@ -181,11 +183,11 @@ class DesiredTable(Generic[K, V]):
         return iter(self._rows)
 
     def get(self, key: K) -> V | None:
-        """The row, or None."""
+        """The row of ``key``, or None."""
         return self._rows.get(key)
 
     def items(self) -> Iterator[tuple[K, V]]:
-        """All rows."""
+        """All keys with their rows."""
         return iter(self._rows.items())
 
     def set(self, key: K, row: V) -> None:
@@ -204,7 +206,7 @@ class DesiredTable(Generic[K, V]):
             self._pending.deletes.add(key)
 
     def write(self, rows: Mapping[K, V | None]) -> None:
-        """Write many rows: `set` for each row, `delete` where it is None."""
+        """Write many rows: `set` each row, `delete` each key with None."""
         have, upserts, deletes = self._rows, self._pending.upserts, self._pending.deletes
         for key, row in rows.items():
             if row is None:
@@ -218,18 +220,21 @@ class DesiredTable(Generic[K, V]):
         self.version += 1
 
     def take(self) -> Delta[K, V]:
-        """Return the pending writes and clear them."""
+        """Return the writes since the last call, and clear them."""
         pending, self._pending = self._pending, Delta()
         return pending
 
 
 @dataclass(slots=True)
 class CompiledTables:
-    """All tables of one node. Keys and rows as the kernel sees them, before packing.
+    """All tables of one node. Keys and rows have the kernel's meaning, but are not packed into bytes.
 
-    l4_atoms: block -> 256 atom numbers; l4_columns: block -> 64 class numbers; verdicts: index -> row.
-    cidrs: a default route has a row only while a network set contains it; without one, a miss is WORLD_V4/WORLD_V6.
-    l4_atoms: a block without a row is all zeros.  nodes: name -> number, of those that their addresses tell.
+    ``cidrs``: a default route has a row only if an owner has it; otherwise an address that no row contains is
+    WORLD_V4 or WORLD_V6.
+    ``l4_atoms``: block -> 256 atom numbers; a block without a row is all zeros.
+    ``l4_columns``: block -> 64 class numbers.
+    ``verdicts``: index -> row.
+    ``nodes``: name -> number, for nodes that their addresses identify (`netpol_ebpf.compiler.nodes`).
     """
 
     endpoints: DesiredTable[EndpointKey, EndpointRow] = field(default_factory=lambda: DesiredTable("endpoints"))
@@ -245,11 +250,11 @@ class CompiledTables:
     nodes: DesiredTable[str, int] = field(default_factory=lambda: DesiredTable("nodes"))
 
     def class_of_atom(self, column: int, atom: int) -> int:
-        """The class of an atom in the column that begins at a block of ``l4_columns``."""
+        """The class of ``atom`` in the column that begins at the block ``column`` of ``l4_columns``."""
         return self.l4_columns[column + atom // COLUMN_BLOCK][atom % COLUMN_BLOCK]
 
     def verdict_of(self, row: VerdictRow) -> Verdict:
-        """A verdict row with causes in place of rule numbers."""
+        """The verdict of a row: with causes in place of rule numbers."""
         return Verdict(
             row.outcome,
             self.rules[row.rule],
@@ -259,7 +264,7 @@ class CompiledTables:
         )
 
     def all(self) -> tuple[DesiredTable[object, object], ...]:
-        """Every table, in an order in which rows may be written (rows that others refer to come first)."""
+        """Every table, in the order in which rows must be written: before a row, the rows to which it refers."""
         return (
             self.rules, self.log_lists, self.identities, self.nodes, self.verdicts, self.l4_columns, self.l4_atoms,
             self.peer_classes, self.addresses, self.cidrs, self.endpoints,
@@ -268,17 +273,18 @@ class CompiledTables:
 
 @dataclass(slots=True)
 class Change:
-    """One transition, as batches to be written in this order, each as ``{table name: delta}``.
+    """A change of the tables: four batches ``{table name: delta}``, which must be written in this order.
 
-    Within a batch, upserts in the order of `CompiledTables.all`, then deletes in the reverse order.  A change is written to its
-    end (grace period and shrink included) before the next one is begun: numbers and ranges are used again then.
+    Within a batch, upserts are written in the order of `CompiledTables.all`, then deletes in the reverse order.  A
+    change must be written to its end, grace period and shrink included, before the next change: that one may reuse
+    numbers and ranges.
 
-    prepare: policy sets that need more room, copied to a larger range, and the endpoint rows that point at them; no
-    packet's verdict changes.
-    grow: new rows and neutral re-labellings; no packet's verdict changes.
-    flip: endpoint rows, and the address rows of endpoints that appeared, changed labels or went.
-    shrink: rows nothing refers to any more; to be written after a grace period.
-    ``revokes``: an allow may have become a deny, so the generation must be bumped after the flip.
+    prepare: policy sets that need more room, copied to a larger range, and the endpoint rows that refer to them; no
+    verdict on a packet changes.
+    grow: new rows, and new identities that no verdict depends on yet; no verdict on a packet changes.
+    flip: endpoint rows, and the address rows of endpoints that appeared, changed labels or disappeared.
+    shrink: rows to which no row refers any more; must be written after a grace period.
+    ``revokes``: an allow may have become a deny, so the generation must be incremented after the flip.
     """
 
     prepare: dict[str, Delta] = field(default_factory=dict)  # type: ignore[type-arg]
@@ -288,7 +294,10 @@ class Change:
     revokes: bool = False
 
     def batches(self) -> Iterator[tuple[str, dict[str, Delta]]]:  # type: ignore[type-arg]
-        """(name, batch) in the order of writing. After "flip" come the generation's increment and the grace period."""
+        """Each batch with its name, in the order of writing.
+
+        After "flip" the caller must increment the generation if the change revokes, and wait for a grace period.
+        """
         yield "prepare", self.prepare
         yield "grow", self.grow
         yield "flip", self.flip

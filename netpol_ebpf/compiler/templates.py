@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The templates in use: built when a rule list first needs one, rebuilt when their inputs change.
+"""The templates in use: built when a rule list first needs them, rebuilt when their inputs change.
 
-Invariants: a template that is rebuilt with equal content stays the same object, so that its rule lists stay as they
-are; a template's matches (and so their terms) are in use exactly while a rule list has it; names and services that its
-construction looked up are watched while it is the current one of its key.
+Invariants: a template whose entries are the same after a rebuild stays the same object, so that its rule lists do not
+change.  The matches of a template, and their terms, are acquired as long as a rule list has the template.  The names
+and services on which a template depends are acquired as long as it is the current template of its key.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ from netpol_ebpf.selector import Selector
 
 ServiceKey = tuple[str, str]
 TemplateKey = tuple[Union[PolicyKey, str, Exceptions], Direction]
-"""A policy, a profile's name, or a host's exceptions; and the direction."""
+"""(key of a policy, name of a profile, or exceptions of a host; direction)."""
 _Watched = tuple[frozenset[NameKey], frozenset[ServiceKey]]
 
 
 def service_ports(service: ServiceBackends | None) -> frozenset[PortPair]:
-    """Every (protocol, port) among the backends."""
+    """Every (protocol, port) of a service's backends."""
     return frozenset() if service is None else frozenset((each.protocol, each.port) for each in service.backends)
 
 
 def service_key(old: ServiceBackends | None, new: ServiceBackends | None) -> ServiceKey:
-    """The key of a changed service."""
+    """The key of a changed service, of which ``old`` or ``new`` may be None."""
     service = new or old
     if service is None:
         raise AssertionError("a change from nothing to nothing")
@@ -72,7 +72,7 @@ class _RecordingResolver:
 
 
 class Templates:
-    """Templates by key, for the objects of one world."""
+    """The current template of each key, for the objects of one world."""
 
     def __init__(self, world: World, owners: OwnerIndex, identities: IdentityIndex, limits: Limits) -> None:
         self._world = world
@@ -88,7 +88,7 @@ class Templates:
         self._keys: dict[Template, TemplateKey] = {}
 
     def get(self, key: TemplateKey, journal: Journal) -> Template:
-        """The current template of a key, built if necessary. LimitError when the object is too large."""
+        """The current template of a key, built if necessary. Raises LimitError if the object has too many entries."""
         template = self._current.get(key)
         if template is None:
             template, watched = self._build(key, journal)
@@ -97,7 +97,10 @@ class Templates:
         return template
 
     def refresh(self, key: TemplateKey, journal: Journal) -> bool:
-        """Rebuild a template when its object, names or services may have changed. Returns whether the template changed."""
+        """Rebuild the template of a key after its object, names or services may have changed.
+
+        Returns whether the template changed.
+        """
         before = self._current.get(key)
         if before is None:
             return False
@@ -112,14 +115,14 @@ class Templates:
         return not same
 
     def depending_on(self, names: Iterable[NameKey], services: Iterable[ServiceKey]) -> Iterator[TemplateKey]:
-        """Templates that depend on one of these names or services."""
+        """The keys of templates that depend on one of ``names`` or ``services``."""
         for name in names:
             yield from self._by_name.get(name, ())
         for service in services:
             yield from self._by_service.get(service, ())
 
     def acquire(self, rule_list: RuleList, journal: Journal) -> None:
-        """Count a use of a rule list, and so of its templates and their matches."""
+        """Count a use of a rule list. Its first use acquires its templates and their matches."""
         references = self._rule_lists.get(rule_list, 0)
         journal.put(self._rule_lists, rule_list, references + 1)
         if references:
@@ -135,7 +138,7 @@ class Templates:
             journal.assign(template, "references", template.references + 1)
 
     def release(self, rule_list: RuleList, journal: Journal) -> None:
-        """Release a use of a rule list, and with it those of its templates and their matches."""
+        """Count one use of a rule list less. Its last release releases its templates and their matches."""
         references = self._rule_lists[rule_list]
         if references > 1:
             journal.put(self._rule_lists, rule_list, references - 1)
@@ -154,16 +157,16 @@ class Templates:
                     journal.add(self._idle, key)
 
     def collect(self, journal: Journal) -> None:
-        """Forget current templates that no rule list has, at the end of a commit."""
+        """Remove templates that no rule list has. Must be called at the end of a commit."""
         for key in list(self._idle):
             journal.discard(self._idle, key)
             template = self._current.get(key)
-            # One without entries is in no rule list, and is kept while its object is.
+            # A template without entries is in no rule list; it is kept as long as its object exists.
             if template is not None and not template.references and (template.entries or not self._exists(key)):
                 self._forget(key, journal)
 
     def _exists(self, key: TemplateKey) -> bool:
-        """Whether the object of a template exists; exceptions need no object."""
+        """Whether the object of a template exists; always true for exceptions."""
         subject = key[0]
         if isinstance(subject, PolicyKey):
             return subject in self._world.policies

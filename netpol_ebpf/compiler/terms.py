@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Conditions on one address as values: terms, and conjunctions of them.
+"""Predicates on one address as values: terms, and conjunctions of terms.
 
-Invariant: a term is true or false for an *identity* (the set of an address's owners and of the nets and services that
-contain it), and depends on nothing else; conditions on protocol and ports are in `netpol_ebpf.compiler.l4`.
+Invariant: whether a term is true depends only on the *identity* of an address: the address's owners, and the nets and
+services that contain it.  Predicates on protocol and ports are in `netpol_ebpf.compiler.l4`.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ from netpol_ebpf.selector import Selector
 
 @dataclass(frozen=True, slots=True)
 class SelectorTerm:
-    """An endpoint or network set that owns the address has matching labels."""
+    """True if the selector matches the labels of an endpoint or network set that has or contains the address."""
 
     selector: Selector
 
 
 @dataclass(frozen=True, slots=True)
 class NodeTerm:
-    """A node that owns the address has matching labels."""
+    """True if the selector matches the labels of a node that has the address."""
 
     selector: Selector
 
 
 @dataclass(frozen=True, slots=True)
 class NamedPortTerm:
-    """An endpoint that owns the address, and matches the selector if there is one, declares this port by this name."""
+    """True if an endpoint with the address declares this port by this name, and the selector (if any) matches it."""
 
     selector: Selector | None
     name: str
@@ -40,14 +40,14 @@ class NamedPortTerm:
 
 @dataclass(frozen=True, slots=True)
 class NetsTerm:
-    """One of the nets contains the address. No net contains another, none is a default route."""
+    """True if one of the nets contains the address. No net contains another net, and none is a default route."""
 
     nets: frozenset[IPNetwork]
 
 
 @dataclass(frozen=True, slots=True)
 class ServiceTerm:
-    """The address is a backend of the service; with a protocol: on this very protocol and port."""
+    """True if the address is a backend of the service; with a ``protocol``, if it is one on this protocol and port."""
 
     namespace: str
     name: str
@@ -56,7 +56,7 @@ class ServiceTerm:
 
 
 OwnerTerm = Union[SelectorTerm, NodeTerm, NamedPortTerm]
-"""Terms about who owns the address."""
+"""Terms about the owners of the address."""
 AddressGroup = Union[NetsTerm, ServiceTerm]
 """Terms about nets and services that contain the address; they are part of an identity."""
 Term = Union[OwnerTerm, AddressGroup]
@@ -64,7 +64,7 @@ Term = Union[OwnerTerm, AddressGroup]
 
 @dataclass(frozen=True, slots=True)
 class AddressMatch:
-    """A conjunction: all of ``positive`` are true, none of ``negative``, and the family (4, 6; 0: any) matches."""
+    """True if all terms of ``positive`` are true, none of ``negative``, and the address is of ``family`` (0: any)."""
 
     family: int = 0
     positive: frozenset[Term] = frozenset()
