@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Answers about policy that need the objects alone: `explain`."""
+"""Analyses of policy from the objects alone, without the kernel: `explain`."""

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether one connection is allowed, and by which rule.
+"""`netpolctl explain`: whether one connection is allowed, and by which rule.
 
-The answer of `netpolctl explain`, from files or inside the agent. Invariant: files and agent give the same answer for
-the same objects, since both use this module.  Needs no root and no kernel, and opens nothing.
+Both the command (for files) and the agent (for the objects in force) use this module.  Invariant: for the same objects
+both give the same result.  This module needs neither root nor a kernel, and opens no file.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from netpol_ebpf.policy.provenance import trace
 from netpol_ebpf.policy.types import PORT_PROTOCOLS, Cause, Direction, IPAddress, Outcome, Question, World
 
 ENGINES = ("model", "tables")
-"""The engines that can answer: the reference model, or the compiled tables."""
+"""The engines that `explain` can use: the reference model, or the compiled tables."""
 WHERE = Location("the question")
 _NUMBERS = {"port": 65535, "source_port": 65535, "icmp_type": 255, "icmp_code": 255}
-"""Fields of a request that are numbers or absent, and their greatest values."""
+"""The optional numeric fields of a request, with their largest values."""
 
 Ways = list[dict[str, Any]]
 
@@ -34,8 +34,8 @@ def explain(
 ) -> Ways:
     """Each path that the probe's packets may take, as plain values: one for each family, backend and possible sender.
 
-    ``engine``: holds the world.  ``check``: raises where a journey's answer would not hold.  Raises InvalidInputError
-    for unknown names and for questions that the objects cannot answer.
+    ``engine``: has ``world`` loaded.  ``check``: raises an error for a journey that the objects do not determine.
+    Raises InvalidInputError for unknown names, and for probes whose verdict the objects do not determine.
     """
     journeys = list(cast.journeys(probe))
     for journey in journeys if check is not None else ():
@@ -44,7 +44,10 @@ def explain(
 
 
 def describe(cast: Cast, world: World, journey: Journey, engine: Engine) -> dict[str, Any]:
-    """One path through the cluster as plain values. ``steps``: the verdict of each endpoint, in the order the packet meets them."""
+    """One path through the cluster as plain values for JSON.
+
+    The field ``steps`` has the verdict of each endpoint, in the order in which the packet meets them.
+    """
     finding = walk(journey, engine.decide)
     flow, packet = journey.flow, journey.flow.packet
     decided = finding.cause
@@ -94,7 +97,10 @@ def _reason_step(reason: HopReason) -> dict[str, Any]:
 
 
 def _note(journey: Journey, finding: Finding, engine: Engine) -> str | None:
-    """A note where the sender's policy decides otherwise for the service's own address than for the backend; else None."""
+    """A note if the sender's policy denies the backend although it allows the service's address; else None.
+
+    Users often expect a rule on the service's address to apply, but policy evaluates the backend.
+    """
     question = finding.question
     written = journey.flow.packet
     if journey.flow.dnat_to is None or question is None or question.direction is not Direction.EGRESS:
@@ -116,7 +122,7 @@ def _note(journey: Journey, finding: Finding, engine: Engine) -> str | None:
 
 
 def parse_end(text: str) -> IPAddress | tuple[str, str]:
-    """Parse an end of a connection: an address, or (namespace, name). Raises ValueError."""
+    """Parse an end of a connection: an IP address, or the ``namespace/name`` of a workload. Raises ValueError."""
     namespace, slash, name = text.partition("/")
     if slash and namespace and name and "/" not in name:
         return namespace, name
@@ -124,7 +130,7 @@ def parse_end(text: str) -> IPAddress | tuple[str, str]:
 
 
 def as_request(probe: Probe) -> dict[str, Any]:
-    """A probe as the request that the agent takes."""
+    """Encode a probe as the request that the client sends to the agent."""
     ends = {"source": probe.source, "destination": probe.destination}
     return {
         **{name: "/".join(end) if isinstance(end, tuple) else str(end) for name, end in ends.items()},
@@ -134,7 +140,7 @@ def as_request(probe: Probe) -> dict[str, Any]:
 
 
 def parse_request(request: Mapping[str, Any]) -> Probe:
-    """Parse a request that `as_request` made. Raises UsageError for anything else."""
+    """Decode a request that `as_request` encoded. Raises UsageError for any other value."""
     try:
         source, destination = parse_end(request["source"]), parse_end(request["destination"])
     except (KeyError, ValueError, AttributeError) as error:
@@ -150,7 +156,7 @@ def parse_request(request: Mapping[str, Any]) -> Probe:
 
 
 def _number(request: Mapping[str, Any], name: str, most: int) -> int | None:
-    """A field of a request that is a number or absent. Raises UsageError."""
+    """The field ``name`` of a request: an integer from 0 to ``most``, None if absent. Raises UsageError for others."""
     number = request.get(name)
     if number is not None and not (type(number) is int and 0 <= number <= most):
         raise UsageError(f"{name} must be a number of 0 to {most}")
@@ -158,7 +164,7 @@ def _number(request: Mapping[str, Any], name: str, most: int) -> int | None:
 
 
 def parse_engine(request: Mapping[str, Any]) -> str:
-    """The engine named by a request. Raises UsageError."""
+    """The name of the engine in a request. Raises UsageError if it is not one of ENGINES."""
     engine = request.get("engine", ENGINES[0])
     if engine not in ENGINES:
         raise UsageError(f"engine must be one of {', '.join(ENGINES)}")

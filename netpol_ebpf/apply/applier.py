@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes the compiled tables to the kernel's maps: all rows at first, then each change.
+"""Writes the compiled tables to the kernel's maps: first all rows, then each change.
 
-Invariants: rows are written before anything refers to them and deleted after nothing does (a kernel grace period lies
-between); an endpoint's policy changes in one element update; a change that does not fit is rejected before its first
-write, and a change that fails half-way is rolled back, so the previous policy stays in force.
+Invariants: a row is written before other rows refer to it, and deleted only after no row refers to it and a kernel
+grace period has passed.  An endpoint's policy changes with one element update.  A change that does not fit is rejected
+before its first write; a change that fails later is rolled back: the previous policy stays in force.
 
-Must not decide anything: it holds no policy, and its caller gives it an endpoint's interface (`bind`).
+This module must not decide policy, nor an endpoint's interface, which its caller gives it (`Applier.bind`).
 """
 
 from __future__ import annotations
@@ -38,17 +38,17 @@ from netpol_loader.kernel.grace import order_stores, wait_for_readers
 from netpol_loader.pins.dataplane import following
 
 ARRAYS = frozenset(name for name, spec in abi.MAP_SPECS.items() if spec.has_elements)
-"""Maps with elements that always exist: a deleted row is written as zeros, which deny."""
+"""BPF arrays: their elements always exist, so a row is deleted by writing zeros, which deny."""
 OWNERS = frozenset(abi.maps_with(abi.MapTrait.REFERRING))
 """Maps with rows that refer to ranges in other maps."""
 FILL_ROWS = 8192
-"""Rows encoded in one portion when whole tables are written; arbitrary: some MB."""
+"""How many rows are encoded at a time when whole tables are written; arbitrary: some megabytes."""
 SHARED, OWN_ROWS = "np_endpoint", 64
-"""The map that this applier shares with `netpol_ebpf.apply.surroundings`, and the number of rows that it leaves free
-for that module before it counts them exactly; arbitrary.
+"""The map to which `netpol_ebpf.apply.surroundings` writes as well, and how many of its rows are assumed to be written
+by that module.  Only if the map may be full under that assumption are its rows counted.  The number is arbitrary.
 """
 REMEMBERED = frozenset(abi.maps_with(abi.MapTrait.CACHED))
-"""Maps with rows that the program caches for an epoch."""
+"""Maps whose rows the program caches for an epoch."""
 
 
 class KernelMap(Protocol):
@@ -74,12 +74,12 @@ class KernelMap(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Binding:
-    """The interface of an endpoint. ``allowed_sources``: prefixes it may send from although it does not own them.
+    """The interface of an endpoint.
 
-    ``link``: the bridge that the interface is a port of, 0: none.  ``flags``: further properties of the interface.
-
-    A host endpoint has no interface here: only its policy must be in the maps, and `netpol_ebpf.apply.surroundings`
-    names its interfaces.
+    ``ifindex``: unused for a host endpoint, whose interfaces `netpol_ebpf.apply.surroundings` writes.
+    ``allowed_sources``: prefixes from which the workload may send although the addresses are not its own.
+    ``link``: ifindex of the bridge of which the interface is a port, 0: none.
+    ``flags``: further properties of the interface.
     """
 
     ifindex: int
@@ -91,9 +91,10 @@ class Binding:
 
 @dataclass(slots=True)
 class _Step:
-    """Writes of one batch: upserts in order of first use, then deletions.
+    """The map writes of one batch: upserts in the order in which they were added, then deletions.
 
-    ``renews``: an endpoint's row goes or changes its number, which the program caches for a generation.
+    ``renews``: an endpoint's row is deleted or its number changes.  The program caches the number for a generation, so
+    a new generation must begin.
     """
 
     puts: dict[str, dict[bytes, bytes]] = field(default_factory=dict)
@@ -115,7 +116,7 @@ class _Step:
 
 
 class _Undo:
-    """The value before each write, for a rollback in reverse order."""
+    """The values that map elements had before each write, to be restored in reverse order."""
 
     def __init__(self, maps: Mapping[str, KernelMap]) -> None:
         self._maps = maps
@@ -129,9 +130,9 @@ class _Undo:
         return sum(value is None for _, _, value in values)
 
     def roll_back(self, left: Callable[[], None]) -> bool:
-        """Restore everything, endpoint rows first. Returns whether there was anything to restore.
+        """Restore all recorded values, endpoint rows first. Returns whether there was anything to restore.
 
-        ``left``: waits until no packet uses the endpoint rows that were written meanwhile.
+        ``left``: a function that waits until no packet uses the endpoint rows that are replaced here.
         """
         was_written = bool(self._before)
         owners = [one for one in self._before if one[0] in OWNERS]
@@ -151,9 +152,10 @@ class _Undo:
 
 
 class Applier:
-    """The one writer of a dataplane's policy maps.
+    """The only writer of a dataplane's policy maps.
 
-    ``maps`` must hold nothing but what `fill` writes, or be empty.  ``wait`` is the grace period.  Not thread-safe.
+    ``maps``: by name; they must be empty.  ``wait``: a function that waits for a grace period of the kernel.  Not
+    thread-safe.
     """
 
     def __init__(self, maps: Mapping[str, KernelMap], wait: Callable[[], None] = wait_for_readers) -> None:
@@ -173,7 +175,7 @@ class Applier:
 
     @property
     def counts(self) -> Mapping[str, int]:
-        """Elements per policy map that is not an array, as written by this applier."""
+        """How many elements this applier has in each policy map that is not an array."""
         return self._counts
 
     @property
@@ -187,15 +189,15 @@ class Applier:
         return self._config().flags
 
     def is_enforced(self, key: EndpointKey) -> bool:
-        """Whether the endpoint's row is in the kernel: it has both tables and an interface."""
+        """Whether the endpoint's row is in the kernel: the tables have a row for it, and its interface is known."""
         return key in self._rows and key in self._bindings
 
     def endpoint_elements(self, key: EndpointKey) -> Iterator[Element]:
-        """The elements in the kernel for an endpoint, the row itself last; nothing without a row or an interface."""
+        """The map elements of an endpoint, its row in np_endpoint last; none if `is_enforced` is false."""
         return self._elements(key)
 
     def mend_config(self) -> bool:
-        """Restore the configuration if it is not what was last written here. Returns whether it differed."""
+        """Restore the configuration if it differs from the last one that this applier wrote. Returns whether it did."""
         written = self._written_config
         if written is None or self._maps["np_config"].get(_FIRST) == written:
             return False
@@ -205,9 +207,9 @@ class Applier:
     # --- whole tables ---------------------------------------------------------------------------------------------
 
     def fill(self, tables: CompiledTables) -> None:
-        """Write all rows into empty maps, endpoints of known interfaces last. Raises MapFullError before the first write.
+        """Write all rows into empty maps, rows of endpoints last.
 
-        Nothing may be attached yet, or nothing that refers to these maps.
+        No attached program may use these maps yet.  Raises MapFullError before the first write.
         """
         require_room(tables, {name: one.max_entries for name, one in self._maps.items()}, self._bindings)
         self._rows = dict(tables.endpoints.items())
@@ -218,7 +220,7 @@ class Applier:
             encoder = ENCODERS.get(table.name)
             if encoder is not None:
                 written = (encoder(key, row) for key, row in table.items())
-                # All elements at once would be the agent's peak of memory.
+                # In portions: all elements at once would be the agent's peak memory use.
                 while chunk := list(islice(written, FILL_ROWS)):
                     step = _Step()
                     for element in chunk:
@@ -235,11 +237,11 @@ class Applier:
     # --- one change -----------------------------------------------------------------------------------------------
 
     def apply(self, change: Change) -> None:
-        """Apply a change, batch by batch; when this returns the change is complete, grace periods included.
+        """Apply a change, batch by batch. On return the change is complete, grace periods included.
 
-        After the flip a new generation begins if anything was revoked; a grace period precedes the shrinking, and
-        follows every change of an endpoint row's place.  Raises MapFullError when the change does not fit; then nothing
-        has changed for any packet, and the tables that the change came from are ahead of the kernel.
+        After the flip a new generation begins if anything was revoked.  A grace period precedes the shrink batch, and
+        follows the prepare batch if it moves ranges to which endpoint rows refer.  Raises MapFullError if the change
+        does not fit: then no verdict has changed, and the compiled tables are ahead of the kernel's maps.
         """
         rows, counts = dict(self._rows), self._counts.copy()
         prepare, grow, flip, shrink = (self._step(batch) for _, batch in change.batches())
@@ -248,12 +250,12 @@ class Applier:
             self._check_room(prepare, grow, flip)
             self._write(prepare, undo)
             if prepare.touches(OWNERS):
-                self._leave()  # a packet that still has the old row must not meet what grows for the new one
+                self._leave()  # a packet with the old row must not see rows that grow for the new row
             self._write(grow, undo)
             self._write(flip, undo)
         except PlatformError:
             if undo.roll_back(self._leave):
-                self.bump_epoch()  # a packet may have met an address as it was not to be
+                self.bump_epoch()  # the program may have cached an address row that was rolled back
             self._rows, self._counts = rows, counts
             raise
         if change.revokes or prepare.renews or flip.renews:
@@ -265,7 +267,7 @@ class Applier:
             self._write(shrink, None)
 
     def _step(self, batch: Mapping[str, Any]) -> _Step:
-        """Translate one batch of a change into map writes. ``batch``: table name to Delta."""
+        """Translate one batch of a change into map writes. ``batch``: from table name to Delta."""
         step = _Step()
         for name in _TABLES:
             delta = batch.get(name)
@@ -282,7 +284,7 @@ class Applier:
         return step
 
     def _change_endpoints(self, step: _Step, delta: Delta[EndpointKey, EndpointRow]) -> None:
-        """Add endpoint rows to a step."""
+        """Add the writes for changed endpoint rows to ``step``."""
         for key, row in delta.upserts.items():
             before, old = self._rows.get(key), self._keys(key)
             step.renews |= before is not None and before.number != row.number
@@ -308,9 +310,9 @@ class Applier:
             step.delete(name, key)
 
     def _elements(self, key: EndpointKey) -> Iterator[Element]:
-        """All map elements by which the program judges the endpoint's interface, the endpoint row last.
+        """All map elements by which the program judges packets of the endpoint's interface, the endpoint row last.
 
-        Nothing while the tables have no row for it or its interface is unknown.
+        None if the tables have no row for the endpoint, or if its interface is unknown.
         """
         row, binding = self._rows.get(key), self._bindings.get(key)
         return iter(()) if row is None or binding is None else _endpoint_elements(row, binding)
@@ -348,7 +350,7 @@ class Applier:
             self.bump_epoch()
 
     def unbind(self, key: EndpointKey) -> None:
-        """Forget an endpoint's interface: from now on the program treats its packets as those of an unknown endpoint."""
+        """Delete an endpoint's rows: from now on the program denies all packets on its interface."""
         old = self._keys(key)
         self._bindings.pop(key, None)
         if old:
@@ -366,7 +368,7 @@ class Applier:
         return abi.np_config.from_buffer_copy(value)
 
     def bump_generation(self) -> int:
-        """Begin a new generation, in a new epoch: the program judges every open connection again at its next packet.
+        """Begin a new generation and epoch: policy evaluates every open connection again at its next packet.
 
         Returns the new generation. The epoch comes first, in an update of its own: otherwise a packet with the new
         generation and an endpoint row cached under the old epoch would record the old verdict as one of the new
@@ -379,7 +381,7 @@ class Applier:
         return config.generation
 
     def bump_epoch(self) -> None:
-        """Begin a new epoch: from now on the program uses no endpoint row or address that it cached before."""
+        """Begin a new epoch: all endpoint and address rows that the program has cached are invalid."""
         config = self._config()
         config.epoch = following(config.epoch)
         self._put_config(config)
@@ -395,7 +397,7 @@ class Applier:
             self._maps[name].end_grace_period()
 
     def reset_counters(self, rules: Iterable[int]) -> None:
-        """Zero the counters of rule numbers that are about to be reused."""
+        """Set the packet counters of ``rules`` to zero. Must be called before these rule numbers are reused."""
         numbers = list(rules)
         for counted in (self._maps["np_rule_count"], self._maps["np_staged_count"]):
             zeros = bytes(counted.cell_bytes)
@@ -409,9 +411,9 @@ class Applier:
         self._put_config(config)
 
     def set_sender_tag_bits(self, mark_shift: int) -> None:
-        """Set the bits that carry the sender tag of packets to services: 16 bits of the mark from this bit on; 0.
+        """Set the 16 bits of the packet mark that carry the sender tag of packets to services.
 
-        Not in the mark.
+        ``mark_shift``: the lowest of these bits; 0: the mark does not carry the sender tag.
         """
         config = self._config()
         config.mark_shift = mark_shift
@@ -419,14 +421,14 @@ class Applier:
 
     @property
     def marks(self) -> Marks:
-        """The bits of the packets' mark that the programs use."""
+        """The bits of the packet mark that the programs use."""
         config = self._config()
         return Marks(config.seen_mark, config.node_mark, config.due_mark)
 
     def set_marks(self, marks: Marks) -> None:
-        """Make the programs use these mark bits.
+        """Set the bits of the packet mark that the programs use.
 
-        The programs judge every connection again that was never checked for a deferred verdict.
+        If the bit for deferred verdicts changes, a new generation begins: policy evaluates open connections again.
         """
         config = self._config()
         is_another_question = config.due_mark != marks.due
@@ -436,7 +438,7 @@ class Applier:
             self.bump_generation()
 
     def set_wildcard(self, key: EndpointKey | None) -> None:
-        """Set the wildcard host endpoint. It must already have its binding and its row."""
+        """Set the wildcard host endpoint, None: none. It must have a binding and a row already."""
         number = 0 if key is None else self._rows[key].number
         config = self._config()
         if config.wildcard != number:
@@ -445,12 +447,12 @@ class Applier:
             self.bump_generation()
 
     def _put_config(self, config: abi.np_config) -> None:
-        order_stores()  # whoever sees it sees the rows that were written before
+        order_stores()  # a processor that sees it also sees the rows written before it
         self._written_config = bytes(config)
         self._maps["np_config"].put(_FIRST, self._written_config)
 
     def _check_room(self, *steps: _Step) -> None:
-        """Raises MapFullError, naming map, size and need, when the steps together do not fit."""
+        """Raise MapFullError, naming the map, its size and the needed size, if the steps together do not fit."""
         keys: dict[str, dict[bytes, None]] = {}
         for step in steps:
             for name, rows in step.puts.items():
@@ -463,7 +465,7 @@ class Applier:
                     message = f"map {name} has {one.max_entries} rows; the change needs {last + 1}"
                     raise MapFullError(message, map_name=name)
             elif self._counts[name] + len(wanted) + (OWN_ROWS if name == SHARED else 0) > one.max_entries:
-                present = {key for key, _ in one.items()}  # exact, and only where it is getting tight
+                present = {key for key, _ in one.items()}  # an exact count costs time, so only if the map may be full
                 need = len(present | wanted.keys())
                 if need > one.max_entries:
                     raise too_small(name, one.max_entries, need)
@@ -472,7 +474,7 @@ class Applier:
         for name, rows in step.puts.items():
             new = undo.note(name, rows) if undo is not None else 0
             self._maps[name].put_many(list(rows.items()))
-            order_stores()  # the tables come in such an order that a row names what is there already
+            order_stores()  # tables are in such an order that a row refers only to rows written before
             if name not in ARRAYS:
                 self._counts[name] += new
         for name, keys in step.deletes.items():
@@ -503,11 +505,11 @@ def require_room(
     bindings: Mapping[EndpointKey, Binding],
     others: Iterable[Element] = (),
 ) -> None:
-    """Raise MapFullError, naming the map, when the rows do not fit into empty maps of these sizes.
+    """Raise MapFullError, naming the map, if the rows do not fit into empty maps of these sizes.
 
-    ``sizes``: max_entries by map name; ``bindings``: interfaces of endpoints; ``others``: rows of another writer in the same set of maps.  Tables that are
-    not bucketed are not checked: each has room for all rows of its table.  Cost: linear in addresses, prefixes,
-    bindings and others.
+    ``sizes``: max_entries by map name.  ``bindings``: interfaces of endpoints.  ``others``: rows of another writer in
+    the same maps.  Only bucketed tables are checked: every other map has room for all rows of its table.  Cost: linear
+    in addresses, prefixes, bindings and others.
     """
     keys = {(name, key) for name, key, _ in others}
     for key, binding in bindings.items():
@@ -527,7 +529,7 @@ def require_room(
 
 
 def too_small(name: str, size: int, need: int) -> MapFullError:
-    """The error for a map of ``size`` entries that would need ``need``."""
+    """The error that the map ``name`` has room for ``size`` entries and would need room for ``need``."""
     return MapFullError(f"map {name} has room for {size} rows; the change needs {need}", map_name=name)
 
 

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compares the maps with the compiled tables, a few rows at a time, and restores rows that differ.
 
-The comparison has two directions: rows that must be in the map and, in maps that are no arrays, rows that must not (an
-array's row that nothing refers to has no effect).
+Missing and changed rows are found in all maps, surplus rows in all maps but arrays: a row of an array to which no row
+refers has no effect.
 
-Invariants: a correct row is not written; a difference is repaired before it is reported, and then every open connection
-is judged again, since the wrong row may have allowed it.  Cost of a step: the rows it is given.
+Invariants: a correct row is not written.  A difference is repaired before it is reported.  After a repair policy
+evaluates every open connection again, since the wrong row may have allowed it.
 """
 
 from __future__ import annotations
@@ -22,18 +22,19 @@ from netpol_loader import abi
 from netpol_loader.pins.drift import Drift
 
 ROWS = 2000
-"""Rows compared in one step: some 10 ms; arbitrary."""
+"""How many rows one step compares; arbitrary: some 10 ms."""
 
 BY_ENDPOINT = abi.maps_with_rows(abi.MapRole.ENDPOINT)
 BY_NODE = abi.maps_with_rows(abi.MapRole.NODE)
-"""Maps in which surplus rows are searched; a surplus bit of np_vip_filter costs look-ups, nothing else."""
+"""Maps of the node in which surplus rows are searched. np_vip_filter is not one: a surplus bit only costs look-ups."""
 BY_TABLE = abi.maps_with_rows(abi.MapRole.TABLE)
 
 
 class Audit:
-    """Compares the maps that ``applier`` and ``node`` write with ``tables``, in rounds.
+    """Compares the kernel's maps with the rows that ``tables``, ``applier`` and ``node`` require.
 
-    A step must only run between changes.
+    Each `step` compares a part of the rows; a round of steps compares all.  A step must not run while a change of the
+    tables is being applied.
     """
 
     def __init__(
@@ -45,7 +46,7 @@ class Audit:
         self._node = node
         self._round: Iterator[Drift | None] | None = None
         self.rounds = 0
-        """How many times every row has been compared."""
+        """How many rounds are complete: so often every row has been compared."""
 
     @property
     def is_between_rounds(self) -> bool:
@@ -53,7 +54,10 @@ class Audit:
         return self._round is None
 
     def step(self, rows: int = ROWS) -> list[Drift]:
-        """Compare the configuration and the next rows. Returns what differed and was restored."""
+        """Compare the configuration and the next ``rows`` rows. Returns the differences, which are restored already.
+
+        Cost: linear in ``rows``.
+        """
         found = []
         if self._applier.mend_config():
             found.append(Drift("configuration", "np_config", "changed"))
@@ -71,17 +75,20 @@ class Audit:
         return found
 
     def _look_round(self) -> Iterator[Drift | None]:
-        """One round: endpoint rows, then surplus rows, then the rows of the tables."""
+        """One round, row by row: endpoint rows, rows of the node, surplus rows, rows of the tables.
+
+        Yields the restored difference of each row, None for a correct row.
+        """
         for key in list(self._applier.bindings):
-            # All of one endpoint at once: in a pause it might get another row.
+            # All elements of one endpoint in one step: between two steps the endpoint may get another row.
             yield from [self._compare(element) for element in self._applier.endpoint_elements(key)]
         for (name, raw), value in list(self._node.rows.items()):
-            if self._node.rows.get((name, raw)) == value:  # else it changed since the list was made
+            if self._node.rows.get((name, raw)) == value:  # otherwise it changed after the list was made
                 yield self._compare((name, raw, value))
         ours = self._of_endpoints()
         for name in (*BY_ENDPOINT, *BY_NODE):
             for raw in self._keys(name):
-                # Asked again, since a row may have come since.
+                # Computed again before a removal: the row may be newer than ``ours``.
                 is_ours = (name, raw) in ours or (name, raw) in self._of_endpoints()
                 yield None if is_ours else self._remove(name, raw)
         for name in BY_TABLE:
@@ -92,7 +99,7 @@ class Audit:
             rows = self._tables[name]
             for place in list(rows):
                 row = rows.get(place)
-                if row is not None:  # else it went since the list was made
+                if row is not None:  # otherwise it was deleted after the list was made
                     for element in elements(name, {place: row}):
                         yield self._compare(element)
 
@@ -115,10 +122,10 @@ class Audit:
         try:
             self._maps[name].put(key, value)
         except MapFullError:
-            return None  # of rows that are too much; they go in this round, and the next one tells of this row
+            return None  # surplus rows fill the map; this round removes them, the next one restores this row
         is_missing = found is None or (name in ARRAYS and not any(found))
         return Drift("row", f"{key.hex()} of {name}", "missing" if is_missing else "changed")
 
     def _remove(self, name: str, key: bytes) -> Drift | None:
-        """Delete a surplus row, unless it went since it was read."""
+        """Delete a surplus row. Returns None if it does not exist any more."""
         return Drift("row", f"{key.hex()} of {name}", "foreign") if self._maps[name].delete(key) else None

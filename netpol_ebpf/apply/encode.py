@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rows of the compiled tables as the bytes of map keys and values: the one place where policy meets the kernel's layout.
+"""Encodes rows of the compiled tables as map keys and values, in the layout of `netpol_loader.abi`.
 
-Invariants: sizes, offsets and field names come from `netpol_loader.abi`, and a field that is renamed there fails at import
-here; one row is one element of one map; nothing is shortened without a visible mark.
+Invariants: sizes, offsets and field names come from `netpol_loader.abi`; a field that is renamed there makes the import
+of this module fail.  One row is one element of one map.  Shortened names have a visible mark.
 
-Must not write anything: `netpol_ebpf.apply.applier` does.
+This module must not write to maps: `netpol_ebpf.apply.applier` does.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from netpol_loader.tables.buckets import vip_filter_bit
 from netpol_loader.tables.seal import fold, seal_endpoint, seal_host
 
 Element = tuple[str, bytes, bytes]
-"""Map name, key, value."""
+"""(map name, key, value)."""
 
 ACTION: Mapping[Outcome, int] = {
     Outcome.ALLOW: abi.NP_ACTION_ALLOW,
@@ -103,9 +103,9 @@ _VIP = layout(abi.np_vip, "flags", "local_port", "local")
 
 
 def render_rule_name(cause: Cause) -> bytes:
-    """The name that `bpftool` shows for a rule.
+    """The name that `bpftool` shows for a rule, in the encoding and length of the map's field.
 
-    A name too long for the map loses its middle, marked by ``~`` and a hash of the whole.
+    In a name that is too long, ``~`` and a hash of the whole name replace the middle.
     """
     name = str(cause).encode()
     room = abi.NP_RULE_NAME_BYTES - 1
@@ -114,7 +114,7 @@ def render_rule_name(cause: Cause) -> bytes:
     mark = b"~" + hashlib.sha256(name).hexdigest()[:8].encode() + b"~"
     tail = room // 2
     head = room - tail - len(mark)
-    # Cutting may halve a character, but names in policies are ASCII: the API allows nothing else.
+    # Cutting bytes does not split characters: the API allows only ASCII in names.
     return name[:head] + mark + name[-tail:]
 
 
@@ -124,14 +124,14 @@ def _address(address: IPAddress, row: AddressRow) -> Element:
 
 
 def address_key(address: IPAddress) -> tuple[str, bytes]:
-    """Map and key of a known address."""
+    """The map of addresses of this family, and the address's key in it."""
     if isinstance(address, IPv4Address):
         return "np_addr4", _ADDR4_KEY.pack(address.packed)
     return "np_addr6", _ADDR6_KEY.pack(address.packed)
 
 
 def cidr_key(net: IPNetwork) -> tuple[str, bytes]:
-    """Map and key of a prefix."""
+    """The map of prefixes of this family, and the prefix's key in it."""
     if isinstance(net, IPv4Network):
         return "np_cidr4", _CIDR4_KEY.pack(net.prefixlen, net.network_address.packed)
     return "np_cidr6", _CIDR6_KEY.pack(net.prefixlen, net.network_address.packed)
@@ -143,8 +143,8 @@ def _cidr(net: IPNetwork, identity: int) -> Element:
 
 
 def source_element(endpoint: int, net: IPNetwork) -> Element:
-    """The element that lets an endpoint (by number) send from a prefix although it does not own the prefix."""
-    bits = 32 + net.prefixlen  # the endpoint comes first in the key
+    """The element by which the endpoint number ``endpoint`` may send from ``net`` although it has no such address."""
+    bits = 32 + net.prefixlen  # the key begins with the endpoint's number, 32 bits
     if isinstance(net, IPv4Network):
         return "np_source4", _SOURCE4_KEY.pack(bits, endpoint, net.network_address.packed), _SOURCE.pack(1)
     return "np_source6", _SOURCE6_KEY.pack(bits, endpoint, net.network_address.packed), _SOURCE.pack(1)
@@ -183,15 +183,15 @@ ENCODERS: Mapping[str, Callable[[Any, Any], Element]] = {
     "verdicts": _verdict,
     "rules": _rule,
 }
-"""By table name: the encoder of one row.
+"""From table name to the function that encodes one row.
 
-Endpoints need an interface (`endpoint_element`); log lists and identities stay with the agent, since no packet needs
-them.
+Endpoint rows need an interface as well, see `endpoint_element`.  Log lists and identities are not written to the
+kernel, since the program does not need them.
 """
 
 
 def map_and_key(table: str, key: Any) -> tuple[str, bytes]:
-    """Map and key of a row, for deletions."""
+    """The map of ``table``, and the map key of the row with the table's key ``key``."""
     if table == "addresses":
         return address_key(key)
     if table == "cidrs":
@@ -204,7 +204,7 @@ def map_and_key(table: str, key: Any) -> tuple[str, bytes]:
 
 
 def decode_key(name: str, key: bytes) -> tuple[str, Any]:
-    """The table and the key in it of a map element: the reverse of `map_and_key`, for maps that are not arrays."""
+    """The table and table key of the element ``key`` of map ``name``; reverses `map_and_key`, but not for arrays."""
     if name in ("np_addr4", "np_addr6"):
         return "addresses", ip_address(key)
     if name in ("np_cidr4", "np_cidr6"):
@@ -216,7 +216,7 @@ def decode_key(name: str, key: bytes) -> tuple[str, Any]:
 
 
 class EndpointFlag(enum.IntFlag):
-    """Flags of an endpoint row."""
+    """Flags of an endpoint row: NP_ENDPOINT_* in bpf/np_abi.h."""
 
     NONE = 0
     HOST = abi.NP_ENDPOINT_HOST
@@ -230,7 +230,7 @@ class EndpointFlag(enum.IntFlag):
 
 
 class LocalFlag(enum.IntFlag):
-    """The meaning of an address to the node."""
+    """What an address is to the node: NP_LOCAL_* in bpf/np_abi.h."""
 
     OWN = abi.NP_LOCAL_OWN
     MANY = abi.NP_LOCAL_MANY
@@ -240,9 +240,10 @@ class LocalFlag(enum.IntFlag):
 
 @dataclass(frozen=True, slots=True)
 class Meaning:
-    """The meaning of an address to the node. ``ifindex``: the interface that has the address, 0: none in particular.
+    """What an address is to the node: its own, another node's, a multicast group and the like.
 
-    ``node``: number of the other node that has the address, 0: not known.
+    ``ifindex``: the interface to which the address belongs, 0: no particular one.  ``node``: the number of the other
+    node that has the address, 0: unknown or none.
     """
 
     flags: LocalFlag
@@ -252,24 +253,27 @@ class Meaning:
 
 @dataclass(frozen=True, slots=True)
 class EndpointSets:
-    """The two policy sets of an endpoint row; None: every packet of that direction is denied."""
+    """The two policy sets of an endpoint row. None: every packet in that direction is denied."""
 
     ingress: SetRow | None
     egress: SetRow | None
 
     @classmethod
     def of(cls, row: EndpointRow, stage: Stage = Stage.NORMAL) -> EndpointSets:
-        """The policy sets of one stage."""
+        """The policy sets of ``row`` in ``stage``."""
         return cls(row.sets.get((Direction.INGRESS, stage)), row.sets.get((Direction.EGRESS, stage)))
 
 
 def endpoint_key(ifindex: int) -> bytes:
-    """Key of an endpoint row."""
+    """The key of an interface in np_endpoint."""
     return _ENDPOINT_KEY.pack(ifindex)
 
 
 def endpoint_element(ifindex: int, number: int, sets: EndpointSets, flags: EndpointFlag, link: int = 0) -> Element:
-    """The row of an endpoint on an interface. ``link``: the bridge that it is a port of, 0: none."""
+    """The element of an endpoint on an interface. ``link``: ifindex of the interface's bridge, 0: none.
+
+    ``number``: the endpoint's number.
+    """
     row = abi.np_endpoint(number=number, ifindex=ifindex, flags=int(flags), link=link or ifindex)
     _fill_set(row.ingress, sets.ingress)
     _fill_set(row.egress, sets.egress)
@@ -277,11 +281,11 @@ def endpoint_element(ifindex: int, number: int, sets: EndpointSets, flags: Endpo
 
 
 NO_SETS = EndpointSets(None, None)
-"""For the row of a host's interface: the policy is in the row of its host endpoint, or there is none."""
+"""For the row of one of the node's own interfaces: its policy, if any, is in the row of its host endpoint."""
 
 
 def place_element(number: int, ifindex: int) -> Element:
-    """The element that leads from a workload's number to its row, for packets with a sender tag."""
+    """The element that maps a workload's number to its interface, for packets with a sender tag."""
     return "np_ifindex", _NUMBER_KEY.pack(number), _PLACE.pack(ifindex)
 
 
@@ -295,35 +299,35 @@ _DIRECTION_NUMBER = {direction: number for number, direction in DIRECTION.items(
 
 
 def host_key(number: int) -> bytes:
-    """Key of a host endpoint's row."""
+    """The key of a host endpoint's number in np_host."""
     return _NUMBER_KEY.pack(number)
 
 
 def host_element(number: int, sets: Mapping[tuple[Direction, Stage], SetRow]) -> Element:
-    """The row of a host endpoint with all its policy sets; a stage without a set continues."""
+    """The element of a host endpoint with all its policy sets. A stage without a policy set decides nothing."""
     row = abi.np_host(number=number)
     for (direction, stage), one in sets.items():
         index = STAGE[stage] * 2 + _DIRECTION_NUMBER[direction]
         _fill_set(row.sets[index], one)
         row.present |= 1 << index
     words = [getattr(one, name) for one in row.sets for name in _SET_FIELDS]
-    row.version = fold([row.present, *words]) or 1  # follows from the content; 0 would be none
+    row.version = fold([row.present, *words]) or 1  # a hash of the content; 0 means no version
     return "np_host", host_key(number), bytes(seal_host(row))
 
 
 def local_element(address: IPAddress, meaning: Meaning) -> Element:
-    """The element of an address that means this node or another one."""
+    """The element of an address that belongs to this node or another node."""
     return f"np_local{address.version}", address.packed, _LOCAL.pack(int(meaning.flags), meaning.ifindex, meaning.node)
 
 
 def local_net_element(net: IPNetwork) -> Element:
-    """The element of a prefix that belongs to the node as a whole."""
+    """The element of a prefix whose addresses are all the node's own."""
     _, key = cidr_key(net)
     return f"np_local{net.version}_net", key, _LOCAL.pack(int(LocalFlag.OWN), 0, 0)
 
 
 def tunnel_element(protocol: int, port: int) -> Element:
-    """The element of an encapsulation that nodes take from anyone. ``port``: 0 for protocols without ports."""
+    """The element of an encapsulation that nodes accept from any sender. ``port``: 0 for protocols without ports."""
     return "np_tunnel", _TUNNEL_KEY.pack(port, protocol), _TUNNEL.pack(1)
 
 
@@ -331,7 +335,7 @@ NO_BITS = _SPECIAL.pack(0)
 
 
 def vip_filter_elements(addresses: Iterable[IPAddress]) -> Iterator[Element]:
-    """The bits of np_vip_filter for addresses of the node and of services."""
+    """The elements of np_vip_filter with a bit for each of ``addresses`` (of the node and of services)."""
     words: dict[int, int] = {}
     for address in addresses:
         row, bit = vip_filter_bit(address.packed)
@@ -346,9 +350,10 @@ def either(one: bytes, other: bytes) -> bytes:
 
 
 def vip_elements(vip: Vip, is_own: Callable[[IPAddress], bool]) -> Iterator[Element]:
-    """The elements of a service's address.
+    """The elements of a destination that nodes translate: one, or for a node port one for each family.
 
-    ``is_own``: the address is the node's, and a backend is a process behind no hook.
+    ``is_own``: whether an address is the node's own; a process of the node as backend receives its packets without
+    passing a hook.
     """
     versions = (4, 6) if vip.key.address is None else (vip.key.address.version,)
     for version in versions:
@@ -363,7 +368,7 @@ def vip_elements(vip: Vip, is_own: Callable[[IPAddress], bool]) -> Iterator[Elem
 
 
 def vip_key(key: VipKey, version: int) -> tuple[str, bytes]:
-    """Map and key of a service's address in one family."""
+    """The map of service addresses of IP version ``version``, and the key of ``key`` in it."""
     packer, size = (_VIP4_KEY, 4) if version == 4 else (_VIP6_KEY, 16)  # noqa: PLR2004 - the IP version
     address = bytes(size) if key.address is None else key.address.packed
     return f"np_vip{version}", packer.pack(address, key.port, key.protocol)
@@ -376,9 +381,9 @@ _SET_FIELDS = (
 
 
 def _fill_set(target: Any, row: SetRow | None) -> None:
-    """Fill in a policy set.
+    """Copy a policy set into the C structure ``target``.
 
-    A missing set stays all zeros: no class is in its range, so the program denies and counts that.
+    For None the structure stays all zeros: every class is out of range, so the program denies the packet and counts it.
     """
     if row is not None:
         for name in _SET_FIELDS:
@@ -386,12 +391,12 @@ def _fill_set(target: Any, row: SetRow | None) -> None:
 
 
 def decode_endpoint(value: bytes) -> abi.np_endpoint:
-    """Decode an endpoint row as the kernel has it."""
+    """Decode the value of an element of np_endpoint."""
     return abi.np_endpoint.from_buffer_copy(value)
 
 
 def elements(table: str, rows: Mapping[Any, Any]) -> Iterator[Element]:
-    """The elements of rows of one table; none for tables without a map in the kernel."""
+    """Encode rows of one table; no elements for tables without a map in the kernel."""
     encoder = ENCODERS.get(table)
     if encoder is not None:
         for key, row in rows.items():

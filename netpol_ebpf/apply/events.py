@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Events of the program in policy's terms: records of the ring buffer with their numbers resolved.
+"""Decodes records of the program's ring buffer into events with names: rules, endpoints and causes instead of numbers.
 
-Invariant: everything in a `FlowEvent` was reported by the program; a number that cannot be resolved stays a number and
-is never guessed.  The kernel engine, the agent and the command line share one registry of decoders, by type number.
+Invariant: everything in a `FlowEvent` was reported by the program.  A number that cannot be resolved stays a number.
+The kernel engine, the agent and the command line use the same decoders.
 """
 
 from __future__ import annotations
@@ -30,22 +30,22 @@ from netpol_loader.tables.events import EventRecord
 V_co = TypeVar("V_co", covariant=True)
 
 FLOW_KIND: Mapping[int, str] = {abi.NP_EVENT_DENY: "deny", abi.NP_EVENT_ALLOW: "allow", abi.NP_EVENT_LOG: "log"}
-"""Type numbers of flow events, and their names."""
+"""From the type numbers of flow events to their names."""
 
 DROPPED_BY_RULE = frozenset({abi.NP_REASON_POLICY_DENY, abi.NP_REASON_REVOKED})
-"""The drop reasons that stand for a rule's verdict. With any other reason policy may have allowed the packet."""
+"""The reasons of packets that a rule denied. Packets dropped for another reason may have been allowed by policy."""
 
 
 class Lookup(Protocol[V_co]):
-    """Maps a number to its meaning; a dictionary or a compiled table."""
+    """Maps a number to the object with that number: a dictionary or a compiled table."""
 
     def get(self, key: int, /) -> V_co | None:
-        """The meaning of a number, or None."""
+        """The object with the number ``key``, or None."""
 
 
 @dataclass(frozen=True, slots=True)
 class Names:
-    """The meanings of numbers: rules, lists of Log rules, endpoints."""
+    """Resolves the numbers of rules, lists of Log rules and endpoints."""
 
     rules: Lookup[Cause]
     log_lists: Lookup[tuple[int, ...]]
@@ -56,10 +56,10 @@ class Names:
 class FlowEvent:
     """One packet that the program reported.
 
-    ``kind``: deny, allow or log.  ``reason``: slug of the registry in bpf/np_abi.h.  ``packet``: the flow's first
-    packet, None where the event has no IP header.  ``cause`` and ``staged_cause`` are None where no rule decided
-    (spoofing, for instance) or the rule is not known any more; ``rule`` and ``staged_rule`` are the numbers.
-    ``time_jiffies``: the kernel's clock.
+    ``kind``: deny, allow or log.  ``reason``: slug of the registry in bpf/np_abi.h.  ``packet``: None if the reported
+    packet has no IP header.  ``rule``, ``staged_rule``: the numbers of the rules that decided.  ``cause``,
+    ``staged_cause``: the causes with these numbers; None if no rule decided (spoofing, for instance) or the rule is no
+    longer known.  ``time_jiffies``: the time of the packet in jiffies of the kernel's clock.
     """
 
     kind: str
@@ -81,7 +81,7 @@ class FlowEvent:
     time_jiffies: int
 
     def as_dict(self) -> dict[str, Any]:
-        """The event as plain values for JSON. Ports and ICMP fields appear only where the protocol has them."""
+        """The event as plain values for JSON. Ports and ICMP fields are present only if the protocol has them."""
         plain: dict[str, Any] = {
             "kind": self.kind,
             "reason": self.reason,
@@ -111,16 +111,16 @@ class FlowEvent:
 
 
 ProgramEvent = Union[FlowEvent]
-"""What the program reports; a further type of event is a further member."""
+"""All types of events that the program reports."""
 
 
 def decode_event(record: EventRecord, names: Names) -> ProgramEvent:
-    """An event with its numbers resolved. ``record``: one that `netpol_loader.tables.events.parse_record` returned."""
+    """Decode a record that `netpol_loader.tables.events.parse_record` returned, and resolve its numbers."""
     return DECODERS[record.kind](record, names)
 
 
 def decode_flow(event: abi.np_event, names: Names) -> FlowEvent:
-    """A flow event with its numbers resolved."""
+    """Decode a flow event, and resolve its numbers."""
     reason = abi.REASONS[event.reason]
     is_by_rule = not reason.dropped or event.reason in DROPPED_BY_RULE
     return FlowEvent(
@@ -145,7 +145,10 @@ def decode_flow(event: abi.np_event, names: Names) -> FlowEvent:
 
 
 def _cause(names: Names, rule: int, action: int) -> Cause | None:
-    """The rule or other cause that decided; None where the number has been reused for a rule with another verdict."""
+    """The cause with the number ``rule``; None if it is unknown, or if its action does not fit ``action``.
+
+    A rule with another action was given the number after the event.
+    """
     cause = names.rules.get(rule)
     decided = OUTCOME.get(action)
     if cause is None or decided not in (Outcome.ALLOW, Outcome.DENY):
@@ -162,7 +165,7 @@ def _packet(event: abi.np_event) -> Packet | None:
         source, destination = IPv6Address(bytes(event.source)), IPv6Address(bytes(event.destination))
     else:
         return None
-    has_ports = event.protocol in PORT_PROTOCOLS  # of ICMP queries the program keeps the identifier there
+    has_ports = event.protocol in PORT_PROTOCOLS  # for ICMP queries these fields have the identifier
     is_icmp = event.protocol in (ICMP, ICMPV6)
     return Packet(
         source,
@@ -176,4 +179,4 @@ def _packet(event: abi.np_event) -> Packet | None:
 
 
 DECODERS: Mapping[int, Callable[[EventRecord, Names], ProgramEvent]] = dict.fromkeys(FLOW_KIND, decode_flow)
-"""By type number (``enum np_event_kind``), each of `netpol_loader.tables.events.RECORDS`."""
+"""From each type number (``enum np_event_kind``) in `netpol_loader.tables.events.RECORDS` to its decoder."""

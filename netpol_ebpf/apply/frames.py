@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Ethernet frames for the packets that policy judges: the first packet of a connection, with correct checksums.
 
-Invariant: a frame has exactly the fields of its `Packet`; all other fields are fixed, so equal packets give equal
-frames.  TCP is an initial SYN; an ICMP error carries no inner packet, so it belongs to no connection and policy judges
-it.  Neighbour and listener discovery on a link is well-formed; between other addresses it looks as if routed.
+Invariant: a frame has the header fields of its `Packet`; all other fields are fixed, so equal packets give equal
+frames.  A TCP frame is a SYN.  An ICMP error has no inner packet, so it belongs to no connection and policy judges it.
+Messages of neighbour and listener discovery are well-formed if source and destination are on the link; otherwise they
+look as if a router had forwarded them.
 """
 
 from __future__ import annotations
@@ -17,13 +18,13 @@ from netpol_ebpf.policy.types import ICMP, ICMPV6, SCTP, TCP, UDP, UDPLITE, Pack
 
 ETHERNET_BYTES = 14
 ICMP_IDENTIFIER = 0x4E50
-"""The identifier in all echo requests; arbitrary."""
+"""The identifier of ICMP queries; arbitrary."""
 
 _ETHERNET: Mapping[int, bytes] = {
     4: bytes.fromhex("020000000001 020000000002 0800"),
     6: bytes.fromhex("020000000001 020000000002 86dd"),
 }
-"""Locally administered hardware addresses, and the ethertype."""
+"""The Ethernet header by IP version: locally administered addresses and the ethertype."""
 _HOP_LIMIT, _LINK_HOP_LIMIT, _LISTENER_HOP_LIMIT = 64, 255, 1
 _NEIGHBOUR_SOLICITATION = 135
 _LINK_ADDRESS = ip_address("fe80::1")
@@ -33,7 +34,7 @@ _PAYLOAD = b"netpol-ebpf"
 
 
 def render_frame(packet: Packet) -> bytes:
-    """The frame of a packet."""
+    """Render the Ethernet frame of ``packet``."""
     payload = _transport(packet)
     if isinstance(packet.source, IPv4Address):
         header = struct.pack(
@@ -54,7 +55,7 @@ def _hop_limit(packet: Packet) -> int:
 
 
 def checksum(data: bytes) -> int:
-    """The Internet checksum (RFC 1071) of bytes."""
+    """The Internet checksum (RFC 1071) of ``data``."""
     if len(data) % 2:
         data += b"\0"
     total: int = sum(struct.unpack(f"!{len(data) // 2}H", data))
@@ -64,17 +65,17 @@ def checksum(data: bytes) -> int:
 
 
 def _transport(packet: Packet) -> bytes:
-    """Transport header and payload."""
+    """The transport header and payload of ``packet``, with correct checksums."""
     ports = struct.pack("!HH", packet.source_port, packet.destination_port)
     protocol = packet.protocol
     if protocol == TCP:
         return _with_checksum(packet, ports + struct.pack("!IIBBHHH", 1, 0, 5 << 4, _SYN, 0xFFFF, 0, 0), 16)
     if protocol in (UDP, UDPLITE):
-        length = 8 + len(_PAYLOAD) if protocol == UDP else 8  # of UDPLite: what the checksum covers
+        length = 8 + len(_PAYLOAD) if protocol == UDP else 8  # of UDPLite: how many bytes the checksum covers
         segment = _with_checksum(packet, ports + struct.pack("!HH", length, 0) + _PAYLOAD, 6, covered=length)
         return segment if segment[6:8] != b"\0\0" else segment[:6] + b"\xff\xff" + segment[8:]
     if protocol == SCTP:
-        # A receiver would check the CRC; nothing that judges policy does, so it is left zero.
+        # The CRC is zero: only a receiver checks it, the program does not.
         return ports + struct.pack("!II", 0, 0) + struct.pack("!BBHIIHHI", 1, 0, 20, 1, 0xFFFF, 1, 1, 1)
     if protocol in (ICMP, ICMPV6):
         message = struct.pack("!BBHHH", packet.icmp_type, packet.icmp_code, 0, ICMP_IDENTIFIER, 1)
@@ -89,9 +90,9 @@ def _transport(packet: Packet) -> bytes:
 
 
 def _with_checksum(packet: Packet, segment: bytes, offset: int, *, covered: int | None = None) -> bytes:
-    """A segment with its checksum filled in.
+    """``segment`` with its checksum filled in at ``offset``.
 
-    The checksum covers the pseudo header and the first ``covered`` bytes (None: all).
+    The checksum covers the pseudo header and the first ``covered`` bytes of the segment (None: all).
     """
     length = len(segment)
     addresses = packet.source.packed + packet.destination.packed

@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """The third engine: the loaded program, run on real packets.
 
-A world is compiled and written to the maps of a dataplane of the engine's own (its own pin directory, beside that of a
-running agent); a question becomes a frame, on which the loaded program runs at the hook of the question's direction.  The
-engine uses test runs (BPF_PROG_TEST_RUN), which attach nothing to any interface.  Where the kernel's test run cannot say by
-which interface a packet entered the node, the frame passes over a veth pair in a namespace of the engine's own
-(`netpol_loader.pins.frames`).
+The engine has a dataplane of its own, with its own pin directory beside that of a running agent.  A world is compiled
+and written to the dataplane's maps.  For a question, the program of the direction's hook runs on a frame with the
+question's packet.  Normally that is a test run (BPF_PROG_TEST_RUN), which attaches nothing to any interface.  On
+kernels whose test run cannot set the interface by which a packet entered the node, the frame is sent over a veth pair
+in a network namespace of the engine's own (`netpol_loader.pins.frames`).
 
-Invariants: the answer is what the program reported in its event, checked against what it returned; nothing is worked out
-here.  No question sees what an earlier one left: its connection is removed and, when the endpoint changes, a new
-generation begins.
+Invariants: the verdict is read from the program's event, and checked against the program's return value; the engine
+computes no verdict itself.  A question does not depend on earlier questions: their connections are removed, and a new
+generation begins when the endpoint changes.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ from netpol_loader.pins.frames import FrameRunner, can_name_ingress
 from netpol_loader.tables.events import EventRecord
 
 ROOT_PREFIX = "netpol-engine-"
-"""Engines pin below /sys/fs/bpf/netpol-engine-PID-COUNT."""
+"""Prefix of an engine's pin directory, /sys/fs/bpf/netpol-engine-PID-COUNT."""
 
 SIZES: Mapping[str, int] = {
     "np_conn4": 64,
@@ -77,12 +77,12 @@ SIZES: Mapping[str, int] = {
     "np_frag6": 64,
     "np_event": 65536,
 }
-"""Map sizes that differ from the default, to save time: one packet at a time needs little. Ring buffer in bytes."""
+"""Maps that are smaller than by default, to save time: the engine sends one packet at a time. Ring buffer in bytes."""
 
 MARK_SHIFT = 16
-"""Lowest bit of the half of the mark that carries the sender tag of a packet to a service.
+"""The lowest of the 16 bits of the packet mark that carry the sender tag of a packet to a service.
 
-The engine's packets have no other mark.
+The engine's packets have no other bits in their mark.
 """
 
 BROADCAST = IPv4Address("255.255.255.255")
@@ -100,8 +100,8 @@ _count = itertools.count()
 class NotJudgedError(NetpolError):
     """The program decided a packet without policy.
 
-    ``reason`` is the program's slug, ``passed`` whether the packet passed. Examples are IPv6 neighbour discovery, and
-    packets from a source that the workload does not own.
+    Examples are IPv6 neighbour discovery, and packets from a source address that the workload does not have.
+    ``reason``: the slug of the program's reason.  ``passed``: whether the program let the packet pass.
     """
 
     slug = "not-judged"
@@ -118,19 +118,20 @@ class Runner(Protocol):
 
     @property
     def ifindex(self) -> int:
-        """The interface of the endpoint."""
+        """The ifindex of the interface on which the program runs: the endpoint's."""
 
     @property
     def elsewhere(self) -> int:
-        """The interface by which packets from elsewhere enter the node.
+        """The ifindex of another interface, by which packets from outside enter the node.
 
-        The program compares it with 0 and with `ifindex`.
+        It differs from 0 and from `ifindex`.
         """
 
     def run(self, hook: Hook, frame: bytes, *, ingress_ifindex: int, ifindex: int, mark: int) -> TestRun:
-        """Run the program.
+        """Run the program of ``hook`` on ``frame``.
 
-        ``ingress_ifindex`` 0 at TC_EGRESS: the node itself sends the packet; ``mark``: the packet's mark before.
+        ``ingress_ifindex``: the interface by which the packet entered the node; 0 at TC_EGRESS: the node itself sends
+        the packet.  ``mark``: the packet's mark before the run.
         """
 
 
@@ -138,7 +139,7 @@ class Runner(Protocol):
 class _TestRunner:
     """Runs the program by BPF_PROG_TEST_RUN.
 
-    A test run needs an existing interface: the engine uses loopback, to which nothing is attached.
+    A test run needs an existing interface, for which loopback is used; nothing is attached to it.
     """
 
     dataplane: Dataplane
@@ -152,9 +153,9 @@ class _TestRunner:
 
 @contextlib.contextmanager
 def open_runner(dataplane: Dataplane, *, over_veth: bool | None = None) -> Iterator[Runner]:
-    """A runner that uses test runs where the kernel's suffice, else frames over a veth pair.
+    """A runner that uses test runs if the kernel's test runs suffice, otherwise frames over a veth pair.
 
-    ``over_veth`` overrides the choice.
+    ``over_veth``: overrides this choice.
     """
     if over_veth is None:
         over_veth = not can_name_ingress()
@@ -168,8 +169,8 @@ def open_runner(dataplane: Dataplane, *, over_veth: bool | None = None) -> Itera
 class KernelEngine:
     """Judges packets with the program in the kernel; a context manager.
 
-    ``over_veth``: whether frames pass over a veth pair; None: only where the kernel's test runs do not suffice.
-    Raises PlatformError where the engine cannot run (no root, no BCC, an old kernel).  One thread, one process.
+    ``over_veth``: whether frames pass over a veth pair; None: only if the kernel's test runs do not suffice.  Raises
+    PlatformError if the engine cannot run (no root, no BCC, an old kernel).  Must be used in one thread of one process.
     """
 
     def __init__(self, pin_root: Path | None = None, *, over_veth: bool | None = None) -> None:
@@ -191,7 +192,7 @@ class KernelEngine:
             self._dataplane = Dataplane.open(self._pin_root, sizes=SIZES)
             stack.callback(self._dataplane.remove)
             self._reader = stack.enter_context(self._dataplane.events(self._events.append))
-            # No packet is under way between two questions, so there is nothing to wait for.
+            # Between two questions no packet is in the program, so no grace period is needed.
             self._applier = Applier(self._dataplane.maps, wait=lambda: None)
             self._applier.set_sender_tag_bits(MARK_SHIFT)
             self._applier.set_flags(on=abi.NP_CONFIG_ALLOW_EVENTS | abi.NP_CONFIG_DEFER)
@@ -205,21 +206,21 @@ class KernelEngine:
         self._stack.close()
 
     def load(self, world: World) -> None:
-        """Replace the present world by this one, as an incremental change: compiled and written as in the agent."""
+        """Replace the present world by ``world``, as an incremental change: compiled and written as in the agent."""
         self._compiler.replace(world)
         self._applier.apply(self._compiler.commit())
         self._kinds = {key: endpoint.kind for key, endpoint in world.endpoints.items()}
         self._installed = None
 
     def decide(self, question: Question) -> Verdict:
-        """The program's verdict. Raises NotJudgedError when the program decides the packet without policy.
+        """The program's verdict on ``question``. Raises NotJudgedError if the program decides without policy.
 
-        Cost: some 100 microseconds, over a veth pair 50 more; least for a question about the same endpoint as the
-        question before.
+        Cost: some 100 microseconds, over a veth pair 50 more; less if the previous question was about the same
+        endpoint.
         """
         row = self._compiler.tables.endpoints.get(question.endpoint)
         if row is not None and (question.direction, question.stage) not in row.sets:
-            return _without_rule(question.direction, *NO_OPINION)  # there is no such stage to ask
+            return _without_rule(question.direction, *NO_OPINION)  # the endpoint has no policy set in this stage
         host = self._kinds.get(question.endpoint) is EndpointKind.HOST
         self._install(question, row, host=host)
         hook = next(hook for hook in Hook if DIRECTION[hook.direction(host=host)] is question.direction)
@@ -237,8 +238,8 @@ class KernelEngine:
     def _install(self, question: Question, row: EndpointRow | None, *, host: bool) -> None:
         """Bind the interface to the question's endpoint, with the policy sets of the question's stage.
 
-        A host endpoint's other policy lists are left out, so they cannot decide.  The destination is made an address of
-        the node, or not, as the stage requires.
+        The other stages of a host endpoint get no policy set, so that they cannot decide.  The destination is made an
+        address of the node if the stage requires that.
         """
         flags = EndpointFlag.HOST if host else EndpointFlag.NONE
         slot = _slot(question) if host else question.stage
@@ -248,7 +249,7 @@ class KernelEngine:
         if wanted == self._installed:
             return
         maps = self._dataplane.maps
-        if self._host is not None:  # a row for each host endpoint that was ever asked about would fill the map
+        if self._host is not None:  # rows of all host endpoints of earlier questions would fill the map
             maps["np_host"].delete(host_key(self._host))
             self._host = None
         if row is None:
@@ -264,11 +265,11 @@ class KernelEngine:
                 self._host = row.number
             for name, key, value in elements:
                 maps[name].put(key, value)
-        self._applier.bump_generation()  # the program remembers an interface's endpoint for a generation
+        self._applier.bump_generation()  # the program caches an interface's endpoint for a generation
         self._installed = wanted
 
     def _place_on_node(self, address: IPAddress | None) -> None:
-        """Make one address the only address of the node."""
+        """Make ``address`` the only address of the node; None: the node has no address."""
         if address == self._own_address:
             return
         maps = self._dataplane.maps
@@ -283,11 +284,13 @@ class KernelEngine:
         self._own_address = address
 
     def _run(self, hook: Hook, question: Question, *, sent_here: bool) -> FlowEvent:
-        """Send the packet, and compare the program's event with its return value. Returns the verdict.
+        """Run the program on the question's packet. Returns its event, checked against its return value.
 
-        ``sent_here``: a process of this node sends the packet, if it leaves the node.
+        ``sent_here``: at TC_EGRESS, whether a process of this node sends the packet.
         """
-        is_sent_here = sent_here or hook is Hook.TC_INGRESS  # there the program does not read where the packet entered
+        is_sent_here = (
+            sent_here or hook is Hook.TC_INGRESS
+        )  # the program reads the interface of entry at TC_EGRESS only
         run, events = self._send(hook, question, ingress_ifindex=0 if is_sent_here else self._runner.elsewhere)
         event = events[0]
         if len(events) > 1 or event.packet != question.packet or run.passed != (event.kind == "allow"):
@@ -295,7 +298,7 @@ class KernelEngine:
         return event
 
     def _run_returning(self, question: Question, number: int) -> FlowEvent:
-        """The verdict on a workload's packet to itself, where the question concerns its egress policy.
+        """The program's event with the egress verdict on a packet from a workload to itself.
 
         The program passes a packet from a workload to its own address without policy.  If the workload sent it to a
         service, the packet returns from the translation with that address and its sender tag, and the program judges it
@@ -319,9 +322,9 @@ class KernelEngine:
     def _send(
         self, hook: Hook, question: Question, *, ingress_ifindex: int, mark: int = 0
     ) -> tuple[TestRun, list[FlowEvent]]:
-        """Run the program on the packet.
+        """Run the program on the question's packet.
 
-        Returns its return value and its events without those of Log rules: at least one.
+        Returns the result of the run, and the program's events other than those of Log rules, at least one.
         """
         self._events.clear()
         frame = render_frame(question.packet)
@@ -335,7 +338,7 @@ class KernelEngine:
         return run, events
 
     def _forget_connection(self, question: Question) -> None:
-        """Remove the connection of an allowed packet, so that a later question is not taken for its reply."""
+        """Remove the connection of an allowed packet, so that a later question's packet does not count as a reply."""
         table = f"np_conn{question.packet.source.version}"
         for name in (abi.UNREPLIED_VIEWS[table], table):
             self._dataplane.maps[name].clear()
@@ -343,7 +346,7 @@ class KernelEngine:
 
 @dataclass(frozen=True, slots=True)
 class _Installed:
-    """The row that the runner's interface has now."""
+    """The endpoint row that the runner's interface has at present."""
 
     endpoint: EndpointKey
     stage: Stage
@@ -359,10 +362,10 @@ def _unexpected(run: TestRun, events: list[FlowEvent], question: Question) -> Ne
 
 
 def _slot(question: Question) -> Stage:
-    """The policy list in which the program must find the policy sets of the question.
+    """The stage of the endpoint row in which the program looks up the policy sets for the question.
 
-    A multicast or broadcast packet is for the node itself, so the program evaluates forward policy for it in the slot
-    of normal policy.
+    A multicast or broadcast packet is addressed to the node itself, so the program looks up NORMAL; for a question
+    about FORWARD, the policy sets of FORWARD must be there.
     """
     destination = question.packet.destination
     is_for_many = destination.is_multicast or destination == BROADCAST
@@ -372,13 +375,13 @@ def _slot(question: Question) -> Stage:
 
 
 def abandoned(parent: Path) -> list[Path]:
-    """Pin directories of engines that were killed. Their programs are attached nowhere."""
+    """The pin directories in ``parent`` of engines whose process is gone. Their programs are not attached."""
     found = sorted(parent.glob(f"{ROOT_PREFIX}*")) if parent.is_dir() else []
     pids = {path: path.name.removeprefix(ROOT_PREFIX).partition("-")[0] for path in found}
     return [path for path, pid in pids.items() if pid.isdecimal() and not Path(f"/proc/{pid}").exists()]
 
 
 def _without_rule(direction: Direction, outcome: Outcome, action: Action) -> Verdict:
-    """The verdict without an applicable policy set (policy/MATCHING.md, sections 2 and 4)."""
+    """The verdict if no policy set applies (policy/MATCHING.md, sections 2 and 4)."""
     cause = Cause(CauseKind.NO_MATCH, direction, action=action)
     return Verdict(outcome, cause, outcome, cause)

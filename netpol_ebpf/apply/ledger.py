@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The numbers that connections and people remember, kept beyond the life of one agent.
+"""Keeps the numbers of rules, endpoints and identities beyond the life of one agent.
 
 A connection in the kernel has its endpoint's number in its key, and the number of the rule that allowed it in its row;
-identities appear in events.  A new agent that gave such a number to another object would take one pod's connections for
-another's. So each number is written to a file before the kernel first sees it, and the next agent reads the file.
+identities are in events.  A new agent that gave such a number to another object would take one pod's connections for
+another's.  So each number is written to a file before the kernel first gets it, and the next agent reads the file.
 
-Invariants: whenever the process may die, every number in the kernel is in the file, or `Ledger.problems` reports that
-it is not; a damaged file or file system stops nothing.  A failed write is repeated as soon as possible, with the whole
-file.  No two objects of one kind have the same number: a file with an invalid line, or with a number that several
-objects have, is set aside; its invalid parts count as lost, its valid parts as known.  Released numbers are dropped
-when the file is next rewritten, at start or when half of it concerns released numbers.  The file lives on a tmpfs, like
-the pins: after a reboot both are gone.
+Invariants: at any time, every number in the kernel is in the file, or `Ledger.problems` reports that it is not.  A
+damaged file or file system does not stop the agent.  After a failed write the whole file is written again, at
+intervals.  No two objects of one kind have the same number.  A file with an invalid line, or with a number of several
+objects, is renamed; its invalid entries are lost, its valid entries are used.  Released numbers are dropped when the
+file is rewritten: at start, and when it has grown to twice its size.  The file is on a tmpfs, like the pins: after a
+reboot both are gone.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ from netpol_ebpf.errors import Location, PlatformError, Problem
 from netpol_ebpf.policy.types import Action, Cause, CauseKind, Direction, EndpointKey, PolicyKey
 
 FORMAT = 1
-"""Format number of the file; a file of another format is rejected."""
+"""The format number of the file; a file with another format number is rejected."""
 RETRY_S = 5.0
-"""Interval of attempts to write after a failure; arbitrary."""
+"""Interval in seconds at which a failed write is repeated; arbitrary."""
 MOST_BYTES = 1 << 28
 """Largest file that is read; arbitrary, more than all numbers of the maps' default sizes under names of usual length.
 """
 SMALL_BYTES = 1 << 20
-"""Below this size the file is not rewritten to drop released numbers; arbitrary."""
+"""A file below this size is not rewritten to drop released numbers; arbitrary."""
 
 E = TypeVar("E", bound=enum.Enum)
 
@@ -56,7 +56,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class Numbers:
-    """The number of each object. The key of an identity is its meaning in the compiler."""
+    """The number of each rule, endpoint and identity. The key of an identity is the digest of its content."""
 
     rules: dict[Cause, int] = field(default_factory=dict)
     endpoints: dict[EndpointKey, int] = field(default_factory=dict)
@@ -76,30 +76,30 @@ class Numbers:
 
 
 class Ledger:
-    """The file of numbers. It has one writer; ``close`` closes it, and so does the end of the process."""
+    """The file of numbers in use. It must have one writer at a time."""
 
     def __init__(self, path: Path, clock: Callable[[], float] = time.monotonic) -> None:
         self._path = path
         self._clock = clock
         self.numbers = Numbers()
-        self._whats: dict[str, dict[int, Any]] = {}  # by kind, number -> what
-        self._file: IO[str] | None = None  # None while the file has to be written anew
+        self._whats: dict[str, dict[int, Any]] = {}  # kind -> number -> object
+        self._file: IO[str] | None = None  # None: the whole file must be written again
         self._is_open = False
         self._damage: Problem | None = None
         self._failure: Problem | None = None
         self._tried_s = 0.0
-        self._bytes = self._whole_bytes = 0  # of the file now, and when it was last rewritten
+        self._bytes = self._whole_bytes = 0  # the file's size now, and after its last rewrite
 
     @property
     def problems(self) -> list[Problem]:
-        """Numbers that the next agent will not know, and why."""
+        """The reasons for which the next agent will not find some numbers in the file."""
         return [one for one in (self._damage, self._failure) if one is not None]
 
     def open(self) -> Numbers:
         """Read the file of an earlier agent, rewrite it without released numbers, and open it for appending.
 
-        Raises PlatformError when the file has another format. A truncated last line is dropped: its writer died before
-        the kernel saw the number. Every other fault of the file is in `problems`, and counts as lost.
+        Raises PlatformError if the file has another format.  A truncated last line is dropped: its writer died before
+        it gave the number to the kernel.  Every other fault of the file is reported in `problems`; its number is lost.
         """
         self.numbers, self._whats = Numbers(), {}
         self._damage = self._failure = None
@@ -116,14 +116,14 @@ class Ledger:
         return self.numbers
 
     def try_again(self) -> None:
-        """Repeat failed writes, every RETRY_S."""
+        """Repeat a failed write if the last attempt was RETRY_S ago. Must be called regularly."""
         if self._is_open and self._file is None and self._clock() - self._tried_s >= RETRY_S:
             self._rewrite()
             if self._failure is None:
                 log.info("%s: the numbers are written down again", self._path)
 
     def _rewrite(self) -> None:
-        """Write the whole file, and append after it from then on. An error is reported, not raised."""
+        """Write the whole file and open it for appending. An error is reported in `problems`, not raised."""
         self._tried_s = self._clock()
         draft = self._path.with_suffix(".draft")
         try:
@@ -135,16 +135,16 @@ class Ledger:
             self._file = self._path.open("a", encoding="utf-8")
             self._bytes = self._whole_bytes = self._path.stat().st_size
         except OSError as error:
-            with contextlib.suppress(OSError):  # what is left of it takes room
+            with contextlib.suppress(OSError):  # a partial draft takes space
                 draft.unlink(missing_ok=True)
             self._fail(error)
         else:
             self._failure = None
 
     def _fail(self, error: OSError) -> None:
-        """Go on without the file, and report that."""
+        """Close the file until the next attempt, and report the error."""
         if self._file is not None:
-            with contextlib.suppress(OSError):  # it is told already
+            with contextlib.suppress(OSError):  # the first error is reported already
                 self._file.close()
             self._file = None
         message = (
@@ -157,7 +157,7 @@ class Ledger:
         self._failure = problem
 
     def _set_aside(self, wrong: list[str]) -> None:
-        """Rename an invalid file so that no agent reads it again, and report that."""
+        """Rename the invalid file so that no agent reads it again, and report its faults ``wrong``."""
         message = (
             f"the numbers that an earlier agent wrote down are damaged ({told(wrong)}); {set_aside(self._path)}. "
             "What is right in it counts. Other endpoints keep the numbers of the rows in force; all else is numbered anew, so names in "
@@ -167,10 +167,11 @@ class Ledger:
         log.warning("%s", self._damage)
 
     def record(self, kind: str, numbers: Mapping[Any, int]) -> None:
-        """Record numbers before the kernel sees them.
+        """Record the numbers of objects. Must be called before the kernel gets the numbers.
 
-        ``kind``: "rule", "endpoint" or "identity"; recording a known number again costs nothing. An object that had one
-        of the numbers, as after a failed change, loses it. Raises AssertionError when two objects would share one.
+        ``kind``: "rule", "endpoint" or "identity".  Numbers that are recorded already cost no write.  If another object
+        has one of the numbers, as after a failed change, it loses the number.  Raises AssertionError if two of the
+        given objects have the same number.
         """
         if len(set(numbers.values())) != len(numbers):
             raise AssertionError(f"several of one {kind} number")
@@ -182,7 +183,7 @@ class Ledger:
         self._append(_line(kind, what, number) for what, number in news.items())
 
     def forget(self, kind: str, gone: Iterable[Any]) -> None:
-        """Record that these objects have no number any more, after the kernel has forgotten them."""
+        """Record that the objects ``gone`` have no number. Must be called after the kernel has lost their numbers."""
         table = self.numbers._table(kind)  # noqa: SLF001 - two classes of one file
         present = [what for what in dict.fromkeys(gone) if what in table]
         for what in present:
@@ -190,7 +191,7 @@ class Ledger:
         self._append(_line(kind, what, 0) for what in present)
 
     def _put(self, kind: str, what: Any, number: int) -> None:
-        """Give a free number to an object, or take its number away (0)."""
+        """Set the number of an object; ``number`` 0: the object has none. The number must be free."""
         table, whats = self.numbers._table(kind), self._whats.setdefault(kind, {})  # noqa: SLF001 - two classes of one file
         if what in table:
             del whats[table.pop(what)]
@@ -198,15 +199,15 @@ class Ledger:
             table[what], whats[number] = number, what
 
     def release(self, kind: str, numbers: Iterable[int]) -> None:
-        """Record that these numbers are free, after the kernel has forgotten them.
+        """Record that ``numbers`` are free. Must be called after the kernel has lost them.
 
-        An object that meanwhile has another number keeps that one.
+        An object that has got another number since keeps it.
         """
         whats = self._whats.get(kind, {})
         self.forget(kind, [whats[number] for number in numbers if number in whats])
 
     def close(self) -> None:
-        """Close the file; the numbers stay in it."""
+        """Close the file. It keeps the numbers for the next agent."""
         self._is_open = False
         if self._file is not None:
             self._file.close()
@@ -215,26 +216,26 @@ class Ledger:
     def _append(self, lines: Iterable[str]) -> None:
         if not self._is_open:
             raise AssertionError("the ledger is not open")
-        if self._file is None:  # all of it is written when it can be
+        if self._file is None:  # `try_again` writes the whole file
             return
         text = "".join(lines)
         try:
             self._file.write(text)
             self._file.flush()
         except OSError as error:
-            self._fail(error)  # a line that was cut short is dropped by who reads it
+            self._fail(error)  # a reader drops a truncated line
             self._tried_s = self._clock()
             return
-        self._bytes += len(text)  # it is ASCII
+        self._bytes += len(text)  # the text is ASCII: one byte a character
         if self._bytes > max(2 * self._whole_bytes, SMALL_BYTES):
             self._file.close()
             self._file = None
             self._rewrite()
 
     def _read(self) -> list[str]:
-        """Read the valid part of the file; returns its faults.
+        """Read the valid lines of the file. Returns a description of each fault.
 
-        Raises OSError, ValueError, PlatformError for another format.
+        Raises PlatformError if the file has another format, OSError or ValueError if it cannot be read as a whole.
         """
         first, *lines = load_regular(self._path, MOST_BYTES).split(b"\n")
         try:
@@ -247,8 +248,8 @@ class Ledger:
                 hint="Start the version that wrote it, or remove the file: then names in flows and counters from before may be wrong.",
             )
         wrong: list[str] = []
-        several: dict[tuple[str, int], list[str]] = {}  # numbers that were given away while something had them
-        for at, line in enumerate(lines[:-1], 2):  # what follows the last newline was cut short
+        several: dict[tuple[str, int], list[str]] = {}  # numbers of several objects -> these objects
+        for at, line in enumerate(lines[:-1], 2):  # the text after the last newline is truncated
             try:
                 kind, what, number = _parse_line(line)
             except ValueError as error:  # noqa: PERF203 - each line counts by itself
@@ -261,7 +262,7 @@ class Ledger:
         return wrong
 
     def _take(self, kind: str, what: Any, number: int, several: dict[tuple[str, int], list[str]]) -> None:
-        """Record one line of the file. A number that another object already has then belongs to neither."""
+        """Record one line of the file. If another object has the number already, both lose it (``several``)."""
         self._put(kind, what, 0)
         holder = self._whats[kind].get(number)
         if holder is not None:
@@ -283,7 +284,7 @@ def _write_cause(cause: Cause) -> list[Any]:
 
 
 def _parse_line(line: bytes) -> tuple[str, Any, int]:
-    """Parse one line: kind, object, and number (0: none any more). Raises ValueError."""
+    """Parse one line: (kind, object, number), number 0: the object has none. Raises ValueError."""
     found = checked(parse_json(line), list, "it")
     if len(found) != 3:  # noqa: PLR2004 - the three of the docstring
         raise ValueError(f"it must have 3 values, not {len(found)}")
@@ -311,7 +312,7 @@ def _read_cause(written: Any) -> Cause:
 
 
 def _member(kind: type[E], name: Any) -> E:
-    """The member of an enumeration with this name. Raises ValueError."""
+    """The member ``name`` of the enumeration ``kind``. Raises ValueError if there is none."""
     found = kind.__members__.get(checked(name, str, kind.__name__))
     if found is None:
         raise ValueError(f"{name!r} is no {kind.__name__}")
@@ -337,4 +338,4 @@ _READERS: Mapping[str, Callable[[Any], Any]] = {
     "identity": _read_identity,
 }
 _NUMBER_ENDS = {"rule": 1 << 32, "endpoint": FIRST_NODE, "identity": 1 << 32}
-"""Upper bounds of numbers, exclusive: the width of a row's field, and the first number of nodes."""
+"""Every number must be below this bound: 32 bits of a row's field, or the first number of a node."""

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The node as the program must know it, besides policy: its addresses, its own interfaces, the addresses of services.
+"""Writes what the program needs to know of the node besides policy: addresses, own interfaces, addresses of services.
 
-The caller gives the whole state each time, the writer writes the difference.  Invariants: rows are written before
-others go, so no interface is without a row in between; the result does not depend on the earlier content.
+The caller gives the whole state each time; the writer writes the difference.  Invariants: new rows are written before
+old rows are deleted, so no interface is ever without a row.  The result does not depend on the earlier content of the
+maps.
 
-Must not decide which interfaces and addresses those are.
+This module must not decide which interfaces and addresses are written.
 """
 
 from __future__ import annotations
@@ -35,20 +36,18 @@ from netpol_ebpf.policy.types import IPAddress, IPNetwork, Vip
 from netpol_loader import abi
 
 MAPS = abi.maps_with_rows(abi.MapRole.NODE)
-"""Maps that this module alone writes, besides VIP_FILTER; in np_endpoint it writes only the rows of the node's own
-interfaces.
-"""
+"""Maps that only this module writes. It also writes VIP_FILTER, and rows of own interfaces in np_endpoint."""
 VIP_FILTER = "np_vip_filter"
-"""An array of bits by hash of the addresses in MAPS."""
+"""An array of bits: the bit at the hash of each address in MAPS is set."""
 UPLINK = 0
-"""In place of a host endpoint's number: the interface has no policy of its own."""
+"""In place of a host endpoint's number: the interface has no host endpoint of its own."""
 
 
 @dataclass(frozen=True, slots=True)
 class OwnInterface:
     """One of the node's own interfaces.
 
-    ``number``: of its host endpoint, or UPLINK; ``flags``: further properties of the interface.
+    ``number``: the number of its host endpoint, or UPLINK.  ``flags``: further properties of the interface.
     """
 
     number: int = UPLINK
@@ -59,9 +58,10 @@ class OwnInterface:
 class Surroundings:
     """The addresses and interfaces of the node at one time.
 
-    ``addresses``: single addresses that mean this node or another one; ``nets``: prefixes that are this node's own.
-    ``interfaces``: the node's own interfaces with the programs.  ``tunnels``: encapsulations that nodes take from
-    anyone, as protocol and, for UDP, port.
+    ``addresses``: single addresses of this node or of other nodes.
+    ``nets``: prefixes whose addresses are all this node's own.
+    ``interfaces``: the node's own interfaces with the programs.
+    ``tunnels``: encapsulations that nodes accept from any sender, as (protocol, UDP port or 0).
     """
 
     addresses: Mapping[IPAddress, Meaning] = field(default_factory=dict)
@@ -71,7 +71,7 @@ class Surroundings:
     tunnels: frozenset[tuple[int, int]] = frozenset()
 
     def is_own(self, address: IPAddress) -> bool:
-        """Whether processes of the node have an address."""
+        """Whether the address is one of the node itself."""
         meaning = self.addresses.get(address)
         is_single = meaning is not None and bool(meaning.flags & LocalFlag.OWN)
         return is_single or address.is_loopback or any(address in net for net in self.nets)
@@ -96,7 +96,11 @@ class Surroundings:
 
 
 class SurroundingsWriter:
-    """Keeps the maps equal to the surroundings. ``renew``: begins a new generation, since the program caches which endpoint has an interface."""
+    """Writes the surroundings to the maps.
+
+    ``renew``: a function that begins a new generation, called when the endpoint of an interface changed: the program
+    caches it for a generation.
+    """
 
     def __init__(self, maps: Mapping[str, KernelMap], renew: Callable[[], object]) -> None:
         self._maps = maps
@@ -106,13 +110,14 @@ class SurroundingsWriter:
 
     @property
     def rows(self) -> Mapping[tuple[str, bytes], bytes]:
-        """The rows in the kernel: (map, key) to value."""
+        """The rows that were written last: from (map name, key) to value."""
         return self._rows
 
     def write(self, wanted: Surroundings, *, keep: Iterable[tuple[str, bytes]] = ()) -> None:
-        """Write the difference between the kernel's rows and these surroundings.
+        """Write the difference between the rows in the kernel and those of ``wanted``.
 
-        ``keep``: rows that belong to another writer by now. Raises MapFullError; then nothing has changed.
+        ``keep``: rows (map name, key) that belong to another writer now, and that are not deleted.  Raises
+        MapFullError: then no row has changed.
         """
         if wanted == self._written:
             return
@@ -146,11 +151,11 @@ class SurroundingsWriter:
             self._renew()
 
     def require_room(self, wanted: Surroundings) -> None:
-        """Raise MapFullError where `write` would raise it."""
+        """Raise MapFullError if `write` would raise it for ``wanted``."""
         self._require_room({(name, key) for name, key, _ in wanted.elements()})
 
     def _require_room(self, wanted: AbstractSet[tuple[str, bytes]]) -> None:
-        keys = self._rows.keys() | wanted  # what is to go as well: it goes last
+        keys = self._rows.keys() | wanted  # old rows count as well, since they are deleted last
         need = Counter(name for name, _ in keys if name in MAPS)
         interfaces = {key for name, key in keys if name == "np_endpoint"}
         if any(("np_endpoint", key) not in self._rows for key in interfaces):
@@ -161,7 +166,7 @@ class SurroundingsWriter:
                 raise too_small(name, self._maps[name].max_entries, rows)
 
     def _put_back(self, done: Iterable[tuple[str, bytes]]) -> None:
-        """Restore earlier values of rows."""
+        """Restore the values that the rows ``done`` had before."""
         for name, key in done:
             value = self._rows.get((name, key))
             if value is None:

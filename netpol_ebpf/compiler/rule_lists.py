@@ -204,7 +204,7 @@ def missing_profile_entries(name: str, direction: Direction, resolver: Resolver)
 
 
 def exception_entries(exceptions: Exceptions, direction: Direction, resolver: Resolver) -> list[RuleEntry]:
-    """The entries of exceptions in one direction: they allow in NORMAL, and continue in all other stages."""
+    """The entries of exceptions in one direction: they allow in NORMAL, and continue in UNTRACKED."""
     effect = Effect.ALLOW if exceptions.stage is Stage.NORMAL else Effect.CONTINUE
     found: list[RuleEntry] = []
 

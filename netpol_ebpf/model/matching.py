@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Whether a rule matches a packet: section 1 of policy/MATCHING.md in plain loops.
 
-Invariant: every answer follows from the `World` and the packet alone; nothing is cached.
+Invariant: every result is computed from the `World` and the packet alone; nothing is cached.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from netpol_ebpf.selector import Selector
 
 @dataclass(frozen=True, slots=True)
 class PacketSide:
-    """One side of a packet, with everything in the world that owns or contains its address."""
+    """One side of a packet: its address and port, with the objects of the world that have or contain the address."""
 
     address: IPAddress
     port: int
@@ -37,12 +37,12 @@ class PacketSide:
 
 
 def source_side(world: World, packet: Packet) -> PacketSide:
-    """The packet's source side."""
+    """The source side of ``packet``."""
     return _side(world, packet.source, packet.source_port)
 
 
 def destination_side(world: World, packet: Packet) -> PacketSide:
-    """The packet's destination side."""
+    """The destination side of ``packet``."""
     return _side(world, packet.destination, packet.destination_port)
 
 
@@ -56,7 +56,7 @@ def _side(world: World, address: IPAddress, port: int) -> PacketSide:
 
 
 def rule_matches(world: World, rule: Rule, packet: Packet, source: PacketSide, destination: PacketSide) -> bool:
-    """Whether all parts of the rule hold. ``source`` and ``destination`` are the packet's sides."""
+    """Whether all fields of the rule match the packet. ``source``, ``destination``: the two sides of the packet."""
     version = packet.source.version
     if rule.unsupported:
         return False
@@ -105,7 +105,7 @@ def _entity_matches(world: World, entity: Entity, packet: Packet, side: PacketSi
 
 
 def _is_selected(selector: Selector, side: PacketSide) -> bool:
-    """Whether the labels of some owner of the address match the selector."""
+    """Whether ``selector`` matches the labels of some owner of the side's address."""
     owners = [*(endpoint.labels for endpoint in side.endpoints), *(held.labels for held in side.network_sets)]
     return any(selector.matches(labels) for labels in owners)
 
@@ -115,9 +115,9 @@ def _is_node(world: World, selector: Selector, address: IPAddress) -> bool:
 
 
 def _ports_match(ports: Ports, selector: Selector | None, protocol: int, side: PacketSide) -> bool:
-    """Whether the ports match.
+    """Whether ``ports`` match the side's port: by number, or by a name that an endpoint with the address declares.
 
-    By number, or by a name that an endpoint of the address declares (a matching endpoint, if there is a selector).
+    If ``selector`` is given, only endpoints that it matches count.
     """
     if protocol not in PORT_PROTOCOLS:
         return False

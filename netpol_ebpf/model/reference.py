@@ -1,10 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`ReferenceModel`.
+"""`ReferenceModel`: computes the verdict of policy on one packet at one endpoint, as SEMANTICS 3.2 to 3.4, 1.12 and 4 say.
 
-The verdict of policy on one packet at one endpoint, straight from SEMANTICS 3.2 to 3.4, 1.12 and 4. The other engines
-are tested against this one, so it is written to be read: no caches, no compiled forms, no code shared with them.  The
-exact content of each `Cause` is section 4 of policy/MATCHING.md; each function below names the lines of that section
-that it implements.
+The other engines are tested against this one.  So it must be easy to read: no caches, no compiled forms, no code shared
+with the other engines.  Section 4 of policy/MATCHING.md defines the content of each `Cause`.
 """
 
 from __future__ import annotations
@@ -34,13 +32,13 @@ _OTHER = {Direction.INGRESS: Direction.EGRESS, Direction.EGRESS: Direction.INGRE
 
 
 class ReferenceModel:
-    """The reference engine for one world, which every call reads anew. Cost: linear in the world."""
+    """The reference engine for one world. Nothing is cached: every call reads the world. Cost: linear in the world."""
 
     def __init__(self, world: World) -> None:
         self._world = world
 
     def decide(self, question: Question) -> Verdict:
-        """The verdict of the enforced policies and, in ``staged_*``, of the pending evaluation."""
+        """The verdict on ``question``, by the enforced and by the pending evaluation."""
         endpoint = self._world.endpoints.get(question.endpoint)
         if endpoint is None:
             outcome, cause = _nothing_decided(question.direction, Stage.NORMAL)
@@ -57,7 +55,10 @@ class ReferenceModel:
 
 
 def pending_policies(world: World) -> list[Policy]:
-    """The policies of the pending evaluation: each staged policy replaces its namesake; Delete removes it."""
+    """The policies of the pending evaluation.
+
+    Each staged policy replaces the enforced policy of the same name; a staged policy with the action Delete removes it.
+    """
     replaced = {policy.replaces for policy in world.policies.values() if policy.staged is not Staged.NO}
     return [
         policy
@@ -67,7 +68,7 @@ def pending_policies(world: World) -> list[Policy]:
 
 
 class _Run:
-    """One evaluation, of the enforced or of the pending policies. ``logs``: Log rules that matched, in order."""
+    """One evaluation of a question, enforced or pending. ``logs``: the causes of Log rules that matched, in order."""
 
     def __init__(
         self, world: World, endpoint: Endpoint, question: Question, sides: tuple[PacketSide, PacketSide]
@@ -81,7 +82,7 @@ class _Run:
         self.logs: list[Cause] = []
 
     def evaluate(self, policies: list[Policy]) -> tuple[Outcome, Cause]:
-        """Evaluate failsafes and tunnels, tiers, profiles, and the default when none of them decides."""
+        """Evaluate failsafes and tunnels, then tiers, then profiles; if none of them decides, the default applies."""
         return (
             self._exceptions()
             or self._tiers([policy for policy in policies if self._takes_part(policy)])
@@ -90,9 +91,10 @@ class _Run:
         )
 
     def _exceptions(self) -> tuple[Outcome, Cause] | None:
-        """The exceptions of host endpoints: allow in NORMAL.
+        """Evaluate the exceptions (failsafes and tunnels) of host endpoints; None: none matches.
 
-        In UNTRACKED leave the packet (or its reply) to the later stages.
+        In NORMAL they allow.  In UNTRACKED the packet, or a reply to a failsafe port of the other direction, continues,
+        so that later stages decide.  The other stages have no exceptions.
         """
         if self.endpoint.kind is not EndpointKind.HOST or self.stage not in (Stage.NORMAL, Stage.UNTRACKED):
             return None
@@ -119,7 +121,7 @@ class _Run:
         )
 
     def _tunnel(self) -> Cause | None:
-        """Encapsulation from (ingress) or to (egress) an address of a known node."""
+        """The cause if the packet is an encapsulation from (ingress) or to (egress) a known node's address, else None."""
         for tunnel in self.world.settings.tunnels:
             if tunnel.carries(self.packet) and any(
                 self._remote in node.addresses for node in self.world.nodes.values()
@@ -140,7 +142,7 @@ class _Run:
         )
 
     def _tiers(self, policies: list[Policy]) -> tuple[Outcome, Cause] | None:
-        """Evaluate each tier with applying policies: its first deciding rule, else its default action."""
+        """Evaluate the tiers with policies that apply, in order. None: no tier decided."""
         for tier in self.world.sorted_tiers():
             applied = sorted((policy for policy in policies if policy.tier == tier.name), key=lambda one: one.sort_key)
             if not applied:
@@ -170,7 +172,7 @@ class _Run:
         return Outcome.DENY, Cause(CauseKind.TIER_END, self.direction, tier.name, policies[-1].key)
 
     def _profiles(self) -> tuple[Outcome, Cause] | None:
-        """Evaluate the profiles, in NORMAL only. Pass means deny here, and so does a missing profile."""
+        """Evaluate the profiles, in NORMAL only. In a profile Pass denies; a missing profile denies, too."""
         if self.stage is not Stage.NORMAL:
             return None
         for name in self.endpoint.profiles:
@@ -192,9 +194,9 @@ class _Run:
 
 
 def _is_of_stage(policy: Policy, stage: Stage, kind: EndpointKind) -> bool:
-    """Whether a policy belongs to this stage.
+    """Whether a policy belongs to ``stage``, for an endpoint of this kind.
 
-    Workloads have NORMAL only; a policy of another stage never applies to a workload.
+    Workloads have NORMAL only; untracked and pre-DNAT policies never apply to a workload.
     """
     if stage is Stage.UNTRACKED:
         return kind is EndpointKind.HOST and policy.do_not_track
@@ -212,7 +214,7 @@ def _outcome(action: Action) -> Outcome:
 
 
 def _nothing_decided(direction: Direction, stage: Stage) -> tuple[Outcome, Cause]:
-    """Outcome and cause when no rule and no tier decides: deny in NORMAL, continue in the other stages."""
+    """The outcome and cause if no rule and no tier decides: deny in NORMAL, continue in the other stages."""
     if stage is Stage.NORMAL:
         return Outcome.DENY, Cause(CauseKind.NO_MATCH, direction, action=Action.DENY)
     return Outcome.CONTINUE, Cause(CauseKind.NO_MATCH, direction, action=Action.PASS)
