@@ -288,9 +288,7 @@ class KernelEngine:
 
         ``sent_here``: at TC_EGRESS, whether a process of this node sends the packet.
         """
-        is_sent_here = (
-            sent_here or hook is Hook.TC_INGRESS
-        )  # the program reads the interface of entry at TC_EGRESS only
+        is_sent_here = sent_here or hook is Hook.TC_INGRESS  # only at TC_EGRESS is the interface of entry read
         run, events = self._send(hook, question, ingress_ifindex=0 if is_sent_here else self._runner.elsewhere)
         event = events[0]
         if len(events) > 1 or event.packet != question.packet or run.passed != (event.kind == "allow"):

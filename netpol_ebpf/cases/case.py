@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Case files: the manifests of a cluster, and probes with their expected verdicts, as typed values.
 
-Invariant: nothing is guessed.  A case with any fault (YAML, a manifest, a probe) becomes one `InvalidCase` that names
-all faults, and is not run.  The runner judges probes and resolves the names in them.
+Invariant: a case with any fault (in the YAML, a manifest or a probe) becomes one `InvalidCase` with all faults, and is
+not run.  `netpol_ebpf.cases.runner` resolves the names in probes, and judges them.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ _PROBE_REMARKS = ("notes", "confidence", "optional", "derived", "tags")
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """One first packet and its expected verdict.
+    """The first packet of a connection, and its expected verdict.
 
-    ``source`` and ``destination``: an address, or the (namespace, name) of a workload.  ``port``/``source_port``: None
-    where not given.  ``written``: the probe as in the file.
+    ``source``, ``destination``: an address, or the (namespace, name) of a workload.  Fields that the file does not give
+    are None.  ``written``: the probe as it is in the file.
     """
 
     source: IPAddress | tuple[str, str]
@@ -55,7 +55,7 @@ class Probe:
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """A valid case. ``sequence``: group and step, for cases that are the successive states of one scenario."""
+    """A valid case. ``sequence``: (group, step) if the case is one of several successive states of a scenario."""
 
     name: str
     resources: tuple[Resource, ...]
@@ -66,7 +66,7 @@ class Case:
 
 @dataclass(frozen=True, slots=True)
 class InvalidCase:
-    """A case that cannot be run. ``case`` is its name, or that of the file where it has no name."""
+    """A case that cannot be run. ``case``: its name, or the name of its file if it has none."""
 
     case: str
     error: str
@@ -74,7 +74,7 @@ class InvalidCase:
 
 @dataclass(slots=True)
 class LoadedCases:
-    """``skipped``: files of searched directories that hold no case (other YAML may live beside them)."""
+    """The cases of files and directories. ``skipped``: files in searched directories that contain no case."""
 
     cases: list[Case] = field(default_factory=list)
     invalid: list[InvalidCase] = field(default_factory=list)
@@ -82,7 +82,7 @@ class LoadedCases:
 
 
 def load_cases(paths: Iterable[Path]) -> LoadedCases:
-    """The cases of files, and of directories searched for YAML and JSON (hidden files left out), in order of names."""
+    """Load the cases of files, and of YAML and JSON files in directories (without hidden files), in order of names."""
     loaded = LoadedCases()
     seen: set[Path] = set()
     for path in paths:
@@ -95,7 +95,7 @@ def load_cases(paths: Iterable[Path]) -> LoadedCases:
 
 
 def _files(directory: Path, loaded: LoadedCases) -> list[Path]:
-    """The files of a directory, sorted. A file with a manifest's extension that cannot be read is an invalid case."""
+    """The YAML and JSON files in a directory, sorted. A file that cannot be read becomes an `InvalidCase`."""
     try:
         names, refused = find_manifests(directory).readable()
     except OSError as error:
@@ -116,7 +116,7 @@ def _load_file(file: Path, loaded: LoadedCases, *, must_be_case: bool) -> None:
 
 
 def parse_cases(text: str, file: str, loaded: LoadedCases, *, must_be_case: bool = True) -> None:
-    """Add the cases of one text (usually one). ``must_be_case``: a text without a case is an error."""
+    """Add the cases in ``text`` to ``loaded``. ``must_be_case``: a text without a case is an error."""
     problems: list[Problem] = []
     documents = list(read_documents(text, file, problems))
     if problems:
@@ -138,7 +138,7 @@ def parse_cases(text: str, file: str, loaded: LoadedCases, *, must_be_case: bool
 
 
 def _is_case_like(value: Any) -> bool:
-    """Whether a document is meant as a case: it has manifests or probes."""
+    """Whether a document was probably written as a case: it has the field manifests or probes."""
     return isinstance(value, Mapping) and ("manifests" in value or "probes" in value)
 
 
@@ -190,7 +190,7 @@ def _parse_sequence(case: Reader) -> tuple[str, int] | None:
 
 
 def _implied_namespaces(resources: Iterable[Resource]) -> Iterator[Namespace]:
-    """Namespaces that a case leaves out although its pods are in them. Each gets only the label with its name."""
+    """The namespaces of a case's pods for which the case has no Namespace. Each has only the label with its name."""
     given = {resource.meta.name for resource in resources if isinstance(resource, Namespace)}
     for resource in resources:
         namespace = resource.meta.namespace
@@ -279,7 +279,7 @@ def _parse_protocol(probe: Reader) -> int | None:
 
 
 def _parse_translation(probe: Reader) -> tuple[IPAddress, int] | None:
-    """``dnatTo: {ip, port}``; without a port the destination port stays (0 is then filled in by the runner)."""
+    """Parse ``dnatTo: {ip, port}``. The port is 0 if it is not given: then the destination port is not translated."""
     translation = probe.mapping("dnatTo")
     if translation is None:
         return None

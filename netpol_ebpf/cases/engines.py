@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The three engines behind one protocol: the reference model, the compiled tables, the program in the kernel.
+"""The common interface of the three engines: the reference model, the compiled tables, the program in the kernel.
 
-Invariant: an engine answers questions about the world it was given last; nothing of an earlier world shows.
+Invariant: an engine's verdicts depend only on the world that was loaded last, not on earlier worlds.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ ENGINES = ("model", "tables", "kernel")
 
 
 class Engine(Protocol):
-    """Judges packets."""
+    """Gives the verdict of a world's policy on packets."""
 
     def load(self, world: World) -> None:
-        """Replace the present world by this one, as an incremental change."""
+        """Replace the present world by ``world``, as an incremental change."""
 
     def decide(self, question: Question) -> Verdict:
-        """The verdict of policy on a packet."""
+        """The verdict on ``question``, by the world that was loaded last."""
 
 
 class ModelEngine:
@@ -43,7 +43,7 @@ class ModelEngine:
 
 @contextlib.contextmanager
 def open_engine(name: str) -> Iterator[Engine]:
-    """Open an engine by its name in `ENGINES`. The kernel's raises PlatformError where it cannot run."""
+    """Open an engine by its name in `ENGINES`. Raises PlatformError if the kernel engine cannot run here."""
     if name == "model":
         yield ModelEngine()
     elif name == "tables":

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs cases on one engine or several, and reports the probes with an unexpected verdict.
 
-Invariants: every probe of every valid case is judged, by every requested engine; engines that disagree on any question of a
-probe's journey are a failure, whatever the expectation.  Steps of one sequence are loaded one after the other, in order.
+Invariants: every requested engine judges every probe of every valid case.  If engines disagree on a question of a
+probe's journey, the probe fails, whatever its expected verdict.  The steps of a sequence are loaded one after the
+other, in order.
 """
 
 from __future__ import annotations
@@ -44,17 +45,17 @@ from netpol_ebpf.policy.types import (
 from netpol_ebpf.resources.types import Pod, Resource, WorkloadEndpoint
 
 DEFAULT_SOURCE_PORT = 40000
-"""Source port of a probe that names none; arbitrary, an ephemeral port."""
+"""The source port of a probe that gives none; an arbitrary ephemeral port."""
 
 NOT_JUDGED = "not-judged"
-"""Slug of the kernel engine's error, which is not imported: the other engines work without that one."""
+"""The slug of the kernel engine's NotJudgedError. The class is not imported, since other engines work without BCC."""
 
 ECHO_REQUEST = {ICMP: 8, ICMPV6: 128}
 
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """One probe with an unexpected verdict, or with a verdict on which engines disagree."""
+    """A probe with an unexpected verdict, or a probe on which engines disagree."""
 
     case: str
     probe: Mapping[str, Any]
@@ -76,7 +77,7 @@ class Judged:
 
 @dataclass(slots=True)
 class CaseResults:
-    """``cases`` and ``probes`` count what was run."""
+    """The results of a run. ``cases``, ``probes``: how many were run."""
 
     cases: int = 0
     probes: int = 0
@@ -85,7 +86,7 @@ class CaseResults:
     judged: list[Judged] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
-        """The stable JSON form."""
+        """The results as plain values for JSON; the fields are stable."""
         return {
             "cases": self.cases,
             "probes": self.probes,
@@ -115,7 +116,7 @@ def run_cases(loaded: LoadedCases, engine: str = "model", settings: PolicySettin
 
 
 def in_order(cases: Sequence[Case]) -> Iterator[Case]:
-    """The cases in the given order, but with all steps of a sequence, by step, at the place of its first step."""
+    """The cases in the given order; all steps of a sequence, by number, are at the place of the sequence's first case."""
     groups: dict[str, list[Case]] = {}
     for case in cases:
         if case.sequence is not None:
@@ -153,7 +154,7 @@ def _run_case(case: Case, engines: Mapping[str, Engine], settings: PolicySetting
 
 
 def _judge(journey: Journey, engines: Mapping[str, Engine]) -> tuple[str, str]:
-    """The verdict of one flow, and its cause; several verdicts where the engines do not agree."""
+    """The verdict on a journey as text, and its cause; the verdicts of all engines if they disagree."""
     findings: dict[str, Finding] = {}
     verdicts: dict[str, list[Verdict]] = {}
     questions = list(dict.fromkeys(journey.questions()))
@@ -163,8 +164,8 @@ def _judge(journey: Journey, engines: Mapping[str, Engine]) -> tuple[str, str]:
             for question in questions:
                 answers[question] = engine.decide(question)
         except NetpolError as error:
-            # The program in the kernel passes some packets without asking policy.  A journey never asks about those,
-            # so this is a disagreement.  It, and a fault of the engine, is shown at its probe instead of ending the run.
+            # The program decides some packets without policy.  A journey has no question about such packets, so this
+            # is a disagreement.  Like a fault of the engine, it is reported for the probe and does not end the run.
             if error.slug not in (NOT_JUDGED, NetpolError.slug):
                 raise
             return f"not judged by {name}", f"{_where(questions[len(answers)])}: {error.message}"
@@ -178,7 +179,7 @@ def _judge(journey: Journey, engines: Mapping[str, Engine]) -> tuple[str, str]:
 
 
 def _backend(journey: Journey) -> str:
-    """The backend that the answer is about, where a node translates the destination."""
+    """The backend of the journey, as the end of a sentence; "" if no node translates the destination."""
     if journey.flow.dnat_to is None:
         return ""
     address, port = journey.flow.dnat_to
@@ -190,7 +191,7 @@ def _word(finding: Finding) -> str:
 
 
 def _disagreement(questions: list[Question], verdicts: dict[str, list[Verdict]]) -> str:
-    """The first question on which the engines differ, with each engine's full answer."""
+    """The first question on which the engines differ, as text with each engine's verdict."""
     for index, question in enumerate(questions):
         answers = {name: given[index] for name, given in verdicts.items()}
         if len({*answers.values()}) > 1:
@@ -213,7 +214,7 @@ def _in_full(verdict: Verdict) -> str:
     return text
 
 
-# --- from a probe's words to packets ------------------------------------------------------------------------------------
+# --- from probes to packets -------------------------------------------------------------------------------------------
 
 
 class Cast:
@@ -229,7 +230,7 @@ class Cast:
     ) -> None:
         """``borrow_sources``: workloads may send from their allowed source prefixes.
 
-        ``topology``: the node layout, where the caller knows more of it than the world has.
+        ``topology``: the topology, if the caller has more facts than the world; None: that of the world.
         """
         self._topology = Topology(world) if topology is None else topology
         self._borrowers = [one for one in world.endpoints.values() if borrow_sources and one.allowed_sources]
@@ -251,17 +252,17 @@ class Cast:
 
     @staticmethod
     def _addresses_of(resource: Pod | WorkloadEndpoint, world: World) -> tuple[IPAddress, ...]:
-        """Addresses of a workload in the world, which may give a contested address to another workload."""
+        """The addresses that the world gives to a workload; a contested address may belong to another workload."""
         if isinstance(resource, Pod) and resource.host_network:
             return resource.addresses
         endpoint = world.endpoints.get(EndpointKey(*key_of(resource)))
         return () if endpoint is None else endpoint.addresses
 
     def journeys(self, probe: Probe) -> Iterator[Journey]:
-        """One journey for each common address family, possible sender and backend of a service.
+        """The journeys of a probe: one for each common address family, possible sender and backend of a service.
 
-        Raises InvalidInputError when a name or a family is missing, for an IPv6 extension header instead of a protocol,
-        or when the backends of a service are unknown.
+        Raises InvalidInputError if a name does not exist, the ends have no common family, the protocol is an IPv6
+        extension header, or the backends of a service are unknown.
         """
         sources, destinations = self._addresses(probe.source, probe), self._addresses(probe.destination, probe)
         versions = sorted({address.version for address in sources} & {address.version for address in destinations})
@@ -298,7 +299,7 @@ class Cast:
                 yield from [self._topology.plan(each)] if service is None else self._journeys_to(each, service)
 
     def _senders(self, end: IPAddress | tuple[str, str], address: IPAddress) -> Iterator[FlowEnd | None]:
-        """Possible senders of a packet from an address: its owner (None), and workloads that may send from it."""
+        """The possible senders of a packet from ``address``: its owner (None), and workloads that may send from it."""
         yield None
         for one in self._borrowers if not isinstance(end, tuple) else ():
             if address not in one.addresses and any(address in net for net in one.allowed_sources):
@@ -307,7 +308,7 @@ class Cast:
     def service_of(self, flow: Flow) -> Translation | None:
         """The service that translates a flow's destination.
 
-        None where the flow names its translation, or no service has the destination.
+        None if the flow states its translation (``dnat_to``), or if no service has the destination.
         """
         place = flow.destination or self._topology.locate(flow.packet.destination)
         if flow.dnat_to is not None or place.kind is FlowEndKind.WORKLOAD:
@@ -315,7 +316,11 @@ class Cast:
         return self._services.find(flow.packet, place.node if place.kind is FlowEndKind.HOST else None)
 
     def _journeys_to(self, flow: Flow, service: Translation) -> Iterator[Journey]:
-        """One journey for each backend. Where a process of the node translates, each backend is judged."""
+        """One journey for each backend of a service.
+
+        If one backend is a process of the translating node, policy also judges the packets to other backends as packets
+        to this one.  With several such backends the result is `HopReason.LOCAL_BACKENDS`.
+        """
         journeys = []
         for backend in service.backends:
             place = self._place(backend[0], backend[0])
@@ -335,9 +340,9 @@ class Cast:
                 yield journey
 
     def _is_policed_at(self, flow: Flow, node: str | None) -> bool:
-        """Whether a flow meets one of our hooks on the node that translates it.
+        """Whether a flow passes a hook on the node that translates its destination, before the translation.
 
-        From a workload of that node, or by a host endpoint's interface.
+        That is so if a workload of the node sends it, or if it enters by an interface with a host endpoint.
         """
         source = flow.source or self._topology.locate(flow.packet.source)
         if source.node == node:
@@ -359,13 +364,13 @@ class Cast:
         return addresses
 
     def _end(self, probe: Probe, destination: IPAddress) -> FlowEnd | None:
-        """The far end of the flow: that of the translated destination, where there is one."""
+        """The flow's end at the destination, after translation; None: the owner of the address."""
         if probe.dnat_to is not None:
             return self._place(probe.dnat_to[0], probe.dnat_to[0])
         return self._place(probe.destination, destination)
 
     def _place(self, end: IPAddress | tuple[str, str], address: IPAddress) -> FlowEnd | None:
-        """The end of a flow, where the address alone does not determine it; else None."""
+        """The end of a flow if the address alone does not determine it; None: the owner of the address."""
         if isinstance(end, tuple):
             return self._host_network.get(end)
         if self._topology.locate(address).kind is FlowEndKind.OUTSIDE:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The compiled tables as an engine: it compiles a world and interprets the tables.
+"""The compiled tables as an engine: it compiles a world, and interprets the tables.
 
-Invariant: the compiler takes a world as a change to the one before, as an agent does, so successive worlds test
+Invariant: each world is compiled as a change of the world before it, as in the agent, so successive worlds test
 incremental compilation as well.
 """
 
@@ -13,7 +13,7 @@ from netpol_ebpf.policy.types import Question, Verdict, World
 
 
 class TablesEngine:
-    """See `netpol_ebpf.cases.engines.Engine`."""
+    """The engine `tables`: see `netpol_ebpf.cases.engines.Engine`."""
 
     def __init__(self) -> None:
         self._compiler = Compiler()

@@ -23,5 +23,8 @@ def add_state_dir_option(parser: argparse.ArgumentParser) -> None:
 def ask_agent(
     arguments: argparse.Namespace, operation: str, *, timeout_s: float | None = CLIENT_TIMEOUT_S, **request: Any
 ) -> Iterator[Any]:
-    """Query the agent; yields the answer line by line. ``timeout_s``: seconds for each line, None: no limit. Raises what `ask` raises."""
+    """Query the agent, and yield the response line by line. ``timeout_s``: seconds for each line, None: no limit.
+
+    Raises the errors of `ask`.
+    """
     return ask(arguments.state_dir / SOCKET_NAME, {**request, "op": operation}, timeout_s=timeout_s)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`netpolctl bench`: measure enforcement on this machine, beside nftables and iptables that enforce the same policies.
+"""`netpolctl bench`: measure enforcement on this machine, and compare with nftables and iptables with the same policies.
 
-The benchmarks are in ``bench/`` of the source.  An installed package lacks them; the command then fails and says so.
+The benchmarks are in ``bench/`` of the source.  An installed package does not have them: the command then fails.
 
 Exit codes: 0 measured, 2 usage, 5 not root or something is missing.
 """

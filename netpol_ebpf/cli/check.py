@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`netpolctl check`: report every error in manifests, and warn of what is legal but probably not meant.
+"""`netpolctl check`: report every error in manifests, and warn of valid policies with a probably unintended effect.
 
 Exit codes: 0 valid (with or without warnings), 3 some input is not valid.
 """

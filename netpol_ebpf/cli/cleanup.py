@@ -66,7 +66,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     state_dir: Path = arguments.state_dir
     pin_root: Path = arguments.pin_root or DEFAULT_PIN_ROOT
-    with contextlib.ExitStack() as stack:  # a running agent would put everything back
+    with contextlib.ExitStack() as stack:  # a running agent would restore everything
         if state_dir.is_dir():
             stack.enter_context(exclusive(state_dir, hint=IN_USE_HINT))
         if pin_root.is_dir():  # also for an agent with another state directory
@@ -79,7 +79,7 @@ def _clean(arguments: argparse.Namespace) -> int:
     from netpol_loader.pins.dataplane import DEFAULT_PIN_ROOT
     from netpol_loader.pins.removal import Leftover, find_leftovers
 
-    # First: no pod may wait for an agent that does not come back.
+    # First, so that no pod waits for an agent that does not come back.
     plugin = find_installed(arguments.bin_dir, arguments.conf_dir)
     leftovers = [Leftover(one.kind, str(one.path), one.remove) for one in plugin]
     leftovers += find_leftovers(arguments.pin_root or DEFAULT_PIN_ROOT)
@@ -123,7 +123,7 @@ def _clean(arguments: argparse.Namespace) -> int:
 
 
 def _abandoned_engines(parent: Path) -> list[Any]:
-    """Pins of killed `netpolctl test` processes."""
+    """The pin directories that killed `netpolctl test` processes left."""
     from netpol_ebpf.apply.kernel_engine import abandoned
     from netpol_loader.pins.removal import find_leftovers
 

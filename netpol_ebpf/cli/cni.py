@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`netpolctl cni`: have the node's container runtime run the CNI plugin for every pod, or no longer.
+"""`netpolctl cni`: install the CNI plugin, so that the node's container runtime runs it for every pod, or remove it.
 
-Exit codes: 0 it is as asked, 3 there is no network configuration that it can be put into, 5 a file cannot be written or removed.
+Exit codes: 0 installed or removed, 3 there is no network configuration to which the plugin can be added, 5 a file
+cannot be written or removed.
 """
 
 from __future__ import annotations
@@ -33,11 +34,11 @@ from netpol_ebpf.errors import InvalidInputError, NetpolError, PlatformError, Us
 from netpol_ebpf.terminal import escaped, say
 
 TIMEOUT_S, LONGEST_S = 30, 600
-"""As the plugin has them (cni/netpol_cni.c)."""
+"""The default and the largest timeout of the plugin, in seconds; must be the same as in cni/netpol_cni.c."""
 LOOK_S = 1.0
-"""How often --follow looks whether another program has changed something; arbitrary."""
+"""Interval in seconds at which --follow checks whether another program changed something; arbitrary."""
 MOST_SOCKET_BYTES = 107
-"""Of a socket's path: the kernel's UNIX_PATH_MAX without the NUL."""
+"""The longest path of a socket: the kernel's UNIX_PATH_MAX without the NUL."""
 
 log = logging.getLogger("netpolctl")
 
@@ -86,7 +87,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def add_directory_options(parser: argparse.ArgumentParser, prefix: str) -> None:
-    """Add the options that say where the runtime has its plugins and configurations."""
+    """Add the options for the directories of the runtime's plugins and configurations. ``prefix``: of the option names."""
     parser.add_argument(
         f"--{prefix}dir", dest="bin_dir", type=Path, default=DEFAULT_BIN_DIR, metavar="DIR",
         help=f"directory of the runtime's CNI plugins (default: {DEFAULT_BIN_DIR})",
@@ -127,7 +128,10 @@ def run_install(arguments: argparse.Namespace) -> int:
 
 
 class ConfigurationKeeper:
-    """Does it again when something in the directories has changed; what fails is told once, and tried again with every look."""
+    """Repeats the installation when something in the directories has changed.
+
+    ``put``: installs, and returns the files that it wrote.  An error is logged once; `look` tries again each time.
+    """
 
     def __init__(self, bin_dir: Path, conf_dir: Path, put: Callable[[], list[Path]]) -> None:
         self._bin_dir, self._conf_dir, self._put = bin_dir, conf_dir, put
@@ -135,7 +139,7 @@ class ConfigurationKeeper:
         self._told = ""
 
     def look(self) -> list[Path]:
-        """The files that had to be written."""
+        """Install if the directories changed since the last call. Returns the files that were written."""
         seen = self._look()
         if seen == self._seen:
             return []
@@ -147,7 +151,7 @@ class ConfigurationKeeper:
             self._told = error.message
             return []
         self._told = ""
-        if not written:  # else another program may have written as well, meanwhile
+        if not written:  # after a write, another program may have written, too: look again
             self._seen = seen
         return written
 

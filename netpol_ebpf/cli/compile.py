@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`netpolctl compile`: the packet path as a file, so that nodes need no compiler and agents start in a second or two.
+"""`netpolctl compile`: compile the program into a file, so that nodes need no compiler and agents start faster.
 
-Exit codes: 0 written, 5 it does not compile, there is no compiler, or the directory is not one to be trusted.
+Exit codes: 0 written, 5 the program does not compile, there is no compiler, or the directory is not trusted.
 """
 
 from __future__ import annotations

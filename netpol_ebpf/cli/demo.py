@@ -4,9 +4,9 @@
 Builds a small cluster from manifests, shows who reaches whom before and after enforcement, explains one denial, changes
 a policy live, measures two pods against two others without enforcement, and shows a map as bpftool prints it.
 
-Invariants: everything shown is observed (real connections, the agent's own answers), and is compared with what the
-reference model predicts for the same manifests: a difference makes the command fail.  Nothing stays behind, however it
-ends, for the laboratory's guard removes namespaces, processes, pins and copies.
+Invariants: everything shown is observed (real connections, the agent's own output), and compared with the reference
+model's verdicts for the same manifests; a difference makes the command fail.  However the command ends, the
+laboratory's guard removes its namespaces, processes, pins and copies of files.
 """
 
 from __future__ import annotations
@@ -113,30 +113,30 @@ class DemoOutput:
         self._number = 0
 
     def headline(self, text: str) -> None:
-        """Begin the next part."""
+        """Print the headline of the next part."""
         self._number += 1
         self._print(f"\n{self._paint(f'{self._number}. {escaped(text)}', BOLD)}")
 
     def say(self, text: str) -> None:
-        """Print an indented line."""
+        """Print ``text``, indented."""
         self._print(f"   {escaped(text)}")
 
     def detail(self, text: str) -> None:
-        """Print a quiet line."""
+        """Print ``text`` indented, in a less prominent colour."""
         self._print(f"   {self._paint(escaped(text), DIM)}")
 
     def verdict(self, text: str, *, good: bool) -> None:
-        """Print a line that is green or red."""
+        """Print ``text`` in green (``good``) or red."""
         self._print(f"   {self._paint(escaped(text), GREEN if good else RED)}")
 
     def table(self, observation: Observation, earlier: Observation | None = None) -> None:
-        """Print a matrix."""
+        """Print the matrix of an observation: who reaches whom. ``earlier``: the observation to compare with."""
         table = observation.render(colour=self.colour, earlier=earlier, ascii_only=self.ascii_only)
         for line in table.splitlines():
             self._print(f"   {line}")
 
     def _print(self, text: str) -> None:
-        """Print a text with escaped names; its colours are our own."""
+        """Print ``text``, in which names are escaped already: its control characters are the colours of this class."""
         if not self.quiet:
             print(text, flush=True)
 
@@ -181,7 +181,7 @@ class Demo:
         return load_paths([self.manifests]).check()
 
     def play(self, *, with_iperf: bool) -> dict[str, Any]:
-        """Run all parts in order. Returns the summary; its ``ok`` says whether all was as predicted."""
+        """Run all parts in order. Returns the summary; its field ``ok``: everything was as the reference model predicts."""
         before = self._show_before()
         enforced = self._show_enforced(before)
         self._explain_denial()
@@ -191,7 +191,7 @@ class Demo:
         return self.summary
 
     def keep(self) -> None:
-        """Print what the user can inspect, then wait for Ctrl-C."""
+        """Print commands with which the user can inspect the demonstration, then wait for Ctrl-C."""
         self.stage.headline("Kept, until Ctrl-C")
         inside = f"nsenter --net=/run/netns/{self.lab.namespace_of['shop/debug']}"
         self.stage.say(f"edit the manifests:  {self.manifests}")
@@ -235,7 +235,7 @@ class Demo:
         predict: Callable[[Attempt], bool],
         good: str = "each as the reference model predicts",
     ) -> None:
-        """Compare with the prediction, print the result, and keep it for the summary."""
+        """Compare an observation with the prediction, print the result, and add it to the summary under ``part``."""
         mismatches = observation.mismatches(predict)
         total = len(observation.results)
         self.summary[part] = {
@@ -286,7 +286,7 @@ class Demo:
         self.summary["ok"] = self.summary["ok"] and agrees
 
     def _place(self, location: Location | None) -> str:
-        """File name and line of a location."""
+        """The file name and line of ``location``, as text."""
         if location is None:
             return "?"
         return f"{Path(location.file).name}:{location.line}"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`netpolctl doctor`: check what enforcement needs of this machine, and say how to get what is missing.
+"""`netpolctl doctor`: check whether this machine has everything that enforcement needs, and print how to get the rest.
 
 Exit codes: 0 everything is there, 5 something is missing.
 """

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`netpolctl explain`: say whether one connection is allowed, and which rule of which policy decides at each endpoint.
+"""`netpolctl explain`: print whether one connection is allowed, and which rule of which policy decides at each endpoint.
 
-The agent of this node answers for what is in force.  With ``--manifests`` the command evaluates those files itself, without agent,
-root and kernel.  Exit codes: 0 allowed, 1 denied, 3 invalid manifests, unknown names or no answer, 4 no agent answers.
+The agent of this node evaluates the policies in force.  With ``--manifests`` the command evaluates the policies of
+these files itself, without agent, root and kernel.
+
+Exit codes: 0 allowed, 1 denied, 3 invalid manifests, unknown names or no verdict, 4 the agent does not respond.
 """
 
 from __future__ import annotations
@@ -107,7 +109,7 @@ def _by_files(paths: list[Path], probe: Probe, engine: str) -> Ways:
 
 
 def render(one: dict[str, Any]) -> str:
-    """Render one way of the connection as text."""
+    """Render one path of the connection, a result of `netpol_ebpf.analysis.explanation.describe`, as text."""
     names = {number: name.upper() for name, number in PROTOCOLS.items()}
     port = "" if one["port"] is None else f" port {one['port']}"
     what = f"{one['source']} -> {one['destination']} {names.get(one['protocol'], one['protocol'])}{port}"

@@ -4,8 +4,8 @@
 Exit codes: 0 yes or done, 1 the answer is no, 2 usage, 3 invalid input, 4 agent not reachable, 5 kernel or permission,
 70 a bug; 130 interrupted, 141 the reader of the output went away.
 
-Invariant: a user sees a traceback only with ``--debug``.  Nothing imported here or by a subcommand's ``register`` needs root,
-BCC or a kernel: those are imported when a command runs.
+Invariants: a user gets a traceback only with ``--debug``.  Modules that need BCC, root or a kernel are imported only
+when a command runs, not here or by a subcommand's ``register``.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ COMMANDS = (
     "netpol_ebpf.cli.compile",
     "netpol_ebpf.cli.doctor",
 )
-"""Modules with ``register(subparsers)``, in the order of the help."""
+"""The modules of the subcommands, each with a function ``register(subparsers)``, in the order of the help text."""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -61,7 +61,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point: returns the exit code (argparse exits by itself with 2 on wrong usage)."""
     arguments = build_parser().parse_args(argv)
-    if logging.lastResort is not None:  # warnings of the imported modules go there
+    if logging.lastResort is not None:  # the handler for warnings of imported modules
         logging.lastResort.setFormatter(LogFormatter())
     return run(arguments.run, arguments)
 

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """`netpolctl metrics`: print the agent's counters in Prometheus' text format, or as plain values.
 
-The textfile collector of the node exporter reads the output, since the agent listens on no network socket.  Names are stable.  A
-counter restarts at 0 with a new map.  This module computes nothing: `netpolctl status` and `netpolctl get rules` have every value.
+The agent listens on no network socket, so the output is for the textfile collector of the node exporter.  Names of
+metrics are stable.  A counter restarts at 0 with a new map.  This module computes nothing: `netpolctl status` and
+`netpolctl get rules` have the same values.
 
 Exit codes: 0, 4 no agent answers.
 """
@@ -20,15 +21,15 @@ from netpol_ebpf.cli.output import print_value
 from netpol_ebpf.terminal import escaped
 
 EVENTS_LOST = "event-lost"
-"""The reason (netpol_loader.abi) that counts events instead of packets."""
+"""The slug of the only reason (`netpol_loader.abi`) whose counter counts events instead of packets."""
 
 Sample = tuple[Mapping[str, object], float]
-"""Labels and value."""
+"""(labels, value) of a metric."""
 
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """One metric. ``kind``: counter or gauge."""
+    """A metric with its samples. ``kind``: counter or gauge."""
 
     name: str
     kind: str
@@ -36,7 +37,7 @@ class Family:
     samples: tuple[Sample, ...]
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values."""
+        """The metric as plain values for JSON."""
         samples = [{"labels": dict(labels), "value": value} for labels, value in self.samples]
         return {"name": self.name, "kind": self.kind, "meaning": self.meaning, "samples": samples}
 
@@ -64,7 +65,7 @@ def register(subparsers: Any) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Run the command; returns the exit code."""
     (state,) = ask_agent(arguments, "status")
-    if "waiting" in state:  # nothing that this agent could count is in force
+    if "waiting" in state:  # the agent has put no policy in force yet
         found = list(_sources(state))
     else:
         (rules,) = ask_agent(arguments, "rules")
@@ -229,5 +230,5 @@ def render(found: Iterable[Family]) -> str:
 
 
 def _escaped(text: str) -> str:
-    """Escape a label's value: unprintable characters first, then what the format requires."""
+    """Escape a label's value: unprintable characters, then the characters that the exposition format requires."""
     return escaped(text, keep="\n").replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")

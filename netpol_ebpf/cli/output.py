@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The ``-o`` option of all commands, and rendering of values and tables.
 
-Invariants: what `json` and `yaml` print is one document of plain values and nothing else, whatever the command, exact and in
-printable ASCII; no cell of a table holds anything unprintable.
+Invariants: for every command, `json` and `yaml` output is exactly one document of plain values in printable ASCII; no
+value is rounded or shortened.  Table cells contain only printable characters.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def add_output_option(parser: argparse.ArgumentParser) -> None:
 
 
 def print_value(output: str, value: Any) -> bool:
-    """Print a plain value as JSON or YAML. Returns False if ``output`` is another format: the caller must then print text."""
+    """Print ``value`` if ``output`` is json or yaml. Returns False for another format: the caller must then print text."""
     if output == "json":
         print(render_json(value, indent=2))
     elif output == "yaml":

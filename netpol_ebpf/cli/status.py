@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`netpolctl status`: show what the agent of this node enforces, on which interfaces, and every problem.
 
-Exit codes: 0 everything that the sources say is in force, 1 something is not, 4 no agent answers.
+Exit codes: 0 all objects of the sources are in force, 1 some are not, 4 the agent does not respond.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from netpol_ebpf.terminal import escaped, paragraph, say
 
 EXIT_NOT_IN_FORCE = 1
 FOLLOWED = frozenset({"watching", "not installed"})
-"""States of a kind of a cluster that are as they must be."""
+"""The states of a cluster's kind that are no problem: the source watches it, or the cluster does not have it."""
 _UNKNOWN = {"closed": "closed (no known endpoint)", "own": "the node's own"}
 
 
@@ -73,7 +73,7 @@ def _source(source: dict[str, Any]) -> str:
 
 
 def _print_kinds(kinds: Sequence[dict[str, Any]], *, wide: bool) -> None:
-    """Print what the source does about each kind, or about those alone that it does not follow; none of an absent kind is kept."""
+    """Print the state of each kind of a source if ``wide``, otherwise only of kinds with a problem or with kept objects."""
     rows = [
         (one["kind"], one["state"], one["objects"], one["kept"] or "-", one["resource_version"] or "-")
         for one in kinds
@@ -87,7 +87,7 @@ def _print_kinds(kinds: Sequence[dict[str, Any]], *, wide: bool) -> None:
 def _print_enforcement(state: dict[str, Any], *, wide: bool) -> None:
     objects = state["objects"]
     say(escaped(f"objects    {objects['policies']} policies, {objects['endpoints']} endpoints"))
-    if objects.get("skipped"):  # an agent of an older version does not count them
+    if objects.get("skipped"):  # absent from the response of an older agent
         say(escaped(f"skipped    objects of other kinds: {counted(objects['skipped'])}"))
     say(escaped(f"pinned in  {state['pin_dir']}, generation {state['generation']}"))
     if state.get("upgrade"):

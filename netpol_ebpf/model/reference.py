@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`ReferenceModel`: computes the verdict of policy on one packet at one endpoint, as SEMANTICS 3.2 to 3.4, 1.12 and 4 say.
+"""`ReferenceModel`: the verdict of policy on one packet at one endpoint, as in SEMANTICS 3.2 to 3.4, 1.12 and 4.
 
 The other engines are tested against this one.  So it must be easy to read: no caches, no compiled forms, no code shared
 with the other engines.  Section 4 of policy/MATCHING.md defines the content of each `Cause`.
@@ -121,7 +121,7 @@ class _Run:
         )
 
     def _tunnel(self) -> Cause | None:
-        """The cause if the packet is an encapsulation from (ingress) or to (egress) a known node's address, else None."""
+        """The cause if the packet is a tunnel packet from (ingress) or to (egress) a known node, else None."""
         for tunnel in self.world.settings.tunnels:
             if tunnel.carries(self.packet) and any(
                 self._remote in node.addresses for node in self.world.nodes.values()

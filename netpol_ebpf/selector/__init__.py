@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The expression selector language: parse, evaluate, canonical form, composition, index.
+"""Calico's selector language: parser, evaluation on labels, canonical text, composition, index.
 
 Public and stable: `parse`, `Selector`, `SelectorError`.
 """

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Selectors as values: `Selector` and the combinators that build one from others or from plain values.
 
-Invariant: a selector is immutable; two are equal exactly when their canonical texts are.  Composition serves SEMANTICS 2.6,
-but the rules of that section (which namespace, which prefix) belong to the caller: this module knows nothing of namespaces,
-kinds or files.
+Invariant: a selector is immutable; two selectors are equal exactly if their canonical texts are equal.  The caller
+decides how selectors are composed for a policy (SEMANTICS 2.6): this module must not depend on namespaces, kinds or
+files.
 """
 
 from __future__ import annotations
@@ -73,35 +73,36 @@ class Selector:
         return any(isinstance(node, Global) for node in walk(self._root))
 
     def label_keys(self) -> frozenset[str]:
-        """Names of all labels in the selector; other labels never change its answer."""
+        """The names of all labels in the selector. Whether it matches does not depend on other labels."""
         return frozenset(node.key for node in walk(self._root) if not isinstance(node, (All, Global, Not, And, Or)))
 
     def prefixed(self, prefix: str) -> Selector:
-        """The same expression on labels with ``prefix`` before each name, under ``has`` and negation too.
+        """The same expression with ``prefix`` before each label name, also inside ``has`` and negations.
 
-        Raises SelectorError when the prefix has characters that no label name has.
+        Raises SelectorError if the prefix has characters that a label name cannot have.
         """
         _check_key(prefix)
         return Selector(_rewritten(self._root, lambda leaf: _with_prefix(leaf, prefix)))
 
     def with_all_as(self, replacement: Selector) -> Selector:
-        """The same expression with each ``all()`` in it replaced."""
+        """The same expression with ``replacement`` in place of each ``all()``."""
         root = replacement.root
         return Selector(_rewritten(self._root, lambda leaf: root if isinstance(leaf, All) else leaf))
 
     def required(self) -> Cover | None:
-        """Restrictions, one of which every matching label set satisfies. (): nothing matches; None: anything may match.
+        """A necessary condition for a match, as alternatives: matching labels satisfy at least one of the restrictions.
 
-        Of several candidates (the arms of an AND) it is the one that looks most selective.
+        (): the selector matches nothing.  None: no condition is known.  Of several conditions (one for each operand of
+        an AND) the one with the fewest values is returned.
         """
         return cheapest_cover(self.requirements())
 
     def requirements(self) -> tuple[Cover, ...]:
-        """All known covers; matching labels satisfy each one. See `required`."""
+        """All known necessary conditions (see `required`). Matching labels satisfy every one of them."""
         return covers(self._root)
 
     def is_unsatisfiable(self) -> bool:
-        """True when certainly no labels match (``a == 'x' && a == 'y'``); False proves nothing."""
+        """True if certainly no labels match (``a == 'x' && a == 'y'``). False proves nothing."""
         return is_contradiction(self._root)
 
     def __setattr__(self, name: str, value: object) -> None:
@@ -164,10 +165,10 @@ EVERYTHING = Selector(All())
 
 
 def all_of(*selectors: Selector) -> Selector:
-    """The conjunction (AND).
+    """The conjunction (AND) of ``selectors``.
 
-    Nested ANDs are flattened and repetitions dropped; one operand is returned as it is, none gives `EVERYTHING`. An
-    ``all()`` among the operands stays, since `Selector.with_all_as` may replace it.
+    Nested ANDs are flattened, and repeated operands dropped.  A single operand is returned unchanged; without operands
+    the result is `EVERYTHING`.  An operand ``all()`` stays, since `Selector.with_all_as` may replace it.
     """
     operands: dict[SelectorNode, None] = {}
     for selector in selectors:
@@ -178,7 +179,7 @@ def all_of(*selectors: Selector) -> Selector:
 
 
 def any_of(first: Selector, *others: Selector) -> Selector:
-    """The disjunction (OR). Nested ORs are flattened and repetitions dropped; one operand is returned as it is."""
+    """The disjunction (OR). Nested ORs are flattened, repeated operands dropped; one operand is returned unchanged."""
     operands: dict[SelectorNode, None] = {}
     for selector in (first, *others):
         operands.update(dict.fromkeys(selector.root.operands if isinstance(selector.root, Or) else (selector.root,)))
@@ -191,27 +192,27 @@ def negate(selector: Selector) -> Selector:
 
 
 def has(key: str) -> Selector:
-    """``has(key)``. This and the others below raise SelectorError when ``key`` is no label name."""
+    """``has(key)``: true if the label is present. Raises SelectorError if ``key`` is not a label name."""
     return Selector(Has(_check_key(key)))
 
 
 def equals(key: str, value: str) -> Selector:
-    """``key == "value"``: false on an absent label."""
+    """``key == "value"``: false on an absent label. Raises SelectorError if ``key`` is not a label name."""
     return Selector(Equals(_check_key(key), value))
 
 
 def not_equals(key: str, value: str) -> Selector:
-    """``key != "value"``: true on an absent label."""
+    """``key != "value"``: true on an absent label. Raises SelectorError if ``key`` is not a label name."""
     return Selector(NotEquals(_check_key(key), value))
 
 
 def is_in(key: str, values: Iterable[str]) -> Selector:
-    """``key in {...}``: false on an absent label, and for no values at all."""
+    """``key in {...}``: false on an absent label, and if ``values`` is empty. Raises SelectorError for a wrong key."""
     return Selector(In(_check_key(key), values))
 
 
 def not_in(key: str, values: Iterable[str]) -> Selector:
-    """``key not in {...}``: true on an absent label, and for no values at all."""
+    """``key not in {...}``: true on an absent label, and without ``values``. Raises SelectorError for a wrong key."""
     return Selector(NotIn(_check_key(key), values))
 
 

@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Many selectors against many label sets, exact while both change.
+"""Finds the matching pairs of many selectors and many label sets, while both change.
 
-Invariant: after any sequence of calls the answers equal those of testing every selector on every label set; covers only
-narrow which pairs are tested.  Equal selectors and equal label sets are stored and tested once, whatever the number of
-ids.  No pair is stored: memory is the sum of both sides, never their product, and answers are computed on request.
+Invariant: after any sequence of calls the results are the same as if every selector were tested on every label set; the
+indexes only reduce the number of tests.  Equal selectors, and equal label sets, are stored and tested once, whatever
+the number of their ids.  Matching pairs are not stored but computed on request, so memory grows with the sum of
+selectors and label sets, never with their product.
 
-Two inverted indexes narrow the tests.  A selector is indexed under the (label, value) pairs of one of its covers, the
-one with the fewest other selectors (so not under the namespace's label when all the selectors have it); a new label set
-tests the selectors indexed under its own pairs, and those without a cover.  Label sets are indexed under every pair
-they have; a new selector tests those of the pairs in its cover with the fewest label sets.
+Two inverted indexes reduce the tests; both use covers (`netpol_ebpf.selector.requirements`).  A selector is indexed
+under the (label, value) pairs of one of its covers: the cover under which there are the fewest other selectors (so not
+under the namespace's label if all selectors have it).  A new label set is tested against the selectors under its own
+pairs, and against selectors without a cover.  A label set is indexed under each of its pairs.  A new selector is tested
+on the label sets under the pairs of one of its covers: the cover with the fewest label sets.
 """
 
 from __future__ import annotations
@@ -25,11 +27,11 @@ L = TypeVar("L", bound=Hashable)
 T = TypeVar("T", bound=Hashable)
 
 _Pair = tuple[str, "str | None"]
-"""A label with a value, or (None) with any."""
+"""(label, value); value None: the label with any value."""
 
 
 class _SelectorGroup(Generic[S]):
-    """One distinct selector: its ids, and the pairs it is indexed under (None: without a cover; it is always tested)."""
+    """One distinct selector: its ids, and the pairs under which it is indexed (None: no cover, always tested)."""
 
     __slots__ = ("ids", "pairs", "selector")
 
@@ -50,7 +52,7 @@ class _LabelGroup(Generic[L]):
 
 
 class _Bag(Generic[T]):
-    """Key to set of members. A lone member is stored without a set, as most pairs of a large index have one."""
+    """From a key to a set of members. A single member is stored without a set: most pairs in a large index have one."""
 
     __slots__ = ("_members",)
 
@@ -111,7 +113,7 @@ class SelectorIndex(Generic[S, L]):
     # --- changes ----------------------------------------------------------------------------------------------------
 
     def add_selector(self, selector_id: S, selector: Selector) -> set[L]:
-        """Add a selector, or replace that of the same id. Returns the ids of the label sets that match."""
+        """Add a selector, or replace the one with the same id. Returns the ids of the label sets that it matches."""
         known = self._selectors.get(selector_id)
         if known is None or known.selector != selector:
             self.remove_selector(selector_id)
@@ -123,7 +125,7 @@ class SelectorIndex(Generic[S, L]):
         return self.matching_labels(selector_id)
 
     def remove_selector(self, selector_id: S) -> None:
-        """Remove a selector; an unknown id is no change."""
+        """Remove a selector. With an unknown id nothing changes."""
         group = self._selectors.pop(selector_id, None)
         if group is None:
             return
@@ -132,7 +134,10 @@ class SelectorIndex(Generic[S, L]):
             self._drop_selector_group(group)
 
     def add_labels(self, labels_id: L, labels: Mapping[str, str]) -> set[S]:
-        """Add a copy of a label set, or replace that of the same id. Returns the ids of the selectors that match."""
+        """Add a copy of a label set, or replace the label set with the same id.
+
+        Returns the ids of the selectors that match it.
+        """
         known = self._labels.get(labels_id)
         if known is None or known.labels != labels:
             self.remove_labels(labels_id)
@@ -145,7 +150,7 @@ class SelectorIndex(Generic[S, L]):
         return self.matching_selectors(labels_id)
 
     def remove_labels(self, labels_id: L) -> None:
-        """Remove a label set; an unknown id is no change."""
+        """Remove a label set. With an unknown id nothing changes."""
         group = self._labels.pop(labels_id, None)
         if group is None:
             return
@@ -153,10 +158,10 @@ class SelectorIndex(Generic[S, L]):
         if not group.ids:
             self._drop_label_group(group)
 
-    # --- answers ----------------------------------------------------------------------------------------------------
+    # --- look-up ----------------------------------------------------------------------------------------------------
 
     def matching_labels(self, selector_id: S) -> set[L]:
-        """Ids of the label sets that the selector matches, a new set. KeyError for an unknown id."""
+        """The ids of the label sets that a selector matches, as a new set. Raises KeyError for an unknown id."""
         selector = self._selectors[selector_id].selector
         found: set[L] = set()
         for group in self._label_candidates(selector.requirements()):
@@ -165,7 +170,7 @@ class SelectorIndex(Generic[S, L]):
         return found
 
     def matching_selectors(self, labels_id: L) -> set[S]:
-        """Ids of the selectors that match the label set, a new set. KeyError for an unknown id."""
+        """The ids of the selectors that match a label set, as a new set. Raises KeyError for an unknown id."""
         labels = self._labels[labels_id].labels
         found: set[S] = set()
         for group in self._selector_candidates(labels):
@@ -174,17 +179,17 @@ class SelectorIndex(Generic[S, L]):
         return found
 
     def selector(self, selector_id: S) -> Selector:
-        """The selector with that id. KeyError for an unknown one."""
+        """The selector with this id. Raises KeyError for an unknown id."""
         return self._selectors[selector_id].selector
 
     def labels(self, labels_id: L) -> Mapping[str, str]:
-        """The label set with that id; read-only for callers. KeyError for an unknown one."""
+        """The label set with this id; read-only for callers. Raises KeyError for an unknown id."""
         return self._labels[labels_id].labels
 
     # --- selectors, found by labels ---------------------------------------------------------------------------------
 
     def _selector_candidates(self, labels: Mapping[str, str]) -> Iterator[_SelectorGroup[S]]:
-        """Selector groups that may match; a group may occur more than once."""
+        """The selector groups that may match ``labels``; a group may be yielded more than once."""
         yield from self._uncovered
         if len(self._waiting):
             for key, value in labels.items():
@@ -207,7 +212,7 @@ class SelectorIndex(Generic[S, L]):
         return group
 
     def _popularity(self, pairs: tuple[_Pair, ...]) -> tuple[int, int, int]:
-        """How many tests a selector indexed under these pairs may cost; smaller is better."""
+        """A sort key: how many tests a selector may cost if it is indexed under ``pairs``; smaller is better."""
         present = sum(value is None for _, value in pairs)
         labelled = sum(self._labels_having(pair) for pair in pairs)
         return (sum(self._mentions[pair] for pair in pairs) + labelled, present, len(pairs))
@@ -227,14 +232,14 @@ class SelectorIndex(Generic[S, L]):
     # --- label sets, found by selectors -----------------------------------------------------------------------------
 
     def _label_candidates(self, candidates: tuple[Cover, ...]) -> Iterable[_LabelGroup[L]]:
-        """Label groups that may match, each once."""
+        """The label groups that a selector with these covers may match, each once."""
         if not candidates:
             return self._label_groups.values()
         sizes = [sum(self._labels_having(pair) for pair in _pairs(cover)) for cover in candidates]
         cover = candidates[sizes.index(min(sizes))]
         if len(cover) == 1:
             return self._groups_having(cover[0].key, cover[0].one_of)
-        # Under two keys a group may be found twice.
+        # A set, because a group may be under two keys of the cover.
         return set(chain.from_iterable(self._groups_having(part.key, part.one_of) for part in cover))
 
     def _groups_having(self, key: str, values: frozenset[str] | None) -> Iterator[_LabelGroup[L]]:
@@ -271,7 +276,7 @@ class SelectorIndex(Generic[S, L]):
 
 
 def _pairs(cover: Cover) -> Iterator[_Pair]:
-    """The pairs in a cover: matching labels have at least one of them."""
+    """The (label, value) pairs of a cover; matching labels have at least one of them."""
     for part in cover:
         if part.one_of is None:
             yield (part.key, None)

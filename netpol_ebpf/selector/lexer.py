@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tokens of the selector language (SEMANTICS 2.1).
 
-Invariant: every token knows the offset, in characters, at which it starts, so that each error can point at it; white
-space is space and tab only.  Word operators (`in`, `not in`, `contains`, ...) are looked for right after a label and
-nowhere else, so labels may bear these names.  This module knows nothing of grammar or meaning.
+Invariants: every token has the offset, in characters, of its start, so that each error can point at it.  White space is
+space and tab only.  Word operators (`in`, `not in`, `contains`, ...) are recognised only directly after a label, so
+labels may have these names.  This module must not depend on the grammar or on the meaning of tokens.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Token:
 
 
 _BLANK = re.compile(r"[ \t]*")
-# The word must end where a label would end: `a inside` is no `in`.
+# A word operator must end where a label would end: `a inside` does not contain the operator `in`.
 _WORD_OPERATOR = re.compile(
     r"(?:(?P<IN>in)|(?P<NOT_IN>not[ \t]*in)|(?P<CONTAINS>contains)"
     r"|(?P<STARTS_WITH>starts[ \t]*with)|(?P<ENDS_WITH>ends[ \t]*with))(?![A-Za-z0-9_./-])"
@@ -79,10 +79,10 @@ _CALLS = {"has": TokenKind.HAS, "all": TokenKind.ALL, "global": TokenKind.GLOBAL
 
 
 def scan_tokens(text: str) -> Iterator[Token]:
-    """All tokens of ``text``, the last one END.
+    """All tokens of ``text``; the last token is END.
 
-    Raises SelectorError at the first character that can start no token, at an unterminated string, at a line break
-    (also inside a string) and at a label name over MAX_LABEL_CHARS.
+    Raises SelectorError at the first character with which no token can start, at an unterminated string, at a line
+    break (also inside a string), and at a label name longer than MAX_LABEL_CHARS.
     """
     _refuse_line_breaks(text)
     position = 0
@@ -148,7 +148,10 @@ def _scan_one(text: str, position: int, *, after_label: bool) -> tuple[Token, in
 
 
 def _scan_string(text: str, position: int) -> tuple[Token, int]:
-    """A string literal: up to the next quote of the same sort; there is no escape."""
+    """The string literal that starts at ``position``, and the offset of its end.
+
+    It ends at the next quote of the same kind (single or double); there is no escape character.
+    """
     end = text.find(text[position], position + 1)
     if end < 0:
         raise SelectorError(

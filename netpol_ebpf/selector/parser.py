@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Recursive descent over the grammar of SEMANTICS 2.2: text to `Selector`.
 
-Invariant: text outside the grammar is rejected with its offset; nothing is skipped or guessed.  Precedence is ``!`` >
-``&&`` > ``
-
-``; ``!`` binds to one primary.  Evaluation and canonical text belong to `expression`.
+Invariant: text outside the grammar is rejected, with the offset of the error; nothing is skipped or guessed.  The
+operator
+``!`` has the highest precedence and applies to one primary, then comes AND, then OR.  Evaluation and canonical text are
+in `tree`.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ _MEMBERSHIPS: dict[TokenKind, Callable[[str, tuple[str, ...]], SelectorNode]] = 
 def parse(text: str) -> Selector:
     """Parse ``text`` to a selector; empty or blank text is ``all()``.
 
-    Raises SelectorError with the offset of the first character that does not fit.
+    Raises SelectorError with the offset of the first character that the grammar does not allow.
     """
     parser = _Parser(text)
     return Selector(parser.selector())
@@ -61,7 +61,7 @@ class _Parser:
 
     def __init__(self, text: str) -> None:
         self._text = text
-        # Scanned on demand, so that the first error in the text is the one reported, be it of a token or of grammar.
+        # Scanned on demand, so that the first error in the text is reported, whether in a token or in the grammar.
         self._tokens = scan_tokens(text)
         self._ahead: Token | None = None
         self._depth = 0

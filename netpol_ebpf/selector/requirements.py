@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Necessary conditions of a selector, for its index and for the detection of contradictions.
 
-Invariant: both answers err to one side only.  A cover never excludes labels that match; `is_contradiction` is True only
-when no labels at all can match.  Negative terms never narrow anything (SEMANTICS 2.4), since absent labels satisfy
-them.
+A *cover* is a necessary condition for a match, as alternatives: labels that the selector matches satisfy at least one
+of its restrictions.
+
+Invariants: both results are sound, not complete.  All labels that match a selector satisfy its covers; other labels may
+satisfy them, too.  `is_contradiction` is True only if no labels at all can match.  Negative comparisons add nothing to
+a cover (SEMANTICS 2.4), since absent labels satisfy them.
 """
 
 from __future__ import annotations
@@ -29,30 +32,31 @@ from netpol_ebpf.selector.tree import (
 )
 
 MAX_CONJUNCTIONS = 256
-"""Largest number of arms of the disjunctive form that are tested for a contradiction; arbitrary."""
+"""How many conjunctions of the disjunctive normal form are tested for a contradiction at most; arbitrary."""
 
 
 @dataclass(frozen=True, slots=True)
 class Restriction:
-    """``key`` must be present and, unless ``one_of`` is None, have one of those values."""
+    """A condition on one label: ``key`` must be present and, unless ``one_of`` is None, have one of these values."""
 
     key: str
     one_of: frozenset[str] | None = None
 
     def matches_value(self, value: str | None) -> bool:
-        """Whether a label with that value (None: absent) satisfies the restriction."""
+        """Whether the label with this ``value`` (None: the label is absent) satisfies the restriction."""
         return value is not None and (self.one_of is None or value in self.one_of)
 
 
 Cover = tuple[Restriction, ...]
-"""A list of restrictions: matching labels satisfy at least one; () means that nothing can match.
+"""A necessary condition for a selector to match, as alternatives.
 
-At most one restriction for each key.
+Labels that the selector matches satisfy at least one of these restrictions.  (): the selector matches nothing.  No two
+restrictions have the same key.
 """
 
 
 def covers(node: SelectorNode) -> tuple[Cover, ...]:
-    """Every cover found; matching labels satisfy all of them. Empty: nothing that an index could use."""
+    """All covers of a selector's tree that were found. Matching labels satisfy every cover. (): no cover is known."""
     if isinstance(node, Equals):
         return ((Restriction(node.key, frozenset((node.value,))),),)
     if isinstance(node, In):
@@ -69,12 +73,12 @@ def covers(node: SelectorNode) -> tuple[Cover, ...]:
 
 
 def cheapest_cover(candidates: tuple[Cover, ...]) -> Cover | None:
-    """The cover that looks most selective without knowledge of any labels: the one with the fewest values."""
+    """The cover with the fewest values, which is probably the most selective one; None without candidates."""
     return min(candidates, key=_cost) if candidates else None
 
 
 _PRESENCE_COST = 1000
-"""The number of values that a presence test counts as; arbitrary, above any set of usual length."""
+"""For `cheapest_cover`, a test for presence counts as this number of values; arbitrary, more than sets usually have."""
 
 
 def _cost(cover: Cover) -> int:
@@ -82,7 +86,10 @@ def _cost(cover: Cover) -> int:
 
 
 def _covers_of_not(operand: SelectorNode) -> tuple[Cover, ...]:
-    """The covers of a negation: De Morgan, and the two negative comparisons, which have positive negations."""
+    """The covers of the negation of ``operand``.
+
+    AND and OR are negated by De Morgan's laws; the negation of ``!=`` and ``not in`` is a positive comparison.
+    """
     if isinstance(operand, NotEquals):
         return covers(Equals(operand.key, operand.value))
     if isinstance(operand, NotIn):
@@ -99,7 +106,10 @@ def _complement(node: SelectorNode) -> SelectorNode:
 
 
 def _covers_of_all(arms: list[tuple[Cover, ...]]) -> tuple[Cover, ...]:
-    """The covers of an AND: those of each arm; single restrictions on one key are intersected."""
+    """The covers of an AND from the covers of its operands ``arms``: all of them.
+
+    Covers of one restriction on the same key are merged to the intersection of their values.
+    """
     by_key: dict[str, frozenset[str] | None] = {}
     others: list[Cover] = []
     for cover in (cover for arm in arms for cover in arm):
@@ -117,7 +127,11 @@ def _covers_of_all(arms: list[tuple[Cover, ...]]) -> tuple[Cover, ...]:
 
 
 def _covers_of_any(arms: list[tuple[Cover, ...]]) -> tuple[Cover, ...]:
-    """The covers of an OR: the union of each arm's cheapest; where all arms restrict one key, that union alone as well."""
+    """The covers of an OR from the covers of its operands ``arms``.
+
+    One is the union of the cheapest cover of each operand.  If all operands restrict the same key, another is the union
+    of their values for that key.
+    """
     if not all(arms):
         return ()
     result = [_union([part for arm in arms for part in min(arm, key=_cost)])]
@@ -142,21 +156,21 @@ def _union(parts: list[Restriction]) -> Cover:
 
 _Positive = Union[Has, Equals, In, Contains, StartsWith, EndsWith]
 _Literal = tuple[_Positive, bool]
-"""A comparison and whether it must be true; all these comparisons are false on an absent label."""
+"""(comparison, whether it must be true). All these comparisons are false on an absent label."""
 
 
 def is_contradiction(node: SelectorNode) -> bool:
-    """True when no labels can match: each arm of the disjunctive form contradicts itself for at least one key.
+    """True if no labels can match: each conjunction of the disjunctive normal form contradicts itself for some key.
 
-    Best effort: False where that form has more than MAX_CONJUNCTIONS arms.  Operands of several `contains` are not
-    combined, so some contradictions among them are not found.
+    False proves nothing: a form with more than MAX_CONJUNCTIONS conjunctions is not tested, and contradictions between
+    several `contains` are not found.
     """
     arms = list(islice(_conjunctions(node, wanted=True), MAX_CONJUNCTIONS + 1))
     return len(arms) <= MAX_CONJUNCTIONS and all(map(_is_impossible, arms))
 
 
 def _conjunctions(node: SelectorNode, *, wanted: bool) -> Iterator[tuple[_Literal, ...]]:
-    """The arms of the disjunctive normal form of ``node`` (or of its negation, without ``wanted``), lazily."""
+    """The conjunctions of the disjunctive normal form of ``node``, or of its negation if not ``wanted``, lazily."""
     if isinstance(node, Not):
         yield from _conjunctions(node.operand, wanted=not wanted)
     elif isinstance(node, (And, Or)):
@@ -176,7 +190,7 @@ def _conjunctions(node: SelectorNode, *, wanted: bool) -> Iterator[tuple[_Litera
 
 
 def _product(operands: tuple[SelectorNode, ...], *, wanted: bool) -> Iterator[tuple[_Literal, ...]]:
-    """Every combination of one arm of each operand."""
+    """The conjunctions of an AND: every combination of one conjunction of each operand."""
     if not operands:
         yield ()
         return
@@ -195,7 +209,7 @@ def _is_impossible(literals: tuple[_Literal, ...]) -> bool:
 def _is_key_impossible(required: list[_Positive], refused: list[_Positive]) -> bool:
     """Whether no value of one label satisfies all of ``required`` and none of ``refused``."""
     if not required:
-        return False  # an absent label does
+        return False  # an absent label satisfies it
     key = required[0].key
     candidates = [
         frozenset((part.value,)) if isinstance(part, Equals) else part.members

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """The tree of a selector expression: evaluation on labels (SEMANTICS 2.3) and canonical text (2.4).
 
-Invariants: nodes are immutable and hold no more than their meaning; a doubled negation never exists in a tree and sets are sorted
-without repetition, so canonical text parses back to an equal tree.
+Invariants: nodes are immutable.  A tree has no double negation, and its sets are sorted without repetition, so
+canonical text parses back to an equal tree.
 
-Two things the syntax cannot write may still arrive through the combinators of `expression`, for example from a Kubernetes
-LabelSelector: a value with both sorts of quotes, and a value with a line break.  A value with both quotes is rendered between
-double quotes with each inner double quote doubled (`k == "a""b'c"`): no parsable text reads so, hence it is still unique.
-These two, and label names that a prefix makes longer than the parser's limit, are the only canonical texts that the
-parser refuses.  This module knows nothing of parsing, composition or context.
+The parser rejects three canonical texts, which only the combinators of `expression` can produce, for example from a
+Kubernetes LabelSelector: values with single and double quotes, values with a line break, and label names that a prefix
+makes longer than the parser's limit.  A value with both kinds of quotes is rendered in double quotes, with each inner
+double quote doubled (`k == "a""b'c"`); no other selector has this text.  This module must not depend on parsing or
+composition.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Union
 def render_string(value: str) -> str:
     """A string literal in double quotes; in single quotes if the value has double quotes.
 
-    The module's text describes values with both.
+    The module's docstring describes the literal of a value with both kinds of quotes.
     """
     if '"' not in value:
         return f'"{value}"'
@@ -48,7 +48,7 @@ class All:
 
 @dataclass(frozen=True, slots=True)
 class Global:
-    """The operator global(): true on any labels; only in a namespace selector it has another meaning, by rewriting."""
+    """The operator global(): true on any labels. In a namespace selector the translation of policies replaces it."""
 
     def matches(self, labels: Mapping[str, str]) -> bool:  # noqa: ARG002  # one signature for all nodes
         """Always true."""
@@ -104,7 +104,7 @@ class NotEquals:
 
 @dataclass(frozen=True, slots=True, init=False)
 class _Membership:
-    """A key and a set of values, kept sorted and without repetition; ``members`` is the same for fast look-up."""
+    """A key and a set of values, sorted and without repetition. ``members``: the same values, for fast look-up."""
 
     key: str
     values: tuple[str, ...]
